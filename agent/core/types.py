@@ -1,0 +1,194 @@
+"""The words of Hibernode as data: what a user deploys, what runs, what it runs on.
+
+Units are in the names (`_ns` integer nanoseconds, `_bytes`); everything is frozen, so a snapshot can be handed to
+anyone. Ranges and defaults of a function's properties follow the Function Compute custom-container contract.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+SECOND_NS = 1_000_000_000
+MILLISECOND_NS = 1_000_000
+MICROSECOND_NS = 1_000
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+class InstanceState(Enum):
+    """Where an instance is in its life. The table of transitions is in `lifecycle.py`."""
+
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    FREEZING = "FREEZING"
+    FROZEN = "FROZEN"
+    WAITING_GPU = "WAITING_GPU"
+    RESTORING = "RESTORING"
+    STOPPING = "STOPPING"
+    STOPPED = "STOPPED"
+    FAILED = "FAILED"
+
+    @property
+    def terminal(self) -> bool:
+        """STOPPED and FAILED are final: a cold start is a new uid."""
+        return self in (InstanceState.STOPPED, InstanceState.FAILED)
+
+
+class IdleMode(Enum):
+    """May this function's instances be frozen? REQUIRE refuses a node that cannot; PREFER runs awake there."""
+
+    REQUIRE = "REQUIRE"
+    PREFER = "PREFER"
+    NEVER = "NEVER"
+
+
+class DispatchPolicy(Enum):
+    """PACK: ties go to the most recently idle instance, so that the others sleep. SPREAD: least recently used."""
+
+    PACK = "PACK"
+    SPREAD = "SPREAD"
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One lifecycle hook of the FC contract: an HTTP call with a deadline. The path is fixed by the contract."""
+
+    timeout_ns: int = 3 * SECOND_NS
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """`POST /initialize`, `GET /pre-freeze`, `GET /pre-stop`: each called only if configured."""
+
+    initializer: Hook | None = None
+    pre_freeze: Hook | None = None
+    pre_stop: Hook | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HealthCheck:
+    """customHealthCheckConfig: healthy = 200 <= status < 400 within the timeout. Never probes a frozen instance."""
+
+    path: str
+    initial_delay_ns: int = 0
+    period_ns: int = 3 * SECOND_NS
+    timeout_ns: int = SECOND_NS
+    failure_threshold: int = 3
+    success_threshold: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GpuNeed:
+    """What an instance needs: `count` whole GPUs of `model` ("" = any). `memory_bytes` is what FC bills by."""
+
+    count: int = 1
+    model: str = ""
+    gpu_type: str = ""
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class IdlePolicy:
+    """`freeze_after_ns` idle time before a freeze (0 = at once); `min_awake_ns` since the last wake protects
+    an idle holder from being preempted (thrash)."""
+
+    mode: IdleMode = IdleMode.REQUIRE
+    freeze_after_ns: int = 10 * SECOND_NS
+    min_awake_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionSpec:
+    """What a user deploys. `revision` changes with every deploy that changes the spec.
+
+    `environment` is write-only (masked in every answer, event and log). `image == "host"` runs entrypoint + command
+    on the process runtime.
+    """
+
+    name: str
+    revision: str = "1"
+    image: str = "host"
+    entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    port: int = 9000
+    environment: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    handler: str = "index.handler"
+    region: str = "local"
+    vcpu_millis: int = 350
+    memory_bytes: int = 512 * MIB
+    disk_bytes: int = 512 * MIB
+    timeout_ns: int = 3 * SECOND_NS
+    instance_concurrency: int = 1
+    gpu: GpuNeed = GpuNeed()
+    hooks: Hooks = Hooks()
+    health_check: HealthCheck | None = None
+    idle: IdlePolicy = IdlePolicy()
+    dispatch: DispatchPolicy = DispatchPolicy.PACK
+    wake_factor: float = 0.0
+    queue_length: int = 1000
+    queue_timeout_ns: int = 60 * SECOND_NS
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSpec:
+    """One instance to create. `request_id` makes the create idempotent (function/revision/ordinal/attempt)."""
+
+    uid: str
+    request_id: str
+    function: FunctionSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One device as NVML shows it. `index` is the NVML index, `uuid` the identity used everywhere else."""
+
+    uuid: str
+    index: int
+    model: str
+    memory_bytes: int
+    persistence: bool = True
+    mig: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """One compute process on a device (host pid)."""
+
+    gpu_uuid: str
+    pid: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """A process that can't be mistaken for another: pid, its start time (clock ticks since boot) and the boot."""
+
+    boot_id: str
+    pid: int
+    start_time: int
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """All that is needed to find a started container again after the agent died (nomad's task handle).
+
+    `cgroup` is the absolute path of the instance's own v2 cgroup, "" where none can be written.
+    """
+
+    uid: str
+    process: ProcessId
+    host: str
+    port: int
+    cgroup: str = ""
+    log_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a container ended. `signal` is 0 for a normal exit."""
+
+    code: int
+    signal: int = 0
+    oom_killed: bool = False
+    message: str = ""

@@ -1,0 +1,257 @@
+"""What the shells need from the outside world. The adapters implement these; tests pass fakes.
+
+Every wait has a deadline given by the caller in seconds or held by the adapter; a failure is a `HibernodeError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, Handle, InstanceSpec
+
+
+class Timer(Protocol):
+    """A scheduled callback that can be cancelled (asyncio.TimerHandle has this shape)."""
+
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """The only way to read time. Monotonic for durations, wall for records; both integer nanoseconds."""
+
+    def monotonic_ns(self) -> int: ...
+
+    def wall_ns(self) -> int: ...
+
+    def call_at(self, at_mono_ns: int, callback: Callable[[], None]) -> Timer: ...
+
+
+# ---- containers -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StartSpec:
+    """What a runtime starts: the instance, and environment and binds added by us (GPU attachment, FC_*, PORT)."""
+
+    instance: InstanceSpec
+    environment: Mapping[str, str]
+    gpu_uuids: tuple[str, ...]
+
+
+class Runtime(Protocol):
+    """About a dozen verbs on containers. Containers outlive the agent; `recover` finds them again by their handle."""
+
+    name: str
+
+    def accepts(self, function: FunctionSpec) -> None:
+        """Raise (PreconditionError IMAGE_RUNTIME_UNAVAILABLE ...) if this runtime can't run the function."""
+
+    async def start(self, spec: StartSpec) -> Handle:
+        """Start the container; returns as soon as its main process runs (it need not listen yet).
+
+        Raises InstanceError START_FAILED. Leaves nothing behind on failure. Idempotent per uid: a container of the
+        same uid left by an earlier attempt is destroyed first.
+        """
+
+    async def wait(self, handle: Handle) -> Exit:
+        """Wait until the container has ended. No deadline: cancelled by the caller."""
+
+    async def alive(self, handle: Handle) -> bool:
+        """Is exactly this container (boot, pid, start time) still there?"""
+
+    async def terminate(self, handle: Handle) -> None:
+        """SIGTERM to the main process (a no-op if it is gone)."""
+
+    async def kill(self, handle: Handle, deadline_s: float = 10.0) -> None:
+        """SIGKILL everything of it, frozen or not (cgroup.kill), and wait until it is gone. DeadlineError if not."""
+
+    async def destroy(self, handle: Handle) -> None:
+        """Remove what is left (cgroup, scratch; not the log). Idempotent."""
+
+    async def list_handles(self) -> Sequence[Handle]:
+        """All containers on this host that carry this state directory's UUID, recorded or not."""
+
+    async def pids(self, handle: Handle) -> Sequence[int]:
+        """Host pids inside the container now."""
+
+    def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
+        """The last bytes of its combined stdout and stderr."""
+
+
+# ---- freezing -------------------------------------------------------------------------------------------------
+
+
+class Outcome(Enum):
+    """How an operation on the driver or the freezer ended, after re-reading the state.
+
+    OK: done. REFUSED: rolled back, the instance is as before. BROKEN: unknown; only a kill is safe.
+    """
+
+    OK = "OK"
+    REFUSED = "REFUSED"
+    BROKEN = "BROKEN"
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeResult:
+    """`driver_ns` is the time inside the driver's own calls; `image_bytes` what the host now holds of VRAM."""
+
+    outcome: Outcome
+    reason: str = ""
+    message: str = ""
+    driver_ns: int = 0
+    image_bytes: int = 0
+
+
+class Condition(Enum):
+    """What recovery finds (DESIGN section 4, read the cgroup before the driver)."""
+
+    GONE = "GONE"
+    AWAKE = "AWAKE"
+    LOCKED = "LOCKED"
+    CHECKPOINTED = "CHECKPOINTED"
+    FROZEN = "FROZEN"
+    PAUSED_BY_OTHERS = "PAUSED_BY_OTHERS"
+    BROKEN = "BROKEN"
+
+
+class Freezer(Protocol):
+    """Freeze and wake one instance in the order of the driver's rules. Never queries a frozen cgroup.
+
+    `lock` then `checkpoint` is a freeze; `lock` then `unlock` a cancelled one; `wake` thaws, restores, unlocks and
+    verifies. Each has a hard deadline inside and always returns a result, never raises for a driver's answer.
+    """
+
+    async def lock(self, handle: Handle) -> FreezeResult: ...
+
+    async def unlock(self, handle: Handle) -> FreezeResult: ...
+
+    async def checkpoint(self, handle: Handle) -> FreezeResult: ...
+
+    async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
+        """Thaw, restore (old uuid -> new uuid; empty = same GPUs), unlock, verify running."""
+
+    async def condition(self, handle: Handle) -> Condition:
+        """What state the instance is really in. Reads the cgroup first; asks the driver only where that is safe."""
+
+    async def finish_freeze(self, handle: Handle) -> FreezeResult:
+        """Recovery: CHECKPOINTED but not frozen -> freeze the cgroup."""
+
+    async def thaw(self, handle: Handle) -> None:
+        """Recovery and stop: undo a cgroup freeze that was not ours."""
+
+    async def vram_bytes(self, handle: Handle) -> int:
+        """VRAM used now by the instance's processes, by NVML."""
+
+    def forget(self, handle: Handle) -> None:
+        """The instance ended: drop what was remembered about its CUDA processes."""
+
+
+class Gpus(Protocol):
+    """NVML, in a thread. Raises UnavailableError NVML_UNAVAILABLE when the driver does not answer in time."""
+
+    async def list_gpus(self) -> Sequence[Gpu]: ...
+
+    async def processes(self) -> Sequence[GpuProcess]: ...
+
+    async def memory_used(self) -> Mapping[str, int]:
+        """Used bytes by uuid."""
+
+    async def driver(self) -> DriverInfo: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DriverInfo:
+    """`version` like "580.65.06"; `cuda` as NVML gives it, 13000 for 13.0."""
+
+    version: str
+    cuda: int
+
+
+class HostMemory(Protocol):
+    """MemAvailable of the host with reclaimable cache counted as free, and the cgroup's head room of a handle."""
+
+    def available_bytes(self) -> int: ...
+
+    def headroom_bytes(self, handle: Handle) -> int | None:
+        """Smallest (limit - usage, cache counted as free) over every ancestor; None = no limit anywhere."""
+
+
+# ---- disk -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRecord:
+    """What must survive the agent: intent (spec), then the handle, then how far it got. `phase` is one of
+    CREATED (intent only), STARTED (handle known, /initialize not done), READY, STOPPING, ENDED."""
+
+    spec: InstanceSpec
+    phase: str
+    handle: Handle | None
+    gpu_uuids: tuple[str, ...]
+    create_wall_ns: int
+    end_reason: str = ""
+    end_message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One row of the usage ledger, exactly as DESIGN section 5: the three sums equal end - start."""
+
+    instance_uid: str
+    seq: int
+    node: str
+    boot_id: str
+    function: str
+    state: str
+    gpu_model: str
+    gpu_uuids: tuple[str, ...]
+    gpu_count: int
+    gpu_memory_bytes: int
+    vcpu_millis: int
+    memory_bytes: int
+    disk_bytes: int
+    start_mono_ns: int
+    end_mono_ns: int
+    start_wall_ns: int
+    active_ns: int
+    idle_ns: int
+    unbilled_ns: int
+    invocations: int
+    estimated: bool
+    sealed: bool
+
+
+class InstanceStore(Protocol):
+    """Records of instances. A write returns when it is durable. Raises UnavailableError STORE_FAILED."""
+
+    async def put_instance(self, record: InstanceRecord) -> None: ...
+
+    async def load_instances(self) -> Sequence[InstanceRecord]: ...
+
+    async def delete_instance(self, uid: str) -> None: ...
+
+
+class LedgerStore(Protocol):
+    """Usage windows. Unsealed windows are upserted; sealed ones never change; pruned only once acknowledged."""
+
+    async def upsert_windows(self, windows: Sequence[Window]) -> None: ...
+
+    async def last_windows(self) -> Sequence[Window]:
+        """The newest window of every instance, sealed or not: where a recovery continues."""
+
+    async def unacknowledged(self, limit: int) -> Sequence[Window]:
+        """Sealed windows not yet acknowledged, in order of (instance_uid, seq)."""
+
+    async def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None: ...
+
+    async def read_windows(self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0) -> Sequence[Window]: ...
+
+
+class LogTail(Protocol):
+    """Follows a container's log without blocking the loop."""
+
+    def follow(self, handle: Handle, tail_bytes: int) -> AsyncIterator[bytes]: ...
