@@ -5,7 +5,7 @@ Every wait has a deadline given by the caller in seconds or held by the adapter;
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -250,8 +250,3 @@ class LedgerStore(Protocol):
 
     async def read_windows(self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0) -> Sequence[Window]: ...
 
-
-class LogTail(Protocol):
-    """Follows a container's log without blocking the loop."""
-
-    def follow(self, handle: Handle, tail_bytes: int) -> AsyncIterator[bytes]: ...
