@@ -1,0 +1,1 @@
+"""Generated from protos/agent/v1 by scripts/gen-protos; never edited by hand."""
