@@ -1,0 +1,136 @@
+"""Logs: one line an event, on stderr, as JSON for machines or as text for people.
+
+`log = get_logger(); log.info("instance.frozen", uid=uid, driver_ns=ns)`: a dotted event name that never
+changes, data as keys. What looks like a secret is masked by its key, at any depth, and long values are cut,
+so that one careless call can neither leak a token nor fill a disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import Literal, TextIO, cast
+
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+
+MAX_VALUE_CHARS = 2_000
+"""A value's text is cut here; the length it had is said."""
+
+MAX_ITEMS = 50
+"""A list or mapping is cut here."""
+
+MAX_DEPTH = 6
+"""Anything nested deeper is logged as the name of its type."""
+
+MASK = "***"
+
+_SECRET = re.compile(
+    r"token|passw|secret|authorization|credential|cookie|private_key|access_key|api_?key|environ|^env$",
+    re.IGNORECASE,
+)
+# These name where a secret lies, or count something; they are not one.
+_HARMLESS = re.compile(r"_(?:file|path|count|bytes|ns)$", re.IGNORECASE)
+
+
+def is_secret_key(key: str) -> bool:
+    """Would a value under this key be masked? For whoever renders data elsewhere (answers, `inspect`)."""
+    key = key.replace("-", "_")
+    return bool(_SECRET.search(key)) and not _HARMLESS.search(key)
+
+
+def _bounded(value: object, depth: int = 0) -> object:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return (
+            value
+            if len(value) <= MAX_VALUE_CHARS
+            else f"{value[:MAX_VALUE_CHARS]}... ({len(value)} characters)"
+        )
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(value)} bytes>"  # bodies and images: neither readable nor ours to show
+    if depth >= MAX_DEPTH:
+        return f"<{type(value).__name__}>"
+    if isinstance(value, Mapping):
+        cut = {
+            str(key): MASK if is_secret_key(str(key)) else _bounded(inner, depth + 1)
+            for key, inner in list(value.items())[:MAX_ITEMS]
+        }
+        return cut if len(value) <= MAX_ITEMS else {**cut, "...": f"{len(value)} keys"}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = [_bounded(inner, depth + 1) for inner in list(value)[:MAX_ITEMS]]
+        return items if len(value) <= MAX_ITEMS else [*items, f"... ({len(value)} items)"]
+    return _bounded(str(value), depth)
+
+
+def guard(_logger: WrappedLogger, _method: str, event_dict: EventDict) -> EventDict:
+    """The processor that masks and cuts. `exc_info` passes: its text is made, and cut, further down."""
+    for key, value in event_dict.items():
+        if key == "exc_info":
+            continue
+        event_dict[key] = MASK if is_secret_key(key) else _bounded(value)
+    return event_dict
+
+
+def _cut_traceback(_logger: WrappedLogger, _method: str, event_dict: EventDict) -> EventDict:
+    text = event_dict.get("exception")
+    if isinstance(text, str) and len(text) > 4 * MAX_VALUE_CHARS:
+        event_dict["exception"] = "... " + text[-4 * MAX_VALUE_CHARS :]  # the end names the error
+    return event_dict
+
+
+def configure(
+    level: str = "info", fmt: Literal["json", "console"] = "json", *, stream: TextIO | None = None
+) -> None:
+    """Set up logging for this process; called once by a composition root, again to change the level.
+
+    `level` is debug, info, warning or error. `stream` is for tests; None is stderr.
+    Messages of libraries (stdlib logging) of level warning and above go the same way.
+    """
+    out = stream or sys.stderr
+    number = logging.getLevelNamesMapping()[level.upper()]
+    before: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        guard,
+    ]
+    render: list[Processor]
+    if fmt == "json":
+        render = [
+            structlog.processors.format_exc_info,
+            _cut_traceback,
+            structlog.processors.JSONRenderer(sort_keys=False),
+        ]
+    else:
+        colors = out.isatty() and not os.environ.get("NO_COLOR")
+        render = [
+            structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
+        ]
+    structlog.configure(
+        processors=[*before, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(stream)
+        if stream
+        else structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*before[1:]],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(number, logging.WARNING))
+
+
+def get_logger(**bound: object) -> FilteringBoundLogger:
+    """A logger with `bound` keys on every line; made at import time or later, before or after `configure`."""
+    return cast(FilteringBoundLogger, structlog.get_logger(**bound))

@@ -1,0 +1,357 @@
+"""What can be configured: the declared types of agent.yaml and scheduler.yaml, with their defaults.
+
+Every key is explained where users look for it, in systemd/agent.example.yaml and
+systemd/scheduler.example.yaml; a test holds the two together. Field names carry the unit (`_ns`, `_bytes`),
+keys do not (agent/config.py). An empty path means the place named beside it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from agent.config import Duration, Section, Size, bad_key
+from agent.core.types import GIB, MIB, MILLISECOND_NS, SECOND_NS
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["json", "console"]
+BillingKind = Literal["active", "idle", "unbilled"]
+
+
+def _positive(**values: int) -> None:
+    for key, value in values.items():
+        if value <= 0:
+            raise bad_key(key, "must be more than zero")
+
+
+def _absolute(key: str, path: str) -> None:
+    if path and not path.startswith("/"):
+        raise bad_key(
+            key, f"must be an absolute path, got {path!r}; a daemon's working directory is no place"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Does this address stay on the machine? Names but for localhost are not resolved: they don't count."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _refuse_open_bind(insecure: bool, **hosts: str) -> None:
+    """A non-loopback bind without TLS is refused unless `insecure: true` (DESIGN section 10)."""
+    for key, host in hosts.items():
+        if not host:
+            raise bad_key(f"{key}.host", "must not be empty; write 127.0.0.1, or an address of this machine")
+        if not insecure and not is_loopback(host):
+            raise bad_key(
+                f"{key}.host",
+                f"{host!r} can be reached from other machines and nothing encrypts it; "
+                "bind 127.0.0.1, or say insecure: true if the network itself is trusted",
+            )
+
+
+class Listen(Section, frozen=True):
+    """An address to listen on; port 0 = any, written to <state_dir>/endpoints.json."""
+
+    host: str = "127.0.0.1"
+    port: Port = 0
+
+
+class Limits(Section, frozen=True):
+    """Bounds of one HTTP request and of one daemon; a breach of the first three is 400 or 413."""
+
+    header_bytes: Size = Size(8 * 1024)
+    path_bytes: Size = Size(4 * 1024)
+    body_bytes: Size = Size(32 * MIB)
+    connections: Annotated[int, msgspec.Meta(ge=1)] = 4096
+
+    def __post_init__(self) -> None:
+        _positive(header=self.header_bytes, path=self.path_bytes, body=self.body_bytes)
+
+
+# --- agent.yaml ------------------------------------------------------------------------------
+
+
+class AgentGrpc(Section, frozen=True):
+    """The agent's API: TCP with a token, and a unix socket whose readers are as good as root."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8611
+    socket: str = ""
+
+    def __post_init__(self) -> None:
+        _absolute("socket", self.socket)
+
+
+class SchedulerLink(Section, frozen=True):
+    """Where this node reports to; without it the agent serves alone."""
+
+    address: str
+    token_file: str
+    upload_interval_ns: Duration = Duration(5 * SECOND_NS)
+
+    def __post_init__(self) -> None:
+        host, colon, port = self.address.rpartition(":")
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+            raise bad_key("address", f"must be host:port, such as 127.0.0.1:8601, got {self.address!r}")
+        if not self.token_file:
+            raise bad_key("token_file", "is required: the file with this node's own credential")
+        _absolute("token_file", self.token_file)
+        _positive(upload_interval=self.upload_interval_ns)
+
+
+class PortRange(Section, frozen=True):
+    """Ports given to instances of the process runtime, both ends included; 0 and 0 = any free port."""
+
+    first: Port = 0
+    last: Port = 0
+
+    def __post_init__(self) -> None:
+        if self.last < self.first or (self.first == 0) != (self.last == 0):
+            raise bad_key("last", f"must not be below first, got {self.first} to {self.last}")
+
+
+class ProcessRuntime(Section, frozen=True):
+    """Functions with `image: host` run on the host as `user`; off unless enabled."""
+
+    enabled: bool = False
+    user: str = ""
+    ports: PortRange = PortRange()
+
+
+class Runtime(Section, frozen=True):
+    """Starting and stopping instances."""
+
+    process: ProcessRuntime = ProcessRuntime()
+    ready_timeout_ns: Duration = Duration(120 * SECOND_NS)
+    stop_timeout_ns: Duration = Duration(30 * SECOND_NS)
+    log_limit_bytes: Size = Size(10 * MIB)
+
+    def __post_init__(self) -> None:
+        _positive(
+            ready_timeout=self.ready_timeout_ns,
+            stop_timeout=self.stop_timeout_ns,
+            log_limit=self.log_limit_bytes,
+        )
+
+
+class Mounts(Section, frozen=True):
+    """How GPUs get into instances with `attach: mounts`: variables, and binds `host:container[:ro]`."""
+
+    environment: dict[str, str] = msgspec.field(default_factory=dict)
+    binds: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for index, bind in enumerate(self.binds):
+            parts = bind.split(":")
+            if (
+                len(parts) not in (2, 3)
+                or not all(p.startswith("/") for p in parts[:2])
+                or parts[2:] not in ([], ["ro"])
+            ):
+                raise bad_key(
+                    f"binds[{index}]", f"must be /host/path:/container/path or ...:ro, got {bind!r}"
+                )
+
+
+class GpuSettings(Section, frozen=True):
+    """Freezing, lending and attaching GPUs."""
+
+    checkpointer: Literal["driver", "utility"] = "driver"
+    utility_path: str = "/usr/bin/cuda-checkpoint"
+    driver_workers: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    lock_timeout_ns: Duration = Duration(10 * SECOND_NS)
+    operation_timeout_ns: Duration = Duration(120 * SECOND_NS)
+    max_hold_ns: Duration = Duration(10 * SECOND_NS)
+    instances_per_gpu: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    migrate: bool = False
+    attach: Literal["auto", "cdi", "nvidia-runtime", "mounts"] = "auto"
+    mounts: Mounts = Mounts()
+    types: dict[str, str] = msgspec.field(default_factory=dict)
+    frozen_memory_limit_bytes: Size = Size(0)
+    host_memory_reserve_bytes: Size = Size(2 * GIB)
+    release_timeout_ns: Duration = Duration(30 * SECOND_NS)
+
+    def __post_init__(self) -> None:
+        _absolute("utility_path", self.utility_path)
+        if self.checkpointer == "utility" and not self.utility_path:
+            raise bad_key("utility_path", "is required with checkpointer: utility")
+        _positive(
+            lock_timeout=self.lock_timeout_ns,
+            operation_timeout=self.operation_timeout_ns,
+            release_timeout=self.release_timeout_ns,
+        )
+        if self.lock_timeout_ns < MILLISECOND_NS:
+            raise bad_key(
+                "lock_timeout", "must be at least 1ms: the driver counts milliseconds and takes 0 for ever"
+            )
+        if self.lock_timeout_ns >= self.operation_timeout_ns:
+            raise bad_key(
+                "operation_timeout", "must be longer than lock_timeout: it bounds the whole operation"
+            )
+
+
+class Billing(Section, frozen=True):
+    """What states outside FC's contract count as, and how often the ledger is written."""
+
+    starting: BillingKind = "idle"
+    restoring: BillingKind = "idle"
+    window_ns: Duration = Duration(60 * SECOND_NS)
+    flush_interval_ns: Duration = Duration(SECOND_NS)
+
+    def __post_init__(self) -> None:
+        _positive(window=self.window_ns, flush_interval=self.flush_interval_ns)
+        if self.flush_interval_ns > self.window_ns:
+            raise bad_key("flush_interval", "must not be longer than window")
+
+
+class Queue(Section, frozen=True):
+    """Requests that wait for an instance inside the agent."""
+
+    max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 1000
+    timeout_ns: Duration = Duration(60 * SECOND_NS)
+
+    def __post_init__(self) -> None:
+        _positive(timeout=self.timeout_ns)
+
+
+class AgentConfig(Section, frozen=True):
+    """agent.yaml: one GPU host."""
+
+    node_name: str = ""
+    state_dir: str = "/var/lib/hibernode/agent"
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "json"
+    insecure: bool = False
+    token_file: str = ""
+    ingress: Listen = Listen(port=8610)
+    grpc: AgentGrpc = AgentGrpc()
+    admin: Listen = Listen(port=8612)
+    scheduler: SchedulerLink | None = None
+    runtime: Runtime = Runtime()
+    gpu: GpuSettings = GpuSettings()
+    billing: Billing = Billing()
+    queue: Queue = Queue()
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        _absolute("state_dir", self.state_dir)
+        if not self.state_dir:
+            raise bad_key("state_dir", "must not be empty")
+        _absolute("token_file", self.token_file)
+        _refuse_open_bind(
+            self.insecure, ingress=self.ingress.host, grpc=self.grpc.host, admin=self.admin.host
+        )
+
+    @property
+    def token_path(self) -> Path:
+        """The bearer token of gRPC and ingress; default <state_dir>/token."""
+        return Path(self.token_file or f"{self.state_dir}/token")
+
+    @property
+    def socket_path(self) -> Path:
+        """The API's unix socket; default <state_dir>/agent.sock."""
+        return Path(self.grpc.socket or f"{self.state_dir}/agent.sock")
+
+
+# --- scheduler.yaml --------------------------------------------------------------------------
+
+
+class Gateway(Section, frozen=True):
+    """Where clients' requests arrive; functions are `<name>.<domain>` and `/fn/<name>/`."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8600
+    domain: str = "localhost"
+
+
+class NodeCredential(Section, frozen=True):
+    """A node that may register, and the file with the token that is its name's proof."""
+
+    name: str
+    token_file: str
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise bad_key("name", "must not be empty")
+        if not self.token_file:
+            raise bad_key("token_file", "must not be empty")
+        _absolute("token_file", self.token_file)
+
+
+class Report(Section, frozen=True):
+    """Silence of a node: suspect gets no new work, lost has lost its leases."""
+
+    suspect_ns: Duration = Duration(3 * SECOND_NS)
+    lost_ns: Duration = Duration(10 * SECOND_NS)
+
+    def __post_init__(self) -> None:
+        _positive(suspect=self.suspect_ns)
+        if self.lost_ns <= self.suspect_ns:
+            raise bad_key("lost", "must be longer than suspect")
+
+
+class Dispatch(Section, frozen=True):
+    """Defaults for functions whose s.yaml says nothing."""
+
+    policy: Literal["pack", "spread"] = "pack"
+    wake_factor: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    queue_length: Annotated[int, msgspec.Meta(ge=0)] = 1000
+    queue_timeout_ns: Duration = Duration(60 * SECOND_NS)
+    hold_ns: Duration = Duration(2 * SECOND_NS)
+
+    def __post_init__(self) -> None:
+        _positive(queue_timeout=self.queue_timeout_ns)
+
+
+class SchedulerConfig(Section, frozen=True):
+    """scheduler.yaml: the central one."""
+
+    state_dir: str = "/var/lib/hibernode/scheduler"
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "json"
+    insecure: bool = False
+    token_file: str = ""
+    gateway: Gateway = Gateway()
+    grpc: Listen = Listen(port=8601)
+    admin: Listen = Listen(port=8602)
+    nodes: tuple[NodeCredential, ...] = ()
+    database: str = ""
+    price_book: str = ""
+    report: Report = Report()
+    dispatch: Dispatch = Dispatch()
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        _absolute("state_dir", self.state_dir)
+        if not self.state_dir:
+            raise bad_key("state_dir", "must not be empty")
+        _absolute("token_file", self.token_file)
+        _absolute("price_book", self.price_book)
+        _refuse_open_bind(
+            self.insecure, gateway=self.gateway.host, grpc=self.grpc.host, admin=self.admin.host
+        )
+        names = [node.name for node in self.nodes]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise bad_key(
+                    f"nodes[{index}].name", f"{name!r} is there twice; each node has a credential of its own"
+                )
+
+    @property
+    def token_path(self) -> Path:
+        """The bearer token of the API; default <state_dir>/token."""
+        return Path(self.token_file or f"{self.state_dir}/token")
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy URL; default SQLite at <state_dir>/scheduler.db. May hold a password: never log it."""
+        return self.database or f"sqlite:///{self.state_dir}/scheduler.db"
