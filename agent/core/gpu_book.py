@@ -1,0 +1,384 @@
+"""Who holds which GPU, and who gives way: `step(book, event, at) -> (book, effects)`, owned by the node loop.
+
+Rules (DESIGN section 3). GPUs are dedicated: an awake instance holds whole GPUs, a frozen one none. All or nothing:
+nobody holds some while waiting for more. First come, first served: what the head of the queue can use is reserved for
+it, later waiters may use only what it cannot. A victim is the least recently used idle holder that may be preempted;
+if it refuses, the next. When a waiter has waited `max_hold_ns`, a busy holder is asked to drain. A GPU changes hands
+only on proof (`Released`), never on a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import assert_never
+
+from agent.core.types import SECOND_NS
+
+REFUSAL_BACK_OFF_NS = SECOND_NS
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One GPU: who holds it ("" = free), and why nobody new may ("" = not cordoned)."""
+
+    uuid: str
+    model: str
+    holder: str = ""
+    cordoned: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """An instance that holds GPUs. `idle_since_ns` is None while busy; `asked`: a freeze or drain is under way."""
+
+    gpus: tuple[str, ...]
+    since_ns: int
+    idle_since_ns: int | None = None
+    preemptible_at_ns: int = 0
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """An instance that waits for `count` of the GPUs in `allowed`, all or nothing."""
+
+    uid: str
+    count: int
+    allowed: tuple[str, ...]
+    since_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Book:
+    """The whole state. `assigned`: the GPUs an instance may ever use, chosen once at its creation."""
+
+    devices: Mapping[str, Device]
+    per_gpu: int = 1
+    max_hold_ns: int = 10 * SECOND_NS
+    assigned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    holders: Mapping[str, Holder] = field(default_factory=dict)
+    queue: tuple[Waiter, ...] = ()
+
+    def sharers(self, uuid: str) -> int:
+        """How many instances are assigned to this GPU, awake or not."""
+        return sum(uuid in gpus for gpus in self.assigned.values())
+
+
+# ---- events ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """A new instance: choose its GPUs among those of `model` ("" = any). Answered by Assigned or Unassignable."""
+
+    uid: str
+    count: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Recovery: this instance was assigned these GPUs, and holds them now if `holds`."""
+
+    uid: str
+    gpus: tuple[str, ...]
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Unassign:
+    """The instance is gone for good (after Released, if it held)."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The instance wants its GPUs."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The instance does not want them any more."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Proof that nothing of the instance is left on its GPUs."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Releasing:
+    """The holder has given up its GPUs; the proof is on its way. It counts as asked: nobody else gives way for it."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeRefused:
+    """The holder was asked to freeze or drain, and did not."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class BecameIdle:
+    """Nobody is inside the holder; it may be preempted from `preemptible_at_ns` on."""
+
+    uid: str
+    preemptible_at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class BecameBusy:
+    """A request is inside the holder."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cordon:
+    """Nothing new may use this GPU ("" as reason lifts it)."""
+
+    uuid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed: the timer of `WakeMeAt` fired."""
+
+
+BookEvent = (
+    Assign
+    | Adopt
+    | Unassign
+    | Ask
+    | Leave
+    | Released
+    | Releasing
+    | FreezeRefused
+    | BecameIdle
+    | BecameBusy
+    | Cordon
+    | Tick
+)
+
+
+# ---- effects --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """The instance's GPUs, for life."""
+
+    uid: str
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unassignable:
+    """No set of GPUs has room for it; `message` says what is short."""
+
+    uid: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The instance holds these GPUs from now on."""
+
+    uid: str
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AskFreeze:
+    """Freeze this idle holder."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskDrain:
+    """Close this busy holder's gate; freeze it when its last request ended."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class WakeMeAt:
+    """Send `Tick` at this time: something becomes possible then."""
+
+    at_ns: int
+
+
+BookEffect = Assigned | Unassignable | Grant | AskFreeze | AskDrain | WakeMeAt
+BookStep = tuple[Book, list[BookEffect]]
+
+
+def step(book: Book, event: BookEvent, at: int) -> BookStep:
+    """Apply `event` at monotonic time `at` (ns); effects are to be performed in order."""
+    effects: list[BookEffect] = []
+    match event:
+        case Assign(uid, count, model):
+            return _assign(book, uid, count, model)
+        case Adopt(uid, gpus, holds):
+            book = replace(book, assigned={**book.assigned, uid: gpus})
+            if holds:
+                book = _take(book, uid, gpus, at)
+        case Unassign(uid):
+            assigned = {key: value for key, value in book.assigned.items() if key != uid}
+            book = replace(_let_go(_leave(book, uid), uid), assigned=assigned)
+        case Ask(uid):
+            book = _enqueue(book, uid, at)
+        case Leave(uid):
+            book = _leave(book, uid)
+        case Released(uid):
+            book = _let_go(book, uid)
+        case Releasing(uid):
+            book = _with_holder(book, uid, asked=True, idle_since_ns=None)
+        case FreezeRefused(uid):
+            held = book.holders.get(uid)
+            idle_since = None if held is None else held.idle_since_ns
+            book = _with_holder(
+                book, uid, asked=False, idle_since_ns=idle_since, preemptible_at_ns=at + REFUSAL_BACK_OFF_NS
+            )
+        case BecameIdle(uid, preemptible_at_ns):
+            book = _with_holder(book, uid, idle_since_ns=at, preemptible_at_ns=preemptible_at_ns)
+        case BecameBusy(uid):
+            book = _with_holder(book, uid, idle_since_ns=None)
+        case Cordon(uuid, reason):
+            device = replace(book.devices[uuid], cordoned=reason)
+            book = replace(book, devices={**book.devices, uuid: device})
+        case Tick():
+            pass
+        case _:
+            assert_never(event)
+    book, more = _serve(book, at)
+    return book, effects + more
+
+
+def _assign(book: Book, uid: str, count: int, model: str) -> BookStep:
+    """The GPUs with the fewest sharers first, so that instances spread before they share."""
+    if uid in book.assigned:
+        return book, [Assigned(uid, book.assigned[uid])]
+    fitting = [d for d in book.devices.values() if not d.cordoned and model in ("", d.model)]
+    roomy = sorted((book.sharers(d.uuid), i, d.uuid) for i, d in enumerate(fitting))
+    chosen = tuple(uuid for sharers, _, uuid in roomy if sharers < book.per_gpu)[:count]
+    if len(chosen) < count:
+        wanted = f"{count} GPU(s)" + (f" of model {model!r}" if model else "")
+        return book, [
+            Unassignable(
+                uid,
+                f"{wanted} wanted, {len(chosen)} of {len(fitting)} such GPU(s) on this node have room "
+                f"(gpu.instances_per_gpu: {book.per_gpu}); remove an instance or raise it",
+            )
+        ]
+    return replace(book, assigned={**book.assigned, uid: chosen}), [Assigned(uid, chosen)]
+
+
+def _enqueue(book: Book, uid: str, at: int) -> Book:
+    if uid in book.holders or any(waiter.uid == uid for waiter in book.queue):
+        return book
+    gpus = book.assigned[uid]
+    return replace(book, queue=(*book.queue, Waiter(uid, len(gpus), gpus, at)))
+
+
+def _leave(book: Book, uid: str) -> Book:
+    return replace(book, queue=tuple(waiter for waiter in book.queue if waiter.uid != uid))
+
+
+def _take(book: Book, uid: str, gpus: tuple[str, ...], at: int) -> Book:
+    devices = dict(book.devices)
+    for uuid in gpus:
+        devices[uuid] = replace(devices[uuid], holder=uid)
+    return replace(book, devices=devices, holders={**book.holders, uid: Holder(gpus, at)})
+
+
+def _let_go(book: Book, uid: str) -> Book:
+    held = book.holders.get(uid)
+    if held is None:
+        return book
+    devices = dict(book.devices)
+    for uuid in held.gpus:
+        devices[uuid] = replace(devices[uuid], holder="")
+    return replace(book, devices=devices, holders={key: value for key, value in book.holders.items() if key != uid})
+
+
+def _with_holder(
+    book: Book,
+    uid: str,
+    *,
+    idle_since_ns: int | None,
+    asked: bool | None = None,
+    preemptible_at_ns: int | None = None,
+) -> Book:
+    held = book.holders.get(uid)
+    if held is None:
+        return book
+    held = replace(
+        held,
+        idle_since_ns=idle_since_ns,
+        asked=held.asked if asked is None else asked,
+        preemptible_at_ns=held.preemptible_at_ns if preemptible_at_ns is None else preemptible_at_ns,
+    )
+    return replace(book, holders={**book.holders, uid: held})
+
+
+def _serve(book: Book, at: int) -> BookStep:
+    """Walk the queue in order: grant what can be granted, make room for the rest, remember when to look again."""
+    effects: list[BookEffect] = []
+    reserved: set[str] = set()
+    look_again: list[int] = []
+    for waiter in book.queue:
+        usable = [u for u in waiter.allowed if u not in reserved and not book.devices[u].cordoned]
+        free = [u for u in usable if not book.devices[u].holder]
+        if len(free) >= waiter.count:
+            gpus = tuple(free[: waiter.count])
+            book = _take(_leave(book, waiter.uid), waiter.uid, gpus, at)
+            effects.append(Grant(waiter.uid, gpus))
+            continue
+        reserved.update(waiter.allowed)
+        book, asked = _make_room(book, waiter, usable, len(free), at, look_again)
+        effects.extend(asked)
+    if look_again:
+        effects.append(WakeMeAt(min(look_again)))
+    return book, effects
+
+
+def _make_room(
+    book: Book, waiter: Waiter, usable: list[str], free: int, at: int, look_again: list[int]
+) -> tuple[Book, list[BookEffect]]:
+    """Ask as many holders as are needed and may be asked; GPUs already being vacated count."""
+    effects: list[BookEffect] = []
+    holders = {book.devices[u].holder: book.holders[book.devices[u].holder] for u in usable if book.devices[u].holder}
+    coming = sum(
+        book.devices[u].holder in holders and holders[book.devices[u].holder].asked
+        for u in usable
+        if book.devices[u].holder
+    )
+    short = waiter.count - free - coming
+    idle = sorted((h.idle_since_ns, uid) for uid, h in holders.items() if h.idle_since_ns is not None and not h.asked)
+    busy = sorted((h.since_ns, uid) for uid, h in holders.items() if h.idle_since_ns is None and not h.asked)
+    drain_at = waiter.since_ns + book.max_hold_ns
+    victims: list[tuple[str, int, bool]] = [(uid, holders[uid].preemptible_at_ns, True) for _, uid in idle]
+    victims += [(uid, max(drain_at, holders[uid].preemptible_at_ns), False) for _, uid in busy]
+    for uid, possible_at, is_idle in victims:
+        if short <= 0:
+            break
+        if possible_at > at:
+            look_again.append(possible_at)
+            continue
+        held = holders[uid]
+        book = _with_holder(book, uid, idle_since_ns=held.idle_since_ns, asked=True)
+        effects.append(AskFreeze(uid) if is_idle else AskDrain(uid))
+        short -= sum(u in held.gpus for u in usable)
+    return book, effects

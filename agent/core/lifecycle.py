@@ -1,0 +1,399 @@
+"""The life of one instance: `step(instance, event, at) -> (instance, effects)`, the only transition code.
+
+| state | a request waits | the operation succeeds | refused (rolled back) / broken (unknown) |
+|---|---|---|---|
+| STARTING | waits | RUNNING | FAILED |
+| RUNNING | is granted by the gate | - | - |
+| FREEZING (lock, then checkpoint) | asks to cancel: undone until the checkpoint began | FROZEN or WAITING_GPU | RUNNING with back-off / FAILED |
+| FROZEN | WAITING_GPU | - | - |
+| WAITING_GPU | waits | granted: RESTORING | nobody waits any more: FROZEN |
+| RESTORING | waits | RUNNING | once more, then FAILED / FAILED |
+| STOPPING | refused | STOPPED | FAILED |
+
+One operation at a time: `op_gen` discards the answers of operations that no longer count, `idle_gen` stale timers.
+Requests reach this machine only as edges (the first granted, the last ended, the first waiting, nobody waiting), so
+that a request in the middle of a busy instance costs two counter changes in `slots.py` and nothing here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from agent.core.lifecycle_events import (
+    AskCancel,
+    Became,
+    BookRefused,
+    Broken,
+    Busy,
+    ClosePool,
+    Created,
+    DrainOrdered,
+    Effect,
+    Event,
+    Exited,
+    FreezeAsked,
+    FreezeOrdered,
+    Granted,
+    IdleTimer,
+    Note,
+    Op,
+    Quiet,
+    Refused,
+    RefuseWaiters,
+    Release,
+    Run,
+    SetIdleTimer,
+    SetStopTimer,
+    StopAsked,
+    StopTimer,
+    Succeeded,
+    Unwanted,
+    WakeAsked,
+    WakeExpired,
+    Want,
+    Wanted,
+    Withdraw,
+)
+from agent.core.types import SECOND_NS, InstanceState
+
+BACK_OFF_MIN_NS = SECOND_NS
+BACK_OFF_MAX_NS = 60 * SECOND_NS
+MAX_RESTORES = 2
+PRE_FREEZE_FAILED = "PRE_FREEZE_FAILED"
+CANCELLED = "CANCELLED"
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """Everything the decisions about one instance depend on. Only `step` makes new ones.
+
+    `holds`: a GPU grant is ours. `ordered`: the running freeze was ordered by the GPU book and is not cancelled.
+    `draining`: the book wants the GPU, the gate is closed until the last request ended. `stop`: a stop was asked
+    (`stop_force`: without drain or hooks). `wake_until_ns`: an API wake counts as somebody waiting until then.
+    """
+
+    uid: str
+    freezable: bool
+    freeze_after_ns: int
+    min_awake_ns: int = 0
+    state: InstanceState = InstanceState.STARTING
+    op: Op | None = None
+    op_gen: int = 0
+    idle_gen: int = 0
+    busy: bool = False
+    wanted: bool = False
+    holds: bool = False
+    gpus: tuple[str, ...] = ()
+    ordered: bool = False
+    draining: bool = False
+    stop: bool = False
+    stop_force: bool = False
+    stop_grace_ns: int = 0
+    wake_until_ns: int = 0
+    hold_ns: int = 0
+    hold_until_ns: int = 0
+    refusals: int = 0
+    restores: int = 0
+    awake_since_ns: int = 0
+    reason: str = ""
+    message: str = ""
+
+    @property
+    def gate_open(self) -> bool:
+        """May the gate grant requests now?"""
+        return self.state is InstanceState.RUNNING and not self.draining and not self.stop
+
+    def awaited(self, at: int) -> bool:
+        """Does a request, or an API wake whose deadline has not passed, wait for this instance to be awake?"""
+        return self.wanted or at < self.wake_until_ns
+
+
+Step = tuple[Instance, list[Effect]]
+
+
+def step(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, PLR0912 - one flat table is easiest to read
+    """Apply `event` at monotonic time `at` (ns). Pure: the caller performs the effects in order, without awaiting."""
+    if me.state.terminal:
+        return _after_the_end(me, event)
+    match event:
+        case Created():
+            return me, [Want()]
+        case Granted(gpus):
+            return _granted(me, gpus)
+        case Busy():
+            return replace(me, busy=True, idle_gen=me.idle_gen + 1, hold_until_ns=0), [Became(idle=False)]
+        case Quiet():
+            return _settle(replace(me, busy=False), at)
+        case Wanted():
+            return _call(replace(me, wanted=True), at)
+        case Unwanted():
+            return _give_up_waiting(replace(me, wanted=False), at)
+        case WakeAsked(hold_ns, until_ns):
+            return _wake_asked(me, hold_ns, until_ns, at)
+        case WakeExpired():
+            return _give_up_waiting(me, at)
+        case IdleTimer(gen):
+            if gen != me.idle_gen or not _can_freeze(me):
+                return me, []
+            return _begin_freeze(me, ordered=False)
+        case FreezeAsked():
+            return _begin_freeze(me, ordered=False) if _can_freeze(me) else (me, [])
+        case FreezeOrdered():
+            return _begin_freeze(me, ordered=True) if _can_freeze(me) else (me, [BookRefused()])
+        case DrainOrdered():
+            return _drain(me)
+        case StopAsked(grace_ns, force, reason, message):
+            return _stop_asked(me, grace_ns, force, reason, message, at)
+        case StopTimer(gen):
+            if me.state is InstanceState.STOPPING and me.op is None and gen == me.op_gen:
+                return _run(replace(me, stop_force=True), Op.STOP)
+            return me, []
+        case Succeeded(gen):
+            return _succeeded(me, at) if _current(me, gen) else (me, [])
+        case Refused(gen, reason, message):
+            return _refused(me, reason, message, at) if _current(me, gen) else (me, [])
+        case Broken(gen, reason, message):
+            return _fail(me, reason, message) if _current(me, gen) else (me, [])
+        case Exited(reason, message):
+            return _exited(me, reason, message)
+        case _:
+            assert_never(event)
+
+
+def _current(me: Instance, gen: int) -> bool:
+    return me.op is not None and gen == me.op_gen
+
+
+def _run(me: Instance, op: Op) -> Step:
+    gen = me.op_gen + 1
+    return replace(me, op=op, op_gen=gen), [Run(op, gen, me.gpus)]
+
+
+def _can_freeze(me: Instance) -> bool:
+    return me.freezable and me.state is InstanceState.RUNNING and not me.busy and not me.stop
+
+
+def _after_the_end(me: Instance, event: Event) -> Step:
+    """A terminal instance only refuses those who still come, and gives back a grant that crossed its end."""
+    match event:
+        case Wanted():
+            return me, [RefuseWaiters(me.reason or "INSTANCE_GONE", me.message)]
+        case Granted():
+            return me, [Release()]
+        case FreezeOrdered() | DrainOrdered():
+            return me, []
+        case _:
+            return me, []
+
+
+def _granted(me: Instance, gpus: tuple[str, ...]) -> Step:
+    if me.holds or me.op is not None:
+        return me, [Note("gpu.grant_unexpected", "")]
+    me = replace(me, holds=True, gpus=gpus)
+    match me.state:
+        case InstanceState.STARTING:
+            return _run(me, Op.START)
+        case InstanceState.WAITING_GPU:
+            return _run(replace(me, state=InstanceState.RESTORING, restores=1), Op.WAKE)
+        case _:
+            return _release(me)
+
+
+def _release(me: Instance) -> Step:
+    if not me.holds:
+        return me, []
+    return replace(me, holds=False), [Release()]
+
+
+def _call(me: Instance, at: int) -> Step:
+    """Somebody waits for this instance to be awake."""
+    match me.state:
+        case InstanceState.FROZEN:
+            return replace(me, state=InstanceState.WAITING_GPU), [Want()]
+        case InstanceState.FREEZING if not me.ordered and me.op is Op.LOCK:
+            return me, [AskCancel(me.op_gen)]
+        case InstanceState.STOPPING:
+            return me, [RefuseWaiters("INSTANCE_STOPPING", "the instance is being stopped")]
+        case InstanceState.RUNNING if me.stop:
+            return me, [RefuseWaiters("INSTANCE_STOPPING", "the instance is being stopped")]
+        case _:
+            return me, []
+
+
+def _wake_asked(me: Instance, hold_ns: int, until_ns: int, at: int) -> Step:
+    me = replace(me, hold_ns=max(me.hold_ns, hold_ns), wake_until_ns=max(me.wake_until_ns, until_ns))
+    if me.state is not InstanceState.RUNNING:
+        return _call(me, at)
+    me = replace(me, wake_until_ns=0)
+    return _settle(me, at) if not me.busy else (replace(me, hold_ns=0), [])
+
+
+def _give_up_waiting(me: Instance, at: int) -> Step:
+    if me.state is InstanceState.WAITING_GPU and not me.awaited(at):
+        return replace(me, state=InstanceState.FROZEN), [Withdraw()]
+    if me.state is InstanceState.RUNNING and not me.busy:
+        return _settle(me, at)
+    return me, []
+
+
+def _settle(me: Instance, at: int) -> Step:
+    """RUNNING (or STOPPING) with nobody inside: decide what comes next. Also called right after a wake."""
+    if me.state is InstanceState.STOPPING:
+        return _run(me, Op.STOP) if me.op is None else (me, [])
+    if me.state is not InstanceState.RUNNING:
+        return me, []
+    if me.stop:
+        return _begin_stop(me, at)
+    if me.draining and me.freezable:
+        return _begin_freeze(me, ordered=True)
+    if me.wanted:
+        return me, []  # the gate opens now and grants them: never idle in the eyes of the GPU book
+    hold_until = max(me.hold_until_ns, at + me.hold_ns if me.hold_ns else 0)
+    back_off = min(BACK_OFF_MIN_NS << min(me.refusals - 1, 16), BACK_OFF_MAX_NS) if me.refusals else 0
+    freeze_at = max(at + max(me.freeze_after_ns, back_off), hold_until)
+    me = replace(me, idle_gen=me.idle_gen + 1, hold_ns=0, hold_until_ns=hold_until)
+    became = Became(idle=True, preemptible_at_ns=max(hold_until, me.awake_since_ns + me.min_awake_ns, at + back_off))
+    if not me.freezable:
+        return me, [became]
+    return me, [became, SetIdleTimer(me.idle_gen, freeze_at)]
+
+
+def _begin_freeze(me: Instance, *, ordered: bool) -> Step:
+    me = replace(me, state=InstanceState.FREEZING, ordered=ordered, idle_gen=me.idle_gen + 1, hold_until_ns=0)
+    me, effects = _run(me, Op.LOCK)
+    return me, [ClosePool(), *effects]
+
+
+def _drain(me: Instance) -> Step:
+    if me.state is not InstanceState.RUNNING or not me.freezable or me.stop:
+        return me, [BookRefused()]
+    me = replace(me, draining=True)
+    return (me, []) if me.busy else _begin_freeze(me, ordered=True)
+
+
+def _succeeded(me: Instance, at: int) -> Step:
+    """The current operation did what it should."""
+    op, me = me.op, replace(me, op=None)
+    match op:
+        case Op.START | Op.WAKE:
+            me = replace(me, state=InstanceState.RUNNING, awake_since_ns=at, restores=0, wake_until_ns=0)
+            return _settle(replace(me, ordered=False, draining=False), at)
+        case Op.LOCK if me.stop or (me.awaited(at) and not me.ordered):
+            return _run(me, Op.UNLOCK)
+        case Op.LOCK:
+            return _run(me, Op.CHECKPOINT)
+        case Op.UNLOCK:
+            return _settle(_running_again(me), at)
+        case Op.CHECKPOINT:
+            return _frozen(me, at)
+        case Op.STOP:
+            me = replace(me, state=InstanceState.STOPPED)
+            me, effects = _release(me)
+            return me, [*effects, RefuseWaiters(me.reason or "INSTANCE_STOPPED", me.message)]
+        case Op.DESTROY | None:
+            return me, []
+        case _:
+            assert_never(op)
+
+
+def _running_again(me: Instance) -> Instance:
+    return replace(me, state=InstanceState.RUNNING, ordered=False, draining=False, wake_until_ns=0)
+
+
+def _frozen(me: Instance, at: int) -> Step:
+    me = replace(me, state=InstanceState.FROZEN, ordered=False, draining=False, refusals=0)
+    me, effects = _release(me)
+    if me.stop:
+        me, more = _begin_stop(me, at)
+        return me, [*effects, *more]
+    if me.awaited(at):
+        return replace(me, state=InstanceState.WAITING_GPU), [*effects, Want()]
+    return me, effects
+
+
+def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
+    """The current operation was rolled back."""
+    op, me = me.op, replace(me, op=None)
+    match op:
+        case Op.LOCK if reason == PRE_FREEZE_FAILED:
+            return _begin_stop(replace(_running_again(me), stop=True, reason=reason, message=message), at)
+        case Op.LOCK | Op.CHECKPOINT | Op.UNLOCK:
+            cancelled = reason == CANCELLED
+            effects: list[Effect] = [BookRefused()] if me.ordered or me.draining else []
+            if not cancelled:
+                effects.append(Note("instance.freeze_refused", f"{reason}: {message}"))
+            me = replace(_running_again(me), refusals=me.refusals + (0 if cancelled else 1))
+            me, more = _settle(me, at)
+            return me, [*effects, *more]
+        case Op.WAKE if me.restores < MAX_RESTORES and not me.stop:
+            me, effects = _run(replace(me, restores=me.restores + 1), Op.WAKE)
+            return me, [Note("instance.restore_retried", f"{reason}: {message}"), *effects]
+        case Op.DESTROY | None:
+            return me, []
+        case Op.START | Op.WAKE | Op.STOP:
+            return _fail(me, reason, message)
+        case _:
+            assert_never(op)
+
+
+def _fail(me: Instance, reason: str, message: str) -> Step:
+    """FAILED: kill what is left, give the GPUs back on proof, send the waiters elsewhere."""
+    waited = me.state in (InstanceState.STARTING, InstanceState.WAITING_GPU) and not me.holds
+    gen = me.op_gen + 1
+    me = replace(
+        me,
+        state=InstanceState.FAILED,
+        op=None,
+        op_gen=gen,
+        idle_gen=me.idle_gen + 1,
+        reason=reason,
+        message=message,
+    )
+    effects: list[Effect] = [Run(Op.DESTROY, gen, me.gpus)]
+    if waited:
+        effects.append(Withdraw())
+    me, released = _release(me)
+    return me, [*effects, *released, RefuseWaiters(reason, message)]
+
+
+def _exited(me: Instance, reason: str, message: str) -> Step:
+    if me.state is InstanceState.STOPPING:
+        return (me, []) if me.op is not None else _run(me, Op.STOP)
+    return _fail(me, reason, message)
+
+
+def _stop_asked(me: Instance, grace_ns: int, force: bool, reason: str, message: str, at: int) -> Step:
+    if me.stop and not (force and not me.stop_force):
+        return me, []
+    me = replace(
+        me,
+        stop=True,
+        stop_force=me.stop_force or force,
+        stop_grace_ns=grace_ns,
+        reason=me.reason or reason,
+        message=me.message or message,
+    )
+    if me.op is not None:
+        return me, [AskCancel(me.op_gen)] if me.op is Op.LOCK else []
+    return _begin_stop(me, at)
+
+
+def _begin_stop(me: Instance, at: int) -> Step:
+    """No operation runs. A frozen instance is killed without waking it; a busy one is drained first."""
+    waited = me.state in (InstanceState.STARTING, InstanceState.WAITING_GPU) and not me.holds
+    was_running = me.state is InstanceState.RUNNING or me.state is InstanceState.STOPPING
+    stop_reason = me.reason or "INSTANCE_STOPPING"
+    me = replace(
+        me,
+        state=InstanceState.STOPPING,
+        stop=True,
+        idle_gen=me.idle_gen + 1,
+        stop_force=me.stop_force or not was_running,
+    )
+    effects: list[Effect] = [Withdraw()] if waited else []
+    effects.append(RefuseWaiters(stop_reason, me.message or "the instance is being stopped"))
+    if me.busy and not me.stop_force:
+        return me, [*effects, SetStopTimer(me.op_gen, at + me.stop_grace_ns)]
+    me, run = _run(me, Op.STOP)
+    return me, [*effects, *run]
