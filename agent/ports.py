@@ -135,7 +135,10 @@ class Freezer(Protocol):
         """Thaw, restore (old uuid -> new uuid; empty = same GPUs), unlock, verify running."""
 
     async def condition(self, handle: Handle) -> Condition:
-        """What state the instance is really in. Reads the cgroup first; asks the driver only where that is safe."""
+        """What state the instance is really in. Reads the cgroup first; asks the driver only where it is safe.
+
+        Raises UnavailableError NVML_UNAVAILABLE where a frozen instance's memory can't be read.
+        """
 
     async def finish_freeze(self, handle: Handle) -> FreezeResult:
         """Recovery: CHECKPOINTED but not frozen -> freeze the cgroup."""
@@ -175,8 +178,8 @@ class CudaOp(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CudaCall:
-    """One operation on one process. `timeout_ms` is for LOCK (0 = none), `gpu_map` (old uuid, new uuid) for RESTORE;
-    a map must name every GPU the driver sees, an empty one means the same GPUs."""
+    """One operation on one process. `timeout_ms` is for LOCK (0 = none), `gpu_map` (old uuid, new uuid) for
+    RESTORE; a map must name every GPU the driver sees, an empty one means the same GPUs."""
 
     op: CudaOp
     pid: int
@@ -186,8 +189,8 @@ class CudaCall:
 
 @dataclass(frozen=True, slots=True)
 class CudaAnswer:
-    """`code` is the driver's CUresult (0 = success), `elapsed_us` the time inside the driver's call. `state` is what
-    was read: by STATE, or by the re-read after a failure; None after any other success (ask with STATE)."""
+    """`code` is the driver's CUresult (0 = success), `elapsed_us` the time inside the driver's call. `state` is
+    what was read: by STATE, or by the re-read after a failure; None after any other success (ask with STATE)."""
 
     call: CudaCall
     code: int
@@ -196,8 +199,8 @@ class CudaAnswer:
 
 
 class CudaFault(Enum):
-    """What kept a batch from being answered. NOT_BEGUN: nothing was done. LOST: the operation hung or its worker
-    died; it may still run later, so thaw, re-read and unlock. STUCK: LOST, and the worker did not even die."""
+    """What kept a batch from being answered. NOT_BEGUN: nothing was done. LOST: the operation hung or its
+    worker died; it may still run later: thaw, re-read, unlock. STUCK: LOST, and the worker did not even die."""
 
     NONE = "NONE"
     NOT_BEGUN = "NOT_BEGUN"
@@ -207,7 +210,7 @@ class CudaFault(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CudaReply:
-    """Answers in the order of the calls, up to and including the first failure. `reason` belongs to `fault`."""
+    """Answers in the order of the calls, to the first failure inclusive. `reason` belongs to `fault`."""
 
     answers: tuple[CudaAnswer, ...] = ()
     fault: CudaFault = CudaFault.NONE
@@ -226,12 +229,14 @@ class CudaReply:
 
 
 class Checkpointer(Protocol):
-    """The driver's checkpoint operations, batched. Never call it for a process whose cgroup is frozen: it hangs.
+    """The driver's checkpoint operations, batched. Never call it for a process in a frozen cgroup: it hangs.
 
     A STATE of a process without CUDA is answered with NONE and does not end the batch.
     """
 
-    async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
+    async def run(
+        self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()
+    ) -> CudaReply:
         """Run the calls in order, stop at the first failure; never raises for the driver's answer.
 
         `deadline_s` counts from the moment the driver is asked, the wait for a free worker has its own bound.
