@@ -1,0 +1,143 @@
+"""Errors as HTTP answers: the one place where a `HibernodeError` becomes a status, and the JSON body it goes
+in.
+
+Body `{"RequestId", "Code", "Message"}` and header `x-fc-request-id` are Function Compute's. `Code` is the
+PascalCase of the error's reason (QUEUE_TIMEOUT -> QueueTimeout), but InvalidArgument for every 400 and
+ResourceExhausted for every 429, which is what FC's clients look for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agent.core import errors as core
+from agent.http.message import Header
+
+_STATUS: tuple[tuple[type[core.HibernodeError], int], ...] = (
+    (core.InvalidArgumentError, 400),
+    (core.UnauthenticatedError, 401),
+    (core.PermissionDeniedError, 403),
+    (core.NotFoundError, 404),
+    (core.ConflictError, 409),
+    (core.PreconditionError, 409),
+    (core.ExhaustedError, 429),
+    (core.UnsupportedError, 501),
+    (core.InstanceError, 502),
+    (core.UnavailableError, 503),
+    (core.DeadlineError, 504),
+)
+_FIXED_CODE = {400: "InvalidArgument", 429: "ResourceExhausted"}
+
+
+class HttpError(core.HibernodeError):
+    """A refusal that only HTTP knows (malformed, too large, too slow), with its own status and code."""
+
+    def __init__(self, status: int, code: str, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.status = status
+        self.code = code
+
+
+class ClientGoneError(core.UnavailableError):
+    """The client closed its connection before its request was read; nobody is left to answer."""
+
+    def __init__(self) -> None:
+        super().__init__("CLIENT_GONE", "the client closed the connection before its request ended")
+
+
+class ConnectFailedError(core.UnavailableError):
+    """No connection to the upstream: nothing was sent, so the request may go elsewhere."""
+
+
+class UpstreamTimeoutError(core.DeadlineError):
+    """The upstream did not answer in time; its connection was closed."""
+
+
+class UpstreamBrokenError(core.InstanceError):
+    """The upstream closed the connection or broke HTTP before its answer was whole."""
+
+
+def malformed(what: str) -> HttpError:
+    """400: the request can't be read, or could be read in two ways. The connection is closed after it."""
+    return HttpError(400, "InvalidArgument", "MALFORMED_REQUEST", f"The request is not valid HTTP/1.1: {what}.")
+
+
+def too_large(what: str, limit_bytes: int) -> HttpError:
+    """400: headers or target over their limit."""
+    return HttpError(
+        400,
+        "InvalidArgument",
+        "REQUEST_HEAD_TOO_LARGE",
+        f"{what} larger than the limit of {limit_bytes} bytes.",
+    )
+
+
+def body_too_large(limit_bytes: int) -> HttpError:
+    """413: the body is larger than the limit."""
+    return HttpError(
+        413,
+        "RequestEntityTooLarge",
+        "REQUEST_BODY_TOO_LARGE",
+        f"The body is larger than {limit_bytes} bytes.",
+    )
+
+
+def too_slow(what: str, seconds: float) -> HttpError:
+    """408: the client sent no byte for `seconds`."""
+    return HttpError(408, "RequestTimeout", "REQUEST_TIMEOUT", f"{what} did not arrive within {seconds:g} seconds.")
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """A ready error answer: `exchange.answer(a.status, a.headers, a.body)`."""
+
+    status: int
+    headers: list[Header]
+    body: bytes
+
+
+def status_and_code(error: BaseException) -> tuple[int, str]:
+    """HTTP status and FC `Code` of an error; anything that isn't a HibernodeError is a 500
+    InternalServerError."""
+    if isinstance(error, HttpError):
+        return error.status, error.code
+    if isinstance(error, core.HibernodeError):
+        for kind, status in _STATUS:
+            if isinstance(error, kind):
+                return status, _FIXED_CODE.get(status) or "".join(p.capitalize() for p in error.reason.split("_"))
+    return 500, "InternalServerError"
+
+
+def error_answer(error: BaseException, request_id: str, *, retry_after_s: int | None = None) -> ErrorAnswer:
+    """The JSON answer for `error`. A 429 carries `Retry-After` (1 s unless told). An unknown error's text
+    stays here."""
+    status, code = status_and_code(error)
+    if isinstance(error, core.HibernodeError):
+        message = error.message
+    else:
+        message = "An internal error occurred; the log has it under this request id."
+    body = json.dumps({"RequestId": request_id, "Code": code, "Message": message}).encode()
+    headers = [(b"content-type", b"application/json"), (b"x-fc-request-id", request_id.encode("ascii"))]
+    if status == 429 or retry_after_s is not None:
+        headers.append((b"retry-after", str(retry_after_s or 1).encode()))
+    return ErrorAnswer(status, headers, body)
+
+
+class RequestIds:
+    """Makes request ids in Function Compute's shape: `1-67a59f35-150c1267-f381ba1c085c`.
+
+    Version, Unix seconds, 32 random bits, 48 random bits. Clock and randomness are injected:
+    `RequestIds(wall_s=lambda: clock.wall_ns() // 10**9, random_bits=random.getrandbits)`.
+    """
+
+    __slots__ = ("_random_bits", "_wall_s")
+
+    def __init__(self, wall_s: Callable[[], int], random_bits: Callable[[int], int]) -> None:
+        self._wall_s = wall_s
+        self._random_bits = random_bits
+
+    def __call__(self) -> str:
+        bits = self._random_bits(80)
+        return f"1-{self._wall_s() & 0xFFFFFFFF:08x}-{bits >> 48:08x}-{bits & 0xFFFFFFFFFFFF:012x}"
