@@ -46,11 +46,7 @@ def _bounded(value: object, depth: int = 0) -> object:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
-        return (
-            value
-            if len(value) <= MAX_VALUE_CHARS
-            else f"{value[:MAX_VALUE_CHARS]}... ({len(value)} characters)"
-        )
+        return value if len(value) <= MAX_VALUE_CHARS else f"{value[:MAX_VALUE_CHARS]}... ({len(value)} characters)"
     if isinstance(value, bytes | bytearray | memoryview):
         return f"<{len(value)} bytes>"  # bodies and images: neither readable nor ours to show
     if depth >= MAX_DEPTH:
@@ -83,54 +79,72 @@ def _cut_traceback(_logger: WrappedLogger, _method: str, event_dict: EventDict) 
     return event_dict
 
 
-def configure(
-    level: str = "info", fmt: Literal["json", "console"] = "json", *, stream: TextIO | None = None
-) -> None:
+class _Stderr:
+    """stderr as it is at each line: a logger made at import time must not keep a stream that is replaced later."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+class _LibraryHandler(logging.StreamHandler[TextIO]):
+    """Ours among the root logger's handlers, so that `configure` replaces only its own."""
+
+
+def configure(level: str = "info", fmt: Literal["json", "console"] = "json", *, stream: TextIO | None = None) -> None:
     """Set up logging for this process; called once by a composition root, again to change the level.
 
-    `level` is debug, info, warning or error. `stream` is for tests; None is stderr.
+    `level` is debug, info, warning or error. `stream` is for tests; None is stderr, looked up at each line.
     Messages of libraries (stdlib logging) of level warning and above go the same way.
     """
-    out = stream or sys.stderr
     number = logging.getLevelNamesMapping()[level.upper()]
-    before: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        guard,
-    ]
-    render: list[Processor]
-    if fmt == "json":
-        render = [
-            structlog.processors.format_exc_info,
-            _cut_traceback,
-            structlog.processors.JSONRenderer(sort_keys=False),
-        ]
-    else:
-        colors = out.isatty() and not os.environ.get("NO_COLOR")
-        render = [
-            structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
-        ]
-    structlog.configure(
-        processors=[*before, *render],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(stream)
-        if stream
-        else structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
-    )
-    handler = logging.StreamHandler(out)
+    out = cast(TextIO, stream or _Stderr())
+    render = _json() if fmt == "json" else _console(stream or sys.stderr)
+    _configure_structlog(number, render, out)
+    handler = _LibraryHandler(out)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*before[1:]],
+            foreign_pre_chain=_COMMON,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
         )
     )
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [other for other in root.handlers if not isinstance(other, _LibraryHandler)] + [handler]
     root.setLevel(max(number, logging.WARNING))
+
+
+_COMMON: list[Processor] = [
+    structlog.processors.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    guard,
+]
+
+
+def _json() -> list[Processor]:
+    return [structlog.processors.format_exc_info, _cut_traceback, structlog.processors.JSONRenderer()]
+
+
+def _console(stream: TextIO) -> list[Processor]:
+    colors = stream.isatty() and not os.environ.get("NO_COLOR")
+    return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
+
+
+def _configure_structlog(level: int, render: list[Processor], out: TextIO) -> None:
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, *_COMMON, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(out),
+        cache_logger_on_first_use=False,
+    )
 
 
 def get_logger(**bound: object) -> FilteringBoundLogger:
     """A logger with `bound` keys on every line; made at import time or later, before or after `configure`."""
     return cast(FilteringBoundLogger, structlog.get_logger(**bound))
+
+
+# Before `configure` structlog would print to stdout, which belongs to data: early lines go to stderr too.
+if not structlog.is_configured():
+    _configure_structlog(logging.INFO, _console(sys.stderr), cast(TextIO, _Stderr()))
