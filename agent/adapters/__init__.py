@@ -1,0 +1,1 @@
+"""The only place that touches operating system, driver, container engine and disk."""

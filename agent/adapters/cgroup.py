@@ -1,0 +1,249 @@
+"""Cgroups: where v2 is mounted, our slice in it, and what can be done to one cgroup.
+
+v2 is used wherever it is mounted, also beside v1 controllers (hybrid hosts): freeze, events and kill need no
+controller. Kernel docs: Documentation/admin-guide/cgroup-v2.rst.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.core.errors import DeadlineError
+
+PROC_SELF = Path("/proc/self")
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupMount:
+    """One mounted hierarchy. `root` is what of the hierarchy is mounted ("/" but in containers), `controllers` the v1
+    controllers of it; empty for v2."""
+
+    version: int
+    point: Path
+    root: str
+    controllers: frozenset[str]
+
+    def locate(self, cgroup: str) -> Path | None:
+        """Where a path of /proc/PID/cgroup is in the file system; None when it lies outside of what is mounted."""
+        if cgroup.startswith("/.."):
+            return None
+        inside = cgroup if self.root == "/" else cgroup.removeprefix(self.root)
+        if self.root != "/" and inside == cgroup and not cgroup.startswith(self.root):
+            return None
+        return self.point / inside.lstrip("/")
+
+
+def parse_mounts(mountinfo: str) -> list[CgroupMount]:
+    """The cgroup hierarchies of a /proc/PID/mountinfo (format: proc(5))."""
+    mounts = []
+    for line in mountinfo.splitlines():
+        fields = line.split(" ")
+        kind, _source, options = fields[fields.index("-") + 1 :][:3]
+        if kind not in ("cgroup", "cgroup2"):
+            continue
+        point = fields[4].replace("\\040", " ").replace("\\134", "\\")
+        controllers = frozenset(options.split(",")) - {"rw", "ro"} if kind == "cgroup" else frozenset[str]()
+        mounts.append(CgroupMount(2 if kind == "cgroup2" else 1, Path(point), fields[3], controllers))
+    return mounts
+
+
+def parse_membership(text: str) -> dict[str, str]:
+    """A /proc/PID/cgroup as {controller: path}; the key of v2 is ""."""
+    membership = {}
+    for line in text.splitlines():
+        _number, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            membership[controller] = path
+    return membership
+
+
+def find_v2_mount(mountinfo: str) -> CgroupMount | None:
+    """The v2 hierarchy, wherever it is mounted."""
+    return next((mount for mount in parse_mounts(mountinfo) if mount.version == 2), None)
+
+
+# ---- our slice -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupSlice:
+    """The parent of all our instances' cgroups: `hibernode-<first 12 digits of the state directory's UUID>`."""
+
+    path: Path
+
+    def path_of(self, uid: str) -> Path:
+        return self.path / uid
+
+    def create(self, uid: str) -> Path:
+        """Make the instance's cgroup. FileExistsError if there is one: the caller destroys it first."""
+        self.path.mkdir(exist_ok=True)
+        path = self.path_of(uid)
+        path.mkdir()
+        return path
+
+    def uids(self) -> list[str]:
+        """Instances that have a cgroup, ours by construction: the slice carries the UUID."""
+        try:
+            return sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
+        except FileNotFoundError:
+            return []
+
+    def remove_if_empty(self) -> None:
+        """Leave nothing behind when the last instance is gone."""
+        with suppress(OSError):
+            self.path.rmdir()
+
+
+def open_slice(state_uuid: str, proc_self: Path = PROC_SELF) -> CgroupSlice | None:
+    """Our slice, or None where no v2 cgroup can be written (then the SIGSTOP fall-back is used).
+
+    Under a service manager that delegated our own cgroup, there (the unit needs Delegate=yes and KillMode=process, as
+    instances outlive us). Else root uses the top of the hierarchy, like runc does, so that a session's end can't take
+    the instances along; an ordinary user has only the own cgroup.
+    """
+    mount = find_v2_mount((proc_self / "mountinfo").read_text(encoding="utf-8"))
+    if mount is None:
+        return None
+    name = f"hibernode-{state_uuid.replace('-', '')[:12]}"
+    membership = parse_membership((proc_self / "cgroup").read_text(encoding="utf-8"))
+    own = mount.locate(membership.get("", "/"))
+    if own and own.name == name:  # an agent started from inside one of its own instances' slice
+        own = own.parent
+    delegated = own is not None and _is_delegated(own)
+    candidates = [own, mount.point] if delegated or os.geteuid() != 0 else [mount.point, own]
+    for parent in candidates:
+        if parent is not None and _can_host(parent, parent / name):
+            return CgroupSlice(parent / name)
+    return None
+
+
+def _is_delegated(path: Path) -> bool:
+    """systemd marks what it delegates with an extended attribute (CGROUP_DELEGATION in its docs)."""
+    for name in ("trusted.delegate", "user.delegate"):
+        with suppress(OSError):
+            if os.getxattr(path, name) == b"1":
+                return True
+    return False
+
+
+def _can_host(parent: Path, path: Path) -> bool:
+    """Try it: make the slice, and see that a process could be moved in and frozen there."""
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError:
+        return False
+    needed = (parent / "cgroup.procs", path / "cgroup.procs")
+    usable = all(os.access(file, os.W_OK) for file in needed) and (path / "cgroup.freeze").exists()
+    with suppress(OSError):  # made again with the first instance
+        path.rmdir()
+    return usable
+
+
+# ---- one cgroup ------------------------------------------------------------------------------------------------
+
+
+def read_events(path: Path) -> dict[str, int] | None:
+    """`cgroup.events` as {"populated": 0|1, "frozen": 0|1}; None when the cgroup is gone."""
+    try:
+        text = (path / "cgroup.events").read_text(encoding="ascii")
+    except OSError:  # ENOENT, or ENODEV when it went away between open and read
+        return None
+    return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
+
+
+def write_freeze(path: Path, frozen: bool) -> None:
+    """Ask for it; the kernel does it asynchronously (a thaw shows at once, a freeze when the last thread stopped)."""
+    (path / "cgroup.freeze").write_text("1" if frozen else "0", encoding="ascii")
+
+
+def freeze_requested(path: Path) -> bool:
+    """Has `cgroup.freeze` been set on this very cgroup? (`frozen` may also come from an ancestor.)"""
+    try:
+        return (path / "cgroup.freeze").read_text(encoding="ascii").strip() == "1"
+    except OSError:
+        return False
+
+
+def subtree(path: Path) -> list[Path]:
+    """The cgroup and everything below it, children first."""
+    return [Path(folder) for folder, _dirs, _files in os.walk(path, topdown=False)]
+
+
+def procs(path: Path) -> list[int]:
+    """Pids of the processes in the cgroup and below. A process of a foreign pid namespace reads as 0: left out."""
+    pids: set[int] = set()
+    for folder in subtree(path):
+        with suppress(OSError):
+            pids.update(map(int, (folder / "cgroup.procs").read_text(encoding="ascii").split()))
+    return sorted(pids - {0})
+
+
+async def reread(done: Callable[[], bool], deadline_s: float) -> bool:
+    """Wait for a change that the kernel makes soon, by looking again: three times at once, after 200 us, then every
+    2 ms. Polling cgroup.events is late by up to 18 ms (facts/emulated-driver.md, pitfall 16). False at the deadline.
+    """
+    for _ in range(3):
+        if done():
+            return True
+    try:
+        async with asyncio.timeout(deadline_s):
+            await asyncio.sleep(0.0002)
+            while not done():  # noqa: ASYNC110 - the kernel has no event for it that comes in time
+                await asyncio.sleep(0.002)
+    except TimeoutError:
+        return done()
+    return True
+
+
+def is_empty(path: Path) -> bool:
+    """No living process in it or below (zombies do not count), or no such cgroup."""
+    events = read_events(path)
+    return events is None or events["populated"] == 0
+
+
+def send_kill(path: Path) -> None:
+    """SIGKILL every process in it and below, frozen ones too: `cgroup.kill` (Linux 5.14), else one by one."""
+    try:
+        (path / "cgroup.kill").write_text("1", encoding="ascii")
+    except FileNotFoundError:
+        for pid in procs(path):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+async def kill(path: Path, deadline_s: float) -> None:
+    """SIGKILL everything in it and wait until it is empty. DeadlineError KILL_TIMEOUT."""
+
+    def emptied() -> bool:
+        if is_empty(path):
+            return True
+        send_kill(path)  # again at every look: one by one, a fork can slip through
+        return False
+
+    if not await reread(emptied, deadline_s):
+        raise DeadlineError(
+            "KILL_TIMEOUT",
+            f"processes survive SIGKILL for {deadline_s:g} s; one may be stuck in the driver: see `dmesg`",
+            cgroup=str(path),
+            pids=",".join(map(str, procs(path)[:16])),
+        )
+
+
+async def remove(path: Path, deadline_s: float) -> None:
+    """Kill what is inside and remove the cgroup with everything below. Idempotent. DeadlineError KILL_TIMEOUT."""
+    await kill(path, deadline_s)
+    if not await reread(lambda: _try_remove(path), deadline_s):
+        raise DeadlineError("KILL_TIMEOUT", "the cgroup stays busy and can't be removed", cgroup=str(path))
+
+
+def _try_remove(path: Path) -> bool:
+    for folder in subtree(path):
+        with suppress(OSError):
+            folder.rmdir()
+    return not path.exists()

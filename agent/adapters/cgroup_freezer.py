@@ -1,0 +1,229 @@
+"""Stopping and continuing an instance's threads: by cgroup v2, or by SIGSTOP where no cgroup can be written.
+
+Only this half of a freeze lives here; the driver's half and the order of the two are in `freezer.py`. The agent never
+asks the driver about a process whose cgroup is not THAWED: a frozen target can't answer and the call hangs.
+"""
+
+from __future__ import annotations
+
+import signal
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+from typing import Protocol
+
+from agent.adapters import cgroup, process_table
+from agent.core.errors import DeadlineError, PreconditionError
+from agent.core.types import Handle, ProcessId
+
+FREEZE_DEADLINE_S = 5.0
+
+
+class FreezerState(Enum):
+    """THAWED is the only state in which the driver may be asked. FREEZING: asked for, but a thread still runs."""
+
+    THAWED = "THAWED"
+    FREEZING = "FREEZING"
+    FROZEN = "FROZEN"
+    GONE = "GONE"
+
+
+class ProcessFreezer(Protocol):
+    """Stops all threads of an instance at once, and lets them go on."""
+
+    name: str
+
+    async def freeze(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
+        """Returns once every thread has stopped. Idempotent.
+
+        Raises DeadlineError FREEZE_TIMEOUT, after having thawed again; PreconditionError INSTANCE_GONE.
+        """
+
+    async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
+        """Returns once it runs again. Idempotent, whoever froze it. Raises DeadlineError THAW_TIMEOUT (an ancestor is
+        frozen too), PreconditionError INSTANCE_GONE."""
+
+    def state(self, handle: Handle) -> FreezerState:
+        """What the kernel says now."""
+
+    def is_frozen(self, handle: Handle) -> bool:
+        """state(handle) is FROZEN."""
+
+    def frozen_by_us(self, handle: Handle) -> bool:
+        """Did this agent process freeze it (and not thaw it since)? False after a restart: recovery then decides by
+        NVML whose freeze it is (DESIGN section 4)."""
+
+    def forget(self, handle: Handle) -> None:
+        """The instance ended: drop what was remembered about it."""
+
+
+class CgroupFreezer:
+    """`cgroup.freeze` of the handle's own cgroup: about 100 us, threads need not cooperate, SIGKILL still works."""
+
+    name = "cgroup"
+
+    def __init__(self) -> None:
+        self._ours: set[str] = set()
+
+    async def freeze(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
+        path = self._path(handle)
+        self._write(path, handle, frozen=True)
+        self._ours.add(handle.uid)
+        # GONE ends the wait as well: nobody is left to stop.
+        if not await cgroup.reread(lambda: self.state(handle) is not FreezerState.FREEZING, deadline_s):
+            with suppress(OSError):
+                cgroup.write_freeze(path, frozen=False)
+            self._ours.discard(handle.uid)
+            raise _freeze_timeout(handle, deadline_s)
+
+    async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
+        self._write(self._path(handle), handle, frozen=False)
+        self._ours.discard(handle.uid)
+        if not await cgroup.reread(lambda: self.state(handle) is not FreezerState.FROZEN, deadline_s):
+            raise _thaw_timeout(handle, deadline_s)
+
+    def state(self, handle: Handle) -> FreezerState:
+        path = self._path(handle)
+        events = cgroup.read_events(path)
+        if events is None or events["populated"] == 0:
+            return FreezerState.GONE
+        if events["frozen"]:
+            return FreezerState.FROZEN
+        return FreezerState.FREEZING if cgroup.freeze_requested(path) else FreezerState.THAWED
+
+    def is_frozen(self, handle: Handle) -> bool:
+        return self.state(handle) is FreezerState.FROZEN
+
+    def frozen_by_us(self, handle: Handle) -> bool:
+        return handle.uid in self._ours
+
+    def forget(self, handle: Handle) -> None:
+        self._ours.discard(handle.uid)
+
+    def _path(self, handle: Handle) -> Path:
+        if not handle.cgroup:
+            raise PreconditionError("NO_CGROUP", "the instance has no cgroup of its own", uid=handle.uid)
+        return Path(handle.cgroup)
+
+    def _write(self, path: Path, handle: Handle, *, frozen: bool) -> None:
+        try:
+            cgroup.write_freeze(path, frozen)
+        except OSError as error:
+            raise PreconditionError(
+                "INSTANCE_GONE", f"its cgroup can't be written: {error.strerror}", uid=handle.uid
+            ) from error
+
+
+class SignalFreezer:
+    """SIGSTOP and SIGCONT to every process of the instance: the fall-back for hosts without a writable cgroup.
+
+    Weaker than a cgroup: a parent sees its child stop, a process that clears its environment, leaves the session and
+    loses its parent escapes, and anyone may send SIGCONT. `hibernode doctor` says when it is in use.
+    """
+
+    name = "signal"
+
+    def __init__(self, state_uuid: str, boot_id: str) -> None:
+        self._state_uuid = state_uuid
+        self._boot_id = boot_id
+        self._ours: set[str] = set()
+
+    async def freeze(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
+        if not self._members(handle):
+            raise _gone(handle)
+        self._ours.add(handle.uid)
+        seen: set[int] = set()
+
+        def stopped() -> bool:
+            # A fork may happen between the listing and the signal: done when two listings agree and all stand.
+            nonlocal seen
+            found = self._signal(handle, signal.SIGSTOP)
+            agreed, seen = found == seen, found
+            return agreed and all(map(_all_stopped, found))
+
+        if not await cgroup.reread(stopped, deadline_s):
+            self._signal(handle, signal.SIGCONT)
+            self._ours.discard(handle.uid)
+            raise _freeze_timeout(handle, deadline_s)
+
+    async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
+        if not self._members(handle):
+            raise _gone(handle)
+        self._ours.discard(handle.uid)
+
+        def running() -> bool:
+            return not any(_any_stopped(pid) for pid in self._signal(handle, signal.SIGCONT))
+
+        if not await cgroup.reread(running, deadline_s):
+            raise _thaw_timeout(handle, deadline_s)
+
+    def state(self, handle: Handle) -> FreezerState:
+        pids = self._members(handle)
+        if not pids:
+            return FreezerState.GONE
+        if all(map(_all_stopped, pids)):
+            return FreezerState.FROZEN
+        return FreezerState.FREEZING if any(map(_any_stopped, pids)) else FreezerState.THAWED
+
+    def is_frozen(self, handle: Handle) -> bool:
+        return self.state(handle) is FreezerState.FROZEN
+
+    def frozen_by_us(self, handle: Handle) -> bool:
+        return handle.uid in self._ours
+
+    def forget(self, handle: Handle) -> None:
+        self._ours.discard(handle.uid)
+
+    def _members(self, handle: Handle) -> list[int]:
+        mark = instance_mark(self._state_uuid, handle.uid)
+        return [stat.pid for stat in process_table.members(handle.process, self._boot_id, mark)]
+
+    def _signal(self, handle: Handle, number: signal.Signals) -> set[int]:
+        mark = instance_mark(self._state_uuid, handle.uid)
+        found = set()
+        for stat in process_table.members(handle.process, self._boot_id, mark):
+            process = ProcessId(self._boot_id, stat.pid, stat.start_time)
+            if process_table.send_signal(process, self._boot_id, number):
+                found.add(stat.pid)
+        return found
+
+
+INSTANCE_VARIABLE = "HIBERNODE_INSTANCE"
+
+
+def instance_mark(state_uuid: str, uid: str) -> str:
+    """The environment variable by which a process is known to be ours: state directory and instance."""
+    return f"{INSTANCE_VARIABLE}={state_uuid}/{uid}"
+
+
+def choose_freezer(slice_: cgroup.CgroupSlice | None, state_uuid: str, boot_id: str) -> ProcessFreezer:
+    """The cgroup freezer where we can write a cgroup, else the signal one."""
+    return CgroupFreezer() if slice_ else SignalFreezer(state_uuid, boot_id)
+
+
+def _all_stopped(pid: int) -> bool:
+    return all(state in "TtZX" for state in process_table.thread_states(pid))
+
+
+def _any_stopped(pid: int) -> bool:
+    return any(state == "T" for state in process_table.thread_states(pid))
+
+
+def _gone(handle: Handle) -> PreconditionError:
+    return PreconditionError("INSTANCE_GONE", "no process of the instance is left", uid=handle.uid)
+
+
+def _freeze_timeout(handle: Handle, deadline_s: float) -> DeadlineError:
+    return DeadlineError(
+        "FREEZE_TIMEOUT",
+        f"a thread did not stop within {deadline_s:g} s (uninterruptible I/O?); the instance was thawed again",
+        uid=handle.uid,
+    )
+
+
+def _thaw_timeout(handle: Handle, deadline_s: float) -> DeadlineError:
+    return DeadlineError(
+        "THAW_TIMEOUT",
+        f"still stopped {deadline_s:g} s after the thaw; is a parent cgroup frozen by somebody else?",
+        uid=handle.uid,
+    )

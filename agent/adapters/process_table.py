@@ -1,0 +1,168 @@
+"""Reading /proc: who is a process, is it still the same one, who belongs to it.
+
+A pid alone names nobody: it is used again. Identity here is always (boot_id, pid, start time), and signals go through
+a pidfd that was checked against it (facts: any TID is accepted as a PID by the driver and the wrong target dies).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.core.types import ProcessId
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStat:
+    """One line of /proc/PID/stat, the fields we use. `state` is one letter; Z and X are dead, T is stopped."""
+
+    pid: int
+    state: str
+    ppid: int
+    session: int
+    start_time: int
+
+    @property
+    def dead(self) -> bool:
+        return self.state in "ZX"
+
+
+def boot_id(proc: Path = PROC) -> str:
+    """The kernel's name for this boot; another one means that no process of before exists any more."""
+    return (proc / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
+    """The process's stat line; None when there is no such process (or thread group)."""
+    return _read_stat(proc / str(pid) / "stat")
+
+
+def _read_stat(path: Path) -> ProcessStat | None:
+    try:
+        line = path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError, NotADirectoryError):
+        return None
+    # The command stands in parentheses and may itself hold spaces and parentheses: count from the last one.
+    fields = line[line.rindex(b")") + 2 :].split()
+    return ProcessStat(
+        pid=int(line[: line.index(b" ")]),
+        state=fields[0].decode("ascii"),
+        ppid=int(fields[1]),
+        session=int(fields[3]),
+        start_time=int(fields[19]),
+    )
+
+
+def identify(pid: int, boot: str, proc: Path = PROC) -> ProcessId | None:
+    """The identity of a process that runs now; None if there is none."""
+    stat = read_stat(pid, proc)
+    return ProcessId(boot, pid, stat.start_time) if stat else None
+
+
+def is_alive(process: ProcessId, boot: str, proc: Path = PROC) -> bool:
+    """Is exactly this process still there? A zombie counts as ended: nothing of it runs any more."""
+    if process.boot_id != boot:
+        return False
+    stat = read_stat(process.pid, proc)
+    return stat is not None and stat.start_time == process.start_time and not stat.dead
+
+
+def thread_group(pid: int, proc: Path = PROC) -> int | None:
+    """Tgid: equal to `pid` for a process, different for a mere thread. None if it does not exist."""
+    try:
+        status = (proc / str(pid) / "status").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    for line in status.splitlines():
+        if line.startswith(b"Tgid:"):
+            return int(line.split()[1])
+    return None
+
+
+def thread_states(pid: int, proc: Path = PROC) -> list[str]:
+    """The state letter of every thread; empty when the process is gone."""
+    try:
+        threads = os.listdir(proc / str(pid) / "task")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    stats = (_read_stat(proc / str(pid) / "task" / thread / "stat") for thread in threads)
+    return [stat.state for stat in stats if stat]
+
+
+def processes(proc: Path = PROC) -> Iterator[ProcessStat]:
+    """Every process of the host (of our pid namespace), without order."""
+    for name in os.listdir(proc):
+        if name.isdigit() and (stat := read_stat(int(name), proc)):
+            yield stat
+
+
+def members(root: ProcessId, boot: str, mark: str, proc: Path = PROC) -> list[ProcessStat]:
+    """The living processes of an instance on a host without cgroups.
+
+    Three ways to belong, because each can be left: descent from `root` (lost when a parent dies), its session (left by
+    setsid), `mark` ("NAME=value") in the environment (lost when the environment is cleaned). Only somebody who leaves
+    all three escapes; a cgroup is the real fence.
+    """
+    if root.boot_id != boot:
+        return []
+    everyone = {stat.pid: stat for stat in processes(proc) if not stat.dead}
+    main = everyone.get(root.pid)
+    # The session keeps the pid of its leader reserved, so the number can't be taken by a stranger while used.
+    leader = main is None or main.start_time == root.start_time
+    inside = {root.pid} if main and leader else set()
+    for stat in everyone.values():
+        if (leader and stat.session == root.pid) or _carries(stat.pid, mark, proc):
+            inside.add(stat.pid)
+    _add_descendants(inside, everyone.values())
+    return [everyone[pid] for pid in sorted(inside) if everyone[pid].start_time >= root.start_time]
+
+
+def _add_descendants(inside: set[int], everyone: Collection[ProcessStat]) -> None:
+    grew = True
+    while grew:
+        children = {stat.pid for stat in everyone if stat.ppid in inside} - inside
+        inside |= children
+        grew = bool(children)
+
+
+def _carries(pid: int, mark: str, proc: Path) -> bool:
+    try:
+        environment = (proc / str(pid) / "environ").read_bytes()
+    except OSError:  # gone, or somebody else's: not ours to see, so not ours
+        return False
+    return mark.encode() in environment.split(b"\0")
+
+
+def open_pidfd(process: ProcessId, boot: str, proc: Path = PROC) -> int | None:
+    """A pidfd of exactly this process (the caller closes it); None if it is gone. A zombie still has one."""
+    if process.boot_id != boot:
+        return None
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except OSError:  # no such process, or EINVAL: the number now belongs to a thread
+        return None
+    # Checked after opening: from here on the number can't change hands under us.
+    stat = read_stat(process.pid, proc)
+    if stat is None or stat.start_time != process.start_time:
+        os.close(pidfd)
+        return None
+    return pidfd
+
+
+def send_signal(process: ProcessId, boot: str, number: signal.Signals) -> bool:
+    """Signal exactly this process. False if it is gone; PermissionError is the caller's to explain."""
+    pidfd = open_pidfd(process, boot)
+    if pidfd is None:
+        return False
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(pidfd)
+    return True
