@@ -1,0 +1,101 @@
+"""The words of the CUDA driver API that the freezer reads: result codes, process states, and what they mean to us.
+
+From cuda.h (CUresult, CUprocessState) and the faults that others met (facts: gpu-checkpoint, sections 1, 2 and 7).
+The calls themselves are made in `driver_worker.py`, which knows numbers only.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from agent.ports import CudaAnswer, CudaOp, CudaState
+
+
+class CudaResult(IntEnum):
+    """The results that the checkpoint functions are known to give."""
+
+    SUCCESS = 0
+    INVALID_VALUE = 1
+    OUT_OF_MEMORY = 2
+    NOT_INITIALIZED = 3
+    OPERATING_SYSTEM = 304
+    ILLEGAL_STATE = 401
+    NOT_READY = 600
+    NOT_PERMITTED = 800
+    NOT_SUPPORTED = 801
+
+
+NO_CUDA = frozenset({CudaResult.INVALID_VALUE, CudaResult.NOT_INITIALIZED})
+"""Answers to a get-state that mean "no CUDA in this process" (as CRIU reads them)."""
+
+FATAL = frozenset({CudaResult.OPERATING_SYSTEM})
+"""After these nothing the driver says about the process can be relied on: kill it."""
+
+PROCESS_STATES = {
+    0: CudaState.RUNNING,
+    1: CudaState.LOCKED,
+    2: CudaState.CHECKPOINTED,
+    3: CudaState.FAILED,
+    4: CudaState.CHECKPOINTING,
+    5: CudaState.RESTORING,
+}
+
+_EXPLANATIONS: dict[int, tuple[str, str]] = {
+    CudaResult.INVALID_VALUE: (
+        "CUDA_INVALID_VALUE",
+        "the driver rejects the arguments: a GPU map must name every GPU that the driver sees, of the same model",
+    ),
+    CudaResult.OUT_OF_MEMORY: (
+        "CUDA_OUT_OF_MEMORY",
+        "not enough memory: of the host for a checkpoint, of the GPU for a restore, or the GPU is in MIG mode",
+    ),
+    CudaResult.NOT_INITIALIZED: ("CUDA_NOT_INITIALIZED", "the process does not use CUDA, or has ended"),
+    CudaResult.OPERATING_SYSTEM: (
+        "CUDA_OPERATING_SYSTEM",
+        "the driver could not reach the process: the agent needs root and the host's PID namespace",
+    ),
+    CudaResult.ILLEGAL_STATE: (
+        "CUDA_ILLEGAL_STATE",
+        "the process is not in the state that this operation needs: is somebody else freezing it?",
+    ),
+    CudaResult.NOT_READY: (
+        "CUDA_LOCK_TIMEOUT",
+        "CUDA work was still running when the lock timed out; the process runs on, the freeze is tried again",
+    ),
+    CudaResult.NOT_PERMITTED: (
+        "CUDA_NOT_PERMITTED",
+        "the driver does not permit it: turn on persistence mode (nvidia-smi -pm 1) and run the agent as root",
+    ),
+    CudaResult.NOT_SUPPORTED: (
+        "CUDA_NOT_SUPPORTED",
+        "this driver can't checkpoint what the process uses (IPC, UVM, MPS, MIG): driver 580 or newer knows most",
+    ),
+}
+
+
+def explain(answer: CudaAnswer) -> tuple[str, str]:
+    """Stable reason and a sentence for a driver's answer that is not success."""
+    reason, sentence = _EXPLANATIONS.get(
+        answer.code, (f"CUDA_ERROR_{answer.code}", "an answer of the driver that is not known to fit here")
+    )
+    operation = answer.call.op.value.lower()
+    return reason, f"{operation} of process {answer.call.pid} answered {answer.code}: {sentence}"
+
+
+def process_state(code: int, state: int) -> CudaState:
+    """The state that a get-state gave: its result code, and the number it wrote if that is success."""
+    if code in NO_CUDA:
+        return CudaState.NONE
+    if code != CudaResult.SUCCESS:
+        return CudaState.UNKNOWN
+    return PROCESS_STATES.get(state, CudaState.UNKNOWN)
+
+
+OP_NUMBERS = {
+    CudaOp.STATE: 0,
+    CudaOp.LOCK: 1,
+    CudaOp.CHECKPOINT: 2,
+    CudaOp.RESTORE: 3,
+    CudaOp.UNLOCK: 4,
+}
+"""How the operations are named in a worker's messages (`driver_worker.py` has the other half)."""

@@ -1,0 +1,205 @@
+"""One driver worker: the subprocess, its socket, and the one batch it is working on.
+
+The owner (`checkpointer_driver.py`) gives it batches one at a time and learns of three things by callback: it is
+ready, it answered, it is gone. Everything runs on the loop's thread: PDEATHSIG follows the thread that spawns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any
+
+from agent.adapters.cuda_api import OP_NUMBERS, process_state
+from agent.log import get_logger
+from agent.ports import CudaAnswer, CudaCall
+
+WORKER_SCRIPT = Path(__file__).with_name("driver_worker.py")
+MAX_MESSAGE_BYTES = 1 << 17
+_log = get_logger()
+
+
+class Phase(Enum):
+    """STARTING until the hello; ENDING from the kill or the end of the socket until the process is reaped."""
+
+    STARTING = "STARTING"
+    IDLE = "IDLE"
+    BUSY = "BUSY"
+    ENDING = "ENDING"
+    GONE = "GONE"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """How a worker is spawned. `environment` decides which libcuda it finds (None: the agent's own).
+    `init_before_restore`: persistence mode is off, so cuInit is called before its first restore."""
+
+    environment: Mapping[str, str] | None = None
+    init_before_restore: bool = False
+    start_timeout_s: float = 30.0
+    kill_timeout_s: float = 5.0
+    script: Path = WORKER_SCRIPT
+    kill_signal: int = SIGKILL
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEvents:
+    """What the owner is told. `gone(worker, stuck, error)`: `stuck` = it survived SIGKILL and is abandoned."""
+
+    ready: Callable[[DriverWorkerProcess], None]
+    answered: Callable[[DriverWorkerProcess, Sequence[CudaAnswer]], None]
+    gone: Callable[[DriverWorkerProcess, bool, str], None]
+
+
+class DriverWorkerProcess:
+    """A running worker. Never raises after construction: what goes wrong ends in `gone`."""
+
+    def __init__(self, options: WorkerOptions, events: WorkerEvents) -> None:
+        """Spawn it, from the loop's thread. Raises OSError where no process can be made."""
+        self.phase = Phase.STARTING
+        self.cuda_version = 0
+        self._options = options
+        self._events = events
+        self._loop = asyncio.get_running_loop()
+        self._calls: Sequence[CudaCall] = ()
+        self._message_id = 0
+        self._error = ""
+        self._channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with other:
+            try:
+                self._process = subprocess.Popen(self._command(other.fileno()), **self._spawn_arguments(other))
+            except OSError:
+                self._channel.close()
+                raise
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._channel.setblocking(False)
+        self._loop.add_reader(self._channel.fileno(), self._on_readable)
+        self._timer = self._loop.call_later(
+            options.start_timeout_s, self.kill, f"the worker was not ready within {options.start_timeout_s:g} s"
+        )
+
+    def _command(self, descriptor: int) -> list[str]:
+        init = "1" if self._options.init_before_restore else "0"
+        # -I and -S: nothing of the user's Python environment gets into a root process that talks to the driver.
+        return [
+            sys.executable, "-I", "-S", str(self._options.script), str(descriptor), str(os.getpid()), init
+        ]  # fmt: skip
+
+    def _spawn_arguments(self, other: socket.socket) -> dict[str, Any]:
+        environment = os.environ if self._options.environment is None else self._options.environment
+        return {
+            "pass_fds": (other.fileno(),),
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.DEVNULL,
+            "env": dict(environment),
+            "cwd": "/",
+            "start_new_session": True,  # a terminal's Ctrl-C is for the agent to handle
+        }
+
+    @property
+    def pid(self) -> int:
+        """Of the subprocess."""
+        return self._process.pid
+
+    def submit(self, calls: Sequence[CudaCall], deadline_s: float) -> None:
+        """Give an IDLE worker a batch; it is killed if no answer has come `deadline_s` later."""
+        assert self.phase is Phase.IDLE
+        self.phase = Phase.BUSY
+        self._calls = calls
+        self._message_id += 1
+        rows = [[OP_NUMBERS[c.op], c.pid, c.timeout_ms, c.gpu_map] for c in calls]
+        self._timer = self._loop.call_later(deadline_s, self.kill, f"the driver did not answer within {deadline_s:g} s")
+        try:
+            self._channel.send(json.dumps({"id": self._message_id, "calls": rows}).encode())
+        except OSError as error:
+            self._loop.call_soon(self.kill, f"the worker takes no message ({error})")
+
+    def kill(self, why: str) -> None:
+        """End it; `gone` follows when it is reaped, or has not died in `kill_timeout_s`. Idempotent."""
+        if self.phase in (Phase.ENDING, Phase.GONE):
+            return
+        self.phase = Phase.ENDING
+        self._error = why
+        self._close_channel()
+        self._process.send_signal(self._options.kill_signal)
+        self._loop.add_reader(self._pidfd, self._on_exit)
+        self._timer = self._loop.call_later(self._options.kill_timeout_s, self._on_stuck)
+
+    def _on_readable(self) -> None:
+        try:
+            message = self._channel.recv(MAX_MESSAGE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.kill(f"the worker's socket failed ({error})")
+            return
+        if not message:
+            self.kill(self._error or "the worker ended by itself")
+            return
+        try:
+            self._on_message(json.loads(message))
+        except (ValueError, KeyError, TypeError) as error:
+            self.kill(f"the worker sent a message that can't be read ({error!r})")
+
+    def _on_message(self, message: dict[str, Any]) -> None:
+        if self.phase is Phase.STARTING:
+            if message["error"]:
+                self.kill(message["error"])
+                return
+            self._timer.cancel()
+            self.cuda_version = int(message["hello"])
+            self.phase = Phase.IDLE
+            self._events.ready(self)
+        elif self.phase is Phase.BUSY and message["id"] == self._message_id:
+            answers = [
+                CudaAnswer(call, code, None if state_code < 0 else process_state(state_code, state), elapsed_us)
+                for call, (code, state_code, state, elapsed_us) in zip(self._calls, message["answers"], strict=False)
+            ]
+            self._timer.cancel()
+            self._calls = ()
+            self.phase = Phase.IDLE
+            self._events.answered(self, answers)
+
+    def _on_exit(self) -> None:
+        self._process.wait()
+        self._finish(stuck=False)
+
+    def _on_stuck(self) -> None:
+        if self._exited():  # the timer was faster than the reader
+            self._process.wait()
+            self._finish(stuck=False)
+            return
+        _log.error("driver.worker_stuck", pid=self.pid, why=self._error)
+        self._finish(stuck=True)
+
+    def _exited(self) -> bool:
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _finish(self, *, stuck: bool) -> None:
+        self._timer.cancel()
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self.phase = Phase.GONE
+        self._events.gone(self, stuck, self._error)
+
+    def _close_channel(self) -> None:
+        """First the reader: a socket at its end is readable for ever and would spin the loop."""
+        self._timer.cancel()
+        self._loop.remove_reader(self._channel.fileno())
+        self._channel.close()
+
+    def reap(self) -> bool:
+        """Has an abandoned worker ended after all? Collects its exit status if so."""
+        return self._process.poll() is not None
