@@ -59,6 +59,7 @@ class Registration(_message.Message):
     RUNTIMES_FIELD_NUMBER: _builtins.int
     HOST_MEMORY_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
+    GPU_MIGRATION_FIELD_NUMBER: _builtins.int
     boot_id: _builtins.str
     """Boot of the host."""
     agent_version: _builtins.str
@@ -73,6 +74,8 @@ class Registration(_message.Message):
     """CUDA version of the driver."""
     instances_per_gpu: _builtins.int
     """Instances that may be assigned to one GPU."""
+    gpu_migration: _builtins.bool
+    """A frozen instance may wake on another GPU of the same model than the one it froze on."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Gpu]:
         """GPUs, by index."""
@@ -113,10 +116,11 @@ class Registration(_message.Message):
         runtimes: _abc.Iterable[_builtins.str] | None = ...,
         host_memory: _types_pb2.HostMemory | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
+        gpu_migration: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host_memory", b"host_memory", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "capabilities", b"capabilities", "cuda_version", b"cuda_version", "driver_version", b"driver_version", "gpus", b"gpus", "grpc_address", b"grpc_address", "host_memory", b"host_memory", "ingress_address", b"ingress_address", "instances_per_gpu", b"instances_per_gpu", "labels", b"labels", "runtimes", b"runtimes", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "capabilities", b"capabilities", "cuda_version", b"cuda_version", "driver_version", b"driver_version", "gpu_migration", b"gpu_migration", "gpus", b"gpus", "grpc_address", b"grpc_address", "host_memory", b"host_memory", "ingress_address", b"ingress_address", "instances_per_gpu", b"instances_per_gpu", "labels", b"labels", "runtimes", b"runtimes", "start_time", b"start_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

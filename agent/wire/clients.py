@@ -1,0 +1,156 @@
+"""Calls to a daemon: one channel, a deadline on every call, the token, and failures as `HibernodeError`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health_pb2_grpc
+
+from agent.core.errors import HibernodeError, UnavailableError
+from agent.v1 import (
+    function_service_pb2_grpc,
+    instance_service_pb2_grpc,
+    node_service_pb2_grpc,
+    scheduler_service_pb2_grpc,
+    usage_service_pb2_grpc,
+)
+from agent.v1.scheduler_service_pb2 import ReportLoadRequest, ReportLoadResponse
+from agent.wire.addresses import check_target
+from agent.wire.server import MAX_MESSAGE_BYTES
+from agent.wire.status import from_rpc_error, translated_errors
+from agent.wire.tokens import bearer
+
+if TYPE_CHECKING:
+    from agent.v1.function_service_pb2_grpc import FunctionServiceAsyncStub
+    from agent.v1.instance_service_pb2_grpc import InstanceServiceAsyncStub
+    from agent.v1.node_service_pb2_grpc import NodeServiceAsyncStub
+    from agent.v1.scheduler_service_pb2_grpc import SchedulerServiceAsyncStub
+    from agent.v1.usage_service_pb2_grpc import UsageServiceAsyncStub
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+_EOF = aio.EOF  # type: ignore[attr-defined]  # the stubs are older
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # An agent silent for 3 s is suspect (DESIGN section 9): a restarted peer must be found again well within that.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Neither a proxy from the environment nor the back-off of another channel may come between.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    # What is sent again, and when, is decided by the caller.
+    ("grpc.enable_retries", 0),
+)
+
+
+class DaemonChannel:
+    """A channel to one daemon, with a stub for every service it may serve. Make and use it on one event loop.
+
+    `target` is `host:port` or `unix:/path`. Connecting happens with the first call; a lost connection is made again
+    with a back-off of at most a second.
+    """
+
+    def __init__(self, target: str, token: str = "", insecure: bool = False) -> None:
+        """Raises ConfigError if `token` would travel in the clear to another machine without `insecure`."""
+        if token:
+            check_target(target, tls=False, insecure=insecure)
+        self.target = target
+        self._metadata = bearer(token) if token else ()
+        self._channel = aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self.instances: InstanceServiceAsyncStub = instance_service_pb2_grpc.InstanceServiceStub(self._channel)
+        self.nodes: NodeServiceAsyncStub = node_service_pb2_grpc.NodeServiceStub(self._channel)
+        self.scheduler: SchedulerServiceAsyncStub = scheduler_service_pb2_grpc.SchedulerServiceStub(self._channel)
+        self.functions: FunctionServiceAsyncStub = function_service_pb2_grpc.FunctionServiceStub(self._channel)
+        self.usage: UsageServiceAsyncStub = usage_service_pb2_grpc.UsageServiceStub(self._channel)
+        self.health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> DaemonChannel:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"DaemonChannel({self.target})"
+
+    async def call(
+        self,
+        method: aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout_s: float,
+        wait_for_ready: bool = False,
+    ) -> _Response:
+        """The answer to one call, within `timeout_s`. Raises the `HibernodeError` the daemon raised.
+
+        With `wait_for_ready` a daemon that is not there yet is waited for within the deadline; else UNREACHABLE.
+        """
+        with translated_errors(self.target):
+            return await method(request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=wait_for_ready)
+
+    async def stream(
+        self, method: aio.UnaryStreamMultiCallable[_Request, _Response], request: _Request, timeout_s: float
+    ) -> AsyncIterator[_Response]:
+        """The answers to one call, the last of them within `timeout_s`. Leaving the loop ends the call."""
+        with translated_errors(self.target):
+            call = method(request, timeout=timeout_s, metadata=self._metadata)
+            try:
+                async for response in call:
+                    yield response
+            finally:
+                call.cancel()
+
+    def report_load(self) -> LoadStream:
+        """Opens the load stream of this agent to the scheduler."""
+        return LoadStream(self.scheduler.ReportLoad(None, metadata=self._metadata), self.target)
+
+    async def close(self) -> None:
+        """Ends the channel; calls under way are cancelled."""
+        await self._channel.close(None)
+
+
+class LoadStream:
+    """One load stream: a writer and a reader, each used by one task at a time. It has no deadline by nature; the
+    channel's keepalive notices a dead peer within 15 s, and `close` ends it."""
+
+    def __init__(self, call: aio.StreamStreamCall[ReportLoadRequest, ReportLoadResponse], target: str) -> None:
+        self._call = call
+        self._target = target
+
+    async def send(self, message: ReportLoadRequest) -> None:
+        """Waits until the message has been taken over by flow control. Raises why the stream ended, if it has."""
+        try:
+            await self._call.write(message)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._target) from error
+        except asyncio.InvalidStateError as error:
+            raise await self._end() from error
+
+    async def receive(self) -> ReportLoadResponse | None:
+        """The next message; None once the scheduler has ended the stream in order."""
+        with translated_errors(self._target):
+            message = await self._call.read()
+        return None if message is _EOF else cast(ReportLoadResponse, message)
+
+    def close(self) -> None:
+        """Ends the stream at once."""
+        self._call.cancel()
+
+    async def _end(self) -> HibernodeError:
+        """Why the stream ended, once gRPC has told."""
+        code = await self._call.code()
+        if code is grpc.StatusCode.OK:
+            return UnavailableError("STREAM_ENDED", f"{self._target} ended the load stream; open it again")
+        metadata = await self._call.trailing_metadata()
+        details = await self._call.details()
+        return from_rpc_error(aio.AioRpcError(code, aio.Metadata(), metadata, details, None), self._target)

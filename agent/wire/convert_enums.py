@@ -1,0 +1,78 @@
+"""Enums of the wire and of core, both ways. A value this version does not know is the caller's error."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from agent.core.errors import InvalidArgumentError
+from agent.core.types import DispatchPolicy, IdleMode, InstanceState
+from agent.v1 import types_pb2
+
+_Core = TypeVar("_Core", InstanceState, IdleMode, DispatchPolicy)
+
+_STATES: dict[InstanceState, types_pb2.Instance.State.ValueType] = {
+    InstanceState.STARTING: types_pb2.Instance.STATE_STARTING,
+    InstanceState.RUNNING: types_pb2.Instance.STATE_RUNNING,
+    InstanceState.FREEZING: types_pb2.Instance.STATE_FREEZING,
+    InstanceState.FROZEN: types_pb2.Instance.STATE_FROZEN,
+    InstanceState.WAITING_GPU: types_pb2.Instance.STATE_WAITING_GPU,
+    InstanceState.RESTORING: types_pb2.Instance.STATE_RESTORING,
+    InstanceState.STOPPING: types_pb2.Instance.STATE_STOPPING,
+    InstanceState.STOPPED: types_pb2.Instance.STATE_STOPPED,
+    InstanceState.FAILED: types_pb2.Instance.STATE_FAILED,
+}
+_IDLE_MODES: dict[IdleMode, types_pb2.IdlePolicy.Mode.ValueType] = {
+    IdleMode.REQUIRE: types_pb2.IdlePolicy.MODE_REQUIRE,
+    IdleMode.PREFER: types_pb2.IdlePolicy.MODE_PREFER,
+    IdleMode.NEVER: types_pb2.IdlePolicy.MODE_NEVER,
+}
+_DISPATCH: dict[DispatchPolicy, types_pb2.FunctionSpec.Dispatch.ValueType] = {
+    DispatchPolicy.PACK: types_pb2.FunctionSpec.DISPATCH_PACK,
+    DispatchPolicy.SPREAD: types_pb2.FunctionSpec.DISPATCH_SPREAD,
+}
+_STATE_OF = {wire: core for core, wire in _STATES.items()}
+_IDLE_MODE_OF = {wire: core for core, wire in _IDLE_MODES.items()}
+_DISPATCH_OF = {wire: core for core, wire in _DISPATCH.items()}
+
+
+def state_to_proto(state: InstanceState) -> types_pb2.Instance.State.ValueType:
+    """The state on the wire."""
+    return _STATES[state]
+
+
+def state_from_proto(value: types_pb2.Instance.State.ValueType) -> InstanceState:
+    """The state. Raises InvalidArgumentError for none and for one of a newer version."""
+    return _known(_STATE_OF.get(value), "state", value)
+
+
+def idle_mode_to_proto(mode: IdleMode) -> types_pb2.IdlePolicy.Mode.ValueType:
+    """The idle mode on the wire."""
+    return _IDLE_MODES[mode]
+
+
+def idle_mode_from_proto(value: types_pb2.IdlePolicy.Mode.ValueType, unspecified: IdleMode) -> IdleMode:
+    """The idle mode, `unspecified` if the wire does not say. Raises InvalidArgumentError."""
+    if value == types_pb2.IdlePolicy.MODE_UNSPECIFIED:
+        return unspecified
+    return _known(_IDLE_MODE_OF.get(value), "idle_policy.mode", value)
+
+
+def dispatch_to_proto(policy: DispatchPolicy) -> types_pb2.FunctionSpec.Dispatch.ValueType:
+    """The dispatch policy on the wire."""
+    return _DISPATCH[policy]
+
+
+def dispatch_from_proto(
+    value: types_pb2.FunctionSpec.Dispatch.ValueType, unspecified: DispatchPolicy
+) -> DispatchPolicy:
+    """The dispatch policy, `unspecified` if the wire does not say. Raises InvalidArgumentError."""
+    if value == types_pb2.FunctionSpec.DISPATCH_UNSPECIFIED:
+        return unspecified
+    return _known(_DISPATCH_OF.get(value), "dispatch", value)
+
+
+def _known(found: _Core | None, field: str, value: int) -> _Core:
+    if found is None:
+        message = f"{field} {value} is not known here; send a value of this version's protos"
+        raise InvalidArgumentError("UNKNOWN_ENUM_VALUE", message, field=field, value=value)
+    return found

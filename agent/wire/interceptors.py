@@ -1,0 +1,163 @@
+"""What every gRPC call passes before and after its servicer: who calls, until when, and how a failure is answered.
+
+One interceptor rather than three, because the order matters: a caller is known before anything is done for it, and
+whatever happens from then on is answered through `status.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, Awaitable, Callable
+from typing import Any, NoReturn, Protocol, TypeVar, cast
+
+import grpc
+from grpc import aio
+
+from agent.core.errors import DeadlineError, HibernodeError, PermissionDeniedError
+from agent.log import get_logger
+from agent.wire.status import to_grpc_status
+from agent.wire.tokens import SOCKET_PRINCIPAL, Principal, Role, TokenTable, set_caller
+
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
+
+# Health is open, as far as one answer goes: a Watch holds a stream for as long as it likes, and costs a token.
+OPEN_METHODS = frozenset({HEALTH_CHECK})
+# All that an agent's own token is good for at the scheduler.
+NODE_METHODS = frozenset(
+    {"/agent.v1.SchedulerService/ReportLoad", "/agent.v1.UsageService/UploadUsageWindows"},
+)
+# Without an end by nature; streams in both directions are too.
+ENDLESS_METHODS = frozenset({HEALTH_WATCH})
+
+DEFAULT_DEADLINE_S = 60.0
+
+_log = get_logger()
+_Answer = TypeVar("_Answer")
+
+
+class CallContext(Protocol):
+    """What the guard uses of grpc.aio's servicer context."""
+
+    def peer(self) -> str: ...
+
+    def time_remaining(self) -> float | None: ...
+
+    def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...] | None: ...
+
+    async def abort_with_status(self, status: grpc.Status) -> NoReturn: ...
+
+    async def write(self, message: Any) -> None: ...
+
+
+class CallGuard(aio.ServerInterceptor[Any, Any]):
+    """Authenticates the caller, bounds a call without a deadline, and translates what it raises.
+
+    A peer on the unix socket is trusted: the socket's mode and group decide who may connect. An unexpected exception
+    is logged once, with its traceback, and answered as INTERNAL without its text.
+    """
+
+    def __init__(self, tokens: TokenTable, default_deadline_s: float = DEFAULT_DEADLINE_S) -> None:
+        self._tokens = tokens
+        self._default_deadline_s = default_deadline_s
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(handler_call_details)
+        if handler is None:  # no such method: gRPC answers UNIMPLEMENTED
+            return None
+        return self._guarded(handler_call_details.method, handler)
+
+    def _guarded(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
+        """`handler` with the guard around its behaviour, whichever of the four shapes it has."""
+        endless = method in ENDLESS_METHODS or (handler.request_streaming and handler.response_streaming)
+        behaviour = cast(
+            Callable[[Any, CallContext], Any],
+            handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream,
+        )
+
+        async def answer_one(request: Any, context: CallContext) -> Any:
+            return await self._run(method, context, lambda: behaviour(request, context), endless)
+
+        async def answer_many(request: Any, context: CallContext) -> None:
+            await self._run(method, context, lambda: _write_all(behaviour(request, context), context), endless)
+
+        make, wrapped = _shape(handler, answer_one, answer_many)
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+    async def _run(
+        self,
+        method: str,
+        context: CallContext,
+        body: Callable[[], Awaitable[_Answer]],
+        endless: bool,
+    ) -> _Answer:
+        unbounded = endless or context.time_remaining() is not None
+        limit = asyncio.timeout(None if unbounded else self._default_deadline_s)
+        try:
+            self._admit(method, context)
+            async with limit:
+                return await body()
+        except (aio.AbortError, asyncio.CancelledError):
+            raise
+        except HibernodeError as error:
+            failure = error
+        except Exception as error:
+            failure = self._unexpected(method, error, overdue=limit.expired())
+        return await context.abort_with_status(to_grpc_status(failure))
+
+    def _admit(self, method: str, context: CallContext) -> None:
+        """Finds out who calls and whether they may. Raises UnauthenticatedError or PermissionDeniedError."""
+        if method in OPEN_METHODS:
+            return
+        principal = self._principal(context)
+        if principal.role is Role.NODE and method not in NODE_METHODS:
+            message = f"node {principal.name} may only report its load and usage; use an operator's token"
+            raise PermissionDeniedError("OPERATOR_TOKEN_NEEDED", message, node=principal.name)
+        set_caller(principal)
+
+    def _principal(self, context: CallContext) -> Principal:
+        if context.peer().startswith("unix:"):
+            return SOCKET_PRINCIPAL
+        return self._tokens.authenticate(context.invocation_metadata() or ())
+
+    def _unexpected(self, method: str, error: Exception, overdue: bool) -> HibernodeError:
+        if overdue and isinstance(error, TimeoutError):
+            message = f"the call set no deadline and took longer than {self._default_deadline_s:g} s; set one"
+            return DeadlineError("DEADLINE_EXCEEDED", message)
+        _log.error("grpc.call_failed", method=method, error=type(error).__name__, exc_info=error)
+        # HibernodeError itself is no kind of failure a caller can do anything about: INTERNAL.
+        return HibernodeError("INTERNAL", "the daemon failed unexpectedly; its log says how")
+
+
+async def _write_all(answers: AsyncIterable[Any] | Awaitable[None], context: CallContext) -> None:
+    """Sends what a streaming behaviour yields; one that writes for itself is awaited.
+
+    The generator is closed here, in the call's own task, and not whenever the garbage collector finds it.
+    """
+    if not isinstance(answers, AsyncIterable):
+        await answers
+        return
+    try:
+        async for answer in answers:
+            await context.write(answer)
+    finally:
+        close = getattr(answers, "aclose", None)
+        if close is not None:
+            await close()
+
+
+def _shape(handler: grpc.RpcMethodHandler[Any, Any], one: Any, many: Any) -> tuple[Callable[..., Any], Any]:
+    """The constructor for a handler of the same shape, and which of the two behaviours goes into it."""
+    match handler.request_streaming, handler.response_streaming:
+        case False, False:
+            return grpc.unary_unary_rpc_method_handler, one
+        case False, True:
+            return grpc.unary_stream_rpc_method_handler, many
+        case True, False:
+            return grpc.stream_unary_rpc_method_handler, one
+        case _:
+            return grpc.stream_stream_rpc_method_handler, many

@@ -1,0 +1,149 @@
+"""A daemon's gRPC server: its services, health, reflection, the guard, and the addresses it listens on."""
+
+from __future__ import annotations
+
+import grp
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from agent.core.errors import UnavailableError
+from agent.v1 import (
+    function_service_pb2_grpc,
+    instance_service_pb2_grpc,
+    node_service_pb2_grpc,
+    scheduler_service_pb2_grpc,
+    usage_service_pb2_grpc,
+)
+from agent.wire.addresses import check_bind, join, unix_target
+from agent.wire.interceptors import DEFAULT_DEADLINE_S, CallGuard
+from agent.wire.tokens import TokenTable
+
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+MAX_CONCURRENT_CALLS = 2000
+SOCKET_GROUP = "hibernode"
+
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    # Two daemons on one port would each get half of the calls.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Below the clients' keepalive interval, or their pings would be answered by GOAWAY.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The servicers of one daemon; None for those it does not serve."""
+
+    instances: instance_service_pb2_grpc.InstanceServiceServicer | None = None
+    nodes: node_service_pb2_grpc.NodeServiceServicer | None = None
+    scheduler: scheduler_service_pb2_grpc.SchedulerServiceServicer | None = None
+    functions: function_service_pb2_grpc.FunctionServiceServicer | None = None
+    usage: usage_service_pb2_grpc.UsageServiceServicer | None = None
+
+
+class GrpcServer:
+    """One grpc.aio server. Make it and use it on one running event loop: bind, start, set_serving(True), stop."""
+
+    def __init__(self, services: Services, tokens: TokenTable, default_deadline_s: float = DEFAULT_DEADLINE_S) -> None:
+        self._server = aio.server(
+            interceptors=[CallGuard(tokens, default_deadline_s)],
+            options=SERVER_OPTIONS,
+            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+        )
+        self._names = _register(services, self._server)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs are older
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        described = (*self._names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*described, reflection.SERVICE_NAME), self._server)
+
+    def bind_tcp(self, host: str, port: int, insecure: bool = False) -> int:
+        """Listens on host:port (0 = any) and returns the port. Before `start`.
+
+        Raises ConfigError for an address others can reach without `insecure`, UnavailableError if it can't be had.
+        """
+        check_bind(host, tls=False, insecure=insecure)
+        return self._bind(join(host, port))
+
+    def bind_unix(self, path: str) -> None:
+        """Listens on a unix socket of mode 0660, of group `hibernode` where that exists. Before `start`.
+
+        A stale socket at the path is replaced; the caller holds the state directory's lock.
+        """
+        target = unix_target(path)
+        with _socket_umask():
+            self._bind(target)
+        group = _socket_group()
+        if group is not None:
+            os.chown(path, -1, group)
+
+    async def start(self) -> None:
+        """Begins to answer; health says NOT_SERVING until `set_serving`."""
+        await self.set_serving(False)
+        await self._server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """What health says from now on, for the daemon and for each of its services."""
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        for name in ("", *self._names):
+            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Health says NOT_SERVING for good, new calls are refused, those under way have `grace_s` to end."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    def _bind(self, target: str) -> int:
+        try:
+            port: int = self._server.add_insecure_port(target)
+        except RuntimeError as error:
+            message = f"cannot listen on {target}: in use, or not an address of this host; choose another"
+            raise UnavailableError("BIND_FAILED", message, target=target) from error
+        return port
+
+
+def _register(services: Services, server: aio.Server) -> tuple[str, ...]:
+    """Adds every servicer that is there; returns the full names of the services."""
+    names: list[str] = []
+
+    def add(servicer: object | None, register: Any, name: str) -> None:
+        if servicer is not None:
+            register(servicer, server)
+            names.append(f"agent.v1.{name}")
+
+    add(services.instances, instance_service_pb2_grpc.add_InstanceServiceServicer_to_server, "InstanceService")
+    add(services.nodes, node_service_pb2_grpc.add_NodeServiceServicer_to_server, "NodeService")
+    add(services.scheduler, scheduler_service_pb2_grpc.add_SchedulerServiceServicer_to_server, "SchedulerService")
+    add(services.functions, function_service_pb2_grpc.add_FunctionServiceServicer_to_server, "FunctionService")
+    add(services.usage, usage_service_pb2_grpc.add_UsageServiceServicer_to_server, "UsageService")
+    return tuple(names)
+
+
+@contextmanager
+def _socket_umask() -> Iterator[None]:
+    """gRPC creates the socket itself, so its mode has to be right from the first moment: 0660."""
+    previous = os.umask(0o117)
+    try:
+        yield
+    finally:
+        os.umask(previous)
+
+
+def _socket_group() -> int | None:
+    """Group of the socket, where it exists and we may give the socket to it."""
+    try:
+        group = grp.getgrnam(SOCKET_GROUP).gr_gid
+    except KeyError:
+        return None
+    return group if os.geteuid() == 0 or group in os.getgroups() else None
