@@ -1,0 +1,419 @@
+"""The dispatcher: one bounded FIFO per function, late binding, a lease per slot (DESIGN section 9, facts/dispatch.md).
+
+`Dispatcher.step(event, at_ns) -> effects` is the only code that changes it. A request waits here, bound to nobody,
+until an instance has a free slot; then it holds a lease until its response has ended. Instances are woken for the
+queue, not for a request: whichever frees first takes the oldest request.
+
+Every request that arrived is waiting, leased or answered; exactly one of the effects Dispatch (then one of LeaseEnded,
+LeaseRefused, RequestGone from the shell) and Refuse speaks about it at a time. Late answers are ignored. No clock, no
+I/O; the cost of one event does not grow with the number of instances.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+from agent.core.backlog import Backlog, Request
+from agent.core.dispatch_events import (
+    DeadlinePassed,
+    Dispatch,
+    Effect,
+    Event,
+    FunctionRemoved,
+    FunctionSet,
+    InstanceGone,
+    InstanceReported,
+    InstanceRetired,
+    LeaseEnded,
+    LeaseRefused,
+    NodeLost,
+    NodeReported,
+    NodeSuspect,
+    Refusal,
+    Refuse,
+    RequestArrived,
+    RequestGone,
+    Wake,
+    WakeAnswered,
+    WakeFailed,
+)
+from agent.core.leases import AVERAGE_WEIGHT, FunctionSlots, NodeEntry, Slot, Standing
+from agent.core.types import SECOND_NS, InstanceState
+
+MAX_ATTEMPTS = 16
+"""A request that was refused so often is answered NO_CAPACITY."""
+FOREIGN_AFTER_NS = SECOND_NS
+"""A report of more in flight than we have leases counts only where no lease changed for so long: younger ones race."""
+
+
+@dataclass(slots=True, eq=False)
+class _Function:
+    """A function's rules, queue and instances. `known` is false for instances of something never deployed."""
+
+    slots: FunctionSlots
+    backlog: Backlog
+    known: bool = False
+    expects_instances: bool = False
+    wake_factor: float = 0.0
+    queue_length: int = 0
+    service_ns: float = 0.0
+    leases: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """For reports: requests that wait, instances known, and those awake or waking."""
+
+    queued: int
+    instances: int
+    awake_slots: int
+    waking: int
+
+
+class Dispatcher:
+    """All functions, nodes and requests of one scheduler."""
+
+    def __init__(self) -> None:
+        self._functions: dict[str, _Function] = {}
+        self._nodes: dict[str, NodeEntry] = {}
+        self._slots: dict[str, Slot] = {}
+        self._requests: dict[int, Request] = {}
+        self._order = 0
+
+    def step(self, event: Event, at: int) -> list[Effect]:  # noqa: C901 -- one arm an event
+        """Take in what happened at `at` (monotonic ns) and say what to do about it."""
+        effects: list[Effect] = []
+        match event:
+            case RequestArrived():
+                self._arrived(event, at, effects)
+            case LeaseEnded(request):
+                self._ended(request, at, effects, served=True)
+            case RequestGone(request):
+                self._ended(request, at, effects, served=False)
+            case LeaseRefused(request):
+                self._refused(request, at, effects)
+            case DeadlinePassed(request):
+                self._deadline(request, effects)
+            case InstanceReported():
+                self._reported(event, at, effects)
+            case InstanceGone(uid):
+                self._gone(uid, at, effects)
+            case InstanceRetired(uid):
+                self._retired(uid, at, effects)
+            case WakeAnswered(uid):
+                self._woken(uid, at, effects, failed=False)
+            case WakeFailed(uid):
+                self._woken(uid, at, effects, failed=True)
+            case NodeReported():
+                self._node_reported(event, at, effects)
+            case NodeSuspect(node):
+                self._stand(self._node(node), Standing.SUSPECT, at, effects)
+            case NodeLost(node):
+                self._stand(self._node(node), Standing.LOST, at, effects)
+            case FunctionSet():
+                self._function_set(event, at, effects)
+            case FunctionRemoved(name):
+                self._function_removed(name, effects)
+            case _:
+                assert_never(event)
+        return effects
+
+    # ---- reading ----------------------------------------------------------------------------------------------
+
+    def queue_state(self, function: str) -> QueueState:
+        """A snapshot of one function."""
+        found = self._functions.get(function)
+        if found is None:
+            return QueueState(0, 0, 0, 0)
+        slots = found.slots
+        return QueueState(len(found.backlog), slots.count, slots.awake_slots, slots.waking)
+
+    def leased(self, uid: str) -> int:
+        """Leases out on an instance."""
+        slot = self._slots.get(uid)
+        return 0 if slot is None else slot.leased
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    def _arrived(self, event: RequestArrived, at: int, effects: list[Effect]) -> None:
+        function = self._functions.get(event.function)
+        if function is None or not function.known:
+            effects.append(Refuse(event.request, Refusal.UNKNOWN_FUNCTION))
+            return
+        if event.request in self._requests:
+            return
+        self._order += 1
+        request = Request(event.request, event.function, self._order, at, event.deadline_ns)
+        slot = None if function.backlog else function.slots.free()
+        if slot is not None:
+            self._requests[event.request] = request
+            self._lease(function, request, slot, at, effects)
+            return
+        if not function.slots.count and not function.expects_instances:
+            effects.append(Refuse(event.request, Refusal.NO_CAPACITY))
+            return
+        if len(function.backlog) >= function.queue_length:
+            effects.append(Refuse(event.request, Refusal.QUEUE_FULL))
+            return
+        self._requests[event.request] = request
+        function.backlog.append(request)
+        self._wake(function, at, effects)
+
+    def _lease(self, function: _Function, request: Request, slot: Slot, at: int, effects: list[Effect]) -> None:
+        slot.leased += 1
+        function.leases += 1
+        slot.changed_ns = at
+        request.slot, request.leased_ns = slot, at
+        request.attempts += 1
+        function.slots.settle(slot)
+        wake_ns = slot.wake_took_ns if slot.woken_ns >= request.arrived_ns else 0
+        effects.append(Dispatch(request.request, slot.uid, slot.node.name, at - request.arrived_ns, wake_ns))
+
+    def _release(self, request: Request, at: int) -> _Function:
+        """Take the lease back. The instance may be gone already; then there is nothing to free."""
+        function = self._functions[request.function]
+        slot, request.slot = request.slot, None
+        assert slot is not None
+        slot.leased -= 1
+        function.leases -= 1
+        slot.changed_ns = at
+        if slot.uid in self._slots:
+            function.slots.settle(slot)
+        return function
+
+    def _ended(self, number: int, at: int, effects: list[Effect], *, served: bool) -> None:
+        request = self._requests.pop(number, None)
+        if request is None:
+            return
+        if request.slot is None:
+            self._functions[request.function].backlog.discard(request)
+            return
+        function = self._release(request, at)
+        if served:
+            took = at - request.leased_ns
+            average = function.service_ns
+            function.service_ns = took if not average else average + AVERAGE_WEIGHT * (took - average)
+        self._drain(function, at, effects)
+        self._tidy(request.function)
+
+    def _refused(self, number: int, at: int, effects: list[Effect]) -> None:
+        request = self._requests.get(number)
+        if request is None or request.slot is None:
+            return
+        slot = request.slot
+        function = self._release(request, at)
+        if slot.uid in self._slots:
+            self._set_aside(function, slot)
+        reason: Refusal | None = None
+        if not function.known:
+            reason = Refusal.UNKNOWN_FUNCTION
+        elif at >= request.deadline_ns:
+            reason = Refusal.QUEUE_TIMEOUT
+        elif request.attempts >= MAX_ATTEMPTS or not (function.slots.count or function.expects_instances):
+            reason = Refusal.NO_CAPACITY
+        if reason is None:
+            function.backlog.give_back(request)
+        else:
+            del self._requests[number]
+            effects.append(Refuse(number, reason))
+        self._drain(function, at, effects)
+        self._tidy(request.function)
+
+    def _deadline(self, number: int, effects: list[Effect]) -> None:
+        request = self._requests.get(number)
+        if request is None or request.slot is not None:
+            return
+        del self._requests[number]
+        self._functions[request.function].backlog.discard(request)
+        effects.append(Refuse(number, Refusal.QUEUE_TIMEOUT))
+
+    def _drain(self, function: _Function, at: int, effects: list[Effect]) -> None:
+        """Bind waiting requests to free slots, oldest first; then wake for those that are left."""
+        backlog, slots = function.backlog, function.slots
+        while backlog:
+            slot = slots.free()
+            if slot is None:
+                self._wake(function, at, effects)
+                return
+            self._lease(function, backlog.pop(), slot, at, effects)
+
+    # ---- wakes ------------------------------------------------------------------------------------------------
+
+    def _wake(self, function: _Function, at: int, effects: list[Effect]) -> None:
+        """Wake as many as the queue can use: wakes under way are capacity, at most ceil(queued / concurrency)."""
+        slots = function.slots
+        queued = len(function.backlog)
+        coming = slots.waking_slots
+        while coming < queued:
+            slot = slots.wakeable()
+            if slot is None or not self._worth_waking(function, slot, queued, coming):
+                return
+            slot.wake_asked_ns = at
+            coming += slot.concurrency
+            slots.settle(slot)
+            self._count_wake(slot.node, 1)
+            effects.append(Wake(slot.uid, slot.node.name))
+
+    @staticmethod
+    def _worth_waking(function: _Function, slot: Slot, queued: int, coming: int) -> bool:
+        """With nobody awake or waking, always; else where waiting is predicted to take longer than waking."""
+        working = function.slots.awake_slots + coming
+        if not working or not function.wake_factor or not function.service_ns:
+            return True
+        predicted_wait = queued * function.service_ns / working
+        return predicted_wait > function.slots.predicted_wake_ns(slot.node) * function.wake_factor
+
+    def _count_wake(self, node: NodeEntry, sign: int) -> None:
+        node.wakes += sign
+        for slots in list(node.frozen_in.values()):
+            slots.relist(node)
+
+    def _woken(self, uid: str, at: int, effects: list[Effect], *, failed: bool) -> None:
+        slot = self._slots.get(uid)
+        if slot is None or slot.wake_asked_ns < 0:
+            return
+        function = self._functions[slot.function]
+        took = at - slot.wake_asked_ns
+        self._end_wake(slot)
+        if failed:
+            self._set_aside(function, slot)
+        else:
+            slot.woken_ns, slot.wake_took_ns = at, took
+            slot.state = InstanceState.RUNNING
+            function.slots.learn_wake(slot.node, took)
+            function.slots.settle(slot)
+        self._drain(function, at, effects)
+
+    def _end_wake(self, slot: Slot) -> None:
+        if slot.wake_asked_ns >= 0:
+            slot.wake_asked_ns = -1
+            self._count_wake(slot.node, -1)
+
+    def _set_aside(self, function: _Function, slot: Slot) -> None:
+        slot.aside = True
+        slot.node.aside[slot.uid] = slot
+        function.slots.settle(slot)
+
+    # ---- instances --------------------------------------------------------------------------------------------
+
+    def _reported(self, event: InstanceReported, at: int, effects: list[Effect]) -> None:
+        if event.state.terminal:
+            self._gone(event.uid, at, effects)
+            return
+        function = self._function(event.function)
+        slot = self._slots.get(event.uid)
+        if slot is None:
+            node = self._node(event.node)
+            slot = Slot(event.uid, event.function, node, event.concurrency, event.state, gpus=event.gpus)
+            self._slots[event.uid] = node.slots[event.uid] = slot
+            function.slots.count += 1
+        elif slot.concurrency != event.concurrency or slot.gpus != event.gpus:
+            function.slots.regear(slot, event.concurrency, event.gpus)
+        slot.state, slot.cancellable, slot.healthy = event.state, event.cancellable, event.healthy
+        excess = max(0, event.in_flight - slot.leased)
+        quiet = at - slot.changed_ns >= FOREIGN_AFTER_NS or not slot.changed_ns
+        slot.foreign = excess if quiet else 0
+        slot.aside = False
+        slot.node.aside.pop(event.uid, None)
+        function.slots.expect_wake(slot.node, event.wake_estimate_ns)
+        function.slots.settle(slot)
+        self._drain(function, at, effects)
+
+    def _gone(self, uid: str, at: int, effects: list[Effect]) -> None:
+        slot = self._slots.pop(uid, None)
+        if slot is None:
+            return
+        function = self._functions[slot.function]
+        self._end_wake(slot)
+        function.slots.remove(slot)
+        function.slots.count -= 1
+        slot.node.slots.pop(uid, None)
+        slot.node.aside.pop(uid, None)
+        self._give_up(function, effects)
+        self._drain(function, at, effects)
+        self._tidy(slot.function)
+
+    def _retired(self, uid: str, at: int, effects: list[Effect]) -> None:
+        slot = self._slots.get(uid)
+        if slot is None:
+            return
+        slot.retired = True
+        function = self._functions[slot.function]
+        function.slots.settle(slot)
+        self._drain(function, at, effects)
+
+    # ---- nodes and functions ----------------------------------------------------------------------------------
+
+    def _node(self, name: str) -> NodeEntry:
+        """A node is SUSPECT until it is reported itself."""
+        node = self._nodes.get(name)
+        if node is None:
+            node = self._nodes[name] = NodeEntry(name, Standing.SUSPECT)
+        return node
+
+    def _node_reported(self, event: NodeReported, at: int, effects: list[Effect]) -> None:
+        node = self._node(event.node)
+        if (node.gpu_count, node.migrates) != (event.gpu_count, event.migrates):
+            node.gpu_count, node.migrates = event.gpu_count, event.migrates
+            for slots in list(node.frozen_in.values()):
+                slots.relist(node)
+        aside, node.aside = node.aside, {}
+        for slot in aside.values():
+            slot.aside = False
+        standing = Standing.DRAINING if event.draining else Standing.READY
+        if node.standing is standing:
+            self._resettle(list(aside.values()), at, effects)
+        else:
+            self._stand(node, standing, at, effects)
+
+    def _stand(self, node: NodeEntry, standing: Standing, at: int, effects: list[Effect]) -> None:
+        if node.standing is not standing:
+            node.standing = standing
+            self._resettle(list(node.slots.values()), at, effects)
+
+    def _resettle(self, slots: list[Slot], at: int, effects: list[Effect]) -> None:
+        for slot in slots:
+            self._functions[slot.function].slots.settle(slot)
+        for name in dict.fromkeys(slot.function for slot in slots):
+            self._drain(self._functions[name], at, effects)
+
+    def _function(self, name: str) -> _Function:
+        function = self._functions.get(name)
+        if function is None:
+            function = self._functions[name] = _Function(FunctionSlots(name), Backlog())
+        return function
+
+    def _function_set(self, event: FunctionSet, at: int, effects: list[Effect]) -> None:
+        function = self._function(event.function)
+        function.known = True
+        function.expects_instances = event.expects_instances
+        function.slots.policy = event.policy
+        function.wake_factor = event.wake_factor
+        function.queue_length = event.queue_length
+        self._give_up(function, effects)
+        self._drain(function, at, effects)
+
+    def _function_removed(self, name: str, effects: list[Effect]) -> None:
+        function = self._functions.get(name)
+        if function is None:
+            return
+        function.known = function.expects_instances = False
+        self._refuse_all(function, Refusal.UNKNOWN_FUNCTION, effects)
+        self._tidy(name)
+
+    def _give_up(self, function: _Function, effects: list[Effect]) -> None:
+        if not function.slots.count and not function.expects_instances:
+            self._refuse_all(function, Refusal.NO_CAPACITY, effects)
+
+    def _refuse_all(self, function: _Function, reason: Refusal, effects: list[Effect]) -> None:
+        while function.backlog:
+            request = function.backlog.pop()
+            del self._requests[request.request]
+            effects.append(Refuse(request.request, reason))
+
+    def _tidy(self, name: str) -> None:
+        """Drop a function that is neither deployed nor has anything left."""
+        function = self._functions.get(name)
+        if function is not None and not (function.known or function.slots.count or function.leases or function.backlog):
+            del self._functions[name]
