@@ -87,9 +87,7 @@ def _parse(text: object, form: re.Pattern[str], units: Mapping[str, int], expect
         raise ValueError(f"expected {expected}, got {shown[:80]}")
     total = sum((Decimal(number) * units[unit] for number, unit in _PART.findall(text)), start=Decimal(0))
     if total != int(total) or total >= _LIMIT:
-        raise ValueError(
-            f"expected {expected}; {shown} is not a whole number of the smallest unit, or too large"
-        )
+        raise ValueError(f"expected {expected}; {shown} is not a whole number of the smallest unit, or too large")
     return int(total)
 
 
@@ -114,13 +112,9 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[object, obje
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str | int | float | bool | None):
-            raise yaml.constructor.ConstructorError(
-                None, None, "a key must be a plain word", key_node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
         if key in found:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} is written twice", key_node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
         found[key] = loader.construct_object(value_node, deep=True)
     return found
 
@@ -187,9 +181,7 @@ def _error(name: Path | str, problem: str) -> ConfigError:
 # --- saying what is wrong --------------------------------------------------------------------
 
 
-def _unknown_keys(
-    value: object, shape: msgspec.inspect.Type, path: str, root: msgspec.inspect.Type
-) -> Iterator[str]:
+def _unknown_keys(value: object, shape: msgspec.inspect.Type, path: str, root: msgspec.inspect.Type) -> Iterator[str]:
     match shape, value:
         case msgspec.inspect.UnionType(types=types), _:
             for option in types:

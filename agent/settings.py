@@ -30,9 +30,7 @@ def _positive(**values: int) -> None:
 
 def _absolute(key: str, path: str) -> None:
     if path and not path.startswith("/"):
-        raise bad_key(
-            key, f"must be an absolute path, got {path!r}; a daemon's working directory is no place"
-        )
+        raise bad_key(key, f"must be an absolute path, got {path!r}; a daemon's working directory is no place")
 
 
 def is_loopback(host: str) -> bool:
@@ -157,9 +155,7 @@ class Mounts(Section, frozen=True):
                 or not all(p.startswith("/") for p in parts[:2])
                 or parts[2:] not in ([], ["ro"])
             ):
-                raise bad_key(
-                    f"binds[{index}]", f"must be /host/path:/container/path or ...:ro, got {bind!r}"
-                )
+                raise bad_key(f"binds[{index}]", f"must be /host/path:/container/path or ...:ro, got {bind!r}")
 
 
 class GpuSettings(Section, frozen=True):
@@ -190,13 +186,9 @@ class GpuSettings(Section, frozen=True):
             release_timeout=self.release_timeout_ns,
         )
         if self.lock_timeout_ns < MILLISECOND_NS:
-            raise bad_key(
-                "lock_timeout", "must be at least 1ms: the driver counts milliseconds and takes 0 for ever"
-            )
+            raise bad_key("lock_timeout", "must be at least 1ms: the driver counts milliseconds and takes 0 for ever")
         if self.lock_timeout_ns >= self.operation_timeout_ns:
-            raise bad_key(
-                "operation_timeout", "must be longer than lock_timeout: it bounds the whole operation"
-            )
+            raise bad_key("operation_timeout", "must be longer than lock_timeout: it bounds the whole operation")
 
 
 class Billing(Section, frozen=True):
@@ -247,9 +239,7 @@ class AgentConfig(Section, frozen=True):
         if not self.state_dir:
             raise bad_key("state_dir", "must not be empty")
         _absolute("token_file", self.token_file)
-        _refuse_open_bind(
-            self.insecure, ingress=self.ingress.host, grpc=self.grpc.host, admin=self.admin.host
-        )
+        _refuse_open_bind(self.insecure, ingress=self.ingress.host, grpc=self.grpc.host, admin=self.admin.host)
 
     @property
     def token_path(self) -> Path:
@@ -336,15 +326,11 @@ class SchedulerConfig(Section, frozen=True):
             raise bad_key("state_dir", "must not be empty")
         _absolute("token_file", self.token_file)
         _absolute("price_book", self.price_book)
-        _refuse_open_bind(
-            self.insecure, gateway=self.gateway.host, grpc=self.grpc.host, admin=self.admin.host
-        )
+        _refuse_open_bind(self.insecure, gateway=self.gateway.host, grpc=self.grpc.host, admin=self.admin.host)
         names = [node.name for node in self.nodes]
         for index, name in enumerate(names):
             if name in names[:index]:
-                raise bad_key(
-                    f"nodes[{index}].name", f"{name!r} is there twice; each node has a credential of its own"
-                )
+                raise bad_key(f"nodes[{index}].name", f"{name!r} is there twice; each node has a credential of its own")
 
     @property
     def token_path(self) -> Path:
