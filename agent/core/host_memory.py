@@ -1,0 +1,95 @@
+"""The ledger of host memory that frozen GPU images need: reserve first, checkpoint then.
+
+A checkpoint copies VRAM into host memory; running short in the middle of one is an OOM kill. So the bytes are
+reserved before the lock, and given back after the restore or the exit. What a finished checkpoint really took is
+already missing from the host's available memory, so only reservations not yet taken are subtracted from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+MARGIN_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """`floor_bytes` is pledged for life (instances that share a GPU), `image_bytes` for one freeze;
+    `taken` once the checkpoint holds the memory for real."""
+
+    floor_bytes: int = 0
+    image_bytes: int = 0
+    taken: bool = False
+
+    @property
+    def total_bytes(self) -> int:
+        """What must stay possible for this instance."""
+        return max(self.floor_bytes, self.image_bytes)
+
+    @property
+    def outstanding_bytes(self) -> int:
+        """What will still be taken from the host's available memory."""
+        return self.total_bytes - (self.image_bytes if self.taken else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLedger:
+    """All reservations of a node. `limit_bytes` 0 = no budget of its own; `reserve_bytes` is left to the host."""
+
+    limit_bytes: int
+    reserve_bytes: int
+    reservations: Mapping[str, Reservation] = field(default_factory=dict)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Everything promised, taken or not."""
+        return sum(r.total_bytes for r in self.reservations.values())
+
+    @property
+    def outstanding_bytes(self) -> int:
+        """Everything promised and not yet taken."""
+        return sum(r.outstanding_bytes for r in self.reservations.values())
+
+    def pledge(self, uid: str, floor_bytes: int, available_bytes: int) -> tuple[MemoryLedger, str]:
+        """Promise `floor_bytes` for the instance's life. Returns the ledger and "" or what is short."""
+        return self._admit(uid, replace(self._of(uid), floor_bytes=floor_bytes), available_bytes)
+
+    def reserve(self, uid: str, image_bytes: int, available_bytes: int) -> tuple[MemoryLedger, str]:
+        """Promise `image_bytes` for a freeze. Returns the ledger (unchanged if refused) and "" or what is short."""
+        return self._admit(uid, replace(self._of(uid), image_bytes=image_bytes, taken=False), available_bytes)
+
+    def took(self, uid: str, image_bytes: int) -> MemoryLedger:
+        """The checkpoint is done (or was found at recovery) and holds `image_bytes`."""
+        return self._with(uid, replace(self._of(uid), image_bytes=image_bytes, taken=True))
+
+    def restored(self, uid: str) -> MemoryLedger:
+        """The image is gone from the host, or was never made: the freeze's promise ends, the pledge stays."""
+        return self._with(uid, replace(self._of(uid), image_bytes=0, taken=False))
+
+    def forget(self, uid: str) -> MemoryLedger:
+        """The instance is gone."""
+        return replace(self, reservations={k: v for k, v in self.reservations.items() if k != uid})
+
+    def _of(self, uid: str) -> Reservation:
+        return self.reservations.get(uid, Reservation())
+
+    def _with(self, uid: str, reservation: Reservation) -> MemoryLedger:
+        return replace(self, reservations={**self.reservations, uid: reservation})
+
+    def _admit(self, uid: str, wanted: Reservation, available_bytes: int) -> tuple[MemoryLedger, str]:
+        proposed = self._with(uid, wanted)
+        if wanted.total_bytes <= self._of(uid).total_bytes and not self._of(uid).taken:
+            return proposed, ""
+        if self.limit_bytes and proposed.reserved_bytes > self.limit_bytes:
+            return self, (
+                f"{proposed.reserved_bytes} bytes of frozen GPU memory wanted on this node, "
+                f"gpu.frozen_memory_limit is {self.limit_bytes}"
+            )
+        needed = proposed.outstanding_bytes + self.reserve_bytes + (MARGIN_BYTES if wanted.total_bytes else 0)
+        if needed > available_bytes:
+            return self, (
+                f"{proposed.outstanding_bytes} bytes to come plus gpu.host_memory_reserve {self.reserve_bytes} "
+                f"are more than the {available_bytes} bytes available on this host"
+            )
+        return proposed, ""

@@ -1,0 +1,172 @@
+"""The shell of the GPU book: one writer on the node loop; hands out grants, asks holders to give way, wants proof.
+
+A GPU is released on proof, not on state: NVML shows none of the instance's processes on it any more. Without proof
+within `release_timeout_ns` the GPU is cordoned, for whatever still sits on it would share it with the next holder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import assert_never
+
+from agent.core import gpu_book
+from agent.core import lifecycle_events as ev
+from agent.core.errors import ExhaustedError, HibernodeError
+from agent.core.gpu_book import Book, BookEvent
+from agent.core.types import SECOND_NS, Gpu
+from agent.host.actor import Actor
+from agent.host.events import EventLog
+from agent.ports import Clock, Gpus, Timer
+
+PROOF_PAUSE_S = 0.01
+
+
+class GpuDesk:
+    """Implements `actor.GpuDesk`. `tasks` keeps the proofs under way; `close` ends them."""
+
+    def __init__(
+        self,
+        inventory: Sequence[Gpu],
+        *,
+        per_gpu: int,
+        max_hold_ns: int,
+        release_timeout_ns: int,
+        gpus: Gpus,
+        clock: Clock,
+        events: EventLog,
+        actor_of: Callable[[str], Actor | None],
+        pids_of: Callable[[Actor], set[int]],
+    ) -> None:
+        self.inventory: Mapping[str, Gpu] = {gpu.uuid: gpu for gpu in inventory}
+        devices = {gpu.uuid: gpu_book.Device(gpu.uuid, gpu.model) for gpu in inventory}
+        self.book = Book(devices, per_gpu=per_gpu, max_hold_ns=max_hold_ns)
+        self._release_timeout_s = release_timeout_ns / SECOND_NS
+        self._gpus = gpus
+        self._clock = clock
+        self._events = events
+        self._actor_of = actor_of
+        self._pids_of = pids_of
+        self._inbox: deque[BookEvent] = deque()
+        self._stepping = False
+        self._answers: dict[str, gpu_book.Assigned | gpu_book.Unassignable] = {}
+        self._timer: Timer | None = None
+        self._proofs: dict[str, asyncio.Task[None]] = {}
+
+    # ---- what instances say -------------------------------------------------------------------------------------
+
+    def want(self, actor: Actor) -> None:
+        """The instance needs its GPUs to go on."""
+        self.apply(gpu_book.Ask(actor.uid))
+
+    def withdraw(self, actor: Actor) -> None:
+        """It does not any more."""
+        self.apply(gpu_book.Leave(actor.uid))
+
+    def refused(self, actor: Actor) -> None:
+        """An ordered freeze or drain did not happen."""
+        self.apply(gpu_book.FreezeRefused(actor.uid))
+
+    def became(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None:
+        """The holder's idleness changed."""
+        if idle:
+            self.apply(gpu_book.BecameIdle(actor.uid, preemptible_at_ns))
+        else:
+            self.apply(gpu_book.BecameBusy(actor.uid))
+
+    def release(self, actor: Actor) -> None:
+        """The holder gives up its GPUs: start collecting the proof."""
+        self.apply(gpu_book.Releasing(actor.uid))
+        if actor.uid not in self._proofs:
+            task = asyncio.create_task(self._prove(actor), name=f"release {actor.uid}")
+            self._proofs[actor.uid] = task
+            task.add_done_callback(lambda _: self._proofs.pop(actor.uid, None))
+
+    # ---- what the node says -------------------------------------------------------------------------------------
+
+    def assign(self, uid: str, count: int, model: str) -> tuple[str, ...]:
+        """Choose the GPUs of a new instance. Raises ExhaustedError GPU_CAPACITY."""
+        self.apply(gpu_book.Assign(uid, count, model))
+        answer = self._answers.pop(uid)
+        if isinstance(answer, gpu_book.Unassignable):
+            raise ExhaustedError("GPU_CAPACITY", answer.message)
+        return answer.gpus
+
+    async def unassign(self, uid: str) -> None:
+        """The instance is gone for good: wait for the proof of its GPUs, then forget it."""
+        proof = self._proofs.get(uid)
+        if proof is not None:
+            await asyncio.wait([proof], timeout=self._release_timeout_s + 1)
+        self.apply(gpu_book.Unassign(uid))
+
+    def apply(self, event: BookEvent) -> None:
+        """Feed the book; when this returns, everything that followed has been handed out."""
+        self._inbox.append(event)
+        if self._stepping:
+            return
+        self._stepping = True
+        try:
+            while self._inbox:
+                self.book, effects = gpu_book.step(self.book, self._inbox.popleft(), self._clock.monotonic_ns())
+                for effect in effects:
+                    self._perform(effect)
+        finally:
+            self._stepping = False
+
+    def _perform(self, effect: gpu_book.BookEffect) -> None:
+        match effect:
+            case gpu_book.Assigned(uid) | gpu_book.Unassignable(uid):
+                self._answers[uid] = effect
+            case gpu_book.Grant(uid, gpus):
+                self._tell(uid, ev.Granted(gpus))
+            case gpu_book.AskFreeze(uid):
+                self._tell(uid, ev.FreezeOrdered())
+            case gpu_book.AskDrain(uid):
+                self._tell(uid, ev.DrainOrdered())
+            case gpu_book.WakeMeAt(at_ns):
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer = self._clock.call_at(at_ns, lambda: self.apply(gpu_book.Tick()))
+            case _:
+                assert_never(effect)
+
+    def _tell(self, uid: str, event: ev.Event) -> None:
+        actor = self._actor_of(uid)
+        if actor is None:  # it ended between its wish and the grant
+            self.apply(gpu_book.Unassign(uid))
+            return
+        actor.handle(event)
+
+    # ---- proof --------------------------------------------------------------------------------------------------
+
+    async def _prove(self, actor: Actor) -> None:
+        try:
+            async with asyncio.timeout(self._release_timeout_s):
+                if actor.state.terminal:
+                    await actor.ended.wait()
+                while await self._still_there(actor):  # noqa: ASYNC110 - NVML has no event for this
+                    await asyncio.sleep(PROOF_PAUSE_S)
+        except (TimeoutError, HibernodeError) as error:
+            why = f"{actor.uid} still shows on it" if isinstance(error, TimeoutError) else str(error)
+            for uuid in self.book.holders[actor.uid].gpus if actor.uid in self.book.holders else ():
+                self._events.add(actor.uid, "gpu.cordoned", f"no proof of release: {why}", gpu=uuid)
+                self.apply(gpu_book.Cordon(uuid, f"RELEASE_NOT_PROVEN: {why}"))
+        self.apply(gpu_book.Released(actor.uid))
+
+    async def _still_there(self, actor: Actor) -> bool:
+        held = self.book.holders.get(actor.uid)
+        if held is None or not held.gpus:
+            return False
+        processes = await self._gpus.processes()
+        pids = self._pids_of(actor)
+        return any(p.gpu_uuid in held.gpus and p.pid in pids and p.used_bytes for p in processes)
+
+    async def close(self) -> None:
+        """Stop the timer and the proofs under way."""
+        if self._timer is not None:
+            self._timer.cancel()
+        proofs = list(self._proofs.values())
+        for proof in proofs:
+            proof.cancel()
+        await asyncio.gather(*proofs, return_exceptions=True)

@@ -1,0 +1,44 @@
+"""Custom health checks: operations, not requests. None runs while frozen, and the last has ended before the lock."""
+
+from __future__ import annotations
+
+import asyncio
+
+from agent.core.types import SECOND_NS
+from agent.host import hooks
+from agent.host.actor import Actor
+
+
+class HealthProbe:
+    """Probes one running instance; `actor.healthy` follows the thresholds of its HealthCheck."""
+
+    def __init__(self, actor: Actor) -> None:
+        self._actor = actor
+        self._task: asyncio.Task[None] | None = None
+
+    def resume(self) -> None:
+        """Probe from now on (a no-op without a health check)."""
+        if self._actor.function.health_check is not None and self._task is None:
+            self._task = asyncio.create_task(self._probe(), name=f"health {self._actor.uid}")
+
+    async def pause(self) -> None:
+        """Stop probing; returns when none is under way any more."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _probe(self) -> None:
+        actor, check = self._actor, self._actor.function.health_check
+        assert check is not None
+        good = bad = 0
+        while actor.pool is not None:
+            await asyncio.sleep(check.period_ns / SECOND_NS)
+            if await hooks.probe(actor.pool, actor.function, check):
+                good, bad = good + 1, 0
+            else:
+                good, bad = 0, bad + 1
+            if bad >= check.failure_threshold:
+                actor.healthy = False
+            elif good >= check.success_threshold:
+                actor.healthy = True

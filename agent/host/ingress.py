@@ -1,0 +1,214 @@
+"""The node's ingress: one request, from the gateway (or anyone with the node's token) into one instance.
+
+It checks the token, finds the instance by `x-hibernode-instance`, waits at its gate, forwards, and gives the slot
+back with the last byte. An answer that carries `x-hibernode-refused` says that no byte of the request reached the
+instance: only then may the gateway dispatch it again.
+
+The token travels in `x-hibernode-token`, not in `Authorization`: that header is the client's own and goes through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+
+from agent.core.errors import (
+    DeadlineError,
+    HibernodeError,
+    InstanceError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from agent.core.lifecycle_events import StopAsked
+from agent.core.types import MILLISECOND_NS, SECOND_NS, InstanceState
+from agent.host import hooks
+from agent.host.actor import Actor
+from agent.host.node import Node
+from agent.http import headers as rules
+from agent.http.errors import RequestIds
+from agent.http.exchange import Exchange
+from agent.http.forward import ForwardResult, Outcome, forward
+from agent.http.message import Header, RequestHead, ResponseHead
+from agent.ports import Clock
+
+MAX_TIMEOUTS_IN_A_ROW = 2
+_CONTROL_PATHS = (b"/http-invoke", b"/invoke")
+
+
+class Ingress:
+    """The handler of the ingress's HTTP server. `open` is False until recovery is done."""
+
+    def __init__(self, node: Node, clock: Clock, token: str, request_ids: RequestIds) -> None:
+        self._node = node
+        self._clock = clock
+        self._token = token.encode()
+        self._request_ids = request_ids
+        self._function_headers: dict[str, list[Header]] = {}
+        self.open = False
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """Handle one exchange; every path ends in exactly one answer."""
+        head = exchange.head
+        request_id = ""
+        try:
+            self._authenticate(head)
+            request_id = (head.get(b"x-fc-request-id") or b"").decode("latin-1")
+            actor = self._find(head)
+            timeout_ns = _deadline(head, actor.function.queue_timeout_ns)
+        except HibernodeError as error:
+            await self._refuse(exchange, error, request_id)
+            return
+        request_id = request_id or self._request_ids()
+        began = self._clock.monotonic_ns()
+        asleep = actor.state is not InstanceState.RUNNING
+        try:
+            ticket = actor.gate.try_enter()
+            if ticket is not None:
+                await self._wait(exchange, actor, ticket, timeout_ns)
+        except HibernodeError as error:
+            await self._refuse(exchange, error, request_id)
+            return
+        waited_ns = self._clock.monotonic_ns() - began if ticket is not None else 0
+        try:
+            await self._forward(exchange, actor, request_id, waited_ns, asleep)
+        finally:
+            actor.gate.leave()
+
+    # ---- before the grant ---------------------------------------------------------------------------------------
+
+    def _authenticate(self, head: RequestHead) -> None:
+        given = head.get(b"x-hibernode-token")
+        if given is None:
+            raise UnauthenticatedError("TOKEN_MISSING", "the ingress needs the node's token in x-hibernode-token")
+        if not hmac.compare_digest(given, self._token):
+            raise UnauthenticatedError("TOKEN_UNKNOWN", "this node does not know that token")
+
+    def _find(self, head: RequestHead) -> Actor:
+        if not self.open:
+            raise UnavailableError("NODE_RECOVERING", "this node is not ready yet")
+        uid = (head.get(b"x-hibernode-instance") or b"").decode("latin-1")
+        if not uid:
+            raise InvalidArgumentError("INSTANCE_MISSING", "name the instance in x-hibernode-instance")
+        actor = self._node.actors.get(uid)
+        if actor is None:
+            raise NotFoundError("INSTANCE_NOT_FOUND", f"no instance {uid!r} on this node")
+        return actor
+
+    async def _wait(self, exchange: Exchange, actor: Actor, ticket: asyncio.Future[None], timeout_ns: int) -> None:
+        """Wait at the gate; a caller that goes away is dropped at once."""
+
+        def gone() -> None:
+            if not ticket.done():
+                ticket.set_exception(UnavailableError("CLIENT_GONE", "the client left while it waited"))
+
+        exchange.on_gone(gone)
+        try:
+            await actor.gate.wait(ticket, timeout_ns / SECOND_NS)
+        finally:
+            exchange.off_gone(gone)
+
+    async def _refuse(self, exchange: Exchange, error: HibernodeError, request_id: str) -> None:
+        """No byte reached the instance: say so, the gateway may try elsewhere."""
+        if exchange.gone:
+            return
+        refused = [(b"x-hibernode-refused", error.reason.encode())]
+        await exchange.fail(error, request_id or self._request_ids(), extra=refused)
+
+    # ---- inside the instance ------------------------------------------------------------------------------------
+
+    async def _forward(self, exchange: Exchange, actor: Actor, request_id: str, waited_ns: int, asleep: bool) -> None:
+        pool = actor.pool
+        if pool is None or exchange.gone:
+            return
+        head = exchange.head
+        ours = self._ours(exchange, actor, request_id)
+
+        def answer_headers(answer: ResponseHead) -> list[Header]:
+            actor.figures.timeouts_in_a_row = 0
+            kept = rules.instance_answer_headers(answer.headers)
+            kept.extend(_own_answer_headers(actor, request_id, waited_ns, asleep))
+            return kept
+
+        result = await forward(
+            exchange,
+            pool,
+            head.method,
+            head.target,
+            rules.request_headers(head.headers) + ours,
+            deadline=asyncio.get_running_loop().time() + actor.function.timeout_ns / SECOND_NS,
+            response_filter=answer_headers,
+        )
+        if result.outcome is not Outcome.COMPLETE:
+            await self._unhappy(exchange, actor, request_id, result)
+
+    def _ours(self, exchange: Exchange, actor: Actor, request_id: str) -> list[Header]:
+        """The `x-fc-*` context. The same for all requests of a function revision but for the first three."""
+        cached = self._function_headers.get(actor.uid)
+        if cached is None:
+            if len(self._function_headers) > 10_000:
+                self._function_headers.clear()
+            cached = self._function_headers[actor.uid] = hooks.function_headers(actor.function)
+        head = exchange.head
+        control = head.get(b"x-hibernode-control-path")
+        client = head.get(b"x-hibernode-client-ip")
+        return [
+            (b"x-fc-request-id", request_id.encode("latin-1")),
+            (b"x-fc-control-path", control if control in _CONTROL_PATHS else _CONTROL_PATHS[0]),
+            (b"x-fc-client-ip", client or exchange.peer.encode()),
+            *cached,
+        ]
+
+    async def _unhappy(self, exchange: Exchange, actor: Actor, request_id: str, result: ForwardResult) -> None:
+        own = _own_answer_headers(actor, request_id, 0, False)
+        error: HibernodeError | None = None
+        match result.outcome:
+            case Outcome.CONNECT_FAILED:
+                error = InstanceError("INSTANCE_CRASHED", "the instance does not accept connections")
+                own.append((b"x-hibernode-refused", b"CONNECT_FAILED"))
+            case Outcome.UPSTREAM_FAILED_BEFORE_HEAD:
+                error = InstanceError("INSTANCE_CRASHED", "the instance closed the connection without an answer")
+            case Outcome.TIMEOUT_BEFORE_HEAD:
+                self._count_timeout(actor)
+                error = DeadlineError(
+                    "FUNCTION_TIMEOUT",
+                    f"the function did not answer within its timeout of {actor.function.timeout_ns / SECOND_NS:g} s",
+                )
+            case Outcome.CLIENT_FAILED:
+                error = result.error
+            case _:
+                return  # the client left, or its answer had begun and was cut
+        if error is not None and not exchange.head_sent and not exchange.gone:
+            await exchange.fail(error, request_id, extra=own)
+
+    def _count_timeout(self, actor: Actor) -> None:
+        """One slow request is the request's fault; two in a row without a byte are the instance's."""
+        actor.figures.timeouts_in_a_row += 1
+        if actor.figures.timeouts_in_a_row >= MAX_TIMEOUTS_IN_A_ROW:
+            message = f"{MAX_TIMEOUTS_IN_A_ROW} requests in a row timed out without a byte of an answer"
+            actor.handle(StopAsked(0, force=True, reason="INSTANCE_UNRESPONSIVE", message=message))
+
+
+def _own_answer_headers(actor: Actor, request_id: str, waited_ns: int, asleep: bool) -> list[Header]:
+    gate = actor.gate
+    load = f"{gate.in_flight - 1 + gate.waiting}/{gate.concurrency};{actor.state.value}"
+    own = [
+        (b"x-fc-request-id", request_id.encode("latin-1")),
+        (b"x-fc-instance-id", actor.uid.encode()),
+        (b"x-hibernode-load", load.encode()),
+    ]
+    if waited_ns:
+        name = b"x-hibernode-wake-ms" if asleep else b"x-hibernode-queue-ms"
+        own.append((name, f"{waited_ns / MILLISECOND_NS:.3f}".encode()))
+    return own
+
+
+def _deadline(head: RequestHead, default_ns: int) -> int:
+    """The rest of the queue timeout that the gateway grants, in ns."""
+    given = head.get(b"x-hibernode-deadline-ms")
+    if given is None:
+        return default_ns
+    if not given.isdigit() or len(given) > 10:
+        raise InvalidArgumentError("DEADLINE_INVALID", "x-hibernode-deadline-ms must be a number of milliseconds")
+    return int(given) * MILLISECOND_NS
