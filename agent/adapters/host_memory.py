@@ -1,0 +1,37 @@
+"""How much host memory a frozen image may take: the host's own view and the cgroup's. Implements `ports.HostMemory`.
+
+Reclaimable page cache counts as free in both: counted as used, admission refuses what would succeed
+(facts/emulated-driver.md, pitfall 8). Swap counts as nothing: a swapped image wakes too slowly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.adapters import memory_cgroup, process_table
+from agent.adapters.process_table import PROC
+from agent.core.errors import UnavailableError
+from agent.core.types import Handle
+
+
+class ProcHostMemory:
+    """Reads /proc/meminfo and the files of the handle's memory cgroup."""
+
+    def __init__(self, proc: Path = PROC) -> None:
+        self._proc = proc
+        self._boot_id = process_table.boot_id(proc)
+
+    def available_bytes(self) -> int:
+        """MemAvailable. Raises UnavailableError HOST_MEMORY_UNKNOWN."""
+        for line in (self._proc / "meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        raise UnavailableError("HOST_MEMORY_UNKNOWN", "/proc/meminfo has no MemAvailable: mount /proc, Linux >= 3.14")
+
+    def headroom_bytes(self, handle: Handle) -> int | None:
+        """Smallest (limit - usage, cache counted as free) over every ancestor; None = no limit anywhere, or the
+        process has ended."""
+        if not process_table.is_alive(handle.process, self._boot_id, self._proc):
+            return None
+        found = memory_cgroup.find(handle.process.pid, self._proc)
+        return found.headroom_bytes() if found else None

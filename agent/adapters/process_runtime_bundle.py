@@ -1,0 +1,93 @@
+"""Bundle folders: `<state_dir>/instances/<uid>/` is the truth about a container, independent of any agent.
+
+    handle.json   who it is (boot, pid, start time), where it listens, its cgroup, whose it is; written before it runs
+    scratch/      its working directory and HOME, owned by its user
+
+No fsync: the record must outlive the agent, not the host. After a reboot the process is gone and the record with it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from agent.adapters.process_runtime_plan import Identity
+from agent.core.types import Handle
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """The contents of handle.json."""
+
+    version: int
+    state_uuid: str
+    handle: Handle
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """One folder found. `handle` is None when the start never got as far as a record. `foreign`: the record names
+    another state directory (a copied folder); such a container is never touched."""
+
+    uid: str
+    handle: Handle | None
+    foreign: bool = False
+
+
+class Bundles:
+    """The bundle folders of one state directory."""
+
+    def __init__(self, state_dir: Path, state_uuid: str) -> None:
+        self._folder = state_dir / "instances"
+        self._state_uuid = state_uuid
+
+    def scratch(self, uid: str) -> Path:
+        return self._folder / uid / "scratch"
+
+    def create(self, uid: str, identity: Identity | None) -> None:
+        """Make the folder and its scratch. FileExistsError if there is one: the caller destroys it first."""
+        self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+        (self._folder / uid).mkdir(mode=0o711)
+        scratch = self.scratch(uid)
+        scratch.mkdir(mode=0o700)
+        if identity:
+            os.chown(scratch, identity.uid, identity.gid)
+
+    def write(self, handle: Handle) -> None:
+        """Record the container: whole or not at all."""
+        target = self._folder / handle.uid / "handle.json"
+        record = _Record(FORMAT, self._state_uuid, handle)
+        partial = target.with_suffix(".partial")
+        partial.write_bytes(msgspec.json.encode(record))
+        partial.chmod(0o600)
+        partial.replace(target)
+
+    def read(self, uid: str) -> Bundle | None:
+        """One bundle; None if there is no folder of that name."""
+        folder = self._folder / uid
+        if not folder.is_dir():
+            return None
+        try:
+            record = msgspec.json.decode((folder / "handle.json").read_bytes(), type=_Record)
+        except (FileNotFoundError, msgspec.DecodeError):
+            # Not there yet, or torn by a power failure: in both cases no process of this boot is behind it.
+            return Bundle(uid, None)
+        return Bundle(uid, record.handle, foreign=record.state_uuid != self._state_uuid)
+
+    def all(self) -> list[Bundle]:
+        """Every bundle, also of containers that have ended since."""
+        try:
+            uids = sorted(os.listdir(self._folder))
+        except FileNotFoundError:
+            return []
+        return [bundle for uid in uids if (bundle := self.read(uid))]
+
+    def remove(self, uid: str) -> None:
+        """Delete it with its scratch. Idempotent. May take long: not for the loop's thread."""
+        shutil.rmtree(self._folder / uid, ignore_errors=True)

@@ -1,0 +1,199 @@
+"""The worlds of the runtime contract: the fake, and the real process runtime in every way it can be fenced.
+
+A world can start a workload and then make it speak, exit, ignore SIGTERM or leave a stray child behind, whatever stands
+behind it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import uuid
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from agent.adapters import cgroup, process_table
+from agent.adapters.clock import SystemClock
+from agent.adapters.process_runtime import ProcessRuntime, ProcessRuntimeSettings
+from agent.core.types import Exit, FunctionSpec, Handle, InstanceSpec
+from agent.ports import Runtime, StartSpec
+from tests.fakes.runtime import FakeRuntime
+
+# It says hello, then obeys: each line of its fifo is a shell command.
+OBEDIENT = 'echo "hello from $HIBERNODE_INSTANCE"; while read -r line <"$FIFO"; do eval "$line"; done'
+STUBBORN = "trap '' TERM; echo stubborn; " + OBEDIENT
+
+
+class World(ABC):
+    """One runtime and the power over its workloads."""
+
+    runtime: Runtime
+
+    def spec(self, uid: str, *, image: str = "host", stubborn: bool = False) -> StartSpec:
+        """A workload that stays until told otherwise."""
+        script = STUBBORN if stubborn else OBEDIENT
+        function = FunctionSpec(name="resize", image=image, entrypoint=("/bin/sh",), command=("-c", script))
+        return StartSpec(InstanceSpec(uid, f"resize/1/{uid}", function), self.environment(uid), ("GPU-1111",))
+
+    def environment(self, uid: str) -> dict[str, str]:
+        return {}
+
+    @abstractmethod
+    async def settled(self, handle: Handle, *, stubborn: bool = False) -> None:
+        """Returns when the workload has come up (its traps are set)."""
+
+    @abstractmethod
+    async def exit_now(self, handle: Handle, code: int) -> None: ...
+
+    @abstractmethod
+    async def speak(self, handle: Handle, text: str) -> None: ...
+
+    @abstractmethod
+    async def fork_stray(self, handle: Handle) -> None:
+        """The workload starts a child in a session of its own that outlives it."""
+
+    @abstractmethod
+    def breakable(self, uid: str) -> StartSpec:
+        """A workload whose start fails."""
+
+    @abstractmethod
+    def restart_agent(self) -> None:
+        """The agent died and comes up again: `runtime` is a new one over the same containers."""
+
+    @abstractmethod
+    def traces(self, uid: str) -> list[str]:
+        """What is left of an instance on this host, its log apart."""
+
+    def close(self) -> None:  # noqa: B027 - the fake has nothing to close
+        """Leave the host as it was."""
+
+
+class FakeWorld(World):
+    def __init__(self) -> None:
+        self.fake = FakeRuntime()
+        self.runtime: Runtime = self.fake
+
+    async def settled(self, handle: Handle, *, stubborn: bool = False) -> None:
+        self.fake.containers[handle.uid].heeds_term = not stubborn
+        self.fake.print(handle.uid, f"hello from {handle.uid}\n".encode())
+
+    async def exit_now(self, handle: Handle, code: int) -> None:
+        self.fake.exit(handle.uid, Exit(code=code, message=f"exited with code {code}"))
+
+    async def speak(self, handle: Handle, text: str) -> None:
+        self.fake.print(handle.uid, f"{text}\n".encode())
+
+    async def fork_stray(self, handle: Handle) -> None:
+        self.fake.containers[handle.uid].extra_pids.append(handle.process.pid + 1)
+
+    def breakable(self, uid: str) -> StartSpec:
+        from agent.core.errors import InstanceError
+
+        self.fake.start_error = InstanceError("START_FAILED", "cannot execute '/nowhere': No such file or directory")
+        return self.spec(uid)
+
+    def restart_agent(self) -> None:
+        self.fake.start_error = None
+
+    def traces(self, uid: str) -> list[str]:
+        return [uid] if uid in self.fake.containers else []
+
+
+class ProcessWorld(World):
+    """`user`: "" or a name. `fenced`: with a cgroup, or by process trees alone."""
+
+    def __init__(self, *, fenced: bool, user: str = "") -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="hibernode-contract-"))
+        self.folder.chmod(0o711)
+        self.state_uuid = str(uuid.uuid4())
+        self.slice = cgroup.open_slice(self.state_uuid) if fenced else None
+        self.user = user
+        self.runtime = self.process_runtime = self._new_runtime()
+
+    def _new_runtime(self) -> ProcessRuntime:
+        settings = ProcessRuntimeSettings(self.folder / "state", self.state_uuid, self.slice, user=self.user)
+        return ProcessRuntime(settings, SystemClock())
+
+    def environment(self, uid: str) -> dict[str, str]:
+        fifo = self._fifo(uid)
+        if not fifo.exists():
+            os.mkfifo(fifo)
+            fifo.chmod(0o666)
+        return {"FIFO": str(fifo)}
+
+    def _fifo(self, uid: str) -> Path:
+        return self.folder / f"{uid}.fifo"
+
+    async def settled(self, handle: Handle, *, stubborn: bool = False) -> None:
+        assert await cgroup.reread(lambda: b"hello from" in self.runtime.read_log(handle, 4096), 10.0)
+
+    async def _tell(self, handle: Handle, line: str) -> None:
+        opened: list[int] = []
+
+        def reader_there() -> bool:
+            try:
+                opened.append(os.open(self._fifo(handle.uid), os.O_WRONLY | os.O_NONBLOCK))
+            except OSError:
+                return False
+            return True
+
+        assert await cgroup.reread(reader_there, 10.0)
+        os.write(opened[0], line.encode() + b"\n")
+        os.close(opened[0])
+
+    async def exit_now(self, handle: Handle, code: int) -> None:
+        await self._tell(handle, f"exit {code}")
+
+    async def speak(self, handle: Handle, text: str) -> None:
+        await self._tell(handle, f"echo {text}")
+        assert await cgroup.reread(lambda: text.encode() in self.runtime.read_log(handle, 65536), 10.0)
+
+    async def fork_stray(self, handle: Handle) -> None:
+        await self._tell(handle, "setsid sleep 86399 & echo stray $!")
+        assert await cgroup.reread(lambda: b"stray" in self.runtime.read_log(handle, 4096), 10.0)
+
+    def breakable(self, uid: str) -> StartSpec:
+        function = FunctionSpec(name="resize", entrypoint=("/nowhere/at-all",))
+        return StartSpec(InstanceSpec(uid, f"resize/1/{uid}", function), {}, ())
+
+    def restart_agent(self) -> None:
+        self.process_runtime.close()
+        self.runtime = self.process_runtime = self._new_runtime()
+
+    def traces(self, uid: str) -> list[str]:
+        found = [f"process {pid}" for pid in self.pids_marked(uid)]
+        bundle = self.folder / "state/instances" / uid
+        found += [str(bundle)] if bundle.exists() else []
+        if self.slice and self.slice.path_of(uid).exists():
+            found.append(str(self.slice.path_of(uid)))
+        return found
+
+    def pids_marked(self, uid: str) -> list[int]:
+        """Every process of the host that carries the instance's mark or, before its exec, names it."""
+        found = []
+        for stat in process_table.processes():
+            folder = Path("/proc") / str(stat.pid)
+            try:
+                text = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if f"{self.state_uuid}/{uid}".encode() in text or f"\0{uid}\0".encode() in text:
+                found.append(stat.pid)
+        return [] if not found else [pid for pid in found if pid != os.getpid()]
+
+    def close(self) -> None:
+        self.process_runtime.close()
+        for stat in process_table.processes():
+            try:
+                environment = (Path("/proc") / str(stat.pid) / "environ").read_bytes()
+            except OSError:
+                continue
+            if self.state_uuid.encode() in environment:
+                os.kill(stat.pid, signal.SIGKILL)
+                # A stopped test may have left it unreaped.
+        if self.slice:
+            for uid in self.slice.uids():
+                cgroup.send_kill(self.slice.path_of(uid))
+        shutil.rmtree(self.folder, ignore_errors=True)
