@@ -20,6 +20,7 @@ from agent.core.lifecycle import Instance
 from agent.core.types import FunctionSpec, Handle, InstanceSpec, InstanceState
 from agent.host.events import EventLog
 from agent.host.gate import Gate, RequestMeter
+from agent.host.hooks import function_headers
 from agent.http.client import Pool
 from agent.ports import Clock, Timer
 
@@ -99,6 +100,7 @@ class Actor:
         self.gpu_uuids: tuple[str, ...] = ()
         self.healthy = True
         self.ended = asyncio.Event()
+        self.context_headers = function_headers(spec.function)
         self.executor: Executor
         self.gate = Gate(
             spec.function.instance_concurrency,

@@ -23,7 +23,6 @@ from agent.core.errors import (
 )
 from agent.core.lifecycle_events import StopAsked
 from agent.core.types import MILLISECOND_NS, SECOND_NS, InstanceState
-from agent.host import hooks
 from agent.host.actor import Actor
 from agent.host.node import Node
 from agent.http import headers as rules
@@ -45,7 +44,6 @@ class Ingress:
         self._clock = clock
         self._token = token.encode()
         self._request_ids = request_ids
-        self._function_headers: dict[str, list[Header]] = {}
         self.open = False
 
     async def __call__(self, exchange: Exchange) -> None:
@@ -144,12 +142,7 @@ class Ingress:
             await self._unhappy(exchange, actor, request_id, result)
 
     def _ours(self, exchange: Exchange, actor: Actor, request_id: str) -> list[Header]:
-        """The `x-fc-*` context. The same for all requests of a function revision but for the first three."""
-        cached = self._function_headers.get(actor.uid)
-        if cached is None:
-            if len(self._function_headers) > 10_000:
-                self._function_headers.clear()
-            cached = self._function_headers[actor.uid] = hooks.function_headers(actor.function)
+        """The `x-fc-*` context. Only the first three differ between requests."""
         head = exchange.head
         control = head.get(b"x-hibernode-control-path")
         client = head.get(b"x-hibernode-client-ip")
@@ -157,7 +150,7 @@ class Ingress:
             (b"x-fc-request-id", request_id.encode("latin-1")),
             (b"x-fc-control-path", control if control in _CONTROL_PATHS else _CONTROL_PATHS[0]),
             (b"x-fc-client-ip", client or exchange.peer.encode()),
-            *cached,
+            *actor.context_headers,
         ]
 
     async def _unhappy(self, exchange: Exchange, actor: Actor, request_id: str, result: ForwardResult) -> None:
