@@ -1,0 +1,139 @@
+"""A driver's checkpoint API without a driver: the rules of cuda.h on a table of processes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from agent.adapters.cuda_api import CudaResult
+from agent.core.types import MIB, GpuProcess
+from agent.ports import CudaAnswer, CudaCall, CudaFault, CudaOp, CudaReply, CudaState
+
+_RULES: dict[CudaOp, tuple[CudaState, CudaState]] = {
+    CudaOp.LOCK: (CudaState.RUNNING, CudaState.LOCKED),
+    CudaOp.CHECKPOINT: (CudaState.LOCKED, CudaState.CHECKPOINTED),
+    CudaOp.RESTORE: (CudaState.CHECKPOINTED, CudaState.LOCKED),
+    CudaOp.UNLOCK: (CudaState.LOCKED, CudaState.RUNNING),
+}
+
+
+@dataclass
+class FakeCudaProcess:
+    """One process for the driver. `thawed` is cleared while its cgroup is frozen: then it can't answer."""
+
+    state: CudaState = CudaState.RUNNING
+    vram_bytes: int = 16 * MIB
+    gpu_uuid: str = "GPU-00000000-0000-4000-8000-000000000000"
+    thawed: asyncio.Event = field(default_factory=asyncio.Event)
+    stale_operations: list[CudaOp] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.thawed.set()
+
+    def thaw(self) -> None:
+        """Let it run; what hung on it is executed now, after its caller was killed (facts: pitfall 1)."""
+        self.thawed.set()
+        for op in self.stale_operations:
+            needs, gives = _RULES[op]
+            if self.state is needs:
+                self.state = gives
+        self.stale_operations.clear()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong, once, at the next `op`: answer `code`, or report success without doing it (`stale`), or hang
+    until the deadline (`hang`; with `executes` it is done all the same), leaving the process in `leaves`."""
+
+    op: CudaOp
+    code: int = 0
+    stale: bool = False
+    hang: bool = False
+    stuck: bool = False
+    executes: bool = False
+    leaves: CudaState | None = None
+    pid: int = 0
+
+
+@dataclass
+class FakeCheckpointer:
+    """Knobs: `processes` by pid, `faults`, `keeps_vram` (NVML goes on showing memory after a checkpoint),
+    `not_begun` (no worker is free). `batches` records what was asked, and a hang costs `hang_s` at most."""
+
+    processes: dict[int, FakeCudaProcess] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    keeps_vram: bool = False
+    not_begun: str = ""
+    hang_s: float = 0.01
+    elapsed_us: int = 100
+    batches: list[tuple[CudaCall, ...]] = field(default_factory=list)
+    stuck_gpus: list[tuple[str, ...]] = field(default_factory=list)
+
+    async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
+        if not calls:
+            return CudaReply()
+        self.batches.append(tuple(calls))
+        if self.not_begun:
+            return CudaReply((), CudaFault.NOT_BEGUN, self.not_begun, "no worker is free (fake)")
+        answers: list[CudaAnswer] = []
+        for call in calls:
+            answer = await self._perform(call, min(deadline_s, self.hang_s))
+            if isinstance(answer, CudaFault):
+                if answer is CudaFault.STUCK:
+                    self.stuck_gpus.append(tuple(gpu_uuids))
+                return CudaReply((), answer, "DRIVER_OPERATION_LOST", "the driver did not answer (fake)")
+            answers.append(answer)
+            if answer.code:
+                break
+        return CudaReply(tuple(answers))
+
+    @property
+    def operations(self) -> list[tuple[CudaOp, int]]:
+        """What was asked, but for STATE, in order."""
+        return [(call.op, call.pid) for batch in self.batches for call in batch if call.op is not CudaOp.STATE]
+
+    def gpu_processes(self) -> list[GpuProcess]:
+        """For `FakeGpus.processes_now`: a checkpointed process holds no GPU memory."""
+        return [
+            GpuProcess(process.gpu_uuid, pid, process.vram_bytes)
+            for pid, process in self.processes.items()
+            if self.keeps_vram or process.state is not CudaState.CHECKPOINTED
+        ]
+
+    async def _perform(self, call: CudaCall, patience_s: float) -> CudaAnswer | CudaFault:
+        process = self.processes.get(call.pid)
+        if process is None:
+            code = CudaResult.SUCCESS if call.op is CudaOp.STATE else CudaResult.NOT_INITIALIZED
+            return CudaAnswer(call, code, CudaState.NONE, self.elapsed_us)
+        if not process.thawed.is_set():
+            try:
+                await asyncio.wait_for(process.thawed.wait(), patience_s)
+            except TimeoutError:
+                if call.op is not CudaOp.STATE:
+                    process.stale_operations.append(call.op)
+                return CudaFault.LOST
+        fault = self._fault_for(call)
+        if fault is not None and fault.leaves is not None:
+            process.state = fault.leaves
+        if fault is not None and (fault.hang or fault.stuck):
+            if fault.executes:
+                process.state = _RULES[call.op][1]
+            return CudaFault.STUCK if fault.stuck else CudaFault.LOST
+        if fault is not None and fault.code:
+            return CudaAnswer(call, fault.code, process.state, self.elapsed_us)
+        if call.op is CudaOp.STATE:
+            return CudaAnswer(call, 0, process.state, self.elapsed_us)
+        needs, gives = _RULES[call.op]
+        if process.state is not needs:
+            return CudaAnswer(call, CudaResult.ILLEGAL_STATE, process.state, self.elapsed_us)
+        if fault is None:
+            process.state = gives
+        return CudaAnswer(call, 0, None, self.elapsed_us)
+
+    def _fault_for(self, call: CudaCall) -> Fault | None:
+        for fault in self.faults:
+            if fault.op is call.op and fault.pid in (0, call.pid):
+                self.faults.remove(fault)
+                return fault
+        return None
