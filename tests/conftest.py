@@ -1,0 +1,16 @@
+"""What holds for every test of the project."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# As the scripts and units do: grpc's fork handlers only print warnings into the output of tests that start programs.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+# A busy machine makes an example slow, not wrong: pytest-timeout bounds the whole test. In CI the examples are the
+# same in every run, so that a failure there can be had here; at home they are new each time and find more.
+settings.register_profile("home", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("home"), derandomize=True, database=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "home")
