@@ -25,7 +25,7 @@ def ensure_token(path: Path) -> str:
         try:
             _write_new(draft, token)
             try:
-                draft.hardlink_to(path)
+                path.hardlink_to(draft)
                 _sync_folder(path.parent)
             except FileExistsError:
                 pass  # another start was first; its token is read below

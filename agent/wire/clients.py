@@ -20,7 +20,7 @@ from agent.v1 import (
 )
 from agent.v1.scheduler_service_pb2 import ReportLoadRequest, ReportLoadResponse
 from agent.wire.addresses import check_target
-from agent.wire.server import MAX_MESSAGE_BYTES
+from agent.wire.limits import MAX_MESSAGE_BYTES
 from agent.wire.status import from_rpc_error, translated_errors
 from agent.wire.tokens import bearer
 

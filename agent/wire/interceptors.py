@@ -15,6 +15,7 @@ from grpc import aio
 
 from agent.core.errors import DeadlineError, HibernodeError, PermissionDeniedError
 from agent.log import get_logger
+from agent.wire.limits import DEFAULT_DEADLINE_S
 from agent.wire.status import to_grpc_status
 from agent.wire.tokens import SOCKET_PRINCIPAL, Principal, Role, TokenTable, set_caller
 
@@ -29,8 +30,6 @@ NODE_METHODS = frozenset(
 )
 # Without an end by nature; streams in both directions are too.
 ENDLESS_METHODS = frozenset({HEALTH_WATCH})
-
-DEFAULT_DEADLINE_S = 60.0
 
 _log = get_logger()
 _Answer = TypeVar("_Answer")
@@ -50,7 +49,7 @@ class CallContext(Protocol):
     async def write(self, message: Any) -> None: ...
 
 
-class CallGuard(aio.ServerInterceptor[Any, Any]):
+class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Authenticates the caller, bounds a call without a deadline, and translates what it raises.
 
     A peer on the unix socket is trusted: the socket's mode and group decide who may connect. An unexpected exception

@@ -22,10 +22,10 @@ from agent.v1 import (
     usage_service_pb2_grpc,
 )
 from agent.wire.addresses import check_bind, join, unix_target
-from agent.wire.interceptors import DEFAULT_DEADLINE_S, CallGuard
+from agent.wire.interceptors import CallGuard
+from agent.wire.limits import DEFAULT_DEADLINE_S, MAX_MESSAGE_BYTES
 from agent.wire.tokens import TokenTable
 
-MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_CONCURRENT_CALLS = 2000
 SOCKET_GROUP = "hibernode"
 

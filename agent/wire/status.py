@@ -12,6 +12,7 @@ from typing import cast
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # no py.typed
 from grpc import aio
 from grpc_status import rpc_status
@@ -143,7 +144,7 @@ def _parsed(serialized: bytes, code: grpc.StatusCode, details: str) -> status_pb
     plain = status_pb2.Status(code=code.value[0], message=details)
     try:
         status = status_pb2.Status.FromString(serialized)
-    except ValueError:
+    except DecodeError:
         return plain
     return status if status.code == plain.code else plain
 
