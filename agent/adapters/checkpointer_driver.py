@@ -96,7 +96,6 @@ class DriverCheckpointer:
         self._on_worker_stuck = on_worker_stuck
         self._slots = [_Slot() for _ in range(self._limits.workers)]
         self._queue: deque[_Job] = deque()
-        self._abandoned: list[DriverWorkerProcess] = []
         self._bell = _Bell()
         self._closed = False
         self._events = WorkerEvents(self._on_ready, self._on_answered, self._on_gone)
@@ -190,7 +189,6 @@ class DriverCheckpointer:
 
     def _spawn(self, slot: _Slot) -> None:
         slot.respawn = None
-        self._abandoned = [worker for worker in self._abandoned if not worker.reap()]
         try:
             slot.worker = DriverWorkerProcess(self._options, self._events)
         except OSError as error:
@@ -228,8 +226,6 @@ class DriverCheckpointer:
     def _on_gone(self, worker: DriverWorkerProcess, stuck: bool, error: str) -> None:
         slot = self._slot_of(worker)
         job, slot.job, slot.worker = slot.job, None, None
-        if stuck:
-            self._abandoned.append(worker)
         if not self._closed:
             _log.warning("driver.worker_lost", pid=worker.pid, error=error, stuck=stuck, working=job is not None)
             self._failed(slot, error)

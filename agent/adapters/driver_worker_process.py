@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -171,35 +170,26 @@ class DriverWorkerProcess:
             self._events.answered(self, answers)
 
     def _on_exit(self) -> None:
-        self._process.wait()
-        self._finish(stuck=False)
-
-    def _on_stuck(self) -> None:
-        if self._exited():  # the timer was faster than the reader
-            self._process.wait()
-            self._finish(stuck=False)
-            return
-        _log.error("driver.worker_stuck", pid=self.pid, why=self._error)
-        self._finish(stuck=True)
-
-    def _exited(self) -> bool:
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def _finish(self, *, stuck: bool) -> None:
+        """Dead: collect its status. One that was abandoned before ends here too, late and unnoticed."""
         self._timer.cancel()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        self._process.wait()
+        if self.phase is not Phase.GONE:
+            self.phase = Phase.GONE
+            self._events.gone(self, False, self._error)
+
+    def _on_stuck(self) -> None:
+        """SIGKILL has not ended it: it sits in the kernel. Nobody waits for it any longer."""
+        if self._process.poll() is not None:  # dead, and its reader's turn comes in this very round of the loop
+            self._on_exit()
+            return
+        _log.error("driver.worker_stuck", pid=self.pid, error=self._error)
         self.phase = Phase.GONE
-        self._events.gone(self, stuck, self._error)
+        self._events.gone(self, True, self._error)
 
     def _close_channel(self) -> None:
         """First the reader: a socket at its end is readable for ever and would spin the loop."""
         self._timer.cancel()
         self._loop.remove_reader(self._channel.fileno())
         self._channel.close()
-
-    def reap(self) -> bool:
-        """Has an abandoned worker ended after all? Collects its exit status if so."""
-        return self._process.poll() is not None
