@@ -71,7 +71,7 @@ class Figures:
     wakes: int = 0
     last_wake_ns: int = 0
     last_wake_driver_ns: int = 0
-    wake_began_ns: int = 0
+    wake_estimate_ns: int = 0
     image_bytes: int = 0
     vram_bytes: int = 0
     timeouts_in_a_row: int = 0

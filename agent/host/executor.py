@@ -251,6 +251,7 @@ class InstanceExecutor:
             actor.figures.wakes += 1
             actor.figures.last_wake_ns = shell.clock.monotonic_ns() - began
             actor.figures.last_wake_driver_ns = result.driver_ns
+            actor.figures.wake_estimate_ns = _moving_average(actor.figures.wake_estimate_ns, actor.figures.last_wake_ns)
             actor.figures.image_bytes = 0
             self._health.resume()
         self._settle(gen, result)
@@ -359,3 +360,7 @@ class InstanceExecutor:
             end_message=instance.message,
         )
         await self._shell.store.put_instance(self.record)
+
+
+def _moving_average(old_ns: int, new_ns: int) -> int:
+    return new_ns if not old_ns else (3 * old_ns + new_ns) // 4

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from agent.core import lifecycle_events as ev
 from agent.core.errors import HibernodeError
 from agent.core.types import Handle, InstanceState
+from agent.host.actor import Actor
 from agent.host.node import Node
 from agent.ports import Condition, InstanceRecord, Outcome
 
@@ -38,6 +39,7 @@ class Recovery:
         self._shell = node.shell
         self._known_gpus = known_gpus
         self.found = Found()
+        self._cold: list[Actor] = []
 
     async def run(self) -> Found:
         """Adopt, finish, restart or clean up every instance of this state directory, in parallel."""
@@ -49,6 +51,8 @@ class Recovery:
             *(self._within_deadline(record, handles.get(record.spec.uid)) for record in records),
             *(self._orphan(handle) for handle in orphans),
         )
+        for actor in self._cold:  # only now: whoever was found awake already holds its GPU
+            actor.handle(ev.Created())
         return self.found
 
     async def _within_deadline(self, record: InstanceRecord, found: Handle | None) -> None:
@@ -129,7 +133,7 @@ class Recovery:
         actor = self._node.adopt(record, InstanceState.STARTING)
         self.found.restarted += 1
         self._note(actor.uid, "STARTING")
-        actor.handle(ev.Created())
+        self._cold.append(actor)
 
     async def _gone(self, record: InstanceRecord, handle: Handle | None) -> None:
         """It ended while no agent watched, or the host was booted: its ledger ends at its last mark."""
@@ -141,8 +145,12 @@ class Recovery:
 
     async def _kill(self, record: InstanceRecord, handle: Handle | None, why: str) -> None:
         if handle is not None:
-            await self._shell.runtime.kill(handle)
-            await self._shell.runtime.destroy(handle)
+            try:
+                await self._shell.runtime.kill(handle)
+                await self._shell.runtime.destroy(handle)
+            except HibernodeError as error:  # the record stays: the next start tries again
+                self._shell.events.add(record.spec.uid, "instance.kill_failed", error.message)
+                return
         await self._shell.store.delete_instance(record.spec.uid)
         self.found.killed += 1
         self._shell.events.add(record.spec.uid, "instance.killed_at_recovery", why)

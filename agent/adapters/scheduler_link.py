@@ -1,0 +1,153 @@
+"""The agent's line to the central scheduler: the load stream, and the upload of sealed usage windows.
+
+Lifecycle changes go at once (a second change within 5 ms rides along), gauges with a heartbeat a second. After a
+gap, or a new stream, everything is sent anew. Losing the scheduler costs nothing but freshness: the node serves on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+
+from agent.core.errors import HibernodeError
+from agent.core.types import InstanceState
+from agent.host.actor import Actor
+from agent.host.observe import Observer
+from agent.log import get_logger
+from agent.ports import LedgerStore
+from agent.v1.scheduler_service_pb2 import ReportLoadRequest
+from agent.v1.usage_service_pb2 import UploadUsageWindowsRequest
+from agent.wire.clients import DaemonChannel, LoadStream
+from agent.wire.convert_snapshot import instance_load, node_load, registration
+from agent.wire.convert_usage import window_to_proto
+
+COALESCE_S = 0.005
+HEARTBEAT_S = 1.0
+BACK_OFF_MIN_S = 0.1
+BACK_OFF_MAX_S = 2.0
+UPLOAD_BATCH = 500
+UPLOAD_TIMEOUT_S = 10.0
+
+
+class SchedulerLink:
+    """A `StateListener` that reports. `run` goes on until cancelled, through every outage."""
+
+    def __init__(
+        self,
+        channel: DaemonChannel,
+        observer: Observer,
+        instances: dict[str, Actor],
+        store: LedgerStore,
+        upload_interval_s: float,
+    ) -> None:
+        self._channel = channel
+        self._observer = observer
+        self._instances = instances
+        self._store = store
+        self._upload_interval_s = upload_interval_s
+        self._changed: dict[str, None] = {}
+        self._wake = asyncio.Event()
+        self._snapshot_due = True
+        self._sequence = 0
+        self._log = get_logger()
+        self.connected = False
+
+    # ---- what the node says -------------------------------------------------------------------------------------
+
+    def state_changed(self, actor: Actor, old: InstanceState, new: InstanceState, at: int) -> None:
+        """A life cycle change: report it at once."""
+        self.load_changed(actor)
+
+    def load_changed(self, actor: Actor) -> None:
+        """Its load changed, or it is gone."""
+        self._changed[actor.uid] = None
+        self._wake.set()
+
+    # ---- the load stream ----------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Report and upload until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._report_for_ever(), name="report load")
+            tasks.create_task(self._upload_for_ever(), name="upload usage")
+
+    async def _report_for_ever(self) -> None:
+        pause = BACK_OFF_MIN_S
+        while True:
+            stream = self._channel.report_load()
+            try:
+                reader = asyncio.create_task(self._read(stream), name="read load answers")
+                try:
+                    await self._write(stream, reader)
+                finally:
+                    reader.cancel()
+                    await asyncio.gather(reader, return_exceptions=True)
+            except HibernodeError as error:
+                if self.connected:
+                    self._log.warning("scheduler.lost", reason=error.reason, message=error.message)
+            finally:
+                stream.close()
+            pause = BACK_OFF_MIN_S if self.connected else min(pause * 2, BACK_OFF_MAX_S)
+            self.connected = False
+            await asyncio.sleep(pause * (0.5 + random.random()))
+
+    async def _write(self, stream: LoadStream, reader: asyncio.Task[None]) -> None:
+        self._snapshot_due = True
+        while not reader.done():
+            await stream.send(self._message())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._wake.wait()
+                    await asyncio.sleep(COALESCE_S)  # DESIGN section 9: changes within 5 ms travel together
+        reader.result()
+
+    async def _read(self, stream: LoadStream) -> None:
+        while (answer := await stream.receive()) is not None:
+            if not self.connected:
+                self.connected = True
+                self._log.info("scheduler.connected", node=answer.node)
+            if answer.resync:
+                self._snapshot_due = True
+                self._wake.set()
+
+    def _message(self) -> ReportLoadRequest:
+        self._wake.clear()
+        self._sequence += 1
+        node = self._observer.node()
+        message = ReportLoadRequest(epoch=self._observer.identity.epoch, sequence=self._sequence, load=node_load(node))
+        if self._snapshot_due:
+            self._snapshot_due = False
+            message.snapshot = True
+            message.registration.CopyFrom(registration(node))
+            reported = list(self._instances)
+        else:
+            reported = [uid for uid in self._changed if uid in self._instances]
+            message.removed_uids.extend(uid for uid in self._changed if uid not in self._instances)
+        self._changed.clear()
+        message.instances.extend(instance_load(self._observer.instance(self._instances[uid])) for uid in reported)
+        return message
+
+    # ---- usage --------------------------------------------------------------------------------------------------
+
+    async def _upload_for_ever(self) -> None:
+        while True:
+            try:
+                if not await self.upload_once():
+                    await asyncio.sleep(self._upload_interval_s)
+            except HibernodeError as error:
+                self._log.warning("usage.upload_failed", reason=error.reason, message=error.message)
+                await asyncio.sleep(self._upload_interval_s)
+
+    async def upload_once(self) -> bool:
+        """Upload one batch of sealed windows; True if there may be more. Nothing is forgotten before its
+        acknowledgement is here."""
+        windows = await self._store.unacknowledged(UPLOAD_BATCH)
+        if not windows:
+            return False
+        request = UploadUsageWindowsRequest(windows=[window_to_proto(window) for window in windows])
+        answer = await self._channel.call(self._channel.usage.UploadUsageWindows, request, UPLOAD_TIMEOUT_S)
+        marks = {mark.instance_uid: mark.seq for mark in answer.marks}
+        keys = [(w.instance_uid, w.seq) for w in windows if w.seq <= marks.get(w.instance_uid, -1)]
+        await self._store.acknowledge(keys)
+        return bool(keys) and len(windows) == UPLOAD_BATCH

@@ -1,0 +1,1 @@
+"""gRPC servicers and admin HTTP of the daemons: thin, they translate and hand on."""

@@ -1,0 +1,167 @@
+"""InstanceService of the agent: create, look, freeze, wake, stop, read the log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from agent.api.paging import page
+from agent.core.errors import HibernodeError, InstanceError, InvalidArgumentError, PreconditionError, UnsupportedError
+from agent.core.lifecycle import Instance
+from agent.core.lifecycle_events import FreezeAsked, StopAsked
+from agent.core.types import SECOND_NS, InstanceState
+from agent.host.actor import Actor
+from agent.host.events import EventLog
+from agent.host.node import Node
+from agent.host.observe import Observer
+from agent.ports import Clock, Runtime
+from agent.v1 import instance_service_pb2 as pb
+from agent.v1 import instance_service_pb2_grpc, types_pb2
+from agent.wire.convert_function import function_from_proto
+from agent.wire.convert_snapshot import instance_to_proto
+from agent.wire.convert_time import time_from_proto, time_to_proto
+
+DEFAULT_WAKE_TIMEOUT_NS = 60 * SECOND_NS
+MAX_HOLD_NS = 600 * SECOND_NS
+MAX_WAIT_S = 600.0
+DEFAULT_GRACE_NS = 30 * SECOND_NS
+LOG_CHUNK_BYTES = 64 * 1024
+MAX_LOG_BYTES = 8 * 1024 * 1024
+
+
+class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
+    """Translates and hands on; errors are `HibernodeError`s, turned into statuses by the wire's call guard."""
+
+    def __init__(self, node: Node, observer: Observer, events: EventLog, runtime: Runtime, clock: Clock) -> None:
+        self._node = node
+        self._observer = observer
+        self._events = events
+        self._runtime = runtime
+        self._clock = clock
+
+    async def CreateInstance(self, request: pb.CreateInstanceRequest, context: object) -> pb.CreateInstanceResponse:
+        """Make an instance; with `wait`, return when it runs or fail with what kept it from running."""
+        self._require_ready()
+        if not request.request_id or len(request.request_id) > 200:
+            raise InvalidArgumentError("REQUEST_ID_INVALID", "request_id must have 1 to 200 characters")
+        actor = await self._node.create(request.request_id, function_from_proto(request.spec))
+        if request.wait:
+            await actor.wait_until(lambda i: i.state is not InstanceState.STARTING, MAX_WAIT_S, "START")
+            _raise_if_failed(actor)
+        return pb.CreateInstanceResponse(instance=self._show(actor))
+
+    async def GetInstance(self, request: pb.GetInstanceRequest, context: object) -> pb.GetInstanceResponse:
+        """One instance, also one that ended not long ago."""
+        return pb.GetInstanceResponse(instance=self._show(self._node.get(request.uid)))
+
+    async def ListInstances(self, request: pb.ListInstancesRequest, context: object) -> pb.ListInstancesResponse:
+        """Instances of this node, oldest first."""
+        found = [
+            snapshot
+            for snapshot in self._observer.instances(include_ended=request.include_ended)
+            if request.function in ("", snapshot.function.name)
+        ]
+        shown, token = page(found, request.page_size, request.page_token)
+        name = self._observer.identity.name
+        return pb.ListInstancesResponse(
+            instances=[instance_to_proto(snapshot, name) for snapshot in shown], next_page_token=token
+        )
+
+    async def FreezeInstance(self, request: pb.FreezeInstanceRequest, context: object) -> pb.FreezeInstanceResponse:
+        """Freeze an idle instance now; returns when it is frozen, or with why it is not."""
+        self._require_ready()
+        actor = self._node.get(request.uid)
+        actor.handle(FreezeAsked())
+        began = actor.instance
+        if began.state is InstanceState.RUNNING:
+            why = "it is in use" if began.busy else "idle mode is off for it"
+            raise PreconditionError("NOT_IDLE", f"instance {actor.uid} was not frozen: {why}")
+        await actor.wait_until(lambda i: i.state is not InstanceState.FREEZING, MAX_WAIT_S, "FREEZE")
+        _raise_if_failed(actor)
+        now = actor.instance
+        if now.state is InstanceState.RUNNING:
+            why = "the freeze was refused" if now.refusals > began.refusals else "a request came first"
+            raise PreconditionError("FREEZE_REFUSED", f"{why}; `hibernode events {actor.uid}` says more")
+        if now.state is InstanceState.STARTING:
+            raise PreconditionError("NOT_RUNNING", f"instance {actor.uid} is still starting")
+        return pb.FreezeInstanceResponse(instance=self._show(actor))
+
+    async def WakeInstance(self, request: pb.WakeInstanceRequest, context: object) -> pb.WakeInstanceResponse:
+        """Be awake, and stay so for `hold_ns` or until the first request (DESIGN section 9)."""
+        self._require_ready()
+        actor = self._node.get(request.uid)
+        if not 0 <= request.hold_ns <= MAX_HOLD_NS or request.timeout_ns < 0:
+            raise InvalidArgumentError("HOLD_INVALID", "hold and timeout must be between 0 and 600 s")
+        timeout_ns = min(request.timeout_ns or DEFAULT_WAKE_TIMEOUT_NS, MAX_HOLD_NS)
+        actor.wake(request.hold_ns, self._clock.monotonic_ns() + timeout_ns)
+        await actor.wait_until(_awake_or_ended, timeout_ns / SECOND_NS, "WAKE")
+        _raise_if_failed(actor)
+        if actor.state is not InstanceState.RUNNING:
+            raise PreconditionError("INSTANCE_STOPPING", f"instance {actor.uid} is {actor.state.value}")
+        free = max(0, actor.gate.concurrency - actor.gate.in_flight - actor.gate.waiting)
+        return pb.WakeInstanceResponse(instance=self._show(actor), free_slots=free)
+
+    async def StopInstance(self, request: pb.StopInstanceRequest, context: object) -> pb.StopInstanceResponse:
+        """Drain, /pre-stop, TERM, KILL; returns when it is gone. A frozen instance is killed without waking it."""
+        self._require_ready()
+        actor = self._node.get(request.uid)
+        grace_ns = request.grace_ns or DEFAULT_GRACE_NS
+        actor.handle(StopAsked(grace_ns, request.force, "STOPPED_BY_USER", "stopped through the API"))
+        try:
+            async with asyncio.timeout(MAX_WAIT_S):
+                await actor.ended.wait()
+        except TimeoutError:
+            raise InstanceError("STOP_TIMEOUT", f"{actor.uid} did not end; `rm --force` kills it") from None
+        return pb.StopInstanceResponse(instance=self._show(actor))
+
+    async def GetInstanceLogs(
+        self, request: pb.GetInstanceLogsRequest, context: object
+    ) -> AsyncIterator[pb.GetInstanceLogsResponse]:
+        """The end of the instance's standard output and error."""
+        if request.follow:
+            raise UnsupportedError("LOG_FOLLOW_UNSUPPORTED", "following a log is not built yet; leave --follow out")
+        actor = self._node.get(request.uid)
+        if actor.handle_of_container is None:
+            return
+        tail = min(request.tail_bytes or MAX_LOG_BYTES, MAX_LOG_BYTES)
+        data = await asyncio.to_thread(self._runtime.read_log, actor.handle_of_container, tail)
+        for start in range(0, len(data), LOG_CHUNK_BYTES):
+            yield pb.GetInstanceLogsResponse(data=data[start : start + LOG_CHUNK_BYTES])
+
+    async def ListEvents(self, request: pb.ListEventsRequest, context: object) -> pb.ListEventsResponse:
+        """What happened, oldest first; the page token is where to go on."""
+        uid = self._node.get(request.instance_uid).uid if request.instance_uid else ""
+        since = time_from_proto(request.since) if request.HasField("since") else 0
+        found = self._events.read(instance_uid=uid, since_wall_ns=since)
+        shown, token = page(found, request.page_size, request.page_token)
+        return pb.ListEventsResponse(
+            events=[
+                types_pb2.Event(
+                    time=time_to_proto(event.wall_ns),
+                    instance_uid=event.instance_uid,
+                    name=event.name,
+                    message=event.message,
+                    attributes=event.attributes,
+                )
+                for event in shown
+            ],
+            next_page_token=token,
+        )
+
+    def _show(self, actor: Actor) -> types_pb2.Instance:
+        return instance_to_proto(self._observer.instance(actor), self._observer.identity.name)
+
+    def _require_ready(self) -> None:
+        if not self._observer.ready:
+            raise PreconditionError("NODE_RECOVERING", "this node still recovers its instances; try again in a moment")
+
+
+def _awake_or_ended(instance: Instance) -> bool:
+    return instance.state in (InstanceState.RUNNING, InstanceState.STOPPING) or instance.state.terminal
+
+
+def _raise_if_failed(actor: Actor) -> None:
+    if actor.state is InstanceState.FAILED:
+        reason = actor.instance.reason or "INSTANCE_FAILED"
+        error: HibernodeError = InstanceError(reason, actor.instance.message or "the instance failed")
+        raise error

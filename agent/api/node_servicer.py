@@ -1,0 +1,43 @@
+"""NodeService of the agent: the node itself, and its part of the usage ledger."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from agent.api.paging import page
+from agent.host.observe import Observer
+from agent.ports import Window
+from agent.v1 import node_service_pb2 as pb
+from agent.v1 import node_service_pb2_grpc
+from agent.wire.convert_snapshot import node_to_proto
+from agent.wire.convert_usage import window_to_proto
+
+
+class Ledger(Protocol):
+    """Where windows are read from."""
+
+    async def windows(self, *, instance_uid: str, function: str, include_open: bool) -> list[Window]:
+        """Oldest first per instance."""
+        ...
+
+
+class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
+    """Reading only."""
+
+    def __init__(self, observer: Observer, ledger: Ledger) -> None:
+        self._observer = observer
+        self._ledger = ledger
+
+    async def GetNode(self, request: pb.GetNodeRequest, context: object) -> pb.GetNodeResponse:
+        """This node, its GPUs, who holds and who waits."""
+        return pb.GetNodeResponse(node=node_to_proto(self._observer.node()))
+
+    async def ListUsageWindows(
+        self, request: pb.ListUsageWindowsRequest, context: object
+    ) -> pb.ListUsageWindowsResponse:
+        """The windows this node holds: not yet pruned ones, and the open ones if asked."""
+        found = await self._ledger.windows(
+            instance_uid=request.instance_uid, function=request.function, include_open=request.include_open
+        )
+        shown, token = page(found, request.page_size, request.page_token)
+        return pb.ListUsageWindowsResponse(windows=[window_to_proto(w) for w in shown], next_page_token=token)

@@ -1,0 +1,94 @@
+"""What one can know of a node and its instances at one moment: plain data for the API, the load stream and the CLI.
+
+Times in ns: `_wall_ns` since the epoch, the others durations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from agent.core.types import FunctionSpec, Gpu, InstanceState
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSnapshot:
+    """One instance. `vram_bytes` is what it uses awake (as last seen), `frozen_bytes` the host's copy while frozen.
+
+    `wake_estimate_ns` is a moving average of its wakes, 0 = never woken. `freeze_cancellable`: FREEZING, and a
+    request could still turn it back.
+    """
+
+    uid: str
+    function: FunctionSpec
+    request_id: str
+    state: InstanceState
+    reason: str
+    message: str
+    gpu_uuids: tuple[str, ...]
+    in_flight: int
+    waiting: int
+    healthy: bool
+    vram_bytes: int
+    frozen_bytes: int
+    pid: int
+    address: str
+    create_wall_ns: int
+    state_wall_ns: int
+    wakes: int
+    freezes: int
+    last_wake_ns: int
+    last_wake_driver_ns: int
+    wake_estimate_ns: int
+    idle_for_ns: int
+    freeze_cancellable: bool
+    active_ns: int
+    idle_ns: int
+    unbilled_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSnapshot:
+    """One GPU: who holds it, who waits for it."""
+
+    gpu: Gpu
+    memory_used_bytes: int
+    holder: str
+    waiters: tuple[str, ...]
+    cordoned: str
+
+
+@dataclass(frozen=True, slots=True)
+class CapabilityLine:
+    """One line of what this host can do, with the fix where it can't. `level` is OK, WARN or FAIL."""
+
+    name: str
+    level: str
+    reason: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSnapshot:
+    """One node. `epoch` changes with every start of the agent."""
+
+    name: str
+    boot_id: str
+    agent_version: str
+    epoch: int
+    driver_version: str
+    cuda_version: str
+    gpus: tuple[GpuSnapshot, ...]
+    host_total_bytes: int
+    host_available_bytes: int
+    host_reserved_bytes: int
+    capabilities: tuple[CapabilityLine, ...]
+    ready: bool
+    draining: bool
+    ingress_address: str
+    grpc_address: str
+    instances_per_gpu: int
+    runtimes: tuple[str, ...]
+    instance_count: int
+    start_wall_ns: int
+    labels: Mapping[str, str]

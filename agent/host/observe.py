@@ -1,0 +1,130 @@
+"""Takes snapshots of the node: reading only, on the loop's thread, so each is of one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from agent.core.lifecycle_events import Op
+from agent.core.snapshots import CapabilityLine, GpuSnapshot, InstanceSnapshot, NodeSnapshot
+from agent.core.types import InstanceState
+from agent.host.actor import Actor
+from agent.host.node import Node
+from agent.ports import Clock, DriverInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What does not change while the agent runs."""
+
+    name: str
+    boot_id: str
+    version: str
+    epoch: int
+    driver: DriverInfo | None
+    capabilities: tuple[CapabilityLine, ...]
+    runtimes: tuple[str, ...]
+    instances_per_gpu: int
+    start_wall_ns: int
+    host_total_bytes: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class Observer:
+    """Snapshots for the API and the load stream. The addresses are set once the daemon has bound its ports."""
+
+    def __init__(
+        self, node: Node, identity: Identity, clock: Clock, totals: Callable[[str], tuple[int, int, int]]
+    ) -> None:
+        self.identity = identity
+        self.ready = False
+        self.ingress_address = ""
+        self.grpc_address = ""
+        self.memory_used: Mapping[str, int] = {}
+        self._node = node
+        self._clock = clock
+        self._totals = totals
+
+    def instance(self, actor: Actor) -> InstanceSnapshot:
+        """One instance now."""
+        instance, figures, gate = actor.instance, actor.figures, actor.gate
+        handle = actor.handle_of_container
+        idle = instance.state is InstanceState.RUNNING and not instance.busy
+        active_ns, idle_ns, unbilled_ns = self._totals(actor.uid)
+        return InstanceSnapshot(
+            uid=actor.uid,
+            function=actor.function,
+            request_id=actor.spec.request_id,
+            state=instance.state,
+            reason=instance.reason,
+            message=instance.message,
+            gpu_uuids=actor.gpu_uuids,
+            in_flight=gate.in_flight,
+            waiting=gate.waiting,
+            healthy=actor.healthy,
+            vram_bytes=figures.vram_bytes,
+            frozen_bytes=figures.image_bytes,
+            pid=handle.process.pid if handle is not None else 0,
+            address=f"{handle.host}:{handle.port}" if handle is not None else "",
+            create_wall_ns=figures.create_wall_ns,
+            state_wall_ns=figures.state_wall_ns,
+            wakes=figures.wakes,
+            freezes=figures.freezes,
+            last_wake_ns=figures.last_wake_ns,
+            last_wake_driver_ns=figures.last_wake_driver_ns,
+            wake_estimate_ns=figures.wake_estimate_ns,
+            idle_for_ns=max(0, self._clock.wall_ns() - figures.state_wall_ns) if idle else 0,
+            freeze_cancellable=instance.state is InstanceState.FREEZING
+            and instance.op is Op.LOCK
+            and not instance.ordered,
+            active_ns=active_ns,
+            idle_ns=idle_ns,
+            unbilled_ns=unbilled_ns,
+        )
+
+    def instances(self, *, include_ended: bool = False) -> list[InstanceSnapshot]:
+        """All instances, oldest first."""
+        actors = (
+            [*self._node.ended.values(), *self._node.actors.values()] if include_ended else self._node.actors.values()
+        )
+        return [self.instance(actor) for actor in sorted(actors, key=lambda a: (a.figures.create_wall_ns, a.uid))]
+
+    def node(self) -> NodeSnapshot:
+        """The node now. GPU memory is as of the last sample."""
+        me, node = self.identity, self._node
+        cuda = me.driver.cuda if me.driver is not None else 0
+        return NodeSnapshot(
+            name=me.name,
+            boot_id=me.boot_id,
+            agent_version=me.version,
+            epoch=me.epoch,
+            driver_version=me.driver.version if me.driver is not None else "",
+            cuda_version=f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else "",
+            gpus=tuple(self._gpus()),
+            host_total_bytes=me.host_total_bytes,
+            host_available_bytes=node.memory.available_bytes(),
+            host_reserved_bytes=node.memory.ledger.reserved_bytes,
+            capabilities=me.capabilities,
+            ready=self.ready,
+            draining=node.draining,
+            ingress_address=self.ingress_address,
+            grpc_address=self.grpc_address,
+            instances_per_gpu=me.instances_per_gpu,
+            runtimes=me.runtimes,
+            instance_count=len(node.actors),
+            start_wall_ns=me.start_wall_ns,
+            labels=me.labels,
+        )
+
+    def _gpus(self) -> list[GpuSnapshot]:
+        book = self._node.desk.book
+        return [
+            GpuSnapshot(
+                gpu=gpu,
+                memory_used_bytes=self.memory_used.get(uuid, 0),
+                holder=book.devices[uuid].holder,
+                waiters=tuple(waiter.uid for waiter in book.queue if uuid in waiter.allowed),
+                cordoned=book.devices[uuid].cordoned,
+            )
+            for uuid, gpu in self._node.desk.inventory.items()
+        ]
