@@ -77,16 +77,18 @@ class GrpcServer:
         return self._bind(join(host, port))
 
     def bind_unix(self, path: str) -> None:
-        """Listens on a unix socket of mode 0660, of group `hibernode` where that exists. Before `start`.
+        """Listens on a unix socket, 0660 and of group `hibernode` where we may give it that. Before `start`.
 
-        A stale socket at the path is replaced; the caller holds the state directory's lock.
+        An ordinary user's socket stays its own (0600): whoever may connect is trusted like its owner. A stale socket
+        at the path is replaced; the caller holds the state directory's lock.
         """
         target = unix_target(path)
-        with _socket_umask():
+        with _private_umask():
             self._bind(target)
         group = _socket_group()
         if group is not None:
             os.chown(path, -1, group)
+            os.chmod(path, 0o660)
 
     async def start(self) -> None:
         """Begins to answer; health says NOT_SERVING until `set_serving`."""
@@ -131,9 +133,9 @@ def _register(services: Services, server: aio.Server) -> tuple[str, ...]:
 
 
 @contextmanager
-def _socket_umask() -> Iterator[None]:
-    """gRPC creates the socket itself, so its mode has to be right from the first moment: 0660."""
-    previous = os.umask(0o117)
+def _private_umask() -> Iterator[None]:
+    """gRPC creates the socket itself, so that its mode has to be right from the first moment: 0600."""
+    previous = os.umask(0o177)
     try:
         yield
     finally:
@@ -141,9 +143,9 @@ def _socket_umask() -> Iterator[None]:
 
 
 def _socket_group() -> int | None:
-    """Group of the socket, where it exists and we may give the socket to it."""
+    """Whom the socket is opened to: group `hibernode`, or root's own where there is none; None for nobody."""
     try:
         group = grp.getgrnam(SOCKET_GROUP).gr_gid
     except KeyError:
-        return None
+        return 0 if os.geteuid() == 0 else None
     return group if os.geteuid() == 0 or group in os.getgroups() else None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 STORY = """
 import asyncio, pathlib, sys
+import grpc.aio  # whoever imports it first, the handlers stay off
 import uvloop
 from agent.v1.instance_service_pb2 import GetInstanceRequest
 from agent.wire.clients import DaemonChannel

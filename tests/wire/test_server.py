@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -90,10 +91,15 @@ async def test_the_unix_socket_needs_no_token(daemon: Daemon) -> None:
         assert await whoami(channel) == "unix-socket"
 
 
-async def test_the_socket_is_closed_to_other_users(daemon: Daemon) -> None:
-    mode = daemon.socket.stat().st_mode
-    assert stat.S_ISSOCK(mode)
-    assert stat.S_IMODE(mode) == 0o660
+@pytest.mark.parametrize(("group", "mode"), [(None, 0o600), (os.getgid(), 0o660)], ids=["own", "group's"])
+async def test_the_socket_is_closed_to_other_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int | None, mode: int
+) -> None:
+    monkeypatch.setattr("agent.wire.server._socket_group", lambda: group)
+    async with running(tmp_path) as daemon:
+        status = daemon.socket.stat()
+    assert stat.S_ISSOCK(status.st_mode)
+    assert (stat.S_IMODE(status.st_mode), status.st_gid) == (mode, os.getgid())
 
 
 async def test_a_nodes_token_is_good_for_reports_only(daemon: Daemon) -> None:
