@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Protocol
 
 from agent.core.errors import HibernodeError
+from agent.http.errors import ClientGoneError, body_too_large, error_answer
+from agent.http.grammar import serialise
 from agent.http.message import Header, RequestHead
+
+if TYPE_CHECKING:
+    from agent.http.connection import ServerConnection
+
+_STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
+_NOTHING, _LENGTH, _CHUNKED, _UNTIL_CLOSE = range(4)  # how an answer's body is framed
 
 
 class BodySink(Protocol):
-    """Who takes a request's body while it arrives."""
+    """Who takes a request's body while it arrives. Exactly one of `body_end` and `body_failed` comes last."""
 
     def body_data(self, data: bytes) -> None: ...
     def body_end(self) -> None: ...
     def body_failed(self, error: HibernodeError) -> None: ...
+
+
+def bodyless(method: bytes, status: int) -> bool:
+    """True if a response to `method` with `status` ends with its head, whatever that says (RFC 9112 6.3)."""
+    return method == b"HEAD" or status in (204, 304) or status < 200
 
 
 class Exchange:
@@ -22,48 +37,281 @@ class Exchange:
     connection.
 
     A client that half-closes its connection counts as gone, as with nginx: its leaving can't be told from
-    that.
+    that. While reading is paused (a body nobody takes yet, beyond `Limits.buffer_bytes`) its leaving goes
+    unseen.
+
+    For handlers: `head`, `peer`, `gone`, `on_gone`, `read_body`, `buffer_body`, `answer`, `fail`. For
+    streaming (see forward.py): `stream_body`, `pause_body`, `resume_body`, `begin`, `write`, `flush`,
+    `finish`, `abort`, `watch_writable`.
     """
 
-    head: RequestHead
-    peer: str  # the client's address, without port
+    __slots__ = (
+        "_body", "_body_waiter", "_buffered", "_close", "_connection", "_continued", "_gone_callbacks", "_out",
+        "_out_framing", "_sink", "_sink_full", "_want", "_watcher", "body_done", "body_error", "finished",
+        "gone", "head", "head_sent", "peer",
+    )  # fmt: skip
 
-    @property
-    def gone(self) -> bool:
-        """The client left (or its connection was given up): nothing that is written reaches anybody."""
-        raise NotImplementedError
+    def __init__(self, connection: ServerConnection, head: RequestHead, peer: str, want_bytes: int) -> None:
+        self.head = head
+        self.peer = peer  # the client's address, without port
+        self.gone = False  # the client left: nothing that is written reaches anybody
+        self.head_sent = False  # an answer has begun; no other can be given
+        self.finished = False  # the answer is whole
+        self.body_done = False  # the request's last byte has arrived
+        self.body_error: HibernodeError | None = None
+        self._connection = connection
+        self._body: list[bytes] = []
+        self._buffered = 0
+        self._want = want_bytes  # buffered bytes at which reading pauses
+        self._sink: BodySink | None = None
+        self._sink_full = False
+        self._body_waiter: asyncio.Future[None] | None = None
+        self._continued = not head.expect_continue
+        self._gone_callbacks: list[Callable[[], None]] = []
+        self._watcher: Callable[[bool], None] | None = None
+        self._out: list[bytes] = []
+        self._out_framing = _NOTHING
+        self._close = not head.keep_alive
 
-    @property
-    def head_sent(self) -> bool:
-        """An answer has begun; no other can be given."""
-        raise NotImplementedError
+    # --- the client ------------------------------------------------------------------------
 
     def on_gone(self, callback: Callable[[], None]) -> None:
         """Calls `callback` once when the client leaves before its answer is whole; at once if it has left."""
+        if self.gone:
+            callback()
+        else:
+            self._gone_callbacks.append(callback)
 
     def off_gone(self, callback: Callable[[], None]) -> None:
-        """Forgets a callback."""
+        """Forgets a callback of `on_gone`."""
+        if callback in self._gone_callbacks:
+            self._gone_callbacks.remove(callback)
 
     def send_continue(self) -> None:
         """Sends `100 Continue` if the client asked for it, has not got it, and no answer has begun."""
+        if not self._continued and not self.head_sent and not self.gone:
+            self._continued = True
+            self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._connection.body_expected()
+
+    @property
+    def awaits_continue(self) -> bool:
+        """The client holds its body back until it gets 100 Continue."""
+        return not self._continued
+
+    # --- the request's body ----------------------------------------------------------------
 
     async def buffer_body(self, limit_bytes: int) -> bytes | None:
-        """The whole body if it ends within `limit_bytes`, else None; nothing is lost then, what has arrived
-        stays in front of what `forward` streams. Sends 100 Continue if asked. Raises as `read_body`, but
-        never 413."""
-        raise NotImplementedError
+        """The whole body if it ends within `limit_bytes`, else None.
+
+        With None nothing is lost: what has arrived stays in front of what `forward` streams. Sends 100
+        Continue if asked. Raises HttpError 400 (bad framing), 408 (stalled), 413 (over the server's limit),
+        ClientGoneError.
+        """
+        self.send_continue()
+        self._want = max(self._want, limit_bytes)
+        self._connection.resume_body()
+        while not self.body_done and self._buffered <= limit_bytes:
+            if self.body_error is not None:
+                raise self.body_error
+            if self.gone:
+                raise ClientGoneError
+            self._body_waiter = self._connection.loop.create_future()
+            try:
+                await self._body_waiter
+            finally:
+                self._body_waiter = None
+        if self._buffered > limit_bytes:
+            return None
+        self._body = [b"".join(self._body)]
+        return self._body[0]
 
     async def read_body(self, limit_bytes: int) -> bytes:
-        """The whole body, at most `limit_bytes`. Sends 100 Continue if asked.
+        """The whole body, at most `limit_bytes`. Raises as `buffer_body`, and HttpError 413 over the
+        limit."""
+        if self.head.length is not None and self.head.length > limit_bytes:
+            raise body_too_large(limit_bytes)
+        body = await self.buffer_body(limit_bytes)
+        if body is None:
+            raise body_too_large(limit_bytes)
+        return body
 
-        Raises HttpError 413 (over the limit), 400 (bad framing), 408 (stalled), ClientGoneError.
-        """
-        raise NotImplementedError
+    def stream_body(self, sink: BodySink | None) -> None:
+        """Hands what has arrived to `sink`, then whatever comes, as it comes. None stops that: what arrives
+        afterwards is kept again. `sink` may call `pause_body` at any time; one socket read may still
+        follow."""
+        self._sink = sink
+        self._sink_full = False
+        if sink is None:
+            return
+        pieces, self._body, self._buffered = self._body, [], 0
+        for piece in pieces:
+            if piece:
+                sink.body_data(piece)
+        if self.body_error is not None:
+            sink.body_failed(self.body_error)
+        elif self.body_done:
+            sink.body_end()
+        elif not self._sink_full:
+            self._connection.resume_body()
+
+    def pause_body(self) -> None:
+        """The taker of the body is full: stop reading from the client."""
+        self._sink_full = True
+        if not self.body_done:
+            self._connection.pause_body()
+
+    def resume_body(self) -> None:
+        """The taker has room again."""
+        self._sink_full = False
+        if not self.body_done:
+            self._connection.resume_body()
+
+    # --- the answer ------------------------------------------------------------------------
 
     async def answer(self, status: int, headers: list[Header], body: bytes = b"", *, close: bool = False) -> None:
-        """Answers with a whole body; `content-length` is added. Waits for a slow client only while its write
-        buffer is over the limit. Does nothing if the client has gone. Raises RuntimeError if an answer has
-        begun."""
+        """Answers with a whole body; `content-length` is added (and left out where HTTP forbids it).
+
+        Waits for a slow client only while its write buffer is over the limit. Does nothing if the client has
+        gone. If the request's body has not arrived whole, the connection closes afterwards, and the answer
+        says so. Raises RuntimeError if an answer has begun, ValueError for CR or LF in a header.
+        """
+        if self.gone:
+            return
+        if close or not self.body_done:
+            self._close = True
+        self.begin(status, None, headers, len(body))
+        if self._out_framing == _LENGTH and body:
+            self._out.append(body)
+        self.finish()
+        await self._connection.drained()
 
     async def fail(self, error: BaseException, request_id: str, *, extra: list[Header] | None = None) -> None:
-        """Answers with `errors.error_answer`; if an answer has begun, cuts the connection instead."""
+        """Answers with `errors.error_answer`, plus `extra` headers; if an answer has begun, cuts the
+        connection."""
+        if self.head_sent:
+            if not self.finished:
+                self.abort()
+            return
+        made = error_answer(error, request_id)
+        await self.answer(made.status, made.headers + (extra or []), made.body)
+
+    def begin(self, status: int, reason: bytes | None, headers: list[Header], length: int | None) -> None:
+        """Begins an answer whose body of `length` bytes (None: unknown) follows by `write`. Nothing is sent
+        yet.
+
+        Framing is chosen here: length, else chunks, else (HTTP/1.0) until close. `headers` carry none.
+        """
+        if self.head_sent:
+            raise RuntimeError("an answer has begun already")
+        if not self._continued and not self.body_done:
+            self._close = True  # the client may or may not send its body now: the connection can't be used on
+        framing = b""
+        if bodyless(self.head.method, status):
+            if length is not None and status != 204 and status >= 200:
+                framing = b"content-length: %d\r\n" % length
+        elif length is not None:
+            self._out_framing = _LENGTH
+            framing = b"content-length: %d\r\n" % length
+        elif self.head.http10:
+            self._out_framing = _UNTIL_CLOSE
+            self._close = True
+        else:
+            self._out_framing = _CHUNKED
+            framing = b"transfer-encoding: chunked\r\n"
+        if self._connection.closing:
+            self._close = True
+        if self._close:
+            framing += b"connection: close\r\n"
+        if reason is None:
+            line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+        else:
+            line = b"HTTP/1.1 %d %b\r\n" % (status, reason)
+        self._out.append(serialise(line, headers, framing))
+        self.head_sent = True
+
+    def write(self, data: bytes) -> None:
+        """Adds body bytes; they leave with the next `flush` or `finish`."""
+        if self._out_framing == _CHUNKED:
+            self._out += (b"%x\r\n" % len(data), data, b"\r\n")
+        elif self._out_framing != _NOTHING:
+            self._out.append(data)
+
+    def flush(self) -> None:
+        """Hands everything pending to the transport in one call."""
+        out = self._out
+        if out:
+            if not self.gone:
+                if len(out) == 1:
+                    self._connection.transport.write(out[0])
+                else:
+                    self._connection.transport.writelines(out)
+            self._out = []
+
+    def finish(self) -> None:
+        """The answer is whole: flushes, and lets the connection go on to its next request."""
+        if self._out_framing == _CHUNKED:
+            self._out.append(b"0\r\n\r\n")
+        self.flush()
+        self.finished = True
+        self._connection.answered(self._close)
+
+    def abort(self) -> None:
+        """Cuts the connection, so that a half-sent answer can't be taken for a whole one. Where only the
+        close would have ended the body (HTTP/1.0), it is reset."""
+        self._out = []
+        self._connection.abort(reset=self._out_framing == _UNTIL_CLOSE)
+
+    def watch_writable(self, watcher: Callable[[bool], None] | None) -> None:
+        """Calls `watcher(False)` when the client's write buffer is full (at once if it is), `watcher(True)`
+        when it has room again."""
+        self._watcher = watcher
+        if watcher is not None and not self._connection.writable:
+            watcher(False)
+
+    # --- for the connection ----------------------------------------------------------------
+
+    def body_arrived(self, pieces: list[bytes]) -> None:
+        """More of the body, decoded."""
+        sink = self._sink
+        if sink is not None:
+            for piece in pieces:
+                sink.body_data(piece)
+            return
+        for piece in pieces:
+            self._body.append(piece)
+            self._buffered += len(piece)
+        if self._buffered > self._want:
+            self._connection.pause_body()
+        self._wake()
+
+    def body_ended(self) -> None:
+        """The body is whole."""
+        self.body_done = True
+        if self._sink is not None:
+            self._sink.body_end()
+        self._wake()
+
+    def body_failed(self, error: HibernodeError) -> None:
+        """The body can't be read on; the connection will not be used again."""
+        self.body_error = error
+        self._close = True
+        if self._sink is not None:
+            self._sink.body_failed(error)
+        self._wake()
+
+    def writable_changed(self, writable: bool) -> None:
+        if self._watcher is not None:
+            self._watcher(writable)
+
+    def lost(self) -> None:
+        """The connection is gone before the answer was whole."""
+        self.gone = True
+        self._wake()
+        callbacks, self._gone_callbacks = self._gone_callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def _wake(self) -> None:
+        if self._body_waiter is not None and not self._body_waiter.done():
+            self._body_waiter.set_result(None)

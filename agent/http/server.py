@@ -2,23 +2,76 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
+from agent.http.connection import ServerConnection
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
+from agent.http.sweep import Sweep
 
 Handler = Callable[[Exchange], Awaitable[None]]
+_GRAIN_S = 0.25
 
 
 class Server:
-    """A listening server. `port` is the bound one."""
+    """A listening server; made by `serve`. `port` is the bound one. Everything else is the connections'."""
 
-    port: int
+    def __init__(
+        self,
+        handler: Handler,
+        limits: Limits,
+        request_ids: Callable[[], str],
+        on_fault: Callable[[BaseException], None],
+    ) -> None:
+        self.handler = handler
+        self.limits = limits
+        self.request_ids = request_ids
+        self.on_fault = on_fault
+        self.port = 0
+        self.closing = False
+        self.connections: set[ServerConnection] = set()
+        self.reading_pauses = 0  # how often a client was made to wait (a counter, for metrics and tests)
+        loop = asyncio.get_running_loop()
+        shortest_s = min(
+            limits.header_timeout_s, limits.keep_alive_s, limits.body_stall_s, limits.write_stall_s, limits.linger_s
+        )
+        self.sweep = Sweep(loop, self.connections, min(_GRAIN_S, shortest_s / 4))
+        self._loop = loop
+        self._listener: asyncio.AbstractServer | None = None
+        self._empty: asyncio.Future[None] | None = None
+
+    async def _listen(self, host: str, port: int) -> None:
+        listener = await self._loop.create_server(lambda: ServerConnection(self, self._loop), host, port, backlog=1024)
+        self._listener = listener
+        self.port = listener.sockets[0].getsockname()[1]
 
     async def close(self, grace_s: float) -> int:
         """Stops listening, closes idle connections, lets requests in flight end for `grace_s` seconds, then
         cuts them. Returns how many were cut."""
-        raise NotImplementedError
+        self.closing = True
+        if self._listener is not None:
+            self._listener.close()
+        for connection in tuple(self.connections):
+            if connection.idle:
+                connection.close()
+        if self.connections:
+            self._empty = self._loop.create_future()
+            await asyncio.wait([self._empty], timeout=grace_s)
+        cut = tuple(self.connections)
+        for connection in cut:
+            connection.cancel()
+        if cut:
+            self._empty = self._loop.create_future()
+            await asyncio.wait([self._empty], timeout=1.0)  # connection_lost is one turn of the loop away
+        self.sweep.stop()
+        return len(cut)
+
+    def forget(self, connection: ServerConnection) -> None:
+        """A connection is lost."""
+        self.connections.discard(connection)
+        if not self.connections and self._empty is not None and not self._empty.done():
+            self._empty.set_result(None)
 
 
 async def serve(
@@ -32,8 +85,11 @@ async def serve(
 ) -> Server:
     """Serves HTTP/1.1 on `host`:`port` (0 = any) of the running loop.
 
-    `handler` gets one Exchange per request and answers it. `request_ids` names the engine's own refusals
-    (400, 408, 413); `on_fault` gets what a handler raised, once, to be logged (the client gets a 500).
-    Raises OSError if the address can't be bound.
+    `handler` gets one Exchange per request and answers it; a HibernodeError it raises is answered as
+    `errors.error_answer` says. `request_ids` names the engine's own refusals (400, 408, 413); `on_fault`
+    gets what else a handler raised, once, to be logged (the client gets a 500). Raises OSError if the
+    address can't be bound.
     """
-    raise NotImplementedError
+    server = Server(handler, limits, request_ids, on_fault)
+    await server._listen(host, port)
+    return server

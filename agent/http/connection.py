@@ -1,0 +1,366 @@
+"""A client's connection: requests one after the other, keep-alive, timeouts, back-pressure both ways."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from typing import TYPE_CHECKING, cast
+
+from agent.core.errors import HibernodeError, UnavailableError
+from agent.http.errors import HttpError, body_too_large, error_answer, too_slow
+from agent.http.exchange import Exchange
+from agent.http.framing import ChunkedBody, LengthBody
+from agent.http.grammar import HEAD_END, check_partial, parse_request_head, serialise
+from agent.http.sweep import NEVER
+
+if TYPE_CHECKING:
+    from agent.http.server import Server
+
+# HEAD: waiting for a head, or in one. BODY: in a body. BUSY: the request is whole, its answer is not.
+# DEAF: what comes is thrown away (the body was bad, or the connection lingers before it closes).
+_HEAD, _BODY, _BUSY, _DEAF, _CLOSED = range(5)
+
+
+class ServerConnection(asyncio.Protocol):
+    """One client. Only the event loop and the connection's current Exchange call it."""
+
+    __slots__ = (
+        "_answer_done", "_buffer", "_close_after", "_decoder", "_drain_waiter", "_exchange", "_handler_done",
+        "_head_since", "_last_unsent", "_lingering", "_paused", "_peer", "_read_deadline", "_server",
+        "_state", "_task", "_write_deadline", "deadline", "loop", "transport", "writable",
+    )  # fmt: skip
+
+    transport: asyncio.Transport
+
+    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.writable = True
+        self.deadline = NEVER
+        self._server = server
+        self._state = _HEAD
+        self._buffer = b""
+        self._head_since = False
+        self._exchange: Exchange | None = None
+        self._decoder: LengthBody | ChunkedBody | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._answer_done = False
+        self._handler_done = False
+        self._close_after = False
+        self._lingering = False
+        self._paused = False
+        self._peer = ""
+        self._read_deadline = NEVER
+        self._write_deadline = NEVER
+        self._last_unsent = 0
+        self._drain_waiter: asyncio.Future[None] | None = None
+
+    @property
+    def closing(self) -> bool:
+        return self._server.closing
+
+    @property
+    def idle(self) -> bool:
+        """Between requests: closing it cuts nothing."""
+        return self._state == _HEAD
+
+    # --- the transport's side --------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        peer = transport.get_extra_info("peername")
+        self._peer = str(peer[0]) if peer else ""
+        server = self._server
+        self.transport.set_write_buffer_limits(high=server.limits.write_buffer_bytes)
+        full = len(server.connections) >= server.limits.max_connections
+        server.connections.add(self)
+        if full:
+            self._refuse(UnavailableError("TOO_MANY_CONNECTIONS", "Too many connections; try again later."))
+        else:
+            self._read_by(server.limits.keep_alive_s)
+
+    def data_received(self, data: bytes) -> None:
+        state = self._state
+        if state == _HEAD:
+            self._feed_head(self._buffer + data if self._buffer else data)
+        elif state == _BODY:
+            self._feed_body(data, 0)
+        elif state == _BUSY:
+            self._keep_for_next(data)
+
+    def eof_received(self) -> bool:
+        return False  # closes the transport, which ends in connection_lost
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._state = _CLOSED
+        self.deadline = NEVER
+        self._server.forget(self)
+        self._release_drain()
+        exchange = self._exchange
+        if exchange is not None and not exchange.finished:
+            exchange.lost()
+
+    def pause_writing(self) -> None:
+        self.writable = False
+        self._last_unsent = self.transport.get_write_buffer_size()
+        self._write_deadline = self.loop.time() + self._server.limits.write_stall_s
+        self._update_deadline()
+        if self._exchange is not None:
+            self._exchange.writable_changed(False)
+
+    def resume_writing(self) -> None:
+        self.writable = True
+        self._write_deadline = NEVER
+        self.deadline = self._read_deadline
+        self._release_drain()
+        if self._exchange is not None:
+            self._exchange.writable_changed(True)
+
+    # --- reading ---------------------------------------------------------------------------
+
+    def _feed_head(self, data: bytes) -> None:
+        limits = self._server.limits
+        end = data.find(HEAD_END)
+        try:
+            if end < 0:
+                check_partial(data, limits.header_bytes, limits.target_bytes)
+                self._buffer = data
+                if not self._head_since:
+                    self._head_since = True
+                    self._read_by(limits.header_timeout_s)
+                return
+            head = parse_request_head(data[:end], limits.header_bytes, limits.target_bytes)
+            if head.length is not None and head.length > limits.body_bytes:
+                raise body_too_large(limits.body_bytes)
+        except HttpError as error:
+            self._refuse(error)
+            return
+        self._buffer = b""
+        self._head_since = False
+        self._answer_done = self._handler_done = False
+        self._exchange = exchange = Exchange(self, head, self._peer, limits.buffer_bytes)
+        end += 4
+        if head.chunked or head.length:
+            self._state = _BODY
+            self._decoder = ChunkedBody(limits.body_bytes) if head.chunked else LengthBody(head.length or 0)
+            if head.expect_continue:
+                self._read_by(NEVER)  # the client waits for us, as long as that takes
+            else:
+                self._read_by(limits.body_stall_s)
+            if end < len(data):
+                self._feed_body(data, end)
+        else:
+            self._state = _BUSY
+            exchange.body_done = True
+            self.deadline = self._read_deadline = NEVER
+            if end < len(data):
+                self._keep_for_next(data[end:])
+        self._task = self.loop.create_task(self._serve(exchange))
+
+    def _feed_body(self, data: bytes, start: int) -> None:
+        exchange, decoder = self._exchange, self._decoder
+        assert exchange is not None
+        assert decoder is not None
+        pieces: list[bytes] = []
+        try:
+            end = decoder.feed(data, start, pieces)
+        except HttpError as error:
+            self._stop_listening()
+            exchange.body_failed(error)
+            return
+        if not decoder.done:
+            self._read_by(self._server.limits.body_stall_s)
+            exchange.body_arrived(pieces)
+            return
+        # The state first: a sink may finish the exchange from inside these calls.
+        self._state = _BUSY
+        self._read_by(NEVER)
+        if end < len(data):
+            self._keep_for_next(data[end:])
+        exchange.body_done = True
+        exchange.body_arrived(pieces)
+        exchange.body_ended()
+        self._listen_again()
+
+    def _keep_for_next(self, data: bytes) -> None:
+        """Bytes behind the request being served: the beginning of the next one."""
+        self._buffer += data
+        if len(self._buffer) > self._server.limits.buffer_bytes:
+            self._pause_reading()
+
+    def body_expected(self) -> None:
+        """100 Continue was sent: from now on the client owes us its body."""
+        if self._state == _BODY:
+            self._read_by(self._server.limits.body_stall_s)
+
+    def pause_body(self) -> None:
+        if self._state == _BODY:
+            self._pause_reading()
+            self._read_by(NEVER)  # it is we who stall now
+
+    def resume_body(self) -> None:
+        if self._state == _BODY and self._paused:
+            self._listen_again()
+            self._read_by(self._server.limits.body_stall_s)
+
+    def _pause_reading(self) -> None:
+        if not self._paused and not self.transport.is_closing():
+            self._paused = True
+            self._server.reading_pauses += 1
+            self.transport.pause_reading()
+
+    def _listen_again(self) -> None:
+        if self._paused and len(self._buffer) <= self._server.limits.buffer_bytes:
+            self._paused = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    def _stop_listening(self) -> None:
+        """What still comes is dropped, so that the client isn't reset before it has read its answer."""
+        self._state = _DEAF
+        self._buffer = b""
+        self._read_by(NEVER)
+        self._listen_again()
+
+    # --- serving ---------------------------------------------------------------------------
+
+    async def _serve(self, exchange: Exchange) -> None:
+        server = self._server
+        try:
+            await server.handler(exchange)
+            if not exchange.finished and not exchange.gone:
+                raise RuntimeError("the handler returned before its answer was whole")
+        except HibernodeError as error:
+            await exchange.fail(error, server.request_ids())
+        except Exception as error:
+            server.on_fault(error)
+            await exchange.fail(error, server.request_ids())
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+        finally:
+            self._task = None
+            self._handler_done = True
+            if self._answer_done:
+                self._next()
+
+    def answered(self, close: bool) -> None:
+        """The exchange's answer is whole."""
+        self._close_after = close
+        self._answer_done = True
+        if self._handler_done:
+            self._next()
+
+    def _next(self) -> None:
+        """Answer and handler are done: the next request, or the end of the connection."""
+        exchange, self._exchange = self._exchange, None
+        self._decoder = None
+        if self._state == _CLOSED or exchange is None:
+            return
+        if not exchange.body_done or (self._buffer and self._close_after):
+            self._linger()
+            return
+        if self._close_after or self.closing:
+            self.close()
+            return
+        self._state = _HEAD
+        self._read_by(self._server.limits.keep_alive_s)
+        if self._buffer:
+            data, self._buffer = self._buffer, b""
+            self._feed_head(data)
+        self._listen_again()
+
+    async def drained(self) -> None:
+        """Waits until the client has taken enough of what was written, or is gone."""
+        if self.writable or self._state == _CLOSED:
+            return
+        if self._drain_waiter is None:
+            self._drain_waiter = self.loop.create_future()
+        await asyncio.shield(self._drain_waiter)
+
+    def _release_drain(self) -> None:
+        waiter, self._drain_waiter = self._drain_waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _refuse(self, error: HibernodeError) -> None:
+        """Answers what never became an exchange, and closes."""
+        made = error_answer(error, self._server.request_ids())
+        line = b"HTTP/1.1 %d Refused\r\n" % made.status
+        framing = b"content-length: %d\r\nconnection: close\r\n" % len(made.body)
+        self.transport.write(serialise(line, made.headers, framing) + made.body)
+        self._linger()
+
+    # --- the end ---------------------------------------------------------------------------
+
+    def _linger(self) -> None:
+        """Closes our side and reads the client's rest away for a while: closing at once would reset the
+        connection, and the client might never see its answer."""
+        self._stop_listening()
+        self._lingering = True
+        if not self.transport.is_closing():
+            self.transport.write_eof()
+        self._last_unsent = self.transport.get_write_buffer_size()
+        self._read_by(self._server.limits.linger_s)
+
+    def close(self) -> None:
+        """Closes once what was written has been sent, or the client takes nothing of it for too long."""
+        self._state = _DEAF
+        self._lingering = True
+        self._last_unsent = self.transport.get_write_buffer_size()
+        self._read_by(self._server.limits.linger_s)
+        self.transport.close()
+
+    def abort(self, *, reset: bool = False) -> None:
+        """Cuts the connection now."""
+        if reset:
+            sock = self.transport.get_extra_info("socket")
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def cancel(self) -> None:
+        """Cuts the connection and its handler: the server's grace is over."""
+        if self._task is not None:
+            self._task.cancel()
+        self.abort()
+
+    # --- timeouts --------------------------------------------------------------------------
+
+    def _read_by(self, seconds: float) -> None:
+        self._read_deadline = self.loop.time() + seconds if seconds != NEVER else NEVER
+        self._update_deadline()
+
+    def _update_deadline(self) -> None:
+        self.deadline = deadline = min(self._read_deadline, self._write_deadline)
+        if deadline != NEVER:
+            self._server.sweep.note(deadline)
+
+    def expire(self, now: float) -> None:
+        """A deadline passed (called by the sweep)."""
+        limits = self._server.limits
+        if now >= self._write_deadline or (self._lingering and self.transport.get_write_buffer_size()):
+            self._expire_writing(now)
+        elif self._state == _HEAD and self._head_since:
+            self._refuse(too_slow("The head of the request", limits.header_timeout_s))
+        elif self._state == _BODY and self._exchange is not None:
+            self._stop_listening()
+            self._exchange.body_failed(too_slow("The next part of the body", limits.body_stall_s))
+        elif self._state == _HEAD:
+            self.close()
+        else:
+            self.abort()
+
+    def _expire_writing(self, now: float) -> None:
+        """Slow is allowed, still is not: the client must have taken something since the last look."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent >= self._last_unsent:
+            self.abort()
+            return
+        self._last_unsent = unsent
+        stall_s = self._server.limits.write_stall_s
+        if self._write_deadline != NEVER:
+            self._write_deadline = now + stall_s
+        if self._read_deadline <= now:
+            self._read_deadline = now + stall_s
+        self._update_deadline()

@@ -1,0 +1,65 @@
+"""One timer for many deadlines.
+
+A timer of the loop per request costs more than parsing the request. Instead each member keeps its deadline
+as a plain number, and one timer wakes for the earliest: most deadlines are moved on or dropped before they
+pass, so it rarely finds anything to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Collection
+from typing import Protocol
+
+NEVER = math.inf
+
+
+class Timed(Protocol):
+    """A member of a sweep. `deadline` in loop time, NEVER if there is none."""
+
+    deadline: float
+
+    def expire(self, now: float) -> None:
+        """The deadline has passed: act, and set another one or NEVER."""
+
+
+class Sweep:
+    """Calls `expire` of members whose deadline has passed, at most `grain_s` late."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, members: Collection[Timed], grain_s: float) -> None:
+        self._loop = loop
+        self._members = members
+        self._grain_s = grain_s
+        self._armed_at = NEVER
+        self._timer: asyncio.TimerHandle | None = None
+
+    def note(self, deadline: float) -> None:
+        """A member's deadline was set: wakes early enough for it. Deadlines moved later need no note."""
+        if deadline < self._armed_at:
+            self._arm(deadline)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._armed_at = NEVER
+
+    def _arm(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._armed_at = at
+        self._timer = self._loop.call_at(at, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        self._armed_at = NEVER
+        now = self._loop.time()
+        earliest = NEVER
+        for member in tuple(self._members):
+            if member.deadline <= now:
+                member.expire(now)
+            earliest = min(earliest, member.deadline)
+        if earliest < NEVER:
+            # Never sooner than a grain: many members with deadlines close together are swept together.
+            self.note(max(earliest, now + self._grain_s))
