@@ -1,0 +1,269 @@
+"""cuCheckpointProcess*: the state machine of each CUDA process, one operation at a time, done by its restore thread.
+
+Rules from cuda.h and NVIDIA/cuda-checkpoint's issues. Every call, also one whose answer is known, first needs a sign
+of life from the target: a frozen process answers nothing and its caller waits, without a deadline of ours. A caller
+that leaves changes nothing: what it asked for still happens when the target can run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+
+from agent.emulated.clock import now_ns
+from agent.emulated.devices import Device
+from agent.emulated.latency import Latency
+from agent.emulated.oplog import OpLog
+from agent.emulated.pids import thread_of
+from agent.emulated.processes import CudaProcess, Operation
+from agent.emulated.profiles import Profile
+from agent.emulated.protocol import CuResult, Message, Op, State
+from agent.emulated.vram import Vram, rounded
+
+MAX_QUEUED = 256
+"""Calls waiting for one process; beyond it a call answers OPERATING_SYSTEM."""
+
+_NEEDS = {Op.LOCK: State.RUNNING, Op.CHECKPOINT: State.LOCKED, Op.RESTORE: State.CHECKPOINTED, Op.UNLOCK: State.LOCKED}
+
+
+class Checkpointing:
+    """Sequences the operations of every process. Called on the event loop only; never blocks it."""
+
+    def __init__(self, devices: list[Device], profile: Profile, oplog: OpLog, latency: Latency) -> None:
+        self._devices = devices
+        self._profile = profile
+        self._oplog = oplog
+        self.latency = latency
+        self.frozen_calls = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._finish: dict[Op, Callable[[CudaProcess, Operation, Message], CuResult]] = {
+            Op.GET_STATE: self._finish_state,
+            Op.GET_RESTORE_THREAD: self._finish_thread,
+            Op.LOCK: self._finish_lock,
+            Op.CHECKPOINT: self._finish_checkpoint,
+            Op.RESTORE: self._finish_restore,
+            Op.UNLOCK: self._finish_unlock,
+        }
+
+    async def drain(self) -> None:
+        """Wait for what runs in threads; called when every process has been released."""
+        for task in list(self._tasks):
+            await task
+
+    def submit(self, process: CudaProcess, operation: Operation) -> None:
+        if len(process.queue) >= MAX_QUEUED:
+            self._answer(process, operation, CuResult.OPERATING_SYSTEM)
+            return
+        process.queue.append(operation)
+        self.advance(process)
+
+    def advance(self, process: CudaProcess) -> None:
+        """Begin the next operation if none is under way and the restore thread is there."""
+        if process.current or not process.queue or process.restore_thread is None:
+            return
+        operation = process.current = process.queue.popleft()
+        frozen = process.cgroup.frozen()
+        self.frozen_calls += frozen
+        operation.verdict = self._verdict(process, operation)
+        if operation.verdict is None and operation.op is Op.RESTORE and not frozen:
+            self._begin_restore(process, operation)
+            return
+        # VRAM for a restore is taken only when the target can do the work, not while the call hangs.
+        operation.waits_for_thaw = operation.op is Op.RESTORE
+        self._order(process, operation)
+
+    def _verdict(self, process: CudaProcess, operation: Operation) -> CuResult | None:
+        """The answer known beforehand; None if the target has to do the operation."""
+        if operation.op in (Op.GET_STATE, Op.GET_RESTORE_THREAD):
+            return CuResult.SUCCESS
+        if process.stuck:
+            return CuResult.ILLEGAL_STATE if operation.op is Op.UNLOCK else CuResult.OPERATING_SYSTEM
+        if process.state is not _NEEDS[operation.op]:
+            return CuResult.ILLEGAL_STATE
+        if operation.op is not Op.RESTORE:
+            return None
+        if not operation.caller_initialized and not all(device.persistence for device in self._devices):
+            operation.fatal = True
+            return CuResult.NOT_PERMITTED
+        mapping = self._device_map(operation.pairs)
+        if mapping is None:
+            return CuResult.INVALID_VALUE
+        operation.device_map = mapping
+        return None
+
+    def _device_map(self, pairs: tuple[tuple[bytes, bytes], ...]) -> tuple[int, ...] | None:
+        """New index of every device; pairs must name every GPU once as old and once as new, each of the same model."""
+        if not pairs:
+            return tuple(range(len(self._devices)))
+        by_uuid = {device.uuid.bytes: device.index for device in self._devices}
+        mapping = {by_uuid.get(old, -1): by_uuid.get(new, -1) for old, new in pairs}
+        everyone = set(range(len(self._devices)))
+        if len(pairs) != len(mapping) or set(mapping) != everyone or set(mapping.values()) != everyone:
+            return None
+        if any(self._devices[old].model != self._devices[new].model for old, new in mapping.items()):
+            return None
+        return tuple(mapping[index] for index in range(len(self._devices)))
+
+    def _order(self, process: CudaProcess, operation: Operation) -> None:
+        """Send the restore thread what it is to do."""
+        assert process.restore_thread is not None
+        message = Message(Op.DO_PING)
+        if operation.verdict is None and not operation.waits_for_thaw:
+            match operation.op:
+                case Op.LOCK:
+                    message = Message(Op.DO_LOCK, a=operation.timeout_ms)
+                case Op.CHECKPOINT:
+                    operation.size = sum(rounded(a.size) for a in process.allocations.values())
+                    message = Message(Op.DO_CHECKPOINT)
+                case Op.RESTORE:
+                    mapping = struct.pack(f"<{len(operation.device_map)}I", *operation.device_map)
+                    message = Message(Op.DO_RESTORE, payload=mapping)
+                case _:
+                    message = Message(Op.DO_UNLOCK)
+            message.f = self.latency.of(operation.op, operation.size)
+        process.restore_thread.send(message)
+
+    # ---- restore: VRAM first ------------------------------------------------------------------------------
+
+    def _begin_restore(self, process: CudaProcess, operation: Operation) -> None:
+        if not self._take_vram(process, operation):
+            operation.verdict = CuResult.OUT_OF_MEMORY
+            process.stuck = not self._profile.recovers
+            self._order(process, operation)
+            return
+        unready = [
+            slot
+            for slot, extent in operation.extents.items()
+            if not self._target_vram(process, operation, slot).claim(extent, zeroed=False)
+        ]
+        if not unready:
+            self._order(process, operation)
+            return
+        operation.preparing = True
+        task = asyncio.get_running_loop().create_task(self._prepare_restore(process, operation, unready))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _target_vram(self, process: CudaProcess, operation: Operation, slot: int) -> Vram:
+        return self._devices[operation.device_map[process.allocations[slot].device]].vram
+
+    def _take_vram(self, process: CudaProcess, operation: Operation) -> bool:
+        """VRAM for every allocation, where the target finds its offset in the table; all or nothing."""
+        operation.size = 0
+        for slot, allocation in process.allocations.items():
+            extent = self._target_vram(process, operation, slot).take(allocation.size)
+            if extent is None:
+                self._give_vram(process, operation)
+                return False
+            operation.extents[slot] = extent
+            operation.size += extent.length
+            process.publish(slot, extent.offset)
+        return True
+
+    def _give_vram(self, process: CudaProcess, operation: Operation) -> None:
+        for slot, extent in operation.extents.items():
+            self._target_vram(process, operation, slot).give(extent)
+        operation.extents.clear()
+
+    async def _prepare_restore(self, process: CudaProcess, operation: Operation, slots: list[int]) -> None:
+        try:
+            for slot in slots:
+                vram = self._target_vram(process, operation, slot)
+                await vram.prepare(operation.extents[slot], zeroed=False)
+        except OSError:
+            operation.verdict = CuResult.OUT_OF_MEMORY
+        operation.preparing = False
+        if process.released or operation.verdict is not None:
+            self._give_vram(process, operation)
+        if not process.released:
+            self._order(process, operation)
+
+    # ---- answers ----------------------------------------------------------------------------------------------
+
+    def on_answer(self, process: CudaProcess, message: Message) -> None:
+        """The restore thread has done what it was asked, or has given its sign of life."""
+        operation = process.current
+        if operation is None:
+            return
+        if operation.waits_for_thaw:
+            operation.waits_for_thaw = False
+            if operation.verdict is None:
+                self._begin_restore(process, operation)
+                return
+        if operation.fatal:
+            operation.on_death = CuResult.NOT_PERMITTED
+            with suppress(OSError):
+                process.kill()  # the answer is given when it is gone
+            return
+        done = operation.verdict if operation.verdict is not None else CuResult(message.status)
+        answer = Message(operation.op, id=operation.id)
+        if done is CuResult.SUCCESS:
+            done = self._finish[operation.op](process, operation, answer)
+        elif operation.extents:
+            self._give_vram(process, operation)
+        process.current = None
+        self._answer(process, operation, done, answer)
+        self.advance(process)
+
+    def _finish_state(self, process: CudaProcess, _operation: Operation, answer: Message) -> CuResult:
+        answer.a = process.state
+        return CuResult.SUCCESS
+
+    def _finish_thread(self, process: CudaProcess, operation: Operation, answer: Message) -> CuResult:
+        # The caller that named the target by another pid lives in the target's own pid namespace.
+        answer.a = thread_of(process.pid, process.tid) if operation.pid_asked == process.pid else process.tid
+        return CuResult.SUCCESS if answer.a else CuResult.NOT_INITIALIZED
+
+    def _finish_lock(self, process: CudaProcess, _operation: Operation, _answer: Message) -> CuResult:
+        process.state = State.LOCKED
+        return CuResult.SUCCESS
+
+    def _finish_checkpoint(self, process: CudaProcess, operation: Operation, _answer: Message) -> CuResult:
+        for allocation in process.allocations.values():
+            if allocation.extent is not None:
+                self._devices[allocation.device].vram.give(allocation.extent)
+                allocation.extent = None
+        process.state = State.CHECKPOINTED
+        return CuResult.SUCCESS
+
+    def _finish_restore(self, process: CudaProcess, operation: Operation, _answer: Message) -> CuResult:
+        for slot, extent in operation.extents.items():
+            allocation = process.allocations[slot]
+            allocation.device = operation.device_map[allocation.device]
+            allocation.extent = extent
+        operation.extents.clear()
+        process.contexts = {operation.device_map[device]: count for device, count in process.contexts.items()}
+        for slot, offset in process.flips:
+            flipped = process.allocations[slot]
+            if flipped.extent is not None:
+                self._devices[flipped.device].vram.flip(flipped.extent.offset + offset)
+        process.flips.clear()
+        process.state = State.LOCKED
+        return CuResult.SUCCESS
+
+    def _finish_unlock(self, process: CudaProcess, _operation: Operation, _answer: Message) -> CuResult:
+        process.state = State.RUNNING
+        return CuResult.SUCCESS
+
+    def _answer(
+        self, process: CudaProcess, operation: Operation, result: CuResult, answer: Message | None = None
+    ) -> None:
+        message = answer or Message(operation.op, id=operation.id)
+        message.status = result
+        self._oplog.add(operation.op.name.lower(), process.pid, operation.size, result, operation.start_ns, now_ns())
+        operation.caller.send(message)
+
+    def on_death(self, process: CudaProcess) -> None:
+        """The process is gone: whoever waits for it gets an answer, and VRAM taken for its restore comes back."""
+        operation = process.current
+        waiting = [*process.queue]
+        process.current = None
+        process.queue.clear()
+        if operation is not None:
+            if not operation.preparing:  # else the task that prepares it gives it back
+                self._give_vram(process, operation)
+            self._answer(process, operation, operation.on_death)
+        for other in waiting:
+            self._answer(process, other, CuResult.OPERATING_SYSTEM)

@@ -1,0 +1,127 @@
+"""The driver process's side of control.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
+from agent.core.errors import HibernodeError, InvalidArgumentError, PreconditionError
+from agent.emulated.control import DeviceView, ProcessView
+from agent.emulated.driver import Driver
+from agent.emulated.latency import Latency
+from agent.emulated.processes import CudaProcess
+
+MAX_LINE = 65536
+MAX_RECORDS = 2000
+MAX_FLIPS = 1024
+Request = dict[str, object]
+
+
+def _integer(request: Request, key: str) -> int:
+    value = request.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidArgumentError("EMULATED_OPTION_INVALID", f"{key} must be a number of 0 or more.")
+    return value
+
+
+class ControlServer:
+    """Answers one line at a time; a new command is one method and one entry in the table."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._commands: dict[str, Callable[[Request], object]] = {
+            "devices": self._devices,
+            "processes": self._processes,
+            "oplog": self._oplog,
+            "frozen_calls": lambda _request: driver.checkpointing.frozen_calls,
+            "flip_byte": self._flip_byte,
+            "set_latency": self._set_latency,
+        }
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                writer.write(json.dumps(self._answer(line)).encode() + b"\n")
+                await writer.drain()
+        except (ValueError, OSError):  # a line beyond the reader's limit, or a client that left
+            pass
+        finally:
+            writer.close()
+
+    def _answer(self, line: bytes) -> dict[str, object]:
+        try:
+            request = json.loads(line)
+            command = self._commands[request["command"]]
+        except (ValueError, KeyError, TypeError):
+            return {"reason": "EMULATED_COMMAND_UNKNOWN", "message": f"Commands: {', '.join(self._commands)}."}
+        try:
+            return {"result": command(request)}
+        except HibernodeError as error:
+            return {"reason": error.reason, "message": error.message}
+
+    def _devices(self, _request: Request) -> object:
+        return [
+            asdict(
+                DeviceView(
+                    device.index,
+                    device.uuid_text,
+                    device.name,
+                    device.vram.total_bytes,
+                    device.vram.used_bytes,
+                    device.persistence,
+                )
+            )
+            for device in self._driver.devices
+        ]
+
+    def _processes(self, _request: Request) -> object:
+        devices = self._driver.devices
+        return [
+            asdict(
+                ProcessView(
+                    process.pid,
+                    process.state.name,
+                    {d.uuid_text: used for d in devices if (used := process.bytes_on(d.index))},
+                    process.image_bytes(),
+                )
+            )
+            for process in self._driver.processes.values()
+        ]
+
+    def _oplog(self, request: Request) -> object:
+        return [asdict(record) for record in self._driver.oplog.since(_integer(request, "since"), MAX_RECORDS)]
+
+    def _set_latency(self, request: Request) -> object:
+        self._driver.checkpointing.latency = Latency(
+            _integer(request, "fixed_us"), _integer(request, "bandwidth_bytes_s")
+        )
+        return None
+
+    def _flip_byte(self, request: Request) -> object:
+        offset = _integer(request, "offset")
+        device = next((d.index for d in self._driver.devices if d.uuid_text == request.get("uuid")), None)
+        if request.get("uuid") is not None and device is None:
+            raise PreconditionError("EMULATED_NO_BYTE", "No emulated GPU has this uuid.")
+        for process in self._driver.processes.values():
+            if request.get("pid") in (None, process.pid) and self._flip(process, device, offset):
+                return process.pid
+        raise PreconditionError("EMULATED_NO_BYTE", "No CUDA process holds a byte of device memory there.")
+
+    def _flip(self, process: CudaProcess, device: int | None, offset: int) -> bool:
+        """A checkpointed image lies in the target, out of reach where it is frozen: flipped when it comes back."""
+        for slot, allocation in process.allocations.items():
+            if device not in (None, allocation.device):
+                continue
+            if offset >= allocation.size:
+                offset -= allocation.size
+                continue
+            if allocation.extent is not None:
+                self._driver.devices[allocation.device].vram.flip(allocation.extent.offset + offset)
+            elif len(process.flips) < MAX_FLIPS:
+                process.flips.append((slot, offset))
+            else:
+                return False
+            return True
+        return False

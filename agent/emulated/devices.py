@@ -1,0 +1,78 @@
+"""The emulated GPUs: identity that stays with the directory, memory, and what NVML says of them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import uuid
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.emulated.models import Model, find_model
+from agent.emulated.options import Options
+from agent.emulated.protocol import DEVICE
+from agent.emulated.vram import Vram
+
+_IDENTITY = "identity"
+
+
+@dataclass(slots=True)
+class Device:
+    """`uuid` are its 16 bytes. The name starts with "Emulated" so that no output can be taken for hardware's."""
+
+    index: int
+    uuid: uuid.UUID
+    model: Model
+    vram: Vram
+    persistence: bool
+    mig: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"Emulated {self.model.name}"
+
+    @property
+    def uuid_text(self) -> str:
+        return f"GPU-{self.uuid}"
+
+    def encode(self) -> bytes:
+        """`struct emu_device`."""
+        major, minor = self.model.capability
+        return DEVICE.pack(
+            self.uuid.bytes,
+            self.name.encode(),
+            self.vram.total_bytes,
+            major,
+            minor,
+            self.model.architecture,
+            self.index + 1,
+            self.model.pci_id,
+            self.model.multiprocessors,
+        )
+
+
+def read_identity(directory: Path) -> uuid.UUID:
+    """The directory's own random id, made at first use: it makes the GPUs' UUIDs stable there and unique elsewhere."""
+    path = directory / _IDENTITY
+    if not path.exists():
+        fresh = directory / f".{_IDENTITY}.{os.getpid()}"
+        fresh.write_text(secrets.token_hex(16) + "\n")
+        fresh.rename(path)
+    return uuid.UUID(hex=path.read_text().strip())
+
+
+def make_devices(options: Options, executor: Executor) -> list[Device]:
+    """Raises InvalidArgumentError EMULATED_MODEL_UNKNOWN."""
+    model = find_model(options.model)
+    identity = read_identity(options.directory)
+    return [
+        Device(
+            index=index,
+            uuid=uuid.uuid5(identity, f"gpu{index}"),
+            model=model,
+            vram=Vram(f"emulated-gpu{index}", options.memory_bytes, executor),
+            persistence=options.persistence,
+        )
+        for index in range(options.gpus)
+    ]

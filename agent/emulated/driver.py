@@ -1,0 +1,302 @@
+"""The driver process: owns the emulated GPUs and the table of CUDA processes, and answers the libraries."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from agent.emulated import pids
+from agent.emulated.cgroups import find_v2_mount
+from agent.emulated.checkpointing import Checkpointing
+from agent.emulated.clock import now_ns
+from agent.emulated.connection import Connection
+from agent.emulated.devices import Device, make_devices
+from agent.emulated.latency import Latency
+from agent.emulated.oplog import OpLog
+from agent.emulated.options import Options
+from agent.emulated.processes import Allocation, CudaProcess, Operation
+from agent.emulated.profiles import find_profile
+from agent.emulated.protocol import (
+    CHECKPOINT_OPS,
+    DEVICE_STATUS,
+    GPU_PROCESS,
+    MAX_GPU_PROCESSES,
+    PROTOCOL,
+    CuResult,
+    Message,
+    Op,
+    State,
+)
+from agent.emulated.vram import Extent
+
+_IDLE_CELSIUS = 31
+_IDLE_MILLIWATTS = 25_000
+_CHANGES = frozenset({Op.LOCK, Op.CHECKPOINT, Op.RESTORE, Op.UNLOCK})
+
+
+class Driver:
+    """Everything that happens on the driver's socket. One event loop, no locks, nothing here blocks it."""
+
+    def __init__(self, options: Options, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._executor = ThreadPoolExecutor(2, "vram")
+        self.profile = find_profile(options.profile)
+        self.devices = make_devices(options, self._executor)
+        self.processes: dict[int, CudaProcess] = {}
+        self.oplog = OpLog()
+        self.checkpointing = Checkpointing(
+            self.devices, self.profile, self.oplog, Latency(options.fixed_us, options.bandwidth_bytes_s)
+        )
+        self._mount = find_v2_mount(Path("/proc/self/mountinfo").read_text())
+        self._namespace = pids.namespace_of(os.getpid())
+        self._by_token: dict[int, CudaProcess] = {}
+        self._by_connection: dict[Connection, CudaProcess] = {}
+        self._last_token = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._handlers: dict[int, Callable[[Connection, Message], None]] = {
+            Op.HELLO_PROCESS: self._hello_process,
+            Op.HELLO_RESTORE: self._hello_restore,
+            Op.DEVICES: self._describe_devices,
+            Op.DEVICE_STATUS: self._device_status,
+            Op.WATCH: self._watch,
+            Op.ALLOC: self._alloc,
+            Op.FREE: self._free,
+            Op.MEMINFO: self._meminfo,
+            Op.CONTEXT: self._context,
+        }
+
+    # ---- connections ------------------------------------------------------------------------------------------
+
+    def on_message(self, connection: Connection, message: Message) -> None:
+        process = self._by_connection.get(connection)
+        if process is not None and connection is process.restore_thread:
+            if message.op == Op.HELLO_RESTORE:
+                process.tid = message.b
+            else:
+                self.checkpointing.on_answer(process, message)
+        elif message.op in CHECKPOINT_OPS:
+            self._checkpoint_call(connection, message)
+        else:
+            handler = self._handlers.get(message.op)
+            if handler is None:
+                connection.close()
+            else:
+                handler(connection, message)
+
+    def on_close(self, connection: Connection) -> None:
+        """Either socket of a CUDA process ends with its exit or its exec: both mean that CUDA is gone there."""
+        process = self._by_connection.pop(connection, None)
+        if process is not None:
+            self._release(process)
+
+    def _device(self, connection: Connection, index: int) -> Device | None:
+        if index < len(self.devices):
+            return self.devices[index]
+        connection.close()
+        return None
+
+    # ---- CUDA processes: coming and going -----------------------------------------------------------------
+
+    def _hello_process(self, connection: Connection, message: Message) -> None:
+        if message.a != PROTOCOL or connection in self._by_connection:
+            connection.send(Message(message.op, status=CuResult.UNKNOWN))
+            return
+        earlier = self.processes.get(connection.pid)
+        if earlier is not None:
+            self._release(earlier)  # an exec whose sockets' end has not been read yet
+        self._last_token += 1
+        try:
+            process = CudaProcess(self._last_token, connection, self._mount)
+        except OSError:  # gone already, or no descriptors left
+            connection.close()
+            return
+        self.processes[process.pid] = self._by_token[process.token] = self._by_connection[connection] = process
+        self._loop.add_reader(process.pidfd, self._release, process)
+        connection.send(
+            Message(message.op, a=process.token, b=len(self.devices), payload=self._encoded_devices()),
+            [process.table_fd, *(device.vram.fd for device in self.devices)],
+        )
+
+    def _hello_restore(self, connection: Connection, message: Message) -> None:
+        process = self._by_token.get(message.a)
+        if process is None or process.pid != connection.pid or process.restore_thread is not None:
+            connection.close()
+            return
+        process.restore_thread = connection
+        self._by_connection[connection] = process
+        self.checkpointing.advance(process)
+
+    def _release(self, process: CudaProcess) -> None:
+        """The process exited or is another program now: its VRAM is free and its callers get their answer."""
+        if process.released:
+            return
+        process.released = True
+        self._loop.remove_reader(process.pidfd)
+        if self.processes.get(process.pid) is process:
+            del self.processes[process.pid]
+        del self._by_token[process.token]
+        for allocation in process.allocations.values():
+            if allocation.extent is not None:
+                self.devices[allocation.device].vram.give(allocation.extent)
+        self.checkpointing.on_death(process)
+        for connection in (process.connection, process.restore_thread):
+            if connection is not None:
+                self._by_connection.pop(connection, None)
+                connection.close()
+        process.close()
+
+    # ---- memory -------------------------------------------------------------------------------------------
+
+    def _alloc(self, connection: Connection, message: Message) -> None:
+        process = self._by_connection.get(connection)
+        device = self._device(connection, message.a)
+        if process is None or device is None:
+            return
+        slot = process.new_slot()
+        extent = device.vram.take(message.b) if slot is not None and message.b else None
+        if slot is None or extent is None:
+            if slot is not None:
+                process.free_slot(slot)
+            connection.send(Message(message.op, status=CuResult.OUT_OF_MEMORY))
+            return
+        process.allocations[slot] = Allocation(device.index, message.b, extent)
+        answer = Message(message.op, a=slot, b=extent.offset, c=extent.length)
+        if device.vram.claim(extent, zeroed=True):
+            connection.send(answer)
+            return
+        # Until its pages exist it belongs to the task, so that an exit meanwhile can't hand it to somebody else.
+        process.allocations[slot].extent = None
+        task = self._loop.create_task(self._prepare_alloc(process, device, extent, answer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _prepare_alloc(self, process: CudaProcess, device: Device, extent: Extent, answer: Message) -> None:
+        try:
+            await device.vram.prepare(extent, zeroed=True)
+        except OSError:
+            answer.status = CuResult.OUT_OF_MEMORY
+        if process.released or answer.status:
+            device.vram.give(extent)
+            process.allocations.pop(answer.a, None)
+            process.free_slot(answer.a)
+        else:
+            process.allocations[answer.a].extent = extent
+        process.connection.send(answer)
+
+    def _free(self, connection: Connection, message: Message) -> None:
+        process = self._by_connection.get(connection)
+        allocation = process.allocations.pop(message.a, None) if process is not None else None
+        if process is None or allocation is None:
+            connection.send(Message(message.op, status=CuResult.INVALID_VALUE))
+            return
+        if allocation.extent is not None:
+            self.devices[allocation.device].vram.give(allocation.extent)
+        process.free_slot(message.a)
+        connection.send(Message(message.op))
+
+    def _meminfo(self, connection: Connection, message: Message) -> None:
+        device = self._device(connection, message.a)
+        if device is not None:
+            vram = device.vram
+            connection.send(Message(message.op, a=vram.total_bytes - vram.used_bytes, b=vram.total_bytes))
+
+    def _context(self, connection: Connection, message: Message) -> None:
+        process = self._by_connection.get(connection)
+        device = self._device(connection, message.a)
+        if process is not None and device is not None:
+            process.contexts[device.index] = message.b
+            connection.send(Message(message.op))
+
+    # ---- what NVML asks -----------------------------------------------------------------------------------
+
+    def _encoded_devices(self) -> bytes:
+        return b"".join(device.encode() for device in self.devices)
+
+    def _describe_devices(self, connection: Connection, message: Message) -> None:
+        connection.send(Message(message.op, b=len(self.devices), payload=self._encoded_devices()))
+
+    def compute_processes(self, index: int) -> list[tuple[int, int]]:
+        """(host pid, bytes of VRAM) of the processes with a context on a device; a checkpointed one has none."""
+        return [
+            (process.pid, process.bytes_on(index))
+            for process in self.processes.values()
+            if process.state is not State.CHECKPOINTED and process.contexts.get(index)
+        ][:MAX_GPU_PROCESSES]
+
+    def _device_status(self, connection: Connection, message: Message) -> None:
+        device = self._device(connection, message.a)
+        if device is None:
+            return
+        listed = self.compute_processes(device.index)
+        status = DEVICE_STATUS.pack(
+            device.vram.used_bytes,
+            device.persistence,
+            int(device.mig) if device.model.mig else -1,
+            *(0, 0, 0, 0),  # utilisation: nothing computes on an emulated GPU
+            _IDLE_CELSIUS,
+            _IDLE_MILLIWATTS,
+            len(listed),
+            0,
+        )
+        processes = b"".join(GPU_PROCESS.pack(pid, 0, used) for pid, used in listed)
+        connection.send(Message(message.op, payload=status + processes))
+
+    def _watch(self, _connection: Connection, _message: Message) -> None:
+        """An NVML event set: it stays connected, and nothing has gone wrong yet on an emulated GPU."""
+
+    # ---- checkpoint calls -------------------------------------------------------------------------------------
+
+    def _checkpoint_call(self, caller: Connection, message: Message) -> None:
+        op = Op(message.op)
+        operation = Operation(
+            op=op,
+            caller=caller,
+            id=message.id,
+            start_ns=now_ns(),
+            pid_asked=message.a,
+            timeout_ms=message.c & 0xFFFFFFFF if op is Op.LOCK else 0,
+            pairs=_decode_pairs(message.payload) if op is Op.RESTORE else (),
+            caller_initialized=bool(message.b),
+        )
+        process = self._find(caller, message.a)
+        if process is None:
+            caller.send(Message(op, status=self._no_process(caller, op, message.a), id=message.id))
+        elif caller.uid not in (0, process.uid):
+            caller.send(Message(op, status=CuResult.OPERATING_SYSTEM, id=message.id))
+        else:
+            self.checkpointing.submit(process, operation)
+
+    def _find(self, caller: Connection, pid: int) -> CudaProcess | None:
+        """The CUDA process that the caller calls `pid`: a caller in a container means its own pid namespace."""
+        if caller.namespace in (0, self._namespace):
+            return self.processes.get(pid)
+        return self.processes.get(pids.find_inside(caller.namespace, pid, self.processes))
+
+    def _no_process(self, caller: Connection, op: Op, pid: int) -> CuResult:
+        """Why there is none: no such process, or one without CUDA. A thread's number kills its process (issue 41)."""
+        owner = pids.process_of_thread(pid)
+        if owner == 0:
+            return CuResult.INVALID_VALUE
+        process = self.processes.get(owner)
+        if process is not None and op in _CHANGES and caller.uid in (0, process.uid):
+            process.kill()
+            return CuResult.OPERATING_SYSTEM
+        return CuResult.NOT_INITIALIZED
+
+    async def close(self) -> None:
+        """Release everything; the libraries see their connections end."""
+        for process in list(self.processes.values()):
+            self._release(process)
+        for task in list(self._tasks):
+            await task
+        await self.checkpointing.drain()
+        self._executor.shutdown()
+        for device in self.devices:
+            device.vram.close()
+
+
+def _decode_pairs(payload: bytes) -> tuple[tuple[bytes, bytes], ...]:
+    return tuple((payload[at : at + 16], payload[at + 16 : at + 32]) for at in range(0, len(payload), 32))

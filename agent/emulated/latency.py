@@ -1,0 +1,29 @@
+"""How long operations take on the emulated hardware: fixed + bytes / bandwidth (facts 6 give figures for real ones)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from agent.emulated.protocol import Op
+
+CHECKPOINT_PER_RESTORE = 1.5
+"""A checkpoint takes 1.5 to 2 times as long as a restore of the same size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """fixed_us: of each lock, checkpoint, restore and unlock. bandwidth_bytes_s: of a restore; 0 = no limit."""
+
+    fixed_us: int = 0
+    bandwidth_bytes_s: int = 0
+
+    def of(self, op: Op, size: int) -> int:
+        """Microseconds an operation that moves `size` bytes takes at least."""
+        match op:
+            case Op.LOCK | Op.UNLOCK:
+                return self.fixed_us
+            case Op.CHECKPOINT | Op.RESTORE:
+                copy = size * 1_000_000 // self.bandwidth_bytes_s if self.bandwidth_bytes_s else 0
+                return self.fixed_us + (int(copy * CHECKPOINT_PER_RESTORE) if op is Op.CHECKPOINT else copy)
+            case _:
+                return 0

@@ -1,0 +1,43 @@
+"""A bounded log of what the emulated driver did and how long it took: what benchmarks subtract as the driver's own."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+
+MAX_RECORDS = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class OpRecord:
+    """One cuCheckpointProcess* call, from its arrival at the driver process to its answer.
+
+    op: get_state, get_restore_thread, lock, checkpoint, restore or unlock. bytes: of VRAM moved. at_ns: arrival on
+    CLOCK_MONOTONIC. us: microseconds. result: CUresult.
+    """
+
+    seq: int
+    op: str
+    pid: int
+    bytes: int
+    us: int
+    result: int
+    at_ns: int
+
+
+class OpLog:
+    """The newest MAX_RECORDS operations; `seq` counts from 1 and never repeats."""
+
+    def __init__(self) -> None:
+        self._records: deque[OpRecord] = deque(maxlen=MAX_RECORDS)
+        self._last = 0
+
+    def add(self, op: str, pid: int, size: int, result: int, start_ns: int, end_ns: int) -> None:
+        self._last += 1
+        self._records.append(OpRecord(self._last, op, pid, size, (end_ns - start_ns) // 1000, result, start_ns))
+
+    def since(self, seq: int, limit: int) -> list[OpRecord]:
+        """Up to `limit` records after `seq`, oldest first."""
+        skip = max(0, len(self._records) - (self._last - seq))
+        return list(islice(self._records, skip, skip + limit))

@@ -1,0 +1,51 @@
+"""What an emulated driver is started with."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.core.errors import InvalidArgumentError
+from agent.emulated.protocol import MAX_DEVICES
+
+GIB = 1 << 30
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bandwidth(text: str) -> int:
+    """ "8GB/s", "500MiB/s" or "0" (no limit) -> bytes a second. Raises InvalidArgumentError EMULATED_OPTION_INVALID."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?(?:/s)?", text.strip().lower())
+    unit = _UNITS.get(found[2]) if found else None
+    if found is None or unit is None:
+        raise InvalidArgumentError(
+            "EMULATED_OPTION_INVALID", f"{text!r} is no bandwidth; write it like 8GB/s, 500MiB/s or 0 (no limit)."
+        )
+    return int(float(found[1]) * unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`directory` holds the sockets, the libraries and what makes the GPUs' UUIDs stable; it may be bind-mounted.
+
+    bandwidth_bytes_s: speed of a restore, 0 = as fast as memory; a checkpoint takes 1.5 times as long.
+    fixed_us: what each lock, checkpoint, restore and unlock takes besides.
+    """
+
+    directory: Path
+    gpus: int = 2
+    profile: str = "580"
+    memory_bytes: int = 16 * GIB
+    model: str = "T4"
+    persistence: bool = True
+    bandwidth_bytes_s: int = 0
+    fixed_us: int = 0
+    cache_directory: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.gpus <= MAX_DEVICES:
+            raise InvalidArgumentError("EMULATED_OPTION_INVALID", f"gpus must be 1 to {MAX_DEVICES}.")
+        if not 2 << 20 <= self.memory_bytes <= 1 << 40:
+            raise InvalidArgumentError("EMULATED_OPTION_INVALID", "A GPU's memory must be 2 MiB to 1 TiB.")
+        if self.bandwidth_bytes_s < 0 or self.fixed_us < 0:
+            raise InvalidArgumentError("EMULATED_OPTION_INVALID", "Bandwidth and fixed time can't be negative.")

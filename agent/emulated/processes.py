@@ -1,0 +1,120 @@
+"""The table of CUDA processes: what the driver knows of each, from cuInit to its end."""
+
+from __future__ import annotations
+
+import heapq
+import mmap
+import os
+import signal
+import struct
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agent.emulated.cgroups import CgroupOf
+from agent.emulated.connection import Connection
+from agent.emulated.protocol import MAX_ALLOCATIONS, CuResult, Op, State
+from agent.emulated.vram import Extent, rounded
+
+_OFFSET = struct.Struct("<Q")
+
+
+@dataclass(slots=True)
+class Allocation:
+    """`size` as asked. `extent` is None while the process is checkpointed: it holds no VRAM then."""
+
+    device: int
+    size: int
+    extent: Extent | None
+
+
+@dataclass(slots=True)
+class Operation:
+    """One cuCheckpointProcess* call on a process, from its arrival to its answer.
+
+    verdict: the answer already known when the target is only asked for a sign of life. extents: VRAM taken for a
+    restore under way, by slot.
+    """
+
+    op: Op
+    caller: Connection
+    id: int
+    start_ns: int
+    pid_asked: int
+    timeout_ms: int = 0
+    pairs: tuple[tuple[bytes, bytes], ...] = ()
+    caller_initialized: bool = False
+    size: int = 0
+    verdict: CuResult | None = None
+    on_death: CuResult = CuResult.OPERATING_SYSTEM
+    fatal: bool = False
+    waits_for_thaw: bool = False
+    preparing: bool = False
+    device_map: tuple[int, ...] = ()
+    extents: dict[int, Extent] = field(default_factory=dict)
+
+
+class CudaProcess:
+    """One process that called cuInit. `pid` is the host's."""
+
+    def __init__(self, token: int, connection: Connection, mount: Path | None) -> None:
+        self.token = token
+        self.connection = connection
+        self.pid = connection.pid
+        self.uid = connection.uid
+        self.pidfd = connection.open_pidfd()
+        self.restore_thread: Connection | None = None
+        self.tid = 0
+        self.state = State.RUNNING
+        self.stuck = False
+        self.released = False
+        self.allocations: dict[int, Allocation] = {}
+        self.contexts: dict[int, int] = {}
+        self.flips: list[tuple[int, int]] = []
+        self.queue: deque[Operation] = deque()
+        self.current: Operation | None = None
+        self.cgroup = CgroupOf(self.pid, mount)
+        self.table_fd = os.memfd_create("emulated-table", os.MFD_CLOEXEC)
+        os.ftruncate(self.table_fd, MAX_ALLOCATIONS * _OFFSET.size)
+        self._table = mmap.mmap(self.table_fd, MAX_ALLOCATIONS * _OFFSET.size)
+        self._free_slots: list[int] = []
+        self._next_slot = 0
+
+    def new_slot(self) -> int | None:
+        """The lowest free slot; None if the process has MAX_ALLOCATIONS."""
+        if self._free_slots:
+            return heapq.heappop(self._free_slots)
+        if self._next_slot == MAX_ALLOCATIONS:
+            return None
+        self._next_slot += 1
+        return self._next_slot - 1
+
+    def free_slot(self, slot: int) -> None:
+        heapq.heappush(self._free_slots, slot)
+
+    def publish(self, slot: int, offset: int) -> None:
+        """Tell the target where this allocation now lies in its device's memory."""
+        _OFFSET.pack_into(self._table, slot * _OFFSET.size, offset)
+
+    def bytes_on(self, device: int) -> int:
+        """VRAM held on a device now."""
+        return sum(a.extent.length for a in self.allocations.values() if a.device == device and a.extent)
+
+    def image_bytes(self) -> int:
+        """Bytes of VRAM held by the host in this process while it is checkpointed."""
+        return sum(rounded_size(a) for a in self.allocations.values()) if self.state is State.CHECKPOINTED else 0
+
+    def kill(self) -> None:
+        """SIGKILL, as the real driver does to a process it can't restore."""
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Give back this process's descriptors. The connections are closed by whoever releases it."""
+        self.cgroup.close()
+        self._table.close()
+        os.close(self.table_fd)
+        os.close(self.pidfd)
+
+
+def rounded_size(allocation: Allocation) -> int:
+    return allocation.extent.length if allocation.extent else rounded(allocation.size)

@@ -1,0 +1,124 @@
+"""Runs an emulated driver in the foreground: its directory, its sockets, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from agent.core.errors import PreconditionError
+from agent.emulated.build import build, install
+from agent.emulated.connection import Connection
+from agent.emulated.control_server import MAX_LINE, ControlServer
+from agent.emulated.driver import Driver
+from agent.emulated.options import Options
+from agent.emulated.paths import CONTROL_SOCKET, DRIVER_SOCKET, LOCK_FILE, READY_FILE, socket_path
+from agent.log import get_logger
+
+_BACKLOG = 512
+MAX_CONNECTIONS = 4096
+
+
+@contextmanager
+def _only_one(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock; the kernel drops it with the process, however it ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PreconditionError(
+                "EMULATED_DRIVER_RUNNING",
+                f"An emulated driver runs in {directory} already; stop it or choose another --dir.",
+                directory=str(directory),
+            ) from None
+        yield
+
+
+class _Acceptor:
+    """Accepts libraries' connections; beyond MAX_CONNECTIONS they are closed at once."""
+
+    def __init__(self, path: Path, driver: Driver, loop: asyncio.AbstractEventLoop) -> None:
+        self._driver = driver
+        self._loop = loop
+        self._open: set[Connection] = set()
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock.setblocking(False)
+        path.unlink(missing_ok=True)
+        with socket_path(path) as address:
+            self._sock.bind(address)
+        path.chmod(0o666)  # as /dev/nvidia*: any user may compute
+        self._sock.listen(_BACKLOG)
+        loop.add_reader(self._sock.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                sock, _ = self._sock.accept()
+                if len(self._open) >= MAX_CONNECTIONS:
+                    sock.close()
+                    continue
+                self._open.add(Connection(sock, self._loop, self._driver.on_message, self._closed))
+
+    def _closed(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        self._driver.on_close(connection)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        for connection in list(self._open):
+            connection.close()
+
+
+async def run(options: Options) -> None:
+    """Be the driver until SIGINT or SIGTERM; then every CUDA process loses its GPU, and the sockets are removed.
+
+    `ready` in the directory (JSON: pid, driver_version, gpus) appears once everything answers; "emulated.ready" is
+    logged then. Raises PreconditionError EMULATED_DRIVER_RUNNING or what `build` and `Options` raise.
+    """
+    log = get_logger()
+    directory = options.directory.absolute()
+    with _only_one(directory):
+        (directory / READY_FILE).unlink(missing_ok=True)
+        loop = asyncio.get_running_loop()
+        driver = Driver(options, loop)
+        install(await asyncio.to_thread(build, driver.profile, options.cache_directory), directory)
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        acceptor = _Acceptor(directory / DRIVER_SOCKET, driver, loop)
+        control = await _serve_control(directory, driver)
+        gpus = [device.uuid_text for device in driver.devices]
+        _write_ready(directory, {"pid": os.getpid(), "driver_version": driver.profile.version, "gpus": gpus})
+        log.info("emulated.ready", directory=str(directory), driver_version=driver.profile.version, gpus=gpus)
+        try:
+            await stop.wait()
+        finally:
+            control.close()
+            acceptor.close()
+            await driver.close()
+            for name in (READY_FILE, DRIVER_SOCKET, CONTROL_SOCKET):
+                (directory / name).unlink(missing_ok=True)
+            log.info("emulated.stopped", directory=str(directory))
+
+
+async def _serve_control(directory: Path, driver: Driver) -> asyncio.Server:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    (directory / CONTROL_SOCKET).unlink(missing_ok=True)
+    with socket_path(directory / CONTROL_SOCKET) as address:
+        sock.bind(address)
+    (directory / CONTROL_SOCKET).chmod(0o600)
+    return await asyncio.start_unix_server(ControlServer(driver).serve, sock=sock, limit=MAX_LINE)
+
+
+def _write_ready(directory: Path, content: dict[str, object]) -> None:
+    fresh = directory / f".{READY_FILE}.{os.getpid()}"
+    fresh.write_text(json.dumps(content) + "\n")
+    fresh.rename(directory / READY_FILE)

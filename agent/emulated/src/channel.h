@@ -1,0 +1,21 @@
+/* One connection to the driver process. */
+#ifndef EMU_CHANNEL_H
+#define EMU_CHANNEL_H
+
+#include <stddef.h>
+
+#include "protocol.h"
+
+/* A connected, close-on-exec socket, or -1 (no driver process listens). */
+int emu_connect(void);
+
+/* 0, or -1 if the connection is lost. Waits as long as it takes: the real driver has no deadlines either. */
+int emu_send(int fd, const struct emu_msg *msg, const void *payload, size_t bytes);
+
+/* Payload bytes received, or -1 if the connection is lost. Descriptors are close-on-exec; *fd_count says how many. */
+long emu_receive(int fd, struct emu_msg *msg, void *payload, size_t capacity, int *fds, int *fd_count);
+
+/* Request and answer in *msg; payload bytes of the answer or -1. */
+long emu_call(int fd, struct emu_msg *msg, const void *out, size_t out_bytes, void *in, size_t in_capacity);
+
+#endif

@@ -1,0 +1,291 @@
+/* The program `cuda-checkpoint`: a thin front of libcuda, with the flags, texts and exit codes of its driver. */
+#define _GNU_SOURCE
+#include <ctype.h>
+#include <dlfcn.h>
+#include <errno.h>
+#include <getopt.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cuda_abi.h"
+#include "protocol.h"
+
+#define CHECKPOINT_API 12080
+
+enum mode { NONE, GET_STATE, GET_RESTORE_TID, TOGGLE, LOCK, CHECKPOINT, RESTORE, UNLOCK };
+
+static struct {
+    emu_result (*init)(unsigned);
+    emu_result (*version)(int *);
+    emu_result (*error_string)(emu_result, const char **);
+    emu_result (*get_proc)(const char *, void **, int, uint64_t, int *);
+    emu_result (*get_state)(int, int *);
+    emu_result (*get_tid)(int, int *);
+    emu_result (*lock)(int, struct emu_lock_args *);
+    emu_result (*checkpoint)(int, struct emu_checkpoint_args *);
+    emu_result (*restore)(int, struct emu_restore_args *);
+    emu_result (*unlock)(int, struct emu_unlock_args *);
+} cuda;
+
+static struct emu_gpu_pair pairs[EMU_MAX_DEVICES];
+static unsigned pair_count;
+
+static void usage(FILE *out)
+{
+    fputs("CUDA checkpoint and restore utility.\n"
+          "Toggles the state of CUDA within a process between suspended and running.\n"
+          "Version " EMU_DRIVER_VERSION " (emulated).\n\n"
+          "Usage:\n"
+          "    --get-state --pid <value>\n"
+          "        Prints the state of the process specified by <value>\n"
+          "    --get-restore-tid --pid <value>\n"
+          "        Prints the restore thread ID of the process specified by <value>\n"
+          "    --action lock|checkpoint|restore|unlock --pid <value>\n"
+          "        Performs one operation on the process specified by <value>\n"
+          "    --timeout|-t <value>\n"
+          "        For --action lock: give up after <value> milliseconds\n",
+          out);
+#if EMU_MIGRATION
+    fputs("    --device-map|-d <oldUuid=newUuid,...>\n"
+          "        For --action restore: the GPUs to restore onto. Must contain all checkpointed devices\n",
+          out);
+#endif
+    fputs("    --toggle --pid <value>\n"
+          "        Toggles the state of CUDA in the process specified by <value>\n"
+          "    --help|-h\n"
+          "        Prints this text\n",
+          out);
+}
+
+static int bad_usage(const char *text)
+{
+    fprintf(stderr, "%s\n", text);
+    usage(stderr);
+    return 1;
+}
+
+static const char *reason(emu_result code)
+{
+    const char *text = NULL;
+    return cuda.error_string(code, &text) || !text ? "unknown error" : text;
+}
+
+static int load(void)
+{
+    void *library = dlopen("libcuda.so.1", RTLD_NOW);
+    if (!library) {
+        fprintf(stderr, "%s\n", dlerror());
+        return -1;
+    }
+    *(void **)&cuda.init = dlsym(library, "cuInit");
+    *(void **)&cuda.version = dlsym(library, "cuDriverGetVersion");
+    *(void **)&cuda.error_string = dlsym(library, "cuGetErrorString");
+    *(void **)&cuda.get_proc = dlsym(library, "cuGetProcAddress_v2");
+    if (!cuda.init || !cuda.version || !cuda.error_string || !cuda.get_proc)
+        return -1;
+    struct {
+        const char *name;
+        void **into;
+    } wanted[] = {
+        {"cuCheckpointProcessGetState", (void **)&cuda.get_state},
+        {"cuCheckpointProcessGetRestoreThreadId", (void **)&cuda.get_tid},
+        {"cuCheckpointProcessLock", (void **)&cuda.lock},
+        {"cuCheckpointProcessCheckpoint", (void **)&cuda.checkpoint},
+        {"cuCheckpointProcessRestore", (void **)&cuda.restore},
+        {"cuCheckpointProcessUnlock", (void **)&cuda.unlock},
+    };
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
+        if (cuda.get_proc(wanted[i].name, wanted[i].into, CHECKPOINT_API, 0, NULL) || !*wanted[i].into)
+            return -1;
+    return 0;
+}
+
+/* 0..INT_MAX or -1 */
+static long number(const char *text)
+{
+    char *end;
+    errno = 0;
+    long value = strtol(text, &end, 10);
+    return !isdigit((unsigned char)*text) || *end || errno || value > INT_MAX ? -1 : value;
+}
+
+/* [GPU-]xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx; the character after it, or NULL */
+static const char *parse_uuid(const char *text, struct emu_uuid *uuid)
+{
+    if (!strncmp(text, "GPU-", 4))
+        text += 4;
+    for (int i = 0; i < 16; i++) {
+        unsigned value;
+        if (*text == '-')
+            text++;
+        if (!isxdigit((unsigned char)text[0]) || !isxdigit((unsigned char)text[1]) || sscanf(text, "%2x", &value) != 1)
+            return NULL;
+        uuid->bytes[i] = (unsigned char)value;
+        text += 2;
+    }
+    return text;
+}
+
+static int parse_map(const char *text)
+{
+    while (*text) {
+        if (pair_count == EMU_MAX_DEVICES || !(text = parse_uuid(text, &pairs[pair_count].old_uuid)) || *text++ != '=' ||
+            !(text = parse_uuid(text, &pairs[pair_count].new_uuid)) || (*text && *text != ','))
+            return -1;
+        pair_count++;
+        if (*text)
+            text++;
+    }
+    return pair_count ? 0 : -1;
+}
+
+static emu_result perform(enum mode mode, int pid, long timeout)
+{
+    struct emu_lock_args lock = {.timeout_ms = timeout > 0 ? (unsigned)timeout : 0};
+    struct emu_restore_args restore = {.pairs = pair_count ? pairs : NULL, .count = pair_count};
+    switch (mode) {
+    case LOCK:
+        return cuda.lock(pid, &lock);
+    case CHECKPOINT:
+        return cuda.checkpoint(pid, NULL);
+    case RESTORE:
+        return cuda.restore(pid, pair_count ? &restore : NULL);
+    default:
+        return cuda.unlock(pid, NULL);
+    }
+}
+
+static int toggle(int pid)
+{
+    int state = 0;
+    emu_result result = cuda.get_state(pid, &state);
+    enum mode first = state == EMU_CHECKPOINTED ? RESTORE : LOCK;
+    if (!result && state != EMU_CHECKPOINTED && state != EMU_RUNNING)
+        result = EMU_ILLEGAL_STATE;
+    pair_count = 0; /* --toggle ignores --device-map */
+    if (!result)
+        result = perform(first, pid, 0);
+    if (!result)
+        result = perform(first == LOCK ? CHECKPOINT : UNLOCK, pid, 0);
+    if (result)
+        fprintf(stderr, "Error toggling CUDA in process ID %d: \"%s\"\n", pid, reason(result));
+    return result ? 1 : 0;
+}
+
+static int print_state(int pid)
+{
+    static const char *const names[] = {"running", "locked", "checkpointed", "failed"};
+    int state = 0;
+    emu_result result = cuda.get_state(pid, &state);
+    if (result) {
+        fprintf(stderr, "Error getting process state for process ID %d: \"%s\"\n", pid, reason(result));
+        return 1;
+    }
+    puts(state >= 0 && state < 4 ? names[state] : "unknown");
+    return 0;
+}
+
+static int print_tid(int pid)
+{
+    int tid = 0;
+    if (cuda.get_tid(pid, &tid)) {
+        fprintf(stderr, "Could not find restore thread for process ID %d\n", pid);
+        return 1;
+    }
+    printf("%d\n", tid);
+    return 0;
+}
+
+static int run(enum mode mode, int pid, long timeout, const char *map)
+{
+    static const char *const verbs[] = {[LOCK] = "lock", [CHECKPOINT] = "checkpoint", [RESTORE] = "restore", [UNLOCK] = "unlock"};
+    emu_result result = cuda.init(0);
+    if (result) {
+        fprintf(stderr, "Error initializing CUDA: \"%s\"\n", reason(result));
+        return 1;
+    }
+    if (mode == GET_STATE)
+        return print_state(pid);
+    if (mode == GET_RESTORE_TID)
+        return print_tid(pid);
+    if (mode == TOGGLE)
+        return toggle(pid);
+    result = map && parse_map(map) ? EMU_INVALID_VALUE : perform(mode, pid, timeout);
+    if (result)
+        fprintf(stderr, "Could not %s on process ID %d: \"%s\"\n", verbs[mode], pid, reason(result));
+    return result ? 1 : 0;
+}
+
+static enum mode action(const char *name)
+{
+    return !strcmp(name, "lock")         ? LOCK
+           : !strcmp(name, "checkpoint") ? CHECKPOINT
+           : !strcmp(name, "restore")    ? RESTORE
+           : !strcmp(name, "unlock")     ? UNLOCK
+                                         : NONE;
+}
+
+int main(int argc, char **argv)
+{
+    static const struct option options[] = {
+        {"get-state", no_argument, NULL, 's'},  {"get-restore-tid", no_argument, NULL, 'g'},
+        {"toggle", no_argument, NULL, 'T'},     {"action", required_argument, NULL, 'a'},
+        {"pid", required_argument, NULL, 'p'},  {"timeout", required_argument, NULL, 't'},
+        {"help", no_argument, NULL, 'h'},
+#if EMU_MIGRATION
+        {"device-map", required_argument, NULL, 'd'},
+#endif
+        {0}};
+    int version = 0, selected = 0, option;
+    enum mode mode = NONE;
+    long pid = -1, timeout = -1;
+    const char *map = NULL;
+    if (load() || cuda.version(&version) || version < 12040) {
+        fprintf(stderr, "Insufficient driver\n");
+        return 255;
+    }
+    opterr = 0;
+    while ((option = getopt_long(argc, argv, EMU_MIGRATION ? "p:t:hd:" : "p:t:h", options, NULL)) != -1) {
+        switch (option) {
+        case 's':
+        case 'g':
+        case 'T':
+            mode = option == 's' ? GET_STATE : option == 'g' ? GET_RESTORE_TID : TOGGLE;
+            selected++;
+            break;
+        case 'a':
+            mode = action(optarg);
+            if (mode == NONE)
+                return bad_usage("Invalid option(s) or option(s) not supported by this CUDA Driver");
+            selected++;
+            break;
+        case 'p':
+            if ((pid = number(optarg)) < 0)
+                return bad_usage("pid must be a non-negative integer");
+            break;
+        case 't':
+            if ((timeout = number(optarg)) < 0)
+                return bad_usage("timeout must be a non-negative integer");
+            break;
+        case 'd':
+            map = optarg;
+            break;
+        case 'h':
+            usage(stdout);
+            return 0;
+        default:
+            return bad_usage("Invalid option(s) or option(s) not supported by this CUDA Driver");
+        }
+    }
+    if (!selected)
+        return bad_usage("No operation selected");
+    if (selected > 1)
+        return bad_usage("Too many operations selected");
+    if (pid < 0)
+        return bad_usage("Missing pid to perform operation on");
+    if (timeout >= 0 && mode != LOCK)
+        return bad_usage("Timeout is only valid for --action lock operation");
+    return run(mode, (int)pid, timeout, mode == RESTORE ? map : NULL);
+}

@@ -1,0 +1,198 @@
+#define _GNU_SOURCE
+#include "process.h"
+
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+struct emu_process emu_process;
+
+static atomic_int initialized;
+static atomic_int forked; /* CUDA can't be used in a child forked after cuInit, as with the real driver */
+static pthread_mutex_t init_mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t request_mutex = PTHREAD_MUTEX_INITIALIZER;
+static int request_fd = -1, restore_fd = -1;
+
+int emu_initialized(void)
+{
+    return atomic_load_explicit(&initialized, memory_order_acquire);
+}
+
+emu_result emu_request(struct emu_msg *msg)
+{
+    pthread_mutex_lock(&request_mutex);
+    long got = emu_call(request_fd, msg, NULL, 0, NULL, 0);
+    pthread_mutex_unlock(&request_mutex);
+    return got < 0 ? EMU_UNKNOWN : msg->status;
+}
+
+/* The child must not keep the parent's sockets open (their end is how the driver process learns of an exec or exit),
+ * nor may it speak through them. Its mappings of VRAM are gone already by MADV_DONTFORK. */
+static void after_fork_in_child(void)
+{
+    if (!emu_initialized())
+        return;
+    atomic_store(&initialized, 0);
+    atomic_store(&forked, 1);
+    close(request_fd);
+    close(restore_fd);
+    request_fd = restore_fd = -1;
+    for (int i = 0; i < emu_process.device_count; i++)
+        close(emu_process.vram_fd[i]);
+    init_mutex = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    request_mutex = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    emu_gate_after_fork();
+}
+
+static void *restore_main(void *argument)
+{
+    emu_restore_loop((int)(intptr_t)argument);
+    return NULL;
+}
+
+static int start_restore_thread(uint64_t token)
+{
+    restore_fd = emu_connect();
+    if (restore_fd < 0)
+        return -1;
+    /* The thread says its own tid, then waits for orders on the same socket. Signals are the application's. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attributes, 256 * 1024);
+    struct emu_msg hello = {.op = EMU_HELLO_RESTORE, .a = token};
+    pthread_t thread;
+    int rc = emu_send(restore_fd, &hello, NULL, 0);
+    if (!rc)
+        rc = pthread_create(&thread, &attributes, restore_main, (void *)(intptr_t)restore_fd);
+    pthread_attr_destroy(&attributes);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return rc ? -1 : 0;
+}
+
+static int device_matches(const struct emu_device *device, const char *wanted, size_t length)
+{
+    char text[48];
+    int n = snprintf(text, sizeof text, "GPU-");
+    for (int i = 0; i < 16; i++)
+        n += snprintf(text + n, sizeof text - (size_t)n, i == 4 || i == 6 || i == 8 || i == 10 ? "-%02x" : "%02x",
+                      device->uuid[i]);
+    return length > 4 && length <= strlen(text) && !strncmp(text, wanted, length);
+}
+
+/* CUDA_VISIBLE_DEVICES: indices, or UUIDs that may be shortened; the first invalid entry ends the list. */
+static void choose_visible(void)
+{
+    const char *list = getenv("CUDA_VISIBLE_DEVICES");
+    emu_process.visible_count = 0;
+    if (!list) {
+        for (int i = 0; i < emu_process.device_count; i++)
+            emu_process.visible[emu_process.visible_count++] = i;
+        return;
+    }
+    while (*list && emu_process.visible_count < emu_process.device_count) {
+        list += strspn(list, " ");
+        size_t length = strcspn(list, ", ");
+        int found = -1;
+        char *end;
+        long index = strtol(list, &end, 10);
+        if (length && end == list + length && index >= 0 && index < emu_process.device_count)
+            found = (int)index;
+        for (int i = 0; i < emu_process.device_count && found < 0; i++)
+            if (device_matches(&emu_process.devices[i], list, length))
+                found = i;
+        for (int i = 0; i < emu_process.visible_count && found >= 0; i++)
+            if (emu_process.visible[i] == found)
+                found = -2;
+        if (found < 0) {
+            if (found == -2)
+                emu_process.visible_count = 0; /* a duplicate makes the whole list empty */
+            return;
+        }
+        emu_process.visible[emu_process.visible_count++] = found;
+        list += length;
+        list += strspn(list, " ");
+        if (*list == ',')
+            list++;
+    }
+}
+
+static emu_result hello(void)
+{
+    int fds[EMU_MAX_DEVICES + 1], count = 0;
+    struct emu_msg msg = {.op = EMU_HELLO_PROCESS, .a = EMU_PROTOCOL};
+    request_fd = emu_connect();
+    if (request_fd < 0)
+        return EMU_NO_DEVICE;
+    if (emu_send(request_fd, &msg, NULL, 0) ||
+        emu_receive(request_fd, &msg, emu_process.devices, sizeof emu_process.devices, fds, &count) < 0)
+        return EMU_UNKNOWN;
+    emu_process.device_count = count ? count - 1 : 0;
+    for (int i = 0; i < emu_process.device_count; i++)
+        emu_process.vram_fd[i] = fds[i + 1];
+    emu_result result = msg.status;
+    if (!result && (count < 2 || msg.b != (uint64_t)(count - 1)))
+        result = EMU_NO_DEVICE;
+    if (count) {
+        size_t bytes = EMU_MAX_ALLOCATIONS * sizeof(uint64_t);
+        void *table = mmap(NULL, bytes, PROT_READ, MAP_SHARED, fds[0], 0);
+        close(fds[0]);
+        if (table == MAP_FAILED)
+            return EMU_OPERATING_SYSTEM;
+        madvise(table, bytes, MADV_DONTFORK);
+        emu_process.offsets = table;
+    }
+    if (!result) {
+        choose_visible();
+        if (!emu_process.visible_count)
+            result = EMU_NO_DEVICE;
+    }
+    return result ? result : start_restore_thread(msg.a) ? EMU_OPERATING_SYSTEM : EMU_SUCCESS;
+}
+
+static void disconnect(void)
+{
+    if (request_fd >= 0)
+        close(request_fd);
+    if (restore_fd >= 0)
+        close(restore_fd);
+    request_fd = restore_fd = -1;
+    for (int i = 0; i < emu_process.device_count; i++)
+        close(emu_process.vram_fd[i]);
+    emu_process.device_count = 0;
+    if (emu_process.offsets)
+        munmap((void *)(uintptr_t)emu_process.offsets, EMU_MAX_ALLOCATIONS * sizeof(uint64_t));
+    emu_process.offsets = NULL;
+}
+
+EMU_API emu_result cuInit(unsigned flags)
+{
+    static int registered;
+    if (flags)
+        return EMU_INVALID_VALUE;
+    if (atomic_load(&forked))
+        return EMU_NOT_INITIALIZED;
+    pthread_mutex_lock(&init_mutex);
+    emu_result result = EMU_SUCCESS;
+    if (!emu_initialized()) {
+        result = hello();
+        if (result)
+            disconnect();
+        else {
+            if (!registered)
+                pthread_atfork(NULL, NULL, after_fork_in_child);
+            registered = 1;
+            atomic_store_explicit(&initialized, 1, memory_order_release);
+        }
+    }
+    pthread_mutex_unlock(&init_mutex);
+    return result;
+}

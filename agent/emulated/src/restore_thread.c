@@ -1,0 +1,87 @@
+/* The restore thread: the driver's hand inside the CUDA process. A frozen process therefore answers nothing.
+ *
+ * It is a plain executor: the driver process keeps the state and asks for one thing at a time.
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "process.h"
+
+static int64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* The latency model is served here and not in the driver process, so that a freeze in mid-operation stops it too. */
+static void take_at_least(int64_t start_ns, uint64_t model_us)
+{
+    int64_t end = start_ns + (int64_t)model_us * 1000;
+    struct timespec until = {end / 1000000000, end % 1000000000};
+    while (now_ns() < end)
+        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
+}
+
+static void move_devices(const uint32_t *new_device, long bytes)
+{
+    for (int i = 0; i < emu_process.visible_count; i++) {
+        long old = emu_process.visible[i];
+        if ((old + 1) * (long)sizeof *new_device <= bytes && new_device[old] < (uint32_t)emu_process.device_count)
+            emu_process.visible[i] = (int)new_device[old];
+    }
+}
+
+static void execute(struct emu_msg *msg, const uint32_t *new_device, long bytes)
+{
+    int before[EMU_MAX_DEVICES];
+    switch (msg->op) {
+    case EMU_DO_PING:
+        msg->status = EMU_SUCCESS;
+        break;
+    case EMU_DO_LOCK:
+        msg->status = emu_gate_close((unsigned)msg->a);
+        break;
+    case EMU_DO_CHECKPOINT:
+        msg->status = emu_memory_checkpoint(&msg->a);
+        break;
+    case EMU_DO_RESTORE:
+        memcpy(before, emu_process.visible, sizeof before);
+        move_devices(new_device, bytes);
+        msg->status = emu_memory_restore();
+        if (msg->status)
+            memcpy(emu_process.visible, before, sizeof before);
+        break;
+    case EMU_DO_UNLOCK:
+        emu_gate_open();
+        msg->status = EMU_SUCCESS;
+        break;
+    default:
+        msg->status = EMU_NOT_SUPPORTED;
+    }
+}
+
+void emu_restore_loop(int fd)
+{
+    uint32_t payload[EMU_MAX_DEVICES];
+    struct emu_msg msg;
+    pthread_setname_np(pthread_self(), "cuda-restore");
+    msg = (struct emu_msg){.op = EMU_HELLO_RESTORE, .b = (uint64_t)syscall(SYS_gettid)};
+    if (emu_send(fd, &msg, NULL, 0) == 0) {
+        for (;;) {
+            long bytes = emu_receive(fd, &msg, payload, sizeof payload, NULL, NULL);
+            if (bytes < 0)
+                break;
+            int64_t start = now_ns();
+            execute(&msg, payload, bytes);
+            take_at_least(start, msg.f);
+            if (emu_send(fd, &msg, NULL, 0))
+                break;
+        }
+    }
+    emu_gate_lost();
+}

@@ -1,0 +1,106 @@
+"""The memory of one emulated device: a memfd whose pages the driver process pays for, pooled and zeroed on re-use.
+
+The hardware gives no zeroed memory, but what another process left behind must not be read by the next: a range is
+zeroed before it is handed out unless the new owner is about to overwrite all of it (a restore).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import mmap
+import os
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from agent.emulated.ranges import FreeRanges
+
+GRANULE = 64 << 10
+CHUNK = 2 << 20
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def rounded(size: int) -> int:
+    """Bytes given for `size` asked: whole 64 KiB, from 2 MiB on whole 2 MiB (a huge page)."""
+    unit = CHUNK if size >= CHUNK else GRANULE
+    return -(-size // unit) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A range of one device's memory, in bytes."""
+
+    offset: int
+    length: int
+
+
+class Vram:
+    """One device's memory of `total_bytes`; host memory is used only for what was ever allocated at one time."""
+
+    def __init__(self, name: str, total_bytes: int, executor: Executor) -> None:
+        self.total_bytes = total_bytes // CHUNK * CHUNK
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, self.total_bytes)
+        self._map = mmap.mmap(self.fd, self.total_bytes)
+        self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._view = ctypes.c_char.from_buffer(self._map)
+        self._address = ctypes.addressof(self._view)
+        self._executor = executor
+        self._ranges = FreeRanges(self.total_bytes)
+        self._paid = bytearray(self.total_bytes // CHUNK)
+        self._dirty = bytearray(self.total_bytes // GRANULE)
+
+    @property
+    def used_bytes(self) -> int:
+        return self.total_bytes - self._ranges.free_bytes
+
+    def take(self, size: int) -> Extent | None:
+        """Reserve memory for `size` bytes; None if there is no room. `claim` or `prepare` it before use."""
+        length = rounded(size)
+        offset = self._ranges.take(length, CHUNK if length >= CHUNK else GRANULE)
+        return None if offset is None else Extent(offset, length)
+
+    def give(self, extent: Extent) -> None:
+        """The range is free again; what was written stays until somebody else gets it."""
+        self._ranges.give(extent.offset, extent.length)
+
+    def claim(self, extent: Extent, zeroed: bool) -> bool:
+        """Hand the range out at once if it needs no work: True. Else False, and `prepare` must be awaited."""
+        first, last = extent.offset // CHUNK, -(-(extent.offset + extent.length) // CHUNK)
+        low, high = extent.offset // GRANULE, (extent.offset + extent.length) // GRANULE
+        if self._paid.find(0, first, last) >= 0 or (zeroed and self._dirty.find(1, low, high) >= 0):
+            return False
+        self._dirty[low:high] = b"\1" * (high - low)
+        return True
+
+    async def prepare(self, extent: Extent, zeroed: bool) -> None:
+        """Make the pages exist, paid by this process, and zero what somebody wrote. Raises OSError (host memory)."""
+        if self.claim(extent, zeroed):
+            return
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._executor, self._prepare, extent, zeroed)
+
+    def _prepare(self, extent: Extent, zeroed: bool) -> None:
+        low, high = extent.offset // GRANULE, (extent.offset + extent.length) // GRANULE
+        for chunk in range(extent.offset // CHUNK, -(-(extent.offset + extent.length) // CHUNK)):
+            if not self._paid[chunk]:
+                self._pay(chunk * CHUNK)
+                self._paid[chunk] = 1
+        if zeroed and self._dirty.find(1, low, high) >= 0:
+            ctypes.memset(self._address + extent.offset, 0, extent.length)
+        self._dirty[low:high] = b"\1" * (high - low)
+
+    def _pay(self, offset: int) -> None:
+        if _libc.madvise(self._address + offset, CHUNK, _POPULATE_WRITE):
+            os.posix_fallocate(self.fd, offset, CHUNK)  # older kernels; small pages
+
+    def flip(self, offset: int) -> None:
+        """Invert every bit of one byte."""
+        self._map[offset] ^= 0xFF
+
+    def close(self) -> None:
+        del self._view
+        self._map.close()
+        os.close(self.fd)
