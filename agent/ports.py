@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Protocol
 
 from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, Handle, InstanceSpec
+from agent.core.usage_window import Window as Window  # noqa: PLC0414 (re-exported)
 
 
 class Timer(Protocol):
@@ -289,34 +290,6 @@ class InstanceRecord:
     create_wall_ns: int
     end_reason: str = ""
     end_message: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """One row of the usage ledger, exactly as DESIGN section 5: the three sums equal end - start."""
-
-    instance_uid: str
-    seq: int
-    node: str
-    boot_id: str
-    function: str
-    state: str
-    gpu_model: str
-    gpu_uuids: tuple[str, ...]
-    gpu_count: int
-    gpu_memory_bytes: int
-    vcpu_millis: int
-    memory_bytes: int
-    disk_bytes: int
-    start_mono_ns: int
-    end_mono_ns: int
-    start_wall_ns: int
-    active_ns: int
-    idle_ns: int
-    unbilled_ns: int
-    invocations: int
-    estimated: bool
-    sealed: bool
 
 
 class InstanceStore(Protocol):

@@ -1,0 +1,36 @@
+"""The row of the usage ledger, from the meter to the bill: one word for core, stores, wire and scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One row of the usage ledger, exactly as DESIGN section 5: the three sums equal end - start.
+
+    `(instance_uid, seq)` is unique; `seq` only grows within an instance. Monotonic times belong to `boot_id`.
+    """
+
+    instance_uid: str
+    seq: int
+    node: str
+    boot_id: str
+    function: str
+    state: str
+    gpu_model: str
+    gpu_uuids: tuple[str, ...]
+    gpu_count: int
+    gpu_memory_bytes: int
+    vcpu_millis: int
+    memory_bytes: int
+    disk_bytes: int
+    start_mono_ns: int
+    end_mono_ns: int
+    start_wall_ns: int
+    active_ns: int
+    idle_ns: int
+    unbilled_ns: int
+    invocations: int
+    estimated: bool
+    sealed: bool
