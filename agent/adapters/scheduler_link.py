@@ -94,6 +94,7 @@ class SchedulerLink:
 
     async def _write(self, stream: LoadStream, reader: asyncio.Task[None]) -> None:
         self._snapshot_due = True
+        self._sequence = 0
         while not reader.done():
             await stream.send(self._message())
             with contextlib.suppress(TimeoutError):
@@ -119,7 +120,8 @@ class SchedulerLink:
         if self._snapshot_due:
             self._snapshot_due = False
             message.snapshot = True
-            message.registration.CopyFrom(registration(node))
+            if self._sequence == 1:
+                message.registration.CopyFrom(registration(node))
             reported = list(self._instances)
         else:
             reported = [uid for uid in self._changed if uid in self._instances]

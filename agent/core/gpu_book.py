@@ -30,13 +30,15 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """An instance that holds GPUs. `idle_since_ns` is None while busy; `asked`: a freeze or drain is under way."""
+    """An instance that holds GPUs. `idle_since_ns` is None while busy; `asked`: a freeze or drain is under way;
+    `leaving`: it gave them up, the proof is on its way."""
 
     gpus: tuple[str, ...]
     since_ns: int
     idle_since_ns: int | None = None
     preemptible_at_ns: int = 0
     asked: bool = False
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +246,7 @@ def step(book: Book, event: BookEvent, at: int) -> BookStep:
         case Released(uid):
             book = _let_go(book, uid)
         case Releasing(uid):
-            book = _with_holder(book, uid, asked=True, idle_since_ns=None)
+            book = _with_holder(book, uid, asked=True, leaving=True, idle_since_ns=None)
         case FreezeRefused(uid):
             held = book.holders.get(uid)
             idle_since = None if held is None else held.idle_since_ns
@@ -286,7 +288,8 @@ def _assign(book: Book, uid: str, count: int, model: str) -> BookStep:
 
 
 def _enqueue(book: Book, uid: str, at: int) -> Book:
-    if uid in book.holders or any(waiter.uid == uid for waiter in book.queue):
+    held = book.holders.get(uid)
+    if (held is not None and not held.leaving) or any(waiter.uid == uid for waiter in book.queue):
         return book
     gpus = book.assigned[uid]
     return replace(book, queue=(*book.queue, Waiter(uid, len(gpus), gpus, at)))
@@ -319,6 +322,7 @@ def _with_holder(
     *,
     idle_since_ns: int | None,
     asked: bool | None = None,
+    leaving: bool = False,
     preemptible_at_ns: int | None = None,
 ) -> Book:
     held = book.holders.get(uid)
@@ -328,6 +332,7 @@ def _with_holder(
         held,
         idle_since_ns=idle_since_ns,
         asked=held.asked if asked is None else asked,
+        leaving=held.leaving or leaving,
         preemptible_at_ns=held.preemptible_at_ns if preemptible_at_ns is None else preemptible_at_ns,
     )
     return replace(book, holders={**book.holders, uid: held})
