@@ -37,7 +37,7 @@ def test_without_faults_nobody_is_refused_and_nobody_fails(seed: int) -> None:
 
 def test_the_walks_reach_every_transition_worth_walking() -> None:
     seen: Counter[str] = Counter()
-    for seed in range(30):
+    for seed in range(60):
         world = World(seed, gpus=2, members=5, concurrency=2, max_waiting=5, per_gpu=3)
         for _ in range(800):
             world.move(faults=0.2)

@@ -1,0 +1,28 @@
+"""systemd's notification socket: READY=1, STOPPING=1, WATCHDOG=1. Without systemd nothing happens."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+def notify(message: str) -> bool:
+    """Send one message, e.g. "READY=1". False if nobody listens: never an error, a daemon runs without systemd."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return False
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.connect(address)
+            channel.sendall(message.encode())
+    except OSError:
+        return False
+    return True
+
+
+def watchdog_interval_s() -> float | None:
+    """How often to feed the watchdog: half of what systemd allows, None if it does not watch."""
+    usec = os.environ.get("WATCHDOG_USEC", "")
+    return int(usec) / 2_000_000 if usec.isdecimal() and int(usec) > 0 else None

@@ -1,0 +1,81 @@
+"""A daemon's state directory: one owner at a time, an identity of its own, and where its endpoints are written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from agent.core.errors import ConfigError, PreconditionError
+
+ENDPOINTS = "endpoints.json"
+
+
+class StateDir:
+    """An open, locked state directory. The lock goes with the process, however it ends.
+
+    `uuid` was drawn when the directory was made; containers carry it, and one with another is never touched.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Makes the directory (0700) if needed. Raises ConfigError if it can't be used, PreconditionError
+        STATE_DIR_IN_USE if another process owns it."""
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(
+                "STATE_DIR_UNUSABLE", f"cannot use state_dir {path}: {error.strerror}; choose another or fix its owner"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise PreconditionError(
+                "STATE_DIR_IN_USE", f"another daemon runs on state_dir {path}; stop it, or choose another state_dir"
+            ) from error
+        self.uuid = self._identity()
+
+    def __enter__(self) -> StateDir:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take back the endpoints and let go of the lock."""
+        (self.path / ENDPOINTS).unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def write_endpoints(self, endpoints: Mapping[str, str]) -> None:
+        """Say what was bound; readers see all of it or nothing."""
+        write_atomically(self.path / ENDPOINTS, json.dumps(dict(endpoints), indent=2).encode() + b"\n")
+
+    def _identity(self) -> str:
+        file = self.path / "uuid"
+        if not file.exists():
+            write_atomically(file, str(uuid.uuid4()).encode())
+        return file.read_text(encoding="ascii").strip()
+
+
+def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Replace `path` by `content`, durably: a crash leaves the old one or the new one."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+    draft.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
