@@ -39,6 +39,7 @@ def test_the_walks_reach_every_transition_worth_walking() -> None:
     seen: Counter[str] = Counter()
     for seed in range(60):
         world = World(seed, gpus=2, members=5, concurrency=2, max_waiting=5, per_gpu=3)
+        world.traffic = 0.1 if seed % 2 else 1.0
         for _ in range(800):
             world.move(faults=0.2)
         seen += world.seen

@@ -40,6 +40,7 @@ class World:
     def __init__(self, seed: int, *, gpus: int, members: int, concurrency: int, max_waiting: int, per_gpu: int) -> None:
         self.random = random.Random(seed)
         self.at = 1_000
+        self.traffic = 1.0
         devices = {f"GPU-{i}": gpu_book.Device(f"GPU-{i}", "Emulated H100") for i in range(gpus)}
         self.book = gpu_book.Book(devices, per_gpu=per_gpu, max_hold_ns=50 * MILLISECOND_NS)
         self.members: dict[str, Member] = {}
@@ -267,7 +268,8 @@ class World:
         uid = r.choice(sorted(self.members))
         kind = r.random()
         if kind < 0.25:
-            self.arrive(uid)
+            if r.random() < self.traffic:
+                self.arrive(uid)
         elif kind < 0.45:
             self.finish(uid)
         elif kind < 0.48:
