@@ -1,0 +1,15 @@
+"""The central scheduler: it knows the fleet, queues and dispatches requests, and keeps as many instances as wanted.
+
+| room | idea |
+|---|---|
+| `fleet.py` | agents' load streams -> the table of nodes and instances, and events for the dispatcher |
+| `desk.py` | drives `core/dispatch.py`: the one caller of its `step`, and what its effects mean |
+| `wakes.py` | Wake calls to agents, bounded per node |
+| `links.py` | one gRPC channel per agent |
+| `ingresses.py` | one pool of HTTP connections per agent |
+| `routes.py` | which function a request is for |
+| `gateway.py` | one request from the client to an instance and back |
+| `functions.py` | what is deployed: rules, validation, revisions |
+| `store.py` | what must survive the scheduler: functions and known nodes, in SQL |
+| `provisioner.py` | drives `core/provision.py`: creates and drains instances |
+"""

@@ -1,0 +1,115 @@
+"""The dispatcher's desk: the one caller of `Dispatcher.step`, and the hands that do what it says.
+
+A waiting request is a `Ticket`. `arrive` answers at once where a slot is free, so that the usual request costs no
+future, no timer and no turn of the loop; else the ticket waits, with one timer for its deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from agent.core.dispatch import Dispatcher
+from agent.core.dispatch_events import (
+    DeadlinePassed,
+    Dispatch,
+    Event,
+    LeaseEnded,
+    LeaseRefused,
+    Refuse,
+    RequestArrived,
+    RequestGone,
+    Wake,
+)
+from agent.http.errors import ClientGoneError
+from agent.ports import Clock, Timer
+
+
+class Ticket:
+    """One request at the desk. `outcome` is what it was last told: where to go, or why not; None while it waits."""
+
+    __slots__ = ("deadline_ns", "number", "outcome", "timer", "waiter")
+
+    def __init__(self, number: int, deadline_ns: int) -> None:
+        self.number = number
+        self.deadline_ns = deadline_ns
+        self.outcome: Dispatch | Refuse | None = None
+        self.waiter: asyncio.Future[Dispatch | Refuse] | None = None
+        self.timer: Timer | None = None
+
+
+class Desk:
+    """Requests in, dispatches out. `wake` starts a Wake call, which reports back through `tell`."""
+
+    def __init__(self, clock: Clock, dispatcher: Dispatcher, wake: Callable[[Wake], None]) -> None:
+        self._clock = clock
+        self._dispatcher = dispatcher
+        self._wake = wake
+        self._tickets: dict[int, Ticket] = {}
+        self._numbers = 0
+
+    @property
+    def open_requests(self) -> int:
+        """Requests waiting or leased."""
+        return len(self._tickets)
+
+    def tell(self, event: Event) -> None:
+        """Something happened: let the dispatcher decide, and do it."""
+        for effect in self._dispatcher.step(event, self._clock.monotonic_ns()):
+            if isinstance(effect, Wake):
+                self._wake(effect)
+            else:
+                self._answer(effect)
+
+    def arrive(self, function: str, deadline_ns: int) -> Ticket:
+        """A request for `function`. Look at the ticket's `outcome`; while it is None, `wait`."""
+        self._numbers += 1
+        ticket = Ticket(self._numbers, deadline_ns)
+        self._tickets[ticket.number] = ticket
+        self.tell(RequestArrived(ticket.number, function, deadline_ns))
+        return ticket
+
+    async def wait(self, ticket: Ticket) -> Dispatch | Refuse:
+        """Where the request goes. Ends by the ticket's deadline with a refusal. Cancelled or not, the caller still
+        has to end the ticket (`ended`, `gone`, `refused`) unless the outcome is a Refuse."""
+        if ticket.outcome is None:
+            ticket.waiter = asyncio.get_running_loop().create_future()
+            number = ticket.number
+            ticket.timer = self._clock.call_at(ticket.deadline_ns, lambda: self.tell(DeadlinePassed(number)))
+            try:
+                return await ticket.waiter
+            finally:
+                ticket.timer.cancel()
+                ticket.timer = ticket.waiter = None
+        return ticket.outcome
+
+    def ended(self, ticket: Ticket) -> None:
+        """Its response has ended: the slot is free."""
+        if self._tickets.pop(ticket.number, None) is not None:
+            self.tell(LeaseEnded(ticket.number))
+
+    def gone(self, ticket: Ticket) -> None:
+        """Nobody waits for it any more, or it failed without being served."""
+        if self._tickets.pop(ticket.number, None) is not None:
+            self.tell(RequestGone(ticket.number))
+
+    def abandon(self, ticket: Ticket) -> None:
+        """The client left while it waited: `wait` raises ClientGoneError at once."""
+        self.gone(ticket)
+        if ticket.waiter is not None and not ticket.waiter.done():
+            ticket.waiter.set_exception(ClientGoneError())
+
+    def refused(self, ticket: Ticket) -> None:
+        """The instance did not take it: it waits again, at the head. Look at `outcome` anew."""
+        ticket.outcome = None
+        self.tell(LeaseRefused(ticket.number))
+
+    def _answer(self, effect: Dispatch | Refuse) -> None:
+        ticket = self._tickets.get(effect.request)
+        if ticket is None:
+            return
+        if isinstance(effect, Refuse):
+            del self._tickets[effect.request]
+        ticket.outcome = effect
+        if ticket.waiter is not None and not ticket.waiter.done():
+            ticket.waiter.set_result(effect)

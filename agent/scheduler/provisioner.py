@@ -1,0 +1,312 @@
+"""The provisioner: keeps as many instances as wanted, by asking agents to create and stop them.
+
+`core/provision.py` decides from what the fleet reports; this drives it, one round after every change. Creates are
+idempotent (request_id), so a call whose answer was lost is simply made again. An instance is retired at the dispatcher
+before its agent is asked to drain it, so that nothing new reaches it.
+
+Thin: an update creates first where GPUs have room and else stops one old instance at a time; scale-in goes by ordinal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from agent.core.dispatch_events import Event, InstanceRetired
+from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError, NotFoundError, UnavailableError
+from agent.core.leases import Standing
+from agent.core.placement import Placed, Unplaceable, place
+from agent.core.provision import (
+    Create,
+    Plan,
+    Present,
+    RequestId,
+    Stop,
+    Tries,
+    Wanted,
+    came_up,
+    failed,
+    parse_request_id,
+    plan,
+)
+from agent.core.types import SECOND_NS, InstanceState
+from agent.log import get_logger
+from agent.ports import Clock
+from agent.scheduler.fleet import Fleet
+from agent.scheduler.functions import Catalog, Deployed, Problem
+from agent.scheduler.links import Links
+from agent.scheduler.node_views import node_views
+from agent.v1.instance_service_pb2 import CreateInstanceRequest, StopInstanceRequest
+from agent.v1.types_pb2 import Instance
+from agent.wire.convert_enums import state_from_proto
+
+CREATE_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 180.0
+ROUND_S = 5.0
+"""A round at least so often, whatever was missed."""
+RETRY_NS = 2 * SECOND_NS
+"""After a create that the agent could not take now, or a stop that failed."""
+REPORT_DUE_NS = 15 * SECOND_NS
+"""An instance created but never reported by then counts as ended."""
+HOPELESS = frozenset({"IMAGE_RUNTIME_UNAVAILABLE", "NO_MATCHING_NODE"})
+_ENDED = (InstanceState.STOPPED, InstanceState.FAILED)
+
+_log = get_logger()
+
+
+@dataclass(slots=True, eq=False)
+class _Progress:
+    """What is known of one function beyond the fleet's table. Ordinals are those of `revision`."""
+
+    revision: str = ""
+    deploys: int = 0
+    tries: dict[int, Tries] = field(default_factory=dict)
+    under_way: dict[int, str] = field(default_factory=dict)
+    answered: dict[str, tuple[Present, int]] = field(default_factory=dict)
+    alive: dict[str, RequestId] = field(default_factory=dict)
+    stopping: dict[str, int] = field(default_factory=dict)
+    last_failure: Problem | None = None
+
+
+class Provisioner:
+    """Runs rounds until cancelled. `poke` asks for one soon."""
+
+    def __init__(
+        self, clock: Clock, catalog: Catalog, fleet: Fleet, links: Links, tell: Callable[[Event], None]
+    ) -> None:
+        self._clock = clock
+        self._catalog = catalog
+        self._fleet = fleet
+        self._links = links
+        self._tell = tell
+        self._progress: dict[str, _Progress] = {}
+        self._poked = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def poke(self) -> None:
+        """Something changed."""
+        self._poked.set()
+
+    async def run(self) -> None:
+        """Rounds until cancelled; then nothing is under way any more."""
+        try:
+            while True:
+                self._poked.clear()
+                again_ns = await self.round()
+                wait_s = min(ROUND_S, max(0.01, (again_ns - self._clock.monotonic_ns()) / SECOND_NS))
+                try:
+                    async with asyncio.timeout(wait_s):
+                        await self._poked.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def round(self) -> int:
+        """Look at every function once; returns when (monotonic ns) to look again at the latest."""
+        now = self._clock.monotonic_ns()
+        again = now + int(ROUND_S * SECOND_NS)
+        present = self._present()
+        for function in self._catalog.all():
+            try:
+                again = min(again, await self._one(function, present.get(function.spec.name, {}), now))
+            except HibernodeError as error:
+                _log.error("provision.round_failed", function=function.spec.name, reason=error.reason)
+        for name in [name for name in self._progress if not any(f.spec.name == name for f in self._catalog.all())]:
+            del self._progress[name]
+        return again
+
+    # ---- one function -----------------------------------------------------------------------------------------
+
+    async def _one(self, function: Deployed, reported: dict[str, Present], now: int) -> int:
+        name = function.spec.name
+        progress = self._progress.setdefault(name, _Progress())
+        self._follow_deploys(progress, function)
+        alive = self._learn(progress, reported, now)
+        here = [replace(one, state=InstanceState.STOPPING) if one.uid in progress.stopping else one for one in alive]
+        wanted = Wanted(name, function.spec.revision, function.target)
+        settled = self._fleet.settled()
+        todo = plan(wanted, here, progress.tries, frozenset(progress.under_way), settled, now)
+        for stop in todo.stops:
+            self._begin_stop(progress, stop)
+        unplaceable = self._create_all(function, progress, todo)
+        self._catalog.set_problem(name, self._problem(function, progress, here, unplaceable))
+        if function.deleting and settled and not (alive or progress.under_way or progress.answered):
+            await self._catalog.forget(name)
+        waits = [
+            todo.again_at_ns or now + RETRY_NS if unplaceable or todo.again_at_ns else now + int(ROUND_S * SECOND_NS)
+        ]
+        waits += [due for _, due in progress.answered.values()]
+        return min(waits)
+
+    def _follow_deploys(self, progress: _Progress, function: Deployed) -> None:
+        if progress.revision != function.spec.revision:
+            progress.revision, progress.tries = function.spec.revision, {}
+            progress.under_way, progress.last_failure = {}, None
+        deploys = self._catalog.deploys(function.spec.name)
+        if progress.deploys != deploys:
+            progress.deploys, progress.last_failure = deploys, None
+            progress.tries = {ordinal: Tries(tried.attempt) for ordinal, tried in progress.tries.items()}
+
+    def _learn(self, progress: _Progress, reported: dict[str, Present], now: int) -> list[Present]:
+        """Who lives, those included whose create was answered before their first report; who came up, who ended."""
+        for uid in [uid for uid in progress.answered if uid in reported]:
+            del progress.answered[uid]
+        alive = {uid: one for uid, one in reported.items() if one.state not in _ENDED}
+        for uid, (one, due) in list(progress.answered.items()):
+            if now < due:
+                alive[uid] = one
+            else:
+                del progress.answered[uid]
+                self._ended(progress, one.made_by, None, now)
+        for uid, made_by in progress.alive.items():
+            if uid not in alive and uid not in progress.stopping:
+                self._ended(progress, made_by, uid, now)
+        for uid in [uid for uid in progress.stopping if uid not in alive]:
+            del progress.stopping[uid]
+        progress.alive = {uid: one.made_by for uid, one in alive.items()}
+        for one in alive.values():
+            if one.serving and one.made_by.revision == progress.revision:
+                ordinal = one.made_by.ordinal
+                progress.tries[ordinal] = came_up(progress.tries.get(ordinal, Tries()), one.made_by.attempt)
+        return list(alive.values())
+
+    def _ended(self, progress: _Progress, made_by: RequestId, uid: str | None, now: int) -> None:
+        if made_by.revision != progress.revision:
+            return
+        progress.tries[made_by.ordinal] = failed(progress.tries.get(made_by.ordinal, Tries()), made_by.attempt, now)
+        load = self._fleet.instance(uid) if uid else None
+        reason = (load.state_reason if load is not None else "") or "INSTANCE_ENDED"
+        message = (load.state_message if load is not None else "") or f"instance {made_by} ended"
+        progress.last_failure = Problem(reason, message, hopeless=False)
+        _log.warning("provision.instance_ended", request_id=str(made_by), uid=uid or "", reason=reason)
+
+    def _problem(
+        self, function: Deployed, progress: _Progress, here: list[Present], unplaceable: Unplaceable | None
+    ) -> Problem | None:
+        have = {
+            one.made_by.ordinal
+            for one in here
+            if one.made_by.revision == progress.revision and one.state is not InstanceState.STOPPING
+        }
+        missing = [ordinal for ordinal in range(function.target) if ordinal not in have]
+        if not missing:
+            return None
+        if unplaceable is not None:
+            return Problem(unplaceable.reason, unplaceable.message, unplaceable.reason in HOPELESS)
+        failure = progress.last_failure
+        if failure is None:
+            return None
+        given_up = all(progress.tries.get(ordinal, Tries()).given_up for ordinal in missing)
+        return replace(failure, hopeless=given_up or failure.reason in HOPELESS)
+
+    # ---- creating ---------------------------------------------------------------------------------------------
+
+    def _create_all(self, function: Deployed, progress: _Progress, todo: Plan) -> Unplaceable | None:
+        for create in todo.creates:
+            taken = [(node, one.spec.gpu.count) for one in self._catalog.all() for node in self._pending(one.spec.name)]
+            outcome = place(function.spec, node_views(self._fleet, taken))
+            if isinstance(outcome, Placed):
+                progress.under_way[create.request_id.ordinal] = outcome.node
+                self._spawn(self._create(function, progress, create, outcome.node))
+                continue
+            if outcome.reason == "NO_FREE_GPU" and todo.makes_room is not None and not progress.stopping:
+                self._begin_stop(progress, todo.makes_room)
+            return outcome
+        return None
+
+    def _pending(self, name: str) -> list[str]:
+        """Nodes of instances that count and that no agent has reported yet."""
+        progress = self._progress.get(name)
+        if progress is None:
+            return []
+        return [*progress.under_way.values(), *(one.node for one, _ in progress.answered.values())]
+
+    async def _create(self, function: Deployed, progress: _Progress, create: Create, node: str) -> None:
+        made_by = create.request_id
+        request = CreateInstanceRequest(request_id=str(made_by), spec=function.message)
+        instance: Instance | None = None
+        error: HibernodeError | None = None
+        try:
+            channel = self._links.channel(node)
+            answer = await channel.call(channel.instances.CreateInstance, request, CREATE_TIMEOUT_S)
+            instance = answer.instance
+        except HibernodeError as caught:
+            error = caught
+        now = self._clock.monotonic_ns()
+        if progress.revision == made_by.revision:
+            progress.under_way.pop(made_by.ordinal, None)
+            if instance is not None:
+                self._created(progress, made_by, instance, node, now)
+            elif error is not None:
+                self._not_created(progress, made_by, error, node, now)
+        self.poke()
+
+    def _created(self, progress: _Progress, made_by: RequestId, instance: Instance, node: str, now: int) -> None:
+        state = state_from_proto(instance.state)
+        _log.info("provision.created", request_id=str(made_by), uid=instance.uid, node=node)
+        tried = progress.tries.get(made_by.ordinal, Tries())
+        if state in _ENDED:  # made before under this request_id, and ended since
+            progress.tries[made_by.ordinal] = failed(tried, made_by.attempt, now)
+            progress.last_failure = Problem(instance.state_reason, instance.state_message, hopeless=False)
+            return
+        progress.tries[made_by.ordinal] = replace(tried, attempt=max(tried.attempt, made_by.attempt))
+        if self._fleet.instance(instance.uid) is None:
+            one = Present(instance.uid, node, made_by, InstanceState.STARTING)
+            progress.answered[instance.uid] = (one, now + REPORT_DUE_NS)
+
+    def _not_created(self, progress: _Progress, made_by: RequestId, error: HibernodeError, node: str, now: int) -> None:
+        tried = progress.tries.get(made_by.ordinal, Tries())
+        if isinstance(error, UnavailableError | DeadlineError | ExhaustedError):
+            # Perhaps it was made: the same request_id again finds out.
+            progress.tries[made_by.ordinal] = replace(tried, not_before_ns=now + RETRY_NS)
+        else:
+            progress.tries[made_by.ordinal] = failed(tried, made_by.attempt, now)
+        progress.last_failure = Problem(error.reason, error.message, hopeless=False)
+        _log.warning("provision.create_failed", request_id=str(made_by), node=node, reason=error.reason)
+
+    # ---- stopping ---------------------------------------------------------------------------------------------
+
+    def _begin_stop(self, progress: _Progress, stop: Stop) -> None:
+        if stop.uid in progress.stopping:
+            return
+        progress.stopping[stop.uid] = self._clock.monotonic_ns()
+        self._tell(InstanceRetired(stop.uid))
+        self._spawn(self._stop(progress, stop))
+
+    async def _stop(self, progress: _Progress, stop: Stop) -> None:
+        _log.info("provision.stopping", uid=stop.uid, node=stop.node)
+        try:
+            channel = self._links.channel(stop.node)
+            await channel.call(channel.instances.StopInstance, StopInstanceRequest(uid=stop.uid), STOP_TIMEOUT_S)
+        except NotFoundError:
+            pass  # it has ended, which is what was wanted
+        except HibernodeError as error:
+            _log.warning("provision.stop_failed", uid=stop.uid, node=stop.node, reason=error.reason)
+            await asyncio.sleep(RETRY_NS / SECOND_NS)
+            progress.stopping.pop(stop.uid, None)
+        self.poke()
+
+    # ---- the rest ---------------------------------------------------------------------------------------------
+
+    def _present(self) -> dict[str, dict[str, Present]]:
+        """Instances made by a scheduler, by function and uid, those that ended lately included."""
+        found: dict[str, dict[str, Present]] = {}
+        for node, load in self._fleet.instances():
+            made_by = parse_request_id(load.request_id)
+            if made_by is None or made_by.function != load.function:
+                continue
+            state = state_from_proto(load.state)
+            one = Present(load.uid, node.name, made_by, state, node.standing is Standing.LOST)
+            found.setdefault(made_by.function, {})[load.uid] = one
+        return found
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

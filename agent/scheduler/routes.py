@@ -1,0 +1,89 @@
+"""Which function a request is for, and what of it the instance sees (DESIGN section 6).
+
+| the client asks | the instance sees | x-fc-control-path |
+|---|---|---|
+| any method and path with `Host: <function>.<domain>` | the same | /http-invoke |
+| any method, `/fn/<function>/<path>` | `/<path>` | /http-invoke |
+| `POST /2023-03-30/functions/<function>/invocations` | `POST /invoke` | /invoke |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from agent.core.errors import NotFoundError
+from agent.http.errors import HttpError
+from agent.http.message import RequestHead
+
+HTTP_INVOKE = b"/http-invoke"
+INVOKE = b"/invoke"
+_PREFIX = b"/fn/"
+_API = b"/2023-03-30/functions/"
+_INVOCATIONS = b"/invocations"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`target` is path and query for the instance; `control_path` says which of FC's two ways it came."""
+
+    function: str
+    target: bytes
+    control_path: bytes
+
+
+class Router:
+    """Routes for one domain (`localhost`: functions are `<function>.localhost`)."""
+
+    def __init__(self, domain: str) -> None:
+        self._suffix = b"." + domain.lower().encode()
+
+    def route(self, head: RequestHead) -> Route:
+        """Raises NotFoundError FUNCTION_NOT_FOUND, HttpError 405 for an invocation that is not a POST."""
+        host = head.get(b"host") or b""
+        name = self._by_host(host)
+        if name:
+            return Route(name, head.target, HTTP_INVOKE)
+        target = head.target
+        if target.startswith(_PREFIX):
+            return _by_prefix(target)
+        if target.startswith(_API):
+            return _invocation(head)
+        raise NotFoundError(
+            "FUNCTION_NOT_FOUND",
+            "no function at this address; use /fn/<function>/, or the host name <function>" + self._suffix.decode(),
+        )
+
+    def _by_host(self, host: bytes) -> str:
+        name = host.lower()
+        if name[-1:].isdigit() and b":" in name:
+            host = host[: name.rindex(b":")]
+            name = host.lower()
+        return host[: -len(self._suffix)].decode("latin-1") if name.endswith(self._suffix) else ""
+
+
+def _by_prefix(target: bytes) -> Route:
+    end = len(target)
+    for mark in (b"/", b"?"):
+        at = target.find(mark, len(_PREFIX))
+        end = at if 0 <= at < end else end
+    rest = target[end:]
+    if not rest.startswith(b"/"):
+        rest = b"/" + rest
+    return Route(target[len(_PREFIX) : end].decode("latin-1"), rest, HTTP_INVOKE)
+
+
+def _invocation(head: RequestHead) -> Route:
+    name, _, tail = head.path[len(_API) :].partition(b"/")
+    if b"/" + tail != _INVOCATIONS:
+        raise NotFoundError(
+            "FUNCTION_NOT_FOUND", "functions are invoked at /2023-03-30/functions/<function>/invocations"
+        )
+    if head.method != b"POST":
+        raise method_not_allowed(head.method)
+    return Route(name.decode("latin-1"), INVOKE, INVOKE)
+
+
+def method_not_allowed(method: bytes) -> HttpError:
+    """405, for an invocation that is not a POST and for what the function's trigger leaves out."""
+    text = f"the function's HTTP trigger does not allow {method.decode('latin-1')}"
+    return HttpError(405, "MethodNotAllowed", "METHOD_NOT_ALLOWED", text)

@@ -1,0 +1,167 @@
+"""What must survive the scheduler: functions with their targets, and the nodes it has met. Never on the request path.
+
+SQLAlchemy Core on SQLite (WAL) by default. All statements run in one thread of its own. A spec is kept as the proto it
+came in, its secrets included: the file is readable by its owner only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import sqlalchemy as sa
+
+from agent.core.errors import UnavailableError
+
+_T = TypeVar("_T")
+
+_METADATA = sa.MetaData()
+_FUNCTIONS = sa.Table(
+    "functions",
+    _METADATA,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+    sa.Column("spec", sa.LargeBinary, nullable=False),
+    sa.Column("target", sa.Integer, nullable=False),
+    sa.Column("triggers", sa.LargeBinary, nullable=False),
+    sa.Column("create_wall_ns", sa.BigInteger, nullable=False),
+    sa.Column("update_wall_ns", sa.BigInteger, nullable=False),
+    sa.Column("deleting", sa.Boolean, nullable=False),
+)
+# Outlives its function: a name deployed again goes on counting, for request_ids of creates are never used twice.
+_REVISIONS = sa.Table(
+    "revisions",
+    _METADATA,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+)
+_NODES = sa.Table(
+    "nodes",
+    _METADATA,
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("first_seen_wall_ns", sa.BigInteger, nullable=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionRow:
+    """One function. `spec` is a serialised v1.FunctionSpec with secrets, `triggers` a serialised v1.Function that
+    carries nothing but triggers."""
+
+    name: str
+    revision: int
+    spec: bytes
+    target: int
+    triggers: bytes
+    create_wall_ns: int
+    update_wall_ns: int
+    deleting: bool = False
+
+    def __repr__(self) -> str:
+        return f"FunctionRow({self.name!r}, revision={self.revision}, target={self.target})"
+
+
+class Store:
+    """Functions and nodes in SQL. Raises UnavailableError STORE_FAILED, without the URL, which may hold a password."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = sa.create_engine(url)
+        self._sqlite = self._engine.dialect.name == "sqlite"
+        if self._sqlite:
+            sa.event.listen(self._engine, "connect", _pragmas)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+
+    async def open(self) -> None:
+        """Make the tables if they are not there."""
+        await self._run(self._open)
+
+    async def close(self) -> None:
+        """Wait for what is being written, then let go."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
+        self._thread.shutdown(wait=False)
+
+    async def functions(self) -> list[FunctionRow]:
+        """All functions, those being deleted included, by name."""
+
+        def read() -> Sequence[sa.Row[tuple[object, ...]]]:
+            with self._engine.connect() as connection:
+                return connection.execute(sa.select(_FUNCTIONS).order_by(_FUNCTIONS.c.name)).all()
+
+        return [FunctionRow(**row._mapping) for row in await self._run(read)]
+
+    async def put_function(self, row: FunctionRow) -> None:
+        """Insert or replace one function; durable when it returns."""
+
+        def write() -> None:
+            with self._engine.begin() as connection:
+                connection.execute(sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == row.name))
+                values = {column.name: getattr(row, column.name) for column in _FUNCTIONS.columns}
+                connection.execute(sa.insert(_FUNCTIONS).values(**values))
+                connection.execute(sa.delete(_REVISIONS).where(_REVISIONS.c.name == row.name))
+                connection.execute(sa.insert(_REVISIONS).values(name=row.name, revision=row.revision))
+
+        await self._run(write)
+
+    async def revisions(self) -> dict[str, int]:
+        """The last revision of every name ever deployed."""
+
+        def read() -> dict[str, int]:
+            with self._engine.connect() as connection:
+                found = connection.execute(sa.select(_REVISIONS.c.name, _REVISIONS.c.revision)).all()
+            return {name: revision for name, revision in found}
+
+        return await self._run(read)
+
+    async def delete_function(self, name: str) -> None:
+        """Forget a function."""
+
+        def write() -> None:
+            with self._engine.begin() as connection:
+                connection.execute(sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == name))
+
+        await self._run(write)
+
+    async def nodes(self) -> list[str]:
+        """Names of all nodes ever met."""
+
+        def read() -> list[str]:
+            with self._engine.connect() as connection:
+                return list(connection.execute(sa.select(_NODES.c.name).order_by(_NODES.c.name)).scalars())
+
+        return await self._run(read)
+
+    async def put_node(self, name: str, wall_ns: int) -> None:
+        """Remember a node."""
+
+        def write() -> None:
+            with self._engine.begin() as connection:
+                if connection.execute(sa.select(_NODES.c.name).where(_NODES.c.name == name)).first() is None:
+                    connection.execute(sa.insert(_NODES).values(name=name, first_seen_wall_ns=wall_ns))
+
+        await self._run(write)
+
+    def _open(self) -> None:
+        path = self._engine.url.database
+        if self._sqlite and path:
+            os.close(os.open(Path(path), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        _METADATA.create_all(self._engine)
+
+    async def _run(self, work: Callable[[], _T]) -> _T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except (sa.exc.SQLAlchemyError, OSError) as error:
+            kind = type(getattr(error, "orig", None) or error).__name__
+            text = f"the scheduler's database failed ({kind}); check the disk, its owner and its space"
+            raise UnavailableError("STORE_FAILED", text) from error
+
+
+def _pragmas(connection: object, _record: object) -> None:
+    cursor = connection.cursor()  # type: ignore[attr-defined]  # the DBAPI's connection has no type
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
