@@ -31,12 +31,10 @@ class CgroupMount:
 
     def locate(self, cgroup: str) -> Path | None:
         """Where a path of /proc/PID/cgroup is in the file system; None when it lies outside of what is mounted."""
-        if cgroup.startswith("/.."):
+        top = self.root.rstrip("/")
+        if cgroup.startswith("/..") or not f"{cgroup}/".startswith(f"{top}/"):
             return None
-        inside = cgroup if self.root == "/" else cgroup.removeprefix(self.root)
-        if self.root != "/" and inside == cgroup and not cgroup.startswith(self.root):
-            return None
-        return self.point / inside.lstrip("/")
+        return self.point / cgroup.removeprefix(top).lstrip("/")
 
 
 def parse_mounts(mountinfo: str) -> list[CgroupMount]:

@@ -44,7 +44,7 @@ def main() -> None:
         step = f"execute {argv[0]!r}"
         os.write(control, b"X")
         environment = dict(entry.split("=", 1) for entry in plan.get("V", []))
-        os.execvpe(argv[0], argv, environment)  # noqa: S606 - running what the function names is the point
+        os.execvpe(argv[0], argv, environment)
     except OSError as error:
         os.write(control, f"Ecannot {step}: {error.strerror or error}".encode())
     os._exit(EXIT_NOT_EXECUTED)

@@ -255,7 +255,8 @@ class ProcessRuntime:
         """Every recorded container, ended ones too (`alive` tells). Traces without a record never ran a workload:
         they are removed and logged as `runtime.orphan_removed`."""
         handles = []
-        for bundle in self._bundles.all():
+        bundles = self._bundles.all()
+        for bundle in bundles:
             if bundle.uid in self._starting or bundle.foreign:
                 continue
             if bundle.handle:
@@ -263,7 +264,7 @@ class ProcessRuntime:
                 self._ports[bundle.uid] = bundle.handle.port
             else:
                 await self._remove_orphan(bundle)
-        known = {handle.uid for handle in handles} | self._starting
+        known = {bundle.uid for bundle in bundles} | self._starting
         for uid in self._settings.slice_.uids() if self._settings.slice_ else []:
             if uid not in known:
                 await self._remove_orphan(Bundle(uid, None))

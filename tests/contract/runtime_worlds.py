@@ -12,6 +12,8 @@ import signal
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from agent.adapters import cgroup, process_table
@@ -22,7 +24,7 @@ from agent.ports import Runtime, StartSpec
 from tests.fakes.runtime import FakeRuntime
 
 # It says hello, then obeys: each line of its fifo is a shell command.
-OBEDIENT = 'echo "hello from $HIBERNODE_INSTANCE"; while read -r line <"$FIFO"; do eval "$line"; done'
+OBEDIENT = 'exec 3<"$FIFO"; echo "hello from $HIBERNODE_INSTANCE"; while read -r line <&3; do eval "$line"; done'
 STUBBORN = "trap '' TERM; echo stubborn; " + OBEDIENT
 
 
@@ -66,7 +68,7 @@ class World(ABC):
     def traces(self, uid: str) -> list[str]:
         """What is left of an instance on this host, its log apart."""
 
-    def close(self) -> None:  # noqa: B027 - the fake has nothing to close
+    async def close(self) -> None:  # noqa: B027 - the fake has nothing to close
         """Leave the host as it was."""
 
 
@@ -110,6 +112,7 @@ class ProcessWorld(World):
         self.state_uuid = str(uuid.uuid4())
         self.slice = cgroup.open_slice(self.state_uuid) if fenced else None
         self.user = user
+        self._fifos: dict[str, int] = {}
         self.runtime = self.process_runtime = self._new_runtime()
 
     def _new_runtime(self) -> ProcessRuntime:
@@ -117,41 +120,29 @@ class ProcessWorld(World):
         return ProcessRuntime(settings, SystemClock())
 
     def environment(self, uid: str) -> dict[str, str]:
-        fifo = self._fifo(uid)
-        if not fifo.exists():
+        fifo = self.folder / f"{uid}.fifo"
+        if uid not in self._fifos:
             os.mkfifo(fifo)
             fifo.chmod(0o666)
+            # Open on both ends here, so that nothing told is lost while the workload does not read.
+            self._fifos[uid] = os.open(fifo, os.O_RDWR)
         return {"FIFO": str(fifo)}
-
-    def _fifo(self, uid: str) -> Path:
-        return self.folder / f"{uid}.fifo"
 
     async def settled(self, handle: Handle, *, stubborn: bool = False) -> None:
         assert await cgroup.reread(lambda: b"hello from" in self.runtime.read_log(handle, 4096), 10.0)
 
-    async def _tell(self, handle: Handle, line: str) -> None:
-        opened: list[int] = []
-
-        def reader_there() -> bool:
-            try:
-                opened.append(os.open(self._fifo(handle.uid), os.O_WRONLY | os.O_NONBLOCK))
-            except OSError:
-                return False
-            return True
-
-        assert await cgroup.reread(reader_there, 10.0)
-        os.write(opened[0], line.encode() + b"\n")
-        os.close(opened[0])
+    def _tell(self, handle: Handle, line: str) -> None:
+        os.write(self._fifos[handle.uid], line.encode() + b"\n")
 
     async def exit_now(self, handle: Handle, code: int) -> None:
-        await self._tell(handle, f"exit {code}")
+        self._tell(handle, f"exit {code}")
 
     async def speak(self, handle: Handle, text: str) -> None:
-        await self._tell(handle, f"echo {text}")
+        self._tell(handle, f"echo {text}")
         assert await cgroup.reread(lambda: text.encode() in self.runtime.read_log(handle, 65536), 10.0)
 
     async def fork_stray(self, handle: Handle) -> None:
-        await self._tell(handle, "setsid sleep 86399 & echo stray $!")
+        self._tell(handle, "setsid sleep 86399 & echo stray $!")
         assert await cgroup.reread(lambda: b"stray" in self.runtime.read_log(handle, 4096), 10.0)
 
     def breakable(self, uid: str) -> StartSpec:
@@ -172,28 +163,27 @@ class ProcessWorld(World):
 
     def pids_marked(self, uid: str) -> list[int]:
         """Every process of the host that carries the instance's mark or, before its exec, names it."""
-        found = []
-        for stat in process_table.processes():
-            folder = Path("/proc") / str(stat.pid)
-            try:
-                text = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if f"{self.state_uuid}/{uid}".encode() in text or f"\0{uid}\0".encode() in text:
-                found.append(stat.pid)
-        return [] if not found else [pid for pid in found if pid != os.getpid()]
+        mark, argument = f"{self.state_uuid}/{uid}".encode(), f"\0{uid}\0".encode()
+        return [pid for pid, text in _identifying_texts() if mark in text or argument in text]
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.process_runtime.close()
-        for stat in process_table.processes():
-            try:
-                environment = (Path("/proc") / str(stat.pid) / "environ").read_bytes()
-            except OSError:
-                continue
-            if self.state_uuid.encode() in environment:
-                os.kill(stat.pid, signal.SIGKILL)
-                # A stopped test may have left it unreaped.
+        for pid, text in _identifying_texts():
+            if self.state_uuid.encode() in text:
+                os.kill(pid, signal.SIGKILL)
         if self.slice:
             for uid in self.slice.uids():
-                cgroup.send_kill(self.slice.path_of(uid))
+                await cgroup.remove(self.slice.path_of(uid), 10.0)
+            self.slice.remove_if_empty()
+        for fd in self._fifos.values():
+            os.close(fd)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _identifying_texts() -> Iterator[tuple[int, bytes]]:
+    """(pid, environment and arguments) of every other process of the host."""
+    for stat in process_table.processes():
+        folder = Path("/proc") / str(stat.pid)
+        with suppress(OSError):
+            if stat.pid != os.getpid():
+                yield stat.pid, (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()

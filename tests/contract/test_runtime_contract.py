@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -19,10 +19,10 @@ WORLDS = ["fake", "process in a cgroup", "process tree", "process of another use
 
 
 @pytest.fixture(params=WORLDS)
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
+async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
     made = _make_world(request.param)
     yield made
-    made.close()
+    await made.close()
 
 
 def _make_world(kind: str) -> World:
