@@ -14,3 +14,6 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 settings.register_profile("home", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("home"), derandomize=True, database=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "home")
+
+# The fixture `nvidia`: one emulated driver for every folder that asks for it.
+pytest_plugins = ("tests.fakes.emulated_driver",)
