@@ -163,11 +163,12 @@ class DriverCheckpointer:
             if not self._queue:
                 return
             if slot.worker is not None and slot.worker.phase is Phase.IDLE:
-                job = self._queue.popleft()
-                if job.waiting is not None:
-                    job.waiting.cancel()
-                slot.job = job
-                slot.worker.submit(job.calls, job.deadline_s)
+                job = self._queue[0]
+                if slot.worker.submit(job.calls, job.deadline_s):
+                    self._queue.popleft()
+                    slot.job = job
+                    if job.waiting is not None:
+                        job.waiting.cancel()
 
     def _give_up(self, job: _Job) -> None:
         if job in self._queue:

@@ -76,6 +76,18 @@ def release(processes: Iterable[CudaProcess]) -> None:
         os.close(process.pidfd)
 
 
+async def read_states(
+    checkpointer: Checkpointer, processes: Sequence[CudaProcess], deadline_s: float, attempts: int = 2
+) -> CudaReply:
+    """One STATE for each process. To read is harmless, so a worker that was lost by it is no reason to give up."""
+    calls = [CudaCall(CudaOp.STATE, process.pid) for process in processes]
+    reply = await checkpointer.run(calls, deadline_s)
+    while reply.fault is CudaFault.LOST and attempts > 1:
+        attempts -= 1
+        reply = await checkpointer.run(calls, deadline_s)
+    return reply
+
+
 @dataclass(frozen=True, slots=True)
 class CudaProcessFinder:
     """Finds the CUDA processes of an instance whose cgroup is thawed. `state_deadline_s` bounds each question."""
@@ -113,8 +125,7 @@ class CudaProcessFinder:
         release(opened.values())
         opened.clear()
         held = [process for pid in sorted(pids) if (process := open_process(pid, self.boot_id)) is not None]
-        calls = [CudaCall(CudaOp.STATE, process.pid) for process in held]
-        reply = await self.checkpointer.run(calls, self.state_deadline_s)
+        reply = await read_states(self.checkpointer, held, self.state_deadline_s)
         if reply.fault is not CudaFault.NONE:
             release(held)
             return Found(failure=reply, reason=reply.reason, message=reply.message)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from agent.adapters.cuda_api import FATAL, explain
-from agent.adapters.cuda_processes import CudaProcess, living
+from agent.adapters.cuda_processes import CudaProcess, living, read_states
 from agent.ports import Checkpointer, CudaCall, CudaFault, CudaOp, CudaReply, CudaState
 
 BUSY = frozenset({CudaState.CHECKPOINTING, CudaState.RESTORING})
@@ -56,11 +56,6 @@ class Settled:
         return self
 
 
-async def read_states(checkpointer: Checkpointer, processes: Sequence[CudaProcess], deadline_s: float) -> CudaReply:
-    """One STATE for each process."""
-    return await checkpointer.run([CudaCall(CudaOp.STATE, process.pid) for process in processes], deadline_s)
-
-
 async def settle(
     checkpointer: Checkpointer,
     processes: Sequence[CudaProcess],
@@ -98,7 +93,7 @@ async def _rounds(
     last_failure = ""
     while attempts < limits.rounds:
         alive = living(processes)
-        reply = await read_states(checkpointer, alive, limits.state_deadline_s)
+        reply = await read_states(checkpointer, alive, limits.state_deadline_s, attempts=1)
         settled.driver_ns += reply.driver_ns
         settled.states = {answer.call.pid: answer.state or CudaState.UNKNOWN for answer in reply.answers}
         match reading.judge(reply, settled, goal, everybody_lives=living(alive) == alive):

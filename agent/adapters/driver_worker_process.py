@@ -110,18 +110,24 @@ class DriverWorkerProcess:
         """Of the subprocess."""
         return self._process.pid
 
-    def submit(self, calls: Sequence[CudaCall], deadline_s: float) -> None:
-        """Give an IDLE worker a batch; it is killed if no answer has come `deadline_s` later."""
+    def submit(self, calls: Sequence[CudaCall], deadline_s: float) -> bool:
+        """Give an IDLE worker a batch; it is killed if no answer has come `deadline_s` later.
+
+        False: it has died meanwhile, nothing was begun, and `gone` follows.
+        """
         assert self.phase is Phase.IDLE
-        self.phase = Phase.BUSY
-        self._calls = calls
         self._message_id += 1
         rows = [[OP_NUMBERS[c.op], c.pid, c.timeout_ms, c.gpu_map] for c in calls]
-        self._timer = self._loop.call_later(deadline_s, self.kill, f"the driver did not answer within {deadline_s:g} s")
         try:
             self._channel.send(json.dumps({"id": self._message_id, "calls": rows}).encode())
         except OSError as error:
             self._loop.call_soon(self.kill, f"the worker takes no message ({error})")
+            self.phase = Phase.BUSY  # for nobody: it must not be given the next one
+            return False
+        self.phase = Phase.BUSY
+        self._calls = calls
+        self._timer = self._loop.call_later(deadline_s, self.kill, f"the driver did not answer within {deadline_s:g} s")
+        return True
 
     def kill(self, why: str) -> None:
         """End it; `gone` follows when it is reaped, or has not died in `kill_timeout_s`. Idempotent."""

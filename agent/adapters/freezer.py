@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 from agent.adapters import process_table
 from agent.adapters.cgroup_freezer import FreezerState, ProcessFreezer
-from agent.adapters.cuda_processes import CudaProcess, CudaProcessFinder, Found, Pids, living, release
-from agent.adapters.cuda_settle import Settled, read_states, settle
+from agent.adapters.cuda_processes import CudaProcess, CudaProcessFinder, Found, Pids, living, read_states, release
+from agent.adapters.cuda_settle import Settled, settle
 from agent.adapters.freeze_results import START_OVER, FreezerLimits, all_in, broken, failure, refused
 from agent.adapters.target_watch import run_watching
 from agent.core.errors import HibernodeError, PreconditionError, UnavailableError
