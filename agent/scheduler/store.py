@@ -113,7 +113,7 @@ class Store:
         def read() -> dict[str, int]:
             with self._engine.connect() as connection:
                 found = connection.execute(sa.select(_REVISIONS.c.name, _REVISIONS.c.revision)).all()
-            return {name: revision for name, revision in found}
+            return {str(row[0]): int(row[1]) for row in found}
 
         return await self._run(read)
 
