@@ -1,0 +1,43 @@
+"""One agent per GPU: a lock file for each GPU UUID, held for the life of the process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from agent.core.errors import PreconditionError
+
+LOCK_FOLDER = Path("/run/lock")
+
+
+class GpuLocks:
+    """Locks on a set of GPUs; they go with the process, however it ends."""
+
+    def __init__(self, folder: Path = LOCK_FOLDER) -> None:
+        self._folder = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+        self._held: list[int] = []
+
+    def take(self, uuids: Sequence[str]) -> None:
+        """Raises PreconditionError GPU_IN_USE if another agent drives one of them; none is held then."""
+        for uuid in uuids:
+            path = self._folder / f"hibernode-{uuid.replace('/', '_')}.lock"
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                self._held.append(descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self.release()
+                raise PreconditionError(
+                    "GPU_IN_USE",
+                    f"GPU {uuid} is driven by another agent on this host ({path}: {error.strerror}); "
+                    "stop that agent, one agent per GPU",
+                ) from error
+
+    def release(self) -> None:
+        """Let go of all."""
+        for descriptor in self._held:
+            os.close(descriptor)
+        self._held.clear()

@@ -1,0 +1,59 @@
+"""Admin HTTP of a daemon: /metrics, /healthz, /readyz. Read-only; the Host header is checked against rebinding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from aiohttp import web
+
+from agent.wire.addresses import is_loopback
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_REQUEST_BYTES = 1024
+
+
+class AdminServer:
+    """`render` gives the metrics as Prometheus text, `ready` what /readyz says."""
+
+    def __init__(self, render: Callable[[], bytes], ready: Callable[[], bool]) -> None:
+        self._render = render
+        self._ready = ready
+        self._host = ""
+        app = web.Application(middlewares=[self._check_host], client_max_size=MAX_REQUEST_BYTES)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; returns the bound port. Raises OSError if the address can't be had."""
+        self._host = host
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, host, port)
+        await site.start()
+        bound: int = self._runner.addresses[0][1]
+        return bound
+
+    async def stop(self) -> None:
+        """Stop listening and end what is under way."""
+        await self._runner.cleanup()
+
+    @web.middleware
+    async def _check_host(self, request: web.Request, handler: Callable[[web.Request], object]) -> web.StreamResponse:
+        """A browser that was tricked into resolving a foreign name to us sends that name: refuse it."""
+        name = request.url.host or ""
+        if not (is_loopback(name) or name == self._host or self._host in ("0.0.0.0", "::")):
+            raise web.HTTPForbidden(text="this Host is not served here\n")
+        response = await handler(request)  # type: ignore[misc]
+        assert isinstance(response, web.StreamResponse)
+        return response
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._render(), headers={"content-type": CONTENT_TYPE})
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        ready = self._ready()
+        return web.Response(text="ready\n" if ready else "not ready\n", status=200 if ready else 503)

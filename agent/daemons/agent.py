@@ -1,0 +1,359 @@
+"""The agent daemon's composition root: builds everything, in order, and takes it down in reverse.
+
+`python -m agent.daemons.agent --config FILE` (or `hibernode agent --config FILE`). Its life: lock the state
+directory and the GPUs, open the store, bind, recover, say READY, serve, and on SIGTERM leave: health NOT_SERVING,
+requests inside end, instances stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import random
+import uuid
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import psutil
+
+from agent import __version__
+from agent.adapters import process_table
+from agent.adapters.cgroup import CgroupSlice, open_slice
+from agent.adapters.cgroup_freezer import choose_freezer
+from agent.adapters.checkpointer_driver import DriverCheckpointer, PoolLimits
+from agent.adapters.clock import SystemClock
+from agent.adapters.driver_worker_process import WorkerOptions
+from agent.adapters.freeze_results import FreezerLimits
+from agent.adapters.freezer import CudaFreezer
+from agent.adapters.gpu_locks import GpuLocks
+from agent.adapters.host_memory import ProcHostMemory
+from agent.adapters.node_store import NodeStore
+from agent.adapters.nvml_gpus import NvmlGpus
+from agent.adapters.process_runtime import ProcessRuntime, ProcessRuntimeSettings
+from agent.adapters.scheduler_link import SchedulerLink
+from agent.adapters.state_dir import StateDir
+from agent.adapters.token_file import ensure_token, read_token
+from agent.api.admin_http import AdminServer
+from agent.api.agent_metrics import AgentMetrics
+from agent.api.instance_servicer import InstanceServicer
+from agent.api.node_ledger import NodeLedger
+from agent.api.node_servicer import NodeServicer
+from agent.core import gpu_book
+from agent.core.capabilities import Capabilities, HostFacts, find_capabilities
+from agent.core.errors import HibernodeError
+from agent.core.metering import BillingPolicy, Kind
+from agent.core.snapshots import CapabilityLine
+from agent.core.types import SECOND_NS, Gpu
+from agent.daemons.process import daemon_main, run_until_signal
+from agent.host.billing import Billing, BillingSettings
+from agent.host.events import EventLog
+from agent.host.executor import Shell
+from agent.host.ingress import Ingress
+from agent.host.memory_desk import MemoryDesk
+from agent.host.node import Node, NodeSettings
+from agent.host.observe import Identity, Observer
+from agent.host.recovery import Recovery
+from agent.http.errors import RequestIds
+from agent.http.limits import Limits
+from agent.http.server import serve
+from agent.log import get_logger
+from agent.ports import DriverInfo
+from agent.settings import AgentConfig
+from agent.wire.addresses import join
+from agent.wire.clients import DaemonChannel
+from agent.wire.server import GrpcServer, Services
+from agent.wire.tokens import Principal, Role, TokenTable
+
+GRACE_S = 30.0
+GRPC_GRACE_S = 2.0
+SAMPLE_S = 1.0
+GATEWAY_HEADER_ROOM_BYTES = 4096
+
+
+class AgentDaemon:
+    """Everything that lives as long as the daemon. `run` returns after a clean stop."""
+
+    def __init__(self, config: AgentConfig, stack: AsyncExitStack) -> None:
+        self._config = config
+        self._stack = stack
+        self._log = get_logger()
+        self.clock = SystemClock()
+        self.events = EventLog(self.clock)
+        self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.SystemRandom().getrandbits)
+        self.boot_id = process_table.boot_id()
+        self.state = stack.enter_context(StateDir(Path(config.state_dir)))
+        self.token = ensure_token(config.token_path)
+        self.name = config.node_name or platform.node()
+
+    async def run(self) -> None:
+        """Build, recover, serve until told to stop."""
+        await self._build()
+        await self._bind()
+        found = await Recovery(self.node, frozenset(self.node.desk.inventory)).run()
+        await self._become_ready()
+        self._log.info(
+            "agent.ready",
+            node=self.name,
+            ingress=self.observer.ingress_address,
+            grpc=self.observer.grpc_address,
+            running=found.running,
+            frozen=found.frozen,
+            restarted=found.restarted,
+        )
+        await run_until_signal([self._sample_gpus(), *([self.link.run()] if self.link is not None else [])])
+        await self._leave()
+
+    # ---- building -------------------------------------------------------------------------------------------------
+
+    async def _build(self) -> None:
+        config = self._config
+        self.gpus = NvmlGpus()
+        self._stack.push_async_callback(self.gpus.close)
+        driver, inventory = await self._look_at_gpus()
+        locks = GpuLocks()
+        locks.take([gpu.uuid for gpu in inventory])
+        self._stack.callback(locks.release)
+        capabilities = find_capabilities(
+            HostFacts(driver.version if driver else "", inventory, os.geteuid(), platform.machine())
+        )
+        slice_ = open_slice(self.state.uuid)
+        self.store = await NodeStore.open(Path(config.state_dir))
+        self._stack.push_async_callback(self.store.close)
+        self.billing = Billing(
+            self.clock,
+            self.store,
+            node=self.name,
+            boot_id=self.boot_id,
+            settings=_billing(config),
+            card_bytes={gpu.uuid: gpu.memory_bytes for gpu in inventory},
+        )
+        await self.billing.load()
+        self.runtime = ProcessRuntime(self._runtime_settings(slice_), self.clock)
+        self._stack.callback(self.runtime.close)
+        unavailable = await self._build_freezer(capabilities, slice_)
+        memory = MemoryDesk(
+            ProcHostMemory(),
+            limit_bytes=config.gpu.frozen_memory_limit_bytes,
+            reserve_bytes=config.gpu.host_memory_reserve_bytes,
+        )
+        self.node = Node(
+            NodeSettings(
+                per_gpu=config.gpu.instances_per_gpu,
+                max_hold_ns=config.gpu.max_hold_ns,
+                release_timeout_ns=config.gpu.release_timeout_ns,
+                max_waiting=config.queue.max_waiting,
+                types=config.gpu.types,
+                freeze_unavailable=unavailable,
+                process_runtime=config.runtime.process.enabled,
+            ),
+            inventory,
+            clock=self.clock,
+            gpus=self.gpus,
+            memory=memory,
+            events=self.events,
+            meters=self.billing,
+            new_uid=lambda: f"i-{uuid.uuid4().hex[:20]}",
+        )
+        self.node.shell = self._shell(memory)
+        self.observer = Observer(
+            self.node, self._identity(driver, capabilities, slice_, unavailable), self.clock, self.billing.totals
+        )
+        self.link = self._link()
+
+    async def _look_at_gpus(self) -> tuple[DriverInfo | None, list[Gpu]]:
+        """Without a driver the node has no GPUs, and says so; it still runs functions that need none."""
+        try:
+            return await self.gpus.driver(), list(await self.gpus.list_gpus())
+        except HibernodeError as error:
+            self._log.warning("gpu.unavailable", reason=error.reason, message=error.message)
+            return None, []
+
+    async def _build_freezer(self, capabilities: Capabilities, slice_: CgroupSlice | None) -> str:
+        """The freezer; returns why idle mode can't be had here, "" if it can."""
+        config = self._config.gpu
+        self.checkpointer = DriverCheckpointer(
+            WorkerOptions(
+                init_before_restore=any(
+                    line.name == "persistence" and line.level != "OK" for line in capabilities.lines
+                )
+            ),
+            PoolLimits(workers=config.driver_workers),
+            self._cordon,
+        )
+        self._stack.push_async_callback(self.checkpointer.close)
+        self.freezer = CudaFreezer(
+            self.checkpointer,
+            choose_freezer(slice_, self.state.uuid, self.boot_id),
+            self.gpus,
+            self.runtime.pids,
+            self.boot_id,
+            FreezerLimits(
+                lock_timeout_s=config.lock_timeout_ns / SECOND_NS, copy_base_s=config.operation_timeout_ns / SECOND_NS
+            ),
+        )
+        if not capabilities.idle_mode:
+            return next(f"{line.reason} ({line.fix})" for line in capabilities.lines if line.level == "FAIL")
+        try:
+            await self.checkpointer.start()
+        except HibernodeError as error:
+            self._log.warning("idle_mode.unavailable", reason=error.reason, message=error.message)
+            return error.message
+        return ""
+
+    def _cordon(self, gpu_uuids: Sequence[str]) -> None:
+        """An operation survived SIGKILL in the driver: nothing new may use these GPUs."""
+        for gpu_uuid in gpu_uuids:
+            self.events.add("", "gpu.cordoned", "a driver call survived SIGKILL", gpu=gpu_uuid)
+            self.node.desk.apply(gpu_book.Cordon(gpu_uuid, "DRIVER_STUCK: a driver call survived SIGKILL"))
+
+    def _runtime_settings(self, slice_: CgroupSlice | None) -> ProcessRuntimeSettings:
+        return ProcessRuntimeSettings(
+            state_dir=Path(self._config.state_dir),
+            state_uuid=self.state.uuid,
+            slice_=slice_,
+            user=self._config.runtime.process.user,
+            log_cap_bytes=self._config.runtime.log_limit_bytes,
+        )
+
+    def _shell(self, memory: MemoryDesk) -> Shell:
+        runtime = self._config.runtime
+        return Shell(
+            clock=self.clock,
+            runtime=self.runtime,
+            freezer=self.freezer,
+            memory=memory,
+            store=self.store,
+            events=self.events,
+            request_ids=self.request_ids,
+            ready_timeout_s=runtime.ready_timeout_ns / SECOND_NS,
+            stop_timeout_s=runtime.stop_timeout_ns / SECOND_NS,
+            environment=self._config.gpu.mounts.environment,
+        )
+
+    def _identity(
+        self, driver: DriverInfo | None, capabilities: Capabilities, slice_: CgroupSlice | None, unavailable: str
+    ) -> Identity:
+        lines = [*capabilities.lines]
+        if slice_ is None:
+            lines.append(
+                CapabilityLine(
+                    "cgroup",
+                    "WARN",
+                    "no cgroup v2 can be written: instances are frozen by SIGSTOP, which a new child can escape",
+                    "run the agent as root, or under systemd with Delegate=yes",
+                )
+            )
+        else:
+            lines.append(CapabilityLine("cgroup", "OK", f"instances live in cgroups below {slice_.path_of('')}", ""))
+        if unavailable and capabilities.idle_mode:
+            lines.append(CapabilityLine("idle mode", "FAIL", unavailable, "see the agent's log"))
+        return Identity(
+            name=self.name,
+            boot_id=self.boot_id,
+            version=__version__,
+            epoch=self.clock.wall_ns(),
+            driver=driver,
+            capabilities=tuple(lines),
+            runtimes=("process",) if self._config.runtime.process.enabled else (),
+            instances_per_gpu=self._config.gpu.instances_per_gpu,
+            start_wall_ns=self.clock.wall_ns(),
+            host_total_bytes=psutil.virtual_memory().total,
+        )
+
+    def _link(self) -> SchedulerLink | None:
+        link = self._config.scheduler
+        if link is None:
+            return None
+        channel = DaemonChannel(link.address, read_token(Path(link.token_file)), self._config.insecure)
+        self._stack.push_async_callback(channel.close)
+        made = SchedulerLink(channel, self.observer, self.node.actors, self.store, link.upload_interval_ns / SECOND_NS)
+        self.node.listeners.append(made)
+        return made
+
+    # ---- serving --------------------------------------------------------------------------------------------------
+
+    async def _bind(self) -> None:
+        """Listen everywhere, answer nobody yet, and write down what was bound."""
+        config = self._config
+        self.ingress = Ingress(self.node, self.clock, self.token, self.request_ids)
+        limits = Limits(
+            header_bytes=config.limits.header_bytes + GATEWAY_HEADER_ROOM_BYTES,
+            target_bytes=config.limits.path_bytes,
+            body_bytes=config.limits.body_bytes,
+            max_connections=config.limits.connections,
+        )
+        self.http = await serve(
+            self.ingress,
+            config.ingress.host,
+            config.ingress.port,
+            limits,
+            request_ids=self.request_ids,
+            on_fault=lambda error: self._log.error("ingress.fault", error=type(error).__name__, exc_info=error),
+        )
+        services = Services(
+            instances=InstanceServicer(self.node, self.observer, self.events, self.runtime, self.clock),
+            nodes=NodeServicer(self.observer, NodeLedger(self.store, self.billing.open_windows)),
+        )
+        self.grpc = GrpcServer(services, TokenTable([(self.token, Principal("operator", Role.OPERATOR))]))
+        port = self.grpc.bind_tcp(config.grpc.host, config.grpc.port, config.insecure)
+        self.grpc.bind_unix(str(config.socket_path))
+        await self.grpc.start()
+        self.observer.ingress_address = join(config.ingress.host, self.http.port)
+        self.observer.grpc_address = join(config.grpc.host, port)
+        self.admin = AdminServer(AgentMetrics(self.observer).render, lambda: self.observer.ready)
+        admin_port = await self.admin.start(config.admin.host, config.admin.port)
+        self._stack.push_async_callback(self.admin.stop)
+        self.state.write_endpoints(
+            {
+                "ingress": self.observer.ingress_address,
+                "grpc": self.observer.grpc_address,
+                "socket": str(config.socket_path),
+                "admin": join(config.admin.host, admin_port),
+                "token_file": str(config.token_path),
+            }
+        )
+
+    async def _become_ready(self) -> None:
+        self.billing.settle()
+        self.billing.start()
+        self.ingress.open = self.observer.ready = True
+        await self.grpc.set_serving(True)
+
+    async def _sample_gpus(self) -> None:
+        while True:
+            try:
+                self.observer.memory_used = await self.gpus.memory_used()
+            except HibernodeError as error:
+                self._log.debug("gpu.sample_failed", reason=error.reason)
+            await asyncio.sleep(SAMPLE_S)
+
+    async def _leave(self) -> None:
+        """Requests inside end, those that wait are sent back to the gateway, instances stay."""
+        self._log.info("agent.stopping")
+        self.ingress.open = self.observer.ready = False
+        await self.grpc.set_serving(False)
+        self.node.draining = True
+        for actor in self.node.actors.values():
+            actor.close()
+        await self.http.close(GRACE_S)
+        await self.grpc.stop(GRPC_GRACE_S)
+        await self.node.close()
+        await self.billing.stop()
+        self._log.info("agent.stopped")
+
+
+def _billing(config: AgentConfig) -> BillingSettings:
+    policy = BillingPolicy(starting=Kind(config.billing.starting), restoring=Kind(config.billing.restoring))
+    return BillingSettings(policy, config.billing.window_ns, config.billing.flush_interval_ns)
+
+
+async def run(config: AgentConfig) -> None:
+    """Run the daemon until SIGTERM or SIGINT. Raises HibernodeError if it can't start."""
+    async with AsyncExitStack() as stack:
+        await AgentDaemon(config, stack).run()
+
+
+if __name__ == "__main__":
+    daemon_main("agent", AgentConfig, run)

@@ -1,0 +1,76 @@
+"""What both daemons share as processes: command line, logging, uvloop, signals, systemd."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvloop
+
+from agent import log
+from agent.adapters.sd_notify import notify, watchdog_interval_s
+from agent.config import load
+from agent.core.errors import HibernodeError
+from agent.settings import AgentConfig, SchedulerConfig
+
+_Config = TypeVar("_Config", AgentConfig, SchedulerConfig)
+
+
+def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Coroutine[Any, Any, None]]) -> None:
+    """`--config FILE`, then `run` on uvloop. Exits 2 for a bad configuration, 1 if it can't start or fails."""
+    parser = argparse.ArgumentParser(prog=f"hibernode {name}", description=f"The Hibernode {name} daemon.")
+    parser.add_argument("--config", type=Path, default=Path(f"/etc/hibernode/{name}.yaml"), help="default: %(default)s")
+    arguments = parser.parse_args()
+    try:
+        config = load(arguments.config, kind)
+    except HibernodeError as error:
+        sys.exit(_say(error, 2))
+    log.configure(config.log_level, config.log_format)
+    try:
+        uvloop.run(run(config))
+    except HibernodeError as error:
+        sys.exit(_say(error, 1))
+
+
+def _say(error: HibernodeError, code: int) -> int:
+    print(f"hibernode: {error.reason}: {error.message}", file=sys.stderr)  # noqa: T201 - before and after logging
+    return code
+
+
+async def run_until_signal(services: Sequence[Awaitable[None]]) -> None:
+    """Say READY, run `services` until SIGTERM or SIGINT, end them, say STOPPING.
+
+    A service that ends by itself is a fault and ends the daemon. The watchdog is fed from this loop, so a loop that
+    is stuck is noticed.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    tasks = [asyncio.ensure_future(service) for service in (*services, _feed_watchdog())]
+    stopped = asyncio.ensure_future(stop.wait())
+    notify("READY=1")
+    try:
+        done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        notify("STOPPING=1")
+        for task in (stopped, *tasks):
+            task.cancel()
+        await asyncio.gather(stopped, *tasks, return_exceptions=True)
+    for task in done - {stopped}:
+        task.result()
+
+
+async def _feed_watchdog() -> None:
+    interval_s = watchdog_interval_s()
+    if interval_s is None:
+        await asyncio.Event().wait()
+        return
+    while True:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(interval_s)
