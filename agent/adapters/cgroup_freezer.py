@@ -75,12 +75,16 @@ class CgroupFreezer:
                 cgroup.write_freeze(path, frozen=False)
             self._ours.discard(handle.uid)
             raise _freeze_timeout(handle, deadline_s)
+        if self.state(handle) is FreezerState.GONE:
+            raise _gone(handle)
 
     async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
         self._write(self._path(handle), handle, frozen=False)
         self._ours.discard(handle.uid)
         if not await cgroup.reread(lambda: self.state(handle) is not FreezerState.FROZEN, deadline_s):
             raise _thaw_timeout(handle, deadline_s)
+        if self.state(handle) is FreezerState.GONE:
+            raise _gone(handle)
 
     def state(self, handle: Handle) -> FreezerState:
         path = self._path(handle)
@@ -129,10 +133,10 @@ class SignalFreezer:
         self._ours: set[str] = set()
 
     async def freeze(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
-        if not self._members(handle):
+        seen = self._signal(handle, signal.SIGSTOP)
+        if not seen:
             raise _gone(handle)
         self._ours.add(handle.uid)
-        seen: set[int] = set()
 
         def stopped() -> bool:
             # A fork may happen between the listing and the signal: done when two listings agree and all stand.
@@ -147,12 +151,17 @@ class SignalFreezer:
             raise _freeze_timeout(handle, deadline_s)
 
     async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
-        if not self._members(handle):
+        found = self._signal(handle, signal.SIGCONT)
+        if not found:
             raise _gone(handle)
         self._ours.discard(handle.uid)
 
         def running() -> bool:
-            return not any(_any_stopped(pid) for pid in self._signal(handle, signal.SIGCONT))
+            nonlocal found
+            if not any(map(_any_stopped, found)):
+                return True
+            found = self._signal(handle, signal.SIGCONT)
+            return False
 
         if not await cgroup.reread(running, deadline_s):
             raise _thaw_timeout(handle, deadline_s)

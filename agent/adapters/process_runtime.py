@@ -206,7 +206,7 @@ class ProcessRuntime:
         process_table.send_signal(handle.process, self._boot_id, signal.SIGTERM)
 
     async def kill(self, handle: Handle, deadline_s: float = DESTROY_DEADLINE_S) -> None:
-        if handle.process.boot_id != self._boot_id:
+        if handle.process.boot_id != self._boot_id or self._superseded(handle):
             return
         ended = self._exits.watch(handle)
         self._exits.expect_kill(handle.uid)
@@ -233,7 +233,14 @@ class ProcessRuntime:
         if not await cgroup.reread(emptied, deadline_s):
             raise _kill_timeout(handle, deadline_s)
 
+    def _superseded(self, handle: Handle) -> bool:
+        """Has the uid been started again since? Then cgroup, mark and bundle are the successor's."""
+        bundle = self._bundles.read(handle.uid)
+        return bundle is not None and bundle.handle is not None and bundle.handle.process != handle.process
+
     async def destroy(self, handle: Handle) -> None:
+        if self._superseded(handle):
+            return
         await self.kill(handle, DESTROY_DEADLINE_S)
         if handle.cgroup:
             await cgroup.remove(Path(handle.cgroup), DESTROY_DEADLINE_S)
@@ -278,6 +285,8 @@ class ProcessRuntime:
             log.error("runtime.orphan_stays", uid=orphan.uid, error=str(error))
 
     async def pids(self, handle: Handle) -> Sequence[int]:
+        if self._superseded(handle):
+            return []
         if handle.cgroup:
             return cgroup.procs(Path(handle.cgroup))
         return [stat.pid for stat in self._members(handle)]

@@ -42,13 +42,13 @@ class ExitWatch:
         known = self._watched.get(handle.uid)
         if known and known.handle.process == handle.process:
             return known.ended
-        self.forget(handle.uid)
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Exit] = loop.create_future()
         pidfd = process_table.open_pidfd(handle.process, self._boot_id)
-        if pidfd is None:
+        if pidfd is None:  # also a stale handle of a uid that runs again: the watch on the new one stays
             ended.set_result(UNKNOWN_EXIT)
             return ended
+        self.forget(handle.uid)
         memory = memory_cgroup.find(handle.process.pid)
         kills = (memory.oom_kills() or 0) if memory else 0
         self._watched[handle.uid] = _Watched(handle, ended, pidfd, memory, kills)

@@ -110,16 +110,17 @@ def members(root: ProcessId, boot: str, mark: str, proc: Path = PROC) -> list[Pr
     """
     if root.boot_id != boot:
         return []
-    everyone = {stat.pid: stat for stat in processes(proc) if not stat.dead}
+    # Who is older than the instance can't belong to it; that also spares most of the reading.
+    everyone = {s.pid: s for s in processes(proc) if not s.dead and s.start_time >= root.start_time}
     main = everyone.get(root.pid)
     # The session keeps the pid of its leader reserved, so the number can't be taken by a stranger while used.
-    leader = main is None or main.start_time == root.start_time
-    inside = {root.pid} if main and leader else set()
+    leads = main is None or main.start_time == root.start_time
+    inside = {root.pid} if main and leads else set()
     for stat in everyone.values():
-        if (leader and stat.session == root.pid) or _carries(stat.pid, mark, proc):
+        if (leads and stat.session == root.pid) or _carries(stat.pid, mark, proc):
             inside.add(stat.pid)
     _add_descendants(inside, everyone.values())
-    return [everyone[pid] for pid in sorted(inside) if everyone[pid].start_time >= root.start_time]
+    return [everyone[pid] for pid in sorted(inside)]
 
 
 def _add_descendants(inside: set[int], everyone: Collection[ProcessStat]) -> None:

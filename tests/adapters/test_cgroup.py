@@ -77,6 +77,33 @@ async def test_reread_gives_up_at_the_deadline_and_looks_often_enough() -> None:
     assert await cgroup.reread(lambda: True, 0.0)
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("delegated", [True, False])
+def test_the_slice_is_in_the_own_cgroup_only_where_that_was_delegated(tmp_path: Path, delegated: bool) -> None:
+    mount = cgroup.find_v2_mount(Path("/proc/self/mountinfo").read_text())
+    if os.geteuid() != 0 or mount is None or mount.root != "/":
+        pytest.skip("needs root and the top of a v2 hierarchy")
+    name = f"hibernode-test-{uuid.uuid4().hex[:8]}.service"
+    unit = mount.point / name
+    unit.mkdir()
+    try:
+        if delegated:
+            os.setxattr(unit, "trusted.delegate", b"1")
+        (tmp_path / "mountinfo").write_text(Path("/proc/self/mountinfo").read_text())
+        (tmp_path / "cgroup").write_text(f"4:memory:/\n0::/{name}\n")
+        found = cgroup.open_slice("12345678-9abc-4def-8000-000000000000", tmp_path)
+        assert found
+        assert found.path == (unit if delegated else mount.point) / "hibernode-123456789abc"
+        assert not found.path.exists(), "made with the first instance"
+    finally:
+        unit.rmdir()
+
+
+def test_without_v2_there_is_no_slice(tmp_path: Path) -> None:
+    (tmp_path / "mountinfo").write_text("\n".join(HYBRID.splitlines()[:4]))
+    assert cgroup.open_slice(str(uuid.uuid4()), tmp_path) is None
+
+
 # ---- real cgroups and real signals -----------------------------------------------------------------------------
 
 
@@ -200,6 +227,8 @@ async def kill_members(freezer: ProcessFreezer, handle: Handle) -> None:
 async def test_who_is_gone_can_not_be_frozen(frozen_pair: tuple[ProcessFreezer, Handle]) -> None:
     freezer, handle = frozen_pair
     await kill_members(freezer, handle)
+    with pytest.raises(PreconditionError):
+        await freezer.freeze(handle)
     if handle.cgroup:
         await cgroup.remove(Path(handle.cgroup), 10.0)
     with pytest.raises(PreconditionError) as raised:

@@ -129,6 +129,16 @@ async def test_the_same_uid_again_replaces_what_was_left(world: World) -> None:
     assert await world.runtime.alive(second)
     assert list(await world.runtime.list_handles()) == [second]
 
+    await world.runtime.terminate(first)
+    await world.runtime.kill(first)
+    await world.runtime.destroy(first)
+    assert list(await world.runtime.pids(first)) == []
+    assert await world.runtime.alive(second), "a stale handle harms nobody"
+    ending = asyncio.create_task(world.runtime.wait(second))
+    assert (await world.runtime.wait(first)).code == -1
+    await world.exit_now(second, 5)
+    assert (await ending).code == 5
+
 
 async def test_two_starts_of_one_uid_at_once_are_refused(world: World) -> None:
     both = await asyncio.gather(
