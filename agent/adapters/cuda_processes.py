@@ -102,7 +102,7 @@ class CudaProcessFinder:
         whoever gets the others in `Found.processes` releases them."""
         opened: dict[int, CudaProcess] = {}
         keep = {process.pid for process in known}
-        listed: frozenset[int] = frozenset()
+        listed: frozenset[int] = frozenset(keep)  # with nobody but the known, the first listing agrees already
         for _ in range(MAX_LISTINGS):
             before, listed = listed, frozenset(await self.pids(handle))
             if before == listed and listed:
