@@ -1,0 +1,56 @@
+"""`hibernode agent` and `hibernode scheduler`: become the daemon. The daemons are programs of their own above the CLI."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from agent.core.errors import ConfigError
+
+
+def _become(daemon: str, config: str) -> None:
+    """Replaces this process, so that signals and the service manager's notifications reach the daemon itself."""
+    if not os.access(config, os.R_OK):
+        known = f"systemd/{daemon}.example.yaml in the sources explains every key"
+        raise ConfigError("CONFIG_UNREADABLE", f"{config} can't be read; name a file with --config ({known})")
+    # -P: a folder named `agent` where root happens to stand must not become the daemon.
+    arguments = [sys.executable, "-P", "-m", f"agent.daemons.{daemon}", "--config", config]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, arguments)
+
+
+def _config(daemon: str) -> str:
+    return f"/etc/hibernode/{daemon}.yaml"
+
+
+@click.command()
+@click.option("--config", "-c", default=_config("agent"), show_default=True, metavar="FILE", help="Its configuration.")
+def agent(config: str) -> None:
+    """Run the daemon of a GPU host in the foreground, until SIGTERM or SIGINT.
+
+    Instances outlive it: the next start finds them again.
+
+    \b
+    Examples:
+      hibernode agent
+      hibernode agent --config ./agent.yaml
+    """
+    _become("agent", config)
+
+
+@click.command()
+@click.option(
+    "--config", "-c", default=_config("scheduler"), show_default=True, metavar="FILE", help="Its configuration."
+)
+def scheduler(config: str) -> None:
+    """Run the central scheduler and its gateway in the foreground, until SIGTERM or SIGINT.
+
+    \b
+    Examples:
+      hibernode scheduler
+      hibernode scheduler --config ./scheduler.yaml
+    """
+    _become("scheduler", config)

@@ -1,0 +1,134 @@
+"""Options that many commands share. They may stand before or after the command's name; the later one counts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+
+from agent.config import parse_duration_ns
+from agent.core.types import SECOND_NS
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_HOME = "/var/lib/hibernode"
+_KEY = "agent.cli.asked"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the shared options say. Empty addresses and paths mean: look in `home`."""
+
+    home: Path
+    agent: str
+    scheduler: str
+    gateway: str
+    token_file: str
+    insecure: bool
+    output: Literal["table", "json"]
+
+    @property
+    def json(self) -> bool:
+        """Whether stdout is for programs."""
+        return self.output == "json"
+
+
+def asked() -> Asked:
+    """The shared options of the running command."""
+    found = click.get_current_context().find_root().meta.get(_KEY, {})
+    return Asked(
+        home=Path(found.get("home") or os.environ.get("HIBERNODE_HOME") or DEFAULT_HOME),
+        agent=found.get("agent", ""),
+        scheduler=found.get("scheduler", ""),
+        gateway=found.get("gateway", ""),
+        token_file=found.get("token_file", ""),
+        insecure=found.get("insecure", False),
+        output=found.get("output", "table"),
+    )
+
+
+def _keep(context: click.Context, parameter: click.Parameter, value: object) -> None:
+    if value not in (None, False):
+        assert parameter.name is not None
+        context.find_root().meta.setdefault(_KEY, {})[parameter.name] = value
+
+
+def _shared(*names: str, **attributes: Any) -> Callable[[F], F]:
+    return click.option(*names, expose_value=False, callback=_keep, **attributes)
+
+
+home_option = _shared(
+    "--home",
+    metavar="DIR",
+    help=f"Folder with the state directories agent/ and scheduler/ [HIBERNODE_HOME; {DEFAULT_HOME}].",
+)
+agent_option = _shared("--agent", metavar="ADDRESS", help="The agent: host:port or unix:/path; default: from --home.")
+scheduler_option = _shared("--scheduler", metavar="ADDRESS", help="The scheduler: host:port; default: from --home.")
+gateway_option = _shared("--gateway", metavar="ADDRESS", help="The gateway: host:port; default: from --home.")
+token_option = _shared("--token-file", metavar="FILE", help="File with the daemon's token; default: from --home.")
+insecure_option = _shared(
+    "--insecure", is_flag=True, help="Allow the token to travel to another machine unencrypted (a trusted network)."
+)
+output_option = _shared(
+    "-o", "--output", type=click.Choice(["table", "json"]), help="table for people (default), json for programs."
+)
+
+
+def place_options(command: F) -> F:
+    """All of where daemons may be; for the group itself."""
+    for option in (token_option, scheduler_option, agent_option, home_option):
+        command = option(command)
+    return command
+
+
+def agent_options(command: F) -> F:
+    """For a command that asks the agent of one node."""
+    for option in (insecure_option, token_option, agent_option, home_option):
+        command = option(command)
+    return command
+
+
+def scheduler_options(command: F) -> F:
+    """For a command that asks the scheduler."""
+    for option in (insecure_option, token_option, scheduler_option, home_option):
+        command = option(command)
+    return command
+
+
+def fleet_or_node_options(command: F) -> F:
+    """For a command that can ask either."""
+    for option in (insecure_option, token_option, scheduler_option, agent_option, home_option):
+        command = option(command)
+    return command
+
+
+class Seconds(click.ParamType):
+    """`10s`, `2m`, `1h30m`, or a bare number of seconds; arrives as float seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        text = f"{value}s" if str(value).replace(".", "", 1).isdecimal() else str(value)
+        try:
+            return parse_duration_ns(text) / SECOND_NS
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def timeout_option(default: str) -> Callable[[F], F]:
+    """How long the command waits for the daemon's answer."""
+    return click.option(
+        "--timeout",
+        "timeout_s",
+        type=Seconds(),
+        default=default,
+        show_default=True,
+        metavar="DURATION",
+        help="Longest wait.",
+    )

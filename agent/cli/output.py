@@ -1,0 +1,123 @@
+"""The only place that writes results: tables for people, JSON for programs, both on stdout; messages on stderr.
+
+What daemons and instances say may hold anything, so control characters are replaced before a terminal sees them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+PIPE_WIDTH = 10_000
+"""Where nobody looks nothing is wrapped or cut: a line stays a line for grep."""
+
+STYLES = {
+    "RUNNING": "green",
+    "READY": "green",
+    "OK": "green",
+    "FROZEN": "cyan",
+    "FREEZING": "blue",
+    "RESTORING": "blue",
+    "STARTING": "yellow",
+    "WAITING_GPU": "yellow",
+    "PROVISIONING": "yellow",
+    "WARN": "yellow",
+    "SUSPECT": "yellow",
+    "STOPPING": "dim",
+    "STOPPED": "dim",
+    "FAILED": "red",
+    "DEGRADED": "red",
+    "FAIL": "red",
+    "LOST": "red",
+    "CORDONED": "red",
+}
+
+
+def console(stream: TextIO) -> Console:
+    """A rich console on `stream`: colour only on a terminal and never under NO_COLOR."""
+    from rich.console import Console
+
+    terminal = stream.isatty()
+    return Console(
+        file=stream,
+        force_terminal=terminal,
+        color_system="auto" if terminal and not os.environ.get("NO_COLOR") else None,
+        width=None if terminal else PIPE_WIDTH,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+
+
+def clean(text: str) -> str:
+    """The text without what could steer a terminal; line ends stay out too, as a cell is one line."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _cell(value: str) -> Text:
+    from rich.text import Text
+
+    return Text(clean(value), style=STYLES.get(value, ""))
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """A table on stdout; columns named in `right` are numbers. Without rows only the head is written."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=not sys.stdout.isatty())
+    for row in rows:
+        table.add_row(*map(_cell, row))
+    _write(table)
+
+
+def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    """Names and values, one a line; empty values are left out."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        if value:
+            table.add_row(name, _cell(value))
+    _write(table)
+
+
+def _write(table: Any) -> None:
+    shown = console(sys.stdout)
+    with shown.capture() as captured:
+        shown.print(table)
+    # rich pads the last column; a pipe should not have to trim.
+    text = captured.get()
+    show_text(text if sys.stdout.isatty() else "\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+
+
+def show_text(text: str) -> None:
+    """Text on stdout as it is."""
+    sys.stdout.write(text)
+
+
+def show_json(document: object) -> None:
+    """One JSON document on stdout."""
+    show_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def note(text: str) -> None:
+    """A message for people, on stderr."""
+    click.echo(clean(text), err=True)
+
+
+def warn(text: str) -> None:
+    """Something accepted that may surprise, on stderr."""
+    note(f"warning: {text}")

@@ -1,0 +1,88 @@
+"""`hibernode logs|events`: what was kept of the past."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from agent.cli.connection import PAGE_SIZE, SHORT_S, with_agent
+from agent.cli.options import Seconds, agent_options, asked, output_option, timeout_option
+from agent.cli.output import show_json, show_table
+from agent.cli.units import clock, wall_ns
+from agent.core.types import SECOND_NS
+from agent.v1 import instance_service_pb2 as pb
+from agent.v1 import types_pb2
+from agent.wire.clients import DaemonChannel
+from agent.wire.convert_time import time_to_proto
+from agent.wire.json_view import to_json
+
+MAX_PAGES = 1000
+
+
+@click.command()
+@click.argument("uid")
+@click.option(
+    "--tail", "tail_bytes", type=click.IntRange(min=1), metavar="BYTES", help="Only so much of the end; default: all."
+)
+@timeout_option("1m")
+@agent_options
+def logs(uid: str, tail_bytes: int | None, timeout_s: float) -> None:
+    """Print what an instance wrote to stdout and stderr, byte for byte, oldest first.
+
+    \b
+    Examples:
+      hibernode logs 3f9a
+      hibernode logs 3f9a --tail 4096
+    """
+
+    async def story(channel: DaemonChannel) -> None:
+        request = pb.GetInstanceLogsRequest(uid=uid, tail_bytes=tail_bytes or 0)
+        async for chunk in channel.stream(channel.instances.GetInstanceLogs, request, timeout_s):
+            sys.stdout.buffer.write(chunk.data)
+        sys.stdout.buffer.flush()
+
+    with_agent(story, f"reading the output of {uid}")
+
+
+@click.command()
+@click.argument("uid", default="")
+@click.option("--since", "since_s", type=Seconds(), metavar="DURATION", help="Only the last so long, e.g. 10m.")
+@agent_options
+@output_option
+def events(uid: str, since_s: float | None) -> None:
+    """Show what happened on the node, or to one instance, oldest first.
+
+    \b
+    Examples:
+      hibernode events --since 10m
+      hibernode events 3f9a
+      hibernode events --output json | jq -r '.events[] | select(.name == "instance.frozen") | .time'
+    """
+
+    async def story(channel: DaemonChannel) -> list[types_pb2.Event]:
+        since = None if since_s is None else time_to_proto(max(0, wall_ns() - round(since_s * SECOND_NS)))
+        found: list[types_pb2.Event] = []
+        token = ""
+        for _ in range(MAX_PAGES):
+            request = pb.ListEventsRequest(page_size=PAGE_SIZE, page_token=token, instance_uid=uid, since=since)
+            page = await channel.call(channel.instances.ListEvents, request, SHORT_S)
+            found += page.events
+            token = page.next_page_token
+            if not token:
+                break
+        return found
+
+    found = with_agent(story, "asking for the events")
+    if asked().json:
+        show_json({"events": [to_json(one) for one in found]})
+        return
+    show_table(
+        ("TIME", "INSTANCE", "EVENT", "MESSAGE"),
+        ((clock(one.time), one.instance_uid or "-", one.name, _said(one)) for one in found),
+    )
+
+
+def _said(event: types_pb2.Event) -> str:
+    data = " ".join(f"{key}={event.attributes[key]}" for key in sorted(event.attributes))
+    return " ".join(filter(None, (event.message, data))) or "-"

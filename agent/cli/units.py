@@ -1,0 +1,80 @@
+"""Numbers as people read them; JSON keeps the exact ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from agent.core.types import GIB, MIB, SECOND_NS
+
+_DAY_S, _HOUR_S, _MINUTE_S = 86_400, 3_600, 60
+
+
+def duration(ns: int) -> str:
+    """`850ms`, `12.3s`, `4m10s`, `3h05m`, `2d4h`; `-` for none."""
+    if ns <= 0:
+        return "-"
+    seconds = ns / SECOND_NS
+    if seconds < 1:
+        return f"{seconds * 1000:.3g}ms"
+    if seconds < _MINUTE_S:
+        return f"{seconds:.3g}s"
+    whole = int(seconds)
+    if whole < _HOUR_S:
+        return f"{whole // _MINUTE_S}m{whole % _MINUTE_S:02d}s"
+    if whole < _DAY_S:
+        return f"{whole // _HOUR_S}h{whole % _HOUR_S // _MINUTE_S:02d}m"
+    return f"{whole // _DAY_S}d{whole % _DAY_S // _HOUR_S}h"
+
+
+def seconds(ns: int) -> str:
+    """Seconds to the millisecond, the granularity of a bill."""
+    return f"{Decimal(ns) / SECOND_NS:.3f}"
+
+
+def size(count: int) -> str:
+    """`16.0 GiB`, `512 MiB`; `-` for none."""
+    if count <= 0:
+        return "-"
+    if count >= GIB:
+        return f"{count / GIB:.1f} GiB"
+    if count >= MIB:
+        return f"{count / MIB:.0f} MiB"
+    return f"{count} B"
+
+
+def clock(time: Timestamp) -> str:
+    """A point in time in local time, to the millisecond; `-` for none."""
+    if not time.seconds:
+        return "-"
+    local = datetime.fromtimestamp(time.seconds, UTC).astimezone()
+    return f"{local:%Y-%m-%d %H:%M:%S}.{time.nanos // 1_000_000:03d}"
+
+
+def age(time: Timestamp) -> str:
+    """For how long that has been so."""
+    return duration(max(1, wall_ns() - time.seconds * SECOND_NS - time.nanos)) if time.seconds else "-"
+
+
+def wall_ns() -> int:
+    """Now, nanoseconds since 1970. Commands only show ages with it."""
+    from time import time_ns
+
+    return time_ns()
+
+
+def money(text: str) -> str:
+    """An exact decimal shortened for a table."""
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        return text or "-"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.2f}"
+
+
+def gpu_names(uuids: Iterable[str]) -> str:
+    """UUIDs cut to what tells them apart on one host."""
+    return ",".join(uuid if len(uuid) <= 12 else uuid[:12] for uuid in uuids) or "-"
