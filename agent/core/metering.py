@@ -60,7 +60,7 @@ class Subject:
     """Who is billed, and by which sizes. Constant for an instance within a boot.
 
     `gpu_count` is what the function asks for, frozen or not: an idle instance is billed at the idle factor of the
-    GPUs it comes back to. `gpu_memory_bytes` is per GPU.
+    GPUs it comes back to. `gpu_memory_bytes` is per GPU; 0 = the function names none and is billed by the card.
     """
 
     instance_uid: str
@@ -74,16 +74,15 @@ class Subject:
     disk_bytes: int
 
     @classmethod
-    def of(cls, uid: str, function: FunctionSpec, *, node: str, boot_id: str, device_memory_bytes: int = 0) -> Subject:
-        """The subject of one instance of `function`. A function that names no GPU memory is billed by the whole
-        card (`device_memory_bytes`), for it has the whole card."""
+    def of(cls, uid: str, function: FunctionSpec, *, node: str, boot_id: str) -> Subject:
+        """The subject of one instance of `function`."""
         return cls(
             instance_uid=uid,
             node=node,
             boot_id=boot_id,
             function=function.name,
             gpu_count=function.gpu.count,
-            gpu_memory_bytes=function.gpu.memory_bytes or device_memory_bytes,
+            gpu_memory_bytes=function.gpu.memory_bytes,
             vcpu_millis=function.vcpu_millis,
             memory_bytes=function.memory_bytes,
             disk_bytes=function.disk_bytes,
@@ -92,10 +91,12 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The GPUs the time is billed on: those held, or those last held while frozen or waiting."""
+    """The GPUs the time is billed on: those held, or those last held while frozen or waiting. `card_bytes` is the
+    memory of one of them: a function that names no GPU memory has the whole card and is billed by it."""
 
     gpu_model: str = ""
     gpu_uuids: tuple[str, ...] = ()
+    card_bytes: int = 0
 
 
 # States in which a request in flight is work done for the user. In the others none can be in flight (lifecycle's
@@ -216,6 +217,11 @@ class Meter:
         self._invocations = 0
         return sealed
 
+    def ended_empty(self) -> Window:
+        """The open window, sealed as it is: for an end at the very moment of a state change, whose empty window may be
+        on disk already and must not stay open there."""
+        return self._window(self._mark, sealed=True)
+
     def open_window(self, at: int) -> Window:
         """The open window as if it ended at `at`, unsealed. Changes nothing: the snapshot the store keeps."""
         return self._window(max(at, self._mark), sealed=False)
@@ -244,7 +250,7 @@ class Meter:
             gpu_model=self._placement.gpu_model,
             gpu_uuids=self._placement.gpu_uuids,
             gpu_count=subject.gpu_count,
-            gpu_memory_bytes=subject.gpu_memory_bytes,
+            gpu_memory_bytes=subject.gpu_memory_bytes or self._placement.card_bytes,
             vcpu_millis=subject.vcpu_millis,
             memory_bytes=subject.memory_bytes,
             disk_bytes=subject.disk_bytes,

@@ -176,8 +176,10 @@ def test_a_snapshot_changes_nothing() -> None:
 
 
 def test_a_function_that_names_no_gpu_memory_is_billed_by_the_card() -> None:
-    whole = Subject.of("i", FunctionSpec("f"), node="n", boot_id="b", device_memory_bytes=24 * GIB)
-    assert whole.gpu_memory_bytes == 24 * GIB
+    small = Subject.of("i", FunctionSpec("f"), node="n", boot_id="b")
+    on_card = Placement("NVIDIA A10", ("GPU-0",), 24 * GIB)
+    account = Meter(small, BillingPolicy(), state=InstanceState.FROZEN, at=0, wall=WALL, placement=on_card)
+    assert account.open_window(1).gpu_memory_bytes == 24 * GIB
 
 
 # ---- random walks --------------------------------------------------------------------------------------------
