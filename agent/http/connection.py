@@ -313,7 +313,7 @@ class ServerConnection(asyncio.Protocol):
 
     def abort(self, *, reset: bool = False) -> None:
         """Cuts the connection now."""
-        if reset:
+        if reset and not self.transport.is_closing():
             sock = self.transport.get_extra_info("socket")
             if sock is not None:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

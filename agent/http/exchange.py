@@ -46,8 +46,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "_body", "_body_waiter", "_buffered", "_close", "_connection", "_continued", "_gone_callbacks", "_out",
-        "_out_framing", "_sink", "_sink_full", "_want", "_watcher", "body_done", "body_error", "finished",
+        "_body", "_body_waiter", "_buffered", "_close", "_connection", "_continued", "_flushed", "_gone_callbacks",
+        "_out", "_out_framing", "_sink", "_sink_full", "_want", "_watcher", "body_done", "body_error", "finished",
         "gone", "head", "head_sent", "peer",
     )  # fmt: skip
 
@@ -70,6 +70,7 @@ class Exchange:
         self._gone_callbacks: list[Callable[[], None]] = []
         self._watcher: Callable[[bool], None] | None = None
         self._out: list[bytes] = []
+        self._flushed = False
         self._out_framing = _NOTHING
         self._close = not head.keep_alive
 
@@ -241,6 +242,7 @@ class Exchange:
         """Hands everything pending to the transport in one call."""
         out = self._out
         if out:
+            self._flushed = True
             if not self.gone:
                 if len(out) == 1:
                     self._connection.transport.write(out[0])
@@ -261,6 +263,15 @@ class Exchange:
         close would have ended the body (HTTP/1.0), it is reset."""
         self._out = []
         self._connection.abort(reset=self._out_framing == _UNTIL_CLOSE)
+
+    def withdraw(self) -> bool:
+        """Takes back an answer of which nothing has been flushed, so that another can be given. False if too late."""
+        if self._flushed:
+            return False
+        self._out = []
+        self._out_framing = _NOTHING
+        self.head_sent = False
+        return True
 
     def watch_writable(self, watcher: Callable[[bool], None] | None) -> None:
         """Calls `watcher(False)` when the client's write buffer is full (at once if it is), `watcher(True)`

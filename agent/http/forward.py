@@ -282,14 +282,14 @@ class _Relay:
     def upstream_failed(self, what: str) -> None:
         where = f"{self._source.host}:{self._source.port}"
         self.error = UpstreamBrokenError("UPSTREAM_BROKEN", f"{where} {what}.")
-        mid_body = self._exchange.head_sent
-        self._break_off(Outcome.UPSTREAM_FAILED_MID_BODY if mid_body else Outcome.UPSTREAM_FAILED_BEFORE_HEAD)
+        before_head = not self._exchange.head_sent or self._exchange.withdraw()
+        self._break_off(Outcome.UPSTREAM_FAILED_BEFORE_HEAD if before_head else Outcome.UPSTREAM_FAILED_MID_BODY)
 
     def upstream_timed_out(self) -> None:
         where = f"{self._source.host}:{self._source.port}"
         self.error = UpstreamTimeoutError("UPSTREAM_TIMEOUT", f"{where} did not answer in time.")
-        mid_body = self._exchange.head_sent
-        self._break_off(Outcome.TIMEOUT_MID_BODY if mid_body else Outcome.TIMEOUT_BEFORE_HEAD)
+        before_head = not self._exchange.head_sent or self._exchange.withdraw()
+        self._break_off(Outcome.TIMEOUT_BEFORE_HEAD if before_head else Outcome.TIMEOUT_MID_BODY)
 
     # --- the client ------------------------------------------------------------------------
 

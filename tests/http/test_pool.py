@@ -1,0 +1,240 @@
+"""Connections to an upstream: kept, retired when a freeze begins, and never used once the other side has moved."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from agent.http.client import Pool
+from agent.http.errors import ConnectFailedError, UpstreamBrokenError, UpstreamTimeoutError
+from agent.http.limits import UpstreamLimits
+from tests.http.rig import PATIENCE_S, Script, Wire, answering, eventually, relay, upstream
+from tests.http.test_server import get
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A: b\r\n\r\nok"
+
+
+def pool_of(port: int, limits: UpstreamLimits | None = None) -> Pool:
+    return Pool("127.0.0.1", port, limits or UpstreamLimits())
+
+
+async def test_a_call_with_its_whole_body() -> None:
+    async def script(wire: Wire) -> None:
+        assert await wire.message() == (
+            0,
+            {b"": b"POST /initialize HTTP/1.1", b"x-a": b"1", b"host": host, b"content-length": b"0"},
+            b"",
+        )
+        await wire.send(OK)
+        _, headers, _ = await wire.message()
+        assert headers == {b"": b"GET /health HTTP/1.1", b"host": b"other"}
+        await wire.send(OK)
+
+    async with upstream(script) as up:
+        host = b"127.0.0.1:%d" % up.port
+        pool = pool_of(up.port)
+        response = await pool.request(b"POST", b"/initialize", [(b"x-a", b"1")], timeout_s=5)
+        assert (response.status, response.body, response.headers[1]) == (200, b"ok", (b"x-a", b"b"))
+        await pool.request(b"GET", b"/health", [(b"host", b"other")], timeout_s=5)
+        assert up.connections == 1
+        pool.close()
+
+
+async def test_a_fresh_call_uses_a_connection_of_its_own() -> None:
+    async with upstream(answering(OK)) as up:
+        pool = pool_of(up.port)
+        for _ in range(3):
+            await pool.request(b"GET", b"/", [], timeout_s=5, fresh=True)
+        assert up.connections == 3
+        pool.close()
+
+
+async def silent(wire: Wire) -> None:
+    await wire.message()
+    await wire.rest()
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        (silent, UpstreamTimeoutError),
+        (answering(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\no", times=1), UpstreamBrokenError),
+        (answering(b"HTTP/1.1 200 OK\r\nContent-Length: 101\r\n\r\n" + b"x" * 101), UpstreamBrokenError),
+        (answering(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 101), UpstreamBrokenError),
+        (answering(b"nonsense\r\n\r\n"), UpstreamBrokenError),
+    ],
+)
+async def test_calls_that_fail(script: Script, error: type[Exception]) -> None:
+    async with upstream(script) as up:
+        pool = pool_of(up.port)
+        with pytest.raises(error, match=f"127.0.0.1:{up.port}"):
+            await pool.request(b"GET", b"/", [], timeout_s=0.2, max_body_bytes=100)
+        await eventually(lambda: not pool.connections)
+        pool.close()
+
+
+async def test_a_cancelled_call_gives_its_connection_up() -> None:
+    async with upstream(silent) as up:
+        pool = pool_of(up.port)
+        call = asyncio.create_task(pool.request(b"GET", b"/", [], timeout_s=5))
+        await eventually(lambda: up.connections == 1)
+        call.cancel()
+        await asyncio.wait([call])
+        assert call.cancelled()
+        await eventually(lambda: not pool.connections)
+        pool.close()
+
+
+async def test_nobody_listens() -> None:
+    async with upstream(silent) as up:
+        port = up.port
+    pool = pool_of(port)
+    with pytest.raises(ConnectFailedError, match=str(port)) as caught:
+        await pool.acquire(asyncio.get_running_loop().time() + 5)
+    assert caught.value.reason == "UPSTREAM_CONNECT_FAILED"
+    pool.close()
+
+
+async def test_connecting_has_a_deadline() -> None:
+    """192.0.2.0/24 is for documentation: nobody answers there. Where the network refuses it, that is a failure too."""
+    pool = Pool("192.0.2.1", 9, UpstreamLimits(connect_timeout_s=0.05))
+    with pytest.raises(ConnectFailedError):
+        await pool.acquire(asyncio.get_running_loop().time() + PATIENCE_S)
+    pool.close()
+
+
+async def test_the_number_of_connections_is_bounded() -> None:
+    async with upstream(silent) as up:
+        pool = pool_of(up.port, UpstreamLimits(max_connections=2))
+        deadline = asyncio.get_running_loop().time() + 5
+        first = await pool.acquire(deadline)
+        await pool.acquire(deadline)
+        with pytest.raises(ConnectFailedError) as caught:
+            await pool.acquire(deadline)
+        assert caught.value.reason == "UPSTREAM_CONNECTIONS_EXHAUSTED"
+        pool.release(first)
+        assert await pool.acquire(deadline) is first
+        pool.close()
+
+
+async def test_the_last_used_is_used_first() -> None:
+    async with upstream(silent) as up:
+        pool = pool_of(up.port)
+        deadline = asyncio.get_running_loop().time() + 5
+        first, second = await pool.acquire(deadline), await pool.acquire(deadline)
+        pool.release(second)
+        pool.release(first)
+        assert pool.take() is first
+        assert pool.take() is second
+        assert pool.take() is None
+        pool.close()
+
+
+@pytest.mark.parametrize("farewell", [b"", b"HTTP/1.1 408 Request Timeout\r\n\r\n"])
+async def test_an_idle_connection_on_which_anything_happens_is_dropped(farewell: bytes) -> None:
+    go = asyncio.Event()
+
+    async def script(wire: Wire) -> None:
+        await wire.message()
+        await wire.send(OK)
+        await go.wait()
+        if farewell:
+            await wire.send(farewell)
+            await wire.rest()
+
+    async with upstream(script) as up:
+        pool = pool_of(up.port)
+        await pool.request(b"GET", b"/", [], timeout_s=5)
+        assert len(pool.connections) == 1
+        go.set()
+        await eventually(lambda: not pool.connections)
+        assert pool.take() is None
+        pool.close()
+
+
+async def test_idle_connections_end() -> None:
+    async with upstream(answering(OK)) as up:
+        pool = pool_of(up.port, UpstreamLimits(idle_s=0.05))
+        await pool.request(b"GET", b"/", [], timeout_s=5)
+        await eventually(lambda: not pool.connections)
+        pool.close()
+
+
+async def test_retire_closes_the_idle_and_marks_the_busy() -> None:
+    """The moment a freeze begins: nothing opened before it is used after it."""
+    go = asyncio.Event()
+    closed: list[int] = []
+    number = 0
+
+    async def script(wire: Wire) -> None:
+        nonlocal number
+        number += 1
+        me = number
+        await wire.message()
+        if me == 1:
+            await go.wait()
+        await wire.send(OK)
+        await wire.rest()
+        closed.append(me)
+
+    async with upstream(script) as up, relay(up.port) as r:
+        busy = await r.client()
+        await busy.send(get(b"/busy"))
+        await eventually(lambda: number == 1)
+        idle = await r.client()
+        await idle.send(get(b"/idle"))
+        await idle.message()
+        assert len(r.pool.connections) == 2
+        r.pool.retire()
+        await eventually(lambda: closed == [2])
+        go.set()
+        assert (await busy.message())[2] == b"ok"  # what is under way ends in peace
+        await eventually(lambda: closed == [2, 1])
+        await idle.send(get(b"/after"))
+        assert (await idle.message())[2] == b"ok"
+        assert up.connections == 3
+
+
+async def test_close_cuts_and_tells() -> None:
+    async with upstream(silent) as up:
+        pool = pool_of(up.port)
+        call = asyncio.create_task(pool.request(b"GET", b"/", [], timeout_s=5))
+        await eventually(lambda: up.connections == 1)
+        pool.close()
+        with pytest.raises(UpstreamBrokenError):
+            await call
+        with pytest.raises(ConnectFailedError):
+            await pool.acquire(asyncio.get_running_loop().time() + 5)
+
+
+async def test_connection_close_is_heeded() -> None:
+    closing = OK.replace(b"X-A: b", b"Connection: close")
+    async with upstream(answering(closing)) as up:
+        pool = pool_of(up.port)
+        for _ in range(2):
+            await pool.request(b"GET", b"/", [], timeout_s=5)
+        assert up.connections == 2
+        pool.close()
+
+
+@pytest.mark.parametrize("cut", range(1, len(OK), 7))
+async def test_responses_cut_anywhere(cut: int) -> None:
+    async def script(wire: Wire) -> None:
+        while True:
+            await wire.message()
+            await wire.send(OK[:cut])
+            await asyncio.sleep(0)
+            await wire.send(OK[cut:])
+
+    async with upstream(script) as up:
+        pool = pool_of(up.port)
+        for _ in range(3):
+            assert (await pool.request(b"GET", b"/", [], timeout_s=5)).body == b"ok"
+        assert up.connections == 1
+        pool.close()
+
+
+@pytest.mark.parametrize(("host", "authority"), [("127.0.0.1", b"127.0.0.1:9000"), ("::1", b"[::1]:9000")])
+async def test_authority(host: str, authority: bytes) -> None:
+    assert Pool(host, 9000, UpstreamLimits()).authority == authority
