@@ -138,7 +138,7 @@ class Freezer(Protocol):
     async def condition(self, handle: Handle) -> Condition:
         """What state the instance is really in. Reads the cgroup first; asks the driver only where it is safe.
 
-        Raises UnavailableError NVML_UNAVAILABLE where a frozen instance's memory can't be read.
+        Raises UnavailableError (NVML_UNAVAILABLE, DRIVER_BUSY ...) where nobody could ask: ask again later.
         """
 
     async def finish_freeze(self, handle: Handle) -> FreezeResult:
@@ -235,9 +235,7 @@ class Checkpointer(Protocol):
     A STATE of a process without CUDA is answered with NONE and does not end the batch.
     """
 
-    async def run(
-        self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()
-    ) -> CudaReply:
+    async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
         """Run the calls in order, stop at the first failure; never raises for the driver's answer.
 
         `deadline_s` counts from the moment the driver is asked, the wait for a free worker has its own bound.

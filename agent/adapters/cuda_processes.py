@@ -18,6 +18,8 @@ from agent.ports import Checkpointer, CudaCall, CudaFault, CudaOp, CudaReply, Cu
 MAX_LISTINGS = 5
 """Listings of one discovery before it is said that the processes do not stop changing."""
 
+CHANGING = "PROCESSES_CHANGE"
+
 Pids = Callable[[Handle], Awaitable[Sequence[int]]]
 """Host pids of an instance's processes (thread group leaders): `Runtime.pids`."""
 
@@ -46,6 +48,11 @@ class Found:
     @property
     def ok(self) -> bool:
         return not self.reason
+
+    @property
+    def not_begun(self) -> bool:
+        """Nobody could ask, or they did not stop changing: it says nothing about the processes."""
+        return self.reason == CHANGING or (self.failure is not None and self.failure.fault is CudaFault.NOT_BEGUN)
 
 
 def open_process(pid: int, boot_id: str) -> CudaProcess | None:
@@ -116,7 +123,7 @@ class CudaProcessFinder:
         release(opened.values())
         return Found(
             pids=listed,
-            reason="PROCESSES_CHANGE",
+            reason=CHANGING,
             message="the instance's processes did not stop changing while they were listed",
         )
 

@@ -231,7 +231,7 @@ class CudaFreezer:
             return refused(error.reason, error.message)
         held = self._held.get(handle.uid) or await self._discover(handle)
         if isinstance(held, FreezeResult):
-            return held
+            return await self._freeze_again(handle, held) if held.outcome is Outcome.REFUSED else held
         pairs = tuple(gpu_map.items())
         pids = [process.pid for process in held.processes]
         calls = [
@@ -252,6 +252,8 @@ class CudaFreezer:
             return broken("CUDA_PROCESS_DIED", f"a CUDA process ended during its restore: {message}")
         if reply.fault is CudaFault.STUCK:
             return broken(reason, message)
+        if reply.fault is CudaFault.NOT_BEGUN:
+            return await self._freeze_again(handle, refused(reason, message))
         states = await read_states(self._checkpointer, held.processes, self._limits.state_s)
         found = {answer.state for answer in states.answers}
         driver_ns = reply.driver_ns + states.driver_ns
@@ -264,16 +266,22 @@ class CudaFreezer:
             return broken(settled.reason, f"{message}; {settled.message}", driver_ns)
         if goal is CudaState.RUNNING:
             return FreezeResult(Outcome.OK, driver_ns=driver_ns)
+        again = replace(refused(reason, message, driver_ns), image_bytes=held.vram_bytes or 0)
+        return await self._freeze_again(handle, again)
+
+    async def _freeze_again(self, handle: Handle, result: FreezeResult) -> FreezeResult:
+        """After a wake that changed nothing: the threads stop as before."""
         try:
             await self._cgroups.freeze(handle)
         except HibernodeError as error:
-            return broken(error.reason, f"{message}; {error.message}", driver_ns)
-        return replace(refused(reason, message, driver_ns), image_bytes=held.vram_bytes or 0)
+            return replace(broken(error.reason, f"{result.message}; {error.message}"), driver_ns=result.driver_ns)
+        return result
 
     # ---- recovery ---------------------------------------------------------------------------------------------
 
     async def condition(self, handle: Handle) -> Condition:
-        """`Freezer.condition`. Raises UnavailableError NVML_UNAVAILABLE."""
+        """`Freezer.condition`. Raises UnavailableError NVML_UNAVAILABLE, or DRIVER_BUSY and the like: nobody could ask,
+        which says nothing about the instance."""
         pids = frozenset(await self._pids(handle))
         if not process_table.is_alive(handle.process, self._boot_id) or not pids:
             return Condition.GONE
@@ -289,6 +297,8 @@ class CudaFreezer:
 
     async def _ask_condition(self, handle: Handle) -> Condition:
         found = await self._finder.find(handle)
+        if found.not_begun:
+            raise UnavailableError(found.reason, f"the driver could not be asked: {found.message}", uid=handle.uid)
         if not found.ok:
             return Condition.BROKEN
         try:
@@ -359,7 +369,8 @@ class CudaFreezer:
         """The CUDA processes of an instance that this agent did not freeze itself."""
         found = await self._finder.find(handle)
         if not found.ok:
-            return broken(*failure(found.failure, found.reason, found.message))
+            give_up = refused if found.not_begun else broken
+            return give_up(*failure(found.failure, found.reason, found.message))
         self._held[handle.uid] = held = _Held(found.processes, vram_bytes=None)
         return held
 

@@ -390,6 +390,17 @@ async def test_an_instance_that_does_not_thaw_stays_frozen(world: World) -> None
     assert world.driver.operations[-1] == (CHECKPOINT, world.main)
 
 
+async def test_a_wake_without_a_free_worker_changes_nothing(world: World) -> None:
+    await world.freeze()
+    world.driver.not_begun = "DRIVER_BUSY"
+    for freezer in (world.freezer, world.restarted()):
+        result = await freezer.wake(world.handle, {})
+        assert (result.outcome, result.reason) == (Outcome.REFUSED, "DRIVER_BUSY")
+        assert world.cgroups.now is FreezerState.FROZEN
+    world.driver.not_begun = ""
+    assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
+
+
 # ---- recovery -------------------------------------------------------------------------------------------------
 
 
@@ -429,6 +440,12 @@ async def test_without_nvml_a_frozen_instance_is_not_judged(world: World) -> Non
     await world.freeze()
     world.gpus.unavailable = True
     with pytest.raises(UnavailableError, match="NVML_UNAVAILABLE"):
+        await world.freezer.condition(world.handle)
+
+
+async def test_without_a_free_worker_a_thawed_instance_is_not_judged(world: World) -> None:
+    world.driver.not_begun = "DRIVER_WORKERS_DOWN"
+    with pytest.raises(UnavailableError, match="DRIVER_WORKERS_DOWN"):
         await world.freezer.condition(world.handle)
 
 
