@@ -10,6 +10,7 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from agent.core.errors import ConflictError, HibernodeError, NotFoundError
 from agent.http.exchange import Exchange
@@ -155,6 +156,10 @@ def _raise_later(error: BaseException) -> None:
 # ---- a whole node ---------------------------------------------------------------------------------------------
 
 
+# To mypy the servicer is abstract; at run time what is left out answers UNIMPLEMENTED, which is what a fake wants.
+_Servicer: Any = instance_service_pb2_grpc.InstanceServiceServicer
+
+
 @dataclass
 class FakeInstance:
     """An instance that exists only in reports."""
@@ -172,7 +177,7 @@ class FakeInstance:
 
 
 @dataclass
-class FakeAgentNode(instance_service_pb2_grpc.InstanceServiceServicer):
+class FakeAgentNode(_Servicer):  # type: ignore[misc]  # see _Servicer
     """A node. `first_state`: of what it creates; `create_error`, `wake_error`: raised instead of obeying;
     `wake_gate`: a wake waits for it."""
 

@@ -1,0 +1,236 @@
+"""The scheduler daemon's composition root: builds everything, in order, and takes it down in reverse.
+
+`python -m agent.daemons.scheduler --config FILE` (or `hibernode scheduler --config FILE`). What must survive it is in
+the store; everything else comes back with the agents' load streams, so a SIGKILL loses only the requests inside the
+gateway. On SIGTERM: health NOT_SERVING, no new connections, requests in flight or queued end, then it leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from agent.adapters.clock import SystemClock
+from agent.adapters.state_dir import StateDir
+from agent.adapters.token_file import ensure_token, read_token
+from agent.api.admin_http import AdminServer
+from agent.api.function_servicer import FunctionServicer
+from agent.api.scheduler_metrics import SchedulerMetrics
+from agent.api.scheduler_servicer import SchedulerServicer
+from agent.core.dispatch import Dispatcher
+from agent.core.dispatch_events import Wake
+from agent.core.errors import HibernodeError, UnavailableError
+from agent.core.types import SECOND_NS, DispatchPolicy
+from agent.daemons.process import daemon_main, run_until_signal
+from agent.http.errors import RequestIds
+from agent.http.limits import Limits
+from agent.http.server import serve
+from agent.log import get_logger
+from agent.scheduler.deploy_rules import Defaults
+from agent.scheduler.desk import Desk
+from agent.scheduler.fleet import Fleet
+from agent.scheduler.functions import Catalog
+from agent.scheduler.gateway import Gateway
+from agent.scheduler.ingresses import Ingresses
+from agent.scheduler.links import Links
+from agent.scheduler.provisioner import Provisioner
+from agent.scheduler.routes import Router
+from agent.scheduler.store import Store
+from agent.scheduler.wakes import Wakes
+from agent.settings import SchedulerConfig
+from agent.wire.addresses import join
+from agent.wire.server import GrpcServer, Services
+from agent.wire.tokens import Principal, Role, TokenTable, node_tokens
+
+GRACE_S = 30.0
+GRPC_GRACE_S = 1.0
+SILENCE_CHECK_S = 0.25
+
+
+class SchedulerDaemon:
+    """Everything that lives as long as the daemon. `run` returns after a clean stop."""
+
+    def __init__(self, config: SchedulerConfig, stack: AsyncExitStack) -> None:
+        self._config = config
+        self._stack = stack
+        self._log = get_logger()
+        self._ready = False
+        self._background: set[asyncio.Task[None]] = set()
+        self.clock = SystemClock()
+        self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.SystemRandom().getrandbits)
+        self.state = stack.enter_context(StateDir(Path(config.state_dir)))
+        self.token = ensure_token(config.token_path)
+        self.node_tokens = {node.name: read_token(Path(node.token_file)) for node in config.nodes}
+
+    async def run(self) -> None:
+        """Build, read what is known, serve until told to stop."""
+        await self._build()
+        await self._load()
+        await self._bind()
+        await self.grpc.set_serving(True)
+        self._ready = True
+        self._log.info("scheduler.ready", gateway=self.gateway_address, grpc=self.grpc_address)
+        await run_until_signal([self.provisioner.run(), self._watch_silence()])
+        await self._leave()
+
+    # ---- building ---------------------------------------------------------------------------------------------
+
+    async def _build(self) -> None:
+        config = self._config
+        self.store = Store(config.database_url)
+        self._stack.push_async_callback(self.store.close)
+        self.dispatcher = Dispatcher()
+        self.desk = Desk(self.clock, self.dispatcher, self._wake)
+        self.fleet = Fleet(
+            self.clock,
+            self.desk.tell,
+            self._poke,
+            suspect_ns=config.report.suspect_ns,
+            lost_ns=config.report.lost_ns,
+            met=self._met,
+        )
+        self.links = Links(self.node_tokens, self._grpc_address_of, config.insecure)
+        self._stack.push_async_callback(self.links.close)
+        self.wakes = Wakes(self.links, self.desk.tell, self.fleet.unreachable, config.dispatch.hold_ns)
+        self._stack.push_async_callback(self.wakes.close)
+        self.catalog = Catalog(self.clock, self.store, self.desk.tell, self._poke, _defaults(config))
+        self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.links, self.desk.tell)
+        self.ingresses = Ingresses(self._ingress_address_of)
+        self._stack.callback(self.ingresses.close)
+        tokens = {name: token.encode() for name, token in self.node_tokens.items()}
+        self.gateway = Gateway(
+            self.clock,
+            Router(config.gateway.domain),
+            self.catalog,
+            self.desk,
+            self.ingresses.pool,
+            tokens.__getitem__,
+            self.fleet.unreachable,
+            self.request_ids,
+        )
+
+    async def _load(self) -> None:
+        """Functions as deployed; nodes met before have `report.lost` to show up."""
+        await self.store.open()
+        for name in await self.store.nodes():
+            if name in self.node_tokens:
+                self.fleet.expect(name)
+        await self.catalog.load()
+
+    def _wake(self, wake: Wake) -> None:
+        self.wakes.ask(wake)
+
+    def _poke(self) -> None:
+        self.provisioner.poke()
+
+    def _grpc_address_of(self, name: str) -> str:
+        node = self.fleet.node(name)
+        return "" if node is None else node.registration.grpc_address
+
+    def _ingress_address_of(self, name: str) -> str:
+        node = self.fleet.node(name)
+        return "" if node is None else node.registration.ingress_address
+
+    def _met(self, name: str) -> None:
+        """A node registered for the first time: remember it, without making its stream wait."""
+
+        async def remember() -> None:
+            try:
+                await self.store.put_node(name, self.clock.wall_ns())
+            except HibernodeError as error:
+                self._log.error("store.failed", node=name, reason=error.reason, message=error.message)
+
+        self._spawn(remember())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # ---- serving ----------------------------------------------------------------------------------------------
+
+    async def _bind(self) -> None:
+        """Listen everywhere and write down what was bound."""
+        config = self._config
+        limits = Limits(
+            header_bytes=config.limits.header_bytes,
+            target_bytes=config.limits.path_bytes,
+            body_bytes=config.limits.body_bytes,
+            max_connections=config.limits.connections,
+        )
+        try:
+            self.http = await serve(
+                self.gateway,
+                config.gateway.host,
+                config.gateway.port,
+                limits,
+                request_ids=self.request_ids,
+                on_fault=lambda error: self._log.error("gateway.fault", error=type(error).__name__, exc_info=error),
+            )
+            self._stack.push_async_callback(self.http.close, 0)
+            self.gateway_address = join(config.gateway.host, self.http.port)
+            self.admin = AdminServer(self._metrics().render, lambda: self._ready)
+            self._stack.push_async_callback(self.admin.stop)
+            admin_port = await self.admin.start(config.admin.host, config.admin.port)
+        except OSError as error:
+            text = f"cannot listen: {error.strerror}; choose another port for gateway or admin, or stop who has it"
+            raise UnavailableError("BIND_FAILED", text) from error
+        operator = Principal("operator", Role.OPERATOR)
+        services = Services(
+            scheduler=SchedulerServicer(self.fleet),
+            functions=FunctionServicer(self.catalog, self.fleet, self.dispatcher, f"http://{self.gateway_address}"),
+        )
+        self.grpc = GrpcServer(services, TokenTable([(self.token, operator), *node_tokens(self.node_tokens)]))
+        self._stack.push_async_callback(self.grpc.stop, 0)
+        self.grpc_address = join(
+            config.grpc.host, self.grpc.bind_tcp(config.grpc.host, config.grpc.port, config.insecure)
+        )
+        await self.grpc.start()
+        self.state.write_endpoints(
+            {
+                "gateway": self.gateway_address,
+                "grpc": self.grpc_address,
+                "admin": join(config.admin.host, admin_port),
+                "token_file": str(config.token_path),
+            }
+        )
+
+    def _metrics(self) -> SchedulerMetrics:
+        return SchedulerMetrics(self.catalog, self.fleet, self.dispatcher, self.gateway.counts, self.wakes.counts)
+
+    async def _watch_silence(self) -> None:
+        while True:
+            self.fleet.check_silence()
+            await asyncio.sleep(SILENCE_CHECK_S)
+
+    async def _leave(self) -> None:
+        """Nothing new; what was accepted ends, what waits in the queue included, for `GRACE_S` at the most."""
+        self._log.info("scheduler.stopping", open_requests=self.desk.open_requests)
+        self._ready = False
+        await self.grpc.set_serving(False)
+        silence = asyncio.get_running_loop().create_task(self._watch_silence())
+        cut = await self.http.close(GRACE_S)
+        silence.cancel()
+        await self.grpc.stop(GRPC_GRACE_S)
+        await asyncio.gather(silence, *self._background, return_exceptions=True)
+        self._log.info("scheduler.stopped", cut=cut)
+
+
+def _defaults(config: SchedulerConfig) -> Defaults:
+    dispatch = config.dispatch
+    policy = DispatchPolicy.PACK if dispatch.policy == "pack" else DispatchPolicy.SPREAD
+    return Defaults(policy, dispatch.wake_factor, dispatch.queue_length, dispatch.queue_timeout_ns)
+
+
+async def run(config: SchedulerConfig) -> None:
+    """Run the daemon until SIGTERM or SIGINT. Raises HibernodeError if it can't start."""
+    async with AsyncExitStack() as stack:
+        await SchedulerDaemon(config, stack).run()
+
+
+if __name__ == "__main__":
+    daemon_main("scheduler", SchedulerConfig, run)
