@@ -1,0 +1,74 @@
+"""GPU memory through the CUDA driver API and ctypes: no framework, no toolkit, only `libcuda.so.1`.
+
+Works on the GPU that CUDA_VISIBLE_DEVICES names first, in its primary context. Safe to use from several threads. While
+the instance is frozen every call simply takes longer: it returns after the wake.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+
+LIBRARY = "libcuda.so.1"
+
+
+class DeviceError(RuntimeError):
+    """The GPU can't be used, or a call on it failed; the message says which and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """An allocation in device memory."""
+
+    address: int
+    size_bytes: int
+
+
+class DeviceMemory:
+    """A context on the first visible GPU. Raises DeviceError if there is no driver or no GPU."""
+
+    def __init__(self) -> None:
+        try:
+            self._cuda = ctypes.CDLL(LIBRARY)
+        except OSError as error:
+            raise DeviceError(
+                f"{LIBRARY} can't be loaded ({error}): install the NVIDIA driver, or see `hibernode emulated env`"
+            ) from error
+        self._call("cuInit", ctypes.c_uint(0))
+        device = ctypes.c_int(0)
+        self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(0))
+        self._context = ctypes.c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+
+    def put(self, content: bytes) -> Block:
+        """Allocate and copy `content` (at least one byte) there."""
+        self._enter()
+        address = ctypes.c_uint64(0)
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(len(content)))
+        self._call("cuMemcpyHtoD_v2", address, content, ctypes.c_size_t(len(content)))
+        return Block(address.value, len(content))
+
+    def get(self, block: Block, offset: int = 0, size_bytes: int = -1) -> bytes:
+        """A copy of a block, or of `size_bytes` from `offset` on."""
+        size = block.size_bytes - offset if size_bytes < 0 else size_bytes
+        if offset < 0 or size < 0 or offset + size > block.size_bytes:
+            raise ValueError(f"{size} bytes at {offset} are not within a block of {block.size_bytes}")
+        if not size:
+            return b""
+        self._enter()
+        content = ctypes.create_string_buffer(size)
+        self._call("cuMemcpyDtoH_v2", content, ctypes.c_uint64(block.address + offset), ctypes.c_size_t(size))
+        return content.raw
+
+    def _enter(self) -> None:
+        """A context is current in a thread, and each connection has a thread of its own."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        code = getattr(self._cuda, name)(*arguments)
+        if code == 0:
+            return
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hint = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
+        raise DeviceError(f"{name} answered CUDA error {code}{hint}; see cuda.h, CUresult")
