@@ -1,0 +1,222 @@
+"""Takes the usage windows of the agents in: each counted once, whatever is repeated, and no doubt swallowed.
+
+Everything on the database runs in one thread of its own, so that it is one writer and the request path never waits
+for it; waiting jobs are bounded and every call has a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import sqlalchemy as sa
+
+from agent.core.errors import ExhaustedError, InvalidArgumentError, UnavailableError
+from agent.core.usage_window import Window
+from agent.log import get_logger
+from agent.ports import Clock
+from agent.scheduler.usage_tables import CONFLICTS, USAGE_METADATA, WINDOWS, digest_of, payload_of, row_of
+
+T = TypeVar("T")
+
+MAX_BATCH = 2_000
+_LARGEST = (1 << 63) - 1
+_CHUNK = 200
+"""Keys in one SELECT: far below SQLite's limits on variables and expression depth."""
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A window that was not stored, and why: USAGE_FOREIGN_NODE, USAGE_UNSEALED or USAGE_INVALID."""
+
+    key: Key
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """`acks`: kept for good, the agent may prune them; among them the `conflicts`, kept beside the first payload.
+
+    `marks` is the same as one number per instance: everything the batch had of it up to there is kept.
+    """
+
+    acks: tuple[Key, ...]
+    conflicts: tuple[Key, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+
+    @property
+    def marks(self) -> dict[str, int]:
+        barrier: dict[str, int] = {}
+        for refusal in self.refused:
+            uid, seq = refusal.key
+            barrier[uid] = min(seq, barrier.get(uid, seq))
+        marks: dict[str, int] = {}
+        for uid, seq in self.acks:
+            if seq < barrier.get(uid, _LARGEST):
+                marks[uid] = max(seq, marks.get(uid, seq))
+        return marks
+
+
+class UsageDatabase:
+    """One thread, one engine. Raises UnavailableError STORE_FAILED (without the URL, which may hold a password)."""
+
+    @classmethod
+    def at(cls, url: str) -> UsageDatabase:
+        """On its own engine for a SQLAlchemy URL. A SQLite file gets mode 0600 and WAL."""
+        engine = sa.create_engine(url)
+        if engine.dialect.name == "sqlite":
+            sa.event.listen(engine, "connect", _sqlite_pragmas)
+        return cls(engine)
+
+    def __init__(self, engine: sa.Engine, *, deadline_s: float = 10.0, queue_length: int = 64) -> None:
+        self.engine = engine
+        self._deadline_s = deadline_s
+        self._queue_length = queue_length
+        self._waiting = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
+
+    async def open(self) -> None:
+        """Make the tables where they are missing."""
+        await self.run(self._open)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run `work` in the thread. ExhaustedError USAGE_BUSY if too many wait already."""
+        if self._waiting >= self._queue_length:
+            raise ExhaustedError("USAGE_BUSY", f"{self._waiting} usage calls are waiting for the database; try later")
+        future = self._thread.submit(work)
+        self._waiting += 1
+        future.add_done_callback(self._count_down(asyncio.get_running_loop()))
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            problem = f"no answer within {self._deadline_s:g} s"
+            raise UnavailableError("STORE_FAILED", f"the usage database failed: {problem}; check it") from None
+        except (sa.exc.SQLAlchemyError, OSError) as error:
+            kind = type(getattr(error, "orig", None) or error).__name__
+            text = f"the usage database failed ({kind}); check the disk, its owner and its space"
+            raise UnavailableError("STORE_FAILED", text) from error
+
+    def close(self) -> None:
+        """Let go of the engine once the jobs that wait (at most `queue_length`) have ended; does not wait for it."""
+        self._thread.submit(self.engine.dispose)
+        self._thread.shutdown(wait=False)
+
+    def _open(self) -> None:
+        path = self.engine.url.database
+        if self.engine.dialect.name == "sqlite" and path:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        USAGE_METADATA.create_all(self.engine)
+
+    def _count_down(self, loop: asyncio.AbstractEventLoop) -> Callable[[object], None]:
+        def done() -> None:
+            self._waiting -= 1
+
+        def from_any_thread(_: object) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(done)
+
+        return from_any_thread
+
+
+def _sqlite_pragmas(connection: sqlite3.Connection, _record: object) -> None:
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+class UsageCollector:
+    """`accept` is all an agent's upload needs."""
+
+    def __init__(self, database: UsageDatabase, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+        self._log = get_logger()
+
+    async def accept(self, node: str, windows: Sequence[Window]) -> Accepted:
+        """Store what `node` (the name its credential proves) reports about itself, in one transaction.
+
+        A repetition is acknowledged and changes nothing. The same key with another payload is kept as a conflict,
+        acknowledged and reported. Windows of other nodes, open ones and impossible ones are refused, each by itself.
+        Raises InvalidArgumentError USAGE_BATCH_TOO_LARGE, UnavailableError STORE_FAILED, ExhaustedError USAGE_BUSY.
+        """
+        if len(windows) > MAX_BATCH:
+            raise InvalidArgumentError("USAGE_BATCH_TOO_LARGE", f"send at most {MAX_BATCH} windows at once")
+        refused, good = [], []
+        for window in windows:
+            reason = _objection(node, window)
+            if reason:
+                refused.append(Refusal((window.instance_uid, window.seq), reason))
+            else:
+                good.append(window)
+        now = self._clock.wall_ns()
+        conflicts = await self._database.run(lambda: self._store(good, now)) if good else ()
+        for key in conflicts:
+            self._log.error("usage.conflict", node=node, instance=key[0], seq=key[1])
+        for refusal in refused:
+            self._log.warning(
+                "usage.refused", node=node, instance=refusal.key[0], seq=refusal.key[1], reason=refusal.reason
+            )
+        return Accepted(tuple((w.instance_uid, w.seq) for w in good), conflicts, tuple(refused))
+
+    def _store(self, windows: Sequence[Window], now: int) -> tuple[Key, ...]:
+        conflicts: list[Key] = []
+        with self._database.engine.begin() as connection:
+            known = _digests(connection, {(w.instance_uid, w.seq) for w in windows})
+            fresh: list[dict[str, object]] = []
+            for window in windows:
+                key, payload = (window.instance_uid, window.seq), payload_of(window)
+                digest = digest_of(payload)
+                if key not in known:
+                    known[key] = digest
+                    fresh.append({**row_of(window), "digest": digest, "received_wall_ns": now})
+                elif known[key] != digest:
+                    conflicts.append(key)
+                    _keep_conflict(connection, window, payload, now)
+            if fresh:
+                connection.execute(sa.insert(WINDOWS), fresh)
+        return tuple(conflicts)
+
+
+def _objection(node: str, w: Window) -> str:
+    """Why a window is not taken; "" if it is."""
+    if w.node != node:
+        return "USAGE_FOREIGN_NODE"
+    if not w.sealed:
+        return "USAGE_UNSEALED"
+    sums = (w.active_ns, w.idle_ns, w.unbilled_ns)
+    sizes = (w.gpu_count, w.gpu_memory_bytes, w.vcpu_millis, w.memory_bytes, w.disk_bytes)
+    numbers = (w.seq, w.start_mono_ns, w.end_mono_ns, w.start_wall_ns, w.invocations, *sums, *sizes)
+    if not w.instance_uid or not all(0 <= number <= _LARGEST for number in numbers):
+        return "USAGE_INVALID"
+    return "" if sum(sums) == w.end_mono_ns - w.start_mono_ns else "USAGE_INVALID"
+
+
+def _digests(connection: sa.Connection, keys: set[Key]) -> dict[Key, str]:
+    """Digest of the stored payload, by key, for those of `keys` that are stored."""
+    found: dict[Key, str] = {}
+    ordered = sorted(keys)
+    for start in range(0, len(ordered), _CHUNK):
+        chunk = ordered[start : start + _CHUNK]
+        query = sa.select(WINDOWS.c.instance_uid, WINDOWS.c.seq, WINDOWS.c.digest).where(
+            sa.tuple_(WINDOWS.c.instance_uid, WINDOWS.c.seq).in_(chunk)
+        )
+        found.update({(uid, seq): digest for uid, seq, digest in connection.execute(query)})
+    return found
+
+
+def _keep_conflict(connection: sa.Connection, window: Window, payload: str, now: int) -> None:
+    """Beside the first payload; the same conflict again adds nothing."""
+    digest = digest_of(payload)
+    key = (window.instance_uid, window.seq, digest)
+    same = sa.tuple_(CONFLICTS.c.instance_uid, CONFLICTS.c.seq, CONFLICTS.c.digest).in_([key])
+    if connection.execute(sa.select(CONFLICTS.c.digest).where(same)).first() is None:
+        values = dict(zip(("instance_uid", "seq", "digest"), key, strict=True))
+        row = {**values, "node": window.node, "payload": payload, "received_wall_ns": now}
+        connection.execute(sa.insert(CONFLICTS).values(**row))
