@@ -11,6 +11,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from agent.core.errors import PreconditionError, UnavailableError
 from agent.emulated.oplog import OpRecord
@@ -33,12 +34,16 @@ class DeviceView:
 
 @dataclass(frozen=True, slots=True)
 class ProcessView:
-    """A CUDA process now. state: RUNNING, LOCKED, CHECKPOINTED or FAILED; vram_bytes by GPU uuid."""
+    """A CUDA process now. state: RUNNING, LOCKED, CHECKPOINTED or FAILED; vram_bytes by GPU uuid.
+
+    image_bytes: what the host holds of its VRAM. operation: the checkpoint call under way, "" if none.
+    """
 
     pid: int
     state: str
     vram_bytes: dict[str, int]
     image_bytes: int
+    operation: str
 
 
 class EmulatedDriver:
@@ -92,7 +97,7 @@ class EmulatedDriver:
         """How long operations take from now on; 0, 0 = as fast as memory."""
         self._ask("set_latency", fixed_us=fixed_us, bandwidth_bytes_s=bandwidth_bytes_s)
 
-    def _ask(self, command: str, **arguments: object):  # type: ignore[no-untyped-def]
+    def _ask(self, command: str, **arguments: object) -> Any:
         try:
             answer = json.loads(self._exchange(json.dumps({"command": command, **arguments}).encode() + b"\n"))
         except (OSError, ValueError) as error:

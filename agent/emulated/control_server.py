@@ -6,9 +6,10 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import cast
 
 from agent.core.errors import HibernodeError, InvalidArgumentError, PreconditionError
-from agent.emulated.control import DeviceView, ProcessView
+from agent.emulated.control import DEADLINE_S, DeviceView, ProcessView
 from agent.emulated.driver import Driver
 from agent.emulated.latency import Latency
 from agent.emulated.processes import CudaProcess
@@ -31,6 +32,7 @@ class ControlServer:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
+        self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._commands: dict[str, Callable[[Request], object]] = {
             "devices": self._devices,
             "processes": self._processes,
@@ -41,6 +43,8 @@ class ControlServer:
         }
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        self._clients[task] = writer
         try:
             while line := await reader.readline():
                 writer.write(json.dumps(self._answer(line)).encode() + b"\n")
@@ -49,6 +53,15 @@ class ControlServer:
             pass
         finally:
             writer.close()
+            del self._clients[task]
+
+    async def close(self) -> None:
+        """Disconnect every client and wait until its task has ended."""
+        clients = dict(self._clients)
+        for writer in clients.values():
+            writer.close()
+        if clients:
+            await asyncio.wait(clients, timeout=DEADLINE_S)
 
     def _answer(self, line: bytes) -> dict[str, object]:
         try:
@@ -85,6 +98,7 @@ class ControlServer:
                     process.state.name,
                     {d.uuid_text: used for d in devices if (used := process.bytes_on(d.index))},
                     process.image_bytes(),
+                    process.current.op.name.lower() if process.current else "",
                 )
             )
             for process in self._driver.processes.values()

@@ -48,12 +48,8 @@ class _Acceptor:
         self._driver = driver
         self._loop = loop
         self._open: set[Connection] = set()
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock = _bind(path, socket.SOCK_SEQPACKET, 0o666)  # as /dev/nvidia*: any user may compute
         self._sock.setblocking(False)
-        path.unlink(missing_ok=True)
-        with socket_path(path) as address:
-            self._sock.bind(address)
-        path.chmod(0o666)  # as /dev/nvidia*: any user may compute
         self._sock.listen(_BACKLOG)
         loop.add_reader(self._sock.fileno(), self._accept)
 
@@ -94,14 +90,17 @@ async def run(options: Options) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
         acceptor = _Acceptor(directory / DRIVER_SOCKET, driver, loop)
-        control = await _serve_control(directory, driver)
+        control = ControlServer(driver)
+        control_socket = _bind(directory / CONTROL_SOCKET, socket.SOCK_STREAM, 0o600)
+        listener = await asyncio.start_unix_server(control.serve, sock=control_socket, limit=MAX_LINE)
         gpus = [device.uuid_text for device in driver.devices]
         _write_ready(directory, {"pid": os.getpid(), "driver_version": driver.profile.version, "gpus": gpus})
         log.info("emulated.ready", directory=str(directory), driver_version=driver.profile.version, gpus=gpus)
         try:
             await stop.wait()
         finally:
-            control.close()
+            listener.close()
+            await control.close()
             acceptor.close()
             await driver.close()
             for name in (READY_FILE, DRIVER_SOCKET, CONTROL_SOCKET):
@@ -109,13 +108,14 @@ async def run(options: Options) -> None:
             log.info("emulated.stopped", directory=str(directory))
 
 
-async def _serve_control(directory: Path, driver: Driver) -> asyncio.Server:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    (directory / CONTROL_SOCKET).unlink(missing_ok=True)
-    with socket_path(directory / CONTROL_SOCKET) as address:
+def _bind(path: Path, kind: socket.SocketKind, mode: int) -> socket.socket:
+    """A unix socket at `path` with these permissions; one left there by a crash is replaced."""
+    sock = socket.socket(socket.AF_UNIX, kind)
+    path.unlink(missing_ok=True)
+    with socket_path(path) as address:
         sock.bind(address)
-    (directory / CONTROL_SOCKET).chmod(0o600)
-    return await asyncio.start_unix_server(ControlServer(driver).serve, sock=sock, limit=MAX_LINE)
+    path.chmod(mode)
+    return sock
 
 
 def _write_ready(directory: Path, content: dict[str, object]) -> None:

@@ -1,0 +1,215 @@
+"""A program that uses libcuda as applications and checkpoint tools do, told what to do by JSON lines on stdin.
+
+Started by harness.CudaProgram; imports nothing of the project, so that it sees only what any program sees.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+Answer = dict[str, Any]
+
+LOCK_ARGS = ctypes.c_uint * 16
+
+
+class Cuda:
+    """One method a command; each answers a dict. `rc` is always a CUresult."""
+
+    def __init__(self) -> None:
+        self.cuda = ctypes.CDLL("libcuda.so.1")
+        self.cuda.cuMemAlloc_v2.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self.cuda.cuMemFree_v2.argtypes = [ctypes.c_uint64]
+        self.cuda.cuMemcpyHtoD_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t]
+        self.cuda.cuMemcpyDtoH_v2.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t]
+        self.cuda.cuMemcpyDtoD_v2.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t]
+        self.cuda.cuMemsetD8_v2.argtypes = [ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t]
+        self.cuda.cuMemsetD32_v2.argtypes = [ctypes.c_uint64, ctypes.c_uint, ctypes.c_size_t]
+        self.host_function: object = None
+
+    def init(self) -> Answer:
+        return {"rc": self.cuda.cuInit(0)}
+
+    def context(self, device: int = 0) -> Answer:
+        context = ctypes.c_void_p()
+        rc = self.cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+        return {"rc": rc or self.cuda.cuCtxSetCurrent(context)}
+
+    def release_context(self, device: int = 0) -> Answer:
+        return {"rc": self.cuda.cuDevicePrimaryCtxRelease_v2(device)}
+
+    def alloc(self, size: int) -> Answer:
+        address = ctypes.c_uint64()
+        rc = self.cuda.cuMemAlloc_v2(ctypes.byref(address), size)
+        return {"rc": rc, "address": address.value}
+
+    def free(self, address: int) -> Answer:
+        return {"rc": self.cuda.cuMemFree_v2(address)}
+
+    def write(self, address: int, size: int, seed: int) -> Answer:
+        data = random.Random(seed).randbytes(size)
+        return {"rc": self.cuda.cuMemcpyHtoD_v2(address, data, size), "digest": hashlib.sha256(data).hexdigest()}
+
+    def fill(self, address: int, size: int, value: int, width: int = 1) -> Answer:
+        memset = self.cuda.cuMemsetD8_v2 if width == 1 else self.cuda.cuMemsetD32_v2
+        return {"rc": memset(address, value, size // width)}
+
+    def copy(self, to: int, source: int, size: int) -> Answer:
+        return {"rc": self.cuda.cuMemcpyDtoD_v2(to, source, size)}
+
+    def read(self, address: int, size: int, raw: bool = False) -> Answer:
+        buffer = ctypes.create_string_buffer(size)
+        rc = self.cuda.cuMemcpyDtoH_v2(buffer, address, size)
+        answer = {"rc": rc, "digest": hashlib.sha256(buffer.raw).hexdigest(), "zero": not any(buffer.raw)}
+        return {**answer, "hex": buffer.raw.hex()} if raw else answer
+
+    def synchronize(self) -> Answer:
+        return {"rc": self.cuda.cuCtxSynchronize()}
+
+    def memory(self) -> Answer:
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        rc = self.cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        return {"rc": rc, "free": free.value, "total": total.value}
+
+    def devices(self) -> Answer:
+        count = ctypes.c_int()
+        rc = self.cuda.cuDeviceGetCount(ctypes.byref(count))
+        found = []
+        for index in range(count.value):
+            uuid, name = ctypes.create_string_buffer(16), ctypes.create_string_buffer(100)
+            self.cuda.cuDeviceGetUuid_v2(uuid, index)
+            self.cuda.cuDeviceGetName(name, 100, index)
+            found.append({"uuid": uuid.raw.hex(), "name": name.value.decode()})
+        return {"rc": rc, "devices": found}
+
+    def resident_bytes(self) -> Answer:
+        with open("/proc/self/statm") as statm:
+            words = [int(word) for word in statm.read().split()]
+        return {"rc": 0, "private": (words[1] - words[2]) * 4096, "shared": words[2] * 4096}
+
+    def begin_work(self) -> Answer:
+        """Work in a stream that does not end before end_work: what a lock has to wait for."""
+        started, self.end = threading.Event(), threading.Event()
+
+        def work(_data: object) -> None:
+            started.set()
+            self.end.wait(30)
+
+        self.host_function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)
+
+        context = ctypes.c_void_p()
+        self.cuda.cuCtxGetCurrent(ctypes.byref(context))
+
+        def run() -> None:
+            self.cuda.cuCtxSetCurrent(context)
+            self.cuda.cuLaunchHostFunc(None, self.host_function, None)
+
+        self.worker = threading.Thread(target=run, daemon=True)
+        self.worker.start()
+        return {"rc": 0 if started.wait(10) else 999}
+
+    def end_work(self) -> Answer:
+        self.end.set()
+        self.worker.join(10)
+        return {"rc": 0}
+
+    def fork(self) -> Answer:
+        """What a child forked after cuInit gets from CUDA, and which sockets and device mappings it kept."""
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with open("/proc/self/maps") as maps:
+                mapped = sum("emulated" in line for line in maps)
+            links = [
+                os.readlink(f"/proc/self/fd/{fd}")
+                for fd in os.listdir("/proc/self/fd")
+                if fd != "3" and os.path.lexists(f"/proc/self/fd/{fd}")
+            ]
+            said = {
+                "rc": self.cuda.cuCtxSynchronize(),
+                "init": self.cuda.cuInit(0),
+                "sockets": sum(link.startswith("socket:") for link in links),
+                "memfds": sum("memfd:" in link for link in links),
+                "mapped": mapped,
+            }
+            os.write(writer, json.dumps(said).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as answers:
+            answer: Answer = json.loads(answers.read())
+        os.waitpid(child, 0)
+        return answer
+
+    def fork_sleeper(self) -> Answer:
+        """A child that outlives its parent's death and holds nothing of CUDA."""
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            while True:
+                threading.Event().wait(60)
+        return {"rc": 0, "pid": child}
+
+    def exec_sleeper(self) -> None:
+        """Become another program, under the same pid."""
+        say({"rc": 0})
+        os.execv(sys.executable, [sys.executable, __file__])
+
+    # ---- the checkpoint API, as a tool calls it ---------------------------------------------------------------
+
+    def state(self, pid: int) -> Answer:
+        value = ctypes.c_int(-1)
+        rc = self.cuda.cuCheckpointProcessGetState(pid, ctypes.byref(value))
+        return {"rc": rc, "state": value.value}
+
+    def restore_thread(self, pid: int) -> Answer:
+        value = ctypes.c_int(-1)
+        rc = self.cuda.cuCheckpointProcessGetRestoreThreadId(pid, ctypes.byref(value))
+        return {"rc": rc, "tid": value.value}
+
+    def lock(self, pid: int, timeout_ms: int = 0) -> Answer:
+        return {"rc": self.cuda.cuCheckpointProcessLock(pid, LOCK_ARGS(timeout_ms))}
+
+    def checkpoint(self, pid: int) -> Answer:
+        return {"rc": self.cuda.cuCheckpointProcessCheckpoint(pid, None)}
+
+    def restore(self, pid: int, pairs: Sequence[Sequence[str]] = ()) -> Answer:
+        raw = b"".join(bytes.fromhex(old) + bytes.fromhex(new) for old, new in pairs)
+        buffer = ctypes.create_string_buffer(raw, max(1, len(raw)))
+        args = (ctypes.c_uint64 * 8)(ctypes.addressof(buffer) if pairs else 0, len(pairs))
+        return {"rc": self.cuda.cuCheckpointProcessRestore(pid, args)}
+
+    def unlock(self, pid: int) -> Answer:
+        return {"rc": self.cuda.cuCheckpointProcessUnlock(pid, None)}
+
+    def get_proc_address(self, symbol: str, version: int) -> Answer:
+        function, status = ctypes.c_void_p(1), ctypes.c_int(-1)
+        rc = self.cuda.cuGetProcAddress_v2(
+            symbol.encode(), ctypes.byref(function), version, ctypes.c_uint64(0), ctypes.byref(status)
+        )
+        return {"rc": rc, "found": function.value is not None, "status": status.value}
+
+    def driver_version(self) -> Answer:
+        value = ctypes.c_int()
+        return {"rc": self.cuda.cuDriverGetVersion(ctypes.byref(value)), "version": value.value}
+
+
+def say(answer: Answer) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    cuda = Cuda()
+    say({"pid": os.getpid()})
+    for line in sys.stdin:
+        request = json.loads(line)
+        say(getattr(cuda, request.pop("command"))(**request))
+
+
+if __name__ == "__main__":
+    main()

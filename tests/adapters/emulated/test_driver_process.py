@@ -1,0 +1,183 @@
+"""The driver process itself: its directory, its one instance, its control socket, its build."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from agent.core.errors import InvalidArgumentError, PreconditionError, UnavailableError
+from agent.emulated.build import build
+from agent.emulated.control import EmulatedDriver
+from agent.emulated.env import exports
+from agent.emulated.options import Options, parse_bandwidth
+from agent.emulated.profiles import find_profile
+from tests.adapters.emulated.conftest import StartDriver
+from tests.adapters.emulated.harness import MIB, ROOT, CudaProgram, RunningDriver, freeze, wake
+
+
+def test_a_second_driver_in_the_same_directory_is_refused(driver: RunningDriver, build_cache: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "agent.emulated", "up", "--dir", str(driver.directory)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "XDG_CACHE_HOME": str(build_cache)},
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 4
+    assert "EMULATED_DRIVER_RUNNING" in done.stderr
+    assert driver.control.devices()
+
+
+def test_it_removes_its_sockets_and_keeps_its_gpus_uuids(start_driver: StartDriver, tmp_path: Path) -> None:
+    home, other = tmp_path / "home", tmp_path / "other"
+    first = start_driver(directory=home)
+    uuids = [device.uuid for device in first.control.devices()]
+    first.process.terminate()
+    first.process.wait(10)
+    assert sorted(path.name for path in home.iterdir()) == ["bin", "identity", "lib", "lock"]
+    again = start_driver(directory=home)
+    assert [device.uuid for device in again.control.devices()] == uuids
+    assert not {device.uuid for device in start_driver(directory=other).control.devices()} & set(uuids)
+
+
+def test_a_directory_with_a_long_path(start_driver: StartDriver, tmp_path: Path) -> None:
+    driver = start_driver(directory=tmp_path / ("d" * 120))
+    driver.application().must("alloc", size=MIB)
+    assert driver.used_bytes() == MIB
+
+
+def test_env_prints_exports_a_shell_understands_and_prepends(driver: RunningDriver) -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "agent.emulated", "env", "--dir", str(driver.directory)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "LD_LIBRARY_PATH": "/opt/own", "PATH": os.environ["PATH"]},
+        timeout=20,
+        check=True,
+    ).stdout
+    settings = dict(word.split("=", 1) for word in shlex.split(printed) if "=" in word)
+    assert settings["LD_LIBRARY_PATH"] == f"{driver.directory}/lib:/opt/own"
+    assert settings["PATH"] == f"{driver.directory}/bin:{os.environ['PATH']}"
+    twice = exports(driver.directory, exports(driver.directory, {"PATH": "/usr/bin"}))
+    assert twice["PATH"] == f"{driver.directory}/bin:/usr/bin"
+
+
+def test_the_library_finds_its_driver_without_the_variable(driver: RunningDriver) -> None:
+    program = driver.program(HIBERNODE_EMULATED_SOCKET="")
+    program.must("init")
+    assert len(program.must("devices")["devices"]) == 2
+
+
+def test_the_log_has_every_operation_with_its_bytes_and_time(driver: RunningDriver, tool: CudaProgram) -> None:
+    app = driver.application()
+    app.must("alloc", size=4 * MIB)
+    freeze(tool, app.pid)
+    middle = driver.control.oplog()[-1].seq
+    wake(tool, app.pid)
+    everything = driver.control.oplog()
+    assert [(r.op, r.pid, r.bytes, r.result) for r in everything] == [
+        ("lock", app.pid, 0, 0),
+        ("checkpoint", app.pid, 4 * MIB, 0),
+        ("restore", app.pid, 4 * MIB, 0),
+        ("unlock", app.pid, 0, 0),
+    ]
+    assert all(0 < record.us < 5_000_000 for record in everything)
+    assert [record.op for record in driver.control.oplog(since=middle)] == ["restore", "unlock"]
+    assert driver.control.oplog(since=everything[-1].seq) == []
+
+
+def test_the_latency_model_sets_a_floor(driver: RunningDriver, tool: CudaProgram) -> None:
+    app = driver.application()
+    app.must("alloc", size=4 * MIB)
+    driver.control.set_latency(fixed_us=2_000, bandwidth_bytes_s=100 * MIB)
+    freeze(tool, app.pid)
+    wake(tool, app.pid)
+    took = {record.op: record.us for record in driver.control.oplog()}
+    assert took["lock"] >= 2_000
+    assert took["checkpoint"] >= 2_000 + 60_000
+    assert took["restore"] >= 2_000 + 40_000
+    assert took["unlock"] >= 2_000
+
+
+def test_a_flipped_byte_is_seen_live_and_after_a_restore(driver: RunningDriver, tool: CudaProgram) -> None:
+    app, other = driver.application(), driver.application(device=1)
+    blocks = [app.must("alloc", size=1000)["address"] for _ in range(2)]
+    for address in blocks:
+        app.must("fill", address=address, size=1000, value=0)
+    other.must("alloc", size=64)
+    uuid = driver.control.devices()[0].uuid
+    assert driver.control.flip_byte(pid=app.pid, offset=1003) == app.pid
+    assert app.must("read", address=blocks[1] + 2, size=3, raw=True)["hex"] == "00ff00"
+    freeze(tool, app.pid)
+    assert driver.control.flip_byte(uuid=uuid, offset=7) == app.pid
+    wake(tool, app.pid)
+    assert app.must("read", address=blocks[0] + 6, size=3, raw=True)["hex"] == "00ff00"
+    with pytest.raises(PreconditionError, match="EMULATED_NO_BYTE"):
+        driver.control.flip_byte(pid=app.pid, offset=2000)
+
+
+def test_control_without_a_driver_and_with_nonsense(driver: RunningDriver, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="EMULATED_DRIVER_DOWN"):
+        EmulatedDriver(tmp_path / "nowhere").devices()
+    with pytest.raises(PreconditionError, match="EMULATED_COMMAND_UNKNOWN"):
+        driver.control._ask("explode")
+    with pytest.raises(PreconditionError, match="EMULATED_OPTION_INVALID"):
+        driver.control.oplog(since=-1)
+
+
+def test_options_are_checked(tmp_path: Path) -> None:
+    assert parse_bandwidth("8GB/s") == 8 * 10**9
+    assert parse_bandwidth("0.5 MiB/s") == MIB // 2
+    assert parse_bandwidth("0") == 0
+    for text in ("fast", "8XB/s", "-1GB/s"):
+        with pytest.raises(InvalidArgumentError, match="EMULATED_OPTION_INVALID"):
+            parse_bandwidth(text)
+    with pytest.raises(InvalidArgumentError, match="gpus must be"):
+        Options(tmp_path, gpus=0)
+    with pytest.raises(InvalidArgumentError, match="EMULATED_PROFILE_UNKNOWN"):
+        find_profile("999")
+
+
+def test_processes_that_race_to_build_all_get_a_whole_build(build_cache: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from agent.emulated.build import build; "
+        "from agent.emulated.profiles import find_profile; print(build(find_profile('580'), Path(sys.argv[1])))"
+    )
+
+    def one(_index: int) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "cache")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=True,
+        ).stdout.strip()
+
+    with ThreadPoolExecutor(2) as pool:
+        built = set(pool.map(one, range(2)))
+    assert len(built) == 1
+    folder = Path(built.pop())
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
+        "bin/cuda-checkpoint",
+        "lib/libcuda.so.1",
+        "lib/libnvidia-ml.so.1",
+    ]
+
+
+def test_without_a_compiler_the_error_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(PreconditionError, match="apt-get install gcc libc6-dev") as raised:
+        build(find_profile("580"), tmp_path)
+    assert raised.value.reason == "EMULATED_DRIVER_NEEDS_CC"
