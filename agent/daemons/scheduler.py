@@ -14,6 +14,9 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+import agent.scheduler
 from agent.adapters.clock import SystemClock
 from agent.adapters.state_dir import StateDir
 from agent.adapters.token_file import ensure_token, read_token
@@ -21,9 +24,11 @@ from agent.api.admin_http import AdminServer
 from agent.api.function_servicer import FunctionServicer
 from agent.api.scheduler_metrics import SchedulerMetrics
 from agent.api.scheduler_servicer import SchedulerServicer
+from agent.api.usage_servicer import UsageServicer
 from agent.core.dispatch import Dispatcher
 from agent.core.dispatch_events import Wake
-from agent.core.errors import HibernodeError, UnavailableError
+from agent.core.errors import ConfigError, HibernodeError, UnavailableError
+from agent.core.price_book import PriceBook, parse_price_book
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.daemons.process import daemon_main, run_until_signal
 from agent.http.errors import RequestIds
@@ -40,12 +45,15 @@ from agent.scheduler.links import Links
 from agent.scheduler.provisioner import Provisioner
 from agent.scheduler.routes import Router
 from agent.scheduler.store import Store
+from agent.scheduler.usage import UsageCollector, UsageDatabase
+from agent.scheduler.usage_reports import UsageReports
 from agent.scheduler.wakes import Wakes
 from agent.settings import SchedulerConfig
 from agent.wire.addresses import join
 from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable, node_tokens
 
+PRICE_BOOK = Path(agent.scheduler.__file__).with_name("price-book.yaml")
 GRACE_S = 30.0
 GRPC_GRACE_S = 1.0
 SILENCE_CHECK_S = 0.25
@@ -64,6 +72,7 @@ class SchedulerDaemon:
         self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.SystemRandom().getrandbits)
         self.state = stack.enter_context(StateDir(Path(config.state_dir)))
         self.token = ensure_token(config.token_path)
+        self.prices = _price_book(config)
         self.node_tokens = {node.name: read_token(Path(node.token_file)) for node in config.nodes}
 
     async def run(self) -> None:
@@ -83,6 +92,8 @@ class SchedulerDaemon:
         config = self._config
         self.store = Store(config.database_url)
         self._stack.push_async_callback(self.store.close)
+        self.usage = UsageDatabase.at(config.database_url)
+        self._stack.callback(self.usage.close)
         self.dispatcher = Dispatcher()
         self.desk = Desk(self.clock, self.dispatcher, self._wake)
         self.fleet = Fleet(
@@ -116,6 +127,7 @@ class SchedulerDaemon:
     async def _load(self) -> None:
         """Functions as deployed; nodes met before have `report.lost` to show up."""
         await self.store.open()
+        await self.usage.open()
         for name in await self.store.nodes():
             if name in self.node_tokens:
                 self.fleet.expect(name)
@@ -183,6 +195,7 @@ class SchedulerDaemon:
         services = Services(
             scheduler=SchedulerServicer(self.fleet),
             functions=FunctionServicer(self.catalog, self.fleet, self.dispatcher, f"http://{self.gateway_address}"),
+            usage=UsageServicer(UsageCollector(self.usage, self.clock), UsageReports(self.usage), self.prices),
         )
         self.grpc = GrpcServer(services, TokenTable([(self.token, operator), *node_tokens(self.node_tokens)]))
         self._stack.push_async_callback(self.grpc.stop, 0)
@@ -224,6 +237,19 @@ def _defaults(config: SchedulerConfig) -> Defaults:
     dispatch = config.dispatch
     policy = DispatchPolicy.PACK if dispatch.policy == "pack" else DispatchPolicy.SPREAD
     return Defaults(policy, dispatch.wake_factor, dispatch.queue_length, dispatch.queue_timeout_ns)
+
+
+def _price_book(config: SchedulerConfig) -> PriceBook:
+    """The configured one, or the one that comes with Hibernode. Raises ConfigError."""
+    path = Path(config.price_book) if config.price_book else PRICE_BOOK
+    try:
+        text = path.read_text(encoding="utf-8")
+        return parse_price_book(yaml.safe_load(text), str(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        kind = type(error).__name__
+        raise ConfigError(
+            "PRICE_BOOK_INVALID", f"cannot read the price book {path} ({kind}); fix price_book"
+        ) from error
 
 
 async def run(config: SchedulerConfig) -> None:

@@ -1,0 +1,87 @@
+"""Usage through the daemon: an agent's windows in, priced rows out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from agent.core.errors import PermissionDeniedError
+from agent.core.types import GIB, SECOND_NS
+from agent.core.usage_window import Window
+from agent.daemons.scheduler import PRICE_BOOK
+from agent.v1.usage_service_pb2 import ListUsageRequest, UploadUsageWindowsRequest
+from agent.wire.clients import DaemonChannel
+from agent.wire.convert_usage import window_to_proto
+from tests.scheduler.test_daemon import NODE_TOKEN, Daemon, running
+
+WINDOW = Window(
+    instance_uid="i-1",
+    seq=0,
+    node="gpu-1",
+    boot_id="boot-1",
+    function="ocr",
+    state="RUNNING",
+    gpu_model="Emulated Ada",
+    gpu_uuids=("g0",),
+    gpu_count=1,
+    gpu_memory_bytes=16 * GIB,
+    vcpu_millis=1000,
+    memory_bytes=GIB,
+    disk_bytes=0,
+    start_mono_ns=0,
+    end_mono_ns=10 * SECOND_NS,
+    start_wall_ns=1_760_000_000 * SECOND_NS,
+    active_ns=4 * SECOND_NS,
+    idle_ns=6 * SECOND_NS,
+    unbilled_ns=0,
+    invocations=2,
+    estimated=False,
+    sealed=True,
+)
+
+
+@pytest.fixture
+async def daemon(tmp_path: Path) -> AsyncIterator[Daemon]:
+    async with running(tmp_path) as made:
+        yield made
+
+
+async def test_windows_are_stored_once_and_the_cost_can_be_recomputed(daemon: Daemon) -> None:
+    foreign = replace(WINDOW, node="gpu-2", instance_uid="i-2")
+    request = UploadUsageWindowsRequest(windows=[window_to_proto(WINDOW), window_to_proto(foreign)])
+    async with DaemonChannel(daemon.endpoints["grpc"], NODE_TOKEN) as agent:
+        for _ in range(2):
+            answer = await agent.call(agent.usage.UploadUsageWindows, request, 10)
+            assert [(mark.instance_uid, mark.seq) for mark in answer.marks] == [("i-1", 0)], "for its own node only"
+        with pytest.raises(PermissionDeniedError):
+            await agent.call(agent.usage.ListUsage, ListUsageRequest(), 10)
+    for grouping in (ListUsageRequest.GROUPING_FUNCTION, ListUsageRequest.GROUPING_INSTANCE):
+        asked = ListUsageRequest(grouping=grouping, include_windows=True)
+        usage = await daemon.channel.call(daemon.channel.usage.ListUsage, asked, 10)
+        (row,) = usage.rows
+        assert (row.function, row.active_ns, row.idle_ns, row.invocations) == ("ocr", 4 * SECOND_NS, 6 * SECOND_NS, 2)
+        factors = row.factors
+        expected = (
+            Decimal(row.gpu_active_gib_s) * Decimal(factors.gpu_active)
+            + Decimal(row.gpu_idle_gib_s) * Decimal(factors.gpu_idle)
+            + Decimal(row.vcpu_active_s) * Decimal(factors.vcpu_active)
+            + Decimal(row.memory_gib_s) * Decimal(factors.memory)
+            + row.invocations * Decimal(factors.invocation)
+        )
+        assert Decimal(row.cost) == expected == Decimal(usage.total_cost)
+        assert Decimal(row.always_on_cost) > expected
+        assert list(usage.windows) == [window_to_proto(WINDOW)]
+
+
+async def test_only_a_node_may_upload(daemon: Daemon) -> None:
+    with pytest.raises(PermissionDeniedError):
+        await daemon.channel.call(daemon.channel.usage.UploadUsageWindows, UploadUsageWindowsRequest(), 10)
+
+
+def test_the_price_book_that_is_shipped_is_the_documented_one() -> None:
+    example = Path(__file__).parents[2] / "systemd" / "price-book.example.yaml"
+    assert PRICE_BOOK.read_bytes() == example.read_bytes()
