@@ -1,4 +1,4 @@
-"""What every Checkpointer promises: the fake, and the driver workers on the emulated driver."""
+"""What every Checkpointer promises: the fake, the driver workers, and the program, on the emulated driver."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from agent.adapters import cgroup
 from agent.adapters.checkpointer_driver import DriverCheckpointer, PoolLimits
+from agent.adapters.checkpointer_utility import UtilityCheckpointer
 from agent.adapters.driver_worker_process import WorkerOptions
 from agent.core.types import MIB
 from agent.ports import Checkpointer, CudaCall, CudaFault, CudaOp, CudaState
@@ -48,12 +49,15 @@ async def fake() -> AsyncIterator[World]:
 
 
 @asynccontextmanager
-async def real(nvidia: EmulatedNvidia) -> AsyncIterator[World]:
+async def real(nvidia: EmulatedNvidia, *, utility: bool) -> AsyncIterator[World]:
     instances = CudaInstances(nvidia.environment)
-    checkpointer = DriverCheckpointer(
+    workers = DriverCheckpointer(
         WorkerOptions(environment=nvidia.environment), PoolLimits(workers=2, first_backoff_s=0.001)
     )
-    await checkpointer.start()
+    if not utility:
+        await workers.start()
+    program = nvidia.directory / "bin" / "cuda-checkpoint"
+    checkpointer = UtilityCheckpointer(program, nvidia.environment) if utility else workers
     (cuda, handle), (other, _), (plain, _) = (
         instances.start("cuda", MIB),
         instances.start("other", MIB),
@@ -67,12 +71,13 @@ async def real(nvidia: EmulatedNvidia) -> AsyncIterator[World]:
 
     yield World(checkpointer, cuda.pid, other.pid, plain.pid, freeze)
     await instances.close()
-    await checkpointer.close()
+    await workers.close()
 
 
-@pytest.fixture(params=["fake", "driver"])
+@pytest.fixture(params=["fake", "driver", "utility"])
 async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    made = fake() if request.param == "fake" else real(request.getfixturevalue("nvidia"))
+    kind: str = request.param
+    made = fake() if kind == "fake" else real(request.getfixturevalue("nvidia"), utility=kind == "utility")
     async with made as it:
         yield it
 
