@@ -104,16 +104,17 @@ class Billing:
 
     def settle(self) -> None:
         """All living instances are open: complete the ledgers of those that are gone."""
+        now, wall = self._clock.monotonic_ns(), self._clock.wall_ns()
         for window in self._found.values():
-            self._complete(window, same_process=False)
+            self._complete(window, now, wall, same_process=False)
         self._found.clear()
 
-    def _complete(self, last: Window, *, same_process: bool) -> int:
+    def _complete(self, last: Window, now: int, wall: int, *, same_process: bool) -> int:
         recovered = resume(
             last,
             boot_id=self._boot_id,
-            now_mono_ns=self._clock.monotonic_ns(),
-            now_wall_ns=self._clock.wall_ns(),
+            now_mono_ns=now,
+            now_wall_ns=wall,
             same_process=same_process,
             policy=self._settings.policy,
             price_boundaries_wall_ns=self._boundaries,
@@ -127,17 +128,19 @@ class Billing:
     def open(self, uid: str, function: FunctionSpec, state: InstanceState, *, unbilled: bool = False) -> Meter:
         """The meter of an instance, from now on. One that `load` found is the same process still alive: its ledger
         goes on after a gap that is idle and estimated. The caller gives the meter to the gate."""
+        # Read once: the end of the gap is the start of the meter.
+        now, wall = self._clock.monotonic_ns(), self._clock.wall_ns()
         last = self._found.pop(uid, None)
         seq, placement = 0, Placement()
         if last is not None:
-            seq = self._complete(last, same_process=last.boot_id == self._boot_id)
+            seq = self._complete(last, now, wall, same_process=last.boot_id == self._boot_id)
             placement = Placement(last.gpu_model, last.gpu_uuids, last.gpu_memory_bytes)
         meter = Meter(
             Subject.of(uid, function, node=self._node, boot_id=self._boot_id),
             self._settings.policy,
             state=state,
-            at=self._clock.monotonic_ns(),
-            wall=self._clock.wall_ns(),
+            at=now,
+            wall=wall,
             seq=seq,
             placement=placement,
             unbilled=unbilled,

@@ -335,6 +335,12 @@ def test_a_gap_while_waiting_for_a_gpu_stays_unbilled() -> None:
     assert sums([gap]) == (0, 0, 4_000)
 
 
+def test_a_gap_in_an_image_pull_stays_unbilled_though_starting_is_billed() -> None:
+    pulling = Meter(subject(), BillingPolicy(), state=InstanceState.STARTING, at=0, wall=WALL, unbilled=True)
+    _, gap = gap_after(pulling.open_window(1_000), same_process=True)
+    assert sums([gap]) == (0, 0, 4_000)
+
+
 def test_a_ledger_of_another_boot_ends_at_its_last_mark() -> None:
     assert gap_after(last_window(), same_process=False, boot_id="boot-b") == [replace(last_window(), sealed=True)]
     assert gap_after(last_window(), same_process=False, boot_id="boot-b", now=10) == [
