@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, cast
 
 from agent.core.errors import HibernodeError, UnavailableError
@@ -12,6 +13,7 @@ from agent.http.errors import HttpError, body_too_large, error_answer, too_slow
 from agent.http.exchange import Exchange
 from agent.http.framing import ChunkedBody, LengthBody
 from agent.http.grammar import HEAD_END, check_partial, parse_request_head, serialise
+from agent.http.message import RequestHead
 from agent.http.sweep import NEVER
 
 if TYPE_CHECKING:
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 # HEAD: waiting for a head, or in one. BODY: in a body. BUSY: the request is whole, its answer is not.
 # DEAF: what comes is thrown away (the body was bad, or the connection lingers before it closes).
 _HEAD, _BODY, _BUSY, _DEAF, _CLOSED = range(5)
+
+
+async def _raised(error: Exception) -> None:
+    raise error
 
 
 class ServerConnection(asyncio.Protocol):
@@ -82,7 +88,10 @@ class ServerConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         state = self._state
         if state == _HEAD:
-            self._feed_head(self._buffer + data if self._buffer else data)
+            if self.writable:
+                self._feed_head(self._buffer + data if self._buffer else data)
+            else:
+                self._keep_for_next(data)
         elif state == _BODY:
             self._feed_body(data, 0)
         elif state == _BUSY:
@@ -115,6 +124,8 @@ class ServerConnection(asyncio.Protocol):
         self._release_drain()
         if self._exchange is not None:
             self._exchange.writable_changed(True)
+        elif self._buffer:
+            self.loop.call_soon(self._feed_kept)
 
     # --- reading ---------------------------------------------------------------------------
 
@@ -140,22 +151,46 @@ class ServerConnection(asyncio.Protocol):
         self._answer_done = self._handler_done = False
         self._exchange = exchange = Exchange(self, head, self._peer, limits.buffer_bytes)
         end += 4
-        if head.chunked or head.length:
-            self._state = _BODY
-            self._decoder = ChunkedBody(limits.body_bytes) if head.chunked else LengthBody(head.length or 0)
-            if head.expect_continue:
-                self._read_by(NEVER)  # the client waits for us, as long as that takes
+        if not head.chunked and (head.length or 0) == len(data) - end:
+            # Nothing but this request, whole: the usual case.
+            self._state = _BUSY
+            self.deadline = self._read_deadline = NEVER
+            if head.length:
+                exchange.body_came_whole(data[end:])
             else:
-                self._read_by(limits.body_stall_s)
-            if end < len(data):
-                self._feed_body(data, end)
+                exchange.body_done = True
         else:
+            self._feed_rest(exchange, head, data, end)
+        self._hand_over(exchange)
+
+    def _feed_rest(self, exchange: Exchange, head: RequestHead, data: bytes, end: int) -> None:
+        """What lies behind a head: part of its body, or more than that."""
+        limits = self._server.limits
+        if not head.chunked and not head.length:
             self._state = _BUSY
             exchange.body_done = True
-            self.deadline = self._read_deadline = NEVER
-            if end < len(data):
-                self._keep_for_next(data[end:])
-        self._task = self.loop.create_task(self._serve(exchange))
+            self._read_by(NEVER)
+            self._keep_for_next(data[end:])
+            return
+        self._state = _BODY
+        self._decoder = ChunkedBody(limits.body_bytes) if head.chunked else LengthBody(head.length or 0)
+        # With Expect the client waits for us, as long as that takes.
+        self._read_by(NEVER if head.expect_continue else limits.body_stall_s)
+        if end < len(data):
+            self._feed_body(data, end)
+
+    def _hand_over(self, exchange: Exchange) -> None:
+        """Calls the handler: in a task if it is a coroutine; a plain function answers by callbacks."""
+        try:
+            serving = self._server.handler(exchange)
+        except Exception as error:
+            serving = _raised(error)
+        if serving is not None:
+            self._task = self.loop.create_task(self._serve(exchange, serving))
+            return
+        self._handler_done = True
+        if self._answer_done:
+            self._next()
 
     def _feed_body(self, data: bytes, start: int) -> None:
         exchange, decoder = self._exchange, self._decoder
@@ -224,10 +259,10 @@ class ServerConnection(asyncio.Protocol):
 
     # --- serving ---------------------------------------------------------------------------
 
-    async def _serve(self, exchange: Exchange) -> None:
+    async def _serve(self, exchange: Exchange, serving: Awaitable[None]) -> None:
         server = self._server
         try:
-            await server.handler(exchange)
+            await serving
             if not exchange.finished and not exchange.gone:
                 raise RuntimeError("the handler returned before its answer was whole")
         except HibernodeError as error:
@@ -266,6 +301,12 @@ class ServerConnection(asyncio.Protocol):
         self._state = _HEAD
         self._read_by(self._server.limits.keep_alive_s)
         if self._buffer:
+            # In a turn of its own: answers given at once to a pipeline would else nest.
+            self.loop.call_soon(self._feed_kept)
+
+    def _feed_kept(self) -> None:
+        """Goes on with pipelined bytes, unless the client doesn't even take the answers it has."""
+        if self._state == _HEAD and self.writable and self._buffer:
             data, self._buffer = self._buffer, b""
             self._feed_head(data)
         self._listen_again()

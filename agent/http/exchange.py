@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from agent.http.connection import ServerConnection
 
 _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
+_JOIN_BYTES = 16384  # up to here copying is cheaper than a gathering write
 _NOTHING, _LENGTH, _CHUNKED, _UNTIL_CLOSE = range(4)  # how an answer's body is framed
 
 
@@ -25,6 +26,16 @@ class BodySink(Protocol):
     def body_data(self, data: bytes) -> None: ...
     def body_end(self) -> None: ...
     def body_failed(self, error: HibernodeError) -> None: ...
+
+
+class Streamer(Protocol):
+    """Who streams an answer, and has to know how the client takes it."""
+
+    def client_gone(self) -> None:
+        """The client left before its answer was whole."""
+
+    def client_writable(self, writable: bool) -> None:
+        """The client's write buffer is full, or has room again."""
 
 
 def bodyless(method: bytes, status: int) -> bool:
@@ -47,7 +58,7 @@ class Exchange:
 
     __slots__ = (
         "_body", "_body_waiter", "_buffered", "_close", "_connection", "_continued", "_flushed", "_gone_callbacks",
-        "_out", "_out_framing", "_sink", "_sink_full", "_want", "_watcher", "body_done", "body_error", "finished",
+        "_out", "_out_framing", "_sink", "_sink_full", "_streamer", "_want", "body_done", "body_error", "finished",
         "gone", "head", "head_sent", "peer",
     )  # fmt: skip
 
@@ -68,7 +79,7 @@ class Exchange:
         self._body_waiter: asyncio.Future[None] | None = None
         self._continued = not head.expect_continue
         self._gone_callbacks: list[Callable[[], None]] = []
-        self._watcher: Callable[[bool], None] | None = None
+        self._streamer: Streamer | None = None
         self._out: list[bytes] = []
         self._flushed = False
         self._out_framing = _NOTHING
@@ -244,10 +255,10 @@ class Exchange:
         if out:
             self._flushed = True
             if not self.gone:
-                if len(out) == 1:
-                    self._connection.transport.write(out[0])
-                else:
+                if len(out) > 1 and sum(map(len, out)) > _JOIN_BYTES:
                     self._connection.transport.writelines(out)
+                else:
+                    self._connection.transport.write(b"".join(out))
             self._out = []
 
     def finish(self) -> None:
@@ -273,14 +284,22 @@ class Exchange:
         self.head_sent = False
         return True
 
-    def watch_writable(self, watcher: Callable[[bool], None] | None) -> None:
-        """Calls `watcher(False)` when the client's write buffer is full (at once if it is), `watcher(True)`
-        when it has room again."""
-        self._watcher = watcher
-        if watcher is not None and not self._connection.writable:
-            watcher(False)
+    def attach(self, streamer: Streamer | None) -> None:
+        """Who streams this exchange (None: nobody any more) hears of the client's pace and of its leaving."""
+        self._streamer = streamer
+        if streamer is not None:
+            if self.gone:
+                streamer.client_gone()
+            elif not self._connection.writable:
+                streamer.client_writable(False)
 
     # --- for the connection ----------------------------------------------------------------
+
+    def body_came_whole(self, body: bytes) -> None:
+        """The body, which came with its head; nobody has asked for it yet."""
+        self._body.append(body)
+        self._buffered = len(body)
+        self.body_done = True
 
     def body_arrived(self, pieces: list[bytes]) -> None:
         """More of the body, decoded."""
@@ -312,13 +331,15 @@ class Exchange:
         self._wake()
 
     def writable_changed(self, writable: bool) -> None:
-        if self._watcher is not None:
-            self._watcher(writable)
+        if self._streamer is not None:
+            self._streamer.client_writable(writable)
 
     def lost(self) -> None:
         """The connection is gone before the answer was whole."""
         self.gone = True
         self._wake()
+        if self._streamer is not None:
+            self._streamer.client_gone()
         callbacks, self._gone_callbacks = self._gone_callbacks, []
         for callback in callbacks:
             callback()

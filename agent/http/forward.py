@@ -47,6 +47,7 @@ class ForwardResult:
     error: HibernodeError | None  # what went wrong, for the answer (`exchange.fail`) and the log
     request_body_bytes: int
     response_body_bytes: int
+    fault: Exception | None = None  # a bug of the caller's: what `response_filter` raised
 
     @property
     def head_status(self) -> int | None:
@@ -55,6 +56,7 @@ class ForwardResult:
 
 ResponseFilter = Callable[[ResponseHead], list[Header] | None]
 Hook = Callable[[], None]
+Done = Callable[[ForwardResult], None]
 
 
 async def forward(
@@ -88,8 +90,6 @@ async def forward(
     when its connection is given up for any other reason. Raises ValueError for CR or LF in a header, and what
     `response_filter` raises.
     """
-    has_body = bool(body) if body is not None else exchange.head.has_body
-    message = _request(exchange, source, method, target, headers, body, expect and has_body)
     if exchange.gone:
         return ForwardResult(Outcome.CLIENT_GONE, False, False, None, None, 0, 0)
     connection = source.take()
@@ -98,24 +98,74 @@ async def forward(
             connection = await source.acquire(deadline if connect_deadline is None else connect_deadline)
         except ConnectFailedError as error:
             return ForwardResult(Outcome.CONNECT_FAILED, False, False, None, error, 0, 0)
-    reused = connection.served > 0
-    relay = _Relay(exchange, source, connection, response_filter, on_first_byte, on_last_byte)
-    connection.start(relay, method, deadline)
-    exchange.on_gone(relay.client_gone)
-    exchange.watch_writable(relay.client_writable)
-    sent = not relay.ended  # the client may have left while we connected
+    done: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
+
+    def wake(result: ForwardResult) -> None:
+        if not done.done():  # else the caller was cancelled
+            done.set_result(result)
+
+    relay = forward_now(
+        exchange,
+        source,
+        connection,
+        method,
+        target,
+        headers,
+        deadline=deadline,
+        response_filter=response_filter,
+        on_done=wake,
+        body=body,
+        expect=expect,
+        on_first_byte_sent=on_first_byte_sent,
+        on_first_byte=on_first_byte,
+        on_last_byte=on_last_byte,
+    )
     try:
-        if sent:
-            if on_first_byte_sent is not None:
-                on_first_byte_sent()
-            relay.send(message, body, has_body, expect)
-        outcome = await relay.done
-    except BaseException:
+        result = await done
+    except asyncio.CancelledError:
         relay.give_up()
         raise
-    return ForwardResult(
-        outcome, sent, reused, relay.head, relay.error, relay.request_body_bytes, relay.response_body_bytes
-    )
+    if result.fault is not None:
+        raise result.fault
+    return result
+
+
+def forward_now(
+    exchange: Exchange,
+    source: Pool,
+    connection: UpstreamConnection,
+    method: bytes,
+    target: bytes,
+    headers: list[Header],
+    *,
+    deadline: float,
+    response_filter: ResponseFilter,
+    on_done: Done,
+    body: bytes | None = None,
+    expect: bool = False,
+    on_first_byte_sent: Hook | None = None,
+    on_first_byte: Hook | None = None,
+    on_last_byte: Hook | None = None,
+) -> Relay:
+    """As `forward`, without a task: on a `connection` that the caller has (from `source.take()`), with a callback at
+    the end. It owns the connection from here on. `on_done` comes exactly once, perhaps before this returns, and must
+    not raise; a fault of `response_filter` is in its result. Raises ValueError for CR or LF in a header, and has
+    given the connection back then."""
+    has_body = bool(body) if body is not None else exchange.head.has_body
+    try:
+        message = _request(exchange, source, method, target, headers, body, expect and has_body)
+    except ValueError:
+        source.release(connection)
+        raise
+    relay = Relay(exchange, source, connection, response_filter, on_done, on_first_byte, on_last_byte)
+    connection.start(relay, method, deadline)
+    exchange.attach(relay)
+    if not relay.ended:  # the client may have left while somebody connected
+        relay.sent = True
+        if on_first_byte_sent is not None:
+            on_first_byte_sent()
+        relay.send(message, body, has_body, expect)
+    return relay
 
 
 def _request(
@@ -138,13 +188,13 @@ def _request(
     return serialise(b"%b %b HTTP/1.1\r\n" % (method, target), headers, framing)
 
 
-class _Relay:
+class Relay:
     """The callbacks between the two connections: BodySink of the client's, ResponseSink of the upstream's."""
 
     __slots__ = (
-        "_connection", "_exchange", "_filter", "_held", "_on_first_byte", "_on_last_byte", "_source",
-        "_streams", "_unsent_body", "_waits_for_continue", "done", "ended", "error", "head", "request_body_bytes",
-        "response_body_bytes",
+        "_connection", "_exchange", "_filter", "_held", "_on_done", "_on_first_byte", "_on_last_byte", "_reused",
+        "_source", "_streams", "_unsent_body", "_waits_for_continue", "ended", "error", "head",
+        "request_body_bytes", "response_body_bytes", "sent",
     )  # fmt: skip
 
     def __init__(
@@ -153,10 +203,10 @@ class _Relay:
         source: Pool,
         connection: UpstreamConnection,
         response_filter: ResponseFilter,
+        on_done: Done,
         on_first_byte: Hook | None,
         on_last_byte: Hook | None,
     ) -> None:
-        self.done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.head: ResponseHead | None = None
         self.error: HibernodeError | None = None
         self.request_body_bytes = 0
@@ -165,6 +215,8 @@ class _Relay:
         self._source = source
         self._connection = connection
         self._filter = response_filter
+        self._on_done = on_done
+        self._reused = connection.served > 0
         self._on_first_byte = on_first_byte
         self._on_last_byte = on_last_byte
         self._unsent_body: bytes | None = None
@@ -172,6 +224,7 @@ class _Relay:
         self._streams = False  # the exchange's body flows through us
         self._held = False
         self.ended = False
+        self.sent = False
 
     # --- the request -----------------------------------------------------------------------
 
@@ -329,14 +382,19 @@ class _Relay:
         self.ended = True
         self._last_byte()
         exchange = self._exchange
-        exchange.off_gone(self.client_gone)
-        exchange.watch_writable(None)
+        exchange.attach(None)
         if self._streams:
             exchange.stream_body(None)
         self._source.release(self._connection)
-        if self.done.done():
-            return  # the caller was cancelled
-        if fault is None:
-            self.done.set_result(outcome)
-        else:
-            self.done.set_exception(fault)
+        self._on_done(
+            ForwardResult(
+                outcome,
+                self.sent,
+                self._reused,
+                self.head,
+                self.error,
+                self.request_body_bytes,
+                self.response_body_bytes,
+                fault,
+            )
+        )

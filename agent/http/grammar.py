@@ -30,6 +30,7 @@ _CONTROLS = bytes(byte for byte in range(32) if byte != 9) + b"\x7f"
 _FRAMING = frozenset((b"host", b"content-length", b"transfer-encoding", b"connection", b"expect"))
 _NAMES: dict[bytes, bytes] = {}  # as written -> lower case, for names found valid
 _NAMES_SIZE = 1024
+_STATUS_LINES: dict[bytes, tuple[bool, int, bytes]] = {}  # seen ones -> HTTP/1.1?, status, reason
 
 
 def _fields(raw: bytes, lines: list[bytes]) -> tuple[list[Header], list[Header]]:
@@ -146,6 +147,8 @@ def _length(value: bytes) -> int:
 
 
 def _says_close(value: bytes) -> bool:
+    if value == b"keep-alive":
+        return False  # what most servers say, and nothing to take apart
     value = value.lower()
     return value == b"close" or b"close" in [token.strip(b" \t") for token in value.split(b",")]
 
@@ -169,19 +172,16 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     """The head of a response. `raw` ends before its last CRLF CRLF. Raises HttpError, whose text says what
     is wrong (its status is meant for requests: callers make a broken upstream of it)."""
     lines = raw.split(b"\r\n")
-    match = _status_line(lines[0])
-    if match is None:
-        raise malformed("the status line is not 'HTTP/1.1 STATUS reason'")
-    minor, status, reason = match.groups()
+    http11, status, reason = _STATUS_LINES.get(lines[0]) or _learn_status(lines[0])
     headers, framing = _fields(raw, lines)
-    head = ResponseHead(int(status), reason or b"", headers, None, False, minor == b"1")
+    head = ResponseHead(status, reason, headers, None, False, http11)
     for name, value in framing:
         if name == b"content-length":
             if head.length is not None:
                 raise malformed("more than one Content-Length")
             head.length = _length(value)
         elif name == b"transfer-encoding":
-            if head.chunked or minor == b"0" or value.lower() != b"chunked":
+            if head.chunked or not http11 or value.lower() != b"chunked":
                 raise malformed("Transfer-Encoding other than a single 'chunked' in HTTP/1.1")
             head.chunked = True
         elif name == b"connection" and _says_close(value):
@@ -189,6 +189,17 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     if head.chunked and head.length is not None:
         raise malformed("Content-Length beside Transfer-Encoding")
     return head
+
+
+def _learn_status(line: bytes) -> tuple[bool, int, bytes]:
+    match = _status_line(line)
+    if match is None:
+        raise malformed("the status line is not 'HTTP/1.1 STATUS reason'")
+    minor, status, reason = match.groups()
+    learnt = (minor == b"1", int(status), reason or b"")
+    if len(_STATUS_LINES) < 128:
+        _STATUS_LINES[line] = learnt
+    return learnt
 
 
 def serialise(start_line: bytes, headers: list[Header], extra: bytes) -> bytes:

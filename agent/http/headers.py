@@ -29,6 +29,7 @@ _HOP_BY_HOP = frozenset(
 _OURS = (b"x-fc-", b"x-hibernode-")
 _CACHE_SIZE = 512
 _UNREMOVABLE = frozenset((b"host", b"close"))
+_LISTS_NOTHING = frozenset((b"keep-alive", b"close"))  # what Connection says nearly always
 
 
 def folded(name: bytes) -> bytes:
@@ -88,12 +89,13 @@ def _strip(headers: list[Header], passes: _Verdicts) -> list[Header]:
     return kept
 
 
-def _listed_by_connection(headers: list[Header]) -> set[bytes]:
-    listed: set[bytes] = set()
+def _listed_by_connection(headers: list[Header]) -> set[bytes] | None:
+    listed: set[bytes] | None = None
     for name, value in headers:
-        if name == b"connection":
+        if name == b"connection" and value not in _LISTS_NOTHING:
+            listed = listed or set()
             listed.update(folded(token.strip(b" \t")) for token in value.split(b","))
-    return listed - _UNREMOVABLE
+    return listed - _UNREMOVABLE if listed else None
 
 
 def request_headers(headers: list[Header]) -> list[Header]:

@@ -10,7 +10,9 @@ from agent.http.exchange import Exchange
 from agent.http.limits import Limits
 from agent.http.sweep import Sweep
 
-Handler = Callable[[Exchange], Awaitable[None]]
+# A coroutine function runs in a task of its own. A plain function that returns None has taken the exchange over and
+# answers it by callbacks, at once or later (see `forward.forward_now`): the way for what must be fast.
+Handler = Callable[[Exchange], Awaitable[None] | None]
 _GRAIN_S = 0.25
 
 

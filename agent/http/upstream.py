@@ -246,6 +246,15 @@ class UpstreamConnection(asyncio.Protocol):
             if self._sink is sink:
                 sink.response_end()
             return
+        if head.length == len(data) - start and not head.chunked:
+            # The whole body came with its head, as small ones do: no decoder needed.
+            self._state = _DONE
+            self.deadline = NEVER
+            sink.response_head(head)
+            if self._sink is sink:
+                sink.response_data(data[start:])
+                sink.response_end()
+            return
         self._state = _BODY
         if head.chunked:
             self._decoder = ChunkedBody()
