@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
-from contextlib import suppress
 
 from agent.emulated.clock import now_ns
 from agent.emulated.devices import Device
@@ -19,7 +18,7 @@ from agent.emulated.oplog import OpLog
 from agent.emulated.pids import thread_of
 from agent.emulated.processes import CudaProcess, Operation
 from agent.emulated.profiles import Profile
-from agent.emulated.protocol import CuResult, Message, Op, State
+from agent.emulated.protocol import CuResult, Message, Op, State, result_of
 from agent.emulated.vram import Vram, rounded
 
 MAX_QUEUED = 256
@@ -192,12 +191,10 @@ class Checkpointing:
             if operation.verdict is None:
                 self._begin_restore(process, operation)
                 return
-        if operation.fatal:
-            operation.on_death = CuResult.NOT_PERMITTED
-            with suppress(OSError):
-                process.kill()  # the answer is given when it is gone
+        if operation.fatal and process.kill():
+            operation.on_death = CuResult.NOT_PERMITTED  # the answer is given when it is gone
             return
-        done = operation.verdict if operation.verdict is not None else CuResult(message.status)
+        done = operation.verdict if operation.verdict is not None else result_of(message.status)
         answer = Message(operation.op, id=operation.id)
         if done is CuResult.SUCCESS:
             done = self._finish[operation.op](process, operation, answer)

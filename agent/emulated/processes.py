@@ -104,9 +104,13 @@ class CudaProcess:
         """Bytes of VRAM held by the host in this process while it is checkpointed."""
         return sum(rounded_size(a) for a in self.allocations.values()) if self.state is State.CHECKPOINTED else 0
 
-    def kill(self) -> None:
-        """SIGKILL, as the real driver does to a process it can't restore."""
-        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+    def kill(self) -> bool:
+        """SIGKILL, as the real driver does to a process it can't restore. False if it is another user's, or gone."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Give back this process's descriptors. The connections are closed by whoever releases it."""

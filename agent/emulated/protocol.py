@@ -56,6 +56,11 @@ class CuResult(IntEnum):
     UNKNOWN = 999
 
 
+def result_of(status: int) -> CuResult:
+    """A status as it came over a socket: one we don't know is UNKNOWN."""
+    return CuResult(status) if status in CuResult.__members__.values() else CuResult.UNKNOWN
+
+
 class State(IntEnum):
     """CUprocessState."""
 

@@ -6,10 +6,11 @@ import asyncio
 import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from agent.core.errors import PreconditionError
@@ -22,6 +23,7 @@ from agent.emulated.paths import CONTROL_SOCKET, DRIVER_SOCKET, LOCK_FILE, READY
 from agent.log import get_logger
 
 _BACKLOG = 512
+_PAUSE_S = 0.1
 MAX_CONNECTIONS = 4096
 
 
@@ -54,13 +56,22 @@ class _Acceptor:
         loop.add_reader(self._sock.fileno(), self._accept)
 
     def _accept(self) -> None:
-        with suppress(OSError):
+        try:
             while True:
                 sock, _ = self._sock.accept()
                 if len(self._open) >= MAX_CONNECTIONS:
                     sock.close()
                     continue
                 self._open.add(Connection(sock, self._loop, self._driver.on_message, self._closed))
+        except BlockingIOError:
+            pass
+        except OSError:  # out of descriptors: they wait in the backlog for a moment
+            self._loop.remove_reader(self._sock.fileno())
+            self._loop.call_later(_PAUSE_S, self._resume)
+
+    def _resume(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._loop.add_reader(self._sock.fileno(), self._accept)
 
     def _closed(self, connection: Connection) -> None:
         self._open.discard(connection)
@@ -84,6 +95,7 @@ async def run(options: Options) -> None:
     with _only_one(directory):
         (directory / READY_FILE).unlink(missing_ok=True)
         loop = asyncio.get_running_loop()
+        _allow_descriptors()
         driver = Driver(options, loop)
         install(await asyncio.to_thread(build, driver.profile, options.cache_directory), directory)
         stop = asyncio.Event()
@@ -116,6 +128,12 @@ def _bind(path: Path, kind: socket.SocketKind, mode: int) -> socket.socket:
         sock.bind(address)
     path.chmod(mode)
     return sock
+
+
+def _allow_descriptors() -> None:
+    """Six descriptors for each CUDA process: use all that the hard limit allows."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _write_ready(directory: Path, content: dict[str, object]) -> None:
