@@ -10,16 +10,22 @@ MAX_WINDOWS = 50_000
 
 
 class NodeLedger:
-    """Bounded; open windows come from memory, newer than their row on disk."""
+    """Bounded; what is still on its way to the store, and the open windows, come from memory."""
 
-    def __init__(self, store: LedgerStore, open_windows: Callable[[], list[Window]]) -> None:
+    def __init__(self, store: LedgerStore, unwritten: Callable[[], list[Window]]) -> None:
         self._store = store
-        self._open_windows = open_windows
+        self._unwritten = unwritten
 
     async def windows(self, *, instance_uid: str, function: str, include_open: bool) -> list[Window]:
-        """Sealed windows, oldest first, then the open ones if asked. Raises UnavailableError STORE_FAILED."""
-        kept = await self._store.read_windows(instance_uid, MAX_WINDOWS)
-        found = [window for window in kept if window.sealed]
-        if include_open:
-            found.extend(self._open_windows())
-        return [w for w in found if instance_uid in ("", w.instance_uid) and function in ("", w.function)]
+        """Sealed windows in the order they were written, then the open ones if asked. Raises STORE_FAILED."""
+        newer = self._unwritten()  # before the store is read: what is written meanwhile is then there twice, not never
+        found = {(w.instance_uid, w.seq): w for w in await self._store.read_windows(instance_uid, MAX_WINDOWS)}
+        for window in newer:
+            known = found.get((window.instance_uid, window.seq))
+            if known is None or not known.sealed:
+                found[window.instance_uid, window.seq] = window
+        return [
+            w
+            for w in found.values()
+            if instance_uid in ("", w.instance_uid) and function in ("", w.function) and (w.sealed or include_open)
+        ]

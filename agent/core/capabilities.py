@@ -122,7 +122,7 @@ def _privileges(host: HostFacts) -> CapabilityLine:
     if host.euid != 0:
         return _warn(
             "privileges",
-            f"the agent runs as user {host.euid}: NVIDIA's driver may refuse to checkpoint (error 304) unless root asks",
+            f"the agent runs as user {host.euid}: the driver may refuse to checkpoint (error 304) unless root asks",
             "run the agent as root, in the host's PID namespace",
         )
     return _ok("privileges", "root")

@@ -29,6 +29,10 @@ class LedgerBacklog:
     def __len__(self) -> int:
         return len(self._windows)
 
+    def waiting(self) -> tuple[Window, ...]:
+        """What is not known to be on disk yet."""
+        return tuple(self._windows)
+
     def add(self, window: Window) -> None:
         self._windows.append(window)
         if len(self._windows) > self._merge_at:

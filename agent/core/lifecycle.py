@@ -4,7 +4,7 @@
 |---|---|---|---|
 | STARTING | waits | RUNNING | FAILED |
 | RUNNING | is granted by the gate | - | - |
-| FREEZING (lock, checkpoint) | cancels it until the checkpoint began | FROZEN or WAITING_GPU | RUNNING, back-off / FAILED |
+| FREEZING (lock, checkpoint) | undoes it before the checkpoint | FROZEN or WAITING_GPU | RUNNING, back-off / FAILED |
 | FROZEN | WAITING_GPU | - | - |
 | WAITING_GPU | waits | granted: RESTORING | nobody waits any more: FROZEN |
 | RESTORING | waits | RUNNING | once more, then FAILED / FAILED |

@@ -294,7 +294,7 @@ class AgentDaemon:
         )
         services = Services(
             instances=InstanceServicer(self.node, self.observer, self.events, self.runtime, self.clock),
-            nodes=NodeServicer(self.observer, NodeLedger(self.store, self.billing.open_windows)),
+            nodes=NodeServicer(self.observer, NodeLedger(self.store, self.billing.unwritten)),
         )
         self.grpc = GrpcServer(services, TokenTable([(self.token, Principal("operator", Role.OPERATOR))]))
         port = self.grpc.bind_tcp(config.grpc.host, config.grpc.port, config.insecure)

@@ -185,6 +185,10 @@ class Billing:
         now = self._clock.monotonic_ns()
         return [meter.open_window(now) for meter in self._meters.values()]
 
+    def unwritten(self) -> list[Window]:
+        """What the store may not have yet: sealed windows on their way, then the open ones, now."""
+        return [*self._backlog.waiting(), *self.open_windows()]
+
     @property
     def health(self) -> BillingHealth:
         """How the ledger gets to the disk."""
