@@ -98,6 +98,7 @@ class DriverCheckpointer:
         self._queue: deque[_Job] = deque()
         self._bell = _Bell()
         self._closed = False
+        self._ever_ready = False
         self._events = WorkerEvents(self._on_ready, self._on_answered, self._on_gone)
 
     async def start(self) -> None:
@@ -177,7 +178,10 @@ class DriverCheckpointer:
             job.resolve(_not_begun("DRIVER_BUSY", f"no driver worker became free within {waited_s:g} s"))
 
     def _fail_queue_if_down(self) -> None:
-        if any(slot.worker is not None or slot.respawn is not None for slot in self._slots):
+        """Nobody will come for the queue: every slot rests, or no worker has ever found a usable driver here."""
+        resting = all(slot.worker is None and slot.respawn is None for slot in self._slots)
+        never = not self._ever_ready and all(slot.last_error for slot in self._slots)
+        if not resting and not never:
             return
         error = next((slot.last_error for slot in self._slots if slot.last_error), "")
         while self._queue:
@@ -213,6 +217,7 @@ class DriverCheckpointer:
         self._fail_queue_if_down()
 
     def _on_ready(self, worker: DriverWorkerProcess) -> None:
+        self._ever_ready = True
         self._dispatch()
         self._bell.ring()
 

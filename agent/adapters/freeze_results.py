@@ -8,6 +8,9 @@ from agent.adapters.cuda_api import explain
 from agent.core.types import GIB
 from agent.ports import CudaReply, CudaState, FreezeResult, Outcome
 
+WORKERS_DOWN = "DRIVER_WORKERS_DOWN"
+"""A checkpointer's reason: no worker can be had, now and for the time to come."""
+
 START_OVER = "START_OVER"
 """The reason, inside the freezer only, that asks for another listing before the next lock."""
 

@@ -16,7 +16,7 @@ from agent.adapters import process_table
 from agent.adapters.cgroup_freezer import FreezerState, ProcessFreezer
 from agent.adapters.cuda_processes import CudaProcess, CudaProcessFinder, Found, Pids, living, read_states, release
 from agent.adapters.cuda_settle import Settled, settle
-from agent.adapters.freeze_results import START_OVER, FreezerLimits, all_in, broken, failure, refused
+from agent.adapters.freeze_results import START_OVER, WORKERS_DOWN, FreezerLimits, all_in, broken, failure, refused
 from agent.adapters.target_watch import run_watching
 from agent.core.errors import HibernodeError, PreconditionError, UnavailableError
 from agent.core.types import Handle
@@ -281,7 +281,7 @@ class CudaFreezer:
 
     async def condition(self, handle: Handle) -> Condition:
         """`Freezer.condition`. Raises UnavailableError NVML_UNAVAILABLE, or DRIVER_BUSY and the like: nobody could ask,
-        which says nothing about the instance."""
+        which says nothing about the instance. Where the driver's API can't be used at all, what runs is AWAKE."""
         pids = frozenset(await self._pids(handle))
         if not process_table.is_alive(handle.process, self._boot_id) or not pids:
             return Condition.GONE
@@ -297,6 +297,8 @@ class CudaFreezer:
 
     async def _ask_condition(self, handle: Handle) -> Condition:
         found = await self._finder.find(handle)
+        if found.reason == WORKERS_DOWN:
+            return Condition.AWAKE  # a host that can't freeze: nobody has frozen this, and it is not paused
         if found.not_begun:
             raise UnavailableError(found.reason, f"the driver could not be asked: {found.message}", uid=handle.uid)
         if not found.ok:

@@ -216,6 +216,16 @@ async def test_a_host_without_the_api_is_told_so_at_the_start(start: Start, mode
     assert failure.value.reason == "CHECKPOINT_API_UNAVAILABLE"
 
 
+async def test_without_a_driver_nobody_waits_for_one(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(SCRIPTED_WORKER)
+    options = WorkerOptions(environment={"WORKER_MODE": "no-driver"}, script=script)
+    pool = DriverCheckpointer(options, PoolLimits(workers=2, first_backoff_s=30.0))  # never started
+    reply = await asyncio.wait_for(pool.run(states(FINE), 5), 20)
+    assert (reply.fault, reply.reason) == (CudaFault.NOT_BEGUN, "DRIVER_WORKERS_DOWN")
+    await pool.close()
+
+
 async def test_workers_that_fail_again_and_again_rest_until_there_is_work(start: Start, tmp_path: Path) -> None:
     driver_is_back = tmp_path / "driver"
     driver_is_back.touch()

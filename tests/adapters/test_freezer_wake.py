@@ -129,9 +129,14 @@ async def test_without_nvml_a_frozen_instance_is_not_judged(world: World) -> Non
 
 
 async def test_without_a_free_worker_a_thawed_instance_is_not_judged(world: World) -> None:
-    world.driver.not_begun = "DRIVER_WORKERS_DOWN"
-    with pytest.raises(UnavailableError, match="DRIVER_WORKERS_DOWN"):
+    world.driver.not_begun = "DRIVER_BUSY"
+    with pytest.raises(UnavailableError, match="DRIVER_BUSY"):
         await world.freezer.condition(world.handle)
+
+
+async def test_on_a_host_that_cannot_freeze_what_runs_is_awake(world: World) -> None:
+    world.driver.not_begun = "DRIVER_WORKERS_DOWN"
+    assert await world.freezer.condition(world.handle) is Condition.AWAKE
 
 
 async def test_an_ended_instance_is_gone(world: World) -> None:
