@@ -1,4 +1,4 @@
-"""`hibernode agent` and `hibernode scheduler`: become the daemon. The daemons are programs of their own above the CLI."""
+"""`hibernode agent` and `hibernode scheduler`: become the daemon, a program of its own above the CLI."""
 
 from __future__ import annotations
 

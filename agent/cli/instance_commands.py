@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import click
 
 from agent.cli.connection import SHORT_S, with_agent
-from agent.cli.options import Seconds, agent_options, asked, output_option, timeout_option
+from agent.cli.options import agent_options, asked, output_option, seconds_of, timeout_option
 from agent.cli.output import note, show_json, show_pairs
 from agent.cli.ps_command import show_instances, show_instances_json, state_of
 from agent.cli.units import clock, duration, seconds, size
@@ -77,8 +77,8 @@ def freeze(uids: tuple[str, ...], timeout_s: float) -> None:
 @click.option(
     "--hold",
     "hold_s",
-    type=Seconds(),
-    default=0,
+    type=seconds_of,
+    default="0",
     metavar="DURATION",
     help="Stay awake so long for the first request (the agent's default is 2s).",
 )
@@ -106,8 +106,8 @@ def wake(uids: tuple[str, ...], timeout_s: float, hold_s: float) -> None:
 @click.option(
     "--grace",
     "grace_s",
-    type=Seconds(),
-    default=0,
+    type=seconds_of,
+    default="0",
     metavar="DURATION",
     help="Longest drain, and from SIGTERM to SIGKILL; default: the agent's.",
 )
@@ -181,8 +181,13 @@ def _show(found: types_pb2.Instance) -> None:
             ("Freezes", str(found.freeze_count)),
             (
                 "Metered",
-                f"{seconds(found.active_ns)} s active, {seconds(found.idle_ns)} s idle, "
-                f"{seconds(found.unbilled_ns)} s unbilled",
+                ", ".join(
+                    (
+                        f"{seconds(found.active_ns)} s active",
+                        f"{seconds(found.idle_ns)} s idle",
+                        f"{seconds(found.unbilled_ns)} s unbilled",
+                    )
+                ),
             ),
             ("Image", spec.image),
             ("Command", " ".join((*spec.entrypoint, *spec.command))),

@@ -90,8 +90,13 @@ def _show_node(found: types_pb2.Node) -> None:
             ("Driver", f"{found.driver_version or 'none'} (CUDA {found.cuda_version or '-'})"),
             (
                 "Host memory",
-                f"{size(memory.total_bytes)}, {size(memory.available_bytes)} available, "
-                f"{size(memory.reserved_bytes)} reserved for sleeping instances",
+                ", ".join(
+                    (
+                        size(memory.total_bytes),
+                        f"{size(memory.available_bytes)} available",
+                        f"{size(memory.reserved_bytes)} reserved for sleeping instances",
+                    )
+                ),
             ),
             ("Instances", f"{found.instance_count}, at most {found.instances_per_gpu} assigned to a GPU"),
             ("Runtimes", ", ".join(found.runtimes)),

@@ -106,19 +106,13 @@ def fleet_or_node_options(command: F) -> F:
     return command
 
 
-class Seconds(click.ParamType):
-    """`10s`, `2m`, `1h30m`, or a bare number of seconds; arrives as float seconds."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, int | float):
-            return float(value)
-        text = f"{value}s" if str(value).replace(".", "", 1).isdecimal() else str(value)
-        try:
-            return parse_duration_ns(text) / SECOND_NS
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+def seconds_of(value: str) -> float:
+    """An option's `10s`, `2m`, `1h30m`, or a bare number of seconds, as seconds."""
+    text = f"{value}s" if value.replace(".", "", 1).isdecimal() else value
+    try:
+        return parse_duration_ns(text) / SECOND_NS
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def timeout_option(default: str) -> Callable[[F], F]:
@@ -126,7 +120,7 @@ def timeout_option(default: str) -> Callable[[F], F]:
     return click.option(
         "--timeout",
         "timeout_s",
-        type=Seconds(),
+        type=seconds_of,
         default=default,
         show_default=True,
         metavar="DURATION",

@@ -7,7 +7,7 @@ import sys
 import click
 
 from agent.cli.connection import PAGE_SIZE, SHORT_S, with_agent
-from agent.cli.options import Seconds, agent_options, asked, output_option, timeout_option
+from agent.cli.options import agent_options, asked, output_option, seconds_of, timeout_option
 from agent.cli.output import show_json, show_table
 from agent.cli.units import clock, wall_ns
 from agent.core.types import SECOND_NS
@@ -47,7 +47,7 @@ def logs(uid: str, tail_bytes: int | None, timeout_s: float) -> None:
 
 @click.command()
 @click.argument("uid", default="")
-@click.option("--since", "since_s", type=Seconds(), metavar="DURATION", help="Only the last so long, e.g. 10m.")
+@click.option("--since", "since_s", type=seconds_of, metavar="DURATION", help="Only the last so long, e.g. 10m.")
 @agent_options
 @output_option
 def events(uid: str, since_s: float | None) -> None:

@@ -1,0 +1,101 @@
+"""`python -I -S demo_guard.py STATE_DIR remove|keep`: ends a demo's instances when the demo itself was killed.
+
+Waits on stdin: "bye" means that everything was ended in order. An end without it means that the demo is gone; its
+daemons follow it by SIGTERM, and what they leave on purpose, their instances, is killed here. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+DEADLINE_S = 45.0
+POLL_S = 0.1
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    state_dir, remove = Path(sys.argv[1]), sys.argv[2] == "remove"
+    if b"bye" in os.read(0, 16):
+        return
+    cgroups = set(_cgroups(state_dir))
+    mark = f"HIBERNODE_INSTANCE={_text(state_dir / 'agent' / 'uuid')}/"
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        cgroups |= set(_cgroups(state_dir))
+        pids = list(_instances(mark))
+        for pid in pids:
+            _kill(pid)
+        if not pids and not list(_daemons(state_dir)):
+            break
+        time.sleep(POLL_S)
+    for cgroup in cgroups:
+        _remove_cgroup(cgroup)
+    if remove:
+        shutil.rmtree(state_dir, ignore_errors=True)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return "none"
+
+
+def _environments() -> Iterator[tuple[int, list[str]]]:
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                yield int(name), Path(f"/proc/{name}/environ").read_text(errors="replace").split("\0")
+            except OSError:
+                continue
+
+
+def _instances(mark: str) -> Iterator[int]:
+    for pid, environment in _environments():
+        if any(entry.startswith(mark) for entry in environment):
+            yield pid
+
+
+def _daemons(state_dir: Path) -> Iterator[int]:
+    for pid, environment in _environments():
+        if f"HIBERNODE_DEMO={state_dir}" in environment:
+            yield pid
+
+
+def _kill(pid: int) -> None:
+    """SIGKILL ends frozen and stopped processes too."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except OSError:
+        pass
+
+
+def _cgroups(state_dir: Path) -> Iterator[Path]:
+    for handle in state_dir.glob("agent/instances/*/handle.json"):
+        try:
+            cgroup = json.loads(handle.read_bytes())["handle"]["cgroup"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if cgroup:
+            yield Path(cgroup)
+
+
+def _remove_cgroup(cgroup: Path) -> None:
+    """It is empty once its processes are reaped; its parent is ours too, and goes with the last of them."""
+    for folder in (cgroup, cgroup.parent):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+if __name__ == "__main__":
+    main()

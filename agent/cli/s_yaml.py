@@ -1,0 +1,292 @@
+"""`s.yaml` files of Serverless Devs' fc3 component -> what is deployed here.
+
+Everything a file says is either used, refused with its line and key, or named in a warning; nothing is dropped in
+silence. The words are fc3's; what Hibernode adds stands under the props in `hibernode:` (s_yaml_props.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from agent.cli.s_yaml_document import Document, KeyPath, Text, plain, read_document
+from agent.cli.s_yaml_function import function_of, said_of
+from agent.cli.s_yaml_props import IGNORED, Props, Trigger
+from agent.config import convert
+from agent.core.errors import ConfigError, NotFoundError
+from agent.core.types import FunctionSpec
+
+MAX_ENVIRONMENT_BYTES = 4096
+RESERVED_PREFIX = "FC_"
+COMPONENT = "fc3"
+
+_DURATIONS = ("freezeAfter", "minAwake", "queueTimeout")
+_TOP = {"edition", "name", "access", "vars", "resources"}
+_UNUSED_TOP = {"actions", "env", "extend", "flow", "params", "template", "use"}
+_RESOURCE = {"component", "props", "access"}
+_UNUSED_RESOURCE = {"actions", "extend", "type", "description"}
+
+
+@dataclass(frozen=True, slots=True)
+class HttpTrigger:
+    """Who may call over HTTP; no methods means all."""
+
+    name: str
+    auth_type: Literal["anonymous", "function", "jwt"]
+    methods: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """One function of the file. `target` is None where the file names none. `unsaid`: fields of the spec for which
+    the file says nothing and the scheduler has a default of its own (queue_length, queue_timeout_ns, ...)."""
+
+    resource: str
+    function: FunctionSpec
+    triggers: tuple[HttpTrigger, ...]
+    target: int | None
+    unsaid: frozenset[str] = frozenset()
+    warnings: tuple[str, ...] = field(default=())
+
+
+def load_s_yaml(path: Path, resource: str = "", environment: Mapping[str, str] | None = None) -> list[Deployment]:
+    """The functions of the file in its order, or only the one of the resource named `resource`.
+
+    `environment` is for `${env('NAME')}`; None is the process's own. Raises ConfigError naming file, line and key,
+    NotFoundError RESOURCE_NOT_FOUND.
+    """
+    document = read_document(path) if environment is None else read_document(path, environment)
+    general = list(_check_top(document))
+    resources = document.lookup(("resources",))
+    if not isinstance(resources, dict) or not resources:
+        raise document.wrong(("resources",), "is required: a mapping of names to resources with component and props")
+    if resource and resource not in resources:
+        text = f"{document.name} has no resource {resource!r}; there are: {', '.join(resources)}"
+        raise NotFoundError("RESOURCE_NOT_FOUND", text, resource=resource)
+    found: list[Deployment] = []
+    for name in [resource] if resource else resources:
+        component = _component(document, ("resources", name))
+        if component == COMPONENT:
+            found.append(_deployment(document, name, general if not found else []))
+        elif resource:
+            raise document.wrong(("resources", name, "component"), f"must be {COMPONENT}, got {component!r}")
+        else:
+            general.append(f"{document.at(('resources', name))}: component {component!r} is not {COMPONENT}: skipped")
+    if not found:
+        raise document.wrong(("resources",), f"no resource has `component: {COMPONENT}`")
+    names = [one.function.name for one in found]
+    for one in found:
+        if names.count(one.function.name) > 1:
+            path_of_name = ("resources", one.resource, "props", "functionName")
+            raise document.wrong(
+                path_of_name, f"{one.function.name!r} is there twice; functions have names of their own"
+            )
+    return found
+
+
+def _check_top(document: Document) -> Iterator[str]:
+    if not isinstance(document.tree, dict):
+        raise document.wrong((), "an s.yaml is a mapping with `edition`, `name` and `resources`")
+    edition = document.lookup(("edition",))
+    if edition is not None and not (isinstance(edition, Text) and re.fullmatch(r"3(\.\d+)*", edition.written)):
+        raise document.wrong(("edition",), "must be 3.0.0; files of edition 1 (component fc) have other keys")
+    for key in document.tree:
+        if key in _UNUSED_TOP:
+            yield f"{document.at((key,))}: has no effect here"
+        elif key not in _TOP:
+            yield _unknown(document, (key,), sorted(_TOP))
+
+
+def _component(document: Document, path: KeyPath) -> str:
+    tree = document.lookup(path)
+    if not isinstance(tree, dict):
+        raise document.wrong(path, "must be a mapping with component and props")
+    component = tree.get("component")
+    if not isinstance(component, Text):
+        raise document.wrong((*path, "component"), f"is required: {COMPONENT}")
+    return component.written
+
+
+def _deployment(document: Document, resource: str, general: list[str]) -> Deployment:
+    path: KeyPath = ("resources", resource)
+    tree = document.lookup(path)
+    assert isinstance(tree, dict)
+    warnings = [*general]
+    for key in tree:
+        if key in _UNUSED_RESOURCE:
+            warnings.append(f"{document.at((*path, key))}: has no effect here")
+        elif key not in _RESOURCE:
+            warnings.append(_unknown(document, (*path, key), sorted(_RESOURCE)))
+    props_path = (*path, "props")
+    given = tree.get("props")
+    if not isinstance(given, dict):
+        raise document.wrong(props_path, "is required: a mapping")
+    used = _Pruner(document, warnings).pruned(given, props_path)
+    props = _typed(document, props_path, _prepared(document, used, props_path))
+    _check_environment(document, props_path, props.environment_variables or {})
+    function, notes = function_of(props)
+    warnings += [f"{document.at((*props_path, *key))}: {text}" for key, text in notes]
+    return Deployment(
+        resource=resource,
+        function=function,
+        triggers=_triggers(document, props.triggers or (), props_path, warnings),
+        target=_target(props),
+        unsaid=frozenset({"queue_length", "queue_timeout_ns", "dispatch", "wake_factor"}) - said_of(props.hibernode),
+        warnings=tuple(warnings),
+    )
+
+
+# --- keys ------------------------------------------------------------------------------------
+
+
+class _Pruner:
+    """Takes out what means nothing here, with a warning each, so that what remains can be read strictly."""
+
+    def __init__(self, document: Document, warnings: list[str]) -> None:
+        self._document = document
+        self._warnings = warnings
+
+    def pruned(self, tree: dict[str, object], path: KeyPath) -> dict[str, object]:
+        """The props with only keys that `Props` knows."""
+        pruned = self._walk(tree, msgspec.inspect.type_info(Props), path, "")
+        assert isinstance(pruned, dict)
+        return pruned
+
+    def _walk(self, tree: object, shape: msgspec.inspect.Type, path: KeyPath, generic: str) -> object:
+        match shape, tree:
+            case msgspec.inspect.UnionType(types=types), _:
+                kind = msgspec.inspect.StructType | msgspec.inspect.VarTupleType
+                inner = next((one for one in types if isinstance(one, kind)), None)
+                return tree if inner is None else self._walk(tree, inner, path, generic)
+            case msgspec.inspect.VarTupleType(item_type=item), list():
+                return [self._walk(one, item, (*path, index), f"{generic}[]") for index, one in enumerate(tree)]
+            case msgspec.inspect.StructType(fields=fields), dict():
+                known = {one.encode_name: one.type for one in fields}
+                kept: dict[str, object] = {}
+                for key, value in tree.items():
+                    name = f"{generic}.{key}".removeprefix(".")
+                    if key in known:
+                        kept[key] = self._walk(value, known[key], (*path, key), name)
+                    else:
+                        self._left_out(name, (*path, key), list(known))
+                return kept
+            case _:
+                return tree
+
+    def _left_out(self, name: str, path: KeyPath, known: list[str]) -> None:
+        if name.startswith("triggers[].triggerConfig") and name not in IGNORED and not self._is_http(path[:-2]):
+            return  # the trigger itself is warned about
+        if name not in IGNORED:
+            self._warnings.append(_unknown(self._document, path, known))
+        elif IGNORED[name]:
+            self._warnings.append(f"{self._document.at(path)}: {IGNORED[name]}")
+
+    def _is_http(self, path: KeyPath) -> bool:
+        kind = self._document.lookup((*path, "triggerType"))
+        return not isinstance(kind, Text) or kind.written == "http"
+
+
+def _unknown(document: Document, path: KeyPath, known: list[str]) -> str:
+    """A warning for a key that nobody knows; what looks like a slip of the pen is refused instead."""
+    close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.8)
+    if close:
+        raise document.wrong(path, f"unknown key; did you mean {close[0]}?")
+    return f"{document.at(path)}: is not known here and has no effect"
+
+
+# --- values ----------------------------------------------------------------------------------
+
+
+def _prepared(document: Document, used: dict[str, object], path: KeyPath) -> dict[str, object]:
+    """Plain values; variables as they are written, durations with their unit, absent sections left out."""
+    values = plain(used)
+    assert isinstance(values, dict)
+    variables = used.get("environmentVariables")
+    if isinstance(variables, dict):
+        values["environmentVariables"] = {
+            key: _variable(document, (*path, "environmentVariables", key), value) for key, value in variables.items()
+        }
+    ours = values.get("hibernode")
+    if isinstance(ours, dict):
+        for key in _DURATIONS:
+            if isinstance(ours.get(key), int | float) and not isinstance(ours[key], bool):
+                ours[key] = f"{Decimal(str(ours[key])):f}s"
+    for key in ("hibernode", "environmentVariables", "gpuConfig"):
+        if key in values and values[key] is None:
+            del values[key]
+    for trigger in values.get("triggers") or ():
+        if isinstance(trigger, dict) and trigger.get("triggerType", "http") != "http":
+            trigger.pop("triggerConfig", None)
+    return values
+
+
+def _variable(document: Document, path: KeyPath, value: object) -> str:
+    if not isinstance(value, Text):
+        raise document.wrong(path, "must be text")
+    return value.written
+
+
+def _typed(document: Document, path: KeyPath, values: dict[str, object]) -> Props:
+    try:
+        return convert(values, Props, name=document.name)
+    except ConfigError as error:
+        problem = error.message.removeprefix(f"{document.name}: ")
+        key, colon, what = problem.partition(": ")
+        if not colon or " " in key:
+            raise document.wrong(path, problem) from error
+        raise _wrong_at(document, path, key, what) from error
+
+
+_STEP = re.compile(r"([^.\[\]]+)|\[(\d*|\.\.\.)\]")
+
+
+def _wrong_at(document: Document, path: KeyPath, key: str, what: str) -> ConfigError:
+    """msgspec's key path (`triggers[...].triggerConfig`) in our own terms, with the line."""
+    steps: list[str | int] = []
+    for found in _STEP.finditer(key):
+        if found[1]:
+            steps.append(found[1])
+        elif found[2].isdecimal():
+            steps.append(int(found[2]))
+        else:
+            steps.append("...")
+    return document.wrong((*path, *steps), what)
+
+
+def _check_environment(document: Document, path: KeyPath, variables: dict[str, str]) -> None:
+    path = (*path, "environmentVariables")
+    for name, value in variables.items():
+        if name.startswith(RESERVED_PREFIX):
+            raise document.wrong((*path, name), f"names that begin with {RESERVED_PREFIX} are reserved; choose another")
+        if not name or "=" in name or "\0" in name + value:
+            raise document.wrong((*path, name), "is not a possible name or value of an environment variable")
+    total = sum(len(name.encode()) + len(value.encode()) for name, value in variables.items())
+    if total > MAX_ENVIRONMENT_BYTES:
+        raise document.wrong(path, f"has {total} bytes in total; at most {MAX_ENVIRONMENT_BYTES} are allowed")
+
+
+def _triggers(
+    document: Document, triggers: tuple[Trigger, ...], path: KeyPath, warnings: list[str]
+) -> tuple[HttpTrigger, ...]:
+    found = []
+    for index, one in enumerate(triggers):
+        if one.trigger_type != "http":
+            where = document.at((*path, "triggers", index))
+            warnings.append(f"{where}: triggers of type {one.trigger_type!r} don't exist here: skipped")
+            continue
+        found.append(HttpTrigger(one.trigger_name, one.trigger_config.auth_type, one.trigger_config.methods))
+    return tuple(found)
+
+
+def _target(props: Props) -> int | None:
+    wanted = props.provision_config
+    if wanted is None:
+        return None
+    return wanted.target if wanted.default_target is None else wanted.default_target

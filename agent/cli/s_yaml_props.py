@@ -1,0 +1,218 @@
+"""What an s.yaml (fc3) may say under a resource's `props`: declared types with Function Compute's ranges.
+
+Source of keys, ranges and defaults: the fc3 component's schema and the Function Compute API for custom containers.
+Keys of fc3 that mean nothing on one's own hosts are listed in `IGNORED` with the reason that a warning gives.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from agent.config import Duration, bad_key
+
+
+def _camel(field: str) -> str:
+    """`freeze_after_ns` is the key `freezeAfter`: the value carries the unit. fc3 writes `alwaysAllocateGPU`."""
+    head, *rest = field.removesuffix("_ns").split("_")
+    return head + "".join({"gpu": "GPU", "cpu": "CPU"}.get(word, word.capitalize()) for word in rest)
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=_camel, kw_only=True):
+    """Base of all: every key is camelCase, absent means the default."""
+
+
+class HealthCheckConfig(Part, frozen=True):
+    """customHealthCheckConfig."""
+
+    http_get_url: Annotated[str, Meta(min_length=1, max_length=2048)]
+    initial_delay_seconds: Annotated[int, Meta(ge=0, le=120)] = 0
+    period_seconds: Annotated[int, Meta(ge=1, le=120)] = 3
+    timeout_seconds: Annotated[int, Meta(ge=1, le=3)] = 1
+    failure_threshold: Annotated[int, Meta(ge=1, le=120)] = 3
+    success_threshold: Annotated[int, Meta(ge=1, le=120)] = 1
+
+    def __post_init__(self) -> None:
+        if not self.http_get_url.startswith("/"):
+            raise bad_key("httpGetUrl", f"must be a path that begins with /, got {self.http_get_url[:60]!r}")
+
+
+class CustomContainerConfig(Part, frozen=True):
+    """The image and how it is started. `image: host` runs entrypoint and command on the host."""
+
+    image: Annotated[str, Meta(min_length=1, max_length=1024)]
+    port: Annotated[int, Meta(ge=1, le=65535)] = 9000
+    entrypoint: tuple[str, ...] | None = None
+    command: tuple[str, ...] | None = None
+    health_check_config: HealthCheckConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.image == "host" and not (self.entrypoint or self.command):
+            raise bad_key("entrypoint", "is required with `image: host`: the program to run")
+        if any("\0" in word for word in (*(self.entrypoint or ()), *(self.command or ()))):
+            raise bad_key("entrypoint", "a program's arguments can't hold a NUL")
+
+
+class GpuConfig(Part, frozen=True):
+    """GPU type as Function Compute names it, and the memory that is billed."""
+
+    gpu_type: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+    gpu_memory_size: Annotated[int, Meta(ge=1024, multiple_of=1024)] | None = None
+
+
+class Hook(Part, frozen=True):
+    """One lifecycle hook. `command` runs in the container in Function Compute; here only HTTP hooks are called."""
+
+    handler: str | None = None
+    command: tuple[str, ...] | None = None
+    timeout: Annotated[int, Meta(ge=1, le=300)] = 3
+
+
+class InstanceLifecycleConfig(Part, frozen=True):
+    """The three hooks; the initializer may take 300 s, the others 90 s."""
+
+    initializer: Hook | None = None
+    pre_freeze: Hook | None = None
+    pre_stop: Hook | None = None
+
+    def __post_init__(self) -> None:
+        for key, hook in (("preFreeze", self.pre_freeze), ("preStop", self.pre_stop)):
+            if hook is not None and hook.timeout > 90:
+                raise bad_key(f"{key}.timeout", f"must be at most 90 s, got {hook.timeout}")
+
+
+Target = Annotated[int, Meta(ge=0, le=10_000)]
+
+
+class ProvisionConfig(Part, frozen=True):
+    """How many instances there are. `target` is the older name of `defaultTarget`."""
+
+    default_target: Target | None = None
+    target: Target | None = None
+    always_allocate_gpu: bool | None = None
+
+
+class TriggerConfig(Part, frozen=True):
+    """Of an HTTP trigger."""
+
+    auth_type: Literal["anonymous", "function", "jwt"] = "anonymous"
+    methods: tuple[Literal["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"], ...] = ()
+
+
+class Trigger(Part, frozen=True):
+    """A trigger; only those of type http reach a function here."""
+
+    trigger_name: Annotated[str, Meta(min_length=1, max_length=128)]
+    trigger_type: str = "http"
+    trigger_config: TriggerConfig = TriggerConfig()
+
+
+class Hibernode(Part, frozen=True):
+    """Our own keys, under `hibernode:`. UNSET = not said, so that the scheduler's defaults apply."""
+
+    freeze_after_ns: Duration | None = None
+    min_awake_ns: Duration | None = None
+    idle: Literal["require", "prefer", "never"] | None = None
+    dispatch: Literal["pack", "spread"] | UnsetType = UNSET
+    wake_factor: Annotated[float, Meta(ge=0, le=1_000_000)] | UnsetType = UNSET
+    queue_length: Annotated[int, Meta(ge=0, le=100_000)] | UnsetType = UNSET
+    queue_timeout_ns: Duration | UnsetType = UNSET
+    gpus: Annotated[int, Meta(ge=0, le=64)] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.queue_timeout_ns, int) and not 0 < self.queue_timeout_ns <= 3600 * 10**9:
+            raise bad_key("queueTimeout", "must be more than zero and at most 1h")
+        for key, value in (("freezeAfter", self.freeze_after_ns), ("minAwake", self.min_awake_ns)):
+            if value is not None and value > 86_400 * 10**9:
+                raise bad_key(key, "must be at most 24h")
+
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+
+
+class Props(Part, frozen=True):
+    """The props of one fc3 resource that have a meaning here."""
+
+    function_name: str
+    runtime: Literal["custom-container"]
+    custom_container_config: CustomContainerConfig
+    region: Annotated[str, Meta(min_length=1, max_length=64)] = "local"
+    handler: Annotated[str, Meta(min_length=1, max_length=128)] = "index.handler"
+    timeout: Annotated[int, Meta(ge=1, le=86_400)] = 3
+    cpu: Annotated[float, Meta(ge=0.05)] = 0.35
+    memory_size: Annotated[int, Meta(ge=128, multiple_of=64)] = 512
+    disk_size: Annotated[int, Meta(ge=512)] = 512
+    instance_concurrency: Annotated[int, Meta(ge=1, le=200)] = 1
+    gpu_config: GpuConfig | None = None
+    gpu_memory_size: Annotated[int, Meta(ge=1024, multiple_of=1024)] | None = None
+    environment_variables: dict[str, str] | None = None
+    instance_lifecycle_config: InstanceLifecycleConfig | None = None
+    provision_config: ProvisionConfig | None = None
+    always_allocate_gpu: bool | None = None
+    triggers: tuple[Trigger, ...] | None = None
+    hibernode: Hibernode = Hibernode()
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.function_name):
+            raise bad_key("functionName", "must be 1 to 64 letters, digits, `_` or `-`")
+        if self.triggers and len(self.triggers) > 10:
+            raise bad_key("triggers", "there may be at most 10")
+
+
+_CLOUD = "means nothing outside of Function Compute"
+_LATER = "is not built yet"
+_OWN_HOSTS = "is up to your hosts and networks"
+
+IGNORED: dict[str, str] = {
+    "asyncInvokeConfig": f"{_LATER}: every call is synchronous",
+    "code": "is for runtimes with code packages; the image holds the code",
+    "concurrencyConfig": f"{_LATER}: nothing is reserved between functions",
+    "customDNS": _OWN_HOSTS,
+    "customDomain": "is up to your own DNS and proxy; the gateway answers at <function>.<domain>",
+    "customRuntimeConfig": "is for other runtimes",
+    "disableInjectCredentials": "credentials are never injected here",
+    "disableOndemand": "there are no instances on demand: all are provisioned",
+    "enableLongLiving": _CLOUD,
+    "idleTimeout": "instances sleep by hibernode.freezeAfter instead",
+    "instanceIsolationMode": _CLOUD,
+    "internetAccess": _OWN_HOSTS,
+    "layers": "is for runtimes with code packages",
+    "logConfig": "goes to no log service; `hibernode logs` shows what instances print",
+    "nasConfig": f"{_LATER}: nothing is mounted",
+    "ossMountConfig": "mounts no object storage here",
+    "polarFsConfig": _CLOUD,
+    "resourceGroupId": _CLOUD,
+    "role": "no cloud credentials are given to instances",
+    "scalingConfig": f"{_LATER}: the number of instances is the target",
+    "sessionAffinity": f"{_LATER}: requests go to any instance",
+    "sessionAffinityConfig": f"{_LATER}: requests go to any instance",
+    "tags": f"{_LATER}: they are dropped",
+    "tracingConfig": f"{_LATER}: no traces are sent",
+    "vpcBinding": _OWN_HOSTS,
+    "vpcConfig": _OWN_HOSTS,
+    "customContainerConfig.acceleration": _CLOUD,
+    "customContainerConfig.accelerationInfo": _CLOUD,
+    "customContainerConfig.accelerationType": _CLOUD,
+    "customContainerConfig.acrInstanceId": _CLOUD,
+    "customContainerConfig.registryConfig": f"{_LATER}: log in with the host's container engine",
+    "customContainerConfig.resolvedImageUri": _CLOUD,
+    "customContainerConfig.role": "no cloud credentials are given to instances",
+    "customContainerConfig.webServerMode": f"{_LATER}: every instance serves HTTP",
+    "hibernode.volumes": f"{_LATER}: nothing is mounted",
+    "provisionConfig.alwaysAllocateCPU": "has no effect: a frozen instance uses no CPU, an awake one its share",
+    "provisionConfig.scheduledActions": f"{_LATER}: the target stays as it is",
+    "provisionConfig.targetTrackingPolicies": f"{_LATER}: the target stays as it is",
+    "provisionConfig.mode": _CLOUD,
+    "alwaysAllocateCPU": "has no effect: a frozen instance uses no CPU, an awake one its share",
+    "triggers[].description": "",
+    "triggers[].qualifier": "there is one version of a function: the last one deployed",
+    "triggers[].invocationRole": _CLOUD,
+    "triggers[].sourceArn": _CLOUD,
+    "triggers[].triggerConfig.authConfig": f"{_LATER}: use authType anonymous",
+    "triggers[].triggerConfig.disableURLInternet": _OWN_HOSTS,
+    "description": "",
+}
+"""Keys of fc3 without a meaning here -> why, for the warning; "" for what needs none (a description)."""
