@@ -74,9 +74,9 @@ class World:
         assert (await self.freezer.lock(self.handle)).outcome is Outcome.OK
         assert (await self.freezer.checkpoint(self.handle)).outcome is Outcome.OK
 
-    def restarted(self) -> CudaFreezer:
+    def restarted(self, limits: FreezerLimits = LIMITS) -> CudaFreezer:
         """The freezer of an agent that has just started: it remembers nothing."""
-        return CudaFreezer(self.driver, self.cgroups, self.gpus, self.instance.pids, process_table.boot_id(), LIMITS)
+        return CudaFreezer(self.driver, self.cgroups, self.gpus, self.instance.pids, process_table.boot_id(), limits)
 
 
 @pytest.fixture

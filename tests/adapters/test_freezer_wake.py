@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from agent.adapters.cgroup_freezer import FreezerState
 from agent.core.errors import DeadlineError, UnavailableError
 from agent.ports import Condition, CudaOp, CudaState, Outcome
-from tests.adapters.freezer_world import World
+from tests.adapters.freezer_world import LIMITS, World
 from tests.fakes.checkpointer import Fault
 from tests.fakes.gpus import gpu
 
@@ -158,3 +160,24 @@ async def test_a_lock_left_behind_is_unlocked(world: World) -> None:
     world.driver.processes[world.main].state = CudaState.LOCKED
     assert (await world.restarted().unlock(world.handle)).outcome is Outcome.OK
     assert world.state() is CudaState.RUNNING
+
+
+async def test_a_checkpoint_still_under_way_is_waited_for(world: World) -> None:
+    process = world.driver.processes[world.main]
+    process.state = CudaState.CHECKPOINTING
+    original = world.driver.run
+
+    async def finish_after_the_second_reading(calls, deadline_s, gpu_uuids=()):  # type: ignore[no-untyped-def]
+        reply = await original(calls, deadline_s, gpu_uuids)
+        if len(world.driver.batches) == 2:
+            process.state = CudaState.CHECKPOINTED
+        return reply
+
+    world.driver.run = finish_after_the_second_reading  # type: ignore[method-assign]
+    assert await world.freezer.condition(world.handle) is Condition.CHECKPOINTED
+
+
+async def test_a_checkpoint_that_never_ends_is_broken(world: World) -> None:
+    world.driver.processes[world.main].state = CudaState.CHECKPOINTING
+    hasty = world.restarted(replace(LIMITS, settle_s=0.1))
+    assert await hasty.condition(world.handle) is Condition.BROKEN
