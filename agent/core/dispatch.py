@@ -41,7 +41,7 @@ from agent.core.dispatch_events import (
 from agent.core.leases import AVERAGE_WEIGHT, FunctionSlots, NodeEntry, Slot, Standing
 from agent.core.types import SECOND_NS, InstanceState
 
-MAX_ATTEMPTS = 16
+MAX_ATTEMPTS = 50
 """A request that was refused so often is answered NO_CAPACITY."""
 FOREIGN_AFTER_NS = SECOND_NS
 """A report of more in flight than we have leases counts only where no lease changed for so long: younger ones race."""
@@ -274,16 +274,20 @@ class Dispatcher:
         if slot is None or slot.wake_asked_ns < 0:
             return
         function = self._functions[slot.function]
-        took = at - slot.wake_asked_ns
-        self._end_wake(slot)
         if failed:
+            self._end_wake(slot)
             self._set_aside(function, slot)
         else:
-            slot.woken_ns, slot.wake_took_ns = at, took
             slot.state = InstanceState.RUNNING
-            function.slots.learn_wake(slot.node, took)
+            self._came_awake(function, slot, at)
             function.slots.settle(slot)
         self._drain(function, at, effects)
+
+    def _came_awake(self, function: _Function, slot: Slot, at: int) -> None:
+        """The end of a wake of ours: by its answer or by a report, whichever is here first."""
+        slot.woken_ns, slot.wake_took_ns = at, at - slot.wake_asked_ns
+        self._end_wake(slot)
+        function.slots.learn_wake(slot.node, slot.wake_took_ns)
 
     def _end_wake(self, slot: Slot) -> None:
         if slot.wake_asked_ns >= 0:
@@ -308,9 +312,13 @@ class Dispatcher:
             slot = Slot(event.uid, event.function, node, event.concurrency, event.state, gpus=event.gpus)
             self._slots[event.uid] = node.slots[event.uid] = slot
             function.slots.count += 1
+        elif slot.function != event.function or slot.node.name != event.node:
+            return  # uids are never used again: somebody else's instance under the name of this one
         elif slot.concurrency != event.concurrency or slot.gpus != event.gpus:
             function.slots.regear(slot, event.concurrency, event.gpus)
         slot.state, slot.cancellable, slot.healthy = event.state, event.cancellable, event.healthy
+        if slot.wake_asked_ns >= 0 and event.state is InstanceState.RUNNING:
+            self._came_awake(function, slot, at)
         excess = max(0, event.in_flight - slot.leased)
         quiet = at - slot.changed_ns >= FOREIGN_AFTER_NS or not slot.changed_ns
         slot.foreign = excess if quiet else 0

@@ -228,11 +228,6 @@ class FunctionSlots:
             self._heap = [(entry[0], name) for name, entry in self._listed.items()]
             heapify(self._heap)
 
-    def forget_node(self, node: NodeEntry) -> None:
-        """The node will not come back."""
-        self._listed.pop(node.name, None)
-        self._wake_ns.pop(node.name, None)
-
     def _enter(self, slot: Slot, place: Place) -> None:
         slot.place = place
         match place:

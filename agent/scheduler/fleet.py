@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from agent.core.dispatch_events import Event, InstanceGone, NodeLost, NodeSuspect
 from agent.core.errors import InvalidArgumentError, PreconditionError
 from agent.core.leases import Standing
+from agent.core.types import SECOND_NS
 from agent.log import get_logger
 from agent.ports import Clock
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest, ReportLoadResponse
@@ -23,6 +24,9 @@ from agent.v1.types_pb2 import Instance, Node
 from agent.wire.convert_load import node_reported, reported_of_load
 
 MAX_INSTANCES_PER_NODE = 10_000
+UNREACHABLE_NS = SECOND_NS // 4
+"""A node that could not be connected to gets nothing for so long, whatever its stream says: a dying agent's last
+messages must not bring it back."""
 ENDED = (Instance.STATE_STOPPED, Instance.STATE_FAILED)
 
 _log = get_logger()
@@ -39,6 +43,7 @@ class NodeRecord:
     standing: Standing
     heard_ns: int
     wall_ns: int = 0
+    unreachable_ns: int = 0
     stream: int = 0
     epoch: int = 0
     sequence: int = 0
@@ -76,6 +81,7 @@ class Fleet:
         self._suspect_ns = suspect_ns
         self._lost_ns = lost_ns
         self._nodes: dict[str, NodeRecord] = {}
+        self._owners: dict[str, NodeRecord] = {}
         self._streams = 0
 
     # ---- the load stream --------------------------------------------------------------------------------------
@@ -92,6 +98,7 @@ class Fleet:
             node = self._nodes[name] = NodeRecord(name, Standing.SUSPECT, self._clock.monotonic_ns())
             self._met(name)
         node.stream, node.sequence, node.synced = self._streams, 0, False
+        node.unreachable_ns = 0
         return self._streams
 
     def took(self, name: str, stream: int, message: ReportLoadRequest) -> ReportLoadResponse:
@@ -141,6 +148,7 @@ class Fleet:
         """The node could not be connected to: nothing new until its next message."""
         node = self._nodes.get(name)
         if node is not None:
+            node.unreachable_ns = self._clock.monotonic_ns()
             self._suspect(node, "not reachable")
 
     def check_silence(self) -> None:
@@ -171,11 +179,8 @@ class Fleet:
 
     def instance(self, uid: str) -> InstanceLoad | None:
         """One instance as last reported."""
-        for node in self._nodes.values():
-            load = node.instances.get(uid)
-            if load is not None:
-                return load
-        return None
+        owner = self._owners.get(uid)
+        return None if owner is None else owner.instances.get(uid)
 
     def instances(self) -> Iterator[tuple[NodeRecord, InstanceLoad]]:
         """Every instance, those that ended lately included, as last reported."""
@@ -222,6 +227,9 @@ class Fleet:
             self._changed()
 
     def _instance(self, node: NodeRecord, load: InstanceLoad) -> bool:
+        if self._owners.setdefault(load.uid, node) is not node:
+            _log.error("fleet.foreign_instance", node=node.name, uid=load.uid, owner=self._owners[load.uid].name)
+            return False
         before = node.instances.get(load.uid)
         if before is None and len(node.instances) >= MAX_INSTANCES_PER_NODE:
             text = f"a node may report at most {MAX_INSTANCES_PER_NODE} instances"
@@ -235,6 +243,7 @@ class Fleet:
         node.seen.discard(uid)
         if node.instances.pop(uid, None) is None:
             return False
+        del self._owners[uid]
         self._tell(InstanceGone(uid))
         return True
 
@@ -245,6 +254,9 @@ class Fleet:
             return
         if not node.load.state:
             return  # it has registered, and not yet said how it is
+        if back and node.unreachable_ns and node.heard_ns - node.unreachable_ns < UNREACHABLE_NS:
+            return
+        node.unreachable_ns = 0
         event = node_reported(node.name, node.registration, node.load)
         standing = Standing.DRAINING if event.draining else Standing.READY
         if node.standing is not standing:

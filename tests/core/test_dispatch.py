@@ -112,6 +112,17 @@ def test_nothing_awake_wakes_at_once_and_the_answer_frees_the_slots() -> None:
     assert effects[0].wake_ns == 2 * MILLISECOND_NS
 
 
+def test_a_report_may_bring_the_end_of_a_wake_before_its_answer() -> None:
+    story = Story(instance("a", FROZEN))
+    story.arrive(1)
+    (effect,) = story(instance("a"))
+    assert isinstance(effect, Dispatch)
+    assert effect.wake_ns == MILLISECOND_NS
+    assert story(WakeAnswered("a")) == []
+    story(LeaseEnded(1))
+    assert story.went(2) == "a"
+
+
 def test_wakes_under_way_are_at_most_queued_over_concurrency() -> None:
     story = Story(*(instance(f"i{n}", FROZEN, concurrency=4) for n in range(5)))
     wakes = [uid for request in range(9) for uid in uids(story.arrive(request))]

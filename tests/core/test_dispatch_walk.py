@@ -135,7 +135,7 @@ class World:
             function, node = self.instances[uid].function, self.instances[uid].node
         before = self.instances.get(uid)
         state = self.rng.choice(STATES)
-        waking = before is not None and before.waking
+        waking = before is not None and before.waking and state is not InstanceState.RUNNING
         self.instances[uid] = Seen(function, node, state, waking, usable=uid not in self.retired)
         self.tell(InstanceReported(uid, function, node, state, CONCURRENCY[function], gpus=(f"{node}-g",)))
 

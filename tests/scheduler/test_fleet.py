@@ -8,7 +8,7 @@ from agent.core.dispatch_events import Event, InstanceGone, InstanceReported, No
 from agent.core.errors import InvalidArgumentError, PreconditionError
 from agent.core.leases import Standing
 from agent.core.types import SECOND_NS
-from agent.scheduler.fleet import Fleet
+from agent.scheduler.fleet import UNREACHABLE_NS, Fleet
 from agent.v1.scheduler_service_pb2 import (
     InstanceLoad,
     NodeLoad,
@@ -137,6 +137,9 @@ def test_a_stream_that_ends_or_a_refused_connection_makes_suspect_at_once() -> N
     story.connect("a")
     story.fleet.unreachable("n1")
     assert story.standing() is Standing.SUSPECT
+    story.say()
+    assert story.standing() is Standing.SUSPECT, "a message that was under way when it died"
+    story.clock.advance(UNREACHABLE_NS)
     story.say(state=None)
     assert story.standing() is Standing.READY, "any message of a ready node is a sign of life"
     story.fleet.closed("n1", story.stream)
@@ -208,3 +211,19 @@ def test_provisioning_hears_of_changes_and_not_of_heartbeats() -> None:
     assert story.changes == before
     story.say("a", as_state=FROZEN)
     assert story.changes == before + 1
+
+
+def test_a_node_cannot_speak_about_an_instance_of_another() -> None:
+    story = Story()
+    story.connect("a")
+    stream = story.fleet.opened("n2")
+    message = ReportLoadRequest(epoch=1, sequence=1, snapshot=True, load=NodeLoad(state=READY))
+    message.registration.CopyFrom(Registration(ingress_address="127.0.0.1:3", grpc_address="127.0.0.1:4"))
+    message.instances.add(uid="a", function="ocr", state=Instance.STATE_FAILED)
+    story.told.clear()
+    story.fleet.took("n2", stream, message)
+    story.fleet.took("n2", stream, ReportLoadRequest(epoch=1, sequence=2, removed_uids=["a"]))
+    assert kinds(story.told) == [NodeReported]
+    load = story.fleet.instance("a")
+    assert load is not None
+    assert load.state == RUNNING
