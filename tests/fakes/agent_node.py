@@ -79,12 +79,17 @@ async def vanish(ingress: FakeIngress, exchange: Exchange, received: Received) -
     exchange.abort()
 
 
-async def die_in_the_middle(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
-    """Begin an answer, then die."""
-    exchange.begin(200, None, [], 1000)
-    exchange.write(b"half")
-    exchange.flush()
-    exchange.abort()
+def die_in_the_middle(once: asyncio.Event) -> Behaviour:
+    """Begin an answer, and die when the event is set (a reset overtakes bytes that nobody has read yet)."""
+
+    async def behave(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
+        exchange.begin(200, None, [], 1000)
+        exchange.write(b"half")
+        exchange.flush()
+        await once.wait()
+        exchange.abort()
+
+    return behave
 
 
 def hold(until: asyncio.Event) -> Behaviour:

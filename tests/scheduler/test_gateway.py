@@ -220,11 +220,13 @@ async def test_requests_inside_a_dying_agent_are_502_and_never_sent_again(rig: G
 
 async def test_a_half_answer_is_cut_not_completed(rig: GatewayRig) -> None:
     rig.instance("i1")
-    rig.ingresses["n1"].script.append(die_in_the_middle)
+    seen = asyncio.Event()
+    rig.ingresses["n1"].script.append(die_in_the_middle(seen))
     wire = await rig.wire()
     await wire.send(GET)
     status, headers = await wire.head()
     assert status == 200
+    seen.set()
     assert len(await wire.rest()) < int(headers[b"content-length"])
     await rig.until(lambda: not rig.dispatcher.leased("i1"), "the lease is back")
 
