@@ -79,11 +79,20 @@ class CgroupFreezer:
             raise _gone(handle)
 
     async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
-        self._write(self._path(handle), handle, frozen=False)
+        path = self._path(handle)
+        self._write(path, handle, frozen=False)
         self._ours.discard(handle.uid)
-        if not await cgroup.reread(lambda: self.state(handle) is not FreezerState.FROZEN, deadline_s):
+        events: dict[str, int] | None = None
+
+        def thawed() -> bool:
+            # Part of every wake: one read tells both what runs and whether anybody is left.
+            nonlocal events
+            events = cgroup.read_events(path)
+            return events is None or not events["populated"] or not events["frozen"]
+
+        if not await cgroup.reread(thawed, deadline_s):
             raise _thaw_timeout(handle, deadline_s)
-        if self.state(handle) is FreezerState.GONE:
+        if events is None or not events["populated"]:
             raise _gone(handle)
 
     def state(self, handle: Handle) -> FreezerState:
