@@ -39,10 +39,11 @@ def gpu_lines() -> tuple[list[Gpu], list[CapabilityLine]]:
             timeout=NVML_DEADLINE_S,
             check=False,
         )
-        facts = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         text = f"NVML does not answer within {NVML_DEADLINE_S} s"
         return [], [_fail("driver", text, "look for XID errors in the kernel log; a reset or a reboot may be due")]
+    try:
+        facts = json.loads(done.stdout)
     except ValueError:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         return [], [_fail("driver", f"NVML ended in the middle: {said[-1] if said else 'no word'}", "reinstall it")]

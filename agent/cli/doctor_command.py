@@ -52,7 +52,8 @@ def _by_agent_or_host() -> Sequence[CapabilityLine]:
     except HibernodeError as error:
         if asked().agent:
             raise  # asked for by name: this host is not what is wanted
-        return [CapabilityLine("agent", "WARN", f"not asked: {error.message}", "start it, or use sudo"), *host_lines()]
+        found = f"not asked: {error.message.partition(': ')[0]}"
+        return [CapabilityLine("agent", "WARN", found, "start it, or use sudo"), *host_lines()]
     seen = [CapabilityLine(one.name, level(one), one.reason, one.fix) for one in node.capabilities]
     name = f"{node.name}, {node.agent_version}"
     beside = [] if asked().agent else system_lines()

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from agent.config import parse_duration_ns
 from agent.core.types import SECOND_NS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -108,6 +107,8 @@ def fleet_or_node_options(command: F) -> F:
 
 def seconds_of(value: str) -> float:
     """An option's `10s`, `2m`, `1h30m`, or a bare number of seconds, as seconds."""
+    from agent.config import parse_duration_ns  # brings msgspec and YAML, which help does not need
+
     text = f"{value}s" if value.replace(".", "", 1).isdecimal() else value
     try:
         return parse_duration_ns(text) / SECOND_NS

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 10_000
 """Where nobody looks nothing is wrapped or cut: a line stays a line for grep."""
 
+MAX_WORD_CHARS = 24
+
 STYLES = {
     "RUNNING": "green",
     "READY": "green",
@@ -74,10 +76,13 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Seq
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=not sys.stdout.isatty())
-    for row in rows:
-        table.add_row(*map(_cell, row))
+    cells = [tuple(map(_cell, row)) for row in rows]
+    for index, name in enumerate(columns):
+        # On a narrow terminal sentences are wrapped, and words stay whole.
+        words = all(len(row[index]) <= MAX_WORD_CHARS for row in cells)
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=words or not sys.stdout.isatty())
+    for row in cells:
+        table.add_row(*row)
     _write(table)
 
 
