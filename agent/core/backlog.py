@@ -1,4 +1,4 @@
-"""The requests of one function that wait at the dispatcher, first in, first out.
+"""One function at the dispatcher: its rules, and the requests that wait for it, first in, first out.
 
 A request that was dispatched and came back untouched is older than everything that still waits, so it is put in order
 among those that came back, ahead of the rest. Pure; every operation is O(1) but the return of a refused request, which
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 
-from agent.core.leases import Slot
+from agent.core.leases import FunctionSlots, Slot
 
 _BY_ORDER = attrgetter("order")
 
@@ -65,3 +65,38 @@ class Backlog:
         if self._fresh.pop(request.request, None) is None:
             at = bisect_left(self._returned, request.order, key=_BY_ORDER)
             del self._returned[at]
+
+
+@dataclass(slots=True, eq=False)
+class FunctionState:
+    """A function's rules, queue and instances. `known` is false for instances of something never deployed."""
+
+    slots: FunctionSlots
+    backlog: Backlog
+    known: bool = False
+    expects_instances: bool = False
+    wake_factor: float = 0.0
+    queue_length: int = 0
+    service_ns: float = 0.0
+    leases: int = 0
+
+    def worth_waking(self, slot: Slot, queued: int, coming: int) -> bool:
+        """With nobody awake or waking, always; else where waiting is predicted to take longer than waking.
+
+        `coming`: slots of instances on their way awake.
+        """
+        working = self.slots.awake_slots + coming
+        if not working or not self.wake_factor or not self.service_ns:
+            return True
+        predicted_wait = queued * self.service_ns / working
+        return predicted_wait > self.slots.predicted_wake_ns(slot.node) * self.wake_factor
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """For reports: requests that wait, instances known, and those awake or waking."""
+
+    queued: int
+    instances: int
+    awake_slots: int
+    waking: int

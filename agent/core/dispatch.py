@@ -11,10 +11,9 @@ I/O; the cost of one event does not grow with the number of instances.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import assert_never
 
-from agent.core.backlog import Backlog, Request
+from agent.core.backlog import Backlog, FunctionState, QueueState, Request
 from agent.core.dispatch_events import (
     DeadlinePassed,
     Dispatch,
@@ -47,35 +46,11 @@ FOREIGN_AFTER_NS = SECOND_NS
 """A report of more in flight than we have leases counts only where no lease changed for so long: younger ones race."""
 
 
-@dataclass(slots=True, eq=False)
-class _Function:
-    """A function's rules, queue and instances. `known` is false for instances of something never deployed."""
-
-    slots: FunctionSlots
-    backlog: Backlog
-    known: bool = False
-    expects_instances: bool = False
-    wake_factor: float = 0.0
-    queue_length: int = 0
-    service_ns: float = 0.0
-    leases: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class QueueState:
-    """For reports: requests that wait, instances known, and those awake or waking."""
-
-    queued: int
-    instances: int
-    awake_slots: int
-    waking: int
-
-
 class Dispatcher:
     """All functions, nodes and requests of one scheduler."""
 
     def __init__(self) -> None:
-        self._functions: dict[str, _Function] = {}
+        self._functions: dict[str, FunctionState] = {}
         self._nodes: dict[str, NodeEntry] = {}
         self._slots: dict[str, Slot] = {}
         self._requests: dict[int, Request] = {}
@@ -160,7 +135,7 @@ class Dispatcher:
         function.backlog.append(request)
         self._wake(function, at, effects)
 
-    def _lease(self, function: _Function, request: Request, slot: Slot, at: int, effects: list[Effect]) -> None:
+    def _lease(self, function: FunctionState, request: Request, slot: Slot, at: int, effects: list[Effect]) -> None:
         slot.leased += 1
         function.leases += 1
         slot.changed_ns = at
@@ -170,7 +145,7 @@ class Dispatcher:
         wake_ns = slot.wake_took_ns if slot.woken_ns >= request.arrived_ns else 0
         effects.append(Dispatch(request.request, slot.uid, slot.node.name, at - request.arrived_ns, wake_ns))
 
-    def _release(self, request: Request, at: int) -> _Function:
+    def _release(self, request: Request, at: int) -> FunctionState:
         """Take the lease back. The instance may be gone already; then there is nothing to free."""
         function = self._functions[request.function]
         slot, request.slot = request.slot, None
@@ -228,7 +203,7 @@ class Dispatcher:
         self._functions[request.function].backlog.discard(request)
         effects.append(Refuse(number, Refusal.QUEUE_TIMEOUT))
 
-    def _drain(self, function: _Function, at: int, effects: list[Effect]) -> None:
+    def _drain(self, function: FunctionState, at: int, effects: list[Effect]) -> None:
         """Bind waiting requests to free slots, oldest first; then wake for those that are left."""
         backlog, slots = function.backlog, function.slots
         while backlog:
@@ -240,29 +215,20 @@ class Dispatcher:
 
     # ---- wakes ------------------------------------------------------------------------------------------------
 
-    def _wake(self, function: _Function, at: int, effects: list[Effect]) -> None:
+    def _wake(self, function: FunctionState, at: int, effects: list[Effect]) -> None:
         """Wake as many as the queue can use: wakes under way are capacity, at most ceil(queued / concurrency)."""
         slots = function.slots
         queued = len(function.backlog)
         coming = slots.waking_slots
         while coming < queued:
             slot = slots.wakeable()
-            if slot is None or not self._worth_waking(function, slot, queued, coming):
+            if slot is None or not function.worth_waking(slot, queued, coming):
                 return
             slot.wake_asked_ns = at
             coming += slot.concurrency
             slots.settle(slot)
             self._count_wake(slot.node, 1)
             effects.append(Wake(slot.uid, slot.node.name))
-
-    @staticmethod
-    def _worth_waking(function: _Function, slot: Slot, queued: int, coming: int) -> bool:
-        """With nobody awake or waking, always; else where waiting is predicted to take longer than waking."""
-        working = function.slots.awake_slots + coming
-        if not working or not function.wake_factor or not function.service_ns:
-            return True
-        predicted_wait = queued * function.service_ns / working
-        return predicted_wait > function.slots.predicted_wake_ns(slot.node) * function.wake_factor
 
     def _count_wake(self, node: NodeEntry, sign: int) -> None:
         node.wakes += sign
@@ -283,7 +249,7 @@ class Dispatcher:
             function.slots.settle(slot)
         self._drain(function, at, effects)
 
-    def _came_awake(self, function: _Function, slot: Slot, at: int) -> None:
+    def _came_awake(self, function: FunctionState, slot: Slot, at: int) -> None:
         """The end of a wake of ours: by its answer or by a report, whichever is here first."""
         slot.woken_ns, slot.wake_took_ns = at, at - slot.wake_asked_ns
         self._end_wake(slot)
@@ -294,7 +260,7 @@ class Dispatcher:
             slot.wake_asked_ns = -1
             self._count_wake(slot.node, -1)
 
-    def _set_aside(self, function: _Function, slot: Slot) -> None:
+    def _set_aside(self, function: FunctionState, slot: Slot) -> None:
         slot.aside = True
         slot.node.aside[slot.uid] = slot
         function.slots.settle(slot)
@@ -386,10 +352,10 @@ class Dispatcher:
         for name in dict.fromkeys(slot.function for slot in slots):
             self._drain(self._functions[name], at, effects)
 
-    def _function(self, name: str) -> _Function:
+    def _function(self, name: str) -> FunctionState:
         function = self._functions.get(name)
         if function is None:
-            function = self._functions[name] = _Function(FunctionSlots(name), Backlog())
+            function = self._functions[name] = FunctionState(FunctionSlots(name), Backlog())
         return function
 
     def _function_set(self, event: FunctionSet, at: int, effects: list[Effect]) -> None:
@@ -410,11 +376,11 @@ class Dispatcher:
         self._refuse_all(function, Refusal.UNKNOWN_FUNCTION, effects)
         self._tidy(name)
 
-    def _give_up(self, function: _Function, effects: list[Effect]) -> None:
+    def _give_up(self, function: FunctionState, effects: list[Effect]) -> None:
         if not function.slots.count and not function.expects_instances:
             self._refuse_all(function, Refusal.NO_CAPACITY, effects)
 
-    def _refuse_all(self, function: _Function, reason: Refusal, effects: list[Effect]) -> None:
+    def _refuse_all(self, function: FunctionState, reason: Refusal, effects: list[Effect]) -> None:
         while function.backlog:
             request = function.backlog.pop()
             del self._requests[request.request]
