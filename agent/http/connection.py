@@ -87,14 +87,11 @@ class ServerConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         state = self._state
-        if state == _HEAD:
-            if self.writable:
-                self._feed_head(self._buffer + data if self._buffer else data)
-            else:
-                self._keep_for_next(data)
+        if state == _HEAD and self.writable:
+            self._feed_head(self._buffer + data if self._buffer else data)
         elif state == _BODY:
             self._feed_body(data, 0)
-        elif state == _BUSY:
+        elif state in (_HEAD, _BUSY):
             self._keep_for_next(data)
 
     def eof_received(self) -> bool:
@@ -155,17 +152,13 @@ class ServerConnection(asyncio.Protocol):
             # Nothing but this request, whole: the usual case.
             self._state = _BUSY
             self.deadline = self._read_deadline = NEVER
-            if head.length:
-                exchange.body_came_whole(data[end:])
-            else:
-                exchange.body_done = True
+            exchange.body_came_whole(data[end:] if head.length else b"")
         else:
             self._feed_rest(exchange, head, data, end)
         self._hand_over(exchange)
 
     def _feed_rest(self, exchange: Exchange, head: RequestHead, data: bytes, end: int) -> None:
         """What lies behind a head: part of its body, or more than that."""
-        limits = self._server.limits
         if not head.chunked and not head.length:
             self._state = _BUSY
             exchange.body_done = True
@@ -173,9 +166,9 @@ class ServerConnection(asyncio.Protocol):
             self._keep_for_next(data[end:])
             return
         self._state = _BODY
-        self._decoder = ChunkedBody(limits.body_bytes) if head.chunked else LengthBody(head.length or 0)
+        self._decoder = ChunkedBody(self._server.limits.body_bytes) if head.chunked else LengthBody(head.length or 0)
         # With Expect the client waits for us, as long as that takes.
-        self._read_by(NEVER if head.expect_continue else limits.body_stall_s)
+        self._read_by(NEVER if head.expect_continue else self._server.limits.body_stall_s)
         if end < len(data):
             self._feed_body(data, end)
 
@@ -231,7 +224,7 @@ class ServerConnection(asyncio.Protocol):
     def pause_body(self) -> None:
         if self._state == _BODY:
             self._pause_reading()
-            self._read_by(NEVER)  # it is we who stall now
+            self._read_by(NEVER)  # now it is we who stall
 
     def resume_body(self) -> None:
         if self._state == _BODY and self._paused:
@@ -320,9 +313,9 @@ class ServerConnection(asyncio.Protocol):
         await asyncio.shield(self._drain_waiter)
 
     def _release_drain(self) -> None:
-        waiter, self._drain_waiter = self._drain_waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if self._drain_waiter is not None and not self._drain_waiter.done():
+            self._drain_waiter.set_result(None)
+        self._drain_waiter = None
 
     def _refuse(self, error: HibernodeError) -> None:
         """Answers what never became an exchange, and closes."""
@@ -338,26 +331,26 @@ class ServerConnection(asyncio.Protocol):
         """Closes our side and reads the client's rest away for a while: closing at once would reset the
         connection, and the client might never see its answer."""
         self._stop_listening()
-        self._lingering = True
         if not self.transport.is_closing():
             self.transport.write_eof()
-        self._last_unsent = self.transport.get_write_buffer_size()
-        self._read_by(self._server.limits.linger_s)
+        self._let_drain()
 
     def close(self) -> None:
         """Closes once what was written has been sent, or the client takes nothing of it for too long."""
         self._state = _DEAF
+        self._let_drain()
+        self.transport.close()
+
+    def _let_drain(self) -> None:
         self._lingering = True
         self._last_unsent = self.transport.get_write_buffer_size()
         self._read_by(self._server.limits.linger_s)
-        self.transport.close()
 
     def abort(self, *, reset: bool = False) -> None:
         """Cuts the connection now."""
         if reset and not self.transport.is_closing():
             sock = self.transport.get_extra_info("socket")
-            if sock is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     def cancel(self) -> None:
@@ -394,11 +387,10 @@ class ServerConnection(asyncio.Protocol):
 
     def _expire_writing(self, now: float) -> None:
         """Slow is allowed, still is not: the client must have taken something since the last look."""
-        unsent = self.transport.get_write_buffer_size()
-        if unsent >= self._last_unsent:
+        before, self._last_unsent = self._last_unsent, self.transport.get_write_buffer_size()
+        if self._last_unsent >= before:
             self.abort()
             return
-        self._last_unsent = unsent
         stall_s = self._server.limits.write_stall_s
         if self._write_deadline != NEVER:
             self._write_deadline = now + stall_s

@@ -297,8 +297,9 @@ class Exchange:
 
     def body_came_whole(self, body: bytes) -> None:
         """The body, which came with its head; nobody has asked for it yet."""
-        self._body.append(body)
-        self._buffered = len(body)
+        if body:
+            self._body.append(body)
+            self._buffered = len(body)
         self.body_done = True
 
     def body_arrived(self, pieces: list[bytes]) -> None:
