@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,22 +25,31 @@ def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def start_driver(build_cache: Path, tmp_path: Path) -> Iterator[StartDriver]:
     """Start a driver with the arguments of `up`; several may run beside one another, each in its own directory."""
-    running: list[RunningDriver] = []
+    with ExitStack() as stack:
+        count = itertools.count()
 
-    def start(*arguments: str, directory: Path | None = None) -> RunningDriver:
-        driver = RunningDriver(directory or tmp_path / f"driver{len(running)}", build_cache, "--gib", "1", *arguments)
-        running.append(driver)
-        return driver
+        def start(*arguments: str, directory: Path | None = None) -> RunningDriver:
+            where = directory or tmp_path / f"driver{next(count)}"
+            driver = RunningDriver(where, build_cache, "--gib", "1", *arguments)
+            stack.callback(driver.close)
+            return driver
 
-    yield start
-    for driver in running:
-        driver.close()
+        yield start
+
+
+@pytest.fixture(scope="module")
+def module_driver(build_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDriver]:
+    driver = RunningDriver(tmp_path_factory.mktemp("driver") / "dir", build_cache, "--gib", "1")
+    yield driver
+    driver.close()
 
 
 @pytest.fixture
-def driver(start_driver: StartDriver) -> RunningDriver:
-    """Two GPUs of 1 GiB under driver 580."""
-    return start_driver()
+def driver(module_driver: RunningDriver) -> Iterator[RunningDriver]:
+    """Two GPUs of 1 GiB under driver 580, shared by a module's tests: they must not stop it."""
+    module_driver.begin_test()
+    yield module_driver
+    module_driver.close_programs()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import Any
 
 from agent.emulated.control import EmulatedDriver
 from agent.emulated.env import exports
+from agent.emulated.oplog import OpRecord
 
 PROGRAM = Path(__file__).with_name("cuda_program.py")
 ROOT = Path(__file__).parents[3]
@@ -133,6 +134,7 @@ class RunningDriver:
             assert line is not None, "the driver did not get ready in time"
             said.append(line)
         lines.close()
+        self._frozen_before = self._logged_before = 0
 
     @property
     def environment(self) -> dict[str, str]:
@@ -159,9 +161,28 @@ class RunningDriver:
     def used_bytes(self, index: int = 0) -> int:
         return self.control.devices()[index].used_bytes
 
+    def frozen_calls(self) -> int:
+        """Since the test began."""
+        return self.control.frozen_calls() - self._frozen_before
+
+    def oplog(self) -> list[OpRecord]:
+        """Since the test began."""
+        return self.control.oplog(self._logged_before)
+
+    def begin_test(self) -> None:
+        """As a driver just started: nothing runs on it, nothing is counted."""
+        self.close_programs()
+        eventually(lambda: not self.control.processes(), "the last test's processes are released")
+        self.control.set_latency()
+        self._frozen_before = self.control.frozen_calls()
+        self._logged_before = max((record.seq for record in self.control.oplog()), default=0)
+
+    def close_programs(self) -> None:
+        while self.programs:
+            self.programs.pop().close()
+
     def close(self) -> None:
-        for program in self.programs:
-            program.close()
+        self.close_programs()
         self.control.close()
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(DEADLINE_S)

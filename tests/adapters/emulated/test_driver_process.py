@@ -81,9 +81,9 @@ def test_the_log_has_every_operation_with_its_bytes_and_time(driver: RunningDriv
     app = driver.application()
     app.must("alloc", size=4 * MIB)
     freeze(tool, app.pid)
-    middle = driver.control.oplog()[-1].seq
+    middle = driver.oplog()[-1].seq
     wake(tool, app.pid)
-    everything = driver.control.oplog()
+    everything = driver.oplog()
     assert [(r.op, r.pid, r.bytes, r.result) for r in everything] == [
         ("lock", app.pid, 0, 0),
         ("checkpoint", app.pid, 4 * MIB, 0),
@@ -101,7 +101,7 @@ def test_the_latency_model_sets_a_floor(driver: RunningDriver, tool: CudaProgram
     driver.control.set_latency(fixed_us=2_000, bandwidth_bytes_s=100 * MIB)
     freeze(tool, app.pid)
     wake(tool, app.pid)
-    took = {record.op: record.us for record in driver.control.oplog()}
+    took = {record.op: record.us for record in driver.oplog()}
     assert took["lock"] >= 2_000
     assert took["checkpoint"] >= 2_000 + 60_000
     assert took["restore"] >= 2_000 + 40_000

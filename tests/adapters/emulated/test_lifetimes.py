@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from tests.adapters.emulated.conftest import StartDriver
 from tests.adapters.emulated.harness import MIB, CudaProgram, RunningDriver, eventually, freeze
 
 NOT_INITIALIZED, OPERATING_SYSTEM = 3, 304
@@ -93,7 +94,8 @@ def test_a_destroyed_context_gives_its_memory_back(driver: RunningDriver) -> Non
     assert driver.used_bytes() == 0
 
 
-def test_the_driver_process_ending_fails_calls_instead_of_hanging_them(driver: RunningDriver) -> None:
+def test_the_driver_process_ending_fails_calls_instead_of_hanging_them(start_driver: StartDriver) -> None:
+    driver = start_driver()
     app = driver.application()
     driver.process.send_signal(signal.SIGTERM)
     driver.process.wait(10)

@@ -73,7 +73,8 @@ def test_many_processes_on_one_gpu(driver: RunningDriver) -> None:
     assert sorted(pid for pid, _ in read(driver)["devices"][0]["processes"]) == sorted(app.pid for app in apps)
 
 
-def test_without_a_driver_process_nvml_says_the_driver_is_not_loaded(driver: RunningDriver) -> None:
+def test_without_a_driver_process_nvml_says_the_driver_is_not_loaded(start_driver: StartDriver) -> None:
+    driver = start_driver()
     driver.process.terminate()
     driver.process.wait(10)
     code = "import pynvml\ntry: pynvml.nvmlInit()\nexcept pynvml.NVMLError_DriverNotLoaded: print('not loaded')"

@@ -14,7 +14,7 @@ import pytest
 from tests.adapters.emulated.conftest import StartDriver
 from tests.adapters.emulated.harness import MIB, CudaProgram, RunningDriver, eventually, freeze, wake
 
-OPERATING_SYSTEM = 304
+INVALID_VALUE, NOT_INITIALIZED, OPERATING_SYSTEM = 1, 3, 304
 NOBODY = 65534
 
 
@@ -50,7 +50,8 @@ def test_kills_at_random_moments_leak_nothing(start_driver: StartDriver) -> None
             tool.send("lock", pid=app.pid)
         app.kill()
         if round_ % 2:
-            assert tool.receive()["rc"] in (0, 1, OPERATING_SYSTEM)
+            # Locked in time, died meanwhile, gone, or dead and not yet collected by its parent.
+            assert tool.receive()["rc"] in (0, OPERATING_SYSTEM, INVALID_VALUE, NOT_INITIALIZED)
     eventually(lambda: len(driver.control.processes()) == 1, "all but the tool are released")
     assert driver.used_bytes() == 0
     driver.application().must("alloc", size=64 * MIB)
@@ -63,7 +64,7 @@ def test_callers_are_answered_side_by_side(driver: RunningDriver) -> None:
         tool.send("lock", pid=app.pid)
     for _, tool in pairs:
         assert tool.receive()["rc"] == 0
-    locks = driver.control.oplog()
+    locks = driver.oplog()
     assert len(locks) == 4
     assert max(lock.at_ns for lock in locks) < min(lock.at_ns + lock.us * 1000 for lock in locks)
 
