@@ -11,6 +11,7 @@ import pytest
 
 from agent.core.dispatch_events import NodeReported, WakeAnswered
 from agent.core.types import MILLISECOND_NS, InstanceState
+from agent.scheduler.functions import Problem
 from tests.fakes.agent_node import die_in_the_middle, hold, refuse, refuse_before_body, vanish
 from tests.scheduler.rig import TOKEN, GatewayRig, gateway_rig
 
@@ -149,6 +150,25 @@ async def test_target_zero_is_503(rig: GatewayRig) -> None:
     await rig.deploy("idle", target=0)
     status, _, body = await rig.ask(b"GET /fn/idle/ HTTP/1.1\r\nhost: g\r\n\r\n")
     assert (status, code(body)) == (503, "NoCapacity")
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "expected"),
+    [
+        ("INITIALIZATION_ERROR", 502, "InitializationError"),
+        ("FUNCTION_NOT_STARTED", 502, "FunctionNotStarted"),
+        ("IMAGE_RUNTIME_UNAVAILABLE", 503, "NoCapacity"),
+    ],
+)
+async def test_a_function_without_hope_says_why_at_once(
+    rig: GatewayRig, reason: str, status: int, expected: str
+) -> None:
+    waiting = asyncio.create_task(rig.ask(GET))
+    await rig.until(rig.queued, "it waits while there is hope")
+    rig.catalog.set_problem("ocr", Problem(reason, "the reason for people", hopeless=True))
+    for answer in (await waiting, await rig.ask(GET)):
+        assert (answer[0], code(answer[2])) == (status, expected)
+        assert b"the reason for people" in answer[2]
 
 
 async def test_a_client_that_leaves_the_queue_frees_its_place(rig: GatewayRig) -> None:

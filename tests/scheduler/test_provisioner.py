@@ -1,0 +1,205 @@
+"""The provisioner against an agent that fails, on a clock that moves only when told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from agent.core.dispatch_events import Event, InstanceRetired
+from agent.core.errors import ConflictError, ExhaustedError, HibernodeError, UnavailableError
+from agent.core.provision import MAX_ATTEMPTS
+from agent.core.types import SECOND_NS
+from agent.scheduler.deploy_rules import Defaults
+from agent.scheduler.fleet import Fleet
+from agent.scheduler.functions import Catalog
+from agent.scheduler.links import Links
+from agent.scheduler.provisioner import Provisioner
+from agent.scheduler.store import Store
+from agent.v1.function_service_pb2 import DeployFunctionRequest
+from agent.v1.instance_service_pb2 import CreateInstanceRequest, CreateInstanceResponse, StopInstanceRequest
+from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest
+from agent.v1.types_pb2 import FunctionSpec, Gpu, Instance, Node
+from tests.fakes.clock import FakeClock
+
+FAILED, RUNNING = Instance.STATE_FAILED, Instance.STATE_RUNNING
+Answer = Callable[[str], Instance]
+
+
+class Story:
+    """One node with two GPUs. `answer` decides what a create gives."""
+
+    def __init__(self, store: Store) -> None:
+        self.clock = FakeClock()
+        self.told: list[Event] = []
+        self.creates: list[str] = []
+        self.stops: list[str] = []
+        self.answer: Answer = self.running
+        self.fleet = Fleet(self.clock, self.told.append, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
+        self.catalog = Catalog(self.clock, store, self.told.append, lambda: None, Defaults())
+        channel = SimpleNamespace(instances=SimpleNamespace(CreateInstance=None, StopInstance=None), call=self._call)
+        links = cast(Links, SimpleNamespace(channel=lambda node: channel))
+        self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, links, self.told.append)
+        self.sequence = 0
+        self.loads: dict[str, InstanceLoad] = {}
+        self.stream = self.fleet.opened("n1")
+        self.report()
+
+    async def _call(self, method: object, request: Any, timeout_s: float) -> object:
+        if isinstance(request, StopInstanceRequest):
+            self.stops.append(request.uid)
+            self.loads.pop(request.uid, None)
+            return None
+        assert isinstance(request, CreateInstanceRequest)
+        self.creates.append(request.request_id)
+        return CreateInstanceResponse(instance=self.answer(request.request_id))
+
+    def running(self, request_id: str) -> Instance:
+        """It will be reported as running."""
+        uid = f"i{len(self.creates)}"
+        self.loads[uid] = InstanceLoad(uid=uid, function="ocr", request_id=request_id, state=RUNNING, gpu_uuids=["g"])
+        return Instance(uid=uid, state=Instance.STATE_STARTING)
+
+    def report(self) -> None:
+        self.sequence += 1
+        message = ReportLoadRequest(
+            epoch=1, sequence=self.sequence, snapshot=True, load=NodeLoad(state=Node.STATE_READY)
+        )
+        message.registration.CopyFrom(
+            Registration(
+                ingress_address="127.0.0.1:1",
+                grpc_address="127.0.0.1:2",
+                gpus=[Gpu(uuid=f"g{n}", health=Gpu.HEALTH_OK) for n in range(2)],
+                instances_per_gpu=1,
+                runtimes=["process"],
+            )
+        )
+        message.instances.extend(self.loads.values())
+        self.fleet.took("n1", self.stream, message)
+
+    async def deploy(self, target: int = 1, **spec: object) -> None:
+        message = FunctionSpec(name="ocr", entrypoint=["app"], **spec)  # type: ignore[arg-type]
+        await self.catalog.deploy(DeployFunctionRequest(spec=message, target=target))
+
+    async def round(self, seconds: float = 0) -> None:
+        """Let time pass, hear the agent, decide, and let what was begun end."""
+        self.clock.advance(int(seconds * SECOND_NS))
+        self.report()
+        await self.provisioner.round()
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def story(tmp_path: Path) -> AsyncIterator[Story]:
+    store = Store(f"sqlite:///{tmp_path}/scheduler.db")
+    await store.open()
+    yield Story(store)
+    await store.close()
+
+
+def fails(reason: str) -> Answer:
+    return lambda request_id: Instance(uid=f"dead-{request_id}", state=FAILED, state_reason=reason, state_message="no")
+
+
+def raises(error: HibernodeError) -> Answer:
+    def answer(request_id: str) -> Instance:
+        raise error
+
+    return answer
+
+
+async def test_a_start_that_always_fails_is_given_up_and_tried_again_after_a_deploy(story: Story) -> None:
+    story.answer = fails("INITIALIZATION_ERROR")
+    await story.deploy()
+    for _ in range(40):
+        await story.round(1)
+    assert story.creates == [f"ocr/1/0/{attempt}" for attempt in range(1, MAX_ATTEMPTS + 1)]
+    problem = story.catalog.problem("ocr")
+    assert problem is not None
+    assert (problem.reason, problem.hopeless) == ("INITIALIZATION_ERROR", True)
+    story.answer = story.running
+    await story.deploy()
+    await story.round()
+    await story.round()
+    assert story.creates[-1] == f"ocr/1/0/{MAX_ATTEMPTS + 1}"
+    assert story.catalog.problem("ocr") is None
+
+
+async def test_a_create_whose_answer_was_lost_is_repeated_under_the_same_request_id(story: Story) -> None:
+    story.answer = raises(UnavailableError("UNREACHABLE", "no answer"))
+    await story.deploy()
+    await story.round()
+    story.answer = story.running
+    await story.round(1)
+    assert len(story.creates) == 1, "it waits before it asks again"
+    await story.round(2)
+    assert story.creates == ["ocr/1/0/1", "ocr/1/0/1"]
+
+
+async def test_a_full_agent_is_asked_again_and_never_given_up(story: Story) -> None:
+    story.answer = raises(ExhaustedError("GPU_CAPACITY", "full"))
+    await story.deploy()
+    for _ in range(MAX_ATTEMPTS * 3):
+        await story.round(3)
+    assert len(story.creates) > MAX_ATTEMPTS
+    assert set(story.creates) == {"ocr/1/0/1"}
+
+
+async def test_a_request_id_that_is_taken_is_passed_over(story: Story) -> None:
+    story.answer = raises(ConflictError("REQUEST_ID_REUSED", "another spec"))
+    await story.deploy()
+    await story.round()
+    story.answer = story.running
+    await story.round(2)
+    assert story.creates == ["ocr/1/0/1", "ocr/1/0/2"]
+
+
+async def test_an_instance_that_vanishes_unreported_is_replaced(story: Story) -> None:
+    await story.deploy()
+    await story.round()
+    await story.round()
+    story.loads.clear()
+    await story.round(1)
+    await story.round(2)
+    assert story.creates == ["ocr/1/0/1", "ocr/1/0/2"]
+
+
+async def test_scale_in_retires_before_it_stops(story: Story) -> None:
+    await story.deploy(target=2)
+    await story.round()
+    await story.round()
+    await story.deploy(target=1)
+    await story.round()
+    assert story.stops == ["i2"]
+    assert InstanceRetired("i2") in story.told
+    await story.round()
+    assert len(story.creates) == 2
+
+
+async def test_nothing_is_created_while_a_known_node_may_still_have_it(story: Story) -> None:
+    story.fleet.expect("n2")
+    await story.deploy()
+    await story.round()
+    assert story.creates == []
+    for _ in range(4):
+        await story.round(3)
+        story.fleet.check_silence()
+    await story.round()
+    assert story.creates == ["ocr/1/0/1"], "n2 is lost"
+
+
+async def test_a_deleted_function_is_forgotten_once_its_last_instance_has_ended(story: Story) -> None:
+    await story.deploy()
+    await story.round()
+    await story.round()
+    await story.catalog.delete("ocr")
+    await story.round()
+    assert story.stops == ["i1"]
+    assert len(story.catalog.all()) == 1
+    await story.round()
+    assert story.catalog.all() == []
