@@ -317,6 +317,7 @@ class AgentDaemon:
 
     async def _become_ready(self) -> None:
         self.billing.settle()
+        await self.billing.flush()  # the gap is on disk before anything new happens: another kill must not widen it
         self.billing.start()
         self.ingress.open = self.observer.ready = True
         await self.grpc.set_serving(True)

@@ -22,7 +22,7 @@ import aiohttp
 import psutil
 import yaml
 
-from agent.adapters.cgroup import open_slice
+from agent.adapters.cgroup import CgroupSlice, open_slice
 from agent.adapters.token_file import ensure_token
 from agent.core.types import MIB, MILLISECOND_NS, SECOND_NS, FunctionSpec, GpuNeed, Hook, Hooks, IdlePolicy
 from agent.emulated.control import EmulatedDriver
@@ -272,13 +272,16 @@ class Stack:
             if ours and process.pid != os.getpid():
                 yield process
 
+    def _slice(self) -> CgroupSlice | None:
+        mark = self.folder / "agent" / "uuid"
+        return open_slice(mark.read_text().strip()) if mark.exists() else None
+
     def leftovers(self) -> list[str]:
         """Instances' processes and cgroups that are still there."""
         found = [
             f"process {p.pid} {p.cmdline()}" for p in self._processes() if "agent.examples" in " ".join(p.cmdline())
         ]
-        mark = self.folder / "agent" / "uuid"
-        slice_ = open_slice(mark.read_text().strip()) if mark.exists() else None
+        slice_ = self._slice()
         if slice_ is not None:
             found.extend(f"cgroup of {uid}" for uid in slice_.uids())
         return found
@@ -301,9 +304,17 @@ class Stack:
             if process.poll() is None:
                 process.kill()
                 process.wait(10)
-        for left in self._processes():
+        ours = list(self._processes())
+        for left in ours:
             with suppress(psutil.NoSuchProcess):
                 left.kill()
+        psutil.wait_procs(ours, timeout=10)
+        slice_ = self._slice()
+        if slice_ is not None:
+            for uid in slice_.uids():
+                with suppress(OSError):
+                    slice_.path_of(uid).rmdir()
+            slice_.remove_if_empty()
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 
@@ -12,7 +13,9 @@ from tests.e2e.ledger import check_contiguous
 from tests.e2e.load import Traffic
 from tests.e2e.stack import Stack, echo, running_stack
 
+FUNCTIONS = ("ocr", "speech")
 REQUESTS = 2_000
+ROUNDS = 20
 CYCLES = 50
 
 NVML = """
@@ -53,27 +56,30 @@ def shared_gpus(stack: Stack) -> list[str]:
 @pytest.mark.timeout(240)
 async def test_two_thousand_requests_across_fifty_freezes() -> None:
     async with running_stack() as stack:
-        await stack.deploy(echo("ocr"), target=4)
+        for function in FUNCTIONS:
+            await stack.deploy(echo(function), target=2)
         shared: list[str] = []
-        traffic = Traffic(stack, "ocr", seed=1)
-        rounds = 0
-        while len(traffic.answers) < REQUESTS:
-            await traffic.run(REQUESTS // 20, most_at_once=30, longest_pause_s=0.25)
+        traffics = [Traffic(stack, function, seed) for seed, function in enumerate(FUNCTIONS)]
+        for rounds in range(ROUNDS):
+            each = REQUESTS // ROUNDS // len(traffics)
+            await asyncio.gather(*(t.run(each, most_at_once=20, longest_pause_s=0.25) for t in traffics))
             shared += shared_gpus(stack)
-            rounds += 1
             if rounds % 5 == 0:
                 await stack.wait_for_state(types_pb2.Instance.STATE_FROZEN, 4)
                 assert processes_by_nvml(stack) == [], "frozen instances hold no device memory"
         instances = await stack.instances()
-        assert not traffic.failed, [(a.status, a.body[:200]) for a in traffic.failed[:5]]
-        assert not traffic.broken, traffic.broken[:5]
-        assert not traffic.wrong, traffic.wrong[:5]
+        for traffic in traffics:
+            assert not traffic.failed, [(a.status, a.body[:200]) for a in traffic.failed[:5]]
+            assert not traffic.broken, traffic.broken[:5]
+            assert not traffic.wrong, traffic.wrong[:5]
+        assert sum(len(traffic.answers) for traffic in traffics) == REQUESTS
         assert shared == []
         assert sum(one.wake_count for one in instances) >= CYCLES, [one.wake_count for one in instances]
         assert sum(one.freeze_count for one in instances) >= CYCLES
-        assert {one.uid for one in instances} >= {answer.instance for answer in traffic.answers}
+        used = {answer.instance for traffic in traffics for answer in traffic.answers}
+        assert used <= {one.uid for one in instances}
         check_contiguous(await stack.windows())
         with stack.driver() as driver:
             assert driver.frozen_calls() == 0, "no call ever went to a frozen process"
-        await stack.remove_functions(["ocr"])
+        await stack.remove_functions(FUNCTIONS)
         assert not stack.leftovers()
