@@ -258,8 +258,7 @@ def step(book: Book, event: BookEvent, at: int) -> BookStep:
         case BecameBusy(uid):
             book = _with_holder(book, uid, idle_since_ns=None)
         case Cordon(uuid, reason):
-            device = replace(book.devices[uuid], cordoned=reason)
-            book = replace(book, devices={**book.devices, uuid: device})
+            book = _cordon(book, uuid, reason)
         case Tick():
             pass
         case _:
@@ -285,6 +284,13 @@ def _assign(book: Book, uid: str, count: int, model: str) -> BookStep:
             )
         ]
     return replace(book, assigned={**book.assigned, uid: chosen}), [Assigned(uid, chosen)]
+
+
+def _cordon(book: Book, uuid: str, reason: str) -> Book:
+    device = book.devices.get(uuid)
+    if device is None:
+        return book  # not one of ours
+    return replace(book, devices={**book.devices, uuid: replace(device, cordoned=reason)})
 
 
 def _enqueue(book: Book, uid: str, at: int) -> Book:
@@ -351,7 +357,12 @@ def _serve(book: Book, at: int) -> BookStep:
             book = _take(_leave(book, waiter.uid), waiter.uid, gpus, at)
             effects.append(Grant(waiter.uid, gpus))
             continue
+        if sum(not book.devices[u].cordoned for u in waiter.allowed) < waiter.count:
+            continue  # it can't be served until a cordon is lifted: nobody waits or gives way for it
+        short_of_reserved = len(usable) < waiter.count
         reserved.update(waiter.allowed)
+        if short_of_reserved:
+            continue  # whoever is before it gets them first: too early to ask anybody
         book, asked = _make_room(book, waiter, usable, len(free), at, look_again)
         effects.extend(asked)
     if look_again:

@@ -55,6 +55,10 @@ class MemoryLedger:
         """Promise `floor_bytes` for the instance's life. Returns the ledger and "" or what is short."""
         return self._admit(uid, replace(self._of(uid), floor_bytes=floor_bytes), available_bytes)
 
+    def promised(self, uid: str, floor_bytes: int) -> MemoryLedger:
+        """Recovery: `floor_bytes` was pledged before the agent restarted, admitted then."""
+        return self._with(uid, replace(self._of(uid), floor_bytes=floor_bytes))
+
     def reserve(self, uid: str, image_bytes: int, available_bytes: int) -> tuple[MemoryLedger, str]:
         """Promise `image_bytes` for a freeze. Returns the ledger (unchanged if refused) and "" or what is short."""
         return self._admit(uid, replace(self._of(uid), image_bytes=image_bytes, taken=False), available_bytes)

@@ -17,9 +17,10 @@ that a request in the middle of a busy instance costs two counter changes in `sl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import assert_never
 
+from agent.core.instance import Instance as Instance  # noqa: PLC0414 (re-exported)
 from agent.core.lifecycle_events import (
     AskCancel,
     Became,
@@ -64,51 +65,6 @@ PRE_FREEZE_FAILED = "PRE_FREEZE_FAILED"
 CANCELLED = "CANCELLED"
 
 
-@dataclass(frozen=True, slots=True)
-class Instance:
-    """Everything the decisions about one instance depend on. Only `step` makes new ones.
-
-    `holds`: a GPU grant is ours. `ordered`: the running freeze was ordered by the GPU book and is not cancelled.
-    `draining`: the book wants the GPU, the gate is closed until the last request ended. `stop`: a stop was asked
-    (`stop_force`: without drain or hooks). `wake_until_ns`: an API wake counts as somebody waiting until then.
-    """
-
-    uid: str
-    freezable: bool
-    freeze_after_ns: int
-    min_awake_ns: int = 0
-    state: InstanceState = InstanceState.STARTING
-    op: Op | None = None
-    op_gen: int = 0
-    idle_gen: int = 0
-    busy: bool = False
-    wanted: bool = False
-    holds: bool = False
-    gpus: tuple[str, ...] = ()
-    ordered: bool = False
-    draining: bool = False
-    stop: bool = False
-    stop_force: bool = False
-    stop_grace_ns: int = 0
-    wake_until_ns: int = 0
-    hold_ns: int = 0
-    hold_until_ns: int = 0
-    refusals: int = 0
-    restores: int = 0
-    awake_since_ns: int = 0
-    reason: str = ""
-    message: str = ""
-
-    @property
-    def gate_open(self) -> bool:
-        """May the gate grant requests now?"""
-        return self.state is InstanceState.RUNNING and not self.draining and not self.stop
-
-    def awaited(self, at: int) -> bool:
-        """Does a request, or an API wake whose deadline has not passed, wait for this instance to be awake?"""
-        return self.wanted or at < self.wake_until_ns
-
-
 Step = tuple[Instance, list[Effect]]
 
 
@@ -122,7 +78,8 @@ def step(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, P
         case Granted(gpus):
             return _granted(me, gpus)
         case Busy():
-            return replace(me, busy=True, idle_gen=me.idle_gen + 1, hold_until_ns=0), [Became(idle=False)]
+            me = replace(me, busy=True, idle_gen=me.idle_gen + 1, hold_ns=0, hold_until_ns=0)
+            return me, [Became(idle=False)]
         case Quiet():
             return _settle(replace(me, busy=False), at)
         case Wanted():
@@ -188,10 +145,12 @@ def _after_the_end(me: Instance, event: Event) -> Step:
 
 
 def _granted(me: Instance, gpus: tuple[str, ...]) -> Step:
-    if me.holds or me.op is not None:
+    if me.holds:
         return me, [Note("gpu.grant_unexpected", "")]
     me = replace(me, holds=True, gpus=gpus)
     match me.state:
+        case InstanceState.STOPPING:
+            return me, []  # the grant and the stop crossed: given back at the stop's end
         case InstanceState.STARTING:
             return _run(me, Op.START)
         case InstanceState.WAITING_GPU:
@@ -223,7 +182,7 @@ def _call(me: Instance, at: int) -> Step:
 
 def _wake_asked(me: Instance, hold_ns: int, until_ns: int, at: int) -> Step:
     me = replace(me, hold_ns=max(me.hold_ns, hold_ns), wake_until_ns=max(me.wake_until_ns, until_ns))
-    if me.state is not InstanceState.RUNNING:
+    if not me.gate_open:  # asleep, on its way, or about to give up its GPU
         return _call(me, at)
     me = replace(me, wake_until_ns=0)
     return _settle(me, at) if not me.busy else (replace(me, hold_ns=0), [])
@@ -250,7 +209,7 @@ def _settle(me: Instance, at: int) -> Step:
     if me.wanted:
         return me, []  # the gate opens now and grants them: never idle in the eyes of the GPU book
     hold_until = max(me.hold_until_ns, at + me.hold_ns if me.hold_ns else 0)
-    back_off = min(BACK_OFF_MIN_NS << min(me.refusals - 1, 16), BACK_OFF_MAX_NS) if me.refusals else 0
+    back_off = _back_off_ns(me)
     freeze_at = max(at + max(me.freeze_after_ns, back_off), hold_until)
     me = replace(me, idle_gen=me.idle_gen + 1, hold_ns=0, hold_until_ns=hold_until)
     became = Became(idle=True, preemptible_at_ns=max(hold_until, me.awake_since_ns + me.min_awake_ns, at + back_off))
@@ -301,8 +260,12 @@ def _running_again(me: Instance) -> Instance:
     return replace(me, state=InstanceState.RUNNING, ordered=False, draining=False, wake_until_ns=0)
 
 
+def _back_off_ns(me: Instance) -> int:
+    return min(BACK_OFF_MIN_NS << min(me.refusals - 1, 16), BACK_OFF_MAX_NS) if me.refusals else 0
+
+
 def _frozen(me: Instance, at: int) -> Step:
-    me = replace(me, state=InstanceState.FROZEN, ordered=False, draining=False, refusals=0)
+    me = replace(me, state=InstanceState.FROZEN, ordered=False, draining=False, refusals=0, refusal="")
     me, effects = _release(me)
     if me.stop:
         me, more = _begin_stop(me, at)
@@ -318,20 +281,23 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
     match op:
         case Op.LOCK if reason == PRE_FREEZE_FAILED:
             return _begin_stop(replace(_running_again(me), stop=True, reason=reason, message=message), at)
-        case Op.LOCK | Op.CHECKPOINT | Op.UNLOCK:
+        case Op.LOCK | Op.CHECKPOINT:
             cancelled = reason == CANCELLED
             effects: list[Effect] = [BookRefused()] if me.ordered or me.draining else []
             if not cancelled:
                 effects.append(Note("instance.freeze_refused", f"{reason}: {message}"))
-            me = replace(_running_again(me), refusals=me.refusals + (0 if cancelled else 1))
+                me = replace(me, refusals=me.refusals + 1, refusal=f"{reason}: {message}")
+            me = _running_again(me)
             me, more = _settle(me, at)
             return me, [*effects, *more]
         case Op.WAKE if me.restores < MAX_RESTORES and not me.stop:
             me, effects = _run(replace(me, restores=me.restores + 1), Op.WAKE)
             return me, [Note("instance.restore_retried", f"{reason}: {message}"), *effects]
+        case Op.START | Op.WAKE if me.stop:  # cut short, or frozen as before: no need to have it awake for its end
+            return _begin_stop(me, at)
         case Op.DESTROY | None:
             return me, []
-        case Op.START | Op.WAKE | Op.STOP:
+        case Op.UNLOCK | Op.START | Op.WAKE | Op.STOP:  # an instance that stays locked answers nobody
             return _fail(me, reason, message)
         case _:
             assert_never(op)
@@ -375,7 +341,8 @@ def _stop_asked(me: Instance, grace_ns: int, force: bool, reason: str, message: 
         message=me.message or message,
     )
     if me.op is not None:
-        return me, [AskCancel(me.op_gen)] if me.op is Op.LOCK else []
+        short = me.op in (Op.LOCK, Op.START) or (me.op is Op.STOP and me.stop_force)
+        return me, [AskCancel(me.op_gen)] if short else []
     return _begin_stop(me, at)
 
 

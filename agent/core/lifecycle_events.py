@@ -183,7 +183,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class AskCancel:
-    """The LOCK operation `gen` need not go on: end it early, rolled back."""
+    """Operation `gen` need not go on. LOCK and START: end early, Refused CANCELLED. STOP: go straight to KILL."""
 
     gen: int
 

@@ -37,16 +37,18 @@ def resume(
     same_process: bool,
     policy: BillingPolicy,
     price_boundaries_wall_ns: Sequence[int] = (),
+    goes_on: bool = False,
 ) -> Recovered:
     """Complete the ledger whose newest stored window is `last`, up to now.
 
-    `same_process` is true only for the same pid and start time in the same boot. A gap is split at the price
+    `same_process` is true only for the same pid and start time in the same boot. `goes_on`: the ledger is continued
+    by a new process of the instance (a start that is done anew), so it must have no hole. A gap is split at the price
     boundaries, so that each part has one price. Nothing is added to a ledger that was properly ended.
     """
     closed = () if last.sealed else (replace(last, sealed=True),)
     gap_ns = now_mono_ns - last.end_mono_ns
     other_boot = last.boot_id != boot_id
-    ended = last.sealed and not same_process
+    ended = last.sealed and not (same_process or goes_on)
     if other_boot or ended or gap_ns <= 0:
         return Recovered(closed, last.seq + 1)
     kind = _gap_kind(last, same_process=same_process, policy=policy)

@@ -63,7 +63,7 @@ class Listener(StateListener, Protocol):
 
 @dataclass(slots=True)
 class Figures:
-    """What the instance has done so far. Times in ns."""
+    """What the instance has done so far. Times in ns; `idle_since_ns` is monotonic."""
 
     create_wall_ns: int = 0
     state_wall_ns: int = 0
@@ -75,6 +75,7 @@ class Figures:
     image_bytes: int = 0
     vram_bytes: int = 0
     timeouts_in_a_row: int = 0
+    idle_since_ns: int = 0
 
 
 class Actor:
@@ -119,6 +120,7 @@ class Actor:
         self._idle_timer: Timer | None = None
         self._wake_timer: Timer | None = None
         self._waiters: set[asyncio.Future[None]] = set()
+        self._closed = False
 
     @property
     def uid(self) -> str:
@@ -154,7 +156,16 @@ class Actor:
         self.handle(ev.WakeAsked(hold_ns, until_ns))
         if self._wake_timer is not None:
             self._wake_timer.cancel()
-        self._wake_timer = self._clock.call_at(until_ns, lambda: self.handle(ev.WakeExpired()))
+            self._wake_timer = None
+        if self.instance.wake_until_ns:  # the latest of all wakes that are not answered yet
+            self._wake_timer = self._clock.call_at(self.instance.wake_until_ns, lambda: self.handle(ev.WakeExpired()))
+
+    def set_healthy(self, healthy: bool) -> None:
+        """What the custom health check found; others get the requests meanwhile, so it is reported."""
+        if healthy is not self.healthy:
+            self.healthy = healthy
+            self._events.add(self.uid, "instance.healthy" if healthy else "instance.unhealthy")
+            self._listener.load_changed(self)
 
     def gate_busy(self) -> None:
         self.handle(ev.Busy())
@@ -175,6 +186,8 @@ class Actor:
         old = self.instance
         self.instance, effects = lifecycle.step(old, event, at)
         new = self.instance
+        if (new.state, new.busy) != (old.state, old.busy):
+            self.figures.idle_since_ns = at
         if new.state is not old.state:
             self.figures.state_wall_ns = self._clock.wall_ns()
             self._listener.state_changed(self, old.state, new.state, at)
@@ -224,6 +237,8 @@ class Actor:
         """One idle timer at most: an instance that is busy again and again would else pile them up."""
         if self._idle_timer is not None:
             self._idle_timer.cancel()
+        if self._closed:
+            return  # nothing begins that the agent would not see the end of
         self._idle_timer = self._clock.call_at(at_ns, lambda: self.handle(ev.IdleTimer(gen)))
 
     # ---- waiting ------------------------------------------------------------------------------------------------
@@ -248,6 +263,7 @@ class Actor:
 
     def close(self) -> None:
         """The agent goes away (the instance stays): stop the timers, turn the waiters away."""
+        self._closed = True
         for timer in (self._idle_timer, self._wake_timer):
             if timer is not None:
                 timer.cancel()

@@ -109,7 +109,7 @@ class Billing:
             self._complete(window, now, wall, same_process=False)
         self._found.clear()
 
-    def _complete(self, last: Window, now: int, wall: int, *, same_process: bool) -> int:
+    def _complete(self, last: Window, now: int, wall: int, *, same_process: bool, goes_on: bool = False) -> int:
         recovered = resume(
             last,
             boot_id=self._boot_id,
@@ -118,6 +118,7 @@ class Billing:
             same_process=same_process,
             policy=self._settings.policy,
             price_boundaries_wall_ns=self._boundaries,
+            goes_on=goes_on,
         )
         for window in recovered.windows:
             self._keep(window)
@@ -125,15 +126,26 @@ class Billing:
 
     # ---- what the node calls -------------------------------------------------------------------------------------
 
-    def open(self, uid: str, function: FunctionSpec, state: InstanceState, *, unbilled: bool = False) -> Meter:
-        """The meter of an instance, from now on. One that `load` found is the same process still alive: its ledger
-        goes on after a gap that is idle and estimated. The caller gives the meter to the gate."""
+    def open(
+        self,
+        uid: str,
+        function: FunctionSpec,
+        state: InstanceState,
+        *,
+        unbilled: bool = False,
+        same_process: bool = True,
+    ) -> Meter:
+        """The meter of an instance, from now on. The ledger of one that `load` found goes on after a gap: idle and
+        estimated if it is the same process still alive, unbilled if it is started anew (`same_process` False). The
+        caller gives the meter to the gate."""
         # Read once: the end of the gap is the start of the meter.
         now, wall = self._clock.monotonic_ns(), self._clock.wall_ns()
         last = self._found.pop(uid, None)
         seq, placement = 0, Placement()
         if last is not None:
-            seq = self._complete(last, now, wall, same_process=last.boot_id == self._boot_id)
+            seq = self._complete(
+                last, now, wall, same_process=same_process and last.boot_id == self._boot_id, goes_on=True
+            )
             placement = Placement(last.gpu_model, last.gpu_uuids, last.gpu_memory_bytes)
         meter = Meter(
             Subject.of(uid, function, node=self._node, boot_id=self._boot_id),

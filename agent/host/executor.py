@@ -7,43 +7,26 @@ Succeeded, Refused (rolled back) or Broken (unknown). An exception nobody foresa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import assert_never
 
 from agent.core import lifecycle_events as ev
-from agent.core.errors import HibernodeError, InstanceError, PreconditionError
-from agent.core.lifecycle import CANCELLED, PRE_FREEZE_FAILED
+from agent.core.errors import HibernodeError, InstanceError
+from agent.core.lifecycle import CANCELLED
 from agent.core.types import SECOND_NS, Exit, Handle
 from agent.host import hooks
 from agent.host.actor import Actor
-from agent.host.events import EventLog
 from agent.host.health import HealthProbe
-from agent.host.memory_desk import MemoryDesk
+from agent.host.shell import Shell as Shell  # noqa: PLC0414 (re-exported)
+from agent.host.shell import unless_cancelled
+from agent.host.sleep import Sleep
 from agent.http.client import Pool
-from agent.http.errors import RequestIds
 from agent.http.limits import UpstreamLimits
 from agent.log import get_logger
-from agent.ports import Clock, Freezer, FreezeResult, InstanceRecord, InstanceStore, Outcome, Runtime, StartSpec
+from agent.ports import InstanceRecord, StartSpec
 
 LOG_TAIL_BYTES = 2048
 KILL_ATTEMPTS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Shell:
-    """What every executor of a node shares."""
-
-    clock: Clock
-    runtime: Runtime
-    freezer: Freezer
-    memory: MemoryDesk
-    store: InstanceStore
-    events: EventLog
-    request_ids: RequestIds
-    ready_timeout_s: float
-    stop_timeout_s: float
-    environment: Mapping[str, str]
 
 
 class InstanceExecutor:
@@ -57,87 +40,126 @@ class InstanceExecutor:
         self._task: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._exit: Exit | None = None
-        self._cancel_gen = -1
-        self._cancelled = asyncio.Event()
+        self._op: ev.Op | None = None
+        self._gen = -1
+        self._cancel = asyncio.Event()
+        self._closed = False
         self._health = HealthProbe(actor)
+        self._sleep = Sleep(actor, shell, self._health, self._note_vram)
         self._log = get_logger()
 
     # ---- the port -----------------------------------------------------------------------------------------------
 
     def run(self, op: ev.Op, gen: int) -> None:
-        """Start `op` as soon as the operation before it has ended."""
-        self._cancelled.clear()
-        self._task = asyncio.create_task(self._after(self._task, op, gen), name=f"{op.value} {self._actor.uid}")
+        """Start `op` as soon as the operation before it has ended. DESTROY cuts that one short."""
+        if self._closed:
+            return
+        if op is ev.Op.DESTROY:
+            self._cancel.set()
+        self._op, self._gen, self._cancel = op, gen, asyncio.Event()
+        work = self._after(self._task, op, gen, self._cancel)
+        self._task = asyncio.create_task(work, name=f"{op.value} {self._actor.uid}")
 
     def ask_cancel(self, gen: int) -> None:
-        """The LOCK of generation `gen` may end early."""
-        self._cancel_gen = gen
-        self._cancelled.set()
+        """The operation of generation `gen` may end early (see `AskCancel`)."""
+        if gen == self._gen:
+            self._cancel.set()
 
     async def close(self) -> None:
-        """The agent goes away and leaves the instance: let the operation under way end, stop watching."""
+        """The agent goes away and leaves the instance: let operations under way end, stop watching.
+
+        A start is given up: the next agent makes that container anew.
+        """
         await self._health.pause()
-        if self._task is not None:
-            await asyncio.wait([self._task], timeout=self._shell.stop_timeout_s)
+        if self._op is ev.Op.LOCK:
+            self._cancel.set()
+        try:
+            async with asyncio.timeout(self._shell.stop_timeout_s):
+                while self._task is not None and not self._task.done() and self._op is not ev.Op.START:
+                    await asyncio.wait([self._task])  # what follows from it is another task
+        except TimeoutError:
+            self._log.warning("instance.operation_abandoned", instance=self._actor.uid, operation=str(self._op))
+        self._closed = True
         for task in (self._task, self._watch):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+        await self._health.pause()
         if self._actor.pool is not None:
             self._actor.pool.close()
 
-    async def _after(self, earlier: asyncio.Task[None] | None, op: ev.Op, gen: int) -> None:
-        if earlier is not None:
-            await asyncio.wait([earlier])
+    async def _after(self, earlier: asyncio.Task[None] | None, op: ev.Op, gen: int, cancel: asyncio.Event) -> None:
+        if earlier is not None and not earlier.done():
+            handle = self._actor.handle_of_container
+            if op is ev.Op.DESTROY and handle is not None:
+                await self._kill(handle)  # whatever the earlier operation waits for ends with it
+            await asyncio.wait([earlier])  # each has its own deadlines
         try:
-            await self._dispatch(op, gen)
+            answer = await self._dispatch(op, gen, cancel)
         except HibernodeError as error:
-            self._actor.handle(ev.Broken(gen, error.reason, error.message))
+            answer = ev.Broken(gen, error.reason, error.message)
         except Exception as error:
             self._log.exception("instance.operation_crashed", instance=self._actor.uid, operation=op.value)
-            self._actor.handle(ev.Broken(gen, "INTERNAL", f"{op.value} failed unexpectedly: {type(error).__name__}"))
+            answer = ev.Broken(gen, "INTERNAL", f"{op.value} failed unexpectedly: {type(error).__name__}")
+        self._actor.handle(answer)
 
-    async def _dispatch(self, op: ev.Op, gen: int) -> None:
+    async def _dispatch(self, op: ev.Op, gen: int, cancel: asyncio.Event) -> ev.Event:
         match op:
             case ev.Op.START:
-                await self._start(gen)
+                return await self._start(gen, cancel)
             case ev.Op.LOCK:
-                await self._lock(gen)
+                return await self._sleep.lock(self._handle(), gen, cancel)
             case ev.Op.CHECKPOINT:
-                await self._checkpoint(gen)
+                return await self._sleep.checkpoint(self._handle(), gen)
             case ev.Op.UNLOCK:
-                await self._unlock(gen)
+                return await self._sleep.unlock(self._handle(), gen)
             case ev.Op.WAKE:
-                await self._wake(gen)
+                return await self._sleep.wake(self._handle(), gen)
             case ev.Op.STOP:
-                await self._stop(gen)
+                return await self._stop(gen, cancel)
             case ev.Op.DESTROY:
-                await self._end(gen)
+                return await self._end(gen)
             case _:
                 assert_never(op)
 
     # ---- start --------------------------------------------------------------------------------------------------
 
-    async def _start(self, gen: int) -> None:
+    async def _start(self, gen: int, cancel: asyncio.Event) -> ev.Event:
         actor, shell = self._actor, self._shell
         spec = StartSpec(actor.spec, self._environment(), actor.instance.gpus)
         handle = await shell.runtime.start(spec)
         self.adopt(handle)
         await self.save("STARTED")
-        deadline = asyncio.get_running_loop().time() + shell.ready_timeout_s
         try:
-            await hooks.wait_until_listening(handle.host, handle.port, deadline, lambda: self._exit is not None)
-            pool = actor.pool
-            assert pool is not None
-            await hooks.initialize(pool, actor.function, shell.request_ids())
-            await self._first_probe(pool)
+            await unless_cancelled(self._warm_up(handle), cancel)
         except HibernodeError as error:
-            tail = shell.runtime.read_log(handle, LOG_TAIL_BYTES).decode(errors="replace").strip()
-            raise InstanceError(error.reason, f"{error.message} Logs: {tail or '(none)'}") from error
+            if error.reason == CANCELLED:
+                return ev.Refused(gen, CANCELLED, "the start was given up")
+            raise InstanceError(error.reason, f"{error.message} {self._log_tail(handle)}") from error
         await self.save("READY")
-        await self._note_vram(handle)
+        try:
+            await self._note_vram(handle)
+        except HibernodeError as error:  # measured again before each freeze
+            self._log.warning("instance.vram_unknown", instance=actor.uid, reason=error.reason)
         self._health.resume()
-        actor.handle(ev.Succeeded(gen))
+        return ev.Succeeded(gen)
+
+    async def _warm_up(self, handle: Handle) -> None:
+        """Readiness, /initialize, the first health check."""
+        actor, shell = self._actor, self._shell
+        deadline = asyncio.get_running_loop().time() + shell.ready_timeout_s
+        await hooks.wait_until_listening(handle.host, handle.port, deadline, lambda: self._exit is not None)
+        pool = actor.pool
+        assert pool is not None
+        await hooks.initialize(pool, actor.function, shell.request_ids())
+        await self._first_probe(pool)
+
+    def _log_tail(self, handle: Handle) -> str:
+        try:
+            tail = self._shell.runtime.read_log(handle, LOG_TAIL_BYTES).decode(errors="replace").strip()
+        except OSError:
+            tail = ""
+        return f"Logs: {tail or '(none)'}"
 
     async def _first_probe(self, pool: Pool) -> None:
         check = self._actor.function.health_check
@@ -170,123 +192,50 @@ class InstanceExecutor:
         self._watch = asyncio.create_task(self._watch_exit(handle), name=f"watch {handle.uid}")
 
     async def _watch_exit(self, handle: Handle) -> None:
-        self._exit = ended = await self._shell.runtime.wait(handle)
+        try:
+            self._exit = ended = await self._shell.runtime.wait(handle)
+        except Exception as error:
+            self._log.exception("instance.watch_crashed", instance=self._actor.uid)
+            self._actor.handle(ev.Exited("INTERNAL", f"its end can't be watched any more: {type(error).__name__}"))
+            return
         if ended.oom_killed:
             reason, how = "OUT_OF_MEMORY", "was killed for running out of memory"
         elif ended.signal:
             reason, how = "INSTANCE_CRASHED", f"was ended by signal {ended.signal}"
         else:
             reason, how = "INSTANCE_CRASHED", f"exited with code {ended.code}"
-        self._actor.handle(ev.Exited(reason, f"the container's main process {how}. {ended.message}".strip()))
+        message = f"the container's main process {how}. {ended.message}".strip()
+        if self._actor.instance.op is ev.Op.START:
+            reason, message = "FUNCTION_NOT_STARTED", f"{message} {self._log_tail(handle)}"
+        self._actor.handle(ev.Exited(reason, message))
 
     def resume_health(self) -> None:
         """Recovery: the instance was found RUNNING."""
         self._health.resume()
 
-    # ---- freeze -------------------------------------------------------------------------------------------------
-
-    async def _lock(self, gen: int) -> None:
-        actor, shell, handle = self._actor, self._shell, self._handle()
-        await self._health.pause()
-        try:
-            await self._pre_freeze(gen)
-            await self._note_vram(handle)
-            shell.memory.reserve(handle, actor.figures.vram_bytes)
-        except PreconditionError as error:
-            shell.memory.restored(actor.uid)
-            self._health.resume()
-            actor.handle(ev.Refused(gen, error.reason, error.message))
-            return
-        self._settle(gen, await shell.freezer.lock(handle))
-
-    async def _pre_freeze(self, gen: int) -> None:
-        """GET /pre-freeze: 4xx is noted and the freeze goes on, 5xx replaces the instance; a cancel ends it."""
-        hook, pool = self._actor.function.hooks.pre_freeze, self._actor.pool
-        if hook is not None and pool is not None:
-            call = asyncio.create_task(
-                hooks.call_hook(pool, self._actor.function, hook, b"GET", "/pre-freeze", self._shell.request_ids())
-            )
-            cancelled = asyncio.create_task(self._cancelled.wait())
-            await asyncio.wait([call, cancelled], return_when=asyncio.FIRST_COMPLETED)
-            cancelled.cancel()
-            call.cancel()
-            results = await asyncio.gather(call, cancelled, return_exceptions=True)
-            self._judge_pre_freeze(results[0])
-            pool.retire()
-        if self._cancel_gen == gen:
-            raise PreconditionError(CANCELLED, "a request arrived before the checkpoint began")
-
-    def _judge_pre_freeze(self, result: int | BaseException) -> None:
-        match result:
-            case int() if result >= 500:
-                raise PreconditionError(PRE_FREEZE_FAILED, f"GET /pre-freeze answered {result}")
-            case int() if result >= 400:
-                self._shell.events.add(self._actor.uid, "instance.pre_freeze_failed", f"answered {result}")
-            case HibernodeError():
-                self._shell.events.add(self._actor.uid, "instance.pre_freeze_failed", result.message)
-            case _:
-                pass
-
-    async def _checkpoint(self, gen: int) -> None:
-        result = await self._shell.freezer.checkpoint(self._handle())
-        if result.outcome is Outcome.OK:
-            self._shell.memory.took(self._actor.uid, result.image_bytes)
-            self._actor.figures.image_bytes = result.image_bytes
-            self._actor.figures.freezes += 1
-        self._settle(gen, result)
-
-    async def _unlock(self, gen: int) -> None:
-        result = await self._shell.freezer.unlock(self._handle())
-        self._shell.memory.restored(self._actor.uid)
-        if result.outcome is Outcome.OK:
-            self._health.resume()
-        self._settle(gen, result)
-
-    async def _wake(self, gen: int) -> None:
-        actor, shell = self._actor, self._shell
-        began = shell.clock.monotonic_ns()
-        result = await shell.freezer.wake(self._handle(), {})
-        if result.outcome is Outcome.OK:
-            shell.memory.restored(actor.uid)
-            actor.figures.wakes += 1
-            actor.figures.last_wake_ns = shell.clock.monotonic_ns() - began
-            actor.figures.last_wake_driver_ns = result.driver_ns
-            actor.figures.wake_estimate_ns = _moving_average(actor.figures.wake_estimate_ns, actor.figures.last_wake_ns)
-            actor.figures.image_bytes = 0
-            self._health.resume()
-        self._settle(gen, result)
-
-    def _settle(self, gen: int, result: FreezeResult) -> None:
-        match result.outcome:
-            case Outcome.OK:
-                self._actor.handle(ev.Succeeded(gen))
-            case Outcome.REFUSED:
-                if self._actor.instance.op in (ev.Op.LOCK, ev.Op.CHECKPOINT):
-                    self._shell.memory.restored(self._actor.uid)
-                    self._health.resume()
-                self._actor.handle(ev.Refused(gen, result.reason, result.message))
-            case Outcome.BROKEN:
-                self._actor.handle(ev.Broken(gen, result.reason, result.message))
-            case _:
-                assert_never(result.outcome)
-
     # ---- end ----------------------------------------------------------------------------------------------------
 
-    async def _stop(self, gen: int) -> None:
+    async def _stop(self, gen: int, cancel: asyncio.Event) -> ev.Event:
         """/pre-stop, TERM, KILL, in that order, each only if the one before left something; frozen: KILL at once."""
-        actor, shell, handle = self._actor, self._shell, self._actor.handle_of_container
+        actor, handle = self._actor, self._actor.handle_of_container
         await self._health.pause()
         await self._try_save("STOPPING")
         if handle is not None and self._exit is None:
-            if actor.instance.stop_force:
-                if actor.function.hooks.pre_stop is not None:
-                    shell.events.add(actor.uid, "instance.pre_stop_skipped", "stopped without waking or by force")
-            else:
-                await self._pre_stop()
-                await shell.runtime.terminate(handle)
-                if self._watch is not None:
-                    await asyncio.wait([self._watch], timeout=shell.stop_timeout_s)
-        await self._end(gen)
+            if not actor.instance.stop_force:
+                try:
+                    await unless_cancelled(self._ask_to_end(handle), cancel)
+                except HibernodeError as error:
+                    self._shell.events.add(actor.uid, "instance.stop_cut_short", error.message)
+            elif actor.function.hooks.pre_stop is not None:
+                text = "stopped without waking or by force"
+                self._shell.events.add(actor.uid, "instance.pre_stop_skipped", text)
+        return await self._end(gen)
+
+    async def _ask_to_end(self, handle: Handle) -> None:
+        await self._pre_stop()
+        await self._shell.runtime.terminate(handle)
+        if self._watch is not None:
+            await asyncio.wait([self._watch], timeout=self._shell.stop_timeout_s)
 
     async def _pre_stop(self) -> None:
         hook, pool = self._actor.function.hooks.pre_stop, self._actor.pool
@@ -302,19 +251,21 @@ class InstanceExecutor:
         if status >= 400:
             self._shell.events.add(self._actor.uid, "instance.pre_stop_failed", f"answered {status}")
 
-    async def _end(self, gen: int) -> None:
+    async def _end(self, gen: int) -> ev.Event:
         """Kill and clean up whatever is left; the uid is never used again."""
         actor, shell, handle = self._actor, self._shell, self._actor.handle_of_container
-        await self._health.pause()
-        if handle is not None:
-            await self._kill(handle)
-            shell.freezer.forget(handle)
-        shell.memory.forget(actor.uid)
-        if actor.pool is not None:
-            actor.pool.close()
-        await self._try_save("ENDED")
-        actor.handle(ev.Succeeded(gen))
-        actor.ended.set()
+        try:
+            await self._health.pause()
+            if handle is not None:
+                await self._kill(handle)
+                shell.freezer.forget(handle)
+            shell.memory.forget(actor.uid)
+            if actor.pool is not None:
+                actor.pool.close()
+            await self._try_save("ENDED")
+        finally:
+            actor.ended.set()
+        return ev.Succeeded(gen)
 
     async def _kill(self, handle: Handle) -> None:
         """What survives every attempt keeps its GPU cordoned (no proof of release) and is told about."""
@@ -326,6 +277,8 @@ class InstanceExecutor:
                 await runtime.destroy(handle)
             except HibernodeError as error:
                 message = error.message
+            except OSError as error:
+                message = str(error)
             else:
                 return
         self._shell.events.add(self._actor.uid, "instance.kill_failed", message)
@@ -360,7 +313,3 @@ class InstanceExecutor:
             end_message=instance.message,
         )
         await self._shell.store.put_instance(self.record)
-
-
-def _moving_average(old_ns: int, new_ns: int) -> int:
-    return new_ns if not old_ns else (3 * old_ns + new_ns) // 4

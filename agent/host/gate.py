@@ -158,6 +158,9 @@ class Gate:
 
     def refuse_all(self, error: Callable[[], HibernodeError]) -> None:
         """Turn away everybody in line."""
-        for ticket in self._slots.empty_line():
+        tickets = self._slots.empty_line()
+        for ticket in tickets:
             if not ticket.done():
                 ticket.set_exception(error())
+        if tickets:
+            self._listener.gate_unwanted()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import assert_never
 
 from agent.core import gpu_book
@@ -18,9 +18,12 @@ from agent.core.gpu_book import Book, BookEvent
 from agent.core.types import SECOND_NS, Gpu
 from agent.host.actor import Actor
 from agent.host.events import EventLog
+from agent.log import get_logger
 from agent.ports import Clock, Gpus, Timer
 
 PROOF_PAUSE_S = 0.01
+END_TIMEOUT_S = 60.0
+"""Killing an instance has its own deadlines; past this it is not waited for any more."""
 
 
 class GpuDesk:
@@ -53,6 +56,7 @@ class GpuDesk:
         self._answers: dict[str, gpu_book.Assigned | gpu_book.Unassignable] = {}
         self._timer: Timer | None = None
         self._proofs: dict[str, asyncio.Task[None]] = {}
+        self._log = get_logger()
 
     # ---- what instances say -------------------------------------------------------------------------------------
 
@@ -81,7 +85,6 @@ class GpuDesk:
         if actor.uid not in self._proofs:
             task = asyncio.create_task(self._prove(actor), name=f"release {actor.uid}")
             self._proofs[actor.uid] = task
-            task.add_done_callback(lambda _: self._proofs.pop(actor.uid, None))
 
     # ---- what the node says -------------------------------------------------------------------------------------
 
@@ -97,7 +100,7 @@ class GpuDesk:
         """The instance is gone for good: wait for the proof of its GPUs, then forget it."""
         proof = self._proofs.get(uid)
         if proof is not None:
-            await asyncio.wait([proof], timeout=self._release_timeout_s + 1)
+            await asyncio.wait([proof])  # it has its own deadlines
         self.apply(gpu_book.Unassign(uid))
 
     def apply(self, event: BookEvent) -> None:
@@ -141,18 +144,48 @@ class GpuDesk:
     # ---- proof --------------------------------------------------------------------------------------------------
 
     async def _prove(self, actor: Actor) -> None:
+        """Ends with Released, whatever happens: proven, or with the GPUs cordoned."""
+        why = ""
         try:
-            async with asyncio.timeout(self._release_timeout_s):
-                if actor.state.terminal:
+            if actor.state.terminal:  # the release counts from its end: until it is killed it is no surprise there
+                async with asyncio.timeout(END_TIMEOUT_S):
                     await actor.ended.wait()
-                while await self._still_there(actor):  # noqa: ASYNC110 - NVML has no event for this
-                    await asyncio.sleep(PROOF_PAUSE_S)
-        except (TimeoutError, HibernodeError) as error:
-            why = f"{actor.uid} still shows on it" if isinstance(error, TimeoutError) else str(error)
-            for uuid in self.book.holders[actor.uid].gpus if actor.uid in self.book.holders else ():
-                self._events.add(actor.uid, "gpu.cordoned", f"no proof of release: {why}", gpu=uuid)
-                self.apply(gpu_book.Cordon(uuid, f"RELEASE_NOT_PROVEN: {why}"))
+            async with asyncio.timeout(self._release_timeout_s):
+                await self._until_gone(actor)
+        except TimeoutError:
+            why = f"{actor.uid} still shows on it"
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            why = str(error)
+        held = self.book.holders.get(actor.uid)
+        if why and held is not None:
+            self.cordon(actor.uid, held.gpus, f"RELEASE_NOT_PROVEN: {why}")
+        self._proofs.pop(actor.uid, None)  # from here on the next release needs a proof of its own
         self.apply(gpu_book.Released(actor.uid))
+
+    async def _until_gone(self, actor: Actor) -> None:
+        """Poll NVML; one answer that fails is asked again, for only the deadline says that there is no proof."""
+        while True:
+            try:
+                if not await self._still_there(actor):
+                    return
+            except HibernodeError as error:
+                self._log.debug("gpu.proof_delayed", instance=actor.uid, reason=error.reason)
+            await asyncio.sleep(PROOF_PAUSE_S)
+
+    async def used_by(self, pids: set[int]) -> list[str]:
+        """The GPUs on which NVML shows one of these processes; none where it can't be asked."""
+        try:
+            return sorted({process.gpu_uuid for process in await self._gpus.processes() if process.pid in pids})
+        except HibernodeError:
+            return []
+
+    def cordon(self, uid: str, gpu_uuids: Iterable[str], reason: str) -> None:
+        """Nothing new may use these GPUs until the agent is started anew; `uid` is who is to blame, if anybody."""
+        for uuid in gpu_uuids:
+            self._events.add(uid, "gpu.cordoned", reason, gpu=uuid)
+            self.apply(gpu_book.Cordon(uuid, reason))
 
     async def _still_there(self, actor: Actor) -> bool:
         held = self.book.holders.get(actor.uid)

@@ -39,6 +39,6 @@ class HealthProbe:
             else:
                 good, bad = 0, bad + 1
             if bad >= check.failure_threshold:
-                actor.healthy = False
+                actor.set_healthy(False)
             elif good >= check.success_threshold:
-                actor.healthy = True
+                actor.set_healthy(True)

@@ -24,6 +24,13 @@ class MemoryDesk:
         self.ledger, short = self.ledger.pledge(uid, floor_bytes, self._memory.available_bytes())
         _raise_if(short)
 
+    def recovered(self, uid: str, floor_bytes: int, *, frozen: bool) -> None:
+        """Recovery: the pledge of an instance that was admitted before, and its image if it is frozen. Nobody knows
+        the size of that any more; where there is a pledge, that is what it is taken for."""
+        self.ledger = self.ledger.promised(uid, floor_bytes)
+        if frozen:
+            self.ledger = self.ledger.took(uid, floor_bytes)
+
     def reserve(self, handle: Handle, image_bytes: int) -> None:
         """Promise memory for one freeze: the node's ledger and every cgroup limit above the instance.
 

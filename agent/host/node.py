@@ -23,12 +23,15 @@ from agent.ports import Clock, Gpus, InstanceRecord
 
 ENDED_KEPT = 200
 END_TIMEOUT_S = 60.0
+CLOSE_TIMEOUT_S = 5.0
 
 
 class Meters(Protocol):
     """The ledger, as the node sees it: an account per instance."""
 
-    def open(self, uid: str, function: FunctionSpec, state: InstanceState, *, unbilled: bool) -> RequestMeter: ...
+    def open(
+        self, uid: str, function: FunctionSpec, state: InstanceState, *, unbilled: bool, same_process: bool
+    ) -> RequestMeter: ...
 
     def changed(self, uid: str, state: InstanceState, *, unbilled: bool = False) -> None: ...
 
@@ -87,6 +90,7 @@ class Node:
         self._meters = meters
         self._new_uid = new_uid
         self._by_request: dict[str, str] = {}
+        self._creating: dict[str, asyncio.Task[Actor]] = {}
         self._endings: set[asyncio.Task[None]] = set()
 
     # ---- looking up ---------------------------------------------------------------------------------------------
@@ -110,6 +114,10 @@ class Node:
         The same `request_id` gives the same instance again; with another function it is a ConflictError. Raises
         PreconditionError (runtime, idle mode, memory), ExhaustedError GPU_CAPACITY, UnavailableError STORE_FAILED.
         """
+        while (
+            running := self._creating.get(request_id)
+        ) is not None:  # the same create, still on its way to the disk: both get what becomes of it
+            await asyncio.wait([running])
         known = self._known(request_id, function)
         if known is not None:
             return known
@@ -119,18 +127,39 @@ class Node:
         function = self._admitted(function)
         spec = InstanceSpec(self._new_uid(), request_id, function)
         gpus = self.desk.assign(spec.uid, function.gpu.count, function.gpu.model)
+        # A task of its own: a caller that leaves in the middle must not leave half an instance.
+        task = asyncio.create_task(self._make(spec, gpus), name=f"create {spec.uid}")
+        self._creating[request_id] = task
+        task.add_done_callback(lambda done: self._made(request_id, done))
+        return await asyncio.shield(task)
+
+    def _made(self, request_id: str, task: asyncio.Task[Actor]) -> None:
+        del self._creating[request_id]
+        if not task.cancelled():
+            task.exception()  # the caller has it, or has left
+
+    async def _make(self, spec: InstanceSpec, gpus: tuple[str, ...]) -> Actor:
         try:
             self._pledge(spec)
             actor = self._add(spec, gpus, InstanceState.STARTING)
-            record = self.executors[spec.uid].record
-            await self.shell.store.put_instance(record)
-        except HibernodeError:
+            await self.shell.store.put_instance(self.executors[spec.uid].record)
+        except BaseException as error:
+            self._meters.changed(spec.uid, InstanceState.FAILED)
             self._forget(spec.uid)
             await self.desk.unassign(spec.uid)
+            if isinstance(error, UnavailableError):
+                await self._forget_record(spec.uid)  # an answer that came too late may have written it
             raise
-        self._events.add(spec.uid, "instance.created", function=function.name, gpus=",".join(gpus))
+        self._events.add(spec.uid, "instance.created", function=spec.function.name, gpus=",".join(gpus))
         actor.handle(ev.Created())
         return actor
+
+    async def _forget_record(self, uid: str) -> None:
+        """Delete the record; if the store fails the next recovery finds no container and does it."""
+        try:
+            await self.shell.store.delete_instance(uid)
+        except HibernodeError as error:
+            self._events.add(uid, "store.failed", error.message)
 
     def _known(self, request_id: str, function: FunctionSpec) -> Actor | None:
         uid = self._by_request.get(request_id) if request_id else None
@@ -167,14 +196,19 @@ class Node:
     def _pledge(self, spec: InstanceSpec) -> None:
         """Sharers of a GPU must all fit into host memory: the pledge is made before the first one starts."""
         if self._settings.per_gpu > 1 and spec.function.gpu.count:
-            self.memory.pledge(spec.uid, spec.function.gpu.memory_bytes * spec.function.gpu.count)
+            self.memory.pledge(spec.uid, self._floor_bytes(spec.function))
+
+    def _floor_bytes(self, function: FunctionSpec) -> int:
+        """What is pledged for life: nothing where a GPU is not shared, or where nobody said how much it takes."""
+        return function.gpu.memory_bytes * function.gpu.count if self._settings.per_gpu > 1 else 0
 
     def _freezable(self, function: FunctionSpec) -> bool:
         return function.idle.mode is not IdleMode.NEVER and not self._settings.freeze_unavailable
 
     def _add(self, spec: InstanceSpec, gpus: tuple[str, ...], state: InstanceState) -> Actor:
         function = spec.function
-        meter = self._meters.open(spec.uid, function, state, unbilled=state is InstanceState.STARTING)
+        new = state is InstanceState.STARTING
+        meter = self._meters.open(spec.uid, function, state, unbilled=new, same_process=not new)
         instance = Instance(
             spec.uid,
             freezable=self._freezable(function),
@@ -209,6 +243,8 @@ class Node:
         actor = self._add(record.spec, record.gpu_uuids, state)
         actor.instance = replace(actor.instance, holds=holds, gpus=record.gpu_uuids)
         actor.figures.create_wall_ns = record.create_wall_ns
+        actor.figures.idle_since_ns = self._clock.monotonic_ns()
+        self.memory.recovered(actor.uid, self._floor_bytes(actor.function), frozen=state is InstanceState.FROZEN)
         self.executors[actor.uid].record = record
         return actor
 
@@ -258,10 +294,7 @@ class Node:
         while len(self.ended) > ENDED_KEPT:
             _, oldest = self.ended.popitem(last=False)
             self._by_request.pop(oldest.spec.request_id, None)
-        try:
-            await self.shell.store.delete_instance(actor.uid)
-        except HibernodeError as error:
-            self._events.add(actor.uid, "store.failed", error.message)
+        await self._forget_record(actor.uid)
         for listener in self.listeners:
             listener.load_changed(actor)
 
@@ -283,7 +316,13 @@ class Node:
         self.draining = True
         for actor in self.actors.values():
             actor.close()
-        await asyncio.gather(*(executor.close() for executor in self.executors.values()))
-        await self.desk.close()
+        if self._creating:
+            await asyncio.wait(list(self._creating.values()))  # as long as the store takes at most
+        await asyncio.gather(*(executor.close() for executor in list(self.executors.values())))
         if self._endings:
-            await asyncio.wait(self._endings, timeout=END_TIMEOUT_S)
+            # Whatever was being ended has ended with its executor; the rest is the next agent's.
+            await asyncio.wait(self._endings, timeout=CLOSE_TIMEOUT_S)
+        for task in self._endings:
+            task.cancel()
+        await asyncio.gather(*self._endings, return_exceptions=True)
+        await self.desk.close()

@@ -56,8 +56,8 @@ class Observer:
             function=actor.function,
             request_id=actor.spec.request_id,
             state=instance.state,
-            reason=instance.reason,
-            message=instance.message,
+            reason=instance.reason or instance.refusal.partition(":")[0],
+            message=instance.message or (instance.refusal and f"the last freeze was refused: {instance.refusal}"),
             gpu_uuids=actor.gpu_uuids,
             in_flight=gate.in_flight,
             waiting=gate.waiting,
@@ -73,7 +73,7 @@ class Observer:
             last_wake_ns=figures.last_wake_ns,
             last_wake_driver_ns=figures.last_wake_driver_ns,
             wake_estimate_ns=figures.wake_estimate_ns,
-            idle_for_ns=max(0, self._clock.wall_ns() - figures.state_wall_ns) if idle else 0,
+            idle_for_ns=max(0, self._clock.monotonic_ns() - figures.idle_since_ns) if idle else 0,
             freeze_cancellable=instance.state is InstanceState.FREEZING
             and instance.op is Op.LOCK
             and not instance.ordered,

@@ -1,0 +1,55 @@
+"""One instance as the decisions about it see it. `lifecycle.step` is the only one who makes new ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from agent.core.lifecycle_events import Op
+from agent.core.types import InstanceState
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """Everything the decisions about one instance depend on. Only `step` makes new ones.
+
+    `holds`: a GPU grant is ours. `ordered`: the running freeze was ordered by the GPU book and is not cancelled.
+    `draining`: the book wants the GPU, the gate is closed until the last request ended. `stop`: a stop was asked
+    (`stop_force`: without drain or hooks). `wake_until_ns`: an API wake counts as somebody waiting until then.
+    `refusals` freezes in a row were refused, the last for `refusal`: why it is awake although nobody needs it.
+    """
+
+    uid: str
+    freezable: bool
+    freeze_after_ns: int
+    min_awake_ns: int = 0
+    state: InstanceState = InstanceState.STARTING
+    op: Op | None = None
+    op_gen: int = 0
+    idle_gen: int = 0
+    busy: bool = False
+    wanted: bool = False
+    holds: bool = False
+    gpus: tuple[str, ...] = ()
+    ordered: bool = False
+    draining: bool = False
+    stop: bool = False
+    stop_force: bool = False
+    stop_grace_ns: int = 0
+    wake_until_ns: int = 0
+    hold_ns: int = 0
+    hold_until_ns: int = 0
+    refusals: int = 0
+    refusal: str = ""
+    restores: int = 0
+    awake_since_ns: int = 0
+    reason: str = ""
+    message: str = ""
+
+    @property
+    def gate_open(self) -> bool:
+        """May the gate grant requests now?"""
+        return self.state is InstanceState.RUNNING and not self.draining and not self.stop
+
+    def awaited(self, at: int) -> bool:
+        """Does a request, or an API wake whose deadline has not passed, wait for this instance to be awake?"""
+        return self.wanted or at < self.wake_until_ns

@@ -1,0 +1,135 @@
+"""LOCK, CHECKPOINT, UNLOCK and WAKE of one instance: each does its work against the ports and returns its answer.
+
+Nothing here decides what comes next. Up to the driver's lock nothing has happened to the instance, so whatever fails
+before it is Refused, never Broken: a driver library that does not answer for a moment must not cost an instance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import assert_never
+
+from agent.core import lifecycle_events as ev
+from agent.core.errors import HibernodeError, PreconditionError, UnavailableError
+from agent.core.lifecycle import CANCELLED, PRE_FREEZE_FAILED
+from agent.core.types import Handle
+from agent.host import hooks
+from agent.host.actor import Actor
+from agent.host.health import HealthProbe
+from agent.host.shell import Shell, unless_cancelled
+from agent.ports import FreezeResult, Outcome
+
+
+class Sleep:
+    """`note_vram` measures the instance before a freeze. Health checks run only while it is awake: the last one has
+    ended before the lock."""
+
+    def __init__(
+        self, actor: Actor, shell: Shell, health: HealthProbe, note_vram: Callable[[Handle], Awaitable[None]]
+    ) -> None:
+        self._actor = actor
+        self._shell = shell
+        self._health = health
+        self._note_vram = note_vram
+
+    async def lock(self, handle: Handle, gen: int, cancel: asyncio.Event) -> ev.Event:
+        """/pre-freeze, the memory's reservation, the driver's lock. `cancel` ends it before the driver is asked."""
+        actor, shell = self._actor, self._shell
+        await self._health.pause()
+        try:
+            problem = shell.store_problem()
+            if problem:
+                raise UnavailableError("STORE_FAILED", f"nothing is frozen while the store fails: {problem}")
+            await self._pre_freeze(cancel)
+            await self._note_vram(handle)
+            if cancel.is_set():
+                raise PreconditionError(CANCELLED, "a request arrived before the checkpoint began")
+            shell.memory.reserve(handle, actor.figures.vram_bytes)
+        except HibernodeError as error:
+            self._awake_again()
+            return ev.Refused(gen, error.reason, error.message)
+        except OSError as error:  # /proc and cgroup files of something that is just ending
+            self._awake_again()
+            return ev.Refused(gen, "HOST_MEMORY_UNKNOWN", f"the instance's memory can't be read: {error}")
+        result = await shell.freezer.lock(handle)
+        if result.outcome is Outcome.REFUSED:
+            self._awake_again()
+        return _answer(gen, result)
+
+    async def _pre_freeze(self, cancel: asyncio.Event) -> None:
+        """GET /pre-freeze: 4xx and no answer are noted and the freeze goes on, 5xx replaces the instance."""
+        hook, pool = self._actor.function.hooks.pre_freeze, self._actor.pool
+        if hook is None or pool is None:
+            return
+        call = hooks.call_hook(pool, self._actor.function, hook, b"GET", "/pre-freeze", self._shell.request_ids())
+        try:
+            status = await unless_cancelled(call, cancel)
+        except PreconditionError:
+            raise
+        except HibernodeError as error:
+            self._shell.events.add(self._actor.uid, "instance.pre_freeze_failed", error.message)
+            return
+        finally:
+            pool.retire()  # the hook's own connection would not survive the freeze either
+        if status >= 500:
+            raise PreconditionError(PRE_FREEZE_FAILED, f"GET /pre-freeze answered {status}")
+        if status >= 400:
+            self._shell.events.add(self._actor.uid, "instance.pre_freeze_failed", f"answered {status}")
+
+    def _awake_again(self) -> None:
+        self._shell.memory.restored(self._actor.uid)
+        if not self._actor.state.terminal:
+            self._health.resume()
+
+    async def checkpoint(self, handle: Handle, gen: int) -> ev.Event:
+        """Checkpoint and cgroup freeze of what `lock` locked."""
+        result = await self._shell.freezer.checkpoint(handle)
+        match result.outcome:
+            case Outcome.OK:
+                self._shell.memory.took(self._actor.uid, result.image_bytes)
+                self._actor.figures.image_bytes = result.image_bytes
+                self._actor.figures.freezes += 1
+            case Outcome.REFUSED:
+                self._awake_again()
+            case Outcome.BROKEN:
+                pass
+        return _answer(gen, result)
+
+    async def unlock(self, handle: Handle, gen: int) -> ev.Event:
+        """Undo `lock`."""
+        result = await self._shell.freezer.unlock(handle)
+        if result.outcome is Outcome.OK:
+            self._awake_again()
+        return _answer(gen, result)
+
+    async def wake(self, handle: Handle, gen: int) -> ev.Event:
+        """Thaw, restore, unlock, verify."""
+        actor, shell = self._actor, self._shell
+        began = shell.clock.monotonic_ns()
+        result = await shell.freezer.wake(handle, {})
+        if result.outcome is Outcome.OK:
+            figures = actor.figures
+            figures.wakes += 1
+            figures.last_wake_ns = shell.clock.monotonic_ns() - began
+            figures.last_wake_driver_ns = result.driver_ns
+            figures.wake_estimate_ns = _moving_average(figures.wake_estimate_ns, figures.last_wake_ns)
+            figures.image_bytes = 0
+            self._awake_again()
+        return _answer(gen, result)
+
+
+def _answer(gen: int, result: FreezeResult) -> ev.Event:
+    match result.outcome:
+        case Outcome.OK:
+            return ev.Succeeded(gen)
+        case Outcome.REFUSED:
+            return ev.Refused(gen, result.reason, result.message)
+        case Outcome.BROKEN:
+            return ev.Broken(gen, result.reason, result.message)
+        case _:
+            assert_never(result.outcome)
+
+
+def _moving_average(old_ns: int, new_ns: int) -> int:
+    return new_ns if not old_ns else (3 * old_ns + new_ns) // 4
