@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 DEADLINE_S = 45.0
@@ -72,10 +73,8 @@ def _daemons(state_dir: Path) -> Iterator[int]:
 
 def _kill(pid: int) -> None:
     """SIGKILL ends frozen and stopped processes too."""
-    try:
+    with suppress(OSError):
         os.kill(pid, signal.SIGKILL)
-    except OSError:
-        pass
 
 
 def _cgroups(state_dir: Path) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """The processes of a demo: started in sessions of their own, watched, ended in order, and never left behind.
 
-A daemon gets SIGTERM when the demo dies, however it dies (demo_child.py); instances outlive their agent by design, so a guard process
-(demo_guard.py) ends those when the demo is gone without having said so.
+A daemon gets SIGTERM when the demo dies, however it dies (demo_child.py); instances outlive their agent by design, so a
+guard process (demo_guard.py) ends those when the demo is gone without having said so.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from agent.core.errors import UnavailableError
 
-POLL_S = 0.02
+POLL_S = 0.03
 STOP_S = 20.0
 KILL_S = 5.0
 TAIL_LINES = 15
@@ -62,15 +62,14 @@ class DemoProcesses:
 
     async def wait_for(self, name: str, reached: Callable[[], bool], deadline_s: float) -> None:
         """Until `reached()`. Raises UnavailableError DEMO_PROCESS_ENDED or DEMO_NOT_READY with the end of the log."""
-        try:
-            async with asyncio.timeout(deadline_s):
-                while not reached():
-                    self.check(name)
-                    await asyncio.sleep(POLL_S)  # another process, which tells nobody
-        except TimeoutError:
-            raise UnavailableError(
-                "DEMO_NOT_READY", f"the {name} is not ready after {deadline_s:g} s.\n{self.tail(name)}"
-            ) from None
+
+        async def ready() -> bool:
+            self.check(name)
+            return reached()
+
+        if not await comes_true(ready, deadline_s):
+            text = f"the {name} is not ready after {deadline_s:g} s.\n{self.tail(name)}"
+            raise UnavailableError("DEMO_NOT_READY", text)
 
     def check(self, *names: str) -> None:
         """Raises UnavailableError DEMO_PROCESS_ENDED if one of them (default: any) has ended."""
@@ -85,7 +84,12 @@ class DemoProcesses:
             lines = (self._logs / f"{name}.log").read_text(errors="replace").splitlines()
         except OSError:
             return f"{name} wrote no log."
-        return "\n".join([f"The last lines of {name}.log:", *(f"  {line[:300]}" for line in lines[-TAIL_LINES:])])
+        return "\n".join(
+            [
+                f"The last lines of {name}.log (--state-dir DIR keeps the logs):",
+                *(f"  {line[:300]}" for line in lines[-TAIL_LINES:]),
+            ]
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,23 +112,39 @@ class DemoProcesses:
 
     async def dismiss_guard(self) -> None:
         """Everything has been ended in order."""
-        if self._guard is None or self._guard.stdin is None:
+        await self._end_guard(b"bye\n", KILL_S)
+
+    async def release_guard(self) -> None:
+        """It was not: let the guard do what it is for, and wait for it."""
+        await self._end_guard(b"", STOP_S)
+
+    async def _end_guard(self, word: bytes, deadline_s: float) -> None:
+        guard, self._guard = self._guard, None
+        if guard is None or guard.stdin is None:
             return
         try:
-            self._guard.stdin.write(b"bye\n")
-            self._guard.stdin.close()
+            guard.stdin.write(word)
+            guard.stdin.close()
         except BrokenPipeError:
             pass
-        if not await _ended(self._guard, KILL_S):
-            self._guard.kill()
-            await _ended(self._guard, KILL_S)
+        if not await _ended(guard, deadline_s):
+            guard.kill()
+            await _ended(guard, KILL_S)
 
 
-async def _ended(child: subprocess.Popen[bytes], deadline_s: float) -> bool:
+async def comes_true(reached: Callable[[], Awaitable[bool]], deadline_s: float) -> bool:
+    """Ask again and again, for what other processes do and no API tells of. False if it is not so by the deadline."""
     try:
         async with asyncio.timeout(deadline_s):
-            while child.poll() is None:
+            while not await reached():  # noqa: ASYNC110 - there is nothing to wait on
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         return False
     return True
+
+
+async def _ended(child: subprocess.Popen[bytes], deadline_s: float) -> bool:
+    async def gone() -> bool:
+        return child.poll() is not None
+
+    return await comes_true(gone, deadline_s)

@@ -5,8 +5,8 @@ Listens on $FC_CUSTOM_LISTEN_PORT (default 9000) with keep-alive and no idle tim
 
 $LISTEN_HOST  address, default 127.0.0.1; a container says 0.0.0.0
 $REQUEST_LOG  a file that gets one JSON line a request: {"instance", "request_id", "start_ns", "end_ns"} on
-              CLOCK_MONOTONIC, from the request line to the last byte of the answer. Hooks and /healthz are not
-              requests. This is the truth that metering is checked against.
+              CLOCK_MONOTONIC, from the request line to the moment the answer's last bytes are handed over. Hooks
+              and /healthz are not requests. This is the truth that metering is checked against.
 """
 
 from __future__ import annotations
@@ -141,9 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:
             answer = as_json({"error": f"{type(error).__name__}: {error}"}, 500)
         self._respond(answer)
+        end_ns = time.monotonic_ns()  # before, not after: whoever gets the last byte must not see it end too late
         self.wfile.flush()
         if url.path not in NOT_REQUESTS:
-            self.request_log.add(headers.get("x-fc-request-id", ""), self.started_ns, time.monotonic_ns())
+            self.request_log.add(headers.get("x-fc-request-id", ""), self.started_ns, end_ns)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_HEAD = _exchange  # noqa: N815 - http.server's
 

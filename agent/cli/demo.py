@@ -1,0 +1,174 @@
+"""`hibernode demo`: the whole of Hibernode on this machine, without a GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from agent.cli.demo_report import Report
+    from agent.cli.demo_story import Story
+    from agent.cli.demo_timeline import Timeline
+    from agent.cli.demo_world import DemoWorld
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; the timeline goes to stderr.")
+@click.option("--keep", is_flag=True, help="Stay up afterwards, with commands to try, until Ctrl-C or SIGTERM.")
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder for everything; it stays. It is a HIBERNODE_HOME. Default: a temporary one.",
+)
+@click.option("--flip-byte", is_flag=True, hidden=True, help="Rehearsal: damage GPU memory of a frozen instance.")
+def demo(as_json: bool, keep: bool, state_dir: Path | None, flip_byte: bool) -> int:
+    """See it all work on this machine, without a GPU.
+
+    Starts an emulated NVIDIA driver with two GPUs, a scheduler and an agent; deploys an example with a real model
+    (what type has this file?) as three instances; sends it files of this machine; lets the instances freeze and wake;
+    then shows how long wakes took, what was active and idle, and what that costs beside always-on instances. Every
+    answer is compared with that of a model that never slept.
+
+    Exit code 1 if a request failed or an answer differs.
+
+    \b
+    Examples:
+      hibernode demo
+      hibernode demo --json | jq '{wakes, wake_ms, cost, always_on_cost}'
+      hibernode demo --keep --state-dir /tmp/hibernode-demo
+    """
+    from agent.cli.demo_timeline import Timeline
+
+    timeline = Timeline(sys.stderr if as_json else sys.stdout)
+    return asyncio.run(_interruptible(_demo(timeline, state_dir, as_json=as_json, keep=keep, flip_byte=flip_byte)))
+
+
+async def _interruptible(work: Any) -> int:
+    """SIGINT and SIGTERM cancel the story, and the world is taken down in order."""
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        code: int = await task
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    return code
+
+
+async def _demo(timeline: Timeline, state_dir: Path | None, *, as_json: bool, keep: bool, flip_byte: bool) -> int:
+    from agent.cli.demo_story import Story
+    from agent.cli.demo_world import demo_world
+
+    async with demo_world(state_dir, timeline.say) as world:
+        _say_what_is_different(world, timeline)
+        story = Story(world, timeline, flip_byte=flip_byte)
+        await story.tell()
+        report = await _report(world, story, timeline, ended=not keep)
+        _show(report, as_json)
+        if keep:
+            await _stay(world)
+    return 0 if report.answers_identical and not report.failed else 1
+
+
+def _say_what_is_different(world: DemoWorld, timeline: Timeline) -> None:
+    if os.geteuid() == 0:
+        who = f"the user {world.user}" if world.user else "root, for `nobody` may not read this Python or this folder"
+        timeline.say(f"instances run as {who}")
+    if world.gateway:
+        timeline.say(f"the gateway is http://{world.gateway}")
+
+
+async def _report(world: DemoWorld, story: Story, timeline: Timeline, *, ended: bool) -> Report:
+    from agent.cli.demo_report import Report, collect_usage, driver_log, union_ns
+    from agent.v1 import node_service_pb2, types_pb2
+
+    tally = story.tally
+    async with world.agent() as agent, world.scheduler() as scheduler:
+        node = (await agent.call(agent.nodes.GetNode, node_service_pb2.GetNodeRequest(), 10.0)).node
+        report = Report(
+            requests=tally.requests,
+            failed=tally.failed,
+            answers_identical=tally.requests > 0 and not tally.different and not tally.failed,
+            answers_compared=tally.requests - tally.failed,
+            gpus=len(node.gpus),
+            wake_ms=timeline.wake_ms,
+            freeze_ms=timeline.freeze_ms,
+            wake_request_ms=tally.wake_request_ms,
+            latency_ms=tally.latency_ms,
+            driver_ms=driver_log(world.driver_dir),
+            app_active_ns=union_ns(world.request_log),
+            cgroups=all(
+                line.level == types_pb2.Capability.LEVEL_OK for line in node.capabilities if line.name == "cgroup"
+            ),
+            user=world.user or _own_name(),
+            home=str(world.home),
+        )
+        if ended:
+            timeline.say("removing the function: its last seconds are metered and sent to the scheduler")
+            await world.remove_functions()
+        instances = await story.instances(agent, ended=True)
+        report.instances = len(instances)
+        report.freezes = sum(one.freeze_count for one in instances)
+        report.wakes = sum(one.wake_count for one in instances)
+        await collect_usage(report, agent, scheduler, instances)
+        return report
+
+
+def _own_name() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def _show(report: Report, as_json: bool) -> None:
+    from agent.cli.demo_report import show
+    from agent.cli.output import note, show_json
+
+    if as_json:
+        show_json(report.as_json())
+    else:
+        show(report)
+    if not report.cgroups:
+        note("No cgroup could be written by this user: instances were stopped with SIGSTOP instead (as root: cgroups).")
+    note("GPUs and driver were emulated: times are of this machine's memory, not of a GPU.")
+    sys.stdout.flush()
+
+
+async def _stay(world: DemoWorld) -> None:
+    """Until a signal: that is how it is meant to end, so it is no error."""
+    home = world.home
+    click.echo(
+        f"""
+It stays up until Ctrl-C. In another terminal:
+
+  export HIBERNODE_HOME={home}
+  hibernode ps                                            # who sleeps, who is awake
+  curl -sS --data-binary @/bin/ls http://{world.gateway}/fn/filetype/invoke
+  hibernode invoke filetype --event 'import os'
+  hibernode events --since 1m
+  hibernode usage
+  hibernode node
+  hibernode deploy -t {home}/filetype.s.yaml --target 2
+  ls {home}/logs
+""",
+        err=True,
+    )
+    task = asyncio.current_task()
+    assert task is not None
+    try:
+        while True:
+            world.processes.check()
+            await asyncio.sleep(0.5)
+    except asyncio.CancelledError:
+        task.uncancel()
