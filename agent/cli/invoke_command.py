@@ -145,3 +145,5 @@ def _copy(answer: http.client.HTTPResponse) -> None:
     while chunk := answer.read1(_CHUNK_BYTES):
         sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()
+    if answer.length:  # read1 takes an early end for the end
+        raise http.client.IncompleteRead(b"", answer.length)

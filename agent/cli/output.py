@@ -48,7 +48,7 @@ def console(stream: TextIO) -> Console:
     """A rich console on `stream`: colour only on a terminal and never under NO_COLOR."""
     from rich.console import Console
 
-    terminal = stream.isatty()
+    terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
     return Console(
         file=stream,
         force_terminal=terminal,
@@ -77,13 +77,12 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Seq
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     cells = [tuple(map(_cell, row)) for row in rows]
-    for index, name in enumerate(columns):
-        # On a narrow terminal sentences are wrapped, and words stay whole.
-        words = all(len(row[index]) <= MAX_WORD_CHARS for row in cells)
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=words or not sys.stdout.isatty())
+    widths = [max(len(name), *(len(row[index]) for row in cells), 0) for index, name in enumerate(columns)]
+    for name, width in zip(columns, widths, strict=True):
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=width <= MAX_WORD_CHARS)
     for row in cells:
         table.add_row(*row)
-    _write(table)
+    _write(table, least=sum(min(width, MAX_WORD_CHARS) + 2 for width in widths))
 
 
 def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
@@ -99,13 +98,16 @@ def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
     _write(table)
 
 
-def _write(table: Any) -> None:
+def _write(table: Any, least: int = 0) -> None:
+    """Sentences are wrapped to the terminal; but a table that needs more columns than it has (`least`) is left to the
+    terminal to break, as a cut uid is of no use to anyone."""
     shown = console(sys.stdout)
+    if least > shown.width:
+        shown.width = PIPE_WIDTH
     with shown.capture() as captured:
         shown.print(table)
-    # rich pads the last column; a pipe should not have to trim.
-    text = captured.get()
-    show_text(text if sys.stdout.isatty() else "\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+    # rich pads the last column; nobody should have to trim.
+    show_text("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def show_text(text: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal
@@ -53,7 +53,7 @@ class Deployment:
     triggers: tuple[HttpTrigger, ...]
     target: int | None
     unsaid: frozenset[str] = frozenset()
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
 
 def load_s_yaml(path: Path, resource: str = "", environment: Mapping[str, str] | None = None) -> list[Deployment]:
@@ -74,13 +74,14 @@ def load_s_yaml(path: Path, resource: str = "", environment: Mapping[str, str] |
     for name in [resource] if resource else resources:
         component = _component(document, ("resources", name))
         if component == COMPONENT:
-            found.append(_deployment(document, name, general if not found else []))
+            found.append(_deployment(document, name))
         elif resource:
             raise document.wrong(("resources", name, "component"), f"must be {COMPONENT}, got {component!r}")
         else:
             general.append(f"{document.at(('resources', name))}: component {component!r} is not {COMPONENT}: skipped")
     if not found:
         raise document.wrong(("resources",), f"no resource has `component: {COMPONENT}`")
+    found[0] = replace(found[0], warnings=(*general, *found[0].warnings))
     names = [one.function.name for one in found]
     for one in found:
         if names.count(one.function.name) > 1:
@@ -114,11 +115,11 @@ def _component(document: Document, path: KeyPath) -> str:
     return component.written
 
 
-def _deployment(document: Document, resource: str, general: list[str]) -> Deployment:
+def _deployment(document: Document, resource: str) -> Deployment:
     path: KeyPath = ("resources", resource)
     tree = document.lookup(path)
     assert isinstance(tree, dict)
-    warnings = [*general]
+    warnings: list[str] = []
     for key in tree:
         if key in _UNUSED_RESOURCE:
             warnings.append(f"{document.at((*path, key))}: has no effect here")

@@ -142,19 +142,26 @@ class _Reader:
                 raise self._document.wrong(path, "only mappings, lists and plain values are known here")
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath, depth: int) -> dict[str, object]:
-        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        self._refuse_repeated(node, path)
         self._loader.flatten_mapping(node)  # merge keys: `<<: *defaults`
         found: dict[str, object] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise self._document.wrong(path, "a key must be a plain word")
             key = key_node.value
-            if written.count(key) > 1:
-                self.lines[(*path, key)] = key_node.start_mark.line + 1
-                raise self._document.wrong((*path, key), "is written twice")
             self.lines[(*path, key)] = key_node.start_mark.line + 1
             found[key] = self.read(value_node, (*path, key), depth + 1)
         return found
+
+    def _refuse_repeated(self, node: yaml.MappingNode, path: KeyPath) -> None:
+        """Of a key written twice YAML keeps the last in silence. What a merge key brings may be overwritten."""
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    self.lines[(*path, key_node.value)] = key_node.start_mark.line + 1
+                    raise self._document.wrong((*path, key_node.value), "is written twice")
+                seen.add(key_node.value)
 
 
 _EXPRESSION = re.compile(r"(?P<escaped>(?:\$|\\)\$\{)|\$\{(?P<inner>[^{}]*)\}|(?P<open>\$\{)")

@@ -1,0 +1,66 @@
+"""`hibernode invoke`: the request as it is sent, the answer on stdout, the status as exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+
+
+def test_an_event_is_an_invocation(at_home: Run) -> None:
+    done = at_home("invoke", "echo", "--event", "Nice to meet you")
+    assert (done.code, done.err) == (0, "")
+    assert done.json["method"] == "POST"
+    assert done.json["path"] == "/2023-03-30/functions/echo/invocations"
+    assert done.json["body"] == "Nice to meet you"
+
+
+def test_a_path_goes_to_the_functions_own_server(at_home: Run, tmp_path: Path) -> None:
+    assert at_home("invoke", "echo", "--path", "v1/models?x=1").json["path"] == "/fn/echo/v1/models?x=1"
+    assert at_home("invoke", "echo", "--path", "/").json["method"] == "GET"
+    event = tmp_path / "page.json"
+    event.write_text('{"page": 1}')
+    asked = at_home("invoke", "echo", "--path", "/ocr", "-f", event, "-H", "Content-Type: application/json").json
+    assert (asked["method"], asked["body"]) == ("POST", '{"page": 1}')
+    assert [value for name, value in asked["headers"].items() if name.lower() == "content-type"] == ["application/json"]
+
+
+@pytest.mark.parametrize(("function", "code"), [("nowhere", 3), ("full", 5), ("none", 5)])
+def test_a_refusal_of_the_gateway_is_a_message(at_home: Run, function: str, code: int) -> None:
+    done = at_home("invoke", function)
+    assert (done.code, done.out) == (code, "")
+    assert done.err.startswith(f"hibernode: {function} is refused (")
+    assert done.err.endswith(", request 1-67a59f35)\n")
+
+
+def test_a_failure_of_the_function_itself_is_its_answer(at_home: Run) -> None:
+    done = at_home("invoke", "sick")
+    assert (done.code, done.out, done.err) == (1, "Traceback\n", "hibernode: the function answered HTTP 500\n")
+
+
+def test_the_head_can_be_shown(at_home: Run) -> None:
+    done = at_home("invoke", "echo", "--include")
+    assert done.err.startswith("HTTP 200 OK (")
+    assert "x-fc-instance-id: i-run" in done.err
+    assert json.loads(done.out)
+
+
+def test_an_answer_cut_in_the_middle_is_no_success(at_home: Run) -> None:
+    done = at_home("invoke", "cut")
+    assert (done.code, done.out) == (5, "half")
+    assert "(ANSWER_CUT)" in done.err
+
+
+def test_nobody_there(run: Run) -> None:
+    done = run("invoke", "echo", "--gateway", "127.0.0.1:1")
+    assert done.code == 5
+    assert "no gateway answers at 127.0.0.1:1" in done.err
+
+
+def test_a_header_that_would_split_the_request_is_refused(at_home: Run) -> None:
+    done = at_home("invoke", "echo", "-H", "a: b\r\nx-fc-account-id: 1")
+    assert done.code == 2
+    assert "can't be sent" in done.err

@@ -1,0 +1,154 @@
+"""Commands that ask the agent of one node: tables, JSON, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+
+MINIMAL = """\
+edition: 3.0.0
+resources:
+  ocr:
+    component: fc3
+    props:
+      functionName: NAME
+      runtime: custom-container
+      gpuConfig: {}
+      environmentVariables: {PASSWORD: hunter2}
+      customContainerConfig: {image: host, entrypoint: [serve]}
+"""
+
+
+@pytest.fixture
+def s_yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "s.yaml"
+    path.write_text(MINIMAL.replace("NAME", "ocr"))
+    return path
+
+
+def test_ps_turns_pages_and_shows_states(at_home: Run) -> None:
+    done = at_home("ps")
+    assert (done.code, done.err) == (0, "")
+    assert done.words[0][:5] == ["UID", "FUNCTION", "STATE", "SINCE", "IN"]
+    assert [line[0] for line in done.words[1:]] == ["i-run", "i-cold", "i-chat"]
+    assert "1+2" in done.words[1]
+    assert "850ms" in done.words[2]
+    assert done.out.splitlines()[3].endswith("HOST_MEMORY_SHORT")
+
+
+def test_ps_as_json_has_the_protos_names(at_home: Run) -> None:
+    found = at_home("ps", "--output", "json").json["instances"]
+    assert [one["uid"] for one in found] == ["i-run", "i-cold", "i-chat"]
+    assert found[1]["state"] == "FROZEN"
+    assert found[1]["frozen_bytes"] == 5 << 30
+    assert found[1]["last_wake"] == {"total_ns": 850_000_000, "driver_ns": 800_000_000}
+    assert found[0]["spec"]["environment"] == {"KEY": "***"}
+
+
+def test_ps_filters(at_home: Run) -> None:
+    assert at_home("ps", "-q", "--function", "chat").out == "i-chat\n"
+    assert at_home("ps", "-q", "-a").out.split() == ["i-run", "i-cold", "i-chat", "i-dead"]
+    assert at_home("ps", "-q", "--function", "nothing").out == ""
+    assert at_home("ps", "--function", "nothing", "-o", "json").json == {"instances": []}
+
+
+def test_node(at_home: Run) -> None:
+    done = at_home("node")
+    assert ["Node", "gpu-host-1"] in done.words
+    assert "5.0 GiB reserved for sleeping instances" in done.out
+    assert next(line[:4] for line in done.words if line[:1] == ["0"]) == ["0", "Emulated", "T4", "GPU-aaaa"]
+    assert "CORDONED" in done.out
+    found = at_home("node", "-o", "json").json
+    assert found["gpus"][0]["holder_uids"] == ["i-run"]
+    assert found["host_memory"]["reserved_bytes"] == 5 << 30
+
+
+def test_inspect(at_home: Run) -> None:
+    done = at_home("inspect", "i-cold")
+    assert next(line[:3] for line in done.words if line[:1] == ["State"]) == ["State", "FROZEN", "since"]
+    assert "7 (last: 850ms, 800ms of it the driver's)" in done.out
+    assert at_home("inspect", "i-cold", "-o", "json").json["wake_count"] == 7
+
+
+def test_what_an_instance_says_cannot_steer_the_terminal(at_home: Run) -> None:
+    done = at_home("inspect", "i-evil")
+    assert "\x1b" not in done.out
+    assert "\x07" not in done.out
+    assert "?]0;owned??[2J" in done.out
+
+
+def test_freeze_wake_and_rm_show_what_became_of_it(at_home: Run) -> None:
+    assert at_home("freeze", "i-run", "-o", "json").json["instances"][0]["state"] == "FROZEN"
+    assert at_home("wake", "i-run", "--hold", "30s", "-o", "json").json["instances"][0]["state"] == "RUNNING"
+    done = at_home("rm", "i-run", "i-chat", "--force")
+    assert (done.code, [line[2] for line in done.words[1:]]) == (0, ["STOPPED", "STOPPED"])
+
+
+def test_of_several_those_that_can_are_done_and_the_first_failure_decides(at_home: Run) -> None:
+    done = at_home("freeze", "i-busy", "i-run", "i-gone")
+    assert done.code == 4
+    assert [line[0] for line in done.words[1:]] == ["i-run"]
+    assert "hibernode: i-busy has 2 requests in it; wait for them (INSTANCE_BUSY)" in done.err
+    assert "hibernode: i-gone: no instance 'i-gone' on this node" in done.err
+    assert at_home("freeze", "i-gone", "i-busy").code == 3
+
+
+def test_what_does_not_exist_is_exit_3(at_home: Run) -> None:
+    done = at_home("inspect", "i-gone")
+    assert (done.code, done.out) == (3, "")
+    assert done.err == "hibernode: no instance 'i-gone' on this node; `hibernode ps` lists them (INSTANCE_NOT_FOUND)\n"
+
+
+def test_no_answer_in_time_is_exit_5_and_meanwhile_it_says_what_it_does(at_home: Run) -> None:
+    done = at_home("wake", "i-stuck", "--timeout", "1.3")
+    assert done.code == 5
+    assert done.err.startswith("waking i-stuck ... (1 s)\n")
+    assert "(DEADLINE_EXCEEDED)" in done.err
+
+
+def test_logs_are_byte_for_byte(program: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run([*program, "logs", "i-run"], env=environment, capture_output=True, timeout=30, check=True)
+    assert done.stdout == b"Loading model\n\xff not UTF-8\n"
+
+
+def test_events(at_home: Run) -> None:
+    done = at_home("events", "i-cold")
+    assert [line[3] for line in done.words[1:]] == ["instance.created", "instance.running", "instance.frozen"]
+    assert at_home("events", "i-run", "-o", "json").json == {"events": []}
+    assert at_home("events", "--since", "10m", "-o", "json").json == {"events": []}
+    assert at_home("events", "-o", "json").json["events"][0]["time"] == "2026-01-01T00:00:00.005Z"
+
+
+def test_create_prints_the_uid_alone(at_home: Run, s_yaml: Path) -> None:
+    done = at_home("create", "-t", s_yaml)
+    assert (done.code, done.out) == (0, "i-new\n")
+    assert done.err == "i-new of ocr: STARTING\n"
+    found = at_home("create", "-t", s_yaml, "-o", "json").json
+    assert found["spec"]["entrypoint"] == ["serve"]
+    assert found["spec"]["environment"] == {"PASSWORD": "hunter2"}  # a real agent masks it; it has to be sent
+
+
+def test_create_that_fails_is_exit_1_with_the_reason(at_home: Run, s_yaml: Path) -> None:
+    s_yaml.write_text(MINIMAL.replace("NAME", "broken"))
+    done = at_home("create", "-t", s_yaml, "--wait")
+    assert (done.code, done.out) == (1, "i-new\n")
+    assert "i-new: port 9000 never answered (FUNCTION_NOT_STARTED)" in done.err
+
+
+def test_create_wants_one_function(at_home: Run, s_yaml: Path) -> None:
+    s_yaml.write_text(s_yaml.read_text() + MINIMAL.partition("resources:\n")[2].replace("ocr", "two"))
+    done = at_home("create", "-t", s_yaml)
+    assert done.code == 2
+    assert "choose one with --resource: ocr, two" in done.err
+    assert at_home("create", "-t", s_yaml, "--resource", "two").code == 0
+
+
+def test_a_wrong_s_yaml_is_exit_2_before_any_daemon_is_asked(run: Run, s_yaml: Path) -> None:
+    s_yaml.write_text(s_yaml.read_text().replace("gpuConfig: {}", "timeout: often"))
+    done = run("create", "-t", s_yaml)
+    assert done.code == 2
+    assert "s.yaml:8: resources.ocr.props.timeout: expected a whole number, got text (S_YAML_INVALID)" in done.err
