@@ -42,6 +42,9 @@ from agent.core.types import SECOND_NS, InstanceState
 
 MAX_ATTEMPTS = 50
 """A request that was refused so often is answered NO_CAPACITY."""
+WAKE_BACK_OFF_NS = SECOND_NS // 2
+WAKE_BACK_OFF_MAX_NS = 30 * SECOND_NS
+"""After a failed wake the instance is not asked again for so long; doubled with each failure in a row."""
 FOREIGN_AFTER_NS = SECOND_NS
 """A report of more in flight than we have leases counts only where no lease changed for so long: younger ones race."""
 
@@ -179,7 +182,7 @@ class Dispatcher:
         slot = request.slot
         function = self._release(request, at)
         if slot.uid in self._slots:
-            self._set_aside(function, slot)
+            self._set_aside(function, slot, at)
         reason: Refusal | None = None
         if not function.known:
             reason = Refusal.UNKNOWN_FUNCTION
@@ -242,7 +245,9 @@ class Dispatcher:
         function = self._functions[slot.function]
         if failed:
             self._end_wake(slot)
-            self._set_aside(function, slot)
+            wait = min(WAKE_BACK_OFF_NS << min(slot.failed_wakes, 16), WAKE_BACK_OFF_MAX_NS)
+            slot.failed_wakes += 1
+            self._set_aside(function, slot, at + wait)
         else:
             slot.state = InstanceState.RUNNING
             self._came_awake(function, slot, at)
@@ -251,7 +256,7 @@ class Dispatcher:
 
     def _came_awake(self, function: FunctionState, slot: Slot, at: int) -> None:
         """The end of a wake of ours: by its answer or by a report, whichever is here first."""
-        slot.woken_ns, slot.wake_took_ns = at, at - slot.wake_asked_ns
+        slot.woken_ns, slot.wake_took_ns, slot.failed_wakes = at, at - slot.wake_asked_ns, 0
         self._end_wake(slot)
         function.slots.learn_wake(slot.node, slot.wake_took_ns)
 
@@ -260,8 +265,8 @@ class Dispatcher:
             slot.wake_asked_ns = -1
             self._count_wake(slot.node, -1)
 
-    def _set_aside(self, function: FunctionState, slot: Slot) -> None:
-        slot.aside = True
+    def _set_aside(self, function: FunctionState, slot: Slot, until: int) -> None:
+        slot.aside, slot.aside_until_ns = True, until
         slot.node.aside[slot.uid] = slot
         function.slots.settle(slot)
 
@@ -288,8 +293,9 @@ class Dispatcher:
         excess = max(0, event.in_flight - slot.leased)
         quiet = at - slot.changed_ns >= FOREIGN_AFTER_NS or not slot.changed_ns
         slot.foreign = excess if quiet else 0
-        slot.aside = False
-        slot.node.aside.pop(event.uid, None)
+        if event.state is not InstanceState.FROZEN or at >= slot.aside_until_ns:
+            slot.aside = False
+            slot.node.aside.pop(event.uid, None)
         function.slots.expect_wake(slot.node, event.wake_estimate_ns)
         function.slots.settle(slot)
         self._drain(function, at, effects)
@@ -332,9 +338,10 @@ class Dispatcher:
             node.gpu_count, node.migrates = event.gpu_count, event.migrates
             for slots in list(node.frozen_in.values()):
                 slots.relist(node)
-        aside, node.aside = node.aside, {}
-        for slot in aside.values():
+        aside = {uid: slot for uid, slot in node.aside.items() if at >= slot.aside_until_ns}
+        for uid, slot in aside.items():
             slot.aside = False
+            del node.aside[uid]
         standing = Standing.DRAINING if event.draining else Standing.READY
         if node.standing is standing:
             self._resettle(list(aside.values()), at, effects)

@@ -63,8 +63,8 @@ class NodeEntry:
 class Slot:
     """One instance. `leased` slots are ours, `foreign` are requests of others seen by its agent.
 
-    `aside`: it refused a request or a wake and gets nothing until its node is heard again. `retired`: it is being
-    drained. `woken_ns`, `wake_took_ns`: the last wake we asked for, for the answer's x-hibernode-wake-ms.
+    `aside`: it refused a request or a wake and gets nothing until its node is heard again, after a failed wake not
+    before `aside_until_ns`. `retired`: it is being drained. `woken_ns`, `wake_took_ns`: the last wake we asked for, for the answer's x-hibernode-wake-ms.
     """
 
     uid: str
@@ -78,6 +78,8 @@ class Slot:
     leased: int = 0
     foreign: int = 0
     aside: bool = False
+    aside_until_ns: int = 0
+    failed_wakes: int = 0
     retired: bool = False
     wake_asked_ns: int = -1
     woken_ns: int = -1

@@ -103,6 +103,7 @@ class SchedulerDaemon:
             suspect_ns=config.report.suspect_ns,
             lost_ns=config.report.lost_ns,
             met=self._met,
+            insecure=config.insecure,
         )
         self.links = Links(self.node_tokens, self._grpc_address_of, config.insecure)
         self._stack.push_async_callback(self.links.close)

@@ -21,6 +21,7 @@ from agent.log import get_logger
 from agent.ports import Clock
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest, ReportLoadResponse
 from agent.v1.types_pb2 import Instance, Node
+from agent.wire.addresses import check_target
 from agent.wire.convert_load import node_reported, reported_of_load
 
 MAX_INSTANCES_PER_NODE = 10_000
@@ -72,12 +73,15 @@ class Fleet:
         suspect_ns: int,
         lost_ns: int,
         met: Callable[[str], None] = lambda _: None,
+        insecure: bool = False,
     ) -> None:
-        """`met` gets the name of a node at its first registration ever, to be remembered."""
+        """`met` gets the name of a node at its first registration ever, to be remembered. `insecure`: addresses on
+        other machines are taken although their tokens will travel in the clear."""
         self._clock = clock
         self._tell = tell
         self._changed = changed
         self._met = met
+        self._insecure = insecure
         self._suspect_ns = suspect_ns
         self._lost_ns = lost_ns
         self._nodes: dict[str, NodeRecord] = {}
@@ -104,7 +108,8 @@ class Fleet:
     def took(self, name: str, stream: int, message: ReportLoadRequest) -> ReportLoadResponse:
         """Take in one message; the answer acknowledges it or asks for a snapshot.
 
-        Raises PreconditionError STREAM_SUPERSEDED if the node has opened another stream since (or another agent of
+        Raises ConfigError for addresses that cannot be, or where a token would travel in the clear, PreconditionError
+        STREAM_SUPERSEDED if the node has opened another stream since (or another agent of
         that name, of a later epoch), InvalidArgumentError for a first message without registration.
         """
         node = self._nodes[name]
@@ -193,6 +198,8 @@ class Fleet:
     def _register(self, node: NodeRecord, message: ReportLoadRequest) -> None:
         if not message.registration.ingress_address or not message.registration.grpc_address:
             raise InvalidArgumentError("ADDRESS_MISSING", "a registration needs ingress_address and grpc_address")
+        for address in (message.registration.ingress_address, message.registration.grpc_address):
+            check_target(address, tls=False, insecure=self._insecure)
         node.registration = message.registration
         if message.epoch != node.epoch:
             node.settled = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.core.dispatch import MAX_ATTEMPTS, Dispatcher
+from agent.core.dispatch import MAX_ATTEMPTS, WAKE_BACK_OFF_NS, Dispatcher
 from agent.core.dispatch_events import (
     DeadlinePassed,
     Dispatch,
@@ -307,7 +307,22 @@ def test_a_failed_wake_is_tried_on_another_and_again_when_the_node_is_heard() ->
     (second,) = uids(story(WakeFailed(first)))
     assert {first, second} == {"a", "b"}
     assert story(WakeFailed(second)) == []
+    assert story(NodeReported("n1")) == [], "not at once: it would fail again"
+    story.now += WAKE_BACK_OFF_NS
     assert len(uids(story(NodeReported("n1")))) == 1
+
+
+def test_an_instance_that_fails_to_wake_is_asked_less_and_less_often() -> None:
+    story = Story(instance("a", FROZEN))
+    assert uids(story.arrive(1)) == ["a"]
+    asked = []
+    for second in range(59):
+        story(WakeFailed("a"))
+        story.now += SECOND_NS
+        if uids(story(NodeReported("n1"))):
+            asked.append(second)
+    assert 4 <= len(asked) <= 8
+    assert asked[-1] - asked[-2] > asked[1] - asked[0]
 
 
 def test_requests_of_others_take_slots_once_our_leases_have_been_quiet() -> None:

@@ -30,6 +30,7 @@ from tests.fakes.agent_node import FakeAgentNode, hold
 from tests.http.rig import Wire
 
 NODE_TOKEN = "credential-of-gpu-1-0123456789"
+TOKENS = {"gpu-1": NODE_TOKEN, "gpu-2": "credential-of-gpu-2-0123456789"}
 PATIENCE_S = 20.0
 GET = b"GET /fn/ocr/ HTTP/1.1\r\nhost: g\r\n\r\n"
 
@@ -75,10 +76,12 @@ class Daemon:
 
 async def start(folder: Path) -> Daemon:
     state = folder / "state"
-    token = folder / "gpu-1.token"
-    if not token.exists():
-        token.touch(0o600)
-        token.write_text(NODE_TOKEN)
+    for name, value in TOKENS.items():
+        token = folder / f"{name}.token"
+        if not token.exists():
+            token.touch(0o600)
+            token.write_text(value)
+    nodes = ", ".join(f"{{name: {name}, token_file: {folder / name}.token}}" for name in TOKENS)
     config = folder / "scheduler.yaml"
     config.write_text(
         f"""
@@ -86,7 +89,7 @@ state_dir: {state}
 gateway: {{port: 0}}
 grpc: {{port: 0}}
 admin: {{port: 0}}
-nodes: [{{name: gpu-1, token_file: {token}}}]
+nodes: [{nodes}]
 report: {{suspect: 1s, lost: 2s}}
 """
     )
@@ -224,6 +227,23 @@ async def test_an_agent_that_dies_fails_what_is_inside_and_the_rest_waits_for_it
     await node.start(daemon.endpoints["grpc"])
     assert [(await task)[0] for task in queued] == [200, 200, 200]
     assert node.created == ["ocr/1/0/1"], "the instance lived on, nothing was created"
+
+
+async def test_a_lost_node_is_replaced_and_gives_way_when_it_comes_back(daemon: Daemon, node: FakeAgentNode) -> None:
+    await node.start(daemon.endpoints["grpc"])
+    await daemon.deploy(target=1)
+    await daemon.until(ready)
+    other = FakeAgentNode("gpu-2", TOKENS["gpu-2"])
+    await other.start(daemon.endpoints["grpc"])
+    try:
+        await node.kill()
+        assert (await daemon.ask())[0] == 200, "it waited until the other node had an instance"
+        assert other.created == ["ocr/1/0/2"]
+        await node.start(daemon.endpoints["grpc"])
+        await daemon.until(lambda function: bool(other.stopped) and ready(function))
+        assert (node.stopped, list(other.instances)) == ([], []), "the older attempt stays"
+    finally:
+        await other.kill()
 
 
 async def test_after_a_sigkill_nothing_is_created_twice(tmp_path: Path, node: FakeAgentNode) -> None:

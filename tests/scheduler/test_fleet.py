@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.core.dispatch_events import Event, InstanceGone, InstanceReported, NodeLost, NodeReported, NodeSuspect
-from agent.core.errors import InvalidArgumentError, PreconditionError
+from agent.core.errors import ConfigError, InvalidArgumentError, PreconditionError
 from agent.core.leases import Standing
 from agent.core.types import SECOND_NS
 from agent.scheduler.fleet import UNREACHABLE_NS, Fleet
@@ -227,3 +227,14 @@ def test_a_node_cannot_speak_about_an_instance_of_another() -> None:
     load = story.fleet.instance("a")
     assert load is not None
     assert load.state == RUNNING
+
+
+@pytest.mark.parametrize("address", ["203.0.113.7:8610", "no port", "127.0.0.1:99999"])
+def test_an_address_that_would_give_the_token_away_is_refused(address: str) -> None:
+    story = Story()
+    stream = story.fleet.opened("n1")
+    message = ReportLoadRequest(epoch=1, sequence=1, snapshot=True)
+    message.registration.CopyFrom(Registration(ingress_address=address, grpc_address="127.0.0.1:2"))
+    with pytest.raises(ConfigError):
+        story.fleet.took("n1", stream, message)
+    assert story.standing() is Standing.SUSPECT
