@@ -36,6 +36,7 @@ from agent.core.types import MILLISECOND_NS, DispatchPolicy, InstanceState
 FUNCTIONS = ("ocr", "llm")
 NODES = ("n1", "n2", "n3")
 CONCURRENCY = {"ocr": 1, "llm": 3}
+WAKEABLE = (InstanceState.FROZEN, InstanceState.FREEZING, InstanceState.WAITING_GPU, InstanceState.RESTORING)
 STATES = (
     InstanceState.RUNNING,
     InstanceState.RUNNING,
@@ -97,13 +98,19 @@ class World:
                     assert not seen.waking
                     assert node in self.ready
                     seen.waking = True
-                    under_way = sum(s.waking for s in self.instances.values() if s.function == seen.function)
+                    under_way = sum(
+                        self.will_be_awake(s) for s in self.instances.values() if s.function == seen.function
+                    )
                     queued = sum(f == seen.function for f in self.waiting.values())
                     assert under_way <= ceil(queued / CONCURRENCY[seen.function])
                 case Refuse(request, _):
                     del self.waiting[request]
                     self.answered.add(request)
         self.check()
+
+    def will_be_awake(self, seen: Seen) -> bool:
+        """Its wake counts: nothing came between."""
+        return seen.waking and seen.usable and seen.node in self.ready and seen.state in WAKEABLE
 
     def check(self) -> None:
         for function in FUNCTIONS:
