@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import click
@@ -23,7 +24,12 @@ from agent.wire.json_view import to_json
 @template_option
 @resource_option
 @click.option("--wait", is_flag=True, help="Return once it is RUNNING; exit 1 if it fails.")
-@click.option("--request-id", default="", metavar="ID", help="The same id again answers with the instance made before.")
+@click.option(
+    "--request-id",
+    default="",
+    metavar="ID",
+    help="The same id again answers with the instance made before; default: a new one.",
+)
 @timeout_option("10m")
 @agent_options
 @output_option
@@ -44,6 +50,8 @@ def create(template: Path, resource: str, wait: bool, request_id: str, timeout_s
     deployment = deployments[0]
     for text in deployment.warnings:
         warn(text)
+    # Every create has an id, so that one that was lost on the way could be repeated without making two.
+    request_id = request_id or f"cli-{secrets.token_hex(8)}"
     request = pb.CreateInstanceRequest(request_id=request_id, spec=spec_to_proto(deployment), wait=wait)
 
     async def story(channel: DaemonChannel) -> types_pb2.Instance:

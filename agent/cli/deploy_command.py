@@ -12,7 +12,7 @@ from agent.cli.functions_command import get_function, state_of
 from agent.cli.options import asked, output_option, scheduler_options, timeout_option
 from agent.cli.output import note, show_json, show_text, warn
 from agent.cli.s_yaml import Deployment, HttpTrigger, load_s_yaml
-from agent.core.errors import DeadlineError, NotFoundError, PreconditionError
+from agent.core.errors import DeadlineError, HibernodeError, NotFoundError, PreconditionError
 from agent.v1 import function_service_pb2 as pb
 from agent.v1 import types_pb2
 from agent.wire.clients import DaemonChannel
@@ -66,13 +66,15 @@ def deploy(template: Path, resource: str, target: int | None, wait: bool, dry_ru
     \b
     Examples:
       hibernode deploy -t s.yaml --target 3 --wait
-      curl "$(hibernode deploy -t s.yaml)/invoke" -d 'Nice to meet you'
+      curl "$(hibernode deploy -t s.yaml)invoke" -d 'Nice to meet you'
       hibernode deploy -t s.yaml --dry-run --output json | jq '.functions[0].spec'
     """
     deployments = load_s_yaml(template, resource)
     for one in deployments:
         for text in one.warnings:
             warn(text)
+
+    failures: list[HibernodeError] = []
 
     async def story(channel: DaemonChannel) -> list[pb.DeployFunctionResponse]:
         answers = []
@@ -82,7 +84,10 @@ def deploy(template: Path, resource: str, target: int | None, wait: bool, dry_ru
             request.validate_only = dry_run
             answers.append(await channel.call(channel.functions.DeployFunction, request, SHORT_S))
         if wait and not dry_run:
-            await _wait(channel, answers, timeout_s)
+            try:
+                await _wait(channel, answers, timeout_s)
+            except HibernodeError as error:  # deployed they are: say where before saying what is wrong
+                failures.append(error)
         return answers
 
     names = ", ".join(one.function.name for one in deployments)
@@ -93,7 +98,13 @@ def deploy(template: Path, resource: str, target: int | None, wait: bool, dry_ru
     if asked().json:
         texts = [*(w for one in deployments for w in one.warnings), *(w for one in answers for w in one.warnings)]
         show_json({"functions": [to_json(one.function) for one in answers], "warnings": texts})
-        return
+    else:
+        _show(answers, dry_run)
+    if failures:
+        raise failures[0]
+
+
+def _show(answers: list[pb.DeployFunctionResponse], dry_run: bool) -> None:
     for answer in answers:
         found = answer.function
         done = "could be deployed" if dry_run else "deployed"
@@ -153,5 +164,6 @@ async def _settled(channel: DaemonChannel, name: str) -> pb.Function:
         if found.state == pb.Function.STATE_READY:
             return found
         if found.state == pb.Function.STATE_DEGRADED:
-            raise PreconditionError(found.current_error_reason or "DEGRADED", f"{name}: {found.current_error}")
+            why = found.current_error or "it is degraded"
+            raise PreconditionError(found.current_error_reason or "DEGRADED", why if name in why else f"{name}: {why}")
         await asyncio.sleep(POLL_S)

@@ -26,7 +26,7 @@ def test_deploy_prints_the_url_on_stdout_and_the_rest_on_stderr(at_home: Run) ->
     done = at_home("deploy", "-t", EXAMPLE)
     assert done.code == 0
     assert done.out.startswith("http://127.0.0.1:")
-    assert done.out.endswith("/fn/gpu-porn-detection\n")
+    assert done.out.endswith("/fn/gpu-porn-detection/\n")
     assert "warning: gpu-best-practice.s.yaml:26: resources.gpu-best-practive.props.internetAccess" in done.err
     assert "gpu-porn-detection deployed: revision 1, target 1, PROVISIONING" in done.err
 
@@ -67,6 +67,7 @@ def test_deploy_and_wait(at_home: Run, s_yaml: Path) -> None:
     assert done.json["functions"][0]["state"] == "READY"
     done = at_home("deploy", "-t", name_it(s_yaml, "hopeless"), "--wait")
     assert done.code == 4
+    assert done.out.endswith("/fn/hopeless/\n")  # deployed it is
     assert "hibernode: hopeless: no node runs images (IMAGE_RUNTIME_UNAVAILABLE)" in done.err
     done = at_home("deploy", "-t", name_it(s_yaml, "late"), "--wait", "--timeout", "0.1")
     assert done.code == 5

@@ -129,6 +129,10 @@ def test_create_prints_the_uid_alone(at_home: Run, s_yaml: Path) -> None:
     assert done.err == "i-new of ocr: STARTING\n"
     found = at_home("create", "-t", s_yaml, "-o", "json").json
     assert found["spec"]["entrypoint"] == ["serve"]
+    assert found["request_id"].startswith("cli-")
+    again = at_home("create", "-t", s_yaml, "-o", "json").json
+    assert again["request_id"] != found["request_id"]  # every create is a new one
+    assert at_home("create", "-t", s_yaml, "-o", "json", "--request-id", "mine").json["request_id"] == "mine"
     assert found["spec"]["environment"] == {"PASSWORD": "hunter2"}  # a real agent masks it; it has to be sent
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from agent.core.errors import NotFoundError, PreconditionError
+from agent.core.errors import InvalidArgumentError, NotFoundError, PreconditionError
 from agent.v1 import function_service_pb2 as fn
 from agent.v1 import function_service_pb2_grpc as fn_grpc
 from agent.v1 import instance_service_pb2 as inst
@@ -108,8 +108,11 @@ class Instances(inst_grpc.InstanceServiceServicer):
         return inst.StopInstanceResponse(instance=found)
 
     async def CreateInstance(self, request: inst.CreateInstanceRequest, context: Any) -> inst.CreateInstanceResponse:
+        if not request.request_id:
+            raise InvalidArgumentError("REQUEST_ID_INVALID", "request_id must have 1 to 200 characters")
         failed = request.spec.name == "broken" and request.wait
         made = instance("i-new", request.spec.name, State.STATE_FAILED if failed else State.STATE_STARTING)
+        made.request_id = request.request_id
         made.spec.CopyFrom(request.spec)
         if failed:
             made.state_reason, made.state_message = "FUNCTION_NOT_STARTED", "port 9000 never answered"
@@ -204,7 +207,7 @@ class Functions(fn_grpc.FunctionServiceServicer):
         made = fn.Function(name=request.spec.name, spec=request.spec, triggers=request.triggers, target=request.target)
         made.spec.revision = "1"
         made.state = fn.Function.STATE_PROVISIONING
-        made.url = f"http://{self._gateway}/fn/{made.name}"
+        made.url = f"http://{self._gateway}/fn/{made.name}/"
         warnings = [] if request.target else ["target is 0: it answers 503 NoCapacity"]
         if not request.validate_only:
             self._known[made.name] = made
