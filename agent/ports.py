@@ -316,3 +316,6 @@ class LedgerStore(Protocol):
     async def read_windows(
         self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0
     ) -> Sequence[Window]: ...
+
+    async def prune(self, started_before_wall_ns: int, limit: int = 5_000) -> int:
+        """Delete at most `limit` acknowledged windows that started before then; returns how many went."""

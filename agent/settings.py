@@ -178,8 +178,7 @@ class GpuSettings(Section, frozen=True):
 
     def __post_init__(self) -> None:
         _absolute("utility_path", self.utility_path)
-        if self.checkpointer == "utility" and not self.utility_path:
-            raise bad_key("utility_path", "is required with checkpointer: utility")
+        self._refuse_what_is_not_built()
         _positive(
             lock_timeout=self.lock_timeout_ns,
             operation_timeout=self.operation_timeout_ns,
@@ -189,6 +188,21 @@ class GpuSettings(Section, frozen=True):
             raise bad_key("lock_timeout", "must be at least 1ms: the driver counts milliseconds and takes 0 for ever")
         if self.lock_timeout_ns >= self.operation_timeout_ns:
             raise bad_key("operation_timeout", "must be longer than lock_timeout: it bounds the whole operation")
+
+    def _refuse_what_is_not_built(self) -> None:
+        """A value that would do nothing is worse than an error."""
+        if self.checkpointer == "utility":
+            raise bad_key("checkpointer", "utility is not built yet; use driver (NVIDIA driver 570 or newer)")
+        if self.migrate:
+            raise bad_key("migrate", "is not built yet: an instance wakes on the GPUs it was frozen on; leave it false")
+        if self.attach in ("cdi", "nvidia-runtime"):
+            raise bad_key(
+                "attach", f"{self.attach} needs a container engine, which is not built yet; use auto or mounts"
+            )
+        if self.mounts.binds:
+            raise bad_key("mounts.binds", "needs a container engine, which is not built yet; leave it empty")
+        if self.attach != "mounts" and self.mounts.environment:
+            raise bad_key("mounts", "is used with attach: mounts only; set that, or leave mounts out")
 
 
 class Billing(Section, frozen=True):

@@ -21,19 +21,27 @@ class GpuLocks:
         self._held: list[int] = []
 
     def take(self, uuids: Sequence[str]) -> None:
-        """Raises PreconditionError GPU_IN_USE if another agent drives one of them; none is held then."""
+        """Raises PreconditionError GPU_IN_USE if another agent drives one of them, GPU_LOCK_UNUSABLE if its lock can't
+        be had; none is held then."""
         for uuid in uuids:
             path = self._folder / f"hibernode-{uuid.replace('/', '_')}.lock"
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
                 self._held.append(descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 self.release()
                 raise PreconditionError(
                     "GPU_IN_USE",
-                    f"GPU {uuid} is driven by another agent on this host ({path}: {error.strerror}); "
-                    "stop that agent, one agent per GPU",
+                    f"GPU {uuid} is driven by another agent on this host (it holds {path}); stop that agent, "
+                    "one agent per GPU",
+                ) from error
+            except OSError as error:
+                self.release()
+                raise PreconditionError(
+                    "GPU_LOCK_UNUSABLE",
+                    f"cannot lock GPU {uuid}: {path}: {error.strerror}; if an agent of another user left that file, "
+                    "remove it",
                 ) from error
 
     def release(self) -> None:

@@ -49,13 +49,15 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class ProcessRuntimeSettings:
-    """`user` is `runtime.process.user`, "" = the agent's own. `slice_` from `cgroup.open_slice`; None = fall back to
+    """`user` is `runtime.process.user`, "" = the agent's own. `ports` are the first and the last that
+    instances may get, (0, 0) = any free one. `slice_` from `cgroup.open_slice`; None = fall back to
     process trees. A log is rotated past `log_cap_bytes`; logs of the newest `log_keep` ended instances stay."""
 
     state_dir: Path
     state_uuid: str
     slice_: cgroup.CgroupSlice | None
     user: str = ""
+    ports: tuple[int, int] = (0, 0)
     log_cap_bytes: int = 8 * MIB
     log_keep: int = 200
 
@@ -157,14 +159,18 @@ class ProcessRuntime:
 
     def _choose_port(self, uid: str) -> int:
         """A free loopback port. Somebody may take it before the workload listens: then readiness fails the start."""
-        for _ in range(PORT_ATTEMPTS):
-            with socket.socket() as probe:
-                probe.bind((LOOPBACK, 0))
+        first, last = self._settings.ports
+        for wanted in range(first, last + 1) if first else [0] * PORT_ATTEMPTS:
+            if wanted and wanted in self._ports.values():
+                continue
+            with socket.socket() as probe, suppress(OSError):  # in use by somebody else
+                probe.bind((LOOPBACK, wanted))
                 port = int(probe.getsockname()[1])
-            if port not in self._ports.values():
-                self._ports[uid] = port
-                return port
-        raise self._start_failed(uid, "no free loopback port; see net.ipv4.ip_local_port_range")
+                if port not in self._ports.values():
+                    self._ports[uid] = port
+                    return port
+        why = f"runtime.process.ports {first} to {last} are all in use" if first else "see net.ipv4.ip_local_port_range"
+        raise self._start_failed(uid, f"no free loopback port; {why}")
 
     def _start_failed(self, uid: str, detail: str) -> InstanceError:
         return InstanceError("START_FAILED", f"the instance could not be started: {detail}", uid=uid)

@@ -86,6 +86,8 @@ class SchedulerLink:
             except HibernodeError as error:
                 if self.connected:
                     self._log.warning("scheduler.lost", reason=error.reason, message=error.message)
+            except Exception:  # a bug must not end the reports for good: the next stream begins with everything anew
+                self._log.exception("scheduler.report_crashed")
             finally:
                 stream.close()
             pause = BACK_OFF_MIN_S if self.connected else min(pause * 2, BACK_OFF_MAX_S)
@@ -139,6 +141,9 @@ class SchedulerLink:
                     await asyncio.sleep(self._upload_interval_s)
             except HibernodeError as error:
                 self._log.warning("usage.upload_failed", reason=error.reason, message=error.message)
+                await asyncio.sleep(self._upload_interval_s)
+            except Exception:
+                self._log.exception("usage.upload_crashed")
                 await asyncio.sleep(self._upload_interval_s)
 
     async def upload_once(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,12 +22,18 @@ class StateDir:
     `uuid` was drawn when the directory was made; containers carry it, and one with another is never touched.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, passable: bool = False) -> None:
         """Makes the directory (0700) if needed. Raises ConfigError if it can't be used, PreconditionError
-        STATE_DIR_IN_USE if another process owns it."""
+        STATE_DIR_IN_USE if another process owns it.
+
+        `passable`: others may go through it (0711) but not list it, as processes of another user must to reach their
+        own folder below; everything inside is 0600, or harmless (uuid, endpoints.json).
+        """
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if passable:
+                path.chmod(stat.S_IMODE(path.stat().st_mode) | 0o011)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(
@@ -39,7 +46,11 @@ class StateDir:
             raise PreconditionError(
                 "STATE_DIR_IN_USE", f"another daemon runs on state_dir {path}; stop it, or choose another state_dir"
             ) from error
-        self.uuid = self._identity()
+        try:
+            self.uuid = self._identity()
+        except OSError as error:
+            os.close(self._lock)
+            raise ConfigError("STATE_DIR_UNUSABLE", f"cannot write into state_dir {path}: {error.strerror}") from error
 
     def __enter__(self) -> StateDir:
         return self
@@ -68,12 +79,16 @@ class StateDir:
 def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Replace `path` by `content`, durably: a crash leaves the old one or the new one."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
-    draft.replace(path)
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from collections.abc import Callable
 
 from aiohttp import web
@@ -18,7 +20,7 @@ class AdminServer:
     def __init__(self, render: Callable[[], bytes], ready: Callable[[], bool]) -> None:
         self._render = render
         self._ready = ready
-        self._host = ""
+        self._names: set[str] = set()
         app = web.Application(middlewares=[self._check_host], client_max_size=MAX_REQUEST_BYTES)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
@@ -27,10 +29,13 @@ class AdminServer:
 
     async def start(self, host: str, port: int) -> int:
         """Listen; returns the bound port. Raises OSError if the address can't be had."""
-        self._host = host
+        self._names = {host.lower(), socket.gethostname().lower()}
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port)
-        await site.start()
+        try:
+            await web.TCPSite(self._runner, host, port).start()
+        except BaseException:
+            await self._runner.cleanup()
+            raise
         bound: int = self._runner.addresses[0][1]
         return bound
 
@@ -40,9 +45,10 @@ class AdminServer:
 
     @web.middleware
     async def _check_host(self, request: web.Request, handler: Callable[[web.Request], object]) -> web.StreamResponse:
-        """A browser that was tricked into resolving a foreign name to us sends that name: refuse it."""
-        name = request.url.host or ""
-        if not (is_loopback(name) or name == self._host or self._host in ("0.0.0.0", "::")):
+        """A browser that was tricked into resolving a foreign name to us sends that name: refuse it. An address can't
+        be a foreign name, so scrapers that come by address are welcome wherever we listen."""
+        name = (request.url.host or "").lower()
+        if not (is_loopback(name) or name in self._names or _is_address(name)):
             raise web.HTTPForbidden(text="this Host is not served here\n")
         response = await handler(request)  # type: ignore[misc]
         assert isinstance(response, web.StreamResponse)
@@ -57,3 +63,11 @@ class AdminServer:
     async def _readyz(self, _: web.Request) -> web.Response:
         ready = self._ready()
         return web.Response(text="ready\n" if ready else "not ready\n", status=200 if ready else 503)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from agent.core.snapshots import NodeSnapshot
 from agent.core.types import SECOND_NS, InstanceState
 from agent.host.observe import Observer
+
+
+@dataclass(frozen=True, slots=True)
+class AgentHealth:
+    """What is not in a snapshot. `store_ok`: the last write worked; `pending_windows` are in memory only;
+    `merged_windows` lost their borders to the bound on memory, `unmatched_ends` is a bug's counter;
+    `scheduler_connected` is None without a scheduler."""
+
+    store_ok: bool
+    pending_windows: int
+    merged_windows: int
+    unmatched_ends: int
+    scheduler_connected: bool | None
 
 
 class AgentMetrics(Collector):
     """A collector with a registry of its own. No label is called `instance`: Prometheus uses that name itself."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, health: Callable[[], AgentHealth]) -> None:
         self._observer = observer
+        self._health = health
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -38,19 +54,16 @@ class AgentMetrics(Collector):
             "Host memory promised to frozen images.",
             value=node.host_reserved_bytes,
         )
-        used = GaugeMetricFamily("hibernode_gpu_memory_used_bytes", "GPU memory in use, by NVML.", labels=["gpu"])
-        cordoned = GaugeMetricFamily("hibernode_gpu_cordoned", "1 if nothing new may use it.", labels=["gpu"])
-        for gpu in node.gpus:
-            used.add_metric([gpu.gpu.uuid], gpu.memory_used_bytes)
-            cordoned.add_metric([gpu.gpu.uuid], float(bool(gpu.cordoned)))
-        yield used
-        yield cordoned
+        yield from self._of_health()
+        yield from _of_gpus(node)
         labels = ["uid", "function"]
         wakes = CounterMetricFamily("hibernode_wakes", "Wakes of an instance.", labels=labels)
         freezes = CounterMetricFamily("hibernode_freezes", "Freezes of an instance.", labels=labels)
         billed = CounterMetricFamily("hibernode_billed_seconds", "Metered time.", labels=[*labels, "kind"])
         inside = GaugeMetricFamily("hibernode_requests_in_flight", "Requests inside an instance.", labels=labels)
         waiting = GaugeMetricFamily("hibernode_requests_waiting", "Requests at an instance's gate.", labels=labels)
+        last_wake = GaugeMetricFamily("hibernode_last_wake_seconds", "What its last wake took.", labels=labels)
+        healthy = GaugeMetricFamily("hibernode_instance_healthy", "0 if its health check fails.", labels=labels)
         for one in instances:
             key = [one.uid, one.function.name]
             wakes.add_metric(key, one.wakes)
@@ -59,4 +72,39 @@ class AgentMetrics(Collector):
             waiting.add_metric(key, one.waiting)
             for kind, ns in (("active", one.active_ns), ("idle", one.idle_ns), ("unbilled", one.unbilled_ns)):
                 billed.add_metric([*key, kind], ns / SECOND_NS)
-        yield from (wakes, freezes, billed, inside, waiting)
+            last_wake.add_metric(key, one.last_wake_ns / SECOND_NS)
+            healthy.add_metric(key, float(one.healthy))
+        yield from (wakes, freezes, billed, inside, waiting, last_wake, healthy)
+
+    def _of_health(self) -> Iterator[Metric]:
+        health = self._health()
+        yield GaugeMetricFamily("hibernode_store_ok", "0 while the store fails.", value=float(health.store_ok))
+        yield GaugeMetricFamily(
+            "hibernode_ledger_pending_windows", "Usage windows not on disk yet.", value=health.pending_windows
+        )
+        yield CounterMetricFamily(
+            "hibernode_ledger_merged_windows", "Windows merged for want of memory.", value=health.merged_windows
+        )
+        yield CounterMetricFamily(
+            "hibernode_ledger_unmatched_ends", "Requests that ended twice: always 0.", value=health.unmatched_ends
+        )
+        if health.scheduler_connected is not None:
+            yield GaugeMetricFamily(
+                "hibernode_scheduler_connected",
+                "1 while the load stream is up.",
+                value=float(health.scheduler_connected),
+            )
+
+
+def _of_gpus(node: NodeSnapshot) -> Iterator[Metric]:
+    used = GaugeMetricFamily("hibernode_gpu_memory_used_bytes", "GPU memory in use, by NVML.", labels=["gpu"])
+    cordoned = GaugeMetricFamily("hibernode_gpu_cordoned", "1 if nothing new may use it.", labels=["gpu"])
+    held = GaugeMetricFamily("hibernode_gpu_held", "1 while an awake instance holds it.", labels=["gpu"])
+    waiters = GaugeMetricFamily("hibernode_gpu_waiters", "Instances that wait for it.", labels=["gpu"])
+    for gpu in node.gpus:
+        uuid = [gpu.gpu.uuid]
+        used.add_metric(uuid, gpu.memory_used_bytes)
+        cordoned.add_metric(uuid, float(bool(gpu.cordoned)))
+        held.add_metric(uuid, float(bool(gpu.holder)))
+        waiters.add_metric(uuid, len(gpu.waiters))
+    yield from (used, cordoned, held, waiters)

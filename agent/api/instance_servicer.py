@@ -5,8 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from agent.api.paging import page
-from agent.core.errors import HibernodeError, InstanceError, InvalidArgumentError, PreconditionError, UnsupportedError
+from agent.api.paging import page, page_bounds
+from agent.core.errors import (
+    HibernodeError,
+    InstanceError,
+    InvalidArgumentError,
+    NotFoundError,
+    PreconditionError,
+    UnsupportedError,
+)
 from agent.core.lifecycle import Instance
 from agent.core.lifecycle_events import FreezeAsked, StopAsked
 from agent.core.types import SECOND_NS, InstanceState
@@ -25,6 +32,7 @@ DEFAULT_WAKE_TIMEOUT_NS = 60 * SECOND_NS
 MAX_HOLD_NS = 600 * SECOND_NS
 MAX_WAIT_S = 600.0
 DEFAULT_GRACE_NS = 30 * SECOND_NS
+MAX_GRACE_NS = 86_400 * SECOND_NS
 LOG_CHUNK_BYTES = 64 * 1024
 MAX_LOG_BYTES = 8 * 1024 * 1024
 
@@ -32,18 +40,31 @@ MAX_LOG_BYTES = 8 * 1024 * 1024
 class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
     """Translates and hands on; errors are `HibernodeError`s, turned into statuses by the wire's call guard."""
 
-    def __init__(self, node: Node, observer: Observer, events: EventLog, runtime: Runtime, clock: Clock) -> None:
+    def __init__(
+        self,
+        node: Node,
+        observer: Observer,
+        events: EventLog,
+        runtime: Runtime,
+        clock: Clock,
+        *,
+        queue_timeout_ns: int = DEFAULT_WAKE_TIMEOUT_NS,
+    ) -> None:
+        """`queue_timeout_ns` is for functions that do not say."""
         self._node = node
         self._observer = observer
         self._events = events
         self._runtime = runtime
         self._clock = clock
+        self._queue_timeout_ns = queue_timeout_ns
 
     async def CreateInstance(self, request: pb.CreateInstanceRequest, context: object) -> pb.CreateInstanceResponse:
         """Make an instance; with `wait`, return when it runs or fail with what kept it from running."""
         self._require_ready()
         if not request.request_id or len(request.request_id) > 200:
             raise InvalidArgumentError("REQUEST_ID_INVALID", "request_id must have 1 to 200 characters")
+        if not request.spec.HasField("queue_timeout_ns"):
+            request.spec.queue_timeout_ns = self._queue_timeout_ns
         actor = await self._node.create(request.request_id, function_from_proto(request.spec))
         if request.wait:
             await actor.wait_until(lambda i: i.state is not InstanceState.STARTING, MAX_WAIT_S, "START")
@@ -79,11 +100,12 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         await actor.wait_until(lambda i: i.state is not InstanceState.FREEZING, MAX_WAIT_S, "FREEZE")
         _raise_if_failed(actor)
         now = actor.instance
-        if now.state is InstanceState.RUNNING:
-            why = "the freeze was refused" if now.refusals > began.refusals else "a request came first"
-            raise PreconditionError("FREEZE_REFUSED", f"{why}; `hibernode events {actor.uid}` says more")
         if now.state is InstanceState.STARTING:
             raise PreconditionError("NOT_RUNNING", f"instance {actor.uid} is still starting")
+        if now.state is not InstanceState.FROZEN:
+            refused = now.state is InstanceState.RUNNING and now.refusals > began.refusals
+            why = f"the freeze was refused ({now.refusal})" if refused else f"it is {now.state.value}, not frozen"
+            raise PreconditionError("FREEZE_REFUSED", f"{why}; `hibernode events {actor.uid}` says more")
         return pb.FreezeInstanceResponse(instance=self._show(actor))
 
     async def WakeInstance(self, request: pb.WakeInstanceRequest, context: object) -> pb.WakeInstanceResponse:
@@ -106,6 +128,8 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         self._require_ready()
         actor = self._node.get(request.uid)
         grace_ns = request.grace_ns or DEFAULT_GRACE_NS
+        if not 0 < grace_ns <= MAX_GRACE_NS:
+            raise InvalidArgumentError("GRACE_INVALID", "grace must be between 0 (the default) and a day")
         actor.handle(StopAsked(grace_ns, request.force, "STOPPED_BY_USER", "stopped through the API"))
         try:
             async with asyncio.timeout(MAX_WAIT_S):
@@ -123,17 +147,22 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         actor = self._node.get(request.uid)
         if actor.handle_of_container is None:
             return
-        tail = min(request.tail_bytes or MAX_LOG_BYTES, MAX_LOG_BYTES)
-        data = await asyncio.to_thread(self._runtime.read_log, actor.handle_of_container, tail)
+        tail = min(request.tail_bytes, MAX_LOG_BYTES) if request.tail_bytes > 0 else MAX_LOG_BYTES
+        try:
+            data = await asyncio.to_thread(self._runtime.read_log, actor.handle_of_container, tail)
+        except OSError as error:
+            text = f"the log of {actor.uid} can't be read: {error.strerror}"
+            raise NotFoundError("LOG_NOT_FOUND", text) from error
         for start in range(0, len(data), LOG_CHUNK_BYTES):
             yield pb.GetInstanceLogsResponse(data=data[start : start + LOG_CHUNK_BYTES])
 
     async def ListEvents(self, request: pb.ListEventsRequest, context: object) -> pb.ListEventsResponse:
-        """What happened, oldest first; the page token is where to go on."""
+        """What happened, oldest first; the page token is the last event's number, for old events fall out."""
         uid = self._node.get(request.instance_uid).uid if request.instance_uid else ""
         since = time_from_proto(request.since) if request.HasField("since") else 0
-        found = self._events.read(instance_uid=uid, since_wall_ns=since)
-        shown, token = page(found, request.page_size, request.page_token)
+        after, size = page_bounds(request.page_size, request.page_token)
+        found = self._events.read(after=after, instance_uid=uid, since_wall_ns=since)
+        shown, token = found[:size], str(found[size - 1].sequence) if len(found) > size else ""
         return pb.ListEventsResponse(
             events=[
                 types_pb2.Event(

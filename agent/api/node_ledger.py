@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from agent.core.errors import ExhaustedError
 from agent.ports import LedgerStore, Window
 
 MAX_WINDOWS = 50_000
@@ -17,9 +18,16 @@ class NodeLedger:
         self._unwritten = unwritten
 
     async def windows(self, *, instance_uid: str, function: str, include_open: bool) -> list[Window]:
-        """Sealed windows in the order they were written, then the open ones if asked. Raises STORE_FAILED."""
+        """Sealed windows in the order they were written, then the open ones if asked. Raises STORE_FAILED,
+        LEDGER_TOO_LONG."""
         newer = self._unwritten()  # before the store is read: what is written meanwhile is then there twice, not never
-        found = {(w.instance_uid, w.seq): w for w in await self._store.read_windows(instance_uid, MAX_WINDOWS)}
+        kept = await self._store.read_windows(instance_uid, MAX_WINDOWS)
+        if len(kept) == MAX_WINDOWS:  # a sum over a part of them would be silently wrong
+            raise ExhaustedError(
+                "LEDGER_TOO_LONG",
+                f"this node holds more than {MAX_WINDOWS} usage windows: ask for one instance, or ask the scheduler",
+            )
+        found = {(w.instance_uid, w.seq): w for w in kept}
         for window in newer:
             known = found.get((window.instance_uid, window.seq))
             if known is None or not known.sealed:

@@ -12,8 +12,8 @@ import os
 import platform
 import random
 import uuid
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -36,13 +36,12 @@ from agent.adapters.scheduler_link import SchedulerLink
 from agent.adapters.state_dir import StateDir
 from agent.adapters.token_file import ensure_token, read_token
 from agent.api.admin_http import AdminServer
-from agent.api.agent_metrics import AgentMetrics
+from agent.api.agent_metrics import AgentHealth, AgentMetrics
 from agent.api.instance_servicer import InstanceServicer
 from agent.api.node_ledger import NodeLedger
 from agent.api.node_servicer import NodeServicer
-from agent.core import gpu_book
 from agent.core.capabilities import Capabilities, HostFacts, find_capabilities
-from agent.core.errors import HibernodeError
+from agent.core.errors import HibernodeError, UnavailableError
 from agent.core.metering import BillingPolicy, Kind
 from agent.core.snapshots import CapabilityLine
 from agent.core.types import SECOND_NS, Gpu
@@ -54,13 +53,14 @@ from agent.host.ingress import Ingress
 from agent.host.memory_desk import MemoryDesk
 from agent.host.node import Node, NodeSettings
 from agent.host.observe import Identity, Observer
+from agent.host.pruning import LedgerPruner
 from agent.host.recovery import Recovery
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
 from agent.http.server import serve
 from agent.log import get_logger
 from agent.ports import DriverInfo
-from agent.settings import AgentConfig
+from agent.settings import AgentConfig, Listen
 from agent.wire.addresses import join
 from agent.wire.clients import DaemonChannel
 from agent.wire.server import GrpcServer, Services
@@ -83,7 +83,7 @@ class AgentDaemon:
         self.events = EventLog(self.clock)
         self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.SystemRandom().getrandbits)
         self.boot_id = process_table.boot_id()
-        self.state = stack.enter_context(StateDir(Path(config.state_dir)))
+        self.state = stack.enter_context(StateDir(Path(config.state_dir), passable=True))
         self.token = ensure_token(config.token_path)
         self.name = config.node_name or platform.node()
 
@@ -102,8 +102,13 @@ class AgentDaemon:
             frozen=found.frozen,
             restarted=found.restarted,
         )
-        await run_until_signal([self._sample_gpus(), *([self.link.run()] if self.link is not None else [])])
-        await self._leave()
+        services = [self._sample_gpus(), LedgerPruner(self.store, self.clock).run()]
+        if self.link is not None:
+            services.append(self.link.run())
+        try:
+            await run_until_signal(services)
+        finally:
+            await self._leave()
 
     # ---- building -------------------------------------------------------------------------------------------------
 
@@ -204,9 +209,7 @@ class AgentDaemon:
 
     def _cordon(self, gpu_uuids: Sequence[str]) -> None:
         """An operation survived SIGKILL in the driver: nothing new may use these GPUs."""
-        for gpu_uuid in gpu_uuids:
-            self.events.add("", "gpu.cordoned", "a driver call survived SIGKILL", gpu=gpu_uuid)
-            self.node.desk.apply(gpu_book.Cordon(gpu_uuid, "DRIVER_STUCK: a driver call survived SIGKILL"))
+        self.node.desk.cordon("", gpu_uuids, "DRIVER_STUCK: a driver call survived SIGKILL")
 
     def _runtime_settings(self, slice_: CgroupSlice | None) -> ProcessRuntimeSettings:
         return ProcessRuntimeSettings(
@@ -214,6 +217,7 @@ class AgentDaemon:
             state_uuid=self.state.uuid,
             slice_=slice_,
             user=self._config.runtime.process.user,
+            ports=(self._config.runtime.process.ports.first, self._config.runtime.process.ports.last),
             log_cap_bytes=self._config.runtime.log_limit_bytes,
         )
 
@@ -230,6 +234,7 @@ class AgentDaemon:
             ready_timeout_s=runtime.ready_timeout_ns / SECOND_NS,
             stop_timeout_s=runtime.stop_timeout_ns / SECOND_NS,
             environment=self._config.gpu.mounts.environment,
+            store_problem=lambda: self.store.health.message,
         )
 
     def _identity(
@@ -284,26 +289,37 @@ class AgentDaemon:
             body_bytes=config.limits.body_bytes,
             max_connections=config.limits.connections,
         )
-        self.http = await serve(
-            self.ingress,
-            config.ingress.host,
-            config.ingress.port,
-            limits,
-            request_ids=self.request_ids,
-            on_fault=lambda error: self._log.error("ingress.fault", error=type(error).__name__, exc_info=error),
-        )
+        with _bind_errors("ingress", config.ingress):
+            self.http = await serve(
+                self.ingress,
+                config.ingress.host,
+                config.ingress.port,
+                limits,
+                request_ids=self.request_ids,
+                on_fault=lambda error: self._log.error("ingress.fault", error=type(error).__name__, exc_info=error),
+            )
+        self._stack.push_async_callback(self.http.close, 0.0)
         services = Services(
-            instances=InstanceServicer(self.node, self.observer, self.events, self.runtime, self.clock),
+            instances=InstanceServicer(
+                self.node,
+                self.observer,
+                self.events,
+                self.runtime,
+                self.clock,
+                queue_timeout_ns=config.queue.timeout_ns,
+            ),
             nodes=NodeServicer(self.observer, NodeLedger(self.store, self.billing.unwritten)),
         )
         self.grpc = GrpcServer(services, TokenTable([(self.token, Principal("operator", Role.OPERATOR))]))
         port = self.grpc.bind_tcp(config.grpc.host, config.grpc.port, config.insecure)
         self.grpc.bind_unix(str(config.socket_path))
         await self.grpc.start()
+        self._stack.push_async_callback(self.grpc.stop, 0.0)
         self.observer.ingress_address = join(config.ingress.host, self.http.port)
         self.observer.grpc_address = join(config.grpc.host, port)
-        self.admin = AdminServer(AgentMetrics(self.observer).render, lambda: self.observer.ready)
-        admin_port = await self.admin.start(config.admin.host, config.admin.port)
+        self.admin = AdminServer(AgentMetrics(self.observer, self._health).render, lambda: self.observer.ready)
+        with _bind_errors("admin", config.admin):
+            admin_port = await self.admin.start(config.admin.host, config.admin.port)
         self._stack.push_async_callback(self.admin.stop)
         self.state.write_endpoints(
             {
@@ -313,6 +329,16 @@ class AgentDaemon:
                 "admin": join(config.admin.host, admin_port),
                 "token_file": str(config.token_path),
             }
+        )
+
+    def _health(self) -> AgentHealth:
+        ledger = self.billing.health
+        return AgentHealth(
+            store_ok=self.store.health.ok and ledger.healthy,
+            pending_windows=ledger.pending,
+            merged_windows=ledger.merged,
+            unmatched_ends=ledger.unmatched_ends,
+            scheduler_connected=self.link.connected if self.link is not None else None,
         )
 
     async def _become_ready(self) -> None:
@@ -334,6 +360,7 @@ class AgentDaemon:
         """Requests inside end, those that wait are sent back to the gateway, instances stay."""
         self._log.info("agent.stopping")
         self.ingress.open = self.observer.ready = False
+        self.ingress.leaving = True
         await self.grpc.set_serving(False)
         self.node.draining = True
         for actor in self.node.actors.values():
@@ -348,6 +375,17 @@ class AgentDaemon:
 def _billing(config: AgentConfig) -> BillingSettings:
     policy = BillingPolicy(starting=Kind(config.billing.starting), restoring=Kind(config.billing.restoring))
     return BillingSettings(policy, config.billing.window_ns, config.billing.flush_interval_ns)
+
+
+@contextmanager
+def _bind_errors(key: str, listen: Listen) -> Iterator[None]:
+    """Raises UnavailableError BIND_FAILED for an address that can't be had."""
+    try:
+        yield
+    except OSError as error:
+        where = join(listen.host, listen.port)
+        text = f"cannot listen on {where} ({error.strerror or error}); stop what does, or set another {key}.port"
+        raise UnavailableError("BIND_FAILED", text) from error
 
 
 async def run(config: AgentConfig) -> None:

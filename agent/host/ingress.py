@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 
 from agent.core.errors import (
     DeadlineError,
@@ -33,11 +34,13 @@ from agent.http.message import Header, RequestHead, ResponseHead
 from agent.ports import Clock
 
 MAX_TIMEOUTS_IN_A_ROW = 2
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _CONTROL_PATHS = (b"/http-invoke", b"/invoke")
 
 
 class Ingress:
-    """The handler of the ingress's HTTP server. `open` is False until recovery is done."""
+    """The handler of the ingress's HTTP server. `open` is False until recovery is done, and again once the agent
+    leaves (`leaving`)."""
 
     def __init__(self, node: Node, clock: Clock, token: str, request_ids: RequestIds) -> None:
         self._node = node
@@ -45,6 +48,7 @@ class Ingress:
         self._token = token.encode()
         self._request_ids = request_ids
         self.open = False
+        self.leaving = False
 
     async def __call__(self, exchange: Exchange) -> None:
         """Handle one exchange; every path ends in exactly one answer."""
@@ -52,7 +56,8 @@ class Ingress:
         request_id = ""
         try:
             self._authenticate(head)
-            request_id = (head.get(b"x-fc-request-id") or b"").decode("latin-1")
+            given = head.get(b"x-fc-request-id") or b""
+            request_id = given.decode() if _REQUEST_ID.fullmatch(given) else ""
             actor = self._find(head)
             timeout_ns = _deadline(head, actor.function.queue_timeout_ns)
         except HibernodeError as error:
@@ -85,6 +90,8 @@ class Ingress:
 
     def _find(self, head: RequestHead) -> Actor:
         if not self.open:
+            if self.leaving:
+                raise UnavailableError("AGENT_STOPPING", "this node's agent is going away")
             raise UnavailableError("NODE_RECOVERING", "this node is not ready yet")
         uid = (head.get(b"x-hibernode-instance") or b"").decode("latin-1")
         if not uid:
@@ -118,7 +125,11 @@ class Ingress:
 
     async def _forward(self, exchange: Exchange, actor: Actor, request_id: str, waited_ns: int, asleep: bool) -> None:
         pool = actor.pool
-        if pool is None or exchange.gone:
+        if exchange.gone:
+            return
+        if pool is None:
+            error = UnavailableError("INSTANCE_GONE", "the instance has no container")
+            await self._refuse(exchange, error, request_id)
             return
         head = exchange.head
         ours = self._ours(exchange, actor, request_id)
