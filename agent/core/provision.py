@@ -19,6 +19,7 @@ MAX_ATTEMPTS = 5
 """Failures in a row of one ordinal before it is given up."""
 BACK_OFF_NS = SECOND_NS
 """Wait before the second attempt; doubled for each further one."""
+PASS_OVER_NS = BACK_OFF_NS // 10
 BACK_OFF_MAX_NS = 60 * SECOND_NS
 
 
@@ -116,6 +117,14 @@ def failed(tries: Tries, attempt: int, at: int) -> Tries:
         return tries
     wait = min(BACK_OFF_NS << min(tries.failures, 16), BACK_OFF_MAX_NS)
     return Tries(attempt, tries.failures + 1, at + wait)
+
+
+def passed_over(tries: Tries, attempt: int, at: int) -> Tries:
+    """The request_id of an attempt was used up before (the scheduler restarted, and its instance has ended since):
+    nothing failed, the next number is tried."""
+    if attempt < tries.attempt:
+        return tries
+    return Tries(attempt, tries.failures, at + PASS_OVER_NS)
 
 
 def came_up(tries: Tries, attempt: int) -> Tries:

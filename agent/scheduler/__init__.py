@@ -9,7 +9,10 @@
 | `ingresses.py` | one pool of HTTP connections per agent |
 | `routes.py` | which function a request is for |
 | `gateway.py` | one request from the client to an instance and back |
-| `functions.py` | what is deployed: rules, validation, revisions |
+| `functions.py` | what is deployed, and the one way to change it |
+| `deploy_rules.py` | what a deploy must keep to |
 | `store.py` | what must survive the scheduler: functions and known nodes, in SQL |
 | `provisioner.py` | drives `core/provision.py`: creates and drains instances |
+| `node_views.py` | the fleet as `core/placement.py` sees it |
+| `usage*.py` | the agents' usage windows: taken in once, summed, priced |
 """

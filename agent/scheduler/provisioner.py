@@ -15,7 +15,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agent.core.dispatch_events import Event, InstanceRetired
-from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError, NotFoundError, UnavailableError
+from agent.core.errors import (
+    ConflictError,
+    DeadlineError,
+    ExhaustedError,
+    HibernodeError,
+    NotFoundError,
+    UnavailableError,
+)
 from agent.core.leases import Standing
 from agent.core.placement import Placed, Unplaceable, place
 from agent.core.provision import (
@@ -29,6 +36,7 @@ from agent.core.provision import (
     came_up,
     failed,
     parse_request_id,
+    passed_over,
     plan,
 )
 from agent.core.types import SECOND_NS, InstanceState
@@ -41,6 +49,7 @@ from agent.scheduler.node_views import node_views
 from agent.v1.instance_service_pb2 import CreateInstanceRequest, StopInstanceRequest
 from agent.v1.types_pb2 import Instance
 from agent.wire.convert_enums import state_from_proto
+from agent.wire.convert_time import time_from_proto
 
 CREATE_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 180.0
@@ -53,6 +62,8 @@ RETRY_NS = 2 * SECOND_NS
 """After a create that the agent could not take now, or a stop that failed."""
 REPORT_DUE_NS = 15 * SECOND_NS
 """An instance created but never reported by then counts as ended."""
+OLD_NS = 60 * SECOND_NS
+"""A create answered with an instance that has ended and is older than this found one of a former life."""
 HOPELESS = frozenset({"IMAGE_RUNTIME_UNAVAILABLE", "NO_MATCHING_NODE"})
 _ENDED = (InstanceState.STOPPED, InstanceState.FAILED)
 
@@ -257,8 +268,9 @@ class Provisioner:
         state = state_from_proto(instance.state)
         _log.info("provision.created", request_id=str(made_by), uid=instance.uid, node=node)
         tried = progress.tries.get(made_by.ordinal, Tries())
-        if state in _ENDED:  # made before under this request_id, and ended since
-            progress.tries[made_by.ordinal] = failed(tried, made_by.attempt, now)
+        if state in _ENDED:
+            old = self._clock.wall_ns() - time_from_proto(instance.create_time) > OLD_NS
+            progress.tries[made_by.ordinal] = (passed_over if old else failed)(tried, made_by.attempt, now)
             progress.last_failure = Problem(instance.state_reason, instance.state_message, hopeless=False)
             return
         progress.tries[made_by.ordinal] = replace(tried, attempt=max(tried.attempt, made_by.attempt))
@@ -271,6 +283,8 @@ class Provisioner:
         if isinstance(error, UnavailableError | DeadlineError | ExhaustedError):
             # Perhaps it was made: the same request_id again finds out.
             progress.tries[made_by.ordinal] = replace(tried, not_before_ns=now + RETRY_NS)
+        elif isinstance(error, ConflictError):
+            progress.tries[made_by.ordinal] = passed_over(tried, made_by.attempt, now)
         else:
             progress.tries[made_by.ordinal] = failed(tried, made_by.attempt, now)
         progress.last_failure = Problem(error.reason, error.message, hopeless=False)

@@ -24,6 +24,7 @@ from agent.v1.function_service_pb2 import DeployFunctionRequest
 from agent.v1.instance_service_pb2 import CreateInstanceRequest, CreateInstanceResponse, StopInstanceRequest
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest
 from agent.v1.types_pb2 import FunctionSpec, Gpu, Instance, Node
+from agent.wire.convert_time import time_to_proto
 from tests.fakes.clock import FakeClock
 
 FAILED, RUNNING = Instance.STATE_FAILED, Instance.STATE_RUNNING
@@ -102,8 +103,13 @@ async def story(tmp_path: Path) -> AsyncIterator[Story]:
     await store.close()
 
 
-def fails(reason: str) -> Answer:
-    return lambda request_id: Instance(uid=f"dead-{request_id}", state=FAILED, state_reason=reason, state_message="no")
+def fails(story: Story, reason: str, age_s: int = 0) -> Answer:
+    def answer(request_id: str) -> Instance:
+        made = time_to_proto(story.clock.wall_ns() - age_s * SECOND_NS)
+        uid = f"dead-{request_id}"
+        return Instance(uid=uid, state=FAILED, state_reason=reason, state_message="no", create_time=made)
+
+    return answer
 
 
 def raises(error: HibernodeError) -> Answer:
@@ -114,7 +120,7 @@ def raises(error: HibernodeError) -> Answer:
 
 
 async def test_a_start_that_always_fails_is_given_up_and_tried_again_after_a_deploy(story: Story) -> None:
-    story.answer = fails("INITIALIZATION_ERROR")
+    story.answer = fails(story, "INITIALIZATION_ERROR")
     await story.deploy()
     for _ in range(40):
         await story.round(1)
@@ -157,6 +163,19 @@ async def test_a_request_id_that_is_taken_is_passed_over(story: Story) -> None:
     story.answer = story.running
     await story.round(2)
     assert story.creates == ["ocr/1/0/1", "ocr/1/0/2"]
+
+
+async def test_instances_that_ended_in_a_former_life_are_passed_over_without_giving_up(story: Story) -> None:
+    """The scheduler restarted: the agent still remembers more ended attempts than may fail."""
+    story.answer = fails(story, "INSTANCE_CRASHED", age_s=3600)
+    await story.deploy()
+    for _ in range(MAX_ATTEMPTS + 3):
+        await story.round(0.2)
+    story.answer = story.running
+    await story.round(0.2)
+    await story.round()
+    assert story.creates[-1] == f"ocr/1/0/{MAX_ATTEMPTS + 4}"
+    assert story.catalog.problem("ocr") is None
 
 
 async def test_an_instance_that_vanishes_unreported_is_replaced(story: Story) -> None:
