@@ -171,7 +171,10 @@ class Stack:
         self.spawn("agent", "-m", "agent.daemons.agent", "--config", str(self.folder / "agent.yaml"))
         if wait:
             await self.wait_for_endpoints("agent")
-            await until("the agent is ready", self._agent_ready)
+            try:
+                await until("the agent is ready", self._agent_ready)
+            except AssertionError as error:
+                raise AssertionError(f"{error}\n{self.log_of('agent')[-6000:]}") from None
 
     async def _agent_ready(self) -> bool:
         try:
