@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,20 @@ if TYPE_CHECKING:
     from agent.cli.demo_story import Story
     from agent.cli.demo_timeline import Timeline
     from agent.cli.demo_world import DemoWorld
+    from agent.v1 import types_pb2
+
+CALL_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The options."""
+
+    state_dir: Path | None
+    as_json: bool
+    keep: bool
+    flip_byte: bool
+    quick: bool
 
 
 @click.command()
@@ -28,7 +43,8 @@ if TYPE_CHECKING:
     help="Folder for everything; it stays. It is a HIBERNODE_HOME. Default: a temporary one.",
 )
 @click.option("--flip-byte", is_flag=True, hidden=True, help="Rehearsal: damage GPU memory of a frozen instance.")
-def demo(as_json: bool, keep: bool, state_dir: Path | None, flip_byte: bool) -> int:
+@click.option("--quick", is_flag=True, hidden=True, help="A short one, for tests.")
+def demo(as_json: bool, keep: bool, state_dir: Path | None, flip_byte: bool, quick: bool) -> int:
     """See it all work on this machine, without a GPU.
 
     Starts an emulated NVIDIA driver with two GPUs, a scheduler and an agent; deploys an example with a real model
@@ -47,7 +63,8 @@ def demo(as_json: bool, keep: bool, state_dir: Path | None, flip_byte: bool) -> 
     from agent.cli.demo_timeline import Timeline
 
     timeline = Timeline(sys.stderr if as_json else sys.stdout)
-    return asyncio.run(_interruptible(_demo(timeline, state_dir, as_json=as_json, keep=keep, flip_byte=flip_byte)))
+    wanted = Wanted(state_dir, as_json, keep, flip_byte, quick)
+    return asyncio.run(_interruptible(_demo(timeline, wanted)))
 
 
 async def _interruptible(work: Any) -> int:
@@ -63,36 +80,50 @@ async def _interruptible(work: Any) -> int:
     return code
 
 
-async def _demo(timeline: Timeline, state_dir: Path | None, *, as_json: bool, keep: bool, flip_byte: bool) -> int:
-    from agent.cli.demo_story import Story
+async def _demo(timeline: Timeline, wanted: Wanted) -> int:
+    from agent.cli.demo_story import QUICK, Pace, Story
     from agent.cli.demo_world import demo_world
 
-    async with demo_world(state_dir, timeline.say) as world:
-        _say_what_is_different(world, timeline)
-        story = Story(world, timeline, flip_byte=flip_byte)
+    async with demo_world(wanted.state_dir, timeline.say) as world:
+        node = await _say_where_we_are(world, timeline)
+        story = Story(world, timeline, QUICK if wanted.quick else Pace(), flip_byte=wanted.flip_byte)
         await story.tell()
-        report = await _report(world, story, timeline, ended=not keep)
-        _show(report, as_json)
-        if keep:
+        report = await _report(world, node, story, timeline, ended=not wanted.keep)
+        _show(report, wanted.as_json)
+        if wanted.keep:
             await _stay(world)
     return 0 if report.answers_identical and not report.failed else 1
 
 
-def _say_what_is_different(world: DemoWorld, timeline: Timeline) -> None:
+async def _say_where_we_are(world: DemoWorld, timeline: Timeline) -> types_pb2.Node:
+    """The node, and what on this machine is other than on a GPU host."""
+    from agent.v1 import node_service_pb2
+
+    async with world.agent() as agent:
+        node: types_pb2.Node = (await agent.call(agent.nodes.GetNode, node_service_pb2.GetNodeRequest(), CALL_S)).node
     if os.geteuid() == 0:
-        who = f"the user {world.user}" if world.user else "root, for `nobody` may not read this Python or this folder"
-        timeline.say(f"instances run as {who}")
-    if world.gateway:
-        timeline.say(f"the gateway is http://{world.gateway}")
+        why = "root: `nobody` may not read this Python, its packages or this folder"
+        timeline.say(f"instances run as {world.user or why}")
+    if not _has_cgroups(node):
+        timeline.say(
+            "no cgroup can be written by this user: instances are stopped with SIGSTOP instead (root: cgroups)"
+        )
+    timeline.say(f"the gateway is http://{world.gateway}")
+    return node
 
 
-async def _report(world: DemoWorld, story: Story, timeline: Timeline, *, ended: bool) -> Report:
+def _has_cgroups(node: types_pb2.Node) -> bool:
+    from agent.v1 import types_pb2
+
+    ok = types_pb2.Capability.LEVEL_OK
+    return all(line.level == ok for line in node.capabilities if line.name == "cgroup")
+
+
+async def _report(world: DemoWorld, node: types_pb2.Node, story: Story, timeline: Timeline, *, ended: bool) -> Report:
     from agent.cli.demo_report import Report, collect_usage, driver_log, union_ns
-    from agent.v1 import node_service_pb2, types_pb2
 
     tally = story.tally
     async with world.agent() as agent, world.scheduler() as scheduler:
-        node = (await agent.call(agent.nodes.GetNode, node_service_pb2.GetNodeRequest(), 10.0)).node
         report = Report(
             requests=tally.requests,
             failed=tally.failed,
@@ -105,9 +136,7 @@ async def _report(world: DemoWorld, story: Story, timeline: Timeline, *, ended: 
             latency_ms=tally.latency_ms,
             driver_ms=driver_log(world.driver_dir),
             app_active_ns=union_ns(world.request_log),
-            cgroups=all(
-                line.level == types_pb2.Capability.LEVEL_OK for line in node.capabilities if line.name == "cgroup"
-            ),
+            cgroups=_has_cgroups(node),
             user=world.user or _own_name(),
             home=str(world.home),
         )
@@ -139,8 +168,6 @@ def _show(report: Report, as_json: bool) -> None:
         show_json(report.as_json())
     else:
         show(report)
-    if not report.cgroups:
-        note("No cgroup could be written by this user: instances were stopped with SIGSTOP instead (as root: cgroups).")
     note("GPUs and driver were emulated: times are of this machine's memory, not of a GPU.")
     sys.stdout.flush()
 

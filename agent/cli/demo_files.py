@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from agent.core.errors import PreconditionError
 
@@ -97,6 +96,12 @@ def _suits(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def differs(answer: Any, sample: Sample) -> bool:
-    """Is the function's answer another than the unfrozen one?"""
-    return bool(answer != sample.expected)
+def difference(answer: Mapping[str, object], sample: Sample) -> str:
+    """In what the answer is another than the unfrozen one; "" if in nothing."""
+    expected = sample.expected
+    keys = [*expected, *(key for key in answer if key not in expected)]
+    return ", ".join(
+        f"{key} {answer.get(key)} instead of {expected.get(key)}"
+        for key in keys
+        if answer.get(key) != expected.get(key)
+    )

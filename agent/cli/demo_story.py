@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent.cli.demo_files import Sample, differs, pick_samples
+from agent.cli.demo_files import Sample, difference, pick_samples
 from agent.cli.demo_processes import comes_true
 from agent.cli.demo_timeline import Timeline
 from agent.cli.demo_world import CALL_S, DemoWorld
@@ -25,14 +25,23 @@ FUNCTION = "filetype"
 INSTANCES = 3
 SAMPLES = 24
 FREEZE_AFTER = "800ms"
-SLEEP_S = 1.2
-"""How long everybody sleeps before the next files come: time that costs little."""
-ROUNDS = (1, 3, 12, 1, 24, 2, 6, 1)
-"""Files sent at once, round after round."""
 LENDING_ROUND = 2
 DEPLOY_S, SETTLE_S, REQUEST_S, USAGE_S = 60.0, 30.0, 60.0, 10.0
-FLIPPED_BYTE = 1_500_000
-"""In the middle of the model's weights."""
+FLIPPED_BYTE = 2_000_007
+"""In the middle of the model's weights, the exponent of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """`rounds`: files sent at once, round after round. `sleep_s`: how long everybody sleeps before the next files
+    come, time that costs little."""
+
+    rounds: tuple[int, ...] = (1, 3, 12, 1, 24, 2, 6, 1)
+    sleep_s: float = 1.2
+
+
+QUICK = Pace((1, 3, 4, 2), 0.1)
+"""For tests: every kind of round once."""
 
 
 @dataclass(slots=True)
@@ -49,9 +58,10 @@ class Tally:
 class Story:
     """One run; `tally` grows with it."""
 
-    def __init__(self, world: DemoWorld, timeline: Timeline, *, flip_byte: bool) -> None:
+    def __init__(self, world: DemoWorld, timeline: Timeline, pace: Pace, *, flip_byte: bool) -> None:
         self._world = world
         self._timeline = timeline
+        self._pace = pace
         self._flip_byte = flip_byte
         self.tally = Tally()
         self.samples: list[Sample] = []
@@ -104,9 +114,9 @@ class Story:
         pool = Pool(host, int(port), UpstreamLimits())
         try:
             await self._until_all_asleep(agent)
-            for number, count in enumerate(ROUNDS):
-                await asyncio.sleep(SLEEP_S)  # nobody asks: this is what idle mode is for
-                if self._flip_byte and number == len(ROUNDS) // 2:
+            for number, count in enumerate(self._pace.rounds):
+                await asyncio.sleep(self._pace.sleep_s)  # nobody asks: this is what idle mode is for
+                if self._flip_byte and number == len(self._pace.rounds) // 2:
                     await self._flip(agent)
                 await self._round(agent, pool, count)
                 if number == LENDING_ROUND:
@@ -151,9 +161,9 @@ class Story:
             self._timeline.trouble(f"{sample.path.name}: {problem}")
             return None
         tally.latency_ms.append((time.monotonic_ns() - began) / 1e6)
-        if differs(answer, sample):
+        if answer != sample.expected:
             tally.different += 1
-            self._timeline.trouble(f"{sample.path.name}: {answer}, but without freezing {sample.expected}")
+            self._timeline.trouble(f"{sample.path.name} is not as without freezing: {difference(answer, sample)}")
         for name, value in response.headers:
             if name.lower() == b"x-hibernode-wake-ms":
                 tally.wake_request_ms.append(float(value))

@@ -138,7 +138,10 @@ class Timeline:
         line = Text(f"{((at_wall_ns or wall_ns()) - self._began_ns) / SECOND_NS:6.1f} s  ", style="dim")
         line.append(f"{who:<8}", style="bold")
         line.append("\n".join(clean(part) for part in text.splitlines()), style=style)
-        self._console.print(line, soft_wrap=True)
+        try:
+            self._console.print(line, soft_wrap=True)
+        except OSError:  # nobody reads any more (a pipe to `head`): what was started is still ended in order
+            self._console.quiet = True
 
 
 def _wall_ns(event: types_pb2.Event) -> int:

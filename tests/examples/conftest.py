@@ -66,6 +66,14 @@ class Program:
         status, content = self.request(method, path, body)
         return status, json.loads(content)
 
+    def logged(self, count: int) -> list[dict[str, Any]]:
+        """The request log once it has `count` lines: a line follows its answer."""
+        deadline = time.monotonic() + DEADLINE_S
+        while len(lines := self.request_log.read_text().splitlines()) < count:
+            assert time.monotonic() < deadline, lines
+            time.sleep(0.002)
+        return [json.loads(line) for line in lines]
+
     def close(self) -> None:
         self.connection.close()
         self.process.kill()

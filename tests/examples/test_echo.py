@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 
@@ -25,7 +24,7 @@ def test_answers_on_one_connection_and_logs_when_each_request_ran(start: Start) 
     assert echo.json("GET", "/healthz") == (200, {"status": "ok"})
     assert echo.json("GET", "/")[1]["instance"] == "moon-1"
     after = time.monotonic_ns()
-    lines = [json.loads(line) for line in echo.request_log.read_text().splitlines()]
+    lines = echo.logged(4)
     assert [line["request_id"] for line in lines[:2]] == ["1-a", "1-b"]
     assert len(lines) == 4, "the health probe is no request"
     assert all(before <= line["start_ns"] < line["end_ns"] <= after for line in lines)

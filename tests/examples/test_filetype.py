@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -41,8 +40,7 @@ def test_answers_as_magika_does(start: Start, nvidia: EmulatedNvidia) -> None:
     assert app.json("POST", "/", FILES["page.html"])[1]["label"] == "html"
     assert app.json("GET", "/verify") == (200, {"intact": True})
     assert app.request("GET", "/")[0] == 405
-    logged = [json.loads(line) for line in app.request_log.read_text().splitlines()]
-    assert len(logged) == len(FILES) + 4
+    assert len(app.logged(len(FILES) + 4)) == len(FILES) + 4
 
 
 @pytest.mark.parametrize("offset", [0, 1_500_000], ids=["in the header", "among the weights"])
