@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 from agent.cli.options import asked
@@ -20,7 +21,8 @@ PAGE_SIZE = 500
 
 
 def with_agent(story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
-    """Runs `story` on a channel to the agent; `doing` is what a person sees after a second ("waking 3 instances")."""
+    """Runs `story` on a channel to the agent. `doing` is what a person sees after a second, as in "waking 3
+    instances"; "" shows nothing."""
     return _run("agent", story, doing)
 
 
@@ -39,7 +41,8 @@ def _run(daemon: Daemon, story: Callable[[DaemonChannel], Awaitable[T]], doing: 
 
 
 async def _told(place: Place, insecure: bool, story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
-    async with progress(doing), DaemonChannel(place.target, place.token, insecure) as channel:
+    shown = progress(doing) if doing else nullcontext()
+    async with shown, DaemonChannel(place.target, place.token, insecure) as channel:
         return await story(channel)
 
 

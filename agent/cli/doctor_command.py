@@ -10,6 +10,7 @@ from agent.cli.doctor_checks import host_lines, system_lines
 from agent.cli.exit_codes import Exit
 from agent.cli.options import agent_options, asked, output_option
 from agent.cli.output import show_json, show_table
+from agent.cli.progress import blocking_progress
 from agent.core.errors import HibernodeError
 from agent.core.snapshots import CapabilityLine
 
@@ -31,7 +32,8 @@ def doctor(context: click.Context, local: bool) -> None:
       eval "$(hibernode emulated env --dir DIR)"; hibernode doctor --local
       hibernode doctor --output json | jq -r '.checks[] | select(.level != "OK") | .fix'
     """
-    lines = host_lines() if local else _by_agent_or_host()
+    with blocking_progress("looking at this host"):
+        lines = host_lines() if local else _by_agent_or_host()
     failed = any(line.level == "FAIL" for line in lines)
     if asked().json:
         checks = [{"name": one.name, "level": one.level, "reason": one.reason, "fix": one.fix} for one in lines]

@@ -1,7 +1,7 @@
 """`python -m agent.cli.doctor_nvml`: what NVML says, as one JSON object on stdout.
 
 A process of its own: a sick driver hangs whoever asks it, and `hibernode doctor` must not hang with it.
-Keys: driver_version, cuda_version ("" = no driver), gpus [{uuid, index, model, memory_bytes, persistence, mig}],
+Keys: driver_version ("" = no driver), gpus [{uuid, index, model, memory_bytes, persistence, mig}],
 problem (a sentence, "" = none).
 """
 
@@ -17,12 +17,10 @@ import pynvml
 
 def survey() -> dict[str, Any]:
     """The facts. NVML errors end up in `problem`."""
-    found: dict[str, Any] = {"driver_version": "", "cuda_version": "", "gpus": [], "problem": ""}
+    found: dict[str, Any] = {"driver_version": "", "gpus": [], "problem": ""}
     try:
         pynvml.nvmlInit()
         found["driver_version"] = pynvml.nvmlSystemGetDriverVersion()
-        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-        found["cuda_version"] = f"{cuda // 1000}.{cuda % 1000 // 10}"
         for index in range(pynvml.nvmlDeviceGetCount()):
             found["gpus"].append(_device(index))
     except pynvml.NVMLError as error:

@@ -1,4 +1,4 @@
-"""`hibernode emulated up|env`: an NVIDIA driver for machines without a GPU."""
+"""`hibernode emulated up|env|ps|flip-byte`: an NVIDIA driver for machines without a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 
 import click
+
+from agent.cli.options import asked, output_option
 
 _directory = click.option(
     "--dir",
@@ -68,3 +70,50 @@ def env(directory: Path) -> None:
 
     for name, value in exports(directory).items():
         click.echo(f"export {name}={shlex.quote(value)}")
+
+
+@emulated.command()
+@_directory
+@output_option
+def ps(directory: Path) -> None:
+    """Show the driver's own truth: its GPUs, and the CUDA processes with the state of their memory."""
+    from dataclasses import asdict
+
+    from agent.cli.output import show_json, show_table, show_text
+    from agent.cli.units import size
+    from agent.emulated.control import EmulatedDriver
+
+    with EmulatedDriver(directory) as driver:
+        devices, processes = driver.devices(), driver.processes()
+    if asked().json:
+        show_json({"devices": [asdict(one) for one in devices], "processes": [asdict(one) for one in processes]})
+        return
+    show_table(
+        ("GPU", "MODEL", "UUID", "USED", "TOTAL"),
+        ((str(one.index), one.name, one.uuid, size(one.used_bytes), size(one.total_bytes)) for one in devices),
+        right=("GPU", "USED", "TOTAL"),
+    )
+    show_text("\n")
+    show_table(
+        ("PID", "STATE", "VRAM", "IMAGE", "OPERATION"),
+        (
+            (str(one.pid), one.state, size(sum(one.vram_bytes.values())), size(one.image_bytes), one.operation or "-")
+            for one in processes
+        ),
+        right=("PID", "VRAM", "IMAGE"),
+    )
+
+
+@emulated.command("flip-byte")
+@_directory
+@click.option("--pid", type=click.IntRange(min=1), help="Of the CUDA process; default: the first with GPU memory.")
+@click.option("--offset", type=click.IntRange(min=0), default=0, show_default=True, help="Within its GPU memory.")
+def flip_byte(directory: Path, pid: int | None, offset: int) -> None:
+    """Damage one byte of a process's GPU memory, to see that a damaged wake is noticed. Prints the pid.
+
+    In a frozen process the damage shows once it has woken.
+    """
+    from agent.emulated.control import EmulatedDriver
+
+    with EmulatedDriver(directory) as driver:
+        click.echo(driver.flip_byte(pid=pid, offset=offset))

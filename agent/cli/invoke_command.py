@@ -15,6 +15,7 @@ from agent.cli.exit_codes import exit_of_http
 from agent.cli.options import asked, gateway_option, home_option, timeout_option
 from agent.cli.output import note
 from agent.cli.places import find_gateway
+from agent.cli.progress import blocking_progress
 from agent.core.errors import DeadlineError, InvalidArgumentError, UnavailableError
 
 _CHUNK_BYTES = 64 * 1024
@@ -97,8 +98,9 @@ def _send(verb: str, target: str, body: bytes, fields: dict[str, str], timeout_s
     connection = http.client.HTTPConnection(gateway, timeout=timeout_s)
     started = time.monotonic()
     try:
-        connection.request(verb, target, body=body or None, headers=fields)
-        answer = connection.getresponse()
+        with blocking_progress("waiting for the answer"):
+            connection.request(verb, target, body=body or None, headers=fields)
+            answer = connection.getresponse()
         _say_head(answer, include, time.monotonic() - started)
         if answer.getheader("x-fc-request-id") and answer.status >= 400 and not answer.getheader("x-fc-instance-id"):
             _say_refusal(answer)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from threading import Timer
 
 import click
 
@@ -24,6 +25,18 @@ async def progress(doing: str) -> AsyncIterator[None]:
         shown.cancel()
         with suppress(asyncio.CancelledError):
             await shown
+
+
+@contextmanager
+def blocking_progress(doing: str) -> Iterator[Timer]:
+    """The same for a block without an event loop: one line after a second. Cancel the timer to have none."""
+    timer = Timer(QUIET_S, click.echo, args=(f"{doing} ...",), kwargs={"err": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timer
+    finally:
+        timer.cancel()
 
 
 async def _spinner(doing: str) -> None:

@@ -42,7 +42,8 @@ def logs(uid: str, tail_bytes: int | None, timeout_s: float) -> None:
             sys.stdout.buffer.write(chunk.data)
         sys.stdout.buffer.flush()
 
-    with_agent(story, f"reading the output of {uid}")
+    # A spinner between the lines of an instance helps nobody.
+    with_agent(story, "" if sys.stdout.isatty() else f"reading the output of {uid}")
 
 
 @click.command()

@@ -12,7 +12,13 @@ import pytest
 from agent.cli.main import COMMANDS, cli
 from tests.cli.conftest import Run
 
-SUBCOMMANDS = [["emulated", "up"], ["emulated", "env"], *(["functions", name] for name in ("list", "show", "rm"))]
+SUBCOMMANDS = [
+    ["emulated", "up"],
+    ["emulated", "env"],
+    ["emulated", "ps"],
+    ["emulated", "flip-byte"],
+    *(["functions", name] for name in ("list", "show", "rm")),
+]
 
 
 @pytest.mark.parametrize("words", [*([name] for name in COMMANDS), *SUBCOMMANDS], ids=" ".join)

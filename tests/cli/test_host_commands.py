@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,56 @@ def test_emulated_up_refuses_what_it_can_not_be(run: Run, tmp_path: Path) -> Non
     assert "(EMULATED_PROFILE_UNKNOWN)" in done.err
 
 
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of an emulated driver, started by the command; it ends on SIGINT."""
+    folder = tmp_path_factory.mktemp("driver")
+    command = [sys.executable, "-m", "agent.cli.main", "emulated", "up", "--dir", str(folder), "--model", "L20"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            while "emulated.ready" not in (line := process.stderr.readline()):
+                assert line, "the driver ended before it was ready"
+            yield folder
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.stderr.read()
+            assert process.wait(timeout=20) == 0
+
+
+def test_the_doctor_sees_the_emulated_driver_as_it_sees_a_real_one(
+    driver: Path, program: list[str], run: Run, tmp_path: Path
+) -> None:
+    script = f'{run("emulated", "env", "--dir", driver).out}\nexec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *program, "doctor", "--local", "--output", "json"],
+        env={**os.environ, "HIBERNODE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=False,
+    )
+    levels = {one["name"]: (one["level"], one["reason"]) for one in json.loads(done.stdout)["checks"]}
+    assert levels["driver"] == ("OK", "driver 580.65.06, 2 GPUs")
+    assert levels["checkpoint"] == ("OK", "by the driver's API")
+    assert done.returncode == (0 if os.geteuid() == 0 else 4)
+
+
+def test_the_drivers_own_truth(driver: Path, run: Run) -> None:
+    done = run("emulated", "ps", "--dir", driver)
+    assert [line[:3] for line in done.words[1:3]] == [["0", "Emulated", "L20"], ["1", "Emulated", "L20"]]
+    assert run("emulated", "ps", "--dir", driver, "-o", "json").json["processes"] == []
+    done = run("emulated", "flip-byte", "--dir", driver)
+    assert (done.code, done.out) == (4, "")
+    assert "(EMULATED_NO_BYTE)" in done.err
+
+
+def test_no_driver_there(run: Run, tmp_path: Path) -> None:
+    done = run("emulated", "ps", "--dir", tmp_path)
+    assert done.code == 5
+    assert "start one with `hibernode emulated up --dir`" in done.err
+
+
 def test_doctor_asks_the_agent_and_fails_with_it(at_home: Run) -> None:
     done = at_home("doctor")
     assert done.code == 4
@@ -75,7 +128,7 @@ def test_doctor_does_not_look_here_when_another_host_was_meant(run: Run) -> None
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ("{'driver_version': '', 'cuda_version': '', 'gpus': [], 'problem': 'not found'}", "no NVIDIA driver answers"),
+        ("{'driver_version': '', 'gpus': [], 'problem': 'not found'}", "no NVIDIA driver answers"),
         ("None.x", "NVML ended in the middle"),
     ],
 )
