@@ -46,7 +46,7 @@ class SchedulerLink:
         self._instances = instances
         self._store = store
         self._upload_interval_s = upload_interval_s
-        self._changed: dict[str, None] = {}
+        self._changed: dict[str, Actor] = {}
         self._wake = asyncio.Event()
         self._snapshot_due = True
         self._sequence = 0
@@ -61,7 +61,7 @@ class SchedulerLink:
 
     def load_changed(self, actor: Actor) -> None:
         """Its load changed, or it is gone."""
-        self._changed[actor.uid] = None
+        self._changed[actor.uid] = actor
         self._wake.set()
 
     # ---- the load stream ----------------------------------------------------------------------------------------
@@ -124,12 +124,13 @@ class SchedulerLink:
             message.snapshot = True
             if self._sequence == 1:
                 message.registration.CopyFrom(registration(node))
-            reported = list(self._instances)
+            reported = list(self._instances.values())
         else:
-            reported = [uid for uid in self._changed if uid in self._instances]
+            # Those that are gone too: one that fails and is cleaned up within COALESCE_S still says why.
+            reported = list(self._changed.values())
             message.removed_uids.extend(uid for uid in self._changed if uid not in self._instances)
         self._changed.clear()
-        message.instances.extend(instance_load(self._observer.instance(self._instances[uid])) for uid in reported)
+        message.instances.extend(instance_load(self._observer.instance(actor)) for actor in reported)
         return message
 
     # ---- usage --------------------------------------------------------------------------------------------------

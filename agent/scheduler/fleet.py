@@ -25,6 +25,7 @@ from agent.wire.addresses import check_target
 from agent.wire.convert_load import node_reported, reported_of_load
 
 MAX_INSTANCES_PER_NODE = 10_000
+LAST_WORDS_KEPT = 1000
 UNREACHABLE_NS = SECOND_NS // 4
 """A node that could not be connected to gets nothing for so long, whatever its stream says: a dying agent's last
 messages must not bring it back."""
@@ -86,6 +87,7 @@ class Fleet:
         self._lost_ns = lost_ns
         self._nodes: dict[str, NodeRecord] = {}
         self._owners: dict[str, NodeRecord] = {}
+        self._last_words: dict[str, InstanceLoad] = {}
         self._streams = 0
 
     # ---- the load stream --------------------------------------------------------------------------------------
@@ -187,6 +189,10 @@ class Fleet:
         owner = self._owners.get(uid)
         return None if owner is None else owner.instances.get(uid)
 
+    def last_words(self, uid: str) -> InstanceLoad | None:
+        """What was last reported of an instance that its agent has removed since; the newest of them are kept."""
+        return self._last_words.get(uid)
+
     def instances(self) -> Iterator[tuple[NodeRecord, InstanceLoad]]:
         """Every instance, those that ended lately included, as last reported."""
         for node in self._nodes.values():
@@ -248,9 +254,13 @@ class Fleet:
 
     def _remove(self, node: NodeRecord, uid: str) -> bool:
         node.seen.discard(uid)
-        if node.instances.pop(uid, None) is None:
+        load = node.instances.pop(uid, None)
+        if load is None:
             return False
         del self._owners[uid]
+        self._last_words[uid] = load
+        if len(self._last_words) > LAST_WORDS_KEPT:
+            del self._last_words[next(iter(self._last_words))]
         self._tell(InstanceGone(uid))
         return True
 

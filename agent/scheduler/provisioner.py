@@ -176,11 +176,11 @@ class Provisioner:
             del progress.answered[uid]
         alive = {uid: one for uid, one in reported.items() if one.state not in _ENDED}
         for uid, (one, due) in list(progress.answered.items()):
-            if now < due:
+            if now < due and self._fleet.last_words(uid) is None:
                 alive[uid] = one
             else:
                 del progress.answered[uid]
-                self._ended(progress, one.made_by, None, now)
+                self._ended(progress, one.made_by, uid, now)
         for uid, made_by in progress.alive.items():
             if uid not in alive and uid not in progress.stopping:
                 self._ended(progress, made_by, uid, now)
@@ -193,15 +193,15 @@ class Provisioner:
                 progress.tries[ordinal] = came_up(progress.tries.get(ordinal, Tries()), one.made_by.attempt)
         return list(alive.values())
 
-    def _ended(self, progress: _Progress, made_by: RequestId, uid: str | None, now: int) -> None:
+    def _ended(self, progress: _Progress, made_by: RequestId, uid: str, now: int) -> None:
         if made_by.revision != progress.revision:
             return
         progress.tries[made_by.ordinal] = failed(progress.tries.get(made_by.ordinal, Tries()), made_by.attempt, now)
-        load = self._fleet.instance(uid) if uid else None
+        load = self._fleet.instance(uid) or self._fleet.last_words(uid)
         reason = (load.state_reason if load is not None else "") or "INSTANCE_ENDED"
         message = (load.state_message if load is not None else "") or f"instance {made_by} ended"
         progress.last_failure = Problem(reason, message, hopeless=False)
-        _log.warning("provision.instance_ended", request_id=str(made_by), uid=uid or "", reason=reason)
+        _log.warning("provision.instance_ended", request_id=str(made_by), uid=uid, reason=reason)
 
     def _problem(
         self, function: Deployed, progress: _Progress, here: list[Present], unplaceable: Unplaceable | None

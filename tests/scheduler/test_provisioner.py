@@ -188,6 +188,19 @@ async def test_an_instance_that_vanishes_unreported_is_replaced(story: Story) ->
     assert story.creates == ["ocr/1/0/1", "ocr/1/0/2"]
 
 
+async def test_an_instance_that_fails_and_is_gone_between_two_rounds_still_says_why(story: Story) -> None:
+    await story.deploy()
+    await story.round()
+    (load,) = story.loads.values()
+    load.state, load.state_reason, load.state_message = FAILED, "START_FAILED", "no such program"
+    story.report()
+    story.loads.clear()
+    await story.round(1)
+    problem = story.catalog.problem("ocr")
+    assert problem is not None
+    assert (problem.reason, problem.message) == ("START_FAILED", "no such program")
+
+
 async def test_scale_in_retires_before_it_stops(story: Story) -> None:
     await story.deploy(target=2)
     await story.round()
