@@ -43,7 +43,15 @@ ANSWER_SLACK_S = 10.0
 """On top of queue and function timeouts, which the agent enforces: only a stuck agent is cut by the gateway."""
 EXHAUSTED = "UPSTREAM_CONNECTIONS_EXHAUSTED"
 
-_STARTS_FAILED = frozenset({"FUNCTION_NOT_STARTED", "INITIALIZATION_ERROR"})
+_STARTS_FAILED = {
+    "FUNCTION_NOT_STARTED": "FUNCTION_NOT_STARTED",
+    "START_FAILED": "FUNCTION_NOT_STARTED",
+    "HEALTH_CHECK_FAILED": "FUNCTION_NOT_STARTED",
+    "INITIALIZATION_ERROR": "INITIALIZATION_ERROR",
+    "INSTANCE_CRASHED": "INSTANCE_CRASHED",
+    "OUT_OF_MEMORY": "INSTANCE_CRASHED",
+}
+"""Why instances end before they serve -> what clients are told (DESIGN section 6); all else is want of capacity."""
 _OURS_IN_ANSWERS = frozenset((b"x-fc-request-id", b"x-fc-instance-id"))
 _OCTET_STREAM = (b"content-type", b"application/octet-stream")
 
@@ -248,7 +256,7 @@ class Gateway:
                     text = f"{name} has no instances (its target is {function.target}); raise the target"
                     return UnavailableError("NO_CAPACITY", text, function=name)
                 if problem.reason in _STARTS_FAILED:
-                    return InstanceError(problem.reason, problem.message, function=name)
+                    return InstanceError(_STARTS_FAILED[problem.reason], problem.message, function=name)
                 return UnavailableError("NO_CAPACITY", f"{name} has no instances: {problem.message}", function=name)
         assert_never(reason)
 

@@ -157,6 +157,8 @@ async def test_target_zero_is_503(rig: GatewayRig) -> None:
     [
         ("INITIALIZATION_ERROR", 502, "InitializationError"),
         ("FUNCTION_NOT_STARTED", 502, "FunctionNotStarted"),
+        ("START_FAILED", 502, "FunctionNotStarted"),
+        ("OUT_OF_MEMORY", 502, "InstanceCrashed"),
         ("IMAGE_RUNTIME_UNAVAILABLE", 503, "NoCapacity"),
     ],
 )
