@@ -1,0 +1,170 @@
+"""Functions that do not start, do not answer, crash or are asked too much: a clear error each, nothing left behind.
+
+Those that can't start are deployed first and asked in the background, for the scheduler tries five times before it
+gives up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+import pytest_asyncio
+
+from agent.core.types import MILLISECOND_NS, SECOND_NS, FunctionSpec
+from agent.v1 import function_service_pb2 as functions_pb
+from tests.e2e.bad_world import World, running_world
+from tests.e2e.raw_http import error_code
+from tests.e2e.stack import Answer, echo, until
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
+
+READY_TIMEOUT = "2500ms"
+GPUS = 6
+
+
+def hopeless() -> list[FunctionSpec]:
+    """None of their instances ever comes up."""
+    return [
+        replace(echo("no-command"), entrypoint=("/opt/nowhere/serve", "--port", "9000")),
+        echo("never-listens", NEVER_LISTEN="1"),
+        echo("init-fails", INIT_STATUS="500"),
+        echo("leaves-at-once", EXIT_CODE="3"),
+    ]
+
+
+class Asked:
+    """The requests that wait for functions which never start."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.tasks: dict[str, asyncio.Task[Answer]] = {}
+
+    async def begin(self) -> None:
+        for spec in hopeless():
+            await self.world.deploy(spec)
+            self.tasks[spec.name] = self.world.ask_later(spec.name, "/")
+
+    async def end(self) -> None:
+        for task in self.tasks.values():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def asked() -> AsyncIterator[Asked]:
+    settings = {"runtime": {"process": {"enabled": True}, "ready_timeout": READY_TIMEOUT}}
+    async with running_world(GPUS, settings) as world:
+        made = Asked(world)
+        await made.begin()
+        yield made
+        await made.end()
+
+
+@pytest.fixture
+def world(asked: Asked) -> World:
+    return asked.world
+
+
+def expect(answer: Answer, status: int, code: str) -> None:
+    """An error of DESIGN section 6."""
+    assert (answer.status, error_code(answer.body, answer.headers)) == (status, code), answer.body
+
+
+# ---- asked too much ---------------------------------------------------------------------------------------------
+
+
+async def test_a_full_queue_is_429_with_retry_after(world: World) -> None:
+    await world.stack.deploy(replace(echo("narrow"), queue_length=1), target=1)
+    first = world.ask_later("narrow", "/sleep?ms=1500")
+    await world.until_inside("narrow", 1)
+    others = await asyncio.gather(*(world.stack.ask("narrow", "/") for _ in range(3)))
+    refused = [answer for answer in others if answer.status != 200]
+    assert len(refused) == 2, "one waits, there is no room for two more"
+    for answer in refused:
+        expect(answer, 429, "ResourceExhausted")
+        assert int(answer.headers["retry-after"]) >= 1
+    assert (await first).status == 200
+
+
+async def test_who_waits_longer_than_the_queue_timeout_is_told(world: World) -> None:
+    spec = replace(echo("impatient"), queue_timeout_ns=400 * MILLISECOND_NS)
+    await world.stack.deploy(spec, target=1)
+    first = world.ask_later("impatient", "/sleep?ms=2000")
+    await world.until_inside("impatient", 1)
+    answer = await world.stack.ask("impatient", "/")
+    expect(answer, 504, "QueueTimeout")
+    assert 400 * MILLISECOND_NS <= answer.ended_ns - answer.began_ns < 1900 * MILLISECOND_NS
+    assert (await first).status == 200, "its own time does not count as queueing"
+
+
+# ---- too slow, or gone ------------------------------------------------------------------------------------------
+
+
+async def test_a_request_over_the_functions_timeout_and_a_second_one(world: World) -> None:
+    await world.stack.deploy(replace(echo("slow"), timeout_ns=600 * MILLISECOND_NS), target=1)
+    before = (await world.instance("slow")).uid
+    answer = await world.stack.ask("slow", "/sleep?ms=4000")
+    expect(answer, 504, "FunctionTimeout")
+    assert answer.ended_ns - answer.began_ns < 3 * SECOND_NS
+    answer = await world.stack.ask("slow", "/")
+    assert (answer.status, answer.instance) == (200, before), "the slot is free, one slow request costs nobody his life"
+    for _ in range(2):
+        expect(await world.stack.ask("slow", "/sleep?ms=4000"), 504, "FunctionTimeout")
+
+    async def replaced() -> bool:
+        return [one.uid for one in await world.alive() if one.function == "slow"] not in ([], [before])
+
+    await until("two timeouts in a row replace the instance", replaced, 30.0)
+    assert (await world.stack.ask("slow", "/")).status == 200
+
+
+async def test_a_crash_in_the_middle_of_a_request(world: World) -> None:
+    await world.stack.deploy(echo("fragile"), target=1)
+    before = await world.instance("fragile")
+    expect(await world.stack.ask("fragile", "/crash?code=7"), 502, "InstanceCrashed")
+    answer = await world.stack.ask("fragile", "/")
+    assert answer.status == 200, "it waited for the replacement"
+    assert answer.instance != before.uid
+    (ended,) = (one for one in await world.remembered() if one.uid == before.uid)
+    assert (ended.state_reason, ended.in_flight) == ("INSTANCE_CRASHED", 0)
+    assert "exited with code 7" in ended.state_message
+
+
+# ---- never there ------------------------------------------------------------------------------------------------
+
+NEVER_THERE = {
+    "no-command": ("START_FAILED", "FunctionNotStarted", "/opt/nowhere/serve"),
+    "init-fails": ("INITIALIZATION_ERROR", "InitializationError", "POST /initialize answered 500"),
+    "leaves-at-once": ("FUNCTION_NOT_STARTED", "FunctionNotStarted", "leaving as $EXIT_CODE says"),
+    "never-listens": ("FUNCTION_NOT_STARTED", "FunctionNotStarted", "The CA's http server cannot be started"),
+}
+
+
+@pytest.mark.parametrize("name", NEVER_THERE)
+async def test_a_function_that_never_starts(asked: Asked, name: str) -> None:
+    """Whoever waits is told why at the end, `hibernode functions` says so from the first attempt on."""
+    reason, code, told = NEVER_THERE[name]
+    world = asked.world
+
+    async def known() -> bool:
+        return bool((await world.functions())[name].current_error)
+
+    await until(f"the scheduler says what is wrong with {name}", known, 20.0)
+    answer = await asked.tasks[name]
+    expect(answer, 502, code)
+    assert told in answer.body.decode()
+    function = (await world.functions())[name]
+    assert function.state == functions_pb.Function.STATE_DEGRADED
+    assert function.current_error_reason == reason
+    assert told in function.current_error
+    shown = world.hibernode("functions", "show", name)
+    assert told in shown.stdout
+    again = await world.stack.ask(name, "/", timeout_s=5.0)
+    expect(again, 502, code)
+    left = [one for one in await world.alive() if one.function == name]
+    assert not left, "nothing is tried any more"
