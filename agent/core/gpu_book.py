@@ -373,28 +373,25 @@ def _serve(book: Book, at: int) -> BookStep:
 def _make_room(
     book: Book, waiter: Waiter, usable: list[str], free: int, at: int, look_again: list[int]
 ) -> tuple[Book, list[BookEffect]]:
-    """Ask as many holders as are needed and may be asked; GPUs already being vacated count."""
-    effects: list[BookEffect] = []
+    """Ask as many holders as are needed, once all of them may be asked; GPUs already being vacated count."""
     holders = {book.devices[u].holder: book.holders[book.devices[u].holder] for u in usable if book.devices[u].holder}
-    coming = sum(
-        book.devices[u].holder in holders and holders[book.devices[u].holder].asked
-        for u in usable
-        if book.devices[u].holder
-    )
+    coming = sum(u in holder.gpus for holder in holders.values() if holder.asked for u in usable)
     short = waiter.count - free - coming
     idle = sorted((h.idle_since_ns, uid) for uid, h in holders.items() if h.idle_since_ns is not None and not h.asked)
     busy = sorted((h.since_ns, uid) for uid, h in holders.items() if h.idle_since_ns is None and not h.asked)
     drain_at = waiter.since_ns + book.max_hold_ns
     victims: list[tuple[str, int, bool]] = [(uid, holders[uid].preemptible_at_ns, True) for _, uid in idle]
     victims += [(uid, max(drain_at, holders[uid].preemptible_at_ns), False) for _, uid in busy]
+    chosen: list[tuple[str, bool]] = []
     for uid, possible_at, is_idle in victims:
-        if short <= 0:
-            break
-        if possible_at > at:
-            look_again.append(possible_at)
-            continue
-        held = holders[uid]
-        book = _with_holder(book, uid, idle_since_ns=held.idle_since_ns, asked=True)
+        if short > 0 and possible_at <= at:
+            chosen.append((uid, is_idle))
+            short -= sum(u in holders[uid].gpus for u in usable)
+    if short > 0:  # all or nothing: nobody sleeps for a waiter that can't be served yet
+        look_again.extend(possible_at for _, possible_at, _ in victims if possible_at > at)
+        return book, []
+    effects: list[BookEffect] = []
+    for uid, is_idle in chosen:
+        book = _with_holder(book, uid, idle_since_ns=holders[uid].idle_since_ns, asked=True)
         effects.append(AskFreeze(uid) if is_idle else AskDrain(uid))
-        short -= sum(u in held.gpus for u in usable)
     return book, effects

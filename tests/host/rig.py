@@ -1,0 +1,252 @@
+"""A whole node without a host: the real actors, executors, gate, GPU book and ledger, on fakes at every port.
+
+Time moves only by `world.clock`. The instances' server is `App`, on a real socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.core.types import SECOND_NS, FunctionSpec, GpuNeed, IdlePolicy, InstanceState
+from agent.host.actor import Actor
+from agent.host.billing import Billing
+from agent.host.events import EventLog
+from agent.host.executor import Shell
+from agent.host.memory_desk import MemoryDesk
+from agent.host.node import Node, NodeSettings
+from agent.host.recovery import Found, Recovery
+from agent.http.errors import RequestIds
+from agent.http.exchange import Exchange
+from agent.http.limits import Limits
+from agent.http.message import RequestHead
+from agent.http.server import serve
+from tests.fakes.clock import FakeClock
+from tests.fakes.freezer import FakeFreezer
+from tests.fakes.gpus import FakeGpus
+from tests.fakes.host_memory import FakeHostMemory
+from tests.fakes.runtime import FakeRuntime
+from tests.fakes.stores import MemoryStore
+
+PATIENCE_S = 10.0
+OCR = FunctionSpec(
+    "ocr",
+    command=("serve",),
+    gpu=GpuNeed(memory_bytes=1 << 30),
+    idle=IdlePolicy(freeze_after_ns=10 * SECOND_NS),
+)
+_IDS = RequestIds(lambda: 0x67A59F35, lambda bits: 7)
+
+Handler = Callable[[Exchange], Any]
+
+
+@dataclass
+class App:
+    """The server inside every instance. `answers` maps a path to a status or to a handler of its own."""
+
+    answers: dict[str, int | Handler] = field(default_factory=dict)
+    requests: list[RequestHead] = field(default_factory=list)
+    port: int = 0
+    seen: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def handle(self, exchange: Exchange) -> None:
+        async with self.seen:
+            self.requests.append(exchange.head)
+            self.seen.notify_all()
+        answer = self.answers.get(exchange.head.path.decode(), 200)
+        if isinstance(answer, int):
+            await exchange.read_body(1 << 20)
+            await exchange.answer(answer, [(b"content-type", b"text/plain")], b"done")
+        else:
+            await answer(exchange)
+
+    def paths(self) -> list[str]:
+        return [head.path.decode() for head in self.requests]
+
+    async def until_asked(self, path: str, times: int = 1) -> None:
+        """Wait until `path` has been asked for so often."""
+        async with asyncio.timeout(PATIENCE_S), self.seen:
+            await self.seen.wait_for(lambda: self.paths().count(path) >= times)
+
+
+@dataclass
+class World:
+    """`node` is the running agent's; `restart` is what a SIGKILL and a new agent do. Ports outlive both."""
+
+    app: App
+    per_gpu: int = 1
+    clock: FakeClock = field(default_factory=FakeClock)
+    runtime: FakeRuntime = field(default_factory=FakeRuntime)
+    freezer: FakeFreezer = field(default_factory=FakeFreezer)
+    gpus: FakeGpus = field(default_factory=FakeGpus)
+    store: MemoryStore = field(default_factory=MemoryStore)
+    memory: FakeHostMemory = field(default_factory=FakeHostMemory)
+    store_problem: str = ""
+    release_timeout_ns: int = 30 * SECOND_NS
+    stop_timeout_s: float = 5.0
+    ready_timeout_s: float = 5.0
+    wrap: Callable[[object], Any] = lambda port: port
+    uids: Any = field(default_factory=lambda: itertools.count(1))
+
+    def __post_init__(self) -> None:
+        self.runtime.port_of = lambda spec: self.app.port
+        self.agents: list[Node] = []
+        self.billing: Billing
+        self.node: Node
+        self.events: EventLog
+
+    async def boot(self) -> None:
+        """A new agent on this host; nothing is recovered yet."""
+        self.events = EventLog(self.clock)
+        store = self.wrap(self.store)
+        self.billing = Billing(self.clock, self.store, node="n1", boot_id=self.runtime.boot_id)
+        await self.billing.load()
+        memory = MemoryDesk(self.memory, limit_bytes=0, reserve_bytes=0)
+        self.node = Node(
+            NodeSettings(
+                per_gpu=self.per_gpu,
+                max_hold_ns=10 * SECOND_NS,
+                release_timeout_ns=self.release_timeout_ns,
+                max_waiting=100,
+                types={"fc.gpu.ada.1": "Emulated L20"},
+            ),
+            self.gpus.gpus,
+            clock=self.clock,
+            gpus=self.gpus,
+            memory=memory,
+            events=self.events,
+            meters=self.billing,
+            new_uid=lambda: f"i-{next(self.uids)}",
+        )
+        self.node.shell = Shell(
+            clock=self.clock,
+            runtime=self.wrap(self.runtime),
+            freezer=self.wrap(self.freezer),
+            memory=memory,
+            store=store,
+            events=self.events,
+            request_ids=_IDS,
+            ready_timeout_s=self.ready_timeout_s,
+            stop_timeout_s=self.stop_timeout_s,
+            environment={},
+            store_problem=lambda: self.store_problem,
+        )
+        self.agents.append(self.node)
+
+    async def recover(self, deadline_s: float = 5.0) -> Found:
+        known = frozenset(self.node.desk.inventory)
+        found = await Recovery(self.node, known, instance_deadline_s=deadline_s, ask_again_s=0.001).run()
+        self.billing.settle()
+        return found
+
+    async def kill_agent(self) -> None:
+        """SIGKILL: whatever the agent was doing stops where it is; ports and containers do not notice."""
+        await kill(self.node)
+
+    async def restart(self) -> Found:
+        """SIGKILL, and a new agent that recovers."""
+        await self.billing.flush()
+        await self.kill_agent()
+        await self.boot()
+        return await self.recover()
+
+    async def create(self, function: FunctionSpec = OCR, request_id: str = "") -> Actor:
+        """One more instance, STARTING."""
+        return await self.node.create(request_id or f"create-{next(self.uids)}", function)
+
+    async def running(self, function: FunctionSpec = OCR) -> Actor:
+        """One more instance, RUNNING."""
+        actor = await self.create(function)
+        await until(actor, InstanceState.RUNNING)
+        return actor
+
+    async def frozen(self, function: FunctionSpec = OCR) -> Actor:
+        """One more instance, FROZEN by its idle timer."""
+        actor = await self.running(function)
+        self.clock.advance(function.idle.freeze_after_ns)
+        await until(actor, InstanceState.FROZEN)
+        await released(self, actor)
+        return actor
+
+    def names(self, uid: str = "") -> list[str]:
+        """Names of the events so far."""
+        return [event.name for event in self.events.read(instance_uid=uid)]
+
+    def messages(self, name: str) -> list[str]:
+        return [event.message for event in self.events.read() if event.name == name]
+
+    def holder(self, index: int = 0) -> str:
+        return self.node.desk.book.devices[self.gpus.gpus[index].uuid].holder
+
+
+async def kill(node: Node) -> None:
+    tasks: list[asyncio.Task[Any] | None] = [*node._creating.values(), *node._endings, *node.desk._proofs.values()]
+    for executor in node.executors.values():
+        executor._closed = True
+        tasks += [executor._task, executor._watch, executor._health._task]
+    for actor in node.actors.values():
+        actor._closed = True
+        for timer in (actor._idle_timer, actor._wake_timer):
+            if timer is not None:
+                timer.cancel()
+    living = [task for task in tasks if task is not None]
+    for task in living:
+        task.cancel()
+    await asyncio.gather(*living, return_exceptions=True)
+    if node.desk._timer is not None:
+        node.desk._timer.cancel()
+    for executor in node.executors.values():
+        if executor._actor.pool is not None:
+            executor._actor.pool.close()
+
+
+async def until(actor: Actor, *states: InstanceState) -> None:
+    await actor.wait_until(lambda i: i.state in states, PATIENCE_S, "TEST")
+
+
+async def released(world: World, actor: Actor) -> None:
+    """Wait for the proof that its GPUs are free."""
+    proof = world.node.desk._proofs.get(actor.uid)
+    if proof is not None:
+        await asyncio.wait_for(asyncio.shield(proof), PATIENCE_S)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Turn by turn of the loop, with a deadline."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def a_world(**knobs: Any) -> AsyncIterator[World]:
+    """A node with two GPUs and its instances' server; taken down whatever happened."""
+    app = App()
+    faults: list[BaseException] = []
+    server = await serve(
+        app.handle,
+        "127.0.0.1",
+        0,
+        Limits(),
+        request_ids=lambda: "1-0-0-0",
+        on_fault=faults.append,
+    )
+    app.port = server.port
+    world = World(app, **knobs)
+    await world.boot()
+    try:
+        yield world
+    finally:
+        for node in world.agents:
+            await kill(node)
+        await server.close(0.0)
+        await world.billing.stop()
+    assert not faults, faults
+
+
+def environment_of(world: World, uid: str) -> Mapping[str, str]:
+    return world.runtime.containers[uid].spec.environment
