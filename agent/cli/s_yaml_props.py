@@ -14,6 +14,9 @@ from msgspec import UNSET, Meta, UnsetType
 
 from agent.config import Duration, bad_key
 
+MOST_MIB = 64 << 20
+"""Bound of sizes (64 TiB): what is larger than Function Compute offers is warned about, this is refused."""
+
 
 def _camel(field: str) -> str:
     """`freeze_after_ns` is the key `freezeAfter`: the value carries the unit. fc3 writes `alwaysAllocateGPU`."""
@@ -60,7 +63,7 @@ class GpuConfig(Part, frozen=True):
     """GPU type as Function Compute names it, and the memory that is billed."""
 
     gpu_type: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
-    gpu_memory_size: Annotated[int, Meta(ge=1024, multiple_of=1024)] | None = None
+    gpu_memory_size: Annotated[int, Meta(ge=1024, le=MOST_MIB, multiple_of=1024)] | None = None
 
 
 class Hook(Part, frozen=True):
@@ -142,12 +145,12 @@ class Props(Part, frozen=True):
     region: Annotated[str, Meta(min_length=1, max_length=64)] = "local"
     handler: Annotated[str, Meta(min_length=1, max_length=128)] = "index.handler"
     timeout: Annotated[int, Meta(ge=1, le=86_400)] = 3
-    cpu: Annotated[float, Meta(ge=0.05)] = 0.35
-    memory_size: Annotated[int, Meta(ge=128, multiple_of=64)] = 512
-    disk_size: Annotated[int, Meta(ge=512)] = 512
+    cpu: Annotated[float, Meta(ge=0.05, le=1024)] = 0.35
+    memory_size: Annotated[int, Meta(ge=128, le=MOST_MIB, multiple_of=64)] = 512
+    disk_size: Annotated[int, Meta(ge=512, le=MOST_MIB)] = 512
     instance_concurrency: Annotated[int, Meta(ge=1, le=200)] = 1
     gpu_config: GpuConfig | None = None
-    gpu_memory_size: Annotated[int, Meta(ge=1024, multiple_of=1024)] | None = None
+    gpu_memory_size: Annotated[int, Meta(ge=1024, le=MOST_MIB, multiple_of=1024)] | None = None
     environment_variables: dict[str, str] | None = None
     instance_lifecycle_config: InstanceLifecycleConfig | None = None
     provision_config: ProvisionConfig | None = None
