@@ -310,7 +310,8 @@ class World:
                 assert me.state in (InstanceState.RUNNING, InstanceState.STOPPING, InstanceState.FAILED)
                 assert me.busy or me.state.terminal, "\n".join(member.story[-20:])
             if me.state in (InstanceState.RUNNING, InstanceState.FREEZING, InstanceState.RESTORING):
-                assert me.holds and holders[uid] == 1, f"{uid} is {me.state} without its GPU"
+                assert me.holds, f"{uid} is {me.state} without its GPU"
+                assert holders[uid] == 1, f"{uid} is {me.state} and the book does not know"
             if me.holds:
                 assert holders[uid] == 1, f"{uid} believes it holds a GPU"
             if me.state in (InstanceState.FROZEN, InstanceState.WAITING_GPU):
