@@ -7,6 +7,7 @@ import json
 import sys
 import time
 import urllib.parse
+from contextlib import suppress
 from typing import BinaryIO
 
 import click
@@ -99,7 +100,9 @@ def _send(verb: str, target: str, body: bytes, fields: dict[str, str], timeout_s
     started = time.monotonic()
     try:
         with blocking_progress("waiting for the answer"):
-            connection.request(verb, target, body=body or None, headers=fields)
+            # A gateway that refuses a body may answer and close before it has taken all of it.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(verb, target, body=body or None, headers=fields)
             answer = connection.getresponse()
         _say_head(answer, include, time.monotonic() - started)
         if answer.getheader("x-fc-request-id") and answer.status >= 400 and not answer.getheader("x-fc-instance-id"):
@@ -108,7 +111,7 @@ def _send(verb: str, target: str, body: bytes, fields: dict[str, str], timeout_s
             _copy(answer)
             if answer.status >= 400:
                 note(f"hibernode: the function answered HTTP {answer.status}")
-    except BrokenPipeError:
+    except BrokenPipeError:  # of stdout: nobody reads the answer any more
         raise
     except TimeoutError as error:
         message = f"the gateway at {gateway} sent nothing for {timeout_s:g} s; try a longer --timeout"

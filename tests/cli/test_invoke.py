@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 from pathlib import Path
 
@@ -52,6 +53,20 @@ def test_an_answer_cut_in_the_middle_is_no_success(at_home: Run) -> None:
     done = at_home("invoke", "cut")
     assert (done.code, done.out) == (5, "half")
     assert "(ANSWER_CUT)" in done.err
+
+
+def test_a_gateway_that_answers_before_it_has_the_whole_body(at_home: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer counts; a broken pipe to the gateway is not a reader of stdout that left."""
+    real = http.client.HTTPConnection.request
+
+    def cut_off(connection: http.client.HTTPConnection, verb: str, target: str, **_: object) -> None:
+        real(connection, verb, target)
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(http.client.HTTPConnection, "request", cut_off)
+    done = at_home("invoke", "full", "--event", "a large body")
+    assert done.code == 5
+    assert "full is refused (ResourceExhausted" in done.err
 
 
 def test_nobody_there(run: Run) -> None:
