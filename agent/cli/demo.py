@@ -64,11 +64,14 @@ def demo(as_json: bool, keep: bool, state_dir: Path | None, flip_byte: bool, qui
 
     timeline = Timeline(sys.stderr if as_json else sys.stdout)
     wanted = Wanted(state_dir, as_json, keep, flip_byte, quick)
-    return asyncio.run(_interruptible(_demo(timeline, wanted)))
+    code = asyncio.run(_interruptible(_demo(timeline, wanted)))
+    if code is None:
+        raise KeyboardInterrupt
+    return code
 
 
-async def _interruptible(work: Any) -> int:
-    """SIGINT and SIGTERM cancel the story, and the world is taken down in order."""
+async def _interruptible(work: Any) -> int | None:
+    """SIGINT and SIGTERM cancel the story, and the world is taken down in order; then the answer is None."""
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -76,7 +79,7 @@ async def _interruptible(work: Any) -> int:
     try:
         code: int = await task
     except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+        return None
     return code
 
 

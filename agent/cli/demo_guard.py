@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-DEADLINE_S = 45.0
+PATIENCE_S, DEADLINE_S = 30.0, 45.0
+"""Until daemons that do not follow SIGTERM are killed, and until the guard gives up."""
 POLL_S = 0.1
 
 
@@ -28,13 +29,13 @@ def main() -> None:
         return
     cgroups = set(_cgroups(state_dir))
     mark = f"HIBERNODE_INSTANCE={_text(state_dir / 'agent' / 'uuid')}/"
-    deadline = time.monotonic() + DEADLINE_S
+    patience, deadline = time.monotonic() + PATIENCE_S, time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:
         cgroups |= set(_cgroups(state_dir))
-        pids = list(_instances(mark))
-        for pid in pids:
+        pids, daemons = list(_instances(mark)), list(_daemons(state_dir))
+        for pid in pids + (daemons if time.monotonic() > patience else []):
             _kill(pid)
-        if not pids and not list(_daemons(state_dir)):
+        if not pids and not daemons:
             break
         time.sleep(POLL_S)
     for cgroup in cgroups:

@@ -140,7 +140,7 @@ class Timeline:
         line.append("\n".join(clean(part) for part in text.splitlines()), style=style)
         try:
             self._console.print(line, soft_wrap=True)
-        except OSError:  # nobody reads any more (a pipe to `head`): what was started is still ended in order
+        except (OSError, SystemExit):  # rich's way to say that nobody reads any more (`| head`): no reason to stop
             self._console.quiet = True
 
 

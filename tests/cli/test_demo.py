@@ -197,6 +197,29 @@ def test_interrupted_at_once_it_leaves_nothing(run: Callable[..., Demo]) -> None
     assert list(demo.temporary.glob("hibernode-demo-*")) == []
 
 
+def test_goes_on_when_nobody_reads_any_more(run: Callable[..., Demo], tmp_path: Path) -> None:
+    """`hibernode demo | head -1`: what was started is used and ended in order."""
+    reader, writer = os.pipe()
+    home = tmp_path / "home"
+    options = ("demo", "--quick", "--keep", "--state-dir", str(home))
+    with (tmp_path / "err").open("wb") as stderr:
+        process = subprocess.Popen([*HIBERNODE, *options], stdout=writer, stderr=stderr, start_new_session=True)
+    os.close(writer)
+    try:
+        assert b"building" in os.read(reader, 200)
+        os.close(reader)
+        deadline = time.monotonic() + DEADLINE_S
+        while "It stays up" not in (tmp_path / "err").read_text():
+            assert process.poll() is None, (tmp_path / "err").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)  # another program: it tells nobody
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_S) == 0
+        assert "Traceback" not in (tmp_path / "err").read_text()
+    finally:
+        process.kill()
+
+
 def test_without_a_compiler_says_what_to_install(run: Callable[..., Demo], tmp_path: Path) -> None:
     demo = run("--json", PATH="/nonexistent", CC="", XDG_CACHE_HOME=str(tmp_path / "empty"))
     assert demo.end() == 5
