@@ -189,6 +189,7 @@ It stays up until Ctrl-C. In another terminal:
   hibernode events --since 1m
   hibernode usage
   hibernode node
+  hibernode emulated ps --dir {home}/emulated
   hibernode deploy -t {home}/filetype.s.yaml --target 2
   ls {home}/logs
 """,

@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.cli.demo_files import Sample, difference, pick_samples
+from agent.cli.demo_client import DemoClient, Tally
+from agent.cli.demo_files import Sample, pick_samples
 from agent.cli.demo_processes import comes_true
 from agent.cli.demo_timeline import Timeline
 from agent.cli.demo_world import CALL_S, DemoWorld
 from agent.cli.ps_command import list_instances, state_of
-from agent.core.errors import DeadlineError, HibernodeError, UnavailableError
+from agent.core.errors import DeadlineError, UnavailableError
 from agent.core.types import SECOND_NS
-from agent.http.client import Pool
-from agent.http.limits import UpstreamLimits
 from agent.v1 import function_service_pb2, instance_service_pb2, types_pb2
 
 FUNCTION = "filetype"
@@ -26,7 +24,8 @@ INSTANCES = 3
 SAMPLES = 24
 FREEZE_AFTER = "800ms"
 LENDING_ROUND = 2
-DEPLOY_S, SETTLE_S, REQUEST_S, USAGE_S = 60.0, 30.0, 60.0, 10.0
+DEPLOY_S, SETTLE_S, WAKE_S = 60.0, 30.0, 20.0
+HOLD_NS = 5 * SECOND_NS
 FLIPPED_BYTE = 2_000_007
 """In the middle of the model's weights, the exponent of one."""
 
@@ -42,17 +41,6 @@ class Pace:
 
 QUICK = Pace((1, 3, 4, 2), 0.1)
 """For tests: every kind of round once."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """What the clients saw."""
-
-    requests: int = 0
-    failed: int = 0
-    different: int = 0
-    wake_request_ms: list[float] = field(default_factory=list)
-    latency_ms: list[float] = field(default_factory=list)
 
 
 class Story:
@@ -110,26 +98,26 @@ class Story:
     # ---- rounds -------------------------------------------------------------------------------------------------
 
     async def _rounds(self, agent: Any) -> None:
-        host, _, port = self._world.gateway.rpartition(":")
-        pool = Pool(host, int(port), UpstreamLimits())
+        client = DemoClient(self._world.gateway, FUNCTION, self.tally, self._timeline.trouble, self._timeline.alias)
         try:
             await self._until_all_asleep(agent)
             for number, count in enumerate(self._pace.rounds):
                 await asyncio.sleep(self._pace.sleep_s)  # nobody asks: this is what idle mode is for
                 if self._flip_byte and number == len(self._pace.rounds) // 2:
                     await self._flip(agent)
-                await self._round(agent, pool, count)
+                await self._round(agent, client, count)
                 if number == LENDING_ROUND:
                     await self._lend(agent)
                 await self._until_all_asleep(agent)
+            await self._each_alone(agent, client)
         finally:
-            pool.close()
+            client.close()
 
-    async def _round(self, agent: Any, pool: Pool, count: int) -> None:
+    async def _round(self, agent: Any, client: DemoClient, count: int) -> None:
         chosen = [self.samples[(self._turn + index) % len(self.samples)] for index in range(count)]
         self._turn += count
         woken = len(self.tally.wake_request_ms)
-        answers = await asyncio.gather(*(self._identify(pool, sample) for sample in chosen))
+        answers = await asyncio.gather(*(client.identify(sample) for sample in chosen))
         wakes = self.tally.wake_request_ms[woken:]
         await self._timeline.catch_up(agent)
         self._timeline.requests([(sample.path, answer) for sample, answer in zip(chosen, answers, strict=True)], wakes)
@@ -143,31 +131,20 @@ class Story:
         request = instance_service_pb2.WakeInstanceRequest(uid=asleep[0])
         await agent.call(agent.instances.WakeInstance, request, CALL_S)
 
-    async def _identify(self, pool: Pool, sample: Sample) -> dict[str, Any] | None:
-        """The function's answer; None if it failed."""
-        tally = self.tally
-        tally.requests += 1
-        began = time.monotonic_ns()
-        answer: dict[str, Any] = {}
-        try:
-            target = f"/fn/{FUNCTION}/".encode()
-            response = await pool.request(b"POST", target, [], sample.content, timeout_s=REQUEST_S)
-            answer = json.loads(response.body)
-            problem = "" if response.status == 200 else f"HTTP {response.status}: {str(answer)[:200]}"
-        except (HibernodeError, ValueError) as error:
-            response, problem = None, str(error)
-        if response is None or problem:
-            tally.failed += 1
-            self._timeline.trouble(f"{sample.path.name}: {problem}")
-            return None
-        tally.latency_ms.append((time.monotonic_ns() - began) / 1e6)
-        if answer != sample.expected:
-            tally.different += 1
-            self._timeline.trouble(f"{sample.path.name} is not as without freezing: {difference(answer, sample)}")
-        for name, value in response.headers:
-            if name.lower() == b"x-hibernode-wake-ms":
-                tally.wake_request_ms.append(float(value))
-        return answer
+    async def _each_alone(self, agent: Any, client: DemoClient) -> None:
+        """Whatever the dispatcher chose so far: in the end every instance must show its memory, all of it."""
+        self._timeline.say("each instance is woken alone and asked if every byte of its GPU memory is as it was")
+        for number, one in enumerate(await self.instances(agent)):
+            wake = instance_service_pb2.WakeInstanceRequest(uid=one.uid, hold_ns=HOLD_NS)
+            await agent.call(agent.instances.WakeInstance, wake, WAKE_S)
+            sample = self.samples[number % len(self.samples)]
+            answer = await client.identify(sample, by=one.uid)
+            intact = await client.verify(by=one.uid)
+            await self._timeline.catch_up(agent)
+            if answer == sample.expected and intact:
+                self._timeline.say(f"{self._timeline.alias(one.uid)}: every byte is as it was")
+            freeze = instance_service_pb2.FreezeInstanceRequest(uid=one.uid)
+            await agent.call(agent.instances.FreezeInstance, freeze, WAKE_S)
 
     async def _until_all_asleep(self, agent: Any) -> None:
         states: list[str] = []
@@ -192,8 +169,6 @@ class Story:
         with EmulatedDriver(self._world.driver_dir) as driver:
             driver.flip_byte(victim.pid, offset=FLIPPED_BYTE)
         self._timeline.say(f"rehearsal: one byte of frozen {self._timeline.alias(victim.uid)}'s GPU memory is flipped")
-        request = instance_service_pb2.WakeInstanceRequest(uid=victim.uid, hold_ns=5 * SECOND_NS)
-        await agent.call(agent.instances.WakeInstance, request, CALL_S)
 
 
 def s_yaml(request_log: Path) -> str:
