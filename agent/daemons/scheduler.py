@@ -107,13 +107,19 @@ class SchedulerDaemon:
         )
         self.links = Links(self.node_tokens, self._grpc_address_of, config.insecure)
         self._stack.push_async_callback(self.links.close)
-        self.wakes = Wakes(self.links, self.desk.tell, self.fleet.unreachable, config.dispatch.hold_ns)
-        self._stack.push_async_callback(self.wakes.close)
         self.catalog = Catalog(self.clock, self.store, self.desk.tell, self._poke, _defaults(config))
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.links, self.desk.tell)
         self.ingresses = Ingresses(self._ingress_address_of)
         self._stack.callback(self.ingresses.close)
         tokens = {name: token.encode() for name, token in self.node_tokens.items()}
+        self.wakes = Wakes(
+            self.ingresses.pool,
+            tokens.__getitem__,
+            self.desk.tell,
+            self.fleet.unreachable,
+            config.dispatch.hold_ns,
+        )
+        self._stack.push_async_callback(self.wakes.close)
         self.gateway = Gateway(
             self.clock,
             Router(config.gateway.domain),

@@ -1,7 +1,9 @@
 """Wake calls to agents: unary, with a deadline, a bounded number per node at once.
 
-The answer frees the instance's slots in the dispatcher before the agent's next report would. A call that finds nobody
-makes the node suspect, as a failed connection of the gateway does.
+They go over the ingress, on the connections that requests use: a request waits for each of them, and the same call by
+gRPC (InstanceService.WakeInstance) takes four times as long. The answer frees the instance's slots in the dispatcher
+before the agent's next report would. A call that finds nobody makes the node suspect, as a failed connection of the
+gateway does.
 """
 
 from __future__ import annotations
@@ -11,17 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from agent.core.dispatch_events import Event, Wake, WakeAnswered, WakeFailed
-from agent.core.errors import HibernodeError, UnavailableError
-from agent.core.types import SECOND_NS
+from agent.core.errors import HibernodeError, PreconditionError, UnavailableError
+from agent.core.types import MILLISECOND_NS
+from agent.http.client import Pool, Response
+from agent.http.errors import ConnectFailedError, UpstreamBrokenError
+from agent.http.message import Header
 from agent.log import get_logger
-from agent.scheduler.links import Links
-from agent.v1.instance_service_pb2 import WakeInstanceRequest
 
 WAKE_TIMEOUT_S = 60.0
 """Longest wake, the wait for a GPU included: queueTimeout's default, for then nobody waits for it any more."""
 PER_NODE = 64
 """Wakes at once on one node; further ones wait here."""
-UNREACHABLE = "UNREACHABLE"
+TARGET = b"/hibernode/wake"
+SLACK_S = 1.0
+"""On top of the agent's own deadline."""
+EXHAUSTED = "UPSTREAM_CONNECTIONS_EXHAUSTED"
 
 _log = get_logger()
 
@@ -39,14 +45,17 @@ class Wakes:
 
     def __init__(
         self,
-        links: Links,
+        pool_of: Callable[[str], Pool | None],
+        token_of: Callable[[str], bytes],
         tell: Callable[[Event], None],
         unreachable: Callable[[str], None],
         hold_ns: int,
         timeout_s: float = WAKE_TIMEOUT_S,
         per_node: int = PER_NODE,
     ) -> None:
-        self._links = links
+        """`pool_of`, `token_of`: of a node's ingress. `unreachable` is told which node refused a connection."""
+        self._pool_of = pool_of
+        self._token_of = token_of
         self._tell = tell
         self._unreachable = unreachable
         self._hold_ns = hold_ns
@@ -72,20 +81,42 @@ class Wakes:
 
     async def _run(self, wake: Wake) -> None:
         gate = self._gates.setdefault(wake.node, asyncio.Semaphore(self._per_node))
-        request = WakeInstanceRequest(uid=wake.uid, hold_ns=self._hold_ns, timeout_ns=int(self._timeout_s * SECOND_NS))
         try:
-            async with asyncio.timeout(self._timeout_s + 1), gate:
-                channel = self._links.channel(wake.node)
-                await channel.call(channel.instances.WakeInstance, request, self._timeout_s)
+            async with asyncio.timeout(self._timeout_s + 2 * SLACK_S), gate:
+                await self._call(wake)
         except (HibernodeError, TimeoutError) as error:
             self._failed(wake, error)
         else:
             self._tell(WakeAnswered(wake.uid))
 
+    async def _call(self, wake: Wake) -> None:
+        """Raises why the instance is not awake."""
+        pool = self._pool_of(wake.node)
+        if pool is None:
+            raise UnavailableError("NODE_UNKNOWN", f"node {wake.node} has not registered with this scheduler")
+        headers = [
+            (b"x-hibernode-token", self._token_of(wake.node)),
+            (b"x-hibernode-instance", wake.uid.encode()),
+            (b"x-hibernode-wake-hold-ms", b"%d" % (self._hold_ns // MILLISECOND_NS)),
+            (b"x-hibernode-deadline-ms", b"%d" % int(self._timeout_s * 1000)),
+        ]
+        try:
+            response = await self._post(pool, headers)
+        except UpstreamBrokenError:  # a kept connection may have been closed as it was used; a wake can be repeated
+            response = await self._post(pool, headers, fresh=True)
+        if response.status != 200:
+            refused = [value for name, value in response.headers if name == b"x-hibernode-refused"]
+            text = response.body[:300].decode(errors="replace")
+            reason = refused[0].decode("latin-1") if refused else "WAKE_REFUSED"
+            raise PreconditionError(reason, f"the agent answered {response.status} {text}")
+
+    async def _post(self, pool: Pool, headers: list[Header], *, fresh: bool = False) -> Response:
+        return await pool.request(b"POST", TARGET, headers, timeout_s=self._timeout_s + SLACK_S, fresh=fresh)
+
     def _failed(self, wake: Wake, error: HibernodeError | TimeoutError) -> None:
         self.counts.failed += 1
         reason = error.reason if isinstance(error, HibernodeError) else "WAKE_TIMEOUT"
         _log.warning("wake.failed", uid=wake.uid, node=wake.node, reason=reason, message=str(error))
-        if isinstance(error, UnavailableError) and error.reason == UNREACHABLE:
+        if isinstance(error, ConnectFailedError) and error.reason != EXHAUSTED:
             self._unreachable(wake.node)
         self._tell(WakeFailed(wake.uid))

@@ -120,6 +120,7 @@ class FakeIngress:
         self.script: list[Behaviour] = []
         self.default: Behaviour = echo
         self.more_headers: list[Header] = []
+        self.wake: Callable[[str], Awaitable[None]] = _wakes_nobody
         self.arrived = asyncio.Condition()
         self.left = asyncio.Event()
         self.port = 0
@@ -146,12 +147,28 @@ class FakeIngress:
     async def _handle(self, exchange: Exchange) -> None:
         head = exchange.head
         received = Received(head.method.decode(), head.target.decode(), list(head.headers))
+        if received.target == "/hibernode/wake" and received.get("x-hibernode-wake-hold-ms") is not None:
+            await self._wake(exchange, received.uid)
+            return
         exchange.on_gone(self.left.set)
         behave = self.script.pop(0) if self.script else self.default
         async with self.arrived:
             self.received.append(received)
             self.arrived.notify_all()
         await behave(self, exchange, received)
+
+    async def _wake(self, exchange: Exchange, uid: str) -> None:
+        """A Wake is no request: it is neither recorded nor scripted."""
+        try:
+            await self.wake(uid)
+        except HibernodeError as error:
+            await exchange.fail(error, "1-0-0-0", extra=[(b"x-hibernode-refused", error.reason.encode())])
+        else:
+            await exchange.answer(200, [(b"x-hibernode-free-slots", b"1")])
+
+
+async def _wakes_nobody(uid: str) -> None:
+    raise NotFoundError("INSTANCE_NOT_FOUND", "no such instance")
 
 
 def _raise_later(error: BaseException) -> None:
@@ -204,6 +221,7 @@ class FakeAgentNode(_Servicer):  # type: ignore[misc]  # see _Servicer
 
     def __post_init__(self) -> None:
         self.wake_gate.set()
+        self.ingress.wake = self._wake
         self._numbers = itertools.count(1)
         self._grpc: GrpcServer | None = None
         self._grpc_port = 0
@@ -236,6 +254,13 @@ class FakeAgentNode(_Servicer):  # type: ignore[misc]  # see _Servicer
         one.state, one.reason, one.message = state, reason, message
         self._report(uid)
 
+    async def _wake(self, uid: str) -> None:
+        self.woken.append(uid)
+        await self.wake_gate.wait()
+        if self.wake_error is not None:
+            raise self.wake_error
+        self.set_state(uid, Instance.STATE_RUNNING)
+
     # ---- InstanceService --------------------------------------------------------------------------------------
 
     async def CreateInstance(self, request: pb.CreateInstanceRequest, context: object) -> pb.CreateInstanceResponse:  # noqa: N802
@@ -262,14 +287,6 @@ class FakeAgentNode(_Servicer):  # type: ignore[misc]  # see _Servicer
         self.created.append(request.request_id)
         self._report(one.uid)
         return pb.CreateInstanceResponse(instance=self._show(one))
-
-    async def WakeInstance(self, request: pb.WakeInstanceRequest, context: object) -> pb.WakeInstanceResponse:  # noqa: N802
-        self.woken.append(request.uid)
-        await self.wake_gate.wait()
-        if self.wake_error is not None:
-            raise self.wake_error
-        self.set_state(request.uid, Instance.STATE_RUNNING)
-        return pb.WakeInstanceResponse(instance=self._show(self.instances[request.uid]), free_slots=1)
 
     async def StopInstance(self, request: pb.StopInstanceRequest, context: object) -> pb.StopInstanceResponse:  # noqa: N802
         one = self.instances.pop(request.uid, None)
