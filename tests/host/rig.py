@@ -250,3 +250,17 @@ async def a_world(**knobs: Any) -> AsyncIterator[World]:
 
 def environment_of(world: World, uid: str) -> Mapping[str, str]:
     return world.runtime.containers[uid].spec.environment
+
+
+async def enter(actor: Actor) -> None:
+    """One request gets in (waiting for a wake if need be)."""
+    ticket = actor.gate.try_enter()
+    if ticket is not None:
+        await actor.gate.wait(ticket, PATIENCE_S)
+
+
+async def hangs(exchange: Exchange) -> None:
+    """A handler that answers only by the caller's leaving."""
+    left = asyncio.Event()
+    exchange.on_gone(left.set)
+    await left.wait()
