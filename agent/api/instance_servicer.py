@@ -115,11 +115,11 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         if not 0 <= request.hold_ns <= MAX_HOLD_NS or request.timeout_ns < 0:
             raise InvalidArgumentError("HOLD_INVALID", "hold and timeout must be between 0 and 600 s")
         timeout_ns = min(request.timeout_ns or DEFAULT_WAKE_TIMEOUT_NS, MAX_HOLD_NS)
-        asked = self._clock.monotonic_ns()
-        actor.wake(request.hold_ns, asked + timeout_ns)
+        before = actor.figures.wakes
+        actor.wake(request.hold_ns, self._clock.monotonic_ns() + timeout_ns)
         # Also one that was awake and gave way again before we looked: waiting on would end in a timeout.
         await actor.wait_until(
-            lambda i: _awake_or_ended(i) or i.awake_since_ns >= asked, timeout_ns / SECOND_NS, "WAKE"
+            lambda i: _awake_or_ended(i) or actor.figures.wakes > before, timeout_ns / SECOND_NS, "WAKE"
         )
         _raise_if_failed(actor)
         if actor.state is not InstanceState.RUNNING:

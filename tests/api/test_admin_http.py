@@ -1,0 +1,93 @@
+"""Admin HTTP: read-only, for this machine's names and addresses only; every metric is there from the start."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from agent.api.admin_http import AdminServer
+from agent.api.agent_metrics import AgentHealth, AgentMetrics
+from tests.api.test_instance_servicer import observer_of
+from tests.host.rig import a_world
+
+
+@asynccontextmanager
+async def an_admin(host: str = "127.0.0.1", *, ready: bool = True) -> AsyncIterator[int]:
+    server = AdminServer(lambda: b"hibernode_ready 1.0\n", lambda: ready)
+    port = await server.start(host, 0)
+    try:
+        yield port
+    finally:
+        await server.stop()
+
+
+async def ask(port: int, path: str, *, host: str = "localhost", method: str = "GET") -> tuple[int, bytes]:
+    async with asyncio.timeout(5):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+async def test_what_it_says() -> None:
+    async with an_admin() as port:
+        assert await ask(port, "/healthz") == (200, b"ok\n")
+        assert await ask(port, "/readyz") == (200, b"ready\n")
+        assert await ask(port, "/metrics") == (200, b"hibernode_ready 1.0\n")
+    async with an_admin(ready=False) as port:
+        assert await ask(port, "/readyz") == (503, b"not ready\n")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+async def test_it_is_read_only(method: str) -> None:
+    async with an_admin() as port:
+        assert (await ask(port, "/metrics", method=method))[0] == 405
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:8612", "192.0.2.7:8612", "[::1]:8612", socket.gethostname()])
+async def test_our_own_names_and_addresses_are_served(host: str) -> None:
+    async with an_admin("0.0.0.0") as port:
+        assert (await ask(port, "/healthz", host=host))[0] == 200
+
+
+@pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
+async def test_a_foreign_name_is_a_rebinding(bound: str) -> None:
+    async with an_admin(bound) as port:
+        assert (await ask(port, "/metrics", host="evil.example"))[0] == 403
+
+
+async def test_an_address_that_is_taken_leaves_nothing_behind() -> None:
+    async with an_admin() as port:
+        with pytest.raises(OSError, match="in use"):
+            await AdminServer(bytes, lambda: True).start("127.0.0.1", port)
+
+
+async def test_metrics_tell_instances_gpus_and_the_health_of_the_ledger() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        health = AgentHealth(
+            store_ok=False, pending_windows=3, merged_windows=1, unmatched_ends=0, scheduler_connected=None
+        )
+        text = AgentMetrics(observer_of(world), lambda: health).render().decode()
+        lines = set(text.splitlines())
+        uuid = actor.gpu_uuids[0]
+        assert {
+            'hibernode_instances{state="RUNNING"} 1.0',
+            'hibernode_instances{state="FROZEN"} 0.0',
+            "hibernode_ready 1.0",
+            "hibernode_store_ok 0.0",
+            "hibernode_ledger_pending_windows 3.0",
+            "hibernode_ledger_merged_windows_total 1.0",
+            f'hibernode_gpu_held{{gpu="{uuid}"}} 1.0',
+            f'hibernode_wakes_total{{function="ocr",uid="{actor.uid}"}} 0.0',
+            f'hibernode_instance_healthy{{function="ocr",uid="{actor.uid}"}} 1.0',
+        } <= lines
+        assert "scheduler_connected" not in text
+        assert "instance=" not in text, "Prometheus uses that label itself"
