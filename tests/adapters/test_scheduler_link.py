@@ -1,0 +1,193 @@
+"""The line to the scheduler, on a real gRPC server that plays it: reports, resync, outages, uploads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from agent.adapters import scheduler_link
+from agent.adapters.scheduler_link import SchedulerLink
+from agent.core.errors import UnavailableError
+from agent.core.types import SECOND_NS, InstanceState
+from agent.v1 import scheduler_service_pb2_grpc, usage_service_pb2, usage_service_pb2_grpc
+from agent.v1.scheduler_service_pb2 import ReportLoadRequest, ReportLoadResponse
+from agent.v1.types_pb2 import Instance
+from agent.wire.clients import DaemonChannel
+from agent.wire.server import GrpcServer, Services
+from agent.wire.tokens import Principal, Role, TokenTable
+from tests.api.test_instance_servicer import observer_of
+from tests.host.rig import World, a_world, eventually, until
+
+TOKEN = "node-credential-0123456789"
+
+
+@dataclass
+class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer, usage_service_pb2_grpc.UsageServiceServicer):
+    """Writes down what it hears. `resync_at`: at this sequence number it asks for everything anew, once."""
+
+    heard: list[ReportLoadRequest] = field(default_factory=list)
+    news: asyncio.Condition = field(default_factory=asyncio.Condition)
+    resync_at: int = 0
+    end_after: int = 0
+    refuse_uploads: bool = False
+    uploads: list[list[tuple[str, int]]] = field(default_factory=list)
+    acknowledge: int = 1 << 30
+
+    async def ReportLoad(  # noqa: N802
+        self, request_iterator: AsyncIterator[ReportLoadRequest], context: object
+    ) -> AsyncIterator[ReportLoadResponse]:
+        async for message in request_iterator:
+            async with self.news:
+                self.heard.append(message)
+                self.news.notify_all()
+            resync = message.sequence == self.resync_at
+            self.resync_at = 0 if resync else self.resync_at
+            yield ReportLoadResponse(node="n1", resync=resync)
+            if message.sequence == self.end_after:
+                self.end_after = 0
+                return
+
+    async def UploadUsageWindows(  # noqa: N802
+        self, request: usage_service_pb2.UploadUsageWindowsRequest, context: object
+    ) -> usage_service_pb2.UploadUsageWindowsResponse:
+        if self.refuse_uploads:
+            raise UnavailableError("STORE_FAILED", "no room")
+        self.uploads.append([(window.instance_uid, window.seq) for window in request.windows])
+        answer = usage_service_pb2.UploadUsageWindowsResponse()
+        for uid in sorted({window.instance_uid for window in request.windows}):
+            seqs = [w.seq for w in request.windows if w.instance_uid == uid and w.seq <= self.acknowledge]
+            if seqs:
+                answer.marks.add(instance_uid=uid, seq=max(seqs))
+        return answer
+
+    async def until_heard(self, what: object, deadline_s: float = 10.0) -> ReportLoadRequest:
+        """The first message for which `what` holds."""
+        assert callable(what)
+        async with asyncio.timeout(deadline_s), self.news:
+            await self.news.wait_for(lambda: any(what(message) for message in self.heard))
+        return next(message for message in self.heard if what(message))
+
+
+@dataclass
+class Line:
+    world: World
+    link: SchedulerLink
+    scheduler: Scheduler
+
+
+@asynccontextmanager
+async def a_line(**knobs: object) -> AsyncIterator[Line]:
+    scheduler = Scheduler(**knobs)  # type: ignore[abstract, arg-type]  # the rest of them is not called
+    tokens = TokenTable([(TOKEN, Principal("n1", Role.NODE))])
+    server = GrpcServer(Services(scheduler=scheduler, usage=scheduler), tokens)
+    port = server.bind_tcp("127.0.0.1", 0)
+    await server.start()
+    async with a_world() as world, DaemonChannel(f"127.0.0.1:{port}", TOKEN) as channel:
+        link = SchedulerLink(channel, observer_of(world), world.node.actors, world.store, 0.01)
+        world.node.listeners.append(link)
+        running = asyncio.create_task(link.run())
+        try:
+            yield Line(world, link, scheduler)
+            assert not running.done(), "it goes on through everything"
+        finally:
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+            await server.stop(0)
+
+
+def shows(uid: str, state: Instance.State.ValueType) -> object:
+    return lambda message: any(one.uid == uid and one.state == state for one in message.instances)
+
+
+async def test_it_registers_and_then_reports_changes_at_once() -> None:
+    async with a_line() as line:
+        first = await line.scheduler.until_heard(lambda message: True)
+        assert (first.sequence, first.snapshot) == (1, True)
+        assert len(first.registration.gpus) == 2
+        actor = await line.world.running()
+        change = await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RUNNING))
+        assert not change.snapshot
+        numbers = [message.sequence for message in line.scheduler.heard]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert line.link.connected
+
+
+async def test_an_instance_that_is_gone_is_reported_as_gone() -> None:
+    from agent.core.lifecycle_events import StopAsked
+
+    async with a_line() as line:
+        actor = await line.world.running()
+        await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RUNNING))
+        actor.handle(StopAsked(SECOND_NS))
+        await line.scheduler.until_heard(lambda message: actor.uid in message.removed_uids)
+
+
+async def test_a_resync_sends_everything_anew() -> None:
+    async with a_line(resync_at=2) as line:
+        actor = await line.world.running()
+        again = await line.scheduler.until_heard(lambda message: message.snapshot and message.sequence > 1)
+        assert [one.uid for one in again.instances] == [actor.uid]
+
+
+async def test_a_stream_that_ends_is_opened_again_with_everything() -> None:
+    async with a_line(end_after=1) as line:
+        actor = await line.world.running()
+
+        def fresh(message: ReportLoadRequest) -> bool:
+            return message.sequence == 1 and bool(message.instances)
+
+        again = await line.scheduler.until_heard(fresh)
+        assert again.registration.gpus
+        assert again.instances[0].uid == actor.uid
+
+
+async def test_a_bug_in_a_report_does_not_end_the_reports() -> None:
+    async with a_line() as line:
+        await line.scheduler.until_heard(lambda message: True)
+        real, failed = line.link._observer.node, asyncio.Event()
+
+        def broken() -> object:
+            failed.set()
+            line.link._observer.node = real  # type: ignore[method-assign]
+            raise KeyError("a GPU nobody knows")
+
+        line.link._observer.node = broken  # type: ignore[assignment, method-assign]
+        actor = await line.world.running()
+        await asyncio.wait_for(failed.wait(), 5)
+        await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RUNNING))
+
+
+async def test_windows_are_uploaded_until_acknowledged() -> None:
+    async with a_line(acknowledge=0) as line:
+        actor = await line.world.frozen()
+        line.world.clock.advance(SECOND_NS)
+        line.world.billing.changed(actor.uid, InstanceState.FROZEN)
+        await line.world.billing.flush()
+        await eventually(lambda: bool(line.scheduler.uploads) and line.scheduler.uploads[-1][0][1] > 0)
+        line.scheduler.acknowledge = 1 << 30
+        sealed = {(w.instance_uid, w.seq) for w in await line.world.store.read_windows() if w.sealed}
+        await eventually(lambda: line.world.store._acknowledged >= sealed)
+        assert await line.link.upload_once() is False, "nothing is sent twice"
+
+
+async def test_an_upload_that_fails_is_tried_again_and_forgets_nothing() -> None:
+    async with a_line(refuse_uploads=True) as line:
+        actor = await line.world.running()
+        line.world.clock.advance(SECOND_NS)
+        line.world.billing.changed(actor.uid, InstanceState.RUNNING)
+        await line.world.billing.flush()
+        before = await line.world.store.unacknowledged(10)
+        assert before
+        line.scheduler.refuse_uploads = False
+        keys = {(w.instance_uid, w.seq) for w in before}
+        await eventually(lambda: line.world.store._acknowledged >= keys)
+        assert {key for batch in line.scheduler.uploads for key in batch} >= keys
+        await until(actor, InstanceState.RUNNING)
+
+
+def test_the_bounds_are_those_of_the_design() -> None:
+    assert (scheduler_link.COALESCE_S, scheduler_link.HEARTBEAT_S) == (0.005, 1.0)
