@@ -8,18 +8,25 @@ keys do not (agent/config.py). An empty path means the place named beside it.
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
 from agent.config import Duration, Section, Size, bad_key
+from agent.core.function_rules import MAX_QUEUE_LENGTH, MAX_QUEUE_TIMEOUT_NS, MAX_WAKE_FACTOR
 from agent.core.types import GIB, MIB, MILLISECOND_NS, SECOND_NS
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "console"]
 BillingKind = Literal["active", "idle", "unbilled"]
+
+MAX_HOLD_NS = 600 * SECOND_NS
+"""What an agent's WakeInstance takes as `hold_ns`."""
+_DOMAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII)
+_NODE_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
 
 
 def _positive(**values: int) -> None:
@@ -276,6 +283,10 @@ class Gateway(Section, frozen=True):
     port: Port = 8600
     domain: str = "localhost"
 
+    def __post_init__(self) -> None:
+        if not _DOMAIN.fullmatch(self.domain):
+            raise bad_key("domain", f"must be a host name such as functions.example.com, got {self.domain[:80]!r}")
+
 
 class NodeCredential(Section, frozen=True):
     """A node that may register, and the file with the token that is its name's proof."""
@@ -284,8 +295,8 @@ class NodeCredential(Section, frozen=True):
     token_file: str
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise bad_key("name", "must not be empty")
+        if not _NODE_NAME.fullmatch(self.name):
+            raise bad_key("name", f"must be 1 to 255 letters, digits, `.`, `_` or `-`, got {self.name[:80]!r}")
         if not self.token_file:
             raise bad_key("token_file", "must not be empty")
         _absolute("token_file", self.token_file)
@@ -307,13 +318,18 @@ class Dispatch(Section, frozen=True):
     """Defaults for functions whose s.yaml says nothing."""
 
     policy: Literal["pack", "spread"] = "pack"
-    wake_factor: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    queue_length: Annotated[int, msgspec.Meta(ge=0)] = 1000
+    wake_factor: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAKE_FACTOR)] = 0.0
+    queue_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_QUEUE_LENGTH)] = 1000
     queue_timeout_ns: Duration = Duration(60 * SECOND_NS)
     hold_ns: Duration = Duration(2 * SECOND_NS)
 
     def __post_init__(self) -> None:
+        """Within what a deploy may say itself, and what an agent's Wake takes: else every deploy or wake would fail."""
         _positive(queue_timeout=self.queue_timeout_ns)
+        if self.queue_timeout_ns > MAX_QUEUE_TIMEOUT_NS:
+            raise bad_key("queue_timeout", "must be at most 1h")
+        if self.hold_ns > MAX_HOLD_NS:
+            raise bad_key("hold", "must be at most 10m")
 
 
 class SchedulerConfig(Section, frozen=True):

@@ -14,6 +14,7 @@ from agent.core.errors import (
     PreconditionError,
     UnsupportedError,
 )
+from agent.core.function_rules import check_function
 from agent.core.lifecycle import Instance
 from agent.core.lifecycle_events import FreezeAsked, StopAsked
 from agent.core.types import SECOND_NS, InstanceState
@@ -65,7 +66,9 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
             raise InvalidArgumentError("REQUEST_ID_INVALID", "request_id must have 1 to 200 characters")
         if not request.spec.HasField("queue_timeout_ns"):
             request.spec.queue_timeout_ns = self._queue_timeout_ns
-        actor = await self._node.create(request.request_id, function_from_proto(request.spec))
+        function = function_from_proto(request.spec)
+        check_function(function)
+        actor = await self._node.create(request.request_id, function)
         if request.wait:
             await actor.wait_until(lambda i: i.state is not InstanceState.STARTING, MAX_WAIT_S, "START")
             _raise_if_failed(actor)

@@ -121,7 +121,7 @@ class Hibernode(Part, frozen=True):
     idle: Literal["require", "prefer", "never"] | None = None
     dispatch: Literal["pack", "spread"] | UnsetType = UNSET
     wake_factor: Annotated[float, Meta(ge=0, le=1_000_000)] | UnsetType = UNSET
-    queue_length: Annotated[int, Meta(ge=0, le=100_000)] | UnsetType = UNSET
+    queue_length: Annotated[int, Meta(ge=1, le=100_000)] | UnsetType = UNSET
     queue_timeout_ns: Duration | UnsetType = UNSET
     gpus: Annotated[int, Meta(ge=0, le=64)] | None = None
 

@@ -9,10 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from agent.core.function_rules import HOST_IMAGE
 from agent.core.types import FunctionSpec
-
-HOST_IMAGE = "host"
-"""The image name that asks for the process runtime; any other needs a container engine."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,15 @@
-"""What a deploy must keep to: Function Compute's ranges, our own bounds, and what this version can do.
+"""What a deploy must keep to beyond the spec's own ranges (core/function_rules.py): target, triggers, and what this
+version can do.
 
 Each breach is an InvalidArgumentError that names the field and the fix.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import NoReturn
 
-from agent.core.errors import InvalidArgumentError, UnsupportedError
+from agent.core.errors import UnsupportedError
+from agent.core.function_rules import bounded, check_function, wrong
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.v1 import types_pb2
 from agent.v1.function_service_pb2 import DeployFunctionRequest, HttpTrigger
@@ -17,15 +17,8 @@ from agent.wire.convert_enums import dispatch_to_proto
 from agent.wire.convert_function import function_from_proto
 
 MAX_TARGET = 10_000
-MAX_CONCURRENCY = 200
-MAX_TIMEOUT_NS = 86_400 * SECOND_NS
-MAX_QUEUE_LENGTH = 100_000
-MAX_QUEUE_TIMEOUT_NS = 3_600 * SECOND_NS
-MAX_ENVIRONMENT_BYTES = 4096
 MAX_TRIGGERS = 10
-HOST_IMAGE = "host"
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 
 
@@ -57,8 +50,8 @@ def checked(
         message.queue_length = defaults.queue_length
     if not message.HasField("queue_timeout_ns"):
         message.queue_timeout_ns = defaults.queue_timeout_ns
-    _check_spec(message)
-    _bounded("target", request.target, 0, MAX_TARGET)
+    check_function(function_from_proto(message))
+    bounded("target", request.target, 0, MAX_TARGET)
     return message, _triggers(request)
 
 
@@ -70,46 +63,9 @@ def warnings_of(request: DeployFunctionRequest) -> list[str]:
     return found
 
 
-def _check_spec(message: types_pb2.FunctionSpec) -> None:
-    if not _NAME.fullmatch(message.name):
-        _wrong("name", "must be 1 to 64 letters, digits, `_` or `-`")
-    spec = function_from_proto(message)
-    if not spec.image:
-        _wrong("image", "is required; `host` runs the entrypoint on the host")
-    if spec.image == HOST_IMAGE and not (spec.entrypoint or spec.command):
-        _wrong("entrypoint", "is required with image `host`")
-    _bounded("port", spec.port, 1, 65535)
-    _bounded("instance_concurrency", spec.instance_concurrency, 1, MAX_CONCURRENCY)
-    _bounded("timeout_ns", spec.timeout_ns, 1, MAX_TIMEOUT_NS)
-    _bounded("queue_length", spec.queue_length, 0, MAX_QUEUE_LENGTH)
-    _bounded("queue_timeout_ns", spec.queue_timeout_ns, 1, MAX_QUEUE_TIMEOUT_NS)
-    _bounded("gpu.count", spec.gpu.count, 0, 64)
-    _bounded("gpu.memory_bytes", spec.gpu.memory_bytes, 0, 1 << 50)
-    _bounded("memory_bytes", spec.memory_bytes, 1, 1 << 50)
-    _bounded("disk_bytes", spec.disk_bytes, 0, 1 << 60)
-    _bounded("vcpu_millis", spec.vcpu_millis, 1, 1_000_000)
-    _bounded("idle_policy.freeze_after_ns", spec.idle.freeze_after_ns, 0, MAX_TIMEOUT_NS)
-    _bounded("idle_policy.min_awake_ns", spec.idle.min_awake_ns, 0, MAX_TIMEOUT_NS)
-    if not 0 <= spec.wake_factor < 1e6:
-        _wrong("wake_factor", "must be 0 or more")
-    _check_environment(spec.environment)
-
-
-def _check_environment(environment: tuple[tuple[str, str], ...]) -> None:
-    total = 0
-    for name, value in environment:
-        total += len(name.encode()) + len(value.encode())
-        if name.startswith("FC_"):
-            _wrong(f"environment.{name}", "the prefix FC_ is reserved; choose another name")
-        if not name or "=" in name or "\0" in name + value:
-            _wrong(f"environment.{name}", "is not a possible name or value of an environment variable")
-    if total > MAX_ENVIRONMENT_BYTES:
-        _wrong("environment", f"has {total} bytes in total, more than {MAX_ENVIRONMENT_BYTES}")
-
-
 def _triggers(request: DeployFunctionRequest) -> tuple[HttpTrigger, ...]:
     if len(request.triggers) > MAX_TRIGGERS:
-        _wrong("triggers", f"at most {MAX_TRIGGERS}")
+        wrong("triggers", f"at most {MAX_TRIGGERS}")
     found = []
     for given in request.triggers:
         if given.auth_type not in (HttpTrigger.AUTH_TYPE_UNSPECIFIED, HttpTrigger.AUTH_TYPE_ANONYMOUS):
@@ -122,7 +78,7 @@ def _triggers(request: DeployFunctionRequest) -> tuple[HttpTrigger, ...]:
         methods = [method.upper() for method in given.methods]
         for method in methods:
             if method not in _METHODS:
-                _wrong(f"triggers.{given.name}.methods", f"{method[:16]!r} is not one of {', '.join(sorted(_METHODS))}")
+                wrong(f"triggers.{given.name}.methods", f"{method[:16]!r} is not one of {', '.join(sorted(_METHODS))}")
         found.append(HttpTrigger(name=given.name, auth_type=HttpTrigger.AUTH_TYPE_ANONYMOUS, methods=methods))
     if not found or any(not trigger.methods for trigger in found):
         # One trigger for all methods makes the lists of the others meaningless; the gateway sees one set.
@@ -130,12 +86,3 @@ def _triggers(request: DeployFunctionRequest) -> tuple[HttpTrigger, ...]:
             HttpTrigger(name="default", auth_type=HttpTrigger.AUTH_TYPE_ANONYMOUS)
         ]
     return tuple(found)
-
-
-def _bounded(field: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        _wrong(field, f"must be {low} to {high}, got {value}")
-
-
-def _wrong(field: str, problem: str) -> NoReturn:
-    raise InvalidArgumentError("SPEC_INVALID", f"{field}: {problem}", field=field[:100])

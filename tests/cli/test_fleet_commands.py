@@ -35,9 +35,9 @@ def test_deploy_sends_only_what_the_file_says(at_home: Run, s_yaml: Path) -> Non
     """The scheduler has defaults of its own for the rest."""
     sent = at_home("deploy", "-t", name_it(s_yaml, "plain"), "--dry-run", "-o", "json").json["functions"][0]["spec"]
     assert (sent["queue_length"], sent["queue_timeout_ns"], sent["dispatch"]) == (None, None, "UNSPECIFIED")
-    more = "      hibernode: {dispatch: spread, queueLength: 0}\n"
+    more = "      hibernode: {dispatch: spread, queueLength: 1}\n"
     sent = at_home("deploy", "-t", name_it(s_yaml, "plain", more), "--dry-run", "-o", "json").json["functions"][0]
-    assert (sent["spec"]["queue_length"], sent["spec"]["dispatch"]) == (0, "SPREAD")
+    assert (sent["spec"]["queue_length"], sent["spec"]["dispatch"]) == (1, "SPREAD")
 
 
 def test_deploy_without_a_number_keeps_the_target_there_is(at_home: Run, s_yaml: Path) -> None:

@@ -1,0 +1,133 @@
+"""What a function's spec must keep to, whoever sends it: Function Compute's ranges, and bounds of our own.
+
+One check for a deploy (scheduler) and for a create (agent), since both are called by programs as well as by our command
+line. `s.yaml` has messages of its own, with lines (`cli/s_yaml_props.py`); a test holds its ranges inside these.
+Pure. Each breach names the field as the protos do, and the fix.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NoReturn
+
+from agent.core.errors import InvalidArgumentError
+from agent.core.types import SECOND_NS, FunctionSpec, HealthCheck, Hooks
+
+HOST_IMAGE = "host"
+MAX_CONCURRENCY = 200
+MAX_TIMEOUT_NS = 86_400 * SECOND_NS
+MAX_QUEUE_LENGTH = 100_000
+MAX_QUEUE_TIMEOUT_NS = 3_600 * SECOND_NS
+MAX_WAKE_FACTOR = 1_000_000
+MAX_ENVIRONMENT_BYTES = 4096
+MAX_ARGUMENT_BYTES = 128 * 1024
+"""Of entrypoint and command together: what Linux takes as one argument, and more than anybody writes."""
+MAX_GPUS = 64
+MAX_VCPU_MILLIS = 1_024_000
+MAX_SIZE_BYTES = 1 << 50
+RESERVED_PREFIX = "FC_"
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9._-]{0,64}", re.ASCII)
+# Some of these texts travel in headers (x-fc-region, x-fc-function-handler): nothing that could end a line.
+_VISIBLE = re.compile(r"[\x21-\x7e]*", re.ASCII)
+_PRINTABLE = re.compile(r"[\x20-\x7e]*", re.ASCII)
+
+
+def check_function(spec: FunctionSpec) -> None:
+    """Raises InvalidArgumentError SPEC_INVALID for the first field out of its range; `field` is in its metadata."""
+    if not _NAME.fullmatch(spec.name):
+        wrong("name", "must be 1 to 64 letters, digits, `_` or `-`")
+    if not _REVISION.fullmatch(spec.revision):
+        wrong("revision", "must be at most 64 letters, digits, `.`, `_` or `-`")
+    _check_program(spec)
+    bounded("port", spec.port, 1, 65535)
+    bounded("instance_concurrency", spec.instance_concurrency, 1, MAX_CONCURRENCY)
+    bounded("timeout_ns", spec.timeout_ns, 1, MAX_TIMEOUT_NS)
+    # 0 would mean that nobody may wait, not even for a wake: a frozen function could never be called again.
+    bounded("queue_length", spec.queue_length, 1, MAX_QUEUE_LENGTH)
+    bounded("queue_timeout_ns", spec.queue_timeout_ns, 1, MAX_QUEUE_TIMEOUT_NS)
+    _check_sizes(spec)
+    bounded("idle_policy.freeze_after_ns", spec.idle.freeze_after_ns, 0, MAX_TIMEOUT_NS)
+    bounded("idle_policy.min_awake_ns", spec.idle.min_awake_ns, 0, MAX_TIMEOUT_NS)
+    if not 0 <= spec.wake_factor <= MAX_WAKE_FACTOR:
+        wrong("wake_factor", f"must be 0 to {MAX_WAKE_FACTOR}")
+    _check_hooks(spec.hooks)
+    if spec.health_check is not None:
+        _check_health(spec.health_check)
+    _check_environment(spec.environment)
+
+
+def bounded(field: str, value: int, low: int, high: int) -> None:
+    """Raises InvalidArgumentError unless low <= value <= high."""
+    if not low <= value <= high:
+        wrong(field, f"must be {low} to {high}, got {value}")
+
+
+def wrong(field: str, problem: str) -> NoReturn:
+    """The one shape of these errors."""
+    raise InvalidArgumentError("SPEC_INVALID", f"{field[:100]}: {problem}", field=field[:100])
+
+
+def _check_program(spec: FunctionSpec) -> None:
+    if not spec.image:
+        wrong("image", "is required; `host` runs the entrypoint on the host")
+    if len(spec.image) > 1024 or not _VISIBLE.fullmatch(spec.image):
+        wrong("image", "must be at most 1024 visible ASCII characters")
+    if spec.image == HOST_IMAGE and not (spec.entrypoint or spec.command):
+        wrong("entrypoint", "is required with image `host`")
+    for field, words in (("entrypoint", spec.entrypoint), ("command", spec.command)):
+        if any("\0" in word for word in words):
+            wrong(field, "an argument can't hold a NUL")
+    total = sum(len(word.encode("utf-8", "surrogatepass")) + 1 for word in (*spec.entrypoint, *spec.command))
+    if total > MAX_ARGUMENT_BYTES:
+        wrong("command", f"has {total} bytes together with entrypoint, more than {MAX_ARGUMENT_BYTES}")
+    for field, text, most in (("handler", spec.handler, 128), ("region", spec.region, 64)):
+        if len(text) > most or not _PRINTABLE.fullmatch(text):
+            wrong(field, f"must be at most {most} printable ASCII characters")
+
+
+def _check_sizes(spec: FunctionSpec) -> None:
+    bounded("gpu.count", spec.gpu.count, 0, MAX_GPUS)
+    bounded("gpu.memory_bytes", spec.gpu.memory_bytes, 0, MAX_SIZE_BYTES)
+    for field, text in (("gpu.model", spec.gpu.model), ("gpu.gpu_type", spec.gpu.gpu_type)):
+        if len(text) > 128 or not _PRINTABLE.fullmatch(text):
+            wrong(field, "must be at most 128 printable ASCII characters")
+    bounded("memory_bytes", spec.memory_bytes, 1, MAX_SIZE_BYTES)
+    bounded("disk_bytes", spec.disk_bytes, 0, MAX_SIZE_BYTES)
+    bounded("vcpu_millis", spec.vcpu_millis, 1, MAX_VCPU_MILLIS)
+
+
+def _check_hooks(hooks: Hooks) -> None:
+    """Facts: the initializer may take 300 s, the others 90 s."""
+    named = (
+        ("initializer", hooks.initializer, 300),
+        ("pre_freeze", hooks.pre_freeze, 90),
+        ("pre_stop", hooks.pre_stop, 90),
+    )
+    for name, hook, most_s in named:
+        if hook is not None:
+            bounded(f"hooks.{name}.timeout_ns", hook.timeout_ns, 1, most_s * SECOND_NS)
+
+
+def _check_health(check: HealthCheck) -> None:
+    if not check.path.startswith("/") or len(check.path) > 2048 or not _VISIBLE.fullmatch(check.path):
+        wrong("health_check.path", "must begin with / and be at most 2048 visible ASCII characters")
+    bounded("health_check.initial_delay_ns", check.initial_delay_ns, 0, 120 * SECOND_NS)
+    bounded("health_check.period_ns", check.period_ns, 1, 120 * SECOND_NS)
+    bounded("health_check.timeout_ns", check.timeout_ns, 1, 3 * SECOND_NS)
+    bounded("health_check.failure_threshold", check.failure_threshold, 1, 120)
+    bounded("health_check.success_threshold", check.success_threshold, 1, 120)
+
+
+def _check_environment(environment: tuple[tuple[str, str], ...]) -> None:
+    """Names only in messages: values are secrets."""
+    total = 0
+    for name, value in environment:
+        total += len(name.encode("utf-8", "surrogatepass")) + len(value.encode("utf-8", "surrogatepass"))
+        if name.startswith(RESERVED_PREFIX):
+            wrong(f"environment.{name}", f"the prefix {RESERVED_PREFIX} is reserved; choose another name")
+        if not name or "=" in name or "\0" in name + value:
+            wrong("environment", "holds what is not a possible name or value of an environment variable")
+    if total > MAX_ENVIRONMENT_BYTES:
+        wrong("environment", f"has {total} bytes in total, more than {MAX_ENVIRONMENT_BYTES}")

@@ -1,0 +1,126 @@
+"""One set of ranges for deploy and create; what s.yaml lets through is inside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent.cli.s_yaml_function import function_of
+from agent.cli.s_yaml_props import Props
+from agent.core.errors import InvalidArgumentError
+from agent.core.function_rules import check_function
+from agent.core.types import SECOND_NS, FunctionSpec, GpuNeed, HealthCheck, Hook, Hooks, IdlePolicy
+
+GOOD = FunctionSpec("ocr", entrypoint=("python", "app.py"), environment=(("MODEL", "large"),))
+DAY_NS = 86_400 * SECOND_NS
+
+
+def test_the_defaults_are_good() -> None:
+    check_function(GOOD)
+    check_function(replace(GOOD, image="registry.example/ocr@sha256:0f", entrypoint=()))
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("name", {"name": "a/b"}),
+        ("name", {"name": "x" * 65}),
+        ("revision", {"revision": "1/2"}),
+        ("image", {"image": ""}),
+        ("image", {"image": "two words"}),
+        ("entrypoint", {"entrypoint": ()}),
+        ("entrypoint", {"entrypoint": ("a\0b",)}),
+        ("command", {"command": ("x" * 200_000,)}),
+        ("handler", {"handler": "index.handler\r\nx-fc-account-id: 1"}),
+        ("region", {"region": "x" * 65}),
+        ("port", {"port": 0}),
+        ("port", {"port": 65_536}),
+        ("instance_concurrency", {"instance_concurrency": 201}),
+        ("timeout_ns", {"timeout_ns": -1}),
+        ("timeout_ns", {"timeout_ns": DAY_NS + 1}),
+        ("queue_length", {"queue_length": 0}),
+        ("queue_timeout_ns", {"queue_timeout_ns": 0}),
+        ("wake_factor", {"wake_factor": float("nan")}),
+        ("wake_factor", {"wake_factor": float("inf")}),
+        ("vcpu_millis", {"vcpu_millis": 0}),
+        ("memory_bytes", {"memory_bytes": -1}),
+        ("disk_bytes", {"disk_bytes": -1}),
+        ("gpu.count", {"gpu": GpuNeed(-1)}),
+        ("gpu.memory_bytes", {"gpu": GpuNeed(1, memory_bytes=-1)}),
+        ("gpu.model", {"gpu": GpuNeed(1, model="NVIDIA\nL20")}),
+        ("idle_policy.freeze_after_ns", {"idle": IdlePolicy(freeze_after_ns=-1)}),
+        ("idle_policy.min_awake_ns", {"idle": IdlePolicy(min_awake_ns=DAY_NS + 1)}),
+        ("hooks.initializer.timeout_ns", {"hooks": Hooks(initializer=Hook(301 * SECOND_NS))}),
+        ("hooks.pre_freeze.timeout_ns", {"hooks": Hooks(pre_freeze=Hook(91 * SECOND_NS))}),
+        ("hooks.pre_stop.timeout_ns", {"hooks": Hooks(pre_stop=Hook(0))}),
+        ("health_check.path", {"health_check": HealthCheck("health")}),
+        ("health_check.path", {"health_check": HealthCheck("/health HTTP/1.1\r\n")}),
+        ("health_check.period_ns", {"health_check": HealthCheck("/health", period_ns=0)}),
+        ("health_check.failure_threshold", {"health_check": HealthCheck("/health", failure_threshold=0)}),
+        ("environment.FC_REGION", {"environment": (("FC_REGION", "x"),)}),
+        ("environment", {"environment": (("A=B", "x"),)}),
+        ("environment", {"environment": (("A", "x" * 4096),)}),
+    ],
+)
+def test_what_is_out_of_range_names_its_field(field: str, change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_function(replace(GOOD, **change))
+    assert (caught.value.reason, caught.value.metadata["field"]) == ("SPEC_INVALID", field)
+
+
+def test_values_of_the_environment_are_in_no_message() -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_function(replace(GOOD, environment=(("KEY", "hunter2" + "\0"),)))
+    assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in str(caught.value.metadata)
+
+
+_MOST: dict[str, Any] = {
+    "functionName": "x" * 64,
+    "runtime": "custom-container",
+    "handler": "h" * 128,
+    "region": "r" * 64,
+    "timeout": 86_400,
+    "cpu": 1024.0,
+    "memorySize": 64 << 20,
+    "diskSize": 64 << 20,
+    "instanceConcurrency": 200,
+    "gpuConfig": {"gpuType": "t" * 128, "gpuMemorySize": 64 << 20},
+    "instanceLifecycleConfig": {
+        "initializer": {"timeout": 300},
+        "preFreeze": {"timeout": 90},
+        "preStop": {"timeout": 90},
+    },
+    "customContainerConfig": {
+        "image": "i" * 1024,
+        "port": 65_535,
+        "healthCheckConfig": {
+            "httpGetUrl": "/" * 2048,
+            "initialDelaySeconds": 120,
+            "periodSeconds": 120,
+            "timeoutSeconds": 3,
+            "failureThreshold": 120,
+            "successThreshold": 120,
+        },
+    },
+    "hibernode": {"wakeFactor": 1_000_000, "queueLength": 100_000, "gpus": 64},
+}
+_LEAST: dict[str, Any] = {
+    "functionName": "x",
+    "runtime": "custom-container",
+    "timeout": 1,
+    "cpu": 0.05,
+    "memorySize": 128,
+    "instanceConcurrency": 1,
+    "customContainerConfig": {"image": "host", "port": 1, "command": ["true"]},
+    "hibernode": {"wakeFactor": 0, "queueLength": 1, "gpus": 0},
+}
+
+
+@pytest.mark.parametrize("props", [_MOST, _LEAST], ids=["most", "least"])
+def test_what_s_yaml_lets_through_is_inside(props: dict[str, Any]) -> None:
+    function, _ = function_of(msgspec.convert(props, Props))
+    check_function(function)
