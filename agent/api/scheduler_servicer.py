@@ -9,8 +9,10 @@ from agent.core.leases import Standing
 from agent.scheduler.fleet import ENDED, Fleet, NodeRecord
 from agent.v1 import scheduler_service_pb2 as pb
 from agent.v1 import scheduler_service_pb2_grpc, types_pb2
+from agent.wire.addresses import peer_host
 from agent.wire.convert_load import instance_of_load
 from agent.wire.convert_time import time_to_proto
+from agent.wire.interceptors import CallContext
 from agent.wire.tokens import calling_node
 
 _STATES = {
@@ -28,11 +30,11 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self._fleet = fleet
 
     async def ReportLoad(
-        self, request_iterator: AsyncIterator[pb.ReportLoadRequest], context: object
+        self, request_iterator: AsyncIterator[pb.ReportLoadRequest], context: CallContext
     ) -> AsyncIterator[pb.ReportLoadResponse]:
         """One node's stream; its end, however it comes, makes the node suspect at once."""
         node = calling_node()
-        stream = self._fleet.opened(node)
+        stream = self._fleet.opened(node, peer_host(context.peer()))
         try:
             async for message in request_iterator:
                 yield self._fleet.took(node, stream, message)

@@ -64,7 +64,8 @@ class Slot:
     """One instance. `leased` slots are ours, `foreign` are requests of others seen by its agent.
 
     `aside`: it refused a request or a wake and gets nothing until its node is heard again, after a failed wake not
-    before `aside_until_ns`. `retired`: it is being drained. `woken_ns`, `wake_took_ns`: the last wake we asked for, for the answer's x-hibernode-wake-ms.
+    before `aside_until_ns`. `retired`: it is being drained. `woken_ns`, `wake_took_ns`: the last wake we asked for, for
+    the answer's x-hibernode-wake-ms.
     """
 
     uid: str

@@ -21,7 +21,7 @@ from agent.log import get_logger
 from agent.ports import Clock
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest, ReportLoadResponse
 from agent.v1.types_pb2 import Instance, Node
-from agent.wire.addresses import check_target
+from agent.wire.addresses import registered_target
 from agent.wire.convert_load import node_reported, reported_of_load
 
 MAX_INSTANCES_PER_NODE = 10_000
@@ -36,7 +36,8 @@ _log = get_logger()
 
 @dataclass(slots=True, eq=False)
 class NodeRecord:
-    """One node. `stream` is the number of the load stream that counts, 0 for none. `wall_ns`: last heard.
+    """One node. `stream` is the number of the load stream that counts, 0 for none; `peer` the machine it comes from.
+    `wall_ns`: last heard.
 
     `seen`: instances named since the stream's snapshot; when a recovering agent is done, all others are gone.
     """
@@ -44,6 +45,7 @@ class NodeRecord:
     name: str
     standing: Standing
     heard_ns: int
+    peer: str = ""
     wall_ns: int = 0
     unreachable_ns: int = 0
     stream: int = 0
@@ -96,23 +98,23 @@ class Fleet:
         """A node known from before a restart of the scheduler: it has `lost_ns` to show up."""
         self._nodes.setdefault(name, NodeRecord(name, Standing.SUSPECT, self._clock.monotonic_ns()))
 
-    def opened(self, name: str) -> int:
-        """A load stream of `name` began; it takes the place of an older one. Returns its number."""
+    def opened(self, name: str, peer: str = "127.0.0.1") -> int:
+        """A load stream of `name` began at the machine `peer`; it takes the place of an older one. Its number."""
         self._streams += 1
         node = self._nodes.get(name)
         if node is None:
             node = self._nodes[name] = NodeRecord(name, Standing.SUSPECT, self._clock.monotonic_ns())
             self._met(name)
         node.stream, node.sequence, node.synced = self._streams, 0, False
-        node.unreachable_ns = 0
+        node.unreachable_ns, node.peer = 0, peer
         return self._streams
 
     def took(self, name: str, stream: int, message: ReportLoadRequest) -> ReportLoadResponse:
         """Take in one message; the answer acknowledges it or asks for a snapshot.
 
-        Raises ConfigError for addresses that cannot be, or where a token would travel in the clear, PreconditionError
-        STREAM_SUPERSEDED if the node has opened another stream since (or another agent of
-        that name, of a later epoch), InvalidArgumentError for a first message without registration.
+        Raises ConfigError or InvalidArgumentError for addresses that cannot be, or where a token would travel in the
+        clear or to somebody else, PreconditionError STREAM_SUPERSEDED if the node has opened another stream since (or
+        another agent of that name, of a later epoch), InvalidArgumentError for a first message without registration.
         """
         node = self._nodes[name]
         if stream != node.stream or message.epoch < node.epoch:
@@ -189,6 +191,11 @@ class Fleet:
         owner = self._owners.get(uid)
         return None if owner is None else owner.instances.get(uid)
 
+    def owner(self, uid: str) -> str:
+        """The node that reports an instance; "" if none does."""
+        owner = self._owners.get(uid)
+        return "" if owner is None else owner.name
+
     def last_words(self, uid: str) -> InstanceLoad | None:
         """What was last reported of an instance that its agent has removed since; the newest of them are kept."""
         return self._last_words.get(uid)
@@ -202,11 +209,13 @@ class Fleet:
     # ---- inside -----------------------------------------------------------------------------------------------
 
     def _register(self, node: NodeRecord, message: ReportLoadRequest) -> None:
-        if not message.registration.ingress_address or not message.registration.grpc_address:
+        registration = message.registration
+        if not registration.ingress_address or not registration.grpc_address:
             raise InvalidArgumentError("ADDRESS_MISSING", "a registration needs ingress_address and grpc_address")
-        for address in (message.registration.ingress_address, message.registration.grpc_address):
-            check_target(address, tls=False, insecure=self._insecure)
-        node.registration = message.registration
+        ingress = registered_target(registration.ingress_address, node.peer, self._insecure)
+        grpc = registered_target(registration.grpc_address, node.peer, self._insecure)
+        registration.ingress_address, registration.grpc_address = ingress, grpc
+        node.registration = registration
         if message.epoch != node.epoch:
             node.settled = False
         node.epoch = message.epoch
@@ -215,7 +224,7 @@ class Fleet:
             "fleet.node_registered",
             node=node.name,
             epoch=message.epoch,
-            ingress=message.registration.ingress_address,
+            ingress=ingress,
             gpus=len(message.registration.gpus),
         )
 
@@ -240,16 +249,19 @@ class Fleet:
             self._changed()
 
     def _instance(self, node: NodeRecord, load: InstanceLoad) -> bool:
-        if self._owners.setdefault(load.uid, node) is not node:
-            _log.error("fleet.foreign_instance", node=node.name, uid=load.uid, owner=self._owners[load.uid].name)
+        owner = self._owners.get(load.uid, node)
+        if owner is not node:
+            _log.error("fleet.foreign_instance", node=node.name, uid=load.uid, owner=owner.name)
             return False
         before = node.instances.get(load.uid)
         if before is None and len(node.instances) >= MAX_INSTANCES_PER_NODE:
             text = f"a node may report at most {MAX_INSTANCES_PER_NODE} instances"
             raise InvalidArgumentError("TOO_MANY_INSTANCES", text, node=node.name)
+        event = reported_of_load(load, node.name)  # before anything is kept: it refuses what it can't read
+        self._owners[load.uid] = node
         node.instances[load.uid] = load
         node.seen.add(load.uid)
-        self._tell(reported_of_load(load, node.name))
+        self._tell(event)
         return before is None or before.state != load.state
 
     def _remove(self, node: NodeRecord, uid: str) -> bool:

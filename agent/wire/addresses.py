@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ipaddress
+import re
+from urllib.parse import unquote
 
-from agent.core.errors import ConfigError
+from agent.core.errors import ConfigError, InvalidArgumentError
 
 # sun_path of Linux, with its final NUL.
 MAX_SOCKET_PATH_BYTES = 107
+
+
+_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63}){0,15}\.?", re.ASCII)
+# `unix:1234` would be a socket's path to gRPC, not a host and a port.
+_SCHEMES = frozenset({"dns", "unix", "unix-abstract", "ipv4", "ipv6", "vsock", "xds", "google-c2p", "passthrough"})
 
 
 def is_loopback(host: str) -> bool:
@@ -42,6 +49,44 @@ def check_target(target: str, tls: bool, insecure: bool) -> None:
     raise ConfigError("TARGET_INSECURE", message, target=target)
 
 
+def peer_host(peer: str) -> str:
+    """The address in what gRPC calls a peer (`ipv4:10.0.0.7:4711`, `ipv6:%5B::1%5D:4711`); a unix socket's is this
+    machine. "" for anything else."""
+    kind, _, rest = peer.partition(":")
+    if kind == "unix":
+        return "127.0.0.1"
+    host = unquote(rest).rpartition(":")[0].strip("[]").partition("%")[0]
+    return host if kind in ("ipv4", "ipv6") and _ip(host) is not None else ""
+
+
+def registered_target(address: str, peer: str, insecure: bool) -> str:
+    """The `host:port` at which an agent that registered `address` from the machine `peer` is called.
+
+    What an agent says here decides where requests and creates are sent, so it may only name a TCP port of a machine:
+    no unix socket (whose callers are trusted) and no other scheme of gRPC's; no port of the scheduler's own machine
+    unless the agent runs there; no link-local or multicast address. An agent that listens on all addresses
+    (0.0.0.0, ::) is called at the one it came from. Raises InvalidArgumentError ADDRESS_REFUSED, ConfigError
+    TARGET_INSECURE or ADDRESS_INVALID.
+    """
+    host, port = split(address)
+    ip = _ip(host)
+    if ip is not None and ip.is_unspecified:
+        host, ip = peer, _ip(peer)
+    elif ip is None and (not _HOST_NAME.fullmatch(host) or host.lower() in _SCHEMES):
+        raise _refused(address, "is not the name of a machine")
+    if port == 0 or not host:
+        raise _refused(address, "has no port, or its machine is not known")
+    name = host.lower().rstrip(".")
+    local = ip.is_loopback if ip is not None else name == "localhost" or name.endswith(".localhost")
+    if ip is not None and not local and (ip.is_link_local or ip.is_multicast or ip.is_reserved):
+        raise _refused(address, "is a link-local, multicast or reserved address")
+    if local and not is_loopback(peer):
+        raise _refused(address, f"is the scheduler's own machine, but the agent reports from {peer or 'elsewhere'}")
+    target = join(host, port)
+    check_target(target, tls=False, insecure=insecure)
+    return target
+
+
 def join(host: str, port: int) -> str:
     """`host:port`, with brackets around an IPv6 address."""
     bare = host.strip("[]")
@@ -68,3 +113,17 @@ def unix_target(path: str) -> str:
         message = f"the socket's path is longer than {MAX_SOCKET_PATH_BYTES} bytes; use a shorter state directory"
         raise ConfigError("SOCKET_PATH_TOO_LONG", message, path=path)
     return f"unix:{path}"
+
+
+def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address; an IPv4 one in IPv6's clothes is itself."""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return (ip.ipv4_mapped or ip) if isinstance(ip, ipaddress.IPv6Address) else ip
+
+
+def _refused(address: str, why: str) -> InvalidArgumentError:
+    text = f"the registered address {address[:200]!r} {why}; set host in the agent's ingress and grpc configuration"
+    return InvalidArgumentError("ADDRESS_REFUSED", text, address=address[:200])
