@@ -342,3 +342,33 @@ async def test_an_instance_that_is_being_stopped_takes_nobody() -> None:
         door.world.runtime.containers[actor.uid].heeds_term = False
         actor.handle(StopAsked(SECOND_NS))
         assert code(await door.ask(actor))[2] == b"INSTANCE_STOPPING"
+
+
+async def test_the_scheduler_may_ask_for_a_wake_and_gets_the_free_slots() -> None:
+    async with a_door() as door:
+        actor = await door.world.frozen(replace(OCR, instance_concurrency=3))
+        wire = await connect(door.port)
+        await wire.send(door.head(actor, "x-hibernode-wake-hold-ms: 2000", path="/hibernode/wake"))
+        status, headers, _ = await wire.message()
+        assert (status, headers[b"x-hibernode-free-slots"]) == (200, b"3")
+        assert actor.state is S.RUNNING
+        assert door.world.app.paths() == [], "the instance hears nothing of it"
+
+
+@pytest.mark.parametrize("hold", ["soon", "-1", "601000"])
+async def test_a_wake_with_a_hold_that_is_none_is_refused(hold: str) -> None:
+    async with a_door() as door:
+        actor = await door.world.frozen()
+        wire = await connect(door.port)
+        await wire.send(door.head(actor, f"x-hibernode-wake-hold-ms: {hold}", path="/hibernode/wake"))
+        assert code(await wire.message()) == (400, "InvalidArgument", b"HOLD_INVALID")
+        assert str(actor.state) == str(S.FROZEN)
+
+
+async def test_that_path_without_the_header_is_the_functions_own() -> None:
+    async with a_door() as door:
+        actor = await door.world.running()
+        wire = await connect(door.port)
+        await wire.send(door.head(actor, path="/hibernode/wake"))
+        assert (await wire.message())[0] == 200
+        assert door.world.app.paths() == ["/hibernode/wake"]
