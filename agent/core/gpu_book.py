@@ -359,10 +359,7 @@ def _serve(book: Book, at: int) -> BookStep:
             continue
         if sum(not book.devices[u].cordoned for u in waiter.allowed) < waiter.count:
             continue  # it can't be served until a cordon is lifted: nobody waits or gives way for it
-        short_of_reserved = len(usable) < waiter.count
         reserved.update(waiter.allowed)
-        if short_of_reserved:
-            continue  # whoever is before it gets them first: too early to ask anybody
         book, asked = _make_room(book, waiter, usable, len(free), at, look_again)
         effects.extend(asked)
     if look_again:

@@ -114,9 +114,8 @@ class Node:
         The same `request_id` gives the same instance again; with another function it is a ConflictError. Raises
         PreconditionError (runtime, idle mode, memory), ExhaustedError GPU_CAPACITY, UnavailableError STORE_FAILED.
         """
-        while (
-            running := self._creating.get(request_id)
-        ) is not None:  # the same create, still on its way to the disk: both get what becomes of it
+        # The same create, still on its way to the disk: both get what becomes of it.
+        while (running := self._creating.get(request_id)) is not None:
             await asyncio.wait([running])
         known = self._known(request_id, function)
         if known is not None:

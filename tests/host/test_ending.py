@@ -11,6 +11,7 @@ from agent.core import lifecycle_events as ev
 from agent.core.types import (
     SECOND_NS,
     Exit,
+    HealthCheck,
     Hook,
     Hooks,
     InstanceState,
@@ -207,3 +208,34 @@ async def test_an_operation_that_hangs_is_abandoned_after_the_stop_timeout() -> 
         world.clock.advance(10 * SECOND_NS)
         await world.freezer.entered("lock")
         await asyncio.wait_for(world.node.close(), PATIENCE_S)
+
+
+async def test_a_freeze_that_has_locked_goes_on_to_its_end_before_the_agent_leaves() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        world.freezer.hold("lock")
+        world.clock.advance(10 * SECOND_NS)
+        await world.freezer.entered("lock")
+        closing = asyncio.create_task(world.node.close())
+        await asyncio.sleep(0)
+        world.freezer.release("lock")
+        await asyncio.wait_for(closing, PATIENCE_S)
+        assert actor.state is S.FROZEN, "not left locked for the next agent to find"
+
+
+async def test_nothing_begins_any_more_once_the_agent_leaves() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        await enter(actor)
+        actor.close()
+        actor.gate.leave()
+        assert world.clock.next_timer_ns is None
+
+
+async def test_an_exit_during_a_start_does_not_wait_for_what_the_start_waits_for() -> None:
+    check = HealthCheck("/healthz", initial_delay_ns=120 * SECOND_NS)
+    async with a_world() as world:
+        actor = await world.create(replace(OCR, health_check=check))
+        await eventually(lambda: actor.pool is not None)
+        world.runtime.exit(actor.uid, Exit(code=1))
+        await gone(world, actor)
