@@ -77,8 +77,8 @@ class Dispatcher:
                 self._reported(event, at, effects)
             case InstanceGone(uid):
                 self._gone(uid, at, effects)
-            case InstanceRetired(uid):
-                self._retired(uid, at, effects)
+            case InstanceRetired(uid, retired):
+                self._retired(uid, retired, at, effects)
             case WakeAnswered(uid):
                 self._woken(uid, at, effects, failed=False)
             case WakeFailed(uid):
@@ -314,11 +314,11 @@ class Dispatcher:
         self._drain(function, at, effects)
         self._tidy(slot.function)
 
-    def _retired(self, uid: str, at: int, effects: list[Effect]) -> None:
+    def _retired(self, uid: str, retired: bool, at: int, effects: list[Effect]) -> None:
         slot = self._slots.get(uid)
         if slot is None:
             return
-        slot.retired = True
+        slot.retired = retired
         function = self._functions[slot.function]
         function.slots.settle(slot)
         self._drain(function, at, effects)

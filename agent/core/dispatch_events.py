@@ -19,6 +19,7 @@ class Refusal(Enum):
     QUEUE_FULL = "QUEUE_FULL"
     QUEUE_TIMEOUT = "QUEUE_TIMEOUT"
     NO_CAPACITY = "NO_CAPACITY"
+    STOPPING = "SCHEDULER_STOPPING"
 
 
 # ---- events ---------------------------------------------------------------------------------------------------
@@ -105,9 +106,10 @@ class InstanceGone:
 
 @dataclass(frozen=True, slots=True)
 class InstanceRetired:
-    """It is about to be drained: nothing new goes there."""
+    """It is about to be drained: nothing new goes there. `retired` false: it could not be, and serves on."""
 
     uid: str
+    retired: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Pure. The node's own agent has the last word (it refuses what it cannot hold); t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from agent.core.function_rules import HOST_IMAGE
@@ -31,6 +31,12 @@ class NodeView:
     def free_slots(self) -> int:
         """Slots not yet assigned; one GPU of one instance is one slot."""
         return len(self.gpu_models) * self.instances_per_gpu - self.assigned
+
+    def with_instance(self, spec: FunctionSpec) -> NodeView:
+        """The node once it has been asked for one more."""
+        memory = self.memory_free_bytes
+        left = None if memory is None else memory - spec.memory_bytes
+        return replace(self, assigned=self.assigned + spec.gpu.count, memory_free_bytes=left)
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,8 @@ class Stop:
 class Plan:
     """What to do now, and when to look again though nothing happened (None = no need).
 
-    `makes_room`: an instance of an older revision that may be stopped if no GPU is left for the creates.
+    `makes_room`: an instance of an older revision that may be stopped if nothing is left for the creates; one at a
+    time, and none while a new one is on its way: a revision that never comes up costs one instance, not all.
     """
 
     creates: tuple[Create, ...] = ()
@@ -161,7 +162,8 @@ def plan(
     creates, again = _creates(wanted, kept, tries, under_way, at) if settled else ((), None)
     stopping = {stop.uid for stop in stops}
     room = next((one for one in reversed(old) if one.uid not in stopping and not one.counted_out), None)
-    makes_room = Stop(room.uid, room.node) if room is not None and creates else None
+    coming = bool(under_way) or not all(one.serving for one in kept.values())
+    makes_room = Stop(room.uid, room.node) if room is not None and creates and not coming else None
     return Plan(creates, tuple(stops), makes_room, again)
 
 

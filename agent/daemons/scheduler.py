@@ -55,6 +55,8 @@ from agent.wire.tokens import Principal, Role, TokenTable, node_tokens
 
 PRICE_BOOK = Path(agent.scheduler.__file__).with_name("price-book.yaml")
 GRACE_S = 30.0
+QUEUE_GRACE_S = 10.0
+"""At the end: requests that wait for an instance by then are answered 503, for those in flight there is `GRACE_S`."""
 GRPC_GRACE_S = 1.0
 SILENCE_CHECK_S = 0.25
 
@@ -227,13 +229,20 @@ class SchedulerDaemon:
             self.fleet.check_silence()
             await asyncio.sleep(SILENCE_CHECK_S)
 
+    def _send_waiting_away(self) -> None:
+        waited = self.desk.close()
+        self._log.info("scheduler.queue_closed", refused=waited)
+
     async def _leave(self) -> None:
-        """Nothing new; what was accepted ends, what waits in the queue included, for `GRACE_S` at the most."""
+        """Nothing new; what was accepted ends. Who still waits for an instance after `QUEUE_GRACE_S` is answered 503;
+        what is in flight has `GRACE_S`, then it is cut."""
         self._log.info("scheduler.stopping", open_requests=self.desk.open_requests)
         self._ready = False
         await self.grpc.set_serving(False)
         silence = asyncio.get_running_loop().create_task(self._watch_silence())
+        closing = asyncio.get_running_loop().call_later(QUEUE_GRACE_S, self._send_waiting_away)
         cut = await self.http.close(GRACE_S)
+        closing.cancel()
         silence.cancel()
         await self.grpc.stop(GRPC_GRACE_S)
         await asyncio.gather(silence, *self._background, return_exceptions=True)

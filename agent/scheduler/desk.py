@@ -16,6 +16,7 @@ from agent.core.dispatch_events import (
     Event,
     LeaseEnded,
     LeaseRefused,
+    Refusal,
     Refuse,
     RequestArrived,
     RequestGone,
@@ -47,6 +48,7 @@ class Desk:
         self._wake = wake
         self._tickets: dict[int, Ticket] = {}
         self._numbers = 0
+        self._closed = False
 
     @property
     def open_requests(self) -> int:
@@ -67,6 +69,8 @@ class Desk:
         ticket = Ticket(self._numbers, deadline_ns)
         self._tickets[ticket.number] = ticket
         self.tell(RequestArrived(ticket.number, function, deadline_ns))
+        if self._closed and ticket.outcome is None:
+            self._send_away(ticket)
         return ticket
 
     async def wait(self, ticket: Ticket) -> Dispatch | Refuse:
@@ -103,6 +107,20 @@ class Desk:
         """The instance did not take it: it waits again, at the head. Look at `outcome` anew."""
         ticket.outcome = None
         self.tell(LeaseRefused(ticket.number))
+        if self._closed and ticket.outcome is None:
+            self._send_away(ticket)
+
+    def close(self) -> int:
+        """Nobody waits here any more: who does is refused STOPPING, now and from now on. Returns how many did."""
+        self._closed = True
+        waiting = [ticket for ticket in self._tickets.values() if ticket.outcome is None]
+        for ticket in waiting:
+            self._send_away(ticket)
+        return len(waiting)
+
+    def _send_away(self, ticket: Ticket) -> None:
+        self.tell(RequestGone(ticket.number))
+        self._answer(Refuse(ticket.number, Refusal.STOPPING))
 
     def _answer(self, effect: Dispatch | Refuse) -> None:
         ticket = self._tickets.get(effect.request)

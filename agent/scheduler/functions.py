@@ -71,6 +71,7 @@ class Catalog:
         self._problems: dict[str, Problem] = {}
         self._deploys: dict[str, int] = {}
         self._revisions: dict[str, int] = {}
+        self._folded: dict[str, frozenset[str]] = {}
         self._writing = asyncio.Lock()
 
     # ---- reading ----------------------------------------------------------------------------------------------
@@ -80,9 +81,19 @@ class Catalog:
         found = self._functions.get(name)
         return None if found is None or found.deleting else found
 
+    def find_folded(self, name: str) -> Deployed | None:
+        """As `find`, whatever the case of `name`, for host names have none; None where two functions differ by it."""
+        names = self._folded.get(name.lower(), ())
+        found = [one for one in map(self.find, names) if one is not None]
+        return found[0] if len(found) == 1 else None
+
     def all(self) -> list[Deployed]:
         """Every function, those being deleted included, by name."""
         return [self._functions[name] for name in sorted(self._functions)]
+
+    def was_deleted(self, name: str) -> bool:
+        """It was deployed here, lately or long ago, and is no more."""
+        return name in self._revisions and name not in self._functions
 
     def problem(self, name: str) -> Problem | None:
         """What keeps the function from its target."""
@@ -152,6 +163,9 @@ class Catalog:
                 return  # deployed again meanwhile
             await self._store.delete_function(name)
             del self._functions[name]
+            self._folded[name.lower()] -= {name}
+            if not self._folded[name.lower()]:
+                del self._folded[name.lower()]
             self._problems.pop(name, None)
             self._deploys.pop(name, None)
             _log.info("function.deleted", function=name)
@@ -178,7 +192,9 @@ class Catalog:
         return str(self._revisions.get(message.name, 0) + 1)
 
     def _put(self, deployed: Deployed) -> None:
-        self._functions[deployed.spec.name] = deployed
+        name = deployed.spec.name
+        self._functions[name] = deployed
+        self._folded[name.lower()] = self._folded.get(name.lower(), frozenset()) | {name}
         self._revisions[deployed.spec.name] = int(deployed.spec.revision)
         self._announce(deployed)
 

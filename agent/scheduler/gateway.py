@@ -53,6 +53,7 @@ _STARTS_FAILED = {
 }
 """Why instances end before they serve -> what clients are told (DESIGN section 6); all else is want of capacity."""
 _OURS_IN_ANSWERS = frozenset((b"x-fc-request-id", b"x-fc-instance-id"))
+_RETRY_SOON = [(b"retry-after", b"1")]
 _OCTET_STREAM = (b"content-type", b"application/octet-stream")
 
 _log = get_logger()
@@ -116,15 +117,19 @@ class Gateway:
         except ClientGoneError:
             pass
         except HibernodeError as error:
-            self.counts.answered(status_and_code(error)[0])
-            await exchange.fail(error, request_id)
+            status = status_and_code(error)[0]
+            self.counts.answered(status)
+            await exchange.fail(error, request_id, extra=_RETRY_SOON if status == 503 else None)
 
     async def _serve(self, exchange: Exchange, request_id: str) -> None:
         head = exchange.head
         route = self._router.route(head)
         function = self._catalog.find(route.function)
+        if function is None and route.by_host:
+            function = self._catalog.find_folded(route.function)
         if function is None:
             raise _unknown(route.function)
+        name = function.spec.name
         if route.control_path is not INVOKE and function.methods and head.method not in function.methods:
             raise method_not_allowed(head.method)
         headers = _passing_headers(head, route, exchange.peer)
@@ -134,7 +139,7 @@ class Gateway:
             body = None if large else await exchange.buffer_body(KEPT_BODY_BYTES)
         call = _Call(exchange, request_id, route, function, headers, body)
         deadline_ns = self._clock.monotonic_ns() + function.spec.queue_timeout_ns
-        ticket = self._desk.arrive(route.function, deadline_ns)
+        ticket = self._desk.arrive(name, deadline_ns)
         try:
             await self._until_answered(call, ticket)
         finally:
@@ -222,7 +227,7 @@ class Gateway:
         _log.warning(
             "gateway.request_failed",
             request_id=call.request_id,
-            function=call.route.function,
+            function=call.function.spec.name,
             uid=where.uid,
             node=where.node,
             outcome=result.outcome.value,
@@ -232,10 +237,10 @@ class Gateway:
             self.counts.cut += 1
             return
         if result.outcome is Outcome.TIMEOUT_BEFORE_HEAD:
-            raise DeadlineError("FUNCTION_TIMEOUT", f"{call.route.function} did not answer within its timeout")
+            raise DeadlineError("FUNCTION_TIMEOUT", f"{call.function.spec.name} did not answer within its timeout")
         raise InstanceError(
             "INSTANCE_CRASHED",
-            f"the instance of {call.route.function}, or its node's agent, went away during the request",
+            f"the instance of {call.function.spec.name}, or its node's agent, went away during the request",
             instance=where.uid,
         )
 
@@ -250,6 +255,8 @@ class Gateway:
                 return DeadlineError("QUEUE_TIMEOUT", text, function=name)
             case Refusal.UNKNOWN_FUNCTION:
                 return _unknown(name)
+            case Refusal.STOPPING:
+                return UnavailableError("SCHEDULER_STOPPING", "the scheduler is going down; try again in a moment")
             case Refusal.NO_CAPACITY:
                 problem = self._catalog.problem(name)
                 if problem is None:

@@ -24,7 +24,7 @@ from agent.core.errors import (
     UnavailableError,
 )
 from agent.core.leases import Standing
-from agent.core.placement import Placed, Unplaceable, place
+from agent.core.placement import Placed, Placement, Unplaceable, place
 from agent.core.provision import (
     Create,
     Plan,
@@ -53,6 +53,9 @@ from agent.wire.convert_time import time_from_proto
 
 CREATE_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 180.0
+"""Of one call; where requests are still in flight by then, the agent goes on draining by itself."""
+STOP_GRACE_NS = 86_400 * SECOND_NS
+"""Draining never cuts a request: each has the function's own timeout, a day at most, and the agent sees to that."""
 ROUND_S = 5.0
 """A round at least so often, whatever was missed."""
 PAUSE_S = 0.02
@@ -65,6 +68,8 @@ REPORT_DUE_NS = 15 * SECOND_NS
 OLD_NS = 60 * SECOND_NS
 """A create answered with an instance that has ended and is older than this found one of a former life."""
 HOPELESS = frozenset({"IMAGE_RUNTIME_UNAVAILABLE", "NO_MATCHING_NODE"})
+FULL = frozenset({"NO_FREE_GPU", "HOST_MEMORY_SHORT"})
+"""What an older revision's instance takes up, and gives way with."""
 _ENDED = (InstanceState.STOPPED, InstanceState.FAILED)
 
 _log = get_logger()
@@ -72,15 +77,21 @@ _log = get_logger()
 
 @dataclass(slots=True, eq=False)
 class _Progress:
-    """What is known of one function beyond the fleet's table. Ordinals are those of `revision`."""
+    """What is known of one function beyond the fleet's table. Ordinals are those of `revision`.
+
+    `unsure`: the node of a create without an answer, by ordinal: it is asked again there, or there might be two.
+    `retired`: what the dispatcher was told to leave alone.
+    """
 
     revision: str = ""
     deploys: int = 0
     tries: dict[int, Tries] = field(default_factory=dict)
     under_way: dict[int, str] = field(default_factory=dict)
+    unsure: dict[int, str] = field(default_factory=dict)
     answered: dict[str, tuple[Present, int]] = field(default_factory=dict)
     alive: dict[str, RequestId] = field(default_factory=dict)
-    stopping: dict[str, int] = field(default_factory=dict)
+    stopping: set[str] = field(default_factory=set)
+    retired: set[str] = field(default_factory=set)
     last_failure: Problem | None = None
 
 
@@ -129,14 +140,32 @@ class Provisioner:
         now = self._clock.monotonic_ns()
         again = now + int(ROUND_S * SECOND_NS)
         present = self._present()
-        for function in self._catalog.all():
+        functions = self._catalog.all()
+        for function in functions:
             try:
                 again = min(again, await self._one(function, present.get(function.spec.name, {}), now))
             except HibernodeError as error:
                 _log.error("provision.round_failed", function=function.spec.name, reason=error.reason)
-        for name in [name for name in self._progress if not any(f.spec.name == name for f in self._catalog.all())]:
+        known = {function.spec.name for function in functions}
+        known |= self._stop_orphans(present, known)
+        for name in [name for name in self._progress if name not in known]:
             del self._progress[name]
         return again
+
+    def _stop_orphans(self, present: dict[str, dict[str, Present]], known: set[str]) -> set[str]:
+        """Instances of functions that were deleted: of a node that was lost then, or of a create that came too late.
+
+        What was never deployed here is left alone: this scheduler may be a new one, with an empty database.
+        Returns their functions.
+        """
+        orphaned = {name for name in present if name not in known and self._catalog.was_deleted(name)}
+        for name in orphaned:
+            progress = self._progress.setdefault(name, _Progress())
+            progress.stopping &= set(present[name])
+            for one in present[name].values():
+                if not (one.counted_out or one.state in _ENDED or one.state is InstanceState.STOPPING):
+                    self._begin_stop(progress, Stop(one.uid, one.node))
+        return orphaned
 
     # ---- one function -----------------------------------------------------------------------------------------
 
@@ -151,9 +180,11 @@ class Provisioner:
         todo = plan(wanted, here, progress.tries, frozenset(progress.under_way), settled, now)
         for stop in todo.stops:
             self._begin_stop(progress, stop)
+        self._take_back(progress, alive)
         unplaceable = self._create_all(function, progress, todo)
         self._catalog.set_problem(name, self._problem(function, progress, here, unplaceable))
-        if function.deleting and settled and not (alive or progress.under_way or progress.answered):
+        left = [one for one in alive if not one.counted_out]
+        if function.deleting and settled and not (left or progress.under_way or progress.answered):
             await self._catalog.forget(name)
         waits = [
             todo.again_at_ns or now + RETRY_NS if unplaceable or todo.again_at_ns else now + int(ROUND_S * SECOND_NS)
@@ -164,7 +195,7 @@ class Provisioner:
     def _follow_deploys(self, progress: _Progress, function: Deployed) -> None:
         if progress.revision != function.spec.revision:
             progress.revision, progress.tries = function.spec.revision, {}
-            progress.under_way, progress.last_failure = {}, None
+            progress.under_way, progress.unsure, progress.last_failure = {}, {}, None
         deploys = self._catalog.deploys(function.spec.name)
         if progress.deploys != deploys:
             progress.deploys, progress.last_failure = deploys, None
@@ -182,10 +213,10 @@ class Provisioner:
                 del progress.answered[uid]
                 self._ended(progress, one.made_by, uid, now)
         for uid, made_by in progress.alive.items():
-            if uid not in alive and uid not in progress.stopping:
+            if uid not in alive and uid not in progress.retired:
                 self._ended(progress, made_by, uid, now)
-        for uid in [uid for uid in progress.stopping if uid not in alive]:
-            del progress.stopping[uid]
+        progress.stopping &= alive.keys()
+        progress.retired &= alive.keys()
         progress.alive = {uid: one.made_by for uid, one in alive.items()}
         for one in alive.values():
             if one.serving and one.made_by.revision == progress.revision:
@@ -225,14 +256,23 @@ class Provisioner:
     # ---- creating ---------------------------------------------------------------------------------------------
 
     def _create_all(self, function: Deployed, progress: _Progress, todo: Plan) -> Unplaceable | None:
+        if not todo.creates:
+            return None
+        taken = [(node, one.spec.gpu.count) for one in self._catalog.all() for node in self._pending(one.spec.name)]
+        gpus = {one.spec.name: one.spec.gpu.count for one in self._catalog.all()}
+        views = {view.name: view for view in node_views(self._fleet, taken, gpus)}
         for create in todo.creates:
-            taken = [(node, one.spec.gpu.count) for one in self._catalog.all() for node in self._pending(one.spec.name)]
-            outcome = place(function.spec, node_views(self._fleet, taken))
+            asked = views.get(progress.unsure.get(create.request_id.ordinal, ""))
+            if asked is not None:
+                outcome: Placement = Placed(asked.name)
+            else:
+                outcome = place(function.spec, views.values())
             if isinstance(outcome, Placed):
+                views[outcome.node] = views[outcome.node].with_instance(function.spec)
                 progress.under_way[create.request_id.ordinal] = outcome.node
                 self._spawn(self._create(function, progress, create, outcome.node))
                 continue
-            if outcome.reason == "NO_FREE_GPU" and todo.makes_room is not None and not progress.stopping:
+            if outcome.reason in FULL and todo.makes_room is not None and not progress.stopping:
                 self._begin_stop(progress, todo.makes_room)
             return outcome
         return None
@@ -245,7 +285,7 @@ class Provisioner:
         return [*progress.under_way.values(), *(one.node for one, _ in progress.answered.values())]
 
     async def _create(self, function: Deployed, progress: _Progress, create: Create, node: str) -> None:
-        made_by = create.request_id
+        made_by, ordinal = create.request_id, create.request_id.ordinal
         request = CreateInstanceRequest(request_id=str(made_by), spec=function.message)
         instance: Instance | None = None
         error: HibernodeError | None = None
@@ -253,11 +293,15 @@ class Provisioner:
             channel = self._links.channel(node)
             answer = await channel.call(channel.instances.CreateInstance, request, CREATE_TIMEOUT_S)
             instance = answer.instance
+            state_from_proto(instance.state)  # what can't be read is as good as no answer
         except HibernodeError as caught:
-            error = caught
+            instance, error = None, caught
+        finally:
+            if progress.revision == made_by.revision:
+                progress.under_way.pop(ordinal, None)
         now = self._clock.monotonic_ns()
         if progress.revision == made_by.revision:
-            progress.under_way.pop(made_by.ordinal, None)
+            progress.unsure.pop(ordinal, None)
             if instance is not None:
                 self._created(progress, made_by, instance, node, now)
             elif error is not None:
@@ -281,7 +325,9 @@ class Provisioner:
     def _not_created(self, progress: _Progress, made_by: RequestId, error: HibernodeError, node: str, now: int) -> None:
         tried = progress.tries.get(made_by.ordinal, Tries())
         if isinstance(error, UnavailableError | DeadlineError | ExhaustedError):
-            # Perhaps it was made: the same request_id again finds out.
+            # Perhaps it was made: the same request_id again finds out, where it was asked.
+            if not isinstance(error, ExhaustedError):
+                progress.unsure[made_by.ordinal] = node
             progress.tries[made_by.ordinal] = replace(tried, not_before_ns=now + RETRY_NS)
         elif isinstance(error, ConflictError):
             progress.tries[made_by.ordinal] = passed_over(tried, made_by.attempt, now)
@@ -295,21 +341,33 @@ class Provisioner:
     def _begin_stop(self, progress: _Progress, stop: Stop) -> None:
         if stop.uid in progress.stopping:
             return
-        progress.stopping[stop.uid] = self._clock.monotonic_ns()
+        progress.stopping.add(stop.uid)
+        progress.retired.add(stop.uid)
         self._tell(InstanceRetired(stop.uid))
         self._spawn(self._stop(progress, stop))
 
+    def _take_back(self, progress: _Progress, alive: list[Present]) -> None:
+        """A stop failed, and meanwhile nobody wants it any more: the instance serves on."""
+        for one in alive:
+            if one.uid in progress.retired - progress.stopping and one.state is not InstanceState.STOPPING:
+                progress.retired.discard(one.uid)
+                self._tell(InstanceRetired(one.uid, retired=False))
+
     async def _stop(self, progress: _Progress, stop: Stop) -> None:
         _log.info("provision.stopping", uid=stop.uid, node=stop.node)
+        request = StopInstanceRequest(uid=stop.uid, grace_ns=STOP_GRACE_NS)
         try:
             channel = self._links.channel(stop.node)
-            await channel.call(channel.instances.StopInstance, StopInstanceRequest(uid=stop.uid), STOP_TIMEOUT_S)
+            await channel.call(channel.instances.StopInstance, request, STOP_TIMEOUT_S)
         except NotFoundError:
             pass  # it has ended, which is what was wanted
+        except DeadlineError:
+            _log.info("provision.draining", uid=stop.uid, node=stop.node)
+            progress.stopping.discard(stop.uid)
         except HibernodeError as error:
             _log.warning("provision.stop_failed", uid=stop.uid, node=stop.node, reason=error.reason)
             await asyncio.sleep(RETRY_NS / SECOND_NS)
-            progress.stopping.pop(stop.uid, None)
+            progress.stopping.discard(stop.uid)
         self.poke()
 
     # ---- the rest ---------------------------------------------------------------------------------------------

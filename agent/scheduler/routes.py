@@ -24,11 +24,13 @@ _INVOCATIONS = b"/invocations"
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`target` is path and query for the instance; `control_path` says which of FC's two ways it came."""
+    """`target` is path and query for the instance; `control_path` says which of FC's two ways it came. `by_host`: the
+    function is what a host name says, so that its case may have been lost on the way."""
 
     function: str
     target: bytes
     control_path: bytes
+    by_host: bool = False
 
 
 class Router:
@@ -42,7 +44,7 @@ class Router:
         host = head.get(b"host") or b""
         name = self._by_host(host)
         if name:
-            return Route(name, head.target, HTTP_INVOKE)
+            return Route(name, head.target, HTTP_INVOKE, by_host=True)
         target = head.target
         if target.startswith(_PREFIX):
             return _by_prefix(target)
@@ -54,11 +56,13 @@ class Router:
         )
 
     def _by_host(self, host: bytes) -> str:
-        name = host.lower()
-        if name[-1:].isdigit() and b":" in name:
-            host = host[: name.rindex(b":")]
-            name = host.lower()
-        return host[: -len(self._suffix)].decode("latin-1") if name.endswith(self._suffix) else ""
+        """The function of `<function>.<domain>`, whatever the case of the domain, with or without port and final dot;
+        "" for any other host."""
+        name, colon, port = host.rpartition(b":")
+        if not colon or (port and not port.isdigit()):
+            name = host
+        name = name.removesuffix(b".")
+        return name[: -len(self._suffix)].decode("latin-1") if name.lower().endswith(self._suffix) else ""
 
 
 def _by_prefix(target: bytes) -> Route:

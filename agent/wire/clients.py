@@ -95,8 +95,16 @@ class DaemonChannel:
 
         With `wait_for_ready` a daemon that is not there yet is waited for within the deadline; else UNREACHABLE.
         """
-        with translated_errors(self.target):
-            return await method(request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=wait_for_ready)
+        try:
+            with translated_errors(self.target):
+                return await method(request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=wait_for_ready)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled us: gRPC says so of calls under way when their channel is closed.
+            text = f"the connection to {self.target} was given up during the call; try again"
+            raise UnavailableError("UNREACHABLE", text, target=self.target) from None
 
     async def stream(
         self, method: aio.UnaryStreamMultiCallable[_Request, _Response], request: _Request, timeout_s: float

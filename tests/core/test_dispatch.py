@@ -301,6 +301,13 @@ def test_retired_and_unhealthy_instances_get_nothing() -> None:
     assert uids(story(instance("b"))) == ["b"]
 
 
+def test_an_instance_that_could_not_be_stopped_serves_on() -> None:
+    story = Story(instance("a"))
+    story(InstanceRetired("a"))
+    assert story.arrive(1) == []
+    assert uids(story(InstanceRetired("a", retired=False))) == ["a"]
+
+
 def test_a_failed_wake_is_tried_on_another_and_again_when_the_node_is_heard() -> None:
     story = Story(instance("a", FROZEN), instance("b", FROZEN))
     (first,) = uids(story.arrive(1))

@@ -122,3 +122,14 @@ def test_from_anywhere_it_ends_with_exactly_the_target() -> None:
             assert len(here) >= fewest
         assert sorted(one.made_by.ordinal for one in here.values()) == list(range(target))
         assert {one.made_by.revision for one in here.values()} <= {"3"}
+
+
+def test_a_new_revision_that_does_not_come_up_costs_one_old_instance_not_all() -> None:
+    old = [have(0), have(1)]
+    first = plan(Wanted("ocr", "2", 2), old, {}, NONE, True, 0)
+    assert first.makes_room is not None
+    under_way = plan(Wanted("ocr", "2", 2), old[:1], {}, frozenset({0}), True, 0)
+    starting = plan(Wanted("ocr", "2", 2), [*old[:1], have(0, "2", STARTING)], {}, NONE, True, 0)
+    assert (under_way.makes_room, starting.makes_room) == (None, None)
+    up = plan(Wanted("ocr", "2", 2), [*old[:1], have(0, "2")], {}, NONE, True, 0)
+    assert up.makes_room is not None

@@ -59,6 +59,18 @@ async def test_three_routes_lead_to_a_function(
     assert received.get("content-type") == expected
 
 
+async def test_a_host_name_has_no_case_and_a_function_s_name_does(rig: GatewayRig) -> None:
+    """Browsers fold host names: `Face-ID` must be reachable as face-id.localhost, yet not by the wrong path."""
+    await rig.deploy("Face-ID", target=0)
+    for host, status in (("face-id.localhost", 503), ("FACE-ID.localhost.:8600", 503), ("Face-ID.localhost:", 503)):
+        asked = await rig.ask(f"GET / HTTP/1.1\r\nhost: {host}\r\n\r\n".encode())
+        assert asked[0] == status, "found, though it has no instance"
+    assert (await rig.ask(b"GET /fn/face-id/ HTTP/1.1\r\nhost: g\r\n\r\n"))[0] == 404
+    await rig.deploy("FACE-id", target=0)
+    assert (await rig.ask(b"GET / HTTP/1.1\r\nhost: face-id.localhost\r\n\r\n"))[0] == 404, "either could be meant"
+    assert (await rig.ask(b"GET / HTTP/1.1\r\nhost: Face-ID.localhost\r\n\r\n"))[0] == 503
+
+
 async def test_what_the_ingress_is_told_and_what_the_client_is(rig: GatewayRig) -> None:
     rig.instance("i1")
     status, headers, _ = await rig.ask(GET)
@@ -196,6 +208,23 @@ async def test_a_client_that_leaves_during_its_request_gives_the_lease_back(rig:
     async with asyncio.timeout(10):
         await ingress.left.wait()  # and the instance's side was told
     assert (await rig.ask(GET))[0] == 200
+
+
+async def test_when_the_scheduler_goes_those_who_wait_are_told_and_those_inside_end(rig: GatewayRig) -> None:
+    rig.instance("i1")
+    go = asyncio.Event()
+    rig.ingresses["n1"].script.append(hold(go))
+    inside = asyncio.create_task(rig.ask(GET))
+    await rig.ingresses["n1"].until_received(1)
+    waiting = asyncio.create_task(rig.ask(GET))
+    await rig.until(rig.queued, "the second one waits")
+    assert rig.desk.close() == 1
+    status, headers, body = await waiting
+    assert (status, code(body), headers[b"retry-after"]) == (503, "SchedulerStopping", b"1")
+    assert (await rig.ask(GET))[0] == 503, "nor does anybody wait from now on"
+    go.set()
+    assert (await inside)[0] == 200
+    assert rig.desk.open_requests == 0
 
 
 # ---- once more, or never again --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from agent.core.dispatch_events import Event, InstanceRetired
-from agent.core.errors import ConflictError, ExhaustedError, HibernodeError, UnavailableError
+from agent.core.errors import ConflictError, DeadlineError, ExhaustedError, HibernodeError, UnavailableError
 from agent.core.provision import MAX_ATTEMPTS
 from agent.core.types import SECOND_NS
 from agent.scheduler.deploy_rules import Defaults
@@ -39,6 +39,8 @@ class Story:
         self.told: list[Event] = []
         self.creates: list[str] = []
         self.stops: list[str] = []
+        self.graces: list[int] = []
+        self.stop_error: HibernodeError | None = None
         self.answer: Answer = self.running
         self.fleet = Fleet(self.clock, self.told.append, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
         self.catalog = Catalog(self.clock, store, self.told.append, lambda: None, Defaults())
@@ -53,6 +55,9 @@ class Story:
     async def _call(self, method: object, request: Any, timeout_s: float) -> object:
         if isinstance(request, StopInstanceRequest):
             self.stops.append(request.uid)
+            self.graces.append(request.grace_ns)
+            if self.stop_error is not None:
+                raise self.stop_error
             self.loads.pop(request.uid, None)
             return None
         assert isinstance(request, CreateInstanceRequest)
@@ -235,3 +240,82 @@ async def test_a_deleted_function_is_forgotten_once_its_last_instance_has_ended(
     assert len(story.catalog.all()) == 1
     await story.round()
     assert story.catalog.all() == []
+
+
+async def test_draining_leaves_requests_the_time_that_a_function_may_have(story: Story) -> None:
+    """A request may take a day; the agent's default of 30 s would cut it."""
+    await story.deploy(timeout_ns=86_400 * SECOND_NS)
+    await story.round()
+    await story.round()
+    await story.deploy(target=0, timeout_ns=86_400 * SECOND_NS)
+    await story.round()
+    assert story.graces == [86_400 * SECOND_NS]
+
+
+async def test_an_instance_that_drains_for_long_is_no_failure(story: Story) -> None:
+    await story.deploy()
+    await story.round()
+    await story.round()
+    story.stop_error = DeadlineError("DEADLINE_EXCEEDED", "requests are still in flight")
+    await story.deploy(target=0)
+    await story.round()
+    story.loads["i1"].state = Instance.STATE_STOPPING
+    for _ in range(3):
+        await story.round(1)
+    assert story.stops == ["i1"], "the agent goes on by itself"
+    story.loads.clear()
+    await story.round()
+    await story.deploy(target=1)
+    await story.round()
+    assert story.creates == ["ocr/1/0/1", "ocr/1/0/2"], "at once: nothing failed"
+
+
+async def test_an_instance_that_could_not_be_stopped_serves_on_once_it_is_wanted_again(story: Story) -> None:
+    await story.deploy(target=2)
+    await story.round()
+    await story.round()
+    story.stop_error = UnavailableError("UNREACHABLE", "the node is gone for a moment")
+    await story.deploy(target=1)
+    await story.round()
+    assert story.told[-1] == InstanceRetired("i2")
+    await story.deploy(target=2)
+    async with asyncio.timeout(10):
+        while InstanceRetired("i2", retired=False) not in story.told:
+            await story.round()
+            await asyncio.sleep(0.02)
+    assert len(story.creates) == 2
+
+
+async def test_instances_of_a_deleted_function_that_come_back_with_their_node_are_stopped(story: Story) -> None:
+    await story.deploy()
+    await story.round()
+    await story.round()
+    story.fleet.closed("n1", story.stream)
+    story.clock.advance(11 * SECOND_NS)
+    story.fleet.check_silence()
+    await story.catalog.delete("ocr")
+    await story.provisioner.round()
+    assert story.catalog.all() == [], "a lost node does not keep a function from being deleted"
+    assert story.stops == []
+    story.stream, story.sequence = story.fleet.opened("n1"), 0
+    await story.round()
+    assert story.stops == ["i1"]
+
+
+async def test_instances_of_a_function_never_deployed_here_are_left_alone(story: Story) -> None:
+    """A new scheduler with an empty database must not empty the fleet."""
+    story.loads["x"] = InstanceLoad(uid="x", function="tts", request_id="tts/4/0/1", state=RUNNING)
+    await story.round()
+    assert story.stops == []
+
+
+async def test_instances_without_a_gpu_take_no_gpu_from_others(story: Story) -> None:
+    for number in range(3):
+        uid = f"cpu{number}"
+        story.loads[uid] = InstanceLoad(uid=uid, function="web", request_id=f"web/1/{number}/1", state=RUNNING)
+    message = FunctionSpec(name="web", entrypoint=["app"])
+    message.gpu.count = 0
+    await story.catalog.deploy(DeployFunctionRequest(spec=message, target=3))
+    await story.deploy(target=2)
+    await story.round()
+    assert [one for one in story.creates if one.startswith("ocr")] == ["ocr/1/0/1", "ocr/1/1/1"]

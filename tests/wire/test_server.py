@@ -348,3 +348,22 @@ def test_everything_works_on_uvloop(tmp_path: Path) -> None:
                 await tcp.call(tcp.instances.GetInstance, GetInstanceRequest(uid="i-404"), T)
 
     uvloop.run(story())
+
+
+async def test_a_call_whose_channel_is_closed_ends_as_unreachable(daemon: Daemon) -> None:
+    """An agent came back elsewhere: whoever waits is told so, not cancelled without having been."""
+    channel = DaemonChannel(daemon.tcp, OPERATOR_TOKEN)
+    call = asyncio.create_task(channel.call(channel.instances.GetInstance, GetInstanceRequest(uid="stuck"), T))
+    await daemon.instances.called.wait()
+    await channel.close()
+    with pytest.raises(UnavailableError) as caught:
+        await call
+    assert caught.value.reason == "UNREACHABLE"
+
+
+async def test_a_caller_that_is_cancelled_is_cancelled(daemon: Daemon, operator: DaemonChannel) -> None:
+    call = asyncio.create_task(operator.call(operator.instances.GetInstance, GetInstanceRequest(uid="stuck"), T))
+    await daemon.instances.called.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
