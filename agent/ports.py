@@ -313,6 +313,10 @@ class LedgerStore(Protocol):
 
     async def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None: ...
 
+    async def refuse(self, keys: Sequence[tuple[str, int]], kept: int = 10_000) -> None:
+        """The scheduler will never take these: they are no longer offered, and the newest `kept` such stay to be
+        looked at."""
+
     async def read_windows(
         self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0
     ) -> Sequence[Window]: ...

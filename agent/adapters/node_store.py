@@ -87,6 +87,15 @@ class NodeStore:
         """Keys that are unknown or not sealed are ignored."""
         await self._thread.run(lambda db: db.executemany(rows.ACKNOWLEDGE, keys))
 
+    async def refuse(self, keys: Sequence[tuple[str, int]], kept: int = 10_000) -> None:
+        """Keys that are unknown, not sealed or acknowledged are ignored. All in one transaction."""
+
+        def refuse(db: sqlite3.Connection) -> None:
+            db.executemany(rows.REFUSE, keys)
+            db.execute(rows.FORGET_REFUSED, (kept,))
+
+        await self._thread.run(refuse)
+
     async def read_windows(self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0) -> Sequence[Window]:
         """In the order they were first written; `instance_uid` "" means all."""
         return await self._windows(rows.READ_WINDOWS, (after_rowid, instance_uid, instance_uid, limit))

@@ -32,6 +32,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX windows_to_upload ON windows (instance_uid, seq) WHERE sealed = 1 AND acknowledged = 0",
         "CREATE INDEX windows_to_prune ON windows (start_wall_ns) WHERE acknowledged = 1",
     ),
+    # acknowledged = 2: refused by the scheduler.
+    ("CREATE INDEX windows_refused ON windows (id) WHERE acknowledged = 2",),
 )
 
 COLUMNS = (
@@ -58,6 +60,10 @@ UNACKNOWLEDGED = (
     f"SELECT {_NAMES} FROM windows WHERE sealed = 1 AND acknowledged = 0 ORDER BY instance_uid, seq LIMIT ?"
 )
 ACKNOWLEDGE = "UPDATE windows SET acknowledged = 1 WHERE instance_uid = ? AND seq = ? AND sealed = 1"
+REFUSE = "UPDATE windows SET acknowledged = 2 WHERE instance_uid = ? AND seq = ? AND sealed = 1 AND acknowledged = 0"
+FORGET_REFUSED = (
+    "DELETE FROM windows WHERE id IN (SELECT id FROM windows WHERE acknowledged = 2 ORDER BY id DESC LIMIT -1 OFFSET ?)"
+)
 READ_WINDOWS = f"SELECT {_NAMES} FROM windows WHERE id > ? AND (? = '' OR instance_uid = ?) ORDER BY id LIMIT ?"
 PRUNE = (
     "DELETE FROM windows WHERE id IN "

@@ -25,7 +25,8 @@ from agent.wire.convert_usage import window_to_proto
 COALESCE_S = 0.005
 HEARTBEAT_S = 1.0
 BACK_OFF_MIN_S = 0.1
-BACK_OFF_MAX_S = 2.0
+BACK_OFF_MAX_S = 0.5
+"""With the channel's own pause of a second: back within two of a scheduler that has come back."""
 UPLOAD_BATCH = 500
 UPLOAD_TIMEOUT_S = 10.0
 
@@ -110,6 +111,9 @@ class SchedulerLink:
             if not self.connected:
                 self.connected = True
                 self._log.info("scheduler.connected", node=answer.node)
+                if answer.node != self._observer.identity.name:
+                    name = self._observer.identity.name
+                    self._log.error("scheduler.name_differs", node_name=name, credential_of=answer.node)
             if answer.resync:
                 self._snapshot_due = True
                 self._wake.set()
@@ -149,7 +153,8 @@ class SchedulerLink:
 
     async def upload_once(self) -> bool:
         """Upload one batch of sealed windows; True if there may be more. Nothing is forgotten before its
-        acknowledgement is here."""
+        acknowledgement is here. What the scheduler refuses is put aside, or it would be in the way of all the rest
+        for ever."""
         windows = await self._store.unacknowledged(UPLOAD_BATCH)
         if not windows:
             return False
@@ -158,4 +163,16 @@ class SchedulerLink:
         marks = {mark.instance_uid: mark.seq for mark in answer.marks}
         keys = [(w.instance_uid, w.seq) for w in windows if w.seq <= marks.get(w.instance_uid, -1)]
         await self._store.acknowledge(keys)
+        offered = {(w.instance_uid, w.seq) for w in windows}.difference(keys)
+        refused = [one for one in answer.refusals if (one.instance_uid, one.seq) in offered]
+        if refused:
+            reasons = sorted({one.reason for one in refused})
+            text = "the scheduler does not take these windows: they stay in this node's ledger and in nobody's bill"
+            first = refused[0]
+            self._log.error(
+                "usage.refused", windows=len(refused), instance=first.instance_uid, seq=first.seq, reasons=reasons,
+                message=text,
+            )  # fmt: skip
+            await self._store.refuse([(one.instance_uid, one.seq) for one in refused])
+            return True
         return bool(keys) and len(windows) == UPLOAD_BATCH

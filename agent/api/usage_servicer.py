@@ -35,14 +35,25 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
     async def UploadUsageWindows(
         self, request: pb.UploadUsageWindowsRequest, context: object
     ) -> pb.UploadUsageWindowsResponse:
-        """Store an agent's windows; the marks say what it may prune. Its name comes from its credential."""
+        """Store an agent's windows; the marks say what it may prune, the refusals what it may stop sending. Its name
+        comes from its credential."""
         node = calling_node()
         if len(request.windows) > MAX_BATCH:
             raise InvalidArgumentError("USAGE_BATCH_TOO_LARGE", f"send at most {MAX_BATCH} windows at once")
-        accepted = await self._collector.accept(node, [window_from_proto(window) for window in request.windows])
+        windows: list[Window] = []
+        unreadable: list[tuple[str, int]] = []
+        for message in request.windows:
+            try:
+                windows.append(window_from_proto(message))
+            except InvalidArgumentError:
+                unreadable.append((message.instance_uid, message.seq))
+        accepted = await self._collector.accept(node, windows, unreadable)
         return pb.UploadUsageWindowsResponse(
             marks=[pb.UsageMark(instance_uid=uid, seq=seq) for uid, seq in accepted.marks.items()],
             conflicts=[pb.UsageConflict(instance_uid=uid, seq=seq) for uid, seq in accepted.conflicts],
+            refusals=[
+                pb.UsageRefusal(instance_uid=one.key[0], seq=one.key[1], reason=one.reason) for one in accepted.refused
+            ],
         )
 
     async def ListUsage(self, request: pb.ListUsageRequest, context: object) -> pb.ListUsageResponse:

@@ -201,10 +201,11 @@ class SchedulerDaemon:
             text = f"cannot listen: {error.strerror}; choose another port for gateway or admin, or stop who has it"
             raise UnavailableError("BIND_FAILED", text) from error
         operator = Principal("operator", Role.OPERATOR)
+        collector = UsageCollector(self.usage, self.clock, self.fleet.owner)
         services = Services(
             scheduler=SchedulerServicer(self.fleet),
             functions=FunctionServicer(self.catalog, self.fleet, self.dispatcher, f"http://{self.gateway_address}"),
-            usage=UsageServicer(UsageCollector(self.usage, self.clock), UsageReports(self.usage), self.prices),
+            usage=UsageServicer(collector, UsageReports(self.usage), self.prices),
         )
         self.grpc = GrpcServer(services, TokenTable([(self.token, operator), *node_tokens(self.node_tokens)]))
         self._stack.push_async_callback(self.grpc.stop, 0)

@@ -25,6 +25,8 @@ from agent.scheduler.usage_tables import CONFLICTS, USAGE_METADATA, WINDOWS, dig
 T = TypeVar("T")
 
 MAX_BATCH = 2_000
+MAX_CONFLICTS_PER_KEY = 8
+"""Payloads kept beside the first; one that keeps changing its mind is not believed more for it."""
 _LARGEST = (1 << 63) - 1
 _CHUNK = 200
 """Keys in one SELECT: far below SQLite's limits on variables and expression depth."""
@@ -34,7 +36,8 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A window that was not stored, and why: USAGE_FOREIGN_NODE, USAGE_UNSEALED or USAGE_INVALID."""
+    """A window that was not stored, and why: USAGE_FOREIGN_NODE, USAGE_FOREIGN_INSTANCE, USAGE_UNSEALED or
+    USAGE_INVALID."""
 
     key: Key
     reason: str
@@ -134,23 +137,28 @@ def _sqlite_pragmas(connection: sqlite3.Connection, _record: object) -> None:
 class UsageCollector:
     """`accept` is all an agent's upload needs."""
 
-    def __init__(self, database: UsageDatabase, clock: Clock) -> None:
+    def __init__(self, database: UsageDatabase, clock: Clock, owner_of: Callable[[str], str] = lambda _: "") -> None:
+        """`owner_of`: the node that reports an instance, "" if none does: no other may upload its usage."""
         self._database = database
         self._clock = clock
+        self._owner_of = owner_of
         self._log = get_logger()
 
-    async def accept(self, node: str, windows: Sequence[Window]) -> Accepted:
+    async def accept(self, node: str, windows: Sequence[Window], unreadable: Sequence[Key] = ()) -> Accepted:
         """Store what `node` (the name its credential proves) reports about itself, in one transaction.
 
         A repetition is acknowledged and changes nothing. The same key with another payload is kept as a conflict,
-        acknowledged and reported. Windows of other nodes, open ones and impossible ones are refused, each by itself.
+        acknowledged and reported. Windows of other nodes or their instances, open ones and impossible ones are
+        refused, each by itself; `unreadable` are the keys of such that were no windows at all.
         Raises InvalidArgumentError USAGE_BATCH_TOO_LARGE, UnavailableError STORE_FAILED, ExhaustedError USAGE_BUSY.
         """
         if len(windows) > MAX_BATCH:
             raise InvalidArgumentError("USAGE_BATCH_TOO_LARGE", f"send at most {MAX_BATCH} windows at once")
-        refused, good = [], []
+        refused, good = [Refusal(key, "USAGE_INVALID") for key in unreadable], []
         for window in windows:
             reason = _objection(node, window)
+            if not reason and self._owner_of(window.instance_uid) not in ("", node):
+                reason = "USAGE_FOREIGN_INSTANCE"
             if reason:
                 refused.append(Refusal((window.instance_uid, window.seq), reason))
             else:
@@ -159,10 +167,9 @@ class UsageCollector:
         conflicts = await self._database.run(lambda: self._store(good, now)) if good else ()
         for key in conflicts:
             self._log.error("usage.conflict", node=node, instance=key[0], seq=key[1])
-        for refusal in refused:
-            self._log.warning(
-                "usage.refused", node=node, instance=refusal.key[0], seq=refusal.key[1], reason=refusal.reason
-            )
+        if refused:
+            (uid, seq), reasons = refused[0].key, sorted({refusal.reason for refusal in refused})
+            self._log.error("usage.refused", node=node, windows=len(refused), instance=uid, seq=seq, reasons=reasons)
         return Accepted(tuple((w.instance_uid, w.seq) for w in good), conflicts, tuple(refused))
 
     def _store(self, windows: Sequence[Window], now: int) -> tuple[Key, ...]:
@@ -212,11 +219,12 @@ def _digests(connection: sa.Connection, keys: set[Key]) -> dict[Key, str]:
 
 
 def _keep_conflict(connection: sa.Connection, window: Window, payload: str, now: int) -> None:
-    """Beside the first payload; the same conflict again adds nothing."""
+    """Beside the first payload; the same conflict again adds nothing, nor does one too many."""
     digest = digest_of(payload)
     key = (window.instance_uid, window.seq, digest)
-    same = sa.tuple_(CONFLICTS.c.instance_uid, CONFLICTS.c.seq, CONFLICTS.c.digest).in_([key])
-    if connection.execute(sa.select(CONFLICTS.c.digest).where(same)).first() is None:
+    of_key = sa.and_(CONFLICTS.c.instance_uid == window.instance_uid, CONFLICTS.c.seq == window.seq)
+    kept = list(connection.execute(sa.select(CONFLICTS.c.digest).where(of_key)).scalars())
+    if digest not in kept and len(kept) < MAX_CONFLICTS_PER_KEY:
         values = dict(zip(("instance_uid", "seq", "digest"), key, strict=True))
         row = {**values, "node": window.node, "payload": payload, "received_wall_ns": now}
         connection.execute(sa.insert(CONFLICTS).values(**row))

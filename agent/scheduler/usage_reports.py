@@ -16,7 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from agent.core.errors import InvalidArgumentError
+from agent.core.errors import ExhaustedError, InvalidArgumentError
 from agent.core.price_book import Price, PriceBook
 from agent.core.pricing import Cost, always_on_cost, cost, rounded
 from agent.core.types import SECOND_NS
@@ -26,6 +26,8 @@ from agent.scheduler.usage_tables import CONFLICTS, WINDOW_COLUMNS, WINDOWS, win
 
 GROUPS = ("function", "instance_uid", "node", "gpu_model", "state")
 MAX_WINDOWS = 10_000
+MAX_SUMS = 50_000
+"""What one report may be made of: a few hundred megabytes less than what would hurt."""
 _SIZES = ("gpu_count", "gpu_memory_bytes", "vcpu_millis", "memory_bytes", "disk_bytes")
 _TIMES = ("active_ns", "idle_ns", "unbilled_ns")
 
@@ -115,15 +117,21 @@ class UsageReports:
     async def report(
         self, book: PriceBook, only: UsageFilter | None = None, group_by: Sequence[str] = ("function",)
     ) -> UsageReport:
-        """Sums and costs: a line per group, GPU model and price, in that order."""
+        """Sums and costs: a line per group, GPU model and price, in that order. ExhaustedError USAGE_TOO_MANY_ROWS."""
         unknown = [name for name in group_by if name not in GROUPS]
         if unknown:
             raise InvalidArgumentError("USAGE_GROUP_UNKNOWN", f"group by {', '.join(GROUPS)}, not {unknown[0]!r}")
         groups = tuple(group_by)
         chosen = only or UsageFilter()
-        sums = await self._database.run(lambda: list(self._sums(book, chosen, groups)))
+        # In the thread to the last fraction: the gateway shares this loop.
+        return await self._database.run(lambda: self._report(book, chosen, groups))
+
+    def _report(self, book: PriceBook, only: UsageFilter, groups: tuple[str, ...]) -> UsageReport:
         lines: dict[tuple[tuple[str, ...], str, int], list[UsageSum]] = {}
-        for part in sums:
+        for count, part in enumerate(self._sums(book, only, groups)):
+            if count >= MAX_SUMS:
+                text = f"more than {MAX_SUMS} sums; ask for a shorter time, one function, or sums by function"
+                raise ExhaustedError("USAGE_TOO_MANY_ROWS", text)
             since = part.price.valid_from_wall_ns if part.price else -1
             lines.setdefault((part.group, part.gpu_model, since), []).append(part)
         return UsageReport(book.currency, groups, tuple(_line(lines[key]) for key in sorted(lines)))
@@ -158,7 +166,7 @@ class UsageReports:
             query = query.where(WINDOWS.c.start_wall_ns >= start).group_by(*(WINDOWS.c[name] for name in columns))
             if end is not None:
                 query = query.where(WINDOWS.c.start_wall_ns < end)
-            for row in self._rows(query):
+            for row in self._rows(query.limit(MAX_SUMS + 1)):
                 times = {name: int(row[f"{name}_s"]) * SECOND_NS + int(row[f"{name}_rest"]) for name in _TIMES}
                 yield UsageSum(
                     group=tuple(str(row[name]) for name in groups),

@@ -358,9 +358,9 @@ class ReportLoadResponse(_message.Message):
     RESYNC_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     acknowledged_sequence: _builtins.int
-    """Every message up to this sequence has been taken in."""
+    """The last message read. What it said of instances counts unless `resync` is set."""
     resync: _builtins.bool
-    """Something was missed: the next message must be a snapshot."""
+    """Something was missed: nothing said of instances counts before the next snapshot."""
     node: _builtins.str
     """Node name the credential stands for, in the first answer."""
     def __init__(

@@ -26,7 +26,7 @@ from agent.v1 import types_pb2 as agent_dot_v1_dot_types__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61gent/v1/usage_service.proto\x12\x08\x61gent.v1\x1a\x14\x61gent/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"C\n\x19UploadUsageWindowsRequest\x12&\n\x07windows\x18\x01 \x03(\x0b\x32\x15.agent.v1.UsageWindow\"l\n\x1aUploadUsageWindowsResponse\x12\"\n\x05marks\x18\x01 \x03(\x0b\x32\x13.agent.v1.UsageMark\x12*\n\tconflicts\x18\x02 \x03(\x0b\x32\x17.agent.v1.UsageConflict\".\n\tUsageMark\x12\x14\n\x0cinstance_uid\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\"2\n\rUsageConflict\x12\x14\n\x0cinstance_uid\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\"\xee\x02\n\x10ListUsageRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x11\n\tgpu_model\x18\x05 \x01(\t\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x08grouping\x18\x08 \x01(\x0e\x32#.agent.v1.ListUsageRequest.Grouping\x12\x17\n\x0finclude_windows\x18\t \x01(\x08\"R\n\x08Grouping\x12\x18\n\x14GROUPING_UNSPECIFIED\x10\x00\x12\x15\n\x11GROUPING_FUNCTION\x10\x01\x12\x15\n\x11GROUPING_INSTANCE\x10\x02\"\xb6\x01\n\x11ListUsageResponse\x12 \n\x04rows\x18\x01 \x03(\x0b\x32\x12.agent.v1.UsageRow\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12&\n\x07windows\x18\x03 \x03(\x0b\x32\x15.agent.v1.UsageWindow\x12\x12\n\ntotal_cost\x18\x04 \x01(\t\x12\x1c\n\x14total_always_on_cost\x18\x05 \x01(\t\x12\x0c\n\x04unit\x18\x06 \x01(\t\"\xa1\x03\n\x08UsageRow\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x14\n\x0cinstance_uid\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x11\n\tgpu_model\x18\x04 \x01(\t\x12\x14\n\x0cwindow_count\x18\x05 \x01(\x03\x12\x11\n\tactive_ns\x18\x06 \x01(\x03\x12\x0f\n\x07idle_ns\x18\x07 \x01(\x03\x12\x13\n\x0bunbilled_ns\x18\x08 \x01(\x03\x12\x13\n\x0binvocations\x18\t \x01(\x03\x12\x18\n\x10gpu_active_gib_s\x18\n \x01(\t\x12\x16\n\x0egpu_idle_gib_s\x18\x0b \x01(\t\x12\x15\n\rvcpu_active_s\x18\x0c \x01(\t\x12\x13\n\x0bvcpu_idle_s\x18\r \x01(\t\x12\x14\n\x0cmemory_gib_s\x18\x0e \x01(\t\x12\x12\n\ndisk_gib_s\x18\x0f \x01(\t\x12\x0c\n\x04\x63ost\x18\x10 \x01(\t\x12\x16\n\x0e\x61lways_on_cost\x18\x11 \x01(\t\x12\'\n\x07\x66\x61\x63tors\x18\x12 \x01(\x0b\x32\x16.agent.v1.PriceFactors\x12\x11\n\testimated\x18\x13 \x01(\x08\"\xbe\x01\n\x0cPriceFactors\x12\x12\n\ngpu_active\x18\x01 \x01(\t\x12\x10\n\x08gpu_idle\x18\x02 \x01(\t\x12\x13\n\x0bvcpu_active\x18\x03 \x01(\t\x12\x11\n\tvcpu_idle\x18\x04 \x01(\t\x12\x0e\n\x06memory\x18\x05 \x01(\t\x12\x0c\n\x04\x64isk\x18\x06 \x01(\t\x12\x12\n\ninvocation\x18\x07 \x01(\t\x12.\n\nvalid_from\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xb5\x01\n\x0cUsageService\x12_\n\x12UploadUsageWindows\x12#.agent.v1.UploadUsageWindowsRequest\x1a$.agent.v1.UploadUsageWindowsResponse\x12\x44\n\tListUsage\x12\x1a.agent.v1.ListUsageRequest\x1a\x1b.agent.v1.ListUsageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61gent/v1/usage_service.proto\x12\x08\x61gent.v1\x1a\x14\x61gent/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"C\n\x19UploadUsageWindowsRequest\x12&\n\x07windows\x18\x01 \x03(\x0b\x32\x15.agent.v1.UsageWindow\"\x96\x01\n\x1aUploadUsageWindowsResponse\x12\"\n\x05marks\x18\x01 \x03(\x0b\x32\x13.agent.v1.UsageMark\x12*\n\tconflicts\x18\x02 \x03(\x0b\x32\x17.agent.v1.UsageConflict\x12(\n\x08refusals\x18\x03 \x03(\x0b\x32\x16.agent.v1.UsageRefusal\".\n\tUsageMark\x12\x14\n\x0cinstance_uid\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\"A\n\x0cUsageRefusal\x12\x14\n\x0cinstance_uid\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0e\n\x06reason\x18\x03 \x01(\t\"2\n\rUsageConflict\x12\x14\n\x0cinstance_uid\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\"\xee\x02\n\x10ListUsageRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x11\n\tgpu_model\x18\x05 \x01(\t\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x08grouping\x18\x08 \x01(\x0e\x32#.agent.v1.ListUsageRequest.Grouping\x12\x17\n\x0finclude_windows\x18\t \x01(\x08\"R\n\x08Grouping\x12\x18\n\x14GROUPING_UNSPECIFIED\x10\x00\x12\x15\n\x11GROUPING_FUNCTION\x10\x01\x12\x15\n\x11GROUPING_INSTANCE\x10\x02\"\xb6\x01\n\x11ListUsageResponse\x12 \n\x04rows\x18\x01 \x03(\x0b\x32\x12.agent.v1.UsageRow\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12&\n\x07windows\x18\x03 \x03(\x0b\x32\x15.agent.v1.UsageWindow\x12\x12\n\ntotal_cost\x18\x04 \x01(\t\x12\x1c\n\x14total_always_on_cost\x18\x05 \x01(\t\x12\x0c\n\x04unit\x18\x06 \x01(\t\"\xa1\x03\n\x08UsageRow\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x14\n\x0cinstance_uid\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x11\n\tgpu_model\x18\x04 \x01(\t\x12\x14\n\x0cwindow_count\x18\x05 \x01(\x03\x12\x11\n\tactive_ns\x18\x06 \x01(\x03\x12\x0f\n\x07idle_ns\x18\x07 \x01(\x03\x12\x13\n\x0bunbilled_ns\x18\x08 \x01(\x03\x12\x13\n\x0binvocations\x18\t \x01(\x03\x12\x18\n\x10gpu_active_gib_s\x18\n \x01(\t\x12\x16\n\x0egpu_idle_gib_s\x18\x0b \x01(\t\x12\x15\n\rvcpu_active_s\x18\x0c \x01(\t\x12\x13\n\x0bvcpu_idle_s\x18\r \x01(\t\x12\x14\n\x0cmemory_gib_s\x18\x0e \x01(\t\x12\x12\n\ndisk_gib_s\x18\x0f \x01(\t\x12\x0c\n\x04\x63ost\x18\x10 \x01(\t\x12\x16\n\x0e\x61lways_on_cost\x18\x11 \x01(\t\x12\'\n\x07\x66\x61\x63tors\x18\x12 \x01(\x0b\x32\x16.agent.v1.PriceFactors\x12\x11\n\testimated\x18\x13 \x01(\x08\"\xbe\x01\n\x0cPriceFactors\x12\x12\n\ngpu_active\x18\x01 \x01(\t\x12\x10\n\x08gpu_idle\x18\x02 \x01(\t\x12\x13\n\x0bvcpu_active\x18\x03 \x01(\t\x12\x11\n\tvcpu_idle\x18\x04 \x01(\t\x12\x0e\n\x06memory\x18\x05 \x01(\t\x12\x0c\n\x04\x64isk\x18\x06 \x01(\t\x12\x12\n\ninvocation\x18\x07 \x01(\t\x12.\n\nvalid_from\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xb5\x01\n\x0cUsageService\x12_\n\x12UploadUsageWindows\x12#.agent.v1.UploadUsageWindowsRequest\x1a$.agent.v1.UploadUsageWindowsResponse\x12\x44\n\tListUsage\x12\x1a.agent.v1.ListUsageRequest\x1a\x1b.agent.v1.ListUsageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,22 +35,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_UPLOADUSAGEWINDOWSREQUEST']._serialized_start=97
   _globals['_UPLOADUSAGEWINDOWSREQUEST']._serialized_end=164
-  _globals['_UPLOADUSAGEWINDOWSRESPONSE']._serialized_start=166
-  _globals['_UPLOADUSAGEWINDOWSRESPONSE']._serialized_end=274
-  _globals['_USAGEMARK']._serialized_start=276
-  _globals['_USAGEMARK']._serialized_end=322
-  _globals['_USAGECONFLICT']._serialized_start=324
-  _globals['_USAGECONFLICT']._serialized_end=374
-  _globals['_LISTUSAGEREQUEST']._serialized_start=377
-  _globals['_LISTUSAGEREQUEST']._serialized_end=743
-  _globals['_LISTUSAGEREQUEST_GROUPING']._serialized_start=661
-  _globals['_LISTUSAGEREQUEST_GROUPING']._serialized_end=743
-  _globals['_LISTUSAGERESPONSE']._serialized_start=746
-  _globals['_LISTUSAGERESPONSE']._serialized_end=928
-  _globals['_USAGEROW']._serialized_start=931
-  _globals['_USAGEROW']._serialized_end=1348
-  _globals['_PRICEFACTORS']._serialized_start=1351
-  _globals['_PRICEFACTORS']._serialized_end=1541
-  _globals['_USAGESERVICE']._serialized_start=1544
-  _globals['_USAGESERVICE']._serialized_end=1725
+  _globals['_UPLOADUSAGEWINDOWSRESPONSE']._serialized_start=167
+  _globals['_UPLOADUSAGEWINDOWSRESPONSE']._serialized_end=317
+  _globals['_USAGEMARK']._serialized_start=319
+  _globals['_USAGEMARK']._serialized_end=365
+  _globals['_USAGEREFUSAL']._serialized_start=367
+  _globals['_USAGEREFUSAL']._serialized_end=432
+  _globals['_USAGECONFLICT']._serialized_start=434
+  _globals['_USAGECONFLICT']._serialized_end=484
+  _globals['_LISTUSAGEREQUEST']._serialized_start=487
+  _globals['_LISTUSAGEREQUEST']._serialized_end=853
+  _globals['_LISTUSAGEREQUEST_GROUPING']._serialized_start=771
+  _globals['_LISTUSAGEREQUEST_GROUPING']._serialized_end=853
+  _globals['_LISTUSAGERESPONSE']._serialized_start=856
+  _globals['_LISTUSAGERESPONSE']._serialized_end=1038
+  _globals['_USAGEROW']._serialized_start=1041
+  _globals['_USAGEROW']._serialized_end=1458
+  _globals['_PRICEFACTORS']._serialized_start=1461
+  _globals['_PRICEFACTORS']._serialized_end=1651
+  _globals['_USAGESERVICE']._serialized_start=1654
+  _globals['_USAGESERVICE']._serialized_end=1835
 # @@protoc_insertion_point(module_scope)

@@ -53,6 +53,7 @@ class UploadUsageWindowsResponse(_message.Message):
 
     MARKS_FIELD_NUMBER: _builtins.int
     CONFLICTS_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def marks(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageMark]:
         """One mark per instance of the batch."""
@@ -61,15 +62,20 @@ class UploadUsageWindowsResponse(_message.Message):
     def conflicts(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageConflict]:
         """Windows that were kept as conflicts."""
 
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageRefusal]:
+        """Windows that are not stored and never will be as they are; sending them again changes nothing."""
+
     def __init__(
         self,
         *,
         marks: _abc.Iterable[Global___UsageMark] | None = ...,
         conflicts: _abc.Iterable[Global___UsageConflict] | None = ...,
+        refusals: _abc.Iterable[Global___UsageRefusal] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conflicts", b"conflicts", "marks", b"marks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conflicts", b"conflicts", "marks", b"marks", "refusals", b"refusals"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -77,7 +83,7 @@ Global___UploadUsageWindowsResponse: _TypeAlias = UploadUsageWindowsResponse  # 
 
 @_typing.final
 class UsageMark(_message.Message):
-    """Every window of the instance up to seq is stored."""
+    """Every window that the batch had of the instance, up to seq, is stored. Says nothing about earlier batches."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -86,7 +92,7 @@ class UsageMark(_message.Message):
     instance_uid: _builtins.str
     """Instance."""
     seq: _builtins.int
-    """Highest stored sequence without a gap below it."""
+    """Highest sequence of the batch below which nothing of the batch was refused."""
     def __init__(
         self,
         *,
@@ -100,6 +106,36 @@ class UsageMark(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UsageMark: _TypeAlias = UsageMark  # noqa: Y015
+
+@_typing.final
+class UsageRefusal(_message.Message):
+    """A window that was not taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_UID_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    instance_uid: _builtins.str
+    """Instance."""
+    seq: _builtins.int
+    """Sequence."""
+    reason: _builtins.str
+    """Stable UPPER_SNAKE: USAGE_FOREIGN_NODE, USAGE_FOREIGN_INSTANCE, USAGE_UNSEALED or USAGE_INVALID."""
+    def __init__(
+        self,
+        *,
+        instance_uid: _builtins.str = ...,
+        seq: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_uid", b"instance_uid", "reason", b"reason", "seq", b"seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageRefusal: _TypeAlias = UsageRefusal  # noqa: Y015
 
 @_typing.final
 class UsageConflict(_message.Message):
@@ -225,7 +261,7 @@ class ListUsageResponse(_message.Message):
     total_cost: _builtins.str
     """Cost of all rows of the query (not only of this page), rounded once: a decimal number."""
     total_always_on_cost: _builtins.str
-    """Cost of the same lives with every billed second active: a decimal number."""
+    """Cost of the same lives always on, every second active, unbilled ones too: a decimal number."""
     unit: _builtins.str
     """Currency or unit of all costs, for example `CU`."""
     @_builtins.property
@@ -312,7 +348,7 @@ class UsageRow(_message.Message):
     cost: _builtins.str
     """The sum of the quantities times their factors: a decimal number."""
     always_on_cost: _builtins.str
-    """The same with every billed second active: a decimal number."""
+    """The same always on, every second active, unbilled ones too: a decimal number."""
     estimated: _builtins.bool
     """Some of it was estimated after a crash."""
     @_builtins.property

@@ -53,14 +53,16 @@ class UsageServiceServicer:
 
     def UploadUsageWindows(self, request, context):
         """Takes sealed windows from an agent, in order, for its own node only. Repeating a window changes nothing;
-        the same key with another payload is kept as a conflict and reported.
+        the same key with another payload is kept as a conflict and reported. What cannot be taken is refused window by
+        window, and the others are stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListUsage(self, request, context):
-        """Usage summed by function (or instance), priced, beside what the same instances would have cost always on.
+        """Usage summed by function (or instance), priced, beside what the same instances would have cost always on: awake
+        and active from the beginning of their first window to the end of their last, whatever they did meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

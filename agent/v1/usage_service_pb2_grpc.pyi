@@ -35,10 +35,13 @@ class UsageServiceStub:
     def __new__(cls, channel: _aio.Channel) -> UsageServiceAsyncStub: ...
     UploadUsageWindows: _grpc.UnaryUnaryMultiCallable[_usage_service_pb2.UploadUsageWindowsRequest, _usage_service_pb2.UploadUsageWindowsResponse]
     """Takes sealed windows from an agent, in order, for its own node only. Repeating a window changes nothing;
-    the same key with another payload is kept as a conflict and reported.
+    the same key with another payload is kept as a conflict and reported. What cannot be taken is refused window by
+    window, and the others are stored.
     """
     ListUsage: _grpc.UnaryUnaryMultiCallable[_usage_service_pb2.ListUsageRequest, _usage_service_pb2.ListUsageResponse]
-    """Usage summed by function (or instance), priced, beside what the same instances would have cost always on."""
+    """Usage summed by function (or instance), priced, beside what the same instances would have cost always on: awake
+    and active from the beginning of their first window to the end of their last, whatever they did meanwhile.
+    """
 
 @_typing.type_check_only
 class UsageServiceAsyncStub(UsageServiceStub):
@@ -47,10 +50,13 @@ class UsageServiceAsyncStub(UsageServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadUsageWindows: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.UploadUsageWindowsRequest, _usage_service_pb2.UploadUsageWindowsResponse]  # type: ignore[assignment]
     """Takes sealed windows from an agent, in order, for its own node only. Repeating a window changes nothing;
-    the same key with another payload is kept as a conflict and reported.
+    the same key with another payload is kept as a conflict and reported. What cannot be taken is refused window by
+    window, and the others are stored.
     """
     ListUsage: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.ListUsageRequest, _usage_service_pb2.ListUsageResponse]  # type: ignore[assignment]
-    """Usage summed by function (or instance), priced, beside what the same instances would have cost always on."""
+    """Usage summed by function (or instance), priced, beside what the same instances would have cost always on: awake
+    and active from the beginning of their first window to the end of their last, whatever they did meanwhile.
+    """
 
 class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by the scheduler."""
@@ -62,7 +68,8 @@ class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_usage_service_pb2.UploadUsageWindowsResponse, _abc.Awaitable[_usage_service_pb2.UploadUsageWindowsResponse]]:
         """Takes sealed windows from an agent, in order, for its own node only. Repeating a window changes nothing;
-        the same key with another payload is kept as a conflict and reported.
+        the same key with another payload is kept as a conflict and reported. What cannot be taken is refused window by
+        window, and the others are stored.
         """
 
     @_abc_1.abstractmethod
@@ -71,6 +78,8 @@ class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _usage_service_pb2.ListUsageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_usage_service_pb2.ListUsageResponse, _abc.Awaitable[_usage_service_pb2.ListUsageResponse]]:
-        """Usage summed by function (or instance), priced, beside what the same instances would have cost always on."""
+        """Usage summed by function (or instance), priced, beside what the same instances would have cost always on: awake
+        and active from the beginning of their first window to the end of their last, whatever they did meanwhile.
+        """
 
 def add_UsageServiceServicer_to_server(servicer: UsageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import pytest
+
 from agent.adapters import scheduler_link
 from agent.adapters.scheduler_link import SchedulerLink
 from agent.core.errors import UnavailableError
@@ -19,6 +21,7 @@ from agent.wire.clients import DaemonChannel
 from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable
 from tests.api.test_instance_servicer import observer_of
+from tests.contract.test_stores import window
 from tests.host.rig import World, a_world, eventually, until
 
 TOKEN = "node-credential-0123456789"
@@ -35,6 +38,7 @@ class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer, usage_servi
     refuse_uploads: bool = False
     uploads: list[list[tuple[str, int]]] = field(default_factory=list)
     acknowledge: int = 1 << 30
+    refuses: str = ""
 
     async def ReportLoad(  # noqa: N802
         self, request_iterator: AsyncIterator[ReportLoadRequest], context: object
@@ -57,7 +61,10 @@ class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer, usage_servi
             raise UnavailableError("STORE_FAILED", "no room")
         self.uploads.append([(window.instance_uid, window.seq) for window in request.windows])
         answer = usage_service_pb2.UploadUsageWindowsResponse()
-        for uid in sorted({window.instance_uid for window in request.windows}):
+        for window in request.windows:
+            if window.instance_uid == self.refuses:
+                answer.refusals.add(instance_uid=window.instance_uid, seq=window.seq, reason="USAGE_FOREIGN_NODE")
+        for uid in sorted({window.instance_uid for window in request.windows} - {self.refuses}):
             seqs = [w.seq for w in request.windows if w.instance_uid == uid and w.seq <= self.acknowledge]
             if seqs:
                 answer.marks.add(instance_uid=uid, seq=max(seqs))
@@ -172,6 +179,20 @@ async def test_windows_are_uploaded_until_acknowledged() -> None:
         sealed = {(w.instance_uid, w.seq) for w in await line.world.store.read_windows() if w.sealed}
         await eventually(lambda: line.world.store._acknowledged >= sealed)
         assert await line.link.upload_once() is False, "nothing is sent twice"
+
+
+async def test_windows_that_are_refused_are_put_aside_and_the_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that was renamed: its old windows stand before all others, and more of them than one upload takes."""
+    monkeypatch.setattr(scheduler_link, "UPLOAD_BATCH", 2)
+    old = [window("i-a-old", seq) for seq in range(5)]
+    async with a_line(refuses="i-a-old") as line:
+        await line.world.store.upsert_windows([*old, window("i-new", 0)])
+        await eventually(lambda: ("i-new", 0) in line.world.store._acknowledged)
+        assert await line.world.store.unacknowledged(10) == []
+        sent = [key for batch in line.scheduler.uploads for key in batch]
+        assert len(sent) == len(set(sent)), "none is offered twice"
+        kept = await line.world.store.read_windows("i-a-old")
+        assert len(kept) == 5, "they stay in the node's own ledger"
 
 
 async def test_an_upload_that_fails_is_tried_again_and_forgets_nothing() -> None:

@@ -118,6 +118,17 @@ async def test_only_sealed_unacknowledged_windows_wait_for_upload_in_order(store
     assert [(w.instance_uid, w.seq) for w in await store.unacknowledged(10)] == [("i-a", 1), ("i-a", 2), ("i-b", 0)]
 
 
+async def test_refused_windows_make_way_and_only_the_newest_are_kept(store: Store) -> None:
+    await store.upsert_windows([window(seq=seq) for seq in range(5)] + [window(seq=5, sealed=False)])
+    await store.acknowledge([("i-ocr-1", 0)])
+    await store.refuse([("i-ocr-1", seq) for seq in (0, 1, 2, 3, 5)] + [("i-nobody", 0)], kept=2)
+    assert [w.seq for w in await store.unacknowledged(10)] == [4]
+    assert [w.seq for w in await store.read_windows()] == [0, 2, 3, 4, 5], "1 was the oldest of those refused"
+    assert await store.prune(1 << 62) == 1, "only what was acknowledged"
+    await store.refuse([], kept=2)
+    assert [w.seq for w in await store.read_windows()] == [2, 3, 4, 5]
+
+
 async def test_only_old_acknowledged_windows_are_pruned(store: Store) -> None:
     await store.upsert_windows([window(seq=0), window(seq=1), window(seq=2), window(seq=3, sealed=False)])
     await store.acknowledge([("i-ocr-1", 0), ("i-ocr-1", 2)])

@@ -27,6 +27,7 @@ class MemoryStore:
         self._records: dict[str, InstanceRecord] = {}
         self._windows: dict[tuple[str, int], Window] = {}
         self._acknowledged: set[tuple[str, int]] = set()
+        self._refused: dict[tuple[str, int], None] = {}
 
     def stall(self) -> None:
         self._open.clear()
@@ -65,12 +66,24 @@ class MemoryStore:
 
     async def unacknowledged(self, limit: int) -> Sequence[Window]:
         await self._pass()
-        keys = sorted(key for key, w in self._windows.items() if w.sealed and key not in self._acknowledged)
+        keys = sorted(key for key, w in self._windows.items() if w.sealed and self._is_due(key))
         return [self._windows[key] for key in keys[:limit]]
 
     async def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None:
         await self._pass()
         self._acknowledged.update(key for key in keys if key in self._windows and self._windows[key].sealed)
+
+    async def refuse(self, keys: Sequence[tuple[str, int]], kept: int = 10_000) -> None:
+        await self._pass()
+        for key in keys:
+            if key in self._windows and self._windows[key].sealed and self._is_due(key):
+                self._refused[key] = None
+        in_order = [key for key in self._windows if key in self._refused]
+        for key in in_order[: max(0, len(in_order) - kept)]:
+            del self._refused[key], self._windows[key]
+
+    def _is_due(self, key: tuple[str, int]) -> bool:
+        return key not in self._acknowledged and key not in self._refused
 
     async def read_windows(self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0) -> Sequence[Window]:
         await self._pass()

@@ -57,6 +57,7 @@ async def test_windows_are_stored_once_and_the_cost_can_be_recomputed(daemon: Da
         for _ in range(2):
             answer = await agent.call(agent.usage.UploadUsageWindows, request, 10)
             assert [(mark.instance_uid, mark.seq) for mark in answer.marks] == [("i-1", 0)], "for its own node only"
+            assert [(one.instance_uid, one.reason) for one in answer.refusals] == [("i-2", "USAGE_FOREIGN_NODE")]
         with pytest.raises(PermissionDeniedError):
             await agent.call(agent.usage.ListUsage, ListUsageRequest(), 10)
     for grouping in (ListUsageRequest.GROUPING_FUNCTION, ListUsageRequest.GROUPING_INSTANCE):
@@ -75,6 +76,26 @@ async def test_windows_are_stored_once_and_the_cost_can_be_recomputed(daemon: Da
         assert Decimal(row.cost) == expected == Decimal(usage.total_cost)
         assert Decimal(row.always_on_cost) > expected
         assert list(usage.windows) == [window_to_proto(WINDOW)]
+
+
+async def test_a_window_that_cannot_be_does_not_keep_the_others_out(daemon: Daemon) -> None:
+    broken = window_to_proto(replace(WINDOW, seq=1))
+    broken.idle_ns += 1
+    newer = window_to_proto(replace(WINDOW, seq=2))
+    newer.state = 99  # type: ignore[assignment]  # of a version to come
+    request = UploadUsageWindowsRequest(windows=[window_to_proto(WINDOW), broken, newer])
+    async with DaemonChannel(daemon.endpoints["grpc"], NODE_TOKEN) as agent:
+        answer = await agent.call(agent.usage.UploadUsageWindows, request, 10)
+    assert [(mark.instance_uid, mark.seq) for mark in answer.marks] == [("i-1", 0)]
+    assert [(one.seq, one.reason) for one in answer.refusals] == [(1, "USAGE_INVALID"), (2, "USAGE_INVALID")]
+
+
+async def test_later_windows_are_taken_though_the_earlier_ones_are_not_here(daemon: Daemon) -> None:
+    """The scheduler's database was lost: its agents have long forgotten what was acknowledged."""
+    late = UploadUsageWindowsRequest(windows=[window_to_proto(replace(WINDOW, seq=seq)) for seq in (500, 501)])
+    async with DaemonChannel(daemon.endpoints["grpc"], NODE_TOKEN) as agent:
+        answer = await agent.call(agent.usage.UploadUsageWindows, late, 10)
+    assert [(mark.instance_uid, mark.seq) for mark in answer.marks] == [("i-1", 501)]
 
 
 async def test_only_a_node_may_upload(daemon: Daemon) -> None:
