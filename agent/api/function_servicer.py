@@ -5,6 +5,7 @@ from __future__ import annotations
 from agent.api.paging import page
 from agent.core.dispatch import Dispatcher
 from agent.core.errors import NotFoundError
+from agent.core.leases import Standing
 from agent.scheduler.fleet import ENDED, Fleet
 from agent.scheduler.functions import Catalog, Deployed
 from agent.v1 import function_service_pb2 as pb
@@ -52,7 +53,11 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
 
     def _show(self, deployed: Deployed) -> pb.Function:
         name = deployed.spec.name
-        loads = [load for _, load in self._fleet.instances() if load.function == name]
+        loads = [
+            load
+            for node, load in self._fleet.instances()
+            if load.function == name and node.standing is not Standing.LOST  # counted out, and replaced elsewhere
+        ]
         up = [load for load in loads if load.state not in _COMING_OR_GOING]
         current = [load for load in up if load.revision == deployed.spec.revision]
         problem = self._catalog.problem(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import TYPE_CHECKING, Protocol, cast
 
 from agent.http.errors import HttpError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # IDLE: nothing asked. HEAD, BODY: in a response. DONE: the response is whole, not yet released.
 _IDLE, _HEAD, _BODY, _DONE, _CLOSED = range(5)
+# A host that lost its power sends no FIN: a request inside would wait for its own deadline, a day perhaps.
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 _MOST_INTERIM = 16  # 1xx responses before a final one; more is not an answer but a flood
 
 
@@ -151,6 +154,7 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=self._pool.limits.write_buffer_bytes)
+        _watch_peer(transport.get_extra_info("socket"))
         self._pool.connections.add(self)
         # Should whoever connects be cancelled right now, the connection still ends.
         self.deadline = self._loop.time() + self._pool.limits.idle_s
@@ -305,3 +309,12 @@ class UpstreamConnection(asyncio.Protocol):
         sink = self.cut()
         if sink is not None:
             sink.upstream_failed(what)
+
+
+def _watch_peer(sock: socket.socket | None) -> None:
+    """The kernel notices within half a minute that the other machine is gone, however long an answer takes."""
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -10,15 +10,19 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import sqlalchemy as sa
 
-from agent.core.errors import UnavailableError
+from agent.core.errors import ConfigError, UnavailableError
 
 _T = TypeVar("_T")
+
+DEADLINE_S = 10.0
+"""For a call; a write that missed it may still happen, and repeating it is harmless."""
 
 _METADATA = sa.MetaData()
 _FUNCTIONS = sa.Table(
@@ -69,8 +73,9 @@ class FunctionRow:
 class Store:
     """Functions and nodes in SQL. Raises UnavailableError STORE_FAILED, without the URL, which may hold a password."""
 
-    def __init__(self, url: str) -> None:
-        self._engine = sa.create_engine(url)
+    def __init__(self, url: str, deadline_s: float = DEADLINE_S) -> None:
+        self._engine = engine_of(url)
+        self._deadline_s = deadline_s
         self._sqlite = self._engine.dialect.name == "sqlite"
         if self._sqlite:
             sa.event.listen(self._engine, "connect", _pragmas)
@@ -81,8 +86,9 @@ class Store:
         await self._run(self._open)
 
     async def close(self) -> None:
-        """Wait for what is being written, then let go."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
+        """Wait for what is being written, as long as for any call, then let go."""
+        with suppress(UnavailableError):
+            await self._run(self._engine.dispose)
         self._thread.shutdown(wait=False)
 
     async def functions(self) -> list[FunctionRow]:
@@ -153,11 +159,25 @@ class Store:
 
     async def _run(self, work: Callable[[], _T]) -> _T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            async with asyncio.timeout(self._deadline_s):
+                return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except TimeoutError:
+            problem = f"no answer within {self._deadline_s:g} s"
+            raise UnavailableError("STORE_FAILED", f"the scheduler's database failed: {problem}; check it") from None
         except (sa.exc.SQLAlchemyError, OSError) as error:
             kind = type(getattr(error, "orig", None) or error).__name__
             text = f"the scheduler's database failed ({kind}); check the disk, its owner and its space"
             raise UnavailableError("STORE_FAILED", text) from error
+
+
+def engine_of(url: str) -> sa.Engine:
+    """The engine for a SQLAlchemy URL. Raises ConfigError DATABASE_INVALID, without the URL, which may hold a
+    password."""
+    try:
+        return sa.create_engine(url)
+    except (sa.exc.ArgumentError, ImportError, ValueError) as error:
+        text = f"`database` is no SQLAlchemy URL whose driver is installed ({type(error).__name__}); fix it"
+        raise ConfigError("DATABASE_INVALID", text) from None
 
 
 def _pragmas(connection: object, _record: object) -> None:

@@ -20,6 +20,7 @@ from agent.core.errors import ExhaustedError, InvalidArgumentError, UnavailableE
 from agent.core.usage_window import Window
 from agent.log import get_logger
 from agent.ports import Clock
+from agent.scheduler.store import engine_of
 from agent.scheduler.usage_tables import CONFLICTS, USAGE_METADATA, WINDOWS, digest_of, payload_of, row_of
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ class UsageDatabase:
     @classmethod
     def at(cls, url: str) -> UsageDatabase:
         """On its own engine for a SQLAlchemy URL. A SQLite file gets mode 0600 and WAL."""
-        engine = sa.create_engine(url)
+        engine = engine_of(url)
         if engine.dialect.name == "sqlite":
             sa.event.listen(engine, "connect", _sqlite_pragmas)
         return cls(engine)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -28,6 +28,8 @@ GROUPS = ("function", "instance_uid", "node", "gpu_model", "state")
 MAX_WINDOWS = 10_000
 MAX_SUMS = 50_000
 """What one report may be made of: a few hundred megabytes less than what would hurt."""
+_Key = tuple[tuple[str, ...], str, int]
+"""Of a line: its group, GPU model, and since when its price is valid."""
 _SIZES = ("gpu_count", "gpu_memory_bytes", "vcpu_millis", "memory_bytes", "disk_bytes")
 _TIMES = ("active_ns", "idle_ns", "unbilled_ns")
 
@@ -127,13 +129,14 @@ class UsageReports:
         return await self._database.run(lambda: self._report(book, chosen, groups))
 
     def _report(self, book: PriceBook, only: UsageFilter, groups: tuple[str, ...]) -> UsageReport:
-        lines: dict[tuple[tuple[str, ...], str, int], list[UsageSum]] = {}
+        lines: dict[_Key, list[UsageSum]] = {}
         for count, part in enumerate(self._sums(book, only, groups)):
             if count >= MAX_SUMS:
                 text = f"more than {MAX_SUMS} sums; ask for a shorter time, one function, or sums by function"
                 raise ExhaustedError("USAGE_TOO_MANY_ROWS", text)
             since = part.price.valid_from_wall_ns if part.price else -1
             lines.setdefault((part.group, part.gpu_model, since), []).append(part)
+        _place(lines)
         return UsageReport(book.currency, groups, tuple(_line(lines[key]) for key in sorted(lines)))
 
     async def windows(
@@ -178,6 +181,17 @@ class UsageReports:
                     **{name: row[name] for name in _SIZES},
                     **times,
                 )
+
+
+def _place(lines: dict[_Key, list[UsageSum]]) -> None:
+    """Time before an instance first held a GPU has no model (and is unbilled): it goes to the line of the model that
+    the same group had then, so that nobody reads two lines for one function, and always-on has a price for it."""
+    models = {(group, since): model for group, model, since in sorted(lines, reverse=True) if model}
+    for group, model, since in list(lines):
+        found = models.get((group, since), "")
+        if not model and found:
+            parts = lines.pop((group, model, since))
+            lines[group, found, since] += [replace(part, gpu_model=found) if part.gpu_count else part for part in parts]
 
 
 def _periods(book: PriceBook) -> Iterable[tuple[Price | None, int, int | None]]:

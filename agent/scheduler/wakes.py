@@ -84,7 +84,7 @@ class Wakes:
         try:
             async with asyncio.timeout(self._timeout_s + 2 * SLACK_S), gate:
                 await self._call(wake)
-        except (HibernodeError, TimeoutError) as error:
+        except Exception as error:  # whatever it was: without an answer the instance would count as waking for ever
             self._failed(wake, error)
         else:
             self._tell(WakeAnswered(wake.uid))
@@ -113,9 +113,11 @@ class Wakes:
     async def _post(self, pool: Pool, headers: list[Header], *, fresh: bool = False) -> Response:
         return await pool.request(b"POST", TARGET, headers, timeout_s=self._timeout_s + SLACK_S, fresh=fresh)
 
-    def _failed(self, wake: Wake, error: HibernodeError | TimeoutError) -> None:
+    def _failed(self, wake: Wake, error: Exception) -> None:
         self.counts.failed += 1
-        reason = error.reason if isinstance(error, HibernodeError) else "WAKE_TIMEOUT"
+        reason = "WAKE_TIMEOUT" if isinstance(error, TimeoutError) else type(error).__name__
+        if isinstance(error, HibernodeError):
+            reason = error.reason
         _log.warning("wake.failed", uid=wake.uid, node=wake.node, reason=reason, message=str(error))
         if isinstance(error, ConnectFailedError) and error.reason != EXHAUSTED:
             self._unreachable(wake.node)

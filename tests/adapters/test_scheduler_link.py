@@ -61,10 +61,10 @@ class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer, usage_servi
             raise UnavailableError("STORE_FAILED", "no room")
         self.uploads.append([(window.instance_uid, window.seq) for window in request.windows])
         answer = usage_service_pb2.UploadUsageWindowsResponse()
-        for window in request.windows:
-            if window.instance_uid == self.refuses:
-                answer.refusals.add(instance_uid=window.instance_uid, seq=window.seq, reason="USAGE_FOREIGN_NODE")
-        for uid in sorted({window.instance_uid for window in request.windows} - {self.refuses}):
+        for one in request.windows:
+            if one.instance_uid == self.refuses:
+                answer.refusals.add(instance_uid=one.instance_uid, seq=one.seq, reason="USAGE_FOREIGN_NODE")
+        for uid in sorted({one.instance_uid for one in request.windows} - {self.refuses}):
             seqs = [w.seq for w in request.windows if w.instance_uid == uid and w.seq <= self.acknowledge]
             if seqs:
                 answer.marks.add(instance_uid=uid, seq=max(seqs))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from agent.core.dispatch_events import Event, FunctionRemoved, FunctionSet
-from agent.core.errors import InvalidArgumentError, UnavailableError
+from agent.core.errors import ConfigError, InvalidArgumentError, UnavailableError
 from agent.core.types import DispatchPolicy
 from agent.scheduler.deploy_rules import Defaults
 from agent.scheduler.functions import Catalog, Problem
@@ -151,3 +153,23 @@ async def test_a_broken_database_says_so_without_its_url(tmp_path: Path) -> None
     with pytest.raises(UnavailableError):
         await broken.put_function(FunctionRow("ocr", 1, b"", 1, b"", 0, 0))
     await broken.close()
+
+
+def test_a_database_that_cannot_be_is_a_configuration_error_without_its_password() -> None:
+    for url in ("nonsense", "foo://u:hunter2@db/h", "postgresql://u:hunter2@db:port/h"):
+        with pytest.raises(ConfigError) as caught:
+            Store(url)
+        assert caught.value.reason == "DATABASE_INVALID"
+        assert "hunter2" not in str(caught.value)
+
+
+async def test_a_disk_that_hangs_is_an_error_by_its_deadline(tmp_path: Path) -> None:
+    stuck = Store(f"sqlite:///{tmp_path}/scheduler.db", deadline_s=0.05)
+    released = threading.Event()
+    blocking = asyncio.get_running_loop().run_in_executor(stuck._thread, released.wait)
+    with pytest.raises(UnavailableError) as caught:
+        await stuck.functions()
+    assert caught.value.reason == "STORE_FAILED"
+    released.set()
+    await blocking
+    await stuck.close()

@@ -17,7 +17,7 @@ from agent.core.price_book import PriceBook, parse_price_book
 from agent.core.pricing import cost_of_windows, rounded
 from agent.core.types import SECOND_NS
 from agent.core.usage_window import Window
-from agent.scheduler.usage import MAX_BATCH, Accepted, Refusal, UsageCollector, UsageDatabase
+from agent.scheduler.usage import MAX_BATCH, MAX_CONFLICTS_PER_KEY, Accepted, Refusal, UsageCollector, UsageDatabase
 from agent.scheduler.usage_reconciliation import reconcile
 from agent.scheduler.usage_reports import UsageFilter, UsageReports
 from tests.contract.test_stores import window
@@ -239,3 +239,32 @@ def test_gaps_overlaps_and_estimates_are_found() -> None:
         ("i-ocr-1", 3, "OVERLAP", 20),
         ("i-b", 0, "ESTIMATED", 100),
     ]
+
+
+async def test_a_node_does_not_upload_the_usage_of_another_node_s_instance(database: UsageDatabase) -> None:
+    """Uids are in answers to clients: an intruder on one node could take the place of another node's next window."""
+    owners = {"i-ocr-1": "gpu-8"}
+    collector = UsageCollector(database, FakeClock(), lambda uid: owners.get(uid, ""))
+    accepted = await collector.accept(NODE, [window(), window("i-ocr-2")])
+    assert accepted == Accepted((("i-ocr-2", 0),), (), (Refusal(("i-ocr-1", 0), "USAGE_FOREIGN_INSTANCE"),))
+
+
+async def test_a_node_that_keeps_changing_its_mind_fills_no_disk(
+    collector: UsageCollector, database: UsageDatabase
+) -> None:
+    for active_ns in range(MAX_CONFLICTS_PER_KEY + 5):
+        await collector.accept(NODE, [window(active_ns=active_ns)])
+    assert len(await UsageReports(database).conflicts()) == MAX_CONFLICTS_PER_KEY
+
+
+async def test_time_before_the_first_gpu_is_no_line_of_its_own(
+    collector: UsageCollector, database: UsageDatabase
+) -> None:
+    """The model is not known before the first grant; always-on counts that time at the price of what came."""
+    before = replace(window(seq=0, active_ns=0), gpu_model="", gpu_uuids=(), idle_ns=0, unbilled_ns=100)
+    await collector.accept(NODE, [before, window(seq=1, active_ns=100)])
+    (line,) = (await UsageReports(database).report(book())).lines
+    assert (line.gpu_model, line.total("windows"), line.unpriced) == ("NVIDIA L20", 2, 0)
+    alone, _, _ = cost_of_windows([window(seq=1, active_ns=100)], book())
+    assert line.cost.total == alone.total + line.cost.invocations / 2
+    assert line.always_on_cost.gpu == 2 * alone.gpu
