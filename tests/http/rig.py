@@ -97,13 +97,13 @@ class Wire:
                 await self._writer.wait_closed()
 
 
-_clients: list[Wire] = []  # opened in this test; `serving` closes them
+_clients: list[tuple[asyncio.AbstractEventLoop, Wire]] = []  # opened in this test; `serving` closes them
 
 
 async def connect(port: int, *, buffer_bytes: int = 2**16) -> Wire:
     async with asyncio.timeout(PATIENCE_S):
         wire = Wire(*await asyncio.open_connection("127.0.0.1", port, limit=buffer_bytes))
-    _clients.append(wire)
+    _clients.append((asyncio.get_running_loop(), wire))
     return wire
 
 
@@ -179,7 +179,9 @@ async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterat
         yield server
     finally:
         while _clients:
-            await _clients.pop().closed()
+            loop, client = _clients.pop()
+            if loop is asyncio.get_running_loop():  # others' rigs borrow `connect`, and close their clients themselves
+                await client.closed()
         await server.close(0.0)
     assert not faults, faults
 
