@@ -18,7 +18,7 @@ from agent.http.exchange import Exchange
 from agent.http.limits import Limits
 from agent.http.server import serve
 from tests.host.rig import OCR, World, a_world, eventually, hangs, until
-from tests.http.rig import Wire, connect
+from tests.http.rig import Wire, close_clients, connect
 
 S = InstanceState
 TOKEN = "node-token-0123456789"
@@ -62,6 +62,7 @@ async def a_door() -> AsyncIterator[Door]:
         try:
             yield Door(world, ingress, server.port)
         finally:
+            await close_clients()
             await server.close(0.0)
         assert not faults, faults
         for actor in [*world.node.actors.values(), *world.node.ended.values()]:

@@ -97,14 +97,20 @@ class Wire:
                 await self._writer.wait_closed()
 
 
-_clients: list[tuple[asyncio.AbstractEventLoop, Wire]] = []  # opened in this test; `serving` closes them
+_clients: list[Wire] = []
 
 
 async def connect(port: int, *, buffer_bytes: int = 2**16) -> Wire:
     async with asyncio.timeout(PATIENCE_S):
         wire = Wire(*await asyncio.open_connection("127.0.0.1", port, limit=buffer_bytes))
-    _clients.append((asyncio.get_running_loop(), wire))
+    _clients.append(wire)
     return wire
+
+
+async def close_clients() -> None:
+    """Close what `connect` opened in this test. Every rig that hands out clients calls it in the end."""
+    while _clients:
+        await _clients.pop().closed()
 
 
 Script = Callable[[Wire], Awaitable[None]]
@@ -178,10 +184,7 @@ async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterat
     try:
         yield server
     finally:
-        while _clients:
-            loop, client = _clients.pop()
-            if loop is asyncio.get_running_loop():  # others' rigs borrow `connect`, and close their clients themselves
-                await client.closed()
+        await close_clients()
         await server.close(0.0)
     assert not faults, faults
 
