@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 
 from agent.api.paging import page
+from agent.core.errors import DeadlineError, ExhaustedError
 from agent.core.leases import Standing
 from agent.scheduler.fleet import ENDED, Fleet, NodeRecord
 from agent.v1 import scheduler_service_pb2 as pb
@@ -15,6 +18,8 @@ from agent.wire.convert_time import time_to_proto
 from agent.wire.interceptors import CallContext
 from agent.wire.tokens import calling_node
 
+MAX_STREAMS = 4
+"""Of one node: one that counts, and those that it replaced and that have not ended yet."""
 _STATES = {
     Standing.READY: types_pb2.Node.STATE_READY,
     Standing.DRAINING: types_pb2.Node.STATE_DRAINING,
@@ -26,20 +31,39 @@ _STATES = {
 class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
     """Translates and hands on; errors become statuses in the wire's call guard."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, silence_s: float = 10.0) -> None:
+        """A stream without a message for `silence_s` is ended: its agent beats once a second, or opens another."""
         self._fleet = fleet
+        self._silence_s = silence_s
+        self._open: Counter[str] = Counter()
 
     async def ReportLoad(
         self, request_iterator: AsyncIterator[pb.ReportLoadRequest], context: CallContext
     ) -> AsyncIterator[pb.ReportLoadResponse]:
-        """One node's stream; its end, however it comes, makes the node suspect at once."""
+        """One node's stream; its end, however it comes, makes the node suspect at once.
+
+        Raises ExhaustedError where a node has too many, and DeadlineError STREAM_SILENT.
+        """
         node = calling_node()
+        if self._open[node] >= MAX_STREAMS:
+            raise ExhaustedError("TOO_MANY_STREAMS", f"node {node} has {MAX_STREAMS} load streams already", node=node)
+        self._open[node] += 1
         stream = self._fleet.opened(node, peer_host(context.peer()))
         try:
-            async for message in request_iterator:
+            messages = aiter(request_iterator)
+            while (message := await self._next(messages)) is not None:
                 yield self._fleet.took(node, stream, message)
         finally:
+            self._open[node] -= 1
             self._fleet.closed(node, stream)
+
+    async def _next(self, messages: AsyncIterator[pb.ReportLoadRequest]) -> pb.ReportLoadRequest | None:
+        try:
+            async with asyncio.timeout(self._silence_s):
+                return await anext(messages, None)
+        except TimeoutError:
+            text = f"no message for {self._silence_s:g} s; open the load stream again"
+            raise DeadlineError("STREAM_SILENT", text) from None
 
     async def ListNodes(self, request: pb.ListNodesRequest, context: object) -> pb.ListNodesResponse:
         """Nodes by name, as last heard."""

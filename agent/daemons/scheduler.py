@@ -203,7 +203,7 @@ class SchedulerDaemon:
         operator = Principal("operator", Role.OPERATOR)
         collector = UsageCollector(self.usage, self.clock, self.fleet.owner)
         services = Services(
-            scheduler=SchedulerServicer(self.fleet),
+            scheduler=SchedulerServicer(self.fleet, config.report.lost_ns / SECOND_NS),
             functions=FunctionServicer(self.catalog, self.fleet, self.dispatcher, f"http://{self.gateway_address}"),
             usage=UsageServicer(collector, UsageReports(self.usage), self.prices),
         )

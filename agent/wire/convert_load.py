@@ -7,6 +7,7 @@ agent describes an instance in one place and the fleet's list has the same type 
 from __future__ import annotations
 
 from agent.core.dispatch_events import InstanceReported, NodeReported
+from agent.core.function_rules import MAX_CONCURRENCY
 from agent.core.types import Gpu
 from agent.v1 import types_pb2
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration
@@ -87,14 +88,17 @@ def instance_of_load(load: InstanceLoad, node: str) -> types_pb2.Instance:
 
 
 def reported_of_load(load: InstanceLoad, node: str) -> InstanceReported:
-    """The load as an event of the dispatcher. Raises InvalidArgumentError for a state of another version."""
+    """The load as an event of the dispatcher. Raises InvalidArgumentError for a state of another version.
+
+    The dispatcher's index has a bit per request of an instance: what no function may ask for is not believed.
+    """
     return InstanceReported(
         uid=load.uid,
         function=load.function,
         node=node,
         state=state_from_proto(load.state),
-        concurrency=max(1, load.concurrency),
-        in_flight=load.in_flight + load.waiting,
+        concurrency=min(max(1, load.concurrency), MAX_CONCURRENCY),
+        in_flight=max(0, load.in_flight) + max(0, load.waiting),
         cancellable=load.freeze_cancellable,
         healthy=load.healthy,
         wake_estimate_ns=load.wake_estimate_ns,

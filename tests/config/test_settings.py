@@ -139,3 +139,23 @@ def test_the_scheduler_refuses(document: dict[str, object], message: str) -> Non
     with pytest.raises(ConfigError) as caught:
         load(document, SchedulerConfig)
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("document", "key"),
+    [
+        ({"dispatch": {"hold": "11m"}}, "dispatch.hold"),
+        ({"dispatch": {"queue_timeout": "2h"}}, "dispatch.queue_timeout"),
+        ({"dispatch": {"queue_length": 0}}, "dispatch.queue_length"),
+        ({"dispatch": {"wake_factor": float("inf")}}, "dispatch.wake_factor"),
+        ({"gateway": {"domain": ""}}, "gateway.domain"),
+        ({"gateway": {"domain": "a b"}}, "gateway.domain"),
+        ({"nodes": [{"name": "a/b", "token_file": "/t"}]}, "nodes[0].name"),
+    ],
+)
+def test_scheduler_defaults_that_no_deploy_and_no_wake_could_use_are_refused(
+    document: dict[str, object], key: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(document, SchedulerConfig)
+    assert key in caught.value.message

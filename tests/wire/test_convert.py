@@ -229,6 +229,9 @@ def test_a_load_becomes_an_event_of_the_dispatcher() -> None:
         gpus=("GPU-1",),
     )
     assert reported_of_load(load, "node-7") == expected
+    load.concurrency, load.in_flight = 2**31 - 1, -5
+    unlikely = reported_of_load(load, "node-7")
+    assert (unlikely.concurrency, unlikely.in_flight) == (200, 2), "what no function may ask for is not believed"
 
 
 def test_a_recovering_node_gets_no_work_and_its_bad_gpus_do_not_count() -> None:
