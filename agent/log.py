@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Literal, TextIO, cast
 
 import structlog
@@ -93,6 +94,13 @@ class _LibraryHandler(logging.StreamHandler[TextIO]):
     """Ours among the root logger's handlers, so that `configure` replaces only its own."""
 
 
+def timestamp(wall_ns: int) -> str:
+    """A time as every line has it, for the key `timestamp` of something that is logged after it happened."""
+    return (
+        f"{datetime.fromtimestamp(wall_ns // 1_000_000_000, UTC):%Y-%m-%dT%H:%M:%S}.{wall_ns // 1000 % 1_000_000:06}Z"
+    )
+
+
 def configure(level: str = "info", fmt: Literal["json", "console"] = "json", *, stream: TextIO | None = None) -> None:
     """Set up logging for this process; called once by a composition root, again to change the level.
 
@@ -117,7 +125,7 @@ def configure(level: str = "info", fmt: Literal["json", "console"] = "json", *, 
 
 _COMMON: list[Processor] = [
     structlog.processors.add_log_level,
-    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.processors.MaybeTimeStamper(fmt="iso", utc=True),  # an event that is logged late brings its own time
     guard,
 ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import assert_never
 
 from agent.core import lifecycle_events as ev
@@ -18,7 +19,10 @@ from agent.host import hooks
 from agent.host.actor import Actor
 from agent.host.health import HealthProbe
 from agent.host.shell import Shell, unless_cancelled
+from agent.http.client import Pool
 from agent.ports import FreezeResult, Outcome
+
+CONNECT_AHEAD_S = 1.0
 
 
 class Sleep:
@@ -104,10 +108,16 @@ class Sleep:
         return _answer(gen, result)
 
     async def wake(self, handle: Handle, gen: int) -> ev.Event:
-        """Thaw, restore, unlock, verify."""
+        """Thaw, restore, unlock, verify; meanwhile the connection that its first request will need is made."""
         actor, shell = self._actor, self._shell
         began = shell.clock.monotonic_ns()
-        result = await shell.freezer.wake(handle, {})
+        connecting = asyncio.create_task(_connect_ahead(actor.pool), name=f"connect {actor.uid}")
+        try:
+            result = await shell.freezer.wake(handle, {})
+        finally:
+            connecting.cancel()
+        if result.outcome is not Outcome.OK and actor.pool is not None:
+            actor.pool.retire()
         if result.outcome is Outcome.OK:
             figures = actor.figures
             figures.wakes += 1
@@ -117,6 +127,13 @@ class Sleep:
             figures.image_bytes = 0
             self._awake_again()
         return _answer(gen, result)
+
+
+async def _connect_ahead(pool: Pool | None) -> None:
+    """The kernel takes a connection for a server that is still frozen. Without it the first request makes its own."""
+    if pool is not None:
+        with suppress(HibernodeError):
+            await pool.prepare(CONNECT_AHEAD_S)
 
 
 def _answer(gen: int, result: FreezeResult) -> ev.Event:

@@ -89,6 +89,11 @@ class Pool:
             self._connecting -= 1
         return connection
 
+    async def prepare(self, timeout_s: float) -> None:
+        """Opens a connection for whoever comes next, unless one is idle. Raises ConnectFailedError."""
+        if not any(connection.usable for connection in self._idle):
+            self.release(await self.acquire(self._loop.time() + timeout_s, fresh=True))
+
     def release(self, connection: UpstreamConnection) -> None:
         """Gives a connection back. It is kept only if its exchange ended cleanly and nothing retired it."""
         if (

@@ -183,7 +183,8 @@ async def measure(repetitions: int, warm_up: int) -> dict[str, Any]:
             why_not = str(error)
             progress(f"no Docker Engine: {why_not}")
         progress("starting driver, scheduler and agent")
-        async with running_stack("--gpus", "1", "--gib", "1", "--profile", "580") as stack:
+        settings = {"log_format": "json"}  # as in production; the stack's own is for people
+        async with running_stack("--gpus", "1", "--gib", "1", "--profile", "580", agent_settings=settings) as stack:
             samples = await _measure_on(stack, rival, repetitions, warm_up)
         return report(samples, rival, why_not)
 

@@ -238,3 +238,16 @@ async def test_responses_cut_anywhere(cut: int) -> None:
 @pytest.mark.parametrize(("host", "authority"), [("127.0.0.1", b"127.0.0.1:9000"), ("::1", b"[::1]:9000")])
 async def test_authority(host: str, authority: bytes) -> None:
     assert Pool(host, 9000, UpstreamLimits()).authority == authority
+
+
+async def test_a_connection_made_ahead_serves_the_first_request() -> None:
+    async with upstream(answering(OK)) as up:
+        pool = pool_of(up.port)
+        await pool.prepare(5.0)
+        await pool.prepare(5.0)  # one is enough
+        await eventually(lambda: up.connections == 1)
+        await pool.request(b"GET", b"/", [], timeout_s=5)
+        assert up.connections == 1
+        pool.retire()
+        assert not [one for one in pool.connections if one.usable]
+        pool.close()
