@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 
 from agent.api.paging import page, page_bounds
 from agent.core.errors import (
-    HibernodeError,
     InstanceError,
     InvalidArgumentError,
     NotFoundError,
@@ -15,13 +14,13 @@ from agent.core.errors import (
     UnsupportedError,
 )
 from agent.core.function_rules import check_function
-from agent.core.lifecycle import Instance
 from agent.core.lifecycle_events import FreezeAsked, StopAsked
 from agent.core.types import SECOND_NS, InstanceState
 from agent.host.actor import Actor
 from agent.host.events import EventLog
 from agent.host.node import Node
 from agent.host.observe import Observer
+from agent.host.waking import raise_if_failed, wake_up
 from agent.ports import Clock, Runtime
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import instance_service_pb2_grpc, types_pb2
@@ -30,7 +29,6 @@ from agent.wire.convert_snapshot import instance_to_proto
 from agent.wire.convert_time import time_from_proto, time_to_proto
 
 DEFAULT_WAKE_TIMEOUT_NS = 60 * SECOND_NS
-MAX_HOLD_NS = 600 * SECOND_NS
 MAX_WAIT_S = 600.0
 DEFAULT_GRACE_NS = 30 * SECOND_NS
 MAX_GRACE_NS = 86_400 * SECOND_NS
@@ -71,7 +69,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         actor = await self._node.create(request.request_id, function)
         if request.wait:
             await actor.wait_until(lambda i: i.state is not InstanceState.STARTING, MAX_WAIT_S, "START")
-            _raise_if_failed(actor)
+            raise_if_failed(actor)
         return pb.CreateInstanceResponse(instance=self._show(actor))
 
     async def GetInstance(self, request: pb.GetInstanceRequest, context: object) -> pb.GetInstanceResponse:
@@ -101,7 +99,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
             why = "it is in use" if began.busy else "idle mode is off for it"
             raise PreconditionError("NOT_IDLE", f"instance {actor.uid} was not frozen: {why}")
         await actor.wait_until(lambda i: i.state is not InstanceState.FREEZING, MAX_WAIT_S, "FREEZE")
-        _raise_if_failed(actor)
+        raise_if_failed(actor)
         now = actor.instance
         if now.state is InstanceState.STARTING:
             raise PreconditionError("NOT_RUNNING", f"instance {actor.uid} is still starting")
@@ -115,20 +113,8 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         """Be awake, and stay so for `hold_ns` or until the first request (DESIGN section 9)."""
         self._require_ready()
         actor = self._node.get(request.uid)
-        if not 0 <= request.hold_ns <= MAX_HOLD_NS or request.timeout_ns < 0:
-            raise InvalidArgumentError("HOLD_INVALID", "hold and timeout must be between 0 and 600 s")
-        timeout_ns = min(request.timeout_ns or DEFAULT_WAKE_TIMEOUT_NS, MAX_HOLD_NS)
-        before = actor.figures.wakes
-        actor.wake(request.hold_ns, self._clock.monotonic_ns() + timeout_ns)
-        # Also one that was awake and gave way again before we looked: waiting on would end in a timeout.
-        await actor.wait_until(
-            lambda i: _awake_or_ended(i) or actor.figures.wakes > before, timeout_ns / SECOND_NS, "WAKE"
-        )
-        _raise_if_failed(actor)
-        if actor.state is not InstanceState.RUNNING:
-            reason = "INSTANCE_STOPPING" if actor.instance.stop else "PREEMPTED"
-            raise PreconditionError(reason, f"instance {actor.uid} is {actor.state.value}; ask again")
-        free = max(0, actor.gate.concurrency - actor.gate.in_flight - actor.gate.waiting)
+        timeout_ns = request.timeout_ns or DEFAULT_WAKE_TIMEOUT_NS
+        free = await wake_up(actor, self._clock.monotonic_ns(), request.hold_ns, timeout_ns)
         return pb.WakeInstanceResponse(instance=self._show(actor), free_slots=free)
 
     async def StopInstance(self, request: pb.StopInstanceRequest, context: object) -> pb.StopInstanceResponse:
@@ -191,14 +177,3 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
     def _require_ready(self) -> None:
         if not self._observer.ready:
             raise PreconditionError("NODE_RECOVERING", "this node still recovers its instances; try again in a moment")
-
-
-def _awake_or_ended(instance: Instance) -> bool:
-    return instance.state in (InstanceState.RUNNING, InstanceState.STOPPING) or instance.state.terminal
-
-
-def _raise_if_failed(actor: Actor) -> None:
-    if actor.state is InstanceState.FAILED:
-        reason = actor.instance.reason or "INSTANCE_FAILED"
-        error: HibernodeError = InstanceError(reason, actor.instance.message or "the instance failed")
-        raise error

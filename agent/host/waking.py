@@ -19,11 +19,12 @@ async def wake_up(actor: Actor, now_ns: int, hold_ns: int, timeout_ns: int) -> i
     if not (0 <= hold_ns <= MAX_HOLD_NS and timeout_ns >= 0):
         raise InvalidArgumentError("HOLD_INVALID", "hold and timeout must be between 0 and 600 s")
     timeout_ns = min(timeout_ns, MAX_HOLD_NS)
+    before = actor.figures.wakes
     actor.wake(hold_ns, now_ns + timeout_ns)
 
     def settled(instance: Instance) -> bool:
         """Also one that was awake and gave way again before we looked: waiting on would end in a timeout."""
-        return _awake_or_ended(instance) or instance.awake_since_ns >= now_ns
+        return _awake_or_ended(instance) or actor.figures.wakes > before
 
     await actor.wait_until(settled, timeout_ns / SECOND_NS, "WAKE")
     raise_if_failed(actor)
