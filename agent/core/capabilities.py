@@ -100,9 +100,10 @@ def _checkpoint(host: HostFacts, branch: int) -> CapabilityLine:
     elif host.machine != "x86_64":
         return _fail("checkpoint", f"no driver can checkpoint on {host.machine}", "use an x86-64 host")
     if branch < API_SINCE:
-        return _warn(
+        return _fail(
             "checkpoint",
-            "only by the cuda-checkpoint program, which costs seconds a call on hosts with several GPUs",
+            f"driver {host.driver_version} has no checkpoint API, only the cuda-checkpoint program, which the agent "
+            "does not use yet",
             f"install driver {SAFE_SINCE} or newer",
         )
     return _ok("checkpoint", "by the driver's API")
@@ -115,7 +116,7 @@ def _migration(branch: int) -> CapabilityLine:
             "a frozen instance wakes only on the GPU it was frozen on",
             f"install driver {MIGRATION_SINCE} or newer",
         )
-    return _ok("migration", "a frozen instance may wake on any free GPU of the same model")
+    return _ok("migration", "the driver could wake a frozen instance on another GPU; the agent does not use it yet")
 
 
 def _privileges(host: HostFacts) -> CapabilityLine:

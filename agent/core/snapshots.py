@@ -70,7 +70,8 @@ class CapabilityLine:
 
 @dataclass(frozen=True, slots=True)
 class NodeSnapshot:
-    """One node. `epoch` changes with every start of the agent."""
+    """One node. `epoch` changes with every start of the agent. `host_reserved_bytes` is promised to images and not yet
+    taken: what a frozen image holds is already missing from `host_available_bytes`."""
 
     name: str
     boot_id: str

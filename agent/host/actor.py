@@ -197,11 +197,14 @@ class Actor:
         for effect in effects:
             self._perform(effect)
         if new.state is not old.state:
-            for waiter in self._waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+            self._tell_waiters()
         elif new.busy is not old.busy:
             self._listener.load_changed(self)
+
+    def _tell_waiters(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _perform(self, effect: ev.Effect) -> None:
         match effect:
@@ -244,9 +247,11 @@ class Actor:
     # ---- waiting ------------------------------------------------------------------------------------------------
 
     async def wait_until(self, reached: Callable[[Instance], bool], timeout_s: float, what: str) -> None:
-        """Wait until `reached` holds. Raises DeadlineError `<what>_TIMEOUT`."""
+        """Wait until `reached` holds. Raises DeadlineError `<what>_TIMEOUT`, UnavailableError AGENT_STOPPING."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while not reached(self.instance):
+            if self._closed:
+                raise _refusal("AGENT_STOPPING", "this node's agent is going away")()
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.add(waiter)
             try:
@@ -268,6 +273,7 @@ class Actor:
             if timer is not None:
                 timer.cancel()
         self.gate.refuse_all(_refusal("AGENT_STOPPING", "this node's agent is going away"))
+        self._tell_waiters()
 
 
 def _refusal(reason: str, message: str) -> Callable[[], UnavailableError]:

@@ -103,7 +103,7 @@ class Observer:
             gpus=tuple(self._gpus()),
             host_total_bytes=me.host_total_bytes,
             host_available_bytes=node.memory.available_bytes(),
-            host_reserved_bytes=node.memory.ledger.reserved_bytes,
+            host_reserved_bytes=node.memory.ledger.outstanding_bytes,
             capabilities=me.capabilities,
             ready=self.ready,
             draining=node.draining,

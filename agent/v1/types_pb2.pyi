@@ -817,7 +817,7 @@ class HostMemory(_message.Message):
     available_bytes: _builtins.int
     """Memory that could be had now, reclaimable cache included."""
     reserved_bytes: _builtins.int
-    """Memory promised to frozen images and to freezes under way."""
+    """Memory promised to images and not yet taken; what frozen images hold is already missing from available_bytes."""
     def __init__(
         self,
         *,

@@ -30,7 +30,7 @@ def test_a_safe_host_can_do_everything_and_needs_no_fix() -> None:
         ("", False, False, False),
         ("535.183.01", False, False, False),
         ("550.163.01", False, False, False),
-        ("555.58.02", True, False, False),
+        ("555.58.02", False, False, False),
         ("570.172.08", True, True, False),
         ("575.57.08", True, True, False),
         ("580.65.06", True, True, True),
@@ -46,7 +46,7 @@ def test_what_each_driver_allows(version: str, idle_mode: bool, api: bool, migra
     ("facts", "name", "expected"),
     [
         (replace(GOOD, driver_version="570.172.08"), "driver", "WARN"),
-        (replace(GOOD, driver_version="555.58.02"), "checkpoint", "WARN"),
+        (replace(GOOD, driver_version="555.58.02"), "checkpoint", "FAIL"),
         (replace(GOOD, gpus=()), "driver", "FAIL"),
         (replace(GOOD, euid=1000), "privileges", "WARN"),
         (replace(GOOD, gpus=(replace(H100, mig=True),)), "mig", "FAIL"),
