@@ -234,6 +234,8 @@ class Queue(Section, frozen=True):
 
     def __post_init__(self) -> None:
         _positive(timeout=self.timeout_ns)
+        if self.timeout_ns > MAX_QUEUE_TIMEOUT_NS:
+            raise bad_key("timeout", "must be at most 1h")
 
 
 class AgentConfig(Section, frozen=True):

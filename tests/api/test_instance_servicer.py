@@ -85,6 +85,16 @@ async def test_create_needs_a_request_id(request_id: str) -> None:
             await api.create(request_id)
 
 
+async def test_create_refuses_what_no_deploy_would_let_through() -> None:
+    async with an_api() as api:
+        wrong = spec()
+        wrong.port = 0
+        with pytest.raises(InvalidArgumentError) as caught:
+            await api.servicer.CreateInstance(pb.CreateInstanceRequest(request_id="a/1/0/0", spec=wrong), None)
+        assert (caught.value.reason, caught.value.metadata["field"]) == ("SPEC_INVALID", "port")
+        assert not api.world.node.actors
+
+
 async def test_the_nodes_queue_timeout_is_for_functions_that_do_not_say() -> None:
     async with an_api() as api:
         silent = spec()
