@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from dataclasses import replace
 
 from agent.core.errors import HibernodeError
 from agent.core.types import InstanceState
@@ -53,6 +54,7 @@ class SchedulerLink:
         self._sequence = 0
         self._log = get_logger()
         self.connected = False
+        self._name = observer.identity.name  # until the scheduler says whose credential this is
 
     # ---- what the node says -------------------------------------------------------------------------------------
 
@@ -111,9 +113,9 @@ class SchedulerLink:
             if not self.connected:
                 self.connected = True
                 self._log.info("scheduler.connected", node=answer.node)
-                if answer.node != self._observer.identity.name:
-                    name = self._observer.identity.name
-                    self._log.error("scheduler.name_differs", node_name=name, credential_of=answer.node)
+                if answer.node != self._name:
+                    self._log.warning("scheduler.name_differs", node_name=self._name, credential_of=answer.node)
+                    self._name = answer.node
             if answer.resync:
                 self._snapshot_due = True
                 self._wake.set()
@@ -158,7 +160,8 @@ class SchedulerLink:
         windows = await self._store.unacknowledged(UPLOAD_BATCH)
         if not windows:
             return False
-        request = UploadUsageWindowsRequest(windows=[window_to_proto(window) for window in windows])
+        ours = [window_to_proto(replace(window, node=self._name)) for window in windows]
+        request = UploadUsageWindowsRequest(windows=ours)
         answer = await self._channel.call(self._channel.usage.UploadUsageWindows, request, UPLOAD_TIMEOUT_S)
         marks = {mark.instance_uid: mark.seq for mark in answer.marks}
         keys = [(w.instance_uid, w.seq) for w in windows if w.seq <= marks.get(w.instance_uid, -1)]

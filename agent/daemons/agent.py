@@ -85,7 +85,10 @@ class AgentDaemon:
         self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.SystemRandom().getrandbits)
         self.boot_id = process_table.boot_id()
         self.state = stack.enter_context(StateDir(Path(config.state_dir), passable=True))
-        self.token = ensure_token(config.token_path)
+        own = ensure_token(config.token_path)
+        # The scheduler calls its node with the credential that the node calls it with (DESIGN section 10).
+        self.credential = read_token(Path(config.scheduler.token_file)) if config.scheduler is not None else own
+        self.tokens = [own] if self.credential == own else [own, self.credential]
         self.name = config.node_name or platform.node()
 
     async def run(self) -> None:
@@ -272,7 +275,7 @@ class AgentDaemon:
         link = self._config.scheduler
         if link is None:
             return None
-        channel = DaemonChannel(link.address, read_token(Path(link.token_file)), self._config.insecure)
+        channel = DaemonChannel(link.address, self.credential, self._config.insecure)
         self._stack.push_async_callback(channel.close)
         made = SchedulerLink(channel, self.observer, self.node.actors, self.store, link.upload_interval_ns / SECOND_NS)
         self.node.listeners.append(made)
@@ -283,7 +286,7 @@ class AgentDaemon:
     async def _bind(self) -> None:
         """Listen everywhere, answer nobody yet, and write down what was bound."""
         config = self._config
-        self.ingress = Ingress(self.node, self.clock, self.token, self.request_ids)
+        self.ingress = Ingress(self.node, self.clock, self.tokens, self.request_ids)
         limits = Limits(
             header_bytes=config.limits.header_bytes + GATEWAY_HEADER_ROOM_BYTES,
             target_bytes=config.limits.path_bytes,
@@ -311,7 +314,9 @@ class AgentDaemon:
             ),
             nodes=NodeServicer(self.observer, NodeLedger(self.store, self.billing.unwritten)),
         )
-        self.grpc = GrpcServer(services, TokenTable([(self.token, Principal("operator", Role.OPERATOR))]))
+        self.grpc = GrpcServer(
+            services, TokenTable([(token, Principal("operator", Role.OPERATOR)) for token in self.tokens])
+        )
         port = self.grpc.bind_tcp(config.grpc.host, config.grpc.port, config.insecure)
         self.grpc.bind_unix(str(config.socket_path))
         await self.grpc.start()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
+from collections.abc import Sequence
 
 from agent.core.errors import (
     DeadlineError,
@@ -44,12 +45,13 @@ _CONTROL_PATHS = (b"/http-invoke", b"/invoke")
 
 class Ingress:
     """The handler of the ingress's HTTP server. `open` is False until recovery is done, and again once the agent
-    leaves (`leaving`)."""
+    leaves (`leaving`). `tokens`: each of them opens it (the node's own, and the credential it shares with the
+    scheduler)."""
 
-    def __init__(self, node: Node, clock: Clock, token: str, request_ids: RequestIds) -> None:
+    def __init__(self, node: Node, clock: Clock, tokens: Sequence[str], request_ids: RequestIds) -> None:
         self._node = node
         self._clock = clock
-        self._token = token.encode()
+        self._tokens = tuple(token.encode() for token in tokens)
         self._request_ids = request_ids
         self.open = False
         self.leaving = False
@@ -92,7 +94,7 @@ class Ingress:
         given = head.get(b"x-hibernode-token")
         if given is None:
             raise UnauthenticatedError("TOKEN_MISSING", "the ingress needs the node's token in x-hibernode-token")
-        if not hmac.compare_digest(given, self._token):
+        if not any(hmac.compare_digest(given, token) for token in self._tokens):
             raise UnauthenticatedError("TOKEN_UNKNOWN", "this node does not know that token")
 
     def _find(self, head: RequestHead) -> Actor:

@@ -39,6 +39,7 @@ class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer, usage_servi
     uploads: list[list[tuple[str, int]]] = field(default_factory=list)
     acknowledge: int = 1 << 30
     refuses: str = ""
+    nodes: set[str] = field(default_factory=set)
 
     async def ReportLoad(  # noqa: N802
         self, request_iterator: AsyncIterator[ReportLoadRequest], context: object
@@ -60,6 +61,7 @@ class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer, usage_servi
         if self.refuse_uploads:
             raise UnavailableError("STORE_FAILED", "no room")
         self.uploads.append([(window.instance_uid, window.seq) for window in request.windows])
+        self.nodes.update(window.node for window in request.windows)
         answer = usage_service_pb2.UploadUsageWindowsResponse()
         for one in request.windows:
             if one.instance_uid == self.refuses:
@@ -179,6 +181,16 @@ async def test_windows_are_uploaded_until_acknowledged() -> None:
         sealed = {(w.instance_uid, w.seq) for w in await line.world.store.read_windows() if w.sealed}
         await eventually(lambda: line.world.store._acknowledged >= sealed)
         assert await line.link.upload_once() is False, "nothing is sent twice"
+
+
+async def test_windows_bear_the_name_of_the_credential() -> None:
+    """node_name is for people; a node whose host name is another must not lose its bill."""
+    async with a_line() as line:
+        await line.scheduler.until_heard(lambda message: message.snapshot)
+        await eventually(lambda: line.link.connected)
+        await line.world.store.upsert_windows([window("i-new", 0)])
+        await eventually(lambda: ("i-new", 0) in line.world.store._acknowledged)
+        assert line.scheduler.nodes == {"n1"}
 
 
 async def test_windows_that_are_refused_are_put_aside_and_the_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ class Door:
 @asynccontextmanager
 async def a_door() -> AsyncIterator[Door]:
     async with a_world(per_gpu=2) as world:
-        ingress = Ingress(world.node, world.clock, TOKEN, RequestIds(lambda: 1, lambda bits: 2))
+        ingress = Ingress(world.node, world.clock, [TOKEN], RequestIds(lambda: 1, lambda bits: 2))
         ingress.open = True
         faults: list[BaseException] = []
         server = await serve(ingress, "127.0.0.1", 0, Limits(), request_ids=lambda: "1-0-0-0", on_fault=faults.append)
