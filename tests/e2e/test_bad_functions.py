@@ -127,6 +127,11 @@ async def test_a_crash_in_the_middle_of_a_request(world: World) -> None:
     await world.stack.deploy(echo("fragile"), target=1)
     before = await world.instance("fragile")
     expect(await world.stack.ask("fragile", "/crash?code=7"), 502, "InstanceCrashed")
+
+    async def noticed() -> bool:  # a process that is being torn down may still take a connection
+        return before.uid not in [one.uid for one in await world.alive()]
+
+    await until("the agent knows of the crash", noticed, 10.0)
     answer = await world.stack.ask("fragile", "/")
     assert answer.status == 200, "it waited for the replacement"
     assert answer.instance != before.uid
