@@ -63,6 +63,25 @@ def find_capabilities(host: HostFacts) -> Capabilities:
     )
 
 
+def host_lines(found: Capabilities, cgroup: str, unavailable: str) -> tuple[CapabilityLine, ...]:
+    """The driver's lines and the host's: where instances live (`cgroup` "" = nowhere, SIGSTOP instead), and what
+    start-up found to stand in the way although the driver could (`unavailable`)."""
+    lines = [*found.lines]
+    if cgroup:
+        lines.append(_ok("cgroup", f"instances live in cgroups below {cgroup}"))
+    else:
+        lines.append(
+            _warn(
+                "cgroup",
+                "no cgroup v2 can be written: instances are frozen by SIGSTOP, which a new child can escape",
+                "run the agent as root, or under systemd with Delegate=yes",
+            )
+        )
+    if unavailable and found.idle_mode:
+        lines.append(_fail("idle mode", unavailable, "see the agent's log"))
+    return tuple(lines)
+
+
 def driver_branch(version: str) -> int:
     """580 of "580.65.06"; 0 where there is none."""
     digits = version.partition(".")[0]

@@ -40,10 +40,9 @@ from agent.api.agent_metrics import AgentHealth, AgentMetrics
 from agent.api.instance_servicer import InstanceServicer
 from agent.api.node_ledger import NodeLedger
 from agent.api.node_servicer import NodeServicer
-from agent.core.capabilities import Capabilities, HostFacts, find_capabilities
+from agent.core.capabilities import Capabilities, HostFacts, find_capabilities, host_lines
 from agent.core.errors import HibernodeError, UnavailableError
 from agent.core.metering import BillingPolicy, Kind
-from agent.core.snapshots import CapabilityLine
 from agent.core.types import SECOND_NS, Gpu
 from agent.daemons.process import daemon_main, run_until_signal
 from agent.host.billing import Billing, BillingSettings
@@ -244,27 +243,14 @@ class AgentDaemon:
     def _identity(
         self, driver: DriverInfo | None, capabilities: Capabilities, slice_: CgroupSlice | None, unavailable: str
     ) -> Identity:
-        lines = [*capabilities.lines]
-        if slice_ is None:
-            lines.append(
-                CapabilityLine(
-                    "cgroup",
-                    "WARN",
-                    "no cgroup v2 can be written: instances are frozen by SIGSTOP, which a new child can escape",
-                    "run the agent as root, or under systemd with Delegate=yes",
-                )
-            )
-        else:
-            lines.append(CapabilityLine("cgroup", "OK", f"instances live in cgroups below {slice_.path_of('')}", ""))
-        if unavailable and capabilities.idle_mode:
-            lines.append(CapabilityLine("idle mode", "FAIL", unavailable, "see the agent's log"))
+        cgroup = "" if slice_ is None else str(slice_.path_of(""))
         return Identity(
             name=self.name,
             boot_id=self.boot_id,
             version=__version__,
             epoch=self.clock.wall_ns(),
             driver=driver,
-            capabilities=tuple(lines),
+            capabilities=host_lines(capabilities, cgroup, unavailable),
             runtimes=("process",) if self._config.runtime.process.enabled else (),
             instances_per_gpu=self._config.gpu.instances_per_gpu,
             start_wall_ns=self.clock.wall_ns(),

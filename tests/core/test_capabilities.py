@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from agent.core.capabilities import Capabilities, HostFacts, driver_branch, find_capabilities
+from agent.core.capabilities import Capabilities, HostFacts, driver_branch, find_capabilities, host_lines
 from agent.core.types import GIB, Gpu
 
 H100 = Gpu("GPU-0", 0, "NVIDIA H100", 80 * GIB)
@@ -73,3 +73,11 @@ def test_gpus_are_named_by_index() -> None:
 @pytest.mark.parametrize(("version", "branch"), [("580.65.06", 580), ("", 0), ("unknown", 0), ("610", 610)])
 def test_the_branch_is_the_first_number(version: str, branch: int) -> None:
     assert driver_branch(version) == branch
+
+
+def test_the_host_adds_where_instances_live_and_what_stands_in_the_way() -> None:
+    found = find_capabilities(GOOD)
+    fenced, trees = host_lines(found, "/sys/fs/cgroup/hibernode-1", ""), host_lines(found, "", "no worker started")
+    assert (fenced[-1].name, fenced[-1].level) == ("cgroup", "OK")
+    assert [(line.name, line.level) for line in trees[-2:]] == [("cgroup", "WARN"), ("idle mode", "FAIL")]
+    assert trees[: len(found.lines)] == found.lines
