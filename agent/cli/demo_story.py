@@ -17,7 +17,7 @@ from agent.cli.demo_world import CALL_S, DemoWorld
 from agent.cli.ps_command import list_instances, state_of
 from agent.core.errors import DeadlineError, UnavailableError
 from agent.core.types import SECOND_NS
-from agent.v1 import function_service_pb2, instance_service_pb2, types_pb2
+from agent.v1 import function_service_pb2, instance_service_pb2, scheduler_service_pb2, types_pb2
 
 FUNCTION = "filetype"
 INSTANCES = 3
@@ -109,7 +109,7 @@ class Story:
                 if number == LENDING_ROUND:
                     await self._lend(agent)
                 await self._until_all_asleep(agent)
-            await self._each_alone(agent, client)
+            await self._each_alone(agent, scheduler, client)
         finally:
             client.close()
 
@@ -131,12 +131,25 @@ class Story:
         request = instance_service_pb2.WakeInstanceRequest(uid=asleep[0])
         await agent.call(agent.instances.WakeInstance, request, CALL_S)
 
-    async def _each_alone(self, agent: Any, client: DemoClient) -> None:
+    async def _until_known_awake(self, scheduler: Any, uid: str) -> None:
+        """The scheduler hears of a wake that it did not ask for a moment later; before, it might wake another one."""
+
+        async def alone() -> bool:
+            request = scheduler_service_pb2.ListFleetInstancesRequest(function=FUNCTION)
+            found = (await scheduler.call(scheduler.scheduler.ListFleetInstances, request, CALL_S)).instances
+            return {one.uid for one in found if state_of(one) == "RUNNING"} == {uid}
+
+        if not await comes_true(alone, SETTLE_S):
+            text = f"the scheduler does not see that {self._timeline.alias(uid)} alone is awake after {SETTLE_S:g} s"
+            raise DeadlineError("DEMO_NOT_ALONE", text)
+
+    async def _each_alone(self, agent: Any, scheduler: Any, client: DemoClient) -> None:
         """Whatever the dispatcher chose so far: in the end every instance must show its memory, all of it."""
         self._timeline.say("each instance is woken alone and asked if every byte of its GPU memory is as it was")
         for number, one in enumerate(await self.instances(agent)):
             wake = instance_service_pb2.WakeInstanceRequest(uid=one.uid, hold_ns=HOLD_NS)
             await agent.call(agent.instances.WakeInstance, wake, WAKE_S)
+            await self._until_known_awake(scheduler, one.uid)
             sample = self.samples[number % len(self.samples)]
             answer = await client.identify(sample, by=one.uid)
             intact = await client.verify(by=one.uid)
