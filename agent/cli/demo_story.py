@@ -64,7 +64,7 @@ class Story:
             try:
                 await self._wait_for_instances(scheduler)
                 self.samples = await picking
-                await self._rounds(agent)
+                await self._rounds(agent, scheduler)
                 await self._timeline.catch_up(agent)
             finally:
                 picking.cancel()
@@ -97,7 +97,7 @@ class Story:
 
     # ---- rounds -------------------------------------------------------------------------------------------------
 
-    async def _rounds(self, agent: Any) -> None:
+    async def _rounds(self, agent: Any, scheduler: Any) -> None:
         client = DemoClient(self._world.gateway, FUNCTION, self.tally, self._timeline.trouble, self._timeline.alias)
         try:
             await self._until_all_asleep(agent)
