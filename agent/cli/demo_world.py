@@ -84,7 +84,7 @@ class DemoWorld:
         self._say(f"building and starting an emulated NVIDIA driver {PROFILE} with {GPUS} GPUs")
         options = {"--dir": self.driver_dir, "--gpus": GPUS, "--gib": GPU_GIB, "--model": GPU_MODEL}
         arguments = [str(word) for pair in {**options, "--profile": PROFILE}.items() for word in pair]
-        self.processes.start("driver", self._environment(), "agent.emulated", "up", *arguments)
+        self.processes.start("driver", self._environment(), "agent.cli.main", "emulated", "up", *arguments)
 
     def _start_daemon(self, name: str, config: dict[str, Any]) -> None:
         self._say(f"starting the {name}")

@@ -117,7 +117,7 @@ class Stack:
     async def start_driver(self, *arguments: str) -> None:
         directory = self.folder / "driver"
         directory.mkdir()
-        self.spawn("driver", "-m", "agent.emulated", "up", "--dir", str(directory), *arguments)
+        self.spawn("driver", "-m", "agent.cli.main", "emulated", "up", "--dir", str(directory), *arguments)
 
         async def ready() -> bool:
             return (directory / "ready").exists()

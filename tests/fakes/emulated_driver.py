@@ -55,7 +55,7 @@ def emulated_nvidia(*arguments: str) -> Iterator[EmulatedNvidia]:
     with tempfile.TemporaryDirectory(prefix="hibernode-driver-") as folder:
         directory = Path(folder)
         with (directory / "log").open("wb") as log:
-            command = [sys.executable, "-m", "agent.emulated", "up", "--dir", folder, *arguments]
+            command = [sys.executable, "-m", "agent.cli.main", "emulated", "up", "--dir", folder, *arguments]
             process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             wait_for_file(directory / "ready", process, directory / "log")

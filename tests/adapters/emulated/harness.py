@@ -114,14 +114,14 @@ class CudaProgram:
 
 
 class RunningDriver:
-    """`python -m agent.emulated up` in a directory of its own, with the programs started on it."""
+    """`hibernode emulated up` in a directory of its own, with the programs started on it."""
 
     def __init__(self, directory: Path, cache: Path, *arguments: str) -> None:
         self.directory = directory
         self.programs: list[CudaProgram] = []
         self.control = EmulatedDriver(directory)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "agent.emulated", "up", "--dir", str(directory), *arguments],
+            [sys.executable, "-m", "agent.cli.main", "emulated", "up", "--dir", str(directory), *arguments],
             stderr=subprocess.PIPE,
             cwd=ROOT,
             env={**os.environ, "XDG_CACHE_HOME": str(cache)},

@@ -23,7 +23,7 @@ from tests.adapters.emulated.harness import MIB, ROOT, CudaProgram, RunningDrive
 
 def test_a_second_driver_in_the_same_directory_is_refused(driver: RunningDriver, build_cache: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "agent.emulated", "up", "--dir", str(driver.directory)],
+        [sys.executable, "-m", "agent.cli.main", "emulated", "up", "--dir", str(driver.directory)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -56,7 +56,7 @@ def test_a_directory_with_a_long_path(start_driver: StartDriver, tmp_path: Path)
 
 def test_env_prints_exports_a_shell_understands_and_prepends(driver: RunningDriver) -> None:
     printed = subprocess.run(
-        [sys.executable, "-m", "agent.emulated", "env", "--dir", str(driver.directory)],
+        [sys.executable, "-m", "agent.cli.main", "emulated", "env", "--dir", str(driver.directory)],
         capture_output=True,
         text=True,
         cwd=ROOT,
