@@ -4,6 +4,10 @@ A pipe read by the agent would end with the agent, and the container must not. S
 (O_APPEND) and the agent, now and then, copies the newest half of the cap to `<log>.1` and truncates (logrotate's
 copytruncate). The price: what is written between copy and truncate is lost, and between two looks the file can grow
 past the cap by what the disk takes. A program that reopens its stdout without O_APPEND leaves a sparse file.
+
+The workload holds the file open and may be hostile, the reader may be root. So nothing here follows a link or waits:
+whoever opens a file that its owner has leased (fcntl F_SETLEASE) would be held up for 45 s. O_NONBLOCK makes that a
+BlockingIOError, and a workload of another user does not own its log: it writes to it by its group.
 """
 
 from __future__ import annotations
@@ -11,9 +15,12 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 from agent.adapters.process_runtime_plan import Identity
+
+_SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class LogFiles:
@@ -28,30 +35,39 @@ class LogFiles:
         return self._folder / f"{uid}.log"
 
     def open(self, uid: str, identity: Identity | None) -> int:
-        """A descriptor to append to. The file belongs to the workload's user, so that /dev/stdout can be opened."""
+        """A descriptor to append to. The workload's group may write to the file, so that /dev/stdout can be opened;
+        nobody else gets into the folder. OSError if that can't be, or a link is in its place."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        log_fd = os.open(self.path(uid), flags, 0o600)
+        log_fd = os.open(self.path(uid), os.O_WRONLY | os.O_APPEND | os.O_CREAT | _SAFELY, 0o600)
+        os.set_blocking(log_fd, True)  # a workload expects it; what was to be avoided was waiting for the open
         if identity:
-            os.fchown(log_fd, identity.uid, identity.gid)
+            os.fchown(log_fd, -1, identity.gid)
+            os.fchmod(log_fd, 0o660)
         return log_fd
 
     def read(self, path: Path, tail_bytes: int) -> bytes:
-        """The last bytes, over the last rotation where the file itself holds fewer. b"" if there is no log."""
+        """The last bytes, over the last rotation where the file itself holds fewer. b"" if there is no log. OSError if
+        it can't be read now."""
         text = _tail(path, tail_bytes)
         if len(text) < tail_bytes:
             text = _tail(_rotated(path), tail_bytes - len(text)) + text
         return text
 
     def trim(self, path: Path) -> bool:
-        """Rotate if it has passed the cap. True if it did."""
+        """Rotate if it has passed the cap. True if it did. OSError if it can't be done now."""
         try:
-            if path.stat().st_size <= self._cap_bytes:
-                return False
-            _rotated(path).write_bytes(_tail(path, self._cap_bytes // 2))
-            os.truncate(path, 0)
+            log_fd = os.open(path, os.O_RDWR | _SAFELY)
         except FileNotFoundError:
             return False
+        with os.fdopen(log_fd, "rb+", buffering=0) as file:
+            if os.fstat(log_fd).st_size <= self._cap_bytes:
+                return False
+            rotated = _rotated(path)
+            rotated.unlink(missing_ok=True)
+            new = os.open(rotated, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(new, "wb") as copy:
+                copy.write(_end_of(file, self._cap_bytes // 2))
+            os.ftruncate(log_fd, 0)
         return True
 
     def prune(self, in_use: Collection[str]) -> None:
@@ -80,9 +96,14 @@ def _changed_ns(path: Path) -> int:
 
 def _tail(path: Path, size: int) -> bytes:
     try:
-        with path.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - max(0, size)))
-            return file.read(size) if size > 0 else b""
+        with os.fdopen(os.open(path, os.O_RDONLY | _SAFELY), "rb", buffering=0) as file:
+            return _end_of(file, size)
     except FileNotFoundError:
         return b""
+
+
+def _end_of(file: FileIO, size: int) -> bytes:
+    size = max(0, size)
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - size))
+    return file.read(size) or b""
