@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import subprocess
 import sys
 
 import pytest
 
+from agent.emulated.oplog import OpRecord
 from agent.v1 import types_pb2
 from tests.e2e.ledger import check_contiguous
 from tests.e2e.load import Traffic
@@ -37,19 +39,38 @@ def processes_by_nvml(stack: Stack) -> list[str]:
     )[:-1]
 
 
-def shared_gpus(stack: Stack) -> list[str]:
-    """Where the driver's own log shows that a second process got memory of a GPU whose holder still had some."""
-    holder: dict[str, int] = {}
+def awake_intervals(operations: list[OpRecord]) -> dict[int, list[tuple[int, int]]]:
+    """When each process had its memory on the GPU, by the driver's own log: from a restore to the checkpoint's end."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    since: dict[int, int] = {}
+    for operation in operations:
+        if operation.result != 0:
+            continue
+        if operation.op == "restore":
+            since[operation.pid] = operation.at_ns
+        elif operation.op == "checkpoint":
+            ended_ns = operation.at_ns + operation.us * 1000
+            if operation.pid in since:  # the first time awake began with cuMemAlloc, which is not in this log
+                found.setdefault(operation.pid, []).append((since.pop(operation.pid), ended_ns))
+    return found
+
+
+def shared_gpus(instances: list[types_pb2.Instance], operations: list[OpRecord]) -> list[str]:
+    """Where two instances of one GPU had their memory on it at the same time."""
+    intervals = awake_intervals(operations)
     found = []
-    with stack.driver() as driver:
-        for device in driver.devices():
-            holder[device.uuid] = 0
-        for process in driver.processes():
-            for uuid, used in process.vram_bytes.items():
-                if used and holder[uuid]:
-                    found.append(f"{process.pid} and {holder[uuid]} both have memory on {uuid}")
-                if used:
-                    holder[uuid] = process.pid
+    for uuid in {one.gpu_uuids[0] for one in instances}:
+        turns = sorted(
+            (*interval, one.uid)
+            for one in instances
+            if one.gpu_uuids[0] == uuid
+            for interval in intervals.get(one.pid, [])
+        )
+        found += [
+            f"{uuid}: {after[2]} was restored before {before[2]} was checkpointed"
+            for before, after in itertools.pairwise(turns)
+            if after[0] < before[1]
+        ]
     return found
 
 
@@ -58,12 +79,10 @@ async def test_two_thousand_requests_across_fifty_freezes() -> None:
     async with running_stack() as stack:
         for function in FUNCTIONS:
             await stack.deploy(echo(function), target=2)
-        shared: list[str] = []
         traffics = [Traffic(stack, function, seed) for seed, function in enumerate(FUNCTIONS)]
         for rounds in range(ROUNDS):
             each = REQUESTS // ROUNDS // len(traffics)
             await asyncio.gather(*(t.run(each, most_at_once=20, longest_pause_s=0.25) for t in traffics))
-            shared += shared_gpus(stack)
             if rounds % 5 == 0:
                 await stack.wait_for_state(types_pb2.Instance.STATE_FROZEN, 4)
                 assert processes_by_nvml(stack) == [], "frozen instances hold no device memory"
@@ -73,7 +92,10 @@ async def test_two_thousand_requests_across_fifty_freezes() -> None:
             assert not traffic.broken, traffic.broken[:5]
             assert not traffic.wrong, traffic.wrong[:5]
         assert sum(len(traffic.answers) for traffic in traffics) == REQUESTS
-        assert shared == []
+        with stack.driver() as driver:
+            operations = driver.oplog()
+        assert sum(map(len, awake_intervals(operations).values())) >= CYCLES
+        assert shared_gpus(instances, operations) == []
         assert sum(one.wake_count for one in instances) >= CYCLES, [one.wake_count for one in instances]
         assert sum(one.freeze_count for one in instances) >= CYCLES
         used = {answer.instance for traffic in traffics for answer in traffic.answers}
