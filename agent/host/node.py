@@ -150,6 +150,7 @@ class Node:
                 await self._forget_record(spec.uid)  # an answer that came too late may have written it
             raise
         self._events.add(spec.uid, "instance.created", function=spec.function.name, gpus=",".join(gpus))
+        self.load_changed(actor)  # its first report: a start may take minutes, and no state changes before its end
         actor.handle(ev.Created())
         return actor
 

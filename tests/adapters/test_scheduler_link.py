@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from agent.adapters import scheduler_link
 from agent.adapters.scheduler_link import SchedulerLink
 from agent.core.errors import UnavailableError
-from agent.core.types import SECOND_NS, InstanceState
+from agent.core.types import SECOND_NS, Hook, Hooks, InstanceState
 from agent.v1 import scheduler_service_pb2_grpc, usage_service_pb2, usage_service_pb2_grpc
 from agent.v1.scheduler_service_pb2 import ReportLoadRequest, ReportLoadResponse
 from agent.v1.types_pb2 import Instance
@@ -22,7 +22,7 @@ from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable
 from tests.api.test_instance_servicer import observer_of
 from tests.contract.test_stores import window
-from tests.host.rig import World, a_world, eventually, until
+from tests.host.rig import OCR, World, a_world, eventually, hangs, until
 
 TOKEN = "node-credential-0123456789"
 
@@ -123,6 +123,17 @@ async def test_it_registers_and_then_reports_changes_at_once() -> None:
         numbers = [message.sequence for message in line.scheduler.heard]
         assert numbers == list(range(1, len(numbers) + 1))
         assert line.link.connected
+
+
+async def test_an_instance_is_reported_as_soon_as_it_is_made_however_long_it_takes_to_start() -> None:
+    """The scheduler gives an instance up that it has not heard of within 15 s of its create: a model may load longer."""
+    async with a_line() as line:
+        await line.scheduler.until_heard(lambda message: message.snapshot)
+        line.world.app.answers["/initialize"] = hangs
+        actor = await line.world.create(replace(OCR, hooks=Hooks(initializer=Hook(timeout_ns=300 * SECOND_NS))))
+        first = await line.scheduler.until_heard(lambda message: any(x.uid == actor.uid for x in message.instances))
+        assert first.instances[0].state == Instance.STATE_STARTING
+        assert actor.state is InstanceState.STARTING
 
 
 async def test_an_instance_that_is_gone_is_reported_as_gone() -> None:
