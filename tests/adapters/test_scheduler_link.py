@@ -126,7 +126,7 @@ async def test_it_registers_and_then_reports_changes_at_once() -> None:
 
 
 async def test_an_instance_is_reported_as_soon_as_it_is_made_however_long_it_takes_to_start() -> None:
-    """The scheduler gives an instance up that it has not heard of within 15 s of its create: a model may load longer."""
+    """The scheduler gives an instance up that it has not heard of 15 s after its create: models load longer."""
     async with a_line() as line:
         await line.scheduler.until_heard(lambda message: message.snapshot)
         line.world.app.answers["/initialize"] = hangs
