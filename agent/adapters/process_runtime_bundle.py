@@ -9,16 +9,19 @@ No fsync: the record must outlive the agent, not the host. After a reboot the pr
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from agent.adapters.process_runtime_plan import Identity
+from agent.adapters.remove_tree import remove_tree
 from agent.core.types import Handle
+from agent.log import get_logger
 
 FORMAT = 1
+
+log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,5 +92,9 @@ class Bundles:
         return [bundle for uid in uids if (bundle := self.read(uid))]
 
     def remove(self, uid: str) -> None:
-        """Delete it with its scratch. Idempotent. May take long: not for the loop's thread."""
-        shutil.rmtree(self._folder / uid, ignore_errors=True)
+        """Delete it with its scratch. Idempotent; what can't be removed stays and is logged. May take long: not for
+        the loop's thread."""
+        try:
+            remove_tree(self._folder / uid)
+        except OSError as error:
+            log.error("runtime.scratch_stays", uid=uid, error=str(error))
