@@ -1,28 +1,36 @@
-"""One agent per GPU: a lock file for each GPU UUID, held for the life of the process."""
+"""One agent per GPU: a lock file for each GPU UUID, held for the life of the process.
+
+All agents of a host must look in one place, whatever their environment says (TMPDIR). Root's is /run/lock, and nowhere
+else: a second place would be no lock. Others use /tmp where /run/lock is root's alone.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from agent.core.errors import PreconditionError
 
 LOCK_FOLDER = Path("/run/lock")
+OTHERS_FOLDER = Path("/tmp")  # noqa: S108 - the names are known to all; links are not followed, locks of others respected
 
 
 class GpuLocks:
     """Locks on a set of GPUs; they go with the process, however it ends."""
 
     def __init__(self, folder: Path = LOCK_FOLDER) -> None:
-        self._folder = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+        self._folder = folder if os.geteuid() == 0 or os.access(folder, os.W_OK) else OTHERS_FOLDER
         self._held: list[int] = []
 
     def take(self, uuids: Sequence[str]) -> None:
         """Raises PreconditionError GPU_IN_USE if another agent drives one of them, GPU_LOCK_UNUSABLE if its lock can't
         be had; none is held then."""
+        if os.geteuid() == 0:
+            with suppress(OSError):  # small images lack it; if it can't be made, the open below says so
+                self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         for uuid in uuids:
             path = self._folder / f"hibernode-{uuid.replace('/', '_')}.lock"
             try:
@@ -40,8 +48,8 @@ class GpuLocks:
                 self.release()
                 raise PreconditionError(
                     "GPU_LOCK_UNUSABLE",
-                    f"cannot lock GPU {uuid}: {path}: {error.strerror}; if an agent of another user left that file, "
-                    "remove it",
+                    f"cannot lock GPU {uuid}: {path}: {error.strerror}; make that folder writable for the agent, or, if "
+                    "an agent of another user left the file, remove it",
                 ) from error
 
     def release(self) -> None:

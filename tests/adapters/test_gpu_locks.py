@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,17 @@ def test_a_uuid_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     locks.take(["MIG-GPU/../../x"])
     assert [file.parent for file in tmp_path.iterdir()] == [tmp_path]
     locks.release()
+
+
+@pytest.mark.root
+def test_root_keeps_to_the_one_place_that_all_agents_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a second place to go to, two agents would each find a lock of their own."""
+    if os.geteuid() != 0:
+        pytest.skip("others may have to use /tmp")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "lock").write_text("no folder")
+    locks = GpuLocks(tmp_path / "lock")
+    with pytest.raises(PreconditionError) as caught:
+        locks.take(["GPU-A"])
+    assert caught.value.reason == "GPU_LOCK_UNUSABLE"
+    assert [file.name for file in tmp_path.iterdir()] == ["lock"]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from agent.adapters.gpu_locks import LOCK_FOLDER
+
 UNITS = ["hibernode-agent.service", "hibernode-scheduler.service"]
 
 # The score of `systemd-analyze security`: 0 is sealed, 10 is wide open. The agent is root by its task.
@@ -48,6 +50,14 @@ def test_the_unit_is_no_more_exposed_than_it_was(name: str, analyze: str, root: 
     score = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
     assert score, done.stdout + done.stderr
     assert float(score[1]) <= MOST_EXPOSED[name]
+
+
+def test_the_agent_may_write_where_it_keeps_its_gpu_locks(root: Path) -> None:
+    """ProtectSystem=strict makes all of it read-only but what is named, and without its locks no agent starts."""
+    unit = (root / "systemd/hibernode-agent.service").read_text()
+    writable = re.search(r"^ReadWritePaths=(.*)$", unit, re.MULTILINE)
+    assert writable
+    assert f"-{LOCK_FOLDER}" in writable[1].split()
 
 
 @pytest.mark.parametrize("options", [["--dry-run"], ["--dry-run", "--uninstall"]])
