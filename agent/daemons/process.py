@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -54,6 +55,9 @@ async def run_until_signal(services: Sequence[Awaitable[None]]) -> None:
         loop.add_signal_handler(number, stop.set)
     tasks = [asyncio.ensure_future(service) for service in (*services, _feed_watchdog())]
     stopped = asyncio.ensure_future(stop.wait())
+    # What start-up made stays for good: a full collection in the middle of a wake need not walk through it.
+    gc.collect()
+    gc.freeze()
     notify("READY=1")
     try:
         done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
