@@ -48,8 +48,8 @@ class GpuLocks:
                 self.release()
                 raise PreconditionError(
                     "GPU_LOCK_UNUSABLE",
-                    f"cannot lock GPU {uuid}: {path}: {error.strerror}; make that folder writable for the agent, or, if "
-                    "an agent of another user left the file, remove it",
+                    f"cannot lock GPU {uuid}: {path}: {error.strerror}; make that folder writable for the agent, or, "
+                    "if an agent of another user left the file, remove it",
                 ) from error
 
     def release(self) -> None:

@@ -24,7 +24,8 @@ class StateDir:
 
     def __init__(self, path: Path, *, passable: bool = False) -> None:
         """Makes the directory (0700) if needed. Raises ConfigError if it can't be used, PreconditionError
-        STATE_DIR_IN_USE if another process owns it.
+        STATE_DIR_IN_USE if another process owns it. One that others may write to, or that belongs to somebody else, is
+        refused: who made it could have laid out a token, a database or a link for us.
 
         `passable`: others may go through it (0711) but not list it, as processes of another user must to reach their
         own folder below; everything inside is 0600, or harmless (uuid, endpoints.json).
@@ -32,9 +33,10 @@ class StateDir:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            mode = _own_mode(path)
             if passable:
-                path.chmod(stat.S_IMODE(path.stat().st_mode) | 0o011)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                path.chmod(mode | 0o011)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise ConfigError(
                 "STATE_DIR_UNUSABLE", f"cannot use state_dir {path}: {error.strerror}; choose another or fix its owner"
@@ -76,11 +78,24 @@ class StateDir:
         return file.read_text(encoding="ascii").strip()
 
 
+def _own_mode(path: Path) -> int:
+    """The directory's mode. ConfigError STATE_DIR_UNSAFE unless we, or root, and nobody else may write to it."""
+    status = path.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid not in (0, os.geteuid()):
+        message = f"state_dir {path} belongs to another user (uid {status.st_uid}); choose one of your own"
+        raise ConfigError("STATE_DIR_UNSAFE", message)
+    if mode & 0o022:
+        message = f"others may write to state_dir {path} (mode {mode:04o}); `chmod go-w` it, or choose another"
+        raise ConfigError("STATE_DIR_UNSAFE", message)
+    return mode
+
+
 def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Replace `path` by `content`, durably: a crash leaves the old one or the new one."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()

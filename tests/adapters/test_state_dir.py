@@ -56,6 +56,39 @@ def test_it_has_one_owner_at_a_time(tmp_path: Path) -> None:
     StateDir(tmp_path).close()
 
 
+@pytest.mark.parametrize("open_to", [0o777, 0o770, 0o1777])
+def test_one_that_others_may_write_to_is_refused(tmp_path: Path, open_to: int) -> None:
+    path = tmp_path / "agent"
+    path.mkdir()
+    path.chmod(open_to)
+    with pytest.raises(ConfigError, match="go-w") as caught:
+        StateDir(path)
+    assert caught.value.reason == "STATE_DIR_UNSAFE"
+    assert not list(path.iterdir())
+
+
+@pytest.mark.root
+def test_one_that_another_user_made_is_refused(tmp_path: Path) -> None:
+    """In /tmp anybody can be first, with a token that he knows."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a directory of another user")
+    path = tmp_path / "agent"
+    path.mkdir(mode=0o700)
+    os.chown(path, 65534, 65534)
+    with pytest.raises(ConfigError, match="another user"):
+        StateDir(path, passable=True)
+    assert not list(path.iterdir())
+
+
+def test_a_link_in_the_place_of_its_lock_is_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "agent"
+    path.mkdir(mode=0o700)
+    (path / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError):
+        StateDir(path)
+    assert not (tmp_path / "victim").exists()
+
+
 def test_the_endpoints_go_with_their_daemon(tmp_path: Path) -> None:
     with StateDir(tmp_path) as state:
         state.write_endpoints({"ingress": "127.0.0.1:8610"})
