@@ -18,7 +18,10 @@ import signal
 import sys
 import warnings  # noqa: F401 - os.execvpe imports it, by then as a user who may not read the interpreter's files
 
+PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
+KEYCTL_JOIN_SESSION_KEYRING = 1
+SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
 EXIT_NO_PLAN = 126
 EXIT_NOT_EXECUTED = 127
 
@@ -38,6 +41,8 @@ def main() -> None:
         os.chdir(plan["D"][0])
         step = "take its user"
         reset_inherited()
+        if "U" in plan:
+            leave_privileges()
         take_identity(plan)
         forbid_new_privileges()
         argv = plan["A"]
@@ -66,8 +71,9 @@ def read_plan(control: int) -> dict[str, list[str]] | None:
 
 def reset_inherited() -> None:
     """What an agent (or Python itself) has set for itself must not reach the workload."""
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        if signal.getsignal(number) is not signal.SIG_DFL:  # an agent under nohup ignores SIGHUP, and so on
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.umask(0o022)
     try:
@@ -76,6 +82,18 @@ def reset_inherited() -> None:
                 score.write("0")
     except OSError:
         pass
+
+
+def leave_privileges() -> None:
+    """While still root: what a change of user does not take away. The bounding set, which no later program can widen,
+    and the session keyring, which an inheritor may read as its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    capability = 0
+    while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # EINVAL behind the last one
+        capability += 1
+    keyctl = SYS_KEYCTL.get(os.uname().machine)
+    if keyctl is not None:
+        libc.syscall(keyctl, KEYCTL_JOIN_SESSION_KEYRING, None)  # without keyrings (ENOSYS) there is none to leave
 
 
 def take_identity(plan: dict[str, list[str]]) -> None:
