@@ -130,13 +130,22 @@ _COMMON: list[Processor] = [
 ]
 
 
+def _printable(_logger: WrappedLogger, _method: str, event_dict: EventDict) -> EventDict:
+    """For people's terminals, which what an instance said must not steer. JSON escapes by itself; the console renderer
+    does so only for values with blanks or line ends, and would let a lone escape sequence pass."""
+    for key, value in event_dict.items():
+        if isinstance(value, str) and not value.isprintable():
+            event_dict[key] = "".join(char if char.isprintable() or char in "\n\t" else "?" for char in value)
+    return event_dict
+
+
 def _json() -> list[Processor]:
     return [structlog.processors.format_exc_info, _cut_traceback, structlog.processors.JSONRenderer()]
 
 
 def _console(stream: TextIO) -> list[Processor]:
     colors = stream.isatty() and not os.environ.get("NO_COLOR")
-    return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
+    return [_printable, structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
 
 
 def _configure_structlog(level: int, render: list[Processor], out: TextIO) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -21,6 +22,11 @@ PIPE_WIDTH = 10_000
 """Where nobody looks nothing is wrapped or cut: a line stays a line for grep."""
 
 MAX_WORD_CHARS = 24
+
+# Colours, which logs are full of, steer nothing but themselves. All else that is no text might.
+_COLOUR_OR_UNPRINTABLE = re.compile(r"\x1b\[[0-9;]{0,32}m|[^\n\t]")
+# What JSON lets pass although a terminal may act on it: C1 controls, and marks that turn the direction of writing.
+_UNSAFE_IN_JSON = re.compile(r"[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 STYLES = {
     "RUNNING": "green",
@@ -63,6 +69,15 @@ def console(stream: TextIO) -> Console:
 def clean(text: str) -> str:
     """The text without what could steer a terminal; line ends stay out too, as a cell is one line."""
     return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def clean_log(data: bytes) -> str:
+    """An instance's output for a terminal: lines, tabs and colours stay, other controls become `?` (a title set, an
+    answer typed into the shell, a screen wiped of what stood there)."""
+    return _COLOUR_OR_UNPRINTABLE.sub(
+        lambda found: found[0] if len(found[0]) > 1 or found[0].isprintable() else "?",
+        data.decode("utf-8", "replace").replace("\r\n", "\n"),
+    )
 
 
 def _cell(value: str) -> Text:
@@ -117,7 +132,8 @@ def show_text(text: str) -> None:
 
 def show_json(document: object) -> None:
     """One JSON document on stdout."""
-    show_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    show_text(_UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def note(text: str) -> None:

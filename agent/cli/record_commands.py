@@ -8,7 +8,7 @@ import click
 
 from agent.cli.connection import PAGE_SIZE, SHORT_S, with_agent
 from agent.cli.options import agent_options, asked, output_option, seconds_of, timeout_option
-from agent.cli.output import show_json, show_table
+from agent.cli.output import clean_log, show_json, show_table, show_text
 from agent.cli.units import clock, wall_ns
 from agent.core.types import SECOND_NS
 from agent.v1 import instance_service_pb2 as pb
@@ -28,7 +28,9 @@ MAX_PAGES = 1000
 @timeout_option("1m")
 @agent_options
 def logs(uid: str, tail_bytes: int | None, timeout_s: float) -> None:
-    """Print what an instance wrote to stdout and stderr, byte for byte, oldest first.
+    """Print what an instance wrote to stdout and stderr, oldest first.
+
+    Byte for byte; but on a terminal, control characters other than colours are shown as `?`.
 
     \b
     Examples:
@@ -38,7 +40,11 @@ def logs(uid: str, tail_bytes: int | None, timeout_s: float) -> None:
 
     async def story(channel: DaemonChannel) -> None:
         request = pb.GetInstanceLogsRequest(uid=uid, tail_bytes=tail_bytes or 0)
-        async for chunk in channel.stream(channel.instances.GetInstanceLogs, request, timeout_s):
+        chunks = channel.stream(channel.instances.GetInstanceLogs, request, timeout_s)
+        if sys.stdout.isatty():
+            show_text(clean_log(b"".join([chunk.data async for chunk in chunks])))  # bounded by the agent
+            return
+        async for chunk in chunks:
             sys.stdout.buffer.write(chunk.data)
         sys.stdout.buffer.flush()
 

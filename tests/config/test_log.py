@@ -106,3 +106,13 @@ def test_stdout_stays_clean(setup: str) -> None:
     assert done.stdout == ""
     assert "a.b" in done.stderr
     assert "hunter2" not in done.stderr
+
+
+def test_on_a_console_a_value_can_neither_steer_the_terminal_nor_forge_a_line(stream: io.StringIO) -> None:
+    configure("info", "console", stream=stream)
+    said = "Logs: \x1b[2J\n2026-01-01 [info] node.ready é"
+    get_logger().info("instance.failed", message=said, title="\x1b]0;owned\x07\x9b2J")
+    (only,) = stream.getvalue().splitlines()
+    assert "Logs: ?[2J\\n2026-01-01 [info] node.ready é" in only
+    assert "title=?]0;owned??2J" in only
+    assert only.isprintable()
