@@ -23,7 +23,7 @@ from agent.adapters.cgroup_freezer import instance_mark
 from agent.adapters.process_runtime_bundle import Bundle, Bundles
 from agent.adapters.process_runtime_exits import ExitWatch
 from agent.adapters.process_runtime_log import LogFiles
-from agent.adapters.process_runtime_plan import LaunchPlan, make_plan, resolve_identity
+from agent.adapters.process_runtime_plan import LaunchPlan, make_plan, refuse_root_by_omission, resolve_identity
 from agent.core.errors import (
     ConflictError,
     DeadlineError,
@@ -49,13 +49,14 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class ProcessRuntimeSettings:
-    """`user` is `runtime.process.user`, "" = the agent's own. `ports` are the first and the last that
-    instances may get, (0, 0) = any free one. `slice_` from `cgroup.open_slice`; None = fall back to
+    """`user` is `runtime.process.user`, "" = the agent's own, which must not be root if `enabled`. `ports` are first
+    and last that instances may get, (0, 0) = any free one. `slice_` from `cgroup.open_slice`; None = fall back to
     process trees. A log is rotated past `log_cap_bytes`; logs of the newest `log_keep` ended instances stay."""
 
     state_dir: Path
     state_uuid: str
     slice_: cgroup.CgroupSlice | None
+    enabled: bool = False
     user: str = ""
     ports: tuple[int, int] = (0, 0)
     log_cap_bytes: int = 8 * MIB
@@ -70,6 +71,8 @@ class ProcessRuntime:
     def __init__(self, settings: ProcessRuntimeSettings, clock: Clock) -> None:
         self._settings = settings
         self._clock = clock
+        if settings.enabled:
+            refuse_root_by_omission(settings.user)
         self._identity = resolve_identity(settings.user)
         self._boot_id = process_table.boot_id()
         self._bundles = Bundles(settings.state_dir, settings.state_uuid)

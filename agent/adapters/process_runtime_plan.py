@@ -28,6 +28,16 @@ class Identity:
     groups: tuple[int, ...]
 
 
+def refuse_root_by_omission(name: str) -> None:
+    """Whoever may deploy a function would be root on this host, and not because somebody said so. ConfigError."""
+    if not name and os.geteuid() == 0:
+        raise ConfigError(
+            "RUNTIME_USER_MISSING",
+            "runtime.process.user: the agent runs as root, and so would every function; name an account that owns "
+            "nothing, or say `user: root` if that is meant",
+        )
+
+
 def resolve_identity(name: str) -> Identity | None:
     """The configured user; None (stay who we are) when it is empty or already us. ConfigError otherwise."""
     if not name:

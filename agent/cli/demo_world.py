@@ -128,7 +128,7 @@ class DemoWorld:
                 "token_file": str(self.home / "agent" / "token"),
                 "upload_interval": "200ms",
             },
-            "runtime": {"process": {"enabled": True, "user": self.user}, "stop_timeout": "5s"},
+            "runtime": {"process": {"enabled": True, "user": self.user or _own_user()}, "stop_timeout": "5s"},
             "gpu": {
                 "instances_per_gpu": INSTANCES_PER_GPU,
                 "max_hold": "2s",
@@ -239,6 +239,11 @@ class DemoWorld:
             for one in await list_instances(agent):
                 request = instance_service_pb2.StopInstanceRequest(uid=one.uid, force=True)
                 await agent.call(agent.instances.StopInstance, request, DELETE_S)
+
+
+def _own_user() -> str:
+    """Where no other account will do. As root it has to be said."""
+    return "root" if os.geteuid() == 0 else ""
 
 
 def _group_of(user: str) -> int:

@@ -219,6 +219,7 @@ class AgentDaemon:
             state_dir=Path(self._config.state_dir),
             state_uuid=self.state.uuid,
             slice_=slice_,
+            enabled=self._config.runtime.process.enabled,
             user=self._config.runtime.process.user,
             ports=(self._config.runtime.process.ports.first, self._config.runtime.process.ports.last),
             log_cap_bytes=self._config.runtime.log_limit_bytes,

@@ -141,6 +141,23 @@ def test_a_user_who_does_not_exist_is_a_config_error() -> None:
     assert raised.value.reason == "RUNTIME_USER_UNKNOWN"
 
 
+@pytest.mark.parametrize("euid", [0, 1000])
+def test_functions_are_root_only_where_somebody_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, euid: int
+) -> None:
+    def runtime(user: str) -> ProcessRuntime:
+        return ProcessRuntime(ProcessRuntimeSettings(tmp_path, "1c7e", None, enabled=True, user=user), FakeClock())
+
+    monkeypatch.setattr(os, "geteuid", lambda: euid)
+    if euid == 0:
+        runtime("root")
+        with pytest.raises(ConfigError, match="owns nothing") as raised:
+            runtime("")
+        assert raised.value.reason == "RUNTIME_USER_MISSING"
+    else:
+        runtime("")
+
+
 def test_only_root_can_be_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 4242)
     with pytest.raises(ConfigError) as raised:

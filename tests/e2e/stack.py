@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pwd
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ NODE = "gpu-1"
 START_DEADLINE_S = 60.0
 CALL_S = 60.0
 PORTS_ANY = {"host": "127.0.0.1", "port": 0}
+OWN_USER = {"enabled": True, "user": pwd.getpwuid(os.getuid()).pw_name}
 
 
 def echo(name: str, request_log: Path | None = None, **environment: str) -> FunctionSpec:
@@ -158,7 +160,7 @@ class Stack:
                 "token_file": str(self.folder / "agent" / "token"),
                 "upload_interval": "300ms",
             },
-            "runtime": {"process": {"enabled": True}},
+            "runtime": {"process": OWN_USER},
             "gpu": {"instances_per_gpu": 2, "attach": "mounts", "mounts": {"environment": mounts}, "max_hold": "1s"},
             **self.agent_settings,
         }

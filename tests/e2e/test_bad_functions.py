@@ -18,7 +18,7 @@ from agent.core.types import MILLISECOND_NS, SECOND_NS, FunctionSpec
 from agent.v1 import function_service_pb2 as functions_pb
 from tests.e2e.bad_world import World, running_world
 from tests.e2e.raw_http import error_code
-from tests.e2e.stack import Answer, echo, until
+from tests.e2e.stack import OWN_USER, Answer, echo, until
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 
@@ -57,7 +57,7 @@ class Asked:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def asked() -> AsyncIterator[Asked]:
-    settings = {"runtime": {"process": {"enabled": True}, "ready_timeout": READY_TIMEOUT}}
+    settings = {"runtime": {"process": OWN_USER, "ready_timeout": READY_TIMEOUT}}
     async with running_world(GPUS, settings) as world:
         made = Asked(world)
         await made.begin()
