@@ -303,15 +303,17 @@ class Exchange:
         self.body_done = True
 
     def body_arrived(self, pieces: list[bytes]) -> None:
-        """More of the body, decoded."""
+        """More of the body, decoded. The chunks of one read become one: a client that sends a chunk for every byte
+        must not make us do so, nor fill memory with pieces."""
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         sink = self._sink
         if sink is not None:
-            for piece in pieces:
-                sink.body_data(piece)
+            if data:
+                sink.body_data(data)
             return
-        for piece in pieces:
-            self._body.append(piece)
-            self._buffered += len(piece)
+        if data:
+            self._body.append(data)
+            self._buffered += len(data)
         if self._buffered > self._want:
             self._connection.pause_body()
         self._wake()

@@ -8,7 +8,7 @@ import pytest
 
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
-from tests.http.rig import REQUEST_ID, connect, serving
+from tests.http.rig import REQUEST_ID, Wire, connect, relay, serving, upstream
 from tests.http.test_grammar import HOST, HOSTILE
 
 GOOD = b"GET /good HTTP/1.1\r\n" + HOST + b"\r\n"
@@ -99,3 +99,22 @@ async def test_upgrade_is_served_as_a_plain_request() -> None:
         )
         assert (await wire.message())[2] == b"/ws"
         assert (await wire.message())[2] == b"/h2c"
+
+
+async def test_a_chunk_a_byte_is_not_passed_on_as_such() -> None:
+    """Else five bytes of framing from a client would cost both hops a call for every byte."""
+    sizes: list[int] = []
+
+    async def script(wire: Wire) -> None:
+        await wire.head()
+        while piece := await wire.chunk():
+            sizes.append(len(piece))
+        await wire.send(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    async with upstream(script) as up, relay(up.port) as between:
+        wire = await between.client()
+        await wire.send(b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n")
+        await wire.send(b"1\r\na\r\n" * 10_000 + b"0\r\n\r\n")
+        assert (await wire.message(bodyless=True))[0] == 204
+    assert sum(sizes) == 10_000
+    assert len(sizes) < 1000
