@@ -52,6 +52,16 @@ def test_the_unit_is_no_more_exposed_than_it_was(name: str, analyze: str, root: 
     assert float(score[1]) <= MOST_EXPOSED[name]
 
 
+@pytest.mark.parametrize("option", ["--dry-run", "--uninstall"])
+def test_install_stands_nowhere_and_leaves_nothing_writable(option: str, root: Path, tmp_path: Path) -> None:
+    """A `venv.py` where root happens to stand must not become root's, nor a loose umask everybody's /opt/hibernode."""
+    traced = ["sh", "-x", str(root / "scripts/install"), "--dry-run", option]
+    done = subprocess.run(traced, cwd=tmp_path, capture_output=True, text=True, timeout=10, check=True)
+    steps = [line.lstrip("+ ") for line in done.stderr.splitlines() if line.startswith("+")]
+    first_action = next(number for number, step in enumerate(steps) if step.startswith("do_"))
+    assert {"cd /", "umask 022"} <= set(steps[:first_action])
+
+
 def test_the_agent_may_write_where_it_keeps_its_gpu_locks(root: Path) -> None:
     """ProtectSystem=strict makes all of it read-only but what is named, and without its locks no agent starts."""
     unit = (root / "systemd/hibernode-agent.service").read_text()
