@@ -54,6 +54,7 @@ class SchedulerLink:
         self._sequence = 0
         self._log = get_logger()
         self.connected = False
+        self._trouble = ""
         self._name = observer.identity.name  # until the scheduler says whose credential this is
 
     # ---- what the node says -------------------------------------------------------------------------------------
@@ -87,8 +88,10 @@ class SchedulerLink:
                     reader.cancel()
                     await asyncio.gather(reader, return_exceptions=True)
             except HibernodeError as error:
-                if self.connected:
-                    self._log.warning("scheduler.lost", reason=error.reason, message=error.message)
+                if self.connected or error.reason != self._trouble:  # once for each cause, not at every attempt
+                    event = "scheduler.lost" if self.connected else "scheduler.not_connected"
+                    self._log.warning(event, reason=error.reason, message=error.message)
+                    self._trouble = error.reason
             except Exception:  # a bug must not end the reports for good: the next stream begins with everything anew
                 self._log.exception("scheduler.report_crashed")
             finally:
@@ -111,7 +114,7 @@ class SchedulerLink:
     async def _read(self, stream: LoadStream) -> None:
         while (answer := await stream.receive()) is not None:
             if not self.connected:
-                self.connected = True
+                self.connected, self._trouble = True, ""
                 self._log.info("scheduler.connected", node=answer.node)
                 if answer.node != self._name:
                     self._log.warning("scheduler.name_differs", node_name=self._name, credential_of=answer.node)

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import pytest
+from structlog.testing import capture_logs
 
 from agent.adapters import scheduler_link
 from agent.adapters.scheduler_link import SchedulerLink
@@ -88,13 +89,13 @@ class Line:
 
 
 @asynccontextmanager
-async def a_line(**knobs: object) -> AsyncIterator[Line]:
+async def a_line(*, credential: str = TOKEN, **knobs: object) -> AsyncIterator[Line]:
     scheduler = Scheduler(**knobs)  # type: ignore[abstract, arg-type]  # the rest of them is not called
     tokens = TokenTable([(TOKEN, Principal("n1", Role.NODE))])
     server = GrpcServer(Services(scheduler=scheduler, usage=scheduler), tokens)
     port = server.bind_tcp("127.0.0.1", 0)
     await server.start()
-    async with a_world() as world, DaemonChannel(f"127.0.0.1:{port}", TOKEN) as channel:
+    async with a_world() as world, DaemonChannel(f"127.0.0.1:{port}", credential) as channel:
         link = SchedulerLink(channel, observer_of(world), world.node.actors, world.store, 0.01)
         world.node.listeners.append(link)
         running = asyncio.create_task(link.run())
@@ -106,6 +107,18 @@ async def a_line(**knobs: object) -> AsyncIterator[Line]:
             with contextlib.suppress(asyncio.CancelledError):
                 await running
             await server.stop(0)
+
+
+def counted(channel: DaemonChannel, method: str) -> list[None]:
+    """One entry for every call of the method from now on."""
+    real, calls = getattr(channel, method), list[None]()
+
+    def call() -> object:
+        calls.append(None)
+        return real()
+
+    setattr(channel, method, call)
+    return calls
 
 
 def shows(uid: str, state: Instance.State.ValueType) -> object:
@@ -163,6 +176,17 @@ async def test_a_stream_that_ends_is_opened_again_with_everything() -> None:
         again = await line.scheduler.until_heard(fresh)
         assert again.registration.gpus
         assert again.instances[0].uid == actor.uid
+
+
+async def test_a_credential_the_scheduler_does_not_know_is_said_once_and_not_at_every_attempt() -> None:
+    """A node that never connects must not look like one that has nothing to say."""
+    with capture_logs() as logs:
+        async with a_line(credential="a-token-of-nobody-0123456789") as line:
+            attempts = counted(line.link._channel, "report_load")
+            await eventually(lambda: len(attempts) >= 3)
+            assert not line.link.connected
+    said = [entry for entry in logs if entry["event"].startswith("scheduler.")]
+    assert [(entry["event"], entry["reason"]) for entry in said] == [("scheduler.not_connected", "TOKEN_UNKNOWN")]
 
 
 async def test_a_bug_in_a_report_does_not_end_the_reports() -> None:
