@@ -46,12 +46,12 @@ def read_token(path: Path) -> str:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        message = f"cannot read the token file {path}: {error.strerror}; name the right one with --token-file"
+        message = f"cannot read the token file {path}: {error.strerror}; name the right one"
         raise ConfigError("TOKEN_FILE_UNREADABLE", message, path=str(path)) from error
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            message = f"the token file {path} is not a regular file; name the right one with --token-file"
+            message = f"the token file {path} is not a regular file; name the right one"
             raise ConfigError("TOKEN_FILE_INVALID", message, path=str(path))
         if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             mode = stat.S_IMODE(status.st_mode)

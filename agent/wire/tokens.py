@@ -77,7 +77,10 @@ class TokenTable:
             raise UnauthenticatedError("TOKEN_MALFORMED", "send exactly one `authorization: Bearer TOKEN`")
         principal = self.principal_of(value[len(_SCHEME) :].strip())
         if principal is None:
-            message = "the daemon does not know this token; use the token file in its state directory"
+            message = (
+                "the daemon does not know this token; take that of its state directory, or for a node the one that "
+                "the scheduler has under `nodes`"
+            )
             raise UnauthenticatedError("TOKEN_UNKNOWN", message)
         return principal
 
