@@ -130,8 +130,11 @@ class StoreThread:
             job.future.set_result(result)
 
     def _connect(self) -> sqlite3.Connection:
-        # Environment variables of functions are inside: only the owner may read. -wal and -shm take the same mode.
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        # Environment variables of functions are inside: only the owner may read, a file that was copied back from a
+        # backup too. -wal and -shm take the same mode.
+        database = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.fchmod(database, 0o600)
+        os.close(database)
         connection = sqlite3.connect(self.path, timeout=self._deadline_s, isolation_level=None)
         try:
             connection.execute("PRAGMA journal_mode = WAL")

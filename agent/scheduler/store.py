@@ -154,7 +154,9 @@ class Store:
     def _open(self) -> None:
         path = self._engine.url.database
         if self._sqlite and path:
-            os.close(os.open(Path(path), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            database = os.open(Path(path), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            os.fchmod(database, 0o600)  # one copied back from a backup too
+            os.close(database)
         _METADATA.create_all(self._engine)
 
     async def _run(self, work: Callable[[], _T]) -> _T:

@@ -40,7 +40,11 @@ async def test_what_was_written_is_there_for_a_reader_before_any_close(tmp_path:
     await store.close()
 
 
-async def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("found", ["none", "copied back, open to all"])
+async def test_only_the_owner_may_read_the_file(tmp_path: Path, found: str) -> None:
+    if found != "none":
+        (tmp_path / FILE_NAME).touch()
+        (tmp_path / FILE_NAME).chmod(0o644)
     store = await NodeStore.open(tmp_path)
     await store.put_instance(record())
     modes = {name: stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in os.listdir(tmp_path)}

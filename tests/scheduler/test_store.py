@@ -47,6 +47,8 @@ async def test_functions_and_nodes_come_back_and_only_the_owner_may_read_them(st
     await store.put_node("gpu-1", 1)
     await store.put_node("gpu-1", 2)
     again, told = catalog_on(store)
+    (tmp_path / "scheduler.db").chmod(0o644)  # as a copy from a backup may have it
+    await store.open()
     await again.load()
     found = again.find("ocr")
     assert found is not None
