@@ -52,7 +52,7 @@ class StateDir:
             self.uuid = self._identity()
         except OSError as error:
             os.close(self._lock)
-            raise ConfigError("STATE_DIR_UNUSABLE", f"cannot write into state_dir {path}: {error.strerror}") from error
+            raise _unwritable(path, error) from error
 
     def __enter__(self) -> StateDir:
         return self
@@ -68,14 +68,21 @@ class StateDir:
         os.close(self._lock)
 
     def write_endpoints(self, endpoints: Mapping[str, str]) -> None:
-        """Say what was bound; readers see all of it or nothing."""
-        write_atomically(self.path / ENDPOINTS, json.dumps(dict(endpoints), indent=2).encode() + b"\n")
+        """Say what was bound; readers see all of it or nothing. ConfigError STATE_DIR_UNUSABLE, for a full disk say."""
+        try:
+            write_atomically(self.path / ENDPOINTS, json.dumps(dict(endpoints), indent=2).encode() + b"\n")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def _identity(self) -> str:
         file = self.path / "uuid"
         if not file.exists():
             write_atomically(file, str(uuid.uuid4()).encode())
         return file.read_text(encoding="ascii").strip()
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError("STATE_DIR_UNUSABLE", f"cannot write into state_dir {path}: {error.strerror}")
 
 
 def _own_mode(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -128,3 +129,15 @@ def test_a_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monke
             write_atomically(target, b"new")
     assert target.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["endpoints.json"], "no draft stays"
+
+
+def test_a_disk_that_is_full_at_the_end_of_the_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with StateDir(tmp_path / "agent") as state:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(ConfigError, match="cannot write into state_dir .*: No space left on device") as refused:
+            state.write_endpoints({"grpc": "127.0.0.1:1"})
+        assert refused.value.reason == "STATE_DIR_UNUSABLE"
+        assert sorted(file.name for file in state.path.iterdir()) == ["lock", "uuid"], "no draft is left"
