@@ -137,7 +137,7 @@ def test_a_disk_that_is_full_at_the_end_of_the_start_is_named(tmp_path: Path, mo
 
     with StateDir(tmp_path / "agent") as state:
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(ConfigError, match="cannot write into state_dir .*: No space left on device") as refused:
+        with pytest.raises(ConfigError, match=r"cannot write into state_dir .*: No space left on device") as refused:
             state.write_endpoints({"grpc": "127.0.0.1:1"})
         assert refused.value.reason == "STATE_DIR_UNUSABLE"
         assert sorted(file.name for file in state.path.iterdir()) == ["lock", "uuid"], "no draft is left"
