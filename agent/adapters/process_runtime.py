@@ -257,12 +257,14 @@ class ProcessRuntime:
         await self._remove_traces(handle.uid)
 
     async def _remove_traces(self, uid: str) -> None:
-        """Cgroup, bundle and port of a uid. The log stays; old ones go."""
+        """Cgroup, bundle and port of a uid. The log stays, within its cap; old ones go."""
         if self._settings.slice_:
             await cgroup.remove(self._settings.slice_.path_of(uid), DESTROY_DEADLINE_S)
             self._settings.slice_.remove_if_empty()
         await asyncio.to_thread(self._bundles.remove, uid)
         self._ports.pop(uid, None)
+        with suppress(OSError):  # no look comes after this one, and the file may have grown since the last
+            await asyncio.to_thread(self._logs.trim, self._logs.path(uid))
         self._logs.prune({bundle.uid for bundle in self._bundles.all()} | self._starting)
 
     # ---- looking ----------------------------------------------------------------------------------------------

@@ -372,6 +372,20 @@ async def test_running_logs_are_looked_at_every_five_seconds(tmp_path: Path) -> 
         runtime.close()
 
 
+async def test_what_an_instance_wrote_last_is_capped_when_it_has_ended(tmp_path: Path) -> None:
+    """Between two looks a program can write gigabytes; once it has ended nobody looks again."""
+    settings = ProcessRuntimeSettings(tmp_path, str(uuid.uuid4()), None, log_cap_bytes=100)
+    runtime = ProcessRuntime(settings, FakeClock())
+    handle = await runtime.start(spec("resize-a", "seq 1 1000; echo done; sleep 86390"))
+    try:
+        assert await cgroup.reread(lambda: runtime.read_log(handle, 5) == b"done\n", 10.0)
+        await runtime.destroy(handle)
+        assert sum(file.stat().st_size for file in (tmp_path / "logs").iterdir()) == 50
+        assert runtime.read_log(handle, 5) == b"done\n"
+    finally:
+        runtime.close()
+
+
 def test_only_the_newest_logs_of_ended_instances_stay(tmp_path: Path) -> None:
     logs = LogFiles(tmp_path, cap_bytes=1000, keep=2)
     for age, uid in enumerate(["newest", "newer", "old", "older", "running"]):
