@@ -11,9 +11,10 @@ from collections.abc import AsyncIterable, Awaitable, Callable
 from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
-from agent.core.errors import DeadlineError, HibernodeError, PermissionDeniedError
+from agent.core.errors import DeadlineError, HibernodeError, InvalidArgumentError, PermissionDeniedError
 from agent.log import get_logger
 from agent.wire.limits import DEFAULT_DEADLINE_S
 from agent.wire.status import to_grpc_status
@@ -78,14 +79,19 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream,
         )
 
+        parse = _parser(handler.request_deserializer)
+        # A stream's messages are read, and parsed, when the behaviour asks for them. A single one gRPC would parse
+        # before anybody knows who sent it: it gives us its bytes.
+        by_grpc, by_us = (parse, _as_it_is) if handler.request_streaming else (None, parse)
+
         async def answer_one(request: Any, context: CallContext) -> Any:
-            return await self._run(method, context, lambda: behaviour(request, context), endless)
+            return await self._run(method, context, lambda: behaviour(by_us(request), context), endless)
 
         async def answer_many(request: Any, context: CallContext) -> None:
-            await self._run(method, context, lambda: _write_all(behaviour(request, context), context), endless)
+            await self._run(method, context, lambda: _write_all(behaviour(by_us(request), context), context), endless)
 
         make, wrapped = _shape(handler, answer_one, answer_many)
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        return make(wrapped, by_grpc, handler.response_serializer)
 
     async def _run(
         self,
@@ -130,6 +136,25 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         _log.error("grpc.call_failed", method=method, error=type(error).__name__, exc_info=error)
         # HibernodeError itself is no kind of failure a caller can do anything about: INTERNAL.
         return HibernodeError("INTERNAL", "the daemon failed unexpectedly; its log says how")
+
+
+def _as_it_is(request: Any) -> Any:
+    return request
+
+
+def _parser(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    """`parse`, raising InvalidArgumentError for bytes that are no message, instead of gRPC's UNKNOWN and a traceback in
+    the log."""
+
+    def parsed(data: bytes) -> Any:
+        try:
+            return parse(data) if parse is not None else data
+        except DecodeError:
+            raise InvalidArgumentError(
+                "MESSAGE_MALFORMED", "the request is not the message this call takes; is the caller of another version?"
+            ) from None
+
+    return parsed
 
 
 async def _write_all(answers: AsyncIterable[Any] | Awaitable[None], context: CallContext) -> None:

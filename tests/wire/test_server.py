@@ -73,6 +73,36 @@ async def test_tcp_without_the_right_token_is_refused(daemon: Daemon, token: str
     assert not token or token not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("token", "code"),
+    [("", grpc.StatusCode.UNAUTHENTICATED), (OPERATOR_TOKEN, grpc.StatusCode.INVALID_ARGUMENT)],
+    ids=["nobody", "operator"],
+)
+async def test_bytes_are_parsed_for_those_who_may_call_and_never_fill_the_log(
+    daemon: Daemon, token: str, code: grpc.StatusCode
+) -> None:
+    async with aio.insecure_channel(daemon.tcp) as channel:
+        call = channel.unary_unary("/agent.v1.InstanceService/GetInstance", _as_it_is, _as_it_is)
+        with capture_logs() as logs, pytest.raises(aio.AioRpcError) as refused:
+            await call(b"\xff" * 100, timeout=T, metadata=bearer(token) if token else ())
+    assert refused.value.code() is code
+    assert logs == []
+    assert not daemon.instances.called.is_set()
+
+
+async def test_a_stream_of_bytes_that_are_no_messages_ends(daemon: Daemon) -> None:
+    async with aio.insecure_channel(daemon.tcp) as channel:
+        report = channel.stream_stream("/agent.v1.SchedulerService/ReportLoad", _as_it_is, _as_it_is)
+        stream = report(iter([b"\xff" * 100]), timeout=T, metadata=bearer(NODE_TOKEN))
+        with capture_logs() as logs:
+            assert await stream.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert logs == []
+
+
+def _as_it_is(data: bytes) -> bytes:
+    return data
+
+
 async def test_the_right_token_names_the_caller(operator: DaemonChannel) -> None:
     assert await whoami(operator) == "olga"
 
