@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
+import shutil
 import signal
 import sys
 from dataclasses import dataclass
@@ -175,6 +177,13 @@ def _show(report: Report, as_json: bool) -> None:
     sys.stdout.flush()
 
 
+def _on_path() -> str:
+    """The line that makes `hibernode` a command where it is none: after scripts/demo it is in .venv/bin only."""
+    here = Path(sys.executable).parent
+    found = shutil.which("hibernode")
+    return "" if found and Path(found).parent == here else f"  export PATH={shlex.quote(str(here))}:$PATH\n"
+
+
 async def _stay(world: DemoWorld) -> None:
     """Until a signal: that is how it is meant to end, so it is no error."""
     home = world.home
@@ -182,7 +191,7 @@ async def _stay(world: DemoWorld) -> None:
         f"""
 It stays up until Ctrl-C. In another terminal:
 
-  export HIBERNODE_HOME={home}
+{_on_path()}  export HIBERNODE_HOME={home}
   hibernode ps                                            # who sleeps, who is awake
   curl -sS --data-binary @/bin/ls http://{world.gateway}/fn/filetype/invoke
   hibernode invoke filetype --event 'import os'

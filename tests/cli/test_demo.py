@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from agent.cli.demo import _on_path
 from agent.examples.echo.__main__ import expected_answer
 
 pytest.importorskip("magika", reason="the extra `demo` is not installed")
@@ -220,6 +221,15 @@ def test_goes_on_when_nobody_reads_any_more(run: Callable[..., Demo], tmp_path: 
         assert "Traceback" not in (tmp_path / "err").read_text()
     finally:
         process.kill()
+
+
+def test_says_how_its_commands_are_found_where_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """scripts/demo leaves `hibernode` in .venv/bin, which is on nobody's PATH."""
+    scripts = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert _on_path() == f"  export PATH={scripts}:$PATH\n"
+    monkeypatch.setenv("PATH", f"{scripts}:/usr/bin:/bin")
+    assert _on_path() == ""
 
 
 def test_without_a_compiler_says_what_to_install(run: Callable[..., Demo], tmp_path: Path) -> None:
