@@ -139,7 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
         except ConnectionError:
             raise
         except Exception as error:
-            answer = as_json({"error": f"{type(error).__name__}: {error}"}, 500)
+            told = f"{type(error).__name__}: {error}"
+            print(f"{self.command} {url.path}: {told}", file=sys.stderr, flush=True)
+            answer = as_json({"error": told}, 500)
         self._respond(answer)
         end_ns = time.monotonic_ns()  # before, not after: whoever gets the last byte must not see it end too late
         self.wfile.flush()
