@@ -15,6 +15,7 @@ import uvloop
 
 from agent import log
 from agent.adapters.sd_notify import notify, watchdog_interval_s
+from agent.cli.exit_codes import exit_of
 from agent.config import load
 from agent.core.errors import HibernodeError
 from agent.settings import AgentConfig, SchedulerConfig
@@ -23,24 +24,24 @@ _Config = TypeVar("_Config", AgentConfig, SchedulerConfig)
 
 
 def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Coroutine[Any, Any, None]]) -> None:
-    """`--config FILE`, then `run` on uvloop. Exits 2 for a bad configuration, 1 if it can't start or fails."""
+    """`--config FILE`, then `run` on uvloop. An error ends it with the exit code of its kind, as any command."""
     parser = argparse.ArgumentParser(prog=f"hibernode {name}", description=f"The Hibernode {name} daemon.")
     parser.add_argument("--config", type=Path, default=Path(f"/etc/hibernode/{name}.yaml"), help="default: %(default)s")
     arguments = parser.parse_args()
     try:
         config = load(arguments.config, kind)
     except HibernodeError as error:
-        sys.exit(_say(error, 2))
+        sys.exit(_say(error))
     log.configure(config.log_level, config.log_format)
     try:
         uvloop.run(run(config))
     except HibernodeError as error:
-        sys.exit(_say(error, 1))
+        sys.exit(_say(error))
 
 
-def _say(error: HibernodeError, code: int) -> int:
+def _say(error: HibernodeError) -> int:
     print(f"hibernode: {error.reason}: {error.message}", file=sys.stderr)  # noqa: T201 - before and after logging
-    return code
+    return exit_of(error)
 
 
 async def run_until_signal(services: Sequence[Awaitable[None]]) -> None:

@@ -295,7 +295,7 @@ async def test_a_second_scheduler_on_the_same_state_is_refused(daemon: Daemon) -
     )
     async with asyncio.timeout(PATIENCE_S):
         _, said = await other.communicate()
-    assert other.returncode == 1
+    assert other.returncode == 4
     assert b"STATE_DIR_IN_USE" in said
 
 
