@@ -199,12 +199,12 @@ class InstanceExecutor:
             self._actor.handle(ev.Exited("INTERNAL", f"its end can't be watched any more: {type(error).__name__}"))
             return
         if ended.oom_killed:
-            reason, how = "OUT_OF_MEMORY", "was killed for running out of memory"
+            reason, how = "OUT_OF_MEMORY", "killed for running out of memory"
         elif ended.signal:
-            reason, how = "INSTANCE_CRASHED", f"was ended by signal {ended.signal}"
+            reason, how = "INSTANCE_CRASHED", f"killed by signal {ended.signal}"
         else:
             reason, how = "INSTANCE_CRASHED", f"exited with code {ended.code}"
-        message = f"the container's main process {how}. {ended.message}".strip()
+        message = f"the container's main process ended: {ended.message or how}"
         if self._actor.instance.op is ev.Op.START:
             reason, message = "FUNCTION_NOT_STARTED", f"{message} {self._log_tail(handle)}"
         self._actor.handle(ev.Exited(reason, message))
