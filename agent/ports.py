@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, Handle, InstanceSpec
+from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, GpuSample, Handle, InstanceSpec, Xid
 from agent.core.usage_window import Window as Window  # noqa: PLC0414 (re-exported)
 
 
@@ -68,6 +68,9 @@ class Runtime(Protocol):
 
     async def kill(self, handle: Handle, deadline_s: float = 10.0) -> None:
         """SIGKILL everything of it, frozen or not (cgroup.kill), and wait until it is gone. DeadlineError if not."""
+
+    async def kill_processes(self, handle: Handle, pids: Sequence[int]) -> None:
+        """SIGKILL these processes, frozen or not; those that are not inside the container (any more) are left alone."""
 
     async def destroy(self, handle: Handle) -> None:
         """Remove what is left (cgroup, scratch; not the log). Idempotent."""
@@ -133,7 +136,11 @@ class Freezer(Protocol):
     async def checkpoint(self, handle: Handle) -> FreezeResult: ...
 
     async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
-        """Thaw, restore (old uuid -> new uuid; empty = same GPUs), unlock, verify running."""
+        """Verify free VRAM, thaw, restore (old uuid -> new uuid, naming every GPU of the host; empty = same GPUs),
+        unlock, verify running. REFUSED (GPU_MEMORY_SHORT ...): still checkpointed and frozen, on the old GPUs."""
+
+    def paused(self, handle: Handle) -> bool:
+        """Is it stopped by somebody else now (docker pause)? One read of a file; no driver call."""
 
     async def condition(self, handle: Handle) -> Condition:
         """What state the instance is really in. Reads the cgroup first; asks the driver only where it is safe.
@@ -250,10 +257,20 @@ class Gpus(Protocol):
 
     async def processes(self) -> Sequence[GpuProcess]: ...
 
-    async def memory_used(self) -> Mapping[str, int]:
-        """Used bytes by uuid."""
+    async def samples(self) -> Sequence[GpuSample]:
+        """The figures of every device now; one that does not answer is a sample with its `error`."""
+
+    async def memory_free(self) -> Mapping[str, int]:
+        """Free bytes by uuid: what a restore may take."""
 
     async def driver(self) -> DriverInfo: ...
+
+
+class GpuEvents(Protocol):
+    """XID events of every device, in a thread of its own, which outlives a driver that stops answering."""
+
+    async def next_xid(self) -> Xid:
+        """Wait for the next one. No deadline: cancelled by the caller. At most a bounded number is kept unread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +288,14 @@ class HostMemory(Protocol):
 
     def headroom_bytes(self, handle: Handle) -> int | None:
         """Smallest (limit - usage, cache counted as free) over every ancestor; None = no limit anywhere."""
+
+    def raise_limit(self, handle: Handle, need_bytes: int) -> str:
+        """Make room for `need_bytes` of GPU image in the instance's own memory limit (its ancestors' are not ours).
+
+        What it was is durable before it changes. Returns "" or why it can't be done (then nothing changed)."""
+
+    def lower_limit(self, handle: Handle) -> None:
+        """The image is gone: the limit is what it was. Idempotent; never raises for an instance that has ended."""
 
 
 # ---- disk -----------------------------------------------------------------------------------------------------

@@ -136,6 +136,7 @@ class Runtime(Section, frozen=True):
     """Starting and stopping instances."""
 
     process: ProcessRuntime = ProcessRuntime()
+    trusted_gpus: bool = False
     ready_timeout_ns: Duration = Duration(120 * SECOND_NS)
     stop_timeout_ns: Duration = Duration(30 * SECOND_NS)
     log_limit_bytes: Size = Size(10 * MIB)
@@ -168,7 +169,7 @@ class Mounts(Section, frozen=True):
 class GpuSettings(Section, frozen=True):
     """Freezing, lending and attaching GPUs."""
 
-    checkpointer: Literal["driver", "utility"] = "driver"
+    checkpointer: Literal["auto", "driver", "utility"] = "auto"
     utility_path: str = "/usr/bin/cuda-checkpoint"
     driver_workers: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
     lock_timeout_ns: Duration = Duration(10 * SECOND_NS)
@@ -176,6 +177,7 @@ class GpuSettings(Section, frozen=True):
     max_hold_ns: Duration = Duration(10 * SECOND_NS)
     instances_per_gpu: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     migrate: bool = False
+    multi_process_multi_gpu: bool = False
     attach: Literal["auto", "cdi", "nvidia-runtime", "mounts"] = "auto"
     mounts: Mounts = Mounts()
     types: dict[str, str] = msgspec.field(default_factory=dict)
@@ -198,10 +200,6 @@ class GpuSettings(Section, frozen=True):
 
     def _refuse_what_is_not_built(self) -> None:
         """A value that would do nothing is worse than an error."""
-        if self.checkpointer == "utility":
-            raise bad_key("checkpointer", "utility is not built yet; use driver (NVIDIA driver 570 or newer)")
-        if self.migrate:
-            raise bad_key("migrate", "is not built yet: an instance wakes on the GPUs it was frozen on; leave it false")
         if self.attach in ("cdi", "nvidia-runtime"):
             raise bad_key(
                 "attach", f"{self.attach} needs a container engine, which is not built yet; use auto or mounts"
@@ -263,6 +261,11 @@ class AgentConfig(Section, frozen=True):
             raise bad_key("state_dir", "must not be empty")
         _absolute("token_file", self.token_file)
         _refuse_open_bind(self.insecure, ingress=self.ingress.host, grpc=self.grpc.host, admin=self.admin.host)
+        if self.gpu.migrate and not self.runtime.trusted_gpus:
+            raise bad_key(
+                "gpu.migrate",
+                "lets every instance see all GPUs of this host; say runtime.trusted_gpus: true if that is fine",
+            )
 
     @property
     def token_path(self) -> Path:

@@ -139,9 +139,18 @@ class InstanceSpec:
     function: FunctionSpec
 
 
+class ComputeMode(Enum):
+    """Who may make contexts on a device (nvmlComputeMode_t): anybody, one process, nobody."""
+
+    DEFAULT = "DEFAULT"
+    EXCLUSIVE = "EXCLUSIVE"
+    PROHIBITED = "PROHIBITED"
+
+
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One device as NVML shows it. `index` is the NVML index, `uuid` the identity used everywhere else."""
+    """One device as NVML shows it. `index` is the NVML index, `uuid` the identity used everywhere else; `virtual`: a
+    vGPU, cut out of a device by a hypervisor."""
 
     uuid: str
     index: int
@@ -149,6 +158,35 @@ class Gpu:
     memory_bytes: int
     persistence: bool = True
     mig: bool = False
+    compute_mode: ComputeMode = ComputeMode.DEFAULT
+    virtual: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSample:
+    """One reading of a device's figures (what nvidia-smi shows). None: the device does not say.
+
+    `error` is NVML's own text where the device did not answer ("" = it did), `lost` that it never will again without a
+    reset (NVML: GPU is lost, reset required)."""
+
+    uuid: str
+    memory_used_bytes: int | None = None
+    sm_percent: int | None = None
+    memory_percent: int | None = None
+    encoder_percent: int | None = None
+    decoder_percent: int | None = None
+    temperature_celsius: int | None = None
+    power_milliwatts: int | None = None
+    error: str = ""
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Xid:
+    """An XID event of the driver: something went wrong on the device `gpu_uuid`; `code` as NVIDIA numbers them."""
+
+    gpu_uuid: str
+    code: int
 
 
 @dataclass(frozen=True, slots=True)
