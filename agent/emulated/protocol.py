@@ -31,6 +31,7 @@ class Op(IntEnum):
     CHECKPOINT = 23
     RESTORE = 24
     UNLOCK = 25
+    HOLD = 26
     DO_PING = 30
     DO_LOCK = 31
     DO_CHECKPOINT = 32

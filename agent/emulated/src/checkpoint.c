@@ -4,6 +4,7 @@
  */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <signal.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -52,6 +53,22 @@ static void give_connection(int fd)
         close(fd);
 }
 
+/* The answer. A call that hangs (EMU_HOLD) is like one stuck in the kernel: until it ends, only SIGKILL helps. */
+static long await_answer(int fd, struct emu_msg *msg)
+{
+    sigset_t all, before;
+    int held = 0;
+    long got;
+    while ((got = emu_receive(fd, msg, NULL, 0, NULL, NULL)) >= 0 && msg->op == EMU_HOLD) {
+        sigfillset(&all);
+        if (!held++)
+            pthread_sigmask(SIG_SETMASK, &all, &before);
+    }
+    if (held)
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return got;
+}
+
 static emu_result ask(struct emu_msg *msg, const void *payload, size_t bytes)
 {
     struct emu_msg request = *msg;
@@ -73,7 +90,7 @@ static emu_result ask(struct emu_msg *msg, const void *payload, size_t bytes)
             return EMU_OPERATING_SYSTEM;
         }
     }
-    if (emu_receive(fd, msg, NULL, 0, NULL, NULL) < 0) {
+    if (await_answer(fd, msg) < 0) {
         close(fd);
         return EMU_OPERATING_SYSTEM;
     }

@@ -289,7 +289,7 @@ EMU_API emu_result cuMemsetD32(emu_devptr, unsigned, size_t) __attribute__((alia
 
 /* Both of the following run in the restore thread while the gate is closed, so nobody else is in the table. */
 
-emu_result emu_memory_checkpoint(uint64_t *image_bytes)
+emu_result emu_memory_checkpoint(uint64_t *image_bytes, int dying)
 {
     size_t total = 0, at = 0;
     for (size_t i = 0; i < count; i++)
@@ -308,14 +308,17 @@ emu_result emu_memory_checkpoint(uint64_t *image_bytes)
     image_length = length;
     madvise(image, length, MADV_HUGEPAGE);
     madvise(image, length, MADV_DONTFORK);
-    for (size_t i = 0; i < count; at += table[i++].length)
-        memcpy(image + at, (void *)table[i].address, table[i].length);
+    for (size_t i = 0; i < count; at += table[i++].length) {
+        memcpy(image + at, (void *)table[i].address, dying ? table[i].length / 2 : table[i].length);
+        if (dying)
+            emu_die();
+    }
     for (size_t i = 0; i < count; i++)
         unmap_vram(table[i].address, table[i].length);
     return EMU_SUCCESS;
 }
 
-emu_result emu_memory_restore(void)
+emu_result emu_memory_restore(int dying)
 {
     size_t at = 0;
     for (size_t i = 0; i < count; i++) {
@@ -325,8 +328,11 @@ emu_result emu_memory_restore(void)
             return EMU_OUT_OF_MEMORY;
         }
     }
-    for (size_t i = 0; i < count; at += table[i++].length)
-        memcpy((void *)table[i].address, image + at, table[i].length);
+    for (size_t i = 0; i < count; at += table[i++].length) {
+        memcpy((void *)table[i].address, image + at, dying ? table[i].length / 2 : table[i].length);
+        if (dying)
+            emu_die();
+    }
     if (image)
         munmap(image, image_length);
     image = NULL;

@@ -38,9 +38,14 @@ emu_result emu_request(struct emu_msg *msg);
 /* The body of the restore thread. */
 void emu_restore_loop(int fd);
 
-/* Bytes of VRAM of this process are copied to host memory / mapped and copied back; addresses stay reserved. */
-emu_result emu_memory_checkpoint(uint64_t *image_bytes);
-emu_result emu_memory_restore(void);
+/* Bytes of VRAM of this process are copied to host memory / mapped and copied back; addresses stay reserved.
+ * dying: the process dies after half of the first allocation.
+ */
+emu_result emu_memory_checkpoint(uint64_t *image_bytes, int dying);
+emu_result emu_memory_restore(int dying);
+
+/* A planned fault: SIGSEGV with its default action, whatever handler the application has; no core is written. */
+_Noreturn void emu_die(void);
 
 #define EMU_CALL_BEGIN                       \
     do {                                     \

@@ -33,7 +33,9 @@ enum emu_op {
     EMU_CHECKPOINT = 23,
     EMU_RESTORE = 24, /* c = pairs; payload: pairs of 16-byte UUIDs, old then new */
     EMU_UNLOCK = 25,
-    /* driver -> restore thread; f = microseconds the operation is to take at least (the latency model) */
+    EMU_HOLD = 26, /* driver -> caller, before an answer: the call hangs as one stuck in the kernel, signals and all */
+    /* driver -> restore thread; f = microseconds the operation is to take at least (the latency model);
+     * e = 1: the process dies of it, by SIGSEGV, half-way through what it copies */
     EMU_DO_PING = 30,
     EMU_DO_LOCK = 31,       /* a = timeoutMs, 0 = none */
     EMU_DO_CHECKPOINT = 32, /* answer: a = bytes of the image */

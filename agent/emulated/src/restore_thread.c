@@ -4,7 +4,9 @@
  */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <signal.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -27,6 +29,19 @@ static void take_at_least(int64_t start_ns, uint64_t model_us)
         clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
 }
 
+_Noreturn void emu_die(void)
+{
+    struct sigaction action = {.sa_handler = SIG_DFL};
+    sigset_t segv;
+    prctl(PR_SET_DUMPABLE, 0);
+    sigaction(SIGSEGV, &action, NULL);
+    sigemptyset(&segv);
+    sigaddset(&segv, SIGSEGV);
+    pthread_sigmask(SIG_UNBLOCK, &segv, NULL);
+    raise(SIGSEGV);
+    _exit(128 + SIGSEGV);
+}
+
 static void move_devices(const uint32_t *new_device, long bytes)
 {
     for (int i = 0; i < emu_process.visible_count; i++) {
@@ -47,12 +62,12 @@ static void execute(struct emu_msg *msg, const uint32_t *new_device, long bytes)
         msg->status = emu_gate_close((unsigned)msg->a);
         break;
     case EMU_DO_CHECKPOINT:
-        msg->status = emu_memory_checkpoint(&msg->a);
+        msg->status = emu_memory_checkpoint(&msg->a, msg->e != 0);
         break;
     case EMU_DO_RESTORE:
         memcpy(before, emu_process.visible, sizeof before);
         move_devices(new_device, bytes);
-        msg->status = emu_memory_restore();
+        msg->status = emu_memory_restore(msg->e != 0);
         if (msg->status)
             memcpy(emu_process.visible, before, sizeof before);
         break;
@@ -77,7 +92,11 @@ void emu_restore_loop(int fd)
             if (bytes < 0)
                 break;
             int64_t start = now_ns();
+            if (msg.e)
+                take_at_least(start, msg.f);
             execute(&msg, payload, bytes);
+            if (msg.e)
+                emu_die();
             take_at_least(start, msg.f);
             if (emu_send(fd, &msg, NULL, 0))
                 break;
