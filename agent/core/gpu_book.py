@@ -4,7 +4,8 @@ Rules (DESIGN section 3). GPUs are dedicated: an awake instance holds whole GPUs
 nobody holds some while waiting for more. First come, first served: what the head of the queue can use is reserved for
 it, later waiters may use only what it cannot. A victim is the least recently used idle holder that may be preempted;
 if it refuses, the next. When a waiter has waited `max_hold_ns`, a busy holder is asked to drain. A GPU changes hands
-only on proof (`Released`), never on a state.
+only on proof (`Released`), never on a state. With `migrate`, whoever waits may use any GPU of its own GPUs' model,
+rather its own; where it woke is its own from then on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
+from agent.core.gpu_book_events import (
+    Adopt,
+    Ask,
+    AskDrain,
+    AskFreeze,
+    Assign,
+    Assigned,
+    BecameBusy,
+    BecameIdle,
+    BookEffect,
+    BookEvent,
+    Cordon,
+    FreezeRefused,
+    Grant,
+    Leave,
+    Released,
+    Releasing,
+    Tick,
+    Unassign,
+    Unassignable,
+    Uncordon,
+    Unservable,
+    WakeMeAt,
+)
 from agent.core.types import SECOND_NS
 
 REFUSAL_BACK_OFF_NS = SECOND_NS
@@ -20,12 +45,22 @@ REFUSAL_BACK_OFF_NS = SECOND_NS
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One GPU: who holds it ("" = free), and why nobody new may ("" = not cordoned)."""
+    """One GPU: who holds it ("" = free), and the cordons that keep others away, by source."""
 
     uuid: str
     model: str
     holder: str = ""
-    cordoned: str = ""
+    cordons: tuple[Cordon, ...] = ()
+
+    @property
+    def cordoned(self) -> str:
+        """Why nobody new may use it, "" if anybody may."""
+        return "; ".join(cordon.reason for cordon in self.cordons)
+
+    @property
+    def lost(self) -> bool:
+        """Out of use for good, as far as this program can tell."""
+        return any(cordon.lasting for cordon in self.cordons)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +88,13 @@ class Waiter:
 
 @dataclass(frozen=True, slots=True)
 class Book:
-    """The whole state. `assigned`: the GPUs an instance may ever use, chosen once at its creation."""
+    """The whole state. `assigned`: the GPUs of an instance, chosen at its creation; with `migrate` the ones it was
+    granted last. `per_gpu` bounds how many instances share a GPU, with `migrate` on the average over its model."""
 
     devices: Mapping[str, Device]
     per_gpu: int = 1
     max_hold_ns: int = 10 * SECOND_NS
+    migrate: bool = False
     assigned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     holders: Mapping[str, Holder] = field(default_factory=dict)
     queue: tuple[Waiter, ...] = ()
@@ -67,166 +104,10 @@ class Book:
         return sum(uuid in gpus for gpus in self.assigned.values())
 
 
-# ---- events ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Assign:
-    """A new instance: choose its GPUs among those of `model` ("" = any). Answered by Assigned or Unassignable."""
-
-    uid: str
-    count: int
-    model: str
-
-
-@dataclass(frozen=True, slots=True)
-class Adopt:
-    """Recovery: this instance was assigned these GPUs, and holds them now if `holds`."""
-
-    uid: str
-    gpus: tuple[str, ...]
-    holds: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Unassign:
-    """The instance is gone for good (after Released, if it held)."""
-
-    uid: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """The instance wants its GPUs."""
-
-    uid: str
-
-
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """The instance does not want them any more."""
-
-    uid: str
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    """Proof that nothing of the instance is left on its GPUs."""
-
-    uid: str
-
-
-@dataclass(frozen=True, slots=True)
-class Releasing:
-    """The holder has given up its GPUs; the proof is on its way. It counts as asked: nobody else gives way for it."""
-
-    uid: str
-
-
-@dataclass(frozen=True, slots=True)
-class FreezeRefused:
-    """The holder was asked to freeze or drain, and did not."""
-
-    uid: str
-
-
-@dataclass(frozen=True, slots=True)
-class BecameIdle:
-    """Nobody is inside the holder; it may be preempted from `preemptible_at_ns` on."""
-
-    uid: str
-    preemptible_at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class BecameBusy:
-    """A request is inside the holder."""
-
-    uid: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cordon:
-    """Nothing new may use this GPU ("" as reason lifts it)."""
-
-    uuid: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time passed: the timer of `WakeMeAt` fired."""
-
-
-BookEvent = (
-    Assign
-    | Adopt
-    | Unassign
-    | Ask
-    | Leave
-    | Released
-    | Releasing
-    | FreezeRefused
-    | BecameIdle
-    | BecameBusy
-    | Cordon
-    | Tick
-)
-
-
-# ---- effects --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Assigned:
-    """The instance's GPUs, for life."""
-
-    uid: str
-    gpus: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Unassignable:
-    """No set of GPUs has room for it; `message` says what is short."""
-
-    uid: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """The instance holds these GPUs from now on."""
-
-    uid: str
-    gpus: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AskFreeze:
-    """Freeze this idle holder."""
-
-    uid: str
-
-
-@dataclass(frozen=True, slots=True)
-class AskDrain:
-    """Close this busy holder's gate; freeze it when its last request ended."""
-
-    uid: str
-
-
-@dataclass(frozen=True, slots=True)
-class WakeMeAt:
-    """Send `Tick` at this time: something becomes possible then."""
-
-    at_ns: int
-
-
-BookEffect = Assigned | Unassignable | Grant | AskFreeze | AskDrain | WakeMeAt
 BookStep = tuple[Book, list[BookEffect]]
 
 
-def step(book: Book, event: BookEvent, at: int) -> BookStep:
+def step(book: Book, event: BookEvent, at: int) -> BookStep:  # noqa: C901 - one flat table is easiest to read
     """Apply `event` at monotonic time `at` (ns); effects are to be performed in order."""
     effects: list[BookEffect] = []
     match event:
@@ -239,8 +120,8 @@ def step(book: Book, event: BookEvent, at: int) -> BookStep:
         case Unassign(uid):
             assigned = {key: value for key, value in book.assigned.items() if key != uid}
             book = replace(_let_go(_leave(book, uid), uid), assigned=assigned)
-        case Ask(uid):
-            book = _enqueue(book, uid, at)
+        case Ask(uid, avoid):
+            book = _enqueue(book, uid, avoid, at)
         case Leave(uid):
             book = _leave(book, uid)
         case Released(uid):
@@ -257,8 +138,10 @@ def step(book: Book, event: BookEvent, at: int) -> BookStep:
             book = _with_holder(book, uid, idle_since_ns=at, preemptible_at_ns=preemptible_at_ns)
         case BecameBusy(uid):
             book = _with_holder(book, uid, idle_since_ns=None)
-        case Cordon(uuid, reason):
-            book = _cordon(book, uuid, reason)
+        case Cordon(uuid, _, source):
+            book = _with_cordon(book, uuid, source, event)
+        case Uncordon(uuid, source):
+            book = _with_cordon(book, uuid, source, None)
         case Tick():
             pass
         case _:
@@ -274,31 +157,47 @@ def _assign(book: Book, uid: str, count: int, model: str) -> BookStep:
     fitting = [d for d in book.devices.values() if not d.cordoned and model in ("", d.model)]
     roomy = sorted((book.sharers(d.uuid), i, d.uuid) for i, d in enumerate(fitting))
     chosen = tuple(uuid for sharers, _, uuid in roomy if sharers < book.per_gpu)[:count]
-    if len(chosen) < count:
+    full = book.migrate and sum(sharers for sharers, _, _ in roomy) + count > book.per_gpu * len(fitting)
+    if len(chosen) < count or full:
         wanted = f"{count} GPU(s)" + (f" of model {model!r}" if model else "")
         return book, [
             Unassignable(
                 uid,
-                f"{wanted} wanted, {len(chosen)} of {len(fitting)} such GPU(s) on this node have room "
+                f"{wanted} wanted, {0 if full else len(chosen)} of {len(fitting)} such GPU(s) on this node have room "
                 f"(gpu.instances_per_gpu: {book.per_gpu}); remove an instance or raise it",
             )
         ]
     return replace(book, assigned={**book.assigned, uid: chosen}), [Assigned(uid, chosen)]
 
 
-def _cordon(book: Book, uuid: str, reason: str) -> Book:
+def _with_cordon(book: Book, uuid: str, source: str, cordon: Cordon | None) -> Book:
+    """Put the source's cordon in place of the one it had."""
     device = book.devices.get(uuid)
     if device is None:
         return book  # not one of ours
-    return replace(book, devices={**book.devices, uuid: replace(device, cordoned=reason)})
+    others = tuple(each for each in device.cordons if each.source != source)
+    device = replace(device, cordons=others if cordon is None else (*others, cordon))
+    return replace(book, devices={**book.devices, uuid: device})
 
 
-def _enqueue(book: Book, uid: str, at: int) -> Book:
+def _enqueue(book: Book, uid: str, avoid: tuple[str, ...], at: int) -> Book:
     held = book.holders.get(uid)
     if (held is not None and not held.leaving) or any(waiter.uid == uid for waiter in book.queue):
         return book
-    gpus = book.assigned[uid]
-    return replace(book, queue=(*book.queue, Waiter(uid, len(gpus), gpus, at)))
+    own = book.assigned[uid]
+    return replace(book, queue=(*book.queue, Waiter(uid, len(own), _allowed(book, own, avoid), at)))
+
+
+def _allowed(book: Book, own: tuple[str, ...], avoid: tuple[str, ...]) -> tuple[str, ...]:
+    """The GPUs an instance may use, the ones it should rather use first."""
+    models = {book.devices[uuid].model for uuid in own}
+    if not book.migrate or len(models) != 1:  # GPUs of two models can't stand in for each other
+        return own
+    others = [d for d in book.devices.values() if d.model in models and d.uuid not in own]
+    others.sort(key=lambda device: book.sharers(device.uuid))
+    pool = (*own, *(device.uuid for device in others))
+    rest = tuple(uuid for uuid in pool if uuid not in avoid)
+    return rest if sum(not book.devices[uuid].cordoned for uuid in rest) >= len(own) else pool
 
 
 def _leave(book: Book, uid: str) -> Book:
@@ -355,7 +254,14 @@ def _serve(book: Book, at: int) -> BookStep:
         if len(free) >= waiter.count:
             gpus = tuple(free[: waiter.count])
             book = _take(_leave(book, waiter.uid), waiter.uid, gpus, at)
+            if book.migrate:
+                book = replace(book, assigned={**book.assigned, waiter.uid: gpus})
             effects.append(Grant(waiter.uid, gpus))
+            continue
+        if sum(not book.devices[u].lost for u in waiter.allowed) < waiter.count:
+            book = _leave(book, waiter.uid)
+            lost = [book.devices[u] for u in waiter.allowed if book.devices[u].lost]
+            effects.append(Unservable(waiter.uid, "; ".join(f"{d.uuid}: {d.cordoned}" for d in lost)))
             continue
         if sum(not book.devices[u].cordoned for u in waiter.allowed) < waiter.count:
             continue  # it can't be served until a cordon is lifted: nobody waits or gives way for it

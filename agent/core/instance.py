@@ -15,7 +15,7 @@ class Instance:
     `holds`: a GPU grant is ours. `ordered`: the running freeze was ordered by the GPU book and is not cancelled.
     `draining`: the book wants the GPU, the gate is closed until the last request ended. `stop`: a stop was asked
     (`stop_force`: without drain or hooks). `wake_until_ns`: an API wake counts as somebody waiting until then.
-    `refusals` freezes in a row were refused, the last for `refusal`: why it is awake although nobody needs it.
+    `movable`: it may wake on other GPUs. `paused`: somebody else stopped it. `refusals` freezes in a row were refused, the last for `refusal`: why it is awake although nobody needs it.
     """
 
     uid: str
@@ -26,6 +26,8 @@ class Instance:
     op: Op | None = None
     op_gen: int = 0
     idle_gen: int = 0
+    movable: bool = False
+    paused: bool = False
     busy: bool = False
     wanted: bool = False
     holds: bool = False
@@ -48,7 +50,7 @@ class Instance:
     @property
     def gate_open(self) -> bool:
         """May the gate grant requests now?"""
-        return self.state is InstanceState.RUNNING and not self.draining and not self.stop
+        return self.state is InstanceState.RUNNING and not (self.draining or self.stop or self.paused)
 
     def awaited(self, at: int) -> bool:
         """Does a request, or an API wake whose deadline has not passed, wait for this instance to be awake?"""

@@ -7,7 +7,7 @@
 | FREEZING (lock, checkpoint) | undoes it before the checkpoint | FROZEN or WAITING_GPU | RUNNING, back-off / FAILED |
 | FROZEN | WAITING_GPU | - | - |
 | WAITING_GPU | waits | granted: RESTORING | nobody waits any more: FROZEN |
-| RESTORING | waits | RUNNING | once more, then FAILED / FAILED |
+| RESTORING | waits | RUNNING | once more (on another GPU if it may move), then FAILED / FAILED |
 | STOPPING | refused | STOPPED | FAILED |
 
 One operation at a time: `op_gen` discards the answers of operations that no longer count, `idle_gen` stale timers.
@@ -35,10 +35,12 @@ from agent.core.lifecycle_events import (
     Exited,
     FreezeAsked,
     FreezeOrdered,
+    GpusLost,
     Granted,
     IdleTimer,
     Note,
     Op,
+    Paused,
     Quiet,
     Refused,
     RefuseWaiters,
@@ -100,6 +102,11 @@ def step(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, P
             return _begin_freeze(me, ordered=True) if _can_freeze(me) else (me, [BookRefused()])
         case DrainOrdered():
             return _drain(me)
+        case GpusLost(message):
+            waits = not me.holds and me.state in (InstanceState.STARTING, InstanceState.WAITING_GPU)
+            return _fail(me, "GPU_LOST", message) if waits else (me, [])
+        case Paused(paused):
+            return _paused(me, paused, at)
         case StopAsked(grace_ns, force, reason, message):
             return _stop_asked(me, grace_ns, force, reason, message, at)
         case StopTimer(gen):
@@ -128,7 +135,7 @@ def _run(me: Instance, op: Op) -> Step:
 
 
 def _can_freeze(me: Instance) -> bool:
-    return me.freezable and me.state is InstanceState.RUNNING and not me.busy and not me.stop
+    return me.freezable and me.state is InstanceState.RUNNING and not (me.busy or me.stop or me.paused)
 
 
 def _after_the_end(me: Instance, event: Event) -> Step:
@@ -154,7 +161,7 @@ def _granted(me: Instance, gpus: tuple[str, ...]) -> Step:
         case InstanceState.STARTING:
             return _run(me, Op.START)
         case InstanceState.WAITING_GPU:
-            return _run(replace(me, state=InstanceState.RESTORING, restores=1), Op.WAKE)
+            return _run(replace(me, state=InstanceState.RESTORING, restores=me.restores + 1), Op.WAKE)
         case _:
             return _release(me)
 
@@ -169,7 +176,7 @@ def _call(me: Instance, at: int) -> Step:
     """Somebody waits for this instance to be awake."""
     match me.state:
         case InstanceState.FROZEN:
-            return replace(me, state=InstanceState.WAITING_GPU), [Want()]
+            return replace(me, state=InstanceState.WAITING_GPU, restores=0), [Want()]
         case InstanceState.FREEZING if not me.ordered and me.op is Op.LOCK:
             return me, [AskCancel(me.op_gen)]
         case InstanceState.STOPPING:
@@ -204,6 +211,8 @@ def _settle(me: Instance, at: int) -> Step:
         return me, []
     if me.stop:
         return _begin_stop(me, at)
+    if me.paused:
+        return me, []  # it can't be frozen, and answers nobody: looked at again when it goes on
     if me.draining and me.freezable:
         return _begin_freeze(me, ordered=True)
     if me.wanted:
@@ -225,10 +234,23 @@ def _begin_freeze(me: Instance, *, ordered: bool) -> Step:
 
 
 def _drain(me: Instance) -> Step:
-    if me.state is not InstanceState.RUNNING or not me.freezable or me.stop:
+    if me.state is not InstanceState.RUNNING or not me.freezable or me.stop or me.paused:
         return me, [BookRefused()]
     me = replace(me, draining=True)
     return (me, []) if me.busy else _begin_freeze(me, ordered=True)
+
+
+def _paused(me: Instance, paused: bool, at: int) -> Step:
+    """A pause closes the gate; nothing is asked of the driver until it ends. Only an awake instance can tell it from
+    our own freeze."""
+    if paused is me.paused or (paused and me.state is not InstanceState.RUNNING):
+        return me, []
+    me = replace(me, paused=paused, idle_gen=me.idle_gen + 1)
+    note = Note("instance.externally_frozen" if paused else "instance.externally_thawed", "")
+    if paused:
+        return me, [note, ClosePool(), Became(idle=False)]
+    me, effects = _settle(me, at) if not me.busy else (me, [])
+    return me, [note, *effects]
 
 
 def _succeeded(me: Instance, at: int) -> Step:
@@ -271,7 +293,7 @@ def _frozen(me: Instance, at: int) -> Step:
         me, more = _begin_stop(me, at)
         return me, [*effects, *more]
     if me.awaited(at):
-        return replace(me, state=InstanceState.WAITING_GPU), [*effects, Want()]
+        return replace(me, state=InstanceState.WAITING_GPU, restores=0), [*effects, Want()]
     return me, effects
 
 
@@ -290,6 +312,10 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
             me = _running_again(me)
             me, more = _settle(me, at)
             return me, [*effects, *more]
+        case Op.WAKE if me.restores < MAX_RESTORES and not me.stop and me.movable:
+            avoid = me.gpus
+            me, effects = _release(replace(me, state=InstanceState.WAITING_GPU))
+            return me, [Note("instance.restore_retried", f"{reason}: {message}"), *effects, Want(avoid)]
         case Op.WAKE if me.restores < MAX_RESTORES and not me.stop:
             me, effects = _run(replace(me, restores=me.restores + 1), Op.WAKE)
             return me, [Note("instance.restore_retried", f"{reason}: {message}"), *effects]
@@ -356,7 +382,7 @@ def _begin_stop(me: Instance, at: int) -> Step:
         state=InstanceState.STOPPING,
         stop=True,
         idle_gen=me.idle_gen + 1,
-        stop_force=me.stop_force or not was_running,
+        stop_force=me.stop_force or not was_running or me.paused,
     )
     effects: list[Effect] = [Withdraw()] if waited else []
     effects.append(RefuseWaiters(stop_reason, me.message or "the instance is being stopped"))

@@ -98,6 +98,20 @@ class DrainOrdered:
 
 
 @dataclass(frozen=True, slots=True)
+class GpusLost:
+    """The GPU book can never serve this waiter: its GPUs are out of use for good."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """Somebody else stopped its threads (docker pause), or let them go on again."""
+
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StopAsked:
     """Stop: drain for at most `grace_ns`, then /pre-stop, TERM, KILL; `force` goes straight to KILL."""
 
@@ -160,6 +174,8 @@ Event = (
     | FreezeAsked
     | FreezeOrdered
     | DrainOrdered
+    | GpusLost
+    | Paused
     | StopAsked
     | StopTimer
     | Succeeded
@@ -190,7 +206,9 @@ class AskCancel:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """Ask the GPU book for this instance's GPUs."""
+    """Ask the GPU book for this instance's GPUs, where it may move rather not for those in `avoid`."""
+
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class Executor(Protocol):
 class GpuDesk(Protocol):
     """The node loop, as an instance sees it: the GPU book's counter."""
 
-    def want(self, actor: Actor) -> None: ...
+    def want(self, actor: Actor, avoid: tuple[str, ...]) -> None: ...
 
     def withdraw(self, actor: Actor) -> None: ...
 
@@ -212,8 +212,8 @@ class Actor:
                 self.executor.run(op, gen)
             case ev.AskCancel(gen):
                 self.executor.ask_cancel(gen)
-            case ev.Want():
-                self._desk.want(self)
+            case ev.Want(avoid):
+                self._desk.want(self, avoid)
             case ev.Withdraw():
                 self._desk.withdraw(self)
             case ev.Release():

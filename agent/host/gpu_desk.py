@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import assert_never
 
 from agent.core import gpu_book
+from agent.core import gpu_book_events as book_events
 from agent.core import lifecycle_events as ev
 from agent.core.errors import ExhaustedError, HibernodeError
-from agent.core.gpu_book import Book, BookEvent
+from agent.core.gpu_book import Book
+from agent.core.gpu_book_events import BookEvent
 from agent.core.types import SECOND_NS, Gpu
 from agent.host.actor import Actor
 from agent.host.events import EventLog
@@ -22,6 +25,7 @@ from agent.log import get_logger
 from agent.ports import Clock, Gpus, Timer
 
 PROOF_PAUSE_S = 0.01
+LATE_PROOF_PAUSE_S = 1.0
 END_TIMEOUT_S = 60.0
 """Killing an instance has its own deadlines; past this it is not waited for any more."""
 
@@ -36,6 +40,7 @@ class GpuDesk:
         per_gpu: int,
         max_hold_ns: int,
         release_timeout_ns: int,
+        migrate: bool,
         gpus: Gpus,
         clock: Clock,
         events: EventLog,
@@ -44,7 +49,7 @@ class GpuDesk:
     ) -> None:
         self.inventory: Mapping[str, Gpu] = {gpu.uuid: gpu for gpu in inventory}
         devices = {gpu.uuid: gpu_book.Device(gpu.uuid, gpu.model) for gpu in inventory}
-        self.book = Book(devices, per_gpu=per_gpu, max_hold_ns=max_hold_ns)
+        self.book = Book(devices, per_gpu=per_gpu, max_hold_ns=max_hold_ns, migrate=migrate)
         self._release_timeout_s = release_timeout_ns / SECOND_NS
         self._gpus = gpus
         self._clock = clock
@@ -53,35 +58,36 @@ class GpuDesk:
         self._pids_of = pids_of
         self._inbox: deque[BookEvent] = deque()
         self._stepping = False
-        self._answers: dict[str, gpu_book.Assigned | gpu_book.Unassignable] = {}
+        self._answers: dict[str, book_events.Assigned | book_events.Unassignable] = {}
         self._timer: Timer | None = None
         self._proofs: dict[str, asyncio.Task[None]] = {}
+        self._late: set[asyncio.Task[None]] = set()
         self._log = get_logger()
 
     # ---- what instances say -------------------------------------------------------------------------------------
 
-    def want(self, actor: Actor) -> None:
-        """The instance needs its GPUs to go on."""
-        self.apply(gpu_book.Ask(actor.uid))
+    def want(self, actor: Actor, avoid: tuple[str, ...]) -> None:
+        """The instance needs its GPUs to go on; rather not those in `avoid`."""
+        self.apply(book_events.Ask(actor.uid, avoid))
 
     def withdraw(self, actor: Actor) -> None:
         """It does not any more."""
-        self.apply(gpu_book.Leave(actor.uid))
+        self.apply(book_events.Leave(actor.uid))
 
     def refused(self, actor: Actor) -> None:
         """An ordered freeze or drain did not happen."""
-        self.apply(gpu_book.FreezeRefused(actor.uid))
+        self.apply(book_events.FreezeRefused(actor.uid))
 
     def became(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None:
         """The holder's idleness changed."""
         if idle:
-            self.apply(gpu_book.BecameIdle(actor.uid, preemptible_at_ns))
+            self.apply(book_events.BecameIdle(actor.uid, preemptible_at_ns))
         else:
-            self.apply(gpu_book.BecameBusy(actor.uid))
+            self.apply(book_events.BecameBusy(actor.uid))
 
     def release(self, actor: Actor) -> None:
         """The holder gives up its GPUs: start collecting the proof."""
-        self.apply(gpu_book.Releasing(actor.uid))
+        self.apply(book_events.Releasing(actor.uid))
         if actor.uid not in self._proofs:
             task = asyncio.create_task(self._prove(actor), name=f"release {actor.uid}")
             self._proofs[actor.uid] = task
@@ -90,9 +96,9 @@ class GpuDesk:
 
     def assign(self, uid: str, count: int, model: str) -> tuple[str, ...]:
         """Choose the GPUs of a new instance. Raises ExhaustedError GPU_CAPACITY."""
-        self.apply(gpu_book.Assign(uid, count, model))
+        self.apply(book_events.Assign(uid, count, model))
         answer = self._answers.pop(uid)
-        if isinstance(answer, gpu_book.Unassignable):
+        if isinstance(answer, book_events.Unassignable):
             raise ExhaustedError("GPU_CAPACITY", answer.message)
         return answer.gpus
 
@@ -101,7 +107,7 @@ class GpuDesk:
         proof = self._proofs.get(uid)
         if proof is not None:
             await asyncio.wait([proof])  # it has its own deadlines
-        self.apply(gpu_book.Unassign(uid))
+        self.apply(book_events.Unassign(uid))
 
     def apply(self, event: BookEvent) -> None:
         """Feed the book; when this returns, everything that followed has been handed out."""
@@ -117,27 +123,29 @@ class GpuDesk:
         finally:
             self._stepping = False
 
-    def _perform(self, effect: gpu_book.BookEffect) -> None:
+    def _perform(self, effect: book_events.BookEffect) -> None:
         match effect:
-            case gpu_book.Assigned(uid) | gpu_book.Unassignable(uid):
+            case book_events.Assigned(uid) | book_events.Unassignable(uid):
                 self._answers[uid] = effect
-            case gpu_book.Grant(uid, gpus):
+            case book_events.Grant(uid, gpus):
                 self._tell(uid, ev.Granted(gpus))
-            case gpu_book.AskFreeze(uid):
+            case book_events.Unservable(uid, message):
+                self._tell(uid, ev.GpusLost(message))
+            case book_events.AskFreeze(uid):
                 self._tell(uid, ev.FreezeOrdered())
-            case gpu_book.AskDrain(uid):
+            case book_events.AskDrain(uid):
                 self._tell(uid, ev.DrainOrdered())
-            case gpu_book.WakeMeAt(at_ns):
+            case book_events.WakeMeAt(at_ns):
                 if self._timer is not None:
                     self._timer.cancel()
-                self._timer = self._clock.call_at(at_ns, lambda: self.apply(gpu_book.Tick()))
+                self._timer = self._clock.call_at(at_ns, lambda: self.apply(book_events.Tick()))
             case _:
                 assert_never(effect)
 
     def _tell(self, uid: str, event: ev.Event) -> None:
         actor = self._actor_of(uid)
         if actor is None:  # it ended between its wish and the grant
-            self.apply(gpu_book.Unassign(uid))
+            self.apply(book_events.Unassign(uid))
             return
         actor.handle(event)
 
@@ -146,6 +154,7 @@ class GpuDesk:
     async def _prove(self, actor: Actor) -> None:
         """Ends with Released, whatever happens: proven, or with the GPUs cordoned."""
         why = ""
+        held = self.book.holders.get(actor.uid)
         try:
             if actor.state.terminal:  # the release counts from its end: until it is killed it is no surprise there
                 async with asyncio.timeout(END_TIMEOUT_S):
@@ -158,21 +167,33 @@ class GpuDesk:
             raise
         except Exception as error:
             why = str(error)
-        held = self.book.holders.get(actor.uid)
         if why and held is not None:
-            self.cordon(actor.uid, held.gpus, f"RELEASE_NOT_PROVEN: {why}")
+            self.cordon(actor.uid, held.gpus, f"RELEASE_NOT_PROVEN: {why}", source=actor.uid, lasting=False)
+            late = asyncio.create_task(self._prove_late(actor, held.gpus), name=f"late release {actor.uid}")
+            self._late.add(late)
+            late.add_done_callback(self._late.discard)
         self._proofs.pop(actor.uid, None)  # from here on the next release needs a proof of its own
-        self.apply(gpu_book.Released(actor.uid))
+        self.apply(book_events.Released(actor.uid))
 
     async def _until_gone(self, actor: Actor) -> None:
         """Poll NVML; one answer that fails is asked again, for only the deadline says that there is no proof."""
         while True:
             try:
-                if not await self._still_there(actor):
+                held = self.book.holders.get(actor.uid)
+                if held is None or not await self._shows_on(actor, held.gpus):
                     return
             except HibernodeError as error:
                 self._log.debug("gpu.proof_delayed", instance=actor.uid, reason=error.reason)
             await asyncio.sleep(PROOF_PAUSE_S)
+
+    async def _prove_late(self, actor: Actor, gpus: tuple[str, ...]) -> None:
+        """The proof may still come: the cordon that its absence made is lifted then. Until the agent goes away."""
+        while True:
+            await asyncio.sleep(LATE_PROOF_PAUSE_S)
+            with suppress(HibernodeError):
+                if not await self._shows_on(actor, gpus):
+                    self.uncordon(gpus, source=actor.uid)
+                    return
 
     async def used_by(self, pids: set[int]) -> list[str]:
         """The GPUs on which NVML shows one of these processes; none where it can't be asked."""
@@ -181,25 +202,38 @@ class GpuDesk:
         except HibernodeError:
             return []
 
-    def cordon(self, uid: str, gpu_uuids: Iterable[str], reason: str) -> None:
-        """Nothing new may use these GPUs until the agent is started anew; `uid` is who is to blame, if anybody."""
-        for uuid in gpu_uuids:
-            self._events.add(uid, "gpu.cordoned", reason, gpu=uuid)
-            self.apply(gpu_book.Cordon(uuid, reason))
+    def cordon(self, uid: str, gpu_uuids: Iterable[str], reason: str, *, source: str, lasting: bool) -> None:
+        """Nothing new may use these GPUs until `source` lifts it, or if `lasting` until the agent is started anew.
 
-    async def _still_there(self, actor: Actor) -> bool:
-        held = self.book.holders.get(actor.uid)
-        if held is None or not held.gpus:
+        `uid` is the instance to blame, if any. A source has one cordon on a GPU: its newest reason counts.
+        """
+        for uuid in gpu_uuids:
+            device = self.book.devices.get(uuid)
+            cordon = book_events.Cordon(uuid, reason, source, lasting)
+            if device is not None and cordon not in device.cordons:
+                self._events.add(uid, "gpu.cordoned", reason, gpu=uuid)
+                self.apply(cordon)
+
+    def uncordon(self, gpu_uuids: Iterable[str], source: str) -> None:
+        """The source's reason is gone. Idempotent."""
+        for uuid in gpu_uuids:
+            device = self.book.devices.get(uuid)
+            if device is not None and any(cordon.source == source for cordon in device.cordons):
+                self.apply(book_events.Uncordon(uuid, source))
+                left = self.book.devices[uuid].cordoned
+                self._events.add("", "gpu.uncordoned", left and f"still cordoned: {left}", gpu=uuid)
+
+    async def _shows_on(self, actor: Actor, gpus: tuple[str, ...]) -> bool:
+        if not gpus:
             return False
-        processes = await self._gpus.processes()
         pids = self._pids_of(actor)
-        return any(p.gpu_uuid in held.gpus and p.pid in pids and p.used_bytes for p in processes)
+        return any(p.gpu_uuid in gpus and p.pid in pids and p.used_bytes for p in await self._gpus.processes())
 
     async def close(self) -> None:
         """Stop the timer and the proofs under way."""
         if self._timer is not None:
             self._timer.cancel()
-        proofs = list(self._proofs.values())
+        proofs = [*self._proofs.values(), *self._late]
         for proof in proofs:
             proof.cancel()
         await asyncio.gather(*proofs, return_exceptions=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from agent.core import gpu_book
+from agent.core import gpu_book_events as book_events
 from agent.core import lifecycle_events as ev
 from agent.core.errors import ConflictError, HibernodeError, NotFoundError, PreconditionError, UnavailableError
 from agent.core.lifecycle import Instance
@@ -239,7 +239,7 @@ class Node:
     def adopt(self, record: InstanceRecord, state: InstanceState) -> Actor:
         """Recovery: an instance that outlived the agent, in the state it was found in. RUNNING holds its GPUs."""
         holds = state is InstanceState.RUNNING
-        self.desk.apply(gpu_book.Adopt(record.spec.uid, record.gpu_uuids, holds))
+        self.desk.apply(book_events.Adopt(record.spec.uid, record.gpu_uuids, holds))
         actor = self._add(record.spec, record.gpu_uuids, state)
         actor.instance = replace(actor.instance, holds=holds, gpus=record.gpu_uuids)
         actor.figures.create_wall_ns = record.create_wall_ns

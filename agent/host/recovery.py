@@ -225,7 +225,13 @@ class Recovery:
         except (HibernodeError, OSError, TimeoutError) as error:
             self._shell.events.add(handle.uid, "instance.kill_failed", str(error) or "no end within the deadline")
             uuids = gpu_uuids or await self._node.desk.used_by(set(await runtime.pids(handle)))
-            self._node.desk.cordon(handle.uid, uuids, "KILL_FAILED: an instance of an earlier agent survives SIGKILL")
+            self._node.desk.cordon(
+                handle.uid,
+                uuids,
+                "KILL_FAILED: an instance of an earlier agent survives SIGKILL",
+                source=handle.uid,
+                lasting=True,
+            )
             return False
         return True
 

@@ -23,6 +23,16 @@ def test_four_instances_share_two_gpus_through_every_misfortune(seed: int) -> No
     assert sum(world.ended.values()) == world.requests, "each request is answered exactly once"
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_movable_instances_share_three_gpus_through_every_misfortune(seed: int) -> None:
+    world = World(seed, gpus=3, members=6, concurrency=1 + seed % 3, max_waiting=5, per_gpu=2, migrate=True)
+    for _ in range(MOVES):
+        world.move(faults=0.05)
+        world.check()
+    world.settle()
+    assert sum(world.ended.values()) == world.requests, "each request is answered exactly once"
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_without_faults_nobody_is_refused_and_nobody_fails(seed: int) -> None:
     world = World(seed, gpus=2, members=6, concurrency=2, max_waiting=10_000, per_gpu=3)
@@ -47,6 +57,6 @@ def test_the_walks_reach_every_transition_worth_walking() -> None:
         "STARTING->RUNNING", "STARTING->FAILED", "RUNNING->FREEZING", "FREEZING->FROZEN", "FREEZING->RUNNING",
         "FREEZING->FAILED", "FROZEN->WAITING_GPU", "WAITING_GPU->RESTORING", "WAITING_GPU->FROZEN",
         "RESTORING->RUNNING", "RESTORING->FAILED", "RUNNING->STOPPING", "STOPPING->STOPPED", "RUNNING->FAILED",
-        "FROZEN->STOPPING", "ask freeze", "ask drain",
+        "FROZEN->STOPPING", "WAITING_GPU->FAILED", "ask freeze", "ask drain", "unservable",
     ):  # fmt: skip
         assert seen[transition], f"no walk went through {transition}"

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from agent.core import gpu_book, lifecycle
+from agent.core import gpu_book_events as book_events
 from agent.core import lifecycle_events as ev
 from agent.core.lifecycle import Instance
 from agent.core.slots import Arrival, Slots
@@ -37,14 +38,24 @@ class Member:
 class World:
     """`walk` makes random moves; every request ends in exactly one of the counters."""
 
-    def __init__(self, seed: int, *, gpus: int, members: int, concurrency: int, max_waiting: int, per_gpu: int) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        gpus: int,
+        members: int,
+        concurrency: int,
+        max_waiting: int,
+        per_gpu: int,
+        migrate: bool = False,
+    ) -> None:
         self.random = random.Random(seed)
         self.at = 1_000
         self.traffic = 1.0
         devices = {f"GPU-{i}": gpu_book.Device(f"GPU-{i}", "Emulated H100") for i in range(gpus)}
-        self.book = gpu_book.Book(devices, per_gpu=per_gpu, max_hold_ns=50 * MILLISECOND_NS)
+        self.book = gpu_book.Book(devices, per_gpu=per_gpu, max_hold_ns=50 * MILLISECOND_NS, migrate=migrate)
         self.members: dict[str, Member] = {}
-        self.book_inbox: deque[gpu_book.BookEvent] = deque()
+        self.book_inbox: deque[book_events.BookEvent] = deque()
         self.book_busy = False
         self.tick_at: int | None = None
         self.releasing: set[str] = set()
@@ -58,10 +69,16 @@ class World:
             self._create(f"ocr-{number}", concurrency, max_waiting)
 
     def _create(self, uid: str, concurrency: int, max_waiting: int) -> None:
-        me = Instance(uid, freezable=True, freeze_after_ns=5 * MILLISECOND_NS, min_awake_ns=2 * MILLISECOND_NS)
+        me = Instance(
+            uid,
+            freezable=True,
+            freeze_after_ns=5 * MILLISECOND_NS,
+            min_awake_ns=2 * MILLISECOND_NS,
+            movable=self.book.migrate,
+        )
         self.members[uid] = Member(me, Slots(concurrency, max_waiting))
         self.inbox[uid] = deque()
-        self.tell_book(gpu_book.Assign(uid, 1, ""))
+        self.tell_book(book_events.Assign(uid, 1, ""))
         self.tell(uid, ev.Created())
 
     # ---- the wiring of the host -----------------------------------------------------------------------------------
@@ -111,19 +128,19 @@ class World:
         match effect:
             case ev.Run(op, gen, _):
                 self._begin(member, op, gen)
-            case ev.Want():
-                self.tell_book(gpu_book.Ask(uid))
+            case ev.Want(avoid):
+                self.tell_book(book_events.Ask(uid, avoid))
             case ev.Withdraw():
-                self.tell_book(gpu_book.Leave(uid))
+                self.tell_book(book_events.Leave(uid))
             case ev.Release():
                 self.releasing.add(uid)
-                self.tell_book(gpu_book.Releasing(uid))
+                self.tell_book(book_events.Releasing(uid))
             case ev.BookRefused():
-                self.tell_book(gpu_book.FreezeRefused(uid))
+                self.tell_book(book_events.FreezeRefused(uid))
             case ev.Became(True, preemptible_at_ns):
-                self.tell_book(gpu_book.BecameIdle(uid, preemptible_at_ns))
+                self.tell_book(book_events.BecameIdle(uid, preemptible_at_ns))
             case ev.Became():
-                self.tell_book(gpu_book.BecameBusy(uid))
+                self.tell_book(book_events.BecameBusy(uid))
             case ev.SetIdleTimer(gen, at_ns):
                 member.idle_timer = (at_ns, gen)
             case ev.SetStopTimer(gen, at_ns):
@@ -143,7 +160,7 @@ class World:
         assert member.op is None or op is ev.Op.DESTROY, f"{op} while {member.op} runs"
         member.op, member.op_gen = op, gen
 
-    def tell_book(self, event: gpu_book.BookEvent) -> None:
+    def tell_book(self, event: book_events.BookEvent) -> None:
         self.book_inbox.append(event)
         if self.book_busy:
             return
@@ -152,19 +169,22 @@ class World:
             self.book, effects = gpu_book.step(self.book, self.book_inbox.popleft(), self.at)
             for effect in effects:
                 match effect:
-                    case gpu_book.Grant(uid, gpus):
+                    case book_events.Grant(uid, gpus):
                         self.tell(uid, ev.Granted(gpus))
-                    case gpu_book.AskFreeze(uid):
+                    case book_events.AskFreeze(uid):
                         self.seen["ask freeze"] += 1
                         self.tell(uid, ev.FreezeOrdered())
-                    case gpu_book.AskDrain(uid):
+                    case book_events.AskDrain(uid):
                         self.seen["ask drain"] += 1
                         self.tell(uid, ev.DrainOrdered())
-                    case gpu_book.WakeMeAt(at_ns):
+                    case book_events.WakeMeAt(at_ns):
                         self.tick_at = at_ns
-                    case gpu_book.Assigned():
+                    case book_events.Unservable(uid, message):
+                        self.seen["unservable"] += 1
+                        self.tell(uid, ev.GpusLost(message))
+                    case book_events.Assigned():
                         pass
-                    case gpu_book.Unassignable(uid, message):
+                    case book_events.Unassignable(uid, message):
                         raise AssertionError(f"{uid}: {message}")
         self.book_busy = False
 
@@ -245,13 +265,13 @@ class World:
         if ready:
             uid = self.random.choice(ready)
             self.releasing.discard(uid)
-            self.tell_book(gpu_book.Released(uid))
+            self.tell_book(book_events.Released(uid))
 
     def pass_time(self, ns: int) -> None:
         self.at += ns
         if self.tick_at is not None and self.tick_at <= self.at:
             self.tick_at = None
-            self.tell_book(gpu_book.Tick())
+            self.tell_book(book_events.Tick())
         for uid, member in self.members.items():
             if member.idle_timer is not None and member.idle_timer[0] <= self.at:
                 gen, member.idle_timer = member.idle_timer[1], None
@@ -291,10 +311,25 @@ class World:
             self._misfortune(uid)
 
     def _misfortune(self, uid: str) -> None:
-        if self.random.random() < 0.5:
+        kind = self.random.random()
+        if kind < 0.2:
+            self._sicken(self.random.choice(sorted(self.book.devices)))
+        elif kind < 0.4:
+            self.tell(uid, ev.Paused(not self.members[uid].instance.paused))
+        elif kind < 0.7:
             self.tell(uid, ev.Exited("INSTANCE_CRASHED"))
         else:
             self.tell(uid, ev.StopAsked(10 * MILLISECOND_NS, force=self.random.random() < 0.5))
+
+    def _sicken(self, uuid: str) -> None:
+        """A GPU is cordoned, or gets well again; one of them at least is never lost for good."""
+        lasting = self.random.random() < 0.3 and any(
+            not device.lost and device.uuid != uuid for device in self.book.devices.values()
+        )
+        if self.random.random() < 0.5:
+            self.tell_book(book_events.Cordon(uuid, "XID 79" if lasting else "NVML_ERROR", "health", lasting))
+        elif not self.book.devices[uuid].lost:
+            self.tell_book(book_events.Uncordon(uuid, "health"))
 
     def check(self) -> None:
         """The invariants of DESIGN section 3 (those that a single moment can show)."""
@@ -331,6 +366,11 @@ class World:
 
     def settle(self) -> None:
         """No faults any more: everything that waits must be answered in bounded time."""
+        for device in self.book.devices.values():
+            if not device.lost:
+                self.tell_book(book_events.Uncordon(device.uuid, "health"))
+        for uid in self.members:
+            self.tell(uid, ev.Paused(paused=False))
         for _ in range(4_000):
             for uid in self.members:
                 self.finish(uid)
