@@ -29,7 +29,7 @@ class _Product:
 
 
 _LIBCUDA = (
-    *("channel", "gate", "process", "restore_thread", "context", "memory"),
+    *("channel", "pool", "activity", "gate", "process", "restore_thread", "context", "memory"),
     *("device", "stream", "checkpoint", "entry"),
 )
 # nodelete: threads and atfork handlers live in the library, so that it must survive a dlclose.
@@ -38,7 +38,7 @@ _PRODUCTS = (
     _Product(f"{LIBRARIES}/libcuda.so.1", _LIBCUDA, (*_SHARED, "-Wl,-soname,libcuda.so.1", "-lpthread", "-ldl")),
     _Product(
         f"{LIBRARIES}/libnvidia-ml.so.1",
-        ("channel", "nvml", "nvml_events"),
+        ("channel", "pool", "nvml", "nvml_devices", "nvml_events"),
         (*_SHARED, "-Wl,-soname,libnvidia-ml.so.1", "-lpthread", "-ldl"),
     ),
     # Its own libcuda is found beside it where LD_LIBRARY_PATH is not set, as with a driver installed on the host.

@@ -9,9 +9,10 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.core.errors import InvalidArgumentError
 from agent.emulated.models import Model, find_model
 from agent.emulated.options import Options
-from agent.emulated.protocol import DEVICE
+from agent.emulated.protocol import DEVICE, ComputeMode
 from agent.emulated.vram import Vram
 
 _IDENTITY = "identity"
@@ -19,7 +20,10 @@ _IDENTITY = "identity"
 
 @dataclass(slots=True)
 class Device:
-    """`uuid` are its 16 bytes. The name starts with "Emulated" so that no output can be taken for hardware's."""
+    """`uuid` are its 16 bytes. The name starts with "Emulated" so that no output can be taken for hardware's.
+
+    nvml_error: nvmlReturn_t that every NVML call on it answers, 0 = none. silent: NVML calls on it hang.
+    """
 
     index: int
     uuid: uuid.UUID
@@ -27,6 +31,9 @@ class Device:
     vram: Vram
     persistence: bool
     mig: bool = False
+    compute_mode: ComputeMode = ComputeMode.DEFAULT
+    nvml_error: int = 0
+    silent: bool = False
 
     @property
     def name(self) -> str:
@@ -35,6 +42,15 @@ class Device:
     @property
     def uuid_text(self) -> str:
         return f"GPU-{self.uuid}"
+
+    def set_mig(self, on: bool) -> None:
+        """Raises InvalidArgumentError EMULATED_MIG_UNSUPPORTED where the model can't be partitioned."""
+        if on and not self.model.mig:
+            raise InvalidArgumentError(
+                "EMULATED_MIG_UNSUPPORTED",
+                f"A {self.model.name} has no MIG; use a model that does, such as A100, H100 or H20.",
+            )
+        self.mig = on
 
     def encode(self) -> bytes:
         """`struct emu_device`."""
@@ -63,16 +79,20 @@ def read_identity(directory: Path) -> uuid.UUID:
 
 
 def make_devices(options: Options, executor: Executor) -> list[Device]:
-    """Raises InvalidArgumentError EMULATED_MODEL_UNKNOWN."""
+    """Raises InvalidArgumentError EMULATED_MODEL_UNKNOWN or EMULATED_MIG_UNSUPPORTED."""
     model = find_model(options.model)
     identity = read_identity(options.directory)
-    return [
+    devices = [
         Device(
             index=index,
             uuid=uuid.uuid5(identity, f"gpu{index}"),
             model=model,
             vram=Vram(f"emulated-gpu{index}", options.memory_bytes, executor),
             persistence=options.persistence,
+            compute_mode=options.compute_mode,
         )
         for index in range(options.gpus)
     ]
+    for device in devices:
+        device.set_mig(options.mig)
+    return devices

@@ -7,33 +7,32 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import assert_never
 
+from agent.core.errors import InvalidArgumentError
 from agent.emulated import pids
+from agent.emulated.activity import Activity
 from agent.emulated.cgroups import find_v2_mount
 from agent.emulated.checkpointing import Checkpointing
 from agent.emulated.clock import now_ns
 from agent.emulated.connection import Connection
 from agent.emulated.devices import Device, make_devices
 from agent.emulated.latency import Latency
+from agent.emulated.management import Management
 from agent.emulated.oplog import OpLog
 from agent.emulated.options import Options
 from agent.emulated.processes import Allocation, CudaProcess, Operation
 from agent.emulated.profiles import find_profile
 from agent.emulated.protocol import (
     CHECKPOINT_OPS,
-    DEVICE_STATUS,
-    GPU_PROCESS,
-    MAX_GPU_PROCESSES,
     PROTOCOL,
+    ComputeMode,
     CuResult,
     Message,
     Op,
-    State,
 )
 from agent.emulated.vram import Extent
 
-_IDLE_CELSIUS = 31
-_IDLE_MILLIWATTS = 25_000
 _CHANGES = frozenset({Op.LOCK, Op.CHECKPOINT, Op.RESTORE, Op.UNLOCK})
 
 
@@ -46,6 +45,8 @@ class Driver:
         self.profile = find_profile(options.profile)
         self.devices = make_devices(options, self._executor)
         self.processes: dict[int, CudaProcess] = {}
+        self.activity = Activity()
+        self.management = Management(self.devices, self.processes, self.activity)
         self.oplog = OpLog()
         self.checkpointing = Checkpointing(
             self.devices, self.profile, self.oplog, Latency(options.fixed_us, options.bandwidth_bytes_s)
@@ -59,9 +60,7 @@ class Driver:
         self._handlers: dict[int, Callable[[Connection, Message], None]] = {
             Op.HELLO_PROCESS: self._hello_process,
             Op.HELLO_RESTORE: self._hello_restore,
-            Op.DEVICES: self._describe_devices,
-            Op.DEVICE_STATUS: self._device_status,
-            Op.WATCH: self._watch,
+            **self.management.handlers,
             Op.ALLOC: self._alloc,
             Op.FREE: self._free,
             Op.MEMINFO: self._meminfo,
@@ -88,6 +87,7 @@ class Driver:
 
     def on_close(self, connection: Connection) -> None:
         """Either socket of a CUDA process ends with its exit or its exec: both mean that CUDA is gone there."""
+        self.management.on_close(connection)
         process = self._by_connection.pop(connection, None)
         if process is not None:
             self._release(process)
@@ -116,8 +116,8 @@ class Driver:
         self.processes[process.pid] = self._by_token[process.token] = self._by_connection[connection] = process
         self._loop.add_reader(process.pidfd, self._release, process)
         connection.send(
-            Message(message.op, a=process.token, b=len(self.devices), payload=self._encoded_devices()),
-            [process.table_fd, *(device.vram.fd for device in self.devices)],
+            Message(message.op, a=process.token, b=len(self.devices), payload=self.management.encoded_devices()),
+            [process.table_fd, self.activity.fd, *(device.vram.fd for device in self.devices)],
         )
 
     def _hello_restore(self, connection: Connection, message: Message) -> None:
@@ -201,51 +201,74 @@ class Driver:
         device = self._device(connection, message.a)
         if device is not None:
             vram = device.vram
-            connection.send(Message(message.op, a=vram.total_bytes - vram.used_bytes, b=vram.total_bytes))
+            connection.send(
+                Message(message.op, a=vram.total_bytes - vram.used_bytes, b=vram.total_bytes, c=device.compute_mode)
+            )
 
     def _context(self, connection: Connection, message: Message) -> None:
         process = self._by_connection.get(connection)
         device = self._device(connection, message.a)
-        if process is not None and device is not None:
-            process.contexts[device.index] = message.b
-            connection.send(Message(message.op))
-
-    # ---- what NVML asks -----------------------------------------------------------------------------------
-
-    def _encoded_devices(self) -> bytes:
-        return b"".join(device.encode() for device in self.devices)
-
-    def _describe_devices(self, connection: Connection, message: Message) -> None:
-        connection.send(Message(message.op, b=len(self.devices), payload=self._encoded_devices()))
-
-    def compute_processes(self, index: int) -> list[tuple[int, int]]:
-        """(host pid, bytes of VRAM) of the processes with a context on a device; a checkpointed one has none."""
-        return [
-            (process.pid, process.bytes_on(index))
-            for process in self.processes.values()
-            if process.state is not State.CHECKPOINTED and process.contexts.get(index)
-        ][:MAX_GPU_PROCESSES]
-
-    def _device_status(self, connection: Connection, message: Message) -> None:
-        device = self._device(connection, message.a)
-        if device is None:
+        if process is None or device is None:
             return
-        listed = self.compute_processes(device.index)
-        status = DEVICE_STATUS.pack(
-            device.vram.used_bytes,
-            device.persistence,
-            int(device.mig) if device.model.mig else -1,
-            *(0, 0, 0, 0),  # utilisation: nothing computes on an emulated GPU
-            _IDLE_CELSIUS,
-            _IDLE_MILLIWATTS,
-            len(listed),
-            0,
-        )
-        processes = b"".join(GPU_PROCESS.pack(pid, 0, used) for pid, used in listed)
-        connection.send(Message(message.op, payload=status + processes))
+        result = CuResult.SUCCESS
+        if message.b > process.contexts.get(device.index, 0) and not self._may_compute(process, device):
+            result = CuResult.DEVICE_UNAVAILABLE
+        else:
+            process.contexts[device.index] = message.b
+        connection.send(Message(message.op, status=result))
 
-    def _watch(self, _connection: Connection, _message: Message) -> None:
-        """An NVML event set: it stays connected, and nothing has gone wrong yet on an emulated GPU."""
+    def _may_compute(self, process: CudaProcess, device: Device) -> bool:
+        """May it make a context there now? A checkpointed process keeps nobody from it."""
+        match device.compute_mode:
+            case ComputeMode.DEFAULT:
+                return True
+            case ComputeMode.PROHIBITED:
+                return False
+            case ComputeMode.EXCLUSIVE_PROCESS:
+                return all(pid == process.pid for pid, _ in self.management.compute_processes(device.index))
+            case _:
+                assert_never(device.compute_mode)
+
+    # ---- from outside: faults and changes of the hardware -----------------------------------------------------
+
+    def device_of(self, uuid_text: str) -> Device:
+        """By its uuid as NVML writes it. Raises InvalidArgumentError EMULATED_NO_DEVICE."""
+        for device in self.devices:
+            if device.uuid_text == uuid_text:
+                return device
+        raise InvalidArgumentError("EMULATED_NO_DEVICE", f"There is no emulated GPU {uuid_text}; see `emulated ps`.")
+
+    def set_device(
+        self,
+        uuid_text: str,
+        *,
+        persistence: bool | None = None,
+        mig: bool | None = None,
+        compute_mode: ComputeMode | None = None,
+        nvml_error: int | None = None,
+        silent: bool | None = None,
+    ) -> None:
+        """Change what is given. Raises InvalidArgumentError EMULATED_NO_DEVICE or EMULATED_MIG_UNSUPPORTED."""
+        device = self.device_of(uuid_text)
+        if mig is not None:
+            device.set_mig(mig)
+        if persistence is not None:
+            device.persistence = persistence
+        if compute_mode is not None:
+            device.compute_mode = compute_mode
+        if nvml_error is not None:
+            device.nvml_error = nvml_error
+        if silent is not None:
+            device.silent = silent
+            self.management.speak()
+
+    def raise_xid(self, uuid_text: str, code: int) -> None:
+        """Report an XID error of a GPU to all who wait for it. Raises InvalidArgumentError EMULATED_NO_DEVICE."""
+        self.management.raise_xid(self.device_of(uuid_text), code)
+
+    def reserve(self, uuid_text: str, size: int) -> None:
+        """`Vram.reserve` of this GPU. Raises InvalidArgumentError EMULATED_NO_DEVICE."""
+        self.device_of(uuid_text).vram.reserve(size)
 
     # ---- checkpoint calls -------------------------------------------------------------------------------------
 
@@ -296,6 +319,7 @@ class Driver:
         self._executor.shutdown()
         for device in self.devices:
             device.vram.close()
+        self.activity.close()
 
 
 def _decode_pairs(payload: bytes) -> tuple[tuple[bytes, bytes], ...]:

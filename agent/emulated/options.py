@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.core.errors import InvalidArgumentError
-from agent.emulated.protocol import MAX_DEVICES
+from agent.emulated.protocol import MAX_DEVICES, ComputeMode
 
 GIB = 1 << 30
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -24,12 +24,26 @@ def parse_bandwidth(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
+def parse_compute_mode(text: str) -> ComputeMode:
+    """The names of nvidia-smi in any case: DEFAULT, PROHIBITED, EXCLUSIVE_PROCESS (also short: exclusive).
+
+    Raises InvalidArgumentError EMULATED_OPTION_INVALID.
+    """
+    name = text.strip().upper().replace("-", "_")
+    name = "EXCLUSIVE_PROCESS" if name == "EXCLUSIVE" else name
+    if name not in ComputeMode.__members__:
+        raise InvalidArgumentError(
+            "EMULATED_OPTION_INVALID", f"{text!r} is no compute mode; use DEFAULT, EXCLUSIVE_PROCESS or PROHIBITED."
+        )
+    return ComputeMode[name]
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """`directory` holds the sockets, the libraries and what makes the GPUs' UUIDs stable; it may be bind-mounted.
 
     bandwidth_bytes_s: speed of a restore, 0 = as fast as memory; a checkpoint takes 1.5 times as long.
-    fixed_us: what each lock, checkpoint, restore and unlock takes besides.
+    fixed_us: what each lock, checkpoint, restore and unlock takes besides. mig: partitioned, where the model can be.
     """
 
     directory: Path
@@ -38,6 +52,8 @@ class Options:
     memory_bytes: int = 16 * GIB
     model: str = "T4"
     persistence: bool = True
+    mig: bool = False
+    compute_mode: ComputeMode = ComputeMode.DEFAULT
     bandwidth_bytes_s: int = 0
     fixed_us: int = 0
     cache_directory: Path | None = None

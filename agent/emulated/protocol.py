@@ -6,10 +6,12 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_DEVICES = 64
 MAX_ALLOCATIONS = 65536
 MAX_PAYLOAD = 32768
+ACTIVITY_BUCKETS = 16
+ACTIVITY_NS = 125000000
 
 
 class Op(IntEnum):
@@ -21,6 +23,7 @@ class Op(IntEnum):
     DEVICE_STATUS = 4
     WATCH = 5
     EVENT = 6
+    DEVICE_CHECK = 7
     ALLOC = 10
     FREE = 11
     MEMINFO = 12
@@ -49,6 +52,7 @@ class CuResult(IntEnum):
     INVALID_VALUE = 1
     OUT_OF_MEMORY = 2
     NOT_INITIALIZED = 3
+    DEVICE_UNAVAILABLE = 46
     OPERATING_SYSTEM = 304
     ILLEGAL_STATE = 401
     NOT_READY = 600
@@ -69,6 +73,14 @@ class State(IntEnum):
     LOCKED = 1
     CHECKPOINTED = 2
     FAILED = 3
+
+
+class ComputeMode(IntEnum):
+    """nvmlComputeMode_t (1 is no longer used): who may make contexts on a device."""
+
+    DEFAULT = 0
+    PROHIBITED = 2
+    EXCLUSIVE_PROCESS = 3
 
 
 _HEADER = struct.Struct("<IiQ6Q")

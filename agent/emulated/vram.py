@@ -13,6 +13,7 @@ import os
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from agent.core.errors import PreconditionError
 from agent.emulated.ranges import FreeRanges
 
 GRANULE = 64 << 10
@@ -49,16 +50,31 @@ class Vram:
         self._address = ctypes.addressof(self._view)
         self._executor = executor
         self._ranges = FreeRanges(self.total_bytes)
+        self._reserved_bytes = 0
         self._paid = bytearray(self.total_bytes // CHUNK)
         self._dirty = bytearray(self.total_bytes // GRANULE)
 
     @property
     def used_bytes(self) -> int:
-        return self.total_bytes - self._ranges.free_bytes
+        return self.total_bytes - self._ranges.free_bytes + self._reserved_bytes
+
+    def reserve(self, size: int) -> None:
+        """From now on `size` bytes are taken by somebody that nobody sees: in use, but in no list; 0 gives all back.
+
+        Raises PreconditionError EMULATED_VRAM_SHORT if less than that is free.
+        """
+        if size > self._ranges.free_bytes:
+            raise PreconditionError(
+                "EMULATED_VRAM_SHORT",
+                f"Only {self._ranges.free_bytes} bytes of this GPU are free; reserve no more than that.",
+            )
+        self._reserved_bytes = size
 
     def take(self, size: int) -> Extent | None:
         """Reserve memory for `size` bytes; None if there is no room. `claim` or `prepare` it before use."""
         length = rounded(size)
+        if length > self._ranges.free_bytes - self._reserved_bytes:
+            return None
         offset = self._ranges.take(length, CHUNK if length >= CHUNK else GRANULE)
         return None if offset is None else Extent(offset, length)
 

@@ -97,7 +97,7 @@ long emu_receive(int fd, struct emu_msg *msg, void *payload, size_t capacity, in
 {
     union {
         struct cmsghdr align;
-        char bytes[CMSG_SPACE(sizeof(int) * (EMU_MAX_DEVICES + 1))];
+        char bytes[CMSG_SPACE(sizeof(int) * EMU_MAX_FDS)];
     } control;
     struct iovec parts[2] = {{msg, sizeof *msg}, {payload, capacity}};
     struct msghdr header = {.msg_iov = parts, .msg_iovlen = capacity ? 2 : 1};

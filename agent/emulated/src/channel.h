@@ -6,6 +6,9 @@
 
 #include "protocol.h"
 
+/* The most descriptors a message brings: table, activity, VRAM of each device. */
+#define EMU_MAX_FDS (EMU_MAX_DEVICES + 2)
+
 /* A connected, close-on-exec socket, or -1 (no driver process listens). */
 int emu_connect(void);
 

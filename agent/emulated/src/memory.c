@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "activity.h"
 #include "context.h"
 #include "process.h"
 
@@ -218,8 +219,11 @@ static emu_result copy(void *to, const void *from, size_t bytes, int device)
         result = EMU_INVALID_VALUE;
     if (!result && bytes && (!to || !from))
         result = EMU_INVALID_VALUE;
-    if (!result && bytes)
+    if (!result && bytes) {
+        int64_t start = emu_now_ns();
         memmove(to, from, bytes);
+        emu_busy(emu_process.visible[context->device], start);
+    }
     emu_leave();
     return result;
 }
@@ -266,10 +270,14 @@ static emu_result fill(emu_devptr to, uint32_t value, size_t width, size_t eleme
     emu_result result = emu_current_context(&context);
     if (!result && (elements > SIZE_MAX / width || to % width || !is_device_range(to, elements * width)))
         result = EMU_INVALID_VALUE;
-    if (!result && width == 1)
-        memset((void *)to, (int)value, elements);
-    for (size_t i = 0; !result && width == 4 && i < elements; i++)
-        ((uint32_t *)to)[i] = value;
+    if (!result) {
+        int64_t start = emu_now_ns();
+        if (width == 1)
+            memset((void *)to, (int)value, elements);
+        for (size_t i = 0; width == 4 && i < elements; i++)
+            ((uint32_t *)to)[i] = value;
+        emu_busy(emu_process.visible[context->device], start);
+    }
     emu_leave();
     return result;
 }
@@ -287,7 +295,7 @@ EMU_API emu_result cuMemsetD32_v2(emu_devptr to, unsigned value, size_t elements
 EMU_API emu_result cuMemsetD8(emu_devptr, unsigned char, size_t) __attribute__((alias("cuMemsetD8_v2")));
 EMU_API emu_result cuMemsetD32(emu_devptr, unsigned, size_t) __attribute__((alias("cuMemsetD32_v2")));
 
-/* Both of the following run in the restore thread while the gate is closed, so nobody else is in the table. */
+/* All of the following runs in the restore thread while the gate is closed, so nobody else is in the table. */
 
 emu_result emu_memory_checkpoint(uint64_t *image_bytes, int dying)
 {
@@ -337,4 +345,14 @@ emu_result emu_memory_restore(int dying)
         munmap(image, image_length);
     image = NULL;
     return EMU_SUCCESS;
+}
+
+void emu_memory_busy(int64_t start_ns)
+{
+    for (int ordinal = 0; ordinal < emu_process.visible_count; ordinal++)
+        for (size_t i = 0; i < count; i++)
+            if (table[i].context->device == ordinal) {
+                emu_busy(emu_process.visible[ordinal], start_ns);
+                break;
+            }
 }

@@ -1,16 +1,18 @@
-/* libnvidia-ml.so.1: the symbols nvidia-ml-py asks for, answered by the driver process. */
+/* libnvidia-ml.so.1: the symbols nvidia-ml-py asks for. Here: the library, and which devices there are.
+ *
+ * Every call about a device asks the driver process, also for what never changes: a lost GPU answers nothing else, and
+ * a silent one holds up whoever asks, but not those who ask about another.
+ */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "nvml.h"
+#include "pool.h"
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static int users, fd = -1;
-static pid_t owner;
+static int users;
 static unsigned device_count;
 static struct device devices[EMU_MAX_DEVICES];
 
@@ -28,32 +30,6 @@ static void write_uuid(const unsigned char *bytes, char *out)
     *out = 0;
 }
 
-/* With the mutex held. A lost connection is made anew once; a forked child makes its own. */
-static long call(struct emu_msg *msg, void *payload, size_t capacity)
-{
-    for (int attempt = 0; attempt < 2; attempt++) {
-        if (fd >= 0 && owner != getpid()) {
-            close(fd);
-            fd = -1;
-        }
-        if (fd < 0) {
-            fd = emu_connect();
-            owner = getpid();
-        }
-        if (fd < 0)
-            return -1;
-        struct emu_msg request = *msg;
-        long got = emu_call(fd, &request, NULL, 0, payload, capacity);
-        if (got >= 0) {
-            *msg = request;
-            return got;
-        }
-        close(fd);
-        fd = -1;
-    }
-    return -1;
-}
-
 EMU_API nvml_result nvmlInitWithFlags(unsigned flags)
 {
     struct emu_device found[EMU_MAX_DEVICES];
@@ -62,7 +38,7 @@ EMU_API nvml_result nvmlInitWithFlags(unsigned flags)
     (void)flags;
     pthread_mutex_lock(&mutex);
     if (!users) {
-        long got = call(&msg, found, sizeof found);
+        long got = emu_pool_call(&msg, NULL, 0, found, sizeof found);
         if (got < 0 || msg.status)
             result = DRIVER_NOT_LOADED;
         else {
@@ -80,14 +56,17 @@ EMU_API nvml_result nvmlInitWithFlags(unsigned flags)
     return result;
 }
 
+EMU_API nvml_result nvmlInit_v2(void)
+{
+    return nvmlInitWithFlags(0);
+}
+
 EMU_API nvml_result nvmlShutdown(void)
 {
     pthread_mutex_lock(&mutex);
     nvml_result result = users ? OK : UNINITIALIZED;
-    if (users && --users == 0 && fd >= 0) {
-        close(fd);
-        fd = -1;
-    }
+    if (users && --users == 0)
+        emu_pool_drain();
     pthread_mutex_unlock(&mutex);
     return result;
 }
@@ -115,10 +94,51 @@ static int is_device(device_t device)
     return device >= devices && device < devices + device_count;
 }
 
+nvml_result emu_ask(device_t device, struct emu_msg *msg, void *payload, size_t *bytes)
+{
+    nvml_result result = emu_check(device);
+    if (result)
+        return result;
+    if (!is_device(device))
+        return INVALID_ARGUMENT;
+    msg->a = device->index;
+    long got = emu_pool_call(msg, NULL, 0, payload, *bytes);
+    if (got < 0)
+        return UNKNOWN;
+    *bytes = (size_t)got;
+    return msg->status;
+}
+
 nvml_result emu_check_device(device_t device, const void *out)
 {
+    struct emu_msg msg = {.op = EMU_DEVICE_CHECK};
+    size_t nothing = 0;
     nvml_result result = emu_check(out);
-    return result ? result : is_device(device) ? OK : INVALID_ARGUMENT;
+    return result ? result : emu_ask(device, &msg, NULL, &nothing);
+}
+
+EMU_API const char *nvmlErrorString(nvml_result code)
+{
+    static const struct {
+        nvml_result code;
+        const char *text;
+    } texts[] = {
+        {OK, "Success"},
+        {UNINITIALIZED, "Uninitialized"},
+        {INVALID_ARGUMENT, "Invalid Argument"},
+        {NOT_SUPPORTED, "Not Supported"},
+        {NOT_FOUND, "Not Found"},
+        {INSUFFICIENT_SIZE, "Insufficient Size"},
+        {DRIVER_NOT_LOADED, "Driver Not Loaded"},
+        {TIMEOUT, "Timeout"},
+        {GPU_IS_LOST, "GPU is lost"},
+        {MEMORY, "Insufficient Memory"},
+        {VERSION_MISMATCH, "Argument Version Mismatch"},
+    };
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+        if (texts[i].code == code)
+            return texts[i].text;
+    return "Unknown Error";
 }
 
 EMU_API nvml_result nvmlSystemGetDriverVersion(char *out, unsigned length)
@@ -142,6 +162,8 @@ EMU_API nvml_result nvmlSystemGetCudaDriverVersion(int *version)
     return OK;
 }
 
+EMU_API nvml_result nvmlSystemGetCudaDriverVersion_v2(int *) __attribute__((alias("nvmlSystemGetCudaDriverVersion")));
+
 EMU_API nvml_result nvmlDeviceGetCount_v2(unsigned *count)
 {
     nvml_result result = emu_check(count);
@@ -156,6 +178,8 @@ EMU_API nvml_result nvmlDeviceGetHandleByIndex_v2(unsigned index, device_t *devi
     if (!result && index >= device_count)
         result = INVALID_ARGUMENT;
     if (!result)
+        result = emu_check_device(&devices[index], device);
+    if (!result)
         *device = &devices[index];
     return result;
 }
@@ -167,10 +191,20 @@ EMU_API nvml_result nvmlDeviceGetHandleByUUID(const char *uuid, device_t *device
         return result;
     for (unsigned i = 0; i < device_count; i++)
         if (!strcmp(devices[i].uuid, uuid)) {
-            *device = &devices[i];
-            return OK;
+            result = emu_check_device(&devices[i], device);
+            if (!result)
+                *device = &devices[i];
+            return result;
         }
     return NOT_FOUND;
+}
+
+EMU_API nvml_result nvmlDeviceGetIndex(device_t device, unsigned *index)
+{
+    nvml_result result = emu_check_device(device, index);
+    if (!result)
+        *index = device->index;
+    return result;
 }
 
 EMU_API nvml_result nvmlDeviceGetUUID(device_t device, char *out, unsigned length)
@@ -225,175 +259,4 @@ EMU_API nvml_result nvmlDeviceGetPciInfo_v3(device_t device, struct pci_info *ou
 device_t emu_device_at(uint64_t index)
 {
     return index < device_count ? &devices[index] : NULL;
-}
-
-/* What changes: one question to the driver process; `processes` may be NULL. */
-static nvml_result status_of(device_t device, struct emu_device_status *status, struct emu_gpu_process **processes)
-{
-    nvml_result result = emu_check_device(device, status);
-    if (result)
-        return result;
-    char *payload = malloc(EMU_MAX_PAYLOAD);
-    struct emu_msg msg = {.op = EMU_DEVICE_STATUS, .a = device->index};
-    if (!payload)
-        return MEMORY;
-    pthread_mutex_lock(&mutex);
-    long got = call(&msg, payload, EMU_MAX_PAYLOAD);
-    pthread_mutex_unlock(&mutex);
-    if (got < (long)sizeof *status || msg.status)
-        result = UNKNOWN;
-    else
-        memcpy(status, payload, sizeof *status);
-    if (!result && (size_t)got < sizeof *status + status->processes * sizeof **processes)
-        result = UNKNOWN;
-    if (!result && processes) {
-        memmove(payload, payload + sizeof *status, (size_t)got - sizeof *status);
-        *processes = (struct emu_gpu_process *)payload;
-    } else
-        free(payload);
-    return result;
-}
-
-struct memory {
-    unsigned long long total, free, used;
-};
-
-struct memory_v2 {
-    unsigned version;
-    unsigned long long total, reserved, free, used;
-};
-
-EMU_API nvml_result nvmlDeviceGetMemoryInfo(device_t device, struct memory *out)
-{
-    struct emu_device_status status;
-    nvml_result result = out ? status_of(device, &status, NULL) : INVALID_ARGUMENT;
-    if (!result)
-        *out = (struct memory){device->info.total_bytes, device->info.total_bytes - status.used_bytes, status.used_bytes};
-    return result;
-}
-
-EMU_API nvml_result nvmlDeviceGetMemoryInfo_v2(device_t device, struct memory_v2 *out)
-{
-    struct emu_device_status status;
-    if (!out)
-        return INVALID_ARGUMENT;
-    if (out->version != (sizeof *out | 2u << 24))
-        return VERSION_MISMATCH;
-    nvml_result result = status_of(device, &status, NULL);
-    if (!result)
-        *out = (struct memory_v2){out->version, device->info.total_bytes, 0, device->info.total_bytes - status.used_bytes,
-                                  status.used_bytes};
-    return result;
-}
-
-struct utilization {
-    unsigned gpu, memory;
-};
-
-EMU_API nvml_result nvmlDeviceGetUtilizationRates(device_t device, struct utilization *out)
-{
-    struct emu_device_status status;
-    nvml_result result = out ? status_of(device, &status, NULL) : INVALID_ARGUMENT;
-    if (!result)
-        *out = (struct utilization){status.utilization, status.memory_utilization};
-    return result;
-}
-
-static nvml_result codec(device_t device, unsigned *percent, unsigned *period_us, int decoder)
-{
-    struct emu_device_status status;
-    nvml_result result = percent && period_us ? status_of(device, &status, NULL) : INVALID_ARGUMENT;
-    if (!result) {
-        *percent = decoder ? status.decoder : status.encoder;
-        *period_us = 167000;
-    }
-    return result;
-}
-
-EMU_API nvml_result nvmlDeviceGetEncoderUtilization(device_t device, unsigned *percent, unsigned *period_us)
-{
-    return codec(device, percent, period_us, 0);
-}
-
-EMU_API nvml_result nvmlDeviceGetDecoderUtilization(device_t device, unsigned *percent, unsigned *period_us)
-{
-    return codec(device, percent, period_us, 1);
-}
-
-EMU_API nvml_result nvmlDeviceGetPersistenceMode(device_t device, unsigned *mode)
-{
-    struct emu_device_status status;
-    nvml_result result = mode ? status_of(device, &status, NULL) : INVALID_ARGUMENT;
-    if (!result)
-        *mode = status.persistence;
-    return result;
-}
-
-EMU_API nvml_result nvmlDeviceGetMigMode(device_t device, unsigned *current, unsigned *pending)
-{
-    struct emu_device_status status;
-    nvml_result result = current && pending ? status_of(device, &status, NULL) : INVALID_ARGUMENT;
-    if (!result && status.mig < 0)
-        result = NOT_SUPPORTED;
-    if (!result)
-        *current = *pending = (unsigned)status.mig;
-    return result;
-}
-
-EMU_API nvml_result nvmlDeviceGetTemperature(device_t device, int sensor, unsigned *celsius)
-{
-    struct emu_device_status status;
-    nvml_result result = celsius && !sensor ? status_of(device, &status, NULL) : INVALID_ARGUMENT;
-    if (!result)
-        *celsius = status.temperature_c;
-    return result;
-}
-
-struct temperature {
-    unsigned version, sensor;
-    int celsius;
-};
-
-EMU_API nvml_result nvmlDeviceGetTemperatureV(device_t device, struct temperature *out)
-{
-    struct emu_device_status status;
-    if (!out || out->sensor)
-        return INVALID_ARGUMENT;
-    if (out->version != (sizeof *out | 1u << 24))
-        return VERSION_MISMATCH;
-    nvml_result result = status_of(device, &status, NULL);
-    if (!result)
-        out->celsius = (int)status.temperature_c;
-    return result;
-}
-
-EMU_API nvml_result nvmlDeviceGetPowerUsage(device_t device, unsigned *milliwatts)
-{
-    struct emu_device_status status;
-    nvml_result result = milliwatts ? status_of(device, &status, NULL) : INVALID_ARGUMENT;
-    if (!result)
-        *milliwatts = status.power_mw;
-    return result;
-}
-
-struct process_info {
-    unsigned pid;
-    unsigned long long used;
-    unsigned gpu_instance, compute_instance;
-};
-
-EMU_API nvml_result nvmlDeviceGetComputeRunningProcesses_v3(device_t device, unsigned *count, struct process_info *out)
-{
-    struct emu_device_status status;
-    struct emu_gpu_process *processes = NULL;
-    nvml_result result = count ? status_of(device, &status, &processes) : INVALID_ARGUMENT;
-    if (result)
-        return result;
-    if (status.processes > *count || (status.processes && !out))
-        result = INSUFFICIENT_SIZE;
-    for (unsigned i = 0; !result && i < status.processes; i++)
-        out[i] = (struct process_info){processes[i].pid, processes[i].used_bytes, ~0u, ~0u};
-    *count = status.processes;
-    free(processes);
-    return result;
 }

@@ -15,6 +15,7 @@ enum {
     INSUFFICIENT_SIZE = 7,
     DRIVER_NOT_LOADED = 9,
     TIMEOUT = 10,
+    GPU_IS_LOST = 15,
     MEMORY = 20,
     VERSION_MISMATCH = 25,
     UNKNOWN = 999
@@ -30,7 +31,10 @@ typedef struct device {
 /* Is NVML initialized, and the pointer to fill there? */
 nvml_result emu_check(const void *out);
 
-/* The same, and is this a handle we gave? */
+/* One question about a device: what NVML has to return. `*bytes`: capacity of the payload, then what came. */
+nvml_result emu_ask(device_t device, struct emu_msg *msg, void *payload, size_t *bytes);
+
+/* Is this a handle we gave, and does the device answer? */
 nvml_result emu_check_device(device_t device, const void *out);
 
 device_t emu_device_at(uint64_t index);

@@ -2,16 +2,23 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "nvml.h"
+#include "pool.h"
 
 #define EVENT_XID 8ull
 
+#define MAX_WATCHED (2 * EMU_MAX_DEVICES) /* registrations, also of the same device again */
+
 struct event_set {
-    int fd;
+    pthread_mutex_t mutex;
+    int count;
+    struct pollfd watched[MAX_WATCHED];
 };
 
 struct event_data {
@@ -33,19 +40,15 @@ EMU_API nvml_result nvmlEventSetCreate(struct event_set **out)
     nvml_result result = emu_check(out);
     if (result)
         return result;
-    struct event_set *set = malloc(sizeof *set);
+    struct event_set *set = calloc(1, sizeof *set);
     if (!set)
         return MEMORY;
-    set->fd = emu_connect();
-    if (set->fd < 0) {
-        free(set);
-        return UNKNOWN;
-    }
+    pthread_mutex_init(&set->mutex, NULL);
     *out = set;
     return OK;
 }
 
-/* A set has a connection of its own, so that waiting holds no lock. */
+/* A connection for each device of a set, so that neither waiting nor a silent device holds up anybody else. */
 EMU_API nvml_result nvmlDeviceRegisterEvents(device_t device, unsigned long long types, struct event_set *set)
 {
     nvml_result result = emu_check_device(device, set);
@@ -54,7 +57,25 @@ EMU_API nvml_result nvmlDeviceRegisterEvents(device_t device, unsigned long long
     if (types & ~EVENT_XID)
         return NOT_SUPPORTED;
     struct emu_msg msg = {.op = EMU_WATCH, .a = device->index, .b = types};
-    return emu_send(set->fd, &msg, NULL, 0) ? UNKNOWN : OK;
+    int fd = emu_connect();
+    if (fd < 0 || emu_send(fd, &msg, NULL, 0) || emu_await(fd, &msg, NULL, 0) < 0)
+        result = UNKNOWN;
+    else
+        result = msg.status;
+    if (result) {
+        if (fd >= 0)
+            close(fd);
+        return result;
+    }
+    pthread_mutex_lock(&set->mutex);
+    if (set->count < MAX_WATCHED)
+        set->watched[set->count++] = (struct pollfd){.fd = fd, .events = POLLIN};
+    else
+        result = MEMORY;
+    pthread_mutex_unlock(&set->mutex);
+    if (result)
+        close(fd);
+    return result;
 }
 
 static int64_t now_ms(void)
@@ -66,13 +87,17 @@ static int64_t now_ms(void)
 
 EMU_API nvml_result nvmlEventSetWait_v2(struct event_set *set, struct event_data *data, unsigned timeout_ms)
 {
+    struct pollfd watched[MAX_WATCHED];
     if (!set || !data)
         return INVALID_ARGUMENT;
-    struct pollfd wait = {.fd = set->fd, .events = POLLIN};
+    pthread_mutex_lock(&set->mutex);
+    int count = set->count, at = 0;
+    memcpy(watched, set->watched, sizeof watched);
+    pthread_mutex_unlock(&set->mutex);
     int64_t end = now_ms() + timeout_ms;
     for (;;) {
         int64_t left = end - now_ms();
-        int ready = poll(&wait, 1, left > 0 ? left > 1000000 ? 1000000 : (int)left : 0);
+        int ready = poll(watched, (nfds_t)count, left > 0 ? left > 1000000 ? 1000000 : (int)left : 0);
         if (ready < 0 && errno != EINTR)
             return UNKNOWN;
         if (ready > 0)
@@ -80,8 +105,11 @@ EMU_API nvml_result nvmlEventSetWait_v2(struct event_set *set, struct event_data
         if (now_ms() >= end)
             return TIMEOUT;
     }
+    while (at < count && !watched[at].revents)
+        at++;
     struct emu_msg msg;
-    if (emu_receive(set->fd, &msg, NULL, 0, NULL, NULL) < 0 || msg.op != EMU_EVENT || !emu_device_at(msg.a))
+    if (at == count || emu_receive(watched[at].fd, &msg, NULL, 0, NULL, NULL) < 0 || msg.op != EMU_EVENT ||
+        !emu_device_at(msg.a))
         return UNKNOWN;
     *data = (struct event_data){emu_device_at(msg.a), msg.b, msg.c, ~0u, ~0u};
     return OK;
@@ -91,7 +119,9 @@ EMU_API nvml_result nvmlEventSetFree(struct event_set *set)
 {
     if (!set)
         return INVALID_ARGUMENT;
-    close(set->fd);
+    while (set->count)
+        close(set->watched[--set->count].fd);
+    pthread_mutex_destroy(&set->mutex);
     free(set);
     return OK;
 }

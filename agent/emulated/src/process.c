@@ -10,6 +10,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "activity.h"
+
 struct emu_process emu_process;
 
 static atomic_int initialized;
@@ -39,6 +41,7 @@ static void after_fork_in_child(void)
         return;
     atomic_store(&initialized, 0);
     atomic_store(&forked, 1);
+    emu_activity_unmap();
     close(request_fd);
     close(restore_fd);
     request_fd = restore_fd = -1;
@@ -127,7 +130,7 @@ static void choose_visible(void)
 
 static emu_result hello(void)
 {
-    int fds[EMU_MAX_DEVICES + 1], count = 0;
+    int fds[EMU_MAX_FDS], count = 0;
     struct emu_msg msg = {.op = EMU_HELLO_PROCESS, .a = EMU_PROTOCOL};
     request_fd = emu_connect();
     if (request_fd < 0)
@@ -135,13 +138,19 @@ static emu_result hello(void)
     if (emu_send(request_fd, &msg, NULL, 0) ||
         emu_receive(request_fd, &msg, emu_process.devices, sizeof emu_process.devices, fds, &count) < 0)
         return EMU_UNKNOWN;
-    emu_process.device_count = count ? count - 1 : 0;
+    emu_process.device_count = count > 2 ? count - 2 : 0;
     for (int i = 0; i < emu_process.device_count; i++)
-        emu_process.vram_fd[i] = fds[i + 1];
+        emu_process.vram_fd[i] = fds[i + 2];
     emu_result result = msg.status;
-    if (!result && (count < 2 || msg.b != (uint64_t)(count - 1)))
+    if (!result && (count < 3 || msg.b != (uint64_t)(count - 2)))
         result = EMU_NO_DEVICE;
-    if (count) {
+    if (count > 2) {
+        int mapped = emu_activity_map(fds[1]);
+        close(fds[1]);
+        if (mapped) {
+            close(fds[0]);
+            return EMU_OPERATING_SYSTEM;
+        }
         size_t bytes = EMU_MAX_ALLOCATIONS * sizeof(uint64_t);
         void *table = mmap(NULL, bytes, PROT_READ, MAP_SHARED, fds[0], 0);
         close(fds[0]);
@@ -168,6 +177,7 @@ static void disconnect(void)
     for (int i = 0; i < emu_process.device_count; i++)
         close(emu_process.vram_fd[i]);
     emu_process.device_count = 0;
+    emu_activity_unmap();
     if (emu_process.offsets)
         munmap((void *)(uintptr_t)emu_process.offsets, EMU_MAX_ALLOCATIONS * sizeof(uint64_t));
     emu_process.offsets = NULL;

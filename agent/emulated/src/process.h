@@ -43,6 +43,8 @@ void emu_restore_loop(int fd);
  */
 emu_result emu_memory_checkpoint(uint64_t *image_bytes, int dying);
 emu_result emu_memory_restore(int dying);
+/* The devices that hold allocations of this process count as busy since start_ns. Only while the gate is closed. */
+void emu_memory_busy(int64_t start_ns);
 
 /* A planned fault: SIGSEGV with its default action, whatever handler the application has; no core is written. */
 _Noreturn void emu_die(void);

@@ -1,30 +1,34 @@
 /* The words between the libraries and the driver process, over one SOCK_SEQPACKET socket each.
  *
  * Every datagram is one struct emu_msg and, for some operations, a payload. An answer carries the request's `op` and
- * `id`, and in `status` a CUresult (0 = success). protocol.py mirrors this file; a test compares the two.
+ * `id`, and in `status` a CUresult, for what NVML asks an nvmlReturn_t (0 = success in both). protocol.py mirrors this file; a test compares the two.
  */
 #ifndef EMU_PROTOCOL_H
 #define EMU_PROTOCOL_H
 
 #include <stdint.h>
 
-#define EMU_PROTOCOL 1
+#define EMU_PROTOCOL 2
 #define EMU_MAX_DEVICES 64
 #define EMU_MAX_ALLOCATIONS 65536
 #define EMU_MAX_PAYLOAD 32768
+/* The ring in which processes count how busy a device was: activity.py. */
+#define EMU_ACTIVITY_BUCKETS 16
+#define EMU_ACTIVITY_NS 125000000
 
 enum emu_op {
     /* any library -> driver */
-    EMU_HELLO_PROCESS = 1, /* a = EMU_PROTOCOL; answer: a = token, b = devices; payload emu_device[]; fds: table, VRAM of each */
+    EMU_HELLO_PROCESS = 1, /* a = EMU_PROTOCOL; answer: a = token, b = devices; payload emu_device[]; fds: table, activity, VRAM of each */
     EMU_HELLO_RESTORE = 2, /* a = token, b = tid in its own pid namespace: this socket is the restore thread's */
     EMU_DEVICES = 3,       /* answer: b = devices; payload emu_device[] */
     EMU_DEVICE_STATUS = 4, /* a = device; answer: payload emu_device_status, then emu_gpu_process[] */
-    EMU_WATCH = 5,         /* a = device, b = NVML event types: this socket receives EMU_EVENT */
+    EMU_WATCH = 5,         /* a = device, b = NVML event types: after its answer this socket receives EMU_EVENT */
     EMU_EVENT = 6,         /* driver -> library: a = device, b = event type, c = event data */
+    EMU_DEVICE_CHECK = 7,  /* a = device; answers as EMU_DEVICE_STATUS would, without its payload */
     /* CUDA process -> driver */
     EMU_ALLOC = 10,   /* a = device, b = bytes; answer: a = slot, b = offset in the device's VRAM, c = bytes given */
     EMU_FREE = 11,    /* a = slot */
-    EMU_MEMINFO = 12, /* a = device; answer: a = free bytes, b = total bytes */
+    EMU_MEMINFO = 12, /* a = device; answer: a = free bytes, b = total bytes, c = compute mode */
     EMU_CONTEXT = 13, /* a = device, b = contexts of this process alive on it */
     /* cuCheckpointProcess*: caller -> driver: a = pid as the caller sees it, b = 1 if the caller has called cuInit */
     EMU_GET_STATE = 20,          /* answer: a = CUprocessState */
@@ -68,7 +72,7 @@ struct emu_device_status {
     uint32_t utilization, memory_utilization, encoder, decoder;
     uint32_t temperature_c, power_mw;
     uint32_t processes;
-    uint32_t reserved;
+    uint32_t compute_mode; /* nvmlComputeMode_t */
 };
 
 struct emu_gpu_process {

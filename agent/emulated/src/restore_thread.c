@@ -11,21 +11,15 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "activity.h"
 #include "process.h"
-
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
 
 /* The latency model is served here and not in the driver process, so that a freeze in mid-operation stops it too. */
 static void take_at_least(int64_t start_ns, uint64_t model_us)
 {
     int64_t end = start_ns + (int64_t)model_us * 1000;
     struct timespec until = {end / 1000000000, end % 1000000000};
-    while (now_ns() < end)
+    while (emu_now_ns() < end)
         clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
 }
 
@@ -91,13 +85,15 @@ void emu_restore_loop(int fd)
             long bytes = emu_receive(fd, &msg, payload, sizeof payload, NULL, NULL);
             if (bytes < 0)
                 break;
-            int64_t start = now_ns();
+            int64_t start = emu_now_ns();
             if (msg.e)
                 take_at_least(start, msg.f);
             execute(&msg, payload, bytes);
             if (msg.e)
                 emu_die();
             take_at_least(start, msg.f);
+            if (msg.op == EMU_DO_CHECKPOINT || msg.op == EMU_DO_RESTORE)
+                emu_memory_busy(start);
             if (emu_send(fd, &msg, NULL, 0))
                 break;
         }
