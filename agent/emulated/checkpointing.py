@@ -2,19 +2,21 @@
 
 Rules from cuda.h and NVIDIA/cuda-checkpoint's issues. Every call, also one whose answer is known, first needs a sign
 of life from the target: a frozen process answers nothing and its caller waits, without a deadline of ours. A caller
-that leaves changes nothing: what it asked for still happens when the target can run again.
+that leaves changes nothing: what it asked for still happens when the target can run again. What is planned to go
+wrong (`faults.py`) goes wrong here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from agent.emulated.clock import now_ns
 from agent.emulated.devices import Device
+from agent.emulated.faults import FAILED, STALE, FaultPlan
 from agent.emulated.latency import Latency
-from agent.emulated.oplog import OpLog
+from agent.emulated.oplog import FrozenCalls, OpLog
 from agent.emulated.pids import thread_of
 from agent.emulated.processes import CudaProcess, Operation
 from agent.emulated.profiles import Profile
@@ -35,7 +37,8 @@ class Checkpointing:
         self._profile = profile
         self._oplog = oplog
         self.latency = latency
-        self.frozen_calls = 0
+        self.frozen_calls = FrozenCalls()
+        self.faults = FaultPlan()
         self._tasks: set[asyncio.Task[None]] = set()
         self._finish: dict[Op, Callable[[CudaProcess, Operation, Message], CuResult]] = {
             Op.GET_STATE: self._finish_state,
@@ -52,26 +55,74 @@ class Checkpointing:
             await task
 
     def submit(self, process: CudaProcess, operation: Operation) -> None:
-        if len(process.queue) >= MAX_QUEUED:
+        if len(process.queue) + len(process.hung) >= MAX_QUEUED:
             self._answer(process, operation, CuResult.OPERATING_SYSTEM)
             return
+        if process.cgroup.frozen():
+            self.frozen_calls.add(operation.op.name.lower(), process.pid, operation.start_ns)
         process.queue.append(operation)
         self.advance(process)
 
     def advance(self, process: CudaProcess) -> None:
         """Begin the next operation if none is under way and the restore thread is there."""
-        if process.current or not process.queue or process.restore_thread is None:
+        while process.current is None and process.queue and process.restore_thread is not None:
+            operation = process.queue.popleft()
+            operation.verdict = self._verdict(process, operation)
+            if not self.faults.empty:
+                self._meet_fault(process, operation)
+                if operation.fault is not None and operation.fault.hangs_before:
+                    self._hang(process, operation)
+                    continue
+            process.current = operation
+            if operation.verdict is None and operation.op is Op.RESTORE and not process.cgroup.frozen():
+                self._begin_restore(process, operation)
+                return
+            # VRAM for a restore is taken only when the target can do the work, not while the call hangs.
+            operation.waits_for_thaw = operation.verdict is None and operation.op is Op.RESTORE
+            self._order(process, operation)
+
+    # ---- faults -----------------------------------------------------------------------------------------------
+
+    def _meet_fault(self, process: CudaProcess, operation: Operation) -> None:
+        """Does one strike this call? Not if it is refused anyway."""
+        if operation.immune or (operation.verdict is not None and operation.op is not Op.GET_STATE):
             return
-        operation = process.current = process.queue.popleft()
-        frozen = process.cgroup.frozen()
-        self.frozen_calls += frozen
-        operation.verdict = self._verdict(process, operation)
-        if operation.verdict is None and operation.op is Op.RESTORE and not frozen:
-            self._begin_restore(process, operation)
-            return
-        # VRAM for a restore is taken only when the target can do the work, not while the call hangs.
-        operation.waits_for_thaw = operation.op is Op.RESTORE
-        self._order(process, operation)
+        devices = process.touched()
+        if operation.op is Op.RESTORE:
+            devices = {operation.device_map[device] for device in devices}
+        operation.fault = self.faults.strike(operation.op, process.pid, devices)
+        if operation.fault is not None and operation.fault.instead is not None:
+            operation.verdict = operation.fault.instead
+
+    def _hang(self, process: CudaProcess, operation: Operation, answer: Message | None = None) -> None:
+        """No answer before the plan is cleared. Other calls on the process are served meanwhile."""
+        operation.held = answer
+        process.hung.append(operation)
+        operation.caller.send(Message(Op.HOLD, id=operation.id))
+
+    def clear_faults(self, processes: Iterable[CudaProcess]) -> None:
+        """Nothing is planned any more, and what hung goes on: it is done now, whether or not its caller still waits."""
+        self.faults.clear()
+        for process in processes:
+            hung, process.hung = process.hung, []
+            for operation in hung:
+                if operation.held is not None:
+                    self._answer(process, operation, result_of(operation.held.status), operation.held)
+                else:
+                    operation.fault, operation.immune = None, True
+            process.queue.extendleft(operation for operation in reversed(hung) if operation.held is None)
+            self.advance(process)
+
+    def _end_of_fault(self, process: CudaProcess, operation: Operation, done: CuResult) -> CuResult:
+        """What the fault leaves behind, and the answer that it gives."""
+        fault = operation.fault
+        if fault is None:
+            return done
+        if fault.kind == FAILED:
+            process.change(State.FAILED)
+        elif fault.instead is CuResult.OUT_OF_MEMORY and operation.op is Op.RESTORE:
+            process.stuck = not self._profile.recovers
+        return done if fault.answer_after is None else fault.answer_after
 
     def _verdict(self, process: CudaProcess, operation: Operation) -> CuResult | None:
         """The answer known beforehand; None if the target has to do the operation."""
@@ -122,6 +173,9 @@ class Checkpointing:
                 case _:
                     message = Message(Op.DO_UNLOCK)
             message.f = self.latency.of(operation.op, operation.size)
+        if operation.fault is not None and not operation.waits_for_thaw:
+            message.e = operation.fault.kills_before
+            message.f += operation.fault.delay_ms * 1000
         process.restore_thread.send(message)
 
     # ---- restore: VRAM first ------------------------------------------------------------------------------
@@ -194,18 +248,29 @@ class Checkpointing:
         if operation.fatal and process.kill():
             operation.on_death = CuResult.NOT_PERMITTED  # the answer is given when it is gone
             return
+        fault = operation.fault
         done = operation.verdict if operation.verdict is not None else result_of(message.status)
         answer = Message(operation.op, id=operation.id)
-        if done is CuResult.SUCCESS:
+        if done is CuResult.SUCCESS and (fault is None or fault.kind != STALE or operation.op is Op.GET_STATE):
             done = self._finish[operation.op](process, operation, answer)
         elif operation.extents:
             self._give_vram(process, operation)
+        if fault is not None:
+            done = self._end_of_fault(process, operation, done)
+            if fault.kills_after and process.restore_thread is not None:
+                process.restore_thread.send(Message(Op.DO_PING, e=1))
+                return  # the answer is given when it is gone
         process.current = None
-        self._answer(process, operation, done, answer)
+        if fault is not None and fault.hangs_after:
+            answer.status = done
+            self._hang(process, operation, answer)
+        else:
+            self._answer(process, operation, done, answer)
         self.advance(process)
 
-    def _finish_state(self, process: CudaProcess, _operation: Operation, answer: Message) -> CuResult:
-        answer.a = process.state
+    def _finish_state(self, process: CudaProcess, operation: Operation, answer: Message) -> CuResult:
+        stale = operation.fault is not None and operation.fault.kind == STALE
+        answer.a = process.state_before if stale else process.state
         return CuResult.SUCCESS
 
     def _finish_thread(self, process: CudaProcess, operation: Operation, answer: Message) -> CuResult:
@@ -214,7 +279,7 @@ class Checkpointing:
         return CuResult.SUCCESS if answer.a else CuResult.NOT_INITIALIZED
 
     def _finish_lock(self, process: CudaProcess, _operation: Operation, _answer: Message) -> CuResult:
-        process.state = State.LOCKED
+        process.change(State.LOCKED)
         return CuResult.SUCCESS
 
     def _finish_checkpoint(self, process: CudaProcess, operation: Operation, _answer: Message) -> CuResult:
@@ -222,7 +287,7 @@ class Checkpointing:
             if allocation.extent is not None:
                 self._devices[allocation.device].vram.give(allocation.extent)
                 allocation.extent = None
-        process.state = State.CHECKPOINTED
+        process.change(State.CHECKPOINTED)
         return CuResult.SUCCESS
 
     def _finish_restore(self, process: CudaProcess, operation: Operation, _answer: Message) -> CuResult:
@@ -237,11 +302,11 @@ class Checkpointing:
             if flipped.extent is not None:
                 self._devices[flipped.device].vram.flip(flipped.extent.offset + offset)
         process.flips.clear()
-        process.state = State.LOCKED
+        process.change(State.LOCKED)
         return CuResult.SUCCESS
 
     def _finish_unlock(self, process: CudaProcess, _operation: Operation, _answer: Message) -> CuResult:
-        process.state = State.RUNNING
+        process.change(State.RUNNING)
         return CuResult.SUCCESS
 
     def _answer(
@@ -255,8 +320,9 @@ class Checkpointing:
     def on_death(self, process: CudaProcess) -> None:
         """The process is gone: whoever waits for it gets an answer, and VRAM taken for its restore comes back."""
         operation = process.current
-        waiting = [*process.queue]
+        waiting = [*process.hung, *process.queue]
         process.current = None
+        process.hung.clear()
         process.queue.clear()
         if operation is not None:
             if not operation.preparing:  # else the task that prepares it gives it back

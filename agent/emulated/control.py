@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from agent.core.errors import PreconditionError, UnavailableError
-from agent.emulated.oplog import OpRecord
+from agent.emulated.oplog import FrozenCall, OpRecord
 from agent.emulated.paths import CONTROL_SOCKET, socket_path
 
 DEADLINE_S = 10.0
@@ -22,7 +22,7 @@ DEADLINE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class DeviceView:
-    """A GPU now. `uuid` as NVML writes it."""
+    """A GPU now. `uuid` as NVML writes it; the rest as `EmulatedDriver.set_device` takes it."""
 
     index: int
     uuid: str
@@ -30,13 +30,18 @@ class DeviceView:
     total_bytes: int
     used_bytes: int
     persistence: bool
+    mig: bool = False
+    compute_mode: str = "DEFAULT"
+    nvml_error: int = 0
+    silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessView:
     """A CUDA process now. state: RUNNING, LOCKED, CHECKPOINTED or FAILED; vram_bytes by GPU uuid.
 
-    image_bytes: what the host holds of its VRAM. operation: the checkpoint call under way, "" if none.
+    image_bytes: what the host holds of its VRAM. operation: the checkpoint call under way, "" if none. hung: the calls
+    that a HANG fault holds, oldest first.
     """
 
     pid: int
@@ -44,6 +49,27 @@ class ProcessView:
     vram_bytes: dict[str, int]
     image_bytes: int
     operation: str
+    hung: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class FaultView:
+    """A fault still to come, as `EmulatedDriver.fault` planned it; gone once it has struck `times` times.
+
+    gpu: uuid, None = any. seen: calls that matched so far; hits: those it struck.
+    """
+
+    id: int
+    operation: str
+    kind: str
+    pid: int | None
+    gpu: str | None
+    times: int
+    skip: int
+    after: bool
+    delay_ms: int
+    seen: int
+    hits: int
 
 
 class EmulatedDriver:
@@ -82,8 +108,94 @@ class EmulatedDriver:
         return found
 
     def frozen_calls(self) -> int:
-        """Checkpoint calls made on a process whose cgroup was frozen: a caller that is right makes none."""
+        """Checkpoint calls made on a process whose cgroup was frozen, since the start or the last
+        `take_frozen_calls()`: a caller that is right makes none."""
         return int(self._ask("frozen_calls"))
+
+    def take_frozen_calls(self) -> list[FrozenCall]:
+        """Which ones (the newest 256), oldest first; the count begins again at 0."""
+        return [FrozenCall(**row) for row in self._ask("take_frozen_calls")]
+
+    # ---- faults -----------------------------------------------------------------------------------------------
+
+    def fault(
+        self,
+        operation: str,
+        kind: str,
+        *,
+        pid: int | None = None,
+        gpu: str | None = None,
+        times: int = 1,
+        skip: int = 0,
+        after: bool = False,
+        delay_ms: int = 0,
+    ) -> int:
+        """Plan that an operation goes wrong; the fault's id. Faults are met in the order they were planned.
+
+        operation: one of `faults.OPERATIONS`; kind: one of `faults.KINDS`, explained at `faults.Fault`. pid: of this
+        process only. gpu: only where the process uses that GPU (uuid); of a restore, the GPU restored onto.
+        times: how often, 0 = always. skip: so many matching calls pass first. after: the operation is done, and then
+        goes wrong. A call that would be refused anyway uses no fault up. Raises PreconditionError
+        EMULATED_FAULT_INVALID, EMULATED_FAULTS_FULL or EMULATED_NO_DEVICE.
+        """
+        return int(
+            self._ask(
+                "fault",
+                operation=operation,
+                kind=kind,
+                pid=pid,
+                gpu=gpu,
+                times=times,
+                skip=skip,
+                after=after,
+                delay_ms=delay_ms,
+            )
+        )
+
+    def faults(self) -> list[FaultView]:
+        """The faults still to come, in order."""
+        return [FaultView(**row) for row in self._ask("faults")]
+
+    def clear_faults(self) -> None:
+        """Plan nothing any more. What a HANG held back is done now, also where its caller has gone."""
+        self._ask("clear_faults")
+
+    def set_device(
+        self,
+        uuid: str,
+        *,
+        persistence: bool | None = None,
+        mig: bool | None = None,
+        compute_mode: str | None = None,
+        nvml_error: int | None = None,
+        silent: bool | None = None,
+    ) -> None:
+        """Change what is given (None = as it is) of a GPU.
+
+        compute_mode: DEFAULT, EXCLUSIVE_PROCESS or PROHIBITED. nvml_error: the nvmlReturn_t of every NVML call on it
+        (15: the GPU is lost), 0 = none. silent: NVML calls on it hang for as long as it is true. Raises
+        PreconditionError EMULATED_NO_DEVICE, EMULATED_MIG_UNSUPPORTED or EMULATED_OPTION_INVALID.
+        """
+        self._ask(
+            "set_device",
+            uuid=uuid,
+            persistence=persistence,
+            mig=mig,
+            compute_mode=compute_mode,
+            nvml_error=nvml_error,
+            silent=silent,
+        )
+
+    def raise_xid(self, uuid: str, code: int) -> None:
+        """Tell whoever waits for NVML's events on that GPU of an XID error (79: it has fallen off the bus)."""
+        self._ask("raise_xid", uuid=uuid, code=code)
+
+    def reserve(self, uuid: str, bytes_: int) -> None:
+        """That much of the GPU's memory is taken, in all, by a process outside of the host's view; 0 gives it back.
+
+        Raises PreconditionError EMULATED_VRAM_SHORT if less is free.
+        """
+        self._ask("reserve", uuid=uuid, bytes=bytes_)
 
     def flip_byte(self, pid: int | None = None, uuid: str | None = None, offset: int = 0) -> int:
         """Invert one byte of a process's VRAM, live or checkpointed (then it shows after the restore).

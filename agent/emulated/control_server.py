@@ -8,23 +8,20 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import cast
 
-from agent.core.errors import HibernodeError, InvalidArgumentError, PreconditionError
-from agent.emulated.control import DEADLINE_S, DeviceView, ProcessView
+from agent.core.errors import HibernodeError, PreconditionError
+from agent.emulated.control import DEADLINE_S, DeviceView, FaultView, ProcessView
+from agent.emulated.control_request import Request, boolean, integer, only, optional_integer, text
 from agent.emulated.driver import Driver
+from agent.emulated.faults import Fault, find_operation, operation_name
 from agent.emulated.latency import Latency
+from agent.emulated.options import parse_compute_mode
 from agent.emulated.processes import CudaProcess
 
 MAX_LINE = 65536
 MAX_RECORDS = 2000
 MAX_FLIPS = 1024
-Request = dict[str, object]
-
-
-def _integer(request: Request, key: str) -> int:
-    value = request.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InvalidArgumentError("EMULATED_OPTION_INVALID", f"{key} must be a number of 0 or more.")
-    return value
+MAX_XID = 1 << 31
+MAX_NVML_RETURN = 999
 
 
 class ControlServer:
@@ -37,7 +34,14 @@ class ControlServer:
             "devices": self._devices,
             "processes": self._processes,
             "oplog": self._oplog,
-            "frozen_calls": lambda _request: driver.checkpointing.frozen_calls,
+            "frozen_calls": lambda _request: driver.checkpointing.frozen_calls.count,
+            "take_frozen_calls": lambda _request: [asdict(call) for call in driver.checkpointing.frozen_calls.take()],
+            "fault": self._fault,
+            "faults": self._faults,
+            "clear_faults": self._clear_faults,
+            "set_device": self._set_device,
+            "raise_xid": self._raise_xid,
+            "reserve": self._reserve,
             "flip_byte": self._flip_byte,
             "set_latency": self._set_latency,
         }
@@ -84,6 +88,10 @@ class ControlServer:
                     device.vram.total_bytes,
                     device.vram.used_bytes,
                     device.persistence,
+                    device.mig,
+                    device.compute_mode.name,
+                    device.nvml_error,
+                    device.silent,
                 )
             )
             for device in self._driver.devices
@@ -99,22 +107,90 @@ class ControlServer:
                     {d.uuid_text: used for d in devices if (used := process.bytes_on(d.index))},
                     process.image_bytes(),
                     process.current.op.name.lower() if process.current else "",
+                    [operation.op.name.lower() for operation in process.hung],
                 )
             )
             for process in self._driver.processes.values()
         ]
 
     def _oplog(self, request: Request) -> object:
-        return [asdict(record) for record in self._driver.oplog.since(_integer(request, "since"), MAX_RECORDS)]
+        return [asdict(record) for record in self._driver.oplog.since(integer(request, "since"), MAX_RECORDS)]
 
     def _set_latency(self, request: Request) -> object:
         self._driver.checkpointing.latency = Latency(
-            _integer(request, "fixed_us"), _integer(request, "bandwidth_bytes_s")
+            integer(request, "fixed_us"), integer(request, "bandwidth_bytes_s")
         )
         return None
 
+    # ---- what goes wrong --------------------------------------------------------------------------------------
+
+    def _fault(self, request: Request) -> object:
+        only(request, "operation", "kind", "pid", "gpu", "times", "skip", "after", "delay_ms")
+        return self._driver.checkpointing.faults.add(
+            Fault(
+                id=0,
+                operation=find_operation(text(request, "operation")),
+                kind=text(request, "kind"),
+                pid=optional_integer(request, "pid"),
+                device=None if request.get("gpu") is None else self._driver.device_of(text(request, "gpu")).index,
+                times=integer(request, "times"),
+                skip=integer(request, "skip"),
+                after=boolean(request, "after"),
+                delay_ms=integer(request, "delay_ms"),
+            )
+        )
+
+    def _faults(self, _request: Request) -> object:
+        return [
+            asdict(
+                FaultView(
+                    fault.id,
+                    operation_name(fault.operation),
+                    fault.kind,
+                    fault.pid,
+                    None if fault.device is None else self._driver.devices[fault.device].uuid_text,
+                    fault.times,
+                    fault.skip,
+                    fault.after,
+                    fault.delay_ms,
+                    fault.seen,
+                    fault.hits,
+                )
+            )
+            for fault in self._driver.checkpointing.faults.pending()
+        ]
+
+    def _clear_faults(self, _request: Request) -> object:
+        self._driver.checkpointing.clear_faults(list(self._driver.processes.values()))
+        return None
+
+    def _set_device(self, request: Request) -> object:
+        """Everything is read before anything is changed."""
+        only(request, "uuid", "persistence", "mig", "compute_mode", "nvml_error", "silent")
+        uuid = text(request, "uuid")
+        asked = {key for key, value in request.items() if value is not None}
+        self._driver.set_device(
+            uuid,
+            persistence=boolean(request, "persistence") if "persistence" in asked else None,
+            mig=boolean(request, "mig") if "mig" in asked else None,
+            compute_mode=parse_compute_mode(text(request, "compute_mode")) if "compute_mode" in asked else None,
+            nvml_error=integer(request, "nvml_error", MAX_NVML_RETURN) if "nvml_error" in asked else None,
+            silent=boolean(request, "silent") if "silent" in asked else None,
+        )
+        return None
+
+    def _raise_xid(self, request: Request) -> object:
+        only(request, "uuid", "code")
+        self._driver.raise_xid(text(request, "uuid"), integer(request, "code", MAX_XID))
+        return None
+
+    def _reserve(self, request: Request) -> object:
+        only(request, "uuid", "bytes")
+        self._driver.reserve(text(request, "uuid"), integer(request, "bytes"))
+        return None
+
     def _flip_byte(self, request: Request) -> object:
-        offset = _integer(request, "offset")
+        offset = integer(request, "offset")
         device = next((d.index for d in self._driver.devices if d.uuid_text == request.get("uuid")), None)
         if request.get("uuid") is not None and device is None:
             raise PreconditionError("EMULATED_NO_BYTE", "No emulated GPU has this uuid.")

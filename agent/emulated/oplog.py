@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 MAX_RECORDS = 65536
+MAX_FROZEN_CALLS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,37 @@ class OpRecord:
     us: int
     result: int
     at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenCall:
+    """A call made on a process whose cgroup was frozen. op and at_ns as in OpRecord."""
+
+    op: str
+    pid: int
+    at_ns: int
+
+
+class FrozenCalls:
+    """The calls that a caller who goes about it in the right order never makes: all counted, the newest kept."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._newest: deque[FrozenCall] = deque(maxlen=MAX_FROZEN_CALLS)
+
+    def add(self, op: str, pid: int, at_ns: int) -> None:
+        self.count += 1
+        self._newest.append(FrozenCall(op, pid, at_ns))
+
+    def newest(self) -> tuple[FrozenCall, ...]:
+        return tuple(self._newest)
+
+    def take(self) -> tuple[FrozenCall, ...]:
+        """The newest of them, oldest first; from now on there have been none."""
+        taken = self.newest()
+        self.count = 0
+        self._newest.clear()
+        return taken
 
 
 class OpLog:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from agent.emulated.cgroups import CgroupOf
 from agent.emulated.connection import Connection
-from agent.emulated.protocol import MAX_ALLOCATIONS, CuResult, Op, State
+from agent.emulated.faults import Fault
+from agent.emulated.protocol import MAX_ALLOCATIONS, CuResult, Message, Op, State
 from agent.emulated.vram import Extent, rounded
 
 _OFFSET = struct.Struct("<Q")
@@ -33,7 +34,8 @@ class Operation:
     """One cuCheckpointProcess* call on a process, from its arrival to its answer.
 
     verdict: the answer already known when the target is only asked for a sign of life. extents: VRAM taken for a
-    restore under way, by slot.
+    restore under way, by slot. fault: what goes wrong with it. immune: no fault strikes it (any more). held: the answer
+    of a call that hangs although it was done.
     """
 
     op: Op
@@ -52,6 +54,9 @@ class Operation:
     preparing: bool = False
     device_map: tuple[int, ...] = ()
     extents: dict[int, Extent] = field(default_factory=dict)
+    fault: Fault | None = None
+    immune: bool = False
+    held: Message | None = None
 
 
 class CudaProcess:
@@ -65,7 +70,7 @@ class CudaProcess:
         self.pidfd = connection.open_pidfd()
         self.restore_thread: Connection | None = None
         self.tid = 0
-        self.state = State.RUNNING
+        self.state = self.state_before = State.RUNNING
         self.stuck = False
         self.released = False
         self.allocations: dict[int, Allocation] = {}
@@ -73,6 +78,7 @@ class CudaProcess:
         self.flips: list[tuple[int, int]] = []
         self.queue: deque[Operation] = deque()
         self.current: Operation | None = None
+        self.hung: list[Operation] = []
         self.cgroup = CgroupOf(self.pid, mount)
         self.table_fd = os.memfd_create("emulated-table", os.MFD_CLOEXEC)
         os.ftruncate(self.table_fd, MAX_ALLOCATIONS * _OFFSET.size)
@@ -95,6 +101,14 @@ class CudaProcess:
     def publish(self, slot: int, offset: int) -> None:
         """Tell the target where this allocation now lies in its device's memory."""
         _OFFSET.pack_into(self._table, slot * _OFFSET.size, offset)
+
+    def change(self, state: State) -> None:
+        self.state_before = self.state
+        self.state = state
+
+    def touched(self) -> set[int]:
+        """The devices on which it has a context or memory, checkpointed or not."""
+        return {a.device for a in self.allocations.values()} | {device for device, n in self.contexts.items() if n}
 
     def bytes_on(self, device: int) -> int:
         """VRAM held on a device now."""
