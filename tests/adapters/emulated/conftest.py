@@ -49,7 +49,7 @@ def driver(module_driver: RunningDriver) -> Iterator[RunningDriver]:
     """Two GPUs of 1 GiB under driver 580, shared by a module's tests: they must not stop it."""
     module_driver.begin_test()
     yield module_driver
-    module_driver.close_programs()
+    module_driver.end_test()
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ class RunningDriver:
             assert line is not None, "the driver did not get ready in time"
             said.append(line)
         lines.close()
-        self._frozen_before = self._logged_before = 0
+        self._logged_before = 0
 
     @property
     def environment(self) -> dict[str, str]:
@@ -161,9 +161,9 @@ class RunningDriver:
     def used_bytes(self, index: int = 0) -> int:
         return self.control.devices()[index].used_bytes
 
-    def frozen_calls(self) -> int:
-        """Since the test began."""
-        return self.control.frozen_calls() - self._frozen_before
+    def take_frozen_calls(self) -> list[tuple[str, int]]:
+        """(op, pid) of the calls made on a frozen process: a test that makes some on purpose takes them itself."""
+        return [(call.op, call.pid) for call in self.control.take_frozen_calls()]
 
     def oplog(self) -> list[OpRecord]:
         """Since the test began."""
@@ -174,15 +174,20 @@ class RunningDriver:
         self.close_programs()
         eventually(lambda: not self.control.processes(), "the last test's processes are released")
         self.control.set_latency()
-        self._frozen_before = self.control.frozen_calls()
+        self.control.clear_faults()
         self._logged_before = max((record.seq for record in self.control.oplog()), default=0)
 
     def close_programs(self) -> None:
         while self.programs:
             self.programs.pop().close()
 
+    def end_test(self) -> None:
+        self.close_programs()
+        assert self.take_frozen_calls() == [], "calls were made on a frozen process"
+
     def close(self) -> None:
         self.close_programs()
+        frozen_calls = self.take_frozen_calls() if self.process.poll() is None else []
         self.control.close()
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(DEADLINE_S)
@@ -191,6 +196,7 @@ class RunningDriver:
         self.process.stderr.close()
         assert code == 0, f"the driver ended with {code}: {rest}"
         assert "Traceback" not in rest, rest
+        assert frozen_calls == [], "calls were made on a frozen process"
 
 
 def freeze(tool: CudaProgram, pid: int) -> None:

@@ -62,14 +62,16 @@ def test_every_call_on_a_frozen_target_hangs_and_is_counted(
     app = driver.application()
     cgroup.add(app.pid)
     tool.must("state", pid=app.pid)
-    assert driver.frozen_calls() == 0
+    assert driver.take_frozen_calls() == []
 
     cgroup.freeze(True)
     tool.send("state", pid=app.pid)
-    eventually(lambda: driver.frozen_calls() == 1, "the call has reached the frozen target")
+    eventually(lambda: driver.control.frozen_calls() == 1, "the call has reached the frozen target")
     assert tool.is_waiting()
     cgroup.freeze(False)
     assert tool.receive() == {"rc": 0, "state": 0}
+    assert driver.take_frozen_calls() == [("get_state", app.pid)]
+    assert driver.control.frozen_calls() == 0
 
 
 def test_a_lock_whose_caller_was_killed_still_happens_after_the_thaw(
@@ -80,7 +82,8 @@ def test_a_lock_whose_caller_was_killed_still_happens_after_the_thaw(
     cgroup.freeze(True)
     doomed = driver.tool()
     doomed.send("lock", pid=app.pid, timeout_ms=50)  # the timeout does not help either
-    eventually(lambda: driver.frozen_calls() == 1, "the lock hangs")
+    eventually(lambda: driver.control.frozen_calls() == 1, "the lock hangs")
+    assert driver.take_frozen_calls() == [("lock", app.pid)]
     doomed.close()
     cgroup.freeze(False)
     assert tool.must("state", pid=app.pid)["state"] == 1
@@ -101,7 +104,7 @@ def test_freeze_and_wake_in_the_right_order_make_no_call_on_a_frozen_target(
         cgroup.freeze(False)
         wake(tool, app.pid)
     assert app.must("read", address=address, size=4 * MIB)["digest"] == digest
-    assert driver.frozen_calls() == 0
+    assert driver.take_frozen_calls() == []
 
 
 def test_a_restore_that_hangs_takes_no_vram_before_the_thaw(
@@ -113,7 +116,8 @@ def test_a_restore_that_hangs_takes_no_vram_before_the_thaw(
     freeze(tool, app.pid)
     cgroup.freeze(True)
     tool.send("restore", pid=app.pid)
-    eventually(lambda: driver.frozen_calls() == 1, "the restore hangs")
+    eventually(lambda: driver.control.frozen_calls() == 1, "the restore hangs")
+    assert driver.take_frozen_calls() == [("restore", app.pid)]
     assert driver.used_bytes() == 0
     cgroup.freeze(False)
     assert tool.receive()["rc"] == 0

@@ -1,0 +1,107 @@
+"""The control of faults and hardware: strict, bounded, and told back as it was planned."""
+
+from __future__ import annotations
+
+import pytest
+
+from agent.core.errors import PreconditionError
+from agent.emulated.control import FaultView
+from agent.emulated.faults import MAX_FAULTS
+from tests.adapters.emulated.conftest import StartDriver
+from tests.adapters.emulated.harness import MIB, CudaProgram, RunningDriver
+
+
+def test_what_is_planned_is_told_back(driver: RunningDriver) -> None:
+    gpu = driver.control.devices()[1].uuid
+    first = driver.control.fault("restore", "OUT_OF_MEMORY", gpu=gpu, times=3, skip=1, delay_ms=20)
+    second = driver.control.fault("lock", "HANG", pid=4242, after=True)
+    assert driver.control.faults() == [
+        FaultView(first, "restore", "OUT_OF_MEMORY", None, gpu, 3, 1, False, 20, 0, 0),
+        FaultView(second, "lock", "HANG", 4242, None, 1, 0, True, 0, 0, 0),
+    ]
+    driver.control.clear_faults()
+    assert driver.control.faults() == []
+
+
+def test_the_count_of_a_fault_that_strikes_always(driver: RunningDriver, tool: CudaProgram) -> None:
+    app = driver.application()
+    driver.control.fault("lock", "NOT_READY", times=0, skip=1)
+    assert [tool.ask("lock", pid=app.pid)["rc"] for _ in range(1)] == [0]
+    tool.must("unlock", pid=app.pid)
+    assert [tool.ask("lock", pid=app.pid)["rc"] for _ in range(3)] == [600] * 3
+    assert [(one.seen, one.hits) for one in driver.control.faults()] == [(4, 3)]
+
+
+def test_there_is_room_for_so_many(driver: RunningDriver) -> None:
+    for _ in range(MAX_FAULTS):
+        driver.control.fault("lock", "NOT_READY")
+    with pytest.raises(PreconditionError, match="clear them before you plan more"):
+        driver.control.fault("lock", "NOT_READY")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        ("fault", {"operation": "explode"}, "choose one of lock, checkpoint, restore, unlock, state"),
+        ("fault", {"operation": 5}, "operation must be a text"),
+        ("fault", {"kind": "BOOM"}, "choose one of NOT_READY, NOT_SUPPORTED"),
+        ("fault", {"times": True}, "times must be a number"),
+        ("fault", {"times": -1}, "times must be a number"),
+        ("fault", {"pid": "7"}, "pid must be a number"),
+        ("fault", {"after": 1}, "after must be true or false"),
+        ("fault", {"gpu": "GPU-0"}, "no emulated GPU GPU-0"),
+        ("fault", {"colour": "red"}, "fault has no argument 'colour'; it takes operation, kind"),
+        ("set_device", {"uuid": "GPU-0"}, "no emulated GPU GPU-0"),
+        ("set_device", {"persistence": "yes"}, "persistence must be true or false"),
+        ("set_device", {"compute_mode": "SHARED"}, "use DEFAULT, EXCLUSIVE_PROCESS or PROHIBITED"),
+        ("set_device", {"nvml_error": 5000}, "nvml_error must be a number of 0 to 999"),
+        ("raise_xid", {"code": -1}, "code must be a number"),
+        ("reserve", {"bytes": 1 << 50}, "are free"),
+        ("reserve", {"size": 5}, "has no argument 'size'"),
+    ],
+)
+def test_what_is_not_understood_changes_nothing(
+    driver: RunningDriver, command: str, arguments: dict[str, object], said: str
+) -> None:
+    before = driver.control.devices()
+    uuid = before[0].uuid
+    sound: dict[str, dict[str, object]] = {
+        "fault": {"operation": "lock", "kind": "NOT_READY", "times": 1, "skip": 0, "after": False, "delay_ms": 0},
+        "set_device": {"uuid": uuid, "persistence": False},
+        "raise_xid": {"uuid": uuid, "code": 79},
+        "reserve": {"uuid": uuid, "bytes": 0},
+    }
+    with pytest.raises(PreconditionError) as refused:
+        driver.control._ask(command, **{**sound[command], **arguments})
+    assert said in refused.value.message
+    assert driver.control.devices() == before
+    assert driver.control.faults() == []
+
+
+def test_a_gpu_is_changed_only_where_it_is_said(start_driver: StartDriver) -> None:
+    driver = start_driver("--model", "A100")
+    first, second = driver.control.devices()
+    driver.control.set_device(first.uuid, persistence=False, compute_mode="EXCLUSIVE_PROCESS", nvml_error=15)
+    driver.control.set_device(first.uuid, mig=True, silent=True)
+    changed, same = driver.control.devices()
+    assert (changed.persistence, changed.mig, changed.compute_mode) == (False, True, "EXCLUSIVE_PROCESS")
+    assert (changed.nvml_error, changed.silent) == (15, True)
+    assert same == second
+    driver.control.set_device(
+        first.uuid, persistence=True, mig=False, compute_mode="DEFAULT", nvml_error=0, silent=False
+    )
+    assert driver.control.devices() == [first, second]
+
+
+def test_memory_taken_by_somebody_nobody_sees(driver: RunningDriver, tool: CudaProgram) -> None:
+    uuid = driver.control.devices()[0].uuid
+    app = driver.application()
+    app.must("alloc", size=4 * MIB)
+    for operation in ("lock", "checkpoint"):
+        tool.must(operation, pid=app.pid)
+    driver.control.reserve(uuid, 1022 * MIB)
+    assert driver.used_bytes() == 1022 * MIB
+    assert tool.ask("restore", pid=app.pid)["rc"] == 2
+    driver.control.reserve(uuid, 0)
+    tool.must("restore", pid=app.pid)
+    assert driver.used_bytes() == 4 * MIB
