@@ -117,6 +117,10 @@ async def run(options: Options) -> None:
             await driver.close()
             for name in (READY_FILE, DRIVER_SOCKET, CONTROL_SOCKET):
                 (directory / name).unlink(missing_ok=True)
+            frozen = driver.checkpointing.frozen_calls
+            if frozen.count:  # each would have hung on hardware: whoever made them goes about it in the wrong order
+                calls = [f"{call.op} {call.pid}" for call in frozen.newest()]
+                log.warning("emulated.frozen_calls", count=frozen.count, calls=calls)
             log.info("emulated.stopped", directory=str(directory))
 
 

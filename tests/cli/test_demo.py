@@ -167,6 +167,9 @@ def test_tells_the_story_and_stays_up_as_a_home(run: Callable[..., Demo], tmp_pa
     assert demo.end() == 0
     assert demo.left() == []
     assert not (home / "agent" / "endpoints.json").exists()
+    driver_said = (home / "logs" / "driver.log").read_text()
+    assert "emulated.stopped" in driver_said
+    assert "emulated.frozen_calls" not in driver_said, "calls on a frozen process, which hang on hardware"
 
 
 def test_a_byte_lost_while_frozen_does_not_go_unnoticed(run: Callable[..., Demo]) -> None:

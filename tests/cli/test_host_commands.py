@@ -63,7 +63,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             yield folder
         finally:
             process.send_signal(signal.SIGINT)
-            process.stderr.read()
+            assert "emulated.frozen_calls" not in process.stderr.read()
             assert process.wait(timeout=20) == 0
 
 

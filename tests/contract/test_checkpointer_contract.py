@@ -70,6 +70,8 @@ async def real(nvidia: EmulatedNvidia, *, utility: bool) -> AsyncIterator[World]
         cgroup.write_freeze(instances.slice_.path_of(handle.uid), frozen)
 
     yield World(checkpointer, cuda.pid, other.pid, plain.pid, freeze)
+    provoked = nvidia.control.take_frozen_calls()  # by the one test that freezes, and of nothing else
+    assert {(call.op, call.pid) for call in provoked} <= {("lock", cuda.pid)}
     await instances.close()
     await workers.close()
 

@@ -339,6 +339,9 @@ async def running_stack(*driver_arguments: str, agent_settings: dict[str, Any] |
             async with aiohttp.ClientSession(connector=connector) as session:
                 stack.http = session
                 yield stack
+            with stack.driver() as control:
+                frozen = control.take_frozen_calls()
+            assert not frozen, f"checkpoint calls on a process in a frozen cgroup: {frozen}"
             for daemon in ("agent", "scheduler", "driver"):
                 code = stack.terminate(daemon)
                 assert code == 0, f"{daemon} ended with {code}:\n{stack.log_of(daemon)[-3000:]}"

@@ -4,6 +4,9 @@ Everything runs in processes of its own with `EmulatedNvidia.environment`, so th
 daemons, targets and driver workers simply inherit it. What must load NVML into the test's own process calls
 `see_nvml_here()`, which loads the library by its full path first: the loader then gives it to whoever asks for its
 soname. One driver per test process can be seen that way.
+
+No test may make a checkpoint call on a process in a frozen cgroup: it would hang on hardware. After every test each
+driver that runs is asked, and a test that provokes such calls takes them itself (`control.take_frozen_calls()`).
 """
 
 from __future__ import annotations
@@ -49,6 +52,15 @@ class EmulatedNvidia:
         ctypes.CDLL(str(self.directory / "lib" / "libnvidia-ml.so.1"), mode=ctypes.RTLD_GLOBAL)
 
 
+_running: list[EmulatedNvidia] = []
+
+
+def assert_no_frozen_calls(control: EmulatedDriver) -> None:
+    """Fails with the operations and pids, if calls were made on frozen processes that no test has taken."""
+    calls = [f"{call.op} of {call.pid}" for call in control.take_frozen_calls()]
+    assert not calls, f"calls on a process in a frozen cgroup, which hang on hardware: {', '.join(calls)}"
+
+
 @contextmanager
 def emulated_nvidia(*arguments: str) -> Iterator[EmulatedNvidia]:
     """Run a driver with further arguments of `up` until the block ends."""
@@ -60,7 +72,13 @@ def emulated_nvidia(*arguments: str) -> Iterator[EmulatedNvidia]:
         try:
             wait_for_file(directory / "ready", process, directory / "log")
             with EmulatedDriver(directory) as control:
-                yield EmulatedNvidia(directory, {**os.environ, **exports(directory)}, control)
+                driver = EmulatedNvidia(directory, {**os.environ, **exports(directory)}, control)
+                _running.append(driver)
+                try:
+                    yield driver
+                finally:
+                    _running.remove(driver)
+                assert_no_frozen_calls(control)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(ANSWER_DEADLINE_S)
@@ -71,6 +89,16 @@ def nvidia() -> Iterator[EmulatedNvidia]:
     """The driver that a test process shares: 580, two GPUs of 1 GiB, as fast as memory."""
     with emulated_nvidia("--gpus", "2", "--gib", "1") as driver:
         yield driver
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_in_the_driver() -> Iterator[None]:
+    """After each test: no fault is left for the next one, and no call was made on a frozen process."""
+    yield
+    for driver in _running:
+        if (driver.directory / "ready").exists():  # a test may have ended it on purpose
+            driver.control.clear_faults()
+            assert_no_frozen_calls(driver.control)
 
 
 def wait_for_file(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
