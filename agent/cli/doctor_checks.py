@@ -5,24 +5,28 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from agent.core.capabilities import HostFacts, find_capabilities
+from agent.core.capabilities import ASK_THE_KERNEL
 from agent.core.snapshots import CapabilityLine
-from agent.core.types import GIB, Gpu
+from agent.core.types import GIB
 
-NVML_DEADLINE_S = 20
+LOOK_DEADLINE_S = 25.0
+KILL_DEADLINE_S = 2.0
+MAX_ANSWER_BYTES = 1 << 20
 
 
-def host_lines() -> list[CapabilityLine]:
-    """Everything that can be said without an agent."""
-    gpus, lines = gpu_lines()
-    return [*lines, memory_line(gpus, Path("/proc/meminfo")), *system_lines()]
+def host_lines(config: Path | None) -> list[CapabilityLine]:
+    """Everything that can be said without an agent. `config`: the agent's, None = its defaults."""
+    gpu_bytes, lines = gpu_lines(config)
+    if gpu_bytes:
+        lines.append(memory_line(gpu_bytes, Path("/proc/meminfo")))
+    return [*lines, *system_lines()]
 
 
 def system_lines() -> list[CapabilityLine]:
@@ -30,42 +34,49 @@ def system_lines() -> list[CapabilityLine]:
     return [cgroup_line(Path("/proc/self")), compiler_line()]
 
 
-def gpu_lines() -> tuple[list[Gpu], list[CapabilityLine]]:
-    """Driver and GPUs by NVML (or by the emulated driver, where its exports are set), judged as the agent does."""
+def gpu_lines(config: Path | None) -> tuple[int, list[CapabilityLine]]:
+    """The GPUs' memory, and driver and GPUs as the agent would judge them. Asked in a process of its own
+    (`daemons/host_check.py`), which is left behind if it hangs in the driver and can't even be killed."""
+    # -P: a folder named `agent` where somebody happens to stand must not be looked into.
+    command = [sys.executable, "-P", "-m", "agent.daemons.host_check"]
+    answer, said = _ask(command if config is None else [*command, "--config", str(config)])
+    if answer is None:
+        text = f"the driver does not answer within {LOOK_DEADLINE_S:g} s"
+        return 0, [CapabilityLine("driver", "FAIL", text, ASK_THE_KERNEL)]
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "agent.cli.doctor_nvml"],
-            capture_output=True,
-            timeout=NVML_DEADLINE_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        text = f"NVML does not answer within {NVML_DEADLINE_S} s"
-        return [], [_fail("driver", text, "look for XID errors in the kernel log; a reset or a reboot may be due")]
-    try:
-        facts = json.loads(done.stdout)
-    except ValueError:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        return [], [_fail("driver", f"NVML ended in the middle: {said[-1] if said else 'no word'}", "reinstall it")]
-    gpus = [Gpu(**gpu) for gpu in facts["gpus"]]
-    found = find_capabilities(HostFacts(facts["driver_version"], gpus, os.geteuid(), platform.machine()))
-    lines = list(found.lines)
-    if facts["problem"]:
-        first = lines[0]
-        lines[0] = CapabilityLine(first.name, "FAIL", f"{first.reason} ({facts['problem']})", first.fix or "see above")
-    if not gpus:  # nothing to say about devices that are not there
-        lines = [line for line in lines if line.name not in ("persistence", "mig", "migration", "checkpoint")]
-    return gpus, lines
+        document: dict[str, Any] = json.loads(answer)
+        lines = [CapabilityLine(**check) for check in document["checks"]]
+        return int(document["gpu_memory_bytes"]), lines
+    except (ValueError, KeyError, TypeError):
+        text = f"looking at the driver ended in the middle: {said or 'without a word'}"
+        fix = "reinstall the NVIDIA driver, 580 or newer; does nvidia-smi work?"
+        return 0, [CapabilityLine("driver", "FAIL", text, fix)]
 
 
-def memory_line(gpus: Iterable[Gpu], meminfo: Path) -> CapabilityLine:
+def _ask(command: list[str]) -> tuple[bytes | None, str]:
+    """What the program printed (None: it did not end in time), and its last word on stderr or how it died."""
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            answer, error = process.communicate(timeout=LOOK_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=KILL_DEADLINE_S)
+            if process.poll() is None:
+                process.returncode = 0  # stuck in the kernel: leaving this block must not wait for it
+            return None, ""
+    words = error.decode(errors="replace").strip().splitlines()
+    died = f"signal {-process.returncode}" if process.returncode < 0 else ""
+    return answer[:MAX_ANSWER_BYTES], words[-1][:300] if words else died
+
+
+def memory_line(gpu_bytes: int, meminfo: Path) -> CapabilityLine:
     """A frozen instance's GPU memory lies in host memory."""
     host = next(
         (int(line.split()[1]) << 10 for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:")), 0
     )
-    needed = sum(gpu.memory_bytes for gpu in gpus)
-    text = f"{host / GIB:.0f} GiB on the host, {needed / GIB:.0f} GiB on the GPUs"
-    if needed > host:
+    text = f"{host / GIB:.0f} GiB on the host, {gpu_bytes / GIB:.0f} GiB on the GPUs"
+    if gpu_bytes > host:
         fix = "add memory, or expect instances to stay awake with HOST_MEMORY_SHORT"
         return CapabilityLine("memory", "WARN", f"{text}: not all of it can sleep at once", fix)
     return _ok("memory", text)
@@ -113,10 +124,6 @@ def compiler_line() -> CapabilityLine:
 
 def _ok(name: str, reason: str) -> CapabilityLine:
     return CapabilityLine(name, "OK", reason, "")
-
-
-def _fail(name: str, reason: str, fix: str) -> CapabilityLine:
-    return CapabilityLine(name, "FAIL", reason, fix)
 
 
 def _warn_cgroup(found: str, fix: str) -> CapabilityLine:

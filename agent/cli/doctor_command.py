@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
 from agent.cli.doctor_checks import host_lines, system_lines
 from agent.cli.exit_codes import Exit
 from agent.cli.options import agent_options, asked, output_option
-from agent.cli.output import show_json, show_table
+from agent.cli.output import note, show_json, show_table
 from agent.cli.progress import blocking_progress
-from agent.core.errors import HibernodeError
+from agent.core.errors import ConfigError, HibernodeError
 from agent.core.snapshots import CapabilityLine
+
+AGENT_CONFIG = Path("/etc/hibernode/agent.yaml")
 
 
 @click.command()
 @click.option("--local", is_flag=True, help="Don't ask a running agent; look at this host only.")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help=f"The agent's configuration, where no agent is asked; default: {AGENT_CONFIG} if it is there.",
+)
 @agent_options
 @output_option
 @click.pass_context
-def doctor(context: click.Context, local: bool) -> None:
+def doctor(context: click.Context, local: bool, config: Path | None) -> None:
     """Check whether this host can freeze GPU instances: one line each, with what to do where it can't.
 
-    A running agent is asked for what it sees (its user, its driver); without one this host is looked at directly.
-    Exit code 0 when nothing failed, 4 otherwise. Warnings don't count.
+    A running agent is asked for what it saw when it started (its user, its driver); without one this host is looked at
+    directly. Exit code 0 when nothing failed, 4 otherwise. Warnings don't count.
 
     \b
     Examples:
-      hibernode doctor
+      sudo hibernode doctor
       eval "$(hibernode emulated env --dir DIR)"; hibernode doctor --local
       hibernode doctor --output json | jq -r '.checks[] | select(.level != "OK") | .fix'
     """
     with blocking_progress("looking at this host"):
-        lines = host_lines() if local else _by_agent_or_host()
-    failed = any(line.level == "FAIL" for line in lines)
+        lines = host_lines(_config(config)) if local or config else _by_agent_or_host()
+    failed = [line.name for line in lines if line.level == "FAIL"]
     if asked().json:
         checks = [{"name": one.name, "level": one.level, "reason": one.reason, "fix": one.fix} for one in lines]
         show_json({"ok": not failed, "checks": checks})
@@ -42,7 +52,26 @@ def doctor(context: click.Context, local: bool) -> None:
         show_table(
             ("CHECK", "LEVEL", "FOUND", "FIX"), ((one.name, one.level, one.reason, one.fix or "-") for one in lines)
         )
+        _conclude(lines, failed)
     context.exit(Exit.PRECONDITION if failed else Exit.OK)
+
+
+def _conclude(lines: Sequence[CapabilityLine], failed: Sequence[str]) -> None:
+    note("")
+    if failed:
+        note(f"No instance can be frozen here until this is put right: {', '.join(failed)}.")
+    else:
+        note("Instances can be frozen here.")
+    if lines[0].name == "agent" and lines[0].level == "OK" and any(line.fix for line in lines):
+        note("The agent looked when it started: after a fix, restart it (systemctl restart hibernode-agent).")
+
+
+def _config(named: Path | None) -> Path | None:
+    """Raises ConfigError CONFIG_UNREADABLE for a file that was named."""
+    if named is not None and not os.access(named, os.R_OK):
+        raise ConfigError("CONFIG_UNREADABLE", f"{named} can't be read; name the agent's file with --config")
+    found = named or AGENT_CONFIG
+    return found.absolute() if os.access(found, os.R_OK) else None
 
 
 def _by_agent_or_host() -> Sequence[CapabilityLine]:
@@ -55,7 +84,7 @@ def _by_agent_or_host() -> Sequence[CapabilityLine]:
         if asked().agent:
             raise  # asked for by name: this host is not what is wanted
         found = f"not asked: {error.message.partition(': ')[0]}"
-        return [CapabilityLine("agent", "WARN", found, "start it, or use sudo"), *host_lines()]
+        return [CapabilityLine("agent", "WARN", found, "start it, or use sudo"), *host_lines(_config(None))]
     seen = [CapabilityLine(one.name, level(one), one.reason, one.fix) for one in node.capabilities]
     name = f"{node.name}, {node.agent_version}"
     beside = [] if asked().agent else system_lines()

@@ -1,64 +1,146 @@
 """What a host's GPUs can do for idle mode, as a pure function of what was found; with the fix where they can't.
 
-Rules: NVIDIA's documentation and issues of cuda-checkpoint (facts gpu-checkpoint, sections 1 to 3).
+Rules: NVIDIA's documentation and issues of cuda-checkpoint (facts gpu-checkpoint, sections 1 to 3 and 7). One line a
+subject; any FAIL forbids idle mode, a WARN does not. Lines about what is not there (devices without a driver) are left
+out: what stands in the way comes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from agent.core.snapshots import CapabilityLine
-from agent.core.types import Gpu
+from agent.core.types import ComputeMode, Gpu
 
 UTILITY_SINCE = 555
 """`cuda-checkpoint` has separate actions and a lock timeout; before, only --toggle, which we never use."""
 
+UTILITY_CUDA = 12040
+"""What the program itself asks of cuDriverGetVersion; below it prints `Insufficient driver`."""
+
 API_SINCE = 570
+API_CUDA = 12080
 MIGRATION_SINCE = 580
 ARM_SINCE = 595
 SAFE_SINCE = 580
 """PyTorch on some 570 builds answers 801, and 570 keeps no good state after an error."""
 
+NEW_DRIVER = f"install driver {SAFE_SINCE} or newer"
+FIND_LIBCUDA = (
+    "remove the cuda-compat package, or take its folder out of LD_LIBRARY_PATH; see ldconfig -p | grep libcuda"
+)
+ASK_THE_KERNEL = "dmesg | grep -iE 'nvrm|xid'; then reset the GPU (nvidia-smi --gpu-reset) or reboot"
+
+
+class NvmlTrouble(Enum):
+    """Why NVML gave no inventory."""
+
+    MISSING = "MISSING"
+    NOT_LOADED = "NOT_LOADED"
+    MISMATCH = "MISMATCH"
+    DENIED = "DENIED"
+    SILENT = "SILENT"
+    LOST = "LOST"
+    CRASHED = "CRASHED"
+    OTHER = "OTHER"
+
+
+_TROUBLES = {
+    NvmlTrouble.MISSING: (
+        "no NVIDIA driver: libnvidia-ml.so.1 is not found",
+        f"install the NVIDIA driver, {SAFE_SINCE} or newer (to try without a GPU: hibernode demo)",
+    ),
+    NvmlTrouble.NOT_LOADED: (
+        "the NVIDIA kernel module is not loaded",
+        "modprobe nvidia; if that fails: dmesg | grep -i nvrm",
+    ),
+    NvmlTrouble.MISMATCH: (
+        "the driver's library and its kernel module are of different versions, as after an update",
+        "reboot",
+    ),
+    NvmlTrouble.DENIED: ("this user may not open the GPUs", "run as root"),
+    NvmlTrouble.SILENT: ("the driver does not answer", ASK_THE_KERNEL),
+    NvmlTrouble.LOST: ("a GPU is lost: the driver can't reach it any more", ASK_THE_KERNEL),
+    NvmlTrouble.CRASHED: ("the driver's library crashed", f"reinstall the driver, {SAFE_SINCE} or newer"),
+    NvmlTrouble.OTHER: ("the GPUs can't be read", "compare with what nvidia-smi says; then dmesg | grep -i nvrm"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What was found. `driver_version` like "580.65.06" ("" = no driver), `machine` as uname says it,
-    `euid` of the agent."""
+    """What was found. `driver_version` like "580.65.06" ("" = no driver), `machine` as uname says it, `euid` of the
+    agent. `cuda`: what libcuda says, 13000 for 13.0 (0 = unknown). `trouble`: NVML failed, and `trouble_text` is its
+    own word. `mps`: an MPS daemon runs here. `host_pids`: the driver numbers processes as the agent does.
+    `checkpointer`: the setting; `utility`: the cuda-checkpoint program, fit to be run ("" = not; then
+    `utility_problem` says why)."""
 
     driver_version: str
     gpus: Sequence[Gpu]
     euid: int
     machine: str
+    cuda: int = 0
+    trouble: NvmlTrouble | None = None
+    trouble_text: str = ""
+    mps: bool = False
+    host_pids: bool = True
+    checkpointer: str = "auto"
+    utility: str = ""
+    utility_problem: str = "there is no cuda-checkpoint program"
+
+    @property
+    def branch(self) -> int:
+        return driver_branch(self.driver_version)
+
+    @property
+    def has_api(self) -> bool:
+        """Does the driver have cuCheckpointProcess*? A libcuda that is older than the driver has not."""
+        return self.branch >= API_SINCE and (not self.cuda or self.cuda >= API_CUDA)
+
+    @property
+    def takes_utility(self) -> bool:
+        """Would a cuda-checkpoint program work with this driver?"""
+        return self.branch >= UTILITY_SINCE and (not self.cuda or self.cuda >= UTILITY_CUDA)
+
+    def where(self, wrong: Callable[[Gpu], bool]) -> str:
+        """The indexes of the GPUs for which it is so, as nvidia-smi's -i takes them; "" = none."""
+        return ",".join(str(gpu.index) for gpu in self.gpus if wrong(gpu))
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """`idle_mode`: may instances be frozen here? `api`: by the driver's API (else by the utility). `migration`: may
-    they wake on another GPU? `lines` for people: driver, checkpoint, migration, privileges, persistence, mig."""
+    """The verdict on a host. `idle_mode`: may instances be frozen here? `checkpointer` ("driver" | "utility" | ""):
+    what the driver can be asked through, also where something else forbids idle mode (what an earlier agent locked
+    has to be unlocked). `migration`: may they wake on another GPU? `init_before_restore`: persistence mode is off, so
+    a restore needs cuInit first. `lines` for people."""
 
     idle_mode: bool
-    api: bool
+    checkpointer: str
     migration: bool
+    init_before_restore: bool
     lines: tuple[CapabilityLine, ...]
+
+    @property
+    def refusal(self) -> str:
+        """Why a function can't have idle mode here, and what to do: one sentence; "" where it can."""
+        failed = [line for line in self.lines if line.level == "FAIL"]
+        if not failed:
+            return ""
+        more = f"; {len(failed) - 1} more: hibernode doctor" if len(failed) > 1 else ""
+        return f"{failed[0].reason} (to do: {failed[0].fix}{more})"
 
 
 def find_capabilities(host: HostFacts) -> Capabilities:
-    """The verdict and its reasons. Any FAIL forbids idle mode; a WARN does not."""
-    branch = driver_branch(host.driver_version)
-    lines = (
-        _driver(host, branch),
-        _checkpoint(host, branch),
-        _migration(branch),
-        _privileges(host),
-        _persistence(host),
-        _mig(host),
-    )
+    """The verdict and its reasons."""
+    chosen = _choose(host)
+    lines = tuple(_lines(host, chosen))
     idle_mode = all(line.level != "FAIL" for line in lines)
     return Capabilities(
         idle_mode=idle_mode,
-        api=idle_mode and branch >= API_SINCE,
-        migration=idle_mode and branch >= MIGRATION_SINCE,
+        checkpointer=chosen,
+        migration=idle_mode and host.branch >= MIGRATION_SINCE,
+        init_before_restore=bool(host.where(_volatile)),
         lines=lines,
     )
 
@@ -77,103 +159,219 @@ def host_lines(found: Capabilities, cgroup: str, unavailable: str) -> tuple[Capa
                 "run the agent as root, or under systemd with Delegate=yes",
             )
         )
-    if unavailable and found.idle_mode:
-        lines.append(_fail("idle mode", unavailable, "see the agent's log"))
-    return tuple(lines)
+    return (*lines, *idle_mode_lines(found, unavailable))
+
+
+def idle_mode_lines(found: Capabilities, unavailable: str) -> tuple[CapabilityLine, ...]:
+    """What stands in the way although the facts are fine: `unavailable` is why the checkpointer did not start."""
+    if not unavailable or not found.idle_mode:
+        return ()
+    fix = "what it says; and is all of the driver installed? ldconfig -p | grep -E 'libcuda|libnvidia-ml'"
+    return (_fail("idle mode", unavailable, fix),)
 
 
 def driver_branch(version: str) -> int:
     """580 of "580.65.06"; 0 where there is none."""
     digits = version.partition(".")[0]
-    return int(digits) if digits.isdecimal() else 0
+    return int(digits) if digits.isascii() and digits.isdecimal() else 0
 
 
-def _driver(host: HostFacts, branch: int) -> CapabilityLine:
-    if not branch:
-        return _fail("driver", "no NVIDIA driver answers", "install the NVIDIA driver, 580 or newer")
+def _choose(host: HostFacts) -> str:
+    """`gpu.checkpointer`: what it names, or for auto the API where there is one, else the program."""
+    if host.checkpointer != "utility" and host.has_api:
+        return "driver"
+    if host.checkpointer != "driver" and host.takes_utility and host.utility:
+        return "utility"
+    return ""
+
+
+def _lines(host: HostFacts, chosen: str) -> Iterator[CapabilityLine]:
+    yield _driver(host)
+    yield _architecture(host)
+    if host.branch:
+        yield _cuda(host)
+        yield _checkpoint(host, chosen)
+        if chosen:
+            yield _migration(host)
+    yield _privileges(host)
+    if host.gpus:
+        yield _persistence(host, chosen)
+        yield _mig(host)
+        yield _vgpu(host)
+        yield _compute_mode(host)
+        yield _mps(host)
+
+
+def _driver(host: HostFacts) -> CapabilityLine:
+    if host.trouble is not None:
+        reason, fix = _TROUBLES[host.trouble]
+        said = f" ({host.trouble_text})" if host.trouble_text else ""
+        return _fail("driver", reason + said, fix)
+    if not host.driver_version:
+        return _fail("driver", "no NVIDIA driver answers", f"install the NVIDIA driver, {SAFE_SINCE} or newer")
+    if not host.branch:
+        return _fail("driver", f"the driver says of its version {host.driver_version!r}", NEW_DRIVER)
     if not host.gpus:
-        return _fail("driver", f"driver {host.driver_version} shows no GPU", "check nvidia-smi and the kernel log")
-    if branch < SAFE_SINCE:
+        return _fail(
+            "driver", f"driver {host.driver_version} shows no GPU", "lspci | grep -i nvidia; dmesg | grep -i nvrm"
+        )
+    if host.branch < SAFE_SINCE:
         return _warn(
             "driver",
             f"driver {host.driver_version} is older than {SAFE_SINCE}: some workloads can't be checkpointed, and a "
             "failed checkpoint loses the instance",
-            f"install driver {SAFE_SINCE} or newer",
+            NEW_DRIVER,
         )
-    return _ok("driver", f"driver {host.driver_version}, {len(host.gpus)} GPUs")
+    plural = "" if len(host.gpus) == 1 else "s"
+    return _ok("driver", f"driver {host.driver_version}, {len(host.gpus)} GPU{plural}")
 
 
-def _checkpoint(host: HostFacts, branch: int) -> CapabilityLine:
-    if branch < UTILITY_SINCE:
-        found = f"driver {host.driver_version}" if branch else "without a driver one"
-        return _fail(
-            "checkpoint", f"{found} can't checkpoint in separate steps", f"install driver {SAFE_SINCE} or newer"
-        )
+def _architecture(host: HostFacts) -> CapabilityLine:
     if host.machine in ("aarch64", "arm64"):
-        if branch < ARM_SINCE:
+        if host.branch and host.branch < ARM_SINCE:
             return _fail(
-                "checkpoint",
+                "architecture",
                 f"driver {host.driver_version} can't checkpoint on {host.machine}",
                 f"install driver {ARM_SINCE} or newer",
             )
     elif host.machine != "x86_64":
-        return _fail("checkpoint", f"no driver can checkpoint on {host.machine}", "use an x86-64 host")
-    if branch < API_SINCE:
+        return _fail("architecture", f"no driver can checkpoint on {host.machine}", "use a 64-bit x86 host")
+    return _ok("architecture", host.machine)
+
+
+def _cuda(host: HostFacts) -> CapabilityLine:
+    if not host.cuda:
+        return _warn("cuda", "libcuda's version is not known", "is libcuda.so.1 there? ldconfig -p | grep libcuda")
+    cuda = f"{host.cuda // 1000}.{host.cuda % 1000 // 10}"
+    due = API_CUDA if host.branch >= API_SINCE else UTILITY_CUDA if host.branch >= UTILITY_SINCE else 0
+    if host.cuda < due:
+        return _warn(
+            "cuda",
+            f"libcuda speaks CUDA {cuda}, less than driver {host.driver_version} does: an older libcuda.so.1 is found "
+            "first",
+            FIND_LIBCUDA,
+        )
+    return _ok("cuda", f"CUDA {cuda}")
+
+
+def _checkpoint(host: HostFacts, chosen: str) -> CapabilityLine:
+    if chosen == "driver":
+        return _ok("checkpoint", "by the driver's API")
+    if chosen == "utility":
+        return _ok("checkpoint", f"by the program {host.utility}, a process for each step")
+    if host.branch < UTILITY_SINCE:
+        return _fail("checkpoint", f"driver {host.driver_version} can't checkpoint in separate steps", NEW_DRIVER)
+    if host.checkpointer == "driver" and host.branch < API_SINCE:
         return _fail(
             "checkpoint",
-            f"driver {host.driver_version} has no checkpoint API, only the cuda-checkpoint program, which the agent "
-            "does not use yet",
-            f"install driver {SAFE_SINCE} or newer",
+            f"driver {host.driver_version} has no checkpoint API, which gpu.checkpointer: driver asks for",
+            f"{NEW_DRIVER}; or set gpu.checkpointer: auto, and gpu.utility_path to a cuda-checkpoint program",
         )
-    return _ok("checkpoint", "by the driver's API")
+    if not host.takes_utility or host.checkpointer == "driver":
+        return _fail("checkpoint", "the libcuda that is found has no checkpoint API", FIND_LIBCUDA)
+    if host.has_api:  # gpu.checkpointer: utility
+        fix = "set gpu.checkpointer: auto, for this driver needs no program; or repair gpu.utility_path"
+    elif host.branch >= API_SINCE:
+        fix = FIND_LIBCUDA
+    else:
+        fix = f"{NEW_DRIVER}; or get cuda-checkpoint from github.com/NVIDIA/cuda-checkpoint, and set gpu.utility_path"
+    return _fail(
+        "checkpoint", f"driver {host.driver_version} is asked through a program here, and {host.utility_problem}", fix
+    )
 
 
-def _migration(branch: int) -> CapabilityLine:
-    if branch < MIGRATION_SINCE:
+def _migration(host: HostFacts) -> CapabilityLine:
+    if len(host.gpus) == 1:
+        return _ok("migration", "with one GPU there is nowhere to wake but there")
+    if host.branch < MIGRATION_SINCE:
         return _warn(
             "migration",
             "a frozen instance wakes only on the GPU it was frozen on",
             f"install driver {MIGRATION_SINCE} or newer",
         )
-    return _ok("migration", "the driver could wake a frozen instance on another GPU; the agent does not use it yet")
+    return _ok("migration", "a frozen instance can wake on another GPU of the same model, where gpu.migrate is true")
 
 
 def _privileges(host: HostFacts) -> CapabilityLine:
+    if not host.host_pids:
+        return _fail(
+            "privileges",
+            "the agent is in a PID namespace of its own, so it can't tell whose processes hold GPU memory",
+            "start its container with --pid=host, or run the agent on the host",
+        )
     if host.euid != 0:
         # Not a FAIL: a lock that the driver denies (304) is rolled back, so trying costs nothing.
         return _warn(
             "privileges",
-            f"the agent runs as user {host.euid}: the driver may deny it to checkpoint other processes",
-            "run the agent as root, in the host's PID namespace",
+            f"this is user {host.euid}, not root: the driver may deny it to checkpoint processes of others",
+            "run the agent as root (and doctor with sudo)",
         )
-    return _ok("privileges", "root")
+    return _ok("privileges", "root, and the host's processes are seen")
 
 
-def _persistence(host: HostFacts) -> CapabilityLine:
-    off = [gpu.index for gpu in host.gpus if not gpu.persistence]
-    if off:
-        return _warn(
+def _volatile(gpu: Gpu) -> bool:
+    return not gpu.persistence
+
+
+def _persistence(host: HostFacts, chosen: str) -> CapabilityLine:
+    off = host.where(_volatile)
+    fix = f"nvidia-smi -i {off} -pm 1; to keep it over a reboot: systemctl enable --now nvidia-persistenced"
+    if not off:
+        return _ok("persistence", "persistence mode is on")
+    if chosen == "utility":
+        return _fail(
             "persistence",
-            f"persistence mode is off on GPU {_list(off)}: the first wake after a start of the agent takes seconds "
-            "longer, and restores made by other tools kill their targets",
-            "nvidia-smi -pm 1, or enable nvidia-persistenced",
+            f"persistence mode is off on GPU {off}: a restore by the cuda-checkpoint program would kill its instance",
+            fix,
         )
-    return _ok("persistence", "persistence mode is on")
+    return _warn(
+        "persistence",
+        f"persistence mode is off on GPU {off}: the first wake after a start of the agent takes seconds longer, and "
+        "restores made by other tools kill their targets",
+        fix,
+    )
 
 
 def _mig(host: HostFacts) -> CapabilityLine:
-    on = [gpu.index for gpu in host.gpus if gpu.mig]
-    if on:
-        return _fail(
-            "mig",
-            f"GPU {_list(on)} is in MIG mode, which can't be checkpointed",
-            f"nvidia-smi -i {_list(on)} -mig 0, or leave these GPUs to others",
-        )
+    if on := host.where(lambda gpu: gpu.mig):
+        return _fail("mig", f"GPU {on} is in MIG mode, which can't be checkpointed", f"nvidia-smi -i {on} -mig 0")
     return _ok("mig", "MIG mode is off")
 
 
-def _list(indexes: Sequence[int]) -> str:
-    return ",".join(map(str, indexes))
+def _vgpu(host: HostFacts) -> CapabilityLine:
+    if virtual := host.where(lambda gpu: gpu.virtual):
+        return _fail(
+            "vgpu",
+            f"GPU {virtual} is a vGPU, which can't be checkpointed",
+            "give the virtual machine whole GPUs (PCI passthrough)",
+        )
+    return _ok("vgpu", "whole GPUs, no vGPU")
+
+
+def _compute_mode(host: HostFacts) -> CapabilityLine:
+    if closed := host.where(lambda gpu: gpu.compute_mode is ComputeMode.PROHIBITED):
+        return _fail(
+            "compute mode",
+            f"GPU {closed} is closed to CUDA (compute mode PROHIBITED)",
+            f"nvidia-smi -i {closed} -c DEFAULT",
+        )
+    if exclusive := host.where(lambda gpu: gpu.compute_mode is ComputeMode.EXCLUSIVE):
+        return _warn(
+            "compute mode",
+            f"GPU {exclusive} takes one process at a time (EXCLUSIVE_PROCESS): instances of several processes fail",
+            f"nvidia-smi -i {exclusive} -c DEFAULT",
+        )
+    return _ok("compute mode", "DEFAULT")
+
+
+def _mps(host: HostFacts) -> CapabilityLine:
+    if host.mps:
+        return _fail(
+            "mps",
+            "an MPS daemon runs here, and what computes through it can't be checkpointed",
+            "echo quit | nvidia-cuda-mps-control",
+        )
+    return _ok("mps", "no MPS daemon")
 
 
 def _ok(name: str, reason: str) -> CapabilityLine:
