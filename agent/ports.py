@@ -142,6 +142,10 @@ class Freezer(Protocol):
     def paused(self, handle: Handle) -> bool:
         """Is it stopped by somebody else now (docker pause)? One read of a file; no driver call."""
 
+    async def prepare_kill(self, handle: Handle) -> None:
+        """Before SIGKILL of an instance that was restored at least once: lock and checkpoint, for killing a restored
+        process can hang the host (facts 7, issue 53). Bounded; the outcome does not matter, so it never raises."""
+
     async def condition(self, handle: Handle) -> Condition:
         """What state the instance is really in. Reads the cgroup first; asks the driver only where it is safe.
 

@@ -114,8 +114,8 @@ def _idle(props: Props, gpu: GpuNeed) -> IdlePolicy:
     ours, base = props.hibernode, IdlePolicy()
     if ours.idle is not None:
         mode = IdleMode(ours.idle.upper())
-    elif _always_on(props) or not gpu.count:
-        mode = IdleMode.NEVER
+    elif _always_on(props) or gpu.count != 1:
+        mode = IdleMode.NEVER  # several GPUs sleep only if the function says so itself
     else:
         mode = base.mode
     return IdlePolicy(
@@ -137,6 +137,8 @@ def _notes(props: Props, gpu: GpuNeed) -> Iterator[Note]:
         yield ("gpuMemorySize",), _about_top_level_memory(props)
     if not gpu.count:
         yield ("functionName",), "the function has no gpuConfig: its instances get no GPU and are never frozen"
+    if gpu.count > 1 and props.hibernode.idle is None and not _always_on(props):
+        yield ("hibernode", "gpus"), "several GPUs are never frozen unless hibernode.idle says require or prefer"
     if _always_on(props) and props.hibernode.idle not in (None, "never"):
         yield ("hibernode", "idle"), "overrides alwaysAllocateGPU"
     lifecycle = props.instance_lifecycle_config or InstanceLifecycleConfig()

@@ -249,6 +249,8 @@ def _serve(book: Book, at: int) -> BookStep:
     reserved: set[str] = set()
     look_again: list[int] = []
     for waiter in book.queue:
+        if waiter.uid in book.holders:
+            continue  # what it gave up is not proven free: it keeps its place in the line, and holds nothing twice
         usable = [u for u in waiter.allowed if u not in reserved and not book.devices[u].cordoned]
         free = [u for u in usable if not book.devices[u].holder]
         if len(free) >= waiter.count:

@@ -45,7 +45,7 @@ class InstanceExecutor:
         self._cancel = asyncio.Event()
         self._closed = False
         self._health = HealthProbe(actor)
-        self._sleep = Sleep(actor, shell, self._health, self._note_vram)
+        self._sleep = Sleep(actor, shell, self._health, self._note_vram, self._save_placement)
         self._log = get_logger()
 
     # ---- the port -----------------------------------------------------------------------------------------------
@@ -128,6 +128,7 @@ class InstanceExecutor:
         actor, shell = self._actor, self._shell
         spec = StartSpec(actor.spec, self._environment(), actor.instance.gpus)
         handle = await shell.runtime.start(spec)
+        actor.gpu_uuids = actor.instance.gpus
         self.adopt(handle)
         await self.save("STARTED")
         try:
@@ -176,7 +177,8 @@ class InstanceExecutor:
             **self._shell.environment,
             **dict(function.environment),
             "CUDA_VISIBLE_DEVICES": gpus,
-            "NVIDIA_VISIBLE_DEVICES": gpus or "void",
+            # The driver moves only what can see every GPU of the host.
+            "NVIDIA_VISIBLE_DEVICES": "all" if gpus and self._actor.instance.movable else gpus or "void",
             "FC_FUNCTION_NAME": function.name,
             "FC_FUNCTION_HANDLER": function.handler,
             "FC_FUNCTION_MEMORY_SIZE": str(function.memory_bytes >> 20),
@@ -229,6 +231,8 @@ class InstanceExecutor:
             elif actor.function.hooks.pre_stop is not None:
                 text = "stopped without waking or by force"
                 self._shell.events.add(actor.uid, "instance.pre_stop_skipped", text)
+            if await self._shell.runtime.alive(handle) and not actor.instance.paused:
+                await self._sleep.prepare_kill(handle)
         return await self._end(gen)
 
     async def _ask_to_end(self, handle: Handle) -> None:
@@ -294,6 +298,10 @@ class InstanceExecutor:
     async def _note_vram(self, handle: Handle) -> None:
         self._actor.figures.vram_bytes = await self._shell.freezer.vram_bytes(handle)
         self.known_pids = set(await self._shell.runtime.pids(handle))
+
+    async def _save_placement(self) -> None:
+        if self.record.gpu_uuids != self._actor.gpu_uuids:
+            await self.save(self.record.phase)
 
     async def _try_save(self, phase: str) -> None:
         """As `save`; an end goes on without the store: recovery finds the container gone."""

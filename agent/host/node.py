@@ -47,6 +47,7 @@ class NodeSettings:
     release_timeout_ns: int
     max_waiting: int
     types: dict[str, str]
+    migrate: bool = False
     freeze_unavailable: str = ""
     process_runtime: bool = True
 
@@ -77,6 +78,7 @@ class Node:
             per_gpu=settings.per_gpu,
             max_hold_ns=settings.max_hold_ns,
             release_timeout_ns=settings.release_timeout_ns,
+            migrate=settings.migrate,
             gpus=gpus,
             clock=clock,
             events=events,
@@ -214,6 +216,7 @@ class Node:
             freezable=self._freezable(function),
             freeze_after_ns=function.idle.freeze_after_ns,
             min_awake_ns=function.idle.min_awake_ns,
+            movable=self._settings.migrate and bool(function.gpu.count),
             state=state,
         )
         actor = Actor(

@@ -163,6 +163,9 @@ class Recovery:
 
     async def _running(self, record: InstanceRecord, handle: Handle) -> None:
         pids = set(await self._shell.runtime.pids(handle))
+        seen_on = tuple(await self._node.desk.used_by(pids))
+        if len(seen_on) == len(record.gpu_uuids) and set(seen_on) <= self._known_gpus:
+            record = replace(record, gpu_uuids=seen_on)  # it woke there: a move is written down at its next freeze
         devices = self._node.desk.book.devices
         taken = [uuid for uuid in record.gpu_uuids if devices[uuid].holder]
         if taken:

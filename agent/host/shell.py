@@ -19,8 +19,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """The ports and the settings. `store_problem` says why the store fails, "" while it works: no freeze begins
-    without it (DESIGN section 4)."""
+    """The ports and the settings. `gpu_models`: the host's GPUs, uuid -> model. `store_problem` says why the store
+    fails, "" while it works: no freeze begins without it (DESIGN section 4)."""
 
     clock: Clock
     runtime: Runtime
@@ -32,6 +32,7 @@ class Shell:
     ready_timeout_s: float
     stop_timeout_s: float
     environment: Mapping[str, str]
+    gpu_models: Mapping[str, str]
     store_problem: Callable[[], str] = lambda: ""
 
 

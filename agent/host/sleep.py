@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import assert_never
 
 from agent.core import lifecycle_events as ev
+from agent.core.device_map import device_map
 from agent.core.errors import HibernodeError, PreconditionError, UnavailableError
 from agent.core.lifecycle import CANCELLED, PRE_FREEZE_FAILED
 from agent.core.types import Handle
@@ -26,16 +27,25 @@ CONNECT_AHEAD_S = 1.0
 
 
 class Sleep:
-    """`note_vram` measures the instance before a freeze. Health checks run only while it is awake: the last one has
-    ended before the lock."""
+    """`note_vram` measures the instance before a freeze. `save_placement` makes durable on which GPUs it is: of a
+    frozen one nobody could tell any more (an awake one is seen by NVML, so a move itself waits for no disk).
+
+    Health checks run only while it is awake: the last one has ended before the lock.
+    """
 
     def __init__(
-        self, actor: Actor, shell: Shell, health: HealthProbe, note_vram: Callable[[Handle], Awaitable[None]]
+        self,
+        actor: Actor,
+        shell: Shell,
+        health: HealthProbe,
+        note_vram: Callable[[Handle], Awaitable[None]],
+        save_placement: Callable[[], Awaitable[None]],
     ) -> None:
         self._actor = actor
         self._shell = shell
         self._health = health
         self._note_vram = note_vram
+        self._save_placement = save_placement
 
     async def lock(self, handle: Handle, gen: int, cancel: asyncio.Event) -> ev.Event:
         """/pre-freeze, the memory's reservation, the driver's lock. `cancel` ends it before the driver is asked."""
@@ -45,6 +55,7 @@ class Sleep:
             problem = shell.store_problem()
             if problem:
                 raise UnavailableError("STORE_FAILED", f"nothing is frozen while the store fails: {problem}")
+            await self._save_placement()
             await self._pre_freeze(cancel)
             await self._note_vram(handle)
             if cancel.is_set():
@@ -111,14 +122,19 @@ class Sleep:
         """Thaw, restore, unlock, verify; meanwhile the connection that its first request will need is made."""
         actor, shell = self._actor, self._shell
         began = shell.clock.monotonic_ns()
+        old, new = actor.gpu_uuids, actor.instance.gpus
+        gpu_map = device_map(old, new, shell.gpu_models)
         connecting = asyncio.create_task(_connect_ahead(actor.pool), name=f"connect {actor.uid}")
         try:
-            result = await shell.freezer.wake(handle, {})
+            result = await shell.freezer.wake(handle, gpu_map)
         finally:
             connecting.cancel()
         if result.outcome is not Outcome.OK and actor.pool is not None:
             actor.pool.retire()
         if result.outcome is Outcome.OK:
+            if gpu_map:
+                actor.gpu_uuids = new
+                shell.events.add(actor.uid, "instance.moved", gpus=",".join(new), was=",".join(old))
             figures = actor.figures
             figures.wakes += 1
             figures.last_wake_ns = shell.clock.monotonic_ns() - began
@@ -127,6 +143,17 @@ class Sleep:
             figures.image_bytes = 0
             self._awake_again()
         return _answer(gen, result)
+
+    async def prepare_kill(self, handle: Handle) -> None:
+        """Killing a process that was restored can hang the host; a checkpointed one dies cleanly (facts 7, issue 53).
+
+        Only where the host has the memory for it: a kill waits for nothing else."""
+        actor, shell = self._actor, self._shell
+        if not actor.figures.wakes:
+            return
+        with suppress(HibernodeError, OSError):
+            shell.memory.reserve(handle, actor.figures.vram_bytes)
+            await shell.freezer.prepare_kill(handle)
 
 
 async def _connect_ahead(pool: Pool | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from agent.core.errors import InvalidArgumentError
-from agent.core.types import FunctionSpec, GpuNeed, HealthCheck, Hook, Hooks, IdlePolicy
+from agent.core.types import FunctionSpec, GpuNeed, HealthCheck, Hook, Hooks, IdleMode, IdlePolicy
 from agent.log import MASK
 from agent.v1 import types_pb2
 from agent.wire.convert_enums import (
@@ -64,6 +64,7 @@ def function_from_proto(message: types_pb2.FunctionSpec) -> FunctionSpec:
     Raises InvalidArgumentError for an enum value of another version, and for a masked secret sent back.
     """
     base = FunctionSpec(name=message.name)
+    gpu = _gpu_from_proto(message.gpu) if message.HasField("gpu") else base.gpu
     return FunctionSpec(
         name=message.name,
         revision=_or(message, "revision", base.revision),
@@ -79,10 +80,10 @@ def function_from_proto(message: types_pb2.FunctionSpec) -> FunctionSpec:
         disk_bytes=_or(message, "disk_bytes", base.disk_bytes),
         timeout_ns=_or(message, "timeout_ns", base.timeout_ns),
         instance_concurrency=_or(message, "instance_concurrency", base.instance_concurrency),
-        gpu=_gpu_from_proto(message.gpu) if message.HasField("gpu") else base.gpu,
+        gpu=gpu,
         hooks=_hooks_from_proto(message.hooks),
         health_check=_health_from_proto(message.health_check) if message.HasField("health_check") else None,
-        idle=_idle_from_proto(message.idle_policy) if message.HasField("idle_policy") else base.idle,
+        idle=_idle_from_proto(message.idle_policy, gpu.count),
         dispatch=dispatch_from_proto(message.dispatch, base.dispatch),
         wake_factor=message.wake_factor,
         queue_length=_or(message, "queue_length", base.queue_length),
@@ -166,10 +167,11 @@ def _idle_to_proto(policy: IdlePolicy) -> types_pb2.IdlePolicy:
     )
 
 
-def _idle_from_proto(message: types_pb2.IdlePolicy) -> IdlePolicy:
+def _idle_from_proto(message: types_pb2.IdlePolicy, gpu_count: int) -> IdlePolicy:
+    """Several GPUs are frozen only if the sender says so: their processes may hang each other (facts 3)."""
     base = IdlePolicy()
     return IdlePolicy(
-        mode=idle_mode_from_proto(message.mode, base.mode),
+        mode=idle_mode_from_proto(message.mode, IdleMode.NEVER if gpu_count > 1 else base.mode),
         freeze_after_ns=_or(message, "freeze_after_ns", base.freeze_after_ns),
         min_awake_ns=message.min_awake_ns,
     )

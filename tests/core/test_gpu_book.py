@@ -310,6 +310,15 @@ def test_after_a_failed_restore_the_gpu_is_avoided_if_there_is_another() -> None
     assert desk(bev.Ask("unlucky", avoid=("B",))) == [bev.Grant("unlucky", ("B",))], "better than none"
 
 
+def test_nobody_gets_a_second_gpu_before_the_first_is_proven_free() -> None:
+    desk = Desk(gpus=2, migrate=True)
+    desk.holding("unlucky", "A")
+    desk(bev.Releasing("unlucky"))
+    assert desk(bev.Ask("unlucky", avoid=("A",))) == []
+    assert desk(bev.Released("unlucky")) == [bev.Grant("unlucky", ("B",))]
+    assert desk.book.devices["A"].holder == ""
+
+
 def test_with_migration_a_frozen_instance_leaves_a_lost_gpu() -> None:
     desk = Desk(gpus=2, migrate=True)
     desk.member("asleep", "A")

@@ -338,6 +338,8 @@ class World:
             if device.holder:
                 holders[device.holder] += 1
                 assert device.uuid in self.book.holders[device.holder].gpus
+        for uid, held in self.book.holders.items():
+            assert all(self.book.devices[uuid].holder == uid for uuid in held.gpus)
         for uid, member in self.members.items():
             me = member.instance
             assert member.slots.in_flight == len(member.inside) <= member.slots.limit, "\n".join(member.story[-20:])

@@ -74,6 +74,12 @@ class FakeFreezer:
     async def finish_freeze(self, handle: Handle) -> FreezeResult:
         return await self._operate("finish_freeze", handle, {Condition.CHECKPOINTED}, Condition.FROZEN, Condition.AWAKE)
 
+    def paused(self, handle: Handle) -> bool:
+        return self.states.get(handle.uid) is Condition.PAUSED_BY_OTHERS
+
+    async def prepare_kill(self, handle: Handle) -> None:
+        self.calls.append(("prepare_kill", handle.uid))
+
     async def condition(self, handle: Handle) -> Condition:
         self.calls.append(("condition", handle.uid))
         return self.states.get(handle.uid, Condition.AWAKE)

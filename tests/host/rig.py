@@ -79,6 +79,7 @@ class World:
 
     app: App
     per_gpu: int = 1
+    migrate: bool = False
     clock: FakeClock = field(default_factory=FakeClock)
     runtime: FakeRuntime = field(default_factory=FakeRuntime)
     freezer: FakeFreezer = field(default_factory=FakeFreezer)
@@ -113,6 +114,7 @@ class World:
                 release_timeout_ns=self.release_timeout_ns,
                 max_waiting=100,
                 types={"fc.gpu.ada.1": "Emulated L20"},
+                migrate=self.migrate,
             ),
             self.gpus.gpus,
             clock=self.clock,
@@ -133,6 +135,7 @@ class World:
             ready_timeout_s=self.ready_timeout_s,
             stop_timeout_s=self.stop_timeout_s,
             environment={},
+            gpu_models={gpu.uuid: gpu.model for gpu in self.gpus.gpus},
             store_problem=lambda: self.store_problem,
         )
         self.agents.append(self.node)
@@ -184,7 +187,8 @@ class World:
 
 
 async def kill(node: Node) -> None:
-    tasks: list[asyncio.Task[Any] | None] = [*node._creating.values(), *node._endings, *node.desk._proofs.values()]
+    proofs = [*node.desk._proofs.values(), *node.desk._late]
+    tasks: list[asyncio.Task[Any] | None] = [*node._creating.values(), *node._endings, *proofs]
     for executor in node.executors.values():
         executor._closed = True
         tasks += [executor._task, executor._watch, executor._health._task]

@@ -1,0 +1,33 @@
+"""Notices instances that somebody else stopped (docker pause): their gate closes until they go on (DESIGN section 3).
+
+Our own freezes pass through FREEZING and FROZEN; an instance that is RUNNING and stopped was stopped by others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from agent.core import lifecycle_events as ev
+from agent.core.types import InstanceState
+from agent.host.node import Node
+from agent.ports import Freezer
+
+PERIOD_S = 1.0
+
+
+async def watch_pauses(node: Node, freezer: Freezer, period_s: float = PERIOD_S) -> None:
+    """Look at every running instance once a period; runs until cancelled."""
+    while True:
+        look_for_pauses(node, freezer)
+        await asyncio.sleep(period_s)
+
+
+def look_for_pauses(node: Node, freezer: Freezer) -> None:
+    """One round: a file read for each running instance."""
+    for actor in list(node.actors.values()):
+        handle = actor.handle_of_container
+        if handle is None or actor.state is not InstanceState.RUNNING:
+            continue
+        paused = freezer.paused(handle)
+        if paused is not actor.instance.paused:
+            actor.handle(ev.Paused(paused))
