@@ -345,6 +345,13 @@ class CudaFreezer:
         """`Freezer.thaw`. Raises what `ProcessFreezer.thaw` raises."""
         await self._cgroups.thaw(handle)
 
+    def paused(self, handle: Handle) -> bool:
+        """`Freezer.paused`."""
+        return self._cgroups.state(handle) is FreezerState.FROZEN and not self._cgroups.frozen_by_us(handle)
+
+    async def prepare_kill(self, handle: Handle) -> None:
+        """`Freezer.prepare_kill`."""
+
     async def vram_bytes(self, handle: Handle) -> int:
         """`Freezer.vram_bytes`. Raises UnavailableError NVML_UNAVAILABLE."""
         return await self._vram_of(frozenset(await self._pids(handle)))

@@ -8,7 +8,6 @@ requests inside end, instances stay.
 from __future__ import annotations
 
 import asyncio
-import os
 import platform
 import random
 import uuid
@@ -21,13 +20,7 @@ import psutil
 from agent import __version__
 from agent.adapters import process_table
 from agent.adapters.cgroup import CgroupSlice, open_slice
-from agent.adapters.cgroup_freezer import choose_freezer
-from agent.adapters.checkpointer_driver import DriverCheckpointer, PoolLimits
 from agent.adapters.clock import SystemClock
-from agent.adapters.driver_worker_process import WorkerOptions
-from agent.adapters.freeze_results import FreezerLimits
-from agent.adapters.freezer import CudaFreezer
-from agent.adapters.gpu_locks import GpuLocks
 from agent.adapters.host_memory import ProcHostMemory
 from agent.adapters.node_store import NodeStore
 from agent.adapters.nvml_gpus import NvmlGpus
@@ -40,10 +33,11 @@ from agent.api.agent_metrics import AgentHealth, AgentMetrics
 from agent.api.instance_servicer import InstanceServicer
 from agent.api.node_ledger import NodeLedger
 from agent.api.node_servicer import NodeServicer
-from agent.core.capabilities import Capabilities, HostFacts, find_capabilities, host_lines
+from agent.core.capabilities import host_lines
 from agent.core.errors import HibernodeError, UnavailableError
 from agent.core.metering import BillingPolicy, Kind
-from agent.core.types import SECOND_NS, Gpu
+from agent.core.types import SECOND_NS
+from agent.daemons.gpu_layer import HostView, open_gpu_layer, see_gpus
 from agent.daemons.process import daemon_main, run_until_signal
 from agent.host.billing import Billing, BillingSettings
 from agent.host.events import EventLog
@@ -52,13 +46,13 @@ from agent.host.ingress import Ingress
 from agent.host.memory_desk import MemoryDesk
 from agent.host.node import Node, NodeSettings
 from agent.host.observe import Identity, Observer
+from agent.host.pauses import watch_pauses
 from agent.host.pruning import LedgerPruner
 from agent.host.recovery import Recovery
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
 from agent.http.server import serve
 from agent.log import get_logger
-from agent.ports import DriverInfo
 from agent.settings import AgentConfig, Listen
 from agent.wire.addresses import join
 from agent.wire.clients import DaemonChannel
@@ -105,7 +99,11 @@ class AgentDaemon:
             frozen=found.frozen,
             restarted=found.restarted,
         )
-        services = [self._sample_gpus(), LedgerPruner(self.store, self.clock).run()]
+        services = [
+            self._sample_gpus(),
+            watch_pauses(self.node, self.gpu.freezer),
+            LedgerPruner(self.store, self.clock).run(),
+        ]
         if self.link is not None:
             services.append(self.link.run())
         try:
@@ -117,15 +115,9 @@ class AgentDaemon:
 
     async def _build(self) -> None:
         config = self._config
-        self.gpus = NvmlGpus()
-        self._stack.push_async_callback(self.gpus.close)
-        driver, inventory = await self._look_at_gpus()
-        locks = GpuLocks()
-        locks.take([gpu.uuid for gpu in inventory])
-        self._stack.callback(locks.release)
-        capabilities = find_capabilities(
-            HostFacts(driver.version if driver else "", inventory, os.geteuid(), platform.machine())
-        )
+        gpus = NvmlGpus()
+        self._stack.push_async_callback(gpus.close)
+        sight = await see_gpus(gpus)
         slice_ = open_slice(self.state.uuid)
         self.store = await NodeStore.open(Path(config.state_dir))
         self._stack.push_async_callback(self.store.close)
@@ -135,12 +127,13 @@ class AgentDaemon:
             node=self.name,
             boot_id=self.boot_id,
             settings=_billing(config),
-            card_bytes={gpu.uuid: gpu.memory_bytes for gpu in inventory},
+            card_bytes={gpu.uuid: gpu.memory_bytes for gpu in sight.gpus},
         )
         await self.billing.load()
         self.runtime = ProcessRuntime(self._runtime_settings(slice_), self.clock)
         self._stack.callback(self.runtime.close)
-        unavailable = await self._build_freezer(capabilities, slice_)
+        host = HostView(slice_, self.state.uuid, self.boot_id, self.runtime.pids)
+        self.gpu = await open_gpu_layer(self._stack, config.gpu, host, gpus, sight, self._cordon)
         memory = MemoryDesk(
             ProcHostMemory(),
             limit_bytes=config.gpu.frozen_memory_limit_bytes,
@@ -153,66 +146,27 @@ class AgentDaemon:
                 release_timeout_ns=config.gpu.release_timeout_ns,
                 max_waiting=config.queue.max_waiting,
                 types=config.gpu.types,
-                freeze_unavailable=unavailable,
+                migrate=config.gpu.migrate and self.gpu.migrates,
+                freeze_unavailable=self.gpu.unavailable,
                 process_runtime=config.runtime.process.enabled,
             ),
-            inventory,
+            sight.gpus,
             clock=self.clock,
-            gpus=self.gpus,
+            gpus=gpus,
             memory=memory,
             events=self.events,
             meters=self.billing,
             new_uid=lambda: f"i-{uuid.uuid4().hex[:20]}",
         )
         self.node.shell = self._shell(memory)
-        self.observer = Observer(
-            self.node, self._identity(driver, capabilities, slice_, unavailable), self.clock, self.billing.totals
-        )
+        self.observer = Observer(self.node, self._identity(slice_), self.clock, self.billing.totals)
         self.link = self._link()
-
-    async def _look_at_gpus(self) -> tuple[DriverInfo | None, list[Gpu]]:
-        """Without a driver the node has no GPUs, and says so; it still runs functions that need none."""
-        try:
-            return await self.gpus.driver(), list(await self.gpus.list_gpus())
-        except HibernodeError as error:
-            self._log.warning("gpu.unavailable", reason=error.reason, message=error.message)
-            return None, []
-
-    async def _build_freezer(self, capabilities: Capabilities, slice_: CgroupSlice | None) -> str:
-        """The freezer; returns why idle mode can't be had here, "" if it can."""
-        config = self._config.gpu
-        self.checkpointer = DriverCheckpointer(
-            WorkerOptions(
-                init_before_restore=any(
-                    line.name == "persistence" and line.level != "OK" for line in capabilities.lines
-                )
-            ),
-            PoolLimits(workers=config.driver_workers),
-            self._cordon,
-        )
-        self._stack.push_async_callback(self.checkpointer.close)
-        self.freezer = CudaFreezer(
-            self.checkpointer,
-            choose_freezer(slice_, self.state.uuid, self.boot_id),
-            self.gpus,
-            self.runtime.pids,
-            self.boot_id,
-            FreezerLimits(
-                lock_timeout_s=config.lock_timeout_ns / SECOND_NS, copy_base_s=config.operation_timeout_ns / SECOND_NS
-            ),
-        )
-        if not capabilities.idle_mode:
-            return next(f"{line.reason} ({line.fix})" for line in capabilities.lines if line.level == "FAIL")
-        try:
-            await self.checkpointer.start()
-        except HibernodeError as error:
-            self._log.warning("idle_mode.unavailable", reason=error.reason, message=error.message)
-            return error.message
-        return ""
 
     def _cordon(self, gpu_uuids: Sequence[str]) -> None:
         """An operation survived SIGKILL in the driver: nothing new may use these GPUs."""
-        self.node.desk.cordon("", gpu_uuids, "DRIVER_STUCK: a driver call survived SIGKILL")
+        self.node.desk.cordon(
+            "", gpu_uuids, "DRIVER_STUCK: a driver call survived SIGKILL", source="driver", lasting=True
+        )
 
     def _runtime_settings(self, slice_: CgroupSlice | None) -> ProcessRuntimeSettings:
         return ProcessRuntimeSettings(
@@ -230,7 +184,7 @@ class AgentDaemon:
         return Shell(
             clock=self.clock,
             runtime=self.runtime,
-            freezer=self.freezer,
+            freezer=self.gpu.freezer,
             memory=memory,
             store=self.store,
             events=self.events,
@@ -238,20 +192,19 @@ class AgentDaemon:
             ready_timeout_s=runtime.ready_timeout_ns / SECOND_NS,
             stop_timeout_s=runtime.stop_timeout_ns / SECOND_NS,
             environment=self._config.gpu.mounts.environment,
+            gpu_models={gpu.uuid: gpu.model for gpu in self.gpu.sight.gpus},
             store_problem=lambda: self.store.health.message,
         )
 
-    def _identity(
-        self, driver: DriverInfo | None, capabilities: Capabilities, slice_: CgroupSlice | None, unavailable: str
-    ) -> Identity:
+    def _identity(self, slice_: CgroupSlice | None) -> Identity:
         cgroup = "" if slice_ is None else str(slice_.path_of(""))
         return Identity(
             name=self.name,
             boot_id=self.boot_id,
             version=__version__,
             epoch=self.clock.wall_ns(),
-            driver=driver,
-            capabilities=host_lines(capabilities, cgroup, unavailable),
+            driver=self.gpu.sight.driver,
+            capabilities=host_lines(self.gpu.capabilities, cgroup, self.gpu.unavailable),
             runtimes=("process",) if self._config.runtime.process.enabled else (),
             instances_per_gpu=self._config.gpu.instances_per_gpu,
             start_wall_ns=self.clock.wall_ns(),
@@ -344,7 +297,7 @@ class AgentDaemon:
     async def _sample_gpus(self) -> None:
         while True:
             try:
-                self.observer.memory_used = await self.gpus.memory_used()
+                self.observer.memory_used = await self.gpu.gpus.memory_used()
             except HibernodeError as error:
                 self._log.debug("gpu.sample_failed", reason=error.reason)
             await asyncio.sleep(SAMPLE_S)
