@@ -1,0 +1,97 @@
+"""Builds what stands between the node and the driver: NVML, the locks on the GPUs, the checkpointer and the freezer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from agent.adapters.cgroup import CgroupSlice
+from agent.adapters.cgroup_freezer import choose_freezer
+from agent.adapters.checkpointers import HostCheckpointer, choose
+from agent.adapters.cuda_processes import Pids
+from agent.adapters.freeze_results import FreezerLimits
+from agent.adapters.freezer import CudaFreezer
+from agent.adapters.gpu_locks import GpuLocks
+from agent.adapters.host_facts import GpuSight, host_facts, look_at_gpus
+from agent.adapters.nvml_gpus import NvmlGpus
+from agent.core.capabilities import Capabilities, find_capabilities
+from agent.core.errors import HibernodeError
+from agent.core.types import SECOND_NS
+from agent.log import get_logger
+from agent.settings import GpuSettings
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLayer:
+    """`capabilities` is the verdict on the host; `unavailable` says why idle mode can't be had here, "" if it can."""
+
+    gpus: NvmlGpus
+    sight: GpuSight
+    capabilities: Capabilities
+    checkpointer: HostCheckpointer
+    freezer: CudaFreezer
+    unavailable: str
+
+    @property
+    def migrates(self) -> bool:
+        """Can the driver wake a frozen instance on another GPU?"""
+        return self.capabilities.migration and not self.unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    """What the freezer has to know of the host: the agent's slice of cgroups (None = none can be written), the state
+    directory's UUID, the boot, and how to list an instance's pids."""
+
+    slice_: CgroupSlice | None
+    state_uuid: str
+    boot_id: str
+    pids: Pids
+
+
+async def open_gpu_layer(
+    stack: AsyncExitStack,
+    settings: GpuSettings,
+    host: HostView,
+    gpus: NvmlGpus,
+    sight: GpuSight,
+    on_stuck: Callable[[Sequence[str]], None],
+) -> GpuLayer:
+    """Lock the GPUs, choose and start the checkpointer; `stack` takes it all down. A host that can't freeze is no
+    error: its functions run always awake. Raises UnavailableError GPU_LOCKED if another agent has a GPU."""
+    log = get_logger()
+    locks = GpuLocks()
+    locks.take([gpu.uuid for gpu in sight.gpus])
+    stack.callback(locks.release)
+    capabilities = find_capabilities(host_facts(sight, settings))
+    checkpointer = choose(capabilities, settings, on_stuck)
+    stack.push_async_callback(checkpointer.close)
+    freezer = CudaFreezer(
+        checkpointer,
+        choose_freezer(host.slice_, host.state_uuid, host.boot_id),
+        gpus,
+        host.pids,
+        host.boot_id,
+        FreezerLimits(
+            lock_timeout_s=settings.lock_timeout_ns / SECOND_NS,
+            copy_base_s=settings.operation_timeout_ns / SECOND_NS,
+            several_processes_on_several_gpus=settings.multi_process_multi_gpu,
+        ),
+    )
+    unavailable = capabilities.refusal
+    if not unavailable:
+        try:
+            await checkpointer.start()
+        except HibernodeError as error:
+            log.warning("idle_mode.unavailable", reason=error.reason, message=error.message)
+            unavailable = error.message
+    return GpuLayer(gpus, sight, capabilities, checkpointer, freezer, unavailable)
+
+
+async def see_gpus(gpus: NvmlGpus) -> GpuSight:
+    """Without a driver the node has no GPUs, and says so; it still runs functions that need none."""
+    sight = await look_at_gpus(gpus)
+    if sight.error is not None:
+        get_logger().warning("gpu.unavailable", reason=sight.error.reason, message=sight.error.message)
+    return sight
