@@ -17,6 +17,8 @@ SUBCOMMANDS = [
     ["emulated", "env"],
     ["emulated", "ps"],
     ["emulated", "flip-byte"],
+    ["emulated", "fault"],
+    *(["emulated", "fault", name] for name in ("add", "list", "clear", "xid", "device", "reserve")),
     *(["functions", name] for name in ("list", "show", "rm")),
 ]
 
