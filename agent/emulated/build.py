@@ -30,7 +30,7 @@ class _Product:
 
 _LIBCUDA = (
     *("channel", "pool", "activity", "gate", "process", "restore_thread", "context", "memory"),
-    *("device", "stream", "checkpoint", "entry"),
+    *("device", "stream", "pinned", "checkpoint", "entry"),
 )
 # nodelete: threads and atfork handlers live in the library, so that it must survive a dlclose.
 _SHARED = ("-shared", "-Wl,-z,nodelete", "-Wl,--no-undefined")

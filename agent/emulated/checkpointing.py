@@ -19,7 +19,6 @@ from agent.emulated.latency import Latency
 from agent.emulated.oplog import FrozenCalls, OpLog
 from agent.emulated.pids import thread_of
 from agent.emulated.processes import CudaProcess, Operation
-from agent.emulated.profiles import Profile
 from agent.emulated.protocol import CuResult, Message, Op, State, result_of
 from agent.emulated.vram import Vram, rounded
 
@@ -32,9 +31,8 @@ _NEEDS = {Op.LOCK: State.RUNNING, Op.CHECKPOINT: State.LOCKED, Op.RESTORE: State
 class Checkpointing:
     """Sequences the operations of every process. Called on the event loop only; never blocks it."""
 
-    def __init__(self, devices: list[Device], profile: Profile, oplog: OpLog, latency: Latency) -> None:
+    def __init__(self, devices: list[Device], oplog: OpLog, latency: Latency) -> None:
         self._devices = devices
-        self._profile = profile
         self._oplog = oplog
         self.latency = latency
         self.frozen_calls = FrozenCalls()
@@ -120,8 +118,6 @@ class Checkpointing:
             return done
         if fault.kind == FAILED:
             process.change(State.FAILED)
-        elif fault.instead is CuResult.OUT_OF_MEMORY and operation.op is Op.RESTORE:
-            process.stuck = not self._profile.recovers
         return done if fault.answer_after is None else fault.answer_after
 
     def _verdict(self, process: CudaProcess, operation: Operation) -> CuResult | None:
@@ -132,6 +128,8 @@ class Checkpointing:
             return CuResult.ILLEGAL_STATE if operation.op is Op.UNLOCK else CuResult.OPERATING_SYSTEM
         if process.state is not _NEEDS[operation.op]:
             return CuResult.ILLEGAL_STATE
+        if operation.op is Op.CHECKPOINT and any(self._devices[index].mig for index in process.touched()):
+            return CuResult.OUT_OF_MEMORY  # issue 42: the lock before it succeeds
         if operation.op is not Op.RESTORE:
             return None
         if not operation.caller_initialized and not all(device.persistence for device in self._devices):
@@ -183,7 +181,7 @@ class Checkpointing:
     def _begin_restore(self, process: CudaProcess, operation: Operation) -> None:
         if not self._take_vram(process, operation):
             operation.verdict = CuResult.OUT_OF_MEMORY
-            process.stuck = not self._profile.recovers
+            process.stuck = True  # issue 44, seen on 580.95.05: no later restore helps, however much is free
             self._order(process, operation)
             return
         unready = [

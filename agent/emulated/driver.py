@@ -49,7 +49,7 @@ class Driver:
         self.management = Management(self.devices, self.processes, self.activity)
         self.oplog = OpLog()
         self.checkpointing = Checkpointing(
-            self.devices, self.profile, self.oplog, Latency(options.fixed_us, options.bandwidth_bytes_s)
+            self.devices, self.oplog, Latency(options.fixed_us, options.bandwidth_bytes_s)
         )
         self._mount = find_v2_mount(Path("/proc/self/mountinfo").read_text())
         self._namespace = pids.namespace_of(os.getpid())
@@ -282,7 +282,7 @@ class Driver:
             pid_asked=message.a,
             timeout_ms=message.c & 0xFFFFFFFF if op is Op.LOCK else 0,
             pairs=_decode_pairs(message.payload) if op is Op.RESTORE else (),
-            caller_initialized=bool(message.b),
+            caller_initialized=bool(message.b) and self.profile.init_suffices,
         )
         process = self._find(caller, message.a)
         if process is None:

@@ -1,4 +1,8 @@
-"""Which driver is emulated: what differs between versions, as data (facts: NVIDIA's release notes and cuda.h)."""
+"""Which driver is emulated: what differs between versions, as data.
+
+Seen on real drivers without a GPU: 550 and 555. From NVIDIA's release notes, cuda.h and NVIDIA/cuda-checkpoint's
+issues: the rest; what is inferred says so. PROFILES are the drivers that can be started; TABLE knows more of them.
+"""
 
 from __future__ import annotations
 
@@ -6,46 +10,140 @@ from dataclasses import dataclass
 
 from agent.core.errors import InvalidArgumentError
 
+INSUFFICIENT_DRIVER = "Insufficient driver"
+"""All that the program cuda-checkpoint says, with exit code 255, below CUDA 12.4."""
+
+STATES = ("running", "locked", "checkpointed", "unknown")
+STATES_WITH_FAILED = ("running", "locked", "checkpointed", "failed")
+"""That newer drivers print `failed` is inferred."""
+
+_TOGGLE = frozenset({"--toggle", "--pid", "--help"})
+_ACTIONS = _TOGGLE | {"--get-state", "--get-restore-tid", "--action", "--timeout", "-t", "-p", "-h"}
+_MAP = _ACTIONS | {"--device-map", "-d"}
+_LAUNCH = _MAP | {"--launch-job", "-j"}
+
+
+@dataclass(frozen=True, slots=True)
+class Utility:
+    """The program cuda-checkpoint under one driver: its flags, how it exits after an error and after --help, and what
+    --get-state prints for CUprocessState 0 to 3."""
+
+    flags: frozenset[str]
+    error_exit: int = 1
+    help_exit: int = 0
+    states: tuple[str, ...] = STATES
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:
     """One driver version. `cuda` as cuDriverGetVersion says it: 13000 is 13.0.
 
-    migration: restore takes gpuPairs, and the utility `--device-map`. recovers: a restore that failed for lack of
-    VRAM leaves the process checkpointed, to be tried again; without it the process is stuck for good.
+    utility: None = it says INSUFFICIENT_DRIVER. public_api: libcuda has cuCheckpointProcess*; without it only the
+    utility can checkpoint. migration: restore takes gpuPairs. init_suffices: without persistence mode a restore is
+    allowed to callers that have called cuInit; else to nobody. startable: emulated, not only described. note: where it
+    is not certain.
     """
 
     name: str
     version: str
     cuda: int
-    migration: bool
-    recovers: bool
+    utility: Utility | None
+    public_api: bool = False
+    migration: bool = False
+    init_suffices: bool = False
+    startable: bool = True
+    note: str = ""
 
     def defines(self) -> tuple[str, ...]:
         """Compiler flags: the libraries are built for one driver version, as the real ones are."""
-        return (
-            f'-DEMU_DRIVER_VERSION="{self.version}"',
-            f"-DEMU_CUDA_VERSION={self.cuda}",
-            f"-DEMU_MIGRATION={int(self.migration)}",
-        )
+        program = self.utility or Utility(frozenset())
+        numbers = {
+            "CUDA_VERSION": self.cuda,
+            "CHECKPOINTS": int(self.utility is not None),
+            "PUBLIC_API": int(self.public_api),
+            "MIGRATION": int(self.migration),
+            "UTILITY_ACTIONS": int("--action" in program.flags),
+            "UTILITY_MAP": int("--device-map" in program.flags),
+            "UTILITY_FAILED": int("failed" in program.states),
+            "ERROR_EXIT": program.error_exit,
+            "HELP_EXIT": program.help_exit,
+        }
+        return (f'-DEMU_DRIVER_VERSION="{self.version}"', *(f"-DEMU_{key}={value}" for key, value in numbers.items()))
 
 
-PROFILES = {
+TABLE = {
     profile.name: profile
     for profile in (
-        Profile("570", "570.172.08", 12080, migration=False, recovers=False),
-        Profile("580", "580.65.06", 13000, migration=True, recovers=True),
+        Profile("535", "535.183.06", 12020, None),
+        Profile("550", "550.163.01", 12040, Utility(_TOGGLE, error_exit=255, help_exit=255)),
+        Profile("555", "555.58.02", 12050, Utility(_ACTIONS)),
+        Profile("570", "570.172.08", 12080, Utility(_ACTIONS), public_api=True, init_suffices=True),
+        Profile(
+            "575",
+            "575.57.08",
+            12090,
+            Utility(_ACTIONS),
+            public_api=True,
+            init_suffices=True,
+            startable=False,
+            note="some 575 builds have --device-map already",
+        ),
+        Profile(
+            "580",
+            "580.65.06",
+            13000,
+            Utility(_MAP, states=STATES_WITH_FAILED),
+            public_api=True,
+            migration=True,
+            init_suffices=True,
+        ),
+        Profile(
+            "590",
+            "590.44.01",
+            13010,
+            Utility(_LAUNCH, states=STATES_WITH_FAILED),
+            public_api=True,
+            migration=True,
+            init_suffices=True,
+            startable=False,
+            note="--launch-job is not emulated",
+        ),
+        Profile(
+            "595",
+            "595",
+            13020,
+            Utility(_LAUNCH, states=STATES_WITH_FAILED),
+            public_api=True,
+            migration=True,
+            init_suffices=True,
+            startable=False,
+            note="adds arm64; which CUDA it brings is inferred",
+        ),
+        Profile(
+            "610",
+            "610",
+            13030,
+            Utility(_LAUNCH, states=STATES_WITH_FAILED),
+            public_api=True,
+            migration=True,
+            init_suffices=True,
+            startable=False,
+            note="adds IPC within a job; which CUDA it brings is inferred",
+        ),
     )
 }
+
+PROFILES = {profile.name: profile for profile in TABLE.values() if profile.startable}
 
 
 def find_profile(name: str) -> Profile:
     """Raises InvalidArgumentError EMULATED_PROFILE_UNKNOWN."""
     profile = PROFILES.get(name)
     if profile is None:
+        known = "is described, but not emulated" if name in TABLE else "does not exist"
         raise InvalidArgumentError(
             "EMULATED_PROFILE_UNKNOWN",
-            f"There is no emulated driver {name!r}; choose one of {', '.join(PROFILES)}.",
+            f"The driver profile {name!r} {known}; choose one of {', '.join(PROFILES)}.",
             profile=name,
         )
     return profile

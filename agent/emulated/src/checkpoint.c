@@ -8,6 +8,12 @@
 #include "pool.h"
 #include "process.h"
 
+#if EMU_PUBLIC_API
+#define CHECKPOINT_API EMU_API
+#else
+#define CHECKPOINT_API /* nobody finds them but the program cuda-checkpoint, by the door */
+#endif
+
 static int is_zero(const void *bytes, size_t length)
 {
     const unsigned char *p = bytes;
@@ -25,7 +31,7 @@ static emu_result ask(struct emu_msg *msg, const void *payload, size_t bytes)
     return emu_pool_call(msg, payload, bytes, NULL, 0) < 0 ? EMU_OPERATING_SYSTEM : msg->status;
 }
 
-EMU_API emu_result cuCheckpointProcessGetState(int pid, int *state)
+CHECKPOINT_API emu_result cuCheckpointProcessGetState(int pid, int *state)
 {
     struct emu_msg msg = {.op = EMU_GET_STATE, .a = (uint64_t)pid};
     emu_result result = state ? ask(&msg, NULL, 0) : EMU_INVALID_VALUE;
@@ -34,7 +40,7 @@ EMU_API emu_result cuCheckpointProcessGetState(int pid, int *state)
     return result;
 }
 
-EMU_API emu_result cuCheckpointProcessGetRestoreThreadId(int pid, int *tid)
+CHECKPOINT_API emu_result cuCheckpointProcessGetRestoreThreadId(int pid, int *tid)
 {
     struct emu_msg msg = {.op = EMU_GET_RESTORE_THREAD, .a = (uint64_t)pid};
     emu_result result = tid ? ask(&msg, NULL, 0) : EMU_INVALID_VALUE;
@@ -43,7 +49,7 @@ EMU_API emu_result cuCheckpointProcessGetRestoreThreadId(int pid, int *tid)
     return result;
 }
 
-EMU_API emu_result cuCheckpointProcessLock(int pid, const struct emu_lock_args *args)
+CHECKPOINT_API emu_result cuCheckpointProcessLock(int pid, const struct emu_lock_args *args)
 {
     struct emu_msg msg = {.op = EMU_LOCK, .a = (uint64_t)pid, .c = args ? args->timeout_ms : 0};
     if (args && (args->reserved0 || !is_zero(args->reserved1, sizeof args->reserved1)))
@@ -51,7 +57,7 @@ EMU_API emu_result cuCheckpointProcessLock(int pid, const struct emu_lock_args *
     return ask(&msg, NULL, 0);
 }
 
-EMU_API emu_result cuCheckpointProcessCheckpoint(int pid, const struct emu_checkpoint_args *args)
+CHECKPOINT_API emu_result cuCheckpointProcessCheckpoint(int pid, const struct emu_checkpoint_args *args)
 {
     struct emu_msg msg = {.op = EMU_CHECKPOINT, .a = (uint64_t)pid};
     if (args && !is_zero(args, sizeof *args))
@@ -59,7 +65,7 @@ EMU_API emu_result cuCheckpointProcessCheckpoint(int pid, const struct emu_check
     return ask(&msg, NULL, 0);
 }
 
-EMU_API emu_result cuCheckpointProcessRestore(int pid, const struct emu_restore_args *args)
+CHECKPOINT_API emu_result cuCheckpointProcessRestore(int pid, const struct emu_restore_args *args)
 {
     struct emu_msg msg = {.op = EMU_RESTORE, .a = (uint64_t)pid};
     if (!args)
@@ -75,10 +81,20 @@ EMU_API emu_result cuCheckpointProcessRestore(int pid, const struct emu_restore_
 #endif
 }
 
-EMU_API emu_result cuCheckpointProcessUnlock(int pid, const struct emu_unlock_args *args)
+CHECKPOINT_API emu_result cuCheckpointProcessUnlock(int pid, const struct emu_unlock_args *args)
 {
     struct emu_msg msg = {.op = EMU_UNLOCK, .a = (uint64_t)pid};
     if (args && !is_zero(args, sizeof *args))
         return EMU_INVALID_VALUE;
     return ask(&msg, NULL, 0);
 }
+
+const struct emu_door emu_door = {
+    sizeof emu_door,
+    cuCheckpointProcessGetState,
+    cuCheckpointProcessGetRestoreThreadId,
+    cuCheckpointProcessLock,
+    cuCheckpointProcessCheckpoint,
+    cuCheckpointProcessRestore,
+    cuCheckpointProcessUnlock,
+};

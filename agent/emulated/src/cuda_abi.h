@@ -19,6 +19,7 @@ enum {
     EMU_INVALID_VALUE = 1,
     EMU_OUT_OF_MEMORY = 2,
     EMU_NOT_INITIALIZED = 3,
+    EMU_DEVICE_UNAVAILABLE = 46,
     EMU_NO_DEVICE = 100,
     EMU_INVALID_DEVICE = 101,
     EMU_INVALID_CONTEXT = 201,
@@ -64,5 +65,21 @@ struct emu_restore_args {
 struct emu_unlock_args {
     uint64_t reserved[8];
 };
+
+/* What cuGetExportTable gives the program cuda-checkpoint: the one way to a checkpoint before CUDA 12.8, as with the
+ * real driver (whose table has another name and shape). */
+#define EMU_DOOR_ID {{0x68, 0x62, 0x6e, 0x2d, 0x63, 0x68, 0x65, 0x63, 0x6b, 0x70, 0x6f, 0x69, 0x6e, 0x74, 0x2d, 0x31}}
+
+struct emu_door {
+    size_t size;
+    emu_result (*get_state)(int, int *);
+    emu_result (*get_tid)(int, int *);
+    emu_result (*lock)(int, const struct emu_lock_args *);
+    emu_result (*checkpoint)(int, const struct emu_checkpoint_args *);
+    emu_result (*restore)(int, const struct emu_restore_args *);
+    emu_result (*unlock)(int, const struct emu_unlock_args *);
+};
+
+extern const struct emu_door emu_door;
 
 #endif

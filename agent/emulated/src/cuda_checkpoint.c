@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include <ctype.h>
 #include <dlfcn.h>
-#include <errno.h>
 #include <getopt.h>
 #include <limits.h>
 #include <stdio.h>
@@ -12,33 +11,38 @@
 #include "cuda_abi.h"
 #include "protocol.h"
 
-#define CHECKPOINT_API 12080
+#define NEEDED_CUDA 12040
+#define UNSUPPORTED "Invalid option(s) or option(s) not supported by this CUDA Driver"
+#define SHORT_OPTIONS (EMU_UTILITY_MAP ? "p:t:hd:" : EMU_UTILITY_ACTIONS ? "p:t:h" : "")
 
-enum mode { NONE, GET_STATE, GET_RESTORE_TID, TOGGLE, LOCK, CHECKPOINT, RESTORE, UNLOCK };
+enum mode { NONE, BOGUS, GET_STATE, GET_RESTORE_TID, TOGGLE, LOCK, CHECKPOINT, RESTORE, UNLOCK };
 
 static struct {
     emu_result (*init)(unsigned);
     emu_result (*version)(int *);
     emu_result (*error_string)(emu_result, const char **);
-    emu_result (*get_proc)(const char *, void **, int, uint64_t, int *);
-    emu_result (*get_state)(int, int *);
-    emu_result (*get_tid)(int, int *);
-    emu_result (*lock)(int, struct emu_lock_args *);
-    emu_result (*checkpoint)(int, struct emu_checkpoint_args *);
-    emu_result (*restore)(int, struct emu_restore_args *);
-    emu_result (*unlock)(int, struct emu_unlock_args *);
+    emu_result (*export_table)(const void **, const struct emu_uuid *);
+    const struct emu_door *door;
 } cuda;
 
 static struct emu_gpu_pair pairs[EMU_MAX_DEVICES];
 static unsigned pair_count;
+
+#if EMU_UTILITY_ACTIONS
+#define HELP_FLAGS "--help|-h"
+#else
+#define HELP_FLAGS "--help"
+#endif
 
 static void usage(FILE *out)
 {
     fputs("CUDA checkpoint and restore utility.\n"
           "Toggles the state of CUDA within a process between suspended and running.\n"
           "Version " EMU_DRIVER_VERSION " (emulated).\n\n"
-          "Usage:\n"
-          "    --get-state --pid <value>\n"
+          "Usage:\n",
+          out);
+#if EMU_UTILITY_ACTIONS
+    fputs("    --get-state --pid|-p <value>\n"
           "        Prints the state of the process specified by <value>\n"
           "    --get-restore-tid --pid <value>\n"
           "        Prints the restore thread ID of the process specified by <value>\n"
@@ -47,14 +51,15 @@ static void usage(FILE *out)
           "    --timeout|-t <value>\n"
           "        For --action lock: give up after <value> milliseconds\n",
           out);
-#if EMU_MIGRATION
+#endif
+#if EMU_UTILITY_MAP
     fputs("    --device-map|-d <oldUuid=newUuid,...>\n"
           "        For --action restore: the GPUs to restore onto. Must contain all checkpointed devices\n",
           out);
 #endif
     fputs("    --toggle --pid <value>\n"
           "        Toggles the state of CUDA in the process specified by <value>\n"
-          "    --help|-h\n"
+          "    " HELP_FLAGS "\n"
           "        Prints this text\n",
           out);
 }
@@ -63,7 +68,7 @@ static int bad_usage(const char *text)
 {
     fprintf(stderr, "%s\n", text);
     usage(stderr);
-    return 1;
+    return EMU_ERROR_EXIT;
 }
 
 static const char *reason(emu_result code)
@@ -82,33 +87,26 @@ static int load(void)
     *(void **)&cuda.init = dlsym(library, "cuInit");
     *(void **)&cuda.version = dlsym(library, "cuDriverGetVersion");
     *(void **)&cuda.error_string = dlsym(library, "cuGetErrorString");
-    *(void **)&cuda.get_proc = dlsym(library, "cuGetProcAddress_v2");
-    if (!cuda.init || !cuda.version || !cuda.error_string || !cuda.get_proc)
-        return -1;
-    struct {
-        const char *name;
-        void **into;
-    } wanted[] = {
-        {"cuCheckpointProcessGetState", (void **)&cuda.get_state},
-        {"cuCheckpointProcessGetRestoreThreadId", (void **)&cuda.get_tid},
-        {"cuCheckpointProcessLock", (void **)&cuda.lock},
-        {"cuCheckpointProcessCheckpoint", (void **)&cuda.checkpoint},
-        {"cuCheckpointProcessRestore", (void **)&cuda.restore},
-        {"cuCheckpointProcessUnlock", (void **)&cuda.unlock},
-    };
-    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
-        if (cuda.get_proc(wanted[i].name, wanted[i].into, CHECKPOINT_API, 0, NULL) || !*wanted[i].into)
-            return -1;
-    return 0;
+    *(void **)&cuda.export_table = dlsym(library, "cuGetExportTable");
+    return cuda.init && cuda.version && cuda.error_string && cuda.export_table ? 0 : -1;
 }
 
-/* 0..INT_MAX or -1 */
+/* The driver's own half of this program; absent from drivers that are too old. */
+static int find_door(void)
+{
+    static const struct emu_uuid id = EMU_DOOR_ID;
+    const void *table = NULL;
+    if (cuda.export_table(&table, &id) || !table)
+        return -1;
+    cuda.door = table;
+    return cuda.door->size == sizeof *cuda.door ? 0 : -1;
+}
+
+/* As lax as the real one: what is no number is 0, and is found wrong only when the driver is asked about process 0. */
 static long number(const char *text)
 {
-    char *end;
-    errno = 0;
-    long value = strtol(text, &end, 10);
-    return !isdigit((unsigned char)*text) || *end || errno || value > INT_MAX ? -1 : value;
+    long value = strtol(text, NULL, 10);
+    return value < 0 ? -1 : value > INT_MAX ? INT_MAX : value;
 }
 
 /* [GPU-]xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx; the character after it, or NULL */
@@ -147,20 +145,20 @@ static emu_result perform(enum mode mode, int pid, long timeout)
     struct emu_restore_args restore = {.pairs = pair_count ? pairs : NULL, .count = pair_count};
     switch (mode) {
     case LOCK:
-        return cuda.lock(pid, &lock);
+        return cuda.door->lock(pid, &lock);
     case CHECKPOINT:
-        return cuda.checkpoint(pid, NULL);
+        return cuda.door->checkpoint(pid, NULL);
     case RESTORE:
-        return cuda.restore(pid, pair_count ? &restore : NULL);
+        return cuda.door->restore(pid, pair_count ? &restore : NULL);
     default:
-        return cuda.unlock(pid, NULL);
+        return cuda.door->unlock(pid, NULL);
     }
 }
 
 static int toggle(int pid)
 {
     int state = 0;
-    emu_result result = cuda.get_state(pid, &state);
+    emu_result result = cuda.door->get_state(pid, &state);
     enum mode first = state == EMU_CHECKPOINTED ? RESTORE : LOCK;
     if (!result && state != EMU_CHECKPOINTED && state != EMU_RUNNING)
         result = EMU_ILLEGAL_STATE;
@@ -171,17 +169,17 @@ static int toggle(int pid)
         result = perform(first == LOCK ? CHECKPOINT : UNLOCK, pid, 0);
     if (result)
         fprintf(stderr, "Error toggling CUDA in process ID %d: \"%s\"\n", pid, reason(result));
-    return result ? 1 : 0;
+    return result ? EMU_ERROR_EXIT : 0;
 }
 
 static int print_state(int pid)
 {
-    static const char *const names[] = {"running", "locked", "checkpointed", "failed"};
+    static const char *const names[] = {"running", "locked", "checkpointed", EMU_UTILITY_FAILED ? "failed" : "unknown"};
     int state = 0;
-    emu_result result = cuda.get_state(pid, &state);
+    emu_result result = cuda.door->get_state(pid, &state);
     if (result) {
         fprintf(stderr, "Error getting process state for process ID %d: \"%s\"\n", pid, reason(result));
-        return 1;
+        return EMU_ERROR_EXIT;
     }
     puts(state >= 0 && state < 4 ? names[state] : "unknown");
     return 0;
@@ -190,9 +188,9 @@ static int print_state(int pid)
 static int print_tid(int pid)
 {
     int tid = 0;
-    if (cuda.get_tid(pid, &tid)) {
+    if (cuda.door->get_tid(pid, &tid)) {
         fprintf(stderr, "Could not find restore thread for process ID %d\n", pid);
-        return 1;
+        return EMU_ERROR_EXIT;
     }
     printf("%d\n", tid);
     return 0;
@@ -204,8 +202,14 @@ static int run(enum mode mode, int pid, long timeout, const char *map)
     emu_result result = cuda.init(0);
     if (result) {
         fprintf(stderr, "Error initializing CUDA: \"%s\"\n", reason(result));
-        return 1;
+        return EMU_ERROR_EXIT;
     }
+    if (find_door()) {
+        fprintf(stderr, "Insufficient driver\n");
+        return 255;
+    }
+    if (mode == BOGUS)
+        return bad_usage(UNSUPPORTED);
     if (mode == GET_STATE)
         return print_state(pid);
     if (mode == GET_RESTORE_TID)
@@ -215,7 +219,7 @@ static int run(enum mode mode, int pid, long timeout, const char *map)
     result = map && parse_map(map) ? EMU_INVALID_VALUE : perform(mode, pid, timeout);
     if (result)
         fprintf(stderr, "Could not %s on process ID %d: \"%s\"\n", verbs[mode], pid, reason(result));
-    return result ? 1 : 0;
+    return result ? EMU_ERROR_EXIT : 0;
 }
 
 static enum mode action(const char *name)
@@ -224,17 +228,19 @@ static enum mode action(const char *name)
            : !strcmp(name, "checkpoint") ? CHECKPOINT
            : !strcmp(name, "restore")    ? RESTORE
            : !strcmp(name, "unlock")     ? UNLOCK
-                                         : NONE;
+                                         : BOGUS;
 }
 
 int main(int argc, char **argv)
 {
     static const struct option options[] = {
-        {"get-state", no_argument, NULL, 's'},  {"get-restore-tid", no_argument, NULL, 'g'},
-        {"toggle", no_argument, NULL, 'T'},     {"action", required_argument, NULL, 'a'},
-        {"pid", required_argument, NULL, 'p'},  {"timeout", required_argument, NULL, 't'},
+        {"toggle", no_argument, NULL, 'T'},     {"pid", required_argument, NULL, 'p'},
         {"help", no_argument, NULL, 'h'},
-#if EMU_MIGRATION
+#if EMU_UTILITY_ACTIONS
+        {"get-state", no_argument, NULL, 's'},  {"get-restore-tid", no_argument, NULL, 'g'},
+        {"action", required_argument, NULL, 'a'}, {"timeout", required_argument, NULL, 't'},
+#endif
+#if EMU_UTILITY_MAP
         {"device-map", required_argument, NULL, 'd'},
 #endif
         {0}};
@@ -242,12 +248,12 @@ int main(int argc, char **argv)
     enum mode mode = NONE;
     long pid = -1, timeout = -1;
     const char *map = NULL;
-    if (load() || cuda.version(&version) || version < 12040) {
+    if (load() || cuda.version(&version) || version < NEEDED_CUDA) {
         fprintf(stderr, "Insufficient driver\n");
         return 255;
     }
     opterr = 0;
-    while ((option = getopt_long(argc, argv, EMU_MIGRATION ? "p:t:hd:" : "p:t:h", options, NULL)) != -1) {
+    while ((option = getopt_long(argc, argv, SHORT_OPTIONS, options, NULL)) != -1) {
         switch (option) {
         case 's':
         case 'g':
@@ -256,9 +262,7 @@ int main(int argc, char **argv)
             selected++;
             break;
         case 'a':
-            mode = action(optarg);
-            if (mode == NONE)
-                return bad_usage("Invalid option(s) or option(s) not supported by this CUDA Driver");
+            mode = action(optarg); /* a bogus one is found out only after cuInit, as by the real program */
             selected++;
             break;
         case 'p':
@@ -274,9 +278,9 @@ int main(int argc, char **argv)
             break;
         case 'h':
             usage(stdout);
-            return 0;
+            return EMU_HELP_EXIT;
         default:
-            return bad_usage("Invalid option(s) or option(s) not supported by this CUDA Driver");
+            return bad_usage(UNSUPPORTED);
         }
     }
     if (!selected)

@@ -89,6 +89,7 @@ EMU_API emu_result cuDeviceGetAttribute(int *value, int attribute, emu_devno dev
     emu_result result = enter_device(device, value);
     if (result)
         return result;
+    struct emu_msg msg = {.op = EMU_MEMINFO, .a = (uint64_t)emu_process.visible[device]};
     switch (attribute) {
     case 1: /* MAX_THREADS_PER_BLOCK */
         *value = 1024;
@@ -98,6 +99,10 @@ EMU_API emu_result cuDeviceGetAttribute(int *value, int attribute, emu_devno dev
         break;
     case 16: /* MULTIPROCESSOR_COUNT */
         *value = (int)info(device)->multiprocessors;
+        break;
+    case 20: /* COMPUTE_MODE */
+        result = emu_request(&msg);
+        *value = (int)msg.c;
         break;
     case 33: /* PCI_BUS_ID */
         *value = (int)info(device)->pci_bus;

@@ -12,6 +12,7 @@ static const struct {
     {EMU_INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
     {EMU_OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
     {EMU_NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED", "initialization error"},
+    {EMU_DEVICE_UNAVAILABLE, "CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA-capable device(s) is/are busy or unavailable"},
     {EMU_NO_DEVICE, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"},
     {EMU_INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {EMU_INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
@@ -52,10 +53,11 @@ EMU_API emu_result cuGetErrorString(emu_result code, const char **text)
 
 EMU_API emu_result cuGetExportTable(const void **table, const struct emu_uuid *id)
 {
-    (void)id;
+    static const struct emu_uuid door = EMU_DOOR_ID;
+    int found = EMU_CHECKPOINTS && id && !memcmp(id, &door, sizeof door);
     if (table)
-        *table = NULL;
-    return EMU_NOT_FOUND;
+        *table = found ? &emu_door : NULL;
+    return table && found ? EMU_SUCCESS : EMU_NOT_FOUND;
 }
 
 EMU_API emu_result cuGetProcAddress_v2(const char *, void **, int, uint64_t, int *);
@@ -108,7 +110,9 @@ EMU_API emu_result cuGetProcAddress(const char *, void **, int, uint64_t);
     X(cuStreamCreate, 2000, cuStreamCreate)                                        \
     X(cuStreamDestroy, 4000, cuStreamDestroy_v2)                                   \
     X(cuStreamSynchronize, 2000, cuStreamSynchronize)                              \
-    X(cuLaunchHostFunc, 10000, cuLaunchHostFunc)                                   \
+    X(cuLaunchHostFunc, 10000, cuLaunchHostFunc)
+
+#define CHECKPOINT_ENTRY_POINTS(X)                                                 \
     X(cuCheckpointProcessGetState, 12080, cuCheckpointProcessGetState)             \
     X(cuCheckpointProcessGetRestoreThreadId, 12080, cuCheckpointProcessGetRestoreThreadId) \
     X(cuCheckpointProcessLock, 12080, cuCheckpointProcessLock)                     \
@@ -119,13 +123,21 @@ EMU_API emu_result cuGetProcAddress(const char *, void **, int, uint64_t);
 /* Only the addresses are wanted here; the signatures are declared where the functions are. */
 #define DECLARE(name, since, function) extern char address_of_##function[] __asm__(#function);
 ENTRY_POINTS(DECLARE)
+#if EMU_PUBLIC_API
+CHECKPOINT_ENTRY_POINTS(DECLARE)
+#endif
 
 #define ENTRY(name, since, function) {#name, since, address_of_##function},
 static const struct {
     const char *name;
     int since;
     void *function;
-} entries[] = {ENTRY_POINTS(ENTRY)};
+} entries[] = {
+    ENTRY_POINTS(ENTRY)
+#if EMU_PUBLIC_API
+    CHECKPOINT_ENTRY_POINTS(ENTRY)
+#endif
+};
 
 enum { FOUND = 0, SYMBOL_NOT_FOUND = 1, VERSION_NOT_SUFFICIENT = 2 };
 

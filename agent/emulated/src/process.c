@@ -101,7 +101,7 @@ static void choose_visible(void)
             emu_process.visible[emu_process.visible_count++] = i;
         return;
     }
-    while (*list && emu_process.visible_count < emu_process.device_count) {
+    while (*list) { /* ends at the latest with a duplicate */
         list += strspn(list, " ");
         size_t length = strcspn(list, ", ");
         int found = -1;
@@ -109,9 +109,9 @@ static void choose_visible(void)
         long index = strtol(list, &end, 10);
         if (length && end == list + length && index >= 0 && index < emu_process.device_count)
             found = (int)index;
-        for (int i = 0; i < emu_process.device_count && found < 0; i++)
+        for (int i = 0, matches = 0; i < emu_process.device_count && end != list + length; i++)
             if (device_matches(&emu_process.devices[i], list, length))
-                found = i;
+                found = matches++ ? -1 : i; /* ambiguous = invalid */
         for (int i = 0; i < emu_process.visible_count && found >= 0; i++)
             if (emu_process.visible[i] == found)
                 found = -2;

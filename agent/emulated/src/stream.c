@@ -1,7 +1,6 @@
-/* Streams and pinned memory, as far as they matter to a checkpoint: work in a stream counts as a call inside. */
+/* Streams, as far as they matter to a checkpoint: work in a stream counts as a call inside. */
 #define _GNU_SOURCE
 #include <stdlib.h>
-#include <sys/mman.h>
 
 #include "context.h"
 #include "process.h"
@@ -59,45 +58,4 @@ EMU_API emu_result cuLaunchHostFunc(struct stream *stream, void (*function)(void
         function(data);
     emu_leave();
     return result;
-}
-
-#define HEADER 4096 /* remembers the length in front of the block, and keeps the block page-aligned */
-
-EMU_API emu_result cuMemHostAlloc(void **out, size_t bytes, unsigned flags)
-{
-    struct emu_context *context = NULL;
-    (void)flags;
-    if (!out || !bytes || bytes > SIZE_MAX - HEADER)
-        return EMU_INVALID_VALUE;
-    EMU_CALL_BEGIN;
-    emu_result result = emu_current_context(&context);
-    if (!result) {
-        size_t *block = mmap(NULL, bytes + HEADER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-        if (block == MAP_FAILED)
-            result = EMU_OUT_OF_MEMORY;
-        else {
-            *block = bytes + HEADER;
-            *out = (char *)block + HEADER;
-        }
-    }
-    emu_leave();
-    return result;
-}
-
-EMU_API emu_result cuMemAllocHost_v2(void **out, size_t bytes)
-{
-    return cuMemHostAlloc(out, bytes, 0);
-}
-
-EMU_API emu_result cuMemAllocHost(void **, size_t) __attribute__((alias("cuMemAllocHost_v2")));
-
-EMU_API emu_result cuMemFreeHost(void *block)
-{
-    if (!block)
-        return EMU_INVALID_VALUE;
-    EMU_CALL_BEGIN;
-    size_t *start = (size_t *)((char *)block - HEADER);
-    munmap(start, *start);
-    emu_leave();
-    return EMU_SUCCESS;
 }

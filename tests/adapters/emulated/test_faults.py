@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 from agent.emulated.faults import FAILED, OPERATIONS, RESULTS, SLOW
-from tests.adapters.emulated.conftest import StartDriver
 from tests.adapters.emulated.harness import MIB, CudaProgram, RunningDriver, eventually
 
 RUNNING, LOCKED, CHECKPOINTED, FAILED_STATE = range(4)
@@ -265,20 +264,13 @@ def test_a_refusal_can_be_late(driver: RunningDriver, tool: CudaProgram, kind: s
     assert time.monotonic() - began >= 0.04
 
 
-@pytest.mark.parametrize("profile", ["570", "580"])
-def test_a_restore_without_memory_depends_on_the_driver(start_driver: StartDriver, profile: str) -> None:
-    """Issue 44: 570 answers 2, then 304, and 401 to an unlock; 580 can try again."""
-    driver = start_driver("--profile", profile)
-    tool = driver.tool()
+def test_a_planned_lack_of_memory_is_a_clean_refusal(driver: RunningDriver, tool: CudaProgram) -> None:
+    """A real one is not (test_states.py, issue 44)."""
     patient = patient_for("restore", driver, tool)
     driver.control.fault("restore", "OUT_OF_MEMORY")
     assert patient.ask("restore") == OUT_OF_MEMORY
     assert patient.state() == CHECKPOINTED
-    if profile == "570":
-        assert patient.ask("restore") == OPERATING_SYSTEM
-        assert patient.ask("unlock") == ILLEGAL_STATE
-    else:
-        patient.finish_cycle()
+    patient.finish_cycle()
 
 
 def test_one_of_two_processes_fails_in_mid_checkpoint(driver: RunningDriver, tool: CudaProgram) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 
-import pytest
-
 from tests.adapters.emulated.conftest import StartDriver
 from tests.adapters.emulated.harness import MIB, RunningDriver
 
@@ -68,34 +66,6 @@ def test_what_it_says_when_refused(driver: RunningDriver) -> None:
     code, _, said = utility(driver, "--action", "lock", "--timeout", "20", "--pid", own)
     assert (code, said) == (1, f'Could not lock on process ID {own}: "device not ready"\n')
     app.must("end_work")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ((), "No operation selected"),
-        (("--get-state", "--toggle", "--pid", "1"), "Too many operations selected"),
-        (("--get-state",), "Missing pid to perform operation on"),
-        (("--get-state", "--pid", "abc"), "pid must be a non-negative integer"),
-        (("--action", "lock", "--pid", "1", "-t", "-4"), "timeout must be a non-negative integer"),
-        (("--bogus",), "Invalid option(s) or option(s) not supported by this CUDA Driver"),
-        (("--action", "unlock", "--pid", "1", "-t", "5"), "Timeout is only valid for --action lock operation"),
-    ],
-)
-def test_usage_errors_print_their_text_and_the_help(
-    driver: RunningDriver, arguments: tuple[str, ...], text: str
-) -> None:
-    code, out, said = utility(driver, *arguments)
-    assert (code, out) == (1, "")
-    assert said.startswith(text + "\n")
-    assert said.endswith(utility(driver, "--help")[1])
-
-
-def test_help_is_on_stdout(driver: RunningDriver) -> None:
-    for flag in ("--help", "-h"):
-        code, out, said = utility(driver, flag)
-        assert (code, said) == (0, "")
-        assert "--action lock|checkpoint|restore|unlock" in out
 
 
 def test_device_map_from_580_on(start_driver: StartDriver) -> None:
