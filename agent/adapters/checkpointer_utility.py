@@ -95,6 +95,11 @@ class UtilityCheckpointer:
         if self._batches:
             await asyncio.wait(self._batches, timeout=KILL_TIMEOUT_S + 1)
 
+    @property
+    def program_pids(self) -> Sequence[int]:
+        """Pids of the programs that run now (for tests)."""
+        return [program.pid for program in self._running]
+
     async def _run(
         self, calls: Sequence[CudaCall], commands: Sequence[Sequence[str]], deadline_s: float, gpu_uuids: Sequence[str]
     ) -> CudaReply:

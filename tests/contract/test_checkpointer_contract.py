@@ -1,99 +1,68 @@
-"""What every Checkpointer promises: the fake, the driver workers, and the program, on the emulated driver."""
+"""What every Checkpointer promises: the fake, the driver workers, and the program, on the emulated drivers."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator
+from typing import cast
 
 import pytest
 
-from agent.adapters import cgroup
-from agent.adapters.checkpointer_driver import DriverCheckpointer, PoolLimits
-from agent.adapters.checkpointer_utility import UtilityCheckpointer
-from agent.adapters.driver_worker_process import WorkerOptions
-from agent.core.types import MIB
-from agent.ports import Checkpointer, CudaCall, CudaFault, CudaOp, CudaState
-from tests.fakes.checkpointer import FakeCheckpointer, FakeCudaProcess
-from tests.fakes.emulated_driver import CudaInstances, EmulatedNvidia
+from agent.adapters.cuda_api import CudaResult
+from agent.adapters.cuda_processes import CudaProcessFinder
+from agent.adapters.process_table import boot_id, identify
+from agent.core.types import Handle
+from agent.ports import CudaCall, CudaFault, CudaOp, CudaReply, CudaState
+from tests.contract.checkpointer_worlds import (
+    DONE,
+    KINDS,
+    REAL,
+    EmulatedWorld,
+    World,
+    emulated,
+    fake,
+    hosts,
+)
+
+__all__ = ["hosts"]
 
 STATE, LOCK, CHECKPOINT, RESTORE, UNLOCK = CudaOp
+CHANGES = (LOCK, CHECKPOINT, RESTORE, UNLOCK)
+BEFORE = {
+    LOCK: CudaState.RUNNING,
+    CHECKPOINT: CudaState.LOCKED,
+    RESTORE: CudaState.CHECKPOINTED,
+    UNLOCK: CudaState.LOCKED,
+}
 
 
-@dataclass
-class World:
-    """A host with a CUDA program `cuda`, a second one `other`, and one without CUDA, `plain`: their pids."""
-
-    checkpointer: Checkpointer
-    cuda: int
-    other: int
-    plain: int
-    freeze: Callable[[bool], None]
-
-    async def states(self, *pids: int) -> list[CudaState | None]:
-        reply = await self.checkpointer.run([CudaCall(STATE, pid) for pid in pids], 5.0)
-        return [answer.state for answer in reply.answers]
-
-
-@asynccontextmanager
-async def fake() -> AsyncIterator[World]:
-    driver = FakeCheckpointer({1001: FakeCudaProcess(), 1002: FakeCudaProcess()}, hang_s=0.05)
-
-    def freeze(frozen: bool) -> None:
-        if frozen:
-            driver.processes[1001].thawed.clear()
-        else:
-            driver.processes[1001].thaw()
-
-    yield World(driver, 1001, 1002, 1003, freeze)
-
-
-@asynccontextmanager
-async def real(nvidia: EmulatedNvidia, *, utility: bool) -> AsyncIterator[World]:
-    instances = CudaInstances(nvidia.environment)
-    workers = DriverCheckpointer(
-        WorkerOptions(environment=nvidia.environment), PoolLimits(workers=2, first_backoff_s=0.001)
-    )
-    if not utility:
-        await workers.start()
-    program = nvidia.directory / "bin" / "cuda-checkpoint"
-    checkpointer = UtilityCheckpointer(program, nvidia.environment) if utility else workers
-    (cuda, handle), (other, _), (plain, _) = (
-        instances.start("cuda", MIB),
-        instances.start("other", MIB),
-        instances.start("plain", None),
-    )
-
-    def freeze(frozen: bool) -> None:
-        if instances.slice_ is None:
-            pytest.skip("needs a writable cgroup v2")
-        cgroup.write_freeze(instances.slice_.path_of(handle.uid), frozen)
-
-    yield World(checkpointer, cuda.pid, other.pid, plain.pid, freeze)
-    provoked = nvidia.control.take_frozen_calls()  # by the one test that freezes, and of nothing else
-    assert {(call.op, call.pid) for call in provoked} <= {("lock", cuda.pid)}
-    await instances.close()
-    await workers.close()
-
-
-@pytest.fixture(params=["fake", "driver", "utility"])
+@pytest.fixture(params=KINDS)
 async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
     kind: str = request.param
-    made = fake() if kind == "fake" else real(request.getfixturevalue("nvidia"), utility=kind == "utility")
-    async with made as it:
+    async with fake() if kind == "fake" else emulated(kind, request.getfixturevalue("hosts")) as it:
         yield it
 
 
+def only(*kinds: str) -> pytest.MarkDecorator:
+    """Some worlds only: in the others there is nothing of the kind."""
+    return pytest.mark.parametrize("world", kinds, indirect=True)
+
+
+async def one(world: World, op: CudaOp, deadline_s: float = 5.0) -> CudaReply:
+    return await world.checkpointer.run([CudaCall(op, world.cuda)], deadline_s)
+
+
+# ---- as it should be ------------------------------------------------------------------------------------------------
+
+
 async def test_a_cycle_goes_through_the_states_of_cuda_h(world: World) -> None:
-    for op, state in [
-        (LOCK, CudaState.LOCKED),
-        (CHECKPOINT, CudaState.CHECKPOINTED),
-        (RESTORE, CudaState.LOCKED),
-        (UNLOCK, CudaState.RUNNING),
-    ]:
+    for op in CHANGES:
         reply = await world.checkpointer.run([CudaCall(op, world.cuda, timeout_ms=1000 if op is LOCK else 0)], 5.0)
         assert reply.ok
-        assert await world.states(world.cuda) == [state]
+        assert await world.states(world.cuda) == [DONE[op]]
+    assert world.intact()
 
 
 async def test_a_batch_does_all_of_it_and_says_how_long(world: World) -> None:
@@ -132,8 +101,161 @@ async def test_nothing_to_do_is_done(world: World) -> None:
 
 
 async def test_processes_do_not_disturb_each_other(world: World) -> None:
-    assert (await world.checkpointer.run([CudaCall(LOCK, world.cuda)], 5.0)).ok
+    batches = [
+        world.checkpointer.run([CudaCall(LOCK, world.cuda)], 5.0),
+        world.checkpointer.run([CudaCall(LOCK, world.other), CudaCall(UNLOCK, world.other)], 5.0),
+    ]
+    assert all(reply.ok for reply in await asyncio.gather(*batches))
     assert await world.states(world.cuda, world.other) == [CudaState.LOCKED, CudaState.RUNNING]
+
+
+# ---- restore onto other GPUs ----------------------------------------------------------------------------------------
+
+
+@only("driver-580", "utility-580")
+async def test_a_map_restores_onto_the_other_gpu(world: World) -> None:
+    first, second = world.gpu_uuids
+    before = gpus_of(world)
+    await world.bring_before(RESTORE)
+    swap = CudaCall(RESTORE, world.cuda, gpu_map=((first, second), (second, first)))
+    assert (await world.checkpointer.run([swap, CudaCall(UNLOCK, world.cuda)], 5.0)).ok
+    assert world.intact()
+    assert gpus_of(world) == {first, second} - before
+
+
+def gpus_of(world: World) -> set[str]:
+    nvidia = cast(EmulatedWorld, world).nvidia
+    assert nvidia is not None
+    (process,) = [process for process in nvidia.control.processes() if process.pid == world.cuda]
+    return {uuid for uuid, used in process.vram_bytes.items() if used}
+
+
+@only("driver-580", "utility-580")
+@pytest.mark.parametrize("wrong", ["incomplete", "unknown", "twice"])
+async def test_a_wrong_map_is_refused_and_nothing_is_lost(world: World, wrong: str) -> None:
+    first, second = world.gpu_uuids
+    stranger = "GPU-00112233-4455-6677-8899-aabbccddeeff"
+    pairs = {
+        "incomplete": ((first, second),),
+        "unknown": ((first, stranger), (second, first)),
+        "twice": ((first, second), (second, second)),
+    }
+    await world.bring_before(RESTORE)
+    reply = await world.checkpointer.run([CudaCall(RESTORE, world.cuda, gpu_map=pairs[wrong])], 5.0)
+    assert [(answer.code, answer.state) for answer in reply.answers] == [
+        (CudaResult.INVALID_VALUE, CudaState.CHECKPOINTED)
+    ]
+    await world.must(RESTORE, UNLOCK)
+    assert world.intact()
+
+
+@only("utility-555", "utility-570")
+async def test_a_driver_without_maps_says_so_and_does_nothing(world: World) -> None:
+    await world.bring_before(RESTORE)
+    first, second = world.gpu_uuids
+    swap = CudaCall(RESTORE, world.cuda, gpu_map=((first, second), (second, first)))
+    reply = await world.checkpointer.run([swap], 5.0)
+    assert [(answer.code, answer.state) for answer in reply.answers] == [
+        (CudaResult.NOT_SUPPORTED, CudaState.CHECKPOINTED)
+    ]
+    await world.must(RESTORE, UNLOCK)
+
+
+# ---- refused --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "kind"),
+    [
+        (LOCK, "NOT_READY"),  # its timeout passed
+        (LOCK, "NOT_SUPPORTED"),
+        (CHECKPOINT, "OUT_OF_MEMORY"),
+        (RESTORE, "OUT_OF_MEMORY"),
+        (RESTORE, "INVALID_VALUE"),
+        (UNLOCK, "OPERATING_SYSTEM"),
+    ],
+)
+async def test_a_refusal_is_answered_with_its_code_and_the_state(world: World, op: CudaOp, kind: str) -> None:
+    await world.bring_before(op)
+    world.fault(op, kind)
+    reply = await one(world, op)
+    assert [(answer.code, answer.state) for answer in reply.answers] == [(CudaResult[kind], BEFORE[op])]
+    assert reply.fault is CudaFault.NONE
+    assert await world.states(world.other) == [CudaState.RUNNING]
+
+
+@pytest.mark.parametrize(("op", "kind"), [(LOCK, "NOT_SUPPORTED"), (CHECKPOINT, "OPERATING_SYSTEM")])
+async def test_what_failed_and_was_done_all_the_same_is_seen(world: World, op: CudaOp, kind: str) -> None:
+    """Facts 2: on 801 after a lock, unlock if the state is LOCKED. Without the re-read it would stay locked."""
+    await world.bring_before(op)
+    world.fault(op, kind, after=True)
+    reply = await one(world, op)
+    assert [(answer.code, answer.state) for answer in reply.answers] == [(CudaResult[kind], DONE[op])]
+    await world.must(*((UNLOCK,) if op is LOCK else (RESTORE, UNLOCK)))
+    assert world.intact()
+
+
+async def test_a_state_that_can_not_be_read_is_unknown(world: World) -> None:
+    world.fault(STATE, "OPERATING_SYSTEM")
+    reply = await one(world, STATE)
+    assert [(answer.code, answer.state) for answer in reply.answers] == [(304, CudaState.UNKNOWN)]
+
+
+async def test_a_process_that_the_driver_gave_up_is_failed(world: World) -> None:
+    await world.bring_before(CHECKPOINT)
+    world.fault(CHECKPOINT, "FAILED")
+    # The programs of older drivers have no word for it; to the freezer both mean a kill.
+    said = CudaState.UNKNOWN if world.kind in ("utility-555", "utility-570") else CudaState.FAILED
+    reply = await one(world, CHECKPOINT)
+    assert [(answer.code, answer.state) for answer in reply.answers] == [(304, said)]
+    assert await world.states(world.cuda) == [said]
+
+
+async def test_a_success_that_changed_nothing_is_a_success_here(world: World) -> None:
+    """It takes a STATE to notice: the freezer asks."""
+    await world.bring_before(CHECKPOINT)
+    world.fault(CHECKPOINT, "STALE")
+    assert (await one(world, CHECKPOINT)).ok
+    assert await world.states(world.cuda) == [CudaState.LOCKED]
+
+
+# ---- death and silence ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", CudaOp)
+async def test_a_target_that_dies_of_it_is_answered_and_others_go_on(world: World, op: CudaOp) -> None:
+    await world.bring_before(op)
+    world.fault(op, "DEATH")
+    reply = await one(world, op)
+    assert reply.fault is CudaFault.NONE
+    assert not reply.ok
+    assert reply.answers[0].code == CudaResult.OPERATING_SYSTEM
+    assert await world.states(world.cuda, world.other) == [CudaState.NONE, CudaState.RUNNING]
+
+
+@pytest.mark.parametrize("op", CudaOp)
+async def test_a_hang_is_lost_at_its_deadline_and_runs_later(world: World, op: CudaOp) -> None:
+    """Facts emulated-driver, pitfall 1: its caller is dead, and it is executed all the same."""
+    await world.bring_before(op)
+    world.fault(op, "HANG")
+    began = asyncio.get_running_loop().time()
+    reply = await one(world, op, deadline_s=0.3)
+    assert (reply.fault, reply.reason) == (CudaFault.LOST, "DRIVER_OPERATION_LOST")
+    assert asyncio.get_running_loop().time() - began < 3.0
+    assert await world.states(world.other) == [CudaState.RUNNING]  # a fresh worker serves the others meanwhile
+    world.clear_faults()
+    await reaches(world, DONE.get(op, CudaState.RUNNING))
+    rest = {CudaState.RUNNING: (), CudaState.LOCKED: (UNLOCK,), CudaState.CHECKPOINTED: (RESTORE, UNLOCK)}
+    await world.must(*rest[DONE.get(op, CudaState.RUNNING)], STATE)
+    await world.must(*CHANGES)
+    assert world.intact()
+
+
+async def reaches(world: World, state: CudaState) -> None:
+    """The driver tells nobody when it has done what hung."""
+    async with asyncio.timeout(5.0):
+        while await world.states(world.cuda) != [state]:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 async def test_a_frozen_target_hangs_the_call_and_it_runs_after_the_thaw(world: World) -> None:
@@ -145,3 +267,61 @@ async def test_a_frozen_target_hangs_the_call_and_it_runs_after_the_thaw(world: 
     states = [(await world.states(world.cuda))[0] for _ in range(2)]
     assert states[-1] is CudaState.LOCKED
     assert (await world.checkpointer.run([CudaCall(UNLOCK, world.cuda)], 5.0)).ok
+
+
+@only(*REAL)
+async def test_a_caller_of_the_driver_killed_from_outside_costs_its_batch_only(world: World) -> None:
+    assert isinstance(world, EmulatedWorld)
+    await world.bring_before(CHECKPOINT)
+    world.fault(CHECKPOINT, "HANG")
+    batch = asyncio.create_task(one(world, CHECKPOINT, deadline_s=30.0))
+    async with asyncio.timeout(5.0):
+        while not under_way(world):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    world.kill_callers()
+    async with asyncio.timeout(5.0):
+        reply = await batch
+    if world.kind.startswith("driver"):
+        assert reply.fault is CudaFault.LOST
+    else:  # how it ended is known, and the state was asked for in vain
+        assert reply.fault is CudaFault.NONE or reply.fault is CudaFault.LOST
+    assert not reply.ok
+    world.clear_faults()
+    await reaches(world, CudaState.CHECKPOINTED)
+    await world.must(RESTORE, UNLOCK)
+    assert world.intact()
+
+
+def under_way(world: EmulatedWorld) -> bool:
+    assert world.nvidia is not None
+    return any(process.pid == world.cuda and process.hung for process in world.nvidia.control.processes())
+
+
+# ---- what never reaches it ------------------------------------------------------------------------------------------
+
+
+async def test_a_thread_is_never_asked_for(world: World) -> None:
+    """NVIDIA/cuda-checkpoint issue 41: the driver takes a thread's number for a pid, and the target dies. The guard is
+    `cuda_processes.open_process`, through which every pid goes that the freezer asks about."""
+    asked: list[CudaCall] = []
+
+    class Recorder:
+        async def run(self, calls: list[CudaCall], deadline_s: float, gpu_uuids: tuple[str, ...] = ()) -> CudaReply:
+            asked.extend(calls)
+            return await world.checkpointer.run(calls, deadline_s, gpu_uuids)
+
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+
+    async def pids(_handle: Handle) -> list[int]:
+        assert thread.native_id is not None
+        return [thread.native_id]
+
+    identity = identify(os.getpid(), boot_id())
+    assert identity is not None
+    finder = CudaProcessFinder(pids, Recorder(), boot_id(), 5.0)  # type: ignore[arg-type]
+    found = await finder.find(Handle("uid", identity, "127.0.0.1", 9000))
+    done.set()
+    thread.join()
+    assert (found.processes, asked) == ((), [])

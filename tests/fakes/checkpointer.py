@@ -44,7 +44,8 @@ class FakeCudaProcess:
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong, once, at the next `op`: answer `code`, or report success without doing it (`stale`), or hang
-    until the deadline (`hang`; with `executes` it is done all the same), leaving the process in `leaves`."""
+    until the deadline (`hang`; with `executes` it is done all the same), leaving the process in `leaves`; or the
+    process ends of it (`dies`)."""
 
     op: CudaOp
     code: int = 0
@@ -52,6 +53,7 @@ class Fault:
     hang: bool = False
     stuck: bool = False
     executes: bool = False
+    dies: bool = False
     leaves: CudaState | None = None
     pid: int = 0
 
@@ -120,8 +122,12 @@ class FakeCheckpointer:
             if fault.executes:
                 process.state = _RULES[call.op][1]
             return CudaFault.STUCK if fault.stuck else CudaFault.LOST
+        if fault is not None and fault.dies:
+            del self.processes[call.pid]
+            return CudaAnswer(call, CudaResult.OPERATING_SYSTEM, CudaState.NONE, self.elapsed_us)
         if fault is not None and fault.code:
-            return CudaAnswer(call, fault.code, process.state, self.elapsed_us)
+            read = CudaState.UNKNOWN if call.op is CudaOp.STATE else process.state
+            return CudaAnswer(call, fault.code, read, self.elapsed_us)
         if call.op is CudaOp.STATE:
             return CudaAnswer(call, 0, process.state, self.elapsed_us)
         needs, gives = _RULES[call.op]
