@@ -16,6 +16,7 @@ class Exit(IntEnum):
     NOT_FOUND = 3
     PRECONDITION = 4
     UNAVAILABLE = 5
+    MEMORY_CHANGED = 6  # `doctor --selftest` only: a byte came back different
     INTERRUPTED = 130
 
 

@@ -76,6 +76,8 @@ output_option = _shared(
     "-o", "--output", type=click.Choice(["table", "json"]), help="table for people (default), json for programs."
 )
 
+json_option = _shared("--json", "output", flag_value="json", help="The same as --output json.")
+
 
 def place_options(command: F) -> F:
     """All of where daemons may be; for the group itself."""

@@ -1,0 +1,156 @@
+"""What a selftest measured, and what it proves: figures of each freeze and wake, their summary, the verdict.
+
+Times are seconds; GB/s is 10^9 bytes of the test's own memory a second, inside the driver's call alone. What the driver
+moves besides (a CUDA context is 0.3 to 0.5 GB) takes time and is not counted, so the figures are never too good.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+
+from agent.core.errors import DeadlineError, HibernodeError, PreconditionError
+
+GB = 1_000_000_000
+
+MEMORY_CHANGED = "MEMORY_CHANGED"
+"""The reason of the error that tells of a byte that came back different."""
+
+FIX_CHANGED = (
+    "deploy with `idle: never` on this host until this is solved: look for XID and ECC errors (`dmesg`, `nvidia-smi -q "
+    "-d ECC`), update the driver (580 or newer), and report it to NVIDIA/cuda-checkpoint"
+)
+FIX_FAILED = (
+    "look at `hibernode doctor` and at `dmesg` for XID errors; drivers before 580 are known to fail at this; deploy "
+    "with `idle: never` on this host until the selftest passes"
+)
+
+
+class Proof(Enum):
+    """How a selftest ended. Only PROVED says that this host may freeze instances."""
+
+    PROVED = "PROVED"
+    FAILED = "FAILED"
+    MEMORY_CHANGED = "MEMORY_CHANGED"
+    NOT_RUN = "NOT_RUN"
+    TIMED_OUT = "TIMED_OUT"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`reason` is stable (UPPER_SNAKE, "" when PROVED), `message` a sentence, `fix` what to do."""
+
+    proof: Proof
+    reason: str = ""
+    message: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One freeze and one wake by one checkpointer, every byte compared afterwards.
+
+    `freeze_s` and `wake_s` are the whole of it as the agent sees it, the rest its steps: the driver's calls, and the
+    cgroup's (or SIGSTOP's). `released_bytes`: by how much NVML saw free memory grow while it was frozen.
+    """
+
+    lock_s: float
+    checkpoint_s: float
+    cgroup_freeze_s: float
+    freeze_s: float
+    thaw_s: float
+    restore_s: float
+    unlock_s: float
+    wake_s: float
+    checkpoint_gb_s: float
+    restore_gb_s: float
+    image_bytes: int
+    released_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedCopy:
+    """All of the memory through a pinned buffer, to the host and to the device: what the bus can do. `unavailable`
+    says why there are no figures."""
+
+    to_host_s: float = 0.0
+    to_device_s: float = 0.0
+    to_host_gb_s: float = 0.0
+    to_device_gb_s: float = 0.0
+    unavailable: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One freeze and wake. Run 0 is the warm-up and does not count: first touches of host memory, a driver's first
+    time."""
+
+    run: int
+    checkpointer: str
+    figures: Figures
+    pinned: PinnedCopy
+
+    @property
+    def counted(self) -> bool:
+        return self.run > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Of all counted runs."""
+
+    median: float
+    min: float
+    max: float
+
+
+TIMES = tuple(field.name for field in fields(Figures) if field.name.endswith("_s"))
+PINNED = tuple(field.name for field in fields(PinnedCopy) if field.name.endswith("_s"))
+
+
+def gb_s(bytes_: int, seconds: float) -> float:
+    """10^9 bytes a second; 0 where nothing was measured."""
+    return bytes_ / GB / seconds if seconds > 0 else 0.0
+
+
+def summarize(runs: Iterable[Run]) -> dict[str, dict[str, Spread]]:
+    """By checkpointer and figure, of the counted runs. The pinned copy depends on no checkpointer: key "pinned"."""
+    counted = [run for run in runs if run.counted]
+    found: dict[str, dict[str, Spread]] = {}
+    for name in dict.fromkeys(run.checkpointer for run in counted):
+        of_name = [run.figures for run in counted if run.checkpointer == name]
+        found[name] = {key: _of(of_name, key) for key in TIMES}
+    copies = [run.pinned for run in counted if not run.pinned.unavailable]
+    if copies:
+        found["pinned"] = {key: _of(copies, key) for key in PINNED}
+    return found
+
+
+def ratios(runs: Iterable[Run], of: str, to: str) -> dict[str, Spread]:
+    """`of` / `to`, figure by figure, run by run: both met the same minute of the machine."""
+    by_run: dict[tuple[int, str], Figures] = {(run.run, run.checkpointer): run.figures for run in runs if run.counted}
+    pairs = [(figures, by_run[number, to]) for (number, name), figures in by_run.items() if name == of
+             if (number, to) in by_run]  # fmt: skip
+    found = {}
+    for key in TIMES:
+        values = [getattr(one, key) / getattr(other, key) for one, other in pairs if getattr(other, key) > 0]
+        if values:
+            found[key] = Spread(statistics.median(values), min(values), max(values))
+    return found
+
+
+def _of(rows: Sequence[Figures] | Sequence[PinnedCopy], key: str) -> Spread:
+    values = [float(getattr(row, key)) for row in rows]
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def verdict_of(error: HibernodeError, *, begun: bool) -> Verdict:
+    """What an error means for the host. `begun`: the program ran and its freezes had started."""
+    if error.reason == MEMORY_CHANGED:
+        return Verdict(Proof.MEMORY_CHANGED, error.reason, error.message, FIX_CHANGED)
+    if not begun or isinstance(error, PreconditionError):
+        return Verdict(Proof.NOT_RUN, error.reason, error.message, error.metadata.get("fix", ""))
+    proof = Proof.TIMED_OUT if isinstance(error, DeadlineError) else Proof.FAILED
+    return Verdict(proof, error.reason, error.message, error.metadata.get("fix", FIX_FAILED))
