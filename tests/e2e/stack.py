@@ -92,6 +92,7 @@ class Stack:
     gateway: str = ""
     http: aiohttp.ClientSession | None = None
     agent_settings: dict[str, Any] = field(default_factory=dict)
+    gpu_settings: dict[str, Any] = field(default_factory=dict)
 
     # ---- processes --------------------------------------------------------------------------------------------------
 
@@ -160,8 +161,14 @@ class Stack:
                 "token_file": str(self.folder / "agent" / "token"),
                 "upload_interval": "300ms",
             },
-            "runtime": {"process": OWN_USER},
-            "gpu": {"instances_per_gpu": 2, "attach": "mounts", "mounts": {"environment": mounts}, "max_hold": "1s"},
+            "runtime": {"process": OWN_USER, "trusted_gpus": bool(self.gpu_settings.get("migrate"))},
+            "gpu": {
+                "instances_per_gpu": 2,
+                "attach": "mounts",
+                "mounts": {"environment": mounts},
+                "max_hold": "1s",
+                **self.gpu_settings,
+            },
             **self.agent_settings,
         }
         self._configure("agent", config)
@@ -214,7 +221,7 @@ class Stack:
             async def provisioned() -> bool:
                 wanted = functions_pb.GetFunctionRequest(name=spec.name)
                 found = await channel.call(channel.functions.GetFunction, wanted, CALL_S)
-                if found.function.current_error:
+                if found.function.current_error and "no node is ready" not in found.function.current_error:
                     raise AssertionError(f"{spec.name}: {found.function.current_error}\n{self.log_of('agent')[-2000:]}")
                 return bool(found.function.current == target)
 
@@ -323,13 +330,22 @@ class Stack:
 
 
 @asynccontextmanager
-async def running_stack(*driver_arguments: str, agent_settings: dict[str, Any] | None = None) -> AsyncIterator[Stack]:
+async def running_stack(
+    *driver_arguments: str,
+    agent_settings: dict[str, Any] | None = None,
+    gpu_settings: dict[str, Any] | None = None,
+) -> AsyncIterator[Stack]:
     """Everything up and connected; at the end everything goes, and a daemon that did not end cleanly is an error."""
     with tempfile.TemporaryDirectory(prefix="hibernode-e2e-") as name:
         folder = Path(name)
         (folder / "agent").mkdir(mode=0o711)
         ensure_token(folder / "agent" / "token")
-        stack = Stack(folder, {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"}, agent_settings=agent_settings or {})
+        stack = Stack(
+            folder,
+            {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"},
+            agent_settings=agent_settings or {},
+            gpu_settings=gpu_settings or {},
+        )
         try:
             await stack.start_driver(*(driver_arguments or ("--gpus", "2", "--gib", "1", "--profile", "580")))
             await stack.start_scheduler()

@@ -1,0 +1,78 @@
+"""A GPU on which restores fail: the request is answered all the same, by a move (driver 580) or by a cold start."""
+
+from __future__ import annotations
+
+from agent.examples.echo.__main__ import expected_answer
+from agent.v1 import types_pb2
+from tests.e2e.stack import Stack, echo, running_stack, until
+
+MOVING = {"migrate": True}
+FROZEN = types_pb2.Instance.STATE_FROZEN
+
+
+async def asleep(stack: Stack) -> types_pb2.Instance:
+    """The only instance, once it is frozen."""
+    await stack.wait_for_state(FROZEN, 1)
+    (instance,) = await stack.instances()
+    return instance
+
+
+async def answered(stack: Stack, number: int) -> str:
+    """The instance that answered, rightly."""
+    answer = await stack.ask("ocr", f"/answer?n={number}")
+    assert answer.status == 200, answer.body
+    assert answer.body.decode() == expected_answer(number), "its GPU memory came back as it was"
+    return answer.instance
+
+
+async def test_what_cannot_wake_on_one_gpu_wakes_on_the_other_with_its_memory() -> None:
+    async with running_stack(gpu_settings=MOVING) as stack:
+        await stack.deploy(echo("ocr"), target=1)
+        before = await asleep(stack)
+        (home,) = before.gpu_uuids
+        with stack.driver() as driver:
+            driver.fault("restore", "OUT_OF_MEMORY", gpu=home, times=0)
+            assert await answered(stack, 1) == before.uid
+            (moved,) = await stack.instances()
+            assert list(moved.gpu_uuids) != [home]
+            await asleep(stack)
+            assert await answered(stack, 2) == before.uid, "from where it sleeps now nothing is wrong"
+            await asleep(stack)
+            # A new agent knows from the disk where it was frozen: a restore with the old map would fail or trespass.
+            stack.kill_agent()
+            await stack.start_agent()
+            assert await answered(stack, 3) == before.uid
+        await stack.remove_functions(["ocr"])
+        assert not stack.leftovers()
+
+
+async def test_what_can_wake_nowhere_is_started_cold_and_the_same_request_is_answered() -> None:
+    async with running_stack("--gpus", "1", "--gib", "1", "--profile", "580") as stack:
+        await stack.deploy(echo("ocr"), target=1)
+        before = await asleep(stack)
+        with stack.driver() as driver:
+            driver.fault("restore", "OUT_OF_MEMORY", times=0)
+            successor = await answered(stack, 1)
+            driver.clear_faults()
+        assert successor != before.uid
+        assert before.uid not in [instance.uid for instance in await stack.instances()]
+        await stack.remove_functions(["ocr"])
+        assert not stack.leftovers()
+
+
+async def test_a_fatal_xid_cordons_the_gpu_and_the_sleeper_wakes_on_the_other() -> None:
+    async with running_stack(gpu_settings=MOVING) as stack:
+        await stack.deploy(echo("ocr"), target=1)
+        before = await asleep(stack)
+        with stack.driver() as driver:
+            driver.raise_xid(before.gpu_uuids[0], 79)
+
+        async def cordoned() -> bool:
+            return any(gpu.health == types_pb2.Gpu.HEALTH_CORDONED for gpu in (await stack.node()).gpus)
+
+        await until("the GPU is cordoned", cordoned)
+        assert await answered(stack, 1) == before.uid
+        (moved,) = await stack.instances()
+        assert moved.gpu_uuids[0] != before.gpu_uuids[0]
+        await stack.remove_functions(["ocr"])
+        assert not stack.leftovers()
