@@ -80,16 +80,36 @@ class FunctionState:
     service_ns: float = 0.0
     leases: int = 0
 
-    def worth_waking(self, slot: Slot, queued: int, coming: int) -> bool:
-        """With nobody awake or waking, always; else where waiting is predicted to take longer than waking.
+    @property
+    def hopeless(self) -> bool:
+        """Nobody serves it, and nobody will."""
+        return not (self.slots.count or self.expects_instances)
 
-        `coming`: slots of instances on their way awake.
+    def to_wake(self) -> Slot | None:
+        """The instance to wake next for those who wait. Wakes under way are capacity for them and for those who were
+        sent to a waking instance: at most ceil(queued / concurrency) of them.
+
+        With nobody awake or waking, always; else where waiting is predicted to take longer than waking.
         """
-        working = self.slots.awake_slots + coming
-        if not working or not self.wake_factor or not self.service_ns:
-            return True
+        slots = self.slots
+        queued = len(self.backlog) + slots.bound
+        if slots.waking_slots >= queued:
+            return None
+        slot = slots.wakeable()
+        working = slots.awake_slots + slots.waking_slots
+        if slot is None or not working or not self.wake_factor or not self.service_ns:
+            return slot
         predicted_wait = queued * self.service_ns / working
-        return predicted_wait > self.slots.predicted_wake_ns(slot.node) * self.wake_factor
+        return slot if predicted_wait > slots.predicted_wake_ns(slot.node) * self.wake_factor else None
+
+    def to_bind(self) -> Slot | None:
+        """The sleeping instance that the one request that waits may be sent to at once (`FunctionSlots.bindable`).
+
+        Only at its first attempt: after a wake that failed, whichever instance frees first shall have it.
+        """
+        if len(self.backlog) != 1 or next(iter(self.backlog)).attempts:
+            return None
+        return self.slots.bindable()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 `Dispatcher.step(event, at_ns) -> effects` is the only code that changes it. A request waits here, bound to nobody,
 until an instance has a free slot; then it holds a lease until its response has ended. Instances are woken for the
-queue, not for a request: whichever frees first takes the oldest request.
+queue, not for a request: whichever frees first takes the oldest request. The one exception saves the way there and
+back: a request that is alone, of a function of which nothing is awake or on its way, goes to the instance that it would
+wake and waits there (`FunctionState.to_bind`), for then no other can be free sooner.
 
 Every request that arrived is waiting, leased or answered; exactly one of the effects Dispatch (then one of LeaseEnded,
 LeaseRefused, RequestGone from the shell) and Refuse speaks about it at a time. Late answers are ignored. No clock, no
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from agent.core import wakes_under_way as wakes
 from agent.core.backlog import Backlog, FunctionState, QueueState, Request
 from agent.core.dispatch_events import (
     DeadlinePassed,
@@ -24,6 +27,7 @@ from agent.core.dispatch_events import (
     InstanceGone,
     InstanceReported,
     InstanceRetired,
+    LeaseAnswered,
     LeaseEnded,
     LeaseRefused,
     NodeLost,
@@ -42,9 +46,6 @@ from agent.core.types import SECOND_NS, InstanceState
 
 MAX_ATTEMPTS = 50
 """A request that was refused so often is answered NO_CAPACITY."""
-WAKE_BACK_OFF_NS = SECOND_NS // 2
-WAKE_BACK_OFF_MAX_NS = 30 * SECOND_NS
-"""After a failed wake the instance is not asked again for so long; doubled with each failure in a row."""
 FOREIGN_AFTER_NS = SECOND_NS
 """A report of more in flight than we have leases counts only where no lease changed for so long: younger ones race."""
 
@@ -59,12 +60,14 @@ class Dispatcher:
         self._requests: dict[int, Request] = {}
         self._order = 0
 
-    def step(self, event: Event, at: int) -> list[Effect]:  # noqa: C901 -- one arm an event
+    def step(self, event: Event, at: int) -> list[Effect]:  # noqa: C901, PLR0912 -- one arm an event
         """Take in what happened at `at` (monotonic ns) and say what to do about it."""
         effects: list[Effect] = []
         match event:
             case RequestArrived():
                 self._arrived(event, at, effects)
+            case LeaseAnswered(request, waited_ns):
+                self._answered(request, waited_ns, at, effects)
             case LeaseEnded(request):
                 self._ended(request, at, effects, served=True)
             case RequestGone(request):
@@ -128,7 +131,7 @@ class Dispatcher:
             self._requests[event.request] = request
             self._lease(function, request, slot, at, effects)
             return
-        if not function.slots.count and not function.expects_instances:
+        if function.hopeless:
             effects.append(Refuse(event.request, Refusal.NO_CAPACITY))
             return
         if len(function.backlog) >= function.queue_length:
@@ -146,7 +149,8 @@ class Dispatcher:
         request.attempts += 1
         function.slots.settle(slot)
         wake_ns = slot.wake_took_ns if slot.woken_ns >= request.arrived_ns else 0
-        effects.append(Dispatch(request.request, slot.uid, slot.node.name, at - request.arrived_ns, wake_ns))
+        wakes = slot.bound == request.request
+        effects.append(Dispatch(request.request, slot.uid, slot.node.name, at - request.arrived_ns, wake_ns, wakes))
 
     def _release(self, request: Request, at: int) -> FunctionState:
         """Take the lease back. The instance may be gone already; then there is nothing to free."""
@@ -157,8 +161,21 @@ class Dispatcher:
         function.leases -= 1
         slot.changed_ns = at
         if slot.uid in self._slots:
+            if slot.bound == request.request:
+                wakes.end(function.slots, slot)
             function.slots.settle(slot)
         return function
+
+    def _answered(self, number: int, waited_ns: int, at: int, effects: list[Effect]) -> None:
+        request = self._requests.get(number)
+        if request is None or request.slot is None:
+            return
+        request.leased_ns += waited_ns  # the average is of service, not of wakes
+        slot = request.slot
+        if slot.bound == number:
+            function = self._functions[request.function]
+            self._awake(function, slot, at, waited_ns)
+            self._drain(function, at, effects)
 
     def _ended(self, number: int, at: int, effects: list[Effect], *, served: bool) -> None:
         request = self._requests.pop(number, None)
@@ -180,15 +197,18 @@ class Dispatcher:
         if request is None or request.slot is None:
             return
         slot = request.slot
+        did_not_wake = slot.bound == number
         function = self._release(request, at)
-        if slot.uid in self._slots:
-            self._set_aside(function, slot, at)
+        if did_not_wake:
+            wakes.failed(function.slots, slot, at)
+        elif slot.uid in self._slots:
+            wakes.set_aside(function.slots, slot, at)
         reason: Refusal | None = None
         if not function.known:
             reason = Refusal.UNKNOWN_FUNCTION
         elif at >= request.deadline_ns:
             reason = Refusal.QUEUE_TIMEOUT
-        elif request.attempts >= MAX_ATTEMPTS or not (function.slots.count or function.expects_instances):
+        elif request.attempts >= MAX_ATTEMPTS or function.hopeless:
             reason = Refusal.NO_CAPACITY
         if reason is None:
             function.backlog.give_back(request)
@@ -219,24 +239,15 @@ class Dispatcher:
     # ---- wakes ------------------------------------------------------------------------------------------------
 
     def _wake(self, function: FunctionState, at: int, effects: list[Effect]) -> None:
-        """Wake as many as the queue can use: wakes under way are capacity, at most ceil(queued / concurrency)."""
-        slots = function.slots
-        queued = len(function.backlog)
-        coming = slots.waking_slots
-        while coming < queued:
-            slot = slots.wakeable()
-            if slot is None or not function.worth_waking(slot, queued, coming):
-                return
-            slot.wake_asked_ns = at
-            coming += slot.concurrency
-            slots.settle(slot)
-            self._count_wake(slot.node, 1)
+        slot = function.to_bind()
+        if slot is not None:
+            request = function.backlog.pop()
+            wakes.begin(function.slots, slot, at, bound=request.request)
+            self._lease(function, request, slot, at, effects)
+            return
+        while (slot := function.to_wake()) is not None:
+            wakes.begin(function.slots, slot, at)
             effects.append(Wake(slot.uid, slot.node.name))
-
-    def _count_wake(self, node: NodeEntry, sign: int) -> None:
-        node.wakes += sign
-        for slots in list(node.frozen_in.values()):
-            slots.relist(node)
 
     def _woken(self, uid: str, at: int, effects: list[Effect], *, failed: bool) -> None:
         slot = self._slots.get(uid)
@@ -244,30 +255,14 @@ class Dispatcher:
             return
         function = self._functions[slot.function]
         if failed:
-            self._end_wake(slot)
-            wait = min(WAKE_BACK_OFF_NS << min(slot.failed_wakes, 16), WAKE_BACK_OFF_MAX_NS)
-            slot.failed_wakes += 1
-            self._set_aside(function, slot, at + wait)
+            wakes.failed(function.slots, slot, at)
         else:
-            slot.state = InstanceState.RUNNING
-            self._came_awake(function, slot, at)
-            function.slots.settle(slot)
+            self._awake(function, slot, at, at - slot.wake_asked_ns)
         self._drain(function, at, effects)
 
-    def _came_awake(self, function: FunctionState, slot: Slot, at: int) -> None:
-        """The end of a wake of ours: by its answer or by a report, whichever is here first."""
-        slot.woken_ns, slot.wake_took_ns, slot.failed_wakes = at, at - slot.wake_asked_ns, 0
-        self._end_wake(slot)
-        function.slots.learn_wake(slot.node, slot.wake_took_ns)
-
-    def _end_wake(self, slot: Slot) -> None:
-        if slot.wake_asked_ns >= 0:
-            slot.wake_asked_ns = -1
-            self._count_wake(slot.node, -1)
-
-    def _set_aside(self, function: FunctionState, slot: Slot, until: int) -> None:
-        slot.aside, slot.aside_until_ns = True, until
-        slot.node.aside[slot.uid] = slot
+    def _awake(self, function: FunctionState, slot: Slot, at: int, took_ns: int) -> None:
+        slot.state = InstanceState.RUNNING
+        wakes.came_awake(function.slots, slot, at, took_ns)
         function.slots.settle(slot)
 
     # ---- instances --------------------------------------------------------------------------------------------
@@ -289,7 +284,7 @@ class Dispatcher:
             function.slots.regear(slot, event.concurrency, event.gpus)
         slot.state, slot.cancellable, slot.healthy = event.state, event.cancellable, event.healthy
         if slot.wake_asked_ns >= 0 and event.state is InstanceState.RUNNING:
-            self._came_awake(function, slot, at)
+            wakes.came_awake(function.slots, slot, at, at - slot.wake_asked_ns)
         excess = max(0, event.in_flight - slot.leased)
         quiet = at - slot.changed_ns >= FOREIGN_AFTER_NS or not slot.changed_ns
         slot.foreign = excess if quiet else 0
@@ -305,7 +300,7 @@ class Dispatcher:
         if slot is None:
             return
         function = self._functions[slot.function]
-        self._end_wake(slot)
+        wakes.end(function.slots, slot)
         function.slots.remove(slot)
         function.slots.count -= 1
         slot.node.slots.pop(uid, None)
@@ -338,13 +333,10 @@ class Dispatcher:
             node.gpu_count, node.migrates = event.gpu_count, event.migrates
             for slots in list(node.frozen_in.values()):
                 slots.relist(node)
-        aside = {uid: slot for uid, slot in node.aside.items() if at >= slot.aside_until_ns}
-        for uid, slot in aside.items():
-            slot.aside = False
-            del node.aside[uid]
+        back = node.recall(at)
         standing = Standing.DRAINING if event.draining else Standing.READY
         if node.standing is standing:
-            self._resettle(list(aside.values()), at, effects)
+            self._resettle(back, at, effects)
         else:
             self._stand(node, standing, at, effects)
 
@@ -384,7 +376,7 @@ class Dispatcher:
         self._tidy(name)
 
     def _give_up(self, function: FunctionState, effects: list[Effect]) -> None:
-        if not function.slots.count and not function.expects_instances:
+        if function.hopeless:
             self._refuse_all(function, Refusal.NO_CAPACITY, effects)
 
     def _refuse_all(self, function: FunctionState, reason: Refusal, effects: list[Effect]) -> None:

@@ -68,6 +68,15 @@ class RequestGone:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseAnswered:
+    """Its instance begins to answer: it is awake. `waited_ns`: how long the request waited there for that, 0 if it did
+    not. Told of a Dispatch with `wakes` only."""
+
+    request: int
+    waited_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseEnded:
     """The response ended, well or badly."""
 
@@ -156,6 +165,7 @@ Event: TypeAlias = (
     | RequestArrived
     | DeadlinePassed
     | RequestGone
+    | LeaseAnswered
     | LeaseEnded
     | LeaseRefused
     | InstanceReported
@@ -174,13 +184,14 @@ Event: TypeAlias = (
 @dataclass(frozen=True, slots=True)
 class Dispatch:
     """Send `request` to instance `uid` on `node`; it holds a lease from now on. `wake_ns`: the wake that the
-    instance went through while the request waited, 0 for none."""
+    instance went through while the request waited, 0 for none. `wakes`: it sleeps, and the request wakes it."""
 
     request: int
     uid: str
     node: str
     queued_ns: int
     wake_ns: int = 0
+    wakes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

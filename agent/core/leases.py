@@ -46,7 +46,8 @@ class Place(Enum):
 class NodeEntry:
     """A node as the dispatcher sees it. `gpu_count` 0 = not said: no limit. `wakes` = wakes under way, of anyone.
 
-    `migrates`: a frozen instance may wake on another GPU than the one it froze on.
+    `migrates`: a frozen instance may wake on another GPU than the one it froze on. `stirring`: by GPU, the instances of
+    any function that share it and do anything but sleep; a wake on any other GPU waits for nobody.
     """
 
     name: str
@@ -57,6 +58,15 @@ class NodeEntry:
     slots: dict[str, Slot] = field(default_factory=dict)
     aside: dict[str, Slot] = field(default_factory=dict)
     frozen_in: dict[str, FunctionSlots] = field(default_factory=dict)
+    stirring: dict[str, int] = field(default_factory=dict)
+
+    def recall(self, at: int) -> list[Slot]:
+        """The node is heard: what was set aside may be tried again, but for those whose time has not come."""
+        back = [slot for slot in self.aside.values() if at >= slot.aside_until_ns]
+        for slot in back:
+            slot.aside = False
+            del self.aside[slot.uid]
+        return back
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +75,8 @@ class Slot:
 
     `aside`: it refused a request or a wake and gets nothing until its node is heard again, after a failed wake not
     before `aside_until_ns`. `retired`: it is being drained. `woken_ns`, `wake_took_ns`: the last wake we asked for, for
-    the answer's x-hibernode-wake-ms.
+    the answer's x-hibernode-wake-ms. `bound`: the request that was sent to it as it slept, whose wake is under way; -1
+    for none.
     """
 
     uid: str
@@ -85,9 +96,11 @@ class Slot:
     wake_asked_ns: int = -1
     woken_ns: int = -1
     wake_took_ns: int = 0
+    bound: int = -1
     changed_ns: int = 0
     place: Place = Place.NONE
     bucket: int = -1
+    stirs: bool = False
 
     def fitting_place(self) -> Place:
         """Where it belongs. Late binding: nothing is bound to an instance that is not awake or about to be again."""
@@ -118,6 +131,7 @@ class FunctionSlots:
         self.awake_slots = 0
         self.waking = 0
         self.waking_slots = 0
+        self.bound = 0  # requests that wait at waking instances: to them they are queued
         self._buckets: dict[int, OrderedDict[str, Slot]] = {}
         self._occupied = 0  # bit k is set while bucket k has an instance
         self._freezing: OrderedDict[str, Slot] = OrderedDict()
@@ -148,6 +162,19 @@ class FunctionSlots:
                 continue
             return self._candidate(listed[1])
         return None
+
+    def bindable(self) -> Slot | None:
+        """The instance that a lone request may be sent to as it sleeps: nothing of the function could free before it.
+
+        Nothing is awake, waking or to be had by cancelling a freeze, and whoever shares the GPUs of the one that would
+        be woken sleeps as well, so that its wake begins at once.
+        """
+        if self.awake_slots or self.waking or self._freezing:
+            return None
+        slot = self.wakeable()
+        if slot is None or slot.leased + slot.foreign >= slot.concurrency:
+            return None
+        return None if any(gpu in slot.node.stirring for gpu in slot.gpus) else slot
 
     def predicted_wake_ns(self, node: NodeEntry) -> float:
         """Moving average of wakes of this function on the node, once for itself and once per wake queued there."""
@@ -182,6 +209,9 @@ class FunctionSlots:
 
     def settle(self, slot: Slot) -> None:
         """Put `slot` where it belongs after any change; it goes to the end of its bucket (most recently used)."""
+        stirs = slot.state is not InstanceState.FROZEN or slot.wake_asked_ns >= 0
+        if stirs is not slot.stirs:
+            _stir(slot, stirs)
         place = slot.fitting_place()
         if place is not slot.place:
             self._leave(slot)
@@ -194,13 +224,16 @@ class FunctionSlots:
         """Forget `slot`."""
         self._leave(slot)
         slot.place = Place.NONE
+        if slot.stirs:
+            _stir(slot, False)
 
     def regear(self, slot: Slot, concurrency: int, gpus: tuple[str, ...]) -> None:
         """Change what the counts are made of; the slot is out of them meanwhile."""
-        place = slot.place
-        self._leave(slot)
-        slot.place = Place.NONE
+        place, stirs = slot.place, slot.stirs
+        self.remove(slot)
         slot.concurrency, slot.gpus = concurrency, gpus
+        if stirs:
+            _stir(slot, True)
         self._enter(slot, place)
 
     def learn_wake(self, node: NodeEntry, took_ns: float) -> None:
@@ -244,6 +277,7 @@ class FunctionSlots:
             case Place.WAKING:
                 self.waking += 1
                 self.waking_slots += slot.concurrency
+                self.bound += slot.bound >= 0
                 self._hold(slot, 1)
             case Place.FROZEN:
                 self._frozen.setdefault(slot.node.name, OrderedDict())[slot.uid] = slot
@@ -264,6 +298,7 @@ class FunctionSlots:
             case Place.WAKING:
                 self.waking -= 1
                 self.waking_slots -= slot.concurrency
+                self.bound -= slot.bound >= 0
                 self._hold(slot, -1)
             case Place.FROZEN:
                 group = self._frozen[slot.node.name]
@@ -309,3 +344,13 @@ class FunctionSlots:
                 del self._gpu_holders[gpu]
         if name in self._frozen:
             self.relist(slot.node)
+
+
+def _stir(slot: Slot, stirs: bool) -> None:
+    """Count `slot` among those who use, or are about to use, the GPUs it shares; or no longer."""
+    slot.stirs = stirs
+    stirring = slot.node.stirring
+    for gpu in slot.gpus:
+        stirring[gpu] = stirring.get(gpu, 0) + (1 if stirs else -1)
+        if not stirring[gpu]:
+            del stirring[gpu]

@@ -14,6 +14,7 @@ from agent.core.dispatch_events import (
     DeadlinePassed,
     Dispatch,
     Event,
+    LeaseAnswered,
     LeaseEnded,
     LeaseRefused,
     Refusal,
@@ -86,6 +87,10 @@ class Desk:
                 ticket.timer.cancel()
                 ticket.timer = ticket.waiter = None
         return ticket.outcome
+
+    def answered(self, ticket: Ticket, waited_ns: int) -> None:
+        """The instance that the request woke begins to answer; the request waited there for `waited_ns`."""
+        self.tell(LeaseAnswered(ticket.number, waited_ns))
 
     def ended(self, ticket: Ticket) -> None:
         """Its response has ended: the slot is free."""

@@ -184,7 +184,10 @@ class Gateway:
         timeout_s = (left_ns + call.function.spec.timeout_ns) / SECOND_NS + ANSWER_SLACK_S
 
         def answer_headers(answer: ResponseHead) -> list[Header] | None:
-            return _answer_headers(answer, call.request_id, where)
+            headers = _answer_headers(answer, call.request_id, where)
+            if where.wakes and headers is not None:
+                self._desk.answered(ticket, _ms_to_ns(answer.get(b"x-hibernode-wake-ms") or b""))
+            return headers
 
         return await forward(
             call.exchange,
@@ -195,7 +198,7 @@ class Gateway:
                 *call.headers,
                 (b"x-hibernode-token", self._token_of(where.node)),
                 (b"x-hibernode-instance", where.uid.encode()),
-                (b"x-hibernode-deadline-ms", b"%d" % (left_ns // MILLISECOND_NS)),
+                (b"x-hibernode-deadline-ms", b"%d" % -(-left_ns // MILLISECOND_NS)),  # over here when it is there
                 (b"x-fc-request-id", call.request_id.encode()),
             ],
             deadline=asyncio.get_running_loop().time() + timeout_s,
@@ -290,7 +293,10 @@ def _passing_headers(head: RequestHead, route: Route, peer: str) -> list[Header]
 
 
 def _answer_headers(answer: ResponseHead, request_id: str, where: Dispatch) -> list[Header] | None:
-    """The client's headers for an ingress's answer; None for a refusal, which the client never sees."""
+    """The client's headers for an ingress's answer; None for a refusal, which the client never sees.
+
+    x-hibernode-queue-ms is the whole wait, here and at the instance's gate; -wake-ms the part in which it was woken.
+    """
     headers = rules.hop_answer_headers(answer.headers)
     kept: list[Header] = []
     queue_ns, wake_ns = where.queued_ns, where.wake_ns
@@ -301,7 +307,9 @@ def _answer_headers(answer: ResponseHead, request_id: str, where: Dispatch) -> l
             if name == b"x-hibernode-refused":
                 return None
             if name == b"x-hibernode-wake-ms":
-                wake_ns += _ms_to_ns(value)
+                waited_ns = _ms_to_ns(value)  # at the gate of an instance that slept
+                wake_ns += waited_ns
+                queue_ns += waited_ns
             elif name == b"x-hibernode-queue-ms":
                 queue_ns += _ms_to_ns(value)
         elif name not in _OURS_IN_ANSWERS:

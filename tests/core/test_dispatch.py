@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.core.dispatch import MAX_ATTEMPTS, WAKE_BACK_OFF_NS, Dispatcher
+from agent.core.dispatch import MAX_ATTEMPTS, Dispatcher
 from agent.core.dispatch_events import (
     DeadlinePassed,
     Dispatch,
@@ -13,6 +13,7 @@ from agent.core.dispatch_events import (
     InstanceGone,
     InstanceReported,
     InstanceRetired,
+    LeaseAnswered,
     LeaseEnded,
     LeaseRefused,
     NodeLost,
@@ -27,8 +28,11 @@ from agent.core.dispatch_events import (
     WakeFailed,
 )
 from agent.core.types import MILLISECOND_NS, SECOND_NS, DispatchPolicy, InstanceState
+from agent.core.wakes_under_way import BACK_OFF_NS
 
 FROZEN, RUNNING = InstanceState.FROZEN, InstanceState.RUNNING
+RIVAL = InstanceReported("llm-1", "llm", "n1", RUNNING, gpus=("g0",))
+"""Somebody else is awake on g0: who shares it with him is asked to wake, and no request is bound to it."""
 
 
 class Story:
@@ -98,12 +102,12 @@ def test_a_freed_slot_takes_the_oldest_waiting_request() -> None:
 def test_a_cancellable_freeze_is_preferred_to_a_wake_and_an_uncancellable_one_gets_nothing() -> None:
     freezing = instance("a", InstanceState.FREEZING, cancellable=True)
     assert Story(freezing, instance("b", FROZEN)).went(1) == "a"
-    story = Story(instance("a", InstanceState.FREEZING), instance("b", FROZEN))
+    story = Story(RIVAL, instance("a", InstanceState.FREEZING), instance("b", FROZEN, gpus=("g0",)))
     assert story.arrive(1) == [Wake("b", "n1")]
 
 
 def test_nothing_awake_wakes_at_once_and_the_answer_frees_the_slots() -> None:
-    story = Story(instance("a", FROZEN, concurrency=2))
+    story = Story(RIVAL, instance("a", FROZEN, concurrency=2, gpus=("g0",)))
     assert story.arrive(1) == [Wake("a", "n1")]
     assert story.arrive(2) == []
     effects = story(WakeAnswered("a"))
@@ -113,9 +117,9 @@ def test_nothing_awake_wakes_at_once_and_the_answer_frees_the_slots() -> None:
 
 
 def test_a_report_may_bring_the_end_of_a_wake_before_its_answer() -> None:
-    story = Story(instance("a", FROZEN))
+    story = Story(RIVAL, instance("a", FROZEN, gpus=("g0",)))
     story.arrive(1)
-    (effect,) = story(instance("a"))
+    (effect,) = story(instance("a", gpus=("g0",)))
     assert isinstance(effect, Dispatch)
     assert effect.wake_ns == MILLISECOND_NS
     assert story(WakeAnswered("a")) == []
@@ -148,7 +152,7 @@ def test_the_node_that_wakes_fastest_is_chosen_and_wakes_queued_there_count() ->
     for n in range(3):
         story(instance(f"f{n}", FROZEN, "fast", wake_estimate_ns=SECOND_NS))
         story(instance(f"s{n}", FROZEN, "slow", wake_estimate_ns=int(1.4 * SECOND_NS)))
-    nodes = [e.node for request in range(4) for e in story.arrive(request) if isinstance(e, Wake)]
+    nodes = [e.node for request in range(4) for e in story.arrive(request) if isinstance(e, Wake | Dispatch)]
     assert nodes == ["fast", "slow", "fast", "slow"]
 
 
@@ -158,7 +162,7 @@ def test_measured_wakes_replace_the_estimate() -> None:
     story(instance("y1", FROZEN, "y", wake_estimate_ns=SECOND_NS))
     assert uids(story.arrive(1)) == ["x1"]
     story.now += 5 * SECOND_NS
-    story(WakeAnswered("x1"))
+    story(LeaseAnswered(1, 5 * SECOND_NS))
     story(LeaseEnded(1))
     for _ in range(20):  # the average of x moves to what was measured
         story(instance("x1", FROZEN, "x"))
@@ -166,7 +170,7 @@ def test_measured_wakes_replace_the_estimate() -> None:
         if woken == ["y1"]:
             return
         story.now += 5 * SECOND_NS
-        story(WakeAnswered("x1"))
+        story(LeaseAnswered(2, 5 * SECOND_NS))
         story(LeaseEnded(2))
     raise AssertionError("x still looks faster than y")
 
@@ -265,7 +269,7 @@ def test_without_instances_or_hope_there_is_no_capacity() -> None:
     assert story.arrive(2) == []  # one is expected
     assert story(FunctionSet("ocr", expects_instances=False)) == [Refuse(2, Refusal.NO_CAPACITY)]
     assert story.arrive(3) == [Refuse(3, Refusal.NO_CAPACITY)]
-    story(instance("a", FROZEN))
+    story(instance("a", InstanceState.RESTORING))
     story.arrive(4)
     assert story(InstanceGone("a")) == [Refuse(4, Refusal.NO_CAPACITY)]
 
@@ -309,18 +313,18 @@ def test_an_instance_that_could_not_be_stopped_serves_on() -> None:
 
 
 def test_a_failed_wake_is_tried_on_another_and_again_when_the_node_is_heard() -> None:
-    story = Story(instance("a", FROZEN), instance("b", FROZEN))
+    story = Story(RIVAL, *(instance(uid, FROZEN, gpus=("g0",)) for uid in "ab"))
     (first,) = uids(story.arrive(1))
     (second,) = uids(story(WakeFailed(first)))
     assert {first, second} == {"a", "b"}
     assert story(WakeFailed(second)) == []
     assert story(NodeReported("n1")) == [], "not at once: it would fail again"
-    story.now += WAKE_BACK_OFF_NS
+    story.now += BACK_OFF_NS
     assert len(uids(story(NodeReported("n1")))) == 1
 
 
 def test_an_instance_that_fails_to_wake_is_asked_less_and_less_often() -> None:
-    story = Story(instance("a", FROZEN))
+    story = Story(RIVAL, instance("a", FROZEN, gpus=("g0",)))
     assert uids(story.arrive(1)) == ["a"]
     asked = []
     for second in range(59):

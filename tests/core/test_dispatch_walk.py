@@ -19,6 +19,7 @@ from agent.core.dispatch_events import (
     InstanceGone,
     InstanceReported,
     InstanceRetired,
+    LeaseAnswered,
     LeaseEnded,
     LeaseRefused,
     NodeLost,
@@ -37,6 +38,12 @@ FUNCTIONS = ("ocr", "llm")
 NODES = ("n1", "n2", "n3")
 CONCURRENCY = {"ocr": 1, "llm": 3}
 WAKEABLE = (InstanceState.FROZEN, InstanceState.FREEZING, InstanceState.WAITING_GPU, InstanceState.RESTORING)
+AWAKE_OR_WAKING = (
+    InstanceState.RUNNING,
+    InstanceState.FROZEN,
+    InstanceState.WAITING_GPU,
+    InstanceState.RESTORING,
+)
 STATES = (
     InstanceState.RUNNING,
     InstanceState.RUNNING,
@@ -47,6 +54,14 @@ STATES = (
     InstanceState.STARTING,
     InstanceState.STOPPING,
 )
+
+
+SLEEPY = (InstanceState.FROZEN,) * 20 + (InstanceState.RUNNING, InstanceState.FREEZING, InstanceState.RESTORING)
+
+
+def gpu_of(uid: str, node: str) -> str:
+    """Three GPUs a node, shared by the instances in turn."""
+    return f"{node}-g{int(uid[1:]) % 3}"
 
 
 @dataclass
@@ -71,17 +86,20 @@ class World:
     instances: dict[str, Seen] = field(default_factory=dict)
     waiting: dict[int, str] = field(default_factory=dict)
     leased: dict[int, str] = field(default_factory=dict)
+    bound: dict[str, int] = field(default_factory=dict)  # requests that went to a sleeping instance, until it wakes
     answered: set[int] = field(default_factory=set)
     made: int = 0
     requests: int = 0
     retired: set[str] = field(default_factory=set)
     function_of: dict[int, str] = field(default_factory=dict)
+    states: tuple[InstanceState, ...] = STATES
+    bindings: int = 0
 
     def tell(self, event: Event) -> None:
         self.now += MILLISECOND_NS
         for effect in self.dispatcher.step(event, self.now):
             match effect:
-                case Dispatch(request, uid, node):
+                case Dispatch(request, uid, node, wakes=wakes):
                     function = self.waiting.pop(request)
                     seen = self.instances[uid]
                     assert seen.function == function
@@ -90,6 +108,9 @@ class World:
                     assert seen.usable
                     older = [r for r, f in self.waiting.items() if f == function and r < request]
                     assert not older, "overtaken"
+                    if wakes:
+                        self.check_bound(function, uid)
+                        self.bound[uid] = request
                     self.leased[request] = uid
                     assert Counter(self.leased.values())[uid] <= CONCURRENCY[function]
                 case Wake(uid, node):
@@ -102,11 +123,28 @@ class World:
                         self.will_be_awake(s) for s in self.instances.values() if s.function == seen.function
                     )
                     queued = sum(f == seen.function for f in self.waiting.values())
+                    queued += sum(
+                        self.will_be_awake(self.instances[u]) and self.instances[u].function == seen.function
+                        for u in self.bound
+                    )
                     assert under_way <= ceil(queued / CONCURRENCY[seen.function])
                 case Refuse(request, _):
                     del self.waiting[request]
                     self.answered.add(request)
         self.check()
+
+    def check_bound(self, function: str, uid: str) -> None:
+        """Nothing else of the function could free sooner, and everybody who shares the GPU sleeps."""
+        mine = self.instances[uid]
+        assert mine.state is InstanceState.FROZEN
+        assert not [f for f in self.waiting.values() if f == function]
+        for name, seen in self.instances.items():
+            sleeps = seen.state is InstanceState.FROZEN and not seen.waking
+            assert sleeps or gpu_of(name, seen.node) != gpu_of(uid, mine.node), f"{name} shares its GPU"
+            usable = seen.usable and seen.node in self.ready
+            assert sleeps or not usable or seen.function != function or seen.state not in AWAKE_OR_WAKING, name
+        mine.waking = True
+        self.bindings += 1
 
     def will_be_awake(self, seen: Seen) -> bool:
         """Its wake counts: nothing came between."""
@@ -141,10 +179,12 @@ class World:
             uid = self.rng.choice(list(self.instances))
             function, node = self.instances[uid].function, self.instances[uid].node
         before = self.instances.get(uid)
-        state = self.rng.choice(STATES)
+        state = self.rng.choice(self.states)
         waking = before is not None and before.waking and state is not InstanceState.RUNNING
+        if not waking:
+            self.bound.pop(uid, None)
         self.instances[uid] = Seen(function, node, state, waking, usable=uid not in self.retired)
-        self.tell(InstanceReported(uid, function, node, state, CONCURRENCY[function], gpus=(f"{node}-g",)))
+        self.tell(InstanceReported(uid, function, node, state, CONCURRENCY[function], gpus=(gpu_of(uid, node),)))
 
     def retire(self) -> None:
         if self.instances and self.rng.random() < 0.1:
@@ -157,12 +197,13 @@ class World:
         if self.instances and self.rng.random() < 0.3:
             uid = self.rng.choice(list(self.instances))
             del self.instances[uid]
+            self.bound.pop(uid, None)
             self.tell(InstanceGone(uid))
 
     def end(self) -> None:
         if self.leased:
             request = self.rng.choice(list(self.leased))
-            del self.leased[request]
+            self.unbind(self.leased.pop(request), request)
             self.answered.add(request)
             self.tell(self.rng.choice((LeaseEnded, RequestGone))(request))
 
@@ -170,10 +211,17 @@ class World:
         if self.leased:
             request = self.rng.choice(list(self.leased))
             uid = self.leased.pop(request)
+            self.unbind(uid, request)
             if uid in self.instances:
                 self.instances[uid].usable = False
             self.waiting[request] = self.function_of[request]
             self.tell(LeaseRefused(request))
+
+    def unbind(self, uid: str, request: int) -> None:
+        """The request ended, one way or another: so did the wake that it stood for."""
+        if self.bound.get(uid) == request:
+            del self.bound[uid]
+            self.instances[uid].waking = False
 
     def leave(self) -> None:
         if self.waiting:
@@ -192,9 +240,15 @@ class World:
             uid = self.rng.choice(waking)
             seen = self.instances[uid]
             seen.waking = False
+            request = self.bound.pop(uid, None)
             if self.rng.random() < 0.7:
                 seen.state = InstanceState.RUNNING
-                self.tell(WakeAnswered(uid))
+                self.tell(WakeAnswered(uid) if request is None else LeaseAnswered(request, self.rng.choice((0, 10**6))))
+            elif request is not None:
+                seen.usable = False
+                del self.leased[request]
+                self.waiting[request] = seen.function
+                self.tell(LeaseRefused(request))
             else:
                 seen.usable = False
                 self.tell(WakeFailed(uid))
@@ -212,22 +266,32 @@ class World:
             self.tell(self.rng.choice((NodeSuspect, NodeLost))(name))
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_every_request_is_waiting_leased_or_answered_exactly_once(seed: int) -> None:
+def walk(seed: int) -> World:
+    """Every second world is a sleepy one, where few ask."""
     rng = random.Random(seed)
-    world = World(rng)
+    sleepy = seed % 2 == 1
+    world = World(rng, states=SLEEPY if sleepy else STATES)
     for function in FUNCTIONS:
         policy = rng.choice(list(DispatchPolicy))
         world.tell(FunctionSet(function, policy=policy, queue_length=20, wake_factor=rng.choice((0.0, 1.0))))
     actions = [
-        *(world.arrive,) * 6, *(world.report,) * 3, *(world.end,) * 5, *(world.wake_ends,) * 2,
+        *(world.arrive,) * (2 if sleepy else 6), *(world.report,) * 3, *(world.end,) * 5, *(world.wake_ends,) * 2,
         world.refuse, world.leave, world.vanish, world.node, world.retire,
     ]  # fmt: skip
     for _ in range(500):
         rng.choice(actions)()
         accounted = [*world.waiting, *world.leased, *world.answered]
         assert sorted(accounted) == list(range(1, world.requests + 1))
-    assert world.answered
+    return world
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_request_is_waiting_leased_or_answered_exactly_once(seed: int) -> None:
+    assert walk(seed).answered
+
+
+def test_the_walks_see_requests_that_find_everybody_asleep() -> None:
+    assert sum(walk(seed).bindings for seed in range(1, 21, 2)) > 20
 
 
 def test_one_decision_costs_the_same_with_ten_and_with_ten_thousand_instances() -> None:

@@ -25,6 +25,8 @@ from agent.wire.clients import DaemonChannel
 from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable
 
+WAKE_MS = b"12.500"
+"""How long a request waited at a sleeping instance, as the ingress says."""
 Behaviour = Callable[["FakeIngress", Exchange, "Received"], Awaitable[None]]
 
 
@@ -36,6 +38,7 @@ class Received:
     target: str
     headers: list[Header]
     body: bytes = b""
+    woke: bool = False  # the instance slept, and woke for it
 
     def get(self, name: str) -> str | None:
         for key, value in self.headers:
@@ -59,6 +62,7 @@ async def echo(ingress: FakeIngress, exchange: Exchange, received: Received) -> 
         (b"x-hibernode-load", b"0/1;RUNNING"),
         (b"x-fc-request-id", b"not-yours"),
         (b"x-fc-status", b"200"),
+        *([(b"x-hibernode-wake-ms", WAKE_MS)] if received.woke else []),
         *ingress.more_headers,
     ]
     await exchange.answer(200, headers, received.body or b"served by " + received.uid.encode())
@@ -121,6 +125,7 @@ class FakeIngress:
         self.default: Behaviour = echo
         self.more_headers: list[Header] = []
         self.wake: Callable[[str], Awaitable[None]] = _wakes_nobody
+        self.asleep: Callable[[str], bool] = lambda uid: False  # then a request wakes the instance and waits for it
         self.arrived = asyncio.Condition()
         self.left = asyncio.Event()
         self.port = 0
@@ -155,6 +160,13 @@ class FakeIngress:
         async with self.arrived:
             self.received.append(received)
             self.arrived.notify_all()
+        if self.asleep(received.uid):
+            try:
+                await self.wake(received.uid)
+            except HibernodeError as error:
+                await refuse(error.reason)(self, exchange, received)
+                return
+            received.woke = True
         await behave(self, exchange, received)
 
     async def _wake(self, exchange: Exchange, uid: str) -> None:
@@ -222,6 +234,7 @@ class FakeAgentNode(_Servicer):  # type: ignore[misc]  # see _Servicer
     def __post_init__(self) -> None:
         self.wake_gate.set()
         self.ingress.wake = self._wake
+        self.ingress.asleep = self._sleeps
         self._numbers = itertools.count(1)
         self._grpc: GrpcServer | None = None
         self._grpc_port = 0
@@ -253,6 +266,9 @@ class FakeAgentNode(_Servicer):  # type: ignore[misc]  # see _Servicer
         one = self.instances[uid]
         one.state, one.reason, one.message = state, reason, message
         self._report(uid)
+
+    def _sleeps(self, uid: str) -> bool:
+        return uid in self.instances and self.instances[uid].state == Instance.STATE_FROZEN
 
     async def _wake(self, uid: str) -> None:
         self.woken.append(uid)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.core.dispatch_events import NodeReported, WakeAnswered
+from agent.core.dispatch_events import InstanceReported, NodeReported, WakeAnswered
 from agent.core.types import MILLISECOND_NS, InstanceState
 from agent.scheduler.functions import Problem
 from tests.fakes.agent_node import die_in_the_middle, hold, refuse, refuse_before_body, vanish
@@ -131,7 +131,8 @@ async def test_methods_a_trigger_leaves_out_are_405(rig: GatewayRig) -> None:
 
 
 async def test_a_request_waits_for_the_wake_and_says_so(rig: GatewayRig) -> None:
-    rig.instance("i1", InstanceState.FROZEN)
+    rig.tell(InstanceReported("x", "llm", "n1", InstanceState.RUNNING, gpus=("g0",)))
+    rig.tell(InstanceReported("i1", "ocr", "n1", InstanceState.FROZEN, gpus=("g0",)))
     asked = asyncio.create_task(rig.ask(GET))
     await rig.until(lambda: rig.wakes, "the wake")
     rig.tell(WakeAnswered("i1"))
