@@ -19,6 +19,7 @@ from agent.emulated.env import exports
 from agent.emulated.oplog import OpRecord
 
 PROGRAM = Path(__file__).with_name("cuda_program.py")
+NVML_PROGRAM = Path(__file__).with_name("nvml_program.py")
 ROOT = Path(__file__).parents[3]
 DEADLINE_S = 20.0
 MIB = 1 << 20
@@ -41,6 +42,10 @@ class Lines:
         self._selector = selectors.DefaultSelector()
         self._selector.register(fd, selectors.EVENT_READ)
 
+    def waiting(self) -> bool:
+        """Is there something to read? Takes nothing."""
+        return b"\n" in self._buffer or bool(self._selector.select(0))
+
     def read(self, deadline_s: float = DEADLINE_S) -> bytes | None:
         """The next line; None if there is none in time. Raises EOFError at the end."""
         end = time.monotonic() + deadline_s
@@ -59,11 +64,12 @@ class Lines:
 
 
 class CudaProgram:
-    """cuda_program.py as a process of its own: an application with CUDA, or a tool that checkpoints one."""
+    """cuda_program.py as a process of its own: an application with CUDA, or a tool that checkpoints one; or another
+    script that is told what to do in the same way."""
 
-    def __init__(self, environment: dict[str, str], wrapper: Sequence[str] = ()) -> None:
+    def __init__(self, environment: dict[str, str], wrapper: Sequence[str] = (), script: Path = PROGRAM) -> None:
         self.process = subprocess.Popen(
-            [*wrapper, sys.executable, str(PROGRAM)],
+            [*wrapper, sys.executable, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -87,8 +93,8 @@ class CudaProgram:
         return answer
 
     def is_waiting(self) -> bool:
-        """Has nothing been answered so far?"""
-        return self._lines.read(0) is None
+        """Has nothing been answered so far? An answer stays to be received."""
+        return not self._lines.waiting()
 
     def ask(self, command: str, **arguments: object) -> dict[str, Any]:
         self.send(command, **arguments)
@@ -158,6 +164,16 @@ class RunningDriver:
         program.must("init")
         return program
 
+    def nvml(self) -> CudaProgram:
+        """nvml_program.py."""
+        program = CudaProgram(self.environment, script=NVML_PROGRAM)
+        self.programs.append(program)
+        return program
+
+    def uuids(self) -> list[str]:
+        """Of the GPUs, as NVML writes them."""
+        return [device.uuid for device in self.control.devices()]
+
     def used_bytes(self, index: int = 0) -> int:
         return self.control.devices()[index].used_bytes
 
@@ -175,6 +191,11 @@ class RunningDriver:
         eventually(lambda: not self.control.processes(), "the last test's processes are released")
         self.control.set_latency()
         self.control.clear_faults()
+        for uuid in self.uuids():
+            self.control.reserve(uuid, 0)
+            self.control.set_device(
+                uuid, persistence=True, mig=False, compute_mode="DEFAULT", nvml_error=0, silent=False
+            )
         self._logged_before = max((record.seq for record in self.control.oplog()), default=0)
 
     def close_programs(self) -> None:
