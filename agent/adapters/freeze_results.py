@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agent.adapters.cuda_api import explain
+from agent.adapters.cuda_api import FATAL, explain
 from agent.core.types import GIB
 from agent.ports import CudaReply, CudaState, FreezeResult, Outcome
 
@@ -17,8 +17,14 @@ START_OVER = "START_OVER"
 
 @dataclass(frozen=True, slots=True)
 class FreezerLimits:
-    """Deadlines in seconds. A copy may take `copy_base_s` + VRAM / `copy_bytes_per_s`; `unknown_image_bytes` stands
-    for the VRAM where it is not known (after a restart of the agent)."""
+    """Deadlines in seconds, and what is allowed.
+
+    A copy may take `copy_base_s` + VRAM / `copy_bytes_per_s`; `unknown_image_bytes` stands for the VRAM where it is not
+    known (after a restart of the agent). `state_s` bounds one question, `answer_s` the calls that copy nothing,
+    `settle_s` a rollback beside its copies, `vram_gone_s` NVML's proof, `cgroup_s` a freeze or thaw of the threads,
+    `death_grace_s` the driver's answer after a target died, `kill_s` what precedes a kill. `room_patience_s`: so long
+    a wake waits for NVML to say what is free. `migrates`: instances may wake on other GPUs.
+    """
 
     lock_timeout_s: float = 5.0
     state_s: float = 5.0
@@ -28,8 +34,47 @@ class FreezerLimits:
     unknown_image_bytes: int = 80 * GIB
     vram_gone_s: float = 5.0
     settle_s: float = 30.0
+    cgroup_s: float = 5.0
+    death_grace_s: float = 2.0
+    kill_s: float = 3.0
+    room_patience_s: float = 0.2
     lock_attempts: int = 3
+    max_processes: int = 64
     several_processes_on_several_gpus: bool = False
+    migrates: bool = False
+
+    @classmethod
+    def for_timeouts(
+        cls,
+        lock_timeout_s: float,
+        operation_timeout_s: float,
+        *,
+        several_processes_on_several_gpus: bool = False,
+        migrates: bool = False,
+    ) -> FreezerLimits:
+        """What the configuration's two timeouts mean for each step: none is longer than its default, and all are short
+        where `operation_timeout_s` is. With the default of 120 s each has its default."""
+        usual = cls()
+        share = min(operation_timeout_s / 120, 1.0)
+
+        def at_most(usual_s: float, part: float) -> float:
+            return min(usual_s, operation_timeout_s * part)
+
+        return cls(
+            lock_timeout_s=lock_timeout_s,
+            state_s=at_most(usual.state_s, 0.5),
+            answer_s=at_most(usual.answer_s, 0.5),
+            copy_base_s=operation_timeout_s,
+            unknown_image_bytes=round(usual.unknown_image_bytes * share),
+            vram_gone_s=at_most(usual.vram_gone_s, 0.5),
+            settle_s=at_most(usual.settle_s, 1.0),
+            cgroup_s=at_most(usual.cgroup_s, 0.5),
+            death_grace_s=at_most(usual.death_grace_s, 0.25),
+            kill_s=at_most(usual.kill_s, 0.5),
+            room_patience_s=at_most(usual.room_patience_s, 0.1),
+            several_processes_on_several_gpus=several_processes_on_several_gpus,
+            migrates=migrates,
+        )
 
 
 def refused(reason: str, message: str, driver_ns: int = 0) -> FreezeResult:
@@ -55,3 +100,8 @@ def failure(reply: CudaReply | None, reason: str = "", message: str = "") -> tup
         return explain(reply.answers[-1])
     stale = "the driver reported success, but the state is not the one that was asked for"
     return reason or "CUDA_STATE_STALE", message or stale
+
+
+def is_fatal(reply: CudaReply) -> bool:
+    """Was the last thing the driver said a 304? After it nothing the driver says of the process can be relied on."""
+    return bool(reply.answers) and reply.answers[-1].code in FATAL

@@ -66,6 +66,9 @@ class NvmlGpus:
     async def memory_used(self) -> Mapping[str, int]:
         return await self._call(self._session.memory_used)
 
+    async def memory_free(self) -> Mapping[str, int]:
+        return await self._call(self._session.memory_free)
+
     async def driver(self) -> DriverInfo:
         return await self._call(self._session.driver)
 
@@ -133,6 +136,11 @@ class NvmlSession:
     def memory_used(self) -> Mapping[str, int]:
         return self._guard(
             lambda: {device.uuid: nvmlDeviceGetMemoryInfo(device.handle).used for device in self._devices}
+        )
+
+    def memory_free(self) -> Mapping[str, int]:
+        return self._guard(
+            lambda: {device.uuid: nvmlDeviceGetMemoryInfo(device.handle).free for device in self._devices}
         )
 
     def driver(self) -> DriverInfo:

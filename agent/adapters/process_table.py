@@ -6,6 +6,7 @@ a pidfd that was checked against it (facts: any TID is accepted as a PID by the 
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Collection, Iterator
@@ -140,13 +141,18 @@ def _carries(pid: int, mark: str, proc: Path) -> bool:
 
 
 def open_pidfd(process: ProcessId, boot: str, proc: Path = PROC) -> int | None:
-    """A pidfd of exactly this process (the caller closes it); None if it is gone. A zombie still has one."""
+    """A pidfd of exactly this process (the caller closes it); None if it is gone. A zombie still has one.
+
+    Raises OSError where it exists but no descriptor can be had: to take that for its end would lose a process.
+    """
     if process.boot_id != boot:
         return None
     try:
         pidfd = os.pidfd_open(process.pid)
-    except OSError:  # no such process, or EINVAL: the number now belongs to a thread
-        return None
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):  # EINVAL, ENOENT: the number is a thread's now
+            return None
+        raise
     # Checked after opening: from here on the number can't change hands under us.
     stat = read_stat(process.pid, proc)
     if stat is None or stat.start_time != process.start_time:

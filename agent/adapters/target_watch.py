@@ -21,15 +21,16 @@ async def run_watching(
     calls: Sequence[CudaCall],
     deadline_s: float,
     gpu_uuids: Sequence[str],
+    grace_s: float = DEATH_GRACE_S,
 ) -> CudaReply:
-    """`Checkpointer.run`; LOST with CUDA_PROCESS_DIED when a process ended and no answer came within the grace (the
+    """`Checkpointer.run`; LOST with CUDA_PROCESS_DIED when a process ended and no answer came within `grace_s` (the
     worker stays busy with it until `deadline_s`)."""
     loop = asyncio.get_running_loop()
     bound = asyncio.timeout(None)
 
     def died(process: CudaProcess) -> None:
         loop.remove_reader(process.pidfd)
-        bound.reschedule(loop.time() + DEATH_GRACE_S)
+        bound.reschedule(loop.time() + grace_s)
 
     for process in processes:
         loop.add_reader(process.pidfd, died, process)

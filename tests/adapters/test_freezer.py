@@ -30,7 +30,7 @@ async def test_a_freeze_locks_checkpoints_and_stops_the_threads_last(world: Worl
     assert await world.freezer.vram_bytes(world.handle) == 0
 
 
-async def test_a_wake_is_one_message_and_asks_nobody_else(world: World) -> None:
+async def test_a_wake_is_one_question_to_nvml_and_one_message_to_the_driver(world: World) -> None:
     await world.freeze()
     world.driver.batches.clear()
     world.gpus.calls.clear()
@@ -38,7 +38,7 @@ async def test_a_wake_is_one_message_and_asks_nobody_else(world: World) -> None:
     result = await world.freezer.wake(world.handle, {})
     assert result.outcome is Outcome.OK
     assert [[call.op for call in batch] for batch in world.driver.batches] == [[RESTORE, UNLOCK, CudaOp.STATE]]
-    assert (world.gpus.calls, world.instance.listings) == ([], listings)
+    assert (world.gpus.calls, world.instance.listings) == (["memory_free"], listings)
     assert world.state() is CudaState.RUNNING
 
 

@@ -42,6 +42,13 @@ class FakeGpus:
             used[process.gpu_uuid] += process.used_bytes
         return used
 
+    async def memory_free(self) -> Mapping[str, int]:
+        self._called("memory_free")
+        free = {device.uuid: device.memory_bytes - self.reserved_bytes for device in self.gpus}
+        for process in self._processes():
+            free[process.gpu_uuid] -= process.used_bytes
+        return free
+
     async def driver(self) -> DriverInfo:
         self._called("driver")
         return self.info
