@@ -7,8 +7,10 @@ import pytest
 from agent.core.errors import PreconditionError
 from agent.emulated.control import FaultView
 from agent.emulated.faults import MAX_FAULTS
+from agent.emulated.oplog import MAX_FROZEN_CALLS, FrozenCall, FrozenCalls
 from tests.adapters.emulated.conftest import StartDriver
 from tests.adapters.emulated.harness import MIB, CudaProgram, RunningDriver
+from tests.fakes.emulated_driver import assert_no_frozen_calls
 
 
 def test_what_is_planned_is_told_back(driver: RunningDriver) -> None:
@@ -105,3 +107,24 @@ def test_memory_taken_by_somebody_nobody_sees(driver: RunningDriver, tool: CudaP
     driver.control.reserve(uuid, 0)
     tool.must("restore", pid=app.pid)
     assert driver.used_bytes() == 4 * MIB
+
+
+def test_the_newest_calls_on_frozen_processes_are_kept_and_all_are_counted() -> None:
+    calls = FrozenCalls()
+    for pid in range(MAX_FROZEN_CALLS + 10):
+        calls.add("lock", pid, 1000 + pid)
+    assert calls.count == MAX_FROZEN_CALLS + 10
+    taken = calls.take()
+    assert (len(taken), taken[0], calls.count) == (MAX_FROZEN_CALLS, FrozenCall("lock", 10, 1010), 0)
+    assert calls.take() == ()
+
+
+def test_a_test_that_calls_a_frozen_process_fails_by_name(
+    driver: RunningDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard of every other test."""
+    assert_no_frozen_calls(driver.control)
+    monkeypatch.setattr(driver.control, "take_frozen_calls", lambda: [FrozenCall("get_state", 4242, 1)])
+    with pytest.raises(AssertionError, match="get_state of 4242"):
+        assert_no_frozen_calls(driver.control)
+    monkeypatch.undo()
