@@ -1,0 +1,167 @@
+"""The doctor's own part: who it asks, what it looks at by itself, and what it says in the end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent.cli import doctor_checks, doctor_command
+from agent.core.snapshots import CapabilityLine
+from agent.core.types import GIB
+from tests.cli.conftest import Run
+
+FINE = CapabilityLine("driver", "OK", "driver 580.65.06, 1 GPU", "")
+OLD = CapabilityLine(
+    "checkpoint", "FAIL", "driver 535 can't checkpoint in separate steps", "install driver 580 or newer"
+)
+
+
+def looking_gives(monkeypatch: pytest.MonkeyPatch, *lines: CapabilityLine) -> list[Path | None]:
+    """The doctor's look at the host has been; the configurations that it was made with."""
+    asked: list[Path | None] = []
+
+    def look(config: Path | None) -> tuple[int, list[CapabilityLine]]:
+        asked.append(config)
+        return 16 * GIB, list(lines)
+
+    monkeypatch.setattr(doctor_checks, "gpu_lines", look)
+    return asked
+
+
+def test_it_asks_the_agent_and_fails_with_it(at_home: Run) -> None:
+    done = at_home("doctor")
+    assert done.code == 4
+    assert ["mig", "FAIL"] in [line[:2] for line in done.words]
+    assert "nvidia-smi -mig 0" in done.out
+    assert "No instance can be frozen here until this is put right: mig." in done.err
+    assert "restart it (systemctl restart hibernode-agent)" in done.err
+    found = at_home("doctor", "-o", "json").json
+    assert found["ok"] is False
+    assert [one["name"] for one in found["checks"]] == ["agent", "driver", "mig", "cgroup", "compiler"]
+    assert {"name", "level", "reason", "fix"} == set(found["checks"][0])
+
+
+def test_without_an_agent_it_looks_itself(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    looking_gives(monkeypatch, FINE)
+    done = run("doctor")
+    assert done.code == 0  # warnings do not count
+    assert done.words[1][:6] == ["agent", "WARN", "not", "asked:", "no", "agent"]
+    assert ["driver", "OK"] in [line[:2] for line in done.words]
+    assert done.err.strip() == "Instances can be frozen here."
+
+
+def test_its_last_word_names_what_failed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    looking_gives(monkeypatch, FINE, OLD)
+    done = run("doctor", "--local")
+    assert done.code == 4
+    assert done.err.strip() == "No instance can be frozen here until this is put right: checkpoint."
+    assert run("doctor", "--local", "-o", "json").err == ""
+
+
+def test_it_does_not_look_here_when_another_host_was_meant(run: Run) -> None:
+    done = run("doctor", "--agent", "127.0.0.1:1")
+    assert (done.code, done.out) == (5, "")
+
+
+def test_it_looks_with_the_configuration_of_the_agent(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = looking_gives(monkeypatch, FINE)
+    standing, named = tmp_path / "agent.yaml", tmp_path / "other.yaml"
+    monkeypatch.setattr(doctor_command, "AGENT_CONFIG", standing)
+    run("doctor", "--local")
+    standing.touch()
+    named.touch()
+    run("doctor", "--local")
+    assert run("doctor", "--config", named).code == 0
+    assert asked == [None, standing, named]
+    done = run("doctor", "--config", tmp_path / "nowhere.yaml")
+    assert (done.code, done.out) == (2, "")
+    assert "nowhere.yaml can't be read" in done.err
+
+
+# ---- the process that looks -----------------------------------------------------------------------------------------
+
+
+def look_by(monkeypatch: pytest.MonkeyPatch, code: str) -> list[CapabilityLine]:
+    """What comes of it if that process does `code`."""
+    real = subprocess.Popen
+
+    def instead(_command: list[str], **options: object) -> object:
+        return real([sys.executable, "-I", "-S", "-c", code], **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "Popen", instead)
+    gpu_bytes, lines = doctor_checks.gpu_lines(None)
+    assert gpu_bytes == 0
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "ended in the middle: signal 11"),
+        ("import sys; sys.exit('libnvidia-ml.so.1: symbol lookup error')", "symbol lookup error"),
+        ("print('{}')", "ended in the middle: without a word"),
+        ("print('[1, 2')", "ended in the middle"),
+    ],
+)
+def test_a_driver_that_takes_its_caller_along(monkeypatch: pytest.MonkeyPatch, code: str, said: str) -> None:
+    (line,) = look_by(monkeypatch, code)
+    assert (line.name, line.level) == ("driver", "FAIL")
+    assert said in line.reason
+    assert line.fix
+
+
+@pytest.mark.parametrize("killable", [True, False])
+def test_a_driver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, killable: bool) -> None:
+    """Not even for the end of the process, which may be stuck in the kernel for good."""
+    monkeypatch.setattr(doctor_checks, "LOOK_DEADLINE_S", 0.2)
+    monkeypatch.setattr(doctor_checks, "KILL_DEADLINE_S", 0.2)
+    stuck: list[subprocess.Popen[bytes]] = []
+    kill = subprocess.Popen.kill
+    if not killable:
+        monkeypatch.setattr(subprocess.Popen, "kill", lambda process: stuck.append(process))  # noqa: PLW0108
+    (line,) = look_by(monkeypatch, "import time; time.sleep(600)")
+    assert "does not answer within 0.2 s" in line.reason
+    assert "dmesg" in line.fix
+    for process in stuck:
+        process.returncode = None
+        kill(process)
+        process.wait()
+
+
+# ---- the host besides its GPUs --------------------------------------------------------------------------------------
+
+
+def test_host_memory_is_compared_with_that_of_the_gpus(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(f"MemTotal: {64 << 20} kB\nMemFree: 1 kB\n")
+    assert doctor_checks.memory_line(16 * GIB, meminfo).level == "OK"
+    line = doctor_checks.memory_line(96 * GIB, meminfo)
+    assert (line.level, line.reason) == (
+        "WARN",
+        "64 GiB on the host, 96 GiB on the GPUs: not all of it can sleep at once",
+    )
+
+
+def test_a_host_without_cgroup_v2(tmp_path: Path) -> None:
+    (tmp_path / "mountinfo").write_text("29 23 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n")
+    (tmp_path / "cgroup").write_text("1:cpu:/\n")
+    line = doctor_checks.cgroup_line(tmp_path)
+    assert (line.level, line.fix) == ("WARN", "mount -t cgroup2 none /sys/fs/cgroup/unified")
+    assert "SIGSTOP" in line.reason
+
+
+def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Where no group can be made, and where one can but without a freezer (an ordinary folder)."""
+    tree = tmp_path / "cgroup2"
+    tree.mkdir()
+    (tmp_path / "mountinfo").write_text(f"30 23 0:27 / {tree} rw - cgroup2 cgroup2 rw\n")
+    (tmp_path / "cgroup").write_text("0::/\n")
+    assert "freezer is missing" in doctor_checks.cgroup_line(tmp_path).reason
+    assert list(tree.iterdir()) == []
+    tree.rmdir()
+    assert "no cgroup can be made" in doctor_checks.cgroup_line(tmp_path).reason
