@@ -19,6 +19,7 @@ from agent.emulated.latency import Latency
 from agent.emulated.oplog import FrozenCalls, OpLog
 from agent.emulated.pids import thread_of
 from agent.emulated.processes import CudaProcess, Operation
+from agent.emulated.profiles import Profile
 from agent.emulated.protocol import CuResult, Message, Op, State, result_of
 from agent.emulated.vram import Vram, rounded
 
@@ -31,8 +32,9 @@ _NEEDS = {Op.LOCK: State.RUNNING, Op.CHECKPOINT: State.LOCKED, Op.RESTORE: State
 class Checkpointing:
     """Sequences the operations of every process. Called on the event loop only; never blocks it."""
 
-    def __init__(self, devices: list[Device], oplog: OpLog, latency: Latency) -> None:
+    def __init__(self, devices: list[Device], profile: Profile, oplog: OpLog, latency: Latency) -> None:
         self._devices = devices
+        self._profile = profile
         self._oplog = oplog
         self.latency = latency
         self.frozen_calls = FrozenCalls()
@@ -118,6 +120,8 @@ class Checkpointing:
             return done
         if fault.kind == FAILED:
             process.change(State.FAILED)
+        elif fault.instead is CuResult.OUT_OF_MEMORY and operation.op is Op.RESTORE:
+            process.stuck = not self._profile.keeps_state
         return done if fault.answer_after is None else fault.answer_after
 
     def _verdict(self, process: CudaProcess, operation: Operation) -> CuResult | None:

@@ -49,7 +49,7 @@ class Driver:
         self.management = Management(self.devices, self.processes, self.activity)
         self.oplog = OpLog()
         self.checkpointing = Checkpointing(
-            self.devices, self.oplog, Latency(options.fixed_us, options.bandwidth_bytes_s)
+            self.devices, self.profile, self.oplog, Latency(options.fixed_us, options.bandwidth_bytes_s)
         )
         self._mount = find_v2_mount(Path("/proc/self/mountinfo").read_text())
         self._namespace = pids.namespace_of(os.getpid())

@@ -40,8 +40,9 @@ class Profile:
 
     utility: None = it says INSUFFICIENT_DRIVER. public_api: libcuda has cuCheckpointProcess*; without it only the
     utility can checkpoint. migration: restore takes gpuPairs. init_suffices: without persistence mode a restore is
-    allowed to callers that have called cuInit; else to nobody. startable: emulated, not only described. note: where it
-    is not certain.
+    allowed to callers that have called cuInit; else to nobody. keeps_state: a restore refused by a planned
+    OUT_OF_MEMORY can be tried again; before 580 the driver keeps no good state on an error, and the process is stuck.
+    startable: emulated, not only described. note: where it is not certain.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Profile:
     public_api: bool = False
     migration: bool = False
     init_suffices: bool = False
+    keeps_state: bool = False
     startable: bool = True
     note: str = ""
 
@@ -96,6 +98,7 @@ TABLE = {
             public_api=True,
             migration=True,
             init_suffices=True,
+            keeps_state=True,
         ),
         Profile(
             "590",
@@ -105,6 +108,7 @@ TABLE = {
             public_api=True,
             migration=True,
             init_suffices=True,
+            keeps_state=True,
             startable=False,
             note="--launch-job is not emulated",
         ),
@@ -116,6 +120,7 @@ TABLE = {
             public_api=True,
             migration=True,
             init_suffices=True,
+            keeps_state=True,
             startable=False,
             note="adds arm64; which CUDA it brings is inferred",
         ),
@@ -127,6 +132,7 @@ TABLE = {
             public_api=True,
             migration=True,
             init_suffices=True,
+            keeps_state=True,
             startable=False,
             note="adds IPC within a job; which CUDA it brings is inferred",
         ),

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from agent.emulated.faults import FAILED, OPERATIONS, RESULTS, SLOW
+from tests.adapters.emulated.conftest import StartDriver
 from tests.adapters.emulated.harness import MIB, CudaProgram, RunningDriver, eventually
 
 RUNNING, LOCKED, CHECKPOINTED, FAILED_STATE = range(4)
@@ -264,13 +265,23 @@ def test_a_refusal_can_be_late(driver: RunningDriver, tool: CudaProgram, kind: s
     assert time.monotonic() - began >= 0.04
 
 
-def test_a_planned_lack_of_memory_is_a_clean_refusal(driver: RunningDriver, tool: CudaProgram) -> None:
-    """A real one is not (test_states.py, issue 44)."""
+@pytest.mark.parametrize("profile", ["570", "580"])
+def test_a_planned_lack_of_memory_depends_on_the_driver(start_driver: StartDriver, profile: str) -> None:
+    """580 refuses cleanly, and the caller may try again; 570 keeps no good state: 2, then 304, and 401 to an unlock.
+
+    A real one leaves the process stuck under either (test_states.py, issue 44).
+    """
+    driver = start_driver("--profile", profile)
+    tool = driver.tool()
     patient = patient_for("restore", driver, tool)
     driver.control.fault("restore", "OUT_OF_MEMORY")
     assert patient.ask("restore") == OUT_OF_MEMORY
     assert patient.state() == CHECKPOINTED
-    patient.finish_cycle()
+    if profile == "570":
+        assert patient.ask("restore") == OPERATING_SYSTEM
+        assert patient.ask("unlock") == ILLEGAL_STATE
+    else:
+        patient.finish_cycle()
 
 
 def test_one_of_two_processes_fails_in_mid_checkpoint(driver: RunningDriver, tool: CudaProgram) -> None:
