@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,56 @@ class Cuda:
         rc = self.cuda.cuMemcpyDtoH_v2(buffer, address, size)
         answer = {"rc": rc, "digest": hashlib.sha256(buffer.raw).hexdigest(), "zero": not any(buffer.raw)}
         return {**answer, "hex": buffer.raw.hex()} if raw else answer
+
+    def pinned(self, size: int) -> Answer:
+        """Page-locked host memory."""
+        address = ctypes.c_void_p()
+        rc = self.cuda.cuMemAllocHost_v2(ctypes.byref(address), ctypes.c_size_t(size))
+        return {"rc": rc, "address": address.value}
+
+    def free_pinned(self, address: int) -> Answer:
+        return {"rc": self.cuda.cuMemFreeHost(ctypes.c_void_p(address))}
+
+    def round_trip(self, address: int, pinned: int, size: int, seed: int) -> Answer:
+        """Bytes through pinned memory to the device and back, in a stream."""
+        stream = ctypes.c_void_p()
+        rc = self.cuda.cuStreamCreate(ctypes.byref(stream), 1)
+        data = random.Random(seed).randbytes(size)
+        ctypes.memmove(pinned, data, size)
+        device, host, length = ctypes.c_uint64(address), ctypes.c_void_p(pinned), ctypes.c_size_t(size)
+        rc = rc or self.cuda.cuMemcpyHtoDAsync_v2(device, host, length, stream)
+        rc = rc or self.cuda.cuStreamSynchronize(stream)
+        ctypes.memset(pinned, 0, size)
+        rc = rc or self.cuda.cuMemcpyDtoHAsync_v2(host, device, length, stream)
+        rc = rc or self.cuda.cuStreamSynchronize(stream)
+        same = ctypes.string_at(pinned, size) == data
+        return {"rc": rc or self.cuda.cuStreamDestroy_v2(stream), "same": same}
+
+    def keep_busy(self, address: int, size: int, seconds: float) -> Answer:
+        """Fill again and again."""
+        end, rc = time.monotonic() + seconds, 0
+        while not rc and time.monotonic() < end:
+            rc = self.cuda.cuMemsetD8_v2(address, 5, size)
+        return {"rc": rc}
+
+    def own_device(self) -> Answer:
+        """What a program finds out about the GPU that it was given."""
+        device, uuid = ctypes.c_int(-1), ctypes.create_string_buffer(16)
+        rc = self.cuda.cuCtxGetDevice(ctypes.byref(device)) or self.cuda.cuDeviceGetUuid_v2(uuid, device)
+        values = {}
+        for name, attribute in {"multiprocessors": 16, "compute_mode": 20, "unified": 41, "major": 75}.items():
+            value = ctypes.c_int(-1)
+            rc = rc or self.cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+            values[name] = value.value
+        return {"rc": rc, "device": device.value, "uuid": uuid.raw.hex(), **values}
+
+    def exports(self, symbol: str) -> Answer:
+        return {"rc": 0, "found": hasattr(self.cuda, symbol)}
+
+    def export_table(self) -> Answer:
+        """With an identity that nobody has."""
+        table = ctypes.c_void_p(1)
+        return {"rc": self.cuda.cuGetExportTable(ctypes.byref(table), b"x" * 16), "table": table.value}
 
     def synchronize(self) -> Answer:
         return {"rc": self.cuda.cuCtxSynchronize()}

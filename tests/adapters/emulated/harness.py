@@ -78,8 +78,12 @@ class CudaProgram:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._lines = Lines(self.process.stdout.fileno())
-        self.own_pid = int(self.receive()["pid"])
         self.pid = self.process.pid
+        try:
+            self.own_pid = int(self.receive()["pid"])
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, command: str, **arguments: object) -> None:
         assert self.process.stdin is not None

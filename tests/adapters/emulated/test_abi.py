@@ -43,6 +43,7 @@ RESULTS = "".join(
     f'_Static_assert((int)CUDA_ERROR_{name} == (int)EMU_{name}, "{name}");\n'
     for name in (
         *("INVALID_VALUE", "OUT_OF_MEMORY", "NOT_INITIALIZED", "NO_DEVICE", "INVALID_DEVICE", "INVALID_CONTEXT"),
+        "DEVICE_UNAVAILABLE",
         *("OPERATING_SYSTEM", "INVALID_HANDLE", "ILLEGAL_STATE", "NOT_FOUND", "NOT_READY", "CONTEXT_IS_DESTROYED"),
         *("NOT_PERMITTED", "NOT_SUPPORTED", "UNKNOWN"),
     )
@@ -79,7 +80,10 @@ def test_protocol_h_and_protocol_py_say_the_same() -> None:
     header = (SOURCES / "protocol.h").read_text()
     operations = dict(re.findall(r"^\s+EMU_(\w+) = (\d+)", header, re.MULTILINE))
     assert {name: int(value) for name, value in operations.items()} == {op.name: op.value for op in protocol.Op}
-    for name in ("PROTOCOL", "MAX_DEVICES", "MAX_ALLOCATIONS", "MAX_PAYLOAD"):
+    for name in (
+        *("PROTOCOL", "MAX_DEVICES", "MAX_ALLOCATIONS", "MAX_PAYLOAD"),
+        *("ACTIVITY_BUCKETS", "ACTIVITY_NS"),
+    ):
         assert f"#define EMU_{name} {getattr(protocol, name)}\n" in header
 
 

@@ -53,9 +53,9 @@ def oracle(driver: RunningDriver, pid: int, mapping: dict[str, str]) -> subproce
     )
 
 
-@pytest.mark.parametrize("migrate", [False, True])
-def test_it_freezes_and_wakes_a_process_bit_identically(start_driver: StartDriver, migrate: bool) -> None:
-    driver = start_driver("--profile", "580")
+@pytest.mark.parametrize(("profile", "migrate"), [("570", False), ("580", False), ("580", True)])
+def test_it_freezes_and_wakes_a_process_bit_identically(start_driver: StartDriver, profile: str, migrate: bool) -> None:
+    driver = start_driver("--profile", profile)
     app = driver.application()
     address = app.must("alloc", size=5 * MIB)["address"]
     digest = app.must("write", address=address, size=5 * MIB, seed=3)["digest"]
