@@ -18,7 +18,7 @@ from typing import Any
 
 from agent.adapters import cgroup, process_table
 from agent.adapters.cgroup_freezer import INSTANCE_VARIABLE, instance_mark
-from agent.core.errors import DeadlineError, HibernodeError, InstanceError
+from agent.core.errors import DeadlineError, HibernodeError, InstanceError, UnavailableError
 from agent.core.types import Handle, ProcessId
 
 TARGET_SCRIPT = Path(__file__).with_name("selftest_target.py")
@@ -66,6 +66,18 @@ def _has_owner(uid: str, boot_id: str) -> bool:
     return process_table.is_alive(ProcessId(boot_id, int(pid), int(start_time)), boot_id)
 
 
+def _make_cgroup(place: Place) -> None:
+    """Raises UnavailableError CGROUP_UNUSABLE."""
+    for attempt in range(3):
+        try:
+            if place.slice_ is not None:
+                place.slice_.create(place.uid)
+            return
+        except OSError as error:  # ENOENT: another selftest that ended took the empty parent away
+            if attempt == 2 or not isinstance(error, FileNotFoundError):
+                raise UnavailableError("CGROUP_UNUSABLE", f"no cgroup can be made at {place.path}: {error}") from error
+
+
 class SelftestProcess:
     """The running program. Use `start`; then `ask`; then `end`, always."""
 
@@ -83,10 +95,10 @@ class SelftestProcess:
     async def start(cls, place: Place, gpu_uuid: str) -> SelftestProcess:
         """Start it on one GPU, from the loop's thread (PDEATHSIG follows the thread that spawns).
 
-        Raises InstanceError SELFTEST_TARGET_ENDED, DeadlineError SELFTEST_TIMEOUT. Leaves nothing behind on failure.
+        Raises InstanceError SELFTEST_TARGET_ENDED, DeadlineError SELFTEST_TIMEOUT, UnavailableError CGROUP_UNUSABLE.
+        Leaves nothing behind on failure.
         """
-        if place.slice_ is not None:
-            place.slice_.create(place.uid)
+        _make_cgroup(place)
         ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         name, _, value = instance_mark(SLICE_NAME, place.uid).partition("=")

@@ -157,6 +157,8 @@ def run_selftest(wanted: Wanted, config: Path | None) -> Exit:
         signal.signal(signal.SIGTERM, interrupted)
         _end(process, running)
     if running.report is None:
+        if process.returncode == Exit.USAGE:  # it has said what is wrong with the agent's configuration
+            return Exit.USAGE
         raise UnavailableError(
             "SELFTEST_ENDED", f"the selftest's process ended in the middle (exit {process.returncode}), see above"
         )

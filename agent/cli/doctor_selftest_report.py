@@ -46,14 +46,7 @@ def show_report(report: dict[str, Any]) -> None:
         unavailable = counted[-1]["pinned"]["unavailable"]
         if unavailable:
             show_text(f"no pinned copy to compare with: {unavailable}\n")
-    verdict = report["verdict"]
-    show_text(f"\n{_HEADLINES[verdict['proof']].format(where=_where(report))}\n")
-    if verdict["message"] and verdict["proof"] != "NOT_RUN":
-        show_text(f"{verdict['message']} ({verdict['reason']})\n")
-        show_text(f"What to do: {verdict['fix']}\n" if verdict["fix"] else "")
-    elif verdict["reason"] not in ("", "PRECONDITION"):
-        fix = f"; what to do: {verdict['fix']}" if verdict["fix"] else ""
-        show_text(f"{verdict['message']} ({verdict['reason']}){fix}\n")
+    show_text(f"\n{_HEADLINES[report['verdict']['proof']].format(where=_where(report))}\n")
 
 
 def _where(report: dict[str, Any]) -> str:

@@ -47,6 +47,14 @@ from agent.settings import AgentConfig, GpuSettings
 START_S = 180.0
 """For everything before the first round."""
 
+_SUBJECTS = {
+    Proof.MEMORY_CHANGED: "memory",
+    Proof.FAILED: "freeze, wake",
+    Proof.TIMED_OUT: "freeze, wake",
+    Proof.NOT_RUN: "start",
+}
+"""What a check that fails during the test is called."""
+
 
 class Selftest:
     """One selftest. `run` gives the report; whatever it made is gone when `stack` is closed."""
@@ -72,9 +80,8 @@ class Selftest:
             verdict = Verdict(Proof.TIMED_OUT, "SELFTEST_TIMEOUT", text, "look at `dmesg` for XID errors")
         except HibernodeError as error:
             verdict = verdict_of(error, begun=self._rounds is not None)
-        if self._rounds is not None and verdict.proof is not Proof.PROVED:
-            name = "memory" if verdict.proof is Proof.MEMORY_CHANGED else "freeze, wake"
-            self._ground.say("FAIL", name, verdict.message, "see below")
+        if verdict.proof is not Proof.PROVED and not self._ground.failures:
+            self._ground.say("FAIL", _SUBJECTS[verdict.proof], verdict.message, verdict.fix)
         return self._report(verdict)
 
     async def _test(self, limits: FreezerLimits, deadline_s: float) -> Verdict:

@@ -94,10 +94,11 @@ async def _choose_gpu(ground: Ground, asked: Asked, inventory: Sequence[Gpu], gp
     text = f"{room / GIB:.2f} of {gpu.memory_bytes / GIB:.2f} GiB free{beside}"
     if room < asked.size_bytes:
         pids = ", ".join(str(process.pid) for process in others[:8])
-        end = f", or end what uses it (process {pids})" if others else ", or another --gpu"
-        ground.say(
-            "FAIL", "gpu memory", f"{text}; the test needs {asked.size_bytes / GIB:.2f}", f"a smaller --gib{end}"
-        )
+        most = (room - CONTEXT_BYTES) / GIB
+        less = [f"--gib {most:.1f} or less"] if most >= 0.1 else []
+        end = f"end what uses it (process {pids})" if others else "another --gpu"
+        need = f"{asked.size_bytes / GIB:.2f}"
+        ground.say("FAIL", "gpu memory", f"{text}; the test needs {need}", ", or ".join([*less, end]))
     else:
         ground.say("OK", "gpu memory", text)
     return gpu
