@@ -15,6 +15,8 @@ from enum import Enum, auto
 from signal import SIGKILL
 from typing import IO
 
+from agent.adapters.clock import SystemClock
+
 KILL_TIMEOUT_S = 5.0
 PIPE_BYTES = 1 << 16
 
@@ -43,7 +45,8 @@ class BoundedProgram:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, kill_signal: int = SIGKILL) -> None:
         self._loop = asyncio.get_running_loop()
-        self._begin = self._loop.time()
+        self._clock = SystemClock()  # uvloop's own time stands still within a turn and counts milliseconds
+        self._begin_ns = self._clock.monotonic_ns()
         self._kill_signal = kill_signal
         # Not asyncio's: with uvloop and grpc that one prints fork warnings (facts emulated-driver, pitfall 11).
         self._process = subprocess.Popen(
@@ -85,7 +88,7 @@ class BoundedProgram:
                 return Ended(Ending.STUCK)  # collected by `_on_exit` if it ever dies
         output, error = _held(self._process.stdout), _held(self._process.stderr)
         self._close_pipes()
-        elapsed_us = round((self._loop.time() - self._begin) * 1e6)
+        elapsed_us = (self._clock.monotonic_ns() - self._begin_ns) // 1000
         ending = Ending.KILLED if self._killed else Ending.ENDED
         return Ended(ending, self._process.returncode, output, error, elapsed_us)
 
