@@ -73,10 +73,11 @@ async def open_gpu_layer(
         gpus,
         host.pids,
         host.boot_id,
-        FreezerLimits(
-            lock_timeout_s=settings.lock_timeout_ns / SECOND_NS,
-            copy_base_s=settings.operation_timeout_ns / SECOND_NS,
+        FreezerLimits.for_timeouts(
+            settings.lock_timeout_ns / SECOND_NS,
+            settings.operation_timeout_ns / SECOND_NS,
             several_processes_on_several_gpus=settings.multi_process_multi_gpu,
+            migrates=settings.migrate and capabilities.migration,
         ),
     )
     unavailable = capabilities.refusal
