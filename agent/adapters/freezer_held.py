@@ -59,7 +59,8 @@ class Held:
 
 
 class HeldInstances:
-    """Memory by instance uid. `restored`: woken since it started, or perhaps (found awake by a recovery)."""
+    """Memory by instance uid. `restored`: woken since it started, or perhaps (found awake by a recovery). `doubtful`: an
+    operation on it was lost once, and may have run later than anybody looked."""
 
     def __init__(
         self, checkpointer: Checkpointer, cgroups: ProcessFreezer, finder: CudaProcessFinder, limits: FreezerLimits
@@ -69,6 +70,7 @@ class HeldInstances:
         self.finder = finder
         self.limits = limits
         self.restored: set[str] = set()
+        self.doubtful: set[str] = set()
         self._held: dict[str, Held] = {}
         self._stopped: set[str] = set()
 
@@ -91,6 +93,7 @@ class HeldInstances:
         """The instance ended."""
         self.drop(handle)
         self.restored.discard(handle.uid)
+        self.doubtful.discard(handle.uid)
         self._stopped.discard(handle.uid)
         self.cgroups.forget(handle)
 
@@ -169,6 +172,9 @@ class HeldInstances:
         """Bring the processes to `goal` after `reply`, restoring by `gpu_map` and trying so at most `restores` times.
         After a lost worker: thaw (somebody may have frozen the target under the driver), re-read, go on."""
         limits = self.limits
+        lost = reply.fault in (CudaFault.LOST, CudaFault.STUCK)
+        if lost:
+            self.doubtful.add(handle.uid)
 
         async def thaw() -> None:
             if self.cgroups.state(handle) is not FreezerState.THAWED:
@@ -178,7 +184,7 @@ class HeldInstances:
         aim = Aim(
             goal,
             tuple((gpu_map or {}).items()),
-            suspicious=reply.fault in (CudaFault.LOST, CudaFault.STUCK),
+            suspicious=lost,
             ask_first=thaw,
             limits=SettleLimits(
                 failed_restores=restores, state_deadline_s=limits.state_s, lock_timeout_s=limits.lock_timeout_s

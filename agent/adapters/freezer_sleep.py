@@ -49,13 +49,16 @@ class Sleep:
             return broken("INSTANCE_GONE", "no process of the instance is left")
         held = self._instances.keep(handle, Held(found.processes))
         if refusal := self._unfit(held):
+            if handle.uid in self._instances.doubtful and _left_locked(held):
+                return await self._unlock_after(handle, held, CudaReply(), START_OVER, "")
             self._instances.drop(handle)
             return refusal
         timeout_ms = round(self._limits.lock_timeout_s * 1000)
         calls = [CudaCall(CudaOp.LOCK, pid, timeout_ms) for pid in held.pids]
         deadline_s = self._limits.answer_s + self._limits.lock_timeout_s * len(calls)
+        calls += [CudaCall(CudaOp.STATE, pid) for pid in held.pids]
         reply = await self._instances.run(held, calls, deadline_s)
-        if not reply.ok:
+        if not all_in(reply, CudaState.LOCKED, len(held.processes)):
             return await self._unlock_after(handle, held, reply, *failure(reply))
         again = await self._instances.finder.find(handle, held.processes)
         appeared = [process for process in again.processes if process not in held.processes]
@@ -77,6 +80,8 @@ class Sleep:
                 "set idle: never",
             )
         wrong = [process for process in held.processes if process.state is not CudaState.RUNNING]
+        if failed := [process for process in wrong if process.state is CudaState.FAILED]:
+            return broken("CUDA_STATE_FAILED", f"the driver says that process {failed[0].pid} has failed")
         if wrong:
             return refused("CUDA_ILLEGAL_STATE", f"process {wrong[0].pid} is {wrong[0].state.value} for the driver")
         return None
@@ -192,3 +197,8 @@ class Sleep:
 
 def _died(message: str, driver_ns: int) -> FreezeResult:
     return broken("CUDA_PROCESS_DIED", f"a CUDA process ended during its checkpoint: {message}", driver_ns)
+
+
+def _left_locked(held: Held) -> bool:
+    """A lock that was lost has run after all, unseen."""
+    return {process.state for process in held.processes} <= {CudaState.RUNNING, CudaState.LOCKED}

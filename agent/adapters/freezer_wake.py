@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from agent.adapters.cgroup_freezer import FreezerState
+from agent.adapters.cuda_api import CudaResult
 from agent.adapters.cuda_processes import calm_states
 from agent.adapters.freeze_results import all_in, broken, failure, is_fatal, refused
 from agent.adapters.freezer_held import Held, HeldInstances
@@ -99,7 +100,7 @@ class Wake:
         driver_ns = reply.driver_ns + read_ns
         if not states or not states <= _RESTORED | {CudaState.CHECKPOINTED}:
             return broken(reason, f"{message}; and its state can't be read or is failed", driver_ns)
-        goal = _goal(states, wish.gpu_map)
+        goal = _goal(states, follow=bool(wish.gpu_map) or _ran_already(reply))
         settled = await self._instances.settle(wish.handle, wish.held, goal, reply, gpu_map=wish.gpu_map, restores=1)
         driver_ns += settled.driver_ns
         if not settled.reached or wish.held.died:
@@ -159,16 +160,22 @@ class Wake:
             _log.error("wake.on_wrong_gpu", instance=wish.handle.uid, detail=_wrong(places, wanted))
 
 
-def _goal(states: set[CudaState], gpu_map: Mapping[str, str]) -> CudaState:
+def _goal(states: set[CudaState], *, follow: bool) -> CudaState:
     """Where to bring processes of which some or all are restored, or none.
 
-    None: they stay as they are. All: on to RUNNING. Some, on the same GPUs: the restored are checkpointed again, and
-    nothing has changed. Some, on other GPUs: a checkpoint would make images of different GPUs, so the rest must follow.
+    None: they stay as they are. All: on to RUNNING. Some: the restored are checkpointed again, and nothing has changed;
+    unless the rest must `follow` them, for on other GPUs that would make images of different GPUs.
     """
     if CudaState.CHECKPOINTED not in states:
         return CudaState.RUNNING
     mixed = bool(states & _RESTORED)
-    return CudaState.RUNNING if mixed and gpu_map else CudaState.CHECKPOINTED
+    return CudaState.RUNNING if mixed and follow else CudaState.CHECKPOINTED
+
+
+def _ran_already(reply: CudaReply) -> bool:
+    """A restore found its process restored: one of an earlier wake had hung, and ran at this thaw."""
+    last = reply.answers[-1] if reply.answers else None
+    return last is not None and last.call.op is CudaOp.RESTORE and last.code == CudaResult.ILLEGAL_STATE
 
 
 def _wrong(places: frozenset[str], wanted: frozenset[str]) -> str:

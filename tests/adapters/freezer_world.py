@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,10 +38,18 @@ class Instance:
         return child.pid
 
     def end(self, pid: int) -> None:
+        self.kill(pid).wait()
+        self.shown.remove(pid)
+
+    def kill(self, pid: int) -> subprocess.Popen[bytes]:
+        """SIGKILL; it stays a zombie, and shown, until somebody waits for it."""
         child = next(child for child in self.children if child.pid == pid)
         child.kill()
-        child.wait()
-        self.shown.remove(pid)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return child
+
+    def kill_now(self, pid: int) -> None:
+        self.kill(pid)
 
     async def pids(self, handle: Handle) -> list[int]:
         self.listings += 1
@@ -74,6 +83,9 @@ class World:
         assert (await self.freezer.lock(self.handle)).outcome is Outcome.OK
         assert (await self.freezer.checkpoint(self.handle)).outcome is Outcome.OK
 
+    def states(self) -> set[CudaState]:
+        return {process.state for process in self.driver.processes.values()}
+
     def restarted(self, limits: FreezerLimits = LIMITS) -> CudaFreezer:
         """The freezer of an agent that has just started: it remembers nothing."""
         return CudaFreezer(self.driver, self.cgroups, self.gpus, self.instance.pids, process_table.boot_id(), limits)
@@ -83,7 +95,7 @@ class World:
 def world() -> Iterator[World]:
     instance = Instance()
     main = instance.spawn()
-    driver = FakeCheckpointer({main: FakeCudaProcess()})
+    driver = FakeCheckpointer({main: FakeCudaProcess()}, kill=instance.kill_now)
     cgroups = FakeProcessFreezer(driver=driver)
     gpus = FakeGpus(processes_now=driver.gpu_processes)
     boot = process_table.boot_id()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from agent.adapters.cuda_api import CudaResult
@@ -26,7 +26,7 @@ class FakeCudaProcess:
     vram_bytes: int = 16 * MIB
     gpu_uuid: str = "GPU-00000000-0000-4000-8000-000000000000"
     thawed: asyncio.Event = field(default_factory=asyncio.Event)
-    stale_operations: list[CudaOp] = field(default_factory=list)
+    stale_operations: list[CudaCall] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.thawed.set()
@@ -34,18 +34,23 @@ class FakeCudaProcess:
     def thaw(self) -> None:
         """Let it run; what hung on it is executed now, after its caller was killed (facts: pitfall 1)."""
         self.thawed.set()
-        for op in self.stale_operations:
-            needs, gives = _RULES[op]
-            if self.state is needs:
-                self.state = gives
+        for call in self.stale_operations:
+            if self.state is _RULES[call.op][0]:
+                self.perform(call)
         self.stale_operations.clear()
+
+    def perform(self, call: CudaCall) -> None:
+        """What the operation does when it succeeds."""
+        self.state = _RULES[call.op][1]
+        if call.op is CudaOp.RESTORE:
+            self.gpu_uuid = dict(call.gpu_map).get(self.gpu_uuid, self.gpu_uuid)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong, once, at the next `op`: answer `code`, or report success without doing it (`stale`), or hang
-    until the deadline (`hang`; with `executes` it is done all the same), leaving the process in `leaves`; or the
-    process ends of it (`dies`)."""
+    """What goes wrong, once, at the next `op`: answer `code` (with `executes` it is done all the same), or report
+    success without doing it (`stale`), or hang until the deadline (`hang`; with `executes` it is done at once, with
+    `later` at the next thaw), leaving the process in `leaves`; `dies`: the target ends of it."""
 
     op: CudaOp
     code: int = 0
@@ -53,6 +58,7 @@ class Fault:
     hang: bool = False
     stuck: bool = False
     executes: bool = False
+    later: bool = False
     dies: bool = False
     leaves: CudaState | None = None
     pid: int = 0
@@ -61,7 +67,9 @@ class Fault:
 @dataclass
 class FakeCheckpointer:
     """Knobs: `processes` by pid, `faults`, `keeps_vram` (NVML goes on showing memory after a checkpoint),
-    `not_begun` (no worker is free). `batches` records what was asked, and a hang costs `hang_s` at most."""
+    `not_begun` (no worker is free), `gpu_uuids` (a GPU map must name all of them, if any are given), `kill` (ends a
+    process). `batches` records what was asked, `frozen_calls` what of it hit a frozen target; a hang costs `hang_s` at
+    most."""
 
     processes: dict[int, FakeCudaProcess] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
@@ -70,7 +78,10 @@ class FakeCheckpointer:
     hang_s: float = 0.01
     elapsed_us: int = 100
     batches: list[tuple[CudaCall, ...]] = field(default_factory=list)
+    gpu_uuids: tuple[str, ...] = ()
+    kill: Callable[[int], None] | None = None
     stuck_gpus: list[tuple[str, ...]] = field(default_factory=list)
+    frozen_calls: list[CudaCall] = field(default_factory=list)
 
     async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
         if not calls:
@@ -109,33 +120,49 @@ class FakeCheckpointer:
             code = CudaResult.SUCCESS if call.op is CudaOp.STATE else CudaResult.NOT_INITIALIZED
             return CudaAnswer(call, code, CudaState.NONE, self.elapsed_us)
         if not process.thawed.is_set():
+            self.frozen_calls.append(call)
             try:
                 await asyncio.wait_for(process.thawed.wait(), patience_s)
             except TimeoutError:
                 if call.op is not CudaOp.STATE:
-                    process.stale_operations.append(call.op)
+                    process.stale_operations.append(call)
                 return CudaFault.LOST
-        fault = self._fault_for(call)
-        if fault is not None and fault.leaves is not None:
-            process.state = fault.leaves
-        if fault is not None and (fault.hang or fault.stuck):
-            if fault.executes:
-                process.state = _RULES[call.op][1]
-            return CudaFault.STUCK if fault.stuck else CudaFault.LOST
-        if fault is not None and fault.dies:
-            del self.processes[call.pid]
-            return CudaAnswer(call, CudaResult.OPERATING_SYSTEM, CudaState.NONE, self.elapsed_us)
-        if fault is not None and fault.code:
-            read = CudaState.UNKNOWN if call.op is CudaOp.STATE else process.state
-            return CudaAnswer(call, fault.code, read, self.elapsed_us)
+        refusal = self._refusal(call, process)
+        fault = None if refusal else self._fault_for(call)
+        if fault is not None:
+            return self._go_wrong(fault, call, process)
+        if refusal:
+            return CudaAnswer(call, refusal, process.state, self.elapsed_us)
         if call.op is CudaOp.STATE:
             return CudaAnswer(call, 0, process.state, self.elapsed_us)
-        needs, gives = _RULES[call.op]
-        if process.state is not needs:
-            return CudaAnswer(call, CudaResult.ILLEGAL_STATE, process.state, self.elapsed_us)
-        if fault is None:
-            process.state = gives
+        process.perform(call)
         return CudaAnswer(call, 0, None, self.elapsed_us)
+
+    def _refusal(self, call: CudaCall, process: FakeCudaProcess) -> int:
+        if call.op is CudaOp.STATE:
+            return 0
+        if process.state is not _RULES[call.op][0]:
+            return CudaResult.ILLEGAL_STATE
+        incomplete = call.gpu_map and self.gpu_uuids and {old for old, _ in call.gpu_map} != set(self.gpu_uuids)
+        return CudaResult.INVALID_VALUE if incomplete else 0
+
+    def _go_wrong(self, fault: Fault, call: CudaCall, process: FakeCudaProcess) -> CudaAnswer | CudaFault:
+        if fault.executes and call.op is not CudaOp.STATE:
+            process.perform(call)
+        if fault.leaves is not None:
+            process.state = fault.leaves
+        if fault.dies:
+            if self.kill is not None:
+                self.kill(call.pid)
+            del self.processes[call.pid]
+            return CudaAnswer(call, CudaResult.OPERATING_SYSTEM, CudaState.NONE, self.elapsed_us)
+        if fault.later:
+            process.stale_operations.append(call)
+        if fault.hang or fault.stuck or fault.later:
+            return CudaFault.STUCK if fault.stuck else CudaFault.LOST
+        if call.op is CudaOp.STATE:
+            return CudaAnswer(call, fault.code, CudaState.UNKNOWN if fault.code else process.state, self.elapsed_us)
+        return CudaAnswer(call, fault.code, process.state if fault.code else None, self.elapsed_us)
 
     def _fault_for(self, call: CudaCall) -> Fault | None:
         for fault in self.faults:
