@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from agent.adapters.driver_worker_process import DriverWorkerProcess, Phase, WorkerEvents, WorkerOptions
 from agent.core.errors import UnavailableError
@@ -18,7 +18,10 @@ from agent.log import get_logger
 from agent.ports import CudaAnswer, CudaCall, CudaFault, CudaReply
 
 MAX_CALLS = 256
-"""Operations in one message: more CUDA processes than any one instance has."""
+MAX_BATCH_BYTES = 96 * 1024
+CALL_BYTES, PAIR_BYTES = 64, 96
+"""Bounds of one message to a worker, and what a call and a pair of a GPU map take of it at the most. An instance may
+have more processes than that, and all of them are asked for their state."""
 
 _log = get_logger()
 
@@ -116,10 +119,21 @@ class DriverCheckpointer:
 
     async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
         """`Checkpointer.run`. Reasons with NOT_BEGUN: DRIVER_QUEUE_FULL, DRIVER_BUSY, DRIVER_WORKERS_DOWN; with
-        LOST and STUCK: DRIVER_OPERATION_LOST."""
-        assert len(calls) <= MAX_CALLS
-        if not calls:
-            return CudaReply()
+        LOST and STUCK: DRIVER_OPERATION_LOST. What does not fit into one message is done in several, each with its
+        `deadline_s`; what is not begun of a later one makes the whole LOST."""
+        answers: tuple[CudaAnswer, ...] = ()
+        for part in _messages(calls):
+            reply = await self._run(part, deadline_s, gpu_uuids)
+            if answers and reply.fault is CudaFault.NOT_BEGUN:
+                reply = replace(reply, fault=CudaFault.LOST)
+            if reply.fault is not CudaFault.NONE:
+                return reply
+            answers += reply.answers
+            if not reply.ok:
+                break
+        return CudaReply(answers)
+
+    async def _run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str]) -> CudaReply:
         if self._closed:
             return _not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping")
         if len(self._queue) >= self._limits.queue_length:
@@ -244,6 +258,21 @@ class DriverCheckpointer:
 
     def _slot_of(self, worker: DriverWorkerProcess) -> _Slot:
         return next(slot for slot in self._slots if slot.worker is worker)
+
+
+def _messages(calls: Sequence[CudaCall]) -> Iterator[list[CudaCall]]:
+    """The calls in order, in parts that fit into a message."""
+    part: list[CudaCall] = []
+    room = MAX_BATCH_BYTES
+    for call in calls:
+        size = CALL_BYTES + PAIR_BYTES * len(call.gpu_map)
+        if part and (size > room or len(part) == MAX_CALLS):
+            yield part
+            part, room = [], MAX_BATCH_BYTES
+        part.append(call)
+        room -= size
+    if part:
+        yield part
 
 
 def _not_begun(reason: str, message: str) -> CudaReply:

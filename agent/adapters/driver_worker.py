@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -26,7 +27,9 @@ from collections.abc import Callable
 STATE, LOCK, CHECKPOINT, RESTORE, UNLOCK = range(5)
 CHECKPOINT_API_VERSION = 12080  # the CUDA version that made the functions public (driver 570)
 ARGS_BYTES = 64  # every args struct of the checkpoint functions (cuda.h)
+MAPS_SINCE = 13000  # CUDA 13.0 (driver 580): restore reads gpuPairs; before, the field is reserved and nobody looks
 NOT_FOUND = 500
+NOT_SUPPORTED = 801
 PR_SET_PDEATHSIG = 1
 MAX_MESSAGE_BYTES = 1 << 17
 NO_STATE = -1
@@ -113,6 +116,8 @@ class Driver:
 
     def restore(self, pid: int, pairs: list[list[str]]) -> int:
         """A restore needs persistence mode, or cuInit in this process before: done late, since it costs seconds."""
+        if pairs and self.version < MAPS_SINCE:
+            return NOT_SUPPORTED
         if self._must_init:
             code = int(self._cuda.cuInit(0))
             if code != 0:
@@ -184,6 +189,9 @@ def main(arguments: list[str]) -> int:
     """Die with the agent: the parent is compared after the request, for it may have died before."""
     descriptor, parent, init_before_restore = int(arguments[0]), int(arguments[1]), arguments[2] == "1"
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (0, 0)
+    )  # a crash of libcuda must not fill the root directory, over and over
     if os.getppid() != parent:
         return 1
     channel = socket.socket(fileno=descriptor)

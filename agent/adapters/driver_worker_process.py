@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from signal import SIGKILL
+from signal import SIGKILL, Signals
 from typing import Any
 
 from agent.adapters.cuda_api import OP_NUMBERS, process_state
@@ -25,6 +25,7 @@ from agent.ports import CudaAnswer, CudaCall
 
 WORKER_SCRIPT = Path(__file__).with_name("driver_worker.py")
 MAX_MESSAGE_BYTES = 1 << 17
+ENDED = "the worker ended by itself"
 _log = get_logger()
 
 
@@ -80,7 +81,12 @@ class DriverWorkerProcess:
             except OSError:
                 self._channel.close()
                 raise
-        self._pidfd = os.pidfd_open(self._process.pid)
+        try:
+            self._pidfd = os.pidfd_open(self._process.pid)
+        except OSError:  # no descriptor left
+            self._channel.close()
+            self._process.kill()
+            raise
         self._channel.setblocking(False)
         self._loop.add_reader(self._channel.fileno(), self._on_readable)
         self._timer = self._loop.call_later(
@@ -145,11 +151,14 @@ class DriverWorkerProcess:
             message = self._channel.recv(MAX_MESSAGE_BYTES)
         except BlockingIOError:
             return
+        except ConnectionResetError:  # it died with our message unread
+            self.kill(ENDED)
+            return
         except OSError as error:
             self.kill(f"the worker's socket failed ({error})")
             return
         if not message:
-            self.kill(self._error or "the worker ended by itself")
+            self.kill(ENDED)
             return
         try:
             self._on_message(json.loads(message))
@@ -166,10 +175,7 @@ class DriverWorkerProcess:
             self.phase = Phase.IDLE
             self._events.ready(self)
         elif self.phase is Phase.BUSY and message["id"] == self._message_id:
-            answers = [
-                CudaAnswer(call, code, None if state_code < 0 else process_state(state_code, state), elapsed_us)
-                for call, (code, state_code, state, elapsed_us) in zip(self._calls, message["answers"], strict=False)
-            ]
+            answers = _read_answers(self._calls, message["answers"])
             self._timer.cancel()
             self._calls = ()
             self.phase = Phase.IDLE
@@ -180,7 +186,9 @@ class DriverWorkerProcess:
         self._timer.cancel()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self._process.wait()
+        code = self._process.wait()
+        if self._error == ENDED and code < 0:  # libcuda crashed, or somebody killed it
+            self._error = f"{ENDED}: {Signals(-code).name}"
         if self.phase is not Phase.GONE:
             self.phase = Phase.GONE
             self._events.gone(self, False, self._error)
@@ -199,3 +207,13 @@ class DriverWorkerProcess:
         self._timer.cancel()
         self._loop.remove_reader(self._channel.fileno())
         self._channel.close()
+
+
+def _read_answers(calls: Sequence[CudaCall], rows: Sequence[Sequence[int]]) -> list[CudaAnswer]:
+    """Raises ValueError for what is no answer to the calls: fewer than there are end with a failure."""
+    if not 0 < len(rows) <= len(calls) or (len(rows) < len(calls) and rows[-1][0] == 0):
+        raise ValueError(f"{len(rows)} answers to {len(calls)} calls")
+    return [
+        CudaAnswer(call, code, None if state_code < 0 else process_state(state_code, state), elapsed_us)
+        for call, (code, state_code, state, elapsed_us) in zip(calls, rows, strict=False)
+    ]

@@ -71,8 +71,8 @@ class World:
         """Does `cuda`, running again, hold every byte of its device memory?"""
         return True
 
-    def callers(self) -> list[int]:
-        """Pids of the processes that call the driver for the checkpointer."""
+    def gpus(self) -> set[str]:
+        """Where `cuda` has its memory."""
         raise NotImplementedError
 
 
@@ -81,14 +81,12 @@ class FakeWorld(World):
     """What the fake can do of it."""
 
     driver: FakeCheckpointer = field(default_factory=FakeCheckpointer)
-    hung: dict[Fault, CudaOp] = field(default_factory=dict)
 
     def fault(self, operation: CudaOp, kind: str, *, after: bool = False) -> None:
-        left = DONE.get(operation) if after else None
+        change = operation is not CudaOp.STATE
         match kind:
             case "HANG":
-                fault = Fault(operation, hang=True, pid=self.cuda)
-                self.hung[fault] = operation
+                fault = Fault(operation, hang=True, later=change, pid=self.cuda)
             case "DEATH":
                 fault = Fault(operation, dies=True, pid=self.cuda)
             case "STALE":
@@ -96,17 +94,15 @@ class FakeWorld(World):
             case "FAILED":
                 fault = Fault(operation, CudaResult.OPERATING_SYSTEM, leaves=CudaState.FAILED, pid=self.cuda)
             case _:
-                fault = Fault(operation, CudaResult[kind], leaves=left, pid=self.cuda)
+                fault = Fault(operation, CudaResult[kind], executes=after, pid=self.cuda)
         self.driver.faults.append(fault)
 
     def clear_faults(self) -> None:
-        process = self.driver.processes[self.cuda]
-        process.stale_operations += [
-            op for fault, op in self.hung.items() if fault not in self.driver.faults and op is not CudaOp.STATE
-        ]
         self.driver.faults.clear()
-        self.hung.clear()
-        process.thaw()
+        self.driver.processes[self.cuda].thaw()
+
+    def gpus(self) -> set[str]:
+        return {self.driver.processes[self.cuda].gpu_uuid}
 
 
 @dataclass
@@ -128,7 +124,13 @@ class EmulatedWorld(World):
         assert self.instances is not None
         return self.instances.targets["cuda"].verify()
 
+    def gpus(self) -> set[str]:
+        assert self.nvidia is not None
+        (process,) = [process for process in self.nvidia.control.processes() if process.pid == self.cuda]
+        return {uuid for uuid, used in process.vram_bytes.items() if used}
+
     def callers(self) -> list[int]:
+        """Pids of the processes that call the driver for the checkpointer."""
         if isinstance(self.checkpointer, UtilityCheckpointer):
             return list(self.checkpointer.program_pids)
         assert isinstance(self.checkpointer, DriverCheckpointer)
@@ -142,7 +144,9 @@ class EmulatedWorld(World):
 @asynccontextmanager
 async def fake() -> AsyncIterator[World]:
     """Processes 1001 and 1002 with CUDA, 1003 without."""
-    driver = FakeCheckpointer({1001: FakeCudaProcess(), 1002: FakeCudaProcess()}, hang_s=0.05)
+    uuids = tuple(f"GPU-00000000-0000-4000-8000-{index:012x}" for index in (0, 1))
+    processes = {pid: FakeCudaProcess(gpu_uuid=uuids[0]) for pid in (1001, 1002)}
+    driver = FakeCheckpointer(processes, hang_s=0.05, gpu_uuids=uuids)
 
     def freeze(frozen: bool) -> None:
         if frozen:
@@ -150,7 +154,7 @@ async def fake() -> AsyncIterator[World]:
         else:
             driver.processes[1001].thaw()
 
-    yield FakeWorld(driver, 1001, 1002, 1003, freeze, driver=driver)
+    yield FakeWorld(driver, 1001, 1002, 1003, freeze, gpu_uuids=uuids, driver=driver)
 
 
 @asynccontextmanager

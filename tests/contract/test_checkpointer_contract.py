@@ -6,7 +6,6 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator
-from typing import cast
 
 import pytest
 
@@ -112,22 +111,15 @@ async def test_processes_do_not_disturb_each_other(world: World) -> None:
 # ---- restore onto other GPUs ----------------------------------------------------------------------------------------
 
 
-@only("driver-580", "utility-580")
+@only("fake", "driver-580", "utility-580")
 async def test_a_map_restores_onto_the_other_gpu(world: World) -> None:
     first, second = world.gpu_uuids
-    before = gpus_of(world)
+    before = world.gpus()
     await world.bring_before(RESTORE)
     swap = CudaCall(RESTORE, world.cuda, gpu_map=((first, second), (second, first)))
     assert (await world.checkpointer.run([swap, CudaCall(UNLOCK, world.cuda)], 5.0)).ok
     assert world.intact()
-    assert gpus_of(world) == {first, second} - before
-
-
-def gpus_of(world: World) -> set[str]:
-    nvidia = cast(EmulatedWorld, world).nvidia
-    assert nvidia is not None
-    (process,) = [process for process in nvidia.control.processes() if process.pid == world.cuda]
-    return {uuid for uuid, used in process.vram_bytes.items() if used}
+    assert world.gpus() == {first, second} - before
 
 
 @only("driver-580", "utility-580")
@@ -149,7 +141,7 @@ async def test_a_wrong_map_is_refused_and_nothing_is_lost(world: World, wrong: s
     assert world.intact()
 
 
-@only("utility-555", "utility-570")
+@only("driver-570", "utility-555", "utility-570")
 async def test_a_driver_without_maps_says_so_and_does_nothing(world: World) -> None:
     await world.bring_before(RESTORE)
     first, second = world.gpu_uuids
