@@ -8,20 +8,21 @@ the gateway by one blocking client; in between, in the same run, a container is 
 The driver's own time is the emulated driver's log of the calls made on the instance's process meanwhile (restore,
 unlock, get-state); a request awake is the median of those made right after each wake. Promise (DESIGN section 11):
 added p50 <= 0.25 x and p99 <= 0.5 x of unpause. Exit status 0 whether it is met or not: it is a measurement.
+
+Both checkpointers are measured in turns, each with a driver, scheduler and agent of its own: the workers that call the
+driver's API (`gpu.checkpointer: driver`, the promise is about them) and the cuda-checkpoint program (`utility`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import http.client
 import json
 import os
 import platform
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -31,12 +32,15 @@ from agent.emulated.control import EmulatedDriver
 from agent.v1 import types_pb2
 from agent.v1.instance_service_pb2 import ListInstancesRequest
 from agent.wire.clients import DaemonChannel
+from scripts.benchmarks._client import Asked, Client
 from scripts.benchmarks._docker_engine import NoDocker, PausedContainer, paused_container
 from scripts.benchmarks._spread import Ratio, ratio, summary
-from tests.e2e.stack import Stack, echo, running_stack, until
+from tests.e2e.stack import echo, running_stack, until
 
 PROMISE = {"p50": 0.25, "p99": 0.5}
 PERCENT = {"p50": 50.0, "p99": 99.0}
+WORKER, UTILITY = "driver", "utility"
+"""The values of `gpu.checkpointer`."""
 FUNCTION = "bench"
 FREEZE_AFTER_NS = 50 * MILLISECOND_NS
 REST_S = 0.04
@@ -46,37 +50,22 @@ MAX_AWAKE = 20
 """Requests in a row that found the instance awake: then something is wrong."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """One answer: how long it took, when (CLOCK_MONOTONIC ns), and what the gateway says of the wait."""
-
-    began_ns: int
-    ended_ns: int
-    wake_ms: float
-    body: dict[str, Any]
-
-    @property
-    def took_ms(self) -> float:
-        return (self.ended_ns - self.began_ns) / MILLISECOND_NS
-
-
 @dataclass(slots=True)
 class Samples:
-    """Milliseconds, one entry a repetition (`awake` and `unpause`: their own numbers)."""
+    """Of one checkpointer, in milliseconds: one entry a repetition (`awake`: its own number)."""
 
     total: list[float] = field(default_factory=list)
     driver: list[float] = field(default_factory=list)
     gateway_wait: list[float] = field(default_factory=list)
     agent_wake: list[float] = field(default_factory=list)
     awake: list[float] = field(default_factory=list)
-    unpause: list[float] = field(default_factory=list)
 
     def added(self) -> list[float]:
         awake = median(self.awake)
         return [total - driver - awake for total, driver in zip(self.total, self.driver, strict=True)]
 
     def stages(self) -> dict[str, list[float]]:
-        """Where `added` goes: before the agent began to wake it, in the agent, after it was awake."""
+        """Where `added` goes: around the wake in gateway and agent, in the wake itself, after it was awake."""
         awake = median(self.awake)
         rows = list(zip(self.total, self.driver, self.gateway_wait, self.agent_wake, strict=True))
         return {
@@ -85,67 +74,47 @@ class Samples:
             "first_request": [total - wait - awake for total, _, wait, _ in rows],
         }
 
-
-class Client:
-    """Asks one function through the gateway on one keep-alive connection."""
-
-    def __init__(self, gateway: str) -> None:
-        self._connection = http.client.HTTPConnection(gateway, timeout=60)
-
-    def ask(self) -> Asked:
-        began = time.monotonic_ns()
-        self._connection.request("GET", f"/fn/{FUNCTION}/")
-        answer = self._connection.getresponse()
-        content = answer.read()
-        ended = time.monotonic_ns()
-        if answer.status != 200:
-            raise RuntimeError(f"the gateway answered {answer.status}: {content[:300]!r}")
-        return Asked(began, ended, float(answer.headers.get("x-hibernode-wake-ms", "0")), json.loads(content))
-
-    def close(self) -> None:
-        self._connection.close()
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "total_ms": summary(self.total),
+            "driver_ms": summary(self.driver),
+            "awake_request_ms": summary(self.awake),
+            "added_ms": summary(self.added()),
+            "added_stages_ms": {name: summary(values) for name, values in self.stages().items()},
+        }
 
 
 class Bench:
-    """One run on a running stack."""
+    """One checkpointer on a running stack. `samples` is what has been measured since it was set."""
 
-    def __init__(
-        self, client: Client, channel: DaemonChannel, driver: EmulatedDriver, rival: PausedContainer | None
-    ) -> None:
+    def __init__(self, client: Client, channel: DaemonChannel, driver: EmulatedDriver) -> None:
+        self.samples = Samples()
         self._client = client
         self._channel = channel
         self._driver = driver
-        self._rival = rival
         self._seen = 0
 
-    async def run(self, repetitions: int, warm_up: int) -> Samples:
-        await self._repeat(Samples(), warm_up)
-        samples = Samples()
-        await self._repeat(samples, repetitions)
-        return samples
-
-    async def _repeat(self, samples: Samples, count: int) -> None:
-        awake = 0
-        while len(samples.total) < count:
+    async def wake(self) -> None:
+        """Let it freeze, ask it, and ask it again while it is awake."""
+        for _ in range(MAX_AWAKE):
             await self._frozen()
             await asyncio.sleep(REST_S)
             asked = self._client.ask()
-            if not asked.wake_ms:
-                awake += 1
-                if awake > MAX_AWAKE:
-                    raise RuntimeError("the instance is never found frozen")
-                continue
-            awake = 0
-            samples.awake.extend(a.took_ms for _ in range(AWAKE_REQUESTS) if not (a := self._client.ask()).wake_ms)
-            samples.total.append(asked.took_ms)
-            samples.gateway_wait.append(asked.wake_ms)
-            samples.driver.append(self._driver_ms(asked))
-            samples.agent_wake.append((await self._instance()).last_wake.total_ns / MILLISECOND_NS)
-            if self._rival is not None:
-                samples.unpause.append(self._rival.unpause_ns() / MILLISECOND_NS)
-                self._rival.pause()
-            if len(samples.total) % 25 == 0:
-                progress(f"{len(samples.total)} of {count} wakes")
+            if asked.wake_ms:
+                break
+        else:
+            raise RuntimeError("the instance is never found frozen")
+        samples = self.samples
+        samples.awake.extend(a.took_ms for _ in range(AWAKE_REQUESTS) if not (a := self._client.ask()).wake_ms)
+        samples.total.append(asked.took_ms)
+        samples.gateway_wait.append(asked.wake_ms)
+        samples.driver.append(self._driver_ms(asked))
+        samples.agent_wake.append((await self._instance()).last_wake.total_ns / MILLISECOND_NS)
+
+    def check(self) -> None:
+        """Raises RuntimeError if the figures are worth nothing."""
+        if self._driver.frozen_calls():
+            raise RuntimeError("the driver was asked about a frozen process: the figures are worth nothing")
 
     def _driver_ms(self, asked: Asked) -> float:
         """The driver's own time for the wake that this request waited for."""
@@ -168,13 +137,35 @@ class Bench:
         await until("the instance is frozen", frozen)
 
 
+@asynccontextmanager
+async def running_bench(checkpointer: str) -> AsyncIterator[Bench]:
+    """Driver, scheduler and agent with one instance; they end with it."""
+    agent = {"log_format": "json"}  # as in production; the stack's own is for people
+    gpu = {"checkpointer": checkpointer}
+    async with running_stack(
+        "--gpus", "1", "--gib", "1", "--profile", "580", agent_settings=agent, gpu_settings=gpu
+    ) as stack:
+        spec = echo(FUNCTION)
+        await stack.deploy(replace(spec, idle=replace(spec.idle, freeze_after_ns=FREEZE_AFTER_NS)), target=1)
+        client = Client(stack.gateway, FUNCTION)
+        try:
+            async with stack.channel("agent") as channel:
+                with stack.driver() as driver:
+                    bench = Bench(client, channel, driver)
+                    yield bench
+                    bench.check()
+        finally:
+            client.close()
+        await stack.remove_functions([FUNCTION])
+
+
 def progress(text: str) -> None:
     print(f"wake: {text}", file=sys.stderr, flush=True)
 
 
-async def measure(repetitions: int, warm_up: int) -> dict[str, Any]:
+async def measure(repetitions: int, warm_up: int, checkpointers: Sequence[str]) -> dict[str, Any]:
     """The whole run, as the object that --json prints."""
-    with ExitStack() as resources:
+    async with AsyncExitStack() as resources:
         rival, why_not = None, ""
         try:
             progress("looking for a Docker Engine")
@@ -183,47 +174,53 @@ async def measure(repetitions: int, warm_up: int) -> dict[str, Any]:
             why_not = str(error)
             progress(f"no Docker Engine: {why_not}")
         progress("starting driver, scheduler and agent")
-        settings = {"log_format": "json"}  # as in production; the stack's own is for people
-        async with running_stack("--gpus", "1", "--gib", "1", "--profile", "580", agent_settings=settings) as stack:
-            samples = await _measure_on(stack, rival, repetitions, warm_up)
-        return report(samples, rival, why_not)
+        benches = {name: await resources.enter_async_context(running_bench(name)) for name in checkpointers}
+        progress(f"{warm_up} wakes to warm up, {repetitions} to measure")
+        await _repeat(benches, rival, warm_up)
+        for bench in benches.values():
+            bench.samples = Samples()
+        unpause = await _repeat(benches, rival, repetitions)
+        return report({name: bench.samples for name, bench in benches.items()}, unpause, rival, why_not)
 
 
-async def _measure_on(stack: Stack, rival: PausedContainer | None, repetitions: int, warm_up: int) -> Samples:
-    spec = echo(FUNCTION)
-    await stack.deploy(replace(spec, idle=replace(spec.idle, freeze_after_ns=FREEZE_AFTER_NS)), target=1)
-    client = Client(stack.gateway)
-    progress(f"{warm_up} wakes to warm up, {repetitions} to measure")
-    try:
-        async with stack.channel("agent") as channel:
-            with stack.driver() as driver:
-                samples = await Bench(client, channel, driver, rival).run(repetitions, warm_up)
-                if driver.frozen_calls():
-                    raise RuntimeError("the driver was asked about a frozen process: the figures are worth nothing")
-    finally:
-        client.close()
-    await stack.remove_functions([FUNCTION])
-    return samples
+async def _repeat(benches: Mapping[str, Bench], rival: PausedContainer | None, count: int) -> list[float]:
+    """All of them in turns; what unpause took each time (ms)."""
+    unpause: list[float] = []
+    for number in range(1, count + 1):
+        for bench in benches.values():
+            await bench.wake()
+        if rival is not None:
+            unpause.append(rival.unpause_ns() / MILLISECOND_NS)
+            rival.pause()
+        if number % 25 == 0:
+            progress(f"{number} of {count} wakes")
+    return unpause
 
 
-def report(samples: Samples, rival: PausedContainer | None, why_not: str) -> dict[str, Any]:
-    added = samples.added()
-    ratios = {name: ratio(added, samples.unpause, at) for name, at in PERCENT.items()} if rival else {}
+def report(
+    samples: Mapping[str, Samples], unpause: Sequence[float], rival: PausedContainer | None, why_not: str
+) -> dict[str, Any]:
+    worker = samples[WORKER]
+    ratios = {name: ratio(worker.added(), unpause, at) for name, at in PERCENT.items()} if rival else {}
+    utility = samples.get(UTILITY)
     return {
         "benchmark": "wake",
-        "repetitions": len(samples.total),
+        "repetitions": len(worker.total),
         "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
-        "total_ms": summary(samples.total),
-        "driver_ms": summary(samples.driver),
-        "awake_request_ms": summary(samples.awake),
-        "added_ms": summary(added),
-        "added_stages_ms": {name: summary(values) for name, values in samples.stages().items()},
+        **worker.as_json(),
         "docker": {"engine": rival.version, "where": rival.where} if rival else {"missing": why_not},
-        "unpause_ms": summary(samples.unpause) if rival else None,
+        "unpause_ms": summary(unpause) if rival else None,
         "ratio": {name: _as_json(found) for name, found in ratios.items()} or None,
         "promise": PROMISE,
         "met": all(ratios[name].value <= bound for name, bound in PROMISE.items()) if ratios else None,
+        "utility": None if utility is None else _against_utility(worker, utility),
     }
+
+
+def _against_utility(worker: Samples, utility: Samples) -> dict[str, Any]:
+    """The same figures with the cuda-checkpoint program, and how many times the worker's `added` they are."""
+    times = {name: ratio(utility.added(), worker.added(), at) for name, at in PERCENT.items()}
+    return {**utility.as_json(), "added_by_worker": {name: _as_json(found) for name, found in times.items()}}
 
 
 def _as_json(found: Ratio) -> dict[str, float]:
@@ -235,10 +232,9 @@ LINES = (
     ("- the driver's own time", "driver_ms"),
     ("- a request while awake", "awake_request_ms"),
     ("= added by gateway + agent", "added_ms"),
-    ("unpause by the Docker Engine", "unpause_ms"),
 )
 STAGES = {
-    "ask_agent": "  gateway decides, asks, hears",
+    "ask_agent": "  gateway and agent decide",
     "agent_wake": "  agent wakes it",
     "first_request": "  first request goes through",
 }
@@ -247,25 +243,37 @@ STAGES = {
 def table(result: Mapping[str, Any]) -> str:
     """For people. Times in ms."""
     rows = [f"{result['repetitions']} wakes, times in ms", _row("", ("p50", "p99", "p25", "p75", "min", "max"))]
-    for text, key in LINES:
-        if result[key] is not None:
-            rows.append(_row(text, result[key].values()))
-        if key == "added_ms":
-            rows.extend(_row(STAGES[name], figures.values()) for name, figures in result["added_stages_ms"].items())
+    rows.extend(_figures(result))
+    if result["unpause_ms"] is not None:
+        rows.append(_row("unpause by the Docker Engine", result["unpause_ms"].values()))
+    if result["utility"] is not None:
+        rows.extend(("", "with the cuda-checkpoint program, in the same run", *_figures(result["utility"])))
     rows.append("")
+    if result["utility"] is not None:
+        for name, found in result["utility"]["added_by_worker"].items():
+            rows.append(f"added with the program / with the worker, {name}: {_interval(found)}")
     if result["ratio"] is None:
         rows.append(f"Not counted as met: no Docker Engine to compare with ({result['docker']['missing']}).")
         return "\n".join(rows)
     for name, bound in PROMISE.items():
         found = result["ratio"][name]
         verdict = "met" if found["value"] <= bound else "not met"
-        spread = f"95 % interval {found['low']:.3f} to {found['high']:.3f}"
-        rows.append(f"added / unpause, {name}: {found['value']:.3f} ({spread}); promised {bound}: {verdict}")
+        rows.append(f"added / unpause, {name}: {_interval(found)}; promised {bound}: {verdict}")
     rows.append(f"Docker {result['docker']['engine']}, {result['docker']['where']}")
     return "\n".join(rows)
 
 
-def _row(text: str, cells: Sequence[object] | Any) -> str:
+def _figures(found: Mapping[str, Any]) -> list[str]:
+    rows = [_row(text, found[key].values()) for text, key in LINES]
+    rows.extend(_row(STAGES[name], figures.values()) for name, figures in found["added_stages_ms"].items())
+    return rows
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.3f} (95 % interval {found['low']:.3f} to {found['high']:.3f})"
+
+
+def _row(text: str, cells: Iterable[object]) -> str:
     return f"{text:<32}" + "".join(f"{f'{c:.3f}' if isinstance(c, float) else c:>10}" for c in cells)
 
 
@@ -274,10 +282,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--repetitions", type=int, default=200, help="wakes to measure (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=20, help="wakes before that (default: %(default)s)")
+    parser.add_argument("--no-utility", action="store_true", help="leave the cuda-checkpoint program out")
     given = parser.parse_args()
     if given.repetitions < 1 or given.warm_up < 0:
         parser.error("--repetitions must be 1 or more, --warm-up 0 or more")
-    result = asyncio.run(measure(given.repetitions, given.warm_up))
+    checkpointers = (WORKER,) if given.no_utility else (WORKER, UTILITY)
+    result = asyncio.run(measure(given.repetitions, given.warm_up, checkpointers))
     print(json.dumps(result) if given.json else table(result))
 
 

@@ -166,6 +166,7 @@ class Stack:
                 "instances_per_gpu": 2,
                 "attach": "mounts",
                 "mounts": {"environment": mounts},
+                "utility_path": str(self.folder / "driver" / "bin" / "cuda-checkpoint"),
                 "max_hold": "1s",
                 **self.gpu_settings,
             },
