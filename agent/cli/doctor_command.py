@@ -47,6 +47,16 @@ def doctor(context: click.Context, /, local: bool, config: Path | None, **selfte
     failed; 4 something is missing; 5 it did not end; 6 a byte came back changed: such a host must not freeze anything.
 
     \b
+    Keys of its --json:
+      verdict   proof (PROVED, FAILED, MEMORY_CHANGED, NOT_RUN, TIMED_OUT), reason, message, fix
+      host      gpu (model, uuid ...), driver, cuda, kernel, freezer (cgroup, or signal = SIGSTOP)
+      runs      each freeze and wake: _s seconds, _gb_s 10^9 bytes a second; run 0, the warm-up,
+                has "counted": false
+      summary   median, min and max by checkpointer and figure, and of the pinned copy ("pinned")
+      ratio     with --against: utility / driver, run by run
+      checks    name, level, reason and fix of every line, as without --selftest
+
+    \b
     Examples:
       sudo hibernode doctor
       sudo hibernode doctor --selftest --gib 8 --runs 5

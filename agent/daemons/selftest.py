@@ -160,6 +160,10 @@ class Selftest:
         )
         text = f"all {size} bytes in {rounds.allocations} allocations equal after each wake, at the same addresses"
         ground.say("OK", "memory", text)
+        troubles = [trouble for way in rounds.ways.values() for trouble in way.timed.troubles]
+        if troubles:
+            text = f"{len(troubles)} driver calls failed and were made good; the first: {troubles[0]}"
+            ground.say("WARN", "driver calls", text, "look at `dmesg` for XID errors; run it again with more --runs")
         least = min(run.figures.released_bytes for run in rounds.runs)
         if least < size * 0.9:
             fix = "did another program take memory meanwhile? If not, instances would not fit that share this GPU"

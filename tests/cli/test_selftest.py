@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from agent.adapters.cgroup import open_slice
+from agent.adapters.cgroup import find_v2_mount, open_slice
 from agent.adapters.gpu_locks import GpuLocks
 from agent.adapters.selftest_process import SLICE_NAME
 from agent.emulated.control import EmulatedDriver, ProcessView
@@ -102,6 +103,7 @@ def until(look: Callable[[], T]) -> T:
 @pytest.fixture
 def host(driver: EmulatedNvidia) -> Iterator[Host]:
     driver.control.set_latency()
+    driver.control.clear_faults()
     frozen_calls = driver.control.frozen_calls()
     yield Host(driver)
     Host(driver).assert_clean()
@@ -186,6 +188,59 @@ def test_a_program_that_dies_asleep_is_a_failure(host: Host) -> None:
     assert process.returncode == 1
     assert json.loads(out)["verdict"]["proof"] == "FAILED"
     assert json.loads(out)["checks"][-1]["name"] == "freeze, wake"
+
+
+@pytest.mark.parametrize(("operation", "step"), [("lock", "lock"), ("checkpoint", "checkpoint"), ("restore", "wake")])
+def test_a_driver_that_refuses_is_a_failure_that_names_the_step(host: Host, operation: str, step: str) -> None:
+    host.control.fault(operation, "NOT_SUPPORTED", times=0)
+    done = host.run(*SMALL)
+    host.control.clear_faults()
+    assert done.returncode == 1
+    assert "FAILED on Emulated T4" in done.stdout
+    assert f"the {step} " in done.stdout
+    assert "answered 801" in done.stdout
+
+
+def test_a_driver_that_hangs_ends_at_the_deadline(host: Host, tmp_path: Path) -> None:
+    config = tmp_path / "agent.yaml"
+    config.write_text("gpu: {lock_timeout: 200ms, operation_timeout: 1s}")
+    host.control.fault("checkpoint", "HANG")
+    done = host.run(*SMALL, "--config", config, "--json")
+    host.control.clear_faults()
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["verdict"]["reason"] == "DRIVER_OPERATION_LOST"
+
+
+def test_a_call_that_was_made_good_is_told_of(host: Host) -> None:
+    """Every byte is there, but an unlock did nothing at first: proved, and worth a look."""
+    host.control.fault("unlock", "NOT_READY", skip=1)
+    found = host.report(*SMALL)
+    host.control.clear_faults()
+    assert found["verdict"]["proof"] == "PROVED"
+    (line,) = (check for check in found["checks"] if check["level"] == "WARN")
+    assert line["name"] == "driver calls"
+    assert "answered 600" in line["reason"]
+
+
+@pytest.mark.root
+def test_without_a_cgroup_it_is_proved_by_signals(host: Host) -> None:
+    """In a mount namespace where cgroups can be read only."""
+    mount = find_v2_mount(Path("/proc/self/mountinfo").read_text())
+    if os.geteuid() != 0 or mount is None or shutil.which("unshare") is None:
+        pytest.skip("needs root, cgroup v2 and unshare(1)")
+    script = 'mount -o remount,bind,ro "$0" && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, str(mount.point), *host.command(*SMALL, "--json")],
+        env=dict(host.nvidia.environment),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["host"]["freezer"] == "signal"
+    assert "SIGSTOP" in next(check["reason"] for check in found["checks"] if check["name"] == "freezer")
 
 
 # ---- what must be there before ------------------------------------------------------------------------------------
