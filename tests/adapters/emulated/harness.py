@@ -68,8 +68,9 @@ class CudaProgram:
     script that is told what to do in the same way."""
 
     def __init__(self, environment: dict[str, str], wrapper: Sequence[str] = (), script: Path = PROGRAM) -> None:
+        flags = ("-I", "-S") if script is PROGRAM else ()  # needs no packages: starts in half the time
         self.process = subprocess.Popen(
-            [*wrapper, sys.executable, str(script)],
+            [*wrapper, sys.executable, *flags, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
