@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.emulated_fault_commands import COMPUTE_MODES, fault, show_faults
+from agent.cli.emulated_fault_commands import COMPUTE_MODES, AnyCase, fault, show_faults
 from agent.cli.options import asked, output_option
 from agent.emulated.profiles import PROFILES
 
@@ -54,7 +54,7 @@ emulated.add_command(fault)
 @click.option("--mig/--no-mig", default=False, show_default=True, help="Partitioned (A100, H100, ...).")
 @click.option(
     "--compute-mode",
-    type=click.Choice(COMPUTE_MODES, case_sensitive=False),
+    type=AnyCase(COMPUTE_MODES),
     default="DEFAULT",
     show_default=True,
     metavar="MODE",

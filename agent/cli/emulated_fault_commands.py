@@ -20,6 +20,18 @@ _KEY = "agent.cli.emulated_directory"
 COMPUTE_MODES = ("DEFAULT", "EXCLUSIVE_PROCESS", "PROHIBITED")
 
 
+class AnyCase(click.Choice[str]):
+    """One of upper-case words, typed in any case."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(value.upper(), param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        return super().shell_complete(ctx, param, incomplete.upper())
+
+
 def _keep(context: click.Context, _parameter: click.Parameter, value: Path | None) -> None:
     if value is not None:
         context.find_root().meta[_KEY] = value
@@ -84,7 +96,7 @@ def fault() -> None:
 @fault.command()
 @directory_option
 @click.argument("operation", type=click.Choice(list(OPERATIONS)), metavar="OPERATION")
-@click.argument("kind", type=click.Choice(KINDS, case_sensitive=False), metavar="KIND")
+@click.argument("kind", type=AnyCase(KINDS), metavar="KIND")
 @click.option("--pid", type=click.IntRange(min=1), help="Only this process; default: any.")
 @click.option("--gpu", metavar="GPU", help="Only where this GPU is used (of a restore: woken onto); index or uuid.")
 @click.option("--times", type=click.IntRange(min=0), default=1, show_default=True, help="How often; 0 = always.")
@@ -208,7 +220,7 @@ def xid(gpu: str, code: int) -> None:
 @click.option("--mig/--no-mig", default=None, help="Partitioned (models that can be: A100, H100, ...).")
 @click.option(
     "--compute-mode",
-    type=click.Choice(COMPUTE_MODES, case_sensitive=False),
+    type=AnyCase(COMPUTE_MODES),
     metavar="MODE",
     help=f"Who may use it: {', '.join(COMPUTE_MODES)}.",
 )

@@ -99,7 +99,7 @@ def test_gpus_are_changed_by_index_or_uuid_and_ps_says_so(fault: Run, run: Run, 
     ("words", "code", "said"),
     [
         (["add", "explode", "HANG"], 2, "'lock', 'checkpoint', 'restore', 'unlock', 'state'"),
-        (["add", "lock", "BOOM"], 2, "is not one of"),
+        (["add", "lock", "BOOM"], 2, "is not one of 'NOT_READY', 'NOT_SUPPORTED'"),
         (["add", "lock", "STALE", "--after"], 2, "after goes with"),
         (["add", "lock", "SLOW"], 2, "SLOW needs delay_ms"),
         (["add", "lock", "HANG", "--gpu", "7"], 2, "none of the driver's GPUs: 0 (GPU-"),
@@ -137,7 +137,7 @@ def test_no_driver_there(run: Run, tmp_path: Path) -> None:
         ("hibernode emulated fa", {"fault"}),
         ("hibernode emulated fault x", {"xid"}),
         ("hibernode emulated fault add res", {"restore"}),
-        ("hibernode emulated fault add lock H", {"hang"}),
+        ("hibernode emulated fault add lock h", {"HANG"}),
     ],
 )
 def test_completion(program: list[str], typed: str, offered: set[str]) -> None:
