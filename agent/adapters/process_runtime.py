@@ -14,7 +14,7 @@ import re
 import signal
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -241,6 +241,23 @@ class ProcessRuntime:
 
         if not await cgroup.reread(emptied, deadline_s):
             raise _kill_timeout(handle, deadline_s)
+
+    async def kill_processes(self, handle: Handle, pids: Sequence[int]) -> None:
+        """See `ports.Runtime`. Descriptors first, membership then: whose number was used again in between is either
+        not inside, or its descriptor names a process that has ended."""
+        with ExitStack() as opened:
+            descriptors: dict[int, int] = {}
+            for pid in set(pids):
+                process = process_table.identify(pid, self._boot_id)
+                pidfd = process_table.open_pidfd(process, self._boot_id) if process else None
+                if pidfd is not None:
+                    opened.callback(os.close, pidfd)
+                    descriptors[pid] = pidfd
+            for pid in descriptors.keys() & set(await self.pids(handle)):
+                if pid == handle.process.pid:
+                    self._exits.expect_kill(handle.uid)
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(descriptors[pid], signal.SIGKILL)
 
     def _superseded(self, handle: Handle) -> bool:
         """Has the uid been started again since? Then cgroup, mark and bundle are the successor's."""

@@ -111,6 +111,30 @@ async def test_a_stray_child_is_found_and_killed_with_the_rest(world: World) -> 
     assert list(await world.runtime.pids(handle)) == []
 
 
+async def test_single_processes_are_killed_and_strangers_are_not(world: World) -> None:
+    handle = await world.runtime.start(world.spec("resize-a"))
+    await world.settled(handle)
+    neighbour = await world.runtime.start(world.spec("resize-b"))
+    await world.settled(neighbour)
+    await world.fork_stray(handle)
+    strays = [pid for pid in await world.runtime.pids(handle) if pid != handle.process.pid]
+    assert strays
+
+    await world.runtime.kill_processes(handle, [*strays, neighbour.process.pid, os.getpid(), 2**22 + 1])
+    for _look in range(1000):  # they are listed until the kernel has buried them
+        if not set(await world.runtime.pids(handle)) & set(strays):
+            break
+        await asyncio.sleep(0.01)
+    assert list(await world.runtime.pids(handle)) == [handle.process.pid]
+    assert await world.runtime.alive(handle)
+    assert await world.runtime.alive(neighbour)
+
+    await world.runtime.kill_processes(handle, [handle.process.pid])
+    exit_ = await world.runtime.wait(handle)
+    assert (exit_.signal, exit_.oom_killed) == (9, False)
+    assert await world.runtime.alive(neighbour)
+
+
 async def test_a_failed_start_says_why_and_leaves_nothing(world: World) -> None:
     with pytest.raises(InstanceError, match="No such file or directory") as raised:
         await world.runtime.start(world.breakable("resize-a"))

@@ -144,6 +144,15 @@ class FakeRuntime:
         if not container.ended.done():
             container.ended.set_result(KILLED)
 
+    async def kill_processes(self, handle: Handle, pids: Sequence[int]) -> None:
+        self.calls.append(("kill_processes", handle.uid))
+        container = self._find(handle)
+        if container is None:
+            return
+        container.extra_pids = [pid for pid in container.extra_pids if pid not in pids]
+        if handle.process.pid in pids and not container.ended.done():
+            container.ended.set_result(KILLED)
+
     async def destroy(self, handle: Handle) -> None:
         self.calls.append(("destroy", handle.uid))
         self._kill(handle, 10.0)
