@@ -31,6 +31,11 @@ void emu_activity_unmap(void)
     rings = NULL;
 }
 
+void emu_activity_forget(void)
+{
+    rings = NULL;
+}
+
 int64_t emu_now_ns(void)
 {
     struct timespec now;

@@ -8,6 +8,9 @@
 int emu_activity_map(int fd);
 void emu_activity_unmap(void);
 
+/* In a forked child, which did not inherit the mapping: its address may be somebody else's by now. */
+void emu_activity_forget(void);
+
 /* CLOCK_MONOTONIC. */
 int64_t emu_now_ns(void);
 

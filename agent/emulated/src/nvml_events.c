@@ -13,12 +13,12 @@
 
 #define EVENT_XID 8ull
 
-#define MAX_WATCHED (2 * EMU_MAX_DEVICES) /* registrations, also of the same device again */
 
 struct event_set {
     pthread_mutex_t mutex;
     int count;
-    struct pollfd watched[MAX_WATCHED];
+    unsigned device[EMU_MAX_DEVICES];
+    struct pollfd watched[EMU_MAX_DEVICES];
 };
 
 struct event_data {
@@ -48,6 +48,16 @@ EMU_API nvml_result nvmlEventSetCreate(struct event_set **out)
     return OK;
 }
 
+static int is_watched(struct event_set *set, device_t device)
+{
+    int found = 0;
+    pthread_mutex_lock(&set->mutex);
+    for (int i = 0; i < set->count; i++)
+        found |= set->device[i] == device->index;
+    pthread_mutex_unlock(&set->mutex);
+    return found;
+}
+
 /* A connection for each device of a set, so that neither waiting nor a silent device holds up anybody else. */
 EMU_API nvml_result nvmlDeviceRegisterEvents(device_t device, unsigned long long types, struct event_set *set)
 {
@@ -56,6 +66,8 @@ EMU_API nvml_result nvmlDeviceRegisterEvents(device_t device, unsigned long long
         return result;
     if (types & ~EVENT_XID)
         return NOT_SUPPORTED;
+    if (is_watched(set, device))
+        return OK;
     struct emu_msg msg = {.op = EMU_WATCH, .a = device->index, .b = types};
     int fd = emu_connect();
     if (fd < 0 || emu_send(fd, &msg, NULL, 0) || emu_await(fd, &msg, NULL, 0) < 0)
@@ -68,9 +80,10 @@ EMU_API nvml_result nvmlDeviceRegisterEvents(device_t device, unsigned long long
         return result;
     }
     pthread_mutex_lock(&set->mutex);
-    if (set->count < MAX_WATCHED)
+    if (set->count < EMU_MAX_DEVICES) {
+        set->device[set->count] = device->index;
         set->watched[set->count++] = (struct pollfd){.fd = fd, .events = POLLIN};
-    else
+    } else
         result = MEMORY;
     pthread_mutex_unlock(&set->mutex);
     if (result)
@@ -87,7 +100,7 @@ static int64_t now_ms(void)
 
 EMU_API nvml_result nvmlEventSetWait_v2(struct event_set *set, struct event_data *data, unsigned timeout_ms)
 {
-    struct pollfd watched[MAX_WATCHED];
+    struct pollfd watched[EMU_MAX_DEVICES];
     if (!set || !data)
         return INVALID_ARGUMENT;
     pthread_mutex_lock(&set->mutex);

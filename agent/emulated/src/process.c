@@ -41,7 +41,7 @@ static void after_fork_in_child(void)
         return;
     atomic_store(&initialized, 0);
     atomic_store(&forked, 1);
-    emu_activity_unmap();
+    emu_activity_forget();
     close(request_fd);
     close(restore_fd);
     request_fd = restore_fd = -1;

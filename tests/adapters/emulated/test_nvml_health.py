@@ -90,7 +90,7 @@ def test_an_xid_reaches_every_set_of_its_device(driver: RunningDriver) -> None:
     first, second = driver.uuids()
     agent, other = driver.nvml(), driver.nvml()
     both = agent.must("watch", gpus=[0, 1])["set"]
-    one = other.must("watch", gpus=[1])["set"]
+    one = other.must("watch", gpus=[1, 1])["set"]  # twice is once
     again = other.must("watch", gpus=[1])["set"]
     driver.control.raise_xid(second, 79)
     event = {"rc": 0, "gpu": second, "type": 8, "data": 79}
