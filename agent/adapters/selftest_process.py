@@ -18,7 +18,7 @@ from typing import Any
 
 from agent.adapters import cgroup, process_table
 from agent.adapters.cgroup_freezer import INSTANCE_VARIABLE, instance_mark
-from agent.core.errors import DeadlineError, HibernodeError, InstanceError, UnavailableError
+from agent.core.errors import DeadlineError, InstanceError, UnavailableError
 from agent.core.types import Handle, ProcessId
 
 TARGET_SCRIPT = Path(__file__).with_name("selftest_target.py")
@@ -120,7 +120,7 @@ class SelftestProcess:
         try:
             await made._receive("start", START_DEADLINE_S)
         except BaseException:
-            await made.end(gently=False)
+            await made.end()
             raise
         return made
 
@@ -162,15 +162,18 @@ class SelftestProcess:
         how = "closed its socket" if code is None else f"was killed by signal {-code}" if code < 0 else f"exited {code}"
         return InstanceError("SELFTEST_TARGET_ENDED", f"the CUDA program {how} during `{verb}`")
 
-    async def end(self, gently: bool = True) -> None:
-        """End the program and remove its cgroup. `gently`: it frees its memory and leaves by itself, if it can.
+    async def leave(self) -> dict[str, Any]:
+        """It frees its memory and ends by itself; its answer as of `ask`. Raises what `ask` raises; `end` it after."""
+        answer = await self.ask("quit", QUIT_DEADLINE_S)
+        if not await cgroup.reread(lambda: self._process.poll() is not None, QUIT_DEADLINE_S):
+            raise DeadlineError("SELFTEST_TIMEOUT", f"the CUDA program did not end within {QUIT_DEADLINE_S:.0f} s")
+        return answer
+
+    async def end(self) -> None:
+        """Kill it, if it has not left, and remove its cgroup. Idempotent.
 
         Raises DeadlineError KILL_TIMEOUT: it survives SIGKILL.
         """
-        if gently:
-            with suppress(HibernodeError):
-                await self.ask("quit", QUIT_DEADLINE_S)
-                await cgroup.reread(lambda: self._process.poll() is not None, QUIT_DEADLINE_S)
         self._channel.close()
         self._process.kill()
         if self._place.slice_ is not None and self._place.path is not None:

@@ -99,7 +99,7 @@ class Selftest:
         await rounds.prepare()
         self._check_headroom(rounds)
         await rounds.all()
-        await rounds.target.end()
+        await rounds.finish()
         self._say_result(rounds)
         return Verdict(Proof.PROVED)
 
@@ -127,7 +127,7 @@ class Selftest:
 
     async def _end(self, target: SelftestProcess) -> None:
         try:
-            await target.end(gently=False)
+            await target.end()
         except HibernodeError as error:
             log.get_logger().error("selftest.left_behind", reason=error.reason, message=error.message)
 

@@ -80,6 +80,13 @@ class Rounds:
             for name in names if number % 2 else reversed(names):
                 self.runs.append(await self.one(number, name))
 
+    async def finish(self) -> None:
+        """A program that was restored can also free its memory and end, which not every driver survives
+        (NVIDIA/cuda-checkpoint issue 53). DeadlineError KILL_TIMEOUT."""
+        self.say("step", "ending the CUDA program")
+        _good(await self.target.leave())
+        await self.target.end()
+
     async def one(self, number: int, name: str) -> Run:
         """One freeze and wake by `name`, compared."""
         title = f"run {number} of {self.asked.runs}" if number else "warm-up"

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import pytest
 
 from agent.adapters import cgroup, process_table
 from agent.adapters.selftest_process import SLICE_NAME, Place, SelftestProcess, find_place
-from agent.adapters.selftest_target import BLOCK, PAGE, Pattern, sizes
+from agent.adapters.selftest_target import BLOCK, PAGE, Device, Pattern, sizes
 from agent.core.errors import DeadlineError, InstanceError
 from agent.core.types import MIB
 from tests.fakes.emulated_driver import EmulatedNvidia
@@ -56,7 +57,7 @@ async def target(nvidia: EmulatedNvidia, monkeypatch: pytest.MonkeyPatch) -> Asy
     try:
         yield made
     finally:
-        await made.end(gently=False)
+        await made.end()
     assert made.handle.process.pid not in [process.pid for process in nvidia.control.processes()]
 
 
@@ -86,6 +87,12 @@ async def test_the_pinned_copy_leaves_the_memory_as_it_is(target: SelftestProces
     copied = await target.ask("copy", DEADLINE_S, chunk=MIB)
     assert (copied["chunk"], copied["to_host_us"] > 0, copied["to_device_us"] > 0) == (MIB, True, True)
     assert (await target.ask("verify", DEADLINE_S, round=1))["wrong_pages"] == 0
+
+
+def test_a_driver_without_pinned_memory_is_no_failure() -> None:
+    device = Device.__new__(Device)
+    device.__dict__.update(_cuda=SimpleNamespace(), _allocations=[(4096, MIB)])
+    assert device.copy(MIB) == {"unavailable": "this driver has no cuMemHostAlloc"}
 
 
 async def test_more_than_the_gpu_has_is_an_answer(target: SelftestProcess) -> None:
@@ -119,6 +126,8 @@ async def test_an_end_leaves_no_cgroup(nvidia: EmulatedNvidia, monkeypatch: pyte
     place = find_place(process_table.boot_id())
     made = await SelftestProcess.start(place, nvidia.control.devices()[0].uuid)
     await made.ask("allocate", DEADLINE_S, bytes=MIB)
+    assert await made.leave() == {}
+    await made.end()
     await made.end()
     assert place.path is None or not place.path.exists()
     assert process_table.read_stat(made.handle.process.pid) is None, "it has been waited for"

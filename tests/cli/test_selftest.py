@@ -20,6 +20,8 @@ import pytest
 from agent.adapters.cgroup import find_v2_mount, open_slice
 from agent.adapters.gpu_locks import GpuLocks
 from agent.adapters.selftest_process import SLICE_NAME
+from agent.cli.doctor_selftest import _message
+from agent.cli.doctor_selftest_report import show_report
 from agent.emulated.control import EmulatedDriver, ProcessView
 from tests.cli.conftest import Run
 from tests.fakes.emulated_driver import EmulatedNvidia, emulated_nvidia
@@ -92,7 +94,7 @@ class Host:
         until(lambda: slice_ is None or not slice_.uids())
 
 
-def until(look: Callable[[], T]) -> T:
+def until(look: Callable[[], T | None]) -> T:
     give_up = time.monotonic() + DEADLINE_S
     while not (found := look()):
         assert time.monotonic() < give_up, "it did not come to that"
@@ -117,7 +119,7 @@ def host(driver: EmulatedNvidia) -> Iterator[Host]:
 def test_the_figures_are_those_of_the_driver(host: Host, bandwidth: int) -> None:
     """Another speed is another figure. A busy machine makes runs slower, never faster: the best of them counts."""
     host.control.set_latency(bandwidth_bytes_s=bandwidth)
-    found = host.report("--gib", "0.125", "--runs", "3")
+    found = host.report("--gib", "0.125", "--runs", "2")
     best = {name: found["summary"]["driver"][name]["max"] * 1e9 for name in ("restore_gb_s", "checkpoint_gb_s")}
     assert best["restore_gb_s"] == pytest.approx(bandwidth, rel=0.1)
     assert best["checkpoint_gb_s"] == pytest.approx(bandwidth / 1.5, rel=0.1)
@@ -153,6 +155,32 @@ def test_the_report_for_people(host: Host) -> None:
         assert f"\n{line}" in words
     assert "warm-up, driver: frozen in" in done.stderr  # progress is no result
     assert "every byte equal" in done.stderr
+
+
+def test_what_was_not_measured_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """A report of a driver without pinned memory, and of a process that a library prints into."""
+    figure = {"median": 1.25, "min": 1.2, "max": 1.3}
+    names = ("freeze_s", "lock_s", "checkpoint_s", "cgroup_freeze_s", "wake_s", "thaw_s", "restore_s", "unlock_s")
+    figures = dict.fromkeys((*names, "checkpoint_gb_s", "restore_gb_s"), figure)
+    show_report(
+        {
+            "host": {"gpu": {"model": "Emulated T4"}, "driver": "555.58.02"},
+            "size_bytes": 1 << 30,
+            "allocations": 12,
+            "checkpointers": ["utility"],
+            "checks": [],
+            "runs": [{"counted": True, "pinned": {"unavailable": "this driver has no cuMemHostAlloc"}}],
+            "summary": {"utility": figures},
+            "ratio": {},
+            "verdict": {"proof": "PROVED"},
+        }
+    )
+    out = capsys.readouterr().out
+    assert "no pinned copy to compare with: this driver has no cuMemHostAlloc" in out
+    assert "1 run after a warm-up" in out
+    assert "1.25 s (1.2-1.3)" in out
+    assert _message(b"a library's banner") == {"done": "a library's banner"}
+    assert _message(b'{"step": "freezing"}') == {"step": "freezing"}
 
 
 def test_both_checkpointers_in_one_run(host: Host) -> None:
