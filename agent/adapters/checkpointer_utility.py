@@ -1,7 +1,8 @@
 """The Checkpointer port on NVIDIA's `cuda-checkpoint` program (driver 555 and newer): one spawn an operation.
 
 For hosts whose driver has no public API yet; slow where cuInit is (0.4 to 7 s a spawn on hosts with several GPUs).
-Separate actions only: the one that does both at once can't time out the lock and takes no device map.
+Separate actions only: the one that does both at once can't time out the lock and takes no device map. A program
+outlives an agent that is killed, and ends what it began: recovery reads states until they stand still anyway.
 """
 
 from __future__ import annotations

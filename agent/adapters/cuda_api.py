@@ -12,17 +12,20 @@ from agent.ports import CudaAnswer, CudaOp, CudaState
 
 
 class CudaResult(IntEnum):
-    """The results that the checkpoint functions are known to give."""
+    """The results that the checkpoint functions are known to give, and cuInit before a restore."""
 
     SUCCESS = 0
     INVALID_VALUE = 1
     OUT_OF_MEMORY = 2
     NOT_INITIALIZED = 3
+    NO_DEVICE = 100
     OPERATING_SYSTEM = 304
     ILLEGAL_STATE = 401
     NOT_READY = 600
     NOT_PERMITTED = 800
     NOT_SUPPORTED = 801
+    SYSTEM_NOT_READY = 802
+    SYSTEM_DRIVER_MISMATCH = 803
 
 
 NO_CUDA = frozenset({CudaResult.INVALID_VALUE, CudaResult.NOT_INITIALIZED})
@@ -44,6 +47,10 @@ _EXPLANATIONS: dict[int, tuple[str, str]] = {
     CudaResult.INVALID_VALUE: (
         "CUDA_INVALID_VALUE",
         "the driver rejects the arguments: a GPU map must name every GPU that the driver sees, of the same model",
+    ),
+    CudaResult.NO_DEVICE: (
+        "CUDA_NO_DEVICE",
+        "no GPU can be used here: compare nvidia-smi, and CUDA_VISIBLE_DEVICES of the agent",
     ),
     CudaResult.OUT_OF_MEMORY: (
         "CUDA_OUT_OF_MEMORY",
@@ -69,6 +76,14 @@ _EXPLANATIONS: dict[int, tuple[str, str]] = {
     CudaResult.NOT_SUPPORTED: (
         "CUDA_NOT_SUPPORTED",
         "this driver can't checkpoint what the process uses (IPC, UVM, MPS, MIG): driver 580 or newer knows most",
+    ),
+    CudaResult.SYSTEM_NOT_READY: (
+        "CUDA_SYSTEM_NOT_READY",
+        "CUDA can't be initialised; on hosts with NVSwitch: systemctl enable --now nvidia-fabricmanager",
+    ),
+    CudaResult.SYSTEM_DRIVER_MISMATCH: (
+        "CUDA_DRIVER_MISMATCH",
+        "libcuda and the kernel module are of different versions, as after an update of the driver: reboot",
     ),
 }
 

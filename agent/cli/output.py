@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
@@ -94,7 +94,9 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Seq
     cells = [tuple(map(_cell, row)) for row in rows]
     widths = [max(len(name), *(len(row[index]) for row in cells), 0) for index, name in enumerate(columns)]
     for name, width in zip(columns, widths, strict=True):
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=width <= MAX_WORD_CHARS)
+        justify: Literal["left", "right"] = "right" if name in right else "left"
+        # fold: a long word, such as a path, is broken and not cut.
+        table.add_column(name, justify=justify, no_wrap=width <= MAX_WORD_CHARS, overflow="fold")
     for row in cells:
         table.add_row(*row)
     _write(table, least=sum(min(width, MAX_WORD_CHARS) + 2 for width in widths))

@@ -269,15 +269,14 @@ def _checkpoint(host: HostFacts, chosen: str) -> CapabilityLine:
         )
     if not host.takes_utility or host.checkpointer == "driver":
         return _fail("checkpoint", "the libcuda that is found has no checkpoint API", FIND_LIBCUDA)
-    if host.has_api:  # gpu.checkpointer: utility
+    if host.has_api:
+        found = f"gpu.checkpointer: utility is set, and {host.utility_problem}"
         fix = "set gpu.checkpointer: auto, for this driver needs no program; or repair gpu.utility_path"
-    elif host.branch >= API_SINCE:
-        fix = FIND_LIBCUDA
     else:
+        found = f"here driver {host.driver_version} can only be asked by a cuda-checkpoint program, and "
+        found += host.utility_problem
         fix = f"{NEW_DRIVER}; or get cuda-checkpoint from github.com/NVIDIA/cuda-checkpoint, and set gpu.utility_path"
-    return _fail(
-        "checkpoint", f"driver {host.driver_version} is asked through a program here, and {host.utility_problem}", fix
-    )
+    return _fail("checkpoint", found, FIND_LIBCUDA if not host.has_api and host.branch >= API_SINCE else fix)
 
 
 def _migration(host: HostFacts) -> CapabilityLine:

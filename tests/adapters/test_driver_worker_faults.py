@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from agent.adapters.checkpointer_driver import MAX_BATCH_BYTES, MAX_CALLS, DriverCheckpointer, PoolLimits
+from agent.adapters.cuda_api import explain
 from agent.adapters.driver_worker_process import WorkerOptions
 from agent.core.types import MIB
 from agent.ports import CudaCall, CudaFault, CudaOp, CudaState
@@ -135,6 +136,7 @@ async def test_where_cuinit_fails_nothing_is_restored_and_the_next_tries_again(
     for _ in range(2):
         reply = await pool.run([CudaCall(RESTORE, 7), CudaCall(UNLOCK, 7)], 5.0)
         assert [(answer.code, answer.state) for answer in reply.answers] == [(802, CudaState.RUNNING)]
+        assert "nvidia-fabricmanager" in explain(reply.answers[0])[1]
     assert calls() == ["init", "init"]
 
 

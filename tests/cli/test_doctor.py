@@ -35,7 +35,7 @@ def test_it_asks_the_agent_and_fails_with_it(at_home: Run) -> None:
     done = at_home("doctor")
     assert done.code == 4
     assert ["mig", "FAIL"] in [line[:2] for line in done.words]
-    assert "nvidia-smi -mig 0" in done.out
+    assert "\nfix for mig: nvidia-smi -mig 0\n" in done.out
     assert "No instance can be frozen here until this is put right: mig." in done.err
     assert "restart it (systemctl restart hibernode-agent)" in done.err
     found = at_home("doctor", "-o", "json").json
@@ -59,6 +59,18 @@ def test_its_last_word_names_what_failed(run: Run, monkeypatch: pytest.MonkeyPat
     assert done.code == 4
     assert done.err.strip() == "No instance can be frozen here until this is put right: checkpoint."
     assert run("doctor", "--local", "-o", "json").err == ""
+
+
+def test_fixes_are_lines_of_their_own_to_be_copied_and_what_failed_comes_first(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weak = CapabilityLine("persistence", "WARN", "off", "nvidia-smi -i 0,1,2,3,4,5,6,7 -pm 1; systemctl enable \x1b[2J")
+    looking_gives(monkeypatch, weak, OLD)
+    fixes = [line for line in run("doctor", "--local").out.splitlines() if line.startswith("fix for ")]
+    assert fixes[:2] == [
+        "fix for checkpoint: install driver 580 or newer",
+        "fix for persistence: nvidia-smi -i 0,1,2,3,4,5,6,7 -pm 1; systemctl enable ?[2J",
+    ]
 
 
 def test_it_does_not_look_here_when_another_host_was_meant(run: Run) -> None:
