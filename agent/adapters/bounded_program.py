@@ -74,10 +74,10 @@ class BoundedProgram:
         return self._process.pid
 
     def kill(self) -> None:
-        """Idempotent; `wait` then answers KILLED or STUCK."""
+        """It and what it started (its process group). Idempotent; `wait` then answers KILLED or STUCK."""
         if not self._ended.is_set():
             self._killed = True
-            self._process.send_signal(self._kill_signal)
+            os.killpg(self.pid, self._kill_signal)  # not collected yet, so the number is still its own
 
     async def wait(self, deadline_s: float) -> Ended:
         """Its end, at the latest KILL_TIMEOUT_S after the deadline."""

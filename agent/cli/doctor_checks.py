@@ -44,10 +44,10 @@ def gpu_lines(config: Path | None) -> tuple[int, list[CapabilityLine]]:
         text = f"the driver does not answer within {LOOK_DEADLINE_S:g} s"
         return 0, [CapabilityLine("driver", "FAIL", text, ASK_THE_KERNEL)]
     try:
-        document: dict[str, Any] = json.loads(answer)
+        document: dict[str, Any] = json.loads(answer.splitlines()[-1])
         lines = [CapabilityLine(**check) for check in document["checks"]]
         return int(document["gpu_memory_bytes"]), lines
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, IndexError):
         text = f"looking at the driver ended in the middle: {said or 'without a word'}"
         fix = "reinstall the NVIDIA driver, 580 or newer; does nvidia-smi work?"
         return 0, [CapabilityLine("driver", "FAIL", text, fix)]

@@ -1,4 +1,5 @@
-"""`python -m agent.daemons.host_check [--config FILE]`: what an agent would find on this host, as one JSON object.
+"""`python -m agent.daemons.host_check [--config FILE]`: what an agent would find on this host, as one JSON object, the
+last line of stdout.
 
 The same code on the same configuration as the agent's start, so that `hibernode doctor` can't see another host than
 the agent does; and a process of its own, since a sick driver hangs whoever asks it. It changes nothing. Keys: `checks`
@@ -74,7 +75,7 @@ def main() -> None:
     log.configure("error", "console")
     document = asyncio.run(survey(settings))
     document["checks"] = [*(asdict(line) for line in lines), *document["checks"]]
-    json.dump(document, sys.stdout)
+    sys.stdout.write(f"\n{json.dumps(document)}\n")  # a line of its own: libraries may have said something before
     sys.stdout.flush()
     os._exit(0)
 

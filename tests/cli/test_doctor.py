@@ -127,6 +127,12 @@ def test_a_driver_that_takes_its_caller_along(monkeypatch: pytest.MonkeyPatch, c
     assert line.fix
 
 
+def test_what_libraries_print_before_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = '{"name": "mig", "level": "OK", "reason": "MIG mode is off", "fix": ""}'
+    code = f"""print('NOTE: preloaded\\n{{}}\\n{{"checks": [{check}], "gpu_memory_bytes": 0}}')"""
+    assert [line.name for line in look_by(monkeypatch, code)] == ["mig"]
+
+
 @pytest.mark.parametrize("killable", [True, False])
 def test_a_driver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, killable: bool) -> None:
     """Not even for the end of the process, which may be stuck in the kernel for good."""
