@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from agent.cli.output import show_table, show_text
@@ -22,6 +22,7 @@ _PINNED = (
     ("pinned copy to host", "to_host_s", "to_host_gb_s"),
     ("pinned copy to GPU", "to_device_s", "to_device_gb_s"),
 )
+_SPREAD = ("median", "min", "max")
 _HEADLINES = {
     "PROVED": "PROVED on {where}: GPU memory freezes and wakes without losing a byte.",
     "FAILED": "FAILED on {where}: this host must not freeze instances.",
@@ -92,8 +93,7 @@ def _pinned(summary: dict[str, Any]) -> Iterator[list[str]]:
 def _seconds(spread: dict[str, float]) -> str:
     """`404 ms (398-412)`, `1.25 s (1.2-1.31)`: one unit a cell, three digits that matter."""
     unit, factor = ("s", 1.0) if spread["median"] >= 1 else ("ms", 1000.0)
-    median, least, most = (_short(spread[key] * factor) for key in ("median", "min", "max"))
-    return f"{median} {unit} ({least}-{most})" if least != most else f"{median} {unit}"
+    return _with_spread([_short(spread[key] * factor) for key in _SPREAD], f" {unit}")
 
 
 def _short(value: float) -> str:
@@ -101,8 +101,13 @@ def _short(value: float) -> str:
 
 
 def _speed(spread: dict[str, float] | None) -> str:
-    return f"{spread['median']:.2f} ({spread['min']:.2f}-{spread['max']:.2f})" if spread else ""
+    return _with_spread([f"{spread[key]:.2f}" for key in _SPREAD]) if spread else ""
 
 
 def _times(spread: dict[str, float] | None) -> str:
-    return f"{spread['median']:.2f} x ({spread['min']:.2f}-{spread['max']:.2f})" if spread else ""
+    return _with_spread([f"{spread[key]:.2f}" for key in _SPREAD], " x") if spread else ""
+
+
+def _with_spread(texts: Sequence[str], unit: str = "") -> str:
+    median, least, most = texts
+    return f"{median}{unit}" if least == most else f"{median}{unit} ({least}-{most})"

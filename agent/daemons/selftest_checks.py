@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import msgspec
 
 from agent.adapters.gpu_locks import GpuLocks
-from agent.adapters.host_facts import host_facts, look_at_gpus
+from agent.adapters.host_facts import GpuSight, host_facts, look_at_gpus
 from agent.adapters.host_memory import ProcHostMemory
-from agent.adapters.utility_program import find_utility
 from agent.core.capabilities import Capabilities, find_capabilities
 from agent.core.errors import HibernodeError
 from agent.core.snapshots import CapabilityLine
@@ -63,7 +61,7 @@ async def survey(asked: Asked, gpus: Gpus, locks: GpuLocks) -> Ground:
     sight = await look_at_gpus(gpus)
     capabilities = find_capabilities(host_facts(sight, asked.settings))
     ground = Ground([line for line in capabilities.lines if line.name != "migration"], sight.driver)
-    _choose_ways(ground, asked, capabilities)
+    _choose_ways(ground, asked, sight, capabilities)
     _check_host_memory(ground, asked)
     gpu = await _choose_gpu(ground, asked, sight.gpus, gpus)
     if gpu is not None:
@@ -133,8 +131,8 @@ def _check_host_memory(ground: Ground, asked: Asked) -> None:
         ground.say("OK", "host memory", text)
 
 
-def _choose_ways(ground: Ground, asked: Asked, capabilities: Capabilities) -> None:
-    """The agent's choice first, `against` beside it."""
+def _choose_ways(ground: Ground, asked: Asked, sight: GpuSight, capabilities: Capabilities) -> None:
+    """The agent's choice first; `against`, judged as the agent would judge it, beside it."""
     own = capabilities.checkpointer
     ground.ways = {own: (capabilities, asked.settings)} if own else {}
     if not asked.against or not own:
@@ -146,13 +144,11 @@ def _choose_ways(ground: Ground, asked: Asked, capabilities: Capabilities) -> No
     path = asked.settings.utility_path
     if not os.path.exists(path):  # the agent does not need it here; an administrator may have it elsewhere
         path = shutil.which("cuda-checkpoint") or path
-    utility, problem = find_utility(Path(path))
-    if utility is None:
-        ground.say("FAIL", "utility", problem, "put cuda-checkpoint (github.com/NVIDIA/cuda-checkpoint) into PATH")
-        return
-    ground.say("OK", "utility", str(utility))
-    other = (
-        replace(capabilities, checkpointer=asked.against),
-        msgspec.structs.replace(asked.settings, utility_path=path),
-    )
-    ground.ways = {**ground.ways, asked.against: other}
+    settings = msgspec.structs.replace(asked.settings, checkpointer="utility", utility_path=path)
+    other = find_capabilities(host_facts(sight, settings))
+    more = [line for line in other.lines if line.level == "FAIL" and line not in capabilities.lines]
+    for line in more:
+        ground.say("FAIL", f"utility: {line.name}", line.reason, f"leave --against out, or {line.fix}")
+    if not more:
+        ground.say("OK", "utility", path)
+        ground.ways = {**ground.ways, asked.against: (other, settings)}

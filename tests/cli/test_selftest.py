@@ -308,6 +308,21 @@ def test_a_host_without_a_driver(host: Host) -> None:
     assert "driver" in failing(host.run(*SMALL, "--json", LD_LIBRARY_PATH=""))
 
 
+def test_what_the_agent_would_not_do_is_not_tried_for_a_comparison(host: Host) -> None:
+    """Without persistence mode a restore by the program kills its target."""
+    gpus = [device.uuid for device in host.control.devices()]
+    for uuid in gpus:
+        host.control.set_device(uuid, persistence=False)
+    try:
+        missing = failing(host.run(*SMALL, "--against", "utility", "--json"))
+        assert host.run(*SMALL).returncode == 0  # the driver's workers call cuInit first
+    finally:
+        for uuid in gpus:
+            host.control.set_device(uuid, persistence=True)
+    assert set(missing) == {"utility: persistence"}
+    assert "leave --against out" in missing["utility: persistence"]["fix"]
+
+
 def test_the_agents_configuration_counts(host: Host, tmp_path: Path) -> None:
     config = tmp_path / "agent.yaml"
     config.write_text("gpu: {host_memory_reserve: 900TiB}")
