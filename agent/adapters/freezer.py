@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from agent.adapters.cgroup_freezer import ProcessFreezer
 from agent.adapters.cuda_processes import CudaProcessFinder, Pids
 from agent.adapters.freeze_results import FreezerLimits
+from agent.adapters.freezer_doubts import Doubts
 from agent.adapters.freezer_held import HeldInstances
 from agent.adapters.freezer_recovery import Recovery
 from agent.adapters.freezer_sleep import Sleep
 from agent.adapters.freezer_vram import Witness
 from agent.adapters.freezer_wake import Wake
 from agent.core.types import Handle
-from agent.ports import Checkpointer, Condition, FreezeResult, Gpus
+from agent.ports import Checkpointer, Condition, FreezeResult, Gpus, Outcome
 
 
 class CudaFreezer:
@@ -39,25 +40,34 @@ class CudaFreezer:
         finder = CudaProcessFinder(pids, checkpointer, boot_id, limits.state_s)
         self._instances = HeldInstances(checkpointer, cgroups, finder, limits)
         self._witness = Witness(gpus, limits)
+        self._doubts = Doubts(self._instances)
         self._sleep = Sleep(self._instances, self._witness)
         self._wake = Wake(self._instances, self._witness)
         self._recovery = Recovery(self._instances, self._witness, boot_id)
 
     async def lock(self, handle: Handle) -> FreezeResult:
         """`Freezer.lock`: REFUSED leaves all CUDA processes running."""
-        return await self._sleep.lock(handle)
+        await self._doubts.suspend(handle)
+        return self._runs_after(Outcome.REFUSED, handle, await self._sleep.lock(handle))
 
     async def unlock(self, handle: Handle) -> FreezeResult:
         """`Freezer.unlock`: undo a lock (a cancelled freeze, or what recovery finds LOCKED)."""
-        return await self._sleep.unlock(handle)
+        await self._doubts.suspend(handle)
+        return self._runs_after(Outcome.OK, handle, await self._sleep.unlock(handle))
 
     async def checkpoint(self, handle: Handle) -> FreezeResult:
         """`Freezer.checkpoint`: REFUSED leaves it unlocked and running. Raises PreconditionError NOT_LOCKED."""
-        return await self._sleep.checkpoint(handle)
+        return self._runs_after(Outcome.REFUSED, handle, await self._sleep.checkpoint(handle))
 
     async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
         """`Freezer.wake`: REFUSED leaves it checkpointed from the same GPUs, and frozen."""
-        return await self._wake.wake(handle, gpu_map)
+        return self._runs_after(Outcome.OK, handle, await self._wake.wake(handle, gpu_map))
+
+    def _runs_after(self, outcome: Outcome, handle: Handle, result: FreezeResult) -> FreezeResult:
+        """With this outcome it runs: if a call on it was lost, it is watched."""
+        if result.outcome is outcome:
+            self._doubts.resume(handle)
+        return result
 
     def paused(self, handle: Handle) -> bool:
         """`Freezer.paused`."""
@@ -65,6 +75,7 @@ class CudaFreezer:
 
     async def prepare_kill(self, handle: Handle) -> None:
         """`Freezer.prepare_kill`."""
+        await self._doubts.suspend(handle)
         await self._recovery.prepare_kill(handle)
 
     async def condition(self, handle: Handle) -> Condition:
@@ -73,7 +84,7 @@ class CudaFreezer:
 
     async def finish_freeze(self, handle: Handle) -> FreezeResult:
         """`Freezer.finish_freeze`; processes not yet checkpointed are. `image_bytes` is 0: nobody knows it now."""
-        return await self._sleep.finish(handle)
+        return self._runs_after(Outcome.REFUSED, handle, await self._sleep.finish(handle))
 
     async def thaw(self, handle: Handle) -> None:
         """`Freezer.thaw`. Raises what `ProcessFreezer.thaw` raises."""
@@ -85,4 +96,5 @@ class CudaFreezer:
 
     def forget(self, handle: Handle) -> None:
         """`Freezer.forget`. Idempotent."""
+        self._doubts.forget(handle)
         self._instances.forget(handle)

@@ -59,8 +59,8 @@ class Held:
 
 
 class HeldInstances:
-    """Memory by instance uid. `restored`: woken since it started, or perhaps (found awake by a recovery). `doubtful`: an
-    operation on it was lost once, and may have run later than anybody looked."""
+    """Memory by instance uid. `restored`: woken since it started, or perhaps (found awake by a recovery). `doubtful`:
+    an operation on it was lost once, and may have run later than anybody looked."""
 
     def __init__(
         self, checkpointer: Checkpointer, cgroups: ProcessFreezer, finder: CudaProcessFinder, limits: FreezerLimits

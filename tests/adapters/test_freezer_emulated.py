@@ -5,66 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from agent.adapters.cgroup_freezer import CgroupFreezer, ProcessFreezer, SignalFreezer
-from agent.adapters.checkpointer_driver import DriverCheckpointer, PoolLimits
-from agent.adapters.driver_worker_process import WorkerOptions
-from agent.adapters.freeze_results import FreezerLimits
-from agent.adapters.freezer import CudaFreezer
-from agent.adapters.nvml_gpus import NvmlGpus
-from agent.core.types import MIB, Handle
+from agent.core.types import MIB
 from agent.ports import Condition, Outcome
-from tests.fakes.emulated_driver import CudaInstances, CudaTarget, EmulatedNvidia
-
-SIZE = 4 * MIB
-
-
-@dataclass
-class Host:
-    """Everything of a GPU host that a freeze needs."""
-
-    instances: CudaInstances
-    checkpointer: DriverCheckpointer
-    gpus: NvmlGpus
-    cgroups: ProcessFreezer
-    nvidia: EmulatedNvidia
-
-    def freezer(self, limits: FreezerLimits | None = None) -> CudaFreezer:
-        return CudaFreezer(
-            self.checkpointer, self.cgroups, self.gpus, self.instances.pids, self.instances.boot_id, limits
-        )
-
-
-async def freeze(freezer: CudaFreezer, handle: Handle) -> int:
-    locked = await freezer.lock(handle)
-    assert locked.outcome is Outcome.OK, locked
-    done = await freezer.checkpoint(handle)
-    assert done.outcome is Outcome.OK, done
-    return done.image_bytes
-
-
-@pytest.fixture
-async def host(nvidia: EmulatedNvidia) -> AsyncIterator[Host]:
-    nvidia.see_nvml_here()
-    instances = CudaInstances(nvidia.environment)
-    options = WorkerOptions(environment=nvidia.environment)
-    checkpointer = DriverCheckpointer(options, PoolLimits(workers=2, first_backoff_s=0.001))
-    await checkpointer.start()
-    gpus = NvmlGpus()
-    cgroups: ProcessFreezer = (
-        CgroupFreezer() if instances.slice_ else SignalFreezer(instances.state_uuid, instances.boot_id)
-    )
-    before = nvidia.control.frozen_calls()
-    yield Host(instances, checkpointer, gpus, cgroups, nvidia)
-    await instances.close()
-    await checkpointer.close()
-    await gpus.close()
-    assert nvidia.control.frozen_calls() == before  # nobody asked about a frozen target
+from tests.adapters.freezer_host import SIZE, Host, freeze
+from tests.fakes.emulated_driver import CudaTarget
 
 
 async def test_memory_is_bit_identical_after_a_freeze_and_a_wake(host: Host) -> None:

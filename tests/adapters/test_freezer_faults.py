@@ -5,6 +5,7 @@ OK: what was asked for. REFUSED: as it was before. BROKEN: unknown, only a kill 
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 
 import pytest
@@ -117,7 +118,8 @@ async def perform(world: World, phase: str) -> FreezeResult:
             return await world.freezer.checkpoint(world.handle)
         case "unlock":
             return await world.freezer.unlock(world.handle)
-    return await world.freezer.wake(world.handle, {})
+        case _:
+            return await world.freezer.wake(world.handle, {})
 
 
 WHOLE = {
@@ -166,6 +168,21 @@ async def test_a_lock_that_was_lost_and_ran_after_all_is_undone_by_the_next(worl
     assert (await world.freezer.lock(world.handle)).outcome is OK
     assert (await world.freezer.unlock(world.handle)).outcome is OK
     assert world.states() == {CudaState.RUNNING}
+
+
+async def test_a_lock_that_was_lost_and_ran_after_all_is_undone_before_anybody_asks(world: World) -> None:
+    world.driver.faults.append(Fault(LOCK, hang=True))
+    assert (await world.freezer.lock(world.handle)).outcome is REFUSED
+    world.driver.processes[world.main].state = CudaState.LOCKED
+    async with asyncio.timeout(5):
+        while world.state() is not CudaState.RUNNING:  # noqa: ASYNC110 - the watch looks by itself
+            await asyncio.sleep(0.01)
+
+
+async def test_nobody_watches_where_nothing_was_lost(world: World) -> None:
+    await world.freeze()
+    await world.freezer.wake(world.handle, {})
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 async def test_a_lock_of_somebody_else_is_not_undone(world: World) -> None:

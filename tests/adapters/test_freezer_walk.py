@@ -48,6 +48,8 @@ def some_fault(dice: random.Random, pids: list[int]) -> Fault:
             return Fault(op, stuck=True, pid=pid)
         case "dies":
             return Fault(op, dies=True, pid=pid)
+        case _:
+            pass
     return Fault(CudaOp.CHECKPOINT if op is CudaOp.STATE else op, 304, leaves=CudaState.FAILED, pid=pid)
 
 
@@ -140,6 +142,6 @@ async def test_a_walk(world: World, seed: int) -> None:
         await walk.step()
     await world.freezer.prepare_kill(world.handle)
     world.freezer.forget(world.handle)
-    for task in asyncio.all_tasks() - {asyncio.current_task()}:
-        await task
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)
     assert len(os.listdir("/proc/self/fd")) == before
