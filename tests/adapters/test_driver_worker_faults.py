@@ -36,7 +36,16 @@ static void note(const char *what)
 int cuDriverGetVersion(int *version) { *version = atoi(getenv("CUDA")); return 0; }
 int cuInit(unsigned flags) { note("init"); return atoi(getenv("INIT")); }
 static int get_state(int pid, int *state) { *state = 0; return 0; }
-static int lock(int pid, void *args) { if (pid == 666) *(volatile int *)0 = 1; note("lock"); return 0; }
+static int lock(int pid, void *args)
+{
+    char what[40] = "lock";
+    if (pid == 666)
+        *(volatile int *)0 = 1;
+    if (*(unsigned *)args)
+        sprintf(what, "lock:%u", *(unsigned *)args);
+    note(what);
+    return 0;
+}
 static int checkpoint(int pid, void *args) { note("checkpoint"); return 0; }
 static int restore(int pid, void *args) { note("restore"); return 0; }
 static int unlock(int pid, void *args) { note("unlock"); return 0; }
@@ -150,6 +159,13 @@ async def test_a_map_reaches_only_a_driver_that_reads_it(
     reply = await pool.run([CudaCall(RESTORE, 7, gpu_map=((uuid, uuid),))], 5.0)
     assert [answer.code for answer in reply.answers] == [code]
     assert calls() == ([] if code else ["restore"])
+
+
+async def test_the_locks_timeout_reaches_the_driver(start: Start, calls: Callable[[], list[str]]) -> None:
+    """In milliseconds; 0 is for ever there."""
+    pool = await start()
+    assert (await pool.run([CudaCall(LOCK, 7, timeout_ms=2500), CudaCall(LOCK, 8)], 5.0)).ok
+    assert calls() == ["lock:2500", "lock"]
 
 
 # ---- crashes --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from agent.core.errors import UnavailableError
 from agent.ports import CudaCall, CudaFault, CudaOp, CudaReply, CudaState
 
 # What the process of each pid does to the worker that is asked about it.
-FINE, REFUSES, HANGS, ENDS_WORKER, TALKS_NONSENSE, WAITS = 1, 2, 3, 4, 5, 6
+FINE, REFUSES, HANGS, ENDS_WORKER, TALKS_NONSENSE, WAITS, IS_FORGOTTEN = 1, 2, 3, 4, 5, 6, 7
 
 SCRIPTED_WORKER = """
 import json, os, socket, sys, time
@@ -43,6 +43,8 @@ while message := channel.recv(1 << 17):
             time.sleep(600)
         if pid == 6:
             open(os.environ["WORKER_FIFO"]).read()
+        if pid == 7:
+            continue
         answers.append([304, 0, 1, 7] if pid == 2 else [0, 0, 0, 250])
         if pid == 2:
             break
@@ -104,7 +106,7 @@ async def test_a_batch_ends_at_its_first_failure(start: Start) -> None:
     assert reply.fault is CudaFault.NONE
 
 
-@pytest.mark.parametrize("pid", [HANGS, ENDS_WORKER, TALKS_NONSENSE])
+@pytest.mark.parametrize("pid", [HANGS, ENDS_WORKER, TALKS_NONSENSE, IS_FORGOTTEN])
 async def test_a_lost_worker_costs_its_batch_and_is_replaced(start: Start, pid: int) -> None:
     pool = await start()
     first = pool.worker_pids[0]
@@ -114,6 +116,12 @@ async def test_a_lost_worker_costs_its_batch_and_is_replaced(start: Start, pid: 
     assert pool.worker_pids[0] != first
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
+
+
+async def test_fewer_answers_than_calls_are_no_success(start: Start) -> None:
+    """Without a failure at their end something was not done, or done and not told."""
+    pool = await start()
+    assert (await pool.run(states(FINE, IS_FORGOTTEN), 5)).fault is CudaFault.LOST
 
 
 async def test_a_worker_killed_while_idle_is_replaced_and_its_batch_given_to_the_next(start: Start) -> None:
