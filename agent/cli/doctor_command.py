@@ -10,10 +10,11 @@ from typing import Any
 import click
 
 from agent.cli.doctor_checks import host_lines, system_lines
+from agent.cli.doctor_lines import show_lines
 from agent.cli.doctor_selftest import run_selftest, selftest_options, selftest_wanted
 from agent.cli.exit_codes import Exit
 from agent.cli.options import agent_options, asked, json_option, output_option
-from agent.cli.output import clean, note, show_json, show_table, show_text
+from agent.cli.output import note, show_json
 from agent.cli.progress import blocking_progress
 from agent.core.errors import ConfigError, HibernodeError
 from agent.core.snapshots import CapabilityLine
@@ -73,16 +74,9 @@ def doctor(context: click.Context, /, local: bool, config: Path | None, **selfte
         checks = [{"name": one.name, "level": one.level, "reason": one.reason, "fix": one.fix} for one in lines]
         show_json({"ok": not failed, "checks": checks})
     else:
-        show_table(("CHECK", "LEVEL", "FOUND"), ((one.name, one.level, one.reason) for one in lines))
-        _show_fixes(lines)
+        show_lines(lines)
         _conclude(lines, failed)
     context.exit(Exit.PRECONDITION if failed else Exit.OK)
-
-
-def _show_fixes(lines: Sequence[CapabilityLine]) -> None:
-    """A line each, what failed first. Not in the table: a command that is wrapped in a column can't be copied."""
-    to_do = sorted((line for line in lines if line.fix), key=lambda line: line.level != "FAIL")
-    show_text("".join(["\n", *(f"fix for {line.name}: {clean(line.fix)}\n" for line in to_do)]) if to_do else "")
 
 
 def _conclude(lines: Sequence[CapabilityLine], failed: Sequence[str]) -> None:

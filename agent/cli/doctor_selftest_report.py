@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from agent.cli.doctor_lines import show_lines
 from agent.cli.output import show_table, show_text
+from agent.core.snapshots import CapabilityLine
 from agent.core.types import GIB
 
 _STEPS = (
@@ -35,11 +37,7 @@ _HEADLINES = {
 
 def show_report(report: dict[str, Any]) -> None:
     """Checks, figures, verdict."""
-    checks = report["checks"]
-    show_table(
-        ("CHECK", "LEVEL", "FOUND", "FIX"),
-        ((one["name"], one["level"], one["reason"], one["fix"] or "-") for one in checks),
-    )
+    show_lines([CapabilityLine(**check) for check in report["checks"]])
     counted = [run for run in report["runs"] if run["counted"]]
     if counted:
         show_text("\n" + _what(report, len(counted) // len(report["checkpointers"])))
