@@ -116,3 +116,26 @@ async def test_a_freeze_that_lost_its_cgroup_half_is_finished(world: World) -> N
 async def test_to_forget_twice_is_harmless(world: World) -> None:
     world.freezer.forget(world.handle)
     world.freezer.forget(world.handle)
+
+
+async def test_our_own_freeze_is_not_somebody_elses_pause(world: World) -> None:
+    freezer, handle = world.freezer, world.handle
+    assert not freezer.paused(handle)
+    await freezer.lock(handle)
+    await freezer.checkpoint(handle)
+    assert not freezer.paused(handle)
+    await freezer.wake(handle, {})
+    assert not freezer.paused(handle)
+
+
+async def test_a_kill_can_be_prepared_at_any_time(world: World) -> None:
+    freezer, handle = world.freezer, world.handle
+    await freezer.prepare_kill(handle)  # never slept
+    assert await freezer.condition(handle) is Condition.AWAKE
+    await freezer.lock(handle)
+    await freezer.checkpoint(handle)
+    await freezer.prepare_kill(handle)  # asleep: nothing to do, and nothing is touched
+    assert await freezer.condition(handle) is Condition.FROZEN
+    assert (await freezer.wake(handle, {})).outcome is Outcome.OK
+    await freezer.prepare_kill(handle)
+    freezer.forget(handle)
