@@ -6,20 +6,24 @@ Reclaimable page cache counts as free in both: counted as used, admission refuse
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from agent.adapters import memory_cgroup, process_table
+from agent.adapters.memory_limits import MemoryLimits
 from agent.adapters.process_table import PROC
 from agent.core.errors import UnavailableError
 from agent.core.types import Handle
 
 
 class ProcHostMemory:
-    """Reads /proc/meminfo and the files of the handle's memory cgroup."""
+    """Reads /proc/meminfo and the files of the handle's memory cgroup. `limits` is the folder that remembers what
+    raised limits were; None = limits are never raised."""
 
-    def __init__(self, proc: Path = PROC) -> None:
+    def __init__(self, proc: Path = PROC, limits: Path | None = None) -> None:
         self._proc = proc
         self._boot_id = process_table.boot_id(proc)
+        self._limits = MemoryLimits(limits, self._boot_id) if limits else None
 
     def available_bytes(self) -> int:
         """MemAvailable. Raises UnavailableError HOST_MEMORY_UNKNOWN."""
@@ -35,3 +39,21 @@ class ProcHostMemory:
             return None
         found = memory_cgroup.find(handle.process.pid, self._proc)
         return found.headroom_bytes() if found else None
+
+    def raise_limit(self, handle: Handle, need_bytes: int) -> str:
+        """See `ports.HostMemory`. Writes durably if it raises: for the freeze, not for the wake."""
+        if self._limits is None:
+            return "memory limits are not raised here; raise its memorySize"
+        alive = process_table.is_alive(handle.process, self._boot_id, self._proc)
+        found = memory_cgroup.find(handle.process.pid, self._proc) if alive else None
+        return self._limits.raise_by_need(handle, found, need_bytes) if found else ""
+
+    def lower_limit(self, handle: Handle) -> None:
+        """See `ports.HostMemory`. Costs nothing where nothing was raised."""
+        if self._limits:
+            self._limits.lower(handle.uid)
+
+    def recover(self, frozen: Collection[str]) -> None:
+        """After a restart, once it is known who is frozen: every other raised limit is lowered."""
+        if self._limits:
+            self._limits.recover(frozen)

@@ -34,6 +34,19 @@ class MemoryCgroup:
         rooms = [room for path in self.ancestors() if (room := self._room_bytes(path)) is not None]
         return min(rooms) if rooms else None
 
+    def own_room_bytes(self) -> int | None:
+        """Limit - usage of this cgroup alone, cache counted as free; None = no limit of its own."""
+        return self._room_bytes(self.path)
+
+    def headroom_above_bytes(self) -> int | None:
+        """Like `headroom_bytes`, of the ancestors alone."""
+        above = [room for path in list(self.ancestors())[1:] if (room := self._room_bytes(path)) is not None]
+        return min(above, default=None)
+
+    def used_bytes(self) -> int | None:
+        """What this cgroup holds and can't drop (cache counted as free); None if it is gone."""
+        return self._used_bytes(self.path)
+
     def oom_kills(self) -> int | None:
         """Processes the OOM killer took here so far (v2: here and below); None where the kernel does not count."""
         for path in self.ancestors():
@@ -47,16 +60,19 @@ class MemoryCgroup:
         if self.version == 2:
             # memory.high does not kill but throttles so hard that a checkpoint would never end: a limit as well.
             limits = [_number(path / name) for name in ("memory.max", "memory.high")]
-            usage, cache = _number(path / "memory.current"), ("inactive_file", "active_file")
         else:
             limits = [_number(path / "memory.limit_in_bytes")]
-            usage, cache = _number(path / "memory.usage_in_bytes"), ("total_inactive_file", "total_active_file")
         set_limits = [limit for limit in limits if limit is not None and limit < UNLIMITED_BYTES]
-        if not set_limits or usage is None:
+        used = self._used_bytes(path) if set_limits else None
+        return None if used is None else max(0, min(set_limits) - used)
+
+    def _used_bytes(self, path: Path) -> int | None:
+        prefix, name = ("", "memory.current") if self.version == 2 else ("total_", "memory.usage_in_bytes")
+        usage = _number(path / name)
+        if usage is None:
             return None
         stat = _keyed(path / "memory.stat")
-        reclaimable = sum(stat.get(name, 0) for name in cache)
-        return max(0, min(set_limits) - max(0, usage - reclaimable))
+        return max(0, usage - sum(stat.get(prefix + cache, 0) for cache in ("inactive_file", "active_file")))
 
 
 def find(pid: int, proc: Path = PROC) -> MemoryCgroup | None:
