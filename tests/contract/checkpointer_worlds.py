@@ -67,6 +67,14 @@ class World:
         """What hung is done now."""
         raise NotImplementedError
 
+    def hangs(self) -> bool:
+        """Has an operation on `cuda` reached the driver, and hangs there?"""
+        raise NotImplementedError
+
+    def frozen_calls(self) -> int:
+        """How many calls reached a target while it was frozen?"""
+        raise NotImplementedError
+
     def intact(self) -> bool:
         """Does `cuda`, running again, hold every byte of its device memory?"""
         return True
@@ -101,6 +109,12 @@ class FakeWorld(World):
         self.driver.faults.clear()
         self.driver.processes[self.cuda].thaw()
 
+    def hangs(self) -> bool:
+        return bool(self.driver.processes[self.cuda].stale_operations)
+
+    def frozen_calls(self) -> int:
+        return len(self.driver.frozen_calls)
+
     def gpus(self) -> set[str]:
         return {self.driver.processes[self.cuda].gpu_uuid}
 
@@ -119,6 +133,14 @@ class EmulatedWorld(World):
     def clear_faults(self) -> None:
         assert self.nvidia is not None
         self.nvidia.control.clear_faults()
+
+    def hangs(self) -> bool:
+        assert self.nvidia is not None
+        return any(process.pid == self.cuda and process.hung for process in self.nvidia.control.processes())
+
+    def frozen_calls(self) -> int:
+        assert self.nvidia is not None
+        return self.nvidia.control.frozen_calls()
 
     def intact(self) -> bool:
         assert self.instances is not None

@@ -230,10 +230,13 @@ async def test_a_hang_is_lost_at_its_deadline_and_runs_later(world: World, op: C
     """Facts emulated-driver, pitfall 1: its caller is dead, and it is executed all the same."""
     await world.bring_before(op)
     world.fault(op, "HANG")
-    began = asyncio.get_running_loop().time()
-    reply = await one(world, op, deadline_s=0.3)
-    assert (reply.fault, reply.reason) == (CudaFault.LOST, "DRIVER_OPERATION_LOST")
-    assert asyncio.get_running_loop().time() - began < 3.0
+    for deadline_s in (0.2, 2.0):  # on a busy machine the first may pass before the driver was reached
+        began = asyncio.get_running_loop().time()
+        reply = await one(world, op, deadline_s)
+        assert (reply.fault, reply.reason) == (CudaFault.LOST, "DRIVER_OPERATION_LOST")
+        assert asyncio.get_running_loop().time() - began < deadline_s + 3.0
+        if op is STATE or world.hangs():
+            break
     assert await world.states(world.other) == [CudaState.RUNNING]  # a fresh worker serves the others meanwhile
     world.clear_faults()
     await reaches(world, DONE.get(op, CudaState.RUNNING))
@@ -252,8 +255,11 @@ async def reaches(world: World, state: CudaState) -> None:
 
 async def test_a_frozen_target_hangs_the_call_and_it_runs_after_the_thaw(world: World) -> None:
     world.freeze(True)
-    reply = await world.checkpointer.run([CudaCall(LOCK, world.cuda)], 0.2)
-    assert (reply.fault, reply.reason, reply.ok) == (CudaFault.LOST, "DRIVER_OPERATION_LOST", False)
+    for deadline_s in (0.2, 2.0):
+        reply = await one(world, LOCK, deadline_s)
+        assert (reply.fault, reply.reason, reply.ok) == (CudaFault.LOST, "DRIVER_OPERATION_LOST", False)
+        if world.frozen_calls():
+            break
     world.freeze(False)
     # The stale lock: its caller is dead, and it is executed all the same (hence thaw, re-read, unlock).
     states = [(await world.states(world.cuda))[0] for _ in range(2)]
@@ -268,7 +274,7 @@ async def test_a_caller_of_the_driver_killed_from_outside_costs_its_batch_only(w
     world.fault(CHECKPOINT, "HANG")
     batch = asyncio.create_task(one(world, CHECKPOINT, deadline_s=30.0))
     async with asyncio.timeout(5.0):
-        while not under_way(world):  # noqa: ASYNC110
+        while not world.hangs():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
     world.kill_callers()
     async with asyncio.timeout(5.0):
@@ -282,11 +288,6 @@ async def test_a_caller_of_the_driver_killed_from_outside_costs_its_batch_only(w
     await reaches(world, CudaState.CHECKPOINTED)
     await world.must(RESTORE, UNLOCK)
     assert world.intact()
-
-
-def under_way(world: EmulatedWorld) -> bool:
-    assert world.nvidia is not None
-    return any(process.pid == world.cuda and process.hung for process in world.nvidia.control.processes())
 
 
 # ---- what never reaches it ------------------------------------------------------------------------------------------
