@@ -37,19 +37,19 @@ def start_driver(build_cache: Path, tmp_path: Path) -> Iterator[StartDriver]:
         yield start
 
 
-@pytest.fixture(scope="module")
-def module_driver(build_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDriver]:
+@pytest.fixture(scope="session")
+def shared_driver(build_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDriver]:
     driver = RunningDriver(tmp_path_factory.mktemp("driver") / "dir", build_cache, "--gib", "1")
     yield driver
     driver.close()
 
 
 @pytest.fixture
-def driver(module_driver: RunningDriver) -> Iterator[RunningDriver]:
-    """Two GPUs of 1 GiB under driver 580, shared by a module's tests: they must not stop it."""
-    module_driver.begin_test()
-    yield module_driver
-    module_driver.end_test()
+def driver(shared_driver: RunningDriver) -> Iterator[RunningDriver]:
+    """Two GPUs of 1 GiB under driver 580, shared by all tests that take it: they must not stop it."""
+    shared_driver.begin_test()
+    yield shared_driver
+    shared_driver.end_test()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.adapters.emulated.conftest import StartDriver
-from tests.adapters.emulated.harness import MIB, RunningDriver, freeze
+from tests.adapters.emulated.harness import MIB, CudaProgram, RunningDriver, freeze
 
 INVALID_VALUE = 1
 
@@ -14,9 +14,8 @@ def uuids(driver: RunningDriver) -> list[str]:
     return [device.uuid.removeprefix("GPU-").replace("-", "") for device in driver.control.devices()]
 
 
-def test_a_process_wakes_on_the_other_gpu_with_its_memory(start_driver: StartDriver) -> None:
-    driver = start_driver("--profile", "580")
-    app, tool = driver.application(), driver.tool()
+def test_a_process_wakes_on_the_other_gpu_with_its_memory(driver: RunningDriver, tool: CudaProgram) -> None:
+    app = driver.application()
     first, second = uuids(driver)
     address = app.must("alloc", size=3 * MIB)["address"]
     digest = app.must("write", address=address, size=3 * MIB, seed=4)["digest"]
@@ -37,9 +36,8 @@ def test_a_process_wakes_on_the_other_gpu_with_its_memory(start_driver: StartDri
 
 
 @pytest.mark.parametrize("wrong", ["incomplete", "unknown", "twice"])
-def test_a_map_must_name_every_gpu_once(start_driver: StartDriver, wrong: str) -> None:
-    driver = start_driver("--profile", "580")
-    app, tool = driver.application(), driver.tool()
+def test_a_map_must_name_every_gpu_once(driver: RunningDriver, tool: CudaProgram, wrong: str) -> None:
+    app = driver.application()
     first, second = uuids(driver)
     pairs = {
         "incomplete": [(first, second)],
