@@ -138,6 +138,22 @@ async def test_it_registers_and_then_reports_changes_at_once() -> None:
         assert line.link.connected
 
 
+async def test_one_that_wakes_is_told_when_it_is_awake_or_else_a_little_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a request waits for it the loop has better things to do; a wake that takes seconds is not hidden."""
+    monkeypatch.setattr(scheduler_link, "HEARTBEAT_S", 60.0)
+    async with a_line() as line:
+        actor = await line.world.frozen()
+        await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_FROZEN))
+        line.world.freezer.hold("wake")
+        began = asyncio.get_running_loop().time()
+        actor.wake(0, line.world.clock.monotonic_ns() + SECOND_NS)
+        await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RESTORING))
+        assert asyncio.get_running_loop().time() - began >= scheduler_link.ON_ITS_WAY_S
+        line.world.freezer.release("wake")
+        line.scheduler.heard.clear()
+        await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RUNNING))
+
+
 async def test_an_instance_is_reported_as_soon_as_it_is_made_however_long_it_takes_to_start() -> None:
     """The scheduler gives an instance up that it has not heard of 15 s after its create: models load longer."""
     async with a_line() as line:
