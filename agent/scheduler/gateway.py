@@ -185,8 +185,9 @@ class Gateway:
 
         def answer_headers(answer: ResponseHead) -> list[Header] | None:
             headers = _answer_headers(answer, call.request_id, where)
-            if where.wakes and headers is not None:
-                self._desk.answered(ticket, _ms_to_ns(answer.get(b"x-hibernode-wake-ms") or b""))
+            if where.wakes and headers is not None:  # told once the client has its answer
+                waited_ns = _ms_to_ns(answer.get(b"x-hibernode-wake-ms") or b"")
+                asyncio.get_running_loop().call_soon(self._desk.answered, ticket, waited_ns)
             return headers
 
         return await forward(
