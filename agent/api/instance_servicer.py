@@ -96,6 +96,9 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         actor.handle(FreezeAsked())
         began = actor.instance
         if began.state is InstanceState.RUNNING:
+            if began.paused:
+                text = f"instance {actor.uid} was paused by somebody else; let it go on first (docker unpause)"
+                raise PreconditionError("EXTERNALLY_FROZEN", text)
             why = "it is in use" if began.busy else "idle mode is off for it"
             raise PreconditionError("NOT_IDLE", f"instance {actor.uid} was not frozen: {why}")
         await actor.wait_until(lambda i: i.state is not InstanceState.FREEZING, MAX_WAIT_S, "FREEZE")

@@ -148,7 +148,6 @@ class Stack:
         folder = exports(self.folder / "driver")
         mounts = {key: value for key, value in folder.items() if key != "PATH"}
         mounts["LD_LIBRARY_PATH"] = str(self.folder / "driver" / "lib")
-        scheduler = json.loads((self.folder / "scheduler" / "endpoints.json").read_text())["grpc"]
         config = {
             "state_dir": str(self.folder / "agent"),
             "node_name": NODE,
@@ -156,11 +155,7 @@ class Stack:
             "ingress": PORTS_ANY,
             "grpc": PORTS_ANY,
             "admin": PORTS_ANY,
-            "scheduler": {
-                "address": scheduler,
-                "token_file": str(self.folder / "agent" / "token"),
-                "upload_interval": "300ms",
-            },
+            **self._link(),
             "runtime": {"process": OWN_USER, "trusted_gpus": bool(self.gpu_settings.get("migrate"))},
             "gpu": {
                 "instances_per_gpu": 2,
@@ -173,6 +168,14 @@ class Stack:
             **self.agent_settings,
         }
         self._configure("agent", config)
+
+    def _link(self) -> dict[str, Any]:
+        """Where the agent reports to; an agent without a scheduler serves alone."""
+        if "scheduler" not in self.processes:
+            return {}
+        address = json.loads((self.folder / "scheduler" / "endpoints.json").read_text())["grpc"]
+        token_file = str(self.folder / "agent" / "token")
+        return {"scheduler": {"address": address, "token_file": token_file, "upload_interval": "300ms"}}
 
     def _configure(self, name: str, config: dict[str, Any]) -> None:
         (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
@@ -335,6 +338,7 @@ async def running_stack(
     *driver_arguments: str,
     agent_settings: dict[str, Any] | None = None,
     gpu_settings: dict[str, Any] | None = None,
+    scheduler: bool = True,
 ) -> AsyncIterator[Stack]:
     """Everything up and connected; at the end everything goes, and a daemon that did not end cleanly is an error."""
     with tempfile.TemporaryDirectory(prefix="hibernode-e2e-") as name:
@@ -349,7 +353,8 @@ async def running_stack(
         )
         try:
             await stack.start_driver(*(driver_arguments or ("--gpus", "2", "--gib", "1", "--profile", "580")))
-            await stack.start_scheduler()
+            if scheduler:
+                await stack.start_scheduler()
             stack.configure_agent()
             await stack.start_agent()
             connector = aiohttp.TCPConnector(limit=200)
@@ -359,7 +364,7 @@ async def running_stack(
             with stack.driver() as control:
                 frozen = control.take_frozen_calls()
             assert not frozen, f"checkpoint calls on a process in a frozen cgroup: {frozen}"
-            for daemon in ("agent", "scheduler", "driver"):
+            for daemon in reversed(stack.processes):
                 code = stack.terminate(daemon)
                 assert code == 0, f"{daemon} ended with {code}:\n{stack.log_of(daemon)[-3000:]}"
         finally:
