@@ -87,7 +87,7 @@ class FaultWorld:
 
     async def _create(self, environment: dict[str, str]) -> str:
         self.number += 1
-        spec = echo(f"ocr-{self.number}", **self._resolved(environment))
+        spec = echo(f"ocr-{self.number}", None, **self._resolved(environment))
         if "SECOND" in environment:
             spec = replace(spec, entrypoint=(sys.executable, "-m", "tests.faults.two_processes"))
         spec = replace(spec, idle=replace(spec.idle, freeze_after_ns=600 * SECOND_NS))
