@@ -73,12 +73,7 @@ async def open_gpu_layer(
         gpus,
         host.pids,
         host.boot_id,
-        FreezerLimits.for_timeouts(
-            settings.lock_timeout_ns / SECOND_NS,
-            settings.operation_timeout_ns / SECOND_NS,
-            several_processes_on_several_gpus=settings.multi_process_multi_gpu,
-            migrates=settings.migrate and capabilities.migration,
-        ),
+        freezer_limits(settings, migrates=settings.migrate and capabilities.migration),
     )
     unavailable = capabilities.refusal
     if not unavailable:
@@ -88,6 +83,16 @@ async def open_gpu_layer(
             log.warning("idle_mode.unavailable", reason=error.reason, message=error.message)
             unavailable = error.message
     return GpuLayer(gpus, sight, capabilities, checkpointer, freezer, unavailable)
+
+
+def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerLimits:
+    """What the configuration means for the freezer."""
+    return FreezerLimits.for_timeouts(
+        settings.lock_timeout_ns / SECOND_NS,
+        settings.operation_timeout_ns / SECOND_NS,
+        several_processes_on_several_gpus=settings.multi_process_multi_gpu,
+        migrates=migrates,
+    )
 
 
 async def see_gpus(gpus: NvmlGpus) -> GpuSight:

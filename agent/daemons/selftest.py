@@ -39,7 +39,8 @@ from agent.config import load
 from agent.core.capabilities import Capabilities
 from agent.core.errors import HibernodeError, PreconditionError
 from agent.core.selftest import Proof, Run, Verdict, ratios, summarize, verdict_of
-from agent.core.types import GIB, SECOND_NS, Gpu
+from agent.core.types import GIB, Gpu
+from agent.daemons.gpu_layer import freezer_limits
 from agent.daemons.selftest_checks import Asked, Ground, survey
 from agent.daemons.selftest_rounds import Rounds, Way, touch_deadline_s
 from agent.settings import AgentConfig, GpuSettings
@@ -70,7 +71,7 @@ class Selftest:
 
     async def run(self) -> dict[str, Any]:
         """Look, test, judge. Only a cancellation comes through."""
-        limits = _limits(self._asked.settings)
+        limits = freezer_limits(self._asked.settings)
         deadline_s = self._deadline_s(limits)
         try:
             async with asyncio.timeout(deadline_s):
@@ -226,13 +227,6 @@ def _flat(run: Run) -> dict[str, Any]:
         **asdict(run.figures),
         "pinned": asdict(run.pinned),
     }
-
-
-def _limits(settings: GpuSettings) -> FreezerLimits:
-    """As the agent makes them."""
-    return FreezerLimits(
-        lock_timeout_s=settings.lock_timeout_ns / SECOND_NS, copy_base_s=settings.operation_timeout_ns / SECOND_NS
-    )
 
 
 def _say(key: str, value: object) -> None:

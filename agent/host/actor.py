@@ -100,6 +100,8 @@ class Actor:
         self.figures = Figures(create_wall_ns=clock.wall_ns(), state_wall_ns=clock.wall_ns())
         self.gpu_uuids: tuple[str, ...] = ()
         self.healthy = True
+        self.adopted = False
+        """An earlier agent started it, and may have woken it."""
         self.ended = asyncio.Event()
         self.context_headers = function_headers(spec.function)
         self.executor: Executor

@@ -244,6 +244,7 @@ class Node:
         holds = state is InstanceState.RUNNING
         self.desk.apply(book_events.Adopt(record.spec.uid, record.gpu_uuids, holds))
         actor = self._add(record.spec, record.gpu_uuids, state)
+        actor.adopted = True
         actor.instance = replace(actor.instance, holds=holds, gpus=record.gpu_uuids)
         actor.figures.create_wall_ns = record.create_wall_ns
         actor.figures.idle_since_ns = self._clock.monotonic_ns()

@@ -152,7 +152,7 @@ class Sleep:
 
         Only where the host has the memory for it: a kill waits for nothing else."""
         actor, shell = self._actor, self._shell
-        if not actor.figures.wakes:
+        if not (actor.figures.wakes or actor.adopted):
             return
         with suppress(HibernodeError, OSError):
             shell.memory.reserve(handle, actor.figures.vram_bytes)

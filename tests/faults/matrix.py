@@ -119,7 +119,7 @@ ROWS = (
     Row("a process without CUDA", "#10", Phase.LISTING, fault("state", "NOT_INITIALIZED"), End.SLEEPS),
     Row("get-state is denied (304)", "#6", Phase.LISTING, fault("state", "OPERATING_SYSTEM"), End.LIVES, _304),
     Row("get-state never returns", "#26", Phase.LISTING, fault("state", "HANG"), End.LIVES),
-    Row("the target dies of get-state", "#58", Phase.LISTING, fault("state", "DEATH"), End.DIES, _GONE),
+    Row("the target dies of get-state", "#58", Phase.LISTING, fault("state", "DEATH"), End.DIES),
     Row("paused by somebody else", "4", Phase.LISTING, host(FaultWorld.pause), End.LIVES, "EXTERNALLY_FROZEN"),
     Row("NVML fails", "4", Phase.LISTING, host(FaultWorld.blind_nvml), End.LIVES, "NVML"),
     Row(
