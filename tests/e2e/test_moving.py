@@ -42,6 +42,16 @@ async def test_what_cannot_wake_on_one_gpu_wakes_on_the_other_with_its_memory() 
             stack.kill_agent()
             await stack.start_agent()
             assert await answered(stack, 3) == before.uid
+            sleeper = await asleep(stack)
+            assert list(sleeper.gpu_uuids) != [home]
+            # An outsider takes the memory there: on a real driver a restore without room leaves the process stuck for
+            # good (issue 44), so it is seen beforehand and nothing is tried.
+            here = next(gpu for gpu in driver.devices() if gpu.uuid == sleeper.gpu_uuids[0])
+            driver.clear_faults()
+            driver.reserve(here.uuid, here.total_bytes)
+            assert await answered(stack, 4) == before.uid
+            (back,) = await stack.instances()
+            assert list(back.gpu_uuids) == [home], "it moved back"
         await stack.remove_functions(["ocr"])
         assert not stack.leftovers()
 
