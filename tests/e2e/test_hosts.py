@@ -1,0 +1,77 @@
+"""Hosts with other drivers: what each can do, as its users meet it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from agent.core.errors import PreconditionError
+from agent.core.types import MIB, FunctionSpec, GpuNeed, IdleMode
+from agent.examples.echo.__main__ import expected_answer
+from agent.v1 import instance_service_pb2 as pb
+from agent.v1 import types_pb2
+from agent.wire.convert_function import function_to_proto
+from tests.e2e.stack import Stack, echo, running_stack
+
+STATE = types_pb2.Instance.State
+
+
+async def create(stack: Stack, spec: FunctionSpec) -> types_pb2.Instance:
+    """An instance by hand, once it is up."""
+    request = pb.CreateInstanceRequest(
+        request_id=spec.name, spec=function_to_proto(spec, reveal_secrets=True), wait=True
+    )
+    async with stack.channel("agent") as channel:
+        return (await channel.call(channel.instances.CreateInstance, request, 30.0)).instance
+
+
+async def stop(stack: Stack, uid: str) -> None:
+    async with stack.channel("agent") as channel:
+        await channel.call(channel.instances.StopInstance, pb.StopInstanceRequest(uid=uid, force=True), 30.0)
+
+
+def in_mode(name: str, mode: IdleMode) -> FunctionSpec:
+    spec = echo(name)
+    return replace(spec, idle=replace(spec.idle, mode=mode))
+
+
+async def test_driver_535_runs_instances_but_never_lets_them_sleep() -> None:
+    async with running_stack("--gpus", "1", "--gib", "1", "--profile", "535", scheduler=False) as stack:
+        with pytest.raises(PreconditionError) as refusal:
+            await create(stack, in_mode("asleep", IdleMode.REQUIRE))
+        assert refusal.value.reason == "IDLE_MODE_UNSUPPORTED"
+        assert "535" in refusal.value.message
+        assert "hibernode.idle: prefer" in refusal.value.message
+        awake = await create(stack, in_mode("awake", IdleMode.PREFER))
+        assert awake.state == STATE.STATE_RUNNING
+        failed = [line for line in (await stack.node()).capabilities if line.level == types_pb2.Capability.LEVEL_FAIL]
+        assert [line.name for line in failed] == ["checkpoint"]
+        await stop(stack, awake.uid)
+
+
+async def test_driver_555_freezes_by_the_program_and_wakes_with_its_memory() -> None:
+    async with running_stack("--gpus", "1", "--gib", "1", "--profile", "555") as stack:
+        await stack.deploy(echo("ocr"), target=1)
+        for number in range(3):
+            await stack.wait_for_state(STATE.STATE_FROZEN, 1)
+            answer = await stack.ask("ocr", f"/answer?n={number}")
+            assert (answer.status, answer.body.decode()) == (200, expected_answer(number))
+        (line,) = [line for line in (await stack.node()).capabilities if line.name == "checkpoint"]
+        assert "cuda-checkpoint" in line.reason
+        await stack.remove_functions(["ocr"])
+        assert not stack.leftovers()
+
+
+async def test_an_instance_with_two_gpus_lends_both_while_it_sleeps() -> None:
+    async with running_stack("--gpus", "2", "--gib", "1", "--profile", "580") as stack:
+        pair = replace(in_mode("pair", IdleMode.REQUIRE), gpu=GpuNeed(2, memory_bytes=16 * MIB))
+        await stack.deploy(pair, target=1)
+        await stack.wait_for_state(STATE.STATE_FROZEN, 1)
+        await stack.deploy(echo("left"), target=1)
+        await stack.deploy(echo("right"), target=1)
+        for number, function in enumerate(("pair", "left", "right", "pair", "right", "left", "pair")):
+            answer = await stack.ask(function, f"/answer?n={number}")
+            assert (answer.status, answer.body.decode()) == (200, expected_answer(number)), function
+        await stack.remove_functions(["pair", "left", "right"])
+        assert not stack.leftovers()
