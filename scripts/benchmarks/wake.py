@@ -1,7 +1,8 @@
 """What a request to a frozen instance costs beyond the driver, against unpause by the Docker Engine API.
 
 One instance of the example `echo` on the emulated driver. Again and again it is left to freeze and then asked through
-the gateway by one blocking client; in between, in the same run, a container is paused and unpaused.
+the gateway by one blocking client; in between, in the same run, a container is paused and unpaused. Both sides rest for
+as long before they are asked: caches are as cold for the one as for the other.
 
     added = the request's total time - the driver's own time for that wake - a request to the same instance awake
 
@@ -44,7 +45,7 @@ WORKER, UTILITY = "driver", "utility"
 FUNCTION = "bench"
 FREEZE_AFTER_NS = 50 * MILLISECOND_NS
 REST_S = 0.04
-"""After everything is frozen: what froze it has ended, caches and connections are as cold as they get."""
+"""After everything is frozen or paused: what did it has ended, caches and connections are as cold as they get."""
 AWAKE_REQUESTS = 4
 MAX_AWAKE = 20
 """Requests in a row that found the instance awake: then something is wrong."""
@@ -190,6 +191,7 @@ async def _repeat(benches: Mapping[str, Bench], rival: PausedContainer | None, c
         for bench in benches.values():
             await bench.wake()
         if rival is not None:
+            await asyncio.sleep(REST_S)
             unpause.append(rival.unpause_ns() / MILLISECOND_NS)
             rival.pause()
         if number % 25 == 0:
