@@ -49,31 +49,19 @@ class ProcessFreezer(Protocol):
     def is_frozen(self, handle: Handle) -> bool:
         """state(handle) is FROZEN, at the price of one small file for an instance that runs."""
 
-    def frozen_by_us(self, handle: Handle) -> bool:
-        """Did this agent process freeze it (and not thaw it since)? False after a restart: recovery then decides by
-        NVML whose freeze it is (DESIGN section 4)."""
-
-    def forget(self, handle: Handle) -> None:
-        """The instance ended: drop what was remembered about it."""
-
 
 class CgroupFreezer:
     """`cgroup.freeze` of the handle's own cgroup: about 100 us, threads need not cooperate, SIGKILL still works."""
 
     name = "cgroup"
 
-    def __init__(self) -> None:
-        self._ours: set[str] = set()
-
     async def freeze(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
         path = self._path(handle)
         self._write(path, handle, frozen=True)
-        self._ours.add(handle.uid)
         # GONE ends the wait as well: nobody is left to stop.
         if not await cgroup.reread(lambda: self.state(handle) is not FreezerState.FREEZING, deadline_s):
             with suppress(OSError):
                 cgroup.write_freeze(path, frozen=False)
-            self._ours.discard(handle.uid)
             raise _freeze_timeout(handle, deadline_s)
         if self.state(handle) is FreezerState.GONE:
             raise _gone(handle)
@@ -81,7 +69,6 @@ class CgroupFreezer:
     async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
         path = self._path(handle)
         self._write(path, handle, frozen=False)
-        self._ours.discard(handle.uid)
         events: dict[str, int] | None = None
 
         def thawed() -> bool:
@@ -107,12 +94,6 @@ class CgroupFreezer:
     def is_frozen(self, handle: Handle) -> bool:
         events = cgroup.read_events(self._path(handle))
         return events is not None and bool(events["populated"] and events["frozen"])
-
-    def frozen_by_us(self, handle: Handle) -> bool:
-        return handle.uid in self._ours
-
-    def forget(self, handle: Handle) -> None:
-        self._ours.discard(handle.uid)
 
     def _path(self, handle: Handle) -> Path:
         if not handle.cgroup:
@@ -140,13 +121,11 @@ class SignalFreezer:
     def __init__(self, state_uuid: str, boot_id: str) -> None:
         self._state_uuid = state_uuid
         self._boot_id = boot_id
-        self._ours: set[str] = set()
 
     async def freeze(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
         seen = self._signal(handle, signal.SIGSTOP)
         if not seen:
             raise _gone(handle)
-        self._ours.add(handle.uid)
 
         def stopped() -> bool:
             # A fork may happen between the listing and the signal: done when two listings agree and all stand.
@@ -157,14 +136,12 @@ class SignalFreezer:
 
         if not await cgroup.reread(stopped, deadline_s):
             self._signal(handle, signal.SIGCONT)
-            self._ours.discard(handle.uid)
             raise _freeze_timeout(handle, deadline_s)
 
     async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
         found = self._signal(handle, signal.SIGCONT)
         if not found:
             raise _gone(handle)
-        self._ours.discard(handle.uid)
 
         def running() -> bool:
             nonlocal found
@@ -189,12 +166,6 @@ class SignalFreezer:
         if main is not None and main.start_time == handle.process.start_time and main.state not in "TtZX":
             return False  # the main process runs: no need to look at all of /proc
         return self.state(handle) is FreezerState.FROZEN
-
-    def frozen_by_us(self, handle: Handle) -> bool:
-        return handle.uid in self._ours
-
-    def forget(self, handle: Handle) -> None:
-        self._ours.discard(handle.uid)
 
     def _members(self, handle: Handle) -> list[int]:
         mark = instance_mark(self._state_uuid, handle.uid)

@@ -95,7 +95,6 @@ class HeldInstances:
         self.restored.discard(handle.uid)
         self.doubtful.discard(handle.uid)
         self._stopped.discard(handle.uid)
-        self.cgroups.forget(handle)
 
     async def discover(self, handle: Handle) -> Held | FreezeResult:
         """The CUDA processes of an instance that this agent did not freeze itself; kept."""

@@ -63,9 +63,3 @@ class TimedProcessFreezer:
 
     def is_frozen(self, handle: Handle) -> bool:
         return self._inner.is_frozen(handle)
-
-    def frozen_by_us(self, handle: Handle) -> bool:
-        return self._inner.frozen_by_us(handle)
-
-    def forget(self, handle: Handle) -> None:
-        self._inner.forget(handle)

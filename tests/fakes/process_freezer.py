@@ -48,9 +48,3 @@ class FakeProcessFreezer:
 
     def is_frozen(self, handle: Handle) -> bool:
         return self.now is FreezerState.FROZEN
-
-    def frozen_by_us(self, handle: Handle) -> bool:
-        return self.now is FreezerState.FROZEN
-
-    def forget(self, handle: Handle) -> None:
-        """Nothing is remembered."""
