@@ -5,7 +5,7 @@ Every wait has a deadline given by the caller in seconds or held by the adapter;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -286,7 +286,12 @@ class DriverInfo:
 
 
 class HostMemory(Protocol):
-    """MemAvailable of the host with reclaimable cache counted as free, and the cgroup's head room of a handle."""
+    """MemAvailable of the host with reclaimable cache counted as free, the cgroup's head room of a handle, and what
+    must be remembered beyond the agent: raised limits and the sizes of images.
+
+    `raise_limit`, `lower_limit`, `note_image`, `forget` and `recover` write to a disk: one thread beside the loop calls
+    them, in order. The rest reads /proc, cgroup files and memory.
+    """
 
     def available_bytes(self) -> int: ...
 
@@ -296,10 +301,29 @@ class HostMemory(Protocol):
     def raise_limit(self, handle: Handle, need_bytes: int) -> str:
         """Make room for `need_bytes` of GPU image in the instance's own memory limit (its ancestors' are not ours).
 
-        What it was is durable before it changes. Returns "" or why it can't be done (then nothing changed)."""
+        What it was is written down before it changes. Returns "" or why it can't be done and what to do."""
 
-    def lower_limit(self, handle: Handle) -> None:
-        """The image is gone: the limit is what it was. Idempotent; never raises for an instance that has ended."""
+    def limit_raised(self, uid: str) -> bool:
+        """Costs nothing."""
+
+    def lower_limit(self, uid: str) -> None:
+        """The image is gone: the limit is what it was. Idempotent; never kills: while too much is in use the limit
+        stays raised (and `limit_raised` says so); never raises for an instance that has ended."""
+
+    def note_image(self, uid: str, image_bytes: int) -> None:
+        """So large will its image be. Raises OSError."""
+
+    def noted_image(self, uid: str) -> int | None:
+        """What was noted last, by this agent or one before."""
+
+    def resident_bytes(self, pids: Collection[int]) -> int:
+        """What these processes have in host memory: for frozen ones no less than their image."""
+
+    def forget(self, uid: str) -> None:
+        """The instance has ended: nothing is remembered of it. Raises OSError."""
+
+    def recover(self, living: Collection[str], frozen: Collection[str]) -> None:
+        """After a restart: limits of everyone not frozen are lowered, notes of everyone not living go."""
 
 
 # ---- disk -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,23 @@ from agent.adapters.process_table import PROC
 UNLIMITED_BYTES = 1 << 60  # v1 writes "no limit" as 2^63 rounded down to a page
 
 
+V1_CAPS = (
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes"),  # with swap; often the same figure as the first
+)
+# memory.high does not kill but throttles so hard that a checkpoint would never end: a limit as well.
+V2_CAPS = (("memory.max", "memory.current"), ("memory.high", "memory.current"))
+
+
+@dataclass(frozen=True, slots=True)
+class Cap:
+    """One limit that is set, and what counts against it (cache, which is given up when needed, does not)."""
+
+    name: str
+    limit_bytes: int
+    used_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryCgroup:
     """Where a process's memory is accounted. `path` and its parents up to `top` all limit it."""
@@ -34,18 +51,18 @@ class MemoryCgroup:
         rooms = [room for path in self.ancestors() if (room := self._room_bytes(path)) is not None]
         return min(rooms) if rooms else None
 
-    def own_room_bytes(self) -> int | None:
-        """Limit - usage of this cgroup alone, cache counted as free; None = no limit of its own."""
-        return self._room_bytes(self.path)
-
     def headroom_above_bytes(self) -> int | None:
         """Like `headroom_bytes`, of the ancestors alone."""
         above = [room for path in list(self.ancestors())[1:] if (room := self._room_bytes(path)) is not None]
         return min(above, default=None)
 
-    def used_bytes(self) -> int | None:
-        """What this cgroup holds and can't drop (cache counted as free); None if it is gone."""
-        return self._used_bytes(self.path)
+    def own_caps(self) -> list[Cap]:
+        """The limits that are set in this cgroup itself."""
+        return list(self._caps(self.path))
+
+    def usage_bytes(self) -> int | None:
+        """What this cgroup is charged with, cache and all; None if it is gone."""
+        return _number(self.path / ("memory.current" if self.version == 2 else "memory.usage_in_bytes"))
 
     def oom_kills(self) -> int | None:
         """Processes the OOM killer took here so far (v2: here and below); None where the kernel does not count."""
@@ -57,22 +74,16 @@ class MemoryCgroup:
         return None
 
     def _room_bytes(self, path: Path) -> int | None:
-        if self.version == 2:
-            # memory.high does not kill but throttles so hard that a checkpoint would never end: a limit as well.
-            limits = [_number(path / name) for name in ("memory.max", "memory.high")]
-        else:
-            limits = [_number(path / "memory.limit_in_bytes")]
-        set_limits = [limit for limit in limits if limit is not None and limit < UNLIMITED_BYTES]
-        used = self._used_bytes(path) if set_limits else None
-        return None if used is None else max(0, min(set_limits) - used)
+        return min((max(0, cap.limit_bytes - cap.used_bytes) for cap in self._caps(path)), default=None)
 
-    def _used_bytes(self, path: Path) -> int | None:
-        prefix, name = ("", "memory.current") if self.version == 2 else ("total_", "memory.usage_in_bytes")
-        usage = _number(path / name)
-        if usage is None:
-            return None
-        stat = _keyed(path / "memory.stat")
-        return max(0, usage - sum(stat.get(prefix + cache, 0) for cache in ("inactive_file", "active_file")))
+    def _caps(self, path: Path) -> Iterator[Cap]:
+        prefix = "" if self.version == 2 else "total_"
+        for name, usage in V2_CAPS if self.version == 2 else V1_CAPS:
+            limit, used = _number(path / name), _number(path / usage)
+            if limit is not None and limit < UNLIMITED_BYTES and used is not None:
+                stat = _keyed(path / "memory.stat")
+                cache = sum(stat.get(prefix + kind, 0) for kind in ("inactive_file", "active_file"))
+                yield Cap(name, limit, max(0, used - cache))
 
 
 def find(pid: int, proc: Path = PROC) -> MemoryCgroup | None:

@@ -16,11 +16,13 @@ MARGIN_BYTES = 64 << 20
 @dataclass(frozen=True, slots=True)
 class Reservation:
     """`floor_bytes` is pledged for life (instances that share a GPU), `image_bytes` for one freeze;
-    `taken` once the checkpoint holds the memory for real."""
+    `taken` once the checkpoint holds the memory for real. `estimated`: `image_bytes` is an upper bound; it counts
+    against a budget, but proves nothing about how much of the pledge is used up."""
 
     floor_bytes: int = 0
     image_bytes: int = 0
     taken: bool = False
+    estimated: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -30,7 +32,9 @@ class Reservation:
     @property
     def outstanding_bytes(self) -> int:
         """What will still be taken from the host's available memory."""
-        return self.total_bytes - (self.image_bytes if self.taken else 0)
+        if not self.taken:
+            return self.total_bytes
+        return self.floor_bytes if self.estimated else max(0, self.floor_bytes - self.image_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +65,16 @@ class MemoryLedger:
 
     def reserve(self, uid: str, image_bytes: int, available_bytes: int) -> tuple[MemoryLedger, str]:
         """Promise `image_bytes` for a freeze. Returns the ledger (unchanged if refused) and "" or what is short."""
-        return self._admit(uid, replace(self._of(uid), image_bytes=image_bytes, taken=False), available_bytes)
+        wanted = replace(self._of(uid), image_bytes=image_bytes, taken=False, estimated=False)
+        return self._admit(uid, wanted, available_bytes)
 
-    def took(self, uid: str, image_bytes: int) -> MemoryLedger:
-        """The checkpoint is done (or was found at recovery) and holds `image_bytes`."""
-        return self._with(uid, replace(self._of(uid), image_bytes=image_bytes, taken=True))
+    def took(self, uid: str, image_bytes: int, *, estimated: bool = False) -> MemoryLedger:
+        """The checkpoint is done (or was found at recovery) and holds `image_bytes` (`estimated`: at most)."""
+        return self._with(uid, replace(self._of(uid), image_bytes=image_bytes, taken=True, estimated=estimated))
 
     def restored(self, uid: str) -> MemoryLedger:
         """The image is gone from the host, or was never made: the freeze's promise ends, the pledge stays."""
-        return self._with(uid, replace(self._of(uid), image_bytes=0, taken=False))
+        return self._with(uid, replace(self._of(uid), image_bytes=0, taken=False, estimated=False))
 
     def forget(self, uid: str) -> MemoryLedger:
         """The instance is gone."""

@@ -135,7 +135,7 @@ class AgentDaemon:
         host = HostView(slice_, self.state.uuid, self.boot_id, self.runtime.pids)
         self.gpu = await open_gpu_layer(self._stack, config.gpu, host, gpus, sight, self._cordon)
         memory = MemoryDesk(
-            ProcHostMemory(),
+            ProcHostMemory(limits=Path(config.state_dir) / "limits", images=Path(config.state_dir) / "images"),
             limit_bytes=config.gpu.frozen_memory_limit_bytes,
             reserve_bytes=config.gpu.host_memory_reserve_bytes,
         )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from agent.core import lifecycle_events as ev
-from agent.core.errors import HibernodeError, InstanceError
+from agent.core.errors import HibernodeError, InstanceError, PreconditionError
 from agent.core.lifecycle import CANCELLED
 from agent.core.types import SECOND_NS, Exit, Handle
 from agent.host import hooks
@@ -140,6 +140,10 @@ class InstanceExecutor:
         await self.save("READY")
         try:
             await self._note_vram(handle)
+        except PreconditionError as error:  # HOST_MEMORY_SHORT: a sharer that could never make room for the others
+            raise InstanceError(
+                error.reason, f"{error.message}; a gpuMemorySize in its s.yaml tells this before the start"
+            ) from error
         except HibernodeError as error:  # measured again before each freeze
             self._log.warning("instance.vram_unknown", instance=actor.uid, reason=error.reason)
         self._health.resume()
@@ -298,6 +302,7 @@ class InstanceExecutor:
     async def _note_vram(self, handle: Handle) -> None:
         self._actor.figures.vram_bytes = await self._shell.freezer.vram_bytes(handle)
         self.known_pids = set(await self._shell.runtime.pids(handle))
+        self._shell.memory.measured(self._actor.uid, self._actor.figures.vram_bytes)
 
     async def _save_placement(self) -> None:
         if self.record.gpu_uuids != self._actor.gpu_uuids:

@@ -18,7 +18,7 @@ from agent.host.events import EventLog
 from agent.host.executor import InstanceExecutor, Shell
 from agent.host.gate import RequestMeter
 from agent.host.gpu_desk import GpuDesk
-from agent.host.memory_desk import MemoryDesk
+from agent.host.memory_desk import UNMEASURED, ImageSize, MemoryDesk
 from agent.ports import Clock, Gpus, InstanceRecord
 
 ENDED_KEPT = 200
@@ -197,12 +197,15 @@ class Node:
 
     def _pledge(self, spec: InstanceSpec) -> None:
         """Sharers of a GPU must all fit into host memory: the pledge is made before the first one starts."""
-        if self._settings.per_gpu > 1 and spec.function.gpu.count:
-            self.memory.pledge(spec.uid, self._floor_bytes(spec.function))
+        declared = self._declared_bytes(spec.function)
+        if declared is not None:
+            self.memory.pledge(spec.uid, declared)
 
-    def _floor_bytes(self, function: FunctionSpec) -> int:
-        """What is pledged for life: nothing where a GPU is not shared, or where nobody said how much it takes."""
-        return function.gpu.memory_bytes * function.gpu.count if self._settings.per_gpu > 1 else 0
+    def _declared_bytes(self, function: FunctionSpec) -> int | None:
+        """What a sharer says it will have on its GPUs; 0 = it does not say: measured once it has started, and pledged
+        then. None = it shares no GPU."""
+        shared = self._settings.per_gpu > 1 and function.gpu.count
+        return function.gpu.memory_bytes * function.gpu.count if shared else None
 
     def _freezable(self, function: FunctionSpec) -> bool:
         return function.idle.mode is not IdleMode.NEVER and not self._settings.freeze_unavailable
@@ -239,8 +242,9 @@ class Node:
             self._by_request[spec.request_id] = spec.uid
         return actor
 
-    def adopt(self, record: InstanceRecord, state: InstanceState) -> Actor:
-        """Recovery: an instance that outlived the agent, in the state it was found in. RUNNING holds its GPUs."""
+    def adopt(self, record: InstanceRecord, state: InstanceState, size: ImageSize = UNMEASURED) -> Actor:
+        """Recovery: an instance that outlived the agent, in the state it was found in. RUNNING holds its GPUs; `size`
+        is what it has there, or of its image if it is FROZEN."""
         holds = state is InstanceState.RUNNING
         self.desk.apply(book_events.Adopt(record.spec.uid, record.gpu_uuids, holds))
         actor = self._add(record.spec, record.gpu_uuids, state)
@@ -248,7 +252,9 @@ class Node:
         actor.instance = replace(actor.instance, holds=holds, gpus=record.gpu_uuids)
         actor.figures.create_wall_ns = record.create_wall_ns
         actor.figures.idle_since_ns = self._clock.monotonic_ns()
-        self.memory.recovered(actor.uid, self._floor_bytes(actor.function), frozen=state is InstanceState.FROZEN)
+        frozen = state is InstanceState.FROZEN
+        self.memory.recovered(actor.uid, self._declared_bytes(actor.function), size, frozen=frozen)
+        actor.figures.image_bytes, actor.figures.vram_bytes = (size.bytes, 0) if frozen else (0, size.bytes)
         self.executors[actor.uid].record = record
         return actor
 
@@ -330,3 +336,4 @@ class Node:
             task.cancel()
         await asyncio.gather(*self._endings, return_exceptions=True)
         await self.desk.close()
+        self.memory.close()

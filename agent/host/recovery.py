@@ -14,6 +14,7 @@ from agent.core import lifecycle_events as ev
 from agent.core.errors import HibernodeError, UnavailableError
 from agent.core.types import Handle, InstanceState
 from agent.host.actor import Actor
+from agent.host.memory_desk import ImageSize
 from agent.host.node import Node
 from agent.log import get_logger
 from agent.ports import Condition, InstanceRecord, Outcome
@@ -66,6 +67,10 @@ class Recovery:
         await asyncio.gather(
             *(self._within_deadline(record, handles.get(record.spec.uid)) for record in records),
             *(self._destroy_orphan(handle) for handle in orphans),
+        )
+        actors = self._node.actors
+        await self._shell.memory.settle(
+            actors, [uid for uid, actor in actors.items() if actor.state is InstanceState.FROZEN]
         )
         for actor in self._cold:  # only now: whoever was found awake already holds its GPU
             actor.handle(ev.Created())
@@ -154,7 +159,8 @@ class Recovery:
 
     async def _frozen(self, record: InstanceRecord, handle: Handle) -> None:
         pids = set(await self._shell.runtime.pids(handle))
-        actor = self._node.adopt(record, InstanceState.FROZEN)
+        size = self._shell.memory.frozen_image(record.spec.uid, pids)
+        actor = self._node.adopt(record, InstanceState.FROZEN, size)
         executor = self._node.executors[actor.uid]
         executor.known_pids = pids
         executor.adopt(handle)
@@ -166,12 +172,13 @@ class Recovery:
         seen_on = tuple(await self._node.desk.used_by(pids))
         if len(seen_on) == len(record.gpu_uuids) and set(seen_on) <= self._known_gpus:
             record = replace(record, gpu_uuids=seen_on)  # it woke there: a move is written down at its next freeze
+        size = await self._on_gpu(handle)
         devices = self._node.desk.book.devices
         taken = [uuid for uuid in record.gpu_uuids if devices[uuid].holder]
         if taken:
             await self._kill(record, handle, f"GPU {taken[0]} is held by {devices[taken[0]].holder}, awake as well")
             return
-        actor = self._node.adopt(record, InstanceState.RUNNING)
+        actor = self._node.adopt(record, InstanceState.RUNNING, size)
         executor = self._node.executors[actor.uid]
         executor.known_pids = pids
         executor.adopt(handle)
@@ -179,6 +186,13 @@ class Recovery:
         self.found.running += 1
         self._note(actor.uid, "RUNNING")
         actor.handle(ev.Unwanted())  # settle: idle until the first request
+
+    async def _on_gpu(self, handle: Handle) -> ImageSize:
+        try:
+            return ImageSize(await self._shell.freezer.vram_bytes(handle))
+        except HibernodeError as error:  # measured again before its next freeze
+            self._log.warning("instance.vram_unknown", instance=handle.uid, reason=error.reason)
+            return ImageSize()
 
     async def _start_anew(self, record: InstanceRecord, handle: Handle | None) -> None:
         """Found in STARTING: /initialize runs once per container, so the container is made again."""

@@ -63,7 +63,7 @@ class Sleep:
             await self._note_vram(handle)
             if cancel.is_set():
                 raise PreconditionError(CANCELLED, "a request arrived before the checkpoint began")
-            shell.memory.reserve(handle, actor.figures.vram_bytes)
+            await shell.memory.reserve(handle, actor.figures.vram_bytes)
         except HibernodeError as error:
             self._awake_again()
             return ev.Refused(gen, error.reason, error.message)
@@ -155,7 +155,7 @@ class Sleep:
         if not (actor.figures.wakes or actor.adopted):
             return
         with suppress(HibernodeError, OSError):
-            shell.memory.reserve(handle, actor.figures.vram_bytes)
+            await shell.memory.reserve(handle, actor.figures.vram_bytes)
             await shell.freezer.prepare_kill(handle)
 
 
