@@ -1,0 +1,74 @@
+"""What NVIDIA's XID numbers mean for whether a GPU may be given to anybody.
+
+Meanings and the action that follows are NVIDIA's Xid catalogue (docs.nvidia.com/deploy/xid-errors, "Analyzing Xid
+Errors with the Xid Catalog"): what it answers with resetting the GPU, restarting the machine or checking the hardware
+is fatal here; what it answers with restarting the application or with nothing is a note. 109 is an application's
+fault for NVIDIA's own Kubernetes device plugin, whose list of ignored codes this follows where the two differ: taking
+a good GPU away for a program's fault would let one function end the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class XidMeaning:
+    """`text` is what happened, without a full stop; `fatal`: the GPU is not to be used until a person or a reset."""
+
+    text: str
+    fatal: bool
+
+
+_NOTES: Mapping[int, str] = {
+    8: "the GPU stopped processing a program's work",
+    11: "a program sent an invalid command buffer",
+    13: "a program made an illegal access or instruction (graphics engine exception)",
+    31: "a program accessed an illegal address (GPU memory page fault)",
+    32: "a program's command buffer was invalid or corrupted",
+    43: "a program's channel was reset after a fault of its own",
+    44: "the graphics engine reported a fault during a context switch",
+    45: "a program's work was cleaned up after an earlier error or because it was killed",
+    63: "a memory row or page was marked to be remapped; it is at the next reset of the GPU",
+    68: "a program caused a video decoder exception",
+    69: "a program caused a graphics engine class error",
+    92: "single-bit memory errors are frequent; all were corrected",
+    94: "an uncorrectable memory error was contained to the programs that it hit",
+    109: "a program did not give way in time (context switch timeout)",
+    121: "an error on the chip-to-chip link was corrected",
+    137: "a program made an illegal access to another GPU's memory over NVLink",
+    154: "the driver changed what it recommends for recovering this GPU",
+}
+_FATAL: Mapping[int, str] = {
+    46: "the GPU stopped processing and needs a reset",
+    48: "an uncorrectable double-bit memory error",
+    54: "auxiliary power is not connected",
+    61: "the GPU's power management unit stopped at a breakpoint",
+    62: "the GPU's power management unit halted",
+    64: "a memory row or page that fails could not be remapped",
+    74: "an NVLink error",
+    79: "the GPU has fallen off the bus",
+    95: "an uncontained memory error: any program's data may be wrong",
+    110: "a security fault inside the GPU",
+    119: "the GPU's system processor did not answer the driver (GSP RPC timeout)",
+    120: "the GPU's system processor failed (GSP error)",
+    136: "the training of a link of the GPU failed",
+    140: "an uncorrected memory error could not be recovered from",
+    143: "the GPU could not be initialised",
+    158: "the GPU hit a fatal timeout",
+}
+_TABLE: Mapping[int, XidMeaning] = {
+    **{code: XidMeaning(text, False) for code, text in _NOTES.items()},
+    **{code: XidMeaning(text, True) for code, text in _FATAL.items()},
+}
+_UNKNOWN = XidMeaning("not in this agent's table: see NVIDIA's Xid catalogue", False)
+
+
+def meaning_of(code: int) -> XidMeaning:
+    """An unknown code is a note: the catalogue grows, and most of what is new in it concerns one program."""
+    return _TABLE.get(code, _UNKNOWN)
+
+
+FATAL_XIDS = frozenset(_FATAL)
+NOTED_XIDS = frozenset(_NOTES)
