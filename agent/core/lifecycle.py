@@ -246,7 +246,7 @@ def _paused(me: Instance, paused: bool, at: int) -> Step:
     if paused is me.paused or (paused and me.state is not InstanceState.RUNNING):
         return me, []
     me = replace(me, paused=paused, idle_gen=me.idle_gen + 1)
-    note = Note("instance.externally_frozen" if paused else "instance.externally_thawed", "")
+    note = Note("EXTERNALLY_FROZEN" if paused else "EXTERNALLY_THAWED", "")
     if paused:
         return me, [note, ClosePool(), Became(idle=False)]
     me, effects = _settle(me, at) if not me.busy else (me, [])
