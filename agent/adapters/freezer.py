@@ -79,8 +79,12 @@ class CudaFreezer:
         await self._recovery.prepare_kill(handle)
 
     async def condition(self, handle: Handle) -> Condition:
-        """`Freezer.condition`."""
-        return await self._recovery.condition(handle)
+        """`Freezer.condition`. What an earlier agent may have lost on it is reckoned with from here on."""
+        condition = await self._recovery.condition(handle)
+        self._instances.doubt(handle)
+        if condition is Condition.AWAKE:
+            self._doubts.resume(handle)
+        return condition
 
     async def finish_freeze(self, handle: Handle) -> FreezeResult:
         """`Freezer.finish_freeze`; processes not yet checkpointed are. `image_bytes` is 0: nobody knows it now."""

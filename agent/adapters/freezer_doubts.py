@@ -2,7 +2,9 @@
 
 Seen on the emulated driver, and why nobody may rely on one reading: a lock that hung ran once the target could go on,
 and left a program locked for ever that everybody took for running. So such an instance is read again for a while, and
-what ran late is undone. No reading happens during an operation of the freezer, or while the threads are stopped.
+what ran late is undone. An agent that has just started doubts everybody: what the one before it had lost, or had asked
+for when it was killed, is known to nobody. No reading happens during an operation of the freezer, or while the threads
+are stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from agent.ports import CudaReply, CudaState
 
 FIRST_PAUSE_S = 0.05
 LAST_PAUSE_S = 5.0
-WATCH_S = 600.0
 
 _LATE = frozenset({CudaState.LOCKED, CudaState.CHECKPOINTED})
 
@@ -50,9 +51,10 @@ class Doubts:
 
     def resume(self, handle: Handle) -> None:
         """It runs again: read it for a while, if there is a doubt."""
-        if handle.uid in self._instances.doubtful and handle.uid not in self._watches:
+        ends_s = self._instances.doubt_ends_s(handle)
+        if ends_s is not None and handle.uid not in self._watches:
             reading = asyncio.Lock()
-            task = asyncio.create_task(self._watch(handle, reading), name=f"doubt about {handle.uid}")
+            task = asyncio.create_task(self._watch(handle, reading, ends_s), name=f"doubt about {handle.uid}")
             self._watches[handle.uid] = _Watch(task, reading)
 
     def forget(self, handle: Handle) -> None:
@@ -61,34 +63,29 @@ class Doubts:
         if watch is not None:
             watch.task.cancel()
 
-    async def _watch(self, handle: Handle, reading: asyncio.Lock) -> None:
-        pause_s = FIRST_PAUSE_S
-        with suppress(TimeoutError):
-            async with asyncio.timeout(WATCH_S):
-                while True:
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(pause_s * 2, LAST_PAUSE_S)
-                    async with reading:
-                        if await self._undo(handle):
-                            break  # a call runs once
-        self._instances.doubtful.discard(handle.uid)
+    async def _watch(self, handle: Handle, reading: asyncio.Lock, ends_s: float) -> None:
+        """Goes on after something was undone: more than one call may have been lost."""
+        pause_s, loop = FIRST_PAUSE_S, asyncio.get_running_loop()
+        while loop.time() < ends_s and self._instances.cgroups.state(handle) is not FreezerState.GONE:
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LAST_PAUSE_S)
+            async with reading:
+                await self._undo(handle)
         self._watches.pop(handle.uid, None)
 
-    async def _undo(self, handle: Handle) -> bool:
+    async def _undo(self, handle: Handle) -> None:
         """Did something run late? Then it is undone."""
         if self._instances.cgroups.state(handle) is not FreezerState.THAWED:
-            return False
-        with suppress(HibernodeError):  # nobody could look: again later
+            return
+        with suppress(HibernodeError, OSError):  # nobody could look: again later
             found = await self._instances.finder.find(handle)
             try:
                 if not found.ok or not any(process.state in _LATE for process in found.processes):
-                    return False
+                    return
                 held = Held(found.processes, vram_by_gpu=None)
                 settled = await self._instances.settle(handle, held, CudaState.RUNNING, CudaReply())
                 _log.warning(
                     "freeze.late_call_undone", instance=handle.uid, undone=settled.reached, why=settled.message
                 )
-                return settled.reached
             finally:
                 release(found.processes)
-        return False

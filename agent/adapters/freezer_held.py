@@ -6,6 +6,7 @@ frozen cgroup; what is remembered is dropped by `forget`, with its pidfds.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,9 @@ from agent.adapters.target_watch import run_watching
 from agent.core.errors import HibernodeError
 from agent.core.types import Handle
 from agent.ports import Checkpointer, CudaCall, CudaFault, CudaReply, CudaState, FreezeResult
+
+DOUBT_S = 600.0
+"""So long after it was lost a call on an instance is reckoned with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +63,7 @@ class Held:
 
 
 class HeldInstances:
-    """Memory by instance uid. `restored`: woken since it started, or perhaps (found awake by a recovery). `doubtful`:
-    an operation on it was lost once, and may have run later than anybody looked."""
+    """Memory by instance uid. `restored`: woken since it started, or perhaps (found awake by a recovery)."""
 
     def __init__(
         self, checkpointer: Checkpointer, cgroups: ProcessFreezer, finder: CudaProcessFinder, limits: FreezerLimits
@@ -70,7 +73,7 @@ class HeldInstances:
         self.finder = finder
         self.limits = limits
         self.restored: set[str] = set()
-        self.doubtful: set[str] = set()
+        self._doubtful_until_s: dict[str, float] = {}
         self._held: dict[str, Held] = {}
         self._stopped: set[str] = set()
 
@@ -93,7 +96,7 @@ class HeldInstances:
         """The instance ended."""
         self.drop(handle)
         self.restored.discard(handle.uid)
-        self.doubtful.discard(handle.uid)
+        self._doubtful_until_s.pop(handle.uid, None)
         self._stopped.discard(handle.uid)
 
     async def discover(self, handle: Handle) -> Held | FreezeResult:
@@ -103,6 +106,20 @@ class HeldInstances:
             give_up = refused if found.not_begun else broken
             return give_up(*failure(found.failure, found.reason, found.message))
         return self.keep(handle, Held(found.processes, vram_by_gpu=None))
+
+    # ---- doubts -----------------------------------------------------------------------------------------------
+
+    def doubt(self, handle: Handle) -> None:
+        """A call on it was lost, or perhaps (an earlier agent's): it may run later than anybody looks."""
+        self._doubtful_until_s[handle.uid] = asyncio.get_running_loop().time() + DOUBT_S
+
+    def doubt_ends_s(self, handle: Handle) -> float | None:
+        """When nothing of that kind is to be expected any more (the loop's time); None if there is no doubt."""
+        ends_s = self._doubtful_until_s.get(handle.uid)
+        if ends_s is not None and ends_s <= asyncio.get_running_loop().time():
+            del self._doubtful_until_s[handle.uid]
+            return None
+        return ends_s
 
     # ---- the threads ------------------------------------------------------------------------------------------
 
@@ -173,7 +190,7 @@ class HeldInstances:
         limits = self.limits
         lost = reply.fault in (CudaFault.LOST, CudaFault.STUCK)
         if lost:
-            self.doubtful.add(handle.uid)
+            self.doubt(handle)
 
         async def thaw() -> None:
             if self.cgroups.state(handle) is not FreezerState.THAWED:

@@ -49,7 +49,7 @@ class Sleep:
             return broken("INSTANCE_GONE", "no process of the instance is left")
         held = self._instances.keep(handle, Held(found.processes))
         if refusal := self._unfit(held):
-            if handle.uid in self._instances.doubtful and _left_locked(held):
+            if self._instances.doubt_ends_s(handle) is not None and _left_locked(held):
                 return await self._unlock_after(handle, held, CudaReply(), START_OVER, "")
             self._instances.drop(handle)
             return refusal
@@ -170,7 +170,7 @@ class Sleep:
     async def _seal(self, handle: Handle, held: Held, reply: CudaReply) -> FreezeResult:
         """After the checkpoint: the VRAM is gone by NVML's account, then the threads stop."""
         try:
-            await self._witness.wait_until_gone(held.pids)
+            await self._witness.wait_until_gone(held.pids, held.vram_by_gpu or ())
             await self._instances.stop(handle)
         except HibernodeError as error:
             return await self._restore_after(handle, held, reply, error.reason, error.message)

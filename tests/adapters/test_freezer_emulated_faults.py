@@ -202,6 +202,21 @@ async def test_a_hang_ends_at_its_deadline_and_leaves_no_lock(host: Host, operat
     freezer.forget(handle)
 
 
+async def test_a_lock_that_an_earlier_agent_lost_is_undone_when_it_runs(host: Host) -> None:
+    """Nobody knows of it any more: its agent was killed. A program that stayed locked would answer no request."""
+    target, handle = host.instances.start("bert-1", MIB)
+    host.nvidia.control.fault("lock", "HANG")
+    earlier = host.freezer(HASTY)
+    assert (await earlier.lock(handle)).reason == "DRIVER_OPERATION_LOST"
+    earlier.forget(handle)
+    freezer = host.freezer(HASTY)
+    assert await freezer.condition(handle) is Condition.AWAKE
+    host.nvidia.control.clear_faults()
+    async with asyncio.timeout(10):
+        assert await asyncio.to_thread(target.verify)
+    freezer.forget(handle)
+
+
 async def attempt(freezer: CudaFreezer, handle: Handle) -> FreezeResult:
     locked = await freezer.lock(handle)
     return locked if locked.outcome is not OK else await freezer.checkpoint(handle)
