@@ -24,7 +24,7 @@ class FakeHostMemory:
         self.noted: dict[str, int] = {}
         self.resident = 0
         self.writes: list[tuple[str, str]] = []
-        self.on_disk: Callable[[str], None] = lambda operation: None
+        self.on_disk: Callable[[str], object] = lambda operation: None
 
     def available_bytes(self) -> int:
         return self.available
