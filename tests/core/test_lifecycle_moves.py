@@ -1,0 +1,115 @@
+"""What GPUs that fail and people who pause containers do to the life of an instance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from agent.core import lifecycle_events as ev
+from agent.core.lifecycle import Instance
+from tests.core.test_lifecycle_table import (
+    AT,
+    BUSY,
+    CHECKPOINTING,
+    DRAINING,
+    FREEZE_AFTER,
+    FROZEN,
+    GPU,
+    LOCKING,
+    RESTORING,
+    RUNNING,
+    STARTING,
+    STOPPING,
+    WAITING,
+    S,
+    after,
+    does,
+    kinds,
+    new,
+    ok,
+)
+
+MOVABLE = replace(RESTORING, movable=True)
+
+
+def no_room(me: Instance) -> ev.Refused:
+    return ev.Refused(me.op_gen, "GPU_MEMORY_SHORT", "an outsider has it")
+
+
+def test_a_failed_restore_goes_to_the_end_of_the_line_for_another_gpu() -> None:
+    me, effects = does(MOVABLE, no_room(MOVABLE))
+    assert (me.state, me.holds) == (S.WAITING_GPU, False)
+    assert kinds(effects) == ["Note", "Release", "Want"]
+    assert effects[-1] == ev.Want(avoid=GPU)
+
+
+def test_the_second_restore_is_the_last_wherever_it_fails() -> None:
+    me = after(MOVABLE, no_room(MOVABLE), ev.Granted(("GPU-B",)))
+    assert (me.state, me.gpus) == (S.RESTORING, ("GPU-B",))
+    me, effects = does(me, no_room(me))
+    assert me.state is S.FAILED
+    assert kinds(effects) == ["Run DESTROY", "Release", "RefuseWaiters"]
+
+
+def test_a_wake_that_succeeds_elsewhere_begins_a_new_count() -> None:
+    me = after(ok(after(MOVABLE, no_room(MOVABLE), ev.Granted(("GPU-B",)))), ev.Unwanted())
+    me = ok(ok(after(me, ev.IdleTimer(me.idle_gen))))
+    me = after(me, ev.Wanted(), ev.Granted(("GPU-B",)))
+    me, _ = does(me, no_room(me))
+    assert me.state is S.WAITING_GPU, "not FAILED: this is the first failure of this wake"
+
+
+def test_who_waits_no_more_sleeps_on_after_a_failed_restore() -> None:
+    me, effects = does(after(MOVABLE, no_room(MOVABLE)), ev.Unwanted())
+    assert (me.state, kinds(effects)) == (S.FROZEN, ["Withdraw"])
+
+
+@pytest.mark.parametrize("me", [STARTING, WAITING], ids=["before its start", "asleep"])
+def test_who_waits_for_gpus_that_are_lost_is_given_up(me: Instance) -> None:
+    me, effects = does(me, ev.GpusLost("A: XID 79"))
+    assert (me.state, me.reason, me.message) == (S.FAILED, "GPU_LOST", "A: XID 79")
+    assert "RefuseWaiters" in kinds(effects)
+
+
+@pytest.mark.parametrize("me", [RUNNING, BUSY, LOCKING, CHECKPOINTING, FROZEN, RESTORING, STOPPING])
+def test_who_does_not_wait_for_them_is_not(me: Instance) -> None:
+    assert does(me, ev.GpusLost("A: XID 79")) == (me, [])
+
+
+def test_a_pause_closes_the_gate_and_takes_the_instance_from_the_books_victims() -> None:
+    me, effects = does(RUNNING, ev.Paused(paused=True))
+    assert not me.gate_open
+    assert kinds(effects) == ["Note", "ClosePool", "Became"]
+    assert effects[-1] == ev.Became(idle=False)
+    for event in (ev.IdleTimer(RUNNING.idle_gen), ev.IdleTimer(me.idle_gen), ev.FreezeAsked()):
+        assert does(me, event) == (me, []), "the driver is never asked about it"
+    assert kinds(does(me, ev.FreezeOrdered())[1]) == ["BookRefused"]
+    assert kinds(does(me, ev.DrainOrdered())[1]) == ["BookRefused"]
+
+
+def test_after_a_pause_it_is_idle_from_then_on() -> None:
+    me, effects = does(after(RUNNING, ev.Paused(paused=True)), ev.Paused(paused=False), at=AT + FREEZE_AFTER)
+    assert me.gate_open
+    assert kinds(effects) == ["Note", "Became", "SetIdleTimer"]
+
+
+def test_a_request_that_was_inside_may_end_during_a_pause_and_the_drain_goes_on_after_it() -> None:
+    me = after(DRAINING, ev.Paused(paused=True), ev.Quiet())
+    assert me.state is S.RUNNING
+    me, effects = does(me, ev.Paused(paused=False))
+    assert (me.state, kinds(effects)[-1]) == (S.FREEZING, "Run LOCK")
+
+
+@pytest.mark.parametrize("me", [LOCKING, CHECKPOINTING, FROZEN, WAITING, RESTORING, STOPPING])
+def test_only_a_running_instance_can_be_paused_by_others(me: Instance) -> None:
+    assert does(me, ev.Paused(paused=True)) == (me, [])
+
+
+def test_a_paused_instance_is_stopped_by_force_for_it_answers_nobody() -> None:
+    me, _ = does(after(RUNNING, ev.Paused(paused=True)), ev.StopAsked(30))
+    assert (me.state, me.stop_force) == (S.STOPPING, True)
+
+
+def test_a_new_instance_is_neither_movable_nor_paused() -> None:
+    assert (new().movable, new().paused) == (False, False)
