@@ -5,11 +5,12 @@ Every wait has a deadline given by the caller in seconds or held by the adapter;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from agent.core.errors import UnavailableError
 from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, GpuSample, Handle, InstanceSpec, Xid
 from agent.core.usage_window import Window as Window  # noqa: PLC0414 (re-exported)
 
@@ -254,18 +255,41 @@ class Checkpointer(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class GpuProcesses:
+    """The compute processes of every device that answered. A device in `unanswered` is not empty, it is unknown:
+    whoever needs proof that nothing is there asks `on`, or looks at it. `lost` (a part of `unanswered`) are those that
+    never will again without a reset: what was in their memory is gone, but nobody has seen it go."""
+
+    entries: tuple[GpuProcess, ...] = ()
+    unanswered: frozenset[str] = frozenset()
+    lost: frozenset[str] = frozenset()
+
+    def __iter__(self) -> Iterator[GpuProcess]:
+        return iter(self.entries)
+
+    def on(self, gpu_uuids: Collection[str]) -> tuple[GpuProcess, ...]:
+        """What these devices show. Raises UnavailableError NVML_UNAVAILABLE if one of them did not answer."""
+        if silent := sorted(self.unanswered.intersection(gpu_uuids)):
+            raise UnavailableError("NVML_UNAVAILABLE", f"NVML can't read GPU {', '.join(silent)}; see `nvidia-smi`")
+        return tuple(process for process in self.entries if process.gpu_uuid in gpu_uuids)
+
+
 class Gpus(Protocol):
-    """NVML, in a thread. Raises UnavailableError NVML_UNAVAILABLE when the driver does not answer in time."""
+    """NVML, in a thread. Raises UnavailableError NVML_UNAVAILABLE when the driver does not answer in time.
 
-    async def list_gpus(self) -> Sequence[Gpu]: ...
+    A device that answers with an error hides nothing of the others."""
 
-    async def processes(self) -> Sequence[GpuProcess]: ...
+    async def list_gpus(self) -> Sequence[Gpu]:
+        """Those that can be described now: one that NVML lost before is left out."""
+
+    async def processes(self) -> GpuProcesses: ...
 
     async def samples(self) -> Sequence[GpuSample]:
         """The figures of every device now; one that does not answer is a sample with its `error`."""
 
     async def memory_free(self) -> Mapping[str, int]:
-        """Free bytes by uuid: what a restore may take."""
+        """Free bytes by uuid: what a restore may take. A device that does not say is left out."""
 
     async def driver(self) -> DriverInfo: ...
 

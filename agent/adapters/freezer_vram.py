@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 from agent.adapters.cuda_processes import CudaProcess
 from agent.adapters.freeze_results import FreezerLimits, refused
 from agent.core.errors import HibernodeError, PreconditionError, UnavailableError
-from agent.core.types import MIB, GpuProcess
+from agent.core.types import MIB
 from agent.log import get_logger
-from agent.ports import FreezeResult, Gpus
+from agent.ports import FreezeResult, GpuProcesses, Gpus
 
 SILENCE_S = 5.0
 """So long no wake asks a NVML that has not answered one in time: only the first waits for it."""
@@ -31,11 +31,17 @@ class Witness:
         self._silent = False
 
     async def bytes_of(self, pids: Collection[int]) -> int:
-        """GPU memory of these processes, on whatever GPU. Raises UnavailableError NVML_UNAVAILABLE."""
-        return sum(process.used_bytes for process in await self._gpus.processes() if process.pid in pids)
+        """GPU memory of these processes, on whatever GPU. Raises UnavailableError NVML_UNAVAILABLE, also where none is
+        seen and a GPU that may have it does not answer. A lost GPU has nothing that a program could go on with."""
+        shown = await self._gpus.processes()
+        seen = sum(process.used_bytes for process in shown if process.pid in pids)
+        if not seen:
+            shown.on(shown.unanswered - shown.lost)
+        return seen
 
     async def places_of(self, pids: Collection[int]) -> frozenset[str]:
-        """The GPUs on which NVML sees one of these processes with memory. Raises UnavailableError NVML_UNAVAILABLE."""
+        """The GPUs that answer on which NVML sees one of these processes with memory. Raises UnavailableError
+        NVML_UNAVAILABLE."""
         return frozenset(p.gpu_uuid for p in await self._processes() if p.pid in pids and p.used_bytes)
 
     async def measure(self, held: Sequence[CudaProcess], pids: Collection[int]) -> Mapping[str, int]:
@@ -44,8 +50,11 @@ class Witness:
         Raises UnavailableError NVML_UNAVAILABLE; PreconditionError CUDA_PROCESS_UNKNOWN for memory of a process that
         the driver's checkpoint API does not know, SEVERAL_PROCESSES_ON_SEVERAL_GPUS unless allowed.
         """
-        used = [process for process in await self._processes() if process.pid in pids]
+        shown = await self._processes()
+        used = [process for process in shown if process.pid in pids]
         known = {process.pid for process in held}
+        if known - {process.pid for process in used}:  # its memory may be where NVML can't see it
+            shown.on(shown.unanswered)
         strangers = [process.pid for process in used if process.used_bytes and process.pid not in known]
         if strangers:
             raise PreconditionError(
@@ -62,15 +71,15 @@ class Witness:
             )
         return by_gpu
 
-    async def wait_until_gone(self, pids: Collection[int]) -> None:
-        """NVML shows no memory of these processes any more. Raises UnavailableError VRAM_NOT_RELEASED, or
-        NVML_UNAVAILABLE."""
+    async def wait_until_gone(self, pids: Collection[int], gpu_uuids: Collection[str]) -> None:
+        """NVML shows no memory of these processes any more: nowhere, and the GPUs named, where they had it, answer.
+        Raises UnavailableError VRAM_NOT_RELEASED, or NVML_UNAVAILABLE."""
         if not pids:
             return
         pause_s, answered = 0.0, False
         try:
             async with asyncio.timeout(self._limits.vram_gone_s):
-                while await self.bytes_of(pids):
+                while await self._bytes_left(pids, gpu_uuids):
                     answered = True
                     await asyncio.sleep(pause_s)
                     pause_s = min(max(pause_s * 2, 0.001), 0.1)
@@ -82,6 +91,11 @@ class Witness:
             "VRAM_NOT_RELEASED",
             f"NVML still shows GPU memory of the processes {self._limits.vram_gone_s:g} s after their checkpoint",
         )
+
+    async def _bytes_left(self, pids: Collection[int], gpu_uuids: Collection[str]) -> int:
+        shown = await self._gpus.processes()
+        shown.on(gpu_uuids)
+        return sum(process.used_bytes for process in shown if process.pid in pids)
 
     async def refuse_without_room(self, needed: Mapping[str, int]) -> FreezeResult | None:
         """REFUSED GPU_MEMORY_SHORT if a GPU has less free than it needs (bytes by uuid), else None.
@@ -116,7 +130,7 @@ class Witness:
     def _listen_again(self) -> None:
         self._silent = False
 
-    async def _processes(self) -> Sequence[GpuProcess]:
+    async def _processes(self) -> GpuProcesses:
         try:
             async with asyncio.timeout(self._limits.vram_gone_s):
                 return await self._gpus.processes()

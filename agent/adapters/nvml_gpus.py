@@ -11,35 +11,18 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
-from pynvml import (
-    NVML_DEVICE_MIG_ENABLE,
-    NVML_FEATURE_ENABLED,
-    NVMLError,
-    NVMLError_NotSupported,
-    nvmlDeviceGetComputeRunningProcesses,
-    nvmlDeviceGetCount,
-    nvmlDeviceGetHandleByIndex,
-    nvmlDeviceGetMemoryInfo,
-    nvmlDeviceGetMigMode,
-    nvmlDeviceGetName,
-    nvmlDeviceGetPersistenceMode,
-    nvmlDeviceGetUUID,
-    nvmlInit,
-    nvmlShutdown,
-    nvmlSystemGetCudaDriverVersion,
-    nvmlSystemGetDriverVersion,
-)
+from pynvml import NVMLError
 
+from agent.adapters.nvml_session import NvmlSession
 from agent.core.errors import UnavailableError
-from agent.core.types import Gpu, GpuProcess
-from agent.ports import DriverInfo
+from agent.core.types import Gpu, GpuSample
+from agent.ports import DriverInfo, GpuProcesses
 
 CALL_DEADLINE_S = 5.0
 MAX_PENDING = 64
-UNKNOWN_MEMORY_BYTES = 1
-"""For a process whose memory NVML does not say: it holds some, so nothing counts as released while it is listed."""
 
 T = TypeVar("T")
 
@@ -59,14 +42,17 @@ class NvmlGpus:
         """All devices in the order of their NVML index."""
         return await self._call(self._session.list_gpus)
 
-    async def processes(self) -> Sequence[GpuProcess]:
-        """All compute processes on all devices, host pids."""
+    async def processes(self) -> GpuProcesses:
+        """The compute processes of all devices that answer, host pids."""
         return await self._call(self._session.processes)
 
-    async def memory_used(self) -> Mapping[str, int]:
-        return await self._call(self._session.memory_used)
+    async def samples(self) -> Sequence[GpuSample]:
+        """One call a device, so that who waits to wake an instance waits for one device's figures at most."""
+        found = [await self._call(partial(self._session.sample, i)) for i in await self._call(self._session.indices)]
+        return [sample for sample in found if sample is not None]
 
     async def memory_free(self) -> Mapping[str, int]:
+        """Free bytes of the devices that say."""
         return await self._call(self._session.memory_free)
 
     async def driver(self) -> DriverInfo:
@@ -109,70 +95,6 @@ class NvmlGpus:
             answer.exception()  # nobody waits for it any more
 
 
-class NvmlSession:
-    """The calls themselves, made from one thread only. Raises NVMLError; the next call then begins anew."""
-
-    def __init__(self) -> None:
-        self._devices: list[_Device] = []
-        self._open = False
-
-    def list_gpus(self) -> Sequence[Gpu]:
-        return self._guard(lambda: tuple(_describe(device) for device in self._devices))
-
-    def processes(self) -> Sequence[GpuProcess]:
-        def read() -> Sequence[GpuProcess]:
-            return tuple(
-                GpuProcess(
-                    device.uuid,
-                    entry.pid,
-                    UNKNOWN_MEMORY_BYTES if entry.usedGpuMemory is None else entry.usedGpuMemory,
-                )
-                for device in self._devices
-                for entry in nvmlDeviceGetComputeRunningProcesses(device.handle)
-            )
-
-        return self._guard(read)
-
-    def memory_used(self) -> Mapping[str, int]:
-        return self._guard(
-            lambda: {device.uuid: nvmlDeviceGetMemoryInfo(device.handle).used for device in self._devices}
-        )
-
-    def memory_free(self) -> Mapping[str, int]:
-        return self._guard(
-            lambda: {device.uuid: nvmlDeviceGetMemoryInfo(device.handle).free for device in self._devices}
-        )
-
-    def driver(self) -> DriverInfo:
-        return self._guard(lambda: DriverInfo(nvmlSystemGetDriverVersion(), nvmlSystemGetCudaDriverVersion()))
-
-    def reset(self) -> None:
-        """Shut NVML down; the next call initialises it."""
-        self._devices = []
-        if self._open:
-            self._open = False
-            with suppress(NVMLError):
-                nvmlShutdown()
-
-    def _guard(self, read: Callable[[], T]) -> T:
-        try:
-            if not self._open:
-                nvmlInit()
-                self._open = True
-                self._devices = [_device(index) for index in range(nvmlDeviceGetCount())]
-            return read()
-        except NVMLError:
-            self.reset()
-            raise
-
-
-@dataclass(frozen=True, slots=True)
-class _Device:
-    index: int
-    uuid: str
-    handle: Any
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job(Generic[T]):
     work: Callable[[], T]
@@ -203,30 +125,6 @@ class _Job(Generic[T]):
 def _serve(jobs: queue.Queue[_Job[Any] | None]) -> None:
     while (job := jobs.get()) is not None:
         job.perform()
-
-
-def _device(index: int) -> _Device:
-    handle = nvmlDeviceGetHandleByIndex(index)
-    return _Device(index, nvmlDeviceGetUUID(handle), handle)
-
-
-def _describe(device: _Device) -> Gpu:
-    return Gpu(
-        uuid=device.uuid,
-        index=device.index,
-        model=nvmlDeviceGetName(device.handle),
-        memory_bytes=nvmlDeviceGetMemoryInfo(device.handle).total,
-        persistence=_is_on(lambda: nvmlDeviceGetPersistenceMode(device.handle), NVML_FEATURE_ENABLED),
-        mig=_is_on(lambda: nvmlDeviceGetMigMode(device.handle)[0], NVML_DEVICE_MIG_ENABLE),
-    )
-
-
-def _is_on(read: Callable[[], int], on: int) -> bool:
-    """A device that does not know the mode has it off."""
-    try:
-        return bool(read() == on)
-    except NVMLError_NotSupported:
-        return False
 
 
 def _unavailable(why: str) -> UnavailableError:

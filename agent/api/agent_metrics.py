@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -30,9 +30,16 @@ class AgentHealth:
 class AgentMetrics(Collector):
     """A collector with a registry of its own. No label is called `instance`: Prometheus uses that name itself."""
 
-    def __init__(self, observer: Observer, health: Callable[[], AgentHealth]) -> None:
+    def __init__(
+        self,
+        observer: Observer,
+        health: Callable[[], AgentHealth],
+        xids: Mapping[tuple[str, int], int] | None = None,
+    ) -> None:
+        """`xids` counts XID events by (GPU, code); read at every collection."""
         self._observer = observer
         self._health = health
+        self._xids = {} if xids is None else xids
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -56,6 +63,10 @@ class AgentMetrics(Collector):
         )
         yield from self._of_health()
         yield from _of_gpus(node)
+        xids = CounterMetricFamily("hibernode_gpu_xid_events", "XID events of the driver.", labels=["gpu", "code"])
+        for (uuid, code), count in sorted(self._xids.items()):
+            xids.add_metric([uuid, str(code)], count)
+        yield xids
         labels = ["uid", "function"]
         wakes = CounterMetricFamily("hibernode_wakes", "Wakes of an instance.", labels=labels)
         freezes = CounterMetricFamily("hibernode_freezes", "Freezes of an instance.", labels=labels)
@@ -96,15 +107,38 @@ class AgentMetrics(Collector):
             )
 
 
+_FIGURES = (
+    ("memory_used_bytes", "memory_used_bytes", "GPU memory in use, by NVML.", 1),
+    ("sm_utilization_ratio", "sm_percent", "Share of time in which kernels ran.", 100),
+    ("memory_utilization_ratio", "memory_percent", "Share of time in which memory was read or written.", 100),
+    ("encoder_utilization_ratio", "encoder_percent", "Load of the video encoder.", 100),
+    ("decoder_utilization_ratio", "decoder_percent", "Load of the video decoder.", 100),
+    ("temperature_celsius", "temperature_celsius", "Temperature of the chip.", 1),
+    ("power_watts", "power_milliwatts", "Power drawn by the board.", 1000),
+)
+"""Metric, field of GpuSample, help, and the divisor to the base unit."""
+
+
 def _of_gpus(node: NodeSnapshot) -> Iterator[Metric]:
-    used = GaugeMetricFamily("hibernode_gpu_memory_used_bytes", "GPU memory in use, by NVML.", labels=["gpu"])
+    """What is unknown has no sample: 0 would be a lie."""
+    for metric, figure, text, divisor in _FIGURES:
+        family = GaugeMetricFamily(f"hibernode_gpu_{metric}", text, labels=["gpu"])
+        for gpu in node.gpus:
+            value = getattr(gpu.figures, figure, None)
+            if value is not None:
+                family.add_metric([gpu.gpu.uuid], value / divisor)
+        yield family
+    total = GaugeMetricFamily("hibernode_gpu_memory_total_bytes", "GPU memory there is.", labels=["gpu"])
+    lost = GaugeMetricFamily("hibernode_gpu_lost", "1 if NVML has lost it.", labels=["gpu"])
     cordoned = GaugeMetricFamily("hibernode_gpu_cordoned", "1 if nothing new may use it.", labels=["gpu"])
     held = GaugeMetricFamily("hibernode_gpu_held", "1 while an awake instance holds it.", labels=["gpu"])
     waiters = GaugeMetricFamily("hibernode_gpu_waiters", "Instances that wait for it.", labels=["gpu"])
     for gpu in node.gpus:
         uuid = [gpu.gpu.uuid]
-        used.add_metric(uuid, gpu.memory_used_bytes)
+        total.add_metric(uuid, gpu.gpu.memory_bytes)
+        if gpu.figures is not None:
+            lost.add_metric(uuid, float(gpu.figures.lost))
         cordoned.add_metric(uuid, float(bool(gpu.cordoned)))
         held.add_metric(uuid, float(bool(gpu.holder)))
         waiters.add_metric(uuid, len(gpu.waiters))
-    yield from (used, cordoned, held, waiters)
+    yield from (total, lost, cordoned, held, waiters)

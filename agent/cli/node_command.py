@@ -107,28 +107,44 @@ def _show_node(found: types_pb2.Node) -> None:
         )
     )
     show_text("\n")
-    show_table(
-        ("GPU", "MODEL", "UUID", "HEALTH", "USED", "TOTAL", "HELD BY", "WAITING"),
-        (
-            (
-                str(gpu.index),
-                gpu.model,
-                gpu_names([gpu.uuid]),
-                " ".join(filter(None, (_health(gpu), gpu.cordoned_reason))),
-                size(gpu.memory_used_bytes),
-                size(gpu.memory_total_bytes),
-                ",".join(gpu.holder_uids) or "-",
-                ",".join(gpu.waiter_uids) or "-",
-            )
-            for gpu in found.gpus
-        ),
-        right=("GPU", "USED", "TOTAL"),
-    )
+    _show_gpus(list(found.gpus))
     show_text("\n")
     show_table(
         ("ABILITY", "LEVEL", "FOUND", "FIX"),
         ((one.name, level(one), one.reason, one.fix or "-") for one in found.capabilities),
     )
+
+
+def _show_gpus(gpus: list[types_pb2.Gpu]) -> None:
+    """What nvidia-smi shows and who has them; then, at length, why some are not in use."""
+    show_table(
+        ("GPU", "MODEL", "UUID", "HEALTH", "USED", "TOTAL", "SM", "MEM", "ENC", "DEC", "TEMP", "POWER", "HELD BY")
+        + ("WAITING",),
+        (
+            (
+                str(gpu.index),
+                gpu.model,
+                gpu_names([gpu.uuid]),
+                _health(gpu),
+                size(gpu.memory_used_bytes) if gpu.HasField("memory_used_bytes") else "-",
+                size(gpu.memory_total_bytes),
+                f"{gpu.sm_percent}%" if gpu.HasField("sm_percent") else "-",
+                f"{gpu.memory_percent}%" if gpu.HasField("memory_percent") else "-",
+                f"{gpu.encoder_percent}%" if gpu.HasField("encoder_percent") else "-",
+                f"{gpu.decoder_percent}%" if gpu.HasField("decoder_percent") else "-",
+                f"{gpu.temperature_celsius} C" if gpu.HasField("temperature_celsius") else "-",
+                f"{gpu.power_milliwatts / 1000:.0f} W" if gpu.HasField("power_milliwatts") else "-",
+                ",".join(gpu.holder_uids) or "-",
+                ",".join(gpu.waiter_uids) or "-",
+            )
+            for gpu in gpus
+        ),
+        right=("GPU", "USED", "TOTAL", "SM", "MEM", "ENC", "DEC", "TEMP", "POWER"),
+    )
+    cordoned = [gpu for gpu in gpus if gpu.cordoned_reason]
+    if cordoned:
+        show_text("\n")
+        show_table(("GPU", "CORDONED BECAUSE"), ((str(gpu.index), gpu.cordoned_reason) for gpu in cordoned))
 
 
 def level(capability: types_pb2.Capability) -> str:

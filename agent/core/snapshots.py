@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from agent.core.types import FunctionSpec, Gpu, InstanceState
+from agent.core.types import FunctionSpec, Gpu, GpuSample, InstanceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,10 @@ class InstanceSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class GpuSnapshot:
-    """One GPU: who holds it, who waits for it."""
+    """One GPU: its figures as of the last sample (None: unknown, or too old to be true), who holds it, who waits."""
 
     gpu: Gpu
-    memory_used_bytes: int
+    figures: GpuSample | None
     holder: str
     waiters: tuple[str, ...]
     cordoned: str

@@ -7,7 +7,6 @@ requests inside end, instances stay.
 
 from __future__ import annotations
 
-import asyncio
 import platform
 import random
 import uuid
@@ -23,6 +22,7 @@ from agent.adapters.cgroup import CgroupSlice, open_slice
 from agent.adapters.clock import SystemClock
 from agent.adapters.host_memory import ProcHostMemory
 from agent.adapters.node_store import NodeStore
+from agent.adapters.nvml_events import NvmlEvents
 from agent.adapters.nvml_gpus import NvmlGpus
 from agent.adapters.process_runtime import ProcessRuntime, ProcessRuntimeSettings
 from agent.adapters.scheduler_link import SchedulerLink
@@ -34,7 +34,7 @@ from agent.api.instance_servicer import InstanceServicer
 from agent.api.node_ledger import NodeLedger
 from agent.api.node_servicer import NodeServicer
 from agent.core.capabilities import host_lines
-from agent.core.errors import HibernodeError, UnavailableError
+from agent.core.errors import UnavailableError
 from agent.core.metering import BillingPolicy, Kind
 from agent.core.types import SECOND_NS
 from agent.daemons.gpu_layer import HostView, open_gpu_layer, see_gpus
@@ -42,6 +42,7 @@ from agent.daemons.process import daemon_main, run_until_signal
 from agent.host.billing import Billing, BillingSettings
 from agent.host.events import EventLog
 from agent.host.executor import Shell
+from agent.host.gpu_watch import GpuWatch
 from agent.host.ingress import Ingress
 from agent.host.memory_desk import MemoryDesk
 from agent.host.node import Node, NodeSettings
@@ -49,6 +50,7 @@ from agent.host.observe import Identity, Observer
 from agent.host.pauses import watch_pauses
 from agent.host.pruning import LedgerPruner
 from agent.host.recovery import Recovery
+from agent.host.trespass import Trespass
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
 from agent.http.server import serve
@@ -61,7 +63,6 @@ from agent.wire.tokens import Principal, Role, TokenTable
 
 GRACE_S = 30.0
 GRPC_GRACE_S = 2.0
-SAMPLE_S = 1.0
 GATEWAY_HEADER_ROOM_BYTES = 4096
 
 
@@ -100,7 +101,7 @@ class AgentDaemon:
             restarted=found.restarted,
         )
         services = [
-            self._sample_gpus(),
+            self.watch.run(),
             watch_pauses(self.node, self.gpu.freezer),
             LedgerPruner(self.store, self.clock).run(),
         ]
@@ -159,7 +160,8 @@ class AgentDaemon:
             new_uid=lambda: f"i-{uuid.uuid4().hex[:20]}",
         )
         self.node.shell = self._shell(memory)
-        self.observer = Observer(self.node, self._identity(slice_), self.clock, self.billing.totals)
+        self.watch = self._watch(gpus)
+        self.observer = Observer(self.node, self._identity(slice_), self.clock, self.billing.totals, self.watch.figures)
         self.link = self._link()
 
     def _cordon(self, gpu_uuids: Sequence[str]) -> None:
@@ -167,6 +169,12 @@ class AgentDaemon:
         self.node.desk.cordon(
             "", gpu_uuids, "DRIVER_STUCK: a driver call survived SIGKILL", source="driver", lasting=True
         )
+
+    def _watch(self, gpus: NvmlGpus) -> GpuWatch:
+        xid_events = NvmlEvents()
+        self._stack.callback(xid_events.close)
+        trespass = Trespass(gpus, self.runtime, self.node.desk, self.node.actors, self.events)
+        return GpuWatch(gpus, xid_events, self.node.desk, self.events, self.clock, after_sample=trespass.look)
 
     def _runtime_settings(self, slice_: CgroupSlice | None) -> ProcessRuntimeSettings:
         return ProcessRuntimeSettings(
@@ -263,7 +271,9 @@ class AgentDaemon:
         self._stack.push_async_callback(self.grpc.stop, 0.0)
         self.observer.ingress_address = join(config.ingress.host, self.http.port)
         self.observer.grpc_address = join(config.grpc.host, port)
-        self.admin = AdminServer(AgentMetrics(self.observer, self._health).render, lambda: self.observer.ready)
+        self.admin = AdminServer(
+            AgentMetrics(self.observer, self._health, self.watch.xids).render, lambda: self.observer.ready
+        )
         with _bind_errors("admin", config.admin):
             admin_port = await self.admin.start(config.admin.host, config.admin.port)
         self._stack.push_async_callback(self.admin.stop)
@@ -293,14 +303,6 @@ class AgentDaemon:
         self.billing.start()
         self.ingress.open = self.observer.ready = True
         await self.grpc.set_serving(True)
-
-    async def _sample_gpus(self) -> None:
-        while True:
-            try:
-                self.observer.memory_used = await self.gpu.gpus.memory_used()
-            except HibernodeError as error:
-                self._log.debug("gpu.sample_failed", reason=error.reason)
-            await asyncio.sleep(SAMPLE_S)
 
     async def _leave(self) -> None:
         """Requests inside end, those that wait are sent back to the gateway, instances stay."""

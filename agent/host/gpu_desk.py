@@ -227,7 +227,8 @@ class GpuDesk:
         if not gpus:
             return False
         pids = self._pids_of(actor)
-        return any(p.gpu_uuid in gpus and p.pid in pids and p.used_bytes for p in await self._gpus.processes())
+        shown = (await self._gpus.processes()).on(gpus)  # these must have answered: silence is no proof
+        return any(process.pid in pids and process.used_bytes for process in shown)
 
     async def close(self) -> None:
         """Stop the timer and the proofs under way."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from agent.core.lifecycle_events import Op
 from agent.core.snapshots import CapabilityLine, GpuSnapshot, InstanceSnapshot, NodeSnapshot
-from agent.core.types import InstanceState
+from agent.core.types import GpuSample, InstanceState
 from agent.host.actor import Actor
 from agent.host.node import Node
 from agent.ports import Clock, DriverInfo
@@ -34,16 +34,21 @@ class Observer:
     """Snapshots for the API and the load stream. The addresses are set once the daemon has bound its ports."""
 
     def __init__(
-        self, node: Node, identity: Identity, clock: Clock, totals: Callable[[str], tuple[int, int, int]]
+        self,
+        node: Node,
+        identity: Identity,
+        clock: Clock,
+        totals: Callable[[str], tuple[int, int, int]],
+        figures: Callable[[], Mapping[str, GpuSample]] = dict,
     ) -> None:
         self.identity = identity
         self.ready = False
         self.ingress_address = ""
         self.grpc_address = ""
-        self.memory_used: Mapping[str, int] = {}
         self._node = node
         self._clock = clock
         self._totals = totals
+        self._figures = figures
 
     def instance(self, actor: Actor) -> InstanceSnapshot:
         """One instance now."""
@@ -90,7 +95,7 @@ class Observer:
         return [self.instance(actor) for actor in sorted(actors, key=lambda a: (a.figures.create_wall_ns, a.uid))]
 
     def node(self) -> NodeSnapshot:
-        """The node now. GPU memory is as of the last sample."""
+        """The node now. GPU figures are as of the last sample."""
         me, node = self.identity, self._node
         cuda = me.driver.cuda if me.driver is not None else 0
         return NodeSnapshot(
@@ -117,11 +122,11 @@ class Observer:
         )
 
     def _gpus(self) -> list[GpuSnapshot]:
-        book = self._node.desk.book
+        book, figures = self._node.desk.book, self._figures()
         return [
             GpuSnapshot(
                 gpu=gpu,
-                memory_used_bytes=self.memory_used.get(uuid, 0),
+                figures=figures.get(uuid),
                 holder=book.devices[uuid].holder,
                 waiters=tuple(waiter.uid for waiter in book.queue if uuid in waiter.allowed),
                 cordoned=book.devices[uuid].cordoned,

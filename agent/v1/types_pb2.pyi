@@ -693,6 +693,12 @@ class Gpu(_message.Message):
     CORDONED_REASON_FIELD_NUMBER: _builtins.int
     PERSISTENCE_FIELD_NUMBER: _builtins.int
     MIG_FIELD_NUMBER: _builtins.int
+    SM_PERCENT_FIELD_NUMBER: _builtins.int
+    MEMORY_PERCENT_FIELD_NUMBER: _builtins.int
+    ENCODER_PERCENT_FIELD_NUMBER: _builtins.int
+    DECODER_PERCENT_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_CELSIUS_FIELD_NUMBER: _builtins.int
+    POWER_MILLIWATTS_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     """UUID as NVML gives it."""
     index: _builtins.int
@@ -702,15 +708,29 @@ class Gpu(_message.Message):
     memory_total_bytes: _builtins.int
     """Total memory."""
     memory_used_bytes: _builtins.int
-    """Memory in use by anyone."""
+    """Memory in use by anyone; absent while unknown."""
     health: Global___Gpu.Health.ValueType
     """Whether it can be given to instances."""
     cordoned_reason: _builtins.str
-    """Why it is cordoned, in UPPER_SNAKE; empty unless health is CORDONED."""
+    """Why it is cordoned: `UPPER_SNAKE: sentence`, several joined by `; `; empty if it is not."""
     persistence: _builtins.bool
     """Persistence mode is on."""
     mig: _builtins.bool
     """MIG mode is on; such a GPU is not used."""
+    sm_percent: _builtins.int
+    """Time in which kernels ran, of the driver's last sample, in percent. This and the figures below: absent while
+    unknown or where the model does not say.
+    """
+    memory_percent: _builtins.int
+    """Time in which memory was read or written, in percent."""
+    encoder_percent: _builtins.int
+    """Load of the video encoder, in percent."""
+    decoder_percent: _builtins.int
+    """Load of the video decoder, in percent."""
+    temperature_celsius: _builtins.int
+    """Temperature of the chip in degrees Celsius."""
+    power_milliwatts: _builtins.int
+    """Power drawn by the board in milliwatts."""
     @_builtins.property
     def holder_uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Instances that hold it."""
@@ -726,19 +746,52 @@ class Gpu(_message.Message):
         index: _builtins.int = ...,
         model: _builtins.str = ...,
         memory_total_bytes: _builtins.int = ...,
-        memory_used_bytes: _builtins.int = ...,
+        memory_used_bytes: _builtins.int | None = ...,
         holder_uids: _abc.Iterable[_builtins.str] | None = ...,
         waiter_uids: _abc.Iterable[_builtins.str] | None = ...,
         health: Global___Gpu.Health.ValueType = ...,
         cordoned_reason: _builtins.str = ...,
         persistence: _builtins.bool = ...,
         mig: _builtins.bool = ...,
+        sm_percent: _builtins.int | None = ...,
+        memory_percent: _builtins.int | None = ...,
+        encoder_percent: _builtins.int | None = ...,
+        decoder_percent: _builtins.int | None = ...,
+        temperature_celsius: _builtins.int | None = ...,
+        power_milliwatts: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decoder_percent", b"_decoder_percent", "_encoder_percent", b"_encoder_percent", "_memory_percent", b"_memory_percent", "_memory_used_bytes", b"_memory_used_bytes", "_power_milliwatts", b"_power_milliwatts", "_sm_percent", b"_sm_percent", "_temperature_celsius", b"_temperature_celsius", "decoder_percent", b"decoder_percent", "encoder_percent", b"encoder_percent", "memory_percent", b"memory_percent", "memory_used_bytes", b"memory_used_bytes", "power_milliwatts", b"power_milliwatts", "sm_percent", b"sm_percent", "temperature_celsius", b"temperature_celsius"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cordoned_reason", b"cordoned_reason", "health", b"health", "holder_uids", b"holder_uids", "index", b"index", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "mig", b"mig", "model", b"model", "persistence", b"persistence", "uuid", b"uuid", "waiter_uids", b"waiter_uids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decoder_percent", b"_decoder_percent", "_encoder_percent", b"_encoder_percent", "_memory_percent", b"_memory_percent", "_memory_used_bytes", b"_memory_used_bytes", "_power_milliwatts", b"_power_milliwatts", "_sm_percent", b"_sm_percent", "_temperature_celsius", b"_temperature_celsius", "cordoned_reason", b"cordoned_reason", "decoder_percent", b"decoder_percent", "encoder_percent", b"encoder_percent", "health", b"health", "holder_uids", b"holder_uids", "index", b"index", "memory_percent", b"memory_percent", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "mig", b"mig", "model", b"model", "persistence", b"persistence", "power_milliwatts", b"power_milliwatts", "sm_percent", b"sm_percent", "temperature_celsius", b"temperature_celsius", "uuid", b"uuid", "waiter_uids", b"waiter_uids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__decoder_percent: _TypeAlias = _typing.Literal["decoder_percent"]  # noqa: Y015
+    _WhichOneofArgType__decoder_percent: _TypeAlias = _typing.Literal["_decoder_percent", b"_decoder_percent"]  # noqa: Y015
+    _WhichOneofReturnType__encoder_percent: _TypeAlias = _typing.Literal["encoder_percent"]  # noqa: Y015
+    _WhichOneofArgType__encoder_percent: _TypeAlias = _typing.Literal["_encoder_percent", b"_encoder_percent"]  # noqa: Y015
+    _WhichOneofReturnType__memory_percent: _TypeAlias = _typing.Literal["memory_percent"]  # noqa: Y015
+    _WhichOneofArgType__memory_percent: _TypeAlias = _typing.Literal["_memory_percent", b"_memory_percent"]  # noqa: Y015
+    _WhichOneofReturnType__memory_used_bytes: _TypeAlias = _typing.Literal["memory_used_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_used_bytes: _TypeAlias = _typing.Literal["_memory_used_bytes", b"_memory_used_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__power_milliwatts: _TypeAlias = _typing.Literal["power_milliwatts"]  # noqa: Y015
+    _WhichOneofArgType__power_milliwatts: _TypeAlias = _typing.Literal["_power_milliwatts", b"_power_milliwatts"]  # noqa: Y015
+    _WhichOneofReturnType__sm_percent: _TypeAlias = _typing.Literal["sm_percent"]  # noqa: Y015
+    _WhichOneofArgType__sm_percent: _TypeAlias = _typing.Literal["_sm_percent", b"_sm_percent"]  # noqa: Y015
+    _WhichOneofReturnType__temperature_celsius: _TypeAlias = _typing.Literal["temperature_celsius"]  # noqa: Y015
+    _WhichOneofArgType__temperature_celsius: _TypeAlias = _typing.Literal["_temperature_celsius", b"_temperature_celsius"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decoder_percent) -> _WhichOneofReturnType__decoder_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__encoder_percent) -> _WhichOneofReturnType__encoder_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_percent) -> _WhichOneofReturnType__memory_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_used_bytes) -> _WhichOneofReturnType__memory_used_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_milliwatts) -> _WhichOneofReturnType__power_milliwatts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sm_percent) -> _WhichOneofReturnType__sm_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_celsius) -> _WhichOneofReturnType__temperature_celsius | None: ...
 
 Global___Gpu: _TypeAlias = Gpu  # noqa: Y015
 

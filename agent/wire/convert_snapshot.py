@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agent.core.snapshots import GpuSnapshot, InstanceSnapshot, NodeSnapshot
+from agent.core.types import GpuSample
 from agent.v1 import types_pb2
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration
 from agent.wire.convert_enums import state_to_proto
@@ -15,6 +16,11 @@ _LEVELS = {
     "WARN": types_pb2.Capability.LEVEL_WARN,
     "FAIL": types_pb2.Capability.LEVEL_FAIL,
 }
+
+_FIGURES = (
+    *("memory_used_bytes", "sm_percent", "memory_percent", "encoder_percent", "decoder_percent"),
+    *("temperature_celsius", "power_milliwatts"),
+)
 
 
 def instance_to_proto(snapshot: InstanceSnapshot, node: str, *, with_spec: bool = True) -> types_pb2.Instance:
@@ -66,14 +72,25 @@ def instance_load(snapshot: InstanceSnapshot) -> InstanceLoad:
 def gpu_snapshot_to_proto(snapshot: GpuSnapshot) -> types_pb2.Gpu:
     """The GPU with what the node's book knows of it."""
     message = gpu_to_proto(snapshot.gpu)
-    message.memory_used_bytes = snapshot.memory_used_bytes
+    if snapshot.figures is not None:
+        _add_figures(message, snapshot.figures)
     if snapshot.holder:
         message.holder_uids.append(snapshot.holder)
     message.waiter_uids.extend(snapshot.waiters)
     if snapshot.cordoned:
         message.health = types_pb2.Gpu.HEALTH_CORDONED
         message.cordoned_reason = snapshot.cordoned
+    if snapshot.figures is not None and snapshot.figures.lost:
+        message.health = types_pb2.Gpu.HEALTH_LOST
     return message
+
+
+def _add_figures(message: types_pb2.Gpu, figures: GpuSample) -> None:
+    """What is unknown stays absent."""
+    for name in _FIGURES:
+        value = getattr(figures, name)
+        if value is not None:
+            setattr(message, name, value)
 
 
 def node_state(snapshot: NodeSnapshot) -> types_pb2.Node.State.ValueType:

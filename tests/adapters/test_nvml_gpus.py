@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 from pynvml import NVML_ERROR_GPU_IS_LOST, NVMLError
 
-from agent.adapters.nvml_gpus import NvmlGpus, NvmlSession
+from agent.adapters.nvml_gpus import NvmlGpus
+from agent.adapters.nvml_session import NvmlSession
 from agent.core.errors import UnavailableError
-from agent.core.types import Gpu, GpuProcess
+from agent.core.types import Gpu
+from agent.ports import GpuProcesses
 
 
 class MoodySession(NvmlSession):
@@ -27,15 +29,15 @@ class MoodySession(NvmlSession):
         self.threads.add(threading.current_thread().name)
         return ()
 
-    def processes(self) -> Sequence[GpuProcess]:
+    def processes(self) -> GpuProcesses:
         self.hung.set()
         assert self.go.wait(20)
-        return ()
+        return GpuProcesses()
 
     def reset(self) -> None:
         """Nothing to reset."""
 
-    def memory_used(self) -> dict[str, int]:
+    def memory_free(self) -> Mapping[str, int]:
         raise NVMLError(NVML_ERROR_GPU_IS_LOST)
 
 
@@ -50,7 +52,7 @@ async def test_all_calls_are_made_by_one_thread_that_is_not_the_loops() -> None:
 async def test_an_error_of_nvml_says_what_to_look_at() -> None:
     gpus = NvmlGpus(session=MoodySession())
     with pytest.raises(UnavailableError, match=r"NVML_UNAVAILABLE.*GPU is lost") as failure:
-        await gpus.memory_used()
+        await gpus.memory_free()
     assert failure.value.reason == "NVML_UNAVAILABLE"
     assert list(await gpus.list_gpus()) == []
     await gpus.close()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from agent.core.snapshots import CapabilityLine, GpuSnapshot, InstanceSnapshot, NodeSnapshot
-from agent.core.types import SECOND_NS, FunctionSpec, Gpu, InstanceState
+from agent.core.types import SECOND_NS, FunctionSpec, Gpu, GpuSample, InstanceState
 from agent.v1 import types_pb2
 from agent.wire.convert_load import gpu_from_proto, instance_of_load
 from agent.wire.convert_snapshot import instance_load, instance_to_proto, node_load, node_to_proto, registration
@@ -51,8 +51,8 @@ NODE = NodeSnapshot(
     driver_version="580.65.06",
     cuda_version="13.0",
     gpus=(
-        GpuSnapshot(Gpu("GPU-1", 0, "NVIDIA L4", 24 << 30), 1 << 30, "i-2", ("i-1", "i-3"), ""),
-        GpuSnapshot(Gpu("GPU-2", 1, "NVIDIA L4", 24 << 30, persistence=False), 0, "", ("i-4",), "XID_79"),
+        GpuSnapshot(Gpu("GPU-1", 0, "NVIDIA L4", 24 << 30), GpuSample("GPU-1", 1 << 30, sm_percent=0), "i-2", ("i-1", "i-3"), ""),
+        GpuSnapshot(Gpu("GPU-2", 1, "NVIDIA L4", 24 << 30, persistence=False), None, "", ("i-4",), "XID_79"),
     ),
     host_total_bytes=256 << 30,
     host_available_bytes=200 << 30,

@@ -1,0 +1,140 @@
+"""XID events of all GPUs (ports.GpuEvents), read by a thread of its own: NVML's wait blocks, and hangs with the driver.
+
+Errors of NVML end the event set; it is made anew, with a growing pause. The thread is a daemon: one that hangs in the
+driver ends with the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import threading
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+from pynvml import (
+    NVMLError,
+    NVMLError_Timeout,
+    nvmlDeviceGetCount,
+    nvmlDeviceGetHandleByIndex,
+    nvmlDeviceGetUUID,
+    nvmlDeviceRegisterEvents,
+    nvmlEventSetCreate,
+    nvmlEventSetFree,
+    nvmlEventSetWait,
+    nvmlEventTypeXidCriticalError,
+    nvmlInit,
+    nvmlShutdown,
+)
+
+from agent.core.types import Xid
+from agent.log import get_logger
+
+MAX_UNREAD = 256
+WAIT_MS = 500
+FIRST_PAUSE_S = 1.0
+LAST_PAUSE_S = 60.0
+
+_log = get_logger()
+
+
+class NvmlEvents:
+    """`agent.ports.GpuEvents`. The thread starts with the first `next_xid`; `lost` counts events that nobody read."""
+
+    def __init__(self) -> None:
+        self.lost = 0
+        self._unread: deque[Xid] = deque()
+        self._arrived = asyncio.Event()
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def next_xid(self) -> Xid:
+        """The oldest that was not read."""
+        if self._thread is None:
+            self._loop = asyncio.get_running_loop()
+            self._thread = threading.Thread(target=self._watch, name="nvml-events", daemon=True)
+            self._thread.start()
+        while not self._unread:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._unread.popleft()
+
+    def close(self) -> None:
+        """The thread ends within its next wait; it is not waited for."""
+        self._stop.set()
+
+    def _add(self, xid: Xid) -> None:
+        if len(self._unread) >= MAX_UNREAD:
+            self._unread.popleft()
+            self.lost += 1
+        self._unread.append(xid)
+        self._arrived.set()
+
+    # ---- the thread -----------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not self._stop.is_set():
+            try:
+                if not self._serve():
+                    return
+                pause_s = FIRST_PAUSE_S
+            except NVMLError as error:
+                _log.debug("gpu.events_interrupted", error=str(error), pause_s=pause_s)
+            self._stop.wait(pause_s)
+            pause_s = min(pause_s * 2, LAST_PAUSE_S)
+
+    def _serve(self) -> bool:
+        """Hand on events until told to stop (False). True: there is no GPU to listen to, look again later."""
+        nvmlInit()
+        try:
+            events = nvmlEventSetCreate()
+            try:
+                names = _register(events)
+                while names and not self._stop.is_set():
+                    with suppress(NVMLError_Timeout):
+                        self._hand_on(nvmlEventSetWait(events, WAIT_MS), names)
+                return not names
+            finally:
+                with suppress(NVMLError):
+                    nvmlEventSetFree(events)
+        finally:
+            with suppress(NVMLError):
+                nvmlShutdown()
+
+    def _hand_on(self, event: Any, names: dict[int, str]) -> None:
+        """By the handle: a GPU that is lost does not tell its UUID any more."""
+        if event.eventType != nvmlEventTypeXidCriticalError or self._loop is None:
+            return
+        uuid = _name(event.device, names)
+        if uuid:
+            with suppress(RuntimeError):  # the loop has been closed meanwhile
+                self._loop.call_soon_threadsafe(self._add, Xid(uuid, int(event.eventData)))
+
+
+def _register(events: Any) -> dict[int, str]:
+    """UUID by the handle's identity of every GPU that reports XIDs."""
+    names: dict[int, str] = {}
+    for index in range(nvmlDeviceGetCount()):
+        with suppress(NVMLError):  # a lost one, or one that knows no events
+            handle = nvmlDeviceGetHandleByIndex(index)
+            uuid = nvmlDeviceGetUUID(handle)
+            nvmlDeviceRegisterEvents(handle, nvmlEventTypeXidCriticalError, events)
+            names[_identity(handle)] = uuid
+    return names
+
+
+def _identity(handle: Any) -> int:
+    """The address of NVML's own record: the same for the same device as long as NVML is initialised."""
+    return ctypes.cast(handle, ctypes.c_void_p).value or 0
+
+
+def _name(handle: Any, names: dict[int, str]) -> str:
+    found = names.get(_identity(handle))
+    if found is not None:
+        return found
+    with suppress(NVMLError):
+        return str(nvmlDeviceGetUUID(handle))
+    return ""

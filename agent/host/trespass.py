@@ -1,0 +1,82 @@
+"""Kills what uses a GPU that its instance does not hold (event gpu.trespass).
+
+An instance is told its GPUs by CUDA_VISIBLE_DEVICES; a process that takes that away can reach the others (with
+`gpu.migrate` and on plain hosts all devices are within reach), and would take memory from whoever holds them. One look
+may fall between a grant and what NVML shows, so two in a row count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from agent.core.types import MIB, Handle
+from agent.host.actor import Actor
+from agent.host.events import EventLog
+from agent.host.gpu_desk import GpuDesk
+from agent.ports import Gpus, Runtime
+
+LEAST_BYTES = MIB
+"""Less is none of our business, and memory that NVML can't tell counts as less."""
+LOOKS = 2
+
+
+class Trespass:
+    """`look` once a sample. Only processes of our own instances are ever touched."""
+
+    def __init__(
+        self, gpus: Gpus, runtime: Runtime, desk: GpuDesk, actors: Mapping[str, Actor], events: EventLog
+    ) -> None:
+        self._gpus = gpus
+        self._runtime = runtime
+        self._desk = desk
+        self._actors = actors
+        self._events = events
+        self._seen: dict[tuple[str, str, int], int] = {}
+
+    async def look(self) -> None:
+        """One look at all GPUs that answer. Raises UnavailableError NVML_UNAVAILABLE, OSError."""
+        used = [process for process in await self._gpus.processes() if process.used_bytes >= LEAST_BYTES]
+        owners = await self._owners({process.pid for process in used})
+        found = {
+            (owner.uid, process.gpu_uuid, process.pid): owner
+            for process in used
+            if (owner := owners.get(process.pid)) is not None and not self._may_use(owner, process.gpu_uuid)
+        }
+        self._seen = {place: min(self._seen.get(place, 0) + 1, LOOKS + 1) for place in found}
+        for (_, gpu_uuid, pid), owner in found.items():
+            await self._kill(owner, gpu_uuid, pid)
+
+    def _may_use(self, owner: Actor, gpu_uuid: str) -> bool:
+        held = self._desk.book.holders.get(owner.uid)
+        return owner.state.terminal or (held is not None and gpu_uuid in held.gpus)
+
+    async def _owners(self, pids: set[int]) -> dict[int, Actor]:
+        """The live instance of each process, as its container says now."""
+        owners: dict[int, Actor] = {}
+        for actor in list(self._actors.values()) if pids else []:
+            handle = actor.handle_of_container
+            if handle is not None and not actor.state.terminal:
+                owners.update((pid, actor) for pid in await self._pids(handle) if pid in pids)
+        return owners
+
+    async def _pids(self, handle: Handle) -> list[int]:
+        try:
+            return list(await self._runtime.pids(handle))
+        except OSError:  # it ended meanwhile
+            return []
+
+    async def _kill(self, owner: Actor, gpu_uuid: str, pid: int) -> None:
+        """The book may have changed while others were killed, so it is asked again. Whether the pid still is one of
+        the instance's is `kill_processes`'s own rule."""
+        looks = self._seen[owner.uid, gpu_uuid, pid]
+        handle = owner.handle_of_container
+        if looks < LOOKS or handle is None or self._may_use(owner, gpu_uuid):
+            return
+        if looks == LOOKS:  # once told is enough, should it not die at once
+            held = self._desk.book.holders.get(owner.uid)
+            holds = ", ".join(held.gpus) if held is not None else "none now"
+            text = (
+                f"GPU_TRESPASS: process {pid} of {owner.uid} is on GPU {gpu_uuid}, it holds {holds}: killed"
+            )
+            self._events.add(owner.uid, "gpu.trespass", text, gpu=gpu_uuid, pid=pid)
+        await self._runtime.kill_processes(handle, [pid])
