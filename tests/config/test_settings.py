@@ -107,8 +107,11 @@ def test_an_open_address_needs_insecure(host: str, section: str, kind: type[Sect
         ({"gpu": {"driver_workers": 0}}, "gpu.driver_workers: expected a whole number >= 1"),
         ({"gpu": {"mounts": {"binds": ["/a"]}}}, "gpu.mounts.binds[0]: must be /host/path:/container/path"),
         ({"runtime": {"process": {"ports": {"first": 9000}}}}, "runtime.process.ports.last: must not be below first"),
-        ({"gpu": {"checkpointer": "utility"}}, "gpu.checkpointer: utility is not built yet"),
-        ({"gpu": {"migrate": True}}, "gpu.migrate: is not built yet"),
+        ({"gpu": {"checkpointer": "toggle"}}, "gpu.checkpointer: "),
+        (
+            {"gpu": {"migrate": True}},
+            "gpu.migrate: lets every instance see all GPUs of this host",
+        ),
         ({"gpu": {"attach": "cdi"}}, "gpu.attach: cdi needs a container engine, which is not built yet"),
         ({"gpu": {"attach": "nvidia-runtime"}}, "gpu.attach: nvidia-runtime needs a container engine"),
         ({"gpu": {"attach": "mounts", "mounts": {"binds": ["/a:/b"]}}}, "gpu.mounts.binds: needs a container engine"),
