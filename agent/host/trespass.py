@@ -18,6 +18,7 @@ from agent.ports import Gpus, Runtime
 LEAST_BYTES = MIB
 """Less is none of our business, and memory that NVML can't tell counts as less."""
 LOOKS = 2
+MAX_REMEMBERED = 4096
 
 
 class Trespass:
@@ -32,15 +33,19 @@ class Trespass:
         self._actors = actors
         self._events = events
         self._seen: dict[tuple[str, str, int], int] = {}
+        self._uid_of: dict[
+            int, str
+        ] = {}  # what was found out about a pid, "" = none of ours; never believed for a kill
 
     async def look(self) -> None:
         """One look at all GPUs that answer. Raises UnavailableError NVML_UNAVAILABLE, OSError."""
         used = [process for process in await self._gpus.processes() if process.used_bytes >= LEAST_BYTES]
-        owners = await self._owners({process.pid for process in used})
+        await self._find_owners({process.pid for process in used})
         found = {
             (owner.uid, process.gpu_uuid, process.pid): owner
             for process in used
-            if (owner := owners.get(process.pid)) is not None and not self._may_use(owner, process.gpu_uuid)
+            if (owner := self._actors.get(self._uid_of[process.pid])) is not None
+            and not self._may_use(owner, process.gpu_uuid)
         }
         self._seen = {place: min(self._seen.get(place, 0) + 1, LOOKS + 1) for place in found}
         for (_, gpu_uuid, pid), owner in found.items():
@@ -50,14 +55,21 @@ class Trespass:
         held = self._desk.book.holders.get(owner.uid)
         return owner.state.terminal or (held is not None and gpu_uuid in held.gpus)
 
-    async def _owners(self, pids: set[int]) -> dict[int, Actor]:
-        """The live instance of each process, as its container says now."""
-        owners: dict[int, Actor] = {}
-        for actor in list(self._actors.values()) if pids else []:
+    async def _find_owners(self, pids: set[int]) -> None:
+        """Whose container each process is in. Asked once about each pid: without cgroups an answer is a walk through
+        all processes of the host, and every awake instance shows here every second."""
+        kept = {
+            pid: uid
+            for pid, uid in self._uid_of.items()
+            if (uid in self._actors if uid else pid in pids)  # a stranger's number is forgotten when it goes
+        }
+        self._uid_of = kept if len(kept) <= MAX_REMEMBERED else {}
+        unknown = pids - self._uid_of.keys()
+        for actor in list(self._actors.values()) if unknown else []:
             handle = actor.handle_of_container
-            if handle is not None and not actor.state.terminal:
-                owners.update((pid, actor) for pid in await self._pids(handle) if pid in pids)
-        return owners
+            if handle is not None:
+                self._uid_of.update((pid, actor.uid) for pid in await self._pids(handle) if pid in unknown)
+        self._uid_of.update((pid, "") for pid in unknown - self._uid_of.keys())
 
     async def _pids(self, handle: Handle) -> list[int]:
         try:
@@ -66,17 +78,20 @@ class Trespass:
             return []
 
     async def _kill(self, owner: Actor, gpu_uuid: str, pid: int) -> None:
-        """The book may have changed while others were killed, so it is asked again. Whether the pid still is one of
-        the instance's is `kill_processes`'s own rule."""
+        """What may have changed meanwhile is asked again: the container first, then the book. That the pid is not used
+        again before the signal is `kill_processes`'s own rule."""
         looks = self._seen[owner.uid, gpu_uuid, pid]
         handle = owner.handle_of_container
-        if looks < LOOKS or handle is None or self._may_use(owner, gpu_uuid):
+        if looks < LOOKS or handle is None:
+            return
+        if pid not in await self._pids(handle):
+            self._uid_of.pop(pid, None)
+            return
+        if self._may_use(owner, gpu_uuid):
             return
         if looks == LOOKS:  # once told is enough, should it not die at once
             held = self._desk.book.holders.get(owner.uid)
             holds = ", ".join(held.gpus) if held is not None else "none now"
-            text = (
-                f"GPU_TRESPASS: process {pid} of {owner.uid} is on GPU {gpu_uuid}, it holds {holds}: killed"
-            )
+            text = f"GPU_TRESPASS: process {pid} of {owner.uid} is on GPU {gpu_uuid}, it holds {holds}: killed"
             self._events.add(owner.uid, "gpu.trespass", text, gpu=gpu_uuid, pid=pid)
         await self._runtime.kill_processes(handle, [pid])

@@ -43,6 +43,7 @@ FROZEN = InstanceSnapshot(
     idle_ns=8,
     unbilled_ns=9,
 )
+FIRST_GPU = Gpu("GPU-1", 0, "NVIDIA L4", 24 << 30)
 NODE = NodeSnapshot(
     name="node-7",
     boot_id="boot-1",
@@ -51,7 +52,7 @@ NODE = NodeSnapshot(
     driver_version="580.65.06",
     cuda_version="13.0",
     gpus=(
-        GpuSnapshot(Gpu("GPU-1", 0, "NVIDIA L4", 24 << 30), GpuSample("GPU-1", 1 << 30, sm_percent=0), "i-2", ("i-1", "i-3"), ""),
+        GpuSnapshot(FIRST_GPU, GpuSample("GPU-1", 1 << 30, sm_percent=0), "i-2", ("i-1", "i-3"), ""),
         GpuSnapshot(Gpu("GPU-2", 1, "NVIDIA L4", 24 << 30, persistence=False), None, "", ("i-4",), "XID_79"),
     ),
     host_total_bytes=256 << 30,
