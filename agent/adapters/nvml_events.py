@@ -15,6 +15,7 @@ from typing import Any
 
 from pynvml import (
     NVMLError,
+    NVMLError_NotSupported,
     NVMLError_Timeout,
     nvmlDeviceGetCount,
     nvmlDeviceGetHandleByIndex,
@@ -35,19 +36,23 @@ MAX_UNREAD = 256
 WAIT_MS = 500
 FIRST_PAUSE_S = 1.0
 LAST_PAUSE_S = 60.0
+RETRY_WAITS = 120
+"""Where a GPU could not be listened to, so many waits later it is tried again: a minute."""
 
 _log = get_logger()
 
 
 class NvmlEvents:
-    """`agent.ports.GpuEvents`. The thread starts with the first `next_xid`; `lost` counts events that nobody read."""
+    """`agent.ports.GpuEvents`. The thread starts with the first `next_xid`; `dropped` counts those that nobody
+    read in time."""
 
     def __init__(self) -> None:
-        self.lost = 0
+        self.dropped = 0
         self._unread: deque[Xid] = deque()
         self._arrived = asyncio.Event()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        self._heard = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def next_xid(self) -> Xid:
@@ -68,7 +73,7 @@ class NvmlEvents:
     def _add(self, xid: Xid) -> None:
         if len(self._unread) >= MAX_UNREAD:
             self._unread.popleft()
-            self.lost += 1
+            self.dropped += 1
         self._unread.append(xid)
         self._arrived.set()
 
@@ -77,26 +82,29 @@ class NvmlEvents:
     def _watch(self) -> None:
         pause_s = FIRST_PAUSE_S
         while not self._stop.is_set():
+            self._heard = False
             try:
-                if not self._serve():
-                    return
-                pause_s = FIRST_PAUSE_S
+                self._serve()
             except NVMLError as error:
                 _log.debug("gpu.events_interrupted", error=str(error), pause_s=pause_s)
+            if self._heard:  # NVML was well in between
+                pause_s = FIRST_PAUSE_S
             self._stop.wait(pause_s)
             pause_s = min(pause_s * 2, LAST_PAUSE_S)
 
-    def _serve(self) -> bool:
-        """Hand on events until told to stop (False). True: there is no GPU to listen to, look again later."""
+    def _serve(self) -> None:
+        """Hand on events until told to stop, or until it is time to try again to hear of the GPUs that are missing."""
         nvmlInit()
         try:
             events = nvmlEventSetCreate()
             try:
-                names = _register(events)
-                while names and not self._stop.is_set():
+                names, missing = _register(events)
+                waits = 0
+                while names and not self._stop.is_set() and (not missing or waits < RETRY_WAITS):
+                    waits += 1
                     with suppress(NVMLError_Timeout):
                         self._hand_on(nvmlEventSetWait(events, WAIT_MS), names)
-                return not names
+                    self._heard = True
             finally:
                 with suppress(NVMLError):
                     nvmlEventSetFree(events)
@@ -114,16 +122,21 @@ class NvmlEvents:
                 self._loop.call_soon_threadsafe(self._add, Xid(uuid, int(event.eventData)))
 
 
-def _register(events: Any) -> dict[int, str]:
-    """UUID by the handle's identity of every GPU that reports XIDs."""
+def _register(events: Any) -> tuple[dict[int, str], bool]:
+    """UUID by the handle's identity of every GPU that reports XIDs; and whether one that should could not be asked."""
     names: dict[int, str] = {}
+    missing = False
     for index in range(nvmlDeviceGetCount()):
-        with suppress(NVMLError):  # a lost one, or one that knows no events
+        try:
             handle = nvmlDeviceGetHandleByIndex(index)
             uuid = nvmlDeviceGetUUID(handle)
             nvmlDeviceRegisterEvents(handle, nvmlEventTypeXidCriticalError, events)
             names[_identity(handle)] = uuid
-    return names
+        except NVMLError_NotSupported:
+            continue
+        except NVMLError:
+            missing = True
+    return names, missing
 
 
 def _identity(handle: Any) -> int:

@@ -102,7 +102,7 @@ def test_a_random_walk_keeps_the_cordons_it_should(seed: int) -> None:
     rows, well, answered_ns, ever_lost = 0, 0, 0, False
     for _ in range(500):
         now_ns += dice.choice([1, 1, 1, 4]) * SECOND_NS
-        event: Event = dice.choices([Sampled(GOOD), Sampled(BAD_A), NoAnswer(), Sampled(LOST_A)], [10, 6, 5, 0.02])[0]
+        event = dice.choices(steps, [10, 6, 5, 0.02])[0]
         was_failing = (A, NVML) in in_force
         health, effects = step(health, event, now_ns)
         for effect in effects:
