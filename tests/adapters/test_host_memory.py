@@ -143,6 +143,47 @@ def test_this_very_host_can_be_read() -> None:
     assert room is None or room >= 0
 
 
+def test_v1_with_swap_the_tighter_of_both_limits_counts(proc: Path, tmp_path: Path) -> None:
+    write(proc / "self/mountinfo", f"35 31 0:32 / {tmp_path / 'memory'} rw - cgroup cgroup rw,memory\n")
+    write(proc / f"{PID}/cgroup", "4:memory:/resize-a\n")
+    v1_limits(tmp_path / "memory/resize-a", limit=2 * GIB, used=GIB)
+    write(tmp_path / "memory/resize-a/memory.memsw.limit_in_bytes", f"{2 * GIB}\n")
+    write(tmp_path / "memory/resize-a/memory.memsw.usage_in_bytes", f"{2 * GIB - 8 * MIB}\n")
+    assert ProcHostMemory(proc).headroom_bytes(HANDLE) == 8 * MIB
+
+
+def test_what_frozen_processes_hold_is_an_upper_bound_of_their_image(proc: Path) -> None:
+    write(proc / f"{PID}/statm", "90000 5000 1200 1 0 8000 0\n")
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert ProcHostMemory(proc).resident_bytes([PID, 4712]) == 5000 * page, "one of them has ended"
+
+
+def test_sizes_of_images_outlive_the_agent_and_go_with_their_instances(proc: Path, tmp_path: Path) -> None:
+    before = ProcHostMemory(proc, images=tmp_path / "images")
+    assert before.noted_image("resize-a") is None
+    for uid, size in [("resize-a", GIB), ("resize-b", GIB), ("resize-a", 2 * GIB), ("resize-c", GIB)]:
+        before.note_image(uid, size)
+    after = ProcHostMemory(proc, images=tmp_path / "images")
+    assert after.noted_image("resize-a") == 2 * GIB
+    write(tmp_path / "images/resize-b.bytes", "")  # a disk that was full
+    assert after.noted_image("resize-b") is None
+    write(tmp_path / "images/resize-d.partial", "1")  # an agent that died while it wrote
+    after.recover(living=["resize-a", "resize-b"], frozen=["resize-a"])
+    after.forget("resize-b")
+    after.forget("resize-b")
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["resize-a.bytes"]
+
+
+def test_without_folders_nothing_is_raised_and_nothing_remembered(proc: Path) -> None:
+    memory = ProcHostMemory(proc)
+    assert "memorySize" in memory.raise_limit(HANDLE, GIB)
+    memory.note_image("resize-a", GIB)
+    assert memory.noted_image("resize-a") is None
+    assert not memory.limit_raised("resize-a")
+    memory.lower_limit("resize-a")
+    memory.recover([], [])
+
+
 def test_the_fake_answers_what_it_is_told() -> None:
     fake = FakeHostMemory(available=GIB)
     assert fake.headroom_bytes(HANDLE) is None
