@@ -4,8 +4,8 @@ Rules (DESIGN section 3). GPUs are dedicated: an awake instance holds whole GPUs
 nobody holds some while waiting for more. First come, first served: what the head of the queue can use is reserved for
 it, later waiters may use only what it cannot. A victim is the least recently used idle holder that may be preempted;
 if it refuses, the next. When a waiter has waited `max_hold_ns`, a busy holder is asked to drain. A GPU changes hands
-only on proof (`Released`), never on a state. With `migrate`, whoever waits may use any GPU of its own GPUs' model,
-rather its own; where it woke is its own from then on.
+only on proof (`Released`), never on a state; who gave it up may have it back without. With `migrate`, whoever waits may
+use any GPU of its own GPUs' model, rather its own; where it woke is its own from then on.
 """
 
 from __future__ import annotations
@@ -249,8 +249,13 @@ def _serve(book: Book, at: int) -> BookStep:
     reserved: set[str] = set()
     look_again: list[int] = []
     for waiter in book.queue:
-        if waiter.uid in book.holders:
-            continue  # what it gave up is not proven free: it keeps its place in the line, and holds nothing twice
+        if (held := book.holders.get(waiter.uid)) is not None:
+            # What it gave up is not proven free: for itself it need not be. Else it keeps its place in the line, for
+            # nobody holds GPUs twice.
+            if reserved.isdisjoint(held.gpus) and set(held.gpus) <= set(waiter.allowed) and _usable(book, held.gpus):
+                book = _take(_leave(book, waiter.uid), waiter.uid, held.gpus, at)
+                effects.append(Grant(waiter.uid, held.gpus))
+            continue
         usable = [u for u in waiter.allowed if u not in reserved and not book.devices[u].cordoned]
         free = [u for u in usable if not book.devices[u].holder]
         if len(free) >= waiter.count:
@@ -273,6 +278,10 @@ def _serve(book: Book, at: int) -> BookStep:
     if look_again:
         effects.append(WakeMeAt(min(look_again)))
     return book, effects
+
+
+def _usable(book: Book, gpus: tuple[str, ...]) -> bool:
+    return not any(book.devices[uuid].cordoned for uuid in gpus)
 
 
 def _make_room(

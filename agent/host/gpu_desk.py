@@ -128,6 +128,9 @@ class GpuDesk:
             case book_events.Assigned(uid) | book_events.Unassignable(uid):
                 self._answers[uid] = effect
             case book_events.Grant(uid, gpus):
+                proof = self._proofs.pop(uid, None)
+                if proof is not None:  # it has its own GPUs back: there is nothing to prove any more
+                    proof.cancel()
                 self._tell(uid, ev.Granted(gpus))
             case book_events.Unservable(uid, message):
                 self._tell(uid, ev.GpusLost(message))
@@ -195,12 +198,15 @@ class GpuDesk:
                     self.uncordon(gpus, source=actor.uid)
                     return
 
-    async def used_by(self, pids: set[int]) -> list[str]:
-        """The GPUs on which NVML shows one of these processes; none where it can't be asked."""
+    async def places_of(self, pids: set[int]) -> list[str] | None:
+        """The GPUs on which NVML shows one of these processes. None: on no GPU, but not all of them could be read (of
+        those that are lost for good nobody waits for an answer)."""
         try:
-            return sorted({process.gpu_uuid for process in await self._gpus.processes() if process.pid in pids})
+            shown = await self._gpus.processes()
         except HibernodeError:
-            return []
+            return None
+        found = sorted({process.gpu_uuid for process in shown if process.pid in pids})
+        return None if not found and shown.unanswered - shown.lost else found
 
     def cordon(self, uid: str, gpu_uuids: Iterable[str], reason: str, *, source: str, lasting: bool) -> None:
         """Nothing new may use these GPUs until `source` lifts it, or if `lasting` until the agent is started anew.

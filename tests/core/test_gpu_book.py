@@ -195,12 +195,32 @@ def test_a_gpu_changes_hands_on_proof_not_on_state() -> None:
     assert desk(bev.Released("leaving")) == [bev.Grant("waiter", ("A",))]
 
 
-def test_an_instance_may_want_its_gpu_back_while_the_proof_of_its_release_is_on_its_way() -> None:
+def test_who_gave_a_gpu_up_may_have_it_back_before_it_is_proven_free() -> None:
     desk = Desk()
     desk.holding("a", "A")
     desk(bev.Releasing("a"))
-    desk(bev.Ask("a"))
-    assert desk(bev.Released("a")) == [bev.Grant("a", ("A",))]
+    assert desk(bev.Ask("a")) == [bev.Grant("a", ("A",))], "what may still be there is its own"
+    assert not desk.book.holders["a"].leaving
+
+
+def test_but_not_if_somebody_was_first() -> None:
+    desk = Desk()
+    desk.holding("a", "A")
+    desk.member("first", "A")
+    desk(bev.Ask("first"))
+    desk(bev.Releasing("a"))
+    assert only(bev.Grant, desk(bev.Ask("a"))) == []
+    assert only(bev.Grant, desk(bev.Released("a"))) == ["first"]
+
+
+def test_nor_if_it_is_cordoned_meanwhile() -> None:
+    desk = Desk()
+    desk.holding("a", "A")
+    desk(bev.Releasing("a"))
+    desk(bev.Cordon("A", "NVML_ERROR", "health", lasting=False))
+    assert desk(bev.Ask("a")) == []
+    desk(bev.Released("a"))
+    assert desk(bev.Uncordon("A", "health")) == [bev.Grant("a", ("A",))]
 
 
 def test_who_leaves_the_queue_is_not_served() -> None:

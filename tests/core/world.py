@@ -170,6 +170,7 @@ class World:
             for effect in effects:
                 match effect:
                     case book_events.Grant(uid, gpus):
+                        self.releasing.discard(uid)
                         self.tell(uid, ev.Granted(gpus))
                     case book_events.AskFreeze(uid):
                         self.seen["ask freeze"] += 1
