@@ -98,6 +98,7 @@ def test_a_silent_driver_cordons_all_until_it_answers() -> None:
 def test_a_random_walk_keeps_the_cordons_it_should(seed: int) -> None:
     dice, health, now_ns = random.Random(seed), healthy([A, B], 0, LIMITS), 0
     [Sampled(GOOD), Sampled(BAD_A), NoAnswer(), Sampled(LOST_A)]
+    steps: list[Event] = [Sampled(GOOD), Sampled(BAD_A), NoAnswer(), Sampled(LOST_A)]
     in_force: set[tuple[str, str]] = set()
     rows, well, answered_ns, ever_lost = 0, 0, 0, False
     for _ in range(500):
