@@ -16,7 +16,7 @@ class Instance:
     `draining`: the book wants the GPU, the gate is closed until the last request ended. `stop`: a stop was asked
     (`stop_force`: without drain or hooks). `wake_until_ns`: an API wake counts as somebody waiting until then.
     `movable`: it may wake on other GPUs. `paused`: somebody else stopped its threads. `refusals` freezes in a row were
-    refused, the last for `refusal`: why it is awake although nobody needs it.
+    refused, the last for `refusal`: why it is awake although nobody needs it; none is tried before `retry_at_ns`.
     """
 
     uid: str
@@ -43,6 +43,7 @@ class Instance:
     hold_until_ns: int = 0
     refusals: int = 0
     refusal: str = ""
+    retry_at_ns: int = 0
     restores: int = 0
     awake_since_ns: int = 0
     reason: str = ""

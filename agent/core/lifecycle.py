@@ -218,10 +218,10 @@ def _settle(me: Instance, at: int) -> Step:
     if me.wanted:
         return me, []  # the gate opens now and grants them: never idle in the eyes of the GPU book
     hold_until = max(me.hold_until_ns, at + me.hold_ns if me.hold_ns else 0)
-    back_off = _back_off_ns(me)
-    freeze_at = max(at + max(me.freeze_after_ns, back_off), hold_until)
+    freeze_at = max(at + me.freeze_after_ns, me.retry_at_ns, hold_until)
     me = replace(me, idle_gen=me.idle_gen + 1, hold_ns=0, hold_until_ns=hold_until)
-    became = Became(idle=True, preemptible_at_ns=max(hold_until, me.awake_since_ns + me.min_awake_ns, at + back_off))
+    # From the refusal on, not from here: with a request now and then it would else never give way to anybody.
+    became = Became(idle=True, preemptible_at_ns=max(hold_until, me.awake_since_ns + me.min_awake_ns, me.retry_at_ns))
     if not me.freezable:
         return me, [became]
     return me, [became, SetIdleTimer(me.idle_gen, freeze_at)]
@@ -287,7 +287,7 @@ def _back_off_ns(me: Instance) -> int:
 
 
 def _frozen(me: Instance, at: int) -> Step:
-    me = replace(me, state=InstanceState.FROZEN, ordered=False, draining=False, refusals=0, refusal="")
+    me = replace(me, state=InstanceState.FROZEN, ordered=False, draining=False, refusals=0, refusal="", retry_at_ns=0)
     me, effects = _release(me)
     if me.stop:
         me, more = _begin_stop(me, at)
@@ -309,6 +309,7 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
             if not cancelled:
                 effects.append(Note("instance.freeze_refused", f"{reason}: {message}"))
                 me = replace(me, refusals=me.refusals + 1, refusal=f"{reason}: {message}")
+                me = replace(me, retry_at_ns=at + _back_off_ns(me))
             me = _running_again(me)
             me, more = _settle(me, at)
             return me, [*effects, *more]

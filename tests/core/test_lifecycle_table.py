@@ -196,6 +196,15 @@ def test_a_refused_freeze_backs_off_ever_longer_but_boundedly_and_says_why() -> 
     assert (frozen.state, frozen.refusals, frozen.refusal) == (S.FROZEN, 0, "")
 
 
+def test_one_that_refused_and_has_a_request_now_and_then_still_gives_way() -> None:
+    me, _ = lifecycle.step(after(RUNNING, ev.FreezeOrdered()), ev.Refused(RUNNING.op_gen + 1, "NVML_UNAVAILABLE"), AT)
+    for n in range(1, 5):
+        me, _ = lifecycle.step(me, ev.Busy(), AT + n * SECOND_NS // 2)
+        me, effects = lifecycle.step(me, ev.Quiet(), AT + n * SECOND_NS // 2)
+        (became,) = [effect for effect in effects if isinstance(effect, ev.Became)]
+        assert became.preemptible_at_ns == AT + SECOND_NS, "the back-off counts from the refusal"
+
+
 def test_a_refused_order_is_told_to_the_book() -> None:
     ordered = after(RUNNING, ev.FreezeOrdered())
     _, effects = does(ordered, ev.Refused(ordered.op_gen, "NOT_READY"))
