@@ -169,9 +169,7 @@ class Recovery:
 
     async def _running(self, record: InstanceRecord, handle: Handle) -> None:
         pids = set(await self._shell.runtime.pids(handle))
-        seen_on = tuple(await self._node.desk.used_by(pids))
-        if len(seen_on) == len(record.gpu_uuids) and set(seen_on) <= self._known_gpus:
-            record = replace(record, gpu_uuids=seen_on)  # it woke there: a move is written down at its next freeze
+        record = replace(record, gpu_uuids=await self._places(record, pids))
         size = await self._on_gpu(handle)
         devices = self._node.desk.book.devices
         taken = [uuid for uuid in record.gpu_uuids if devices[uuid].holder]
@@ -186,6 +184,20 @@ class Recovery:
         self.found.running += 1
         self._note(actor.uid, "RUNNING")
         actor.handle(ev.Unwanted())  # settle: idle until the first request
+
+    async def _places(self, record: InstanceRecord, pids: set[int]) -> tuple[str, ...]:
+        """The GPUs that an awake instance is on. A move is written down at its next freeze only: where instances move,
+        NVML is asked until it says, for a book that is wrong about one would lend the GPU that it sits on."""
+        desk, written = self._node.desk, record.gpu_uuids
+        while written:
+            seen_on = await desk.places_of(pids)
+            if seen_on is not None and len(seen_on) == len(written) and set(seen_on) <= self._known_gpus:
+                return tuple(seen_on)
+            if seen_on is not None or not desk.book.migrate:
+                break
+            self._log.warning("recovery.place_unknown", instance=record.spec.uid)
+            await asyncio.sleep(self._ask_again_s)
+        return written
 
     async def _on_gpu(self, handle: Handle) -> ImageSize:
         try:
@@ -241,7 +253,7 @@ class Recovery:
                 await runtime.destroy(handle)
         except (HibernodeError, OSError, TimeoutError) as error:
             self._shell.events.add(handle.uid, "instance.kill_failed", str(error) or "no end within the deadline")
-            uuids = gpu_uuids or await self._node.desk.used_by(set(await runtime.pids(handle)))
+            uuids = gpu_uuids or await self._node.desk.places_of(set(await runtime.pids(handle))) or ()
             self._node.desk.cordon(
                 handle.uid,
                 uuids,

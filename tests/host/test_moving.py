@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -130,6 +131,30 @@ async def test_a_new_agent_sees_by_nvml_where_an_awake_instance_is(world: World)
     again = world.node.actors[mover.uid]
     assert (again.state, again.gpu_uuids) == (InstanceState.RUNNING, (second,))
     assert world.holder(1) == mover.uid
+
+
+async def test_a_new_agent_that_nvml_does_not_answer_waits_until_it_knows_where_an_awake_instance_is(
+    world: World,
+) -> None:
+    first, second = gpus(world)
+    mover = await world.frozen()
+    world.node.desk.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
+    await enter(mover)
+    handle = mover.handle_of_container
+    assert handle is not None
+    world.gpus.processes_now = [GpuProcess(second, pid, 16 * MIB) for pid in await world.runtime.pids(handle)]
+    world.gpus.errors[second] = "silent"
+    world.freezer.states[mover.uid] = Condition.AWAKE
+    await world.billing.flush()
+    await world.kill_agent()
+    await world.boot()
+    recovering = asyncio.create_task(world.recover())
+    asked = world.gpus.calls.count("processes")
+    await eventually(lambda: world.gpus.calls.count("processes") > asked + 1)
+    assert world.holder(0) == "", "the GPU on which it was last frozen is not believed"
+    world.gpus.errors.clear()
+    await recovering
+    assert (world.holder(0), world.holder(1)) == ("", mover.uid)
 
 
 async def test_without_migration_the_frozen_instance_of_a_lost_gpu_is_given_up_when_somebody_asks() -> None:
