@@ -11,6 +11,8 @@ import pytest
 
 from agent.api.admin_http import AdminServer
 from agent.api.agent_metrics import AgentHealth, AgentMetrics
+from agent.core.types import GpuSample
+from agent.host.observe import Observer
 from tests.api.test_instance_servicer import observer_of
 from tests.host.rig import a_world
 
@@ -91,3 +93,27 @@ async def test_metrics_tell_instances_gpus_and_the_health_of_the_ledger() -> Non
         } <= lines
         assert "scheduler_connected" not in text
         assert "instance=" not in text, "Prometheus uses that label itself"
+
+
+async def test_metrics_of_gpus_are_in_base_units_and_what_is_unknown_has_none() -> None:
+    async with a_world() as world:
+        first, second = [gpu.uuid for gpu in world.gpus.gpus]
+        figures = {
+            first: GpuSample(first, 1 << 30, sm_percent=0, temperature_celsius=41, power_milliwatts=61_500),
+            second: GpuSample(second, error="GPU is lost", lost=True),
+        }
+        observer = Observer(world.node, observer_of(world).identity, world.clock, world.billing.totals, lambda: figures)
+        health = AgentHealth(
+            store_ok=True, pending_windows=0, merged_windows=0, unmatched_ends=0, scheduler_connected=None
+        )
+        text = AgentMetrics(observer, lambda: health, {(second, 79): 2}).render().decode()
+        assert {
+            f'hibernode_gpu_memory_used_bytes{{gpu="{first}"}} 1.073741824e+09',
+            f'hibernode_gpu_sm_utilization_ratio{{gpu="{first}"}} 0.0',
+            f'hibernode_gpu_temperature_celsius{{gpu="{first}"}} 41.0',
+            f'hibernode_gpu_power_watts{{gpu="{first}"}} 61.5',
+            f'hibernode_gpu_lost{{gpu="{second}"}} 1.0',
+            f'hibernode_gpu_xid_events_total{{code="79",gpu="{second}"}} 2.0',
+        } <= set(text.splitlines())
+        assert "hibernode_gpu_encoder_utilization_ratio{" not in text
+        assert f'hibernode_gpu_memory_used_bytes{{gpu="{second}"}}' not in text
