@@ -15,5 +15,5 @@ settings.register_profile("home", deadline=None, suppress_health_check=[HealthCh
 settings.register_profile("ci", settings.get_profile("home"), derandomize=True, database=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "home")
 
-# The fixture `nvidia`: one emulated driver for every folder that asks for it.
-pytest_plugins = ("tests.fakes.emulated_driver",)
+# `workers`: what holds when several run at once. The fixture `nvidia`: one emulated driver for all who ask for it.
+pytest_plugins = ("tests.workers", "tests.fakes.emulated_driver")

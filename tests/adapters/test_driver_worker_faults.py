@@ -202,8 +202,8 @@ async def test_a_worker_is_small(start: Start) -> None:
 async def test_200_deaths_leave_no_descriptor_no_zombie_and_no_memory(start: Start) -> None:
     pool = await start()
     await die(pool, 5)
-    before, children = open_descriptors(), own_children()
     gc.collect()
+    before, children = open_descriptors(), own_children()
     memory = psutil.Process().memory_info().rss
     await die(pool, 200)
     gc.collect()

@@ -93,6 +93,7 @@ async def test_a_program_that_is_not_there() -> None:
 
 
 @pytest.mark.root
+@pytest.mark.alone
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's own program counts as MPS")
 @pytest.mark.parametrize(
     ("name", "owner", "counts"),

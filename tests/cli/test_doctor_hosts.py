@@ -231,6 +231,7 @@ def test_an_nvml_that_fails(tmp_path: Path, body: str, said: str, fix: str) -> N
 
 
 @pytest.mark.root
+@pytest.mark.alone
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run MPS's name as root's program")
 def test_an_mps_daemon(host: Patient, tmp_path: Path) -> None:
     """Its name counts if it is root's program: a tenant may call his own as he likes."""
