@@ -62,6 +62,11 @@ def test_node(at_home: Run) -> None:
     assert "5.0 GiB reserved for sleeping instances" in done.out
     assert next(line[:4] for line in done.words if line[:1] == ["0"]) == ["0", "Emulated", "T4", "GPU-aaaa"]
     assert "CORDONED" in done.out
+    assert "37%" in done.out
+    assert "62 W" in done.out
+    assert ["1", "XID_79:", "the", "GPU", "has", "fallen", "off", "the", "bus"] in done.words
+    unknown = next(line for line in done.words if line[:1] == ["1"])
+    assert unknown.count("-") >= 7, "unknown is not 0"
     found = at_home("node", "-o", "json").json
     assert found["gpus"][0]["holder_uids"] == ["i-run"]
     assert found["host_memory"]["reserved_bytes"] == 5 << 30

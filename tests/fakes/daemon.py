@@ -151,8 +151,22 @@ NODE = types_pb2.Node(
     cuda_version="13.0",
     state=types_pb2.Node.STATE_READY,
     gpus=[
-        types_pb2.Gpu(uuid="GPU-aaaa", model="Emulated T4", memory_total_bytes=16 * GIB, holder_uids=["i-run"]),
-        types_pb2.Gpu(index=1, uuid="GPU-bbbb", model="Emulated T4", health=types_pb2.Gpu.HEALTH_CORDONED),
+        types_pb2.Gpu(
+            uuid="GPU-aaaa",
+            model="Emulated T4",
+            memory_total_bytes=16 * GIB,
+            memory_used_bytes=0,
+            sm_percent=37,
+            power_milliwatts=61_500,
+            holder_uids=["i-run"],
+        ),
+        types_pb2.Gpu(
+            index=1,
+            uuid="GPU-bbbb",
+            model="Emulated T4",
+            health=types_pb2.Gpu.HEALTH_CORDONED,
+            cordoned_reason="XID_79: the GPU has fallen off the bus",
+        ),
     ],
     host_memory=types_pb2.HostMemory(total_bytes=64 * GIB, available_bytes=40 * GIB, reserved_bytes=5 * GIB),
     capabilities=[
