@@ -1,4 +1,4 @@
-"""Emulated drivers for the tests: the libraries are built once a session, in a folder that pytest removes."""
+"""Emulated drivers for the tests. Their libraries lie where users have them, built once for the same sources."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from agent.emulated.build import default_cache
 from tests.adapters.emulated.harness import CudaProgram, RunningDriver
 
 StartDriver = Callable[..., RunningDriver]
 
 
 @pytest.fixture(scope="session")
-def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build_cache() -> Path:
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         pytest.skip("the emulated driver needs a C compiler: apt-get install gcc libc6-dev")
-    return tmp_path_factory.mktemp("cache")
+    return default_cache().parents[1]
 
 
 @pytest.fixture
