@@ -34,6 +34,7 @@ from agent.v1 import node_service_pb2 as nodes_pb
 from agent.v1 import types_pb2
 from agent.wire.clients import DaemonChannel
 from agent.wire.convert_function import function_to_proto
+from tests.fakes.gpu_locks import forget_locks
 
 NODE = "gpu-1"
 START_DEADLINE_S = 60.0
@@ -351,8 +352,11 @@ async def running_stack(
             agent_settings=agent_settings or {},
             gpu_settings=gpu_settings or {},
         )
+        uuids: list[str] = []
         try:
             await stack.start_driver(*(driver_arguments or ("--gpus", "2", "--gib", "1", "--profile", "580")))
+            with stack.driver() as control:
+                uuids = [device.uuid for device in control.devices()]
             if scheduler:
                 await stack.start_scheduler()
             stack.configure_agent()
@@ -369,3 +373,4 @@ async def running_stack(
                 assert code == 0, f"{daemon} ended with {code}:\n{stack.log_of(daemon)[-3000:]}"
         finally:
             stack.kill_everything()
+            forget_locks(uuids)

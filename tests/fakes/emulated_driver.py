@@ -32,6 +32,7 @@ from agent.adapters import cgroup, process_table
 from agent.core.types import Handle
 from agent.emulated.control import EmulatedDriver
 from agent.emulated.env import SOCKET_VARIABLE, exports
+from tests.fakes.gpu_locks import forget_locks
 
 START_DEADLINE_S = 60.0  # the first one on a machine compiles three libraries
 ANSWER_DEADLINE_S = 20.0
@@ -69,9 +70,11 @@ def emulated_nvidia(*arguments: str) -> Iterator[EmulatedNvidia]:
         with (directory / "log").open("wb") as log:
             command = [sys.executable, "-m", "agent.cli.main", "emulated", "up", "--dir", folder, *arguments]
             process = subprocess.Popen(command, stdout=log, stderr=log)
+        uuids: list[str] = []
         try:
             wait_for_file(directory / "ready", process, directory / "log")
             with EmulatedDriver(directory) as control:
+                uuids = [device.uuid for device in control.devices()]
                 driver = EmulatedNvidia(directory, {**os.environ, **exports(directory)}, control)
                 _running.append(driver)
                 try:
@@ -82,6 +85,7 @@ def emulated_nvidia(*arguments: str) -> Iterator[EmulatedNvidia]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(ANSWER_DEADLINE_S)
+            forget_locks(uuids)
 
 
 @pytest.fixture(scope="session")
