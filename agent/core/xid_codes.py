@@ -1,10 +1,10 @@
 """What NVIDIA's XID numbers mean for whether a GPU may be given to anybody.
 
-Meanings and the action that follows are NVIDIA's Xid catalogue (docs.nvidia.com/deploy/xid-errors, "Analyzing Xid
-Errors with the Xid Catalog"): what it answers with resetting the GPU, restarting the machine or checking the hardware
-is fatal here; what it answers with restarting the application or with nothing is a note. 109 is an application's
-fault for NVIDIA's own Kubernetes device plugin, whose list of ignored codes this follows where the two differ: taking
-a good GPU away for a program's fault would let one function end the others.
+After NVIDIA's Xid catalogue (docs.nvidia.com/deploy/xid-errors): what is answered there with resetting the GPU,
+restarting the machine or checking the hardware is fatal here; restarting the application or nothing is a note. Not
+every row could be read when this was written: 46, 54, 61, 62, 140, 143 and 158 are classed by their descriptions.
+109 is an application's fault for NVIDIA's own Kubernetes device plugin, whose list of ignored codes this follows
+where the two differ: taking a good GPU away for a program's fault would let one function end the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kills what uses a GPU that its instance does not hold (event gpu.trespass).
+"""Kills what uses a GPU that its instance does not hold (event GPU_TRESPASS).
 
 An instance is told its GPUs by CUDA_VISIBLE_DEVICES; a process that takes that away can reach the others (with
 `gpu.migrate` and on plain hosts all devices are within reach), and would take memory from whoever holds them. One look
@@ -33,9 +33,8 @@ class Trespass:
         self._actors = actors
         self._events = events
         self._seen: dict[tuple[str, str, int], int] = {}
-        self._uid_of: dict[
-            int, str
-        ] = {}  # what was found out about a pid, "" = none of ours; never believed for a kill
+        # What was found out about a pid ("" = none of ours); never believed for a kill.
+        self._uid_of: dict[int, str] = {}
 
     async def look(self) -> None:
         """One look at all GPUs that answer. Raises UnavailableError NVML_UNAVAILABLE, OSError."""
@@ -92,6 +91,6 @@ class Trespass:
         if looks == LOOKS:  # once told is enough, should it not die at once
             held = self._desk.book.holders.get(owner.uid)
             holds = ", ".join(held.gpus) if held is not None else "none now"
-            text = f"GPU_TRESPASS: process {pid} of {owner.uid} is on GPU {gpu_uuid}, it holds {holds}: killed"
-            self._events.add(owner.uid, "gpu.trespass", text, gpu=gpu_uuid, pid=pid)
+            text = f"process {pid} of {owner.uid} is on GPU {gpu_uuid}, it holds {holds}: killed"
+            self._events.add(owner.uid, "GPU_TRESPASS", text, gpu=gpu_uuid, pid=pid)
         await self._runtime.kill_processes(handle, [pid])

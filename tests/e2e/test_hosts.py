@@ -12,7 +12,7 @@ from agent.examples.echo.__main__ import expected_answer
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import types_pb2
 from agent.wire.convert_function import function_to_proto
-from tests.e2e.stack import Stack, echo, running_stack
+from tests.e2e.stack import Stack, echo, running_stack, until
 
 STATE = types_pb2.Instance.State
 
@@ -75,3 +75,45 @@ async def test_an_instance_with_two_gpus_lends_both_while_it_sleeps() -> None:
             assert (answer.status, answer.body.decode()) == (200, expected_answer(number)), function
         await stack.remove_functions(["pair", "left", "right"])
         assert not stack.leftovers()
+
+
+async def test_a_lost_gpu_keeps_nobody_on_the_other_awake() -> None:
+    async with running_stack("--gpus", "2", "--gib", "1", "--profile", "580") as stack:
+        await stack.deploy(echo("ocr"), target=1)
+        await stack.wait_for_state(STATE.STATE_FROZEN, 1)
+        (mine,) = (await stack.instances())[0].gpu_uuids
+        with stack.driver() as driver:
+            other = next(device.uuid for device in driver.devices() if device.uuid != mine)
+            driver.set_device(other, nvml_error=15)  # GPU is lost
+
+            async def noticed() -> bool:
+                return any(gpu.health == types_pb2.Gpu.HEALTH_LOST for gpu in (await stack.node()).gpus)
+
+            await until("the GPU is known to be lost", noticed)
+            for number in range(3):
+                await stack.wait_for_state(STATE.STATE_FROZEN, 1)
+                answer = await stack.ask("ocr", f"/answer?n={number}")
+                assert (answer.status, answer.body.decode()) == (200, expected_answer(number))
+        await stack.remove_functions(["ocr"])
+        assert not stack.leftovers()
+
+
+async def test_who_uses_a_gpu_that_it_does_not_hold_is_killed() -> None:
+    """A program that takes CUDA_VISIBLE_DEVICES away finds the first GPU, which is its neighbour's."""
+    async with running_stack("--gpus", "2", "--gib", "1", "--profile", "580", scheduler=False) as stack:
+        honest = await create(stack, in_mode("honest", IdleMode.NEVER))
+        thief = in_mode("thief", IdleMode.NEVER)
+        thief = replace(thief, entrypoint=("/usr/bin/env", "-u", "CUDA_VISIBLE_DEVICES", *thief.entrypoint))
+        caught = await create(stack, thief)
+        assert list(caught.gpu_uuids) != list(honest.gpu_uuids)
+
+        async def killed() -> bool:
+            return caught.uid not in [one.uid for one in await stack.instances()]
+
+        await until("the trespasser is killed", killed)
+        async with stack.channel("agent") as channel:
+            told = await channel.call(channel.instances.ListEvents, pb.ListEventsRequest(instance_uid=caught.uid), 5.0)
+        (event,) = [event for event in told.events if event.name == "GPU_TRESPASS"]
+        assert event.attributes["gpu"] == honest.gpu_uuids[0]
+        assert [one.uid for one in await stack.instances()] == [honest.uid]
+        await stop(stack, honest.uid)

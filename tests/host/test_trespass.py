@@ -58,10 +58,10 @@ async def test_a_trespasser_is_killed_at_the_second_look_and_told_of_once() -> N
         await it.trespass.look()
         assert it.world.runtime.containers[actor.uid].extra_pids == []
         assert actor.state is InstanceState.RUNNING
-        (message,) = it.world.messages("gpu.trespass")
-        assert all(word in message for word in ("GPU_TRESPASS", str(STRAY), actor.uid, it.uuid(it.other(actor))))
+        (message,) = it.world.messages("GPU_TRESPASS")
+        assert all(word in message for word in (str(STRAY), actor.uid, it.uuid(it.other(actor))))
         await it.trespass.look()  # NVML still shows it for a moment
-        assert (it.kills, len(it.world.messages("gpu.trespass"))) == (1, 1)
+        assert (it.kills, len(it.world.messages("GPU_TRESPASS"))) == (1, 1)
 
 
 async def test_what_is_on_its_own_gpu_or_small_or_a_stranger_is_left_alone() -> None:
@@ -73,7 +73,7 @@ async def test_what_is_on_its_own_gpu_or_small_or_a_stranger_is_left_alone() -> 
         it.show(it.other(actor), 4242)  # somebody else's
         for _ in range(3):
             await it.trespass.look()
-        assert (it.kills, it.world.messages("gpu.trespass")) == (0, [])
+        assert (it.kills, it.world.messages("GPU_TRESPASS")) == (0, [])
 
 
 async def test_a_frozen_instance_holds_nothing() -> None:
@@ -107,7 +107,7 @@ async def test_a_pid_that_is_not_the_instance_s_any_more_is_not_touched() -> Non
         it.world.runtime.containers[actor.uid].extra_pids.clear()  # its number is somebody else's now
         for _ in range(3):
             await it.trespass.look()
-        assert (it.kills, it.world.messages("gpu.trespass")) == (0, [])
+        assert (it.kills, it.world.messages("GPU_TRESPASS")) == (0, [])
 
 
 async def test_an_instance_that_has_ended_is_not_our_business() -> None:
