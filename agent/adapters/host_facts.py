@@ -3,6 +3,7 @@ differ in what they see. Nothing here changes the host."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import sys
@@ -33,6 +34,10 @@ _TROUBLES = {
     pynvml.NVML_ERROR_GPU_IS_LOST: NvmlTrouble.LOST,
     pynvml.NVML_ERROR_RESET_REQUIRED: NvmlTrouble.LOST,
 }
+
+
+PATIENCE_S = 10.0
+LOOK_AGAIN_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,33 @@ async def look_at_gpus(gpus: Gpus) -> GpuSight:
         return GpuSight(driver, tuple(await gpus.list_gpus()))
     except UnavailableError as error:
         return GpuSight(driver, (), error)
+
+
+async def look_patiently_at_gpus(gpus: Gpus, patience_s: float = PATIENCE_S) -> GpuSight:
+    """As `look_at_gpus`; a device that fails and is not lost gets `patience_s` to come back.
+
+    For an agent that starts: a GPU that it does not see then is not there for it until the next start, what sleeps on
+    it is given up, and the driver refuses every move that does not name it.
+    """
+    try:
+        async with asyncio.timeout(patience_s):
+            while True:
+                failing = await _fails_for_now(gpus)
+                sight = await look_at_gpus(gpus)
+                if not failing and not await _fails_for_now(gpus):  # nor has one failed just while it was described
+                    return sight
+                await asyncio.sleep(LOOK_AGAIN_S)
+    except TimeoutError:
+        return await look_at_gpus(gpus)
+
+
+async def _fails_for_now(gpus: Gpus) -> bool:
+    """Is there a device that does not answer, but may again? Not where there is no driver to say so."""
+    try:
+        shown = await gpus.processes()
+    except UnavailableError:
+        return False
+    return bool(shown.unanswered - shown.lost)
 
 
 def host_facts(sight: GpuSight, settings: GpuSettings) -> HostFacts:

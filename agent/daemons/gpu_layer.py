@@ -13,7 +13,7 @@ from agent.adapters.cuda_processes import Pids
 from agent.adapters.freeze_results import FreezerLimits
 from agent.adapters.freezer import CudaFreezer
 from agent.adapters.gpu_locks import GpuLocks
-from agent.adapters.host_facts import GpuSight, host_facts, look_at_gpus
+from agent.adapters.host_facts import GpuSight, host_facts, look_patiently_at_gpus
 from agent.adapters.nvml_gpus import NvmlGpus
 from agent.core.capabilities import Capabilities, find_capabilities
 from agent.core.errors import HibernodeError
@@ -97,7 +97,7 @@ def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerL
 
 async def see_gpus(gpus: NvmlGpus) -> GpuSight:
     """Without a driver the node has no GPUs, and says so; it still runs functions that need none."""
-    sight = await look_at_gpus(gpus)
+    sight = await look_patiently_at_gpus(gpus)
     if sight.error is not None:
         get_logger().warning("gpu.unavailable", reason=sight.error.reason, message=sight.error.message)
     return sight

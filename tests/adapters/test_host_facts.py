@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from agent.adapters.host_facts import host_facts, look_at_gpus, mps_runs, sees_host_pids
+from agent.adapters.host_facts import host_facts, look_at_gpus, look_patiently_at_gpus, mps_runs, sees_host_pids
 from agent.core.capabilities import NvmlTrouble
 from agent.core.errors import UnavailableError
 from agent.core.types import GIB, Gpu
@@ -40,6 +41,30 @@ class SickGpus(FakeGpus):
         if self.error is not None:
             raise self.error
         return [T4]
+
+
+async def test_an_agent_that_starts_waits_for_a_device_that_fails_but_is_not_lost() -> None:
+    gpus = FakeGpus()
+    gpus.errors[gpus.gpus[1].uuid] = "failing for a moment"
+    looking = asyncio.create_task(look_patiently_at_gpus(gpus))
+    async with asyncio.timeout(5):
+        while "list_gpus" not in gpus.calls:  # noqa: ASYNC110 - until it has looked once
+            await asyncio.sleep(0)
+    gpus.errors.clear()
+    assert [gpu.index for gpu in (await looking).gpus] == [0, 1]
+
+
+@pytest.mark.parametrize(("error", "patience_s"), [("lost", 60.0), ("failing for long", 0.05)])
+async def test_it_does_not_wait_for_what_is_lost_or_does_not_come_back(error: str, patience_s: float) -> None:
+    gpus = FakeGpus()
+    gpus.errors[gpus.gpus[1].uuid] = error
+    async with asyncio.timeout(5):
+        assert [gpu.index for gpu in (await look_patiently_at_gpus(gpus, patience_s)).gpus] == [0]
+
+
+async def test_a_host_without_a_driver_is_known_at_once() -> None:
+    async with asyncio.timeout(5):
+        assert (await look_patiently_at_gpus(FakeGpus(unavailable=True), 60.0)).error is not None
 
 
 def nvml_error(code: int) -> UnavailableError:
