@@ -115,6 +115,7 @@ def host(driver: EmulatedNvidia) -> Iterator[Host]:
 # ---- what it measures ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.real_time
 @pytest.mark.parametrize("bandwidth", [500_000_000, 1_000_000_000])
 def test_the_figures_are_those_of_the_driver(host: Host, bandwidth: int) -> None:
     """Another speed is another figure. A busy machine makes runs slower, never faster: the best of them counts."""

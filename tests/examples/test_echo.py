@@ -38,6 +38,7 @@ def test_reads_a_chunked_body(start: Start) -> None:
     assert (status, body) == (200, b"in pieces")
 
 
+@pytest.mark.real_time
 def test_streams_events_as_they_come(start: Start) -> None:
     echo = start("echo")
     echo.wait_until_listening()
