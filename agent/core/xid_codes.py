@@ -1,10 +1,12 @@
 """What NVIDIA's XID numbers mean for whether a GPU may be given to anybody.
 
-After NVIDIA's Xid catalogue (docs.nvidia.com/deploy/xid-errors): what is answered there with resetting the GPU,
-restarting the machine or checking the hardware is fatal here; restarting the application or nothing is a note. Not
-every row could be read when this was written: 46, 54, 61, 62, 140, 143 and 158 are classed by their descriptions.
-109 is an application's fault for NVIDIA's own Kubernetes device plugin, whose list of ignored codes this follows
-where the two differ: taking a good GPU away for a program's fault would let one function end the others.
+After NVIDIA's Xid catalogue (docs.nvidia.com/deploy/xid-errors, "Analyzing Xid Errors with the Xid Catalog"), column
+"Immediate Action": RESET_GPU, RESTART_BM, RESTART_VM and CHECK_MECHANICALS are fatal here, and so are two that have a
+workflow, 48 and 74; RESTART_APP and IGNORE are notes. It differs in two rows with RESET_GPU. 109 is an application's
+fault for NVIDIA's own Kubernetes device plugin, whose list of ignored codes this follows: taking a good GPU away for a
+program's fault would let one function end the others. 155 is also logged of a link that was meant to go down. What
+follows from 144 to 150 depends on a subcode, which NVML does not pass on: notes (what is fatal of 144 to 146 logs 48,
+too). 61 is only in catalogues of older GPUs.
 """
 
 from __future__ import annotations
@@ -38,7 +40,19 @@ _NOTES: Mapping[int, str] = {
     109: "a program did not give way in time (context switch timeout)",
     121: "an error on the chip-to-chip link was corrected",
     137: "a program made an illegal access to another GPU's memory over NVLink",
+    141: "an error on CUDA's fast path",
+    144: "an NVLink error (SAW)",
+    145: "an NVLink error (RLW)",
+    146: "an NVLink error (TLW)",
+    147: "an NVLink error (TREX)",
+    148: "an NVLink error (NVLPW)",
+    149: "an NVLink error (NETIR)",
+    150: "an NVLink error (MSE)",
     154: "the driver changed what it recommends for recovering this GPU",
+    155: "an NVLink went down, on purpose or not",
+    157: "nothing is left to repair the GPU's memory with",
+    160: "a faulty memory channel was retired",
+    161: "a faulty memory channel could not be retired",
 }
 _FATAL: Mapping[int, str] = {
     46: "the GPU stopped processing and needs a reset",
@@ -56,6 +70,8 @@ _FATAL: Mapping[int, str] = {
     136: "the training of a link of the GPU failed",
     140: "an uncorrected memory error could not be recovered from",
     143: "the GPU could not be initialised",
+    151: "the rotation of the GPU's encryption keys failed",
+    156: "a part of the GPU is to be retired, which takes a reset",
     158: "the GPU hit a fatal timeout",
 }
 _TABLE: Mapping[int, XidMeaning] = {

@@ -35,6 +35,7 @@ class Trespass:
         self._seen: dict[tuple[str, str, int], int] = {}
         # What was found out about a pid ("" = none of ours); never believed for a kill.
         self._uid_of: dict[int, str] = {}
+        self._asked: set[str] = set()  # whose containers a stranger is known not to be in
 
     async def look(self) -> None:
         """One look at all GPUs that answer. Raises UnavailableError NVML_UNAVAILABLE, OSError."""
@@ -62,19 +63,26 @@ class Trespass:
             for pid, uid in self._uid_of.items()
             if (uid in self._actors if uid else pid in pids)  # a stranger's number is forgotten when it goes
         }
+        containers = {actor.uid: handle for actor in self._actors.values() if (handle := actor.handle_of_container)}
+        if containers.keys() - self._asked:  # who was taken for a stranger may be in one that could not be asked then
+            kept = {pid: uid for pid, uid in kept.items() if uid}
         self._uid_of = kept if len(kept) <= MAX_REMEMBERED else {}
         unknown = pids - self._uid_of.keys()
-        for actor in list(self._actors.values()) if unknown else []:
-            handle = actor.handle_of_container
-            if handle is not None:
-                self._uid_of.update((pid, actor.uid) for pid in await self._pids(handle) if pid in unknown)
+        if unknown:
+            self._asked = set()
+            for uid, handle in containers.items():
+                found = await self._pids(handle)
+                self._uid_of.update((pid, uid) for pid in found or () if pid in unknown)
+                if found is not None:
+                    self._asked.add(uid)
         self._uid_of.update((pid, "") for pid in unknown - self._uid_of.keys())
 
-    async def _pids(self, handle: Handle) -> list[int]:
+    async def _pids(self, handle: Handle) -> list[int] | None:
+        """None if they can't be told now."""
         try:
             return list(await self._runtime.pids(handle))
-        except OSError:  # it ended meanwhile
-            return []
+        except OSError:
+            return None
 
     async def _kill(self, owner: Actor, gpu_uuid: str, pid: int) -> None:
         """What may have changed meanwhile is asked again: the container first, then the book. That the pid is not used
@@ -83,7 +91,7 @@ class Trespass:
         handle = owner.handle_of_container
         if looks < LOOKS or handle is None:
             return
-        if pid not in await self._pids(handle):
+        if pid not in (await self._pids(handle) or ()):
             self._uid_of.pop(pid, None)
             return
         if self._may_use(owner, gpu_uuid):

@@ -41,13 +41,15 @@ def play(*events: Event, health: Health | None = None) -> tuple[Health, list[Eff
     return health, effects
 
 
-@pytest.mark.parametrize("code", [48, 62, 64, 74, 79, 95, 119, 120, 140])
+@pytest.mark.parametrize("code", [46, 48, 54, 62, 64, 74, 79, 95, 110, 119, 120, 136, 140, 143, 151, 156, 158])
 def test_an_xid_of_hardware_or_driver_is_the_end_until_somebody_looks(code: int) -> None:
     _, (cordon,) = play(Xid(A, code))
     assert cordon == PutCordon((A,), f"XID_{code}: {meaning_of(code).text}", "xid", lasting=True)
 
 
-@pytest.mark.parametrize("code", [13, 31, 43, 45, 63, 68, 69, 92, 94, 109, 154, 99999])
+@pytest.mark.parametrize(
+    "code", [13, 31, 43, 45, 63, 68, 69, 92, 94, 109, 121, 137, 141, 144, 150, 154, 155, 157, 99999]
+)
 def test_an_xid_of_a_program_and_an_unknown_one_are_notes(code: int) -> None:
     assert play(Xid(A, code))[1] == []
     assert meaning_of(code).text

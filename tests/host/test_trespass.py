@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from agent.core.types import MIB, GpuProcess, InstanceState
+import pytest
+
+from agent.core.types import MIB, GpuProcess, Handle, InstanceState
 from agent.host.actor import Actor
 from agent.host.trespass import Trespass
 from tests.host.rig import World, a_world, until
@@ -108,6 +110,38 @@ async def test_a_pid_that_is_not_the_instance_s_any_more_is_not_touched() -> Non
         for _ in range(3):
             await it.trespass.look()
         assert (it.kills, it.world.messages("GPU_TRESPASS")) == (0, [])
+
+
+async def test_who_was_seen_before_its_container_was_known_is_no_stranger_for_ever() -> None:
+    async with patrol() as it:
+        actor = await it.world.running()
+        it.stray_of(actor)
+        it.show(it.other(actor), STRAY)
+        handle, actor.handle_of_container = actor.handle_of_container, None
+        await it.trespass.look()
+        actor.handle_of_container = handle
+        for _ in range(2):
+            await it.trespass.look()
+        assert it.kills == 1
+
+
+async def test_who_was_seen_while_its_container_could_not_be_asked_is_no_stranger_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with patrol() as it:
+        actor = await it.world.running()
+        it.stray_of(actor)
+        it.show(it.other(actor), STRAY)
+
+        async def refuse(handle: Handle) -> Collection[int]:
+            raise OSError("no file descriptors left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(it.world.runtime, "pids", refuse)
+            await it.trespass.look()
+        for _ in range(2):
+            await it.trespass.look()
+        assert it.kills == 1
 
 
 async def test_an_instance_that_has_ended_is_not_our_business() -> None:
