@@ -20,6 +20,7 @@ from agent.core.errors import HibernodeError
 from agent.core.types import SECOND_NS, FunctionSpec
 from agent.examples.echo.__main__ import expected_answer
 from agent.v1 import types_pb2
+from agent.v1.instance_service_pb2 import WakeInstanceRequest
 from tests.e2e.chaos_checks import Witness, check_answers, check_everybody_sleeps
 from tests.e2e.chaos_misfortunes import Chaos, keep_agent_running
 from tests.e2e.load import Traffic
@@ -119,6 +120,16 @@ async def healed(stack: Stack, chaos: Chaos) -> None:
     await asyncio.gather(*(answers(name) for name in FUNCTIONS))
     chaos.note("every function answers")
     await until("every function has all its instances", all_there, ends - time.monotonic())
+    for one in await stack.instances():
+        await wake(stack, one.uid)
+    await until("every function has all its instances still", all_there, HEAL_S)
+
+
+async def wake(stack: Stack, uid: str) -> None:
+    """What hung while an instance slept runs when it is thawed: one that is the worse for it is replaced."""
+    with suppress(HibernodeError):
+        async with stack.channel("agent") as channel:
+            await channel.call(channel.instances.WakeInstance, WakeInstanceRequest(uid=uid), 20.0)
 
 
 async def everybody(stack: Stack, chaos: Chaos) -> list[str]:
