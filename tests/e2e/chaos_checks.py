@@ -120,7 +120,7 @@ async def check_everybody_sleeps(stack: Stack, chaos: Chaos, functions: Mapping[
         return not any(gpu.holder_uids or gpu.cordoned_reason for gpu in (await stack.node()).gpus)
 
     await until("everybody sleeps", all_asleep, deadline_s)
-    await until("every GPU is free and in use", all_free, deadline_s)
+    await until("every GPU is free, and none cordoned", all_free, deadline_s)
     instances = await stack.instances()
     check_processes(stack, chaos, {one.uid: one.pid for one in instances})
     node = await stack.node()
