@@ -169,7 +169,7 @@ class Recovery:
 
     async def _running(self, record: InstanceRecord, handle: Handle) -> None:
         pids = set(await self._shell.runtime.pids(handle))
-        record = replace(record, gpu_uuids=await self._places(record, pids))
+        stored, record = record, replace(record, gpu_uuids=await self._places(record, pids))
         size = await self._on_gpu(handle)
         devices = self._node.desk.book.devices
         taken = [uuid for uuid in record.gpu_uuids if devices[uuid].holder]
@@ -178,6 +178,7 @@ class Recovery:
             return
         actor = self._node.adopt(record, InstanceState.RUNNING, size)
         executor = self._node.executors[actor.uid]
+        executor.record = stored  # a move that is not on disk is written at the next freeze
         executor.known_pids = pids
         executor.adopt(handle)
         executor.resume_health()

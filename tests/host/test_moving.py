@@ -133,6 +133,24 @@ async def test_a_new_agent_sees_by_nvml_where_an_awake_instance_is(world: World)
     assert world.holder(1) == mover.uid
 
 
+async def test_a_move_that_only_nvml_told_a_new_agent_of_is_on_disk_before_the_next_sleep(world: World) -> None:
+    first, second = gpus(world)
+    mover = await world.frozen()
+    world.node.desk.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
+    await enter(mover)
+    handle = mover.handle_of_container
+    assert handle is not None
+    world.gpus.processes_now = [GpuProcess(second, pid, 16 * MIB) for pid in await world.runtime.pids(handle)]
+    await world.restart()
+    again = world.node.actors[mover.uid]
+    world.gpus.processes_now = ()
+    world.clock.advance(OCR.idle.freeze_after_ns)
+    await until(again, InstanceState.FROZEN)
+    assert (await recorded(world, mover.uid)) == (second,)
+    await world.restart()
+    assert world.node.actors[mover.uid].gpu_uuids == (second,), "its image is of that GPU"
+
+
 async def test_a_new_agent_that_nvml_does_not_answer_waits_until_it_knows_where_an_awake_instance_is(
     world: World,
 ) -> None:
