@@ -245,10 +245,12 @@ def _paused(me: Instance, paused: bool, at: int) -> Step:
     our own freeze."""
     if paused is me.paused or (paused and me.state is not InstanceState.RUNNING):
         return me, []
-    me = replace(me, paused=paused, idle_gen=me.idle_gen + 1)
+    gives_way = me.draining
+    me = replace(me, paused=paused, draining=False, idle_gen=me.idle_gen + 1)
     note = Note("EXTERNALLY_FROZEN" if paused else "EXTERNALLY_THAWED", "")
-    if paused:
-        return me, [note, ClosePool(), Became(idle=False)]
+    if paused:  # nobody knows for how long: the book must not count on its GPUs
+        refusal: list[Effect] = [BookRefused()] if gives_way else []
+        return me, [note, ClosePool(), *refusal, Became(idle=False)]
     me, effects = _settle(me, at) if not me.busy else (me, [])
     return me, [note, *effects]
 

@@ -94,11 +94,13 @@ def test_after_a_pause_it_is_idle_from_then_on() -> None:
     assert kinds(effects) == ["Note", "Became", "SetIdleTimer"]
 
 
-def test_a_request_that_was_inside_may_end_during_a_pause_and_the_drain_goes_on_after_it() -> None:
-    me = after(DRAINING, ev.Paused(paused=True), ev.Quiet())
+def test_one_paused_while_it_drains_gives_nothing_up_and_the_book_is_told_so() -> None:
+    me, effects = does(DRAINING, ev.Paused(paused=True))
+    assert kinds(effects) == ["Note", "ClosePool", "BookRefused", "Became"]
+    me = after(me, ev.Quiet())
     assert me.state is S.RUNNING
     me, effects = does(me, ev.Paused(paused=False))
-    assert (me.state, kinds(effects)[-1]) == (S.FREEZING, "Run LOCK")
+    assert (me.gate_open, kinds(effects)) == (True, ["Note", "Became", "SetIdleTimer"]), "the book asks again"
 
 
 @pytest.mark.parametrize("me", [LOCKING, CHECKPOINTING, FROZEN, WAITING, RESTORING, STOPPING])
