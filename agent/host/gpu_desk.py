@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import assert_never
 
@@ -172,7 +172,8 @@ class GpuDesk:
             why = str(error)
         if why and held is not None:
             self.cordon(actor.uid, held.gpus, f"RELEASE_NOT_PROVEN: {why}", source=actor.uid, lasting=False)
-            late = asyncio.create_task(self._prove_late(actor, held.gpus), name=f"late release {actor.uid}")
+            pids = frozenset(self._pids_of(actor))  # nobody remembers them for long once it has ended
+            late = asyncio.create_task(self._prove_late(actor.uid, pids, held.gpus), name=f"late release {actor.uid}")
             self._late.add(late)
             late.add_done_callback(self._late.discard)
         self._proofs.pop(actor.uid, None)  # from here on the next release needs a proof of its own
@@ -183,19 +184,19 @@ class GpuDesk:
         while True:
             try:
                 held = self.book.holders.get(actor.uid)
-                if held is None or not await self._shows_on(actor, held.gpus):
+                if held is None or not await self._shows_on(self._pids_of(actor), held.gpus):
                     return
             except HibernodeError as error:
                 self._log.debug("gpu.proof_delayed", instance=actor.uid, reason=error.reason)
             await asyncio.sleep(PROOF_PAUSE_S)
 
-    async def _prove_late(self, actor: Actor, gpus: tuple[str, ...]) -> None:
+    async def _prove_late(self, uid: str, pids: frozenset[int], gpus: tuple[str, ...]) -> None:
         """The proof may still come: the cordon that its absence made is lifted then. Until the agent goes away."""
         while True:
             await asyncio.sleep(LATE_PROOF_PAUSE_S)
             with suppress(HibernodeError):
-                if not await self._shows_on(actor, gpus):
-                    self.uncordon(gpus, source=actor.uid)
+                if not await self._shows_on(pids, gpus):
+                    self.uncordon(gpus, source=uid)
                     return
 
     async def places_of(self, pids: set[int]) -> list[str] | None:
@@ -229,10 +230,9 @@ class GpuDesk:
                 left = self.book.devices[uuid].cordoned
                 self._events.add("", "gpu.uncordoned", left and f"still cordoned: {left}", gpu=uuid)
 
-    async def _shows_on(self, actor: Actor, gpus: tuple[str, ...]) -> bool:
+    async def _shows_on(self, pids: Set[int], gpus: tuple[str, ...]) -> bool:
         if not gpus:
             return False
-        pids = self._pids_of(actor)
         shown = (await self._gpus.processes()).on(gpus)  # these must have answered: silence is no proof
         return any(process.pid in pids and process.used_bytes for process in shown)
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from agent.core import lifecycle_events as ev
 from agent.core.types import (
     SECOND_NS,
     GpuProcess,
     InstanceState,
 )
+from agent.host import gpu_desk
+from agent.host.pauses import look_for_pauses
+from agent.ports import Condition
 from tests.host.rig import a_world, enter, eventually, released, until
 
 S = InstanceState
@@ -89,6 +95,41 @@ async def test_without_proof_the_gpu_is_cordoned_and_nobody_gets_it() -> None:
         device = world.node.desk.book.devices[world.gpus.gpus[0].uuid]
         assert device.cordoned.startswith("RELEASE_NOT_PROVEN")
         assert (device.holder, second.state) == ("", S.STARTING)
+
+
+async def test_what_survives_its_instances_end_keeps_the_gpu_from_others_until_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu_desk, "LATE_PROOF_PAUSE_S", 0.005)
+    async with a_world(release_timeout_ns=20_000_000) as world:
+        ended = await world.running()
+        assert ended.handle_of_container is not None
+        gpu, pid = ended.gpu_uuids[0], ended.handle_of_container.process.pid
+        world.gpus.processes_now = [GpuProcess(gpu, pid, 1 << 20)]
+        world.runtime.kill_hangs = True
+        ended.handle(ev.StopAsked(0, force=True))
+        await eventually(lambda: ended.uid in world.node.ended)
+        asked = len(world.gpus.calls)
+        await eventually(lambda: len(world.gpus.calls) > asked + 3 or "gpu.uncordoned" in world.names())
+        assert world.node.desk.book.devices[gpu].cordoned.startswith("RELEASE_NOT_PROVEN")
+        world.gpus.processes_now = ()
+        await eventually(lambda: not world.node.desk.book.devices[gpu].cordoned)
+
+
+async def test_a_drained_holder_that_is_paused_does_not_keep_the_book_from_asking_the_other() -> None:
+    async with a_world(migrate=True, per_gpu=2) as world:
+        holders = [await world.running(), await world.running()]
+        for holder in holders:
+            await enter(holder)
+        waiter = await world.create()
+        world.clock.advance(10 * SECOND_NS)
+        drained, other = sorted(holders, key=lambda holder: not holder.instance.draining)
+        assert (drained.instance.draining, other.instance.draining) == (True, False)
+        world.freezer.states[drained.uid] = Condition.PAUSED_BY_OTHERS
+        look_for_pauses(world.node, world.freezer)
+        other.gate.leave()
+        await until(waiter, S.RUNNING)
+        assert other.state is S.FROZEN
 
 
 async def test_a_wish_whose_callers_all_left_is_withdrawn() -> None:
