@@ -76,7 +76,9 @@ async def open_gpu_layer(
         freezer_limits(settings, migrates=settings.migrate and capabilities.migration),
     )
     unavailable = capabilities.refusal
-    if not unavailable:
+    if unavailable:
+        log.warning("idle_mode.unavailable", reason="IDLE_MODE_UNSUPPORTED", message=unavailable)
+    else:
         try:
             await checkpointer.start()
         except HibernodeError as error:
