@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -48,8 +50,8 @@ class Demo:
 
     def __init__(self, folder: Path, *options: str, **environment: str) -> None:
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
-        self.temporary = folder / "tmp"
-        self.temporary.mkdir(exist_ok=True)
+        self.folder = folder
+        self.temporary = Path(tempfile.mkdtemp(prefix="demo-"))  # short: there are sockets in it
         own = {"TMPDIR": str(self.temporary), "TEST_OF_DEMO": str(folder)}
         with self.stdout.open("wb") as stdout, self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
@@ -85,7 +87,7 @@ class Demo:
             except (psutil.Error, OSError):
                 continue
             values = " ".join(environment.values())
-            if str(self.temporary.parent) in values:
+            if str(self.folder) in values or str(self.temporary) in values:
                 found.append(command)
         return found
 
@@ -111,6 +113,7 @@ def run(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
         demo.kill()
     for demo in demos:
         demo.until("its guard cleans up", demo.nothing_left)
+        shutil.rmtree(demo.temporary)
 
 
 def _hibernode(home: Path, *arguments: str) -> Any:

@@ -97,8 +97,14 @@ def nvidia() -> Iterator[EmulatedNvidia]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_in_the_driver() -> Iterator[None]:
-    """After each test: no fault is left for the next one, and no call was made on a frozen process."""
+    """After each test: no fault is left for the next one, no program finds the driver of a test before by its
+    environment, and no call was made on a frozen process."""
+    seen = os.environ.get(SOCKET_VARIABLE)
     yield
+    if seen is None:
+        os.environ.pop(SOCKET_VARIABLE, None)
+    else:
+        os.environ[SOCKET_VARIABLE] = seen
     for driver in _running:
         if (driver.directory / "ready").exists():  # a test may have ended it on purpose
             driver.control.clear_faults()
