@@ -222,7 +222,8 @@ def _prepared(document: Document, used: dict[str, object], path: KeyPath) -> dic
     for key in ("hibernode", "environmentVariables", "gpuConfig"):
         if key in values and values[key] is None:
             del values[key]
-    for trigger in values.get("triggers") or ():
+    triggers = values.get("triggers")
+    for trigger in triggers if isinstance(triggers, list) else ():
         if isinstance(trigger, dict) and trigger.get("triggerType", "http") != "http":
             trigger.pop("triggerConfig", None)
     return values

@@ -68,7 +68,7 @@ def check_answers(traffics: list[Traffic], kills: list[int]) -> None:
             assert answer.status == 502, text
             assert during, f"no kill while it was under way: {text}"
     answered = sum(len(traffic.answers) for traffic in traffics)
-    assert answered > 500, f"{answered} answers are hardly a load"
+    assert answered > 300, f"{answered} answers are hardly a load"
 
 
 async def check_ledger(stack: Stack, kills: int, began_ns: int) -> None:
