@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from agent.cli.deploy_command import deploy_request
@@ -65,6 +65,7 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [found for key, value in keys for found in ((*path, key), *places(value, (*path, key)))]
 
 
+@example(place=("resources", "ocr", "props", "triggers"), value=1, beside=False)
 @given(place=st.sampled_from(places(WHOLE)), value=values, beside=st.booleans())
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_value_anywhere(tmp_path: Path, place: tuple[Any, ...], value: object, beside: bool) -> None:
