@@ -189,9 +189,35 @@ def instance_mark(state_uuid: str, uid: str) -> str:
     return f"{INSTANCE_VARIABLE}={state_uuid}/{uid}"
 
 
+class FreezerByHandle:
+    """Each instance by what it was started with. Between two starts of the agent cgroups may have become writable, or
+    not be any more; and to SIGSTOP's eyes a frozen cgroup runs, so the driver would be asked and hang."""
+
+    def __init__(self, name: str, signals: SignalFreezer) -> None:
+        """`name` of the one that new instances get."""
+        self.name = name
+        self._cgroups = CgroupFreezer()
+        self._signals = signals
+
+    async def freeze(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
+        await self._of(handle).freeze(handle, deadline_s)
+
+    async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
+        await self._of(handle).thaw(handle, deadline_s)
+
+    def state(self, handle: Handle) -> FreezerState:
+        return self._of(handle).state(handle)
+
+    def is_frozen(self, handle: Handle) -> bool:
+        return self._of(handle).is_frozen(handle)
+
+    def _of(self, handle: Handle) -> ProcessFreezer:
+        return self._cgroups if handle.cgroup else self._signals
+
+
 def choose_freezer(slice_: cgroup.CgroupSlice | None, state_uuid: str, boot_id: str) -> ProcessFreezer:
-    """The cgroup freezer where we can write a cgroup, else the signal one."""
-    return CgroupFreezer() if slice_ else SignalFreezer(state_uuid, boot_id)
+    """By cgroup where we can write one, else by signals; an instance that lives already by what it has."""
+    return FreezerByHandle(CgroupFreezer.name if slice_ else SignalFreezer.name, SignalFreezer(state_uuid, boot_id))
 
 
 def _all_stopped(pid: int) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from agent.adapters.cgroup_freezer import choose_freezer
+from agent.adapters.cgroup_freezer import FreezerState, choose_freezer
 from agent.adapters.process_table import boot_id
 from tests.contract.runtime_worlds import ProcessWorld
 
@@ -37,3 +37,34 @@ async def test_a_frozen_stray_dies_and_the_rest_stays_frozen(fenced: bool) -> No
         assert (exit_.signal, exit_.oom_killed) == (9, False)
     finally:
         await world.close()
+
+
+async def test_an_agent_that_can_write_no_cgroup_any_more_sees_that_an_instance_is_frozen_by_its_own() -> None:
+    world = ProcessWorld(fenced=True)
+    try:
+        if world.slice is None:
+            pytest.skip("needs a writable cgroup v2")
+        handle = await world.runtime.start(world.spec("resize-a"))
+        await world.settled(handle)
+        await choose_freezer(world.slice, world.state_uuid, boot_id()).freeze(handle)
+        later = choose_freezer(None, world.state_uuid, boot_id())
+        assert (later.name, later.state(handle)) == ("signal", FreezerState.FROZEN), "the driver must not be asked"
+    finally:
+        await world.close()
+
+
+async def test_an_instance_without_a_cgroup_is_frozen_by_signals_when_a_later_agent_can_write_cgroups() -> None:
+    fenced, world = ProcessWorld(fenced=True), ProcessWorld(fenced=False)
+    try:
+        if fenced.slice is None:
+            pytest.skip("needs a writable cgroup v2")
+        handle = await world.runtime.start(world.spec("resize-a"))
+        await world.settled(handle)
+        freezer = choose_freezer(fenced.slice, world.state_uuid, boot_id())
+        await freezer.freeze(handle)
+        assert (freezer.name, freezer.state(handle)) == ("cgroup", FreezerState.FROZEN)
+        await freezer.thaw(handle)
+        assert freezer.state(handle) is FreezerState.THAWED
+    finally:
+        await world.close()
+        await fenced.close()
