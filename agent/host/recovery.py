@@ -254,7 +254,8 @@ class Recovery:
                 await runtime.destroy(handle)
         except (HibernodeError, OSError, TimeoutError) as error:
             self._shell.events.add(handle.uid, "instance.kill_failed", str(error) or "no end within the deadline")
-            uuids = gpu_uuids or await self._node.desk.places_of(set(await runtime.pids(handle))) or ()
+            seen = await self._node.desk.places_of(set(await runtime.pids(handle)))
+            uuids = {*gpu_uuids, *(seen or ())}  # a move may not be on disk yet
             self._node.desk.cordon(
                 handle.uid,
                 uuids,

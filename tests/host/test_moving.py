@@ -151,6 +151,22 @@ async def test_a_move_that_only_nvml_told_a_new_agent_of_is_on_disk_before_the_n
     assert world.node.actors[mover.uid].gpu_uuids == (second,), "its image is of that GPU"
 
 
+async def test_one_that_moved_and_survives_a_new_agents_kill_keeps_the_gpu_from_others_where_it_is(
+    world: World,
+) -> None:
+    first, second = gpus(world)
+    mover = await world.frozen()
+    world.node.desk.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
+    await enter(mover)
+    handle = mover.handle_of_container
+    assert handle is not None
+    world.gpus.processes_now = [GpuProcess(second, pid, 16 * MIB) for pid in await world.runtime.pids(handle)]
+    world.freezer.states[mover.uid] = Condition.BROKEN
+    world.runtime.kill_hangs = True
+    await world.restart()
+    assert world.node.desk.book.devices[second].cordoned.startswith("KILL_FAILED")
+
+
 async def test_a_new_agent_that_nvml_does_not_answer_waits_until_it_knows_where_an_awake_instance_is(
     world: World,
 ) -> None:
