@@ -7,7 +7,7 @@
 | FREEZING (lock, checkpoint) | undoes it before the checkpoint | FROZEN or WAITING_GPU | RUNNING, back-off / FAILED |
 | FROZEN | WAITING_GPU | - | - |
 | WAITING_GPU | waits | granted: RESTORING | nobody waits any more: FROZEN |
-| RESTORING | waits | RUNNING | once more (on another GPU if it may move), then FAILED / FAILED |
+| RESTORING | waits | RUNNING | FROZEN if nobody waits; once more (elsewhere if it may move), then FAILED / FAILED |
 | STOPPING | refused | STOPPED | FAILED |
 
 One operation at a time: `op_gen` discards the answers of operations that no longer count, `idle_gen` stale timers.
@@ -315,6 +315,10 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
             me = _running_again(me)
             me, more = _settle(me, at)
             return me, [*effects, *more]
+        case Op.WAKE if me.restores < MAX_RESTORES and not me.stop and not me.awaited(at):
+            # Whom it was for has left: nobody gives a GPU up for a second attempt.
+            me, effects = _release(replace(me, state=InstanceState.FROZEN))
+            return me, [Note("instance.restore_refused", f"{reason}: {message}"), *effects]
         case Op.WAKE if me.restores < MAX_RESTORES and not me.stop and me.movable:
             avoid = me.gpus
             me, effects = _release(replace(me, state=InstanceState.WAITING_GPU))

@@ -65,6 +65,12 @@ def test_who_waits_no_more_sleeps_on_after_a_failed_restore() -> None:
     assert (me.state, kinds(effects)) == (S.FROZEN, ["Withdraw"])
 
 
+@pytest.mark.parametrize("me", [MOVABLE, RESTORING], ids=["may move", "may not"])
+def test_a_restore_that_fails_when_nobody_waits_any_more_is_not_tried_again(me: Instance) -> None:
+    me, effects = does(after(me, ev.Unwanted()), no_room(me))
+    assert (me.state, me.holds, kinds(effects)) == (S.FROZEN, False, ["Note", "Release"])
+
+
 @pytest.mark.parametrize("me", [STARTING, WAITING], ids=["before its start", "asleep"])
 def test_who_waits_for_gpus_that_are_lost_is_given_up(me: Instance) -> None:
     me, effects = does(me, ev.GpusLost("A: XID 79"))
