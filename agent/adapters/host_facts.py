@@ -42,11 +42,12 @@ LOOK_AGAIN_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class GpuSight:
-    """What NVML gave. `error`: it gave less than all, and why."""
+    """What NVML gave. `error`: it gave nothing, and why; `missing` GPUs do not answer, beside those in `gpus`."""
 
     driver: DriverInfo | None = None
     gpus: tuple[Gpu, ...] = ()
     error: UnavailableError | None = None
+    missing: int = 0
 
     @property
     def trouble(self) -> NvmlTrouble | None:
@@ -70,7 +71,8 @@ async def look_at_gpus(gpus: Gpus) -> GpuSight:
     driver: DriverInfo | None = None
     try:
         driver = await gpus.driver()
-        return GpuSight(driver, tuple(await gpus.list_gpus()))
+        found = tuple(await gpus.list_gpus())
+        return GpuSight(driver, found, missing=len((await gpus.processes()).unanswered))
     except UnavailableError as error:
         return GpuSight(driver, (), error)
 
@@ -113,6 +115,7 @@ def host_facts(sight: GpuSight, settings: GpuSettings) -> HostFacts:
         cuda=sight.driver.cuda if sight.driver else 0,
         trouble=sight.trouble,
         trouble_text=sight.trouble_text,
+        missing=sight.missing,
         mps=mps_runs(),
         host_pids=sees_host_pids(),
         checkpointer=settings.checkpointer,

@@ -70,11 +70,11 @@ _TROUBLES = {
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What was found. `driver_version` like "580.65.06" ("" = no driver), `machine` as uname says it, `euid` of the
-    agent. `cuda`: what libcuda says, 13000 for 13.0 (0 = unknown). `trouble`: NVML failed, and `trouble_text` is its
-    own word. `mps`: an MPS daemon runs here. `host_pids`: the driver numbers processes as the agent does.
-    `checkpointer`: the setting; `utility`: the cuda-checkpoint program, fit to be run ("" = not; then
-    `utility_problem` says why)."""
+    """What was found. `driver_version` like "580.65.06" ("" = no driver), `machine` as uname says it, `euid` of the agent.
+    `cuda`: what libcuda says, 13000 for 13.0 (0 = unknown). `trouble`: NVML failed, and `trouble_text` is its own
+    word. `missing` GPUs do not answer, beside those in `gpus`. `mps`: an MPS daemon runs here. `host_pids`: the
+    driver numbers processes as the agent does. `checkpointer`: the setting; `utility`: the cuda-checkpoint program,
+    fit to be run ("" = not; then `utility_problem` says why)."""
 
     driver_version: str
     gpus: Sequence[Gpu]
@@ -83,6 +83,7 @@ class HostFacts:
     cuda: int = 0
     trouble: NvmlTrouble | None = None
     trouble_text: str = ""
+    missing: int = 0
     mps: bool = False
     host_pids: bool = True
     checkpointer: str = "auto"
@@ -214,6 +215,12 @@ def _driver(host: HostFacts) -> CapabilityLine:
     if not host.gpus:
         return _fail(
             "driver", f"driver {host.driver_version} shows no GPU", "lspci | grep -i nvidia; dmesg | grep -i nvrm"
+        )
+    if host.missing:
+        return _warn(
+            "driver",
+            f"driver {host.driver_version} can't reach {host.missing} of {host.missing + len(host.gpus)} GPUs",
+            ASK_THE_KERNEL,
         )
     if host.branch < SAFE_SINCE:
         return _warn(
