@@ -70,11 +70,11 @@ _TROUBLES = {
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What was found. `driver_version` like "580.65.06" ("" = no driver), `machine` as uname says it, `euid` of the agent.
-    `cuda`: what libcuda says, 13000 for 13.0 (0 = unknown). `trouble`: NVML failed, and `trouble_text` is its own
-    word. `missing` GPUs do not answer, beside those in `gpus`. `mps`: an MPS daemon runs here. `host_pids`: the
-    driver numbers processes as the agent does. `checkpointer`: the setting; `utility`: the cuda-checkpoint program,
-    fit to be run ("" = not; then `utility_problem` says why)."""
+    """What was found. `driver_version` like "580.65.06" ("" = no driver), `machine` as uname says it, `euid` of the
+    agent. `cuda`: what libcuda says, 13000 for 13.0 (0 = unknown). `trouble`: NVML failed, and `trouble_text` is
+    its own word. `missing` GPUs do not answer, beside those in `gpus`. `mps`: an MPS daemon runs here. `host_pids`:
+    the driver numbers processes as the agent does. `checkpointer`: the setting; `utility`: the cuda-checkpoint
+    program, fit to be run ("" = not; then `utility_problem` says why)."""
 
     driver_version: str
     gpus: Sequence[Gpu]

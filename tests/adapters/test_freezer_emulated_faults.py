@@ -51,14 +51,15 @@ async def test_a_freeze_that_is_rolled_back(host: Host, operation: str, kind: st
     [
         ("checkpoint", "OPERATING_SYSTEM", "CUDA_OPERATING_SYSTEM"),
         ("checkpoint", "FAILED", "CUDA_OPERATING_SYSTEM"),
-        ("checkpoint", "DEATH", "CUDA_PROCESS_DIED"),
+        ("checkpoint", "DEATH", "CUDA_PROCESS_DIED CUDA_OPERATING_SYSTEM"),
         ("restore", "OPERATING_SYSTEM", "CUDA_OPERATING_SYSTEM"),
         ("restore", "FAILED", "CUDA_OPERATING_SYSTEM"),
-        ("restore", "DEATH", "CUDA_PROCESS_DIED"),
+        ("restore", "DEATH", "CUDA_PROCESS_DIED CUDA_OPERATING_SYSTEM"),
         ("unlock", "OPERATING_SYSTEM", "CUDA_OPERATING_SYSTEM"),
     ],
 )
 async def test_what_only_a_kill_ends(host: Host, operation: str, kind: str, reason: str) -> None:
+    """The driver's answer about a target that died may come before its end is seen: then its word is the reason."""
     _, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer(HASTY)
     host.nvidia.control.fault(operation, kind)
@@ -67,7 +68,8 @@ async def test_what_only_a_kill_ends(host: Host, operation: str, kind: str, reas
     if operation != "checkpoint":
         assert result.outcome is OK
         result = await freezer.wake(handle, {})
-    assert (result.outcome, result.reason) == (BROKEN, reason)
+    assert result.outcome is BROKEN
+    assert result.reason in reason.split()
     freezer.forget(handle)
 
 
