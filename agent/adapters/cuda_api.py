@@ -59,7 +59,7 @@ _EXPLANATIONS: dict[int, tuple[str, str]] = {
     CudaResult.NOT_INITIALIZED: ("CUDA_NOT_INITIALIZED", "the process does not use CUDA, or has ended"),
     CudaResult.OPERATING_SYSTEM: (
         "CUDA_OPERATING_SYSTEM",
-        "the driver could not reach the process: the agent needs root and the host's PID namespace",
+        "the driver lost or could not reach the process: it has died, or the agent lacks root or the host's PIDs",
     ),
     CudaResult.ILLEGAL_STATE: (
         "CUDA_ILLEGAL_STATE",

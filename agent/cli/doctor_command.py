@@ -114,6 +114,18 @@ def _by_agent_or_host() -> Sequence[CapabilityLine]:
     known = {line.name for line in seen}
     return [
         CapabilityLine("agent", "OK", name, ""),
+        *cordoned_lines([(gpu.index, gpu.cordoned_reason) for gpu in node.gpus]),
         *seen,
         *(line for line in beside if line.name not in known),
+    ]
+
+
+def cordoned_lines(gpus: Sequence[tuple[int, str]]) -> Sequence[CapabilityLine]:
+    """Index and cordon ("" = none) of each GPU to a line for each that is out of use: FAIL where none is left."""
+    level = "FAIL" if all(reason for _, reason in gpus) else "WARN"
+    fix = "nvidia-smi --gpu-reset -i {0} (end what uses it first), or restart the host; then restart the agent"
+    return [
+        CapabilityLine(f"gpu {index}", level, f"cordoned: {reason}", fix.format(index))
+        for index, reason in gpus
+        if reason
     ]

@@ -125,7 +125,7 @@ def _seen(device: DeviceHealth, sample: GpuSample, limits: HealthLimits) -> tupl
     effects: list[Effect] = []
     if sample.lost and not device.lost:
         device = replace(device, lost=True)
-        text = f"GPU_LOST: {sample.error or 'NVML lost it'}; reset the GPU or restart the host"
+        text = f"GPU_LOST: {sample.error or 'NVML lost it'}; reset the GPU, then restart the agent, or restart the host"
         effects.append(PutCordon(here, text, LOST, lasting=True))
     if not sample.error:
         device = replace(device, bad=0, good=min(device.good + 1, limits.good_samples))

@@ -40,7 +40,7 @@ def test_it_asks_the_agent_and_fails_with_it(at_home: Run) -> None:
     assert "restart it (systemctl restart hibernode-agent)" in done.err
     found = at_home("doctor", "-o", "json").json
     assert found["ok"] is False
-    assert [one["name"] for one in found["checks"]] == ["agent", "driver", "mig", "cgroup", "compiler"]
+    assert [one["name"] for one in found["checks"]] == ["agent", "gpu 1", "driver", "mig", "cgroup", "compiler"]
     assert {"name", "level", "reason", "fix"} == set(found["checks"][0])
 
 
@@ -183,3 +183,15 @@ def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tree.iterdir()) == []
     tree.rmdir()
     assert "no cgroup can be made" in doctor_checks.cgroup_line(tmp_path).reason
+
+
+def test_a_gpu_out_of_use_is_a_line_and_a_failure_only_where_none_is_left() -> None:
+    lost = "XID_79: the GPU has fallen off the bus"
+
+    (line,) = doctor_command.cordoned_lines([(0, lost), (1, "")])
+
+    assert (line.name, line.level) == ("gpu 0", "WARN")
+    assert lost in line.reason
+    assert "--gpu-reset -i 0" in line.fix
+    assert [one.level for one in doctor_command.cordoned_lines([(0, lost), (1, lost)])] == ["FAIL", "FAIL"]
+    assert not doctor_command.cordoned_lines([(0, ""), (1, "")])
