@@ -247,7 +247,8 @@ def _paused(me: Instance, paused: bool, at: int) -> Step:
         return me, []
     gives_way = me.draining
     me = replace(me, paused=paused, draining=False, idle_gen=me.idle_gen + 1)
-    note = Note("EXTERNALLY_FROZEN" if paused else "EXTERNALLY_THAWED", "")
+    told = "paused by somebody else: its requests wait until its cgroup is thawed (docker unpause)"
+    note = Note("EXTERNALLY_FROZEN", told) if paused else Note("EXTERNALLY_THAWED", "")
     if paused:  # nobody knows for how long: the book must not count on its GPUs
         refusal: list[Effect] = [BookRefused()] if gives_way else []
         return me, [note, ClosePool(), *refusal, Became(idle=False)]
