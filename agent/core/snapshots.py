@@ -71,7 +71,8 @@ class CapabilityLine:
 @dataclass(frozen=True, slots=True)
 class NodeSnapshot:
     """One node. `epoch` changes with every start of the agent. `host_reserved_bytes` is promised to images and not yet
-    taken: what a frozen image holds is already missing from `host_available_bytes`."""
+    taken: what a frozen image holds is already missing from `host_available_bytes`. `migrates`: a frozen instance may
+    wake on another GPU than the one it froze on."""
 
     name: str
     boot_id: str
@@ -93,3 +94,4 @@ class NodeSnapshot:
     instance_count: int
     start_wall_ns: int
     labels: Mapping[str, str]
+    migrates: bool = False

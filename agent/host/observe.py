@@ -119,6 +119,7 @@ class Observer:
             instance_count=len(node.actors),
             start_wall_ns=me.start_wall_ns,
             labels=me.labels,
+            migrates=node.desk.book.migrate,
         )
 
     def _gpus(self) -> list[GpuSnapshot]:

@@ -154,6 +154,7 @@ def registration(snapshot: NodeSnapshot) -> Registration:
         runtimes=snapshot.runtimes,
         host_memory=_host_memory(snapshot),
         start_time=time_to_proto(snapshot.start_wall_ns),
+        gpu_migration=snapshot.migrates,
     )
 
 

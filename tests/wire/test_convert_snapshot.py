@@ -122,6 +122,12 @@ def test_a_node_and_its_registration_say_the_same() -> None:
     assert [gpu_from_proto(gpu) for gpu in node.gpus] == [snapshot.gpu for snapshot in NODE.gpus]
 
 
+def test_the_scheduler_is_told_whether_instances_move() -> None:
+    """Not told, it would never wake one beside an awake one that last had the same GPU."""
+    assert not registration(NODE).gpu_migration
+    assert registration(replace(NODE, migrates=True)).gpu_migration
+
+
 def test_gpus_show_who_holds_who_waits_and_what_is_wrong() -> None:
     busy, broken = node_to_proto(NODE).gpus
     assert (list(busy.holder_uids), list(busy.waiter_uids)) == (["i-2"], ["i-1", "i-3"])
