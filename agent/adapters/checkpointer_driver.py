@@ -97,6 +97,7 @@ class DriverCheckpointer:
         self._options = options or WorkerOptions()
         self._limits = limits or PoolLimits()
         self._on_worker_stuck = on_worker_stuck
+        self.init_before_restore = self._options.init_before_restore
         self._slots = [_Slot() for _ in range(self._limits.workers)]
         self._queue: deque[_Job] = deque()
         self._bell = _Bell()
@@ -166,6 +167,10 @@ class DriverCheckpointer:
         while any(slot.worker is not None for slot in self._slots):
             await self._bell.wait()
 
+    def persistence_is_off(self) -> None:
+        """From now on cuInit comes before a worker's first restore, which would kill its target otherwise."""
+        self.init_before_restore = True
+
     @property
     def worker_pids(self) -> Sequence[int]:
         """Pids of the live workers (for status pages and tests)."""
@@ -179,7 +184,7 @@ class DriverCheckpointer:
                 return
             if slot.worker is not None and slot.worker.phase is Phase.IDLE:
                 job = self._queue[0]
-                if slot.worker.submit(job.calls, job.deadline_s):
+                if slot.worker.submit(job.calls, job.deadline_s, init=self.init_before_restore):
                     self._queue.popleft()
                     slot.job = job
                     if job.waiting is not None:

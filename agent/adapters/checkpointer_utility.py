@@ -88,6 +88,9 @@ class UtilityCheckpointer:
         batch.add_done_callback(self._batches.discard)
         return await asyncio.shield(batch)  # a caller that goes away leaves no program without somebody to end it
 
+    def persistence_is_off(self) -> None:
+        """The program calls cuInit itself where the driver takes that (570 on); before, a restore kills its target."""
+
     async def close(self) -> None:
         """Kill what runs and wait until it is reaped or abandoned (bounded by its kill timeout)."""
         self._closed = True

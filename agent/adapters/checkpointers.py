@@ -25,6 +25,9 @@ class HostCheckpointer(Checkpointer, Protocol):
 
     async def start(self) -> None: ...
 
+    def persistence_is_off(self) -> None:
+        """Somebody has turned persistence mode off on a GPU of this host."""
+
     async def close(self) -> None: ...
 
 
@@ -37,6 +40,9 @@ class NoCheckpointer:
     async def start(self) -> None:
         """Raises UnavailableError CHECKPOINT_API_UNAVAILABLE."""
         raise UnavailableError("CHECKPOINT_API_UNAVAILABLE", self._why)
+
+    def persistence_is_off(self) -> None:
+        """Nothing is restored here."""
 
     async def close(self) -> None:
         """Nothing to end."""

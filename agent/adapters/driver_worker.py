@@ -1,7 +1,7 @@
 """The process that calls libcuda's checkpoint functions. A stand-alone script: it imports nothing of the agent.
 
 A call into the driver can hang in the kernel for ever, so it is made in a process that can be killed and replaced.
-Started by `driver_worker_process.py` as `python -I -S driver_worker.py <socket fd> <parent pid> <init: 0|1>`; the
+Started by `driver_worker_process.py` as `python -I -S driver_worker.py <socket fd> <parent pid>`; the
 socket is SOCK_SEQPACKET, one JSON message each way:
 
     worker, once:  {"hello": <cuDriverGetVersion>, "error": ""}
@@ -71,12 +71,13 @@ def uuid_bytes(text: str) -> bytes:
 class Driver:
     """libcuda.so.1, and the checkpoint functions that cuGetProcAddress gives."""
 
-    def __init__(self, init_before_restore: bool) -> None:
+    def __init__(self) -> None:
         try:
             self._cuda = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
             raise DriverError(f"libcuda.so.1 can't be loaded ({error}): install the NVIDIA driver") from error
-        self._must_init = init_before_restore
+        self.must_init = False
+        self._initialized = False
         version = ctypes.c_int(0)
         self._cuda.cuDriverGetVersion(ctypes.byref(version))
         self.version = version.value
@@ -118,11 +119,11 @@ class Driver:
         """A restore needs persistence mode, or cuInit in this process before: done late, since it costs seconds."""
         if pairs and self.version < MAPS_SINCE:
             return NOT_SUPPORTED
-        if self._must_init:
+        if self.must_init and not self._initialized:
             code = int(self._cuda.cuInit(0))
             if code != 0:
                 return code
-            self._must_init = False
+            self._initialized = True
         arguments = RestoreArgs()
         if pairs:
             table = (GpuPair * len(pairs))()
@@ -170,16 +171,17 @@ def run_batch(driver: Driver, calls: list[tuple[int, int, int, list[list[str]]]]
     return answers
 
 
-def serve(channel: socket.socket, init_before_restore: bool) -> int:
+def serve(channel: socket.socket) -> int:
     """Answer until the agent closes the socket."""
     try:
-        driver = Driver(init_before_restore)
+        driver = Driver()
     except DriverError as error:
         channel.send(json.dumps({"hello": 0, "error": str(error)}).encode())
         return 1
     channel.send(json.dumps({"hello": driver.version, "error": ""}).encode())
     while message := channel.recv(MAX_MESSAGE_BYTES):
         request = json.loads(message)
+        driver.must_init = request.get("init", False)
         answers = run_batch(driver, request["calls"])
         channel.send(json.dumps({"id": request["id"], "answers": answers}).encode())
     return 0
@@ -187,7 +189,7 @@ def serve(channel: socket.socket, init_before_restore: bool) -> int:
 
 def main(arguments: list[str]) -> int:
     """Die with the agent: the parent is compared after the request, for it may have died before."""
-    descriptor, parent, init_before_restore = int(arguments[0]), int(arguments[1]), arguments[2] == "1"
+    descriptor, parent = int(arguments[0]), int(arguments[1])
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     resource.setrlimit(
         resource.RLIMIT_CORE, (0, 0)
@@ -196,7 +198,7 @@ def main(arguments: list[str]) -> int:
         return 1
     channel = socket.socket(fileno=descriptor)
     try:
-        return serve(channel, init_before_restore)
+        return serve(channel)
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the agent is gone
 

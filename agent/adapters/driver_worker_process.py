@@ -94,11 +94,8 @@ class DriverWorkerProcess:
         )
 
     def _command(self, descriptor: int) -> list[str]:
-        init = "1" if self._options.init_before_restore else "0"
         # -I and -S: nothing of the user's Python environment gets into a root process that talks to the driver.
-        return [
-            sys.executable, "-I", "-S", str(self._options.script), str(descriptor), str(os.getpid()), init
-        ]  # fmt: skip
+        return [sys.executable, "-I", "-S", str(self._options.script), str(descriptor), str(os.getpid())]
 
     def _spawn_arguments(self, other: socket.socket) -> dict[str, Any]:
         environment = os.environ if self._options.environment is None else self._options.environment
@@ -116,8 +113,9 @@ class DriverWorkerProcess:
         """Of the subprocess."""
         return self._process.pid
 
-    def submit(self, calls: Sequence[CudaCall], deadline_s: float) -> bool:
-        """Give an IDLE worker a batch; it is killed if no answer has come `deadline_s` later.
+    def submit(self, calls: Sequence[CudaCall], deadline_s: float, *, init: bool = False) -> bool:
+        """Give an IDLE worker a batch; it is killed if no answer has come `deadline_s` later. `init`: persistence mode
+        is off, so cuInit comes before its first restore.
 
         False: it has died meanwhile, nothing was begun, and `gone` follows.
         """
@@ -125,7 +123,7 @@ class DriverWorkerProcess:
         self._message_id += 1
         rows = [[OP_NUMBERS[c.op], c.pid, c.timeout_ms, c.gpu_map] for c in calls]
         try:
-            self._channel.send(json.dumps({"id": self._message_id, "calls": rows}).encode())
+            self._channel.send(json.dumps({"id": self._message_id, "init": init, "calls": rows}).encode())
         except OSError as error:
             self._loop.call_soon(self.kill, f"the worker takes no message ({error})")
             self.phase = Phase.BUSY  # for nobody: it must not be given the next one

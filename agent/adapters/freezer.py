@@ -8,6 +8,7 @@ Rules and faults: facts gpu-checkpoint, sections 3, 4 and 7.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from agent.adapters.cgroup_freezer import ProcessFreezer
@@ -74,8 +75,12 @@ class CudaFreezer:
         return self._instances.paused(handle)
 
     async def prepare_kill(self, handle: Handle) -> None:
-        """`Freezer.prepare_kill`."""
-        await self._doubts.suspend(handle)
+        """`Freezer.prepare_kill`. A rollback that runs may take long: the kill does not wait for its end."""
+        try:
+            async with asyncio.timeout(self._instances.limits.kill_s):
+                await self._doubts.suspend(handle)
+        except TimeoutError:
+            return
         await self._recovery.prepare_kill(handle)
 
     async def condition(self, handle: Handle) -> Condition:

@@ -64,7 +64,8 @@ class NvmlGpus:
             return
         with suppress(UnavailableError):
             await self._call(self._session.reset)
-        self._jobs.put_nowait(None)
+        with suppress(queue.Full):  # the thread hangs, and many wait for it
+            self._jobs.put_nowait(None)
         self._thread = None
 
     async def _call(self, work: Callable[[], T]) -> T:

@@ -229,6 +229,7 @@ def _sample(device: _Device) -> GpuSample:
         decoder_percent=None if decoder is None else decoder[0],
         temperature_celsius=_said(lambda: nvmlDeviceGetTemperature(handle, NVML_TEMPERATURE_GPU)),
         power_milliwatts=_said(lambda: nvmlDeviceGetPowerUsage(handle)),
+        persistence=_said(lambda: bool(nvmlDeviceGetPersistenceMode(handle) == NVML_FEATURE_ENABLED)),
     )
 
 

@@ -177,6 +177,7 @@ class GpuSample:
     decoder_percent: int | None = None
     temperature_celsius: int | None = None
     power_milliwatts: int | None = None
+    persistence: bool | None = None
     error: str = ""
     lost: bool = False
 

@@ -174,7 +174,15 @@ class AgentDaemon:
         xid_events = NvmlEvents()
         self._stack.callback(xid_events.close)
         trespass = Trespass(gpus, self.runtime, self.node.desk, self.node.actors, self.events)
-        return GpuWatch(gpus, xid_events, self.node.desk, self.events, self.clock, after_sample=trespass.look)
+        return GpuWatch(
+            gpus,
+            xid_events,
+            self.node.desk,
+            self.events,
+            self.clock,
+            after_sample=trespass.look,
+            persistence_is_off=self.gpu.checkpointer.persistence_is_off,
+        )
 
     def _runtime_settings(self, slice_: CgroupSlice | None) -> ProcessRuntimeSettings:
         return ProcessRuntimeSettings(

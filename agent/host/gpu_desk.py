@@ -25,6 +25,7 @@ from agent.log import get_logger
 from agent.ports import Clock, Gpus, Timer
 
 PROOF_PAUSE_S = 0.01
+PROOF_PAUSE_MAX_S = 0.2
 LATE_PROOF_PAUSE_S = 1.0
 END_TIMEOUT_S = 60.0
 """Killing an instance has its own deadlines; past this it is not waited for any more."""
@@ -180,7 +181,9 @@ class GpuDesk:
         self.apply(book_events.Released(actor.uid))
 
     async def _until_gone(self, actor: Actor) -> None:
-        """Poll NVML; one answer that fails is asked again, for only the deadline says that there is no proof."""
+        """Poll NVML, ever more slowly, for wakes need its thread; one answer that fails is asked again, for only the
+        deadline says that there is no proof."""
+        pause_s = PROOF_PAUSE_S
         while True:
             try:
                 held = self.book.holders.get(actor.uid)
@@ -188,7 +191,8 @@ class GpuDesk:
                     return
             except HibernodeError as error:
                 self._log.debug("gpu.proof_delayed", instance=actor.uid, reason=error.reason)
-            await asyncio.sleep(PROOF_PAUSE_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, PROOF_PAUSE_MAX_S)
 
     async def _prove_late(self, uid: str, pids: frozenset[int], gpus: tuple[str, ...]) -> None:
         """The proof may still come: the cordon that its absence made is lifted then. Until the agent goes away."""

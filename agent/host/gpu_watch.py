@@ -28,7 +28,8 @@ MAX_XID_COUNTERS = 1000
 
 class GpuWatch:
     """`run` until cancelled. `xids` counts the events by (GPU, code). `after_sample` runs after every sample that the
-    driver answered (trespass.Trespass.look); its failures are logged."""
+    driver answered (trespass.Trespass.look); its failures are logged. `persistence_is_off` is called for as
+    long as a GPU has it off."""
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class GpuWatch:
         clock: Clock,
         *,
         after_sample: Callable[[], Awaitable[None]] | None = None,
+        persistence_is_off: Callable[[], None] = lambda: None,
         limits: gpu_health.HealthLimits | None = None,
         period_s: float = PERIOD_S,
     ) -> None:
@@ -49,6 +51,8 @@ class GpuWatch:
         self._events = events
         self._clock = clock
         self._after_sample = after_sample
+        self._persistence_is_off = persistence_is_off
+        self._volatile: set[str] = set()
         self._period_s = period_s
         self._health = gpu_health.healthy(tuple(desk.inventory), clock.monotonic_ns(), limits)
         self._figures: Mapping[str, GpuSample] = {}
@@ -91,12 +95,23 @@ class GpuWatch:
             return
         self._figures, self._read_ns = {sample.uuid: sample for sample in samples}, self._clock.monotonic_ns()
         self._step(Sampled(tuple(samples)))
+        self._note_persistence(samples)
         if self._after_sample is None:
             return
         try:
             await self._after_sample()
         except (HibernodeError, OSError) as error:
             self._log.debug("gpu.after_sample_failed", message=str(error))
+
+    def _note_persistence(self, samples: Sequence[GpuSample]) -> None:
+        """Without it a restore needs cuInit before, or kills its target: the checkpointer has to know at once."""
+        volatile = {sample.uuid for sample in samples if sample.persistence is False}
+        if volatile:
+            self._persistence_is_off()
+        for uuid in volatile - self._volatile:
+            text = "persistence mode is off: wakes may take seconds longer; nvidia-smi -pm 1, or nvidia-persistenced"
+            self._events.add("", "gpu.persistence_off", text, gpu=uuid)
+        self._volatile = volatile
 
     # ---- XID events -------------------------------------------------------------------------------------------------
 

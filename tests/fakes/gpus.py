@@ -19,7 +19,8 @@ def gpu(index: int = 0, *, model: str = "Emulated H100", memory_bytes: int = 16 
 @dataclass
 class FakeGpus:
     """Knobs: `processes_now` (a list, or a function such as `FakeCheckpointer.gpu_processes`), `unavailable`,
-    `reserved_bytes` that every GPU uses besides, and `errors` by uuid ("lost" = NVML calls it lost)."""
+    `reserved_bytes` that every GPU uses besides, `errors` by uuid ("lost" = NVML calls it lost), and
+    `volatile`: the GPUs whose persistence mode is off."""
 
     gpus: Sequence[Gpu] = field(default_factory=lambda: [gpu(0), gpu(1)])
     processes_now: Sequence[GpuProcess] | Callable[[], Sequence[GpuProcess]] = ()
@@ -27,6 +28,7 @@ class FakeGpus:
     reserved_bytes: int = 0
     unavailable: bool = False
     errors: dict[str, str] = field(default_factory=dict)
+    volatile: set[str] = field(default_factory=set)
     calls: list[str] = field(default_factory=list)
 
     async def list_gpus(self) -> Sequence[Gpu]:
@@ -54,7 +56,8 @@ class FakeGpus:
     def _sample(self, device: Gpu) -> GpuSample:
         if error := self.errors.get(device.uuid):
             return GpuSample(device.uuid, error=f"the GPU is {error} (fake)", lost=error == "lost")
-        return GpuSample(device.uuid, self._used(device.uuid), 7, 5, 0, 0, 40, 60_000)
+        on = device.uuid not in self.volatile
+        return GpuSample(device.uuid, self._used(device.uuid), 7, 5, 0, 0, 40, 60_000, persistence=on)
 
     def _used(self, uuid: str) -> int:
         return self.reserved_bytes + sum(p.used_bytes for p in self._processes() if p.gpu_uuid == uuid)

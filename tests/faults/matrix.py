@@ -275,7 +275,7 @@ ROWS = (
         "CUDA_OUT_OF_MEMORY",
         profile="570",
     ),
-    Row("persistence mode was turned off (800)", "#25", Phase.RESTORE, host(FaultWorld.no_persistence), End.DIES, ""),
+    Row("persistence mode was turned off (800)", "#25", Phase.RESTORE, FaultWorld.no_persistence, End.LIVES),
     Row(
         "not permitted (800), once",
         "#25",

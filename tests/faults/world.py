@@ -169,10 +169,16 @@ class FaultWorld:
         for device in self.driver.devices():
             self.driver.set_device(device.uuid, nvml_error=999)
 
-    def no_persistence(self, _uid: str) -> None:
-        """Persistence mode was turned off behind the agent's back."""
+    async def no_persistence(self, _uid: str) -> None:
+        """Persistence mode was turned off behind the agent's back, some time ago."""
+        before = (await self.history("")).count("gpu.persistence_off")
         for device in self.driver.devices():
             self.driver.set_device(device.uuid, persistence=False)
+
+        async def noticed() -> bool:
+            return (await self.history("")).count("gpu.persistence_off") > before
+
+        await until("the agent has noticed", noticed, 10.0)
 
     def fill_gpu(self, _uid: str) -> None:
         """Somebody outside of Hibernode takes the GPU's memory."""
@@ -220,7 +226,9 @@ class FaultWorld:
     async def history(self, uid: str) -> str:
         """Every message of the instance's events."""
         async with self.stack.channel("agent") as channel:
-            answer = await channel.call(channel.instances.ListEvents, pb.ListEventsRequest(instance_uid=uid), 5.0)
+            answer = await channel.call(
+                channel.instances.ListEvents, pb.ListEventsRequest(instance_uid=uid, page_size=1000), 5.0
+            )
         return "\n".join(f"{event.name} {event.message}" for event in answer.events)
 
     async def find(self, uid: str) -> types_pb2.Instance:

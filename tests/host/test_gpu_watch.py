@@ -131,3 +131,24 @@ async def test_the_counters_are_bounded() -> None:
         for code in range(1000, 1000 + MAX_XID_COUNTERS + 5):
             it.watch.heard(Xid(it.uuid(0), code))
         assert len(it.watch.xids) == MAX_XID_COUNTERS
+
+
+async def test_persistence_mode_that_is_turned_off_is_told_to_the_checkpointer_and_once_to_people() -> None:
+    async with a_world() as world:
+        told: list[str] = []
+        watch = GpuWatch(
+            world.gpus,
+            FakeGpuEvents(),
+            world.node.desk,
+            world.events,
+            world.clock,
+            persistence_is_off=lambda: told.append("off"),
+        )
+        first = world.gpus.gpus[0].uuid
+        await watch.look()
+        assert not told
+        world.gpus.volatile.add(first)
+        await watch.look()
+        await watch.look()
+        assert told == ["off", "off"], "for as long as it is off"
+        assert len(world.messages("gpu.persistence_off")) == 1
