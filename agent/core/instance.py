@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agent.core.lifecycle_events import Op
-from agent.core.types import InstanceState
+from agent.core.types import SECOND_NS, InstanceState
+
+BACK_OFF_MIN_NS = SECOND_NS
+BACK_OFF_MAX_NS = 60 * SECOND_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,17 @@ class Instance:
     def gate_open(self) -> bool:
         """May the gate grant requests now?"""
         return self.state is InstanceState.RUNNING and not (self.draining or self.stop or self.paused)
+
+    @property
+    def can_freeze(self) -> bool:
+        """May a freeze begin now? Idle timers and the GPU book ask."""
+        ready = self.freezable and self.state is InstanceState.RUNNING
+        return ready and not (self.busy or self.stop or self.paused)
+
+    @property
+    def back_off_ns(self) -> int:
+        """How long after the last refused freeze the next may be tried: doubled each time."""
+        return min(BACK_OFF_MIN_NS << min(self.refusals - 1, 16), BACK_OFF_MAX_NS) if self.refusals else 0
 
     def awaited(self, at: int) -> bool:
         """Does a request, or an API wake whose deadline has not passed, wait for this instance to be awake?"""

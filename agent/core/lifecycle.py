@@ -58,13 +58,13 @@ from agent.core.lifecycle_events import (
     Wanted,
     Withdraw,
 )
-from agent.core.types import SECOND_NS, InstanceState
+from agent.core.types import InstanceState
 
-BACK_OFF_MIN_NS = SECOND_NS
-BACK_OFF_MAX_NS = 60 * SECOND_NS
 MAX_RESTORES = 2
 PRE_FREEZE_FAILED = "PRE_FREEZE_FAILED"
 CANCELLED = "CANCELLED"
+PAUSED = "EXTERNALLY_FROZEN"
+_PAUSE = "paused by somebody else until its cgroup is thawed (docker unpause); its requests go elsewhere, or wait"
 
 
 Step = tuple[Instance, list[Effect]]
@@ -93,13 +93,13 @@ def step(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, P
         case WakeExpired():
             return _give_up_waiting(me, at)
         case IdleTimer(gen):
-            if gen != me.idle_gen or not _can_freeze(me):
+            if gen != me.idle_gen or not me.can_freeze:
                 return me, []
             return _begin_freeze(me, ordered=False)
         case FreezeAsked():
-            return _begin_freeze(me, ordered=False) if _can_freeze(me) else (me, [])
+            return _begin_freeze(me, ordered=False) if me.can_freeze else (me, [])
         case FreezeOrdered():
-            return _begin_freeze(me, ordered=True) if _can_freeze(me) else (me, [BookRefused()])
+            return _begin_freeze(me, ordered=True) if me.can_freeze else (me, [BookRefused()])
         case DrainOrdered():
             return _drain(me)
         case GpusLost(message):
@@ -132,10 +132,6 @@ def _current(me: Instance, gen: int) -> bool:
 def _run(me: Instance, op: Op) -> Step:
     gen = me.op_gen + 1
     return replace(me, op=op, op_gen=gen), [Run(op, gen, me.gpus)]
-
-
-def _can_freeze(me: Instance) -> bool:
-    return me.freezable and me.state is InstanceState.RUNNING and not (me.busy or me.stop or me.paused)
 
 
 def _after_the_end(me: Instance, event: Event) -> Step:
@@ -183,6 +179,8 @@ def _call(me: Instance, at: int) -> Step:
             return me, [RefuseWaiters("INSTANCE_STOPPING", "the instance is being stopped")]
         case InstanceState.RUNNING if me.stop:
             return me, [RefuseWaiters("INSTANCE_STOPPING", "the instance is being stopped")]
+        case InstanceState.RUNNING if me.paused:
+            return me, [RefuseWaiters(PAUSED, _PAUSE)]
         case _:
             return me, []
 
@@ -247,11 +245,10 @@ def _paused(me: Instance, paused: bool, at: int) -> Step:
         return me, []
     gives_way = me.draining
     me = replace(me, paused=paused, draining=False, idle_gen=me.idle_gen + 1)
-    told = "paused by somebody else: its requests wait until its cgroup is thawed (docker unpause)"
-    note = Note("EXTERNALLY_FROZEN", told) if paused else Note("EXTERNALLY_THAWED", "")
+    note = Note(PAUSED, _PAUSE) if paused else Note("EXTERNALLY_THAWED", "")
     if paused:  # nobody knows for how long: the book must not count on its GPUs
         refusal: list[Effect] = [BookRefused()] if gives_way else []
-        return me, [note, ClosePool(), *refusal, Became(idle=False)]
+        return me, [note, ClosePool(), *refusal, Became(idle=False), RefuseWaiters(PAUSED, _PAUSE)]
     me, effects = _settle(me, at) if not me.busy else (me, [])
     return me, [note, *effects]
 
@@ -285,10 +282,6 @@ def _running_again(me: Instance) -> Instance:
     return replace(me, state=InstanceState.RUNNING, ordered=False, draining=False, wake_until_ns=0)
 
 
-def _back_off_ns(me: Instance) -> int:
-    return min(BACK_OFF_MIN_NS << min(me.refusals - 1, 16), BACK_OFF_MAX_NS) if me.refusals else 0
-
-
 def _frozen(me: Instance, at: int) -> Step:
     me = replace(me, state=InstanceState.FROZEN, ordered=False, draining=False, refusals=0, refusal="", retry_at_ns=0)
     me, effects = _release(me)
@@ -312,9 +305,9 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
             if not cancelled:
                 effects.append(Note("instance.freeze_refused", f"{reason}: {message}"))
                 me = replace(me, refusals=me.refusals + 1, refusal=f"{reason}: {message}")
-                me = replace(me, retry_at_ns=at + _back_off_ns(me))
+                me = replace(me, retry_at_ns=at + me.back_off_ns)
             me = _running_again(me)
-            me, more = _settle(me, at)
+            me, more = _paused(me, True, at) if reason == PAUSED else _settle(me, at)
             return me, [*effects, *more]
         case Op.WAKE if me.restores < MAX_RESTORES and not me.stop and not me.awaited(at):
             # Whom it was for has left: nobody gives a GPU up for a second attempt.

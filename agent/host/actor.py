@@ -200,7 +200,7 @@ class Actor:
             self._perform(effect)
         if new.state is not old.state:
             self._tell_waiters()
-        elif new.busy is not old.busy:
+        elif (new.busy, new.paused) != (old.busy, old.paused):
             self._listener.load_changed(self)
 
     def _tell_waiters(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from agent.core.lifecycle import PAUSED
 from agent.core.lifecycle_events import Op
 from agent.core.snapshots import CapabilityLine, GpuSnapshot, InstanceSnapshot, NodeSnapshot
 from agent.core.types import GpuSample, InstanceState
@@ -61,12 +62,12 @@ class Observer:
             function=actor.function,
             request_id=actor.spec.request_id,
             state=instance.state,
-            reason=instance.reason or instance.refusal.partition(":")[0],
+            reason=instance.reason or (PAUSED if instance.paused else instance.refusal.partition(":")[0]),
             message=instance.message or (instance.refusal and f"the last freeze was refused: {instance.refusal}"),
             gpu_uuids=actor.gpu_uuids,
             in_flight=gate.in_flight,
             waiting=gate.waiting,
-            healthy=actor.healthy,
+            healthy=actor.healthy and not instance.paused,
             vram_bytes=figures.vram_bytes,
             frozen_bytes=figures.image_bytes,
             pid=handle.process.pid if handle is not None else 0,

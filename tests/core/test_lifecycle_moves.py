@@ -86,12 +86,22 @@ def test_who_does_not_wait_for_them_is_not(me: Instance) -> None:
 def test_a_pause_closes_the_gate_and_takes_the_instance_from_the_books_victims() -> None:
     me, effects = does(RUNNING, ev.Paused(paused=True))
     assert not me.gate_open
-    assert kinds(effects) == ["Note", "ClosePool", "Became"]
-    assert effects[-1] == ev.Became(idle=False)
+    assert kinds(effects) == ["Note", "ClosePool", "Became", "RefuseWaiters"]
+    assert ev.Became(idle=False) in effects
     for event in (ev.IdleTimer(RUNNING.idle_gen), ev.IdleTimer(me.idle_gen), ev.FreezeAsked()):
         assert does(me, event) == (me, []), "the driver is never asked about it"
     assert kinds(does(me, ev.FreezeOrdered())[1]) == ["BookRefused"]
     assert kinds(does(me, ev.DrainOrdered())[1]) == ["BookRefused"]
+
+
+def test_who_comes_during_a_pause_is_sent_elsewhere() -> None:
+    assert kinds(does(after(RUNNING, ev.Paused(paused=True)), ev.Wanted())[1]) == ["RefuseWaiters"]
+
+
+def test_a_freeze_that_finds_it_paused_knows_it_at_once() -> None:
+    me, effects = does(LOCKING, ev.Refused(LOCKING.op_gen, "EXTERNALLY_FROZEN", "somebody else has paused it"))
+    assert (me.state, me.paused) == (S.RUNNING, True)
+    assert kinds(effects) == ["Note", "Note", "ClosePool", "Became", "RefuseWaiters"]
 
 
 def test_after_a_pause_it_is_idle_from_then_on() -> None:
@@ -102,7 +112,7 @@ def test_after_a_pause_it_is_idle_from_then_on() -> None:
 
 def test_one_paused_while_it_drains_gives_nothing_up_and_the_book_is_told_so() -> None:
     me, effects = does(DRAINING, ev.Paused(paused=True))
-    assert kinds(effects) == ["Note", "ClosePool", "BookRefused", "Became"]
+    assert kinds(effects) == ["Note", "ClosePool", "BookRefused", "Became", "RefuseWaiters"]
     me = after(me, ev.Quiet())
     assert me.state is S.RUNNING
     me, effects = does(me, ev.Paused(paused=False))

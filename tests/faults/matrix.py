@@ -36,10 +36,11 @@ class Phase(Enum):
 
 class End(Enum):
     """What becomes of the instance: it lives on as if nothing had been (SLEEPS: after a freeze that came about all the
-    same), or it is killed, so that another is made."""
+    same; PAUSED: once somebody lets it), or it is killed, so that another is made."""
 
     LIVES = "RUNNING"
     SLEEPS = "FROZEN, woken by the request"
+    PAUSED = "RUNNING, paused"
     DIES = "FAILED"
 
 
@@ -62,14 +63,18 @@ class Row:
     @property
     def request(self) -> str:
         """What the request that waits gets from the agent; one that is refused is sent elsewhere by the gateway."""
-        return "refused unseen" if self.end is End.DIES else "answered"
+        return "refused unseen" if self.end in (End.DIES, End.PAUSED) else "answered"
 
     @property
     def released(self) -> str:
         """What is given back."""
         if self.end is End.DIES:
             return "GPU (on proof), image, container"
-        return "lock, promise of host memory" if self.phase.of_freeze and self.end is End.LIVES else "nothing"
+        return (
+            "lock, promise of host memory"
+            if self.phase.of_freeze and self.end in (End.LIVES, End.PAUSED)
+            else "nothing"
+        )
 
 
 def fault(
@@ -120,7 +125,7 @@ ROWS = (
     Row("get-state is denied (304)", "#6", Phase.LISTING, fault("state", "OPERATING_SYSTEM"), End.LIVES, _304),
     Row("get-state never returns", "#26", Phase.LISTING, fault("state", "HANG"), End.LIVES),
     Row("the target dies of get-state", "#58", Phase.LISTING, fault("state", "DEATH"), End.DIES),
-    Row("paused by somebody else", "4", Phase.LISTING, host(FaultWorld.pause), End.LIVES, "EXTERNALLY_FROZEN"),
+    Row("paused by somebody else", "4", Phase.LISTING, host(FaultWorld.pause), End.PAUSED, "EXTERNALLY_FROZEN"),
     Row("NVML fails", "4", Phase.LISTING, host(FaultWorld.blind_nvml), End.LIVES, "NVML"),
     Row(
         "host memory too short for the image",

@@ -260,6 +260,14 @@ class FaultWorld:
             self.driver.set_device(device.uuid, persistence=True, nvml_error=0, silent=False)
             self.driver.reserve(device.uuid, 0)
 
+    async def goes_on(self, uid: str) -> None:
+        """Until it is not paused any more."""
+
+        async def running() -> bool:
+            return bool((await self.find(uid)).healthy)
+
+        await until(f"{uid} goes on", running, 10.0)
+
     async def nothing_is_left_half_way(self) -> None:
         """After the cure: no process is locked, and none is checkpointed but the frozen instance's own."""
 
