@@ -107,6 +107,9 @@ class Wake:
             return broken(settled.reason or "CUDA_PROCESS_DIED", f"{message}; {settled.message}", driver_ns)
         if goal is CudaState.RUNNING:
             return await self._woken_late(wish, driver_ns)
+        if reply.fault is CudaFault.LOST and self._instances.limits.migrates:
+            # The lost restore may still run, with this wake's map: at a thaw when others hold those GPUs.
+            return broken(reason, f"{message}; it may run later, on GPUs that others hold by then", driver_ns)
         again = replace(refused(reason, message, driver_ns), image_bytes=wish.held.vram_bytes or 0)
         return await self._instances.stop_again(wish.handle, again)
 

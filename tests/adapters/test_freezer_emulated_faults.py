@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,4 +241,17 @@ async def test_a_restored_program_is_checkpointed_before_its_kill(host: Host) ->
     assert (await freezer.wake(handle, {})).outcome is OK
     await freezer.prepare_kill(handle)
     assert [p.state for p in host.nvidia.control.processes() if p.pid == target.pid] == ["CHECKPOINTED"]
+    freezer.forget(handle)
+
+
+@pytest.mark.parametrize(("migrates", "outcome"), [(False, REFUSED), (True, BROKEN)])
+async def test_a_restore_that_was_lost_is_not_tried_again_where_instances_move(
+    host: Host, migrates: bool, outcome: Outcome
+) -> None:
+    """It may run at a later thaw. On the instance's own GPU that does no harm; with a map it may be another's by then."""
+    _, handle = host.instances.start("bert-1", SIZE)
+    freezer = host.freezer(replace(HASTY, migrates=migrates))
+    await freeze(freezer, handle)
+    host.nvidia.control.fault("restore", "HANG")
+    assert (await freezer.wake(handle, {})).outcome is outcome
     freezer.forget(handle)

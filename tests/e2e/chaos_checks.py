@@ -24,6 +24,8 @@ from tests.e2e.stack import Answer, Stack, until
 LOOK_AGAIN_S = 0.01
 NOTICED_S = 0.5
 """So long after its death an instance may still be sent a request."""
+FOUND_OUT_S = 3.0
+"""So long after a late call its instance may sit on a GPU of others: two looks for trespassers, and the kill."""
 CODES = {
     429: {"ResourceExhausted"},
     502: {"InstanceCrashed", "FunctionNotStarted", "InitializationError"},
@@ -39,7 +41,9 @@ class Witness:
     """Looks at the driver's own table all the time: who is on which GPU, and who has died."""
 
     driver: EmulatedDriver
-    shared: list[str] = field(default_factory=list)
+    overlaps: dict[tuple[str, frozenset[str]], list[tuple[int, str]]] = field(default_factory=dict)
+    """By GPU and instances: when they were seen there together, and how."""
+    ended: set[str] = field(default_factory=set)
     deaths: dict[str, list[Interval]] = field(default_factory=dict)
     """By function: from when the instance was last seen alive to when the agent must have missed it, too."""
     looks: int = 0
@@ -60,13 +64,24 @@ class Witness:
             self._known[process.pid] = (function, uid, now_ns)
         alive = {process.pid for process in processes}
         for pid in [pid for pid in self._known if pid not in alive]:
-            function, _, seen_ns = self._known.pop(pid)
+            function, uid, seen_ns = self._known.pop(pid)
+            self.ended.add(uid)
             self.deaths.setdefault(function, []).append((seen_ns, now_ns + round(NOTICED_S * SECOND_NS)))
         for uuid in {uuid for process in processes for uuid in process.vram_bytes}:
             on_it = {self._known[p.pid][1]: p for p in processes if p.vram_bytes.get(uuid)}
             if len(on_it) > 1:
                 states = {uid[-6:]: (p.pid, p.state, p.operation, p.hung) for uid, p in on_it.items()}
-                self.shared.append(f"{now_ns / MILLISECOND_NS:.0f} ms: {uuid} has {states}")
+                seen = f"{now_ns / MILLISECOND_NS:.0f} ms: {uuid} has {states}"
+                self.overlaps.setdefault((uuid, frozenset(on_it)), []).append((now_ns, seen))
+
+    def shared(self) -> list[str]:
+        """Overlaps that must not be. A call that an earlier agent's driver worker lost may run at the next thaw, with
+        the map of then: its instance is found out on the wrong GPU and killed, and until then two are there."""
+        return [
+            seen[0][1] + f", for {(seen[-1][0] - seen[0][0]) / SECOND_NS:.2f} s"
+            for (_, uids), seen in self.overlaps.items()
+            if not uids & self.ended or seen[-1][0] - seen[0][0] > FOUND_OUT_S * SECOND_NS
+        ]
 
 
 def _who(pid: int) -> tuple[str, str]:

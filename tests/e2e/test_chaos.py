@@ -81,7 +81,7 @@ async def story(stack: Stack, chaos: Chaos, witness: Witness) -> None:
         await asyncio.gather(*load, return_exceptions=True)
         check_answers(traffics, chaos, witness, QUEUE_S + TIMEOUT_S + SLACK_S)
         await check_everybody_sleeps(stack, chaos, FUNCTIONS, HEAL_S)
-        assert not witness.shared, witness.shared[:5]
+        assert not witness.shared(), witness.shared()[:5]
         assert witness.looks > 100
     finally:
         for task in background:
