@@ -248,7 +248,7 @@ async def test_a_restored_program_is_checkpointed_before_its_kill(host: Host) ->
 async def test_a_restore_that_was_lost_is_not_tried_again_where_instances_move(
     host: Host, migrates: bool, outcome: Outcome
 ) -> None:
-    """It may run at a later thaw: harmless on the instance's own GPU, but with a map that GPU may be another's by then."""
+    """It may run at a later thaw: harmless on its own GPU, but with a map that one may be another's by then."""
     _, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer(replace(HASTY, migrates=migrates))
     await freeze(freezer, handle)
