@@ -316,10 +316,14 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
         case Op.WAKE if me.restores < MAX_RESTORES and not me.stop and me.movable:
             avoid = me.gpus
             me, effects = _release(replace(me, state=InstanceState.WAITING_GPU))
-            return me, [Note("instance.restore_retried", f"{reason}: {message}"), *effects, Want(avoid)]
+            return me, [
+                Note("instance.restore_retried", f"on {', '.join(me.gpus)}: {reason}: {message}"),
+                *effects,
+                Want(avoid),
+            ]
         case Op.WAKE if me.restores < MAX_RESTORES and not me.stop:
             me, effects = _run(replace(me, restores=me.restores + 1), Op.WAKE)
-            return me, [Note("instance.restore_retried", f"{reason}: {message}"), *effects]
+            return me, [Note("instance.restore_retried", f"on {', '.join(me.gpus)}: {reason}: {message}"), *effects]
         case Op.START | Op.WAKE if me.stop:  # cut short, or frozen as before: no need to have it awake for its end
             return _begin_stop(me, at)
         case Op.DESTROY | None:

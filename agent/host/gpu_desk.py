@@ -232,7 +232,8 @@ class GpuDesk:
             if device is not None and any(cordon.source == source for cordon in device.cordons):
                 self.apply(book_events.Uncordon(uuid, source))
                 left = self.book.devices[uuid].cordoned
-                self._events.add("", "gpu.uncordoned", left and f"still cordoned: {left}", gpu=uuid)
+                name = "gpu.cordon_lifted" if left else "gpu.uncordoned"
+                self._events.add("", name, left and f"still cordoned: {left}", gpu=uuid)
 
     async def _shows_on(self, pids: Set[int], gpus: tuple[str, ...]) -> bool:
         if not gpus:
