@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
+
+# Started in the background by a shell, pytest ignores Ctrl-C, and so would every program that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # As the scripts and units do: grpc's fork handlers only print warnings into the output of tests that start programs.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
