@@ -309,21 +309,8 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
             me = _running_again(me)
             me, more = _paused(me, True, at) if reason == PAUSED else _settle(me, at)
             return me, [*effects, *more]
-        case Op.WAKE if me.restores < MAX_RESTORES and not me.stop and not me.awaited(at):
-            # Whom it was for has left: nobody gives a GPU up for a second attempt.
-            me, effects = _release(replace(me, state=InstanceState.FROZEN))
-            return me, [Note("instance.restore_refused", f"{reason}: {message}"), *effects]
-        case Op.WAKE if me.restores < MAX_RESTORES and not me.stop and me.movable:
-            avoid = me.gpus
-            me, effects = _release(replace(me, state=InstanceState.WAITING_GPU))
-            return me, [
-                Note("instance.restore_retried", f"on {', '.join(me.gpus)}: {reason}: {message}"),
-                *effects,
-                Want(avoid),
-            ]
         case Op.WAKE if me.restores < MAX_RESTORES and not me.stop:
-            me, effects = _run(replace(me, restores=me.restores + 1), Op.WAKE)
-            return me, [Note("instance.restore_retried", f"on {', '.join(me.gpus)}: {reason}: {message}"), *effects]
+            return _restore_refused(me, f"{reason}: {message}", at)
         case Op.START | Op.WAKE if me.stop:  # cut short, or frozen as before: no need to have it awake for its end
             return _begin_stop(me, at)
         case Op.DESTROY | None:
@@ -332,6 +319,19 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
             return _fail(me, reason, message)
         case _:
             assert_never(op)
+
+
+def _restore_refused(me: Instance, why: str, at: int) -> Step:
+    """Frozen as before, and there is another attempt: where it may move on another GPU, else in place."""
+    if not me.awaited(at):  # whom it was for has left: nobody gives a GPU up for a second attempt
+        me, effects = _release(replace(me, state=InstanceState.FROZEN))
+        return me, [Note("instance.restore_refused", why), *effects]
+    retried = Note("instance.restore_retried", f"on {', '.join(me.gpus)}: {why}")
+    if me.movable:
+        me, effects = _release(replace(me, state=InstanceState.WAITING_GPU))
+        return me, [retried, *effects, Want(avoid=me.gpus)]
+    me, effects = _run(replace(me, restores=me.restores + 1), Op.WAKE)
+    return me, [retried, *effects]
 
 
 def _fail(me: Instance, reason: str, message: str) -> Step:
