@@ -8,11 +8,15 @@ from __future__ import annotations
 import asyncio
 
 from agent.core import lifecycle_events as ev
+from agent.core.errors import HibernodeError
 from agent.core.types import InstanceState
 from agent.host.node import Node
+from agent.log import get_logger
 from agent.ports import Freezer
 
 PERIOD_S = 1.0
+
+_log = get_logger()
 
 
 async def watch_pauses(node: Node, freezer: Freezer, period_s: float = PERIOD_S) -> None:
@@ -28,6 +32,10 @@ def look_for_pauses(node: Node, freezer: Freezer) -> None:
         handle = actor.handle_of_container
         if handle is None or actor.state is not InstanceState.RUNNING:
             continue
-        paused = freezer.paused(handle)
+        try:
+            paused = freezer.paused(handle)
+        except (HibernodeError, OSError) as error:  # one that is just ending, or no descriptor left: looked at again
+            _log.debug("pause.unknown", instance=actor.uid, message=str(error))
+            continue
         if paused is not actor.instance.paused:
             actor.handle(ev.Paused(paused))

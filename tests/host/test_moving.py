@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from agent.core import lifecycle_events as ev
-from agent.core.types import MIB, GpuProcess, InstanceState
+from agent.core.types import MIB, GpuProcess, Handle, InstanceState
 from agent.host.pauses import look_for_pauses
 from agent.ports import Condition, FreezeResult, Outcome
 from tests.host.rig import OCR, World, a_world, enter, environment_of, eventually, released, until
@@ -213,3 +213,18 @@ async def test_a_pause_by_somebody_else_closes_the_gate_until_it_ends(world: Wor
     look_for_pauses(world.node, world.freezer)
     await enter(actor)
     assert actor.gate.in_flight == 1
+
+
+async def test_an_instance_that_cannot_be_looked_at_ends_no_watch(world: World) -> None:
+    """The watch is one of the daemon's services: one that ends by itself ends the daemon."""
+    blind, seen = await world.running(), await world.running(replace(OCR, name="seen"))
+    world.freezer.states[seen.uid] = Condition.PAUSED_BY_OTHERS
+
+    def look(handle: Handle) -> bool:
+        if handle.uid == blind.uid:
+            raise OSError(24, "Too many open files")
+        return True
+
+    world.freezer.paused = look  # type: ignore[method-assign]
+    look_for_pauses(world.node, world.freezer)
+    assert (blind.instance.paused, seen.instance.paused) == (False, True)
