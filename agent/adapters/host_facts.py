@@ -42,12 +42,14 @@ LOOK_AGAIN_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class GpuSight:
-    """What NVML gave. `error`: it gave nothing, and why; `missing` GPUs do not answer, beside those in `gpus`."""
+    """What NVML gave. `error`: it gave nothing, and why; `missing` GPUs do not answer, beside those in `gpus`;
+    `passing`: one of them may again, for it is not lost."""
 
     driver: DriverInfo | None = None
     gpus: tuple[Gpu, ...] = ()
     error: UnavailableError | None = None
     missing: int = 0
+    passing: bool = False
 
     @property
     def trouble(self) -> NvmlTrouble | None:
@@ -72,9 +74,10 @@ async def look_at_gpus(gpus: Gpus) -> GpuSight:
     try:
         driver = await gpus.driver()
         found = tuple(await gpus.list_gpus())
-        return GpuSight(driver, found, missing=len((await gpus.processes()).unanswered))
     except UnavailableError as error:
         return GpuSight(driver, (), error)
+    missing, passing = await _failing(gpus)
+    return GpuSight(driver, found, missing=missing, passing=passing)
 
 
 async def look_patiently_at_gpus(gpus: Gpus, patience_s: float = PATIENCE_S) -> GpuSight:
@@ -86,22 +89,22 @@ async def look_patiently_at_gpus(gpus: Gpus, patience_s: float = PATIENCE_S) -> 
     try:
         async with asyncio.timeout(patience_s):
             while True:
-                failing = await _fails_for_now(gpus)
+                _, passing = await _failing(gpus)
                 sight = await look_at_gpus(gpus)
-                if not failing and not await _fails_for_now(gpus):  # nor has one failed just while it was described
+                if not (passing or sight.passing):  # nor has one failed just while it was described
                     return sight
                 await asyncio.sleep(LOOK_AGAIN_S)
     except TimeoutError:
         return await look_at_gpus(gpus)
 
 
-async def _fails_for_now(gpus: Gpus) -> bool:
-    """Is there a device that does not answer, but may again? Not where there is no driver to say so."""
+async def _failing(gpus: Gpus) -> tuple[int, bool]:
+    """How many devices do not answer, and whether one of them may again. None where no driver is there to say so."""
     try:
         shown = await gpus.processes()
     except UnavailableError:
-        return False
-    return bool(shown.unanswered - shown.lost)
+        return 0, False
+    return len(shown.unanswered), bool(shown.unanswered - shown.lost)
 
 
 def host_facts(sight: GpuSight, settings: GpuSettings) -> HostFacts:
