@@ -28,6 +28,7 @@ from agent.adapters.token_file import ensure_token
 from agent.core.types import MIB, MILLISECOND_NS, SECOND_NS, FunctionSpec, GpuNeed, Hook, Hooks, IdlePolicy
 from agent.emulated.control import EmulatedDriver
 from agent.emulated.env import exports
+from agent.examples.echo.__main__ import expected_answer
 from agent.v1 import function_service_pb2 as functions_pb
 from agent.v1 import instance_service_pb2 as instances_pb
 from agent.v1 import node_service_pb2 as nodes_pb
@@ -270,6 +271,13 @@ class Stack:
             ended = time.monotonic_ns()
             headers = {key.lower(): value for key, value in response.headers.items()}
             return Answer(response.status, body, headers, began, ended)
+
+    async def ask_rightly(self, function: str, number: int) -> Answer:
+        """`/answer` of the example echo: 200, and what its GPU memory held from the beginning."""
+        answer = await self.ask(function, f"/answer?n={number}")
+        assert answer.status == 200, answer.body
+        assert answer.body.decode() == expected_answer(number), "a byte of its GPU memory was lost"
+        return answer
 
     async def wait_for_state(self, state: types_pb2.Instance.State.ValueType, count: int) -> None:
         async def all_there() -> bool:

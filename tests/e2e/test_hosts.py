@@ -8,7 +8,6 @@ import pytest
 
 from agent.core.errors import PreconditionError
 from agent.core.types import MIB, FunctionSpec, GpuNeed, IdleMode
-from agent.examples.echo.__main__ import expected_answer
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import types_pb2
 from agent.wire.convert_function import function_to_proto
@@ -55,8 +54,7 @@ async def test_driver_555_freezes_by_the_program_and_wakes_with_its_memory() -> 
         await stack.deploy(echo("ocr"), target=1)
         for number in range(3):
             await stack.wait_for_state(STATE.STATE_FROZEN, 1)
-            answer = await stack.ask("ocr", f"/answer?n={number}")
-            assert (answer.status, answer.body.decode()) == (200, expected_answer(number))
+            await stack.ask_rightly("ocr", number)
         (line,) = [line for line in (await stack.node()).capabilities if line.name == "checkpoint"]
         assert "cuda-checkpoint" in line.reason
         await stack.remove_functions(["ocr"])
@@ -71,8 +69,7 @@ async def test_an_instance_with_two_gpus_lends_both_while_it_sleeps() -> None:
         await stack.deploy(echo("left"), target=1)
         await stack.deploy(echo("right"), target=1)
         for number, function in enumerate(("pair", "left", "right", "pair", "right", "left", "pair")):
-            answer = await stack.ask(function, f"/answer?n={number}")
-            assert (answer.status, answer.body.decode()) == (200, expected_answer(number)), function
+            await stack.ask_rightly(function, number)
         await stack.remove_functions(["pair", "left", "right"])
         assert not stack.leftovers()
 
@@ -92,8 +89,7 @@ async def test_a_lost_gpu_keeps_nobody_on_the_other_awake() -> None:
             await until("the GPU is known to be lost", noticed)
             for number in range(3):
                 await stack.wait_for_state(STATE.STATE_FROZEN, 1)
-                answer = await stack.ask("ocr", f"/answer?n={number}")
-                assert (answer.status, answer.body.decode()) == (200, expected_answer(number))
+                await stack.ask_rightly("ocr", number)
         await stack.remove_functions(["ocr"])
         assert not stack.leftovers()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from agent.examples.echo.__main__ import expected_answer
 from agent.v1 import types_pb2
 from tests.e2e.stack import Stack, echo, running_stack, until
 
@@ -19,10 +18,7 @@ async def asleep(stack: Stack) -> types_pb2.Instance:
 
 async def answered(stack: Stack, number: int) -> str:
     """The instance that answered, rightly."""
-    answer = await stack.ask("ocr", f"/answer?n={number}")
-    assert answer.status == 200, answer.body
-    assert answer.body.decode() == expected_answer(number), "its GPU memory came back as it was"
-    return answer.instance
+    return (await stack.ask_rightly("ocr", number)).instance
 
 
 async def test_what_cannot_wake_on_one_gpu_wakes_on_the_other_with_its_memory() -> None:

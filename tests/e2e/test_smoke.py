@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from agent.examples.echo.__main__ import expected_answer
 from agent.v1 import types_pb2
 from tests.e2e.stack import echo, running_stack
 
@@ -12,8 +11,6 @@ async def test_a_request_wakes_a_frozen_instance_and_it_sleeps_again() -> None:
         await stack.deploy(echo("ocr"), target=3)
         for number in range(3):
             await stack.wait_for_state(types_pb2.Instance.STATE_FROZEN, 3)
-            answer = await stack.ask("ocr", f"/answer?n={number}")
-            assert answer.status == 200, answer.body
-            assert answer.body.decode() == expected_answer(number)
+            await stack.ask_rightly("ocr", number)
         await stack.remove_functions(["ocr"])
         assert not stack.leftovers()

@@ -10,6 +10,7 @@ import pytest
 
 from agent.core import lifecycle_events as ev
 from agent.core.types import MIB, GpuProcess, Handle, InstanceState
+from agent.host.actor import Actor
 from agent.host.pauses import look_for_pauses
 from agent.ports import Condition, FreezeResult, Outcome
 from tests.host.rig import OCR, World, a_world, enter, environment_of, eventually, released, until
@@ -31,6 +32,18 @@ def gpus(world: World) -> tuple[str, str]:
 async def recorded(world: World, uid: str) -> tuple[str, ...]:
     """The GPUs that the disk knows."""
     return next(record.gpu_uuids for record in await world.store.load_instances() if record.spec.uid == uid)
+
+
+async def awake_on_the_second(world: World) -> Actor:
+    """One that was frozen on the first GPU and is busy on the other now, where NVML shows it; not on disk yet."""
+    first, second = gpus(world)
+    mover = await world.frozen()
+    world.node.desk.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
+    await enter(mover)
+    handle = mover.handle_of_container
+    assert handle is not None
+    world.gpus.processes_now = [GpuProcess(second, pid, 16 * MIB) for pid in await world.runtime.pids(handle)]
+    return mover
 
 
 async def test_it_wakes_on_a_free_gpu_when_its_own_is_taken(world: World) -> None:
@@ -119,13 +132,8 @@ async def test_where_it_was_frozen_is_on_disk_before_it_sleeps(world: World) -> 
 
 
 async def test_a_new_agent_sees_by_nvml_where_an_awake_instance_is(world: World) -> None:
-    first, second = gpus(world)
-    mover = await world.frozen()
-    world.node.desk.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
-    await enter(mover)
-    handle = mover.handle_of_container
-    assert handle is not None
-    world.gpus.processes_now = [GpuProcess(second, pid, 16 * MIB) for pid in await world.runtime.pids(handle)]
+    _, second = gpus(world)
+    mover = await awake_on_the_second(world)
     world.freezer.states[mover.uid] = Condition.AWAKE
     await world.restart()
     again = world.node.actors[mover.uid]
@@ -134,13 +142,8 @@ async def test_a_new_agent_sees_by_nvml_where_an_awake_instance_is(world: World)
 
 
 async def test_a_move_that_only_nvml_told_a_new_agent_of_is_on_disk_before_the_next_sleep(world: World) -> None:
-    first, second = gpus(world)
-    mover = await world.frozen()
-    world.node.desk.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
-    await enter(mover)
-    handle = mover.handle_of_container
-    assert handle is not None
-    world.gpus.processes_now = [GpuProcess(second, pid, 16 * MIB) for pid in await world.runtime.pids(handle)]
+    _, second = gpus(world)
+    mover = await awake_on_the_second(world)
     await world.restart()
     again = world.node.actors[mover.uid]
     world.gpus.processes_now = ()
@@ -154,13 +157,8 @@ async def test_a_move_that_only_nvml_told_a_new_agent_of_is_on_disk_before_the_n
 async def test_one_that_moved_and_survives_a_new_agents_kill_keeps_the_gpu_from_others_where_it_is(
     world: World,
 ) -> None:
-    first, second = gpus(world)
-    mover = await world.frozen()
-    world.node.desk.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
-    await enter(mover)
-    handle = mover.handle_of_container
-    assert handle is not None
-    world.gpus.processes_now = [GpuProcess(second, pid, 16 * MIB) for pid in await world.runtime.pids(handle)]
+    _, second = gpus(world)
+    mover = await awake_on_the_second(world)
     world.freezer.states[mover.uid] = Condition.BROKEN
     world.runtime.kill_hangs = True
     await world.restart()
@@ -170,13 +168,8 @@ async def test_one_that_moved_and_survives_a_new_agents_kill_keeps_the_gpu_from_
 async def test_a_new_agent_that_nvml_does_not_answer_waits_until_it_knows_where_an_awake_instance_is(
     world: World,
 ) -> None:
-    first, second = gpus(world)
-    mover = await world.frozen()
-    world.node.desk.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
-    await enter(mover)
-    handle = mover.handle_of_container
-    assert handle is not None
-    world.gpus.processes_now = [GpuProcess(second, pid, 16 * MIB) for pid in await world.runtime.pids(handle)]
+    _, second = gpus(world)
+    mover = await awake_on_the_second(world)
     world.gpus.errors[second] = "silent"
     world.freezer.states[mover.uid] = Condition.AWAKE
     await world.billing.flush()

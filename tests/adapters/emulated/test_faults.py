@@ -118,15 +118,21 @@ def test_death_can_be_late_and_nothing_is_given_back_before(driver: RunningDrive
     assert tool.receive()["rc"] == OPERATING_SYSTEM
 
 
+def hanging(driver: RunningDriver, patient: Patient, operation: str) -> CudaProgram:
+    """A caller whose call on the patient hangs."""
+    driver.control.fault(operation, "HANG")
+    caller = driver.tool()
+    caller.send(operation, pid=patient.pid)
+    eventually(lambda: [one.hung for one in driver.control.processes() if one.hung] != [], "the call hangs")
+    return caller
+
+
 @every_operation
 def test_a_hang_ends_with_the_plan_and_then_it_is_done(
     driver: RunningDriver, tool: CudaProgram, operation: str
 ) -> None:
     patient = patient_for(operation, driver, tool)
-    driver.control.fault(operation, "HANG")
-    doomed = driver.tool()
-    doomed.send(operation, pid=patient.pid)
-    eventually(lambda: [one.hung for one in driver.control.processes() if one.hung] != [], "the call hangs")
+    doomed = hanging(driver, patient, operation)
     assert patient.state() == FROM[operation]  # nothing was done, and other callers are served
     assert doomed.is_waiting()
     driver.control.clear_faults()
@@ -141,10 +147,7 @@ def test_a_hung_operation_runs_later_though_its_caller_was_killed(
 ) -> None:
     """The first pitfall of the study: who kills a hung caller reads the state again, and later again."""
     patient = patient_for(operation, driver, tool)
-    driver.control.fault(operation, "HANG")
-    doomed = driver.tool()
-    doomed.send(operation, pid=patient.pid)
-    eventually(lambda: [one.hung for one in driver.control.processes() if one.hung] != [], "the call hangs")
+    doomed = hanging(driver, patient, operation)
     doomed.close()
     assert patient.state() == FROM[operation]
     driver.control.clear_faults()
