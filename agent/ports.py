@@ -5,7 +5,7 @@ Every wait has a deadline given by the caller in seconds or held by the adapter;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -42,11 +42,53 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StartSpec:
-    """What a runtime starts: the instance, and environment and binds added by us (GPU attachment, FC_*, PORT)."""
+    """What a runtime starts: the instance, and the environment added by us (`gpu.mounts`, FC_*), which wins over the
+    function's own. Only `gpu_uuids` are visible inside; `all_gpus`: every GPU of the host is (the driver moves only
+    what can see them all), and CUDA_VISIBLE_DEVICES still names `gpu_uuids`."""
 
     instance: InstanceSpec
     environment: Mapping[str, str]
     gpu_uuids: tuple[str, ...]
+    all_gpus: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExecSpec:
+    """A command to run inside an instance. `terminal`: on a terminal of `columns` x `rows`; `user` "" = the
+    container's own."""
+
+    command: tuple[str, ...]
+    terminal: bool = False
+    columns: int = 80
+    rows: int = 24
+    user: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecOutput:
+    """Some bytes that the command wrote; on a terminal all of it is standard output."""
+
+    data: bytes
+    is_error: bool = False
+
+
+class ExecSession(Protocol):
+    """A command that runs inside an instance. Whoever opened it closes it; `close` ends the command as well as the
+    engine allows (its input and output end; a terminal hangs up)."""
+
+    async def read(self) -> ExecOutput | None:
+        """The next output; None once it has ended. No deadline: cancelled by the caller. At most 64 KiB."""
+
+    async def write(self, data: bytes) -> None: ...
+
+    async def close_input(self) -> None: ...
+
+    async def resize(self, columns: int, rows: int) -> None: ...
+
+    async def exit_code(self) -> int:
+        """After `read` has answered None."""
+
+    async def close(self) -> None: ...
 
 
 class Runtime(Protocol):
@@ -57,10 +99,19 @@ class Runtime(Protocol):
     def accepts(self, function: FunctionSpec) -> None:
         """Raise (PreconditionError IMAGE_RUNTIME_UNAVAILABLE ...) if this runtime can't run the function."""
 
+    async def prepare(self, function: FunctionSpec, progress: Callable[[str], None]) -> None:
+        """Have the image here, before a GPU is asked for: pull it if the policy says so. `progress` gets a sentence now
+        and then. Bounded in time; calls for the same image share one pull.
+
+        Raises InstanceError IMAGE_NOT_FOUND, IMAGE_PULL_DENIED, IMAGE_PULL_FAILED, DISK_FULL; UnavailableError
+        ENGINE_UNAVAILABLE.
+        """
+
     async def start(self, spec: StartSpec) -> Handle:
         """Start the container; returns as soon as its main process runs (it need not listen yet).
 
-        Raises InstanceError START_FAILED. Leaves nothing behind on failure. Idempotent per uid: a container of the
+        Raises InstanceError START_FAILED (for an engine also COMMAND_NOT_FOUND, IMAGE_NOT_FOUND, DISK_FULL,
+        VOLUME_REFUSED ...), UnavailableError ENGINE_UNAVAILABLE. Leaves nothing behind on failure. Idempotent per uid: a container of the
         same uid left by an earlier attempt is destroyed first.
         """
 
@@ -88,8 +139,18 @@ class Runtime(Protocol):
     async def pids(self, handle: Handle) -> Sequence[int]:
         """Host pids inside the container now."""
 
-    def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
-        """The last bytes of its combined stdout and stderr."""
+    async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
+        """The last bytes of its combined stdout and stderr, also after it has ended. OSError if it can't be read."""
+
+    def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncIterator[bytes]:
+        """The last bytes, then what comes, in chunks of at most 64 KiB, until the container has ended and all is read.
+        Closing the iterator (or cancelling) stops it and leaves nothing."""
+
+    async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:
+        """Run a command inside. Never call it for a frozen instance: it would hang.
+
+        Raises PreconditionError EXEC_UNAVAILABLE (process runtime), InstanceError EXEC_FAILED (command not found ...).
+        """
 
 
 # ---- freezing -------------------------------------------------------------------------------------------------

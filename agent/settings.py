@@ -132,16 +132,51 @@ class ProcessRuntime(Section, frozen=True):
     ports: PortRange = PortRange()
 
 
+DEFAULT_CAPABILITIES = (
+    "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID", "SETPCAP", "SETUID",
+    "SYS_CHROOT",
+)  # fmt: skip
+"""What images that run as root rely on: Docker's default without raw sockets, device nodes and audit writes."""
+_CAPABILITY = re.compile(r"[A-Z][A-Z_]{1,39}", re.ASCII)
+_FORBIDDEN_CAPABILITIES = frozenset({"ALL", "SYS_ADMIN", "SYS_MODULE", "SYS_RAWIO", "SYS_PTRACE", "BPF", "PERFMON"})
+
+
+class EngineRuntime(Section, frozen=True):
+    """Functions with an image run in containers of Docker (from 20.10) or Podman (from 4.3), through its socket."""
+
+    socket: str = "auto"
+    pull: Literal["missing", "always", "never"] = "missing"
+    pull_timeout_ns: Duration = Duration(30 * 60 * SECOND_NS)
+    operation_timeout_ns: Duration = Duration(60 * SECOND_NS)
+    pids_limit: Annotated[int, msgspec.Meta(ge=16, le=4_194_304)] = 4096
+    disk_limit: Literal["auto", "require", "off"] = "auto"
+    capabilities: tuple[str, ...] = DEFAULT_CAPABILITIES
+
+    def __post_init__(self) -> None:
+        if self.socket not in ("auto", "off"):
+            _absolute("socket", self.socket or "empty")
+        _positive(pull_timeout=self.pull_timeout_ns, operation_timeout=self.operation_timeout_ns)
+        for index, name in enumerate(self.capabilities):
+            if not _CAPABILITY.fullmatch(name):
+                raise bad_key(f"capabilities[{index}]", f"must be a name such as NET_BIND_SERVICE, got {name[:40]!r}")
+            if name in _FORBIDDEN_CAPABILITIES:
+                raise bad_key(f"capabilities[{index}]", f"{name} would let an instance take over the host; leave it out")
+
+
 class Runtime(Section, frozen=True):
     """Starting and stopping instances."""
 
     process: ProcessRuntime = ProcessRuntime()
+    engine: EngineRuntime = EngineRuntime()
+    volumes_allowed: tuple[str, ...] = ()
     trusted_gpus: bool = False
     ready_timeout_ns: Duration = Duration(120 * SECOND_NS)
     stop_timeout_ns: Duration = Duration(30 * SECOND_NS)
     log_limit_bytes: Size = Size(10 * MIB)
 
     def __post_init__(self) -> None:
+        for index, path in enumerate(self.volumes_allowed):
+            _absolute(f"volumes_allowed[{index}]", path or "empty")
         _positive(
             ready_timeout=self.ready_timeout_ns,
             stop_timeout=self.stop_timeout_ns,
@@ -187,7 +222,8 @@ class GpuSettings(Section, frozen=True):
 
     def __post_init__(self) -> None:
         _absolute("utility_path", self.utility_path)
-        self._refuse_what_is_not_built()
+        if self.attach != "mounts" and (self.mounts.environment or self.mounts.binds):
+            raise bad_key("mounts", "is used with attach: mounts only; set that, or leave mounts out")
         _positive(
             lock_timeout=self.lock_timeout_ns,
             operation_timeout=self.operation_timeout_ns,
@@ -197,17 +233,6 @@ class GpuSettings(Section, frozen=True):
             raise bad_key("lock_timeout", "must be at least 1ms: the driver counts milliseconds and takes 0 for ever")
         if self.lock_timeout_ns >= self.operation_timeout_ns:
             raise bad_key("operation_timeout", "must be longer than lock_timeout: it bounds the whole operation")
-
-    def _refuse_what_is_not_built(self) -> None:
-        """A value that would do nothing is worse than an error."""
-        if self.attach in ("cdi", "nvidia-runtime"):
-            raise bad_key(
-                "attach", f"{self.attach} needs a container engine, which is not built yet; use auto or mounts"
-            )
-        if self.mounts.binds:
-            raise bad_key("mounts.binds", "needs a container engine, which is not built yet; leave it empty")
-        if self.attach != "mounts" and self.mounts.environment:
-            raise bad_key("mounts", "is used with attach: mounts only; set that, or leave mounts out")
 
 
 class Billing(Section, frozen=True):

@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +101,9 @@ class ProcessRuntime:
             )
         if not function.entrypoint + function.command:
             raise InvalidArgumentError("COMMAND_MISSING", "`image: host` needs an entrypoint or a command to run")
+
+    async def prepare(self, function: FunctionSpec, progress: Callable[[str], None]) -> None:
+        """There is no image to pull."""
 
     async def start(self, spec: StartSpec) -> Handle:
         """See `ports.Runtime`: the handle is on disk before the workload's first instruction."""
@@ -325,8 +328,8 @@ class ProcessRuntime:
 
     # ---- logs -------------------------------------------------------------------------------------------------
 
-    def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
-        return self._logs.read(Path(handle.log_path), tail_bytes)
+    async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
+        return await asyncio.to_thread(self._logs.read, Path(handle.log_path), tail_bytes)
 
     def trim_logs(self) -> None:
         """Rotate the logs that have passed the cap; by itself every five seconds while a container runs."""

@@ -146,7 +146,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
             return
         tail = min(request.tail_bytes, MAX_LOG_BYTES) if request.tail_bytes > 0 else MAX_LOG_BYTES
         try:
-            data = await asyncio.to_thread(self._runtime.read_log, actor.handle_of_container, tail)
+            data = await self._runtime.read_log(actor.handle_of_container, tail)
         except OSError as error:
             text = f"the log of {actor.uid} can't be read: {error.strerror}"
             raise NotFoundError("LOG_NOT_FOUND", text) from error

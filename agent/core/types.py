@@ -99,6 +99,41 @@ class IdlePolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Volume:
+    """A folder of the host that an image's container sees; allowed only under the node's `runtime.volumes_allowed`."""
+
+    host_path: str
+    container_path: str
+    read_only: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryLogin:
+    """Credentials for the registry of the function's image (fc3 registryConfig.authConfig). Write-only."""
+
+    username: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerOptions:
+    """What only a container engine knows; a function with `image: host` has none of it.
+
+    0 and "" mean the node's or the image's own. `extra_hosts` are (name, address). `shm_bytes` is the size of /dev/shm
+    (FC: FCGPU_RUNTIME_SHMSIZE in the environment says the same).
+    """
+
+    shm_bytes: int = 0
+    pids_limit: int = 0
+    open_files: int = 0
+    user: str = ""
+    read_only_root: bool = False
+    extra_hosts: tuple[tuple[str, str], ...] = ()
+    volumes: tuple[Volume, ...] = ()
+    registry: RegistryLogin | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FunctionSpec:
     """What a user deploys. `revision` changes with every deploy that changes the spec.
 
@@ -121,6 +156,7 @@ class FunctionSpec:
     timeout_ns: int = 3 * SECOND_NS
     instance_concurrency: int = 1
     gpu: GpuNeed = GpuNeed()
+    container: ContainerOptions = ContainerOptions()
     hooks: Hooks = Hooks()
     health_check: HealthCheck | None = None
     idle: IdlePolicy = IdlePolicy()
@@ -212,7 +248,8 @@ class ProcessId:
 class Handle:
     """All that is needed to find a started container again after the agent died (nomad's task handle).
 
-    `cgroup` is the absolute path of the instance's own v2 cgroup, "" where none can be written.
+    `cgroup` is the absolute path of the instance's own v2 cgroup, "" where none can be written. `container_id` is the
+    engine's name for it; "" = a process of the host.
     """
 
     uid: str
@@ -221,6 +258,7 @@ class Handle:
     port: int
     cgroup: str = ""
     log_path: str = ""
+    container_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

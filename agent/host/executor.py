@@ -136,7 +136,7 @@ class InstanceExecutor:
         except HibernodeError as error:
             if error.reason == CANCELLED:
                 return ev.Refused(gen, CANCELLED, "the start was given up")
-            raise InstanceError(error.reason, f"{error.message} {self._log_tail(handle)}") from error
+            raise InstanceError(error.reason, f"{error.message} {await self._log_tail(handle)}") from error
         await self.save("READY")
         try:
             await self._note_vram(handle)
@@ -159,10 +159,10 @@ class InstanceExecutor:
         await hooks.initialize(pool, actor.function, shell.request_ids())
         await self._first_probe(pool)
 
-    def _log_tail(self, handle: Handle) -> str:
+    async def _log_tail(self, handle: Handle) -> str:
         try:
-            tail = self._shell.runtime.read_log(handle, LOG_TAIL_BYTES).decode(errors="replace").strip()
-        except OSError:
+            tail = (await self._shell.runtime.read_log(handle, LOG_TAIL_BYTES)).decode(errors="replace").strip()
+        except (OSError, HibernodeError):
             tail = ""
         return f"Logs: {tail or '(none)'}"
 
@@ -212,7 +212,7 @@ class InstanceExecutor:
             reason, how = "INSTANCE_CRASHED", f"exited with code {ended.code}"
         message = f"the container's main process ended: {ended.message or how}"
         if self._actor.instance.op is ev.Op.START:
-            reason, message = "FUNCTION_NOT_STARTED", f"{message} {self._log_tail(handle)}"
+            reason, message = "FUNCTION_NOT_STARTED", f"{message} {await self._log_tail(handle)}"
         self._actor.handle(ev.Exited(reason, message))
 
     def resume_health(self) -> None:

@@ -358,7 +358,7 @@ class GetInstanceLogsRequest(_message.Message):
     tail_bytes: _builtins.int
     """Only the last so many bytes; 0 means all that is kept."""
     follow: _builtins.bool
-    """Go on with new output as it comes. Not built yet: UNIMPLEMENTED."""
+    """Go on with new output as it comes, until the instance has ended."""
     def __init__(
         self,
         *,
@@ -459,3 +459,139 @@ class ListEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListEventsResponse: _TypeAlias = ListEventsResponse  # noqa: Y015
+
+@_typing.final
+class ExecInstanceRequest(_message.Message):
+    """One step of a caller's side of an exec."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Start(_message.Message):
+        """What to run, and where."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        UID_FIELD_NUMBER: _builtins.int
+        COMMAND_FIELD_NUMBER: _builtins.int
+        TERMINAL_FIELD_NUMBER: _builtins.int
+        USER_FIELD_NUMBER: _builtins.int
+        WAKE_FIELD_NUMBER: _builtins.int
+        uid: _builtins.str
+        """Instance."""
+        user: _builtins.str
+        """User inside the container; empty means the container's own."""
+        wake: _builtins.bool
+        """Wake a frozen instance first."""
+        @_builtins.property
+        def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """Program and arguments; no shell is put in between."""
+
+        @_builtins.property
+        def terminal(self) -> Global___ExecInstanceRequest.TerminalSize:
+            """Run it on a terminal of this size; absent: without a terminal."""
+
+        def __init__(
+            self,
+            *,
+            uid: _builtins.str = ...,
+            command: _abc.Iterable[_builtins.str] | None = ...,
+            terminal: Global___ExecInstanceRequest.TerminalSize | None = ...,
+            user: _builtins.str = ...,
+            wake: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["terminal", b"terminal"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "terminal", b"terminal", "uid", b"uid", "user", b"user", "wake", b"wake"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class TerminalSize(_message.Message):
+        """Size of a terminal in characters."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        COLUMNS_FIELD_NUMBER: _builtins.int
+        ROWS_FIELD_NUMBER: _builtins.int
+        columns: _builtins.int
+        """Width."""
+        rows: _builtins.int
+        """Height."""
+        def __init__(
+            self,
+            *,
+            columns: _builtins.int = ...,
+            rows: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "rows", b"rows"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    START_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    END_OF_INPUT_FIELD_NUMBER: _builtins.int
+    RESIZE_FIELD_NUMBER: _builtins.int
+    input: _builtins.bytes
+    """Bytes for the command's standard input, at most 64 KiB."""
+    end_of_input: _builtins.bool
+    """No more input comes."""
+    @_builtins.property
+    def start(self) -> Global___ExecInstanceRequest.Start:
+        """First, and only first."""
+
+    @_builtins.property
+    def resize(self) -> Global___ExecInstanceRequest.TerminalSize:
+        """The caller's terminal has another size now."""
+
+    def __init__(
+        self,
+        *,
+        start: Global___ExecInstanceRequest.Start | None = ...,
+        input: _builtins.bytes = ...,
+        end_of_input: _builtins.bool = ...,
+        resize: Global___ExecInstanceRequest.TerminalSize | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_of_input", b"end_of_input", "input", b"input", "resize", b"resize", "start", b"start", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_of_input", b"end_of_input", "input", b"input", "resize", b"resize", "start", b"start", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["start", "input", "end_of_input", "resize"]  # noqa: Y015
+    _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
+
+Global___ExecInstanceRequest: _TypeAlias = ExecInstanceRequest  # noqa: Y015
+
+@_typing.final
+class ExecInstanceResponse(_message.Message):
+    """One step of the command's side of an exec."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    ERROR_OUTPUT_FIELD_NUMBER: _builtins.int
+    EXIT_CODE_FIELD_NUMBER: _builtins.int
+    output: _builtins.bytes
+    """Bytes of its standard output, or of its terminal; at most 64 KiB."""
+    error_output: _builtins.bytes
+    """Bytes of its standard error."""
+    exit_code: _builtins.int
+    """It has ended. The last step."""
+    def __init__(
+        self,
+        *,
+        output: _builtins.bytes = ...,
+        error_output: _builtins.bytes = ...,
+        exit_code: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error_output", b"error_output", "exit_code", b"exit_code", "output", b"output", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error_output", b"error_output", "exit_code", b"exit_code", "output", b"output", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["output", "error_output", "exit_code"]  # noqa: Y015
+    _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
+
+Global___ExecInstanceResponse: _TypeAlias = ExecInstanceResponse  # noqa: Y015

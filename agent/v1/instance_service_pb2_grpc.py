@@ -70,6 +70,11 @@ class InstanceServiceStub:
                 request_serializer=agent_dot_v1_dot_instance__service__pb2.GetInstanceLogsRequest.SerializeToString,
                 response_deserializer=agent_dot_v1_dot_instance__service__pb2.GetInstanceLogsResponse.FromString,
                 _registered_method=True)
+        self.ExecInstance = channel.stream_stream(
+                '/agent.v1.InstanceService/ExecInstance',
+                request_serializer=agent_dot_v1_dot_instance__service__pb2.ExecInstanceRequest.SerializeToString,
+                response_deserializer=agent_dot_v1_dot_instance__service__pb2.ExecInstanceResponse.FromString,
+                _registered_method=True)
         self.ListEvents = channel.unary_unary(
                 '/agent.v1.InstanceService/ListEvents',
                 request_serializer=agent_dot_v1_dot_instance__service__pb2.ListEventsRequest.SerializeToString,
@@ -132,6 +137,15 @@ class InstanceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExecInstance(self, request_iterator, context):
+        """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are output as it
+        comes, the last one `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
+        stays awake meanwhile. Every exec is kept as an event.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListEvents(self, request, context):
         """Events of the node and its instances, oldest first.
         """
@@ -176,6 +190,11 @@ def add_InstanceServiceServicer_to_server(servicer, server):
                     servicer.GetInstanceLogs,
                     request_deserializer=agent_dot_v1_dot_instance__service__pb2.GetInstanceLogsRequest.FromString,
                     response_serializer=agent_dot_v1_dot_instance__service__pb2.GetInstanceLogsResponse.SerializeToString,
+            ),
+            'ExecInstance': grpc.stream_stream_rpc_method_handler(
+                    servicer.ExecInstance,
+                    request_deserializer=agent_dot_v1_dot_instance__service__pb2.ExecInstanceRequest.FromString,
+                    response_serializer=agent_dot_v1_dot_instance__service__pb2.ExecInstanceResponse.SerializeToString,
             ),
             'ListEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListEvents,
@@ -373,6 +392,33 @@ class InstanceService:
             '/agent.v1.InstanceService/GetInstanceLogs',
             agent_dot_v1_dot_instance__service__pb2.GetInstanceLogsRequest.SerializeToString,
             agent_dot_v1_dot_instance__service__pb2.GetInstanceLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExecInstance(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/agent.v1.InstanceService/ExecInstance',
+            agent_dot_v1_dot_instance__service__pb2.ExecInstanceRequest.SerializeToString,
+            agent_dot_v1_dot_instance__service__pb2.ExecInstanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -93,6 +93,7 @@ class FunctionSpec(_message.Message):
     WAKE_FACTOR_FIELD_NUMBER: _builtins.int
     HANDLER_FIELD_NUMBER: _builtins.int
     REGION_FIELD_NUMBER: _builtins.int
+    CONTAINER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the function: letters, digits, `_` and `-`, 1 to 64 of them."""
     revision: _builtins.str
@@ -155,6 +156,10 @@ class FunctionSpec(_message.Message):
     def idle_policy(self) -> Global___IdlePolicy:
         """When an instance without requests gives its GPU back."""
 
+    @_builtins.property
+    def container(self) -> Global___ContainerOptions:
+        """What only a container engine knows; not for image `host`."""
+
     def __init__(
         self,
         *,
@@ -180,10 +185,11 @@ class FunctionSpec(_message.Message):
         wake_factor: _builtins.float = ...,
         handler: _builtins.str | None = ...,
         region: _builtins.str | None = ...,
+        container: Global___ContainerOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes", "_handler", b"_handler", "_image", b"_image", "_instance_concurrency", b"_instance_concurrency", "_memory_bytes", b"_memory_bytes", "_port", b"_port", "_queue_length", b"_queue_length", "_queue_timeout_ns", b"_queue_timeout_ns", "_region", b"_region", "_revision", b"_revision", "_timeout_ns", b"_timeout_ns", "_vcpu_millis", b"_vcpu_millis", "disk_bytes", b"disk_bytes", "gpu", b"gpu", "handler", b"handler", "health_check", b"health_check", "hooks", b"hooks", "idle_policy", b"idle_policy", "image", b"image", "instance_concurrency", b"instance_concurrency", "memory_bytes", b"memory_bytes", "port", b"port", "queue_length", b"queue_length", "queue_timeout_ns", b"queue_timeout_ns", "region", b"region", "revision", b"revision", "timeout_ns", b"timeout_ns", "vcpu_millis", b"vcpu_millis"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes", "_handler", b"_handler", "_image", b"_image", "_instance_concurrency", b"_instance_concurrency", "_memory_bytes", b"_memory_bytes", "_port", b"_port", "_queue_length", b"_queue_length", "_queue_timeout_ns", b"_queue_timeout_ns", "_region", b"_region", "_revision", b"_revision", "_timeout_ns", b"_timeout_ns", "_vcpu_millis", b"_vcpu_millis", "container", b"container", "disk_bytes", b"disk_bytes", "gpu", b"gpu", "handler", b"handler", "health_check", b"health_check", "hooks", b"hooks", "idle_policy", b"idle_policy", "image", b"image", "instance_concurrency", b"instance_concurrency", "memory_bytes", b"memory_bytes", "port", b"port", "queue_length", b"queue_length", "queue_timeout_ns", b"queue_timeout_ns", "region", b"region", "revision", b"revision", "timeout_ns", b"timeout_ns", "vcpu_millis", b"vcpu_millis"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes", "_handler", b"_handler", "_image", b"_image", "_instance_concurrency", b"_instance_concurrency", "_memory_bytes", b"_memory_bytes", "_port", b"_port", "_queue_length", b"_queue_length", "_queue_timeout_ns", b"_queue_timeout_ns", "_region", b"_region", "_revision", b"_revision", "_timeout_ns", b"_timeout_ns", "_vcpu_millis", b"_vcpu_millis", "command", b"command", "disk_bytes", b"disk_bytes", "dispatch", b"dispatch", "entrypoint", b"entrypoint", "environment", b"environment", "gpu", b"gpu", "handler", b"handler", "health_check", b"health_check", "hooks", b"hooks", "idle_policy", b"idle_policy", "image", b"image", "instance_concurrency", b"instance_concurrency", "memory_bytes", b"memory_bytes", "name", b"name", "port", b"port", "queue_length", b"queue_length", "queue_timeout_ns", b"queue_timeout_ns", "region", b"region", "revision", b"revision", "timeout_ns", b"timeout_ns", "vcpu_millis", b"vcpu_millis", "wake_factor", b"wake_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes", "_handler", b"_handler", "_image", b"_image", "_instance_concurrency", b"_instance_concurrency", "_memory_bytes", b"_memory_bytes", "_port", b"_port", "_queue_length", b"_queue_length", "_queue_timeout_ns", b"_queue_timeout_ns", "_region", b"_region", "_revision", b"_revision", "_timeout_ns", b"_timeout_ns", "_vcpu_millis", b"_vcpu_millis", "command", b"command", "container", b"container", "disk_bytes", b"disk_bytes", "dispatch", b"dispatch", "entrypoint", b"entrypoint", "environment", b"environment", "gpu", b"gpu", "handler", b"handler", "health_check", b"health_check", "hooks", b"hooks", "idle_policy", b"idle_policy", "image", b"image", "instance_concurrency", b"instance_concurrency", "memory_bytes", b"memory_bytes", "name", b"name", "port", b"port", "queue_length", b"queue_length", "queue_timeout_ns", b"queue_timeout_ns", "region", b"region", "revision", b"revision", "timeout_ns", b"timeout_ns", "vcpu_millis", b"vcpu_millis", "wake_factor", b"wake_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__disk_bytes: _TypeAlias = _typing.Literal["disk_bytes"]  # noqa: Y015
     _WhichOneofArgType__disk_bytes: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes"]  # noqa: Y015
@@ -235,6 +241,134 @@ class FunctionSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__vcpu_millis) -> _WhichOneofReturnType__vcpu_millis | None: ...
 
 Global___FunctionSpec: _TypeAlias = FunctionSpec  # noqa: Y015
+
+@_typing.final
+class ContainerOptions(_message.Message):
+    """How the container of an image is made. An absent field means the node's or the image's own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ExtraHostsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Volume(_message.Message):
+        """A folder of the host that the container sees."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        HOST_PATH_FIELD_NUMBER: _builtins.int
+        CONTAINER_PATH_FIELD_NUMBER: _builtins.int
+        WRITABLE_FIELD_NUMBER: _builtins.int
+        host_path: _builtins.str
+        """Absolute path on the host, below one of the node's `runtime.volumes_allowed`."""
+        container_path: _builtins.str
+        """Absolute path in the container."""
+        writable: _builtins.bool
+        """The container may write to it."""
+        def __init__(
+            self,
+            *,
+            host_path: _builtins.str = ...,
+            container_path: _builtins.str = ...,
+            writable: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["container_path", b"container_path", "host_path", b"host_path", "writable", b"writable"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class RegistryLogin(_message.Message):
+        """Credentials of one registry."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        USERNAME_FIELD_NUMBER: _builtins.int
+        PASSWORD_FIELD_NUMBER: _builtins.int
+        username: _builtins.str
+        """User name."""
+        password: _builtins.str
+        """Password or token."""
+        def __init__(
+            self,
+            *,
+            username: _builtins.str = ...,
+            password: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["password", b"password", "username", b"username"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SHM_BYTES_FIELD_NUMBER: _builtins.int
+    PIDS_LIMIT_FIELD_NUMBER: _builtins.int
+    OPEN_FILES_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    READ_ONLY_ROOT_FIELD_NUMBER: _builtins.int
+    EXTRA_HOSTS_FIELD_NUMBER: _builtins.int
+    VOLUMES_FIELD_NUMBER: _builtins.int
+    REGISTRY_FIELD_NUMBER: _builtins.int
+    shm_bytes: _builtins.int
+    """Size of /dev/shm in bytes."""
+    pids_limit: _builtins.int
+    """Most processes and threads."""
+    open_files: _builtins.int
+    """Most open files."""
+    user: _builtins.str
+    """User to run as, `uid`, `uid:gid` or a name of the image."""
+    read_only_root: _builtins.bool
+    """The image's file system can't be written; /tmp can."""
+    @_builtins.property
+    def extra_hosts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Further names for /etc/hosts."""
+
+    @_builtins.property
+    def volumes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContainerOptions.Volume]:
+        """Folders of the host."""
+
+    @_builtins.property
+    def registry(self) -> Global___ContainerOptions.RegistryLogin:
+        """Login to the image's registry. Write-only: answers show the user name and `***`."""
+
+    def __init__(
+        self,
+        *,
+        shm_bytes: _builtins.int = ...,
+        pids_limit: _builtins.int = ...,
+        open_files: _builtins.int = ...,
+        user: _builtins.str = ...,
+        read_only_root: _builtins.bool = ...,
+        extra_hosts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        volumes: _abc.Iterable[Global___ContainerOptions.Volume] | None = ...,
+        registry: Global___ContainerOptions.RegistryLogin | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["registry", b"registry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["extra_hosts", b"extra_hosts", "open_files", b"open_files", "pids_limit", b"pids_limit", "read_only_root", b"read_only_root", "registry", b"registry", "shm_bytes", b"shm_bytes", "user", b"user", "volumes", b"volumes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContainerOptions: _TypeAlias = ContainerOptions  # noqa: Y015
 
 @_typing.final
 class GpuRequirement(_message.Message):
@@ -552,6 +686,8 @@ class Instance(_message.Message):
     UNBILLED_NS_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     HEALTHY_FIELD_NUMBER: _builtins.int
+    CONTAINER_ID_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     """Unique for ever."""
     node: _builtins.str
@@ -592,6 +728,10 @@ class Instance(_message.Message):
     """Time that is not billed: image pull, waiting for a GPU, gaps after a crash. Output only."""
     healthy: _builtins.bool
     """Its health check passes, or it has none. Output only."""
+    container_id: _builtins.str
+    """The engine's name of its container; empty for a process of the host. Output only."""
+    progress: _builtins.str
+    """What its start is at, for people, for example `pulling ocr:3: 45 %`; empty otherwise. Output only."""
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """GPUs it holds, or held last when it is frozen. Output only."""
@@ -640,10 +780,12 @@ class Instance(_message.Message):
         unbilled_ns: _builtins.int = ...,
         spec: Global___FunctionSpec | None = ...,
         healthy: _builtins.bool = ...,
+        container_id: _builtins.str = ...,
+        progress: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "last_wake", b"last_wake", "spec", b"spec", "state_time", b"state_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_ns", b"active_ns", "address", b"address", "create_time", b"create_time", "freeze_count", b"freeze_count", "frozen_bytes", b"frozen_bytes", "function", b"function", "gpu_uuids", b"gpu_uuids", "healthy", b"healthy", "idle_ns", b"idle_ns", "in_flight", b"in_flight", "last_wake", b"last_wake", "node", b"node", "pid", b"pid", "request_id", b"request_id", "revision", b"revision", "spec", b"spec", "state", b"state", "state_message", b"state_message", "state_reason", b"state_reason", "state_time", b"state_time", "uid", b"uid", "unbilled_ns", b"unbilled_ns", "vram_bytes", b"vram_bytes", "waiting", b"waiting", "wake_count", b"wake_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_ns", b"active_ns", "address", b"address", "container_id", b"container_id", "create_time", b"create_time", "freeze_count", b"freeze_count", "frozen_bytes", b"frozen_bytes", "function", b"function", "gpu_uuids", b"gpu_uuids", "healthy", b"healthy", "idle_ns", b"idle_ns", "in_flight", b"in_flight", "last_wake", b"last_wake", "node", b"node", "pid", b"pid", "progress", b"progress", "request_id", b"request_id", "revision", b"revision", "spec", b"spec", "state", b"state", "state_message", b"state_message", "state_reason", b"state_reason", "state_time", b"state_time", "uid", b"uid", "unbilled_ns", b"unbilled_ns", "vram_bytes", b"vram_bytes", "waiting", b"waiting", "wake_count", b"wake_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,18 @@ from __future__ import annotations
 from typing import TypeVar
 
 from agent.core.errors import InvalidArgumentError
-from agent.core.types import FunctionSpec, GpuNeed, HealthCheck, Hook, Hooks, IdleMode, IdlePolicy
+from agent.core.types import (
+    ContainerOptions,
+    FunctionSpec,
+    GpuNeed,
+    HealthCheck,
+    Hook,
+    Hooks,
+    IdleMode,
+    IdlePolicy,
+    RegistryLogin,
+    Volume,
+)
 from agent.log import MASK
 from agent.v1 import types_pb2
 from agent.wire.convert_enums import (
@@ -52,6 +63,7 @@ def function_to_proto(spec: FunctionSpec, reveal_secrets: bool = False) -> types
             wake_factor=spec.wake_factor,
             handler=spec.handler,
             region=spec.region,
+            container=_container_to_proto(spec.container, reveal_secrets),
         )
     except ValueError:  # its text may quote a value of the environment: nothing of it goes on
         message = f"a number of function {spec.name!r} is too large for its field, or a text is not UTF-8"
@@ -81,6 +93,7 @@ def function_from_proto(message: types_pb2.FunctionSpec) -> FunctionSpec:
         timeout_ns=_or(message, "timeout_ns", base.timeout_ns),
         instance_concurrency=_or(message, "instance_concurrency", base.instance_concurrency),
         gpu=gpu,
+        container=_container_from_proto(message.container),
         hooks=_hooks_from_proto(message.hooks),
         health_check=_health_from_proto(message.health_check) if message.HasField("health_check") else None,
         idle=_idle_from_proto(message.idle_policy, gpu.count),
@@ -97,6 +110,49 @@ def _environment(message: types_pb2.FunctionSpec) -> tuple[tuple[str, str], ...]
             text = f"environment variable {key} is {MASK}, the mask of an answer; send its real value"
             raise InvalidArgumentError("MASKED_SECRET", text, variable=key)
     return tuple(sorted(message.environment.items()))
+
+
+def _container_to_proto(options: ContainerOptions, reveal_secrets: bool) -> types_pb2.ContainerOptions | None:
+    if options == ContainerOptions():
+        return None
+    registry = None
+    if options.registry is not None:
+        password = options.registry.password if reveal_secrets else MASK
+        registry = types_pb2.ContainerOptions.RegistryLogin(username=options.registry.username, password=password)
+    return types_pb2.ContainerOptions(
+        shm_bytes=options.shm_bytes,
+        pids_limit=options.pids_limit,
+        open_files=options.open_files,
+        user=options.user,
+        read_only_root=options.read_only_root,
+        extra_hosts=dict(options.extra_hosts),
+        volumes=[
+            types_pb2.ContainerOptions.Volume(
+                host_path=volume.host_path, container_path=volume.container_path, writable=not volume.read_only
+            )
+            for volume in options.volumes
+        ],
+        registry=registry,
+    )
+
+
+def _container_from_proto(message: types_pb2.ContainerOptions) -> ContainerOptions:
+    registry = None
+    if message.HasField("registry"):
+        if message.registry.password == MASK:
+            text = f"the registry's password is {MASK}, the mask of an answer; send the real one"
+            raise InvalidArgumentError("MASKED_SECRET", text, variable="registry.password")
+        registry = RegistryLogin(message.registry.username, message.registry.password)
+    return ContainerOptions(
+        shm_bytes=message.shm_bytes,
+        pids_limit=message.pids_limit,
+        open_files=message.open_files,
+        user=message.user,
+        read_only_root=message.read_only_root,
+        extra_hosts=tuple(sorted(message.extra_hosts.items())),
+        volumes=tuple(Volume(each.host_path, each.container_path, not each.writable) for each in message.volumes),
+        registry=registry,
+    )
 
 
 def _gpu_to_proto(need: GpuNeed) -> types_pb2.GpuRequirement:

@@ -187,11 +187,11 @@ async def test_the_log_is_read_from_its_end_and_outlives_the_instance(world: Wor
     handle = await world.runtime.start(world.spec("resize-a"))
     await world.settled(handle)
     await world.speak(handle, "resized 17 pictures")
-    assert world.runtime.read_log(handle, 65536).startswith(b"hello from")
-    assert world.runtime.read_log(handle, 9) == b"pictures\n"
-    assert world.runtime.read_log(handle, 0) == b""
+    assert (await world.runtime.read_log(handle, 65536)).startswith(b"hello from")
+    assert await world.runtime.read_log(handle, 9) == b"pictures\n"
+    assert await world.runtime.read_log(handle, 0) == b""
     await world.runtime.destroy(handle)
-    assert world.runtime.read_log(handle, 9) == b"pictures\n"
+    assert await world.runtime.read_log(handle, 9) == b"pictures\n"
 
 
 async def test_containers_outlive_the_agent(world: World) -> None:

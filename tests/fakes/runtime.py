@@ -34,7 +34,8 @@ class FakeContainer:
 class FakeRuntime:
     """Implements `ports.Runtime`. Keep the object over a pretended restart of the agent: containers survive in it.
 
-    Knobs: `start_error` is raised by the next starts; `start_gate`, while set, holds every start until it is set();
+    Knobs: `start_error` is raised by the next starts; `start_gate`, while set, holds every start until it is set(), and
+    `prepare_error` and `prepare_gate` do the same for the pull;
     `kill_hangs` makes kill and destroy end in KILL_TIMEOUT; `port_of` gives a container the port of a test's server;
     `accepted_images`. `exit(uid, Exit)` ends a container, `print(uid, text)` adds to its log; `calls` tells the story.
     """
@@ -44,6 +45,8 @@ class FakeRuntime:
     def __init__(self) -> None:
         self.start_error: HibernodeError | None = None
         self.start_gate: asyncio.Event | None = None
+        self.prepare_error: HibernodeError | None = None
+        self.prepare_gate: asyncio.Event | None = None
         self.kill_hangs = False
         self.accepted_images = {"host"}
         self.port_of: Callable[[StartSpec], int] | None = None
@@ -81,6 +84,14 @@ class FakeRuntime:
             raise PreconditionError("IMAGE_RUNTIME_UNAVAILABLE", "the fake runs `image: host`", image=function.image)
         if not function.entrypoint + function.command:
             raise InvalidArgumentError("COMMAND_MISSING", "`image: host` needs an entrypoint or a command to run")
+
+    async def prepare(self, function: FunctionSpec, progress: Callable[[str], None]) -> None:
+        self.calls.append(("prepare", function.name))
+        if self.prepare_gate:
+            progress("pulling: 45 %")
+            await self.prepare_gate.wait()
+        if self.prepare_error:
+            raise self.prepare_error
 
     async def start(self, spec: StartSpec) -> Handle:
         uid = spec.instance.uid
@@ -169,7 +180,7 @@ class FakeRuntime:
         main = [] if container.ended.done() else [handle.process.pid]
         return main + container.extra_pids
 
-    def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
+    async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
         text = self._logs.get(handle.uid, b"")
         return text[max(0, len(text) - max(0, tail_bytes)) :]
 
