@@ -58,6 +58,12 @@ class Instance:
         return self.state is InstanceState.RUNNING and not (self.draining or self.stop or self.paused)
 
     @property
+    def asks(self) -> bool:
+        """Does it wait in the GPU book's queue?"""
+        waits = self.state in (InstanceState.STARTING, InstanceState.WAITING_GPU)
+        return waits and self.op is None and not self.holds
+
+    @property
     def can_freeze(self) -> bool:
         """May a freeze begin now? Idle timers and the GPU book ask."""
         ready = self.freezable and self.state is InstanceState.RUNNING

@@ -76,7 +76,7 @@ def step(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, P
         return _after_the_end(me, event)
     match event:
         case Created():
-            return me, [Want()]
+            return _run(me, Op.PREPARE)  # before the GPU: nobody holds one while an image is pulled
         case Granted(gpus):
             return _granted(me, gpus)
         case Busy():
@@ -103,8 +103,7 @@ def step(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, P
         case DrainOrdered():
             return _drain(me)
         case GpusLost(message):
-            waits = not me.holds and me.state in (InstanceState.STARTING, InstanceState.WAITING_GPU)
-            return _fail(me, "GPU_LOST", message) if waits else (me, [])
+            return _fail(me, "GPU_LOST", message) if me.asks else (me, [])
         case Paused(paused):
             return _paused(me, paused, at)
         case StopAsked(grace_ns, force, reason, message):
@@ -154,7 +153,7 @@ def _granted(me: Instance, gpus: tuple[str, ...]) -> Step:
     match me.state:
         case InstanceState.STOPPING:
             return me, []  # the grant and the stop crossed: given back at the stop's end
-        case InstanceState.STARTING:
+        case InstanceState.STARTING if me.op is None:
             return _run(me, Op.START)
         case InstanceState.WAITING_GPU:
             return _run(replace(me, state=InstanceState.RESTORING, restores=me.restores + 1), Op.WAKE)
@@ -257,6 +256,8 @@ def _succeeded(me: Instance, at: int) -> Step:
     """The current operation did what it should."""
     op, me = me.op, replace(me, op=None)
     match op:
+        case Op.PREPARE:
+            return _begin_stop(me, at) if me.stop else (me, [Want()])
         case Op.START | Op.WAKE:
             me = replace(me, state=InstanceState.RUNNING, awake_since_ns=at, restores=0, wake_until_ns=0)
             return _settle(replace(me, ordered=False, draining=False), at)
@@ -311,11 +312,13 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
             return me, [*effects, *more]
         case Op.WAKE if me.restores < MAX_RESTORES and not me.stop:
             return _restore_refused(me, f"{reason}: {message}", at)
-        case Op.START | Op.WAKE if me.stop:  # cut short, or frozen as before: no need to have it awake for its end
+        case Op.PREPARE | Op.START | Op.WAKE if (
+            me.stop
+        ):  # cut short, or frozen as before: no need to have it awake for its end
             return _begin_stop(me, at)
         case Op.DESTROY | None:
             return me, []
-        case Op.UNLOCK | Op.START | Op.WAKE | Op.STOP:  # an instance that stays locked answers nobody
+        case Op.PREPARE | Op.UNLOCK | Op.START | Op.WAKE | Op.STOP:  # an instance that stays locked answers nobody
             return _fail(me, reason, message)
         case _:
             assert_never(op)
@@ -336,7 +339,7 @@ def _restore_refused(me: Instance, why: str, at: int) -> Step:
 
 def _fail(me: Instance, reason: str, message: str) -> Step:
     """FAILED: kill what is left, give the GPUs back on proof, send the waiters elsewhere."""
-    waited = me.state in (InstanceState.STARTING, InstanceState.WAITING_GPU) and not me.holds
+    asked = me.asks
     gen = me.op_gen + 1
     me = replace(
         me,
@@ -348,7 +351,7 @@ def _fail(me: Instance, reason: str, message: str) -> Step:
         message=message,
     )
     effects: list[Effect] = [Run(Op.DESTROY, gen, me.gpus)]
-    if waited:
+    if asked:
         effects.append(Withdraw())
     me, released = _release(me)
     return me, [*effects, *released, RefuseWaiters(reason, message)]
@@ -372,14 +375,14 @@ def _stop_asked(me: Instance, grace_ns: int, force: bool, reason: str, message: 
         message=me.message or message,
     )
     if me.op is not None:
-        short = me.op in (Op.LOCK, Op.START) or (me.op is Op.STOP and me.stop_force)
+        short = me.op in (Op.PREPARE, Op.LOCK, Op.START) or (me.op is Op.STOP and me.stop_force)
         return me, [AskCancel(me.op_gen)] if short else []
     return _begin_stop(me, at)
 
 
 def _begin_stop(me: Instance, at: int) -> Step:
     """No operation runs. A frozen instance is killed without waking it; a busy one is drained first."""
-    waited = me.state in (InstanceState.STARTING, InstanceState.WAITING_GPU) and not me.holds
+    asked = me.asks
     was_running = me.state is InstanceState.RUNNING or me.state is InstanceState.STOPPING
     stop_reason = me.reason or "INSTANCE_STOPPING"
     me = replace(
@@ -389,7 +392,7 @@ def _begin_stop(me: Instance, at: int) -> Step:
         idle_gen=me.idle_gen + 1,
         stop_force=me.stop_force or not was_running or me.paused,
     )
-    effects: list[Effect] = [Withdraw()] if waited else []
+    effects: list[Effect] = [Withdraw()] if asked else []
     effects.append(RefuseWaiters(stop_reason, me.message or "the instance is being stopped"))
     if me.busy and not me.stop_force:
         return me, [*effects, SetStopTimer(me.op_gen, at + me.stop_grace_ns)]

@@ -13,11 +13,13 @@ from enum import Enum
 class Op(Enum):
     """Operations run one at a time by the executor; each ends in Succeeded, Refused or Broken.
 
-    START: container, readiness, /initialize, first health check. LOCK: /pre-freeze, host memory reserved, lock and
-    second listing. CHECKPOINT: checkpoint and cgroup freeze. UNLOCK: undo LOCK. WAKE: thaw, restore, unlock, verify.
-    STOP: /pre-stop, TERM, KILL, clean up. DESTROY: kill and clean up what is left of a failed instance.
+    PREPARE: the image, pulled where it is missing. START: container, readiness, /initialize, first health check. LOCK:
+    /pre-freeze, host memory reserved, lock and second listing. CHECKPOINT: checkpoint and cgroup freeze. UNLOCK: undo
+    LOCK. WAKE: thaw, restore, unlock, verify. STOP: /pre-stop, TERM, KILL, clean up. DESTROY: kill and clean up what is
+    left of a failed instance.
     """
 
+    PREPARE = "PREPARE"
     START = "START"
     LOCK = "LOCK"
     CHECKPOINT = "CHECKPOINT"

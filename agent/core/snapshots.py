@@ -16,7 +16,7 @@ class InstanceSnapshot:
     """One instance. `vram_bytes` is what it uses awake (as last seen), `frozen_bytes` the host's copy while frozen.
 
     `wake_estimate_ns` is a moving average of its wakes, 0 = never woken. `freeze_cancellable`: FREEZING, and a
-    request could still turn it back.
+    request could still turn it back. `progress` is what a start is at, for people.
     """
 
     uid: str
@@ -45,6 +45,8 @@ class InstanceSnapshot:
     active_ns: int
     idle_ns: int
     unbilled_ns: int
+    container_id: str = ""
+    progress: str = ""
 
 
 @dataclass(frozen=True, slots=True)

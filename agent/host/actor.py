@@ -76,6 +76,7 @@ class Figures:
     vram_bytes: int = 0
     timeouts_in_a_row: int = 0
     idle_since_ns: int = 0
+    progress: str = ""
 
 
 class Actor:

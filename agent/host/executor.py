@@ -68,14 +68,15 @@ class InstanceExecutor:
     async def close(self) -> None:
         """The agent goes away and leaves the instance: let operations under way end, stop watching.
 
-        A start is given up: the next agent makes that container anew.
+        A pull or a start is given up: the next agent makes that container anew.
         """
         await self._health.pause()
         if self._op is ev.Op.LOCK:
             self._cancel.set()
         try:
             async with asyncio.timeout(self._shell.stop_timeout_s):
-                while self._task is not None and not self._task.done() and self._op is not ev.Op.START:
+                beginning = (ev.Op.PREPARE, ev.Op.START)
+                while self._task is not None and not self._task.done() and self._op not in beginning:
                     await asyncio.wait([self._task])  # what follows from it is another task
         except TimeoutError:
             self._log.warning("instance.operation_abandoned", instance=self._actor.uid, operation=str(self._op))
@@ -105,6 +106,8 @@ class InstanceExecutor:
 
     async def _dispatch(self, op: ev.Op, gen: int, cancel: asyncio.Event) -> ev.Event:
         match op:
+            case ev.Op.PREPARE:
+                return await self._prepare(gen, cancel)
             case ev.Op.START:
                 return await self._start(gen, cancel)
             case ev.Op.LOCK:
@@ -124,9 +127,27 @@ class InstanceExecutor:
 
     # ---- start --------------------------------------------------------------------------------------------------
 
+    async def _prepare(self, gen: int, cancel: asyncio.Event) -> ev.Event:
+        work = self._shell.runtime.prepare(self._actor.function, self._progress)
+        try:
+            await unless_cancelled(work, cancel)
+        except HibernodeError as error:
+            if error.reason == CANCELLED:
+                return ev.Refused(gen, CANCELLED, "the pull was given up")
+            raise
+        self._progress("waiting for a GPU" if self._actor.function.gpu.count else "")
+        return ev.Succeeded(gen)
+
+    def _progress(self, text: str) -> None:
+        """What the start is at, for people who look."""
+        self._actor.figures.progress = text
+
     async def _start(self, gen: int, cancel: asyncio.Event) -> ev.Event:
         actor, shell = self._actor, self._shell
-        spec = StartSpec(actor.spec, self._environment(), actor.instance.gpus)
+        # The driver moves only what can see every GPU of the host.
+        movable = bool(actor.instance.gpus) and actor.instance.movable
+        spec = StartSpec(actor.spec, self._environment(), actor.instance.gpus, all_gpus=movable)
+        self._progress("starting")
         handle = await shell.runtime.start(spec)
         actor.gpu_uuids = actor.instance.gpus
         self.adopt(handle)
@@ -147,15 +168,18 @@ class InstanceExecutor:
         except HibernodeError as error:  # measured again before each freeze
             self._log.warning("instance.vram_unknown", instance=actor.uid, reason=error.reason)
         self._health.resume()
+        self._progress("")
         return ev.Succeeded(gen)
 
     async def _warm_up(self, handle: Handle) -> None:
         """Readiness, /initialize, the first health check."""
         actor, shell = self._actor, self._shell
         deadline = asyncio.get_running_loop().time() + shell.ready_timeout_s
+        self._progress(f"waiting for its server on port {handle.port}")
         await hooks.wait_until_listening(handle.host, handle.port, deadline, lambda: self._exit is not None)
         pool = actor.pool
         assert pool is not None
+        self._progress("initializing")
         await hooks.initialize(pool, actor.function, shell.request_ids())
         await self._first_probe(pool)
 
@@ -176,13 +200,8 @@ class InstanceExecutor:
 
     def _environment(self) -> dict[str, str]:
         function = self._actor.function
-        gpus = ",".join(self._actor.instance.gpus)
         return {
             **self._shell.environment,
-            **dict(function.environment),
-            "CUDA_VISIBLE_DEVICES": gpus,
-            # The driver moves only what can see every GPU of the host.
-            "NVIDIA_VISIBLE_DEVICES": "all" if gpus and self._actor.instance.movable else gpus or "void",
             "FC_FUNCTION_NAME": function.name,
             "FC_FUNCTION_HANDLER": function.handler,
             "FC_FUNCTION_MEMORY_SIZE": str(function.memory_bytes >> 20),

@@ -86,6 +86,8 @@ class Observer:
             active_ns=active_ns,
             idle_ns=idle_ns,
             unbilled_ns=unbilled_ns,
+            container_id=handle.container_id if handle is not None else "",
+            progress=figures.progress if instance.state is InstanceState.STARTING else "",
         )
 
     def instances(self, *, include_ended: bool = False) -> list[InstanceSnapshot]:

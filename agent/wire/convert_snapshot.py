@@ -49,6 +49,8 @@ def instance_to_proto(snapshot: InstanceSnapshot, node: str, *, with_spec: bool 
         idle_ns=snapshot.idle_ns,
         unbilled_ns=snapshot.unbilled_ns,
         healthy=snapshot.healthy,
+        container_id=snapshot.container_id,
+        progress=snapshot.progress,
     )
     if snapshot.wakes:
         message.last_wake.total_ns = snapshot.last_wake_ns

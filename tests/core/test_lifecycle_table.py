@@ -43,7 +43,8 @@ def kinds(effects: list[ev.Effect]) -> list[str]:
     return [f"Run {e.op.value}" if isinstance(e, ev.Run) else type(e).__name__ for e in effects]
 
 
-STARTING = after(new(), ev.Created())
+PULLING = after(new(), ev.Created())
+STARTING = ok(PULLING)
 WARMING = after(STARTING, ev.Granted(GPU))
 RUNNING = ok(WARMING)
 BUSY = after(RUNNING, ev.Busy())
@@ -59,7 +60,7 @@ STOPPING = after(RUNNING, ev.StopAsked(30 * SECOND_NS))
 STOPPED = ok(STOPPING)
 FAILED = after(RUNNING, ev.Exited("INSTANCE_CRASHED", "exit code 1"))
 EVERY = {
-    "STARTING": STARTING, "WARMING": WARMING, "RUNNING": RUNNING, "BUSY": BUSY, "LOCKING": LOCKING,
+    "PULLING": PULLING, "STARTING": STARTING, "WARMING": WARMING, "RUNNING": RUNNING, "BUSY": BUSY, "LOCKING": LOCKING,
     "CHECKPOINTING": CHECKPOINTING, "UNLOCKING": UNLOCKING, "FROZEN": FROZEN, "WAITING": WAITING,
     "RESTORING": RESTORING, "DRAINING": DRAINING, "ENDING": ENDING, "STOPPING": STOPPING, "STOPPED": STOPPED,
     "FAILED": FAILED,
@@ -74,7 +75,8 @@ EVENTS: list[ev.Event] = [
 
 def test_the_stories_are_what_their_names_say() -> None:
     assert {name: me.state.value for name, me in EVERY.items()} == {
-        "STARTING": "STARTING", "WARMING": "STARTING", "RUNNING": "RUNNING", "BUSY": "RUNNING", "LOCKING": "FREEZING",
+        "PULLING": "STARTING", "STARTING": "STARTING", "WARMING": "STARTING", "RUNNING": "RUNNING", "BUSY": "RUNNING",
+        "LOCKING": "FREEZING",
         "CHECKPOINTING": "FREEZING", "UNLOCKING": "FREEZING", "FROZEN": "FROZEN", "WAITING": "WAITING_GPU",
         "RESTORING": "RESTORING", "DRAINING": "RUNNING", "ENDING": "STOPPING", "STOPPING": "STOPPING",
         "STOPPED": "STOPPED", "FAILED": "FAILED",
@@ -342,3 +344,29 @@ def test_after_the_end_requests_are_refused_and_grants_given_back(name: str) -> 
     me = EVERY[name]
     assert isinstance(does(me, ev.Wanted())[1][0], ev.RefuseWaiters)
     assert does(me, ev.Granted(GPU))[1] == [ev.Release()]
+
+
+def test_an_image_is_pulled_before_a_gpu_is_asked_for() -> None:
+    me, effects = does(new(), ev.Created())
+    assert kinds(effects) == ["Run PREPARE"]
+    assert not me.asks
+    me, effects = does(me, ev.Succeeded(me.op_gen))
+    assert effects == [ev.Want()]
+    assert me.asks
+
+
+def test_a_pull_that_fails_is_the_instances_end() -> None:
+    me, effects = does(PULLING, ev.Broken(PULLING.op_gen, "IMAGE_NOT_FOUND", "there is no ocr:9"))
+    assert (me.state, me.reason) == (S.FAILED, "IMAGE_NOT_FOUND")
+    assert kinds(effects) == ["Run DESTROY", "RefuseWaiters"]
+
+
+@pytest.mark.parametrize("pulled", [True, False])
+def test_a_stop_during_the_pull_asks_for_no_gpu(pulled: bool) -> None:
+    me, effects = does(PULLING, ev.StopAsked(0))
+    assert effects == [ev.AskCancel(PULLING.op_gen)]
+    end = ev.Succeeded(me.op_gen) if pulled else ev.Refused(me.op_gen, CANCELLED)
+    me, effects = does(me, end)
+    assert me.state is S.STOPPING
+    assert "Run STOP" in kinds(effects)
+    assert "Want" not in kinds(effects)

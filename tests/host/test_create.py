@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import pytest
 
+from agent.core import lifecycle_events as ev
 from agent.core.errors import (
     ConflictError,
     ExhaustedError,
     HibernodeError,
+    InstanceError,
     PreconditionError,
     UnavailableError,
 )
 from agent.core.types import GIB, GpuNeed, InstanceState
-from tests.host.rig import OCR, World, a_world, environment_of, eventually, until
+from tests.host.rig import OCR, World, a_world, eventually, until
 
 
 def nothing_is_left(world: World) -> None:
@@ -37,7 +39,7 @@ async def test_an_instance_starts_on_its_gpu_and_is_recorded_before_anything_run
         (record,) = await world.store.load_instances()
         assert (record.phase, record.gpu_uuids) == ("READY", actor.gpu_uuids)
         assert world.holder() == actor.uid
-        assert environment_of(world, actor.uid)["CUDA_VISIBLE_DEVICES"] == actor.gpu_uuids[0]
+        assert world.runtime.containers[actor.uid].spec.gpu_uuids == actor.gpu_uuids
 
 
 async def test_the_same_request_id_is_the_same_instance() -> None:
@@ -177,3 +179,37 @@ async def test_a_process_that_ends_during_its_start_shows_its_log() -> None:
         assert actor.instance.reason == "FUNCTION_NOT_STARTED"
         assert "exited with code 1" in actor.instance.message
         assert "ImportError: torch" in actor.instance.message
+
+
+async def test_an_image_is_pulled_before_the_gpu_is_taken_and_people_see_how_far_it_is() -> None:
+    async with a_world() as world:
+        world.runtime.prepare_gate = asyncio.Event()
+        actor = await world.create()
+        await eventually(lambda: actor.figures.progress == "pulling: 45 %")
+        assert world.holder() == ""
+        world.runtime.prepare_gate.set()
+        await until(actor, InstanceState.RUNNING)
+        assert world.holder() == actor.uid
+        assert actor.figures.progress == ""
+
+
+async def test_an_image_that_is_not_there_fails_the_start_with_its_reason() -> None:
+    async with a_world() as world:
+        world.runtime.prepare_error = InstanceError("IMAGE_NOT_FOUND", "there is no image ocr:9; push it first")
+        actor = await world.create()
+        await until(actor, InstanceState.FAILED)
+        assert (actor.instance.reason, actor.instance.message) == (
+            "IMAGE_NOT_FOUND", "there is no image ocr:9; push it first",
+        )  # fmt: skip
+        assert [call for call, _ in world.runtime.calls] == ["prepare"]
+
+
+async def test_a_pull_that_is_not_wanted_any_more_is_given_up() -> None:
+    async with a_world() as world:
+        world.runtime.prepare_gate = asyncio.Event()
+        actor = await world.create()
+        await eventually(lambda: actor.figures.progress == "pulling: 45 %")
+        actor.handle(ev.StopAsked(0))
+        await asyncio.wait_for(actor.ended.wait(), 5)
+        assert actor.state is InstanceState.STOPPED
+        assert "start" not in [call for call, _ in world.runtime.calls]

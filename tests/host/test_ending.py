@@ -40,7 +40,7 @@ async def test_a_stop_asks_first_and_kills_then() -> None:
         actor.handle(ev.StopAsked(SECOND_NS))
         await gone(world, actor)
         assert "/pre-stop" in world.app.paths()
-        assert [call for call, _ in world.runtime.calls] == ["start", "terminate", "kill", "destroy"]
+        assert [call for call, _ in world.runtime.calls] == ["prepare", "start", "terminate", "kill", "destroy"]
         assert actor.state is S.STOPPED
 
 

@@ -13,7 +13,7 @@ from agent.core.types import MIB, GpuProcess, Handle, InstanceState
 from agent.host.actor import Actor
 from agent.host.pauses import look_for_pauses
 from agent.ports import Condition, FreezeResult, Outcome
-from tests.host.rig import OCR, World, a_world, enter, environment_of, eventually, released, until
+from tests.host.rig import OCR, World, a_world, enter, eventually, released, until
 
 NOT_NOW = FreezeResult(Outcome.REFUSED, "GPU_MEMORY_SHORT", "an outsider took the memory")
 
@@ -81,8 +81,8 @@ async def test_at_home_no_map_is_needed(world: World) -> None:
 async def test_every_gpu_is_visible_inside_but_its_own_is_the_one_it_uses(world: World) -> None:
     first, _ = gpus(world)
     mover = await world.running()
-    seen = environment_of(world, mover.uid)
-    assert (seen["NVIDIA_VISIBLE_DEVICES"], seen["CUDA_VISIBLE_DEVICES"]) == ("all", first)
+    spec = world.runtime.containers[mover.uid].spec
+    assert (spec.all_gpus, spec.gpu_uuids) == (True, (first,))
 
 
 async def test_a_restore_that_fails_on_one_gpu_is_tried_on_the_other_and_the_request_is_answered(world: World) -> None:

@@ -42,6 +42,7 @@ FROZEN = InstanceSnapshot(
     active_ns=7,
     idle_ns=8,
     unbilled_ns=9,
+    container_id="4f2e",
 )
 FIRST_GPU = Gpu("GPU-1", 0, "NVIDIA L4", 24 << 30)
 NODE = NodeSnapshot(
@@ -90,7 +91,7 @@ def test_an_instance_is_shown_whole_and_without_its_secrets() -> None:
 
 def test_every_field_of_an_instance_is_filled() -> None:
     message = instance_to_proto(
-        replace(FROZEN, reason="HOST_MEMORY_SHORT", message="no", in_flight=1, vram_bytes=1), "n"
+        replace(FROZEN, reason="HOST_MEMORY_SHORT", message="no", in_flight=1, vram_bytes=1, progress="pulling"), "n"
     )
     assert {field.name for field, _ in message.ListFields()} == set(types_pb2.Instance.DESCRIPTOR.fields_by_name)
 
@@ -102,7 +103,8 @@ def test_an_instance_that_never_woke_has_no_last_wake() -> None:
 def test_the_fleets_list_says_what_the_node_says() -> None:
     by_load = instance_of_load(instance_load(FROZEN), "node-7")
     by_node = instance_to_proto(FROZEN, "node-7", with_spec=False)
-    by_node.ClearField("address")  # stays with its agent
+    by_node.ClearField("address")  # these two stay with the agent
+    by_node.ClearField("container_id")
     assert by_load == by_node
 
 
