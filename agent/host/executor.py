@@ -303,6 +303,9 @@ class InstanceExecutor:
                 await runtime.kill(handle)
                 await runtime.destroy(handle)
             except HibernodeError as error:
+                if error.reason == "ENGINE_UNAVAILABLE":  # dead already; the engine watch removes what is left of it
+                    self._shell.events.add(self._actor.uid, "instance.removal_postponed", error.message)
+                    return
                 message = error.message
             except OSError as error:
                 message = str(error)

@@ -16,6 +16,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ ANSWER_S = 60.0
 START_S = 60.0
 STOP_S = 30.0
 IMAGE = "hibernode-bench-sleep:latest"
+PROGRAM = "/program"
 SLEEPER = "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n"
 
 
@@ -90,7 +92,7 @@ class PausedContainer:
 def paused_container() -> Iterator[PausedContainer]:
     """A paused container of a found or private engine. Raises NoDocker. At the end nothing of it is left."""
     with ExitStack() as stack:
-        path, where = _find_engine(stack)
+        path, where = find_engine(stack)
         engine = Engine(path)
         stack.callback(engine.close)
         try:
@@ -103,7 +105,9 @@ def paused_container() -> Iterator[PausedContainer]:
         yield container
 
 
-def _find_engine(stack: ExitStack) -> tuple[str, str]:
+def find_engine(stack: ExitStack, *, bridge: bool = False) -> tuple[str, str]:
+    """The socket of an engine and what it is, in words; `stack` ends it if it is a private one. `bridge`: its
+    containers can have a network. Raises NoDocker."""
     given = os.environ.get("DOCKER_HOST", "")
     if given:
         if not given.startswith("unix://"):
@@ -115,18 +119,19 @@ def _find_engine(stack: ExitStack) -> tuple[str, str]:
         raise NoDocker(f"no DOCKER_HOST, no {DEFAULT_SOCKET}, and no dockerd to start")
     if os.geteuid() != 0:
         raise NoDocker("dockerd is there, but starting it needs root")
-    return stack.enter_context(_private_engine()), "private dockerd"
+    return stack.enter_context(_private_engine(bridge=bridge)), "private dockerd"
 
 
 @contextmanager
-def _private_engine() -> Iterator[str]:
-    """The socket of a dockerd whose every file lies in a temporary folder; no bridge, no iptables."""
+def _private_engine(*, bridge: bool) -> Iterator[str]:
+    """The socket of a dockerd whose every file lies in a temporary folder; without `bridge` it touches no network."""
     with tempfile.TemporaryDirectory(prefix="hibernode-docker-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         path = folder / "docker.sock"
         command = [
             *("dockerd", "--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec"),
-            *("-H", f"unix://{path}", "--pidfile", f"{folder}/pid", "--bridge", "none", "--iptables=false"),
+            *("-H", f"unix://{path}", "--pidfile", f"{folder}/pid"),
+            *(() if bridge else ("--bridge", "none", "--iptables=false")),
         ]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -158,34 +163,44 @@ def _wait_for_engine(process: subprocess.Popen[bytes], path: Path, log: Path) ->
 @contextmanager
 def _container(engine: Engine) -> Iterator[str]:
     """A started container without network; it and its image go at the end."""
-    repository, _, tag = IMAGE.partition(":")
-    kind = "application/x-tar"
-    engine.call("POST", f"/images/create?fromSrc=-&repo={repository}&tag={tag}", _image(), kind)
-    try:
-        spec = {"Image": IMAGE, "Cmd": ["/sleeper"], "HostConfig": {"NetworkMode": "none"}}
+    with imported_image(engine, IMAGE, SLEEPER):
+        spec = {"Image": IMAGE, "Cmd": [PROGRAM], "HostConfig": {"NetworkMode": "none"}}
         name = engine.call("POST", "/containers/create", json.dumps(spec).encode())["Id"]
         try:
             engine.call("POST", f"/containers/{name}/start")
             yield name
         finally:
             engine.call("DELETE", f"/containers/{name}?force=1")
+
+
+@contextmanager
+def imported_image(engine: Engine, image: str, source: str) -> Iterator[None]:
+    """An image `name:tag` of one static program, `PROGRAM`, made from `source` in C; it goes at the end."""
+    repository, _, tag = image.partition(":")
+    change = urllib.parse.quote(f'CMD ["{PROGRAM}"]')
+    path = f"/images/create?fromSrc=-&repo={repository}&tag={tag}&changes={change}"
+    engine.call("POST", path, _root(source), "application/x-tar")
+    try:
+        yield
     finally:
-        engine.call("DELETE", f"/images/{IMAGE}?force=1")
+        engine.call("DELETE", f"/images/{image}?force=1")
 
 
-def _image() -> bytes:
+def _root(source: str) -> bytes:
     """A root file system as a tar: one static program."""
     compiler = shutil.which("cc")
     if compiler is None:
         raise NoDocker("no cc to build the container's one program with")
     with tempfile.TemporaryDirectory(prefix="hibernode-image-") as name:
-        source, program = Path(name, "sleeper.c"), Path(name, "sleeper")
-        source.write_text(SLEEPER)
+        text, program = Path(name, "program.c"), Path(name, "program")
+        text.write_text(source)
         try:
-            subprocess.run([compiler, "-static", "-o", program, source], check=True, capture_output=True, timeout=60)
+            subprocess.run(
+                [compiler, "-static", "-O", "-o", program, text], check=True, capture_output=True, timeout=60
+            )
         except (subprocess.SubprocessError, OSError) as error:
             raise NoDocker(f"the container's one program can't be built: {error}") from error
         content = io.BytesIO()
         with tarfile.open(fileobj=content, mode="w") as tar:
-            tar.add(program, "sleeper")
+            tar.add(program, PROGRAM.lstrip("/"))
         return content.getvalue()
