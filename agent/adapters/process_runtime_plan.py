@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.adapters.cgroup_freezer import INSTANCE_VARIABLE
+from agent.adapters.instance_environment import instance_environment
 from agent.core.errors import ConfigError, InvalidArgumentError
 from agent.ports import StartSpec
 
@@ -85,32 +85,17 @@ class LaunchPlan:
 
 
 def make_plan(spec: StartSpec, *, port: int, folder: Path, identity: Identity | None, state_uuid: str) -> LaunchPlan:
-    """The workload's clean environment: nothing of the agent's own, the function's variables, then ours on top.
-
-    `FC_CUSTOM_LISTEN_PORT` and `PORT` say where to listen (on 127.0.0.1). Only the granted GPUs are visible, none for
-    a function without: CUDA and NVIDIA variables are set unless the attachment says otherwise. Our LD_LIBRARY_PATH is
-    put before the function's, not in its place (facts/emulated-driver.md, pitfall 15).
-    """
-    instance = spec.instance
-    function = dict(instance.function.environment)
-    gpus = ",".join(spec.gpu_uuids)
+    """The workload's clean environment: nothing of the agent's own, the function's variables, then ours on top
+    (`instance_environment`). It listens on 127.0.0.1."""
+    gpus = "all" if spec.all_gpus and spec.gpu_uuids else ",".join(spec.gpu_uuids)
     environment = {
         "PATH": DEFAULT_PATH,
         "HOME": str(folder),
         "USER": identity.name if identity else "",
         "LANG": "C.UTF-8",
-        **function,
-        "CUDA_VISIBLE_DEVICES": gpus,
-        "NVIDIA_VISIBLE_DEVICES": gpus or "void",
-        **spec.environment,
-        "FC_CUSTOM_LISTEN_PORT": str(port),
-        "PORT": str(port),
-        INSTANCE_VARIABLE: f"{state_uuid}/{instance.uid}",
+        **instance_environment(spec, port=port, state_uuid=state_uuid, visible_devices=gpus or "void"),
     }
-    libraries = [values["LD_LIBRARY_PATH"] for values in (spec.environment, function) if "LD_LIBRARY_PATH" in values]
-    if libraries:
-        environment["LD_LIBRARY_PATH"] = ":".join(libraries)
     if not environment["USER"]:
         del environment["USER"]
-    argv = instance.function.entrypoint + instance.function.command
-    return LaunchPlan(argv, environment, folder, identity)
+    function = spec.instance.function
+    return LaunchPlan(function.entrypoint + function.command, environment, folder, identity)

@@ -7,11 +7,12 @@ Pure. Each breach names the field as the protos do, and the fix.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import NoReturn
 
 from agent.core.errors import InvalidArgumentError
-from agent.core.types import SECOND_NS, FunctionSpec, HealthCheck, Hooks
+from agent.core.types import MIB, SECOND_NS, ContainerOptions, FunctionSpec, HealthCheck, Hooks, Volume
 
 HOST_IMAGE = "host"
 MAX_CONCURRENCY = 200
@@ -27,11 +28,27 @@ MAX_VCPU_MILLIS = 1_024_000
 MAX_SIZE_BYTES = 1 << 50
 RESERVED_PREFIX = "FC_"
 
+LEAST_CONTAINER_BYTES = 6 * MIB
+"""Engines start nothing with less memory."""
+MAX_PIDS = 4_194_304
+MAX_OPEN_FILES = 1_048_576
+MAX_EXTRA_HOSTS = 64
+MAX_VOLUMES = 32
+MAX_PATH_BYTES = 4095
+MAX_LOGIN_BYTES = 16 * 1024
+SHM_VARIABLE = "FCGPU_RUNTIME_SHMSIZE"
+"""Function Compute's way to say the size of /dev/shm, in bytes."""
+
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9._-]{0,64}", re.ASCII)
 # Some of these texts travel in headers (x-fc-region, x-fc-function-handler): nothing that could end a line.
 _VISIBLE = re.compile(r"[\x21-\x7e]*", re.ASCII)
 _PRINTABLE = re.compile(r"[\x20-\x7e]*", re.ASCII)
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,31})?", re.ASCII)
+_HOST_NAME = re.compile(
+    r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*", re.ASCII
+)
+_SIZE = re.compile(r"[0-9]{1,16}", re.ASCII)
 
 
 def check_function(spec: FunctionSpec) -> None:
@@ -56,6 +73,20 @@ def check_function(spec: FunctionSpec) -> None:
     if spec.health_check is not None:
         _check_health(spec.health_check)
     _check_environment(spec.environment)
+    _check_container(spec)
+
+
+def shm_bytes(spec: FunctionSpec) -> int:
+    """The size of /dev/shm: what the spec says, else FCGPU_RUNTIME_SHMSIZE of its environment; 0 = the engine's own
+    (64 MiB). Raises InvalidArgumentError SPEC_INVALID for a variable that holds no size."""
+    if spec.container.shm_bytes:
+        return spec.container.shm_bytes
+    text = dict(spec.environment).get(SHM_VARIABLE, "").strip()
+    if not text:
+        return 0
+    if not _SIZE.fullmatch(text) or not 0 <= int(text) <= MAX_SIZE_BYTES:
+        wrong(f"environment.{SHM_VARIABLE}", f"must be a number of bytes, 0 to {MAX_SIZE_BYTES}")
+    return int(text)
 
 
 def bounded(field: str, value: int, low: int, high: int) -> None:
@@ -131,3 +162,64 @@ def _check_environment(environment: tuple[tuple[str, str], ...]) -> None:
             wrong("environment", "holds what is not a possible name or value of an environment variable")
     if total > MAX_ENVIRONMENT_BYTES:
         wrong("environment", f"has {total} bytes in total, more than {MAX_ENVIRONMENT_BYTES}")
+
+
+def _check_container(spec: FunctionSpec) -> None:
+    options = spec.container
+    if spec.image == HOST_IMAGE:
+        if options != ContainerOptions():
+            wrong("container", "is for images; with image `host` nothing of it can be had, leave it out")
+        return
+    bounded("memory_bytes", spec.memory_bytes, LEAST_CONTAINER_BYTES, MAX_SIZE_BYTES)
+    bounded("container.shm_bytes", options.shm_bytes, 0, MAX_SIZE_BYTES)
+    shm_bytes(spec)
+    bounded("container.pids_limit", options.pids_limit, 0, MAX_PIDS)
+    bounded("container.open_files", options.open_files, 0, MAX_OPEN_FILES)
+    if options.user and not _USER.fullmatch(options.user):
+        wrong("container.user", "must be a name or number, or two with a colon: user, user:group, 1000, 1000:1000")
+    _check_extra_hosts(options.extra_hosts)
+    if len(options.volumes) > MAX_VOLUMES:
+        wrong("container.volumes", f"has {len(options.volumes)} entries, more than {MAX_VOLUMES}")
+    for index, volume in enumerate(options.volumes):
+        _check_volume(f"container.volumes[{index}]", volume)
+    if options.registry is not None:
+        _check_login(options.registry.username, options.registry.password)
+
+
+def _check_extra_hosts(entries: tuple[tuple[str, str], ...]) -> None:
+    if len(entries) > MAX_EXTRA_HOSTS:
+        wrong("container.extra_hosts", f"has {len(entries)} entries, more than {MAX_EXTRA_HOSTS}")
+    for index, (name, address) in enumerate(entries):
+        field = f"container.extra_hosts[{index}]"
+        if len(name) > 253 or not _HOST_NAME.fullmatch(name):
+            wrong(field, "must begin with a host name, such as db.example.com")
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            wrong(field, "must name an IP address, such as 10.0.0.7")
+        if "%" in address:
+            wrong(field, "must name an IP address without a zone")
+
+
+def _check_volume(field: str, volume: Volume) -> None:
+    """Its shape. Whether a node lends the folder, and what it really is, the node says."""
+    for key, path in (("host_path", volume.host_path), ("container_path", volume.container_path)):
+        if not path.startswith("/") or ".." in path.split("/"):
+            wrong(f"{field}.{key}", "must be an absolute path without `..`")
+        if not path.strip("/."):
+            wrong(f"{field}.{key}", "must not be /")
+        if "\0" in path or len(path.encode("utf-8", "surrogatepass")) > MAX_PATH_BYTES:
+            wrong(f"{field}.{key}", f"must be at most {MAX_PATH_BYTES} bytes, without NUL")
+
+
+def _check_login(username: str, password: str) -> None:
+    """Nothing of it is repeated in a message."""
+    if not username or not password:
+        wrong("container.registry", "needs user name and password")
+    if (
+        len(username.encode("utf-8", "surrogatepass")) + len(password.encode("utf-8", "surrogatepass"))
+        > MAX_LOGIN_BYTES
+    ):
+        wrong("container.registry", f"is longer than {MAX_LOGIN_BYTES} bytes")
+    if "\0" in username + password:
+        wrong("container.registry", "must not hold a NUL")
