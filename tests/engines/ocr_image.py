@@ -1,0 +1,117 @@
+"""The image of the example `ocr`, made without a registry and as its Dockerfile says.
+
+FROM and the RUN that installs the packages are replaced (Debian with Python, `pip install --target`), all other lines
+are taken from the Dockerfile: what it copies is copied, the rest becomes the image's configuration. Debian with the
+packages is kept in the user's cache (half a gigabyte); our files, which change more often, are added at each import.
+
+    images.load(engine, ocr_image.OCR)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.engines import images
+
+OCR = "localhost/hibernode-ocr:1"
+EXAMPLE = images.ROOT / "agent" / "examples" / "ocr"
+CONFIGURATION = ("ENV ", "EXPOSE ", "WORKDIR ", "CMD ")
+PIP_DEADLINE_S = 600.0
+
+
+def ocr_content(file: Any) -> list[str]:
+    """Writes the image's root file system; returns the lines of the Dockerfile that configure the image."""
+    lines = (EXAMPLE / "Dockerfile").read_text().splitlines()
+    with debian_with_packages().open("rb") as base:
+        shutil.copyfileobj(base, file, 1 << 20)
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="a") as archive:
+        for line in lines:
+            if line.startswith("COPY "):
+                _, source, target = line.split()
+                _copy(archive, images.ROOT / source, target.removeprefix("/"))
+    return [line for line in lines if line.startswith(CONFIGURATION)]
+
+
+images.CONTENTS[OCR] = ocr_content
+
+
+def _copy(archive: tarfile.TarFile, source: Path, target: str) -> None:
+    archive.add(source, target + source.name if target.endswith("/") else target, filter=_ours)
+
+
+def _ours(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return None if "__pycache__" in member.name else _rootly(member)
+
+
+def _rootly(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.uid = member.gid = 0
+    member.uname = member.gname = "root"
+    return member
+
+
+# ---- Debian with Python's packages ---------------------------------------------------------------------------------
+
+
+def debian_with_packages() -> Path:
+    """A tar of Debian with Python and what the example's requirements.txt names; made once and kept (see cache_folder).
+
+    AssertionError with pip's words if a package can't be had.
+    """
+    debian = images.debian_tar(("python3",))
+    wanted = EXAMPLE / "requirements.txt"
+    key = hashlib.sha256(debian.name.encode() + wanted.read_bytes()).hexdigest()[:12]
+    path = images.cache_folder() / f"{debian.stem}-ocr-{key}.tar"
+    with (images.cache_folder() / "ocr.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            shutil.copyfile(debian, partial)
+            _add_packages(partial, wanted)
+            partial.rename(path)
+    return path
+
+
+def _add_packages(path: Path, wanted: Path) -> None:
+    with tarfile.open(path, "a") as archive, tempfile.TemporaryDirectory() as folder:
+        version = _python_of(archive)
+        _install(wanted, folder, version)
+        archive.add(folder, f"usr/local/lib/python{version}/dist-packages", filter=_rootly)
+
+
+def _python_of(archive: tarfile.TarFile) -> str:
+    """ "3.11": what the packages have to fit. /usr/bin/python3 is a link to it."""
+    link = next(name for name in ("./usr/bin/python3", "usr/bin/python3") if name in archive.getnames())
+    return archive.getmember(link).linkname.removeprefix("python")
+
+
+def _install(wanted: Path, folder: str, version: str) -> None:
+    """By the pip beside us and with its own settings, for the image's Python. No compiler: wheels only."""
+    command = [
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--no-deps", "--only-binary=:all:",
+        "--python-version", version, "--target", folder, "-r", str(wanted),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_DEADLINE_S, check=False)
+    assert done.returncode == 0, f"pip can't install {wanted.name}: {done.stderr[-1500:]}"
+
+
+def model_digest() -> str:
+    """What the example answers as `model` while no byte of device memory is lost: from the image's own files."""
+    from agent.examples.ocr.model import DIGEST_CHARS
+
+    digest = hashlib.sha256()
+    with tarfile.open(debian_with_packages()) as archive:
+        for part in ("det", "cls", "rec"):
+            model = next(name for name in archive.getnames() if name.endswith(f"_{part}_infer.onnx"))
+            content = archive.extractfile(model)
+            assert content is not None
+            digest.update(content.read())
+    return digest.hexdigest()[:DIGEST_CHARS]
