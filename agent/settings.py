@@ -269,6 +269,7 @@ class AgentConfig(Section, frozen=True):
     log_level: LogLevel = "info"
     log_format: LogFormat = "json"
     insecure: bool = False
+    on_stop: Literal["leave", "stop"] = "leave"
     token_file: str = ""
     ingress: Listen = Listen(port=8610)
     grpc: AgentGrpc = AgentGrpc()

@@ -26,6 +26,7 @@ from agent.adapters.nvml_events import NvmlEvents
 from agent.adapters.nvml_gpus import NvmlGpus
 from agent.adapters.process_runtime import ProcessRuntime, ProcessRuntimeSettings
 from agent.adapters.scheduler_link import SchedulerLink
+from agent.adapters.sd_notify import notify
 from agent.adapters.state_dir import StateDir
 from agent.adapters.token_file import ensure_token, read_token
 from agent.api.admin_http import AdminServer
@@ -63,6 +64,8 @@ from agent.wire.tokens import Principal, Role, TokenTable
 
 GRACE_S = 30.0
 GRPC_GRACE_S = 2.0
+LEAVE_S = 120.0
+"""At most, for all that follows once the instances were asked to end: kills, cleaning up, the last windows."""
 GATEWAY_HEADER_ROOM_BYTES = 4096
 
 
@@ -313,12 +316,16 @@ class AgentDaemon:
         await self.grpc.set_serving(True)
 
     async def _leave(self) -> None:
-        """Requests inside end, those that wait are sent back to the gateway, instances stay."""
-        self._log.info("agent.stopping")
+        """Requests inside end, those that wait are sent back to the gateway, instances stay (or end: `on_stop`)."""
+        self._log.info("agent.stopping", on_stop=self._config.on_stop)
         self.ingress.open = self.observer.ready = False
         self.ingress.leaving = True
         await self.grpc.set_serving(False)
         self.node.draining = True
+        if self._config.on_stop == "stop":
+            limit_s = GRACE_S + self._config.runtime.stop_timeout_ns / SECOND_NS
+            notify(f"EXTEND_TIMEOUT_USEC={int((limit_s + LEAVE_S) * 1e6)}")
+            await self.node.stop_all(int(GRACE_S * SECOND_NS), limit_s)
         for actor in self.node.actors.values():
             actor.close()
         await self.http.close(GRACE_S)

@@ -321,6 +321,23 @@ class Node:
 
     # ---- ending -------------------------------------------------------------------------------------------------
 
+    async def stop_all(self, grace_ns: int, timeout_s: float) -> None:
+        """The agent goes away and takes its instances along: each drains for at most `grace_ns`, then is asked to end.
+        Who has not ended after `timeout_s` is killed; returns `END_TIMEOUT_S` later at the latest."""
+        self.draining = True
+        if self._creating:
+            await asyncio.wait(list(self._creating.values()))  # as long as the store takes at most
+        for force, wait_s in ((False, timeout_s), (True, END_TIMEOUT_S)):
+            living = list(self.actors.values())
+            for actor in living:
+                message = "the agent stops, and on_stop says stop"
+                actor.handle(ev.StopAsked(grace_ns, force, "AGENT_STOPPED", message))
+            ends = [asyncio.ensure_future(actor.ended.wait()) for actor in living]
+            if ends:
+                _, late = await asyncio.wait(ends, timeout=wait_s)
+                for end in late:
+                    end.cancel()
+
     async def close(self) -> None:
         """The agent goes away, its instances stay: end the operations under way, stop watching."""
         self.draining = True

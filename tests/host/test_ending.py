@@ -239,3 +239,18 @@ async def test_an_exit_during_a_start_does_not_wait_for_what_the_start_waits_for
         await eventually(lambda: actor.pool is not None)
         world.runtime.exit(actor.uid, Exit(code=1))
         await gone(world, actor)
+
+
+async def test_an_agent_may_take_all_its_instances_along() -> None:
+    """`on_stop: stop`: politely, within the time there is; who does not listen is killed."""
+    async with a_world(per_gpu=2, stop_timeout_s=600.0) as world:
+        sleeper = await world.frozen(HOOKED)
+        polite = await world.running(replace(HOOKED, name="polite"))
+        deaf = await world.running(replace(OCR, name="deaf"))
+        world.runtime.containers[deaf.uid].heeds_term = False
+        async with asyncio.timeout(PATIENCE_S):
+            await world.node.stop_all(SECOND_NS, 0.2)
+        await eventually(lambda: {sleeper.uid, polite.uid, deaf.uid} == set(world.node.ended))
+        await gone(world, deaf)
+        assert world.app.paths().count("/pre-stop") == 1
+        assert world.messages("instance.stopped") == ["the agent stops, and on_stop says stop"] * 3
