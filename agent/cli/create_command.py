@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -11,13 +13,15 @@ from agent.cli.connection import SHORT_S, with_agent
 from agent.cli.deploy_command import resource_option, spec_to_proto, template_option
 from agent.cli.options import agent_options, asked, output_option, timeout_option
 from agent.cli.output import note, show_json, show_text, warn
-from agent.cli.ps_command import state_of
+from agent.cli.ps_command import list_instances, state_of
 from agent.cli.s_yaml import load_s_yaml
-from agent.core.errors import InstanceError
+from agent.core.errors import HibernodeError, InstanceError
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import types_pb2
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import to_json
+
+LOOK_S = 1.0
 
 
 @click.command()
@@ -56,7 +60,12 @@ def create(template: Path, resource: str, wait: bool, request_id: str, timeout_s
 
     async def story(channel: DaemonChannel) -> types_pb2.Instance:
         deadline_s = timeout_s if wait else SHORT_S
-        return (await channel.call(channel.instances.CreateInstance, request, deadline_s)).instance
+        creating = asyncio.create_task(channel.call(channel.instances.CreateInstance, request, deadline_s))
+        try:
+            await _tell_steps(channel, request, creating)
+            return (await creating).instance
+        finally:
+            creating.cancel()
 
     found = with_agent(story, f"starting an instance of {deployment.function.name}")
     if asked().json:
@@ -67,3 +76,17 @@ def create(template: Path, resource: str, wait: bool, request_id: str, timeout_s
     if found.state == types_pb2.Instance.STATE_FAILED:
         why = found.state_message or "it ended before it was ready; `hibernode logs` shows what it printed"
         raise InstanceError(found.state_reason or "INSTANCE_FAILED", f"{found.uid}: {why}")
+
+
+async def _tell_steps(
+    channel: DaemonChannel, request: pb.CreateInstanceRequest, creating: asyncio.Task[pb.CreateInstanceResponse]
+) -> None:
+    """While the create waits: a line for each thing that the start is at, such as how much of an image is pulled."""
+    told = ""
+    while not creating.done():
+        await asyncio.wait([creating], timeout=LOOK_S)
+        with suppress(HibernodeError):  # the create's own answer tells what is wrong
+            for one in [] if creating.done() else await list_instances(channel, request.spec.name):
+                if one.request_id == request.request_id and one.progress not in ("", told):
+                    told = one.progress
+                    note(f"{one.uid}: {told}")

@@ -171,6 +171,7 @@ def _show(found: types_pb2.Instance) -> None:
             ("Function", f"{found.function} (revision {found.revision})"),
             ("Node", found.node),
             ("State", f"{state_of(found)} since {clock(found.state_time)}"),
+            ("Starting", found.progress),
             ("Reason", " ".join(filter(None, (found.state_reason, found.state_message)))),
             ("Healthy", "yes" if found.healthy else "no"),
             ("Requests", f"{found.in_flight} in it, {found.waiting} waiting, {spec.instance_concurrency} at once"),
@@ -194,6 +195,7 @@ def _show(found: types_pb2.Instance) -> None:
             ("Variables", ", ".join(sorted(spec.environment))),
             ("Address", found.address),
             ("Pid", str(found.pid) if found.pid else ""),
+            ("Container", found.container_id[:12]),
             ("Created", clock(found.create_time)),
             ("Request id", found.request_id),
         )

@@ -113,7 +113,7 @@ def show_instances(found: Iterable[types_pb2.Instance], with_node: bool = False)
             str(one.wake_count),
             duration(one.last_wake.total_ns),
             age(one.create_time),
-            one.state_reason or "-",
+            one.state_reason or one.progress or "-",
         )
         for one in found
     )
