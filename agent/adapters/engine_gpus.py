@@ -93,7 +93,7 @@ def attach_gpus(
 
 def cdi_problem(engine: EngineFacts, cdi_devices: frozenset[str], wanted: Iterable[str]) -> str:
     """Why CDI can't attach these devices here, and what to do; "" if it can."""
-    if engine.kind == "docker" and engine.version[:2] < DOCKER_CDI_SINCE and engine.version != (0, 0, 0):
+    if engine.kind == "docker" and not engine.since(DOCKER_CDI_SINCE):
         return f"{engine.title} has no CDI; upgrade to Docker 25 or newer, or set gpu.attach: nvidia-runtime"
     if engine.kind == "docker" and not engine.cdi_dirs:
         return (
@@ -109,7 +109,7 @@ def cdi_problem(engine: EngineFacts, cdi_devices: frozenset[str], wanted: Iterab
 
 def _cdi(engine: EngineFacts, wanted: Sequence[str]) -> Attachment:
     names = [f"{CDI_KIND}={one}" for one in wanted]
-    if engine.kind == "podman" and engine.version[:2] < PODMAN_REQUESTS_SINCE:
+    if engine.kind == "podman" and not engine.since(PODMAN_REQUESTS_SINCE):
         return Attachment("cdi-libpod", devices=tuple(names))
     return Attachment("cdi", device_requests=({"Driver": "cdi", "DeviceIDs": names},))
 

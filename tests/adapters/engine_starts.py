@@ -53,9 +53,9 @@ def plan_options(**changes: Any) -> PlanOptions:
 
 def docker(version: str = "20.10.24+dfsg1", **info: Any) -> EngineFacts:
     """A Docker Engine, as its `info` tells."""
-    return read_facts({"Version": version, "Components": [{"Name": "Engine"}]}, info, "/run/docker.sock")
+    return read_facts("docker", version, info, "/run/docker.sock")
 
 
 def podman(version: str = "4.3.1", **info: Any) -> EngineFacts:
     """Podman's service."""
-    return read_facts({"Version": version, "Components": [{"Name": "Podman Engine"}]}, info, "/run/podman/podman.sock")
+    return read_facts("podman", version, info, "/run/podman/podman.sock")
