@@ -25,7 +25,7 @@ from agent.adapters.process_runtime_plan import LaunchPlan, make_plan, resolve_i
 from agent.core.errors import ConfigError, ConflictError, InstanceError, InvalidArgumentError
 from agent.core.types import MIB, SECOND_NS, FunctionSpec, Handle, InstanceSpec, ProcessId
 from agent.ports import StartSpec
-from tests.contract.runtime_worlds import ProcessWorld
+from tests.contract.runtime_worlds import ProcessWorld, until_said
 from tests.fakes.clock import FakeClock
 
 SECRET = "correct horse battery staple"
@@ -52,7 +52,7 @@ async def run(world: ProcessWorld, request: StartSpec) -> tuple[Handle, str]:
     """Start it, wait for its end, return its output."""
     handle = await world.runtime.start(request)
     exit_ = await asyncio.wait_for(world.runtime.wait(handle), 20)
-    output = world.runtime.read_log(handle, MIB).decode()
+    output = (await world.runtime.read_log(handle, MIB)).decode()
     assert exit_.code == 0, output
     return handle, output
 
@@ -360,10 +360,10 @@ async def test_running_logs_are_looked_at_every_five_seconds(tmp_path: Path) -> 
     runtime = ProcessRuntime(ProcessRuntimeSettings(tmp_path, str(uuid.uuid4()), None, log_cap_bytes=100), clock)
     handle = await runtime.start(spec("resize-a", "seq 1 1000; echo done; sleep 86390"))
     try:
-        assert await cgroup.reread(lambda: runtime.read_log(handle, 5) == b"done\n", 10.0)
+        await until_said(runtime, handle, b"\ndone\n")
         clock.advance(5 * SECOND_NS)
         assert os.stat(handle.log_path).st_size == 0
-        assert runtime.read_log(handle, 5) == b"done\n"
+        assert await runtime.read_log(handle, 5) == b"done\n"
         assert clock.next_timer_ns == clock.monotonic_ns() + 5 * SECOND_NS
     finally:
         await runtime.destroy(handle)
@@ -378,10 +378,10 @@ async def test_what_an_instance_wrote_last_is_capped_when_it_has_ended(tmp_path:
     runtime = ProcessRuntime(settings, FakeClock())
     handle = await runtime.start(spec("resize-a", "seq 1 1000; echo done; sleep 86390"))
     try:
-        assert await cgroup.reread(lambda: runtime.read_log(handle, 5) == b"done\n", 10.0)
+        await until_said(runtime, handle, b"\ndone\n")
         await runtime.destroy(handle)
         assert sum(file.stat().st_size for file in (tmp_path / "logs").iterdir()) == 50
-        assert runtime.read_log(handle, 5) == b"done\n"
+        assert await runtime.read_log(handle, 5) == b"done\n"
     finally:
         runtime.close()
 

@@ -6,6 +6,7 @@ behind it.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -28,6 +29,13 @@ OBEDIENT = 'exec 3<"$FIFO"; echo "hello from $HIBERNODE_INSTANCE"; while read -r
 STUBBORN = "trap '' TERM; echo stubborn; " + OBEDIENT
 
 
+async def until_said(runtime: Runtime, handle: Handle, text: bytes, deadline_s: float = 20.0) -> None:
+    """Returns when the end of the log shows it."""
+    async with asyncio.timeout(deadline_s):
+        while text not in await runtime.read_log(handle, 65536):  # noqa: ASYNC110 - a log has no event
+            await asyncio.sleep(0.005)
+
+
 class World(ABC):
     """One runtime and the power over its workloads."""
 
@@ -41,6 +49,9 @@ class World(ABC):
 
     def environment(self, uid: str) -> dict[str, str]:
         return {}
+
+    async def until_said(self, handle: Handle, text: bytes) -> None:
+        await until_said(self.runtime, handle, text)
 
     @abstractmethod
     async def settled(self, handle: Handle, *, stubborn: bool = False) -> None:
@@ -129,7 +140,7 @@ class ProcessWorld(World):
         return {"FIFO": str(fifo)}
 
     async def settled(self, handle: Handle, *, stubborn: bool = False) -> None:
-        assert await cgroup.reread(lambda: b"hello from" in self.runtime.read_log(handle, 4096), 10.0)
+        await self.until_said(handle, b"hello from")
 
     def _tell(self, handle: Handle, line: str) -> None:
         os.write(self._fifos[handle.uid], line.encode() + b"\n")
@@ -139,11 +150,11 @@ class ProcessWorld(World):
 
     async def speak(self, handle: Handle, text: str) -> None:
         self._tell(handle, f"echo {text}")
-        assert await cgroup.reread(lambda: text.encode() in self.runtime.read_log(handle, 65536), 10.0)
+        await self.until_said(handle, text.encode())
 
     async def fork_stray(self, handle: Handle) -> None:
         self._tell(handle, "setsid sleep 86399 & echo stray $!")
-        assert await cgroup.reread(lambda: b"stray" in self.runtime.read_log(handle, 4096), 10.0)
+        await self.until_said(handle, b"stray")
 
     def breakable(self, uid: str) -> StartSpec:
         function = FunctionSpec(name="resize", entrypoint=("/nowhere/at-all",))

@@ -325,10 +325,12 @@ class EnginePlace:
     """A locked folder for one engine: as long as this process lives, nobody sweeps it away."""
 
     def __init__(self, kind: str) -> None:
-        sweep()
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-"))
-        self._lock = (self.folder / "lock").open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with Path(tempfile.gettempdir(), f"{PREFIX.rstrip('-')}.lock").open("w") as door:
+            fcntl.flock(door, fcntl.LOCK_EX)
+            sweep()
+            self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-"))
+            self._lock = (self.folder / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.engine = Engine(kind, self.folder)
 
     def close(self) -> None:

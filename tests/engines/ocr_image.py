@@ -17,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from tests.engines import images
 
@@ -27,10 +27,10 @@ CONFIGURATION = ("ENV ", "EXPOSE ", "WORKDIR ", "CMD ")
 PIP_DEADLINE_S = 600.0
 
 
-def ocr_content(file: Any) -> list[str]:
+def ocr_content(file: IO[bytes]) -> list[str]:
     """Writes the image's root file system; returns the lines of the Dockerfile that configure the image."""
     lines = (EXAMPLE / "Dockerfile").read_text().splitlines()
-    with debian_with_packages().open("rb") as base:
+    with debian_with_packages() as base:
         shutil.copyfileobj(base, file, 1 << 20)
     file.seek(0)
     with tarfile.open(fileobj=file, mode="a") as archive:
@@ -61,30 +61,34 @@ def _rootly(member: tarfile.TarInfo) -> tarfile.TarInfo:
 # ---- Debian with Python's packages ---------------------------------------------------------------------------------
 
 
-def debian_with_packages() -> Path:
-    """A tar of Debian with Python and what the example's requirements.txt names; made once and kept (see cache_folder).
+def debian_with_packages() -> IO[bytes]:
+    """A tar of Debian with Python and what the example's requirements.txt names, open for reading. Made once, and again
+    when something that goes in, or this file, has changed: the one before is removed then.
 
     AssertionError with pip's words if a package can't be had.
     """
     debian = images.debian_tar(("python3",))
     wanted = EXAMPLE / "requirements.txt"
-    key = hashlib.sha256(debian.name.encode() + wanted.read_bytes()).hexdigest()[:12]
-    path = images.cache_folder() / f"{debian.stem}-ocr-{key}.tar"
+    made_of = (debian.name.encode(), wanted.read_bytes(), Path(__file__).read_bytes())
+    path = images.cache_folder() / f"ocr-{hashlib.sha256(b' '.join(made_of)).hexdigest()[:12]}.tar"
     with (images.cache_folder() / "ocr.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
+            for older in images.cache_folder().glob("ocr-*"):
+                older.unlink()
             partial = path.with_suffix(".partial")
             shutil.copyfile(debian, partial)
             _add_packages(partial, wanted)
             partial.rename(path)
-    return path
+        return path.open("rb")
 
 
 def _add_packages(path: Path, wanted: Path) -> None:
     with tarfile.open(path, "a") as archive, tempfile.TemporaryDirectory() as folder:
         version = _python_of(archive)
         _install(wanted, folder, version)
-        archive.add(folder, f"usr/local/lib/python{version}/dist-packages", filter=_rootly)
+        for package in sorted(Path(folder).iterdir()):  # the folder itself is there: Docker takes no path twice
+            archive.add(package, f"usr/local/lib/python{version}/dist-packages/{package.name}", filter=_rootly)
 
 
 def _python_of(archive: tarfile.TarFile) -> str:
@@ -108,7 +112,7 @@ def model_digest() -> str:
     from agent.examples.ocr.model import DIGEST_CHARS
 
     digest = hashlib.sha256()
-    with tarfile.open(debian_with_packages()) as archive:
+    with debian_with_packages() as file, tarfile.open(fileobj=file) as archive:
         for part in ("det", "cls", "rec"):
             model = next(name for name in archive.getnames() if name.endswith(f"_{part}_infer.onnx"))
             content = archive.extractfile(model)
