@@ -1,62 +1,24 @@
 """One exchange streamed both ways between a client and an upstream.
 
-Everything between the first and the last byte happens in callbacks of the two connections: a chunk goes from one
-socket's read to the other's write without a task in between. The awaiting caller is woken once, at the end.
+Everything between the first and the last byte happens in callbacks of the two connections (relay.py): a chunk goes from
+one socket's read to the other's write without a task in between. The awaiting caller is woken once, at the end.
 Trailers are dropped in both directions; 1xx other than 100 are dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
-from collections.abc import Callable
-from dataclasses import dataclass
 
-from agent.core.errors import HibernodeError
 from agent.http.client import Pool
-from agent.http.errors import ConnectFailedError, UpstreamBrokenError, UpstreamTimeoutError
+from agent.http.errors import ConnectFailedError
 from agent.http.exchange import Exchange
 from agent.http.grammar import serialise
-from agent.http.message import Header, ResponseHead, lookup
+from agent.http.late_relay import LateHeaders, LateRelay
+from agent.http.message import Header, lookup
+from agent.http.relay import Done, Hook, Relay, ResponseFilter
+from agent.http.relay import ForwardResult as ForwardResult  # noqa: PLC0414 (re-exported)
+from agent.http.relay import Outcome as Outcome  # noqa: PLC0414 (re-exported)
 from agent.http.upstream import UpstreamConnection
-
-
-class Outcome(enum.Enum):
-    """How a forwarded exchange ended. An answer to the client has begun in COMPLETE and the two MID_BODY ones, may
-    have in CLIENT_GONE and CLIENT_FAILED, and has not in the others."""
-
-    COMPLETE = "complete"
-    HELD = "held"  # response_filter returned None: the client got nothing, `head` is the upstream's
-    CLIENT_GONE = "client_gone"
-    CLIENT_FAILED = "client_failed"  # the request's body was bad, too large or too slow: `error` says so
-    CONNECT_FAILED = "connect_failed"  # nothing was sent: the only failure after which to try again
-    UPSTREAM_FAILED_BEFORE_HEAD = "upstream_failed_before_head"
-    UPSTREAM_FAILED_MID_BODY = "upstream_failed_mid_body"  # the client's connection was cut
-    TIMEOUT_BEFORE_HEAD = "timeout_before_head"
-    TIMEOUT_MID_BODY = "timeout_mid_body"  # the client's connection was cut
-
-
-@dataclass(slots=True)
-class ForwardResult:
-    """What happened. If `not exchange.head_sent` and not `exchange.gone`, the caller still owes an answer."""
-
-    outcome: Outcome
-    bytes_sent_upstream: bool  # False: no byte of the request can have reached the upstream
-    reused: bool  # the connection had served a request before
-    head: ResponseHead | None  # the upstream's final head, if it came
-    error: HibernodeError | None  # what went wrong, for the answer (`exchange.fail`) and the log
-    request_body_bytes: int
-    response_body_bytes: int
-    fault: Exception | None = None  # a bug of the caller's: what `response_filter` raised
-
-    @property
-    def head_status(self) -> int | None:
-        return None if self.head is None else self.head.status
-
-
-ResponseFilter = Callable[[ResponseHead], list[Header] | None]
-Hook = Callable[[], None]
-Done = Callable[[ForwardResult], None]
 
 
 async def forward(
@@ -71,6 +33,7 @@ async def forward(
     body: bytes | None = None,
     expect: bool = False,
     connect_deadline: float | None = None,
+    late_headers: LateHeaders | None = None,
     on_first_byte_sent: Hook | None = None,
     on_first_byte: Hook | None = None,
     on_last_byte: Hook | None = None,
@@ -84,11 +47,12 @@ async def forward(
     to be dispatched again). `deadline`: loop time at which the upstream connection is closed. `body`: the
     request's whole body if the caller has it (from `buffer_body`, kept for dispatching again), else it is
     streamed from the exchange. `expect`: sends `Expect: 100-continue`, and the body only after the upstream's
-    100; else the client gets its 100 as soon as the upstream is connected. Hooks are called inline, at most
+    100; else the client gets its 100 as soon as the upstream is connected. `late_headers`: asked at the upstream's
+    head for headers that take a moment; the client's head waits for them. Hooks are called inline, at most
     once, so that callers meter with their own clock: `on_first_byte_sent` before the first byte goes to the
     upstream, `on_first_byte` at the upstream's final head, `on_last_byte` at the last byte of its answer, or
     when its connection is given up for any other reason. Raises ValueError for CR or LF in a header, and what
-    `response_filter` raises.
+    `response_filter` or `late_headers` raise.
     """
     if exchange.gone:
         return ForwardResult(Outcome.CLIENT_GONE, False, False, None, None, 0, 0)
@@ -116,6 +80,7 @@ async def forward(
         on_done=wake,
         body=body,
         expect=expect,
+        late_headers=late_headers,
         on_first_byte_sent=on_first_byte_sent,
         on_first_byte=on_first_byte,
         on_last_byte=on_last_byte,
@@ -143,6 +108,7 @@ def forward_now(
     on_done: Done,
     body: bytes | None = None,
     expect: bool = False,
+    late_headers: LateHeaders | None = None,
     on_first_byte_sent: Hook | None = None,
     on_first_byte: Hook | None = None,
     on_last_byte: Hook | None = None,
@@ -157,7 +123,12 @@ def forward_now(
     except ValueError:
         source.release(connection)
         raise
-    relay = Relay(exchange, source, connection, response_filter, on_done, on_first_byte, on_last_byte)
+    relay: Relay
+    if late_headers is None:
+        relay = Relay(exchange, source, connection, response_filter, on_done, on_first_byte, on_last_byte)
+    else:
+        hooks = (on_first_byte, on_last_byte)
+        relay = LateRelay(exchange, source, connection, response_filter, on_done, *hooks, late=late_headers)
     connection.start(relay, method, deadline)
     exchange.attach(relay)
     if not relay.ended:  # the client may have left while somebody connected
@@ -186,215 +157,3 @@ def _request(
     if expect:
         framing += b"expect: 100-continue\r\n"
     return serialise(b"%b %b HTTP/1.1\r\n" % (method, target), headers, framing)
-
-
-class Relay:
-    """The callbacks between the two connections: BodySink of the client's, ResponseSink of the upstream's."""
-
-    __slots__ = (
-        "_connection", "_exchange", "_filter", "_held", "_on_done", "_on_first_byte", "_on_last_byte", "_reused",
-        "_source", "_streams", "_unsent_body", "_waits_for_continue", "ended", "error", "head",
-        "request_body_bytes", "response_body_bytes", "sent",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        exchange: Exchange,
-        source: Pool,
-        connection: UpstreamConnection,
-        response_filter: ResponseFilter,
-        on_done: Done,
-        on_first_byte: Hook | None,
-        on_last_byte: Hook | None,
-    ) -> None:
-        self.head: ResponseHead | None = None
-        self.error: HibernodeError | None = None
-        self.request_body_bytes = 0
-        self.response_body_bytes = 0
-        self._exchange = exchange
-        self._source = source
-        self._connection = connection
-        self._filter = response_filter
-        self._on_done = on_done
-        self._reused = connection.served > 0
-        self._on_first_byte = on_first_byte
-        self._on_last_byte = on_last_byte
-        self._unsent_body: bytes | None = None
-        self._waits_for_continue = False
-        self._streams = False  # the exchange's body flows through us
-        self._held = False
-        self.ended = False
-        self.sent = False
-
-    # --- the request -----------------------------------------------------------------------
-
-    def send(self, message: bytes, body: bytes | None, has_body: bool, expect: bool) -> None:
-        """Writes the head, and as much of the body as may go now."""
-        connection = self._connection
-        if not has_body:
-            connection.write(message)
-            connection.request_done = True
-            return
-        self._unsent_body = body
-        if expect:
-            self._waits_for_continue = True
-            connection.write(message)
-        elif body is not None:
-            connection.writelines((message, body))
-            self._sent_whole(len(body))
-        else:
-            connection.write(message)
-            self._stream()
-
-    def _stream(self) -> None:
-        self._streams = True
-        self._exchange.send_continue()
-        self._exchange.stream_body(self)
-
-    def _sent_whole(self, size: int) -> None:
-        self.request_body_bytes = size
-        self._connection.request_done = True
-
-    def body_data(self, data: bytes) -> None:
-        if self.ended:
-            return
-        self.request_body_bytes += len(data)
-        if self._exchange.head.chunked:
-            self._connection.writelines((b"%x\r\n" % len(data), data, b"\r\n"))
-        else:
-            self._connection.write(data)
-
-    def body_end(self) -> None:
-        if self.ended:
-            return
-        if self._exchange.head.chunked:
-            self._connection.write(b"0\r\n\r\n")
-        self._connection.request_done = True
-
-    def body_failed(self, error: HibernodeError) -> None:
-        self.error = error
-        self._break_off(Outcome.CLIENT_FAILED)
-
-    def upstream_writable(self, writable: bool) -> None:
-        if not self._streams:
-            return
-        if writable:
-            self._exchange.resume_body()
-        else:
-            self._exchange.pause_body()
-
-    # --- the response ----------------------------------------------------------------------
-
-    def response_continue(self) -> None:
-        if not self._waits_for_continue:
-            return
-        self._waits_for_continue = False
-        body = self._unsent_body
-        if body is None:
-            self._stream()
-        else:
-            self._connection.write(body)
-            self._sent_whole(len(body))
-
-    def response_head(self, head: ResponseHead) -> None:
-        self.head = head
-        if self._on_first_byte is not None:
-            self._on_first_byte()
-        exchange = self._exchange
-        try:
-            headers = self._filter(head)
-            if headers is None:
-                self._held = True
-                return
-            known = head.length if not head.chunked else None
-            exchange.begin(head.status, head.reason, headers, known)
-        except Exception as fault:
-            self._end(Outcome.COMPLETE, fault)
-
-    def response_data(self, data: bytes) -> None:
-        self.response_body_bytes += len(data)
-        if not self._held:
-            self._exchange.write(data)
-
-    def response_flush(self) -> None:
-        if self._held:
-            self._end(Outcome.HELD)  # not worth waiting for the rest of what nobody will see
-        else:
-            self._exchange.flush()
-
-    def response_end(self) -> None:
-        self._last_byte()
-        if self._held:
-            self._end(Outcome.HELD)
-            return
-        if self._streams:
-            self._exchange.stream_body(None)
-        self._exchange.finish()
-        self._end(Outcome.COMPLETE)
-
-    def upstream_failed(self, what: str) -> None:
-        where = f"{self._source.host}:{self._source.port}"
-        self.error = UpstreamBrokenError("UPSTREAM_BROKEN", f"{where} {what}.")
-        before_head = not self._exchange.head_sent or self._exchange.withdraw()
-        self._break_off(Outcome.UPSTREAM_FAILED_BEFORE_HEAD if before_head else Outcome.UPSTREAM_FAILED_MID_BODY)
-
-    def upstream_timed_out(self) -> None:
-        where = f"{self._source.host}:{self._source.port}"
-        self.error = UpstreamTimeoutError("UPSTREAM_TIMEOUT", f"{where} did not answer in time.")
-        before_head = not self._exchange.head_sent or self._exchange.withdraw()
-        self._break_off(Outcome.TIMEOUT_BEFORE_HEAD if before_head else Outcome.TIMEOUT_MID_BODY)
-
-    # --- the client ------------------------------------------------------------------------
-
-    def client_gone(self) -> None:
-        self._break_off(Outcome.CLIENT_GONE)
-
-    def client_writable(self, writable: bool) -> None:
-        if writable:
-            self._connection.resume()
-        else:
-            self._connection.pause()
-
-    # --- the end ---------------------------------------------------------------------------
-
-    def give_up(self) -> None:
-        """The caller was cancelled, or failed."""
-        self._break_off(Outcome.CLIENT_GONE)
-
-    def _break_off(self, outcome: Outcome) -> None:
-        """An end without a whole answer: neither connection can be used on."""
-        if self.ended:
-            return
-        self._connection.abort()
-        if self._exchange.head_sent and not self._exchange.gone:
-            self._exchange.abort()
-        self._end(outcome)
-
-    def _last_byte(self) -> None:
-        if self._on_last_byte is not None:
-            hook, self._on_last_byte = self._on_last_byte, None
-            hook()
-
-    def _end(self, outcome: Outcome, fault: Exception | None = None) -> None:
-        """Once: lets both sides go and wakes the caller. The pool keeps the connection only if all ended well."""
-        if self.ended:
-            return
-        self.ended = True
-        self._last_byte()
-        exchange = self._exchange
-        exchange.attach(None)
-        if self._streams:
-            exchange.stream_body(None)
-        self._source.release(self._connection)
-        self._on_done(
-            ForwardResult(
-                outcome,
-                self.sent,
-                self._reused,
-                self.head,
-                self.error,
-                self.request_body_bytes,
-                self.response_body_bytes,
-                fault,
-            )
-        )

@@ -11,6 +11,7 @@ from agent.http.client import Pool
 from agent.http.exchange import Exchange
 from agent.http.forward import ForwardResult, Outcome, forward
 from agent.http.headers import instance_answer_headers, request_headers
+from agent.http.late_relay import LateHeaders
 from agent.http.limits import Limits, UpstreamLimits
 from agent.http.message import Header, ResponseHead
 from agent.http.server import Handler, Server, serve
@@ -217,6 +218,7 @@ async def relay(
     response_filter: Callable[[ResponseHead], list[Header] | None] | None = None,
     expect: bool = False,
     keep_body_bytes: int | None = None,
+    late_headers: LateHeaders | None = None,
 ) -> AsyncIterator[Relay]:
     loop = asyncio.get_running_loop()
     pool = Pool("127.0.0.1", port, upstream_limits or UpstreamLimits())
@@ -237,6 +239,7 @@ async def relay(
             response_filter=response_filter or (lambda head: instance_answer_headers(head.headers)),
             body=body,
             expect=expect,
+            late_headers=late_headers,
             on_first_byte_sent=lambda: hooks.append("sent"),
             on_first_byte=lambda: hooks.append("first"),
             on_last_byte=lambda: hooks.append("last"),
