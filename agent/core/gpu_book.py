@@ -120,8 +120,8 @@ def step(book: Book, event: BookEvent, at: int) -> BookStep:  # noqa: C901 - one
         case Unassign(uid):
             assigned = {key: value for key, value in book.assigned.items() if key != uid}
             book = replace(_let_go(_leave(book, uid), uid), assigned=assigned)
-        case Ask(uid, avoid):
-            book = _enqueue(book, uid, avoid, at)
+        case Ask(uid, avoid, stays):
+            book = _enqueue(book, uid, avoid, stays, at)
         case Leave(uid):
             book = _leave(book, uid)
         case Released(uid):
@@ -180,12 +180,13 @@ def _with_cordon(book: Book, uuid: str, source: str, cordon: Cordon | None) -> B
     return replace(book, devices={**book.devices, uuid: device})
 
 
-def _enqueue(book: Book, uid: str, avoid: tuple[str, ...], at: int) -> Book:
+def _enqueue(book: Book, uid: str, avoid: tuple[str, ...], stays: bool, at: int) -> Book:
     held = book.holders.get(uid)
     if (held is not None and not held.leaving) or any(waiter.uid == uid for waiter in book.queue):
         return book
     own = book.assigned[uid]
-    return replace(book, queue=(*book.queue, Waiter(uid, len(own), _allowed(book, own, avoid), at)))
+    allowed = own if stays else _allowed(book, own, avoid)
+    return replace(book, queue=(*book.queue, Waiter(uid, len(own), allowed, at)))
 
 
 def _allowed(book: Book, own: tuple[str, ...], avoid: tuple[str, ...]) -> tuple[str, ...]:

@@ -37,10 +37,12 @@ class Unassign:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """The instance wants its GPUs; where it may move, rather not those in `avoid` (a restore on them just failed)."""
+    """The instance wants its GPUs; where it may move, rather not those in `avoid` (a restore on them just failed).
+    `stays`: it sleeps and can't move, whatever others can (it was created seeing its own GPUs only)."""
 
     uid: str
     avoid: tuple[str, ...] = ()
+    stays: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,7 +249,8 @@ class Handle:
     """All that is needed to find a started container again after the agent died (nomad's task handle).
 
     `cgroup` is the absolute path of the instance's own v2 cgroup, "" where none can be written. `container_id` is the
-    engine's name for it; "" = a process of the host.
+    engine's name for it; "" = a process of the host. `sees_all_gpus`: every GPU of the host, so that the driver can
+    move it.
     """
 
     uid: str
@@ -259,6 +260,7 @@ class Handle:
     cgroup: str = ""
     log_path: str = ""
     container_id: str = ""
+    sees_all_gpus: bool = True
 
 
 @dataclass(frozen=True, slots=True)

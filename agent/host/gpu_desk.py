@@ -18,7 +18,7 @@ from agent.core import lifecycle_events as ev
 from agent.core.errors import ExhaustedError, HibernodeError
 from agent.core.gpu_book import Book
 from agent.core.gpu_book_events import BookEvent
-from agent.core.types import SECOND_NS, Gpu
+from agent.core.types import SECOND_NS, Gpu, InstanceState
 from agent.host.actor import Actor
 from agent.host.events import EventLog
 from agent.log import get_logger
@@ -69,7 +69,8 @@ class GpuDesk:
 
     def want(self, actor: Actor, avoid: tuple[str, ...]) -> None:
         """The instance needs its GPUs to go on; rather not those in `avoid`."""
-        self.apply(book_events.Ask(actor.uid, avoid))
+        stays = actor.state is InstanceState.WAITING_GPU and not actor.instance.movable
+        self.apply(book_events.Ask(actor.uid, avoid, stays))
 
     def withdraw(self, actor: Actor) -> None:
         """It does not any more."""

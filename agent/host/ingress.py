@@ -26,6 +26,7 @@ from agent.core.errors import (
 from agent.core.lifecycle_events import StopAsked
 from agent.core.types import MILLISECOND_NS, SECOND_NS, InstanceState
 from agent.host.actor import Actor
+from agent.host.invoke_log import END_WAIT_S, log_result
 from agent.host.node import Node
 from agent.host.waking import wake_up
 from agent.http import headers as rules
@@ -149,6 +150,7 @@ class Ingress:
             return
         head = exchange.head
         ours = self._ours(exchange, actor, request_id)
+        wants_log = head.get(b"x-fc-log-type") == b"Tail"
 
         def answer_headers(answer: ResponseHead) -> list[Header]:
             actor.figures.timeouts_in_a_row = 0
@@ -164,9 +166,16 @@ class Ingress:
             rules.request_headers(head.headers) + ours,
             deadline=asyncio.get_running_loop().time() + actor.function.timeout_ns / SECOND_NS,
             response_filter=answer_headers,
+            late_headers=(lambda: self._log_headers(actor, request_id, END_WAIT_S)) if wants_log else None,
         )
         if result.outcome is not Outcome.COMPLETE:
             await self._unhappy(exchange, actor, request_id, result)
+
+    async def _log_headers(self, actor: Actor, request_id: str, end_wait_s: float) -> list[Header]:
+        handle = actor.handle_of_container
+        if handle is None:
+            return []
+        return [(b"x-fc-log-result", await log_result(self._node.shell.runtime, handle, request_id, end_wait_s))]
 
     def _ours(self, exchange: Exchange, actor: Actor, request_id: str) -> list[Header]:
         """The `x-fc-*` context. Only the first three differ between requests."""
@@ -200,6 +209,8 @@ class Ingress:
             case _:
                 return  # the client left, or its answer had begun and was cut
         if error is not None and not exchange.head_sent and not exchange.gone:
+            if exchange.head.get(b"x-fc-log-type") == b"Tail":
+                own += await self._log_headers(actor, request_id, 0.0)  # no End will come; what led to this is there
             await exchange.fail(error, request_id, extra=own)
 
     def _count_timeout(self, actor: Actor) -> None:

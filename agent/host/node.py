@@ -249,7 +249,10 @@ class Node:
         self.desk.apply(book_events.Adopt(record.spec.uid, record.gpu_uuids, holds))
         actor = self._add(record.spec, record.gpu_uuids, state)
         actor.adopted = True
-        actor.instance = replace(actor.instance, holds=holds, gpus=record.gpu_uuids)
+        sleeps_anywhere = record.handle is None or record.handle.sees_all_gpus
+        actor.instance = replace(
+            actor.instance, holds=holds, gpus=record.gpu_uuids, movable=actor.instance.movable and sleeps_anywhere
+        )
         actor.figures.create_wall_ns = record.create_wall_ns
         actor.figures.idle_since_ns = self._clock.monotonic_ns()
         frozen = state is InstanceState.FROZEN

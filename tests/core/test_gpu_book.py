@@ -311,6 +311,13 @@ def test_with_migration_a_free_gpu_of_the_same_model_serves_as_well() -> None:
     assert desk.book.assigned["asleep"] == ("B",), "its image will lie there next"
 
 
+def test_with_migration_a_sleeper_that_sees_only_its_own_gpu_waits_for_that() -> None:
+    desk = Desk(gpus=2, migrate=True)
+    desk.holding("busy", "A")
+    desk.member("asleep", "A")
+    assert only(bev.Grant, desk(bev.Ask("asleep", stays=True))) == [], "the other GPU is free and no use to it"
+
+
 def test_with_migration_its_own_gpu_comes_first_and_another_model_never() -> None:
     desk = Desk(gpus=3, migrate=True)
     desk.book = replace(desk.book, devices={**desk.book.devices, "C": gb.Device("C", "T4")})

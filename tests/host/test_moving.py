@@ -221,3 +221,15 @@ async def test_an_instance_that_cannot_be_looked_at_ends_no_watch(world: World) 
     world.freezer.paused = look  # type: ignore[method-assign]
     look_for_pauses(world.node, world.freezer)
     assert (blind.instance.paused, seen.instance.paused) == (False, True)
+
+
+async def test_a_container_that_was_made_with_its_own_gpu_alone_never_moves(world: World) -> None:
+    sleeper = await world.frozen()
+    (record,) = [one for one in await world.store.load_instances() if one.spec.uid == sleeper.uid]
+    assert record.handle is not None
+    container = world.runtime.containers[sleeper.uid]
+    container.handle = replace(container.handle, sees_all_gpus=False)
+    await world.store.put_instance(replace(record, handle=container.handle))
+    await world.restart()
+    again = world.node.actors[sleeper.uid]
+    assert (again.state, again.instance.movable) == (InstanceState.FROZEN, False)
