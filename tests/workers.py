@@ -21,13 +21,27 @@ import pytest
 TESTS = Path(__file__).parent
 WORKER = "PYTEST_XDIST_WORKER"  # set in each worker's process
 
-SLOW_FIRST = ("e2e", "quality", "faults", "cli/test_demo.py", "scheduler", "contract", "adapters", "cli")
+SLOW_FIRST = (
+    "engines",
+    "booted",
+    "e2e",
+    "quality",
+    "faults",
+    "cli/test_demo.py",
+    "scheduler",
+    "contract",
+    "adapters",
+    "cli",
+)
 """Rooms and files that take longest by the clock; all others follow."""
 
 TOGETHER = {
+    "tests/engines/": "engines",  # one Docker and one Podman, which a worker's process starts for itself
+    "tests/booted/": "booted",  # one booted systemd, on the host's network and its well-known ports
     "tests/cli/test_selftest.py": "selftest",  # one slice of cgroups for all selftests of a host
     "tests/adapters/test_selftest_process.py": "selftest",
 }
+"""Files, and folders (`/` at the end)."""
 
 
 def _rank(path: str) -> int:
@@ -43,7 +57,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     def scope(nodeid: str) -> str:
         path = nodeid.partition("::")[0]
-        return TOGETHER.get(path, path)
+        return TOGETHER.get(path) or TOGETHER.get(f"{path.rpartition('/')[0]}/") or path
 
     config.option.loadscopereorder = False
     scheduler = LoadScopeScheduling(config, log)
@@ -55,6 +69,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if WORKER in os.environ:
         items.sort(key=lambda item: _rank(item.nodeid.partition("::")[0]))
+
+
+def pytest_sessionfinish() -> None:
+    """Engines and their containers go with the tests that started them; those of a worker that crashed go here."""
+    if WORKER not in os.environ:
+        from tests.engines.engines import sweep
+
+        sweep()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
