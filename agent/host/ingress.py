@@ -149,8 +149,7 @@ class Ingress:
             await self._refuse(exchange, error, request_id)
             return
         head = exchange.head
-        ours = self._ours(exchange, actor, request_id)
-        wants_log = head.get(b"x-fc-log-type") == b"Tail"
+        ours, wants_log = self._ours(exchange, actor, request_id)
 
         def answer_headers(answer: ResponseHead) -> list[Header]:
             actor.figures.timeouts_in_a_row = 0
@@ -169,7 +168,7 @@ class Ingress:
             late_headers=(lambda: self._log_headers(actor, request_id, END_WAIT_S)) if wants_log else None,
         )
         if result.outcome is not Outcome.COMPLETE:
-            await self._unhappy(exchange, actor, request_id, result)
+            await self._unhappy(exchange, actor, request_id, result, wants_log)
 
     async def _log_headers(self, actor: Actor, request_id: str, end_wait_s: float) -> list[Header]:
         handle = actor.handle_of_container
@@ -177,19 +176,28 @@ class Ingress:
             return []
         return [(b"x-fc-log-result", await log_result(self._node.shell.runtime, handle, request_id, end_wait_s))]
 
-    def _ours(self, exchange: Exchange, actor: Actor, request_id: str) -> list[Header]:
-        """The `x-fc-*` context. Only the first three differ between requests."""
-        head = exchange.head
-        control = head.get(b"x-hibernode-control-path")
-        client = head.get(b"x-hibernode-client-ip")
-        return [
+    def _ours(self, exchange: Exchange, actor: Actor, request_id: str) -> tuple[list[Header], bool]:
+        """The `x-fc-*` context, of which only the first three differ between requests; and whether the client asks for
+        the log. One loop, for every request pays for it."""
+        control, client, wants_log = _CONTROL_PATHS[0], b"", False
+        for name, value in exchange.head.headers:
+            if name == b"x-hibernode-control-path":
+                control = value if value in _CONTROL_PATHS else control
+            elif name == b"x-hibernode-client-ip":
+                client = value
+            elif name == b"x-fc-log-type":
+                wants_log = value == b"Tail"
+        ours = [
             (b"x-fc-request-id", request_id.encode("latin-1")),
-            (b"x-fc-control-path", control if control in _CONTROL_PATHS else _CONTROL_PATHS[0]),
+            (b"x-fc-control-path", control),
             (b"x-fc-client-ip", client or exchange.peer.encode()),
             *actor.context_headers,
         ]
+        return ours, wants_log
 
-    async def _unhappy(self, exchange: Exchange, actor: Actor, request_id: str, result: ForwardResult) -> None:
+    async def _unhappy(
+        self, exchange: Exchange, actor: Actor, request_id: str, result: ForwardResult, wants_log: bool
+    ) -> None:
         own = _own_answer_headers(actor, request_id, 0, False)[1:]  # `fail` says the request id itself
         error: HibernodeError | None = None
         match result.outcome:
@@ -209,7 +217,7 @@ class Ingress:
             case _:
                 return  # the client left, or its answer had begun and was cut
         if error is not None and not exchange.head_sent and not exchange.gone:
-            if exchange.head.get(b"x-fc-log-type") == b"Tail":
+            if wants_log:
                 own += await self._log_headers(actor, request_id, 0.0)  # no End will come; what led to this is there
             await exchange.fail(error, request_id, extra=own)
 
