@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import aiodocker
 import aiohttp
 
+from agent.adapters.engine_facts import EngineFacts, read_facts
 from agent.core.errors import HibernodeError, InstanceError, UnavailableError
 from agent.log import get_logger
 
@@ -79,6 +80,11 @@ class EngineApi:
         if self._docker is None:
             raise self._unavailable(self.health or "it was not connected yet")
         return self._docker
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What the engine said of itself at the last connect; after `connect`."""
+        return read_facts(self.kind, self.version, self.info, self.path)
 
     # ---- being connected ----------------------------------------------------------------------------------------
 

@@ -14,19 +14,18 @@ import re
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent.adapters import cgroup, process_runtime_launch, process_table
 from agent.adapters.cgroup_freezer import instance_mark
 from agent.adapters.process_runtime_bundle import Bundle, Bundles
-from agent.adapters.process_runtime_exits import ExitWatch
+from agent.adapters.process_runtime_exits import ExitWatch, kill_timeout
 from agent.adapters.process_runtime_log import LogFiles
 from agent.adapters.process_runtime_plan import LaunchPlan, make_plan, refuse_root_by_omission, resolve_identity
 from agent.core.errors import (
     ConflictError,
-    DeadlineError,
     HibernodeError,
     InstanceError,
     InvalidArgumentError,
@@ -220,19 +219,15 @@ class ProcessRuntime:
     async def kill(self, handle: Handle, deadline_s: float = DESTROY_DEADLINE_S) -> None:
         if handle.process.boot_id != self._boot_id or self._superseded(handle):
             return
-        ended = self._exits.watch(handle)
-        self._exits.expect_kill(handle.uid)
+
+        async def empty() -> None:
+            if handle.cgroup:
+                await cgroup.kill(Path(handle.cgroup), deadline_s)
+            else:
+                await self._kill_members(handle, deadline_s)
+
         # By name as well: a launcher may not have joined its cgroup yet.
-        process_table.send_signal(handle.process, self._boot_id, signal.SIGKILL)
-        if handle.cgroup:
-            await cgroup.kill(Path(handle.cgroup), deadline_s)
-        else:
-            await self._kill_members(handle, deadline_s)
-        try:
-            async with asyncio.timeout(deadline_s):
-                await asyncio.shield(ended)
-        except TimeoutError:
-            raise _kill_timeout(handle, deadline_s) from None
+        await self._exits.kill(handle, empty, deadline_s)
 
     async def _kill_members(self, handle: Handle, deadline_s: float) -> None:
         def emptied() -> bool:
@@ -243,24 +238,10 @@ class ProcessRuntime:
             return not members
 
         if not await cgroup.reread(emptied, deadline_s):
-            raise _kill_timeout(handle, deadline_s)
+            raise kill_timeout(handle, deadline_s)
 
     async def kill_processes(self, handle: Handle, pids: Sequence[int]) -> None:
-        """See `ports.Runtime`. Descriptors first, membership then: whose number was used again in between is either
-        not inside, or its descriptor names a process that has ended."""
-        with ExitStack() as opened:
-            descriptors: dict[int, int] = {}
-            for pid in set(pids):
-                process = process_table.identify(pid, self._boot_id)
-                pidfd = process_table.open_pidfd(process, self._boot_id) if process else None
-                if pidfd is not None:
-                    opened.callback(os.close, pidfd)
-                    descriptors[pid] = pidfd
-            for pid in descriptors.keys() & set(await self.pids(handle)):
-                if pid == handle.process.pid:
-                    self._exits.expect_kill(handle.uid)
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(descriptors[pid], signal.SIGKILL)
+        await self._exits.kill_processes(handle, pids, lambda: self.pids(handle))
 
     def _superseded(self, handle: Handle) -> bool:
         """Has the uid been started again since? Then cgroup, mark and bundle are the successor's."""
@@ -295,7 +276,7 @@ class ProcessRuntime:
         handles = []
         bundles = self._bundles.all()
         for bundle in bundles:
-            if bundle.uid in self._starting or bundle.foreign:
+            if bundle.uid in self._starting or bundle.foreign or bundle.container:
                 continue
             if bundle.handle:
                 handles.append(bundle.handle)
@@ -345,12 +326,3 @@ class ProcessRuntime:
         self._log_timer = None
         self.trim_logs()
         self._watch_logs()
-
-
-def _kill_timeout(handle: Handle, deadline_s: float) -> DeadlineError:
-    return DeadlineError(
-        "KILL_TIMEOUT",
-        f"the process survives SIGKILL for {deadline_s:g} s; it may be stuck in the driver: see `dmesg`",
-        uid=handle.uid,
-        pid=handle.process.pid,
-    )

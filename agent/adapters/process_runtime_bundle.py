@@ -1,7 +1,7 @@
 """Bundle folders: `<state_dir>/instances/<uid>/` is the truth about a container, independent of any agent.
 
     handle.json   who it is (boot, pid, start time), where it listens, its cgroup, whose it is; written before it runs
-    scratch/      its working directory and HOME, owned by its user
+    scratch/      its working directory and HOME, owned by its user; a container of an engine has none
 
 No fsync: the record must outlive the agent, not the host. After a reboot the process is gone and the record with it.
 """
@@ -26,11 +26,12 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """The contents of handle.json."""
+    """The contents of handle.json. `stop_signal`: an image's own, which asks its main process to end; 0 = SIGTERM."""
 
     version: int
     state_uuid: str
     handle: Handle
+    stop_signal: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,12 @@ class Bundle:
     uid: str
     handle: Handle | None
     foreign: bool = False
+    stop_signal: int = 0
+
+    @property
+    def container(self) -> Handle | None:
+        """The handle of an engine's container of ours, None for anything else."""
+        return self.handle if self.handle and self.handle.container_id and not self.foreign else None
 
 
 class Bundles:
@@ -62,10 +69,14 @@ class Bundles:
         if identity:
             os.chown(scratch, identity.uid, identity.gid)
 
-    def write(self, handle: Handle) -> None:
+    def create_bare(self, uid: str) -> None:
+        """Make the folder alone, or take the one that is there."""
+        (self._folder / uid).mkdir(mode=0o711, parents=True, exist_ok=True)
+
+    def write(self, handle: Handle, stop_signal: int = 0) -> None:
         """Record the container: whole or not at all."""
         target = self._folder / handle.uid / "handle.json"
-        record = _Record(FORMAT, self._state_uuid, handle)
+        record = _Record(FORMAT, self._state_uuid, handle, stop_signal)
         partial = target.with_suffix(".partial")
         partial.write_bytes(msgspec.json.encode(record))
         partial.chmod(0o600)
@@ -81,7 +92,7 @@ class Bundles:
         except (FileNotFoundError, msgspec.DecodeError):
             # Not there yet, or torn by a power failure: in both cases no process of this boot is behind it.
             return Bundle(uid, None)
-        return Bundle(uid, record.handle, foreign=record.state_uuid != self._state_uuid)
+        return Bundle(uid, record.handle, record.state_uuid != self._state_uuid, record.stop_signal)
 
     def all(self) -> list[Bundle]:
         """Every bundle, also of containers that have ended since."""

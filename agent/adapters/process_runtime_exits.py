@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from agent.adapters import memory_cgroup, process_table
+from agent.core.errors import DeadlineError
 from agent.core.types import Exit, Handle
 
 UNKNOWN_EXIT = Exit(code=-1, message="exit status unknown: started by an earlier agent")
@@ -24,6 +27,16 @@ class _Watched:
     memory: memory_cgroup.MemoryCgroup | None
     oom_kills_before: int
     killed_by_us: bool = field(default=False)
+    out_of_memory: bool = field(default=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """What was seen of an end beside the exit status. `killed_by_us`: the SIGKILL was ours. `out_of_memory`: the
+    count of its memory cgroup had risen since it was watched."""
+
+    killed_by_us: bool = False
+    out_of_memory: bool = False
 
 
 class ExitWatch:
@@ -60,6 +73,45 @@ class ExitWatch:
         if watched := self._watched.get(uid):
             watched.killed_by_us = True
 
+    def signs(self, handle: Handle) -> Signs:
+        """Of an end that was watched; nothing of any other."""
+        watched = self._watched.get(handle.uid)
+        if watched is None or watched.handle.process != handle.process:
+            return Signs()
+        return Signs(watched.killed_by_us, watched.out_of_memory)
+
+    async def kill(self, handle: Handle, empty: Callable[[], Awaitable[None]], deadline_s: float) -> None:
+        """SIGKILL the main process by name, have `empty` kill the rest, and wait for the end. DeadlineError
+        KILL_TIMEOUT."""
+        ended = self.watch(handle)
+        self.expect_kill(handle.uid)
+        process_table.send_signal(handle.process, self._boot_id, signal.SIGKILL)
+        await empty()
+        try:
+            async with asyncio.timeout(deadline_s):
+                await asyncio.shield(ended)
+        except TimeoutError:
+            raise kill_timeout(handle, deadline_s) from None
+
+    async def kill_processes(
+        self, handle: Handle, pids: Sequence[int], members: Callable[[], Awaitable[Sequence[int]]]
+    ) -> None:
+        """SIGKILL those of `pids` that are `members`. Descriptors first, membership then: whose number was used again
+        in between is either not inside, or its descriptor names a process that has ended."""
+        with ExitStack() as opened:
+            descriptors: dict[int, int] = {}
+            for pid in set(pids):
+                process = process_table.identify(pid, self._boot_id)
+                pidfd = process_table.open_pidfd(process, self._boot_id) if process else None
+                if pidfd is not None:
+                    opened.callback(os.close, pidfd)
+                    descriptors[pid] = pidfd
+            for pid in descriptors.keys() & set(await members()):
+                if pid == handle.process.pid:
+                    self.expect_kill(handle.uid)
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(descriptors[pid], signal.SIGKILL)
+
     def forget(self, uid: str) -> None:
         """Stop watching. Idempotent; whoever still waits is cancelled."""
         if watched := self._watched.pop(uid, None):
@@ -73,6 +125,7 @@ class ExitWatch:
 
     def _on_end(self, uid: str) -> None:
         watched = self._watched[uid]
+        watched.out_of_memory = _oom_killed(watched)  # now: an engine removes the cgroup soon
         exit_ = _reap(watched)
         self._close(watched)
         if not watched.ended.done():
@@ -95,12 +148,23 @@ def _reap(watched: _Watched) -> Exit:
     if status.si_code == os.CLD_EXITED:
         return Exit(code=status.si_status, message=f"exited with code {status.si_status}")
     number = status.si_status
-    oom = number == signal.SIGKILL and not watched.killed_by_us and _oom_killed(watched)
+    oom = number == signal.SIGKILL and not watched.killed_by_us and watched.out_of_memory
     message = f"killed by signal {number} ({signal.strsignal(number)})" + (", out of memory" if oom else "")
     return Exit(code=-1, signal=number, oom_killed=oom, message=message)
 
 
 def _oom_killed(watched: _Watched) -> bool:
     """Best effort: the count of its memory cgroup rose. Where that cgroup is shared, the victim may be a neighbour."""
-    kills = watched.memory.oom_kills() if watched.memory else None
+    if watched.memory is None or not watched.memory.path.exists():
+        return False
+    kills = watched.memory.oom_kills()
     return kills is not None and kills > watched.oom_kills_before
+
+
+def kill_timeout(handle: Handle, deadline_s: float) -> DeadlineError:
+    return DeadlineError(
+        "KILL_TIMEOUT",
+        f"the process survives SIGKILL for {deadline_s:g} s; it may be stuck in the driver: see `dmesg`",
+        uid=handle.uid,
+        pid=handle.process.pid,
+    )
