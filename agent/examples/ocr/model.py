@@ -21,6 +21,10 @@ DIGEST_CHARS = 16
 PARTS = {"det_model_path": "Det", "cls_model_path": "Cls", "rec_model_path": "Rec"}
 """Argument of rapidocr -> section of its configuration: where is text, which way up is it, what does it say."""
 
+QUIET = ("ORT_DISABLE_TELEMETRY", "OPENBLAS_NUM_THREADS")
+"""Without them onnxruntime reports to its maker, and numpy and OpenCV have a thread per core. An instance shall be idle
+when nobody asks, and each thread makes freezing and waking longer."""
+
 
 class NotAnImageError(ValueError):
     """The request's body can't be read as a picture."""
@@ -32,6 +36,8 @@ class MissingPackageError(RuntimeError):
 
 def _rapidocr() -> Any:
     """The package: it takes half a second to import, and only instances need it."""
+    for variable in QUIET:
+        os.environ.setdefault(variable, "1")
     try:
         import rapidocr_onnxruntime
     except ImportError as error:
@@ -64,7 +70,7 @@ def _as_file(name: str, content: bytes) -> Iterator[str]:
 
 
 def engine_of(models: Mapping[str, bytes]) -> Any:
-    """rapidocr with these models, on one thread that does not spin: an instance shall be idle when nobody asks.
+    """rapidocr with these models, on one thread, which does not spin.
 
     Pictures are looked at as large as they are; rapidocr's default enlarges small ones, which takes ten times as long.
     Raises what onnxruntime raises for bytes that are no model.
