@@ -28,6 +28,11 @@ class HealthProbe:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
+    def forgive(self) -> None:
+        """The instance sleeps. Nothing can be said of it until it is awake again; were it to stay unhealthy, no request
+        would ever wake it, and no probe could find that it has recovered."""
+        self._actor.set_healthy(True)
+
     async def _probe(self) -> None:
         actor, check = self._actor, self._actor.function.health_check
         assert check is not None

@@ -10,6 +10,8 @@ from agent.core.types import SECOND_NS, FunctionSpec, HealthCheck, Hook
 from agent.http.client import Pool
 from agent.http.message import Header
 
+ACCOUNT_ID = "0"
+"""There are no accounts here. Programs that only pass it on (log fields, paths) run as they are."""
 READY_POLL_MIN_S = 0.005
 READY_POLL_MAX_S = 0.25
 
@@ -24,15 +26,21 @@ def context_headers(function: FunctionSpec, request_id: str, control_path: str) 
 
 
 def function_headers(function: FunctionSpec) -> list[Header]:
-    """The part of `context_headers` that is the same for every call: make it once per instance."""
+    """The part of `context_headers` that is the same for every call: make it once per instance.
+
+    Without the cloud there are no `x-fc-access-key-*`, `x-fc-security-token` and `x-fc-service-log*`. A synchronous
+    call is never repeated, so the retry count is always 0.
+    """
     return [
         (b"x-fc-function-name", function.name.encode()),
         (b"x-fc-function-handler", function.handler.encode()),
         (b"x-fc-function-memory", str(function.memory_bytes >> 20).encode()),
         (b"x-fc-function-timeout", str(function.timeout_ns // SECOND_NS).encode()),
         (b"x-fc-region", function.region.encode()),
+        (b"x-fc-account-id", ACCOUNT_ID.encode()),
         (b"x-fc-qualifier", b"LATEST"),
         (b"x-fc-version-id", function.revision.encode()),
+        (b"x-fc-retry-count", b"0"),
     ]
 
 

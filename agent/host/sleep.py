@@ -108,6 +108,7 @@ class Sleep:
                 self._shell.memory.took(self._actor.uid, result.image_bytes)
                 self._actor.figures.image_bytes = result.image_bytes
                 self._actor.figures.freezes += 1
+                self._health.forgive()
             case Outcome.REFUSED:
                 self._awake_again()
             case Outcome.BROKEN:

@@ -111,8 +111,9 @@ def status_and_code(error: BaseException) -> tuple[int, str]:
 
 
 def error_answer(error: BaseException, request_id: str, *, retry_after_s: int | None = None) -> ErrorAnswer:
-    """The JSON answer for `error`. A 429 carries `Retry-After` (1 s unless told). An unknown error's text
-    stays here."""
+    """The JSON answer for `error`. A 429 carries `Retry-After` (1 s unless told), and what is the function's own fault
+    (InitializationError ...) `x-fc-error-type`, by which FC's clients tell it from ours. An unknown error's text stays
+    here."""
     status, code = status_and_code(error)
     if isinstance(error, core.HibernodeError):
         message = error.message
@@ -120,6 +121,8 @@ def error_answer(error: BaseException, request_id: str, *, retry_after_s: int | 
         message = "An internal error occurred; the log has it under this request id."
     body = json.dumps({"RequestId": request_id, "Code": code, "Message": message}).encode()
     headers = [(b"content-type", b"application/json"), (b"x-fc-request-id", request_id.encode("ascii"))]
+    if isinstance(error, core.InstanceError):
+        headers.append((b"x-fc-error-type", code.encode()))
     if status == 429 or retry_after_s is not None:
         headers.append((b"retry-after", str(retry_after_s or 1).encode()))
     return ErrorAnswer(status, headers, body)

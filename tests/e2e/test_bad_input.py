@@ -207,7 +207,8 @@ SPOOFED = (
 )
 SEEN_OF_OURS = {
     "x-fc-request-id", "x-fc-control-path", "x-fc-client-ip", "x-fc-function-name", "x-fc-function-handler",
-    "x-fc-function-memory", "x-fc-function-timeout", "x-fc-region", "x-fc-qualifier", "x-fc-version-id",
+    "x-fc-function-memory", "x-fc-function-timeout", "x-fc-region", "x-fc-account-id", "x-fc-qualifier",
+    "x-fc-version-id", "x-fc-retry-count",
 }  # fmt: skip
 
 
@@ -223,6 +224,7 @@ async def test_spoofed_headers_never_reach_the_instance(world: World) -> None:
     assert seen["x-fc-client-ip"] == "127.0.0.1"
     assert seen["x-fc-function-name"] == GOOD
     assert seen["x-fc-function-memory"] == "512"
+    assert seen["x-fc-account-id"] == "0"
     assert seen["x-mine"] == "kept"
     assert "guess" not in answer.body.decode()
     assert not [name for name in answer.headers if name.startswith("x-hibernode-") and not name.endswith("-ms")]

@@ -262,5 +262,5 @@ async def test_health_is_probed_while_awake_only_and_its_change_is_reported() ->
         assert world.node.executors[actor.uid]._health._task is None
         await enter(actor)
         world.app.answers["/healthz"] = 200
-        await eventually(lambda: actor.healthy)
-        assert len(world.app.requests) > asked
+        await eventually(lambda: len(world.app.requests) > asked)
+        assert actor.healthy

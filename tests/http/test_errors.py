@@ -43,6 +43,19 @@ def test_every_kind_of_error_has_a_status() -> None:
             assert status_and_code(kind("SOME_REASON", "x"))[0] != 500, kind
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (core.InstanceError("INITIALIZATION_ERROR", "x"), b"InitializationError"),
+        (core.InstanceError("FUNCTION_NOT_STARTED", "x"), b"FunctionNotStarted"),
+        (core.UnavailableError("NO_CAPACITY", "x"), None),
+        (core.ExhaustedError("QUEUE_FULL", "x"), None),
+    ],
+)
+def test_what_is_the_functions_own_fault_says_so(error: Exception, kind: bytes | None) -> None:
+    assert dict(error_answer(error, "1-a").headers).get(b"x-fc-error-type") == kind
+
+
 def test_the_answer() -> None:
     made = error_answer(core.ExhaustedError("QUEUE_FULL", "The queue is full."), "1-a", retry_after_s=7)
     assert made.status == 429
