@@ -40,6 +40,12 @@ class World(ABC):
     """One runtime and the power over its workloads."""
 
     runtime: Runtime
+    foreign_image = "registry.example/resize:1"
+    """An image that this runtime does not run."""
+    strays_outlive = True
+    """Does what the main process has left behind go on when it ends? In a pid namespace nothing does."""
+    limits_memory = False
+    executes = False
 
     def spec(self, uid: str, *, image: str = "host", stubborn: bool = False) -> StartSpec:
         """A workload that stays until told otherwise."""
@@ -67,12 +73,23 @@ class World(ABC):
     async def fork_stray(self, handle: Handle) -> None:
         """The workload starts a child in a session of its own that outlives it."""
 
+    async def run_out_of_memory(self, handle: Handle) -> None:
+        """Where `limits_memory`: it takes more than it may."""
+        raise NotImplementedError
+
+    def reachable_at(self, handle: Handle) -> bool:
+        """Does the handle say where the workload can be asked?"""
+        return handle.host == "127.0.0.1" and 0 < handle.port < 65536
+
+    def open_files(self) -> int:
+        return len(os.listdir("/proc/self/fd"))
+
     @abstractmethod
     def breakable(self, uid: str) -> StartSpec:
         """A workload whose start fails."""
 
     @abstractmethod
-    def restart_agent(self) -> None:
+    async def restart_agent(self) -> None:
         """The agent died and comes up again: `runtime` is a new one over the same containers."""
 
     @abstractmethod
@@ -107,7 +124,7 @@ class FakeWorld(World):
         self.fake.start_error = InstanceError("START_FAILED", "cannot execute '/nowhere': No such file or directory")
         return self.spec(uid)
 
-    def restart_agent(self) -> None:
+    async def restart_agent(self) -> None:
         self.fake.start_error = None
 
     def traces(self, uid: str) -> list[str]:
@@ -160,7 +177,7 @@ class ProcessWorld(World):
         function = FunctionSpec(name="resize", entrypoint=("/nowhere/at-all",))
         return StartSpec(InstanceSpec(uid, f"resize/1/{uid}", function), {}, ())
 
-    def restart_agent(self) -> None:
+    async def restart_agent(self) -> None:
         self.process_runtime.close()
         self.runtime = self.process_runtime = self._new_runtime()
 

@@ -1,0 +1,114 @@
+"""The runtime contract's world of containers: an `EngineRuntime` on a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+from agent.adapters.clock import SystemClock
+from agent.adapters.engine_runtime import EngineRuntime, EngineRuntimeSettings
+from agent.core.types import MIB, ContainerOptions, FunctionSpec, Handle, InstanceSpec
+from agent.ports import StartSpec
+from tests.contract.runtime_worlds import World
+from tests.engines import images
+from tests.engines.engines import Engine
+
+FIFO = "/tmp/told"
+# The container's own fifo is open on both ends, so that nothing told is lost. pid 1 ignores what it has no handler for.
+OBEDIENT = (
+    f"trap 'exit 143' TERM; mkfifo {FIFO}; exec 3<>{FIFO}; "
+    'echo "hello from $HIBERNODE_INSTANCE"; while :; do read -r line <&3 && eval "$line"; done'
+)
+STUBBORN = OBEDIENT.replace("'exit 143'", "''").replace("echo", "echo stubborn; echo", 1)
+MEMORY_BYTES = 128 * MIB
+
+
+class EngineWorld(World):
+    foreign_image = "host"
+    strays_outlive = False
+    limits_memory = True
+    executes = True
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.folder = Path(tempfile.mkdtemp(prefix="hibernode-contract-"))
+        self.state_uuid = str(uuid.uuid4())
+        self.runtime = self.engine_runtime = self._new_runtime()
+
+    def _new_runtime(self) -> EngineRuntime:
+        return EngineRuntime(
+            EngineRuntimeSettings(self.folder / "state", self.state_uuid, socket=self.engine.socket), SystemClock()
+        )
+
+    def spec(
+        self,
+        uid: str,
+        *,
+        image: str = images.BUSYBOX,
+        stubborn: bool = False,
+        script: str = "",
+        options: ContainerOptions = ContainerOptions(),
+    ) -> StartSpec:
+        function = FunctionSpec(
+            name="resize",
+            image=image,
+            entrypoint=("/bin/sh",),
+            command=("-c", script or (STUBBORN if stubborn else OBEDIENT)),
+            memory_bytes=MEMORY_BYTES,
+            container=options,
+        )
+        return StartSpec(InstanceSpec(uid, f"resize/1/{uid}", function), {}, ())
+
+    async def settled(self, handle: Handle, *, stubborn: bool = False) -> None:
+        await self.until_said(handle, b"hello from")
+
+    def _tell(self, handle: Handle, line: str) -> None:
+        told = os.open(f"/proc/{handle.process.pid}/root{FIFO}", os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            os.write(told, line.encode() + b"\n")
+        finally:
+            os.close(told)
+
+    async def exit_now(self, handle: Handle, code: int) -> None:
+        self._tell(handle, f"exit {code}")
+
+    async def speak(self, handle: Handle, text: str) -> None:
+        self._tell(handle, f"echo {text}")
+        await self.until_said(handle, text.encode())
+
+    async def fork_stray(self, handle: Handle) -> None:
+        self._tell(handle, "setsid sleep 86399 & echo stray $!")
+        await self.until_said(handle, b"stray")
+
+    async def run_out_of_memory(self, handle: Handle) -> None:
+        self._tell(handle, "exec tail /dev/zero")
+
+    def reachable_at(self, handle: Handle) -> bool:
+        return not handle.host.startswith("127.") and handle.host.count(".") == 3 and handle.port == 9000
+
+    def breakable(self, uid: str) -> StartSpec:
+        function = FunctionSpec(name="resize", image=images.BUSYBOX, entrypoint=("/nowhere/at-all",))
+        return StartSpec(InstanceSpec(uid, f"resize/1/{uid}", function), {}, ())
+
+    async def restart_agent(self) -> None:
+        await self.engine_runtime.close()
+        self.runtime = self.engine_runtime = self._new_runtime()
+
+    def traces(self, uid: str) -> list[str]:
+        found = [f"container {entry['Id']}" for entry in self.engine.ps(self.state_uuid)]
+        bundle = self.folder / "state/instances" / uid
+        return found + ([str(bundle)] if bundle.exists() else [])
+
+    async def close(self) -> None:
+        try:
+            for handle in await self.engine_runtime.list_handles():
+                await self.engine_runtime.destroy(handle)
+            await self.engine_runtime.close()
+            left = await asyncio.to_thread(self.engine.leftovers, self.state_uuid)
+            assert not left, left
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
