@@ -95,6 +95,7 @@ class Stack:
     http: aiohttp.ClientSession | None = None
     agent_settings: dict[str, Any] = field(default_factory=dict)
     gpu_settings: dict[str, Any] = field(default_factory=dict)
+    engine_socket: str = "off"
 
     # ---- processes --------------------------------------------------------------------------------------------------
 
@@ -158,11 +159,16 @@ class Stack:
             "grpc": PORTS_ANY,
             "admin": PORTS_ANY,
             **self._link(),
-            "runtime": {"process": OWN_USER, "trusted_gpus": bool(self.gpu_settings.get("migrate"))},
+            "runtime": {
+                "process": OWN_USER,
+                "engine": {"socket": self.engine_socket},
+                "trusted_gpus": bool(self.gpu_settings.get("migrate")),
+            },
             "gpu": {
                 "instances_per_gpu": 2,
                 "attach": "mounts",
-                "mounts": {"environment": mounts},
+                # At the same place inside: processes of the host and containers find it alike.
+                "mounts": {"environment": mounts, "binds": [f"{self.folder / 'driver'}:{self.folder / 'driver'}:ro"]},
                 "utility_path": str(self.folder / "driver" / "bin" / "cuda-checkpoint"),
                 "max_hold": "1s",
                 **self.gpu_settings,
@@ -348,8 +354,10 @@ async def running_stack(
     agent_settings: dict[str, Any] | None = None,
     gpu_settings: dict[str, Any] | None = None,
     scheduler: bool = True,
+    engine_socket: str = "off",
 ) -> AsyncIterator[Stack]:
-    """Everything up and connected; at the end everything goes, and a daemon that did not end cleanly is an error."""
+    """Everything up and connected, with a container engine if its socket is given; at the end everything goes, and a
+    daemon that did not end cleanly is an error."""
     with tempfile.TemporaryDirectory(prefix="hibernode-e2e-") as name:
         folder = Path(name)
         (folder / "agent").mkdir(mode=0o711)
@@ -359,6 +367,7 @@ async def running_stack(
             {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"},
             agent_settings=agent_settings or {},
             gpu_settings=gpu_settings or {},
+            engine_socket=engine_socket,
         )
         uuids: list[str] = []
         try:
