@@ -36,10 +36,11 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """An image that is here. `id` names exactly it (a tag may move on); `environment` are its own variables."""
+    """An image that is here. `id` names exactly it (a tag may move on); `user` and `environment` are its own."""
 
     id: str
     architecture: str = ""
+    user: str = ""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -109,9 +110,10 @@ class Images:
             if error.not_found:
                 return None
             raise
-        entries = (answer.get("Config") or {}).get("Env") or ()
-        variables = dict(str(entry).partition("=")[::2] for entry in entries)
-        return ImageFacts(str(answer["Id"]), str(answer.get("Architecture") or ""), variables)
+        config = answer.get("Config") or {}
+        variables = dict(str(entry).partition("=")[::2] for entry in config.get("Env") or ())
+        architecture, user = (str(where.get(key) or "") for where, key in ((answer, "Architecture"), (config, "User")))
+        return ImageFacts(str(answer["Id"]), architecture, user, variables)
 
     # ---- pulling ------------------------------------------------------------------------------------------------
 
@@ -129,6 +131,10 @@ class Images:
             progress(pull.said)
         try:
             await asyncio.shield(pull.task)
+        except asyncio.CancelledError:
+            if (caller := asyncio.current_task()) is None or caller.cancelling():
+                raise
+            raise InstanceError("IMAGE_PULL_FAILED", f"the pull of {image} was given up", image=image) from None
         finally:
             pull.listeners.remove(progress)
             if not pull.listeners and not pull.task.done():
@@ -163,7 +169,7 @@ class Images:
             )
         await self._api.connect()
         if self._api.kind == "podman":
-            return Login({}, "Podman's own login")
+            return Login({})  # Podman looks for the administrator's itself, and asks helpers too
         files = docker_auth_files() if self._auth_files is None else self._auth_files
         return await asyncio.to_thread(find_login, image, files)
 

@@ -30,7 +30,8 @@ LOG_FILES = "2"
 class PlanOptions:
     """What a plan needs beside the start: the node's settings, and what was decided before about its image, GPUs and
     volumes. `image` is what to run, an image id where it is known (a tag may move between pull and start);
-    `image_environment` are its own variables. `disk_limit`: bound the writable layer by the function's disk.
+    `image_user` and
+    `image_environment` are its own. `disk_limit`: bound the writable layer by the function's disk.
     `host_cpus` 0 = unknown.
     """
 
@@ -42,6 +43,7 @@ class PlanOptions:
     log_limit_bytes: int
     attachment: Attachment = NO_GPUS
     volumes: Sequence[ResolvedVolume] = ()
+    image_user: str = ""
     image_environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     disk_limit: bool = False
     host_cpus: int = 0
@@ -115,7 +117,7 @@ def _isolation(function: FunctionSpec, options: PlanOptions) -> dict[str, Any]:
     host: dict[str, Any] = {
         "Privileged": False,
         "CapDrop": ["ALL"],
-        "CapAdd": list(options.capabilities),
+        "CapAdd": list(options.capabilities) if is_root(function.container.user or options.image_user) else [],
         "SecurityOpt": ["no-new-privileges"],
         "IpcMode": "private",
         "PidMode": "",
@@ -126,6 +128,12 @@ def _isolation(function: FunctionSpec, options: PlanOptions) -> dict[str, Any]:
         # exec: what frameworks compile for the GPU at run time lies there and is loaded from there.
         host["Tmpfs"] = {"/tmp": f"rw,nosuid,nodev,exec,mode=1777{size}"}  # noqa: S108 (the container's)
     return host
+
+
+def is_root(user: str) -> bool:
+    """Does a container of this `user[:group]` begin as root? Nobody else is given capabilities: Docker would take them
+    from other users by itself, Podman hands them on (ambient), and such a user would be root but for the name."""
+    return user.partition(":")[0] in ("", "0", "root")
 
 
 def _limits(function: FunctionSpec, options: PlanOptions) -> dict[str, Any]:

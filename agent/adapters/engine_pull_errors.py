@@ -60,7 +60,7 @@ def _who_may(registry: str, login: Login | None) -> str:
         hint = f"; {login.problem}" if login is not None and login.problem else ""
         return (
             f"{registry} does not give it without a login, or has no such image; give the function a registryConfig, "
-            f"or run `docker login {registry}` as the agent's user{hint}"
+            f"or run `docker login {registry}` (or `podman login`) as the agent's user{hint}"
         )
     return f"{registry} refused {login.source}, or has no such image; check user name, password and what it may pull"
 
