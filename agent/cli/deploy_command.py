@@ -60,7 +60,8 @@ def deploy(template: Path, resource: str, target: int | None, wait: bool, dry_ru
     """Deploy the functions of an s.yaml (fc3) and print their URLs.
 
     Files for Function Compute work as they are; what means nothing here is named in a warning. Our own keys stand
-    under the props in `hibernode:` freezeAfter, minAwake, idle, dispatch, wakeFactor, queueLength, queueTimeout, gpus.
+    under the props in `hibernode:` freezeAfter, minAwake, idle, dispatch, wakeFactor, queueLength, queueTimeout, gpus,
+    and for images: volumes, shmSize, pidsLimit, openFiles, user, readOnlyRoot, extraHosts.
     Secrets come from the environment: `${env('NAME')}`.
 
     \b

@@ -18,9 +18,10 @@ import msgspec
 
 from agent.cli.s_yaml_document import Document, KeyPath, Text, plain, read_document
 from agent.cli.s_yaml_function import function_of, said_of
-from agent.cli.s_yaml_props import IGNORED, Props, Trigger
+from agent.cli.s_yaml_props import IGNORED, Props, Trigger, camel
 from agent.config import convert
-from agent.core.errors import ConfigError, NotFoundError
+from agent.core.errors import ConfigError, InvalidArgumentError, NotFoundError
+from agent.core.function_rules import check_function
 from agent.core.types import FunctionSpec
 
 MAX_ENVIRONMENT_BYTES = 4096
@@ -28,6 +29,22 @@ RESERVED_PREFIX = "FC_"
 COMPONENT = "fc3"
 
 _DURATIONS = ("freezeAfter", "minAwake", "queueTimeout")
+_AS_WRITTEN: tuple[KeyPath, ...] = (
+    ("environmentVariables",),
+    ("customContainerConfig", "registryConfig", "authConfig"),
+    ("hibernode", "user"),
+    ("hibernode", "extraHosts"),
+)
+"""Texts that YAML may take for something else: a password 0123 is no number, and a user 1000:1000 is not 61000."""
+_PLACES: dict[str, KeyPath] = {
+    "container.shm_bytes": ("hibernode", "shmSize"),
+    "container.user": ("hibernode", "user"),
+    "container.extra_hosts": ("hibernode", "extraHosts"),
+    "container.volumes": ("hibernode", "volumes"),
+    "container.registry": ("customContainerConfig", "registryConfig"),
+    "environment": ("environmentVariables",),
+}
+"""Where core's fields stand in the file, for what only core can judge."""
 _TOP = {"edition", "name", "access", "vars", "resources"}
 _UNUSED_TOP = {"actions", "env", "extend", "flow", "params", "template", "use"}
 _RESOURCE = {"component", "props", "access"}
@@ -133,6 +150,11 @@ def _deployment(document: Document, resource: str) -> Deployment:
     props = _typed(document, props_path, _prepared(document, used, props_path))
     _check_environment(document, props_path, props.environment_variables or {})
     function, notes = function_of(props)
+    try:
+        check_function(function)
+    except InvalidArgumentError as error:
+        key_path, problem = _in_the_file(function, error)
+        raise document.wrong((*props_path, *key_path), problem) from error
     warnings += [f"{document.at((*props_path, *key))}: {text}" for key, text in notes]
     return Deployment(
         resource=resource,
@@ -142,6 +164,21 @@ def _deployment(document: Document, resource: str) -> Deployment:
         unsaid=frozenset({"queue_length", "queue_timeout_ns", "dispatch", "wake_factor"}) - said_of(props.hibernode),
         warnings=tuple(warnings),
     )
+
+
+def _in_the_file(function: FunctionSpec, error: InvalidArgumentError) -> tuple[KeyPath, str]:
+    """Where under the props and what, for a breach of core's rules (`container.volumes[0].host_path: must be ...`)."""
+    field = str(error.metadata.get("field", ""))
+    name = max((name for name in _PLACES if field.startswith(name)), key=len, default="")
+    if not name:
+        return (), error.message
+    steps: list[str | int] = []
+    for key, index in _STEP.findall(field.removeprefix(name)):
+        if name == "container.extra_hosts":
+            steps.append(function.container.extra_hosts[int(index)][0])  # a mapping in the file
+        else:
+            steps.append(int(index) if index else camel(key) if key.islower() else key)
+    return (*_PLACES[name], *steps), error.message.removeprefix(f"{field}: ")
 
 
 # --- keys ------------------------------------------------------------------------------------
@@ -209,11 +246,8 @@ def _prepared(document: Document, used: dict[str, object], path: KeyPath) -> dic
     """Plain values; variables as they are written, durations with their unit, absent sections left out."""
     values = plain(used)
     assert isinstance(values, dict)
-    variables = used.get("environmentVariables")
-    if isinstance(variables, dict):
-        values["environmentVariables"] = {
-            key: _variable(document, (*path, "environmentVariables", key), value) for key, value in variables.items()
-        }
+    for place in _AS_WRITTEN:
+        _take_as_written(document, path, used, values, place)
     ours = values.get("hibernode")
     if isinstance(ours, dict):
         for key in _DURATIONS:
@@ -229,7 +263,25 @@ def _prepared(document: Document, used: dict[str, object], path: KeyPath) -> dic
     return values
 
 
-def _variable(document: Document, path: KeyPath, value: object) -> str:
+def _take_as_written(
+    document: Document, path: KeyPath, used: dict[str, object], values: dict[str, object], place: KeyPath
+) -> None:
+    """Replace the value at `place`, a text or a mapping of texts, by what the file's author wrote."""
+    source: object = used
+    target: object = values
+    for key in place[:-1]:
+        source = source.get(key) if isinstance(source, dict) else None
+        target = target.get(key) if isinstance(target, dict) else None
+    if not isinstance(source, dict) or not isinstance(target, dict):
+        return
+    given, last = source.get(place[-1]), place[-1]
+    if isinstance(given, dict):
+        target[last] = {key: _written(document, (*path, *place, key), value) for key, value in given.items()}
+    elif isinstance(given, Text) and given.value is not None and len(place) > 1:
+        target[last] = given.written
+
+
+def _written(document: Document, path: KeyPath, value: object) -> str:
     if not isinstance(value, Text):
         raise document.wrong(path, "must be text")
     return value.written

@@ -11,6 +11,7 @@ from agent.cli.s_yaml_props import Hibernode, Hook, InstanceLifecycleConfig, Pro
 from agent.core.types import (
     MIB,
     SECOND_NS,
+    ContainerOptions,
     DispatchPolicy,
     FunctionSpec,
     GpuNeed,
@@ -18,6 +19,8 @@ from agent.core.types import (
     Hooks,
     IdleMode,
     IdlePolicy,
+    RegistryLogin,
+    Volume,
 )
 from agent.core.types import Hook as CoreHook
 
@@ -49,6 +52,7 @@ def function_of(props: Props) -> tuple[FunctionSpec, list[Note]]:
         timeout_ns=props.timeout * SECOND_NS,
         instance_concurrency=props.instance_concurrency,
         gpu=gpu,
+        container=_container(props),
         hooks=_hooks(props.instance_lifecycle_config),
         health_check=_health_check(props),
         idle=_idle(props, gpu),
@@ -76,6 +80,21 @@ def _gpu(props: Props) -> GpuNeed:
         count=count,
         gpu_type=(config.gpu_type if config is not None else None) or "",
         memory_bytes=memory * MIB,
+    )
+
+
+def _container(props: Props) -> ContainerOptions:
+    ours, registry = props.hibernode, props.custom_container_config.registry_config
+    login = None if registry is None else registry.auth_config
+    return ContainerOptions(
+        shm_bytes=ours.shm_size or 0,
+        pids_limit=ours.pids_limit or 0,
+        open_files=ours.open_files or 0,
+        user=ours.user or "",
+        read_only_root=ours.read_only_root,
+        extra_hosts=tuple(sorted((ours.extra_hosts or {}).items())),
+        volumes=tuple(Volume(one.host_path, one.container_path, not one.writable) for one in ours.volumes or ()),
+        registry=None if login is None else RegistryLogin(login.user_name, login.password),
     )
 
 

@@ -12,19 +12,20 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from agent.config import Duration, bad_key
+from agent.config import Duration, Size, bad_key
+from agent.core.function_rules import MAX_OPEN_FILES, MAX_PIDS
 
 MOST_MIB = 64 << 20
 """Bound of sizes (64 TiB): what is larger than Function Compute offers is warned about, this is refused."""
 
 
-def _camel(field: str) -> str:
+def camel(field: str) -> str:
     """`freeze_after_ns` is the key `freezeAfter`: the value carries the unit. fc3 writes `alwaysAllocateGPU`."""
     head, *rest = field.removesuffix("_ns").split("_")
     return head + "".join({"gpu": "GPU", "cpu": "CPU"}.get(word, word.capitalize()) for word in rest)
 
 
-class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=_camel, kw_only=True):
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=camel, kw_only=True):
     """Base of all: every key is camelCase, absent means the default."""
 
 
@@ -43,6 +44,19 @@ class HealthCheckConfig(Part, frozen=True):
             raise bad_key("httpGetUrl", f"must be a path that begins with /, got {self.http_get_url[:60]!r}")
 
 
+class AuthConfig(Part, frozen=True):
+    """A login at the image's registry."""
+
+    user_name: Annotated[str, Meta(min_length=1)]
+    password: Annotated[str, Meta(min_length=1)]
+
+
+class RegistryConfig(Part, frozen=True):
+    """registryConfig: only the login; certificates and networks are the host's business."""
+
+    auth_config: AuthConfig | None = None
+
+
 class CustomContainerConfig(Part, frozen=True):
     """The image and how it is started. `image: host` runs entrypoint and command on the host."""
 
@@ -51,8 +65,14 @@ class CustomContainerConfig(Part, frozen=True):
     entrypoint: tuple[str, ...] | None = None
     command: tuple[str, ...] | None = None
     health_check_config: HealthCheckConfig | None = None
+    registry_config: RegistryConfig | None = None
+    web_server_mode: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.web_server_mode is False:
+            raise bad_key(
+                "webServerMode", "false is a job that ends by itself; here instances are servers: leave it out"
+            )
         if self.image == "host" and not (self.entrypoint or self.command):
             raise bad_key("entrypoint", "is required with `image: host`: the program to run")
         if any("\0" in word for word in (*(self.entrypoint or ()), *(self.command or ()))):
@@ -113,6 +133,14 @@ class Trigger(Part, frozen=True):
     trigger_config: TriggerConfig = TriggerConfig()
 
 
+class Volume(Part, frozen=True):
+    """A folder of the host for the container, read-only unless `writable`; the node must allow it."""
+
+    host_path: Annotated[str, Meta(min_length=1)]
+    container_path: Annotated[str, Meta(min_length=1)]
+    writable: bool = False
+
+
 class Hibernode(Part, frozen=True):
     """Our own keys, under `hibernode:`. UNSET = not said, so that the scheduler's defaults apply."""
 
@@ -124,6 +152,13 @@ class Hibernode(Part, frozen=True):
     queue_length: Annotated[int, Meta(ge=1, le=100_000)] | UnsetType = UNSET
     queue_timeout_ns: Duration | UnsetType = UNSET
     gpus: Annotated[int, Meta(ge=0, le=64)] | None = None
+    shm_size: Size | None = None
+    pids_limit: Annotated[int, Meta(ge=1, le=MAX_PIDS)] | None = None
+    open_files: Annotated[int, Meta(ge=1, le=MAX_OPEN_FILES)] | None = None
+    user: str | None = None
+    read_only_root: bool = False
+    extra_hosts: dict[str, str] | None = None
+    volumes: tuple[Volume, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.queue_timeout_ns, int) and not 0 < self.queue_timeout_ns <= 3600 * 10**9:
@@ -133,6 +168,7 @@ class Hibernode(Part, frozen=True):
                 raise bad_key(key, "must be at most 24h")
 
 
+_IMAGES_ONLY = ("shm_size", "pids_limit", "open_files", "user", "read_only_root", "extra_hosts", "volumes")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 
@@ -163,6 +199,12 @@ class Props(Part, frozen=True):
             raise bad_key("functionName", "must be 1 to 64 letters, digits, `_` or `-`")
         if self.triggers and len(self.triggers) > 10:
             raise bad_key("triggers", "there may be at most 10")
+        if self.custom_container_config.image == "host":
+            for field in _IMAGES_ONLY:
+                if getattr(self.hibernode, field):
+                    raise bad_key(f"hibernode.{camel(field)}", "is for images; `image: host` runs on the host as it is")
+            if self.custom_container_config.registry_config is not None:
+                raise bad_key("customContainerConfig.registryConfig", "is for images; `image: host` pulls nothing")
 
 
 _CLOUD = "means nothing outside of Function Compute"
@@ -200,11 +242,10 @@ IGNORED: dict[str, str] = {
     "customContainerConfig.accelerationInfo": _CLOUD,
     "customContainerConfig.accelerationType": _CLOUD,
     "customContainerConfig.acrInstanceId": _CLOUD,
-    "customContainerConfig.registryConfig": f"{_LATER}: log in with the host's container engine",
+    "customContainerConfig.registryConfig.certConfig": "is up to the host's container engine, which checks registries",
+    "customContainerConfig.registryConfig.networkConfig": _OWN_HOSTS,
     "customContainerConfig.resolvedImageUri": _CLOUD,
     "customContainerConfig.role": "no cloud credentials are given to instances",
-    "customContainerConfig.webServerMode": f"{_LATER}: every instance serves HTTP",
-    "hibernode.volumes": f"{_LATER}: nothing is mounted",
     "provisionConfig.alwaysAllocateCPU": "has no effect: a frozen instance uses no CPU, an awake one its share",
     "provisionConfig.scheduledActions": f"{_LATER}: the target stays as it is",
     "provisionConfig.targetTrackingPolicies": f"{_LATER}: the target stays as it is",

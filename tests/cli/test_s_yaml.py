@@ -9,7 +9,17 @@ import pytest
 
 from agent.cli.s_yaml import Deployment, HttpTrigger, load_s_yaml
 from agent.core.errors import ConfigError, NotFoundError
-from agent.core.types import GIB, MIB, SECOND_NS, DispatchPolicy, GpuNeed, HealthCheck, Hook, Hooks, IdleMode
+from agent.core.types import (
+    GIB,
+    MIB,
+    SECOND_NS,
+    DispatchPolicy,
+    GpuNeed,
+    HealthCheck,
+    Hook,
+    Hooks,
+    IdleMode,
+)
 
 EXAMPLE = Path(__file__).with_name("gpu-best-practice.s.yaml")
 """From Function Compute's page on real-time inference, as it stands there."""
@@ -242,7 +252,6 @@ def test_what_is_wrong_around_the_props(tmp_path: Path, before: str, after: str,
         ("nasConfig: auto\n", "props.nasConfig: is not built yet"),
         ("somethingNew: 1\n", "props.somethingNew: is not known here and has no effect"),
         ("memorySize: 65536\n", "props.memorySize: is more than Function Compute's 32768"),
-        ("hibernode: {volumes: []}\n", "hibernode.volumes: is not built yet"),
         ("provisionConfig: {scheduledActions: []}\n", "provisionConfig.scheduledActions: is not built yet"),
         ("instanceLifecycleConfig: {preStop: {command: [sh]}}\n", "preStop.command: is not run"),
         ("triggers:\n  - {triggerName: t, triggerType: timer, triggerConfig: {payload: x}}\n", "type 'timer'"),

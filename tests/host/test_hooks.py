@@ -142,7 +142,7 @@ async def test_the_first_probe_comes_after_the_initializer_and_must_pass(answer:
 
 
 async def test_the_thresholds_count_failures_and_successes_in_a_row() -> None:
-    """Unhealthy at the third failure in a row, not at the third; healthy again at the second success in a row."""
+    """Unhealthy at the third failure in a row, not in all; healthy again at the second success in a row."""
     answers = iter([200, 500, 500, 200, 500, 500, 500, 200, 500, 200, 200])
     healthy: list[bool] = []
     check = HealthCheck("/healthz", period_ns=MILLISECOND_NS, failure_threshold=3, success_threshold=2)
