@@ -163,6 +163,7 @@ class Stack:
                 "process": OWN_USER,
                 "engine": {"socket": self.engine_socket},
                 "trusted_gpus": bool(self.gpu_settings.get("migrate")),
+                **self.agent_settings.get("runtime", {}),
             },
             "gpu": {
                 "instances_per_gpu": 2,
@@ -173,7 +174,7 @@ class Stack:
                 "max_hold": "1s",
                 **self.gpu_settings,
             },
-            **self.agent_settings,
+            **{key: value for key, value in self.agent_settings.items() if key != "runtime"},
         }
         self._configure("agent", config)
 
