@@ -25,6 +25,7 @@ OBEDIENT = (
 )
 STUBBORN = OBEDIENT.replace("'exit 143'", "''").replace("echo", "echo stubborn; echo", 1)
 MEMORY_BYTES = 128 * MIB
+PLAIN = ContainerOptions()
 
 
 class EngineWorld(World):
@@ -51,7 +52,7 @@ class EngineWorld(World):
         image: str = images.BUSYBOX,
         stubborn: bool = False,
         script: str = "",
-        options: ContainerOptions = ContainerOptions(),
+        options: ContainerOptions = PLAIN,
     ) -> StartSpec:
         function = FunctionSpec(
             name="resize",
@@ -66,7 +67,7 @@ class EngineWorld(World):
     async def settled(self, handle: Handle, *, stubborn: bool = False) -> None:
         await self.until_said(handle, b"hello from")
 
-    def _tell(self, handle: Handle, line: str) -> None:
+    def tell(self, handle: Handle, line: str) -> None:
         told = os.open(f"/proc/{handle.process.pid}/root{FIFO}", os.O_WRONLY | os.O_NONBLOCK)
         try:
             os.write(told, line.encode() + b"\n")
@@ -74,18 +75,18 @@ class EngineWorld(World):
             os.close(told)
 
     async def exit_now(self, handle: Handle, code: int) -> None:
-        self._tell(handle, f"exit {code}")
+        self.tell(handle, f"exit {code}")
 
     async def speak(self, handle: Handle, text: str) -> None:
-        self._tell(handle, f"echo {text}")
+        self.tell(handle, f"echo {text}")
         await self.until_said(handle, text.encode())
 
     async def fork_stray(self, handle: Handle) -> None:
-        self._tell(handle, "setsid sleep 86399 & echo stray $!")
+        self.tell(handle, "setsid sleep 86399 & echo stray $!")
         await self.until_said(handle, b"stray")
 
     async def run_out_of_memory(self, handle: Handle) -> None:
-        self._tell(handle, "exec tail /dev/zero")
+        self.tell(handle, "exec tail /dev/zero")
 
     def reachable_at(self, handle: Handle) -> bool:
         return not handle.host.startswith("127.") and handle.host.count(".") == 3 and handle.port == 9000

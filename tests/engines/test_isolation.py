@@ -1,0 +1,188 @@
+"""What a container may take of its host and reach of its neighbours, seen from the kernel's side."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from agent.adapters import cgroup
+from agent.core.types import MIB, ContainerOptions, Handle
+from agent.settings import DEFAULT_CAPABILITIES
+from tests.contract.runtime_worlds import until_said
+from tests.engines.engines import Engine
+from tests.engines.world import MEMORY_BYTES, EngineWorld
+
+CAPABILITY_BITS = (
+    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
+    "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER",
+    "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE",
+    "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP",
+)  # fmt: skip
+"""linux/capability.h, in order."""
+
+SERVE = "httpd -p 9000 -h /www; echo hello from it; exec sleep 86399"
+
+
+@pytest.fixture
+async def world(engine: Engine) -> AsyncIterator[EngineWorld]:
+    made = EngineWorld(engine)
+    yield made
+    await made.close()
+
+
+def limit(handle: Handle, controller: str, name_v1: str, name_v2: str) -> str:
+    """A limit's file in the container's cgroup, in whichever hierarchy has the controller."""
+    membership = cgroup.parse_membership("\n".join(proc(handle, "cgroup")))
+    for mount in cgroup.parse_mounts(Path("/proc/self/mountinfo").read_text()):
+        if mount.version == 1 and controller in mount.controllers:
+            place, name = mount.locate(membership[controller]), name_v1
+            break
+    else:
+        place, name = Path(handle.cgroup), name_v2
+    assert place is not None
+    return (place / name).read_text().strip()
+
+
+def status_of(handle: Handle) -> dict[str, str]:
+    return {key: value.strip() for key, value in (line.split(":", 1) for line in proc(handle, "status"))}
+
+
+async def answer_of(world: EngineWorld, handle: Handle, command: str) -> str:
+    """What a command inside prints, and `status N` at the end."""
+    mark = os.urandom(4).hex()
+    world.tell(handle, f"echo {mark}; {{ {command}; }} 2>&1; echo {mark} status $?.")
+    await until_said(world.runtime, handle, b".\n")
+    _before, text, status = (await world.runtime.read_log(handle, 65536)).decode().split(mark)
+    return text.lstrip("\n") + status.strip(" .\n")
+
+
+def proc(handle: Handle, name: str) -> list[str]:
+    """A file of /proc/PID, in lines."""
+    return Path(f"/proc/{handle.process.pid}/{name}").read_text().splitlines()
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------
+
+
+async def test_limits_are_the_kernels(world: EngineWorld) -> None:
+    handle = await world.runtime.start(world.spec("resize-a", options=ContainerOptions(pids_limit=64)))
+    assert limit(handle, "memory", "memory.limit_in_bytes", "memory.max") == str(MEMORY_BYTES)
+    assert limit(handle, "pids", "pids.max", "pids.max") == "64"
+    period = limit(handle, "cpu", "cpu.cfs_period_us", "cpu.max").split()[-1]
+    quota = limit(handle, "cpu", "cpu.cfs_quota_us", "cpu.max").split()[0]
+    assert int(quota) / int(period) == pytest.approx(0.35, rel=0.01)
+
+
+async def test_a_fork_bomb_is_bounded_and_ends(world: EngineWorld) -> None:
+    handle = await world.runtime.start(world.spec("resize-a", options=ContainerOptions(pids_limit=32)))
+    await world.settled(handle)
+    world.tell(handle, "while :; do sleep 86399 & done")
+    await until_said(world.runtime, handle, b"fork")
+    assert len(await world.runtime.pids(handle)) <= 32
+    await world.runtime.kill(handle)
+    assert list(await world.runtime.pids(handle)) == []
+
+
+async def test_what_only_containers_have_is_as_asked(world: EngineWorld) -> None:
+    options = ContainerOptions(
+        shm_bytes=96 * MIB,
+        open_files=777,
+        user="nobody",
+        read_only_root=True,
+        extra_hosts=(("model-store", "192.0.2.7"),),
+    )
+    handle = await world.runtime.start(world.spec("resize-a", options=options))
+    await world.settled(handle)
+    inside = Path(f"/proc/{handle.process.pid}/root")
+    shm = os.statvfs(inside / "dev/shm")
+    assert shm.f_blocks * shm.f_frsize == 96 * MIB
+    assert [line.split()[3:5] for line in proc(handle, "limits") if line.startswith("Max open files")] == [["777"] * 2]
+    assert status_of(handle)["Uid"].split() == ["65534"] * 4
+    assert "192.0.2.7" in (inside / "etc/hosts").read_text()
+    assert "Read-only" in await answer_of(world, handle, "touch /www/x")
+    assert await answer_of(world, handle, "touch /tmp/x") == "status 0"
+
+
+# ---- rights --------------------------------------------------------------------------------------------------------
+
+
+async def test_few_capabilities_and_never_new_ones(world: EngineWorld) -> None:
+    handle = await world.runtime.start(world.spec("resize-a"))
+    status = status_of(handle)
+    assert status["NoNewPrivs"] == "1"
+    for kind in ("CapPrm", "CapEff", "CapBnd"):
+        bits = int(status[kind], 16)
+        held = {name for number, name in enumerate(CAPABILITY_BITS) if bits >> number & 1}
+        assert held == set(DEFAULT_CAPABILITIES), kind
+        assert bits >> len(CAPABILITY_BITS) == 0
+
+
+async def test_namespaces_are_its_own(world: EngineWorld) -> None:
+    handle = await world.runtime.start(world.spec("resize-a"))
+    for kind in ("net", "pid", "ipc", "mnt", "uts"):
+        assert os.readlink(f"/proc/{handle.process.pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"), kind
+
+
+async def test_the_engine_neither_probes_nor_restarts_it(world: EngineWorld) -> None:
+    await world.runtime.start(world.spec("resize-a"))
+    found = world.engine.container("resize-a")
+    assert (found["Config"].get("Healthcheck") or {}).get("Test", ["NONE"]) == ["NONE"]
+    assert found["HostConfig"]["RestartPolicy"]["Name"] in ("", "no")
+    assert "Health" not in found["State"] or found["State"]["Health"]["Status"] in ("", "none")
+
+
+# ---- network and sockets -------------------------------------------------------------------------------------------
+
+
+async def reaches(handle: Handle) -> bool:
+    """From the host, as the agent does."""
+    try:
+        async with asyncio.timeout(5):
+            reader, writer = await asyncio.open_connection(handle.host, handle.port)
+            writer.write(b"GET / HTTP/1.0\r\n\r\n")
+            answer = await reader.read()
+            writer.close()
+    except (OSError, TimeoutError):
+        return False
+    return answer.endswith(b"hello from busybox\n")
+
+
+async def test_the_host_reaches_containers_and_they_not_one_another(world: EngineWorld) -> None:
+    neighbour = await world.runtime.start(world.spec("resize-b", script=SERVE))
+    await world.settled(neighbour)
+    curious = await world.runtime.start(world.spec("resize-a"))
+    await world.settled(curious)
+    assert await reaches(neighbour)
+    assert (
+        await answer_of(world, curious, "httpd -p 9000 -h /www; wget -q -O - -T 2 http://127.0.0.1:9000/")
+    ).endswith("hello from busybox\nstatus 0"), "it can ask, as such"
+    assert await reaches(curious)
+    answer = await answer_of(world, curious, f"wget -q -O - -T 2 http://{neighbour.host}:9000/")
+    assert "hello from busybox" not in answer.rpartition("status 0")[2]
+    assert answer.endswith("status 1")
+
+
+async def test_nothing_is_published(world: EngineWorld) -> None:
+    await world.runtime.start(world.spec("resize-a", script=SERVE))
+    found = world.engine.container("resize-a")
+    assert not any((found["NetworkSettings"].get("Ports") or {}).values())
+    assert not any((found["HostConfig"].get("PortBindings") or {}).values())
+
+
+async def test_sockets_of_agent_and_engine_are_out_of_reach(world: EngineWorld) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as agent_port:
+        handle = await world.runtime.start(world.spec("resize-a"))
+        await world.settled(handle)
+        assert [line for line in proc(handle, "mountinfo") if ".sock" in line] == []
+        places = (world.engine.socket, str(world.folder), "/run/docker.sock", "/var/run/docker.sock", "/run/podman")
+        for place in places:
+            assert not (Path(f"/proc/{handle.process.pid}/root") / place.lstrip("/")).exists(), place
+        gateway = (await answer_of(world, handle, "ip route")).split()[2]
+        port = agent_port.getsockname()[1]
+        answer = await answer_of(world, handle, f"wget -q -O - -T 2 http://{gateway}:{port}/")
+        assert answer.endswith("status 1"), "what listens on the host's loopback is not there for containers"
