@@ -12,6 +12,7 @@ from typing import assert_never
 
 from agent.core import lifecycle_events as ev
 from agent.core.errors import HibernodeError, InstanceError, PreconditionError
+from agent.core.function_rules import HOST_IMAGE
 from agent.core.lifecycle import CANCELLED
 from agent.core.types import SECOND_NS, Exit, Handle
 from agent.host import hooks
@@ -206,7 +207,9 @@ class InstanceExecutor:
             "FC_FUNCTION_HANDLER": function.handler,
             "FC_FUNCTION_MEMORY_SIZE": str(function.memory_bytes >> 20),
             "FC_REGION": function.region,
+            "FC_ACCOUNT_ID": hooks.ACCOUNT_ID,
             "FC_INSTANCE_ID": self._actor.uid,
+            **({} if function.image == HOST_IMAGE else {"FC_FUNC_CODE_PATH": hooks.CODE_PATH}),
         }
 
     def adopt(self, handle: Handle) -> None:

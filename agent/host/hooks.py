@@ -12,6 +12,8 @@ from agent.http.message import Header
 
 ACCOUNT_ID = "0"
 """There are no accounts here. Programs that only pass it on (log fields, paths) run as they are."""
+CODE_PATH = "/code"
+"""Where Function Compute puts a code package. An image has none; the folder is its own, or not there."""
 READY_POLL_MIN_S = 0.005
 READY_POLL_MAX_S = 0.25
 

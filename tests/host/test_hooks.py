@@ -10,7 +10,7 @@ import pytest
 from agent.core import lifecycle_events as ev
 from agent.core.types import MILLISECOND_NS, SECOND_NS, HealthCheck, Hook, Hooks, InstanceState
 from agent.http.exchange import Exchange
-from tests.host.rig import OCR, Handler, World, a_world, enter, eventually, hangs, until
+from tests.host.rig import OCR, Handler, World, a_world, enter, environment_of, eventually, hangs, until
 from tests.host.test_ingress import a_door
 
 S = InstanceState
@@ -71,6 +71,23 @@ async def test_a_request_carries_exactly_these() -> None:
             b"x-fc-client-ip": b"203.0.113.9",
             **OF_THE_FUNCTION,
         }
+
+
+@pytest.mark.parametrize("image", ["host", "registry.example/ocr:1"])
+async def test_an_instance_is_told_what_it_is_by_its_environment(image: str) -> None:
+    async with a_world() as world:
+        world.runtime.accepted_images.add(image)
+        actor = await world.running(replace(OCR, image=image, region="cn-shanghai"))
+        told = dict(environment_of(world, actor.uid))
+        assert told.pop("FC_FUNC_CODE_PATH", None) == (None if image == "host" else "/code")
+        assert told == {
+            "FC_FUNCTION_NAME": "ocr",
+            "FC_FUNCTION_HANDLER": "index.handler",
+            "FC_FUNCTION_MEMORY_SIZE": "512",
+            "FC_REGION": "cn-shanghai",
+            "FC_ACCOUNT_ID": "0",
+            "FC_INSTANCE_ID": actor.uid,
+        }  # FC_CUSTOM_LISTEN_PORT is the runtime's, which knows the port
 
 
 async def test_hooks_that_are_not_configured_are_not_called() -> None:
