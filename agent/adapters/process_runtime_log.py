@@ -45,6 +45,11 @@ class LogFiles:
             os.fchmod(log_fd, 0o660)
         return log_fd
 
+    def keep(self, uid: str, text: bytes) -> None:
+        """The end of a log that lies elsewhere and is about to go. OSError if it can't be written."""
+        with os.fdopen(self.open(uid, None), "wb") as file:
+            file.write(text)
+
     def read(self, path: Path, tail_bytes: int) -> bytes:
         """The last bytes, over the last rotation where the file itself holds fewer. b"" if there is no log. OSError if
         it can't be read now."""
