@@ -104,8 +104,7 @@ def _host_config(function: FunctionSpec, options: PlanOptions) -> dict[str, Any]
             "Config": {"max-size": str(max(1, options.log_limit_bytes // int(LOG_FILES))), "max-file": LOG_FILES},
         },
         "ExtraHosts": [f"{name}:{address}" for name, address in container.extra_hosts],
-        "Mounts": [_mount(volume) for volume in options.volumes],
-        "Binds": list(options.attachment.binds),
+        "Mounts": [_mount(volume) for volume in (*options.volumes, *_attached(options.attachment))],
         "DeviceRequests": [dict(request) for request in options.attachment.device_requests],
     }
     # Left out where empty: Podman writes an empty list down as one, Docker as none.
@@ -156,6 +155,12 @@ def _limits(function: FunctionSpec, options: PlanOptions) -> dict[str, Any]:
     if options.disk_limit and function.disk_bytes:
         limits["StorageOpt"] = {"size": str(function.disk_bytes)}
     return limits
+
+
+def _attached(attachment: Attachment) -> list[ResolvedVolume]:
+    """`gpu.mounts.binds`, whose form the settings have checked."""
+    parts = [bind.split(":") for bind in attachment.binds]
+    return [ResolvedVolume(source, target, read_only=rest == ["ro"]) for source, target, *rest in parts]
 
 
 def _mount(volume: ResolvedVolume) -> dict[str, Any]:

@@ -115,13 +115,6 @@ def _mounts(body: dict[str, Any], value: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _binds(body: dict[str, Any], value: Sequence[str]) -> None:
-    for one in value:
-        source, target, *access = one.split(":")
-        options = ["rbind", *(access or ["rw"]), "rprivate"]
-        body["mounts"].append({"type": "bind", "source": source, "destination": target, "options": options})
-
-
 _TRANSLATIONS: Mapping[str, Callable[[dict[str, Any], Any], None]] = {
     "NetworkMode": _network,
     "RestartPolicy": _restart,
@@ -145,5 +138,4 @@ _TRANSLATIONS: Mapping[str, Callable[[dict[str, Any], Any], None]] = {
     "LogConfig": _log,
     "ExtraHosts": _set("hostadd"),
     "Mounts": _mounts,
-    "Binds": _binds,
 }

@@ -95,12 +95,49 @@ def up(
 
 @emulated.command()
 @_directory
-def env(directory: Path) -> None:
-    """Print the exports under which any program sees the driver, for eval "$(...)"."""
-    from agent.emulated.env import exports
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("sh", "yaml", "cdi")),
+    default="sh",
+    show_default=True,
+    help="Exports for a shell, the gpu: section of agent.yaml, or a CDI specification.",
+)
+def env(directory: Path, form: str) -> None:
+    """Print the settings under which programs and containers see the driver.
 
-    for name, value in exports(directory).items():
-        click.echo(f"export {name}={shlex.quote(value)}")
+    \b
+    Formats:
+      sh    exports for eval "$(...)", for any program of this host
+      yaml  the gpu: section of agent.yaml: containers get the libraries and the socket mounted
+      cdi   a CDI specification of kind nvidia.com/gpu (JSON), for gpu.attach: cdi and for
+            podman run --device nvidia.com/gpu=all; needs the driver to run, for its UUIDs
+
+    \b
+    Examples:
+      eval "$(hibernode emulated env --dir /tmp/gpus)"
+      hibernode emulated env --dir /tmp/gpus --format yaml >> agent.yaml
+      hibernode emulated env --dir /tmp/gpus --format cdi | sudo tee /etc/cdi/emulated.json
+    """
+    from agent.emulated import env as environment
+
+    match form:
+        case "yaml":
+            import yaml
+
+            section = {"gpu": environment.attachment(directory)}
+            click.echo(yaml.safe_dump(section, sort_keys=False, width=1 << 16), nl=False)
+        case "cdi":
+            import json
+
+            from agent.emulated.control import EmulatedDriver
+
+            with EmulatedDriver(directory) as driver:
+                uuids = [device.uuid for device in driver.devices()]
+            click.echo(json.dumps(environment.cdi_spec(directory, uuids), indent=2))
+        case _:
+            for name, value in environment.exports(directory).items():
+                click.echo(f"export {name}={shlex.quote(value)}")
 
 
 @emulated.command()

@@ -18,6 +18,11 @@ def environment(config: dict[str, Any]) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in config["Env"])
 
 
+def mount(source: str, target: str, *, read_only: bool) -> dict[str, Any]:
+    propagation = {"Propagation": "rprivate"}
+    return {"Type": "bind", "Source": source, "Target": target, "ReadOnly": read_only, "BindOptions": propagation}
+
+
 def test_a_plain_start_is_this_body_and_nothing_else() -> None:
     config = container_config(start_spec(port=9000, memory_bytes=512 * MIB, vcpu_millis=350), plan_options())
     assert config == {
@@ -139,22 +144,18 @@ def test_gpus_come_in_as_the_attachment_says() -> None:
     request = {"Driver": "cdi", "DeviceIDs": [f"nvidia.com/gpu={GPU_A}"]}
     by_request = plan_options(attachment=Attachment("cdi", device_requests=(request,)))
     assert container_config(start_spec(gpus=(GPU_A,)), by_request)["HostConfig"]["DeviceRequests"] == [request]
-    by_mounts = plan_options(attachment=Attachment("mounts", binds=("/gpus/lib:/gpus/lib:ro",)))
-    assert container_config(start_spec(gpus=(GPU_A,)), by_mounts)["HostConfig"]["Binds"] == ["/gpus/lib:/gpus/lib:ro"]
+    binds = ("/gpus/lib:/gpus/lib:ro", "/gpus/driver.sock:/gpus/driver.sock")
+    by_mounts = plan_options(attachment=Attachment("mounts", binds=binds))
+    assert container_config(start_spec(gpus=(GPU_A,)), by_mounts)["HostConfig"]["Mounts"] == [
+        mount("/gpus/lib", "/gpus/lib", read_only=True),
+        mount("/gpus/driver.sock", "/gpus/driver.sock", read_only=False),
+    ]
 
 
 def test_volumes_are_mounts_that_must_exist_and_do_not_propagate() -> None:
     volumes = (ResolvedVolume("/srv/a:b", "/mnt/models", read_only=True),)
     host = container_config(start_spec(), plan_options(volumes=volumes))["HostConfig"]
-    assert host["Mounts"] == [
-        {
-            "Type": "bind",
-            "Source": "/srv/a:b",
-            "Target": "/mnt/models",
-            "ReadOnly": True,
-            "BindOptions": {"Propagation": "rprivate"},
-        }
-    ]
+    assert host["Mounts"] == [mount("/srv/a:b", "/mnt/models", read_only=True)]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +164,25 @@ def test_volumes_are_mounts_that_must_exist_and_do_not_propagate() -> None:
 def test_cpus_are_bounded_by_the_host_and_by_what_engines_take(wanted: int, host_cpus: int, nano: float) -> None:
     host = container_config(start_spec(vcpu_millis=wanted), plan_options(host_cpus=host_cpus))["HostConfig"]
     assert host["NanoCpus"] == nano * 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("function_user", "image_user", "given"),
+    [
+        ("", "", CAPABILITIES),
+        ("root", "app", CAPABILITIES),
+        ("0:0", "", CAPABILITIES),
+        ("1000", "", ()),
+        ("app:root", "", ()),
+        ("", "app", ()),
+    ],
+)
+def test_only_root_inside_gets_capabilities(function_user: str, image_user: str, given: tuple[str, ...]) -> None:
+    """Podman gives what is added to every user."""
+    spec = start_spec(container=ContainerOptions(user=function_user))
+    host = container_config(spec, plan_options(image_user=image_user))["HostConfig"]
+    assert tuple(host.get("CapAdd", ())) == given
+    assert host["CapDrop"] == ["ALL"]
 
 
 def test_function_computes_variable_for_shared_memory() -> None:
