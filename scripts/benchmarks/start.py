@@ -157,8 +157,10 @@ async def measure(repetitions: int, warm_up: int) -> dict[str, Any]:
         rival = Rival(program, path, engine)
         stack.callback(rival.remove)
         progress("starting driver and agent")
-        settings = {"log_format": "json", "runtime": {"engine": {"socket": path}}}
-        async with running_stack(agent_settings=settings, scheduler=False) as agent, agent.channel("agent") as channel:
+        async with (
+            running_stack(agent_settings={"log_format": "json"}, engine_socket=path, scheduler=False) as agent,
+            agent.channel("agent") as channel,
+        ):
             progress(f"{warm_up} of each to warm up, {repetitions} to measure")
             await turns(channel, rival, warm_up, 0)
             samples = await turns(channel, rival, repetitions, warm_up)
