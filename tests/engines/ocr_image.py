@@ -22,7 +22,8 @@ from typing import IO
 from tests.engines import images
 
 OCR = "localhost/hibernode-ocr:1"
-EXAMPLE = images.ROOT / "agent" / "examples" / "ocr"
+CONTEXT = images.ROOT / "agent"
+EXAMPLE = CONTEXT / "examples" / "ocr"
 CONFIGURATION = ("ENV ", "EXPOSE ", "WORKDIR ", "CMD ")
 PIP_DEADLINE_S = 600.0
 
@@ -37,7 +38,7 @@ def ocr_content(file: IO[bytes]) -> list[str]:
         for line in lines:
             if line.startswith("COPY "):
                 _, source, target = line.split()
-                _copy(archive, images.ROOT / source, target.removeprefix("/"))
+                _copy(archive, CONTEXT / source, target.removeprefix("/"))
     return [line for line in lines if line.startswith(CONFIGURATION)]
 
 

@@ -112,7 +112,7 @@ def test_its_s_yaml_says_what_its_dockerfile_makes() -> None:
 
 
 def test_all_that_the_dockerfile_copies_is_here() -> None:
-    root = EXAMPLE.parents[2]
+    context = EXAMPLE.parents[1]
     copied = [line.split()[1] for line in (EXAMPLE / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")]
     assert len(copied) == 3
-    assert all((root / path).exists() for path in copied)
+    assert all((context / path).exists() for path in copied)
