@@ -50,7 +50,8 @@ class EngineError(InstanceError):
 
     @property
     def not_found(self) -> bool:
-        return self.status == 404
+        """Podman says 500 where the container goes away while it looks."""
+        return self.status == 404 or (self.status == 500 and "no such container" in self.text)
 
 
 class EngineApi:

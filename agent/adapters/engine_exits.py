@@ -16,7 +16,7 @@ from agent.core.types import Exit
 LOOK_DEADLINE_S = 10.0
 FIRST_PAUSE_S = 0.01
 LONGEST_PAUSE_S = 0.5
-_NOT_OVER = ("running", "paused", "restarting", "stopping", "stopped", "removing")
+_NOT_OVER = ("running", "paused", "restarting", "stopping")
 SIGNAL_BASE = 128
 """A shell's way, and every engine's, to say "killed by signal n" in an exit code."""
 
@@ -51,8 +51,7 @@ async def _ended_state(containers: EngineContainers, container_id: str) -> Mappi
 
 
 def is_running(state: Mapping[str, Any]) -> bool:
-    """Has a main process, paused or not. (Podman says `stopped` between the end of the process and its clean-up, and
-    the exit code is only in the state after that.)"""
+    """Has a main process, paused or not. (Podman's `stopped` is an end: not cleaned up yet, but its code is known.)"""
     status = str(state.get("Status") or "")
     return bool(state.get("Running")) or status in (
         "running",

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from agent.adapters import cgroup, process_table
-from agent.adapters.engine_exits import is_running, read_exit
+from agent.adapters.engine_exits import is_running
 from agent.adapters.process_table import PROC
 from agent.core.errors import InstanceError
-from agent.core.types import Exit, ProcessId
+from agent.core.types import ProcessId
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +27,20 @@ class Identified:
     stop_signal: int
 
 
-def identify(inspected: Mapping[str, Any], boot_id: str, proc: Path = PROC) -> Identified | Exit:
-    """From what inspecting it answered; an Exit if it has ended since.
+def identify(inspected: Mapping[str, Any], boot_id: str, proc: Path = PROC) -> Identified | None:
+    """From what inspecting it answered; None if it has ended since.
 
     Raises InstanceError CGROUP_UNKNOWN where this agent could not freeze it.
     """
     container_id, state = str(inspected["Id"]), inspected.get("State") or {}
-    if not is_running(state):
-        return read_exit(state)
     pid = int(state.get("Pid") or 0)
-    process = process_table.identify(pid, boot_id, proc) if pid else None
-    path = _own_cgroup(pid, container_id, proc) if process else None
-    if process is None or path is None:
-        if process is None and not state.get("Running"):
-            return Exit(code=-1, message="it ended before it could be looked at")
+    process = process_table.identify(pid, boot_id, proc) if pid and is_running(state) else None
+    if process is None:
+        return None
+    path = _own_cgroup(pid, container_id, proc)
+    if path is None:
+        if not process_table.is_alive(process, boot_id, proc):
+            return None
         raise InstanceError(
             "CGROUP_UNKNOWN",
             f"no v2 cgroup of container {container_id[:12]} (process {pid}) is visible to the agent, so it could "

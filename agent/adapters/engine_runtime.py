@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from agent.adapters.engine_images import Images
 from agent.adapters.engine_network import EngineNetwork
 from agent.adapters.engine_refusals import disk_limit_refused, network_is_gone, start_refused
 from agent.adapters.process_runtime_bundle import Bundle, Bundles
-from agent.adapters.process_runtime_exits import ExitWatch
+from agent.adapters.process_runtime_exits import ExitWatch, Signs
 from agent.adapters.process_runtime_log import LogFiles
 from agent.core.errors import ConflictError, HibernodeError, InstanceError, PreconditionError, UnavailableError
 from agent.core.types import Exit, FunctionSpec, Handle, ProcessId
@@ -35,6 +36,7 @@ from agent.ports import ExecSession, ExecSpec, StartSpec
 HOST_IMAGE = "host"
 KILL_DEADLINE_S = 10.0
 KEEP_LOG_DEADLINE_S = 10.0
+LEAVE_DEADLINE_S = 5.0
 KEPT_LOG_BYTES = 1 << 20
 TAIL_BYTES = 2048
 
@@ -70,6 +72,15 @@ class EngineParts:
     execs: Execs
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What of a handle the start knows, and the container does not. Port 0: nobody knows it any more."""
+
+    uid: str
+    port: int = 0
+    sees_all_gpus: bool = False
+
+
 class EngineRuntime:
     """Implements `ports.Runtime`. Lives on one event loop; call `close` before that ends (containers stay)."""
 
@@ -94,8 +105,14 @@ class EngineRuntime:
         await self._parts.api.check()
 
     async def close(self) -> None:
-        """The agent leaves: stop watching. Waiters are cancelled, containers live on."""
+        """The agent leaves: stop watching. Waiters are cancelled, containers live on; without any the network goes.
+
+        (Not with the last container's end: making it anew costs a start a third of its time.)"""
         self._exits.close()
+        if not self.health and not any(bundle.container for bundle in self._bundles.all()):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LEAVE_DEADLINE_S):
+                    await self._parts.network.remove_if_unused()
         await self._parts.api.close()
 
     # ---- start ------------------------------------------------------------------------------------------------
@@ -150,37 +167,45 @@ class EngineRuntime:
         return disk_limit_refused(error) and self._parts.planner.disk_limit_refused()
 
     async def _attempt(self, spec: StartSpec, config: Mapping[str, Any], devices: tuple[str, ...]) -> Handle:
-        uid, function = spec.instance.uid, spec.instance.function
+        uid = spec.instance.uid
         try:
             await self._parts.network.ensure()
             container_id = await self._containers.create(uid, config, devices)
             await self._containers.start(container_id)
-            return await self._adopt(uid, function.port, container_id)
+            return await self._adopt(Origin(uid, spec.instance.function.port, spec.all_gpus), container_id)
         except BaseException:
             await asyncio.shield(self._discard(uid))
             raise
 
-    async def _adopt(self, uid: str, port: int, container_id: str) -> Handle:
+    async def _adopt(self, origin: Origin, container_id: str) -> Handle:
         """Identify, fence off and record a container that was just started."""
         inspected = await self._containers.inspect(container_id)
         found = identify(inspected, self._boot_id)
-        if isinstance(found, Exit):
+        if found is None:
+            ended = await exit_of(self._containers, container_id, Signs())
             tail = await self._tail(container_id)
             raise InstanceError(
-                "FUNCTION_NOT_STARTED", f"the container's main process ended at once: {found.message} Logs: {tail}"
+                "FUNCTION_NOT_STARTED", f"the container's main process ended at once: {ended.message}. Logs: {tail}"
             )
         await self._parts.network.isolate_ports()
         host = self._parts.network.address(inspected)
         if not host:
             raise InstanceError("START_FAILED", f"the container has no address on network {self._parts.network.name}")
-        return self._record(uid, host, port, container_id, found)
+        return self._record(origin, container_id, host, found)
 
-    def _record(self, uid: str, host: str, port: int, container_id: str, found: Identified) -> Handle:
+    def _record(self, origin: Origin, container_id: str, host: str, found: Identified) -> Handle:
         handle = Handle(
-            uid, found.process, host, port, str(found.cgroup), str(self._parts.files.path(uid)), container_id
+            origin.uid,
+            found.process,
+            host,
+            origin.port,
+            str(found.cgroup),
+            str(self._parts.files.path(origin.uid)),
+            container_id,
+            origin.sees_all_gpus,
         )
         self._exits.watch(handle)
-        self._bundles.create_bare(uid)
+        self._bundles.create_bare(origin.uid)
         self._bundles.write(handle, found.stop_signal)
         return handle
 
@@ -197,7 +222,6 @@ class EngineRuntime:
             self._exits.forget(uid)
             await self._containers.remove_by_name(uid)
             await asyncio.to_thread(self._bundles.remove, uid)
-            await self._leave_network(uid)
         except (HibernodeError, OSError) as error:
             log.error("runtime.discard_failed", uid=uid, error=str(error))
 
@@ -248,7 +272,6 @@ class EngineRuntime:
         self._known_exits.pop(handle.process, None)
         await asyncio.to_thread(self._bundles.remove, handle.uid)
         await asyncio.to_thread(self._parts.files.prune, {bundle.uid for bundle in self._bundles.all()})
-        await self._leave_network(handle.uid)
 
     async def _keep_log(self, handle: Handle) -> None:
         """The end of its log outlives it; that it can't be had must not keep the container."""
@@ -264,11 +287,6 @@ class EngineRuntime:
                 log.warning("runtime.log_lost", uid=handle.uid, error=str(error))
         except (HibernodeError, OSError) as error:  # TimeoutError is one
             log.warning("runtime.log_lost", uid=handle.uid, error=str(error))
-
-    async def _leave_network(self, uid: str) -> None:
-        others = self._starting - {uid} or any(bundle.container for bundle in self._bundles.all())
-        if not others:
-            await self._parts.network.remove_if_unused()
 
     # ---- looking ----------------------------------------------------------------------------------------------
 
@@ -300,9 +318,8 @@ class EngineRuntime:
             if one.running and one.uid and not bundle:
                 inspected = await self._containers.inspect(one.id)
                 found = identify(inspected, self._boot_id)
-                if isinstance(found, Identified):
-                    host = self._parts.network.address(inspected)
-                    return self._record(one.uid, host, 0, one.id, found)
+                if found:
+                    return self._record(Origin(one.uid), one.id, self._parts.network.address(inspected), found)
             await self._containers.remove(one.id)
             log.warning("runtime.orphan_removed", uid=one.uid, container=one.id[:12])
         except HibernodeError as error:
