@@ -95,6 +95,6 @@ class Runtimes:
         if handle.container_id and self._engine is None:
             raise UnavailableError(
                 "ENGINE_UNAVAILABLE",
-                "the instance is a container, and runtime.engine.socket is off now; set it to the engine's socket again",
+                "the instance is a container, and runtime.engine.socket is off now; set it to the engine again",
                 uid=handle.uid,
             )
