@@ -31,6 +31,7 @@ from agent.core.errors import ConfigError, HibernodeError, UnavailableError
 from agent.core.price_book import PriceBook, parse_price_book
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.daemons.process import daemon_main, run_until_signal
+from agent.http.date_line import DateLine
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
 from agent.http.server import serve
@@ -191,6 +192,7 @@ class SchedulerDaemon:
                 limits,
                 request_ids=self.request_ids,
                 on_fault=lambda error: self._log.error("gateway.fault", error=type(error).__name__, exc_info=error),
+                date_line=DateLine(lambda: self.clock.wall_ns() // SECOND_NS),
             )
             self._stack.push_async_callback(self.http.close, 0)
             self.gateway_address = join(config.gateway.host, self.http.port)

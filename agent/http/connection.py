@@ -34,7 +34,7 @@ class ServerConnection(asyncio.Protocol):
     __slots__ = (
         "_answer_done", "_buffer", "_close_after", "_decoder", "_drain_waiter", "_exchange", "_handler_done",
         "_head_since", "_last_unsent", "_lingering", "_paused", "_peer", "_read_deadline", "_server",
-        "_state", "_task", "_write_deadline", "deadline", "loop", "transport", "writable",
+        "_state", "_task", "_write_deadline", "date_line", "deadline", "loop", "transport", "writable",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -43,6 +43,7 @@ class ServerConnection(asyncio.Protocol):
         self.loop = loop
         self.writable = True
         self.deadline = NEVER
+        self.date_line = server.date_line
         self._server = server
         self._state = _HEAD
         self._buffer = b""
@@ -321,7 +322,7 @@ class ServerConnection(asyncio.Protocol):
         """Answers what never became an exchange, and closes."""
         made = error_answer(error, self._server.request_ids())
         line = b"HTTP/1.1 %d Refused\r\n" % made.status
-        framing = b"content-length: %d\r\nconnection: close\r\n" % len(made.body)
+        framing = b"%bcontent-length: %d\r\nconnection: close\r\n" % (self.date_line(), len(made.body))
         self.transport.write(serialise(line, made.headers, framing) + made.body)
         self._linger()
 

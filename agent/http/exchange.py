@@ -218,19 +218,19 @@ class Exchange:
             raise RuntimeError("an answer has begun already")
         if not self._continued and not self.body_done:
             self._close = True  # the client may or may not send its body now: the connection can't be used on
-        framing = b""
+        framing = self._connection.date_line()
         if bodyless(self.head.method, status):
             if length is not None and status != 204 and status >= 200:
-                framing = b"content-length: %d\r\n" % length
+                framing += b"content-length: %d\r\n" % length
         elif length is not None:
             self._out_framing = _LENGTH
-            framing = b"content-length: %d\r\n" % length
+            framing += b"content-length: %d\r\n" % length
         elif self.head.http10:
             self._out_framing = _UNTIL_CLOSE
             self._close = True
         else:
             self._out_framing = _CHUNKED
-            framing = b"transfer-encoding: chunked\r\n"
+            framing += b"transfer-encoding: chunked\r\n"
         if self._connection.closing:
             self._close = True
         if self._close:

@@ -58,7 +58,7 @@ def _instance_answer_passes(name: bytes) -> bool:
 
 
 def _hop_answer_passes(name: bytes) -> bool:
-    return not _hop_by_hop(name)
+    return not (_hop_by_hop(name) or folded(name) == b"date")
 
 
 class _Verdicts(dict[bytes, bool]):
@@ -114,6 +114,6 @@ def instance_answer_headers(headers: list[Header]) -> list[Header]:
 
 
 def hop_answer_headers(headers: list[Header]) -> list[Header]:
-    """An ingress's answer headers at the gateway: everything but hop-by-hop; ours pass, for an ingress set
-    them."""
+    """An ingress's answer headers at the gateway: everything but hop-by-hop and `date`, which the gateway sets; ours
+    pass, for an ingress set them."""
     return _strip(headers, _HOP_ANSWER)

@@ -16,6 +16,11 @@ Handler = Callable[[Exchange], Awaitable[None] | None]
 _GRAIN_S = 0.25
 
 
+def no_date() -> bytes:
+    """For answers to another hop, which dates them itself."""
+    return b""
+
+
 class Server:
     """A listening server; made by `serve`. `port` is the bound one. Everything else is the connections'."""
 
@@ -25,7 +30,9 @@ class Server:
         limits: Limits,
         request_ids: Callable[[], str],
         on_fault: Callable[[BaseException], None],
+        date_line: Callable[[], bytes] = no_date,
     ) -> None:
+        self.date_line = date_line
         self.handler = handler
         self.limits = limits
         self.request_ids = request_ids
@@ -84,14 +91,15 @@ async def serve(
     *,
     request_ids: Callable[[], str],
     on_fault: Callable[[BaseException], None],
+    date_line: Callable[[], bytes] = no_date,
 ) -> Server:
     """Serves HTTP/1.1 on `host`:`port` (0 = any) of the running loop.
 
     `handler` gets one Exchange per request and answers it; a HibernodeError it raises is answered as
     `errors.error_answer` says. `request_ids` names the engine's own refusals (400, 408, 413); `on_fault`
-    gets what else a handler raised, once, to be logged (the client gets a 500). Raises OSError if the
-    address can't be bound.
+    gets what else a handler raised, once, to be logged (the client gets a 500). `date_line` (a `DateLine`) is part of
+    every answer. Raises OSError if the address can't be bound.
     """
-    server = Server(handler, limits, request_ids, on_fault)
+    server = Server(handler, limits, request_ids, on_fault, date_line)
     await server._listen(host, port)
     return server

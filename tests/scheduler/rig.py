@@ -12,6 +12,7 @@ from agent.adapters.clock import SystemClock
 from agent.core.dispatch import Dispatcher
 from agent.core.dispatch_events import Event, InstanceReported, NodeReported, NodeSuspect, Wake
 from agent.core.types import SECOND_NS, InstanceState
+from agent.http.date_line import DateLine
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
 from agent.http.server import Server, serve
@@ -28,6 +29,8 @@ from tests.fakes.agent_node import FakeIngress
 from tests.http.rig import Wire
 
 TOKEN = b"node-token-of-n1-0123456789"
+NOON = 784_111_777
+"""What every answer is dated: Sun, 06 Nov 1994 08:49:37 GMT."""
 PATIENCE_S = 10.0
 
 
@@ -116,7 +119,8 @@ async def gateway_rig(tmp: str, *names: str) -> AsyncIterator[GatewayRig]:
 
     ids = RequestIds(lambda: clock.wall_ns() // SECOND_NS, random.getrandbits)
     gateway = Gateway(clock, Router("localhost"), catalog, desk, ingresses.pool, lambda _: TOKEN, unreachable, ids)
-    server = await serve(gateway, "127.0.0.1", 0, Limits(), request_ids=ids, on_fault=faults.append)
+    dates = DateLine(lambda: NOON)
+    server = await serve(gateway, "127.0.0.1", 0, Limits(), request_ids=ids, on_fault=faults.append, date_line=dates)
     rig = GatewayRig(gateway, server, catalog, desk, dispatcher, fakes, wakes, suspects, faults)
     for name, fake in fakes.items():
         await fake.start()
