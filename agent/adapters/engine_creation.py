@@ -78,6 +78,7 @@ class ContainerPlanner:
             log_limit_bytes=self._runtime.log_limit_bytes,
             attachment=attachment,
             volumes=await self._volumes(function),
+            image_user=image.user,
             image_environment=image.environment,
             disk_limit=limits_disk,
             host_cpus=self._api.facts.cpus,
