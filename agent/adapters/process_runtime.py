@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,13 @@ from agent.core.errors import (
 )
 from agent.core.types import MIB, SECOND_NS, Exit, FunctionSpec, Handle, ProcessId
 from agent.log import get_logger
-from agent.ports import Clock, StartSpec, Timer
+from agent.ports import Clock, ExecSession, ExecSpec, StartSpec, Timer
 
 HOST_IMAGE = "host"
 LOOPBACK = "127.0.0.1"
 START_DEADLINE_S = 15.0
 DESTROY_DEADLINE_S = 10.0
+FOLLOW_LOOK_S = 0.15
 LOG_LOOK_NS = 5 * SECOND_NS
 UID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 PORT_ATTEMPTS = 16
@@ -311,6 +312,26 @@ class ProcessRuntime:
 
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
         return await asyncio.to_thread(self._logs.read, Path(handle.log_path), tail_bytes)
+
+    async def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncIterator[bytes]:
+        """See `ports.Runtime`. The file is looked at again and again: somebody else writes it, and nobody tells."""
+        reader = self._logs.follow(Path(handle.log_path), tail_bytes)
+        while True:
+            ended = not await self.alive(handle)
+            while part := await asyncio.to_thread(reader.read):
+                yield part
+            if ended:
+                return
+            await asyncio.sleep(FOLLOW_LOOK_S)
+
+    async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:
+        """There is no inside: what runs is a process of the host."""
+        raise PreconditionError(
+            "EXEC_UNAVAILABLE",
+            "this instance is a process of the host, not a container; log in to the node and look at its pid "
+            f"{handle.process.pid} there (nsenter, gdb, py-spy)",
+            uid=handle.uid,
+        )
 
     def trim_logs(self) -> None:
         """Rotate the logs that have passed the cap; by itself every five seconds while a container runs."""

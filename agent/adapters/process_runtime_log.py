@@ -58,6 +58,10 @@ class LogFiles:
             text = _tail(_rotated(path), tail_bytes - len(text)) + text
         return text
 
+    def follow(self, path: Path, tail_bytes: int) -> LogFollower:
+        """Its last bytes, then what comes."""
+        return LogFollower(path, tail_bytes)
+
     def trim(self, path: Path) -> bool:
         """Rotate if it has passed the cap. True if it did. OSError if it can't be done now."""
         try:
@@ -87,6 +91,32 @@ class LogFiles:
         for path in sorted(ended, key=_changed_ns)[: len(ended) - self._keep]:
             path.unlink(missing_ok=True)
             _rotated(path).unlink(missing_ok=True)
+
+
+class LogFollower:
+    """Where a reader of a growing file is. A rotation truncates the file: it goes on at the beginning, and what was
+    written between its last look and the rotation is in neither."""
+
+    def __init__(self, path: Path, tail_bytes: int) -> None:
+        self._path = path
+        self._tail_bytes = max(0, tail_bytes)
+        self._at: int | None = None
+
+    def read(self, most_bytes: int = 64 * 1024) -> bytes:
+        """The next bytes; b"" if there are none yet, or no file. OSError if it can't be read."""
+        try:
+            with os.fdopen(os.open(self._path, os.O_RDONLY | _SAFELY), "rb", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                if self._at is None:
+                    self._at = max(0, end - self._tail_bytes)
+                elif end < self._at:
+                    self._at = 0
+                file.seek(self._at)
+                part = file.read(most_bytes) or b""
+        except (FileNotFoundError, BlockingIOError):
+            return b""
+        self._at += len(part)
+        return part
 
 
 def _rotated(path: Path) -> Path:

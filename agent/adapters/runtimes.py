@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
 
 from agent.adapters.process_runtime import HOST_IMAGE
 from agent.core.errors import PreconditionError, UnavailableError
 from agent.core.types import Exit, FunctionSpec, Handle
 from agent.ports import ExecSession, ExecSpec, Runtime, StartSpec
+
+
+class WatchedRuntime(Runtime, Protocol):
+    """An engine's: it can be away."""
+
+    async def check(self) -> None:
+        """Ask whether it answers. Raises HibernodeError ENGINE_UNAVAILABLE, ENGINE_TOO_OLD ..."""
 
 
 class Runtimes:
@@ -16,10 +24,15 @@ class Runtimes:
 
     name = "node"
 
-    def __init__(self, process: Runtime, engine: Runtime | None, *, process_enabled: bool) -> None:
+    def __init__(self, process: Runtime, engine: WatchedRuntime | None, *, process_enabled: bool) -> None:
         self._process = process
-        self._engine = engine
+        self.engine = engine
         self._process_enabled = process_enabled
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """Names of those that take new instances."""
+        return ("process",) * self._process_enabled + (("engine",) if self.engine else ())
 
     def accepts(self, function: FunctionSpec) -> None:
         """Raises PreconditionError PROCESS_RUNTIME_DISABLED or IMAGE_RUNTIME_UNAVAILABLE, and as the runtime does."""
@@ -39,19 +52,19 @@ class Runtimes:
     def _for(self, function: FunctionSpec) -> Runtime:
         if function.image == HOST_IMAGE:
             return self._process
-        if self._engine is None:
+        if self.engine is None:
             raise PreconditionError(
                 "IMAGE_RUNTIME_UNAVAILABLE",
-                "this node has no container engine: runtime.engine.socket is off; set it to auto or to the socket of "
-                "docker or podman, or use another node",
+                "this node has no container engine: start docker or podman and then the agent again, set "
+                "runtime.engine.socket (is it off?), or use another node",
                 image=function.image,
             )
-        return self._engine
+        return self.engine
 
     def _of(self, handle: Handle) -> Runtime:
         """For a container of an engine that was turned off since: the process runtime, which needs only the kernel for
         whatever it does to a running one."""
-        return self._engine if handle.container_id and self._engine else self._process
+        return self.engine if handle.container_id and self.engine else self._process
 
     async def wait(self, handle: Handle) -> Exit:
         return await self._of(handle).wait(handle)
@@ -74,8 +87,8 @@ class Runtimes:
 
     async def list_handles(self) -> Sequence[Handle]:
         found = list(await self._process.list_handles())
-        if self._engine:
-            found += await self._engine.list_handles()
+        if self.engine:
+            found += await self.engine.list_handles()
         return sorted(found, key=lambda handle: handle.uid)
 
     async def pids(self, handle: Handle) -> Sequence[int]:
@@ -92,7 +105,7 @@ class Runtimes:
         return await self._of(handle).exec(handle, spec)
 
     def _refuse_without_engine(self, handle: Handle) -> None:
-        if handle.container_id and self._engine is None:
+        if handle.container_id and self.engine is None:
             raise UnavailableError(
                 "ENGINE_UNAVAILABLE",
                 "the instance is a container, and runtime.engine.socket is off now; set it to the engine again",

@@ -24,7 +24,6 @@ from agent.adapters.host_memory import ProcHostMemory
 from agent.adapters.node_store import NodeStore
 from agent.adapters.nvml_events import NvmlEvents
 from agent.adapters.nvml_gpus import NvmlGpus
-from agent.adapters.process_runtime import ProcessRuntime, ProcessRuntimeSettings
 from agent.adapters.scheduler_link import SchedulerLink
 from agent.adapters.sd_notify import notify
 from agent.adapters.state_dir import StateDir
@@ -38,9 +37,11 @@ from agent.core.capabilities import host_lines
 from agent.core.errors import UnavailableError
 from agent.core.metering import BillingPolicy, Kind
 from agent.core.types import SECOND_NS
+from agent.daemons.engine_layer import open_runtimes
 from agent.daemons.gpu_layer import HostView, open_gpu_layer, see_gpus
 from agent.daemons.process import daemon_main, run_until_signal
 from agent.host.billing import Billing, BillingSettings
+from agent.host.engine_watch import EngineWatch
 from agent.host.events import EventLog
 from agent.host.executor import Shell
 from agent.host.gpu_watch import GpuWatch
@@ -108,6 +109,8 @@ class AgentDaemon:
             watch_pauses(self.node, self.gpu.freezer),
             LedgerPruner(self.store, self.clock).run(),
         ]
+        if self.runtimes.engine is not None:
+            services.append(EngineWatch(self.runtimes.engine, self.runtime, self.node, self.events).run())
         if self.link is not None:
             services.append(self.link.run())
         try:
@@ -134,8 +137,8 @@ class AgentDaemon:
             card_bytes={gpu.uuid: gpu.memory_bytes for gpu in sight.gpus},
         )
         await self.billing.load()
-        self.runtime = ProcessRuntime(self._runtime_settings(slice_), self.clock)
-        self._stack.callback(self.runtime.close)
+        self.runtimes = open_runtimes(self._stack, config, self.state.uuid, slice_, self.clock)
+        self.runtime = self.runtimes.all
         host = HostView(slice_, self.state.uuid, self.boot_id, self.runtime.pids)
         self.gpu = await open_gpu_layer(self._stack, config.gpu, host, gpus, sight, self._cordon)
         memory = MemoryDesk(
@@ -152,7 +155,6 @@ class AgentDaemon:
                 types=config.gpu.types,
                 migrate=config.gpu.migrate and self.gpu.migrates,
                 freeze_unavailable=self.gpu.unavailable,
-                process_runtime=config.runtime.process.enabled,
             ),
             sight.gpus,
             clock=self.clock,
@@ -187,17 +189,6 @@ class AgentDaemon:
             persistence_is_off=self.gpu.checkpointer.persistence_is_off,
         )
 
-    def _runtime_settings(self, slice_: CgroupSlice | None) -> ProcessRuntimeSettings:
-        return ProcessRuntimeSettings(
-            state_dir=Path(self._config.state_dir),
-            state_uuid=self.state.uuid,
-            slice_=slice_,
-            enabled=self._config.runtime.process.enabled,
-            user=self._config.runtime.process.user,
-            ports=(self._config.runtime.process.ports.first, self._config.runtime.process.ports.last),
-            log_cap_bytes=self._config.runtime.log_limit_bytes,
-        )
-
     def _shell(self, memory: MemoryDesk) -> Shell:
         runtime = self._config.runtime
         return Shell(
@@ -224,7 +215,7 @@ class AgentDaemon:
             epoch=self.clock.wall_ns(),
             driver=self.gpu.sight.driver,
             capabilities=host_lines(self.gpu.capabilities, cgroup, self.gpu.unavailable),
-            runtimes=("process",) if self._config.runtime.process.enabled else (),
+            runtimes=self.runtimes.offered,
             instances_per_gpu=self._config.gpu.instances_per_gpu,
             start_wall_ns=self.clock.wall_ns(),
             host_total_bytes=psutil.virtual_memory().total,

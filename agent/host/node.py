@@ -49,7 +49,6 @@ class NodeSettings:
     types: dict[str, str]
     migrate: bool = False
     freeze_unavailable: str = ""
-    process_runtime: bool = True
 
 
 class Node:
@@ -124,7 +123,7 @@ class Node:
             return known
         if self.draining:
             raise UnavailableError("NODE_DRAINING", "this node takes no new instances")
-        self._require_runtime(function)
+        self.shell.runtime.accepts(function)
         function = self._admitted(function)
         spec = InstanceSpec(self._new_uid(), request_id, function)
         gpus = self.desk.assign(spec.uid, function.gpu.count, function.gpu.model)
@@ -186,14 +185,6 @@ class Node:
                 "IDLE_MODE_UNSUPPORTED", f"{missing}; or set hibernode.idle: prefer to run it always awake"
             )
         return function
-
-    def _require_runtime(self, function: FunctionSpec) -> None:
-        self.shell.runtime.accepts(function)
-        if not self._settings.process_runtime:
-            raise PreconditionError(
-                "PROCESS_RUNTIME_DISABLED",
-                "this node does not run functions on the host itself; set runtime.process.enabled: true to allow it",
-            )
 
     def _pledge(self, spec: InstanceSpec) -> None:
         """Sharers of a GPU must all fit into host memory: the pledge is made before the first one starts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from agent.core.errors import (
@@ -14,7 +14,7 @@ from agent.core.errors import (
     PreconditionError,
 )
 from agent.core.types import Exit, FunctionSpec, Handle, ProcessId
-from agent.ports import StartSpec
+from agent.ports import ExecSession, ExecSpec, StartSpec
 
 TERMINATED = Exit(code=-1, signal=15, message="killed by signal 15 (Terminated)")
 KILLED = Exit(code=-1, signal=9, message="killed by signal 9 (Killed)")
@@ -183,6 +183,22 @@ class FakeRuntime:
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
         text = self._logs.get(handle.uid, b"")
         return text[max(0, len(text) - max(0, tail_bytes)) :]
+
+    async def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncIterator[bytes]:
+        at = max(0, len(self._logs.get(handle.uid, b"")) - max(0, tail_bytes))
+        while True:
+            ended = not await self.alive(handle)
+            text = self._logs.get(handle.uid, b"")
+            if len(text) > at:
+                yield text[at:]
+                at = len(text)
+            if ended:
+                return
+            await asyncio.sleep(0.01)
+
+    async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:
+        self.calls.append(("exec", handle.uid))
+        raise PreconditionError("EXEC_UNAVAILABLE", "the fake has no inside", uid=handle.uid)
 
     def _find(self, handle: Handle) -> FakeContainer | None:
         container = self.containers.get(handle.uid)

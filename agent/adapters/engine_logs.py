@@ -1,0 +1,103 @@
+"""Logs of containers, as the engine keeps them (json-file, rotated by the engine at `runtime.log_limit`).
+
+The engine's stream is a sequence of frames: one byte that says which output, three zero bytes, a length of four bytes,
+then so many bytes (Docker Engine API, "Attach to a container", stream format). Both outputs are mixed in the order in
+which they were written, which is what a reader of a log wants.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator
+
+import aiodocker
+import aiohttp
+
+from agent.adapters.engine_api import EngineApi
+
+FRAME_HEADER_BYTES = 8
+CHUNK_BYTES = 64 * 1024
+READ_DEADLINE_S = 30.0
+BYTES_A_LINE = 4
+"""An engine gives the last lines, not the last bytes: so many lines are asked for as bytes that nearly every log's
+lines are longer than this. A log of shorter lines gives fewer bytes than were asked for."""
+MAX_LINES = 1_000_000
+
+
+class EngineLogs:
+    """Reads through `api`."""
+
+    def __init__(self, api: EngineApi) -> None:
+        self._api = api
+
+    async def read(self, container_id: str, tail_bytes: int) -> bytes:
+        """The last bytes of both outputs. At most twice `tail_bytes` are kept meanwhile.
+
+        Raises EngineError (404: there is no such container), UnavailableError ENGINE_UNAVAILABLE.
+        """
+        if tail_bytes <= 0:
+            return b""
+
+        async def collect(docker: aiodocker.Docker) -> bytes:
+            kept: deque[bytes] = deque()
+            size = 0
+            async for part in _parts(docker, container_id, tail_bytes, follow=False):
+                kept.append(part)
+                size += len(part)
+                while size - len(kept[0]) >= tail_bytes:
+                    size -= len(kept.popleft())
+            return b"".join(kept)[-tail_bytes:]
+
+        return await self._api.call(collect, READ_DEADLINE_S)
+
+    async def follow(self, container_id: str, tail_bytes: int) -> AsyncIterator[bytes]:
+        """About the last bytes, then what comes, until the container has ended. Closing it closes the connection.
+
+        Raises as `read` does; UnavailableError also when the engine goes away in the middle.
+        """
+        async with self._api.stream() as docker:
+            async for part in _parts(docker, container_id, tail_bytes, follow=True):
+                for start in range(0, len(part), CHUNK_BYTES):
+                    yield part[start : start + CHUNK_BYTES]
+
+
+async def _parts(docker: aiodocker.Docker, container_id: str, tail_bytes: int, *, follow: bool) -> AsyncIterator[bytes]:
+    lines = min(MAX_LINES, max(1, tail_bytes // BYTES_A_LINE)) if tail_bytes > 0 else 0
+    params = {"stdout": 1, "stderr": 1, "tail": lines, "follow": int(follow)}
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=READ_DEADLINE_S)
+    async with (
+        docker._query(f"containers/{container_id}/logs", params=params, timeout=timeout) as response,
+        response,
+    ):
+        frames = Frames()
+        async for received in response.content.iter_any():
+            part = frames.feed(received)
+            if part:
+                yield part
+
+
+class Frames:
+    """Takes the headers out of a stream that comes in pieces of any size. Nothing but half a header is kept."""
+
+    def __init__(self) -> None:
+        self._header = b""
+        self._left = 0
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload in these bytes."""
+        payload = bytearray()
+        at = 0
+        while at < len(data):
+            if self._left:
+                part = data[at : at + self._left]
+                payload += part
+                self._left -= len(part)
+                at += len(part)
+                continue
+            wanted = FRAME_HEADER_BYTES - len(self._header)
+            self._header += data[at : at + wanted]
+            at += wanted
+            if len(self._header) == FRAME_HEADER_BYTES:
+                self._left = int.from_bytes(self._header[4:], "big")
+                self._header = b""
+        return bytes(payload)
