@@ -220,7 +220,9 @@ class EngineApi:
 
     def _unavailable(self, why: str) -> UnavailableError:
         where = self.path or self._socket
-        return UnavailableError("ENGINE_UNAVAILABLE", f"no container engine at {where}: {why}", socket=where)
+        return UnavailableError(
+            "ENGINE_UNAVAILABLE", f"the container engine at {where} can't be used: {why}", socket=where
+        )
 
 
 def _is_podman(version: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from agent.adapters import cgroup, process_table
+from agent.adapters import cgroup, process_table, v1_freezer
 from agent.adapters.engine_api import EngineApi, EngineError
 from agent.adapters.engine_containers import EngineContainers, Listed
 from agent.adapters.engine_creation import ContainerPlanner
@@ -25,16 +25,24 @@ from agent.adapters.engine_identity import Identified, identify
 from agent.adapters.engine_images import Images
 from agent.adapters.engine_network import EngineNetwork
 from agent.adapters.engine_refusals import disk_limit_refused, network_is_gone, start_refused
-from agent.adapters.process_runtime_bundle import Bundle, Bundles
+from agent.adapters.process_runtime import HOST_IMAGE, UID_PATTERN
+from agent.adapters.process_runtime_bundle import Bundles
 from agent.adapters.process_runtime_exits import ExitWatch, Signs
 from agent.adapters.process_runtime_log import LogFiles
-from agent.core.errors import ConflictError, HibernodeError, InstanceError, PreconditionError, UnavailableError
+from agent.core.errors import (
+    ConflictError,
+    HibernodeError,
+    InstanceError,
+    InvalidArgumentError,
+    PreconditionError,
+    UnavailableError,
+)
 from agent.core.types import Exit, FunctionSpec, Handle, ProcessId
 from agent.log import get_logger
 from agent.ports import ExecSession, ExecSpec, StartSpec
 
-HOST_IMAGE = "host"
 KILL_DEADLINE_S = 10.0
+DISCARD_DEADLINE_S = 30.0
 KEEP_LOG_DEADLINE_S = 10.0
 LEAVE_DEADLINE_S = 5.0
 KEPT_LOG_BYTES = 1 << 20
@@ -119,8 +127,7 @@ class EngineRuntime:
 
     def accepts(self, function: FunctionSpec) -> None:
         """Any image but `host`; UnavailableError ENGINE_UNAVAILABLE while the engine is known to be away."""
-        if function.image == HOST_IMAGE:
-            raise PreconditionError("PROCESS_RUNTIME_DISABLED", "`image: host` is not run in a container")
+        _refuse_host(function)
         if self.health:
             raise UnavailableError("ENGINE_UNAVAILABLE", self.health)
 
@@ -129,6 +136,9 @@ class EngineRuntime:
 
     async def start(self, spec: StartSpec) -> Handle:
         uid = spec.instance.uid
+        if not UID_PATTERN.fullmatch(uid):
+            raise InvalidArgumentError("BAD_INSTANCE_UID", "an instance uid is 1 to 128 of A-Z a-z 0-9 . _ -", uid=uid)
+        _refuse_host(spec.instance.function)
         if uid in self._starting:
             raise ConflictError("START_UNDER_WAY", "this instance is being started already", uid=uid)
         self._starting.add(uid)
@@ -218,11 +228,12 @@ class EngineRuntime:
 
     async def _discard(self, uid: str) -> None:
         """After a failed start: leave nothing. Never hides the error that led here."""
+        self._exits.forget(uid)
         try:
-            self._exits.forget(uid)
-            await self._containers.remove_by_name(uid)
-            await asyncio.to_thread(self._bundles.remove, uid)
-        except (HibernodeError, OSError) as error:
+            async with asyncio.timeout(DISCARD_DEADLINE_S):
+                await self._containers.remove_by_name(uid)
+                await asyncio.to_thread(self._bundles.remove, uid)
+        except (HibernodeError, OSError) as error:  # TimeoutError is one; a later listing removes what stays
             log.error("runtime.discard_failed", uid=uid, error=str(error))
 
     # ---- its end ----------------------------------------------------------------------------------------------
@@ -250,7 +261,12 @@ class EngineRuntime:
     async def kill(self, handle: Handle, deadline_s: float = KILL_DEADLINE_S) -> None:
         if handle.process.boot_id != self._boot_id or self._superseded(handle):
             return
-        await self._exits.kill(handle, lambda: cgroup.kill(Path(handle.cgroup), deadline_s), deadline_s)
+
+        async def empty() -> None:
+            v1_freezer.thaw(handle.process.pid)  # SIGKILL is under way: nothing of its code runs any more
+            await cgroup.kill(Path(handle.cgroup), deadline_s)
+
+        await self._exits.kill(handle, empty, deadline_s)
 
     async def kill_processes(self, handle: Handle, pids: Sequence[int]) -> None:
         await self._exits.kill_processes(handle, pids, lambda: self.pids(handle))
@@ -293,29 +309,27 @@ class EngineRuntime:
     async def list_handles(self) -> Sequence[Handle]:
         """Every recorded container, ended ones too (`alive` tells), and those that run without a record. Others are
         removed and logged as `runtime.orphan_removed`. While the engine is away: the recorded ones."""
-        bundles = {bundle.uid: bundle for bundle in self._bundles.all() if bundle.container}
         try:
             listed = await self._containers.list()
         except HibernodeError as error:
             log.warning("runtime.listed_without_engine", error=str(error))
             listed = []
-        handles = [
-            bundle.container for uid, bundle in bundles.items() if bundle.container and uid not in self._starting
-        ]
+        # After the answer, for a start may have ended while it was under way.
+        found = [bundle for bundle in self._bundles.all() if bundle.uid not in self._starting]
+        handles = {bundle.uid: bundle.container for bundle in found if bundle.container}
         for one in listed:
-            if one.uid in self._starting:
-                continue
-            handle = await self._unrecorded(one, bundles.get(one.uid))
-            if handle:
-                handles.append(handle)
-        return sorted(handles, key=lambda handle: handle.uid)
+            if handle := await self._unrecorded(one):
+                handles[handle.uid] = handle
+        return [handles[uid] for uid in sorted(handles)]
 
-    async def _unrecorded(self, one: Listed, bundle: Bundle | None) -> Handle | None:
+    async def _unrecorded(self, one: Listed) -> Handle | None:
         """The handle of a container that runs without a record of it; it has one from now on."""
-        if bundle and bundle.container and bundle.container.container_id == one.id:
+        bundle = self._bundles.read(one.uid) if one.uid else None
+        recorded = bundle.container if bundle else None
+        if one.uid in self._starting or (recorded and recorded.container_id == one.id):
             return None
         try:
-            if one.running and one.uid and not bundle:
+            if one.running and one.uid and not recorded:
                 inspected = await self._containers.inspect(one.id)
                 found = identify(inspected, self._boot_id)
                 if found:
@@ -323,7 +337,8 @@ class EngineRuntime:
             await self._containers.remove(one.id)
             log.warning("runtime.orphan_removed", uid=one.uid, container=one.id[:12])
         except HibernodeError as error:
-            log.error("runtime.orphan_stays", uid=one.uid, container=one.id[:12], error=str(error))
+            if not (isinstance(error, EngineError) and error.not_found):
+                log.error("runtime.orphan_stays", uid=one.uid, container=one.id[:12], error=str(error))
         return None
 
     async def pids(self, handle: Handle) -> Sequence[int]:
@@ -357,3 +372,8 @@ class EngineRuntime:
 
     async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:
         return await self._parts.execs.open(handle.container_id, spec)
+
+
+def _refuse_host(function: FunctionSpec) -> None:
+    if function.image == HOST_IMAGE:
+        raise PreconditionError("PROCESS_RUNTIME_DISABLED", "`image: host` is not run in a container")
