@@ -47,11 +47,16 @@ _STARTS_FAILED = {
     "FUNCTION_NOT_STARTED": "FUNCTION_NOT_STARTED",
     "START_FAILED": "FUNCTION_NOT_STARTED",
     "HEALTH_CHECK_FAILED": "FUNCTION_NOT_STARTED",
+    "COMMAND_NOT_FOUND": "FUNCTION_NOT_STARTED",
+    "IMAGE_NOT_FOUND": "FUNCTION_NOT_STARTED",
+    "IMAGE_PULL_DENIED": "FUNCTION_NOT_STARTED",
+    "VOLUME_REFUSED": "FUNCTION_NOT_STARTED",
     "INITIALIZATION_ERROR": "INITIALIZATION_ERROR",
     "INSTANCE_CRASHED": "INSTANCE_CRASHED",
     "OUT_OF_MEMORY": "INSTANCE_CRASHED",
 }
-"""Why instances end before they serve -> what clients are told (DESIGN section 6); all else is want of capacity."""
+"""Why instances end before they serve -> what clients are told (DESIGN section 6); all else is want of capacity,
+also what is the host's fault (its disk, its network, its engine)."""
 _OURS_IN_ANSWERS = frozenset((b"x-fc-request-id", b"x-fc-instance-id"))
 _RETRY_SOON = [(b"retry-after", b"1")]
 _OCTET_STREAM = (b"content-type", b"application/octet-stream")

@@ -172,6 +172,9 @@ async def test_target_zero_is_503(rig: GatewayRig) -> None:
         ("FUNCTION_NOT_STARTED", 502, "FunctionNotStarted"),
         ("START_FAILED", 502, "FunctionNotStarted"),
         ("OUT_OF_MEMORY", 502, "InstanceCrashed"),
+        ("COMMAND_NOT_FOUND", 502, "FunctionNotStarted"),
+        ("IMAGE_PULL_DENIED", 502, "FunctionNotStarted"),
+        ("DISK_FULL", 503, "NoCapacity"),
         ("IMAGE_RUNTIME_UNAVAILABLE", 503, "NoCapacity"),
     ],
 )
