@@ -81,7 +81,7 @@ async def call_hook(pool: Pool, function: FunctionSpec, hook: Hook, method: byte
     headers = context_headers(function, request_id, path)
     try:
         async with asyncio.timeout(timeout_s):
-            response = await pool.request(method, path.encode(), headers, timeout_s=timeout_s)
+            response = await pool.request(method, path.encode(), headers, timeout_s=timeout_s, whole=False)
     except TimeoutError:
         raise DeadlineError("HOOK_TIMEOUT", f"{path} did not answer within {timeout_s:g} s") from None
     return response.status
@@ -101,11 +101,13 @@ async def initialize(pool: Pool, function: FunctionSpec, request_id: str) -> Non
 
 
 async def probe(pool: Pool, function: FunctionSpec, check: HealthCheck) -> bool:
-    """One health probe: healthy = 200 <= status < 400 within the timeout."""
+    """One health probe: healthy = 200 <= status < 400 within the timeout. Of a large page only the beginning counts."""
     timeout_s = check.timeout_ns / SECOND_NS
     try:
         async with asyncio.timeout(timeout_s):
-            response = await pool.request(b"GET", check.path.encode(), function_headers(function), timeout_s=timeout_s)
+            response = await pool.request(
+                b"GET", check.path.encode(), function_headers(function), timeout_s=timeout_s, whole=False
+            )
     except (HibernodeError, TimeoutError, OSError):
         return False
     return 200 <= response.status < 400

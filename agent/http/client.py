@@ -140,13 +140,15 @@ class Pool:
         *,
         timeout_s: float,
         max_body_bytes: int = 65536,
+        whole: bool = True,
         fresh: bool = False,
     ) -> Response:
         """One small call with its whole body, for hooks and health checks. Never repeated.
 
         `timeout_s` covers connecting too. `fresh`: on a connection of its own, closed afterwards. `host` and framing
-        are added. Raises ConnectFailedError, UpstreamTimeoutError, UpstreamBrokenError (also for a response over
-        `max_body_bytes`), ValueError for CR or LF in a header.
+        are added. A body of more than `max_body_bytes` is an error; not with `whole` False, for callers who look at
+        the status only: they get what has come of it, and nobody waits for the rest. Raises ConnectFailedError,
+        UpstreamTimeoutError, UpstreamBrokenError, ValueError for CR or LF in a header.
         """
         deadline = self._loop.time() + timeout_s
         framing = b"" if lookup(headers, b"host") else b"host: %b\r\n" % self.authority
@@ -156,7 +158,7 @@ class Pool:
             framing += b"connection: close\r\n"
         message = serialise(b"%b %b HTTP/1.1\r\n" % (method, target), headers, framing) + body
         connection = await self.acquire(deadline, fresh=fresh)
-        call = _Call(self, timeout_s, max_body_bytes, self._loop.create_future())
+        call = _Call(self, timeout_s, max_body_bytes, whole, self._loop.create_future())
         connection.start(call, method, deadline)
         connection.write(message)
         connection.request_done = True
@@ -172,13 +174,16 @@ class Pool:
 class _Call:
     """Gathers one whole response."""
 
-    __slots__ = ("_head", "_max_body_bytes", "_pieces", "_pool", "_size", "_timeout_s", "response")
+    __slots__ = ("_head", "_max_body_bytes", "_pieces", "_pool", "_size", "_timeout_s", "_whole", "response")
 
-    def __init__(self, pool: Pool, timeout_s: float, max_body_bytes: int, response: asyncio.Future[Response]) -> None:
+    def __init__(
+        self, pool: Pool, timeout_s: float, max_body_bytes: int, whole: bool, response: asyncio.Future[Response]
+    ) -> None:
         self.response = response
         self._pool = pool
         self._timeout_s = timeout_s
         self._max_body_bytes = max_body_bytes
+        self._whole = whole
         self._head: ResponseHead | None = None
         self._pieces: list[bytes] = []
         self._size = 0
@@ -192,7 +197,11 @@ class _Call:
     def response_data(self, data: bytes) -> None:
         self._pieces.append(data)
         self._size += len(data)
-        if self._size > self._max_body_bytes:
+        if self._size <= self._max_body_bytes:
+            return
+        if not self._whole:
+            self.response_end()  # its connection is given up: `release` finds it in mid-body
+        else:
             self.upstream_failed(f"sent a body of more than {self._max_body_bytes} bytes")
 
     def response_flush(self) -> None:

@@ -158,6 +158,21 @@ async def test_the_first_probe_comes_after_the_initializer_and_must_pass(answer:
         assert world.app.requests[1].target == b"/healthz?deep=1"
 
 
+async def test_a_page_may_be_the_health_check() -> None:
+    """The start page of a web UI has hundreds of kilobytes, and is what people name."""
+
+    async def page(exchange: Exchange) -> None:
+        await exchange.answer(200, [(b"content-type", b"text/html")], b"<p>" * 300_000)
+
+    check = HealthCheck("/", period_ns=MILLISECOND_NS, failure_threshold=1)
+    async with a_world() as world:
+        world.app.answers["/"] = page
+        actor = await world.running(replace(OCR, health_check=check))
+        await world.app.until_asked("/", times=5)
+        assert actor.healthy
+        assert "instance.unhealthy" not in world.names()
+
+
 async def test_the_thresholds_count_failures_and_successes_in_a_row() -> None:
     """Unhealthy at the third failure in a row, not in all; healthy again at the second success in a row."""
     answers = iter([200, 500, 500, 200, 500, 500, 500, 200, 500, 200, 200])

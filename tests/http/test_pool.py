@@ -50,6 +50,26 @@ async def test_a_fresh_call_uses_a_connection_of_its_own() -> None:
         pool.close()
 
 
+async def test_where_only_the_status_counts_a_large_page_is_not_waited_for() -> None:
+    async def script(wire: Wire) -> None:
+        for _ in range(2):
+            await wire.message()
+            await wire.send(OK)
+        await wire.message()
+        await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 5000)
+        await wire.rest()
+
+    async with upstream(script) as up:
+        pool = pool_of(up.port)
+        statuses = [
+            (await pool.request(b"GET", b"/", [], timeout_s=5, max_body_bytes=4000, whole=False)).status
+            for _ in range(3)
+        ]
+        assert (statuses, up.connections) == ([200, 200, 200], 1)
+        await eventually(lambda: not pool.connections)  # the rest of the page would be taken for the next answer
+        pool.close()
+
+
 async def silent(wire: Wire) -> None:
     await wire.message()
     await wire.rest()
