@@ -10,7 +10,6 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,9 +88,8 @@ def listed(engine: Engine) -> dict[str, str]:
 
 
 @pytest.mark.timeout(600)
-async def test_it_reads_the_same_after_twenty_freezes(
-    engine: Engine, record_property: Callable[[str, object], None]
-) -> None:
+async def test_it_reads_the_same_after_twenty_freezes(engine: Engine, request: pytest.FixtureRequest) -> None:
+    """`pytest -rP` shows how long each step took."""
     images.load(engine, ocr_image.OCR)
     model = ocr_image.model_digest()
     seconds: dict[str, list[float]] = {"start": [], "freeze": [], "asleep": [], "awake": [], "wake": []}
@@ -128,8 +126,8 @@ async def test_it_reads_the_same_after_twenty_freezes(
         assert not stack.leftovers()
         uuid = (stack.folder / "agent" / "uuid").read_text().strip()
     assert not engine.leftovers(uuid)
-    for what, measured in seconds.items():
-        record_property(f"{what}_s", f"{statistics.median(measured):.3f} (at most {max(measured):.3f})")
+    told = [f"{what:7} {statistics.median(each):.3f}, at most {max(each):.3f}" for what, each in seconds.items()]
+    request.node.add_report_section("call", f"seconds, {engine.kind}, median", "\n".join(told))
 
 
 async def a_lost_byte_is_noticed(stack: Stack, engine: Engine, model: str) -> None:
