@@ -1,49 +1,19 @@
 """What a container engine says of itself in `GET /info`, as far as decisions rest on it.
 
 Pure: a dictionary in, facts out. Docker and Podman answer with the same keys; what only one of them has is noted at the
-field. Nothing here decides; `engine_gpus`, `engine_plan` and `core.engine_capabilities` do.
+field (`EngineFacts`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-EngineKind = Literal["docker", "podman"]
+from agent.core.engine_capabilities import EngineFacts as EngineFacts  # noqa: PLC0414 (re-exported)
+from agent.core.engine_capabilities import EngineKind as EngineKind  # noqa: PLC0414 (re-exported)
 
 _NUMBERS = re.compile(r"\D{0,8}(\d+)\.(\d+)", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """One engine. `version` is (major, minor), (0, 0) where it can't be read: a build of somebody's own, taken for new.
-
-    `cdi_dirs`: where a Docker looks for CDI specs, empty = its CDI is off (Podman has no such key). `disk_limits`: can
-    a container's writable layer be bounded (`StorageOpt size`)? `cpus` 0 = it did not say.
-    """
-
-    kind: EngineKind
-    version: tuple[int, int] = (0, 0)
-    version_text: str = ""
-    socket: str = ""
-    root_dir: str = ""
-    storage: str = ""
-    disk_limits: bool = False
-    live_restore: bool = False
-    cpus: int = 0
-    runtimes: frozenset[str] = frozenset()
-    cdi_dirs: tuple[str, ...] = ()
-
-    @property
-    def title(self) -> str:
-        """For people: `Docker 20.10.24`."""
-        return f"{self.kind.capitalize()} {self.version_text}".rstrip()
-
-    def since(self, version: tuple[int, int]) -> bool:
-        """Is it that version or newer?"""
-        return self.version == (0, 0) or self.version >= version
 
 
 def read_facts(kind: EngineKind, version: str, info: Mapping[str, Any], socket: str = "") -> EngineFacts:
@@ -61,6 +31,8 @@ def read_facts(kind: EngineKind, version: str, info: Mapping[str, Any], socket: 
         cpus=_count(info.get("NCPU")),
         runtimes=frozenset(_mapping(info.get("Runtimes"))),
         cdi_dirs=tuple(str(one) for one in _sequence(info.get("CDISpecDirs"))),
+        networks=frozenset(str(one) for one in _sequence(_mapping(info.get("Plugins")).get("Network"))),
+        forwarding=info.get("IPv4Forwarding") is not False,
     )
 
 

@@ -48,6 +48,14 @@ _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}(:[A-Za-z0-9_][A-Za-z0-9_.-
 _HOST_NAME = re.compile(
     r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*", re.ASCII
 )
+# A reference as registries define it, or an image's id. It becomes part of a path of the engine's API.
+_IMAGE_PART = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(
+    rf"(?:[A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]{{1,5}})?/)?{_IMAGE_PART}(?:/{_IMAGE_PART})*"
+    r"(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?",
+    re.ASCII,
+)
+_IMAGE_ID = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _SIZE = re.compile(r"[0-9]{1,16}", re.ASCII)
 
 
@@ -103,8 +111,8 @@ def wrong(field: str, problem: str) -> NoReturn:
 def _check_program(spec: FunctionSpec) -> None:
     if not spec.image:
         wrong("image", "is required; `host` runs the entrypoint on the host")
-    if len(spec.image) > 1024 or not _VISIBLE.fullmatch(spec.image):
-        wrong("image", "must be at most 1024 visible ASCII characters")
+    if len(spec.image) > 1024 or not (_IMAGE.fullmatch(spec.image) or _IMAGE_ID.fullmatch(spec.image)):
+        wrong("image", "must be an image reference such as registry.example.com/team/ocr:3, at most 1024 characters")
     if spec.image == HOST_IMAGE and not (spec.entrypoint or spec.command):
         wrong("entrypoint", "is required with image `host`")
     for field, words in (("entrypoint", spec.entrypoint), ("command", spec.command)):

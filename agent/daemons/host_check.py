@@ -13,33 +13,47 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from agent import log
 from agent.adapters.checkpointers import choose
+from agent.adapters.engine_parts import open_engine_api
+from agent.adapters.engine_sight import look_at_engine
 from agent.adapters.host_facts import host_facts, look_at_gpus
 from agent.adapters.nvml_gpus import NvmlGpus
 from agent.config import load
 from agent.core.capabilities import Capabilities, find_capabilities, idle_mode_lines
+from agent.core.engine_capabilities import engine_lines
 from agent.core.errors import ConfigError, HibernodeError
 from agent.core.snapshots import CapabilityLine
-from agent.settings import AgentConfig, GpuSettings
+from agent.settings import AgentConfig, GpuSettings, Runtime
 
 START_DEADLINE_S = 10.0
 """For the checkpointer. NVML has its own: 5 s a call, and none after one that did not come back."""
 
 
-async def survey(settings: GpuSettings) -> dict[str, Any]:
-    """The facts, the verdict on them, and a checkpointer started for proof: versions do not show a missing libcuda."""
+async def survey(config: AgentConfig) -> dict[str, Any]:
+    """The facts, the verdict on them, and a checkpointer started for proof: versions do not show a missing libcuda.
+    Then the container engine."""
     sight = await look_at_gpus(NvmlGpus())
-    found = find_capabilities(host_facts(sight, settings))
-    unavailable = await _try(found, settings) if found.idle_mode else ""
+    found = find_capabilities(host_facts(sight, config.gpu))
+    unavailable = await _try(found, config.gpu) if found.idle_mode else ""
+    engine = await _engine_lines(config.runtime, config.gpu, [gpu.uuid for gpu in sight.gpus])
     return {
-        "checks": [asdict(line) for line in (*found.lines, *idle_mode_lines(found, unavailable))],
+        "checks": [asdict(line) for line in (*found.lines, *idle_mode_lines(found, unavailable), *engine)],
         "gpu_memory_bytes": sum(gpu.memory_bytes for gpu in sight.gpus),
     }
+
+
+async def _engine_lines(runtime: Runtime, gpu: GpuSettings, gpu_uuids: list[str]) -> Sequence[CapabilityLine]:
+    api = open_engine_api(runtime)
+    try:
+        return engine_lines(await look_at_engine(api, runtime, gpu, gpu_uuids))
+    finally:
+        await api.close()
 
 
 async def _try(found: Capabilities, settings: GpuSettings) -> str:
@@ -56,15 +70,15 @@ async def _try(found: Capabilities, settings: GpuSettings) -> str:
     return ""
 
 
-def _settings(path: Path | None) -> tuple[GpuSettings, list[CapabilityLine]]:
+def _settings(path: Path | None) -> tuple[AgentConfig, list[CapabilityLine]]:
     """The agent's, or the defaults where there is no file; a file that is wrong is a check that failed."""
     if path is None:
-        return GpuSettings(), []
+        return AgentConfig(), []
     try:
-        return load(path, AgentConfig).gpu, [CapabilityLine("config", "OK", str(path), "")]
+        return load(path, AgentConfig), [CapabilityLine("config", "OK", str(path), "")]
     except ConfigError as error:
         fix = f"correct {path}; the checks below are made with the defaults"
-        return GpuSettings(), [CapabilityLine("config", "FAIL", error.message, fix)]
+        return AgentConfig(), [CapabilityLine("config", "FAIL", error.message, fix)]
 
 
 def main() -> None:

@@ -11,8 +11,21 @@ import pytest
 from agent.cli.s_yaml_function import function_of
 from agent.cli.s_yaml_props import Props
 from agent.core.errors import InvalidArgumentError
-from agent.core.function_rules import check_function
-from agent.core.types import SECOND_NS, FunctionSpec, GpuNeed, HealthCheck, Hook, Hooks, IdlePolicy
+from agent.core.function_rules import check_function, shm_bytes
+from agent.core.types import (
+    GIB,
+    MIB,
+    SECOND_NS,
+    ContainerOptions,
+    FunctionSpec,
+    GpuNeed,
+    HealthCheck,
+    Hook,
+    Hooks,
+    IdlePolicy,
+    RegistryLogin,
+    Volume,
+)
 
 GOOD = FunctionSpec("ocr", entrypoint=("python", "app.py"), environment=(("MODEL", "large"),))
 DAY_NS = 86_400 * SECOND_NS
@@ -20,7 +33,7 @@ DAY_NS = 86_400 * SECOND_NS
 
 def test_the_defaults_are_good() -> None:
     check_function(GOOD)
-    check_function(replace(GOOD, image="registry.example/ocr@sha256:0f", entrypoint=()))
+    check_function(replace(GOOD, image="registry.example/ocr@sha256:" + "0f" * 32, entrypoint=()))
 
 
 @pytest.mark.parametrize(
@@ -31,6 +44,11 @@ def test_the_defaults_are_good() -> None:
         ("revision", {"revision": "1/2"}),
         ("image", {"image": ""}),
         ("image", {"image": "two words"}),
+        ("image", {"image": "../containers/json"}),
+        ("image", {"image": "ocr?all=1"}),
+        ("image", {"image": "ocr#x"}),
+        ("image", {"image": "registry.example/OCR:3"}),
+        ("image", {"image": "ocr@sha256:0f"}),
         ("entrypoint", {"entrypoint": ()}),
         ("entrypoint", {"entrypoint": ("a\0b",)}),
         ("command", {"command": ("x" * 200_000,)}),
@@ -76,6 +94,99 @@ def test_values_of_the_environment_are_in_no_message() -> None:
         check_function(replace(GOOD, environment=(("KEY", "hunter2" + "\0"),)))
     assert "hunter2" not in str(caught.value)
     assert "hunter2" not in str(caught.value.metadata)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "ocr",
+        "ocr:3",
+        "team/ocr:3.1-gpu",
+        "localhost/ocr",
+        "127.0.0.1:5000/team/ocr:latest",
+        "registry.example.com/a__b/c-d.e",
+        "registry.example.com:443/ocr:3@sha256:" + "ab" * 32,
+        "sha256:" + "ab" * 32,
+    ],
+)
+def test_references_of_images(image: str) -> None:
+    check_function(replace(GOOD, image=image))
+
+
+IMAGE = replace(GOOD, image="registry.example/ocr:3", entrypoint=())
+FULL = ContainerOptions(
+    shm_bytes=GIB,
+    pids_limit=4_194_304,
+    open_files=1_048_576,
+    user="app:1000",
+    read_only_root=True,
+    extra_hosts=(("db.example.com", "10.0.0.7"), ("six", "fd00::1")),
+    volumes=(Volume("/srv/models", "/mnt/models"),) * 32,
+    registry=RegistryLogin("ann", "hunter2"),
+)
+
+
+def test_all_that_may_be_said_of_a_container() -> None:
+    check_function(replace(IMAGE, container=FULL))
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("container.shm_bytes", {"shm_bytes": -1}),
+        ("container.pids_limit", {"pids_limit": -1}),
+        ("container.open_files", {"open_files": 1_048_577}),
+        ("container.user", {"user": "a b"}),
+        ("container.user", {"user": "-1"}),
+        ("container.user", {"user": "a:b:c"}),
+        ("container.extra_hosts[0]", {"extra_hosts": (("db", "example.com"),)}),
+        ("container.extra_hosts[0]", {"extra_hosts": (("db", "fe80::1%eth0"),)}),
+        ("container.extra_hosts[0]", {"extra_hosts": (("db:x", "10.0.0.1"),)}),
+        ("container.extra_hosts[1]", {"extra_hosts": (("db", "10.0.0.1"), ("a b", "10.0.0.1"))}),
+        ("container.extra_hosts", {"extra_hosts": (("db", "10.0.0.1"),) * 65}),
+        ("container.volumes", {"volumes": (Volume("/a", "/b"),) * 33}),
+        ("container.volumes[0].host_path", {"volumes": (Volume("a", "/b"),)}),
+        ("container.volumes[0].host_path", {"volumes": (Volume("/", "/b"),)}),
+        ("container.volumes[0].host_path", {"volumes": (Volume("/srv/../etc", "/b"),)}),
+        ("container.volumes[0].host_path", {"volumes": (Volume("/a\0b", "/b"),)}),
+        ("container.volumes[1].container_path", {"volumes": (Volume("/a", "/b"), Volume("/a", "b"))}),
+        ("container.volumes[0].container_path", {"volumes": (Volume("/a", "//"),)}),
+        ("container.volumes[0].container_path", {"volumes": (Volume("/a", "/" + "x" * 4095),)}),
+        ("container.registry", {"registry": RegistryLogin("ann", "")}),
+        ("container.registry", {"registry": RegistryLogin("", "hunter2")}),
+        ("container.registry", {"registry": RegistryLogin("ann", "hunter2" * 4096)}),
+    ],
+)
+def test_what_a_container_can_not_have_names_its_field(field: str, change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_function(replace(IMAGE, container=replace(FULL, **change)))
+    assert (caught.value.reason, caught.value.metadata["field"]) == ("SPEC_INVALID", field)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_process_of_the_host_has_nothing_of_it() -> None:
+    with pytest.raises(InvalidArgumentError, match="container: is for images"):
+        check_function(replace(GOOD, container=ContainerOptions(read_only_root=True)))
+
+
+def test_a_container_needs_what_engines_ask_for() -> None:
+    check_function(replace(GOOD, memory_bytes=MIB))
+    with pytest.raises(InvalidArgumentError, match="memory_bytes"):
+        check_function(replace(IMAGE, memory_bytes=MIB))
+
+
+@pytest.mark.parametrize(("text", "size"), [("", 0), (" 1073741824 ", GIB), ("0", 0)])
+def test_shared_memory_by_function_computes_variable(text: str, size: int) -> None:
+    function = replace(IMAGE, environment=(("FCGPU_RUNTIME_SHMSIZE", text),))
+    check_function(function)
+    assert shm_bytes(function) == size
+    assert shm_bytes(replace(function, container=ContainerOptions(shm_bytes=5))) == 5
+
+
+@pytest.mark.parametrize("text", ["1g", "-1", "1e9", "9" * 17, "\u0661"])
+def test_shared_memory_that_is_no_size(text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="FCGPU_RUNTIME_SHMSIZE"):
+        check_function(replace(IMAGE, environment=(("FCGPU_RUNTIME_SHMSIZE", text),)))
 
 
 _MOST: dict[str, Any] = {

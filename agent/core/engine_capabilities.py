@@ -1,0 +1,170 @@
+"""What a container engine can do for instances here, as a pure function of what it and the host say; with the fix where
+it can't. A WARN each: an engine that lacks something forbids no idle mode, `hibernode doctor` tells of it all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from agent.core.snapshots import CapabilityLine
+
+EngineKind = Literal["docker", "podman"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """One engine, as its `info` tells. `version` is (major, minor), (0, 0) where it can't be read: a build of
+    somebody's own, taken for new.
+
+    `cdi_dirs`: where a Docker looks for CDI specs, empty = its CDI is off (Podman has no such key). `disk_limits`: can
+    a container's writable layer be bounded (`StorageOpt size`)? `cpus` 0 = it did not say. `networks`: its network
+    drivers, empty = it did not say.
+    """
+
+    kind: EngineKind
+    version: tuple[int, int] = (0, 0)
+    version_text: str = ""
+    socket: str = ""
+    root_dir: str = ""
+    storage: str = ""
+    disk_limits: bool = False
+    live_restore: bool = False
+    cpus: int = 0
+    runtimes: frozenset[str] = frozenset()
+    cdi_dirs: tuple[str, ...] = ()
+    networks: frozenset[str] = frozenset()
+    forwarding: bool = True
+
+    @property
+    def title(self) -> str:
+        """For people: `Docker 20.10.24`."""
+        return f"{self.kind.capitalize()} {self.version_text}".rstrip()
+
+    def since(self, version: tuple[int, int]) -> bool:
+        """Is it that version or newer?"""
+        return self.version == (0, 0) or self.version >= version
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSight:
+    """What was found about the engine. `facts` None: it can't be used, and `problem` says why and what to do; both
+    empty where it is turned off.
+
+    `gpus`: how GPUs are attached (engine_gpus.How; "" = there is none to attach), `gpu_problem` why they can't be.
+    `nvidia_hook`: the program by which NVIDIA's runtime puts them in is there. `cgroups`: the containers' cgroups can
+    be seen by the agent. `disk_limit`: the setting.
+    """
+
+    facts: EngineFacts | None = None
+    problem: str = ""
+    gpus: str = ""
+    gpu_problem: str = ""
+    nvidia_hook: bool = True
+    cgroups: bool = True
+    disk_limit: str = "auto"
+
+
+def engine_lines(sight: EngineSight) -> Sequence[CapabilityLine]:
+    """One line a subject, the engine itself first; the others only where there is one."""
+    facts = sight.facts
+    if facts is None:
+        if not sight.problem:
+            return (
+                _ok("engine", "turned off (runtime.engine.socket: off): only functions with image `host` run here"),
+            )
+        what, _, advice = sight.problem.partition("; ")
+        fix = f"{advice or 'see the log of the engine'} (none installed: apt-get install docker.io, or podman)"
+        return (_warn("engine", f"functions with an image can't run here: {what}", fix),)
+    return tuple(_lines(sight, facts))
+
+
+def _lines(sight: EngineSight, facts: EngineFacts) -> Iterator[CapabilityLine]:
+    yield _ok("engine", f"{facts.title} at {facts.socket}")
+    if facts.kind == "docker":
+        yield _live_restore(facts)
+    yield _disk_limit(sight.disk_limit, facts)
+    if sight.gpus or sight.gpu_problem:
+        yield _gpus(sight, facts)
+    yield _cgroup(sight.cgroups)
+    yield _network(facts)
+
+
+def _live_restore(facts: EngineFacts) -> CapabilityLine:
+    if facts.live_restore:
+        return _ok("engine.live_restore", "containers outlive a restart of the Docker daemon")
+    return _warn(
+        "engine.live_restore",
+        "a restart or an update of the Docker daemon ends all instances",
+        'put {"live-restore": true} into /etc/docker/daemon.json, then: systemctl reload docker',
+    )
+
+
+def _disk_limit(setting: str, facts: EngineFacts) -> CapabilityLine:
+    name, where = "engine.disk_limit", facts.root_dir or "the engine's data folder"
+    if setting == "off":
+        return _ok(name, "turned off: an instance may fill the disk below " + where)
+    if facts.disk_limits:
+        return _ok(name, f"an instance's disk is bounded by {facts.storage}, if its file system keeps quotas")
+    fix = f"put {where} on xfs, mounted with pquota; or set runtime.engine.disk_limit: off"
+    if setting == "require":
+        return _warn(name, f"{facts.storage} can't bound a disk here, and it is required: no image is started", fix)
+    return _warn(name, f"{facts.storage} can't bound a disk here: an instance may fill {where}", fix)
+
+
+def _gpus(sight: EngineSight, facts: EngineFacts) -> CapabilityLine:
+    name = "engine.gpus"
+    if sight.gpu_problem:
+        what, _, fix = sight.gpu_problem.partition("; ")
+        return _warn(name, what, fix or "see gpu.attach in agent.yaml")
+    match sight.gpus:
+        case "mounts":
+            return _ok(name, "attached by the mounts of gpu.mounts")
+        case "nvidia-runtime":
+            if not sight.nvidia_hook and "nvidia" not in facts.runtimes:
+                return _warn(
+                    name,
+                    f"{facts.title} has no NVIDIA runtime: containers that need a GPU don't start",
+                    "install nvidia-container-toolkit, then: nvidia-ctk runtime configure --runtime=docker and "
+                    "systemctl restart docker",
+                )
+            return _ok(name, "attached by the NVIDIA runtime")
+        case "cdi-libpod":
+            return _ok(name, "attached by CDI, through Podman's own API")
+        case _:
+            return _ok(name, "attached by CDI")
+
+
+def _cgroup(visible: bool) -> CapabilityLine:
+    if visible:
+        return _ok("engine.cgroup", "the containers' cgroups (v2) can be seen: instances are frozen as a whole")
+    return _warn(
+        "engine.cgroup",
+        "the agent sees no cgroups but its own: containers can be neither started nor frozen",
+        "run the agent on the host, or its container with --cgroupns=host and /sys/fs/cgroup mounted rw",
+    )
+
+
+def _network(facts: EngineFacts) -> CapabilityLine:
+    if facts.networks and "bridge" not in facts.networks:
+        return _warn(
+            "engine.network",
+            f"{facts.title} has no bridge networks, and instances live on one",
+            "apt-get install netavark" if facts.kind == "podman" else "turn its bridge driver on",
+        )
+    if not facts.forwarding:
+        return _warn(
+            "engine.network",
+            "the kernel forwards no packets: instances reach nothing outside of this host",
+            "sysctl -w net.ipv4.ip_forward=1; to keep it over a reboot write it to /etc/sysctl.d/",
+        )
+    return _ok("engine.network", "instances get a bridge network of their own")
+
+
+def _ok(name: str, reason: str) -> CapabilityLine:
+    return CapabilityLine(name, "OK", reason, "")
+
+
+def _warn(name: str, reason: str, fix: str) -> CapabilityLine:
+    return CapabilityLine(name, "WARN", reason, fix)
