@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Literal, TypeVar
 
 import aiodocker
@@ -205,7 +205,7 @@ class EngineApi:
     def _refusal(self, error: aiodocker.DockerError) -> HibernodeError:
         if error.status == CONNECTION_FAILED:
             return self._lost(error.__context__ or error)
-        text = _one_line(str(error.message))
+        text = _one_line(_words(str(error.message)))
         if NO_SPACE in text.lower():
             return InstanceError(
                 "DISK_FULL", f"the container engine's disk is full; free space there ({text})", socket=self.path
@@ -263,6 +263,14 @@ def _advice(error: BaseException) -> str:
             )
         case _:
             return f"the connection broke ({_one_line(str(error)) or type(error).__name__}); it may be restarting"
+
+
+def _words(text: str) -> str:
+    """aiodocker hands on the whole body where its type is written in another way than Docker does."""
+    if text.startswith("{"):
+        with suppress(json.JSONDecodeError):
+            return str(json.loads(text).get("message") or text)
+    return text
 
 
 def _one_line(text: str) -> str:

@@ -194,9 +194,8 @@ class EngineRuntime:
         if found is None:
             ended = await exit_of(self._containers, container_id, Signs())
             tail = await self._tail(container_id)
-            raise InstanceError(
-                "FUNCTION_NOT_STARTED", f"the container's main process ended at once: {ended.message}. Logs: {tail}"
-            )
+            reason = "OUT_OF_MEMORY" if ended.oom_killed else "FUNCTION_NOT_STARTED"
+            raise InstanceError(reason, f"the container's main process ended at once: {ended.message}. Logs: {tail}")
         await self._parts.network.isolate_ports()
         host = self._parts.network.address(inspected)
         if not host:
