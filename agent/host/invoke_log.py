@@ -20,14 +20,14 @@ from agent.core.errors import HibernodeError
 from agent.core.types import Handle
 
 RESULT_BYTES = 4096
-LOOK_BACK_BYTES = 64 * 1024
-"""So much of the log's end is searched for the markers."""
+LOOK_BACK_BYTES = 16 * 1024
+"""So much of the log's end is searched for the markers; an engine counts in lines, and gives a multiple of that."""
 END_WAIT_S = 0.25
 """The End marker is on its way through the program's buffer, the pipe and the engine when the answer is here; a program
 that prints none, or only once its stream has ended, is not waited for longer than that."""
 READ_S = 1.0
 """For all reads together: an engine that does not answer must not hold an answer up."""
-_FIRST_PAUSE_S = 0.005
+_FIRST_PAUSE_S = 0.01
 
 
 class LogReader(Protocol):
