@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import sys
@@ -14,7 +15,7 @@ import click
 
 from agent.cli.exit_codes import exit_of_http
 from agent.cli.options import asked, gateway_option, home_option, timeout_option
-from agent.cli.output import note
+from agent.cli.output import clean_log, note
 from agent.cli.places import find_gateway
 from agent.cli.progress import blocking_progress
 from agent.core.errors import DeadlineError, InvalidArgumentError, UnavailableError
@@ -33,6 +34,7 @@ _MAX_BODY_BYTES = 256 << 20
 @click.option("--method", "-X", metavar="METHOD", help="With --path; default: GET, or POST where there is a body.")
 @click.option("--path", metavar="PATH", help="Call this path of the function's HTTP server instead of POST /invoke.")
 @click.option("--include", "-i", is_flag=True, help="Status and headers of the answer on stderr.")
+@click.option("--log", "with_log", is_flag=True, help="What the instance printed for this request, on stderr.")
 @timeout_option("1h")
 @gateway_option
 @home_option
@@ -44,6 +46,7 @@ def invoke(
     method: str | None,
     path: str | None,
     include: bool,
+    with_log: bool,
     timeout_s: float,
 ) -> None:
     """Send one request to a function and print its answer as it comes.
@@ -51,6 +54,9 @@ def invoke(
     Without --path it is an invocation (`POST /invoke` with the event), as InvokeFunction makes it. The exit code
     follows the HTTP status: 0 for 2xx and 3xx, 2 for 400, 3 for 404, 4 for 401, 403 and 409, 5 for 429, 503 and
     504, 1 for 500 and 502.
+
+    --log shows at most 4 KB between the lines `FC Invoke Start RequestId: ID` and `FC Invoke End RequestId: ID`, which
+    the function's own server prints (`x-fc-log-type: Tail`).
 
     \b
     Examples:
@@ -69,6 +75,8 @@ def invoke(
     fields = dict(map(_header, headers))
     if body and not any(key.lower() == "content-type" for key in fields):
         fields["content-type"] = "application/octet-stream"
+    if with_log:
+        fields["x-fc-log-type"] = "Tail"
     click.get_current_context().exit(_send(verb, target, body, fields, timeout_s, include))
 
 
@@ -105,6 +113,7 @@ def _send(verb: str, target: str, body: bytes, fields: dict[str, str], timeout_s
                 connection.request(verb, target, body=body or None, headers=fields)
             answer = connection.getresponse()
         _say_head(answer, include, time.monotonic() - started)
+        _say_log(answer)
         if answer.getheader("x-fc-request-id") and answer.status >= 400 and not answer.getheader("x-fc-instance-id"):
             _say_refusal(answer)
         else:
@@ -133,6 +142,15 @@ def _say_head(answer: http.client.HTTPResponse, include: bool, waited_s: float) 
         note(f"HTTP {answer.status} {answer.reason} ({waited_s * 1000:.0f} ms)")
         for name, value in answer.getheaders():
             note(f"{name}: {value}")
+
+
+def _say_log(answer: http.client.HTTPResponse) -> None:
+    log = answer.getheader("x-fc-log-result")
+    if log is not None:
+        with suppress(ValueError):  # not ours, then
+            click.echo(
+                clean_log(base64.b64decode(log)) or "(the instance printed no markers for it)\n", err=True, nl=False
+            )
 
 
 def _say_refusal(answer: http.client.HTTPResponse) -> None:

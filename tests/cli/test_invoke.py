@@ -49,6 +49,13 @@ def test_the_head_can_be_shown(at_home: Run) -> None:
     assert json.loads(done.out)
 
 
+def test_the_log_of_the_request_can_be_shown(at_home: Run) -> None:
+    done = at_home("invoke", "echo", "--log")
+    assert done.err == "FC Invoke Start RequestId: 1-67a59f35\n?]0;owned?page 1\n"
+    assert done.json["headers"]["x-fc-log-type"] == "Tail"
+    assert at_home("invoke", "echo").err == ""
+
+
 def test_an_answer_cut_in_the_middle_is_no_success(at_home: Run) -> None:
     done = at_home("invoke", "cut")
     assert (done.code, done.out) == (5, "half")

@@ -10,6 +10,7 @@ how it behaves. "ready" on stdout; ends with stdin.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -303,6 +304,8 @@ class Usage(usage_grpc.UsageServiceServicer):
         )
 
 
+LOG = base64.b64encode(b"FC Invoke Start RequestId: 1-67a59f35\n\x1b]0;owned\x07page 1\n").decode()
+"""What an instance printed, with something in it that would steer a terminal."""
 REFUSALS = {"nowhere": (404, "FunctionNotFound"), "full": (429, "ResourceExhausted"), "none": (503, "NoCapacity")}
 
 
@@ -328,7 +331,8 @@ class Gateway(BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             asked = {"method": self.command, "path": self.path, "body": body.decode(), "headers": dict(self.headers)}
-            self._answer(200, json.dumps(asked).encode(), ("x-fc-instance-id", "i-run"))
+            log = [("x-fc-log-result", LOG)] if self.headers.get("x-fc-log-type") == "Tail" else []
+            self._answer(200, json.dumps(asked).encode(), ("x-fc-instance-id", "i-run"), *log)
 
     do_POST = do_GET  # noqa: N815 - the base class's naming
 
