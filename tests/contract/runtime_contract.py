@@ -10,6 +10,7 @@ import os
 import pytest
 
 from agent.core.errors import ConflictError, InstanceError, PreconditionError
+from agent.core.types import Handle
 from agent.ports import ExecSpec
 from tests.contract.runtime_worlds import FakeWorld, World
 
@@ -112,9 +113,9 @@ async def test_single_processes_are_killed_and_strangers_are_not(world: World) -
 
 
 async def test_a_failed_start_says_why_and_leaves_nothing(world: World) -> None:
-    with pytest.raises(InstanceError, match="No such file or directory") as raised:
+    with pytest.raises(InstanceError, match=r"(?i)no such file or directory") as raised:
         await world.runtime.start(world.breakable("resize-a"))
-    assert raised.value.reason == "START_FAILED"
+    assert raised.value.reason == world.breakable_reason
     assert list(await world.runtime.list_handles()) == []
     assert world.traces("resize-a") == []
 
@@ -190,9 +191,8 @@ async def test_instances_have_addresses_of_their_own(world: World) -> None:
 
 async def test_what_can_not_run_here_is_refused(world: World) -> None:
     with pytest.raises(PreconditionError) as raised:
-        await world.runtime.start(world.spec("resize-a", image=world.foreign_image))
-    assert raised.value.reason == "IMAGE_RUNTIME_UNAVAILABLE"
-    assert world.traces("resize-a") == []
+        world.runtime.accepts(world.spec("resize-a", image=world.foreign_image).instance.function)
+    assert raised.value.reason == world.foreign_reason
 
 
 async def test_what_is_here_already_is_prepared_at_once(world: World) -> None:
@@ -224,7 +224,8 @@ async def test_neither_our_kill_nor_the_same_exit_code_is_lack_of_memory(world: 
     assert not (await world.runtime.wait(killed)).oom_killed
     await world.exit_now(ended, 137)
     exit_ = await world.runtime.wait(ended)
-    assert (exit_.code, exit_.oom_killed) == (137, False)
+    # An engine says 137 for either: an exit with that code can't be told from a kill, but from lack of memory it can.
+    assert (exit_.code, exit_.signal, exit_.oom_killed) in {(137, 0, False), (-1, 9, False)}
 
 
 # ---- followed logs and commands inside ----------------------------------------------------------------------------
@@ -261,15 +262,18 @@ async def test_who_stops_following_leaves_nothing(world: World) -> None:
     await world.settled(handle)
     before = world.open_files()
     for _ in range(3):
-        stream = world.runtime.follow_log(handle, 65536)
-        assert (await asyncio.wait_for(anext(stream), 20)).startswith(b"hello from")
-        waiting = asyncio.create_task(anext(stream))
-        await asyncio.sleep(0.01)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        await stream.aclose()
+        read = asyncio.Event()
+        following = asyncio.create_task(_follow(world, handle, read))
+        await asyncio.wait_for(read.wait(), 20)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
     assert world.open_files() <= before
     await world.speak(handle, "still here")
+
+
+async def _follow(world: World, handle: Handle, read: asyncio.Event) -> None:
+    async for _chunk in world.runtime.follow_log(handle, 65536):
+        read.set()
 
 
 async def test_the_log_of_one_that_has_ended_is_followed_to_its_end(world: World) -> None:
@@ -278,8 +282,9 @@ async def test_the_log_of_one_that_has_ended_is_followed_to_its_end(world: World
     await world.speak(handle, "resized 17 pictures")
     await world.exit_now(handle, 0)
     await world.runtime.wait(handle)
-    read = b"".join([chunk async for chunk in world.runtime.follow_log(handle, 9)])
-    assert read == b"pictures\n"
+    for tail_bytes in (65536, 9):  # an engine counts in lines: more may come than was asked for
+        read = b"".join([chunk async for chunk in world.runtime.follow_log(handle, tail_bytes)])
+        assert read.endswith(b"pictures\n")
 
 
 async def test_a_command_inside_is_run_or_refused(world: World) -> None:

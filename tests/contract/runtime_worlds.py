@@ -41,7 +41,9 @@ class World(ABC):
 
     runtime: Runtime
     foreign_image = "registry.example/resize:1"
-    """An image that this runtime does not run."""
+    foreign_reason = "IMAGE_RUNTIME_UNAVAILABLE"
+    """An image that this runtime does not run, and how it says so."""
+    breakable_reason = "START_FAILED"
     strays_outlive = True
     """Does what the main process has left behind go on when it ends? In a pid namespace nothing does."""
     limits_memory = False

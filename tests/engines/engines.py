@@ -281,7 +281,6 @@ class Engine:
         found += [f"network {name}" for name in self.networks() if name == f"hibernode-{digits[:12]}"]
         now = host_traces.take(self.folder)
         found += [f"bridge {link}" for link in now.links if link == f"hib-{digits[:8]}"]
-        found += [f"link {link}" for link in now.links - self._before.links if link.startswith("veth") and not ids]
         found += [f"mount {path}" for path in now.mounts if not ids and "/overlay" in path and path.endswith("/merged")]
         known = {path for path in now.cgroups if any(one in path for one in ids)}
         gone = now.cgroups - self._before.cgroups - known

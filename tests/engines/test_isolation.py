@@ -25,6 +25,7 @@ CAPABILITY_BITS = (
 )  # fmt: skip
 """linux/capability.h, in order."""
 
+GET = r"printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 2"
 SERVE = "httpd -p 9000 -h /www; echo hello from it; exec sleep 86399"
 
 
@@ -52,11 +53,17 @@ def status_of(handle: Handle) -> dict[str, str]:
     return {key: value.strip() for key, value in (line.split(":", 1) for line in proc(handle, "status"))}
 
 
+def may_raise_limits() -> bool:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (held,) = (int(line.split()[1], 16) for line in lines if line.startswith("CapEff"))
+    return bool(held >> CAPABILITY_BITS.index("SYS_RESOURCE") & 1)
+
+
 async def answer_of(world: EngineWorld, handle: Handle, command: str) -> str:
     """What a command inside prints, and `status N` at the end."""
     mark = os.urandom(4).hex()
     world.tell(handle, f"echo {mark}; {{ {command}; }} 2>&1; echo {mark} status $?.")
-    await until_said(world.runtime, handle, b".\n")
+    await until_said(world.runtime, handle, f"{mark} status".encode())
     _before, text, status = (await world.runtime.read_log(handle, 65536)).decode().split(mark)
     return text.lstrip("\n") + status.strip(" .\n")
 
@@ -89,9 +96,11 @@ async def test_a_fork_bomb_is_bounded_and_ends(world: EngineWorld) -> None:
 
 
 async def test_what_only_containers_have_is_as_asked(world: EngineWorld) -> None:
+    # Where Podman is told one limit it raises another, which needs a right that a test host may lack.
+    open_files = 777 if may_raise_limits() or world.engine.kind == "docker" else 0
     options = ContainerOptions(
         shm_bytes=96 * MIB,
-        open_files=777,
+        open_files=open_files,
         user="nobody",
         read_only_root=True,
         extra_hosts=(("model-store", "192.0.2.7"),),
@@ -101,7 +110,8 @@ async def test_what_only_containers_have_is_as_asked(world: EngineWorld) -> None
     inside = Path(f"/proc/{handle.process.pid}/root")
     shm = os.statvfs(inside / "dev/shm")
     assert shm.f_blocks * shm.f_frsize == 96 * MIB
-    assert [line.split()[3:5] for line in proc(handle, "limits") if line.startswith("Max open files")] == [["777"] * 2]
+    (line,) = (line for line in proc(handle, "limits") if line.startswith("Max open files"))
+    assert not open_files or line.split()[3:5] == ["777", "777"]
     assert status_of(handle)["Uid"].split() == ["65534"] * 4
     assert "192.0.2.7" in (inside / "etc/hosts").read_text()
     assert "Read-only" in await answer_of(world, handle, "touch /www/x")
@@ -158,12 +168,11 @@ async def test_the_host_reaches_containers_and_they_not_one_another(world: Engin
     curious = await world.runtime.start(world.spec("resize-a"))
     await world.settled(curious)
     assert await reaches(neighbour)
-    assert (
-        await answer_of(world, curious, "httpd -p 9000 -h /www; wget -q -O - -T 2 http://127.0.0.1:9000/")
-    ).endswith("hello from busybox\nstatus 0"), "it can ask, as such"
+    itself = await answer_of(world, curious, f"httpd -p 9000 -h /www; {GET} 127.0.0.1 9000")
+    assert itself.endswith("hello from busybox\nstatus 0"), "it can ask, as such"
     assert await reaches(curious)
-    answer = await answer_of(world, curious, f"wget -q -O - -T 2 http://{neighbour.host}:9000/")
-    assert "hello from busybox" not in answer.rpartition("status 0")[2]
+    answer = await answer_of(world, curious, f"{GET} {neighbour.host} 9000")
+    assert "hello from busybox" not in answer
     assert answer.endswith("status 1")
 
 
@@ -184,5 +193,5 @@ async def test_sockets_of_agent_and_engine_are_out_of_reach(world: EngineWorld) 
             assert not (Path(f"/proc/{handle.process.pid}/root") / place.lstrip("/")).exists(), place
         gateway = (await answer_of(world, handle, "ip route")).split()[2]
         port = agent_port.getsockname()[1]
-        answer = await answer_of(world, handle, f"wget -q -O - -T 2 http://{gateway}:{port}/")
+        answer = await answer_of(world, handle, f"{GET} {gateway} {port}")
         assert answer.endswith("status 1"), "what listens on the host's loopback is not there for containers"

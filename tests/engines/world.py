@@ -9,10 +9,14 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from agent.adapters.clock import SystemClock
-from agent.adapters.engine_runtime import EngineRuntime, EngineRuntimeSettings
+from agent.adapters.engine_exec import EngineExec
+from agent.adapters.engine_logs import EngineLogs
+from agent.adapters.engine_parts import open_engine_api, open_engine_runtime
+from agent.adapters.engine_runtime import EngineRuntime
 from agent.core.types import MIB, ContainerOptions, FunctionSpec, Handle, InstanceSpec
 from agent.ports import StartSpec
+from agent.settings import EngineRuntime as EngineSettings
+from agent.settings import GpuSettings, Runtime
 from tests.contract.runtime_worlds import World
 from tests.engines import images
 from tests.engines.engines import Engine
@@ -30,6 +34,8 @@ PLAIN = ContainerOptions()
 
 class EngineWorld(World):
     foreign_image = "host"
+    foreign_reason = "PROCESS_RUNTIME_DISABLED"
+    breakable_reason = "COMMAND_NOT_FOUND"
     strays_outlive = False
     limits_memory = True
     executes = True
@@ -41,8 +47,16 @@ class EngineWorld(World):
         self.runtime = self.engine_runtime = self._new_runtime()
 
     def _new_runtime(self) -> EngineRuntime:
-        return EngineRuntime(
-            EngineRuntimeSettings(self.folder / "state", self.state_uuid, socket=self.engine.socket), SystemClock()
+        settings = Runtime(engine=EngineSettings(socket=self.engine.socket, pull="never"))
+        api = open_engine_api(settings)
+        return open_engine_runtime(
+            api,
+            settings,
+            GpuSettings(attach="mounts"),
+            state_dir=self.folder / "state",
+            state_uuid=self.state_uuid,
+            logs=EngineLogs(api),
+            execs=EngineExec(api),
         )
 
     def spec(
