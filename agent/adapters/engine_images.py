@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import aiodocker
+
 from agent.adapters.engine_api import EngineApi, EngineError
 from agent.adapters.engine_pull_errors import no_such_image, pull_refused, wrong_architecture
 from agent.adapters.engine_pull_progress import PullProgress
+from agent.adapters.engine_pull_stream import pull_messages
 from agent.adapters.registry_logins import Login, docker_auth_files, find_login, qualified
 from agent.core.errors import InstanceError
 from agent.core.types import RegistryLogin
@@ -28,6 +32,8 @@ STALL_S = 60.0
 UNPACK_S = 600.0
 """Podman is silent while it unpacks a layer."""
 REPORT_INTERVAL_S = 1.0
+
+Messages = Callable[[aiodocker.Docker, str, Mapping[str, str]], AsyncGenerator[dict[str, Any], None]]
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
@@ -71,6 +77,7 @@ class Images:
         auth_files: Sequence[Path] | None = None,
         *,
         stall_s: float = STALL_S,
+        messages: Messages = pull_messages,
         machine: str = platform.machine(),
     ) -> None:
         self._api = api
@@ -78,6 +85,7 @@ class Images:
         self._timeout_s = pull_timeout_s
         self._auth_files = auth_files
         self._stall_s = stall_s
+        self._messages = messages
         self._architecture = _ARCHITECTURES.get(machine, machine)
         self._pulls: dict[tuple[str, RegistryLogin | None], _Pull] = {}
         self._slots = asyncio.Semaphore(PULLS_AT_ONCE)
@@ -190,11 +198,11 @@ class Images:
         self, image: str, login: Login, pull: _Pull, progress: PullProgress, stall: asyncio.Timeout
     ) -> None:
         loop = asyncio.get_running_loop()
-        name, auth = (qualified(image), dict(login.auth)) if login.auth else (image, None)
+        name = qualified(image) if login.auth else image
         told_at = 0.0
-        async with self._api.stream() as docker:
-            async for item in docker.images.pull(name, auth=auth, stream=True, timeout=None):
-                if progress.take(item):
+        async with self._api.stream() as docker, aclosing(self._messages(docker, name, login.auth)) as messages:
+            async for message in messages:
+                if progress.take(message):
                     patience_s = self._stall_s if progress.downloading else max(self._stall_s, UNPACK_S)
                     stall.reschedule(loop.time() + patience_s)
                 if loop.time() - told_at >= REPORT_INTERVAL_S:
