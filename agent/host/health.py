@@ -10,7 +10,8 @@ from agent.host.actor import Actor
 
 
 class HealthProbe:
-    """Probes one running instance; `actor.healthy` follows the thresholds of its HealthCheck."""
+    """Probes one running instance; `actor.healthy` follows the thresholds of its HealthCheck. Silence while all its
+    slots are taken says nothing: nobody else would be sent there anyway, and it is free again right after."""
 
     def __init__(self, actor: Actor) -> None:
         self._actor = actor
@@ -39,7 +40,11 @@ class HealthProbe:
         good = bad = 0
         while actor.pool is not None:
             await asyncio.sleep(check.period_ns / SECOND_NS)
-            if await hooks.probe(actor.pool, actor.function, check):
+            full = actor.gate.in_flight >= actor.gate.concurrency
+            status = await hooks.probe_status(actor.pool, actor.function, check)
+            if full and not status:
+                continue  # one that serves a request at a time is silent meanwhile: busy, not ill
+            if hooks.is_healthy(status):
                 good, bad = good + 1, 0
             else:
                 good, bad = 0, bad + 1

@@ -102,6 +102,11 @@ async def initialize(pool: Pool, function: FunctionSpec, request_id: str) -> Non
 
 async def probe(pool: Pool, function: FunctionSpec, check: HealthCheck) -> bool:
     """One health probe: healthy = 200 <= status < 400 within the timeout. Of a large page only the beginning counts."""
+    return is_healthy(await probe_status(pool, function, check))
+
+
+async def probe_status(pool: Pool, function: FunctionSpec, check: HealthCheck) -> int:
+    """What the probe was answered with; 0 if there was no answer in time."""
     timeout_s = check.timeout_ns / SECOND_NS
     try:
         async with asyncio.timeout(timeout_s):
@@ -109,5 +114,10 @@ async def probe(pool: Pool, function: FunctionSpec, check: HealthCheck) -> bool:
                 b"GET", check.path.encode(), function_headers(function), timeout_s=timeout_s, whole=False
             )
     except (HibernodeError, TimeoutError, OSError):
-        return False
-    return 200 <= response.status < 400
+        return 0
+    return response.status
+
+
+def is_healthy(status: int) -> bool:
+    """See `probe`."""
+    return 200 <= status < 400

@@ -197,6 +197,23 @@ async def test_the_thresholds_count_failures_and_successes_in_a_row() -> None:
         assert healthy == [True] * 7 + [False] * 4 + [True]
 
 
+@pytest.mark.parametrize(("answer", "healthy"), [(hangs, True), (503, False)])
+async def test_silence_of_a_busy_instance_is_no_illness_but_its_own_word_is(
+    answer: int | Handler, healthy: bool
+) -> None:
+    """Servers with one thread answer no probe while they serve a request."""
+    check = HealthCheck("/healthz", period_ns=MILLISECOND_NS, timeout_ns=200 * MILLISECOND_NS, failure_threshold=1)
+    async with a_world() as world:
+        actor = await world.running(replace(OCR, health_check=check))
+        await enter(actor)
+        world.app.answers["/healthz"] = answer
+        before = world.app.paths().count("/healthz")
+        await world.app.until_asked("/healthz", times=before + 3)  # so that one of them is over
+        assert actor.healthy is healthy
+        actor.gate.leave()
+        await eventually(lambda: not actor.healthy)  # idle and silent is ill
+
+
 async def test_an_instance_that_fell_asleep_unhealthy_can_be_woken() -> None:
     """The dispatcher sends nothing to an unhealthy one, and nothing but a request wakes one that sleeps."""
     check = HealthCheck("/healthz", period_ns=MILLISECOND_NS, failure_threshold=1)
