@@ -36,8 +36,14 @@ CALL_DEADLINE_S = 60.0
 PREFIX = "hibernode-engine-"
 LABEL = "hibernode.state"
 
-REGISTRIES = 'unqualified-search-registries = ["docker.io"]\n'
-"""Podman alone: names without a registry mean Docker's, as they do for Docker; no other file of the host is read."""
+REGISTRIES = """\
+unqualified-search-registries = ["docker.io"]
+[[registry]]
+location = "127.0.0.1"
+insecure = true
+"""
+"""Podman alone: names without a registry mean Docker's, as they do for Docker, and a registry on loopback needs no TLS;
+no other file of the host is read."""
 
 CONTAINERD_CONFIG = """\
 version = 2
