@@ -12,6 +12,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,22 @@ async def test_the_environment_is_the_functions_and_ours_alone(
 
 def test_a_function_without_gpus_sees_none() -> None:
     plan = make_plan(spec("resize-a", "env"), port=1, folder=Path("/"), identity=None, state_uuid="u")
+    assert (plan.environment["CUDA_VISIBLE_DEVICES"], plan.environment["NVIDIA_VISIBLE_DEVICES"]) == ("", "void")
+
+
+def test_one_that_may_move_sees_all_and_still_computes_on_its_own() -> None:
+    request = replace(spec("resize-a", "env", gpus=("GPU-1",)), all_gpus=True)
+    plan = make_plan(request, port=1, folder=Path("/"), identity=None, state_uuid="u")
+    assert plan.environment["CUDA_VISIBLE_DEVICES"] == "GPU-1"
+    assert plan.environment["NVIDIA_VISIBLE_DEVICES"] == "all"
+
+
+def test_a_function_can_not_give_itself_gpus() -> None:
+    taken = {"CUDA_VISIBLE_DEVICES": "0,1", "NVIDIA_VISIBLE_DEVICES": "all"}
+    request = spec("resize-a", "env")
+    function = replace(request.instance.function, environment=tuple(taken.items()))
+    request = replace(request, instance=replace(request.instance, function=function))
+    plan = make_plan(request, port=1, folder=Path("/"), identity=None, state_uuid="u")
     assert (plan.environment["CUDA_VISIBLE_DEVICES"], plan.environment["NVIDIA_VISIBLE_DEVICES"]) == ("", "void")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from agent.adapters.engine_gpus import cdi_device_names
+from agent.config import load
+from agent.settings import AgentConfig
 from tests.cli.conftest import Run
+from tests.fakes.emulated_driver import EmulatedNvidia
 
 
 @pytest.mark.parametrize("daemon", ["agent", "scheduler"])
@@ -38,6 +43,34 @@ def test_emulated_env_prints_what_eval_takes(run: Run, tmp_path: Path) -> None:
     script = f'{done.out}\nprintf "%s" "$HIBERNODE_EMULATED_SOCKET"'
     shown = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=10, check=True)
     assert shown.stdout == f"{folder}/driver.sock"
+
+
+def test_emulated_env_prints_an_agents_section_that_its_settings_take(run: Run, tmp_path: Path) -> None:
+    done = run("emulated", "env", "--dir", tmp_path / "gpus", "--format", "yaml")
+    assert done.code == 0
+    config = tmp_path / "agent.yaml"
+    config.write_text(done.out)
+    gpu = load(config, AgentConfig).gpu
+    assert gpu.attach == "mounts"
+    assert gpu.mounts.environment["LD_LIBRARY_PATH"] == f"{tmp_path}/gpus/lib"
+    places = [f"{tmp_path}/gpus/lib", f"{tmp_path}/gpus/driver.sock"]
+    assert list(gpu.mounts.binds) == [f"{place}:{place}:ro" for place in places]  # not control.sock
+
+
+def test_emulated_env_prints_a_cdi_specification(run: Run, tmp_path: Path, nvidia: EmulatedNvidia) -> None:
+    done = run("emulated", "env", "--dir", nvidia.directory, "--format", "cdi")
+    assert done.code == 0
+    (tmp_path / "emulated.json").write_text(done.out)
+    uuids = {device.uuid for device in nvidia.control.devices()}
+    assert cdi_device_names([tmp_path]) == {*uuids, "all"}
+    document = json.loads(done.out)
+    assert all(device["containerEdits"]["env"] for device in document["devices"])  # CDI refuses empty ones
+    assert not any("control.sock" in mount["hostPath"] for mount in document["containerEdits"]["mounts"])
+
+
+def test_emulated_env_can_name_no_gpus_of_a_driver_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    done = run("emulated", "env", "--dir", tmp_path, "--format", "cdi")
+    assert (done.code, done.out) == (5, "")
 
 
 def test_emulated_up_refuses_what_it_can_not_be(run: Run, tmp_path: Path) -> None:
