@@ -229,6 +229,10 @@ class Gateway:
 
     def _unhappy(self, call: _Call, where: Dispatch, result: ForwardResult) -> None:
         """The answer that is still owed, as an error; nothing where it has begun or nobody is left to read it."""
+        if result.outcome is Outcome.UPSTREAM_FAILED_BEFORE_HEAD:
+            # Its agent is dying, and the connections beside this one too: said before the lease is free, or the next
+            # request would follow on one of them.
+            self._unreachable(where.node)
         if result.outcome is Outcome.CLIENT_GONE or call.exchange.gone:
             return
         if result.outcome is Outcome.CLIENT_FAILED and result.error is not None:

@@ -273,6 +273,19 @@ async def test_requests_inside_a_dying_agent_are_502_and_never_sent_again(rig: G
     assert rig.dispatcher.leased("i1") == rig.dispatcher.leased("i2") == 0
 
 
+async def test_who_waits_behind_a_request_that_a_dying_agent_took_along_does_not_follow_it(rig: GatewayRig) -> None:
+    """The freed lease is worth nothing: other connections to that agent are as dead, though nobody has read it yet."""
+    rig.instance("i1")
+    ingress = rig.ingresses["n1"]
+    ingress.script.append(vanish)
+    first, second = asyncio.create_task(rig.ask(GET)), asyncio.create_task(rig.ask(GET))
+    await rig.until(lambda: rig.suspects, "the node is suspect")
+    assert rig.queued() == 1
+    rig.tell(NodeReported("n1"))
+    assert sorted([(await first)[0], (await second)[0]]) == [200, 502]
+    assert len(ingress.received) == 2
+
+
 async def test_a_half_answer_is_cut_not_completed(rig: GatewayRig) -> None:
     rig.instance("i1")
     seen = asyncio.Event()
