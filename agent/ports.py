@@ -111,8 +111,8 @@ class Runtime(Protocol):
         """Start the container; returns as soon as its main process runs (it need not listen yet).
 
         Raises InstanceError START_FAILED (for an engine also COMMAND_NOT_FOUND, IMAGE_NOT_FOUND, DISK_FULL,
-        VOLUME_REFUSED ...), UnavailableError ENGINE_UNAVAILABLE. Leaves nothing behind on failure. Idempotent per uid: a container of the
-        same uid left by an earlier attempt is destroyed first.
+        VOLUME_REFUSED ...), UnavailableError ENGINE_UNAVAILABLE. Leaves nothing behind on failure. Idempotent per uid:
+        a container of the same uid left by an earlier attempt is destroyed first.
         """
 
     async def wait(self, handle: Handle) -> Exit:

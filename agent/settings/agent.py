@@ -1,13 +1,7 @@
-"""What can be configured: the declared types of agent.yaml and scheduler.yaml, with their defaults.
-
-Every key is explained where users look for it, in systemd/agent.example.yaml and
-systemd/scheduler.example.yaml; a test holds the two together. Field names carry the unit (`_ns`, `_bytes`),
-keys do not (agent/config.py). An empty path means the place named beside it.
-"""
+"""agent.yaml: one GPU host."""
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,74 +9,11 @@ from typing import Annotated, Literal
 import msgspec
 
 from agent.config import Duration, Section, Size, bad_key
-from agent.core.function_rules import MAX_QUEUE_LENGTH, MAX_QUEUE_TIMEOUT_NS, MAX_WAKE_FACTOR
+from agent.core.function_rules import MAX_QUEUE_TIMEOUT_NS
 from agent.core.types import GIB, MIB, MILLISECOND_NS, SECOND_NS
+from agent.settings.common import Limits, Listen, LogFormat, LogLevel, Port, absolute, positive, refuse_open_bind
 
-Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-LogLevel = Literal["debug", "info", "warning", "error"]
-LogFormat = Literal["json", "console"]
 BillingKind = Literal["active", "idle", "unbilled"]
-
-MAX_HOLD_NS = 600 * SECOND_NS
-"""What an agent's WakeInstance takes as `hold_ns`."""
-_DOMAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII)
-_NODE_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
-
-
-def _positive(**values: int) -> None:
-    for key, value in values.items():
-        if value <= 0:
-            raise bad_key(key, "must be more than zero")
-
-
-def _absolute(key: str, path: str) -> None:
-    if path and not path.startswith("/"):
-        raise bad_key(key, f"must be an absolute path, got {path!r}; a daemon's working directory is no place")
-
-
-def is_loopback(host: str) -> bool:
-    """Does this address stay on the machine? Names but for localhost are not resolved: they don't count."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _refuse_open_bind(insecure: bool, **hosts: str) -> None:
-    """A non-loopback bind without TLS is refused unless `insecure: true` (DESIGN section 10)."""
-    for key, host in hosts.items():
-        if not host:
-            raise bad_key(f"{key}.host", "must not be empty; write 127.0.0.1, or an address of this machine")
-        if not insecure and not is_loopback(host):
-            raise bad_key(
-                f"{key}.host",
-                f"{host!r} can be reached from other machines and nothing encrypts it; "
-                "bind 127.0.0.1, or say insecure: true if the network itself is trusted",
-            )
-
-
-class Listen(Section, frozen=True):
-    """An address to listen on; port 0 = any, written to <state_dir>/endpoints.json."""
-
-    host: str = "127.0.0.1"
-    port: Port = 0
-
-
-class Limits(Section, frozen=True):
-    """Bounds of one HTTP request and of one daemon; a breach of the first three is 400 or 413."""
-
-    header_bytes: Size = Size(8 * 1024)
-    path_bytes: Size = Size(4 * 1024)
-    body_bytes: Size = Size(32 * MIB)
-    connections: Annotated[int, msgspec.Meta(ge=1)] = 4096
-
-    def __post_init__(self) -> None:
-        _positive(header=self.header_bytes, path=self.path_bytes, body=self.body_bytes)
-
-
-# --- agent.yaml ------------------------------------------------------------------------------
 
 
 class AgentGrpc(Section, frozen=True):
@@ -93,7 +24,7 @@ class AgentGrpc(Section, frozen=True):
     socket: str = ""
 
     def __post_init__(self) -> None:
-        _absolute("socket", self.socket)
+        absolute("socket", self.socket)
 
 
 class SchedulerLink(Section, frozen=True):
@@ -109,8 +40,8 @@ class SchedulerLink(Section, frozen=True):
             raise bad_key("address", f"must be host:port, such as 127.0.0.1:8601, got {self.address!r}")
         if not self.token_file:
             raise bad_key("token_file", "is required: the file with this node's own credential")
-        _absolute("token_file", self.token_file)
-        _positive(upload_interval=self.upload_interval_ns)
+        absolute("token_file", self.token_file)
+        positive(upload_interval=self.upload_interval_ns)
 
 
 class PortRange(Section, frozen=True):
@@ -154,13 +85,15 @@ class EngineRuntime(Section, frozen=True):
 
     def __post_init__(self) -> None:
         if self.socket not in ("auto", "off"):
-            _absolute("socket", self.socket or "empty")
-        _positive(pull_timeout=self.pull_timeout_ns, operation_timeout=self.operation_timeout_ns)
+            absolute("socket", self.socket or "empty")
+        positive(pull_timeout=self.pull_timeout_ns, operation_timeout=self.operation_timeout_ns)
         for index, name in enumerate(self.capabilities):
             if not _CAPABILITY.fullmatch(name):
                 raise bad_key(f"capabilities[{index}]", f"must be a name such as NET_BIND_SERVICE, got {name[:40]!r}")
             if name in _FORBIDDEN_CAPABILITIES:
-                raise bad_key(f"capabilities[{index}]", f"{name} would let an instance take over the host; leave it out")
+                raise bad_key(
+                    f"capabilities[{index}]", f"{name} would let an instance take over the host; leave it out"
+                )
 
 
 class Runtime(Section, frozen=True):
@@ -176,8 +109,8 @@ class Runtime(Section, frozen=True):
 
     def __post_init__(self) -> None:
         for index, path in enumerate(self.volumes_allowed):
-            _absolute(f"volumes_allowed[{index}]", path or "empty")
-        _positive(
+            absolute(f"volumes_allowed[{index}]", path or "empty")
+        positive(
             ready_timeout=self.ready_timeout_ns,
             stop_timeout=self.stop_timeout_ns,
             log_limit=self.log_limit_bytes,
@@ -221,10 +154,10 @@ class GpuSettings(Section, frozen=True):
     release_timeout_ns: Duration = Duration(30 * SECOND_NS)
 
     def __post_init__(self) -> None:
-        _absolute("utility_path", self.utility_path)
+        absolute("utility_path", self.utility_path)
         if self.attach != "mounts" and (self.mounts.environment or self.mounts.binds):
             raise bad_key("mounts", "is used with attach: mounts only; set that, or leave mounts out")
-        _positive(
+        positive(
             lock_timeout=self.lock_timeout_ns,
             operation_timeout=self.operation_timeout_ns,
             release_timeout=self.release_timeout_ns,
@@ -244,7 +177,7 @@ class Billing(Section, frozen=True):
     flush_interval_ns: Duration = Duration(SECOND_NS)
 
     def __post_init__(self) -> None:
-        _positive(window=self.window_ns, flush_interval=self.flush_interval_ns)
+        positive(window=self.window_ns, flush_interval=self.flush_interval_ns)
         if self.flush_interval_ns > self.window_ns:
             raise bad_key("flush_interval", "must not be longer than window")
 
@@ -256,7 +189,7 @@ class Queue(Section, frozen=True):
     timeout_ns: Duration = Duration(60 * SECOND_NS)
 
     def __post_init__(self) -> None:
-        _positive(timeout=self.timeout_ns)
+        positive(timeout=self.timeout_ns)
         if self.timeout_ns > MAX_QUEUE_TIMEOUT_NS:
             raise bad_key("timeout", "must be at most 1h")
 
@@ -282,11 +215,11 @@ class AgentConfig(Section, frozen=True):
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
-        _absolute("state_dir", self.state_dir)
+        absolute("state_dir", self.state_dir)
         if not self.state_dir:
             raise bad_key("state_dir", "must not be empty")
-        _absolute("token_file", self.token_file)
-        _refuse_open_bind(self.insecure, ingress=self.ingress.host, grpc=self.grpc.host, admin=self.admin.host)
+        absolute("token_file", self.token_file)
+        refuse_open_bind(self.insecure, ingress=self.ingress.host, grpc=self.grpc.host, admin=self.admin.host)
         if self.gpu.migrate and not self.runtime.trusted_gpus:
             raise bad_key(
                 "gpu.migrate",
@@ -302,103 +235,3 @@ class AgentConfig(Section, frozen=True):
     def socket_path(self) -> Path:
         """The API's unix socket; default <state_dir>/agent.sock."""
         return Path(self.grpc.socket or f"{self.state_dir}/agent.sock")
-
-
-# --- scheduler.yaml --------------------------------------------------------------------------
-
-
-class Gateway(Section, frozen=True):
-    """Where clients' requests arrive; functions are `<name>.<domain>` and `/fn/<name>/`."""
-
-    host: str = "127.0.0.1"
-    port: Port = 8600
-    domain: str = "localhost"
-
-    def __post_init__(self) -> None:
-        if not _DOMAIN.fullmatch(self.domain):
-            raise bad_key("domain", f"must be a host name such as functions.example.com, got {self.domain[:80]!r}")
-
-
-class NodeCredential(Section, frozen=True):
-    """A node that may register, and the file with the token that is its name's proof."""
-
-    name: str
-    token_file: str
-
-    def __post_init__(self) -> None:
-        if not _NODE_NAME.fullmatch(self.name):
-            raise bad_key("name", f"must be 1 to 255 letters, digits, `.`, `_` or `-`, got {self.name[:80]!r}")
-        if not self.token_file:
-            raise bad_key("token_file", "must not be empty")
-        _absolute("token_file", self.token_file)
-
-
-class Report(Section, frozen=True):
-    """Silence of a node: suspect gets no new work, lost has lost its leases."""
-
-    suspect_ns: Duration = Duration(3 * SECOND_NS)
-    lost_ns: Duration = Duration(10 * SECOND_NS)
-
-    def __post_init__(self) -> None:
-        _positive(suspect=self.suspect_ns)
-        if self.lost_ns <= self.suspect_ns:
-            raise bad_key("lost", "must be longer than suspect")
-
-
-class Dispatch(Section, frozen=True):
-    """Defaults for functions whose s.yaml says nothing."""
-
-    policy: Literal["pack", "spread"] = "pack"
-    wake_factor: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAKE_FACTOR)] = 0.0
-    queue_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_QUEUE_LENGTH)] = 1000
-    queue_timeout_ns: Duration = Duration(60 * SECOND_NS)
-    hold_ns: Duration = Duration(2 * SECOND_NS)
-
-    def __post_init__(self) -> None:
-        """Within what a deploy may say itself, and what an agent's Wake takes: else every deploy or wake would fail."""
-        _positive(queue_timeout=self.queue_timeout_ns)
-        if self.queue_timeout_ns > MAX_QUEUE_TIMEOUT_NS:
-            raise bad_key("queue_timeout", "must be at most 1h")
-        if self.hold_ns > MAX_HOLD_NS:
-            raise bad_key("hold", "must be at most 10m")
-
-
-class SchedulerConfig(Section, frozen=True):
-    """scheduler.yaml: the central one."""
-
-    state_dir: str = "/var/lib/hibernode/scheduler"
-    log_level: LogLevel = "info"
-    log_format: LogFormat = "json"
-    insecure: bool = False
-    token_file: str = ""
-    gateway: Gateway = Gateway()
-    grpc: Listen = Listen(port=8601)
-    admin: Listen = Listen(port=8602)
-    nodes: tuple[NodeCredential, ...] = ()
-    database: str = ""
-    price_book: str = ""
-    report: Report = Report()
-    dispatch: Dispatch = Dispatch()
-    limits: Limits = Limits()
-
-    def __post_init__(self) -> None:
-        _absolute("state_dir", self.state_dir)
-        if not self.state_dir:
-            raise bad_key("state_dir", "must not be empty")
-        _absolute("token_file", self.token_file)
-        _absolute("price_book", self.price_book)
-        _refuse_open_bind(self.insecure, gateway=self.gateway.host, grpc=self.grpc.host, admin=self.admin.host)
-        names = [node.name for node in self.nodes]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                raise bad_key(f"nodes[{index}].name", f"{name!r} is there twice; each node has a credential of its own")
-
-    @property
-    def token_path(self) -> Path:
-        """The bearer token of the API; default <state_dir>/token."""
-        return Path(self.token_file or f"{self.state_dir}/token")
-
-    @property
-    def database_url(self) -> str:
-        """SQLAlchemy URL; default SQLite at <state_dir>/scheduler.db. May hold a password: never log it."""
-        return self.database or f"sqlite:///{self.state_dir}/scheduler.db"

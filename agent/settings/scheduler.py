@@ -1,0 +1,116 @@
+"""scheduler.yaml: the central one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from agent.config import Duration, Section, bad_key
+from agent.core.function_rules import MAX_QUEUE_LENGTH, MAX_QUEUE_TIMEOUT_NS, MAX_WAKE_FACTOR
+from agent.core.types import SECOND_NS
+from agent.settings.common import Limits, Listen, LogFormat, LogLevel, Port, absolute, positive, refuse_open_bind
+
+MAX_HOLD_NS = 600 * SECOND_NS
+"""What an agent's WakeInstance takes as `hold_ns`."""
+_DOMAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII)
+_NODE_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
+
+
+class Gateway(Section, frozen=True):
+    """Where clients' requests arrive; functions are `<name>.<domain>` and `/fn/<name>/`."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8600
+    domain: str = "localhost"
+
+    def __post_init__(self) -> None:
+        if not _DOMAIN.fullmatch(self.domain):
+            raise bad_key("domain", f"must be a host name such as functions.example.com, got {self.domain[:80]!r}")
+
+
+class NodeCredential(Section, frozen=True):
+    """A node that may register, and the file with the token that is its name's proof."""
+
+    name: str
+    token_file: str
+
+    def __post_init__(self) -> None:
+        if not _NODE_NAME.fullmatch(self.name):
+            raise bad_key("name", f"must be 1 to 255 letters, digits, `.`, `_` or `-`, got {self.name[:80]!r}")
+        if not self.token_file:
+            raise bad_key("token_file", "must not be empty")
+        absolute("token_file", self.token_file)
+
+
+class Report(Section, frozen=True):
+    """Silence of a node: suspect gets no new work, lost has lost its leases."""
+
+    suspect_ns: Duration = Duration(3 * SECOND_NS)
+    lost_ns: Duration = Duration(10 * SECOND_NS)
+
+    def __post_init__(self) -> None:
+        positive(suspect=self.suspect_ns)
+        if self.lost_ns <= self.suspect_ns:
+            raise bad_key("lost", "must be longer than suspect")
+
+
+class Dispatch(Section, frozen=True):
+    """Defaults for functions whose s.yaml says nothing."""
+
+    policy: Literal["pack", "spread"] = "pack"
+    wake_factor: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAKE_FACTOR)] = 0.0
+    queue_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_QUEUE_LENGTH)] = 1000
+    queue_timeout_ns: Duration = Duration(60 * SECOND_NS)
+    hold_ns: Duration = Duration(2 * SECOND_NS)
+
+    def __post_init__(self) -> None:
+        """Within what a deploy may say itself, and what an agent's Wake takes: else every deploy or wake would fail."""
+        positive(queue_timeout=self.queue_timeout_ns)
+        if self.queue_timeout_ns > MAX_QUEUE_TIMEOUT_NS:
+            raise bad_key("queue_timeout", "must be at most 1h")
+        if self.hold_ns > MAX_HOLD_NS:
+            raise bad_key("hold", "must be at most 10m")
+
+
+class SchedulerConfig(Section, frozen=True):
+    """scheduler.yaml: the central one."""
+
+    state_dir: str = "/var/lib/hibernode/scheduler"
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "json"
+    insecure: bool = False
+    token_file: str = ""
+    gateway: Gateway = Gateway()
+    grpc: Listen = Listen(port=8601)
+    admin: Listen = Listen(port=8602)
+    nodes: tuple[NodeCredential, ...] = ()
+    database: str = ""
+    price_book: str = ""
+    report: Report = Report()
+    dispatch: Dispatch = Dispatch()
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        absolute("state_dir", self.state_dir)
+        if not self.state_dir:
+            raise bad_key("state_dir", "must not be empty")
+        absolute("token_file", self.token_file)
+        absolute("price_book", self.price_book)
+        refuse_open_bind(self.insecure, gateway=self.gateway.host, grpc=self.grpc.host, admin=self.admin.host)
+        names = [node.name for node in self.nodes]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise bad_key(f"nodes[{index}].name", f"{name!r} is there twice; each node has a credential of its own")
+
+    @property
+    def token_path(self) -> Path:
+        """The bearer token of the API; default <state_dir>/token."""
+        return Path(self.token_file or f"{self.state_dir}/token")
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy URL; default SQLite at <state_dir>/scheduler.db. May hold a password: never log it."""
+        return self.database or f"sqlite:///{self.state_dir}/scheduler.db"
