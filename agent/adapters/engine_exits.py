@@ -52,15 +52,7 @@ async def _ended_state(containers: EngineContainers, container_id: str) -> Mappi
 
 def is_running(state: Mapping[str, Any]) -> bool:
     """Has a main process, paused or not. (Podman's `stopped` is an end: not cleaned up yet, but its code is known.)"""
-    status = str(state.get("Status") or "")
-    return bool(state.get("Running")) or status in (
-        "running",
-        "paused",
-        "restarting",
-        "stopping",
-        "stopped",
-        "removing",
-    )
+    return bool(state.get("Running")) or str(state.get("Status") or "") in _NOT_OVER
 
 
 def read_exit(state: Mapping[str, Any], signs: Signs = Signs()) -> Exit:  # noqa: B008 - frozen

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import secrets
 import shutil
-import signal
 import tempfile
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +28,13 @@ INFO = {"NCPU": 2, "Driver": "overlay2", "DockerRootDir": "/var/lib/docker"}
 
 @dataclass(slots=True)
 class StandInContainer:
-    """`process` runs once it was started; `gone` = its end was noticed by the engine."""
+    """`process` is the shim once it was started: our child, and parent of the main process `pid`, which is not."""
 
     id: str
     name: str
     config: dict[str, Any]
     process: asyncio.subprocess.Process | None = None
+    pid: int = 0
     oom_killed: bool = False
 
     @property
@@ -47,7 +45,7 @@ class StandInContainer:
         if self.process is None:
             return {"Status": "created", "Running": False, "Pid": 0, "ExitCode": 0}
         if self.running:
-            return {"Status": "running", "Running": True, "Pid": self.process.pid, "ExitCode": 0}
+            return {"Status": "running", "Running": True, "Pid": self.pid, "ExitCode": 0}
         code = self.process.returncode or 0
         return {
             "Status": "exited",
@@ -82,6 +80,7 @@ class EngineStandIn:
     containers: dict[str, StandInContainer] = field(default_factory=dict)
     networks: dict[str, dict[str, Any]] = field(default_factory=dict)
     logs: bytes = b"listening\n"
+    stop_signal: str = ""
     open: int = 0
     most_open: int = 0
 
@@ -206,7 +205,7 @@ class EngineStandIn:
         if one is None:
             return _not_found(f"No such container: {request.match_info['id']}")
         networks = {one.config["HostConfig"]["NetworkMode"]: {"IPAddress": self.address if one.running else ""}}
-        config = {"Labels": one.config["Labels"], "StopSignal": one.config.get("StopSignal", "")}
+        config = {"Labels": one.config["Labels"], "StopSignal": self.stop_signal}
         answer = {"Id": one.id, "State": one.state(), "Config": config, "NetworkSettings": {"Networks": networks}}
         return web.json_response(answer)
 
@@ -240,10 +239,16 @@ class EngineStandIn:
         argv = [*one.config.get("Entrypoint", ()), *one.config.get("Cmd", ())]
         joins = f'echo $$ > {path}/cgroup.procs; exec "$@"'
         one.process = await asyncio.create_subprocess_exec(
-            "/bin/sh", "-c", joins, "sh", *argv, stdout=asyncio.subprocess.DEVNULL, start_new_session=True
+            *("/bin/sh", "-c", 'sh -c "$0" sh "$@" & wait $!', joins, *argv),
+            stdout=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
         )
-        pid = one.process.pid
-        assert await cgroup.reread(lambda: not one.running or pid in cgroup.procs(path), 10.0)
+
+        def joined() -> bool:
+            one.pid = next(iter(cgroup.procs(path)), 0)
+            return one.pid != 0 or not one.running
+
+        assert await cgroup.reread(joined, 10.0)
 
     def make(self, name: str, labels: dict[str, str], *argv: str) -> StandInContainer:
         """A container that nobody asked for over the socket."""
@@ -253,13 +258,12 @@ class EngineStandIn:
         return made
 
     async def _end(self, one: StandInContainer) -> None:
-        if one.running and one.process:
-            with suppress(ProcessLookupError):
-                os.kill(one.process.pid, signal.SIGKILL)
-            await one.process.wait()
+        self.containers.pop(one.id, None)
         if self.cgroups:
             await cgroup.remove(self.cgroups / one.id, 5.0)
-        self.containers.pop(one.id, None)
+        lent = any(other.process is one.process for other in self.containers.values())
+        if one.process and not lent:
+            await one.process.wait()
 
 
 def _not_found(text: str) -> web.Response:
