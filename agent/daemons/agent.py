@@ -20,6 +20,7 @@ from agent import __version__
 from agent.adapters import process_table
 from agent.adapters.cgroup import CgroupSlice, open_slice
 from agent.adapters.clock import SystemClock
+from agent.adapters.engine_sight import look_at_engine
 from agent.adapters.host_memory import ProcHostMemory
 from agent.adapters.node_store import NodeStore
 from agent.adapters.nvml_events import NvmlEvents
@@ -34,6 +35,7 @@ from agent.api.instance_servicer import InstanceServicer
 from agent.api.node_ledger import NodeLedger
 from agent.api.node_servicer import NodeServicer
 from agent.core.capabilities import host_lines
+from agent.core.engine_capabilities import engine_lines
 from agent.core.errors import UnavailableError
 from agent.core.metering import BillingPolicy, Kind
 from agent.core.types import SECOND_NS
@@ -110,7 +112,8 @@ class AgentDaemon:
             LedgerPruner(self.store, self.clock).run(),
         ]
         if self.runtimes.engine is not None:
-            services.append(EngineWatch(self.runtimes.engine, self.runtime, self.node, self.events).run())
+            watch = EngineWatch(self.runtimes.engine, self.runtime, self.node, self.events, self._look_at_engine)
+            services.append(watch.run())
         if self.link is not None:
             services.append(self.link.run())
         try:
@@ -205,6 +208,12 @@ class AgentDaemon:
             gpu_models={gpu.uuid: gpu.model for gpu in self.gpu.sight.gpus},
             store_problem=lambda: self.store.health.message,
         )
+
+    async def _look_at_engine(self) -> None:
+        """What the node says of its container engine, anew."""
+        config, uuids = self._config, [gpu.uuid for gpu in self.gpu.sight.gpus]
+        sight = await look_at_engine(self.runtimes.api, config.runtime, config.gpu, uuids)
+        self.observer.engine_lines = tuple(engine_lines(sight))
 
     def _identity(self, slice_: CgroupSlice | None) -> Identity:
         cgroup = "" if slice_ is None else str(slice_.path_of(""))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.adapters.cgroup import CgroupSlice
-from agent.adapters.engine_api import SOCKETS
+from agent.adapters.engine_api import SOCKETS, EngineApi
 from agent.adapters.engine_exec import EngineExec
 from agent.adapters.engine_logs import EngineLogs
 from agent.adapters.engine_parts import open_engine_api, open_engine_runtime
@@ -26,6 +26,7 @@ class NodeRuntimes:
 
     all: Runtimes
     engine: EngineRuntime | None
+    api: EngineApi | None
     offered: tuple[str, ...]
 
 
@@ -35,12 +36,23 @@ def open_runtimes(
     """Nothing is asked of an engine yet: the agent starts while that is down. `stack` closes what is opened."""
     process = ProcessRuntime(process_settings(config, state_uuid, slice_), clock)
     stack.callback(process.close)
-    engine = _open_engine(config, state_uuid)
-    if engine is not None:
-        stack.push_async_callback(engine.close)
     enabled = config.runtime.process.enabled
-    offered = (*(("process",) if enabled else ()), *(("engine",) if engine is not None else ()))
-    return NodeRuntimes(Runtimes(process, engine, process_enabled=enabled), engine, offered)
+    offered = ("process",) if enabled else ()
+    api = _engine_api(config)
+    if api is None:
+        return NodeRuntimes(Runtimes(process, None, process_enabled=enabled), None, None, offered)
+    engine = open_engine_runtime(
+        api,
+        config.runtime,
+        config.gpu,
+        state_dir=Path(config.state_dir),
+        state_uuid=state_uuid,
+        logs=EngineLogs(api),
+        execs=EngineExec(api),
+        kept_out=(config.socket_path,),
+    )
+    stack.push_async_callback(engine.close)
+    return NodeRuntimes(Runtimes(process, engine, process_enabled=enabled), engine, api, (*offered, "engine"))
 
 
 def process_settings(config: AgentConfig, state_uuid: str, slice_: CgroupSlice | None) -> ProcessRuntimeSettings:
@@ -57,19 +69,9 @@ def process_settings(config: AgentConfig, state_uuid: str, slice_: CgroupSlice |
     )
 
 
-def _open_engine(config: AgentConfig, state_uuid: str) -> EngineRuntime | None:
+def _engine_api(config: AgentConfig) -> EngineApi | None:
     """None: the node has no engine. One that is only down now is there."""
     socket = config.runtime.engine.socket
     if socket == "off" or (socket == "auto" and not any(os.path.exists(path) for path in SOCKETS)):
         return None
-    api = open_engine_api(config.runtime)
-    return open_engine_runtime(
-        api,
-        config.runtime,
-        config.gpu,
-        state_dir=Path(config.state_dir),
-        state_uuid=state_uuid,
-        logs=EngineLogs(api),
-        execs=EngineExec(api),
-        kept_out=(config.socket_path,),
-    )
+    return open_engine_api(config.runtime)

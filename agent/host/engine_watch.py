@@ -19,7 +19,7 @@ from agent.ports import Runtime
 
 LOOK_S = 5.0
 BACK_OFF_MIN_S = 1.0
-BACK_OFF_MAX_S = 30.0
+BACK_OFF_MAX_S = 10.0
 SWEEP_EVERY = 12
 """Looks between two sweeps while all is well: a minute."""
 
@@ -32,7 +32,8 @@ class Engine(Protocol):
 
 
 class EngineWatch:
-    """`run` until cancelled. `pause` waits between looks; tests give their own."""
+    """`run` until cancelled. `told` is called after the first look and whenever the engine came or went. `pause` waits
+    between looks; tests give their own."""
 
     def __init__(
         self,
@@ -40,12 +41,14 @@ class EngineWatch:
         runtime: Runtime,
         node: Node,
         events: EventLog,
+        told: Callable[[], Awaitable[None]],
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._engine = engine
         self._runtime = runtime
         self._node = node
         self._events = events
+        self._told = told
         self._pause = pause
         self._log = get_logger()
         self.problem = ""
@@ -53,17 +56,20 @@ class EngineWatch:
 
     async def run(self) -> None:
         """Look every few seconds, less often while it stays away."""
-        back_off, looks = BACK_OFF_MIN_S, 0
+        back_off, looks, fine = BACK_OFF_MIN_S, 0, 0
         while True:
             was = self.problem
             await self.look()
+            if not looks or bool(was) is not bool(self.problem):
+                await self._told()
+            looks += 1
             if self.problem:
                 await self._pause(back_off)
                 back_off = min(2 * back_off, BACK_OFF_MAX_S)
                 continue
-            if was or looks % SWEEP_EVERY == 0:
+            if was or fine % SWEEP_EVERY == 0:
                 await self.sweep()
-            back_off, looks = BACK_OFF_MIN_S, looks + 1
+            back_off, fine = BACK_OFF_MIN_S, fine + 1
             await self._pause(LOOK_S)
 
     async def look(self) -> None:

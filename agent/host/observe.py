@@ -32,7 +32,8 @@ class Identity:
 
 
 class Observer:
-    """Snapshots for the API and the load stream. The addresses are set once the daemon has bound its ports."""
+    """Snapshots for the API and the load stream. The addresses are set once the daemon has bound its ports, and
+    `engine_lines` whenever the container engine comes or goes."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Observer:
         self.ready = False
         self.ingress_address = ""
         self.grpc_address = ""
+        self.engine_lines: tuple[CapabilityLine, ...] = ()
         self._node = node
         self._clock = clock
         self._totals = totals
@@ -112,7 +114,7 @@ class Observer:
             host_total_bytes=me.host_total_bytes,
             host_available_bytes=node.memory.available_bytes(),
             host_reserved_bytes=node.memory.ledger.outstanding_bytes,
-            capabilities=me.capabilities,
+            capabilities=(*me.capabilities, *self.engine_lines),
             ready=self.ready,
             draining=node.draining,
             ingress_address=self.ingress_address,

@@ -26,13 +26,20 @@ class FakeEngine:
             raise answer
 
 
-def watch(world: World, engine: FakeEngine, pauses: list[float], rounds: int) -> EngineWatch:
+def watch(
+    world: World, engine: FakeEngine, pauses: list[float], rounds: int, told: list[str] | None = None
+) -> EngineWatch:
+    async def tell() -> None:
+        if told is not None:
+            told.append(watching.problem)
+
     async def pause(seconds: float) -> None:
         pauses.append(seconds)
         if len(pauses) == rounds:
             raise asyncio.CancelledError
 
-    return EngineWatch(engine, world.runtime, world.node, world.events, pause)
+    watching = EngineWatch(engine, world.runtime, world.node, world.events, tell, pause)
+    return watching
 
 
 async def follow(watching: EngineWatch) -> None:
@@ -43,8 +50,10 @@ async def follow(watching: EngineWatch) -> None:
 async def test_it_is_asked_less_often_while_it_stays_away_and_that_is_said_once() -> None:
     async with a_world() as world:
         pauses: list[float] = []
-        await follow(watch(world, FakeEngine(None, *[AWAY] * 8, None), pauses, 10))
-        assert pauses == [LOOK_S, 1, 2, 4, 8, 16, BACK_OFF_MAX_S, BACK_OFF_MAX_S, BACK_OFF_MAX_S, LOOK_S]
+        told: list[str] = []
+        await follow(watch(world, FakeEngine(None, *[AWAY] * 8, None), pauses, 10, told))
+        assert [bool(problem) for problem in told] == [False, True, False]
+        assert pauses == [LOOK_S, 1, 2, 4, 8, *[BACK_OFF_MAX_S] * 4, LOOK_S]
         assert [name for name in world.names("") if name.startswith("ENGINE")] == ["ENGINE_DOWN", "ENGINE_UP"]
 
 
