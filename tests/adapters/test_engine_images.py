@@ -6,7 +6,6 @@ The engine is a script of its answers here; `tests/engines/test_pull.py` pulls f
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -20,9 +19,10 @@ from agent.adapters.engine_api import EngineApi, EngineError
 from agent.adapters.engine_images import Images, Policy
 from agent.adapters.engine_pull_errors import pull_refused
 from agent.adapters.engine_pull_progress import PullProgress
-from agent.adapters.registry_logins import Login, find_login, qualified, registry_of
+from agent.adapters.registry_logins import Login
 from agent.core.errors import InstanceError
 from agent.core.types import MIB, RegistryLogin
+from tests.adapters.test_registry_logins import basic
 
 OCR = "registry.example/ocr:3"
 PULLED: list[dict[str, Any]] = [
@@ -341,49 +341,6 @@ def test_messages_without_end_cost_no_memory_and_odd_ones_nothing_at_all() -> No
 # ---- logins ----------------------------------------------------------------------------------------------------
 
 
-def basic(text: str) -> dict[str, str]:
-    return {"auth": base64.b64encode(text.encode()).decode()}
-
-
-@pytest.mark.parametrize(
-    ("image", "registry", "full"),
-    [
-        ("ocr", "docker.io", "docker.io/library/ocr"),
-        ("team/ocr:3", "docker.io", "docker.io/team/ocr:3"),
-        ("docker.io/team/ocr", "docker.io", "docker.io/team/ocr"),
-        ("localhost/ocr", "localhost", "localhost/ocr"),
-        ("127.0.0.1:5000/ocr", "127.0.0.1:5000", "127.0.0.1:5000/ocr"),
-        ("r.example/a/b@sha256:0f", "r.example", "r.example/a/b@sha256:0f"),
-    ],
-)
-def test_whose_registry_a_reference_names(image: str, registry: str, full: str) -> None:
-    assert (registry_of(image), qualified(image)) == (registry, full)
-
-
-def test_credentials_as_docker_login_leaves_them(tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    auths = {
-        "https://index.docker.io/v1/": basic("hub:pw:with:colons"),
-        "r.example": basic("ann:secret"),
-        "https://old.example/v2/": basic("old:pw"),
-        "cloud.example": {"auth": "", "identitytoken": "tok"},
-        "odd.example": {"auth": "!!!"},
-    }
-    file.write_text(json.dumps({"auths": auths}))
-    found = {image: find_login(image, [tmp_path / "none.json", file]).auth for image in IMAGES}
-    assert found == {
-        "team/ocr": {"username": "hub", "password": "pw:with:colons"},
-        "r.example/ocr": {"username": "ann", "password": "secret"},
-        "old.example/ocr": {"username": "old", "password": "pw"},
-        "cloud.example/ocr": {"identitytoken": "tok", "serveraddress": "cloud.example"},
-        "odd.example/ocr": {},
-        "r.example.org/ocr": {},
-    }
-
-
-IMAGES = ("team/ocr", "r.example/ocr", "old.example/ocr", "cloud.example/ocr", "odd.example/ocr", "r.example.org/ocr")
-
-
 @pytest.mark.parametrize("document", [{"credHelpers": {"r.example": "ecr-login"}}, {"credsStore": "secretservice"}])
 async def test_a_credential_helper_is_not_asked_and_the_refusal_says_so(
     tmp_path: Path, document: dict[str, object]
@@ -393,12 +350,6 @@ async def test_a_credential_helper_is_not_asked_and_the_refusal_says_so(
     engine = ScriptedEngine(script=[EngineError(500, "unauthorized")])
     with pytest.raises(InstanceError, match=r"the credential helper that .* names is not asked"):
         await images(engine, auth_files=(file,)).ensure("r.example/ocr")
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"auths": 1}', '{"auths": {"r.example": 1}}', "[" * 100_000])
-def test_a_file_that_is_no_such_file_has_no_login(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.json").write_text(text)
-    assert find_login("r.example/ocr", [tmp_path / "config.json"]).auth == {}
 
 
 async def test_dockers_logins_are_sent_and_podmans_are_its_own_business(tmp_path: Path) -> None:

@@ -88,6 +88,17 @@ def test_a_good_host(host: Patient) -> None:
     assert found["memory"]["reason"].endswith("2 GiB on the GPUs")
 
 
+def test_a_host_without_a_container_engine_is_told_so_and_passes(host: Patient, tmp_path: Path) -> None:
+    config = tmp_path / "agent.yaml"
+    config.write_text(f"runtime: {{engine: {{socket: {tmp_path}/engine.sock}}}}\n")
+    found = examine(host("580").environment, "--config", config)
+    assert found.failed == []
+    assert found["engine"]["level"] == "WARN"
+    assert "functions with an image can't run here" in found["engine"]["reason"]
+    config.write_text("runtime: {engine: {socket: 'off'}}\n")
+    assert examine(host("580").environment, "--config", config)["engine"]["level"] == "OK"
+
+
 @pytest.mark.parametrize("profile", ["535", "550"])
 def test_a_driver_that_is_too_old(host: Patient, profile: str) -> None:
     found = examine(host(profile).environment)
