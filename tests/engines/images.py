@@ -45,11 +45,11 @@ floods-log) yes "a line of the flood" & serve ;;
 forks) while :; do sleep 86399 & done ;;
 leaves-strays) for n in 1 2 3; do setsid sleep 86399 & done; serve ;;
 exits) echo "no configuration found"; exit 3 ;;
-eats-memory) tail /dev/zero ;;
+eats-memory) exec tail /dev/zero ;;
 eats-memory-when-told)
     httpd -p "${PORT:-9000}" -h /www
-    while [ ! -e /www/cgi-bin/eat ] || [ ! -e /tmp/eat ]; do sleep 0.1; done
-    tail /dev/zero ;;
+    while [ ! -e /tmp/eat ]; do sleep 0.1; done
+    exec tail /dev/zero ;;
 esac
 """
 EAT = b"#!/bin/sh\ntouch /tmp/eat\necho 'Content-Type: text/plain'\necho\necho eating\n"
