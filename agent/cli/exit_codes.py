@@ -34,9 +34,23 @@ _EXIT_OF_KIND: tuple[tuple[type[core.HibernodeError], Exit], ...] = (
     (core.InstanceError, Exit.UNEXPECTED),
 )
 
+_EXIT_OF_REASON: dict[str, Exit] = {
+    "IMAGE_NOT_FOUND": Exit.NOT_FOUND,
+    "COMMAND_NOT_FOUND": Exit.NOT_FOUND,
+    "IMAGE_PULL_DENIED": Exit.PRECONDITION,
+    "VOLUME_REFUSED": Exit.PRECONDITION,
+    "GPU_ATTACH_UNAVAILABLE": Exit.PRECONDITION,
+    "IMAGE_PULL_FAILED": Exit.UNAVAILABLE,
+    "DISK_FULL": Exit.UNAVAILABLE,
+    "ENGINE_UNAVAILABLE": Exit.UNAVAILABLE,
+}
+"""An instance's end is told with its own reason, whatever the kind of the error that brings it here."""
+
 
 def exit_of(error: core.HibernodeError) -> Exit:
-    """The exit code of an error's kind; agent/core/errors.py says which is which."""
+    """The exit code of an error's reason, else of its kind; agent/core/errors.py says which is which."""
+    if error.reason in _EXIT_OF_REASON:
+        return _EXIT_OF_REASON[error.reason]
     return next((code for kind, code in _EXIT_OF_KIND if isinstance(error, kind)), Exit.UNEXPECTED)
 
 

@@ -234,7 +234,8 @@ class InstanceExecutor:
             reason, how = "INSTANCE_CRASHED", f"exited with code {ended.code}"
         message = f"the container's main process ended: {ended.message or how}"
         if self._actor.instance.op is ev.Op.START:
-            reason, message = "FUNCTION_NOT_STARTED", f"{message} {await self._log_tail(handle)}"
+            reason = reason if ended.oom_killed else "FUNCTION_NOT_STARTED"
+            message = f"{message} {await self._log_tail(handle)}"
         self._actor.handle(ev.Exited(reason, message))
 
     def resume_health(self) -> None:
