@@ -18,7 +18,8 @@ class Instance:
     `holds`: a GPU grant is ours. `ordered`: the running freeze was ordered by the GPU book and is not cancelled.
     `draining`: the book wants the GPU, the gate is closed until the last request ended. `stop`: a stop was asked
     (`stop_force`: without drain or hooks). `wake_until_ns`: an API wake counts as somebody waiting until then.
-    `movable`: it may wake on other GPUs. `paused`: somebody else stopped its threads. `refusals` freezes in a row were
+    `movable`: it may wake on other GPUs. `paused`: somebody else stopped its threads. `visited`: somebody runs a command
+    inside, or is about to (exec): no freeze begins, but a stop does not wait for it. `refusals` freezes in a row were
     refused, the last for `refusal`: why it is awake although nobody needs it; none is tried before `retry_at_ns`.
     """
 
@@ -32,6 +33,7 @@ class Instance:
     idle_gen: int = 0
     movable: bool = False
     paused: bool = False
+    visited: bool = False
     busy: bool = False
     wanted: bool = False
     holds: bool = False
@@ -67,7 +69,7 @@ class Instance:
     def can_freeze(self) -> bool:
         """May a freeze begin now? Idle timers and the GPU book ask."""
         ready = self.freezable and self.state is InstanceState.RUNNING
-        return ready and not (self.busy or self.stop or self.paused)
+        return ready and not (self.busy or self.stop or self.paused or self.visited)
 
     @property
     def back_off_ns(self) -> int:

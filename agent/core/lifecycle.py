@@ -52,6 +52,7 @@ from agent.core.lifecycle_events import (
     StopTimer,
     Succeeded,
     Unwanted,
+    Visited,
     WakeAsked,
     WakeExpired,
     Want,
@@ -88,6 +89,9 @@ def step(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, P
             return _call(replace(me, wanted=True), at)
         case Unwanted():
             return _give_up_waiting(replace(me, wanted=False), at)
+        case Visited(inside):
+            me = replace(me, visited=inside, idle_gen=me.idle_gen + 1)
+            return (me, [Became(idle=False)]) if inside or me.busy else _settle(me, at)
         case WakeAsked(hold_ns, until_ns):
             return _wake_asked(me, hold_ns, until_ns, at)
         case WakeExpired():
@@ -140,8 +144,6 @@ def _after_the_end(me: Instance, event: Event) -> Step:
             return me, [RefuseWaiters(me.reason or "INSTANCE_GONE", me.message)]
         case Granted():
             return me, [Release()]
-        case FreezeOrdered() | DrainOrdered():
-            return me, []
         case _:
             return me, []
 
@@ -212,7 +214,7 @@ def _settle(me: Instance, at: int) -> Step:
         return me, []  # it can't be frozen, and answers nobody: looked at again when it goes on
     if me.draining and me.freezable:
         return _begin_freeze(me, ordered=True)
-    if me.wanted:
+    if me.wanted or me.visited:
         return me, []  # the gate opens now and grants them: never idle in the eyes of the GPU book
     hold_until = max(me.hold_until_ns, at + me.hold_ns if me.hold_ns else 0)
     freeze_at = max(at + me.freeze_after_ns, me.retry_at_ns, hold_until)
@@ -231,7 +233,7 @@ def _begin_freeze(me: Instance, *, ordered: bool) -> Step:
 
 
 def _drain(me: Instance) -> Step:
-    if me.state is not InstanceState.RUNNING or not me.freezable or me.stop or me.paused:
+    if me.state is not InstanceState.RUNNING or not me.freezable or me.stop or me.paused or me.visited:
         return me, [BookRefused()]
     me = replace(me, draining=True)
     return (me, []) if me.busy else _begin_freeze(me, ordered=True)
@@ -312,9 +314,7 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
             return me, [*effects, *more]
         case Op.WAKE if me.restores < MAX_RESTORES and not me.stop:
             return _restore_refused(me, f"{reason}: {message}", at)
-        case Op.PREPARE | Op.START | Op.WAKE if (
-            me.stop
-        ):  # cut short, or frozen as before: no need to have it awake for its end
+        case Op.PREPARE | Op.START | Op.WAKE if me.stop:  # cut short, or frozen as before: it need not be awake to end
             return _begin_stop(me, at)
         case Op.DESTROY | None:
             return me, []

@@ -65,6 +65,13 @@ class Unwanted:
 
 
 @dataclass(frozen=True, slots=True)
+class Visited:
+    """The first command inside (exec) is about to begin, or the last one has ended: no freeze begins in between."""
+
+    inside: bool
+
+
+@dataclass(frozen=True, slots=True)
 class WakeAsked:
     """The API's Wake: be awake by `until_ns`, and hold the idle timer for `hold_ns` or until the first request."""
 
@@ -170,6 +177,7 @@ Event = (
     | Quiet
     | Wanted
     | Unwanted
+    | Visited
     | WakeAsked
     | WakeExpired
     | IdleTimer

@@ -123,6 +123,7 @@ class Actor:
         self._idle_timer: Timer | None = None
         self._wake_timer: Timer | None = None
         self._waiters: set[asyncio.Future[None]] = set()
+        self._visitors = 0
         self._closed = False
 
     @property
@@ -162,6 +163,18 @@ class Actor:
             self._wake_timer = None
         if self.instance.wake_until_ns:  # the latest of all wakes that are not answered yet
             self._wake_timer = self._clock.call_at(self.instance.wake_until_ns, lambda: self.handle(ev.WakeExpired()))
+
+    def enter(self) -> None:
+        """One more command is about to run inside: the instance is not frozen until the `leave` that follows."""
+        self._visitors += 1
+        if self._visitors == 1:
+            self.handle(ev.Visited(inside=True))
+
+    def leave(self) -> None:
+        """That command has ended."""
+        self._visitors -= 1
+        if self._visitors == 0 and not self._closed:
+            self.handle(ev.Visited(inside=False))
 
     def set_healthy(self, healthy: bool) -> None:
         """What the custom health check found; others get the requests meanwhile, so it is reported."""

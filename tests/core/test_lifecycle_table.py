@@ -67,6 +67,7 @@ EVERY = {
 }  # fmt: skip
 EVENTS: list[ev.Event] = [
     ev.Busy(), ev.Quiet(), ev.Wanted(), ev.Unwanted(), ev.WakeAsked(0, AT + SECOND_NS), ev.WakeExpired(),
+    ev.Visited(inside=True), ev.Visited(inside=False),
     ev.FreezeAsked(), ev.FreezeOrdered(), ev.DrainOrdered(), ev.StopAsked(SECOND_NS), ev.StopAsked(0, force=True),
     ev.Exited("INSTANCE_CRASHED"), ev.Granted(GPU), ev.IdleTimer(0), ev.StopTimer(0), ev.Succeeded(0),
     ev.Refused(0, "NOT_READY"), ev.Broken(0, "UNKNOWN"),

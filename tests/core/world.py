@@ -315,8 +315,10 @@ class World:
         kind = self.random.random()
         if kind < 0.2:
             self._sicken(self.random.choice(sorted(self.book.devices)))
-        elif kind < 0.4:
+        elif kind < 0.3:
             self.tell(uid, ev.Paused(not self.members[uid].instance.paused))
+        elif kind < 0.4:
+            self.tell(uid, ev.Visited(not self.members[uid].instance.visited))
         elif kind < 0.7:
             self.tell(uid, ev.Exited("INSTANCE_CRASHED"))
         else:
@@ -374,6 +376,7 @@ class World:
                 self.tell_book(book_events.Uncordon(device.uuid, "health"))
         for uid in self.members:
             self.tell(uid, ev.Paused(paused=False))
+            self.tell(uid, ev.Visited(inside=False))
         for _ in range(4_000):
             for uid in self.members:
                 self.finish(uid)
