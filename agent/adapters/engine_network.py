@@ -9,6 +9,7 @@ another.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -163,7 +164,9 @@ def _isolate(ports: Path) -> int:
     for port in os.listdir(ports):
         try:
             (ports / port / "isolated").write_text("1", encoding="ascii")
-        except FileNotFoundError:  # unplugged meanwhile
-            continue
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENODEV):  # unplugged meanwhile: another container has ended
+                continue
+            raise
         count += 1
     return count
