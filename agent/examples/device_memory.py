@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 LIBRARY = "libcuda.so.1"
@@ -43,11 +44,21 @@ class DeviceMemory:
 
     def put(self, content: bytes) -> Block:
         """Allocate and copy `content` (at least one byte) there."""
+        return self.put_pieces(len(content), [content])
+
+    def put_pieces(self, size_bytes: int, pieces: Iterable[bytes]) -> Block:
+        """Allocate and copy piece by piece, so that what is large need not be in host memory as a whole. The pieces
+        are `size_bytes` together."""
         self._enter()
         address = ctypes.c_uint64(0)
-        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(len(content)))
-        self._call("cuMemcpyHtoD_v2", address, content, ctypes.c_size_t(len(content)))
-        return Block(address.value, len(content))
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
+        at = address.value
+        for piece in pieces:
+            if at + len(piece) > address.value + size_bytes:
+                raise ValueError(f"the pieces are more than the {size_bytes} bytes that were announced")
+            self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(at), piece, ctypes.c_size_t(len(piece)))
+            at += len(piece)
+        return Block(address.value, size_bytes)
 
     def get(self, block: Block, offset: int = 0, size_bytes: int = -1) -> bytes:
         """A copy of a block, or of `size_bytes` from `offset` on."""

@@ -69,7 +69,9 @@ class Echo:
         status = _number("INIT_STATUS", 200)
         if status < 300 and self._size and self._block is None:
             self._memory = DeviceMemory()
-            self._block = self._memory.put(pattern(self._size))
+            self._block = self._memory.put_pieces(
+                self._size, (pattern(PIECE_BYTES, at) for at in range(0, self._size, PIECE_BYTES))
+            )
         self._initialized += 1
         return as_json({"vram_bytes": self._size}, status)
 
