@@ -62,7 +62,7 @@ class Logs(Protocol):
 class Execs(Protocol):
     """What `engine_exec` does."""
 
-    async def open(self, container_id: str, spec: ExecSpec) -> ExecSession: ...
+    async def open(self, handle: Handle, spec: ExecSpec) -> ExecSession: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,7 +370,7 @@ class EngineRuntime:
         return bundle is not None and bundle.container == handle
 
     async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:
-        return await self._parts.execs.open(handle.container_id, spec)
+        return await self._parts.execs.open(handle, spec)
 
 
 def _refuse_host(function: FunctionSpec) -> None:

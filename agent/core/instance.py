@@ -18,9 +18,10 @@ class Instance:
     `holds`: a GPU grant is ours. `ordered`: the running freeze was ordered by the GPU book and is not cancelled.
     `draining`: the book wants the GPU, the gate is closed until the last request ended. `stop`: a stop was asked
     (`stop_force`: without drain or hooks). `wake_until_ns`: an API wake counts as somebody waiting until then.
-    `movable`: it may wake on other GPUs. `paused`: somebody else stopped its threads. `visited`: somebody runs a command
-    inside, or is about to (exec): no freeze begins, but a stop does not wait for it. `refusals` freezes in a row were
-    refused, the last for `refusal`: why it is awake although nobody needs it; none is tried before `retry_at_ns`.
+    `movable`: it may wake on other GPUs. `paused`: somebody else stopped its threads. `visited`: somebody runs a
+    command inside, or is about to (exec): no freeze begins, but a stop does not wait for it. `refusals` freezes in a
+    row were refused, the last for `refusal`: why it is awake although nobody needs it; none is tried before
+    `retry_at_ns`.
     """
 
     uid: str

@@ -46,8 +46,8 @@ class Told:
 
 
 class NoExecs:
-    async def open(self, container_id: str, spec: ExecSpec) -> ExecSession:
-        raise PreconditionError("EXEC_UNAVAILABLE", f"{container_id}: {spec.command}")
+    async def open(self, handle: Handle, spec: ExecSpec) -> ExecSession:
+        raise PreconditionError("EXEC_UNAVAILABLE", f"{handle.uid}: {spec.command}")
 
 
 class EngineRig:
