@@ -132,7 +132,10 @@ class Engine:
 
     def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
         with (self.folder / "engine.log").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment(), start_new_session=True)
+            # In its own folder: conmon leaves a file `oom` where it stands.
+            process = subprocess.Popen(
+                command, cwd=self.folder, stdout=log, stderr=log, env=self.environment(), start_new_session=True
+            )
         self._children.append(process)
         return process
 
