@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import gc
 import signal
 import sys
@@ -33,6 +34,7 @@ def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Corouti
     except HibernodeError as error:
         sys.exit(_say(error))
     log.configure(config.log_level, config.log_format)
+    faulthandler.enable()  # what systemd's watchdog ends (SIGABRT) leaves the stacks of all threads in the journal
     try:
         uvloop.run(run(config))
     except HibernodeError as error:
@@ -47,8 +49,7 @@ def _say(error: HibernodeError) -> int:
 async def run_until_signal(services: Sequence[Awaitable[None]]) -> None:
     """Say READY, run `services` until SIGTERM or SIGINT, end them, say STOPPING.
 
-    A service that ends by itself is a fault and ends the daemon. The watchdog is fed from this loop, so a loop that
-    is stuck is noticed.
+    A service that ends by itself is a fault and ends the daemon.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -72,6 +73,12 @@ async def run_until_signal(services: Sequence[Awaitable[None]]) -> None:
 
 
 async def _feed_watchdog() -> None:
+    """From the loop on which all the rest runs, so that systemd starts a daemon anew whose loop is stuck.
+
+    Only what that heals counts. A thread that hangs in NVML or in a write to disk hangs in the driver or the file
+    system: a new agent would hang there too, at its start, and meanwhile serve nobody. This one serves on without it
+    and says so (cordons, STORE_FAILED).
+    """
     interval_s = watchdog_interval_s()
     if interval_s is None:
         await asyncio.Event().wait()

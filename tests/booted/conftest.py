@@ -1,0 +1,68 @@
+"""One booted host a session (`machine`), and Hibernode on it as a user has it (`site`), the same before every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.booted import root
+from tests.booted.machine import Machine
+from tests.booted.site import AGENT, INSTANCES, SCHEDULER, Site
+
+HERE = Path(__file__).parent
+TEST_DEADLINE_S = 240
+FIRST_TEST_DEADLINE_S = 900
+"""The first one makes the root file system, if no earlier run has."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = True
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.booted)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(FIRST_TEST_DEADLINE_S if first else TEST_DEADLINE_S))
+            first = False
+
+
+@pytest.fixture(scope="session")
+def machine() -> Iterator[Machine]:
+    """A host that has just booted, with nothing of ours."""
+    if why := root.why_not():
+        pytest.skip(why)
+    host = Machine()
+    try:
+        try:
+            host.boot()
+        except root.NotHere as error:
+            pytest.skip(str(error))
+        yield host
+    finally:
+        host.close()
+
+
+@pytest.fixture
+def site(machine: Machine) -> Iterator[Site]:
+    """Installed, configured, both daemons ready, two instances of `echo` RUNNING; what a test changes is put back."""
+    site = Site(machine)
+    if not machine.path("/usr/local/bin/hibernode").is_symlink():
+        site.bring()
+        site.install()
+        site.configure()
+    site.start()
+    if len(site.instances()) != INSTANCES:
+        site.deploy()
+    try:
+        yield site
+    finally:
+        if machine.path("/usr/local/bin/hibernode").is_symlink():
+            _put_back(site)
+
+
+def _put_back(site: Site) -> None:
+    """Configuration as it was. The agent has it from its next start; a test that needs another starts it itself."""
+    for unit in (AGENT, SCHEDULER):
+        site.remove_drop_in("test", unit)
+    site.configure_agent()

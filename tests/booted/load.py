@@ -1,0 +1,137 @@
+"""Requests through the gateway, from a few clients, one after the other each; every answer is kept.
+
+The clients are one program that enters the host's network: `python -m tests.booted.load`. It writes one JSON line per
+request, and ends when its standard input is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TextIO, cast
+
+import aiohttp
+
+from agent.examples.echo.__main__ import expected_answer
+from tests.booted.machine import Machine
+from tests.booted.root import ROOT
+from tests.booted.site import GATEWAY
+
+CLIENTS = 6
+PAUSE_S = 0.01
+ANSWER_S = 90.0
+END_S = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request: times are CLOCK_MONOTONIC ns. `status` 0: no answer. `right`: it is what the GPU memory held."""
+
+    began_ns: int
+    ended_ns: int
+    status: int
+    right: bool
+    instance: str
+    queue_ms: float
+    text: str
+
+    @property
+    def seconds(self) -> float:
+        return (self.ended_ns - self.began_ns) / 1e9
+
+
+@dataclass
+class Load:
+    """What has been asked, complete once the load has ended."""
+
+    lines: TextIO
+    asked: list[Asked] = field(default_factory=list)
+
+    def go_on(self, answers: int) -> None:
+        """Until so many requests that begin from now on have been answered."""
+        now = time.monotonic_ns()
+        while len(self.after(now)) < answers:
+            line = self.lines.readline()
+            assert line, "the load has ended early"
+            self.asked.append(Asked(**json.loads(line)))
+
+    @property
+    def failed(self) -> list[Asked]:
+        return [one for one in self.asked if one.status != 200 or not one.right]
+
+    def after(self, at_ns: int) -> list[Asked]:
+        """Those that began later."""
+        return [one for one in self.asked if one.began_ns > at_ns]
+
+    def summary(self) -> str:
+        """For the reader of a test's output: how long requests waited in the gateway."""
+        seconds = sorted(one.seconds for one in self.asked)
+        queued = sorted(one.queue_ms for one in self.asked)
+        p99 = queued[int(len(queued) * 0.99)]
+        return (
+            f"{len(seconds)} requests, {len(self.failed)} failed; in the gateway's queue p50 "
+            f"{queued[len(queued) // 2]:.0f} ms, p99 {p99:.0f} ms, longest {queued[-1]:.0f} ms; "
+            f"longest request {seconds[-1]:.2f} s"
+        )
+
+
+@contextmanager
+def under_load(machine: Machine) -> Iterator[Load]:
+    """Load while the block runs; complete when it has been left. It has answers before the block begins."""
+    program = subprocess.Popen(
+        [*machine.entry("-n"), sys.executable, "-m", "tests.booted.load"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    load = Load(cast("TextIO", program.stdout))
+    try:
+        load.go_on(20)
+        yield load
+        rest, errors = program.communicate("", timeout=END_S)
+        assert program.returncode == 0, errors[-2000:]
+        load.asked.extend(Asked(**json.loads(line)) for line in rest.splitlines())
+    finally:
+        program.kill()
+        program.wait(10)
+
+
+async def _client(session: aiohttp.ClientSession, number: int, over: asyncio.Event) -> None:
+    while not over.is_set():
+        number += CLIENTS
+        asked = await _ask(session, number)
+        print(json.dumps(asdict(asked)), flush=True)  # noqa: T201 - the program's output
+        await asyncio.sleep(PAUSE_S)  # the traffic itself
+
+
+async def _ask(session: aiohttp.ClientSession, number: int) -> Asked:
+    began = time.monotonic_ns()
+    try:
+        async with session.get(f"{GATEWAY}/fn/echo/answer?n={number}") as response:
+            text = await response.text()
+            right = text == expected_answer(number)
+            instance = response.headers.get("x-fc-instance-id", "")
+            queue_ms = float(response.headers.get("x-hibernode-queue-ms", "0"))
+            shown = "" if response.status == 200 and right else text[:300]
+            return Asked(began, time.monotonic_ns(), response.status, right, instance, queue_ms, shown)
+    except (aiohttp.ClientError, TimeoutError) as error:
+        return Asked(began, time.monotonic_ns(), 0, False, "", 0.0, repr(error)[:300])
+
+
+async def _main() -> None:
+    over = asyncio.Event()
+    asyncio.get_running_loop().add_reader(sys.stdin, over.set)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_S)) as session:
+        await asyncio.gather(*(_client(session, number, over) for number in range(CLIENTS)))
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())
