@@ -1,0 +1,166 @@
+"""Two hundred lives and twenty at once: what agent and engine have taken from the host for them is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from agent.v1 import instance_service_pb2 as instances_pb
+from agent.v1 import types_pb2
+from agent.wire.clients import DaemonChannel
+from agent.wire.convert_function import function_to_proto
+from tests.e2e.stack import CALL_S, Stack, running_stack
+from tests.engines import host_traces
+from tests.engines.engines import Engine
+from tests.engines.functions import awake, busybox
+
+CYCLES = 200
+AT_ONCE = 20
+HANDS = 4
+"""So many lives run beside one another."""
+FIRST = 8
+"""Lives before the first count: by then whatever is made once (threads, connections, a network) is there."""
+SPARE = 3
+"""What one count may differ from the next by itself: a timer's thread, a connection that is just being closed."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What is in use at one moment. `exactly` may not differ at all, `about` by SPARE."""
+
+    exactly: Counter[str]
+    about: Counter[str]
+
+
+def taken(stack: Stack, engine: Engine) -> Taken:
+    agent = psutil.Process(stack.processes["agent"].pid)
+    state = stack.folder / "agent"
+    traces = host_traces.take(engine.folder)
+    exactly = Counter(
+        {
+            "containers": len(engine.ps()),
+            "networks": len(engine.networks()),
+            # Podman mounts its own store while it is busy, and no longer than that.
+            "mounts of the engine": len([path for path in traces.mounts if path.endswith(("/merged", "/shm"))]),
+            "ports of bridges": len(list(Path("/sys/class/net").glob(f"{bridge_of(stack)}/brif/*"))),
+            "processes of the engine": len(list(engine._processes())),
+            "rows of instances": rows(state / "node.db", "instances"),
+            "bundles": len(list((state / "instances").iterdir())),
+            "raised limits": len(list((state / "limits").glob("*"))),
+            "notes of images": len(list((state / "images").glob("*"))),
+        }
+    )
+    about = Counter(
+        {
+            "file descriptors": agent.num_fds(),
+            "threads": agent.num_threads(),
+            "children": len(agent.children(recursive=True)),
+            "connections": len(agent.net_connections("all")),
+        }
+    )
+    return Taken(exactly, about)
+
+
+def bridge_of(stack: Stack) -> str:
+    return f"hib-{(stack.folder / 'agent' / 'uuid').read_text().strip()[:8]}"
+
+
+def rows(database: Path, table: str) -> int:
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as opened:
+        return int(opened.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+
+
+class Lives:
+    """Creates, perhaps freezes, and deletes, over one channel."""
+
+    def __init__(self, channel: DaemonChannel) -> None:
+        self._channel = channel
+        self._made = 0
+        self.containers: set[str] = set()
+        """The engine's names of all that were ever made."""
+
+    async def create(self) -> str:
+        self._made += 1
+        request = instances_pb.CreateInstanceRequest(
+            request_id=f"life-{self._made}",
+            spec=function_to_proto(awake(busybox("mayfly")), reveal_secrets=True),
+            wait=True,
+        )
+        made = (await self._channel.call(self._channel.instances.CreateInstance, request, CALL_S)).instance
+        assert made.state == types_pb2.Instance.STATE_RUNNING, made.state_message
+        self.containers.add(made.container_id)
+        return made.uid
+
+    async def freeze(self, uid: str) -> None:
+        request = instances_pb.FreezeInstanceRequest(uid=uid)
+        await self._channel.call(self._channel.instances.FreezeInstance, request, CALL_S)
+
+    async def delete(self, uid: str) -> None:
+        request = instances_pb.StopInstanceRequest(uid=uid, force=True)
+        ended = (await self._channel.call(self._channel.instances.StopInstance, request, CALL_S)).instance
+        assert ended.state == types_pb2.Instance.STATE_STOPPED, ended.state_message
+
+    async def live(self, number: int) -> None:
+        """One life; every third is asleep at its end."""
+        uid = await self.create()
+        if number % 3 == 0:
+            await self.freeze(uid)
+        await self.delete(uid)
+
+    async def many(self, count: int) -> None:
+        hands = asyncio.Semaphore(HANDS)
+
+        async def one(number: int) -> None:
+            async with hands:
+                await self.live(number)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(count):
+                group.create_task(one(number))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_two_hundred_lives_and_twenty_at_once_leave_nothing(engine: Engine) -> None:
+    driver = ("--gpus", str(AT_ONCE), "--gib", "1", "--profile", "580")
+    async with running_stack(*driver, engine_socket=engine.socket, scheduler=False) as stack:
+        async with stack.channel("agent") as channel:
+            lives = Lives(channel)
+            await lives.many(FIRST)
+            before = taken(stack, engine)
+
+            await lives.many(CYCLES)
+            among = await asyncio.gather(*(lives.create() for _ in range(AT_ONCE)))
+            assert len(engine.ps()) == AT_ONCE
+            assert len({one.address for one in await stack.instances()}) == AT_ONCE
+            await asyncio.gather(*(lives.delete(uid) for uid in among))
+
+            after = await settled(stack, engine, before)
+            grown = {name: (before.exactly[name], count) for name, count in after.exactly.items()}
+            assert not {k: v for k, v in grown.items() if v[1] != v[0]}, grown
+            grown = {name: (before.about[name], count) for name, count in after.about.items()}
+            assert not {k: v for k, v in grown.items() if v[1] > v[0] + SPARE}, grown
+            cgroups = host_traces.container_cgroups()
+            assert not [path for path in cgroups if any(container in path for container in lives.containers)]
+        logs = list((stack.folder / "agent" / "logs").glob("*"))
+        assert len(logs) <= 2 * 200, "logs of the newest 200 that have ended are kept"
+        state_uuid = (stack.folder / "agent" / "uuid").read_text().strip()
+    left_over = await asyncio.to_thread(engine.leftovers, state_uuid)
+    assert not left_over, left_over
+
+
+async def settled(stack: Stack, engine: Engine, before: Taken) -> Taken:
+    """The count, once it is what it was, or after five seconds: engines bury helpers of ended containers lazily."""
+    for _ in range(50):
+        now = taken(stack, engine)
+        if now.exactly == before.exactly and all(now.about[key] <= before.about[key] + SPARE for key in now.about):
+            break
+        await asyncio.sleep(0.1)
+    return taken(stack, engine)
