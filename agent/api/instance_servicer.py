@@ -1,39 +1,36 @@
-"""InstanceService of the agent: create, look, freeze, wake, stop, read the log."""
+"""InstanceService of the agent: create, look, freeze, wake, stop, read the log, run a command inside."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
+from agent.api.instance_exec import exec_instance
+from agent.api.instance_logs import InstanceLogs
 from agent.api.paging import page, page_bounds
-from agent.core.errors import (
-    InstanceError,
-    InvalidArgumentError,
-    NotFoundError,
-    PreconditionError,
-    UnsupportedError,
-)
+from agent.core.errors import InstanceError, InvalidArgumentError, PreconditionError
 from agent.core.function_rules import check_function
 from agent.core.lifecycle_events import FreezeAsked, StopAsked
 from agent.core.types import SECOND_NS, InstanceState
 from agent.host.actor import Actor
 from agent.host.events import EventLog
+from agent.host.exec_desk import ExecDesk
 from agent.host.node import Node
 from agent.host.observe import Observer
 from agent.host.waking import raise_if_failed, wake_up
-from agent.ports import Clock, Runtime
+from agent.ports import Clock
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import instance_service_pb2_grpc, types_pb2
 from agent.wire.convert_function import function_from_proto
 from agent.wire.convert_snapshot import instance_to_proto
 from agent.wire.convert_time import time_from_proto, time_to_proto
+from agent.wire.tokens import caller
 
 DEFAULT_WAKE_TIMEOUT_NS = 60 * SECOND_NS
 MAX_WAIT_S = 600.0
 DEFAULT_GRACE_NS = 30 * SECOND_NS
 MAX_GRACE_NS = 86_400 * SECOND_NS
-LOG_CHUNK_BYTES = 64 * 1024
-MAX_LOG_BYTES = 8 * 1024 * 1024
 
 
 class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
@@ -44,16 +41,18 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         node: Node,
         observer: Observer,
         events: EventLog,
-        runtime: Runtime,
         clock: Clock,
         *,
+        logs: InstanceLogs,
+        execs: ExecDesk,
         queue_timeout_ns: int = DEFAULT_WAKE_TIMEOUT_NS,
     ) -> None:
         """`queue_timeout_ns` is for functions that do not say."""
         self._node = node
         self._observer = observer
         self._events = events
-        self._runtime = runtime
+        self._logs = logs
+        self._execs = execs
         self._clock = clock
         self._queue_timeout_ns = queue_timeout_ns
 
@@ -99,7 +98,8 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
             if began.paused:
                 text = f"instance {actor.uid} was paused by somebody else; let it go on first (docker unpause)"
                 raise PreconditionError("EXTERNALLY_FROZEN", text)
-            why = "it is in use" if began.busy else "idle mode is off for it"
+            inside = "a command runs inside (`hibernode exec`)" if began.visited else "idle mode is off for it"
+            why = "it is in use" if began.busy else inside
             raise PreconditionError("NOT_IDLE", f"instance {actor.uid} was not frozen: {why}")
         await actor.wait_until(lambda i: i.state is not InstanceState.FREEZING, MAX_WAIT_S, "FREEZE")
         raise_if_failed(actor)
@@ -138,20 +138,21 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
     async def GetInstanceLogs(
         self, request: pb.GetInstanceLogsRequest, context: object
     ) -> AsyncIterator[pb.GetInstanceLogsResponse]:
-        """The end of the instance's standard output and error."""
-        if request.follow:
-            raise UnsupportedError("LOG_FOLLOW_UNSUPPORTED", "following a log is not built yet; leave --follow out")
+        """The end of the instance's standard output and error; with `follow` also what comes, until it has ended."""
         actor = self._node.get(request.uid)
-        if actor.handle_of_container is None:
-            return
-        tail = min(request.tail_bytes, MAX_LOG_BYTES) if request.tail_bytes > 0 else MAX_LOG_BYTES
-        try:
-            data = await self._runtime.read_log(actor.handle_of_container, tail)
-        except OSError as error:
-            text = f"the log of {actor.uid} can't be read: {error.strerror}"
-            raise NotFoundError("LOG_NOT_FOUND", text) from error
-        for start in range(0, len(data), LOG_CHUNK_BYTES):
-            yield pb.GetInstanceLogsResponse(data=data[start : start + LOG_CHUNK_BYTES])
+        read = self._logs.follow if request.follow else self._logs.read
+        async with aclosing(read(actor, request.tail_bytes)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def ExecInstance(
+        self, request_iterator: AsyncIterator[pb.ExecInstanceRequest], context: object
+    ) -> AsyncIterator[pb.ExecInstanceResponse]:
+        """Run a command inside an awake instance, which stays awake until the command has ended."""
+        self._require_ready()
+        async with aclosing(exec_instance(self._execs, request_iterator, caller().name)) as answers:
+            async for answer in answers:
+                yield answer
 
     async def ListEvents(self, request: pb.ListEventsRequest, context: object) -> pb.ListEventsResponse:
         """What happened, oldest first; the page token is the last event's number, for old events fall out."""

@@ -7,6 +7,7 @@ requests inside end, instances stay.
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import random
 import uuid
@@ -31,6 +32,7 @@ from agent.adapters.state_dir import StateDir
 from agent.adapters.token_file import ensure_token, read_token
 from agent.api.admin_http import AdminServer
 from agent.api.agent_metrics import AgentHealth, AgentMetrics
+from agent.api.instance_logs import InstanceLogs
 from agent.api.instance_servicer import InstanceServicer
 from agent.api.node_ledger import NodeLedger
 from agent.api.node_servicer import NodeServicer
@@ -45,6 +47,7 @@ from agent.daemons.process import daemon_main, run_until_signal
 from agent.host.billing import Billing, BillingSettings
 from agent.host.engine_watch import EngineWatch
 from agent.host.events import EventLog
+from agent.host.exec_desk import ExecDesk
 from agent.host.executor import Shell
 from agent.host.gpu_watch import GpuWatch
 from agent.host.ingress import Ingress
@@ -262,13 +265,16 @@ class AgentDaemon:
                 on_fault=lambda error: self._log.error("ingress.fault", error=type(error).__name__, exc_info=error),
             )
         self._stack.push_async_callback(self.http.close, 0.0)
+        self.logs = InstanceLogs(self.runtime)
+        self.execs = ExecDesk(self.node, self.runtime, self.events, self.clock)
         services = Services(
             instances=InstanceServicer(
                 self.node,
                 self.observer,
                 self.events,
-                self.runtime,
                 self.clock,
+                logs=self.logs,
+                execs=self.execs,
                 queue_timeout_ns=config.queue.timeout_ns,
             ),
             nodes=NodeServicer(self.observer, NodeLedger(self.store, self.billing.unwritten)),
@@ -322,6 +328,7 @@ class AgentDaemon:
         self.ingress.leaving = True
         await self.grpc.set_serving(False)
         self.node.draining = True
+        await asyncio.gather(self.execs.close(), self.logs.close())
         if self._config.on_stop == "stop":
             limit_s = GRACE_S + self._config.runtime.stop_timeout_ns / SECOND_NS
             notify(f"EXTEND_TIMEOUT_USEC={int((limit_s + LEAVE_S) * 1e6)}")

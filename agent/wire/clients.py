@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar, cast
 
 import grpc
 from grpc import aio
@@ -18,6 +18,7 @@ from agent.v1 import (
     scheduler_service_pb2_grpc,
     usage_service_pb2_grpc,
 )
+from agent.v1.instance_service_pb2 import ExecInstanceRequest, ExecInstanceResponse
 from agent.v1.scheduler_service_pb2 import ReportLoadRequest, ReportLoadResponse
 from agent.wire.addresses import check_target
 from agent.wire.limits import MAX_MESSAGE_BYTES
@@ -120,22 +121,26 @@ class DaemonChannel:
 
     def report_load(self) -> LoadStream:
         """Opens the load stream of this agent to the scheduler."""
-        return LoadStream(self.scheduler.ReportLoad(None, metadata=self._metadata), self.target)
+        return TwoWayStream(self.scheduler.ReportLoad(None, metadata=self._metadata), self.target)
+
+    def exec_instance(self) -> ExecStream:
+        """Opens a stream for a command inside an instance."""
+        return TwoWayStream(self.instances.ExecInstance(None, metadata=self._metadata), self.target)
 
     async def close(self) -> None:
         """Ends the channel; calls under way are cancelled."""
         await self._channel.close(None)
 
 
-class LoadStream:
-    """One load stream: a writer and a reader, each used by one task at a time. It has no deadline by nature; the
-    channel's keepalive notices a dead peer within 15 s, and `close` ends it."""
+class TwoWayStream(Generic[_Request, _Response]):
+    """A writer and a reader, each used by one task at a time. It has no deadline by nature; the channel's keepalive
+    notices a dead peer within 15 s, and `close` ends it."""
 
-    def __init__(self, call: aio.StreamStreamCall[ReportLoadRequest, ReportLoadResponse], target: str) -> None:
+    def __init__(self, call: aio.StreamStreamCall[_Request, _Response], target: str) -> None:
         self._call = call
         self._target = target
 
-    async def send(self, message: ReportLoadRequest) -> None:
+    async def send(self, message: _Request) -> None:
         """Waits until the message has been taken over by flow control. Raises why the stream ended, if it has."""
         try:
             await self._call.write(message)
@@ -144,11 +149,11 @@ class LoadStream:
         except asyncio.InvalidStateError as error:
             raise await self._end() from error
 
-    async def receive(self) -> ReportLoadResponse | None:
-        """The next message; None once the scheduler has ended the stream in order."""
+    async def receive(self) -> _Response | None:
+        """The next message; None once the peer has ended the stream in order."""
         with translated_errors(self._target):
             message = await self._call.read()
-        return None if message is _EOF else cast(ReportLoadResponse, message)
+        return None if message is _EOF else cast(_Response, message)
 
     def close(self) -> None:
         """Ends the stream at once."""
@@ -158,7 +163,11 @@ class LoadStream:
         """Why the stream ended, once gRPC has told."""
         code = await self._call.code()
         if code is grpc.StatusCode.OK:
-            return UnavailableError("STREAM_ENDED", f"{self._target} ended the load stream; open it again")
+            return UnavailableError("STREAM_ENDED", f"{self._target} ended the stream; open it again")
         metadata = await self._call.trailing_metadata()
         details = await self._call.details()
         return from_rpc_error(aio.AioRpcError(code, aio.Metadata(), metadata, details, None), self._target)
+
+
+LoadStream: TypeAlias = TwoWayStream[ReportLoadRequest, ReportLoadResponse]
+ExecStream: TypeAlias = TwoWayStream[ExecInstanceRequest, ExecInstanceResponse]

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from agent.api.instance_logs import InstanceLogs
 from agent.api.instance_servicer import InstanceServicer
 from agent.core.errors import HibernodeError, InstanceError, InvalidArgumentError, NotFoundError, PreconditionError
 from agent.core.types import SECOND_NS, InstanceState
+from agent.host.exec_desk import ExecDesk
 from agent.host.observe import Identity, Observer
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import types_pb2
@@ -51,7 +53,13 @@ async def an_api(**knobs: object) -> AsyncIterator[Api]:
     async with a_world(**knobs) as world:
         observer = observer_of(world)
         servicer = InstanceServicer(
-            world.node, observer, world.events, world.runtime, world.clock, queue_timeout_ns=7 * SECOND_NS
+            world.node,
+            observer,
+            world.events,
+            world.clock,
+            logs=InstanceLogs(world.runtime),
+            execs=ExecDesk(world.node, world.runtime, world.events, world.clock),
+            queue_timeout_ns=7 * SECOND_NS,
         )
         yield Api(world, observer, servicer)
 
@@ -206,7 +214,7 @@ async def test_a_log_that_is_gone_is_not_found() -> None:
     async with an_api() as api:
         uid = (await api.create()).uid
 
-        def gone(handle: object, tail_bytes: int) -> bytes:
+        async def gone(handle: object, tail_bytes: int) -> bytes:
             raise FileNotFoundError(2, "No such file or directory")
 
         api.world.runtime.read_log = gone  # type: ignore[method-assign]

@@ -1,0 +1,73 @@
+"""Calls that last as long as their callers like (a terminal, a followed log): few at once, none for ever, and none
+outlives the agent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from agent.core.errors import DeadlineError, ExhaustedError, UnavailableError
+
+CLOSE_DEADLINE_S = 10.0
+
+
+class LongCalls:
+    """`most` at once, each for `longest_s`; `what` is their name in errors ("commands inside instances")."""
+
+    def __init__(self, what: str, most: int, longest_s: float) -> None:
+        self._what = what
+        self._most = most
+        self._longest_s = longest_s
+        self._limits: set[asyncio.Timeout] = set()
+        self._closed = False
+        self._none_left = asyncio.Event()
+        self._none_left.set()
+
+    @property
+    def open(self) -> int:
+        """How many there are now."""
+        return len(self._limits)
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[asyncio.Timeout]:
+        """A place for one call, within one task; what it gives has expired when the call was cut short.
+
+        Raises UnavailableError AGENT_STOPPING, ExhaustedError TOO_MANY_CALLS, DeadlineError CALL_TOO_LONG.
+        """
+        if self._closed:
+            raise self._leaving()
+        if len(self._limits) >= self._most:
+            text = f"{len(self._limits)} {self._what} are under way on this node, which is the most; end one first"
+            raise ExhaustedError("TOO_MANY_CALLS", text)
+        limit = asyncio.timeout(self._longest_s)
+        self._limits.add(limit)
+        self._none_left.clear()
+        try:
+            async with limit:
+                yield limit
+        except TimeoutError:
+            if not limit.expired():
+                raise  # somebody else's inside
+            if self._closed:
+                raise self._leaving() from None
+            text = f"{self._what} last {self._longest_s:g} s at most; begin another one"
+            raise DeadlineError("CALL_TOO_LONG", text) from None
+        finally:
+            self._limits.discard(limit)
+            if not self._limits:
+                self._none_left.set()
+
+    def _leaving(self) -> UnavailableError:
+        return UnavailableError("AGENT_STOPPING", "this node's agent is going away; try again when it is back")
+
+    async def close(self) -> None:
+        """End them all, now and from now on. Returns when they have cleaned up, after `CLOSE_DEADLINE_S` in any
+        case."""
+        self._closed = True
+        for limit in self._limits:
+            with suppress(RuntimeError):  # it is ending already
+                limit.reschedule(0.0)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_DEADLINE_S):
+                await self._none_left.wait()
