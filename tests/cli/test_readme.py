@@ -23,7 +23,8 @@ def test_its_s_yaml_is_taken_without_a_warning(tmp_path: Path) -> None:
     (deployment,) = load_s_yaml(tmp_path / "s.yaml")
     assert deployment.warnings == ()
     assert deployment.target == 2
-    assert deployment.function.image == "host"
+    assert deployment.function.image == "registry.example.com/models/ocr:3"
+    assert deployment.function.container.volumes[0].read_only
     assert deployment.function.idle.freeze_after_ns == 30 * SECOND_NS
     assert deployment.function.hooks.initializer is not None
 
