@@ -28,6 +28,7 @@ CHUNK_BYTES = 64 * 1024
 CLOSE_DEADLINE_S = 5.0
 END_LOOKS, END_LOOK_S = 50, 0.1
 """How often and after what pause an engine is asked how a command ended, once its output has."""
+KILLED = 137
 KILL_ROUNDS = 20
 """A command that forks while it is killed is listed again; its children are few, and die faster than they are born."""
 
@@ -84,8 +85,11 @@ class EngineExecSession:
 
     async def read(self) -> ExecOutput | None:
         if not self._unread:
-            with self._api.errors():
+            try:
                 message = await self._stream.read_out()
+            except (aiohttp.ClientError, OSError):
+                # So ends the connection of a command that did not read all of its input; `exit_code` asks the engine.
+                message = None
             if message is None:
                 return None
             data, is_error = bytes(message.data), message.stream == STDERR
@@ -95,10 +99,9 @@ class EngineExecSession:
 
     async def write(self, data: bytes) -> None:
         """Waits until the engine takes it; what a command that has ended is sent is lost."""
-        if self._transport() is None:
-            return
-        with self._api.errors():
-            await self._stream.write_in(data)
+        if self._transport() is not None:
+            with suppress(aiohttp.ClientError, OSError):  # the command has ended meanwhile, or the engine: `read` tells
+                await self._stream.write_in(data)
 
     async def close_input(self) -> None:
         """Half of the connection is closed: the command reads its end of input."""
@@ -119,9 +122,15 @@ class EngineExecSession:
             await self._api.call(lambda _docker: self._exec.resize(h=rows, w=columns), CLOSE_DEADLINE_S)
 
     async def exit_code(self) -> int:
-        """After its output has ended; the engine may take a moment to notice the end."""
+        """After its output has ended; the engine may take a moment to notice the end. 137 (killed) if the container
+        has ended and the engine knows nothing of either any more."""
         for _ in range(END_LOOKS):
-            found = await self._inspect()
+            try:
+                found = await self._inspect()
+            except EngineError as error:
+                if error.not_found:
+                    return KILLED
+                raise
             if not found.get("Running"):
                 return int(found.get("ExitCode") or 0)
             await asyncio.sleep(END_LOOK_S)

@@ -41,7 +41,7 @@ class EngineLogs:
         async def collect(docker: aiodocker.Docker) -> bytes:
             kept: deque[bytes] = deque()
             size = 0
-            async for part in _parts(docker, container_id, tail_bytes, follow=False):
+            async for part in _parts(docker, container_id, _lines(tail_bytes), follow=False):
                 kept.append(part)
                 size += len(part)
                 while size - len(kept[0]) >= tail_bytes:
@@ -53,16 +53,24 @@ class EngineLogs:
     async def follow(self, container_id: str, tail_bytes: int) -> AsyncIterator[bytes]:
         """About the last bytes, then what comes, until the container has ended. Closing it closes the connection.
 
+        An engine counts in lines, so it is looked first how many lines the last bytes are: a line more or less where
+        some are written between the two looks.
+
         Raises as `read` does; UnavailableError also when the engine goes away in the middle.
         """
+        last = await self.read(container_id, tail_bytes)
+        lines = last.count(b"\n") + 1 if len(last) >= tail_bytes > 0 else _lines(tail_bytes)
         async with self._api.stream() as docker:
-            async for part in _parts(docker, container_id, tail_bytes, follow=True):
+            async for part in _parts(docker, container_id, lines, follow=True):
                 for start in range(0, len(part), CHUNK_BYTES):
                     yield part[start : start + CHUNK_BYTES]
 
 
-async def _parts(docker: aiodocker.Docker, container_id: str, tail_bytes: int, *, follow: bool) -> AsyncIterator[bytes]:
-    lines = min(MAX_LINES, max(1, tail_bytes // BYTES_A_LINE)) if tail_bytes > 0 else 0
+def _lines(tail_bytes: int) -> int:
+    return min(MAX_LINES, max(1, tail_bytes // BYTES_A_LINE)) if tail_bytes > 0 else 0
+
+
+async def _parts(docker: aiodocker.Docker, container_id: str, lines: int, *, follow: bool) -> AsyncIterator[bytes]:
     params = {"stdout": 1, "stderr": 1, "tail": lines, "follow": int(follow)}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=READ_DEADLINE_S)
     async with (

@@ -94,13 +94,15 @@ class LogFiles:
 
 
 class LogFollower:
-    """Where a reader of a growing file is. A rotation truncates the file: it goes on at the beginning, and what was
-    written between its last look and the rotation is in neither."""
+    """Where a reader of a growing file is. It begins over the last rotation where the file holds too little. A later
+    rotation truncates the file: it goes on at the beginning, and what was written between its last look and the
+    rotation is in neither."""
 
     def __init__(self, path: Path, tail_bytes: int) -> None:
         self._path = path
         self._tail_bytes = max(0, tail_bytes)
         self._at: int | None = None
+        self._before = b""
 
     def read(self, most_bytes: int = 64 * 1024) -> bytes:
         """The next bytes; b"" if there are none yet, or no file. OSError if it can't be read."""
@@ -109,8 +111,12 @@ class LogFollower:
                 end = file.seek(0, os.SEEK_END)
                 if self._at is None:
                     self._at = max(0, end - self._tail_bytes)
+                    self._before = _tail(_rotated(self._path), self._tail_bytes - end)
                 elif end < self._at:
                     self._at = 0
+                if self._before:
+                    part, self._before = self._before[:most_bytes], self._before[most_bytes:]
+                    return part
                 file.seek(self._at)
                 part = file.read(most_bytes) or b""
         except (FileNotFoundError, BlockingIOError):
