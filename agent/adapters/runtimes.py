@@ -19,15 +19,28 @@ class WatchedRuntime(Runtime, Protocol):
 
 
 class Runtimes:
-    """Implements `ports.Runtime`. `process_enabled`: may new instances run as processes of the host; those that do are
+    """Implements `ports.Runtime`. `process_enabled`, `engine_enabled`: may new instances run there; those that do are
     looked after in any case. `engine` None: this node has none (`runtime.engine.socket: off`)."""
 
     name = "node"
 
-    def __init__(self, process: Runtime, engine: WatchedRuntime | None, *, process_enabled: bool) -> None:
+    def __init__(
+        self,
+        process: Runtime,
+        engine: WatchedRuntime | None,
+        *,
+        process_enabled: bool,
+        engine_enabled: bool = True,
+    ) -> None:
         self._process = process
-        self.engine = engine
+        self._engine = engine
         self._process_enabled = process_enabled
+        self._engine_enabled = engine_enabled
+
+    @property
+    def engine(self) -> WatchedRuntime | None:
+        """The one that takes new instances, if there is one: it is to be watched."""
+        return self._engine if self._engine_enabled else None
 
     @property
     def offered(self) -> tuple[str, ...]:
@@ -64,7 +77,7 @@ class Runtimes:
     def _of(self, handle: Handle) -> Runtime:
         """For a container of an engine that was turned off since: the process runtime, which needs only the kernel for
         whatever it does to a running one."""
-        return self.engine if handle.container_id and self.engine else self._process
+        return self._engine if handle.container_id and self._engine else self._process
 
     async def wait(self, handle: Handle) -> Exit:
         return await self._of(handle).wait(handle)
@@ -87,8 +100,8 @@ class Runtimes:
 
     async def list_handles(self) -> Sequence[Handle]:
         found = list(await self._process.list_handles())
-        if self.engine:
-            found += await self.engine.list_handles()
+        if self._engine:
+            found += await self._engine.list_handles()
         return sorted(found, key=lambda handle: handle.uid)
 
     async def pids(self, handle: Handle) -> Sequence[int]:
@@ -105,7 +118,7 @@ class Runtimes:
         return await self._of(handle).exec(handle, spec)
 
     def _refuse_without_engine(self, handle: Handle) -> None:
-        if handle.container_id and self.engine is None:
+        if handle.container_id and self._engine is None:
             raise UnavailableError(
                 "ENGINE_UNAVAILABLE",
                 "the instance is a container, and runtime.engine.socket is off now; set it to the engine again",

@@ -114,8 +114,8 @@ class AgentDaemon:
             watch_pauses(self.node, self.gpu.freezer),
             LedgerPruner(self.store, self.clock).run(),
         ]
-        if self.runtimes.engine is not None:
-            watch = EngineWatch(self.runtimes.engine, self.runtime, self.node, self.events, self._look_at_engine)
+        if self.runtime.engine is not None:
+            watch = EngineWatch(self.runtime.engine, self.runtime, self.node, self.events, self._look_at_engine)
             services.append(watch.run())
         if self.link is not None:
             services.append(self.link.run())
@@ -143,8 +143,7 @@ class AgentDaemon:
             card_bytes={gpu.uuid: gpu.memory_bytes for gpu in sight.gpus},
         )
         await self.billing.load()
-        self.runtimes = open_runtimes(self._stack, config, self.state.uuid, slice_, self.clock)
-        self.runtime = self.runtimes.all
+        self.runtime, self.engine_api = open_runtimes(self._stack, config, self.state.uuid, slice_, self.clock)
         host = HostView(slice_, self.state.uuid, self.boot_id, self.runtime.pids)
         self.gpu = await open_gpu_layer(self._stack, config.gpu, host, gpus, sight, self._cordon)
         memory = MemoryDesk(
@@ -215,7 +214,7 @@ class AgentDaemon:
     async def _look_at_engine(self) -> None:
         """What the node says of its container engine, anew."""
         config, uuids = self._config, [gpu.uuid for gpu in self.gpu.sight.gpus]
-        sight = await look_at_engine(self.runtimes.api, config.runtime, config.gpu, uuids)
+        sight = await look_at_engine(self.engine_api, config.runtime, config.gpu, uuids)
         self.observer.engine_lines = tuple(engine_lines(sight))
 
     def _identity(self, slice_: CgroupSlice | None) -> Identity:
@@ -227,7 +226,7 @@ class AgentDaemon:
             epoch=self.clock.wall_ns(),
             driver=self.gpu.sight.driver,
             capabilities=host_lines(self.gpu.capabilities, cgroup, self.gpu.unavailable),
-            runtimes=self.runtimes.offered,
+            runtimes=self.runtime.offered,
             instances_per_gpu=self._config.gpu.instances_per_gpu,
             start_wall_ns=self.clock.wall_ns(),
             host_total_bytes=psutil.virtual_memory().total,

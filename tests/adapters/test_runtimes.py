@@ -84,3 +84,14 @@ async def test_a_container_that_outlived_its_engines_setting_is_killed_and_kept_
     assert raised.value.reason == "ENGINE_UNAVAILABLE"
     with pytest.raises(UnavailableError):
         await runtimes.exec(container, ExecSpec(("sh",)))
+
+
+async def test_where_no_socket_was_found_nothing_new_starts_and_the_old_is_still_removed() -> None:
+    engine = FakeEngine()
+    container = await Runtimes(FakeRuntime(), engine, process_enabled=True).start(spec("a", IMAGE))
+    runtimes = Runtimes(FakeRuntime(), engine, process_enabled=True, engine_enabled=False)
+    with pytest.raises(PreconditionError):
+        runtimes.accepts(IMAGE)
+    assert (runtimes.offered, runtimes.engine) == (("process",), None)
+    await runtimes.destroy(container)
+    assert engine.containers == {}
