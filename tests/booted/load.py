@@ -10,10 +10,12 @@ import asyncio
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from threading import Timer
 from typing import TextIO, cast
 
 import aiohttp
@@ -84,24 +86,31 @@ class Load:
 @contextmanager
 def under_load(machine: Machine) -> Iterator[Load]:
     """Load while the block runs; complete when it has been left. It has answers before the block begins."""
-    program = subprocess.Popen(
-        [*machine.entry("-n"), sys.executable, "-m", "tests.booted.load"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    load = Load(cast("TextIO", program.stdout))
-    try:
+    with ExitStack() as stack:
+        errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+        program = stack.enter_context(
+            subprocess.Popen(
+                [*machine.entry("-n"), sys.executable, "-m", "tests.booted.load"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                cwd=ROOT,
+            )
+        )
+        stack.callback(program.kill)
+        assert program.stdin is not None
+        load = Load(cast("TextIO", program.stdout))
         load.go_on(20)
         yield load
-        rest, errors = program.communicate("", timeout=END_S)
-        assert program.returncode == 0, errors[-2000:]
-        load.asked.extend(Asked(**json.loads(line)) for line in rest.splitlines())
-    finally:
-        program.kill()
-        program.wait(10)
+        program.stdin.close()
+        overdue = Timer(END_S, program.kill)
+        stack.callback(overdue.cancel)
+        overdue.start()
+        load.asked.extend(Asked(**json.loads(line)) for line in load.lines)
+        code = program.wait(END_S)
+        errors.seek(0)
+        assert code == 0, errors.read()[-2000:]
 
 
 async def _client(session: aiohttp.ClientSession, number: int, over: asyncio.Event) -> None:

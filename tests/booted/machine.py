@@ -33,7 +33,7 @@ class CommandFailed(AssertionError):
 
 
 class Machine:
-    """One booted host; `path` leads to a file of it."""
+    """One booted host; `path` leads to a file of it. `folder`/checkout is this checkout as it was at the boot."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="hibernode-booted-"))
@@ -52,6 +52,7 @@ class Machine:
 
     def boot(self) -> None:
         """Unpack, boot, wait until systemd has started everything. Raises NotHere, or AssertionError."""
+        root.copy_checkout(self.folder / "checkout")  # once: it may be edited while its tests run
         (self.folder / "root").mkdir()
         root.unpacked(self.folder / "root")
         self.path("etc/hostname").write_text("gpu-1\n")

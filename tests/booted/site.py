@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Site:
         target = self.machine.path(CHECKOUT)
         if target.exists():
             self.machine.run("rm", "-rf", CHECKOUT)
-        root.copy_checkout(target)
+        shutil.copytree(self.machine.folder / "checkout", target)
         if version:
             (target / "agent" / "__init__.py").write_text(f'"""Hibernode."""\n\n__version__ = "{version}"\n')
         if not self.machine.path(WHEELS).exists():
