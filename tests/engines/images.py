@@ -42,7 +42,7 @@ case $1 in
 never-listens) exec sleep 86399 ;;
 ignores-sigterm) trap '' TERM; httpd -p "${PORT:-9000}" -h /www; while :; do sleep 86399; done ;;
 floods-log) yes "a line of the flood" & serve ;;
-forks) while :; do sleep 86399 & done ;;
+forks) (while :; do sleep 86399 & done) & exec sleep 86399 ;;
 leaves-strays) for n in 1 2 3; do setsid sleep 86399 & done; serve ;;
 exits) echo "no configuration found"; exit 3 ;;
 eats-memory) exec tail /dev/zero ;;

@@ -178,17 +178,22 @@ async def test_a_killed_agent_finds_its_containers_again(engine: Engine) -> None
             engine.start()
 
 
+async def go_away(engine: Engine, stack: Stack) -> None:
+    """The engine is killed, and the agent has seen it."""
+    engine.kill()
+
+    async def noticed() -> bool:
+        return "ENGINE_DOWN" in await event_names(stack)
+
+    await until("the agent says that the engine is away", noticed)
+
+
 async def test_instances_sleep_and_wake_while_the_engine_is_away(engine: Engine) -> None:
     images.load(engine, images.ECHO)
     async with whole(engine) as stack:
         await stack.deploy(echo_image("ocr"), target=1)
         before = await asleep(stack, "ocr")
-        engine.kill()
-
-        async def noticed() -> bool:
-            return "ENGINE_DOWN" in await event_names(stack)
-
-        await until("the agent says that the engine is away", noticed)
+        await go_away(engine, stack)
         for number in range(3):
             await stack.ask_rightly("ocr", number)
             assert (await asleep(stack, "ocr")).pid == before.pid
@@ -220,7 +225,7 @@ async def test_an_instance_that_ends_while_the_engine_is_away_is_cleaned_up_when
     async with whole(engine) as stack:
         await stack.deploy(busybox("pages"), target=1)
         before = await asleep(stack, "pages")
-        engine.kill()
+        await go_away(engine, stack)
         async with stack.channel("agent") as channel:
             request = instances_pb.StopInstanceRequest(uid=before.uid)
             await channel.call(channel.instances.StopInstance, request, CALL_S)
