@@ -109,34 +109,6 @@ async def until_all_ended(stack: Stack) -> None:
     await until("all instances have ended", none)
 
 
-async def test_programs_that_behave_badly(engine: Engine) -> None:
-    images.load(engine, images.BAD)
-    async with a_node(engine.socket, ready_timeout="20s", stop_timeout="1s") as stack:
-
-        def bad(how: str) -> dict[str, Any]:
-            return props(images.BAD, command=[how])
-
-        told(await create(stack, bad("exits")), "FUNCTION_NOT_STARTED", UNEXPECTED, "no configuration found", "code 3")
-        told(await create(stack, bad("eats-memory")), "OUT_OF_MEMORY", UNEXPECTED, "memory")
-        for how in ("ignores-sigterm", "leaves-strays", "floods-log"):
-            made = await create(stack, bad(how))
-            assert made.returncode == 0, made.stderr
-            gone = await hibernode(stack, "rm", made.stdout.strip())
-            assert gone.returncode == 0, gone.stderr
-        await until_all_ended(stack)
-        nothing_stays(engine, stack)
-
-
-async def test_a_bomb_of_forks_stays_within_its_own_walls(engine: Engine) -> None:
-    images.load(engine, images.BAD)
-    async with a_node(engine.socket, ready_timeout="3s") as stack:
-        given = props(images.BAD, command=["forks"])
-        given["hibernode"]["pidsLimit"] = 64
-        told(await create(stack, given), "FUNCTION_NOT_STARTED", UNEXPECTED, "can't fork")
-        await until_all_ended(stack)
-        nothing_stays(engine, stack)
-
-
 async def test_a_folder_that_is_not_to_be_seen_is_refused_and_why(engine: Engine, tmp_path: Path) -> None:
     allowed = tmp_path / "data"
     allowed.mkdir()
