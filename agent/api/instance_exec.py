@@ -38,6 +38,7 @@ async def exec_instance(
     async with desk.visit(start.uid, exec_spec(start), wake=start.wake, caller=caller) as visit:
         feeding = asyncio.create_task(_feed(messages, visit.session), name=f"exec input {start.uid}")
         try:
+            yield pb.ExecInstanceResponse(output=b"")
             while (output := await _next(visit.session, feeding)) is not None:
                 if output.data:
                     yield _said(output)

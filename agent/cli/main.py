@@ -31,6 +31,7 @@ COMMANDS = {
     "wake": LazyCommand("agent.cli.instance_commands:wake", "Wake instances before they are needed.", _NODE),
     "rm": LazyCommand("agent.cli.instance_commands:rm", "Stop and remove instances.", _NODE),
     "logs": LazyCommand("agent.cli.record_commands:logs", "What an instance has printed.", _NODE),
+    "exec": LazyCommand("agent.cli.exec_command:exec_", "Run a command inside an instance.", _NODE),
     "events": LazyCommand("agent.cli.record_commands:events", "What happened, and when.", _NODE),
     "deploy": LazyCommand("agent.cli.deploy_command:deploy", "Deploy the functions of an s.yaml.", _FLEET),
     "functions": LazyCommand("agent.cli.functions_command:functions", "List, show and remove functions.", _FLEET),

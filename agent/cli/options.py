@@ -118,6 +118,19 @@ def seconds_of(value: str) -> float:
         raise click.BadParameter(str(error)) from error
 
 
+def bytes_of(value: str) -> int:
+    """An option's `64KiB`, `1MiB`, or a bare number of bytes, as bytes; at least one."""
+    from agent.config import parse_size_bytes
+
+    try:
+        size = parse_size_bytes(f"{value}B" if value.isdecimal() else value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    if not size:
+        raise click.BadParameter("must be at least one byte")
+    return size
+
+
 def timeout_option(default: str) -> Callable[[F], F]:
     """How long the command waits for the daemon's answer."""
     return click.option(

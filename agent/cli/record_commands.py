@@ -7,8 +7,9 @@ import sys
 import click
 
 from agent.cli.connection import PAGE_SIZE, SHORT_S, with_agent
-from agent.cli.options import agent_options, asked, output_option, seconds_of, timeout_option
-from agent.cli.output import clean_log, show_json, show_table, show_text
+from agent.cli.log_text import stdout_writer
+from agent.cli.options import agent_options, asked, bytes_of, output_option, seconds_of
+from agent.cli.output import show_json, show_table
 from agent.cli.units import clock, wall_ns
 from agent.core.types import SECOND_NS
 from agent.v1 import instance_service_pb2 as pb
@@ -18,38 +19,47 @@ from agent.wire.convert_time import time_to_proto
 from agent.wire.json_view import to_json
 
 MAX_PAGES = 1000
+READ_S = 60.0
+FOLLOW_S = 86_400.0
 
 
 @click.command()
 @click.argument("uid")
 @click.option(
-    "--tail", "tail_bytes", type=click.IntRange(min=1), metavar="BYTES", help="Only so much of the end; default: all."
+    "--tail", "tail_bytes", type=bytes_of, metavar="SIZE", help="Only so much of the end, e.g. 64KiB; default: all."
 )
-@timeout_option("1m")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what it writes, until it has ended or you leave.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=seconds_of,
+    metavar="DURATION",
+    help="Longest wait; default: 1m, with --follow a day.",
+)
 @agent_options
-def logs(uid: str, tail_bytes: int | None, timeout_s: float) -> None:
+def logs(uid: str, tail_bytes: int | None, follow: bool, timeout_s: float | None) -> None:
     """Print what an instance wrote to stdout and stderr, oldest first.
 
-    Byte for byte; but on a terminal, control characters other than colours are shown as `?`.
+    Byte for byte; but on a terminal, control characters other than colours are shown as `?`. At most the last 8 MiB,
+    or less where the node keeps less (runtime.log_limit); also of instances that ended not long ago.
 
     \b
     Examples:
       hibernode logs 3f9a
-      hibernode logs 3f9a --tail 4096
+      hibernode logs 3f9a --tail 64KiB
+      hibernode logs -f 3f9a | grep --line-buffered ERROR
     """
+    limit_s = timeout_s if timeout_s is not None else FOLLOW_S if follow else READ_S
 
     async def story(channel: DaemonChannel) -> None:
-        request = pb.GetInstanceLogsRequest(uid=uid, tail_bytes=tail_bytes or 0)
-        chunks = channel.stream(channel.instances.GetInstanceLogs, request, timeout_s)
-        if sys.stdout.isatty():
-            show_text(clean_log(b"".join([chunk.data async for chunk in chunks])))  # bounded by the agent
-            return
-        async for chunk in chunks:
-            sys.stdout.buffer.write(chunk.data)
-        sys.stdout.buffer.flush()
+        request = pb.GetInstanceLogsRequest(uid=uid, tail_bytes=tail_bytes or 0, follow=follow)
+        writer = stdout_writer()
+        async for chunk in channel.stream(channel.instances.GetInstanceLogs, request, limit_s):
+            writer.write(chunk.data)
+        writer.end()
 
     # A spinner between the lines of an instance helps nobody.
-    with_agent(story, "" if sys.stdout.isatty() else f"reading the output of {uid}")
+    with_agent(story, "" if follow or sys.stdout.isatty() else f"reading the output of {uid}")
 
 
 @click.command()

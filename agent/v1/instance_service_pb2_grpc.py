@@ -138,8 +138,8 @@ class InstanceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExecInstance(self, request_iterator, context):
-        """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are output as it
-        comes, the last one `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
+        """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are an empty output
+        once the command has begun, output as it comes, and last `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
         stays awake meanwhile. Every exec is kept as an event.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -52,8 +52,8 @@ class InstanceServiceStub:
     GetInstanceLogs: _grpc.UnaryStreamMultiCallable[_instance_service_pb2.GetInstanceLogsRequest, _instance_service_pb2.GetInstanceLogsResponse]
     """What the instance wrote to stdout and stderr, in chunks, oldest first."""
     ExecInstance: _grpc.StreamStreamMultiCallable[_instance_service_pb2.ExecInstanceRequest, _instance_service_pb2.ExecInstanceResponse]
-    """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are output as it
-    comes, the last one `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
+    """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are an empty output
+    once the command has begun, output as it comes, and last `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
     stays awake meanwhile. Every exec is kept as an event.
     """
     ListEvents: _grpc.UnaryUnaryMultiCallable[_instance_service_pb2.ListEventsRequest, _instance_service_pb2.ListEventsResponse]
@@ -83,8 +83,8 @@ class InstanceServiceAsyncStub(InstanceServiceStub):
     GetInstanceLogs: _aio.UnaryStreamMultiCallable[_instance_service_pb2.GetInstanceLogsRequest, _instance_service_pb2.GetInstanceLogsResponse]  # type: ignore[assignment]
     """What the instance wrote to stdout and stderr, in chunks, oldest first."""
     ExecInstance: _aio.StreamStreamMultiCallable[_instance_service_pb2.ExecInstanceRequest, _instance_service_pb2.ExecInstanceResponse]  # type: ignore[assignment]
-    """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are output as it
-    comes, the last one `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
+    """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are an empty output
+    once the command has begun, output as it comes, and last `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
     stays awake meanwhile. Every exec is kept as an event.
     """
     ListEvents: _aio.UnaryUnaryMultiCallable[_instance_service_pb2.ListEventsRequest, _instance_service_pb2.ListEventsResponse]  # type: ignore[assignment]
@@ -159,8 +159,8 @@ class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_instance_service_pb2.ExecInstanceRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_instance_service_pb2.ExecInstanceResponse], _abc.AsyncIterator[_instance_service_pb2.ExecInstanceResponse]]:
-        """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are output as it
-        comes, the last one `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
+        """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are an empty output
+        once the command has begun, output as it comes, and last `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
         stays awake meanwhile. Every exec is kept as an event.
         """
 

@@ -15,6 +15,7 @@ from agent.core.errors import (
 )
 from agent.core.types import Exit, FunctionSpec, Handle, ProcessId
 from agent.ports import ExecSession, ExecSpec, StartSpec
+from tests.fakes.exec_session import FakeExecSession
 
 TERMINATED = Exit(code=-1, signal=15, message="killed by signal 15 (Terminated)")
 KILLED = Exit(code=-1, signal=9, message="killed by signal 9 (Killed)")
@@ -37,7 +38,9 @@ class FakeRuntime:
     Knobs: `start_error` is raised by the next starts; `start_gate`, while set, holds every start until it is set(), and
     `prepare_error` and `prepare_gate` do the same for the pull;
     `kill_hangs` makes kill and destroy end in KILL_TIMEOUT; `port_of` gives a container the port of a test's server;
-    `accepted_images`. `exit(uid, Exit)` ends a container, `print(uid, text)` adds to its log; `calls` tells the story.
+    `accepted_images`; `executes`: its instances are containers, and `sessions` are the commands run inside (before
+    that `exec_error` is raised, or `exec_gate` waited for). `exit(uid, Exit)` ends a container, `print(uid, text)` adds
+    to its log; `calls` tells the story.
     """
 
     name = "fake"
@@ -49,6 +52,10 @@ class FakeRuntime:
         self.prepare_gate: asyncio.Event | None = None
         self.kill_hangs = False
         self.accepted_images = {"host"}
+        self.executes = False
+        self.exec_error: HibernodeError | None = None
+        self.exec_gate: asyncio.Event | None = None
+        self.sessions: list[FakeExecSession] = []
         self.port_of: Callable[[StartSpec], int] | None = None
         self.containers: dict[str, FakeContainer] = {}
         self.calls: list[tuple[str, str]] = []
@@ -121,6 +128,7 @@ class FakeRuntime:
             port=self.port_of(spec) if self.port_of else 20_000 + self._next_pid % 10_000,
             cgroup=f"/fake/cgroup/{uid}",
             log_path=f"/fake/logs/{uid}.log",
+            container_id=f"c0ffee-{uid}" if self.executes else "",
         )
         self.containers[uid] = FakeContainer(spec, handle, asyncio.get_running_loop().create_future())
         return handle
@@ -198,7 +206,15 @@ class FakeRuntime:
 
     async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:
         self.calls.append(("exec", handle.uid))
-        raise PreconditionError("EXEC_UNAVAILABLE", "the fake has no inside", uid=handle.uid)
+        if not handle.container_id:
+            raise PreconditionError("EXEC_UNAVAILABLE", "the fake has no inside", uid=handle.uid)
+        if self.exec_gate:
+            await self.exec_gate.wait()
+        if self.exec_error:
+            raise self.exec_error
+        session = FakeExecSession(spec)
+        self.sessions.append(session)
+        return session
 
     def _find(self, handle: Handle) -> FakeContainer | None:
         container = self.containers.get(handle.uid)
