@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.booted import root
-from tests.booted.machine import Machine
+from tests.booted.machine import Machine, sweep
 from tests.booted.site import AGENT, INSTANCES, SCHEDULER, Site
 
 HERE = Path(__file__).parent
@@ -32,6 +32,7 @@ def machine() -> Iterator[Machine]:
     """A host that has just booted, with nothing of ours."""
     if why := root.why_not():
         pytest.skip(why)
+    sweep()
     host = Machine()
     try:
         try:

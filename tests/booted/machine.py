@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import psutil
 from agent.adapters.cgroup import find_v2_mount, is_empty, parse_mounts, send_kill, subtree
 from tests.booted import root
 
+PREFIX = "hibernode-booted-"
 BOOT_DEADLINE_S = 60.0
 END_DEADLINE_S = 20.0
 COMMAND_S = 60.0
@@ -36,11 +36,11 @@ class Machine:
     """One booted host; `path` leads to a file of it. `folder`/checkout is this checkout as it was at the boot."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="hibernode-booted-"))
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self.init = 0
         mount = find_v2_mount(Path("/proc/self/mountinfo").read_text())
         assert mount is not None, "root.why_not() has looked"
-        self._cgroup = mount.point / f"hibernode-booted-{uuid.uuid4().hex[:8]}"
+        self._cgroup = mount.point / self.folder.name
         self._nspawn: subprocess.Popen[bytes] | None = None
 
     def path(self, inside: str) -> Path:
@@ -102,26 +102,11 @@ class Machine:
     def close(self) -> None:
         """End everything inside, remove everything made. What survives SIGKILL is an error."""
         try:
-            self.until("everything inside has ended", self._killed, END_DEADLINE_S)
+            remove(self._cgroup, self.folder)
         finally:
             if self._nspawn is not None:
                 self._nspawn.kill()
                 self._nspawn.wait(END_DEADLINE_S)
-            for mount in parse_mounts(Path("/proc/self/mountinfo").read_text()):
-                for folder in subtree(mount.point / self._cgroup.name):
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
-            shutil.rmtree(self.folder, ignore_errors=True)
-        left = [path for path in (self._cgroup, self.folder) if path.exists()]
-        assert not left, f"still there: {left}"
-
-    def _killed(self) -> bool:
-        if self._nspawn is not None:
-            self._nspawn.poll()
-        if self._cgroup.exists() and not is_empty(self._cgroup):
-            send_kill(self._cgroup)
-            return False
-        return True
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -176,9 +161,44 @@ class Machine:
         return self.try_run("journalctl", "-u", unit, "--no-pager", "-o", "cat", "-n", str(lines)).stdout
 
     def until(self, what: str, reached: Callable[[], bool], deadline_s: float = COMMAND_S) -> None:
-        """Ask again and again, for at most `deadline_s`."""
-        ends = time.monotonic() + deadline_s
-        while not reached():
-            if time.monotonic() > ends:
-                raise AssertionError(f"not within {deadline_s:g} s: {what}")
-            time.sleep(0.05)
+        """See `until`, for tests that have a machine at hand."""
+        until(what, reached, deadline_s)
+
+
+def until(what: str, reached: Callable[[], bool], deadline_s: float) -> None:
+    """Ask again and again, for at most `deadline_s`."""
+    ends = time.monotonic() + deadline_s
+    while not reached():
+        if time.monotonic() > ends:
+            raise AssertionError(f"not within {deadline_s:g} s: {what}")
+        time.sleep(0.05)
+
+
+def remove(cgroup: Path, folder: Path) -> None:
+    """End what runs in the cgroup; remove it from every hierarchy, and the folder."""
+
+    def emptied() -> bool:
+        if is_empty(cgroup):
+            return True
+        send_kill(cgroup)
+        return False
+
+    until(f"everything in {cgroup.name} has ended", emptied, END_DEADLINE_S)
+    for mount in parse_mounts(Path("/proc/self/mountinfo").read_text()):
+        for path in subtree(mount.point / cgroup.name):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    shutil.rmtree(folder, ignore_errors=True)
+    left = [path for path in (cgroup, folder) if path.exists()]
+    assert not left, f"still there: {left}"
+
+
+def sweep() -> None:
+    """What a run that was killed has left: hosts whose test process is gone."""
+    mount = find_v2_mount(Path("/proc/self/mountinfo").read_text())
+    assert mount is not None, "root.why_not() has looked"
+    names = {path.name for top in (mount.point, Path(tempfile.gettempdir())) for path in top.glob(f"{PREFIX}*-*")}
+    for name in names:
+        owner = name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            remove(mount.point / name, Path(tempfile.gettempdir()) / name)
