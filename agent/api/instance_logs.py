@@ -26,6 +26,11 @@ class InstanceLogs:
         self._runtime = runtime
         self._followers = LongCalls("followed logs (`hibernode logs -f`)", most, longest_s)
 
+    @property
+    def followers(self) -> int:
+        """How many follow a log now."""
+        return self._followers.open
+
     async def read(self, actor: Actor, tail_bytes: int) -> AsyncGenerator[pb.GetInstanceLogsResponse, None]:
         """The last `tail_bytes`, or all that is kept (0), at most 8 MiB. Nothing where no container was made yet.
 
