@@ -93,6 +93,11 @@ def connect(path: str) -> None:
         engine.connect(path)
 
 
+def listen(port: int) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", port))
+
+
 def write(path: str) -> None:
     file = Path(path)
     file.write_text("probe")
@@ -125,6 +130,7 @@ def main() -> None:
         "become the functions' account": become_the_functions_account,
         "give files to the functions' account": own_a_file,
         "map memory that is written and run": map_code,
+        "listen below 1024": lambda: listen(1023),
         "write /run/lock": lambda: write("/run/lock/probe"),
         "write /tmp": lambda: write("/tmp/probe"),
         "write /usr": lambda: write("/usr/probe"),

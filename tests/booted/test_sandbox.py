@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ NEEDED = [
     "reach Podman's socket",
     "become the functions' account",
     "give files to the functions' account",
+    "listen below 1024",
     "map memory that is written and run",
     "write /run/lock",
     "write /tmp",
@@ -99,22 +101,50 @@ def probe_unit(agent_unit: str) -> str:
     return service.replace("[Service]\n", probe)
 
 
-def test_the_sandbox_lets_the_agent_do_its_work_and_nothing_else(site: Site, bridge_port: str, engines: None) -> None:
+@contextmanager
+def probing(site: Site, bridge_port: str) -> Iterator[Callable[[str], dict[str, str]]]:
+    """The probe's answers, under the agent's unit and whatever lines are given on top of it."""
     machine = site.machine
     machine.write("/srv/probe.py", Path(__file__).with_name("probe.py").read_text())
-    unit = probe_unit(machine.path(f"/etc/systemd/system/{AGENT}").read_text())
+    machine.write(f"/etc/systemd/system/{PROBE}", probe_unit(machine.path(f"/etc/systemd/system/{AGENT}").read_text()))
     stranger = next(iter(site.pids().values()))
-    arguments = f"[Service]\nEnvironment=PROBED={stranger} BRIDGE_PORT={bridge_port}\n"
-    machine.write(f"/etc/systemd/system/{PROBE}", unit)
-    site.drop_in("arguments", arguments, PROBE)
-    try:
+
+    def probe(lines: str) -> dict[str, str]:
+        arguments = f"Environment=PROBED={stranger} BRIDGE_PORT={bridge_port}"
+        site.drop_in("test", f"[Service]\n{arguments}\n{lines}\n", PROBE)
+        machine.try_run("systemctl", "reset-failed", PROBE)
         done = machine.try_run("systemctl", "start", PROBE)
         said = machine.journal(PROBE)
         assert done.returncode == 0, said
-        answers = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+        answers: dict[str, str] = json.loads([line for line in said.splitlines() if line.startswith("{")][-1])
+        return answers
+
+    try:
+        yield probe
     finally:
         machine.run("rm", "-rf", f"/etc/systemd/system/{PROBE}", f"/etc/systemd/system/{PROBE}.d")
         machine.run("systemctl", "daemon-reload")
+
+
+@pytest.mark.usefixtures("engines")
+def test_the_sandbox_lets_the_agent_do_its_work_and_nothing_else(site: Site, bridge_port: str) -> None:
+    with probing(site, bridge_port) as probe:
+        answers = probe("")
     assert set(answers) == {*NEEDED, *DENIED}
     assert {name: answers[name] for name in NEEDED} == dict.fromkeys(NEEDED, "yes")
     assert [name for name in DENIED if answers[name] == "yes"] == []
+
+
+@pytest.mark.usefixtures("engines")
+def test_without_any_one_of_its_capabilities_the_agent_could_not_do_its_work(site: Site, bridge_port: str) -> None:
+    """All but SYS_RESOURCE, which a test host may lack itself."""
+    unit = site.machine.path(f"/etc/systemd/system/{AGENT}").read_text()
+    kept = re.search(r"^CapabilityBoundingSet=(.+)$", unit, re.MULTILINE)
+    assert kept
+    needless = []
+    with probing(site, bridge_port) as probe:
+        for capability in set(kept[1].split()) - {"CAP_SYS_RESOURCE"}:
+            answers = probe(f"CapabilityBoundingSet=~{capability}")
+            if all(answers[name] == "yes" for name in NEEDED):
+                needless.append(capability)
+    assert needless == []

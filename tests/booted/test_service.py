@@ -128,6 +128,30 @@ def test_an_agent_that_is_stuck_is_replaced_by_the_watchdog(site: Site, show: Sh
     show(f"stuck, with WatchdogSec={WATCHDOG_S}s back after {seconds:.1f} s: {load.summary()}")
 
 
+def test_what_the_watchdog_ends_leaves_the_stacks_of_its_threads_in_the_journal(site: Site) -> None:
+    """SIGABRT is what systemd sends first: one that is stuck in Python says where."""
+    machine = site.machine
+    with nothing_lost(site):
+        old = machine.main_pid(AGENT)
+        machine.run("systemctl", "kill", "--kill-whom=main", "--signal=ABRT", AGENT)
+        machine.until("systemd has started another", lambda: machine.main_pid(AGENT) not in (0, old) and ready(site))
+        said = machine.journal(AGENT, 200)
+    assert "Fatal Python error: Aborted" in said
+    assert "in run_until_signal" in said or "in daemon_main" in said, said[-3000:]
+
+
+def test_a_restart_of_the_scheduler_fails_no_request_that_it_has_accepted(site: Site, show: Show) -> None:
+    """Nobody listens for a moment: clients are refused, and may come again. What was inside is answered."""
+    with nothing_lost(site), under_load(site.machine) as load:
+        site.machine.run("systemctl", "restart", SCHEDULER)
+        load.go_on(20)
+    assert load.asked[-1].status == 200
+    assert all("Connect call failed" in one.text for one in load.failed), [one.text for one in load.failed]
+    refused = [one.ended_ns for one in load.failed]
+    gap = f"refused for {(max(refused) - min(refused)) / 1e9:.1f} s" if refused else "nobody was refused"
+    show(f"systemctl restart of the scheduler under load: {gap}; {load.summary()}")
+
+
 def test_a_stop_leaves_instances_awake_or_asleep_and_requests_wait_for_the_next_agent(site: Site) -> None:
     machine = site.machine
     sleeper = site.instances()[0]["uid"]
