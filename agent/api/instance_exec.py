@@ -15,6 +15,7 @@ from agent.ports import ExecOutput, ExecSession, ExecSpec
 from agent.v1 import instance_service_pb2 as pb
 
 START_DEADLINE_S = 10.0
+HANG_UP_S = 5.0
 MAX_WORDS = 1000
 MAX_COMMAND_BYTES = 64 * 1024
 MAX_INPUT_BYTES = 64 * 1024
@@ -35,18 +36,22 @@ async def exec_instance(
     """
     messages = aiter(requests)
     start = await _start(messages, start_deadline_s)
-    async with desk.visit(start.uid, exec_spec(start), wake=start.wake, caller=caller) as visit:
-        feeding = asyncio.create_task(_feed(messages, visit.session), name=f"exec input {start.uid}")
-        try:
+    feeding: asyncio.Task[None] | None = None
+    try:
+        async with desk.visit(start.uid, exec_spec(start), wake=start.wake, caller=caller) as visit:
+            feeding = asyncio.create_task(_feed(messages, visit.session), name=f"exec input {start.uid}")
             yield pb.ExecInstanceResponse(output=b"")
             while (output := await _next(visit.session, feeding)) is not None:
                 if output.data:
                     yield _said(output)
             visit.exit_code = await visit.session.exit_code()
-        finally:
+        yield pb.ExecInstanceResponse(exit_code=visit.exit_code)
+        # The caller hangs up. If we did, gRPC would fail a call in which the caller is just sending, exit code and all.
+        await asyncio.wait([feeding], timeout=HANG_UP_S)
+    finally:
+        if feeding is not None:
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
-    yield pb.ExecInstanceResponse(exit_code=visit.exit_code)
 
 
 def _said(output: ExecOutput) -> pb.ExecInstanceResponse:

@@ -105,12 +105,11 @@ async def test_a_whole_session(tmp_path: Path) -> None:
         session.say(b"app\n")
         session.say(b"bye\n", is_error=True)
         session.end(7)
-        answers = [await received(stream) for _ in range(4)]
+        answers = [await received(stream) for _ in range(3)]
         assert answers == [
             pb.ExecInstanceResponse(output=b"app\n"),
             pb.ExecInstanceResponse(error_output=b"bye\n"),
             pb.ExecInstanceResponse(exit_code=7),
-            None,
         ]
         assert session.closed.is_set()
         (began,) = [event for event in site.world.events.read() if event.name == "instance.exec"]
@@ -152,6 +151,7 @@ async def test_a_command_that_does_not_read_holds_its_caller_up(tmp_path: Path) 
         assert len(sent) < 200, "what is on its way is bounded (by the connection's own buffers)"
         session.end(0)
         assert await received(stream) == pb.ExecInstanceResponse(exit_code=0), "its end is told all the same"
+        stream.close()
         await asyncio.gather(sending, return_exceptions=True)
 
 

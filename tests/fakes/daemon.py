@@ -35,6 +35,7 @@ from agent.v1 import usage_service_pb2 as usage
 from agent.v1 import usage_service_pb2_grpc as usage_grpc
 from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable
+from tests.fakes.exec_story import exec_story
 
 TOKEN = "operator-token-0123456789"
 PAGE = 2
@@ -125,6 +126,15 @@ class Instances(inst_grpc.InstanceServiceServicer):
         self._find(request.uid)
         yield inst.GetInstanceLogsResponse(data=b"Loading model\n")
         yield inst.GetInstanceLogsResponse(data=b"\xff not UTF-8\n")
+        if request.follow:
+            yield inst.GetInstanceLogsResponse(data=f"the last {request.tail_bytes} bytes\n".encode())
+            if request.uid == "i-run":
+                await asyncio.Event().wait()
+
+    def ExecInstance(
+        self, request_iterator: AsyncIterator[inst.ExecInstanceRequest], context: Any
+    ) -> AsyncIterator[inst.ExecInstanceResponse]:
+        return exec_story(request_iterator, lambda uid: self._find(uid).state == State.STATE_FROZEN)
 
     async def ListEvents(self, request: inst.ListEventsRequest, context: Any) -> inst.ListEventsResponse:
         names = ("instance.created", "instance.running", "instance.frozen")
