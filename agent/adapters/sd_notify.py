@@ -6,16 +6,26 @@ import os
 import socket
 
 
-def notify(message: str) -> bool:
-    """Send one message, e.g. "READY=1". False if nobody listens: never an error, a daemon runs without systemd."""
+def notify_socket() -> socket.socket:
+    """A socket connected to it. Raises OSError; without systemd FileNotFoundError."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
-        return False
+        raise FileNotFoundError("NOTIFY_SOCKET is not set")
     if address.startswith("@"):
         address = "\0" + address[1:]
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-            channel.connect(address)
+        channel.connect(address)
+    except OSError:
+        channel.close()
+        raise
+    return channel
+
+
+def notify(message: str) -> bool:
+    """Send one message, e.g. "READY=1". False if nobody listens: never an error, a daemon runs without systemd."""
+    try:
+        with notify_socket() as channel:
             channel.sendall(message.encode())
     except OSError:
         return False

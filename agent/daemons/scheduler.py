@@ -18,6 +18,7 @@ import yaml
 
 import agent.scheduler
 from agent.adapters.clock import SystemClock
+from agent.adapters.kept_listener import kept_listener
 from agent.adapters.state_dir import StateDir
 from agent.adapters.token_file import ensure_token, read_token
 from agent.api.admin_http import AdminServer
@@ -34,7 +35,7 @@ from agent.daemons.process import daemon_main, run_until_signal
 from agent.http.date_line import DateLine
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
-from agent.http.server import serve
+from agent.http.server import BACKLOG, serve
 from agent.log import get_logger
 from agent.scheduler.deploy_rules import Defaults
 from agent.scheduler.desk import Desk
@@ -185,11 +186,13 @@ class SchedulerDaemon:
             max_connections=config.limits.connections,
         )
         try:
+            kept = kept_listener("gateway", config.gateway.host, config.gateway.port, BACKLOG)
             self.http = await serve(
                 self.gateway,
                 config.gateway.host,
                 config.gateway.port,
                 limits,
+                inherited=kept,
                 request_ids=self.request_ids,
                 on_fault=lambda error: self._log.error("gateway.fault", error=type(error).__name__, exc_info=error),
                 date_line=DateLine(lambda: self.clock.wall_ns() // SECOND_NS),

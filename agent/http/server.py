@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 
 from agent.http.connection import ServerConnection
@@ -14,6 +15,8 @@ from agent.http.sweep import Sweep
 # answers it by callbacks, at once or later (see `forward.forward_now`): the way for what must be fast.
 Handler = Callable[[Exchange], Awaitable[None] | None]
 _GRAIN_S = 0.25
+BACKLOG = 1024
+"""Connections that the kernel holds until they are accepted."""
 
 
 def no_date() -> bytes:
@@ -50,8 +53,14 @@ class Server:
         self._listener: asyncio.AbstractServer | None = None
         self._empty: asyncio.Future[None] | None = None
 
-    async def _listen(self, host: str, port: int) -> None:
-        listener = await self._loop.create_server(lambda: ServerConnection(self, self._loop), host, port, backlog=1024)
+    async def _listen(self, host: str, port: int, inherited: socket.socket | None) -> None:
+        def accepted() -> ServerConnection:
+            return ServerConnection(self, self._loop)
+
+        if inherited is not None:
+            listener = await self._loop.create_server(accepted, sock=inherited, backlog=BACKLOG)
+        else:
+            listener = await self._loop.create_server(accepted, host, port, backlog=BACKLOG)
         self._listener = listener
         self.port = listener.sockets[0].getsockname()[1]
 
@@ -92,8 +101,9 @@ async def serve(
     request_ids: Callable[[], str],
     on_fault: Callable[[BaseException], None],
     date_line: Callable[[], bytes] = no_date,
+    inherited: socket.socket | None = None,
 ) -> Server:
-    """Serves HTTP/1.1 on `host`:`port` (0 = any) of the running loop.
+    """Serves HTTP/1.1 on `host`:`port` (0 = any) of the running loop, or on a socket that listens there already.
 
     `handler` gets one Exchange per request and answers it; a HibernodeError it raises is answered as
     `errors.error_answer` says. `request_ids` names the engine's own refusals (400, 408, 413); `on_fault`
@@ -101,5 +111,5 @@ async def serve(
     every answer. Raises OSError if the address can't be bound.
     """
     server = Server(handler, limits, request_ids, on_fault, date_line)
-    await server._listen(host, port)
+    await server._listen(host, port, inherited)
     return server

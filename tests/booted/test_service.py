@@ -140,16 +140,13 @@ def test_what_the_watchdog_ends_leaves_the_stacks_of_its_threads_in_the_journal(
     assert "in run_until_signal" in said or "in daemon_main" in said, said[-3000:]
 
 
-def test_a_restart_of_the_scheduler_fails_no_request_that_it_has_accepted(site: Site, show: Show) -> None:
-    """Nobody listens for a moment: clients are refused, and may come again. What was inside is answered."""
+def test_a_restart_of_the_scheduler_is_a_pause_for_its_clients(site: Site, show: Show) -> None:
+    """systemd keeps the gateway's socket: who comes meanwhile waits in the kernel, who was inside is answered first."""
     with nothing_lost(site), under_load(site.machine) as load:
         site.machine.run("systemctl", "restart", SCHEDULER)
         load.go_on(20)
-    assert load.asked[-1].status == 200
-    assert all("Connect call failed" in one.text for one in load.failed), [one.text for one in load.failed]
-    refused = [one.ended_ns for one in load.failed]
-    gap = f"refused for {(max(refused) - min(refused)) / 1e9:.1f} s" if refused else "nobody was refused"
-    show(f"systemctl restart of the scheduler under load: {gap}; {load.summary()}")
+    assert not load.failed, [one.text for one in load.failed]
+    show(f"systemctl restart of the scheduler under load: {load.summary()}")
 
 
 def test_a_stop_leaves_instances_awake_or_asleep_and_requests_wait_for_the_next_agent(site: Site) -> None:
