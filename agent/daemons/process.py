@@ -55,7 +55,7 @@ async def run_until_signal(services: Sequence[Awaitable[None]]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    tasks = [asyncio.ensure_future(service) for service in (*services, _feed_watchdog())]
+    tasks = [asyncio.ensure_future(service) for service in (*services, feed_watchdog())]
     stopped = asyncio.ensure_future(stop.wait())
     # What start-up made stays for good: a full collection in the middle of a wake need not walk through it.
     gc.collect()
@@ -72,7 +72,7 @@ async def run_until_signal(services: Sequence[Awaitable[None]]) -> None:
         task.result()
 
 
-async def _feed_watchdog() -> None:
+async def feed_watchdog() -> None:
     """From the loop on which all the rest runs, so that systemd starts a daemon anew whose loop is stuck.
 
     Only what that heals counts. A thread that hangs in NVML or in a write to disk hangs in the driver or the file

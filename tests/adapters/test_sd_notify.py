@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from agent.adapters.sd_notify import notify, watchdog_interval_s
+from agent.daemons.process import feed_watchdog
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
@@ -34,3 +37,20 @@ def test_the_watchdog_is_fed_twice_as_often_as_it_asks(
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", usec)
     assert watchdog_interval_s() == interval
+
+
+async def test_only_a_loop_that_turns_feeds_the_watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "20000")
+        feeding = asyncio.create_task(feed_watchdog())
+        async with asyncio.timeout(5):
+            for _ in range(3):
+                assert await asyncio.get_running_loop().sock_recv(systemd, 64) == b"WATCHDOG=1"
+        time.sleep(0.1)  # noqa: ASYNC251 - stuck, for five times as long as systemd would wait
+        with pytest.raises(BlockingIOError):
+            systemd.recv(64)
+        feeding.cancel()
+        await asyncio.gather(feeding, return_exceptions=True)

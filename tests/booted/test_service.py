@@ -173,10 +173,11 @@ def test_a_stop_leaves_instances_awake_or_asleep_and_requests_wait_for_the_next_
 
 
 def test_a_stop_takes_the_instances_along_if_on_stop_says_so(site: Site) -> None:
-    """What is inside ends first, though that takes longer than the watchdog's time: a leaving agent is not stuck."""
+    """What is inside ends first, though that takes longer than the watchdog and the unit allow: a leaving agent is not
+    stuck, and says how long it needs."""
     machine = site.machine
     site.configure_agent(on_stop="stop")
-    site.drop_in("test", f"[Service]\nWatchdogSec={WATCHDOG_S}s\n")
+    site.drop_in("test", f"[Service]\nWatchdogSec={WATCHDOG_S}s\nTimeoutStopSec={WATCHDOG_S}s\n")
     machine.run("systemctl", "restart", AGENT)  # still with the old configuration's instances: `leave` was in force
     assert len(site.pids()) == INSTANCES
     slow = ask(site, f"/sleep?ms={(WATCHDOG_S + 2) * 1000}")
