@@ -12,6 +12,7 @@ import fcntl
 import http.client
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -65,6 +66,7 @@ default_ulimits = []
 [network]
 network_backend = "netavark"
 network_config_dir = "{folder}/networks"
+default_subnet_pools = [{{"base" = "{addresses}", "size" = 24}}]
 [engine]
 runtime = "{runtime}"
 cgroup_manager = "cgroupfs"
@@ -147,13 +149,25 @@ class Engine:
                 "--data-root", str(self.folder / "data"), "--exec-root", str(self.folder / "exec"),
                 "--pidfile", str(self.folder / "pid"), "--host", f"unix://{self.socket}",
                 "--containerd", str(self.folder / "containerd.sock"),
+                "--default-address-pool", f"base={self.addresses()},size=24",
                 # Containers outlive the daemon, as an operator of ours would have it.
                 "--live-restore", "--bridge", "none", "--log-level", "warn",
             ]  # fmt: skip
         runtime = "runc" if shutil.which("runc") else "crun"
-        (self.folder / "containers.conf").write_text(PODMAN_CONFIG.format(folder=self.folder, runtime=runtime))
+        (self.folder / "containers.conf").write_text(
+            PODMAN_CONFIG.format(folder=self.folder, runtime=runtime, addresses=self.addresses())
+        )
         (self.folder / "registries.conf").write_text(REGISTRIES)
         return [*self._podman(), "system", "service", "--time=0", f"unix://{self.socket}"]
+
+    def addresses(self) -> str:
+        """Its networks', apart from those of other engines of this host: Podman does not see what is down just now."""
+        file = self.folder / "addresses"
+        if not file.exists():
+            used = host_traces.routed_networks()
+            free = [network for n in range(100, 250) if (network := f"10.{n}.") not in used]
+            file.write_text(f"{random.choice(free)}0.0/16")
+        return file.read_text()
 
     def _podman(self) -> list[str]:
         return ["podman", "--root", str(self.folder / "data"), "--runroot", str(self.folder / "run")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,13 @@ def mounts_below(folder: Path) -> list[str]:
 def unmount_below(folder: Path) -> None:
     for point in reversed(mounts_below(folder)):
         subprocess.run(["umount", "--lazy", point], capture_output=True, timeout=20, check=False)
+
+
+def routed_networks() -> list[str]:
+    """`10.a.` of every route of the host into 10.0.0.0/8 (/proc/net/route, addresses in the host's byte order)."""
+    lines = Path("/proc/net/route").read_text().splitlines()[1:]
+    targets = [int(line.split()[1], 16).to_bytes(4, sys.byteorder) for line in lines]
+    return [f"10.{target[1]}." for target in targets if target[0] == 10]
 
 
 # ---- cgroups -------------------------------------------------------------------------------------------------------
