@@ -12,7 +12,7 @@ from tests.booted.machine import Machine, sweep
 from tests.booted.site import AGENT, INSTANCES, SCHEDULER, Site
 
 HERE = Path(__file__).parent
-TEST_DEADLINE_S = 240
+TEST_DEADLINE_S = 400
 FIRST_TEST_DEADLINE_S = 900
 """The first one makes the root file system, if no earlier run has."""
 

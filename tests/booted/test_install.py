@@ -135,6 +135,17 @@ def leftovers(site: Site) -> None:
     assert not site.pids()
 
 
+def test_an_uninstall_ends_instances_although_their_agent_cannot(site: Site) -> None:
+    """It can't even start: its instances are killed, one that sleeps too, and what else there may be is named."""
+    machine = site.machine
+    machine.run("hibernode", "freeze", site.instances()[0]["uid"])
+    assert len(site.pids()) == INSTANCES
+    site.configure_agent(no_such_key=1)
+    said = site.install("--uninstall", "--purge")
+    assert "warning: the agent could not end its instances" in said
+    leftovers(site)
+
+
 def test_an_uninstall_alone_keeps_what_is_not_the_programs(site: Site) -> None:
     """Configuration, ledger and accounts stay; instances end, for nobody would wake them; a new install goes on."""
     machine = site.machine
