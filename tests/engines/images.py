@@ -45,11 +45,11 @@ floods-log) yes "a line of the flood" & serve ;;
 forks) (while :; do sleep 86399 & done) & exec sleep 86399 ;;
 leaves-strays) for n in 1 2 3; do setsid sleep 86399 & done; serve ;;
 exits) echo "no configuration found"; exit 3 ;;
-eats-memory) exec tail /dev/zero ;;
+eats-memory) exec dd if=/dev/zero of=/dev/null bs=256M ;;
 eats-memory-when-told)
     httpd -p "${PORT:-9000}" -h /www
     while [ ! -e /tmp/eat ]; do sleep 0.1; done
-    exec tail /dev/zero ;;
+    exec dd if=/dev/zero of=/dev/null bs=256M ;;
 esac
 """
 EAT = b"#!/bin/sh\ntouch /tmp/eat\necho 'Content-Type: text/plain'\necho\necho eating\n"

@@ -100,7 +100,7 @@ class EngineWorld(World):
         await self.until_said(handle, b"stray")
 
     async def run_out_of_memory(self, handle: Handle) -> None:
-        self.tell(handle, "exec tail /dev/zero")
+        self.tell(handle, "exec dd if=/dev/zero of=/dev/null bs=256M")
 
     def reachable_at(self, handle: Handle) -> bool:
         return not handle.host.startswith("127.") and handle.host.count(".") == 3 and handle.port == 9000
