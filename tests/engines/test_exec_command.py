@@ -241,9 +241,13 @@ async def test_a_flood_is_bounded_on_disk_and_its_end_is_kept(engine: Engine) ->
         for _ in range(5):
             assert await asyncio.to_thread(log_bytes, engine, instance.container_id) <= 1.5 * LOG_LIMIT
             await asyncio.sleep(0.3)
-        shown = await hibernode(stack, "logs", instance.uid, "--tail", "64KiB")
-        assert len(shown.out) > 32 << 10
-        assert set(shown.out.splitlines()[1:-1]) == {"a line of the flood"}
+
+        async def shown() -> bool:  # Podman begins a full log anew: now and then there is little of it
+            ran = await hibernode(stack, "logs", instance.uid, "--tail", "64KiB")
+            assert len(ran.out) <= 64 << 10
+            return ran.out.count("a line of the flood\n") > 100
+
+        await until("the flood is shown", shown)
         await remove(stack, instance.uid, "flood")
         kept = stack.folder / "agent" / "logs" / f"{instance.uid}.log"
         assert 0 < kept.stat().st_size <= 1 << 20
