@@ -1,4 +1,4 @@
-"""One booted host a session (`machine`), and Hibernode on it as a user has it (`site`), the same before every test."""
+"""One booted host for this folder (`machine`); `site` is Hibernode on it as users have it, alike before every test."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             first = False
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def machine() -> Iterator[Machine]:
-    """A host that has just booted, with nothing of ours."""
+    """A host that has just booted, with nothing of ours; it ends with the folder, not with the session."""
     if why := root.why_not():
         pytest.skip(why)
     sweep()
