@@ -158,7 +158,11 @@ class InstanceExecutor:
         except HibernodeError as error:
             if error.reason == CANCELLED:
                 return ev.Refused(gen, CANCELLED, "the start was given up")
-            raise InstanceError(error.reason, f"{error.message} {await self._log_tail(handle)}") from error
+            reason, message = error.reason, error.message
+            if self._exit is not None:  # how it ended says more than that nobody answered
+                reason = "OUT_OF_MEMORY" if self._exit.oom_killed else reason
+                message = f"{message} Its end: {_how_it_ended(self._exit)}."
+            raise InstanceError(reason, f"{message} {await self._log_tail(handle)}") from error
         await self.save("READY")
         try:
             await self._note_vram(handle)
@@ -226,13 +230,8 @@ class InstanceExecutor:
             self._log.exception("instance.watch_crashed", instance=self._actor.uid)
             self._actor.handle(ev.Exited("INTERNAL", f"its end can't be watched any more: {type(error).__name__}"))
             return
-        if ended.oom_killed:
-            reason, how = "OUT_OF_MEMORY", "killed for running out of memory"
-        elif ended.signal:
-            reason, how = "INSTANCE_CRASHED", f"killed by signal {ended.signal}"
-        else:
-            reason, how = "INSTANCE_CRASHED", f"exited with code {ended.code}"
-        message = f"the container's main process ended: {ended.message or how}"
+        reason = "OUT_OF_MEMORY" if ended.oom_killed else "INSTANCE_CRASHED"
+        message = f"the container's main process ended: {_how_it_ended(ended)}"
         if self._actor.instance.op is ev.Op.START:
             reason = reason if ended.oom_killed else "FUNCTION_NOT_STARTED"
             message = f"{message} {await self._log_tail(handle)}"
@@ -352,3 +351,11 @@ class InstanceExecutor:
             end_message=instance.message,
         )
         await self._shell.store.put_instance(self.record)
+
+
+def _how_it_ended(exit_: Exit) -> str:
+    if exit_.message:
+        return exit_.message
+    if exit_.oom_killed:
+        return "killed for running out of memory"
+    return f"killed by signal {exit_.signal}" if exit_.signal else f"exited with code {exit_.code}"

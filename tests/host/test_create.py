@@ -16,7 +16,7 @@ from agent.core.errors import (
     PreconditionError,
     UnavailableError,
 )
-from agent.core.types import GIB, GpuNeed, InstanceState
+from agent.core.types import GIB, Exit, GpuNeed, InstanceState
 from tests.host.rig import OCR, World, a_world, eventually, until
 
 
@@ -213,3 +213,14 @@ async def test_a_pull_that_is_not_wanted_any_more_is_given_up() -> None:
         await asyncio.wait_for(actor.ended.wait(), 5)
         assert actor.state is InstanceState.STOPPED
         assert "start" not in [call for call, _ in world.runtime.calls]
+
+
+async def test_a_start_that_ran_out_of_memory_says_so_whoever_notices_first() -> None:
+    async with a_world() as world:
+        world.runtime.port_of = lambda spec: 1
+        actor = await world.create()
+        await eventually(lambda: actor.uid in world.runtime.containers)
+        world.runtime.exit(actor.uid, Exit(code=-1, signal=9, oom_killed=True, message="killed by signal 9 (Killed)"))
+        await until(actor, InstanceState.FAILED)
+        assert actor.instance.reason == "OUT_OF_MEMORY"
+        assert "killed by signal 9" in actor.instance.message
