@@ -20,8 +20,8 @@ from agent.ports import Runtime
 LOOK_S = 5.0
 BACK_OFF_MIN_S = 1.0
 BACK_OFF_MAX_S = 10.0
-SWEEP_EVERY = 12
-"""Looks between two sweeps while all is well: a minute."""
+SWEEP_EVERY = 3
+"""Looks between two sweeps while all is well: what an engine that was away for a moment only could not remove."""
 
 
 class Engine(Protocol):
