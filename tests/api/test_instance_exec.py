@@ -116,6 +116,19 @@ async def test_a_whole_session(tmp_path: Path) -> None:
         assert began.attributes["caller"] == "unix-socket"
 
 
+async def test_a_freeze_by_hand_is_told_who_is_inside(tmp_path: Path) -> None:
+    async with a_site(tmp_path) as site:
+        actor = await site.world.running()
+        _, session = await site.begun(actor)
+        freeze = pb.FreezeInstanceRequest(uid=actor.uid)
+        with pytest.raises(HibernodeError, match=r"NOT_IDLE.*a command runs inside"):
+            await site.channel.call(site.channel.instances.FreezeInstance, freeze, PATIENCE_S)
+        session.end(0)
+        await happened(session.closed)
+        answer = await site.channel.call(site.channel.instances.FreezeInstance, freeze, PATIENCE_S)
+        assert answer.instance.freeze_count == 1
+
+
 async def test_a_caller_that_leaves_ends_the_command(tmp_path: Path) -> None:
     async with a_site(tmp_path) as site:
         actor = await site.world.running()

@@ -198,6 +198,23 @@ async def test_who_is_killed_leaves_no_command_behind(engine: Engine) -> None:
         await remove(stack, sleeper.uid, "pages")
 
 
+async def test_the_agents_stop_ends_commands_and_not_their_instance(engine: Engine) -> None:
+    async with an_agent(engine) as stack:
+        await stack.deploy(busybox("pages"), target=1)
+        sleeper = await the_sleeper(stack)
+        process = on_a_pipe(stack, "exec", "--wake", sleeper.uid, "--", "/bin/sh", "-c", "echo up; sleep 4711")
+        assert process.stdout is not None
+        assert await asyncio.to_thread(process.stdout.readline) == b"up\n"
+        assert await asyncio.to_thread(stack.terminate, "agent") == 0
+        await asyncio.to_thread(process.communicate, timeout=20)
+        assert process.returncode == 5
+        assert not sleeping(sleeper.pid)
+        (stack.folder / "agent" / "endpoints.json").unlink(missing_ok=True)
+        await stack.start_agent()
+        assert (await the_sleeper(stack)).pid == sleeper.pid
+        await remove(stack, sleeper.uid, "pages")
+
+
 def sleeping(pid: int) -> list[int]:
     """Our commands in the pid namespace of this process."""
     inside = os.readlink(f"/proc/{pid}/ns/pid")
