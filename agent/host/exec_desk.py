@@ -91,9 +91,8 @@ class ExecDesk:
         handle = actor.handle_of_container
         if handle is None:
             raise PreconditionError("NOT_RUNNING", f"instance {actor.uid} has no container (any more)")
-        session = await self._runtime.exec(handle, spec)
-        visit = Visit(session)
         began = self._clock.monotonic_ns()
+        # Before it begins: whatever becomes of the start, it may have run.
         self._events.add(
             actor.uid,
             "instance.exec",
@@ -103,8 +102,10 @@ class ExecDesk:
             caller=caller,
             **({"user": spec.user} if spec.user else {}),
         )
+        visit: Visit | None = None
         cut = ""
         try:
+            visit = Visit(await self._runtime.exec(handle, spec))
             yield visit
         except HibernodeError as error:
             cut = error.reason
@@ -113,9 +114,10 @@ class ExecDesk:
             cut = "cut short by the agent" if limit.expired() else "the caller has left"
             raise
         finally:
-            await asyncio.shield(session.close())
+            if visit is not None:
+                await asyncio.shield(visit.session.close())
             took = (self._clock.monotonic_ns() - began) // MILLISECOND_NS
-            how = {"exit_code": visit.exit_code} if visit.exit_code is not None else {}
+            how = {"exit_code": visit.exit_code} if visit is not None and visit.exit_code is not None else {}
             self._events.add(actor.uid, "instance.exec_ended", cut, caller=caller, duration_ms=took, **how)
 
     async def close(self) -> None:

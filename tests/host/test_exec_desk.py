@@ -121,13 +121,14 @@ async def test_a_process_of_the_host_has_no_inside_and_is_not_woken_for_that() -
         assert (actor.state, actor.instance.visited) == (S.FROZEN, False)
 
 
-async def test_a_command_that_can_not_be_run_leaves_nothing() -> None:
+async def test_a_command_that_can_not_be_run_leaves_nothing_but_its_trace() -> None:
     async with a_desk() as (world, desk):
         actor = await world.running()
         world.runtime.exec_error = InstanceError("EXEC_FAILED", "unable to find user nobody-here")
         assert await reason_of(desk, actor.uid) == "EXEC_FAILED"
         assert not actor.instance.visited
-        assert "instance.exec" not in world.names()
+        assert len(events_of(world, "instance.exec")) == 1
+        assert world.messages("instance.exec_ended") == ["EXEC_FAILED"]
 
 
 # ---- meanwhile ------------------------------------------------------------------------------------------------------
