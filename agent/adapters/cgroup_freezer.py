@@ -7,16 +7,18 @@ asks the driver about a process whose cgroup is not THAWED: a frozen target can'
 from __future__ import annotations
 
 import signal
+from collections import OrderedDict
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from agent.adapters import cgroup, process_table
+from agent.adapters import cgroup, process_table, v1_freezer
 from agent.core.errors import DeadlineError, PreconditionError
 from agent.core.types import Handle, ProcessId
 
 FREEZE_DEADLINE_S = 5.0
+V1_PATHS_KEPT = 4096
 
 
 class FreezerState(Enum):
@@ -51,9 +53,14 @@ class ProcessFreezer(Protocol):
 
 
 class CgroupFreezer:
-    """`cgroup.freeze` of the handle's own cgroup: about 100 us, threads need not cooperate, SIGKILL still works."""
+    """`cgroup.freeze` of the handle's own cgroup: about 100 us, threads need not cooperate, SIGKILL still works.
+
+    On hybrid hosts an engine pauses containers by v1's freezer: seen here as frozen too, and thawed with the rest."""
 
     name = "cgroup"
+
+    def __init__(self) -> None:
+        self._v1: OrderedDict[ProcessId, Path | None] = OrderedDict()
 
     async def freeze(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
         path = self._path(handle)
@@ -77,6 +84,8 @@ class CgroupFreezer:
             events = cgroup.read_events(path)
             return events is None or not events["populated"] or not events["frozen"]
 
+        if self._paused_by_v1(handle):
+            v1_freezer.thaw(handle.process.pid)
         if not await cgroup.reread(thawed, deadline_s):
             raise _thaw_timeout(handle, deadline_s)
         if events is None or not events["populated"]:
@@ -87,13 +96,26 @@ class CgroupFreezer:
         events = cgroup.read_events(path)
         if events is None or events["populated"] == 0:
             return FreezerState.GONE
-        if events["frozen"]:
+        if events["frozen"] or self._paused_by_v1(handle):
             return FreezerState.FROZEN
         return FreezerState.FREEZING if cgroup.freeze_requested(path) else FreezerState.THAWED
 
     def is_frozen(self, handle: Handle) -> bool:
         events = cgroup.read_events(self._path(handle))
-        return events is not None and bool(events["populated"] and events["frozen"])
+        if events is None or not events["populated"]:
+            return False
+        return bool(events["frozen"]) or self._paused_by_v1(handle)
+
+    def _paused_by_v1(self, handle: Handle) -> bool:
+        """Only engines do that. Where its v1 cgroup is is looked up once: this is part of every wake."""
+        if not handle.container_id:
+            return False
+        if handle.process not in self._v1:
+            self._v1[handle.process] = v1_freezer.cgroup_of(handle.process.pid)
+            if len(self._v1) > V1_PATHS_KEPT:
+                self._v1.popitem(last=False)
+        path = self._v1[handle.process]
+        return path is not None and v1_freezer.is_frozen(path)
 
     def _path(self, handle: Handle) -> Path:
         if not handle.cgroup:

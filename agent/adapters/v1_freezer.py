@@ -16,13 +16,27 @@ CONTROLLER = "freezer"
 
 def thaw(pid: int, proc: Path = PROC) -> None:
     """Undo a v1 freeze of the cgroup that `pid` is in. A no-op without v1, and for the top of the hierarchy."""
-    path = _cgroup_of(pid, proc)
+    path = cgroup_of(pid, proc)
     if path is not None:
-        with suppress(OSError):  # gone with its last process
-            (path / "freezer.state").write_text("THAWED", encoding="ascii")
+        thaw_cgroup(path)
 
 
-def _cgroup_of(pid: int, proc: Path) -> Path | None:
+def thaw_cgroup(path: Path) -> None:
+    """Let it go on. The kernel does it at once."""
+    with suppress(OSError):  # gone with its last process
+        (path / "freezer.state").write_text("THAWED", encoding="ascii")
+
+
+def is_frozen(path: Path) -> bool:
+    """Stopped, or about to be (FREEZING)?"""
+    try:
+        return (path / "freezer.state").read_bytes().strip() != b"THAWED"
+    except OSError:
+        return False
+
+
+def cgroup_of(pid: int, proc: Path = PROC) -> Path | None:
+    """The process's own v1 freezer cgroup; None where there is none but the top."""
     try:
         membership = parse_membership((proc / str(pid) / "cgroup").read_text(encoding="utf-8"))
         mounts = parse_mounts((proc / "self/mountinfo").read_text(encoding="utf-8"))
