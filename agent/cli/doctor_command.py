@@ -86,7 +86,10 @@ def _conclude(lines: Sequence[CapabilityLine], failed: Sequence[str]) -> None:
     else:
         note("Instances can be frozen here.")
     if lines[0].name == "agent" and lines[0].level == "OK" and any(line.fix for line in lines):
-        note("The agent looked when it started: after a fix, restart it (systemctl restart hibernode-agent).")
+        note(
+            "The engine is looked at all the time, the rest was when the agent started: after a fix, restart it "
+            "(systemctl restart hibernode-agent)."
+        )
 
 
 def _config(named: Path | None) -> Path | None:

@@ -109,7 +109,8 @@ def env(directory: Path, form: str) -> None:
     \b
     Formats:
       sh    exports for eval "$(...)", for any program of this host
-      yaml  the gpu: section of agent.yaml: containers get the libraries and the socket mounted
+      yaml  the gpu: section of agent.yaml: containers get the libraries and the socket mounted;
+            the agent itself is started under the exports of sh
       cdi   a CDI specification of kind nvidia.com/gpu (JSON), for gpu.attach: cdi and for
             podman run --device nvidia.com/gpu=all; needs the driver to run, for its UUIDs
 

@@ -62,9 +62,9 @@ def exec_(uid: str, command: tuple[str, ...], interactive: bool, terminal: bool,
 
     \b
     Examples:
-      hibernode exec -it 3f9a -- sh
-      hibernode exec --wake 3f9a -- nvidia-smi
-      hibernode exec -i 3f9a -- tar -xf - -C /tmp < files.tar
+      hibernode exec -it i-3f9a -- sh
+      hibernode exec --wake i-3f9a -- nvidia-smi
+      hibernode exec -i i-3f9a -- tar -xf - -C /tmp < files.tar
     """
     command = command[1:] if command[0] == "--" else command
     if not command:

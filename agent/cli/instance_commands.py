@@ -34,8 +34,8 @@ def inspect(uid: str) -> None:
 
     \b
     Examples:
-      hibernode inspect 3f9a
-      hibernode inspect 3f9a --output json | jq .last_wake
+      hibernode inspect i-3f9a
+      hibernode inspect i-3f9a --output json | jq .last_wake
     """
 
     async def story(channel: DaemonChannel) -> types_pb2.Instance:
@@ -61,7 +61,7 @@ def freeze(uids: tuple[str, ...], timeout_s: float) -> None:
 
     \b
     Example:
-      hibernode freeze 3f9a
+      hibernode freeze i-3f9a
     """
 
     async def one(channel: DaemonChannel, uid: str) -> types_pb2.Instance:
@@ -89,7 +89,7 @@ def wake(uids: tuple[str, ...], timeout_s: float, hold_s: float) -> None:
 
     \b
     Example:
-      hibernode wake 3f9a --hold 30s
+      hibernode wake i-3f9a --hold 30s
     """
 
     async def one(channel: DaemonChannel, uid: str) -> types_pb2.Instance:
@@ -120,7 +120,7 @@ def rm(uids: tuple[str, ...], timeout_s: float, force: bool, grace_s: float) -> 
 
     \b
     Examples:
-      hibernode rm 3f9a
+      hibernode rm i-3f9a
       hibernode rm --force $(hibernode ps -q)
     """
 

@@ -49,7 +49,8 @@ Examples:
 \b
 Daemons are found in HIBERNODE_HOME (or --home), default /var/lib/hibernode.
 Exit codes: 0 ok, 1 unexpected, 2 usage, 3 not found, 4 precondition or
-conflict, 5 unavailable or timed out, 130 interrupted.
+conflict, 5 unavailable or timed out, 6 memory came back changed
+(doctor --selftest), 130 interrupted.
 Completion: eval "$(_HIBERNODE_COMPLETE=bash_source hibernode)", or zsh_source, fish_source.
 """
 

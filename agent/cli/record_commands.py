@@ -41,13 +41,14 @@ def logs(uid: str, tail_bytes: int | None, follow: bool, timeout_s: float | None
     """Print what an instance wrote to stdout and stderr, oldest first.
 
     Byte for byte; but on a terminal, control characters other than colours are shown as `?`. At most the last 8 MiB,
-    or less where the node keeps less (runtime.log_limit); also of instances that ended not long ago.
+    or less where the node keeps less (runtime.log_limit); also of instances that ended not long ago, unless
+    somebody else removed the container.
 
     \b
     Examples:
-      hibernode logs 3f9a
-      hibernode logs 3f9a --tail 64KiB
-      hibernode logs -f 3f9a | grep --line-buffered ERROR
+      hibernode logs i-3f9a
+      hibernode logs i-3f9a --tail 64KiB
+      hibernode logs -f i-3f9a | grep --line-buffered ERROR
     """
     limit_s = timeout_s if timeout_s is not None else FOLLOW_S if follow else READ_S
 
@@ -73,7 +74,7 @@ def events(uid: str, since_s: float | None) -> None:
     \b
     Examples:
       hibernode events --since 10m
-      hibernode events 3f9a
+      hibernode events i-3f9a
       hibernode events --output json | jq -r '.events[] | select(.name == "instance.frozen") | .time'
     """
 

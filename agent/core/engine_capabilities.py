@@ -75,7 +75,7 @@ def engine_lines(sight: EngineSight) -> Sequence[CapabilityLine]:
                 _ok("engine", "turned off (runtime.engine.socket: off): only functions with image `host` run here"),
             )
         what, _, advice = sight.problem.partition("; ")
-        fix = f"{advice or 'see the log of the engine'} (none installed: apt-get install docker.io, or podman)"
+        fix = f"{advice or 'see the log of the engine'} (if none is installed: apt-get install docker.io, or podman)"
         return (_warn("engine", f"functions with an image can't run here: {what}", fix),)
     return tuple(_lines(sight, facts))
 
