@@ -29,8 +29,10 @@ async def wake_up(actor: Actor, now_ns: int, hold_ns: int, timeout_ns: int) -> i
     await actor.wait_until(settled, timeout_ns / SECOND_NS, "WAKE")
     raise_if_failed(actor)
     if actor.state is not InstanceState.RUNNING:
-        reason = "INSTANCE_STOPPING" if actor.instance.stop else "PREEMPTED"
-        raise PreconditionError(reason, f"instance {actor.uid} is {actor.state.value}; ask again")
+        what = f"instance {actor.uid} is {actor.state.value}"
+        if actor.instance.stop:
+            raise PreconditionError("INSTANCE_STOPPING", f"{what}: it was told to stop; `hibernode ps` lists the others")
+        raise PreconditionError("PREEMPTED", f"{what}: another instance was given its GPU; ask again")
     return max(0, actor.gate.concurrency - actor.gate.in_flight - actor.gate.waiting)
 
 
