@@ -31,7 +31,9 @@ async def wake_up(actor: Actor, now_ns: int, hold_ns: int, timeout_ns: int) -> i
     if actor.state is not InstanceState.RUNNING:
         what = f"instance {actor.uid} is {actor.state.value}"
         if actor.instance.stop:
-            raise PreconditionError("INSTANCE_STOPPING", f"{what}: it was told to stop; `hibernode ps` lists the others")
+            raise PreconditionError(
+                "INSTANCE_STOPPING", f"{what}: it was told to stop; `hibernode ps` lists the others"
+            )
         raise PreconditionError("PREEMPTED", f"{what}: another instance was given its GPU; ask again")
     return max(0, actor.gate.concurrency - actor.gate.in_flight - actor.gate.waiting)
 
