@@ -87,8 +87,9 @@ async def test_who_may_not_is_told_so_and_the_password_is_not(place: Place) -> N
 
 async def test_what_the_registry_does_not_have(place: Place) -> None:
     image = place.registry.add("team/ocr", "3", {"model": b"x"})
-    for missing in (image.replace(":3", ":4"), image.replace("team/ocr", "team/other")):
-        assert (await place.refusal(missing, ANN)).reason == "IMAGE_NOT_FOUND"
+    for missing in (image.replace("/ocr:3", "/ocr:4"), image.replace("team/ocr", "team/other")):
+        refused = await place.refusal(missing, ANN)
+        assert refused.reason == "IMAGE_NOT_FOUND", refused.message
 
 
 async def test_an_image_of_another_processor(place: Place) -> None:
