@@ -37,7 +37,7 @@ SLOW_FIRST = (
 
 TOGETHER = {
     "tests/engines/": "engines",  # one Docker and one Podman, which a worker's process starts for itself
-    "tests/booted/": "booted",  # one booted systemd, on the host's network and its well-known ports
+    "tests/booted/": "booted",  # one booted systemd for all
     "tests/cli/test_selftest.py": "selftest",  # one slice of cgroups for all selftests of a host
     "tests/adapters/test_selftest_process.py": "selftest",
 }
