@@ -59,7 +59,7 @@ class SchedulerLink:
         self._log = get_logger()
         self.connected = False
         self._trouble = ""
-        self._name = observer.identity.name  # until the scheduler says whose credential this is
+        self._name = ""  # of the credential, as the scheduler says; windows under another name are refused for good
 
     # ---- what the node says -------------------------------------------------------------------------------------
 
@@ -128,9 +128,9 @@ class SchedulerLink:
             if not self.connected:
                 self.connected, self._trouble = True, ""
                 self._log.info("scheduler.connected", node=answer.node)
-                if answer.node != self._name:
-                    self._log.warning("scheduler.name_differs", node_name=self._name, credential_of=answer.node)
-                    self._name = answer.node
+                name, self._name = self._observer.identity.name, answer.node
+                if answer.node != name:
+                    self._log.warning("scheduler.name_differs", node_name=name, registered_as=answer.node)
             if answer.resync:
                 self._snapshot_due = True
                 self._wake.set()
@@ -172,6 +172,8 @@ class SchedulerLink:
         """Upload one batch of sealed windows; True if there may be more. Nothing is forgotten before its
         acknowledgement is here. What the scheduler refuses is put aside, or it would be in the way of all the rest
         for ever."""
+        if not self._name:
+            return False
         windows = await self._store.unacknowledged(UPLOAD_BATCH)
         if not windows:
             return False

@@ -245,7 +245,8 @@ class Provisioner:
         missing = [ordinal for ordinal in range(function.target) if ordinal not in have]
         if not missing:
             return None
-        if unplaceable is not None:
+        gives_way = any(one.made_by.revision != progress.revision and not one.counted_out for one in here)
+        if unplaceable is not None and not (unplaceable.reason in FULL and gives_way):
             return Problem(unplaceable.reason, unplaceable.message, unplaceable.reason in HOPELESS)
         failure = progress.last_failure
         if failure is None:

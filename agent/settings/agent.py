@@ -84,6 +84,8 @@ class EngineRuntime(Section, frozen=True):
     capabilities: tuple[str, ...] = DEFAULT_CAPABILITIES
 
     def __post_init__(self) -> None:
+        if self.socket.startswith("unix://"):
+            raise bad_key("socket", f"is a path: leave out unix://, as in {self.socket.removeprefix('unix://')!r}")
         if self.socket not in ("auto", "off"):
             absolute("socket", self.socket or "empty")
         positive(pull_timeout=self.pull_timeout_ns, operation_timeout=self.operation_timeout_ns)

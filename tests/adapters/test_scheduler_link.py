@@ -244,6 +244,19 @@ async def test_windows_bear_the_name_of_the_credential() -> None:
         assert line.scheduler.nodes == {"n1"}
 
 
+async def test_windows_of_before_wait_for_the_name_of_the_credential() -> None:
+    """An agent that comes back has windows before it has heard its name: under its own they are refused for good."""
+    async with a_line(refuse_uploads=True) as line:
+        await line.world.store.upsert_windows([window("i-before", 0)])
+        line.scheduler.refuse_uploads = False
+        observer = observer_of(line.world)
+        observer.identity = replace(observer.identity, name="a-host-name")
+        before_it_connects = SchedulerLink(line.link._channel, observer, line.world.node.actors, line.world.store, 0.01)
+        await before_it_connects.upload_once()
+        await eventually(lambda: ("i-before", 0) in line.world.store._acknowledged)
+        assert line.scheduler.nodes == {"n1"}
+
+
 async def test_windows_that_are_refused_are_put_aside_and_the_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that was renamed: its old windows stand before all others, and more of them than one upload takes."""
     monkeypatch.setattr(scheduler_link, "UPLOAD_BATCH", 2)

@@ -115,6 +115,7 @@ def test_an_open_address_needs_insecure(host: str, section: str, kind: type[Sect
         ({"gpu": {"mounts": {"binds": ["/a:/b"]}}}, "gpu.mounts: is used with attach: mounts only"),
         ({"gpu": {"attach": "by hand"}}, "gpu.attach: Invalid enum value 'by hand'"),
         ({"runtime": {"engine": {"socket": "docker.sock"}}}, "runtime.engine.socket: must be an absolute path"),
+        ({"runtime": {"engine": {"socket": "unix:///run/docker.sock"}}}, "socket: is a path: leave out unix://, as in"),
         ({"runtime": {"engine": {"capabilities": ["SYS_ADMIN"]}}}, "runtime.engine.capabilities[0]: SYS_ADMIN would"),
         ({"runtime": {"engine": {"capabilities": ["cap_kill"]}}}, "runtime.engine.capabilities[0]: must be a name"),
         ({"runtime": {"engine": {"pull_timeout": "0s"}}}, "runtime.engine.pull_timeout: must be more than zero"),

@@ -189,6 +189,16 @@ async def test_an_update_without_a_free_gpu_makes_room_first(daemon: Daemon, nod
     assert {one.request_id for one in node.instances.values()} == {"ocr/2/0/1", "ocr/2/1/1"}
 
 
+async def test_an_update_that_makes_room_is_not_degraded_meanwhile(daemon: Daemon, node: FakeAgentNode) -> None:
+    """`deploy --wait` gives up on a degraded function; on a full node every update would be one for a moment."""
+    await node.start(daemon.endpoints["grpc"])  # two GPUs, one instance each
+    await daemon.deploy()
+    await daemon.until(ready)
+    await daemon.deploy(command=["--new"])
+    function = await daemon.until(lambda function: ready(function) or function.state == Function.STATE_DEGRADED)
+    assert function.current_error_reason == ""
+
+
 async def test_an_instance_that_fails_is_replaced_under_a_new_attempt(daemon: Daemon, node: FakeAgentNode) -> None:
     await node.start(daemon.endpoints["grpc"])
     await daemon.deploy(target=1)
