@@ -27,7 +27,7 @@ STDERR = 2
 CHUNK_BYTES = 64 * 1024
 CLOSE_DEADLINE_S = 5.0
 END_LOOKS, END_LOOK_S = 50, 0.1
-"""How often and after what pause an engine is asked how a command ended, once its output has."""
+"""How often and after what pause an engine is asked what it notes late: a command's pid, and how it ended."""
 KILLED = 137
 KILL_ROUNDS = 20
 """A command that forks while it is killed is listed again; its children are few, and die faster than they are born."""
@@ -139,6 +139,18 @@ class EngineExecSession:
     async def _inspect(self) -> dict[str, Any]:
         return await self._api.call(lambda _docker: self._exec.inspect(), CLOSE_DEADLINE_S)
 
+    async def _leader(self) -> int:
+        """The command's pid on the host, 0 if it has ended. Docker hands its first output on before it has noted the
+        pid: a command that runs and has none yet is asked for again."""
+        for _ in range(END_LOOKS):
+            found = await self._inspect()
+            if not found.get("Running"):
+                return 0
+            if pid := int(found.get("Pid") or 0):
+                return pid
+            await asyncio.sleep(END_LOOK_S)
+        raise InstanceError("EXEC_FAILED", "the engine does not tell the pid of a command that runs")
+
     async def close(self) -> None:
         """End it, with all that it has started and that has not left its session: an engine leaves running what its
         caller has left."""
@@ -146,9 +158,9 @@ class EngineExecSession:
             return
         self._closed = True
         try:
-            found = await self._inspect()
-            if found.get("Running") and found.get("Pid"):
-                await asyncio.to_thread(_kill_session, self._place, int(found["Pid"]))
+            leader = await self._leader()
+            if leader:
+                await asyncio.to_thread(_kill_session, self._place, leader)
         except EngineError as error:
             if not error.not_found:  # the container is gone, and the command with it
                 log.warning("exec.close_failed", container=self._place.name, error=str(error))
