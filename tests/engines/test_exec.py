@@ -84,6 +84,14 @@ def file_of(handle: Handle, name: str) -> Path:
     return Path(f"/proc/{handle.process.pid}") / name
 
 
+def command_line(pid: int) -> bytes:
+    """b"" for a process that has just gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 # ---- what comes out, what goes in -----------------------------------------------------------------------------------
 
 
@@ -164,6 +172,11 @@ async def test_a_terminal_has_a_size_and_a_ctrl_c(world: EngineWorld, handle: Ha
     await heard(session, b"43 132\r\n")
     await session.resize(80, 25)
     await heard(session, b"asleep\r\n")
+
+    async def sleeps() -> bool:
+        return b"sleep\x0086399\0" in [command_line(pid) for pid in await inside(world, handle)]
+
+    await until("it sleeps, not only its shell's fork that is to be it", sleeps, PATIENCE_S)
     await session.write(b"\x03")
     ran = await rest_of(session)
     assert ran.code == 9
