@@ -12,6 +12,7 @@ from agent.core.errors import (
     HibernodeError,
     InvalidArgumentError,
     PreconditionError,
+    UnavailableError,
 )
 from agent.core.types import Exit, FunctionSpec, Handle, ProcessId
 from agent.ports import ExecSession, ExecSpec, StartSpec
@@ -36,9 +37,9 @@ class FakeRuntime:
     """Implements `ports.Runtime`. Keep the object over a pretended restart of the agent: containers survive in it.
 
     Knobs: `start_error` is raised by the next starts; `start_gate`, while set, holds every start until it is set(), and
-    `prepare_error` and `prepare_gate` do the same for the pull;
-    `kill_hangs` makes kill and destroy end in KILL_TIMEOUT; `port_of` gives a container the port of a test's server;
-    `accepted_images`; `executes`: its instances are containers, and `sessions` are the commands run inside (before
+    `prepare_error` and `prepare_gate` do the same for the pull; `kill_hangs` makes kill and destroy end in
+    KILL_TIMEOUT, `engine_away` leaves what was killed unremoved; `port_of` gives a container the port of a test's
+    server; `accepted_images`; `executes`: its instances are containers, and `sessions` are the commands run inside (before
     that `exec_error` is raised, or `exec_gate` waited for). `exit(uid, Exit)` ends a container, `print(uid, text)` adds
     to its log; `calls` tells the story.
     """
@@ -51,6 +52,7 @@ class FakeRuntime:
         self.prepare_error: HibernodeError | None = None
         self.prepare_gate: asyncio.Event | None = None
         self.kill_hangs = False
+        self.engine_away = False
         self.accepted_images = {"host"}
         self.executes = False
         self.exec_error: HibernodeError | None = None
@@ -175,6 +177,8 @@ class FakeRuntime:
     async def destroy(self, handle: Handle) -> None:
         self.calls.append(("destroy", handle.uid))
         self._kill(handle, 10.0)
+        if self.engine_away:
+            raise UnavailableError("ENGINE_UNAVAILABLE", "no engine answers at /run/docker.sock; start docker")
         if self._find(handle):
             del self.containers[handle.uid]
 

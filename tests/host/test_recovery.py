@@ -310,3 +310,26 @@ async def test_if_the_records_cannot_be_read_the_agent_does_not_start() -> None:
             await world.recover()
         assert world.runtime.running() == [uid]
         world.store.failing = False
+
+
+async def test_one_that_can_not_be_removed_now_is_dead_all_the_same_and_costs_nobody_a_gpu() -> None:
+    """Its engine is away while the next agent comes up: the processes are killed by the kernel's means."""
+    async with a_world() as world:
+        actor = await world.running()
+        world.freezer.states[actor.uid] = Condition.BROKEN
+        world.runtime.engine_away = True
+        await world.restart()
+        assert world.runtime.running() == []
+        assert world.node.desk.book.devices[actor.gpu_uuids[0]].cordoned == ""
+        assert await world.store.load_instances() == []
+        assert "instance.removal_postponed" in world.names(actor.uid)
+
+
+async def test_one_that_ended_while_nobody_looked_is_forgotten_though_its_engine_is_away() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        world.runtime.exit(actor.uid, Exit(code=1))
+        world.runtime.engine_away = True
+        await world.restart()
+        assert await world.store.load_instances() == []
+        assert "instance.gone" in world.names(actor.uid)
