@@ -39,9 +39,9 @@ class FakeRuntime:
     Knobs: `start_error` is raised by the next starts; `start_gate`, while set, holds every start until it is set(), and
     `prepare_error` and `prepare_gate` do the same for the pull; `kill_hangs` makes kill and destroy end in
     KILL_TIMEOUT, `engine_away` leaves what was killed unremoved; `port_of` gives a container the port of a test's
-    server; `accepted_images`; `executes`: its instances are containers, and `sessions` are the commands run inside (before
-    that `exec_error` is raised, or `exec_gate` waited for). `exit(uid, Exit)` ends a container, `print(uid, text)` adds
-    to its log; `calls` tells the story.
+    server; `accepted_images`; `executes`: its instances are containers, and `sessions` are the commands run inside
+    (before that `exec_error` is raised, or `exec_gate` waited for). `exit(uid, Exit)` ends a container, `print(uid,
+    text)` adds to its log; `calls` tells the story.
     """
 
     name = "fake"
