@@ -57,11 +57,18 @@ async def rest_of(session: ExecSession) -> Ran:
 
 
 async def run(world: EngineWorld, handle: Handle, *command: str, given: bytes = b"", user: str = "") -> Ran:
+    """Reads while it writes, as the servicer does: who did one after the other could wait for ever."""
     session = await world.runtime.exec(handle, ExecSpec(command, user=user))
-    for start in range(0, len(given), 65_536):
-        await session.write(given[start : start + 65_536])
-    await session.close_input()
-    return await rest_of(session)
+
+    async def feed() -> None:
+        for start in range(0, len(given), 65_536):
+            await session.write(given[start : start + 65_536])
+        await session.close_input()
+
+    async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as both:
+        both.create_task(feed())
+        said = both.create_task(rest_of(session))
+    return said.result()
 
 
 async def heard(session: ExecSession, text: bytes) -> bytes:
