@@ -7,16 +7,21 @@ which they were written, which is what a reader of a log wants.
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 
 import aiodocker
 import aiohttp
 
-from agent.adapters.engine_api import EngineApi
+from agent.adapters.engine_api import EngineApi, EngineError
 
 FRAME_HEADER_BYTES = 8
 CHUNK_BYTES = 64 * 1024
+READ_ATTEMPTS = 4
+READ_PAUSE_S = 0.02
+HALF_A_LINE = "not a valid container log line"
+"""What Podman says when it reads the file in the middle of a line that is being written."""
 READ_DEADLINE_S = 30.0
 BYTES_A_LINE = 4
 """An engine gives the last lines, not the last bytes: so many lines are asked for as bytes that nearly every log's
@@ -48,6 +53,13 @@ class EngineLogs:
                     size -= len(kept.popleft())
             return b"".join(kept)[-tail_bytes:]
 
+        for _ in range(READ_ATTEMPTS - 1):
+            try:
+                return await self._api.call(collect, READ_DEADLINE_S)
+            except EngineError as error:
+                if HALF_A_LINE not in error.text:
+                    raise
+            await asyncio.sleep(READ_PAUSE_S)
         return await self._api.call(collect, READ_DEADLINE_S)
 
     async def follow(self, container_id: str, tail_bytes: int) -> AsyncIterator[bytes]:

@@ -54,15 +54,18 @@ class EngineNetwork:
         """Somebody removed it, or so it seems: the next `ensure` looks."""
         self._there = False
 
-    async def remove_if_unused(self) -> None:
-        """The last container is gone. What still uses it keeps it; a start that comes meanwhile makes it anew."""
+    async def remove_if_unused(self) -> bool:
+        """The last container is gone. What still uses it keeps it (False), also a container that is only just being
+        removed; a start that comes meanwhile makes it anew."""
         async with self._lock:
             self._there = False
             try:
                 await self._api.call(self._delete)
             except HibernodeError as error:
-                if not (isinstance(error, EngineError) and (error.not_found or _in_use(error))):
-                    log.warning("engine.network_stays", network=self.name, error=str(error))
+                if isinstance(error, EngineError) and (error.not_found or _in_use(error)):
+                    return error.not_found
+                log.warning("engine.network_stays", network=self.name, error=str(error))
+            return True
 
     async def isolate_ports(self) -> None:
         """No port of the bridge may reach another one. After each start, for engines add ports as they like.

@@ -44,7 +44,9 @@ from agent.ports import ExecSession, ExecSpec, StartSpec
 KILL_DEADLINE_S = 10.0
 DISCARD_DEADLINE_S = 30.0
 KEEP_LOG_DEADLINE_S = 10.0
-LEAVE_DEADLINE_S = 5.0
+LEAVE_DEADLINE_S = 10.0
+NETWORK_ATTEMPTS = 10
+NETWORK_PAUSE_S = 0.5
 KEPT_LOG_BYTES = 1 << 20
 TAIL_BYTES = 2048
 
@@ -120,7 +122,10 @@ class EngineRuntime:
         if not self.health and not any(bundle.container for bundle in self._bundles.all()):
             with suppress(TimeoutError):
                 async with asyncio.timeout(LEAVE_DEADLINE_S):
-                    await self._parts.network.remove_if_unused()
+                    for _ in range(NETWORK_ATTEMPTS):
+                        if await self._parts.network.remove_if_unused():
+                            break
+                        await asyncio.sleep(NETWORK_PAUSE_S)
         await self._parts.api.close()
 
     # ---- start ------------------------------------------------------------------------------------------------

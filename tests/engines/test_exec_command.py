@@ -186,7 +186,11 @@ async def test_who_is_killed_leaves_no_command_behind(engine: Engine) -> None:
         process = on_a_pipe(stack, "exec", "--wake", sleeper.uid, "--", "/bin/sh", "-c", script)
         assert process.stdout is not None
         assert await asyncio.to_thread(process.stdout.readline) == b"up\n"
-        assert len(sleeping(sleeper.pid)) == 2
+
+        async def both() -> bool:
+            return len(sleeping(sleeper.pid)) == 2
+
+        await until("the command and its child sleep", both, 20)
         process.kill()
         process.communicate()
 
