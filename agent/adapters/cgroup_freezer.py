@@ -84,8 +84,8 @@ class CgroupFreezer:
             events = cgroup.read_events(path)
             return events is None or not events["populated"] or not events["frozen"]
 
-        if self._paused_by_v1(handle):
-            v1_freezer.thaw(handle.process.pid)
+        if (v1 := self._v1_path(handle)) is not None and v1_freezer.is_frozen(v1):
+            v1_freezer.thaw_cgroup(v1)
         if not await cgroup.reread(thawed, deadline_s):
             raise _thaw_timeout(handle, deadline_s)
         if events is None or not events["populated"]:
@@ -107,15 +107,18 @@ class CgroupFreezer:
         return bool(events["frozen"]) or self._paused_by_v1(handle)
 
     def _paused_by_v1(self, handle: Handle) -> bool:
-        """Only engines do that. Where its v1 cgroup is is looked up once: this is part of every wake."""
+        path = self._v1_path(handle)
+        return path is not None and v1_freezer.is_frozen(path)
+
+    def _v1_path(self, handle: Handle) -> Path | None:
+        """Only engines freeze by it. Where it is is looked up once: this is part of every wake."""
         if not handle.container_id:
-            return False
+            return None
         if handle.process not in self._v1:
             self._v1[handle.process] = v1_freezer.cgroup_of(handle.process.pid)
             if len(self._v1) > V1_PATHS_KEPT:
                 self._v1.popitem(last=False)
-        path = self._v1[handle.process]
-        return path is not None and v1_freezer.is_frozen(path)
+        return self._v1[handle.process]
 
     def _path(self, handle: Handle) -> Path:
         if not handle.cgroup:

@@ -196,7 +196,7 @@ class EngineApi:
             ) from error
         except (aiohttp.ClientError, OSError) as error:
             raise self._lost(error) from error
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise self._unavailable(
                 f"its answer is not to be understood ({type(error).__name__}); is it an engine at all? Set "
                 "runtime.engine.socket"

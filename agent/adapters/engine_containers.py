@@ -13,16 +13,18 @@ import aiodocker
 from agent.adapters.engine_api import EngineApi, EngineError
 from agent.adapters.engine_plan import INSTANCE_LABEL, STATE_LABEL, container_name
 from agent.adapters.engine_plan_libpod import CREATE_PATH, libpod_config
+from agent.adapters.process_runtime import UID_PATTERN
 from agent.core.errors import InstanceError
 
 LIST_DEADLINE_S = 20.0
 REMOVE_DEADLINE_S = 30.0
+INIT_PATH = "v4.0.0/libpod/containers/{}/init"
 REMOVE_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A container that carries our state directory's UUID. `uid` is "" where the label was lost."""
+    """A container that we have made: it carries our state directory's UUID, and the name that we gave it."""
 
     id: str
     uid: str
@@ -57,6 +59,11 @@ class EngineContainers:
         await self.remove_by_name(uid)
         return await self._api.call(make)
 
+    async def plug_in(self, container_id: str) -> None:
+        """Podman alone: have its network before anything runs in it, so that it can be fenced off first."""
+        path = INIT_PATH.format(container_id)
+        await self._api.call(lambda docker: docker._query_json(path, "POST", versioned_api=False))
+
     async def start(self, container_id: str) -> None:
         await self._api.call(lambda docker: docker.containers.container(container_id).start())
 
@@ -65,12 +72,14 @@ class EngineContainers:
         return await self._api.call(lambda docker: docker.containers.container(container_id).show())
 
     async def list(self) -> Sequence[Listed]:
-        """All of ours, ended ones too."""
+        """All of ours, ended ones too. Labels alone make none: an image carries labels as well, and whoever runs it by
+        hand lends them to a container that is his."""
         filters = json.dumps({"label": [f"{STATE_LABEL}={self._state_uuid}"]})
         found = await self._api.call(lambda docker: docker.containers.list(all=True, filters=filters), LIST_DEADLINE_S)
         return [
-            Listed(one.id, str((one["Labels"] or {}).get(INSTANCE_LABEL) or ""), one["State"] in ("running", "paused"))
+            Listed(one.id, uid, one["State"] in ("running", "paused"))
             for one in found
+            if (uid := _uid(one["Labels"] or {})) and f"/{container_name(uid)}" in (one["Names"] or ())
         ]
 
     async def remove(self, container_id: str) -> None:
@@ -111,6 +120,12 @@ class EngineContainers:
         if labels.get(STATE_LABEL) != self._state_uuid:
             raise InstanceError("START_FAILED", f"somebody else's container is named {name}; remove it", uid=uid)
         await self.remove(str(found["Id"]))
+
+
+def _uid(labels: Mapping[str, Any]) -> str:
+    """What names folders must be a uid; "" if it is none."""
+    uid = str(labels.get(INSTANCE_LABEL) or "")
+    return uid if UID_PATTERN.fullmatch(uid) else ""
 
 
 def _name_taken(error: EngineError) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiodocker
 import aiohttp
@@ -19,6 +19,7 @@ from agent.adapters.engine_api import EngineApi, EngineError
 FRAME_HEADER_BYTES = 8
 CHUNK_BYTES = 64 * 1024
 READ_ATTEMPTS = 4
+READS_AT_ONCE = 2
 READ_PAUSE_S = 0.02
 HALF_A_LINE = "not a valid container log line"
 """What Podman says when it reads the file in the middle of a line that is being written."""
@@ -34,6 +35,8 @@ class EngineLogs:
 
     def __init__(self, api: EngineApi) -> None:
         self._api = api
+        # Whoever may call a function may have logs read (x-fc-log-type): starts and removals must not wait for that.
+        self._reads = asyncio.Semaphore(READS_AT_ONCE)
 
     async def read(self, container_id: str, tail_bytes: int) -> bytes:
         """The last bytes of both outputs. At most twice `tail_bytes` are kept meanwhile.
@@ -55,12 +58,16 @@ class EngineLogs:
 
         for _ in range(READ_ATTEMPTS - 1):
             try:
-                return await self._api.call(collect, READ_DEADLINE_S)
+                return await self._read(collect)
             except EngineError as error:
                 if HALF_A_LINE not in error.text:
                     raise
             await asyncio.sleep(READ_PAUSE_S)
-        return await self._api.call(collect, READ_DEADLINE_S)
+        return await self._read(collect)
+
+    async def _read(self, collect: Callable[[aiodocker.Docker], Awaitable[bytes]]) -> bytes:
+        async with self._reads:
+            return await self._api.call(collect, READ_DEADLINE_S)
 
     async def follow(self, container_id: str, tail_bytes: int) -> AsyncIterator[bytes]:
         """About the last bytes, then what comes, until the container has ended. Closing it closes the connection.

@@ -186,6 +186,9 @@ class EngineRuntime:
         try:
             await self._parts.network.ensure()
             container_id = await self._containers.create(uid, config, devices)
+            if self._parts.api.kind == "podman":  # Docker's enable_icc shuts a port from its first moment on
+                await self._containers.plug_in(container_id)
+                await self._parts.network.isolate_ports()
             await self._containers.start(container_id)
             return await self._adopt(Origin(uid, spec.instance.function.port, spec.all_gpus), container_id)
         except BaseException:
@@ -267,7 +270,8 @@ class EngineRuntime:
             return
 
         async def empty() -> None:
-            v1_freezer.thaw(handle.process.pid)  # SIGKILL is under way: nothing of its code runs any more
+            if process_table.is_alive(handle.process, self._boot_id):
+                v1_freezer.thaw(handle.process.pid)  # SIGKILL is under way: nothing of its code runs any more
             await cgroup.kill(Path(handle.cgroup), deadline_s)
 
         await self._exits.kill(handle, empty, deadline_s)
@@ -328,12 +332,12 @@ class EngineRuntime:
 
     async def _unrecorded(self, one: Listed) -> Handle | None:
         """The handle of a container that runs without a record of it; it has one from now on."""
-        bundle = self._bundles.read(one.uid) if one.uid else None
+        bundle = self._bundles.read(one.uid)
         recorded = bundle.container if bundle else None
         if one.uid in self._starting or (recorded and recorded.container_id == one.id):
             return None
         try:
-            if one.running and one.uid and not recorded:
+            if one.running and not recorded:
                 inspected = await self._containers.inspect(one.id)
                 found = identify(inspected, self._boot_id)
                 if found:

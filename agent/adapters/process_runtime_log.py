@@ -46,8 +46,10 @@ class LogFiles:
         return log_fd
 
     def keep(self, uid: str, text: bytes) -> None:
-        """The end of a log that lies elsewhere and is about to go. OSError if it can't be written."""
+        """The end of a log that lies elsewhere and is about to go; in place of what was kept before, for a removal that
+        fails is tried again for as long as it takes. OSError if it can't be written."""
         with os.fdopen(self.open(uid, None), "wb") as file:
+            file.truncate(0)
             file.write(text)
 
     def read(self, path: Path, tail_bytes: int) -> bytes:

@@ -267,11 +267,12 @@ class Recovery:
         return True
 
     async def _remove(self, handle: Handle) -> None:
-        """Of one that is dead. While its engine is away it holds nothing but a name: `EngineWatch` removes it later."""
+        """Of one that is dead. What its engine can't remove now, away or busy, holds nothing but a name: `EngineWatch`
+        removes it later."""
         try:
             await self._shell.runtime.destroy(handle)
-        except UnavailableError as error:
-            if error.reason != "ENGINE_UNAVAILABLE":
+        except HibernodeError as error:
+            if error.reason not in ("ENGINE_UNAVAILABLE", "REMOVE_FAILED"):
                 raise
             self._shell.events.add(handle.uid, "instance.removal_postponed", error.message)
 

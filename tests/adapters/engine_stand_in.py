@@ -212,7 +212,12 @@ class EngineStandIn:
     async def _list(self, request: web.Request) -> web.Response:
         wanted = dict(label.split("=", 1) for label in json.loads(request.query["filters"])["label"])
         listed = [
-            {"Id": one.id, "Labels": one.config["Labels"], "State": one.state()["Status"]}
+            {
+                "Id": one.id,
+                "Names": [f"/{one.name}"],
+                "Labels": one.config["Labels"],
+                "State": one.state()["Status"],
+            }
             for one in self.containers.values()
             if wanted.items() <= one.config["Labels"].items()
         ]

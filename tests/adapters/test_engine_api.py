@@ -244,6 +244,7 @@ async def test_an_engine_that_refuses_to_say_who_it_is_can_not_be_used(api: Engi
         (aiodocker.DockerError(0, "toomanyrequests: slow down"), "toomanyrequests: slow down"),
         (TimeoutError(), "did not answer in time"),
         (KeyError("Id"), "is not to be understood"),
+        (AttributeError("'str' object has no attribute 'get'"), "is not to be understood"),
     ],
 )
 async def test_what_happens_in_a_stream_is_told_alike(api: EngineApi, error: Exception, says: str) -> None:

@@ -265,10 +265,22 @@ async def test_one_that_runs_without_a_record_is_found_and_recorded(rig: EngineR
 async def test_what_never_ran_or_has_ended_without_a_record_is_removed(rig: EngineRig) -> None:
     labels = {STATE_LABEL: rig.state_uuid, INSTANCE_LABEL: "resize-a"}
     rig.engine.make("hibernode-resize-a", labels, "/bin/true")
-    nameless = rig.engine.make("renamed", {STATE_LABEL: rig.state_uuid}, "/bin/sleep", "1000")
-    await rig.engine.run(nameless)
+    renamed = rig.engine.make("renamed", labels, "/bin/sleep", "1000")
+    await rig.engine.run(renamed)
     assert list(await rig.runtime.list_handles()) == []
-    assert rig.engine.containers == {}
+    assert list(rig.engine.containers) == [renamed.id], "whoever renamed it has taken it over"
+
+
+async def test_a_label_is_no_path(rig: EngineRig) -> None:
+    """Somebody ran an image by hand that carries our labels: images are not ours."""
+    models = rig.folder / "models"
+    models.mkdir()
+    labels = {STATE_LABEL: rig.state_uuid, INSTANCE_LABEL: "../../models"}
+    await rig.engine.run(rig.engine.make("debugging", labels, "/bin/sleep", "1000"))
+    assert list(await rig.runtime.list_handles()) == []
+    assert list(models.iterdir()) == [], "else it would be recorded there, and the folder removed with it"
+    assert rig.bundles.all() == []
+    assert len(rig.engine.containers) == 1, "his container is his"
 
 
 async def test_a_listing_takes_no_start_under_way_for_an_orphan(rig: EngineRig) -> None:

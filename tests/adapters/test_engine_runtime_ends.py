@@ -140,6 +140,19 @@ async def test_a_container_that_can_not_be_removed_stays_on_record(
     assert list(await rig.runtime.list_handles()) == [handle]
 
 
+async def test_a_removal_that_is_tried_for_hours_keeps_the_log_once(
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.adapters.engine_containers.REMOVE_PAUSES_S", ())
+    rig.engine.logs = b"resized 17 pictures\n"
+    handle = await rig.runtime.start(rig.spec("resize-a"))
+    rig.engine.refusals["DELETE containers"] = Refusal(500, "unable to remove filesystem: device or resource busy")
+    for _ in range(3):
+        with pytest.raises(InstanceError):
+            await rig.runtime.destroy(handle)
+    assert rig.files.path("resize-a").read_bytes() == rig.engine.logs
+
+
 async def test_its_log_is_read_from_the_engine_and_outlives_it(rig: EngineRig) -> None:
     rig.engine.logs = b"listening\nresized 17 pictures\n"
     handle = await rig.runtime.start(rig.spec("resize-a"))

@@ -176,6 +176,16 @@ async def test_the_host_reaches_containers_and_they_not_one_another(world: Engin
     assert answer.endswith("status 1")
 
 
+async def test_not_even_at_its_first_moment(world: EngineWorld) -> None:
+    neighbour = await world.runtime.start(world.spec("resize-b", script=SERVE))
+    await world.settled(neighbour)
+    for number in range(3):  # not every one of them is quick enough
+        script = f"{GET} {neighbour.host} 9000; echo status $?; exec sleep 86399"
+        hasty = await world.runtime.start(world.spec(f"resize-a{number}", script=script))
+        await until_said(world.runtime, hasty, b"status")
+        assert b"hello from busybox" not in await world.runtime.read_log(hasty, 4096)
+
+
 async def test_nothing_is_published(world: EngineWorld) -> None:
     await world.runtime.start(world.spec("resize-a", script=SERVE))
     found = world.engine.container("resize-a")

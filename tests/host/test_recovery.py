@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agent.core import lifecycle_events as ev
-from agent.core.errors import UnavailableError
+from agent.core.errors import InstanceError, UnavailableError
 from agent.core.types import SECOND_NS, Exit, Hook, Hooks, InstanceState
 from agent.host.actor import Actor
 from agent.ports import Condition, FreezeResult, Outcome
@@ -253,6 +253,23 @@ async def test_what_survives_a_kill_keeps_its_record_and_its_gpu_from_others() -
         result = await world.restart()
         assert (result.killed, world.runtime.containers) == (1, {})
         assert world.node.desk.book.devices[actor.gpu_uuids[0]].cordoned == ""
+
+
+async def test_a_dead_container_that_is_busy_takes_no_gpu_out_of_use() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        world.freezer.states[actor.uid] = Condition.BROKEN
+        real = world.runtime.destroy
+
+        async def destroy(handle: Any) -> None:
+            raise InstanceError("REMOVE_FAILED", "unable to remove filesystem: device or resource busy")
+
+        world.runtime.destroy = destroy  # type: ignore[method-assign]
+        result = await world.restart()
+        assert result.killed == 1
+        assert world.node.desk.book.devices[actor.gpu_uuids[0]].cordoned == ""
+        assert "instance.removal_postponed" in world.names()
+        world.runtime.destroy = real  # type: ignore[method-assign]
 
 
 async def test_an_orphan_that_survives_does_not_keep_the_agent_from_starting() -> None:
