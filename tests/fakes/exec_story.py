@@ -30,8 +30,10 @@ async def exec_story(requests: AsyncIterator[Request], asleep: Callable[[str], b
     yield Response(output=b"")
     match start.command[0]:
         case "cut":
+            await _end_of_input(messages)
             return
         case "lost":
+            await _end_of_input(messages)
             raise UnavailableError("AGENT_STOPPING", "this node's agent is going away")
         case "keys":
             async for answer in _keys(messages):
@@ -53,6 +55,15 @@ async def exec_story(requests: AsyncIterator[Request], asleep: Callable[[str], b
         async with asyncio.timeout(5):
             async for _ in messages:
                 pass
+
+
+async def _end_of_input(messages: AsyncIterator[Request]) -> None:
+    """gRPC loses the status of a call that ends while the caller is writing: he has said all before this one ends."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(5):
+            async for message in messages:
+                if message.WhichOneof("step") == "end_of_input":
+                    return
 
 
 async def _keys(messages: AsyncIterator[Request]) -> AsyncIterator[Response]:
