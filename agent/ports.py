@@ -5,7 +5,7 @@ Every wait has a deadline given by the caller in seconds or held by the adapter;
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -142,9 +142,9 @@ class Runtime(Protocol):
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
         """The last bytes of its combined stdout and stderr, also after it has ended. OSError if it can't be read."""
 
-    def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncIterator[bytes]:
+    def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncGenerator[bytes, None]:
         """The last bytes, then what comes, in chunks of at most 64 KiB, until the container has ended and all is read.
-        Closing the iterator (or cancelling) stops it and leaves nothing."""
+        Whoever reads it closes it (`aclosing`): that, or cancelling, stops it and leaves nothing."""
 
     async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:
         """Run a command inside. Never call it for a frozen instance: it would hang.

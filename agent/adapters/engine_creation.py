@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.adapters.engine_api import EngineApi
-from agent.adapters.engine_gpus import Attachment, attach_gpus, cdi_device_names
+from agent.adapters.engine_gpus import Attachment, attach_gpus, read_cdi_devices
 from agent.adapters.engine_images import Images
 from agent.adapters.engine_plan import PlanOptions, container_config
 from agent.adapters.engine_volumes import ResolvedVolume, forbidden_paths, resolve_volumes
@@ -117,7 +117,7 @@ class ContainerPlanner:
             return Attachment()
         devices: frozenset[str] = frozenset()
         if self._gpu.attach in ("auto", "cdi"):
-            devices = await asyncio.to_thread(cdi_device_names)
+            devices = await read_cdi_devices()
         return attach_gpus(self._gpu, self._api.facts, devices, spec.gpu_uuids, all_gpus=spec.all_gpus)
 
     async def _volumes(self, function: FunctionSpec) -> tuple[ResolvedVolume, ...]:

@@ -14,6 +14,7 @@ would start without its GPU.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ How = Literal["none", "cdi", "cdi-libpod", "nvidia-runtime", "mounts"]
 CDI_KIND = "nvidia.com/gpu"
 CDI_FOLDERS = (Path("/etc/cdi"), Path("/var/run/cdi"))
 ALL = "all"
+READ_DEADLINE_S = 10.0
 MAX_SPEC_BYTES = 8 << 20
 MAX_SPECS = 64
 NO_DEVICES = "void"
@@ -127,6 +129,16 @@ def _nvidia_runtime(engine: EngineFacts, wanted: Sequence[str]) -> Attachment:
 
 def _unavailable(problem: str) -> PreconditionError:
     return PreconditionError("GPU_ATTACH_UNAVAILABLE", f"GPUs can't be given to containers here: {problem}")
+
+
+async def read_cdi_devices() -> frozenset[str]:
+    """`cdi_device_names` of this host, beside the loop. PreconditionError GPU_ATTACH_UNAVAILABLE if its disk does not
+    answer."""
+    try:
+        async with asyncio.timeout(READ_DEADLINE_S):
+            return await asyncio.to_thread(cdi_device_names)
+    except TimeoutError:
+        raise _unavailable("the host's CDI specs can't be read in time; is its disk healthy?") from None
 
 
 def cdi_device_names(folders: Sequence[Path] = CDI_FOLDERS) -> frozenset[str]:

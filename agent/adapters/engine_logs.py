@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 
 import aiodocker
 import aiohttp
@@ -49,11 +50,12 @@ class EngineLogs:
         async def collect(docker: aiodocker.Docker) -> bytes:
             kept: deque[bytes] = deque()
             size = 0
-            async for part in _parts(docker, container_id, _lines(tail_bytes), follow=False):
-                kept.append(part)
-                size += len(part)
-                while size - len(kept[0]) >= tail_bytes:
-                    size -= len(kept.popleft())
+            async with aclosing(_parts(docker, container_id, _lines(tail_bytes), follow=False)) as parts:
+                async for part in parts:
+                    kept.append(part)
+                    size += len(part)
+                    while size - len(kept[0]) >= tail_bytes:
+                        size -= len(kept.popleft())
             return b"".join(kept)[-tail_bytes:]
 
         for _ in range(READ_ATTEMPTS - 1):
@@ -66,10 +68,12 @@ class EngineLogs:
         return await self._read(collect)
 
     async def _read(self, collect: Callable[[aiodocker.Docker], Awaitable[bytes]]) -> bytes:
-        async with self._reads:
-            return await self._api.call(collect, READ_DEADLINE_S)
+        """Within the deadline: the wait for a place counts."""
+        with self._api.errors():
+            async with asyncio.timeout(READ_DEADLINE_S), self._reads:
+                return await self._api.call(collect, READ_DEADLINE_S)
 
-    async def follow(self, container_id: str, tail_bytes: int) -> AsyncIterator[bytes]:
+    async def follow(self, container_id: str, tail_bytes: int) -> AsyncGenerator[bytes, None]:
         """About the last bytes, then what comes, until the container has ended. Closing it closes the connection.
 
         An engine counts in lines, so it is looked first how many lines the last bytes are: a line more or less where
@@ -79,8 +83,8 @@ class EngineLogs:
         """
         last = await self.read(container_id, tail_bytes)
         lines = last.count(b"\n") + 1 if len(last) >= tail_bytes > 0 else _lines(tail_bytes)
-        async with self._api.stream() as docker:
-            async for part in _parts(docker, container_id, lines, follow=True):
+        async with self._api.stream() as docker, aclosing(_parts(docker, container_id, lines, follow=True)) as parts:
+            async for part in parts:
                 for start in range(0, len(part), CHUNK_BYTES):
                     yield part[start : start + CHUNK_BYTES]
 
@@ -89,7 +93,9 @@ def _lines(tail_bytes: int) -> int:
     return min(MAX_LINES, max(1, tail_bytes // BYTES_A_LINE)) if tail_bytes > 0 else 0
 
 
-async def _parts(docker: aiodocker.Docker, container_id: str, lines: int, *, follow: bool) -> AsyncIterator[bytes]:
+async def _parts(
+    docker: aiodocker.Docker, container_id: str, lines: int, *, follow: bool
+) -> AsyncGenerator[bytes, None]:
     params = {"stdout": 1, "stderr": 1, "tail": lines, "follow": int(follow)}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=READ_DEADLINE_S)
     async with (

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from agent.adapters.engine_identity import Identified, identify
 from agent.adapters.engine_images import Images
 from agent.adapters.engine_network import EngineNetwork
 from agent.adapters.engine_refusals import disk_limit_refused, network_is_gone, start_refused
-from agent.adapters.process_runtime import HOST_IMAGE, UID_PATTERN
+from agent.adapters.process_runtime import UID_PATTERN
 from agent.adapters.process_runtime_bundle import Bundles
 from agent.adapters.process_runtime_exits import ExitWatch, Signs
 from agent.adapters.process_runtime_log import LogFiles
@@ -37,6 +37,7 @@ from agent.core.errors import (
     PreconditionError,
     UnavailableError,
 )
+from agent.core.function_rules import HOST_IMAGE
 from agent.core.types import Exit, FunctionSpec, Handle, ProcessId
 from agent.log import get_logger
 from agent.ports import ExecSession, ExecSpec, StartSpec
@@ -58,7 +59,7 @@ class Logs(Protocol):
 
     async def read(self, container_id: str, tail_bytes: int) -> bytes: ...
 
-    def follow(self, container_id: str, tail_bytes: int) -> AsyncIterator[bytes]: ...
+    def follow(self, container_id: str, tail_bytes: int) -> AsyncGenerator[bytes, None]: ...
 
 
 class Execs(Protocol):
@@ -367,12 +368,13 @@ class EngineRuntime:
                 raise
         return await asyncio.to_thread(self._parts.files.read, Path(handle.log_path), tail_bytes)
 
-    async def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncIterator[bytes]:
+    async def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncGenerator[bytes, None]:
         if not self._is_current(handle):
             yield await self.read_log(handle, tail_bytes)
             return
-        async for part in self._parts.logs.follow(handle.container_id, tail_bytes):
-            yield part
+        async with aclosing(self._parts.logs.follow(handle.container_id, tail_bytes)) as parts:
+            async for part in parts:
+                yield part
 
     def _is_current(self, handle: Handle) -> bool:
         bundle = self._bundles.read(handle.uid)

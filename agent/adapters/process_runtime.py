@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +31,11 @@ from agent.core.errors import (
     InvalidArgumentError,
     PreconditionError,
 )
+from agent.core.function_rules import HOST_IMAGE
 from agent.core.types import MIB, SECOND_NS, Exit, FunctionSpec, Handle, ProcessId
 from agent.log import get_logger
 from agent.ports import Clock, ExecSession, ExecSpec, StartSpec, Timer
 
-HOST_IMAGE = "host"
 LOOPBACK = "127.0.0.1"
 START_DEADLINE_S = 15.0
 DESTROY_DEADLINE_S = 10.0
@@ -313,7 +313,7 @@ class ProcessRuntime:
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
         return await asyncio.to_thread(self._logs.read, Path(handle.log_path), tail_bytes)
 
-    async def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncIterator[bytes]:
+    async def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncGenerator[bytes, None]:
         """See `ports.Runtime`. The file is looked at again and again: somebody else writes it, and nobody tells."""
         reader = self._logs.follow(Path(handle.log_path), tail_bytes)
         while True:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
-from agent.adapters.process_runtime import HOST_IMAGE
 from agent.core.errors import PreconditionError, UnavailableError
+from agent.core.function_rules import HOST_IMAGE
 from agent.core.types import Exit, FunctionSpec, Handle
+from agent.host.engine_watch import Engine
 from agent.ports import ExecSession, ExecSpec, Runtime, StartSpec
 
 
-class WatchedRuntime(Runtime, Protocol):
+class WatchedRuntime(Runtime, Engine, Protocol):
     """An engine's: it can be away."""
-
-    async def check(self) -> None:
-        """Ask whether it answers. Raises HibernodeError ENGINE_UNAVAILABLE, ENGINE_TOO_OLD ..."""
 
 
 class Runtimes:
@@ -110,7 +108,7 @@ class Runtimes:
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
         return await self._of(handle).read_log(handle, tail_bytes)
 
-    def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncIterator[bytes]:
+    def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncGenerator[bytes, None]:
         return self._of(handle).follow_log(handle, tail_bytes)
 
     async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:

@@ -57,7 +57,7 @@ class InstanceLogs:
                 await asyncio.sleep(CONTAINER_LOOK_S)  # its image is being pulled, or it waits for a GPU
             parts = self._runtime.follow_log(actor.handle_of_container, _bounded(tail_bytes))
             try:
-                async with aclosing(parts):  # type: ignore[type-var]  # all of them are generators
+                async with aclosing(parts):
                     async for part in parts:
                         for chunk in _chunks(part):
                             yield chunk

@@ -18,6 +18,7 @@ from agent.host.events import EventLog
 from agent.host.exec_desk import ExecDesk
 from agent.host.node import Node
 from agent.host.observe import Observer
+from agent.host.pauses import paused_by_others
 from agent.host.waking import raise_if_failed, wake_up
 from agent.ports import Clock
 from agent.v1 import instance_service_pb2 as pb
@@ -96,8 +97,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         began = actor.instance
         if began.state is InstanceState.RUNNING:
             if began.paused:
-                text = f"instance {actor.uid} was paused by somebody else; let it go on first (docker unpause)"
-                raise PreconditionError("EXTERNALLY_FROZEN", text)
+                raise paused_by_others(actor.uid)
             inside = "a command runs inside (`hibernode exec`)" if began.visited else "idle mode is off for it"
             why = "it is in use" if began.busy else inside
             raise PreconditionError("NOT_IDLE", f"instance {actor.uid} was not frozen: {why}")

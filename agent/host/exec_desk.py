@@ -19,6 +19,7 @@ from agent.host.actor import Actor
 from agent.host.events import EventLog
 from agent.host.long_calls import LongCalls
 from agent.host.node import Node
+from agent.host.pauses import paused_by_others
 from agent.host.waking import raise_if_failed
 from agent.ports import Clock, ExecSession, ExecSpec, Runtime
 
@@ -129,8 +130,7 @@ def _refuse(actor: Actor, *, wake: bool) -> None:
     """Raises PreconditionError where no command may be run now, not even after a wake if that is asked for."""
     me, uid = actor.instance, actor.uid
     if me.state is InstanceState.RUNNING and me.paused:
-        text = f"instance {uid} was paused by somebody else; let it go on first (docker unpause)"
-        raise PreconditionError("EXTERNALLY_FROZEN", text)
+        raise paused_by_others(uid)
     asleep = me.state in _ASLEEP or (me.state is InstanceState.RUNNING and me.draining)
     if me.stop or not (asleep or me.state is InstanceState.RUNNING):
         state = "being stopped" if me.stop and not me.state.terminal else me.state.value

@@ -304,11 +304,8 @@ class InstanceExecutor:
             try:
                 self.known_pids |= set(await runtime.pids(handle))
                 await runtime.kill(handle)
-                await runtime.destroy(handle)
+                await self._shell.remove(handle)
             except HibernodeError as error:
-                if error.reason == "ENGINE_UNAVAILABLE":  # dead already; the engine watch removes what is left of it
-                    self._shell.events.add(self._actor.uid, "instance.removal_postponed", error.message)
-                    return
                 message = error.message
             except OSError as error:
                 message = str(error)

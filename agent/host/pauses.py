@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from agent.core import lifecycle_events as ev
-from agent.core.errors import HibernodeError
+from agent.core.errors import HibernodeError, PreconditionError
 from agent.core.types import InstanceState
 from agent.host.node import Node
 from agent.log import get_logger
@@ -39,3 +39,9 @@ def look_for_pauses(node: Node, freezer: Freezer) -> None:
             continue
         if paused is not actor.instance.paused:
             actor.handle(ev.Paused(paused))
+
+
+def paused_by_others(uid: str) -> PreconditionError:
+    """What whoever wants something of a paused instance is told."""
+    text = f"instance {uid} was paused by somebody else; let it go on first (docker unpause)"
+    return PreconditionError("EXTERNALLY_FROZEN", text)

@@ -211,7 +211,7 @@ class Recovery:
         """Found in STARTING: /initialize runs once per container, so the container is made again."""
         if handle is not None:
             await self._shell.runtime.kill(handle)
-            await self._remove(handle)
+            await self._shell.remove(handle)
         if not set(record.gpu_uuids) <= self._known_gpus:
             await self._forget_record(record.spec.uid)
             self.found.gone += 1
@@ -227,7 +227,7 @@ class Recovery:
     async def _gone(self, record: InstanceRecord, handle: Handle | None) -> None:
         """It ended while no agent watched, or the host was booted: its ledger ends at its last mark."""
         if handle is not None:
-            await self._remove(handle)
+            await self._shell.remove(handle)
         await self._forget_record(record.spec.uid)
         self.found.gone += 1
         self._shell.events.add(record.spec.uid, "instance.gone", "it ended while the agent was down")
@@ -251,7 +251,7 @@ class Recovery:
         try:
             async with asyncio.timeout(self._deadline_s):
                 await runtime.kill(handle)
-                await self._remove(handle)
+                await self._shell.remove(handle)
         except (HibernodeError, OSError, TimeoutError) as error:
             self._shell.events.add(handle.uid, "instance.kill_failed", str(error) or "no end within the deadline")
             seen = await self._node.desk.places_of(set(await runtime.pids(handle)))
@@ -265,16 +265,6 @@ class Recovery:
             )
             return False
         return True
-
-    async def _remove(self, handle: Handle) -> None:
-        """Of one that is dead. What its engine can't remove now, away or busy, holds nothing but a name: `EngineWatch`
-        removes it later."""
-        try:
-            await self._shell.runtime.destroy(handle)
-        except HibernodeError as error:
-            if error.reason not in ("ENGINE_UNAVAILABLE", "REMOVE_FAILED"):
-                raise
-            self._shell.events.add(handle.uid, "instance.removal_postponed", error.message)
 
     async def _forget_record(self, uid: str) -> None:
         try:

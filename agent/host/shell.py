@@ -7,14 +7,17 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from agent.core.errors import PreconditionError
+from agent.core.errors import HibernodeError, PreconditionError
 from agent.core.lifecycle import CANCELLED
+from agent.core.types import Handle
 from agent.host.events import EventLog
 from agent.host.memory_desk import MemoryDesk
 from agent.http.errors import RequestIds
 from agent.ports import Clock, Freezer, InstanceStore, Runtime
 
 _T = TypeVar("_T")
+
+REMOVED_LATER = frozenset({"ENGINE_UNAVAILABLE", "REMOVE_FAILED"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,16 @@ class Shell:
     environment: Mapping[str, str]
     gpu_models: Mapping[str, str]
     store_problem: Callable[[], str] = lambda: ""
+
+    async def remove(self, handle: Handle) -> None:
+        """Of one that is dead, what is left. What its engine can't remove now, away or busy, holds nothing but a name:
+        `EngineWatch` removes it later. Raises as `Runtime.destroy` does for all else."""
+        try:
+            await self.runtime.destroy(handle)
+        except HibernodeError as error:
+            if error.reason not in REMOVED_LATER:
+                raise
+            self.events.add(handle.uid, "instance.removal_postponed", error.message)
 
 
 async def unless_cancelled(work: Coroutine[Any, Any, _T], cancel: asyncio.Event) -> _T:

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,7 @@ class Told:
             raise EngineError(404, "No such container")
         return self._engine.logs[-tail_bytes:] if tail_bytes else b""
 
-    async def follow(self, container_id: str, tail_bytes: int) -> AsyncIterator[bytes]:
+    async def follow(self, container_id: str, tail_bytes: int) -> AsyncGenerator[bytes, None]:
         yield await self.read(container_id, tail_bytes)
 
 

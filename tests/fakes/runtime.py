@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from agent.core.errors import (
@@ -196,7 +196,7 @@ class FakeRuntime:
         text = self._logs.get(handle.uid, b"")
         return text[max(0, len(text) - max(0, tail_bytes)) :]
 
-    async def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncIterator[bytes]:
+    async def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncGenerator[bytes, None]:
         at = max(0, len(self._logs.get(handle.uid, b"")) - max(0, tail_bytes))
         while True:
             ended = not await self.alive(handle)

@@ -254,3 +254,14 @@ async def test_an_agent_may_take_all_its_instances_along() -> None:
         await gone(world, deaf)
         assert world.app.paths().count("/pre-stop") == 1
         assert world.messages("instance.stopped") == ["the agent stops, and on_stop says stop"] * 3
+
+
+async def test_one_that_is_dead_and_can_not_be_removed_now_is_no_failed_kill() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        world.runtime.engine_away = True
+        actor.handle(ev.StopAsked(0, force=True))
+        await asyncio.wait_for(actor.ended.wait(), 5)
+        assert world.runtime.running() == []
+        assert world.names(actor.uid).count("instance.removal_postponed") == 1
+        assert "instance.kill_failed" not in world.names(actor.uid)
