@@ -120,6 +120,7 @@ class EngineRuntime:
 
         (Not with the last container's end: making it anew costs a start a third of its time.)"""
         self._exits.close()
+        await self._parts.images.close()
         if not self.health and not any(bundle.container for bundle in self._bundles.all()):
             with suppress(TimeoutError):
                 async with asyncio.timeout(LEAVE_DEADLINE_S):
