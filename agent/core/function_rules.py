@@ -33,6 +33,7 @@ LEAST_CONTAINER_BYTES = 6 * MIB
 MAX_PIDS = 4_194_304
 MAX_OPEN_FILES = 1_048_576
 MAX_EXTRA_HOSTS = 64
+MAX_NODE_LABELS = 32
 MAX_VOLUMES = 32
 MAX_PATH_BYTES = 4095
 MAX_LOGIN_BYTES = 16 * 1024
@@ -82,6 +83,7 @@ def check_function(spec: FunctionSpec) -> None:
         _check_health(spec.health_check)
     _check_environment(spec.environment)
     _check_container(spec)
+    _check_node_labels(spec.node_labels)
 
 
 def shm_bytes(spec: FunctionSpec) -> int:
@@ -192,6 +194,14 @@ def _check_container(spec: FunctionSpec) -> None:
         _check_volume(f"container.volumes[{index}]", volume)
     if options.registry is not None:
         _check_login(options.registry.username, options.registry.password)
+
+
+def _check_node_labels(labels: tuple[tuple[str, str], ...]) -> None:
+    if len(labels) > MAX_NODE_LABELS:
+        wrong("node_labels", f"has {len(labels)} entries, more than {MAX_NODE_LABELS}")
+    for key, value in labels:
+        if not key or len(key) > 128 or len(value) > 128 or not _PRINTABLE.fullmatch(key + value):
+            wrong("node_labels", "keys and values must be at most 128 printable ASCII characters, keys not empty")
 
 
 def _check_extra_hosts(entries: tuple[tuple[str, str], ...]) -> None:

@@ -138,7 +138,7 @@ class FunctionSpec:
     """What a user deploys. `revision` changes with every deploy that changes the spec.
 
     `environment` is write-only (masked in every answer, event and log). `image == "host"` runs entrypoint + command
-    on the process runtime.
+    on the process runtime. `node_labels`: what a node must carry to get instances of it.
     """
 
     name: str
@@ -164,6 +164,7 @@ class FunctionSpec:
     wake_factor: float = 0.0
     queue_length: int = 1000
     queue_timeout_ns: int = 60 * SECOND_NS
+    node_labels: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,20 @@ _NODES = sa.Table(
     sa.Column("name", sa.String(255), primary_key=True),
     sa.Column("first_seen_wall_ns", sa.BigInteger, nullable=False),
 )
+# A node without a row takes instances and requests.
+_NODE_SCHEDULING = sa.Table(
+    "node_scheduling",
+    _METADATA,
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("scheduling", sa.String(16), nullable=False),
+)
+# Schedule and policies of a function; its default target stands with the function.
+_PROVISION = sa.Table(
+    "provision_configs",
+    _METADATA,
+    sa.Column("function", sa.String(64), primary_key=True),
+    sa.Column("config", sa.LargeBinary, nullable=False),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +114,9 @@ class Store:
 
         return [FunctionRow(**row._mapping) for row in await self._run(read)]
 
-    async def put_function(self, row: FunctionRow) -> None:
-        """Insert or replace one function; durable when it returns."""
+    async def put_function(self, row: FunctionRow, provision: bytes | None = None) -> None:
+        """Insert or replace one function; durable when it returns. `provision`: its schedule and policies as a
+        serialised v1.ProvisionConfig, in the same transaction; b"" for none, None leaves them as they are."""
 
         def write() -> None:
             with self._engine.begin() as connection:
@@ -110,6 +125,10 @@ class Store:
                 connection.execute(sa.insert(_FUNCTIONS).values(**values))
                 connection.execute(sa.delete(_REVISIONS).where(_REVISIONS.c.name == row.name))
                 connection.execute(sa.insert(_REVISIONS).values(name=row.name, revision=row.revision))
+                if provision is not None:
+                    connection.execute(sa.delete(_PROVISION).where(_PROVISION.c.function == row.name))
+                if provision:
+                    connection.execute(sa.insert(_PROVISION).values(function=row.name, config=provision))
 
         await self._run(write)
 
@@ -129,6 +148,7 @@ class Store:
         def write() -> None:
             with self._engine.begin() as connection:
                 connection.execute(sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == name))
+                connection.execute(sa.delete(_PROVISION).where(_PROVISION.c.function == name))
 
         await self._run(write)
 
@@ -150,6 +170,37 @@ class Store:
                     connection.execute(sa.insert(_NODES).values(name=name, first_seen_wall_ns=wall_ns))
 
         await self._run(write)
+
+    async def node_scheduling(self) -> dict[str, str]:
+        """What operators have asked of nodes: CORDONED or DRAINED, by name; the others are in use."""
+
+        def read() -> dict[str, str]:
+            with self._engine.connect() as connection:
+                found = connection.execute(sa.select(_NODE_SCHEDULING.c.name, _NODE_SCHEDULING.c.scheduling)).all()
+            return {str(row[0]): str(row[1]) for row in found}
+
+        return await self._run(read)
+
+    async def put_node_scheduling(self, name: str, scheduling: str | None) -> None:
+        """CORDONED or DRAINED; None takes it back."""
+
+        def write() -> None:
+            with self._engine.begin() as connection:
+                connection.execute(sa.delete(_NODE_SCHEDULING).where(_NODE_SCHEDULING.c.name == name))
+                if scheduling is not None:
+                    connection.execute(sa.insert(_NODE_SCHEDULING).values(name=name, scheduling=scheduling))
+
+        await self._run(write)
+
+    async def provision_configs(self) -> dict[str, bytes]:
+        """Serialised v1.ProvisionConfig by function, of those that have a schedule or policies."""
+
+        def read() -> dict[str, bytes]:
+            with self._engine.connect() as connection:
+                found = connection.execute(sa.select(_PROVISION.c.function, _PROVISION.c.config)).all()
+            return {str(row[0]): bytes(row[1]) for row in found}
+
+        return await self._run(read)
 
     def _open(self) -> None:
         path = self._engine.url.database

@@ -15,6 +15,7 @@ from agent.settings.common import Limits, Listen, LogFormat, LogLevel, Port, abs
 
 MAX_HOLD_NS = 600 * SECOND_NS
 """What an agent's WakeInstance takes as `hold_ns`."""
+MIN_PERIOD_NS, MAX_PERIOD_NS = SECOND_NS, 3600 * SECOND_NS
 _DOMAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII)
 _NODE_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
 
@@ -75,6 +76,18 @@ class Dispatch(Section, frozen=True):
             raise bad_key("hold", "must be at most 10m")
 
 
+class Scaling(Section, frozen=True):
+    """How target tracking policies measure and how patient they are (facts/function-compute.md)."""
+
+    period_ns: Duration = Duration(60 * SECOND_NS)
+    periods: Annotated[int, msgspec.Meta(ge=1, le=60)] = 3
+    scale_in_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
+
+    def __post_init__(self) -> None:
+        if not MIN_PERIOD_NS <= self.period_ns <= MAX_PERIOD_NS:
+            raise bad_key("period", "must be 1s to 1h")
+
+
 class SchedulerConfig(Section, frozen=True):
     """scheduler.yaml: the central one."""
 
@@ -91,6 +104,7 @@ class SchedulerConfig(Section, frozen=True):
     price_book: str = ""
     report: Report = Report()
     dispatch: Dispatch = Dispatch()
+    scaling: Scaling = Scaling()
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:

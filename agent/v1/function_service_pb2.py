@@ -26,7 +26,7 @@ from agent.v1 import types_pb2 as agent_dot_v1_dot_types__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61gent/v1/function_service.proto\x12\x08\x61gent.v1\x1a\x14\x61gent/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xca\x01\n\x0bHttpTrigger\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x31\n\tauth_type\x18\x02 \x01(\x0e\x32\x1e.agent.v1.HttpTrigger.AuthType\x12\x0f\n\x07methods\x18\x03 \x03(\t\"i\n\x08\x41uthType\x12\x19\n\x15\x41UTH_TYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41UTH_TYPE_ANONYMOUS\x10\x01\x12\x16\n\x12\x41UTH_TYPE_FUNCTION\x10\x02\x12\x11\n\rAUTH_TYPE_JWT\x10\x03\"\xe5\x03\n\x08\x46unction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.agent.v1.FunctionSpec\x12\'\n\x08triggers\x18\x03 \x03(\x0b\x32\x15.agent.v1.HttpTrigger\x12\x0e\n\x06target\x18\x04 \x01(\x05\x12\x0f\n\x07\x63urrent\x18\x05 \x01(\x05\x12\x15\n\rcurrent_error\x18\x06 \x01(\t\x12\x1c\n\x14\x63urrent_error_reason\x18\x07 \x01(\t\x12\'\n\x05state\x18\x08 \x01(\x0e\x32\x18.agent.v1.Function.State\x12\x0b\n\x03url\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06queued\x18\x0c \x01(\x05\x12\r\n\x05\x61wake\x18\r \x01(\x05\"o\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12STATE_PROVISIONING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x12\n\x0eSTATE_DEGRADED\x10\x03\x12\x12\n\x0eSTATE_DELETING\x10\x04\"\x8d\x01\n\x15\x44\x65ployFunctionRequest\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x16.agent.v1.FunctionSpec\x12\x0e\n\x06target\x18\x02 \x01(\x05\x12\'\n\x08triggers\x18\x03 \x03(\x0b\x32\x15.agent.v1.HttpTrigger\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"P\n\x16\x44\x65ployFunctionResponse\x12$\n\x08\x66unction\x18\x01 \x01(\x0b\x32\x12.agent.v1.Function\x12\x10\n\x08warnings\x18\x02 \x03(\t\"\"\n\x12GetFunctionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x13GetFunctionResponse\x12$\n\x08\x66unction\x18\x01 \x01(\x0b\x32\x12.agent.v1.Function\"=\n\x14ListFunctionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x15ListFunctionsResponse\x12%\n\tfunctions\x18\x01 \x03(\x0b\x32\x12.agent.v1.Function\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"%\n\x15\x44\x65leteFunctionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x18\n\x16\x44\x65leteFunctionResponse2\xd9\x02\n\x0f\x46unctionService\x12S\n\x0e\x44\x65ployFunction\x12\x1f.agent.v1.DeployFunctionRequest\x1a .agent.v1.DeployFunctionResponse\x12J\n\x0bGetFunction\x12\x1c.agent.v1.GetFunctionRequest\x1a\x1d.agent.v1.GetFunctionResponse\x12P\n\rListFunctions\x12\x1e.agent.v1.ListFunctionsRequest\x1a\x1f.agent.v1.ListFunctionsResponse\x12S\n\x0e\x44\x65leteFunction\x12\x1f.agent.v1.DeleteFunctionRequest\x1a .agent.v1.DeleteFunctionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61gent/v1/function_service.proto\x12\x08\x61gent.v1\x1a\x14\x61gent/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xca\x01\n\x0bHttpTrigger\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x31\n\tauth_type\x18\x02 \x01(\x0e\x32\x1e.agent.v1.HttpTrigger.AuthType\x12\x0f\n\x07methods\x18\x03 \x03(\t\"i\n\x08\x41uthType\x12\x19\n\x15\x41UTH_TYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41UTH_TYPE_ANONYMOUS\x10\x01\x12\x16\n\x12\x41UTH_TYPE_FUNCTION\x10\x02\x12\x11\n\rAUTH_TYPE_JWT\x10\x03\"\xfd\x03\n\x08\x46unction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.agent.v1.FunctionSpec\x12\'\n\x08triggers\x18\x03 \x03(\x0b\x32\x15.agent.v1.HttpTrigger\x12\x0e\n\x06target\x18\x04 \x01(\x05\x12\x0f\n\x07\x63urrent\x18\x05 \x01(\x05\x12\x15\n\rcurrent_error\x18\x06 \x01(\t\x12\x1c\n\x14\x63urrent_error_reason\x18\x07 \x01(\t\x12\'\n\x05state\x18\x08 \x01(\x0e\x32\x18.agent.v1.Function.State\x12\x0b\n\x03url\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06queued\x18\x0c \x01(\x05\x12\r\n\x05\x61wake\x18\r \x01(\x05\x12\x16\n\x0e\x64\x65\x66\x61ult_target\x18\x0e \x01(\x05\"o\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12STATE_PROVISIONING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x12\n\x0eSTATE_DEGRADED\x10\x03\x12\x12\n\x0eSTATE_DELETING\x10\x04\"\xbb\x01\n\x15\x44\x65ployFunctionRequest\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x16.agent.v1.FunctionSpec\x12\x0e\n\x06target\x18\x02 \x01(\x05\x12\'\n\x08triggers\x18\x03 \x03(\x0b\x32\x15.agent.v1.HttpTrigger\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\x12,\n\tprovision\x18\x05 \x01(\x0b\x32\x19.agent.v1.ProvisionConfig\"P\n\x16\x44\x65ployFunctionResponse\x12$\n\x08\x66unction\x18\x01 \x01(\x0b\x32\x12.agent.v1.Function\x12\x10\n\x08warnings\x18\x02 \x03(\t\"\"\n\x12GetFunctionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x13GetFunctionResponse\x12$\n\x08\x66unction\x18\x01 \x01(\x0b\x32\x12.agent.v1.Function\"=\n\x14ListFunctionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x15ListFunctionsResponse\x12%\n\tfunctions\x18\x01 \x03(\x0b\x32\x12.agent.v1.Function\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"%\n\x15\x44\x65leteFunctionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x18\n\x16\x44\x65leteFunctionResponse\"\xdb\x01\n\x0fProvisionConfig\x12\x16\n\x0e\x64\x65\x66\x61ult_target\x18\x01 \x01(\x05\x12 \n\x13\x61lways_allocate_gpu\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x34\n\x11scheduled_actions\x18\x03 \x03(\x0b\x32\x19.agent.v1.ScheduledAction\x12@\n\x18target_tracking_policies\x18\x04 \x03(\x0b\x32\x1e.agent.v1.TargetTrackingPolicyB\x16\n\x14_always_allocate_gpu\"\x85\x01\n\x0fScheduledAction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nstart_time\x18\x02 \x01(\t\x12\x10\n\x08\x65nd_time\x18\x03 \x01(\t\x12\x0e\n\x06target\x18\x04 \x01(\x05\x12\x1b\n\x13schedule_expression\x18\x05 \x01(\t\x12\x11\n\ttime_zone\x18\x06 \x01(\t\"\x87\x03\n\x14TargetTrackingPolicy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nstart_time\x18\x02 \x01(\t\x12\x10\n\x08\x65nd_time\x18\x03 \x01(\t\x12>\n\x0bmetric_type\x18\x04 \x01(\x0e\x32).agent.v1.TargetTrackingPolicy.MetricType\x12\x15\n\rmetric_target\x18\x05 \x01(\x01\x12\x14\n\x0cmin_capacity\x18\x06 \x01(\x05\x12\x14\n\x0cmax_capacity\x18\x07 \x01(\x05\x12\x11\n\ttime_zone\x18\x08 \x01(\t\"\xa4\x01\n\nMetricType\x12\x1b\n\x17METRIC_TYPE_UNSPECIFIED\x10\x00\x12\x33\n/METRIC_TYPE_PROVISIONED_CONCURRENCY_UTILIZATION\x10\x01\x12\x1f\n\x1bMETRIC_TYPE_CPU_UTILIZATION\x10\x02\x12#\n\x1fMETRIC_TYPE_GPU_MEM_UTILIZATION\x10\x03\"\xdf\x02\n\tProvision\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12)\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x19.agent.v1.ProvisionConfig\x12\x0e\n\x06target\x18\x03 \x01(\x05\x12\x0f\n\x07\x63urrent\x18\x04 \x01(\x05\x12\x15\n\rcurrent_error\x18\x05 \x01(\t\x12\x1c\n\x14\x63urrent_error_reason\x18\x06 \x01(\t\x12\x1b\n\x13\x61lways_allocate_gpu\x18\x07 \x01(\x08\x12\x12\n\ndecided_by\x18\x08 \x01(\t\x12\x31\n\x08policies\x18\t \x03(\x0b\x32\x1f.agent.v1.Provision.PolicyState\x1a[\n\x0bPolicyState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tive\x18\x02 \x01(\x08\x12\x0e\n\x06target\x18\x03 \x01(\x05\x12\x13\n\x06metric\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_metric\"o\n\x19PutProvisionConfigRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12)\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x19.agent.v1.ProvisionConfig\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"V\n\x1aPutProvisionConfigResponse\x12&\n\tprovision\x18\x01 \x01(\x0b\x32\x13.agent.v1.Provision\x12\x10\n\x08warnings\x18\x02 \x03(\t\"V\n\x1bListProvisionConfigsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\"`\n\x1cListProvisionConfigsResponse\x12\'\n\nprovisions\x18\x01 \x03(\x0b\x32\x13.agent.v1.Provision\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x1c\x44\x65leteProvisionConfigRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\"\x1f\n\x1d\x44\x65leteProvisionConfigResponse2\x8b\x05\n\x0f\x46unctionService\x12S\n\x0e\x44\x65ployFunction\x12\x1f.agent.v1.DeployFunctionRequest\x1a .agent.v1.DeployFunctionResponse\x12J\n\x0bGetFunction\x12\x1c.agent.v1.GetFunctionRequest\x1a\x1d.agent.v1.GetFunctionResponse\x12P\n\rListFunctions\x12\x1e.agent.v1.ListFunctionsRequest\x1a\x1f.agent.v1.ListFunctionsResponse\x12S\n\x0e\x44\x65leteFunction\x12\x1f.agent.v1.DeleteFunctionRequest\x1a .agent.v1.DeleteFunctionResponse\x12_\n\x12PutProvisionConfig\x12#.agent.v1.PutProvisionConfigRequest\x1a$.agent.v1.PutProvisionConfigResponse\x12\x65\n\x14ListProvisionConfigs\x12%.agent.v1.ListProvisionConfigsRequest\x1a&.agent.v1.ListProvisionConfigsResponse\x12h\n\x15\x44\x65leteProvisionConfig\x12&.agent.v1.DeleteProvisionConfigRequest\x1a\'.agent.v1.DeleteProvisionConfigResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,25 +38,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HTTPTRIGGER_AUTHTYPE']._serialized_start=198
   _globals['_HTTPTRIGGER_AUTHTYPE']._serialized_end=303
   _globals['_FUNCTION']._serialized_start=306
-  _globals['_FUNCTION']._serialized_end=791
-  _globals['_FUNCTION_STATE']._serialized_start=680
-  _globals['_FUNCTION_STATE']._serialized_end=791
-  _globals['_DEPLOYFUNCTIONREQUEST']._serialized_start=794
-  _globals['_DEPLOYFUNCTIONREQUEST']._serialized_end=935
-  _globals['_DEPLOYFUNCTIONRESPONSE']._serialized_start=937
-  _globals['_DEPLOYFUNCTIONRESPONSE']._serialized_end=1017
-  _globals['_GETFUNCTIONREQUEST']._serialized_start=1019
-  _globals['_GETFUNCTIONREQUEST']._serialized_end=1053
-  _globals['_GETFUNCTIONRESPONSE']._serialized_start=1055
-  _globals['_GETFUNCTIONRESPONSE']._serialized_end=1114
-  _globals['_LISTFUNCTIONSREQUEST']._serialized_start=1116
-  _globals['_LISTFUNCTIONSREQUEST']._serialized_end=1177
-  _globals['_LISTFUNCTIONSRESPONSE']._serialized_start=1179
-  _globals['_LISTFUNCTIONSRESPONSE']._serialized_end=1266
-  _globals['_DELETEFUNCTIONREQUEST']._serialized_start=1268
-  _globals['_DELETEFUNCTIONREQUEST']._serialized_end=1305
-  _globals['_DELETEFUNCTIONRESPONSE']._serialized_start=1307
-  _globals['_DELETEFUNCTIONRESPONSE']._serialized_end=1331
-  _globals['_FUNCTIONSERVICE']._serialized_start=1334
-  _globals['_FUNCTIONSERVICE']._serialized_end=1679
+  _globals['_FUNCTION']._serialized_end=815
+  _globals['_FUNCTION_STATE']._serialized_start=704
+  _globals['_FUNCTION_STATE']._serialized_end=815
+  _globals['_DEPLOYFUNCTIONREQUEST']._serialized_start=818
+  _globals['_DEPLOYFUNCTIONREQUEST']._serialized_end=1005
+  _globals['_DEPLOYFUNCTIONRESPONSE']._serialized_start=1007
+  _globals['_DEPLOYFUNCTIONRESPONSE']._serialized_end=1087
+  _globals['_GETFUNCTIONREQUEST']._serialized_start=1089
+  _globals['_GETFUNCTIONREQUEST']._serialized_end=1123
+  _globals['_GETFUNCTIONRESPONSE']._serialized_start=1125
+  _globals['_GETFUNCTIONRESPONSE']._serialized_end=1184
+  _globals['_LISTFUNCTIONSREQUEST']._serialized_start=1186
+  _globals['_LISTFUNCTIONSREQUEST']._serialized_end=1247
+  _globals['_LISTFUNCTIONSRESPONSE']._serialized_start=1249
+  _globals['_LISTFUNCTIONSRESPONSE']._serialized_end=1336
+  _globals['_DELETEFUNCTIONREQUEST']._serialized_start=1338
+  _globals['_DELETEFUNCTIONREQUEST']._serialized_end=1375
+  _globals['_DELETEFUNCTIONRESPONSE']._serialized_start=1377
+  _globals['_DELETEFUNCTIONRESPONSE']._serialized_end=1401
+  _globals['_PROVISIONCONFIG']._serialized_start=1404
+  _globals['_PROVISIONCONFIG']._serialized_end=1623
+  _globals['_SCHEDULEDACTION']._serialized_start=1626
+  _globals['_SCHEDULEDACTION']._serialized_end=1759
+  _globals['_TARGETTRACKINGPOLICY']._serialized_start=1762
+  _globals['_TARGETTRACKINGPOLICY']._serialized_end=2153
+  _globals['_TARGETTRACKINGPOLICY_METRICTYPE']._serialized_start=1989
+  _globals['_TARGETTRACKINGPOLICY_METRICTYPE']._serialized_end=2153
+  _globals['_PROVISION']._serialized_start=2156
+  _globals['_PROVISION']._serialized_end=2507
+  _globals['_PROVISION_POLICYSTATE']._serialized_start=2416
+  _globals['_PROVISION_POLICYSTATE']._serialized_end=2507
+  _globals['_PUTPROVISIONCONFIGREQUEST']._serialized_start=2509
+  _globals['_PUTPROVISIONCONFIGREQUEST']._serialized_end=2620
+  _globals['_PUTPROVISIONCONFIGRESPONSE']._serialized_start=2622
+  _globals['_PUTPROVISIONCONFIGRESPONSE']._serialized_end=2708
+  _globals['_LISTPROVISIONCONFIGSREQUEST']._serialized_start=2710
+  _globals['_LISTPROVISIONCONFIGSREQUEST']._serialized_end=2796
+  _globals['_LISTPROVISIONCONFIGSRESPONSE']._serialized_start=2798
+  _globals['_LISTPROVISIONCONFIGSRESPONSE']._serialized_end=2894
+  _globals['_DELETEPROVISIONCONFIGREQUEST']._serialized_start=2896
+  _globals['_DELETEPROVISIONCONFIGREQUEST']._serialized_end=2944
+  _globals['_DELETEPROVISIONCONFIGRESPONSE']._serialized_start=2946
+  _globals['_DELETEPROVISIONCONFIGRESPONSE']._serialized_end=2977
+  _globals['_FUNCTIONSERVICE']._serialized_start=2980
+  _globals['_FUNCTIONSERVICE']._serialized_end=3631
 # @@protoc_insertion_point(module_scope)

@@ -130,10 +130,11 @@ class Function(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     AWAKE_FIELD_NUMBER: _builtins.int
+    DEFAULT_TARGET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name."""
     target: _builtins.int
-    """Instances wanted."""
+    """Instances wanted now, by schedule and policies. In effect; default_target is what was asked for without them."""
     current: _builtins.int
     """Instances there are, awake or asleep. Output only."""
     current_error: _builtins.str
@@ -148,6 +149,8 @@ class Function(_message.Message):
     """Requests waiting at the dispatcher. Output only."""
     awake: _builtins.int
     """Instances of it that are awake. Output only."""
+    default_target: _builtins.int
+    """Instances wanted while no schedule and no policy is active. Output only."""
     @_builtins.property
     def spec(self) -> _types_pb2.FunctionSpec:
         """The spec, its secrets masked."""
@@ -180,10 +183,11 @@ class Function(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         queued: _builtins.int = ...,
         awake: _builtins.int = ...,
+        default_target: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awake", b"awake", "create_time", b"create_time", "current", b"current", "current_error", b"current_error", "current_error_reason", b"current_error_reason", "name", b"name", "queued", b"queued", "spec", b"spec", "state", b"state", "target", b"target", "triggers", b"triggers", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awake", b"awake", "create_time", b"create_time", "current", b"current", "current_error", b"current_error", "current_error_reason", b"current_error_reason", "default_target", b"default_target", "name", b"name", "queued", b"queued", "spec", b"spec", "state", b"state", "target", b"target", "triggers", b"triggers", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -199,6 +203,7 @@ class DeployFunctionRequest(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     TRIGGERS_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    PROVISION_FIELD_NUMBER: _builtins.int
     target: _builtins.int
     """Instances wanted, 0 to 10000."""
     validate_only: _builtins.bool
@@ -211,6 +216,12 @@ class DeployFunctionRequest(_message.Message):
     def triggers(self) -> _containers.RepeatedCompositeFieldContainer[Global___HttpTrigger]:
         """Triggers; none means one anonymous trigger for all methods."""
 
+    @_builtins.property
+    def provision(self) -> Global___ProvisionConfig:
+        """Schedule and policies in place of those there are; its default_target is ignored, `target` counts. Absent: they
+        stay as they are.
+        """
+
     def __init__(
         self,
         *,
@@ -218,10 +229,11 @@ class DeployFunctionRequest(_message.Message):
         target: _builtins.int = ...,
         triggers: _abc.Iterable[Global___HttpTrigger] | None = ...,
         validate_only: _builtins.bool = ...,
+        provision: Global___ProvisionConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["provision", b"provision", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec", "target", b"target", "triggers", b"triggers", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["provision", b"provision", "spec", b"spec", "target", b"target", "triggers", b"triggers", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -395,3 +407,413 @@ class DeleteFunctionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteFunctionResponse: _TypeAlias = DeleteFunctionResponse  # noqa: Y015
+
+@_typing.final
+class ProvisionConfig(_message.Message):
+    """How many instances a function has, after Function Compute's PutProvisionConfig."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEFAULT_TARGET_FIELD_NUMBER: _builtins.int
+    ALWAYS_ALLOCATE_GPU_FIELD_NUMBER: _builtins.int
+    SCHEDULED_ACTIONS_FIELD_NUMBER: _builtins.int
+    TARGET_TRACKING_POLICIES_FIELD_NUMBER: _builtins.int
+    default_target: _builtins.int
+    """Instances wanted while no schedule and no policy is active, 0 to 10000."""
+    always_allocate_gpu: _builtins.bool
+    """True turns idle mode off, false on; either replaces the instances if it was otherwise. Absent: as it is."""
+    @_builtins.property
+    def scheduled_actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScheduledAction]:
+        """At most 100."""
+
+    @_builtins.property
+    def target_tracking_policies(self) -> _containers.RepeatedCompositeFieldContainer[Global___TargetTrackingPolicy]:
+        """At most 100."""
+
+    def __init__(
+        self,
+        *,
+        default_target: _builtins.int = ...,
+        always_allocate_gpu: _builtins.bool | None = ...,
+        scheduled_actions: _abc.Iterable[Global___ScheduledAction] | None = ...,
+        target_tracking_policies: _abc.Iterable[Global___TargetTrackingPolicy] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_always_allocate_gpu", b"_always_allocate_gpu", "always_allocate_gpu", b"always_allocate_gpu"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_always_allocate_gpu", b"_always_allocate_gpu", "always_allocate_gpu", b"always_allocate_gpu", "default_target", b"default_target", "scheduled_actions", b"scheduled_actions", "target_tracking_policies", b"target_tracking_policies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__always_allocate_gpu: _TypeAlias = _typing.Literal["always_allocate_gpu"]  # noqa: Y015
+    _WhichOneofArgType__always_allocate_gpu: _TypeAlias = _typing.Literal["_always_allocate_gpu", b"_always_allocate_gpu"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__always_allocate_gpu) -> _WhichOneofReturnType__always_allocate_gpu | None: ...
+
+Global___ProvisionConfig: _TypeAlias = ProvisionConfig  # noqa: Y015
+
+@_typing.final
+class ScheduledAction(_message.Message):
+    """Sets the target at certain times."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    SCHEDULE_EXPRESSION_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, unique within the function."""
+    start_time: _builtins.str
+    """ISO 8601, kept as written. With `Z` or an offset that counts, else the time is in time_zone."""
+    end_time: _builtins.str
+    """As start_time; later."""
+    target: _builtins.int
+    """Instances wanted from each firing on, until another action fires or end_time has passed."""
+    schedule_expression: _builtins.str
+    """`at(yyyy-mm-ddThh:mm:ss)` or `cron(second minute hour day month weekday)`."""
+    time_zone: _builtins.str
+    """IANA name, for example Asia/Shanghai; empty means UTC."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        start_time: _builtins.str = ...,
+        end_time: _builtins.str = ...,
+        target: _builtins.int = ...,
+        schedule_expression: _builtins.str = ...,
+        time_zone: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "name", b"name", "schedule_expression", b"schedule_expression", "start_time", b"start_time", "target", b"target", "time_zone", b"time_zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScheduledAction: _TypeAlias = ScheduledAction  # noqa: Y015
+
+@_typing.final
+class TargetTrackingPolicy(_message.Message):
+    """Follows a metric."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _MetricType:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _MetricTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TargetTrackingPolicy._MetricType.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        METRIC_TYPE_UNSPECIFIED: TargetTrackingPolicy._MetricType.ValueType  # 0
+        """Never valid."""
+        METRIC_TYPE_PROVISIONED_CONCURRENCY_UTILIZATION: TargetTrackingPolicy._MetricType.ValueType  # 1
+        """Slots in use / (instances that are not stopping x instanceConcurrency)."""
+        METRIC_TYPE_CPU_UTILIZATION: TargetTrackingPolicy._MetricType.ValueType  # 2
+        """CPU time / (time x the function's vCPU), over the awake instances."""
+        METRIC_TYPE_GPU_MEM_UTILIZATION: TargetTrackingPolicy._MetricType.ValueType  # 3
+        """GPU memory in use / GPU memory there is, over the awake instances."""
+
+    class MetricType(_MetricType, metaclass=_MetricTypeEnumTypeWrapper):
+        """Averages over a period, a minute by default."""
+
+    METRIC_TYPE_UNSPECIFIED: TargetTrackingPolicy.MetricType.ValueType  # 0
+    """Never valid."""
+    METRIC_TYPE_PROVISIONED_CONCURRENCY_UTILIZATION: TargetTrackingPolicy.MetricType.ValueType  # 1
+    """Slots in use / (instances that are not stopping x instanceConcurrency)."""
+    METRIC_TYPE_CPU_UTILIZATION: TargetTrackingPolicy.MetricType.ValueType  # 2
+    """CPU time / (time x the function's vCPU), over the awake instances."""
+    METRIC_TYPE_GPU_MEM_UTILIZATION: TargetTrackingPolicy.MetricType.ValueType  # 3
+    """GPU memory in use / GPU memory there is, over the awake instances."""
+
+    NAME_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    METRIC_TYPE_FIELD_NUMBER: _builtins.int
+    METRIC_TARGET_FIELD_NUMBER: _builtins.int
+    MIN_CAPACITY_FIELD_NUMBER: _builtins.int
+    MAX_CAPACITY_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, unique within the function."""
+    start_time: _builtins.str
+    """ISO 8601, kept as written. With `Z` or an offset that counts, else the time is in time_zone."""
+    end_time: _builtins.str
+    """As start_time; later."""
+    metric_type: Global___TargetTrackingPolicy.MetricType.ValueType
+    """The metric."""
+    metric_target: _builtins.float
+    """What the metric is to be, more than 0 and at most 1."""
+    min_capacity: _builtins.int
+    """Least instances while the policy is active."""
+    max_capacity: _builtins.int
+    """Most instances that it asks for."""
+    time_zone: _builtins.str
+    """IANA name, for example Asia/Shanghai; empty means UTC."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        start_time: _builtins.str = ...,
+        end_time: _builtins.str = ...,
+        metric_type: Global___TargetTrackingPolicy.MetricType.ValueType = ...,
+        metric_target: _builtins.float = ...,
+        min_capacity: _builtins.int = ...,
+        max_capacity: _builtins.int = ...,
+        time_zone: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "max_capacity", b"max_capacity", "metric_target", b"metric_target", "metric_type", b"metric_type", "min_capacity", b"min_capacity", "name", b"name", "start_time", b"start_time", "time_zone", b"time_zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TargetTrackingPolicy: _TypeAlias = TargetTrackingPolicy  # noqa: Y015
+
+@_typing.final
+class Provision(_message.Message):
+    """A function's provisioning and what has come of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class PolicyState(_message.Message):
+        """A target tracking policy at work."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        ACTIVE_FIELD_NUMBER: _builtins.int
+        TARGET_FIELD_NUMBER: _builtins.int
+        METRIC_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """Its name."""
+        active: _builtins.bool
+        """Now is within its window."""
+        target: _builtins.int
+        """Instances that it asks for; 0 when it is not active."""
+        metric: _builtins.float
+        """The metric's last sample; absent when there is none."""
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            active: _builtins.bool = ...,
+            target: _builtins.int = ...,
+            metric: _builtins.float | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_metric", b"_metric", "metric", b"metric"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_metric", b"_metric", "active", b"active", "metric", b"metric", "name", b"name", "target", b"target"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__metric: _TypeAlias = _typing.Literal["metric"]  # noqa: Y015
+        _WhichOneofArgType__metric: _TypeAlias = _typing.Literal["_metric", b"_metric"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__metric) -> _WhichOneofReturnType__metric | None: ...
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    CURRENT_FIELD_NUMBER: _builtins.int
+    CURRENT_ERROR_FIELD_NUMBER: _builtins.int
+    CURRENT_ERROR_REASON_FIELD_NUMBER: _builtins.int
+    ALWAYS_ALLOCATE_GPU_FIELD_NUMBER: _builtins.int
+    DECIDED_BY_FIELD_NUMBER: _builtins.int
+    POLICIES_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """Function."""
+    target: _builtins.int
+    """Instances wanted now. Output only."""
+    current: _builtins.int
+    """Instances that are not stopping. Output only."""
+    current_error: _builtins.str
+    """Why current is not target, for people; empty when it is, or will be soon. Output only."""
+    current_error_reason: _builtins.str
+    """Stable UPPER_SNAKE reason of current_error. Output only."""
+    always_allocate_gpu: _builtins.bool
+    """Idle mode is off. Output only."""
+    decided_by: _builtins.str
+    """Name of the action or policy that decides the target; empty when it is the default target. Output only."""
+    @_builtins.property
+    def config(self) -> Global___ProvisionConfig:
+        """As it was put."""
+
+    @_builtins.property
+    def policies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Provision.PolicyState]:
+        """What the policies see, in their order. Output only."""
+
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        config: Global___ProvisionConfig | None = ...,
+        target: _builtins.int = ...,
+        current: _builtins.int = ...,
+        current_error: _builtins.str = ...,
+        current_error_reason: _builtins.str = ...,
+        always_allocate_gpu: _builtins.bool = ...,
+        decided_by: _builtins.str = ...,
+        policies: _abc.Iterable[Global___Provision.PolicyState] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["always_allocate_gpu", b"always_allocate_gpu", "config", b"config", "current", b"current", "current_error", b"current_error", "current_error_reason", b"current_error_reason", "decided_by", b"decided_by", "function", b"function", "policies", b"policies", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Provision: _TypeAlias = Provision  # noqa: Y015
+
+@_typing.final
+class PutProvisionConfigRequest(_message.Message):
+    """Asks for provisioning to be replaced."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """Function."""
+    validate_only: _builtins.bool
+    """Only check: nothing is changed."""
+    @_builtins.property
+    def config(self) -> Global___ProvisionConfig:
+        """All of it."""
+
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        config: Global___ProvisionConfig | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "function", b"function", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutProvisionConfigRequest: _TypeAlias = PutProvisionConfigRequest  # noqa: Y015
+
+@_typing.final
+class PutProvisionConfigResponse(_message.Message):
+    """The provisioning."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVISION_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def provision(self) -> Global___Provision:
+        """As it is now."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was accepted without effect, or looks like a mistake (`window ended`); for people."""
+
+    def __init__(
+        self,
+        *,
+        provision: Global___Provision | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["provision", b"provision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["provision", b"provision", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutProvisionConfigResponse: _TypeAlias = PutProvisionConfigResponse  # noqa: Y015
+
+@_typing.final
+class ListProvisionConfigsRequest(_message.Message):
+    """Asks for the provisioning of the functions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most functions in one answer, at most 1000; 0 means 100."""
+    page_token: _builtins.str
+    """next_page_token of the answer before; empty for the first page."""
+    function: _builtins.str
+    """Only this function; empty means all."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        function: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListProvisionConfigsRequest: _TypeAlias = ListProvisionConfigsRequest  # noqa: Y015
+
+@_typing.final
+class ListProvisionConfigsResponse(_message.Message):
+    """A page of provisioning."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVISIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty on the last one."""
+    @_builtins.property
+    def provisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Provision]:
+        """Functions that have a target, a schedule or a policy, by name."""
+
+    def __init__(
+        self,
+        *,
+        provisions: _abc.Iterable[Global___Provision] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "provisions", b"provisions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListProvisionConfigsResponse: _TypeAlias = ListProvisionConfigsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteProvisionConfigRequest(_message.Message):
+    """Asks for the release of a function's instances."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """Function."""
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteProvisionConfigRequest: _TypeAlias = DeleteProvisionConfigRequest  # noqa: Y015
+
+@_typing.final
+class DeleteProvisionConfigResponse(_message.Message):
+    """Nothing: the instances drain and go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteProvisionConfigResponse: _TypeAlias = DeleteProvisionConfigResponse  # noqa: Y015

@@ -55,6 +55,21 @@ class FunctionServiceStub:
                 request_serializer=agent_dot_v1_dot_function__service__pb2.DeleteFunctionRequest.SerializeToString,
                 response_deserializer=agent_dot_v1_dot_function__service__pb2.DeleteFunctionResponse.FromString,
                 _registered_method=True)
+        self.PutProvisionConfig = channel.unary_unary(
+                '/agent.v1.FunctionService/PutProvisionConfig',
+                request_serializer=agent_dot_v1_dot_function__service__pb2.PutProvisionConfigRequest.SerializeToString,
+                response_deserializer=agent_dot_v1_dot_function__service__pb2.PutProvisionConfigResponse.FromString,
+                _registered_method=True)
+        self.ListProvisionConfigs = channel.unary_unary(
+                '/agent.v1.FunctionService/ListProvisionConfigs',
+                request_serializer=agent_dot_v1_dot_function__service__pb2.ListProvisionConfigsRequest.SerializeToString,
+                response_deserializer=agent_dot_v1_dot_function__service__pb2.ListProvisionConfigsResponse.FromString,
+                _registered_method=True)
+        self.DeleteProvisionConfig = channel.unary_unary(
+                '/agent.v1.FunctionService/DeleteProvisionConfig',
+                request_serializer=agent_dot_v1_dot_function__service__pb2.DeleteProvisionConfigRequest.SerializeToString,
+                response_deserializer=agent_dot_v1_dot_function__service__pb2.DeleteProvisionConfigResponse.FromString,
+                _registered_method=True)
 
 
 class FunctionServiceServicer:
@@ -90,6 +105,28 @@ class FunctionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutProvisionConfig(self, request, context):
+        """Replaces a function's provisioning: how many instances it has, when, and by which policies. NOT_FOUND if there is
+        no function of that name. Nothing is changed if anything in it is wrong.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListProvisionConfigs(self, request, context):
+        """Provisioning of the functions, by name, with what has come of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteProvisionConfig(self, request, context):
+        """Releases all provisioned instances of a function: target 0, no schedule, no policy.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FunctionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +149,21 @@ def add_FunctionServiceServicer_to_server(servicer, server):
                     servicer.DeleteFunction,
                     request_deserializer=agent_dot_v1_dot_function__service__pb2.DeleteFunctionRequest.FromString,
                     response_serializer=agent_dot_v1_dot_function__service__pb2.DeleteFunctionResponse.SerializeToString,
+            ),
+            'PutProvisionConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutProvisionConfig,
+                    request_deserializer=agent_dot_v1_dot_function__service__pb2.PutProvisionConfigRequest.FromString,
+                    response_serializer=agent_dot_v1_dot_function__service__pb2.PutProvisionConfigResponse.SerializeToString,
+            ),
+            'ListProvisionConfigs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListProvisionConfigs,
+                    request_deserializer=agent_dot_v1_dot_function__service__pb2.ListProvisionConfigsRequest.FromString,
+                    response_serializer=agent_dot_v1_dot_function__service__pb2.ListProvisionConfigsResponse.SerializeToString,
+            ),
+            'DeleteProvisionConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteProvisionConfig,
+                    request_deserializer=agent_dot_v1_dot_function__service__pb2.DeleteProvisionConfigRequest.FromString,
+                    response_serializer=agent_dot_v1_dot_function__service__pb2.DeleteProvisionConfigResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +275,87 @@ class FunctionService:
             '/agent.v1.FunctionService/DeleteFunction',
             agent_dot_v1_dot_function__service__pb2.DeleteFunctionRequest.SerializeToString,
             agent_dot_v1_dot_function__service__pb2.DeleteFunctionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutProvisionConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agent.v1.FunctionService/PutProvisionConfig',
+            agent_dot_v1_dot_function__service__pb2.PutProvisionConfigRequest.SerializeToString,
+            agent_dot_v1_dot_function__service__pb2.PutProvisionConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListProvisionConfigs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agent.v1.FunctionService/ListProvisionConfigs',
+            agent_dot_v1_dot_function__service__pb2.ListProvisionConfigsRequest.SerializeToString,
+            agent_dot_v1_dot_function__service__pb2.ListProvisionConfigsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteProvisionConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agent.v1.FunctionService/DeleteProvisionConfig',
+            agent_dot_v1_dot_function__service__pb2.DeleteProvisionConfigRequest.SerializeToString,
+            agent_dot_v1_dot_function__service__pb2.DeleteProvisionConfigResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,14 @@ class FunctionServiceStub:
     """Functions, by name."""
     DeleteFunction: _grpc.UnaryUnaryMultiCallable[_function_service_pb2.DeleteFunctionRequest, _function_service_pb2.DeleteFunctionResponse]
     """Drains and stops the instances of a function and forgets it. Its usage is kept."""
+    PutProvisionConfig: _grpc.UnaryUnaryMultiCallable[_function_service_pb2.PutProvisionConfigRequest, _function_service_pb2.PutProvisionConfigResponse]
+    """Replaces a function's provisioning: how many instances it has, when, and by which policies. NOT_FOUND if there is
+    no function of that name. Nothing is changed if anything in it is wrong.
+    """
+    ListProvisionConfigs: _grpc.UnaryUnaryMultiCallable[_function_service_pb2.ListProvisionConfigsRequest, _function_service_pb2.ListProvisionConfigsResponse]
+    """Provisioning of the functions, by name, with what has come of it."""
+    DeleteProvisionConfig: _grpc.UnaryUnaryMultiCallable[_function_service_pb2.DeleteProvisionConfigRequest, _function_service_pb2.DeleteProvisionConfigResponse]
+    """Releases all provisioned instances of a function: target 0, no schedule, no policy."""
 
 @_typing.type_check_only
 class FunctionServiceAsyncStub(FunctionServiceStub):
@@ -59,6 +67,14 @@ class FunctionServiceAsyncStub(FunctionServiceStub):
     """Functions, by name."""
     DeleteFunction: _aio.UnaryUnaryMultiCallable[_function_service_pb2.DeleteFunctionRequest, _function_service_pb2.DeleteFunctionResponse]  # type: ignore[assignment]
     """Drains and stops the instances of a function and forgets it. Its usage is kept."""
+    PutProvisionConfig: _aio.UnaryUnaryMultiCallable[_function_service_pb2.PutProvisionConfigRequest, _function_service_pb2.PutProvisionConfigResponse]  # type: ignore[assignment]
+    """Replaces a function's provisioning: how many instances it has, when, and by which policies. NOT_FOUND if there is
+    no function of that name. Nothing is changed if anything in it is wrong.
+    """
+    ListProvisionConfigs: _aio.UnaryUnaryMultiCallable[_function_service_pb2.ListProvisionConfigsRequest, _function_service_pb2.ListProvisionConfigsResponse]  # type: ignore[assignment]
+    """Provisioning of the functions, by name, with what has come of it."""
+    DeleteProvisionConfig: _aio.UnaryUnaryMultiCallable[_function_service_pb2.DeleteProvisionConfigRequest, _function_service_pb2.DeleteProvisionConfigResponse]  # type: ignore[assignment]
+    """Releases all provisioned instances of a function: target 0, no schedule, no policy."""
 
 class FunctionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by the scheduler. Every rpc needs an operator's token."""
@@ -96,5 +112,31 @@ class FunctionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_function_service_pb2.DeleteFunctionResponse, _abc.Awaitable[_function_service_pb2.DeleteFunctionResponse]]:
         """Drains and stops the instances of a function and forgets it. Its usage is kept."""
+
+    @_abc_1.abstractmethod
+    def PutProvisionConfig(
+        self,
+        request: _function_service_pb2.PutProvisionConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_function_service_pb2.PutProvisionConfigResponse, _abc.Awaitable[_function_service_pb2.PutProvisionConfigResponse]]:
+        """Replaces a function's provisioning: how many instances it has, when, and by which policies. NOT_FOUND if there is
+        no function of that name. Nothing is changed if anything in it is wrong.
+        """
+
+    @_abc_1.abstractmethod
+    def ListProvisionConfigs(
+        self,
+        request: _function_service_pb2.ListProvisionConfigsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_function_service_pb2.ListProvisionConfigsResponse, _abc.Awaitable[_function_service_pb2.ListProvisionConfigsResponse]]:
+        """Provisioning of the functions, by name, with what has come of it."""
+
+    @_abc_1.abstractmethod
+    def DeleteProvisionConfig(
+        self,
+        request: _function_service_pb2.DeleteProvisionConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_function_service_pb2.DeleteProvisionConfigResponse, _abc.Awaitable[_function_service_pb2.DeleteProvisionConfigResponse]]:
+        """Releases all provisioned instances of a function: target 0, no schedule, no policy."""
 
 def add_FunctionServiceServicer_to_server(servicer: FunctionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -262,10 +262,58 @@ class NodeLoad(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class InstanceGauges(_message.Message):
+        """What an awake instance uses."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        UID_FIELD_NUMBER: _builtins.int
+        CPU_NS_FIELD_NUMBER: _builtins.int
+        VRAM_BYTES_FIELD_NUMBER: _builtins.int
+        VRAM_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+        MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+        uid: _builtins.str
+        """Instance."""
+        cpu_ns: _builtins.int
+        """CPU time that it has used since it began; absent while unknown."""
+        vram_bytes: _builtins.int
+        """GPU memory of its processes; absent while unknown."""
+        vram_limit_bytes: _builtins.int
+        """GPU memory there is for it: what its function is billed for, or all of its GPUs."""
+        memory_bytes: _builtins.int
+        """Host memory that it uses; absent while unknown."""
+        def __init__(
+            self,
+            *,
+            uid: _builtins.str = ...,
+            cpu_ns: _builtins.int | None = ...,
+            vram_bytes: _builtins.int | None = ...,
+            vram_limit_bytes: _builtins.int = ...,
+            memory_bytes: _builtins.int | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_ns", b"_cpu_ns", "_memory_bytes", b"_memory_bytes", "_vram_bytes", b"_vram_bytes", "cpu_ns", b"cpu_ns", "memory_bytes", b"memory_bytes", "vram_bytes", b"vram_bytes"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_ns", b"_cpu_ns", "_memory_bytes", b"_memory_bytes", "_vram_bytes", b"_vram_bytes", "cpu_ns", b"cpu_ns", "memory_bytes", b"memory_bytes", "uid", b"uid", "vram_bytes", b"vram_bytes", "vram_limit_bytes", b"vram_limit_bytes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__cpu_ns: _TypeAlias = _typing.Literal["cpu_ns"]  # noqa: Y015
+        _WhichOneofArgType__cpu_ns: _TypeAlias = _typing.Literal["_cpu_ns", b"_cpu_ns"]  # noqa: Y015
+        _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
+        _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
+        _WhichOneofReturnType__vram_bytes: _TypeAlias = _typing.Literal["vram_bytes"]  # noqa: Y015
+        _WhichOneofArgType__vram_bytes: _TypeAlias = _typing.Literal["_vram_bytes", b"_vram_bytes"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu_ns) -> _WhichOneofReturnType__cpu_ns | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__vram_bytes) -> _WhichOneofReturnType__vram_bytes | None: ...
+
     STATE_FIELD_NUMBER: _builtins.int
     HOST_MEMORY_FIELD_NUMBER: _builtins.int
     GPU_WAITING_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
+    INSTANCES_FIELD_NUMBER: _builtins.int
     state: _types_pb2.Node.State.ValueType
     """Where the node stands: RECOVERING, READY or DRAINING."""
     gpu_waiting: _builtins.int
@@ -278,6 +326,10 @@ class NodeLoad(_message.Message):
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Gpu]:
         """GPUs, by index; empty when nothing changed since the message before."""
 
+    @_builtins.property
+    def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeLoad.InstanceGauges]:
+        """Gauges of the instances that are awake: what is not named here is asleep, or not known."""
+
     def __init__(
         self,
         *,
@@ -285,10 +337,11 @@ class NodeLoad(_message.Message):
         host_memory: _types_pb2.HostMemory | None = ...,
         gpu_waiting: _builtins.int = ...,
         gpus: _abc.Iterable[_types_pb2.Gpu] | None = ...,
+        instances: _abc.Iterable[Global___NodeLoad.InstanceGauges] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host_memory", b"host_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_waiting", b"gpu_waiting", "gpus", b"gpus", "host_memory", b"host_memory", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_waiting", b"gpu_waiting", "gpus", b"gpus", "host_memory", b"host_memory", "instances", b"instances", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -431,6 +484,56 @@ class ListNodesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListNodesResponse: _TypeAlias = ListNodesResponse  # noqa: Y015
+
+@_typing.final
+class SetNodeSchedulingRequest(_message.Message):
+    """Asks a node to be cordoned or drained, or to be used again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SCHEDULING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    scheduling: _types_pb2.Node.Scheduling.ValueType
+    """What is asked of it."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        scheduling: _types_pb2.Node.Scheduling.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "scheduling", b"scheduling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetNodeSchedulingRequest: _TypeAlias = SetNodeSchedulingRequest  # noqa: Y015
+
+@_typing.final
+class SetNodeSchedulingResponse(_message.Message):
+    """The node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def node(self) -> _types_pb2.Node:
+        """As it is now."""
+
+    def __init__(
+        self,
+        *,
+        node: _types_pb2.Node | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetNodeSchedulingResponse: _TypeAlias = SetNodeSchedulingResponse  # noqa: Y015
 
 @_typing.final
 class ListFleetInstancesRequest(_message.Message):

@@ -45,6 +45,11 @@ class SchedulerServiceStub:
                 request_serializer=agent_dot_v1_dot_scheduler__service__pb2.ListNodesRequest.SerializeToString,
                 response_deserializer=agent_dot_v1_dot_scheduler__service__pb2.ListNodesResponse.FromString,
                 _registered_method=True)
+        self.SetNodeScheduling = channel.unary_unary(
+                '/agent.v1.SchedulerService/SetNodeScheduling',
+                request_serializer=agent_dot_v1_dot_scheduler__service__pb2.SetNodeSchedulingRequest.SerializeToString,
+                response_deserializer=agent_dot_v1_dot_scheduler__service__pb2.SetNodeSchedulingResponse.FromString,
+                _registered_method=True)
         self.ListFleetInstances = channel.unary_unary(
                 '/agent.v1.SchedulerService/ListFleetInstances',
                 request_serializer=agent_dot_v1_dot_scheduler__service__pb2.ListFleetInstancesRequest.SerializeToString,
@@ -71,6 +76,14 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetNodeScheduling(self, request, context):
+        """Cordons or drains a node, or takes that back. Kept over restarts of the scheduler. NOT_FOUND for a node it has
+        never met.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListFleetInstances(self, request, context):
         """Instances over the fleet, by node and age, as last reported.
         """
@@ -90,6 +103,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.ListNodes,
                     request_deserializer=agent_dot_v1_dot_scheduler__service__pb2.ListNodesRequest.FromString,
                     response_serializer=agent_dot_v1_dot_scheduler__service__pb2.ListNodesResponse.SerializeToString,
+            ),
+            'SetNodeScheduling': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetNodeScheduling,
+                    request_deserializer=agent_dot_v1_dot_scheduler__service__pb2.SetNodeSchedulingRequest.FromString,
+                    response_serializer=agent_dot_v1_dot_scheduler__service__pb2.SetNodeSchedulingResponse.SerializeToString,
             ),
             'ListFleetInstances': grpc.unary_unary_rpc_method_handler(
                     servicer.ListFleetInstances,
@@ -152,6 +170,33 @@ class SchedulerService:
             '/agent.v1.SchedulerService/ListNodes',
             agent_dot_v1_dot_scheduler__service__pb2.ListNodesRequest.SerializeToString,
             agent_dot_v1_dot_scheduler__service__pb2.ListNodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetNodeScheduling(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agent.v1.SchedulerService/SetNodeScheduling',
+            agent_dot_v1_dot_scheduler__service__pb2.SetNodeSchedulingRequest.SerializeToString,
+            agent_dot_v1_dot_scheduler__service__pb2.SetNodeSchedulingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class SchedulerServiceStub:
     """
     ListNodes: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListNodesRequest, _scheduler_service_pb2.ListNodesResponse]
     """Nodes the scheduler knows, by name."""
+    SetNodeScheduling: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.SetNodeSchedulingRequest, _scheduler_service_pb2.SetNodeSchedulingResponse]
+    """Cordons or drains a node, or takes that back. Kept over restarts of the scheduler. NOT_FOUND for a node it has
+    never met.
+    """
     ListFleetInstances: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListFleetInstancesRequest, _scheduler_service_pb2.ListFleetInstancesResponse]
     """Instances over the fleet, by node and age, as last reported."""
 
@@ -53,6 +57,10 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """
     ListNodes: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListNodesRequest, _scheduler_service_pb2.ListNodesResponse]  # type: ignore[assignment]
     """Nodes the scheduler knows, by name."""
+    SetNodeScheduling: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.SetNodeSchedulingRequest, _scheduler_service_pb2.SetNodeSchedulingResponse]  # type: ignore[assignment]
+    """Cordons or drains a node, or takes that back. Kept over restarts of the scheduler. NOT_FOUND for a node it has
+    never met.
+    """
     ListFleetInstances: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListFleetInstancesRequest, _scheduler_service_pb2.ListFleetInstancesResponse]  # type: ignore[assignment]
     """Instances over the fleet, by node and age, as last reported."""
 
@@ -76,6 +84,16 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.ListNodesResponse, _abc.Awaitable[_scheduler_service_pb2.ListNodesResponse]]:
         """Nodes the scheduler knows, by name."""
+
+    @_abc_1.abstractmethod
+    def SetNodeScheduling(
+        self,
+        request: _scheduler_service_pb2.SetNodeSchedulingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.SetNodeSchedulingResponse, _abc.Awaitable[_scheduler_service_pb2.SetNodeSchedulingResponse]]:
+        """Cordons or drains a node, or takes that back. Kept over restarts of the scheduler. NOT_FOUND for a node it has
+        never met.
+        """
 
     @_abc_1.abstractmethod
     def ListFleetInstances(

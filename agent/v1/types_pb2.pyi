@@ -71,6 +71,26 @@ class FunctionSpec(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class NodeLabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
@@ -94,6 +114,7 @@ class FunctionSpec(_message.Message):
     HANDLER_FIELD_NUMBER: _builtins.int
     REGION_FIELD_NUMBER: _builtins.int
     CONTAINER_FIELD_NUMBER: _builtins.int
+    NODE_LABELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the function: letters, digits, `_` and `-`, 1 to 64 of them."""
     revision: _builtins.str
@@ -160,6 +181,10 @@ class FunctionSpec(_message.Message):
     def container(self) -> Global___ContainerOptions:
         """What only a container engine knows; not for image `host`."""
 
+    @_builtins.property
+    def node_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels that a node must carry to get instances of it; empty means any node."""
+
     def __init__(
         self,
         *,
@@ -186,10 +211,11 @@ class FunctionSpec(_message.Message):
         handler: _builtins.str | None = ...,
         region: _builtins.str | None = ...,
         container: Global___ContainerOptions | None = ...,
+        node_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes", "_handler", b"_handler", "_image", b"_image", "_instance_concurrency", b"_instance_concurrency", "_memory_bytes", b"_memory_bytes", "_port", b"_port", "_queue_length", b"_queue_length", "_queue_timeout_ns", b"_queue_timeout_ns", "_region", b"_region", "_revision", b"_revision", "_timeout_ns", b"_timeout_ns", "_vcpu_millis", b"_vcpu_millis", "container", b"container", "disk_bytes", b"disk_bytes", "gpu", b"gpu", "handler", b"handler", "health_check", b"health_check", "hooks", b"hooks", "idle_policy", b"idle_policy", "image", b"image", "instance_concurrency", b"instance_concurrency", "memory_bytes", b"memory_bytes", "port", b"port", "queue_length", b"queue_length", "queue_timeout_ns", b"queue_timeout_ns", "region", b"region", "revision", b"revision", "timeout_ns", b"timeout_ns", "vcpu_millis", b"vcpu_millis"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes", "_handler", b"_handler", "_image", b"_image", "_instance_concurrency", b"_instance_concurrency", "_memory_bytes", b"_memory_bytes", "_port", b"_port", "_queue_length", b"_queue_length", "_queue_timeout_ns", b"_queue_timeout_ns", "_region", b"_region", "_revision", b"_revision", "_timeout_ns", b"_timeout_ns", "_vcpu_millis", b"_vcpu_millis", "command", b"command", "container", b"container", "disk_bytes", b"disk_bytes", "dispatch", b"dispatch", "entrypoint", b"entrypoint", "environment", b"environment", "gpu", b"gpu", "handler", b"handler", "health_check", b"health_check", "hooks", b"hooks", "idle_policy", b"idle_policy", "image", b"image", "instance_concurrency", b"instance_concurrency", "memory_bytes", b"memory_bytes", "name", b"name", "port", b"port", "queue_length", b"queue_length", "queue_timeout_ns", b"queue_timeout_ns", "region", b"region", "revision", b"revision", "timeout_ns", b"timeout_ns", "vcpu_millis", b"vcpu_millis", "wake_factor", b"wake_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes", "_handler", b"_handler", "_image", b"_image", "_instance_concurrency", b"_instance_concurrency", "_memory_bytes", b"_memory_bytes", "_port", b"_port", "_queue_length", b"_queue_length", "_queue_timeout_ns", b"_queue_timeout_ns", "_region", b"_region", "_revision", b"_revision", "_timeout_ns", b"_timeout_ns", "_vcpu_millis", b"_vcpu_millis", "command", b"command", "container", b"container", "disk_bytes", b"disk_bytes", "dispatch", b"dispatch", "entrypoint", b"entrypoint", "environment", b"environment", "gpu", b"gpu", "handler", b"handler", "health_check", b"health_check", "hooks", b"hooks", "idle_policy", b"idle_policy", "image", b"image", "instance_concurrency", b"instance_concurrency", "memory_bytes", b"memory_bytes", "name", b"name", "node_labels", b"node_labels", "port", b"port", "queue_length", b"queue_length", "queue_timeout_ns", b"queue_timeout_ns", "region", b"region", "revision", b"revision", "timeout_ns", b"timeout_ns", "vcpu_millis", b"vcpu_millis", "wake_factor", b"wake_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__disk_bytes: _TypeAlias = _typing.Literal["disk_bytes"]  # noqa: Y015
     _WhichOneofArgType__disk_bytes: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes"]  # noqa: Y015
@@ -1034,6 +1060,33 @@ class Node(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Scheduling:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _SchedulingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Node._Scheduling.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        SCHEDULING_UNSPECIFIED: Node._Scheduling.ValueType  # 0
+        """Not said: NORMAL."""
+        SCHEDULING_NORMAL: Node._Scheduling.ValueType  # 1
+        """Takes instances and requests."""
+        SCHEDULING_CORDONED: Node._Scheduling.ValueType  # 2
+        """Gets no new instances; those it has go on to serve."""
+        SCHEDULING_DRAINED: Node._Scheduling.ValueType  # 3
+        """As CORDONED, and its instances are replaced on other nodes and then drained."""
+
+    class Scheduling(_Scheduling, metaclass=_SchedulingEnumTypeWrapper):
+        """What an operator has asked of a node."""
+
+    SCHEDULING_UNSPECIFIED: Node.Scheduling.ValueType  # 0
+    """Not said: NORMAL."""
+    SCHEDULING_NORMAL: Node.Scheduling.ValueType  # 1
+    """Takes instances and requests."""
+    SCHEDULING_CORDONED: Node.Scheduling.ValueType  # 2
+    """Gets no new instances; those it has go on to serve."""
+    SCHEDULING_DRAINED: Node.Scheduling.ValueType  # 3
+    """As CORDONED, and its instances are replaced on other nodes and then drained."""
+
     class _State:
         ValueType = _typing.NewType("ValueType", _builtins.int)
         V: _TypeAlias = ValueType  # noqa: Y015
@@ -1108,6 +1161,7 @@ class Node(_message.Message):
     INSTANCE_COUNT_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     REPORT_TIME_FIELD_NUMBER: _builtins.int
+    SCHEDULING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, from the node's credential."""
     boot_id: _builtins.str
@@ -1132,6 +1186,8 @@ class Node(_message.Message):
     """Instances that may be assigned to one GPU."""
     instance_count: _builtins.int
     """Instances on it that have not ended. Output only."""
+    scheduling: Global___Node.Scheduling.ValueType
+    """What an operator has asked of it (`hibernode node cordon|drain|uncordon`); seen by the scheduler only."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]:
         """GPUs, by index."""
@@ -1182,10 +1238,11 @@ class Node(_message.Message):
         instance_count: _builtins.int = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         report_time: _timestamp_pb2.Timestamp | None = ...,
+        scheduling: Global___Node.Scheduling.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host_memory", b"host_memory", "report_time", b"report_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "capabilities", b"capabilities", "cuda_version", b"cuda_version", "driver_version", b"driver_version", "epoch", b"epoch", "gpus", b"gpus", "grpc_address", b"grpc_address", "host_memory", b"host_memory", "ingress_address", b"ingress_address", "instance_count", b"instance_count", "instances_per_gpu", b"instances_per_gpu", "labels", b"labels", "name", b"name", "report_time", b"report_time", "runtimes", b"runtimes", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "capabilities", b"capabilities", "cuda_version", b"cuda_version", "driver_version", b"driver_version", "epoch", b"epoch", "gpus", b"gpus", "grpc_address", b"grpc_address", "host_memory", b"host_memory", "ingress_address", b"ingress_address", "instance_count", b"instance_count", "instances_per_gpu", b"instances_per_gpu", "labels", b"labels", "name", b"name", "report_time", b"report_time", "runtimes", b"runtimes", "scheduling", b"scheduling", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,6 +64,7 @@ def function_to_proto(spec: FunctionSpec, reveal_secrets: bool = False) -> types
             handler=spec.handler,
             region=spec.region,
             container=_container_to_proto(spec.container, reveal_secrets),
+            node_labels=dict(spec.node_labels),
         )
     except ValueError:  # its text may quote a value of the environment: nothing of it goes on
         message = f"a number of function {spec.name!r} is too large for its field, or a text is not UTF-8"
@@ -101,6 +102,7 @@ def function_from_proto(message: types_pb2.FunctionSpec) -> FunctionSpec:
         wake_factor=message.wake_factor,
         queue_length=_or(message, "queue_length", base.queue_length),
         queue_timeout_ns=_or(message, "queue_timeout_ns", base.queue_timeout_ns),
+        node_labels=tuple(sorted(message.node_labels.items())),
     )
 
 
