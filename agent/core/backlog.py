@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 
-from agent.core.leases import FunctionSlots, Slot
+from agent.core import wakes_under_way as wakes
+from agent.core.leases import FunctionSlots, NodeEntry, Slot
 
 _BY_ORDER = attrgetter("order")
 
@@ -29,6 +30,7 @@ class Request:
     deadline_ns: int
     attempts: int = 0
     slot: Slot | None = None
+    term: int = 0
     leased_ns: int = 0
 
 
@@ -69,7 +71,11 @@ class Backlog:
 
 @dataclass(slots=True, eq=False)
 class FunctionState:
-    """A function's rules, queue and instances. `known` is false for instances of something never deployed."""
+    """A function's rules, queue and instances. `known` is false for instances of something never deployed.
+
+    `leases` are out now, and `lease_time_ns` is their sum over time up to `leases_since_ns`. `void_leases` ended with
+    their node; their requests have not been answered yet.
+    """
 
     slots: FunctionSlots
     backlog: Backlog
@@ -79,6 +85,20 @@ class FunctionState:
     queue_length: int = 0
     service_ns: float = 0.0
     leases: int = 0
+    lease_time_ns: int = 0
+    leases_since_ns: int = 0
+    void_leases: int = 0
+
+    def count_leases(self, change: int, at: int) -> None:
+        """So many more leases from `at` on: accrue, then change."""
+        self.lease_time_ns += self.leases * (at - self.leases_since_ns)
+        self.leases_since_ns = at
+        self.leases += change
+
+    @property
+    def forgettable(self) -> bool:
+        """Neither deployed, nor is anything of it left."""
+        return not (self.known or self.slots.count or self.leases or self.void_leases or self.backlog)
 
     @property
     def hopeless(self) -> bool:
@@ -110,6 +130,18 @@ class FunctionState:
         if len(self.backlog) != 1 or next(iter(self.backlog)).attempts:
             return None
         return self.slots.bindable()
+
+
+def end_leases(node: NodeEntry, functions: Mapping[str, FunctionState], at: int) -> None:
+    """Its agent is gone, and the leases on it with it; their requests follow their own connections to the end."""
+    for slot in node.slots.values():
+        function = functions[slot.function]
+        wakes.end(function.slots, slot)
+        function.void_leases += slot.leased
+        function.count_leases(-slot.leased, at)
+        slot.leased, slot.changed_ns = 0, at
+        slot.term += 1
+        function.slots.settle(slot)
 
 
 @dataclass(frozen=True, slots=True)

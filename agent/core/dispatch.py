@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from agent.core import wakes_under_way as wakes
-from agent.core.backlog import Backlog, FunctionState, QueueState, Request
+from agent.core.backlog import Backlog, FunctionState, QueueState, Request, end_leases
 from agent.core.dispatch_events import (
     DeadlinePassed,
     Dispatch,
@@ -60,7 +60,7 @@ class Dispatcher:
         self._requests: dict[int, Request] = {}
         self._order = 0
 
-    def step(self, event: Event, at: int) -> list[Effect]:  # noqa: C901, PLR0912 -- one arm an event
+    def step(self, event: Event, at: int) -> list[Effect]:  # noqa: C901 -- one arm an event
         """Take in what happened at `at` (monotonic ns) and say what to do about it."""
         effects: list[Effect] = []
         match event:
@@ -68,10 +68,8 @@ class Dispatcher:
                 self._arrived(event, at, effects)
             case LeaseAnswered(request, waited_ns):
                 self._answered(request, waited_ns, at, effects)
-            case LeaseEnded(request):
-                self._ended(request, at, effects, served=True)
-            case RequestGone(request):
-                self._ended(request, at, effects, served=False)
+            case LeaseEnded(request) | RequestGone(request):
+                self._ended(request, at, effects, served=isinstance(event, LeaseEnded))
             case LeaseRefused(request):
                 self._refused(request, at, effects)
             case DeadlinePassed(request):
@@ -82,15 +80,14 @@ class Dispatcher:
                 self._gone(uid, at, effects)
             case InstanceRetired(uid, retired):
                 self._retired(uid, retired, at, effects)
-            case WakeAnswered(uid):
-                self._woken(uid, at, effects, failed=False)
-            case WakeFailed(uid):
-                self._woken(uid, at, effects, failed=True)
+            case WakeAnswered(uid) | WakeFailed(uid):
+                self._woken(uid, at, effects, failed=isinstance(event, WakeFailed))
             case NodeReported():
                 self._node_reported(event, at, effects)
             case NodeSuspect(node):
                 self._stand(self._node(node), Standing.SUSPECT, at, effects)
             case NodeLost(node):
+                end_leases(self._node(node), self._functions, at)
                 self._stand(self._node(node), Standing.LOST, at, effects)
             case FunctionSet():
                 self._function_set(event, at, effects)
@@ -109,6 +106,11 @@ class Dispatcher:
             return QueueState(0, 0, 0, 0)
         slots = found.slots
         return QueueState(len(found.backlog), slots.count, slots.awake_slots, slots.waking)
+
+    def lease_time_ns(self, function: str, at: int) -> int:
+        """Leases out, summed over the time from the beginning to `at`: differences make a utilisation."""
+        found = self._functions.get(function)
+        return 0 if found is None else found.lease_time_ns + found.leases * (at - found.leases_since_ns)
 
     def leased(self, uid: str) -> int:
         """Leases out on an instance."""
@@ -143,9 +145,9 @@ class Dispatcher:
 
     def _lease(self, function: FunctionState, request: Request, slot: Slot, at: int, effects: list[Effect]) -> None:
         slot.leased += 1
-        function.leases += 1
+        function.count_leases(1, at)
         slot.changed_ns = at
-        request.slot, request.leased_ns = slot, at
+        request.slot, request.term, request.leased_ns = slot, slot.term, at
         request.attempts += 1
         function.slots.settle(slot)
         wake_ns = slot.wake_took_ns if slot.woken_ns >= request.arrived_ns else 0
@@ -157,8 +159,11 @@ class Dispatcher:
         function = self._functions[request.function]
         slot, request.slot = request.slot, None
         assert slot is not None
+        if request.term != slot.term:
+            function.void_leases -= 1
+            return function
         slot.leased -= 1
-        function.leases -= 1
+        function.count_leases(-1, at)
         slot.changed_ns = at
         if slot.uid in self._slots:
             if slot.bound == request.request:
@@ -201,7 +206,7 @@ class Dispatcher:
         function = self._release(request, at)
         if did_not_wake:
             wakes.failed(function.slots, slot, at)
-        elif slot.uid in self._slots:
+        elif slot.uid in self._slots and request.term == slot.term:
             wakes.set_aside(function.slots, slot, at)
         reason: Refusal | None = None
         if not function.known:
@@ -334,6 +339,10 @@ class Dispatcher:
             for slots in list(node.frozen_in.values()):
                 slots.relist(node)
         back = node.recall(at)
+        if node.epoch != event.epoch:
+            node.epoch = event.epoch
+            end_leases(node, self._functions, at)
+            back = list(node.slots.values())
         standing = Standing.DRAINING if event.draining else Standing.READY
         if node.standing is standing:
             self._resettle(back, at, effects)
@@ -388,5 +397,5 @@ class Dispatcher:
     def _tidy(self, name: str) -> None:
         """Drop a function that is neither deployed nor has anything left."""
         function = self._functions.get(name)
-        if function is not None and not (function.known or function.slots.count or function.leases or function.backlog):
+        if function is not None and function.forgettable:
             del self._functions[name]

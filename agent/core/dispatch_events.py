@@ -137,12 +137,14 @@ class WakeFailed:
 
 @dataclass(frozen=True, slots=True)
 class NodeReported:
-    """A node was heard and is ready (or only drains). Instances that had refused are tried again."""
+    """A node was heard and is ready (or only drains). Instances that had refused are tried again. `epoch` is the run of
+    its agent: what was leased in an earlier one has ended."""
 
     node: str
     gpu_count: int = 0
     migrates: bool = True
     draining: bool = False
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ class NodeEntry:
 
     name: str
     standing: Standing = Standing.READY
+    epoch: int = 0
     gpu_count: int = 0
     migrates: bool = True
     wakes: int = 0
@@ -76,7 +77,7 @@ class Slot:
     `aside`: it refused a request or a wake and gets nothing until its node is heard again, after a failed wake not
     before `aside_until_ns`. `retired`: it is being drained. `woken_ns`, `wake_took_ns`: the last wake we asked for, for
     the answer's x-hibernode-wake-ms. `bound`: the request that was sent to it as it slept, whose wake is under way; -1
-    for none.
+    for none. `term` counts how often its leases ended with its node; those of an earlier term are void.
     """
 
     uid: str
@@ -88,6 +89,7 @@ class Slot:
     healthy: bool = True
     gpus: tuple[str, ...] = ()
     leased: int = 0
+    term: int = 0
     foreign: int = 0
     aside: bool = False
     aside_until_ns: int = 0

@@ -130,6 +130,8 @@ def forward_now(
         hooks = (on_first_byte, on_last_byte)
         relay = LateRelay(exchange, source, connection, response_filter, on_done, *hooks, late=late_headers)
     connection.start(relay, method, deadline)
+    if body is None and has_body:
+        connection.be_patient()
     exchange.attach(relay)
     if not relay.ended:  # the client may have left while somebody connected
         relay.sent = True

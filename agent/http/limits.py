@@ -37,3 +37,6 @@ class UpstreamLimits:
     max_idle: int = 256
     idle_s: float = 60.0  # shorter than the servers' own (Function Compute asks 15 min of instances)
     connect_timeout_s: float = 5.0
+    # Longest silence of the other machine's kernel before its connections break (TCP_USER_TIMEOUT and keep-alive
+    # probes); 0: the kernel's own half minute. Not for servers that may leave a body unread for as long.
+    silence_s: float = 0.0

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # IDLE: nothing asked. HEAD, BODY: in a response. DONE: the response is whole, not yet released.
 _IDLE, _HEAD, _BODY, _DONE, _CLOSED = range(5)
-# A host that lost its power sends no FIN: a request inside would wait for its own deadline, a day perhaps.
+# A host that lost its power sends no FIN: a request inside would wait for its own deadline, a day perhaps. With
+# `silence_s` the first probe comes at 0.4 of it, and TCP_USER_TIMEOUT decides.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 _MOST_INTERIM = 16  # 1xx responses before a final one; more is not an answer but a flood
 
@@ -56,8 +57,8 @@ class UpstreamConnection(asyncio.Protocol):
     """One keep-alive connection. Between `start` and `Pool.release` it belongs to one sink."""
 
     __slots__ = (
-        "_buffer", "_decoder", "_interim", "_keep", "_loop", "_method", "_paused", "_pool", "_sink", "_state",
-        "deadline", "generation", "request_done", "served", "transport", "writable",
+        "_buffer", "_decoder", "_interim", "_keep", "_loop", "_method", "_patient", "_paused", "_pool", "_sink",
+        "_state", "deadline", "generation", "request_done", "served", "transport", "writable",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -78,6 +79,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._interim = 0
         self._keep = True
         self._paused = False
+        self._patient = False
 
     # --- for whoever has it ----------------------------------------------------------------
 
@@ -92,6 +94,13 @@ class UpstreamConnection(asyncio.Protocol):
         self.served += 1
         self.deadline = deadline
         self._pool.sweep.note(deadline)
+
+    def be_patient(self) -> None:
+        """This exchange streams a body, which the other side may leave unread for as long as it likes: to the kernel a
+        full window is silence, too (tcp(7), TCP_USER_TIMEOUT)."""
+        if self._pool.limits.silence_s and not self._patient:
+            self._patient = True
+            _bound_silence(self.transport, 0)
 
     def write(self, data: bytes) -> None:
         """Writes bytes of the request; nothing once the connection is closed."""
@@ -140,6 +149,9 @@ class UpstreamConnection(asyncio.Protocol):
             return False
         self._state = _IDLE
         self.resume()
+        if self._patient:
+            self._patient = False
+            _bound_silence(self.transport, self._pool.limits.silence_s)
         self.deadline = deadline
         self._pool.sweep.note(deadline)
         return True
@@ -154,7 +166,7 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=self._pool.limits.write_buffer_bytes)
-        _watch_peer(transport.get_extra_info("socket"))
+        _watch_peer(self.transport, self._pool.limits.silence_s)
         self._pool.connections.add(self)
         # Should whoever connects be cancelled right now, the connection still ends.
         self.deadline = self._loop.time() + self._pool.limits.idle_s
@@ -313,10 +325,22 @@ class UpstreamConnection(asyncio.Protocol):
             sink.upstream_failed(what)
 
 
-def _watch_peer(sock: socket.socket | None) -> None:
-    """The kernel notices within half a minute that the other machine is gone, however long an answer takes."""
+def _watch_peer(transport: asyncio.Transport, silence_s: float) -> None:
+    """The kernel notices within half a minute, or `silence_s`, that the other machine is gone, however long an answer
+    takes."""
+    sock = transport.get_extra_info("socket")
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    if silence_s:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(0.4 * silence_s)))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(0.2 * silence_s)))
+        _bound_silence(transport, silence_s)
+
+
+def _bound_silence(transport: asyncio.Transport, silence_s: float) -> None:
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))

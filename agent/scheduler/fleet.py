@@ -286,7 +286,7 @@ class Fleet:
         if back and node.unreachable_ns and node.heard_ns - node.unreachable_ns < UNREACHABLE_NS:
             return
         node.unreachable_ns = 0
-        event = node_reported(node.name, node.registration, node.load)
+        event = node_reported(node.name, node.epoch, node.registration, node.load)
         standing = Standing.DRAINING if event.draining else Standing.READY
         if node.standing is not standing:
             node.standing = standing

@@ -9,8 +9,9 @@ from agent.http.client import Pool
 from agent.http.limits import UpstreamLimits
 from agent.wire import addresses
 
-LIMITS = UpstreamLimits(max_connections=8192, max_idle=512, connect_timeout_s=2.0)
-"""Leases bound the connections; this bound is far above, for the case that something leaks."""
+LIMITS = UpstreamLimits(max_connections=8192, max_idle=512, connect_timeout_s=2.0, silence_s=10.0)
+"""Leases bound the connections; this bound is far above, for the case that something leaks. A request inside a host
+that has gone silent is answered 502 after 10 s (DESIGN section 9), and is never sent again."""
 
 
 @dataclass(frozen=True, slots=True)

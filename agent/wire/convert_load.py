@@ -106,7 +106,7 @@ def reported_of_load(load: InstanceLoad, node: str) -> InstanceReported:
     )
 
 
-def node_reported(node: str, registration: Registration, load: NodeLoad) -> NodeReported:
+def node_reported(node: str, epoch: int, registration: Registration, load: NodeLoad) -> NodeReported:
     """A node's registration and newest heartbeat as an event of the dispatcher.
 
     A node that recovers counts as draining: nothing new goes there. GPUs that cannot be used are not counted.
@@ -114,6 +114,7 @@ def node_reported(node: str, registration: Registration, load: NodeLoad) -> Node
     usable = sum(gpu.health == types_pb2.Gpu.HEALTH_OK and not gpu.mig for gpu in load.gpus or registration.gpus)
     return NodeReported(
         node=node,
+        epoch=epoch,
         gpu_count=usable,
         migrates=registration.gpu_migration,
         draining=load.state != types_pb2.Node.STATE_READY,

@@ -292,6 +292,39 @@ def test_suspect_and_lost_nodes_get_nothing_until_they_are_back() -> None:
         assert uids(story(NodeReported("n1"))) == ["a"]
 
 
+def test_a_lost_nodes_leases_end_and_its_requests_end_by_themselves() -> None:
+    story = Story(instance("a"))
+    assert story.went(1) == "a"
+    story(NodeLost("n1"))
+    assert story.dispatcher.leased("a") == 0
+    assert story.arrive(2) == []
+    assert uids(story(NodeReported("n1"))) == ["a"], "back with all its slots, though request 1 still hangs"
+    assert story(LeaseEnded(1)) == []
+    assert story.dispatcher.leased("a") == 1, "the late end of a void lease takes nobody else's"
+
+
+def test_an_agent_that_was_started_anew_has_none_of_the_leases_of_its_former_life() -> None:
+    story = Story(NodeReported("n1", epoch=7), instance("a"))
+    assert story.went(1) == "a"
+    assert story(NodeReported("n1", epoch=7)) == []
+    assert story.dispatcher.leased("a") == 1
+    story(NodeReported("n1", epoch=8))
+    assert story.dispatcher.leased("a") == 0
+    assert uids(story(LeaseRefused(1))) == ["a"], "refused by the old one: the new one may have it"
+
+
+def test_the_time_of_leases_is_summed_without_the_queue() -> None:
+    story = Story(instance("a"))
+    story.went(1)
+    began = story.now
+    story.arrive(2)
+    story(LeaseEnded(1))  # 2 ms later; request 2 has the slot from now on
+    story(LeaseEnded(2))
+    assert story.dispatcher.lease_time_ns("ocr", story.now) == story.now - began
+    assert story.dispatcher.lease_time_ns("ocr", story.now + SECOND_NS) == story.now - began
+    assert story.dispatcher.lease_time_ns("nobody", story.now) == 0
+
+
 def test_a_draining_node_gets_nothing_new() -> None:
     story = Story(instance("a"), NodeReported("n1", draining=True))
     assert story.arrive(1) == []

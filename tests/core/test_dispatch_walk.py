@@ -86,6 +86,8 @@ class World:
     instances: dict[str, Seen] = field(default_factory=dict)
     waiting: dict[int, str] = field(default_factory=dict)
     leased: dict[int, str] = field(default_factory=dict)
+    void: set[int] = field(default_factory=set)  # of those: the lease ended with its node, the request has not
+    epochs: dict[str, int] = field(default_factory=dict)
     bound: dict[str, int] = field(default_factory=dict)  # requests that went to a sleeping instance, until it wakes
     answered: set[int] = field(default_factory=set)
     made: int = 0
@@ -94,6 +96,7 @@ class World:
     function_of: dict[int, str] = field(default_factory=dict)
     states: tuple[InstanceState, ...] = STATES
     bindings: int = 0
+    lease_ns: Counter[str] = field(default_factory=Counter)
 
     def tell(self, event: Event) -> None:
         self.now += MILLISECOND_NS
@@ -112,7 +115,7 @@ class World:
                         self.check_bound(function, uid)
                         self.bound[uid] = request
                     self.leased[request] = uid
-                    assert Counter(self.leased.values())[uid] <= CONCURRENCY[function]
+                    assert self.outstanding(uid) <= CONCURRENCY[function]
                 case Wake(uid, node):
                     seen = self.instances[uid]
                     assert seen.state is InstanceState.FROZEN
@@ -157,11 +160,20 @@ class World:
             if not queued:
                 continue
             for uid, seen in self.instances.items():
-                idle = CONCURRENCY[function] > Counter(self.leased.values())[uid]
+                idle = CONCURRENCY[function] > self.outstanding(uid)
                 awake = seen.state is InstanceState.RUNNING and seen.usable and seen.node in self.ready
                 assert not (seen.function == function and awake and idle), f"{uid} idles while requests wait"
         for uid in self.instances:
-            assert self.dispatcher.leased(uid) == Counter(self.leased.values())[uid]
+            assert self.dispatcher.leased(uid) == self.outstanding(uid)
+        valid = Counter(self.function_of[request] for request in self.leased if request not in self.void)
+        for function in FUNCTIONS:
+            self.lease_ns[function] += valid[function] * MILLISECOND_NS
+            found = self.dispatcher.lease_time_ns(function, self.now + MILLISECOND_NS)
+            assert found == self.lease_ns[function], "the sum of leases over time is what utilisation is made of"
+
+    def outstanding(self, uid: str) -> int:
+        """Leases that count."""
+        return sum(where == uid and request not in self.void for request, where in self.leased.items())
 
     # ---- what may happen --------------------------------------------------------------------------------------
 
@@ -204,6 +216,7 @@ class World:
         if self.leased:
             request = self.rng.choice(list(self.leased))
             self.unbind(self.leased.pop(request), request)
+            self.void.discard(request)
             self.answered.add(request)
             self.tell(self.rng.choice((LeaseEnded, RequestGone))(request))
 
@@ -212,8 +225,9 @@ class World:
             request = self.rng.choice(list(self.leased))
             uid = self.leased.pop(request)
             self.unbind(uid, request)
-            if uid in self.instances:
+            if uid in self.instances and request not in self.void:
                 self.instances[uid].usable = False
+            self.void.discard(request)
             self.waiting[request] = self.function_of[request]
             self.tell(LeaseRefused(request))
 
@@ -260,10 +274,24 @@ class World:
             for uid, seen in self.instances.items():
                 if seen.node == name and uid not in self.retired:
                     seen.usable = True
-            self.tell(NodeReported(name, gpu_count=self.rng.choice((0, 2))))
+            if self.rng.random() < 0.2:
+                self.epochs[name] = self.epochs.get(name, 0) + 1
+                self.leases_end(name)
+            self.tell(NodeReported(name, gpu_count=self.rng.choice((0, 2)), epoch=self.epochs.get(name, 0)))
         else:
             self.ready.discard(name)
-            self.tell(self.rng.choice((NodeSuspect, NodeLost))(name))
+            silence = self.rng.choice((NodeSuspect, NodeLost))(name)
+            if isinstance(silence, NodeLost):
+                self.leases_end(name)
+            self.tell(silence)
+
+    def leases_end(self, node: str) -> None:
+        """Its agent is gone, or another: what was leased there counts no more, nor do wakes under way."""
+        for uid, seen in self.instances.items():
+            if seen.node == node:
+                seen.waking = False
+                self.bound.pop(uid, None)
+                self.void |= {request for request, where in self.leased.items() if where == uid}
 
 
 def walk(seed: int) -> World:
