@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 
 from agent.http.client import Pool
 from agent.http.errors import ConnectFailedError, UpstreamBrokenError, UpstreamTimeoutError
 from agent.http.limits import UpstreamLimits
+from agent.http.upstream import UpstreamConnection
 from tests.http.rig import PATIENCE_S, Script, Wire, answering, eventually, relay, upstream
 from tests.http.test_server import get
 
@@ -270,4 +272,31 @@ async def test_a_connection_made_ahead_serves_the_first_request() -> None:
         assert up.connections == 1
         pool.retire()
         assert not [one for one in pool.connections if one.usable]
+        pool.close()
+
+
+def _user_timeout_ms(connection: UpstreamConnection) -> int:
+    sock = connection.transport.get_extra_info("socket")
+    value: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    return value
+
+
+async def test_a_silent_host_is_given_up_but_not_one_that_leaves_a_streamed_body_unread() -> None:
+    async with upstream(answering(OK)) as up:
+        pool = pool_of(up.port, UpstreamLimits(silence_s=10))
+        connection = await pool.acquire(asyncio.get_running_loop().time() + PATIENCE_S)
+        assert _user_timeout_ms(connection) == 10_000
+        connection.be_patient()
+        assert _user_timeout_ms(connection) == 0
+        pool.release(connection)
+        assert pool.take() is connection
+        assert _user_timeout_ms(connection) == 10_000
+        pool.close()
+
+
+async def test_an_instance_may_leave_a_body_unread_for_as_long_as_its_timeout_allows() -> None:
+    async with upstream(answering(OK)) as up:
+        pool = pool_of(up.port)
+        connection = await pool.acquire(asyncio.get_running_loop().time() + PATIENCE_S)
+        assert _user_timeout_ms(connection) == 0
         pool.close()
