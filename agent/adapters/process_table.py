@@ -20,13 +20,16 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True, slots=True)
 class ProcessStat:
-    """One line of /proc/PID/stat, the fields we use. `state` is one letter; Z and X are dead, T is stopped."""
+    """One line of /proc/PID/stat, the fields we use. `state` is one letter; Z and X are dead, T is stopped. `cpu_ticks`:
+    its own CPU time and that of the children it has waited for."""
 
     pid: int
     state: str
     ppid: int
     session: int
     start_time: int
+    cpu_ticks: int = 0
+    resident_pages: int = 0
 
     @property
     def dead(self) -> bool:
@@ -56,6 +59,8 @@ def _read_stat(path: Path) -> ProcessStat | None:
         ppid=int(fields[1]),
         session=int(fields[3]),
         start_time=int(fields[19]),
+        cpu_ticks=sum(map(int, fields[11:15])),
+        resident_pages=int(fields[21]),
     )
 
 
@@ -120,11 +125,12 @@ def members(root: ProcessId, boot: str, mark: str, proc: Path = PROC) -> list[Pr
     for stat in everyone.values():
         if (leads and stat.session == root.pid) or _carries(stat.pid, mark, proc):
             inside.add(stat.pid)
-    _add_descendants(inside, everyone.values())
+    add_descendants(inside, everyone.values())
     return [everyone[pid] for pid in sorted(inside)]
 
 
-def _add_descendants(inside: set[int], everyone: Collection[ProcessStat]) -> None:
+def add_descendants(inside: set[int], everyone: Collection[ProcessStat]) -> None:
+    """Add to `inside` all whose parents are inside, and theirs."""
     grew = True
     while grew:
         children = {stat.pid for stat in everyone if stat.ppid in inside} - inside

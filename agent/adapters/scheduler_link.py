@@ -139,7 +139,8 @@ class SchedulerLink:
         self._wake.clear()
         self._sequence += 1
         node = self._observer.node()
-        message = ReportLoadRequest(epoch=self._observer.identity.epoch, sequence=self._sequence, load=node_load(node))
+        load = node_load(node, self._observer.awake())
+        message = ReportLoadRequest(epoch=self._observer.identity.epoch, sequence=self._sequence, load=load)
         if self._snapshot_due:
             self._snapshot_due = False
             message.snapshot = True

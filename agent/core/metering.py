@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
+from agent.core.peak import Peak
 from agent.core.types import FunctionSpec, InstanceState
 from agent.core.usage_window import Window
 
@@ -107,13 +108,13 @@ _WORKING = (InstanceState.RUNNING, InstanceState.STOPPING)
 class Meter:
     """The running account of one instance. All times are CLOCK_MONOTONIC ns of one boot; `wall` is for records.
 
-    `in_flight` is the number of requests between grant and end. `unmatched_ends` counts ends without a beginning:
+    `in_flight` is the number of requests between grant and end, `peak` the most of them at once. `unmatched_ends` counts ends without a beginning:
     always 0 unless a caller is wrong; they change nothing else.
     """
 
     __slots__ = (
         "_busy_ns", "_busy_since", "_estimated", "_invocations", "_mark", "_placement", "_policy", "_quiet", "_seq",
-        "_start", "_start_wall", "_state", "_working", "in_flight", "subject", "unmatched_ends",
+        "_start", "_start_wall", "_state", "_working", "in_flight", "peak", "subject", "unmatched_ends",
     )  # fmt: skip
 
     def __init__(
@@ -131,6 +132,7 @@ class Meter:
         """Open the first window at `at`. `unbilled` as in `state_changed`; `seq` > 0 continues a recovered ledger."""
         self.subject = subject
         self.in_flight = 0
+        self.peak = Peak()
         self.unmatched_ends = 0
         self._policy = policy
         self._placement = placement or Placement()
@@ -152,6 +154,7 @@ class Meter:
         if self.in_flight == 0:
             self._busy_since = self._mark
         self.in_flight += 1
+        self.peak.note(self.in_flight, at)
         self._invocations += 1
 
     def request_ended(self, at: int) -> None:

@@ -12,11 +12,20 @@ from agent.core.types import FunctionSpec, Gpu, GpuSample, InstanceState
 
 
 @dataclass(frozen=True, slots=True)
+class InstanceReading:
+    """What an instance uses of its host: CPU time since it began, and memory. None: not known."""
+
+    cpu_ns: int | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceSnapshot:
     """One instance. `vram_bytes` is what it uses awake (as last seen), `frozen_bytes` the host's copy while frozen.
 
     `wake_estimate_ns` is a moving average of its wakes, 0 = never woken. `freeze_cancellable`: FREEZING, and a
-    request could still turn it back. `progress` is what a start is at, for people.
+    request could still turn it back. `progress` is what a start is at, for people. `vram_limit_bytes`: the GPU memory
+    there is for it, of all its GPUs. `peak_in_flight`: most requests inside it at once of late (core/peak.py).
     """
 
     uid: str
@@ -47,6 +56,9 @@ class InstanceSnapshot:
     unbilled_ns: int
     container_id: str = ""
     progress: str = ""
+    usage: InstanceReading = InstanceReading()
+    vram_limit_bytes: int = 0
+    peak_in_flight: int = 0
 
 
 @dataclass(frozen=True, slots=True)

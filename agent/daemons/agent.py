@@ -23,6 +23,7 @@ from agent.adapters.cgroup import CgroupSlice, open_slice
 from agent.adapters.clock import SystemClock
 from agent.adapters.engine_sight import look_at_engine
 from agent.adapters.host_memory import ProcHostMemory
+from agent.adapters.instance_reader import ProcInstanceReader
 from agent.adapters.node_store import NodeStore
 from agent.adapters.nvml_events import NvmlEvents
 from agent.adapters.nvml_gpus import NvmlGpus
@@ -49,6 +50,7 @@ from agent.host.engine_watch import EngineWatch
 from agent.host.events import EventLog
 from agent.host.exec_desk import ExecDesk
 from agent.host.executor import Shell
+from agent.host.gauges import Gauges
 from agent.host.gpu_watch import GpuWatch
 from agent.host.ingress import Ingress
 from agent.host.memory_desk import MemoryDesk
@@ -111,6 +113,7 @@ class AgentDaemon:
         )
         services = [
             self.watch.run(),
+            self.gauges.run(),
             watch_pauses(self.node, self.gpu.freezer),
             LedgerPruner(self.store, self.clock).run(),
         ]
@@ -171,7 +174,18 @@ class AgentDaemon:
         )
         self.node.shell = self._shell(memory)
         self.watch = self._watch(gpus)
-        self.observer = Observer(self.node, self._identity(slice_), self.clock, self.billing.totals, self.watch.figures)
+        reader = ProcInstanceReader(self.boot_id)
+        self._stack.callback(reader.close)
+        self.gauges = Gauges(reader, self.node.actors, lambda: self.trespass.vram_bytes)
+        self.observer = Observer(
+            self.node,
+            self._identity(slice_),
+            self.clock,
+            self.billing.totals,
+            self.watch.figures,
+            self.gauges,
+            self.billing.peak,
+        )
         self.link = self._link()
 
     def _cordon(self, gpu_uuids: Sequence[str]) -> None:
@@ -183,14 +197,14 @@ class AgentDaemon:
     def _watch(self, gpus: NvmlGpus) -> GpuWatch:
         xid_events = NvmlEvents()
         self._stack.callback(xid_events.close)
-        trespass = Trespass(gpus, self.runtime, self.node.desk, self.node.actors, self.events)
+        self.trespass = Trespass(gpus, self.runtime, self.node.desk, self.node.actors, self.events)
         return GpuWatch(
             gpus,
             xid_events,
             self.node.desk,
             self.events,
             self.clock,
-            after_sample=trespass.look,
+            after_sample=self.trespass.look,
             persistence_is_off=self.gpu.checkpointer.persistence_is_off,
         )
 

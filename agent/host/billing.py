@@ -192,6 +192,11 @@ class Billing:
         meter = self._meters.get(uid)
         return sums if meter is None else _plus(sums, meter.open_window(self._clock.monotonic_ns()))
 
+    def peak(self, uid: str) -> int:
+        """Most requests inside the instance at once, of late (core/peak.py)."""
+        meter = self._meters.get(uid)
+        return 0 if meter is None else max(meter.in_flight, meter.peak.read(self._clock.monotonic_ns()))
+
     def open_windows(self) -> list[Window]:
         """Snapshots of all open windows, now."""
         now = self._clock.monotonic_ns()

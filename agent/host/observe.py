@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from agent.core.lifecycle import PAUSED
 from agent.core.lifecycle_events import Op
-from agent.core.snapshots import CapabilityLine, GpuSnapshot, InstanceSnapshot, NodeSnapshot
+from agent.core.snapshots import CapabilityLine, GpuSnapshot, InstanceReading, InstanceSnapshot, NodeSnapshot
 from agent.core.types import GpuSample, InstanceState
 from agent.host.actor import Actor
+from agent.host.gauges import Gauges
 from agent.host.node import Node
 from agent.ports import Clock, DriverInfo
 
@@ -42,7 +43,10 @@ class Observer:
         clock: Clock,
         totals: Callable[[str], tuple[int, int, int]],
         figures: Callable[[], Mapping[str, GpuSample]] = dict,
+        gauges: Gauges | None = None,
+        peak: Callable[[str], int] = lambda _: 0,
     ) -> None:
+        """`totals`: metered ns of an instance, `figures`: of GPUs, `peak`: most requests inside an instance of late."""
         self.identity = identity
         self.ready = False
         self.ingress_address = ""
@@ -52,6 +56,8 @@ class Observer:
         self._clock = clock
         self._totals = totals
         self._figures = figures
+        self._gauges = gauges
+        self._peak = peak
 
     def instance(self, actor: Actor) -> InstanceSnapshot:
         """One instance now."""
@@ -70,7 +76,7 @@ class Observer:
             in_flight=gate.in_flight,
             waiting=gate.waiting,
             healthy=actor.healthy and not instance.paused,
-            vram_bytes=figures.vram_bytes,
+            vram_bytes=self._vram_bytes(actor),
             frozen_bytes=figures.image_bytes,
             pid=handle.process.pid if handle is not None else 0,
             address=f"{handle.host}:{handle.port}" if handle is not None else "",
@@ -90,7 +96,26 @@ class Observer:
             unbilled_ns=unbilled_ns,
             container_id=handle.container_id if handle is not None else "",
             progress=figures.progress if instance.state is InstanceState.STARTING else "",
+            usage=InstanceReading() if self._gauges is None else self._gauges.of(actor.uid),
+            vram_limit_bytes=self._vram_limit_bytes(actor),
+            peak_in_flight=self._peak(actor.uid),
         )
+
+    def _vram_bytes(self, actor: Actor) -> int:
+        """As NVML shows it now while it is awake; else as it was when it was last looked at."""
+        now = self._gauges.vram_of(actor.uid) if self._gauges and actor.state is InstanceState.RUNNING else None
+        return actor.figures.vram_bytes if now is None else now
+
+    def _vram_limit_bytes(self, actor: Actor) -> int:
+        """What its function is billed for, or all of its GPUs."""
+        need, inventory = actor.function.gpu, self._node.desk.inventory
+        if need.memory_bytes:
+            return need.memory_bytes * need.count
+        return sum(inventory[uuid].memory_bytes for uuid in actor.gpu_uuids if uuid in inventory)
+
+    def awake(self) -> list[InstanceSnapshot]:
+        """The instances that are awake: what the heartbeat has gauges of."""
+        return [self.instance(actor) for actor in self._node.actors.values() if actor.state is InstanceState.RUNNING]
 
     def instances(self, *, include_ended: bool = False) -> list[InstanceSnapshot]:
         """All instances, oldest first."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from agent.core.types import MIB, Handle
+from agent.core.types import MIB, GpuProcess, Handle
 from agent.host.actor import Actor
 from agent.host.events import EventLog
 from agent.host.gpu_desk import GpuDesk
@@ -35,12 +35,16 @@ class Trespass:
         self._seen: dict[tuple[str, str, int], int] = {}
         # What was found out about a pid ("" = none of ours); never believed for a kill.
         self._uid_of: dict[int, str] = {}
+        self.vram_bytes: Mapping[str, int] = {}  # GPU memory of instances as of the last look that saw all GPUs
         self._asked: set[str] = set()  # whose containers a stranger is known not to be in
 
     async def look(self) -> None:
         """One look at all GPUs that answer. Raises UnavailableError NVML_UNAVAILABLE, OSError."""
-        used = [process for process in await self._gpus.processes() if process.used_bytes >= LEAST_BYTES]
+        shown = await self._gpus.processes()
+        used = [process for process in shown if process.used_bytes >= LEAST_BYTES]
         await self._find_owners({process.pid for process in used})
+        if not shown.unanswered:
+            self._add_up(used)
         found = {
             (owner.uid, process.gpu_uuid, process.pid): owner
             for process in used
@@ -50,6 +54,13 @@ class Trespass:
         self._seen = {place: min(self._seen.get(place, 0) + 1, LOOKS + 1) for place in found}
         for (_, gpu_uuid, pid), owner in found.items():
             await self._kill(owner, gpu_uuid, pid)
+
+    def _add_up(self, used: list[GpuProcess]) -> None:
+        sums: dict[str, int] = {}
+        for process in used:
+            if uid := self._uid_of[process.pid]:
+                sums[uid] = sums.get(uid, 0) + process.used_bytes
+        self.vram_bytes = sums
 
     def _may_use(self, owner: Actor, gpu_uuid: str) -> bool:
         held = self._desk.book.holders.get(owner.uid)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from agent.core.snapshots import GpuSnapshot, InstanceSnapshot, NodeSnapshot
 from agent.core.types import GpuSample
 from agent.v1 import types_pb2
@@ -160,11 +162,24 @@ def registration(snapshot: NodeSnapshot) -> Registration:
     )
 
 
-def node_load(snapshot: NodeSnapshot) -> NodeLoad:
-    """The heartbeat's gauges."""
+def node_load(snapshot: NodeSnapshot, awake: Iterable[InstanceSnapshot] = ()) -> NodeLoad:
+    """The heartbeat's gauges, with those of the instances that are awake."""
     return NodeLoad(
         state=node_state(snapshot),
         host_memory=_host_memory(snapshot),
         gpu_waiting=sum(len(gpu.waiters) for gpu in snapshot.gpus),
         gpus=[gpu_snapshot_to_proto(gpu) for gpu in snapshot.gpus],
+        instances=[_gauges(one) for one in awake],
+    )
+
+
+def _gauges(snapshot: InstanceSnapshot) -> NodeLoad.InstanceGauges:
+    """What is not known stays absent: 0 would count in an average."""
+    usage = snapshot.usage
+    return NodeLoad.InstanceGauges(
+        uid=snapshot.uid,
+        cpu_ns=usage.cpu_ns,
+        vram_bytes=snapshot.vram_bytes or None,
+        vram_limit_bytes=snapshot.vram_limit_bytes,
+        memory_bytes=usage.memory_bytes,
     )

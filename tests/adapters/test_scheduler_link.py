@@ -288,3 +288,15 @@ async def test_an_upload_that_fails_is_tried_again_and_forgets_nothing() -> None
 
 def test_the_bounds_are_those_of_the_design() -> None:
     assert (scheduler_link.COALESCE_S, scheduler_link.HEARTBEAT_S) == (0.005, 1.0)
+
+
+async def test_a_heartbeat_has_gauges_of_those_that_are_awake() -> None:
+    async with a_line() as line:
+        frozen = await line.world.frozen()
+        awake = await line.world.running()
+        both = {frozen.uid, awake.uid}
+        message = await line.scheduler.until_heard(
+            lambda m: m.load.state and {one.uid for one in m.load.instances} == {awake.uid}
+        )
+        assert both.isdisjoint(one.uid for one in line.scheduler.heard[0].load.instances)
+        assert message.load.instances[0].vram_limit_bytes == 1 << 30

@@ -155,3 +155,21 @@ async def test_an_instance_that_has_ended_is_not_our_business() -> None:
         await until(actor, InstanceState.FAILED)
         await it.trespass.look()
         assert it.kills == 0
+
+
+async def test_a_look_tells_the_gpu_memory_of_every_instance() -> None:
+    async with patrol() as it:
+        actor = await it.world.running()
+        it.stray_of(actor)
+        handle = actor.handle_of_container
+        assert handle is not None
+        mine = 0 if actor.gpu_uuids == (it.uuid(0),) else 1
+        it.show(mine, handle.process.pid, 64 * MIB)
+        it.show(mine, STRAY, 32 * MIB)
+        it.show(mine, 4711, 16 * MIB)  # a stranger's
+        await it.trespass.look()
+        assert it.trespass.vram_bytes == {actor.uid: 96 * MIB}
+        it.shown.clear()
+        it.world.gpus.errors[it.uuid(mine)] = "GPU is lost"
+        await it.trespass.look()
+        assert it.trespass.vram_bytes == {actor.uid: 96 * MIB}, "what NVML does not show is not gone"
