@@ -1,8 +1,8 @@
 """What instances use of the host: CPU time and memory. Implements `host.gauges.InstanceReader`.
 
-From the instance's own cgroup: `cpu.stat` is there without the cpu controller (cgroup-v2.rst), `memory.current` only with
-the memory controller; else the memory is what its processes have resident. Without a cgroup both come from the process
-tree: descent from the first process, or its session, so who leaves both is not counted.
+From the instance's own cgroup: `cpu.stat` is there without the cpu controller (cgroup-v2.rst), `memory.current` only
+with the memory controller; else the memory is what its processes have resident. Without a cgroup both come from the
+process tree: descent from the first process, or its session, so who leaves both is not counted.
 """
 
 from __future__ import annotations

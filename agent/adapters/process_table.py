@@ -20,8 +20,8 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True, slots=True)
 class ProcessStat:
-    """One line of /proc/PID/stat, the fields we use. `state` is one letter; Z and X are dead, T is stopped. `cpu_ticks`:
-    its own CPU time and that of the children it has waited for."""
+    """One line of /proc/PID/stat, the fields we use. `state` is one letter; Z and X are dead, T is stopped.
+    `cpu_ticks`: its own CPU time and that of the children it has waited for."""
 
     pid: int
     state: str

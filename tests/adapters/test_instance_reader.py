@@ -34,10 +34,10 @@ def start() -> Iterator[Callable[..., ProcessId]]:
     """Start a Python program that says when it is ready; it leads a session, as every instance does."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def program(code: str, before: Callable[[], None] | None = None) -> ProcessId:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True, preexec_fn=before
-        )
+    def program(code: str, joins: Path | None = None) -> ProcessId:
+        if joins is not None:
+            code = f"open({str(joins / 'cgroup.procs')!r}, 'w').write('0')\n{code}"
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
         started.append(process)
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
@@ -87,11 +87,7 @@ async def test_a_cgroup_tells_cpu_time_without_the_cpu_controller(
     start: Callable[..., ProcessId], slice_: CgroupSlice
 ) -> None:
     path = slice_.create("i-1")
-
-    def join() -> None:
-        (path / "cgroup.procs").write_text("0")
-
-    process = start(CHILD, join)
+    process = start(CHILD, path)
     reader = ProcInstanceReader(BOOT)
     reading = await grown(reader, Handle("i-1", process, "", 0, cgroup=str(path)))
     assert reading.memory_bytes is not None
@@ -142,7 +138,7 @@ async def test_a_host_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPa
     hangs = threading.Event()
     monkeypatch.setattr(reader, "_read_all", lambda handles: hangs.wait(PATIENCE_S) and {})
     for _ in range(3):
-        with pytest.raises(UnavailableError, match="GAUGES_LATE|overloaded"):
+        with pytest.raises(UnavailableError, match="overloaded"):
             await reader.read([])
     assert reader._thread._work_queue.qsize() == 0, "nothing queues up behind it"
     hangs.set()

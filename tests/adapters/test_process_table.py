@@ -46,7 +46,9 @@ def found(proc: Path, root: ProcessId = ROOT) -> list[int]:
 def test_a_name_with_parentheses_does_not_shift_the_fields(add: Add, tmp_path: Path) -> None:
     add(100, ppid=7, session=90, start=4242, state="T")
     stat = process_table.read_stat(100, tmp_path)
-    assert stat == process_table.ProcessStat(pid=100, state="T", ppid=7, session=90, start_time=4242, cpu_ticks=31, resident_pages=77)
+    assert stat == process_table.ProcessStat(
+        pid=100, state="T", ppid=7, session=90, start_time=4242, cpu_ticks=31, resident_pages=77
+    )
 
 
 def test_descent_session_and_mark_make_a_member(add: Add, tmp_path: Path) -> None:

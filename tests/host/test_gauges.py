@@ -58,7 +58,7 @@ async def test_what_is_not_known_is_absent_and_not_zero() -> None:
         observer = observing(world, gauges)
         for _ in range(2):
             gauge = heartbeat(observer)[actor.uid]
-            assert not any(gauge.HasField(name) for name in ("cpu_ns", "memory_bytes", "vram_bytes"))  # type: ignore[arg-type]
+            assert not any(gauge.HasField(name) for name in ("cpu_ns", "memory_bytes", "vram_bytes"))
             await gauges.look()  # its container has ended meanwhile: still nothing to tell
 
 
