@@ -1,7 +1,7 @@
 """What must survive the scheduler: functions with their targets, and the nodes it has met. Never on the request path.
 
-SQLAlchemy Core on SQLite (WAL) by default. All statements run in one thread of its own. A spec is kept as the proto it
-came in, its secrets included: the file is readable by its owner only.
+SQLAlchemy Core on SQLite (WAL) by default, or on PostgreSQL. All statements run in one thread of its own. A spec is kept
+as the proto it came in, its secrets included: the file is readable by its owner only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
-from agent.core.errors import ConfigError, UnavailableError
+from agent.core.errors import UnavailableError
+from agent.scheduler.database import engine_of, failed, text_type
 
 _T = TypeVar("_T")
 
@@ -28,7 +29,7 @@ _METADATA = sa.MetaData()
 _FUNCTIONS = sa.Table(
     "functions",
     _METADATA,
-    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("name", text_type(64), primary_key=True),
     sa.Column("revision", sa.BigInteger, nullable=False),
     sa.Column("spec", sa.LargeBinary, nullable=False),
     sa.Column("target", sa.Integer, nullable=False),
@@ -41,27 +42,27 @@ _FUNCTIONS = sa.Table(
 _REVISIONS = sa.Table(
     "revisions",
     _METADATA,
-    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("name", text_type(64), primary_key=True),
     sa.Column("revision", sa.BigInteger, nullable=False),
 )
 _NODES = sa.Table(
     "nodes",
     _METADATA,
-    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("name", text_type(255), primary_key=True),
     sa.Column("first_seen_wall_ns", sa.BigInteger, nullable=False),
 )
 # A node without a row takes instances and requests.
 _NODE_SCHEDULING = sa.Table(
     "node_scheduling",
     _METADATA,
-    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("name", text_type(255), primary_key=True),
     sa.Column("scheduling", sa.String(16), nullable=False),
 )
 # Schedule and policies of a function; its default target stands with the function.
 _PROVISION = sa.Table(
     "provision_configs",
     _METADATA,
-    sa.Column("function", sa.String(64), primary_key=True),
+    sa.Column("function", text_type(64), primary_key=True),
     sa.Column("config", sa.LargeBinary, nullable=False),
 )
 
@@ -91,8 +92,6 @@ class Store:
         self._engine = engine_of(url)
         self._deadline_s = deadline_s
         self._sqlite = self._engine.dialect.name == "sqlite"
-        if self._sqlite:
-            sa.event.listen(self._engine, "connect", _pragmas)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
 
     async def open(self) -> None:
@@ -215,26 +214,6 @@ class Store:
             async with asyncio.timeout(self._deadline_s):
                 return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except TimeoutError:
-            problem = f"no answer within {self._deadline_s:g} s"
-            raise UnavailableError("STORE_FAILED", f"the scheduler's database failed: {problem}; check it") from None
+            raise failed(self._engine, "the scheduler's database", f"no answer within {self._deadline_s:g} s") from None
         except (sa.exc.SQLAlchemyError, OSError) as error:
-            kind = type(getattr(error, "orig", None) or error).__name__
-            text = f"the scheduler's database failed ({kind}); check the disk, its owner and its space"
-            raise UnavailableError("STORE_FAILED", text) from error
-
-
-def engine_of(url: str) -> sa.Engine:
-    """The engine for a SQLAlchemy URL. Raises ConfigError DATABASE_INVALID, without the URL, which may hold a
-    password."""
-    try:
-        return sa.create_engine(url)
-    except (sa.exc.ArgumentError, ImportError, ValueError) as error:
-        text = f"`database` is no SQLAlchemy URL whose driver is installed ({type(error).__name__}); fix it"
-        raise ConfigError("DATABASE_INVALID", text) from None
-
-
-def _pragmas(connection: object, _record: object) -> None:
-    cursor = connection.cursor()  # type: ignore[attr-defined]  # the DBAPI's connection has no type
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+            raise failed(self._engine, "the scheduler's database", error) from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
-from agent.core.errors import ExhaustedError, InvalidArgumentError, UnavailableError
+from agent.core.errors import ExhaustedError, InvalidArgumentError
 from agent.core.usage_window import Window
 from agent.log import get_logger
 from agent.ports import Clock
-from agent.scheduler.store import engine_of
+from agent.scheduler.database import engine_of, failed
 from agent.scheduler.usage_tables import CONFLICTS, USAGE_METADATA, WINDOWS, digest_of, payload_of, row_of
 
 T = TypeVar("T")
@@ -74,10 +73,7 @@ class UsageDatabase:
     @classmethod
     def at(cls, url: str) -> UsageDatabase:
         """On its own engine for a SQLAlchemy URL. A SQLite file gets mode 0600 and WAL."""
-        engine = engine_of(url)
-        if engine.dialect.name == "sqlite":
-            sa.event.listen(engine, "connect", _sqlite_pragmas)
-        return cls(engine)
+        return cls(engine_of(url))
 
     def __init__(self, engine: sa.Engine, *, deadline_s: float = 10.0, queue_length: int = 64) -> None:
         self.engine = engine
@@ -101,12 +97,9 @@ class UsageDatabase:
             async with asyncio.timeout(self._deadline_s):
                 return await asyncio.wrap_future(future)
         except TimeoutError:
-            problem = f"no answer within {self._deadline_s:g} s"
-            raise UnavailableError("STORE_FAILED", f"the usage database failed: {problem}; check it") from None
+            raise failed(self.engine, "the usage database", f"no answer within {self._deadline_s:g} s") from None
         except (sa.exc.SQLAlchemyError, OSError) as error:
-            kind = type(getattr(error, "orig", None) or error).__name__
-            text = f"the usage database failed ({kind}); check the disk, its owner and its space"
-            raise UnavailableError("STORE_FAILED", text) from error
+            raise failed(self.engine, "the usage database", error) from error
 
     def close(self) -> None:
         """Let go of the engine once the jobs that wait (at most `queue_length`) have ended; does not wait for it."""
@@ -128,11 +121,6 @@ class UsageDatabase:
                 loop.call_soon_threadsafe(done)
 
         return from_any_thread
-
-
-def _sqlite_pragmas(connection: sqlite3.Connection, _record: object) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
-        connection.execute(f"PRAGMA {pragma}")
 
 
 class UsageCollector:
@@ -198,6 +186,8 @@ def _objection(node: str, w: Window) -> str:
         return "USAGE_FOREIGN_NODE"
     if not w.sealed:
         return "USAGE_UNSEALED"
+    if any("\0" in text for text in (w.instance_uid, w.boot_id, w.function, w.state, w.gpu_model, *w.gpu_uuids)):
+        return "USAGE_INVALID"  # PostgreSQL has no such text; one such window would keep its whole batch out for ever
     sums = (w.active_ns, w.idle_ns, w.unbilled_ns)
     sizes = (w.gpu_count, w.gpu_memory_bytes, w.vcpu_millis, w.memory_bytes, w.disk_bytes)
     numbers = (w.seq, w.start_mono_ns, w.end_mono_ns, w.start_wall_ns, w.invocations, *sums, *sizes)

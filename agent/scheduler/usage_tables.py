@@ -11,6 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from agent.core.usage_window import Window
+from agent.scheduler.database import text_type
 
 USAGE_METADATA = sa.MetaData()
 
@@ -23,7 +24,7 @@ def _column(name: str) -> sa.Column[Any]:
     key = name in _KEY
     if name in _INTEGERS:
         return sa.Column(name, sa.BigInteger, nullable=False, primary_key=key, autoincrement=False)
-    kind = sa.Boolean() if name in _FLAGS else sa.Text()
+    kind = sa.Boolean() if name in _FLAGS else text_type()
     return sa.Column(name, kind, nullable=False, primary_key=key)
 
 
@@ -40,7 +41,7 @@ WINDOWS = sa.Table(
 CONFLICTS = sa.Table(
     "usage_conflicts",
     USAGE_METADATA,
-    sa.Column("instance_uid", sa.Text, primary_key=True),
+    sa.Column("instance_uid", text_type(), primary_key=True),
     sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("digest", sa.String(64), primary_key=True),
     sa.Column("node", sa.Text, nullable=False),

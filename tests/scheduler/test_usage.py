@@ -29,8 +29,8 @@ WALL = window().start_wall_ns
 
 
 @pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[UsageDatabase]:
-    opened = UsageDatabase.at(f"sqlite:///{tmp_path}/scheduler.db")
+async def database(database_url: str) -> AsyncIterator[UsageDatabase]:
+    opened = UsageDatabase.at(database_url)
     await opened.open()
     yield opened
     opened.close()
@@ -91,6 +91,7 @@ async def test_a_conflict_within_one_batch_is_found(collector: UsageCollector, d
         (replace(window(seq=1), active_ns=-10, idle_ns=110), "USAGE_INVALID"),
         (replace(window(seq=1), memory_bytes=1 << 63), "USAGE_INVALID"),
         (replace(window(seq=1), instance_uid=""), "USAGE_INVALID"),
+        (replace(window(seq=1), gpu_model="NVIDIA\0L20"), "USAGE_INVALID"),
     ],
 )
 async def test_what_may_not_be_is_refused_alone_and_holds_the_mark(
@@ -167,6 +168,19 @@ async def test_sums_beyond_64_bits_of_nanoseconds(collector: UsageCollector, dat
     assert line.total("idle_ns") == 5 * century > 1 << 63
 
 
+async def test_pages_are_in_the_order_of_code_points_whatever_the_servers_language(
+    collector: UsageCollector, database: UsageDatabase
+) -> None:
+    await collector.accept(NODE, [window(uid) for uid in ("i-a", "i-B", "i_b", "i-é", "i-b")])
+    found = [one.instance_uid for one in await UsageReports(database).windows()]
+    assert found == sorted(found) == ["i-B", "i-a", "i-b", "i-é", "i_b"]
+
+
+async def test_a_sequence_beyond_32_bits_can_be_paged_after(collector: UsageCollector, database: UsageDatabase) -> None:
+    await collector.accept(NODE, [window(seq=1 << 40), window(seq=(1 << 40) + 1)])
+    assert [one.seq for one in await UsageReports(database).windows(after=("i-ocr-1", 1 << 40))] == [(1 << 40) + 1]
+
+
 async def test_filters_and_groups(collector: UsageCollector, database: UsageDatabase) -> None:
     await collector.accept(NODE, [window(seq=n) for n in range(4)])
     await collector.accept("gpu-8", [replace(window("i-b"), node="gpu-8", state="FROZEN")])
@@ -192,7 +206,10 @@ async def test_an_empty_ledger_costs_nothing(database: UsageDatabase) -> None:
 # ---- the database itself -------------------------------------------------------------------------------------
 
 
-async def test_only_the_owner_may_read_the_file(database: UsageDatabase, tmp_path: Path) -> None:
+async def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
+    database = UsageDatabase.at(f"sqlite:///{tmp_path}/scheduler.db")
+    await database.open()
+    database.close()
     mode = await asyncio.to_thread(lambda: (tmp_path / "scheduler.db").stat().st_mode)
     assert stat.S_IMODE(mode) == 0o600
 

@@ -1,0 +1,83 @@
+"""The scheduler's database as SQLAlchemy engines: SQLite in a file of its own, or PostgreSQL.
+
+Everything that differs between the two stands here, so that the stores speak to both in the same words. On PostgreSQL
+every wait is bounded on both sides: connecting, a statement, a lock, and a peer that has gone without a word.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from agent.core.errors import ConfigError, UnavailableError
+
+CONNECT_S = 5
+STATEMENT_MS = 9_000
+"""Less than the deadline of a call: what nobody waits for any more does not go on for long."""
+_POSTGRESQL = ("postgresql", "postgres", "postgresql+psycopg")
+_SESSION = f"-c statement_timeout={STATEMENT_MS} -c lock_timeout=5000 -c idle_in_transaction_session_timeout=15000"
+# A host that vanishes is noticed within 6 s: by us, and by the server, which then gives our locks to others.
+_KEEPALIVE = "-c tcp_keepalives_idle=3 -c tcp_keepalives_interval=1 -c tcp_keepalives_count=3"
+_CONNECT: dict[str, Any] = {
+    "connect_timeout": CONNECT_S,
+    "application_name": "hibernode",
+    "keepalives_idle": 3,
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 6_000,
+}
+
+
+def engine_of(url: str, **pool: Any) -> sa.Engine:
+    """The engine for a SQLAlchemy URL; `pool` as for sqlalchemy.create_engine. Connects to nobody yet.
+
+    Raises ConfigError DATABASE_INVALID, without the URL, which may hold a password. Nor do errors of its statements
+    show their values.
+    """
+    try:
+        parsed = sa.make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            engine = sa.create_engine(parsed, hide_parameters=True, **pool)
+            sa.event.listen(engine, "connect", _pragmas)
+            return engine
+        if parsed.drivername in _POSTGRESQL:
+            parsed = parsed.set(drivername="postgresql+psycopg")
+            connect = {name: value for name, value in _CONNECT.items() if name not in parsed.query}
+            # What the URL says comes last, and counts.
+            connect["options"] = " ".join((_SESSION, _KEEPALIVE, *_texts(parsed.query.get("options", ()))))
+            # A connection that the server has closed meanwhile, as at its restart, is replaced before it is used.
+            return sa.create_engine(parsed, hide_parameters=True, pool_pre_ping=True, connect_args=connect, **pool)
+        problem = "names neither sqlite:///FILE nor postgresql://USER@HOST/NAME"
+    except ImportError:
+        problem = "needs a driver that is not installed: pip install 'hibernode[postgres]'"
+    except (sa.exc.ArgumentError, ValueError) as error:
+        problem = f"is no SQLAlchemy URL ({type(error).__name__})"
+    raise ConfigError("DATABASE_INVALID", f"`database` {problem}; fix it in scheduler.yaml")
+
+
+def failed(engine: sa.Engine, what: str, problem: BaseException | str) -> UnavailableError:
+    """STORE_FAILED about `what` ("the usage database"): by the kind of the problem only, as the text of a driver's
+    error may hold anything."""
+    if isinstance(problem, BaseException):
+        problem = type(getattr(problem, "orig", None) or problem).__name__
+    sqlite = engine.dialect.name == "sqlite"
+    fix = "check the disk, its owner and its space" if sqlite else "check that PostgreSQL runs and lets this user in"
+    return UnavailableError("STORE_FAILED", f"{what} failed ({problem}); {fix}")
+
+
+def text_type(length: int | None = None) -> sa.types.TypeEngine[str]:
+    """Text that compares and sorts by its code points on both, whatever the server's locale."""
+    by_bytes = postgresql.TEXT(collation="C") if length is None else postgresql.VARCHAR(length, collation="C")
+    return (sa.Text() if length is None else sa.String(length)).with_variant(by_bytes, "postgresql")
+
+
+def _texts(found: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (found,) if isinstance(found, str) else found
+
+
+def _pragmas(connection: sqlite3.Connection, _record: object) -> None:
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
+        connection.execute(f"PRAGMA {pragma}")

@@ -1,0 +1,34 @@
+"""The databases that the scheduler's stores run on: each test with `database_url` runs on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import postgresql
+from tests.fakes.postgresql import PostgreSQL
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgreSQL]:
+    """A server for all tests of this process."""
+    if why := postgresql.missing():
+        pytest.skip(why)
+    server = PostgreSQL()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """SQLAlchemy URL of a new, empty database."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/scheduler.db"
+        return
+    server: PostgreSQL = request.getfixturevalue("postgres")
+    with server.database() as name:
+        yield server.url(name)
