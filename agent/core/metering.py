@@ -108,7 +108,7 @@ _WORKING = (InstanceState.RUNNING, InstanceState.STOPPING)
 class Meter:
     """The running account of one instance. All times are CLOCK_MONOTONIC ns of one boot; `wall` is for records.
 
-    `in_flight` is the number of requests between grant and end, `peak` the most of them at once. `unmatched_ends` counts
+    `in_flight`: requests between grant and end, `peak`: the most of them at once. `unmatched_ends` counts
     ends without a beginning: always 0 unless a caller is wrong; they change nothing else.
     """
 
