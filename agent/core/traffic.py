@@ -19,7 +19,7 @@ BOUNDS_NS = (
 )
 """Upper bounds of the buckets, inclusive: what fits the light requests of an OCR and the wakes of an LLM alike."""
 CLASSES = (1, 2, 3, 4, 5)
-"""Hundreds of the statuses."""
+"""Hundreds of the statuses: the places of `Traffic.responses`. What is none of them counts with the last."""
 QUEUE_FULL = "QUEUE_FULL"
 NO_CAPACITY = "NO_CAPACITY"
 
@@ -57,7 +57,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.invocations = 0
-        self.responses = dict.fromkeys(CLASSES, 0)
+        self.responses = [0] * (1 + max(CLASSES))
         self.client_errors = 0
         self.server_errors = 0
         self.queue_full = 0
@@ -72,7 +72,7 @@ class Traffic:
     def served(self, status: int, began: int, at: int, queue_ns: int, wake_ns: int) -> None:
         """An instance's answer is whole at `at`. Durations from the request's arrival to the last byte; `queue_ns` of
         it waiting, of which `wake_ns` for an instance to be woken."""
-        self.responses[status // 100] += 1
+        self.responses[min(status // 100, CLASSES[-1])] += 1
         took = at - began
         self.duration.add(took)
         self.longest.note(took, at)
@@ -85,7 +85,7 @@ class Traffic:
 
     def refused(self, status: int, reason: str) -> None:
         """We answered in the instance's place."""
-        self.responses[status // 100] += 1
+        self.responses[min(status // 100, CLASSES[-1])] += 1
         if reason == QUEUE_FULL:
             self.queue_full += 1
         elif reason == NO_CAPACITY:

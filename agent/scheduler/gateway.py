@@ -24,6 +24,7 @@ from agent.core.errors import (
     NotFoundError,
     UnavailableError,
 )
+from agent.core.traffic import Traffic
 from agent.core.types import MILLISECOND_NS, SECOND_NS
 from agent.http import headers as rules
 from agent.http.client import Pool
@@ -36,6 +37,7 @@ from agent.ports import Clock
 from agent.scheduler.desk import Desk, Ticket
 from agent.scheduler.functions import Catalog, Deployed
 from agent.scheduler.routes import INVOKE, Route, Router, method_not_allowed
+from agent.scheduler.traffic_table import TrafficTable
 
 KEPT_BODY_BYTES = 64 * 1024
 """Bodies up to this size are read before the request queues, so that they can be sent to another instance."""
@@ -87,6 +89,10 @@ class _Call:
     function: Deployed
     headers: list[Header]
     body: bytes | None
+    traffic: Traffic
+    began_ns: int
+    queue_ns: int = 0
+    wake_ns: int = 0
 
 
 class Gateway:
@@ -113,6 +119,7 @@ class Gateway:
         self._unreachable = unreachable
         self._request_ids = request_ids
         self.counts = GatewayCounts()
+        self.traffic = TrafficTable(lambda: [one.spec.name for one in catalog.all()])
 
     async def __call__(self, exchange: Exchange) -> None:
         """Handle one exchange; every path ends in exactly one answer, unless the client has left."""
@@ -134,7 +141,21 @@ class Gateway:
             function = self._catalog.find_folded(route.function)
         if function is None:
             raise _unknown(route.function)
-        name = function.spec.name
+        traffic = self.traffic.of(function.spec.name)
+        traffic.invocations += 1
+        try:
+            await self._invoke(exchange, request_id, route, function, traffic)
+        except ClientGoneError:
+            traffic.left += 1
+            raise
+        except Exception as error:
+            traffic.refused(status_and_code(error)[0], error.reason if isinstance(error, HibernodeError) else "")
+            raise
+
+    async def _invoke(
+        self, exchange: Exchange, request_id: str, route: Route, function: Deployed, traffic: Traffic
+    ) -> None:
+        head, name, began_ns = exchange.head, function.spec.name, self._clock.monotonic_ns()
         if route.control_path is not INVOKE and function.methods and head.method not in function.methods:
             raise method_not_allowed(head.method)
         headers = _passing_headers(head, route, exchange.peer)
@@ -142,7 +163,7 @@ class Gateway:
         if head.has_body:
             large = head.length is not None and head.length > KEPT_BODY_BYTES
             body = None if large else await exchange.buffer_body(KEPT_BODY_BYTES)
-        call = _Call(exchange, request_id, route, function, headers, body)
+        call = _Call(exchange, request_id, route, function, headers, body, traffic, began_ns)
         deadline_ns = self._clock.monotonic_ns() + function.spec.queue_timeout_ns
         ticket = self._desk.arrive(name, deadline_ns)
         try:
@@ -167,7 +188,9 @@ class Gateway:
             self._desk.refused(ticket)
         if result.outcome is Outcome.COMPLETE:
             self._desk.ended(ticket)
-            self.counts.answered(result.head_status or 0)
+            status = result.head_status or 0
+            self.counts.answered(status)
+            call.traffic.served(status, call.began_ns, self._clock.monotonic_ns(), call.queue_ns, call.wake_ns)
             return
         self._unhappy(call, outcome, result)
 
@@ -189,7 +212,7 @@ class Gateway:
         timeout_s = (left_ns + call.function.spec.timeout_ns) / SECOND_NS + ANSWER_SLACK_S
 
         def answer_headers(answer: ResponseHead) -> list[Header] | None:
-            headers = _answer_headers(answer, call.request_id, where)
+            headers = _answer_headers(answer, call, where)
             if where.wakes and headers is not None:  # told once the client has its answer
                 waited_ns = _ms_to_ns(answer.get(b"x-hibernode-wake-ms") or b"")
                 asyncio.get_running_loop().call_soon(self._desk.answered, ticket, waited_ns)
@@ -234,6 +257,7 @@ class Gateway:
             # request would follow on one of them.
             self._unreachable(where.node)
         if result.outcome is Outcome.CLIENT_GONE or call.exchange.gone:
+            call.traffic.left += 1
             return
         if result.outcome is Outcome.CLIENT_FAILED and result.error is not None:
             raise result.error
@@ -248,6 +272,7 @@ class Gateway:
         )
         if call.exchange.head_sent:
             self.counts.cut += 1
+            call.traffic.cut += 1
             return
         if result.outcome is Outcome.TIMEOUT_BEFORE_HEAD:
             raise DeadlineError("FUNCTION_TIMEOUT", f"{call.function.spec.name} did not answer within its timeout")
@@ -302,7 +327,7 @@ def _passing_headers(head: RequestHead, route: Route, peer: str) -> list[Header]
     return headers
 
 
-def _answer_headers(answer: ResponseHead, request_id: str, where: Dispatch) -> list[Header] | None:
+def _answer_headers(answer: ResponseHead, call: _Call, where: Dispatch) -> list[Header] | None:
     """The client's headers for an ingress's answer; None for a refusal, which the client never sees.
 
     x-hibernode-queue-ms is the whole wait, here and at the instance's gate; -wake-ms the part in which it was woken.
@@ -324,7 +349,8 @@ def _answer_headers(answer: ResponseHead, request_id: str, where: Dispatch) -> l
                 queue_ns += _ms_to_ns(value)
         elif name not in _OURS_IN_ANSWERS:
             kept.append((name, value))
-    kept.append((b"x-fc-request-id", request_id.encode()))
+    call.queue_ns, call.wake_ns = queue_ns, wake_ns
+    kept.append((b"x-fc-request-id", call.request_id.encode()))
     kept.append((b"x-fc-instance-id", where.uid.encode()))
     if queue_ns:
         kept.append((b"x-hibernode-queue-ms", _ms(queue_ns)))
