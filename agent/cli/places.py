@@ -39,6 +39,9 @@ def find_daemon(daemon: Daemon, asked: Asked) -> Place:
     socket = found.get("socket", "")
     if socket and not asked.token_file and os.access(socket, os.R_OK | os.W_OK):
         return Place(f"unix:{socket}", "")
+    if not found.get("grpc") and daemon == "scheduler":
+        message = f"the scheduler in {asked.home} stands by for another one; name the active one with --scheduler"
+        raise UnavailableError("SCHEDULER_STANDBY", message, home=str(asked.home))
     if not found.get("grpc"):
         message = f"{daemon} in {asked.home} offers no TCP address, and its socket {socket} is not open to this user"
         raise PermissionDeniedError("SOCKET_NOT_ALLOWED", f"{message}; use sudo, or join the group hibernode")

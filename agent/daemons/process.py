@@ -72,6 +72,31 @@ async def run_until_signal(services: Sequence[Awaitable[None]]) -> None:
         task.result()
 
 
+async def stand_by(turn: Coroutine[Any, Any, None], status: str) -> bool:
+    """Say READY with `status` (systemd would not wait for ever for a turn that may never come), then wait until
+    `turn` is over: True. False if SIGTERM or SIGINT came first. Raises what `turn` raises."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    ours = asyncio.ensure_future(turn)
+    tasks = [ours, asyncio.ensure_future(stop.wait()), asyncio.ensure_future(feed_watchdog())]
+    notify(f"READY=1\nSTATUS={status}")
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+    notify("STATUS=")
+    if stop.is_set():
+        return False
+    ours.result()
+    return True
+
+
 async def feed_watchdog() -> None:
     """From the loop on which all the rest runs, so that systemd starts a daemon anew whose loop is stuck.
 

@@ -3,6 +3,8 @@
 `python -m agent.daemons.scheduler --config FILE` (or `hibernode scheduler --config FILE`). What must survive it is in
 the store; everything else comes back with the agents' load streams, so a SIGKILL loses only the requests inside the
 gateway. On SIGTERM: health NOT_SERVING, no new connections, requests in flight or queued end, then it leaves.
+Of several on one PostgreSQL one is active; the others stand by, with nothing but the admin pages open, until its
+session there has ended. One that loses its lock ends with LEAD_LOST, for systemd to start it again as a standby.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from agent.core.dispatch_events import Wake
 from agent.core.errors import ConfigError, HibernodeError, UnavailableError
 from agent.core.price_book import PriceBook, parse_price_book
 from agent.core.types import SECOND_NS, DispatchPolicy
-from agent.daemons.process import daemon_main, run_until_signal
+from agent.daemons.process import daemon_main, run_until_signal, stand_by
 from agent.http.date_line import DateLine
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
@@ -43,6 +45,7 @@ from agent.scheduler.fleet import Fleet
 from agent.scheduler.functions import Catalog
 from agent.scheduler.gateway import Gateway
 from agent.scheduler.ingresses import Ingresses
+from agent.scheduler.lead import Lead
 from agent.scheduler.links import Links
 from agent.scheduler.provisioner import Provisioner
 from agent.scheduler.routes import Router
@@ -71,6 +74,7 @@ class SchedulerDaemon:
         self._stack = stack
         self._log = get_logger()
         self._ready = False
+        self.admin_address = ""
         self._background: set[asyncio.Task[None]] = set()
         self.clock = SystemClock()
         self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.SystemRandom().getrandbits)
@@ -80,14 +84,16 @@ class SchedulerDaemon:
         self.node_tokens = {node.name: read_token(Path(node.token_file)) for node in config.nodes}
 
     async def run(self) -> None:
-        """Build, read what is known, serve until told to stop."""
+        """Build, wait for the lead, read what is known, serve until told to stop."""
         await self._build()
+        if not await self._lead():
+            return
         await self._load()
         await self._bind()
         await self.grpc.set_serving(True)
         self._ready = True
         self._log.info("scheduler.ready", gateway=self.gateway_address, grpc=self.grpc_address)
-        await run_until_signal([self.provisioner.run(), self._watch_silence()])
+        await run_until_signal([self.provisioner.run(), self._watch_silence(), self.lead.watch()])
         await self._leave()
 
     # ---- building ---------------------------------------------------------------------------------------------
@@ -98,6 +104,8 @@ class SchedulerDaemon:
         self._stack.push_async_callback(self.store.close)
         self.usage = UsageDatabase.at(config.database_url)
         self._stack.callback(self.usage.close)
+        self.lead = Lead(config.database_url)
+        self._stack.callback(self.lead.close)
         self.dispatcher = Dispatcher()
         self.desk = Desk(self.clock, self.dispatcher, self._wake)
         self.fleet = Fleet(
@@ -134,6 +142,16 @@ class SchedulerDaemon:
             self.fleet.unreachable,
             self.request_ids,
         )
+
+    async def _lead(self) -> bool:
+        """Be the active one, or stand by until the other one's session in the database has ended. False: told to stop
+        before that."""
+        if await self.lead.take():
+            return True
+        await self._serve_admin()
+        self.state.write_endpoints({"admin": self.admin_address, "token_file": str(self._config.token_path)})
+        self._log.info("scheduler.standby", admin=self.admin_address)
+        return await stand_by(self.lead.wait(), "standing by: another scheduler is active on this database")
 
     async def _load(self) -> None:
         """Functions as deployed; nodes met before have `report.lost` to show up."""
@@ -199,12 +217,9 @@ class SchedulerDaemon:
             )
             self._stack.push_async_callback(self.http.close, 0)
             self.gateway_address = join(config.gateway.host, self.http.port)
-            self.admin = AdminServer(self._metrics().render, lambda: self._ready)
-            self._stack.push_async_callback(self.admin.stop)
-            admin_port = await self.admin.start(config.admin.host, config.admin.port)
         except OSError as error:
-            text = f"cannot listen: {error.strerror}; choose another port for gateway or admin, or stop who has it"
-            raise UnavailableError("BIND_FAILED", text) from error
+            raise _bind_failed(error) from error
+        await self._serve_admin()
         operator = Principal("operator", Role.OPERATOR)
         collector = UsageCollector(self.usage, self.clock, self.fleet.owner)
         services = Services(
@@ -222,10 +237,22 @@ class SchedulerDaemon:
             {
                 "gateway": self.gateway_address,
                 "grpc": self.grpc_address,
-                "admin": join(config.admin.host, admin_port),
+                "admin": self.admin_address,
                 "token_file": str(config.token_path),
             }
         )
+
+    async def _serve_admin(self) -> None:
+        """Unless a standby has done so."""
+        if self.admin_address:
+            return
+        listen = self._config.admin
+        self.admin = AdminServer(self._metrics().render, lambda: self._ready)
+        self._stack.push_async_callback(self.admin.stop)
+        try:
+            self.admin_address = join(listen.host, await self.admin.start(listen.host, listen.port))
+        except OSError as error:
+            raise _bind_failed(error) from error
 
     def _metrics(self) -> SchedulerMetrics:
         return SchedulerMetrics(self.catalog, self.fleet, self.dispatcher, self.gateway.counts, self.wakes.counts)
@@ -253,6 +280,11 @@ class SchedulerDaemon:
         await self.grpc.stop(GRPC_GRACE_S)
         await asyncio.gather(silence, *self._background, return_exceptions=True)
         self._log.info("scheduler.stopped", cut=cut)
+
+
+def _bind_failed(error: OSError) -> UnavailableError:
+    text = f"cannot listen: {error.strerror}; choose another port for gateway or admin, or stop who has it"
+    return UnavailableError("BIND_FAILED", text)
 
 
 def _defaults(config: SchedulerConfig) -> Defaults:

@@ -14,7 +14,7 @@ from sqlalchemy.dialects import postgresql
 
 from agent.core.errors import ConfigError, UnavailableError
 
-CONNECT_S = 5
+CONNECT_S = 3
 STATEMENT_MS = 9_000
 """Less than the deadline of a call: what nobody waits for any more does not go on for long."""
 _POSTGRESQL = ("postgresql", "postgres", "postgresql+psycopg")

@@ -1,7 +1,7 @@
 """What must survive the scheduler: functions with their targets, and the nodes it has met. Never on the request path.
 
-SQLAlchemy Core on SQLite (WAL) by default, or on PostgreSQL. All statements run in one thread of its own. A spec is kept
-as the proto it came in, its secrets included: the file is readable by its owner only.
+SQLAlchemy Core on SQLite (WAL) by default, or on PostgreSQL. All statements run in one thread of its own. A spec is
+kept as the proto it came in, its secrets included: the file is readable by its owner only.
 """
 
 from __future__ import annotations

@@ -74,9 +74,9 @@ class PostgreSQL:
         done = subprocess.run([self._programs / "postgres", "--version"], capture_output=True, text=True, check=True)
         major = int(done.stdout.split()[2].partition(".")[0])
         sorting = ["--locale-provider=icu", "--icu-locale=en"] if major >= 15 else []
-        command = [self._programs / "initdb", "-D", self.folder / "data", "-U", USER, "--encoding=UTF8", "--no-sync"]
+        command = [str(self._programs / "initdb"), "-D", str(self.folder / "data"), "-U", USER, "--encoding=UTF8"]
         subprocess.run(
-            [*command, "--auth-local=trust", "--auth-host=scram-sha-256", "--locale=C.UTF-8", *sorting],
+            [*command, "--no-sync", "--auth-local=trust", "--auth-host=scram-sha-256", "--locale=C.UTF-8", *sorting],
             check=True,
             capture_output=True,
             timeout=PATIENCE_S,
@@ -96,7 +96,7 @@ class PostgreSQL:
             f"port={self.port}",
             *_QUICK,
         )
-        # It goes with us, even if we are killed.
+        # It goes with us, even if we are killed; with the thread that calls this, to be exact.
         tied = ["setpriv", "--pdeathsig", "INT"] if shutil.which("setpriv") else []
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
