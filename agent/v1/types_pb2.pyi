@@ -1074,6 +1074,8 @@ class Node(_message.Message):
         """Gets no new instances; those it has go on to serve."""
         SCHEDULING_DRAINED: Node._Scheduling.ValueType  # 3
         """As CORDONED, and its instances are replaced on other nodes and then drained."""
+        SCHEDULING_EMPTIED: Node._Scheduling.ValueType  # 4
+        """As DRAINED, and instances for which no other node has room are drained, too."""
 
     class Scheduling(_Scheduling, metaclass=_SchedulingEnumTypeWrapper):
         """What an operator has asked of a node."""
@@ -1086,6 +1088,8 @@ class Node(_message.Message):
     """Gets no new instances; those it has go on to serve."""
     SCHEDULING_DRAINED: Node.Scheduling.ValueType  # 3
     """As CORDONED, and its instances are replaced on other nodes and then drained."""
+    SCHEDULING_EMPTIED: Node.Scheduling.ValueType  # 4
+    """As DRAINED, and instances for which no other node has room are drained, too."""
 
     class _State:
         ValueType = _typing.NewType("ValueType", _builtins.int)
