@@ -9,19 +9,25 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from operator import attrgetter
 
-from agent.core import wakes_under_way as wakes
 from agent.core.leases import FunctionSlots, NodeEntry, Slot
+
+AHEAD_SLOTS = 8
+"""One request is sent ahead to a node, and one more for so many awake slots of the function there: further slots may
+become free on the way of the next."""
+AHEAD_NODES = 8
+"""Functions awake on more nodes send nothing ahead: their queue would have to be longer than all other nodes' slots."""
 
 _BY_ORDER = attrgetter("order")
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One request from arrival to answer: waiting while `slot` is None, else holding a lease there."""
+    """One request from arrival to answer: holding a lease on `slot`; else waiting, at the node `ahead` where it was
+    sent there, here otherwise."""
 
     request: int
     function: str
@@ -30,6 +36,7 @@ class Request:
     deadline_ns: int
     attempts: int = 0
     slot: Slot | None = None
+    ahead: NodeEntry | None = None
     term: int = 0
     leased_ns: int = 0
 
@@ -74,7 +81,7 @@ class FunctionState:
     """A function's rules, queue and instances. `known` is false for instances of something never deployed.
 
     `leases` are out now, and `lease_time_ns` is their sum over time up to `leases_since_ns`. `void_leases` ended with
-    their node; their requests have not been answered yet.
+    their node; their requests have not been answered yet. `ahead`: requests that wait at a node, by its name.
     """
 
     slots: FunctionSlots
@@ -88,6 +95,8 @@ class FunctionState:
     lease_time_ns: int = 0
     leases_since_ns: int = 0
     void_leases: int = 0
+    ahead: dict[str, OrderedDict[int, Request]] = field(default_factory=dict)
+    ahead_count: int = 0
 
     def count_leases(self, change: int, at: int) -> None:
         """So many more leases from `at` on: accrue, then change."""
@@ -96,9 +105,14 @@ class FunctionState:
         self.leases += change
 
     @property
+    def queued(self) -> int:
+        """Requests that wait, here or at a node."""
+        return len(self.backlog) + self.ahead_count
+
+    @property
     def forgettable(self) -> bool:
         """Neither deployed, nor is anything of it left."""
-        return not (self.known or self.slots.count or self.leases or self.void_leases or self.backlog)
+        return not (self.known or self.slots.count or self.leases or self.void_leases or self.queued)
 
     @property
     def hopeless(self) -> bool:
@@ -112,7 +126,7 @@ class FunctionState:
         With nobody awake or waking, always; else where waiting is predicted to take longer than waking.
         """
         slots = self.slots
-        queued = len(self.backlog) + slots.bound
+        queued = self.queued + slots.bound
         if slots.waking_slots >= queued:
             return None
         slot = slots.wakeable()
@@ -131,17 +145,41 @@ class FunctionState:
             return None
         return self.slots.bindable()
 
+    def to_send_ahead(self, at: int) -> Slot | None:
+        """An awake instance of the node to which the oldest request may be sent before a slot there is free.
 
-def end_leases(node: NodeEntry, functions: Mapping[str, FunctionState], at: int) -> None:
-    """Its agent is gone, and the leases on it with it; their requests follow their own connections to the end."""
-    for slot in node.slots.values():
-        function = functions[slot.function]
-        wakes.end(function.slots, slot)
-        function.void_leases += slot.leased
-        function.count_leases(-slot.leased, at)
-        slot.leased, slot.changed_ns = 0, at
-        slot.term += 1
-        function.slots.settle(slot)
+        The next request is then there when a slot becomes free, and not a way through scheduler and network later. That
+        binds it to the node, so: as few as make up for the way; none while anything wakes elsewhere; and only while at
+        least one more request waits here than there are slots on other nodes, so that none of those misses it.
+        """
+        slots = self.slots
+        waiting = len(self.backlog)
+        if not waiting or slots.waking or len(slots.awake_on) > AHEAD_NODES:
+            return None
+        for name, awake in slots.awake_on.items():
+            slot = next(iter(awake.values()))
+            room = len(awake) * slot.concurrency
+            free = len(self.ahead.get(name, ())) <= room // AHEAD_SLOTS
+            if free and waiting > slots.awake_slots - room and at >= slot.node.no_ahead_until_ns:
+                return slot
+        return None
+
+    def put_ahead(self, request: Request, node: NodeEntry) -> None:
+        """It waits at `node` from now on."""
+        request.ahead = node
+        self.ahead.setdefault(node.name, OrderedDict())[request.request] = request
+        self.ahead_count += 1
+
+    def take_ahead(self, request: Request) -> NodeEntry:
+        """It waits at its node no more."""
+        node, request.ahead = request.ahead, None
+        assert node is not None
+        there = self.ahead[node.name]
+        del there[request.request]
+        if not there:
+            del self.ahead[node.name]
+        self.ahead_count -= 1
+        return node
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from agent.core import leasing
 from agent.core import wakes_under_way as wakes
-from agent.core.backlog import Backlog, FunctionState, QueueState, Request, end_leases
+from agent.core.backlog import Backlog, FunctionState, QueueState, Request
 from agent.core.dispatch_events import (
     DeadlinePassed,
     Dispatch,
@@ -46,6 +47,8 @@ from agent.core.types import SECOND_NS, InstanceState
 
 MAX_ATTEMPTS = 50
 """A request that was refused so often is answered NO_CAPACITY."""
+AHEAD_PAUSE_NS = SECOND_NS // 10
+"""After a node refused what was sent ahead nothing is sent there for so long."""
 FOREIGN_AFTER_NS = SECOND_NS
 """A report of more in flight than we have leases counts only where no lease changed for so long: younger ones race."""
 
@@ -53,7 +56,9 @@ FOREIGN_AFTER_NS = SECOND_NS
 class Dispatcher:
     """All functions, nodes and requests of one scheduler."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sends_ahead: bool = False) -> None:
+        """`sends_ahead`: whoever does what the effects say can let a request wait at a node (`Dispatch.ahead`)."""
+        self._sends_ahead = sends_ahead
         self._functions: dict[str, FunctionState] = {}
         self._nodes: dict[str, NodeEntry] = {}
         self._slots: dict[str, Slot] = {}
@@ -68,8 +73,10 @@ class Dispatcher:
                 self._arrived(event, at, effects)
             case LeaseAnswered(request, waited_ns):
                 self._answered(request, waited_ns, at, effects)
-            case LeaseEnded(request) | RequestGone(request):
-                self._ended(request, at, effects, served=isinstance(event, LeaseEnded))
+            case LeaseEnded(request, uid):
+                self._ended(request, at, effects, served=True, uid=uid)
+            case RequestGone(request):
+                self._ended(request, at, effects, served=False)
             case LeaseRefused(request):
                 self._refused(request, at, effects)
             case DeadlinePassed(request):
@@ -87,7 +94,7 @@ class Dispatcher:
             case NodeSuspect(node):
                 self._stand(self._node(node), Standing.SUSPECT, at, effects)
             case NodeLost(node):
-                end_leases(self._node(node), self._functions, at)
+                leasing.end_all(self._node(node), self._functions, at)
                 self._stand(self._node(node), Standing.LOST, at, effects)
             case FunctionSet():
                 self._function_set(event, at, effects)
@@ -105,7 +112,7 @@ class Dispatcher:
         if found is None:
             return QueueState(0, 0, 0, 0)
         slots = found.slots
-        return QueueState(len(found.backlog), slots.count, slots.awake_slots, slots.waking)
+        return QueueState(found.queued, slots.count, slots.awake_slots, slots.waking)
 
     def lease_time_ns(self, function: str, at: int) -> int:
         """Leases out, summed over the time from the beginning to `at`: differences make a utilisation."""
@@ -144,32 +151,17 @@ class Dispatcher:
         self._wake(function, at, effects)
 
     def _lease(self, function: FunctionState, request: Request, slot: Slot, at: int, effects: list[Effect]) -> None:
-        slot.leased += 1
-        function.count_leases(1, at)
-        slot.changed_ns = at
-        request.slot, request.term, request.leased_ns = slot, slot.term, at
         request.attempts += 1
-        function.slots.settle(slot)
+        leasing.begin(function, request, slot, at)
         wake_ns = slot.wake_took_ns if slot.woken_ns >= request.arrived_ns else 0
         wakes = slot.bound == request.request
         effects.append(Dispatch(request.request, slot.uid, slot.node.name, at - request.arrived_ns, wake_ns, wakes))
 
-    def _release(self, request: Request, at: int) -> FunctionState:
-        """Take the lease back. The instance may be gone already; then there is nothing to free."""
+    def _release(self, request: Request, at: int) -> tuple[FunctionState, bool]:
+        """Take the lease back. Also whether it was one still (`leasing.end`)."""
         function = self._functions[request.function]
-        slot, request.slot = request.slot, None
-        assert slot is not None
-        if request.term != slot.term:
-            function.void_leases -= 1
-            return function
-        slot.leased -= 1
-        function.count_leases(-1, at)
-        slot.changed_ns = at
-        if slot.uid in self._slots:
-            if slot.bound == request.request:
-                wakes.end(function.slots, slot)
-            function.slots.settle(slot)
-        return function
+        assert request.slot is not None
+        return function, leasing.end(function, request, at, forgotten=request.slot.uid not in self._slots)
 
     def _answered(self, number: int, waited_ns: int, at: int, effects: list[Effect]) -> None:
         request = self._requests.get(number)
@@ -182,14 +174,16 @@ class Dispatcher:
             self._awake(function, slot, at, waited_ns)
             self._drain(function, at, effects)
 
-    def _ended(self, number: int, at: int, effects: list[Effect], *, served: bool) -> None:
+    def _ended(self, number: int, at: int, effects: list[Effect], *, served: bool, uid: str = "") -> None:
         request = self._requests.pop(number, None)
         if request is None:
             return
         if request.slot is None:
-            self._functions[request.function].backlog.discard(request)
+            self._left(request, at, effects)
             return
-        function = self._release(request, at)
+        if uid in self._slots:
+            leasing.served_by(request, self._slots[uid])
+        function, _ = self._release(request, at)
         if served:
             took = at - request.leased_ns
             average = function.service_ns
@@ -197,17 +191,30 @@ class Dispatcher:
         self._drain(function, at, effects)
         self._tidy(request.function)
 
+    def _left(self, request: Request, at: int, effects: list[Effect]) -> None:
+        """It waits no more, here or where it was sent ahead."""
+        function = self._functions[request.function]
+        if request.ahead is None:
+            function.backlog.discard(request)
+            return
+        function.take_ahead(request)
+        self._drain(function, at, effects)
+        self._tidy(request.function)
+
     def _refused(self, number: int, at: int, effects: list[Effect]) -> None:
         request = self._requests.get(number)
-        if request is None or request.slot is None:
+        if request is None or (request.slot is None and request.ahead is None):
             return
-        slot = request.slot
-        did_not_wake = slot.bound == number
-        function = self._release(request, at)
-        if did_not_wake:
-            wakes.failed(function.slots, slot, at)
-        elif slot.uid in self._slots and request.term == slot.term:
-            wakes.set_aside(function.slots, slot, at)
+        slot, function = request.slot, self._functions[request.function]
+        if slot is None:
+            function.take_ahead(request).no_ahead_until_ns = at + AHEAD_PAUSE_NS
+        else:
+            did_not_wake = slot.bound == number
+            function, valid = self._release(request, at)
+            if did_not_wake:
+                wakes.failed(function.slots, slot, at)
+            elif valid and slot.uid in self._slots:
+                wakes.set_aside(function.slots, slot, at)
         reason: Refusal | None = None
         if not function.known:
             reason = Refusal.UNKNOWN_FUNCTION
@@ -225,7 +232,7 @@ class Dispatcher:
 
     def _deadline(self, number: int, effects: list[Effect]) -> None:
         request = self._requests.get(number)
-        if request is None or request.slot is not None:
+        if request is None or request.slot is not None or request.ahead is not None:
             return
         del self._requests[number]
         self._functions[request.function].backlog.discard(request)
@@ -234,12 +241,27 @@ class Dispatcher:
     def _drain(self, function: FunctionState, at: int, effects: list[Effect]) -> None:
         """Bind waiting requests to free slots, oldest first; then wake for those that are left."""
         backlog, slots = function.backlog, function.slots
-        while backlog:
+        while function.ahead_count or backlog:
             slot = slots.free()
-            if slot is None:
-                self._wake(function, at, effects)
-                return
-            self._lease(function, backlog.pop(), slot, at, effects)
+            there = None if slot is None else function.ahead.get(slot.node.name)
+            if slot is None or not (there or backlog):
+                break
+            if there:  # its agent has given the slot to who waits there
+                request = next(iter(there.values()))
+                function.take_ahead(request)
+                leasing.begin(function, request, slot, at)
+            else:
+                self._lease(function, backlog.pop(), slot, at, effects)
+        if backlog:
+            self._wake(function, at, effects)
+
+    def _send_ahead(self, function: FunctionState, at: int, effects: list[Effect]) -> None:
+        while (slot := function.to_send_ahead(at)) is not None:
+            request = function.backlog.pop()
+            request.attempts += 1
+            function.put_ahead(request, slot.node)
+            waited_ns = at - request.arrived_ns
+            effects.append(Dispatch(request.request, slot.uid, slot.node.name, waited_ns, ahead=True))
 
     # ---- wakes ------------------------------------------------------------------------------------------------
 
@@ -253,6 +275,8 @@ class Dispatcher:
         while (slot := function.to_wake()) is not None:
             wakes.begin(function.slots, slot, at)
             effects.append(Wake(slot.uid, slot.node.name))
+        if self._sends_ahead:
+            self._send_ahead(function, at, effects)
 
     def _woken(self, uid: str, at: int, effects: list[Effect], *, failed: bool) -> None:
         slot = self._slots.get(uid)
@@ -341,7 +365,7 @@ class Dispatcher:
         back = node.recall(at)
         if node.epoch != event.epoch:
             node.epoch = event.epoch
-            end_leases(node, self._functions, at)
+            leasing.end_all(node, self._functions, at)
             back = list(node.slots.values())
         standing = Standing.DRAINING if event.draining else Standing.READY
         if node.standing is standing:

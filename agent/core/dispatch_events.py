@@ -78,9 +78,10 @@ class LeaseAnswered:
 
 @dataclass(frozen=True, slots=True)
 class LeaseEnded:
-    """The response ended, well or badly."""
+    """The response ended, well or badly. `uid`: the instance that served it, where it is known."""
 
     request: int
+    uid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,8 @@ Event: TypeAlias = (
 @dataclass(frozen=True, slots=True)
 class Dispatch:
     """Send `request` to instance `uid` on `node`; it holds a lease from now on. `wake_ns`: the wake that the
-    instance went through while the request waited, 0 for none. `wakes`: it sleeps, and the request wakes it."""
+    instance went through while the request waited, 0 for none. `wakes`: it sleeps, and the request wakes it. `ahead`:
+    no slot is free yet; the request holds no lease and waits at the node for any instance of the function there."""
 
     request: int
     uid: str
@@ -194,6 +196,7 @@ class Dispatch:
     queued_ns: int
     wake_ns: int = 0
     wakes: bool = False
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)

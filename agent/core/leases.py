@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING
 
 from agent.core.types import SECOND_NS, DispatchPolicy, InstanceState
+
+if TYPE_CHECKING:
+    from agent.core.backlog import Request
 
 WAKE_UNKNOWN_NS = SECOND_NS
 """Predicted wake of a function on a node where none has been seen yet."""
@@ -60,6 +64,7 @@ class NodeEntry:
     aside: dict[str, Slot] = field(default_factory=dict)
     frozen_in: dict[str, FunctionSlots] = field(default_factory=dict)
     stirring: dict[str, int] = field(default_factory=dict)
+    no_ahead_until_ns: int = 0
 
     def recall(self, at: int) -> list[Slot]:
         """The node is heard: what was set aside may be tried again, but for those whose time has not come."""
@@ -77,7 +82,8 @@ class Slot:
     `aside`: it refused a request or a wake and gets nothing until its node is heard again, after a failed wake not
     before `aside_until_ns`. `retired`: it is being drained. `woken_ns`, `wake_took_ns`: the last wake we asked for, for
     the answer's x-hibernode-wake-ms. `bound`: the request that was sent to it as it slept, whose wake is under way; -1
-    for none. `term` counts how often its leases ended with its node; those of an earlier term are void.
+    for none. `holders`: the requests of the leases. `term` counts how often its leases ended with its node; those of an
+    earlier term are void.
     """
 
     uid: str
@@ -89,6 +95,7 @@ class Slot:
     healthy: bool = True
     gpus: tuple[str, ...] = ()
     leased: int = 0
+    holders: dict[int, Request] = field(default_factory=dict)
     term: int = 0
     foreign: int = 0
     aside: bool = False
@@ -134,6 +141,7 @@ class FunctionSlots:
         self.waking = 0
         self.waking_slots = 0
         self.bound = 0  # requests that wait at waking instances: to them they are queued
+        self.awake_on: dict[str, dict[str, Slot]] = {}
         self._buckets: dict[int, OrderedDict[str, Slot]] = {}
         self._occupied = 0  # bit k is set while bucket k has an instance
         self._freezing: OrderedDict[str, Slot] = OrderedDict()
@@ -271,6 +279,7 @@ class FunctionSlots:
         match place:
             case Place.AWAKE:
                 self.awake_slots += slot.concurrency
+                self.awake_on.setdefault(slot.node.name, {})[slot.uid] = slot
                 self._hold(slot, 1)
                 self._bucket(slot)
             case Place.FREEZING:
@@ -292,6 +301,10 @@ class FunctionSlots:
         match slot.place:
             case Place.AWAKE:
                 self.awake_slots -= slot.concurrency
+                awake = self.awake_on[slot.node.name]
+                del awake[slot.uid]
+                if not awake:
+                    del self.awake_on[slot.node.name]
                 self._unbucket(slot)
                 self._hold(slot, -1)
             case Place.FREEZING:

@@ -24,6 +24,7 @@ from agent.adapters.kept_listener import kept_listener
 from agent.adapters.state_dir import StateDir
 from agent.adapters.token_file import ensure_token, read_token
 from agent.api.admin_http import AdminServer
+from agent.api.function_metrics import FunctionMetrics
 from agent.api.function_servicer import FunctionServicer
 from agent.api.scheduler_metrics import SchedulerMetrics
 from agent.api.scheduler_servicer import SchedulerServicer
@@ -52,6 +53,7 @@ from agent.scheduler.routes import Router
 from agent.scheduler.store import Store
 from agent.scheduler.usage import UsageCollector, UsageDatabase
 from agent.scheduler.usage_reports import UsageReports
+from agent.scheduler.usage_totals import UsageTotals
 from agent.scheduler.wakes import Wakes
 from agent.settings import SchedulerConfig
 from agent.wire.addresses import join
@@ -106,7 +108,7 @@ class SchedulerDaemon:
         self._stack.callback(self.usage.close)
         self.lead = Lead(config.database_url)
         self._stack.callback(self.lead.close)
-        self.dispatcher = Dispatcher()
+        self.dispatcher = Dispatcher(sends_ahead=True)
         self.desk = Desk(self.clock, self.dispatcher, self._wake)
         self.fleet = Fleet(
             self.clock,
@@ -121,6 +123,7 @@ class SchedulerDaemon:
         self._stack.push_async_callback(self.links.close)
         self.catalog = Catalog(self.clock, self.store, self.desk.tell, self._poke, _defaults(config))
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.links, self.desk.tell)
+        self.usage_totals = UsageTotals(lambda: [one.spec.name for one in self.catalog.all()])
         self.ingresses = Ingresses(self._ingress_address_of)
         self._stack.callback(self.ingresses.close)
         tokens = {name: token.encode() for name, token in self.node_tokens.items()}
@@ -221,7 +224,7 @@ class SchedulerDaemon:
             raise _bind_failed(error) from error
         await self._serve_admin()
         operator = Principal("operator", Role.OPERATOR)
-        collector = UsageCollector(self.usage, self.clock, self.fleet.owner)
+        collector = UsageCollector(self.usage, self.clock, self.fleet.owner, self.usage_totals.add)
         services = Services(
             scheduler=SchedulerServicer(self.fleet, config.report.lost_ns / SECOND_NS),
             functions=FunctionServicer(self.catalog, self.fleet, self.dispatcher, f"http://{self.gateway_address}"),
@@ -255,7 +258,9 @@ class SchedulerDaemon:
             raise _bind_failed(error) from error
 
     def _metrics(self) -> SchedulerMetrics:
-        return SchedulerMetrics(self.catalog, self.fleet, self.dispatcher, self.gateway.counts, self.wakes.counts)
+        traffic, usage = self.gateway.traffic, self.usage_totals
+        functions = FunctionMetrics(self.clock, self.catalog, self.fleet, self.dispatcher, traffic, usage)
+        return SchedulerMetrics(functions, self.fleet, self.gateway.counts, self.wakes.counts)
 
     async def _watch_silence(self) -> None:
         while True:

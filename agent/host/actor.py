@@ -180,6 +180,8 @@ class Actor:
         """What the custom health check found; others get the requests meanwhile, so it is reported."""
         if healthy is not self.healthy:
             self.healthy = healthy
+            self.gate.shunned = not healthy
+            self.gate.offer()
             self._events.add(self.uid, "instance.healthy" if healthy else "instance.unhealthy")
             self._listener.load_changed(self)
 
@@ -288,7 +290,10 @@ class Actor:
         for timer in (self._idle_timer, self._wake_timer):
             if timer is not None:
                 timer.cancel()
-        self.gate.refuse_all(_refusal("AGENT_STOPPING", "this node's agent is going away"))
+        leaving = _refusal("AGENT_STOPPING", "this node's agent is going away")
+        self.gate.refuse_all(leaving)
+        if self.gate.line is not None:
+            self.gate.line.refuse_all(leaving())
         self._tell_waiters()
 
 

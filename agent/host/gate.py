@@ -12,6 +12,7 @@ from typing import Protocol
 
 from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError
 from agent.core.slots import Arrival, Slots
+from agent.host.line import Line
 from agent.ports import Clock
 
 
@@ -36,9 +37,13 @@ class GateListener(Protocol):
 
 
 class Gate:
-    """See the module. `enter` and `leave` bracket a request; everything else is called by the actor."""
+    """See the module. `try_enter` and `leave` bracket a request; everything else is called by the actor.
 
-    __slots__ = ("_clock", "_listener", "_meter", "_slots", "queue_timeout_ns")
+    `line`: where requests wait that other instances of the function may serve as well; `shunned`: none of them come
+    here.
+    """
+
+    __slots__ = ("_clock", "_listener", "_meter", "_slots", "line", "queue_timeout_ns", "shunned")
 
     def __init__(
         self,
@@ -54,6 +59,8 @@ class Gate:
         self._meter = meter
         self._listener = listener
         self.queue_timeout_ns = queue_timeout_ns
+        self.line: Line | None = None
+        self.shunned = False
 
     @property
     def in_flight(self) -> int:
@@ -64,6 +71,17 @@ class Gate:
     def waiting(self) -> int:
         """Requests in line."""
         return self._slots.waiting
+
+    @property
+    def is_open(self) -> bool:
+        """It grants slots."""
+        return self._slots.open
+
+    @property
+    def has_room(self) -> bool:
+        """A request would be granted a slot at once."""
+        slots = self._slots
+        return slots.open and slots.in_flight < slots.limit and not slots.waiting
 
     @property
     def concurrency(self) -> int:
@@ -140,7 +158,21 @@ class Gate:
             self._meter.request_began(self._clock.monotonic_ns())
             ticket.set_result(None)
             granted += 1
+        line = self.line
+        while line is not None and line.waiting and self.has_room and not self.shunned:
+            self._slots.in_flight += 1
+            if line.grant(self):
+                self._meter.request_began(self._clock.monotonic_ns())
+                granted += 1
+            else:
+                self._slots.done()
         return granted
+
+    def offer(self) -> None:
+        """Grant what can be granted now."""
+        idle = self._slots.in_flight == 0
+        if self._grant() and idle:
+            self._listener.gate_busy()
 
     def set_open(self, is_open: bool) -> None:
         """Follow the life cycle: open grants at once, in order; closed grants nothing."""
@@ -149,12 +181,13 @@ class Gate:
             return
         slots.open = is_open
         if is_open:
-            idle = slots.in_flight == 0
-            if self._grant() and idle:
-                self._listener.gate_busy()
+            self.offer()
             self._listener.gate_unwanted()
-        elif slots.waiting:
-            self._listener.gate_wanted()
+        else:
+            if self.line is not None:
+                self.line.look()
+            if slots.waiting:
+                self._listener.gate_wanted()
 
     def refuse_all(self, error: Callable[[], HibernodeError]) -> None:
         """Turn away everybody in line."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 from agent.core.errors import (
     DeadlineError,
@@ -35,6 +36,8 @@ from agent.http.exchange import Exchange
 from agent.http.forward import ForwardResult, Outcome, forward
 from agent.http.message import Header, RequestHead, ResponseHead
 from agent.ports import Clock
+
+T = TypeVar("T")
 
 MAX_TIMEOUTS_IN_A_ROW = 2
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -77,17 +80,26 @@ class Ingress:
         began = self._clock.monotonic_ns()
         asleep = actor.state is not InstanceState.RUNNING
         try:
-            ticket = actor.gate.try_enter()
-            if ticket is not None:
-                await self._wait(exchange, actor, ticket, timeout_ns)
+            actor, waited = await self._enter(exchange, actor, timeout_ns)
         except HibernodeError as error:
             await self._refuse(exchange, error, request_id)
             return
-        waited_ns = self._clock.monotonic_ns() - began if ticket is not None else 0
+        waited_ns = self._clock.monotonic_ns() - began if waited else 0
+        if head.get(b"x-hibernode-notice"):
+            # Whoever sent it has no other way to know that no byte reached an instance, should this agent be killed.
+            exchange.send_processing()
+        inside = True
+
+        def leave() -> None:
+            nonlocal inside
+            if inside:
+                inside = False
+                actor.gate.leave()
+
         try:
-            await self._forward(exchange, actor, request_id, waited_ns, asleep)
+            await self._forward(exchange, actor, request_id, waited_ns, asleep, leave)
         finally:
-            actor.gate.leave()
+            leave()
 
     # ---- before the grant ---------------------------------------------------------------------------------------
 
@@ -111,8 +123,25 @@ class Ingress:
             raise NotFoundError("INSTANCE_NOT_FOUND", f"no instance {uid!r} on this node")
         return actor
 
-    async def _wait(self, exchange: Exchange, actor: Actor, ticket: asyncio.Future[None], timeout_ns: int) -> None:
-        """Wait at the gate; a caller that goes away is dropped at once."""
+    async def _enter(self, exchange: Exchange, actor: Actor, timeout_ns: int) -> tuple[Actor, bool]:
+        """A slot of `actor`; where that is busy and the request may go to any instance of the function
+        (`x-hibernode-any`), of whichever has one first. Who granted it, and whether it was waited for."""
+        gate = actor.gate
+        line = gate.line
+        if line is not None and gate.is_open and not gate.has_room and exchange.head.get(b"x-hibernode-any"):
+            sibling = line.with_room()
+            if sibling is None:
+                place = line.ticket()
+                return await self._unless_gone(exchange, place, line.wait(place, timeout_ns / SECOND_NS)), True
+            actor = sibling
+        ticket = actor.gate.try_enter()
+        if ticket is None:
+            return actor, False
+        await self._unless_gone(exchange, ticket, actor.gate.wait(ticket, timeout_ns / SECOND_NS))
+        return actor, True
+
+    async def _unless_gone(self, exchange: Exchange, ticket: asyncio.Future[Any], wait: Awaitable[T]) -> T:
+        """Wait for the grant; a caller that goes away is dropped at once."""
 
         def gone() -> None:
             if not ticket.done():
@@ -120,7 +149,7 @@ class Ingress:
 
         exchange.on_gone(gone)
         try:
-            await actor.gate.wait(ticket, timeout_ns / SECOND_NS)
+            return await wait
         finally:
             exchange.off_gone(gone)
 
@@ -140,7 +169,17 @@ class Ingress:
 
     # ---- inside the instance ------------------------------------------------------------------------------------
 
-    async def _forward(self, exchange: Exchange, actor: Actor, request_id: str, waited_ns: int, asleep: bool) -> None:
+    async def _forward(
+        self,
+        exchange: Exchange,
+        actor: Actor,
+        request_id: str,
+        waited_ns: int,
+        asleep: bool,
+        leave: Callable[[], None],
+    ) -> None:
+        """`leave` gives the slot back: with the answer's last byte, before that goes on to the gateway, so that who
+        waits for the slot is not kept waiting by it."""
         pool = actor.pool
         if exchange.gone:
             return
@@ -166,6 +205,7 @@ class Ingress:
             deadline=asyncio.get_running_loop().time() + actor.function.timeout_ns / SECOND_NS,
             response_filter=answer_headers,
             late_headers=(lambda: self._log_headers(actor, request_id, END_WAIT_S)) if wants_log else None,
+            on_last_byte=leave,
         )
         if result.outcome is not Outcome.COMPLETE:
             await self._unhappy(exchange, actor, request_id, result, wants_log)

@@ -18,6 +18,7 @@ from agent.host.events import EventLog
 from agent.host.executor import InstanceExecutor, Shell
 from agent.host.gate import RequestMeter
 from agent.host.gpu_desk import GpuDesk
+from agent.host.line import Line
 from agent.host.memory_desk import UNMEASURED, ImageSize, MemoryDesk
 from agent.ports import Clock, Gpus, InstanceRecord
 
@@ -69,6 +70,7 @@ class Node:
         self.actors: dict[str, Actor] = {}
         self.ended: OrderedDict[str, Actor] = OrderedDict()
         self.executors: dict[str, InstanceExecutor] = {}
+        self.lines: dict[str, Line] = {}
         self.listeners: list[StateListener] = []
         self.draining = False
         self.memory = memory
@@ -228,6 +230,7 @@ class Node:
         executor = InstanceExecutor(actor, record, self.shell)
         actor.executor = executor
         self.actors[spec.uid] = actor
+        self.lines.setdefault(function.name, Line(self._settings.max_waiting)).join(actor)
         self.executors[spec.uid] = executor
         if spec.request_id:
             self._by_request[spec.request_id] = spec.uid
@@ -310,7 +313,11 @@ class Node:
         actor = self.actors.pop(uid, None)
         self.executors.pop(uid, None)
         self.memory.forget(uid)
-        if actor is not None and not keep_request:
+        if actor is None:
+            return
+        if self.lines[actor.function.name].part(actor):
+            del self.lines[actor.function.name]
+        if not keep_request:
             self._by_request.pop(actor.spec.request_id, None)
 
     # ---- ending -------------------------------------------------------------------------------------------------

@@ -188,6 +188,9 @@ class _Call:
         self._pieces: list[bytes] = []
         self._size = 0
 
+    def response_processing(self) -> None:
+        pass
+
     def response_continue(self) -> None:
         pass  # never asked for
 
@@ -211,7 +214,7 @@ class _Call:
         if self._head is not None and not self.response.done():
             self.response.set_result(Response(self._head.status, self._head.headers, b"".join(self._pieces)))
 
-    def upstream_failed(self, what: str) -> None:
+    def upstream_failed(self, what: str, in_order: bool = False) -> None:
         where = f"{self._pool.host}:{self._pool.port}"
         self._raise(UpstreamBrokenError("UPSTREAM_BROKEN", f"{where} {what}."))
 

@@ -106,6 +106,11 @@ class Exchange:
             self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._connection.body_expected()
 
+    def send_processing(self) -> None:
+        """Sends `102 Processing`: from now on the request is acted on. Not to clients: only to who asked for it."""
+        if not self.head_sent and not self.gone:
+            self._connection.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+
     @property
     def awaits_continue(self) -> bool:
         """The client holds its body back until it gets 100 Continue."""

@@ -41,6 +41,8 @@ class ForwardResult:
     request_body_bytes: int
     response_body_bytes: int
     fault: Exception | None = None  # a bug of the caller's: what `response_filter` raised
+    # The upstream closed the connection in order, and had sent neither 100 nor 102: who says when it begins has not.
+    not_begun: bool = False
 
     @property
     def head_status(self) -> int | None:
@@ -56,9 +58,9 @@ class Relay:
     """The callbacks between the two connections: BodySink of the client's, ResponseSink of the upstream's."""
 
     __slots__ = (
-        "_connection", "_exchange", "_filter", "_held", "_on_done", "_on_first_byte", "_on_last_byte", "_reused",
-        "_source", "_streams", "_unsent_body", "_waits_for_continue", "ended", "error", "head",
-        "request_body_bytes", "response_body_bytes", "sent",
+        "_begun", "_connection", "_exchange", "_filter", "_held", "_in_order", "_on_done", "_on_first_byte",
+        "_on_last_byte", "_reused", "_source", "_streams", "_unsent_body", "_waits_for_continue", "ended", "error",
+        "head", "request_body_bytes", "response_body_bytes", "sent",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +89,8 @@ class Relay:
         self._waits_for_continue = False
         self._streams = False  # the exchange's body flows through us
         self._held = False
+        self._begun = False  # the upstream said so
+        self._in_order = False
         self.ended = False
         self.sent = False
 
@@ -149,7 +153,11 @@ class Relay:
 
     # --- the response ----------------------------------------------------------------------
 
+    def response_processing(self) -> None:
+        self._begun = True
+
     def response_continue(self) -> None:
+        self._begun = True
         if not self._waits_for_continue:
             return
         self._waits_for_continue = False
@@ -196,7 +204,8 @@ class Relay:
         self._exchange.finish()
         self._end(Outcome.COMPLETE)
 
-    def upstream_failed(self, what: str) -> None:
+    def upstream_failed(self, what: str, in_order: bool = False) -> None:
+        self._in_order = in_order
         where = f"{self._source.host}:{self._source.port}"
         self.error = UpstreamBrokenError("UPSTREAM_BROKEN", f"{where} {what}.")
         before_head = not self._exchange.head_sent or self._exchange.withdraw()
@@ -260,5 +269,6 @@ class Relay:
                 self.request_body_bytes,
                 self.response_body_bytes,
                 fault,
+                not_begun=self._in_order and not self._begun,
             )
         )

@@ -29,7 +29,10 @@ class ResponseSink(Protocol):
     `upstream_timed_out` comes last."""
 
     def response_continue(self) -> None:
-        """100 Continue. Other 1xx are dropped."""
+        """100 Continue. Other 1xx but 102 are dropped."""
+
+    def response_processing(self) -> None:
+        """102 Processing: the request is being acted on from now on."""
 
     def response_head(self, head: ResponseHead) -> None:
         """The final head."""
@@ -43,8 +46,9 @@ class ResponseSink(Protocol):
     def response_end(self) -> None:
         """The body is whole."""
 
-    def upstream_failed(self, what: str) -> None:
-        """The connection broke, or the response is not HTTP/1.1, before it was whole."""
+    def upstream_failed(self, what: str, in_order: bool = False) -> None:
+        """The connection broke, or the response is not HTTP/1.1, before it was whole. `in_order`: the other side closed
+        it, and all that it ever sent has been read."""
 
     def upstream_timed_out(self) -> None:
         """The deadline passed; the connection is closed."""
@@ -201,7 +205,7 @@ class UpstreamConnection(asyncio.Protocol):
         elif exc is not None:
             sink.upstream_failed(f"broke the connection before it answered ({type(exc).__name__})")
         else:
-            sink.upstream_failed("closed the connection without an answer")
+            sink.upstream_failed("closed the connection without an answer", in_order=True)
 
     def pause_writing(self) -> None:
         self.writable = False
@@ -245,8 +249,8 @@ class UpstreamConnection(asyncio.Protocol):
             if head.status == 101 or self._interim > _MOST_INTERIM:
                 self._fail("sent an unasked 101, or too many 1xx")
                 return
-            if head.status == 100:
-                sink.response_continue()
+            if head.status in (100, 102):
+                (sink.response_continue if head.status == 100 else sink.response_processing)()
                 if self._sink is not sink:
                     return
         self._buffer = b""

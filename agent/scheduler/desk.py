@@ -28,14 +28,16 @@ from agent.ports import Clock, Timer
 
 
 class Ticket:
-    """One request at the desk. `outcome` is what it was last told: where to go, or why not; None while it waits."""
+    """One request at the desk. `outcome` is what it was last told: where to go, or why not; None while it waits.
+    `served_by`: the instance that answered it, once it is known."""
 
-    __slots__ = ("deadline_ns", "number", "outcome", "timer", "waiter")
+    __slots__ = ("deadline_ns", "number", "outcome", "served_by", "timer", "waiter")
 
     def __init__(self, number: int, deadline_ns: int) -> None:
         self.number = number
         self.deadline_ns = deadline_ns
         self.outcome: Dispatch | Refuse | None = None
+        self.served_by = ""
         self.waiter: asyncio.Future[Dispatch | Refuse] | None = None
         self.timer: Timer | None = None
 
@@ -95,7 +97,7 @@ class Desk:
     def ended(self, ticket: Ticket) -> None:
         """Its response has ended: the slot is free."""
         if self._tickets.pop(ticket.number, None) is not None:
-            self.tell(LeaseEnded(ticket.number))
+            self.tell(LeaseEnded(ticket.number, ticket.served_by))
 
     def gone(self, ticket: Ticket) -> None:
         """Nobody waits for it any more, or it failed without being served."""

@@ -61,6 +61,10 @@ _STARTS_FAILED = {
 also what is the host's fault (its disk, its network, its engine)."""
 _OURS_IN_ANSWERS = frozenset((b"x-fc-request-id", b"x-fc-instance-id"))
 _RETRY_SOON = [(b"retry-after", b"1")]
+_ANY, _NOTICE = (b"x-hibernode-any", b"1"), (b"x-hibernode-notice", b"1")
+_WAITS = {(False, False): (_ANY,), (False, True): (_ANY, _NOTICE), (True, False): (_NOTICE,)}
+"""By `Dispatch.wakes` and `.ahead`. Of the instances of a function on a node its agent knows better which is free; who
+wakes one wants that. Who may have to wait there is to hear when that is over: till then it can go elsewhere."""
 _OCTET_STREAM = (b"content-type", b"application/octet-stream")
 
 _log = get_logger()
@@ -212,7 +216,9 @@ class Gateway:
         timeout_s = (left_ns + call.function.spec.timeout_ns) / SECOND_NS + ANSWER_SLACK_S
 
         def answer_headers(answer: ResponseHead) -> list[Header] | None:
-            headers = _answer_headers(answer, call, where)
+            served_by = answer.get(b"x-fc-instance-id") or where.uid.encode()
+            ticket.served_by = served_by.decode("latin-1")
+            headers = _answer_headers(answer, call, where, served_by)
             if where.wakes and headers is not None:  # told once the client has its answer
                 waited_ns = _ms_to_ns(answer.get(b"x-hibernode-wake-ms") or b"")
                 asyncio.get_running_loop().call_soon(self._desk.answered, ticket, waited_ns)
@@ -227,6 +233,7 @@ class Gateway:
                 *call.headers,
                 (b"x-hibernode-token", self._token_of(where.node)),
                 (b"x-hibernode-instance", where.uid.encode()),
+                *_WAITS[where.wakes, where.ahead],
                 (b"x-hibernode-deadline-ms", b"%d" % -(-left_ns // MILLISECOND_NS)),  # over here when it is there
                 (b"x-fc-request-id", call.request_id.encode()),
             ],
@@ -248,6 +255,10 @@ class Gateway:
             reason = (result.head.get(b"x-hibernode-refused") or b"").decode("latin-1")
             _log.info("gateway.refused", request_id=call.request_id, uid=where.uid, node=where.node, reason=reason)
             return call.body is not None or not result.request_body_bytes
+        if result.not_begun and (where.wakes or where.ahead):  # it waited there still, and its agent is gone
+            self.counts.connect_failed += 1
+            self._unreachable(where.node)
+            return not call.exchange.gone and (call.body is not None or not result.request_body_bytes)
         return False
 
     def _unhappy(self, call: _Call, where: Dispatch, result: ForwardResult) -> None:
@@ -327,7 +338,7 @@ def _passing_headers(head: RequestHead, route: Route, peer: str) -> list[Header]
     return headers
 
 
-def _answer_headers(answer: ResponseHead, call: _Call, where: Dispatch) -> list[Header] | None:
+def _answer_headers(answer: ResponseHead, call: _Call, where: Dispatch, served_by: bytes) -> list[Header] | None:
     """The client's headers for an ingress's answer; None for a refusal, which the client never sees.
 
     x-hibernode-queue-ms is the whole wait, here and at the instance's gate; -wake-ms the part in which it was woken.
@@ -351,7 +362,7 @@ def _answer_headers(answer: ResponseHead, call: _Call, where: Dispatch) -> list[
             kept.append((name, value))
     call.queue_ns, call.wake_ns = queue_ns, wake_ns
     kept.append((b"x-fc-request-id", call.request_id.encode()))
-    kept.append((b"x-fc-instance-id", where.uid.encode()))
+    kept.append((b"x-fc-instance-id", served_by))
     if queue_ns:
         kept.append((b"x-hibernode-queue-ms", _ms(queue_ns)))
     if wake_ns:

@@ -118,11 +118,27 @@ async def test_not_awake_by_its_queue_timeout_it_is_504_and_nobody_else_is_woken
     assert rig.wakes == []
 
 
-async def test_an_agent_that_dies_with_it_inside_makes_it_502(rig: GatewayRig) -> None:
-    """Nobody can know whether the instance has seen a byte of it."""
+async def test_an_agent_that_dies_while_it_waits_there_has_shown_it_to_nobody(rig: GatewayRig) -> None:
+    """It would have said so (102) before the first byte went to the instance: the request goes elsewhere."""
+    rig.ingresses["n1"].default = vanish
+    asked = asyncio.create_task(rig.ask(GET))
+    await rig.until(lambda: rig.suspects, "the node is suspect")
+    rig.instance("i2", node="n2")
+    status, headers, _ = await asked
+    assert (status, headers[b"x-fc-instance-id"]) == (200, b"i2")
+    assert len(rig.ingresses["n1"].received) == 1
+
+
+async def test_an_agent_that_dies_after_it_has_begun_makes_it_502(rig: GatewayRig) -> None:
+    """Nobody can know how much of it the instance has seen."""
+
+    async def begin_and_vanish(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
+        exchange.send_processing()
+        await vanish(ingress, exchange, received)
+
     rig.instance("i2", FROZEN, node="n2")
     for ingress in rig.ingresses.values():
-        ingress.default = vanish
+        ingress.default = begin_and_vanish
     assert (await rig.ask(GET))[0] == 502
     assert sum(len(ingress.received) for ingress in rig.ingresses.values()) == 1
     assert rig.dispatcher.queue_state("ocr").waking == 0

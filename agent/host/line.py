@@ -1,0 +1,108 @@
+"""Where requests wait that any instance of a function on this node may serve: they go to whichever frees first.
+
+The gateway sends some of the requests that wait there ahead, so that the next one is here when an instance ends one
+(`x-hibernode-any`). An instance's own gate comes first: who waits there was bound to it. Nobody waits here while no
+instance of the function is open: they are refused, and the gateway queues them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError, UnavailableError
+
+if TYPE_CHECKING:
+    from agent.host.actor import Actor
+    from agent.host.gate import Gate
+
+
+class Line:
+    """See the module: one per function. `wait` brackets with the gate's `leave`; gates do the rest."""
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._actors: dict[Gate, Actor] = {}
+        self._tickets: dict[asyncio.Future[Actor], None] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Requests in it."""
+        return len(self._tickets)
+
+    def join(self, actor: Actor) -> None:
+        """An instance of the function begins."""
+        self._actors[actor.gate] = actor
+        actor.gate.line = self
+
+    def part(self, actor: Actor) -> bool:
+        """It has ended. True if it was the last."""
+        self._actors.pop(actor.gate, None)
+        actor.gate.line = None
+        self.look()
+        return not self._actors
+
+    def with_room(self) -> Actor | None:
+        """An instance that takes a request now; the caller enters its gate at once."""
+        for gate, actor in self._actors.items():
+            if gate.has_room and not gate.shunned:
+                return actor
+        return None
+
+    async def wait(self, ticket: asyncio.Future[Actor], timeout_s: float) -> Actor:
+        """Wait until an instance has granted a slot of its: call its gate's `leave` at the end.
+
+        Raises DeadlineError QUEUE_TIMEOUT, or what the ticket was failed with.
+        """
+        handle = ticket.get_loop().call_later(max(timeout_s, 0.0), _expire, ticket)
+        try:
+            return await ticket
+        except BaseException:
+            self._abandon(ticket)
+            raise
+        finally:
+            handle.cancel()
+
+    def ticket(self) -> asyncio.Future[Actor]:
+        """A place at the end. Raises ExhaustedError QUEUE_FULL."""
+        if len(self._tickets) >= self._max_waiting:
+            raise ExhaustedError("QUEUE_FULL", f"{len(self._tickets)} requests wait for this function here already")
+        ticket: asyncio.Future[Actor] = asyncio.get_running_loop().create_future()
+        self._tickets[ticket] = None
+        self.look()
+        return ticket
+
+    def grant(self, gate: Gate) -> bool:
+        """The gate has counted a slot: it goes to the oldest who is still there. False if there is none."""
+        while self._tickets:
+            ticket = next(iter(self._tickets))
+            del self._tickets[ticket]
+            if not ticket.done():  # else it was cancelled, and its waiter has not run yet
+                ticket.set_result(self._actors[gate])
+                return True
+        return False
+
+    def look(self) -> None:
+        """A gate has closed, or gone: without an open one nobody may go on waiting."""
+        if self._tickets and not any(gate.is_open for gate in self._actors):
+            self.refuse_all(UnavailableError("NO_INSTANCE_AWAKE", "no instance of the function is awake on this node"))
+
+    def refuse_all(self, error: HibernodeError) -> None:
+        """Turn everybody away."""
+        tickets = list(self._tickets)
+        self._tickets.clear()
+        for ticket in tickets:
+            if not ticket.done():
+                ticket.set_exception(error)
+
+    def _abandon(self, ticket: asyncio.Future[Actor]) -> None:
+        self._tickets.pop(ticket, None)
+        if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
+            ticket.result().gate.leave()  # the grant and the caller's end crossed
+
+
+def _expire(ticket: asyncio.Future[Actor]) -> None:
+    if not ticket.done():
+        ticket.set_exception(
+            DeadlineError("QUEUE_TIMEOUT", "no instance became free before the request's queue timeout")
+        )
