@@ -8,24 +8,21 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from agent.core.dispatch import Dispatcher
+from agent.api.function_metrics import FunctionMetrics
 from agent.core.leases import Standing
-from agent.scheduler.fleet import Fleet
-from agent.scheduler.functions import Catalog
+from agent.core.types import SECOND_NS
+from agent.scheduler.fleet import Fleet, NodeRecord
 from agent.scheduler.gateway import GatewayCounts
 from agent.scheduler.wakes import WakeCounts
-from agent.v1.types_pb2 import Instance
+from agent.v1.types_pb2 import Gpu
 
 
 class SchedulerMetrics(Collector):
     """A collector with a registry of its own."""
 
-    def __init__(
-        self, catalog: Catalog, fleet: Fleet, dispatcher: Dispatcher, gateway: GatewayCounts, wakes: WakeCounts
-    ) -> None:
-        self._catalog = catalog
+    def __init__(self, functions: FunctionMetrics, fleet: Fleet, gateway: GatewayCounts, wakes: WakeCounts) -> None:
+        self._functions = functions
         self._fleet = fleet
-        self._dispatcher = dispatcher
         self._gateway = gateway
         self._wakes = wakes
         self._registry = CollectorRegistry()
@@ -38,7 +35,7 @@ class SchedulerMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Everything now."""
         yield from self._gateway_metrics()
-        yield from self._function_metrics()
+        yield from self._functions.collect()
         yield from self._fleet_metrics()
 
     def _gateway_metrics(self) -> Iterator[Metric]:
@@ -56,32 +53,36 @@ class SchedulerMetrics(Collector):
         wakes.add_metric(["failed"], self._wakes.failed)
         yield wakes
 
-    def _function_metrics(self) -> Iterator[Metric]:
-        labels = ["function"]
-        target = GaugeMetricFamily("hibernode_function_target", "Instances wanted.", labels=labels)
-        queued = GaugeMetricFamily("hibernode_function_queued", "Requests that wait.", labels=labels)
-        waking = GaugeMetricFamily("hibernode_function_waking", "Instances on their way awake.", labels=labels)
-        for function in self._catalog.all():
-            name = function.spec.name
-            state = self._dispatcher.queue_state(name)
-            target.add_metric([name], function.target)
-            queued.add_metric([name], state.queued)
-            waking.add_metric([name], state.waking)
-        yield from (target, queued, waking)
-
     def _fleet_metrics(self) -> Iterator[Metric]:
-        nodes = GaugeMetricFamily("hibernode_nodes", "Nodes by standing.", labels=["standing"])
         records = self._fleet.nodes()
+        nodes = GaugeMetricFamily("hibernode_nodes", "Nodes by standing.", labels=["standing"])
         for standing in Standing:
             nodes.add_metric([standing.value], sum(node.standing is standing for node in records))
         yield nodes
-        counts: dict[tuple[str, str], int] = {}
-        for _, load in self._fleet.instances():
-            key = (load.function, Instance.State.Name(load.state).removeprefix("STATE_"))
-            counts[key] = counts.get(key, 0) + 1
-        instances = GaugeMetricFamily(
-            "hibernode_fleet_instances", "Instances by function and state.", labels=["function", "state"]
-        )
-        for (function, state), count in sorted(counts.items()):
-            instances.add_metric([function, state], count)
-        yield instances
+        labels = ["node"]
+        heard = GaugeMetricFamily("hibernode_node_heard_timestamp_seconds", "When it was last heard.", labels=labels)
+        waiting = GaugeMetricFamily("hibernode_node_gpu_waiters", "Instances that wait for a GPU.", labels=labels)
+        gpus = GaugeMetricFamily("hibernode_node_gpus", "GPUs by use.", labels=["node", "use"])
+        memory = GaugeMetricFamily("hibernode_node_host_memory_bytes", "Host memory by kind.", labels=["node", "kind"])
+        for node in records:
+            if node.wall_ns:
+                heard.add_metric([node.name], node.wall_ns / SECOND_NS)
+            if not node.wall_ns or node.standing is Standing.LOST:
+                continue  # what it said once is not known any more
+            waiting.add_metric([node.name], node.load.gpu_waiting)
+            for use, count in _gpu_use(node).items():
+                gpus.add_metric([node.name, use], count)
+            host = node.load.host_memory if node.load.HasField("host_memory") else node.registration.host_memory
+            memory.add_metric([node.name, "total"], host.total_bytes)
+            memory.add_metric([node.name, "available"], host.available_bytes)
+            memory.add_metric([node.name, "reserved"], host.reserved_bytes)
+        yield from (heard, waiting, gpus, memory)
+
+
+def _gpu_use(node: NodeRecord) -> dict[str, int]:
+    """Each GPU once: held by an awake instance, free, or of no use to anybody."""
+    found = {"held": 0, "free": 0, "unusable": 0}
+    for gpu in node.load.gpus or node.registration.gpus:
+        usable = gpu.health == Gpu.HEALTH_OK and not gpu.mig
+        found[("held" if gpu.holder_uids else "free") if usable else "unusable"] += 1
+    return found

@@ -126,11 +126,19 @@ class UsageDatabase:
 class UsageCollector:
     """`accept` is all an agent's upload needs."""
 
-    def __init__(self, database: UsageDatabase, clock: Clock, owner_of: Callable[[str], str] = lambda _: "") -> None:
-        """`owner_of`: the node that reports an instance, "" if none does: no other may upload its usage."""
+    def __init__(
+        self,
+        database: UsageDatabase,
+        clock: Clock,
+        owner_of: Callable[[str], str] = lambda _: "",
+        stored: Callable[[Sequence[Window]], None] = lambda _: None,
+    ) -> None:
+        """`owner_of`: the node that reports an instance, "" if none does: no other may upload its usage. `stored` is
+        told on the loop of windows that were new, once they are durable."""
         self._database = database
         self._clock = clock
         self._owner_of = owner_of
+        self._stored = stored
         self._log = get_logger()
 
     async def accept(self, node: str, windows: Sequence[Window], unreadable: Sequence[Key] = ()) -> Accepted:
@@ -153,7 +161,8 @@ class UsageCollector:
             else:
                 good.append(window)
         now = self._clock.wall_ns()
-        conflicts = await self._database.run(lambda: self._store(good, now)) if good else ()
+        loop = asyncio.get_running_loop()
+        conflicts = await self._database.run(lambda: self._store(good, now, loop)) if good else ()
         for key in conflicts:
             self._log.error("usage.conflict", node=node, instance=key[0], seq=key[1])
         if refused:
@@ -161,22 +170,26 @@ class UsageCollector:
             self._log.error("usage.refused", node=node, windows=len(refused), instance=uid, seq=seq, reasons=reasons)
         return Accepted(tuple((w.instance_uid, w.seq) for w in good), conflicts, tuple(refused))
 
-    def _store(self, windows: Sequence[Window], now: int) -> tuple[Key, ...]:
+    def _store(self, windows: Sequence[Window], now: int, loop: asyncio.AbstractEventLoop) -> tuple[Key, ...]:
         conflicts: list[Key] = []
         with self._database.engine.begin() as connection:
             known = _digests(connection, {(w.instance_uid, w.seq) for w in windows})
             fresh: list[dict[str, object]] = []
+            new: list[Window] = []
             for window in windows:
                 key, payload = (window.instance_uid, window.seq), payload_of(window)
                 digest = digest_of(payload)
                 if key not in known:
                     known[key] = digest
                     fresh.append({**row_of(window), "digest": digest, "received_wall_ns": now})
+                    new.append(window)
                 elif known[key] != digest:
                     conflicts.append(key)
                     _keep_conflict(connection, window, payload, now)
             if fresh:
                 connection.execute(sa.insert(WINDOWS), fresh)
+        if not loop.is_closed():  # also where nobody waits for the answer any more: it is durable, and comes no more
+            loop.call_soon_threadsafe(self._stored, new)
         return tuple(conflicts)
 
 

@@ -1,0 +1,149 @@
+"""Metrics of functions, after the names that users of Function Compute know. Every function that is deployed has all of
+its series from the start; those of a deleted one disappear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+from agent.core.dispatch import Dispatcher
+from agent.core.leases import Standing
+from agent.core.traffic import CLASSES, Durations, Traffic
+from agent.core.types import SECOND_NS
+from agent.ports import Clock
+from agent.scheduler.fleet import ENDED, Fleet
+from agent.scheduler.functions import Catalog, Deployed
+from agent.scheduler.traffic_table import TrafficTable
+from agent.scheduler.usage_totals import KINDS, UsageTotals
+from agent.v1.scheduler_service_pb2 import InstanceLoad
+from agent.v1.types_pb2 import Instance
+
+_STATES = [name for name in Instance.State.keys() if name != "STATE_UNSPECIFIED"]  # noqa: SIM118 - not a dict
+_GOING = (*ENDED, Instance.STATE_STOPPING)
+
+
+class _Families(dict[str, CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]):
+    """Families by name, made when they are first needed; the first label of each is the function."""
+
+    def counter(self, name: str, text: str, *labels: str) -> CounterMetricFamily:
+        found = self.setdefault(name, CounterMetricFamily(name, text, labels=["function", *labels]))
+        assert isinstance(found, CounterMetricFamily)
+        return found
+
+    def gauge(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
+        found = self.setdefault(name, GaugeMetricFamily(name, text, labels=["function", *labels]))
+        assert isinstance(found, GaugeMetricFamily)
+        return found
+
+    def histogram(self, name: str, text: str, function: str, durations: Durations) -> None:
+        found = self.setdefault(name, HistogramMetricFamily(name, text, labels=["function"]))
+        assert isinstance(found, HistogramMetricFamily)
+        found.add_metric([function], durations.cumulative(), durations.sum_ns / SECOND_NS)
+
+
+class FunctionMetrics:
+    """`collect` reads what the scheduler holds; nothing is counted here."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        catalog: Catalog,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        traffic: TrafficTable,
+        usage: UsageTotals,
+    ) -> None:
+        self._clock = clock
+        self._catalog = catalog
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._traffic = traffic
+        self._usage = usage
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything of every function now."""
+        out = _Families()
+        functions = self._catalog.all()
+        names = {function.spec.name for function in functions}
+        instances: dict[str, list[InstanceLoad]] = {name: [] for name in names}
+        foreign = 0
+        for node, load in self._fleet.instances():
+            if node.standing is Standing.LOST:
+                continue  # counted out, and replaced elsewhere
+            if load.function in names:
+                instances[load.function].append(load)
+            else:
+                foreign += load.state not in ENDED
+        now = self._clock.monotonic_ns()
+        for name, traffic in self._traffic.all().items():
+            _traffic(out, name, traffic, now)
+        for function in functions:
+            self._provisioning(out, function, instances[function.spec.name], now)
+        for name, usage in self._usage.all().items():
+            gpu = out.counter("hibernode_function_gpu_seconds", "Metered time of GPUs, by kind.", "kind")
+            vcpu = out.counter("hibernode_function_vcpu_seconds", "Metered time of vCPUs, by kind.", "kind")
+            for kind in KINDS:
+                gpu.add_metric([name, kind], usage.gpu_ns[kind] / SECOND_NS)
+                vcpu.add_metric([name, kind], usage.vcpu_milli_ns[kind] / (1000 * SECOND_NS))
+        yield from out.values()
+        text = "Instances of functions that are not deployed here."
+        yield GaugeMetricFamily("hibernode_foreign_instances", text, value=foreign)
+
+    def _provisioning(self, out: _Families, function: Deployed, loads: list[InstanceLoad], now: int) -> None:
+        name, key = function.spec.name, [function.spec.name]
+        queue = self._dispatcher.queue_state(name)
+        current = [load for load in loads if load.state not in _GOING]
+        leased = sum(self._dispatcher.leased(load.uid) for load in loads)
+        lease_s = self._dispatcher.lease_time_ns(name, now) / SECOND_NS
+        gauge = out.gauge
+        gauge("hibernode_function_target_instances", "Instances wanted now.").add_metric(key, function.target)
+        gauge("hibernode_function_current_instances", "Instances there are, awake or asleep.").add_metric(
+            key, len(current)
+        )
+        gauge("hibernode_function_degraded", "1 if something keeps it from its target.").add_metric(
+            key, float(self._catalog.problem(name) is not None)
+        )
+        gauge("hibernode_function_queued_requests", "Requests that wait for an instance.").add_metric(key, queue.queued)
+        gauge("hibernode_function_waking_instances", "Instances on their way awake.").add_metric(key, queue.waking)
+        gauge("hibernode_function_leased_slots", "Slots with a request of this gateway in them.").add_metric(
+            key, leased
+        )
+        gauge("hibernode_function_slots", "Requests that its instances execute at once.").add_metric(
+            key, sum(load.concurrency for load in current)
+        )
+        out.counter("hibernode_function_lease_seconds", "Leased slots, summed over time.").add_metric(key, lease_s)
+        states = gauge("hibernode_function_instances", "Instances by state.", "state")
+        for state in _STATES:
+            number = Instance.State.Value(state)
+            states.add_metric([name, state.removeprefix("STATE_")], sum(load.state == number for load in loads))
+
+
+def _traffic(out: _Families, name: str, traffic: Traffic, now: int) -> None:
+    key, counter = [name], out.counter
+    counter("hibernode_function_invocations", "Requests that came for it.").add_metric(key, traffic.invocations)
+    responses = counter("hibernode_function_responses", "Answers by class of status, the instance's or ours.", "class")
+    for number in CLASSES:
+        responses.add_metric([name, f"{number}xx"], traffic.responses[number])
+    counter("hibernode_function_client_errors", "4xx that Hibernode answered with, but throttles.").add_metric(
+        key, traffic.client_errors
+    )
+    counter("hibernode_function_server_errors", "5xx that Hibernode answered with, but throttles.").add_metric(
+        key, traffic.server_errors
+    )
+    throttles = counter("hibernode_function_throttles", "Refused: queue full (429), or no instance (503).", "kind")
+    throttles.add_metric([name, "concurrency"], traffic.queue_full)
+    throttles.add_metric([name, "resource"], traffic.no_capacity)
+    unanswered = counter("hibernode_function_unanswered", "Ended without a whole answer.", "why")
+    unanswered.add_metric([name, "client_left"], traffic.left)
+    unanswered.add_metric([name, "cut"], traffic.cut)
+    text = "From a request's arrival to the last byte of its answer, of those an instance answered."
+    out.histogram("hibernode_function_duration_seconds", text, name, traffic.duration)
+    text = "The part of the duration in which it waited for an instance."
+    out.histogram("hibernode_function_queue_seconds", text, name, traffic.queue)
+    text = "The part of the wait in which an instance was woken, of those that waited for that."
+    out.histogram("hibernode_function_wake_seconds", text, name, traffic.wake)
+    out.gauge("hibernode_function_duration_max_seconds", "The longest of the last one to two minutes.").add_metric(
+        key, traffic.longest.read(now) / SECOND_NS
+    )
