@@ -181,6 +181,10 @@ class ListUsageRequest(_message.Message):
         """A function on a GPU model under one price."""
         GROUPING_INSTANCE: ListUsageRequest._Grouping.ValueType  # 2
         """An instance under one price."""
+        GROUPING_NODE: ListUsageRequest._Grouping.ValueType  # 3
+        """A GPU model on a node under one price."""
+        GROUPING_GPU_MODEL: ListUsageRequest._Grouping.ValueType  # 4
+        """A GPU model under one price."""
 
     class Grouping(_Grouping, metaclass=_GroupingEnumTypeWrapper):
         """What one row sums up."""
@@ -191,6 +195,10 @@ class ListUsageRequest(_message.Message):
     """A function on a GPU model under one price."""
     GROUPING_INSTANCE: ListUsageRequest.Grouping.ValueType  # 2
     """An instance under one price."""
+    GROUPING_NODE: ListUsageRequest.Grouping.ValueType  # 3
+    """A GPU model on a node under one price."""
+    GROUPING_GPU_MODEL: ListUsageRequest.Grouping.ValueType  # 4
+    """A GPU model under one price."""
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
@@ -210,14 +218,16 @@ class ListUsageRequest(_message.Message):
     node: _builtins.str
     """Only this node; empty means all."""
     gpu_model: _builtins.str
-    """Only this GPU model; empty means all."""
+    """Only this GPU model; empty means all, `-` windows of instances that never had a GPU."""
     grouping: Global___ListUsageRequest.Grouping.ValueType
     """What one row sums up."""
     include_windows: _builtins.bool
     """Also answer with the windows behind the rows of this page, so that the costs can be recomputed."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Only windows that start at or after this time; absent means from the beginning."""
+        """Only windows that start at or after this time; absent means from the beginning. A window is at most a minute long
+        and belongs as a whole to where it starts.
+        """
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
@@ -292,7 +302,7 @@ Global___ListUsageResponse: _TypeAlias = ListUsageResponse  # noqa: Y015
 
 @_typing.final
 class UsageRow(_message.Message):
-    """Usage of one function or instance under one price. Decimal strings are exact."""
+    """Usage of one function, instance, node or GPU model under one price. Decimal strings are exact."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -316,13 +326,13 @@ class UsageRow(_message.Message):
     FACTORS_FIELD_NUMBER: _builtins.int
     ESTIMATED_FIELD_NUMBER: _builtins.int
     function: _builtins.str
-    """Function."""
+    """Function; empty when rows sum up nodes or GPU models."""
     instance_uid: _builtins.str
-    """Instance; empty when rows sum up functions."""
+    """Instance; set when rows are instances."""
     node: _builtins.str
-    """Node; set when rows are instances."""
+    """Node; set when rows are instances or nodes."""
     gpu_model: _builtins.str
-    """GPU model the price is for."""
+    """GPU model the price is for; empty for instances that never had a GPU."""
     window_count: _builtins.int
     """Windows summed up."""
     active_ns: _builtins.int
@@ -348,7 +358,9 @@ class UsageRow(_message.Message):
     cost: _builtins.str
     """The sum of the quantities times their factors: a decimal number."""
     always_on_cost: _builtins.str
-    """The same always on, every second active, unbilled ones too: a decimal number."""
+    """The same always on, every second active, unbilled ones too, but for instances of which nothing was ever billed: a
+    decimal number.
+    """
     estimated: _builtins.bool
     """Some of it was estimated after a crash."""
     @_builtins.property
@@ -437,3 +449,214 @@ class PriceFactors(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PriceFactors: _TypeAlias = PriceFactors  # noqa: Y015
+
+@_typing.final
+class ReconcileUsageRequest(_message.Message):
+    """Asks whether usage fits together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """Only this function; empty means all."""
+    node: _builtins.str
+    """Only this node; empty means all."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Only windows that start at or after this time; absent means from the beginning."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Only windows that start before this time; absent means to the end."""
+
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        node: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "function", b"function", "node", b"node", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReconcileUsageRequest: _TypeAlias = ReconcileUsageRequest  # noqa: Y015
+
+@_typing.final
+class ReconcileUsageResponse(_message.Message):
+    """One instance about which something is to be said; the last answer holds the totals of all instead."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def instance(self) -> Global___UsageReconciliation:
+        """An instance and what was found."""
+
+    @_builtins.property
+    def total(self) -> Global___UsageReconciliation:
+        """Sums over all instances, those without findings included; only in the last answer."""
+
+    def __init__(
+        self,
+        *,
+        instance: Global___UsageReconciliation | None = ...,
+        total: Global___UsageReconciliation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReconcileUsageResponse: _TypeAlias = ReconcileUsageResponse  # noqa: Y015
+
+@_typing.final
+class UsageReconciliation(_message.Message):
+    """What was found in the windows of an instance, or of all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_UID_FIELD_NUMBER: _builtins.int
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    INSTANCE_COUNT_FIELD_NUMBER: _builtins.int
+    WINDOW_COUNT_FIELD_NUMBER: _builtins.int
+    GAP_COUNT_FIELD_NUMBER: _builtins.int
+    GAP_NS_FIELD_NUMBER: _builtins.int
+    OVERLAP_COUNT_FIELD_NUMBER: _builtins.int
+    OVERLAP_NS_FIELD_NUMBER: _builtins.int
+    ESTIMATED_COUNT_FIELD_NUMBER: _builtins.int
+    ESTIMATED_NS_FIELD_NUMBER: _builtins.int
+    CONFLICT_COUNT_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    instance_uid: _builtins.str
+    """Instance; empty in totals."""
+    function: _builtins.str
+    """Its function; empty in totals."""
+    node: _builtins.str
+    """Its node; empty in totals."""
+    instance_count: _builtins.int
+    """Instances, 1 unless these are totals."""
+    window_count: _builtins.int
+    """Windows looked at."""
+    gap_count: _builtins.int
+    """Times without a window within a boot: something was lost."""
+    gap_ns: _builtins.int
+    """How long they were."""
+    overlap_count: _builtins.int
+    """Times in two windows within a boot: billed twice."""
+    overlap_ns: _builtins.int
+    """How long they were."""
+    estimated_count: _builtins.int
+    """Windows that were estimated after a crash; never more than what was there."""
+    estimated_ns: _builtins.int
+    """How long they were."""
+    conflict_count: _builtins.int
+    """Payloads that came for a window which was stored before with another one; the first is billed."""
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageFinding]:
+        """The first 100 of the instance, in order; none in totals."""
+
+    def __init__(
+        self,
+        *,
+        instance_uid: _builtins.str = ...,
+        function: _builtins.str = ...,
+        node: _builtins.str = ...,
+        instance_count: _builtins.int = ...,
+        window_count: _builtins.int = ...,
+        gap_count: _builtins.int = ...,
+        gap_ns: _builtins.int = ...,
+        overlap_count: _builtins.int = ...,
+        overlap_ns: _builtins.int = ...,
+        estimated_count: _builtins.int = ...,
+        estimated_ns: _builtins.int = ...,
+        conflict_count: _builtins.int = ...,
+        findings: _abc.Iterable[Global___UsageFinding] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conflict_count", b"conflict_count", "estimated_count", b"estimated_count", "estimated_ns", b"estimated_ns", "findings", b"findings", "function", b"function", "gap_count", b"gap_count", "gap_ns", b"gap_ns", "instance_count", b"instance_count", "instance_uid", b"instance_uid", "node", b"node", "overlap_count", b"overlap_count", "overlap_ns", b"overlap_ns", "window_count", b"window_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageReconciliation: _TypeAlias = UsageReconciliation  # noqa: Y015
+
+@_typing.final
+class UsageFinding(_message.Message):
+    """One thing that was found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[UsageFinding._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: UsageFinding._Kind.ValueType  # 0
+        """Not said."""
+        KIND_GAP: UsageFinding._Kind.ValueType  # 1
+        """Time without a window."""
+        KIND_OVERLAP: UsageFinding._Kind.ValueType  # 2
+        """Time in two windows."""
+        KIND_ESTIMATED: UsageFinding._Kind.ValueType  # 3
+        """A window estimated after a crash."""
+        KIND_CONFLICT: UsageFinding._Kind.ValueType  # 4
+        """A window that came again with another payload."""
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
+        """What was found."""
+
+    KIND_UNSPECIFIED: UsageFinding.Kind.ValueType  # 0
+    """Not said."""
+    KIND_GAP: UsageFinding.Kind.ValueType  # 1
+    """Time without a window."""
+    KIND_OVERLAP: UsageFinding.Kind.ValueType  # 2
+    """Time in two windows."""
+    KIND_ESTIMATED: UsageFinding.Kind.ValueType  # 3
+    """A window estimated after a crash."""
+    KIND_CONFLICT: UsageFinding.Kind.ValueType  # 4
+    """A window that came again with another payload."""
+
+    KIND_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    DURATION_NS_FIELD_NUMBER: _builtins.int
+    kind: Global___UsageFinding.Kind.ValueType
+    """What it is."""
+    seq: _builtins.int
+    """The window, for a gap or an overlap the one at its end."""
+    boot_id: _builtins.str
+    """Boot of the node."""
+    duration_ns: _builtins.int
+    """How long the gap, the overlap or the window was."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When the window started."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___UsageFinding.Kind.ValueType = ...,
+        seq: _builtins.int = ...,
+        boot_id: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        duration_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "duration_ns", b"duration_ns", "kind", b"kind", "seq", b"seq", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageFinding: _TypeAlias = UsageFinding  # noqa: Y015

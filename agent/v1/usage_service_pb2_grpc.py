@@ -45,6 +45,11 @@ class UsageServiceStub:
                 request_serializer=agent_dot_v1_dot_usage__service__pb2.ListUsageRequest.SerializeToString,
                 response_deserializer=agent_dot_v1_dot_usage__service__pb2.ListUsageResponse.FromString,
                 _registered_method=True)
+        self.ReconcileUsage = channel.unary_stream(
+                '/agent.v1.UsageService/ReconcileUsage',
+                request_serializer=agent_dot_v1_dot_usage__service__pb2.ReconcileUsageRequest.SerializeToString,
+                response_deserializer=agent_dot_v1_dot_usage__service__pb2.ReconcileUsageResponse.FromString,
+                _registered_method=True)
 
 
 class UsageServiceServicer:
@@ -61,8 +66,17 @@ class UsageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListUsage(self, request, context):
-        """Usage summed by function (or instance), priced, beside what the same instances would have cost always on: awake
-        and active from the beginning of their first window to the end of their last, whatever they did meanwhile.
+        """Usage summed by function, instance, node or GPU model, priced, beside what the same instances would have cost
+        always on: awake and active from the beginning of their first window to the end of their last, whatever they did
+        meanwhile. Instances of which nothing was ever billed, as those that never started, would not have cost anything.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReconcileUsage(self, request, context):
+        """Whether the windows of each instance fit together: an answer for each instance about which something is to be
+        said, in order of their uids, then one with the totals of all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,6 +94,11 @@ def add_UsageServiceServicer_to_server(servicer, server):
                     servicer.ListUsage,
                     request_deserializer=agent_dot_v1_dot_usage__service__pb2.ListUsageRequest.FromString,
                     response_serializer=agent_dot_v1_dot_usage__service__pb2.ListUsageResponse.SerializeToString,
+            ),
+            'ReconcileUsage': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReconcileUsage,
+                    request_deserializer=agent_dot_v1_dot_usage__service__pb2.ReconcileUsageRequest.FromString,
+                    response_serializer=agent_dot_v1_dot_usage__service__pb2.ReconcileUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +156,33 @@ class UsageService:
             '/agent.v1.UsageService/ListUsage',
             agent_dot_v1_dot_usage__service__pb2.ListUsageRequest.SerializeToString,
             agent_dot_v1_dot_usage__service__pb2.ListUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReconcileUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/agent.v1.UsageService/ReconcileUsage',
+            agent_dot_v1_dot_usage__service__pb2.ReconcileUsageRequest.SerializeToString,
+            agent_dot_v1_dot_usage__service__pb2.ReconcileUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,8 +39,13 @@ class UsageServiceStub:
     window, and the others are stored.
     """
     ListUsage: _grpc.UnaryUnaryMultiCallable[_usage_service_pb2.ListUsageRequest, _usage_service_pb2.ListUsageResponse]
-    """Usage summed by function (or instance), priced, beside what the same instances would have cost always on: awake
-    and active from the beginning of their first window to the end of their last, whatever they did meanwhile.
+    """Usage summed by function, instance, node or GPU model, priced, beside what the same instances would have cost
+    always on: awake and active from the beginning of their first window to the end of their last, whatever they did
+    meanwhile. Instances of which nothing was ever billed, as those that never started, would not have cost anything.
+    """
+    ReconcileUsage: _grpc.UnaryStreamMultiCallable[_usage_service_pb2.ReconcileUsageRequest, _usage_service_pb2.ReconcileUsageResponse]
+    """Whether the windows of each instance fit together: an answer for each instance about which something is to be
+    said, in order of their uids, then one with the totals of all.
     """
 
 @_typing.type_check_only
@@ -54,8 +59,13 @@ class UsageServiceAsyncStub(UsageServiceStub):
     window, and the others are stored.
     """
     ListUsage: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.ListUsageRequest, _usage_service_pb2.ListUsageResponse]  # type: ignore[assignment]
-    """Usage summed by function (or instance), priced, beside what the same instances would have cost always on: awake
-    and active from the beginning of their first window to the end of their last, whatever they did meanwhile.
+    """Usage summed by function, instance, node or GPU model, priced, beside what the same instances would have cost
+    always on: awake and active from the beginning of their first window to the end of their last, whatever they did
+    meanwhile. Instances of which nothing was ever billed, as those that never started, would not have cost anything.
+    """
+    ReconcileUsage: _aio.UnaryStreamMultiCallable[_usage_service_pb2.ReconcileUsageRequest, _usage_service_pb2.ReconcileUsageResponse]  # type: ignore[assignment]
+    """Whether the windows of each instance fit together: an answer for each instance about which something is to be
+    said, in order of their uids, then one with the totals of all.
     """
 
 class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -78,8 +88,19 @@ class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _usage_service_pb2.ListUsageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_usage_service_pb2.ListUsageResponse, _abc.Awaitable[_usage_service_pb2.ListUsageResponse]]:
-        """Usage summed by function (or instance), priced, beside what the same instances would have cost always on: awake
-        and active from the beginning of their first window to the end of their last, whatever they did meanwhile.
+        """Usage summed by function, instance, node or GPU model, priced, beside what the same instances would have cost
+        always on: awake and active from the beginning of their first window to the end of their last, whatever they did
+        meanwhile. Instances of which nothing was ever billed, as those that never started, would not have cost anything.
+        """
+
+    @_abc_1.abstractmethod
+    def ReconcileUsage(
+        self,
+        request: _usage_service_pb2.ReconcileUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_usage_service_pb2.ReconcileUsageResponse], _abc.AsyncIterator[_usage_service_pb2.ReconcileUsageResponse]]:
+        """Whether the windows of each instance fit together: an answer for each instance about which something is to be
+        said, in order of their uids, then one with the totals of all.
         """
 
 def add_UsageServiceServicer_to_server(servicer: UsageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
