@@ -9,8 +9,9 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from agent.api.instance_metrics import instance_metrics
 from agent.core.snapshots import NodeSnapshot
-from agent.core.types import SECOND_NS, InstanceState
+from agent.core.types import InstanceState
 from agent.host.observe import Observer
 
 
@@ -67,25 +68,7 @@ class AgentMetrics(Collector):
         for (uuid, code), count in sorted(self._xids.items()):
             xids.add_metric([uuid, str(code)], count)
         yield xids
-        labels = ["uid", "function"]
-        wakes = CounterMetricFamily("hibernode_wakes", "Wakes of an instance.", labels=labels)
-        freezes = CounterMetricFamily("hibernode_freezes", "Freezes of an instance.", labels=labels)
-        billed = CounterMetricFamily("hibernode_billed_seconds", "Metered time.", labels=[*labels, "kind"])
-        inside = GaugeMetricFamily("hibernode_requests_in_flight", "Requests inside an instance.", labels=labels)
-        waiting = GaugeMetricFamily("hibernode_requests_waiting", "Requests at an instance's gate.", labels=labels)
-        last_wake = GaugeMetricFamily("hibernode_last_wake_seconds", "What its last wake took.", labels=labels)
-        healthy = GaugeMetricFamily("hibernode_instance_healthy", "0 if its health check fails.", labels=labels)
-        for one in instances:
-            key = [one.uid, one.function.name]
-            wakes.add_metric(key, one.wakes)
-            freezes.add_metric(key, one.freezes)
-            inside.add_metric(key, one.in_flight)
-            waiting.add_metric(key, one.waiting)
-            for kind, ns in (("active", one.active_ns), ("idle", one.idle_ns), ("unbilled", one.unbilled_ns)):
-                billed.add_metric([*key, kind], ns / SECOND_NS)
-            last_wake.add_metric(key, one.last_wake_ns / SECOND_NS)
-            healthy.add_metric(key, float(one.healthy))
-        yield from (wakes, freezes, billed, inside, waiting, last_wake, healthy)
+        yield from instance_metrics(instances, node)
 
     def _of_health(self) -> Iterator[Metric]:
         health = self._health()
