@@ -1,18 +1,22 @@
-"""UsageService: agents' windows in, sums and costs out."""
+"""UsageService: agents' windows in, sums, costs and doubts out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 from agent.api.paging import page
-from agent.core.errors import ExhaustedError, InvalidArgumentError
+from agent.core.errors import DeadlineError, ExhaustedError, InvalidArgumentError
 from agent.core.price_book import Price, PriceBook
 from agent.core.pricing import Quantities, exact_text, quantities, rounded
 from agent.core.usage_window import Window
 from agent.scheduler.usage import UsageCollector
-from agent.scheduler.usage_reports import MAX_WINDOWS, UsageFilter, UsageLine, UsageReports
+from agent.scheduler.usage_reconciliation import Reconciled
+from agent.scheduler.usage_reports import MAX_WINDOWS, NO_GPU_MODEL, UsageFilter, UsageLine, UsageReports
 from agent.v1 import usage_service_pb2 as pb
 from agent.v1 import usage_service_pb2_grpc
 from agent.wire.convert_time import time_from_proto, time_to_proto
@@ -20,8 +24,16 @@ from agent.wire.convert_usage import window_from_proto, window_to_proto
 from agent.wire.tokens import calling_node
 
 MAX_BATCH = 500
-_BY_FUNCTION = ("function",)
-_BY_INSTANCE = ("instance_uid", "function", "node")
+MAX_RECONCILIATIONS = 2
+MAX_RECONCILIATION_S = 600.0
+_GROUPS = {
+    pb.ListUsageRequest.GROUPING_UNSPECIFIED: ("function",),
+    pb.ListUsageRequest.GROUPING_FUNCTION: ("function",),
+    pb.ListUsageRequest.GROUPING_INSTANCE: ("instance_uid", "function", "node"),
+    pb.ListUsageRequest.GROUPING_NODE: ("node",),
+    pb.ListUsageRequest.GROUPING_GPU_MODEL: ("gpu_model",),
+}
+"""What makes a row; the first one chooses its windows."""
 
 
 class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
@@ -31,6 +43,7 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
         self._collector = collector
         self._reports = reports
         self._book = book
+        self._reconciling = 0
 
     async def UploadUsageWindows(
         self, request: pb.UploadUsageWindowsRequest, context: object
@@ -57,7 +70,10 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
         )
 
     async def ListUsage(self, request: pb.ListUsageRequest, context: object) -> pb.ListUsageResponse:
-        """Rows by function or instance, GPU model and price; totals over all rows; the windows behind them if asked."""
+        """Rows by what is asked for, GPU model and price; totals over all rows; the windows behind them if asked."""
+        groups = _GROUPS.get(request.grouping)
+        if groups is None:
+            raise InvalidArgumentError("USAGE_GROUP_UNKNOWN", "this scheduler doesn't know that grouping; update it")
         only = UsageFilter(
             function=request.function,
             node=request.node,
@@ -65,12 +81,11 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
             start_wall_ns=time_from_proto(request.start_time) if request.HasField("start_time") else 0,
             end_wall_ns=time_from_proto(request.end_time) if request.HasField("end_time") else 0,
         )
-        by_instance = request.grouping == pb.ListUsageRequest.GROUPING_INSTANCE
-        report = await self._reports.report(self._book, only, _BY_INSTANCE if by_instance else _BY_FUNCTION)
+        report = await self._reports.report(self._book, only, groups)
         shown, token = page(report.lines, request.page_size, request.page_token)
-        windows = await self._windows(only, shown, by_instance) if request.include_windows else []
+        windows = await self._windows(only, shown, groups[0]) if request.include_windows else []
         return pb.ListUsageResponse(
-            rows=[_row(line, by_instance) for line in shown],
+            rows=[_row(line, dict(zip(groups, line.group, strict=True))) for line in shown],
             next_page_token=token,
             windows=[window_to_proto(window) for window in windows],
             total_cost=str(report.total_cost),
@@ -78,11 +93,40 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
             unit=report.currency,
         )
 
-    async def _windows(self, only: UsageFilter, lines: Sequence[UsageLine], by_instance: bool) -> list[Window]:
-        """Windows of the functions (or instances) of a page, each once. ExhaustedError where they are too many."""
+    async def ReconcileUsage(
+        self, request: pb.ReconcileUsageRequest, context: object
+    ) -> AsyncIterator[pb.ReconcileUsageResponse]:
+        """The instances with findings, one by one, then the totals."""
+        if self._reconciling >= MAX_RECONCILIATIONS:
+            text = f"{MAX_RECONCILIATIONS} reconciliations are under way, which is the most; wait for one to end"
+            raise ExhaustedError("TOO_MANY_CALLS", text)
+        only = UsageFilter(
+            function=request.function,
+            node=request.node,
+            start_wall_ns=time_from_proto(request.start_time) if request.HasField("start_time") else 0,
+            end_wall_ns=time_from_proto(request.end_time) if request.HasField("end_time") else 0,
+        )
+        self._reconciling += 1
+        try:
+            async with asyncio.timeout(MAX_RECONCILIATION_S), aclosing(self._reports.reconcile(only)) as found:
+                async for one in found:
+                    message = _reconciliation(one)
+                    if one.instance_uid:
+                        yield pb.ReconcileUsageResponse(instance=message)
+                    else:
+                        yield pb.ReconcileUsageResponse(total=message)
+        except TimeoutError:
+            text = f"it takes more than {MAX_RECONCILIATION_S:g} s; ask for a shorter time or one function"
+            raise DeadlineError("CALL_TOO_LONG", text) from None
+        finally:
+            self._reconciling -= 1
+
+    async def _windows(self, only: UsageFilter, lines: Sequence[UsageLine], by: str) -> list[Window]:
+        """Windows behind the lines of a page, each once. ExhaustedError where they are too many."""
         found: list[Window] = []
-        for first in dict.fromkeys(line.group[0] for line in lines):
-            part = replace(only, instance_uid=first) if by_instance else replace(only, function=first)
+        for value in dict.fromkeys(line.group[0] for line in lines):
+            chosen: dict[str, Any] = {by: value or NO_GPU_MODEL}
+            part = replace(only, **chosen)
             after = ("", -1)
             while True:
                 windows = await self._reports.windows(part, limit=1000, after=after)
@@ -96,16 +140,43 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
         return found
 
 
-def _row(line: UsageLine, by_instance: bool) -> pb.UsageRow:
+def _reconciliation(found: Reconciled) -> pb.UsageReconciliation:
+    return pb.UsageReconciliation(
+        instance_uid=found.instance_uid,
+        function=found.function,
+        node=found.node,
+        instance_count=found.instances,
+        window_count=found.windows,
+        gap_count=found.gaps.count,
+        gap_ns=found.gaps.duration_ns,
+        overlap_count=found.overlaps.count,
+        overlap_ns=found.overlaps.duration_ns,
+        estimated_count=found.estimated.count,
+        estimated_ns=found.estimated.duration_ns,
+        conflict_count=found.conflicts,
+        findings=[
+            pb.UsageFinding(
+                kind=pb.UsageFinding.Kind.Value(f"KIND_{one.kind}"),
+                seq=one.window.seq,
+                boot_id=one.window.boot_id,
+                start_time=time_to_proto(one.window.start_wall_ns),
+                duration_ns=one.duration_ns,
+            )
+            for one in found.findings
+        ],
+    )
+
+
+def _row(line: UsageLine, named: Mapping[str, str]) -> pb.UsageRow:
     amounts = [quantities(part) for part in line.sums]
 
     def total(quantity: Callable[[Quantities], Fraction]) -> str:
         return exact_text(sum((quantity(amount) for amount in amounts), Fraction(0)))
 
     row = pb.UsageRow(
-        function=line.group[1] if by_instance else line.group[0],
-        instance_uid=line.group[0] if by_instance else "",
-        node=line.group[2] if by_instance else "",
+        function=named.get("function", ""),
+        instance_uid=named.get("instance_uid", ""),
+        node=named.get("node", ""),
         gpu_model=line.gpu_model,
         window_count=line.total("windows"),
         active_ns=line.total("active_ns"),

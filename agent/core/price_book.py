@@ -78,10 +78,6 @@ class PriceBook:
             (price, price.valid_from_wall_ns, end) for price, end in zip(self.prices, [*ends, None], strict=True)
         )
 
-    def boundaries_wall_ns(self) -> tuple[int, ...]:
-        """The instants at which meters seal their windows, so that no window has two prices."""
-        return tuple(price.valid_from_wall_ns for price in self.prices)
-
 
 def parse_price_book(data: object, where: str = "price book") -> PriceBook:
     """Build a price book from the result of a YAML safe load.

@@ -1,15 +1,19 @@
 """Questions to the collected usage: sums, costs, the windows themselves, and whether they fit together.
 
 Sums are formed in SQL per price and size, whole seconds and the rest apart (a sum of ns overflows 64 bits after 292
-instance years), and multiplied exactly in Python. A window belongs to the time range and to the price in which it
-began; it never spans a price change that its agent knew.
+instance years), and multiplied exactly in Python. A window is at most a minute long and belongs as a whole to the time
+range and to the price in which it began: where its active time lies within it nobody knows.
+
+The time before an instance first held a GPU has no model. It counts as that of the model which the instance got later,
+so that always-on has a price for it. An instance of which nothing was ever billed (its image was never found) would not
+have cost anything always on either.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -22,12 +26,16 @@ from agent.core.pricing import Cost, always_on_cost, cost, rounded
 from agent.core.types import SECOND_NS
 from agent.core.usage_window import Window
 from agent.scheduler.usage import UsageDatabase
+from agent.scheduler.usage_reconciliation import Reconciled, Reconciler
 from agent.scheduler.usage_tables import CONFLICTS, WINDOW_COLUMNS, WINDOWS, window_of
 
 GROUPS = ("function", "instance_uid", "node", "gpu_model", "state")
 MAX_WINDOWS = 10_000
 MAX_SUMS = 50_000
 """What one report may be made of: a few hundred megabytes less than what would hurt."""
+NO_GPU_MODEL = "-"
+"""In a filter: instances that never had a GPU."""
+RECONCILE_PAGE = 2_000
 _Key = tuple[tuple[str, ...], str, int]
 """Of a line: its group, GPU model, and since when its price is valid."""
 _SIZES = ("gpu_count", "gpu_memory_bytes", "vcpu_millis", "memory_bytes", "disk_bytes")
@@ -65,6 +73,8 @@ class UsageSum:
     invocations: int
     windows: int
     estimated: int
+    lived: bool
+    """Whether anything was ever billed of the instances, in these windows or others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,21 +146,41 @@ class UsageReports:
                 raise ExhaustedError("USAGE_TOO_MANY_ROWS", text)
             since = part.price.valid_from_wall_ns if part.price else -1
             lines.setdefault((part.group, part.gpu_model, since), []).append(part)
-        _place(lines)
         return UsageReport(book.currency, groups, tuple(_line(lines[key]) for key in sorted(lines)))
 
     async def windows(
         self, only: UsageFilter | None = None, *, limit: int = 1_000, after: tuple[str, int] = ("", -1)
     ) -> list[Window]:
         """Windows in order of (instance_uid, seq) after that key, at most `limit`: page with the last one's key."""
-        key = sa.tuple_(WINDOWS.c.instance_uid, WINDOWS.c.seq)
-        query = (
-            _where(sa.select(*WINDOW_COLUMNS), only or UsageFilter())
-            .where(key > sa.tuple_(sa.literal(after[0]), sa.literal(after[1])))
-            .order_by(WINDOWS.c.instance_uid, WINDOWS.c.seq)
-            .limit(min(limit, MAX_WINDOWS))
-        )
+        query = _page(sa.select(*WINDOW_COLUMNS), only or UsageFilter(), after, min(limit, MAX_WINDOWS))
         return await self._database.run(lambda: [window_of(dict(row)) for row in self._rows(query)])
+
+    async def reconcile(self, only: UsageFilter | None = None) -> AsyncGenerator[Reconciled, None]:
+        """The instances about which something is to be said, by uid, then the totals of all. Reads page by page:
+        other calls get their turn in between, and the memory it takes does not depend on the number of windows."""
+        of_key = sa.and_(CONFLICTS.c.instance_uid == WINDOWS.c.instance_uid, CONFLICTS.c.seq == WINDOWS.c.seq)
+        others = sa.select(sa.func.count()).select_from(CONFLICTS).where(of_key).scalar_subquery().label("others")
+        columns = sa.select(*WINDOW_COLUMNS, others)
+        reconciler = Reconciler()
+        after = ("", -1)
+        while True:
+            query = _page(columns, only or UsageFilter(), after, RECONCILE_PAGE)
+            done, after = await self._database.run(lambda query=query: self._feed(reconciler, query))  # type: ignore[misc]
+            for one in done:
+                if one.anything:
+                    yield one
+            if not after[0]:
+                break
+        yield reconciler.total
+
+    def _feed(self, reconciler: Reconciler, query: sa.Select[Any]) -> tuple[list[Reconciled], tuple[str, int]]:
+        """Instances that a page has brought to their end, and its last key, ("", -1) after the last page."""
+        rows = self._rows(query)
+        done = [reconciler.feed(window_of(dict(row)), int(row["others"])) for row in rows]
+        last = len(rows) < RECONCILE_PAGE
+        ended = [*done, reconciler.end()] if last else done
+        after = ("", -1) if last else (str(rows[-1]["instance_uid"]), int(rows[-1]["seq"]))
+        return [one for one in ended if one is not None], after
 
     async def conflicts(self, limit: int = 100) -> list[Conflict]:
         """The newest conflicts first."""
@@ -163,10 +193,16 @@ class UsageReports:
             return list(connection.execute(query).mappings())
 
     def _sums(self, book: PriceBook, only: UsageFilter, groups: tuple[str, ...]) -> Iterator[UsageSum]:
-        columns = list(dict.fromkeys((*groups, "gpu_model", *_SIZES)))
+        known = _known(only)
+        model = _model(known)
+        lived = sa.func.coalesce(known.c.lived, 1).label("lived")
+        names = [name for name in dict.fromkeys((*groups, *_SIZES)) if name != "gpu_model"]
+        columns = [*(WINDOWS.c[name] for name in names), model.label("gpu_model"), lived]
+        source = WINDOWS.outerjoin(known, known.c.uid == WINDOWS.c.instance_uid)
         for price, start, end in _periods(book):
-            query = _where(sa.select(*(WINDOWS.c[name] for name in columns), *_summed()), only)
-            query = query.where(WINDOWS.c.start_wall_ns >= start).group_by(*(WINDOWS.c[name] for name in columns))
+            query = _where(sa.select(*columns, *_summed()).select_from(source), only, model)
+            query = query.where(WINDOWS.c.start_wall_ns >= start)
+            query = query.group_by(*(WINDOWS.c[name] for name in names), model, lived.element)
             if end is not None:
                 query = query.where(WINDOWS.c.start_wall_ns < end)
             for row in self._rows(query.limit(MAX_SUMS + 1)):
@@ -178,20 +214,10 @@ class UsageReports:
                     invocations=int(row["all_invocations"]),
                     windows=int(row["all_windows"]),
                     estimated=int(row["all_estimated"]),
+                    lived=bool(row["lived"]),
                     **{name: row[name] for name in _SIZES},
                     **times,
                 )
-
-
-def _place(lines: dict[_Key, list[UsageSum]]) -> None:
-    """Time before an instance first held a GPU has no model (and is unbilled): it goes to the line of the model that
-    the same group had then, so that nobody reads two lines for one function, and always-on has a price for it."""
-    models = {(group, since): model for group, model, since in sorted(lines, reverse=True) if model}
-    for group, model, since in list(lines):
-        found = models.get((group, since), "")
-        if not model and found:
-            parts = lines.pop((group, model, since))
-            lines[group, found, since] += [replace(part, gpu_model=found) if part.gpu_count else part for part in parts]
 
 
 def _periods(book: PriceBook) -> Iterable[tuple[Price | None, int, int | None]]:
@@ -211,11 +237,48 @@ def _summed() -> list[sa.Label[Any]]:
     return parts
 
 
-def _where(query: sa.Select[Any], only: UsageFilter) -> sa.Select[Any]:
-    for name in ("function", "node", "gpu_model", "instance_uid"):
+def _known(only: UsageFilter) -> sa.CTE:
+    """Of the instances with windows in range that don't tell themselves: the model that each held sooner or later, and
+    whether anything was ever billed of it (0 or 1)."""
+    billed = WINDOWS.c.active_ns + WINDOWS.c.idle_ns
+    doubtful = sa.select(WINDOWS.c.instance_uid).where(sa.or_(WINDOWS.c.gpu_model == "", billed == 0))
+    within = _where(doubtful, only).distinct()
+    return (
+        sa.select(
+            WINDOWS.c.instance_uid.label("uid"),
+            sa.func.max(WINDOWS.c.gpu_model).label("model"),
+            sa.func.max(sa.case((billed > 0, 1), else_=0)).label("lived"),
+        )
+        .where(WINDOWS.c.instance_uid.in_(within))
+        .group_by(WINDOWS.c.instance_uid)
+        .cte("known")
+    )
+
+
+def _model(known: sa.CTE) -> sa.ColumnElement[str]:
+    return sa.case((WINDOWS.c.gpu_model == "", sa.func.coalesce(known.c.model, "")), else_=WINDOWS.c.gpu_model)
+
+
+def _page(query: sa.Select[Any], only: UsageFilter, after: tuple[str, int], limit: int) -> sa.Select[Any]:
+    """The windows of `query` after that key, in order."""
+    model = None
+    if only.gpu_model:
+        known = _known(only)
+        model = _model(known)
+        query = query.select_from(WINDOWS.outerjoin(known, known.c.uid == WINDOWS.c.instance_uid))
+    key = sa.tuple_(WINDOWS.c.instance_uid, WINDOWS.c.seq)
+    query = _where(query, only, model).where(key > sa.tuple_(sa.literal(after[0]), sa.literal(after[1])))
+    return query.order_by(WINDOWS.c.instance_uid, WINDOWS.c.seq).limit(limit)
+
+
+def _where(query: sa.Select[Any], only: UsageFilter, model: sa.ColumnElement[str] | None = None) -> sa.Select[Any]:
+    """`model`: what a GPU model is compared with; without it all models pass."""
+    for name in ("function", "node", "instance_uid"):
         value = getattr(only, name)
         if value:
             query = query.where(WINDOWS.c[name] == value)
+    if only.gpu_model and model is not None:
+        query = query.where(model == ("" if only.gpu_model == NO_GPU_MODEL else only.gpu_model))
     if only.start_wall_ns:
         query = query.where(WINDOWS.c.start_wall_ns >= only.start_wall_ns)
     if only.end_wall_ns:
@@ -230,7 +293,9 @@ def _line(parts: list[UsageSum]) -> UsageLine:
             unpriced += part.windows
             continue
         this = cost(part, part.price)
-        spent, always_on = spent + this, always_on + always_on_cost(part, part.price)
-        unpriced += part.windows if this.gpu_unpriced else 0
+        spent += this
+        if part.lived:
+            always_on += always_on_cost(part, part.price)
+            unpriced += part.windows if this.gpu_unpriced else 0
     first = parts[0]
     return UsageLine(first.group, first.gpu_model, first.price, tuple(parts), spent, always_on, unpriced)

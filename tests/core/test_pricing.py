@@ -120,7 +120,7 @@ def test_a_new_price_holds_from_its_instant_on() -> None:
     document = yaml.safe_load(EXAMPLE.read_text())
     dearer = {**document["prices"][0], "valid_from": "2026-01-01T00:00:00+00:00", "unit_price": "2.5"}
     prices = parse_price_book({"prices": [*document["prices"], dearer]})
-    boundary = prices.boundaries_wall_ns()[1]
+    boundary = prices.prices[1].valid_from_wall_ns
     old, new = replace(window(), start_wall_ns=boundary - 1), replace(window(), start_wall_ns=boundary)
     spent_old, _, _ = cost_of_windows([old], prices)
     spent_new, _, _ = cost_of_windows([new], prices)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from agent.scheduler.usage import UsageCollector, UsageDatabase
 from tests.fakes import postgresql
+from tests.fakes.clock import FakeClock
 from tests.fakes.postgresql import PostgreSQL
 
 
@@ -32,3 +34,16 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     server: PostgreSQL = request.getfixturevalue("postgres")
     with server.database() as name:
         yield server.url(name)
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[UsageDatabase]:
+    opened = UsageDatabase.at(database_url)
+    await opened.open()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def collector(database: UsageDatabase) -> UsageCollector:
+    return UsageCollector(database, FakeClock())

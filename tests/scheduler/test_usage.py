@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import stat
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from agent.core.pricing import cost_of_windows, rounded
 from agent.core.types import SECOND_NS
 from agent.core.usage_window import Window
 from agent.scheduler.usage import MAX_BATCH, MAX_CONFLICTS_PER_KEY, Accepted, Refusal, UsageCollector, UsageDatabase
-from agent.scheduler.usage_reconciliation import reconcile
 from agent.scheduler.usage_reports import UsageFilter, UsageReports
 from tests.contract.test_stores import window
 from tests.fakes.clock import FakeClock
@@ -26,19 +24,6 @@ from tests.fakes.clock import FakeClock
 EXAMPLE = Path(__file__).parents[2] / "systemd" / "price-book.example.yaml"
 NODE = "gpu-7"
 WALL = window().start_wall_ns
-
-
-@pytest.fixture
-async def database(database_url: str) -> AsyncIterator[UsageDatabase]:
-    opened = UsageDatabase.at(database_url)
-    await opened.open()
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def collector(database: UsageDatabase) -> UsageCollector:
-    return UsageCollector(database, FakeClock())
 
 
 def book(*valid_from: str) -> PriceBook:
@@ -149,7 +134,7 @@ async def test_each_window_is_priced_by_the_price_of_its_beginning(
     collector: UsageCollector, database: UsageDatabase
 ) -> None:
     prices = book("2023-01-01", "2024-01-01")
-    boundary = prices.boundaries_wall_ns()[1]
+    boundary = prices.prices[1].valid_from_wall_ns
     await collector.accept(
         NODE, [replace(window(seq=0), start_wall_ns=boundary - 1), replace(window(seq=1), start_wall_ns=boundary)]
     )
@@ -238,24 +223,6 @@ async def test_waiting_calls_are_bounded_and_have_a_deadline(tmp_path: Path) -> 
             await blocked
         hold.set()
     slow.close()
-
-
-# ---- reconciliation ------------------------------------------------------------------------------------------
-
-
-def test_a_contiguous_ledger_has_no_findings() -> None:
-    restarted = replace(window(seq=3), boot_id="boot-b", start_mono_ns=5, end_mono_ns=105)
-    assert reconcile([window(seq=0), window(seq=1), restarted, window("i-other", seq=9)]) == []
-
-
-def test_gaps_overlaps_and_estimates_are_found() -> None:
-    early = replace(window(seq=3), start_mono_ns=280, end_mono_ns=380)
-    ledger = [window(seq=0), window(seq=2), early, replace(window("i-b"), estimated=True)]
-    assert [(f.instance_uid, f.seq, f.kind, f.duration_ns) for f in reconcile(ledger)] == [
-        ("i-ocr-1", 2, "GAP", 100),
-        ("i-ocr-1", 3, "OVERLAP", 20),
-        ("i-b", 0, "ESTIMATED", 100),
-    ]
 
 
 async def test_a_node_does_not_upload_the_usage_of_another_node_s_instance(database: UsageDatabase) -> None:
