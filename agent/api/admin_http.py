@@ -1,10 +1,12 @@
-"""Admin HTTP of a daemon: /metrics, /healthz, /readyz. Read-only; the Host header is checked against rebinding."""
+"""Admin HTTP of a daemon: /metrics, /healthz, /readyz, and pages of its own. Read-only; the Host header is checked
+against rebinding."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
@@ -14,10 +16,24 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_REQUEST_BYTES = 1024
 
 
-class AdminServer:
-    """`render` gives the metrics as Prometheus text, `ready` what /readyz says."""
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Something to show beside the metrics, made anew each time."""
 
-    def __init__(self, render: Callable[[], bytes], ready: Callable[[], bool]) -> None:
+    content_type: str
+    render: Callable[[], bytes]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    async def answer(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.render(), headers={"content-type": self.content_type, **self.headers})
+
+
+class AdminServer:
+    """`render` gives the metrics as Prometheus text, `ready` what /readyz says, `pages` are others by path."""
+
+    def __init__(
+        self, render: Callable[[], bytes], ready: Callable[[], bool], pages: Mapping[str, Page] | None = None
+    ) -> None:
         self._render = render
         self._ready = ready
         self._names: set[str] = set()
@@ -25,6 +41,8 @@ class AdminServer:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
+        for path, page in (pages or {}).items():
+            app.router.add_get(path, page.answer)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
 
     async def start(self, host: str, port: int) -> int:

@@ -9,10 +9,13 @@ from collections.abc import AsyncIterator
 from agent.api.paging import page
 from agent.core.errors import DeadlineError, ExhaustedError
 from agent.core.leases import Standing
+from agent.core.provision import Scheduling
 from agent.scheduler.fleet import ENDED, Fleet, NodeRecord
+from agent.scheduler.node_scheduling import NodeScheduling
 from agent.v1 import scheduler_service_pb2 as pb
 from agent.v1 import scheduler_service_pb2_grpc, types_pb2
 from agent.wire.addresses import peer_host
+from agent.wire.convert_enums import scheduling_from_proto, scheduling_to_proto
 from agent.wire.convert_load import instance_of_load
 from agent.wire.convert_time import time_to_proto
 from agent.wire.interceptors import CallContext
@@ -31,9 +34,10 @@ _STATES = {
 class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
     """Translates and hands on; errors become statuses in the wire's call guard."""
 
-    def __init__(self, fleet: Fleet, silence_s: float = 10.0) -> None:
+    def __init__(self, fleet: Fleet, scheduling: NodeScheduling, silence_s: float = 10.0) -> None:
         """A stream without a message for `silence_s` is ended: its agent beats once a second, or opens another."""
         self._fleet = fleet
+        self._scheduling = scheduling
         self._silence_s = silence_s
         self._open: Counter[str] = Counter()
 
@@ -68,7 +72,16 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
     async def ListNodes(self, request: pb.ListNodesRequest, context: object) -> pb.ListNodesResponse:
         """Nodes by name, as last heard."""
         shown, token = page(self._fleet.nodes(), request.page_size, request.page_token)
-        return pb.ListNodesResponse(nodes=[node_of_record(node) for node in shown], next_page_token=token)
+        return pb.ListNodesResponse(nodes=[self._show(node) for node in shown], next_page_token=token)
+
+    async def SetNodeScheduling(
+        self, request: pb.SetNodeSchedulingRequest, context: object
+    ) -> pb.SetNodeSchedulingResponse:
+        """Answers once it is stored and in effect, not once the node is drained."""
+        await self._scheduling.put(request.name, scheduling_from_proto(request.scheduling))
+        node = self._fleet.node(request.name)
+        assert node is not None, "nodes are never forgotten"
+        return pb.SetNodeSchedulingResponse(node=self._show(node))
 
     async def ListFleetInstances(
         self, request: pb.ListFleetInstancesRequest, context: object
@@ -87,8 +100,11 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
             instances=[instance_of_load(entry[4], entry[0]) for entry in shown], next_page_token=token
         )
 
+    def _show(self, node: NodeRecord) -> types_pb2.Node:
+        return node_of_record(node, self._fleet.scheduling(node.name))
 
-def node_of_record(record: NodeRecord) -> types_pb2.Node:
+
+def node_of_record(record: NodeRecord, scheduling: Scheduling) -> types_pb2.Node:
     """The node on the wire: its registration, its last heartbeat, and what the scheduler thinks of it."""
     registration, load = record.registration, record.load
     state = _STATES[record.standing]
@@ -110,6 +126,7 @@ def node_of_record(record: NodeRecord) -> types_pb2.Node:
         labels=registration.labels,
         instances_per_gpu=registration.instances_per_gpu,
         runtimes=registration.runtimes,
+        scheduling=scheduling_to_proto(scheduling),
         instance_count=sum(one.state not in ENDED for one in record.instances.values()),
     )
     if registration.HasField("start_time"):

@@ -1,4 +1,4 @@
-"""Which node gets a new instance: one with free slots (GPUs x instances_per_gpu), memory, the runtime and the labels.
+"""Which node gets a new instance: one with a free slot (GPUs x instances_per_gpu), memory, the runtime and the labels.
 
 Pure. The node's own agent has the last word (it refuses what it cannot hold); this only avoids asking in vain.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import TypeAlias
 
 from agent.core.function_rules import HOST_IMAGE
@@ -14,29 +15,59 @@ from agent.core.types import FunctionSpec
 
 
 @dataclass(frozen=True, slots=True)
-class NodeView:
-    """What placement knows of a node. `assigned` counts GPU slots taken by instances, or by creates under way.
+class GpuView:
+    """One usable GPU. `sharers`: instances that are assigned to it, awake or not."""
 
-    `gpu_models`: the model of each usable GPU. `memory_free_bytes`: available less reserved; None = not said.
+    uuid: str
+    model: str = ""
+    sharers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """What placement knows of a node.
+
+    `unavailable`: why it takes no instances now, "is ..." or "has ..."; "" = it does. `gpus`: the usable ones.
+    `migrates`: a frozen instance may wake on another GPU, so that `instances_per_gpu` bounds them on the average.
+    `memory_free_bytes`: available less reserved; None = not said.
     """
 
     name: str
-    gpu_models: tuple[str, ...] = ()
+    gpus: tuple[GpuView, ...] = ()
     instances_per_gpu: int = 1
-    assigned: int = 0
+    migrates: bool = False
     memory_free_bytes: int | None = None
     runtimes: frozenset[str] = frozenset()
     labels: Mapping[str, str] = field(default_factory=dict)
+    unavailable: str = ""
 
-    def free_slots(self) -> int:
-        """Slots not yet assigned; one GPU of one instance is one slot."""
-        return len(self.gpu_models) * self.instances_per_gpu - self.assigned
+    def free_slots(self, model: str = "") -> int:
+        """Slots of GPUs of that model that nobody is assigned to; "" = of any."""
+        free = [self.instances_per_gpu - gpu.sharers for gpu in self.gpus if model in ("", gpu.model)]
+        return max(0, sum(free)) if self.migrates else sum(slots for slots in free if slots > 0)
+
+    def has_slots(self, count: int, model: str) -> bool:
+        """One more instance fits, on `count` GPUs of its own."""
+        fitting = [gpu for gpu in self.gpus if model in ("", gpu.model)]
+        roomy = sum(gpu.sharers < self.instances_per_gpu for gpu in fitting)
+        return roomy >= count and self.free_slots(model) >= count
+
+    def has_memory(self, size: int) -> bool:
+        """So much more fits; where nothing is said, anything does."""
+        return self.memory_free_bytes is None or self.memory_free_bytes >= size
 
     def with_instance(self, spec: FunctionSpec) -> NodeView:
-        """The node once it has been asked for one more."""
-        memory = self.memory_free_bytes
-        left = None if memory is None else memory - spec.memory_bytes
-        return replace(self, assigned=self.assigned + spec.gpu.count, memory_free_bytes=left)
+        """The node once it has been asked for one more: on the fitting GPUs with the fewest sharers, as agents do."""
+        fitting = [gpu for gpu in self.gpus if spec.gpu.model in ("", gpu.model)]
+        chosen = {gpu.uuid for gpu in sorted(fitting, key=lambda gpu: gpu.sharers)[: spec.gpu.count]}
+        gpus = tuple(replace(gpu, sharers=gpu.sharers + (gpu.uuid in chosen)) for gpu in self.gpus)
+        return replace(self, gpus=gpus, memory_free_bytes=_less(self.memory_free_bytes, spec.memory_bytes))
+
+    def without(self, gpu_uuids: Iterable[str], memory_bytes: int) -> NodeView:
+        """The node once an instance on those GPUs has ended."""
+        left = set(gpu_uuids)
+        gpus = tuple(replace(gpu, sharers=max(0, gpu.sharers - (gpu.uuid in left))) for gpu in self.gpus)
+        return replace(self, gpus=gpus, memory_free_bytes=_less(self.memory_free_bytes, -memory_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,57 +88,165 @@ class Unplaceable:
 Placement: TypeAlias = Placed | Unplaceable
 
 
-def place(spec: FunctionSpec, nodes: Iterable[NodeView], labels: Mapping[str, str] | None = None) -> Placement:
+@dataclass(frozen=True, slots=True)
+class Occupant:
+    """An instance that may give way. `gpus`: those it is assigned to."""
+
+    uid: str
+    node: str
+    gpus: tuple[str, ...] = ()
+
+
+class _Lacks(IntEnum):
+    """What a node lacks, in the order in which it is looked at; the later, the closer it is to taking the instance."""
+
+    RUNTIME = 1
+    MATCH = 2
+    READINESS = 3
+    SLOT = 4
+    MEMORY = 5
+
+
+_REASONS = {
+    _Lacks.RUNTIME: "IMAGE_RUNTIME_UNAVAILABLE",
+    _Lacks.MATCH: "NO_MATCHING_NODE",
+    _Lacks.READINESS: "NO_NODE",
+    _Lacks.SLOT: "NO_FREE_GPU",
+    _Lacks.MEMORY: "HOST_MEMORY_SHORT",
+}
+_PLURALS = {"has": "have", "is": "are", "lacks": "lack"}
+
+
+def place(spec: FunctionSpec, nodes: Iterable[NodeView]) -> Placement:
     """The node with the most free slots that can take one instance of `spec`; ties by free memory, then by name.
 
-    `nodes`: only those that are ready. `labels`: what the function asks of its node.
-    The reason names the first requirement that no node meets: NO_NODE, IMAGE_RUNTIME_UNAVAILABLE, NO_MATCHING_NODE,
-    NO_FREE_GPU, HOST_MEMORY_SHORT.
+    `nodes`: all that are known. Where none can, the reason is what the node closest to it lacks (NO_NODE,
+    IMAGE_RUNTIME_UNAVAILABLE, NO_MATCHING_NODE, NO_FREE_GPU, HOST_MEMORY_SHORT), and the message counts the nodes by
+    what each of them lacks.
     """
-    candidates = list(nodes)
-    if not candidates:
+    known = list(nodes)
+    lacking: list[tuple[_Lacks, str, str]] = []
+    fitting: list[NodeView] = []
+    for node in known:
+        lack = _lack(spec, node)
+        if lack is None:
+            fitting.append(node)
+        else:
+            lacking.append((*lack, node.name))
+    if fitting:
+        model = spec.gpu.model
+        best = min(fitting, key=lambda node: (-node.free_slots(model), -(node.memory_free_bytes or 0), node.name))
+        return Placed(best.name)
+    if not known:
         return Unplaceable("NO_NODE", "no node is ready; start an agent whose configuration names this scheduler")
-    runtime = "process" if spec.image == HOST_IMAGE else "engine"
-    candidates = [node for node in candidates if runtime in node.runtimes]
-    if not candidates:
-        return Unplaceable("IMAGE_RUNTIME_UNAVAILABLE", _no_runtime(spec))
-    wanted = labels or {}
-    fitting = [node for node in candidates if _matches(spec, node, wanted)]
-    if not fitting:
-        return Unplaceable("NO_MATCHING_NODE", _no_match(spec, wanted))
-    free = [node for node in fitting if node.free_slots() >= spec.gpu.count]
-    if not free:
-        return Unplaceable(
-            "NO_FREE_GPU",
-            f"every GPU that fits {spec.name} has its full number of instances; add GPUs, raise "
-            "gpu.instances_per_gpu, or lower a target",
-        )
-    roomy = [node for node in free if node.memory_free_bytes is None or node.memory_free_bytes >= spec.memory_bytes]
-    if not roomy:
-        return Unplaceable(
-            "HOST_MEMORY_SHORT",
-            f"no node with a free GPU has {spec.memory_bytes} bytes of memory left for an instance of {spec.name}",
-        )
-    best = min(roomy, key=lambda node: (-node.free_slots(), -(node.memory_free_bytes or 0), node.name))
-    return Placed(best.name)
+    closest = max(lack for lack, _, _ in lacking)
+    return Unplaceable(_REASONS[closest], f"{_headline(spec, closest)}: {_tally(lacking)}; {_fix(spec, closest)}")
 
 
-def _matches(spec: FunctionSpec, node: NodeView, labels: Mapping[str, str]) -> bool:
-    if any(node.labels.get(key) != value for key, value in labels.items()):
-        return False
-    if not spec.gpu.count:
-        return True
-    fitting = [model for model in node.gpu_models if spec.gpu.model in ("", model)]
-    return len(fitting) >= spec.gpu.count
+def gives_way(spec: FunctionSpec, nodes: Iterable[NodeView], occupants: Iterable[Occupant]) -> tuple[str, ...]:
+    """The instances to stop so that one of `spec` can be placed: on one node, as few as possible, in the order given.
+
+    Empty where it would not help: nobody is stopped for nothing. An occupant's memory is taken to be that of `spec`.
+    """
+    by_node: dict[str, list[Occupant]] = {}
+    for one in occupants:
+        by_node.setdefault(one.node, []).append(one)
+    best: list[Occupant] = []
+    for node in nodes:
+        chosen: list[Occupant] = []
+        for one in by_node.get(node.name, []):
+            if _fits_without(spec, node, chosen):
+                break
+            chosen.append(one)
+        for one in list(chosen):  # some stood elsewhere than where room is needed
+            others = [other for other in chosen if other is not one]
+            chosen = others if _fits_without(spec, node, others) else chosen
+        if chosen and _fits_without(spec, node, chosen) and (not best or len(chosen) < len(best)):
+            best = chosen
+    return tuple(one.uid for one in best)
 
 
-def _no_runtime(spec: FunctionSpec) -> str:
-    if spec.image == HOST_IMAGE:
-        return f"{spec.name} runs on the host, but no node enables the process runtime (runtime.process.enabled)"
-    return f"{spec.name} needs a container engine for its image, and no ready node has one"
+def _fits_without(spec: FunctionSpec, node: NodeView, gone: list[Occupant]) -> bool:
+    for one in gone:
+        node = node.without(one.gpus, spec.memory_bytes)
+    return _lack(spec, node) is None
 
 
-def _no_match(spec: FunctionSpec, labels: Mapping[str, str]) -> str:
-    gpus = f"{spec.gpu.count} GPU(s){f' of model {spec.gpu.model}' if spec.gpu.model else ''}"
-    asked = "".join(f", label {key}={value}" for key, value in labels.items())
-    return f"no ready node has what {spec.name} needs: {gpus}{asked}"
+def _lack(spec: FunctionSpec, node: NodeView) -> tuple[_Lacks, str] | None:
+    """What keeps `node` from taking the instance, first what no waiting changes; None if it can take it.
+
+    The words follow "it"; `_tally` makes them follow "they".
+    """
+    heard = bool(node.runtimes)
+    if heard and _runtime(spec) not in node.runtimes:
+        engine = _runtime(spec) == "engine"
+        return _Lacks.RUNTIME, "has no container engine" if engine else "has no process runtime enabled"
+    missing = [f"{key}={value}" for key, value in spec.node_labels if node.labels.get(key) != value]
+    if heard and missing:
+        return _Lacks.MATCH, f"lacks label {', '.join(missing)}"
+    gpus = sum(spec.gpu.model in ("", gpu.model) for gpu in node.gpus)
+    if heard and gpus < spec.gpu.count:
+        return _Lacks.MATCH, f"has {gpus} of {_gpus(spec)}"
+    if node.unavailable or not heard:
+        return _Lacks.READINESS, node.unavailable or "has not registered"
+    if spec.gpu.count and not node.has_slots(spec.gpu.count, spec.gpu.model):
+        return _Lacks.SLOT, "has no free GPU" if spec.gpu.count == 1 else f"has no {spec.gpu.count} free GPUs"
+    if not node.has_memory(spec.memory_bytes):
+        return _Lacks.MEMORY, "has too little host memory left"
+    return None
+
+
+def _tally(lacking: list[tuple[_Lacks, str, str]]) -> str:
+    """`node gpu-1 has no free GPU`, or `3 nodes: 2 have no free GPU, 1 lacks label zone=a`."""
+    if len(lacking) == 1:
+        return f"node {lacking[0][2]} {lacking[0][1]}"
+    counts: dict[str, int] = {}
+    for _, words, _ in sorted(lacking, key=lambda one: -one[0]):
+        counts[words] = counts.get(words, 0) + 1
+    parts = [f"{count} {words if count == 1 else _plural(words)}" for words, count in counts.items()]
+    return f"{len(lacking)} nodes: {', '.join(parts)}"
+
+
+def _plural(words: str) -> str:
+    verb, _, rest = words.partition(" ")
+    return f"{_PLURALS[verb]} {rest}"
+
+
+def _headline(spec: FunctionSpec, lack: _Lacks) -> str:
+    match lack:
+        case _Lacks.READINESS:
+            return f"no node is ready that fits {spec.name}"
+        case _Lacks.SLOT:
+            return f"every GPU that fits {spec.name} has its full number of instances"
+        case _Lacks.MEMORY:
+            return f"no node with a free GPU has {spec.memory_bytes} bytes of memory left for {spec.name}"
+        case _:
+            return f"no node has what {spec.name} needs"
+
+
+def _fix(spec: FunctionSpec, lack: _Lacks) -> str:
+    match lack:
+        case _Lacks.RUNTIME if _runtime(spec) == "process":
+            return "set runtime.process.enabled at an agent"
+        case _Lacks.RUNTIME:
+            return "install Docker or Podman on a node"
+        case _Lacks.MATCH:
+            return "change what the function asks for, or add such a node"
+        case _Lacks.READINESS:
+            return "`hibernode node --fleet` shows them"
+        case _Lacks.SLOT:
+            return "add GPUs, raise gpu.instances_per_gpu, or lower a target"
+        case _Lacks.MEMORY:
+            return "free memory, lower memorySize, or lower a target"
+
+
+def _runtime(spec: FunctionSpec) -> str:
+    return "process" if spec.image == HOST_IMAGE else "engine"
+
+
+def _gpus(spec: FunctionSpec) -> str:
+    return f"{spec.gpu.count} usable GPU(s){f' of model {spec.gpu.model}' if spec.gpu.model else ''}"
+
+
+def _less(free: int | None, size: int) -> int | None:
+    return None if free is None else free - size

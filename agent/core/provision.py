@@ -1,9 +1,9 @@
 """From the instances wanted to the instances there are: which to create, which to drain.
 
-An instance the scheduler wants is an *ordinal* of a revision; its create carries the request_id
-function/revision/ordinal/attempt, so that a create repeated after a crash or a timeout makes nothing twice. A new
-attempt is made only once the one before has ended. Attempts back off, and after `MAX_ATTEMPTS` failures in a row the
-function stays degraded until it is deployed again.
+An instance the scheduler wants is an *ordinal* of a revision, the lowest that is free; its create carries the
+request_id function/revision/ordinal/attempt, so that a create repeated after a crash or a timeout makes nothing twice.
+A new attempt is made only once the one before has ended, or is on its way out. Attempts back off, and after
+`MAX_ATTEMPTS` failures in a row the function stays degraded until it is deployed again.
 
 Pure: `plan(...)` looks at one function at one moment and says what to do.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 from agent.core.types import SECOND_NS, InstanceState
 
@@ -44,9 +45,24 @@ def parse_request_id(text: str) -> RequestId | None:
     return RequestId(parts[0], parts[1], int(parts[2]), int(parts[3]))
 
 
+class Scheduling(Enum):
+    """What an operator has asked of a node. CORDONED: it gets no new instances. DRAINED: those it has are replaced
+    elsewhere, then drained. EMPTIED: they are drained even where nothing can take their place."""
+
+    NORMAL = "NORMAL"
+    CORDONED = "CORDONED"
+    DRAINED = "DRAINED"
+    EMPTIED = "EMPTIED"
+
+    @property
+    def drains(self) -> bool:
+        """Its instances are to go."""
+        return self in (Scheduling.DRAINED, Scheduling.EMPTIED)
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A function's target: ordinals 0 to target - 1 of `revision`. A function being deleted has target 0."""
+    """A function's target: so many instances of `revision`. A function being deleted has target 0."""
 
     function: str
     revision: str
@@ -55,13 +71,21 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """An instance that has not ended, made by the scheduler. `counted_out`: its node is lost."""
+    """An instance that has not ended, made by the scheduler. `counted_out`: its node is lost. `scheduling`: of its
+    node. `unsteady`: its node is silent or its agent on the way out, or the instance fails its health check.
+    `requests`: those it executes and those that wait for it; `idle_ns`: for how long it has had none. `gpus`: those it
+    is assigned to."""
 
     uid: str
     node: str
     made_by: RequestId
     state: InstanceState
     counted_out: bool = False
+    scheduling: Scheduling = Scheduling.NORMAL
+    unsteady: bool = False
+    requests: int = 0
+    idle_ns: int = 0
+    gpus: tuple[str, ...] = ()
 
     @property
     def serving(self) -> bool:
@@ -102,13 +126,17 @@ class Stop:
 class Plan:
     """What to do now, and when to look again though nothing happened (None = no need).
 
-    `makes_room`: an instance of an older revision that may be stopped if nothing is left for the creates; one at a
-    time, and none while a new one is on its way: a revision that never comes up costs one instance, not all.
+    `missing`: ordinals that are wanted and not there, those under way or given up included.
+    `may_give_way`: instances of an older revision that may be stopped if nothing is left for the creates, the least
+    useful first. `coming`: a new instance is on its way, and none is to give way meanwhile: a revision that never
+    comes up costs what one instance needs, not all.
     """
 
     creates: tuple[Create, ...] = ()
     stops: tuple[Stop, ...] = ()
-    makes_room: Stop | None = None
+    missing: tuple[int, ...] = ()
+    may_give_way: tuple[Present, ...] = ()
+    coming: bool = False
     again_at_ns: int | None = None
 
 
@@ -147,55 +175,81 @@ def plan(
 
     `present`: its instances that have not ended, of any revision. `tries`: of the wanted revision, by ordinal.
     `under_way`: ordinals of the wanted revision with a create not answered yet. `settled`: every known node has
-    reported or is lost; before that nothing is created, for it may exist already.
+    reported or is lost; before that nothing is created, for it may exist already, and nothing is stopped, for what is
+    missing elsewhere may be what it stands in for.
+
+    Instances of an older revision go as those of the wanted one come up, and so do instances on a drained node.
     """
-    here = [one for one in present if one.state is not InstanceState.STOPPING]
-    old = [one for one in here if one.made_by.revision != wanted.revision]
-    stops: list[Stop] = []
-    kept: dict[int, Present] = {}
-    for one in sorted((one for one in here if one.made_by.revision == wanted.revision), key=_best_first):
-        if one.made_by.ordinal < wanted.target and (one.made_by.ordinal not in kept):
-            kept[one.made_by.ordinal] = one
-        elif not one.counted_out:
-            stops.append(Stop(one.uid, one.node))
-    stops += [Stop(one.uid, one.node) for one in _superfluous(wanted, old, kept)]
-    creates, again = _creates(wanted, kept, tries, under_way, at) if settled else ((), None)
-    stopping = {stop.uid for stop in stops}
-    room = next((one for one in reversed(old) if one.uid not in stopping and not one.counted_out), None)
-    coming = bool(under_way) or not all(one.serving for one in kept.values())
-    makes_room = Stop(room.uid, room.node) if room is not None and creates and not coming else None
-    return Plan(creates, tuple(stops), makes_room, again)
+    known = list(present)
+    here = sorted((one for one in known if not _gone(one)), key=_least_useful)
+    fresh = [one for one in here if one.made_by.revision == wanted.revision and not one.scheduling.drains]
+    old = [one for one in here if one.made_by.revision != wanted.revision or one.scheduling.drains]
+    surplus = max(0, len(fresh) - wanted.target)  # what is under way goes first, but has no uid yet
+    kept = fresh[surplus:]
+    missing = _missing(wanted.target - len(kept) - len(under_way), kept, under_way)
+    creates, again = _creates(wanted, missing, known, tries, at)
+    leave = _superfluous(wanted, old, kept)
+    if not settled:
+        return Plan(missing=(*missing, *sorted(under_way)))
+    leaving = {one.uid for one in leave}
+    return Plan(
+        creates=creates,
+        stops=tuple(Stop(one.uid, one.node) for one in (*fresh[:surplus], *leave)),
+        missing=(*missing, *sorted(under_way)),
+        may_give_way=tuple(one for one in old if one.uid not in leaving and not one.scheduling.drains),
+        coming=bool(under_way) or not all(one.serving for one in kept),
+        again_at_ns=again,
+    )
 
 
-def _best_first(one: Present) -> tuple[bool, bool, int, str]:
-    """Of two instances of one ordinal (a node came back after it was counted out) the one that serves stays."""
-    return (one.counted_out, not one.serving, one.made_by.attempt, one.uid)
+def _gone(one: Present) -> bool:
+    return one.counted_out or one.state is InstanceState.STOPPING
 
 
-def _superfluous(wanted: Wanted, old: list[Present], kept: Mapping[int, Present]) -> list[Present]:
-    """Old revisions go as the new one comes up: at no time are there fewer than `target` for lack of patience."""
-    old = [one for one in old if not one.counted_out]
-    serving = sum(one.serving for one in kept.values())
-    stay = max(0, wanted.target - serving)
-    order = sorted(old, key=lambda one: (not one.serving, one.made_by.ordinal, one.uid))
-    return order[stay:]
+def _least_useful(one: Present) -> tuple[int, int, int, int, int, str]:
+    """Who goes first: who has not come up, who is on a node that goes away or is not well, who sleeps, who has nothing
+    to do (the longest first), who has the fewest requests; then the highest ordinal."""
+    if not one.serving:
+        use = 0
+    elif one.scheduling is not Scheduling.NORMAL or one.unsteady:
+        use = 1
+    elif one.requests:
+        use = 4
+    else:
+        use = 2 if one.state in (InstanceState.FROZEN, InstanceState.FREEZING) else 3
+    return (use, one.requests, -one.idle_ns, -one.made_by.ordinal, -one.made_by.attempt, one.uid)
+
+
+def _superfluous(wanted: Wanted, old: list[Present], kept: list[Present]) -> list[Present]:
+    """At no time are there fewer than `target` for lack of patience, but for what an operator wants gone at once."""
+    stay = max(0, wanted.target - sum(one.serving for one in kept))
+    leave = old[: max(0, len(old) - stay)]
+    return [*leave, *(one for one in old[len(leave) :] if one.scheduling is Scheduling.EMPTIED)]
+
+
+def _missing(short: int, kept: list[Present], under_way: frozenset[int]) -> tuple[int, ...]:
+    """The lowest `short` ordinals that are free."""
+    held = {one.made_by.ordinal for one in kept} | under_way
+    free = (ordinal for ordinal in range(max(0, short) + len(held)) if ordinal not in held)
+    return tuple(ordinal for ordinal, _ in zip(free, range(short), strict=False))
 
 
 def _creates(
-    wanted: Wanted, kept: Mapping[int, Present], tries: Mapping[int, Tries], under_way: frozenset[int], at: int
+    wanted: Wanted, missing: tuple[int, ...], known: list[Present], tries: Mapping[int, Tries], at: int
 ) -> tuple[tuple[Create, ...], int | None]:
+    used: dict[int, int] = {}
+    for one in known:
+        if one.made_by.revision == wanted.revision:
+            used[one.made_by.ordinal] = max(one.made_by.attempt, used.get(one.made_by.ordinal, 0))
     creates: list[Create] = []
     again: int | None = None
-    for ordinal in range(wanted.target):
-        one = kept.get(ordinal)
-        if ordinal in under_way or (one is not None and not one.counted_out):
-            continue
+    for ordinal in missing:
         tried = tries.get(ordinal, Tries())
         if tried.given_up:
             continue
         if tried.not_before_ns > at:
             again = tried.not_before_ns if again is None else min(again, tried.not_before_ns)
             continue
-        last = max(tried.attempt, one.made_by.attempt if one is not None else 0)
-        creates.append(Create(RequestId(wanted.function, wanted.revision, ordinal, last + 1)))
+        attempt = max(tried.attempt, used.get(ordinal, 0)) + 1
+        creates.append(Create(RequestId(wanted.function, wanted.revision, ordinal, attempt)))
     return tuple(creates), again

@@ -23,7 +23,8 @@ from agent.adapters.clock import SystemClock
 from agent.adapters.kept_listener import kept_listener
 from agent.adapters.state_dir import StateDir
 from agent.adapters.token_file import ensure_token, read_token
-from agent.api.admin_http import AdminServer
+from agent.api import dashboard
+from agent.api.admin_http import AdminServer, Page
 from agent.api.function_metrics import FunctionMetrics
 from agent.api.function_servicer import FunctionServicer
 from agent.api.scheduler_metrics import SchedulerMetrics
@@ -250,12 +251,15 @@ class SchedulerDaemon:
         if self.admin_address:
             return
         listen = self._config.admin
-        self.admin = AdminServer(self._metrics().render, lambda: self._ready)
+        self.admin = AdminServer(self._metrics().render, lambda: self._ready, self._pages())
         self._stack.push_async_callback(self.admin.stop)
         try:
             self.admin_address = join(listen.host, await self.admin.start(listen.host, listen.port))
         except OSError as error:
             raise _bind_failed(error) from error
+
+    def _pages(self) -> dict[str, Page]:
+        return {"/grafana.json": Page("application/json", dashboard.render)}
 
     def _metrics(self) -> SchedulerMetrics:
         traffic, usage = self.gateway.traffic, self.usage_totals

@@ -13,6 +13,8 @@
 | `deploy_rules.py` | what a deploy must keep to |
 | `store.py` | what must survive the scheduler: functions and known nodes, in SQL |
 | `provisioner.py` | drives `core/provision.py`: creates and drains instances |
+| `progress.py` | what it knows of a function's instances beyond the fleet's table |
+| `node_scheduling.py` | what operators ask of nodes: cordon, drain |
 | `node_views.py` | the fleet as `core/placement.py` sees it |
 | `usage*.py` | the agents' usage windows: taken in once, summed, priced |
 """

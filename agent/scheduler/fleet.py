@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from agent.core.dispatch_events import Event, InstanceGone, NodeLost, NodeSuspect
 from agent.core.errors import InvalidArgumentError, PreconditionError
 from agent.core.leases import Standing
+from agent.core.provision import Scheduling
 from agent.core.types import SECOND_NS
 from agent.log import get_logger
 from agent.ports import Clock
@@ -40,6 +41,7 @@ class NodeRecord:
     `wall_ns`: last heard.
 
     `seen`: instances named since the stream's snapshot; when a recovering agent is done, all others are gone.
+    `idle_since`: when an instance had its last request (monotonic ns), as far as its agent has said.
     """
 
     name: str
@@ -57,6 +59,7 @@ class NodeRecord:
     load: NodeLoad = field(default_factory=NodeLoad)
     instances: dict[str, InstanceLoad] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
+    idle_since: dict[str, int] = field(default_factory=dict)
 
     @property
     def recovering(self) -> bool:
@@ -90,6 +93,7 @@ class Fleet:
         self._nodes: dict[str, NodeRecord] = {}
         self._owners: dict[str, NodeRecord] = {}
         self._last_words: dict[str, InstanceLoad] = {}
+        self._scheduling: dict[str, Scheduling] = {}
         self._streams = 0
 
     # ---- the load stream --------------------------------------------------------------------------------------
@@ -173,11 +177,20 @@ class Fleet:
             elif silent >= self._suspect_ns:
                 self._suspect(node, "silent")
 
+    def schedule(self, name: str, scheduling: Scheduling) -> None:
+        """What an operator asks of a node is in effect from now on."""
+        self._scheduling[name] = scheduling
+        self._changed()
+
     # ---- reading ----------------------------------------------------------------------------------------------
 
     def settled(self) -> bool:
         """Every known node has said what it has, or is lost: what isn't in the table does not exist."""
         return all(node.settled or node.standing is Standing.LOST for node in self._nodes.values())
+
+    def scheduling(self, name: str) -> Scheduling:
+        """What an operator has asked of a node."""
+        return self._scheduling.get(name, Scheduling.NORMAL)
 
     def node(self, name: str) -> NodeRecord | None:
         return self._nodes.get(name)
@@ -260,12 +273,14 @@ class Fleet:
         event = reported_of_load(load, node.name)  # before anything is kept: it refuses what it can't read
         self._owners[load.uid] = node
         node.instances[load.uid] = load
+        node.idle_since[load.uid] = node.heard_ns - load.idle_for_ns
         node.seen.add(load.uid)
         self._tell(event)
         return before is None or before.state != load.state
 
     def _remove(self, node: NodeRecord, uid: str) -> bool:
         node.seen.discard(uid)
+        node.idle_since.pop(uid, None)
         load = node.instances.pop(uid, None)
         if load is None:
             return False

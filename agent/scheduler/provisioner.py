@@ -4,52 +4,33 @@
 idempotent (request_id), so a call whose answer was lost is simply made again. An instance is retired at the dispatcher
 before its agent is asked to drain it, so that nothing new reaches it.
 
-Thin: an update creates first where GPUs have room and else stops one old instance at a time; scale-in goes by ordinal.
+An update creates first where GPUs have room, and else stops the old one instance's worth at a time. Instances on a
+drained node go as those of an older revision do, but only for a place elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import replace
 from typing import Any
 
 from agent.core.dispatch_events import Event, InstanceRetired
-from agent.core.errors import (
-    ConflictError,
-    DeadlineError,
-    ExhaustedError,
-    HibernodeError,
-    NotFoundError,
-    UnavailableError,
-)
+from agent.core.errors import DeadlineError, HibernodeError, NotFoundError
 from agent.core.leases import Standing
-from agent.core.placement import Placed, Placement, Unplaceable, place
-from agent.core.provision import (
-    Create,
-    Plan,
-    Present,
-    RequestId,
-    Stop,
-    Tries,
-    Wanted,
-    came_up,
-    failed,
-    parse_request_id,
-    passed_over,
-    plan,
-)
+from agent.core.placement import NodeView, Occupant, Placed, Placement, Unplaceable, gives_way, place
+from agent.core.provision import Create, Plan, Present, Stop, Wanted, parse_request_id, plan
 from agent.core.types import SECOND_NS, InstanceState
 from agent.log import get_logger
 from agent.ports import Clock
 from agent.scheduler.fleet import Fleet
-from agent.scheduler.functions import Catalog, Deployed, Problem
+from agent.scheduler.functions import Catalog, Deployed
 from agent.scheduler.links import Links
 from agent.scheduler.node_views import node_views
+from agent.scheduler.progress import HAS_ENDED, RETRY_NS, Progress
 from agent.v1.instance_service_pb2 import CreateInstanceRequest, StopInstanceRequest
 from agent.v1.types_pb2 import Instance
 from agent.wire.convert_enums import state_from_proto
-from agent.wire.convert_time import time_from_proto
 
 CREATE_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 180.0
@@ -61,38 +42,7 @@ ROUND_S = 5.0
 PAUSE_S = 0.02
 """Between rounds at least so long, and ten times what a round took: a large fleet that changes all the time costs a
 tenth of a core at the most."""
-RETRY_NS = 2 * SECOND_NS
-"""After a create that the agent could not take now, or a stop that failed."""
-REPORT_DUE_NS = 15 * SECOND_NS
-"""An instance created but never reported by then counts as ended."""
-OLD_NS = 60 * SECOND_NS
-"""A create answered with an instance that has ended and is older than this found one of a former life."""
-HOPELESS = frozenset({"IMAGE_RUNTIME_UNAVAILABLE", "NO_MATCHING_NODE"})
-FULL = frozenset({"NO_FREE_GPU", "HOST_MEMORY_SHORT"})
-"""What an older revision's instance takes up, and gives way with."""
-_ENDED = (InstanceState.STOPPED, InstanceState.FAILED)
-
 _log = get_logger()
-
-
-@dataclass(slots=True, eq=False)
-class _Progress:
-    """What is known of one function beyond the fleet's table. Ordinals are those of `revision`.
-
-    `unsure`: the node of a create without an answer, by ordinal: it is asked again there, or there might be two.
-    `retired`: what the dispatcher was told to leave alone.
-    """
-
-    revision: str = ""
-    deploys: int = 0
-    tries: dict[int, Tries] = field(default_factory=dict)
-    under_way: dict[int, str] = field(default_factory=dict)
-    unsure: dict[int, str] = field(default_factory=dict)
-    answered: dict[str, tuple[Present, int]] = field(default_factory=dict)
-    alive: dict[str, RequestId] = field(default_factory=dict)
-    stopping: set[str] = field(default_factory=set)
-    retired: set[str] = field(default_factory=set)
-    last_failure: Problem | None = None
 
 
 class Provisioner:
@@ -106,7 +56,7 @@ class Provisioner:
         self._fleet = fleet
         self._links = links
         self._tell = tell
-        self._progress: dict[str, _Progress] = {}
+        self._progress: dict[str, Progress] = {}
         self._poked = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -139,7 +89,7 @@ class Provisioner:
         """Look at every function once; returns when (monotonic ns) to look again at the latest."""
         now = self._clock.monotonic_ns()
         again = now + int(ROUND_S * SECOND_NS)
-        present = self._present()
+        present = self._present(now)
         functions = self._catalog.all()
         for function in functions:
             try:
@@ -160,10 +110,10 @@ class Provisioner:
         """
         orphaned = {name for name in present if name not in known and self._catalog.was_deleted(name)}
         for name in orphaned:
-            progress = self._progress.setdefault(name, _Progress())
+            progress = self._progress.setdefault(name, Progress())
             progress.stopping &= set(present[name])
             for one in present[name].values():
-                if not (one.counted_out or one.state in _ENDED or one.state is InstanceState.STOPPING):
+                if not (one.counted_out or one.state in HAS_ENDED or one.state is InstanceState.STOPPING):
                     self._begin_stop(progress, Stop(one.uid, one.node))
         return orphaned
 
@@ -171,9 +121,9 @@ class Provisioner:
 
     async def _one(self, function: Deployed, reported: dict[str, Present], now: int) -> int:
         name = function.spec.name
-        progress = self._progress.setdefault(name, _Progress())
-        self._follow_deploys(progress, function)
-        alive = self._learn(progress, reported, now)
+        progress = self._progress.setdefault(name, Progress())
+        progress.follow_deploys(function.spec.revision, self._catalog.deploys(name))
+        alive = progress.learn(reported, self._fleet, now)
         here = [replace(one, state=InstanceState.STOPPING) if one.uid in progress.stopping else one for one in alive]
         wanted = Wanted(name, function.spec.revision, function.target)
         settled = self._fleet.settled()
@@ -181,8 +131,8 @@ class Provisioner:
         for stop in todo.stops:
             self._begin_stop(progress, stop)
         self._take_back(progress, alive)
-        unplaceable = self._create_all(function, progress, todo)
-        self._catalog.set_problem(name, self._problem(function, progress, here, unplaceable))
+        unplaceable = self._create_all(function, progress, todo, here)
+        self._catalog.set_problem(name, progress.problem(todo, unplaceable))
         left = [one for one in alive if not one.counted_out]
         if function.deleting and settled and not (left or progress.under_way or progress.answered):
             await self._catalog.forget(name)
@@ -192,100 +142,63 @@ class Provisioner:
         waits += [due for _, due in progress.answered.values()]
         return min(waits)
 
-    def _follow_deploys(self, progress: _Progress, function: Deployed) -> None:
-        if progress.revision != function.spec.revision:
-            progress.revision, progress.tries = function.spec.revision, {}
-            progress.under_way, progress.unsure, progress.last_failure = {}, {}, None
-        deploys = self._catalog.deploys(function.spec.name)
-        if progress.deploys != deploys:
-            progress.deploys, progress.last_failure = deploys, None
-            progress.tries = {ordinal: Tries(tried.attempt) for ordinal, tried in progress.tries.items()}
-
-    def _learn(self, progress: _Progress, reported: dict[str, Present], now: int) -> list[Present]:
-        """Who lives, those included whose create was answered before their first report; who came up, who ended."""
-        for uid in [uid for uid in progress.answered if uid in reported]:
-            del progress.answered[uid]
-        alive = {uid: one for uid, one in reported.items() if one.state not in _ENDED}
-        for uid, (one, due) in list(progress.answered.items()):
-            if now < due and self._fleet.last_words(uid) is None:
-                alive[uid] = one
-            else:
-                del progress.answered[uid]
-                self._ended(progress, one.made_by, uid, now)
-        for uid, made_by in progress.alive.items():
-            if uid not in alive and uid not in progress.retired:
-                self._ended(progress, made_by, uid, now)
-        progress.stopping &= alive.keys()
-        progress.retired &= alive.keys()
-        progress.alive = {uid: one.made_by for uid, one in alive.items()}
-        for one in alive.values():
-            if one.serving and one.made_by.revision == progress.revision:
-                ordinal = one.made_by.ordinal
-                progress.tries[ordinal] = came_up(progress.tries.get(ordinal, Tries()), one.made_by.attempt)
-        return list(alive.values())
-
-    def _ended(self, progress: _Progress, made_by: RequestId, uid: str, now: int) -> None:
-        if made_by.revision != progress.revision:
-            return
-        progress.tries[made_by.ordinal] = failed(progress.tries.get(made_by.ordinal, Tries()), made_by.attempt, now)
-        load = self._fleet.instance(uid) or self._fleet.last_words(uid)
-        reason = (load.state_reason if load is not None else "") or "INSTANCE_ENDED"
-        message = (load.state_message if load is not None else "") or f"instance {made_by} ended"
-        progress.last_failure = Problem(reason, message, hopeless=False)
-        _log.warning("provision.instance_ended", request_id=str(made_by), uid=uid, reason=reason)
-
-    def _problem(
-        self, function: Deployed, progress: _Progress, here: list[Present], unplaceable: Unplaceable | None
-    ) -> Problem | None:
-        have = {
-            one.made_by.ordinal
-            for one in here
-            if one.made_by.revision == progress.revision and one.state is not InstanceState.STOPPING
-        }
-        missing = [ordinal for ordinal in range(function.target) if ordinal not in have]
-        if not missing:
-            return None
-        gives_way = any(one.made_by.revision != progress.revision and not one.counted_out for one in here)
-        if unplaceable is not None and not (unplaceable.reason in FULL and gives_way):
-            return Problem(unplaceable.reason, unplaceable.message, unplaceable.reason in HOPELESS)
-        failure = progress.last_failure
-        if failure is None:
-            return None
-        given_up = all(progress.tries.get(ordinal, Tries()).given_up for ordinal in missing)
-        return replace(failure, hopeless=given_up or failure.reason in HOPELESS)
-
     # ---- creating ---------------------------------------------------------------------------------------------
 
-    def _create_all(self, function: Deployed, progress: _Progress, todo: Plan) -> Unplaceable | None:
+    def _create_all(
+        self, function: Deployed, progress: Progress, todo: Plan, here: list[Present]
+    ) -> Unplaceable | None:
+        """Begin what has a place. Else why there is none, unless an older instance goes in its favour."""
         if not todo.creates:
             return None
-        taken = [(node, one.spec.gpu.count) for one in self._catalog.all() for node in self._pending(one.spec.name)]
-        gpus = {one.spec.name: one.spec.gpu.count for one in self._catalog.all()}
-        views = {view.name: view for view in node_views(self._fleet, taken, gpus)}
+        functions = {one.spec.name: one.spec for one in self._catalog.all()}
+        pending = [
+            (node, functions[name])
+            for name, other in self._progress.items()
+            if name in functions
+            for node in other.pending()
+        ]
+        views = {view.name: view for view in node_views(self._fleet, pending, functions)}
         for create in todo.creates:
             asked = views.get(progress.unsure.get(create.request_id.ordinal, ""))
-            if asked is not None:
+            if asked is not None and not asked.unavailable:
                 outcome: Placement = Placed(asked.name)
             else:
                 outcome = place(function.spec, views.values())
-            if isinstance(outcome, Placed):
-                views[outcome.node] = views[outcome.node].with_instance(function.spec)
-                progress.under_way[create.request_id.ordinal] = outcome.node
-                self._spawn(self._create(function, progress, create, outcome.node))
-                continue
-            if outcome.reason in FULL and todo.makes_room is not None and not progress.stopping:
-                self._begin_stop(progress, todo.makes_room)
-            return outcome
+            if isinstance(outcome, Unplaceable):
+                waits = self._makes_room(function, progress, todo, here, views.values(), outcome)
+                return None if waits else outcome
+            views[outcome.node] = views[outcome.node].with_instance(function.spec)
+            progress.under_way[create.request_id.ordinal] = outcome.node
+            self._spawn(self._create(function, progress, create, outcome.node))
         return None
 
-    def _pending(self, name: str) -> list[str]:
-        """Nodes of instances that count and that no agent has reported yet."""
-        progress = self._progress.get(name)
-        if progress is None:
-            return []
-        return [*progress.under_way.values(), *(one.node for one, _ in progress.answered.values())]
+    def _makes_room(
+        self,
+        function: Deployed,
+        progress: Progress,
+        todo: Plan,
+        here: list[Present],
+        views: Iterable[NodeView],
+        why: Unplaceable,
+    ) -> bool:
+        """Where only what older instances take up is missing, one create's worth of them is stopped at a time. Whether
+        that, or an earlier such stop, is what the create waits for."""
+        old = [one for one in here if one.made_by.revision != progress.revision and not one.scheduling.drains]
+        if any(one.state is InstanceState.STOPPING and not one.counted_out for one in old):
+            return True
+        uids = gives_way(function.spec, views, (Occupant(one.uid, one.node, one.gpus) for one in todo.may_give_way))
+        if not uids or todo.coming:
+            return bool(uids)
+        serving = progress.serving(here)
+        if why.reason == "HOST_MEMORY_SHORT" and serving <= progress.gave_way:
+            return False  # one has gone already, and what that freed was not enough: the others stay
+        progress.gave_way = serving
+        for one in todo.may_give_way:
+            if one.uid in uids:
+                self._begin_stop(progress, Stop(one.uid, one.node))
+        return True
 
-    async def _create(self, function: Deployed, progress: _Progress, create: Create, node: str) -> None:
+    async def _create(self, function: Deployed, progress: Progress, create: Create, node: str) -> None:
         made_by, ordinal = create.request_id, create.request_id.ordinal
         request = CreateInstanceRequest(request_id=str(made_by), spec=function.message)
         instance: Instance | None = None
@@ -304,42 +217,14 @@ class Provisioner:
         if progress.revision == made_by.revision:
             progress.unsure.pop(ordinal, None)
             if instance is not None:
-                self._created(progress, made_by, instance, node, now)
+                progress.created(made_by, instance, node, self._fleet, now, self._clock.wall_ns())
             elif error is not None:
-                self._not_created(progress, made_by, error, node, now)
+                progress.not_created(made_by, error, node, now)
         self.poke()
-
-    def _created(self, progress: _Progress, made_by: RequestId, instance: Instance, node: str, now: int) -> None:
-        state = state_from_proto(instance.state)
-        _log.info("provision.created", request_id=str(made_by), uid=instance.uid, node=node)
-        tried = progress.tries.get(made_by.ordinal, Tries())
-        if state in _ENDED:
-            old = self._clock.wall_ns() - time_from_proto(instance.create_time) > OLD_NS
-            progress.tries[made_by.ordinal] = (passed_over if old else failed)(tried, made_by.attempt, now)
-            progress.last_failure = Problem(instance.state_reason, instance.state_message, hopeless=False)
-            return
-        progress.tries[made_by.ordinal] = replace(tried, attempt=max(tried.attempt, made_by.attempt))
-        if self._fleet.instance(instance.uid) is None:
-            one = Present(instance.uid, node, made_by, InstanceState.STARTING)
-            progress.answered[instance.uid] = (one, now + REPORT_DUE_NS)
-
-    def _not_created(self, progress: _Progress, made_by: RequestId, error: HibernodeError, node: str, now: int) -> None:
-        tried = progress.tries.get(made_by.ordinal, Tries())
-        if isinstance(error, UnavailableError | DeadlineError | ExhaustedError):
-            # Perhaps it was made: the same request_id again finds out, where it was asked.
-            if not isinstance(error, ExhaustedError):
-                progress.unsure[made_by.ordinal] = node
-            progress.tries[made_by.ordinal] = replace(tried, not_before_ns=now + RETRY_NS)
-        elif isinstance(error, ConflictError):
-            progress.tries[made_by.ordinal] = passed_over(tried, made_by.attempt, now)
-        else:
-            progress.tries[made_by.ordinal] = failed(tried, made_by.attempt, now)
-        progress.last_failure = Problem(error.reason, error.message, hopeless=False)
-        _log.warning("provision.create_failed", request_id=str(made_by), node=node, reason=error.reason)
 
     # ---- stopping ---------------------------------------------------------------------------------------------
 
-    def _begin_stop(self, progress: _Progress, stop: Stop) -> None:
+    def _begin_stop(self, progress: Progress, stop: Stop) -> None:
         if stop.uid in progress.stopping:
             return
         progress.stopping.add(stop.uid)
@@ -347,14 +232,14 @@ class Provisioner:
         self._tell(InstanceRetired(stop.uid))
         self._spawn(self._stop(progress, stop))
 
-    def _take_back(self, progress: _Progress, alive: list[Present]) -> None:
+    def _take_back(self, progress: Progress, alive: list[Present]) -> None:
         """A stop failed, and meanwhile nobody wants it any more: the instance serves on."""
         for one in alive:
             if one.uid in progress.retired - progress.stopping and one.state is not InstanceState.STOPPING:
                 progress.retired.discard(one.uid)
                 self._tell(InstanceRetired(one.uid, retired=False))
 
-    async def _stop(self, progress: _Progress, stop: Stop) -> None:
+    async def _stop(self, progress: Progress, stop: Stop) -> None:
         _log.info("provision.stopping", uid=stop.uid, node=stop.node)
         request = StopInstanceRequest(uid=stop.uid, grace_ns=STOP_GRACE_NS)
         try:
@@ -373,16 +258,26 @@ class Provisioner:
 
     # ---- the rest ---------------------------------------------------------------------------------------------
 
-    def _present(self) -> dict[str, dict[str, Present]]:
+    def _present(self, now: int) -> dict[str, dict[str, Present]]:
         """Instances made by a scheduler, by function and uid, those that ended lately included."""
         found: dict[str, dict[str, Present]] = {}
         for node, load in self._fleet.instances():
             made_by = parse_request_id(load.request_id)
             if made_by is None or made_by.function != load.function:
                 continue
-            state = state_from_proto(load.state)
-            one = Present(load.uid, node.name, made_by, state, node.standing is Standing.LOST)
-            found.setdefault(made_by.function, {})[load.uid] = one
+            requests = load.in_flight + load.waiting
+            found.setdefault(made_by.function, {})[load.uid] = Present(
+                uid=load.uid,
+                node=node.name,
+                made_by=made_by,
+                state=state_from_proto(load.state),
+                counted_out=node.standing is Standing.LOST,
+                scheduling=self._fleet.scheduling(node.name),
+                unsteady=node.standing is not Standing.READY or not load.healthy,
+                requests=requests,
+                idle_ns=0 if requests else now - node.idle_since.get(load.uid, now),
+                gpus=tuple(load.gpu_uuids),
+            )
         return found
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TypeVar
 
 from agent.core.errors import InvalidArgumentError
+from agent.core.provision import Scheduling
 from agent.core.types import DispatchPolicy, IdleMode, InstanceState
 from agent.v1 import types_pb2
 
-_Core = TypeVar("_Core", InstanceState, IdleMode, DispatchPolicy)
+_Core = TypeVar("_Core", InstanceState, IdleMode, DispatchPolicy, Scheduling)
 
 _STATES: dict[InstanceState, types_pb2.Instance.State.ValueType] = {
     InstanceState.STARTING: types_pb2.Instance.STATE_STARTING,
@@ -30,9 +31,16 @@ _DISPATCH: dict[DispatchPolicy, types_pb2.FunctionSpec.Dispatch.ValueType] = {
     DispatchPolicy.PACK: types_pb2.FunctionSpec.DISPATCH_PACK,
     DispatchPolicy.SPREAD: types_pb2.FunctionSpec.DISPATCH_SPREAD,
 }
+_SCHEDULING: dict[Scheduling, types_pb2.Node.Scheduling.ValueType] = {
+    Scheduling.NORMAL: types_pb2.Node.SCHEDULING_NORMAL,
+    Scheduling.CORDONED: types_pb2.Node.SCHEDULING_CORDONED,
+    Scheduling.DRAINED: types_pb2.Node.SCHEDULING_DRAINED,
+    Scheduling.EMPTIED: types_pb2.Node.SCHEDULING_EMPTIED,
+}
 _STATE_OF = {wire: core for core, wire in _STATES.items()}
 _IDLE_MODE_OF = {wire: core for core, wire in _IDLE_MODES.items()}
 _DISPATCH_OF = {wire: core for core, wire in _DISPATCH.items()}
+_SCHEDULING_OF = {wire: core for core, wire in _SCHEDULING.items()}
 
 
 def state_to_proto(state: InstanceState) -> types_pb2.Instance.State.ValueType:
@@ -43,6 +51,16 @@ def state_to_proto(state: InstanceState) -> types_pb2.Instance.State.ValueType:
 def state_from_proto(value: types_pb2.Instance.State.ValueType) -> InstanceState:
     """The state. Raises InvalidArgumentError for none and for one of a newer version."""
     return _known(_STATE_OF.get(value), "state", value)
+
+
+def scheduling_to_proto(scheduling: Scheduling) -> types_pb2.Node.Scheduling.ValueType:
+    """What is asked of a node, on the wire."""
+    return _SCHEDULING[scheduling]
+
+
+def scheduling_from_proto(value: types_pb2.Node.Scheduling.ValueType) -> Scheduling:
+    """What is asked of a node. Raises InvalidArgumentError for nothing and for a value of a newer version."""
+    return _known(_SCHEDULING_OF.get(value), "scheduling", value)
 
 
 def idle_mode_to_proto(mode: IdleMode) -> types_pb2.IdlePolicy.Mode.ValueType:

@@ -13,6 +13,8 @@ from agent.api.scheduler_servicer import MAX_STREAMS, SchedulerServicer
 from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError, InvalidArgumentError, PreconditionError
 from agent.core.types import SECOND_NS
 from agent.scheduler.fleet import Fleet
+from agent.scheduler.node_scheduling import NodeScheduling
+from agent.scheduler.store import Store
 from agent.v1.scheduler_service_pb2 import NodeLoad, Registration, ReportLoadRequest
 from agent.v1.types_pb2 import Node
 from agent.wire.clients import DaemonChannel, LoadStream
@@ -26,7 +28,7 @@ TOKEN = "credential-of-gpu-1-0123456789"
 async def a_scheduler(silence_s: float = 10.0) -> AsyncIterator[tuple[Fleet, DaemonChannel]]:
     fleet = Fleet(SystemClock(), lambda event: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
     tokens = TokenTable([(TOKEN, Principal("gpu-1", Role.NODE))])
-    server = GrpcServer(Services(scheduler=SchedulerServicer(fleet, silence_s)), tokens)
+    server = GrpcServer(Services(scheduler=SchedulerServicer(fleet, NodeScheduling(Store("sqlite://"), fleet), silence_s)), tokens)
     port = server.bind_tcp("127.0.0.1", 0)
     await server.start()
     try:
