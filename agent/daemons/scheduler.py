@@ -49,6 +49,7 @@ from agent.scheduler.gateway import Gateway
 from agent.scheduler.ingresses import Ingresses
 from agent.scheduler.lead import Lead
 from agent.scheduler.links import Links
+from agent.scheduler.node_scheduling import NodeScheduling
 from agent.scheduler.provisioner import Provisioner
 from agent.scheduler.routes import Router
 from agent.scheduler.store import Store
@@ -120,6 +121,7 @@ class SchedulerDaemon:
             met=self._met,
             insecure=config.insecure,
         )
+        self.node_scheduling = NodeScheduling(self.store, self.fleet)
         self.links = Links(self.node_tokens, self._grpc_address_of, config.insecure)
         self._stack.push_async_callback(self.links.close)
         self.catalog = Catalog(self.clock, self.store, self.desk.tell, self._poke, _defaults(config))
@@ -164,6 +166,7 @@ class SchedulerDaemon:
         for name in await self.store.nodes():
             if name in self.node_tokens:
                 self.fleet.expect(name)
+        await self.node_scheduling.load()
         await self.catalog.load()
 
     def _wake(self, wake: Wake) -> None:
@@ -227,7 +230,7 @@ class SchedulerDaemon:
         operator = Principal("operator", Role.OPERATOR)
         collector = UsageCollector(self.usage, self.clock, self.fleet.owner, self.usage_totals.add)
         services = Services(
-            scheduler=SchedulerServicer(self.fleet, config.report.lost_ns / SECOND_NS),
+            scheduler=SchedulerServicer(self.fleet, self.node_scheduling, config.report.lost_ns / SECOND_NS),
             functions=FunctionServicer(self.catalog, self.fleet, self.dispatcher, f"http://{self.gateway_address}"),
             usage=UsageServicer(collector, UsageReports(self.usage), self.prices),
         )

@@ -3,101 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
-from agent.core.dispatch_events import Event, InstanceRetired
-from agent.core.errors import ConflictError, DeadlineError, ExhaustedError, HibernodeError, UnavailableError
+from agent.core.dispatch_events import InstanceRetired
+from agent.core.errors import ConflictError, DeadlineError, ExhaustedError, UnavailableError
 from agent.core.provision import MAX_ATTEMPTS
 from agent.core.types import SECOND_NS
-from agent.scheduler.deploy_rules import Defaults
-from agent.scheduler.fleet import Fleet
-from agent.scheduler.functions import Catalog
-from agent.scheduler.links import Links
-from agent.scheduler.provisioner import Provisioner
 from agent.scheduler.store import Store
 from agent.v1.function_service_pb2 import DeployFunctionRequest
-from agent.v1.instance_service_pb2 import CreateInstanceRequest, CreateInstanceResponse, StopInstanceRequest
-from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest
-from agent.v1.types_pb2 import FunctionSpec, Gpu, Instance, Node
-from agent.wire.convert_time import time_to_proto
-from tests.fakes.clock import FakeClock
-
-FAILED, RUNNING = Instance.STATE_FAILED, Instance.STATE_RUNNING
-Answer = Callable[[str], Instance]
-
-
-class Story:
-    """One node with two GPUs. `answer` decides what a create gives."""
-
-    def __init__(self, store: Store) -> None:
-        self.clock = FakeClock()
-        self.told: list[Event] = []
-        self.creates: list[str] = []
-        self.stops: list[str] = []
-        self.graces: list[int] = []
-        self.stop_error: HibernodeError | None = None
-        self.answer: Answer = self.running
-        self.fleet = Fleet(self.clock, self.told.append, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
-        self.catalog = Catalog(self.clock, store, self.told.append, lambda: None, Defaults())
-        channel = SimpleNamespace(instances=SimpleNamespace(CreateInstance=None, StopInstance=None), call=self._call)
-        links = cast(Links, SimpleNamespace(channel=lambda node: channel))
-        self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, links, self.told.append)
-        self.sequence = 0
-        self.loads: dict[str, InstanceLoad] = {}
-        self.stream = self.fleet.opened("n1")
-        self.report()
-
-    async def _call(self, method: object, request: Any, timeout_s: float) -> object:
-        if isinstance(request, StopInstanceRequest):
-            self.stops.append(request.uid)
-            self.graces.append(request.grace_ns)
-            if self.stop_error is not None:
-                raise self.stop_error
-            self.loads.pop(request.uid, None)
-            return None
-        assert isinstance(request, CreateInstanceRequest)
-        self.creates.append(request.request_id)
-        return CreateInstanceResponse(instance=self.answer(request.request_id))
-
-    def running(self, request_id: str) -> Instance:
-        """It will be reported as running."""
-        uid = f"i{len(self.creates)}"
-        self.loads[uid] = InstanceLoad(uid=uid, function="ocr", request_id=request_id, state=RUNNING, gpu_uuids=["g"])
-        return Instance(uid=uid, state=Instance.STATE_STARTING)
-
-    def report(self) -> None:
-        self.sequence += 1
-        message = ReportLoadRequest(
-            epoch=1, sequence=self.sequence, snapshot=True, load=NodeLoad(state=Node.STATE_READY)
-        )
-        message.registration.CopyFrom(
-            Registration(
-                ingress_address="127.0.0.1:1",
-                grpc_address="127.0.0.1:2",
-                gpus=[Gpu(uuid=f"g{n}", health=Gpu.HEALTH_OK) for n in range(2)],
-                instances_per_gpu=1,
-                runtimes=["process"],
-            )
-        )
-        message.instances.extend(self.loads.values())
-        self.fleet.took("n1", self.stream, message)
-
-    async def deploy(self, target: int = 1, **spec: object) -> None:
-        message = FunctionSpec(name="ocr", entrypoint=["app"], **spec)  # type: ignore[arg-type]
-        await self.catalog.deploy(DeployFunctionRequest(spec=message, target=target))
-
-    async def round(self, seconds: float = 0) -> None:
-        """Let time pass, hear the agent, decide, and let what was begun end."""
-        self.clock.advance(int(seconds * SECOND_NS))
-        self.report()
-        await self.provisioner.round()
-        for _ in range(10):
-            await asyncio.sleep(0)
+from agent.v1.scheduler_service_pb2 import InstanceLoad
+from agent.v1.types_pb2 import FunctionSpec, Instance
+from tests.scheduler.provisioner_story import FAILED, RUNNING, Story, fails, raises
 
 
 @pytest.fixture
@@ -106,22 +25,6 @@ async def story(tmp_path: Path) -> AsyncIterator[Story]:
     await store.open()
     yield Story(store)
     await store.close()
-
-
-def fails(story: Story, reason: str, age_s: int = 0) -> Answer:
-    def answer(request_id: str) -> Instance:
-        made = time_to_proto(story.clock.wall_ns() - age_s * SECOND_NS)
-        uid = f"dead-{request_id}"
-        return Instance(uid=uid, state=FAILED, state_reason=reason, state_message="no", create_time=made)
-
-    return answer
-
-
-def raises(error: HibernodeError) -> Answer:
-    def answer(request_id: str) -> Instance:
-        raise error
-
-    return answer
 
 
 async def test_a_start_that_always_fails_is_given_up_and_tried_again_after_a_deploy(story: Story) -> None:
@@ -290,14 +193,14 @@ async def test_instances_of_a_deleted_function_that_come_back_with_their_node_ar
     await story.deploy()
     await story.round()
     await story.round()
-    story.fleet.closed("n1", story.stream)
+    story.fleet.closed("n1", story.agents["n1"].stream)
     story.clock.advance(11 * SECOND_NS)
     story.fleet.check_silence()
     await story.catalog.delete("ocr")
     await story.provisioner.round()
     assert story.catalog.all() == [], "a lost node does not keep a function from being deleted"
     assert story.stops == []
-    story.stream, story.sequence = story.fleet.opened("n1"), 0
+    story.agents["n1"].stream, story.agents["n1"].sequence = story.fleet.opened("n1"), 0
     await story.round()
     assert story.stops == ["i1"]
 

@@ -28,7 +28,8 @@ TOKEN = "credential-of-gpu-1-0123456789"
 async def a_scheduler(silence_s: float = 10.0) -> AsyncIterator[tuple[Fleet, DaemonChannel]]:
     fleet = Fleet(SystemClock(), lambda event: None, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
     tokens = TokenTable([(TOKEN, Principal("gpu-1", Role.NODE))])
-    server = GrpcServer(Services(scheduler=SchedulerServicer(fleet, NodeScheduling(Store("sqlite://"), fleet), silence_s)), tokens)
+    servicer = SchedulerServicer(fleet, NodeScheduling(Store("sqlite://"), fleet), silence_s)
+    server = GrpcServer(Services(scheduler=servicer), tokens)
     port = server.bind_tcp("127.0.0.1", 0)
     await server.start()
     try:
