@@ -59,6 +59,7 @@ _STARTS_FAILED = {
 }
 """Why instances end before they serve -> what clients are told (DESIGN section 6); all else is want of capacity,
 also what is the host's fault (its disk, its network, its engine)."""
+_CUT = (Outcome.UPSTREAM_FAILED_MID_BODY, Outcome.TIMEOUT_MID_BODY)
 _OURS_IN_ANSWERS = frozenset((b"x-fc-request-id", b"x-fc-instance-id"))
 _RETRY_SOON = [(b"retry-after", b"1")]
 _ANY, _NOTICE = (b"x-hibernode-any", b"1"), (b"x-hibernode-notice", b"1")
@@ -267,7 +268,8 @@ class Gateway:
             # Its agent is dying, and the connections beside this one too: said before the lease is free, or the next
             # request would follow on one of them.
             self._unreachable(where.node)
-        if result.outcome is Outcome.CLIENT_GONE or call.exchange.gone:
+        cut = result.outcome in _CUT  # the client is gone then, too: its connection was cut by us
+        if result.outcome is Outcome.CLIENT_GONE or (call.exchange.gone and not cut):
             call.traffic.left += 1
             return
         if result.outcome is Outcome.CLIENT_FAILED and result.error is not None:
@@ -281,7 +283,7 @@ class Gateway:
             outcome=result.outcome.value,
             error=str(result.error),
         )
-        if call.exchange.head_sent:
+        if cut or call.exchange.head_sent:
             self.counts.cut += 1
             call.traffic.cut += 1
             return
