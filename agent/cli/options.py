@@ -28,12 +28,17 @@ class Asked:
     gateway: str
     token_file: str
     insecure: bool
-    output: Literal["table", "json"]
+    output: Literal["table", "json", "csv"]
 
     @property
     def json(self) -> bool:
         """Whether stdout is for programs."""
         return self.output == "json"
+
+    @property
+    def csv(self) -> bool:
+        """Whether stdout is for a spreadsheet; few commands offer it."""
+        return self.output == "csv"
 
 
 def asked() -> Asked:
@@ -74,6 +79,13 @@ insecure_option = _shared(
 )
 output_option = _shared(
     "-o", "--output", type=click.Choice(["table", "json"]), help="table for people (default), json for programs."
+)
+
+output_or_csv_option = _shared(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json", "csv"]),
+    help="table for people (default), json for programs, csv for spreadsheets.",
 )
 
 json_option = _shared("--json", "output", flag_value="json", help="The same as --output json.")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 
+import click
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.core.types import GIB, MIB, SECOND_NS
@@ -78,3 +79,20 @@ def money(text: str) -> str:
 def gpu_names(uuids: Iterable[str]) -> str:
     """UUIDs cut to what tells them apart on one host."""
     return ",".join(uuid if len(uuid) <= 12 else uuid[:12] for uuid in uuids) or "-"
+
+
+def instant_ns(value: str) -> int:
+    """An option's `24h` (so long ago) or `2025-01-31[T12:00:00[Z]]` (local time without a zone), ns since 1970."""
+    from agent.config import parse_duration_ns  # brings msgspec and YAML, which help does not need
+
+    try:
+        return max(0, wall_ns() - parse_duration_ns(value))
+    except ValueError:
+        pass
+    try:
+        at = datetime.fromisoformat(value)
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{value!r} is neither a duration like 24h nor a time like 2025-01-31T12:00"
+        ) from error
+    return int(at.astimezone(UTC).timestamp()) * SECOND_NS

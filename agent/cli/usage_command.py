@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
 
 import click
 
 from agent.cli.connection import PAGE_SIZE, SHORT_S, with_agent, with_scheduler
-from agent.cli.options import asked, fleet_or_node_options, output_option
-from agent.cli.output import note, show_json, show_table
-from agent.cli.units import money, seconds, wall_ns
-from agent.config import parse_duration_ns
-from agent.core.types import SECOND_NS
+from agent.cli.options import asked, fleet_or_node_options, output_or_csv_option
+from agent.cli.output import note, show_json, show_table, show_text
+from agent.cli.units import instant_ns, money, seconds
+from agent.cli.usage_csv import usage_csv
+from agent.cli.usage_reconcile_command import reconcile
 from agent.v1 import node_service_pb2, types_pb2
 from agent.v1 import usage_service_pb2 as pb
 from agent.wire.clients import DaemonChannel
@@ -21,28 +21,21 @@ from agent.wire.json_view import short_name, to_json
 MAX_PAGES = 10_000
 ROWS_WITH_WINDOWS = 20
 """Rows a page when their windows come along: an answer has to fit into one message."""
+_GROUPINGS = {
+    "function": pb.ListUsageRequest.GROUPING_FUNCTION,
+    "instance": pb.ListUsageRequest.GROUPING_INSTANCE,
+    "node": pb.ListUsageRequest.GROUPING_NODE,
+    "gpu-model": pb.ListUsageRequest.GROUPING_GPU_MODEL,
+}
+_NAMES = {"function": ("FUNCTION",), "instance": ("INSTANCE", "NODE", "FUNCTION"), "node": ("NODE",), "gpu-model": ()}
+"""What a row is named by; the GPU model follows."""
 
 
-def instant_ns(value: str) -> int:
-    """An option's `24h` (so long ago) or `2025-01-31[T12:00:00[Z]]` (local time without a zone), ns since 1970."""
-    try:
-        return max(0, wall_ns() - parse_duration_ns(value))
-    except ValueError:
-        pass
-    try:
-        at = datetime.fromisoformat(value)
-    except ValueError as error:
-        raise click.BadParameter(
-            f"{value!r} is neither a duration like 24h nor a time like 2025-01-31T12:00"
-        ) from error
-    return int(at.astimezone(UTC).timestamp()) * SECOND_NS
-
-
-@click.command()
-@click.option("--by", type=click.Choice(["function", "instance"]), default="function", show_default=True)
+@click.group(invoke_without_command=True)
+@click.option("--by", type=click.Choice(list(_GROUPINGS)), default="function", show_default=True)
 @click.option("--function", default="", metavar="NAME", help="Only this function.")
 @click.option("--node", default="", metavar="NAME", help="Only this node.")
-@click.option("--gpu-model", default="", metavar="MODEL", help="Only this GPU model.")
+@click.option("--gpu-model", default="", metavar="MODEL", help="Only this GPU model; - for none.")
 @click.option("--since", type=instant_ns, metavar="TIME", help="From then on: 24h (ago), or 2025-01-31T12:00.")
 @click.option("--until", type=instant_ns, metavar="TIME", help="Up to then.")
 @click.option(
@@ -50,13 +43,27 @@ def instant_ns(value: str) -> int:
 )
 @click.option("--local", is_flag=True, help="This node's own ledger, from its agent: windows without prices.")
 @fleet_or_node_options
-@output_option
+@output_or_csv_option
+@click.pass_context
 def usage(
-    by: str, function: str, node: str, gpu_model: str, since: int | None, until: int | None, windows: bool, local: bool
+    context: click.Context,
+    by: str,
+    function: str,
+    node: str,
+    gpu_model: str,
+    since: int | None,
+    until: int | None,
+    windows: bool,
+    local: bool,
 ) -> None:
     """Show active and idle time and what it costs, beside the cost of the same instances always on.
 
-    JSON holds all it takes to compute the costs again: `rows` with exact quantities and `factors`, and `windows`.
+    Time is counted in windows of at most a minute; each belongs as a whole to where it starts (--since, --until).
+    What waits for a GPU or pulls an image is unbilled; an instance of which nothing was ever billed would not have
+    cost anything always on either.
+
+    JSON holds all it takes to compute the costs again: `rows` with exact quantities and `factors`, and `windows`. CSV
+    has the rows, exact too; text that a spreadsheet would take for a formula gets a ' in front.
 
     \b
     cost = gpu_active_gib_s x factors.gpu_active + gpu_idle_gib_s x factors.gpu_idle
@@ -67,10 +74,18 @@ def usage(
     Examples:
       hibernode usage --since 24h
       hibernode usage --by instance --function ocr
+      hibernode usage --by gpu-model --since 30d --output csv > usage.csv
+      hibernode usage reconcile
       hibernode usage --local
       hibernode usage --output json | jq '.rows[] | {function, cost, always_on_cost}'
     """
+    if context.invoked_subcommand is not None:
+        if function or node or gpu_model or since is not None or until is not None or local:
+            raise click.UsageError(f"what {context.invoked_subcommand} is to look at is said after its name")
+        return
     if local:
+        if asked().csv:
+            raise click.UsageError("--local writes tables or JSON, not CSV")
         if node or gpu_model or since is not None or until is not None:
             raise click.UsageError("--local takes only --function: the ledger is small, filter its JSON with jq")
         _show_ledger(function)
@@ -83,7 +98,7 @@ def usage(
         gpu_model=gpu_model,
         start_time=None if since is None else time_to_proto(since),
         end_time=None if until is None else time_to_proto(until),
-        grouping=pb.ListUsageRequest.GROUPING_INSTANCE if by == "instance" else pb.ListUsageRequest.GROUPING_FUNCTION,
+        grouping=_GROUPINGS[by],
         include_windows=with_windows,
     )
 
@@ -93,8 +108,13 @@ def usage(
     found = with_scheduler(story, "adding up usage")
     if asked().json:
         show_json(to_json(found))
+    elif asked().csv:
+        show_text(usage_csv(found.rows, found.unit))
     else:
-        _show(found, by_instance=by == "instance")
+        _show(found, by)
+
+
+usage.add_command(reconcile)
 
 
 async def list_usage(channel: DaemonChannel, request: pb.ListUsageRequest) -> pb.ListUsageResponse:
@@ -111,30 +131,44 @@ async def list_usage(channel: DaemonChannel, request: pb.ListUsageRequest) -> pb
     return whole
 
 
-def _show(found: pb.ListUsageResponse, by_instance: bool) -> None:
+def _show(found: pb.ListUsageResponse, by: str) -> None:
     unit = f" ({found.unit})" if found.unit else ""
-    columns = ("FUNCTION", "GPU MODEL", "ACTIVE S", "IDLE S", "UNBILLED S", "REQUESTS", f"COST{unit}", "ALWAYS ON", "")
+    names = (*_NAMES[by], "GPU MODEL")
+    times = ("ACTIVE S", "IDLE S", "UNBILLED S", "REQUESTS", "GPU GB*S ACTIVE", "GPU GB*S IDLE")
+    costs = (f"COST{unit}", "ALWAYS ON")
     rows = [
         (
-            *((one.instance_uid, one.node) if by_instance else ()),
-            one.function,
+            *_names(one, by),
             one.gpu_model or "-",
             seconds(one.active_ns),
             seconds(one.idle_ns),
             seconds(one.unbilled_ns),
             str(one.invocations),
+            _one_decimal(one.gpu_active_gib_s),
+            _one_decimal(one.gpu_idle_gib_s),
             money(one.cost),
             money(one.always_on_cost),
             "estimated" if one.estimated else "",
         )
         for one in found.rows
     ]
-    head = (*(("INSTANCE", "NODE") if by_instance else ()), *columns)
     if found.rows:
-        blank = ("",) * (2 if by_instance else 0)
-        total = (money(found.total_cost), money(found.total_always_on_cost), _saved(found))
-        rows.append((*blank, "TOTAL", "", "", "", "", "", *total))
-    show_table(head, rows, right=columns[2:-1])
+        blank = ("",) * (len(names) + len(times) - 1)
+        rows.append(("TOTAL", *blank, money(found.total_cost), money(found.total_always_on_cost), _saved(found)))
+    show_table((*names, *times, *costs, ""), rows, right=(*times, *costs))
+
+
+def _names(one: pb.UsageRow, by: str) -> tuple[str, ...]:
+    of = {"FUNCTION": one.function, "INSTANCE": one.instance_uid, "NODE": one.node}
+    return tuple(of[name] for name in _NAMES[by])
+
+
+def _one_decimal(text: str) -> str:
+    """An exact decimal shortened for a table."""
+    try:
+        return f"{Decimal(text or 0):.1f}"
+    except InvalidOperation:
+        return text
 
 
 def _saved(found: pb.ListUsageResponse) -> str:

@@ -20,6 +20,7 @@ SUBCOMMANDS = [
     ["emulated", "fault"],
     *(["emulated", "fault", name] for name in ("add", "list", "clear", "xid", "device", "reserve")),
     *(["functions", name] for name in ("list", "show", "rm")),
+    ["usage", "reconcile"],
 ]
 
 

@@ -313,6 +313,25 @@ class Usage(usage_grpc.UsageServiceServicer):
             unit="CU",
         )
 
+    async def ReconcileUsage(
+        self, request: usage.ReconcileUsageRequest, context: Any
+    ) -> AsyncIterator[usage.ReconcileUsageResponse]:
+        """`chat` has a gap, `ocr` only an estimate, all others nothing."""
+        gap = usage.UsageFinding(kind=usage.UsageFinding.KIND_GAP, seq=7, duration_ns=1_500_000_000)
+        found = [
+            usage.UsageReconciliation(function="chat", gap_count=6, gap_ns=9_000_000_000, findings=[gap] * 6),
+            usage.UsageReconciliation(function="ocr", estimated_count=1, estimated_ns=1),
+        ]
+        total = usage.UsageReconciliation(instance_count=3, window_count=30)
+        for one in found:
+            if request.function in ("", one.function):
+                one.instance_uid, one.node, one.instance_count, one.window_count = f"i-{one.function}", "gpu-1", 1, 10
+                total.gap_count += one.gap_count
+                total.gap_ns += one.gap_ns
+                total.estimated_count += one.estimated_count
+                yield usage.ReconcileUsageResponse(instance=one)
+        yield usage.ReconcileUsageResponse(total=total)
+
 
 LOG = base64.b64encode(b"FC Invoke Start RequestId: 1-67a59f35\n\x1b]0;owned\x07page 1\n").decode()
 """What an instance printed, with something in it that would steer a terminal."""
