@@ -31,7 +31,7 @@ the answer, and not one in its middle on either side (0.5 ms of the median wake 
 HEARTBEAT_S = 1.0
 BACK_OFF_MIN_S = 0.1
 BACK_OFF_MAX_S = 0.5
-"""With the channel's own pause of a second: back within two of a scheduler that has come back."""
+"""With the channel's own pause of half a second: back well within two seconds of a scheduler that has come back."""
 UPLOAD_BATCH = 500
 UPLOAD_TIMEOUT_S = 10.0
 

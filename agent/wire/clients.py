@@ -46,7 +46,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # An agent silent for 3 s is suspect (DESIGN section 9): a restarted peer must be found again well within that.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
     # Neither a proxy from the environment nor the back-off of another channel may come between.
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
