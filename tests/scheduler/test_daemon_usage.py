@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import csv
+import io
+import json
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from decimal import Decimal
@@ -13,7 +18,7 @@ from agent.core.errors import PermissionDeniedError
 from agent.core.types import GIB, SECOND_NS
 from agent.core.usage_window import Window
 from agent.daemons.scheduler import PRICE_BOOK
-from agent.v1.usage_service_pb2 import ListUsageRequest, UploadUsageWindowsRequest
+from agent.v1.usage_service_pb2 import ListUsageRequest, ReconcileUsageRequest, UploadUsageWindowsRequest
 from agent.wire.clients import DaemonChannel
 from agent.wire.convert_usage import window_to_proto
 from tests.scheduler.test_daemon import NODE_TOKEN, Daemon, running
@@ -76,6 +81,48 @@ async def test_windows_are_stored_once_and_the_cost_can_be_recomputed(daemon: Da
         assert Decimal(row.cost) == expected == Decimal(usage.total_cost)
         assert Decimal(row.always_on_cost) > expected
         assert list(usage.windows) == [window_to_proto(WINDOW)]
+
+
+async def test_sums_by_node_and_model_and_a_reconciliation_come_from_the_command_line(daemon: Daemon) -> None:
+    gap = replace(
+        WINDOW, seq=1, start_mono_ns=11 * SECOND_NS, end_mono_ns=12 * SECOND_NS, active_ns=0, idle_ns=SECOND_NS
+    )
+    waiting = replace(WINDOW, instance_uid="i-2", gpu_model="", active_ns=0, idle_ns=0, unbilled_ns=10 * SECOND_NS)
+    request = UploadUsageWindowsRequest(windows=[window_to_proto(one) for one in (WINDOW, gap, waiting)])
+    async with DaemonChannel(daemon.endpoints["grpc"], NODE_TOKEN) as agent:
+        await agent.call(agent.usage.UploadUsageWindows, request, 10)
+        with pytest.raises(PermissionDeniedError):
+            [one async for one in agent.stream(agent.usage.ReconcileUsage, ReconcileUsageRequest(), 10)]
+
+    async def hibernode(*arguments: str) -> tuple[int, str]:
+        program = (sys.executable, "-m", "agent.cli.main", "--token-file", daemon.endpoints["token_file"])
+        where = ("--scheduler", daemon.endpoints["grpc"])
+        process = await asyncio.create_subprocess_exec(*program, *where, *arguments, stdout=asyncio.subprocess.PIPE)
+        out, _ = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, out.decode()
+
+    code, out = await hibernode("usage", "--by", "node", "-o", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert (code, [(row["node"], row["gpu_model"], row["window_count"]) for row in rows]) == (
+        0,
+        [("gpu-1", "", "1"), ("gpu-1", "Emulated Ada", "2")],
+    )
+    assert [Decimal(row["gpu_idle_gib_s"]) for row in rows] == [0, 16 * 7]
+    for model, uids in (("-", ["i-2"]), ("Emulated Ada", ["i-1", "i-1"])):
+        _, out = await hibernode("usage", "--by", "gpu-model", "--gpu-model", model, "-o", "json")
+        assert [one["instance_uid"] for one in json.loads(out)["windows"]] == uids
+    _, out = await hibernode("usage", "--by", "gpu-model", "-o", "json")
+    answer = json.loads(out)
+    assert [one["instance_uid"] for one in answer["windows"]] == ["i-2", "i-1", "i-1"], "each behind its row, once"
+    assert Decimal(answer["rows"][0]["always_on_cost"]) == 0, "what never started saves nothing"
+
+    code, out = await hibernode("usage", "reconcile", "-o", "json")
+    found = json.loads(out)
+    assert (code, [(one["instance_uid"], one["gap_ns"]) for one in found["instances"]]) == (4, [("i-1", SECOND_NS)])
+    assert (found["total"]["instance_count"], found["total"]["window_count"]) == (2, 3)
+    code, out = await hibernode("usage", "reconcile", "--function", "nobody")
+    assert code == 0
 
 
 async def test_a_window_that_cannot_be_does_not_keep_the_others_out(daemon: Daemon) -> None:
