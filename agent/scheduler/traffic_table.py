@@ -18,17 +18,17 @@ class TrafficTable:
         """The counters of a deployed function."""
         found = self._traffic.get(function)
         if found is None:
-            self._prune()
+            self._prune(self._deployed())
             found = self._traffic[function] = Traffic()
         return found
 
     def all(self) -> dict[str, Traffic]:
         """Of every function there is, asked for or not: zeros from the start."""
-        self._prune()
-        return {name: self.of(name) for name in sorted(self._deployed())}
+        names = self._deployed()
+        self._prune(names)
+        return {name: self._traffic.setdefault(name, Traffic()) for name in sorted(names)}
 
-    def _prune(self) -> None:
+    def _prune(self, names: Collection[str]) -> None:
         """Only when somebody looks or something is new: bounded by the functions there are."""
-        names = set(self._deployed())
-        for name in self._traffic.keys() - names:
+        for name in self._traffic.keys() - set(names):
             del self._traffic[name]
