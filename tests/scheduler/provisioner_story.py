@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
+from google.protobuf.message import Message
+
 from agent.core.dispatch_events import Event
 from agent.core.errors import HibernodeError
 from agent.core.types import SECOND_NS
@@ -21,7 +23,7 @@ from agent.scheduler.store import Store
 from agent.v1.function_service_pb2 import DeployFunctionRequest
 from agent.v1.instance_service_pb2 import CreateInstanceRequest, CreateInstanceResponse, StopInstanceRequest
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest
-from agent.v1.types_pb2 import FunctionSpec, Gpu, Instance, Node
+from agent.v1.types_pb2 import FunctionSpec, Gpu, HostMemory, Instance, Node
 from agent.wire.convert_time import time_to_proto
 from tests.fakes.clock import FakeClock
 
@@ -64,6 +66,7 @@ class Story:
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, links, self.told.append)
         self.agents: dict[str, Agent] = {}
         self.asked = ""
+        self.memory = HostMemory()
         self.join("n1")
 
     @property
@@ -137,6 +140,7 @@ class Story:
                 instances_per_gpu=1,
                 runtimes=["process"],
                 labels=agent.labels,
+                host_memory=self.memory,
             )
         )
         message.instances.extend(agent.loads.values())
@@ -168,6 +172,10 @@ class Story:
         for name, value in spec.items():
             if isinstance(value, dict):
                 getattr(message, name).update(value)
+            elif isinstance(value, Message):
+                getattr(message, name).CopyFrom(value)
+            elif isinstance(value, list):
+                getattr(message, name).extend(value)
             else:
                 setattr(message, name, value)
         await self.catalog.deploy(DeployFunctionRequest(spec=message, target=target))

@@ -23,7 +23,7 @@ from agent.v1.function_service_pb2 import (
     GetFunctionRequest,
     HttpTrigger,
 )
-from agent.v1.scheduler_service_pb2 import ListFleetInstancesRequest, ListNodesRequest
+from agent.v1.scheduler_service_pb2 import ListFleetInstancesRequest, ListNodesRequest, SetNodeSchedulingRequest
 from agent.v1.types_pb2 import FunctionSpec, Instance, Node
 from agent.wire.clients import DaemonChannel
 from tests.fakes.agent_node import FakeAgentNode, hold
@@ -275,6 +275,53 @@ async def test_after_a_sigkill_nothing_is_created_twice(tmp_path: Path, node: Fa
         request = ListFleetInstancesRequest(function="ocr")
         fleet = await second.channel.call(second.channel.scheduler.ListFleetInstances, request, 10)
         assert {one.uid for one in fleet.instances} == set(node.instances)
+
+
+async def schedule(daemon: Daemon, name: str, scheduling: Node.Scheduling.ValueType) -> Node:
+    request = SetNodeSchedulingRequest(name=name, scheduling=scheduling)
+    return (await daemon.channel.call(daemon.channel.scheduler.SetNodeScheduling, request, 10)).node
+
+
+async def test_a_node_is_drained_without_cutting_a_request_and_stays_drained_through_a_sigkill(
+    tmp_path: Path, node: FakeAgentNode
+) -> None:
+    other = FakeAgentNode("gpu-2", TOKENS["gpu-2"])
+    gate = asyncio.Event()
+    try:
+        async with running(tmp_path) as first:
+            await node.start(first.endpoints["grpc"])
+            await first.deploy(target=1)
+            await first.until(ready)
+            node.ingress.default = hold(gate)
+            inside = asyncio.create_task(first.ask())
+            await node.ingress.until_received(1)
+            drained = await schedule(first, "gpu-1", Node.SCHEDULING_DRAINED)
+            assert drained.scheduling == Node.SCHEDULING_DRAINED
+            waits = await first.until(lambda function: function.current_error_reason == "NO_NODE")
+            assert "node gpu-1 is drained" in waits.current_error
+            assert node.stopped == [], "nothing could take its place"
+            await other.start(first.endpoints["grpc"])
+            await first.until(lambda function: bool(node.stopped) and ready(function))
+            assert (await first.ask())[2].startswith(b"served by gpu-2-")
+            gate.set()
+            assert (await inside)[0] == 200
+        await node.kill()
+        await other.kill()
+        async with running(tmp_path) as second:
+            await node.start(second.endpoints["grpc"])
+            await other.start(second.endpoints["grpc"])
+            await second.until(ready)
+            await second.deploy(target=2)
+            await second.until(ready)
+            assert (len(node.created), len(other.created)) == (1, 2)
+            nodes = (await second.channel.call(second.channel.scheduler.ListNodes, ListNodesRequest(), 10)).nodes
+            assert [one.scheduling for one in nodes] == [Node.SCHEDULING_DRAINED, Node.SCHEDULING_NORMAL]
+            with pytest.raises(InvalidArgumentError, match="scheduling"):
+                await schedule(second, "gpu-1", Node.SCHEDULING_UNSPECIFIED)
+            with pytest.raises(NotFoundError, match="gpu-9"):
+                await schedule(second, "gpu-9", Node.SCHEDULING_CORDONED)
+    finally:
+        await other.kill()
 
 
 async def test_sigterm_lets_what_is_in_flight_end_and_exits_0(tmp_path: Path, node: FakeAgentNode) -> None:
