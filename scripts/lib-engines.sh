@@ -13,6 +13,11 @@ missing_packages() {
         program=${pair%%:*}
         command -v "$program" >/dev/null 2>&1 || printf '%s\n' "${pair##*:}"
     done
+    # Debian keeps PostgreSQL's programs out of PATH, by version.
+    for program in /usr/lib/postgresql/*/bin/initdb initdb; do
+        ! command -v "$program" >/dev/null 2>&1 || return 0
+    done
+    printf 'postgresql\n'
 }
 
 ensure_engines() {
