@@ -3,7 +3,9 @@ its series from the start; those of a deleted one disappear."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import TypeVar
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -20,27 +22,32 @@ from agent.scheduler.usage_totals import KINDS, UsageTotals
 from agent.v1.scheduler_service_pb2 import InstanceLoad
 from agent.v1.types_pb2 import Instance
 
-_STATES = [name for name in Instance.State.keys() if name != "STATE_UNSPECIFIED"]  # noqa: SIM118 - not a dict
+_STATES = {number: name.removeprefix("STATE_") for name, number in Instance.State.items() if number}
 _GOING = (*ENDED, Instance.STATE_STOPPING)
 
 
-class _Families(dict[str, CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]):
+_Kind = TypeVar("_Kind", CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily)
+
+
+class _Families(dict[str, Metric]):
     """Families by name, made when they are first needed; the first label of each is the function."""
 
     def counter(self, name: str, text: str, *labels: str) -> CounterMetricFamily:
-        found = self.setdefault(name, CounterMetricFamily(name, text, labels=["function", *labels]))
-        assert isinstance(found, CounterMetricFamily)
-        return found
+        return self._family(CounterMetricFamily, name, text, labels)
 
     def gauge(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
-        found = self.setdefault(name, GaugeMetricFamily(name, text, labels=["function", *labels]))
-        assert isinstance(found, GaugeMetricFamily)
-        return found
+        return self._family(GaugeMetricFamily, name, text, labels)
 
     def histogram(self, name: str, text: str, function: str, durations: Durations) -> None:
-        found = self.setdefault(name, HistogramMetricFamily(name, text, labels=["function"]))
-        assert isinstance(found, HistogramMetricFamily)
+        found = self._family(HistogramMetricFamily, name, text, ())
         found.add_metric([function], durations.cumulative(), durations.sum_ns / SECOND_NS)
+
+    def _family(self, kind: type[_Kind], name: str, text: str, labels: tuple[str, ...]) -> _Kind:
+        found = self.get(name)
+        if found is None:
+            found = self[name] = kind(name, text, labels=["function", *labels])
+        assert isinstance(found, kind)
+        return found
 
 
 class FunctionMetrics:
@@ -115,9 +122,9 @@ class FunctionMetrics:
         )
         out.counter("hibernode_function_lease_seconds", "Leased slots, summed over time.").add_metric(key, lease_s)
         states = gauge("hibernode_function_instances", "Instances by state.", "state")
-        for state in _STATES:
-            number = Instance.State.Value(state)
-            states.add_metric([name, state.removeprefix("STATE_")], sum(load.state == number for load in loads))
+        counts = Counter(load.state for load in loads)
+        for number, state in _STATES.items():
+            states.add_metric([name, state], counts[number])
 
 
 def _traffic(out: _Families, name: str, traffic: Traffic, now: int) -> None:
