@@ -16,6 +16,7 @@ from agent.settings.common import Limits, Listen, LogFormat, LogLevel, Port, abs
 MAX_HOLD_NS = 600 * SECOND_NS
 """What an agent's WakeInstance takes as `hold_ns`."""
 MIN_PERIOD_NS, MAX_PERIOD_NS = SECOND_NS, 3600 * SECOND_NS
+MIN_KEEP_NS = 24 * 3600 * SECOND_NS
 _DOMAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII)
 _NODE_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
 
@@ -88,6 +89,17 @@ class Scaling(Section, frozen=True):
             raise bad_key("period", "must be 1s to 1h")
 
 
+class Usage(Section, frozen=True):
+    """How long the windows of usage are kept; 0 = for ever."""
+
+    keep_ns: Duration = Duration(0)
+
+    def __post_init__(self) -> None:
+        """An agent that was away for a night must not find its yesterday forgotten before it was told."""
+        if 0 < self.keep_ns < MIN_KEEP_NS:
+            raise bad_key("keep", "must be 0 (for ever) or at least 24h")
+
+
 class SchedulerConfig(Section, frozen=True):
     """scheduler.yaml: the central one."""
 
@@ -105,6 +117,7 @@ class SchedulerConfig(Section, frozen=True):
     report: Report = Report()
     dispatch: Dispatch = Dispatch()
     scaling: Scaling = Scaling()
+    usage: Usage = Usage()
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:

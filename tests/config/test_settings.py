@@ -135,6 +135,7 @@ def test_the_agent_refuses(document: dict[str, object], message: str) -> None:
     ("document", "message"),
     [
         ({"report": {"lost": "1s"}}, "report.lost: must be longer than suspect"),
+        ({"usage": {"keep": "23h"}}, "usage.keep: must be 0 (for ever) or at least 24h"),
         ({"dispatch": {"wake_factor": -1}}, "dispatch.wake_factor: expected"),
         ({"nodes": [{"name": "a", "token_file": "t"}]}, "nodes[0].token_file: must be an absolute path"),
         (
