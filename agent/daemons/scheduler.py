@@ -55,6 +55,7 @@ from agent.scheduler.routes import Router
 from agent.scheduler.store import Store
 from agent.scheduler.usage import UsageCollector, UsageDatabase
 from agent.scheduler.usage_reports import UsageReports
+from agent.scheduler.usage_retention import UsageRetention
 from agent.scheduler.usage_totals import UsageTotals
 from agent.scheduler.wakes import Wakes
 from agent.settings import SchedulerConfig
@@ -97,7 +98,7 @@ class SchedulerDaemon:
         await self.grpc.set_serving(True)
         self._ready = True
         self._log.info("scheduler.ready", gateway=self.gateway_address, grpc=self.grpc_address)
-        await run_until_signal([self.provisioner.run(), self._watch_silence(), self.lead.watch()])
+        await run_until_signal([self.provisioner.run(), self._watch_silence(), self.lead.watch(), self.retention.run()])
         await self._leave()
 
     # ---- building ---------------------------------------------------------------------------------------------
@@ -108,6 +109,7 @@ class SchedulerDaemon:
         self._stack.push_async_callback(self.store.close)
         self.usage = UsageDatabase.at(config.database_url)
         self._stack.callback(self.usage.close)
+        self.retention = UsageRetention(self.usage, self.clock, config.usage.keep_ns)
         self.lead = Lead(config.database_url)
         self._stack.callback(self.lead.close)
         self.dispatcher = Dispatcher(sends_ahead=True)
