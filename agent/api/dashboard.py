@@ -209,6 +209,11 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "Nodes and GPUs": (
         Panel("Nodes by standing", "short", (Query("hibernode_nodes", "{{standing}}"),)),
+        Panel(
+            "Nodes cordoned or drained",
+            "short",
+            (Query('hibernode_node_scheduling{scheduling!="NORMAL"} == 1', "{{scheduling}} {{node}}"),),
+        ),
         Panel("GPUs by use", "short", (Query("hibernode_node_gpus", "{{use}} {{node}}"),)),
         Panel("Instances that wait for a GPU", "short", (Query("hibernode_node_gpu_waiters", "{{node}}"),)),
         Panel("Silence of nodes", "s", (Query("time() - hibernode_node_heard_timestamp_seconds", "{{node}}"),)),

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from agent.api.function_metrics import FunctionMetrics
 from agent.core.leases import Standing
+from agent.core.provision import Scheduling
 from agent.core.types import SECOND_NS
 from agent.scheduler.fleet import Fleet, NodeRecord
 from agent.scheduler.gateway import GatewayCounts
@@ -64,7 +65,13 @@ class SchedulerMetrics(Collector):
         waiting = GaugeMetricFamily("hibernode_node_gpu_waiters", "Instances that wait for a GPU.", labels=labels)
         gpus = GaugeMetricFamily("hibernode_node_gpus", "GPUs by use.", labels=["node", "use"])
         memory = GaugeMetricFamily("hibernode_node_host_memory_bytes", "Host memory by kind.", labels=["node", "kind"])
+        asked = GaugeMetricFamily(
+            "hibernode_node_scheduling", "1 for what is asked of it.", labels=["node", "scheduling"]
+        )
         for node in records:
+            for scheduling in Scheduling:
+                value = float(self._fleet.scheduling(node.name) is scheduling)
+                asked.add_metric([node.name, scheduling.value], value)
             if node.wall_ns:
                 heard.add_metric([node.name], node.wall_ns / SECOND_NS)
             if not node.wall_ns or node.standing is Standing.LOST:
@@ -76,7 +83,7 @@ class SchedulerMetrics(Collector):
             memory.add_metric([node.name, "total"], host.total_bytes)
             memory.add_metric([node.name, "available"], host.available_bytes)
             memory.add_metric([node.name, "reserved"], host.reserved_bytes)
-        yield from (heard, waiting, gpus, memory)
+        yield from (heard, asked, waiting, gpus, memory)
 
 
 def _gpu_use(node: NodeRecord) -> dict[str, int]:

@@ -23,12 +23,13 @@ from agent.adapters.clock import SystemClock
 from agent.adapters.kept_listener import kept_listener
 from agent.adapters.state_dir import StateDir
 from agent.adapters.token_file import ensure_token, read_token
-from agent.api import dashboard
+from agent.api import dashboard, status_page
 from agent.api.admin_http import AdminServer, Page
 from agent.api.function_metrics import FunctionMetrics
 from agent.api.function_servicer import FunctionServicer
 from agent.api.scheduler_metrics import SchedulerMetrics
 from agent.api.scheduler_servicer import SchedulerServicer
+from agent.api.status_page import StatusPage
 from agent.api.usage_servicer import UsageServicer
 from agent.core.dispatch import Dispatcher
 from agent.core.dispatch_events import Wake
@@ -264,7 +265,11 @@ class SchedulerDaemon:
             raise _bind_failed(error) from error
 
     def _pages(self) -> dict[str, Page]:
-        return {"/grafana.json": Page("application/json", dashboard.render)}
+        status = StatusPage(self.clock, self.catalog, self.fleet, self.dispatcher)
+        return {
+            "/": Page(status_page.CONTENT_TYPE, status.render, status_page.HEADERS),
+            "/grafana.json": Page("application/json", dashboard.render),
+        }
 
     def _metrics(self) -> SchedulerMetrics:
         traffic, usage = self.gateway.traffic, self.usage_totals

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from time import process_time
 
 import pytest
 
 from agent.api.agent_metrics import AgentHealth, AgentMetrics
-from agent.api.function_metrics import FunctionMetrics
-from agent.api.scheduler_metrics import SchedulerMetrics
+from agent.core.lifecycle_events import StopAsked
+from agent.core.provision import Scheduling
 from agent.core.snapshots import InstanceReading
 from agent.core.types import GIB, SECOND_NS, GpuSample
 from agent.host.gauges import Gauges
 from agent.host.observe import Observer
-from agent.scheduler.fleet import Fleet
 from agent.scheduler.functions import Problem
-from agent.scheduler.usage_totals import UsageTotals
-from agent.scheduler.wakes import WakeCounts
-from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest
-from agent.v1.types_pb2 import Gpu, HostMemory, Instance, Node
+from agent.v1.types_pb2 import Gpu, Instance
+from tests.api.central import Central, load
 from tests.api.promql import Scrape, read_scrape
 from tests.api.test_instance_servicer import observer_of
-from tests.fakes.clock import FakeClock
 from tests.fakes.instance_reader import FakeInstanceReader
-from tests.host.rig import World, a_world
-from tests.scheduler.rig import GatewayRig, gateway_rig
+from tests.host.rig import World, a_world, eventually
 
 GPU = {"sm_percent": 50, "encoder_percent": 0}
 HEALTHY = AgentHealth(store_ok=True, pending_windows=0, merged_windows=0, unmatched_ends=0, scheduler_connected=True)
@@ -62,9 +55,6 @@ async def test_one_that_sleeps_uses_no_gpu_and_one_that_is_awake_is_charged_with
 
 
 async def test_an_instance_that_has_ended_has_no_series() -> None:
-    from agent.core.lifecycle_events import StopAsked
-    from tests.host.rig import eventually
-
     async with a_world() as world:
         actor = await world.running()
         assert (await scraped(world)).value("hibernode_wakes_total", uid=actor.uid) == 0
@@ -76,42 +66,6 @@ async def test_an_instance_that_has_ended_has_no_series() -> None:
 
 
 # ---- the scheduler ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Central:
-    rig: GatewayRig
-    fleet: Fleet
-    clock: FakeClock
-    metrics: SchedulerMetrics
-
-    def scrape(self) -> Scrape:
-        return read_scrape(self.metrics.render().decode())
-
-    def report(self, *instances: InstanceLoad, gpus: tuple[Gpu, ...] = ()) -> None:
-        """A node's first message."""
-        stream = self.fleet.opened("n1")
-        registration = Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2", gpus=gpus)
-        memory = HostMemory(total_bytes=64 * GIB, available_bytes=32 * GIB, reserved_bytes=GIB)
-        load = NodeLoad(state=Node.STATE_READY, host_memory=memory, gpu_waiting=3, gpus=gpus)
-        message = ReportLoadRequest(
-            epoch=1, sequence=1, snapshot=True, registration=registration, load=load, instances=instances
-        )
-        self.fleet.took("n1", stream, message)
-
-
-@pytest.fixture
-async def central(tmp_path: Path) -> AsyncIterator[Central]:
-    async with gateway_rig(str(tmp_path), "n1") as rig:
-        clock = FakeClock()
-        fleet = Fleet(clock, rig.tell, lambda: None, suspect_ns=3 * SECOND_NS, lost_ns=10 * SECOND_NS)
-        usage = UsageTotals(lambda: [one.spec.name for one in rig.catalog.all()])
-        functions = FunctionMetrics(clock, rig.catalog, fleet, rig.dispatcher, rig.gateway.traffic, usage)
-        yield Central(rig, fleet, clock, SchedulerMetrics(functions, fleet, rig.gateway.counts, WakeCounts()))
-
-
-def load(uid: str, state: Instance.State.ValueType, function: str = "ocr") -> InstanceLoad:
-    return InstanceLoad(uid=uid, function=function, revision="1", state=state, concurrency=4, healthy=True)
 
 
 async def test_a_function_has_all_its_series_from_the_start_and_none_once_it_is_gone(central: Central) -> None:
@@ -161,6 +115,9 @@ async def test_nodes_tell_their_gpus_by_use_until_they_are_lost(central: Central
     assert [found.value("hibernode_node_gpus", use=use) for use in ("held", "free", "unusable")] == [1, 1, 2]
     assert found.value("hibernode_node_host_memory_bytes", node="n1", kind="available") == 32 * GIB
     assert found.value("hibernode_node_gpu_waiters", node="n1") == 3
+    assert found.value("hibernode_node_scheduling", node="n1", scheduling="NORMAL") == 1
+    central.fleet.schedule("n1", Scheduling.DRAINED)
+    assert central.scrape().value("hibernode_node_scheduling", node="n1", scheduling="DRAINED") == 1
     heard = found.value("hibernode_node_heard_timestamp_seconds", node="n1")
     central.clock.advance(11 * SECOND_NS)
     central.fleet.check_silence()

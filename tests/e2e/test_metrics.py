@@ -131,6 +131,7 @@ async def test_every_metric_of_the_dashboard_is_there_and_right() -> None:
         check_figures(found)
         check_names(found)
         check_dashboard(json.loads(await fetch(stack, "scheduler", "/grafana.json")), found)
+        assert "sleeper" in await fetch(stack, "scheduler", "/"), "the status page shows it"
         await stack.remove_functions(["sleeper", "always"])
 
         async def forgotten() -> bool:

@@ -1,0 +1,167 @@
+"""The scheduler's status as one page of plain HTML at the root of its admin address: functions, nodes, GPUs, instances.
+
+Read-only, without scripts and without anything from elsewhere; it reloads itself. Nobody has to say here who they are,
+so it shows reasons and no messages, which may quote what an instance has logged: `hibernode functions` has those.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+
+from agent.core.dispatch import Dispatcher
+from agent.core.leases import Standing
+from agent.core.provision import Scheduling
+from agent.core.types import GIB, SECOND_NS
+from agent.ports import Clock
+from agent.scheduler.fleet import ENDED, Fleet, NodeRecord
+from agent.scheduler.functions import Catalog
+from agent.v1.scheduler_service_pb2 import InstanceLoad
+from agent.v1.types_pb2 import Gpu, Instance
+
+MAX_ROWS = 500
+"""Of one table; a line says how many there are more."""
+RELOAD_S = 5
+CONTENT_TYPE = "text/html; charset=utf-8"
+HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+_STYLE = (
+    "body{font:14px system-ui,sans-serif;margin:1.5em}table{border-collapse:collapse;margin-bottom:1.5em}"
+    "th,td{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd;white-space:nowrap}"
+    "h2{font-size:1.1em;margin:.5em 0}.bad{color:#b00}"
+)
+_UNKNOWN = "–"
+_HEALTH = {number: name.removeprefix("HEALTH_") for name, number in Gpu.Health.items()}
+_GOING = (*ENDED, Instance.STATE_STOPPING)
+
+Row = Sequence[object]
+
+
+class StatusPage:
+    """`render` reads what the scheduler holds now."""
+
+    def __init__(self, clock: Clock, catalog: Catalog, fleet: Fleet, dispatcher: Dispatcher) -> None:
+        self._clock = clock
+        self._catalog = catalog
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+
+    def render(self) -> bytes:
+        """The whole page, UTF-8."""
+        nodes = self._fleet.nodes()
+        body = "".join(
+            (
+                _table("Functions", _FUNCTION, self._functions()),
+                _table("Nodes", _NODE, map(self._node, nodes)),
+                _table("GPUs", _GPU, (row for node in nodes for row in _gpus(node))),
+                _table("Instances", _INSTANCE, self._instances()),
+            )
+        )
+        return (
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="refresh" content="{RELOAD_S}">'
+            f"<title>Hibernode</title><style>{_STYLE}</style></head><body><h1>Hibernode</h1>{body}"
+            '<p><a href="/metrics">metrics</a> <a href="/grafana.json">Grafana dashboard</a></p></body></html>\n'
+        ).encode()
+
+    def _functions(self) -> Iterator[Row]:
+        states: dict[str, Counter[Instance.State.ValueType]] = {}
+        for node, load in self._fleet.instances():
+            if node.standing is not Standing.LOST:
+                states.setdefault(load.function, Counter())[load.state] += 1
+        for function in self._catalog.all():
+            name, problem = function.spec.name, self._catalog.problem(function.spec.name)
+            counts = states.get(name, Counter())
+            queue = self._dispatcher.queue_state(name)
+            current = sum(count for state, count in counts.items() if state not in _GOING)
+            awake, frozen = counts[Instance.STATE_RUNNING], counts[Instance.STATE_FROZEN]
+            reason = "DELETING" if function.deleting else "" if problem is None else problem.reason
+            numbers = (function.target, current, awake, frozen, queue.waking, queue.queued)
+            yield (name, function.spec.revision, *numbers, _Bad(reason))
+
+    def _node(self, node: NodeRecord) -> Row:
+        registration, heard = node.registration, "never"
+        if node.wall_ns:
+            heard = f"{max(0, self._clock.wall_ns() - node.wall_ns) / SECOND_NS:.1f} s ago"
+        gpus = node.load.gpus or registration.gpus
+        memory = node.load.host_memory if node.load.HasField("host_memory") else registration.host_memory
+        living = sum(load.state not in ENDED for load in node.instances.values())
+        asked = self._fleet.scheduling(node.name)
+        standing: object = node.standing.value
+        if node.standing is not Standing.READY or asked is not Scheduling.NORMAL:
+            standing = _Bad(f"{standing} {asked.value}".removesuffix(f" {Scheduling.NORMAL.value}"))
+        held = f"{sum(bool(gpu.holder_uids) for gpu in gpus)} of {len(gpus)}"
+        available = (
+            f"{_size(memory.available_bytes)} of {_size(memory.total_bytes)}" if memory.total_bytes else _UNKNOWN
+        )
+        versions = (registration.agent_version, registration.driver_version)
+        return (node.name, standing, heard, held, node.load.gpu_waiting, living, available, *versions)
+
+    def _instances(self) -> Iterator[Row]:
+        for node, load in sorted(
+            self._fleet.instances(), key=lambda pair: (pair[1].function, pair[0].name, pair[1].uid)
+        ):
+            yield _instance(node, load)
+
+
+_FUNCTION = ("Function", "Revision", "Target", "Current", "Awake", "Frozen", "Waking", "Queued", "Trouble")
+_NODE = ("Node", "Standing", "Heard", "GPUs held", "Wait for a GPU", "Instances", "Memory free", "Agent", "Driver")
+_GPU = ("Node", "GPU", "Model", "Memory", "SM", "Temperature", "Held by", "Trouble")
+_INSTANCE = ("Instance", "Function", "Node", "State", "Requests", "GPU memory", "Frozen", "Wakes", "Active", "Idle")
+
+
+class _Bad(str):
+    """Something that needs a look."""
+
+    __slots__ = ()
+
+
+def _gpus(node: NodeRecord) -> Iterator[Row]:
+    for gpu in node.load.gpus or node.registration.gpus:
+        used = _size(gpu.memory_used_bytes) if gpu.HasField("memory_used_bytes") else _UNKNOWN
+        sm = f"{gpu.sm_percent} %" if gpu.HasField("sm_percent") else _UNKNOWN
+        temperature = f"{gpu.temperature_celsius} °C" if gpu.HasField("temperature_celsius") else _UNKNOWN
+        trouble = "" if gpu.health == Gpu.HEALTH_OK else _HEALTH.get(gpu.health, "UNKNOWN")
+        memory = f"{used} of {_size(gpu.memory_total_bytes)}"
+        yield (node.name, gpu.uuid, gpu.model, memory, sm, temperature, ", ".join(gpu.holder_uids), _Bad(trouble))
+
+
+def _instance(node: NodeRecord, load: InstanceLoad) -> Row:
+    name = Instance.State.Name(load.state).removeprefix("STATE_")
+    state: object = f"{name} {load.state_reason}".strip()
+    if load.state == Instance.STATE_FAILED or not load.healthy:
+        state = _Bad(state)
+    requests = f"{load.in_flight} of {load.concurrency}" + (f", {load.waiting} wait" if load.waiting else "")
+    sizes = (_size(load.vram_bytes), _size(load.frozen_bytes))
+    times = (f"{load.active_ns / SECOND_NS:.1f} s", f"{load.idle_ns / SECOND_NS:.1f} s")
+    return (load.uid, load.function, node.name, state, requests, *sizes, load.wake_count, *times)
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.1f} GiB" if size_bytes else _UNKNOWN
+
+
+def _table(title: str, heads: Sequence[str], rows: Iterable[Row]) -> str:
+    """Everything in it is escaped here, whoever said it."""
+    lines, more = [], 0
+    for number, row in enumerate(rows):
+        if number < MAX_ROWS:
+            lines.append("<tr>" + "".join(map(_cell, row)) + "</tr>")
+        else:
+            more += 1
+    if more:
+        lines.append(f'<tr><td colspan="{len(heads)}">and {more} more</td></tr>')
+    if not lines:
+        lines.append(f'<tr><td colspan="{len(heads)}">none</td></tr>')
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    return f"<h2>{escape(title)}</h2><table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _cell(value: object) -> str:
+    mark = ' class="bad"' if isinstance(value, _Bad) and value else ""
+    return f"<td{mark}>{escape(str(value))}</td>"

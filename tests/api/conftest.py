@@ -1,0 +1,17 @@
+"""Fixtures of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.api.central import Central, a_central
+
+
+@pytest.fixture
+async def central(tmp_path: Path) -> AsyncIterator[Central]:
+    """A scheduler to which nothing has happened yet."""
+    async with a_central(str(tmp_path)) as made:
+        yield made
