@@ -11,7 +11,7 @@ import asyncio
 import platform
 import random
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
@@ -176,7 +176,7 @@ class AgentDaemon:
         self.watch = self._watch(gpus)
         reader = ProcInstanceReader(self.boot_id)
         self._stack.callback(reader.close)
-        self.gauges = Gauges(reader, self.node.actors, lambda: self.trespass.vram_bytes)
+        self.gauges = Gauges(reader, self.node.actors, self._vram_now)
         self.observer = Observer(
             self.node,
             self._identity(slice_),
@@ -207,6 +207,10 @@ class AgentDaemon:
             after_sample=self.trespass.look,
             persistence_is_off=self.gpu.checkpointer.persistence_is_off,
         )
+
+    def _vram_now(self) -> Mapping[str, int]:
+        """GPU memory of instances, as long as NVML answers."""
+        return self.trespass.vram_bytes if self.watch.figures() else {}
 
     def _shell(self, memory: MemoryDesk) -> Shell:
         runtime = self._config.runtime

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+import pytest
 
 from agent.core.types import MIB, IdleMode, IdlePolicy
 from agent.v1 import types_pb2
@@ -16,6 +18,29 @@ OF_A_SCRAPE = {"instance", "job"}
 """Labels that Prometheus adds itself."""
 PARTS = {"ms", "us", "ns", "milliseconds", "milliwatts", "percent", "minutes", "hours", "kb", "mb", "gb", "mib", "gib"}
 """What is not a base unit (prometheus.io/docs/practices/naming)."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A dashboard with one panel that is wrong."""
+
+    expr: str
+    complaint: str
+    legend: str = ""
+
+    def dashboard(self) -> dict[str, Any]:
+        target = {"expr": self.expr, "legendFormat": self.legend, "datasource": {"uid": "${datasource}"}}
+        return {"panels": [{"title": "broken", "targets": [target]}]}
+
+
+BROKEN = (
+    Broken("hibernode_function_invocation_total", "nobody has"),
+    Broken("rate(hibernode_function_invocations_total{functoin=~'a'}[5m])", "has no .*functoin"),
+    Broken("sum by (node) (hibernode_function_leased_slots)", "has no .*node"),
+    Broken("rate(hibernode_function_leased_slots[5m])", "rates are of counters"),
+    Broken("hibernode_function_invocations_total", "rates are of counters"),
+    Broken("hibernode_function_leased_slots", "broken.*uid", "{{uid}}"),
+)
 
 
 async def fetch(stack: Stack, daemon: str, path: str) -> str:
@@ -131,6 +156,9 @@ async def test_every_metric_of_the_dashboard_is_there_and_right() -> None:
         check_figures(found)
         check_names(found)
         check_dashboard(json.loads(await fetch(stack, "scheduler", "/grafana.json")), found)
+        for wrong in BROKEN:
+            with pytest.raises(AssertionError, match=wrong.complaint):
+                check_dashboard(wrong.dashboard(), found)
         assert "sleeper" in await fetch(stack, "scheduler", "/"), "the status page shows it"
         await stack.remove_functions(["sleeper", "always"])
 
