@@ -1,33 +1,38 @@
-"""`hibernode node`: one node as its agent sees it, or the nodes of the fleet."""
+"""`hibernode node`: one node as its agent sees it, the nodes of the fleet, and what is asked of them."""
 
 from __future__ import annotations
 
 import click
 
-from agent.cli.connection import PAGE_SIZE, SHORT_S, with_agent, with_scheduler
-from agent.cli.options import asked, fleet_or_node_options, output_option
-from agent.cli.output import show_json, show_pairs, show_table, show_text
+from agent.cli.connection import SHORT_S, with_agent, with_scheduler
+from agent.cli.node_drain import list_nodes, wait_until_drained
+from agent.cli.options import asked, fleet_or_node_options, output_option, scheduler_options, timeout_option
+from agent.cli.output import note, show_json, show_pairs, show_table, show_text
 from agent.cli.units import age, clock, gpu_names, size
 from agent.v1 import node_service_pb2, scheduler_service_pb2, types_pb2
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import short_name, to_json
 
-MAX_PAGES = 1000
 
-
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--fleet", is_flag=True, help="All nodes the scheduler knows.")
 @fleet_or_node_options
 @output_option
-def node(fleet: bool) -> None:
-    """Show the node: its GPUs and who holds them, its host memory, what it can do.
+@click.pass_context
+def node(context: click.Context, fleet: bool) -> None:
+    """Show the node: its GPUs and who holds them, its host memory, what it can do. Or take one out of use.
 
     \b
     Examples:
       hibernode node
       hibernode node --fleet
+      hibernode node drain gpu-1 --wait
       hibernode node --output json | jq '.gpus[].holder_uids'
     """
+    if context.invoked_subcommand is not None:
+        if fleet:
+            raise click.UsageError(f"--fleet lists nodes; leave it out before {context.invoked_subcommand}")
+        return
     if fleet:
         _show_fleet(with_scheduler(list_nodes, "asking for the nodes"))
         return
@@ -38,24 +43,83 @@ def node(fleet: bool) -> None:
     _show_node(found)
 
 
+@node.command()
+@click.argument("name")
+@scheduler_options
+@output_option
+def cordon(name: str) -> None:
+    """Give a node no new instances. Those it has go on to serve. It holds until `uncordon`, restarts included.
+
+    \b
+    Example:
+      hibernode node cordon gpu-1
+    """
+    _told(_schedule(name, types_pb2.Node.SCHEDULING_CORDONED), "is cordoned: it gets no new instances")
+
+
+@node.command()
+@click.argument("name")
+@scheduler_options
+@output_option
+def uncordon(name: str) -> None:
+    """Use a node again that was cordoned or drained.
+
+    \b
+    Example:
+      hibernode node uncordon gpu-1
+    """
+    _told(_schedule(name, types_pb2.Node.SCHEDULING_NORMAL), "is in use again")
+
+
+@node.command()
+@click.argument("name")
+@click.option("--wait", is_flag=True, help="Return once the node has no instances any more.")
+@click.option("--force", is_flag=True, help="Drain also instances that no other node has room for.")
+@timeout_option("30m")
+@scheduler_options
+@output_option
+def drain(name: str, wait: bool, force: bool, timeout_s: float) -> None:
+    """Move the instances of a node to others: new ones first, then the old ones end their requests and go.
+
+    No request is cut. Where no other node has room an instance stays, and its function says why; with --force it goes
+    all the same. The node gets no new instances until `uncordon`.
+
+    \b
+    Examples:
+      hibernode node drain gpu-1 --wait
+      hibernode node drain gpu-1 --wait --force --timeout 2h
+      hibernode node uncordon gpu-1
+    """
+    asks = types_pb2.Node.SCHEDULING_EMPTIED if force else types_pb2.Node.SCHEDULING_DRAINED
+    found = _schedule(name, asks)
+    if not wait:
+        _told(found, "is being drained; `hibernode ps --fleet` shows what is left")
+        return
+
+    async def story(channel: DaemonChannel) -> types_pb2.Node:
+        return await wait_until_drained(channel, name, timeout_s)
+
+    _told(with_scheduler(story, f"draining {name}"), "is drained")
+
+
+def _schedule(name: str, scheduling: types_pb2.Node.Scheduling.ValueType) -> types_pb2.Node:
+    async def story(channel: DaemonChannel) -> types_pb2.Node:
+        request = scheduler_service_pb2.SetNodeSchedulingRequest(name=name, scheduling=scheduling)
+        return (await channel.call(channel.scheduler.SetNodeScheduling, request, SHORT_S)).node
+
+    return with_scheduler(story, f"asking for {name}")
+
+
+def _told(found: types_pb2.Node, what: str) -> None:
+    if asked().json:
+        show_json(to_json(found))
+    note(f"{found.name} {what}")
+
+
 async def get_node(channel: DaemonChannel) -> types_pb2.Node:
     """The agent's own node."""
     request = node_service_pb2.GetNodeRequest()
     return (await channel.call(channel.nodes.GetNode, request, SHORT_S)).node
-
-
-async def list_nodes(channel: DaemonChannel) -> list[types_pb2.Node]:
-    """Every node of the fleet."""
-    found: list[types_pb2.Node] = []
-    token = ""
-    for _ in range(MAX_PAGES):
-        request = scheduler_service_pb2.ListNodesRequest(page_size=PAGE_SIZE, page_token=token)
-        page = await channel.call(channel.scheduler.ListNodes, request, SHORT_S)
-        found += page.nodes
-        token = page.next_page_token
-        if not token:
-            break
-    return found
 
 
 def _show_fleet(nodes: list[types_pb2.Node]) -> None:
@@ -63,11 +127,12 @@ def _show_fleet(nodes: list[types_pb2.Node]) -> None:
         show_json({"nodes": [to_json(one) for one in nodes]})
         return
     show_table(
-        ("NODE", "STATE", "GPUS", "INSTANCES", "MEMORY", "RESERVED", "DRIVER", "REPORTED"),
+        ("NODE", "STATE", "SCHEDULING", "GPUS", "INSTANCES", "MEMORY", "RESERVED", "DRIVER", "REPORTED"),
         (
             (
                 one.name,
                 _state(one),
+                _scheduling(one) or "-",
                 str(len(one.gpus)),
                 str(one.instance_count),
                 size(one.host_memory.total_bytes),
@@ -87,6 +152,7 @@ def _show_node(found: types_pb2.Node) -> None:
         (
             ("Node", found.name),
             ("State", " ".join(filter(None, (_state(found), found.state_reason)))),
+            ("Scheduling", _scheduling(found)),
             ("Driver", f"{found.driver_version or 'none'} (CUDA {found.cuda_version or '-'})"),
             (
                 "Host memory",
@@ -154,6 +220,12 @@ def level(capability: types_pb2.Capability) -> str:
 
 def _state(found: types_pb2.Node) -> str:
     return short_name(types_pb2.Node.State.DESCRIPTOR, found.state)
+
+
+def _scheduling(found: types_pb2.Node) -> str:
+    """NORMAL, CORDONED and so on; "" where an agent speaks, which does not know."""
+    known = found.scheduling != types_pb2.Node.SCHEDULING_UNSPECIFIED
+    return short_name(types_pb2.Node.Scheduling.DESCRIPTOR, found.scheduling) if known else ""
 
 
 def _health(gpu: types_pb2.Gpu) -> str:

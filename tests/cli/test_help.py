@@ -20,6 +20,7 @@ SUBCOMMANDS = [
     ["emulated", "fault"],
     *(["emulated", "fault", name] for name in ("add", "list", "clear", "xid", "device", "reserve")),
     *(["functions", name] for name in ("list", "show", "rm")),
+    *(["node", name] for name in ("cordon", "uncordon", "drain")),
     ["usage", "reconcile"],
 ]
 
@@ -80,6 +81,8 @@ def test_without_a_command_help_is_shown_and_the_exit_says_usage(run: Run) -> No
         (["zzz"], "`hibernode --help` lists them"),
         (["ps", "--outptu", "json"], "--outptu"),
         (["inspect"], "Missing argument 'UID'"),
+        (["node", "drain"], "Missing argument 'NAME'"),
+        (["node", "--fleet", "cordon", "gpu-1"], "leave it out before cordon"),
         (["ps", "--output", "xml"], "'xml' is not one of"),
         (["wake", "i-1", "--timeout", "soon"], "expected a duration"),
         (["deploy", "--target", "-1"], "-1 is not in the range"),

@@ -13,13 +13,11 @@ import asyncio
 import base64
 import json
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
-
-from google.protobuf.timestamp_pb2 import Timestamp
+from typing import Any
 
 from agent.core.errors import InvalidArgumentError, NotFoundError, PreconditionError
 from agent.v1 import function_service_pb2 as fn
@@ -28,54 +26,15 @@ from agent.v1 import instance_service_pb2 as inst
 from agent.v1 import instance_service_pb2_grpc as inst_grpc
 from agent.v1 import node_service_pb2 as node
 from agent.v1 import node_service_pb2_grpc as node_grpc
-from agent.v1 import scheduler_service_pb2 as sched
-from agent.v1 import scheduler_service_pb2_grpc as sched_grpc
 from agent.v1 import types_pb2
 from agent.v1 import usage_service_pb2 as usage
 from agent.v1 import usage_service_pb2_grpc as usage_grpc
 from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable
 from tests.fakes.exec_story import exec_story
+from tests.fakes.fleet_story import CREATED, ENDED, GIB, INSTANCES, NODE, Fleet, State, instance, page
 
 TOKEN = "operator-token-0123456789"
-PAGE = 2
-GIB = 1 << 30
-CREATED = Timestamp(seconds=1_767_225_600, nanos=5_000_000)  # 2026-01-01 UTC
-
-State = types_pb2.Instance
-Item = TypeVar("Item")
-
-
-def page(items: Sequence[Item], token: str) -> tuple[Sequence[Item], str]:
-    """Two items, and where to go on."""
-    start = int(token or 0)
-    rest = start + PAGE < len(items)
-    return items[start : start + PAGE], str(start + PAGE) if rest else ""
-
-
-def instance(uid: str, function: str, state: types_pb2.Instance.State.ValueType, **more: Any) -> types_pb2.Instance:
-    spec = types_pb2.FunctionSpec(name=function, image="host", entrypoint=["serve"], environment={"KEY": "***"})
-    return types_pb2.Instance(
-        uid=uid,
-        node="gpu-host-1",
-        function=function,
-        revision="1",
-        state=state,
-        spec=spec,
-        healthy=True,
-        create_time=CREATED,
-        state_time=CREATED,
-        **more,
-    )
-
-
-WAKE = types_pb2.Instance.WakeTiming(total_ns=850_000_000, driver_ns=800_000_000)
-INSTANCES = [
-    instance("i-run", "ocr", State.STATE_RUNNING, in_flight=1, waiting=2, vram_bytes=5 * GIB, gpu_uuids=["GPU-aaaa"]),
-    instance("i-cold", "ocr", State.STATE_FROZEN, frozen_bytes=5 * GIB, wake_count=7, last_wake=WAKE),
-    instance("i-chat", "chat", State.STATE_RUNNING, state_reason="HOST_MEMORY_SHORT"),
-]
-ENDED = [instance("i-dead", "ocr", State.STATE_FAILED, state_reason="EXITED", state_message="exit code 3")]
 
 
 class Instances(inst_grpc.InstanceServiceServicer):
@@ -155,42 +114,6 @@ class Instances(inst_grpc.InstanceServiceServicer):
         raise NotFoundError("INSTANCE_NOT_FOUND", f"no instance {uid!r} on this node; `hibernode ps` lists them")
 
 
-NODE = types_pb2.Node(
-    name="gpu-host-1",
-    agent_version="0.1.0",
-    driver_version="580.65.06",
-    cuda_version="13.0",
-    state=types_pb2.Node.STATE_READY,
-    gpus=[
-        types_pb2.Gpu(
-            uuid="GPU-aaaa",
-            model="Emulated T4",
-            memory_total_bytes=16 * GIB,
-            memory_used_bytes=0,
-            sm_percent=37,
-            power_milliwatts=61_500,
-            holder_uids=["i-run"],
-        ),
-        types_pb2.Gpu(
-            index=1,
-            uuid="GPU-bbbb",
-            model="Emulated T4",
-            health=types_pb2.Gpu.HEALTH_CORDONED,
-            cordoned_reason="XID_79: the GPU has fallen off the bus",
-        ),
-    ],
-    host_memory=types_pb2.HostMemory(total_bytes=64 * GIB, available_bytes=40 * GIB, reserved_bytes=5 * GIB),
-    capabilities=[
-        types_pb2.Capability(name="driver", level=types_pb2.Capability.LEVEL_OK, reason="driver 580.65.06, 2 GPUs"),
-        types_pb2.Capability(
-            name="mig", level=types_pb2.Capability.LEVEL_FAIL, reason="GPU 1 is in MIG mode", fix="nvidia-smi -mig 0"
-        ),
-    ],
-    runtimes=["process"],
-    instances_per_gpu=2,
-    instance_count=3,
-    start_time=CREATED,
-)
 WINDOWS = [
     types_pb2.UsageWindow(
         instance_uid="i-cold",
@@ -222,7 +145,8 @@ class Nodes(node_grpc.NodeServiceServicer):
 
 
 class Functions(fn_grpc.FunctionServiceServicer):
-    """Remembers what is deployed. `slow` gets ready at the second look, `hopeless` never, `late` stays on its way."""
+    """Remembers what is deployed. `slow` gets ready at the second look, `hopeless` never, `late` stays on its way,
+    `cramped` wants more than it has."""
 
     def __init__(self, gateway: str) -> None:
         self._gateway = gateway
@@ -233,6 +157,8 @@ class Functions(fn_grpc.FunctionServiceServicer):
         made.spec.revision = "1"
         made.state = fn.Function.STATE_PROVISIONING
         made.url = f"http://{self._gateway}/fn/{made.name}/"
+        if made.name == "cramped":
+            made.current_error_reason, made.current_error = "NO_FREE_GPU", "node gpu-host-2 has no free GPU"
         warnings = [] if request.target else ["target is 0: it answers 503 NoCapacity"]
         if not request.validate_only:
             self._known[made.name] = made
@@ -260,19 +186,6 @@ class Functions(fn_grpc.FunctionServiceServicer):
         await self.GetFunction(fn.GetFunctionRequest(name=request.name), context)
         del self._known[request.name]
         return fn.DeleteFunctionResponse()
-
-
-class Fleet(sched_grpc.SchedulerServiceServicer):
-    async def ListNodes(self, request: sched.ListNodesRequest, context: Any) -> sched.ListNodesResponse:
-        lost = types_pb2.Node(name="gpu-host-2", state=types_pb2.Node.STATE_LOST, report_time=CREATED)
-        return sched.ListNodesResponse(nodes=[NODE, lost])
-
-    async def ListFleetInstances(
-        self, request: sched.ListFleetInstancesRequest, context: Any
-    ) -> sched.ListFleetInstancesResponse:
-        found = [one for one in INSTANCES if request.function in ("", one.function)]
-        items, token = page(found, request.page_token)
-        return sched.ListFleetInstancesResponse(instances=items, next_page_token=token)
 
 
 FACTORS = usage.PriceFactors(
