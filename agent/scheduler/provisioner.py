@@ -59,6 +59,7 @@ class Provisioner:
         self._progress: dict[str, Progress] = {}
         self._poked = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._round_views: dict[str, NodeView] | None = None
 
     def poke(self) -> None:
         """Something changed."""
@@ -90,6 +91,7 @@ class Provisioner:
         now = self._clock.monotonic_ns()
         again = now + int(ROUND_S * SECOND_NS)
         present = self._present(now)
+        self._round_views = None  # made when the first create needs a place
         functions = self._catalog.all()
         for function in functions:
             try:
@@ -150,14 +152,7 @@ class Provisioner:
         """Begin what has a place. Else why there is none, unless an older instance goes in its favour."""
         if not todo.creates:
             return None
-        functions = {one.spec.name: one.spec for one in self._catalog.all()}
-        pending = [
-            (node, functions[name])
-            for name, other in self._progress.items()
-            if name in functions
-            for node in other.pending()
-        ]
-        views = {view.name: view for view in node_views(self._fleet, pending, functions)}
+        views = self._views()
         for create in todo.creates:
             asked = views.get(progress.unsure.get(create.request_id.ordinal, ""))
             if asked is not None and not asked.unavailable:
@@ -171,6 +166,19 @@ class Provisioner:
             progress.under_way[create.request_id.ordinal] = outcome.node
             self._spawn(self._create(function, progress, create, outcome.node))
         return None
+
+    def _views(self) -> dict[str, NodeView]:
+        """The nodes as they are in this round, what it has asked of them included."""
+        if self._round_views is None:
+            functions = {one.spec.name: one.spec for one in self._catalog.all()}
+            pending = [
+                (node, functions[name])
+                for name, progress in self._progress.items()
+                if name in functions
+                for node in progress.pending()
+            ]
+            self._round_views = {view.name: view for view in node_views(self._fleet, pending, functions)}
+        return self._round_views
 
     def _makes_room(
         self,
