@@ -8,6 +8,7 @@ instance of the function is open: they are refused, and the gateway queues them 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError, UnavailableError
@@ -16,14 +17,16 @@ if TYPE_CHECKING:
     from agent.host.actor import Actor
     from agent.host.gate import Gate
 
+Start = Callable[["Actor"], None]
+
 
 class Line:
-    """See the module: one per function. `wait` brackets with the gate's `leave`; gates do the rest."""
+    """See the module: one per function. Gates call `grant` and `look`."""
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
         self._actors: dict[Gate, Actor] = {}
-        self._tickets: dict[asyncio.Future[Actor], None] = {}
+        self._tickets: dict[asyncio.Future[None], Start] = {}
 
     @property
     def waiting(self) -> int:
@@ -49,26 +52,26 @@ class Line:
                 return actor
         return None
 
-    async def wait(self, ticket: asyncio.Future[Actor], timeout_s: float) -> Actor:
-        """Wait until an instance has granted a slot of its: call its gate's `leave` at the end.
-
-        Raises DeadlineError QUEUE_TIMEOUT, or what the ticket was failed with.
-        """
+    async def wait(self, ticket: asyncio.Future[None], timeout_s: float) -> None:
+        """Wait until an instance has granted a slot of its (`start` has been called). Raises DeadlineError
+        QUEUE_TIMEOUT, or what the ticket was failed with."""
         handle = ticket.get_loop().call_later(max(timeout_s, 0.0), _expire, ticket)
         try:
-            return await ticket
+            await ticket
         except BaseException:
-            self._abandon(ticket)
+            self._tickets.pop(ticket, None)
             raise
         finally:
             handle.cancel()
 
-    def ticket(self) -> asyncio.Future[Actor]:
-        """A place at the end. Raises ExhaustedError QUEUE_FULL."""
+    def ticket(self, start: Start) -> asyncio.Future[None]:
+        """A place at the end. `start` is called with the instance that grants a slot, in the turn of the loop in which
+        it does; from then on who took the ticket has to `leave` that instance's gate. Raises ExhaustedError
+        QUEUE_FULL."""
         if len(self._tickets) >= self._max_waiting:
             raise ExhaustedError("QUEUE_FULL", f"{len(self._tickets)} requests wait for this function here already")
-        ticket: asyncio.Future[Actor] = asyncio.get_running_loop().create_future()
-        self._tickets[ticket] = None
+        ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tickets[ticket] = start
         self.look()
         return ticket
 
@@ -76,9 +79,10 @@ class Line:
         """The gate has counted a slot: it goes to the oldest who is still there. False if there is none."""
         while self._tickets:
             ticket = next(iter(self._tickets))
-            del self._tickets[ticket]
+            start = self._tickets.pop(ticket)
             if not ticket.done():  # else it was cancelled, and its waiter has not run yet
-                ticket.set_result(self._actors[gate])
+                ticket.set_result(None)
+                start(self._actors[gate])
                 return True
         return False
 
@@ -95,13 +99,8 @@ class Line:
             if not ticket.done():
                 ticket.set_exception(error)
 
-    def _abandon(self, ticket: asyncio.Future[Actor]) -> None:
-        self._tickets.pop(ticket, None)
-        if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
-            ticket.result().gate.leave()  # the grant and the caller's end crossed
 
-
-def _expire(ticket: asyncio.Future[Actor]) -> None:
+def _expire(ticket: asyncio.Future[None]) -> None:
     if not ticket.done():
         ticket.set_exception(
             DeadlineError("QUEUE_TIMEOUT", "no instance became free before the request's queue timeout")

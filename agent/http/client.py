@@ -191,6 +191,11 @@ class _Call:
     def response_processing(self) -> None:
         pass
 
+    def response_whole(self, head: ResponseHead, body: bytes) -> None:
+        self.response_head(head)
+        self.response_data(body)
+        self.response_end()
+
     def response_continue(self) -> None:
         pass  # never asked for
 

@@ -112,14 +112,15 @@ def forward_now(
     on_first_byte_sent: Hook | None = None,
     on_first_byte: Hook | None = None,
     on_last_byte: Hook | None = None,
+    prepared: bytes | None = None,
 ) -> Relay:
     """As `forward`, without a task: on a `connection` that the caller has (from `source.take()`), with a callback at
     the end. It owns the connection from here on. `on_done` comes exactly once, perhaps before this returns, and must
-    not raise; a fault of `response_filter` is in its result. Raises ValueError for CR or LF in a header, and has
-    given the connection back then."""
+    not raise; a fault of `response_filter` is in its result. `prepared`: the head, by `prepare` of the same arguments.
+    Raises ValueError for CR or LF in a header, and has given the connection back then."""
     has_body = bool(body) if body is not None else exchange.head.has_body
     try:
-        message = _request(exchange, source, method, target, headers, body, expect and has_body)
+        message = prepared or prepare(exchange, source, method, target, headers, body, expect=expect and has_body)
     except ValueError:
         source.release(connection)
         raise
@@ -141,15 +142,17 @@ def forward_now(
     return relay
 
 
-def _request(
+def prepare(
     exchange: Exchange,
     source: Pool,
     method: bytes,
     target: bytes,
     headers: list[Header],
-    body: bytes | None,
-    expect: bool,
+    body: bytes | None = None,
+    *,
+    expect: bool = False,
 ) -> bytes:
+    """The head that `forward` would send. Raises ValueError for CR or LF in a header."""
     framing = b"" if lookup(headers, b"host") is not None else b"host: %b\r\n" % source.authority
     length = exchange.head.length if body is None else len(body)
     if body is None and exchange.head.chunked:

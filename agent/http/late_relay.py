@@ -42,6 +42,11 @@ class LateRelay(Relay):
         self._client_full = False
         self._waiting: asyncio.Task[None] | None = None
 
+    def response_whole(self, head: ResponseHead, body: bytes) -> None:
+        self.response_head(head)
+        self.response_data(body)
+        self.response_end()
+
     def response_head(self, head: ResponseHead) -> None:
         self.head = head
         hook, self._on_first_byte = self._on_first_byte, None

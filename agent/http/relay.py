@@ -59,8 +59,8 @@ class Relay:
 
     __slots__ = (
         "_begun", "_connection", "_exchange", "_filter", "_held", "_in_order", "_on_done", "_on_first_byte",
-        "_on_last_byte", "_reused", "_source", "_streams", "_unsent_body", "_waits_for_continue", "ended", "error",
-        "head", "request_body_bytes", "response_body_bytes", "sent",
+        "_on_last_byte", "_released", "_reused", "_source", "_streams", "_unsent_body", "_waits_for_continue", "ended",
+        "error", "head", "request_body_bytes", "response_body_bytes", "sent",
     )  # fmt: skip
 
     def __init__(
@@ -91,6 +91,7 @@ class Relay:
         self._held = False
         self._begun = False  # the upstream said so
         self._in_order = False
+        self._released = False  # the connection is no longer ours
         self.ended = False
         self.sent = False
 
@@ -168,6 +169,14 @@ class Relay:
             self._connection.write(body)
             self._sent_whole(len(body))
 
+    def response_whole(self, head: ResponseHead, body: bytes) -> None:
+        if self._on_first_byte is None:  # else that comes first
+            self._upstream_done()
+        self.response_head(head)
+        if not self.ended:
+            self.response_data(body)
+            self.response_end()
+
     def response_head(self, head: ResponseHead) -> None:
         self.head = head
         if self._on_first_byte is not None:
@@ -195,7 +204,7 @@ class Relay:
             self._exchange.flush()
 
     def response_end(self) -> None:
-        self._last_byte()
+        self._upstream_done()
         if self._held:
             self._end(Outcome.HELD)
             return
@@ -223,6 +232,8 @@ class Relay:
         self._break_off(Outcome.CLIENT_GONE)
 
     def client_writable(self, writable: bool) -> None:
+        if self._released:
+            return
         if writable:
             self._connection.resume()
         else:
@@ -238,10 +249,18 @@ class Relay:
         """An end without a whole answer: neither connection can be used on."""
         if self.ended:
             return
-        self._connection.abort()
+        if not self._released:
+            self._connection.abort()
         if self._exchange.head_sent and not self._exchange.gone:
             self._exchange.abort()
         self._end(outcome)
+
+    def _upstream_done(self) -> None:
+        """Its connection may serve others from now on, who may be waiting for nothing else."""
+        if not self._released:
+            self._released = True
+            self._source.release(self._connection)
+        self._last_byte()
 
     def _last_byte(self) -> None:
         if self._on_last_byte is not None:
@@ -253,12 +272,11 @@ class Relay:
         if self.ended:
             return
         self.ended = True
-        self._last_byte()
         exchange = self._exchange
         exchange.attach(None)
         if self._streams:
             exchange.stream_body(None)
-        self._source.release(self._connection)
+        self._upstream_done()
         self._on_done(
             ForwardResult(
                 outcome,

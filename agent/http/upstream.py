@@ -34,6 +34,9 @@ class ResponseSink(Protocol):
     def response_processing(self) -> None:
         """102 Processing: the request is being acted on from now on."""
 
+    def response_whole(self, head: ResponseHead, body: bytes) -> None:
+        """All of it came in one piece; the connection may be released at once. Nothing else is called then."""
+
     def response_head(self, head: ResponseHead) -> None:
         """The final head."""
 
@@ -272,10 +275,7 @@ class UpstreamConnection(asyncio.Protocol):
             # The whole body came with its head, as small ones do: no decoder needed.
             self._state = _DONE
             self.deadline = NEVER
-            sink.response_head(head)
-            if self._sink is sink:
-                sink.response_data(data[start:])
-                sink.response_end()
+            sink.response_whole(head, data[start:])
             return
         self._state = _BODY
         if head.chunked:
