@@ -1,5 +1,5 @@
-"""What a deploy must keep to beyond the spec's own ranges (core/function_rules.py): target, triggers, and what this
-version can do.
+"""What a deploy must keep to beyond the spec's own ranges (core/function_rules.py): target, triggers,
+provisioning, and what this version can do.
 
 Each breach is an InvalidArgumentError that names the field and the fix.
 """
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from agent.core.errors import UnsupportedError
 from agent.core.function_rules import bounded, check_function, wrong
-from agent.core.types import SECOND_NS, DispatchPolicy
+from agent.core.scaling import MAX_TARGET, Provisioning
+from agent.core.types import SECOND_NS, DispatchPolicy, IdleMode
 from agent.v1 import types_pb2
-from agent.v1.function_service_pb2 import DeployFunctionRequest, HttpTrigger
-from agent.wire.convert_enums import dispatch_to_proto
+from agent.v1.function_service_pb2 import DeployFunctionRequest, HttpTrigger, ProvisionConfig
+from agent.wire.convert_enums import dispatch_to_proto, idle_mode_to_proto
 from agent.wire.convert_function import function_from_proto
+from agent.wire.convert_provision import provisioning_from_proto, windows_ended
 
-MAX_TARGET = 10_000
 MAX_TRIGGERS = 10
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
@@ -50,17 +51,39 @@ def checked(
         message.queue_length = defaults.queue_length
     if not message.HasField("queue_timeout_ns"):
         message.queue_timeout_ns = defaults.queue_timeout_ns
+    if request.HasField("provision"):
+        set_idle_mode(message, request.provision)
     check_function(function_from_proto(message))
     bounded("target", request.target, 0, MAX_TARGET)
     return message, _triggers(request)
 
 
-def warnings_of(request: DeployFunctionRequest) -> list[str]:
+def set_idle_mode(message: types_pb2.FunctionSpec, config: ProvisionConfig) -> None:
+    """`alwaysAllocateGPU` where it is said: true turns idle mode off, false on. What is so already is left as it is
+    written, for another spec is another revision. Raises InvalidArgumentError for a spec that can't be read."""
+    never = function_from_proto(message).idle.mode is IdleMode.NEVER
+    if config.HasField("always_allocate_gpu") and config.always_allocate_gpu != never:
+        mode = IdleMode.NEVER if config.always_allocate_gpu else IdleMode.REQUIRE
+        message.idle_policy.mode = idle_mode_to_proto(mode)
+
+
+def checked_provision(config: ProvisionConfig) -> tuple[ProvisionConfig, Provisioning]:
+    """What is kept of it, and what it means. Its default target and `alwaysAllocateGPU` are kept with the function.
+
+    Raises InvalidArgumentError."""
+    found = provisioning_from_proto(config)
+    kept = ProvisionConfig(
+        scheduled_actions=config.scheduled_actions, target_tracking_policies=config.target_tracking_policies
+    )
+    return kept, found
+
+
+def warnings_of(name: str, target: int, config: ProvisionConfig, found: Provisioning, wall_ns: int) -> list[str]:
     """What is accepted and looks like a mistake."""
-    found = []
-    if not request.target:
-        found.append(f"target is 0: {request.spec.name} has no instances and answers 503 NoCapacity")
-    return found
+    warnings = windows_ended(config, found, wall_ns)
+    if not target and not any(window.end_ns > wall_ns for window in found.windows):
+        warnings.append(f"target is 0: {name} has no instances and answers 503 NoCapacity")
+    return warnings
 
 
 def _triggers(request: DeployFunctionRequest) -> tuple[HttpTrigger, ...]:

@@ -1,0 +1,206 @@
+"""When a scheduled action fires: `at(yyyy-mm-ddThh:mm:ss)` or `cron(second minute hour day month weekday)` in a zone.
+
+Cron fields take numbers, names (JAN-DEC, MON-SUN), `,` `-` `*` `/`; weekdays are 1-7 = MON-SUN, and `?` in day or
+weekday says that the other one counts. Where both are restricted either is enough, as in every cron.
+
+Times are of the zone's wall clock. What lies in the hour that a change of clocks leaves out fires when that hour would
+have begun; what lies in the hour that comes twice fires the first time only. So whoever fires first on other days does
+so on these. The zone is handed in: nothing here reads files or a clock. Work is bounded: cronsim looks 50 years far.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, tzinfo
+
+from cronsim import CronSim, CronSimError
+
+from agent.core.types import SECOND_NS
+
+MAX_EXPRESSION = 256
+_EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 -- wall clocks here have no zone; `_instant` puts it on
+_MICROSECOND = timedelta(microseconds=1)
+_SECOND = timedelta(seconds=1)
+_AT = re.compile(r"at\(\s*(\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2})\s*\)", re.ASCII)
+_CRON = re.compile(r"cron\(([^()]*)\)", re.ASCII)
+_TIME = re.compile(r"(\d{4}-\d{2}-\d{2}T\d{2}:\d{2})(:\d{2})?(?:\.(\d{1,9}))?(Z|[+-]\d{2}:\d{2})?", re.ASCII)
+_TERM = re.compile(r"(\*|[0-9A-Z]+(?:-[0-9A-Z]+)?)(?:/([0-9]{1,2}))?", re.ASCII)
+_NAMES = ("second", "minute", "hour", "day of month", "month", "day of week")
+_LOW, _HIGH = (0, 0, 0, 1, 1, 1), (59, 59, 23, 31, 12, 7)
+_MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
+_WEEKDAYS = ("MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN")
+_DAY, _MONTH, _WEEKDAY = 3, 4, 5
+
+
+class BadSchedule(ValueError):
+    """What is wrong with an expression or a time, as `must be ...`, to follow the name of its field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One expression in its zone. `fields` are cron's six, or empty where `at` is the one moment."""
+
+    zone: tzinfo
+    fields: str = ""
+    at: datetime | None = None
+
+    def last(self, start_ns: int, until_ns: int) -> int | None:
+        """The last firing in [start_ns, until_ns], wall ns."""
+        return self._within(self._before(until_ns), start_ns, until_ns)
+
+    def next(self, after_ns: int, end_ns: int) -> int | None:
+        """The first firing in (after_ns, end_ns), wall ns."""
+        if self.at is not None:
+            return self._within(_instant(self.at, self.zone), after_ns + 1, end_ns - 1)
+        try:
+            found = CronSim(self.fields, _wall(after_ns, self.zone))
+            while True:
+                fires = _instant(next(found), self.zone)
+                if fires > after_ns:  # what the change of clocks left out has fired with the first of it
+                    return self._within(fires, after_ns + 1, end_ns - 1)
+        except (StopIteration, OverflowError, ValueError):
+            return None
+
+    def _before(self, until_ns: int) -> int | None:
+        if self.at is not None:
+            return _instant(self.at, self.zone)
+        try:
+            return _instant(next(CronSim(self.fields, _wall(until_ns, self.zone) + _SECOND, reverse=True)), self.zone)
+        except (StopIteration, OverflowError, ValueError):
+            return None
+
+    @staticmethod
+    def _within(fires_ns: int | None, first_ns: int, last_ns: int) -> int | None:
+        return fires_ns if fires_ns is not None and first_ns <= fires_ns <= last_ns else None
+
+
+def parse_schedule(text: str, zone: tzinfo) -> Schedule:
+    """Raises BadSchedule."""
+    text = text.strip()
+    if len(text) <= MAX_EXPRESSION:
+        if found := _AT.fullmatch(text):
+            return Schedule(zone, at=_moment(found[1], "must hold a time that exists, such as at(2026-07-01T08:00:00)"))
+        if found := _CRON.fullmatch(text):
+            return Schedule(zone, fields=_fields(found[1]))
+    raise BadSchedule("must be at(yyyy-mm-ddThh:mm:ss) or cron(second minute hour day month weekday)")
+
+
+def parse_time(text: str, zone: tzinfo) -> int:
+    """Wall ns of an ISO 8601 time such as 2026-07-01T16:00:00.000Z; without `Z` or an offset it is of `zone`.
+
+    Raises BadSchedule."""
+    wrong = "must be a time such as 2026-07-01T16:00:00.000Z or 2026-07-01T16:00:00"
+    found = _TIME.fullmatch(text) if len(text) <= MAX_EXPRESSION else None
+    if found is None:
+        raise BadSchedule(wrong)
+    moment = _moment(found[1] + (found[2] or ":00"), wrong)
+    fraction = int((found[3] or "0").ljust(9, "0"))
+    if found[4] is None:
+        return _instant(moment, zone) + fraction
+    offset = 0
+    if found[4] != "Z":
+        hours, minutes = int(found[4][1:3]), int(found[4][4:6])
+        if hours > 23 or minutes > 59:
+            raise BadSchedule(wrong)
+        offset = (hours * 60 + minutes) * (60 if found[4][0] == "+" else -60)
+    return _ns(moment) - offset * SECOND_NS + fraction
+
+
+def _moment(text: str, wrong: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise BadSchedule(wrong) from None
+
+
+def _fields(text: str) -> str:
+    """The fields as cronsim takes them. Raises BadSchedule."""
+    parts = text.upper().split()
+    if len(parts) != len(_NAMES):
+        raise BadSchedule(
+            f"must have six fields (second minute hour day month weekday) within cron(), has {len(parts)}"
+        )
+    if parts[_DAY] == parts[_WEEKDAY] == "?":
+        raise BadSchedule("must not have `?` for day and weekday both")
+    for index, part in enumerate(parts):
+        parts[index] = _field(index, part)
+    try:
+        fields = " ".join(parts)
+        next(CronSim(fields, datetime(2000, 1, 1)))  # noqa: DTZ001 -- as `_EPOCH`
+    except (CronSimError, StopIteration, ValueError, OverflowError):
+        raise BadSchedule("never fires: there is no such day") from None
+    return fields
+
+
+def _field(index: int, part: str) -> str:
+    """One field in numbers. Raises BadSchedule."""
+    if part == "?":
+        if index not in (_DAY, _WEEKDAY):
+            raise BadSchedule(f"must not have `?` for {_NAMES[index]} in cron(); only day and weekday take it")
+        return "*"
+    terms = [_term(index, part, term) for term in part.split(",")]
+    return "*" if "*" in terms else ",".join(terms)
+
+
+def _term(index: int, part: str, term: str) -> str:
+    low, high = _LOW[index], _HIGH[index]
+    bad = BadSchedule(f"has a wrong {_NAMES[index]} in cron(): {part[:40]!r} is not within {low} to {high}")
+    found = _TERM.fullmatch(term)
+    if found is None:
+        raise bad
+    if term == "*":
+        return term
+    names = _MONTHS if index == _MONTH else _WEEKDAYS if index == _WEEKDAY else ()
+    ends = [low, high]
+    if found[1] != "*":
+        ends = [names.index(end) + 1 if end in names else _number(end, bad) for end in found[1].split("-")]
+    step = 1 if found[2] is None else int(found[2])
+    if not (1 <= step <= max(1, high) and all(low <= end <= high for end in ends)):
+        raise bad
+    first = ends[0]
+    last = ends[1] if len(ends) == 2 else high if found[2] is not None else first
+    if first > last:
+        raise BadSchedule(f"has a range that goes backwards in cron(): {part[:40]!r}")
+    return ",".join(str(one) for one in range(first, last + 1, step))
+
+
+def _number(text: str, bad: BadSchedule) -> int:
+    if not text.isdecimal() or len(text) > 2:
+        raise bad
+    return int(text)
+
+
+def _wall(at_ns: int, zone: tzinfo) -> datetime:
+    """What the zone's wall clock says, to the second. While it says an hour for the second time, the whole of that hour
+    has been: the last second of it."""
+    moment = (_EPOCH + timedelta(seconds=at_ns // SECOND_NS)).replace(tzinfo=UTC).astimezone(zone)
+    naive = moment.replace(tzinfo=None, fold=0)
+    if not moment.fold:
+        return naive
+    low, high = naive, naive + timedelta(days=1)
+    while high - low > _SECOND:
+        middle = low + timedelta(seconds=(high - low) // _SECOND // 2)
+        low, high = (middle, high) if _offset(middle, zone, 0) != _offset(middle, zone, 1) else (low, middle)
+    return low
+
+
+def _instant(wall: datetime, zone: tzinfo) -> int:
+    """Wall ns of the first time that the zone's clock says `wall`, or jumps over it."""
+    before, after = _offset(wall, zone, 0), _offset(wall, zone, 1)
+    if before >= after:  # as ever, or said twice
+        return _ns(wall) - before // _MICROSECOND * 1000
+    low, high = _ns(wall - after) // SECOND_NS, _ns(wall - before) // SECOND_NS
+    while high - low > 1:  # left out: the clock jumps somewhere in between
+        middle = (low + high) // 2
+        offset = (_EPOCH + timedelta(seconds=middle)).replace(tzinfo=UTC).astimezone(zone).utcoffset()
+        low, high = (low, middle) if offset == after else (middle, high)
+    return high * SECOND_NS
+
+
+def _offset(wall: datetime, zone: tzinfo, fold: int) -> timedelta:
+    return wall.replace(tzinfo=zone, fold=fold).utcoffset() or timedelta()
+
+
+def _ns(wall: datetime) -> int:
+    return (wall - _EPOCH) // _MICROSECOND * 1000
