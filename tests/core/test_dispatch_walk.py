@@ -96,13 +96,15 @@ class World:
     function_of: dict[int, str] = field(default_factory=dict)
     states: tuple[InstanceState, ...] = STATES
     bindings: int = 0
+    ahead: dict[int, str] = field(default_factory=dict)  # requests that wait at a node, as far as the world knows
+    sent_ahead: int = 0
     lease_ns: Counter[str] = field(default_factory=Counter)
 
     def tell(self, event: Event) -> None:
         self.now += MILLISECOND_NS
         for effect in self.dispatcher.step(event, self.now):
             match effect:
-                case Dispatch(request, uid, node, wakes=wakes):
+                case Dispatch(request, uid, node, wakes=wakes, ahead=ahead):
                     function = self.waiting.pop(request)
                     seen = self.instances[uid]
                     assert seen.function == function
@@ -111,11 +113,17 @@ class World:
                     assert seen.usable
                     older = [r for r, f in self.waiting.items() if f == function and r < request]
                     assert not older, "overtaken"
+                    if ahead:
+                        self.check_ahead(function, node)
+                        self.ahead[request] = node
+                        self.sent_ahead += 1
+                        continue
                     if wakes:
                         self.check_bound(function, uid)
                         self.bound[uid] = request
                     self.leased[request] = uid
-                    assert self.outstanding(uid) <= CONCURRENCY[function]
+                    moved = isinstance(event, LeaseEnded) and event.uid  # the world learns below whose place is whose
+                    assert (self.dispatcher.leased(uid) if moved else self.outstanding(uid)) <= CONCURRENCY[function]
                 case Wake(uid, node):
                     seen = self.instances[uid]
                     assert seen.state is InstanceState.FROZEN
@@ -134,7 +142,20 @@ class World:
                 case Refuse(request, _):
                     del self.waiting[request]
                     self.answered.add(request)
+        if isinstance(event, LeaseEnded) and event.uid:
+            self.learn_who_holds()
         self.check()
+
+    def check_ahead(self, function: str, node: str) -> None:
+        """Everybody there is busy, nobody is on his way awake, and no other node's slots go without for it."""
+        elsewhere = 0
+        for uid, seen in self.instances.items():
+            if seen.function == function and seen.state is InstanceState.RUNNING and seen.usable:
+                if seen.node == node:
+                    assert self.dispatcher.leased(uid) >= CONCURRENCY[function], f"{uid} is free"
+                elif seen.node in self.ready:
+                    elsewhere += CONCURRENCY[function]
+        assert sum(f == function for f in self.waiting.values()) >= elsewhere
 
     def check_bound(self, function: str, uid: str) -> None:
         """Nothing else of the function could free sooner, and everybody who shares the GPU sleeps."""
@@ -154,9 +175,11 @@ class World:
         return seen.waking and seen.usable and seen.node in self.ready and seen.state in WAKEABLE
 
     def check(self) -> None:
+        self.settle_ahead()
         for function in FUNCTIONS:
             queued = sum(f == function for f in self.waiting.values())
-            assert self.dispatcher.queue_state(function).queued == queued
+            there = sum(self.function_of[request] == function for request in self.ahead)
+            assert self.dispatcher.queue_state(function).queued == queued + there
             if not queued:
                 continue
             for uid, seen in self.instances.items():
@@ -170,6 +193,19 @@ class World:
             self.lease_ns[function] += valid[function] * MILLISECOND_NS
             found = self.dispatcher.lease_time_ns(function, self.now + MILLISECOND_NS)
             assert found == self.lease_ns[function], "the sum of leases over time is what utilisation is made of"
+
+    def settle_ahead(self) -> None:
+        """What waits at a node gets the slots that become free there: who has which, the dispatcher says."""
+        for request in [request for request in self.ahead if request in self.holders()]:
+            self.leased[request] = self.holders()[request]
+            node, function = self.ahead[request], self.function_of[request]
+            first = next(r for r, where in self.ahead.items() if (where, self.function_of[r]) == (node, function))
+            assert first == request, "overtaken"
+            assert self.instances[self.leased[request]].node == self.ahead.pop(request)
+
+    def holders(self) -> dict[int, str]:
+        """Who holds a lease on whom, by the dispatcher's own book."""
+        return {request: uid for uid, slot in self.dispatcher._slots.items() for request in slot.holders}
 
     def outstanding(self, uid: str) -> int:
         """Leases that count."""
@@ -218,7 +254,30 @@ class World:
             self.unbind(self.leased.pop(request), request)
             self.void.discard(request)
             self.answered.add(request)
-            self.tell(self.rng.choice((LeaseEnded, RequestGone))(request))
+            mine = [u for u, s in self.instances.items() if s.function == self.function_of[request]]
+            served = LeaseEnded(request, self.rng.choice(mine) if mine else "")
+            self.tell(self.rng.choice((served, RequestGone(request))))
+
+    def learn_who_holds(self) -> None:
+        """Another instance has served than the dispatcher thought: two requests have changed places on one node."""
+        found = self.holders()
+        for request, uid in self.leased.items():
+            if request not in self.void and uid in self.instances:
+                assert self.instances[found[request]].node == self.instances[uid].node
+                assert self.instances[found[request]].function == self.function_of[request]
+                self.leased[request] = found[request]
+
+    def ahead_ends(self) -> None:
+        """It is refused there, its client leaves, or it is served before we hear that a slot was free."""
+        if self.ahead:
+            request = self.rng.choice(list(self.ahead))
+            del self.ahead[request]
+            if self.rng.random() < 0.5:
+                self.waiting[request] = self.function_of[request]
+                self.tell(LeaseRefused(request))
+            else:
+                self.answered.add(request)
+                self.tell(self.rng.choice((LeaseEnded, RequestGone))(request))
 
     def refuse(self) -> None:
         if self.leased:
@@ -295,20 +354,20 @@ class World:
 
 
 def walk(seed: int) -> World:
-    """Every second world is a sleepy one, where few ask."""
+    """Every second world is a sleepy one, where few ask; in every third, requests may be sent ahead."""
     rng = random.Random(seed)
     sleepy = seed % 2 == 1
-    world = World(rng, states=SLEEPY if sleepy else STATES)
+    world = World(rng, Dispatcher(sends_ahead=seed % 3 == 0), states=SLEEPY if sleepy else STATES)
     for function in FUNCTIONS:
         policy = rng.choice(list(DispatchPolicy))
         world.tell(FunctionSet(function, policy=policy, queue_length=20, wake_factor=rng.choice((0.0, 1.0))))
     actions = [
         *(world.arrive,) * (2 if sleepy else 6), *(world.report,) * 3, *(world.end,) * 5, *(world.wake_ends,) * 2,
-        world.refuse, world.leave, world.vanish, world.node, world.retire,
+        world.refuse, world.leave, world.vanish, world.node, world.retire, world.ahead_ends,
     ]  # fmt: skip
     for _ in range(500):
         rng.choice(actions)()
-        accounted = [*world.waiting, *world.leased, *world.answered]
+        accounted = [*world.waiting, *world.ahead, *world.leased, *world.answered]
         assert sorted(accounted) == list(range(1, world.requests + 1))
     return world
 
@@ -320,6 +379,10 @@ def test_every_request_is_waiting_leased_or_answered_exactly_once(seed: int) -> 
 
 def test_the_walks_see_requests_that_find_everybody_asleep() -> None:
     assert sum(walk(seed).bindings for seed in range(1, 21, 2)) > 20
+
+
+def test_the_walks_see_requests_sent_ahead() -> None:
+    assert sum(walk(seed).sent_ahead for seed in range(0, 60, 6)) > 20
 
 
 def test_one_decision_costs_the_same_with_ten_and_with_ten_thousand_instances() -> None:
