@@ -13,11 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from agent.core.dispatch_events import Dispatch, FunctionSet
 from agent.core.leases import FunctionSlots, NodeEntry, Slot
+from agent.core.types import SECOND_NS
 
 AHEAD_SLOTS = 8
 """One request is sent ahead to a node, and one more for so many awake slots of the function there: further slots may
 become free on the way of the next."""
+AHEAD_PAUSE_NS = SECOND_NS // 10
+"""After a node refused what was sent ahead nothing is sent there for so long."""
 AHEAD_NODES = 8
 """Functions awake on more nodes send nothing ahead: their queue would have to be longer than all other nodes' slots."""
 
@@ -98,6 +102,18 @@ class FunctionState:
     ahead: dict[str, OrderedDict[int, Request]] = field(default_factory=dict)
     ahead_count: int = 0
 
+    def follow(self, event: FunctionSet) -> None:
+        """It is deployed, with these rules."""
+        self.known = True
+        self.expects_instances = event.expects_instances
+        self.slots.policy = event.policy
+        self.wake_factor = event.wake_factor
+        self.queue_length = event.queue_length
+
+    def queue_state(self) -> QueueState:
+        """For reports."""
+        return QueueState(self.queued, self.slots.count, self.slots.awake_slots, self.slots.waking)
+
     def count_leases(self, change: int, at: int) -> None:
         """So many more leases from `at` on: accrue, then change."""
         self.lease_time_ns += self.leases * (at - self.leases_since_ns)
@@ -163,6 +179,16 @@ class FunctionState:
             if free and waiting > slots.awake_slots - room and at >= slot.node.no_ahead_until_ns:
                 return slot
         return None
+
+    def send_ahead(self, at: int) -> list[Dispatch]:
+        """All that may go ahead now."""
+        sent: list[Dispatch] = []
+        while (slot := self.to_send_ahead(at)) is not None:
+            request = self.backlog.pop()
+            request.attempts += 1
+            self.put_ahead(request, slot.node)
+            sent.append(Dispatch(request.request, slot.uid, slot.node.name, at - request.arrived_ns, ahead=True))
+        return sent
 
     def put_ahead(self, request: Request, node: NodeEntry) -> None:
         """It waits at `node` from now on."""

@@ -2,13 +2,13 @@
 
 `Dispatcher.step(event, at_ns) -> effects` is the only code that changes it. A request waits here, bound to nobody,
 until an instance has a free slot; then it holds a lease until its response has ended. Instances are woken for the
-queue, not for a request: whichever frees first takes the oldest request. The one exception saves the way there and
-back: a request that is alone, of a function of which nothing is awake or on its way, goes to the instance that it would
-wake and waits there (`FunctionState.to_bind`), for then no other can be free sooner.
+queue, not for a request: whichever frees first takes the oldest request. Two exceptions save the way there and back: a
+request that is alone, with nothing awake or on its way, goes to the instance that it would wake (`to_bind`); and where
+all slots are taken the next request waits at the node for any of them (`to_send_ahead`).
 
-Every request that arrived is waiting, leased or answered; exactly one of the effects Dispatch (then one of LeaseEnded,
-LeaseRefused, RequestGone from the shell) and Refuse speaks about it at a time. Late answers are ignored. No clock, no
-I/O; the cost of one event does not grow with the number of instances.
+Every request that arrived is waiting, leased or answered; exactly one of Dispatch (then one of LeaseEnded, LeaseRefused,
+RequestGone from the shell) and Refuse speaks about it at a time. Late answers are ignored. No clock, no I/O; the cost
+of one event does not grow with the number of instances.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import assert_never
 
 from agent.core import leasing
 from agent.core import wakes_under_way as wakes
-from agent.core.backlog import Backlog, FunctionState, QueueState, Request
+from agent.core.backlog import AHEAD_PAUSE_NS, Backlog, FunctionState, QueueState, Request
 from agent.core.dispatch_events import (
     DeadlinePassed,
     Dispatch,
@@ -43,14 +43,10 @@ from agent.core.dispatch_events import (
     WakeFailed,
 )
 from agent.core.leases import AVERAGE_WEIGHT, FunctionSlots, NodeEntry, Slot, Standing
-from agent.core.types import SECOND_NS, InstanceState
+from agent.core.types import InstanceState
 
 MAX_ATTEMPTS = 50
 """A request that was refused so often is answered NO_CAPACITY."""
-AHEAD_PAUSE_NS = SECOND_NS // 10
-"""After a node refused what was sent ahead nothing is sent there for so long."""
-FOREIGN_AFTER_NS = SECOND_NS
-"""A report of more in flight than we have leases counts only where no lease changed for so long: younger ones race."""
 
 
 class Dispatcher:
@@ -109,10 +105,7 @@ class Dispatcher:
     def queue_state(self, function: str) -> QueueState:
         """A snapshot of one function."""
         found = self._functions.get(function)
-        if found is None:
-            return QueueState(0, 0, 0, 0)
-        slots = found.slots
-        return QueueState(found.queued, slots.count, slots.awake_slots, slots.waking)
+        return QueueState(0, 0, 0, 0) if found is None else found.queue_state()
 
     def lease_time_ns(self, function: str, at: int) -> int:
         """Leases out, summed over the time from the beginning to `at`: differences make a utilisation."""
@@ -255,14 +248,6 @@ class Dispatcher:
         if backlog:
             self._wake(function, at, effects)
 
-    def _send_ahead(self, function: FunctionState, at: int, effects: list[Effect]) -> None:
-        while (slot := function.to_send_ahead(at)) is not None:
-            request = function.backlog.pop()
-            request.attempts += 1
-            function.put_ahead(request, slot.node)
-            waited_ns = at - request.arrived_ns
-            effects.append(Dispatch(request.request, slot.uid, slot.node.name, waited_ns, ahead=True))
-
     # ---- wakes ------------------------------------------------------------------------------------------------
 
     def _wake(self, function: FunctionState, at: int, effects: list[Effect]) -> None:
@@ -276,7 +261,7 @@ class Dispatcher:
             wakes.begin(function.slots, slot, at)
             effects.append(Wake(slot.uid, slot.node.name))
         if self._sends_ahead:
-            self._send_ahead(function, at, effects)
+            effects += function.send_ahead(at)
 
     def _woken(self, uid: str, at: int, effects: list[Effect], *, failed: bool) -> None:
         slot = self._slots.get(uid)
@@ -311,15 +296,9 @@ class Dispatcher:
             return  # uids are never used again: somebody else's instance under the name of this one
         elif slot.concurrency != event.concurrency or slot.gpus != event.gpus:
             function.slots.regear(slot, event.concurrency, event.gpus)
-        slot.state, slot.cancellable, slot.healthy = event.state, event.cancellable, event.healthy
+        slot.take_in(event, at)
         if slot.wake_asked_ns >= 0 and event.state is InstanceState.RUNNING:
             wakes.came_awake(function.slots, slot, at, at - slot.wake_asked_ns)
-        excess = max(0, event.in_flight - slot.leased)
-        quiet = at - slot.changed_ns >= FOREIGN_AFTER_NS or not slot.changed_ns
-        slot.foreign = excess if quiet else 0
-        if event.state is not InstanceState.FROZEN or at >= slot.aside_until_ns:
-            slot.aside = False
-            slot.node.aside.pop(event.uid, None)
         function.slots.expect_wake(slot.node, event.wake_estimate_ns)
         function.slots.settle(slot)
         self._drain(function, at, effects)
@@ -392,11 +371,7 @@ class Dispatcher:
 
     def _function_set(self, event: FunctionSet, at: int, effects: list[Effect]) -> None:
         function = self._function(event.function)
-        function.known = True
-        function.expects_instances = event.expects_instances
-        function.slots.policy = event.policy
-        function.wake_factor = event.wake_factor
-        function.queue_length = event.queue_length
+        function.follow(event)
         self._give_up(function, effects)
         self._drain(function, at, effects)
 

@@ -16,11 +16,13 @@ from enum import Enum
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
+from agent.core.dispatch_events import InstanceReported
 from agent.core.types import SECOND_NS, DispatchPolicy, InstanceState
 
 if TYPE_CHECKING:
     from agent.core.backlog import Request
 
+FOREIGN_AFTER_NS = SECOND_NS
 WAKE_UNKNOWN_NS = SECOND_NS
 """Predicted wake of a function on a node where none has been seen yet."""
 AVERAGE_WEIGHT = 0.2
@@ -110,6 +112,16 @@ class Slot:
     place: Place = Place.NONE
     bucket: int = -1
     stirs: bool = False
+
+    def take_in(self, event: InstanceReported, at: int) -> None:
+        """What its agent says of it. More in flight there than we have leases counts only where no lease has changed
+        for `FOREIGN_AFTER_NS`: younger ones race with the report."""
+        self.state, self.cancellable, self.healthy = event.state, event.cancellable, event.healthy
+        quiet = at - self.changed_ns >= FOREIGN_AFTER_NS or not self.changed_ns
+        self.foreign = max(0, event.in_flight - self.leased) if quiet else 0
+        if event.state is not InstanceState.FROZEN or at >= self.aside_until_ns:
+            self.aside = False
+            self.node.aside.pop(self.uid, None)
 
     def fitting_place(self) -> Place:
         """Where it belongs. Late binding: nothing is bound to an instance that is not awake or about to be again."""
