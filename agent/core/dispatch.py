@@ -6,9 +6,9 @@ queue, not for a request: whichever frees first takes the oldest request. Two ex
 request that is alone, with nothing awake or on its way, goes to the instance that it would wake (`to_bind`); and where
 all slots are taken the next request waits at the node for any of them (`to_send_ahead`).
 
-Every request that arrived is waiting, leased or answered; exactly one of Dispatch (then one of LeaseEnded, LeaseRefused,
-RequestGone from the shell) and Refuse speaks about it at a time. Late answers are ignored. No clock, no I/O; the cost
-of one event does not grow with the number of instances.
+Every request that arrived is waiting, leased or answered; exactly one of Dispatch (then one of LeaseEnded,
+LeaseRefused, RequestGone from the shell) and Refuse speaks about it at a time. Late answers are ignored. No clock,
+no I/O; the cost of one event does not grow with the number of instances.
 """
 
 from __future__ import annotations
