@@ -9,7 +9,7 @@ import click
 
 from agent.cli.connection import SHORT_S, with_scheduler
 from agent.cli.functions_command import get_function, state_of
-from agent.cli.options import asked, output_option, scheduler_options, timeout_option
+from agent.cli.options import asked, output_option, s_options, scheduler_options, timeout_option
 from agent.cli.output import note, show_json, show_text, warn
 from agent.cli.s_yaml import Deployment, HttpTrigger, load_s_yaml
 from agent.core.errors import DeadlineError, HibernodeError, NotFoundError, PreconditionError
@@ -54,6 +54,7 @@ _AUTH = {
 @click.option("--wait", is_flag=True, help="Return once as many instances are up as wanted; exit 4 if they can't be.")
 @click.option("--dry-run", is_flag=True, help="Only check the file, here and at the scheduler.")
 @timeout_option("5m")
+@s_options
 @scheduler_options
 @output_option
 def deploy(template: Path, resource: str, target: int | None, wait: bool, dry_run: bool, timeout_s: float) -> None:
@@ -61,7 +62,7 @@ def deploy(template: Path, resource: str, target: int | None, wait: bool, dry_ru
 
     Files for Function Compute work as they are; what means nothing here is named in a warning. Our own keys stand
     under the props in `hibernode:` freezeAfter, minAwake, idle, dispatch, wakeFactor, queueLength, queueTimeout, gpus,
-    and for images: volumes, shmSize, pidsLimit, openFiles, user, readOnlyRoot, extraHosts.
+    nodeLabels, and for images: volumes, shmSize, pidsLimit, openFiles, user, readOnlyRoot, extraHosts.
     Secrets come from the environment: `${env('NAME')}`.
 
     \b
@@ -78,13 +79,19 @@ def deploy(template: Path, resource: str, target: int | None, wait: bool, dry_ru
     failures: list[HibernodeError] = []
 
     async def story(channel: DaemonChannel) -> list[pb.DeployFunctionResponse]:
-        answers = []
-        for one in deployments:
-            wanted = await _target(channel, one, target)
-            request = deploy_request(one, wanted)
-            request.validate_only = dry_run
+        answers: list[pb.DeployFunctionResponse] = []
+        requests = [deploy_request(one, await _target(channel, one, target)) for one in deployments]
+        # All are checked before the first is deployed: a file is deployed whole, or not at all.
+        for request in requests if dry_run or len(requests) > 1 else ():
+            request.validate_only = True
             answers.append(await channel.call(channel.functions.DeployFunction, request, SHORT_S))
-        if wait and not dry_run:
+        if dry_run:
+            return answers
+        answers.clear()
+        for request in requests:
+            request.validate_only = False
+            answers.append(await channel.call(channel.functions.DeployFunction, request, SHORT_S))
+        if wait:
             try:
                 await _wait(channel, answers, timeout_s)
             except HibernodeError as error:  # deployed they are: say where before saying what is wrong
@@ -116,7 +123,10 @@ def _show(answers: list[pb.DeployFunctionResponse], dry_run: bool) -> None:
 def deploy_request(deployment: Deployment, target: int) -> pb.DeployFunctionRequest:
     """What is sent. Fields of which the file says nothing stay absent, so that the scheduler's own defaults apply."""
     return pb.DeployFunctionRequest(
-        spec=spec_to_proto(deployment), target=target, triggers=map(_trigger_to_proto, deployment.triggers)
+        spec=spec_to_proto(deployment),
+        target=target,
+        triggers=map(_trigger_to_proto, deployment.triggers),
+        provision=deployment.provision,
     )
 
 
@@ -139,7 +149,7 @@ async def _target(channel: DaemonChannel, deployment: Deployment, given: int | N
     if wanted is not None:
         return wanted
     try:
-        return (await get_function(channel, deployment.function.name)).target
+        return (await get_function(channel, deployment.function.name)).default_target
     except NotFoundError:
         return DEFAULT_TARGET
 

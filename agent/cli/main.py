@@ -35,6 +35,7 @@ COMMANDS = {
     "events": LazyCommand("agent.cli.record_commands:events", "What happened, and when.", _NODE),
     "deploy": LazyCommand("agent.cli.deploy_command:deploy", "Deploy the functions of an s.yaml.", _FLEET),
     "functions": LazyCommand("agent.cli.functions_command:functions", "List, show and remove functions.", _FLEET),
+    "provision": LazyCommand("agent.cli.provision_command:provision", "How many instances functions have.", _FLEET),
     "invoke": LazyCommand("agent.cli.invoke_command:invoke", "Send one request to a function.", _FLEET),
     "usage": LazyCommand("agent.cli.usage_command:usage", "Active and idle time, and what it costs.", _FLEET),
 }

@@ -119,6 +119,16 @@ def fleet_or_node_options(command: F) -> F:
     return command
 
 
+def s_options(command: F) -> F:
+    """What Serverless Devs' `s` takes beside, and what means nothing here: said, and left."""
+    for option in (
+        _shared("-a", "--access", "s_access", metavar="NAME", hidden=True),
+        _shared("--skip-push", "s_skip_push", metavar="BOOLEAN", hidden=True),
+    ):
+        command = option(command)
+    return command
+
+
 def seconds_of(value: str) -> float:
     """An option's `10s`, `2m`, `1h30m`, or a bare number of seconds, as seconds."""
     from agent.config import parse_duration_ns  # brings msgspec and YAML, which help does not need

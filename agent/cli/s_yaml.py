@@ -19,10 +19,12 @@ import msgspec
 from agent.cli.s_yaml_document import Document, KeyPath, Text, plain, read_document
 from agent.cli.s_yaml_function import function_of, said_of
 from agent.cli.s_yaml_props import IGNORED, Props, Trigger, camel
+from agent.cli.s_yaml_provision import provision_to_proto, target_of, texts_as_written
 from agent.config import convert
 from agent.core.errors import ConfigError, InvalidArgumentError, NotFoundError
 from agent.core.function_rules import check_function
 from agent.core.types import FunctionSpec
+from agent.v1.function_service_pb2 import ProvisionConfig
 
 MAX_ENVIRONMENT_BYTES = 4096
 RESERVED_PREFIX = "FC_"
@@ -34,6 +36,7 @@ _AS_WRITTEN: tuple[KeyPath, ...] = (
     ("customContainerConfig", "registryConfig", "authConfig"),
     ("hibernode", "user"),
     ("hibernode", "extraHosts"),
+    ("hibernode", "nodeLabels"),
 )
 """Texts that YAML may take for something else: a password 0123 is no number, and a user 1000:1000 is not 61000."""
 _PLACES: dict[str, KeyPath] = {
@@ -43,6 +46,7 @@ _PLACES: dict[str, KeyPath] = {
     "container.volumes": ("hibernode", "volumes"),
     "container.registry": ("customContainerConfig", "registryConfig"),
     "environment": ("environmentVariables",),
+    "node_labels": ("hibernode", "nodeLabels"),
 }
 """Where core's fields stand in the file, for what only core can judge."""
 _TOP = {"edition", "name", "access", "vars", "resources"}
@@ -62,13 +66,15 @@ class HttpTrigger:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """One function of the file. `target` is None where the file names none. `unsaid`: fields of the spec for which
-    the file says nothing and the scheduler has a default of its own (queue_length, queue_timeout_ns, ...)."""
+    """One function of the file. `target` is None where the file names none; `provision`: its schedule and policies,
+    None where it has no provisionConfig. `unsaid`: fields of the spec for which the file says nothing and the scheduler
+    has a default of its own (queue_length, queue_timeout_ns, ...)."""
 
     resource: str
     function: FunctionSpec
     triggers: tuple[HttpTrigger, ...]
     target: int | None
+    provision: ProvisionConfig | None = None
     unsaid: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
@@ -160,7 +166,8 @@ def _deployment(document: Document, resource: str) -> Deployment:
         resource=resource,
         function=function,
         triggers=_triggers(document, props.triggers or (), props_path, warnings),
-        target=_target(props),
+        target=target_of(props.provision_config),
+        provision=_provision(document, props_path, props),
         unsaid=frozenset({"queue_length", "queue_timeout_ns", "dispatch", "wake_factor"}) - said_of(props.hibernode),
         warnings=tuple(warnings),
     )
@@ -244,6 +251,9 @@ def _unknown(document: Document, path: KeyPath, known: list[str]) -> str:
 
 def _prepared(document: Document, used: dict[str, object], path: KeyPath) -> dict[str, object]:
     """Plain values; variables as they are written, durations with their unit, absent sections left out."""
+    provision = used.get("provisionConfig")
+    if isinstance(provision, dict):
+        used = used | {"provisionConfig": texts_as_written(provision)}
     values = plain(used)
     assert isinstance(values, dict)
     for place in _AS_WRITTEN:
@@ -339,8 +349,6 @@ def _triggers(
     return tuple(found)
 
 
-def _target(props: Props) -> int | None:
+def _provision(document: Document, path: KeyPath, props: Props) -> ProvisionConfig | None:
     wanted = props.provision_config
-    if wanted is None:
-        return None
-    return wanted.target if wanted.default_target is None else wanted.default_target
+    return None if wanted is None else provision_to_proto(document, (*path, "provisionConfig"), wanted)

@@ -97,6 +97,8 @@ def read_document(path: Path, environment: Mapping[str, str] = os.environ) -> Do
         raise ConfigError("S_YAML_UNREADABLE", message, file=str(path)) from error
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError("S_YAML_INVALID", f"{path} is larger than {MAX_FILE_BYTES} bytes; is it the right file?")
+    if path.suffix == ".json":
+        content = content.replace(b"\t", b"  ")  # YAML takes all of JSON but its tabs, which can only be layout there
     loader = None
     try:
         loader = yaml.SafeLoader(content)

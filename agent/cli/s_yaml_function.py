@@ -60,6 +60,7 @@ def function_of(props: Props) -> tuple[FunctionSpec, list[Note]]:
         wake_factor=base.wake_factor if ours.wake_factor is msgspec.UNSET else ours.wake_factor,
         queue_length=base.queue_length if ours.queue_length is msgspec.UNSET else ours.queue_length,
         queue_timeout_ns=base.queue_timeout_ns if ours.queue_timeout_ns is msgspec.UNSET else ours.queue_timeout_ns,
+        node_labels=tuple(sorted((ours.node_labels or {}).items())),
     )
     return function, list(_notes(props, gpu))
 

@@ -110,12 +110,38 @@ class InstanceLifecycleConfig(Part, frozen=True):
 Target = Annotated[int, Meta(ge=0, le=10_000)]
 
 
+class ScheduledAction(Part, frozen=True):
+    """Sets the target at certain times. Times and expression are checked by `s_yaml_provision`."""
+
+    name: str
+    start_time: str
+    end_time: str
+    target: Target
+    schedule_expression: str
+    time_zone: str | None = None
+
+
+class TargetTrackingPolicy(Part, frozen=True):
+    """Follows a metric between two capacities."""
+
+    name: str
+    start_time: str
+    end_time: str
+    metric_type: Literal["ProvisionedConcurrencyUtilization", "CPUUtilization", "GPUMemUtilization"]
+    metric_target: Annotated[float, Meta(gt=0, le=1)]
+    min_capacity: Annotated[int, Meta(ge=1, le=10_000)]
+    max_capacity: Annotated[int, Meta(ge=1, le=10_000)]
+    time_zone: str | None = None
+
+
 class ProvisionConfig(Part, frozen=True):
-    """How many instances there are. `target` is the older name of `defaultTarget`."""
+    """How many instances there are, when, and by which policies. `target` is the older name of `defaultTarget`."""
 
     default_target: Target | None = None
     target: Target | None = None
     always_allocate_gpu: bool | None = None
+    scheduled_actions: tuple[ScheduledAction, ...] | None = None
+    target_tracking_policies: tuple[TargetTrackingPolicy, ...] | None = None
 
 
 class TriggerConfig(Part, frozen=True):
@@ -159,6 +185,7 @@ class Hibernode(Part, frozen=True):
     read_only_root: bool = False
     extra_hosts: dict[str, str] | None = None
     volumes: tuple[Volume, ...] | None = None
+    node_labels: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.queue_timeout_ns, int) and not 0 < self.queue_timeout_ns <= 3600 * 10**9:
@@ -247,8 +274,6 @@ IGNORED: dict[str, str] = {
     "customContainerConfig.resolvedImageUri": _CLOUD,
     "customContainerConfig.role": "no cloud credentials are given to instances",
     "provisionConfig.alwaysAllocateCPU": "has no effect: a frozen instance uses no CPU, an awake one its share",
-    "provisionConfig.scheduledActions": f"{_LATER}: the target stays as it is",
-    "provisionConfig.targetTrackingPolicies": f"{_LATER}: the target stays as it is",
     "provisionConfig.mode": _CLOUD,
     "alwaysAllocateCPU": "has no effect: a frozen instance uses no CPU, an awake one its share",
     "triggers[].description": "",

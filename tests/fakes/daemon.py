@@ -151,9 +151,11 @@ class Functions(fn_grpc.FunctionServiceServicer):
     def __init__(self, gateway: str) -> None:
         self._gateway = gateway
         self._known: dict[str, fn.Function] = {}
+        self._provisions: dict[str, fn.Provision] = {}
 
     async def DeployFunction(self, request: fn.DeployFunctionRequest, context: Any) -> fn.DeployFunctionResponse:
         made = fn.Function(name=request.spec.name, spec=request.spec, triggers=request.triggers, target=request.target)
+        made.default_target = request.target
         made.spec.revision = "1"
         made.state = fn.Function.STATE_PROVISIONING
         made.url = f"http://{self._gateway}/fn/{made.name}/"
@@ -163,6 +165,36 @@ class Functions(fn_grpc.FunctionServiceServicer):
         if not request.validate_only:
             self._known[made.name] = made
         return fn.DeployFunctionResponse(function=made, warnings=warnings)
+
+    async def PutProvisionConfig(
+        self, request: fn.PutProvisionConfigRequest, context: Any
+    ) -> fn.PutProvisionConfigResponse:
+        """Repeats what it was sent; a policy asks for its least."""
+        if request.function == "nobody":
+            raise NotFoundError("FUNCTION_NOT_FOUND", "no function 'nobody' is deployed")
+        policies = request.config.target_tracking_policies
+        target = max((one.min_capacity for one in policies), default=request.config.default_target)
+        made = fn.Provision(function=request.function, config=request.config, target=target, current=target)
+        for one in policies:
+            made.policies.add(name=one.name, active=True, target=one.min_capacity, metric=0.125)
+            made.decided_by = one.name
+        if not request.validate_only:
+            self._provisions[request.function] = made
+        return fn.PutProvisionConfigResponse(provision=made, warnings=["window ended"] if policies else [])
+
+    async def ListProvisionConfigs(
+        self, request: fn.ListProvisionConfigsRequest, context: Any
+    ) -> fn.ListProvisionConfigsResponse:
+        found = [one for name, one in sorted(self._provisions.items()) if request.function in ("", name)]
+        items, token = page(found, request.page_token)
+        return fn.ListProvisionConfigsResponse(provisions=items, next_page_token=token)
+
+    async def DeleteProvisionConfig(
+        self, request: fn.DeleteProvisionConfigRequest, context: Any
+    ) -> fn.DeleteProvisionConfigResponse:
+        if self._provisions.pop(request.function, None) is None:
+            raise NotFoundError("FUNCTION_NOT_FOUND", f"no function {request.function!r} is deployed")
+        return fn.DeleteProvisionConfigResponse()
 
     async def GetFunction(self, request: fn.GetFunctionRequest, context: Any) -> fn.GetFunctionResponse:
         found = self._known.get(request.name)
