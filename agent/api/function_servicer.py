@@ -1,4 +1,4 @@
-"""FunctionService: deploy, look, delete."""
+"""FunctionService: deploy, look, provision, delete."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from agent.api.paging import page
 from agent.core.dispatch import Dispatcher
 from agent.core.errors import NotFoundError
 from agent.core.leases import Standing
+from agent.core.types import IdleMode
 from agent.scheduler.fleet import ENDED, Fleet
 from agent.scheduler.functions import Catalog, Deployed
+from agent.scheduler.scaler import Scaler
 from agent.v1 import function_service_pb2 as pb
 from agent.v1 import function_service_pb2_grpc
+from agent.v1.scheduler_service_pb2 import InstanceLoad
 from agent.v1.types_pb2 import Instance
 from agent.wire.convert_function import function_to_proto
 from agent.wire.convert_time import time_to_proto
@@ -21,11 +24,14 @@ _COMING_OR_GOING = (Instance.STATE_STARTING, Instance.STATE_STOPPING, *ENDED)
 class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
     """Translates and hands on; errors become statuses in the wire's call guard."""
 
-    def __init__(self, catalog: Catalog, fleet: Fleet, dispatcher: Dispatcher, gateway_url: str) -> None:
+    def __init__(
+        self, catalog: Catalog, fleet: Fleet, dispatcher: Dispatcher, scaler: Scaler, gateway_url: str
+    ) -> None:
         """`gateway_url` without a slash at its end."""
         self._catalog = catalog
         self._fleet = fleet
         self._dispatcher = dispatcher
+        self._scaler = scaler
         self._gateway_url = gateway_url
 
     async def DeployFunction(self, request: pb.DeployFunctionRequest, context: object) -> pb.DeployFunctionResponse:
@@ -51,14 +57,79 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
         await self._catalog.delete(request.name)
         return pb.DeleteFunctionResponse()
 
-    def _show(self, deployed: Deployed) -> pb.Function:
-        name = deployed.spec.name
-        loads = [
+    async def PutProvisionConfig(
+        self, request: pb.PutProvisionConfigRequest, context: object
+    ) -> pb.PutProvisionConfigResponse:
+        """Answers once it is stored and has been decided on, not once the instances are up or gone."""
+        validate_only = request.validate_only
+        put = await self._catalog.put_provision(request.function, request.config, validate_only=validate_only)
+        deployed, warnings = put
+        return pb.PutProvisionConfigResponse(provision=self._provision(deployed), warnings=warnings)
+
+    async def ListProvisionConfigs(
+        self, request: pb.ListProvisionConfigsRequest, context: object
+    ) -> pb.ListProvisionConfigsResponse:
+        """Of one function or of all that have a target, a schedule or a policy, by name."""
+        found = [
+            one
+            for one in self._catalog.all()
+            if not one.deleting
+            and (one.target or one.default_target or one.provisioning)
+            and request.function in ("", one.spec.name)
+        ]
+        shown, token = page(found, request.page_size, request.page_token)
+        return pb.ListProvisionConfigsResponse(
+            provisions=[self._provision(one) for one in shown], next_page_token=token
+        )
+
+    async def DeleteProvisionConfig(
+        self, request: pb.DeleteProvisionConfigRequest, context: object
+    ) -> pb.DeleteProvisionConfigResponse:
+        """Target 0, no schedule, no policy; the instances drain in their own time."""
+        await self._catalog.put_provision(request.function, pb.ProvisionConfig())
+        return pb.DeleteProvisionConfigResponse()
+
+    def _up(self, name: str) -> list[InstanceLoad]:
+        """Instances of a function, awake or asleep."""
+        return [
             load
             for node, load in self._fleet.instances()
-            if load.function == name and node.standing is not Standing.LOST  # counted out, and replaced elsewhere
+            if load.function == name
+            and node.standing is not Standing.LOST  # counted out, and replaced elsewhere
+            and load.state not in _COMING_OR_GOING
         ]
-        up = [load for load in loads if load.state not in _COMING_OR_GOING]
+
+    def _provision(self, deployed: Deployed) -> pb.Provision:
+        name = deployed.spec.name
+        never_sleeps = deployed.spec.idle.mode is IdleMode.NEVER
+        config = pb.ProvisionConfig()
+        config.CopyFrom(deployed.config)
+        config.default_target = deployed.default_target
+        config.always_allocate_gpu = never_sleeps
+        problem = self._catalog.problem(name)
+        return pb.Provision(
+            function=name,
+            config=config,
+            target=deployed.target,
+            current=len(self._up(name)),
+            current_error="" if problem is None else problem.message,
+            current_error_reason="" if problem is None else problem.reason,
+            always_allocate_gpu=never_sleeps,
+            decided_by=deployed.decided_by,
+            policies=[
+                pb.Provision.PolicyState(
+                    name=one.name,
+                    active=one.active,
+                    target=one.target,
+                    metric=None if one.metric is None else float(one.metric),
+                )
+                for one in self._scaler.states(name)
+            ],
+        )
+
+    def _show(self, deployed: Deployed) -> pb.Function:
+        name = deployed.spec.name
+        up = self._up(name)
         current = [load for load in up if load.revision == deployed.spec.revision]
         problem = self._catalog.problem(name)
         if deployed.deleting:
@@ -81,4 +152,5 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
             update_time=time_to_proto(deployed.update_wall_ns),
             queued=self._dispatcher.queue_state(name).queued,
             awake=sum(load.state in _AWAKE for load in up),
+            default_target=deployed.default_target,
         )

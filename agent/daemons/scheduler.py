@@ -13,6 +13,7 @@ import asyncio
 import random
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from agent.core.dispatch import Dispatcher
 from agent.core.dispatch_events import Wake
 from agent.core.errors import ConfigError, HibernodeError, UnavailableError
 from agent.core.price_book import PriceBook, parse_price_book
+from agent.core.scaling import Patience
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.daemons.process import daemon_main, run_until_signal, stand_by
 from agent.http.date_line import DateLine
@@ -53,6 +55,7 @@ from agent.scheduler.links import Links
 from agent.scheduler.node_scheduling import NodeScheduling
 from agent.scheduler.provisioner import Provisioner
 from agent.scheduler.routes import Router
+from agent.scheduler.scaler import Scaler
 from agent.scheduler.store import Store
 from agent.scheduler.usage import UsageCollector, UsageDatabase
 from agent.scheduler.usage_reports import UsageReports
@@ -99,7 +102,8 @@ class SchedulerDaemon:
         await self.grpc.set_serving(True)
         self._ready = True
         self._log.info("scheduler.ready", gateway=self.gateway_address, grpc=self.grpc_address)
-        await run_until_signal([self.provisioner.run(), self._watch_silence(), self.lead.watch(), self.retention.run()])
+        rounds = [self.provisioner.run(), self.scaler.run(), self.retention.run()]
+        await run_until_signal([*rounds, self._watch_silence(), self.lead.watch()])
         await self._leave()
 
     # ---- building ---------------------------------------------------------------------------------------------
@@ -118,7 +122,7 @@ class SchedulerDaemon:
         self.fleet = Fleet(
             self.clock,
             self.desk.tell,
-            self._poke,
+            self._fleet_changed,
             suspect_ns=config.report.suspect_ns,
             lost_ns=config.report.lost_ns,
             met=self._met,
@@ -127,8 +131,17 @@ class SchedulerDaemon:
         self.node_scheduling = NodeScheduling(self.store, self.fleet)
         self.links = Links(self.node_tokens, self._grpc_address_of, config.insecure)
         self._stack.push_async_callback(self.links.close)
-        self.catalog = Catalog(self.clock, self.store, self.desk.tell, self._poke, _defaults(config))
+        self.catalog = Catalog(self.clock, self.store, self.desk.tell, self._catalog_changed, _defaults(config))
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.links, self.desk.tell)
+        self.scaler = Scaler(
+            self.clock,
+            self.catalog,
+            self.fleet,
+            self.dispatcher,
+            config.scaling.period_ns,
+            Patience(config.scaling.periods, Fraction(repr(config.scaling.scale_in_factor))),
+            self.provisioner.poke,
+        )
         self.usage_totals = UsageTotals(lambda: [one.spec.name for one in self.catalog.all()])
         self.ingresses = Ingresses(self._ingress_address_of)
         self._stack.callback(self.ingresses.close)
@@ -171,11 +184,19 @@ class SchedulerDaemon:
                 self.fleet.expect(name)
         await self.node_scheduling.load()
         await self.catalog.load()
+        self.scaler.look()
 
     def _wake(self, wake: Wake) -> None:
         self.wakes.ask(wake)
 
-    def _poke(self) -> None:
+    def _catalog_changed(self) -> None:
+        self.scaler.look()
+        self.provisioner.poke()
+
+    def _fleet_changed(self) -> None:
+        """A policy that waits for the fleet begins before the provisioner may act on its function."""
+        if self.scaler.waiting:
+            self.scaler.look()
         self.provisioner.poke()
 
     def _grpc_address_of(self, name: str) -> str:
@@ -234,7 +255,9 @@ class SchedulerDaemon:
         collector = UsageCollector(self.usage, self.clock, self.fleet.owner, self.usage_totals.add)
         services = Services(
             scheduler=SchedulerServicer(self.fleet, self.node_scheduling, config.report.lost_ns / SECOND_NS),
-            functions=FunctionServicer(self.catalog, self.fleet, self.dispatcher, f"http://{self.gateway_address}"),
+            functions=FunctionServicer(
+                self.catalog, self.fleet, self.dispatcher, self.scaler, f"http://{self.gateway_address}"
+            ),
             usage=UsageServicer(collector, UsageReports(self.usage), self.prices),
         )
         self.grpc = GrpcServer(services, TokenTable([(self.token, operator), *node_tokens(self.node_tokens)]))

@@ -621,7 +621,7 @@ class Provision(_message.Message):
     target: _builtins.int
     """Instances wanted now. Output only."""
     current: _builtins.int
-    """Instances that are not stopping. Output only."""
+    """Instances there are, awake or asleep. Output only."""
     current_error: _builtins.str
     """Why current is not target, for people; empty when it is, or will be soon. Output only."""
     current_error_reason: _builtins.str
