@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import faulthandler
 import gc
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -38,7 +39,11 @@ def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Corouti
     try:
         uvloop.run(run(config))
     except HibernodeError as error:
-        sys.exit(_say(error))
+        code = _say(error)
+        # All is closed that can be. A thread that hangs in a database or a driver must not keep a new start waiting.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _say(error: HibernodeError) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
@@ -181,6 +182,21 @@ async def test_who_loses_its_session_ends_and_comes_back_as_a_standby(world: Wor
     assert await second.until_readyz(200) < TAKES_OVER_S
     (session_of_second,) = lead_sessions(postgres, world)
     assert session_of_second != session
+
+
+async def test_who_gets_no_answer_from_the_database_does_not_wait_for_it(world: World, postgres: PostgreSQL) -> None:
+    """The server hangs: it may answer others, and this scheduler could not tell whether it still has the lead."""
+    active = await world.start("a")
+    await active.until_readyz(200)
+    (session,) = lead_sessions(postgres, world)
+    os.kill(session, signal.SIGSTOP)
+    try:
+        code, said = await active.ended()
+    finally:
+        os.kill(session, signal.SIGCONT)
+    assert code == 5
+    assert "LEAD_LOST" in said
+    assert "no answer within 4 s" in said
 
 
 async def test_an_active_one_that_leaves_in_order_hands_over_and_a_standby_leaves_when_asked(world: World) -> None:
