@@ -95,6 +95,7 @@ class Stack:
     http: aiohttp.ClientSession | None = None
     agent_settings: dict[str, Any] = field(default_factory=dict)
     gpu_settings: dict[str, Any] = field(default_factory=dict)
+    scheduler_settings: dict[str, Any] = field(default_factory=dict)
     engine_socket: str = "off"
 
     # ---- processes --------------------------------------------------------------------------------------------------
@@ -142,6 +143,7 @@ class Stack:
             "grpc": PORTS_ANY,
             "admin": PORTS_ANY,
             "nodes": [{"name": NODE, "token_file": str(self.folder / "agent" / "token")}],
+            **self.scheduler_settings,
         }
         self._configure("scheduler", config)
         self.spawn("scheduler", "-m", "agent.daemons.scheduler", "--config", str(self.folder / "scheduler.yaml"))
@@ -354,6 +356,7 @@ async def running_stack(
     *driver_arguments: str,
     agent_settings: dict[str, Any] | None = None,
     gpu_settings: dict[str, Any] | None = None,
+    scheduler_settings: dict[str, Any] | None = None,
     scheduler: bool = True,
     engine_socket: str = "off",
 ) -> AsyncIterator[Stack]:
@@ -368,6 +371,7 @@ async def running_stack(
             {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"},
             agent_settings=agent_settings or {},
             gpu_settings=gpu_settings or {},
+            scheduler_settings=scheduler_settings or {},
             engine_socket=engine_socket,
         )
         uuids: list[str] = []
