@@ -107,10 +107,12 @@ class Progress:
     def not_created(self, made_by: RequestId, error: HibernodeError, node: str, now: int) -> None:
         """A create failed, or nobody knows what became of it."""
         tried = self.tries.get(made_by.ordinal, Tries())
-        if isinstance(error, UnavailableError | DeadlineError | ExhaustedError):
+        if isinstance(error, ExhaustedError) or error.reason == "HOST_MEMORY_SHORT":
+            # Its host is full, which is no fault of the function's and may pass.
+            self.tries[made_by.ordinal] = replace(tried, not_before_ns=now + RETRY_NS)
+        elif isinstance(error, UnavailableError | DeadlineError):
             # Perhaps it was made: the same request_id again finds out, where it was asked.
-            if not isinstance(error, ExhaustedError):
-                self.unsure[made_by.ordinal] = node
+            self.unsure[made_by.ordinal] = node
             self.tries[made_by.ordinal] = replace(tried, not_before_ns=now + RETRY_NS)
         elif isinstance(error, ConflictError):
             self.tries[made_by.ordinal] = passed_over(tried, made_by.attempt, now)

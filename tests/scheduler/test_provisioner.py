@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from agent.core.dispatch_events import InstanceRetired
-from agent.core.errors import ConflictError, DeadlineError, ExhaustedError, UnavailableError
+from agent.core.errors import (
+    ConflictError,
+    DeadlineError,
+    ExhaustedError,
+    HibernodeError,
+    PreconditionError,
+    UnavailableError,
+)
 from agent.core.provision import MAX_ATTEMPTS
 from agent.core.types import SECOND_NS
 from agent.scheduler.store import Store
@@ -55,8 +62,11 @@ async def test_a_create_whose_answer_was_lost_is_repeated_under_the_same_request
     assert story.creates == ["ocr/1/0/1", "ocr/1/0/1"]
 
 
-async def test_a_full_agent_is_asked_again_and_never_given_up(story: Story) -> None:
-    story.answer = raises(ExhaustedError("GPU_CAPACITY", "full"))
+@pytest.mark.parametrize(
+    "full", [ExhaustedError("GPU_CAPACITY", "full"), PreconditionError("HOST_MEMORY_SHORT", "too little memory")]
+)
+async def test_a_full_agent_is_asked_again_and_never_given_up(story: Story, full: HibernodeError) -> None:
+    story.answer = raises(full)
     await story.deploy()
     for _ in range(MAX_ATTEMPTS * 3):
         await story.round(3)
