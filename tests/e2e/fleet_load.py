@@ -1,8 +1,8 @@
-"""Traffic of a fleet: ten minutes' worth in half a minute, from a seed; and each request's story, told by its client.
+"""Traffic of a fleet: ten minutes' worth in less than one, from a seed; and each request's story, told by its client.
 
 Time is compressed by `COMPRESSED`: pauses, lulls, service times and `freezeAfter` alike. Arrivals do not wait for
-answers. Clients are as good ones are: a connection that is refused or not answered is tried again, which is not a failed
-request; once connected nothing is ever sent twice, so each request has its own connection and is a POST (which
+answers. Clients are as good ones are: a connection that is refused or not answered is tried again, which is not a
+failed request; once connected nothing is ever sent twice, so each request has its own connection and is a POST (which
 aiohttp would not repeat).
 """
 
@@ -24,10 +24,10 @@ from agent.examples.echo.__main__ import expected_answer
 from tests.e2e.fleet_world import Fleet
 from tests.e2e.stack import echo
 
-COMPRESSED = 20
-PAUSE_S, LULL_S, SERVICE_S = 6.0, (30.0, 90.0), (10.0, 100.0)
+COMPRESSED = 15
+PAUSE_S, LULL_S, SERVICE_S = 6.0, (30.0, 90.0), (15.0, 90.0)
 """Before compression: mean pause between bursts, what a lull takes (one burst in `LULLS` follows one), the service."""
-LULLS, ANSWERS = 10, 8
+LULLS, ANSWERS = 10, 12
 """One request in `ANSWERS` asks what is in device memory, which takes no time to speak of."""
 SIZES = (1, 1, 1, 2, 4)
 RETRY_S, GIVE_UP_S = 0.05, 60.0
@@ -176,9 +176,7 @@ def executions(log: Path) -> dict[str, list[Run]]:
     for line in log.read_text().splitlines():
         with suppress(json.JSONDecodeError):  # an instance that was killed while it wrote
             entry = json.loads(line)
-            found.setdefault(entry["request_id"], []).append(
-                Run(entry["instance"], entry["start_ns"], entry["end_ns"])
-            )
+            found.setdefault(entry["request_id"], []).append(Run(entry["instance"], entry["start_ns"], entry["end_ns"]))
     return found
 
 

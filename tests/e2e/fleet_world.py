@@ -203,7 +203,7 @@ class Fleet:
             answer = await channel.call(channel.scheduler.ListNodes, scheduler_pb.ListNodesRequest(), CALL_S)
             return {node.name: node.state for node in answer.nodes}
 
-    async def function(self, name: str) -> types_pb2.Function:
+    async def function(self, name: str) -> functions_pb.Function:
         async with self.hub.channel("scheduler") as channel:
             wanted = functions_pb.GetFunctionRequest(name=name)
             return (await channel.call(channel.functions.GetFunction, wanted, CALL_S)).function
