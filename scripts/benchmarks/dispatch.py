@@ -188,7 +188,9 @@ async def _cell(cv: float, load: float, ports: Mapping[str, int], arrivals: int,
 
 def table(result: Mapping[str, Any]) -> str:
     """For people. Times in ms."""
-    rows = [f"{result['seeds']} x {result['arrivals']} arrivals, {SERVERS} servers, mean {result['mean_service_ms']} ms"]
+    rows = [
+        f"{result['seeds']} x {result['arrivals']} arrivals, {SERVERS} servers, mean {result['mean_service_ms']} ms"
+    ]
     head = "".join(f"{name:>22}" for name in ("hibernode", "leastconn", "roundrobin"))
     rows.append(f"{'p50 / p99, ms':<18}{head}")
     for cell in result["cells"]:
