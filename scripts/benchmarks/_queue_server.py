@@ -1,6 +1,6 @@
 """The backend of `scripts/bench dispatch`: one server, one queue, work that takes exactly as long as it is asked to.
 
-    GET /?us=20000   -> 200 after 20,000 microseconds of work; requests that come meanwhile wait, first come first served
+    GET /?us=20000   -> 200 after 20,000 microseconds of work; who comes meanwhile waits, first come first served
 
 A loop over epoll without threads: while it works nothing is read, so that the kernel's ready list is its queue. It
 listens on $FC_CUSTOM_LISTEN_PORT and does no more than a benchmark needs.
