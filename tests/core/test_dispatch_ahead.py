@@ -1,4 +1,4 @@
-"""Requests sent ahead: they wait at a node for whichever of its instances frees first (`FunctionState.to_send_ahead`)."""
+"""Requests sent ahead wait at a node for whichever of its instances frees first (`FunctionState.to_send_ahead`)."""
 
 from __future__ import annotations
 
