@@ -22,6 +22,9 @@ COMMANDS = {
     "agent": LazyCommand("agent.cli.daemon_commands:agent", "Run the daemon of a GPU host.", _START),
     "scheduler": LazyCommand("agent.cli.daemon_commands:scheduler", "Run the central scheduler.", _START),
     "doctor": LazyCommand("agent.cli.doctor_command:doctor", "Can this host freeze instances? If not, why?", _START),
+    "simulate": LazyCommand(
+        "agent.cli.simulate_command:simulate", "What would idle mode save on your traffic?", _START
+    ),
     "emulated": LazyCommand("agent.cli.emulated_commands:emulated", "GPUs for machines without one.", _START),
     "node": LazyCommand("agent.cli.node_command:node", "GPUs, memory and abilities of the node.", _NODE),
     "ps": LazyCommand("agent.cli.ps_command:ps", "List instances.", _NODE),

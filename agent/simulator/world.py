@@ -1,0 +1,341 @@
+"""The simulated fleet: the cores of dispatch, slots, life cycle, GPU book and metering, wired as the shells wire them.
+
+Time is a number; what takes time (work, freezes, wakes, timers) is an entry of a heap. Operations succeed, reports come
+at once, and the way from gateway to instance takes no time: what is simulated is waiting and sleeping, not programs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from agent.core import gpu_book, lifecycle
+from agent.core import gpu_book_events as book_events
+from agent.core import lifecycle_events as ev
+from agent.core.dispatch import Dispatcher
+from agent.core.dispatch_events import (
+    DeadlinePassed,
+    Dispatch,
+    Event,
+    FunctionSet,
+    InstanceReported,
+    LeaseAnswered,
+    LeaseEnded,
+    LeaseRefused,
+    NodeReported,
+    Refuse,
+    RequestArrived,
+    Wake,
+    WakeAnswered,
+)
+from agent.core.lifecycle import Instance
+from agent.core.metering import BillingPolicy, Meter, Placement, Subject
+from agent.core.rival_policies import Dispatching, Rival, RivalDispatcher
+from agent.core.slots import Slots
+from agent.core.types import DispatchPolicy, InstanceState
+from agent.core.usage_window import Window
+from agent.simulator.plan import Outcome, Plan, Policy, Spent
+from agent.simulator.trace import Call
+
+NODE = "host"
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """One instance with its gate and its meter."""
+
+    function: str
+    instance: Instance
+    slots: Slots[int]
+    meter: Meter
+    inbox: deque[ev.Event]
+    held_since_ns: int = 0
+    stepping: bool = False
+    woken_for: bool = False
+
+
+@dataclass(slots=True)
+class _Request:
+    arrived_ns: int
+    duration_ns: int
+    uid: str = ""
+    bound_ns: int = 0
+    wakes: bool = False
+
+
+class World:
+    """One run of one plan. `run` plays a trace to its end."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.at = 0
+        sizes = (plan.gpu_memory_bytes, plan.vcpu_millis, plan.memory_bytes, plan.disk_bytes)
+        self.outcome = Outcome(plan, Spent(plan.gpu_model, *sizes))
+        self._dispatcher = _dispatcher(plan)
+        self._heap: list[tuple[int, int, Callable[[], None]]] = []
+        self._order = 0
+        self._members: dict[str, _Member] = {}
+        self._requests: dict[int, _Request] = {}
+        self._numbers = 0
+        self._book = gpu_book.Book({})
+        self._book_inbox: deque[book_events.BookEvent] = deque()
+        self._book_busy = False
+
+    def run(self, functions: Iterable[str], calls: Iterable[Call]) -> Outcome:
+        """Play `calls` (in order of time) for the `functions` they name."""
+        began = -1
+        for call in calls:
+            if began < 0:
+                began = self.at = call.at_ns
+                self._furnish(sorted(functions))
+            self._until(call.at_ns)
+            self.at = call.at_ns
+            self._arrive(call)
+        while self._requests and self._heap:
+            self._next()
+        for uid, member in self._members.items():
+            self._count(member.meter.seal(self.at, self.at))
+            if member.instance.holds:
+                self.outcome.awake_ns += self.at - member.held_since_ns
+            assert not member.slots.in_flight, f"a request is still inside {uid}"
+        self.outcome.span_ns = max(0, self.at - max(0, began))
+        return self.outcome
+
+    # ---- the clock --------------------------------------------------------------------------------------------
+
+    def _later(self, at: int, what: Callable[[], None]) -> None:
+        self._order += 1
+        heappush(self._heap, (at, self._order, what))
+
+    def _until(self, at: int) -> None:
+        while self._heap and self._heap[0][0] <= at:
+            self._next()
+
+    def _next(self) -> None:
+        at, _, what = heappop(self._heap)
+        self.at = max(self.at, at)
+        what()
+
+    # ---- instances --------------------------------------------------------------------------------------------
+
+    def _furnish(self, functions: list[str]) -> None:
+        plan = self.plan
+        total = plan.instances * len(functions)
+        gpus = plan.gpus or total
+        devices = {f"GPU-{n}": gpu_book.Device(f"GPU-{n}", plan.gpu_model) for n in range(gpus)}
+        self._book = gpu_book.Book(devices, per_gpu=-(-total // gpus), migrate=True)
+        policy = DispatchPolicy.SPREAD if plan.policy is Policy.SPREAD else DispatchPolicy.PACK
+        self._tell(NodeReported(NODE, gpu_count=gpus))
+        for name in functions:
+            rules = FunctionSet(name, True, policy, plan.wake_factor, plan.queue_length)
+            self._tell(rules)
+            for number in range(plan.instances):
+                self._create(name, f"{name}-{number}")
+        self.outcome.instances = total
+
+    def _create(self, function: str, uid: str) -> None:
+        plan = self.plan
+        freeze_after = plan.freeze_after_ns
+        instance = Instance(uid, freezable=freeze_after is not None, freeze_after_ns=freeze_after or 0, movable=True)
+        sizes = (1, plan.gpu_memory_bytes, plan.vcpu_millis, plan.memory_bytes, plan.disk_bytes)
+        meter = Meter(
+            Subject(uid, NODE, "", function, *sizes),
+            BillingPolicy(),
+            state=InstanceState.STARTING,
+            at=self.at,
+            wall=self.at,
+            placement=Placement(plan.gpu_model),
+            unbilled=True,
+        )
+        slots: Slots[int] = Slots(plan.concurrency, 1 << 30)
+        self._members[uid] = _Member(function, instance, slots, meter, deque())
+        self._ask_book(book_events.Assign(uid, 1, ""))
+        self._step(uid, ev.Created())
+
+    def _step(self, uid: str, event: ev.Event) -> None:
+        """As `Actor.handle`."""
+        member = self._members[uid]
+        member.inbox.append(event)
+        if member.stepping:
+            return
+        member.stepping = True
+        while member.inbox:
+            self._one_step(uid, member, member.inbox.popleft())
+        member.stepping = False
+
+    def _one_step(self, uid: str, member: _Member, event: ev.Event) -> None:
+        old = member.instance
+        new, effects = lifecycle.step(old, event, self.at)
+        member.instance = new
+        if new.state is not old.state:
+            self._count(member.meter.state_changed(new.state, self.at, self.at))
+        if new.holds and not old.holds:
+            member.held_since_ns = self.at
+        elif old.holds and not new.holds:
+            self.outcome.awake_ns += self.at - member.held_since_ns
+        self._follow_gate(uid, member)
+        for effect in effects:
+            self._perform(uid, member, effect)
+        if new.state is not old.state:
+            self._report(uid, member)
+
+    def _count(self, window: Window | None) -> None:
+        if window is not None:
+            spent = self.outcome.spent
+            spent.active_ns += window.active_ns
+            spent.idle_ns += window.idle_ns
+            spent.unbilled_ns += window.unbilled_ns
+            spent.invocations += window.invocations
+
+    def _perform(self, uid: str, member: _Member, effect: ev.Effect) -> None:
+        match effect:
+            case ev.Run(op, gen, _):
+                takes = self.plan.freeze_ns if op is ev.Op.CHECKPOINT else self.plan.wake_ns if op is ev.Op.WAKE else 0
+                if op is ev.Op.WAKE:
+                    self.outcome.wakes += 1
+                self._later(self.at + takes, lambda: self._step(uid, ev.Succeeded(gen)))
+            case ev.Want(avoid):
+                self._ask_book(book_events.Ask(uid, avoid))
+            case ev.Withdraw():
+                self._ask_book(book_events.Leave(uid))
+            case ev.Release():
+                self._ask_book(book_events.Releasing(uid))
+                self._ask_book(book_events.Released(uid))
+            case ev.BookRefused():
+                self._ask_book(book_events.FreezeRefused(uid))
+            case ev.Became(True, preemptible_at_ns):
+                self._ask_book(book_events.BecameIdle(uid, preemptible_at_ns))
+            case ev.Became():
+                self._ask_book(book_events.BecameBusy(uid))
+            case ev.SetIdleTimer(gen, at_ns):
+                self._later(at_ns, lambda: self._step(uid, ev.IdleTimer(gen)))
+            case ev.RefuseWaiters():
+                for request in member.slots.empty_line():
+                    self._tell(LeaseRefused(request))
+            case _:
+                pass  # what only a real instance has: pools, stops, notes
+
+    def _ask_book(self, event: book_events.BookEvent) -> None:
+        self._book_inbox.append(event)
+        if self._book_busy:
+            return
+        self._book_busy = True
+        while self._book_inbox:
+            self._book, effects = gpu_book.step(self._book, self._book_inbox.popleft(), self.at)
+            for effect in effects:
+                match effect:
+                    case book_events.Grant(uid, gpus):
+                        self._step(uid, ev.Granted(gpus))
+                    case book_events.AskFreeze(uid):
+                        self._step(uid, ev.FreezeOrdered())
+                    case book_events.AskDrain(uid):
+                        self._step(uid, ev.DrainOrdered())
+                    case book_events.WakeMeAt(at_ns):
+                        self._later(at_ns, lambda: self._ask_book(book_events.Tick()))
+                    case _:
+                        pass
+        self._book_busy = False
+
+    def _follow_gate(self, uid: str, member: _Member) -> None:
+        """As `Gate.set_open`."""
+        slots, is_open = member.slots, member.instance.gate_open
+        if slots.open == is_open:
+            return
+        slots.open = is_open
+        if is_open:
+            quiet = slots.in_flight == 0
+            if self._grant(uid, member) and quiet:
+                self._step(uid, ev.Busy())
+            self._step(uid, ev.Unwanted())
+        elif slots.waiting:
+            self._step(uid, ev.Wanted())
+
+    def _grant(self, uid: str, member: _Member) -> int:
+        granted = 0
+        while (number := member.slots.grant_next()) is not None:
+            self._begin(uid, member, number)
+            granted += 1
+        return granted
+
+    def _report(self, uid: str, member: _Member) -> None:
+        instance = member.instance
+        cancellable = instance.state is InstanceState.FREEZING and instance.op is ev.Op.LOCK and not instance.ordered
+        if member.woken_for and instance.state is InstanceState.RUNNING:
+            member.woken_for = False
+            self._tell(WakeAnswered(uid))
+        in_flight = member.slots.in_flight + member.slots.waiting
+        self._tell(
+            InstanceReported(
+                uid, member.function, NODE, instance.state, self.plan.concurrency, in_flight, cancellable,
+                gpus=instance.gpus,
+            )
+        )  # fmt: skip
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    def _arrive(self, call: Call) -> None:
+        self._numbers += 1
+        number = self._numbers
+        self._requests[number] = _Request(call.at_ns, call.duration_ns)
+        deadline = call.at_ns + self.plan.queue_timeout_ns
+        self._tell(RequestArrived(number, call.function, deadline))
+        request = self._requests.get(number)
+        if request is not None and not request.uid:
+            self._later(deadline, lambda: self._tell(DeadlinePassed(number)))
+
+    def _tell(self, event: Event) -> None:
+        """As `Desk.tell`."""
+        for effect in self._dispatcher.step(event, self.at):
+            match effect:
+                case Dispatch(number, uid, wakes=wakes):
+                    self._enter(number, uid, wakes)
+                case Wake(uid, _, hold_ns):
+                    self._members[uid].woken_for = True
+                    self._step(uid, ev.WakeAsked(hold_ns, self.at + self.plan.queue_timeout_ns))
+                case Refuse(number, reason):
+                    del self._requests[number]
+                    self.outcome.refused[reason.value] = self.outcome.refused.get(reason.value, 0) + 1
+
+    def _enter(self, number: int, uid: str, wakes: bool) -> None:
+        """As `Gate.try_enter`."""
+        request, member = self._requests[number], self._members[uid]
+        request.uid, request.bound_ns, request.wakes = uid, self.at, wakes
+        slots = member.slots
+        if slots.open and slots.in_flight < slots.limit and not slots.waiting:
+            slots.in_flight += 1
+            self._begin(uid, member, number)
+            if slots.in_flight == 1:
+                self._step(uid, ev.Busy())
+            return
+        first = not slots.waiting
+        slots.arrive(number)
+        if first and not slots.open:
+            self._step(uid, ev.Wanted())
+
+    def _begin(self, uid: str, member: _Member, number: int) -> None:
+        request = self._requests[number]
+        member.meter.request_began(self.at)
+        if request.wakes:
+            waited = self.at - request.bound_ns
+            self._later(self.at, lambda: self._tell(LeaseAnswered(number, waited)))
+        self._later(self.at + request.duration_ns, lambda: self._end(uid, member, number))
+
+    def _end(self, uid: str, member: _Member, number: int) -> None:
+        request = self._requests.pop(number)
+        self.outcome.latencies_ns.append(self.at - request.arrived_ns)
+        member.slots.done()
+        member.meter.request_ended(self.at)
+        self._grant(uid, member)
+        self._tell(LeaseEnded(number))
+        if member.slots.in_flight == 0:
+            self._step(uid, ev.Quiet())
+
+
+def _dispatcher(plan: Plan) -> Dispatching:
+    if plan.policy in (Policy.PACK, Policy.SPREAD):
+        return Dispatcher()
+    source = random.Random(plan.seed)
+    return RivalDispatcher(Rival(plan.policy.value), source.randrange)

@@ -1,0 +1,76 @@
+"""`hibernode simulate`: policies side by side on an access log."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """A request every half minute, for half an hour."""
+    path = tmp_path / "access.csv"
+    path.write_text("time,function,duration\n" + "".join(f"{30 * n},ocr,500ms\n" for n in range(60)))
+    return path
+
+
+def test_policies_and_patience_side_by_side(run: Run, trace: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "savings.svg"
+    done = run(
+        "simulate", trace, "--policy", "pack", "--policy", "round_robin", "--freeze-after", "5s", "--freeze-after",
+        "never", "--wake", "2s", "--svg", picture, "-o", "json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    runs = done.json["runs"]
+    assert [(one["policy"], one["freeze_after_s"]) for one in runs] == [
+        ("pack", 5.0), ("pack", None), ("round_robin", 5.0), ("round_robin", None),
+    ]  # fmt: skip
+    sleepy, awake = runs[0], runs[1]
+    assert (sleepy["requests"], sleepy["wakes"], awake["wakes"]) == (60, 59, 0)
+    assert (awake["p50_s"], sleepy["p50_s"]) == (0.5, 2.5)
+    assert awake["awake_share"] == 1.0
+    assert sleepy["awake_share"] < 0.3
+    assert float(sleepy["cost"]) == pytest.approx(float(awake["cost"]), rel=0.01), "idle is idle, awake or asleep"
+    assert float(sleepy["cost"]) < 0.3 * float(sleepy["always_on_cost"])
+    drawn = picture.read_text()
+    assert drawn.startswith("<?xml")
+    assert "<script" not in drawn
+    assert not re.findall(r"""(?:href|src)=["']?http""", drawn), "nothing is loaded from elsewhere"
+
+
+def test_a_table_for_people(run: Run, trace: Path) -> None:
+    done = run("simulate", trace)
+    assert done.code == 0
+    assert "POLICY" in done.out
+    assert "round_robin" in done.out
+    assert "% saved" in done.out
+    assert "times faster than life" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--policy", "fastest"), "fastest"),
+        (("--freeze-after", "25h"), "24h"),
+        (("--freeze-after", "soon"), "soon"),
+        (("--instances", "0"), "--instances"),
+        (("--gpu-memory", "much"), "much"),
+        (("--price-book", "nowhere.yaml"), "nowhere.yaml"),
+        (("--freeze-after", "1s") * 40, "more than 64"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(run: Run, trace: Path, options: tuple[str, ...], text: str) -> None:
+    done = run("simulate", trace, *options)
+    assert done.code == 2
+    assert text in done.err
+
+
+def test_a_broken_line_is_named_before_anything_is_simulated(run: Run, trace: Path) -> None:
+    trace.write_text(trace.read_text() + "1801,ocr,-1\n")
+    done = run("simulate", trace)
+    assert (done.code, done.out) == (2, "")
+    assert "access.csv:62: column duration must be like 0.35" in done.err
