@@ -178,11 +178,13 @@ class Scaler:
         if at - following.meter.began_ns < self._period_ns:
             return
         samples = following.meter.samples(leases, function.spec.vcpu_millis)
+        blind = following.meter.blind
         following.meter = Meter(at, leases, view)
         following.metrics = dict(samples)
         for policy, tracking in following.tracking.items():
-            # While not every node has said what it has, nobody knows what there is.
-            sample = samples[policy.metric] if settled else None
+            sample = samples[policy.metric]
+            if not settled or (blind and sample is not None and sample < policy.goal):
+                sample = None  # what those do that nobody hears is not known: no reason to have fewer
             following.tracking[policy] = observe(policy, tracking, sample, view.current, self._patience)
 
     def _decide(self, function: Deployed, following: _Following, view: View, settled: bool, wall: int) -> bool:
@@ -221,6 +223,7 @@ class Scaler:
                 if heard:
                     view.slots += max(1, load.concurrency)
                 else:
+                    view.unheard += 1
                     view.unheard_leases += self._dispatcher.leased(uid)
             if heard:
                 self._gauges(node, views)

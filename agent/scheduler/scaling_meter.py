@@ -28,11 +28,12 @@ class Gauge:
 @dataclass(slots=True)
 class View:
     """A function at one moment. `current`: its provisioned instances that are not stopping. `slots`: of instances that
-    are not stopping, on nodes that are heard; `unheard_leases`: leases on the others. `gauges`: by uid, of the awake
-    ones that are heard. `vcpu_millis`: of one instance."""
+    are not stopping, on nodes that are heard; `unheard`: instances on the others, with `unheard_leases`. `gauges`: by
+    uid, of the awake ones that are heard."""
 
     current: int = 0
     slots: int = 0
+    unheard: int = 0
     unheard_leases: int = 0
     gauges: dict[str, Gauge] = field(default_factory=dict)
 
@@ -50,10 +51,11 @@ class _Use:
 
 class Meter:
     """One function's meter, begun at `at` (monotonic ns) with its view then. `lease_time_ns` is the dispatcher's sum of
-    leases over time."""
+    leases over time. `blind`: at some time in the period there were instances of which nothing was heard."""
 
     def __init__(self, at: int, lease_time_ns: int, view: View) -> None:
         self.began_ns = at
+        self.blind = view.unheard > 0
         self._leases_began_ns = lease_time_ns
         self._at = at
         self._slots, self._unheard = view.slots, view.unheard_leases
@@ -67,6 +69,7 @@ class Meter:
         passed = at - self._at
         self._slot_time_ns += self._slots * passed
         self._unheard_time_ns += self._unheard * passed
+        self.blind |= view.unheard > 0
         self._at, self._slots, self._unheard = at, view.slots, view.unheard_leases
         self._take_gauges(view.gauges)
 
