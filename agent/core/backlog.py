@@ -17,9 +17,9 @@ from agent.core.dispatch_events import Dispatch, FunctionSet
 from agent.core.leases import FunctionSlots, NodeEntry, Slot
 from agent.core.types import SECOND_NS
 
-AHEAD_SLOTS = 8
-"""One request is sent ahead to a node, and one more for so many awake slots of the function there: further slots may
-become free on the way of the next."""
+AHEAD_SLOTS = 4
+"""One request is sent ahead to a node for so many awake slots of the function there: as many as may become free on the
+way of the next. With fewer slots none: each one there is one more that a dying agent may take along."""
 AHEAD_PAUSE_NS = SECOND_NS // 10
 """After a node refused what was sent ahead nothing is sent there for so long."""
 AHEAD_NODES = 8
@@ -175,7 +175,7 @@ class FunctionState:
         for name, awake in slots.awake_on.items():
             slot = next(iter(awake.values()))
             room = len(awake) * slot.concurrency
-            free = len(self.ahead.get(name, ())) <= room // AHEAD_SLOTS
+            free = len(self.ahead.get(name, ())) < room // AHEAD_SLOTS
             if free and waiting > slots.awake_slots - room and at >= slot.node.no_ahead_until_ns:
                 return slot
         return None

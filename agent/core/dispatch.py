@@ -136,7 +136,7 @@ class Dispatcher:
         if function.hopeless:
             effects.append(Refuse(event.request, Refusal.NO_CAPACITY))
             return
-        if len(function.backlog) >= function.queue_length:
+        if function.queued >= function.queue_length:
             effects.append(Refuse(event.request, Refusal.QUEUE_FULL))
             return
         self._requests[event.request] = request

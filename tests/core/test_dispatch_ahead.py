@@ -2,48 +2,88 @@
 
 from __future__ import annotations
 
-from agent.core.dispatch_events import Dispatch, Effect, LeaseEnded, LeaseRefused, NodeReported, Wake, WakeAnswered
-from tests.core.test_dispatch import FROZEN, Story, instance, uids
+from agent.core.dispatch_events import (
+    Dispatch,
+    Effect,
+    Event,
+    FunctionSet,
+    InstanceReported,
+    LeaseEnded,
+    LeaseRefused,
+    NodeReported,
+    Refusal,
+    Refuse,
+    Wake,
+    WakeAnswered,
+)
+from agent.core.types import InstanceState
+from tests.core.test_dispatch import FROZEN, RUNNING, Story, instance, uids
 
 
 def ahead_of(effects: list[Effect]) -> list[int]:
     return [effect.request for effect in effects if isinstance(effect, Dispatch) and effect.ahead]
 
 
+def four(uid: str, node: str = "n1", state: InstanceState = RUNNING) -> InstanceReported:
+    """An instance with four slots: enough for one request ahead."""
+    return instance(uid, state, node, concurrency=4)
+
+
+def full(*events: Event) -> Story:
+    """All slots of a, on n1, are taken by requests 1 to 4."""
+    story = Story(four("a"), *events, sends_ahead=True)
+    for number in range(1, 5):
+        story.went(number)
+    return story
+
+
 def test_the_next_request_is_sent_ahead_and_takes_the_slot_that_becomes_free_there() -> None:
-    story = Story(instance("a"), sends_ahead=True)
-    story.went(1)
-    assert ahead_of(story.arrive(2)) == [2]
-    assert story.arrive(3) == [], "one is enough where there is one slot"
+    story = full()
+    assert ahead_of(story.arrive(5)) == [5]
+    assert story.arrive(6) == [], "one is enough for four slots"
     assert story.dispatcher.queue_state("ocr").queued == 2
-    assert ahead_of(story(LeaseEnded(1, "a"))) == [3], "request 2 has the slot, and its place at the node is free"
-    assert story.dispatcher.leased("a") == 1
-    assert story(LeaseEnded(2, "a")) == []
-    assert story(LeaseEnded(3, "a")) == []
+    assert ahead_of(story(LeaseEnded(1, "a"))) == [6], "request 5 has the slot, and its place at the node is free"
+    assert story.dispatcher.leased("a") == 4
+    for number in range(2, 7):
+        assert story(LeaseEnded(number, "a")) == []
     assert story.dispatcher.leased("a") == 0
 
 
+def test_with_few_slots_nothing_is_sent_ahead() -> None:
+    story = Story(instance("a", concurrency=3), sends_ahead=True)
+    for number in range(1, 4):
+        story.went(number)
+    assert story.arrive(4) == []
+
+
+def test_what_was_sent_ahead_counts_in_the_queue() -> None:
+    story = full(FunctionSet("ocr", queue_length=2))
+    assert ahead_of(story.arrive(5)) == [5]
+    assert story.arrive(6) == []
+    assert story.arrive(7) == [Refuse(7, Refusal.QUEUE_FULL)]
+
+
 def test_what_was_sent_ahead_and_refused_waits_again_at_the_head_and_not_there_at_once() -> None:
-    story = Story(instance("a"), instance("b", node="n2"), sends_ahead=True)
-    story.went(1)
-    assert ahead_of(story.arrive(2)) == [2]
-    story.arrive(3)
-    assert story(LeaseRefused(2)) == []
-    assert uids(story(NodeReported("n2"))) == ["b"]
-    assert story.dispatcher.leased("b") == 1, "the oldest went there"
+    story = full()
+    assert ahead_of(story.arrive(5)) == [5]
+    story.arrive(6)
+    assert story(LeaseRefused(5)) == []
+    assert uids(story(instance("b"))) == ["b"]
+    assert story.dispatcher.leased("b") == 1
+    assert ahead_of(story(LeaseEnded(5, "b"))) == [], "6 has b; nobody is left"
 
 
 def test_nothing_is_sent_ahead_while_another_nodes_slots_could_go_without() -> None:
-    story = Story(NodeReported("n2"), instance("a"), instance("b", node="n2"), sends_ahead=True)
-    story.went(1), story.went(2)
-    assert story.arrive(3) == [], "whichever node frees first shall have it"
-    assert ahead_of(story.arrive(4)) == [3], "4 waits for the other node"
+    story = full(NodeReported("n2"), instance("b", node="n2"))
+    story.arrive(5)
+    assert story.dispatcher.leased("b") == 1
+    assert story.arrive(6) == [], "whichever node frees first shall have it"
+    assert ahead_of(story.arrive(7)) == [6], "7 waits for the other node"
 
 
 def test_nothing_is_sent_ahead_while_somebody_wakes() -> None:
-    story = Story(NodeReported("n2"), instance("a"), instance("b", FROZEN, node="n2"), sends_ahead=True)
-    story.went(1)
-    (wake,) = story.arrive(2)
+    story = full(NodeReported("n2"), instance("b", FROZEN, node="n2"))
+    (wake,) = story.arrive(5)
     assert wake == Wake("b", "n2")
     assert uids(story(WakeAnswered("b"))) == ["b"]
 
@@ -60,10 +100,10 @@ def test_whoever_was_thought_to_be_where_another_served_is_where_that_was_though
 
 
 def test_a_request_that_is_served_before_its_slot_was_known_to_be_free_leaves_nothing_behind() -> None:
-    story = Story(instance("a"), sends_ahead=True)
-    story.went(1)
-    story.arrive(2)
-    assert story(LeaseEnded(2, "a")) == []
+    story = full()
+    story.arrive(5)
+    assert story(LeaseEnded(5, "a")) == []
     assert story.dispatcher.queue_state("ocr").queued == 0
-    story(LeaseEnded(1, "a"))
+    for number in range(1, 5):
+        story(LeaseEnded(number, "a"))
     assert story.dispatcher.leased("a") == 0

@@ -35,7 +35,7 @@ from agent.core.types import MILLISECOND_NS, DispatchPolicy, InstanceState
 
 FUNCTIONS = ("ocr", "llm")
 NODES = ("n1", "n2", "n3")
-CONCURRENCY = {"ocr": 1, "llm": 3}
+CONCURRENCY = {"ocr": 1, "llm": 4}
 WAKEABLE = (InstanceState.FROZEN, InstanceState.FREEZING, InstanceState.WAITING_GPU, InstanceState.RESTORING)
 AWAKE_OR_WAKING = (
     InstanceState.RUNNING,

@@ -1,0 +1,299 @@
+"""Does the scheduler scale: the cost of a decision from 10 to 10,000 instances, and 1,000 nodes that report.
+
+Two measurements. `decision`: one request arriving, dispatched and ended in the dispatcher (core/dispatch.py), half of
+the instances awake, over nodes of eight GPUs; sizes in turns, many rounds, so that a noisy machine is as unfair to all.
+`fleet`: a real scheduler process with 1,000 registered nodes of eight instances, each with a load stream of its own
+from another process, each sending four messages a second: two with heartbeat and gauges of its awake instances, two
+with a change of an instance. The scheduler's CPU time, its memory, and how long an acknowledgement takes are measured.
+
+Promise (DESIGN section 11): a decision at 10,000 instances costs less than 1.5 x one at 10; 1,000 nodes x 4 messages/s
+on one core. Exit status 0 whether it is met or not: it is a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import yaml
+
+from agent.core.dispatch import Dispatcher
+from agent.core.dispatch_events import FunctionSet, InstanceReported, LeaseEnded, NodeReported, RequestArrived
+from agent.core.types import InstanceState
+from agent.v1 import types_pb2
+from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest
+from agent.wire.clients import DaemonChannel
+from scripts.benchmarks._spread import percentile, ratio
+
+SIZES = (10, 100, 1_000, 10_000)
+PROMISE = {"decision": 1.5, "cores": 1.0}
+PER_NODE = 8
+REQUESTS = 400
+MESSAGES_PER_S = 4
+SETTLE_S = 3.0
+TOKEN = "node-{:04d}-0123456789abcdef0123456789"
+
+
+# ---- the cost of a decision ----------------------------------------------------------------------------------------
+
+
+class Crowd:
+    """A dispatcher with so many instances, half of them awake."""
+
+    def __init__(self, instances: int) -> None:
+        self._dispatcher = Dispatcher()
+        self._dispatcher.step(FunctionSet("ocr"), 1)
+        self._number = 0
+        self._at = 1
+        for n in range(instances):
+            node = f"n{n // PER_NODE}"
+            if n % PER_NODE == 0:
+                self._dispatcher.step(NodeReported(node, gpu_count=PER_NODE), 1)
+            state = InstanceState.RUNNING if n % 2 else InstanceState.FROZEN
+            gpus = (f"{node}-g{n % PER_NODE}",)
+            self._dispatcher.step(InstanceReported(f"i{n}", "ocr", node, state, gpus=gpus), 1)
+
+    def decision_us(self) -> float:
+        """Mean of REQUESTS requests, three under way at a time."""
+        step, first = self._dispatcher.step, self._number
+        began = time.perf_counter_ns()
+        for number in range(first, first + REQUESTS):
+            self._at += 1000
+            step(RequestArrived(number, "ocr", self._at + 10**12), self._at)
+            if number >= first + 3:
+                step(LeaseEnded(number - 3), self._at)
+        took = time.perf_counter_ns() - began
+        for number in range(first + REQUESTS - 3, first + REQUESTS):
+            step(LeaseEnded(number), self._at)
+        self._number = first + REQUESTS
+        return took / 1000 / REQUESTS
+
+
+def decisions(rounds: int) -> dict[str, Any]:
+    """All sizes in turns."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    crowds = {size: Crowd(size) for size in SIZES}
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    samples: dict[int, list[float]] = {size: [] for size in SIZES}
+    for number in range(rounds + 2):
+        for size in SIZES if number % 2 else reversed(SIZES):
+            took = crowds[size].decision_us()
+            if number >= 2:  # the first rounds warm up
+                samples[size].append(took)
+    found = ratio(samples[SIZES[-1]], samples[SIZES[0]], 50.0)
+    return {
+        "median_us": {str(size): round(median(samples[size]), 2) for size in SIZES},
+        "growth": {"value": found.value, "low": found.low, "high": found.high},
+        "bytes_per_instance": round(grown * 1024 / sum(SIZES)),
+        "met": found.value < PROMISE["decision"],
+    }
+
+
+# ---- a fleet that reports ------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path, nodes: int) -> Path:
+    """The scheduler's configuration, with a credential for each node."""
+    tokens = folder / "tokens"
+    tokens.mkdir()
+    credentials = []
+    for number in range(nodes):
+        path = tokens / f"{number}"
+        path.write_text(TOKEN.format(number))
+        path.chmod(0o600)
+        credentials.append({"name": f"node-{number:04d}", "token_file": str(path)})
+    any_port = {"host": "127.0.0.1", "port": 0}
+    config = {
+        "state_dir": str(folder / "scheduler"),
+        "log_level": "error",
+        **dict.fromkeys(("gateway", "grpc", "admin"), any_port),
+        "nodes": credentials,
+    }
+    path = folder / "scheduler.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class Node:
+    """One simulated agent: a load stream with what a real one says."""
+
+    def __init__(self, number: int, address: str) -> None:
+        self._name = f"node-{number:04d}"
+        self._channel = DaemonChannel(address, TOKEN.format(number))
+        self._sequence = 0
+        self._sent: dict[int, float] = {}
+        self.lags_ms: list[float] = []
+        self.measured = False
+
+    def _instance(self, slot: int, state: types_pb2.Instance.State.ValueType) -> InstanceLoad:
+        return InstanceLoad(
+            uid=f"{self._name}-i{slot}", function=f"f{slot}", revision="1", request_id=f"f{slot}/1/0/1", state=state,
+            concurrency=1, healthy=True, gpu_uuids=[f"{self._name}-g{slot}"],
+        )  # fmt: skip
+
+    def _message(self, change: bool) -> ReportLoadRequest:
+        self._sequence += 1
+        message = ReportLoadRequest(epoch=1, sequence=self._sequence)
+        memory = types_pb2.HostMemory(total_bytes=1 << 38, available_bytes=1 << 37)
+        if self._sequence == 1:
+            gpus = [
+                types_pb2.Gpu(uuid=f"{self._name}-g{n}", index=n, model="H100", health=types_pb2.Gpu.HEALTH_OK)
+                for n in range(PER_NODE)
+            ]
+            message.registration.CopyFrom(
+                Registration(
+                    ingress_address="127.0.0.1:9", grpc_address="127.0.0.1:9", gpus=gpus, instances_per_gpu=1,
+                    runtimes=["engine"], host_memory=memory,
+                )
+            )  # fmt: skip
+            message.snapshot = True
+            running = types_pb2.Instance.STATE_RUNNING
+            message.instances.extend(self._instance(slot, running) for slot in range(PER_NODE))
+        if change:
+            awake = self._sequence % 4 < 2
+            state = types_pb2.Instance.STATE_RUNNING if awake else types_pb2.Instance.STATE_FROZEN
+            message.instances.append(self._instance(self._sequence % PER_NODE, state))
+        else:
+            message.load.CopyFrom(NodeLoad(state=types_pb2.Node.STATE_READY, host_memory=memory))
+            for slot in range(PER_NODE // 2):
+                message.load.instances.add(
+                    uid=f"{self._name}-i{slot}", cpu_ns=self._sequence * 10**8, vram_bytes=1 << 33
+                )
+        return message
+
+    async def run(self, offset_s: float) -> None:
+        """Until cancelled."""
+        await asyncio.sleep(offset_s)  # agents do not beat as one
+        stream = self._channel.report_load()
+        reader = asyncio.create_task(self._read(stream))
+        try:
+            while True:
+                due = asyncio.get_running_loop().time() + 1 / MESSAGES_PER_S
+                message = self._message(change=self._sequence % 2 == 1)
+                self._sent[self._sequence] = time.monotonic()
+                await stream.send(message)
+                await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
+        finally:
+            reader.cancel()
+            stream.close()
+
+    async def _read(self, stream: Any) -> None:
+        while (answer := await stream.receive()) is not None:
+            for sequence in [one for one in self._sent if one <= answer.acknowledged_sequence]:
+                sent = self._sent.pop(sequence)
+                if self.measured:
+                    self.lags_ms.append((time.monotonic() - sent) * 1000)
+
+
+def _scheduler(config: Path, log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "agent.daemons.scheduler", "--config", str(config)]
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file)
+
+
+async def fleet(nodes: int, seconds: float) -> dict[str, Any]:
+    """The scheduler under the reports of so many nodes."""
+    with tempfile.TemporaryDirectory(prefix="hibernode-bench-") as name:
+        folder = Path(name)
+        config = prepare(folder, nodes)
+        process = _scheduler(config, folder / "log")
+        try:
+            endpoints = folder / "scheduler" / "endpoints.json"
+            ends = time.monotonic() + 60
+            while not endpoints.exists():
+                if process.poll() is not None or time.monotonic() > ends:
+                    raise RuntimeError(f"the scheduler did not start: {(folder / 'log').read_text()[-2000:]}")
+                await asyncio.sleep(0.05)
+            return await _measured(process.pid, json.loads(endpoints.read_text())["grpc"], nodes, seconds)
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+async def _measured(pid: int, address: str, count: int, seconds: float) -> dict[str, Any]:
+    nodes = [Node(number, address) for number in range(count)]
+    tasks = [asyncio.create_task(node.run(2 * number / count)) for number, node in enumerate(nodes)]
+    process = psutil.Process(pid)
+    try:
+        await asyncio.sleep(2 + SETTLE_S)  # all are connected, and beat
+        for node in nodes:
+            node.measured = True
+        began, cpu = time.monotonic(), sum(process.cpu_times()[:2])
+        await asyncio.sleep(seconds)
+        took, used = time.monotonic() - began, sum(process.cpu_times()[:2]) - cpu
+        lags = [lag for node in nodes for lag in node.lags_ms]
+        crashed = [task.exception() for task in tasks if task.done()]
+        if crashed:
+            raise RuntimeError(f"{len(crashed)} load streams ended: {crashed[0]!r}")
+        return {
+            "nodes": count,
+            "seconds": round(took, 1),
+            "messages_per_s": round(len(lags) / took),
+            "scheduler_cores": round(used / took, 3),
+            "scheduler_rss_mib": round(process.memory_info().rss / (1 << 20), 1),
+            "acknowledged_ms": {"p50": round(percentile(lags, 50), 1), "p99": round(percentile(lags, 99), 1)},
+            "met": used / took < PROMISE["cores"] and len(lags) / took >= 0.95 * count * MESSAGES_PER_S,
+        }
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """For people."""
+    decision, reports = result["decision"], result["fleet"]
+    rows = [f"{size:>7} instances: {took:7.2f} us a decision" for size, took in decision["median_us"].items()]
+    growth = decision["growth"]
+    rows.append(f"from 10 to 10,000: {growth['value']:.2f} x ({growth['low']:.2f} to {growth['high']:.2f})")
+    rows.append(
+        f"{reports['nodes']} nodes, {reports['messages_per_s']} messages/s: {reports['scheduler_cores']} cores, "
+        f"{reports['scheduler_rss_mib']} MiB, acknowledged in {reports['acknowledged_ms']['p50']} ms "
+        f"(p99 {reports['acknowledged_ms']['p99']} ms)"
+    )
+    rows.append(f"promise: decision {_met(decision)}, fleet {_met(reports)}")
+    return "\n".join(rows)
+
+
+def _met(part: Mapping[str, Any]) -> str:
+    return "met" if part["met"] else "NOT met"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench scale", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--rounds", type=int, default=60, help="of decisions (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=1000, help="that report (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of reports (default: %(default)s)")
+    given = parser.parse_args()
+    if given.rounds < 1 or not 1 <= given.nodes <= 2000 or given.seconds <= 0:
+        parser.error("--rounds must be 1 or more, --nodes 1 to 2000, --seconds more than 0")
+    result = {
+        "benchmark": "scale",
+        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
+        "decision": decisions(given.rounds),
+        "fleet": asyncio.run(fleet(given.nodes, given.seconds)),
+        "promise": PROMISE,
+    }
+    print(json.dumps(result) if given.json else table(result))
+
+
+if __name__ == "__main__":
+    main()
