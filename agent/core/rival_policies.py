@@ -61,6 +61,7 @@ class _Bound:
 
     request: int
     arrived_ns: int
+    deadline_ns: int
     instance: _Instance
 
 
@@ -113,9 +114,9 @@ class RivalDispatcher:
                 function = self._functions.setdefault(name, _Function())
                 function.known, function.queue_length = True, event.queue_length
             case FunctionRemoved(name):
-                self._functions.setdefault(name, _Function()).known = False
-            case RequestArrived(request, name):
-                self._arrived(request, name, at, effects)
+                self._removed(name, effects)
+            case RequestArrived():
+                self._arrived(event, at, effects)
             case LeaseEnded(request) | RequestGone(request):
                 self._ended(request, at, effects)
             case LeaseRefused(request):
@@ -157,8 +158,10 @@ class RivalDispatcher:
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
-    def _arrived(self, request: int, name: str, at: int, effects: list[Effect]) -> None:
-        function = self._functions.get(name)
+    def _arrived(self, event: RequestArrived, at: int, effects: list[Effect]) -> None:
+        request, function = event.request, self._functions.get(event.function)
+        if request in self._requests:
+            return
         if function is None or not function.known:
             effects.append(Refuse(request, Refusal.UNKNOWN_FUNCTION))
         elif not function.instances:
@@ -166,11 +169,13 @@ class RivalDispatcher:
         elif function.waiting >= function.queue_length:
             effects.append(Refuse(request, Refusal.QUEUE_FULL))
         else:
-            self._bind(request, function, at, at, effects)
+            self._bind(request, function, at, event.deadline_ns, at, effects)
 
-    def _bind(self, request: int, function: _Function, arrived_ns: int, at: int, effects: list[Effect]) -> None:
+    def _bind(
+        self, request: int, function: _Function, arrived_ns: int, deadline_ns: int, at: int, effects: list[Effect]
+    ) -> None:
         instance = self._choose(function, list(function.instances.values()))
-        bound = _Bound(request, arrived_ns, instance)
+        bound = _Bound(request, arrived_ns, deadline_ns, instance)
         self._requests[request] = instance.line[request] = bound
         function.waiting += 1
         self._drain(instance, at, effects)
@@ -202,10 +207,32 @@ class RivalDispatcher:
         bound = self._requests.get(request)
         if bound is None or request in bound.instance.line:
             return
-        bound.instance.inside -= 1
-        bound.instance.line[request] = bound
-        bound.instance.line.move_to_end(request, last=False)
-        self._functions[bound.instance.function].waiting += 1
+        instance, function = bound.instance, self._functions[bound.instance.function]
+        self._leave(bound)
+        if not function.known:
+            effects.append(Refuse(request, Refusal.UNKNOWN_FUNCTION))
+        elif at >= bound.deadline_ns:
+            effects.append(Refuse(request, Refusal.QUEUE_TIMEOUT))  # DeadlinePassed came while it was inside
+        elif instance.uid not in self._instances:
+            self._bind_anew(bound, function, at, effects)
+        else:  # first in the line again, for when the instance is heard: now it would be refused once more
+            self._requests[request] = instance.line[request] = bound
+            instance.line.move_to_end(request, last=False)
+            function.waiting += 1
+
+    def _bind_anew(self, bound: _Bound, function: _Function, at: int, effects: list[Effect]) -> None:
+        if function.instances:
+            self._bind(bound.request, function, bound.arrived_ns, bound.deadline_ns, at, effects)
+        else:
+            effects.append(Refuse(bound.request, Refusal.NO_CAPACITY))
+
+    def _removed(self, name: str, effects: list[Effect]) -> None:
+        function = self._functions.setdefault(name, _Function())
+        function.known = False
+        for instance in function.instances.values():
+            for bound in list(instance.line.values()):
+                self._leave(bound)
+                effects.append(Refuse(bound.request, Refusal.UNKNOWN_FUNCTION))
 
     # ---- instances --------------------------------------------------------------------------------------------
 
@@ -229,7 +256,7 @@ class RivalDispatcher:
             instance.waking = False
             if awake:
                 instance.state = InstanceState.RUNNING
-            self._drain(instance, at, effects)
+                self._drain(instance, at, effects)
 
     def _gone(self, uid: str, at: int, effects: list[Effect]) -> None:
         instance = self._instances.pop(uid, None)
@@ -239,7 +266,4 @@ class RivalDispatcher:
         del function.instances[uid]
         for bound in list(instance.line.values()):
             self._leave(bound)
-            if function.instances:
-                self._bind(bound.request, function, bound.arrived_ns, at, effects)
-            else:
-                effects.append(Refuse(bound.request, Refusal.NO_CAPACITY))
+            self._bind_anew(bound, function, at, effects)
