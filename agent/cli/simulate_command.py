@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ class FreezeAfter(click.ParamType):  # type: ignore[type-arg]  # generic in newe
         return seconds
 
 
+def _number(context: click.Context, param: click.Parameter, value: float) -> float:
+    """Ranges let NaN pass."""
+    if math.isnan(value):
+        raise click.BadParameter("must be a number, got nan", context, param)
+    return value
+
+
 @click.command()
 @click.argument("trace", type=click.Path(path_type=Path))
 @click.option(
@@ -55,7 +63,7 @@ class FreezeAfter(click.ParamType):  # type: ignore[type-arg]  # generic in newe
 @click.option("--wake", type=seconds_of, default="1s", show_default=True, metavar="TIME", help="How long a wake takes.")
 @click.option("--freeze", type=seconds_of, default="500ms", show_default=True, metavar="TIME", help="And a freeze.")
 @click.option(
-    "--wake-factor", type=click.FloatRange(0, 1_000_000), default=0.0, show_default=True,
+    "--wake-factor", type=click.FloatRange(0, 1_000_000), default=0.0, show_default=True, callback=_number,
     help="A further instance is woken only if waiting takes longer than a wake times this (pack, spread).",
 )  # fmt: skip
 @click.option("--queue-length", type=click.IntRange(1, 100_000), default=1000, show_default=True)
@@ -107,6 +115,11 @@ def simulate(
     if len(policies) * len(freezes) > MAX_RUNS:
         raise click.UsageError(f"{len(policies) * len(freezes)} runs are more than {MAX_RUNS}; choose fewer")
     price = _price(price_book)
+    if price.gpu_rate(gpu_model) is None:
+        known = ", ".join(model for family in price.gpu for model in family.models)
+        raise click.BadParameter(
+            f"{gpu_model!r} has no price; the price book knows {known}", param_hint="'--gpu-model'"
+        )
     with blocking_progress(f"reading {trace.name}"):
         functions = sorted({call.function for call in read_trace(trace)})  # a broken line is told before any run
     plans = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 
 import pygal
@@ -12,6 +13,9 @@ from agent.core.price_book import Price
 from agent.simulator.plan import Outcome, percentiles_s
 
 PERCENTS = (50, 90, 99)
+# Its hook for plug-in maps, which Python 3.11 warns of at every later import and newer ones pass over.
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "pygal"]
+
 _SCRIPT = re.compile(rb"<script.*?</script>", re.DOTALL)
 """The library's own settings for the script that we leave out."""
 

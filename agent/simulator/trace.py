@@ -5,7 +5,8 @@
     2026-01-01T00:00:04.2Z,ocr,350ms
 
 `time`: ISO 8601 (without an offset: UTC) or seconds since any moment; `duration`: what the instance worked, in seconds
-or with a unit (us, ms, s, m, h). Other columns are allowed and not read. Read line by line, so any length will do.
+or with a unit (us, ms, s, m, h). Other columns are allowed and not read. Read line by line, so any length will do, and
+once for each run, so it must be a file. Times that go back are refused: sorting would need all of it in memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,6 +46,10 @@ def read_trace(path: Path) -> Iterator[Call]:
     """The requests in their order. Raises InvalidArgumentError TRACE_INVALID naming file, line and column, or
     TRACE_UNREADABLE."""
     try:
+        kind = path.stat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a folder has a message of its own
+            text = f"{path} is not a file: a trace is read several times, so save what comes from a pipe first"
+            raise InvalidArgumentError("TRACE_UNREADABLE", text, file=str(path))
         with path.open("rb") as file:
             yield from _Reader(path.name, file).calls()
     except OSError as error:
@@ -65,7 +71,7 @@ class _Reader:
             if len(raw) > MAX_LINE:
                 raise self._wrong("", f"is longer than {MAX_LINE} bytes")
             try:
-                yield raw.decode()
+                yield raw.decode("utf-8-sig" if self._line == 1 else "utf-8")  # spreadsheets begin with a mark
             except UnicodeDecodeError as error:
                 raise self._wrong("", "is not UTF-8 text") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def test_policies_and_patience_side_by_side(run: Run, trace: Path, tmp_path: Pat
     drawn = picture.read_text()
     assert drawn.startswith("<?xml")
     assert "<script" not in drawn
+    assert all(hasattr(finder, "find_spec") for finder in sys.meta_path), "the library's import hook is gone"
     assert not re.findall(r"""(?:href|src)=["']?http""", drawn), "nothing is loaded from elsewhere"
 
 
@@ -60,6 +62,9 @@ def test_a_table_for_people(run: Run, trace: Path) -> None:
         (("--instances", "0"), "--instances"),
         (("--gpu-memory", "much"), "much"),
         (("--price-book", "nowhere.yaml"), "nowhere.yaml"),
+        (("--gpu-model", "T400"), "'T400' has no price; the price book knows T4,"),
+        (("--wake-factor", "nan"), "got nan"),
+        (("--wake", "-1"), "--wake"),
         (("--freeze-after", "1s") * 40, "more than 64"),
     ],
 )

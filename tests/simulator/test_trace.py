@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,18 @@ def test_what_is_broken_is_named(tmp_path: Path, text: str | bytes, where: str, 
     assert refused.value.reason == "TRACE_INVALID"
     assert refused.value.message.startswith(f"access.csv{where}"), refused.value.message
     assert what in refused.value.message
+
+
+def test_the_mark_that_spreadsheets_begin_with_is_no_part_of_a_column(tmp_path: Path) -> None:
+    assert trace(tmp_path, b"\xef\xbb\xbf" + HEAD.encode() + b"1,a,1\n") == [Call(SECOND_NS, "a", SECOND_NS)]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InvalidArgumentError, match="save what comes from a pipe first") as refused:
+        list(read_trace(pipe))
+    assert refused.value.reason == "TRACE_UNREADABLE"
 
 
 def test_what_cannot_be_read_at_all(tmp_path: Path) -> None:
