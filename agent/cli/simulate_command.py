@@ -72,7 +72,7 @@ def _number(context: click.Context, param: click.Parameter, value: float) -> flo
 @click.option("--gpu-memory", type=bytes_of, default="16GiB", show_default=True, metavar="SIZE", help="For the price.")
 @click.option("--price-book", type=_FILE, metavar="FILE", help="Default: the one that comes with Hibernode.")
 @click.option("--svg", "picture", type=_FILE, metavar="FILE", help="Also draw it.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Of random and two_choices.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of random, two_choices and least_outstanding.")
 @output_option
 def simulate(
     trace: Path,
