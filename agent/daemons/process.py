@@ -7,6 +7,7 @@ import asyncio
 import faulthandler
 import gc
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -24,6 +25,11 @@ from agent.settings import AgentConfig, SchedulerConfig
 
 _Config = TypeVar("_Config", AgentConfig, SchedulerConfig)
 
+OPEN_FILES = 65536
+"""What our units allow (LimitNOFILE); a login shell's 1,024 would not do for the connections of `limits`."""
+FILES_BESIDE = 512
+"""For what is neither a client's connection nor the one behind it."""
+
 
 def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Coroutine[Any, Any, None]]) -> None:
     """`--config FILE`, then `run` on uvloop. An error ends it with the exit code of its kind, as any command."""
@@ -35,6 +41,7 @@ def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Corouti
     except HibernodeError as error:
         sys.exit(_say(error))
     log.configure(config.log_level, config.log_format)
+    _allow_open_files(config.limits.connections)
     faulthandler.enable()  # what systemd's watchdog ends (SIGABRT) leaves the stacks of all threads in the journal
     try:
         uvloop.run(run(config))
@@ -44,6 +51,18 @@ def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Corouti
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _allow_open_files(connections: int) -> None:
+    """As many as our units allow, as far as this process may; a warning where `connections` would not fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = max(soft, OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES))
+    if soft == resource.RLIM_INFINITY:
+        return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < 2 * connections + FILES_BESIDE:
+        text = "limits.connections and one more behind each do not fit; raise the limit (ulimit -n, LimitNOFILE)"
+        log.get_logger().warning("process.open_files_short", allowed=allowed, connections=connections, message=text)
 
 
 def _say(error: HibernodeError) -> int:

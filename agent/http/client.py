@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from dataclasses import dataclass
 
 from agent.core.errors import HibernodeError
@@ -82,8 +83,11 @@ class Pool:
                 "UPSTREAM_CONNECT_FAILED", f"No connection to {where} within {max(timeout_s, 0):.3g} seconds."
             ) from None
         except OSError as error:
+            # Out of descriptors it is we who are short: nothing was learnt about the other side.
+            ours = error.errno in (errno.EMFILE, errno.ENFILE)
             raise ConnectFailedError(
-                "UPSTREAM_CONNECT_FAILED", f"No connection to {where}: {error.strerror or error}."
+                "UPSTREAM_CONNECTIONS_EXHAUSTED" if ours else "UPSTREAM_CONNECT_FAILED",
+                f"No connection to {where}: {error.strerror or error}.",
             ) from error
         finally:
             self._connecting -= 1

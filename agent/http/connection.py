@@ -82,7 +82,7 @@ class ServerConnection(asyncio.Protocol):
         full = len(server.connections) >= server.limits.max_connections
         server.connections.add(self)
         if full:
-            self._refuse(UnavailableError("TOO_MANY_CONNECTIONS", "Too many connections; try again later."))
+            self._refuse(UnavailableError("TOO_MANY_CONNECTIONS", "Too many connections; try again later."), 1)
         else:
             self._read_by(server.limits.keep_alive_s)
 
@@ -318,9 +318,9 @@ class ServerConnection(asyncio.Protocol):
             self._drain_waiter.set_result(None)
         self._drain_waiter = None
 
-    def _refuse(self, error: HibernodeError) -> None:
+    def _refuse(self, error: HibernodeError, retry_after_s: int | None = None) -> None:
         """Answers what never became an exchange, and closes."""
-        made = error_answer(error, self._server.request_ids())
+        made = error_answer(error, self._server.request_ids(), retry_after_s=retry_after_s)
         line = b"HTTP/1.1 %d Refused\r\n" % made.status
         framing = b"%bcontent-length: %d\r\nconnection: close\r\n" % (self.date_line(), len(made.body))
         self.transport.write(serialise(line, made.headers, framing) + made.body)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import socket
 
 import pytest
@@ -137,6 +139,22 @@ async def test_the_number_of_connections_is_bounded() -> None:
         assert caught.value.reason == "UPSTREAM_CONNECTIONS_EXHAUSTED"
         pool.release(first)
         assert await pool.acquire(deadline) is first
+        pool.close()
+
+
+async def test_a_pool_without_descriptors_does_not_blame_the_other_side() -> None:
+    async with upstream(silent) as up:
+        pool = pool_of(up.port)
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, before[1]))
+        try:
+            with pytest.raises(ConnectFailedError, match="Too many open files") as caught:
+                await pool.acquire(asyncio.get_running_loop().time() + 5)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert caught.value.reason == "UPSTREAM_CONNECTIONS_EXHAUSTED"
         pool.close()
 
 
