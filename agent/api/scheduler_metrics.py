@@ -89,7 +89,7 @@ class SchedulerMetrics(Collector):
 def _gpu_use(node: NodeRecord) -> dict[str, int]:
     """Each GPU once: held by an awake instance, free, or of no use to anybody."""
     found = {"held": 0, "free": 0, "unusable": 0}
-    for gpu in node.load.gpus or node.registration.gpus:
+    for gpu in node.gpus:
         usable = gpu.health == Gpu.HEALTH_OK and not gpu.mig
         found[("held" if gpu.holder_uids else "free") if usable else "unusable"] += 1
     return found

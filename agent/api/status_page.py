@@ -88,7 +88,7 @@ class StatusPage:
         registration, heard = node.registration, "never"
         if node.wall_ns:
             heard = f"{max(0, self._clock.wall_ns() - node.wall_ns) / SECOND_NS:.1f} s ago"
-        gpus = node.load.gpus or registration.gpus
+        gpus = node.gpus
         memory = node.load.host_memory if node.load.HasField("host_memory") else registration.host_memory
         living = sum(load.state not in ENDED for load in node.instances.values())
         asked = self._fleet.scheduling(node.name)
@@ -122,7 +122,7 @@ class _Bad(str):
 
 
 def _gpus(node: NodeRecord) -> Iterator[Row]:
-    for gpu in node.load.gpus or node.registration.gpus:
+    for gpu in node.gpus:
         used = _size(gpu.memory_used_bytes) if gpu.HasField("memory_used_bytes") else _UNKNOWN
         sm = f"{gpu.sm_percent} %" if gpu.HasField("sm_percent") else _UNKNOWN
         temperature = f"{gpu.temperature_celsius} °C" if gpu.HasField("temperature_celsius") else _UNKNOWN

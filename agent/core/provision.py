@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 from agent.core.types import SECOND_NS, InstanceState
 
@@ -37,6 +38,7 @@ class RequestId:
         return f"{self.function}/{self.revision}/{self.ordinal}/{self.attempt}"
 
 
+@lru_cache(maxsize=16_384)  # a round of provisioning reads that of every instance
 def parse_request_id(text: str) -> RequestId | None:
     """The parts of one of ours; None for anything else (an instance made by hand)."""
     parts = text.split("/")

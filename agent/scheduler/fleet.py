@@ -10,7 +10,7 @@ The fleet never awaits: it is called by the stream's servicer and by one timer, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from agent.core.dispatch_events import Event, InstanceGone, NodeLost, NodeSuspect
@@ -21,7 +21,7 @@ from agent.core.types import SECOND_NS
 from agent.log import get_logger
 from agent.ports import Clock
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest, ReportLoadResponse
-from agent.v1.types_pb2 import Instance, Node
+from agent.v1.types_pb2 import Gpu, Instance, Node
 from agent.wire.addresses import registered_target
 from agent.wire.convert_load import node_reported, reported_of_load
 
@@ -31,6 +31,13 @@ UNREACHABLE_NS = SECOND_NS // 4
 """A node that could not be connected to gets nothing for so long, whatever its stream says: a dying agent's last
 messages must not bring it back."""
 ENDED = (Instance.STATE_STOPPED, Instance.STATE_FAILED)
+SERVING = frozenset(
+    {
+        *(Instance.STATE_RUNNING, Instance.STATE_FREEZING, Instance.STATE_FROZEN),
+        *(Instance.STATE_WAITING_GPU, Instance.STATE_RESTORING),
+    }
+)
+"""Going to sleep and waking up: no news to provisioning, which counts instances."""
 
 _log = get_logger()
 
@@ -57,6 +64,7 @@ class NodeRecord:
     settled: bool = False
     registration: Registration = field(default_factory=Registration)
     load: NodeLoad = field(default_factory=NodeLoad)
+    gpus: Sequence[Gpu] = ()
     instances: dict[str, InstanceLoad] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     idle_since: dict[str, int] = field(default_factory=dict)
@@ -113,8 +121,8 @@ class Fleet:
         node.unreachable_ns, node.peer = 0, peer
         return self._streams
 
-    def took(self, name: str, stream: int, message: ReportLoadRequest) -> ReportLoadResponse:
-        """Take in one message; the answer acknowledges it or asks for a snapshot.
+    def took(self, name: str, stream: int, message: ReportLoadRequest) -> ReportLoadResponse | None:
+        """Take in one message. Snapshots are acknowledged; other messages are answered only to ask for one.
 
         Raises ConfigError or InvalidArgumentError for addresses that cannot be, or where a token would travel in the
         clear or to somebody else, PreconditionError STREAM_SUPERSEDED if the node has opened another stream since (or
@@ -124,7 +132,6 @@ class Fleet:
         if stream != node.stream or message.epoch < node.epoch:
             text = f"node {name} has a newer load stream; one agent per node credential"
             raise PreconditionError("STREAM_SUPERSEDED", text, node=name)
-        answer = ReportLoadResponse(node=name) if not node.sequence else ReportLoadResponse()
         if message.HasField("registration"):
             self._register(node, message)
         elif not node.registration.ingress_address or message.epoch != node.epoch:
@@ -133,10 +140,8 @@ class Fleet:
         follows = message.sequence == node.sequence + 1
         node.sequence = message.sequence
         if message.HasField("load"):
-            gpus = node.load.gpus
             node.load = message.load
-            if not message.load.gpus:
-                node.load.gpus.extend(gpus)
+            node.gpus = message.load.gpus or node.gpus
         if message.snapshot:
             node.synced = True
         elif not follows and node.synced:
@@ -144,11 +149,10 @@ class Fleet:
             _log.warning("fleet.gap", node=name, sequence=message.sequence)
         if node.synced:
             self._apply(node, message)
-        else:
-            answer.resync = True
-        answer.acknowledged_sequence = message.sequence
         self._rise(node, message)
-        return answer
+        if node.synced and not message.snapshot:
+            return None
+        return ReportLoadResponse(node=name, acknowledged_sequence=message.sequence, resync=not node.synced)
 
     def closed(self, name: str, stream: int) -> None:
         """The stream ended, for whatever reason: nothing new until the agent is heard again."""
@@ -232,7 +236,7 @@ class Fleet:
         if message.epoch != node.epoch:
             node.settled = False
         node.epoch = message.epoch
-        node.load = NodeLoad()
+        node.load, node.gpus = NodeLoad(), registration.gpus
         _log.info(
             "fleet.node_registered",
             node=node.name,
@@ -276,7 +280,7 @@ class Fleet:
         node.idle_since[load.uid] = node.heard_ns - load.idle_for_ns
         node.seen.add(load.uid)
         self._tell(event)
-        return before is None or before.state != load.state
+        return before is None or (before.state != load.state and not {before.state, load.state} <= SERVING)
 
     def _remove(self, node: NodeRecord, uid: str) -> bool:
         node.seen.discard(uid)
@@ -301,7 +305,7 @@ class Fleet:
         if back and node.unreachable_ns and node.heard_ns - node.unreachable_ns < UNREACHABLE_NS:
             return
         node.unreachable_ns = 0
-        event = node_reported(node.name, node.epoch, node.registration, node.load)
+        event = node_reported(node.name, node.epoch, node.registration, node.load, node.gpus)
         standing = Standing.DRAINING if event.draining else Standing.READY
         if node.standing is not standing:
             node.standing = standing

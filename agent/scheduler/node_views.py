@@ -34,8 +34,7 @@ def node_views(
 
 def usable_gpus(node: NodeRecord) -> list[Gpu]:
     """GPUs that instances can be given."""
-    gpus = node.load.gpus or node.registration.gpus
-    return [gpu for gpu in gpus if gpu.health == Gpu.HEALTH_OK and not gpu.mig]
+    return [gpu for gpu in node.gpus if gpu.health == Gpu.HEALTH_OK and not gpu.mig]
 
 
 def _view(

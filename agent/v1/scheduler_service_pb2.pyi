@@ -403,7 +403,7 @@ Global___ReportLoadRequest: _TypeAlias = ReportLoadRequest  # noqa: Y015
 
 @_typing.final
 class ReportLoadResponse(_message.Message):
-    """The scheduler's side of the stream."""
+    """The scheduler's side of the stream: an answer to each snapshot, and to what cannot be believed without one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -415,7 +415,7 @@ class ReportLoadResponse(_message.Message):
     resync: _builtins.bool
     """Something was missed: nothing said of instances counts before the next snapshot."""
     node: _builtins.str
-    """Node name the credential stands for, in the first answer."""
+    """Node name the credential stands for."""
     def __init__(
         self,
         *,

@@ -6,6 +6,8 @@ agent describes an instance in one place and the fleet's list has the same type 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from agent.core.dispatch_events import InstanceReported, NodeReported
 from agent.core.function_rules import MAX_CONCURRENCY
 from agent.core.types import Gpu
@@ -106,12 +108,14 @@ def reported_of_load(load: InstanceLoad, node: str) -> InstanceReported:
     )
 
 
-def node_reported(node: str, epoch: int, registration: Registration, load: NodeLoad) -> NodeReported:
-    """A node's registration and newest heartbeat as an event of the dispatcher.
+def node_reported(
+    node: str, epoch: int, registration: Registration, load: NodeLoad, gpus: Sequence[types_pb2.Gpu]
+) -> NodeReported:
+    """A node's registration, newest heartbeat and GPUs as last reported, as an event of the dispatcher.
 
     A node that recovers counts as draining: nothing new goes there. GPUs that cannot be used are not counted.
     """
-    usable = sum(gpu.health == types_pb2.Gpu.HEALTH_OK and not gpu.mig for gpu in load.gpus or registration.gpus)
+    usable = sum(gpu.health == types_pb2.Gpu.HEALTH_OK and not gpu.mig for gpu in gpus)
     return NodeReported(
         node=node,
         epoch=epoch,

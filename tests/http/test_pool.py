@@ -293,10 +293,13 @@ async def test_a_connection_made_ahead_serves_the_first_request() -> None:
         pool.close()
 
 
-def _user_timeout_ms(connection: UpstreamConnection) -> int:
-    sock = connection.transport.get_extra_info("socket")
-    value: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+def _option(connection: UpstreamConnection, option: int) -> int:
+    value: int = connection.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, option)
     return value
+
+
+def _user_timeout_ms(connection: UpstreamConnection) -> int:
+    return _option(connection, socket.TCP_USER_TIMEOUT)
 
 
 async def test_a_silent_host_is_given_up_but_not_one_that_leaves_a_streamed_body_unread() -> None:
@@ -304,6 +307,8 @@ async def test_a_silent_host_is_given_up_but_not_one_that_leaves_a_streamed_body
         pool = pool_of(up.port, UpstreamLimits(silence_s=10))
         connection = await pool.acquire(asyncio.get_running_loop().time() + PATIENCE_S)
         assert _user_timeout_ms(connection) == 10_000
+        probes = [_option(connection, option) for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)]
+        assert probes == [1, 1], "silence counts from the last that was heard: an idle peer is asked often"
         connection.be_patient()
         assert _user_timeout_ms(connection) == 0
         pool.release(connection)

@@ -39,7 +39,7 @@ class Story:
     def _change(self) -> None:
         self.changes += 1
 
-    def connect(self, *uids: str, state: Node.State.ValueType = READY, name: str = "n1") -> ReportLoadResponse:
+    def connect(self, *uids: str, state: Node.State.ValueType = READY, name: str = "n1") -> ReportLoadResponse | None:
         self.stream = self.fleet.opened(name)
         self.sequence = 0
         return self.say(*uids, snapshot=True, state=state, register=True)
@@ -52,7 +52,7 @@ class Story:
         register: bool = False,
         removed: tuple[str, ...] = (),
         as_state: Instance.State.ValueType = RUNNING,
-    ) -> ReportLoadResponse:
+    ) -> ReportLoadResponse | None:
         self.sequence += 1
         message = ReportLoadRequest(epoch=self.epoch, sequence=self.sequence, snapshot=snapshot, removed_uids=removed)
         message.instances.extend(InstanceLoad(uid=uid, function="ocr", state=as_state, healthy=True) for uid in uids)
@@ -65,6 +65,11 @@ class Story:
             message.load.CopyFrom(NodeLoad(state=state))
         self.told.clear()
         return self.fleet.took("n1", self.stream, message)
+
+    def asked_for_all(self, *uids: str, snapshot: bool = False) -> bool:
+        answer = self.say(*uids, snapshot=snapshot)
+        assert answer is not None, "what matters is answered"
+        return answer.resync
 
     def uids(self) -> list[str]:
         return [load.uid for _, load in self.fleet.instances()]
@@ -82,6 +87,7 @@ def kinds(events: list[Event]) -> list[type]:
 def test_the_first_message_names_the_node_and_fills_the_table() -> None:
     story = Story()
     answer = story.connect("a", "b")
+    assert answer is not None
     assert (answer.node, answer.acknowledged_sequence, answer.resync) == ("n1", 1, False)
     assert kinds(story.told) == [InstanceReported, InstanceReported, NodeReported]
     reported = story.told[-1]
@@ -95,11 +101,11 @@ def test_a_gap_is_answered_by_resync_and_deltas_are_not_believed_until_the_snaps
     story = Story()
     story.connect("a")
     story.sequence += 1  # one message is lost
-    assert story.say("b").resync
+    assert story.asked_for_all("b")
     assert story.uids() == ["a"]
     assert kinds(story.told) == [NodeReported], "heartbeats count all the same"
-    assert story.say("c").resync
-    assert not story.say("b", "c", snapshot=True).resync
+    assert story.asked_for_all("c")
+    assert not story.asked_for_all("b", "c", snapshot=True)
     assert story.uids() == ["b", "c"]
     assert InstanceGone("a") in story.told
 
@@ -208,8 +214,10 @@ def test_provisioning_hears_of_changes_and_not_of_heartbeats() -> None:
     before = story.changes
     story.say()
     story.say("a")
-    assert story.changes == before
     story.say("a", as_state=FROZEN)
+    story.say("a", as_state=RUNNING)
+    assert story.changes == before, "sleeping and waking are no news: it is there"
+    story.say("a", as_state=Instance.STATE_FAILED)
     assert story.changes == before + 1
 
 

@@ -239,10 +239,10 @@ def test_a_recovering_node_gets_no_work_and_its_bad_gpus_do_not_count() -> None:
     cordoned = types_pb2.Gpu(uuid="GPU-2", health=types_pb2.Gpu.HEALTH_CORDONED)
     sliced = types_pb2.Gpu(uuid="GPU-3", health=types_pb2.Gpu.HEALTH_OK, mig=True)
     registration = Registration(gpus=[good, cordoned, sliced], gpu_migration=True)
-    ready = node_reported("node-7", 4, registration, NodeLoad(state=types_pb2.Node.STATE_READY))
+    ready = node_reported("node-7", 4, registration, NodeLoad(state=types_pb2.Node.STATE_READY), registration.gpus)
     assert ready == NodeReported("node-7", gpu_count=1, migrates=True, draining=False, epoch=4)
-    recovering = NodeLoad(state=types_pb2.Node.STATE_RECOVERING, gpus=[good, good])
-    assert node_reported("node-7", 4, registration, recovering) == NodeReported("node-7", 2, True, True, epoch=4)
+    recovering = node_reported("node-7", 4, registration, NodeLoad(state=types_pb2.Node.STATE_RECOVERING), [good, good])
+    assert recovering == NodeReported("node-7", 2, True, True, epoch=4)
 
 
 @given(st.integers(MIN_SECONDS * 10**9, MAX_SECONDS * 10**9 + 999_999_999))
