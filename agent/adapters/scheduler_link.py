@@ -1,14 +1,14 @@
 """The agent's line to the central scheduler: the load stream, and the upload of sealed usage windows.
 
 Lifecycle changes go at once (a second change within 5 ms rides along), gauges with a heartbeat a second. One on its way
-awake is told a little later: a request waits for it on this very loop. After a gap, or a new stream, everything is sent
+awake is told a little later: a request waits for it on this very loop. That an instance has become busy or idle the
+scheduler knows by its own leases: it is said a few times a second. After a gap, or a new stream, everything is sent
 anew. Losing the scheduler costs nothing but freshness: the node serves on.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from dataclasses import replace
 
@@ -28,6 +28,8 @@ COALESCE_S = 0.005
 ON_ITS_WAY_S = 0.05
 """WAITING_GPU and RESTORING are told so late, unless something else is told before: a short wake is one message, after
 the answer, and not one in its middle on either side (0.5 ms of the median wake on the emulated driver)."""
+LOAD_S = 0.25
+"""Busy and idle are told so late: each request makes two such edges, and a message takes as long as a request."""
 HEARTBEAT_S = 1.0
 BACK_OFF_MIN_S = 0.1
 BACK_OFF_MAX_S = 0.5
@@ -53,6 +55,8 @@ class SchedulerLink:
         self._store = store
         self._upload_interval_s = upload_interval_s
         self._changed: dict[str, Actor] = {}
+        self._later: asyncio.TimerHandle | None = None
+        self._load_due = 0.0
         self._wake = asyncio.Event()
         self._snapshot_due = True
         self._sequence = 0
@@ -69,12 +73,22 @@ class SchedulerLink:
             self._changed[actor.uid] = actor
             asyncio.get_running_loop().call_later(ON_ITS_WAY_S, self._tell_the_rest)
         else:
-            self.load_changed(actor)
+            self.fitness_changed(actor)
 
-    def load_changed(self, actor: Actor) -> None:
-        """Its load changed, or it is gone."""
+    def fitness_changed(self, actor: Actor) -> None:
+        """Report it at once."""
         self._changed[actor.uid] = actor
         self._wake.set()
+
+    def load_changed(self, actor: Actor) -> None:
+        """Report it soon (`LOAD_S`)."""
+        self._changed[actor.uid] = actor
+        if self._later is None:
+            self._later = asyncio.get_running_loop().call_later(LOAD_S, self._tell_load)
+
+    def _tell_load(self) -> None:
+        self._later = None
+        self._tell_the_rest()
 
     def _tell_the_rest(self) -> None:
         if self._changed:
@@ -115,12 +129,15 @@ class SchedulerLink:
     async def _write(self, stream: LoadStream, reader: asyncio.Task[None]) -> None:
         self._snapshot_due = True
         self._sequence = 0
+        now = asyncio.get_running_loop().time
         while not reader.done():
-            await stream.send(self._message())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HEARTBEAT_S):
+            await stream.send(self._message(now()))
+            try:
+                async with asyncio.timeout_at(self._load_due):
                     await self._wake.wait()
                     await asyncio.sleep(COALESCE_S)  # DESIGN section 9: changes within 5 ms travel together
+            except TimeoutError:
+                self._load_due = 0.0  # timers may be early by their grain
         reader.result()
 
     async def _read(self, stream: LoadStream) -> None:
@@ -135,17 +152,19 @@ class SchedulerLink:
                 self._snapshot_due = True
                 self._wake.set()
 
-    def _message(self) -> ReportLoadRequest:
+    def _message(self, now: float) -> ReportLoadRequest:
         self._wake.clear()
         self._sequence += 1
-        node = self._observer.node()
-        load = node_load(node, self._observer.awake())
-        message = ReportLoadRequest(epoch=self._observer.identity.epoch, sequence=self._sequence, load=load)
+        message = ReportLoadRequest(epoch=self._observer.identity.epoch, sequence=self._sequence)
+        if self._snapshot_due or now >= self._load_due:
+            self._load_due = now + HEARTBEAT_S
+            node = self._observer.node()
+            message.load.CopyFrom(node_load(node, self._observer.awake()))
+            if self._sequence == 1:
+                message.registration.CopyFrom(registration(node))
         if self._snapshot_due:
             self._snapshot_due = False
             message.snapshot = True
-            if self._sequence == 1:
-                message.registration.CopyFrom(registration(node))
             reported = list(self._instances.values())
         else:
             # Those that are gone too: one that fails and is cleaned up within COALESCE_S still says why.

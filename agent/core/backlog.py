@@ -15,11 +15,13 @@ from operator import attrgetter
 
 from agent.core.dispatch_events import Dispatch, FunctionSet
 from agent.core.leases import FunctionSlots, NodeEntry, Slot
-from agent.core.types import SECOND_NS
+from agent.core.types import MILLISECOND_NS, SECOND_NS
 
 AHEAD_SLOTS = 4
-"""One request is sent ahead to a node for so many awake slots of the function there: as many as may become free on the
-way of the next. With fewer slots none: each one there is one more that a dying agent may take along."""
+"""With fewer awake slots of the function on a node nothing is sent ahead there: each one is one more that a dying agent
+may take along."""
+WAY_NS = 2 * MILLISECOND_NS
+"""From the end of a request to the arrival of the next at its node, through scheduler and network."""
 AHEAD_PAUSE_NS = SECOND_NS // 10
 """After a node refused what was sent ahead nothing is sent there for so long."""
 AHEAD_NODES = 8
@@ -165,7 +167,7 @@ class FunctionState:
         """An awake instance of the node to which the oldest request may be sent before a slot there is free.
 
         The next request is then there when a slot becomes free, and not a way through scheduler and network later. That
-        binds it to the node, so: as few as make up for the way; none while anything wakes elsewhere; and only while at
+        binds it to the node, so: as few as make up for the way (`_ahead_at_most`); none while anything wakes elsewhere; and only while at
         least one more request waits here than there are slots on other nodes, so that none of those misses it.
         """
         slots = self.slots
@@ -175,10 +177,19 @@ class FunctionState:
         for name, awake in slots.awake_on.items():
             slot = next(iter(awake.values()))
             room = len(awake) * slot.concurrency
-            free = len(self.ahead.get(name, ())) < room // AHEAD_SLOTS
-            if free and waiting > slots.awake_slots - room and at >= slot.node.no_ahead_until_ns:
+            if len(self.ahead.get(name, ())) >= self._ahead_at_most(room):
+                continue
+            if waiting > slots.awake_slots - room and at >= slot.node.no_ahead_until_ns:
                 return slot
         return None
+
+    def _ahead_at_most(self, room: int) -> int:
+        """One, and twice as many as become free on the way of the next, for they do not do so evenly: one for requests
+        of a second, half of the node's `room` slots for those of a few milliseconds."""
+        if room < AHEAD_SLOTS:
+            return 0
+        meanwhile = room * WAY_NS / self.service_ns if self.service_ns else 0.0
+        return min(room // 2, 1 + round(2 * meanwhile))
 
     def send_ahead(self, at: int) -> list[Dispatch]:
         """All that may go ahead now."""

@@ -87,7 +87,7 @@ class AgentDaemon:
         self.clock = SystemClock()
         self.events = EventLog(self.clock)
         stack.callback(self.events.flush)
-        self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.SystemRandom().getrandbits)
+        self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.Random().getrandbits)
         self.boot_id = process_table.boot_id()
         self.state = stack.enter_context(StateDir(Path(config.state_dir), passable=True))
         own = ensure_token(config.token_path)

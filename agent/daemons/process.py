@@ -27,6 +27,9 @@ _Config = TypeVar("_Config", AgentConfig, SchedulerConfig)
 
 OPEN_FILES = 65536
 """What our units allow (LimitNOFILE); a login shell's 1,024 would not do for the connections of `limits`."""
+GARBAGE = 10_000
+"""New containers between two looks for cycles: at Python's 700 they are a tenth of what a request costs, for requests
+leave none."""
 FILES_BESIDE = 512
 """For what is neither a client's connection nor the one behind it."""
 
@@ -84,6 +87,7 @@ async def run_until_signal(services: Sequence[Awaitable[None]]) -> None:
     # What start-up made stays for good: a full collection in the middle of a wake need not walk through it.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(GARBAGE)
     notify("READY=1")
     try:
         done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)

@@ -86,7 +86,7 @@ class SchedulerDaemon:
         self.admin_address = ""
         self._background: set[asyncio.Task[None]] = set()
         self.clock = SystemClock()
-        self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.SystemRandom().getrandbits)
+        self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.Random().getrandbits)
         self.state = stack.enter_context(StateDir(Path(config.state_dir)))
         self.token = ensure_token(config.token_path)
         self.prices = _price_book(config)

@@ -52,7 +52,11 @@ class StateListener(Protocol):
 
     def state_changed(self, actor: Actor, old: InstanceState, new: InstanceState, at: int) -> None: ...
 
-    def load_changed(self, actor: Actor) -> None: ...
+    def fitness_changed(self, actor: Actor) -> None:
+        """It is made, or gone for good; or other instances are to be preferred to it from now on, or no longer."""
+
+    def load_changed(self, actor: Actor) -> None:
+        """The first request is inside, or the last has left: on the request path."""
 
 
 class Listener(StateListener, Protocol):
@@ -121,6 +125,8 @@ class Actor:
         self._inbox: deque[ev.Event] = deque()
         self._stepping = False
         self._idle_timer: Timer | None = None
+        self._idle_due = (0, 0)
+        self._idle_armed_ns = 0
         self._wake_timer: Timer | None = None
         self._waiters: set[asyncio.Future[None]] = set()
         self._visitors = 0
@@ -183,7 +189,7 @@ class Actor:
             self.gate.shunned = not healthy
             self.gate.offer()
             self._events.add(self.uid, "instance.healthy" if healthy else "instance.unhealthy")
-            self._listener.load_changed(self)
+            self._listener.fitness_changed(self)
 
     def gate_busy(self) -> None:
         self.handle(ev.Busy())
@@ -216,7 +222,9 @@ class Actor:
             self._perform(effect)
         if new.state is not old.state:
             self._tell_waiters()
-        elif (new.busy, new.paused) != (old.busy, old.paused):
+        elif new.paused is not old.paused:
+            self._listener.fitness_changed(self)
+        elif new.busy is not old.busy:
             self._listener.load_changed(self)
 
     def _tell_waiters(self) -> None:
@@ -255,12 +263,24 @@ class Actor:
                 assert_never(effect)
 
     def _arm_idle(self, gen: int, at_ns: int) -> None:
-        """One idle timer at most: an instance that is busy again and again would else pile them up."""
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
+        """One timer at most, and none for each request: one that is armed for an earlier time goes on to the new one."""
         if self._closed:
             return  # nothing begins that the agent would not see the end of
-        self._idle_timer = self._clock.call_at(at_ns, lambda: self.handle(ev.IdleTimer(gen)))
+        self._idle_due = (gen, at_ns)
+        if self._idle_timer is not None and self._idle_armed_ns > at_ns:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        if self._idle_timer is None:
+            self._idle_armed_ns = at_ns
+            self._idle_timer = self._clock.call_at(at_ns, self._look_idle)
+
+    def _look_idle(self) -> None:
+        self._idle_timer = None
+        gen, at_ns = self._idle_due
+        if at_ns > self._clock.monotonic_ns():
+            self._arm_idle(gen, at_ns)
+        else:
+            self.handle(ev.IdleTimer(gen))
 
     # ---- waiting ------------------------------------------------------------------------------------------------
 

@@ -57,7 +57,8 @@ class GpuDesk:
         self._events = events
         self._actor_of = actor_of
         self._pids_of = pids_of
-        self._inbox: deque[BookEvent] = deque()
+        self._inbox: deque[tuple[BookEvent, int]] = deque()
+        self._untold: dict[str, tuple[BookEvent, int]] = {}
         self._stepping = False
         self._answers: dict[str, book_events.Assigned | book_events.Unassignable] = {}
         self._timer: Timer | None = None
@@ -81,11 +82,13 @@ class GpuDesk:
         self.apply(book_events.FreezeRefused(actor.uid))
 
     def became(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None:
-        """The holder's idleness changed."""
-        if idle:
-            self.apply(book_events.BecameIdle(actor.uid, preemptible_at_ns))
-        else:
-            self.apply(book_events.BecameBusy(actor.uid))
+        """The holder's idleness changed: the book is told before anything else happens to it, at once where somebody
+        waits for a GPU. (Two such edges go with each request.)"""
+        event = book_events.BecameIdle(actor.uid, preemptible_at_ns) if idle else book_events.BecameBusy(actor.uid)
+        self._untold.pop(actor.uid, None)  # in the order of time
+        self._untold[actor.uid] = (event, self._clock.monotonic_ns())
+        if self.book.queue:
+            self._step()
 
     def release(self, actor: Actor) -> None:
         """The holder gives up its GPUs: start collecting the proof."""
@@ -113,13 +116,24 @@ class GpuDesk:
 
     def apply(self, event: BookEvent) -> None:
         """Feed the book; when this returns, everything that followed has been handed out."""
-        self._inbox.append(event)
+        self._hand_in()
+        self._inbox.append((event, self._clock.monotonic_ns()))
+        self._step()
+
+    def _hand_in(self) -> None:
+        if self._untold:
+            self._inbox.extend(self._untold.values())
+            self._untold.clear()
+
+    def _step(self) -> None:
         if self._stepping:
             return
         self._stepping = True
         try:
-            while self._inbox:
-                self.book, effects = gpu_book.step(self.book, self._inbox.popleft(), self._clock.monotonic_ns())
+            while self._inbox or (self._untold and self.book.queue):
+                self._hand_in()
+                event, at_ns = self._inbox.popleft()
+                self.book, effects = gpu_book.step(self.book, event, at_ns)
                 for effect in effects:
                     self._perform(effect)
         finally:

@@ -153,7 +153,7 @@ class Node:
                 await self._forget_record(spec.uid)  # an answer that came too late may have written it
             raise
         self._events.add(spec.uid, "instance.created", function=spec.function.name, gpus=",".join(gpus))
-        self.load_changed(actor)  # its first report: a start may take minutes, and no state changes before its end
+        self.fitness_changed(actor)  # its first report: a start may take minutes, and no state changes before its end
         actor.handle(ev.Created())
         return actor
 
@@ -275,8 +275,13 @@ class Node:
             self._endings.add(task)
             task.add_done_callback(self._endings.discard)
 
+    def fitness_changed(self, actor: Actor) -> None:
+        """See `StateListener`."""
+        for listener in self.listeners:
+            listener.fitness_changed(actor)
+
     def load_changed(self, actor: Actor) -> None:
-        """First request in, or last one out."""
+        """See `StateListener`."""
         for listener in self.listeners:
             listener.load_changed(actor)
 
@@ -302,8 +307,7 @@ class Node:
             _, oldest = self.ended.popitem(last=False)
             self._by_request.pop(oldest.spec.request_id, None)
         await self._forget_record(actor.uid)
-        for listener in self.listeners:
-            listener.load_changed(actor)
+        self.fitness_changed(actor)
 
     def _pids_of(self, actor: Actor) -> set[int]:
         executor = self.executors.get(actor.uid)

@@ -106,7 +106,7 @@ class Passage:
         connection = None if self._prepared is None or pool is None or exchange.gone else pool.take()
         if pool is None or connection is None:
             return
-        loop = asyncio.get_running_loop()
+        loop = exchange.loop
         self._done = loop.create_future()
         self._relay = forward_now(
             exchange,
@@ -164,7 +164,7 @@ class Passage:
             exchange.head.method,
             exchange.head.target,
             self._headers,
-            deadline=asyncio.get_running_loop().time() + actor.function.timeout_ns / SECOND_NS,
+            deadline=exchange.loop.time() + actor.function.timeout_ns / SECOND_NS,
             response_filter=self._answer_headers,
             late_headers=(lambda: self._log_headers(END_WAIT_S)) if self.wants_log else None,
             on_last_byte=self.leave,

@@ -85,6 +85,11 @@ class Exchange:
         self._out_framing = _NOTHING
         self._close = not head.keep_alive
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Whose connection it is. (Asking asyncio for the running loop is a system call, getpid.)"""
+        return self._connection.loop
+
     # --- the client ------------------------------------------------------------------------
 
     def on_gone(self, callback: Callable[[], None]) -> None:

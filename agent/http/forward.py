@@ -62,7 +62,7 @@ async def forward(
             connection = await source.acquire(deadline if connect_deadline is None else connect_deadline)
         except ConnectFailedError as error:
             return ForwardResult(Outcome.CONNECT_FAILED, False, False, None, error, 0, 0)
-    done: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
+    done: asyncio.Future[ForwardResult] = exchange.loop.create_future()
 
     def wake(result: ForwardResult) -> None:
         if not done.done():  # else the caller was cancelled

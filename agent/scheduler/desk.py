@@ -1,7 +1,8 @@
 """The dispatcher's desk: the one caller of `Dispatcher.step`, and the hands that do what it says.
 
 A waiting request is a `Ticket`. `arrive` answers at once where a slot is free, so that the usual request costs no
-future, no timer and no turn of the loop; else the ticket waits, with one timer for its deadline.
+future, no timer and no turn of the loop; else the ticket waits. One timer serves all deadlines: most of them are over
+before it looks.
 """
 
 from __future__ import annotations
@@ -23,15 +24,20 @@ from agent.core.dispatch_events import (
     RequestGone,
     Wake,
 )
+from agent.core.types import MILLISECOND_NS
 from agent.http.errors import ClientGoneError
 from agent.ports import Clock, Timer
+
+GRAIN_NS = 10 * MILLISECOND_NS
+"""Deadlines that lie so close together are looked at together: a refusal may be late by so much."""
+NEVER_NS = 1 << 63
 
 
 class Ticket:
     """One request at the desk. `outcome` is what it was last told: where to go, or why not; None while it waits.
     `served_by`: the instance that answered it, once it is known."""
 
-    __slots__ = ("deadline_ns", "number", "outcome", "served_by", "timer", "waiter")
+    __slots__ = ("deadline_ns", "number", "outcome", "served_by", "waiter")
 
     def __init__(self, number: int, deadline_ns: int) -> None:
         self.number = number
@@ -39,7 +45,6 @@ class Ticket:
         self.outcome: Dispatch | Refuse | None = None
         self.served_by = ""
         self.waiter: asyncio.Future[Dispatch | Refuse] | None = None
-        self.timer: Timer | None = None
 
 
 class Desk:
@@ -50,6 +55,10 @@ class Desk:
         self._dispatcher = dispatcher
         self._wake = wake
         self._tickets: dict[int, Ticket] = {}
+        self._waiting: set[Ticket] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: Timer | None = None
+        self._looks_at_ns = NEVER_NS
         self._numbers = 0
         self._closed = False
 
@@ -80,15 +89,34 @@ class Desk:
         """Where the request goes. Ends by the ticket's deadline with a refusal. Cancelled or not, the caller still
         has to end the ticket (`ended`, `gone`, `refused`) unless the outcome is a Refuse."""
         if ticket.outcome is None:
-            ticket.waiter = asyncio.get_running_loop().create_future()
-            number = ticket.number
-            ticket.timer = self._clock.call_at(ticket.deadline_ns, lambda: self.tell(DeadlinePassed(number)))
+            if self._loop is None:
+                self._loop = asyncio.get_running_loop()
+            ticket.waiter = self._loop.create_future()
+            self._waiting.add(ticket)
+            self._look_by(ticket.deadline_ns)
             try:
                 return await ticket.waiter
             finally:
-                ticket.timer.cancel()
-                ticket.timer = ticket.waiter = None
+                self._waiting.discard(ticket)
+                ticket.waiter = None
         return ticket.outcome
+
+    def _look_by(self, at_ns: int) -> None:
+        if at_ns < self._looks_at_ns:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._looks_at_ns = at_ns
+            self._timer = self._clock.call_at(at_ns, self._look)
+
+    def _look(self) -> None:
+        """Whose deadline has passed?"""
+        self._timer, self._looks_at_ns = None, NEVER_NS
+        now = self._clock.monotonic_ns()
+        for ticket in [one for one in self._waiting if one.deadline_ns <= now]:
+            self.tell(DeadlinePassed(ticket.number))
+        left = [one.deadline_ns for one in self._waiting if one.deadline_ns > now]
+        if left:
+            self._look_by(max(min(left), now + GRAIN_NS))
 
     def answered(self, ticket: Ticket, waited_ns: int) -> None:
         """The instance that the request woke begins to answer; the request waited there for `waited_ns`."""

@@ -9,7 +9,6 @@ What a client sends as `x-fc-*` or `x-hibernode-*` never passes; what goes to th
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import assert_never
@@ -222,7 +221,7 @@ class Gateway:
             headers = _answer_headers(answer, call, where, served_by)
             if where.wakes and headers is not None:  # told once the client has its answer
                 waited_ns = _ms_to_ns(answer.get(b"x-hibernode-wake-ms") or b"")
-                asyncio.get_running_loop().call_soon(self._desk.answered, ticket, waited_ns)
+                call.exchange.loop.call_soon(self._desk.answered, ticket, waited_ns)
             return headers
 
         return await forward(
@@ -238,7 +237,7 @@ class Gateway:
                 (b"x-hibernode-deadline-ms", b"%d" % -(-left_ns // MILLISECOND_NS)),  # over here when it is there
                 (b"x-fc-request-id", call.request_id.encode()),
             ],
-            deadline=asyncio.get_running_loop().time() + timeout_s,
+            deadline=call.exchange.loop.time() + timeout_s,
             response_filter=answer_headers,
             body=call.body,
             expect=call.body is None,

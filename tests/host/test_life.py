@@ -249,7 +249,9 @@ async def test_health_is_probed_while_awake_only_and_its_change_is_reported() ->
         class Listener:
             def state_changed(self, actor: Actor, old: S, new: S, at: int) -> None: ...
 
-            def load_changed(self, actor: Actor) -> None:
+            def load_changed(self, actor: Actor) -> None: ...
+
+            def fitness_changed(self, actor: Actor) -> None:
                 reported.append(actor.healthy)
 
         world.node.listeners.append(Listener())
