@@ -167,8 +167,9 @@ class FunctionState:
         """An awake instance of the node to which the oldest request may be sent before a slot there is free.
 
         The next request is then there when a slot becomes free, and not a way through scheduler and network later. That
-        binds it to the node, so: as few as make up for the way (`_ahead_at_most`); none while anything wakes elsewhere; and only while at
-        least one more request waits here than there are slots on other nodes, so that none of those misses it.
+        binds it to the node, so: as few as make up for the way (`_ahead_at_most`); none while anything wakes elsewhere;
+        and only while at least one more request waits here than there are slots on other nodes, so that none of those
+        misses it.
         """
         slots = self.slots
         waiting = len(self.backlog)

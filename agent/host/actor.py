@@ -263,7 +263,7 @@ class Actor:
                 assert_never(effect)
 
     def _arm_idle(self, gen: int, at_ns: int) -> None:
-        """One timer at most, and none for each request: one that is armed for an earlier time goes on to the new one."""
+        """One timer at most, and not one for each request: what is armed for an earlier time goes on to the new one."""
         if self._closed:
             return  # nothing begins that the agent would not see the end of
         self._idle_due = (gen, at_ns)

@@ -11,6 +11,7 @@ from agent.core.errors import HibernodeError
 from agent.http.errors import ClientGoneError, body_too_large, error_answer
 from agent.http.grammar import serialise
 from agent.http.message import Header, RequestHead
+from agent.http.sockets import cork
 
 if TYPE_CHECKING:
     from agent.http.connection import ServerConnection
@@ -57,9 +58,9 @@ class Exchange:
     """
 
     __slots__ = (
-        "_body", "_body_waiter", "_buffered", "_close", "_connection", "_continued", "_flushed", "_gone_callbacks",
-        "_out", "_out_framing", "_sink", "_sink_full", "_streamer", "_want", "body_done", "body_error", "finished",
-        "gone", "head", "head_sent", "peer",
+        "_body", "_body_waiter", "_buffered", "_close", "_connection", "_continued", "_corked", "_flushed",
+        "_gone_callbacks", "_out", "_out_framing", "_sink", "_sink_full", "_streamer", "_want", "body_done",
+        "body_error", "finished", "gone", "head", "head_sent", "peer",
     )  # fmt: skip
 
     def __init__(self, connection: ServerConnection, head: RequestHead, peer: str, want_bytes: int) -> None:
@@ -71,6 +72,7 @@ class Exchange:
         self.body_done = False  # the request's last byte has arrived
         self.body_error: HibernodeError | None = None
         self._connection = connection
+        self._corked = False
         self._body: list[bytes] = []
         self._buffered = 0
         self._want = want_bytes  # buffered bytes at which reading pauses
@@ -112,8 +114,15 @@ class Exchange:
             self._connection.body_expected()
 
     def send_processing(self) -> None:
-        """Sends `102 Processing`: from now on the request is acted on. Not to clients: only to who asked for it."""
+        """Says `102 Processing`: from now on the request is acted on. Not to clients: only to who asked for it.
+
+        It is in the kernel's hands when this returns, which sends it with the answer, after 0.2 s (`sockets.cork`), or
+        as it closes the connection of a process that was killed: only then does it matter. Sent at once it would keep
+        the slot waiting, and wake the other side.
+        """
         if not self.head_sent and not self.gone:
+            self._corked = True
+            cork(self._connection.transport, True)
             self._connection.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
 
     @property
@@ -269,6 +278,9 @@ class Exchange:
                     self._connection.transport.writelines(out)
                 else:
                     self._connection.transport.write(b"".join(out))
+                if self._corked:
+                    self._corked = False
+                    cork(self._connection.transport, False)
             self._out = []
 
     def finish(self) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from typing import TYPE_CHECKING, Protocol, cast
 
+from agent.http import sockets
 from agent.http.errors import HttpError
 from agent.http.exchange import bodyless
 from agent.http.framing import BodyDecoder, ChunkedBody, CloseBody, LengthBody
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
 # IDLE: nothing asked. HEAD, BODY: in a response. DONE: the response is whole, not yet released.
 _IDLE, _HEAD, _BODY, _DONE, _CLOSED = range(5)
-# A host that lost its power sends no FIN: a request inside would wait for its own deadline, a day perhaps. With
-# `silence_s` TCP_USER_TIMEOUT decides, when the first probe after it is due. It counts from the last that was heard, and
-# between probes nothing is heard of a peer that is well, so they come often: a cut of half of it breaks nothing.
-PROBES_S = 1
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 _MOST_INTERIM = 16  # 1xx responses before a final one; more is not an answer but a flood
 
 
@@ -109,7 +104,7 @@ class UpstreamConnection(asyncio.Protocol):
         full window is silence, too (tcp(7), TCP_USER_TIMEOUT)."""
         if self._pool.limits.silence_s and not self._patient:
             self._patient = True
-            _bound_silence(self.transport, 0)
+            sockets.bound_silence(self.transport, 0)
 
     def write(self, data: bytes) -> None:
         """Writes bytes of the request; nothing once the connection is closed."""
@@ -160,7 +155,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.resume()
         if self._patient:
             self._patient = False
-            _bound_silence(self.transport, self._pool.limits.silence_s)
+            sockets.bound_silence(self.transport, self._pool.limits.silence_s)
         self.deadline = deadline
         self._pool.sweep.note(deadline)
         return True
@@ -175,7 +170,7 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=self._pool.limits.write_buffer_bytes)
-        _watch_peer(self.transport, self._pool.limits.silence_s)
+        sockets.watch_peer(self.transport, self._pool.limits.silence_s)
         self._pool.connections.add(self)
         # Should whoever connects be cancelled right now, the connection still ends.
         self.deadline = self._loop.time() + self._pool.limits.idle_s
@@ -329,24 +324,3 @@ class UpstreamConnection(asyncio.Protocol):
         sink = self.cut()
         if sink is not None:
             sink.upstream_failed(what)
-
-
-def _watch_peer(transport: asyncio.Transport, silence_s: float) -> None:
-    """The kernel notices within half a minute, or `silence_s`, that the other machine is gone, however long an answer
-    takes."""
-    sock = transport.get_extra_info("socket")
-    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    if silence_s:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBES_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBES_S)
-        _bound_silence(transport, silence_s)
-
-
-def _bound_silence(transport: asyncio.Transport, silence_s: float) -> None:
-    sock = transport.get_extra_info("socket")
-    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))

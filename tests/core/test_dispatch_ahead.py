@@ -16,7 +16,7 @@ from agent.core.dispatch_events import (
     Wake,
     WakeAnswered,
 )
-from agent.core.types import InstanceState
+from agent.core.types import MILLISECOND_NS, SECOND_NS, InstanceState
 from tests.core.test_dispatch import FROZEN, RUNNING, Story, instance, uids
 
 
@@ -47,6 +47,21 @@ def test_the_next_request_is_sent_ahead_and_takes_the_slot_that_becomes_free_the
     for number in range(2, 7):
         assert story(LeaseEnded(number, "a")) == []
     assert story.dispatcher.leased("a") == 0
+
+
+def test_short_requests_send_more_ahead_for_more_slots_become_free_on_the_way_of_the_next() -> None:
+    sixteen = [instance(uid, concurrency=4) for uid in "abcd"]
+    seconds = Story(*sixteen, sends_ahead=True)
+    millis = Story(*sixteen, sends_ahead=True)
+    for story, took_ns in ((seconds, 2 * SECOND_NS), (millis, 20 * MILLISECOND_NS)):
+        for number in range(1, 17):
+            story.went(number)
+            story.now -= MILLISECOND_NS
+        story.now += took_ns - MILLISECOND_NS
+        story(LeaseEnded(1))
+        story.went(17)
+    assert [ahead_of(seconds.arrive(number)) for number in (18, 19)] == [[18], []]
+    assert [ahead_of(millis.arrive(number)) for number in range(18, 24)] == [[18], [19], [20], [21], [], []]
 
 
 def test_with_few_slots_nothing_is_sent_ahead() -> None:
