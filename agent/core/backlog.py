@@ -134,8 +134,8 @@ class FunctionState:
 
     @property
     def hopeless(self) -> bool:
-        """Nobody serves it, and nobody will."""
-        return not (self.slots.count or self.expects_instances)
+        """Nobody serves it, and nobody will: those on a lost node count no more than if there were none."""
+        return self.slots.count == self.slots.lost and not self.expects_instances
 
     def to_wake(self) -> Slot | None:
         """The instance to wake next for those who wait. Wakes under way are capacity for them and for those who were

@@ -232,7 +232,7 @@ class Dispatcher:
         effects.append(Refuse(number, Refusal.QUEUE_TIMEOUT))
 
     def _drain(self, function: FunctionState, at: int, effects: list[Effect]) -> None:
-        """Bind waiting requests to free slots, oldest first; then wake for those that are left."""
+        """Bind waiting requests to free slots, oldest first; wake for those that are left, or send them away."""
         backlog, slots = function.backlog, function.slots
         while function.ahead_count or backlog:
             slot = slots.free()
@@ -245,7 +245,9 @@ class Dispatcher:
                 leasing.begin(function, request, slot, at)
             else:
                 self._lease(function, backlog.pop(), slot, at, effects)
-        if backlog:
+        if backlog and function.hopeless:
+            self._refuse_all(function, Refusal.NO_CAPACITY, effects)
+        elif backlog:
             self._wake(function, at, effects)
 
     # ---- wakes ------------------------------------------------------------------------------------------------
@@ -313,7 +315,6 @@ class Dispatcher:
         function.slots.count -= 1
         slot.node.slots.pop(uid, None)
         slot.node.aside.pop(uid, None)
-        self._give_up(function, effects)
         self._drain(function, at, effects)
         self._tidy(slot.function)
 
@@ -372,7 +373,6 @@ class Dispatcher:
     def _function_set(self, event: FunctionSet, at: int, effects: list[Effect]) -> None:
         function = self._function(event.function)
         function.follow(event)
-        self._give_up(function, effects)
         self._drain(function, at, effects)
 
     def _function_removed(self, name: str, effects: list[Effect]) -> None:
@@ -382,10 +382,6 @@ class Dispatcher:
         function.known = function.expects_instances = False
         self._refuse_all(function, Refusal.UNKNOWN_FUNCTION, effects)
         self._tidy(name)
-
-    def _give_up(self, function: FunctionState, effects: list[Effect]) -> None:
-        if function.hopeless:
-            self._refuse_all(function, Refusal.NO_CAPACITY, effects)
 
     def _refuse_all(self, function: FunctionState, reason: Refusal, effects: list[Effect]) -> None:
         while function.backlog:

@@ -39,9 +39,11 @@ class Standing(Enum):
 
 
 class Place(Enum):
-    """What an instance is good for: take a request now, take one by cancelling its freeze, be woken, or nothing."""
+    """What an instance is good for: take a request now, take one by cancelling its freeze, be woken, or nothing; LOST
+    is nothing that waiting would help, until its node is heard again."""
 
     NONE = "NONE"
+    LOST = "LOST"
     AWAKE = "AWAKE"
     FREEZING = "FREEZING"
     FROZEN = "FROZEN"
@@ -125,6 +127,8 @@ class Slot:
 
     def fitting_place(self) -> Place:
         """Where it belongs. Late binding: nothing is bound to an instance that is not awake or about to be again."""
+        if self.node.standing is Standing.LOST:
+            return Place.LOST
         if self.node.standing is not Standing.READY or self.aside or self.retired or not self.healthy:
             return Place.NONE
         match self.state:
@@ -149,6 +153,7 @@ class FunctionSlots:
         self.function = function
         self.policy = DispatchPolicy.PACK
         self.count = 0
+        self.lost = 0
         self.awake_slots = 0
         self.waking = 0
         self.waking_slots = 0
@@ -306,6 +311,8 @@ class FunctionSlots:
                 self._frozen.setdefault(slot.node.name, OrderedDict())[slot.uid] = slot
                 slot.node.frozen_in[self.function] = self
                 self.relist(slot.node)
+            case Place.LOST:
+                self.lost += 1
             case Place.NONE:
                 pass
 
@@ -334,6 +341,8 @@ class FunctionSlots:
                     del self._frozen[slot.node.name]
                     slot.node.frozen_in.pop(self.function, None)
                 self.relist(slot.node)
+            case Place.LOST:
+                self.lost -= 1
             case Place.NONE:
                 pass
 

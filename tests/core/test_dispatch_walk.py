@@ -82,6 +82,7 @@ class World:
     dispatcher: Dispatcher = field(default_factory=Dispatcher)
     now: int = 1
     ready: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
     instances: dict[str, Seen] = field(default_factory=dict)
     waiting: dict[int, str] = field(default_factory=dict)
     leased: dict[int, str] = field(default_factory=dict)
@@ -179,6 +180,7 @@ class World:
             queued = sum(f == function for f in self.waiting.values())
             there = sum(self.function_of[request] == function for request in self.ahead)
             assert self.dispatcher.queue_state(function).queued == queued + there
+            self.check_hope(function)
             if not queued:
                 continue
             for uid, seen in self.instances.items():
@@ -192,6 +194,12 @@ class World:
             self.lease_ns[function] += valid[function] * MILLISECOND_NS
             found = self.dispatcher.lease_time_ns(function, self.now + MILLISECOND_NS)
             assert found == self.lease_ns[function], "the sum of leases over time is what utilisation is made of"
+
+    def check_hope(self, function: str) -> None:
+        """Exactly the instances on lost nodes count for nothing."""
+        nodes = [seen.node for seen in self.instances.values() if seen.function == function]
+        slots = self.dispatcher._function(function).slots
+        assert (slots.count, slots.lost) == (len(nodes), sum(name in self.lost for name in nodes))
 
     def settle_ahead(self) -> None:
         """What waits at a node gets the slots that become free there: who has which, the dispatcher says."""
@@ -327,6 +335,7 @@ class World:
 
     def node(self) -> None:
         name = self.rng.choice(NODES)
+        self.lost.discard(name)
         if self.rng.random() < 0.6:
             self.ready.add(name)
             for uid, seen in self.instances.items():
@@ -341,6 +350,7 @@ class World:
             silence = self.rng.choice((NodeSuspect, NodeLost))(name)
             if isinstance(silence, NodeLost):
                 self.leases_end(name)
+                self.lost.add(name)
             self.tell(silence)
 
     def leases_end(self, node: str) -> None:
