@@ -305,8 +305,9 @@ def _kept(before: Deployed | None) -> tuple[ProvisionConfig, Provisioning]:
 
 
 def _decision(before: Deployed | None, found: Provisioning, default: int) -> Decision:
-    """Until the scaler has looked, which is before anybody else does: nobody who waits may be sent away meanwhile."""
-    if before is None or not found or not before.provisioning:
+    """Until the scaler has looked, which is before anybody else does: nobody who waits may be sent away meanwhile, so
+    what is to come under a schedule or policies begins with what was wanted before."""
+    if before is None or before.deleting or not found:
         return Decision(default)
     return Decision(before.target, before.decided_by)
 

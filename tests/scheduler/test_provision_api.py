@@ -152,6 +152,18 @@ async def test_what_could_not_be_stored_is_not_in_effect(
     assert rig.ocr == before
 
 
+async def test_the_first_policies_with_default_target_0_send_nobody_away(rig: Rig) -> None:
+    """The scaler looks right after: between its target and the one before, nobody is told that none will come."""
+    await rig.deploy(target=2)
+    assert rig.busy(1) == [], "it waits: the instances are not there yet"
+    await rig.put(target=0, target_tracking_policies=[current_policy()])
+    assert (rig.ocr.target, rig.ocr.default_target) == (2, 0)
+    assert rig.dispatcher.queue_state("ocr").queued == 1
+    await rig.put(target=0, target_tracking_policies=[seed_policy()])
+    assert rig.ocr.target == 0, "no window is open"
+    assert rig.dispatcher.queue_state("ocr").queued == 0, "and so nobody will come"
+
+
 async def test_provisioning_of_a_function_that_is_not_there(rig: Rig) -> None:
     with pytest.raises(NotFoundError, match="hibernode functions"):
         await rig.put()
