@@ -5,7 +5,9 @@ looks once a second and whenever a deploy or put changed something, at functions
 
 Nothing is kept over a restart of the scheduler, and nothing is lost by one: firings follow from the clock, and policies
 begin anew from the instances there are. They do so once every known node has reported or is lost; until then nothing is
-created or stopped (core/provision.py), and whoever makes the provisioner look after that lets the scaler look first.
+created or stopped (core/provision.py), and whoever makes the provisioner look after that lets the scaler look first. A
+node that comes only after it was given up for lost brings instances that no policy began with: what they ask for then
+is at least what there is with them.
 """
 
 from __future__ import annotations
@@ -108,8 +110,14 @@ class Scaler:
         self._changed = changed
         self._following: dict[str, _Following] = {}
         self._heard: dict[str, tuple[NodeLoad, int]] = {}
-        self.waiting = False
-        """A policy begins as soon as the fleet is settled: `look` as soon as it may be."""
+        self._late: set[str] = set()
+        self._unbegun = False
+
+    @property
+    def waiting(self) -> bool:
+        """`look` whenever the fleet has changed: a policy begins as soon as the fleet is settled, or anew as soon as a
+        node is back that was lost since the start."""
+        return self._unbegun or any(map(self._is_back, self._late))
 
     async def run(self) -> None:
         """Look once a second, until cancelled."""
@@ -122,7 +130,8 @@ class Scaler:
         functions = {one.spec.name: one for one in self._catalog.all() if one.provisioning and not one.deleting}
         for name in self._following.keys() - functions.keys():
             del self._following[name]
-        self.waiting = False
+        self._unbegun = False
+        anew = self._late_are_back()
         if not functions:
             self._heard.clear()
             return
@@ -134,6 +143,8 @@ class Scaler:
             following = self._follow(name, function.provisioning)
             following.active = tuple(one for one in function.provisioning.policies if one.window.holds(wall))
             self._measure(function, following, views[name], settled, at)
+            if anew:
+                _raise(following, views[name].current)
             moved |= self._decide(function, following, views[name], settled, wall)
         if moved:
             self._changed()
@@ -195,7 +206,7 @@ class Scaler:
             tracking = following.tracking.get(policy)
             if tracking is None and settled:
                 tracking = following.tracking[policy] = begin(policy, view.current)
-            self.waiting |= tracking is None
+            self._unbegun |= tracking is None
             asked.append((policy.name, policy.least if tracking is None else tracking.target))
         firings = [fired for timer in following.timers if (fired := timer.at(wall)) is not None]
         decided = decide(function.default_target, scheduled(firings, wall), asked)
@@ -207,6 +218,17 @@ class Scaler:
         return moved
 
     # ---- what the fleet reports -------------------------------------------------------------------------------
+
+    def _late_are_back(self) -> bool:
+        """Whether nodes have come of which nothing had been heard since the start when they were given up for lost."""
+        self._late |= {node.name for node in self._fleet.nodes() if node.standing is Standing.LOST and not node.wall_ns}
+        back = set(filter(self._is_back, self._late))
+        self._late -= back
+        return bool(back)
+
+    def _is_back(self, name: str) -> bool:
+        node = self._fleet.node(name)
+        return node is not None and node.settled and node.standing is not Standing.LOST
 
     def _views(self, functions: Mapping[str, Deployed]) -> dict[str, View]:
         views = {name: View() for name in functions}
@@ -247,3 +269,11 @@ class Scaler:
                     gauge.vram_bytes if gauge.HasField("vram_bytes") else None,
                     gauge.vram_limit_bytes,
                 )
+
+
+def _raise(following: _Following, current: int) -> None:
+    """Its policies ask for `current` instances at least, as if they began with them."""
+    for policy, tracking in following.tracking.items():
+        anew = begin(policy, current)
+        if anew.target > tracking.target:
+            following.tracking[policy] = anew

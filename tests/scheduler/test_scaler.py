@@ -225,6 +225,34 @@ async def test_a_restart_never_scales_in_what_was_scaled_out(rig: Rig, store: St
     assert not again.scaler.waiting
 
 
+async def test_a_node_that_comes_long_after_a_restart_keeps_what_was_scaled_out(rig: Rig, store: Store) -> None:
+    """It was given up for lost, and the policy began without its instances; none of them drains when it is back."""
+    await rig.deploy(target=0)
+    await rig.put(target=0, target_tracking_policies=[current_policy()])
+    again = Rig(store)
+    again.fleet.expect("n1")
+    await again.catalog.load()
+    again.pass_time(12, reporting=False)
+    assert again.fleet.settled(), "n1 is lost"
+    assert (again.ocr.target, again.scaler.waiting) == (2, False)
+    again.instances(7)
+    assert again.ocr.target == 7, "decided before anybody can act on the node being back"
+    assert not again.scaler.waiting
+    again.periods(4)
+    assert again.ocr.target == 4, "from then on as ever: nobody asks, and half of what is too much goes"
+
+
+async def test_a_node_lost_and_back_without_a_restart_changes_no_target(rig: Rig) -> None:
+    """What it had is remembered: more than that, as after a rollout elsewhere meanwhile, is not asked for."""
+    await rig.deploy()
+    rig.instances(3)
+    await rig.put(target_tracking_policies=[current_policy()])
+    rig.pass_time(12, reporting=False)
+    rig.instances(6)
+    rig.pass_time(2)
+    assert (rig.ocr.target, rig.targets) == (3, [3])
+
+
 async def test_a_restart_knows_which_action_fired_last(rig: Rig, store: Store) -> None:
     window = {"start_time": "2023-11-01T00:00:00", "end_time": "2023-12-01T00:00:00", "time_zone": ""}
     actions = [
