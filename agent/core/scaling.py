@@ -5,6 +5,8 @@ Function Compute's rules (PutProvisionConfig), exactly, in whole numbers and fra
 - in: current x factor x (1 - metric / metricTarget) instances go, rounded down, but never below minCapacity;
 - the threshold must hold for `periods` samples in a row, of which the newest is reckoned with; a decision starts the
   count anew. No sample is not a sample of zero: it breaks the row;
+- a sample is of a whole period: where fewer instances were there on average than at its end, as when an update runs
+  the new revision beside the old, it is multiplied by those; else by `current`, as the rule says;
 - the highest of all active policies and of the schedule counts; the default target only where none is active.
 
 A decision to scale out never lowers what the policy asked for before (instances may still be on their way), and one to
@@ -126,17 +128,26 @@ def begin(policy: Policy, current: int) -> Tracking:
     return Tracking(policy.clamp(current))
 
 
-def observe(policy: Policy, tracking: Tracking, sample: Fraction | None, current: int, patience: Patience) -> Tracking:
-    """A period has ended with this sample of the policy's metric; None where there is none."""
+def observe(
+    policy: Policy,
+    tracking: Tracking,
+    sample: Fraction | None,
+    current: int,
+    patience: Patience,
+    average: Fraction | None = None,
+) -> Tracking:
+    """A period has ended with `current` instances that are not stopping, and this sample of the policy's metric; None
+    where there is none. `average`: how many instances there were in the period; None where that is `current` too."""
+    measured = current if average is None else min(current, average)
     if sample is None or sample == policy.goal:
         return Tracking(tracking.target)
     if sample > policy.goal:
         if tracking.above + 1 < patience.periods:
             return Tracking(tracking.target, above=tracking.above + 1)
-        return Tracking(max(tracking.target, policy.clamp(ceil(current * sample / policy.goal))))
+        return Tracking(max(tracking.target, policy.clamp(ceil(measured * sample / policy.goal))))
     if tracking.below + 1 < patience.periods:
         return Tracking(tracking.target, below=tracking.below + 1)
-    gone = floor(current * patience.factor * (1 - sample / policy.goal))
+    gone = floor(measured * patience.factor * (1 - sample / policy.goal))
     return Tracking(min(tracking.target, policy.clamp(current - gone)))
 
 

@@ -189,14 +189,14 @@ class Scaler:
         if at - following.meter.began_ns < self._period_ns:
             return
         samples = following.meter.samples(leases, function.spec.vcpu_millis)
-        blind = following.meter.blind
+        average, blind = following.meter.average(), following.meter.blind
         following.meter = Meter(at, leases, view)
         following.metrics = dict(samples)
         for policy, tracking in following.tracking.items():
             sample = samples[policy.metric]
             if not settled or (blind and sample is not None and sample < policy.goal):
                 sample = None  # what those do that nobody hears is not known: no reason to have fewer
-            following.tracking[policy] = observe(policy, tracking, sample, view.current, self._patience)
+            following.tracking[policy] = observe(policy, tracking, sample, view.current, self._patience, average)
 
     def _decide(self, function: Deployed, following: _Following, view: View, settled: bool, wall: int) -> bool:
         for policy in following.tracking.keys() - set(following.active):

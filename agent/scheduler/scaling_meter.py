@@ -59,6 +59,8 @@ class Meter:
         self._leases_began_ns = lease_time_ns
         self._at = at
         self._slots, self._unheard = view.slots, view.unheard_leases
+        self._current = view.current
+        self._current_time_ns = 0
         self._slot_time_ns = 0
         self._unheard_time_ns = 0
         self._uses: dict[str, _Use] = {}
@@ -67,11 +69,17 @@ class Meter:
     def look(self, at: int, view: View) -> None:
         """So it is now; since the last look it was as then."""
         passed = at - self._at
+        self._current_time_ns += self._current * passed
         self._slot_time_ns += self._slots * passed
         self._unheard_time_ns += self._unheard * passed
         self.blind |= view.unheard > 0
         self._at, self._slots, self._unheard = at, view.slots, view.unheard_leases
+        self._current = view.current
         self._take_gauges(view.gauges)
+
+    def average(self) -> Fraction:
+        """`View.current` from the beginning to the last look, which is later."""
+        return Fraction(self._current_time_ns, self._at - self.began_ns)
 
     def samples(self, lease_time_ns: int, vcpu_millis: int) -> Mapping[Metric, Fraction | None]:
         """Of the time from the beginning to the last look."""

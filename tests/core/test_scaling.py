@@ -74,6 +74,25 @@ def test_in_takes_a_share_of_what_is_too_much_rounded_down(
 
 
 @pytest.mark.parametrize(
+    ("current", "average", "metric", "tracked", "target"),
+    [
+        (20, "10", "0.6", 10, 12),  # an update doubled them as the period ended
+        (20, "35/3", "18/35", 10, 12),  # ten seconds before: the same six are busy
+        (10, "10", "0.6", 10, 12),
+        (10, "20", "0.6", 10, 12),  # the old ones have just gone
+        (20, "10", "0", 20, 15),  # half of ten: what has only just come was not idle
+        (10, "10", "0", 10, 5),
+    ],
+)
+def test_a_period_s_sample_is_of_the_instances_there_were_in_it(
+    current: int, average: str, metric: str, tracked: int, target: int
+) -> None:
+    half = policy("0.5", most=100)
+    found = observe(half, Tracking(tracked), Fraction(metric), current, AT_ONCE, Fraction(average))
+    assert found == Tracking(target)
+
+
+@pytest.mark.parametrize(
     ("samples", "targets"),
     [
         (["1", "1", "1"], [2, 2, 7]),

@@ -11,8 +11,8 @@ from agent.core.dispatch_events import RequestArrived
 from agent.core.types import SECOND_NS
 from agent.scheduler.store import Store
 from agent.v1 import function_service_pb2 as pb
-from agent.v1.scheduler_service_pb2 import NodeLoad
-from tests.scheduler.scaler_rig import FROZEN, PERIOD_S, Rig, current_policy
+from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad
+from tests.scheduler.scaler_rig import FROZEN, PERIOD_S, RUNNING, Rig, current_policy
 from tests.wire.test_convert_provision import morning
 
 
@@ -162,6 +162,24 @@ async def test_the_same_policy_put_again_goes_on_as_it_was(rig: Rig) -> None:
     await rig.put(target=5, target_tracking_policies=[current_policy()])
     rig.periods(1)
     assert rig.ocr.target == 7
+
+
+async def test_an_update_that_doubles_the_instances_for_a_while_doubles_no_target(rig: Rig) -> None:
+    await rig.deploy(target=10)
+    rig.instances(10)
+    await rig.put(target=10, target_tracking_policies=[current_policy(metric_target=0.5, max_capacity=100)])
+    rig.busy(6)
+    rig.periods(2)
+    rig.pass_time(PERIOD_S - 5)
+    new = {
+        f"new{n}": InstanceLoad(
+            uid=f"new{n}", function="ocr", request_id=f"ocr/2/{n}/1", state=RUNNING, healthy=True, concurrency=1
+        )
+        for n in range(10)
+    }
+    rig.loads |= new
+    rig.pass_time(5)
+    assert rig.targets == [12], "six are busy, and half of them shall be"
 
 
 # ---- schedules ------------------------------------------------------------------------------------------------

@@ -35,6 +35,13 @@ def test_concurrency_is_leases_over_slots(looks: list[tuple[int, int]], leased_s
     assert found == (None if expected is None else Fraction(expected))
 
 
+def test_instances_are_averaged_over_time_up_to_the_last_look() -> None:
+    meter = Meter(5 * SECOND_NS, 0, view(2))
+    meter.look(8 * SECOND_NS, view(4))
+    meter.look(15 * SECOND_NS, view(40))
+    assert meter.average() == Fraction(3 * 2 + 7 * 4, 10)
+
+
 def test_leases_on_nodes_that_are_not_heard_do_not_count() -> None:
     meter = Meter(0, 0, view(2, unheard=1))
     meter.look(10 * SECOND_NS, view(2, unheard=1))
