@@ -40,6 +40,14 @@ def kept_listener(name: str, host: str, port: int, backlog: int) -> socket.socke
     return listener
 
 
+def give_up(name: str) -> None:
+    """This daemon is not going to listen: what an earlier one left would take connections that nobody serves."""
+    known = _passed(name)
+    if known is not None:
+        known.close()
+        notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+
 def _family(host: str) -> socket.AddressFamily | None:
     try:
         version = ipaddress.ip_address(host).version
@@ -49,8 +57,8 @@ def _family(host: str) -> socket.AddressFamily | None:
 
 
 def _passed(name: str) -> socket.socket | None:
-    """What systemd has passed under that name (sd_listen_fds_with_names(3)), closed on exec from here on."""
-    passed = os.environ.get("LISTEN_FDS", "")
+    """What systemd has passed under that name (sd_listen_fds_with_names(3)), closed on exec from here on; once."""
+    passed = os.environ.pop("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not passed.isdecimal():
         return None
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
@@ -59,7 +67,7 @@ def _passed(name: str) -> socket.socket | None:
         descriptor = FIRST_PASSED + number
         os.set_inheritable(descriptor, False)
         if found is None and number < len(names) and names[number] == name:
-            found = socket.socket(fileno=os.dup(descriptor))
+            found = socket.socket(fileno=descriptor)
     return found
 
 

@@ -55,6 +55,7 @@ class SchedulerLink:
         self._store = store
         self._upload_interval_s = upload_interval_s
         self._changed: dict[str, Actor] = {}
+        self._said: dict[str, int] = {}  # requests inside each instance, as last reported
         self._later: asyncio.TimerHandle | None = None
         self._load_due = 0.0
         self._wake = asyncio.Event()
@@ -158,6 +159,7 @@ class SchedulerLink:
         message = ReportLoadRequest(epoch=self._observer.identity.epoch, sequence=self._sequence)
         if self._snapshot_due or now >= self._load_due:
             self._load_due = now + HEARTBEAT_S
+            self._changed.update(self._differing())
             node = self._observer.node()
             message.load.CopyFrom(node_load(node, self._observer.awake()))
             if self._sequence == 1:
@@ -172,7 +174,14 @@ class SchedulerLink:
             message.removed_uids.extend(uid for uid in self._changed if uid not in self._instances)
         self._changed.clear()
         message.instances.extend(instance_load(self._observer.instance(actor)) for actor in reported)
+        self._said = {uid: self._said[uid] for uid in self._instances if uid in self._said}
+        self._said.update((actor.uid, actor.gate.in_flight) for actor in reported)
         return message
+
+    def _differing(self) -> dict[str, Actor]:
+        """Those that have another number of requests inside than was said: only the first and the last make an edge."""
+        said = self._said
+        return {uid: actor for uid, actor in self._instances.items() if actor.gate.in_flight != said.get(uid, 0)}
 
     # ---- usage --------------------------------------------------------------------------------------------------
 

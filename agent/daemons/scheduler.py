@@ -21,7 +21,7 @@ import yaml
 
 import agent.scheduler
 from agent.adapters.clock import SystemClock
-from agent.adapters.kept_listener import kept_listener
+from agent.adapters.kept_listener import give_up, kept_listener
 from agent.adapters.state_dir import StateDir
 from agent.adapters.token_file import ensure_token, read_token
 from agent.api import dashboard, status_page
@@ -170,6 +170,7 @@ class SchedulerDaemon:
         before that."""
         if await self.lead.take():
             return True
+        give_up("gateway")
         await self._serve_admin()
         self.state.write_endpoints({"admin": self.admin_address, "token_file": str(self._config.token_path)})
         self._log.info("scheduler.standby", admin=self.admin_address)

@@ -188,6 +188,8 @@ class Actor:
             self.healthy = healthy
             self.gate.shunned = not healthy
             self.gate.offer()
+            if self.gate.line is not None:
+                self.gate.line.look()
             self._events.add(self.uid, "instance.healthy" if healthy else "instance.unhealthy")
             self._listener.fitness_changed(self)
 

@@ -145,34 +145,36 @@ class Gate:
         """A granted request has ended: its slot goes to the next in line."""
         self._slots.done()
         self._meter.request_ended(self._clock.monotonic_ns())
-        self._grant()
+        self._grant(idle=False)
         if self._slots.in_flight == 0:
             self._listener.gate_quiet()
 
-    def _grant(self) -> int:
-        granted = 0
+    def _grant(self, idle: bool) -> None:
+        """All that can be granted. `idle`: nobody was inside, as the listener knows."""
         while (ticket := self._slots.grant_next()) is not None:
             if ticket.done():  # cancelled, its waiter has not run yet
                 self._slots.done()
                 continue
-            self._meter.request_began(self._clock.monotonic_ns())
+            idle = self._began(idle)
             ticket.set_result(None)
-            granted += 1
         line = self.line
         while line is not None and line.waiting and self.has_room and not self.shunned:
+            start = line.next()
+            if start is None:
+                return
             self._slots.in_flight += 1
-            if line.grant(self):
-                self._meter.request_began(self._clock.monotonic_ns())
-                granted += 1
-            else:
-                self._slots.done()
-        return granted
+            idle = self._began(idle)
+            start(line.actor(self))
+
+    def _began(self, idle: bool) -> bool:
+        self._meter.request_began(self._clock.monotonic_ns())
+        if idle:
+            self._listener.gate_busy()
+        return False
 
     def offer(self) -> None:
         """Grant what can be granted now."""
-        idle = self._slots.in_flight == 0
-        if self._grant() and idle:
-            self._listener.gate_busy()
+        self._grant(idle=self._slots.in_flight == 0)
 
     def set_open(self, is_open: bool) -> None:
         """Follow the life cycle: open grants at once, in order; closed grants nothing."""

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from agent.host.gate import Gate
 
 Start = Callable[["Actor"], None]
+"""Called in the turn in which the slot is granted, once it is counted and metered."""
 
 
 class Line:
-    """See the module: one per function. Gates call `grant` and `look`."""
+    """See the module: one per function. Gates call `next` and `look`."""
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
@@ -75,20 +76,24 @@ class Line:
         self.look()
         return ticket
 
-    def grant(self, gate: Gate) -> bool:
-        """The gate has counted a slot: it goes to the oldest who is still there. False if there is none."""
+    def next(self) -> Start | None:
+        """The oldest who is still there, to be called with the instance that has a slot for it; None if there is
+        nobody."""
         while self._tickets:
             ticket = next(iter(self._tickets))
             start = self._tickets.pop(ticket)
             if not ticket.done():  # else it was cancelled, and its waiter has not run yet
                 ticket.set_result(None)
-                start(self._actors[gate])
-                return True
-        return False
+                return start
+        return None
+
+    def actor(self, gate: Gate) -> Actor:
+        """Whose gate it is."""
+        return self._actors[gate]
 
     def look(self) -> None:
-        """A gate has closed, or gone: without an open one nobody may go on waiting."""
-        if self._tickets and not any(gate.is_open for gate in self._actors):
+        """A gate has closed, or gone, or is shunned: where none may grant nobody may go on waiting."""
+        if self._tickets and not any(gate.is_open and not gate.shunned for gate in self._actors):
             self.refuse_all(UnavailableError("NO_INSTANCE_AWAKE", "no instance of the function is awake on this node"))
 
     def refuse_all(self, error: HibernodeError) -> None:

@@ -103,7 +103,8 @@ class Passage:
         there; else `run` sees to it."""
         self.granted(actor, waited=True)
         exchange, pool = self._exchange, actor.pool
-        connection = None if self._prepared is None or pool is None or exchange.gone else pool.take()
+        ready = self._prepared is not None and not exchange.gone and exchange.body_error is None
+        connection = pool.take() if ready and pool is not None else None
         if pool is None or connection is None:
             return
         loop = exchange.loop

@@ -12,7 +12,7 @@ from agent.http.grammar import serialise
 from agent.http.limits import UpstreamLimits
 from agent.http.message import Header, ResponseHead, lookup
 from agent.http.sweep import Sweep
-from agent.http.upstream import UpstreamConnection
+from agent.http.upstream import BROKEN, UpstreamConnection
 
 _GRAIN_S = 0.005
 
@@ -223,9 +223,9 @@ class _Call:
         if self._head is not None and not self.response.done():
             self.response.set_result(Response(self._head.status, self._head.headers, b"".join(self._pieces)))
 
-    def upstream_failed(self, what: str, in_order: bool = False) -> None:
+    def upstream_failed(self, what: str, in_order: bool = False, reason: str = BROKEN) -> None:
         where = f"{self._pool.host}:{self._pool.port}"
-        self._raise(UpstreamBrokenError("UPSTREAM_BROKEN", f"{where} {what}."))
+        self._raise(UpstreamBrokenError(reason, f"{where} {what}."))
 
     def upstream_timed_out(self) -> None:
         where = f"{self._pool.host}:{self._pool.port}"

@@ -111,6 +111,7 @@ class Exchange:
         if not self._continued and not self.head_sent and not self.gone:
             self._continued = True
             self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._uncork()
             self._connection.body_expected()
 
     def send_processing(self) -> None:
@@ -278,10 +279,13 @@ class Exchange:
                     self._connection.transport.writelines(out)
                 else:
                     self._connection.transport.write(b"".join(out))
-                if self._corked:
-                    self._corked = False
-                    cork(self._connection.transport, False)
+                self._uncork()
             self._out = []
+
+    def _uncork(self) -> None:
+        if self._corked:
+            self._corked = False
+            cork(self._connection.transport, False)
 
     def finish(self) -> None:
         """The answer is whole: flushes, and lets the connection go on to its next request."""

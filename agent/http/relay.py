@@ -11,7 +11,7 @@ from agent.http.client import Pool
 from agent.http.errors import UpstreamBrokenError, UpstreamTimeoutError
 from agent.http.exchange import Exchange
 from agent.http.message import Header, ResponseHead
-from agent.http.upstream import UpstreamConnection
+from agent.http.upstream import BROKEN, UpstreamConnection
 
 
 class Outcome(enum.Enum):
@@ -213,10 +213,10 @@ class Relay:
         self._exchange.finish()
         self._end(Outcome.COMPLETE)
 
-    def upstream_failed(self, what: str, in_order: bool = False) -> None:
+    def upstream_failed(self, what: str, in_order: bool = False, reason: str = BROKEN) -> None:
         self._in_order = in_order
         where = f"{self._source.host}:{self._source.port}"
-        self.error = UpstreamBrokenError("UPSTREAM_BROKEN", f"{where} {what}.")
+        self.error = UpstreamBrokenError(reason, f"{where} {what}.")
         before_head = not self._exchange.head_sent or self._exchange.withdraw()
         self._break_off(Outcome.UPSTREAM_FAILED_BEFORE_HEAD if before_head else Outcome.UPSTREAM_FAILED_MID_BODY)
 

@@ -24,11 +24,13 @@ def watch_peer(transport: asyncio.Transport, silence_s: float) -> None:
     if silence_s:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBES_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBES_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, max(1, int(silence_s / PROBES_S)))
         bound_silence(transport, silence_s)
 
 
 def bound_silence(transport: asyncio.Transport, silence_s: float) -> None:
-    """It breaks after so long without a word of the other machine's kernel; 0: the kernel's own patience."""
+    """It breaks after so long without a word of the other machine's kernel, also where that leaves data unread; 0: only
+    where probes are not answered."""
     sock = _tcp(transport)
     if sock is not None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))

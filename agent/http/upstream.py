@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # IDLE: nothing asked. HEAD, BODY: in a response. DONE: the response is whole, not yet released.
 _IDLE, _HEAD, _BODY, _DONE, _CLOSED = range(5)
+BROKEN, NOT_HTTP = "UPSTREAM_BROKEN", "UPSTREAM_NOT_HTTP"
 _MOST_INTERIM = 16  # 1xx responses before a final one; more is not an answer but a flood
 
 
@@ -46,9 +47,9 @@ class ResponseSink(Protocol):
     def response_end(self) -> None:
         """The body is whole."""
 
-    def upstream_failed(self, what: str, in_order: bool = False) -> None:
-        """The connection broke, or the response is not HTTP/1.1, before it was whole. `in_order`: the other side closed
-        it, and all that it ever sent has been read."""
+    def upstream_failed(self, what: str, in_order: bool = False, reason: str = BROKEN) -> None:
+        """The connection broke, or the response is not HTTP/1.1 (`reason` NOT_HTTP), before it was whole. `in_order`:
+        the other side closed it, and all that it ever sent has been read."""
 
     def upstream_timed_out(self) -> None:
         """The deadline passed; the connection is closed."""
@@ -323,4 +324,4 @@ class UpstreamConnection(asyncio.Protocol):
     def _fail(self, what: str) -> None:
         sink = self.cut()
         if sink is not None:
-            sink.upstream_failed(what)
+            sink.upstream_failed(what, reason=NOT_HTTP)

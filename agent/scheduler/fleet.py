@@ -48,7 +48,8 @@ class NodeRecord:
     `wall_ns`: last heard.
 
     `seen`: instances named since the stream's snapshot; when a recovering agent is done, all others are gone.
-    `idle_since`: when an instance had its last request (monotonic ns), as far as its agent has said.
+    `idle_since`: when an instance had its last request (monotonic ns), as far as its agent has said. `opening`: streams
+    that have said nothing yet, and their machines.
     """
 
     name: str
@@ -68,6 +69,7 @@ class NodeRecord:
     instances: dict[str, InstanceLoad] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     idle_since: dict[str, int] = field(default_factory=dict)
+    opening: dict[int, str] = field(default_factory=dict)
 
     @property
     def recovering(self) -> bool:
@@ -111,14 +113,14 @@ class Fleet:
         self._nodes.setdefault(name, NodeRecord(name, Standing.SUSPECT, self._clock.monotonic_ns()))
 
     def opened(self, name: str, peer: str = "127.0.0.1") -> int:
-        """A load stream of `name` began at the machine `peer`; it takes the place of an older one. Its number."""
+        """A load stream of `name` began at the machine `peer`: with its first message it takes the place of an older
+        one. Its number."""
         self._streams += 1
         node = self._nodes.get(name)
         if node is None:
             node = self._nodes[name] = NodeRecord(name, Standing.SUSPECT, self._clock.monotonic_ns())
             self._met(name)
-        node.stream, node.sequence, node.synced = self._streams, 0, False
-        node.unreachable_ns, node.peer = 0, peer
+        node.opening[self._streams] = peer
         return self._streams
 
     def took(self, name: str, stream: int, message: ReportLoadRequest) -> ReportLoadResponse | None:
@@ -129,9 +131,8 @@ class Fleet:
         another agent of that name, of a later epoch), InvalidArgumentError for a first message without registration.
         """
         node = self._nodes[name]
-        if stream != node.stream or message.epoch < node.epoch:
-            text = f"node {name} has a newer load stream; one agent per node credential"
-            raise PreconditionError("STREAM_SUPERSEDED", text, node=name)
+        if stream != node.stream:
+            self._supersede(node, stream, message.epoch)
         if message.HasField("registration"):
             self._register(node, message)
         elif not node.registration.ingress_address or message.epoch != node.epoch:
@@ -157,6 +158,7 @@ class Fleet:
     def closed(self, name: str, stream: int) -> None:
         """The stream ended, for whatever reason: nothing new until the agent is heard again."""
         node = self._nodes[name]
+        node.opening.pop(stream, None)
         if stream == node.stream:
             node.stream, node.synced = 0, False
             self._suspect(node, "stream ended")
@@ -224,6 +226,16 @@ class Fleet:
                 yield node, load
 
     # ---- inside -----------------------------------------------------------------------------------------------
+
+    def _supersede(self, node: NodeRecord, stream: int, epoch: int) -> None:
+        """Its first message: it counts from now on. Of two streams that are open the one of the later run of the agent
+        does; with one alone the host's clock may have gone back since."""
+        peer = node.opening.pop(stream, None)
+        if peer is None or stream < node.stream or (node.stream and epoch < node.epoch):
+            text = f"node {node.name} has a newer load stream; one agent per node credential"
+            raise PreconditionError("STREAM_SUPERSEDED", text, node=node.name)
+        node.stream, node.sequence, node.synced = stream, 0, False
+        node.unreachable_ns, node.peer = 0, peer
 
     def _register(self, node: NodeRecord, message: ReportLoadRequest) -> None:
         registration = message.registration

@@ -31,6 +31,7 @@ from agent.http.errors import ClientGoneError, RequestIds, status_and_code
 from agent.http.exchange import Exchange
 from agent.http.forward import ForwardResult, Outcome, forward
 from agent.http.message import Header, RequestHead, ResponseHead
+from agent.http.upstream import BROKEN
 from agent.log import get_logger
 from agent.ports import Clock
 from agent.scheduler.desk import Desk, Ticket
@@ -263,7 +264,8 @@ class Gateway:
 
     def _unhappy(self, call: _Call, where: Dispatch, result: ForwardResult) -> None:
         """The answer that is still owed, as an error; nothing where it has begun or nobody is left to read it."""
-        if result.outcome is Outcome.UPSTREAM_FAILED_BEFORE_HEAD:
+        broken = result.error is not None and result.error.reason == BROKEN
+        if result.outcome is Outcome.UPSTREAM_FAILED_BEFORE_HEAD and broken:
             # Its agent is dying, and the connections beside this one too: said before the lease is free, or the next
             # request would follow on one of them.
             self._unreachable(where.node)

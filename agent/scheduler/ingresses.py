@@ -9,9 +9,12 @@ from agent.http.client import Pool
 from agent.http.limits import UpstreamLimits
 from agent.wire import addresses
 
-LIMITS = UpstreamLimits(max_connections=8192, max_idle=512, connect_timeout_s=2.0, silence_s=10.0)
-"""Leases bound the connections; this bound is far above, for the case that something leaks. A request inside a host
-that has gone silent is answered 502 after 10 s (DESIGN section 9), and is never sent again."""
+LIMITS = UpstreamLimits(
+    max_connections=8192, max_idle=512, connect_timeout_s=2.0, silence_s=10.0, header_bytes=40 * 1024
+)
+"""Heads: as large as an instance may send, and what the ingress adds to them (x-fc-log-result: 5.5 KiB). Leases bound
+the connections; this bound is far above, for the case that something leaks. A request inside a host that has gone
+silent is answered 502 after 10 s (DESIGN section 9), and is never sent again."""
 
 
 @dataclass(frozen=True, slots=True)

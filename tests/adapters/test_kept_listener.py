@@ -82,6 +82,34 @@ def test_an_address_that_may_be_another_next_time_is_not_kept(systemd: socket.so
     assert kept_listener("gateway", host, port, 5) is None
 
 
+STANDBY = """\
+import os
+os.environ["LISTEN_PID"] = str(os.getpid())
+from agent.adapters.kept_listener import give_up, kept_listener
+give_up("gateway")
+print(kept_listener("gateway", "127.0.0.1", 0, 5))
+"""
+
+
+def test_who_stands_by_gives_up_what_was_kept_for_him(systemd: socket.socket) -> None:
+    """Held open and not served it would let clients hang which belong to the other scheduler."""
+    with socket.create_server((HOST, 0)) as left:
+        environment = {**os.environ, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "gateway"}
+        address, descriptor = left.getsockname(), left.fileno()
+
+        def hand_over() -> None:
+            os.dup2(descriptor, 3)
+
+        done = subprocess.run(
+            [sys.executable, "-c", STANDBY], env=environment, preexec_fn=hand_over, pass_fds=[3],
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, "None"), done.stderr
+    assert systemd.recv(1024) == b"FDSTOREREMOVE=1\nFDNAME=gateway"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, timeout=5)
+
+
 def test_without_systemd_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     assert kept_listener("gateway", HOST, free_port(), 5) is None

@@ -165,6 +165,23 @@ async def test_an_instance_is_reported_as_soon_as_it_is_made_however_long_it_tak
         assert actor.state is InstanceState.STARTING
 
 
+async def test_requests_inside_are_told_with_the_heartbeat_where_no_edge_tells_them() -> None:
+    """Of several at a time only the first and the last make an edge: what was said in between would be believed on."""
+    async with a_line() as line:
+        actor = await line.world.running(replace(OCR, instance_concurrency=4))
+        assert [actor.gate.try_enter() for _ in range(3)] == [None] * 3
+
+        def says(count: int) -> object:
+            return lambda message: any((one.uid, one.in_flight) == (actor.uid, count) for one in message.instances)
+
+        await line.scheduler.until_heard(says(3))
+        actor.gate.leave()
+        await line.scheduler.until_heard(says(2))
+        for _ in range(2):
+            actor.gate.leave()
+        await line.scheduler.until_heard(says(0))
+
+
 async def test_an_instance_that_is_gone_is_reported_as_gone() -> None:
     from agent.core.lifecycle_events import StopAsked
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
 from agent.core.errors import DeadlineError, ExhaustedError, UnavailableError
 from agent.core.types import SECOND_NS
 from agent.host.gate import Gate
+from agent.host.line import Line
 from tests.fakes.clock import FakeClock
 
 
@@ -46,6 +48,28 @@ def a_gate(*, is_open: bool, concurrency: int = 1, max_waiting: int = 2) -> tupl
         gate.set_open(True)
         edges.told.clear()
     return gate, edges
+
+
+async def test_who_starts_from_the_line_and_ends_in_the_same_turn_is_metered_from_begin_to_end() -> None:
+    """Ended before it had begun it would be billed for ever, and busy after quiet the instance would never sleep."""
+    gate, edges = a_gate(is_open=False)
+    line = Line(10)
+    line.join(SimpleNamespace(gate=gate))  # type: ignore[arg-type]
+    metered = []
+
+    def fails_at_once(actor: object) -> None:
+        metered.append(edges.inside)
+        gate.leave()
+
+    gate.set_open(True)
+    gate.shunned = True
+    ticket = asyncio.get_running_loop().create_future()
+    line._tickets[ticket] = fails_at_once
+    gate.shunned = False
+    edges.told.clear()
+    gate.offer()
+    assert (metered, edges.inside, gate.in_flight) == ([1], 0, 0)
+    assert edges.told == ["busy", "quiet"]
 
 
 def queued(gate: Gate, timeout_s: float = 10.0) -> tuple[asyncio.Future[None], asyncio.Task[None]]:

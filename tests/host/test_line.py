@@ -10,7 +10,7 @@ from agent.core.types import SECOND_NS, InstanceState
 from agent.http.exchange import Exchange
 from tests.host.rig import OCR, eventually, until
 from tests.host.test_ingress import Door, a_door, code
-from tests.http.rig import Wire
+from tests.http.rig import Wire, connect
 
 ANY = "x-hibernode-any: 1"
 NOTICE = "x-hibernode-notice: 1"
@@ -119,6 +119,42 @@ async def test_a_client_that_leaves_the_line_is_not_sent_to_anybody() -> None:
         for served in wires:
             await served.message()
         assert len(door.world.app.requests) == 2
+
+
+async def test_who_waits_where_the_only_instance_fell_ill_may_go_elsewhere() -> None:
+    async with a_door() as door:
+        slow = Slow()
+        ill = await door.world.running()
+        door.world.app.answers["/ocr"] = slow
+        first = await door.send(ill, ANY)
+        await door.world.app.until_asked("/ocr")
+        wire = await door.send(ill, ANY)
+        await eventually(lambda: door.world.node.lines["ocr"].waiting == 1)
+        ill.set_healthy(False)
+        status, headers, _ = await wire.message()
+        assert (status, headers[b"x-hibernode-refused"]) == (503, b"NO_INSTANCE_AWAKE")
+        slow.inside[0].set()
+        assert (await first.message())[2] == b"done"
+
+
+async def test_a_body_that_breaks_in_the_line_costs_nobody_a_slot_or_a_bill() -> None:
+    async with a_door() as door:
+        slow = Slow()
+        busy = await door.world.running()
+        door.world.app.answers["/ocr"] = slow
+        first = await door.send(busy, ANY)
+        await door.world.app.until_asked("/ocr")
+        broken = await connect(door.port)
+        head = door.head(busy, ANY, "transfer-encoding: chunked")
+        await broken.send(head.replace(b"content-length: 0\r\n", b""))
+        await eventually(lambda: door.world.node.lines["ocr"].waiting == 1)
+        await broken.send(b"ZZ\r\n")
+        slow.inside[0].set()
+        await first.message()
+        assert (await broken.message())[0] == 400
+        await eventually(lambda: busy.gate.in_flight == 0)
+        assert not busy.instance.busy
+        assert door.world.billing.health.unmatched_ends == 0
 
 
 async def test_the_time_in_line_is_bounded_by_the_requests_deadline() -> None:

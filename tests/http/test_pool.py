@@ -311,6 +311,7 @@ async def test_a_silent_host_is_given_up_but_not_one_that_leaves_a_streamed_body
         assert probes == [1, 1], "silence counts from the last that was heard: an idle peer is asked often"
         connection.be_patient()
         assert _user_timeout_ms(connection) == 0
+        assert _option(connection, socket.TCP_KEEPCNT) == 10, "as patient with a cut as others"
         pool.release(connection)
         assert pool.take() is connection
         assert _user_timeout_ms(connection) == 10_000

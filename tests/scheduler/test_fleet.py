@@ -188,6 +188,34 @@ def test_an_older_run_of_the_agent_is_turned_away() -> None:
         story.fleet.took("n1", story.stream, ReportLoadRequest(epoch=4, sequence=1))
 
 
+def test_after_its_hosts_clock_went_back_an_agent_counts_again() -> None:
+    story = Story()
+    story.epoch = 5
+    story.connect("a")
+    story.fleet.closed("n1", story.stream)
+    story.epoch = 4
+    assert story.connect("a") is not None
+    assert story.standing() is Standing.READY
+
+
+def test_a_stream_counts_from_its_first_message_on() -> None:
+    """Or whoever connects with the same credential and says nothing would silence the node."""
+    story = Story()
+    story.connect("a")
+    late = story.fleet.opened("n1")
+    story.say("b")
+    assert story.uids() == ["a", "b"]
+    newer = story.fleet.opened("n1")
+    for stream in (newer, late):
+        message = ReportLoadRequest(epoch=1, sequence=1, snapshot=True)
+        message.registration.CopyFrom(Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2"))
+        if stream is late:
+            with pytest.raises(PreconditionError):
+                story.fleet.took("n1", stream, message)
+        else:
+            story.fleet.took("n1", stream, message)
+
+
 def test_a_stream_must_register_first() -> None:
     story = Story()
     stream = story.fleet.opened("n1")

@@ -11,8 +11,9 @@ import pytest
 
 from agent.core.dispatch_events import InstanceReported, NodeReported, WakeAnswered
 from agent.core.types import MILLISECOND_NS, InstanceState
+from agent.http.exchange import Exchange
 from agent.scheduler.functions import Problem
-from tests.fakes.agent_node import die_in_the_middle, hold, refuse, refuse_before_body, vanish
+from tests.fakes.agent_node import FakeIngress, Received, die_in_the_middle, hold, refuse, refuse_before_body, vanish
 from tests.scheduler.rig import TOKEN, GatewayRig, gateway_rig
 
 GET = b"GET /fn/ocr/read?page=2 HTTP/1.1\r\nhost: gateway\r\n\r\n"
@@ -284,6 +285,20 @@ async def test_who_waits_behind_a_request_that_a_dying_agent_took_along_does_not
     rig.tell(NodeReported("n1"))
     assert sorted([(await first)[0], (await second)[0]]) == [200, 502]
     assert len(ingress.received) == 2
+
+
+async def test_an_answer_that_is_not_http_is_502_and_not_the_nodes_fault(rig: GatewayRig) -> None:
+    """Or one function's answers would take its node from all others."""
+    rig.instance("i1")
+
+    async def babbles(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
+        exchange._connection.transport.write(b"HTTP/1.1 200 OK\r\nno colon here\r\n\r\n")
+        exchange.abort()
+
+    rig.ingresses["n1"].script.append(babbles)
+    assert (await rig.ask(GET))[0] == 502
+    assert rig.suspects == []
+    assert (await rig.ask(GET))[0] == 200
 
 
 async def test_a_half_answer_is_cut_not_completed(rig: GatewayRig) -> None:
