@@ -138,7 +138,7 @@ def observe(
 ) -> Tracking:
     """A period has ended with `current` instances that are not stopping, and this sample of the policy's metric; None
     where there is none. `average`: how many instances there were in the period; None where that is `current` too."""
-    measured = current if average is None else min(current, average)
+    measured = Fraction(current) if average is None else min(Fraction(current), average)
     if sample is None or sample == policy.goal:
         return Tracking(tracking.target)
     if sample > policy.goal:
