@@ -84,6 +84,7 @@ class Catalog:
         self._revisions: dict[str, int] = {}
         self._folded: dict[str, frozenset[str]] = {}
         self._writing = asyncio.Lock()
+        self._unsure: set[str] = set()  # their last write was never confirmed: nobody knows what is stored
 
     # ---- reading ----------------------------------------------------------------------------------------------
 
@@ -150,10 +151,10 @@ class Catalog:
                 decided_by=decided.decided_by,
             )
             warnings = warnings_of(message.name, request.target, kept, found, now)
-            if before is not None and _same(before, deployed):
+            if before is not None and message.name not in self._unsure and _same(before, deployed):
                 deployed = before
             elif not request.validate_only:
-                await self._store.put_function(_row(deployed), None if given is None else _stored(kept))
+                await self._keep(deployed, None if given is None else _stored(kept))
             if request.validate_only:
                 return deployed, warnings
             return self._deployed(deployed), warnings
@@ -164,7 +165,7 @@ class Catalog:
         """Replace how many instances a function has, when, and by which policies. Also warnings.
 
         Raises NotFoundError, InvalidArgumentError (deploy_rules.py), UnavailableError STORE_FAILED; then nothing has
-        changed.
+        changed, but for what the last one says may be in effect after the next start.
         """
         bounded("default_target", config.default_target, 0, MAX_TARGET)
         kept, found = checked_provision(config)
@@ -188,8 +189,8 @@ class Catalog:
                 update_wall_ns=before.update_wall_ns if message.revision == before.spec.revision else now,
             )
             if not validate_only:
-                if not _same(before, deployed):
-                    await self._store.put_function(_row(deployed), _stored(kept))
+                if name in self._unsure or not _same(before, deployed):
+                    await self._keep(deployed, _stored(kept))
                 deployed = self._deployed(deployed)
             return deployed, warnings_of(name, config.default_target, kept, found, now)
 
@@ -215,7 +216,7 @@ class Catalog:
                 provisioning=Provisioning(),
                 decided_by="",
             )
-            await self._store.put_function(_row(gone), b"")
+            await self._keep(gone, b"")
             self._put(gone)
             self._changed()
 
@@ -232,6 +233,7 @@ class Catalog:
                 del self._folded[name.lower()]
             self._problems.pop(name, None)
             self._deploys.pop(name, None)
+            self._unsure.discard(name)
             _log.info("function.deleted", function=name)
 
     def set_problem(self, name: str, problem: Problem | None) -> None:
@@ -253,6 +255,15 @@ class Catalog:
         if found is None:
             raise NotFoundError("FUNCTION_NOT_FOUND", f"no function {name[:64]!r}; `hibernode functions` lists them")
         return found
+
+    async def _keep(self, deployed: Deployed, provision: bytes | None) -> None:
+        """Make it durable. `provision`: as for `Store.put_function`."""
+        name = deployed.spec.name
+        if name in self._unsure:
+            provision = _stored(deployed.config)
+        self._unsure.add(name)
+        await self._store.put_function(_row(deployed), provision)
+        self._unsure.discard(name)
 
     def _deployed(self, deployed: Deployed) -> Deployed:
         """It is durable, and in effect from now on. As it stands once everybody has been told."""

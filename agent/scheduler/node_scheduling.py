@@ -20,6 +20,7 @@ class NodeScheduling:
         self._store = store
         self._fleet = fleet
         self._writing = asyncio.Lock()
+        self._unsure: set[str] = set()  # their last write was never confirmed: nobody knows what is stored
 
     async def load(self) -> None:
         """Read the store; call once, before a node is heard."""
@@ -32,8 +33,10 @@ class NodeScheduling:
             if self._fleet.node(name) is None:
                 text = f"no node {name[:64]!r} has ever registered here; `hibernode node --fleet` lists them"
                 raise NotFoundError("NODE_NOT_FOUND", text)
-            if self._fleet.scheduling(name) is scheduling:
+            if self._fleet.scheduling(name) is scheduling and name not in self._unsure:
                 return
+            self._unsure.add(name)
             await self._store.put_node_scheduling(name, None if scheduling is Scheduling.NORMAL else scheduling.value)
+            self._unsure.discard(name)
             self._fleet.schedule(name, scheduling)
             _log.info("node.scheduling", node=name, scheduling=scheduling.value)

@@ -23,7 +23,9 @@ from agent.scheduler.database import engine_of, failed, text_type
 _T = TypeVar("_T")
 
 DEADLINE_S = 10.0
-"""For a call; a write that missed it may still happen, and repeating it is harmless."""
+"""For a call. A write that missed it before its turn came does not happen; one that had begun may still, the error says
+so, and repeating it is harmless."""
+_UNSURE = "it may be written all the same, and takes effect at the next start then: once this is mended, put it again"
 
 _METADATA = sa.MetaData()
 _FUNCTIONS = sa.Table(
@@ -86,7 +88,8 @@ class FunctionRow:
 
 
 class Store:
-    """Functions and nodes in SQL. Raises UnavailableError STORE_FAILED, without the URL, which may hold a password."""
+    """Functions and nodes in SQL. Raises UnavailableError STORE_FAILED, without the URL, which may hold a password;
+    then nothing was written, unless it says otherwise."""
 
     def __init__(self, url: str, deadline_s: float = DEADLINE_S) -> None:
         self._engine = engine_of(url)
@@ -129,7 +132,7 @@ class Store:
                 if provision:
                     connection.execute(sa.insert(_PROVISION).values(function=row.name, config=provision))
 
-        await self._run(write)
+        await self._run(write, writes=True)
 
     async def revisions(self) -> dict[str, int]:
         """The last revision of every name ever deployed."""
@@ -149,7 +152,7 @@ class Store:
                 connection.execute(sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == name))
                 connection.execute(sa.delete(_PROVISION).where(_PROVISION.c.function == name))
 
-        await self._run(write)
+        await self._run(write, writes=True)
 
     async def nodes(self) -> list[str]:
         """Names of all nodes ever met."""
@@ -168,7 +171,7 @@ class Store:
                 if connection.execute(sa.select(_NODES.c.name).where(_NODES.c.name == name)).first() is None:
                     connection.execute(sa.insert(_NODES).values(name=name, first_seen_wall_ns=wall_ns))
 
-        await self._run(write)
+        await self._run(write, writes=True)
 
     async def node_scheduling(self) -> dict[str, str]:
         """What operators have asked of nodes: CORDONED or DRAINED, by name; the others are in use."""
@@ -189,7 +192,7 @@ class Store:
                 if scheduling is not None:
                     connection.execute(sa.insert(_NODE_SCHEDULING).values(name=name, scheduling=scheduling))
 
-        await self._run(write)
+        await self._run(write, writes=True)
 
     async def provision_configs(self) -> dict[str, bytes]:
         """Serialised v1.ProvisionConfig by function, of those that have a schedule or policies."""
@@ -209,11 +212,19 @@ class Store:
             os.close(database)
         _METADATA.create_all(self._engine)
 
-    async def _run(self, work: Callable[[], _T]) -> _T:
+    async def _run(self, work: Callable[[], _T], *, writes: bool = False) -> _T:
+        job = self._thread.submit(work)
         try:
             async with asyncio.timeout(self._deadline_s):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+                return await asyncio.wrap_future(job)
         except TimeoutError:
-            raise failed(self._engine, "the scheduler's database", f"no answer within {self._deadline_s:g} s") from None
+            unsure = writes and not job.cancel()
+            raise self._failed(f"no answer within {self._deadline_s:g} s", unsure=unsure) from None
         except (sa.exc.SQLAlchemyError, OSError) as error:
-            raise failed(self._engine, "the scheduler's database", error) from error
+            # A connection that broke may have done so after the commit.
+            broke = isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
+            raise self._failed(error, unsure=writes and broke) from error
+
+    def _failed(self, problem: BaseException | str, *, unsure: bool) -> UnavailableError:
+        error = failed(self._engine, "the scheduler's database", problem)
+        return UnavailableError(error.reason, f"{error.message}; {_UNSURE}") if unsure else error
