@@ -52,7 +52,7 @@ from agent.host.exec_desk import ExecDesk
 from agent.host.executor import Shell
 from agent.host.gauges import Gauges
 from agent.host.gpu_watch import GpuWatch
-from agent.host.ingress import Ingress
+from agent.host.ingress import FULL, Ingress
 from agent.host.memory_desk import MemoryDesk
 from agent.host.node import Node, NodeSettings
 from agent.host.observe import Identity, Observer
@@ -280,6 +280,7 @@ class AgentDaemon:
                 limits,
                 request_ids=self.request_ids,
                 on_fault=lambda error: self._log.error("ingress.fault", error=type(error).__name__, exc_info=error),
+                when_full=FULL,
             )
         self._stack.push_async_callback(self.http.close, 0.0)
         self.logs = InstanceLogs(self.runtime)

@@ -33,6 +33,8 @@ from agent.ports import Clock
 
 T = TypeVar("T")
 
+FULL = ((b"x-hibernode-refused", b"TOO_MANY_CONNECTIONS"),)
+"""For the server's own answer to a connection beyond its limit: nobody has seen the request."""
 WAKE_TARGET = b"/hibernode/wake"
 """With `x-hibernode-wake-hold-ms` (which no client can send) the scheduler's Wake: answered 200 once the instance is
 awake, else as a refusal. WakeInstance of the API does the same; a gRPC call costs 2 ms of every wake, this 0.5."""

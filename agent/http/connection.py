@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, cast
 
-from agent.core.errors import HibernodeError, UnavailableError
-from agent.http.errors import HttpError, body_too_large, error_answer, too_slow
+from agent.core.errors import HibernodeError
+from agent.http.errors import HttpError, body_too_large, error_answer, too_many_connections, too_slow
 from agent.http.exchange import Exchange
 from agent.http.framing import ChunkedBody, LengthBody
 from agent.http.grammar import HEAD_END, check_partial, parse_request_head, serialise
-from agent.http.message import RequestHead
+from agent.http.message import Header, RequestHead
 from agent.http.sweep import NEVER
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class ServerConnection(asyncio.Protocol):
         full = len(server.connections) >= server.limits.max_connections
         server.connections.add(self)
         if full:
-            self._refuse(UnavailableError("TOO_MANY_CONNECTIONS", "Too many connections; try again later."), 1)
+            self._refuse(too_many_connections(), 1, server.when_full)
         else:
             self._read_by(server.limits.keep_alive_s)
 
@@ -318,12 +318,12 @@ class ServerConnection(asyncio.Protocol):
             self._drain_waiter.set_result(None)
         self._drain_waiter = None
 
-    def _refuse(self, error: HibernodeError, retry_after_s: int | None = None) -> None:
+    def _refuse(self, error: HibernodeError, retry_after_s: int | None = None, extra: Sequence[Header] = ()) -> None:
         """Answers what never became an exchange, and closes."""
         made = error_answer(error, self._server.request_ids(), retry_after_s=retry_after_s)
         line = b"HTTP/1.1 %d Refused\r\n" % made.status
         framing = b"%bcontent-length: %d\r\nconnection: close\r\n" % (self.date_line(), len(made.body))
-        self.transport.write(serialise(line, made.headers, framing) + made.body)
+        self.transport.write(serialise(line, [*made.headers, *extra], framing) + made.body)
         self._linger()
 
     # --- the end ---------------------------------------------------------------------------

@@ -74,6 +74,11 @@ def too_large(what: str, limit_bytes: int) -> HttpError:
     )
 
 
+def too_many_connections() -> core.UnavailableError:
+    """503: the server has as many as it may."""
+    return core.UnavailableError("TOO_MANY_CONNECTIONS", "Too many connections; try again later.")
+
+
 def body_too_large(limit_bytes: int) -> HttpError:
     """413: the body is larger than the limit."""
     return HttpError(

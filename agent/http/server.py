@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from agent.http.connection import ServerConnection
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
+from agent.http.message import Header
 from agent.http.sweep import Sweep
 
 # A coroutine function runs in a task of its own. A plain function that returns None has taken the exchange over and
@@ -34,8 +35,10 @@ class Server:
         request_ids: Callable[[], str],
         on_fault: Callable[[BaseException], None],
         date_line: Callable[[], bytes] = no_date,
+        when_full: Sequence[Header] = (),
     ) -> None:
         self.date_line = date_line
+        self.when_full = when_full
         self.handler = handler
         self.limits = limits
         self.request_ids = request_ids
@@ -102,14 +105,15 @@ async def serve(
     on_fault: Callable[[BaseException], None],
     date_line: Callable[[], bytes] = no_date,
     inherited: socket.socket | None = None,
+    when_full: Sequence[Header] = (),
 ) -> Server:
     """Serves HTTP/1.1 on `host`:`port` (0 = any) of the running loop, or on a socket that listens there already.
 
     `handler` gets one Exchange per request and answers it; a HibernodeError it raises is answered as
     `errors.error_answer` says. `request_ids` names the engine's own refusals (400, 408, 413); `on_fault`
     gets what else a handler raised, once, to be logged (the client gets a 500). `date_line` (a `DateLine`) is part of
-    every answer. Raises OSError if the address can't be bound.
+    every answer, `when_full` of those to connections beyond the limit. Raises OSError if the address can't be bound.
     """
-    server = Server(handler, limits, request_ids, on_fault, date_line)
+    server = Server(handler, limits, request_ids, on_fault, date_line, when_full)
     await server._listen(host, port, inherited)
     return server

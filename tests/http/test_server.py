@@ -356,10 +356,12 @@ async def test_a_client_that_takes_nothing_is_cut() -> None:
 
 async def test_too_many_connections() -> None:
     async with serving(echo, Limits(max_connections=2)) as server:
+        server.when_full = [(b"x-told", b"full")]
         first, second = await connect(server.port), await connect(server.port)
         await eventually(lambda: len(server.connections) == 2)
-        status, _, body = await (await connect(server.port)).message()
+        status, headers, body = await (await connect(server.port)).message()
         assert (status, json.loads(body)["Code"]) == (503, "TooManyConnections")
+        assert headers[b"x-told"] == b"full"
         await first.closed()
         await eventually(lambda: len(server.connections) <= 2)
         await second.send(get(b"/"))
