@@ -12,9 +12,11 @@ SEED = 1
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """The smallest value that `percent` % of all do not exceed (nearest rank): never one that was not measured."""
-    ordered = sorted(values)
-    rank = -(-len(ordered) * percent // 100)
-    return ordered[max(0, int(rank) - 1)]
+    return sorted(values)[_rank(len(values), percent) - 1]
+
+
+def _rank(count: int, percent: float) -> int:
+    return max(1, int(-(-count * percent // 100)))
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -41,10 +43,15 @@ class Ratio:
 def ratio(ours: Sequence[float], rivals: Sequence[float], percent: float) -> Ratio:
     """How `percent` of ours compares with `percent` of the rival's. Seeded: same data, same answer."""
     source = random.Random(SEED)
-    found = sorted(
-        percentile(source.choices(ours, k=len(ours)), percent)
-        / percentile(source.choices(rivals, k=len(rivals)), percent)
-        for _ in range(RESAMPLES)
-    )
-    value = percentile(ours, percent) / percentile(rivals, percent)
+    up, down = sorted(ours), sorted(rivals)
+    found = sorted(_redrawn(up, percent, source) / _redrawn(down, percent, source) for _ in range(RESAMPLES))
+    value = percentile(up, percent) / percentile(down, percent)
     return Ratio(round(value, 4), round(percentile(found, 2.5), 4), round(percentile(found, 97.5), 4))
+
+
+def _redrawn(ordered: Sequence[float], percent: float, source: random.Random) -> float:
+    """That percentile of a resample with replacement, without making it: the k-th smallest of n uniform draws is
+    distributed as Beta(k, n - k + 1)."""
+    count = len(ordered)
+    rank = _rank(count, percent)
+    return ordered[min(count - 1, int(source.betavariate(rank, count - rank + 1) * count))]
