@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 
 import pytest
 
@@ -129,33 +128,6 @@ async def test_100_continue_is_sent_when_the_body_is_wanted() -> None:
         await wire.send(b"hello" + get(b"/b"))
         assert (await wire.message())[2] == b"/a hello"
         assert (await wire.message())[2] == b"/b "
-
-
-async def test_a_notice_stays_in_the_kernel_until_there_is_something_that_somebody_waits_for() -> None:
-    corked = []
-
-    def option(exchange: Exchange) -> int:
-        sock = exchange._connection.transport.get_extra_info("socket")
-        return int(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK))
-
-    async def handler(exchange: Exchange) -> None:
-        exchange.send_processing()
-        corked.append(option(exchange))
-        exchange.send_continue()
-        corked.append(option(exchange))
-        await exchange.read_body(100)
-        exchange.send_processing()
-        corked.append(option(exchange))
-        await exchange.answer(200, [], b"ok")
-        corked.append(option(exchange))
-
-    async with serving(handler) as server:
-        wire = await connect(server.port)
-        await wire.send(b"POST /a HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\nExpect: 100-continue\r\n\r\n")
-        assert [(await wire.head())[0], (await wire.head())[0]] == [102, 100]
-        await wire.send(b"hi")
-        assert [(await wire.head())[0], (await wire.head())[0]] == [102, 200]
-        assert corked == [1, 0, 1, 0]
 
 
 async def test_an_answer_instead_of_100_closes() -> None:

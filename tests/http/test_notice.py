@@ -1,0 +1,75 @@
+"""102: who asked for it knows whether its request has begun, should the process that serves it be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from agent.http.exchange import Exchange
+from tests.http.rig import connect, serving
+
+HOST = b"Host: f\r\n"
+KILLED = """\
+import asyncio, os, signal, sys
+import uvloop
+from agent.http.exchange import Exchange
+from agent.http.limits import Limits
+from agent.http.server import serve
+
+async def handler(exchange: Exchange) -> None:
+    if exchange.head.target == b"/begun":
+        exchange.send_processing()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+async def main() -> None:
+    server = await serve(handler, "127.0.0.1", 0, Limits(), request_ids=str, on_fault=print)
+    print(server.port, flush=True)
+    await asyncio.sleep(60)
+
+(uvloop.run if sys.argv[1] == "uvloop" else asyncio.run)(main())
+"""
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize(("target", "told"), [(b"/begun", b"HTTP/1.1 102 Processing\r\n\r\n"), (b"/waits", b"")])
+async def test_a_server_that_is_killed_has_told_what_had_begun(loop: str, target: bytes, told: bytes) -> None:
+    """The very next instruction is the kill; the kernel sends what is corked, and then closes in order."""
+    with subprocess.Popen([sys.executable, "-c", KILLED, loop], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        try:
+            wire = await connect(int(await asyncio.to_thread(child.stdout.readline)))
+            await wire.send(b"GET %b HTTP/1.1\r\n%b\r\n" % (target, HOST))
+            assert await wire.rest() == told
+        finally:
+            child.kill()
+
+
+async def test_a_notice_stays_in_the_kernel_until_there_is_something_that_somebody_waits_for() -> None:
+    corked = []
+
+    def option(exchange: Exchange) -> int:
+        sock = exchange._connection.transport.get_extra_info("socket")
+        return int(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK))
+
+    async def handler(exchange: Exchange) -> None:
+        exchange.send_processing()
+        corked.append(option(exchange))
+        exchange.send_continue()
+        corked.append(option(exchange))
+        await exchange.read_body(100)
+        exchange.send_processing()
+        corked.append(option(exchange))
+        await exchange.answer(200, [], b"ok")
+        corked.append(option(exchange))
+
+    async with serving(handler) as server:
+        wire = await connect(server.port)
+        await wire.send(b"POST /a HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+        assert [(await wire.head())[0], (await wire.head())[0]] == [102, 100]
+        await wire.send(b"hi")
+        assert [(await wire.head())[0], (await wire.head())[0]] == [102, 200]
+        assert corked == [1, 0, 1, 0]
