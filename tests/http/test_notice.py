@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
 from agent.http.exchange import Exchange
-from tests.http.rig import connect, serving
+from tests.http.rig import PATIENCE_S, connect, serving
 
 HOST = b"Host: f\r\n"
 KILLED = """\
@@ -38,14 +38,19 @@ async def main() -> None:
 @pytest.mark.parametrize(("target", "told"), [(b"/begun", b"HTTP/1.1 102 Processing\r\n\r\n"), (b"/waits", b"")])
 async def test_a_server_that_is_killed_has_told_what_had_begun(loop: str, target: bytes, told: bytes) -> None:
     """The very next instruction is the kill; the kernel sends what is corked, and then closes in order."""
-    with subprocess.Popen([sys.executable, "-c", KILLED, loop], stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        try:
-            wire = await connect(int(await asyncio.to_thread(child.stdout.readline)))
-            await wire.send(b"GET %b HTTP/1.1\r\n%b\r\n" % (target, HOST))
-            assert await wire.rest() == told
-        finally:
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", KILLED, loop, stdout=asyncio.subprocess.PIPE)
+    assert child.stdout is not None
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            port = int(await child.stdout.readline())
+        wire = await connect(port)
+        await wire.send(b"GET %b HTTP/1.1\r\n%b\r\n" % (target, HOST))
+        assert await wire.rest() == told
+        wire.close()
+    finally:
+        with suppress(ProcessLookupError):
             child.kill()
+        await child.wait()
 
 
 async def test_a_notice_stays_in_the_kernel_until_there_is_something_that_somebody_waits_for() -> None:
