@@ -21,8 +21,8 @@ AHEAD_SLOTS = 4
 """With fewer awake slots of the function on a node nothing is sent ahead there: each one is one more that a dying agent
 may take along."""
 WAY_NS = 4 * MILLISECOND_NS
-"""From the end of a request to the arrival of the next at its node, through scheduler and network: 1 ms usually, this on
-a busy host. On two cores, with requests of 20 ms, 1 % of the slots found nobody waiting there at half of it."""
+"""From the end of a request to the arrival of the next at its node, through scheduler and network: 1 ms usually, this
+on a busy host. (On two cores, with requests of 20 ms, 1 % of the slots found nobody waiting there at half of it.)"""
 AHEAD_PAUSE_NS = SECOND_NS // 10
 """After a node refused what was sent ahead nothing is sent there for so long."""
 AHEAD_NODES = 8
