@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
-from agent.api.paging import page
+from agent.api.paging import MAX_TOKEN_DIGITS, page
 from agent.core.errors import DeadlineError, ExhaustedError, InvalidArgumentError
 from agent.core.price_book import Price, PriceBook
 from agent.core.pricing import Quantities, exact_text, quantities, rounded
 from agent.core.usage_window import Window
 from agent.scheduler.usage import UsageCollector
 from agent.scheduler.usage_reconciliation import Reconciled
-from agent.scheduler.usage_reports import MAX_WINDOWS, NO_GPU_MODEL, UsageFilter, UsageLine, UsageReports
+from agent.scheduler.usage_reports import UsageFilter, UsageLine, UsageReports
 from agent.v1 import usage_service_pb2 as pb
 from agent.v1 import usage_service_pb2_grpc
 from agent.wire.convert_time import time_from_proto, time_to_proto
@@ -26,6 +24,10 @@ from agent.wire.tokens import calling_node
 MAX_BATCH = 500
 MAX_RECONCILIATIONS = 2
 MAX_RECONCILIATION_S = 600.0
+WINDOWS_FOLLOW = "windows/"
+"""Page tokens of the windows that follow the rows begin so."""
+WINDOWS_PAGE = 2_000
+"""About half a MiB."""
 _GROUPS = {
     pb.ListUsageRequest.GROUPING_UNSPECIFIED: ("function",),
     pb.ListUsageRequest.GROUPING_FUNCTION: ("function",),
@@ -33,7 +35,7 @@ _GROUPS = {
     pb.ListUsageRequest.GROUPING_NODE: ("node",),
     pb.ListUsageRequest.GROUPING_GPU_MODEL: ("gpu_model",),
 }
-"""What makes a row; the first one chooses its windows."""
+"""What makes a row."""
 
 
 class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
@@ -81,13 +83,13 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
             start_wall_ns=time_from_proto(request.start_time) if request.HasField("start_time") else 0,
             end_wall_ns=time_from_proto(request.end_time) if request.HasField("end_time") else 0,
         )
+        if request.include_windows and request.page_token.startswith(WINDOWS_FOLLOW):
+            return await self._windows(only, request.page_token.removeprefix(WINDOWS_FOLLOW))
         report = await self._reports.report(self._book, only, groups)
         shown, token = page(report.lines, request.page_size, request.page_token)
-        windows = await self._windows(only, shown, groups[0]) if request.include_windows else []
         return pb.ListUsageResponse(
             rows=[_row(line, dict(zip(groups, line.group, strict=True))) for line in shown],
-            next_page_token=token,
-            windows=[window_to_proto(window) for window in windows],
+            next_page_token=token or (WINDOWS_FOLLOW if request.include_windows else ""),
             total_cost=str(report.total_cost),
             total_always_on_cost=str(report.total_always_on_cost),
             unit=report.currency,
@@ -121,23 +123,17 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
         finally:
             self._reconciling -= 1
 
-    async def _windows(self, only: UsageFilter, lines: Sequence[UsageLine], by: str) -> list[Window]:
-        """Windows behind the lines of a page, each once. ExhaustedError where they are too many."""
-        found: list[Window] = []
-        for value in dict.fromkeys(line.group[0] for line in lines):
-            chosen: dict[str, Any] = {by: value or NO_GPU_MODEL}
-            part = replace(only, **chosen)
-            after = ("", -1)
-            while True:
-                windows = await self._reports.windows(part, limit=1000, after=after)
-                found += windows
-                if len(found) > MAX_WINDOWS:
-                    text = f"more than {MAX_WINDOWS} windows; ask for a shorter time or one function"
-                    raise ExhaustedError("USAGE_TOO_MANY_WINDOWS", text)
-                if len(windows) < 1000:
-                    break
-                after = (windows[-1].instance_uid, windows[-1].seq)
-        return found
+    async def _windows(self, only: UsageFilter, after: str) -> pb.ListUsageResponse:
+        """A page of windows; `after` is the key of the last one of the page before, `<seq>/<uid>`, or empty."""
+        seq, _, uid = after.partition("/")
+        if after and not (seq.isdecimal() and len(seq) <= MAX_TOKEN_DIGITS and uid):
+            raise InvalidArgumentError("PAGE_TOKEN_INVALID", "page_token must come from the answer before")
+        found = await self._reports.windows(only, limit=WINDOWS_PAGE, after=(uid, int(seq)) if after else ("", -1))
+        last = found[-1] if len(found) == WINDOWS_PAGE else None
+        return pb.ListUsageResponse(
+            windows=[window_to_proto(window) for window in found],
+            next_page_token="" if last is None else f"{WINDOWS_FOLLOW}{last.seq}/{last.instance_uid}",
+        )
 
 
 def _reconciliation(found: Reconciled) -> pb.UsageReconciliation:
@@ -192,6 +188,7 @@ def _row(line: UsageLine, named: Mapping[str, str]) -> pb.UsageRow:
         cost=str(rounded(line.cost.total)),
         always_on_cost=str(rounded(line.always_on_cost.total)),
         estimated=line.total("estimated") > 0,
+        unpriced_windows=line.unpriced,
     )
     if line.price is not None:
         row.factors.CopyFrom(_factors(line.price, line.gpu_model))

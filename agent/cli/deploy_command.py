@@ -13,6 +13,7 @@ from agent.cli.options import asked, output_option, s_options, scheduler_options
 from agent.cli.output import note, show_json, show_text, warn
 from agent.cli.s_yaml import Deployment, HttpTrigger, load_s_yaml
 from agent.core.errors import DeadlineError, HibernodeError, NotFoundError, PreconditionError
+from agent.core.placement import PASSING
 from agent.v1 import function_service_pb2 as pb
 from agent.v1 import types_pb2
 from agent.wire.clients import DaemonChannel
@@ -161,20 +162,34 @@ async def _wait(channel: DaemonChannel, answers: list[pb.DeployFunctionResponse]
             for answer in answers:
                 answer.function.CopyFrom(await _settled(channel, answer.function.name))
     except TimeoutError as error:
-        message = f"not as many instances as wanted after {timeout_s:g} s; `hibernode functions` shows how far it is"
+        message = (
+            f"not as many instances as wanted after {timeout_s:g} s; `hibernode functions` says how far it is and why"
+        )
         raise DeadlineError("DEPLOY_TIMEOUT", message) from error
 
 
 async def _settled(channel: DaemonChannel, name: str) -> pb.Function:
-    """The function once it is READY. Raises PreconditionError with the scheduler's reason if it can't be.
+    """The function once it is READY. Raises PreconditionError with the scheduler's reason if it can't be; what may pass
+    is told and waited for.
 
     The API has no way to watch a function, so it is asked again every half second.
     """
+    said = ""
     while True:
         found = await get_function(channel, name)
         if found.state == pb.Function.STATE_READY:
             return found
         if found.state == pb.Function.STATE_DEGRADED:
             why = found.current_error or "it is degraded"
-            raise PreconditionError(found.current_error_reason or "DEGRADED", why if name in why else f"{name}: {why}")
+            why = why if name in why else f"{name}: {why}"
+            if found.current_error_reason not in PASSING:
+                raise PreconditionError(found.current_error_reason or "DEGRADED", why)
+            said = told_once(said, why)
         await asyncio.sleep(POLL_S)
+
+
+def told_once(said: str, text: str) -> str:
+    """Tell what is waited for, unless it was the last that was `said`. Returns `text`."""
+    if text != said:
+        note(f"waiting: {text}")
+    return text

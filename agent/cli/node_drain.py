@@ -9,7 +9,7 @@ from agent.cli.connection import PAGE_SIZE, SHORT_S
 from agent.cli.functions_command import list_functions
 from agent.cli.output import note, warn
 from agent.cli.ps_command import list_fleet
-from agent.core.errors import DeadlineError, NotFoundError, PreconditionError
+from agent.core.errors import DeadlineError, NotFoundError, PreconditionError, UnavailableError
 from agent.core.provision import parse_request_id
 from agent.v1 import function_service_pb2, scheduler_service_pb2, types_pb2
 from agent.wire.clients import DaemonChannel
@@ -35,9 +35,10 @@ async def list_nodes(channel: DaemonChannel) -> list[types_pb2.Node]:
 
 
 async def wait_until_drained(channel: DaemonChannel, name: str, timeout_s: float) -> types_pb2.Node:
-    """The node once none of the scheduler's instances is left on it, or it is lost. Every change is told on stderr.
+    """The node once none of the scheduler's instances is left on it. Every change is told on stderr.
 
-    Raises DeadlineError DRAIN_TIMEOUT with what is left and why, PreconditionError DRAIN_TAKEN_BACK.
+    Raises DeadlineError DRAIN_TIMEOUT with what is left and why, PreconditionError DRAIN_TAKEN_BACK, UnavailableError
+    NODE_LOST.
     """
     said: dict[str, str] = {}
     try:
@@ -50,12 +51,15 @@ async def wait_until_drained(channel: DaemonChannel, name: str, timeout_s: float
                     raise PreconditionError(
                         "DRAIN_TAKEN_BACK", f"somebody has asked something else of {name} meanwhile"
                     )
-                here = [one for one in await list_fleet(channel) if one.node == name and one.state not in _ENDED]
+                here = [one for one in await list_fleet(channel, node=name) if one.state not in _ENDED]
                 functions = {one.name: one for one in await list_functions(channel)}
                 foreign = [one for one in here if not _ours(one, functions)]
                 left = [one for one in here if _ours(one, functions)]
-                if not left or found.state == types_pb2.Node.STATE_LOST:
-                    _say_what_stays(name, found, foreign)
+                if found.state == types_pb2.Node.STATE_LOST:
+                    text = "is lost: what it had is replaced elsewhere, and drained when it comes back"
+                    raise UnavailableError("NODE_LOST", f"{name} {text}")
+                if not left:
+                    _say_what_stays(name, foreign)
                     return found
                 _say_changes(said, _words(name, left, functions))
                 await asyncio.sleep(POLL_S)
@@ -93,9 +97,7 @@ def _say_changes(said: dict[str, str], words: dict[str, str]) -> None:
     said.update(words)
 
 
-def _say_what_stays(name: str, found: types_pb2.Node, foreign: list[types_pb2.Instance]) -> None:
-    if found.state == types_pb2.Node.STATE_LOST:
-        warn(f"{name} is lost: what it had is replaced elsewhere, and drained when it comes back")
+def _say_what_stays(name: str, foreign: list[types_pb2.Instance]) -> None:
     if foreign:
         uids = ", ".join(one.uid for one in foreign)
         warn(f"{uids}: not made by this scheduler, so they stay; `hibernode rm` at {name} ends them")

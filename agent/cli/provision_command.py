@@ -10,12 +10,13 @@ import click
 import yaml
 
 from agent.cli.connection import PAGE_SIZE, SHORT_S, with_scheduler
-from agent.cli.deploy_command import POLL_S
+from agent.cli.deploy_command import POLL_S, told_once
 from agent.cli.options import asked, output_option, s_options, scheduler_options, timeout_option
 from agent.cli.output import note, show_json, show_text, warn
 from agent.cli.s_yaml import load_s_yaml
 from agent.cli.s_yaml_provision import METRIC_NAMES, read_provision, target_of
-from agent.core.errors import DeadlineError, PreconditionError
+from agent.core.errors import ConfigError, DeadlineError, PreconditionError
+from agent.core.placement import PASSING
 from agent.v1 import function_service_pb2 as pb
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import to_json
@@ -214,6 +215,9 @@ def _config(target: int | None, policies: Path | None, actions: Path | None) -> 
         if path is None:
             continue
         written, found = read_provision(path)
+        if written.target_tracking_policies is None and written.scheduled_actions is None:
+            text = f"{path} has neither targetTrackingPolicies nor scheduledActions; [] removes them"
+            raise ConfigError("PROVISION_EMPTY", text)
         target = target_of(written) if target is None else target
         if written.always_allocate_gpu is not None:
             config.always_allocate_gpu = written.always_allocate_gpu
@@ -228,7 +232,10 @@ def _config(target: int | None, policies: Path | None, actions: Path | None) -> 
 
 
 async def _settled(channel: DaemonChannel, name: str, timeout_s: float) -> pb.Provision:
-    """The provisioning once there are as many instances as wanted. The API has no way to watch it."""
+    """The provisioning once there are as many instances as wanted. The API has no way to watch it.
+
+    Raises PreconditionError with the scheduler's reason where it won't pass, DeadlineError PROVISION_TIMEOUT."""
+    said = ""
     try:
         async with asyncio.timeout(timeout_s):
             while True:
@@ -236,13 +243,16 @@ async def _settled(channel: DaemonChannel, name: str, timeout_s: float) -> pb.Pr
                     if found.current == found.target:
                         return found
                     if found.current_error and found.current < found.target:
-                        raise PreconditionError(found.current_error_reason or "DEGRADED", found.current_error)
+                        if found.current_error_reason not in PASSING:
+                            raise PreconditionError(found.current_error_reason or "DEGRADED", found.current_error)
+                        said = told_once(said, found.current_error)
                     break
                 else:
                     return pb.Provision(function=name)
                 await asyncio.sleep(POLL_S)
     except TimeoutError as error:
-        message = f"not as many instances as wanted after {timeout_s:g} s; `hibernode provision list` says how many"
+        why = f" ({said})" if said else ""
+        message = f"not as many instances as wanted after {timeout_s:g} s{why}; see `hibernode provision list`"
         raise DeadlineError("PROVISION_TIMEOUT", message) from error
 
 

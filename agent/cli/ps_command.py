@@ -71,13 +71,13 @@ async def list_instances(
     return found
 
 
-async def list_fleet(channel: DaemonChannel, function: str = "") -> list[types_pb2.Instance]:
+async def list_fleet(channel: DaemonChannel, function: str = "", node: str = "") -> list[types_pb2.Instance]:
     """Instances of the fleet, every page."""
     found: list[types_pb2.Instance] = []
     token = ""
     for _ in range(MAX_PAGES):
         request = scheduler_service_pb2.ListFleetInstancesRequest(
-            page_size=PAGE_SIZE, page_token=token, function=function
+            page_size=PAGE_SIZE, page_token=token, function=function, node=node
         )
         page = await channel.call(channel.scheduler.ListFleetInstances, request, SHORT_S)
         found += page.instances

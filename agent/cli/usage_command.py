@@ -8,10 +8,11 @@ import click
 
 from agent.cli.connection import PAGE_SIZE, SHORT_S, with_agent, with_scheduler
 from agent.cli.options import asked, fleet_or_node_options, output_or_csv_option
-from agent.cli.output import note, show_json, show_table, show_text
+from agent.cli.output import note, show_json, show_table, show_text, warn
 from agent.cli.units import instant_ns, money, seconds
 from agent.cli.usage_csv import usage_csv
 from agent.cli.usage_reconcile_command import reconcile
+from agent.core.errors import ExhaustedError
 from agent.v1 import node_service_pb2, types_pb2
 from agent.v1 import usage_service_pb2 as pb
 from agent.wire.clients import DaemonChannel
@@ -19,8 +20,8 @@ from agent.wire.convert_time import time_to_proto
 from agent.wire.json_view import short_name, to_json
 
 MAX_PAGES = 10_000
-ROWS_WITH_WINDOWS = 20
-"""Rows a page when their windows come along: an answer has to fit into one message."""
+MAX_WINDOWS = 1_000_000
+"""As many as fit into memory at once: half a GiB."""
 _GROUPINGS = {
     "function": pb.ListUsageRequest.GROUPING_FUNCTION,
     "instance": pb.ListUsageRequest.GROUPING_INSTANCE,
@@ -92,7 +93,7 @@ def usage(
         return
     with_windows = windows and asked().json
     request = pb.ListUsageRequest(
-        page_size=ROWS_WITH_WINDOWS if with_windows else PAGE_SIZE,
+        page_size=PAGE_SIZE,
         function=function,
         node=node,
         gpu_model=gpu_model,
@@ -124,7 +125,14 @@ async def list_usage(channel: DaemonChannel, request: pb.ListUsageRequest) -> pb
         page = await channel.call(channel.usage.ListUsage, request, SHORT_S)
         whole.rows.extend(page.rows)
         whole.windows.extend(page.windows)
-        whole.total_cost, whole.total_always_on_cost, whole.unit = page.total_cost, page.total_always_on_cost, page.unit
+        if page.total_cost:  # pages of windows have none
+            whole.total_cost, whole.total_always_on_cost = page.total_cost, page.total_always_on_cost
+            whole.unit = page.unit
+        if len(whole.windows) > MAX_WINDOWS:
+            text = (
+                f"more than {MAX_WINDOWS} windows; leave them out (--no-windows) or ask for less (--since, --function)"
+            )
+            raise ExhaustedError("USAGE_TOO_MANY_WINDOWS", text)
         request.page_token = page.next_page_token
         if not page.next_page_token:
             break
@@ -148,7 +156,7 @@ def _show(found: pb.ListUsageResponse, by: str) -> None:
             _one_decimal(one.gpu_idle_gib_s),
             money(one.cost),
             money(one.always_on_cost),
-            "estimated" if one.estimated else "",
+            _marks(one),
         )
         for one in found.rows
     ]
@@ -156,6 +164,14 @@ def _show(found: pb.ListUsageResponse, by: str) -> None:
         blank = ("",) * (len(names) + len(times) - 1)
         rows.append(("TOTAL", *blank, money(found.total_cost), money(found.total_always_on_cost), _saved(found)))
     show_table((*names, *times, *costs, ""), rows, right=(*times, *costs))
+    unpriced = sorted({one.gpu_model or "-" for one in found.rows if one.unpriced_windows})
+    if unpriced:
+        warn(f"no price, or none for the GPU, in some of {', '.join(unpriced)}: add them to `prices` in scheduler.yaml")
+
+
+def _marks(one: pb.UsageRow) -> str:
+    unpriced = f"{one.unpriced_windows} of {one.window_count} windows unpriced" if one.unpriced_windows else ""
+    return ", ".join(filter(None, ("estimated" if one.estimated else "", unpriced)))
 
 
 def _names(one: pb.UsageRow, by: str) -> tuple[str, ...]:

@@ -114,6 +114,8 @@ _REASONS = {
     _Lacks.SLOT: "NO_FREE_GPU",
     _Lacks.MEMORY: "HOST_MEMORY_SHORT",
 }
+PASSING = frozenset({"NO_NODE", "NO_FREE_GPU", "HOST_MEMORY_SHORT"})
+"""What may be otherwise in a moment: an instance ends, a node comes back."""
 _PLURALS = {"has": "have", "is": "are", "lacks": "lack"}
 
 

@@ -97,7 +97,8 @@ class UsageDatabase:
             async with asyncio.timeout(self._deadline_s):
                 return await asyncio.wrap_future(future)
         except TimeoutError:
-            raise failed(self.engine, "the usage database", f"no answer within {self._deadline_s:g} s") from None
+            problem = f"no answer within {self._deadline_s:g} s; for less time, --since and --until, there may be one"
+            raise failed(self.engine, "the usage database", problem) from None
         except (sa.exc.SQLAlchemyError, OSError) as error:
             raise failed(self.engine, "the usage database", error) from error
 

@@ -222,7 +222,9 @@ class ListUsageRequest(_message.Message):
     grouping: Global___ListUsageRequest.Grouping.ValueType
     """What one row sums up."""
     include_windows: _builtins.bool
-    """Also answer with the windows behind the rows of this page, so that the costs can be recomputed."""
+    """Also answer with the windows behind the rows, so that the costs can be recomputed: after the last row, in pages of
+    their own, each once.
+    """
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """Only windows that start at or after this time; absent means from the beginning. A window is at most a minute long
@@ -280,7 +282,7 @@ class ListUsageResponse(_message.Message):
 
     @_builtins.property
     def windows(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.UsageWindow]:
-        """The windows behind the rows, when asked for."""
+        """Windows behind the rows, when asked for; an answer that has them has nothing else."""
 
     def __init__(
         self,
@@ -325,6 +327,7 @@ class UsageRow(_message.Message):
     ALWAYS_ON_COST_FIELD_NUMBER: _builtins.int
     FACTORS_FIELD_NUMBER: _builtins.int
     ESTIMATED_FIELD_NUMBER: _builtins.int
+    UNPRICED_WINDOWS_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     """Function; empty when rows sum up nodes or GPU models."""
     instance_uid: _builtins.str
@@ -363,6 +366,10 @@ class UsageRow(_message.Message):
     """
     estimated: _builtins.bool
     """Some of it was estimated after a crash."""
+    unpriced_windows: _builtins.int
+    """Windows without a price, or without one for their GPU: before the first price, or of a model the book does not know.
+    That part is missing from both costs.
+    """
     @_builtins.property
     def factors(self) -> Global___PriceFactors:
         """The factors used."""
@@ -389,10 +396,11 @@ class UsageRow(_message.Message):
         always_on_cost: _builtins.str = ...,
         factors: Global___PriceFactors | None = ...,
         estimated: _builtins.bool = ...,
+        unpriced_windows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["factors", b"factors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_ns", b"active_ns", "always_on_cost", b"always_on_cost", "cost", b"cost", "disk_gib_s", b"disk_gib_s", "estimated", b"estimated", "factors", b"factors", "function", b"function", "gpu_active_gib_s", b"gpu_active_gib_s", "gpu_idle_gib_s", b"gpu_idle_gib_s", "gpu_model", b"gpu_model", "idle_ns", b"idle_ns", "instance_uid", b"instance_uid", "invocations", b"invocations", "memory_gib_s", b"memory_gib_s", "node", b"node", "unbilled_ns", b"unbilled_ns", "vcpu_active_s", b"vcpu_active_s", "vcpu_idle_s", b"vcpu_idle_s", "window_count", b"window_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_ns", b"active_ns", "always_on_cost", b"always_on_cost", "cost", b"cost", "disk_gib_s", b"disk_gib_s", "estimated", b"estimated", "factors", b"factors", "function", b"function", "gpu_active_gib_s", b"gpu_active_gib_s", "gpu_idle_gib_s", b"gpu_idle_gib_s", "gpu_model", b"gpu_model", "idle_ns", b"idle_ns", "instance_uid", b"instance_uid", "invocations", b"invocations", "memory_gib_s", b"memory_gib_s", "node", b"node", "unbilled_ns", b"unbilled_ns", "unpriced_windows", b"unpriced_windows", "vcpu_active_s", b"vcpu_active_s", "vcpu_idle_s", b"vcpu_idle_s", "window_count", b"window_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

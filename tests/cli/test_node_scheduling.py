@@ -69,10 +69,11 @@ def test_a_drain_that_finds_no_room_ends_with_the_reason(at_drain: Run) -> None:
     assert "cramped: node gpu-host-2 has no free GPU (NO_FREE_GPU)" in last
 
 
-def test_a_lost_node_is_not_waited_for(at_drain: Run) -> None:
+def test_a_lost_node_is_not_waited_for_and_not_called_drained(at_drain: Run) -> None:
     done = at_drain("node", "drain", "gpu-host-2", "--wait", "-o", "json")
-    assert (done.code, done.json["state"]) == (0, "LOST")
+    assert done.code == 5
     assert "gpu-host-2 is lost" in done.err
+    assert "is drained" not in done.err
 
 
 def test_a_drain_that_somebody_takes_back_fails(at_drain: Run) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from agent.cli import provision_command
 from agent.cli.s_yaml import load_s_yaml
+from agent.core.errors import PreconditionError
+from agent.v1 import function_service_pb2 as pb
 from tests.cli.conftest import ROOT, Run
 from tests.cli.test_node_commands import MINIMAL
 from tests.cli.test_s_yaml import EXAMPLE
@@ -88,6 +91,35 @@ def test_what_cannot_be_meant_is_refused(at_home: Run, arguments: tuple[str, ...
     done = at_home("provision", *arguments)
     assert done.code == 2
     assert text in done.err
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"targetTrackingPolicies": null}', '{"target": 3}'])
+def test_a_file_of_policies_without_any_is_no_wish_to_remove_them(at_home: Run, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "policies.json"
+    path.write_text(text)
+    done = at_home("provision", "put", "ocr", "--target", "1", "--targetTrackingPolicies", str(path))
+    assert done.code == 2
+    assert "[] removes them" in done.err
+
+
+async def test_want_of_room_is_waited_for_and_what_never_passes_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def short(reason: str) -> pb.Provision:
+        return pb.Provision(function="ocr", target=2, current=1, current_error="no room", current_error_reason=reason)
+
+    answers = [short("NO_FREE_GPU"), short("NO_FREE_GPU"), pb.Provision(function="ocr", target=2, current=2)]
+
+    async def listed(channel: object, name: str) -> list[pb.Provision]:
+        return [answers.pop(0)]
+
+    monkeypatch.setattr(provision_command, "list_provisions", listed)
+    monkeypatch.setattr(provision_command, "POLL_S", 0.0)
+    assert (await provision_command._settled(object(), "ocr", 10.0)).current == 2  # type: ignore[arg-type]
+    assert capsys.readouterr().err.count("no room") == 1
+    answers.append(short("IMAGE_RUNTIME_UNAVAILABLE"))
+    with pytest.raises(PreconditionError):
+        await provision_command._settled(object(), "ocr", 10.0)  # type: ignore[arg-type]
 
 
 def test_who_is_not_deployed_is_not_found(at_home: Run) -> None:

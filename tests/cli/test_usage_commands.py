@@ -55,7 +55,7 @@ def test_csv_is_rfc_4180_with_a_head_that_never_changes() -> None:
     assert head == (
         "function,instance_uid,node,gpu_model,window_count,active_ns,idle_ns,unbilled_ns,invocations,"
         "gpu_active_gib_s,gpu_idle_gib_s,vcpu_active_s,vcpu_idle_s,memory_gib_s,disk_gib_s,cost,always_on_cost,"
-        "estimated,factors.gpu_active,factors.gpu_idle,factors.vcpu_active,factors.vcpu_idle,factors.memory,"
+        "estimated,unpriced_windows,factors.gpu_active,factors.gpu_idle,factors.vcpu_active,factors.vcpu_idle,factors.memory,"
         "factors.disk,factors.invocation,factors.valid_from,unit"
     )
     assert row.startswith('ocr,,,"A ""quoted"", long?name",0,0,0,0,0,')

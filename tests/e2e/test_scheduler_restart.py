@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 import yaml
 
+from agent.cli.usage_command import list_usage
 from agent.core.types import GIB, SECOND_NS
 from agent.examples.echo.__main__ import expected_answer
 from agent.v1 import function_service_pb2 as functions_pb
@@ -147,7 +148,7 @@ async def check_usage(stack: Stack, instances: dict[str, int]) -> None:
 async def usage(stack: Stack, grouping: usage_pb.ListUsageRequest.Grouping.ValueType) -> usage_pb.ListUsageResponse:
     async with stack.channel("scheduler") as channel:
         request = usage_pb.ListUsageRequest(grouping=grouping, include_windows=True)
-        return await channel.call(channel.usage.ListUsage, request, CALL_S)
+        return await list_usage(channel, request)
 
 
 def sums(windows: object) -> Sums:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.core.errors import PermissionDeniedError
+from agent.cli.usage_command import list_usage
+from agent.core.errors import InvalidArgumentError, PermissionDeniedError
 from agent.core.types import GIB, SECOND_NS
 from agent.core.usage_window import Window
 from agent.daemons.scheduler import PRICE_BOOK
@@ -67,8 +68,9 @@ async def test_windows_are_stored_once_and_the_cost_can_be_recomputed(daemon: Da
             await agent.call(agent.usage.ListUsage, ListUsageRequest(), 10)
     for grouping in (ListUsageRequest.GROUPING_FUNCTION, ListUsageRequest.GROUPING_INSTANCE):
         asked = ListUsageRequest(grouping=grouping, include_windows=True)
-        usage = await daemon.channel.call(daemon.channel.usage.ListUsage, asked, 10)
+        usage = await list_usage(daemon.channel, asked)
         (row,) = usage.rows
+        assert row.unpriced_windows == 0
         assert (row.function, row.active_ns, row.idle_ns, row.invocations) == ("ocr", 4 * SECOND_NS, 6 * SECOND_NS, 2)
         factors = row.factors
         expected = (
@@ -81,6 +83,28 @@ async def test_windows_are_stored_once_and_the_cost_can_be_recomputed(daemon: Da
         assert Decimal(row.cost) == expected == Decimal(usage.total_cost)
         assert Decimal(row.always_on_cost) > expected
         assert list(usage.windows) == [window_to_proto(WINDOW)]
+
+
+async def test_windows_follow_the_rows_in_pages_of_their_own_each_once(daemon: Daemon) -> None:
+    """Two models of one function are two rows; who computes the costs again must not find its windows twice."""
+    many = [
+        replace(WINDOW, instance_uid=f"i-{uid}", seq=seq, gpu_model=model)
+        for uid, model in ((1, WINDOW.gpu_model), (2, "Abacus 9000"))
+        for seq in range(250)
+    ] + [replace(WINDOW, instance_uid="i-3", seq=seq) for seq in range(2000)]
+    async with DaemonChannel(daemon.endpoints["grpc"], NODE_TOKEN) as agent:
+        for first in range(0, len(many), 500):
+            request = UploadUsageWindowsRequest(windows=map(window_to_proto, many[first : first + 500]))
+            await agent.call(agent.usage.UploadUsageWindows, request, 10)
+    whole = await list_usage(daemon.channel, ListUsageRequest(include_windows=True, page_size=1))
+    keys = [(one.instance_uid, one.seq) for one in whole.windows]
+    assert sorted(keys) == sorted((one.instance_uid, one.seq) for one in many)
+    assert len(set(keys)) == len(keys)
+    assert {row.gpu_model: row.unpriced_windows for row in whole.rows} == {WINDOW.gpu_model: 0, "Abacus 9000": 250}
+    for token in ("windows/x", "windows/1", f"windows/{'9' * 40}/i-1"):
+        asked = ListUsageRequest(include_windows=True, page_token=token)
+        with pytest.raises(InvalidArgumentError):
+            await daemon.channel.call(daemon.channel.usage.ListUsage, asked, 10)
 
 
 async def test_sums_by_node_and_model_and_a_reconciliation_come_from_the_command_line(daemon: Daemon) -> None:
@@ -114,7 +138,7 @@ async def test_sums_by_node_and_model_and_a_reconciliation_come_from_the_command
         assert [one["instance_uid"] for one in json.loads(out)["windows"]] == uids
     _, out = await hibernode("usage", "--by", "gpu-model", "-o", "json")
     answer = json.loads(out)
-    assert [one["instance_uid"] for one in answer["windows"]] == ["i-2", "i-1", "i-1"], "each behind its row, once"
+    assert [one["instance_uid"] for one in answer["windows"]] == ["i-1", "i-1", "i-2"], "each once, by its key"
     assert Decimal(answer["rows"][0]["always_on_cost"]) == 0, "what never started saves nothing"
 
     code, out = await hibernode("usage", "reconcile", "-o", "json")
