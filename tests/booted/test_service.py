@@ -95,6 +95,7 @@ def test_a_sigkill_under_load_costs_only_the_requests_inside_the_agent(site: Sit
         old = machine.main_pid(AGENT)
         with under_load(machine) as load:
             machine.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", AGENT)
+            machine.until("its kernel has closed its connections", lambda: machine.main_pid(AGENT) != old)
             killed = time.monotonic_ns()
             machine.until(
                 "systemd has started another", lambda: machine.main_pid(AGENT) not in (0, old) and ready(site)
