@@ -73,8 +73,8 @@ from agent.wire.tokens import Principal, Role, TokenTable
 GRACE_S = 30.0
 GRPC_GRACE_S = 2.0
 LAME_DUCK_S = 0.1
-"""So long requests are refused before their connections close: who is on the way is told to go elsewhere, which a closed
-connection cannot say. By then the scheduler, whose load stream has ended, sends no more."""
+"""So long requests are refused before their connections close: who is on the way is told to go elsewhere, which a
+closed connection cannot say. By then the scheduler, whose load stream has ended, sends no more."""
 LEAVE_S = 120.0
 """At most, for all that follows once the instances were asked to end: kills, cleaning up, the last windows."""
 GATEWAY_HEADER_ROOM_BYTES = 4096
