@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from agent.core.cuda_calls import CudaAnswer as CudaAnswer  # noqa: PLC0414 (re-exported)
-from agent.core.cuda_calls import CudaCall as CudaCall  # noqa: PLC0414 (re-exported)
-from agent.core.cuda_calls import CudaFault as CudaFault  # noqa: PLC0414 (re-exported)
-from agent.core.cuda_calls import CudaOp as CudaOp  # noqa: PLC0414 (re-exported)
-from agent.core.cuda_calls import CudaReply as CudaReply  # noqa: PLC0414 (re-exported)
-from agent.core.cuda_calls import CudaState as CudaState  # noqa: PLC0414 (re-exported)
+from agent.core.billing.window import Window as Window  # noqa: PLC0414 (re-exported)
 from agent.core.errors import UnavailableError
+from agent.core.gpus.cuda_calls import CudaAnswer as CudaAnswer  # noqa: PLC0414 (re-exported)
+from agent.core.gpus.cuda_calls import CudaCall as CudaCall  # noqa: PLC0414 (re-exported)
+from agent.core.gpus.cuda_calls import CudaFault as CudaFault  # noqa: PLC0414 (re-exported)
+from agent.core.gpus.cuda_calls import CudaOp as CudaOp  # noqa: PLC0414 (re-exported)
+from agent.core.gpus.cuda_calls import CudaReply as CudaReply  # noqa: PLC0414 (re-exported)
+from agent.core.gpus.cuda_calls import CudaState as CudaState  # noqa: PLC0414 (re-exported)
 from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, GpuSample, Handle, InstanceSpec, Xid
-from agent.core.usage_window import Window as Window  # noqa: PLC0414 (re-exported)
 
 
 class Timer(Protocol):

@@ -38,8 +38,8 @@ SLOW_FIRST = (
 TOGETHER = {
     "tests/engines/": "engines",  # one Docker and one Podman, which a worker's process starts for itself
     "tests/booted/": "booted",  # one booted systemd for all
-    "tests/cli/test_selftest.py": "selftest",  # one slice of cgroups for all selftests of a host
-    "tests/adapters/test_selftest_process.py": "selftest",
+    "tests/cli/doctor/test_selftest.py": "selftest",  # one slice of cgroups for all selftests of a host
+    "tests/selftest/test_target_process.py": "selftest",
 }
 """Files, and folders (`/` at the end)."""
 

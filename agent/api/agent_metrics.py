@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from agent.api.instance_metrics import instance_metrics
 from agent.core.snapshots import NodeSnapshot
 from agent.core.types import InstanceState
-from agent.host.observe import Observer
+from agent.host.node.observer import Observer
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,15 @@ from typing import TypeVar
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-from agent.core.dispatch import Dispatcher
-from agent.core.leases import Standing
+from agent.core.dispatch.dispatcher import Dispatcher
+from agent.core.dispatch.index import Standing
 from agent.core.traffic import CLASSES, Durations, Traffic
 from agent.core.types import SECOND_NS
 from agent.ports import Clock
-from agent.scheduler.fleet import ENDED, Fleet
-from agent.scheduler.functions import Catalog, Deployed
-from agent.scheduler.traffic_table import TrafficTable
-from agent.scheduler.usage_totals import KINDS, UsageTotals
+from agent.scheduler.fleet.fleet import ENDED, Fleet
+from agent.scheduler.functions.catalog import Catalog, Deployed
+from agent.scheduler.gateway.traffic import TrafficTable
+from agent.scheduler.usage.totals import KINDS, UsageTotals
 from agent.v1.scheduler_service_pb2 import InstanceLoad
 from agent.v1.types_pb2 import Instance
 

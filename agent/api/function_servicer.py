@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from agent.api.paging import page
-from agent.core.dispatch import Dispatcher
+from agent.core.dispatch.dispatcher import Dispatcher
+from agent.core.dispatch.index import Standing
 from agent.core.errors import NotFoundError
-from agent.core.leases import Standing
 from agent.core.types import IdleMode
-from agent.scheduler.fleet import ENDED, Fleet
-from agent.scheduler.functions import Catalog, Deployed
-from agent.scheduler.scaler import Scaler
+from agent.scheduler.fleet.fleet import ENDED, Fleet
+from agent.scheduler.functions.autoscaler import Scaler
+from agent.scheduler.functions.catalog import Catalog, Deployed
 from agent.v1 import function_service_pb2 as pb
 from agent.v1 import function_service_pb2_grpc
 from agent.v1.scheduler_service_pb2 import InstanceLoad

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from agent.core.errors import DeadlineError, InvalidArgumentError
-from agent.host.exec_desk import ExecDesk
+from agent.host.node.exec_sessions import ExecDesk
 from agent.ports import ExecOutput, ExecSession, ExecSpec
 from agent.v1 import instance_service_pb2 as pb
 

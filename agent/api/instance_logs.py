@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from agent.core.errors import NotFoundError
-from agent.host.actor import Actor
-from agent.host.long_calls import LongCalls
+from agent.host.instance.actor import Actor
+from agent.host.node.stream_limits import LongCalls
 from agent.ports import Runtime
 from agent.v1 import instance_service_pb2 as pb
 

@@ -11,15 +11,15 @@ from agent.api.instance_logs import InstanceLogs
 from agent.api.paging import page, page_bounds
 from agent.core.errors import InstanceError, InvalidArgumentError, PreconditionError
 from agent.core.function_rules import check_function
-from agent.core.lifecycle_events import FreezeAsked, StopAsked
+from agent.core.lifecycle.events import FreezeAsked, StopAsked
 from agent.core.types import SECOND_NS, InstanceState
-from agent.host.actor import Actor
-from agent.host.events import EventLog
-from agent.host.exec_desk import ExecDesk
-from agent.host.node import Node
-from agent.host.observe import Observer
-from agent.host.pauses import paused_by_others
-from agent.host.waking import raise_if_failed, wake_up
+from agent.host.instance.actor import Actor
+from agent.host.instance.events import EventLog
+from agent.host.instance.waking import raise_if_failed, wake_up
+from agent.host.node.exec_sessions import ExecDesk
+from agent.host.node.node import Node
+from agent.host.node.observer import Observer
+from agent.host.node.pauses import paused_by_others
 from agent.ports import Clock
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import instance_service_pb2_grpc, types_pb2

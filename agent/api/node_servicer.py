@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from agent.api.paging import page
-from agent.host.observe import Observer
+from agent.host.node.observer import Observer
 from agent.ports import Window
 from agent.v1 import node_service_pb2 as pb
 from agent.v1 import node_service_pb2_grpc

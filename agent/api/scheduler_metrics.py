@@ -9,12 +9,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from agent.api.function_metrics import FunctionMetrics
-from agent.core.leases import Standing
-from agent.core.provision import Scheduling
+from agent.core.dispatch.index import Standing
+from agent.core.provisioning.reconcile import Scheduling
 from agent.core.types import SECOND_NS
-from agent.scheduler.fleet import Fleet, NodeRecord
-from agent.scheduler.gateway import GatewayCounts
-from agent.scheduler.wakes import WakeCounts
+from agent.scheduler.fleet.fleet import Fleet, NodeRecord
+from agent.scheduler.gateway.gateway import GatewayCounts
+from agent.scheduler.gateway.wake_calls import WakeCounts
 from agent.v1.types_pb2 import Gpu
 
 

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 from agent.api.paging import page
+from agent.core.dispatch.index import Standing
 from agent.core.errors import DeadlineError, ExhaustedError
-from agent.core.leases import Standing
-from agent.core.provision import Scheduling
-from agent.scheduler.fleet import ENDED, Fleet, NodeRecord
-from agent.scheduler.node_scheduling import NodeScheduling
+from agent.core.provisioning.reconcile import Scheduling
+from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
+from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.v1 import scheduler_service_pb2 as pb
 from agent.v1 import scheduler_service_pb2_grpc, types_pb2
 from agent.wire.addresses import peer_host

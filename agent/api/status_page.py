@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from agent.core.dispatch import Dispatcher
-from agent.core.leases import Standing
-from agent.core.provision import Scheduling
+from agent.core.dispatch.dispatcher import Dispatcher
+from agent.core.dispatch.index import Standing
+from agent.core.provisioning.reconcile import Scheduling
 from agent.core.types import GIB, SECOND_NS
 from agent.ports import Clock
-from agent.scheduler.fleet import ENDED, Fleet, NodeRecord
-from agent.scheduler.functions import Catalog
+from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
+from agent.scheduler.functions.catalog import Catalog
 from agent.v1.scheduler_service_pb2 import InstanceLoad
 from agent.v1.types_pb2 import Gpu, Instance
 

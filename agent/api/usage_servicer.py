@@ -8,13 +8,13 @@ from contextlib import aclosing
 from fractions import Fraction
 
 from agent.api.paging import MAX_TOKEN_DIGITS, page
+from agent.core.billing.price_book import Price, PriceBook
+from agent.core.billing.pricing import Quantities, exact_text, quantities, rounded
+from agent.core.billing.window import Window
 from agent.core.errors import DeadlineError, ExhaustedError, InvalidArgumentError
-from agent.core.price_book import Price, PriceBook
-from agent.core.pricing import Quantities, exact_text, quantities, rounded
-from agent.core.usage_window import Window
-from agent.scheduler.usage import UsageCollector
-from agent.scheduler.usage_reconciliation import Reconciled
-from agent.scheduler.usage_reports import UsageFilter, UsageLine, UsageReports
+from agent.scheduler.usage.collector import UsageCollector
+from agent.scheduler.usage.reconciliation import Reconciled
+from agent.scheduler.usage.reports import UsageFilter, UsageLine, UsageReports
 from agent.v1 import usage_service_pb2 as pb
 from agent.v1 import usage_service_pb2_grpc
 from agent.wire.convert_time import time_from_proto, time_to_proto

@@ -8,39 +8,39 @@ import sys
 import click
 
 from agent import __version__
-from agent.cli.exit_codes import Exit, exit_of
 from agent.cli.lazy_group import LazyCommand, LazyGroup
 from agent.cli.options import insecure_option, output_option, place_options
 from agent.core.errors import HibernodeError
+from agent.exit_codes import Exit, exit_of
 
 _START = "Start"
 _NODE = "One node (asks its agent)"
 _FLEET = "The fleet (asks the scheduler)"
 
 COMMANDS = {
-    "demo": LazyCommand("agent.cli.demo:demo", "See it all work on this machine, without a GPU.", _START),
-    "agent": LazyCommand("agent.cli.daemon_commands:agent", "Run the daemon of a GPU host.", _START),
-    "scheduler": LazyCommand("agent.cli.daemon_commands:scheduler", "Run the central scheduler.", _START),
-    "doctor": LazyCommand("agent.cli.doctor_command:doctor", "Can this host freeze instances? If not, why?", _START),
+    "demo": LazyCommand("agent.cli.demo.command:demo", "See it all work on this machine, without a GPU.", _START),
+    "agent": LazyCommand("agent.cli.commands.daemons:agent", "Run the daemon of a GPU host.", _START),
+    "scheduler": LazyCommand("agent.cli.commands.daemons:scheduler", "Run the central scheduler.", _START),
+    "doctor": LazyCommand("agent.cli.doctor.command:doctor", "Can this host freeze instances? If not, why?", _START),
     "simulate": LazyCommand(
-        "agent.cli.simulate_command:simulate", "What would idle mode save on your traffic?", _START
+        "agent.cli.commands.simulate:simulate", "What would idle mode save on your traffic?", _START
     ),
-    "emulated": LazyCommand("agent.cli.emulated_commands:emulated", "GPUs for machines without one.", _START),
-    "node": LazyCommand("agent.cli.node_command:node", "GPUs, memory and abilities of the node.", _NODE),
-    "ps": LazyCommand("agent.cli.ps_command:ps", "List instances.", _NODE),
-    "create": LazyCommand("agent.cli.create_command:create", "Start an instance from an s.yaml.", _NODE),
-    "inspect": LazyCommand("agent.cli.instance_commands:inspect", "Everything about one instance.", _NODE),
-    "freeze": LazyCommand("agent.cli.instance_commands:freeze", "Put idle instances to sleep now.", _NODE),
-    "wake": LazyCommand("agent.cli.instance_commands:wake", "Wake instances before they are needed.", _NODE),
-    "rm": LazyCommand("agent.cli.instance_commands:rm", "Stop and remove instances.", _NODE),
-    "logs": LazyCommand("agent.cli.record_commands:logs", "What an instance has printed.", _NODE),
-    "exec": LazyCommand("agent.cli.exec_command:exec_", "Run a command inside an instance.", _NODE),
-    "events": LazyCommand("agent.cli.record_commands:events", "What happened, and when.", _NODE),
-    "deploy": LazyCommand("agent.cli.deploy_command:deploy", "Deploy the functions of an s.yaml.", _FLEET),
-    "functions": LazyCommand("agent.cli.functions_command:functions", "List, show and remove functions.", _FLEET),
-    "provision": LazyCommand("agent.cli.provision_command:provision", "How many instances functions have.", _FLEET),
-    "invoke": LazyCommand("agent.cli.invoke_command:invoke", "Send one request to a function.", _FLEET),
-    "usage": LazyCommand("agent.cli.usage_command:usage", "Active and idle time, and what it costs.", _FLEET),
+    "emulated": LazyCommand("agent.cli.commands.emulated:emulated", "GPUs for machines without one.", _START),
+    "node": LazyCommand("agent.cli.commands.node:node", "GPUs, memory and abilities of the node.", _NODE),
+    "ps": LazyCommand("agent.cli.commands.ps:ps", "List instances.", _NODE),
+    "create": LazyCommand("agent.cli.commands.create:create", "Start an instance from an s.yaml.", _NODE),
+    "inspect": LazyCommand("agent.cli.commands.instances:inspect", "Everything about one instance.", _NODE),
+    "freeze": LazyCommand("agent.cli.commands.instances:freeze", "Put idle instances to sleep now.", _NODE),
+    "wake": LazyCommand("agent.cli.commands.instances:wake", "Wake instances before they are needed.", _NODE),
+    "rm": LazyCommand("agent.cli.commands.instances:rm", "Stop and remove instances.", _NODE),
+    "logs": LazyCommand("agent.cli.commands.logs_events:logs", "What an instance has printed.", _NODE),
+    "exec": LazyCommand("agent.cli.commands.exec:exec_", "Run a command inside an instance.", _NODE),
+    "events": LazyCommand("agent.cli.commands.logs_events:events", "What happened, and when.", _NODE),
+    "deploy": LazyCommand("agent.cli.commands.deploy:deploy", "Deploy the functions of an s.yaml.", _FLEET),
+    "functions": LazyCommand("agent.cli.commands.functions:functions", "List, show and remove functions.", _FLEET),
+    "provision": LazyCommand("agent.cli.commands.provision:provision", "How many instances functions have.", _FLEET),
+    "invoke": LazyCommand("agent.cli.commands.invoke:invoke", "Send one request to a function.", _FLEET),
+    "usage": LazyCommand("agent.cli.commands.usage:usage", "Active and idle time, and what it costs.", _FLEET),
 }
 
 _EPILOG = """\b

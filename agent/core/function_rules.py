@@ -1,7 +1,7 @@
 """What a function's spec must keep to, whoever sends it: Function Compute's ranges, and bounds of our own.
 
 One check for a deploy (scheduler) and for a create (agent), since both are called by programs as well as by our command
-line. `s.yaml` has messages of its own, with lines (`cli/s_yaml_props.py`); a test holds its ranges inside these.
+line. `s.yaml` has messages of its own, with lines (`cli/fc3/schema.py`); a test holds its ranges inside these.
 Pure. Each breach names the field as the protos do, and the fix.
 """
 

@@ -18,48 +18,48 @@ from pathlib import Path
 import psutil
 
 from agent import __version__
-from agent.adapters import process_table
-from agent.adapters.cgroup import CgroupSlice, open_slice
-from agent.adapters.clock import SystemClock
-from agent.adapters.engine_sight import look_at_engine
-from agent.adapters.host_memory import ProcHostMemory
-from agent.adapters.instance_reader import ProcInstanceReader
-from agent.adapters.node_store import NodeStore
-from agent.adapters.nvml_events import NvmlEvents
-from agent.adapters.nvml_gpus import NvmlGpus
-from agent.adapters.scheduler_link import SchedulerLink
-from agent.adapters.sd_notify import notify
-from agent.adapters.state_dir import StateDir
-from agent.adapters.token_file import ensure_token, read_token
+from agent.adapters.daemon.scheduler_link import SchedulerLink
+from agent.adapters.daemon.sd_notify import notify
+from agent.adapters.daemon.state_dir import StateDir
+from agent.adapters.daemon.token_file import ensure_token, read_token
+from agent.adapters.engine.survey import look_at_engine
+from agent.adapters.kernel import process_table
+from agent.adapters.kernel.cgroup import CgroupSlice, open_slice
+from agent.adapters.kernel.clock import SystemClock
+from agent.adapters.kernel.host_memory import ProcHostMemory
+from agent.adapters.kernel.usage_reader import ProcInstanceReader
+from agent.adapters.nvml.gpus import NvmlGpus
+from agent.adapters.nvml.xid_events import NvmlEvents
+from agent.adapters.store.node_store import NodeStore
 from agent.api.admin_http import AdminServer
 from agent.api.agent_metrics import AgentHealth, AgentMetrics
 from agent.api.instance_logs import InstanceLogs
 from agent.api.instance_servicer import InstanceServicer
 from agent.api.node_ledger import NodeLedger
 from agent.api.node_servicer import NodeServicer
-from agent.core.capabilities import host_lines
+from agent.core.billing.meter import BillingPolicy, Kind
 from agent.core.engine_capabilities import engine_lines
 from agent.core.errors import UnavailableError
-from agent.core.metering import BillingPolicy, Kind
+from agent.core.gpus.capabilities import host_lines
 from agent.core.types import SECOND_NS
 from agent.daemons.engine_layer import open_runtimes
 from agent.daemons.gpu_layer import HostView, open_gpu_layer, see_gpus
 from agent.daemons.process import daemon_main, run_until_signal
-from agent.host.billing import Billing, BillingSettings
-from agent.host.engine_watch import EngineWatch
-from agent.host.events import EventLog
-from agent.host.exec_desk import ExecDesk
-from agent.host.executor import Shell
-from agent.host.gauges import Gauges
-from agent.host.gpu_watch import GpuWatch
-from agent.host.ingress import FULL, Ingress
-from agent.host.memory_desk import MemoryDesk
-from agent.host.node import Node, NodeSettings
-from agent.host.observe import Identity, Observer
-from agent.host.pauses import watch_pauses
-from agent.host.pruning import LedgerPruner
-from agent.host.recovery import Recovery
-from agent.host.trespass import Trespass
+from agent.host.billing.billing import Billing, BillingSettings
+from agent.host.billing.pruning import LedgerPruner
+from agent.host.gpus.monitor import GpuWatch
+from agent.host.gpus.trespass import Trespass
+from agent.host.ingress.ingress import FULL, Ingress
+from agent.host.instance.events import EventLog
+from agent.host.instance.executor import Shell
+from agent.host.instance.memory_reservations import MemoryDesk
+from agent.host.node.engine_watch import EngineWatch
+from agent.host.node.exec_sessions import ExecDesk
+from agent.host.node.gauges import Gauges
+from agent.host.node.node import Node, NodeSettings
+from agent.host.node.observer import Identity, Observer
+from agent.host.node.pauses import watch_pauses
+from agent.host.node.recovery import Recovery
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
 from agent.http.server import serve

@@ -6,13 +6,13 @@ import os
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from agent.adapters.cgroup import CgroupSlice
-from agent.adapters.engine_api import SOCKETS, EngineApi
-from agent.adapters.engine_exec import EngineExec
-from agent.adapters.engine_logs import EngineLogs
-from agent.adapters.engine_parts import open_engine_api, open_engine_runtime
-from agent.adapters.process_runtime import ProcessRuntime, ProcessRuntimeSettings
-from agent.adapters.runtimes import Runtimes
+from agent.adapters.engine.api import SOCKETS, EngineApi
+from agent.adapters.engine.build import open_engine_api, open_engine_runtime
+from agent.adapters.engine.exec import EngineExec
+from agent.adapters.engine.logs import EngineLogs
+from agent.adapters.kernel.cgroup import CgroupSlice
+from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeSettings
+from agent.adapters.runtime.router import Runtimes
 from agent.ports import Clock
 from agent.settings import AgentConfig
 

@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from agent.adapters.cgroup import CgroupSlice
-from agent.adapters.cgroup_freezer import choose_freezer
-from agent.adapters.checkpointers import HostCheckpointer, choose
-from agent.adapters.cuda_processes import Pids
-from agent.adapters.freeze_results import FreezerLimits
-from agent.adapters.freezer import CudaFreezer
-from agent.adapters.gpu_locks import GpuLocks
-from agent.adapters.host_facts import GpuSight, host_facts, look_patiently_at_gpus
-from agent.adapters.nvml_gpus import NvmlGpus
-from agent.core.capabilities import Capabilities, find_capabilities
+from agent.adapters.cuda.checkpointers import HostCheckpointer, choose
+from agent.adapters.cuda.processes import Pids
+from agent.adapters.freezer.freezer import CudaFreezer
+from agent.adapters.freezer.limits import FreezerLimits
+from agent.adapters.kernel.cgroup import CgroupSlice
+from agent.adapters.kernel.cgroup_freezer import choose_freezer
+from agent.adapters.nvml.gpus import NvmlGpus
+from agent.adapters.nvml.host_facts import GpuSight, host_facts, look_patiently_at_gpus
+from agent.adapters.nvml.locks import GpuLocks
 from agent.core.errors import HibernodeError
+from agent.core.gpus.capabilities import Capabilities, find_capabilities
 from agent.core.types import SECOND_NS
 from agent.log import get_logger
 from agent.settings import GpuSettings

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from agent import log
-from agent.adapters.checkpointers import choose
-from agent.adapters.engine_parts import open_engine_api
-from agent.adapters.engine_sight import look_at_engine
-from agent.adapters.host_facts import host_facts, look_at_gpus
-from agent.adapters.nvml_gpus import NvmlGpus
+from agent.adapters.cuda.checkpointers import choose
+from agent.adapters.engine.build import open_engine_api
+from agent.adapters.engine.survey import look_at_engine
+from agent.adapters.nvml.gpus import NvmlGpus
+from agent.adapters.nvml.host_facts import host_facts, look_at_gpus
 from agent.config import load
-from agent.core.capabilities import Capabilities, find_capabilities, idle_mode_lines
 from agent.core.engine_capabilities import engine_lines
 from agent.core.errors import ConfigError, HibernodeError
+from agent.core.gpus.capabilities import Capabilities, find_capabilities, idle_mode_lines
 from agent.core.snapshots import CapabilityLine
 from agent.settings import AgentConfig, GpuSettings, Runtime
 

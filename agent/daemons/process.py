@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import uvloop
 
 from agent import log
-from agent.adapters.sd_notify import notify, watchdog_interval_s
-from agent.cli.exit_codes import exit_of
+from agent.adapters.daemon.sd_notify import notify, watchdog_interval_s
 from agent.config import load
 from agent.core.errors import HibernodeError
+from agent.exit_codes import exit_of
 from agent.settings import AgentConfig, SchedulerConfig
 
 _Config = TypeVar("_Config", AgentConfig, SchedulerConfig)

@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 
 import agent.scheduler
-from agent.adapters.clock import SystemClock
-from agent.adapters.kept_listener import give_up, kept_listener
-from agent.adapters.state_dir import StateDir
-from agent.adapters.token_file import ensure_token, read_token
+from agent.adapters.daemon.socket_activation import give_up, kept_listener
+from agent.adapters.daemon.state_dir import StateDir
+from agent.adapters.daemon.token_file import ensure_token, read_token
+from agent.adapters.kernel.clock import SystemClock
 from agent.api import dashboard, status_page
 from agent.api.admin_http import AdminServer, Page
 from agent.api.function_metrics import FunctionMetrics
@@ -32,36 +32,36 @@ from agent.api.scheduler_metrics import SchedulerMetrics
 from agent.api.scheduler_servicer import SchedulerServicer
 from agent.api.status_page import StatusPage
 from agent.api.usage_servicer import UsageServicer
-from agent.core.dispatch import Dispatcher
-from agent.core.dispatch_events import Wake
+from agent.core.billing.price_book import PriceBook, parse_price_book
+from agent.core.dispatch.dispatcher import Dispatcher
+from agent.core.dispatch.events import Wake
 from agent.core.errors import ConfigError, HibernodeError, UnavailableError
-from agent.core.price_book import PriceBook, parse_price_book
-from agent.core.scaling import Patience
+from agent.core.provisioning.autoscaling import Patience
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.daemons.process import daemon_main, run_until_signal, stand_by
-from agent.http.date_line import DateLine
+from agent.http.date_header import DateLine
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
 from agent.http.server import BACKLOG, serve
 from agent.log import get_logger
-from agent.scheduler.deploy_rules import Defaults
-from agent.scheduler.desk import Desk
-from agent.scheduler.fleet import Fleet
-from agent.scheduler.functions import Catalog
-from agent.scheduler.gateway import Gateway
-from agent.scheduler.ingresses import Ingresses
-from agent.scheduler.lead import Lead
-from agent.scheduler.links import Links
-from agent.scheduler.node_scheduling import NodeScheduling
-from agent.scheduler.provisioner import Provisioner
-from agent.scheduler.routes import Router
-from agent.scheduler.scaler import Scaler
-from agent.scheduler.store import Store
-from agent.scheduler.usage import UsageCollector, UsageDatabase
-from agent.scheduler.usage_reports import UsageReports
-from agent.scheduler.usage_retention import UsageRetention
-from agent.scheduler.usage_totals import UsageTotals
-from agent.scheduler.wakes import Wakes
+from agent.scheduler.database.leader_lock import Lead
+from agent.scheduler.database.store import Store
+from agent.scheduler.fleet.agent_channels import Links
+from agent.scheduler.fleet.fleet import Fleet
+from agent.scheduler.fleet.node_scheduling import NodeScheduling
+from agent.scheduler.functions.autoscaler import Scaler
+from agent.scheduler.functions.catalog import Catalog
+from agent.scheduler.functions.deploy_rules import Defaults
+from agent.scheduler.functions.provisioner import Provisioner
+from agent.scheduler.gateway.dispatching import Desk
+from agent.scheduler.gateway.gateway import Gateway
+from agent.scheduler.gateway.ingress_pools import Ingresses
+from agent.scheduler.gateway.routes import Router
+from agent.scheduler.gateway.wake_calls import Wakes
+from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
+from agent.scheduler.usage.reports import UsageReports
+from agent.scheduler.usage.retention import UsageRetention
+from agent.scheduler.usage.totals import UsageTotals
 from agent.settings import SchedulerConfig
 from agent.wire.addresses import join
 from agent.wire.server import GrpcServer, Services

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError, UnavailableError
 
 if TYPE_CHECKING:
-    from agent.host.actor import Actor
-    from agent.host.gate import Gate
+    from agent.host.instance.actor import Actor
+    from agent.host.instance.gate import Gate
 
 Start = Callable[["Actor"], None]
 """Called in the turn in which the slot is granted, once it is counted and metered."""

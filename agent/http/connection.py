@@ -9,12 +9,12 @@ from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from agent.core.errors import HibernodeError
+from agent.http.body_parser import ChunkedBody, LengthBody
+from agent.http.deadlines import NEVER
 from agent.http.errors import HttpError, body_too_large, error_answer, too_many_connections, too_slow
 from agent.http.exchange import Exchange
-from agent.http.framing import ChunkedBody, LengthBody
-from agent.http.grammar import HEAD_END, check_partial, parse_request_head, serialise
+from agent.http.head_parser import HEAD_END, check_partial, parse_request_head, serialise
 from agent.http.message import Header, RequestHead
-from agent.http.sweep import NEVER
 
 if TYPE_CHECKING:
     from agent.http.server import Server

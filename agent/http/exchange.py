@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from agent.core.errors import HibernodeError
 from agent.http.errors import ClientGoneError, body_too_large, error_answer
-from agent.http.grammar import serialise
+from agent.http.head_parser import serialise
 from agent.http.message import Header, RequestHead
-from agent.http.sockets import cork
+from agent.http.tcp_options import cork
 
 if TYPE_CHECKING:
     from agent.http.connection import ServerConnection

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 
-from agent.http.client import Pool
+from agent.http.delayed_head import LateHeaders, LateRelay
 from agent.http.errors import ConnectFailedError
 from agent.http.exchange import Exchange
-from agent.http.grammar import serialise
-from agent.http.late_relay import LateHeaders, LateRelay
+from agent.http.head_parser import serialise
 from agent.http.message import Header, lookup
+from agent.http.pool import Pool
 from agent.http.relay import Done, Hook, Relay, ResponseFilter
 from agent.http.relay import ForwardResult as ForwardResult  # noqa: PLC0414 (re-exported)
 from agent.http.relay import Outcome as Outcome  # noqa: PLC0414 (re-exported)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from agent.core.errors import HibernodeError
-from agent.http.client import Pool
 from agent.http.errors import UpstreamBrokenError, UpstreamTimeoutError
 from agent.http.exchange import Exchange
 from agent.http.message import Header, ResponseHead
+from agent.http.pool import Pool
 from agent.http.upstream import BROKEN, UpstreamConnection
 
 

@@ -7,10 +7,10 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 
 from agent.http.connection import ServerConnection
+from agent.http.deadlines import Sweep
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
 from agent.http.message import Header
-from agent.http.sweep import Sweep
 
 # A coroutine function runs in a task of its own. A plain function that returns None has taken the exchange over and
 # answers it by callbacks, at once or later (see `forward.forward_now`): the way for what must be fast.

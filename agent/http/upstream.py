@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol, cast
 
-from agent.http import sockets
+from agent.http import tcp_options
+from agent.http.body_parser import BodyDecoder, ChunkedBody, CloseBody, LengthBody
+from agent.http.deadlines import NEVER
 from agent.http.errors import HttpError
 from agent.http.exchange import bodyless
-from agent.http.framing import BodyDecoder, ChunkedBody, CloseBody, LengthBody
-from agent.http.grammar import HEAD_END, parse_response_head
+from agent.http.head_parser import HEAD_END, parse_response_head
 from agent.http.message import ResponseHead
-from agent.http.sweep import NEVER
 
 if TYPE_CHECKING:
-    from agent.http.client import Pool
+    from agent.http.pool import Pool
 
 # IDLE: nothing asked. HEAD, BODY: in a response. DONE: the response is whole, not yet released.
 _IDLE, _HEAD, _BODY, _DONE, _CLOSED = range(5)
@@ -105,7 +105,7 @@ class UpstreamConnection(asyncio.Protocol):
         full window is silence, too (tcp(7), TCP_USER_TIMEOUT)."""
         if self._pool.limits.silence_s and not self._patient:
             self._patient = True
-            sockets.bound_silence(self.transport, 0)
+            tcp_options.bound_silence(self.transport, 0)
 
     def write(self, data: bytes) -> None:
         """Writes bytes of the request; nothing once the connection is closed."""
@@ -156,7 +156,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.resume()
         if self._patient:
             self._patient = False
-            sockets.bound_silence(self.transport, self._pool.limits.silence_s)
+            tcp_options.bound_silence(self.transport, self._pool.limits.silence_s)
         self.deadline = deadline
         self._pool.sweep.note(deadline)
         return True
@@ -171,7 +171,7 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=self._pool.limits.write_buffer_bytes)
-        sockets.watch_peer(self.transport, self._pool.limits.silence_s)
+        tcp_options.watch_peer(self.transport, self._pool.limits.silence_s)
         self._pool.connections.add(self)
         # Should whoever connects be cancelled right now, the connection still ends.
         self.deadline = self._loop.time() + self._pool.limits.idle_s

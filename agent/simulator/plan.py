@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import Enum
 
-from agent.core.price_book import Price
-from agent.core.pricing import always_on_cost, cost, rounded
+from agent.core.billing.price_book import Price
+from agent.core.billing.pricing import always_on_cost, cost, rounded
 from agent.core.types import GIB, SECOND_NS
 
 
 class Policy(Enum):
-    """How requests are dispatched: ours (`pack`, `spread`) or as others do (`core/rival_policies.py`)."""
+    """How requests are dispatched: ours (`pack`, `spread`) or as others do (`simulator/rival_policies.py`)."""
 
     PACK = "pack"
     SPREAD = "spread"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pygal
 from pygal.style import CleanStyle
 
-from agent.core.price_book import Price
+from agent.core.billing.price_book import Price
 from agent.simulator.plan import Outcome, percentiles_s
 
 PERCENTS = (50, 90, 99)

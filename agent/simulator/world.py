@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from agent.core import gpu_book, lifecycle
-from agent.core import gpu_book_events as book_events
-from agent.core import lifecycle_events as ev
-from agent.core.dispatch import Dispatcher
-from agent.core.dispatch_events import (
+from agent.core.billing.meter import BillingPolicy, Meter, Placement, Subject
+from agent.core.billing.window import Window
+from agent.core.dispatch.dispatcher import Dispatcher
+from agent.core.dispatch.events import (
     DeadlinePassed,
     Dispatch,
     Event,
@@ -31,13 +30,15 @@ from agent.core.dispatch_events import (
     Wake,
     WakeAnswered,
 )
-from agent.core.lifecycle import Instance
-from agent.core.metering import BillingPolicy, Meter, Placement, Subject
-from agent.core.rival_policies import Dispatching, Rival, RivalDispatcher
-from agent.core.slots import Slots
+from agent.core.gpus import allocator
+from agent.core.gpus import allocator_events as book_events
+from agent.core.lifecycle import events as ev
+from agent.core.lifecycle import machine
+from agent.core.lifecycle.machine import Instance
+from agent.core.lifecycle.slots import Slots
 from agent.core.types import DispatchPolicy, InstanceState
-from agent.core.usage_window import Window
 from agent.simulator.plan import Outcome, Plan, Policy, Spent
+from agent.simulator.rival_policies import Dispatching, Rival, RivalDispatcher
 from agent.simulator.trace import Call
 
 NODE = "host"
@@ -80,7 +81,7 @@ class World:
         self._members: dict[str, _Member] = {}
         self._requests: dict[int, _Request] = {}
         self._numbers = 0
-        self._book = gpu_book.Book({})
+        self._book = allocator.Book({})
         self._book_inbox: deque[book_events.BookEvent] = deque()
         self._book_busy = False
 
@@ -125,8 +126,8 @@ class World:
         plan = self.plan
         total = plan.instances * len(functions)
         gpus = plan.gpus or total
-        devices = {f"GPU-{n}": gpu_book.Device(f"GPU-{n}", plan.gpu_model) for n in range(gpus)}
-        self._book = gpu_book.Book(devices, per_gpu=-(-total // gpus), migrate=True)
+        devices = {f"GPU-{n}": allocator.Device(f"GPU-{n}", plan.gpu_model) for n in range(gpus)}
+        self._book = allocator.Book(devices, per_gpu=-(-total // gpus), migrate=True)
         policy = DispatchPolicy.SPREAD if plan.policy is Policy.SPREAD else DispatchPolicy.PACK
         self._tell(NodeReported(NODE, gpu_count=gpus))
         for name in functions:
@@ -168,7 +169,7 @@ class World:
 
     def _one_step(self, uid: str, member: _Member, event: ev.Event) -> None:
         old = member.instance
-        new, effects = lifecycle.step(old, event, self.at)
+        new, effects = machine.step(old, event, self.at)
         member.instance = new
         if new.state is not old.state:
             self._count(member.meter.state_changed(new.state, self.at, self.at))
@@ -224,7 +225,7 @@ class World:
             return
         self._book_busy = True
         while self._book_inbox:
-            self._book, effects = gpu_book.step(self._book, self._book_inbox.popleft(), self.at)
+            self._book, effects = allocator.step(self._book, self._book_inbox.popleft(), self.at)
             for effect in effects:
                 match effect:
                     case book_events.Grant(uid, gpus):

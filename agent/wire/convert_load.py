@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agent.core.dispatch_events import InstanceReported, NodeReported
+from agent.core.dispatch.events import InstanceReported, NodeReported
 from agent.core.function_rules import MAX_CONCURRENCY
 from agent.core.types import Gpu
 from agent.v1 import types_pb2

@@ -1,4 +1,4 @@
-"""Provisioning on the wire: v1.ProvisionConfig -> `core/scaling.py`, checked to the last field.
+"""Provisioning on the wire: v1.ProvisionConfig -> `core/provisioning/autoscaling.py`, checked to the last field.
 
 Each breach is an InvalidArgumentError SPEC_INVALID that names the field and the fix. Time zones are read here, for core
 reads no files.
@@ -11,8 +11,8 @@ from fractions import Fraction
 from zoneinfo import ZoneInfo
 
 from agent.core.function_rules import bounded, wrong
-from agent.core.scaling import MAX_TARGET, Action, Metric, Policy, Provisioning, Window
-from agent.core.schedule import BadSchedule, Schedule, parse_schedule, parse_time
+from agent.core.provisioning.autoscaling import MAX_TARGET, Action, Metric, Policy, Provisioning, Window
+from agent.core.provisioning.schedule import BadSchedule, Schedule, parse_schedule, parse_time
 from agent.v1.function_service_pb2 import ProvisionConfig, ScheduledAction, TargetTrackingPolicy
 
 MAX_ENTRIES = 100

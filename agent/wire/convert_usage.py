@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from agent.core.billing.window import Window
 from agent.core.errors import InvalidArgumentError
 from agent.core.types import InstanceState
-from agent.core.usage_window import Window
 from agent.v1 import types_pb2
 from agent.wire.convert_enums import state_from_proto, state_to_proto
 

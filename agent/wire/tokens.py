@@ -1,6 +1,6 @@
 """Bearer tokens: who a token stands for, compared without telling by time how much of it was right.
 
-The files they come from are read by `adapters/token_file.py`.
+The files they come from are read by `adapters/daemon/token_file.py`.
 """
 
 from __future__ import annotations

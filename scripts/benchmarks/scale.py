@@ -1,11 +1,12 @@
 """Does the scheduler scale: the cost of a decision from 10 to 10,000 instances, and 1,000 nodes that report.
 
-Two measurements. `decision`: one request arriving, dispatched and ended in the dispatcher (core/dispatch.py), half of
-the instances awake, over nodes of eight GPUs; sizes in turns, many rounds, so that a noisy machine is as unfair to all.
-`fleet`: a real scheduler process with 1,000 registered nodes of eight instances, each with a load stream of its own
-from another process, each sending four messages a second: two with heartbeat, GPUs and gauges of its awake instances,
-two with a change of an instance. The scheduler's CPU time, its memory, and how long an acknowledgement takes are
-measured; snapshots are acknowledged, so one message in `SNAPSHOT_EVERY` is one.
+Two measurements. `decision`: one request arriving, dispatched and ended in the dispatcher
+(core/dispatch/dispatcher.py), half of the instances awake, over nodes of eight GPUs; sizes in turns, many rounds, so
+that a noisy machine is as unfair to all. `fleet`: a real scheduler process with 1,000 registered nodes of eight
+instances, each with a load stream of its own from another process, each sending four messages a second: two with
+heartbeat, GPUs and gauges of its awake instances, two with a change of an instance. The scheduler's CPU time, its
+memory, and how long an acknowledgement takes are measured; snapshots are acknowledged, so one message in
+`SNAPSHOT_EVERY` is one.
 
 Promise (DESIGN section 11): a decision at 10,000 instances costs less than 1.5 x one at 10; 1,000 nodes x 4 messages/s
 on one core. Exit status 0 whether it is met or not: it is a measurement.
@@ -31,8 +32,8 @@ from typing import Any
 import psutil
 import yaml
 
-from agent.core.dispatch import Dispatcher
-from agent.core.dispatch_events import FunctionSet, InstanceReported, LeaseEnded, NodeReported, RequestArrived
+from agent.core.dispatch.dispatcher import Dispatcher
+from agent.core.dispatch.events import FunctionSet, InstanceReported, LeaseEnded, NodeReported, RequestArrived
 from agent.core.types import InstanceState
 from agent.v1 import types_pb2
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from agent.api.function_metrics import FunctionMetrics
 from agent.api.scheduler_metrics import SchedulerMetrics
 from agent.core.types import GIB, SECOND_NS
-from agent.scheduler.fleet import Fleet
-from agent.scheduler.usage_totals import UsageTotals
-from agent.scheduler.wakes import WakeCounts
+from agent.scheduler.fleet.fleet import Fleet
+from agent.scheduler.gateway.wake_calls import WakeCounts
+from agent.scheduler.usage.totals import UsageTotals
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest
 from agent.v1.types_pb2 import Gpu, HostMemory, Instance, Node
 from tests.api.promql import Scrape, read_scrape
 from tests.fakes.clock import FakeClock
-from tests.scheduler.rig import GatewayRig, gateway_rig
+from tests.scheduler.gateway.rig import GatewayRig, gateway_rig
 
 
 @dataclass

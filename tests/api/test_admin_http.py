@@ -12,7 +12,7 @@ import pytest
 from agent.api.admin_http import AdminServer
 from agent.api.agent_metrics import AgentHealth, AgentMetrics
 from agent.core.types import GpuSample
-from agent.host.observe import Observer
+from agent.host.node.observer import Observer
 from tests.api.test_instance_servicer import observer_of
 from tests.host.rig import a_world
 

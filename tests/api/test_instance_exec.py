@@ -16,8 +16,8 @@ from agent.api.instance_logs import InstanceLogs
 from agent.api.instance_servicer import InstanceServicer
 from agent.core.errors import HibernodeError, InvalidArgumentError
 from agent.core.types import Exit, InstanceState
-from agent.host.actor import Actor
-from agent.host.exec_desk import ExecDesk
+from agent.host.instance.actor import Actor
+from agent.host.node.exec_sessions import ExecDesk
 from agent.ports import ExecSpec
 from agent.v1 import instance_service_pb2 as pb
 from agent.wire.clients import DaemonChannel, ExecStream

@@ -13,8 +13,8 @@ from agent.api.instance_logs import InstanceLogs
 from agent.api.instance_servicer import InstanceServicer
 from agent.core.errors import HibernodeError, InstanceError, InvalidArgumentError, NotFoundError, PreconditionError
 from agent.core.types import SECOND_NS, InstanceState
-from agent.host.exec_desk import ExecDesk
-from agent.host.observe import Identity, Observer
+from agent.host.node.exec_sessions import ExecDesk
+from agent.host.node.observer import Identity, Observer
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import types_pb2
 from agent.v1.types_pb2 import FunctionSpec, Instance

@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 from agent.api.status_page import HEADERS, MAX_ROWS, StatusPage
-from agent.core.provision import Scheduling
+from agent.core.provisioning.reconcile import Scheduling
 from agent.core.types import GIB, SECOND_NS
-from agent.scheduler.functions import Problem
+from agent.scheduler.functions.catalog import Problem
 from agent.v1.types_pb2 import Gpu, Instance
 from tests.api.central import Central, load
 

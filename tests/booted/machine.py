@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from agent.adapters.cgroup import find_v2_mount, is_empty, parse_mounts, send_kill, subtree
+from agent.adapters.kernel.cgroup import find_v2_mount, is_empty, parse_mounts, send_kill, subtree
 from tests.booted import root
 
 PREFIX = "hibernode-booted-"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from agent.adapters.cgroup import find_v2_mount
+from agent.adapters.kernel.cgroup import find_v2_mount
 
 ROOT = Path(__file__).parents[2]
 SUITE = "bookworm"

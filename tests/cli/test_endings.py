@@ -12,8 +12,8 @@ import click
 import pytest
 
 from agent.cli import main as entry
-from agent.cli.exit_codes import Exit, exit_of, exit_of_http
 from agent.core import errors
+from agent.exit_codes import Exit, exit_of, exit_of_http
 from tests.cli.conftest import Run
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from agent.cli.fc3.load import load_s_yaml
 from agent.cli.main import COMMANDS
-from agent.cli.s_yaml import load_s_yaml
 from agent.core.types import SECOND_NS
 
 ROOT = Path(__file__).parents[2]

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from agent.adapters import cgroup
-from agent.adapters.checkpointer_driver import DriverCheckpointer, PoolLimits
-from agent.adapters.checkpointer_utility import UtilityCheckpointer
-from agent.adapters.cuda_api import CudaResult
-from agent.adapters.driver_worker_process import WorkerOptions
+from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer, PoolLimits
+from agent.adapters.cuda.driver_worker_process import WorkerOptions
+from agent.adapters.cuda.result_codes import CudaResult
+from agent.adapters.cuda.utility_checkpointer import UtilityCheckpointer
+from agent.adapters.kernel import cgroup
 from agent.core.types import MIB
 from agent.ports import Checkpointer, CudaCall, CudaOp, CudaState
 from tests.fakes.checkpointer import FakeCheckpointer, FakeCudaProcess, Fault

@@ -207,7 +207,7 @@ async def test_what_is_here_already_is_prepared_at_once(world: World) -> None:
 
 async def test_death_for_lack_of_memory_is_told_apart(world: World) -> None:
     if not world.limits_memory:
-        pytest.skip("processes of the host have no memory limit (adapters/process_runtime.py says why)")
+        pytest.skip("processes of the host have no memory limit (adapters/process/runtime.py says why)")
     handle = await world.runtime.start(world.spec("resize-a"))
     await world.settled(handle)
     await world.run_out_of_memory(handle)

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from agent.adapters import cgroup, process_table
-from agent.adapters.clock import SystemClock
-from agent.adapters.process_runtime import ProcessRuntime, ProcessRuntimeSettings
+from agent.adapters.kernel import cgroup, process_table
+from agent.adapters.kernel.clock import SystemClock
+from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeSettings
 from agent.core.types import Exit, FunctionSpec, Handle, InstanceSpec
 from agent.ports import Runtime, StartSpec
 from tests.fakes.runtime import FakeRuntime

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from agent.adapters.cuda_api import CudaResult
-from agent.adapters.cuda_processes import CudaProcessFinder
-from agent.adapters.process_table import boot_id, identify
+from agent.adapters.cuda.processes import CudaProcessFinder
+from agent.adapters.cuda.result_codes import CudaResult
+from agent.adapters.kernel.process_table import boot_id, identify
 from agent.core.types import Handle
 from agent.ports import CudaCall, CudaFault, CudaOp, CudaReply, CudaState
 from tests.contract.checkpointer_worlds import (

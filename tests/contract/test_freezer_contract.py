@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from agent.adapters import process_table
-from agent.adapters.cgroup_freezer import CgroupFreezer, ProcessFreezer, SignalFreezer
-from agent.adapters.checkpointer_driver import DriverCheckpointer, PoolLimits
-from agent.adapters.driver_worker_process import WorkerOptions
-from agent.adapters.freezer import CudaFreezer
-from agent.adapters.nvml_gpus import NvmlGpus
+from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer, PoolLimits
+from agent.adapters.cuda.driver_worker_process import WorkerOptions
+from agent.adapters.freezer.freezer import CudaFreezer
+from agent.adapters.kernel import process_table
+from agent.adapters.kernel.cgroup_freezer import CgroupFreezer, ProcessFreezer, SignalFreezer
+from agent.adapters.nvml.gpus import NvmlGpus
 from agent.core.errors import PreconditionError
 from agent.core.types import MIB, Handle, ProcessId
 from agent.ports import Condition, Freezer, Outcome

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 from pynvml import NVML_ERROR_GPU_IS_LOST
 
-from agent.adapters.nvml_gpus import NvmlGpus
+from agent.adapters.nvml.gpus import NvmlGpus
 from agent.core.errors import UnavailableError
 from agent.core.types import MIB, GpuProcess
 from agent.ports import Gpus

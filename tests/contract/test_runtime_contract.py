@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from agent.adapters import cgroup
+from agent.adapters.kernel import cgroup
 from agent.core.errors import InvalidArgumentError
 from agent.core.types import FunctionSpec, InstanceSpec
 from agent.ports import StartSpec

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.node_store import NodeStore
+from agent.adapters.store.node_store import NodeStore
+from agent.core.billing.window import Window
 from agent.core.types import FunctionSpec, GpuNeed, Handle, Hook, Hooks, InstanceSpec, ProcessId
-from agent.core.usage_window import Window
 from agent.ports import InstanceRecord
 from tests.fakes.stores import MemoryStore
 

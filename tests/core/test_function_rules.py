@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.cli.s_yaml_function import function_of
-from agent.cli.s_yaml_props import Props
+from agent.cli.fc3.function import function_of
+from agent.cli.fc3.schema import Props
 from agent.core.errors import InvalidArgumentError
 from agent.core.function_rules import check_function, shm_bytes
 from agent.core.types import (

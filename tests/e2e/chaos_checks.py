@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from agent.adapters import cgroup
+from agent.adapters.kernel import cgroup
 from agent.core.types import MILLISECOND_NS, SECOND_NS
 from agent.emulated.control import EmulatedDriver
 from agent.v1 import types_pb2

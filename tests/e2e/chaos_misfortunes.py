@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from agent.adapters import cgroup
+from agent.adapters.kernel import cgroup
 from agent.core.errors import PreconditionError
 from agent.core.types import SECOND_NS
 from agent.emulated.control import EmulatedDriver

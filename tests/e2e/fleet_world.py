@@ -24,7 +24,7 @@ from typing import Any
 import aiohttp
 import yaml
 
-from agent.adapters.token_file import ensure_token
+from agent.adapters.daemon.token_file import ensure_token
 from agent.core.types import FunctionSpec
 from agent.v1 import function_service_pb2 as functions_pb
 from agent.v1 import scheduler_service_pb2 as scheduler_pb

@@ -23,8 +23,8 @@ import aiohttp
 import psutil
 import yaml
 
-from agent.adapters.cgroup import CgroupSlice, open_slice
-from agent.adapters.token_file import ensure_token
+from agent.adapters.daemon.token_file import ensure_token
+from agent.adapters.kernel.cgroup import CgroupSlice, open_slice
 from agent.core.types import MIB, MILLISECOND_NS, SECOND_NS, FunctionSpec, GpuNeed, Hook, Hooks, IdlePolicy
 from agent.emulated.control import EmulatedDriver
 from agent.emulated.env import exports

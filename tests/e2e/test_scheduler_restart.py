@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 import yaml
 
-from agent.cli.usage_command import list_usage
+from agent.cli.commands.usage import list_usage
 from agent.core.types import GIB, SECOND_NS
 from agent.examples.echo.__main__ import expected_answer
 from agent.v1 import function_service_pb2 as functions_pb

@@ -22,7 +22,7 @@ import yaml
 
 from tests.e2e.stack import Stack, running_stack, until
 
-CLI = Path(__file__).parents[1] / "cli"
+FC3 = Path(__file__).parents[1] / "cli" / "fc3"
 NAME = "gpu-porn-detection"
 SCALING = {"scaling": {"period": "1s", "periods": 2}}
 WORK_MS = 200
@@ -37,7 +37,7 @@ class Walk:
 
     def write_s_yaml(self) -> None:
         """The page's own, but for the image."""
-        document = yaml.safe_load((CLI / "gpu-best-practice.s.yaml").read_text())
+        document = yaml.safe_load((FC3 / "gpu-best-practice.s.yaml").read_text())
         props = document["resources"]["gpu-best-practive"]["props"]
         props["customContainerConfig"] = {
             "image": "host",
@@ -51,7 +51,7 @@ class Walk:
 
     def write_policy(self, *, now: bool) -> Path:
         """The page's own; `now`: with other dates."""
-        document = json.loads((CLI / "provision.json").read_text())
+        document = json.loads((FC3 / "provision.json").read_text())
         path = self.folder / ("provision-now.json" if now else "provision.json")
         if now:
             today = datetime.now(UTC)

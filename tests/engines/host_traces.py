@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from agent.adapters import cgroup
+from agent.adapters.kernel import cgroup
 
 CONTAINER_CGROUP = re.compile(r"(docker-|libpod-)?([0-9a-f]{64})(\.scope)?")
 CGROUP_DEPTH = 4

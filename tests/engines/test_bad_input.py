@@ -195,7 +195,7 @@ async def test_an_engine_that_may_not_be_asked_is_said(engine: Engine) -> None:
     """Seen by an ordinary user: the socket is root's."""
     if os.geteuid() != 0:
         pytest.skip("only root can become somebody who may not")
-    from agent.adapters.engine_api import EngineApi
+    from agent.adapters.engine.api import EngineApi
     from agent.core.errors import UnavailableError
 
     def ask() -> str:

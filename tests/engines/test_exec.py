@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters import process_table
+from agent.adapters.kernel import process_table
 from agent.core.errors import InstanceError
 from agent.core.types import Handle
 from agent.ports import ExecSession, ExecSpec

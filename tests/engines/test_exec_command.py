@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from agent.adapters import process_table
+from agent.adapters.kernel import process_table
 from agent.core.types import IdlePolicy
 from agent.v1 import instance_service_pb2 as instances_pb
 from agent.v1 import types_pb2

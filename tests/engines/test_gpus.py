@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.engine_exec import EngineExec
-from agent.adapters.engine_gpus import CDI_FOLDERS, cdi_device_names
-from agent.adapters.engine_logs import EngineLogs
-from agent.adapters.engine_parts import open_engine_api, open_engine_runtime
-from agent.adapters.engine_runtime import EngineRuntime
+from agent.adapters.engine.build import open_engine_api, open_engine_runtime
+from agent.adapters.engine.exec import EngineExec
+from agent.adapters.engine.gpus import CDI_FOLDERS, cdi_device_names
+from agent.adapters.engine.logs import EngineLogs
+from agent.adapters.engine.runtime import EngineRuntime
 from agent.core.errors import PreconditionError
 from agent.core.types import MIB, ContainerOptions, FunctionSpec, GpuNeed, Handle, InstanceSpec
 from agent.emulated.env import attachment, cdi_spec

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from agent.host.invoke_log import END_WAIT_S, log_result
+from agent.host.ingress.invoke_log import END_WAIT_S, log_result
 from tests.engines.engines import Engine
 from tests.engines.world import EngineWorld
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters import cgroup
+from agent.adapters.kernel import cgroup
 from agent.core.types import MIB, ContainerOptions, Handle
 from agent.settings import DEFAULT_CAPABILITIES
 from tests.contract.runtime_worlds import until_said

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.cli.s_yaml import load_s_yaml
+from agent.cli.fc3.load import load_s_yaml
 from agent.core.types import MILLISECOND_NS, FunctionSpec
 from agent.v1 import instance_service_pb2 as instances_pb
 from agent.v1 import types_pb2

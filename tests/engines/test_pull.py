@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from agent.adapters.engine_api import EngineApi
-from agent.adapters.engine_images import ImageFacts, Images
+from agent.adapters.engine.api import EngineApi
+from agent.adapters.engine.images import ImageFacts, Images
 from agent.core.errors import HibernodeError
 from agent.core.types import MIB, RegistryLogin
 from tests.engines.engines import Engine

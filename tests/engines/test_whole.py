@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters import cgroup
+from agent.adapters.kernel import cgroup
 from agent.core.errors import HibernodeError
 from agent.v1 import function_service_pb2 as functions_pb
 from agent.v1 import instance_service_pb2 as instances_pb

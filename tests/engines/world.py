@@ -9,10 +9,10 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from agent.adapters.engine_exec import EngineExec
-from agent.adapters.engine_logs import EngineLogs
-from agent.adapters.engine_parts import open_engine_api, open_engine_runtime
-from agent.adapters.engine_runtime import EngineRuntime
+from agent.adapters.engine.build import open_engine_api, open_engine_runtime
+from agent.adapters.engine.exec import EngineExec
+from agent.adapters.engine.logs import EngineLogs
+from agent.adapters.engine.runtime import EngineRuntime
 from agent.core.types import MIB, ContainerOptions, FunctionSpec, Handle, InstanceSpec
 from agent.ports import StartSpec
 from agent.settings import EngineRuntime as EngineSettings

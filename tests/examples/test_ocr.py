@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.cli.s_yaml import load_s_yaml
+from agent.cli.fc3.load import load_s_yaml
 from agent.core.types import SECOND_NS, IdleMode
 from tests.examples.conftest import Program, Start
 from tests.examples.rapidocr_stand_in import MODELS, write_package

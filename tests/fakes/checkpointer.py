@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from agent.adapters.cuda_api import CudaResult
+from agent.adapters.cuda.result_codes import CudaResult
 from agent.core.types import MIB, GpuProcess
 from agent.ports import CudaAnswer, CudaCall, CudaFault, CudaOp, CudaReply, CudaState
 

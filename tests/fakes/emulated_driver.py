@@ -28,7 +28,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters import cgroup, process_table
+from agent.adapters.kernel import cgroup, process_table
 from agent.core.types import Handle
 from agent.emulated.control import EmulatedDriver
 from agent.emulated.env import SOCKET_VARIABLE, exports

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from agent.adapters.cgroup_freezer import FREEZE_DEADLINE_S, FreezerState
+from agent.adapters.kernel.cgroup_freezer import FREEZE_DEADLINE_S, FreezerState
 from agent.core.errors import HibernodeError
 from agent.core.types import Handle
 from tests.fakes.checkpointer import FakeCheckpointer

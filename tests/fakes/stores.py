@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from agent.core.billing.window import Window
 from agent.core.errors import UnavailableError
-from agent.core.usage_window import Window
 from agent.ports import InstanceRecord
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from agent.adapters import cgroup
-from agent.adapters.token_file import read_token
+from agent.adapters.daemon.token_file import read_token
+from agent.adapters.kernel import cgroup
 from agent.core.errors import HibernodeError
 from agent.core.types import SECOND_NS
 from agent.emulated.control import EmulatedDriver

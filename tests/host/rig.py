@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.core.types import SECOND_NS, FunctionSpec, GpuNeed, IdlePolicy, InstanceState
-from agent.host.actor import Actor
-from agent.host.billing import Billing
-from agent.host.events import EventLog
-from agent.host.executor import Shell
-from agent.host.memory_desk import MemoryDesk
-from agent.host.node import Node, NodeSettings
-from agent.host.recovery import Found, Recovery
+from agent.host.billing.billing import Billing
+from agent.host.instance.actor import Actor
+from agent.host.instance.events import EventLog
+from agent.host.instance.executor import Shell
+from agent.host.instance.memory_reservations import MemoryDesk
+from agent.host.node.node import Node, NodeSettings
+from agent.host.node.recovery import Found, Recovery
 from agent.http.errors import RequestIds
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits

@@ -7,13 +7,13 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
-from agent.http.client import Pool
+from agent.http.delayed_head import LateHeaders
 from agent.http.exchange import Exchange
 from agent.http.forward import ForwardResult, Outcome, forward
 from agent.http.headers import instance_answer_headers, request_headers
-from agent.http.late_relay import LateHeaders
 from agent.http.limits import Limits, UpstreamLimits
 from agent.http.message import Header, ResponseHead
+from agent.http.pool import Pool
 from agent.http.server import Handler, Server, serve
 
 REQUEST_ID = "1-67a59f35-150c1267-f381ba1c085c"

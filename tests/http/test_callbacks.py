@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 
-from agent.http.client import Pool
 from agent.http.exchange import Exchange
 from agent.http.forward import ForwardResult, Outcome, forward, forward_now
 from agent.http.headers import instance_answer_headers, request_headers
 from agent.http.limits import Limits, UpstreamLimits
 from agent.http.message import Header, ResponseHead
+from agent.http.pool import Pool
 from tests.http.rig import answering, connect, eventually, serving, upstream
 from tests.http.test_server import get, post
 

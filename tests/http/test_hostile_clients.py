@@ -9,7 +9,7 @@ import pytest
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
 from tests.http.rig import REQUEST_ID, Wire, connect, relay, serving, upstream
-from tests.http.test_grammar import HOST, HOSTILE
+from tests.http.test_head_parser import HOST, HOSTILE
 
 GOOD = b"GET /good HTTP/1.1\r\n" + HOST + b"\r\n"
 

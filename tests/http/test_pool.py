@@ -9,9 +9,9 @@ import socket
 
 import pytest
 
-from agent.http.client import Pool
 from agent.http.errors import ConnectFailedError, UpstreamBrokenError, UpstreamTimeoutError
 from agent.http.limits import UpstreamLimits
+from agent.http.pool import Pool
 from agent.http.upstream import UpstreamConnection
 from tests.http.rig import PATIENCE_S, Script, Wire, answering, eventually, relay, upstream
 from tests.http.test_server import get

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.gpu_locks import LOCK_FOLDER
+from agent.adapters.nvml.locks import LOCK_FOLDER
 
 UNITS = ["hibernode-agent.service", "hibernode-scheduler.service"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.scheduler.usage import UsageCollector, UsageDatabase
+from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
 from tests.fakes import postgresql
 from tests.fakes.clock import FakeClock
 from tests.fakes.postgresql import PostgreSQL

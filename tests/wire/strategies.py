@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from agent.core.billing.window import Window
 from agent.core.types import (
     DispatchPolicy,
     FunctionSpec,
@@ -16,7 +17,6 @@ from agent.core.types import (
     IdlePolicy,
     InstanceState,
 )
-from agent.core.usage_window import Window
 from agent.log import MASK
 from agent.v1 import types_pb2
 from agent.v1.scheduler_service_pb2 import InstanceLoad

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.core.dispatch_events import InstanceReported, NodeReported
+from agent.core.billing.window import Window
+from agent.core.dispatch.events import InstanceReported, NodeReported
 from agent.core.errors import InvalidArgumentError
 from agent.core.types import DispatchPolicy, FunctionSpec, Gpu, HealthCheck, Hook, Hooks, IdleMode, InstanceState
-from agent.core.usage_window import Window
 from agent.v1 import types_pb2
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration
 from agent.wire.convert_enums import (

@@ -9,8 +9,8 @@ from fractions import Fraction
 import pytest
 
 from agent.core.errors import InvalidArgumentError
-from agent.core.scaling import Metric, Window
-from agent.core.schedule import parse_time
+from agent.core.provisioning.autoscaling import Metric, Window
+from agent.core.provisioning.schedule import parse_time
 from agent.v1.function_service_pb2 import ProvisionConfig, ScheduledAction, TargetTrackingPolicy
 from agent.wire.convert_provision import provisioning_from_proto, windows_ended
 

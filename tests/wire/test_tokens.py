@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.token_file import ensure_token, read_token
+from agent.adapters.daemon.token_file import ensure_token, read_token
 from agent.core.errors import ConfigError, UnauthenticatedError
 from agent.wire.tokens import Principal, Role, TokenTable, bearer, caller, node_tokens
 

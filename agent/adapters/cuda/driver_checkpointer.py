@@ -1,0 +1,284 @@
+"""The Checkpointer port on the driver's API (570 and newer), through a small pool of worker processes.
+
+A batch waits in a bounded queue for a free worker, runs under a hard deadline, and costs its worker the life if the
+driver does not answer in time. A lost worker is replaced with a growing pause; a slot whose workers fail again and
+again rests until somebody asks for work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from agent.adapters.cuda.driver_worker_process import DriverWorkerProcess, Phase, WorkerEvents, WorkerOptions
+from agent.core.errors import UnavailableError
+from agent.log import get_logger
+from agent.ports import CudaAnswer, CudaCall, CudaFault, CudaReply
+
+MAX_CALLS = 256
+MAX_BATCH_BYTES = 96 * 1024
+CALL_BYTES, PAIR_BYTES = 64, 96
+"""Bounds of one message to a worker, and what a call and a pair of a GPU map take of it at the most. An instance may
+have more processes than that, and all of them are asked for their state."""
+
+_log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """`queue_length` batches may wait, each for at most `queue_timeout_s`. A slot pauses `first_backoff_s`, doubled
+    to `last_backoff_s`, between workers, and rests after `max_failures` of them in a row."""
+
+    workers: int = 2
+    queue_length: int = 256
+    queue_timeout_s: float = 60.0
+    first_backoff_s: float = 0.1
+    last_backoff_s: float = 10.0
+    max_failures: int = 6
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    calls: Sequence[CudaCall]
+    deadline_s: float
+    gpu_uuids: Sequence[str]
+    reply: asyncio.Future[CudaReply]
+    waiting: asyncio.TimerHandle | None = None
+
+    def resolve(self, reply: CudaReply) -> None:
+        """The caller may have been cancelled meanwhile."""
+        if self.waiting is not None:
+            self.waiting.cancel()
+        if not self.reply.done():
+            self.reply.set_result(reply)
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A place for one worker: `worker` None and `respawn` None means it rests after too many failures."""
+
+    worker: DriverWorkerProcess | None = None
+    job: _Job | None = None
+    failures: int = 0
+    last_error: str = ""
+    respawn: asyncio.TimerHandle | None = None
+
+
+@dataclass(slots=True)
+class _Bell:
+    """Wakes whoever waits for a change of the slots."""
+
+    waiters: list[asyncio.Future[None]] = field(default_factory=list)
+
+    def ring(self) -> None:
+        waiters, self.waiters = self.waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self.waiters.append(waiter)
+        await waiter
+
+
+class DriverCheckpointer:
+    """`agent.ports.Checkpointer`. Create, `start()`, use, `close()`, all on one loop's thread."""
+
+    def __init__(
+        self,
+        options: WorkerOptions | None = None,
+        limits: PoolLimits | None = None,
+        on_worker_stuck: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:
+        """`on_worker_stuck` gets the uuids of the GPUs whose operation survived SIGKILL: cordon them."""
+        self._options = options or WorkerOptions()
+        self._limits = limits or PoolLimits()
+        self._on_worker_stuck = on_worker_stuck
+        self.init_before_restore = self._options.init_before_restore
+        self._slots = [_Slot() for _ in range(self._limits.workers)]
+        self._queue: deque[_Job] = deque()
+        self._bell = _Bell()
+        self._closed = False
+        self._ever_ready = False
+        self._events = WorkerEvents(self._on_ready, self._on_answered, self._on_gone)
+
+    async def start(self) -> None:
+        """Spawn the workers; returns when one is ready. Raises UnavailableError CHECKPOINT_API_UNAVAILABLE."""
+        for slot in self._slots:
+            self._spawn(slot)
+        while not any(self._usable(slot) for slot in self._slots):
+            if all(slot.last_error for slot in self._slots):
+                await self.close()
+                raise UnavailableError(
+                    "CHECKPOINT_API_UNAVAILABLE",
+                    f"no driver worker could be started: {self._slots[0].last_error}",
+                )
+            await self._bell.wait()
+
+    async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
+        """`Checkpointer.run`. Reasons with NOT_BEGUN: DRIVER_QUEUE_FULL, DRIVER_BUSY, DRIVER_WORKERS_DOWN; with
+        LOST and STUCK: DRIVER_OPERATION_LOST. What does not fit into one message is done in several, each with its
+        `deadline_s`; what is not begun of a later one makes the whole LOST."""
+        answers: tuple[CudaAnswer, ...] = ()
+        for part in _messages(calls):
+            reply = await self._run(part, deadline_s, gpu_uuids)
+            if answers and reply.fault is CudaFault.NOT_BEGUN:
+                reply = replace(reply, fault=CudaFault.LOST)
+            if reply.fault is not CudaFault.NONE:
+                return reply
+            answers += reply.answers
+            if not reply.ok:
+                break
+        return CudaReply(answers)
+
+    async def _run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str]) -> CudaReply:
+        if self._closed:
+            return _not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping")
+        if len(self._queue) >= self._limits.queue_length:
+            return _not_begun("DRIVER_QUEUE_FULL", f"{len(self._queue)} operations wait for the driver already")
+        loop = asyncio.get_running_loop()
+        job = _Job(calls, deadline_s, gpu_uuids, loop.create_future())
+        self._queue.append(job)
+        self._dispatch()
+        if not job.reply.done() and job in self._queue:
+            self._revive()
+            job.waiting = loop.call_later(self._limits.queue_timeout_s, self._give_up, job)
+        try:
+            return await job.reply
+        finally:
+            if job in self._queue:  # the caller was cancelled before a worker took it
+                self._queue.remove(job)
+                job.resolve(_not_begun("DRIVER_BUSY", "cancelled"))
+
+    async def close(self) -> None:
+        """Kill the workers and wait until they are reaped or abandoned (bounded by their kill timeout)."""
+        self._closed = True
+        while self._queue:
+            self._queue.popleft().resolve(_not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping"))
+        for slot in self._slots:
+            if slot.respawn is not None:
+                slot.respawn.cancel()
+                slot.respawn = None
+            if slot.worker is not None:
+                slot.worker.kill("the agent is stopping")
+        while any(slot.worker is not None for slot in self._slots):
+            await self._bell.wait()
+
+    def persistence_is_off(self) -> None:
+        """From now on cuInit comes before a worker's first restore, which would kill its target otherwise."""
+        self.init_before_restore = True
+
+    @property
+    def worker_pids(self) -> Sequence[int]:
+        """Pids of the live workers (for status pages and tests)."""
+        return [slot.worker.pid for slot in self._slots if slot.worker is not None]
+
+    # ---- jobs -------------------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        for slot in self._slots:
+            if not self._queue:
+                return
+            if slot.worker is not None and slot.worker.phase is Phase.IDLE:
+                job = self._queue[0]
+                if slot.worker.submit(job.calls, job.deadline_s, init=self.init_before_restore):
+                    self._queue.popleft()
+                    slot.job = job
+                    if job.waiting is not None:
+                        job.waiting.cancel()
+
+    def _give_up(self, job: _Job) -> None:
+        if job in self._queue:
+            self._queue.remove(job)
+            waited_s = self._limits.queue_timeout_s
+            job.resolve(_not_begun("DRIVER_BUSY", f"no driver worker became free within {waited_s:g} s"))
+
+    def _fail_queue_if_down(self) -> None:
+        """Nobody will come for the queue: every slot rests, or no worker has ever found a usable driver here."""
+        resting = all(slot.worker is None and slot.respawn is None for slot in self._slots)
+        never = not self._ever_ready and all(slot.last_error for slot in self._slots)
+        if not resting and not never:
+            return
+        error = next((slot.last_error for slot in self._slots if slot.last_error), "")
+        while self._queue:
+            self._queue.popleft().resolve(_not_begun("DRIVER_WORKERS_DOWN", f"driver workers fail to start: {error}"))
+
+    # ---- workers ----------------------------------------------------------------------------------------------
+
+    def _usable(self, slot: _Slot) -> bool:
+        return slot.worker is not None and slot.worker.phase in (Phase.IDLE, Phase.BUSY)
+
+    def _spawn(self, slot: _Slot) -> None:
+        slot.respawn = None
+        try:
+            slot.worker = DriverWorkerProcess(self._options, self._events)
+        except OSError as error:
+            self._failed(slot, f"a worker can't be spawned ({error})")
+
+    def _revive(self) -> None:
+        """One attempt for the slots that rest, since there is work."""
+        for slot in self._slots:
+            if slot.worker is None and slot.respawn is None:
+                self._spawn(slot)
+
+    def _failed(self, slot: _Slot, error: str) -> None:
+        slot.failures += 1
+        slot.last_error = error
+        limits = self._limits
+        if slot.failures <= limits.max_failures:
+            pause_s = min(limits.first_backoff_s * 2 ** (slot.failures - 1), limits.last_backoff_s)
+            slot.respawn = asyncio.get_running_loop().call_later(pause_s, self._spawn, slot)
+        else:
+            _log.error("driver.workers_resting", failures=slot.failures, error=error)
+        self._fail_queue_if_down()
+
+    def _on_ready(self, worker: DriverWorkerProcess) -> None:
+        self._ever_ready = True
+        self._dispatch()
+        self._bell.ring()
+
+    def _on_answered(self, worker: DriverWorkerProcess, answers: Sequence[CudaAnswer]) -> None:
+        slot = self._slot_of(worker)
+        job, slot.job = slot.job, None
+        slot.failures, slot.last_error = 0, ""
+        if job is not None:
+            job.resolve(CudaReply(tuple(answers)))
+        self._dispatch()
+
+    def _on_gone(self, worker: DriverWorkerProcess, stuck: bool, error: str) -> None:
+        slot = self._slot_of(worker)
+        job, slot.job, slot.worker = slot.job, None, None
+        if not self._closed:
+            _log.warning("driver.worker_lost", pid=worker.pid, error=error, stuck=stuck, working=job is not None)
+            self._failed(slot, error)
+        if job is not None:
+            fault = CudaFault.STUCK if stuck else CudaFault.LOST
+            job.resolve(CudaReply((), fault, "DRIVER_OPERATION_LOST", error))
+            if stuck and self._on_worker_stuck is not None:
+                self._on_worker_stuck(job.gpu_uuids)
+        self._bell.ring()
+
+    def _slot_of(self, worker: DriverWorkerProcess) -> _Slot:
+        return next(slot for slot in self._slots if slot.worker is worker)
+
+
+def _messages(calls: Sequence[CudaCall]) -> Iterator[list[CudaCall]]:
+    """The calls in order, in parts that fit into a message."""
+    part: list[CudaCall] = []
+    room = MAX_BATCH_BYTES
+    for call in calls:
+        size = CALL_BYTES + PAIR_BYTES * len(call.gpu_map)
+        if part and (size > room or len(part) == MAX_CALLS):
+            yield part
+            part, room = [], MAX_BATCH_BYTES
+        part.append(call)
+        room -= size
+    if part:
+        yield part
+
+
+def _not_begun(reason: str, message: str) -> CudaReply:
+    return CudaReply((), CudaFault.NOT_BEGUN, reason, message)

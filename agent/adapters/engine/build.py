@@ -1,0 +1,57 @@
+"""Puts the engine runtime together from the node's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from agent.adapters.engine.api import EngineApi
+from agent.adapters.engine.containers import EngineContainers
+from agent.adapters.engine.images import Images
+from agent.adapters.engine.network import EngineNetwork
+from agent.adapters.engine.planner import ContainerPlanner
+from agent.adapters.engine.runtime import EngineParts, EngineRuntime, Execs, Logs
+from agent.adapters.runtime.bundles import Bundles
+from agent.adapters.runtime.log_files import LogFiles
+from agent.core.types import SECOND_NS
+from agent.settings import GpuSettings, Runtime
+
+LOG_KEEP = 200
+
+
+def open_engine_api(runtime: Runtime) -> EngineApi:
+    """The way to the engine of the settings. Connects to nothing yet."""
+    return EngineApi(runtime.engine.socket, runtime.engine.operation_timeout_ns / SECOND_NS)
+
+
+def open_engine_runtime(
+    api: EngineApi,
+    runtime: Runtime,
+    gpu: GpuSettings,
+    *,
+    state_dir: Path,
+    state_uuid: str,
+    logs: Logs,
+    execs: Execs,
+    kept_out: Sequence[Path] = (),
+    auth_files: Sequence[Path] | None = None,
+) -> EngineRuntime:
+    """`kept_out`: paths beside the state directory that no volume may reach (our socket). Asks nothing of the engine
+    yet: the daemon starts while that is down. The caller awaits `close`."""
+    network = EngineNetwork(api, state_uuid)
+    images = Images(api, runtime.engine.pull, runtime.engine.pull_timeout_ns / SECOND_NS, auth_files)
+    planner = ContainerPlanner(
+        api, images, runtime, gpu, state_uuid=state_uuid, network=network.name, kept_out=(state_dir, *kept_out)
+    )
+    parts = EngineParts(
+        api=api,
+        images=images,
+        planner=planner,
+        network=network,
+        containers=EngineContainers(api, state_uuid),
+        bundles=Bundles(state_dir, state_uuid),
+        files=LogFiles(state_dir, runtime.log_limit_bytes, LOG_KEEP),
+        logs=logs,
+        execs=execs,
+    )
+    return EngineRuntime(parts)

@@ -1,0 +1,174 @@
+"""How an instance's GPUs get into its container (`gpu.attach`): a pure choice between CDI, the NVIDIA runtime and
+configured mounts, and the reading of the host's CDI specs that it rests on.
+
+| engine | CDI by | NVIDIA runtime |
+|---|---|---|
+| Docker from 25, where `info` names its CDI folders | DeviceRequests, driver `cdi` | DeviceRequests, driver `nvidia` |
+| Docker before | - | the same |
+| Podman from 5.4 | DeviceRequests, driver `cdi` | - |
+| Podman before | the libpod API's `devices` (its Docker API takes the request and attaches nothing) | - |
+
+Podman's Docker API accepts NVIDIA device requests as well and ignores them: it is never asked that way, for an instance
+would start without its GPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from agent.adapters.engine.facts import EngineFacts
+from agent.core.errors import PreconditionError
+from agent.settings import GpuSettings
+
+How = Literal["none", "cdi", "cdi-libpod", "nvidia-runtime", "mounts"]
+
+CDI_KIND = "nvidia.com/gpu"
+CDI_FOLDERS = (Path("/etc/cdi"), Path("/var/run/cdi"))
+ALL = "all"
+READ_DEADLINE_S = 10.0
+MAX_SPEC_BYTES = 8 << 20
+MAX_SPECS = 64
+NO_DEVICES = "void"
+"""NVIDIA's word for: the runtime adds nothing, whatever the image asks for."""
+
+DOCKER_CDI_SINCE = (25, 0)
+PODMAN_REQUESTS_SINCE = (5, 4)
+
+GENERATE = "nvidia-ctk cdi generate --device-name-strategy=uuid --output=/etc/cdi/nvidia.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """What the container's configuration gets. `devices` are CDI names for the libpod API; `binds` are
+    `host:container[:ro]`; `visible_devices` is NVIDIA_VISIBLE_DEVICES, which has the last word over the image's."""
+
+    how: How = "none"
+    device_requests: tuple[Mapping[str, Any], ...] = ()
+    devices: tuple[str, ...] = ()
+    binds: tuple[str, ...] = ()
+    visible_devices: str = NO_DEVICES
+
+
+NO_GPUS = Attachment()
+
+
+def attach_gpus(
+    settings: GpuSettings,
+    engine: EngineFacts,
+    cdi_devices: frozenset[str],
+    gpu_uuids: Sequence[str],
+    *,
+    all_gpus: bool = False,
+) -> Attachment:
+    """For an instance on `gpu_uuids` (none: nothing is attached). `cdi_devices`: what `cdi_device_names` found.
+
+    Raises PreconditionError GPU_ATTACH_UNAVAILABLE, with the fix, where the setting (or with `auto`: no way at all)
+    can't be had here.
+    """
+    if not gpu_uuids:
+        return NO_GPUS
+    wanted = (ALL,) if all_gpus else tuple(gpu_uuids)
+    match settings.attach:
+        case "mounts":
+            return Attachment("mounts", binds=settings.mounts.binds)
+        case "nvidia-runtime":
+            return _nvidia_runtime(engine, wanted)
+        case "cdi":
+            if problem := cdi_problem(engine, cdi_devices, wanted):
+                raise _unavailable(f"gpu.attach: cdi is set, and {problem}")
+            return _cdi(engine, wanted)
+        case "auto":
+            problem = cdi_problem(engine, cdi_devices, wanted)
+            if not problem:
+                return _cdi(engine, wanted)
+            if engine.kind == "podman":
+                raise _unavailable(problem)
+            return _nvidia_runtime(engine, wanted)
+
+
+def cdi_problem(engine: EngineFacts, cdi_devices: frozenset[str], wanted: Iterable[str]) -> str:
+    """Why CDI can't attach these devices here, and what to do; "" if it can."""
+    if engine.kind == "docker" and not engine.since(DOCKER_CDI_SINCE):
+        return f"{engine.title} has no CDI; upgrade to Docker 25 or newer, or set gpu.attach: nvidia-runtime"
+    if engine.kind == "docker" and not engine.cdi_dirs:
+        return (
+            f"CDI is turned off in {engine.title}; put "
+            '{"features": {"cdi": true}} into /etc/docker/daemon.json and restart Docker'
+        )
+    if not cdi_devices:
+        return f"the host has no CDI spec for {CDI_KIND}; make one: {GENERATE}"
+    if missing := sorted(set(wanted) - cdi_devices):
+        return f"the host's CDI specs do not name {', '.join(missing)}; make them anew: {GENERATE}"
+    return ""
+
+
+def _cdi(engine: EngineFacts, wanted: Sequence[str]) -> Attachment:
+    names = [f"{CDI_KIND}={one}" for one in wanted]
+    if engine.kind == "podman" and not engine.since(PODMAN_REQUESTS_SINCE):
+        return Attachment("cdi-libpod", devices=tuple(names))
+    return Attachment("cdi", device_requests=({"Driver": "cdi", "DeviceIDs": names},))
+
+
+def _nvidia_runtime(engine: EngineFacts, wanted: Sequence[str]) -> Attachment:
+    if engine.kind == "podman":
+        raise _unavailable(
+            f"gpu.attach: nvidia-runtime is set, and {engine.title} has no such thing in its API; "
+            f"set gpu.attach: cdi, and make a spec: {GENERATE}"
+        )
+    # Only `gpu`: what else of the driver it needs (compute, video ...) the image says, NVIDIA_DRIVER_CAPABILITIES.
+    request = {"Driver": "nvidia", "DeviceIDs": list(wanted), "Capabilities": [["gpu"]]}
+    return Attachment("nvidia-runtime", device_requests=(request,), visible_devices=",".join(wanted))
+
+
+def _unavailable(problem: str) -> PreconditionError:
+    return PreconditionError("GPU_ATTACH_UNAVAILABLE", f"GPUs can't be given to containers here: {problem}")
+
+
+async def read_cdi_devices() -> frozenset[str]:
+    """`cdi_device_names` of this host, beside the loop. PreconditionError GPU_ATTACH_UNAVAILABLE if its disk does not
+    answer."""
+    try:
+        async with asyncio.timeout(READ_DEADLINE_S):
+            return await asyncio.to_thread(cdi_device_names)
+    except TimeoutError:
+        raise _unavailable("the host's CDI specs can't be read in time; is its disk healthy?") from None
+
+
+def cdi_device_names(folders: Sequence[Path] = CDI_FOLDERS) -> frozenset[str]:
+    """The devices of kind nvidia.com/gpu in the host's CDI specs: UUIDs, indexes, `all`. Files that can't be read or
+    understood count as absent, as they do for the engines. Reads disk: not often, and not on the loop's thread."""
+    names: set[str] = set()
+    files = [file for folder in folders for file in _spec_files(folder)]
+    for file in files[:MAX_SPECS]:
+        names |= _names_in(file)
+    return frozenset(names)
+
+
+def _spec_files(folder: Path) -> list[Path]:
+    try:
+        return sorted(one for one in folder.iterdir() if one.suffix in (".json", ".yaml", ".yml"))
+    except OSError:
+        return []
+
+
+def _names_in(file: Path) -> frozenset[str]:
+    try:
+        with file.open("rb") as stream:
+            text = stream.read(MAX_SPEC_BYTES + 1)
+        if len(text) > MAX_SPEC_BYTES:
+            return frozenset()
+        document = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return frozenset()
+    if not isinstance(document, dict) or document.get("kind") != CDI_KIND:
+        return frozenset()
+    devices = document.get("devices")
+    entries = devices if isinstance(devices, list) else []
+    return frozenset(str(one["name"]) for one in entries if isinstance(one, dict) and "name" in one)

@@ -1,0 +1,136 @@
+"""Logs of containers, as the engine keeps them (json-file, rotated by the engine at `runtime.log_limit`).
+
+The engine's stream is a sequence of frames: one byte that says which output, three zero bytes, a length of four bytes,
+then so many bytes (Docker Engine API, "Attach to a container", stream format). Both outputs are mixed in the order in
+which they were written, which is what a reader of a log wants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+
+import aiodocker
+import aiohttp
+
+from agent.adapters.engine.api import EngineApi, EngineError
+
+FRAME_HEADER_BYTES = 8
+CHUNK_BYTES = 64 * 1024
+READ_ATTEMPTS = 4
+READS_AT_ONCE = 2
+READ_PAUSE_S = 0.02
+HALF_A_LINE = "not a valid container log line"
+"""What Podman says when it reads the file in the middle of a line that is being written."""
+READ_DEADLINE_S = 30.0
+BYTES_A_LINE = 4
+"""An engine gives the last lines, not the last bytes: so many lines are asked for as bytes that nearly every log's
+lines are longer than this. A log of shorter lines gives fewer bytes than were asked for."""
+MAX_LINES = 1_000_000
+
+
+class EngineLogs:
+    """Reads through `api`."""
+
+    def __init__(self, api: EngineApi) -> None:
+        self._api = api
+        # Whoever may call a function may have logs read (x-fc-log-type): starts and removals must not wait for that.
+        self._reads = asyncio.Semaphore(READS_AT_ONCE)
+
+    async def read(self, container_id: str, tail_bytes: int) -> bytes:
+        """The last bytes of both outputs. At most twice `tail_bytes` are kept meanwhile.
+
+        Raises EngineError (404: there is no such container), UnavailableError ENGINE_UNAVAILABLE.
+        """
+        if tail_bytes <= 0:
+            return b""
+
+        async def collect(docker: aiodocker.Docker) -> bytes:
+            kept: deque[bytes] = deque()
+            size = 0
+            async with aclosing(_parts(docker, container_id, _lines(tail_bytes), follow=False)) as parts:
+                async for part in parts:
+                    kept.append(part)
+                    size += len(part)
+                    while size - len(kept[0]) >= tail_bytes:
+                        size -= len(kept.popleft())
+            return b"".join(kept)[-tail_bytes:]
+
+        for _ in range(READ_ATTEMPTS - 1):
+            try:
+                return await self._read(collect)
+            except EngineError as error:
+                if HALF_A_LINE not in error.text:
+                    raise
+            await asyncio.sleep(READ_PAUSE_S)
+        return await self._read(collect)
+
+    async def _read(self, collect: Callable[[aiodocker.Docker], Awaitable[bytes]]) -> bytes:
+        """Within the deadline: the wait for a place counts."""
+        with self._api.errors():
+            async with asyncio.timeout(READ_DEADLINE_S), self._reads:
+                return await self._api.call(collect, READ_DEADLINE_S)
+
+    async def follow(self, container_id: str, tail_bytes: int) -> AsyncGenerator[bytes, None]:
+        """About the last bytes, then what comes, until the container has ended. Closing it closes the connection.
+
+        An engine counts in lines, so it is looked first how many lines the last bytes are: a line more or less where
+        some are written between the two looks.
+
+        Raises as `read` does; UnavailableError also when the engine goes away in the middle.
+        """
+        last = await self.read(container_id, tail_bytes)
+        lines = last.count(b"\n") + 1 if len(last) >= tail_bytes > 0 else _lines(tail_bytes)
+        async with self._api.stream() as docker, aclosing(_parts(docker, container_id, lines, follow=True)) as parts:
+            async for part in parts:
+                for start in range(0, len(part), CHUNK_BYTES):
+                    yield part[start : start + CHUNK_BYTES]
+
+
+def _lines(tail_bytes: int) -> int:
+    return min(MAX_LINES, max(1, tail_bytes // BYTES_A_LINE)) if tail_bytes > 0 else 0
+
+
+async def _parts(
+    docker: aiodocker.Docker, container_id: str, lines: int, *, follow: bool
+) -> AsyncGenerator[bytes, None]:
+    params = {"stdout": 1, "stderr": 1, "tail": lines, "follow": int(follow)}
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=READ_DEADLINE_S)
+    async with (
+        docker._query(f"containers/{container_id}/logs", params=params, timeout=timeout) as response,
+        response,
+    ):
+        frames = Frames()
+        async for received in response.content.iter_any():
+            part = frames.feed(received)
+            if part:
+                yield part
+
+
+class Frames:
+    """Takes the headers out of a stream that comes in pieces of any size. Nothing but half a header is kept."""
+
+    def __init__(self) -> None:
+        self._header = b""
+        self._left = 0
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload in these bytes."""
+        payload = bytearray()
+        at = 0
+        while at < len(data):
+            if self._left:
+                part = data[at : at + self._left]
+                payload += part
+                self._left -= len(part)
+                at += len(part)
+                continue
+            wanted = FRAME_HEADER_BYTES - len(self._header)
+            self._header += data[at : at + wanted]
+            at += wanted
+            if len(self._header) == FRAME_HEADER_BYTES:
+                self._left = int.from_bytes(self._header[4:], "big")
+                self._header = b""
+        return bytes(payload)

@@ -1,0 +1,175 @@
+"""The agent's own bridge network: its containers are reached from this host by their addresses, no port is published,
+and they can't talk to each other.
+
+Docker drops traffic between them by iptables (enable_icc). On both engines, and whatever the firewall does, every port
+of the bridge is isolated as well (bridge(8), `isolated on`): the kernel forwards nothing from one isolated port to
+another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import aiodocker
+
+from agent.adapters.engine.api import EngineApi, EngineError
+from agent.adapters.engine.container_config import STATE_LABEL
+from agent.core.errors import HibernodeError, InstanceError
+from agent.log import get_logger
+
+BRIDGES = Path("/sys/class/net")
+ISOLATE_DEADLINE_S = 5.0
+
+log = get_logger()
+
+
+class EngineNetwork:
+    """One per agent: `hibernode-<12 digits of the state UUID>`, on a bridge `hib-<8 digits>`."""
+
+    def __init__(self, api: EngineApi, state_uuid: str, bridges: Path = BRIDGES) -> None:
+        digits = state_uuid.replace("-", "")
+        self.name = f"hibernode-{digits[:12]}"
+        self.bridge = f"hib-{digits[:8]}"
+        self._api = api
+        self._state_uuid = state_uuid
+        self._bridges = bridges
+        self._lock = asyncio.Lock()
+        self._there = False
+
+    async def ensure(self) -> None:
+        """Have it; costs nothing once it was seen. Raises InstanceError ADDRESSES_EXHAUSTED, NETWORK_FAILED, and as
+        `EngineApi.call` does."""
+        async with self._lock:
+            if not self._there:
+                if not await self._is_there():
+                    await self._create()
+                self._there = True
+
+    def forget(self) -> None:
+        """Somebody removed it, or so it seems: the next `ensure` looks."""
+        self._there = False
+
+    async def remove_if_unused(self) -> bool:
+        """The last container is gone. What still uses it keeps it (False), also a container that is only just being
+        removed; a start that comes meanwhile makes it anew."""
+        async with self._lock:
+            self._there = False
+            try:
+                await self._api.call(self._delete)
+            except HibernodeError as error:
+                if isinstance(error, EngineError) and (error.not_found or _in_use(error)):
+                    return error.not_found
+                log.warning("engine.network_stays", network=self.name, error=str(error))
+            return True
+
+    async def isolate_ports(self) -> None:
+        """No port of the bridge may reach another one. After each start, for engines add ports as they like.
+
+        Raises InstanceError NETWORK_FAILED: a container that is not fenced off must not run.
+        """
+        try:
+            async with asyncio.timeout(ISOLATE_DEADLINE_S):
+                # In a thread: the kernel takes its one lock of all network configuration for it.
+                isolated = await asyncio.to_thread(_isolate, self._bridges / self.bridge / "brif")
+        except TimeoutError:
+            raise self._failed("isolating its ports took too long") from None
+        except OSError as error:
+            raise self._failed(
+                f"its ports can't be isolated from one another: {error.strerror} ({error.filename}); the agent needs "
+                "the engine's network namespace, a writable /sys and CAP_NET_ADMIN"
+            ) from error
+        if not isolated:
+            raise self._failed("the bridge has no port; does the engine use another kind of network?")
+
+    def address(self, inspected: Mapping[str, Any]) -> str:
+        """A container's address on it, from what inspecting the container answered. "" if it has none."""
+        networks = (inspected.get("NetworkSettings") or {}).get("Networks") or {}
+        return str((networks.get(self.name) or {}).get("IPAddress") or "")
+
+    async def _is_there(self) -> bool:
+        try:
+            found = await self._api.call(self._show)
+        except EngineError as error:
+            if error.not_found:
+                return False
+            raise
+        if (found.get("Labels") or {}).get(STATE_LABEL) != self._state_uuid:
+            raise self._failed("a network of that name exists and is not ours; remove it")
+        return True
+
+    async def _show(self, docker: aiodocker.Docker) -> Mapping[str, Any]:
+        return await (await docker.networks.get(self.name)).show()
+
+    async def _delete(self, docker: aiodocker.Docker) -> None:
+        await (await docker.networks.get(self.name)).delete()
+
+    async def _create(self) -> None:
+        options = {"com.docker.network.bridge.name": self.bridge}
+        if self._api.kind == "docker":
+            options["com.docker.network.bridge.enable_icc"] = "false"
+        config = {
+            "Name": self.name,
+            "Driver": "bridge",
+            "CheckDuplicate": True,
+            "Options": options,
+            "Labels": {STATE_LABEL: self._state_uuid},
+        }
+        try:
+            await self._api.call(lambda docker: docker.networks.create(config))
+        except EngineError as error:
+            if error.status == 409 and await self._is_there():  # a call of before, which we took for lost
+                return
+            if addresses_exhausted(error.text):
+                raise exhausted(error.text) from error
+            raise self._failed(error.text) from error
+        log.info("engine.network_created", network=self.name, bridge=self.bridge)
+
+    def _failed(self, why: str) -> InstanceError:
+        return InstanceError("NETWORK_FAILED", f"network {self.name} can't be used: {why}", network=self.name)
+
+
+def _in_use(error: EngineError) -> bool:
+    return error.status in (403, 409) or "being used" in error.text or "in use" in error.text
+
+
+def addresses_exhausted(text: str) -> bool:
+    """Docker's and Podman's words for: no subnet, or no address in it, is left."""
+    text = text.lower()
+    return any(
+        words in text
+        for words in (
+            "non-overlapping ipv4 address pool",
+            "no available ipv4 addresses",
+            "all predefined address pools",
+            "could not find free subnet",
+            "failed to find free ip",
+            "no free ip",
+        )
+    )
+
+
+def exhausted(text: str) -> InstanceError:
+    return InstanceError(
+        "ADDRESSES_EXHAUSTED",
+        "the container engine has no address left; remove unused networks (`docker network prune`), or give it more "
+        f"(default-address-pools in daemon.json, default_subnet_pools in containers.conf): {text}",
+    )
+
+
+def _isolate(ports: Path) -> int:
+    """Number of ports that are isolated now. OSError if one stays open."""
+    count = 0
+    for port in os.listdir(ports):
+        try:
+            (ports / port / "isolated").write_text("1", encoding="ascii")
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENODEV):  # unplugged meanwhile: another container has ended
+                continue
+            raise
+        count += 1
+    return count

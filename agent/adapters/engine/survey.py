@@ -1,0 +1,62 @@
+"""What is to be told about the container engine, for `core.engine_capabilities`: gathered in one place, so that the
+agent and `hibernode doctor` can't differ in what they see. Nothing here changes the host or the engine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from agent.adapters.engine.api import EngineApi
+from agent.adapters.engine.facts import EngineFacts
+from agent.adapters.engine.gpus import attach_gpus, read_cdi_devices
+from agent.adapters.kernel.cgroup import find_v2_mount
+from agent.core.engine_capabilities import EngineSight
+from agent.core.errors import HibernodeError
+from agent.settings import GpuSettings, Runtime
+
+INITIAL_CGROUP_NAMESPACE = 0xEFFFFFFB
+"""The inode of the namespace that the kernel starts with (PROC_CGROUP_INIT_INO)."""
+NVIDIA_HOOK = "nvidia-container-runtime-hook"
+
+
+async def look_at_engine(
+    api: EngineApi | None, runtime: Runtime, gpu: GpuSettings, gpu_uuids: Sequence[str]
+) -> EngineSight:
+    """Never raises: a host without an engine is a host, too. `api` None: it is turned off. `gpu_uuids`: those that
+    instances may get."""
+    if api is None or runtime.engine.socket == "off":
+        return EngineSight()
+    try:
+        await api.connect()
+    except HibernodeError as error:
+        return EngineSight(problem=error.message)
+    how, problem = await _attachment(api.facts, gpu, gpu_uuids)
+    return EngineSight(
+        facts=api.facts,
+        gpus=how,
+        gpu_problem=problem,
+        nvidia_hook=shutil.which(NVIDIA_HOOK) is not None,
+        cgroups=sees_all_cgroups(),
+        disk_limit=runtime.engine.disk_limit,
+    )
+
+
+async def _attachment(facts: EngineFacts, gpu: GpuSettings, gpu_uuids: Sequence[str]) -> tuple[str, str]:
+    """How GPUs are attached, or why they can't be."""
+    if not gpu_uuids:
+        return "", ""
+    try:
+        return attach_gpus(gpu, facts, await read_cdi_devices(), gpu_uuids).how, ""
+    except HibernodeError as error:
+        return "", error.message.partition(": ")[2] or error.message
+
+
+def sees_all_cgroups(proc: Path = Path("/proc")) -> bool:
+    """Are containers' cgroup paths the agent's? In a cgroup namespace of its own it sees its own part alone."""
+    try:
+        initial = (proc / "self/ns/cgroup").stat().st_ino == INITIAL_CGROUP_NAMESPACE
+        mount = find_v2_mount((proc / "self/mountinfo").read_text())
+    except OSError:
+        return False
+    return mount is not None and (initial or mount.root == "/..")

@@ -1,0 +1,1 @@
+"""Freezes and wakes an instance: lock, checkpoint, cgroup, and the way back from every failure."""

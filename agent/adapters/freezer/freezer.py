@@ -1,0 +1,109 @@
+"""The Freezer port: an instance's GPU state to host memory and back, in the order that the driver demands.
+
+Freeze: list the CUDA processes, lock all, list again, checkpoint all, verify, freeze the cgroup (`freeze.py`).
+Wake: room on the GPU, thaw, restore all, unlock all, verify (`wake.py`). The driver does its work inside the
+target, so a target in a frozen cgroup can't answer and the caller hangs: the cgroup is read before every question.
+Rules and faults: facts gpu-checkpoint, sections 3, 4 and 7.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from agent.adapters.cuda.processes import CudaProcessFinder, Pids
+from agent.adapters.freezer.freeze import Sleep
+from agent.adapters.freezer.late_calls import Doubts
+from agent.adapters.freezer.limits import FreezerLimits
+from agent.adapters.freezer.recovery import Recovery
+from agent.adapters.freezer.tracked import HeldInstances
+from agent.adapters.freezer.vram_check import Witness
+from agent.adapters.freezer.wake import Wake
+from agent.adapters.kernel.cgroup_freezer import ProcessFreezer
+from agent.core.types import Handle
+from agent.ports import Checkpointer, Condition, FreezeResult, Gpus, Outcome
+
+
+class CudaFreezer:
+    """`agent.ports.Freezer`. One operation at a time for an instance, any number of instances at once."""
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        cgroups: ProcessFreezer,
+        gpus: Gpus,
+        pids: Pids,
+        boot_id: str,
+        limits: FreezerLimits | None = None,
+    ) -> None:
+        """`pids` lists an instance's host pids (`Runtime.pids`)."""
+        limits = limits or FreezerLimits()
+        finder = CudaProcessFinder(pids, checkpointer, boot_id, limits.state_s)
+        self._instances = HeldInstances(checkpointer, cgroups, finder, limits)
+        self._witness = Witness(gpus, limits)
+        self._doubts = Doubts(self._instances)
+        self._sleep = Sleep(self._instances, self._witness)
+        self._wake = Wake(self._instances, self._witness)
+        self._recovery = Recovery(self._instances, self._witness, boot_id)
+
+    async def lock(self, handle: Handle) -> FreezeResult:
+        """`Freezer.lock`: REFUSED leaves all CUDA processes running."""
+        await self._doubts.suspend(handle)
+        return self._runs_after(Outcome.REFUSED, handle, await self._sleep.lock(handle))
+
+    async def unlock(self, handle: Handle) -> FreezeResult:
+        """`Freezer.unlock`: undo a lock (a cancelled freeze, or what recovery finds LOCKED)."""
+        await self._doubts.suspend(handle)
+        return self._runs_after(Outcome.OK, handle, await self._sleep.unlock(handle))
+
+    async def checkpoint(self, handle: Handle) -> FreezeResult:
+        """`Freezer.checkpoint`: REFUSED leaves it unlocked and running. Raises PreconditionError NOT_LOCKED."""
+        return self._runs_after(Outcome.REFUSED, handle, await self._sleep.checkpoint(handle))
+
+    async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
+        """`Freezer.wake`: REFUSED leaves it checkpointed from the same GPUs, and frozen."""
+        return self._runs_after(Outcome.OK, handle, await self._wake.wake(handle, gpu_map))
+
+    def _runs_after(self, outcome: Outcome, handle: Handle, result: FreezeResult) -> FreezeResult:
+        """With this outcome it runs: if a call on it was lost, it is watched."""
+        if result.outcome is outcome:
+            self._doubts.resume(handle)
+        return result
+
+    def paused(self, handle: Handle) -> bool:
+        """`Freezer.paused`."""
+        return self._instances.paused(handle)
+
+    async def prepare_kill(self, handle: Handle) -> None:
+        """`Freezer.prepare_kill`. A rollback that runs may take long: the kill does not wait for its end."""
+        try:
+            async with asyncio.timeout(self._instances.limits.kill_s):
+                await self._doubts.suspend(handle)
+        except TimeoutError:
+            return
+        await self._recovery.prepare_kill(handle)
+
+    async def condition(self, handle: Handle) -> Condition:
+        """`Freezer.condition`. What an earlier agent may have lost on it is reckoned with from here on."""
+        condition = await self._recovery.condition(handle)
+        self._instances.doubt(handle)
+        if condition is Condition.AWAKE:
+            self._doubts.resume(handle)
+        return condition
+
+    async def finish_freeze(self, handle: Handle) -> FreezeResult:
+        """`Freezer.finish_freeze`; processes not yet checkpointed are. `image_bytes` is 0: nobody knows it now."""
+        return self._runs_after(Outcome.REFUSED, handle, await self._sleep.finish(handle))
+
+    async def thaw(self, handle: Handle) -> None:
+        """`Freezer.thaw`. Raises what `ProcessFreezer.thaw` raises."""
+        await self._instances.go_on(handle)
+
+    async def vram_bytes(self, handle: Handle) -> int:
+        """`Freezer.vram_bytes`. Raises UnavailableError NVML_UNAVAILABLE."""
+        return await self._witness.bytes_of(frozenset(await self._instances.finder.pids(handle)))
+
+    def forget(self, handle: Handle) -> None:
+        """`Freezer.forget`. Idempotent."""
+        self._doubts.forget(handle)
+        self._instances.forget(handle)

@@ -1,0 +1,91 @@
+"""Instances on which a driver call was lost: it may still run, long after its caller was killed and its target read.
+
+Seen on the emulated driver, and why nobody may rely on one reading: a lock that hung ran once the target could go on,
+and left a program locked for ever that everybody took for running. So such an instance is read again for a while, and
+what ran late is undone. An agent that has just started doubts everybody: what the one before it had lost, or had asked
+for when it was killed, is known to nobody. No reading happens during an operation of the freezer, or while the threads
+are stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from agent.adapters.cuda.processes import release
+from agent.adapters.freezer.tracked import Held, HeldInstances
+from agent.adapters.kernel.cgroup_freezer import FreezerState
+from agent.core.errors import HibernodeError
+from agent.core.types import Handle
+from agent.log import get_logger
+from agent.ports import CudaReply, CudaState
+
+FIRST_PAUSE_S = 0.05
+LAST_PAUSE_S = 5.0
+
+_LATE = frozenset({CudaState.LOCKED, CudaState.CHECKPOINTED})
+
+_log = get_logger()
+
+
+@dataclass(slots=True)
+class _Watch:
+    task: asyncio.Task[None]
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Doubts:
+    """One watch for each doubtful instance that runs."""
+
+    def __init__(self, instances: HeldInstances) -> None:
+        self._instances = instances
+        self._watches: dict[str, _Watch] = {}
+
+    async def suspend(self, handle: Handle) -> None:
+        """An operation begins: returns once nobody reads the instance (bounded by one question, or one rollback)."""
+        watch = self._watches.pop(handle.uid, None)
+        if watch is not None:
+            async with watch.reading:
+                watch.task.cancel()
+
+    def resume(self, handle: Handle) -> None:
+        """It runs again: read it for a while, if there is a doubt."""
+        ends_s = self._instances.doubt_ends_s(handle)
+        if ends_s is not None and handle.uid not in self._watches:
+            reading = asyncio.Lock()
+            task = asyncio.create_task(self._watch(handle, reading, ends_s), name=f"doubt about {handle.uid}")
+            self._watches[handle.uid] = _Watch(task, reading)
+
+    def forget(self, handle: Handle) -> None:
+        """The instance ended."""
+        watch = self._watches.pop(handle.uid, None)
+        if watch is not None:
+            watch.task.cancel()
+
+    async def _watch(self, handle: Handle, reading: asyncio.Lock, ends_s: float) -> None:
+        """Goes on after something was undone: more than one call may have been lost."""
+        pause_s, loop = FIRST_PAUSE_S, asyncio.get_running_loop()
+        while loop.time() < ends_s and self._instances.cgroups.state(handle) is not FreezerState.GONE:
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LAST_PAUSE_S)
+            async with reading:
+                await self._undo(handle)
+        self._watches.pop(handle.uid, None)
+
+    async def _undo(self, handle: Handle) -> None:
+        """Did something run late? Then it is undone."""
+        if self._instances.cgroups.state(handle) is not FreezerState.THAWED:
+            return
+        with suppress(HibernodeError, OSError):  # nobody could look: again later
+            found = await self._instances.finder.find(handle)
+            try:
+                if not found.ok or not any(process.state in _LATE for process in found.processes):
+                    return
+                held = Held(found.processes, vram_by_gpu=None)
+                settled = await self._instances.settle(handle, held, CudaState.RUNNING, CudaReply())
+                _log.warning(
+                    "freeze.late_call_undone", instance=handle.uid, undone=settled.reached, why=settled.message
+                )
+            finally:
+                release(found.processes)

@@ -1,0 +1,128 @@
+"""What state an instance is really in, for an agent that has just started; and making a killing safe.
+
+The cgroup is read before the driver is asked: a frozen target can't answer. Nothing is remembered of the time before,
+so an instance that is found awake counts as restored (DESIGN section 4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from agent.adapters.cuda.processes import CudaProcess, calm_states, release
+from agent.adapters.freezer.limits import WORKERS_DOWN
+from agent.adapters.freezer.tracked import HeldInstances
+from agent.adapters.freezer.vram_check import Witness
+from agent.adapters.kernel import process_table
+from agent.adapters.kernel.cgroup_freezer import FreezerState
+from agent.core.errors import HibernodeError, UnavailableError
+from agent.core.types import Handle
+from agent.log import get_logger
+from agent.ports import Condition, CudaCall, CudaOp, CudaState
+
+KILL_LOCK_TIMEOUT_S = 1.0
+"""Running kernels get this long before a kill: they are lost anyway."""
+
+_log = get_logger()
+
+
+class Recovery:
+    """`Freezer.condition` and `prepare_kill`."""
+
+    def __init__(self, instances: HeldInstances, witness: Witness, boot_id: str) -> None:
+        self._instances = instances
+        self._witness = witness
+        self._boot_id = boot_id
+        self._limits = instances.limits
+
+    async def condition(self, handle: Handle) -> Condition:
+        """`Freezer.condition`. Raises UnavailableError NVML_UNAVAILABLE, or DRIVER_BUSY and the like: nobody could ask,
+        which says nothing about the instance. Where the driver's API can't be used at all, what runs is AWAKE."""
+        pids = frozenset(await self._instances.finder.pids(handle))
+        if not process_table.is_alive(handle.process, self._boot_id) or not pids:
+            return Condition.GONE
+        match self._instances.cgroups.state(handle):
+            case FreezerState.GONE:
+                return Condition.GONE
+            case FreezerState.FROZEN:
+                if await self._witness.bytes_of(pids):  # on whatever GPU: it may have woken on another one
+                    return Condition.PAUSED_BY_OTHERS
+                self._instances.stopped_by_us(handle)
+                return Condition.FROZEN
+            case FreezerState.FREEZING:
+                return Condition.PAUSED_BY_OTHERS
+            case FreezerState.THAWED:
+                return await self._ask(handle)
+
+    async def _ask(self, handle: Handle) -> Condition:
+        found = await self._instances.finder.find(handle)
+        if found.reason == WORKERS_DOWN:
+            return Condition.AWAKE  # a host that can't freeze: nobody has frozen this, and it is not paused
+        if found.not_begun:
+            raise UnavailableError(found.reason, f"the driver could not be asked: {found.message}", uid=handle.uid)
+        if not found.ok:
+            return Condition.BROKEN
+        self._instances.restored.add(handle.uid)
+        try:
+            return self._judge(await self._states(found.processes))
+        finally:
+            release(found.processes)
+
+    def _judge(self, states: set[CudaState]) -> Condition:
+        """A mixture is a freeze or a wake that was cut. The first can always be finished; where instances migrate the
+        second can't, for the restored may be on other GPUs than those that the rest came from, and nobody knows."""
+        if not states <= {CudaState.RUNNING, CudaState.LOCKED, CudaState.CHECKPOINTED}:
+            return Condition.BROKEN
+        if CudaState.CHECKPOINTED in states:
+            mixed = len(states) > 1
+            return Condition.BROKEN if mixed and self._limits.migrates else Condition.CHECKPOINTED
+        return Condition.LOCKED if CudaState.LOCKED in states else Condition.AWAKE
+
+    async def _states(self, processes: tuple[CudaProcess, ...]) -> set[CudaState]:
+        """As found, or asked again while somebody is CHECKPOINTING or RESTORING."""
+        states = {process.state for process in processes}
+        if not states & {CudaState.CHECKPOINTING, CudaState.RESTORING}:
+            return states
+        states, _ = await calm_states(
+            self._instances.checkpointer, processes, self._limits.state_s, self._limits.settle_s
+        )
+        return states
+
+    # ---- before a kill ----------------------------------------------------------------------------------------
+
+    async def prepare_kill(self, handle: Handle) -> None:
+        """`Freezer.prepare_kill`: takes `kill_s` and the copy's time at most. A paused instance is left alone, and so
+        is one that was not restored since it started."""
+        if handle.uid not in self._instances.restored:
+            return
+        try:
+            if self._instances.cgroups.state(handle) is not FreezerState.THAWED:
+                return
+            pids = frozenset(await self._instances.finder.pids(handle))
+            deadline_s = self._limits.kill_s + await self._vram(pids) / self._limits.copy_bytes_per_s
+            async with asyncio.timeout(deadline_s):
+                await self._checkpoint_all(handle, deadline_s)
+        except (HibernodeError, OSError) as error:  # TimeoutError is an OSError
+            _log.warning("kill.unprepared", instance=handle.uid, error=str(error) or type(error).__name__)
+
+    async def _vram(self, pids: frozenset[int]) -> int:
+        try:
+            async with asyncio.timeout(self._limits.room_patience_s):
+                return await self._witness.bytes_of(pids)
+        except (HibernodeError, TimeoutError):
+            return 0
+
+    async def _checkpoint_all(self, handle: Handle, deadline_s: float) -> None:
+        found = await self._instances.finder.find(handle)
+        try:
+            timeout_ms = round(min(self._limits.lock_timeout_s, KILL_LOCK_TIMEOUT_S) * 1000)
+            running = [process for process in found.processes if process.state is CudaState.RUNNING]
+            locked = [process for process in found.processes if process.state is CudaState.LOCKED]
+            if len(running) + len(locked) > self._limits.max_processes:
+                return
+            calls = [CudaCall(CudaOp.LOCK, process.pid, timeout_ms) for process in running]
+            calls += [CudaCall(CudaOp.CHECKPOINT, process.pid) for process in (*running, *locked)]
+            reply = await self._instances.checkpointer.run(calls, deadline_s)
+            if not reply.ok:
+                _log.warning("kill.unprepared", instance=handle.uid, error=reply.message or "the driver refused")
+        finally:
+            release(found.processes)

@@ -1,0 +1,214 @@
+"""The instances that the freezer holds: what it remembers of each, and how the driver is called about one.
+
+Nothing here decides. Every call goes to processes whose pidfd says that they live, under a deadline, and never to a
+frozen cgroup; what is remembered is dropped by `forget`, with its pidfds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from agent.adapters.cuda.processes import CudaProcess, CudaProcessFinder, living, release
+from agent.adapters.cuda.rollback import Aim, Settled, SettleLimits, settle
+from agent.adapters.cuda.target_watch import run_watching
+from agent.adapters.freezer.limits import FreezerLimits, broken, failure, refused
+from agent.adapters.kernel.cgroup_freezer import FreezerState, ProcessFreezer
+from agent.core.errors import HibernodeError
+from agent.core.types import Handle
+from agent.ports import Checkpointer, CudaCall, CudaFault, CudaReply, CudaState, FreezeResult
+
+DOUBT_S = 600.0
+"""So long after it was lost a call on an instance is reckoned with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What was found at the lock: the wake needs no discovery with it. `vram_by_gpu` is the image's bytes by the GPU
+    they came from, None where nobody knows (frozen before this agent started)."""
+
+    processes: tuple[CudaProcess, ...]
+    vram_by_gpu: Mapping[str, int] | None = field(default_factory=dict)
+
+    @property
+    def gpu_uuids(self) -> tuple[str, ...]:
+        return tuple(sorted(self.vram_by_gpu or ()))
+
+    @property
+    def vram_bytes(self) -> int | None:
+        return None if self.vram_by_gpu is None else sum(self.vram_by_gpu.values())
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.processes]
+
+    @property
+    def died(self) -> bool:
+        """Has one of them ended?"""
+        return len(living(self.processes)) < len(self.processes)
+
+    def needs(self, gpu_map: Mapping[str, str]) -> Mapping[str, int]:
+        """Bytes by the GPU onto which a restore by `gpu_map` (old uuid, new uuid) puts them; empty if not known."""
+        needed: dict[str, int] = {}
+        for uuid, bytes_ in (self.vram_by_gpu or {}).items():
+            target = gpu_map.get(uuid, uuid)
+            needed[target] = needed.get(target, 0) + bytes_
+        return needed
+
+    def moved(self, gpu_map: Mapping[str, str]) -> Held:
+        """After a restore by `gpu_map`."""
+        return self if self.vram_by_gpu is None or not gpu_map else replace(self, vram_by_gpu=self.needs(gpu_map))
+
+
+class HeldInstances:
+    """Memory by instance uid. `restored`: woken since it started, or perhaps (found awake by a recovery)."""
+
+    def __init__(
+        self, checkpointer: Checkpointer, cgroups: ProcessFreezer, finder: CudaProcessFinder, limits: FreezerLimits
+    ) -> None:
+        self.checkpointer = checkpointer
+        self.cgroups = cgroups
+        self.finder = finder
+        self.limits = limits
+        self.restored: set[str] = set()
+        self._doubtful_until_s: dict[str, float] = {}
+        self._held: dict[str, Held] = {}
+        self._stopped: set[str] = set()
+
+    # ---- memory -----------------------------------------------------------------------------------------------
+
+    def get(self, handle: Handle) -> Held | None:
+        return self._held.get(handle.uid)
+
+    def keep(self, handle: Handle, held: Held) -> Held:
+        self._held[handle.uid] = held
+        return held
+
+    def drop(self, handle: Handle) -> None:
+        """Its processes are another question's from now on: close their pidfds."""
+        held = self._held.pop(handle.uid, None)
+        if held is not None:
+            release(held.processes)
+
+    def forget(self, handle: Handle) -> None:
+        """The instance ended."""
+        self.drop(handle)
+        self.restored.discard(handle.uid)
+        self._doubtful_until_s.pop(handle.uid, None)
+        self._stopped.discard(handle.uid)
+
+    async def discover(self, handle: Handle) -> Held | FreezeResult:
+        """The CUDA processes of an instance that this agent did not freeze itself; kept."""
+        found = await self.finder.find(handle)
+        if not found.ok:
+            give_up = refused if found.not_begun else broken
+            return give_up(*failure(found.failure, found.reason, found.message))
+        return self.keep(handle, Held(found.processes, vram_by_gpu=None))
+
+    # ---- doubts -----------------------------------------------------------------------------------------------
+
+    def doubt(self, handle: Handle) -> None:
+        """A call on it was lost, or perhaps (an earlier agent's): it may run later than anybody looks."""
+        self._doubtful_until_s[handle.uid] = asyncio.get_running_loop().time() + DOUBT_S
+
+    def doubt_ends_s(self, handle: Handle) -> float | None:
+        """When nothing of that kind is to be expected any more (the loop's time); None if there is no doubt."""
+        ends_s = self._doubtful_until_s.get(handle.uid)
+        if ends_s is not None and ends_s <= asyncio.get_running_loop().time():
+            del self._doubtful_until_s[handle.uid]
+            return None
+        return ends_s
+
+    # ---- the threads ------------------------------------------------------------------------------------------
+
+    async def stop(self, handle: Handle) -> None:
+        """Freeze the cgroup. Raises what `ProcessFreezer.freeze` raises."""
+        self._stopped.add(handle.uid)
+        try:
+            await self.cgroups.freeze(handle, self.limits.cgroup_s)
+        except BaseException:
+            self._stopped.discard(handle.uid)
+            raise
+
+    async def go_on(self, handle: Handle) -> None:
+        """Thaw the cgroup, whoever froze it. Raises what `ProcessFreezer.thaw` raises."""
+        try:
+            await self.cgroups.thaw(handle, self.limits.cgroup_s)
+        finally:
+            self._stopped.discard(handle.uid)
+
+    async def stop_again(self, handle: Handle, result: FreezeResult) -> FreezeResult:
+        """After a wake that changed nothing: `result`, or BROKEN if the threads do not stop."""
+        try:
+            await self.stop(handle)
+        except HibernodeError as error:
+            return replace(broken(error.reason, f"{result.message}; {error.message}"), driver_ns=result.driver_ns)
+        return result
+
+    def stopped_by_us(self, handle: Handle) -> None:
+        """Recovery: its memory is gone from the GPU, so it was an agent that stopped it."""
+        self._stopped.add(handle.uid)
+
+    def paused(self, handle: Handle) -> bool:
+        """Stopped, and not by us."""
+        return handle.uid not in self._stopped and self.cgroups.is_frozen(handle)
+
+    def unaskable(self, handle: Handle) -> FreezeResult | None:
+        """The driver may be asked only about a thawed instance."""
+        match self.cgroups.state(handle):
+            case FreezerState.THAWED:
+                return None
+            case FreezerState.GONE:
+                return broken("INSTANCE_GONE", "no process of the instance is left")
+            case FreezerState.FREEZING | FreezerState.FROZEN:
+                return refused("EXTERNALLY_FROZEN", "somebody else has paused the instance; resume it first")
+
+    # ---- the driver -------------------------------------------------------------------------------------------
+
+    async def run(self, held: Held, calls: Sequence[CudaCall], deadline_s: float) -> CudaReply:
+        """`Checkpointer.run` on living processes only; NOT_BEGUN with CUDA_PROCESS_DIED if one has ended."""
+        if held.died:  # its pid may name another process soon
+            return CudaReply((), CudaFault.NOT_BEGUN, "CUDA_PROCESS_DIED", "a CUDA process has ended")
+        return await run_watching(
+            self.checkpointer, held.processes, calls, deadline_s, held.gpu_uuids, self.limits.death_grace_s
+        )
+
+    async def settle(
+        self,
+        handle: Handle,
+        held: Held,
+        goal: CudaState,
+        reply: CudaReply,
+        *,
+        gpu_map: Mapping[str, str] | None = None,
+        restores: int = 2,
+    ) -> Settled:
+        """Bring the processes to `goal` after `reply`, restoring by `gpu_map` and trying so at most `restores` times.
+        After a lost worker: thaw (somebody may have frozen the target under the driver), re-read, go on."""
+        limits = self.limits
+        lost = reply.fault in (CudaFault.LOST, CudaFault.STUCK)
+        if lost:
+            self.doubt(handle)
+
+        async def thaw() -> None:
+            if self.cgroups.state(handle) is not FreezerState.THAWED:
+                with suppress(HibernodeError):  # gone or still frozen: the readings will say so
+                    await self.go_on(handle)
+
+        aim = Aim(
+            goal,
+            tuple((gpu_map or {}).items()),
+            suspicious=lost,
+            ask_first=thaw,
+            limits=SettleLimits(
+                failed_restores=restores, state_deadline_s=limits.state_s, lock_timeout_s=limits.lock_timeout_s
+            ),
+        )
+        return await settle(self.checkpointer, held.processes, aim, limits.settle_s + self.copy_deadline_s(held))
+
+    def copy_deadline_s(self, held: Held) -> float:
+        """How long a checkpoint or a restore of all of it may take."""
+        bytes_ = self.limits.unknown_image_bytes if held.vram_bytes is None else held.vram_bytes
+        return self.limits.copy_base_s + bytes_ / self.limits.copy_bytes_per_s

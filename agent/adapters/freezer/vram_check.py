@@ -1,0 +1,142 @@
+"""NVML as the freezer's witness: what a lock took, that a checkpoint gave it back, that a restore has room.
+
+Every question is bounded. A freeze without NVML's proof is refused; a wake goes on without its answer, for a request
+waits and NVML only watches: a GPU is granted by the GPU book on proof that it is empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+
+from agent.adapters.cuda.processes import CudaProcess
+from agent.adapters.freezer.limits import FreezerLimits, refused
+from agent.core.errors import HibernodeError, PreconditionError, UnavailableError
+from agent.core.types import MIB
+from agent.log import get_logger
+from agent.ports import FreezeResult, GpuProcesses, Gpus
+
+SILENCE_S = 5.0
+"""So long no wake asks a NVML that has not answered one in time: only the first waits for it."""
+
+_log = get_logger()
+
+
+class Witness:
+    """Reads GPU memory for the freezer."""
+
+    def __init__(self, gpus: Gpus, limits: FreezerLimits) -> None:
+        self._gpus = gpus
+        self._limits = limits
+        self._silent = False
+
+    async def bytes_of(self, pids: Collection[int]) -> int:
+        """GPU memory of these processes, on whatever GPU. Raises UnavailableError NVML_UNAVAILABLE, also where none is
+        seen and a GPU that may have it does not answer. A lost GPU has nothing that a program could go on with."""
+        shown = await self._gpus.processes()
+        seen = sum(process.used_bytes for process in shown if process.pid in pids)
+        if not seen:
+            shown.on(shown.unanswered - shown.lost)
+        return seen
+
+    async def places_of(self, pids: Collection[int]) -> frozenset[str]:
+        """The GPUs that answer on which NVML sees one of these processes with memory. Raises UnavailableError
+        NVML_UNAVAILABLE."""
+        return frozenset(p.gpu_uuid for p in await self._processes() if p.pid in pids and p.used_bytes)
+
+    async def measure(self, held: Sequence[CudaProcess], pids: Collection[int]) -> Mapping[str, int]:
+        """Bytes by GPU of the locked processes `held` of an instance that has `pids`.
+
+        Raises UnavailableError NVML_UNAVAILABLE; PreconditionError CUDA_PROCESS_UNKNOWN for memory of a process that
+        the driver's checkpoint API does not know, SEVERAL_PROCESSES_ON_SEVERAL_GPUS unless allowed.
+        """
+        shown = await self._processes()
+        used = [process for process in shown if process.pid in pids]
+        known = {process.pid for process in held}
+        if known - {process.pid for process in used}:  # its memory may be where NVML can't see it
+            shown.on(shown.unanswered)
+        strangers = [process.pid for process in used if process.used_bytes and process.pid not in known]
+        if strangers:
+            raise PreconditionError(
+                "CUDA_PROCESS_UNKNOWN",
+                f"process {strangers[0]} holds GPU memory but the driver's checkpoint API does not know it",
+            )
+        by_gpu: dict[str, int] = {}
+        for process in used:
+            by_gpu[process.gpu_uuid] = by_gpu.get(process.gpu_uuid, 0) + process.used_bytes
+        if len(by_gpu) > 1 and len(known) > 1 and not self._limits.several_processes_on_several_gpus:
+            raise PreconditionError(
+                "SEVERAL_PROCESSES_ON_SEVERAL_GPUS",
+                "processes that share several GPUs can hang or fail on restore; set idle: never, or allow it",
+            )
+        return by_gpu
+
+    async def wait_until_gone(self, pids: Collection[int], gpu_uuids: Collection[str]) -> None:
+        """NVML shows no memory of these processes any more: nowhere, and the GPUs named, where they had it, answer.
+        Raises UnavailableError VRAM_NOT_RELEASED, or NVML_UNAVAILABLE."""
+        if not pids:
+            return
+        pause_s, answered = 0.0, False
+        try:
+            async with asyncio.timeout(self._limits.vram_gone_s):
+                while await self._bytes_left(pids, gpu_uuids):
+                    answered = True
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(max(pause_s * 2, 0.001), 0.1)
+                return
+        except TimeoutError:
+            if not answered:
+                raise _no_answer(self._limits.vram_gone_s) from None
+        raise UnavailableError(
+            "VRAM_NOT_RELEASED",
+            f"NVML still shows GPU memory of the processes {self._limits.vram_gone_s:g} s after their checkpoint",
+        )
+
+    async def _bytes_left(self, pids: Collection[int], gpu_uuids: Collection[str]) -> int:
+        shown = await self._gpus.processes()
+        shown.on(gpu_uuids)
+        return sum(process.used_bytes for process in shown if process.pid in pids)
+
+    async def refuse_without_room(self, needed: Mapping[str, int]) -> FreezeResult | None:
+        """REFUSED GPU_MEMORY_SHORT if a GPU has less free than it needs (bytes by uuid), else None.
+
+        No margin: what is needed is what NVML itself counted before the checkpoint, context and all. Not verified, and
+        None: where nothing is known of the need, of a GPU that NVML does not show now, or if NVML does not answer
+        within `room_patience_s`.
+        """
+        if not any(needed.values()) or self._silent:
+            return None
+        try:
+            async with asyncio.timeout(self._limits.room_patience_s):
+                free = await self._gpus.memory_free()
+        except TimeoutError:
+            self._silent = True
+            asyncio.get_running_loop().call_later(SILENCE_S, self._listen_again)
+            _log.warning("wake.memory_not_verified", reason="NVML_SILENT", waited_s=self._limits.room_patience_s)
+            return None
+        except HibernodeError as error:
+            _log.warning("wake.memory_not_verified", reason=error.reason, message=error.message)
+            return None
+        short = [uuid for uuid, bytes_ in needed.items() if uuid in free and free[uuid] < bytes_]
+        if not short:
+            return None
+        uuid = short[0]
+        return refused(
+            "GPU_MEMORY_SHORT",
+            f"GPU {uuid} has {free[uuid]} bytes ({free[uuid] // MIB} MiB) free, the restore needs {needed[uuid]} "
+            f"({-(-needed[uuid] // MIB)} MiB); see nvidia-smi for who else uses it",
+        )
+
+    def _listen_again(self) -> None:
+        self._silent = False
+
+    async def _processes(self) -> GpuProcesses:
+        try:
+            async with asyncio.timeout(self._limits.vram_gone_s):
+                return await self._gpus.processes()
+        except TimeoutError:
+            raise _no_answer(self._limits.vram_gone_s) from None
+
+
+def _no_answer(waited_s: float) -> UnavailableError:
+    return UnavailableError("NVML_UNAVAILABLE", f"NVML did not answer within {waited_s:g} s")

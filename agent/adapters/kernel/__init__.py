@@ -1,0 +1,1 @@
+"""What the Linux kernel offers: cgroups, processes, memory limits, the clock."""

@@ -1,0 +1,1 @@
+"""What NVML says about GPUs, and the lock on each of them."""

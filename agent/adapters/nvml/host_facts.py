@@ -1,0 +1,158 @@
+"""What this host is, for `core.capabilities`: gathered in one place, so that the agent and `hibernode doctor` can't
+differ in what they see. Nothing here changes the host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pynvml
+
+from agent.adapters.cuda.utility_program import find_utility
+from agent.core.errors import UnavailableError
+from agent.core.gpus.capabilities import HostFacts, NvmlTrouble
+from agent.core.types import Gpu
+from agent.ports import DriverInfo, Gpus
+from agent.settings import GpuSettings
+
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+"""The inode of the namespace that the kernel starts with (PROC_PID_INIT_INO)."""
+
+MPS_PROGRAMS = frozenset({"nvidia-cuda-mps-control", "nvidia-cuda-mps-server"})
+
+_TROUBLES = {
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: NvmlTrouble.MISSING,
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: NvmlTrouble.NOT_LOADED,
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: NvmlTrouble.MISMATCH,
+    pynvml.NVML_ERROR_NO_PERMISSION: NvmlTrouble.DENIED,
+    pynvml.NVML_ERROR_TIMEOUT: NvmlTrouble.SILENT,
+    pynvml.NVML_ERROR_GPU_IS_LOST: NvmlTrouble.LOST,
+    pynvml.NVML_ERROR_RESET_REQUIRED: NvmlTrouble.LOST,
+}
+
+
+PATIENCE_S = 10.0
+LOOK_AGAIN_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSight:
+    """What NVML gave. `error`: it gave nothing, and why; `missing` GPUs do not answer, beside those in `gpus`;
+    `passing`: one of them may again, for it is not lost."""
+
+    driver: DriverInfo | None = None
+    gpus: tuple[Gpu, ...] = ()
+    error: UnavailableError | None = None
+    missing: int = 0
+    passing: bool = False
+
+    @property
+    def trouble(self) -> NvmlTrouble | None:
+        """The kind of failure: NVML's own code, or its silence."""
+        if self.error is None:
+            return None
+        cause = self.error.__cause__
+        if isinstance(cause, pynvml.NVMLError):
+            return _TROUBLES.get(cause.value, NvmlTrouble.OTHER)
+        return NvmlTrouble.SILENT
+
+    @property
+    def trouble_text(self) -> str:
+        """NVML's own words, where the kind alone does not say it."""
+        cause = self.error.__cause__ if self.error is not None else None
+        return str(cause) if cause is not None and self.trouble is NvmlTrouble.OTHER else ""
+
+
+async def look_at_gpus(gpus: Gpus) -> GpuSight:
+    """Driver and inventory. Never raises: a host without a driver is a host, too."""
+    driver: DriverInfo | None = None
+    try:
+        driver = await gpus.driver()
+        found = tuple(await gpus.list_gpus())
+    except UnavailableError as error:
+        return GpuSight(driver, (), error)
+    missing, passing = await _failing(gpus)
+    return GpuSight(driver, found, missing=missing, passing=passing)
+
+
+async def look_patiently_at_gpus(gpus: Gpus, patience_s: float = PATIENCE_S) -> GpuSight:
+    """As `look_at_gpus`; a device that fails and is not lost gets `patience_s` to come back.
+
+    For an agent that starts: a GPU that it does not see then is not there for it until the next start, what sleeps on
+    it is given up, and the driver refuses every move that does not name it.
+    """
+    try:
+        async with asyncio.timeout(patience_s):
+            while True:
+                _, passing = await _failing(gpus)
+                sight = await look_at_gpus(gpus)
+                if not (passing or sight.passing):  # nor has one failed just while it was described
+                    return sight
+                await asyncio.sleep(LOOK_AGAIN_S)
+    except TimeoutError:
+        return await look_at_gpus(gpus)
+
+
+async def _failing(gpus: Gpus) -> tuple[int, bool]:
+    """How many devices do not answer, and whether one of them may again. None where no driver is there to say so."""
+    try:
+        shown = await gpus.processes()
+    except UnavailableError:
+        return 0, False
+    return len(shown.unanswered), bool(shown.unanswered - shown.lost)
+
+
+def host_facts(sight: GpuSight, settings: GpuSettings) -> HostFacts:
+    """Everything that decides about idle mode here."""
+    utility, problem = find_utility(Path(settings.utility_path))
+    return HostFacts(
+        driver_version=sight.driver.version if sight.driver else "",
+        gpus=sight.gpus,
+        euid=os.geteuid(),
+        machine=platform.machine() if sys.maxsize > 2**32 else "a 32-bit system",
+        cuda=sight.driver.cuda if sight.driver else 0,
+        trouble=sight.trouble,
+        trouble_text=sight.trouble_text,
+        missing=sight.missing,
+        mps=mps_runs(),
+        host_pids=sees_host_pids(),
+        checkpointer=settings.checkpointer,
+        utility=str(utility) if utility is not None else "",
+        utility_problem=problem,
+    )
+
+
+def mps_runs() -> bool:
+    """Does an MPS control daemon or server run? A process of that name that is not root's program is none: tenants
+    may call theirs as they like, and must not be able to turn idle mode off."""
+    return any(
+        name.startswith("nvidia-cuda-mps") and _is_mps(process.pid)
+        for process in psutil.process_iter(["name"])
+        if (name := process.info["name"] or "")
+    )
+
+
+def _is_mps(pid: int) -> bool:
+    link = f"/proc/{pid}/exe"
+    try:
+        program = os.readlink(link).removesuffix(" (deleted)")
+        return os.path.basename(program) in MPS_PROGRAMS and os.stat(link).st_uid == 0
+    except PermissionError:
+        return True  # not to be looked at by this user: its name has to do
+    except OSError:
+        return False  # it has ended
+
+
+def sees_host_pids(proc: Path = Path("/proc")) -> bool:
+    """Are NVML's pids the agent's? The kernel module numbers processes as the initial namespace does; where there is
+    none of NVIDIA's in the kernel, a driver in user space sees its callers' own numbers."""
+    try:
+        own = (proc / "self/ns/pid").stat().st_ino
+    except OSError:
+        return True
+    return own == INITIAL_PID_NAMESPACE or not (proc / "driver/nvidia/version").exists()

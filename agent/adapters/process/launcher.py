@@ -1,0 +1,117 @@
+"""The last few milliseconds before a workload: run as `python -I -S launch.py CONTROL_FD CGROUP UID`.
+
+It joins the cgroup, then waits for its plan. The agent sends the plan only after it has written down who we are, so
+an agent that dies at any instruction leaves either a recorded container or none: no plan, no workload. A program of
+its own rather than a preexec_fn, because forking Python code out of a process with threads (gRPC has them) can hang.
+
+Stands alone, imports little (it is on the way of every cold start) and never returns.
+Plan (`launch_plan.py` writes it): records of one letter and a value, each ended by NUL, the last one ".".
+Answer on CONTROL_FD: "X" right before the exec; text after an "E" if something failed; the end of file tells that the
+exec succeeded, for the descriptor is closed by it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import warnings  # noqa: F401 - os.execvpe imports it, by then as a user who may not read the interpreter's files
+
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+KEYCTL_JOIN_SESSION_KEYRING = 1
+SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
+EXIT_NO_PLAN = 126
+EXIT_NOT_EXECUTED = 127
+
+
+def main() -> None:
+    control, cgroup = int(sys.argv[1]), sys.argv[2]
+    os.set_inheritable(control, False)
+    step = "join its cgroup"
+    try:
+        if cgroup:
+            with open(os.path.join(cgroup, "cgroup.procs"), "w", encoding="ascii") as procs:
+                procs.write("0")
+        plan = read_plan(control)
+        if plan is None:
+            os._exit(EXIT_NO_PLAN)
+        step = "enter its working directory"
+        os.chdir(plan["D"][0])
+        step = "take its user"
+        reset_inherited()
+        if "U" in plan:
+            leave_privileges()
+        take_identity(plan)
+        forbid_new_privileges()
+        argv = plan["A"]
+        step = f"execute {argv[0]!r}"
+        os.write(control, b"X")
+        environment = dict(entry.split("=", 1) for entry in plan.get("V", []))
+        os.execvpe(argv[0], argv, environment)
+    except OSError as error:
+        os.write(control, f"Ecannot {step}: {error.strerror or error}".encode())
+    os._exit(EXIT_NOT_EXECUTED)
+
+
+def read_plan(control: int) -> dict[str, list[str]] | None:
+    """The whole plan, or None if the agent went away before it was sent completely."""
+    received = b""
+    while not received.endswith(b"\0.\0"):
+        part = os.read(control, 65536)
+        if not part:
+            return None
+        received += part
+    plan: dict[str, list[str]] = {}
+    for record in received.split(b"\0")[:-2]:
+        plan.setdefault(chr(record[0]), []).append(os.fsdecode(record[1:]))
+    return plan
+
+
+def reset_inherited() -> None:
+    """What an agent (or Python itself) has set for itself must not reach the workload."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        if signal.getsignal(number) is not signal.SIG_DFL:  # an agent under nohup ignores SIGHUP, and so on
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.umask(0o022)
+    try:
+        with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as score:
+            if int(score.read()) < 0:  # the agent may be protected from the OOM killer; its instances are not
+                score.write("0")
+    except OSError:
+        pass
+
+
+def leave_privileges() -> None:
+    """While still root: what a change of user does not take away. The bounding set, which no later program can widen,
+    and the session keyring, which an inheritor may read as its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    capability = 0
+    while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # EINVAL behind the last one
+        capability += 1
+    keyctl = SYS_KEYCTL.get(os.uname().machine)
+    if keyctl is not None:
+        libc.syscall(keyctl, KEYCTL_JOIN_SESSION_KEYRING, None)  # without keyrings (ENOSYS) there is none to leave
+
+
+def take_identity(plan: dict[str, list[str]]) -> None:
+    """Group list, gid, uid, in this order: the last one gives up the right to change the others."""
+    if "U" not in plan:
+        return
+    uid, gid = int(plan["U"][0]), int(plan["G"][0])
+    os.setgroups([int(group) for group in plan.get("S", [])])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+
+
+def forbid_new_privileges() -> None:
+    """No set-uid program gives the workload back what it does not have (prctl(2))."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+if __name__ == "__main__":
+    main()

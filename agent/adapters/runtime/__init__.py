@@ -1,0 +1,1 @@
+"""What all runtimes share: bundles, exits, log files, the environment of an instance."""

@@ -1,0 +1,1 @@
+"""The node's SQLite database: records of instances and the ledger."""

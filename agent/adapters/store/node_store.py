@@ -1,0 +1,109 @@
+"""What a node keeps on disk: records of instances and the usage ledger, one SQLite file in WAL mode.
+
+Implements `ports.InstanceStore` and `ports.LedgerStore`. One store per state directory: the daemon's lock on the
+directory keeps a second agent away.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+from agent.adapters.store import schema as rows
+from agent.adapters.store.sqlite_thread import StoreHealth, StoreThread
+from agent.core.billing.window import Window
+from agent.ports import InstanceRecord
+
+FILE_NAME = "node.db"
+
+
+class NodeStore:
+    """`await NodeStore.open(state_dir)`; every call has `deadline_s` and raises UnavailableError STORE_FAILED."""
+
+    def __init__(self, thread: StoreThread) -> None:
+        self._thread = thread
+
+    @classmethod
+    async def open(
+        cls, state_dir: Path, *, deadline_s: float = 5.0, queue_length: int = 256, max_bytes: int = 0
+    ) -> NodeStore:
+        """Open or create `<state_dir>/node.db` (mode 0600) and migrate it. The directory must exist.
+
+        `max_bytes` bounds the file (0 = the disk does); beyond it writes fail as on a full disk.
+        """
+        thread = StoreThread(
+            state_dir / FILE_NAME, deadline_s=deadline_s, queue_length=queue_length, max_bytes=max_bytes
+        )
+        try:
+            await thread.run(lambda connection: None)
+        except BaseException:
+            await thread.close()
+            raise
+        return cls(thread)
+
+    @property
+    def health(self) -> StoreHealth:
+        """Whether the last call worked. A later success heals it."""
+        return self._thread.health
+
+    async def close(self) -> None:
+        await self._thread.close()
+
+    # ---- instances -----------------------------------------------------------------------------------------------
+
+    async def put_instance(self, record: InstanceRecord) -> None:
+        """Insert or replace; returns when the disk has it."""
+        row = rows.record_row(record)
+        await self._thread.run(lambda db: db.execute(rows.PUT_INSTANCE, row), durable=True)
+
+    async def load_instances(self) -> Sequence[InstanceRecord]:
+        def load(db: sqlite3.Connection) -> list[InstanceRecord]:
+            return [rows.record_of(data) for (data,) in db.execute("SELECT record FROM instances ORDER BY uid")]
+
+        return await self._thread.run(load)
+
+    async def delete_instance(self, uid: str) -> None:
+        """Idempotent. The usage windows of the instance stay."""
+        statement = "DELETE FROM instances WHERE uid = ?"
+        await self._thread.run(lambda db: db.execute(statement, (uid,)), durable=True)
+
+    # ---- ledger --------------------------------------------------------------------------------------------------
+
+    async def upsert_windows(self, windows: Sequence[Window]) -> None:
+        """All in one transaction. A key that is already sealed is left as it is."""
+        if not windows:
+            return
+        values = [rows.window_row(window) for window in windows]
+        await self._thread.run(lambda db: db.executemany(rows.UPSERT_WINDOW, values))
+
+    async def last_windows(self) -> Sequence[Window]:
+        return await self._windows(rows.LAST_WINDOWS, ())
+
+    async def unacknowledged(self, limit: int) -> Sequence[Window]:
+        return await self._windows(rows.UNACKNOWLEDGED, (limit,))
+
+    async def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None:
+        """Keys that are unknown or not sealed are ignored."""
+        await self._thread.run(lambda db: db.executemany(rows.ACKNOWLEDGE, keys))
+
+    async def refuse(self, keys: Sequence[tuple[str, int]], kept: int = 10_000) -> None:
+        """Keys that are unknown, not sealed or acknowledged are ignored. All in one transaction."""
+
+        def refuse(db: sqlite3.Connection) -> None:
+            db.executemany(rows.REFUSE, keys)
+            db.execute(rows.FORGET_REFUSED, (kept,))
+
+        await self._thread.run(refuse)
+
+    async def read_windows(self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0) -> Sequence[Window]:
+        """In the order they were first written; `instance_uid` "" means all."""
+        return await self._windows(rows.READ_WINDOWS, (after_rowid, instance_uid, instance_uid, limit))
+
+    async def prune(self, started_before_wall_ns: int, limit: int = 5_000) -> int:
+        """Delete at most `limit` acknowledged windows that started before then; returns how many went."""
+        values = (started_before_wall_ns, limit)
+        return await self._thread.run(lambda db: db.execute(rows.PRUNE, values).rowcount)
+
+    async def _windows(self, query: str, values: tuple[object, ...]) -> list[Window]:
+        return await self._thread.run(lambda db: [rows.window_of(row) for row in db.execute(query, values)])

@@ -1,0 +1,122 @@
+"""The node store's schema and rows: SQL in, core words out. Migrations are one list, applied in order."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+
+import msgspec
+
+from agent.core.billing.window import Window
+from agent.ports import InstanceRecord
+
+# Each entry takes the schema from version `index` to `index + 1` (PRAGMA user_version). Never edit one that shipped.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE instances (
+            uid TEXT PRIMARY KEY,
+            phase TEXT NOT NULL,
+            record BLOB NOT NULL
+        )""",
+        """CREATE TABLE windows (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            instance_uid TEXT NOT NULL, seq INTEGER NOT NULL, node TEXT NOT NULL, boot_id TEXT NOT NULL,
+            function TEXT NOT NULL, state TEXT NOT NULL, gpu_model TEXT NOT NULL, gpu_uuids TEXT NOT NULL,
+            gpu_count INTEGER NOT NULL, gpu_memory_bytes INTEGER NOT NULL, vcpu_millis INTEGER NOT NULL,
+            memory_bytes INTEGER NOT NULL, disk_bytes INTEGER NOT NULL, start_mono_ns INTEGER NOT NULL,
+            end_mono_ns INTEGER NOT NULL, start_wall_ns INTEGER NOT NULL, active_ns INTEGER NOT NULL,
+            idle_ns INTEGER NOT NULL, unbilled_ns INTEGER NOT NULL, invocations INTEGER NOT NULL,
+            estimated INTEGER NOT NULL, sealed INTEGER NOT NULL, acknowledged INTEGER NOT NULL DEFAULT 0,
+            UNIQUE (instance_uid, seq)
+        )""",
+        "CREATE INDEX windows_to_upload ON windows (instance_uid, seq) WHERE sealed = 1 AND acknowledged = 0",
+        "CREATE INDEX windows_to_prune ON windows (start_wall_ns) WHERE acknowledged = 1",
+    ),
+    # acknowledged = 2: refused by the scheduler.
+    ("CREATE INDEX windows_refused ON windows (id) WHERE acknowledged = 2",),
+)
+
+COLUMNS = (
+    "instance_uid", "seq", "node", "boot_id", "function", "state", "gpu_model", "gpu_uuids", "gpu_count",
+    "gpu_memory_bytes", "vcpu_millis", "memory_bytes", "disk_bytes", "start_mono_ns", "end_mono_ns", "start_wall_ns",
+    "active_ns", "idle_ns", "unbilled_ns", "invocations", "estimated", "sealed",
+)  # fmt: skip
+_NAMES = ", ".join(COLUMNS)
+_KEY = ("instance_uid", "seq")
+
+# ruff: noqa: S608 - every name in these statements is from the tuple above; values are always bound.
+# A sealed row never changes: an upsert of its key is a repetition, or is for nobody.
+UPSERT_WINDOW = (
+    f"INSERT INTO windows ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))}) "
+    "ON CONFLICT (instance_uid, seq) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in COLUMNS if name not in _KEY)
+    + " WHERE windows.sealed = 0"
+)
+LAST_WINDOWS = (
+    f"SELECT {_NAMES} FROM windows WHERE (instance_uid, seq) IN "
+    "(SELECT instance_uid, max(seq) FROM windows GROUP BY instance_uid) ORDER BY instance_uid"
+)
+UNACKNOWLEDGED = (
+    f"SELECT {_NAMES} FROM windows WHERE sealed = 1 AND acknowledged = 0 ORDER BY instance_uid, seq LIMIT ?"
+)
+ACKNOWLEDGE = "UPDATE windows SET acknowledged = 1 WHERE instance_uid = ? AND seq = ? AND sealed = 1"
+REFUSE = "UPDATE windows SET acknowledged = 2 WHERE instance_uid = ? AND seq = ? AND sealed = 1 AND acknowledged = 0"
+FORGET_REFUSED = (
+    "DELETE FROM windows WHERE id IN (SELECT id FROM windows WHERE acknowledged = 2 ORDER BY id DESC LIMIT -1 OFFSET ?)"
+)
+READ_WINDOWS = f"SELECT {_NAMES} FROM windows WHERE id > ? AND (? = '' OR instance_uid = ?) ORDER BY id LIMIT ?"
+PRUNE = (
+    "DELETE FROM windows WHERE id IN "
+    "(SELECT id FROM windows WHERE acknowledged = 1 AND sealed = 1 AND start_wall_ns < ? ORDER BY id LIMIT ?)"
+)
+PUT_INSTANCE = (
+    "INSERT INTO instances (uid, phase, record) VALUES (?, ?, ?) "
+    "ON CONFLICT (uid) DO UPDATE SET phase = excluded.phase, record = excluded.record"
+)
+
+_RECORD = msgspec.json.Decoder(InstanceRecord)
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the schema to the newest version, each step in a transaction. ValueError if it is newer than us."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > len(MIGRATIONS):
+        raise ValueError(f"its schema version {version} is newer than this program's {len(MIGRATIONS)}")
+    for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in statements:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {number}")
+        connection.execute("COMMIT")
+
+
+def window_row(window: Window) -> tuple[object, ...]:
+    """The row of a window in the order of COLUMNS. A GPU's uuid never holds a comma."""
+    w = window
+    return (
+        w.instance_uid, w.seq, w.node, w.boot_id, w.function, w.state, w.gpu_model, ",".join(w.gpu_uuids),
+        w.gpu_count, w.gpu_memory_bytes, w.vcpu_millis, w.memory_bytes, w.disk_bytes, w.start_mono_ns, w.end_mono_ns,
+        w.start_wall_ns, w.active_ns, w.idle_ns, w.unbilled_ns, w.invocations, w.estimated, w.sealed,
+    )  # fmt: skip
+
+
+def window_of(row: Sequence[object]) -> Window:
+    """A window from a row in the order of COLUMNS."""
+    values = dict(zip(COLUMNS, row, strict=True))
+    uuids = str(values["gpu_uuids"])
+    values |= {
+        "gpu_uuids": tuple(uuids.split(",")) if uuids else (),
+        "estimated": bool(values["estimated"]),
+        "sealed": bool(values["sealed"]),
+    }
+    return msgspec.convert(values, Window)
+
+
+def record_row(record: InstanceRecord) -> tuple[str, str, bytes]:
+    """The record as JSON, which outlives changes of the types: new fields get their defaults."""
+    return record.spec.uid, record.phase, msgspec.json.encode(record)
+
+
+def record_of(data: bytes) -> InstanceRecord:
+    """Raises msgspec.DecodeError (a ValueError) if the bytes are not a record."""
+    return _RECORD.decode(data)

@@ -1,0 +1,92 @@
+"""`hibernode create`: one instance on one node, without the scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+from agent.cli.commands.deploy import resource_option, spec_to_proto, template_option
+from agent.cli.commands.ps import list_instances, state_of
+from agent.cli.console.output import note, show_json, show_text, warn
+from agent.cli.daemon_calls import SHORT_S, with_agent
+from agent.cli.fc3.load import load_s_yaml
+from agent.cli.options import agent_options, asked, output_option, timeout_option
+from agent.core.errors import HibernodeError, InstanceError
+from agent.v1 import instance_service_pb2 as pb
+from agent.v1 import types_pb2
+from agent.wire.clients import DaemonChannel
+from agent.wire.json_view import to_json
+
+LOOK_S = 1.0
+
+
+@click.command()
+@template_option
+@resource_option
+@click.option("--wait", is_flag=True, help="Return once it is RUNNING; exit 1 if it fails.")
+@click.option(
+    "--request-id",
+    default="",
+    metavar="ID",
+    help="The same id again answers with the instance made before; default: a new one.",
+)
+@timeout_option("10m")
+@agent_options
+@output_option
+def create(template: Path, resource: str, wait: bool, request_id: str, timeout_s: float) -> None:
+    """Start one instance of a function directly on this node and print its uid.
+
+    Nobody replaces it when it ends and no URL leads to it: for that, `hibernode deploy`.
+
+    \b
+    Examples:
+      uid=$(hibernode create -t s.yaml --wait)
+      hibernode create -t s.yaml --resource ocr --output json | jq .state
+    """
+    deployments = load_s_yaml(template, resource)
+    if len(deployments) > 1:
+        names = ", ".join(one.resource for one in deployments)
+        raise click.UsageError(f"{template} has several functions; choose one with --resource: {names}")
+    deployment = deployments[0]
+    for text in deployment.warnings:
+        warn(text)
+    # Every create has an id, so that one that was lost on the way could be repeated without making two.
+    request_id = request_id or f"cli-{secrets.token_hex(8)}"
+    request = pb.CreateInstanceRequest(request_id=request_id, spec=spec_to_proto(deployment), wait=wait)
+
+    async def story(channel: DaemonChannel) -> types_pb2.Instance:
+        deadline_s = timeout_s if wait else SHORT_S
+        creating = asyncio.create_task(channel.call(channel.instances.CreateInstance, request, deadline_s))
+        try:
+            await _tell_steps(channel, request, creating)
+            return (await creating).instance
+        finally:
+            creating.cancel()
+
+    found = with_agent(story, f"starting an instance of {deployment.function.name}")
+    if asked().json:
+        show_json(to_json(found))
+    else:
+        note(f"{found.uid} of {found.function}: {state_of(found)}")
+        show_text(f"{found.uid}\n")
+    if found.state == types_pb2.Instance.STATE_FAILED:
+        why = found.state_message or "it ended before it was ready; `hibernode logs` shows what it printed"
+        raise InstanceError(found.state_reason or "INSTANCE_FAILED", f"{found.uid}: {why}")
+
+
+async def _tell_steps(
+    channel: DaemonChannel, request: pb.CreateInstanceRequest, creating: asyncio.Task[pb.CreateInstanceResponse]
+) -> None:
+    """While the create waits: a line for each thing that the start is at, such as how much of an image is pulled."""
+    told = ""
+    while not creating.done():
+        await asyncio.wait([creating], timeout=LOOK_S)
+        with suppress(HibernodeError):  # the create's own answer tells what is wrong
+            for one in [] if creating.done() else await list_instances(channel, request.spec.name):
+                if one.request_id == request.request_id and one.progress not in ("", told):
+                    told = one.progress
+                    note(f"{one.uid}: {told}")

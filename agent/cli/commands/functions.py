@@ -1,0 +1,141 @@
+"""`hibernode functions`: what is deployed."""
+
+from __future__ import annotations
+
+import click
+
+from agent.cli.console.output import note, show_json, show_pairs, show_table
+from agent.cli.console.units import clock, duration, size
+from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_scheduler
+from agent.cli.options import asked, output_option, scheduler_options
+from agent.v1 import function_service_pb2 as pb
+from agent.wire.clients import DaemonChannel
+from agent.wire.json_view import short_name, to_json
+
+MAX_PAGES = 1000
+
+
+@click.group(invoke_without_command=True)
+@scheduler_options
+@output_option
+@click.pass_context
+def functions(context: click.Context) -> None:
+    """List the deployed functions, show one, remove one.
+
+    \b
+    Examples:
+      hibernode functions
+      hibernode functions show ocr
+      hibernode functions rm ocr
+      hibernode functions --output json | jq -r '.functions[].url'
+    """
+    if context.invoked_subcommand is None:
+        context.invoke(list_)
+
+
+@functions.command("list")
+@scheduler_options
+@output_option
+def list_() -> None:
+    """List the functions, by name."""
+    found = with_scheduler(list_functions, "asking for the functions")
+    if asked().json:
+        show_json({"functions": [to_json(one) for one in found]})
+        return
+    show_table(
+        ("FUNCTION", "STATE", "INSTANCES", "AWAKE", "QUEUED", "URL", "DEPLOYED", "ERROR"),
+        (
+            (
+                one.name,
+                state_of(one),
+                f"{one.current}/{one.target}",
+                str(one.awake),
+                str(one.queued),
+                one.url or "-",
+                clock(one.update_time),
+                one.current_error_reason or "-",
+            )
+            for one in found
+        ),
+        right=("INSTANCES", "AWAKE", "QUEUED"),
+    )
+
+
+@functions.command()
+@click.argument("name")
+@scheduler_options
+@output_option
+def show(name: str) -> None:
+    """Show one function and why it has fewer instances than wanted, if so."""
+
+    async def story(channel: DaemonChannel) -> pb.Function:
+        return await get_function(channel, name)
+
+    found = with_scheduler(story, f"asking for {name}")
+    if asked().json:
+        show_json(to_json(found))
+        return
+    _show(found)
+
+
+@functions.command()
+@click.argument("name")
+@scheduler_options
+def rm(name: str) -> None:
+    """Drain and stop the instances of a function and forget it. Its usage is kept."""
+
+    async def story(channel: DaemonChannel) -> None:
+        await channel.call(channel.functions.DeleteFunction, pb.DeleteFunctionRequest(name=name), SHORT_S)
+
+    with_scheduler(story, f"removing {name}")
+    note(f"{name} is being removed: its instances end their requests first")
+
+
+async def get_function(channel: DaemonChannel, name: str) -> pb.Function:
+    """One function. Raises NotFoundError."""
+    return (await channel.call(channel.functions.GetFunction, pb.GetFunctionRequest(name=name), SHORT_S)).function
+
+
+async def list_functions(channel: DaemonChannel) -> list[pb.Function]:
+    """All functions, every page."""
+    found: list[pb.Function] = []
+    token = ""
+    for _ in range(MAX_PAGES):
+        request = pb.ListFunctionsRequest(page_size=PAGE_SIZE, page_token=token)
+        page = await channel.call(channel.functions.ListFunctions, request, SHORT_S)
+        found += page.functions
+        token = page.next_page_token
+        if not token:
+            break
+    return found
+
+
+def state_of(function: pb.Function) -> str:
+    """PROVISIONING, READY and so on."""
+    return short_name(pb.Function.State.DESCRIPTOR, function.state)
+
+
+def _show(found: pb.Function) -> None:
+    spec = found.spec
+    idle = spec.idle_policy
+    gpu = spec.gpu
+    sleeps = f"after {duration(idle.freeze_after_ns)}" if idle.freeze_after_ns else "at once"
+    never = idle.mode == type(idle).MODE_NEVER
+    show_pairs(
+        (
+            ("Function", f"{found.name} (revision {spec.revision})"),
+            ("State", " ".join(filter(None, (state_of(found), found.current_error_reason, found.current_error)))),
+            ("URL", found.url),
+            ("Instances", f"{found.current} of {found.target}, {found.awake} awake"),
+            ("Queued", f"{found.queued} of {spec.queue_length} at most"),
+            ("Image", spec.image),
+            ("Command", " ".join((*spec.entrypoint, *spec.command))),
+            ("Variables", ", ".join(sorted(spec.environment))),
+            ("GPU", f"{gpu.count} x {gpu.model or gpu.gpu_type or 'any'}, {size(gpu.memory_bytes)} billed"),
+            ("CPU, memory", f"{spec.vcpu_millis / 1000:g} vCPU, {size(spec.memory_bytes)}"),
+            ("Concurrency", f"{spec.instance_concurrency} requests at once in an instance"),
+            ("Timeout", duration(spec.timeout_ns)),
+            ("Sleeps", "never" if never else sleeps),
+            ("Deployed", f"{clock(found.update_time)}, first {clock(found.create_time)}"),
+        )
+    )

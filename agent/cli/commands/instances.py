@@ -1,0 +1,202 @@
+"""`hibernode inspect|freeze|wake|rm`: one instance or several, by uid or an unambiguous beginning of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+import click
+
+from agent.cli.commands.ps import show_instances, show_instances_json, state_of
+from agent.cli.console.output import note, show_json, show_pairs
+from agent.cli.console.units import clock, duration, seconds, size
+from agent.cli.daemon_calls import SHORT_S, with_agent
+from agent.cli.options import agent_options, asked, output_option, seconds_of, timeout_option
+from agent.core.errors import HibernodeError
+from agent.core.types import SECOND_NS
+from agent.v1 import instance_service_pb2 as pb
+from agent.v1 import types_pb2
+from agent.wire.clients import DaemonChannel
+from agent.wire.json_view import to_json
+
+MAX_AT_ONCE = 16
+"""Calls under way at the same time; the agent queues for GPUs anyway."""
+
+_uids = click.argument("uids", nargs=-1, required=True, metavar="UID...")
+
+
+@click.command()
+@click.argument("uid")
+@agent_options
+@output_option
+def inspect(uid: str) -> None:
+    """Show everything about one instance. Environment variables are never shown.
+
+    \b
+    Examples:
+      hibernode inspect i-3f9a
+      hibernode inspect i-3f9a --output json | jq .last_wake
+    """
+
+    async def story(channel: DaemonChannel) -> types_pb2.Instance:
+        answer = await channel.call(channel.instances.GetInstance, pb.GetInstanceRequest(uid=uid), SHORT_S)
+        return answer.instance
+
+    found = with_agent(story, f"asking for {uid}")
+    if asked().json:
+        show_json(to_json(found))
+        return
+    _show(found)
+
+
+@click.command()
+@_uids
+@timeout_option("3m")
+@agent_options
+@output_option
+def freeze(uids: tuple[str, ...], timeout_s: float) -> None:
+    """Put idle instances to sleep now: their GPU memory moves to host memory. Answers once they are FROZEN.
+
+    An instance with a request in it is not frozen (exit 4).
+
+    \b
+    Example:
+      hibernode freeze i-3f9a
+    """
+
+    async def one(channel: DaemonChannel, uid: str) -> types_pb2.Instance:
+        request = pb.FreezeInstanceRequest(uid=uid)
+        return (await channel.call(channel.instances.FreezeInstance, request, timeout_s)).instance
+
+    _each("freezing", uids, one)
+
+
+@click.command()
+@_uids
+@timeout_option("3m")
+@click.option(
+    "--hold",
+    "hold_s",
+    type=seconds_of,
+    default="0",
+    metavar="DURATION",
+    help="Stay awake so long for the first request (the agent's default is 2s).",
+)
+@agent_options
+@output_option
+def wake(uids: tuple[str, ...], timeout_s: float, hold_s: float) -> None:
+    """Wake instances, waiting for a GPU if need be. Answers once they are RUNNING.
+
+    \b
+    Example:
+      hibernode wake i-3f9a --hold 30s
+    """
+
+    async def one(channel: DaemonChannel, uid: str) -> types_pb2.Instance:
+        request = pb.WakeInstanceRequest(uid=uid, hold_ns=round(hold_s * SECOND_NS))
+        return (await channel.call(channel.instances.WakeInstance, request, timeout_s)).instance
+
+    _each("waking", uids, one)
+
+
+@click.command()
+@_uids
+@timeout_option("5m")
+@click.option("--force", is_flag=True, help="Kill at once: requests in it fail with 502, /pre-stop is not called.")
+@click.option(
+    "--grace",
+    "grace_s",
+    type=seconds_of,
+    default="0",
+    metavar="DURATION",
+    help="Longest drain, and from SIGTERM to SIGKILL; default: the agent's.",
+)
+@agent_options
+@output_option
+def rm(uids: tuple[str, ...], timeout_s: float, force: bool, grace_s: float) -> None:
+    """Drain, stop and remove instances of this node. Answers once they have ended.
+
+    The scheduler replaces an instance of a deployed function; `hibernode functions rm NAME` ends the function itself.
+
+    \b
+    Examples:
+      hibernode rm i-3f9a
+      hibernode rm --force $(hibernode ps -q)
+    """
+
+    async def one(channel: DaemonChannel, uid: str) -> types_pb2.Instance:
+        request = pb.StopInstanceRequest(uid=uid, force=force, grace_ns=round(grace_s * SECOND_NS))
+        return (await channel.call(channel.instances.StopInstance, request, timeout_s)).instance
+
+    _each("stopping", uids, one)
+
+
+_One = Callable[[DaemonChannel, str], Awaitable[types_pb2.Instance]]
+
+
+def _each(doing: str, uids: Sequence[str], one: _One) -> None:
+    """Does it to each of them, whatever the others say; shows those that went well, then fails like the first."""
+
+    async def story(channel: DaemonChannel) -> list[types_pb2.Instance | HibernodeError]:
+        free = asyncio.Semaphore(MAX_AT_ONCE)
+
+        async def attempt(uid: str) -> types_pb2.Instance | HibernodeError:
+            async with free:
+                try:
+                    return await one(channel, uid)
+                except HibernodeError as error:
+                    return error
+
+        return list(await asyncio.gather(*map(attempt, uids)))
+
+    results = with_agent(story, f"{doing} {uids[0] if len(uids) == 1 else f'{len(uids)} instances'}")
+    done = [result for result in results if isinstance(result, types_pb2.Instance)]
+    failures = [(uid, result) for uid, result in zip(uids, results, strict=True) if isinstance(result, HibernodeError)]
+    if asked().json:
+        show_instances_json(done)
+    elif done:
+        show_instances(done)
+    for uid, error in failures[1:]:
+        note(f"hibernode: {uid}: {error.message} ({error.reason})")
+    if failures:
+        raise failures[0][1]
+
+
+def _show(found: types_pb2.Instance) -> None:
+    spec = found.spec
+    awake = f"{duration(found.last_wake.total_ns)}, {duration(found.last_wake.driver_ns)} of it the driver's"
+    show_pairs(
+        (
+            ("Uid", found.uid),
+            ("Function", f"{found.function} (revision {found.revision})"),
+            ("Node", found.node),
+            ("State", f"{state_of(found)} since {clock(found.state_time)}"),
+            ("Starting", found.progress),
+            ("Reason", " ".join(filter(None, (found.state_reason, found.state_message)))),
+            ("Healthy", "yes" if found.healthy else "no"),
+            ("Requests", f"{found.in_flight} in it, {found.waiting} waiting, {spec.instance_concurrency} at once"),
+            ("GPUs", ", ".join(found.gpu_uuids)),
+            ("GPU memory", size(found.vram_bytes)),
+            ("In host memory", size(found.frozen_bytes)),
+            ("Wakes", f"{found.wake_count} (last: {awake})" if found.HasField("last_wake") else str(found.wake_count)),
+            ("Freezes", str(found.freeze_count)),
+            (
+                "Metered",
+                ", ".join(
+                    (
+                        f"{seconds(found.active_ns)} s active",
+                        f"{seconds(found.idle_ns)} s idle",
+                        f"{seconds(found.unbilled_ns)} s unbilled",
+                    )
+                ),
+            ),
+            ("Image", spec.image),
+            ("Command", " ".join((*spec.entrypoint, *spec.command))),
+            ("Variables", ", ".join(sorted(spec.environment))),
+            ("Address", found.address),
+            ("Pid", str(found.pid) if found.pid else ""),
+            ("Container", found.container_id[:12]),
+            ("Created", clock(found.create_time)),
+            ("Request id", found.request_id),
+        )
+    )

@@ -1,0 +1,307 @@
+"""`hibernode provision`: how many instances a function has, when, and by which policies."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from agent.cli.commands.deploy import POLL_S, told_once
+from agent.cli.console.output import note, show_json, show_text, warn
+from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_scheduler
+from agent.cli.fc3.load import load_s_yaml
+from agent.cli.fc3.provision import METRIC_NAMES, read_provision, target_of
+from agent.cli.options import asked, output_option, s_options, scheduler_options, timeout_option
+from agent.core.errors import ConfigError, DeadlineError, PreconditionError
+from agent.core.provisioning.placement import PASSING
+from agent.v1 import function_service_pb2 as pb
+from agent.wire.clients import DaemonChannel
+from agent.wire.json_view import to_json
+
+MAX_PAGES = 1000
+QUALIFIER = "LATEST"
+
+_file = click.Path(path_type=Path, dir_okay=False)
+_qualifier = click.option(
+    "--qualifier", type=click.Choice([QUALIFIER]), default=QUALIFIER, help="There is one version: the last deployed."
+)
+
+
+@click.group()
+def provision() -> None:
+    """Set and show how many instances functions have: a target, a schedule, policies that follow a metric.
+
+    The words and files are those of Function Compute's PutProvisionConfig.
+
+    \b
+    Examples:
+      hibernode provision put ocr --target 3
+      hibernode provision put ocr --target 1 --targetTrackingPolicies provision.json
+      hibernode provision list
+      hibernode provision put ocr --target 0
+    """
+
+
+@provision.command()
+@click.argument("function", required=False, default="")
+@click.option("-t", "--template", type=_file, metavar="FILE", help="The s.yaml that names the function, in its stead.")
+@click.option("--resource", default="", metavar="NAME", help="The resource of the s.yaml, where it has several.")
+@click.option(
+    "--target", "--default-target", type=click.IntRange(0, 10_000), metavar="N",
+    help="Instances while no schedule and no policy is active; default: defaultTarget of a file.",
+)  # fmt: skip
+@click.option(
+    "--targetTrackingPolicies", "--target-tracking-policies", "policies", type=_file, metavar="FILE",
+    help="JSON or YAML with targetTrackingPolicies.",
+)  # fmt: skip
+@click.option(
+    "--scheduledActions", "--scheduled-actions", "actions", type=_file, metavar="FILE",
+    help="JSON or YAML with scheduledActions.",
+)  # fmt: skip
+@click.option(
+    "--alwaysAllocateGPU/--no-alwaysAllocateGPU", "--always-allocate-gpu/--no-always-allocate-gpu", "always_on",
+    default=None, help="Turn idle mode off or on; the instances are replaced. Default: as it is.",
+)  # fmt: skip
+@_qualifier
+@click.option("--wait", is_flag=True, help="Return once as many instances are up as wanted; exit 4 if they can't be.")
+@click.option("--dry-run", is_flag=True, help="Only check, here and at the scheduler.")
+@timeout_option("5m")
+@s_options
+@scheduler_options
+@output_option
+def put(
+    function: str,
+    template: Path | None,
+    resource: str,
+    target: int | None,
+    policies: Path | None,
+    actions: Path | None,
+    always_on: bool | None,
+    qualifier: str,
+    wait: bool,
+    dry_run: bool,
+    timeout_s: float,
+) -> None:
+    """Replace the provisioning of a function: target, schedule and policies. What is not given is removed.
+
+    --target 0 without files releases all instances. Policies follow ProvisionedConcurrencyUtilization, CPUUtilization
+    or GPUMemUtilization between minCapacity and maxCapacity. While an action or policy is active the target doesn't
+    count; the highest of the active ones does.
+
+    \b
+    A file, as for Function Compute:
+      {"targetTrackingPolicies": [{"name": "day", "startTime": "2026-01-01T00:00:00Z",
+        "endTime": "2027-01-01T00:00:00Z", "metricType": "ProvisionedConcurrencyUtilization",
+        "metricTarget": 0.3, "minCapacity": 2, "maxCapacity": 30}],
+       "scheduledActions": [{"name": "morning", "startTime": "2026-01-01T00:00:00Z",
+        "endTime": "2027-01-01T00:00:00Z", "target": 5, "scheduleExpression": "cron(0 0 8 * * MON-FRI)",
+        "timeZone": "Europe/Berlin"}]}
+
+    \b
+    Examples:
+      hibernode provision put ocr --target 3 --wait
+      hibernode provision put --target 1 --targetTrackingPolicies ./provision.json -t s.yaml
+      hibernode provision put ocr --target 0
+    """
+    name = _function(function, template, resource)
+    config = _config(target, policies, actions)
+    if always_on is not None:
+        config.always_allocate_gpu = always_on
+
+    async def story(channel: DaemonChannel) -> pb.PutProvisionConfigResponse:
+        request = pb.PutProvisionConfigRequest(function=name, config=config, validate_only=dry_run)
+        answer = await channel.call(channel.functions.PutProvisionConfig, request, SHORT_S)
+        for text in answer.warnings:
+            warn(text)
+        if wait and not dry_run:
+            answer.provision.CopyFrom(await _settled(channel, name, timeout_s))
+        return answer
+
+    answer = with_scheduler(story, f"checking {name}" if dry_run else f"provisioning {name}")
+    found = answer.provision
+    if asked().json:
+        show_json({"provision": to_json(found), "warnings": list(answer.warnings)})
+        return
+    decided = f" by {found.decided_by}" if found.decided_by else ""
+    done = "could be provisioned" if dry_run else "provisioned"
+    note(f"{name} {done}: target {found.target}{decided}, {found.current} there now")
+
+
+@provision.command("list")
+@click.argument("function", required=False, default="")
+@scheduler_options
+@s_options
+@output_option
+def list_(function: str) -> None:
+    """Show the provisioning of the functions and what has come of it: target, current, currentError.
+
+    \b
+    Examples:
+      hibernode provision list
+      hibernode provision list ocr --output json | jq '.provisions[0].policies'
+    """
+
+    async def story(channel: DaemonChannel) -> list[pb.Provision]:
+        return await list_provisions(channel, function)
+
+    found = with_scheduler(story, "asking for the provisioning")
+    if asked().json:
+        show_json({"provisions": [to_json(one) for one in found]})
+        return
+    for one in found:
+        show_text(yaml.safe_dump({one.function: [_fields(one)]}, sort_keys=False, allow_unicode=True))
+    if not found:
+        note("Nothing is provisioned.")
+
+
+@provision.command()
+@click.argument("function")
+@_qualifier
+@scheduler_options
+@output_option
+def rm(function: str, qualifier: str) -> None:
+    """Release all instances of a function: target 0, no schedule, no policy. The function stays deployed.
+
+    \b
+    Example:
+      hibernode provision rm ocr
+    """
+
+    async def story(channel: DaemonChannel) -> None:
+        request = pb.DeleteProvisionConfigRequest(function=function)
+        await channel.call(channel.functions.DeleteProvisionConfig, request, SHORT_S)
+
+    with_scheduler(story, f"releasing {function}")
+    if asked().json:
+        show_json({"function": function})
+    else:
+        note(f"{function}: its instances end their requests and go")
+
+
+async def list_provisions(channel: DaemonChannel, function: str = "") -> list[pb.Provision]:
+    """All pages."""
+    found: list[pb.Provision] = []
+    token = ""
+    for _ in range(MAX_PAGES):
+        request = pb.ListProvisionConfigsRequest(page_size=PAGE_SIZE, page_token=token, function=function)
+        page = await channel.call(channel.functions.ListProvisionConfigs, request, SHORT_S)
+        found += page.provisions
+        token = page.next_page_token
+        if not token:
+            break
+    return found
+
+
+def _function(function: str, template: Path | None, resource: str) -> str:
+    if template is None:
+        if not function:
+            raise click.UsageError("name the function, or the s.yaml that does with -t")
+        return function
+    if function:
+        raise click.UsageError("name the function or the s.yaml, not both")
+    names = [one.function.name for one in load_s_yaml(template, resource)]
+    if len(names) > 1:
+        raise click.UsageError(f"{template} has {len(names)} functions; choose one with --resource")
+    return names[0]
+
+
+def _config(target: int | None, policies: Path | None, actions: Path | None) -> pb.ProvisionConfig:
+    """Target, schedule and policies of the options. Raises ConfigError naming file, line and key."""
+    config = pb.ProvisionConfig()
+    for path, other in ((policies, actions), (actions, policies)):
+        if path is None:
+            continue
+        written, found = read_provision(path)
+        if written.target_tracking_policies is None and written.scheduled_actions is None:
+            text = f"{path} has neither targetTrackingPolicies nor scheduledActions; [] removes them"
+            raise ConfigError("PROVISION_EMPTY", text)
+        target = target_of(written) if target is None else target
+        if written.always_allocate_gpu is not None:
+            config.always_allocate_gpu = written.always_allocate_gpu
+        if path is policies or other is None:
+            config.target_tracking_policies.extend(found.target_tracking_policies)
+        if path is actions or other is None:
+            config.scheduled_actions.extend(found.scheduled_actions)
+    if target is None:
+        raise click.UsageError("--target is missing: the number of instances while nothing else decides")
+    config.default_target = target
+    return config
+
+
+async def _settled(channel: DaemonChannel, name: str, timeout_s: float) -> pb.Provision:
+    """The provisioning once there are as many instances as wanted. The API has no way to watch it.
+
+    Raises PreconditionError with the scheduler's reason where it won't pass, DeadlineError PROVISION_TIMEOUT."""
+    said = ""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                for found in await list_provisions(channel, name):
+                    if found.current == found.target:
+                        return found
+                    if found.current_error and found.current < found.target:
+                        if found.current_error_reason not in PASSING:
+                            raise PreconditionError(found.current_error_reason or "DEGRADED", found.current_error)
+                        said = told_once(said, found.current_error)
+                    break
+                else:
+                    return pb.Provision(function=name)
+                await asyncio.sleep(POLL_S)
+    except TimeoutError as error:
+        why = f" ({said})" if said else ""
+        message = f"not as many instances as wanted after {timeout_s:g} s{why}; see `hibernode provision list`"
+        raise DeadlineError("PROVISION_TIMEOUT", message) from error
+
+
+def _fields(found: pb.Provision) -> dict[str, Any]:
+    """As `s provision list` shows them."""
+    config = found.config
+    return {
+        "functionName": found.function,
+        "qualifier": QUALIFIER,
+        "resource": f"{found.function}#{QUALIFIER}",
+        "target": found.target,
+        "current": found.current,
+        "currentError": found.current_error or None,
+        "defaultTarget": config.default_target,
+        "decidedBy": found.decided_by or None,
+        "alwaysAllocateGPU": found.always_allocate_gpu,
+        "scheduledActions": [
+            {
+                "name": one.name,
+                "startTime": one.start_time,
+                "endTime": one.end_time,
+                "target": one.target,
+                "scheduleExpression": one.schedule_expression,
+                "timeZone": one.time_zone or "UTC",
+            }
+            for one in config.scheduled_actions
+        ]
+        or None,
+        "targetTrackingPolicies": [
+            {
+                "name": one.name,
+                "startTime": one.start_time,
+                "endTime": one.end_time,
+                "metricType": METRIC_NAMES.get(one.metric_type, ""),
+                "metricTarget": one.metric_target,
+                "minCapacity": one.min_capacity,
+                "maxCapacity": one.max_capacity,
+                "timeZone": one.time_zone or "UTC",
+                "active": state.active,
+                "target": state.target,
+                "metric": round(state.metric, 4) if state.HasField("metric") else None,
+            }
+            for one, state in zip(config.target_tracking_policies, _states(found), strict=True)
+        ]
+        or None,
+    }
+
+
+def _states(found: pb.Provision) -> list[pb.Provision.PolicyState]:
+    """One for each policy, in their order; there may be none yet."""
+    known = {one.name: one for one in found.policies}
+    return [known.get(one.name, pb.Provision.PolicyState()) for one in found.config.target_tracking_policies]

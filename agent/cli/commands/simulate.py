@@ -1,0 +1,248 @@
+"""`hibernode simulate`: what idle mode would do with one's own traffic, before anything is installed on a GPU host."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agent.cli.console.output import note, show_json, show_table
+from agent.cli.console.progress import blocking_progress
+from agent.cli.options import asked, bytes_of, output_option, seconds_of
+from agent.core.errors import ConfigError
+from agent.core.types import SECOND_NS
+
+MAX_RUNS = 64
+NEVER = "never"
+POLICIES = ("pack", "spread", "round_robin", "random", "two_choices", "least_outstanding")
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_MOST_S = 86_400.0
+
+
+class FreezeAfter(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """A time without a request, in seconds; None for never."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        if value == NEVER:
+            return None
+        seconds = seconds_of(str(value))
+        if not 0 <= seconds <= _MOST_S:
+            self.fail(f"must be {NEVER}, or 0 to 24h, got {value!r}", param, ctx)
+        return seconds
+
+
+def _number(context: click.Context, param: click.Parameter, value: float) -> float:
+    """Ranges let NaN pass."""
+    if math.isnan(value):
+        raise click.BadParameter("must be a number, got nan", context, param)
+    return value
+
+
+@click.command()
+@click.argument("trace", type=click.Path(path_type=Path))
+@click.option(
+    "--policy", "policies", type=click.Choice(POLICIES), multiple=True, default=("pack", "round_robin"),
+    show_default=True, metavar="POLICY", help=f"One of {', '.join(POLICIES)}; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--freeze-after", "freezes", type=FreezeAfter(), multiple=True, default=("10s", NEVER), metavar="TIME",
+    show_default=True, help="Time without a request after which an instance sleeps, or never; may be repeated.",
+)  # fmt: skip
+@click.option("--instances", type=click.IntRange(1, 1000), default=1, show_default=True, help="Of each function.")
+@click.option(
+    "--concurrency", type=click.IntRange(1, 200), default=1, show_default=True, help="Requests at once in one."
+)
+@click.option(
+    "--gpus", type=click.IntRange(0, 10_000), default=0, help="GPUs in all, shared; default: one an instance."
+)
+@click.option("--wake", type=seconds_of, default="1s", show_default=True, metavar="TIME", help="How long a wake takes.")
+@click.option("--freeze", type=seconds_of, default="500ms", show_default=True, metavar="TIME", help="And a freeze.")
+@click.option(
+    "--wake-factor", type=click.FloatRange(0, 1_000_000), default=0.0, show_default=True, callback=_number,
+    help="A further instance is woken only if waiting takes longer than a wake times this (pack, spread).",
+)  # fmt: skip
+@click.option("--queue-length", type=click.IntRange(1, 100_000), default=1000, show_default=True)
+@click.option("--queue-timeout", type=seconds_of, default="60s", show_default=True, metavar="TIME")
+@click.option("--gpu-model", default="L40S", show_default=True, metavar="MODEL", help="For the price.")
+@click.option("--gpu-memory", type=bytes_of, default="16GiB", show_default=True, metavar="SIZE", help="For the price.")
+@click.option("--price-book", type=_FILE, metavar="FILE", help="Default: the one that comes with Hibernode.")
+@click.option("--svg", "picture", type=_FILE, metavar="FILE", help="Also draw it.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of random, two_choices and least_outstanding.")
+@output_option
+def simulate(
+    trace: Path,
+    policies: tuple[str, ...],
+    freezes: tuple[float | None, ...],
+    instances: int,
+    concurrency: int,
+    gpus: int,
+    wake: float,
+    freeze: float,
+    wake_factor: float,
+    queue_length: int,
+    queue_timeout: float,
+    gpu_model: str,
+    gpu_memory: int,
+    price_book: Path | None,
+    picture: Path | None,
+    seed: int,
+) -> None:
+    """Replay an access log and show what sleeping would cost and save.
+
+    TRACE is a CSV file with the columns time, function and duration, in order of time: when each request came (ISO 8601
+    or seconds) and how long the model worked on it (0.35, 350ms). The decisions are those of the scheduler and the
+    agent: the same code for dispatch, slots, life cycle, GPUs and metering, on a simulated clock.
+
+    The latency of a request is its wait, a wake included, and its duration. AWAKE is the time in which GPUs were held;
+    ALWAYS ON what the same instances would cost awake and active all the time.
+
+    \b
+    Examples:
+      hibernode simulate access.csv
+      hibernode simulate access.csv --freeze-after 5s --freeze-after 60s --freeze-after never
+      hibernode simulate access.csv --policy pack --policy round_robin --instances 4 --gpus 2 --wake 2s
+      hibernode simulate access.csv --svg savings.svg -o json | jq '.runs[] | {policy, p99_s, cost}'
+    """
+    from agent.simulator.plan import Plan, Policy  # imported here: --help needs none of it
+    from agent.simulator.trace import read_trace
+    from agent.simulator.world import World
+
+    if len(policies) * len(freezes) > MAX_RUNS:
+        raise click.UsageError(f"{len(policies) * len(freezes)} runs are more than {MAX_RUNS}; choose fewer")
+    price = _price(price_book)
+    if price.gpu_rate(gpu_model) is None:
+        known = ", ".join(model for family in price.gpu for model in family.models)
+        raise click.BadParameter(
+            f"{gpu_model!r} has no price; the price book knows {known}", param_hint="'--gpu-model'"
+        )
+    with blocking_progress(f"reading {trace.name}"):
+        functions = sorted({call.function for call in read_trace(trace)})  # a broken line is told before any run
+    plans = [
+        Plan(
+            policy=Policy(policy),
+            instances=instances,
+            concurrency=concurrency,
+            gpus=gpus,
+            freeze_after_ns=None if after is None else _ns(after),
+            wake_ns=_ns(wake),
+            freeze_ns=_ns(freeze),
+            wake_factor=wake_factor,
+            queue_length=queue_length,
+            queue_timeout_ns=_ns(queue_timeout),
+            gpu_model=gpu_model,
+            gpu_memory_bytes=gpu_memory,
+            seed=seed,
+        )
+        for policy in policies
+        for after in freezes
+    ]
+    began, outcomes = time.monotonic(), []
+    for number, plan in enumerate(plans, 1):
+        with blocking_progress(f"run {number} of {len(plans)}: {_label(plan)}"):
+            outcomes.append(World(plan).run(functions, read_trace(trace)))
+    took_s = time.monotonic() - began
+    if picture is not None:
+        from agent.simulator.plot import svg
+
+        try:
+            picture.write_bytes(svg([_label(plan) for plan in plans], outcomes, price))
+        except OSError as error:
+            raise ConfigError("SVG_UNWRITABLE", f"{picture} can't be written: {error.strerror or error}") from error
+    _show(outcomes, price, took_s)
+
+
+def _show(outcomes: list[Any], price: Any, took_s: float) -> None:
+    rows = [_figures(one, price) for one in outcomes]
+    if asked().json:
+        show_json({"runs": rows, "price_valid_from_ns": price.valid_from_wall_ns, "took_s": round(took_s, 3)})
+        return
+    numbers = (
+        "REQUESTS", "REFUSED", "P50 S", "P90 S", "P99 S", "MAX S", "WAKES", "AWAKE GPU S", "AWAKE %", "ACTIVE S",
+        "IDLE S", "COST", "ALWAYS ON",
+    )  # fmt: skip
+    show_table(
+        ("POLICY", "FREEZE AFTER", *numbers, ""),
+        (
+            (
+                row["policy"],
+                NEVER if row["freeze_after_s"] is None else f"{row['freeze_after_s']:g}s",
+                str(row["requests"]),
+                str(sum(row["refused"].values())),
+                *("-" if row[key] is None else f"{row[key]:.3f}" for key in ("p50_s", "p90_s", "p99_s", "max_s")),
+                str(row["wakes"]),
+                f"{row['awake_gpu_s']:.1f}",
+                f"{100 * row['awake_share']:.1f}",
+                f"{row['active_s']:.1f}",
+                f"{row['idle_s']:.1f}",
+                row["cost"],
+                row["always_on_cost"],
+                f"{row['saved_percent']:.1f} % saved",
+            )
+            for row in rows
+        ),
+        right=numbers,
+    )
+    span_s = sum(row["span_s"] for row in rows)
+    requests = sum(row["requests"] for row in rows)
+    if took_s:
+        note(f"{requests} requests in {took_s:.1f} s, {span_s / took_s:.0f} times faster than life")
+
+
+def _figures(found: Any, price: Any) -> dict[str, Any]:
+    from agent.simulator.plan import percentiles_s
+
+    p50, p90, p99, most = percentiles_s(found.latencies_ns, (50, 90, 99, 100))
+    spent, always_on = found.costs(price)
+    answered = len(found.latencies_ns)
+    after = found.plan.freeze_after_ns
+    return {
+        "policy": found.plan.policy.value,
+        "freeze_after_s": None if after is None else after / SECOND_NS,
+        "instances": found.instances,
+        "requests": answered,
+        "refused": found.refused,
+        "p50_s": p50,
+        "p90_s": p90,
+        "p99_s": p99,
+        "max_s": most,
+        "wakes": found.wakes,
+        "wakes_per_request": round(found.wakes / answered, 6) if answered else 0.0,
+        "awake_gpu_s": found.awake_ns / SECOND_NS,
+        "awake_share": round(found.awake_share, 6),
+        "active_s": found.spent.active_ns / SECOND_NS,
+        "idle_s": found.spent.idle_ns / SECOND_NS,
+        "span_s": found.span_ns / SECOND_NS,
+        "cost": str(spent),
+        "always_on_cost": str(always_on),
+        "saved_percent": round(100 * (1 - float(spent) / float(always_on)), 3) if always_on else 0.0,
+    }
+
+
+def _label(plan: Any) -> str:
+    after = plan.freeze_after_ns
+    return f"{plan.policy.value}, {NEVER if after is None else f'{after / SECOND_NS:g}s'}"
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * SECOND_NS)
+
+
+def _price(path: Path | None) -> Any:
+    """The newest price of the book. Raises ConfigError."""
+    import yaml
+
+    import agent
+    from agent.core.billing.price_book import parse_price_book
+
+    path = path or Path(agent.__file__).with_name("scheduler") / "price-book.yaml"
+    try:
+        book = parse_price_book(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = f"cannot read the price book {path} ({type(error).__name__})"
+        raise ConfigError("PRICE_BOOK_INVALID", text) from error
+    return book.prices[-1]

@@ -1,0 +1,60 @@
+"""Calls to a daemon from a command: find it, call it, show that something is under way, close."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
+from typing import TypeVar
+
+from agent.cli.console.progress import progress
+from agent.cli.daemon_locator import Daemon, Place, find_daemon
+from agent.cli.options import asked
+from agent.core.errors import HibernodeError, UnauthenticatedError, UnavailableError
+from agent.wire.clients import DaemonChannel
+
+T = TypeVar("T")
+
+SHORT_S = 15.0
+"""Deadline of a call that only reads."""
+PAGE_SIZE = 500
+
+
+def with_agent(story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
+    """Runs `story` on a channel to the agent. `doing` is what a person sees after a second, as in "waking 3
+    instances"; "" shows nothing."""
+    return _run("agent", story, doing)
+
+
+def with_scheduler(story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
+    """Runs `story` on a channel to the scheduler."""
+    return _run("scheduler", story, doing)
+
+
+def _run(daemon: Daemon, story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
+    options = asked()
+    place = find_daemon(daemon, options)
+    try:
+        return asyncio.run(_told(place, options.insecure, story, doing))
+    except HibernodeError as error:
+        raise _with_advice(error, daemon, place) from error
+
+
+async def _told(place: Place, insecure: bool, story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
+    shown = progress(doing) if doing else nullcontext()
+    async with shown, DaemonChannel(place.target, place.token, insecure) as channel:
+        return await story(channel)
+
+
+def _with_advice(error: HibernodeError, daemon: Daemon, place: Place) -> HibernodeError:
+    """gRPC's own words about a daemon that is not there help nobody."""
+    if isinstance(error, UnavailableError) and error.reason == "UNREACHABLE":
+        message = (
+            f"no {daemon} answers at {place.target}: is it running? "
+            f"`hibernode {daemon} --config FILE` starts it, --home or --{daemon} names another one"
+        )
+        return UnavailableError("UNREACHABLE", message, target=place.target)
+    if isinstance(error, UnauthenticatedError) and error.reason == "TOKEN_MISSING":
+        message = f"the {daemon} at {place.target} wants its token: name the file with --token-file"
+        return UnauthenticatedError("TOKEN_MISSING", message, target=place.target)
+    return error

@@ -1,0 +1,1 @@
+"""`hibernode demo`."""

@@ -1,0 +1,27 @@
+"""`python -m agent.cli.demo.child PARENT MODULE ARG...`: MODULE as a program that ends with its parent, by SIGTERM.
+
+The child asks for that itself: done between fork and exec it would run Python code in a copy of a process with threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import runpy
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    parent, module = int(sys.argv[1]), sys.argv[2]
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit(1)
+    sys.argv = [module, *sys.argv[3:]]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The client of a demo: sends requests through the gateway, compares every answer, counts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.cli.demo.files import Sample, difference
+from agent.core.errors import HibernodeError
+from agent.http.limits import UpstreamLimits
+from agent.http.message import lookup
+from agent.http.pool import Pool, Response
+
+REQUEST_S = 60.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the client saw. `failed`: no answer, or none with status 200. `different`: an answer that is not the one
+    without freezing, or memory that is not as it was."""
+
+    requests: int = 0
+    failed: int = 0
+    different: int = 0
+    wake_request_ms: list[float] = field(default_factory=list)
+    latency_ms: list[float] = field(default_factory=list)
+
+
+class DemoClient:
+    """Calls one function at `gateway` (host:port). Made and used on one loop; `trouble` is told what goes wrong."""
+
+    def __init__(
+        self, gateway: str, function: str, tally: Tally, trouble: Callable[[str], None], alias: Callable[[str], str]
+    ) -> None:
+        host, _, port = gateway.rpartition(":")
+        self._pool = Pool(host, int(port), UpstreamLimits())
+        self._base = f"/fn/{function}"
+        self._tally = tally
+        self._trouble = trouble
+        self._alias = alias
+
+    def close(self) -> None:
+        self._pool.close()
+
+    async def identify(self, sample: Sample, *, by: str = "") -> dict[str, Any] | None:
+        """The function's answer; None if it failed. `by`: the instance that must have given it."""
+        began = time.monotonic_ns()
+        found = await self._call(sample.path.name, b"POST", "/", sample.content)
+        if found is None:
+            return None
+        response, answer = found
+        self._tally.latency_ms.append((time.monotonic_ns() - began) / 1e6)
+        if answer != sample.expected:
+            self._tally.different += 1
+            self._trouble(f"{sample.path.name} is not as without freezing: {difference(answer, sample)}")
+        self._check_instance(response, by)
+        return answer
+
+    async def verify(self, *, by: str) -> bool:
+        """Is all of the extra pattern in the instance's GPU memory as it was put there?"""
+        found = await self._call("/verify", b"GET", "/verify", b"")
+        if found is None:
+            return False
+        self._check_instance(found[0], by)
+        return True
+
+    async def _call(self, what: str, method: bytes, path: str, body: bytes) -> tuple[Response, dict[str, Any]] | None:
+        self._tally.requests += 1
+        try:
+            target = f"{self._base}{path}".encode()
+            response = await self._pool.request(method, target, [], body, timeout_s=REQUEST_S)
+            answer = json.loads(response.body)
+        except (HibernodeError, ValueError) as error:
+            self._failed(f"{what}: {error}")
+            return None
+        if response.status != 200:
+            self._failed(f"{what}: HTTP {response.status}: {str(answer)[:200]}")
+            return None
+        wake_ms = lookup(response.headers, b"x-hibernode-wake-ms")
+        if wake_ms:
+            self._tally.wake_request_ms.append(float(wake_ms))
+        return response, answer
+
+    def _failed(self, text: str) -> None:
+        self._tally.failed += 1
+        self._trouble(text)
+
+    def _check_instance(self, response: Response, by: str) -> None:
+        """An answer of another instance proves nothing about this one."""
+        answered = (lookup(response.headers, b"x-fc-instance-id") or b"").decode("latin-1")
+        if by and answered != by:
+            self._tally.different += 1
+            self._trouble(f"{self._alias(by)} was awake alone, but {self._alias(answered)} answered")

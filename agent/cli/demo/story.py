@@ -1,0 +1,218 @@
+"""What happens in a demo: the example is deployed, files are identified, instances sleep and wake in between."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.cli.commands.ps import list_instances, state_of
+from agent.cli.demo.client import DemoClient, Tally
+from agent.cli.demo.files import Sample, pick_samples
+from agent.cli.demo.processes import comes_true
+from agent.cli.demo.timeline import Timeline
+from agent.cli.demo.world import CALL_S, DemoWorld
+from agent.core.errors import DeadlineError, UnavailableError
+from agent.core.types import SECOND_NS
+from agent.v1 import function_service_pb2, instance_service_pb2, scheduler_service_pb2, types_pb2
+
+FUNCTION = "filetype"
+INSTANCES = 3
+SAMPLES = 24
+FREEZE_AFTER = "800ms"
+LENDING_ROUND = 2
+DEPLOY_S, SETTLE_S, WAKE_S = 60.0, 30.0, 20.0
+HOLD_NS = 5 * SECOND_NS
+FLIPPED_BYTE = 2_000_007
+"""In the middle of the model's weights, the exponent of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """`rounds`: files sent at once, round after round. `sleep_s`: how long everybody sleeps before the next files
+    come, time that costs little."""
+
+    rounds: tuple[int, ...] = (1, 3, 12, 1, 24, 2, 6, 1)
+    sleep_s: float = 1.2
+
+
+QUICK = Pace((1, 3, 4, 2), 0.1)
+"""For tests: every kind of round once."""
+
+
+class Story:
+    """One run; `tally` grows with it."""
+
+    def __init__(self, world: DemoWorld, timeline: Timeline, pace: Pace, *, flip_byte: bool) -> None:
+        self._world = world
+        self._timeline = timeline
+        self._pace = pace
+        self._flip_byte = flip_byte
+        self.tally = Tally()
+        self.samples: list[Sample] = []
+        self._turn = 0
+
+    async def tell(self) -> None:
+        """Deploy, then the rounds; ends with every instance asleep. Raises HibernodeError."""
+        async with self._world.agent() as agent, self._world.scheduler() as scheduler:
+            picking = asyncio.create_task(asyncio.to_thread(pick_samples, SAMPLES))
+            await self._deploy(scheduler)
+            watching = asyncio.create_task(self._timeline.follow(agent))
+            try:
+                await self._wait_for_instances(scheduler)
+                self.samples = await picking
+                await self._rounds(agent, scheduler)
+                await self._timeline.catch_up(agent)
+            finally:
+                picking.cancel()
+                watching.cancel()
+                await asyncio.gather(watching, picking, return_exceptions=True)
+
+    # ---- deploy -------------------------------------------------------------------------------------------------
+
+    async def _deploy(self, scheduler: Any) -> None:
+        from agent.cli.commands.deploy import deploy_request
+        from agent.cli.fc3.load import load_s_yaml
+
+        path = self._world.home / "filetype.s.yaml"
+        path.write_text(s_yaml(self._world.request_log))
+        self._timeline.say(f"deploying {FUNCTION} (a real model) with {INSTANCES} instances on 2 GPUs")
+        (deployment,) = load_s_yaml(path)
+        await scheduler.call(scheduler.functions.DeployFunction, deploy_request(deployment, INSTANCES), CALL_S)
+
+    async def _wait_for_instances(self, scheduler: Any) -> None:
+        async def ready() -> bool:
+            self._world.processes.check()
+            request = function_service_pb2.GetFunctionRequest(name=FUNCTION)
+            found = (await scheduler.call(scheduler.functions.GetFunction, request, CALL_S)).function
+            if found.state == function_service_pb2.Function.STATE_DEGRADED:
+                raise UnavailableError(found.current_error_reason or "DEMO_DEPLOY_FAILED", found.current_error)
+            return bool(found.state == function_service_pb2.Function.STATE_READY)
+
+        if not await comes_true(ready, DEPLOY_S):
+            raise DeadlineError("DEMO_DEPLOY_TIMEOUT", f"{FUNCTION} is not ready after {DEPLOY_S:g} s")
+
+    # ---- rounds -------------------------------------------------------------------------------------------------
+
+    async def _rounds(self, agent: Any, scheduler: Any) -> None:
+        client = DemoClient(self._world.gateway, FUNCTION, self.tally, self._timeline.trouble, self._timeline.alias)
+        try:
+            await self._until_all_asleep(agent)
+            for number, count in enumerate(self._pace.rounds):
+                await asyncio.sleep(self._pace.sleep_s)  # nobody asks: this is what idle mode is for
+                if self._flip_byte and number == len(self._pace.rounds) // 2:
+                    await self._flip(agent)
+                await self._round(agent, client, count)
+                if number == LENDING_ROUND:
+                    await self._lend(agent)
+                await self._until_all_asleep(agent)
+            await self._each_alone(agent, scheduler, client)
+        finally:
+            client.close()
+
+    async def _round(self, agent: Any, client: DemoClient, count: int) -> None:
+        chosen = [self.samples[(self._turn + index) % len(self.samples)] for index in range(count)]
+        self._turn += count
+        woken = len(self.tally.wake_request_ms)
+        answers = await asyncio.gather(*(client.identify(sample) for sample in chosen))
+        wakes = self.tally.wake_request_ms[woken:]
+        await self._timeline.catch_up(agent)
+        self._timeline.requests([(sample.path, answer) for sample, answer in zip(chosen, answers, strict=True)], wakes)
+
+    async def _lend(self, agent: Any) -> None:
+        """Two instances are awake, so both GPUs are held: whoever is woken now borrows the one of an idle instance."""
+        asleep = [one.uid for one in await self.instances(agent) if state_of(one) == "FROZEN"]
+        if not asleep:
+            return
+        self._timeline.say(f"{self._timeline.alias(asleep[0])} is wanted too, and both GPUs are held: one must be lent")
+        request = instance_service_pb2.WakeInstanceRequest(uid=asleep[0])
+        await agent.call(agent.instances.WakeInstance, request, CALL_S)
+
+    async def _until_known_awake(self, scheduler: Any, uid: str) -> None:
+        """The scheduler hears of a wake that it did not ask for a moment later; before, it might wake another one."""
+
+        async def alone() -> bool:
+            request = scheduler_service_pb2.ListFleetInstancesRequest(function=FUNCTION)
+            found = (await scheduler.call(scheduler.scheduler.ListFleetInstances, request, CALL_S)).instances
+            return {one.uid for one in found if state_of(one) == "RUNNING"} == {uid}
+
+        if not await comes_true(alone, SETTLE_S):
+            text = f"the scheduler does not see that {self._timeline.alias(uid)} alone is awake after {SETTLE_S:g} s"
+            raise DeadlineError("DEMO_NOT_ALONE", text)
+
+    async def _each_alone(self, agent: Any, scheduler: Any, client: DemoClient) -> None:
+        """Whatever the dispatcher chose so far: in the end every instance must show its memory, all of it."""
+        self._timeline.say("each instance is woken alone and asked if every byte of its GPU memory is as it was")
+        for number, one in enumerate(await self.instances(agent)):
+            wake = instance_service_pb2.WakeInstanceRequest(uid=one.uid, hold_ns=HOLD_NS)
+            await agent.call(agent.instances.WakeInstance, wake, WAKE_S)
+            await self._until_known_awake(scheduler, one.uid)
+            sample = self.samples[number % len(self.samples)]
+            answer = await client.identify(sample, by=one.uid)
+            intact = await client.verify(by=one.uid)
+            await self._timeline.catch_up(agent)
+            if answer == sample.expected and intact:
+                self._timeline.say(f"{self._timeline.alias(one.uid)}: every byte is as it was")
+            freeze = instance_service_pb2.FreezeInstanceRequest(uid=one.uid)
+            await agent.call(agent.instances.FreezeInstance, freeze, WAKE_S)
+
+    async def _until_all_asleep(self, agent: Any) -> None:
+        states: list[str] = []
+
+        async def asleep() -> bool:
+            self._world.processes.check()
+            states[:] = [state_of(one) for one in await self.instances(agent)]
+            return bool(states) and all(state == "FROZEN" for state in states)
+
+        if not await comes_true(asleep, SETTLE_S):
+            text = f"not all instances are frozen after {SETTLE_S:g} s without a request: {', '.join(states)}"
+            raise DeadlineError("DEMO_NOT_ASLEEP", text)
+
+    async def instances(self, agent: Any, *, ended: bool = False) -> list[types_pb2.Instance]:
+        return await list_instances(agent, FUNCTION, include_ended=ended)
+
+    async def _flip(self, agent: Any) -> None:
+        """Rehearse the worst: a byte of a frozen instance's GPU memory changes. It must not go unnoticed."""
+        from agent.emulated.control import EmulatedDriver
+
+        victim = (await self.instances(agent))[0]
+        with EmulatedDriver(self._world.driver_dir) as driver:
+            driver.flip_byte(victim.pid, offset=FLIPPED_BYTE)
+        self._timeline.say(f"rehearsal: one byte of frozen {self._timeline.alias(victim.uid)}'s GPU memory is flipped")
+
+
+def s_yaml(request_log: Path) -> str:
+    """The example as a user would deploy it."""
+    return f"""\
+# The demo's function. Deploy it again, changed or under another name:
+#   hibernode deploy -t THIS_FILE
+edition: 3.0.0
+name: hibernode-demo
+resources:
+  {FUNCTION}:
+    component: fc3
+    props:
+      functionName: {FUNCTION}
+      region: local
+      runtime: custom-container
+      cpu: 1
+      memorySize: 1024
+      timeout: 30
+      instanceConcurrency: 1
+      gpuConfig: {{gpuType: fc.gpu.ada.1, gpuMemorySize: 4096}}
+      customContainerConfig:
+        image: host
+        entrypoint: [{json.dumps(sys.executable)}, "-m", "agent.examples.filetype"]
+      environmentVariables:
+        REQUEST_LOG: {json.dumps(str(request_log))}
+        VRAM_MIB: "8"
+      instanceLifecycleConfig:
+        initializer: {{handler: index.initialize, timeout: 60}}
+      provisionConfig: {{defaultTarget: {INSTANCES}, alwaysAllocateGPU: false}}
+      triggers:
+        - {{triggerName: http, triggerType: http, triggerConfig: {{authType: anonymous}}}}
+      hibernode: {{freezeAfter: {FREEZE_AFTER}}}
+"""

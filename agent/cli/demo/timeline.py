@@ -1,0 +1,148 @@
+"""What a person sees of a demo while it runs: one line for everything that happens, as it happens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from agent.cli.console.output import clean, console
+from agent.cli.console.units import wall_ns
+from agent.core.types import SECOND_NS
+from agent.v1 import instance_service_pb2, types_pb2
+
+CALL_S = 10.0
+NS_PER_MS = 1_000_000
+NOTEWORTHY_WAIT_MS = 5.0
+PAGE = 1000
+
+_SHOWN = {
+    "STARTING": ("starting", "yellow"),
+    "RUNNING": ("awake", "green"),
+    "FROZEN": ("frozen", "cyan"),
+    "STOPPING": ("stopping", "dim"),
+    "FAILED": ("failed", "red"),
+}
+
+
+class Timeline:
+    """Lines on `stream`, each with the seconds since the start."""
+
+    PAUSE_S = 0.1
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = console(stream)
+        self._began_ns = self._since_ns = wall_ns()
+        self._aliases: dict[str, str] = {}
+        self._entered: dict[str, dict[str, int]] = {}
+        self._seen: set[tuple[int, str, str]] = set()
+        self.wake_ms: list[float] = []
+        self.freeze_ms: list[float] = []
+
+    def alias(self, uid: str) -> str:
+        """A name that fits into a line: #1, #2 ..."""
+        return self._aliases.setdefault(uid, f"#{len(self._aliases) + 1}")
+
+    def say(self, text: str) -> None:
+        """A step of ours."""
+        self._line("", text, "")
+
+    def trouble(self, text: str) -> None:
+        self._line("!", text, "red")
+
+    def requests(self, answers: Sequence[tuple[Path, dict[str, Any] | None]], wakes_ms: Sequence[float]) -> None:
+        """A round of requests has been answered."""
+        good = [(path, answer) for path, answer in answers if answer is not None]
+        if len(answers) == 1 and good:
+            path, answer = good[0]
+            text = f"{path} is {answer['label']} (score {answer['score']:.2f})"
+        else:
+            labels = Counter(str(answer["label"]) for _path, answer in good)
+            shown = ", ".join(label for label, _count in labels.most_common(7))
+            more = f" and {len(labels) - 7} more" if len(labels) > 7 else ""
+            text = f"{len(good)} of {len(answers)} files identified: {shown}{more}"
+        if wakes_ms:
+            text += f"; woken in {max(wakes_ms):.1f} ms"
+        self._line("request", text, "bold")
+
+    async def follow(self, agent: Any) -> None:
+        """Show the node's events until cancelled."""
+        while True:
+            await self.catch_up(agent)
+            await asyncio.sleep(self.PAUSE_S)  # the API has no stream of events
+
+    async def catch_up(self, agent: Any) -> None:
+        """Show what has happened so far."""
+        for event in await self._events(agent, self._since_ns):
+            self._since_ns = max(self._since_ns, _wall_ns(event))
+            self._show(event)
+
+    async def _events(self, agent: Any, since: int) -> list[types_pb2.Event]:
+        from agent.wire.convert_time import time_to_proto
+
+        request = instance_service_pb2.ListEventsRequest(page_size=PAGE, since=time_to_proto(since))
+        found: list[types_pb2.Event] = []
+        while True:
+            page = await agent.call(agent.instances.ListEvents, request, CALL_S)
+            found += page.events
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
+                return found
+
+    def _show(self, event: types_pb2.Event) -> None:
+        at = _wall_ns(event)
+        key = (at, event.instance_uid, event.name)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        before, state = event.attributes.get("was", ""), event.name.removeprefix("instance.").upper()
+        entered = self._entered.setdefault(event.instance_uid, {})
+        entered[state] = at
+        if not before:
+            entered["STARTING"] = at  # instance.created
+            if any(word in event.name for word in ("refused", "failed", "cordoned")):
+                self._line(self.alias(event.instance_uid), f"{event.name}: {event.message}", "yellow", at)
+            return
+        took_ms = (at - entered.get(before, at)) / NS_PER_MS
+        if (before, state) == ("RESTORING", "RUNNING"):
+            self.wake_ms.append(took_ms)
+        elif (before, state) == ("FREEZING", "FROZEN"):
+            self.freeze_ms.append(took_ms)
+        if state in _SHOWN:
+            self._show_state(event, before, state, took_ms)
+
+    def _show_state(self, event: types_pb2.Event, before: str, state: str, took_ms: float) -> None:
+        text, style = _SHOWN[state]
+        match before, state:
+            case ("RESTORING", "RUNNING") | ("FREEZING", "FROZEN"):
+                text += f" in {took_ms:.1f} ms{self._waited(event.instance_uid) if state == 'RUNNING' else ''}"
+            case ("STARTING", "RUNNING"):
+                text += f", its model in GPU memory, {took_ms / 1000:.1f} s after it was wanted"
+            case _, "FAILED":
+                text += f": {event.attributes.get('reason', '')} {event.message}"
+            case _:
+                pass
+        self._line(self.alias(event.instance_uid), text, style, _wall_ns(event))
+
+    def _waited(self, uid: str) -> str:
+        """Was a GPU lent for this wake?"""
+        entered = self._entered[uid]
+        waited_ms = (entered.get("RESTORING", 0) - entered.get("WAITING_GPU", 0)) / NS_PER_MS
+        return f", after {waited_ms:.0f} ms of waiting for a GPU" if NOTEWORTHY_WAIT_MS < waited_ms < 1e6 else ""
+
+    def _line(self, who: str, text: str, style: str, at_wall_ns: int = 0) -> None:
+        from rich.text import Text
+
+        line = Text(f"{((at_wall_ns or wall_ns()) - self._began_ns) / SECOND_NS:6.1f} s  ", style="dim")
+        line.append(f"{who:<8}", style="bold")
+        line.append("\n".join(clean(part) for part in text.splitlines()), style=style)
+        try:
+            self._console.print(line, soft_wrap=True)
+        except (OSError, SystemExit):  # rich's way to say that nobody reads any more (`| head`): no reason to stop
+            self._console.quiet = True
+
+
+def _wall_ns(event: types_pb2.Event) -> int:
+    return event.time.seconds * SECOND_NS + event.time.nanos

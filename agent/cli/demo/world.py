@@ -1,0 +1,330 @@
+"""A demo's own small data centre: an emulated driver, a scheduler and an agent, in one folder that is a HIBERNODE_HOME.
+
+    DIR/emulated/   the driver: sockets, libraries        DIR/logs/          what each process wrote
+    DIR/scheduler/  state directory, token                DIR/*.yaml         configurations and the example's s.yaml
+    DIR/agent/      state directory, node's credential    DIR/requests.jsonl the example's own record of its requests
+
+All ports are any free ones; several demos may run beside one another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agent.cli.daemon_locator import read_endpoints, read_token
+from agent.cli.demo.processes import DemoProcesses, comes_true
+from agent.core.errors import DeadlineError, HibernodeError, PreconditionError, UnavailableError
+
+NODE = "demo-node"
+GPUS, GPU_GIB, GPU_MODEL, PROFILE = 2, 16, "L20", "580"
+INSTANCES_PER_GPU = 2
+BUILD_S, START_S, DELETE_S, CALL_S = 120.0, 30.0, 25.0, 10.0
+UNPRIVILEGED_USER = "nobody"
+Say = Callable[[str], None]
+
+_ANY = {"host": "127.0.0.1", "port": 0}
+_MAY_RUN = """
+import os, sys, agent.examples.http_app, magika.types
+sys.exit(not all(os.access(path, os.R_OK) for path in sys.argv[1:]))
+"""
+
+
+class DemoWorld:
+    """See the module. Made and ended by `demo_world`."""
+
+    def __init__(self, home: Path, say: Say) -> None:
+        self.home = home
+        self.processes = DemoProcesses(home / "logs")
+        self.user = ""
+        self.gateway = ""
+        self._say = say
+
+    @property
+    def request_log(self) -> Path:
+        return self.home / "requests.jsonl"
+
+    @property
+    def driver_dir(self) -> Path:
+        return self.home / "emulated"
+
+    # ---- start --------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Everything up, in order. Raises HibernodeError with the end of the log of what did not come up."""
+        self._start_driver()
+        self._start_daemon("scheduler", self._scheduler_config())
+        await self.processes.wait_for("driver", (self.driver_dir / "ready").exists, BUILD_S)
+        self.user = await asyncio.to_thread(self._choose_user)
+        await self._wait_for_daemon("scheduler")
+        self.gateway = read_endpoints("scheduler", self.home)["gateway"]
+        self._start_daemon("agent", self._agent_config())
+        await self._wait_for_daemon("agent")
+        await self._wait_for_node()
+
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ, "HIBERNODE_DEMO": str(self.home), "GRPC_ENABLE_FORK_SUPPORT": "0"}
+        if not os.access(os.path.expanduser("~"), os.W_OK):  # the compiled driver is cached in the user's home
+            environment["XDG_CACHE_HOME"] = str(self.home / "cache")
+        environment.pop("NOTIFY_SOCKET", None)
+        return environment
+
+    def _start_driver(self) -> None:
+        self._say(f"building and starting an emulated NVIDIA driver {PROFILE} with {GPUS} GPUs")
+        options = {"--dir": self.driver_dir, "--gpus": GPUS, "--gib": GPU_GIB, "--model": GPU_MODEL}
+        arguments = [str(word) for pair in {**options, "--profile": PROFILE}.items() for word in pair]
+        self.processes.start("driver", self._environment(), "agent.cli.main", "emulated", "up", *arguments)
+
+    def _start_daemon(self, name: str, config: dict[str, Any]) -> None:
+        self._say(f"starting the {name}")
+        path = self.home / f"{name}.yaml"
+        path.write_text(f"# Made by `hibernode demo`.\n{yaml.safe_dump(config, sort_keys=False)}")
+        environment = self._environment()
+        if name == "agent":
+            environment.update(self._driver_exports(environment))
+        self.processes.start(name, environment, f"agent.daemons.{name}", "--config", str(path))
+
+    async def _wait_for_daemon(self, name: str) -> None:
+        await self.processes.wait_for(name, (self.home / name / "endpoints.json").exists, START_S)
+
+    def _driver_exports(self, base: dict[str, str]) -> dict[str, str]:
+        from agent.emulated.env import exports
+
+        return exports(self.driver_dir, base)
+
+    def _scheduler_config(self) -> dict[str, Any]:
+        return {
+            "state_dir": str(self.home / "scheduler"),
+            "log_format": "console",
+            "gateway": _ANY,
+            "grpc": _ANY,
+            "admin": _ANY,
+            "nodes": [{"name": NODE, "token_file": str(self.home / "agent" / "token")}],
+        }
+
+    def _agent_config(self) -> dict[str, Any]:
+        seen = self._driver_exports({})
+        del seen["PATH"]
+        return {
+            "node_name": NODE,
+            "state_dir": str(self.home / "agent"),
+            "log_format": "console",
+            "ingress": _ANY,
+            "grpc": _ANY,
+            "admin": _ANY,
+            "scheduler": {
+                "address": read_endpoints("scheduler", self.home)["grpc"],
+                "token_file": str(self.home / "agent" / "token"),
+                "upload_interval": "200ms",
+            },
+            "runtime": {"process": {"enabled": True, "user": self.user or _own_user()}, "stop_timeout": "5s"},
+            "gpu": {
+                "instances_per_gpu": INSTANCES_PER_GPU,
+                "max_hold": "2s",
+                "host_memory_reserve": "128MiB",
+                "attach": "mounts",
+                "mounts": {"environment": seen},
+            },
+            "billing": {"flush_interval": "200ms"},
+        }
+
+    def _choose_user(self) -> str:
+        """The account of the instances: one that owns nothing, where that can be had."""
+        if os.geteuid() != 0:
+            return ""
+        needs = [str(self.driver_dir / "lib" / "libcuda.so.1"), str(self.driver_dir / "driver.sock")]
+        try:
+            done = subprocess.run(
+                [sys.executable, "-P", "-c", _MAY_RUN, *needs],
+                user=UNPRIVILEGED_USER,
+                group=_group_of(UNPRIVILEGED_USER),
+                extra_groups=[],
+                cwd="/",
+                capture_output=True,
+                timeout=CALL_S,
+                check=False,
+            )
+        except (OSError, KeyError, subprocess.SubprocessError):
+            return ""
+        return UNPRIVILEGED_USER if done.returncode == 0 else ""
+
+    async def _wait_for_node(self) -> None:
+        """Until the scheduler gives it work."""
+        from agent.v1 import scheduler_service_pb2, types_pb2
+
+        async with self.scheduler() as channel:
+
+            async def ready() -> bool:
+                self.processes.check()
+                request = scheduler_service_pb2.ListNodesRequest()
+                nodes = (await channel.call(channel.scheduler.ListNodes, request, CALL_S)).nodes
+                return any(node.state == types_pb2.Node.STATE_READY for node in nodes)
+
+            if not await comes_true(ready, START_S):
+                text = f"the agent did not register within {START_S:g} s.\n{self.processes.tail('agent')}"
+                raise UnavailableError("DEMO_NOT_READY", text)
+
+    # ---- talking ------------------------------------------------------------------------------------------------
+
+    def agent(self) -> Any:
+        """A channel to the agent."""
+        return self._channel("agent")
+
+    def scheduler(self) -> Any:
+        """A channel to the scheduler."""
+        return self._channel("scheduler")
+
+    def _channel(self, daemon: str) -> Any:
+        from agent.wire.clients import DaemonChannel
+
+        found = read_endpoints(daemon, self.home)  # type: ignore[arg-type]
+        return DaemonChannel(found["grpc"], read_token(Path(found["token_file"])))
+
+    # ---- end ----------------------------------------------------------------------------------------------------
+
+    async def remove_functions(self) -> None:
+        """Delete every function and wait until the last instance has ended. Raises DeadlineError."""
+        from agent.cli.commands.functions import list_functions
+        from agent.cli.commands.ps import list_instances
+        from agent.v1 import function_service_pb2
+
+        async with self.scheduler() as scheduler, self.agent() as agent:
+            for function in await list_functions(scheduler):
+                request = function_service_pb2.DeleteFunctionRequest(name=function.name)
+                await scheduler.call(scheduler.functions.DeleteFunction, request, CALL_S)
+
+            async def none_left() -> bool:
+                return not await list_instances(agent)
+
+            if not await comes_true(none_left, DELETE_S):
+                raise DeadlineError("DEMO_INSTANCES_LEFT", f"instances still run after {DELETE_S:g} s")
+
+    async def stop(self) -> None:
+        """Instances through the API, then agent, scheduler and driver. Never raises; says what went wrong."""
+        try:
+            if "agent" in self.processes.names:
+                self.processes.check("agent", "scheduler")
+                await self.remove_functions()
+                await self._stop_instances()
+        except (HibernodeError, KeyError) as error:
+            self._say(f"instances could not be stopped in order ({str(error).splitlines()[0] or 'too slow'})")
+            clean = False
+        else:
+            clean = True
+        for name in ("agent", "scheduler", "driver"):
+            if not await self.processes.stop(name):
+                self._say(f"the {name} did not end in time and was killed")
+        if clean:
+            await self.processes.dismiss_guard()
+        else:
+            await self.processes.release_guard()
+
+    async def _stop_instances(self) -> None:
+        """What was made on the node itself (`hibernode create`), which the scheduler does not know."""
+        from agent.cli.commands.ps import list_instances
+        from agent.v1 import instance_service_pb2
+
+        async with self.agent() as agent:
+            for one in await list_instances(agent):
+                request = instance_service_pb2.StopInstanceRequest(uid=one.uid, force=True)
+                await agent.call(agent.instances.StopInstance, request, DELETE_S)
+
+
+def _own_user() -> str:
+    """Where no other account will do. As root it has to be said."""
+    return "root" if os.geteuid() == 0 else ""
+
+
+def _group_of(user: str) -> int:
+    import pwd
+
+    return pwd.getpwnam(user).pw_gid
+
+
+@asynccontextmanager
+async def demo_world(state_dir: Path | None, say: Say) -> AsyncIterator[DemoWorld]:
+    """A started world; at the end, whatever happened, everything is ended, and a folder that we made is removed."""
+    home = _prepare(state_dir)
+    world = DemoWorld(home, say)
+    world.processes.start_guard(home, remove=state_dir is None)
+    try:
+        try:
+            await world.start()
+            yield world
+        finally:
+            say("stopping the instances, the agent, the scheduler and the driver")
+            await _uninterrupted(world.stop())
+    finally:
+        if state_dir is None:
+            shutil.rmtree(home, ignore_errors=True)
+
+
+async def _uninterrupted(work: Any) -> None:
+    """A second Ctrl-C must not leave processes behind; every step of `work` has its own deadline."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise
+
+
+def _prepare(state_dir: Path | None) -> Path:
+    """The folder, in which no demo may be running. Other users may pass through it, to the driver's libraries."""
+    home = Path(tempfile.mkdtemp(prefix="hibernode-demo-")) if state_dir is None else state_dir.absolute()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        if any((home / name / "endpoints.json").exists() for name in ("agent", "scheduler")):
+            _refuse_running(home)
+        home.chmod(0o755)
+        for name in ("agent", "scheduler", "emulated", "logs"):
+            (home / name).mkdir(exist_ok=True)
+        for name, mode in (("agent", 0o711), ("scheduler", 0o711), ("emulated", 0o755)):
+            (home / name).chmod(mode)
+        _write_credential(home / "agent" / "token")
+        log = home / "requests.jsonl"
+        log.touch()
+        log.chmod(0o666)  # instances may run as another user
+    except OSError as error:
+        raise PreconditionError(
+            "DEMO_DIR_UNUSABLE", f"{error.filename}: {error.strerror}; choose another --state-dir"
+        ) from error
+    return home
+
+
+def _refuse_running(home: Path) -> None:
+    """A daemon holds its state directory's lock as long as it lives."""
+    import fcntl
+
+    for name in ("agent", "scheduler"):
+        try:
+            with (home / name / "lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            continue
+        except BlockingIOError:
+            raise PreconditionError(
+                "DEMO_RUNNING", f"a demo runs in {home} already; stop it, or choose another --state-dir"
+            ) from None
+        (home / name / "endpoints.json").unlink(missing_ok=True)  # left by one that was killed
+
+
+def _write_credential(path: Path) -> None:
+    """The node's own token: agent and scheduler know each other by it."""
+    if path.exists():
+        return
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_urlsafe(32) + "\n")

@@ -1,0 +1,1 @@
+"""Reads the fc3 component's s.yaml of Serverless Devs."""

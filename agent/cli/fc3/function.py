@@ -1,0 +1,184 @@
+"""Props of an s.yaml -> core's FunctionSpec, with notes on what was accepted and may surprise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from decimal import Decimal
+
+import msgspec
+
+from agent.cli.fc3.schema import Hibernode, Hook, InstanceLifecycleConfig, Props
+from agent.core.types import (
+    MIB,
+    SECOND_NS,
+    ContainerOptions,
+    DispatchPolicy,
+    FunctionSpec,
+    GpuNeed,
+    HealthCheck,
+    Hooks,
+    IdleMode,
+    IdlePolicy,
+    RegistryLogin,
+    Volume,
+)
+from agent.core.types import Hook as CoreHook
+
+Note = tuple[tuple[str, ...], str]
+"""Keys under the props, and what to say about them."""
+
+_MOST = (("memorySize", "memory_size", 32_768), ("cpu", "cpu", 16))
+_MOST_GPU_MEMORY = 24_576
+
+
+def function_of(props: Props) -> tuple[FunctionSpec, list[Note]]:
+    """The spec, complete, and the notes."""
+    container = props.custom_container_config
+    ours = props.hibernode
+    base = FunctionSpec(name=props.function_name)
+    gpu = _gpu(props)
+    function = FunctionSpec(
+        name=props.function_name,
+        image=container.image,
+        entrypoint=container.entrypoint or (),
+        command=container.command or (),
+        port=container.port,
+        environment=tuple(sorted((props.environment_variables or {}).items())),
+        handler=props.handler,
+        region=props.region,
+        vcpu_millis=round(Decimal(str(props.cpu)) * 1000),
+        memory_bytes=props.memory_size * MIB,
+        disk_bytes=props.disk_size * MIB,
+        timeout_ns=props.timeout * SECOND_NS,
+        instance_concurrency=props.instance_concurrency,
+        gpu=gpu,
+        container=_container(props),
+        hooks=_hooks(props.instance_lifecycle_config),
+        health_check=_health_check(props),
+        idle=_idle(props, gpu),
+        dispatch=base.dispatch if ours.dispatch is msgspec.UNSET else DispatchPolicy(ours.dispatch.upper()),
+        wake_factor=base.wake_factor if ours.wake_factor is msgspec.UNSET else ours.wake_factor,
+        queue_length=base.queue_length if ours.queue_length is msgspec.UNSET else ours.queue_length,
+        queue_timeout_ns=base.queue_timeout_ns if ours.queue_timeout_ns is msgspec.UNSET else ours.queue_timeout_ns,
+        node_labels=tuple(sorted((ours.node_labels or {}).items())),
+    )
+    return function, list(_notes(props, gpu))
+
+
+def said_of(ours: Hibernode) -> frozenset[str]:
+    """Fields of the spec that the file names although the scheduler has defaults for them."""
+    fields = ("dispatch", "wake_factor", "queue_length", "queue_timeout_ns")
+    return frozenset(name for name in fields if getattr(ours, name) is not msgspec.UNSET)
+
+
+def _gpu(props: Props) -> GpuNeed:
+    """Whole GPUs: one where the file names a GPU in any way, else none; `hibernode.gpus` says it outright."""
+    config = props.gpu_config
+    named = config is not None or props.gpu_memory_size is not None
+    count = props.hibernode.gpus if props.hibernode.gpus is not None else int(named)
+    memory = (config.gpu_memory_size if config is not None else None) or props.gpu_memory_size or 0
+    return GpuNeed(
+        count=count,
+        gpu_type=(config.gpu_type if config is not None else None) or "",
+        memory_bytes=memory * MIB,
+    )
+
+
+def _container(props: Props) -> ContainerOptions:
+    ours, registry = props.hibernode, props.custom_container_config.registry_config
+    login = None if registry is None else registry.auth_config
+    return ContainerOptions(
+        shm_bytes=ours.shm_size or 0,
+        pids_limit=ours.pids_limit or 0,
+        open_files=ours.open_files or 0,
+        user=ours.user or "",
+        read_only_root=ours.read_only_root,
+        extra_hosts=tuple(sorted((ours.extra_hosts or {}).items())),
+        volumes=tuple(Volume(one.host_path, one.container_path, not one.writable) for one in ours.volumes or ()),
+        registry=None if login is None else RegistryLogin(login.user_name, login.password),
+    )
+
+
+def _hooks(config: InstanceLifecycleConfig | None) -> Hooks:
+    def hook(given: Hook | None) -> CoreHook | None:
+        # A hook that is a command has no HTTP path to answer on: calling it would fail the start.
+        return None if given is None or given.command else CoreHook(timeout_ns=given.timeout * SECOND_NS)
+
+    if config is None:
+        return Hooks()
+    return Hooks(
+        initializer=hook(config.initializer), pre_freeze=hook(config.pre_freeze), pre_stop=hook(config.pre_stop)
+    )
+
+
+def _health_check(props: Props) -> HealthCheck | None:
+    config = props.custom_container_config.health_check_config
+    if config is None:
+        return None
+    return HealthCheck(
+        path=config.http_get_url,
+        initial_delay_ns=config.initial_delay_seconds * SECOND_NS,
+        period_ns=config.period_seconds * SECOND_NS,
+        timeout_ns=config.timeout_seconds * SECOND_NS,
+        failure_threshold=config.failure_threshold,
+        success_threshold=config.success_threshold,
+    )
+
+
+def _always_on(props: Props) -> bool:
+    provision = props.provision_config
+    return bool(props.always_allocate_gpu or (provision is not None and provision.always_allocate_gpu))
+
+
+def _idle(props: Props, gpu: GpuNeed) -> IdlePolicy:
+    ours, base = props.hibernode, IdlePolicy()
+    if ours.idle is not None:
+        mode = IdleMode(ours.idle.upper())
+    elif _always_on(props) or gpu.count != 1:
+        mode = IdleMode.NEVER  # several GPUs sleep only if the function says so itself
+    else:
+        mode = base.mode
+    return IdlePolicy(
+        mode=mode,
+        freeze_after_ns=base.freeze_after_ns if ours.freeze_after_ns is None else ours.freeze_after_ns,
+        min_awake_ns=base.min_awake_ns if ours.min_awake_ns is None else ours.min_awake_ns,
+    )
+
+
+def _notes(props: Props, gpu: GpuNeed) -> Iterator[Note]:
+    for key, attribute, most in _MOST:
+        if getattr(props, attribute) > most:
+            yield (key,), f"is more than Function Compute's {most}; fine here if a host has it"
+    if gpu.memory_bytes > _MOST_GPU_MEMORY * MIB:
+        yield ("gpuConfig", "gpuMemorySize"), f"is more than Function Compute's {_MOST_GPU_MEMORY}; fine here"
+    if props.disk_size not in (512, 10_240):
+        yield ("diskSize",), "is neither 512 nor 10240, the sizes of Function Compute; fine here"
+    if props.gpu_memory_size is not None:
+        yield ("gpuMemorySize",), _about_top_level_memory(props)
+    if not gpu.count:
+        yield ("functionName",), "the function has no gpuConfig: its instances get no GPU and are never frozen"
+    if gpu.count > 1 and props.hibernode.idle is None and not _always_on(props):
+        yield ("hibernode", "gpus"), "several GPUs are never frozen unless hibernode.idle says require or prefer"
+    if _always_on(props) and props.hibernode.idle not in (None, "never"):
+        yield ("hibernode", "idle"), "overrides alwaysAllocateGPU"
+    lifecycle = props.instance_lifecycle_config or InstanceLifecycleConfig()
+    hooks = (
+        ("initializer", lifecycle.initializer),
+        ("preFreeze", lifecycle.pre_freeze),
+        ("preStop", lifecycle.pre_stop),
+    )
+    for key, hook in hooks:
+        if hook is not None and hook.command:
+            yield (
+                ("instanceLifecycleConfig", key, "command"),
+                "is not run: only hooks with a handler are called, by HTTP",
+            )
+
+
+def _about_top_level_memory(props: Props) -> str:
+    config = props.gpu_config
+    if config is None:
+        return "belongs into gpuConfig; taken from here"
+    if config.gpu_memory_size is None:
+        return "belongs into gpuConfig, which has none; taken from here"
+    return "belongs into gpuConfig; the value there counts"

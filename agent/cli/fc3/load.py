@@ -1,0 +1,354 @@
+"""`s.yaml` files of Serverless Devs' fc3 component -> what is deployed here.
+
+Everything a file says is either used, refused with its line and key, or named in a warning; nothing is dropped in
+silence. The words are fc3's; what Hibernode adds stands under the props in `hibernode:` (schema.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from agent.cli.fc3.document import Document, KeyPath, Text, plain, read_document
+from agent.cli.fc3.function import function_of, said_of
+from agent.cli.fc3.provision import provision_to_proto, target_of, texts_as_written
+from agent.cli.fc3.schema import IGNORED, Props, Trigger, camel
+from agent.config import convert
+from agent.core.errors import ConfigError, InvalidArgumentError, NotFoundError
+from agent.core.function_rules import check_function
+from agent.core.types import FunctionSpec
+from agent.v1.function_service_pb2 import ProvisionConfig
+
+MAX_ENVIRONMENT_BYTES = 4096
+RESERVED_PREFIX = "FC_"
+COMPONENT = "fc3"
+
+_DURATIONS = ("freezeAfter", "minAwake", "queueTimeout")
+_AS_WRITTEN: tuple[KeyPath, ...] = (
+    ("environmentVariables",),
+    ("customContainerConfig", "registryConfig", "authConfig"),
+    ("hibernode", "user"),
+    ("hibernode", "extraHosts"),
+    ("hibernode", "nodeLabels"),
+)
+"""Texts that YAML may take for something else: a password 0123 is no number, and a user 1000:1000 is not 61000."""
+_PLACES: dict[str, KeyPath] = {
+    "container.shm_bytes": ("hibernode", "shmSize"),
+    "container.user": ("hibernode", "user"),
+    "container.extra_hosts": ("hibernode", "extraHosts"),
+    "container.volumes": ("hibernode", "volumes"),
+    "container.registry": ("customContainerConfig", "registryConfig"),
+    "environment": ("environmentVariables",),
+    "node_labels": ("hibernode", "nodeLabels"),
+}
+"""Where core's fields stand in the file, for what only core can judge."""
+_TOP = {"edition", "name", "access", "vars", "resources"}
+_UNUSED_TOP = {"actions", "env", "extend", "flow", "params", "template", "use"}
+_RESOURCE = {"component", "props", "access"}
+_UNUSED_RESOURCE = {"actions", "extend", "type", "description"}
+
+
+@dataclass(frozen=True, slots=True)
+class HttpTrigger:
+    """Who may call over HTTP; no methods means all."""
+
+    name: str
+    auth_type: Literal["anonymous", "function", "jwt"]
+    methods: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """One function of the file. `target` is None where the file names none; `provision`: its schedule and policies,
+    None where it has no provisionConfig. `unsaid`: fields of the spec for which the file says nothing and the scheduler
+    has a default of its own (queue_length, queue_timeout_ns, ...)."""
+
+    resource: str
+    function: FunctionSpec
+    triggers: tuple[HttpTrigger, ...]
+    target: int | None
+    provision: ProvisionConfig | None = None
+    unsaid: frozenset[str] = frozenset()
+    warnings: tuple[str, ...] = ()
+
+
+def load_s_yaml(path: Path, resource: str = "", environment: Mapping[str, str] | None = None) -> list[Deployment]:
+    """The functions of the file in its order, or only the one of the resource named `resource`.
+
+    `environment` is for `${env('NAME')}`; None is the process's own. Raises ConfigError naming file, line and key,
+    NotFoundError RESOURCE_NOT_FOUND.
+    """
+    document = read_document(path) if environment is None else read_document(path, environment)
+    general = list(_check_top(document))
+    resources = document.lookup(("resources",))
+    if not isinstance(resources, dict) or not resources:
+        raise document.wrong(("resources",), "is required: a mapping of names to resources with component and props")
+    if resource and resource not in resources:
+        text = f"{document.name} has no resource {resource!r}; there are: {', '.join(resources)}"
+        raise NotFoundError("RESOURCE_NOT_FOUND", text, resource=resource)
+    found: list[Deployment] = []
+    for name in [resource] if resource else resources:
+        component = _component(document, ("resources", name))
+        if component == COMPONENT:
+            found.append(_deployment(document, name))
+        elif resource:
+            raise document.wrong(("resources", name, "component"), f"must be {COMPONENT}, got {component!r}")
+        else:
+            general.append(f"{document.at(('resources', name))}: component {component!r} is not {COMPONENT}: skipped")
+    if not found:
+        raise document.wrong(("resources",), f"no resource has `component: {COMPONENT}`")
+    found[0] = replace(found[0], warnings=(*general, *found[0].warnings))
+    names = [one.function.name for one in found]
+    for one in found:
+        if names.count(one.function.name) > 1:
+            path_of_name = ("resources", one.resource, "props", "functionName")
+            raise document.wrong(
+                path_of_name, f"{one.function.name!r} is there twice; functions have names of their own"
+            )
+    return found
+
+
+def _check_top(document: Document) -> Iterator[str]:
+    if not isinstance(document.tree, dict):
+        raise document.wrong((), "an s.yaml is a mapping with `edition`, `name` and `resources`")
+    edition = document.lookup(("edition",))
+    if edition is not None and not (isinstance(edition, Text) and re.fullmatch(r"3(\.\d+)*", edition.written)):
+        raise document.wrong(("edition",), "must be 3.0.0; files of edition 1 (component fc) have other keys")
+    for key in document.tree:
+        if key in _UNUSED_TOP:
+            yield f"{document.at((key,))}: has no effect here"
+        elif key not in _TOP:
+            yield _unknown(document, (key,), sorted(_TOP))
+
+
+def _component(document: Document, path: KeyPath) -> str:
+    tree = document.lookup(path)
+    if not isinstance(tree, dict):
+        raise document.wrong(path, "must be a mapping with component and props")
+    component = tree.get("component")
+    if not isinstance(component, Text):
+        raise document.wrong((*path, "component"), f"is required: {COMPONENT}")
+    return component.written
+
+
+def _deployment(document: Document, resource: str) -> Deployment:
+    path: KeyPath = ("resources", resource)
+    tree = document.lookup(path)
+    assert isinstance(tree, dict)
+    warnings: list[str] = []
+    for key in tree:
+        if key in _UNUSED_RESOURCE:
+            warnings.append(f"{document.at((*path, key))}: has no effect here")
+        elif key not in _RESOURCE:
+            warnings.append(_unknown(document, (*path, key), sorted(_RESOURCE)))
+    props_path = (*path, "props")
+    given = tree.get("props")
+    if not isinstance(given, dict):
+        raise document.wrong(props_path, "is required: a mapping")
+    used = _Pruner(document, warnings).pruned(given, props_path)
+    props = _typed(document, props_path, _prepared(document, used, props_path))
+    _check_environment(document, props_path, props.environment_variables or {})
+    function, notes = function_of(props)
+    try:
+        check_function(function)
+    except InvalidArgumentError as error:
+        key_path, problem = _in_the_file(function, error)
+        raise document.wrong((*props_path, *key_path), problem) from error
+    warnings += [f"{document.at((*props_path, *key))}: {text}" for key, text in notes]
+    return Deployment(
+        resource=resource,
+        function=function,
+        triggers=_triggers(document, props.triggers or (), props_path, warnings),
+        target=target_of(props.provision_config),
+        provision=_provision(document, props_path, props),
+        unsaid=frozenset({"queue_length", "queue_timeout_ns", "dispatch", "wake_factor"}) - said_of(props.hibernode),
+        warnings=tuple(warnings),
+    )
+
+
+def _in_the_file(function: FunctionSpec, error: InvalidArgumentError) -> tuple[KeyPath, str]:
+    """Where under the props and what, for a breach of core's rules (`container.volumes[0].host_path: must be ...`)."""
+    field = str(error.metadata.get("field", ""))
+    name = max((name for name in _PLACES if field.startswith(name)), key=len, default="")
+    if not name:
+        return (), error.message
+    steps: list[str | int] = []
+    for key, index in _STEP.findall(field.removeprefix(name)):
+        if name == "container.extra_hosts":
+            steps.append(function.container.extra_hosts[int(index)][0])  # a mapping in the file
+        else:
+            steps.append(int(index) if index else camel(key) if key.islower() else key)
+    return (*_PLACES[name], *steps), error.message.removeprefix(f"{field}: ")
+
+
+# --- keys ------------------------------------------------------------------------------------
+
+
+class _Pruner:
+    """Takes out what means nothing here, with a warning each, so that what remains can be read strictly."""
+
+    def __init__(self, document: Document, warnings: list[str]) -> None:
+        self._document = document
+        self._warnings = warnings
+
+    def pruned(self, tree: dict[str, object], path: KeyPath) -> dict[str, object]:
+        """The props with only keys that `Props` knows."""
+        pruned = self._walk(tree, msgspec.inspect.type_info(Props), path, "")
+        assert isinstance(pruned, dict)
+        return pruned
+
+    def _walk(self, tree: object, shape: msgspec.inspect.Type, path: KeyPath, generic: str) -> object:
+        match shape, tree:
+            case msgspec.inspect.UnionType(types=types), _:
+                kind = msgspec.inspect.StructType | msgspec.inspect.VarTupleType
+                inner = next((one for one in types if isinstance(one, kind)), None)
+                return tree if inner is None else self._walk(tree, inner, path, generic)
+            case msgspec.inspect.VarTupleType(item_type=item), list():
+                return [self._walk(one, item, (*path, index), f"{generic}[]") for index, one in enumerate(tree)]
+            case msgspec.inspect.StructType(fields=fields), dict():
+                known = {one.encode_name: one.type for one in fields}
+                kept: dict[str, object] = {}
+                for key, value in tree.items():
+                    name = f"{generic}.{key}".removeprefix(".")
+                    if key in known:
+                        kept[key] = self._walk(value, known[key], (*path, key), name)
+                    else:
+                        self._left_out(name, (*path, key), list(known))
+                return kept
+            case _:
+                return tree
+
+    def _left_out(self, name: str, path: KeyPath, known: list[str]) -> None:
+        if name.startswith("triggers[].triggerConfig") and name not in IGNORED and not self._is_http(path[:-2]):
+            return  # the trigger itself is warned about
+        if name not in IGNORED:
+            self._warnings.append(_unknown(self._document, path, known))
+        elif IGNORED[name]:
+            self._warnings.append(f"{self._document.at(path)}: {IGNORED[name]}")
+
+    def _is_http(self, path: KeyPath) -> bool:
+        kind = self._document.lookup((*path, "triggerType"))
+        return not isinstance(kind, Text) or kind.written == "http"
+
+
+def _unknown(document: Document, path: KeyPath, known: list[str]) -> str:
+    """A warning for a key that nobody knows; what looks like a slip of the pen is refused instead."""
+    close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.8)
+    if close:
+        raise document.wrong(path, f"unknown key; did you mean {close[0]}?")
+    return f"{document.at(path)}: is not known here and has no effect"
+
+
+# --- values ----------------------------------------------------------------------------------
+
+
+def _prepared(document: Document, used: dict[str, object], path: KeyPath) -> dict[str, object]:
+    """Plain values; variables as they are written, durations with their unit, absent sections left out."""
+    provision = used.get("provisionConfig")
+    if isinstance(provision, dict):
+        used = used | {"provisionConfig": texts_as_written(provision)}
+    values = plain(used)
+    assert isinstance(values, dict)
+    for place in _AS_WRITTEN:
+        _take_as_written(document, path, used, values, place)
+    ours = values.get("hibernode")
+    if isinstance(ours, dict):
+        for key in _DURATIONS:
+            if isinstance(ours.get(key), int | float) and not isinstance(ours[key], bool):
+                ours[key] = f"{Decimal(str(ours[key])):f}s"
+    for key in ("hibernode", "environmentVariables", "gpuConfig"):
+        if key in values and values[key] is None:
+            del values[key]
+    triggers = values.get("triggers")
+    for trigger in triggers if isinstance(triggers, list) else ():
+        if isinstance(trigger, dict) and trigger.get("triggerType", "http") != "http":
+            trigger.pop("triggerConfig", None)
+    return values
+
+
+def _take_as_written(
+    document: Document, path: KeyPath, used: dict[str, object], values: dict[str, object], place: KeyPath
+) -> None:
+    """Replace the value at `place`, a text or a mapping of texts, by what the file's author wrote."""
+    source: object = used
+    target: object = values
+    for key in place[:-1]:
+        source = source.get(key) if isinstance(source, dict) else None
+        target = target.get(key) if isinstance(target, dict) else None
+    if not isinstance(source, dict) or not isinstance(target, dict):
+        return
+    given, last = source.get(place[-1]), place[-1]
+    if isinstance(given, dict):
+        target[last] = {key: _written(document, (*path, *place, key), value) for key, value in given.items()}
+    elif isinstance(given, Text) and given.value is not None and len(place) > 1:
+        target[last] = given.written
+
+
+def _written(document: Document, path: KeyPath, value: object) -> str:
+    if not isinstance(value, Text):
+        raise document.wrong(path, "must be text")
+    return value.written
+
+
+def _typed(document: Document, path: KeyPath, values: dict[str, object]) -> Props:
+    try:
+        return convert(values, Props, name=document.name)
+    except ConfigError as error:
+        problem = error.message.removeprefix(f"{document.name}: ")
+        key, colon, what = problem.partition(": ")
+        if not colon or " " in key:
+            raise document.wrong(path, problem) from error
+        raise _wrong_at(document, path, key, what) from error
+
+
+_STEP = re.compile(r"([^.\[\]]+)|\[(\d*|\.\.\.)\]")
+
+
+def _wrong_at(document: Document, path: KeyPath, key: str, what: str) -> ConfigError:
+    """msgspec's key path (`triggers[...].triggerConfig`) in our own terms, with the line."""
+    steps: list[str | int] = []
+    for found in _STEP.finditer(key):
+        if found[1]:
+            steps.append(found[1])
+        elif found[2].isdecimal():
+            steps.append(int(found[2]))
+        else:
+            steps.append("...")
+    return document.wrong((*path, *steps), what)
+
+
+def _check_environment(document: Document, path: KeyPath, variables: dict[str, str]) -> None:
+    path = (*path, "environmentVariables")
+    for name, value in variables.items():
+        if name.startswith(RESERVED_PREFIX):
+            raise document.wrong((*path, name), f"names that begin with {RESERVED_PREFIX} are reserved; choose another")
+        if not name or "=" in name or "\0" in name + value:
+            raise document.wrong((*path, name), "is not a possible name or value of an environment variable")
+    total = sum(len(name.encode()) + len(value.encode()) for name, value in variables.items())
+    if total > MAX_ENVIRONMENT_BYTES:
+        raise document.wrong(path, f"has {total} bytes in total; at most {MAX_ENVIRONMENT_BYTES} are allowed")
+
+
+def _triggers(
+    document: Document, triggers: tuple[Trigger, ...], path: KeyPath, warnings: list[str]
+) -> tuple[HttpTrigger, ...]:
+    found = []
+    for index, one in enumerate(triggers):
+        if one.trigger_type != "http":
+            where = document.at((*path, "triggers", index))
+            warnings.append(f"{where}: triggers of type {one.trigger_type!r} don't exist here: skipped")
+            continue
+        found.append(HttpTrigger(one.trigger_name, one.trigger_config.auth_type, one.trigger_config.methods))
+    return tuple(found)
+
+
+def _provision(document: Document, path: KeyPath, props: Props) -> ProvisionConfig | None:
+    wanted = props.provision_config
+    return None if wanted is None else provision_to_proto(document, (*path, "provisionConfig"), wanted)

@@ -1,0 +1,130 @@
+"""Schedules and policies of provisioned instances as fc3 writes them, in an s.yaml or in a file of their own."""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+from typing import TypeGuard
+
+from agent.cli.fc3.document import Document, KeyPath, Text, plain, read_document
+from agent.cli.fc3.schema import ProvisionConfig, camel
+from agent.config import convert
+from agent.core.errors import ConfigError, InvalidArgumentError
+from agent.v1 import function_service_pb2 as pb
+from agent.wire.convert_provision import provisioning_from_proto
+
+_METRICS = {
+    "ProvisionedConcurrencyUtilization": (pb.TargetTrackingPolicy.METRIC_TYPE_PROVISIONED_CONCURRENCY_UTILIZATION),
+    "CPUUtilization": pb.TargetTrackingPolicy.METRIC_TYPE_CPU_UTILIZATION,
+    "GPUMemUtilization": pb.TargetTrackingPolicy.METRIC_TYPE_GPU_MEM_UTILIZATION,
+}
+METRIC_NAMES = {number: name for name, number in _METRICS.items()}
+"""As Function Compute calls them."""
+_NO_EFFECT = ("alwaysAllocateCPU",)
+_LISTS = ("scheduledActions", "targetTrackingPolicies")
+_TEXTS = ("startTime", "endTime")
+
+
+def read_provision(path: Path) -> tuple[ProvisionConfig, pb.ProvisionConfig]:
+    """A file with the keys of PutProvisionConfig (`scheduledActions`, `targetTrackingPolicies`, `defaultTarget`, ...),
+    JSON or YAML: as it is written, and its schedule and policies as a message, checked to the last field.
+
+    Raises ConfigError naming file, line and key."""
+    document = read_document(path)
+    tree = document.tree
+    if not isinstance(tree, dict):
+        raise document.wrong((), "must be a mapping with scheduledActions or targetTrackingPolicies")
+    written = texts_as_written({key: value for key, value in tree.items() if key not in _NO_EFFECT})
+    try:
+        found = convert(plain(written), ProvisionConfig, name=document.name)
+    except ConfigError as error:
+        problem = error.message.removeprefix(f"{document.name}: ")
+        key, colon, what = problem.partition(": ")
+        if not colon or " " in key:
+            raise document.wrong((), problem) from error
+        raise document.wrong(_path_of(key), what) from error
+    return found, provision_to_proto(document, (), found)
+
+
+def texts_as_written(config: dict[str, object]) -> dict[str, object]:
+    """A provisionConfig whose times are texts, which YAML takes for times where they are not quoted."""
+    lists = {key: value for key in _LISTS if isinstance(value := config.get(key), list)}
+    return config | {
+        key: [
+            {name: Text(one.written, one.written) if _is_text(name, one) else one for name, one in entry.items()}
+            if isinstance(entry, dict)
+            else entry
+            for entry in entries
+        ]
+        for key, entries in lists.items()
+    }
+
+
+def _is_text(name: str, value: object) -> TypeGuard[Text]:
+    return name in _TEXTS and isinstance(value, Text) and isinstance(value.value, date)
+
+
+def provision_to_proto(document: Document, path: KeyPath, given: ProvisionConfig) -> pb.ProvisionConfig:
+    """Schedule and policies as a message, without target and idle mode.
+
+    Raises ConfigError naming file, line and key."""
+    message = pb.ProvisionConfig(
+        scheduled_actions=[
+            pb.ScheduledAction(
+                name=one.name,
+                start_time=one.start_time,
+                end_time=one.end_time,
+                target=one.target,
+                schedule_expression=one.schedule_expression,
+                time_zone=one.time_zone or "",
+            )
+            for one in given.scheduled_actions or ()
+        ],
+        target_tracking_policies=[
+            pb.TargetTrackingPolicy(
+                name=one.name,
+                start_time=one.start_time,
+                end_time=one.end_time,
+                metric_type=_METRICS[one.metric_type],
+                metric_target=one.metric_target,
+                min_capacity=one.min_capacity,
+                max_capacity=one.max_capacity,
+                time_zone=one.time_zone or "",
+            )
+            for one in given.target_tracking_policies or ()
+        ],
+    )
+    try:
+        provisioning_from_proto(message)
+    except InvalidArgumentError as error:
+        field = str(error.metadata.get("field", ""))
+        problem = error.message.removeprefix(f"{field}: ")
+        raise document.wrong((*path, *_path_of(field)), _in_camel(problem)) from error
+    return message
+
+
+def target_of(given: ProvisionConfig | None) -> int | None:
+    """`defaultTarget`, or `target`, its older name; None where neither is said."""
+    if given is None:
+        return None
+    return given.target if given.default_target is None else given.default_target
+
+
+def _path_of(field: str) -> KeyPath:
+    """`target_tracking_policies[0].metric_target` -> ("targetTrackingPolicies", 0, "metricTarget")."""
+    steps: list[str | int] = []
+    for part in field.split("."):
+        name, _, index = part.partition("[")
+        steps.append(camel(name) if "_" in name else name)
+        if index:
+            number = index.rstrip("]")
+            steps.append(int(number) if number.isdecimal() else number)
+    return tuple(steps)
+
+
+def _in_camel(problem: str) -> str:
+    """Fields that a sentence names, as the file writes them."""
+    return " ".join(
+        camel(word.rstrip(",")) + "," * word.endswith(",") if "_" in word and word.rstrip(",").isidentifier() else word
+        for word in problem.split(" ")
+    )

@@ -1,0 +1,1 @@
+"""Active and idle time of instances, in windows, and what it costs."""

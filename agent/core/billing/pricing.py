@@ -1,0 +1,165 @@
+"""What usage costs, exactly: integers and Fractions all the way, rounded once, for the report.
+
+Cost of a window (DESIGN section 5), over its active and its idle time, at the price valid when it began:
+
+    GPU         seconds x gpu_count x gpu_memory (GiB) x factor(model, kind)
+    vCPU        seconds x vCPU x factor(kind)
+    memory      seconds x GiB x factor, active and idle alike;  disk likewise
+    invocations number x factor
+
+Unbilled time costs nothing. Beside it stands **always-on**: the same windows with idle and unbilled time priced as
+active, that is the same instances for the same spans of time, each holding its GPUs awake from start to end. It
+assumes the same number of instances; where frozen instances shared a GPU, always-on would need that many more GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Context, Decimal
+from fractions import Fraction
+from typing import Protocol
+
+from agent.core.billing.price_book import Price, PriceBook, Rate
+from agent.core.billing.window import Window
+from agent.core.types import GIB, SECOND_NS
+
+COST_DECIMALS = 6
+_NOTHING = Rate(Fraction(0), Fraction(0))
+_EXACT = Context(prec=80)
+
+
+class Billable(Protocol):
+    """What a cost is made of: a `Window`, or a sum over windows of the same sizes and model under one price."""
+
+    @property
+    def gpu_model(self) -> str: ...
+    @property
+    def gpu_count(self) -> int: ...
+    @property
+    def gpu_memory_bytes(self) -> int: ...
+    @property
+    def vcpu_millis(self) -> int: ...
+    @property
+    def memory_bytes(self) -> int: ...
+    @property
+    def disk_bytes(self) -> int: ...
+    @property
+    def active_ns(self) -> int: ...
+    @property
+    def idle_ns(self) -> int: ...
+    @property
+    def unbilled_ns(self) -> int: ...
+    @property
+    def invocations(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Quantities:
+    """Resource-time, exact: GiB x s of GPU memory, memory and disk, vCPU x s; and invocations."""
+
+    gpu_active_gib_s: Fraction = Fraction(0)
+    gpu_idle_gib_s: Fraction = Fraction(0)
+    vcpu_active_s: Fraction = Fraction(0)
+    vcpu_idle_s: Fraction = Fraction(0)
+    memory_gib_s: Fraction = Fraction(0)
+    disk_gib_s: Fraction = Fraction(0)
+    invocations: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Exact amounts in the price book's currency. `gpu_unpriced` says that the GPU model has no factors in it: its
+    GPU part is left out of the total."""
+
+    gpu: Fraction = Fraction(0)
+    vcpu: Fraction = Fraction(0)
+    memory: Fraction = Fraction(0)
+    disk: Fraction = Fraction(0)
+    invocations: Fraction = Fraction(0)
+    gpu_unpriced: bool = False
+
+    @property
+    def total(self) -> Fraction:
+        return self.gpu + self.vcpu + self.memory + self.disk + self.invocations
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.gpu + other.gpu,
+            self.vcpu + other.vcpu,
+            self.memory + other.memory,
+            self.disk + other.disk,
+            self.invocations + other.invocations,
+            self.gpu_unpriced or other.gpu_unpriced,
+        )
+
+
+def quantities(usage: Billable) -> Quantities:
+    """The resource-time of `usage`, active and idle apart; unbilled time is in none of them."""
+    return _quantities(usage, usage.active_ns, usage.idle_ns)
+
+
+def cost(usage: Billable, price: Price) -> Cost:
+    """What `usage` costs at `price`."""
+    return _cost(usage, price, usage.active_ns, usage.idle_ns)
+
+
+def always_on_cost(usage: Billable, price: Price) -> Cost:
+    """What `usage` would cost with all its time active (the definition is in the module's text)."""
+    return _cost(usage, price, usage.active_ns + usage.idle_ns + usage.unbilled_ns, 0)
+
+
+def cost_of_windows(windows: Iterable[Window], book: PriceBook) -> tuple[Cost, Cost, int]:
+    """(cost, always-on cost, number of windows without a price because they began before the first one)."""
+    spent, always_on, unpriced = Cost(), Cost(), 0
+    for window in windows:
+        price = book.price_at(window.start_wall_ns)
+        if price is None:
+            unpriced += 1
+            continue
+        spent += cost(window, price)
+        always_on += always_on_cost(window, price)
+    return spent, always_on, unpriced
+
+
+def rounded(amount: Fraction, decimals: int = COST_DECIMALS) -> Decimal:
+    """The one rounding of a report: half to even at `decimals` places, from the exact amount."""
+    scaled = round(amount * 10**decimals)
+    return Decimal(scaled).scaleb(-decimals, _EXACT)
+
+
+def exact_text(amount: Fraction, decimals: int = 18) -> str:
+    """`amount` as a plain decimal number without trailing zeros; exact where it ends within `decimals` places
+    (factors do; resource-time of sizes that are whole GiB does), else rounded half to even there."""
+    text = format(rounded(amount, decimals), "f")
+    return text.rstrip("0").rstrip(".")
+
+
+def _quantities(usage: Billable, active_ns: int, idle_ns: int) -> Quantities:
+    gpu = Fraction(usage.gpu_count * usage.gpu_memory_bytes, GIB * SECOND_NS)
+    vcpu = Fraction(usage.vcpu_millis, 1000 * SECOND_NS)
+    billed_ns = active_ns + idle_ns
+    return Quantities(
+        gpu_active_gib_s=gpu * active_ns,
+        gpu_idle_gib_s=gpu * idle_ns,
+        vcpu_active_s=vcpu * active_ns,
+        vcpu_idle_s=vcpu * idle_ns,
+        memory_gib_s=Fraction(usage.memory_bytes * billed_ns, GIB * SECOND_NS),
+        disk_gib_s=Fraction(usage.disk_bytes * billed_ns, GIB * SECOND_NS),
+        invocations=usage.invocations,
+    )
+
+
+def _cost(usage: Billable, price: Price, active_ns: int, idle_ns: int) -> Cost:
+    amount = _quantities(usage, active_ns, idle_ns)
+    rate = price.gpu_rate(usage.gpu_model) if usage.gpu_count else _NOTHING
+    gpu = rate or _NOTHING
+    unit = price.unit_price
+    return Cost(
+        gpu=unit * (amount.gpu_active_gib_s * gpu.active + amount.gpu_idle_gib_s * gpu.idle),
+        vcpu=unit * (amount.vcpu_active_s * price.vcpu.active + amount.vcpu_idle_s * price.vcpu.idle),
+        memory=unit * price.memory * amount.memory_gib_s,
+        disk=unit * price.disk * amount.disk_gib_s,
+        invocations=unit * price.invocation * amount.invocations,
+        gpu_unpriced=rate is None,
+    )

@@ -1,0 +1,93 @@
+"""Sealed windows on their way to the disk, bounded however long the disk fails.
+
+Windows that were offered to the store stay exactly as they are: after a deadline nobody knows whether they were
+written, and a sealed row never changes. Behind them, when the backlog is full, windows of one instance that follow
+each other under one price become one: no nanosecond and no invocation is lost, only where the states changed. Such
+a ledger has holes in `seq`, never in time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
+
+from agent.core.billing.window import Window
+
+
+class LedgerBacklog:
+    """First in, first out. Memory is bounded by `capacity` + one window per instance, GPU set and price period."""
+
+    def __init__(self, capacity: int, price_boundaries_wall_ns: Sequence[int] = ()) -> None:
+        self._capacity = capacity
+        self._boundaries = sorted(price_boundaries_wall_ns)
+        self._windows: list[Window] = []
+        self._offered = 0
+        self._merge_at = capacity
+        self.merged = 0
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def waiting(self) -> tuple[Window, ...]:
+        """What is not known to be on disk yet."""
+        return tuple(self._windows)
+
+    def add(self, window: Window) -> None:
+        self._windows.append(window)
+        if len(self._windows) > self._merge_at:
+            self._merge()
+
+    def offer(self, limit: int) -> tuple[Window, ...]:
+        """The oldest windows, at most `limit`, for one transaction. From now on they don't change."""
+        batch = tuple(self._windows[:limit])
+        self._offered = max(self._offered, len(batch))
+        return batch
+
+    def written(self, count: int) -> None:
+        """The first `count` windows are on disk."""
+        del self._windows[:count]
+        self._offered = max(0, self._offered - count)
+        self._merge_at = self._capacity
+
+    def _merge(self) -> None:
+        kept = self._windows[: self._offered]
+        latest: dict[str, int] = {}
+        before = len(self._windows)
+        for window in self._windows[self._offered :]:
+            index = latest.get(window.instance_uid)
+            if index is not None and self._mergeable(kept[index], window):
+                kept[index] = _sum(kept[index], window)
+            else:
+                latest[window.instance_uid] = len(kept)
+                kept.append(window)
+        self._windows = kept
+        self.merged += before - len(kept)
+        # Where little could be merged, trying again at once would cost a walk per window.
+        self._merge_at = max(self._capacity, len(kept) + self._capacity // 4)
+
+    def _mergeable(self, before: Window, after: Window) -> bool:
+        return (
+            before.end_mono_ns == after.start_mono_ns
+            and _priced_by(before) == _priced_by(after)
+            and self._period(before) == self._period(after)
+        )
+
+    def _period(self, window: Window) -> int:
+        return bisect_right(self._boundaries, window.start_wall_ns)
+
+
+def _priced_by(w: Window) -> tuple[object, ...]:
+    sizes = (w.gpu_count, w.gpu_memory_bytes, w.vcpu_millis, w.memory_bytes, w.disk_bytes)
+    return (w.node, w.boot_id, w.function, w.gpu_model, w.gpu_uuids, sizes, w.estimated)
+
+
+def _sum(before: Window, after: Window) -> Window:
+    return replace(
+        before,
+        end_mono_ns=after.end_mono_ns,
+        active_ns=before.active_ns + after.active_ns,
+        idle_ns=before.idle_ns + after.idle_ns,
+        unbilled_ns=before.unbilled_ns + after.unbilled_ns,
+        invocations=before.invocations + after.invocations,
+    )

@@ -1,0 +1,1 @@
+"""The life of one instance: a pure state machine and its concurrency limit."""

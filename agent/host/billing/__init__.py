@@ -1,0 +1,1 @@
+"""The node's ledger of usage windows: written each second, pruned once acknowledged."""

@@ -1,0 +1,142 @@
+"""Watches the GPUs: figures once a second, XID events as they come. What makes one unfit cordons it (core/gpu_health).
+
+Nothing that the driver does ends it: an answer that does not come is a finding, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import assert_never
+
+from agent.core.errors import HibernodeError
+from agent.core.gpus import health
+from agent.core.gpus.health import Effect, LiftCordon, NoAnswer, PutCordon, Sampled
+from agent.core.gpus.xid_codes import meaning_of
+from agent.core.types import SECOND_NS, GpuSample, Xid
+from agent.host.gpus.broker import GpuDesk
+from agent.host.instance.events import EventLog
+from agent.log import get_logger
+from agent.ports import Clock, GpuEvents, Gpus
+
+PERIOD_S = 1.0
+STALE_NS = 5 * SECOND_NS
+"""Older figures are not shown: nobody knows whether they are still true."""
+MAX_XID_COUNTERS = 1000
+
+
+class GpuWatch:
+    """`run` until cancelled. `xids` counts the events by (GPU, code). `after_sample` runs after every sample that the
+    driver answered (trespass.Trespass.look); its failures are logged. `persistence_is_off` is called for as
+    long as a GPU has it off."""
+
+    def __init__(
+        self,
+        gpus: Gpus,
+        xid_events: GpuEvents,
+        desk: GpuDesk,
+        events: EventLog,
+        clock: Clock,
+        *,
+        after_sample: Callable[[], Awaitable[None]] | None = None,
+        persistence_is_off: Callable[[], None] = lambda: None,
+        limits: health.HealthLimits | None = None,
+        period_s: float = PERIOD_S,
+    ) -> None:
+        self.xids: Counter[tuple[str, int]] = Counter()
+        self._gpus = gpus
+        self._xid_events = xid_events
+        self._desk = desk
+        self._events = events
+        self._clock = clock
+        self._after_sample = after_sample
+        self._persistence_is_off = persistence_is_off
+        self._volatile: set[str] = set()
+        self._period_s = period_s
+        self._health = health.healthy(tuple(desk.inventory), clock.monotonic_ns(), limits)
+        self._figures: Mapping[str, GpuSample] = {}
+        self._read_ns = 0
+        self._log = get_logger()
+
+    def figures(self) -> Mapping[str, GpuSample]:
+        """The newest figures by GPU, without those that are too old to be shown."""
+        return self._figures if self._clock.monotonic_ns() - self._read_ns <= STALE_NS else {}
+
+    async def run(self) -> None:
+        """Sample and listen; a node without GPUs has nothing to watch."""
+        if not self._desk.inventory:
+            await asyncio.Event().wait()
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._for_ever(self._look_and_rest), name="gpu samples")
+            both.create_task(self._for_ever(self._hear), name="gpu xids")
+
+    async def _for_ever(self, once: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await once()
+            except Exception as error:  # a fault of ours must not end the daemon, and must be seen
+                self._log.error("gpu.watch_failed", error=type(error).__name__, exc_info=error)
+                await asyncio.sleep(self._period_s)
+
+    # ---- figures ----------------------------------------------------------------------------------------------------
+
+    async def _look_and_rest(self) -> None:
+        await self.look()
+        await asyncio.sleep(self._period_s)
+
+    async def look(self) -> None:
+        """One sample and what follows from it."""
+        try:
+            samples = await self._gpus.samples()
+        except HibernodeError as error:
+            self._log.debug("gpu.sample_failed", reason=error.reason, message=error.message)
+            self._step(NoAnswer())
+            return
+        self._figures, self._read_ns = {sample.uuid: sample for sample in samples}, self._clock.monotonic_ns()
+        self._step(Sampled(tuple(samples)))
+        self._note_persistence(samples)
+        if self._after_sample is None:
+            return
+        try:
+            await self._after_sample()
+        except (HibernodeError, OSError) as error:
+            self._log.debug("gpu.after_sample_failed", message=str(error))
+
+    def _note_persistence(self, samples: Sequence[GpuSample]) -> None:
+        """Without it a restore needs cuInit before, or kills its target: the checkpointer has to know at once."""
+        volatile = {sample.uuid for sample in samples if sample.persistence is False}
+        if volatile:
+            self._persistence_is_off()
+        for uuid in volatile - self._volatile:
+            text = "persistence mode is off: wakes may take seconds longer; nvidia-smi -pm 1, or nvidia-persistenced"
+            self._events.add("", "gpu.persistence_off", text, gpu=uuid)
+        self._volatile = volatile
+
+    # ---- XID events -------------------------------------------------------------------------------------------------
+
+    async def _hear(self) -> None:
+        self.heard(await self._xid_events.next_xid())
+
+    def heard(self, xid: Xid) -> None:
+        """Write it down, and cordon the GPU if it is fatal."""
+        if len(self.xids) < MAX_XID_COUNTERS or (xid.gpu_uuid, xid.code) in self.xids:
+            self.xids[xid.gpu_uuid, xid.code] += 1
+        meaning = meaning_of(xid.code)
+        text = f"XID {xid.code}: {meaning.text}"
+        self._events.add("", "gpu.xid", text, gpu=xid.gpu_uuid, code=xid.code, fatal=str(meaning.fatal).lower())
+        self._step(xid)
+
+    def _step(self, event: health.Event) -> None:
+        self._health, effects = health.step(self._health, event, self._clock.monotonic_ns())
+        self._perform(effects)
+
+    def _perform(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case PutCordon(uuids, reason, source, lasting):
+                    self._desk.cordon("", uuids, reason, source=source, lasting=lasting)
+                case LiftCordon(uuids, source):
+                    self._desk.uncordon(uuids, source)
+                case _:
+                    assert_never(effect)

@@ -1,0 +1,164 @@
+"""The node's ingress: one request, from the gateway (or anyone with the node's token) into one instance.
+
+It checks the token, finds the instance by `x-hibernode-instance`, waits at its gate, forwards, and gives the slot
+back with the last byte. An answer that carries `x-hibernode-refused` says that no byte of the request reached the
+instance: only then may the gateway dispatch it again.
+
+The token travels in `x-hibernode-token`, not in `Authorization`: that header is the client's own and goes through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
+
+from agent.core.errors import (
+    HibernodeError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from agent.core.types import MILLISECOND_NS, SECOND_NS, InstanceState
+from agent.host.ingress.request import REQUEST_ID, Passage
+from agent.host.instance.actor import Actor
+from agent.host.instance.waking import wake_up
+from agent.host.node.node import Node
+from agent.http.errors import RequestIds
+from agent.http.exchange import Exchange
+from agent.http.message import RequestHead
+from agent.ports import Clock
+
+T = TypeVar("T")
+
+FULL = ((b"x-hibernode-refused", b"TOO_MANY_CONNECTIONS"),)
+"""For the server's own answer to a connection beyond its limit: nobody has seen the request."""
+WAKE_TARGET = b"/hibernode/wake"
+"""With `x-hibernode-wake-hold-ms` (which no client can send) the scheduler's Wake: answered 200 once the instance is
+awake, else as a refusal. WakeInstance of the API does the same; a gRPC call costs 2 ms of every wake, this 0.5."""
+
+
+class Ingress:
+    """The handler of the ingress's HTTP server. `open` is False until recovery is done, and again once the agent
+    leaves (`leaving`). `tokens`: each of them opens it (the node's own, and the credential it shares with the
+    scheduler)."""
+
+    def __init__(self, node: Node, clock: Clock, tokens: Sequence[str], request_ids: RequestIds) -> None:
+        self._node = node
+        self._clock = clock
+        self._tokens = tuple(token.encode() for token in tokens)
+        self._request_ids = request_ids
+        self.open = False
+        self.leaving = False
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """Handle one exchange; every path ends in exactly one answer."""
+        head = exchange.head
+        request_id = ""
+        try:
+            self._authenticate(head)
+            given = head.get(b"x-fc-request-id") or b""
+            request_id = given.decode() if REQUEST_ID.fullmatch(given) else ""
+            actor = self._find(head)
+            timeout_ns = _deadline(head, actor.function.queue_timeout_ns)
+            if head.target == WAKE_TARGET and (hold_ms := head.get(b"x-hibernode-wake-hold-ms")) is not None:
+                await self._wake(exchange, actor, hold_ms, timeout_ns)
+                return
+        except HibernodeError as error:
+            await self._refuse(exchange, error, request_id)
+            return
+        asleep = actor.state is not InstanceState.RUNNING
+        runtime = self._node.shell.runtime
+        passage = Passage(exchange, actor, request_id or self._request_ids(), asleep, self._clock, runtime)
+        try:
+            try:
+                await self._enter(exchange, passage, timeout_ns)
+            except HibernodeError as error:
+                await self._refuse(exchange, error, passage.request_id)
+                return
+            try:
+                await passage.run()
+            except UnavailableError as error:
+                await self._refuse(exchange, error, passage.request_id)
+        finally:
+            passage.end()
+
+    # ---- before the grant ---------------------------------------------------------------------------------------
+
+    def _authenticate(self, head: RequestHead) -> None:
+        given = head.get(b"x-hibernode-token")
+        if given is None:
+            raise UnauthenticatedError("TOKEN_MISSING", "the ingress needs the node's token in x-hibernode-token")
+        if not any(hmac.compare_digest(given, token) for token in self._tokens):
+            raise UnauthenticatedError("TOKEN_UNKNOWN", "this node does not know that token")
+
+    def _find(self, head: RequestHead) -> Actor:
+        if not self.open:
+            if self.leaving:
+                raise UnavailableError("AGENT_STOPPING", "this node's agent is going away")
+            raise UnavailableError("NODE_RECOVERING", "this node is not ready yet")
+        uid = (head.get(b"x-hibernode-instance") or b"").decode("latin-1")
+        if not uid:
+            raise InvalidArgumentError("INSTANCE_MISSING", "name the instance in x-hibernode-instance")
+        actor = self._node.actors.get(uid)
+        if actor is None:
+            raise NotFoundError("INSTANCE_NOT_FOUND", f"no instance {uid!r} on this node")
+        return actor
+
+    async def _enter(self, exchange: Exchange, passage: Passage, timeout_ns: int) -> None:
+        """A slot of the instance it names; where that is busy and the request may go to any instance of the function
+        (`x-hibernode-any`), of whichever has one first."""
+        actor = passage.actor
+        gate = actor.gate
+        line = gate.line
+        if line is not None and gate.is_open and not gate.has_room and exchange.head.get(b"x-hibernode-any"):
+            sibling = line.with_room()
+            if sibling is None:
+                passage.get_ready()
+                place = line.ticket(passage.start)
+                await self._unless_gone(exchange, place, line.wait(place, timeout_ns / SECOND_NS))
+                return
+            actor = sibling
+        ticket = actor.gate.try_enter()
+        if ticket is not None:
+            await self._unless_gone(exchange, ticket, actor.gate.wait(ticket, timeout_ns / SECOND_NS))
+        passage.granted(actor, waited=ticket is not None)
+
+    async def _unless_gone(self, exchange: Exchange, ticket: asyncio.Future[Any], wait: Awaitable[T]) -> T:
+        """Wait for the grant; a caller that goes away is dropped at once."""
+
+        def gone() -> None:
+            if not ticket.done():
+                ticket.set_exception(UnavailableError("CLIENT_GONE", "the client left while it waited"))
+
+        exchange.on_gone(gone)
+        try:
+            return await wait
+        finally:
+            exchange.off_gone(gone)
+
+    async def _wake(self, exchange: Exchange, actor: Actor, hold_ms: bytes, timeout_ns: int) -> None:
+        """Not a request but the scheduler's wish that the instance be awake: see `WAKE_TARGET`."""
+        if not hold_ms.isdigit() or len(hold_ms) > 10:
+            raise InvalidArgumentError("HOLD_INVALID", "x-hibernode-wake-hold-ms must be a number of milliseconds")
+        free = await wake_up(actor, self._clock.monotonic_ns(), int(hold_ms) * MILLISECOND_NS, timeout_ns)
+        await exchange.answer(200, [(b"x-hibernode-free-slots", b"%d" % free)])
+
+    async def _refuse(self, exchange: Exchange, error: HibernodeError, request_id: str) -> None:
+        """No byte reached the instance: say so, the gateway may try elsewhere."""
+        if exchange.gone:
+            return
+        refused = [(b"x-hibernode-refused", error.reason.encode())]
+        await exchange.fail(error, request_id or self._request_ids(), extra=refused)
+
+
+def _deadline(head: RequestHead, default_ns: int) -> int:
+    """The rest of the queue timeout that the gateway grants, in ns."""
+    given = head.get(b"x-hibernode-deadline-ms")
+    if given is None:
+        return default_ns
+    if not given.isdigit() or len(given) > 10:
+        raise InvalidArgumentError("DEADLINE_INVALID", "x-hibernode-deadline-ms must be a number of milliseconds")
+    return int(given) * MILLISECOND_NS

@@ -1,0 +1,1 @@
+"""One instance: its actor, its admission gate and the operations on it."""

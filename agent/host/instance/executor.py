@@ -1,0 +1,358 @@
+"""Runs the operations of one instance, one at a time, and posts each result back as an event.
+
+An operation never decides what comes next: it does its work against the ports, within deadlines, and answers
+Succeeded, Refused (rolled back) or Broken (unknown). An exception nobody foresaw is Broken, never silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import assert_never
+
+from agent.core.errors import HibernodeError, InstanceError, PreconditionError
+from agent.core.function_rules import HOST_IMAGE
+from agent.core.lifecycle import events as ev
+from agent.core.lifecycle.machine import CANCELLED
+from agent.core.types import SECOND_NS, Exit, Handle
+from agent.host.instance import hooks
+from agent.host.instance.actor import Actor
+from agent.host.instance.context import Shell as Shell  # noqa: PLC0414 (re-exported)
+from agent.host.instance.context import unless_cancelled
+from agent.host.instance.freezing import Sleep
+from agent.host.instance.health import HealthProbe
+from agent.http.limits import UpstreamLimits
+from agent.http.pool import Pool
+from agent.log import get_logger
+from agent.ports import InstanceRecord, StartSpec
+
+LOG_TAIL_BYTES = 2048
+KILL_ATTEMPTS = 3
+
+
+class InstanceExecutor:
+    """Implements `actor.Executor` for one actor. `record` is what the store holds of it."""
+
+    def __init__(self, actor: Actor, record: InstanceRecord, shell: Shell) -> None:
+        self._actor = actor
+        self._shell = shell
+        self.record = record
+        self.known_pids: set[int] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._exit: Exit | None = None
+        self._op: ev.Op | None = None
+        self._gen = -1
+        self._cancel = asyncio.Event()
+        self._closed = False
+        self._health = HealthProbe(actor)
+        self._sleep = Sleep(actor, shell, self._health, self._note_vram, self._save_placement)
+        self._log = get_logger()
+
+    # ---- the port -----------------------------------------------------------------------------------------------
+
+    def run(self, op: ev.Op, gen: int) -> None:
+        """Start `op` as soon as the operation before it has ended. DESTROY cuts that one short."""
+        if self._closed:
+            return
+        if op is ev.Op.DESTROY:
+            self._cancel.set()
+        self._op, self._gen, self._cancel = op, gen, asyncio.Event()
+        work = self._after(self._task, op, gen, self._cancel)
+        self._task = asyncio.create_task(work, name=f"{op.value} {self._actor.uid}")
+
+    def ask_cancel(self, gen: int) -> None:
+        """The operation of generation `gen` may end early (see `AskCancel`)."""
+        if gen == self._gen:
+            self._cancel.set()
+
+    async def close(self) -> None:
+        """The agent goes away and leaves the instance: let operations under way end, stop watching.
+
+        A pull or a start is given up: the next agent makes that container anew.
+        """
+        await self._health.pause()
+        if self._op is ev.Op.LOCK:
+            self._cancel.set()
+        try:
+            async with asyncio.timeout(self._shell.stop_timeout_s):
+                beginning = (ev.Op.PREPARE, ev.Op.START)
+                while self._task is not None and not self._task.done() and self._op not in beginning:
+                    await asyncio.wait([self._task])  # what follows from it is another task
+        except TimeoutError:
+            self._log.warning("instance.operation_abandoned", instance=self._actor.uid, operation=str(self._op))
+        self._closed = True
+        for task in (self._task, self._watch):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        await self._health.pause()
+        if self._actor.pool is not None:
+            self._actor.pool.close()
+
+    async def _after(self, earlier: asyncio.Task[None] | None, op: ev.Op, gen: int, cancel: asyncio.Event) -> None:
+        if earlier is not None and not earlier.done():
+            handle = self._actor.handle_of_container
+            if op is ev.Op.DESTROY and handle is not None:
+                await self._kill(handle)  # whatever the earlier operation waits for ends with it
+            await asyncio.wait([earlier])  # each has its own deadlines
+        try:
+            answer = await self._dispatch(op, gen, cancel)
+        except HibernodeError as error:
+            answer = ev.Broken(gen, error.reason, error.message)
+        except Exception as error:
+            self._log.exception("instance.operation_crashed", instance=self._actor.uid, operation=op.value)
+            answer = ev.Broken(gen, "INTERNAL", f"{op.value} failed unexpectedly: {type(error).__name__}")
+        self._actor.handle(answer)
+
+    async def _dispatch(self, op: ev.Op, gen: int, cancel: asyncio.Event) -> ev.Event:
+        match op:
+            case ev.Op.PREPARE:
+                return await self._prepare(gen, cancel)
+            case ev.Op.START:
+                return await self._start(gen, cancel)
+            case ev.Op.LOCK:
+                return await self._sleep.lock(self._handle(), gen, cancel)
+            case ev.Op.CHECKPOINT:
+                return await self._sleep.checkpoint(self._handle(), gen)
+            case ev.Op.UNLOCK:
+                return await self._sleep.unlock(self._handle(), gen)
+            case ev.Op.WAKE:
+                return await self._sleep.wake(self._handle(), gen)
+            case ev.Op.STOP:
+                return await self._stop(gen, cancel)
+            case ev.Op.DESTROY:
+                return await self._end(gen)
+            case _:
+                assert_never(op)
+
+    # ---- start --------------------------------------------------------------------------------------------------
+
+    async def _prepare(self, gen: int, cancel: asyncio.Event) -> ev.Event:
+        work = self._shell.runtime.prepare(self._actor.function, self._progress)
+        try:
+            await unless_cancelled(work, cancel)
+        except HibernodeError as error:
+            if error.reason == CANCELLED:
+                return ev.Refused(gen, CANCELLED, "the pull was given up")
+            raise
+        self._progress("waiting for a GPU" if self._actor.function.gpu.count else "")
+        return ev.Succeeded(gen)
+
+    def _progress(self, text: str) -> None:
+        """What the start is at, for people who look."""
+        self._actor.figures.progress = text
+
+    async def _start(self, gen: int, cancel: asyncio.Event) -> ev.Event:
+        actor, shell = self._actor, self._shell
+        # The driver moves only what can see every GPU of the host.
+        movable = bool(actor.instance.gpus) and actor.instance.movable
+        spec = StartSpec(actor.spec, self._environment(), actor.instance.gpus, all_gpus=movable)
+        self._progress("starting")
+        handle = await shell.runtime.start(spec)
+        actor.gpu_uuids = actor.instance.gpus
+        self.adopt(handle)
+        await self.save("STARTED")
+        try:
+            await unless_cancelled(self._warm_up(handle), cancel)
+        except HibernodeError as error:
+            if error.reason == CANCELLED:
+                return ev.Refused(gen, CANCELLED, "the start was given up")
+            reason, message = error.reason, error.message
+            if self._exit is not None:  # how it ended says more than that nobody answered
+                reason = "OUT_OF_MEMORY" if self._exit.oom_killed else reason
+                message = f"{message} Its end: {_how_it_ended(self._exit)}."
+            raise InstanceError(reason, f"{message} {await self._log_tail(handle)}") from error
+        await self.save("READY")
+        try:
+            await self._note_vram(handle)
+        except PreconditionError as error:  # HOST_MEMORY_SHORT: a sharer that could never make room for the others
+            raise InstanceError(
+                error.reason, f"{error.message}; a gpuMemorySize in its s.yaml tells this before the start"
+            ) from error
+        except HibernodeError as error:  # measured again before each freeze
+            self._log.warning("instance.vram_unknown", instance=actor.uid, reason=error.reason)
+        self._health.resume()
+        self._progress("")
+        return ev.Succeeded(gen)
+
+    async def _warm_up(self, handle: Handle) -> None:
+        """Readiness, /initialize, the first health check."""
+        actor, shell = self._actor, self._shell
+        deadline = asyncio.get_running_loop().time() + shell.ready_timeout_s
+        self._progress(f"waiting for its server on port {handle.port}")
+        await hooks.wait_until_listening(handle.host, handle.port, deadline, lambda: self._exit is not None)
+        pool = actor.pool
+        assert pool is not None
+        self._progress("initializing")
+        await hooks.initialize(pool, actor.function, shell.request_ids())
+        await self._first_probe(pool)
+
+    async def _log_tail(self, handle: Handle) -> str:
+        try:
+            tail = (await self._shell.runtime.read_log(handle, LOG_TAIL_BYTES)).decode(errors="replace").strip()
+        except (OSError, HibernodeError):
+            tail = ""
+        return f"Logs: {tail or '(none)'}"
+
+    async def _first_probe(self, pool: Pool) -> None:
+        check = self._actor.function.health_check
+        if check is None:
+            return
+        await asyncio.sleep(check.initial_delay_ns / SECOND_NS)  # what the user's configuration asks for
+        if not await hooks.probe(pool, self._actor.function, check):
+            raise InstanceError("HEALTH_CHECK_FAILED", f"the first GET {check.path} did not answer 200 to 399 in time")
+
+    def _environment(self) -> dict[str, str]:
+        function = self._actor.function
+        return {
+            **self._shell.environment,
+            "FC_FUNCTION_NAME": function.name,
+            "FC_FUNCTION_HANDLER": function.handler,
+            "FC_FUNCTION_MEMORY_SIZE": str(function.memory_bytes >> 20),
+            "FC_REGION": function.region,
+            "FC_ACCOUNT_ID": hooks.ACCOUNT_ID,
+            "FC_INSTANCE_ID": self._actor.uid,
+            **({} if function.image == HOST_IMAGE else {"FC_FUNC_CODE_PATH": hooks.CODE_PATH}),
+        }
+
+    def adopt(self, handle: Handle) -> None:
+        """This container is ours from now on: data path, exit watch."""
+        self._actor.handle_of_container = handle
+        self._actor.pool = Pool(handle.host, handle.port, UpstreamLimits())
+        self.record = replace(self.record, handle=handle)
+        self._watch = asyncio.create_task(self._watch_exit(handle), name=f"watch {handle.uid}")
+
+    async def _watch_exit(self, handle: Handle) -> None:
+        try:
+            self._exit = ended = await self._shell.runtime.wait(handle)
+        except Exception as error:
+            self._log.exception("instance.watch_crashed", instance=self._actor.uid)
+            self._actor.handle(ev.Exited("INTERNAL", f"its end can't be watched any more: {type(error).__name__}"))
+            return
+        reason = "OUT_OF_MEMORY" if ended.oom_killed else "INSTANCE_CRASHED"
+        message = f"the container's main process ended: {_how_it_ended(ended)}"
+        if self._actor.instance.op is ev.Op.START:
+            reason = reason if ended.oom_killed else "FUNCTION_NOT_STARTED"
+            message = f"{message} {await self._log_tail(handle)}"
+        self._actor.handle(ev.Exited(reason, message))
+
+    def resume_health(self) -> None:
+        """Recovery: the instance was found RUNNING."""
+        self._health.resume()
+
+    # ---- end ----------------------------------------------------------------------------------------------------
+
+    async def _stop(self, gen: int, cancel: asyncio.Event) -> ev.Event:
+        """/pre-stop, TERM, KILL, in that order, each only if the one before left something; frozen: KILL at once."""
+        actor, handle = self._actor, self._actor.handle_of_container
+        await self._health.pause()
+        await self._try_save("STOPPING")
+        if handle is not None and self._exit is None:
+            if not actor.instance.stop_force:
+                try:
+                    await unless_cancelled(self._ask_to_end(handle), cancel)
+                except HibernodeError as error:
+                    self._shell.events.add(actor.uid, "instance.stop_cut_short", error.message)
+            elif actor.function.hooks.pre_stop is not None:
+                text = "stopped without waking or by force"
+                self._shell.events.add(actor.uid, "instance.pre_stop_skipped", text)
+            if await self._shell.runtime.alive(handle) and not actor.instance.paused:
+                await self._sleep.prepare_kill(handle)
+        return await self._end(gen)
+
+    async def _ask_to_end(self, handle: Handle) -> None:
+        await self._pre_stop()
+        await self._shell.runtime.terminate(handle)
+        if self._watch is not None:
+            await asyncio.wait([self._watch], timeout=self._shell.stop_timeout_s)
+
+    async def _pre_stop(self) -> None:
+        hook, pool = self._actor.function.hooks.pre_stop, self._actor.pool
+        if hook is None or pool is None:
+            return
+        try:
+            status = await hooks.call_hook(
+                pool, self._actor.function, hook, b"GET", "/pre-stop", self._shell.request_ids()
+            )
+        except HibernodeError as error:
+            self._shell.events.add(self._actor.uid, "instance.pre_stop_failed", error.message)
+            return
+        if status >= 400:
+            self._shell.events.add(self._actor.uid, "instance.pre_stop_failed", f"answered {status}")
+
+    async def _end(self, gen: int) -> ev.Event:
+        """Kill and clean up whatever is left; the uid is never used again."""
+        actor, shell, handle = self._actor, self._shell, self._actor.handle_of_container
+        try:
+            await self._health.pause()
+            if handle is not None:
+                await self._kill(handle)
+                shell.freezer.forget(handle)
+            shell.memory.forget(actor.uid)
+            if actor.pool is not None:
+                actor.pool.close()
+            await self._try_save("ENDED")
+        finally:
+            actor.ended.set()
+        return ev.Succeeded(gen)
+
+    async def _kill(self, handle: Handle) -> None:
+        """What survives every attempt keeps its GPU cordoned (no proof of release) and is told about."""
+        runtime, message = self._shell.runtime, ""
+        for _ in range(KILL_ATTEMPTS):
+            try:
+                self.known_pids |= set(await runtime.pids(handle))
+                await runtime.kill(handle)
+                await self._shell.remove(handle)
+            except HibernodeError as error:
+                message = error.message
+            except OSError as error:
+                message = str(error)
+            else:
+                return
+        self._shell.events.add(self._actor.uid, "instance.kill_failed", message)
+
+    # ---- small things -------------------------------------------------------------------------------------------
+
+    def _handle(self) -> Handle:
+        handle = self._actor.handle_of_container
+        if handle is None:
+            raise InstanceError("NO_CONTAINER", "the instance has no container")
+        return handle
+
+    async def _note_vram(self, handle: Handle) -> None:
+        self._actor.figures.vram_bytes = await self._shell.freezer.vram_bytes(handle)
+        self.known_pids = set(await self._shell.runtime.pids(handle))
+        self._shell.memory.measured(self._actor.uid, self._actor.figures.vram_bytes)
+
+    async def _save_placement(self) -> None:
+        if self.record.gpu_uuids != self._actor.gpu_uuids:
+            await self.save(self.record.phase)
+
+    async def _try_save(self, phase: str) -> None:
+        """As `save`; an end goes on without the store: recovery finds the container gone."""
+        try:
+            await self.save(phase)
+        except HibernodeError as error:
+            self._shell.events.add(self._actor.uid, "store.failed", error.message, phase=phase)
+
+    async def save(self, phase: str) -> None:
+        """Make the record's phase durable. Raises UnavailableError STORE_FAILED."""
+        instance = self._actor.instance
+        self.record = replace(
+            self.record,
+            phase=phase,
+            gpu_uuids=self._actor.gpu_uuids,
+            end_reason=instance.reason,
+            end_message=instance.message,
+        )
+        await self._shell.store.put_instance(self.record)
+
+
+def _how_it_ended(exit_: Exit) -> str:
+    if exit_.message:
+        return exit_.message
+    if exit_.oom_killed:
+        return "killed for running out of memory"
+    return f"killed by signal {exit_.signal}" if exit_.signal else f"exited with code {exit_.code}"

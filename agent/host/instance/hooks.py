@@ -1,0 +1,123 @@
+"""The calls that an instance gets from us: readiness, lifecycle hooks, health probes (FC custom-container contract)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from agent.core.errors import DeadlineError, HibernodeError, InstanceError
+from agent.core.types import SECOND_NS, FunctionSpec, HealthCheck, Hook
+from agent.http.message import Header
+from agent.http.pool import Pool
+
+ACCOUNT_ID = "0"
+"""There are no accounts here. Programs that only pass it on (log fields, paths) run as they are."""
+CODE_PATH = "/code"
+"""Where Function Compute puts a code package. An image has none; the folder is its own, or not there."""
+READY_POLL_MIN_S = 0.005
+READY_POLL_MAX_S = 0.25
+
+
+def context_headers(function: FunctionSpec, request_id: str, control_path: str) -> list[Header]:
+    """The `x-fc-*` headers every call into an instance carries (hooks and requests alike)."""
+    return [
+        (b"x-fc-request-id", request_id.encode()),
+        (b"x-fc-control-path", control_path.encode()),
+        *function_headers(function),
+    ]
+
+
+def function_headers(function: FunctionSpec) -> list[Header]:
+    """The part of `context_headers` that is the same for every call: make it once per instance.
+
+    Without the cloud there are no `x-fc-access-key-*`, `x-fc-security-token` and `x-fc-service-log*`. A synchronous
+    call is never repeated, so the retry count is always 0.
+    """
+    return [
+        (b"x-fc-function-name", function.name.encode()),
+        (b"x-fc-function-handler", function.handler.encode()),
+        (b"x-fc-function-memory", str(function.memory_bytes >> 20).encode()),
+        (b"x-fc-function-timeout", str(function.timeout_ns // SECOND_NS).encode()),
+        (b"x-fc-region", function.region.encode()),
+        (b"x-fc-account-id", ACCOUNT_ID.encode()),
+        (b"x-fc-qualifier", b"LATEST"),
+        (b"x-fc-version-id", function.revision.encode()),
+        (b"x-fc-retry-count", b"0"),
+    ]
+
+
+async def wait_until_listening(host: str, port: int, deadline: float, gave_up: Callable[[], bool]) -> None:
+    """Connect until something listens. `deadline` in loop time; `gave_up` ends it early (the process died).
+
+    Raises InstanceError FUNCTION_NOT_STARTED with FC's words.
+    """
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    pause = READY_POLL_MIN_S
+    failure = "nothing was tried"
+    while True:
+        try:
+            async with asyncio.timeout_at(min(deadline, loop.time() + 1.0)):
+                _, writer = await asyncio.open_connection(host, port)
+            writer.close()
+            return
+        except (OSError, TimeoutError) as error:
+            failure = str(error) or "connection timed out"
+        if gave_up() or loop.time() + pause > deadline:
+            why = "the process ended" if gave_up() else f"Ping CA failed due to: {failure}"
+            raise InstanceError(
+                "FUNCTION_NOT_STARTED",
+                "The CA's http server cannot be started:"
+                f"ContainerStartDuration:{int((loop.time() - began) * SECOND_NS)}. {why}. "
+                f"It must listen on 0.0.0.0:$FC_CUSTOM_LISTEN_PORT ({port}).",
+            )
+        await asyncio.sleep(pause)  # somebody else's server: there is no event to wait for
+        pause = min(pause * 1.5, READY_POLL_MAX_S)
+
+
+async def call_hook(pool: Pool, function: FunctionSpec, hook: Hook, method: bytes, path: str, request_id: str) -> int:
+    """One hook call; returns its status. Raises DeadlineError HOOK_TIMEOUT, or what the connection failed with."""
+    timeout_s = hook.timeout_ns / SECOND_NS
+    headers = context_headers(function, request_id, path)
+    try:
+        async with asyncio.timeout(timeout_s):
+            response = await pool.request(method, path.encode(), headers, timeout_s=timeout_s, whole=False)
+    except TimeoutError:
+        raise DeadlineError("HOOK_TIMEOUT", f"{path} did not answer within {timeout_s:g} s") from None
+    return response.status
+
+
+async def initialize(pool: Pool, function: FunctionSpec, request_id: str) -> None:
+    """`POST /initialize`, once a container. Raises InstanceError INITIALIZATION_ERROR unless 2xx in time."""
+    hook = function.hooks.initializer
+    if hook is None:
+        return
+    try:
+        status = await call_hook(pool, function, hook, b"POST", "/initialize", request_id)
+    except HibernodeError as error:
+        raise InstanceError("INITIALIZATION_ERROR", f"POST /initialize failed: {error.message}") from error
+    if not 200 <= status < 300:
+        raise InstanceError("INITIALIZATION_ERROR", f"POST /initialize answered {status}, 2xx is success")
+
+
+async def probe(pool: Pool, function: FunctionSpec, check: HealthCheck) -> bool:
+    """One health probe: healthy = 200 <= status < 400 within the timeout. Of a large page only the beginning counts."""
+    return is_healthy(await probe_status(pool, function, check))
+
+
+async def probe_status(pool: Pool, function: FunctionSpec, check: HealthCheck) -> int:
+    """What the probe was answered with; 0 if there was no answer in time."""
+    timeout_s = check.timeout_ns / SECOND_NS
+    try:
+        async with asyncio.timeout(timeout_s):
+            response = await pool.request(
+                b"GET", check.path.encode(), function_headers(function), timeout_s=timeout_s, whole=False
+            )
+    except (HibernodeError, TimeoutError, OSError):
+        return 0
+    return response.status
+
+
+def is_healthy(status: int) -> bool:
+    """See `probe`."""
+    return 200 <= status < 400

@@ -1,0 +1,49 @@
+"""Being awake because somebody asks for it: the API's Wake, and the scheduler's over the ingress (DESIGN section 9)."""
+
+from __future__ import annotations
+
+from agent.core.errors import InstanceError, InvalidArgumentError, PreconditionError
+from agent.core.lifecycle.machine import Instance
+from agent.core.types import SECOND_NS, InstanceState
+from agent.host.instance.actor import Actor
+
+MAX_HOLD_NS = 600 * SECOND_NS
+
+
+async def wake_up(actor: Actor, now_ns: int, hold_ns: int, timeout_ns: int) -> int:
+    """Be awake within `timeout_ns`, and stay so for `hold_ns` or until the first request; returns the free slots.
+
+    Raises InvalidArgumentError HOLD_INVALID, DeadlineError WAKE_TIMEOUT, PreconditionError INSTANCE_STOPPING or
+    PREEMPTED, and InstanceError with the instance's own reason if it failed.
+    """
+    if not (0 <= hold_ns <= MAX_HOLD_NS and timeout_ns >= 0):
+        raise InvalidArgumentError("HOLD_INVALID", "hold and timeout must be between 0 and 600 s")
+    timeout_ns = min(timeout_ns, MAX_HOLD_NS)
+    before = actor.figures.wakes
+    actor.wake(hold_ns, now_ns + timeout_ns)
+
+    def settled(instance: Instance) -> bool:
+        """Also one that was awake and gave way again before we looked: waiting on would end in a timeout."""
+        return _awake_or_ended(instance) or actor.figures.wakes > before
+
+    await actor.wait_until(settled, timeout_ns / SECOND_NS, "WAKE")
+    raise_if_failed(actor)
+    if actor.state is not InstanceState.RUNNING:
+        what = f"instance {actor.uid} is {actor.state.value}"
+        if actor.instance.stop:
+            raise PreconditionError(
+                "INSTANCE_STOPPING", f"{what}: it was told to stop; `hibernode ps` lists the others"
+            )
+        raise PreconditionError("PREEMPTED", f"{what}: another instance was given its GPU; ask again")
+    return max(0, actor.gate.concurrency - actor.gate.in_flight - actor.gate.waiting)
+
+
+def raise_if_failed(actor: Actor) -> None:
+    """Raises InstanceError with why it failed, if it did."""
+    if actor.state is InstanceState.FAILED:
+        reason = actor.instance.reason or "INSTANCE_FAILED"
+        raise InstanceError(reason, actor.instance.message or "the instance failed")
+
+
+def _awake_or_ended(instance: Instance) -> bool:
+    return instance.state in (InstanceState.RUNNING, InstanceState.STOPPING) or instance.state.terminal

@@ -1,0 +1,1 @@
+"""The table of instances and what concerns all of them: recovery, observation, exec sessions."""

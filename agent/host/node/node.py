@@ -1,0 +1,361 @@
+"""The node: the table of instances, how they are made and how they end. What one instance does is its actor's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from agent.core.errors import ConflictError, HibernodeError, NotFoundError, PreconditionError, UnavailableError
+from agent.core.gpus import allocator_events as book_events
+from agent.core.lifecycle import events as ev
+from agent.core.lifecycle.machine import Instance
+from agent.core.types import FunctionSpec, Gpu, GpuNeed, IdleMode, InstanceSpec, InstanceState
+from agent.host.gpus.broker import GpuDesk
+from agent.host.instance.actor import Actor, StateListener
+from agent.host.instance.events import EventLog
+from agent.host.instance.executor import InstanceExecutor, Shell
+from agent.host.instance.gate import RequestMeter
+from agent.host.instance.memory_reservations import UNMEASURED, ImageSize, MemoryDesk
+from agent.host.line import Line
+from agent.ports import Clock, Gpus, InstanceRecord
+
+ENDED_KEPT = 200
+END_TIMEOUT_S = 60.0
+CLOSE_TIMEOUT_S = 5.0
+
+
+class Meters(Protocol):
+    """The ledger, as the node sees it: an account per instance."""
+
+    def open(
+        self, uid: str, function: FunctionSpec, state: InstanceState, *, unbilled: bool, same_process: bool
+    ) -> RequestMeter: ...
+
+    def changed(self, uid: str, state: InstanceState, *, unbilled: bool = False) -> None: ...
+
+    def placed(self, uid: str, model: str, gpu_uuids: tuple[str, ...]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """What the configuration says about instances. `types` maps fc GPU types to models."""
+
+    per_gpu: int
+    max_hold_ns: int
+    release_timeout_ns: int
+    max_waiting: int
+    types: dict[str, str]
+    migrate: bool = False
+    freeze_unavailable: str = ""
+
+
+class Node:
+    """See the module. All methods run on the loop's thread; only `create` and `stop` wait."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        inventory: Sequence[Gpu],
+        *,
+        clock: Clock,
+        gpus: Gpus,
+        memory: MemoryDesk,
+        events: EventLog,
+        meters: Meters,
+        new_uid: Callable[[], str],
+    ) -> None:
+        self.actors: dict[str, Actor] = {}
+        self.ended: OrderedDict[str, Actor] = OrderedDict()
+        self.executors: dict[str, InstanceExecutor] = {}
+        self.lines: dict[str, Line] = {}
+        self.listeners: list[StateListener] = []
+        self.draining = False
+        self.memory = memory
+        self.desk = GpuDesk(
+            inventory,
+            per_gpu=settings.per_gpu,
+            max_hold_ns=settings.max_hold_ns,
+            release_timeout_ns=settings.release_timeout_ns,
+            migrate=settings.migrate,
+            gpus=gpus,
+            clock=clock,
+            events=events,
+            actor_of=self.actors.get,
+            pids_of=self._pids_of,
+        )
+        self.shell: Shell
+        self._settings = settings
+        self._clock = clock
+        self._events = events
+        self._meters = meters
+        self._new_uid = new_uid
+        self._by_request: dict[str, str] = {}
+        self._creating: dict[str, asyncio.Task[Actor]] = {}
+        self._endings: set[asyncio.Task[None]] = set()
+
+    # ---- looking up ---------------------------------------------------------------------------------------------
+
+    def get(self, uid: str) -> Actor:
+        """A living or recently ended instance, by uid or an unambiguous beginning of it. Raises NotFoundError."""
+        found = self.actors.get(uid) or self.ended.get(uid)
+        if found is not None:
+            return found
+        matches = [actor for key, actor in (self.actors | self.ended).items() if uid and key.startswith(uid)]
+        if len(matches) != 1:
+            many = f"{len(matches)} instances begin with" if matches else "no instance is called"
+            raise NotFoundError("INSTANCE_NOT_FOUND", f"{many} {uid!r} on this node; `hibernode ps` lists them")
+        return matches[0]
+
+    # ---- making -------------------------------------------------------------------------------------------------
+
+    async def create(self, request_id: str, function: FunctionSpec) -> Actor:
+        """Make one instance; returns as soon as its intent is durable (it is STARTING then).
+
+        The same `request_id` gives the same instance again; with another function it is a ConflictError. Raises
+        PreconditionError (runtime, idle mode, memory), ExhaustedError GPU_CAPACITY, UnavailableError STORE_FAILED.
+        """
+        # The same create, still on its way to the disk: both get what becomes of it.
+        while (running := self._creating.get(request_id)) is not None:
+            await asyncio.wait([running])
+        known = self._known(request_id, function)
+        if known is not None:
+            return known
+        if self.draining:
+            raise UnavailableError("NODE_DRAINING", "this node takes no new instances")
+        self.shell.runtime.accepts(function)
+        function = self._admitted(function)
+        spec = InstanceSpec(self._new_uid(), request_id, function)
+        gpus = self.desk.assign(spec.uid, function.gpu.count, function.gpu.model)
+        # A task of its own: a caller that leaves in the middle must not leave half an instance.
+        task = asyncio.create_task(self._make(spec, gpus), name=f"create {spec.uid}")
+        self._creating[request_id] = task
+        task.add_done_callback(lambda done: self._made(request_id, done))
+        return await asyncio.shield(task)
+
+    def _made(self, request_id: str, task: asyncio.Task[Actor]) -> None:
+        del self._creating[request_id]
+        if not task.cancelled():
+            task.exception()  # the caller has it, or has left
+
+    async def _make(self, spec: InstanceSpec, gpus: tuple[str, ...]) -> Actor:
+        try:
+            self._pledge(spec)
+            actor = self._add(spec, gpus, InstanceState.STARTING)
+            await self.shell.store.put_instance(self.executors[spec.uid].record)
+        except BaseException as error:
+            self._meters.changed(spec.uid, InstanceState.FAILED)
+            self._forget(spec.uid)
+            await self.desk.unassign(spec.uid)
+            if isinstance(error, UnavailableError):
+                await self._forget_record(spec.uid)  # an answer that came too late may have written it
+            raise
+        self._events.add(spec.uid, "instance.created", function=spec.function.name, gpus=",".join(gpus))
+        self.fitness_changed(actor)  # its first report: a start may take minutes, and no state changes before its end
+        actor.handle(ev.Created())
+        return actor
+
+    async def _forget_record(self, uid: str) -> None:
+        """Delete the record; if the store fails the next recovery finds no container and does it."""
+        try:
+            await self.shell.store.delete_instance(uid)
+        except HibernodeError as error:
+            self._events.add(uid, "store.failed", error.message)
+
+    def _known(self, request_id: str, function: FunctionSpec) -> Actor | None:
+        uid = self._by_request.get(request_id) if request_id else None
+        actor = (self.actors.get(uid) or self.ended.get(uid)) if uid else None
+        if actor is None:
+            return None
+        if actor.function != self._admitted(function):
+            raise ConflictError(
+                "REQUEST_ID_REUSED", f"request id {request_id!r} made instance {actor.uid} from another spec"
+            )
+        return actor
+
+    def _admitted(self, function: FunctionSpec) -> FunctionSpec:
+        """The function as this node runs it: GPU type resolved to a model, idle mode checked."""
+        need = function.gpu
+        if need.gpu_type and not need.model:
+            model = self._settings.types.get(need.gpu_type, "")
+            function = replace(function, gpu=GpuNeed(need.count, model, need.gpu_type, need.memory_bytes))
+        missing = self._settings.freeze_unavailable
+        if missing and function.idle.mode is IdleMode.REQUIRE and need.count:
+            raise PreconditionError(
+                "IDLE_MODE_UNSUPPORTED", f"{missing}; or set hibernode.idle: prefer to run it always awake"
+            )
+        return function
+
+    def _pledge(self, spec: InstanceSpec) -> None:
+        """Sharers of a GPU must all fit into host memory: the pledge is made before the first one starts."""
+        declared = self._declared_bytes(spec.function)
+        if declared is not None:
+            self.memory.pledge(spec.uid, declared)
+
+    def _declared_bytes(self, function: FunctionSpec) -> int | None:
+        """What a sharer says it will have on its GPUs; 0 = it does not say: measured once it has started, and pledged
+        then. None = it shares no GPU."""
+        shared = self._settings.per_gpu > 1 and function.gpu.count
+        return function.gpu.memory_bytes * function.gpu.count if shared else None
+
+    def _freezable(self, function: FunctionSpec) -> bool:
+        return function.idle.mode is not IdleMode.NEVER and not self._settings.freeze_unavailable
+
+    def _add(self, spec: InstanceSpec, gpus: tuple[str, ...], state: InstanceState) -> Actor:
+        function = spec.function
+        new = state is InstanceState.STARTING
+        meter = self._meters.open(spec.uid, function, state, unbilled=new, same_process=not new)
+        instance = Instance(
+            spec.uid,
+            freezable=self._freezable(function),
+            freeze_after_ns=function.idle.freeze_after_ns,
+            min_awake_ns=function.idle.min_awake_ns,
+            movable=self._settings.migrate and bool(function.gpu.count),
+            state=state,
+        )
+        actor = Actor(
+            spec,
+            instance,
+            clock=self._clock,
+            meter=meter,
+            desk=self.desk,
+            listener=self,
+            events=self._events,
+            max_waiting=min(self._settings.max_waiting, function.queue_length),
+        )
+        actor.gpu_uuids = gpus
+        record = InstanceRecord(spec, "CREATED", None, gpus, actor.figures.create_wall_ns)
+        executor = InstanceExecutor(actor, record, self.shell)
+        actor.executor = executor
+        self.actors[spec.uid] = actor
+        self.lines.setdefault(function.name, Line(self._settings.max_waiting)).join(actor)
+        self.executors[spec.uid] = executor
+        if spec.request_id:
+            self._by_request[spec.request_id] = spec.uid
+        return actor
+
+    def adopt(self, record: InstanceRecord, state: InstanceState, size: ImageSize = UNMEASURED) -> Actor:
+        """Recovery: an instance that outlived the agent, in the state it was found in. RUNNING holds its GPUs; `size`
+        is what it has there, or of its image if it is FROZEN."""
+        holds = state is InstanceState.RUNNING
+        self.desk.apply(book_events.Adopt(record.spec.uid, record.gpu_uuids, holds))
+        actor = self._add(record.spec, record.gpu_uuids, state)
+        actor.adopted = True
+        sleeps_anywhere = record.handle is None or record.handle.sees_all_gpus
+        actor.instance = replace(
+            actor.instance, holds=holds, gpus=record.gpu_uuids, movable=actor.instance.movable and sleeps_anywhere
+        )
+        actor.figures.create_wall_ns = record.create_wall_ns
+        actor.figures.idle_since_ns = self._clock.monotonic_ns()
+        frozen = state is InstanceState.FROZEN
+        self.memory.recovered(actor.uid, self._declared_bytes(actor.function), size, frozen=frozen)
+        actor.figures.image_bytes, actor.figures.vram_bytes = (size.bytes, 0) if frozen else (0, size.bytes)
+        self.executors[actor.uid].record = record
+        return actor
+
+    # ---- following ----------------------------------------------------------------------------------------------
+
+    def state_changed(self, actor: Actor, old: InstanceState, new: InstanceState, at: int) -> None:
+        """Metering, history and reports follow; an end is cleaned up behind it."""
+        self._meters.changed(actor.uid, new)
+        self._events.add(
+            actor.uid,
+            f"instance.{new.value.lower()}",
+            actor.instance.message if new.terminal else "",
+            function=actor.function.name,
+            was=old.value,
+            **({"reason": actor.instance.reason} if actor.instance.reason else {}),
+        )
+        for listener in self.listeners:
+            listener.state_changed(actor, old, new, at)
+        if new.terminal:
+            task = asyncio.create_task(self._bury(actor), name=f"bury {actor.uid}")
+            self._endings.add(task)
+            task.add_done_callback(self._endings.discard)
+
+    def fitness_changed(self, actor: Actor) -> None:
+        """See `StateListener`."""
+        for listener in self.listeners:
+            listener.fitness_changed(actor)
+
+    def load_changed(self, actor: Actor) -> None:
+        """See `StateListener`."""
+        for listener in self.listeners:
+            listener.load_changed(actor)
+
+    def gpus_held(self, actor: Actor) -> None:
+        """The instance holds its GPUs from now on: a cold start is billed from here."""
+        uuids = actor.instance.gpus
+        model = self.desk.inventory[uuids[0]].model if uuids else ""
+        self._meters.placed(actor.uid, model, uuids)
+        if actor.state is InstanceState.STARTING:
+            self._meters.changed(actor.uid, InstanceState.STARTING)
+
+    async def _bury(self, actor: Actor) -> None:
+        """After the end: proof for the GPUs, the record goes, the newest ended ones stay for inspection."""
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await actor.ended.wait()
+        except TimeoutError:
+            self._events.add(actor.uid, "instance.end_stuck", f"not cleaned up after {END_TIMEOUT_S:g} s")
+        await self.desk.unassign(actor.uid)
+        self.ended[actor.uid] = actor
+        self._forget(actor.uid, keep_request=True)
+        while len(self.ended) > ENDED_KEPT:
+            _, oldest = self.ended.popitem(last=False)
+            self._by_request.pop(oldest.spec.request_id, None)
+        await self._forget_record(actor.uid)
+        self.fitness_changed(actor)
+
+    def _pids_of(self, actor: Actor) -> set[int]:
+        executor = self.executors.get(actor.uid)
+        return executor.known_pids if executor is not None else set()
+
+    def _forget(self, uid: str, *, keep_request: bool = False) -> None:
+        actor = self.actors.pop(uid, None)
+        self.executors.pop(uid, None)
+        self.memory.forget(uid)
+        if actor is None:
+            return
+        if self.lines[actor.function.name].part(actor):
+            del self.lines[actor.function.name]
+        if not keep_request:
+            self._by_request.pop(actor.spec.request_id, None)
+
+    # ---- ending -------------------------------------------------------------------------------------------------
+
+    async def stop_all(self, grace_ns: int, timeout_s: float) -> None:
+        """The agent goes away and takes its instances along: each drains for at most `grace_ns`, then is asked to end.
+        Who has not ended after `timeout_s` is killed; returns `END_TIMEOUT_S` later at the latest."""
+        self.draining = True
+        if self._creating:
+            await asyncio.wait(list(self._creating.values()))  # as long as the store takes at most
+        for force, wait_s in ((False, timeout_s), (True, END_TIMEOUT_S)):
+            living = list(self.actors.values())
+            for actor in living:
+                message = "the agent stops, and on_stop says stop"
+                actor.handle(ev.StopAsked(grace_ns, force, "AGENT_STOPPED", message))
+            ends = [asyncio.ensure_future(actor.ended.wait()) for actor in living]
+            if ends:
+                _, late = await asyncio.wait(ends, timeout=wait_s)
+                for end in late:
+                    end.cancel()
+
+    async def close(self) -> None:
+        """The agent goes away, its instances stay: end the operations under way, stop watching."""
+        self.draining = True
+        for actor in self.actors.values():
+            actor.close()
+        if self._creating:
+            await asyncio.wait(list(self._creating.values()))  # as long as the store takes at most
+        await asyncio.gather(*(executor.close() for executor in list(self.executors.values())))
+        if self._endings:
+            # Whatever was being ended has ended with its executor; the rest is the next agent's.
+            await asyncio.wait(self._endings, timeout=CLOSE_TIMEOUT_S)
+        for task in self._endings:
+            task.cancel()
+        await asyncio.gather(*self._endings, return_exceptions=True)
+        await self.desk.close()
+        self.memory.close()

@@ -1,0 +1,239 @@
+"""A pool of connections to one upstream, and small whole-body calls over it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from dataclasses import dataclass
+
+from agent.core.errors import HibernodeError
+from agent.http.deadlines import Sweep
+from agent.http.errors import ConnectFailedError, UpstreamBrokenError, UpstreamTimeoutError
+from agent.http.head_parser import serialise
+from agent.http.limits import UpstreamLimits
+from agent.http.message import Header, ResponseHead, lookup
+from agent.http.upstream import BROKEN, UpstreamConnection
+
+_GRAIN_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A whole response of `Pool.request`."""
+
+    status: int
+    headers: list[Header]
+    body: bytes
+
+
+class Pool:
+    """Keep-alive connections to one `host`:`port`. Last used, first re-used; made inside a running loop.
+
+    No waiting: whoever bounds the requests bounds the connections; beyond `limits.max_connections` acquire fails.
+    An idle connection on which the other side sent or closed anything is dropped at once.
+    """
+
+    def __init__(self, host: str, port: int, limits: UpstreamLimits) -> None:
+        self.host = host
+        self.port = port
+        self.limits = limits
+        self.generation = 0
+        self.connections: set[UpstreamConnection] = set()
+        self.reading_pauses = 0  # how often an upstream was made to wait (a counter, for metrics and tests)
+        self._loop = asyncio.get_running_loop()
+        self.sweep = Sweep(self._loop, self.connections, _GRAIN_S)
+        self._idle: list[UpstreamConnection] = []
+        self._connecting = 0
+        self._closed = False
+
+    @property
+    def authority(self) -> bytes:
+        """`host:port` as a Host header has it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}".encode()
+
+    def take(self) -> UpstreamConnection | None:
+        """An idle connection at once, or None. Its new owner gives it back by `release`."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable:
+                return connection
+        return None
+
+    async def acquire(self, deadline: float, *, fresh: bool = False) -> UpstreamConnection:
+        """An idle connection, or a new one (`fresh`: always) by `deadline` (loop time), `connect_timeout_s` at most.
+
+        Raises ConnectFailedError: UPSTREAM_CONNECT_FAILED, or UPSTREAM_CONNECTIONS_EXHAUSTED.
+        """
+        connection = None if fresh else self.take()
+        if connection is not None:
+            return connection
+        where = f"{self.host}:{self.port}"
+        if self._closed or len(self.connections) + self._connecting >= self.limits.max_connections:
+            raise ConnectFailedError("UPSTREAM_CONNECTIONS_EXHAUSTED", f"No further connection to {where} is allowed.")
+        timeout_s = min(deadline - self._loop.time(), self.limits.connect_timeout_s)
+        self._connecting += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                _, connection = await self._loop.create_connection(
+                    lambda: UpstreamConnection(self, self._loop), self.host, self.port
+                )
+        except TimeoutError:
+            raise ConnectFailedError(
+                "UPSTREAM_CONNECT_FAILED", f"No connection to {where} within {max(timeout_s, 0):.3g} seconds."
+            ) from None
+        except OSError as error:
+            # Out of descriptors it is we who are short: nothing was learnt about the other side.
+            ours = error.errno in (errno.EMFILE, errno.ENFILE)
+            raise ConnectFailedError(
+                "UPSTREAM_CONNECTIONS_EXHAUSTED" if ours else "UPSTREAM_CONNECT_FAILED",
+                f"No connection to {where}: {error.strerror or error}.",
+            ) from error
+        finally:
+            self._connecting -= 1
+        return connection
+
+    async def prepare(self, timeout_s: float) -> None:
+        """Opens a connection for whoever comes next, unless one is idle. Raises ConnectFailedError."""
+        if not any(connection.usable for connection in self._idle):
+            self.release(await self.acquire(self._loop.time() + timeout_s, fresh=True))
+
+    def release(self, connection: UpstreamConnection) -> None:
+        """Gives a connection back. It is kept only if its exchange ended cleanly and nothing retired it."""
+        if (
+            connection.generation == self.generation
+            and not self._closed
+            and len(self._idle) < self.limits.max_idle
+            and connection.rest(self._loop.time() + self.limits.idle_s)
+        ):
+            self._idle.append(connection)
+        else:
+            connection.abort()
+
+    def retire(self) -> None:
+        """Closes the idle connections now and keeps busy ones from being used again. The pool stays usable: the
+        next acquire connects anew. For the moment an instance's freeze begins (its keep-alive timers run on
+        unseen; facts/emulated-driver.md, pitfall 4)."""
+        self.generation += 1
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.abort()
+
+    def close(self) -> None:
+        """Retires, cuts the busy connections too, and opens none again."""
+        self._closed = True
+        self.retire()
+        for connection in tuple(self.connections):
+            sink = connection.cut()
+            if sink is not None:
+                sink.upstream_failed("was given up, and its connections with it")
+        self.sweep.stop()
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        """A connection is lost."""
+        self.connections.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    async def request(
+        self,
+        method: bytes,
+        target: bytes,
+        headers: list[Header],
+        body: bytes = b"",
+        *,
+        timeout_s: float,
+        max_body_bytes: int = 65536,
+        whole: bool = True,
+        fresh: bool = False,
+    ) -> Response:
+        """One small call with its whole body, for hooks and health checks. Never repeated.
+
+        `timeout_s` covers connecting too. `fresh`: on a connection of its own, closed afterwards. `host` and framing
+        are added. A body of more than `max_body_bytes` is an error; not with `whole` False, for callers who look at
+        the status only: they get what has come of it, and nobody waits for the rest. Raises ConnectFailedError,
+        UpstreamTimeoutError, UpstreamBrokenError, ValueError for CR or LF in a header.
+        """
+        deadline = self._loop.time() + timeout_s
+        framing = b"" if lookup(headers, b"host") else b"host: %b\r\n" % self.authority
+        if body or method in (b"POST", b"PUT", b"PATCH"):
+            framing += b"content-length: %d\r\n" % len(body)
+        if fresh:
+            framing += b"connection: close\r\n"
+        message = serialise(b"%b %b HTTP/1.1\r\n" % (method, target), headers, framing) + body
+        connection = await self.acquire(deadline, fresh=fresh)
+        call = _Call(self, timeout_s, max_body_bytes, whole, self._loop.create_future())
+        connection.start(call, method, deadline)
+        connection.write(message)
+        connection.request_done = True
+        try:
+            return await call.response
+        except BaseException:
+            connection.abort()
+            raise
+        finally:
+            self.release(connection)
+
+
+class _Call:
+    """Gathers one whole response."""
+
+    __slots__ = ("_head", "_max_body_bytes", "_pieces", "_pool", "_size", "_timeout_s", "_whole", "response")
+
+    def __init__(
+        self, pool: Pool, timeout_s: float, max_body_bytes: int, whole: bool, response: asyncio.Future[Response]
+    ) -> None:
+        self.response = response
+        self._pool = pool
+        self._timeout_s = timeout_s
+        self._max_body_bytes = max_body_bytes
+        self._whole = whole
+        self._head: ResponseHead | None = None
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def response_processing(self) -> None:
+        pass
+
+    def response_whole(self, head: ResponseHead, body: bytes) -> None:
+        self.response_head(head)
+        self.response_data(body)
+        self.response_end()
+
+    def response_continue(self) -> None:
+        pass  # never asked for
+
+    def response_head(self, head: ResponseHead) -> None:
+        self._head = head
+
+    def response_data(self, data: bytes) -> None:
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size <= self._max_body_bytes:
+            return
+        if not self._whole:
+            self.response_end()  # its connection is given up: `release` finds it in mid-body
+        else:
+            self.upstream_failed(f"sent a body of more than {self._max_body_bytes} bytes")
+
+    def response_flush(self) -> None:
+        pass
+
+    def response_end(self) -> None:
+        if self._head is not None and not self.response.done():
+            self.response.set_result(Response(self._head.status, self._head.headers, b"".join(self._pieces)))
+
+    def upstream_failed(self, what: str, in_order: bool = False, reason: str = BROKEN) -> None:
+        where = f"{self._pool.host}:{self._pool.port}"
+        self._raise(UpstreamBrokenError(reason, f"{where} {what}."))
+
+    def upstream_timed_out(self) -> None:
+        where = f"{self._pool.host}:{self._pool.port}"
+        self._raise(UpstreamTimeoutError("UPSTREAM_TIMEOUT", f"{where} did not answer in {self._timeout_s:g} s."))
+
+    def upstream_writable(self, writable: bool) -> None:
+        pass  # the body is small and written already
+
+    def _raise(self, error: HibernodeError) -> None:
+        if not self.response.done():
+            self.response.set_exception(error)

@@ -1,0 +1,115 @@
+"""Which of several schedulers on one PostgreSQL is the active one: the one that holds an advisory lock there.
+
+The lock belongs to a session and ends with it, however its scheduler has ended; nobody has to clean up. Who holds it
+looks every second whether the session still lives, and ends itself when it does not: by then another one may be active.
+Both notice a peer that has vanished within seconds (database.py), we before the server does. The sessions must be real
+ones: a pooler that shares them between statements (pgbouncer's transaction mode) is noticed and ends the lead.
+
+On SQLite there is nothing to agree on: the lock on the state directory keeps a second scheduler out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import sqlalchemy as sa
+
+from agent.core.errors import UnavailableError
+from agent.log import get_logger
+from agent.scheduler.database.engine import engine_of, failed
+
+_T = TypeVar("_T")
+
+LOOK_S = 1.0
+DEADLINE_S = 4.0
+"""For a look. With the second between looks it is less than what the server takes to give the lock to another one."""
+_KEY = int.from_bytes(b"hibernod", "big")
+_TAKE = sa.text("SELECT pg_try_advisory_lock(:key)").bindparams(sa.bindparam("key", _KEY, sa.BigInteger))
+_HELD = sa.text(
+    "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted"
+    " AND (classid::bigint << 32 | objid::bigint) = :key AND objsubid = 1"
+).bindparams(sa.bindparam("key", _KEY, sa.BigInteger))
+
+
+class Lead:
+    """One lock per database. All statements run in one thread, on one connection."""
+
+    def __init__(self, url: str, *, look_s: float = LOOK_S, deadline_s: float = DEADLINE_S) -> None:
+        self._engine = engine_of(url, poolclass=sa.pool.NullPool)
+        self._alone = self._engine.dialect.name == "sqlite"
+        self._look_s = look_s
+        self._deadline_s = deadline_s
+        self._connection: sa.Connection | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lead")
+        self._log = get_logger()
+
+    async def take(self) -> bool:
+        """Try to become the active one: whether this scheduler is. Raises UnavailableError STORE_FAILED."""
+        return self._alone or await self._run(self._try)
+
+    async def wait(self) -> None:
+        """Return when this scheduler has become the active one. A database that is away meanwhile is waited for."""
+        told = ""
+        while True:
+            try:
+                if await self.take():
+                    return
+                told = ""
+            except UnavailableError as error:
+                if told != error.message:
+                    self._log.warning("scheduler.standby_cannot_ask", reason=error.reason, message=error.message)
+                told = error.message
+            await asyncio.sleep(self._look_s)
+
+    async def watch(self) -> None:
+        """Does not return. Raises UnavailableError LEAD_LOST once this scheduler can't be sure to be the active one."""
+        if self._alone:
+            await asyncio.Event().wait()
+        while True:
+            await asyncio.sleep(self._look_s)
+            try:
+                held = await self._run(self._look)
+                problem = "" if held else "another session took its place; a pooler has to keep sessions"
+            except UnavailableError as error:
+                problem = error.message
+            if problem:
+                text = f"this scheduler's lock in the database may be gone: {problem}. Start it again: it stands by"
+                raise UnavailableError("LEAD_LOST", text)
+
+    def close(self) -> None:
+        """Give the lock back; does not wait for it."""
+        self._thread.submit(self._end)
+        self._thread.shutdown(wait=False)
+
+    def _try(self) -> bool:
+        try:
+            if self._connection is None:
+                # Without transactions: the session lives as long as we do, and nothing is open meanwhile.
+                self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+                self._connection.execute(sa.text("SET statement_timeout = '3s'"))
+            return bool(self._connection.execute(_TAKE).scalar())
+        except BaseException:
+            self._end()  # whatever the session was, the next try has one of its own
+            raise
+
+    def _look(self) -> bool:
+        assert self._connection is not None
+        return self._connection.execute(_HELD).scalar() == 1
+
+    def _end(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.invalidate()
+            connection.close()
+
+    async def _run(self, work: Callable[[], _T]) -> _T:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except TimeoutError:
+            raise failed(self._engine, "the scheduler's database", f"no answer within {self._deadline_s:g} s") from None
+        except (sa.exc.SQLAlchemyError, OSError) as error:
+            raise failed(self._engine, "the scheduler's database", error) from error

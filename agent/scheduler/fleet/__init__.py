@@ -1,0 +1,1 @@
+"""The nodes: what they report, whether they are alive, cordons and drains."""

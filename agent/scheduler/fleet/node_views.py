@@ -1,0 +1,75 @@
+"""The fleet as placement sees it: which GPUs have how many instances, memory, runtimes and labels of every node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from agent.core.dispatch.index import Standing
+from agent.core.provisioning.placement import GpuView, NodeView
+from agent.core.provisioning.reconcile import Scheduling
+from agent.core.types import FunctionSpec
+from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
+from agent.v1.types_pb2 import Gpu
+
+_UNAVAILABLE = {
+    Standing.SUSPECT: "is silent",
+    Standing.LOST: "is lost",
+    Standing.DRAINING: "is shutting down",
+}
+_ANYTHING = FunctionSpec("")
+"""Of a function that is not deployed any more: one GPU."""
+
+
+def node_views(
+    fleet: Fleet, pending: Iterable[tuple[str, FunctionSpec]], functions: Mapping[str, FunctionSpec]
+) -> list[NodeView]:
+    """Views of all nodes. `pending`: nodes of instances asked for and not reported yet. `functions`: what is deployed,
+    for instances that do not say which GPUs they are assigned to."""
+    extra: dict[str, list[FunctionSpec]] = {}
+    for name, spec in pending:
+        extra.setdefault(name, []).append(spec)
+    return [_view(node, fleet.scheduling(node.name), extra.get(node.name, []), functions) for node in fleet.nodes()]
+
+
+def usable_gpus(node: NodeRecord) -> list[Gpu]:
+    """GPUs that instances can be given."""
+    return [gpu for gpu in node.gpus if gpu.health == Gpu.HEALTH_OK and not gpu.mig]
+
+
+def _view(
+    node: NodeRecord, scheduling: Scheduling, pending: list[FunctionSpec], functions: Mapping[str, FunctionSpec]
+) -> NodeView:
+    registration = node.registration
+    memory = node.load.host_memory if node.load.HasField("host_memory") else registration.host_memory
+    sharers: dict[str, int] = {}
+    unsaid: list[FunctionSpec] = []
+    for load in node.instances.values():
+        if load.state in ENDED:
+            continue
+        for uuid in load.gpu_uuids:
+            sharers[uuid] = sharers.get(uuid, 0) + 1
+        if not load.gpu_uuids:
+            unsaid.append(replace(functions.get(load.function, _ANYTHING), memory_bytes=0))
+    view = NodeView(
+        name=node.name,
+        gpus=tuple(GpuView(gpu.uuid, gpu.model, sharers.get(gpu.uuid, 0)) for gpu in usable_gpus(node)),
+        instances_per_gpu=max(1, registration.instances_per_gpu),
+        migrates=registration.gpu_migration,
+        memory_free_bytes=memory.available_bytes - memory.reserved_bytes if memory.total_bytes else None,
+        runtimes=frozenset(registration.runtimes),
+        labels=dict(registration.labels),
+        unavailable=_unavailable(node, scheduling),
+    )
+    for spec in (*unsaid, *pending):
+        if spec.gpu.count or spec.memory_bytes:
+            view = view.with_instance(spec)
+    return view
+
+
+def _unavailable(node: NodeRecord, scheduling: Scheduling) -> str:
+    if scheduling is not Scheduling.NORMAL:
+        return "is cordoned" if scheduling is Scheduling.CORDONED else "is drained"
+    if node.standing is Standing.DRAINING and node.recovering:
+        return "is recovering"
+    return _UNAVAILABLE.get(node.standing, "")

@@ -1,0 +1,1 @@
+"""Functions, and how many instances each has: catalog, provisioner, autoscaler."""

@@ -1,0 +1,364 @@
+"""What is deployed: the table the request path reads, and the one way to change it.
+
+A deploy that changes the spec is a new revision; the same content again changes nothing. A change is durable before
+it is in effect. The table lives in memory; the store is read once, at the start.
+
+Where a function has a schedule or policies, its target is what the scaler has decided (`set_target`): it is not stored,
+for it follows from the clock and from what the fleet reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from agent.core.dispatch.events import Event, FunctionRemoved, FunctionSet
+from agent.core.errors import InvalidArgumentError, NotFoundError
+from agent.core.function_rules import bounded
+from agent.core.provisioning.autoscaling import MAX_TARGET, Decision, Provisioning
+from agent.core.types import FunctionSpec
+from agent.log import get_logger
+from agent.ports import Clock
+from agent.scheduler.database.store import FunctionRow, Store
+from agent.scheduler.functions.deploy_rules import Defaults, checked, checked_provision, set_idle_mode, warnings_of
+from agent.v1 import types_pb2
+from agent.v1.function_service_pb2 import DeployFunctionRequest, Function, HttpTrigger, ProvisionConfig
+from agent.wire.convert_function import function_from_proto
+from agent.wire.convert_provision import provisioning_from_proto
+
+_log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a function has fewer instances than wanted. `hopeless`: waiting will not help, only a change will."""
+
+    reason: str
+    message: str
+    hopeless: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """One function as it stands. `message` is the whole spec with its secrets, for agents only; `spec` its core.
+    `methods`: allowed by its triggers, empty = all. `target`: instances wanted now, by `decided_by` ("" for
+    `default_target`). `config`: schedule and policies as they were put, `provisioning` what they mean."""
+
+    spec: FunctionSpec
+    message: types_pb2.FunctionSpec
+    triggers: tuple[HttpTrigger, ...]
+    methods: frozenset[bytes]
+    target: int
+    create_wall_ns: int
+    update_wall_ns: int
+    deleting: bool = False
+    default_target: int = 0
+    config: ProvisionConfig = field(default_factory=ProvisionConfig)
+    provisioning: Provisioning = field(default_factory=Provisioning)
+    decided_by: str = ""
+
+    def __repr__(self) -> str:
+        return f"Deployed({self.spec.name!r}, revision={self.spec.revision}, target={self.target})"
+
+
+class Catalog:
+    """All functions. `tell` takes the dispatcher's events, `changed` is called after every change."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        store: Store,
+        tell: Callable[[Event], None],
+        changed: Callable[[], None],
+        defaults: Defaults,
+    ) -> None:
+        self._clock = clock
+        self._store = store
+        self._tell = tell
+        self._changed = changed
+        self._defaults = defaults
+        self._functions: dict[str, Deployed] = {}
+        self._problems: dict[str, Problem] = {}
+        self._deploys: dict[str, int] = {}
+        self._revisions: dict[str, int] = {}
+        self._folded: dict[str, frozenset[str]] = {}
+        self._writing = asyncio.Lock()
+        self._unsure: set[str] = set()  # their last write was never confirmed: nobody knows what is stored
+
+    # ---- reading ----------------------------------------------------------------------------------------------
+
+    def find(self, name: str) -> Deployed | None:
+        """The function, unless it is unknown or being deleted."""
+        found = self._functions.get(name)
+        return None if found is None or found.deleting else found
+
+    def find_folded(self, name: str) -> Deployed | None:
+        """As `find`, whatever the case of `name`, for host names have none; None where two functions differ by it."""
+        names = self._folded.get(name.lower(), ())
+        found = [one for one in map(self.find, names) if one is not None]
+        return found[0] if len(found) == 1 else None
+
+    def all(self) -> list[Deployed]:
+        """Every function, those being deleted included, by name."""
+        return [self._functions[name] for name in sorted(self._functions)]
+
+    def was_deleted(self, name: str) -> bool:
+        """It was deployed here, lately or long ago, and is no more."""
+        return name in self._revisions and name not in self._functions
+
+    def problem(self, name: str) -> Problem | None:
+        """What keeps the function from its target."""
+        return self._problems.get(name)
+
+    def deploys(self, name: str) -> int:
+        """How often it was deployed, the same again included: a deploy is how given-up instances are tried again."""
+        return self._deploys.get(name, 0)
+
+    # ---- changing ---------------------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Read the store; call once, before anything else."""
+        self._revisions = await self._store.revisions()
+        configs = await self._store.provision_configs()
+        for row in await self._store.functions():
+            self._put(_of_row(row, configs.get(row.name, b"")))
+
+    async def deploy(self, request: DeployFunctionRequest) -> tuple[Deployed, list[str]]:
+        """Create or replace a function; with `validate_only` only say what would come of it. Also warnings.
+
+        Raises InvalidArgumentError and its kind (deploy_rules.py), UnavailableError STORE_FAILED.
+        """
+        message, triggers = checked(request, self._defaults)
+        given = checked_provision(request.provision) if request.HasField("provision") else None
+        async with self._writing:
+            before = self._functions.get(message.name)
+            now = self._clock.wall_ns()
+            message.revision = self._next_revision(before, message)
+            kept, found = _kept(before) if given is None else given
+            decided = _decision(before, found, request.target)
+            deployed = Deployed(
+                spec=function_from_proto(message),
+                message=message,
+                triggers=triggers,
+                methods=frozenset(method.encode() for trigger in triggers for method in trigger.methods),
+                target=decided.target,
+                create_wall_ns=now if before is None else before.create_wall_ns,
+                update_wall_ns=now,
+                default_target=request.target,
+                config=kept,
+                provisioning=found,
+                decided_by=decided.decided_by,
+            )
+            warnings = warnings_of(message.name, request.target, kept, found, now)
+            if before is not None and message.name not in self._unsure and _same(before, deployed):
+                deployed = before
+            elif not request.validate_only:
+                await self._keep(deployed, None if given is None else _stored(kept))
+            if request.validate_only:
+                return deployed, warnings
+            return self._deployed(deployed), warnings
+
+    async def put_provision(
+        self, name: str, config: ProvisionConfig, *, validate_only: bool = False
+    ) -> tuple[Deployed, list[str]]:
+        """Replace how many instances a function has, when, and by which policies. Also warnings.
+
+        Raises NotFoundError, InvalidArgumentError (deploy_rules.py), UnavailableError STORE_FAILED; then nothing has
+        changed, but for what the last one says may be in effect after the next start.
+        """
+        bounded("default_target", config.default_target, 0, MAX_TARGET)
+        kept, found = checked_provision(config)
+        async with self._writing:
+            before = self._known(name)
+            now = self._clock.wall_ns()
+            message = types_pb2.FunctionSpec()
+            message.CopyFrom(before.message)
+            set_idle_mode(message, config)
+            message.revision = self._next_revision(before, message)
+            decided = _decision(before, found, config.default_target)
+            deployed = replace(
+                before,
+                spec=function_from_proto(message),
+                message=message,
+                target=decided.target,
+                default_target=config.default_target,
+                config=kept,
+                provisioning=found,
+                decided_by=decided.decided_by,
+                update_wall_ns=before.update_wall_ns if message.revision == before.spec.revision else now,
+            )
+            if not validate_only:
+                if name in self._unsure or not _same(before, deployed):
+                    await self._keep(deployed, _stored(kept))
+                deployed = self._deployed(deployed)
+            return deployed, warnings_of(name, config.default_target, kept, found, now)
+
+    def set_target(self, name: str, decided: Decision) -> bool:
+        """What schedule and policies come to now. Whether that is another target than before."""
+        found = self.find(name)
+        if found is None or (found.target, found.decided_by) == (decided.target, decided.decided_by):
+            return False
+        self._functions[name] = replace(found, target=decided.target, decided_by=decided.decided_by)
+        if bool(found.target) != bool(decided.target):
+            self._announce(self._functions[name])
+        return found.target != decided.target
+
+    async def delete(self, name: str) -> None:
+        """Begin to delete: nothing new is accepted, its instances drain, then `forget`. Raises NotFoundError."""
+        async with self._writing:
+            gone = replace(
+                self._known(name),
+                deleting=True,
+                target=0,
+                default_target=0,
+                config=ProvisionConfig(),
+                provisioning=Provisioning(),
+                decided_by="",
+            )
+            await self._keep(gone, b"")
+            self._put(gone)
+            self._changed()
+
+    async def forget(self, name: str) -> None:
+        """The last instance of a deleted function has ended."""
+        async with self._writing:
+            found = self._functions.get(name)
+            if found is None or not found.deleting:
+                return  # deployed again meanwhile
+            await self._store.delete_function(name)
+            del self._functions[name]
+            self._folded[name.lower()] -= {name}
+            if not self._folded[name.lower()]:
+                del self._folded[name.lower()]
+            self._problems.pop(name, None)
+            self._deploys.pop(name, None)
+            self._unsure.discard(name)
+            _log.info("function.deleted", function=name)
+
+    def set_problem(self, name: str, problem: Problem | None) -> None:
+        """Provisioning found out why the target is not reached, or reached it."""
+        found = self._functions.get(name)
+        before = self._problems.get(name)
+        if found is None or before == problem:
+            return
+        if problem is None:
+            del self._problems[name]
+        else:
+            self._problems[name] = problem
+            _log.warning("function.degraded", function=name, reason=problem.reason, message=problem.message)
+        if (before is not None and before.hopeless) != (problem is not None and problem.hopeless):
+            self._announce(found)
+
+    def _known(self, name: str) -> Deployed:
+        found = self.find(name)
+        if found is None:
+            raise NotFoundError("FUNCTION_NOT_FOUND", f"no function {name[:64]!r}; `hibernode functions` lists them")
+        return found
+
+    async def _keep(self, deployed: Deployed, provision: bytes | None) -> None:
+        """Make it durable. `provision`: as for `Store.put_function`."""
+        name = deployed.spec.name
+        if name in self._unsure:
+            provision = _stored(deployed.config)
+        self._unsure.add(name)
+        await self._store.put_function(_row(deployed), provision)
+        self._unsure.discard(name)
+
+    def _deployed(self, deployed: Deployed) -> Deployed:
+        """It is durable, and in effect from now on. As it stands once everybody has been told."""
+        name, revision = deployed.spec.name, deployed.spec.revision
+        self._problems.pop(name, None)
+        self._deploys[name] = self._deploys.get(name, 0) + 1
+        self._put(deployed)
+        self._changed()
+        deployed = self._functions[name]
+        _log.info("function.deployed", function=name, revision=revision, target=deployed.target)
+        return deployed
+
+    def _next_revision(self, before: Deployed | None, message: types_pb2.FunctionSpec) -> str:
+        if before is not None:
+            message.revision = before.spec.revision
+            if message == before.message:
+                return before.spec.revision
+        return str(self._revisions.get(message.name, 0) + 1)
+
+    def _put(self, deployed: Deployed) -> None:
+        name = deployed.spec.name
+        self._functions[name] = deployed
+        self._folded[name.lower()] = self._folded.get(name.lower(), frozenset()) | {name}
+        self._revisions[deployed.spec.name] = int(deployed.spec.revision)
+        self._announce(deployed)
+
+    def _announce(self, deployed: Deployed) -> None:
+        spec = deployed.spec
+        if deployed.deleting:
+            self._tell(FunctionRemoved(spec.name))
+            return
+        problem = self._problems.get(spec.name)
+        hope = deployed.target > 0 and (problem is None or not problem.hopeless)
+        self._tell(FunctionSet(spec.name, hope, spec.dispatch, spec.wake_factor, spec.queue_length))
+
+
+def _same(before: Deployed, after: Deployed) -> bool:
+    return (
+        before.message == after.message
+        and before.triggers == after.triggers
+        and before.default_target == after.default_target
+        and before.config == after.config
+        and not before.deleting
+    )
+
+
+def _kept(before: Deployed | None) -> tuple[ProvisionConfig, Provisioning]:
+    """A deploy that says nothing about them leaves schedule and policies as they are."""
+    return (ProvisionConfig(), Provisioning()) if before is None else (before.config, before.provisioning)
+
+
+def _decision(before: Deployed | None, found: Provisioning, default: int) -> Decision:
+    """Until the scaler has looked, which is before anybody else does: nobody who waits may be sent away meanwhile, so
+    what is to come under a schedule or policies begins with what was wanted before."""
+    if before is None or before.deleting or not found:
+        return Decision(default)
+    return Decision(before.target, before.decided_by)
+
+
+def _stored(config: ProvisionConfig) -> bytes:
+    return config.SerializeToString(deterministic=True)
+
+
+def _row(deployed: Deployed) -> FunctionRow:
+    return FunctionRow(
+        name=deployed.spec.name,
+        revision=int(deployed.spec.revision),
+        spec=deployed.message.SerializeToString(deterministic=True),
+        target=deployed.default_target,
+        triggers=Function(triggers=deployed.triggers).SerializeToString(deterministic=True),
+        create_wall_ns=deployed.create_wall_ns,
+        update_wall_ns=deployed.update_wall_ns,
+        deleting=deployed.deleting,
+    )
+
+
+def _of_row(row: FunctionRow, stored: bytes) -> Deployed:
+    message = types_pb2.FunctionSpec.FromString(row.spec)
+    triggers = tuple(Function.FromString(row.triggers).triggers)
+    config = ProvisionConfig.FromString(stored)
+    try:
+        provisioning = provisioning_from_proto(config)
+    except InvalidArgumentError as error:  # its time zone is no longer known on this host
+        _log.error("provision.not_understood", function=row.name, reason=error.reason, message=error.message)
+        provisioning = Provisioning()
+    return Deployed(
+        spec=function_from_proto(message),
+        message=message,
+        triggers=triggers,
+        methods=frozenset(method.encode() for trigger in triggers for method in trigger.methods),
+        target=row.target,
+        create_wall_ns=row.create_wall_ns,
+        update_wall_ns=row.update_wall_ns,
+        deleting=row.deleting,
+        default_target=row.target,
+        config=config,
+        provisioning=provisioning,
+    )

@@ -1,0 +1,1 @@
+"""The HTTP side of the scheduler: routes, the dispatch loop, wake calls, connection pools per node."""

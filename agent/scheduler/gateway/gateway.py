@@ -1,0 +1,389 @@
+"""The gateway: one request from a client through the queue to an instance, and its answer back.
+
+A request is dispatched again only if no byte of it can have reached an instance: the connection to the node failed, or
+its agent answered `x-hibernode-refused`. Bodies up to `KEPT_BODY_BYTES` are kept for that; larger ones stay with the
+client until the agent's 100 Continue, which it gives on the grant.
+
+What a client sends as `x-fc-*` or `x-hibernode-*` never passes; what goes to the ingress under these names is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from agent.core.dispatch.events import Dispatch, Refusal, Refuse
+from agent.core.errors import (
+    DeadlineError,
+    ExhaustedError,
+    HibernodeError,
+    InstanceError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
+from agent.core.traffic import Traffic
+from agent.core.types import MILLISECOND_NS, SECOND_NS
+from agent.http import headers as rules
+from agent.http.errors import ClientGoneError, RequestIds, status_and_code
+from agent.http.exchange import Exchange
+from agent.http.forward import ForwardResult, Outcome, forward
+from agent.http.message import Header, RequestHead, ResponseHead
+from agent.http.pool import Pool
+from agent.http.upstream import BROKEN
+from agent.log import get_logger
+from agent.ports import Clock
+from agent.scheduler.functions.catalog import Catalog, Deployed
+from agent.scheduler.gateway.dispatching import Desk, Ticket
+from agent.scheduler.gateway.routes import INVOKE, Route, Router, method_not_allowed
+from agent.scheduler.gateway.traffic import TrafficTable
+
+KEPT_BODY_BYTES = 64 * 1024
+"""Bodies up to this size are read before the request queues, so that they can be sent to another instance."""
+ANSWER_SLACK_S = 10.0
+"""On top of queue and function timeouts, which the agent enforces: only a stuck agent is cut by the gateway."""
+EXHAUSTED = "UPSTREAM_CONNECTIONS_EXHAUSTED"
+
+_STARTS_FAILED = {
+    "FUNCTION_NOT_STARTED": "FUNCTION_NOT_STARTED",
+    "START_FAILED": "FUNCTION_NOT_STARTED",
+    "HEALTH_CHECK_FAILED": "FUNCTION_NOT_STARTED",
+    "COMMAND_NOT_FOUND": "FUNCTION_NOT_STARTED",
+    "IMAGE_NOT_FOUND": "FUNCTION_NOT_STARTED",
+    "IMAGE_PULL_DENIED": "FUNCTION_NOT_STARTED",
+    "VOLUME_REFUSED": "FUNCTION_NOT_STARTED",
+    "INITIALIZATION_ERROR": "INITIALIZATION_ERROR",
+    "INSTANCE_CRASHED": "INSTANCE_CRASHED",
+    "OUT_OF_MEMORY": "INSTANCE_CRASHED",
+}
+"""Why instances end before they serve -> what clients are told (DESIGN section 6); all else is want of capacity,
+also what is the host's fault (its disk, its network, its engine)."""
+_CUT = (Outcome.UPSTREAM_FAILED_MID_BODY, Outcome.TIMEOUT_MID_BODY)
+_OURS_IN_ANSWERS = frozenset((b"x-fc-request-id", b"x-fc-instance-id"))
+_RETRY_SOON = [(b"retry-after", b"1")]
+_ANY, _NOTICE = (b"x-hibernode-any", b"1"), (b"x-hibernode-notice", b"1")
+_WAITS = {(False, False): (_ANY,), (False, True): (_ANY, _NOTICE), (True, False): (_NOTICE,)}
+"""By `Dispatch.wakes` and `.ahead`. Of the instances of a function on a node its agent knows better which is free; who
+wakes one wants that. Who may have to wait there is to hear when that is over: till then it can go elsewhere."""
+_OCTET_STREAM = (b"content-type", b"application/octet-stream")
+
+_log = get_logger()
+
+
+@dataclass(slots=True)
+class GatewayCounts:
+    """For the metrics: answers by status, dispatches that came back by why, and answers cut in their middle."""
+
+    answers: dict[int, int] = field(default_factory=dict)
+    refused: int = 0
+    connect_failed: int = 0
+    cut: int = 0
+
+    def answered(self, status: int) -> None:
+        self.answers[status] = self.answers.get(status, 0) + 1
+
+
+@dataclass(slots=True)
+class _Call:
+    """One request on its way."""
+
+    exchange: Exchange
+    request_id: str
+    route: Route
+    function: Deployed
+    headers: list[Header]
+    body: bytes | None
+    traffic: Traffic
+    began_ns: int
+    queue_ns: int = 0
+    wake_ns: int = 0
+
+
+class Gateway:
+    """The handler of the gateway's HTTP server."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        router: Router,
+        catalog: Catalog,
+        desk: Desk,
+        pool_of: Callable[[str], Pool | None],
+        token_of: Callable[[str], bytes],
+        unreachable: Callable[[str], None],
+        request_ids: RequestIds,
+    ) -> None:
+        """`pool_of`, `token_of`: of a node's ingress. `unreachable` is told which node refused a connection."""
+        self._clock = clock
+        self._router = router
+        self._catalog = catalog
+        self._desk = desk
+        self._pool_of = pool_of
+        self._token_of = token_of
+        self._unreachable = unreachable
+        self._request_ids = request_ids
+        self.counts = GatewayCounts()
+        self.traffic = TrafficTable(lambda: [one.spec.name for one in catalog.all()])
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """Handle one exchange; every path ends in exactly one answer, unless the client has left."""
+        request_id = self._request_ids()
+        try:
+            await self._serve(exchange, request_id)
+        except ClientGoneError:
+            pass
+        except HibernodeError as error:
+            status = status_and_code(error)[0]
+            self.counts.answered(status)
+            await exchange.fail(error, request_id, extra=_RETRY_SOON if status == 503 else None)
+
+    async def _serve(self, exchange: Exchange, request_id: str) -> None:
+        head = exchange.head
+        route = self._router.route(head)
+        function = self._catalog.find(route.function)
+        if function is None and route.by_host:
+            function = self._catalog.find_folded(route.function)
+        if function is None:
+            raise _unknown(route.function)
+        traffic = self.traffic.of(function.spec.name)
+        traffic.invocations += 1
+        try:
+            await self._invoke(exchange, request_id, route, function, traffic)
+        except ClientGoneError:
+            traffic.left += 1
+            raise
+        except Exception as error:
+            traffic.refused(status_and_code(error)[0], error.reason if isinstance(error, HibernodeError) else "")
+            raise
+
+    async def _invoke(
+        self, exchange: Exchange, request_id: str, route: Route, function: Deployed, traffic: Traffic
+    ) -> None:
+        head, name, began_ns = exchange.head, function.spec.name, self._clock.monotonic_ns()
+        if route.control_path is not INVOKE and function.methods and head.method not in function.methods:
+            raise method_not_allowed(head.method)
+        headers = _passing_headers(head, route, exchange.peer)
+        body: bytes | None = b""
+        if head.has_body:
+            large = head.length is not None and head.length > KEPT_BODY_BYTES
+            body = None if large else await exchange.buffer_body(KEPT_BODY_BYTES)
+        call = _Call(exchange, request_id, route, function, headers, body, traffic, began_ns)
+        deadline_ns = self._clock.monotonic_ns() + function.spec.queue_timeout_ns
+        ticket = self._desk.arrive(name, deadline_ns)
+        try:
+            await self._until_answered(call, ticket)
+        finally:
+            self._desk.gone(ticket)  # no effect on a ticket that has ended
+
+    async def _until_answered(self, call: _Call, ticket: Ticket) -> None:
+        """Dispatch, and dispatch again, until somebody has answered. Raises what the client is to be told instead."""
+        while True:
+            outcome = ticket.outcome or await self._wait(call.exchange, ticket)
+            if isinstance(outcome, Refuse):
+                raise self._refusal(outcome.reason, call.function)
+            pool = self._pool_of(outcome.node)
+            if pool is None:
+                self._unreachable(outcome.node)
+                self._desk.refused(ticket)
+                continue
+            result = await self._send(call, ticket, outcome, pool)
+            if not self._may_go_again(call, outcome, result):
+                break
+            self._desk.refused(ticket)
+        if result.outcome is Outcome.COMPLETE:
+            self._desk.ended(ticket)
+            status = result.head_status or 0
+            self.counts.answered(status)
+            call.traffic.served(status, call.began_ns, self._clock.monotonic_ns(), call.queue_ns, call.wake_ns)
+            return
+        self._unhappy(call, outcome, result)
+
+    async def _wait(self, exchange: Exchange, ticket: Ticket) -> Dispatch | Refuse:
+        def left() -> None:
+            self._desk.abandon(ticket)
+
+        exchange.on_gone(left)
+        if exchange.gone:
+            raise ClientGoneError
+        try:
+            return await self._desk.wait(ticket)
+        finally:
+            exchange.off_gone(left)
+
+    async def _send(self, call: _Call, ticket: Ticket, where: Dispatch, pool: Pool) -> ForwardResult:
+        now_ns = self._clock.monotonic_ns()
+        left_ns = max(0, ticket.deadline_ns - now_ns)
+        timeout_s = (left_ns + call.function.spec.timeout_ns) / SECOND_NS + ANSWER_SLACK_S
+
+        def answer_headers(answer: ResponseHead) -> list[Header] | None:
+            served_by = answer.get(b"x-fc-instance-id") or where.uid.encode()
+            ticket.served_by = served_by.decode("latin-1")
+            headers = _answer_headers(answer, call, where, served_by)
+            if where.wakes and headers is not None:  # told once the client has its answer
+                waited_ns = _ms_to_ns(answer.get(b"x-hibernode-wake-ms") or b"")
+                call.exchange.loop.call_soon(self._desk.answered, ticket, waited_ns)
+            return headers
+
+        return await forward(
+            call.exchange,
+            pool,
+            call.exchange.head.method,
+            call.route.target,
+            [
+                *call.headers,
+                (b"x-hibernode-token", self._token_of(where.node)),
+                (b"x-hibernode-instance", where.uid.encode()),
+                *_WAITS[where.wakes, where.ahead],
+                (b"x-hibernode-deadline-ms", b"%d" % -(-left_ns // MILLISECOND_NS)),  # over here when it is there
+                (b"x-fc-request-id", call.request_id.encode()),
+            ],
+            deadline=call.exchange.loop.time() + timeout_s,
+            response_filter=answer_headers,
+            body=call.body,
+            expect=call.body is None,
+        )
+
+    def _may_go_again(self, call: _Call, where: Dispatch, result: ForwardResult) -> bool:
+        """Did no byte of the request reach the instance, and do we still have all of it?"""
+        if result.outcome is Outcome.CONNECT_FAILED:
+            self.counts.connect_failed += 1
+            if result.error is None or result.error.reason != EXHAUSTED:
+                self._unreachable(where.node)
+            return not call.exchange.gone
+        if result.outcome is Outcome.HELD and result.head is not None:
+            self.counts.refused += 1
+            reason = (result.head.get(b"x-hibernode-refused") or b"").decode("latin-1")
+            _log.info("gateway.refused", request_id=call.request_id, uid=where.uid, node=where.node, reason=reason)
+            return call.body is not None or not result.request_body_bytes
+        if result.not_begun and (where.wakes or where.ahead):  # it waited there still, and its agent is gone
+            self.counts.connect_failed += 1
+            self._unreachable(where.node)
+            return not call.exchange.gone and (call.body is not None or not result.request_body_bytes)
+        return False
+
+    def _unhappy(self, call: _Call, where: Dispatch, result: ForwardResult) -> None:
+        """The answer that is still owed, as an error; nothing where it has begun or nobody is left to read it."""
+        broken = result.error is not None and result.error.reason == BROKEN
+        if result.outcome is Outcome.UPSTREAM_FAILED_BEFORE_HEAD and broken:
+            # Its agent is dying, and the connections beside this one too: said before the lease is free, or the next
+            # request would follow on one of them.
+            self._unreachable(where.node)
+        cut = result.outcome in _CUT  # the client is gone then, too: its connection was cut by us
+        if result.outcome is Outcome.CLIENT_GONE or (call.exchange.gone and not cut):
+            call.traffic.left += 1
+            return
+        if result.outcome is Outcome.CLIENT_FAILED and result.error is not None:
+            raise result.error
+        _log.warning(
+            "gateway.request_failed",
+            request_id=call.request_id,
+            function=call.function.spec.name,
+            uid=where.uid,
+            node=where.node,
+            outcome=result.outcome.value,
+            error=str(result.error),
+        )
+        if cut or call.exchange.head_sent:
+            self.counts.cut += 1
+            call.traffic.cut += 1
+            return
+        if result.outcome is Outcome.TIMEOUT_BEFORE_HEAD:
+            raise DeadlineError("FUNCTION_TIMEOUT", f"{call.function.spec.name} did not answer within its timeout")
+        raise InstanceError(
+            "INSTANCE_CRASHED",
+            f"the instance of {call.function.spec.name}, or its node's agent, went away during the request",
+            instance=where.uid,
+        )
+
+    def _refusal(self, reason: Refusal, function: Deployed) -> HibernodeError:
+        name = function.spec.name
+        match reason:
+            case Refusal.QUEUE_FULL:
+                text = f"{function.spec.queue_length} requests wait for {name} already; try again later"
+                return ExhaustedError("QUEUE_FULL", text, function=name)
+            case Refusal.QUEUE_TIMEOUT:
+                text = f"no instance of {name} became free within its queue timeout"
+                return DeadlineError("QUEUE_TIMEOUT", text, function=name)
+            case Refusal.UNKNOWN_FUNCTION:
+                return _unknown(name)
+            case Refusal.STOPPING:
+                return UnavailableError("SCHEDULER_STOPPING", "the scheduler is going down; try again in a moment")
+            case Refusal.NO_CAPACITY:
+                problem = self._catalog.problem(name)
+                if problem is None:
+                    text = f"{name} has no instances (its target is {function.target}); raise the target"
+                    return UnavailableError("NO_CAPACITY", text, function=name)
+                if problem.reason in _STARTS_FAILED:
+                    return InstanceError(_STARTS_FAILED[problem.reason], problem.message, function=name)
+                return UnavailableError("NO_CAPACITY", f"{name} has no instances: {problem.message}", function=name)
+        assert_never(reason)
+
+
+def _passing_headers(head: RequestHead, route: Route, peer: str) -> list[Header]:
+    """What goes on to the ingress whichever instance it will be. Raises InvalidArgumentError."""
+    kind = head.get(b"x-fc-invocation-type")
+    if kind is not None and kind.lower() != b"sync":
+        if kind.lower() == b"async":
+            raise InvalidArgumentError("UNSUPPORTED", "asynchronous invocation is not supported; send Sync")
+        raise InvalidArgumentError("INVOCATION_TYPE_INVALID", "x-fc-invocation-type must be Sync or Async")
+    log_type = head.get(b"x-fc-log-type")
+    if log_type is not None and log_type.lower() not in (b"none", b"tail"):
+        raise InvalidArgumentError("LOG_TYPE_INVALID", "x-fc-log-type must be None or Tail")
+    headers = rules.request_headers(head.headers)
+    if route.control_path is INVOKE:
+        headers = [header for header in headers if header[0] != b"content-type"]
+        headers.append(_OCTET_STREAM)
+    headers.append((b"x-hibernode-control-path", route.control_path))
+    headers.append((b"x-hibernode-client-ip", peer.encode()))
+    if log_type is not None and log_type.lower() == b"tail":
+        headers.append((b"x-fc-log-type", b"Tail"))
+    return headers
+
+
+def _answer_headers(answer: ResponseHead, call: _Call, where: Dispatch, served_by: bytes) -> list[Header] | None:
+    """The client's headers for an ingress's answer; None for a refusal, which the client never sees.
+
+    x-hibernode-queue-ms is the whole wait, here and at the instance's gate; -wake-ms the part in which it was woken.
+    """
+    headers = rules.hop_answer_headers(answer.headers)
+    kept: list[Header] = []
+    queue_ns, wake_ns = where.queued_ns, where.wake_ns
+    for name, value in headers:
+        if not name.startswith(b"x-"):
+            kept.append((name, value))
+        elif name.startswith(b"x-hibernode-"):
+            if name == b"x-hibernode-refused":
+                return None
+            if name == b"x-hibernode-wake-ms":
+                waited_ns = _ms_to_ns(value)  # at the gate of an instance that slept
+                wake_ns += waited_ns
+                queue_ns += waited_ns
+            elif name == b"x-hibernode-queue-ms":
+                queue_ns += _ms_to_ns(value)
+        elif name not in _OURS_IN_ANSWERS:
+            kept.append((name, value))
+    call.queue_ns, call.wake_ns = queue_ns, wake_ns
+    kept.append((b"x-fc-request-id", call.request_id.encode()))
+    kept.append((b"x-fc-instance-id", served_by))
+    if queue_ns:
+        kept.append((b"x-hibernode-queue-ms", _ms(queue_ns)))
+    if wake_ns:
+        kept.append((b"x-hibernode-wake-ms", _ms(wake_ns)))
+    return kept
+
+
+def _ms(ns: int) -> bytes:
+    return b"%.3f" % (ns / MILLISECOND_NS)
+
+
+def _ms_to_ns(value: bytes) -> int:
+    whole, _, rest = value.partition(b".")
+    if not (whole.isdigit() and len(value) <= 16 and (not rest or rest.isdigit())):
+        return 0
+    return int(float(value) * MILLISECOND_NS)
+
+
+def _unknown(name: str) -> NotFoundError:
+    text = f"no function {name[:64]!r} is deployed; `hibernode functions` lists them"
+    return NotFoundError("FUNCTION_NOT_FOUND", text)

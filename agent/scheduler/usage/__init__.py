@@ -1,0 +1,1 @@
+"""Usage windows of the whole fleet: collected, reported, reconciled, retained."""

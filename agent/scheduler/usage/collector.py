@@ -1,0 +1,235 @@
+"""Takes the usage windows of the agents in: each counted once, whatever is repeated, and no doubt swallowed.
+
+Everything on the database runs in one thread of its own, so that it is one writer and the request path never waits
+for it; waiting jobs are bounded and every call has a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import sqlalchemy as sa
+
+from agent.core.billing.window import Window
+from agent.core.errors import ExhaustedError, InvalidArgumentError
+from agent.log import get_logger
+from agent.ports import Clock
+from agent.scheduler.database.engine import engine_of, failed
+from agent.scheduler.usage.tables import CONFLICTS, USAGE_METADATA, WINDOWS, digest_of, payload_of, row_of
+
+T = TypeVar("T")
+
+MAX_BATCH = 2_000
+MAX_CONFLICTS_PER_KEY = 8
+"""Payloads kept beside the first; one that keeps changing its mind is not believed more for it."""
+_LARGEST = (1 << 63) - 1
+_CHUNK = 200
+"""Keys in one SELECT: far below SQLite's limits on variables and expression depth."""
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A window that was not stored, and why: USAGE_FOREIGN_NODE, USAGE_FOREIGN_INSTANCE, USAGE_UNSEALED or
+    USAGE_INVALID."""
+
+    key: Key
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """`acks`: kept for good, the agent may prune them; among them the `conflicts`, kept beside the first payload.
+
+    `marks` is the same as one number per instance: everything the batch had of it up to there is kept.
+    """
+
+    acks: tuple[Key, ...]
+    conflicts: tuple[Key, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+
+    @property
+    def marks(self) -> dict[str, int]:
+        barrier: dict[str, int] = {}
+        for refusal in self.refused:
+            uid, seq = refusal.key
+            barrier[uid] = min(seq, barrier.get(uid, seq))
+        marks: dict[str, int] = {}
+        for uid, seq in self.acks:
+            if seq < barrier.get(uid, _LARGEST):
+                marks[uid] = max(seq, marks.get(uid, seq))
+        return marks
+
+
+class UsageDatabase:
+    """One thread, one engine. Raises UnavailableError STORE_FAILED (without the URL, which may hold a password)."""
+
+    @classmethod
+    def at(cls, url: str) -> UsageDatabase:
+        """On its own engine for a SQLAlchemy URL. A SQLite file gets mode 0600 and WAL."""
+        return cls(engine_of(url))
+
+    def __init__(self, engine: sa.Engine, *, deadline_s: float = 10.0, queue_length: int = 64) -> None:
+        self.engine = engine
+        self._deadline_s = deadline_s
+        self._queue_length = queue_length
+        self._waiting = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
+
+    async def open(self) -> None:
+        """Make the tables where they are missing."""
+        await self.run(self._open)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run `work` in the thread. ExhaustedError USAGE_BUSY if too many wait already."""
+        if self._waiting >= self._queue_length:
+            raise ExhaustedError("USAGE_BUSY", f"{self._waiting} usage calls are waiting for the database; try later")
+        future = self._thread.submit(work)
+        self._waiting += 1
+        future.add_done_callback(self._count_down(asyncio.get_running_loop()))
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            problem = f"no answer within {self._deadline_s:g} s; for less time, --since and --until, there may be one"
+            raise failed(self.engine, "the usage database", problem) from None
+        except (sa.exc.SQLAlchemyError, OSError) as error:
+            raise failed(self.engine, "the usage database", error) from error
+
+    def close(self) -> None:
+        """Let go of the engine once the jobs that wait (at most `queue_length`) have ended; does not wait for it."""
+        self._thread.submit(self.engine.dispose)
+        self._thread.shutdown(wait=False)
+
+    def _open(self) -> None:
+        path = self.engine.url.database
+        if self.engine.dialect.name == "sqlite" and path:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        USAGE_METADATA.create_all(self.engine)
+
+    def _count_down(self, loop: asyncio.AbstractEventLoop) -> Callable[[object], None]:
+        def done() -> None:
+            self._waiting -= 1
+
+        def from_any_thread(_: object) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(done)
+
+        return from_any_thread
+
+
+class UsageCollector:
+    """`accept` is all an agent's upload needs."""
+
+    def __init__(
+        self,
+        database: UsageDatabase,
+        clock: Clock,
+        owner_of: Callable[[str], str] = lambda _: "",
+        stored: Callable[[Sequence[Window]], None] = lambda _: None,
+    ) -> None:
+        """`owner_of`: the node that reports an instance, "" if none does: no other may upload its usage. `stored` is
+        told on the loop of windows that were new, once they are durable."""
+        self._database = database
+        self._clock = clock
+        self._owner_of = owner_of
+        self._stored = stored
+        self._log = get_logger()
+
+    async def accept(self, node: str, windows: Sequence[Window], unreadable: Sequence[Key] = ()) -> Accepted:
+        """Store what `node` (the name its credential proves) reports about itself, in one transaction.
+
+        A repetition is acknowledged and changes nothing. The same key with another payload is kept as a conflict,
+        acknowledged and reported. Windows of other nodes or their instances, open ones and impossible ones are
+        refused, each by itself; `unreadable` are the keys of such that were no windows at all.
+        Raises InvalidArgumentError USAGE_BATCH_TOO_LARGE, UnavailableError STORE_FAILED, ExhaustedError USAGE_BUSY.
+        """
+        if len(windows) > MAX_BATCH:
+            raise InvalidArgumentError("USAGE_BATCH_TOO_LARGE", f"send at most {MAX_BATCH} windows at once")
+        refused, good = [Refusal(key, "USAGE_INVALID") for key in unreadable], []
+        for window in windows:
+            reason = _objection(node, window)
+            if not reason and self._owner_of(window.instance_uid) not in ("", node):
+                reason = "USAGE_FOREIGN_INSTANCE"
+            if reason:
+                refused.append(Refusal((window.instance_uid, window.seq), reason))
+            else:
+                good.append(window)
+        now = self._clock.wall_ns()
+        loop = asyncio.get_running_loop()
+        conflicts = await self._database.run(lambda: self._store(good, now, loop)) if good else ()
+        for key in conflicts:
+            self._log.error("usage.conflict", node=node, instance=key[0], seq=key[1])
+        if refused:
+            (uid, seq), reasons = refused[0].key, sorted({refusal.reason for refusal in refused})
+            self._log.error("usage.refused", node=node, windows=len(refused), instance=uid, seq=seq, reasons=reasons)
+        return Accepted(tuple((w.instance_uid, w.seq) for w in good), conflicts, tuple(refused))
+
+    def _store(self, windows: Sequence[Window], now: int, loop: asyncio.AbstractEventLoop) -> tuple[Key, ...]:
+        conflicts: list[Key] = []
+        with self._database.engine.begin() as connection:
+            known = _digests(connection, {(w.instance_uid, w.seq) for w in windows})
+            fresh: list[dict[str, object]] = []
+            new: list[Window] = []
+            for window in windows:
+                key, payload = (window.instance_uid, window.seq), payload_of(window)
+                digest = digest_of(payload)
+                if key not in known:
+                    known[key] = digest
+                    fresh.append({**row_of(window), "digest": digest, "received_wall_ns": now})
+                    new.append(window)
+                elif known[key] != digest:
+                    conflicts.append(key)
+                    _keep_conflict(connection, window, payload, now)
+            if fresh:
+                connection.execute(sa.insert(WINDOWS), fresh)
+        if not loop.is_closed():  # also where nobody waits for the answer any more: it is durable, and comes no more
+            loop.call_soon_threadsafe(self._stored, new)
+        return tuple(conflicts)
+
+
+def _objection(node: str, w: Window) -> str:
+    """Why a window is not taken; "" if it is."""
+    if w.node != node:
+        return "USAGE_FOREIGN_NODE"
+    if not w.sealed:
+        return "USAGE_UNSEALED"
+    if any("\0" in text for text in (w.instance_uid, w.boot_id, w.function, w.state, w.gpu_model, *w.gpu_uuids)):
+        return "USAGE_INVALID"  # PostgreSQL has no such text; one such window would keep its whole batch out for ever
+    sums = (w.active_ns, w.idle_ns, w.unbilled_ns)
+    sizes = (w.gpu_count, w.gpu_memory_bytes, w.vcpu_millis, w.memory_bytes, w.disk_bytes)
+    numbers = (w.seq, w.start_mono_ns, w.end_mono_ns, w.start_wall_ns, w.invocations, *sums, *sizes)
+    if not w.instance_uid or not all(0 <= number <= _LARGEST for number in numbers):
+        return "USAGE_INVALID"
+    return "" if sum(sums) == w.end_mono_ns - w.start_mono_ns else "USAGE_INVALID"
+
+
+def _digests(connection: sa.Connection, keys: set[Key]) -> dict[Key, str]:
+    """Digest of the stored payload, by key, for those of `keys` that are stored."""
+    found: dict[Key, str] = {}
+    ordered = sorted(keys)
+    for start in range(0, len(ordered), _CHUNK):
+        chunk = ordered[start : start + _CHUNK]
+        query = sa.select(WINDOWS.c.instance_uid, WINDOWS.c.seq, WINDOWS.c.digest).where(
+            sa.tuple_(WINDOWS.c.instance_uid, WINDOWS.c.seq).in_(chunk)
+        )
+        found.update({(uid, seq): digest for uid, seq, digest in connection.execute(query)})
+    return found
+
+
+def _keep_conflict(connection: sa.Connection, window: Window, payload: str, now: int) -> None:
+    """Beside the first payload; the same conflict again adds nothing, nor does one too many."""
+    digest = digest_of(payload)
+    key = (window.instance_uid, window.seq, digest)
+    of_key = sa.and_(CONFLICTS.c.instance_uid == window.instance_uid, CONFLICTS.c.seq == window.seq)
+    kept = list(connection.execute(sa.select(CONFLICTS.c.digest).where(of_key)).scalars())
+    if digest not in kept and len(kept) < MAX_CONFLICTS_PER_KEY:
+        values = dict(zip(("instance_uid", "seq", "digest"), key, strict=True))
+        row = {**values, "node": window.node, "payload": payload, "received_wall_ns": now}
+        connection.execute(sa.insert(CONFLICTS).values(**row))

@@ -1,0 +1,137 @@
+"""Do an instance's windows fit together? Pure; the answer is for people who must trust a bill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from agent.core.billing.window import Window
+
+MAX_FINDINGS = 100
+"""Kept of an instance; the others are only counted."""
+
+
+class Kind(StrEnum):
+    """GAP: time without a window, something was lost. OVERLAP: time billed twice. ESTIMATED: after a crash, never more
+    than what was there. CONFLICT: a window that came again with another payload."""
+
+    GAP = "GAP"
+    OVERLAP = "OVERLAP"
+    ESTIMATED = "ESTIMATED"
+    CONFLICT = "CONFLICT"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`duration_ns` is how much time it is about; `window` is the one at its end."""
+
+    kind: Kind
+    window: Window
+    duration_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How often, and for how long together."""
+
+    count: int = 0
+    duration_ns: int = 0
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(self.count + other.count, self.duration_ns + other.duration_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciled:
+    """What was found of one instance, or summed over all. `instance_uid`, `function`, `node` and `findings` (the first
+    ones, in order) are an instance's."""
+
+    instance_uid: str = ""
+    function: str = ""
+    node: str = ""
+    instances: int = 0
+    windows: int = 0
+    gaps: Amount = Amount()
+    overlaps: Amount = Amount()
+    estimated: Amount = Amount()
+    conflicts: int = 0
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is something to say."""
+        return bool(self.gaps.count or self.overlaps.count or self.estimated.count or self.conflicts)
+
+    def plus(self, other: Reconciled) -> Reconciled:
+        """The sums of both."""
+        return Reconciled(
+            instances=self.instances + other.instances,
+            windows=self.windows + other.windows,
+            gaps=self.gaps + other.gaps,
+            overlaps=self.overlaps + other.overlaps,
+            estimated=self.estimated + other.estimated,
+            conflicts=self.conflicts + other.conflicts,
+        )
+
+
+class Reconciler:
+    """Takes windows one by one, in order of (instance_uid, seq), and remembers one instance at a time."""
+
+    def __init__(self) -> None:
+        self._current: Reconciled | None = None
+        self._before: Window | None = None
+        self.total = Reconciled()
+        """Of the instances that are done."""
+
+    def feed(self, window: Window, conflicts: int = 0) -> Reconciled | None:
+        """One more window, and how many other payloads came for its key. The instance that it ends, if any.
+
+        Within a boot the end of one must be the start of the next; between boots nothing can be said. Holes in `seq`
+        are none in time.
+        """
+        done = None
+        if self._current is not None and self._current.instance_uid != window.instance_uid:
+            done = self.end()
+        found = self._current or Reconciled(window.instance_uid, window.function, window.node, instances=1)
+        findings: list[Finding] = []
+        gaps, overlaps, estimated = found.gaps, found.overlaps, found.estimated
+        if self._before is not None and self._before.boot_id == window.boot_id:
+            apart = window.start_mono_ns - self._before.end_mono_ns
+            if apart > 0:
+                gaps += Amount(1, apart)
+                findings.append(Finding(Kind.GAP, window, apart))
+            elif apart < 0:
+                overlaps += Amount(1, -apart)
+                findings.append(Finding(Kind.OVERLAP, window, -apart))
+        length = window.end_mono_ns - window.start_mono_ns
+        if window.estimated:
+            estimated += Amount(1, length)
+            findings.append(Finding(Kind.ESTIMATED, window, length))
+        if conflicts:
+            findings.append(Finding(Kind.CONFLICT, window, length))
+        self._before = window
+        self._current = replace(
+            found,
+            windows=found.windows + 1,
+            gaps=gaps,
+            overlaps=overlaps,
+            estimated=estimated,
+            conflicts=found.conflicts + conflicts,
+            findings=(*found.findings, *findings)[:MAX_FINDINGS] if findings else found.findings,
+        )
+        return done
+
+    def end(self) -> Reconciled | None:
+        """The instance that was fed last, if any: no window of it is to come."""
+        done, self._current, self._before = self._current, None, None
+        if done is not None:
+            self.total = self.total.plus(done)
+        return done
+
+
+def reconcile(windows: Iterable[Window]) -> list[Finding]:
+    """Findings about windows given in order of (instance_uid, seq), complete for each instance given."""
+    reconciler = Reconciler()
+    done = [reconciler.feed(window) for window in windows]
+    return [finding for one in (*done, reconciler.end()) if one is not None for finding in one.findings]

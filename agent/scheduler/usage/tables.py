@@ -1,0 +1,75 @@
+"""Where the fleet's usage is kept: SQLAlchemy Core tables, and windows to rows and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import sqlalchemy as sa
+
+from agent.core.billing.window import Window
+from agent.scheduler.database.engine import text_type
+
+USAGE_METADATA = sa.MetaData()
+
+_INTEGERS = frozenset(field.name for field in fields(Window) if field.type in (int, "int"))
+_FLAGS = frozenset(field.name for field in fields(Window) if field.type in (bool, "bool"))
+_KEY = ("instance_uid", "seq")
+
+
+def _column(name: str) -> sa.Column[Any]:
+    key = name in _KEY
+    if name in _INTEGERS:
+        return sa.Column(name, sa.BigInteger, nullable=False, primary_key=key, autoincrement=False)
+    kind = sa.Boolean() if name in _FLAGS else text_type()
+    return sa.Column(name, kind, nullable=False, primary_key=key)
+
+
+WINDOWS = sa.Table(
+    "usage_windows",
+    USAGE_METADATA,
+    *(_column(field.name) for field in fields(Window)),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("received_wall_ns", sa.BigInteger, nullable=False),
+    sa.Index("usage_windows_by_time", "start_wall_ns"),
+    sa.Index("usage_windows_by_function", "function", "start_wall_ns"),
+)
+
+CONFLICTS = sa.Table(
+    "usage_conflicts",
+    USAGE_METADATA,
+    sa.Column("instance_uid", text_type(), primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("digest", sa.String(64), primary_key=True),
+    sa.Column("node", sa.Text, nullable=False),
+    sa.Column("payload", sa.Text, nullable=False),
+    sa.Column("received_wall_ns", sa.BigInteger, nullable=False),
+)
+
+WINDOW_COLUMNS = tuple(WINDOWS.c[field.name] for field in fields(Window))
+
+
+def payload_of(window: Window) -> str:
+    """The window as canonical JSON: equal text if and only if equal windows."""
+    return json.dumps(asdict(window), sort_keys=True, separators=(",", ":"))
+
+
+def digest_of(payload: str) -> str:
+    """What tells a repetition from a conflict."""
+    return hashlib.sha256(payload.encode()).hexdigest()
+
+
+def row_of(window: Window) -> dict[str, object]:
+    """Column values of a window. A GPU's uuid never holds a comma."""
+    return {**asdict(window), "gpu_uuids": ",".join(window.gpu_uuids)}
+
+
+def window_of(row: Mapping[str, Any]) -> Window:
+    """The window of a row of WINDOW_COLUMNS, or of a payload."""
+    uuids = row["gpu_uuids"]
+    values = {field.name: row[field.name] for field in fields(Window)}
+    values["gpu_uuids"] = tuple(uuids.split(",") if uuids else ()) if isinstance(uuids, str) else tuple(uuids)
+    return Window(**values)

@@ -1,0 +1,269 @@
+"""The ways to dispatch that others use, behind the interface of `dispatch.Dispatcher`: for simulator and benchmarks.
+
+Early binding: a request is bound to an instance as it arrives and waits there, first in, first out, whoever else is
+free meanwhile. Round robin goes strictly in turn and wakes whom it comes to; the others choose among all instances, at
+random, the better of two at random, or the one with the fewest requests (facts/dispatch.md has what that leads to).
+Production dispatches late (`dispatch.py`). Pure; the order of instances is that of their first report.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from agent.core.dispatch.events import (
+    DeadlinePassed,
+    Dispatch,
+    Effect,
+    Event,
+    FunctionRemoved,
+    FunctionSet,
+    InstanceGone,
+    InstanceReported,
+    LeaseEnded,
+    LeaseRefused,
+    Refusal,
+    Refuse,
+    RequestArrived,
+    RequestGone,
+    Wake,
+    WakeAnswered,
+    WakeFailed,
+)
+from agent.core.types import InstanceState
+
+_ASLEEP = (InstanceState.FROZEN, InstanceState.FREEZING)
+
+
+class Dispatching(Protocol):
+    """Whoever decides where requests go: events in, effects out."""
+
+    def step(self, event: Event, at: int) -> list[Effect]:
+        """Take in what happened at `at` (monotonic ns) and say what to do about it."""
+        ...
+
+
+class Rival(Enum):
+    """By name."""
+
+    ROUND_ROBIN = "round_robin"
+    RANDOM = "random"
+    TWO_CHOICES = "two_choices"
+    LEAST_OUTSTANDING = "least_outstanding"
+
+
+@dataclass(slots=True, eq=False)
+class _Bound:
+    """A request at its instance: waiting in `line`, or inside."""
+
+    request: int
+    arrived_ns: int
+    deadline_ns: int
+    instance: _Instance
+
+
+@dataclass(slots=True, eq=False)
+class _Instance:
+    """One instance and its own queue."""
+
+    uid: str
+    function: str
+    node: str
+    concurrency: int
+    state: InstanceState
+    line: OrderedDict[int, _Bound] = field(default_factory=OrderedDict)
+    inside: int = 0
+    waking: bool = False
+
+    @property
+    def outstanding(self) -> int:
+        return self.inside + len(self.line)
+
+
+@dataclass(slots=True, eq=False)
+class _Function:
+    queue_length: int = 1000
+    known: bool = False
+    instances: dict[str, _Instance] = field(default_factory=dict)
+    waiting: int = 0
+    turn: int = 0
+
+
+class RivalDispatcher:
+    """One of the `Rival`s. `below(n)`: an integer from 0 to n - 1 by chance; the order of calls makes it repeatable."""
+
+    def __init__(self, rival: Rival, below: Callable[[int], int]) -> None:
+        self._choose: Callable[[_Function, Sequence[_Instance]], _Instance] = {
+            Rival.ROUND_ROBIN: self._in_turn,
+            Rival.RANDOM: lambda _, found: found[below(len(found))],
+            Rival.TWO_CHOICES: lambda _, found: self._better(found[below(len(found))], found[below(len(found))]),
+            Rival.LEAST_OUTSTANDING: lambda _, found: self._least(found, below),
+        }[rival]
+        self._functions: dict[str, _Function] = {}
+        self._instances: dict[str, _Instance] = {}
+        self._requests: dict[int, _Bound] = {}
+
+    def step(self, event: Event, at: int) -> list[Effect]:
+        """As `Dispatcher.step`; what only late binding needs to know is not looked at."""
+        effects: list[Effect] = []
+        match event:
+            case FunctionSet(name):
+                function = self._functions.setdefault(name, _Function())
+                function.known, function.queue_length = True, event.queue_length
+            case FunctionRemoved(name):
+                self._removed(name, effects)
+            case RequestArrived():
+                self._arrived(event, at, effects)
+            case LeaseEnded(request) | RequestGone(request):
+                self._ended(request, at, effects)
+            case LeaseRefused(request):
+                self._refused(request, at, effects)
+            case DeadlinePassed(request):
+                bound = self._requests.get(request)
+                if bound is not None and request in bound.instance.line:
+                    self._leave(bound)
+                    effects.append(Refuse(request, Refusal.QUEUE_TIMEOUT))
+            case InstanceReported():
+                self._reported(event, at, effects)
+            case InstanceGone(uid):
+                self._gone(uid, at, effects)
+            case WakeAnswered(uid):
+                self._woken(uid, at, effects, awake=True)
+            case WakeFailed(uid):
+                self._woken(uid, at, effects, awake=False)
+            case _:
+                pass  # nodes, and what only leases know
+        return effects
+
+    # ---- choosing ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _in_turn(function: _Function, found: Sequence[_Instance]) -> _Instance:
+        function.turn = (function.turn + 1) % len(found)
+        return found[function.turn]
+
+    @staticmethod
+    def _better(one: _Instance, other: _Instance) -> _Instance:
+        return other if other.outstanding < one.outstanding else one
+
+    @staticmethod
+    def _least(found: Sequence[_Instance], below: Callable[[int], int]) -> _Instance:
+        """Ties by chance."""
+        fewest = min(one.outstanding for one in found)
+        best = [one for one in found if one.outstanding == fewest]
+        return best[below(len(best))] if len(best) > 1 else best[0]
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    def _arrived(self, event: RequestArrived, at: int, effects: list[Effect]) -> None:
+        request, function = event.request, self._functions.get(event.function)
+        if request in self._requests:
+            return
+        if function is None or not function.known:
+            effects.append(Refuse(request, Refusal.UNKNOWN_FUNCTION))
+        elif not function.instances:
+            effects.append(Refuse(request, Refusal.NO_CAPACITY))
+        elif function.waiting >= function.queue_length:
+            effects.append(Refuse(request, Refusal.QUEUE_FULL))
+        else:
+            self._bind(request, function, at, event.deadline_ns, at, effects)
+
+    def _bind(
+        self, request: int, function: _Function, arrived_ns: int, deadline_ns: int, at: int, effects: list[Effect]
+    ) -> None:
+        instance = self._choose(function, list(function.instances.values()))
+        bound = _Bound(request, arrived_ns, deadline_ns, instance)
+        self._requests[request] = instance.line[request] = bound
+        function.waiting += 1
+        self._drain(instance, at, effects)
+
+    def _drain(self, instance: _Instance, at: int, effects: list[Effect]) -> None:
+        while instance.line and instance.state is InstanceState.RUNNING and instance.inside < instance.concurrency:
+            request, bound = instance.line.popitem(last=False)
+            self._functions[instance.function].waiting -= 1
+            instance.inside += 1
+            effects.append(Dispatch(request, instance.uid, instance.node, at - bound.arrived_ns))
+        if instance.line and instance.state in _ASLEEP and not instance.waking:
+            instance.waking = True
+            effects.append(Wake(instance.uid, instance.node))
+
+    def _leave(self, bound: _Bound) -> None:
+        del self._requests[bound.request]
+        if bound.instance.line.pop(bound.request, None) is not None:
+            self._functions[bound.instance.function].waiting -= 1
+        else:
+            bound.instance.inside -= 1
+
+    def _ended(self, request: int, at: int, effects: list[Effect]) -> None:
+        bound = self._requests.get(request)
+        if bound is not None:
+            self._leave(bound)
+            self._drain(bound.instance, at, effects)
+
+    def _refused(self, request: int, at: int, effects: list[Effect]) -> None:
+        bound = self._requests.get(request)
+        if bound is None or request in bound.instance.line:
+            return
+        instance, function = bound.instance, self._functions[bound.instance.function]
+        self._leave(bound)
+        if not function.known:
+            effects.append(Refuse(request, Refusal.UNKNOWN_FUNCTION))
+        elif at >= bound.deadline_ns:
+            effects.append(Refuse(request, Refusal.QUEUE_TIMEOUT))  # DeadlinePassed came while it was inside
+        elif instance.uid not in self._instances:
+            self._bind_anew(bound, function, at, effects)
+        else:  # first in the line again, for when the instance is heard: now it would be refused once more
+            self._requests[request] = instance.line[request] = bound
+            instance.line.move_to_end(request, last=False)
+            function.waiting += 1
+
+    def _bind_anew(self, bound: _Bound, function: _Function, at: int, effects: list[Effect]) -> None:
+        if function.instances:
+            self._bind(bound.request, function, bound.arrived_ns, bound.deadline_ns, at, effects)
+        else:
+            effects.append(Refuse(bound.request, Refusal.NO_CAPACITY))
+
+    def _removed(self, name: str, effects: list[Effect]) -> None:
+        function = self._functions.setdefault(name, _Function())
+        function.known = False
+        for instance in function.instances.values():
+            for bound in list(instance.line.values()):
+                self._leave(bound)
+                effects.append(Refuse(bound.request, Refusal.UNKNOWN_FUNCTION))
+
+    # ---- instances --------------------------------------------------------------------------------------------
+
+    def _reported(self, event: InstanceReported, at: int, effects: list[Effect]) -> None:
+        if event.state.terminal:
+            self._gone(event.uid, at, effects)
+            return
+        instance = self._instances.get(event.uid)
+        if instance is None:
+            instance = _Instance(event.uid, event.function, event.node, event.concurrency, event.state)
+            self._instances[event.uid] = instance
+            self._functions.setdefault(event.function, _Function()).instances[event.uid] = instance
+        instance.state = event.state
+        if event.state is InstanceState.RUNNING:
+            instance.waking = False
+        self._drain(instance, at, effects)
+
+    def _woken(self, uid: str, at: int, effects: list[Effect], *, awake: bool) -> None:
+        instance = self._instances.get(uid)
+        if instance is not None:
+            instance.waking = False
+            if awake:
+                instance.state = InstanceState.RUNNING
+                self._drain(instance, at, effects)
+
+    def _gone(self, uid: str, at: int, effects: list[Effect]) -> None:
+        instance = self._instances.pop(uid, None)
+        if instance is None:
+            return
+        function = self._functions[instance.function]
+        del function.instances[uid]
+        for bound in list(instance.line.values()):
+            self._leave(bound)
+            self._bind_anew(bound, function, at, effects)

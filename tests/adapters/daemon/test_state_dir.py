@@ -1,0 +1,143 @@
+"""The state directory: one owner, one identity, and nothing for others to read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from agent.adapters.daemon import state_dir
+from agent.adapters.daemon.state_dir import StateDir, write_atomically
+from agent.core.errors import ConfigError, PreconditionError
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_it_is_made_private_and_keeps_its_identity(tmp_path: Path) -> None:
+    path = tmp_path / "var" / "agent"
+    with StateDir(path) as first:
+        drawn = first.uuid
+    with StateDir(path) as second:
+        assert second.uuid == drawn
+    assert mode(path) == 0o700
+    with StateDir(tmp_path / "other") as other:
+        assert other.uuid != drawn
+
+
+def test_others_may_go_through_it_but_not_list_it(tmp_path: Path) -> None:
+    path = tmp_path / "agent"
+    path.mkdir(mode=0o700)
+    with StateDir(path, passable=True) as state:
+        state.write_endpoints({"grpc": "127.0.0.1:1"})
+        assert mode(path) == 0o711
+        assert {file.name: mode(file) for file in path.iterdir()} == {
+            "lock": 0o600,
+            "uuid": 0o644 & ~_umask(),
+            "endpoints.json": 0o644 & ~_umask(),
+        }
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
+
+
+def test_it_has_one_owner_at_a_time(tmp_path: Path) -> None:
+    with StateDir(tmp_path):
+        with pytest.raises(PreconditionError) as caught:
+            StateDir(tmp_path)
+        assert caught.value.reason == "STATE_DIR_IN_USE"
+    StateDir(tmp_path).close()
+
+
+@pytest.mark.parametrize("open_to", [0o777, 0o770, 0o1777])
+def test_one_that_others_may_write_to_is_refused(tmp_path: Path, open_to: int) -> None:
+    path = tmp_path / "agent"
+    path.mkdir()
+    path.chmod(open_to)
+    with pytest.raises(ConfigError, match="go-w") as caught:
+        StateDir(path)
+    assert caught.value.reason == "STATE_DIR_UNSAFE"
+    assert not list(path.iterdir())
+
+
+@pytest.mark.root
+def test_one_that_another_user_made_is_refused(tmp_path: Path) -> None:
+    """In /tmp anybody can be first, with a token that he knows."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a directory of another user")
+    path = tmp_path / "agent"
+    path.mkdir(mode=0o700)
+    os.chown(path, 65534, 65534)
+    with pytest.raises(ConfigError, match="another user"):
+        StateDir(path, passable=True)
+    assert not list(path.iterdir())
+
+
+def test_a_link_in_the_place_of_its_lock_is_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "agent"
+    path.mkdir(mode=0o700)
+    (path / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError):
+        StateDir(path)
+    assert not (tmp_path / "victim").exists()
+
+
+def test_the_endpoints_go_with_their_daemon(tmp_path: Path) -> None:
+    with StateDir(tmp_path) as state:
+        state.write_endpoints({"ingress": "127.0.0.1:8610"})
+        assert json.loads((tmp_path / "endpoints.json").read_text()) == {"ingress": "127.0.0.1:8610"}
+    assert not (tmp_path / "endpoints.json").exists()
+
+
+def test_what_is_no_directory_is_refused_in_words(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ConfigError) as caught:
+        StateDir(file)
+    assert caught.value.reason == "STATE_DIR_UNUSABLE"
+
+
+def test_a_full_disk_is_refused_in_words_and_the_lock_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes, mode: int = 0o644) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state_dir, "write_atomically", full)
+        with pytest.raises(ConfigError, match="No space left on device"):
+            StateDir(tmp_path)
+    StateDir(tmp_path).close()
+
+
+def test_a_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "endpoints.json"
+    write_atomically(target, b"old")
+
+    def fails(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(OSError, match="Input/output"):
+            write_atomically(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["endpoints.json"], "no draft stays"
+
+
+def test_a_disk_that_is_full_at_the_end_of_the_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with StateDir(tmp_path / "agent") as state:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(ConfigError, match=r"cannot write into state_dir .*: No space left on device") as refused:
+            state.write_endpoints({"grpc": "127.0.0.1:1"})
+        assert refused.value.reason == "STATE_DIR_UNUSABLE"
+        assert sorted(file.name for file in state.path.iterdir()) == ["lock", "uuid"], "no draft is left"

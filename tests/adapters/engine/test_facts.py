@@ -1,0 +1,141 @@
+"""What engines say of themselves, as they really said it on a host with both; and what is told about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.adapters.engine.api import EngineApi
+from agent.adapters.engine.facts import read_facts
+from agent.adapters.engine.survey import look_at_engine, sees_all_cgroups
+from agent.core.engine_capabilities import EngineSight, engine_lines
+from agent.settings import EngineRuntime, GpuSettings, Runtime
+from tests.adapters.engine.starts import GPU_A, docker, podman
+
+DOCKER_INFO: dict[str, Any] = {
+    "Driver": "overlay2",
+    "DriverStatus": [["Backing Filesystem", "extfs"], ["Supports d_type", "true"]],
+    "DockerRootDir": "/var/lib/docker",
+    "LiveRestoreEnabled": False,
+    "NCPU": 2,
+    "Runtimes": {"runc": {"path": "runc"}, "nvidia": {"path": "nvidia-container-runtime"}},
+    "Plugins": {"Volume": ["local"], "Network": ["bridge", "host", "null"]},
+    "IPv4Forwarding": True,
+}
+
+
+def test_a_docker_on_ext4() -> None:
+    facts = read_facts("docker", "20.10.24+dfsg1", DOCKER_INFO, "/run/docker.sock")
+    assert (facts.title, facts.version, facts.cpus) == ("Docker 20.10.24+dfsg1", (20, 10), 2)
+    assert (facts.disk_limits, facts.live_restore, facts.cdi_dirs) == (False, False, ())
+    assert facts.runtimes == {"runc", "nvidia"}
+    assert facts.networks == {"bridge", "host", "null"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "driver", "status", "can"),
+    [
+        ("docker", "overlay2", [["Backing Filesystem", "xfs"]], True),
+        ("podman", "overlay", [["Backing Filesystem", "xfs"]], True),
+        ("docker", "overlay2", [["Backing Filesystem", "extfs"]], False),
+        ("docker", "btrfs", None, True),
+        ("podman", "btrfs", None, False),
+        ("docker", "overlay2", "nonsense", False),
+        ("docker", "", [["one"], 7], False),
+    ],
+)
+def test_which_storage_bounds_a_disk(kind: str, driver: str, status: object, can: bool) -> None:
+    facts = read_facts(kind, "25.0.0", {"Driver": driver, "DriverStatus": status})  # type: ignore[arg-type]
+    assert facts.disk_limits is can
+
+
+def test_versions_of_ones_own_count_as_new() -> None:
+    assert docker("v25.1.2-rc1").version == (25, 1)
+    assert docker("library-import").since((99, 0))
+    assert not docker("24.0.9").since((25, 0))
+    assert podman("5.10.0").since((5, 4))
+
+
+def test_an_info_of_another_shape_says_nothing() -> None:
+    odd: dict[str, Any] = {"NCPU": "2", "Runtimes": [], "Plugins": None, "CDISpecDirs": {}, "DriverStatus": {"a": 1}}
+    facts = read_facts("docker", "", odd)
+    assert (facts.cpus, facts.runtimes, facts.networks, facts.cdi_dirs) == (0, frozenset(), frozenset(), ())
+    assert facts.forwarding
+
+
+# ---- what doctor tells -----------------------------------------------------------------------------------------
+
+
+async def test_an_engine_that_is_off_or_away_is_told_and_no_error(tmp_path: Path) -> None:
+    runtime = Runtime(engine=EngineRuntime(socket="off"))
+    lines = engine_lines(await look_at_engine(None, runtime, GpuSettings(), [GPU_A]))
+    assert [(line.name, line.level) for line in lines] == [("engine", "OK")]
+
+    missing = str(tmp_path / "engine.sock")
+    api = EngineApi(missing)
+    try:
+        sight = await look_at_engine(api, Runtime(engine=EngineRuntime(socket=missing)), GpuSettings(), [GPU_A])
+    finally:
+        await api.close()
+    (line,) = engine_lines(sight)
+    assert (line.name, line.level) == ("engine", "WARN")
+    assert missing in line.reason
+    assert line.fix.startswith("start docker or podman, or set runtime.engine.socket")
+
+
+def test_a_host_with_all_there_is_has_nothing_to_fix() -> None:
+    info = {**DOCKER_INFO, "LiveRestoreEnabled": True, "DriverStatus": [["Backing Filesystem", "xfs"]]}
+    facts = read_facts("docker", "28.3.0", info, "/run/docker.sock")
+    lines = engine_lines(EngineSight(facts, gpus="cdi"))
+    assert [line.name for line in lines] == [
+        "engine",
+        "engine.live_restore",
+        "engine.disk_limit",
+        "engine.gpus",
+        "engine.cgroup",
+        "engine.network",
+    ]
+    assert {(line.level, line.fix) for line in lines} == {("OK", "")}
+
+
+@pytest.mark.parametrize(
+    ("name", "sight", "fix"),
+    [
+        ("engine.live_restore", EngineSight(docker(**DOCKER_INFO)), '{"live-restore": true}'),
+        ("engine.disk_limit", EngineSight(docker(**DOCKER_INFO)), "pquota"),
+        ("engine.disk_limit", EngineSight(podman(**DOCKER_INFO), disk_limit="require"), "disk_limit: off"),
+        (
+            "engine.gpus",
+            EngineSight(docker(), gpu_problem="no spec; nvidia-ctk cdi generate"),
+            "nvidia-ctk cdi generate",
+        ),
+        ("engine.gpus", EngineSight(docker(), gpus="nvidia-runtime", nvidia_hook=False), "nvidia-container-toolkit"),
+        ("engine.cgroup", EngineSight(docker(), cgroups=False), "--cgroupns=host"),
+        ("engine.network", EngineSight(podman(Plugins={"Network": ["macvlan"]})), "apt-get install netavark"),
+        ("engine.network", EngineSight(docker(IPv4Forwarding=False)), "net.ipv4.ip_forward=1"),
+    ],
+)
+def test_what_is_missing_is_a_warning_with_its_fix(name: str, sight: EngineSight, fix: str) -> None:
+    line = {line.name: line for line in engine_lines(sight)}[name]
+    assert line.level == "WARN"
+    assert fix in line.fix
+
+
+def test_podman_has_no_daemon_that_could_take_containers_along() -> None:
+    assert "engine.live_restore" not in {line.name for line in engine_lines(EngineSight(podman()))}
+
+
+def test_a_registered_nvidia_runtime_needs_no_hook_in_the_path() -> None:
+    sight = EngineSight(docker(**DOCKER_INFO), gpus="nvidia-runtime", nvidia_hook=False)
+    assert {line.name: line.level for line in engine_lines(sight)}["engine.gpus"] == "OK"
+
+
+def test_cgroups_are_seen_from_the_host_and_not_from_a_namespace(tmp_path: Path) -> None:
+    assert sees_all_cgroups() is (Path("/proc/self/ns/cgroup").stat().st_ino == 0xEFFFFFFB)
+    (tmp_path / "self/ns").mkdir(parents=True)
+    (tmp_path / "self/ns/cgroup").touch()
+    (tmp_path / "self/mountinfo").write_text("30 1 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
+    assert not sees_all_cgroups(tmp_path)
+    assert not sees_all_cgroups(tmp_path / "nowhere")

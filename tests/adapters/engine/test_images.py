@@ -1,0 +1,368 @@
+"""Pulling: one for all who wait, bounded in every way, with errors that say what to do and no password.
+
+The engine is a script of its answers here; `tests/engines/test_pull.py` pulls for real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+import aiodocker
+import pytest
+
+from agent.adapters.engine.api import EngineApi, EngineError
+from agent.adapters.engine.images import Images, Policy
+from agent.adapters.engine.pull_errors import pull_refused
+from agent.adapters.engine.pull_progress import PullProgress
+from agent.adapters.engine.registry_credentials import Login
+from agent.core.errors import InstanceError
+from agent.core.types import MIB, RegistryLogin
+from tests.adapters.engine.test_registry_credentials import basic
+
+OCR = "registry.example/ocr:3"
+PULLED: list[dict[str, Any]] = [
+    {"status": "Pulling from ocr", "id": "3"},
+    {"status": "Pulling fs layer", "id": "a1", "progressDetail": {}},
+    {"status": "Downloading", "id": "a1", "progressDetail": {"current": 45 * MIB, "total": 100 * MIB}},
+    {"status": "Download complete", "id": "a1", "progressDetail": {}},
+    {"status": "Pull complete", "id": "a1", "progressDetail": {}},
+]
+
+
+class ScriptedEngine(EngineApi):
+    """Has the images in `here`; a pull plays `script` (messages, or the error that ends it) and then has the image.
+
+    `gate` is open unless a test closes it: a pull waits there before its first message. `begun` counts pulls, `sent`
+    what each was asked with.
+    """
+
+    def __init__(self, *here: str, script: Sequence[dict[str, Any] | Exception] = tuple(PULLED)) -> None:
+        super().__init__("/nowhere/engine.sock")
+        self.here = set(here)
+        self.script = script
+        self.architecture = "amd64"
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.changed = asyncio.Condition()
+        self.begun = 0
+        self.running = 0
+        self.most = 0
+        self.sent: list[tuple[str, object]] = []
+
+    async def connect(self) -> None: ...
+
+    async def call(self, make: Callable[[Any], Awaitable[Any]], deadline_s: float | None = None) -> Any:
+        return await make(self)
+
+    @property
+    def images(self) -> ScriptedEngine:
+        return self
+
+    async def inspect(self, name: str) -> dict[str, Any]:
+        if name not in self.here:
+            raise EngineError(404, f"No such image: {name}")
+        config = {"Env": ["PATH=/bin", "LD_LIBRARY_PATH=/image/lib", "ODD"], "User": "app"}
+        return {"Id": f"sha256:{name}", "Architecture": self.architecture, "Config": config}
+
+    @asynccontextmanager
+    async def stream(self) -> AsyncIterator[aiodocker.Docker]:
+        yield cast("aiodocker.Docker", self)
+
+    async def until_begun(self, count: int) -> None:
+        """Wait until so many pulls have begun."""
+        async with asyncio.timeout(10), self.changed:
+            await self.changed.wait_for(lambda: self.begun >= count)
+
+    async def pull(self, _docker: object, name: str, auth: Mapping[str, str]) -> AsyncGenerator[dict[str, Any], None]:
+        async with self.changed:
+            self.begun += 1
+            self.changed.notify_all()
+        self.running += 1
+        self.most = max(self.most, self.running)
+        self.sent.append((name, dict(auth)))
+        try:
+            await self.gate.wait()
+            for step in self.script:
+                if isinstance(step, Exception):
+                    raise step
+                yield step
+            self.here.add(name)
+        finally:
+            self.running -= 1
+
+
+def images(engine: ScriptedEngine, policy: Policy = "missing", **more: Any) -> Images:
+    return Images(engine, policy, **{"auth_files": (), "machine": "x86_64", "messages": engine.pull, **more})
+
+
+async def test_what_is_here_is_not_pulled() -> None:
+    engine = ScriptedEngine(OCR)
+    found = await images(engine).ensure(OCR)
+    assert (found.id, found.user) == (f"sha256:{OCR}", "app")
+    assert found.environment["LD_LIBRARY_PATH"] == "/image/lib"
+    assert engine.begun == 0
+
+
+async def test_what_is_not_here_is_pulled_and_told_about() -> None:
+    engine = ScriptedEngine()
+    said: list[str] = []
+    assert (await images(engine).ensure(OCR, progress=said.append)).id == f"sha256:{OCR}"
+    assert said[:2] == [f"waiting to pull {OCR}", f"pulling {OCR}"]
+    assert engine.begun == 1
+
+
+async def test_always_pulls_what_is_here_and_never_pulls_nothing() -> None:
+    engine = ScriptedEngine(OCR)
+    await images(engine, "always").ensure(OCR)
+    assert engine.begun == 1
+    with pytest.raises(InstanceError, match=r"runtime\.engine\.pull is never; pull or load it") as caught:
+        await images(engine, "never").ensure("other:1")
+    assert caught.value.reason == "IMAGE_NOT_FOUND"
+    with pytest.raises(InstanceError, match="an id can't be pulled"):
+        await images(engine).ensure("sha256:" + "0" * 64)
+    assert engine.begun == 1
+
+
+async def test_an_image_for_another_processor_is_refused_though_it_is_here() -> None:
+    engine = ScriptedEngine(OCR)
+    engine.architecture = "arm64"
+    with pytest.raises(InstanceError, match="is made for arm64, this node is amd64") as caught:
+        await images(engine).ensure(OCR)
+    assert caught.value.reason == "IMAGE_PULL_FAILED"
+    engine.architecture = ""  # an imported file system says nothing
+    await images(engine).ensure(OCR)
+
+
+# ---- sharing ---------------------------------------------------------------------------------------------------
+
+
+async def test_who_waits_for_the_same_shares_a_pull_and_may_leave_it() -> None:
+    engine = ScriptedEngine()
+    engine.gate.clear()
+    store = images(engine)
+    first, second = (asyncio.create_task(store.ensure(OCR)) for _ in range(2))
+    await engine.until_begun(1)
+    said: list[str] = []
+    late = asyncio.create_task(store.ensure(OCR, progress=said.append))
+    first.cancel()
+    with suppress(asyncio.CancelledError):
+        await first
+    engine.gate.set()
+    assert (await second).id == (await late).id
+    assert said[0] == f"pulling {OCR}"  # the last word before it came
+    assert engine.begun == 1
+
+
+async def test_a_pull_that_nobody_waits_for_any_more_is_given_up() -> None:
+    engine = ScriptedEngine()
+    engine.gate.clear()
+    store = images(engine)
+    alone = asyncio.create_task(store.ensure(OCR))
+    await engine.until_begun(1)
+    alone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await alone
+    assert engine.running == 0
+    engine.gate.set()
+    await store.ensure(OCR)  # whoever comes then begins anew
+    assert engine.begun == 2
+
+
+async def test_nobody_gets_an_image_by_the_login_of_another() -> None:
+    engine = ScriptedEngine()
+    engine.gate.clear()
+    store = images(engine)
+    logins = RegistryLogin("ann", "a"), RegistryLogin("bob", "b")
+    tasks = [asyncio.create_task(store.ensure(OCR, login)) for login in logins]
+    await engine.until_begun(2)
+    engine.gate.set()
+    await asyncio.gather(*tasks)
+    assert [auth for _, auth in engine.sent] == [
+        {"username": "ann", "password": "a"},
+        {"username": "bob", "password": "b"},
+    ]
+
+
+async def test_two_pulls_at_once_and_no_more() -> None:
+    engine = ScriptedEngine()
+    engine.gate.clear()
+    store = images(engine)
+    said: list[str] = []
+    tasks = [asyncio.create_task(store.ensure(f"r.example/i:{n}", progress=said.append)) for n in range(5)]
+    await engine.until_begun(2)
+    assert "waiting to pull r.example/i:4" in said
+    engine.gate.set()
+    await asyncio.gather(*tasks)
+    assert (engine.begun, engine.most) == (5, 2)
+
+
+async def test_closing_ends_pulls_and_tells_who_waited() -> None:
+    engine = ScriptedEngine()
+    engine.gate.clear()
+    store = images(engine)
+    waiting = asyncio.create_task(store.ensure(OCR))
+    await engine.until_begun(1)
+    await store.close()
+    with pytest.raises(InstanceError, match="was given up"):
+        await waiting
+    assert engine.running == 0
+
+
+# ---- bounds ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_pull_that_brings_nothing_is_given_up() -> None:
+    engine = ScriptedEngine()
+    engine.gate.clear()
+    with pytest.raises(InstanceError, match=r"nothing more came .*can this node reach its registry\?") as caught:
+        await images(engine, stall_s=0.05).ensure(OCR)
+    assert caught.value.reason == "IMAGE_PULL_FAILED"
+    assert engine.running == 0
+
+
+async def test_a_pull_has_a_deadline_of_its_own() -> None:
+    engine = ScriptedEngine()
+    engine.gate.clear()
+    with pytest.raises(InstanceError, match=r"longer than 0\.05 s; raise runtime\.engine\.pull_timeout"):
+        await images(engine, pull_timeout_s=0.05).ensure(OCR)
+
+
+async def test_a_pull_that_ends_without_the_image() -> None:
+
+    class Forgetful(ScriptedEngine):
+        async def inspect(self, name: str) -> dict[str, Any]:
+            self.here.clear()
+            return await super().inspect(name)
+
+    engine = Forgetful()
+    with pytest.raises(InstanceError, match="the image is not here"):
+        await images(engine).ensure(OCR)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "advice"),
+    [
+        ("manifest unknown", "IMAGE_NOT_FOUND", "check name and tag"),
+        ("reading manifest 1 in r.example/none: name unknown", "IMAGE_NOT_FOUND", "check name and tag"),
+        ('short-name "ocr:3" did not resolve to an alias', "IMAGE_NOT_FOUND", "check name and tag"),
+        ("no basic auth credentials", "IMAGE_PULL_DENIED", "give the function a registryConfig"),
+        ("unauthorized", "IMAGE_PULL_DENIED", "docker login registry.example"),
+        (
+            "pull access denied for ocr, repository does not exist or may require 'docker login'",
+            "IMAGE_PULL_DENIED",
+            "or has no such image",
+        ),
+        ("no matching manifest for linux/amd64 in the manifest list entries", "IMAGE_PULL_FAILED", "architecture"),
+        ("toomanyrequests: You have reached your pull rate limit", "IMAGE_PULL_FAILED", "log in there, or wait"),
+        ("http: server gave HTTP response to HTTPS client", "IMAGE_PULL_FAILED", "insecure-registries"),
+        ("x509: certificate signed by unknown authority", "IMAGE_PULL_FAILED", "/etc/docker/certs.d/registry.example"),
+        ("dial tcp: lookup registry.example: no such host", "IMAGE_PULL_FAILED", "can't be reached from this node"),
+        ("net/http: TLS handshake timeout", "IMAGE_PULL_FAILED", "can't be reached from this node"),
+        ("something new", "IMAGE_PULL_FAILED", "something new"),
+    ],
+)
+async def test_what_engines_say_has_a_reason_and_advice(text: str, reason: str, advice: str) -> None:
+    with pytest.raises(InstanceError) as caught:
+        await images(ScriptedEngine(script=[EngineError(500, text)])).ensure(OCR)
+    assert caught.value.reason == reason
+    assert advice in caught.value.message
+    assert caught.value.metadata["image"] == OCR
+
+
+async def test_a_full_disk_and_a_lost_engine_keep_their_own_reasons() -> None:
+    full = InstanceError("DISK_FULL", "the container engine's disk is full")
+    with pytest.raises(InstanceError) as caught:
+        await images(ScriptedEngine(script=[full])).ensure(OCR)
+    assert caught.value.reason == "DISK_FULL"
+
+
+async def test_an_answer_that_can_not_be_read() -> None:
+    with pytest.raises(InstanceError, match=r"can't be read \(ValueError\)"):
+        await images(ScriptedEngine(script=[ValueError("Chunk too big")])).ensure(OCR)
+
+
+async def test_passwords_are_in_no_error_though_the_engine_repeats_them() -> None:
+    text = "unauthorized: hunter2 is not the password of ann"
+    engine = ScriptedEngine(script=[EngineError(500, text)])
+    with pytest.raises(InstanceError) as caught:
+        await images(engine).ensure(OCR, RegistryLogin("ann", "hunter2"))
+    assert "hunter2" not in str(caught.value) + str(caught.value.metadata)
+    assert "refused the function's registryConfig" in caught.value.message
+    assert "hunter2" not in repr(Login({"password": "hunter2"}))
+    assert "hunter2" not in str(pull_refused(OCR, text, Login({"password": "hunter2"}, "x")))
+
+
+# ---- progress --------------------------------------------------------------------------------------------------
+
+
+def test_the_sentence_sums_up_all_layers() -> None:
+    progress = PullProgress("ocr:3")
+    sentences = []
+    for message in PULLED:
+        progress.take(message)
+        sentences.append(progress.sentence)
+    assert sentences == ["pulling ocr:3", "pulling ocr:3", "pulling ocr:3: 45 % of 100 MiB", *["unpacking ocr:3"] * 2]
+
+
+def test_a_repeated_message_is_no_news() -> None:
+    progress = PullProgress("ocr:3")
+    message: dict[str, Any] = {"status": "Downloading", "id": "a1", "progressDetail": {"current": 5, "total": 10}}
+    assert [progress.take(message) for _ in range(3)] == [True, False, False]
+    assert progress.take({**message, "progressDetail": {"current": 6, "total": 10}})
+    assert progress.downloading
+
+
+def test_layers_that_are_here_already_are_not_waited_for() -> None:
+    progress = PullProgress("ocr:3")
+    progress.take({"status": "Already exists", "id": "a1"})
+    assert not progress.downloading
+    progress.take({"status": "Waiting", "id": "a2"})
+    assert progress.downloading
+
+
+def test_messages_without_end_cost_no_memory_and_odd_ones_nothing_at_all() -> None:
+    progress = PullProgress("ocr:3")
+    for number in range(10_000):
+        progress.take({"status": "Downloading", "id": str(number), "progressDetail": {"current": 1, "total": 2}})
+    assert "of 1 MiB" in progress.sentence
+    odd: dict[str, Any]
+    for odd in ({}, {"id": 7, "status": None, "progressDetail": []}, {"progressDetail": {"current": "x"}}):
+        progress.take(odd)
+
+
+# ---- logins ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", [{"credHelpers": {"r.example": "ecr-login"}}, {"credsStore": "secretservice"}])
+async def test_a_credential_helper_is_not_asked_and_the_refusal_says_so(
+    tmp_path: Path, document: dict[str, object]
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(document))
+    engine = ScriptedEngine(script=[EngineError(500, "unauthorized")])
+    with pytest.raises(InstanceError, match=r"the credential helper that .* names is not asked"):
+        await images(engine, auth_files=(file,)).ensure("r.example/ocr")
+
+
+async def test_dockers_logins_are_sent_and_podmans_are_its_own_business(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"auths": {"registry.example": basic("ann:secret"), "docker.io": basic("hub:pw")}}))
+    engine = ScriptedEngine()
+    await images(engine, "always", auth_files=(file,)).ensure(OCR)
+    engine.here.add("team/ocr")
+    await images(engine, "always", auth_files=(file,)).ensure("team/ocr")
+    engine.kind = "podman"
+    await images(engine, "always", auth_files=(file,)).ensure(OCR)
+    assert engine.sent == [
+        (OCR, {"username": "ann", "password": "secret"}),
+        ("docker.io/team/ocr", {"username": "hub", "password": "pw"}),
+        (OCR, {}),
+    ]

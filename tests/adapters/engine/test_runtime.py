@@ -1,0 +1,314 @@
+"""The engine runtime's starts and listings, against a stand-in. On real engines: `tests/engines/`."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from agent.adapters.engine.container_config import INSTANCE_LABEL, STATE_LABEL
+from agent.adapters.engine.containers import Listed
+from agent.core.errors import (
+    ConflictError,
+    HibernodeError,
+    InstanceError,
+    InvalidArgumentError,
+    PreconditionError,
+    UnavailableError,
+)
+from agent.core.types import ContainerOptions, FunctionSpec, Volume
+from agent.settings import EngineRuntime as EngineSettings
+from tests.adapters.engine.rig import EngineRig
+from tests.adapters.engine.rig import rig as rig  # noqa: PLC0414 - pytest finds the fixture by this name
+from tests.adapters.engine.stand_in import Refusal, StandInContainer
+
+
+async def refused(rig: EngineRig, reason: str, uid: str = "resize-a", **spec: str) -> HibernodeError:
+    """A start that fails so, and leaves nothing."""
+    with pytest.raises(HibernodeError) as raised:
+        await rig.runtime.start(rig.spec(uid, **spec))
+    assert raised.value.reason == reason, raised.value
+    assert rig.engine.containers == {}
+    assert rig.bundles.all() == []
+    return raised.value
+
+
+async def test_a_started_container_is_known_by_kernel_and_disk(rig: EngineRig) -> None:
+    handle = await rig.runtime.start(rig.spec("resize-a"))
+    container = rig.container(handle)
+    assert container.name == "hibernode-resize-a"
+    assert container.config["Labels"][STATE_LABEL] == rig.state_uuid
+    assert container.config["Labels"][INSTANCE_LABEL] == "resize-a"
+    assert (handle.host, handle.port, handle.sees_all_gpus) == ("172.30.0.2", 9000, False)
+    assert handle.process.pid == container.pid
+    assert handle.cgroup == str(rig.slice.path / handle.container_id)
+    bundle = rig.bundles.read("resize-a")
+    assert bundle
+    assert bundle.container == handle
+    assert not rig.bundles.scratch("resize-a").exists()
+
+
+async def test_ports_of_the_bridge_are_shut_to_one_another(rig: EngineRig) -> None:
+    first, second = rig.plug("veth7"), rig.plug("veth8")
+    await rig.runtime.start(rig.spec("resize-a"))
+    assert (first.read_text(), second.read_text()) == ("1", "1")
+
+
+async def test_a_container_that_can_not_be_fenced_off_does_not_run(rig: EngineRig) -> None:
+    shutil.rmtree(rig.bridges)
+    error = await refused(rig, "NETWORK_FAILED")
+    assert "CAP_NET_ADMIN" in error.message
+    (rig.bridges / rig.network.bridge / "brif").mkdir(parents=True)
+    assert "no port" in (await refused(rig, "NETWORK_FAILED")).message
+
+
+async def test_a_process_in_another_cgroup_than_its_own_is_not_taken(
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That cgroup would be frozen and killed, and it is somebody else's."""
+    run = rig.engine.run
+    stranger = rig.engine.make("stranger", {}, "/bin/sleep", "1000")
+    await run(stranger)
+
+    async def mistaken(one: StandInContainer) -> None:
+        one.process, one.pid = stranger.process, stranger.pid
+
+    monkeypatch.setattr(rig.engine, "run", mistaken)
+    with pytest.raises(InstanceError, match="on the engine's own host") as raised:
+        await rig.runtime.start(rig.spec("resize-a"))
+    assert raised.value.reason == "CGROUP_UNKNOWN"
+    assert rig.bundles.all() == []
+
+
+async def test_one_that_ends_at_once_says_how_and_what_it_said(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = rig.engine.run
+
+    async def to_its_end(one: StandInContainer) -> None:
+        await run(one)
+        assert one.process
+        await one.process.wait()
+
+    monkeypatch.setattr(rig.engine, "run", to_its_end)
+    rig.engine.logs = b"no module named torch\n"
+    with pytest.raises(InstanceError, match=r"exited with code 3\. Logs: no module named torch") as raised:
+        await rig.runtime.start(rig.spec("resize-a", "/bin/sh", "-c", "exit 3"))
+    assert raised.value.reason == "FUNCTION_NOT_STARTED"
+    assert rig.engine.containers == {}
+
+
+async def test_the_network_is_made_once_and_goes_with_the_agent(rig: EngineRig) -> None:
+    handles = await asyncio.gather(*(rig.runtime.start(rig.spec(f"resize-{letter}")) for letter in "abc"))
+    assert rig.engine.calls["POST create"] == 4  # three containers, one network
+    assert list(rig.engine.networks) == [rig.network.name]
+    for handle in handles:
+        await rig.runtime.destroy(handle)
+    assert list(rig.engine.networks) == [rig.network.name], "the next start is quick"
+    await rig.runtime.close()
+    assert rig.engine.networks == {}
+    rig.restart()
+
+
+async def test_the_network_stays_while_a_container_uses_it(rig: EngineRig) -> None:
+    await rig.runtime.start(rig.spec("resize-a"))
+    await rig.runtime.close()
+    assert list(rig.engine.networks) == [rig.network.name]
+    rig.restart()
+
+
+async def test_a_network_that_somebody_removed_is_made_again(rig: EngineRig) -> None:
+    await rig.runtime.destroy(await rig.runtime.start(rig.spec("resize-a")))
+    rig.engine.networks.clear()
+    handle = await rig.runtime.start(rig.spec("resize-b"))
+    assert await rig.runtime.alive(handle)
+    assert len(rig.engine.containers) == 1
+
+
+async def test_a_network_of_somebody_else_is_not_ours(rig: EngineRig) -> None:
+    rig.engine.networks[rig.network.name] = {"Name": rig.network.name, "Id": rig.network.name, "Labels": {}}
+    assert "not ours" in (await refused(rig, "NETWORK_FAILED")).message
+
+
+async def test_two_starts_of_one_uid_at_once_are_refused(rig: EngineRig) -> None:
+    both = (rig.runtime.start(rig.spec("resize-a")) for _ in range(2))
+    answers = await asyncio.gather(*both, return_exceptions=True)
+    assert sum(isinstance(answer, ConflictError) for answer in answers) == 1
+    assert len(rig.engine.containers) == 1
+
+
+async def test_a_container_left_by_an_earlier_attempt_is_replaced(rig: EngineRig) -> None:
+    left = rig.engine.make("hibernode-resize-a", {STATE_LABEL: rig.state_uuid}, "/bin/sleep", "1000")
+    await rig.engine.run(left)
+    handle = await rig.runtime.start(rig.spec("resize-a"))
+    assert left.id not in rig.engine.containers
+    second = await rig.runtime.start(rig.spec("resize-a"))
+    assert not await rig.runtime.alive(handle)
+    assert await rig.runtime.alive(second)
+    assert list(rig.engine.containers) == [second.container_id]
+
+
+async def test_a_name_that_is_somebody_elses_is_left_alone(rig: EngineRig) -> None:
+    theirs = rig.engine.make("hibernode-resize-a", {STATE_LABEL: "another"}, "/bin/sleep", "1000")
+    with pytest.raises(InstanceError, match="somebody else's container is named hibernode-resize-a"):
+        await rig.runtime.start(rig.spec("resize-a"))
+    assert list(rig.engine.containers) == [theirs.id]
+
+
+@pytest.mark.parametrize("uid", ["", "../up", "a/b", "x" * 129, "-x"])
+async def test_a_uid_that_is_no_name_is_refused(rig: EngineRig, uid: str) -> None:
+    with pytest.raises(InvalidArgumentError):
+        await rig.runtime.start(rig.spec(uid))
+
+
+async def test_what_it_accepts(rig: EngineRig) -> None:
+    with pytest.raises(PreconditionError):
+        rig.runtime.accepts(FunctionSpec(name="resize", image="host", entrypoint=("x",)))
+    image = rig.spec("resize-a").instance.function
+    rig.runtime.accepts(image)
+    await rig.engine.down()
+    rig.runtime.accepts(image)  # nobody knows yet
+    with pytest.raises(UnavailableError):
+        await rig.runtime.check()
+    with pytest.raises(UnavailableError, match="start docker or podman") as raised:
+        rig.runtime.accepts(image)
+    assert raised.value.reason == "ENGINE_UNAVAILABLE"
+    await rig.engine.up()
+    await rig.runtime.check()
+    rig.runtime.accepts(image)
+
+
+async def test_an_image_that_went_between_pull_and_start(rig: EngineRig) -> None:
+    await refused(rig, "IMAGE_NOT_FOUND", image="registry.example/gone:1")
+    rig.engine.refusals["POST create"] = Refusal(404, "No such image: sha256:1111")
+    rig.engine.networks[rig.network.name] = {"Id": rig.network.name, "Labels": {STATE_LABEL: rig.state_uuid}}
+    await refused(rig, "IMAGE_NOT_FOUND")
+
+
+async def test_an_engine_that_hangs_in_a_start_is_not_waited_for_for_ever(rig: EngineRig) -> None:
+    await rig.runtime.check()
+    rig.api._deadline_s = 0.2
+    rig.engine.hanging.add("POST start")
+    await refused(rig, "ENGINE_UNAVAILABLE")
+
+
+async def test_a_cancelled_start_leaves_nothing(rig: EngineRig) -> None:
+    rig.engine.hanging.add("POST start")
+    starting = asyncio.create_task(rig.runtime.start(rig.spec("resize-a")))
+    await rig.engine.called("POST start")
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    assert rig.engine.containers == {}
+    rig.engine.hanging.clear()
+    await rig.runtime.start(rig.spec("resize-a"))
+
+
+async def test_a_disk_that_can_not_be_bounded_is_not_if_that_is_allowed(rig: EngineRig) -> None:
+    rig.engine.info["DriverStatus"] = [["Backing Filesystem", "xfs"]]
+    quota = "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"
+    rig.engine.refusals["POST create"] = Refusal(400, quota, times=1)
+    rig.engine.networks[rig.network.name] = {"Id": rig.network.name, "Labels": {STATE_LABEL: rig.state_uuid}}
+    handle = await rig.runtime.start(rig.spec("resize-a"))
+    assert "StorageOpt" not in rig.container(handle).config["HostConfig"]
+
+
+async def test_a_demanded_disk_bound_is_not_given_up(rig: EngineRig) -> None:
+    await rig.runtime.close()
+    rig.restart(EngineSettings(socket=rig.engine.socket, disk_limit="require"))
+    await refused(rig, "DISK_LIMIT_UNAVAILABLE")
+    rig.engine.info["DriverStatus"] = [["Backing Filesystem", "xfs"]]
+    rig.engine.version["Version"] = "24.0.0"  # it was set up anew
+    await rig.runtime.check()
+    rig.engine.refusals["POST create"] = Refusal(400, "--storage-opt is supported only with 'pquota'")
+    rig.engine.networks[rig.network.name] = {"Id": rig.network.name, "Labels": {STATE_LABEL: rig.state_uuid}}
+    assert "pquota" in (await refused(rig, "START_FAILED")).message
+
+
+async def test_a_volume_outside_of_what_is_allowed_is_refused(rig: EngineRig) -> None:
+    spec = rig.spec("resize-a")
+    options = ContainerOptions(volumes=(Volume("/srv/models", "/models"),))
+    function = replace(spec.instance.function, container=options)
+    with pytest.raises(InstanceError) as raised:
+        await rig.runtime.start(replace(spec, instance=replace(spec.instance, function=function)))
+    assert raised.value.reason == "VOLUME_REFUSED"
+    assert rig.engine.containers == {}
+
+
+# ---- finding them again ----------------------------------------------------------------------------------------
+
+
+async def test_all_of_ours_are_listed_and_nothing_else(rig: EngineRig) -> None:
+    second = await rig.runtime.start(rig.spec("resize-b"))
+    first = await rig.runtime.start(rig.spec("resize-a"))
+    theirs = rig.engine.make("postgres", {STATE_LABEL: "another"}, "/bin/sleep", "1000")
+    assert list(await rig.runtime.list_handles()) == [first, second]
+    assert theirs.id in rig.engine.containers
+
+
+async def test_while_the_engine_is_away_the_recorded_are_listed(rig: EngineRig) -> None:
+    handle = await rig.runtime.start(rig.spec("resize-a"))
+    await rig.runtime.close()
+    await rig.engine.down()
+    runtime = rig.restart()
+    assert list(await runtime.list_handles()) == [handle]
+    assert await runtime.alive(handle)
+    assert list(await runtime.pids(handle)) == [handle.process.pid]
+
+
+async def test_one_that_runs_without_a_record_is_found_and_recorded(rig: EngineRig) -> None:
+    handle = await rig.runtime.start(rig.spec("resize-a"))
+    rig.bundles.remove("resize-a")
+    assert list(await rig.runtime.list_handles()) == [replace(handle, port=0)]
+    assert rig.bundles.read("resize-a")
+
+
+async def test_what_never_ran_or_has_ended_without_a_record_is_removed(rig: EngineRig) -> None:
+    labels = {STATE_LABEL: rig.state_uuid, INSTANCE_LABEL: "resize-a"}
+    rig.engine.make("hibernode-resize-a", labels, "/bin/true")
+    renamed = rig.engine.make("renamed", labels, "/bin/sleep", "1000")
+    await rig.engine.run(renamed)
+    assert list(await rig.runtime.list_handles()) == []
+    assert list(rig.engine.containers) == [renamed.id], "whoever renamed it has taken it over"
+
+
+async def test_a_label_is_no_path(rig: EngineRig) -> None:
+    """Somebody ran an image by hand that carries our labels: images are not ours."""
+    models = rig.folder / "models"
+    models.mkdir()
+    labels = {STATE_LABEL: rig.state_uuid, INSTANCE_LABEL: "../../models"}
+    await rig.engine.run(rig.engine.make("debugging", labels, "/bin/sleep", "1000"))
+    assert list(await rig.runtime.list_handles()) == []
+    assert list(models.iterdir()) == [], "else it would be recorded there, and the folder removed with it"
+    assert rig.bundles.all() == []
+    assert len(rig.engine.containers) == 1, "his container is his"
+
+
+async def test_a_listing_takes_no_start_under_way_for_an_orphan(rig: EngineRig) -> None:
+    rig.engine.hanging.add("POST start")
+    starting = asyncio.create_task(rig.runtime.start(rig.spec("resize-a")))
+    await rig.engine.called("POST start")
+    assert list(await rig.runtime.list_handles()) == []
+    assert len(rig.engine.containers) == 1
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+
+
+async def test_a_start_that_ends_while_they_are_listed_is_no_orphan(
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Listed] = []
+    run = rig.engine.run
+
+    async def looked_at_before(one: StandInContainer) -> None:
+        seen.extend(await rig.containers.list())
+        await run(one)
+
+    async def answer_of_then() -> list[Listed]:
+        return seen
+
+    monkeypatch.setattr(rig.engine, "run", looked_at_before)
+    handle = await rig.runtime.start(rig.spec("resize-a"))
+    assert [one.running for one in seen] == [False]
+    monkeypatch.setattr(rig.containers, "list", answer_of_then)
+    assert list(await rig.runtime.list_handles()) == [handle]
+    assert await rig.runtime.alive(handle)

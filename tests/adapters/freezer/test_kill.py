@@ -1,0 +1,144 @@
+"""Before a kill, somebody else's pause, and how the configuration's timeouts bound it all."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from agent.adapters.freezer.limits import FreezerLimits
+from agent.core.errors import DeadlineError
+from agent.ports import Condition, CudaOp, CudaState, Outcome
+from tests.adapters.freezer.world import LIMITS, World
+from tests.fakes.checkpointer import Fault
+
+LOCK, CHECKPOINT = CudaOp.LOCK, CudaOp.CHECKPOINT
+
+
+async def woken(world: World) -> None:
+    await world.freeze()
+    assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
+    world.driver.batches.clear()
+
+
+# ---- prepare_kill ---------------------------------------------------------------------------------------------
+
+
+async def test_what_was_restored_is_checkpointed_before_it_is_killed(world: World) -> None:
+    second = world.add_process()
+    await woken(world)
+    await world.freezer.prepare_kill(world.handle)
+    assert world.states() == {CudaState.CHECKPOINTED}
+    pids = sorted([world.main, second])
+    assert world.driver.operations == [(op, pid) for op in (LOCK, CHECKPOINT) for pid in pids]
+    assert "freeze" not in world.cgroups.calls[2:]
+
+
+async def test_what_never_slept_is_killed_as_it_is(world: World) -> None:
+    await world.freezer.prepare_kill(world.handle)
+    assert world.driver.batches == []
+
+
+async def test_what_an_earlier_agent_may_have_restored_is_checkpointed(world: World) -> None:
+    again = world.restarted()
+    assert await again.condition(world.handle) is Condition.AWAKE
+    await again.prepare_kill(world.handle)
+    assert world.states() == {CudaState.CHECKPOINTED}
+
+
+@pytest.mark.parametrize("state", [CudaState.LOCKED, CudaState.CHECKPOINTED, CudaState.FAILED])
+async def test_it_goes_on_from_where_it_is(world: World, state: CudaState) -> None:
+    await woken(world)
+    world.driver.processes[world.main].state = state
+    await world.freezer.prepare_kill(world.handle)
+    assert LOCK not in {op for op, _ in world.driver.operations}
+    assert world.state() is (CudaState.CHECKPOINTED if state is CudaState.LOCKED else state)
+
+
+async def test_what_is_stopped_is_not_asked(world: World) -> None:
+    await woken(world)
+    world.cgroups.pause()
+    await world.freezer.prepare_kill(world.handle)
+    assert world.driver.batches == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Fault(LOCK, 600), Fault(LOCK, 304), Fault(LOCK, stuck=True), Fault(CHECKPOINT, hang=True), Fault(LOCK, dies=True)],
+)
+async def test_it_never_raises(world: World, fault: Fault) -> None:
+    await woken(world)
+    world.driver.faults.append(fault)
+    await world.freezer.prepare_kill(world.handle)
+
+
+async def test_a_driver_that_does_not_answer_delays_a_kill_by_its_bound_only(world: World) -> None:
+    freezer = world.restarted(replace(LIMITS, kill_s=0.05, state_s=30.0))
+    await freezer.condition(world.handle)
+
+    async def never(calls, deadline_s, gpu_uuids=()):  # type: ignore[no-untyped-def]
+        await asyncio.Event().wait()
+
+    world.driver.run = never  # type: ignore[method-assign]
+    async with asyncio.timeout(2):
+        await freezer.prepare_kill(world.handle)
+
+
+async def test_without_nvml_it_is_done_all_the_same(world: World) -> None:
+    await woken(world)
+    world.gpus.unavailable = True
+    await world.freezer.prepare_kill(world.handle)
+    assert world.states() == {CudaState.CHECKPOINTED}
+
+
+async def test_forgotten_is_forgotten(world: World) -> None:
+    await woken(world)
+    world.freezer.forget(world.handle)
+    await world.freezer.prepare_kill(world.handle)
+    assert world.driver.batches == []
+
+
+# ---- pauses ---------------------------------------------------------------------------------------------------
+
+
+async def test_our_own_freeze_is_no_pause(world: World) -> None:
+    assert not world.freezer.paused(world.handle)
+    await world.freeze()
+    assert not world.freezer.paused(world.handle)
+    await world.freezer.wake(world.handle, {})
+    world.cgroups.pause()
+    assert world.freezer.paused(world.handle)
+    await world.freezer.thaw(world.handle)
+    assert not world.freezer.paused(world.handle)
+
+
+async def test_a_freeze_of_an_earlier_agent_is_ours_once_recovery_has_seen_it(world: World) -> None:
+    await world.freeze()
+    again = world.restarted()
+    assert await again.condition(world.handle) is Condition.FROZEN
+    assert not again.paused(world.handle)
+
+
+async def test_a_freeze_that_failed_claims_nothing(world: World) -> None:
+    await world.freezer.lock(world.handle)
+    world.cgroups.fail_freeze = DeadlineError("FREEZE_TIMEOUT", "a thread did not stop")
+    await world.freezer.checkpoint(world.handle)
+    world.cgroups.pause()
+    assert world.freezer.paused(world.handle)
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------
+
+
+def test_the_default_configuration_means_the_default_limits() -> None:
+    assert FreezerLimits.for_timeouts(5.0, 120.0) == FreezerLimits(copy_base_s=120.0)
+
+
+def test_a_short_operation_timeout_makes_everything_short() -> None:
+    limits = FreezerLimits.for_timeouts(0.2, 1.0, migrates=True, several_processes_on_several_gpus=True)
+    waits = [limits.state_s, limits.answer_s, limits.settle_s, limits.vram_gone_s, limits.cgroup_s, limits.kill_s]
+    assert max(waits) <= 1.0
+    assert limits.room_patience_s <= 0.1
+    assert limits.copy_base_s + limits.unknown_image_bytes / limits.copy_bytes_per_s < 5
+    assert (limits.migrates, limits.several_processes_on_several_gpus) == (True, True)

@@ -1,0 +1,197 @@
+"""Room on the GPU before a restore, and restores on other GPUs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+from structlog.testing import capture_logs
+
+from agent.adapters.kernel.cgroup_freezer import FreezerState
+from agent.core.types import GIB, MIB
+from agent.ports import Condition, CudaOp, CudaState, Outcome
+from tests.adapters.freezer.world import LIMITS, World
+from tests.fakes.checkpointer import Fault
+from tests.fakes.gpus import gpu
+
+FIRST, SECOND = gpu(0).uuid, gpu(1).uuid
+SWAP = {FIRST: SECOND, SECOND: FIRST}
+IMAGE = 16 * MIB
+
+
+def leave_free(world: World, bytes_: int) -> None:
+    """On every GPU, of 16 GiB."""
+    world.gpus.reserved_bytes = 16 * GIB - bytes_
+
+
+# ---- room -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_restore_without_room_touches_nothing(world: World) -> None:
+    await world.freeze()
+    world.driver.batches.clear()
+    world.cgroups.calls.clear()
+    leave_free(world, IMAGE - 1)
+    result = await world.freezer.wake(world.handle, {})
+    assert (result.outcome, result.reason) == (Outcome.REFUSED, "GPU_MEMORY_SHORT")
+    assert str(IMAGE) in result.message
+    assert str(IMAGE - 1) in result.message
+    assert (world.cgroups.calls, world.driver.batches) == ([], [])
+    leave_free(world, IMAGE)  # what NVML counted fits exactly: no margin
+    assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
+
+
+async def test_what_somebody_thawed_is_frozen_when_there_is_no_room(world: World) -> None:
+    await world.freeze()
+    await world.cgroups.thaw(world.handle)
+    leave_free(world, 0)
+    assert (await world.freezer.wake(world.handle, {})).reason == "GPU_MEMORY_SHORT"
+    assert world.cgroups.now is FreezerState.FROZEN
+
+
+async def test_room_is_asked_of_the_gpu_that_it_wakes_on(world: World) -> None:
+    await world.freeze()
+    world.driver.processes[4711] = other = type(world.driver.processes[world.main])(vram_bytes=16 * GIB)
+    other.gpu_uuid = SECOND
+    assert (await world.freezer.wake(world.handle, SWAP)).reason == "GPU_MEMORY_SHORT"
+    assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
+
+
+async def test_an_image_of_unknown_size_is_restored_without_the_question(world: World) -> None:
+    await world.freeze()
+    leave_free(world, 0)
+    again = world.restarted()
+    assert (await again.wake(world.handle, {})).outcome is Outcome.OK
+    assert "memory_free" not in world.gpus.calls
+    again.forget(world.handle)
+
+
+async def test_an_nvml_that_fails_does_not_keep_a_request_waiting(world: World) -> None:
+    await world.freeze()
+    world.gpus.unavailable = True
+    assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
+
+
+async def test_a_silent_nvml_is_waited_for_once_and_not_by_every_wake(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def never() -> Mapping[str, int]:
+        nonlocal asked
+        asked += 1
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(world.gpus, "memory_free", never)
+    for _ in range(2):
+        await world.freeze()
+        async with asyncio.timeout(LIMITS.room_patience_s + 1):
+            assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
+    assert asked == 1
+
+
+async def test_a_gpu_that_nvml_does_not_show_is_left_to_the_driver(world: World) -> None:
+    await world.freeze()
+    world.gpus.gpus = [gpu(1)]
+    assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
+
+
+# ---- another GPU ----------------------------------------------------------------------------------------------
+
+
+async def test_what_is_remembered_moves_along(world: World) -> None:
+    await world.freeze()
+    assert (await world.freezer.wake(world.handle, SWAP)).outcome is Outcome.OK
+    assert world.driver.processes[world.main].gpu_uuid == SECOND
+    world.driver.processes[world.main].state = CudaState.LOCKED
+    world.driver.faults.append(Fault(CudaOp.UNLOCK, stuck=True))
+    await world.freezer.unlock(world.handle)
+    assert world.driver.stuck_gpus == [(SECOND,)]  # the one to be cordoned
+
+
+async def test_an_incomplete_map_is_refused_and_leaves_it_frozen(world: World) -> None:
+    world.driver.gpu_uuids = (FIRST, SECOND)
+    await world.freeze()
+    result = await world.freezer.wake(world.handle, {FIRST: SECOND})
+    assert (result.outcome, result.reason) == (Outcome.REFUSED, "CUDA_INVALID_VALUE")
+    assert (world.states(), world.cgroups.now) == ({CudaState.CHECKPOINTED}, FreezerState.FROZEN)
+    assert (await world.freezer.wake(world.handle, SWAP)).outcome is Outcome.OK
+
+
+async def test_a_map_that_moves_nothing_is_no_map(world: World) -> None:
+    await world.freeze()
+    await world.freezer.wake(world.handle, {FIRST: FIRST, SECOND: SECOND})
+    assert {call.gpu_map for batch in world.driver.batches for call in batch} == {()}
+
+
+async def test_one_that_moved_and_one_that_did_not_the_second_follows(world: World) -> None:
+    second = world.add_process()
+    await world.freeze()
+    world.driver.faults.append(Fault(CudaOp.RESTORE, 2, pid=max(world.main, second)))
+    assert (await world.freezer.wake(world.handle, SWAP)).outcome is Outcome.OK
+    assert world.states() == {CudaState.RUNNING}
+    assert {process.gpu_uuid for process in world.driver.processes.values()} == {SECOND}
+
+
+async def test_images_of_different_gpus_are_never_made(world: World) -> None:
+    second = max(world.main, world.add_process())
+    await world.freeze()
+    world.driver.batches.clear()
+    world.driver.faults += [Fault(CudaOp.RESTORE, 2, pid=second)] * 9
+    result = await world.freezer.wake(world.handle, SWAP)
+    assert (result.outcome, result.reason) == (Outcome.BROKEN, "CUDA_UNSETTLED")
+    assert world.driver.operations.count((CudaOp.RESTORE, second)) == 2  # once more, never a loop
+    assert CudaOp.CHECKPOINT not in {op for op, _ in world.driver.operations}
+
+
+async def test_a_hung_restore_that_put_it_on_the_old_gpu_after_all_is_found_out(world: World) -> None:
+    await world.freeze()
+    world.driver.faults.append(Fault(CudaOp.RESTORE, later=True))
+    assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.REFUSED
+    # The thaw of this wake lets the hung one run, before the new one.
+    result = await world.freezer.wake(world.handle, SWAP)
+    assert (result.outcome, result.reason) == (Outcome.BROKEN, "CUDA_ON_WRONG_GPU")
+
+
+async def test_after_a_hang_nobody_but_nvml_says_where_it_is(world: World) -> None:
+    await world.freeze()
+    world.driver.faults.append(Fault(CudaOp.RESTORE, hang=True, executes=True))
+    world.gpus.unavailable = True
+    result = await world.freezer.wake(world.handle, SWAP)
+    assert (result.outcome, result.reason) == (Outcome.BROKEN, "NVML_UNAVAILABLE")
+
+
+async def test_nvml_is_asked_where_it_is_after_the_answer(world: World) -> None:
+    await world.freeze()
+    with capture_logs() as logs:
+        assert (await world.freezer.wake(world.handle, SWAP)).outcome is Outcome.OK
+        assert "processes" not in world.gpus.calls[-1:]  # the request does not wait for it
+        world.driver.processes[world.main].gpu_uuid = FIRST  # the driver lied
+        await others()
+    assert [entry["event"] for entry in logs] == ["wake.on_wrong_gpu"]
+
+
+async def others() -> None:
+    """Until every other task has ended."""
+    with suppress(asyncio.CancelledError):
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+
+
+@pytest.mark.parametrize(("migrates", "condition"), [(False, Condition.CHECKPOINTED), (True, Condition.BROKEN)])
+async def test_a_mixture_can_be_finished_only_where_nobody_moves(
+    world: World, migrates: bool, condition: Condition
+) -> None:
+    world.add_process()
+    world.driver.processes[world.main].state = CudaState.CHECKPOINTED
+    assert await world.restarted(replace(LIMITS, migrates=migrates)).condition(world.handle) is condition
+
+
+async def test_a_restarted_agent_knows_one_that_sleeps_from_another_gpu(world: World) -> None:
+    await world.freeze()
+    await world.freezer.wake(world.handle, SWAP)
+    await world.freeze()
+    assert await world.restarted().condition(world.handle) is Condition.FROZEN

@@ -1,0 +1,149 @@
+"""What is gathered about a host: NVML's failures by kind, MPS by its programs, pid namespaces."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pynvml
+import pytest
+
+from agent.adapters.nvml.host_facts import host_facts, look_at_gpus, look_patiently_at_gpus, mps_runs, sees_host_pids
+from agent.core.errors import UnavailableError
+from agent.core.gpus.capabilities import NvmlTrouble
+from agent.core.types import GIB, Gpu
+from agent.ports import DriverInfo
+from agent.settings import GpuSettings
+from tests.fakes.gpus import FakeGpus
+
+T4 = Gpu("GPU-0", 0, "T4", 16 * GIB)
+
+
+@dataclass
+class SickGpus(FakeGpus):
+    """NVML that fails: at once, or after it has said which driver it is."""
+
+    error: UnavailableError | None = None
+    speaks_first: bool = False
+    asked: list[str] = field(default_factory=list)
+
+    async def driver(self) -> DriverInfo:
+        if self.error is not None and not self.speaks_first:
+            raise self.error
+        return DriverInfo("580.65.06", 13000)
+
+    async def list_gpus(self) -> Sequence[Gpu]:
+        if self.error is not None:
+            raise self.error
+        return [T4]
+
+
+async def test_an_agent_that_starts_waits_for_a_device_that_fails_but_is_not_lost() -> None:
+    gpus = FakeGpus()
+    gpus.errors[gpus.gpus[1].uuid] = "failing for a moment"
+    looking = asyncio.create_task(look_patiently_at_gpus(gpus))
+    async with asyncio.timeout(5):
+        while "list_gpus" not in gpus.calls:  # noqa: ASYNC110 - until it has looked once
+            await asyncio.sleep(0)
+    gpus.errors.clear()
+    assert [gpu.index for gpu in (await looking).gpus] == [0, 1]
+
+
+@pytest.mark.parametrize(("error", "patience_s"), [("lost", 60.0), ("failing for long", 0.05)])
+async def test_it_does_not_wait_for_what_is_lost_or_does_not_come_back(error: str, patience_s: float) -> None:
+    gpus = FakeGpus()
+    gpus.errors[gpus.gpus[1].uuid] = error
+    async with asyncio.timeout(5):
+        assert [gpu.index for gpu in (await look_patiently_at_gpus(gpus, patience_s)).gpus] == [0]
+
+
+async def test_a_host_without_a_driver_is_known_at_once() -> None:
+    async with asyncio.timeout(5):
+        assert (await look_patiently_at_gpus(FakeGpus(unavailable=True), 60.0)).error is not None
+
+
+def nvml_error(code: int) -> UnavailableError:
+    error = UnavailableError("NVML_UNAVAILABLE", "the GPUs can't be read")
+    error.__cause__ = pynvml.NVMLError(code)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("code", "trouble"),
+    [
+        (12, NvmlTrouble.MISSING),
+        (9, NvmlTrouble.NOT_LOADED),
+        (18, NvmlTrouble.MISMATCH),
+        (4, NvmlTrouble.DENIED),
+        (15, NvmlTrouble.LOST),
+        (16, NvmlTrouble.LOST),
+        (10, NvmlTrouble.SILENT),
+        (999, NvmlTrouble.OTHER),
+    ],
+)
+async def test_what_nvml_answers_is_a_kind_of_trouble(code: int, trouble: NvmlTrouble) -> None:
+    sight = await look_at_gpus(SickGpus(error=nvml_error(code)))
+    assert (sight.driver, sight.gpus, sight.trouble) == (None, (), trouble)
+    assert bool(sight.trouble_text) is (trouble is NvmlTrouble.OTHER)
+
+
+async def test_silence_is_a_kind_too() -> None:
+    sight = await look_at_gpus(SickGpus(error=UnavailableError("NVML_UNAVAILABLE", "did not answer within 5 s")))
+    assert sight.trouble is NvmlTrouble.SILENT
+
+
+async def test_a_driver_that_gives_its_version_and_then_fails_keeps_it() -> None:
+    sight = await look_at_gpus(SickGpus(error=nvml_error(15), speaks_first=True))
+    facts = host_facts(sight, GpuSettings())
+    assert (facts.driver_version, facts.cuda, facts.gpus, facts.trouble) == ("580.65.06", 13000, (), NvmlTrouble.LOST)
+
+
+async def test_a_healthy_host(tmp_path: Path) -> None:
+    program = tmp_path / "cuda-checkpoint"
+    program.touch(0o755)
+    settings = GpuSettings(checkpointer="utility", utility_path=str(program))
+    facts = host_facts(await look_at_gpus(SickGpus()), settings)
+    assert (facts.trouble, facts.gpus, facts.euid) == (None, (T4,), os.geteuid())
+    assert (facts.checkpointer, facts.utility, facts.utility_problem) == ("utility", str(program), "")
+
+
+async def test_a_program_that_is_not_there() -> None:
+    facts = host_facts(await look_at_gpus(SickGpus()), GpuSettings(utility_path="/nonexistent/cuda-checkpoint"))
+    assert (facts.utility, facts.utility_problem) == ("", "there is no program /nonexistent/cuda-checkpoint")
+
+
+@pytest.mark.root
+@pytest.mark.alone
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's own program counts as MPS")
+@pytest.mark.parametrize(
+    ("name", "owner", "counts"),
+    [
+        ("nvidia-cuda-mps-control", 0, True),
+        ("nvidia-cuda-mps-server", 0, True),
+        ("nvidia-cuda-mps-server", 65534, False),  # a tenant's program of that name must not turn idle mode off
+        ("nvidia-cuda-mps-exporter", 0, False),
+    ],
+)
+def test_mps_is_known_by_its_programs(tmp_path: Path, name: str, owner: int, counts: bool) -> None:
+    shutil.copy("/bin/sleep", tmp_path / name)
+    os.chown(tmp_path / name, owner, owner)
+    assert not mps_runs()
+    with subprocess.Popen([str(tmp_path / name), "60"]) as process:
+        found = mps_runs()
+        process.kill()
+    assert found is counts
+
+
+def test_the_kernels_driver_numbers_processes_as_the_host_does(tmp_path: Path) -> None:
+    """In a container without --pid=host NVML's pids are not ours; a driver in user space sees our own."""
+    (tmp_path / "self" / "ns").mkdir(parents=True)
+    (tmp_path / "self" / "ns" / "pid").touch()
+    assert sees_host_pids(tmp_path)
+    (tmp_path / "driver" / "nvidia").mkdir(parents=True)
+    (tmp_path / "driver" / "nvidia" / "version").touch()
+    assert not sees_host_pids(tmp_path)

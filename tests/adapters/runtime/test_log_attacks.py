@@ -1,0 +1,101 @@
+"""A workload against the root process that keeps its log: nothing it does to the file may hold the agent up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.adapters.process.launch_plan import Identity, resolve_identity
+from agent.adapters.runtime.log_files import LogFiles
+
+# Whoever opens a leased file waits for its holder, up to /proc/sys/fs/lease-break-time (45 s): in the agent's loop.
+LEASE = """
+import fcntl, os, signal, sys
+uid, gid = map(int, sys.argv[1:])
+if uid != os.getuid():
+    os.setgroups([]), os.setgid(gid), os.setuid(uid)
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+try:
+    fcntl.fcntl(1, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+except OSError as error:
+    print(f"refused: {error.strerror}", file=sys.stderr, flush=True)
+else:
+    print("leased", file=sys.stderr, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def leaser() -> Iterator[list[subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def take_lease(started: list[subprocess.Popen[bytes]], log_fd: int, identity: Identity | None) -> str:
+    """A workload whose stdout is the log leases it; what came of that."""
+    uid, gid = (identity.uid, identity.gid) if identity else (os.getuid(), os.getgid())
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", LEASE, str(uid), str(gid)],
+        stdin=subprocess.PIPE,
+        stdout=log_fd,
+        stderr=subprocess.PIPE,
+    )
+    started.append(process)
+    os.close(log_fd)  # the agent keeps none either
+    assert process.stderr
+    return process.stderr.readline().decode().strip()
+
+
+def test_a_leased_log_holds_nobody_up(tmp_path: Path, leaser: list[subprocess.Popen[bytes]]) -> None:
+    """Of the agent's own user, the workload owns the file and may lease it: then the log waits, not the agent."""
+    logs = LogFiles(tmp_path, cap_bytes=10, keep=5)
+    log_fd = logs.open("resize-a", None)
+    os.write(log_fd, b"more than the cap")
+    if take_lease(leaser, log_fd, None) != "leased":
+        pytest.skip("this file system has no leases")
+    began = time.monotonic()
+    for look in (lambda: logs.read(logs.path("resize-a"), 100), lambda: logs.trim(logs.path("resize-a"))):
+        with pytest.raises(BlockingIOError):
+            look()
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.root
+def test_another_user_cannot_lease_its_log(tmp_path: Path, leaser: list[subprocess.Popen[bytes]]) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can start a process as another user")
+    identity = resolve_identity("nobody")
+    logs = LogFiles(tmp_path, cap_bytes=10, keep=5)
+    log_fd = logs.open("resize-a", identity)
+    os.write(log_fd, b"kept")
+    assert take_lease(leaser, log_fd, identity).startswith("refused")
+    assert logs.read(logs.path("resize-a"), 100) == b"kept"
+
+
+def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
+    """The folder is the agent's alone; should that ever fail, a link in it still leads nowhere."""
+    victim = tmp_path / "shadow"
+    victim.write_bytes(b"root's, and longer than the cap")
+    logs = LogFiles(tmp_path, cap_bytes=10, keep=5)
+    (tmp_path / "logs").mkdir()
+    for name in ("resize-a.log", "resize-b.log.1"):
+        (tmp_path / "logs" / name).symlink_to(victim)
+    for look in (lambda: logs.open("resize-a", None), lambda: logs.read(logs.path("resize-a"), 5)):
+        with pytest.raises(OSError, match="symbolic"):
+            look()
+    with pytest.raises(OSError, match="symbolic"):
+        logs.trim(logs.path("resize-a"))
+    log_fd = logs.open("resize-b", None)
+    os.write(log_fd, b"more than the cap")
+    os.close(log_fd)
+    assert logs.trim(logs.path("resize-b"))  # replaces the link, does not write through it
+    assert victim.read_bytes() == b"root's, and longer than the cap"

@@ -1,0 +1,97 @@
+"""Processes and containers behind one runtime: who looks after whom, also when there is no engine any more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from agent.adapters.runtime.router import Runtimes
+from agent.core.errors import PreconditionError, UnavailableError
+from agent.core.types import FunctionSpec, Handle, InstanceSpec
+from agent.ports import ExecSpec, StartSpec
+from tests.fakes.runtime import FakeRuntime
+
+PROCESS = FunctionSpec(name="resize", image="host", entrypoint=("serve",))
+IMAGE = FunctionSpec(name="resize", image="registry.example/resize:1")
+
+
+class FakeEngine(FakeRuntime):
+    """Gives its instances a container's id."""
+
+    def accepts(self, function: FunctionSpec) -> None:
+        """Any image."""
+
+    async def start(self, spec: StartSpec) -> Handle:
+        assert spec.instance.function.image != "host"
+        handle = await super().start(spec)
+        container = self.containers[handle.uid]
+        container.handle = replace(handle, container_id=f"c-{handle.uid}")
+        return container.handle
+
+    async def check(self) -> None:
+        """It is there."""
+
+
+def spec(uid: str, function: FunctionSpec) -> StartSpec:
+    return StartSpec(InstanceSpec(uid, uid, function), {}, ())
+
+
+async def test_each_image_goes_where_it_can_run_and_all_are_listed_in_order() -> None:
+    process, engine = FakeRuntime(), FakeEngine()
+    runtimes = Runtimes(process, engine, process_enabled=True)
+    third = await runtimes.start(spec("c", PROCESS))
+    first = await runtimes.start(spec("a", PROCESS))
+    second = await runtimes.start(spec("b", IMAGE))
+    assert list(process.containers) == ["c", "a"]
+    assert list(engine.containers) == ["b"]
+    assert list(await runtimes.list_handles()) == [first, second, third]
+    for handle in (first, second, third):
+        await runtimes.kill(handle)
+        await runtimes.destroy(handle)
+    assert list(await runtimes.list_handles()) == []
+    assert runtimes.offered == ("process", "engine")
+
+
+def test_processes_of_the_host_must_be_allowed() -> None:
+    runtimes = Runtimes(FakeRuntime(), FakeEngine(), process_enabled=False)
+    with pytest.raises(PreconditionError, match=r"runtime\.process\.enabled") as raised:
+        runtimes.accepts(PROCESS)
+    assert raised.value.reason == "PROCESS_RUNTIME_DISABLED"
+    runtimes.accepts(IMAGE)
+    assert runtimes.offered == ("engine",)
+
+
+def test_without_an_engine_an_image_is_refused_with_the_fix() -> None:
+    runtimes = Runtimes(FakeRuntime(), None, process_enabled=True)
+    with pytest.raises(PreconditionError, match=r"runtime\.engine\.socket") as raised:
+        runtimes.accepts(IMAGE)
+    assert raised.value.reason == "IMAGE_RUNTIME_UNAVAILABLE"
+    runtimes.accepts(PROCESS)
+    assert runtimes.offered == ("process",)
+
+
+async def test_a_container_that_outlived_its_engines_setting_is_killed_and_kept_on_record() -> None:
+    process, engine = FakeRuntime(), FakeEngine()
+    container = await Runtimes(process, engine, process_enabled=True).start(spec("a", IMAGE))
+    process.containers["a"] = engine.containers["a"]  # the kernel shows it to everyone
+    runtimes = Runtimes(process, None, process_enabled=True)
+    assert await runtimes.alive(container)
+    await runtimes.kill(container)
+    assert not await runtimes.alive(container)
+    with pytest.raises(UnavailableError) as raised:
+        await runtimes.destroy(container)
+    assert raised.value.reason == "ENGINE_UNAVAILABLE"
+    with pytest.raises(UnavailableError):
+        await runtimes.exec(container, ExecSpec(("sh",)))
+
+
+async def test_where_no_socket_was_found_nothing_new_starts_and_the_old_is_still_removed() -> None:
+    engine = FakeEngine()
+    container = await Runtimes(FakeRuntime(), engine, process_enabled=True).start(spec("a", IMAGE))
+    runtimes = Runtimes(FakeRuntime(), engine, process_enabled=True, engine_enabled=False)
+    with pytest.raises(PreconditionError):
+        runtimes.accepts(IMAGE)
+    assert (runtimes.offered, runtimes.engine) == (("process",), None)
+    await runtimes.destroy(container)
+    assert engine.containers == {}

@@ -1,0 +1,132 @@
+"""The SQLite store under what disks do: damage, fullness, slowness, death of the process, a newer schema."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent.adapters.store.node_store import FILE_NAME, NodeStore
+from agent.adapters.store.sqlite_thread import StoreHealth
+from agent.core.errors import UnavailableError
+from tests.contract.test_stores import record, window
+
+
+async def test_everything_survives_a_reopening(tmp_path: Path) -> None:
+    store = await NodeStore.open(tmp_path)
+    await store.put_instance(record())
+    await store.upsert_windows([window(seq=0), window(seq=1, sealed=False)])
+    await store.acknowledge([("i-ocr-1", 0)])
+    await store.close()
+    again = await NodeStore.open(tmp_path)
+    assert list(await again.load_instances()) == [record()]
+    assert list(await again.last_windows()) == [window(seq=1, sealed=False)]
+    assert list(await again.unacknowledged(10)) == []
+    await again.close()
+
+
+async def test_what_was_written_is_there_for_a_reader_before_any_close(tmp_path: Path) -> None:
+    """A kill -9 leaves the file as another process sees it now."""
+    store = await NodeStore.open(tmp_path)
+    await store.upsert_windows([window(sealed=False)])
+    with sqlite3.connect(tmp_path / FILE_NAME) as reader:
+        assert reader.execute("SELECT count(*) FROM windows").fetchone() == (1,)
+    reader.close()
+    await store.close()
+
+
+@pytest.mark.parametrize("found", ["none", "copied back, open to all"])
+async def test_only_the_owner_may_read_the_file(tmp_path: Path, found: str) -> None:
+    if found != "none":
+        (tmp_path / FILE_NAME).touch()
+        (tmp_path / FILE_NAME).chmod(0o644)
+    store = await NodeStore.open(tmp_path)
+    await store.put_instance(record())
+    modes = {name: stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in os.listdir(tmp_path)}
+    assert modes == {FILE_NAME: 0o600, f"{FILE_NAME}-wal": 0o600, f"{FILE_NAME}-shm": 0o600}
+    await store.close()
+
+
+async def test_a_damaged_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"not a database at all" * 400)
+    with pytest.raises(UnavailableError, match="can be moved away") as caught:
+        await NodeStore.open(tmp_path)
+    assert caught.value.reason == "STORE_FAILED"
+    assert (tmp_path / FILE_NAME).read_bytes().startswith(b"not a database")
+
+
+async def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="STORE_FAILED"):
+        await NodeStore.open(tmp_path / "nowhere")
+
+
+async def test_a_newer_schema_is_refused_untouched(tmp_path: Path) -> None:
+    await (await NodeStore.open(tmp_path)).close()
+    with sqlite3.connect(tmp_path / FILE_NAME) as other:
+        other.execute("PRAGMA user_version = 99")
+    other.close()
+    with pytest.raises(UnavailableError, match="newer than this program"):
+        await NodeStore.open(tmp_path)
+
+
+async def test_a_full_disk_fails_the_write_whole_and_heals(tmp_path: Path) -> None:
+    store = await NodeStore.open(tmp_path, max_bytes=120_000)
+    await store.upsert_windows([window("i-first")])
+    with pytest.raises(UnavailableError, match="full"):
+        await store.upsert_windows([window(f"i-{n}") for n in range(2_000)])
+    assert (store.health.ok, store.health.failures) == (False, 1)
+    assert [w.instance_uid for w in await store.read_windows()] == ["i-first"]
+    assert store.health == StoreHealth(ok=True)
+    await store.close()
+
+
+async def test_a_locked_database_meets_the_deadline_and_later_writes_work(tmp_path: Path) -> None:
+    store = await NodeStore.open(tmp_path, deadline_s=0.2)
+    other = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    async with asyncio.timeout(5):
+        with pytest.raises(UnavailableError) as caught:
+            await store.put_instance(record())
+        assert caught.value.reason == "STORE_FAILED"
+        assert store.health.failures == 1
+        other.execute("ROLLBACK")
+        other.close()
+        await store.put_instance(replace(record(), phase="READY"))
+    assert [r.phase for r in await store.load_instances()] == ["READY"]
+    assert store.health == StoreHealth(ok=True)
+    await store.close()
+
+
+async def test_the_queue_is_bounded_and_says_so_at_once(tmp_path: Path) -> None:
+    store = await NodeStore.open(tmp_path, deadline_s=0.5, queue_length=2)
+    other = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    writes = [asyncio.create_task(store.upsert_windows([window(seq=n)])) for n in range(8)]
+    results = await asyncio.gather(*writes, return_exceptions=True)
+    other.close()
+    assert sum("waiting for the disk" in str(result) for result in results) >= 5
+    await store.close()
+
+
+async def test_a_closed_store_refuses(tmp_path: Path) -> None:
+    store = await NodeStore.open(tmp_path)
+    await store.close()
+    await store.close()
+    with pytest.raises(UnavailableError, match="closed"):
+        await store.load_instances()
+
+
+async def test_a_damaged_record_is_a_store_failure_not_a_crash(tmp_path: Path) -> None:
+    store = await NodeStore.open(tmp_path)
+    await store.put_instance(record())
+    with sqlite3.connect(tmp_path / FILE_NAME) as other:
+        other.execute("UPDATE instances SET record = '{}'")
+    other.close()
+    with pytest.raises(UnavailableError, match="STORE_FAILED"):
+        await store.load_instances()
+    await store.close()

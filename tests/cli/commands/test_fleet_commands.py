@@ -1,0 +1,141 @@
+"""Commands that ask the scheduler: functions, usage, the fleet's nodes and instances."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands.test_node_commands import MINIMAL
+from tests.cli.conftest import Run
+from tests.cli.fc3.test_s_yaml import EXAMPLE
+
+
+@pytest.fixture
+def s_yaml(tmp_path: Path) -> Path:
+    return tmp_path / "s.yaml"
+
+
+def name_it(path: Path, name: str, more: str = "") -> Path:
+    path.write_text(MINIMAL.replace("NAME", name) + more)
+    return path
+
+
+def test_deploy_prints_the_url_on_stdout_and_the_rest_on_stderr(at_home: Run) -> None:
+    done = at_home("deploy", "-t", EXAMPLE)
+    assert done.code == 0
+    assert done.out.startswith("http://127.0.0.1:")
+    assert done.out.endswith("/fn/gpu-porn-detection/\n")
+    assert "warning: gpu-best-practice.s.yaml:26: resources.gpu-best-practive.props.internetAccess" in done.err
+    assert "gpu-porn-detection deployed: revision 1, target 1, PROVISIONING" in done.err
+
+
+def test_deploy_sends_only_what_the_file_says(at_home: Run, s_yaml: Path) -> None:
+    """The scheduler has defaults of its own for the rest."""
+    sent = at_home("deploy", "-t", name_it(s_yaml, "plain"), "--dry-run", "-o", "json").json["functions"][0]["spec"]
+    assert (sent["queue_length"], sent["queue_timeout_ns"], sent["dispatch"]) == (None, None, "UNSPECIFIED")
+    more = "      hibernode: {dispatch: spread, queueLength: 1}\n"
+    sent = at_home("deploy", "-t", name_it(s_yaml, "plain", more), "--dry-run", "-o", "json").json["functions"][0]
+    assert (sent["spec"]["queue_length"], sent["spec"]["dispatch"]) == (1, "SPREAD")
+
+
+def test_deploy_without_a_number_keeps_the_target_there_is(at_home: Run, s_yaml: Path) -> None:
+    def target(*arguments: str) -> int:
+        answer = at_home("deploy", "-t", s_yaml, "-o", "json", *arguments).json["functions"][0]["target"]
+        assert isinstance(answer, int)
+        return answer
+
+    name_it(s_yaml, "keeper")
+    assert target() == 1
+    assert target("--target", "3") == 3
+    assert target() == 3
+    name_it(s_yaml, "keeper", "      provisionConfig: {defaultTarget: 2}\n")
+    assert target() == 2
+    assert target("--target", "0") == 0
+
+
+def test_a_dry_run_deploys_nothing(at_home: Run, s_yaml: Path) -> None:
+    done = at_home("deploy", "-t", name_it(s_yaml, "dry"), "--dry-run")
+    assert (done.code, done.out) == (0, "")
+    assert "dry could be deployed" in done.err
+    assert at_home("functions", "show", "dry").code == 3
+
+
+def test_deploy_and_wait(at_home: Run, s_yaml: Path) -> None:
+    done = at_home("deploy", "-t", name_it(s_yaml, "slow"), "--wait", "-o", "json")
+    assert done.json["functions"][0]["state"] == "READY"
+    done = at_home("deploy", "-t", name_it(s_yaml, "hopeless"), "--wait")
+    assert done.code == 4
+    assert done.out.endswith("/fn/hopeless/\n")  # deployed it is
+    assert "hibernode: hopeless: no node runs images (IMAGE_RUNTIME_UNAVAILABLE)" in done.err
+    done = at_home("deploy", "-t", name_it(s_yaml, "late"), "--wait", "--timeout", "0.1")
+    assert done.code == 5
+    assert "(DEPLOY_TIMEOUT)" in done.err
+
+
+def test_functions_are_listed_shown_and_removed(at_home: Run, s_yaml: Path) -> None:
+    for name in ("fn-a", "fn-b", "fn-c"):
+        at_home("deploy", "-t", name_it(s_yaml, name), "--target", "2")
+    listed = at_home("functions")
+    assert {"fn-a", "fn-b", "fn-c"} <= {line[0] for line in listed.words}
+    assert {"fn-a", "fn-b", "fn-c"} <= {one["name"] for one in at_home("functions", "-o", "json").json["functions"]}
+    assert at_home("functions", "list", "-o", "json").json == at_home("functions", "-o", "json").json
+    assert "0 of 2, 0 awake" in at_home("functions", "show", "fn-a").out
+    assert "2 of 2, 0 awake" in at_home("functions", "show", "fn-a").out
+    assert at_home("functions", "show", "fn-a", "-o", "json").json["target"] == 2
+    done = at_home("functions", "rm", "fn-a")
+    assert (done.code, done.out) == (0, "")
+    assert at_home("functions", "show", "fn-a").code == 3
+    assert at_home("functions", "rm", "fn-a").code == 3
+
+
+def test_usage_as_a_table(at_home: Run) -> None:
+    done = at_home("usage")
+    assert [line[0] for line in done.words] == ["FUNCTION", "chat", "ocr", "tts", "TOTAL"]
+    assert "COST (CU)" in done.out
+    assert "50.8 % saved" in done.out
+    assert [line[0] for line in at_home("usage", "--function", "ocr").words] == ["FUNCTION", "ocr", "TOTAL"]
+    assert at_home("usage", "--by", "instance").words[0][:2] == ["INSTANCE", "NODE"]
+
+
+def test_costs_can_be_computed_again_from_the_json(at_home: Run) -> None:
+    found = at_home("usage", "-o", "json").json
+    total = Decimal(0)
+    for row in found["rows"]:
+        factors = {name: Decimal(value) for name, value in row["factors"].items() if value and name != "valid_from"}
+        cost = (
+            Decimal(row["gpu_active_gib_s"]) * factors["gpu_active"]
+            + Decimal(row["gpu_idle_gib_s"]) * factors["gpu_idle"]
+            + Decimal(row["vcpu_active_s"]) * factors["vcpu_active"]
+            + Decimal(row["vcpu_idle_s"]) * factors["vcpu_idle"]
+            + Decimal(row["memory_gib_s"]) * factors["memory"]
+            + Decimal(row["disk_gib_s"]) * factors["disk"]
+            + row["invocations"] * factors["invocation"]
+        )
+        assert cost == Decimal(row["cost"])
+        total += cost
+    assert total == Decimal(found["total_cost"])
+    assert sum(window["active_ns"] for window in found["windows"]) == 60_000_000_000
+    assert at_home("usage", "-o", "json", "--no-windows").json["windows"] == []
+
+
+def test_the_nodes_own_ledger(at_home: Run) -> None:
+    done = at_home("usage", "--local")
+    assert [line[1] for line in done.words[1:]] == ["0", "1", "2"]
+    assert [line[-1] for line in done.words[1:]] == ["4", "4", "open"]
+    windows = at_home("usage", "--local", "-o", "json").json["windows"]
+    assert [window["end_mono_ns"] for window in windows[:2]] == [window["start_mono_ns"] for window in windows[1:]]
+
+
+def test_nodes_and_instances_of_the_fleet(at_home: Run) -> None:
+    assert [line[:2] for line in at_home("node", "--fleet").words[1:]] == [
+        ["gpu-host-1", "READY"],
+        ["gpu-host-2", "LOST"],
+    ]
+    assert [one["state"] for one in at_home("node", "--fleet", "-o", "json").json["nodes"]] == ["READY", "LOST"]
+    assert [line[:2] for line in at_home("ps", "--fleet").words[1:]] == [
+        ["gpu-host-1", "i-run"],
+        ["gpu-host-1", "i-cold"],
+        ["gpu-host-1", "i-chat"],
+    ]

@@ -1,0 +1,111 @@
+"""Commands about this host: becoming a daemon, the emulated driver. The doctor: test_doctor*.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.adapters.engine.gpus import cdi_device_names
+from agent.config import load
+from agent.settings import AgentConfig
+from tests.cli.conftest import Run
+from tests.fakes.emulated_driver import EmulatedNvidia
+
+
+@pytest.mark.parametrize("daemon", ["agent", "scheduler"])
+def test_the_command_becomes_the_daemon(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, daemon: str) -> None:
+    """The same process: a service manager that started the command talks to the daemon itself."""
+    became: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _path, arguments: became.append(arguments))
+    config = tmp_path / f"{daemon}.yaml"
+    config.write_text("{}\n")
+    assert run(daemon, "--config", config).code == 0
+    assert became == [[sys.executable, "-P", "-m", f"agent.daemons.{daemon}", "--config", str(config)]]
+
+
+def test_a_configuration_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    done = run("agent", "--config", tmp_path / "nowhere.yaml")
+    assert done.code == 2
+    assert "nowhere.yaml can't be read; name a file with --config" in done.err
+
+
+def test_emulated_env_prints_what_eval_takes(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "it's here"
+    done = run("emulated", "env", "--dir", folder)
+    assert done.code == 0
+    script = f'{done.out}\nprintf "%s" "$HIBERNODE_EMULATED_SOCKET"'
+    shown = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=10, check=True)
+    assert shown.stdout == f"{folder}/driver.sock"
+
+
+def test_emulated_env_prints_an_agents_section_that_its_settings_take(run: Run, tmp_path: Path) -> None:
+    done = run("emulated", "env", "--dir", tmp_path / "gpus", "--format", "yaml")
+    assert done.code == 0
+    config = tmp_path / "agent.yaml"
+    config.write_text(done.out)
+    gpu = load(config, AgentConfig).gpu
+    assert gpu.attach == "mounts"
+    assert gpu.mounts.environment["LD_LIBRARY_PATH"] == f"{tmp_path}/gpus/lib"
+    places = [f"{tmp_path}/gpus/lib", f"{tmp_path}/gpus/driver.sock"]
+    assert list(gpu.mounts.binds) == [f"{place}:{place}:ro" for place in places]  # not control.sock
+
+
+def test_emulated_env_prints_a_cdi_specification(run: Run, tmp_path: Path, nvidia: EmulatedNvidia) -> None:
+    done = run("emulated", "env", "--dir", nvidia.directory, "--format", "cdi")
+    assert done.code == 0
+    (tmp_path / "emulated.json").write_text(done.out)
+    uuids = {device.uuid for device in nvidia.control.devices()}
+    assert cdi_device_names([tmp_path]) == {*uuids, "all"}
+    document = json.loads(done.out)
+    assert all(device["containerEdits"]["env"] for device in document["devices"])  # CDI refuses empty ones
+    assert not any("control.sock" in mount["hostPath"] for mount in document["containerEdits"]["mounts"])
+
+
+def test_emulated_env_can_name_no_gpus_of_a_driver_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    done = run("emulated", "env", "--dir", tmp_path, "--format", "cdi")
+    assert (done.code, done.out) == (5, "")
+
+
+def test_emulated_up_refuses_what_it_can_not_be(run: Run, tmp_path: Path) -> None:
+    done = run("emulated", "up", "--dir", tmp_path, "--profile", "999")
+    assert done.code == 2
+    assert "(EMULATED_PROFILE_UNKNOWN)" in done.err
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of an emulated driver, started by the command; it ends on SIGINT."""
+    folder = tmp_path_factory.mktemp("driver")
+    command = [sys.executable, "-m", "agent.cli.main", "emulated", "up", "--dir", str(folder), "--model", "L20"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            while "emulated.ready" not in (line := process.stderr.readline()):
+                assert line, "the driver ended before it was ready"
+            yield folder
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert "emulated.frozen_calls" not in process.stderr.read()
+            assert process.wait(timeout=20) == 0
+
+
+def test_the_drivers_own_truth(driver: Path, run: Run) -> None:
+    done = run("emulated", "ps", "--dir", driver)
+    assert [line[:3] for line in done.words[1:3]] == [["0", "Emulated", "L20"], ["1", "Emulated", "L20"]]
+    assert run("emulated", "ps", "--dir", driver, "-o", "json").json["processes"] == []
+    done = run("emulated", "flip-byte", "--dir", driver)
+    assert (done.code, done.out) == (4, "")
+    assert "(EMULATED_NO_BYTE)" in done.err
+
+
+def test_no_driver_there(run: Run, tmp_path: Path) -> None:
+    done = run("emulated", "ps", "--dir", tmp_path)
+    assert done.code == 5
+    assert "start one with `hibernode emulated up --dir`" in done.err

@@ -1,0 +1,135 @@
+"""Finding daemons and tokens, and saying so when there are none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from agent.cli.daemon_locator import Place, find_daemon, find_gateway, read_token
+from agent.cli.options import Asked
+from agent.core.errors import ConfigError, InvalidArgumentError, PermissionDeniedError, UnavailableError
+from tests.cli.conftest import Run
+from tests.fakes.daemon import TOKEN
+
+
+def asked(home: Path, **more: str) -> Asked:
+    places = {"agent": "", "scheduler": "", "gateway": "", "token_file": "", **more}
+    return Asked(home=home, insecure=False, output="table", **places)
+
+
+@pytest.fixture
+def daemons(tmp_path: Path) -> Path:
+    """A home of an agent without a socket, and of a scheduler."""
+    for daemon, found in (("agent", {"grpc": "127.0.0.1:8611"}), ("scheduler", {"gateway": "http://127.0.0.1:8600/"})):
+        (tmp_path / daemon).mkdir()
+        (tmp_path / daemon / "endpoints.json").write_text(json.dumps(found))
+        (tmp_path / daemon / "token").write_text("token-of-the-home-1234\n")
+    return tmp_path
+
+
+def test_nobody_has_been_started(run: Run) -> None:
+    done = run("ps")
+    assert (done.code, done.out) == (5, "")
+    assert "no agent has been started in" in done.err
+    assert "--home (HIBERNODE_HOME) or --agent ADDRESS (AGENT_NOT_RUNNING)" in done.err
+    assert "(SCHEDULER_NOT_RUNNING)" in run("functions").err
+
+
+def test_nobody_answers_any_more(run: Run) -> None:
+    done = run("ps", "--agent", "127.0.0.1:1")
+    assert done.code == 5
+    assert "no agent answers at 127.0.0.1:1: is it running?" in done.err
+
+
+def test_the_home_may_stand_before_or_after_the_command(run: Run, home: Path) -> None:
+    assert run("--home", home, "ps", "-q").code == 0
+    assert run("ps", "-q", "--home", home).code == 0
+    assert run("--home", "/nowhere", "ps", "-q", "--home", home).code == 0
+    assert run("--output", "json", "--home", home, "ps").json["instances"]
+
+
+def test_the_socket_needs_no_token(home: Path) -> None:
+    assert find_daemon("agent", asked(home)) == Place(f"unix:{home}/agent.sock", "")
+
+
+def test_without_a_socket_the_token_goes_along(daemons: Path) -> None:
+    assert find_daemon("agent", asked(daemons)) == Place("127.0.0.1:8611", "token-of-the-home-1234")
+
+
+def test_over_tcp_with_the_token(run: Run, home: Path) -> None:
+    address = json.loads((home / "agent" / "endpoints.json").read_text())["grpc"]
+    done = run("ps", "-q", "--agent", address, "--token-file", home / "agent" / "token")
+    assert (done.code, done.out.split()[0]) == (0, "i-run")
+    done = run("ps", "--agent", address)
+    assert done.code == 4
+    assert "wants its token: name the file with --token-file (TOKEN_MISSING)" in done.err
+
+
+def test_a_wrong_token_is_exit_4_and_is_not_shown(run: Run, home: Path, tmp_path: Path) -> None:
+    address = json.loads((home / "agent" / "endpoints.json").read_text())["grpc"]
+    (tmp_path / "token").write_text("not-the-right-token-at-all")
+    done = run("ps", "--agent", address, "--token-file", tmp_path / "token")
+    assert done.code == 4
+    assert "(TOKEN_UNKNOWN)" in done.err
+    assert "not-the-right" not in done.err
+
+
+def test_the_homes_token_stays_on_this_machine(daemons: Path) -> None:
+    """Whoever names another host without a token must not send it ours."""
+    assert find_daemon("agent", asked(daemons, agent="127.0.0.1:9")).token == "token-of-the-home-1234"
+    assert find_daemon("agent", asked(daemons, agent="gpu-host-2:8611")).token == ""
+
+
+def test_a_token_does_not_travel_unencrypted_unless_asked(run: Run, home: Path) -> None:
+    done = run("ps", "--agent", "192.0.2.1:8611", "--token-file", home / "agent" / "token")
+    assert done.code == 2
+    assert "(TARGET_INSECURE)" in done.err
+
+
+def test_a_place_does_not_show_its_token() -> None:
+    assert TOKEN not in repr(Place("127.0.0.1:1", TOKEN))
+
+
+def test_the_gateway_is_an_address(daemons: Path) -> None:
+    assert find_gateway(asked(daemons)) == "127.0.0.1:8600"
+    assert find_gateway(asked(daemons, gateway="http://gw.example:80/")) == "gw.example:80"
+    shutil.rmtree(daemons / "scheduler")
+    with pytest.raises(UnavailableError, match="no scheduler has been started"):
+        find_gateway(asked(daemons))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null"])
+def test_endpoints_that_no_daemon_wrote(daemons: Path, content: str) -> None:
+    (daemons / "agent" / "endpoints.json").write_text(content)
+    with pytest.raises(ConfigError, match="start the agent again"):
+        find_daemon("agent", asked(daemons))
+
+
+@pytest.mark.parametrize("content", [b"", b"two words", b"\xff\xff", b"line\nline"])
+def test_a_token_file_without_a_token(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "token").write_bytes(content)
+    with pytest.raises(InvalidArgumentError, match="does not hold one token"):
+        read_token(tmp_path / "token")
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [("endpoints.json", "use sudo, or name --agent ADDRESS"), ("token", "use sudo, or join the group hibernode")],
+)
+def test_what_we_may_not_read_says_what_to_do(
+    daemons: Path, monkeypatch: pytest.MonkeyPatch, file: str, said: str
+) -> None:
+    """Refused here as the kernel refuses it to others: the tests run as root."""
+    real = Path.open
+
+    def refuse(path: Path, mode: str = "r") -> object:
+        if path.name == file:
+            raise PermissionError(13, "Permission denied")
+        return real(path, mode)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionDeniedError, match=said):
+        find_daemon("agent", asked(daemons))

@@ -1,0 +1,319 @@
+"""From the instances wanted to the instances there are."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+
+from agent.core.provisioning.reconcile import (
+    MAX_ATTEMPTS,
+    Plan,
+    Present,
+    RequestId,
+    Scheduling,
+    Tries,
+    Wanted,
+    came_up,
+    failed,
+    parse_request_id,
+    plan,
+)
+from agent.core.types import SECOND_NS, InstanceState
+
+RUNNING, STARTING, STOPPING = InstanceState.RUNNING, InstanceState.STARTING, InstanceState.STOPPING
+FROZEN = InstanceState.FROZEN
+CORDONED, DRAINED, EMPTIED = Scheduling.CORDONED, Scheduling.DRAINED, Scheduling.EMPTIED
+NONE: frozenset[int] = frozenset()
+
+
+def have(ordinal: int, revision: str = "1", state: InstanceState = RUNNING, attempt: int = 1) -> Present:
+    uid = f"r{revision}-{ordinal}-{attempt}"
+    return Present(uid, "n1", RequestId("ocr", revision, ordinal, attempt), state)
+
+
+def settled(target: int, present: Iterable[Present], revision: str = "1") -> Plan:
+    """What is done with nothing under way once all nodes were heard."""
+    return plan(Wanted("ocr", revision, target), present, {}, NONE, True, 0)
+
+
+def stopped(made: Plan) -> list[str]:
+    return [stop.uid for stop in made.stops]
+
+
+def created(made: Plan) -> list[str]:
+    return [str(create.request_id) for create in made.creates]
+
+
+def yielding(made: Plan) -> list[str]:
+    """Who may be stopped for the creates, were there no room."""
+    return [] if made.coming or not made.creates else [one.uid for one in made.may_give_way]
+
+
+def test_missing_ordinals_are_created_and_those_under_way_are_not() -> None:
+    made = plan(Wanted("ocr", "1", 3), [have(1)], {}, frozenset({2}), True, 0)
+    assert [str(create.request_id) for create in made.creates] == ["ocr/1/0/1"]
+    assert made.stops == ()
+
+
+def test_nothing_is_created_before_every_node_was_heard() -> None:
+    assert plan(Wanted("ocr", "1", 3), [], {}, NONE, False, 0).creates == ()
+
+
+def test_nothing_is_stopped_before_every_node_was_heard() -> None:
+    """What looks like too many may stand in for what nobody has reported yet; and the target may not be known."""
+    here = [have(0), have(1), have(0, "0"), replace(have(5), scheduling=EMPTIED)]
+    made = plan(Wanted("ocr", "1", 1), here, {}, NONE, False, 0)
+    assert (made.stops, made.creates, made.may_give_way) == ((), (), ())
+    assert len(settled(1, here).stops) == 3
+
+
+USES = {
+    "not yet up": have(0, state=STARTING),
+    "cordoned": replace(have(1), scheduling=CORDONED, requests=7),
+    "silent node": replace(have(2), unsteady=True, requests=8),
+    "asleep for long": replace(have(3, state=FROZEN), idle_ns=90 * SECOND_NS),
+    "falling asleep": replace(have(4, state=InstanceState.FREEZING), idle_ns=60 * SECOND_NS),
+    "asleep": replace(have(5, state=FROZEN), idle_ns=50 * SECOND_NS),
+    "idle for long": replace(have(6), idle_ns=99 * SECOND_NS),
+    "idle, high ordinal": replace(have(8), idle_ns=5 * SECOND_NS),
+    "idle, low ordinal": replace(have(7), idle_ns=5 * SECOND_NS),
+    "one request": replace(have(10), requests=1),
+    "one request, woken for it": replace(have(9, state=InstanceState.RESTORING), requests=1),
+    "two requests": replace(have(11), requests=2),
+}
+"""From the least useful to the most."""
+
+
+@pytest.mark.parametrize("target", range(len(USES) + 1))
+def test_scale_in_takes_the_least_useful(target: int) -> None:
+    here = list(USES.values())
+    random.Random(target).shuffle(here)
+    gone = stopped(settled(target, here))
+    assert gone == [one.uid for one in USES.values()][: len(USES) - target]
+
+
+def test_what_is_under_way_is_counted_and_goes_before_any_instance() -> None:
+    here = [have(0), have(1)]
+    more = plan(Wanted("ocr", "1", 4), here, {}, frozenset({2}), True, 0)
+    assert created(more) == ["ocr/1/3/1"]
+    assert stopped(plan(Wanted("ocr", "1", 2), here, {}, frozenset({2}), True, 0)) == []
+    assert stopped(plan(Wanted("ocr", "1", 1), here, {}, frozenset({2}), True, 0)) == ["r1-1-1"]
+
+
+def test_creates_use_the_lowest_free_ordinals_and_never_an_attempt_twice() -> None:
+    assert created(settled(4, [have(1), have(3)])) == ["ocr/1/0/1", "ocr/1/2/1"]
+    leaving = have(0, state=STOPPING, attempt=3)
+    assert created(settled(2, [leaving, have(1)])) == ["ocr/1/0/4"], "though nobody remembers the attempts"
+
+
+def test_a_target_that_falls_and_rises_again_during_a_drain_makes_a_new_one() -> None:
+    three = [have(0), replace(have(1), idle_ns=SECOND_NS), have(2)]
+    assert stopped(settled(2, three)) == ["r1-1-1"]
+    draining = [three[0], replace(three[1], state=STOPPING), three[2]]
+    assert settled(2, draining).stops == ()
+    again = settled(3, draining)
+    assert (created(again), again.stops) == (["ocr/1/1/2"], ())
+
+
+def test_an_ordinal_that_was_given_up_is_not_evaded() -> None:
+    tries = {1: Tries(MAX_ATTEMPTS, MAX_ATTEMPTS)}
+    made = plan(Wanted("ocr", "1", 3), [have(0), have(2)], tries, NONE, True, 0)
+    assert (made.creates, made.missing, made.again_at_ns) == ((), (1,), None)
+
+
+def test_an_old_revision_goes_only_as_the_new_one_comes_up() -> None:
+    old = [have(0), have(1)]
+    start = settled(2, old, "2")
+    assert created(start) == ["ocr/2/0/1", "ocr/2/1/1"]
+    assert start.stops == ()
+    assert yielding(start) == ["r1-1-1", "r1-0-1"]  # where no GPU is left one of the old ones may go first
+    assert stopped(settled(2, [*old, have(0, "2"), have(1, "2", STARTING)], "2")) == ["r1-1-1"]
+    assert stopped(settled(2, [*old, have(0, "2"), have(1, "2")], "2")) == ["r1-1-1", "r1-0-1"]
+
+
+def test_an_update_and_a_scale_in_at_once() -> None:
+    """Two new ones are up, two old ones are left, and one is enough."""
+    here = [have(0, "2"), replace(have(1, "2"), requests=1), have(0), have(1, state=FROZEN)]
+    assert stopped(settled(1, here, "2")) == ["r2-0-1", "r1-1-1", "r1-0-1"]
+
+
+# ---- nodes that are cordoned or drained -----------------------------------------------------------------------
+
+
+def test_a_cordoned_node_keeps_what_it_has() -> None:
+    made = settled(2, [replace(have(0), scheduling=CORDONED), have(1)])
+    assert (made.creates, made.stops) == ((), ())
+
+
+def test_an_instance_on_a_drained_node_goes_once_another_has_come_up() -> None:
+    leaving = replace(have(0), scheduling=DRAINED)
+    start = settled(2, [leaving, have(1)])
+    assert (created(start), start.stops) == (["ocr/1/0/2"], ())
+    coming = settled(2, [leaving, have(1), have(0, state=STARTING, attempt=2)])
+    assert (coming.creates, coming.stops) == ((), ())
+    assert stopped(settled(2, [leaving, have(1), have(0, attempt=2)])) == ["r1-0-1"]
+
+
+def test_an_instance_on_a_drained_node_stays_while_nothing_takes_its_place() -> None:
+    """It would free a GPU that nothing may use."""
+    leaving = [replace(have(n), scheduling=DRAINED) for n in range(2)]
+    made = settled(2, leaving)
+    assert (made.stops, made.missing, yielding(made)) == ((), (0, 1), [])
+    update = settled(2, [*leaving, have(2)], "2")
+    assert yielding(update) == ["r1-2-1"]
+
+
+def test_an_emptied_node_waits_for_nothing() -> None:
+    leaving = [replace(have(n), scheduling=EMPTIED) for n in range(2)]
+    made = settled(2, leaving)
+    assert (created(made), stopped(made)) == (["ocr/1/0/2", "ocr/1/1/2"], ["r1-1-1", "r1-0-1"])
+
+
+def test_a_drain_that_is_taken_back_keeps_the_most_useful() -> None:
+    here = [have(0), replace(have(0, attempt=2), requests=1)]
+    assert stopped(settled(1, here)) == ["r1-0-1"]
+
+
+def test_attempts_back_off_and_end() -> None:
+    tries, now, waits = Tries(), 0, []
+    while not tries.given_up:
+        made = plan(Wanted("ocr", "1", 1), [], {0: tries}, NONE, True, now)
+        if not made.creates:
+            assert made.again_at_ns is not None
+            waits.append((made.again_at_ns - now) // SECOND_NS)
+            now = made.again_at_ns
+            continue
+        tries = failed(tries, made.creates[0].request_id.attempt, now)
+    assert tries.attempt == MAX_ATTEMPTS
+    assert waits == [1, 2, 4, 8]
+    assert plan(Wanted("ocr", "1", 1), [], {0: tries}, NONE, True, now + 10**12).creates == ()
+
+
+def test_an_instance_that_came_up_is_replaced_at_once_when_it_fails_later() -> None:
+    tries = came_up(failed(failed(Tries(), 1, 0), 2, 0), 3)
+    assert tries == Tries(3)
+    again = failed(tries, 3, 0)
+    made = plan(Wanted("ocr", "1", 1), [], {0: again}, NONE, True, SECOND_NS)
+    assert str(made.creates[0].request_id) == "ocr/1/0/4"
+
+
+def test_the_end_of_an_older_attempt_says_nothing_about_the_newer() -> None:
+    assert failed(Tries(3), 2, 0) == Tries(3)
+
+
+def test_a_lost_node_is_replaced_and_the_duplicate_goes_when_it_comes_back() -> None:
+    lost = replace(have(0), counted_out=True)
+    made = plan(Wanted("ocr", "1", 1), [lost], {}, NONE, True, 0)
+    assert str(made.creates[0].request_id) == "ocr/1/0/2"
+    assert made.stops == ()
+    back = plan(Wanted("ocr", "1", 1), [have(0), have(0, attempt=2)], {}, NONE, True, 0)
+    assert [stop.uid for stop in back.stops] == ["r1-0-2"]
+
+
+def test_deleting_drains_all() -> None:
+    assert len(plan(Wanted("ocr", "1", 0), [have(0), have(1, "0")], {}, NONE, True, 0).stops) == 2
+
+
+def test_request_ids_survive_the_wire() -> None:
+    one = RequestId("ocr", "7", 2, 1)
+    assert parse_request_id(str(one)) == one
+    assert parse_request_id("by-hand") is None
+    assert parse_request_id("ocr/1/x/1") is None
+
+
+class Walk:
+    """Random nodes with random instances of any revision; time is a row of rounds in which anything may happen."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.nodes = dict.fromkeys(("n1", "n2", "n3"), Scheduling.NORMAL)
+        self.target = self.rng.randint(0, 4)
+        self.numbers = iter(range(10_000))
+        self.here: dict[str, Present] = {}
+        for _ in range(self.rng.randint(0, 9)):
+            state = self.rng.choice([RUNNING, FROZEN, STARTING])
+            made_by = RequestId("ocr", str(self.rng.randint(1, 3)), self.rng.randint(0, 5), next(self.numbers) + 1)
+            self.add(Present(f"i{next(self.numbers)}", self.rng.choice(list(self.nodes)), made_by, state))
+
+    def add(self, one: Present) -> None:
+        self.here[one.uid] = one
+
+    def serving(self) -> int:
+        return sum(one.serving for one in self.here.values())
+
+    def present(self) -> list[Present]:
+        return [replace(one, scheduling=self.nodes[one.node]) for one in self.here.values()]
+
+    def round(self) -> None:
+        """Decide and obey; no attempt is made twice, and no live instance goes without need."""
+        before = self.serving()
+        made = plan(Wanted("ocr", "3", self.target), self.present(), {}, NONE, True, 0)
+        used = {one.made_by for one in self.here.values()}
+        assert not used.intersection(create.request_id for create in made.creates)
+        for stop in made.stops:
+            self.add(replace(self.here[stop.uid], state=STOPPING))
+        if Scheduling.EMPTIED not in self.nodes.values():
+            assert self.serving() >= min(before, self.target)
+        room = [name for name, scheduling in self.nodes.items() if scheduling is Scheduling.NORMAL]
+        for create in made.creates:
+            if room:
+                self.add(Present(f"i{next(self.numbers)}", self.rng.choice(room), create.request_id, STARTING))
+
+    def pass_time(self) -> None:
+        """What starts comes up or fails, what drains ends, at its own time; instances sleep, wake and get requests."""
+        for uid, one in list(self.here.items()):
+            if one.state is STOPPING:
+                if self.rng.random() < 0.5:
+                    del self.here[uid]
+            elif one.state is STARTING:
+                self.add(replace(one, state=self.rng.choice([STARTING, RUNNING])))
+            else:
+                requests = self.rng.choice([0, 0, 1, 2])
+                state = RUNNING if requests else self.rng.choice([RUNNING, FROZEN])
+                self.add(replace(one, state=state, requests=requests, idle_ns=self.rng.randint(0, 5)))
+
+    def disturb(self) -> None:
+        """An operator and the traffic change their minds."""
+        self.target = self.rng.randint(0, 4)
+        self.nodes[self.rng.choice(list(self.nodes))] = self.rng.choice(list(Scheduling))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_from_anywhere_it_ends_with_exactly_the_target(seed: int) -> None:
+    walk = Walk(seed)
+    for step in range(60):
+        if walk.rng.random() < 0.2 and step < 30:
+            walk.disturb()
+        walk.round()
+        walk.pass_time()
+    if Scheduling.NORMAL not in walk.nodes.values():
+        return  # nothing could take anyone's place, and that nobody was cut is what `round` sees to
+    for _ in range(60):
+        walk.round()
+        walk.pass_time()
+    assert len(walk.here) == walk.target
+    assert {one.made_by.revision for one in walk.here.values()} <= {"3"}
+    assert not any(walk.nodes[one.node].drains for one in walk.here.values())
+
+
+def test_a_new_revision_that_does_not_come_up_costs_one_old_instance_not_all() -> None:
+    old = [have(0), have(1)]
+    assert yielding(settled(2, old, "2")) == ["r1-1-1", "r1-0-1"]
+    under_way = plan(Wanted("ocr", "2", 2), old[:1], {}, frozenset({0}), True, 0)
+    starting = settled(2, [*old[:1], have(0, "2", STARTING)], "2")
+    assert (yielding(under_way), yielding(starting)) == ([], [])
+    assert yielding(settled(2, [*old[:1], have(0, "2")], "2")) == ["r1-0-1"]
+
+
+def test_switching_the_idle_mode_on_one_gpu_lets_the_old_one_go_first_and_on_two_the_new_one_come_first() -> None:
+    """A switch is a revision; what there is room for decides the order."""
+    alone = settled(1, [have(0)], "2")
+    assert (created(alone), stopped(alone), yielding(alone)) == (["ocr/2/0/1"], [], ["r1-0-1"])
+    gone = settled(1, [have(0, state=STOPPING)], "2")
+    assert (created(gone), yielding(gone)) == (["ocr/2/0/1"], [])
+    both = settled(1, [have(0), have(0, "2", STARTING)], "2")
+    assert (created(both), stopped(both)) == ([], [])
+    assert stopped(settled(1, [have(0), have(0, "2")], "2")) == ["r1-0-1"]

@@ -1,0 +1,154 @@
+"""The watch over the GPUs: what it sees cordons, what it does not see any more is not shown, nothing ends it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from agent.core.gpus.health import HealthLimits
+from agent.core.types import SECOND_NS, Xid
+from agent.host.gpus.monitor import MAX_XID_COUNTERS, GpuWatch
+from tests.fakes.gpus import FakeGpuEvents
+from tests.host.rig import World, a_world, eventually
+
+LIMITS = HealthLimits(bad_samples=2, good_samples=2, silent_ns=10 * SECOND_NS)
+
+
+@dataclass
+class Watched:
+    world: World
+    watch: GpuWatch
+    driver: FakeGpuEvents
+
+    def uuid(self, index: int) -> str:
+        return self.world.gpus.gpus[index].uuid
+
+    def cordoned(self, index: int) -> str:
+        return self.world.node.desk.book.devices[self.uuid(index)].cordoned
+
+    async def looks(self, times: int) -> None:
+        for _ in range(times):
+            await self.watch.look()
+
+
+@asynccontextmanager
+async def watched() -> AsyncIterator[Watched]:
+    async with a_world() as world:
+        driver = FakeGpuEvents()
+        watch = GpuWatch(world.gpus, driver, world.node.desk, world.events, world.clock, limits=LIMITS, period_s=0.001)
+        yield Watched(world, watch, driver)
+
+
+async def test_figures_are_shown_while_they_are_fresh() -> None:
+    async with watched() as it:
+        assert it.watch.figures() == {}
+        await it.watch.look()
+        assert set(it.watch.figures()) == {it.uuid(0), it.uuid(1)}
+        it.world.clock.advance(5 * SECOND_NS)
+        assert it.watch.figures()
+        it.world.clock.advance(1)
+        assert it.watch.figures() == {}, "unknown, not old"
+
+
+async def test_a_fatal_xid_cordons_and_a_program_s_is_written_down() -> None:
+    async with watched() as it:
+        it.watch.heard(Xid(it.uuid(0), 31))
+        assert it.cordoned(0) == ""
+        it.watch.heard(Xid(it.uuid(0), 79))
+        it.watch.heard(Xid(it.uuid(0), 79))
+        assert it.cordoned(0) == "XID_79: the GPU has fallen off the bus"
+        assert [cordon.lasting for cordon in it.world.node.desk.book.devices[it.uuid(0)].cordons] == [True]
+        assert it.cordoned(1) == ""
+        assert it.watch.xids == {(it.uuid(0), 31): 1, (it.uuid(0), 79): 2}
+        assert it.world.messages("gpu.xid")[0].startswith("XID 31: a program accessed an illegal address")
+        assert len(it.world.messages("gpu.cordoned")) == 1
+
+
+async def test_a_gpu_that_errs_for_a_while_is_out_for_that_while() -> None:
+    async with watched() as it:
+        it.world.gpus.errors[it.uuid(1)] = "ill"
+        await it.looks(2)
+        assert it.cordoned(1).startswith("NVML_ERROR: ")
+        assert it.watch.figures()[it.uuid(0)].memory_used_bytes == 0
+        it.world.gpus.errors.clear()
+        await it.looks(1)
+        assert it.cordoned(1)
+        await it.looks(1)
+        assert it.cordoned(1) == it.cordoned(0) == ""
+
+
+async def test_a_lost_gpu_stays_out() -> None:
+    async with watched() as it:
+        it.world.gpus.errors[it.uuid(1)] = "lost"
+        await it.looks(1)
+        it.world.gpus.errors.clear()
+        await it.looks(10)
+        assert it.cordoned(1).startswith("GPU_LOST: ")
+
+
+async def test_a_silent_driver_takes_all_out_until_it_answers() -> None:
+    async with watched() as it:
+        await it.watch.look()
+        it.world.gpus.unavailable = True
+        await it.watch.look()
+        assert it.cordoned(0) == ""
+        it.world.clock.advance(10 * SECOND_NS)
+        await it.watch.look()
+        assert it.cordoned(0) == it.cordoned(1) == "DRIVER_SILENT: NVML has not answered for 10 s"
+        it.world.gpus.unavailable = False
+        await it.watch.look()
+        assert it.cordoned(0) == it.cordoned(1) == ""
+
+
+async def test_it_runs_on_whatever_happens() -> None:
+    async with watched() as it:
+        failures = 0
+
+        async def fails() -> None:
+            nonlocal failures
+            failures += 1
+            raise (RuntimeError("a fault of ours") if failures % 2 else PermissionError("/proc"))
+
+        it.watch._after_sample = fails
+        running = asyncio.create_task(it.watch.run())
+        await eventually(lambda: failures >= 4)
+        it.world.gpus.unavailable = True
+        it.driver.raise_xid(it.uuid(0), 48)
+        await eventually(lambda: bool(it.cordoned(0)))
+        it.world.gpus.unavailable = False
+        before = failures
+        await eventually(lambda: failures > before)
+        assert not running.done()
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+
+async def test_the_counters_are_bounded() -> None:
+    async with watched() as it:
+        for code in range(1000, 1000 + MAX_XID_COUNTERS + 5):
+            it.watch.heard(Xid(it.uuid(0), code))
+        assert len(it.watch.xids) == MAX_XID_COUNTERS
+
+
+async def test_persistence_mode_that_is_turned_off_is_told_to_the_checkpointer_and_once_to_people() -> None:
+    async with a_world() as world:
+        told: list[str] = []
+        watch = GpuWatch(
+            world.gpus,
+            FakeGpuEvents(),
+            world.node.desk,
+            world.events,
+            world.clock,
+            persistence_is_off=lambda: told.append("off"),
+        )
+        first = world.gpus.gpus[0].uuid
+        await watch.look()
+        assert not told
+        world.gpus.volatile.add(first)
+        await watch.look()
+        await watch.look()
+        assert told == ["off", "off"], "for as long as it is off"
+        assert len(world.messages("gpu.persistence_off")) == 1

@@ -1,0 +1,190 @@
+"""The gate: everybody who enters leaves once, whoever goes away meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from agent.core.errors import DeadlineError, ExhaustedError, UnavailableError
+from agent.core.types import SECOND_NS
+from agent.host.instance.gate import Gate
+from agent.host.line import Line
+from tests.fakes.clock import FakeClock
+
+
+@dataclass
+class Edges:
+    """Meter and listener: writes everything down."""
+
+    told: list[str] = field(default_factory=list)
+    inside: int = 0
+
+    def request_began(self, at: int) -> None:
+        self.inside += 1
+
+    def request_ended(self, at: int) -> None:
+        self.inside -= 1
+
+    def gate_busy(self) -> None:
+        self.told.append("busy")
+
+    def gate_quiet(self) -> None:
+        self.told.append("quiet")
+
+    def gate_wanted(self) -> None:
+        self.told.append("wanted")
+
+    def gate_unwanted(self) -> None:
+        self.told.append("unwanted")
+
+
+def a_gate(*, is_open: bool, concurrency: int = 1, max_waiting: int = 2) -> tuple[Gate, Edges]:
+    edges = Edges()
+    gate = Gate(concurrency, max_waiting, 60 * SECOND_NS, FakeClock(), edges, edges)
+    if is_open:
+        gate.set_open(True)
+        edges.told.clear()
+    return gate, edges
+
+
+async def test_who_starts_from_the_line_and_ends_in_the_same_turn_is_metered_from_begin_to_end() -> None:
+    """Ended before it had begun it would be billed for ever, and busy after quiet the instance would never sleep."""
+    gate, edges = a_gate(is_open=False)
+    line = Line(10)
+    line.join(SimpleNamespace(gate=gate))  # type: ignore[arg-type]
+    metered = []
+
+    def fails_at_once(actor: object) -> None:
+        metered.append(edges.inside)
+        gate.leave()
+
+    gate.set_open(True)
+    gate.shunned = True
+    ticket = asyncio.get_running_loop().create_future()
+    line._tickets[ticket] = fails_at_once
+    gate.shunned = False
+    edges.told.clear()
+    gate.offer()
+    assert (metered, edges.inside, gate.in_flight) == ([1], 0, 0)
+    assert edges.told == ["busy", "quiet"]
+
+
+def queued(gate: Gate, timeout_s: float = 10.0) -> tuple[asyncio.Future[None], asyncio.Task[None]]:
+    ticket = gate.try_enter()
+    assert ticket is not None
+    return ticket, asyncio.ensure_future(gate.wait(ticket, timeout_s))
+
+
+async def test_only_edges_are_told() -> None:
+    gate, edges = a_gate(is_open=True, concurrency=2)
+    assert gate.try_enter() is None
+    assert gate.try_enter() is None
+    gate.leave()
+    gate.leave()
+    assert edges.told == ["busy", "quiet"]
+    assert edges.inside == 0
+
+
+async def test_a_slot_that_is_handed_on_is_no_edge() -> None:
+    gate, edges = a_gate(is_open=True)
+    gate.try_enter()
+    _, waiting = queued(gate)
+    gate.leave()
+    await waiting
+    assert edges.told == ["busy"]
+    gate.leave()
+    assert edges.told == ["busy", "quiet"]
+
+
+async def test_who_waits_at_a_closed_gate_is_granted_when_it_opens() -> None:
+    gate, edges = a_gate(is_open=False, concurrency=2, max_waiting=3)
+    tasks = [queued(gate)[1] for _ in range(3)]
+    assert edges.told == ["wanted"]
+    gate.set_open(True)
+    assert (gate.in_flight, gate.waiting) == (2, 1)
+    assert edges.told == ["wanted", "busy", "unwanted"]
+    await asyncio.gather(*tasks[:2])
+    gate.leave()
+    await tasks[2]
+
+
+async def test_a_full_line_says_so_at_once() -> None:
+    gate, _ = a_gate(is_open=False, max_waiting=1)
+    _, waiting = queued(gate)
+    with pytest.raises(ExhaustedError) as caught:
+        gate.try_enter()
+    assert caught.value.reason == "QUEUE_FULL"
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_closing_gate_tells_that_somebody_still_waits() -> None:
+    gate, edges = a_gate(is_open=True)
+    gate.try_enter()
+    _, waiting = queued(gate)
+    gate.set_open(False)
+    assert edges.told == ["busy", "wanted"]
+    gate.leave()
+    assert edges.told == ["busy", "wanted", "quiet"]
+    assert gate.waiting == 1, "a closed gate hands nothing on"
+    gate.set_open(True)
+    await waiting
+
+
+async def test_the_queue_timeout_gives_the_place_up() -> None:
+    gate, edges = a_gate(is_open=False)
+    _, waiting = queued(gate, timeout_s=0.001)
+    with pytest.raises(DeadlineError) as caught:
+        await waiting
+    assert caught.value.reason == "QUEUE_TIMEOUT"
+    assert gate.waiting == 0
+    assert edges.told == ["wanted", "unwanted"]
+
+
+async def test_a_caller_that_goes_away_frees_its_place() -> None:
+    gate, edges = a_gate(is_open=False)
+    ticket, waiting = queued(gate)
+    await asyncio.sleep(0)
+    ticket.set_exception(UnavailableError("CLIENT_GONE", "left"))
+    with pytest.raises(UnavailableError):
+        await waiting
+    assert edges.told == ["wanted", "unwanted"]
+
+
+async def test_a_grant_that_crosses_the_callers_end_is_given_back() -> None:
+    gate, edges = a_gate(is_open=False)
+    _, waiting = queued(gate)
+    await asyncio.sleep(0)
+    gate.set_open(True)
+    waiting.cancel()  # in the same turn: the ticket is granted, its waiter will never know
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert (gate.in_flight, edges.inside) == (0, 0)
+    assert edges.told[-1] == "quiet"
+
+
+async def test_a_ticket_that_is_dead_already_is_passed_over() -> None:
+    gate, edges = a_gate(is_open=False)
+    dead, first = queued(gate)
+    _, second = queued(gate)
+    await asyncio.sleep(0)
+    dead.set_exception(UnavailableError("CLIENT_GONE", "left"))  # its waiter has not run yet
+    gate.set_open(True)
+    await second
+    assert gate.in_flight == 1
+    with pytest.raises(UnavailableError):
+        await first
+    assert (gate.in_flight, edges.inside) == (1, 1)
+
+
+async def test_everybody_in_line_can_be_refused_and_then_nobody_waits() -> None:
+    gate, edges = a_gate(is_open=False)
+    tasks = [queued(gate)[1] for _ in range(2)]
+    await asyncio.sleep(0)
+    gate.refuse_all(lambda: UnavailableError("INSTANCE_STOPPING", "bye"))
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [getattr(answer, "reason", "") for answer in answers] == ["INSTANCE_STOPPING"] * 2
+    assert edges.told == ["wanted", "unwanted"]

@@ -1,0 +1,93 @@
+"""The engine goes away and comes back: instances live on, and what could not be removed is removed then."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from agent.core.errors import UnavailableError
+from agent.host.node.engine_watch import BACK_OFF_MAX_S, LOOK_S, EngineWatch
+from tests.host.rig import World, a_world
+
+AWAY = UnavailableError("ENGINE_UNAVAILABLE", "no engine answers at /run/docker.sock; start docker")
+
+
+class FakeEngine:
+    """Answers by turns as told: None = fine."""
+
+    def __init__(self, *answers: UnavailableError | None) -> None:
+        self._answers = list(answers)
+
+    async def check(self) -> None:
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if answer:
+            raise answer
+
+
+def watch(
+    world: World, engine: FakeEngine, pauses: list[float], rounds: int, told: list[str] | None = None
+) -> EngineWatch:
+    async def tell() -> None:
+        if told is not None:
+            told.append(watching.problem)
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == rounds:
+            raise asyncio.CancelledError
+
+    watching = EngineWatch(engine, world.runtime, world.node, world.events, tell, pause)
+    return watching
+
+
+async def follow(watching: EngineWatch) -> None:
+    with pytest.raises(asyncio.CancelledError):
+        await watching.run()
+
+
+async def test_it_is_asked_less_often_while_it_stays_away_and_that_is_said_once() -> None:
+    async with a_world() as world:
+        pauses: list[float] = []
+        told: list[str] = []
+        await follow(watch(world, FakeEngine(None, *[AWAY] * 8, None), pauses, 10, told))
+        assert [bool(problem) for problem in told] == [False, True, False]
+        assert pauses == [LOOK_S, 1, 2, 4, 8, *[BACK_OFF_MAX_S] * 4, LOOK_S]
+        assert [name for name in world.names("") if name.startswith("ENGINE")] == ["ENGINE_DOWN", "ENGINE_UP"]
+
+
+async def test_what_stayed_behind_is_removed_when_it_is_back_and_the_living_are_left_alone() -> None:
+    async with a_world() as world:
+        living = await world.running()
+        container = world.runtime.containers[living.uid]
+        container.handle = replace(container.handle, container_id="4f2e")
+        orphan = replace(container.handle, uid="i-gone", container_id="77aa")
+        world.runtime.containers["i-gone"] = replace(container, handle=orphan, ended=asyncio.Future())
+        await follow(watch(world, FakeEngine(AWAY, None), [], 2))
+        assert world.runtime.running() == [living.uid]
+        assert "instance.leftover_removed" in world.names("i-gone")
+
+
+async def test_a_process_of_the_host_is_no_leftover_of_the_engine() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        container = world.runtime.containers[actor.uid]
+        world.runtime.containers["i-gone"] = replace(container, handle=replace(container.handle, uid="i-gone"))
+        await follow(watch(world, FakeEngine(None), [], 1))
+        assert "i-gone" in world.runtime.containers
+
+
+async def test_a_leftover_that_can_not_be_removed_is_tried_again_at_the_next_sweep() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        container = world.runtime.containers[actor.uid]
+        orphan = replace(container.handle, uid="i-gone", container_id="77aa")
+        world.runtime.containers["i-gone"] = replace(container, handle=orphan, ended=asyncio.Future())
+        world.runtime.kill_hangs = True
+        watching = watch(world, FakeEngine(None), [], 1)
+        await watching.sweep()
+        assert "i-gone" in world.runtime.containers
+        world.runtime.kill_hangs = False
+        await watching.sweep()
+        assert "i-gone" not in world.runtime.containers

@@ -1,0 +1,142 @@
+"""What awake instances use: read once a period, of those that are awake, and never made up."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from agent.core.errors import UnavailableError
+from agent.core.snapshots import InstanceReading
+from agent.core.types import GIB, GpuNeed
+from agent.host.node.gauges import Gauges
+from agent.host.node.observer import Observer
+from agent.v1.scheduler_service_pb2 import NodeLoad
+from agent.wire.convert_snapshot import node_load
+from tests.api.test_instance_servicer import observer_of
+from tests.fakes.instance_reader import FakeInstanceReader
+from tests.host.rig import OCR, World, a_world, enter, eventually
+
+BUSY = InstanceReading(cpu_ns=5_000, memory_bytes=3 * GIB)
+
+
+def observing(world: World, gauges: Gauges) -> Observer:
+    identity = observer_of(world).identity
+    return Observer(world.node, identity, world.clock, world.billing.totals, dict, gauges, world.billing.peak)
+
+
+def heartbeat(observer: Observer) -> dict[str, NodeLoad.InstanceGauges]:
+    return {one.uid: one for one in node_load(observer.node(), observer.awake()).instances}
+
+
+async def test_the_heartbeat_names_who_is_awake_and_nobody_else() -> None:
+    async with a_world() as world:
+        frozen = await world.frozen()
+        awake = await world.running()
+        reader = FakeInstanceReader({awake.uid: BUSY, frozen.uid: BUSY})
+        gauges = Gauges(reader, world.node.actors)
+        await gauges.look()
+        assert reader.asked == [[awake.uid]], "a frozen one is not even read"
+        (gauge,) = heartbeat(observing(world, gauges)).values()
+        assert (gauge.uid, gauge.cpu_ns, gauge.memory_bytes) == (awake.uid, 5_000, 3 * GIB)
+
+
+async def test_a_node_that_sleeps_as_a_whole_asks_nothing_of_its_host() -> None:
+    async with a_world() as world:
+        await world.frozen()
+        reader = FakeInstanceReader()
+        await Gauges(reader, world.node.actors).look()
+        assert reader.asked == []
+
+
+async def test_what_is_not_known_is_absent_and_not_zero() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        actor.figures.vram_bytes = 0
+        gauges = Gauges(FakeInstanceReader(), world.node.actors)
+        observer = observing(world, gauges)
+        for _ in range(2):
+            gauge = heartbeat(observer)[actor.uid]
+            assert not any(gauge.HasField(name) for name in ("cpu_ns", "memory_bytes", "vram_bytes"))
+            await gauges.look()  # its container has ended meanwhile: still nothing to tell
+
+
+async def test_readings_of_before_do_not_outlive_a_host_that_does_not_answer() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        reader = FakeInstanceReader({actor.uid: BUSY})
+        gauges = Gauges(reader, world.node.actors)
+        await gauges.look()
+        reader.fails = True
+        with pytest.raises(UnavailableError):
+            await gauges.look()
+        assert gauges.of(actor.uid) == InstanceReading()
+
+
+async def test_one_that_fell_asleep_keeps_its_cpu_time_and_no_memory_and_one_that_ended_keeps_nothing() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        reader = FakeInstanceReader({actor.uid: BUSY})
+        actors = dict(world.node.actors)
+        gauges = Gauges(reader, actors)
+        await gauges.look()
+        world.clock.advance(OCR.idle.freeze_after_ns)
+        await eventually(lambda: actor.state.value == "FROZEN")
+        await gauges.look()
+        assert gauges.of(actor.uid) == InstanceReading(cpu_ns=5_000)
+        actors.clear()
+        await gauges.look()
+        assert gauges.of(actor.uid) == InstanceReading()
+
+
+async def test_cpu_time_never_goes_back() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        reader = FakeInstanceReader({actor.uid: BUSY})
+        gauges = Gauges(reader, world.node.actors)
+        await gauges.look()
+        reader.readings[actor.uid] = InstanceReading(cpu_ns=4_000, memory_bytes=GIB)
+        await gauges.look()
+        assert gauges.of(actor.uid) == InstanceReading(cpu_ns=5_000, memory_bytes=GIB)
+
+
+@pytest.mark.parametrize(("need", "limit"), [(GpuNeed(2, memory_bytes=GIB), 2 * GIB), (GpuNeed(2), 32 * GIB)])
+async def test_the_limit_is_what_the_function_pays_for_or_the_whole_cards(need: GpuNeed, limit: int) -> None:
+    async with a_world() as world:
+        actor = await world.running(replace(OCR, gpu=need))
+        assert heartbeat(observer_of(world))[actor.uid].vram_limit_bytes == limit
+
+
+async def test_gpu_memory_is_what_nvml_shows_now() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        shown = {actor.uid: 7 * GIB}
+        observer = observing(world, Gauges(FakeInstanceReader(), world.node.actors, lambda: shown))
+        assert heartbeat(observer)[actor.uid].vram_bytes == 7 * GIB
+        shown.clear()
+        actor.figures.vram_bytes = GIB
+        assert heartbeat(observer)[actor.uid].vram_bytes == GIB, "as it was measured when it started"
+
+
+async def test_the_most_requests_at_once_are_remembered_for_a_while() -> None:
+    async with a_world() as world:
+        actor = await world.running(replace(OCR, instance_concurrency=3))
+        observer = observing(world, Gauges(FakeInstanceReader(), world.node.actors))
+        for _ in range(2):
+            await enter(actor)
+        actor.gate.leave()
+        assert (observer.instance(actor).in_flight, observer.instance(actor).peak_in_flight) == (1, 2)
+
+
+async def test_a_reader_that_fails_does_not_end_the_looks() -> None:
+    async with a_world() as world:
+        actor = await world.running()
+        reader = FakeInstanceReader({actor.uid: BUSY}, fails=True)
+        gauges = Gauges(reader, world.node.actors, period_s=0.001)
+        running = asyncio.create_task(gauges.run())
+        await eventually(lambda: len(reader.asked) > 1)
+        reader.fails = False
+        await eventually(lambda: gauges.of(actor.uid) == BUSY)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

@@ -1,0 +1,109 @@
+"""A write that nobody waited for to the end: what its caller is told, and that the next word counts."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from agent.core.errors import UnavailableError
+from agent.core.provisioning.reconcile import Scheduling
+from agent.scheduler.database.store import DEADLINE_S, Store
+from agent.scheduler.fleet.node_scheduling import NodeScheduling
+from tests.scheduler.functions.autoscaler_rig import Rig, current_policy
+
+IMPATIENT_S = 0.5
+MAY_BE = "takes effect at the next start then"
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    made = Store(f"sqlite:///{tmp_path}/scheduler.db")
+    await made.open()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def rig(store: Store) -> Rig:
+    made = Rig(store)
+    await made.deploy(target=3)
+    made.instances(3)
+    return made
+
+
+@contextmanager
+def begins_and_hangs(store: Store, path: Path) -> Iterator[None]:
+    """A write begins, and waits for the file's lock for longer than its caller does."""
+    store._deadline_s = IMPATIENT_S
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+    store._deadline_s = DEADLINE_S
+
+
+@contextmanager
+def waits_its_turn(store: Store) -> Iterator[None]:
+    """A write does not begin for longer than its caller waits."""
+    store._deadline_s = IMPATIENT_S
+    released = threading.Event()
+    store._thread.submit(released.wait)
+    yield
+    released.set()
+    store._deadline_s = DEADLINE_S
+
+
+async def restarted(store: Store) -> Rig:
+    """After everything before has been written, for there is one thread."""
+    again = Rig(store)
+    await again.catalog.load()
+    return again
+
+
+async def test_a_put_that_was_given_up_as_it_was_written_says_that_it_may_take_effect(
+    rig: Rig, store: Store, tmp_path: Path
+) -> None:
+    with begins_and_hangs(store, tmp_path / "scheduler.db"), pytest.raises(UnavailableError, match=MAY_BE) as caught:
+        await rig.put(0)
+    assert caught.value.reason == "STORE_FAILED"
+    assert rig.ocr.target == 3
+    assert (await restarted(store)).ocr.target == 0, "as was said"
+
+
+async def test_a_put_whose_turn_never_came_is_not_written_later(rig: Rig, store: Store) -> None:
+    with waits_its_turn(store), pytest.raises(UnavailableError, match="STORE_FAILED") as caught:
+        await rig.put(0)
+    assert MAY_BE not in str(caught.value)
+    assert (rig.ocr.target, (await restarted(store)).ocr.target) == (3, 3)
+
+
+@pytest.mark.parametrize("deploys", [False, True], ids=["put", "deploy"])
+async def test_who_then_puts_what_is_in_effect_gets_that_after_a_restart_too(
+    rig: Rig, store: Store, tmp_path: Path, deploys: bool
+) -> None:
+    with begins_and_hangs(store, tmp_path / "scheduler.db"), pytest.raises(UnavailableError, match=MAY_BE):
+        await rig.put(0, target_tracking_policies=[current_policy()])
+    if deploys:
+        await rig.deploy(target=3)
+    else:
+        await rig.put(3)
+    again = await restarted(store)
+    assert (again.ocr.target, again.ocr.config, again.ocr.spec.revision) == (3, rig.ocr.config, "1")
+    assert not again.ocr.provisioning
+
+
+async def test_a_cordon_that_was_given_up_as_it_was_written_can_be_taken_back(
+    rig: Rig, store: Store, tmp_path: Path
+) -> None:
+    scheduling = NodeScheduling(store, rig.fleet)
+    with begins_and_hangs(store, tmp_path / "scheduler.db"), pytest.raises(UnavailableError, match=MAY_BE):
+        await scheduling.put("n1", Scheduling.CORDONED)
+    assert rig.fleet.scheduling("n1") is Scheduling.NORMAL
+    assert await store.node_scheduling() == {"n1": "CORDONED"}, "as was said"
+    await scheduling.put("n1", Scheduling.NORMAL)
+    assert await store.node_scheduling() == {}

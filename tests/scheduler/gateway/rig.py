@@ -1,0 +1,138 @@
+"""A gateway with its desk and dispatcher on real sockets, in front of fake ingresses."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from agent.adapters.kernel.clock import SystemClock
+from agent.core.dispatch.dispatcher import Dispatcher
+from agent.core.dispatch.events import Event, InstanceReported, NodeReported, NodeSuspect, Wake
+from agent.core.types import SECOND_NS, InstanceState
+from agent.http.date_header import DateLine
+from agent.http.errors import RequestIds
+from agent.http.limits import Limits
+from agent.http.server import Server, serve
+from agent.scheduler.database.store import Store
+from agent.scheduler.functions.catalog import Catalog
+from agent.scheduler.functions.deploy_rules import Defaults
+from agent.scheduler.gateway.dispatching import Desk
+from agent.scheduler.gateway.gateway import Gateway
+from agent.scheduler.gateway.ingress_pools import Ingresses
+from agent.scheduler.gateway.routes import Router
+from agent.v1.function_service_pb2 import DeployFunctionRequest, HttpTrigger
+from agent.v1.types_pb2 import FunctionSpec
+from tests.fakes.agent_node import FakeIngress
+from tests.http.rig import Wire
+
+TOKEN = b"node-token-of-n1-0123456789"
+NOON = 784_111_777
+"""What every answer is dated: Sun, 06 Nov 1994 08:49:37 GMT."""
+PATIENCE_S = 10.0
+
+
+class WatchedDesk(Desk):
+    """Says when it has taken in an event."""
+
+    def __init__(self, clock: SystemClock, dispatcher: Dispatcher, wake: Callable[[Wake], None]) -> None:
+        super().__init__(clock, dispatcher, wake)
+        self.turned = asyncio.Event()
+
+    def tell(self, event: Event) -> None:
+        super().tell(event)
+        self.turned.set()
+
+
+@dataclass
+class GatewayRig:
+    """Functions are deployed by `deploy`, instances appear by `tell`; there is no fleet."""
+
+    gateway: Gateway
+    server: Server
+    catalog: Catalog
+    desk: WatchedDesk
+    dispatcher: Dispatcher
+    ingresses: dict[str, FakeIngress]
+    wakes: list[Wake] = field(default_factory=list)
+    suspects: list[str] = field(default_factory=list)
+    faults: list[BaseException] = field(default_factory=list)
+    wires: list[Wire] = field(default_factory=list)
+
+    def tell(self, event: Event) -> None:
+        self.desk.tell(event)
+
+    def instance(self, uid: str, state: InstanceState = InstanceState.RUNNING, node: str = "n1", **more: int) -> None:
+        self.tell(InstanceReported(uid, "ocr", node, state, **more))  # type: ignore[arg-type]
+
+    async def deploy(self, name: str = "ocr", methods: tuple[str, ...] = (), target: int = 1, **spec: int) -> None:
+        message = FunctionSpec(name=name, entrypoint=["app"], **spec)  # type: ignore[arg-type]
+        triggers = [HttpTrigger(name="http", methods=methods)]
+        await self.catalog.deploy(DeployFunctionRequest(spec=message, target=target, triggers=triggers))
+
+    async def wire(self) -> Wire:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
+        wire = Wire(reader, writer)
+        self.wires.append(wire)
+        return wire
+
+    async def ask(self, request: bytes) -> tuple[int, dict[bytes, bytes], bytes]:
+        """Send a whole request on a connection of its own; status, headers, body."""
+        wire = await self.wire()
+        await wire.send(request)
+        return await wire.message()
+
+    async def until(self, condition: Callable[[], object], what: str) -> None:
+        """Wait until `condition()` holds; it is looked at after every event of the desk."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not condition():
+                    self.desk.turned.clear()
+                    await self.desk.turned.wait()
+        except TimeoutError:
+            raise AssertionError(f"did not happen: {what}") from None
+
+    def queued(self) -> int:
+        return self.dispatcher.queue_state("ocr").queued
+
+
+@asynccontextmanager
+async def gateway_rig(tmp: str, *names: str) -> AsyncIterator[GatewayRig]:
+    """A gateway with a READY node per name, each with a fake ingress."""
+    clock = SystemClock()
+    wakes: list[Wake] = []
+    suspects: list[str] = []
+    faults: list[BaseException] = []
+    dispatcher = Dispatcher()
+    desk = WatchedDesk(clock, dispatcher, wakes.append)
+    fakes = {name: FakeIngress() for name in names or ("n1",)}
+    store = Store(f"sqlite:///{tmp}/scheduler.db")
+    await store.open()
+    catalog = Catalog(clock, store, desk.tell, lambda: None, Defaults())
+    ingresses = Ingresses(lambda name: f"127.0.0.1:{fakes[name].port}")
+
+    def unreachable(name: str) -> None:
+        suspects.append(name)
+        desk.tell(NodeSuspect(name))
+
+    ids = RequestIds(lambda: clock.wall_ns() // SECOND_NS, random.getrandbits)
+    gateway = Gateway(clock, Router("localhost"), catalog, desk, ingresses.pool, lambda _: TOKEN, unreachable, ids)
+    dates = DateLine(lambda: NOON)
+    server = await serve(gateway, "127.0.0.1", 0, Limits(), request_ids=ids, on_fault=faults.append, date_line=dates)
+    rig = GatewayRig(gateway, server, catalog, desk, dispatcher, fakes, wakes, suspects, faults)
+    for name, fake in fakes.items():
+        await fake.start()
+        desk.tell(NodeReported(name))
+    try:
+        yield rig
+        assert not faults, faults
+    finally:
+        for wire in rig.wires:
+            wire.close()
+        await server.close(0)
+        ingresses.close()
+        for fake in fakes.values():
+            await fake.kill()
+        await store.close()
