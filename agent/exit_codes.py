@@ -7,7 +7,7 @@ from enum import IntEnum
 from agent.core import errors as core
 
 
-class Exit(IntEnum):
+class ExitCode(IntEnum):
     """What the shell sees."""
 
     OK = 0
@@ -20,52 +20,52 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-_EXIT_OF_KIND: tuple[tuple[type[core.HibernodeError], Exit], ...] = (
-    (core.InvalidArgumentError, Exit.USAGE),
-    (core.NotFoundError, Exit.NOT_FOUND),
-    (core.UnauthenticatedError, Exit.PRECONDITION),
-    (core.PermissionDeniedError, Exit.PRECONDITION),
-    (core.ConflictError, Exit.PRECONDITION),
-    (core.PreconditionError, Exit.PRECONDITION),
-    (core.UnsupportedError, Exit.PRECONDITION),
-    (core.ExhaustedError, Exit.UNAVAILABLE),
-    (core.UnavailableError, Exit.UNAVAILABLE),
-    (core.DeadlineError, Exit.UNAVAILABLE),
-    (core.InstanceError, Exit.UNEXPECTED),
+_EXIT_OF_KIND: tuple[tuple[type[core.HibernodeError], ExitCode], ...] = (
+    (core.InvalidArgumentError, ExitCode.USAGE),
+    (core.NotFoundError, ExitCode.NOT_FOUND),
+    (core.UnauthenticatedError, ExitCode.PRECONDITION),
+    (core.PermissionDeniedError, ExitCode.PRECONDITION),
+    (core.ConflictError, ExitCode.PRECONDITION),
+    (core.PreconditionError, ExitCode.PRECONDITION),
+    (core.UnsupportedError, ExitCode.PRECONDITION),
+    (core.ExhaustedError, ExitCode.UNAVAILABLE),
+    (core.UnavailableError, ExitCode.UNAVAILABLE),
+    (core.DeadlineError, ExitCode.UNAVAILABLE),
+    (core.InstanceError, ExitCode.UNEXPECTED),
 )
 
-_EXIT_OF_REASON: dict[str, Exit] = {
-    "IMAGE_NOT_FOUND": Exit.NOT_FOUND,
-    "COMMAND_NOT_FOUND": Exit.NOT_FOUND,
-    "IMAGE_PULL_DENIED": Exit.PRECONDITION,
-    "VOLUME_REFUSED": Exit.PRECONDITION,
-    "GPU_ATTACH_UNAVAILABLE": Exit.PRECONDITION,
-    "IMAGE_PULL_FAILED": Exit.UNAVAILABLE,
-    "DISK_FULL": Exit.UNAVAILABLE,
-    "ENGINE_UNAVAILABLE": Exit.UNAVAILABLE,
+_EXIT_OF_REASON: dict[str, ExitCode] = {
+    "IMAGE_NOT_FOUND": ExitCode.NOT_FOUND,
+    "COMMAND_NOT_FOUND": ExitCode.NOT_FOUND,
+    "IMAGE_PULL_DENIED": ExitCode.PRECONDITION,
+    "VOLUME_REFUSED": ExitCode.PRECONDITION,
+    "GPU_ATTACH_UNAVAILABLE": ExitCode.PRECONDITION,
+    "IMAGE_PULL_FAILED": ExitCode.UNAVAILABLE,
+    "DISK_FULL": ExitCode.UNAVAILABLE,
+    "ENGINE_UNAVAILABLE": ExitCode.UNAVAILABLE,
 }
 """An instance's end is told with its own reason, whatever the kind of the error that brings it here."""
 
 
-def exit_of(error: core.HibernodeError) -> Exit:
+def exit_of(error: core.HibernodeError) -> ExitCode:
     """The exit code of an error's reason, else of its kind; agent/core/errors.py says which is which."""
     if error.reason in _EXIT_OF_REASON:
         return _EXIT_OF_REASON[error.reason]
-    return next((code for kind, code in _EXIT_OF_KIND if isinstance(error, kind)), Exit.UNEXPECTED)
+    return next((code for kind, code in _EXIT_OF_KIND if isinstance(error, kind)), ExitCode.UNEXPECTED)
 
 
-def exit_of_http(status: int) -> Exit:
+def exit_of_http(status: int) -> ExitCode:
     """The exit code for a function's answer: 2xx and 3xx are success, the rest as the error kinds map to HTTP."""
     match status:
         case _ if 200 <= status < 400:
-            return Exit.OK
+            return ExitCode.OK
         case 404:
-            return Exit.NOT_FOUND
+            return ExitCode.NOT_FOUND
         case 401 | 403 | 409 | 501:
-            return Exit.PRECONDITION
+            return ExitCode.PRECONDITION
         case 408 | 429 | 503 | 504:
-            return Exit.UNAVAILABLE
+            return ExitCode.UNAVAILABLE
         case _ if 400 <= status < 500:
-            return Exit.USAGE
+            return ExitCode.USAGE
         case _:
-            return Exit.UNEXPECTED
+            return ExitCode.UNEXPECTED

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from agent.core.billing.window import Window as Window  # noqa: PLC0414 (re-exported)
+from agent.core.billing.window import UsageWindow
 from agent.core.errors import UnavailableError
 from agent.core.gpus.cuda_calls import CudaAnswer as CudaAnswer  # noqa: PLC0414 (re-exported)
 from agent.core.gpus.cuda_calls import CudaCall as CudaCall  # noqa: PLC0414 (re-exported)
@@ -372,12 +372,12 @@ class InstanceStore(Protocol):
 class LedgerStore(Protocol):
     """Usage windows. Unsealed windows are upserted; sealed ones never change; pruned only once acknowledged."""
 
-    async def upsert_windows(self, windows: Sequence[Window]) -> None: ...
+    async def upsert_windows(self, windows: Sequence[UsageWindow]) -> None: ...
 
-    async def last_windows(self) -> Sequence[Window]:
+    async def last_windows(self) -> Sequence[UsageWindow]:
         """The newest window of every instance, sealed or not: where a recovery continues."""
 
-    async def unacknowledged(self, limit: int) -> Sequence[Window]:
+    async def unacknowledged(self, limit: int) -> Sequence[UsageWindow]:
         """Sealed windows not yet acknowledged, in order of (instance_uid, seq)."""
 
     async def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None: ...
@@ -388,7 +388,7 @@ class LedgerStore(Protocol):
 
     async def read_windows(
         self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0
-    ) -> Sequence[Window]: ...
+    ) -> Sequence[UsageWindow]: ...
 
     async def prune(self, started_before_wall_ns: int, limit: int = 5_000) -> int:
         """Delete at most `limit` acknowledged windows that started before then; returns how many went."""

@@ -125,7 +125,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Instances waking", "short", (_of("hibernode_function_waking_instances"),)),
         Panel("Wait for a wake", "s", _quantiles("hibernode_function_wake_seconds")),
         Panel(
-            "Wakes and freezes",
+            "WakeCalls and freezes",
             "ops",
             (
                 Query(_rate("hibernode_wakes_total"), "wakes {{function}}"),

@@ -11,7 +11,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from agent.core.dispatch.dispatcher import Dispatcher
-from agent.core.dispatch.index import Standing
+from agent.core.dispatch.index import NodeStanding
 from agent.core.traffic import CLASSES, Durations, Traffic
 from agent.core.types import SECOND_NS
 from agent.ports import Clock
@@ -77,7 +77,7 @@ class FunctionMetrics:
         instances: dict[str, list[InstanceLoad]] = {name: [] for name in names}
         foreign = 0
         for node, load in self._fleet.instances():
-            if node.standing is Standing.LOST:
+            if node.standing is NodeStanding.LOST:
                 continue  # counted out, and replaced elsewhere
             if load.function in names:
                 instances[load.function].append(load)

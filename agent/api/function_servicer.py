@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from agent.api.paging import page
 from agent.core.dispatch.dispatcher import Dispatcher
-from agent.core.dispatch.index import Standing
+from agent.core.dispatch.index import NodeStanding
 from agent.core.errors import NotFoundError
 from agent.core.types import IdleMode
 from agent.scheduler.fleet.fleet import ENDED, Fleet
-from agent.scheduler.functions.autoscaler import Scaler
+from agent.scheduler.functions.autoscaler import Autoscaler
 from agent.scheduler.functions.catalog import Catalog, Deployed
 from agent.v1 import function_service_pb2 as pb
 from agent.v1 import function_service_pb2_grpc
@@ -25,7 +25,7 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
     """Translates and hands on; errors become statuses in the wire's call guard."""
 
     def __init__(
-        self, catalog: Catalog, fleet: Fleet, dispatcher: Dispatcher, scaler: Scaler, gateway_url: str
+        self, catalog: Catalog, fleet: Fleet, dispatcher: Dispatcher, scaler: Autoscaler, gateway_url: str
     ) -> None:
         """`gateway_url` without a slash at its end."""
         self._catalog = catalog
@@ -95,7 +95,7 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
             load
             for node, load in self._fleet.instances()
             if load.function == name
-            and node.standing is not Standing.LOST  # counted out, and replaced elsewhere
+            and node.standing is not NodeStanding.LOST  # counted out, and replaced elsewhere
             and load.state not in _COMING_OR_GOING
         ]
 

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from agent.core.errors import DeadlineError, InvalidArgumentError
-from agent.host.node.exec_sessions import ExecDesk
+from agent.host.node.exec_sessions import ExecSessions
 from agent.ports import ExecOutput, ExecSession, ExecSpec
 from agent.v1 import instance_service_pb2 as pb
 
@@ -25,14 +25,15 @@ DEFAULT_COLUMNS, DEFAULT_ROWS = 80, 24
 
 
 async def exec_instance(
-    desk: ExecDesk,
+    desk: ExecSessions,
     requests: AsyncIterator[pb.ExecInstanceRequest],
     caller: str,
     start_deadline_s: float = START_DEADLINE_S,
 ) -> AsyncGenerator[pb.ExecInstanceResponse, None]:
     """The answers to `requests`, the first of which says what to run. Ending it ends the command.
 
-    Raises InvalidArgumentError for a step that is wrong, DeadlineError EXEC_NOT_STARTED, and as `ExecDesk.visit` does.
+    Raises InvalidArgumentError for a step that is wrong, DeadlineError EXEC_NOT_STARTED, and as `ExecSessions.visit`
+    does.
     """
     messages = aiter(requests)
     start = await _start(messages, start_deadline_s)

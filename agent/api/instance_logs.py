@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 from agent.core.errors import NotFoundError
 from agent.host.instance.actor import Actor
-from agent.host.node.stream_limits import LongCalls
+from agent.host.node.stream_limits import StreamLimits
 from agent.ports import Runtime
 from agent.v1 import instance_service_pb2 as pb
 
@@ -24,7 +24,7 @@ class InstanceLogs:
 
     def __init__(self, runtime: Runtime, *, most: int = MAX_FOLLOWERS, longest_s: float = LONGEST_S) -> None:
         self._runtime = runtime
-        self._followers = LongCalls("followed logs (`hibernode logs -f`)", most, longest_s)
+        self._followers = StreamLimits("followed logs (`hibernode logs -f`)", most, longest_s)
 
     @property
     def followers(self) -> int:
@@ -48,7 +48,7 @@ class InstanceLogs:
     async def follow(self, actor: Actor, tail_bytes: int) -> AsyncGenerator[pb.GetInstanceLogsResponse, None]:
         """The same, then what comes, until the instance has ended. A frozen one prints nothing, and is waited for.
 
-        Raises as `read` does, and as `LongCalls.one` does.
+        Raises as `read` does, and as `StreamLimits.one` does.
         """
         async with self._followers.one():
             while actor.handle_of_container is None:

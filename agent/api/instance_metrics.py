@@ -31,7 +31,7 @@ def _key(one: InstanceSnapshot) -> list[str]:
 
 
 def _life(instances: Sequence[InstanceSnapshot]) -> Iterator[Metric]:
-    wakes = CounterMetricFamily("hibernode_wakes", "Wakes of an instance.", labels=LABELS)
+    wakes = CounterMetricFamily("hibernode_wakes", "WakeCalls of an instance.", labels=LABELS)
     freezes = CounterMetricFamily("hibernode_freezes", "Freezes of an instance.", labels=LABELS)
     billed = CounterMetricFamily("hibernode_billed_seconds", "Metered time.", labels=[*LABELS, "kind"])
     last_wake = GaugeMetricFamily("hibernode_last_wake_seconds", "What its last wake took.", labels=LABELS)

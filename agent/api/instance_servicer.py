@@ -16,7 +16,7 @@ from agent.core.types import SECOND_NS, InstanceState
 from agent.host.instance.actor import Actor
 from agent.host.instance.events import EventLog
 from agent.host.instance.waking import raise_if_failed, wake_up
-from agent.host.node.exec_sessions import ExecDesk
+from agent.host.node.exec_sessions import ExecSessions
 from agent.host.node.node import Node
 from agent.host.node.observer import Observer
 from agent.host.node.pauses import paused_by_others
@@ -45,7 +45,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         clock: Clock,
         *,
         logs: InstanceLogs,
-        execs: ExecDesk,
+        execs: ExecSessions,
         queue_timeout_ns: int = DEFAULT_WAKE_TIMEOUT_NS,
     ) -> None:
         """`queue_timeout_ns` is for functions that do not say."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from agent.core.billing.window import UsageWindow
 from agent.core.errors import ExhaustedError
-from agent.ports import LedgerStore, Window
+from agent.ports import LedgerStore
 
 MAX_WINDOWS = 50_000
 
@@ -13,11 +14,11 @@ MAX_WINDOWS = 50_000
 class NodeLedger:
     """Bounded; what is still on its way to the store, and the open windows, come from memory."""
 
-    def __init__(self, store: LedgerStore, unwritten: Callable[[], list[Window]]) -> None:
+    def __init__(self, store: LedgerStore, unwritten: Callable[[], list[UsageWindow]]) -> None:
         self._store = store
         self._unwritten = unwritten
 
-    async def windows(self, *, instance_uid: str, function: str, include_open: bool) -> list[Window]:
+    async def windows(self, *, instance_uid: str, function: str, include_open: bool) -> list[UsageWindow]:
         """Sealed windows in the order they were written, then the open ones if asked. Raises STORE_FAILED,
         LEDGER_TOO_LONG."""
         newer = self._unwritten()  # before the store is read: what is written meanwhile is then there twice, not never

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from agent.api.paging import page
+from agent.core.billing.window import UsageWindow
 from agent.host.node.observer import Observer
-from agent.ports import Window
 from agent.v1 import node_service_pb2 as pb
 from agent.v1 import node_service_pb2_grpc
 from agent.wire.convert_snapshot import node_to_proto
@@ -16,7 +16,7 @@ from agent.wire.convert_usage import window_to_proto
 class Ledger(Protocol):
     """Where windows are read from."""
 
-    async def windows(self, *, instance_uid: str, function: str, include_open: bool) -> list[Window]:
+    async def windows(self, *, instance_uid: str, function: str, include_open: bool) -> list[UsageWindow]:
         """Oldest first per instance."""
         ...
 

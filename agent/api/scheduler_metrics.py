@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from agent.api.function_metrics import FunctionMetrics
-from agent.core.dispatch.index import Standing
+from agent.core.dispatch.index import NodeStanding
 from agent.core.provisioning.reconcile import Scheduling
 from agent.core.types import SECOND_NS
 from agent.scheduler.fleet.fleet import Fleet, NodeRecord
@@ -57,7 +57,7 @@ class SchedulerMetrics(Collector):
     def _fleet_metrics(self) -> Iterator[Metric]:
         records = self._fleet.nodes()
         nodes = GaugeMetricFamily("hibernode_nodes", "Nodes by standing.", labels=["standing"])
-        for standing in Standing:
+        for standing in NodeStanding:
             nodes.add_metric([standing.value], sum(node.standing is standing for node in records))
         yield nodes
         labels = ["node"]
@@ -74,7 +74,7 @@ class SchedulerMetrics(Collector):
                 asked.add_metric([node.name, scheduling.value], value)
             if node.wall_ns:
                 heard.add_metric([node.name], node.wall_ns / SECOND_NS)
-            if not node.wall_ns or node.standing is Standing.LOST:
+            if not node.wall_ns or node.standing is NodeStanding.LOST:
                 continue  # what it said once is not known any more
             waiting.add_metric([node.name], node.load.gpu_waiting)
             for use, count in _gpu_use(node).items():

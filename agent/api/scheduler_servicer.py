@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 from agent.api.paging import page
-from agent.core.dispatch.index import Standing
+from agent.core.dispatch.index import NodeStanding
 from agent.core.errors import DeadlineError, ExhaustedError
 from agent.core.provisioning.reconcile import Scheduling
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
@@ -24,10 +24,10 @@ from agent.wire.tokens import calling_node
 MAX_STREAMS = 4
 """Of one node: one that counts, and those that it replaced and that have not ended yet."""
 _STATES = {
-    Standing.READY: types_pb2.Node.STATE_READY,
-    Standing.DRAINING: types_pb2.Node.STATE_DRAINING,
-    Standing.SUSPECT: types_pb2.Node.STATE_SUSPECT,
-    Standing.LOST: types_pb2.Node.STATE_LOST,
+    NodeStanding.READY: types_pb2.Node.STATE_READY,
+    NodeStanding.DRAINING: types_pb2.Node.STATE_DRAINING,
+    NodeStanding.SUSPECT: types_pb2.Node.STATE_SUSPECT,
+    NodeStanding.LOST: types_pb2.Node.STATE_LOST,
 }
 
 
@@ -113,7 +113,7 @@ def node_of_record(record: NodeRecord, scheduling: Scheduling) -> types_pb2.Node
     """The node on the wire: its registration, its last heartbeat, and what the scheduler thinks of it."""
     registration, load = record.registration, record.load
     state = _STATES[record.standing]
-    if record.standing is Standing.DRAINING and record.recovering:
+    if record.standing is NodeStanding.DRAINING and record.recovering:
         state = types_pb2.Node.STATE_RECOVERING
     node = types_pb2.Node(
         name=record.name,

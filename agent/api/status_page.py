@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from agent.core.dispatch.dispatcher import Dispatcher
-from agent.core.dispatch.index import Standing
+from agent.core.dispatch.index import NodeStanding
 from agent.core.provisioning.reconcile import Scheduling
 from agent.core.types import GIB, SECOND_NS
 from agent.ports import Clock
@@ -72,7 +72,7 @@ class StatusPage:
     def _functions(self) -> Iterator[Row]:
         states: dict[str, Counter[Instance.State.ValueType]] = {}
         for node, load in self._fleet.instances():
-            if node.standing is not Standing.LOST:
+            if node.standing is not NodeStanding.LOST:
                 states.setdefault(load.function, Counter())[load.state] += 1
         for function in self._catalog.all():
             name, problem = function.spec.name, self._catalog.problem(function.spec.name)
@@ -93,7 +93,7 @@ class StatusPage:
         living = sum(load.state not in ENDED for load in node.instances.values())
         asked = self._fleet.scheduling(node.name)
         standing: object = node.standing.value
-        if node.standing is not Standing.READY or asked is not Scheduling.NORMAL:
+        if node.standing is not NodeStanding.READY or asked is not Scheduling.NORMAL:
             standing = _Bad(f"{standing} {asked.value}".removesuffix(f" {Scheduling.NORMAL.value}"))
         held = f"{sum(bool(gpu.holder_uids) for gpu in gpus)} of {len(gpus)}"
         available = (
@@ -110,9 +110,9 @@ class StatusPage:
 
 
 _FUNCTION = ("Function", "Revision", "Target", "Current", "Awake", "Frozen", "Waking", "Queued", "Trouble")
-_NODE = ("Node", "Standing", "Heard", "GPUs held", "Wait for a GPU", "Instances", "Memory free", "Agent", "Driver")
+_NODE = ("Node", "NodeStanding", "Heard", "GPUs held", "Wait for a GPU", "Instances", "Memory free", "Agent", "Driver")
 _GPU = ("Node", "GPU", "Model", "Memory", "SM", "Temperature", "Held by", "Trouble")
-_INSTANCE = ("Instance", "Function", "Node", "State", "Requests", "GPU memory", "Frozen", "Wakes", "Active", "Idle")
+_INSTANCE = ("Instance", "Function", "Node", "State", "Requests", "GPU memory", "Frozen", "WakeCalls", "Active", "Idle")
 
 
 class _Bad(str):

@@ -10,7 +10,7 @@ from fractions import Fraction
 from agent.api.paging import MAX_TOKEN_DIGITS, page
 from agent.core.billing.price_book import Price, PriceBook
 from agent.core.billing.pricing import Quantities, exact_text, quantities, rounded
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.errors import DeadlineError, ExhaustedError, InvalidArgumentError
 from agent.scheduler.usage.collector import UsageCollector
 from agent.scheduler.usage.reconciliation import Reconciled
@@ -55,7 +55,7 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
         node = calling_node()
         if len(request.windows) > MAX_BATCH:
             raise InvalidArgumentError("USAGE_BATCH_TOO_LARGE", f"send at most {MAX_BATCH} windows at once")
-        windows: list[Window] = []
+        windows: list[UsageWindow] = []
         unreadable: list[tuple[str, int]] = []
         for message in request.windows:
             try:

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from typing import TypeVar
 
 from agent.cli.console.progress import progress
-from agent.cli.daemon_locator import Daemon, Place, find_daemon
-from agent.cli.options import asked
+from agent.cli.daemon_locator import Daemon, DaemonAddress, find_daemon
+from agent.cli.options import cli_options
 from agent.core.errors import HibernodeError, UnauthenticatedError, UnavailableError
 from agent.wire.clients import DaemonChannel
 
@@ -32,7 +32,7 @@ def with_scheduler(story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -
 
 
 def _run(daemon: Daemon, story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
-    options = asked()
+    options = cli_options()
     place = find_daemon(daemon, options)
     try:
         return asyncio.run(_told(place, options.insecure, story, doing))
@@ -40,13 +40,13 @@ def _run(daemon: Daemon, story: Callable[[DaemonChannel], Awaitable[T]], doing: 
         raise _with_advice(error, daemon, place) from error
 
 
-async def _told(place: Place, insecure: bool, story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
+async def _told(place: DaemonAddress, insecure: bool, story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
     shown = progress(doing) if doing else nullcontext()
     async with shown, DaemonChannel(place.target, place.token, insecure) as channel:
         return await story(channel)
 
 
-def _with_advice(error: HibernodeError, daemon: Daemon, place: Place) -> HibernodeError:
+def _with_advice(error: HibernodeError, daemon: Daemon, place: DaemonAddress) -> HibernodeError:
     """gRPC's own words about a daemon that is not there help nobody."""
     if isinstance(error, UnavailableError) and error.reason == "UNREACHABLE":
         message = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from agent.cli.options import Asked
+from agent.cli.options import CliOptions
 from agent.core.errors import ConfigError, InvalidArgumentError, PermissionDeniedError, UnavailableError
 
 Daemon = Literal["agent", "scheduler"]
@@ -17,7 +17,7 @@ MAX_FILE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DaemonAddress:
     """What to call (`host:port` or `unix:/path`) and the token to send, "" for none."""
 
     target: str
@@ -27,18 +27,18 @@ class Place:
         return f"Place({self.target})"
 
 
-def find_daemon(daemon: Daemon, asked: Asked) -> Place:
+def find_daemon(daemon: Daemon, asked: CliOptions) -> DaemonAddress:
     """The daemon's gRPC address: the option's, else the unix socket where we may use it, else TCP with the token.
 
     Raises UnavailableError where no daemon has run, PermissionDeniedError for what we may not read.
     """
     given = asked.agent if daemon == "agent" else asked.scheduler
     if given:
-        return Place(given, _token_for(given, daemon, asked))
+        return DaemonAddress(given, _token_for(given, daemon, asked))
     found = read_endpoints(daemon, asked.home)
     socket = found.get("socket", "")
     if socket and not asked.token_file and os.access(socket, os.R_OK | os.W_OK):
-        return Place(f"unix:{socket}", "")
+        return DaemonAddress(f"unix:{socket}", "")
     if not found.get("grpc") and daemon == "scheduler":
         message = f"the scheduler in {asked.home} stands by for another one; name the active one with --scheduler"
         raise UnavailableError("SCHEDULER_STANDBY", message, home=str(asked.home))
@@ -46,10 +46,10 @@ def find_daemon(daemon: Daemon, asked: Asked) -> Place:
         message = f"{daemon} in {asked.home} offers no TCP address, and its socket {socket} is not open to this user"
         raise PermissionDeniedError("SOCKET_NOT_ALLOWED", f"{message}; use sudo, or join the group hibernode")
     file = asked.token_file or found.get("token_file") or str(asked.home / daemon / "token")
-    return Place(found["grpc"], read_token(Path(file)))
+    return DaemonAddress(found["grpc"], read_token(Path(file)))
 
 
-def find_gateway(asked: Asked) -> str:
+def find_gateway(asked: CliOptions) -> str:
     """`host:port` of the gateway."""
     given = asked.gateway or read_endpoints("scheduler", asked.home).get("gateway", "")
     if not given:
@@ -100,7 +100,7 @@ def read_token(path: Path) -> str:
     return content.decode("ascii")
 
 
-def _token_for(target: str, daemon: Daemon, asked: Asked) -> str:
+def _token_for(target: str, daemon: Daemon, asked: CliOptions) -> str:
     if asked.token_file:
         return read_token(Path(asked.token_file))
     from agent.wire.addresses import is_loopback, split  # gRPC only where a daemon is called

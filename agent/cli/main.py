@@ -11,7 +11,7 @@ from agent import __version__
 from agent.cli.lazy_group import LazyCommand, LazyGroup
 from agent.cli.options import insecure_option, output_option, place_options
 from agent.core.errors import HibernodeError
-from agent.exit_codes import Exit, exit_of
+from agent.exit_codes import ExitCode, exit_of
 
 _START = "Start"
 _NODE = "One node (asks its agent)"
@@ -90,16 +90,16 @@ def _run(arguments: list[str] | None) -> int:
         result = cli.main(arguments, prog_name="hibernode", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
-        return Exit.USAGE
+        return ExitCode.USAGE
     except click.UsageError as error:
         _say(f"{error.format_message()}{_hint(error.ctx)}")
-        return Exit.USAGE
+        return ExitCode.USAGE
     except click.ClickException as error:
         _say(error.format_message())
-        return Exit.USAGE
+        return ExitCode.USAGE
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
-        return Exit.INTERRUPTED
+        return ExitCode.INTERRUPTED
     except HibernodeError as error:
         _say(f"{error.message} ({error.reason})")
         return exit_of(error)
@@ -107,8 +107,8 @@ def _run(arguments: list[str] | None) -> int:
         if os.environ.get("HIBERNODE_DEBUG"):
             raise
         _say(f"unexpected {type(error).__name__}: {error}; HIBERNODE_DEBUG=1 shows where")
-        return Exit.UNEXPECTED
-    return result if isinstance(result, int) else Exit.OK
+        return ExitCode.UNEXPECTED
+    return result if isinstance(result, int) else ExitCode.OK
 
 
 def _hint(context: click.Context | None) -> str:

@@ -19,7 +19,7 @@ _KEY = "agent.cli.asked"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class CliOptions:
     """What the shared options say. Empty addresses and paths mean: look in `home`."""
 
     home: Path
@@ -41,10 +41,10 @@ class Asked:
         return self.output == "csv"
 
 
-def asked() -> Asked:
+def cli_options() -> CliOptions:
     """The shared options of the running command."""
     found = click.get_current_context().find_root().meta.get(_KEY, {})
-    return Asked(
+    return CliOptions(
         home=Path(found.get("home") or os.environ.get("HIBERNODE_HOME") or DEFAULT_HOME),
         agent=found.get("agent", ""),
         scheduler=found.get("scheduler", ""),

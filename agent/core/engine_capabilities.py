@@ -48,7 +48,7 @@ class EngineFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSight:
+class EngineSurvey:
     """What was found about the engine. `facts` None: it can't be used, and `problem` says why and what to do; both
     empty where it is turned off.
 
@@ -66,7 +66,7 @@ class EngineSight:
     disk_limit: str = "auto"
 
 
-def engine_lines(sight: EngineSight) -> Sequence[CapabilityLine]:
+def engine_lines(sight: EngineSurvey) -> Sequence[CapabilityLine]:
     """One line a subject, the engine itself first; the others only where there is one."""
     facts = sight.facts
     if facts is None:
@@ -80,7 +80,7 @@ def engine_lines(sight: EngineSight) -> Sequence[CapabilityLine]:
     return tuple(_lines(sight, facts))
 
 
-def _lines(sight: EngineSight, facts: EngineFacts) -> Iterator[CapabilityLine]:
+def _lines(sight: EngineSurvey, facts: EngineFacts) -> Iterator[CapabilityLine]:
     yield _ok("engine", f"{facts.title} at {facts.socket}")
     if facts.kind == "docker":
         yield _live_restore(facts)
@@ -113,7 +113,7 @@ def _disk_limit(setting: str, facts: EngineFacts) -> CapabilityLine:
     return _warn(name, f"{facts.storage} can't bound a disk here: an instance may fill {where}", fix)
 
 
-def _gpus(sight: EngineSight, facts: EngineFacts) -> CapabilityLine:
+def _gpus(sight: EngineSurvey, facts: EngineFacts) -> CapabilityLine:
     name = "engine.gpus"
     if sight.gpu_problem:
         what, _, fix = sight.gpu_problem.partition("; ")

@@ -27,7 +27,7 @@ from agent.adapters.kernel import process_table
 from agent.adapters.kernel.cgroup import CgroupSlice, open_slice
 from agent.adapters.kernel.clock import SystemClock
 from agent.adapters.kernel.host_memory import ProcHostMemory
-from agent.adapters.kernel.usage_reader import ProcInstanceReader
+from agent.adapters.kernel.usage_reader import ProcUsageReader
 from agent.adapters.nvml.gpus import NvmlGpus
 from agent.adapters.nvml.xid_events import NvmlEvents
 from agent.adapters.store.node_store import NodeStore
@@ -37,7 +37,7 @@ from agent.api.instance_logs import InstanceLogs
 from agent.api.instance_servicer import InstanceServicer
 from agent.api.node_ledger import NodeLedger
 from agent.api.node_servicer import NodeServicer
-from agent.core.billing.meter import BillingPolicy, Kind
+from agent.core.billing.meter import BilledAs, BillingPolicy
 from agent.core.engine_capabilities import engine_lines
 from agent.core.errors import UnavailableError
 from agent.core.gpus.capabilities import host_lines
@@ -45,26 +45,26 @@ from agent.core.types import SECOND_NS
 from agent.daemons.engine_layer import open_runtimes
 from agent.daemons.gpu_layer import HostView, open_gpu_layer, see_gpus
 from agent.daemons.process import daemon_main, run_until_signal
-from agent.host.billing.billing import Billing, BillingSettings
+from agent.host.billing.billing import Billing, BillingOptions
 from agent.host.billing.pruning import LedgerPruner
-from agent.host.gpus.monitor import GpuWatch
-from agent.host.gpus.trespass import Trespass
+from agent.host.gpus.monitor import GpuMonitor
+from agent.host.gpus.trespass import GpuIsolation
 from agent.host.ingress.ingress import FULL, Ingress
+from agent.host.instance.context import InstanceContext
 from agent.host.instance.events import EventLog
-from agent.host.instance.executor import Shell
-from agent.host.instance.memory_reservations import MemoryDesk
+from agent.host.instance.memory_reservations import MemoryReservations
 from agent.host.node.engine_watch import EngineWatch
-from agent.host.node.exec_sessions import ExecDesk
+from agent.host.node.exec_sessions import ExecSessions
 from agent.host.node.gauges import Gauges
 from agent.host.node.node import Node, NodeSettings
-from agent.host.node.observer import Identity, Observer
+from agent.host.node.observer import NodeIdentity, Observer
 from agent.host.node.pauses import watch_pauses
 from agent.host.node.recovery import Recovery
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
 from agent.http.server import serve
 from agent.log import get_logger
-from agent.settings import AgentConfig, Listen
+from agent.settings import AgentConfig, ListenSettings
 from agent.wire.addresses import join
 from agent.wire.clients import DaemonChannel
 from agent.wire.server import GrpcServer, Services
@@ -152,7 +152,7 @@ class AgentDaemon:
         self.runtime, self.engine_api = open_runtimes(self._stack, config, self.state.uuid, slice_, self.clock)
         host = HostView(slice_, self.state.uuid, self.boot_id, self.runtime.pids)
         self.gpu = await open_gpu_layer(self._stack, config.gpu, host, gpus, sight, self._cordon)
-        memory = MemoryDesk(
+        memory = MemoryReservations(
             ProcHostMemory(limits=Path(config.state_dir) / "limits", images=Path(config.state_dir) / "images"),
             limit_bytes=config.gpu.frozen_memory_limit_bytes,
             reserve_bytes=config.gpu.host_memory_reserve_bytes,
@@ -177,7 +177,7 @@ class AgentDaemon:
         )
         self.node.shell = self._shell(memory)
         self.watch = self._watch(gpus)
-        reader = ProcInstanceReader(self.boot_id)
+        reader = ProcUsageReader(self.boot_id)
         self._stack.callback(reader.close)
         self.gauges = Gauges(reader, self.node.actors, self._vram_now)
         self.observer = Observer(
@@ -197,11 +197,11 @@ class AgentDaemon:
             "", gpu_uuids, "DRIVER_STUCK: a driver call survived SIGKILL", source="driver", lasting=True
         )
 
-    def _watch(self, gpus: NvmlGpus) -> GpuWatch:
+    def _watch(self, gpus: NvmlGpus) -> GpuMonitor:
         xid_events = NvmlEvents()
         self._stack.callback(xid_events.close)
-        self.trespass = Trespass(gpus, self.runtime, self.node.desk, self.node.actors, self.events)
-        return GpuWatch(
+        self.trespass = GpuIsolation(gpus, self.runtime, self.node.desk, self.node.actors, self.events)
+        return GpuMonitor(
             gpus,
             xid_events,
             self.node.desk,
@@ -215,9 +215,9 @@ class AgentDaemon:
         """GPU memory of instances, as long as NVML answers."""
         return self.trespass.vram_bytes if self.watch.figures() else {}
 
-    def _shell(self, memory: MemoryDesk) -> Shell:
+    def _shell(self, memory: MemoryReservations) -> InstanceContext:
         runtime = self._config.runtime
-        return Shell(
+        return InstanceContext(
             clock=self.clock,
             runtime=self.runtime,
             freezer=self.gpu.freezer,
@@ -238,9 +238,9 @@ class AgentDaemon:
         sight = await look_at_engine(self.engine_api, config.runtime, config.gpu, uuids)
         self.observer.engine_lines = tuple(engine_lines(sight))
 
-    def _identity(self, slice_: CgroupSlice | None) -> Identity:
+    def _identity(self, slice_: CgroupSlice | None) -> NodeIdentity:
         cgroup = "" if slice_ is None else str(slice_.path_of(""))
-        return Identity(
+        return NodeIdentity(
             name=self.name,
             boot_id=self.boot_id,
             version=__version__,
@@ -287,7 +287,7 @@ class AgentDaemon:
             )
         self._stack.push_async_callback(self.http.close, 0.0)
         self.logs = InstanceLogs(self.runtime)
-        self.execs = ExecDesk(self.node, self.runtime, self.events, self.clock)
+        self.execs = ExecSessions(self.node, self.runtime, self.events, self.clock)
         services = Services(
             instances=InstanceServicer(
                 self.node,
@@ -364,13 +364,13 @@ class AgentDaemon:
         self._log.info("agent.stopped")
 
 
-def _billing(config: AgentConfig) -> BillingSettings:
-    policy = BillingPolicy(starting=Kind(config.billing.starting), restoring=Kind(config.billing.restoring))
-    return BillingSettings(policy, config.billing.window_ns, config.billing.flush_interval_ns)
+def _billing(config: AgentConfig) -> BillingOptions:
+    policy = BillingPolicy(starting=BilledAs(config.billing.starting), restoring=BilledAs(config.billing.restoring))
+    return BillingOptions(policy, config.billing.window_ns, config.billing.flush_interval_ns)
 
 
 @contextmanager
-def _bind_errors(key: str, listen: Listen) -> Iterator[None]:
+def _bind_errors(key: str, listen: ListenSettings) -> Iterator[None]:
     """Raises UnavailableError BIND_FAILED for an address that can't be had."""
     try:
         yield

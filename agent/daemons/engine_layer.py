@@ -11,7 +11,7 @@ from agent.adapters.engine.build import open_engine_api, open_engine_runtime
 from agent.adapters.engine.exec import EngineExec
 from agent.adapters.engine.logs import EngineLogs
 from agent.adapters.kernel.cgroup import CgroupSlice
-from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeSettings
+from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeOptions
 from agent.adapters.runtime.router import Runtimes
 from agent.ports import Clock
 from agent.settings import AgentConfig
@@ -45,10 +45,10 @@ def open_runtimes(
     return runtimes, api if found else None
 
 
-def process_settings(config: AgentConfig, state_uuid: str, slice_: CgroupSlice | None) -> ProcessRuntimeSettings:
+def process_settings(config: AgentConfig, state_uuid: str, slice_: CgroupSlice | None) -> ProcessRuntimeOptions:
     """What the configuration means for processes of the host."""
     runtime = config.runtime
-    return ProcessRuntimeSettings(
+    return ProcessRuntimeOptions(
         state_dir=Path(config.state_dir),
         state_uuid=state_uuid,
         slice_=slice_,

@@ -13,7 +13,7 @@ from agent.adapters.freezer.limits import FreezerLimits
 from agent.adapters.kernel.cgroup import CgroupSlice
 from agent.adapters.kernel.cgroup_freezer import choose_freezer
 from agent.adapters.nvml.gpus import NvmlGpus
-from agent.adapters.nvml.host_facts import GpuSight, host_facts, look_patiently_at_gpus
+from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, look_patiently_at_gpus
 from agent.adapters.nvml.locks import GpuLocks
 from agent.core.errors import HibernodeError
 from agent.core.gpus.capabilities import Capabilities, find_capabilities
@@ -27,7 +27,7 @@ class GpuLayer:
     """`capabilities` is the verdict on the host; `unavailable` says why idle mode can't be had here, "" if it can."""
 
     gpus: NvmlGpus
-    sight: GpuSight
+    sight: GpuSurvey
     capabilities: Capabilities
     checkpointer: HostCheckpointer
     freezer: CudaFreezer
@@ -55,7 +55,7 @@ async def open_gpu_layer(
     settings: GpuSettings,
     host: HostView,
     gpus: NvmlGpus,
-    sight: GpuSight,
+    sight: GpuSurvey,
     on_stuck: Callable[[Sequence[str]], None],
 ) -> GpuLayer:
     """Lock the GPUs, choose and start the checkpointer; `stack` takes it all down. A host that can't freeze is no
@@ -97,7 +97,7 @@ def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerL
     )
 
 
-async def see_gpus(gpus: NvmlGpus) -> GpuSight:
+async def see_gpus(gpus: NvmlGpus) -> GpuSurvey:
     """Without a driver the node has no GPUs, and says so; it still runs functions that need none."""
     sight = await look_patiently_at_gpus(gpus)
     if sight.error is not None:

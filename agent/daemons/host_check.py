@@ -29,7 +29,7 @@ from agent.core.engine_capabilities import engine_lines
 from agent.core.errors import ConfigError, HibernodeError
 from agent.core.gpus.capabilities import Capabilities, find_capabilities, idle_mode_lines
 from agent.core.snapshots import CapabilityLine
-from agent.settings import AgentConfig, GpuSettings, Runtime
+from agent.settings import AgentConfig, GpuSettings, RuntimeSettings
 
 START_DEADLINE_S = 10.0
 """For the checkpointer. NVML has its own: 5 s a call, and none after one that did not come back."""
@@ -48,7 +48,7 @@ async def survey(config: AgentConfig) -> dict[str, Any]:
     }
 
 
-async def _engine_lines(runtime: Runtime, gpu: GpuSettings, gpu_uuids: list[str]) -> Sequence[CapabilityLine]:
+async def _engine_lines(runtime: RuntimeSettings, gpu: GpuSettings, gpu_uuids: list[str]) -> Sequence[CapabilityLine]:
     api = open_engine_api(runtime)
     try:
         return engine_lines(await look_at_engine(api, runtime, gpu, gpu_uuids))

@@ -39,25 +39,25 @@ from agent.core.errors import ConfigError, HibernodeError, UnavailableError
 from agent.core.provisioning.autoscaling import Patience
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.daemons.process import daemon_main, run_until_signal, stand_by
-from agent.http.date_header import DateLine
+from agent.http.date_header import DateHeader
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
 from agent.http.server import BACKLOG, serve
 from agent.log import get_logger
-from agent.scheduler.database.leader_lock import Lead
+from agent.scheduler.database.leader_lock import LeaderLock
 from agent.scheduler.database.store import Store
-from agent.scheduler.fleet.agent_channels import Links
+from agent.scheduler.fleet.agent_channels import AgentChannels
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
-from agent.scheduler.functions.autoscaler import Scaler
+from agent.scheduler.functions.autoscaler import Autoscaler
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
 from agent.scheduler.functions.provisioner import Provisioner
-from agent.scheduler.gateway.dispatching import Desk
+from agent.scheduler.gateway.dispatching import DispatchLoop
 from agent.scheduler.gateway.gateway import Gateway
-from agent.scheduler.gateway.ingress_pools import Ingresses
+from agent.scheduler.gateway.ingress_pools import IngressPools
 from agent.scheduler.gateway.routes import Router
-from agent.scheduler.gateway.wake_calls import Wakes
+from agent.scheduler.gateway.wake_calls import WakeCalls
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
 from agent.scheduler.usage.reports import UsageReports
 from agent.scheduler.usage.retention import UsageRetention
@@ -115,10 +115,10 @@ class SchedulerDaemon:
         self.usage = UsageDatabase.at(config.database_url)
         self._stack.callback(self.usage.close)
         self.retention = UsageRetention(self.usage, self.clock, config.usage.keep_ns)
-        self.lead = Lead(config.database_url)
+        self.lead = LeaderLock(config.database_url)
         self._stack.callback(self.lead.close)
         self.dispatcher = Dispatcher(sends_ahead=True)
-        self.desk = Desk(self.clock, self.dispatcher, self._wake)
+        self.desk = DispatchLoop(self.clock, self.dispatcher, self._wake)
         self.fleet = Fleet(
             self.clock,
             self.desk.tell,
@@ -129,11 +129,11 @@ class SchedulerDaemon:
             insecure=config.insecure,
         )
         self.node_scheduling = NodeScheduling(self.store, self.fleet)
-        self.links = Links(self.node_tokens, self._grpc_address_of, config.insecure)
+        self.links = AgentChannels(self.node_tokens, self._grpc_address_of, config.insecure)
         self._stack.push_async_callback(self.links.close)
         self.catalog = Catalog(self.clock, self.store, self.desk.tell, self._catalog_changed, _defaults(config))
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.links, self.desk.tell)
-        self.scaler = Scaler(
+        self.scaler = Autoscaler(
             self.clock,
             self.catalog,
             self.fleet,
@@ -143,10 +143,10 @@ class SchedulerDaemon:
             self.provisioner.poke,
         )
         self.usage_totals = UsageTotals(lambda: [one.spec.name for one in self.catalog.all()])
-        self.ingresses = Ingresses(self._ingress_address_of)
+        self.ingresses = IngressPools(self._ingress_address_of)
         self._stack.callback(self.ingresses.close)
         tokens = {name: token.encode() for name, token in self.node_tokens.items()}
-        self.wakes = Wakes(
+        self.wakes = WakeCalls(
             self.ingresses.pool,
             tokens.__getitem__,
             self.desk.tell,
@@ -245,7 +245,7 @@ class SchedulerDaemon:
                 inherited=kept,
                 request_ids=self.request_ids,
                 on_fault=lambda error: self._log.error("gateway.fault", error=type(error).__name__, exc_info=error),
-                date_line=DateLine(lambda: self.clock.wall_ns() // SECOND_NS),
+                date_line=DateHeader(lambda: self.clock.wall_ns() // SECOND_NS),
             )
             self._stack.push_async_callback(self.http.close, 0)
             self.gateway_address = join(config.gateway.host, self.http.port)

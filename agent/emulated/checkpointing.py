@@ -20,13 +20,18 @@ from agent.emulated.oplog import FrozenCalls, OpLog
 from agent.emulated.pids import thread_of
 from agent.emulated.processes import CudaProcess, Operation
 from agent.emulated.profiles import Profile
-from agent.emulated.protocol import CuResult, Message, Op, State, result_of
+from agent.emulated.protocol import CuResult, Message, MessageOp, State, result_of
 from agent.emulated.vram import Vram, rounded
 
 MAX_QUEUED = 256
 """Calls waiting for one process; beyond it a call answers OPERATING_SYSTEM."""
 
-_NEEDS = {Op.LOCK: State.RUNNING, Op.CHECKPOINT: State.LOCKED, Op.RESTORE: State.CHECKPOINTED, Op.UNLOCK: State.LOCKED}
+_NEEDS = {
+    MessageOp.LOCK: State.RUNNING,
+    MessageOp.CHECKPOINT: State.LOCKED,
+    MessageOp.RESTORE: State.CHECKPOINTED,
+    MessageOp.UNLOCK: State.LOCKED,
+}
 
 
 class Checkpointing:
@@ -40,13 +45,13 @@ class Checkpointing:
         self.frozen_calls = FrozenCalls()
         self.faults = FaultPlan()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._finish: dict[Op, Callable[[CudaProcess, Operation, Message], CuResult]] = {
-            Op.GET_STATE: self._finish_state,
-            Op.GET_RESTORE_THREAD: self._finish_thread,
-            Op.LOCK: self._finish_lock,
-            Op.CHECKPOINT: self._finish_checkpoint,
-            Op.RESTORE: self._finish_restore,
-            Op.UNLOCK: self._finish_unlock,
+        self._finish: dict[MessageOp, Callable[[CudaProcess, Operation, Message], CuResult]] = {
+            MessageOp.GET_STATE: self._finish_state,
+            MessageOp.GET_RESTORE_THREAD: self._finish_thread,
+            MessageOp.LOCK: self._finish_lock,
+            MessageOp.CHECKPOINT: self._finish_checkpoint,
+            MessageOp.RESTORE: self._finish_restore,
+            MessageOp.UNLOCK: self._finish_unlock,
         }
 
     async def drain(self) -> None:
@@ -74,21 +79,21 @@ class Checkpointing:
                     self._hang(process, operation)
                     continue
             process.current = operation
-            if operation.verdict is None and operation.op is Op.RESTORE and not process.cgroup.frozen():
+            if operation.verdict is None and operation.op is MessageOp.RESTORE and not process.cgroup.frozen():
                 self._begin_restore(process, operation)
                 return
             # VRAM for a restore is taken only when the target can do the work, not while the call hangs.
-            operation.waits_for_thaw = operation.verdict is None and operation.op is Op.RESTORE
+            operation.waits_for_thaw = operation.verdict is None and operation.op is MessageOp.RESTORE
             self._order(process, operation)
 
     # ---- faults -----------------------------------------------------------------------------------------------
 
     def _meet_fault(self, process: CudaProcess, operation: Operation) -> None:
         """Does one strike this call? Not if it is refused anyway."""
-        if operation.immune or (operation.verdict is not None and operation.op is not Op.GET_STATE):
+        if operation.immune or (operation.verdict is not None and operation.op is not MessageOp.GET_STATE):
             return
         devices = process.touched()
-        if operation.op is Op.RESTORE:
+        if operation.op is MessageOp.RESTORE:
             devices = {operation.device_map[device] for device in devices}
         operation.fault = self.faults.strike(operation.op, process.pid, devices)
         if operation.fault is not None and operation.fault.instead is not None:
@@ -98,7 +103,7 @@ class Checkpointing:
         """No answer before the plan is cleared. Other calls on the process are served meanwhile."""
         operation.held = answer
         process.hung.append(operation)
-        operation.caller.send(Message(Op.HOLD, id=operation.id))
+        operation.caller.send(Message(MessageOp.HOLD, id=operation.id))
 
     def clear_faults(self, processes: Iterable[CudaProcess]) -> None:
         """Nothing is planned any more, and what hung goes on: it is done now, whether or not its caller still waits."""
@@ -120,21 +125,21 @@ class Checkpointing:
             return done
         if fault.kind == FAILED:
             process.change(State.FAILED)
-        elif fault.instead is CuResult.OUT_OF_MEMORY and operation.op is Op.RESTORE:
+        elif fault.instead is CuResult.OUT_OF_MEMORY and operation.op is MessageOp.RESTORE:
             process.stuck = not self._profile.keeps_state
         return done if fault.answer_after is None else fault.answer_after
 
     def _verdict(self, process: CudaProcess, operation: Operation) -> CuResult | None:
         """The answer known beforehand; None if the target has to do the operation."""
-        if operation.op in (Op.GET_STATE, Op.GET_RESTORE_THREAD):
+        if operation.op in (MessageOp.GET_STATE, MessageOp.GET_RESTORE_THREAD):
             return CuResult.SUCCESS
         if process.stuck:
-            return CuResult.ILLEGAL_STATE if operation.op is Op.UNLOCK else CuResult.OPERATING_SYSTEM
+            return CuResult.ILLEGAL_STATE if operation.op is MessageOp.UNLOCK else CuResult.OPERATING_SYSTEM
         if process.state is not _NEEDS[operation.op]:
             return CuResult.ILLEGAL_STATE
-        if operation.op is Op.CHECKPOINT and any(self._devices[index].mig for index in process.touched()):
+        if operation.op is MessageOp.CHECKPOINT and any(self._devices[index].mig for index in process.touched()):
             return CuResult.OUT_OF_MEMORY  # issue 42: the lock before it succeeds
-        if operation.op is not Op.RESTORE:
+        if operation.op is not MessageOp.RESTORE:
             return None
         if not operation.caller_initialized and not all(device.persistence for device in self._devices):
             operation.fatal = True
@@ -161,19 +166,19 @@ class Checkpointing:
     def _order(self, process: CudaProcess, operation: Operation) -> None:
         """Send the restore thread what it is to do."""
         assert process.restore_thread is not None
-        message = Message(Op.DO_PING)
+        message = Message(MessageOp.DO_PING)
         if operation.verdict is None and not operation.waits_for_thaw:
             match operation.op:
-                case Op.LOCK:
-                    message = Message(Op.DO_LOCK, a=operation.timeout_ms)
-                case Op.CHECKPOINT:
+                case MessageOp.LOCK:
+                    message = Message(MessageOp.DO_LOCK, a=operation.timeout_ms)
+                case MessageOp.CHECKPOINT:
                     operation.size = sum(rounded(a.size) for a in process.allocations.values())
-                    message = Message(Op.DO_CHECKPOINT)
-                case Op.RESTORE:
+                    message = Message(MessageOp.DO_CHECKPOINT)
+                case MessageOp.RESTORE:
                     mapping = struct.pack(f"<{len(operation.device_map)}I", *operation.device_map)
-                    message = Message(Op.DO_RESTORE, payload=mapping)
+                    message = Message(MessageOp.DO_RESTORE, payload=mapping)
                 case _:
-                    message = Message(Op.DO_UNLOCK)
+                    message = Message(MessageOp.DO_UNLOCK)
             message.f = self.latency.of(operation.op, operation.size)
         if operation.fault is not None and not operation.waits_for_thaw:
             message.e = operation.fault.kills_before
@@ -253,14 +258,14 @@ class Checkpointing:
         fault = operation.fault
         done = operation.verdict if operation.verdict is not None else result_of(message.status)
         answer = Message(operation.op, id=operation.id)
-        if done is CuResult.SUCCESS and (fault is None or fault.kind != STALE or operation.op is Op.GET_STATE):
+        if done is CuResult.SUCCESS and (fault is None or fault.kind != STALE or operation.op is MessageOp.GET_STATE):
             done = self._finish[operation.op](process, operation, answer)
         elif operation.extents:
             self._give_vram(process, operation)
         if fault is not None:
             done = self._end_of_fault(process, operation, done)
             if fault.kills_after and process.restore_thread is not None:
-                process.restore_thread.send(Message(Op.DO_PING, e=1))
+                process.restore_thread.send(Message(MessageOp.DO_PING, e=1))
                 return  # the answer is given when it is gone
         process.current = None
         if fault is not None and fault.hangs_after:

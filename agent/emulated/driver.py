@@ -29,11 +29,11 @@ from agent.emulated.protocol import (
     ComputeMode,
     CuResult,
     Message,
-    Op,
+    MessageOp,
 )
 from agent.emulated.vram import Extent
 
-_CHANGES = frozenset({Op.LOCK, Op.CHECKPOINT, Op.RESTORE, Op.UNLOCK})
+_CHANGES = frozenset({MessageOp.LOCK, MessageOp.CHECKPOINT, MessageOp.RESTORE, MessageOp.UNLOCK})
 
 
 class Driver:
@@ -58,13 +58,13 @@ class Driver:
         self._last_token = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._handlers: dict[int, Callable[[Connection, Message], None]] = {
-            Op.HELLO_PROCESS: self._hello_process,
-            Op.HELLO_RESTORE: self._hello_restore,
+            MessageOp.HELLO_PROCESS: self._hello_process,
+            MessageOp.HELLO_RESTORE: self._hello_restore,
             **self.management.handlers,
-            Op.ALLOC: self._alloc,
-            Op.FREE: self._free,
-            Op.MEMINFO: self._meminfo,
-            Op.CONTEXT: self._context,
+            MessageOp.ALLOC: self._alloc,
+            MessageOp.FREE: self._free,
+            MessageOp.MEMINFO: self._meminfo,
+            MessageOp.CONTEXT: self._context,
         }
 
     # ---- connections ------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ class Driver:
     def on_message(self, connection: Connection, message: Message) -> None:
         process = self._by_connection.get(connection)
         if process is not None and connection is process.restore_thread:
-            if message.op == Op.HELLO_RESTORE:
+            if message.op == MessageOp.HELLO_RESTORE:
                 process.tid = message.b
             else:
                 self.checkpointing.on_answer(process, message)
@@ -273,15 +273,15 @@ class Driver:
     # ---- checkpoint calls -------------------------------------------------------------------------------------
 
     def _checkpoint_call(self, caller: Connection, message: Message) -> None:
-        op = Op(message.op)
+        op = MessageOp(message.op)
         operation = Operation(
             op=op,
             caller=caller,
             id=message.id,
             start_ns=now_ns(),
             pid_asked=message.a,
-            timeout_ms=message.c & 0xFFFFFFFF if op is Op.LOCK else 0,
-            pairs=_decode_pairs(message.payload) if op is Op.RESTORE else (),
+            timeout_ms=message.c & 0xFFFFFFFF if op is MessageOp.LOCK else 0,
+            pairs=_decode_pairs(message.payload) if op is MessageOp.RESTORE else (),
             caller_initialized=bool(message.b) and self.profile.init_suffices,
         )
         process = self._find(caller, message.a)
@@ -298,7 +298,7 @@ class Driver:
             return self.processes.get(pid)
         return self.processes.get(pids.find_inside(caller.namespace, pid, self.processes))
 
-    def _no_process(self, caller: Connection, op: Op, pid: int) -> CuResult:
+    def _no_process(self, caller: Connection, op: MessageOp, pid: int) -> CuResult:
         """Why there is none: no such process, or one without CUDA. A thread's number kills its process (issue 41)."""
         owner = pids.process_of_thread(pid)
         if owner == 0:

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from agent.core.errors import InvalidArgumentError, PreconditionError
-from agent.emulated.protocol import CuResult, Op
+from agent.emulated.protocol import CuResult, MessageOp
 
 MAX_FAULTS = 64
 MAX_DELAY_MS = 3_600_000
 _MAX_COUNT = 1_000_000
 
 OPERATIONS: Final = {
-    "lock": Op.LOCK,
-    "checkpoint": Op.CHECKPOINT,
-    "restore": Op.RESTORE,
-    "unlock": Op.UNLOCK,
-    "state": Op.GET_STATE,
+    "lock": MessageOp.LOCK,
+    "checkpoint": MessageOp.CHECKPOINT,
+    "restore": MessageOp.RESTORE,
+    "unlock": MessageOp.UNLOCK,
+    "state": MessageOp.GET_STATE,
 }
 RESULTS: Final = {
     result.name: result
@@ -60,7 +60,7 @@ class Fault:
     """
 
     id: int
-    operation: Op
+    operation: MessageOp
     kind: str
     pid: int | None = None
     device: int | None = None
@@ -124,7 +124,7 @@ def check(fault: Fault) -> None:
             raise _invalid(f"{name} must be 0 to {most}.")
 
 
-def find_operation(name: str) -> Op:
+def find_operation(name: str) -> MessageOp:
     """Raises InvalidArgumentError EMULATED_FAULT_INVALID."""
     operation = OPERATIONS.get(name)
     if operation is None:
@@ -132,7 +132,7 @@ def find_operation(name: str) -> Op:
     return operation
 
 
-def operation_name(operation: Op) -> str:
+def operation_name(operation: MessageOp) -> str:
     return next(name for name, op in OPERATIONS.items() if op is operation)
 
 
@@ -159,7 +159,7 @@ class FaultPlan:
         self._faults.append(fault)
         return fault.id
 
-    def strike(self, operation: Op, pid: int, devices: Set[int]) -> Fault | None:
+    def strike(self, operation: MessageOp, pid: int, devices: Set[int]) -> Fault | None:
         """The fault that this call meets, counted; None if it goes well. The first planned one that applies counts."""
         for fault in self._faults:
             if fault.operation is not operation or fault.pid not in (None, pid):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agent.emulated.protocol import Op
+from agent.emulated.protocol import MessageOp
 
 CHECKPOINT_PER_RESTORE = 1.5
 """A checkpoint takes 1.5 to 2 times as long as a restore of the same size."""
@@ -17,13 +17,13 @@ class Latency:
     fixed_us: int = 0
     bandwidth_bytes_s: int = 0
 
-    def of(self, op: Op, size: int) -> int:
+    def of(self, op: MessageOp, size: int) -> int:
         """Microseconds an operation that moves `size` bytes takes at least."""
         match op:
-            case Op.LOCK | Op.UNLOCK:
+            case MessageOp.LOCK | MessageOp.UNLOCK:
                 return self.fixed_us
-            case Op.CHECKPOINT | Op.RESTORE:
+            case MessageOp.CHECKPOINT | MessageOp.RESTORE:
                 copy = size * 1_000_000 // self.bandwidth_bytes_s if self.bandwidth_bytes_s else 0
-                return self.fixed_us + (int(copy * CHECKPOINT_PER_RESTORE) if op is Op.CHECKPOINT else copy)
+                return self.fixed_us + (int(copy * CHECKPOINT_PER_RESTORE) if op is MessageOp.CHECKPOINT else copy)
             case _:
                 return 0

@@ -9,7 +9,7 @@ from agent.emulated.clock import now_ns
 from agent.emulated.connection import Connection
 from agent.emulated.devices import Device
 from agent.emulated.processes import CudaProcess
-from agent.emulated.protocol import DEVICE_STATUS, GPU_PROCESS, MAX_GPU_PROCESSES, Message, Op, State
+from agent.emulated.protocol import DEVICE_STATUS, GPU_PROCESS, MAX_GPU_PROCESSES, Message, MessageOp, State
 
 XID_EVENT = 8
 """nvmlEventTypeXidCriticalError."""
@@ -33,10 +33,10 @@ class Management:
         self._waiting: dict[Connection, Message] = {}
         self._watchers: dict[Connection, int] = {}
         self.handlers: dict[int, Handler] = {
-            Op.DEVICES: self._describe_devices,
-            Op.DEVICE_CHECK: self._ask,
-            Op.DEVICE_STATUS: self._ask,
-            Op.WATCH: self._ask,
+            MessageOp.DEVICES: self._describe_devices,
+            MessageOp.DEVICE_CHECK: self._ask,
+            MessageOp.DEVICE_STATUS: self._ask,
+            MessageOp.WATCH: self._ask,
         }
 
     def encoded_devices(self) -> bytes:
@@ -56,7 +56,7 @@ class Management:
             connection.close()
         elif self._devices[message.a].silent:
             self._waiting[connection] = message
-            connection.send(Message(Op.HOLD))
+            connection.send(Message(MessageOp.HOLD))
         else:
             self._answer(connection, message, self._devices[message.a])
 
@@ -69,9 +69,9 @@ class Management:
 
     def _answer(self, connection: Connection, message: Message, device: Device) -> None:
         answer = Message(message.op, status=device.nvml_error, id=message.id)
-        if message.op == Op.DEVICE_STATUS and not device.nvml_error:
+        if message.op == MessageOp.DEVICE_STATUS and not device.nvml_error:
             answer.payload = self._status(device)
-        elif message.op == Op.WATCH and not device.nvml_error and message.b & XID_EVENT:
+        elif message.op == MessageOp.WATCH and not device.nvml_error and message.b & XID_EVENT:
             self._watchers[connection] = device.index
         connection.send(answer)
 
@@ -103,7 +103,7 @@ class Management:
 
     def raise_xid(self, device: Device, code: int) -> None:
         """Tell every NVML event set that was registered for this device."""
-        event = Message(Op.EVENT, a=device.index, b=XID_EVENT, c=code)
+        event = Message(MessageOp.EVENT, a=device.index, b=XID_EVENT, c=code)
         for connection, index in list(self._watchers.items()):
             if index == device.index:
                 connection.send(event)

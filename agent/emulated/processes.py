@@ -14,7 +14,7 @@ from pathlib import Path
 from agent.emulated.cgroups import CgroupOf
 from agent.emulated.connection import Connection
 from agent.emulated.faults import Fault
-from agent.emulated.protocol import MAX_ALLOCATIONS, CuResult, Message, Op, State
+from agent.emulated.protocol import MAX_ALLOCATIONS, CuResult, Message, MessageOp, State
 from agent.emulated.vram import Extent, rounded
 
 _OFFSET = struct.Struct("<Q")
@@ -38,7 +38,7 @@ class Operation:
     of a call that hangs although it was done.
     """
 
-    op: Op
+    op: MessageOp
     caller: Connection
     id: int
     start_ns: int

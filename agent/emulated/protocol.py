@@ -14,7 +14,7 @@ ACTIVITY_BUCKETS = 16
 ACTIVITY_NS = 125000000
 
 
-class Op(IntEnum):
+class MessageOp(IntEnum):
     """`enum emu_op`; what a, b, c mean for each is said there."""
 
     HELLO_PROCESS = 1
@@ -42,7 +42,16 @@ class Op(IntEnum):
     DO_UNLOCK = 34
 
 
-CHECKPOINT_OPS = frozenset({Op.GET_STATE, Op.GET_RESTORE_THREAD, Op.LOCK, Op.CHECKPOINT, Op.RESTORE, Op.UNLOCK})
+CHECKPOINT_OPS = frozenset(
+    {
+        MessageOp.GET_STATE,
+        MessageOp.GET_RESTORE_THREAD,
+        MessageOp.LOCK,
+        MessageOp.CHECKPOINT,
+        MessageOp.RESTORE,
+        MessageOp.UNLOCK,
+    }
+)
 
 
 class CuResult(IntEnum):

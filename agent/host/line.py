@@ -15,18 +15,18 @@ from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError, Una
 
 if TYPE_CHECKING:
     from agent.host.instance.actor import Actor
-    from agent.host.instance.gate import Gate
+    from agent.host.instance.gate import AdmissionGate
 
 Start = Callable[["Actor"], None]
 """Called in the turn in which the slot is granted, once it is counted and metered."""
 
 
-class Line:
+class FunctionQueue:
     """See the module: one per function. Gates call `next` and `look`."""
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
-        self._actors: dict[Gate, Actor] = {}
+        self._actors: dict[AdmissionGate, Actor] = {}
         self._tickets: dict[asyncio.Future[None], Start] = {}
 
     @property
@@ -87,7 +87,7 @@ class Line:
                 return start
         return None
 
-    def actor(self, gate: Gate) -> Actor:
+    def actor(self, gate: AdmissionGate) -> Actor:
         """Whose gate it is."""
         return self._actors[gate]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from email.utils import formatdate
 
 
-class DateLine:
+class DateHeader:
     """`date: Sun, 06 Nov 1994 08:49:37 GMT\\r\\n`, written anew when the second changes. `wall_s`: Unix seconds."""
 
     __slots__ = ("_line", "_second", "_wall_s")

@@ -24,7 +24,7 @@ class Timed(Protocol):
         """The deadline has passed: act, and set another one or NEVER."""
 
 
-class Sweep:
+class DeadlineTimer:
     """Calls `expire` of members whose deadline has passed, at most `grain_s` late."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, members: Collection[Timed], grain_s: float) -> None:

@@ -12,14 +12,14 @@ from collections.abc import Awaitable, Callable
 from agent.http.exchange import Exchange
 from agent.http.message import Header, ResponseHead
 from agent.http.pool import Pool
-from agent.http.relay import Done, Hook, Outcome, Relay, ResponseFilter
+from agent.http.relay import Done, Hook, Relay, RelayOutcome, ResponseFilter
 from agent.http.upstream import UpstreamConnection
 
 LateHeaders = Callable[[], Awaitable[list[Header]]]
 """Called at the upstream's head; bounded in time by itself. Cancelled if the exchange ends before it has answered."""
 
 
-class LateRelay(Relay):
+class DelayedHeadRelay(Relay):
     """As `Relay`; `late` is asked once, and its headers are added to those of the response filter."""
 
     __slots__ = ("_arrived", "_client_full", "_late", "_waiting", "_whole")
@@ -66,7 +66,7 @@ class LateRelay(Relay):
             return
         self._waiting = None
         if fault is not None:
-            self._end(Outcome.COMPLETE, fault)
+            self._end(RelayOutcome.COMPLETE, fault)
             return
         inner = self._filter
 
@@ -115,7 +115,7 @@ class LateRelay(Relay):
         if self._waiting is None or not writable:
             super().client_writable(writable)
 
-    def _end(self, outcome: Outcome, fault: Exception | None = None) -> None:
+    def _end(self, outcome: RelayOutcome, fault: Exception | None = None) -> None:
         if self._waiting is not None:
             self._waiting.cancel()
         super()._end(outcome, fault)

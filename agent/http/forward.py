@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import asyncio
 
-from agent.http.delayed_head import LateHeaders, LateRelay
+from agent.http.delayed_head import DelayedHeadRelay, LateHeaders
 from agent.http.errors import ConnectFailedError
 from agent.http.exchange import Exchange
 from agent.http.head_parser import serialise
 from agent.http.message import Header, lookup
 from agent.http.pool import Pool
-from agent.http.relay import Done, Hook, Relay, ResponseFilter
+from agent.http.relay import Done, Hook, Relay, RelayOutcome, ResponseFilter
 from agent.http.relay import ForwardResult as ForwardResult  # noqa: PLC0414 (re-exported)
-from agent.http.relay import Outcome as Outcome  # noqa: PLC0414 (re-exported)
 from agent.http.upstream import UpstreamConnection
 
 
@@ -55,13 +54,13 @@ async def forward(
     `response_filter` or `late_headers` raise.
     """
     if exchange.gone:
-        return ForwardResult(Outcome.CLIENT_GONE, False, False, None, None, 0, 0)
+        return ForwardResult(RelayOutcome.CLIENT_GONE, False, False, None, None, 0, 0)
     connection = source.take()
     if connection is None:
         try:
             connection = await source.acquire(deadline if connect_deadline is None else connect_deadline)
         except ConnectFailedError as error:
-            return ForwardResult(Outcome.CONNECT_FAILED, False, False, None, error, 0, 0)
+            return ForwardResult(RelayOutcome.CONNECT_FAILED, False, False, None, error, 0, 0)
     done: asyncio.Future[ForwardResult] = exchange.loop.create_future()
 
     def wake(result: ForwardResult) -> None:
@@ -129,7 +128,7 @@ def forward_now(
         relay = Relay(exchange, source, connection, response_filter, on_done, on_first_byte, on_last_byte)
     else:
         hooks = (on_first_byte, on_last_byte)
-        relay = LateRelay(exchange, source, connection, response_filter, on_done, *hooks, late=late_headers)
+        relay = DelayedHeadRelay(exchange, source, connection, response_filter, on_done, *hooks, late=late_headers)
     connection.start(relay, method, deadline)
     if body is None and has_body:
         connection.be_patient()

@@ -7,7 +7,7 @@ import errno
 from dataclasses import dataclass
 
 from agent.core.errors import HibernodeError
-from agent.http.deadlines import Sweep
+from agent.http.deadlines import DeadlineTimer
 from agent.http.errors import ConnectFailedError, UpstreamBrokenError, UpstreamTimeoutError
 from agent.http.head_parser import serialise
 from agent.http.limits import UpstreamLimits
@@ -41,7 +41,7 @@ class Pool:
         self.connections: set[UpstreamConnection] = set()
         self.reading_pauses = 0  # how often an upstream was made to wait (a counter, for metrics and tests)
         self._loop = asyncio.get_running_loop()
-        self.sweep = Sweep(self._loop, self.connections, _GRAIN_S)
+        self.sweep = DeadlineTimer(self._loop, self.connections, _GRAIN_S)
         self._idle: list[UpstreamConnection] = []
         self._connecting = 0
         self._closed = False

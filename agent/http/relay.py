@@ -14,7 +14,7 @@ from agent.http.pool import Pool
 from agent.http.upstream import BROKEN, UpstreamConnection
 
 
-class Outcome(enum.Enum):
+class RelayOutcome(enum.Enum):
     """How a forwarded exchange ended. An answer to the client has begun in COMPLETE and the two MID_BODY ones, may
     have in CLIENT_GONE and CLIENT_FAILED, and has not in the others."""
 
@@ -33,7 +33,7 @@ class Outcome(enum.Enum):
 class ForwardResult:
     """What happened. If `not exchange.head_sent` and not `exchange.gone`, the caller still owes an answer."""
 
-    outcome: Outcome
+    outcome: RelayOutcome
     bytes_sent_upstream: bool  # False: no byte of the request can have reached the upstream
     reused: bool  # the connection had served a request before
     head: ResponseHead | None  # the upstream's final head, if it came
@@ -142,7 +142,7 @@ class Relay:
 
     def body_failed(self, error: HibernodeError) -> None:
         self.error = error
-        self._break_off(Outcome.CLIENT_FAILED)
+        self._break_off(RelayOutcome.CLIENT_FAILED)
 
     def upstream_writable(self, writable: bool) -> None:
         if not self._streams:
@@ -190,7 +190,7 @@ class Relay:
             known = head.length if not head.chunked else None
             exchange.begin(head.status, head.reason, headers, known)
         except Exception as fault:
-            self._end(Outcome.COMPLETE, fault)
+            self._end(RelayOutcome.COMPLETE, fault)
 
     def response_data(self, data: bytes) -> None:
         self.response_body_bytes += len(data)
@@ -199,37 +199,39 @@ class Relay:
 
     def response_flush(self) -> None:
         if self._held:
-            self._end(Outcome.HELD)  # not worth waiting for the rest of what nobody will see
+            self._end(RelayOutcome.HELD)  # not worth waiting for the rest of what nobody will see
         else:
             self._exchange.flush()
 
     def response_end(self) -> None:
         self._upstream_done()
         if self._held:
-            self._end(Outcome.HELD)
+            self._end(RelayOutcome.HELD)
             return
         if self._streams:
             self._exchange.stream_body(None)
         self._exchange.finish()
-        self._end(Outcome.COMPLETE)
+        self._end(RelayOutcome.COMPLETE)
 
     def upstream_failed(self, what: str, in_order: bool = False, reason: str = BROKEN) -> None:
         self._in_order = in_order
         where = f"{self._source.host}:{self._source.port}"
         self.error = UpstreamBrokenError(reason, f"{where} {what}.")
         before_head = not self._exchange.head_sent or self._exchange.withdraw()
-        self._break_off(Outcome.UPSTREAM_FAILED_BEFORE_HEAD if before_head else Outcome.UPSTREAM_FAILED_MID_BODY)
+        self._break_off(
+            RelayOutcome.UPSTREAM_FAILED_BEFORE_HEAD if before_head else RelayOutcome.UPSTREAM_FAILED_MID_BODY
+        )
 
     def upstream_timed_out(self) -> None:
         where = f"{self._source.host}:{self._source.port}"
         self.error = UpstreamTimeoutError("UPSTREAM_TIMEOUT", f"{where} did not answer in time.")
         before_head = not self._exchange.head_sent or self._exchange.withdraw()
-        self._break_off(Outcome.TIMEOUT_BEFORE_HEAD if before_head else Outcome.TIMEOUT_MID_BODY)
+        self._break_off(RelayOutcome.TIMEOUT_BEFORE_HEAD if before_head else RelayOutcome.TIMEOUT_MID_BODY)
 
     # --- the client ------------------------------------------------------------------------
 
     def client_gone(self) -> None:
-        self._break_off(Outcome.CLIENT_GONE)
+        self._break_off(RelayOutcome.CLIENT_GONE)
 
     def client_writable(self, writable: bool) -> None:
         if self._released:
@@ -243,9 +245,9 @@ class Relay:
 
     def give_up(self) -> None:
         """The caller was cancelled, or failed."""
-        self._break_off(Outcome.CLIENT_GONE)
+        self._break_off(RelayOutcome.CLIENT_GONE)
 
-    def _break_off(self, outcome: Outcome) -> None:
+    def _break_off(self, outcome: RelayOutcome) -> None:
         """An end without a whole answer: neither connection can be used on."""
         if self.ended:
             return
@@ -267,7 +269,7 @@ class Relay:
             hook, self._on_last_byte = self._on_last_byte, None
             hook()
 
-    def _end(self, outcome: Outcome, fault: Exception | None = None) -> None:
+    def _end(self, outcome: RelayOutcome, fault: Exception | None = None) -> None:
         """Once: lets both sides go and wakes the caller. The pool keeps the connection only if all ended well."""
         if self.ended:
             return

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 
 from agent.http.connection import ServerConnection
-from agent.http.deadlines import Sweep
+from agent.http.deadlines import DeadlineTimer
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
 from agent.http.message import Header
@@ -51,7 +51,7 @@ class Server:
         shortest_s = min(
             limits.header_timeout_s, limits.keep_alive_s, limits.body_stall_s, limits.write_stall_s, limits.linger_s
         )
-        self.sweep = Sweep(loop, self.connections, min(_GRAIN_S, shortest_s / 4))
+        self.sweep = DeadlineTimer(loop, self.connections, min(_GRAIN_S, shortest_s / 4))
         self._loop = loop
         self._listener: asyncio.AbstractServer | None = None
         self._empty: asyncio.Future[None] | None = None
@@ -111,7 +111,7 @@ async def serve(
 
     `handler` gets one Exchange per request and answers it; a HibernodeError it raises is answered as
     `errors.error_answer` says. `request_ids` names the engine's own refusals (400, 408, 413); `on_fault`
-    gets what else a handler raised, once, to be logged (the client gets a 500). `date_line` (a `DateLine`) is part of
+    gets what else a handler raised, once, to be logged (the client gets a 500). `date_line` (a `DateHeader`) is part of
     every answer, `when_full` of those to connections beyond the limit. Raises OSError if the address can't be bound.
     """
     server = Server(handler, limits, request_ids, on_fault, date_line, when_full)

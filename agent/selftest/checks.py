@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from agent.adapters.kernel.host_memory import ProcHostMemory
-from agent.adapters.nvml.host_facts import GpuSight, host_facts, look_at_gpus
+from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, look_at_gpus
 from agent.adapters.nvml.locks import GpuLocks
 from agent.core.errors import HibernodeError
 from agent.core.gpus.capabilities import Capabilities, find_capabilities
@@ -27,7 +27,7 @@ CONTEXT_BYTES = GIB // 2
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SelftestPlan:
     """What the user wants: `size_bytes` of memory frozen `runs` times on `gpu` (uuid or index, "" = any), by the
     checkpointer that an agent with `settings` would use, and `against` another one ("" = none)."""
 
@@ -39,7 +39,7 @@ class Asked:
 
 
 @dataclass(slots=True)
-class Ground:
+class HostFindings:
     """What was found. `gpu` is None and the rest unusable where a line says FAIL. `ways`: by its name, what the agent
     makes a checkpointer of; its own choice first."""
 
@@ -56,11 +56,11 @@ class Ground:
         self.lines.append(CapabilityLine(name, level, reason, fix))
 
 
-async def survey(asked: Asked, gpus: Gpus, locks: GpuLocks) -> Ground:
+async def survey(asked: SelftestPlan, gpus: Gpus, locks: GpuLocks) -> HostFindings:
     """Look at everything, so that all that is missing is said at once. Takes the GPU's lock."""
     sight = await look_at_gpus(gpus)
     capabilities = find_capabilities(host_facts(sight, asked.settings))
-    ground = Ground([line for line in capabilities.lines if line.name != "migration"], sight.driver)
+    ground = HostFindings([line for line in capabilities.lines if line.name != "migration"], sight.driver)
     _choose_ways(ground, asked, sight, capabilities)
     _check_host_memory(ground, asked)
     gpu = await _choose_gpu(ground, asked, sight.gpus, gpus)
@@ -70,7 +70,7 @@ async def survey(asked: Asked, gpus: Gpus, locks: GpuLocks) -> Ground:
     return ground
 
 
-async def _choose_gpu(ground: Ground, asked: Asked, inventory: Sequence[Gpu], gpus: Gpus) -> Gpu | None:
+async def _choose_gpu(ground: HostFindings, asked: SelftestPlan, inventory: Sequence[Gpu], gpus: Gpus) -> Gpu | None:
     """The GPU asked for, or the one with the most free memory."""
     named = [gpu for gpu in inventory if not asked.gpu or asked.gpu in (str(gpu.index), gpu.uuid)]
     if not named:
@@ -102,7 +102,7 @@ async def _choose_gpu(ground: Ground, asked: Asked, inventory: Sequence[Gpu], gp
     return gpu
 
 
-def _lock(ground: Ground, locks: GpuLocks, gpu: Gpu) -> None:
+def _lock(ground: HostFindings, locks: GpuLocks, gpu: Gpu) -> None:
     """An agent must not lend the GPU meanwhile, nor start."""
     try:
         locks.take([gpu.uuid])
@@ -113,7 +113,7 @@ def _lock(ground: Ground, locks: GpuLocks, gpu: Gpu) -> None:
         ground.say("FAIL", "gpu lock", text, fix if busy else "run it with sudo, or as the user that runs the agent")
 
 
-def _check_host_memory(ground: Ground, asked: Asked) -> None:
+def _check_host_memory(ground: HostFindings, asked: SelftestPlan) -> None:
     """The image lies in host memory while the program is frozen."""
     reserve = asked.settings.host_memory_reserve_bytes
     need = asked.size_bytes + min(PINNED_CHUNK, asked.size_bytes)
@@ -131,7 +131,7 @@ def _check_host_memory(ground: Ground, asked: Asked) -> None:
         ground.say("OK", "host memory", text)
 
 
-def _choose_ways(ground: Ground, asked: Asked, sight: GpuSight, capabilities: Capabilities) -> None:
+def _choose_ways(ground: HostFindings, asked: SelftestPlan, sight: GpuSurvey, capabilities: Capabilities) -> None:
     """The agent's choice first; `against`, judged as the agent would judge it, beside it."""
     own = capabilities.checkpointer
     ground.ways = {own: (capabilities, asked.settings)} if own else {}

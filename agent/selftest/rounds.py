@@ -10,10 +10,10 @@ from agent.adapters.freezer.freezer import CudaFreezer
 from agent.core.errors import InstanceError, PreconditionError
 from agent.core.types import SECOND_NS, Gpu
 from agent.ports import Clock, CudaOp, FreezeResult, Gpus, Outcome
-from agent.selftest.checks import PINNED_CHUNK, Asked
+from agent.selftest.checks import PINNED_CHUNK, SelftestPlan
 from agent.selftest.target_process import SelftestProcess
 from agent.selftest.timing import TimedCheckpointer, TimedProcessFreezer
-from agent.selftest.verdict import MEMORY_CHANGED, Figures, PinnedCopy, Run, gb_s
+from agent.selftest.verdict import MEMORY_CHANGED, CycleFigures, PinnedCopy, SelftestRun, gb_s
 
 TOUCH_BASE_S = 60.0
 TOUCH_BYTES_PER_S = 100_000_000
@@ -23,7 +23,7 @@ OUT_OF_MEMORY = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class CheckpointerUnderTest:
     """One checkpointer, under the freezer that the agent uses."""
 
     freezer: CudaFreezer
@@ -40,15 +40,15 @@ class Rounds:
     """`say(key, text)` tells of progress: "step" what begins, "done" what ended. Every method raises InstanceError for
     what the host failed at, DeadlineError for what did not end."""
 
-    asked: Asked
+    asked: SelftestPlan
     gpu: Gpu
     target: SelftestProcess
-    ways: Mapping[str, Way]
+    ways: Mapping[str, CheckpointerUnderTest]
     cgroups: TimedProcessFreezer
     gpus: Gpus
     clock: Clock
     say: Callable[[str, str], None]
-    runs: list[Run] = field(default_factory=list)
+    runs: list[SelftestRun] = field(default_factory=list)
     allocations: int = 0
     _fills: int = 0
 
@@ -87,7 +87,7 @@ class Rounds:
         _good(await self.target.leave())
         await self.target.end()
 
-    async def one(self, number: int, name: str) -> Run:
+    async def one(self, number: int, name: str) -> SelftestRun:
         """One freeze and wake by `name`, compared."""
         title = f"run {number} of {self.asked.runs}" if number else "warm-up"
         title = f"{title}, {name}"
@@ -103,9 +103,9 @@ class Rounds:
             f"{title}: frozen in {figures.freeze_s:.3f} s, awake in {figures.wake_s:.3f} s, every byte equal"
             + ("" if number else " (does not count)"),
         )
-        return Run(number, name, figures, pinned)
+        return SelftestRun(number, name, figures, pinned)
 
-    async def _freeze_and_wake(self, way: Way, title: str) -> Figures:
+    async def _freeze_and_wake(self, way: CheckpointerUnderTest, title: str) -> CycleFigures:
         handle, size = self.target.handle, self.asked.size_bytes
         free = await self._free_bytes()
         self.say("step", f"{title}: freezing")
@@ -120,7 +120,7 @@ class Rounds:
         wake_s = self._since(begin)
         checkpoint_s = way.timed.take_ns(CudaOp.CHECKPOINT) / SECOND_NS
         restore_s = way.timed.take_ns(CudaOp.RESTORE) / SECOND_NS
-        return Figures(
+        return CycleFigures(
             lock_s=way.timed.take_ns(CudaOp.LOCK) / SECOND_NS,
             checkpoint_s=checkpoint_s,
             cgroup_freeze_s=self.cgroups.freeze_ns / SECOND_NS,

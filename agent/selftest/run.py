@@ -38,11 +38,11 @@ from agent.core.gpus.capabilities import Capabilities
 from agent.core.types import GIB, Gpu
 from agent.daemons.gpu_layer import freezer_limits
 from agent.exit_codes import exit_of
-from agent.selftest.checks import Asked, Ground, survey
-from agent.selftest.rounds import Rounds, Way, touch_deadline_s
-from agent.selftest.target_process import SLICE_NAME, Place, SelftestProcess, find_place
+from agent.selftest.checks import HostFindings, SelftestPlan, survey
+from agent.selftest.rounds import CheckpointerUnderTest, Rounds, touch_deadline_s
+from agent.selftest.target_process import SLICE_NAME, SelftestProcess, TargetPlace, find_place
 from agent.selftest.timing import TimedCheckpointer, TimedProcessFreezer
-from agent.selftest.verdict import Proof, Run, Verdict, ratios, summarize, verdict_of
+from agent.selftest.verdict import Proof, SelftestRun, Verdict, ratios, summarize, verdict_of
 from agent.settings import AgentConfig, GpuSettings
 
 START_S = 180.0
@@ -60,12 +60,12 @@ _SUBJECTS = {
 class Selftest:
     """One selftest. `run` gives the report; whatever it made is gone when `stack` is closed."""
 
-    def __init__(self, asked: Asked, stack: AsyncExitStack) -> None:
+    def __init__(self, asked: SelftestPlan, stack: AsyncExitStack) -> None:
         self._asked = asked
         self._stack = stack
         self._clock = SystemClock()
         self._boot_id = process_table.boot_id()
-        self._ground = Ground()
+        self._ground = HostFindings()
         self._freezer_name = ""
         self._rounds: Rounds | None = None
 
@@ -117,10 +117,10 @@ class Selftest:
             timed = TimedCheckpointer(checkpointer)
             freezer = CudaFreezer(timed, cgroups, gpus, target.pids, self._boot_id, limits)
             self._stack.callback(freezer.forget, target.handle)
-            ways[name] = Way(freezer, timed)
+            ways[name] = CheckpointerUnderTest(freezer, timed)
         return Rounds(self._asked, gpu, target, ways, cgroups, gpus, self._clock, _say)
 
-    async def _start(self, place: Place, gpu: Gpu) -> SelftestProcess:
+    async def _start(self, place: TargetPlace, gpu: Gpu) -> SelftestProcess:
         _say("step", "starting the CUDA program")
         target = await SelftestProcess.start(place, gpu.uuid)
         self._stack.push_async_callback(self._end, target)
@@ -217,7 +217,7 @@ def _describe(gpu: Gpu) -> dict[str, Any]:
     return {key: getattr(gpu, key) for key in keys}
 
 
-def _flat(run: Run) -> dict[str, Any]:
+def _flat(run: SelftestRun) -> dict[str, Any]:
     """A run that is in the list was compared, and nothing had changed."""
     return {
         "run": run.run,
@@ -233,7 +233,7 @@ def _say(key: str, value: object) -> None:
     print(json.dumps({key: value}, default=str), flush=True)  # noqa: T201 - its protocol
 
 
-async def _main(asked: Asked) -> None:
+async def _main(asked: SelftestPlan) -> None:
     """Run until done or told to stop; what was made is taken down in both cases."""
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
@@ -275,7 +275,7 @@ def main() -> None:
         print(f"hibernode: {error.message} ({error.reason})", file=sys.stderr)  # noqa: T201 - as daemons do
         sys.exit(exit_of(error))
     try:
-        uvloop.run(_main(Asked(settings, found.size_bytes, found.runs, found.gpu, found.against)))
+        uvloop.run(_main(SelftestPlan(settings, found.size_bytes, found.runs, found.gpu, found.against)))
     except BrokenPipeError:  # whoever asked is gone
         os._exit(1)
 

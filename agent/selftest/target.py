@@ -68,7 +68,7 @@ class Pattern:
             self.bytes[place::PAGE] = stamps[place::8]
 
 
-class Device:
+class CudaDevice:
     """A context on the first visible GPU, and the memory under test."""
 
     def __init__(self) -> None:
@@ -197,9 +197,9 @@ def sizes(total: int) -> list[int]:
     return [*parts, left]
 
 
-def answer(device: Device | None, request: dict[str, Any]) -> tuple[Device, dict[str, Any]]:
+def answer(device: CudaDevice | None, request: dict[str, Any]) -> tuple[CudaDevice, dict[str, Any]]:
     """Do one thing. The driver is first called by the first request, so that it can be answered with the error."""
-    device = device or Device()
+    device = device or CudaDevice()
     verb = request["do"]
     if verb == "allocate":
         return device, device.allocate(request["bytes"])

@@ -33,7 +33,7 @@ MAX_MESSAGE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TargetPlace:
     """Where the program lives. `slice_` None: no cgroup can be written, its processes are stopped by signals."""
 
     slice_: cgroup.CgroupSlice | None
@@ -46,7 +46,7 @@ class Place:
         return self.slice_.path_of(self.uid) if self.slice_ else None
 
 
-def find_place(boot_id: str) -> Place:
+def find_place(boot_id: str) -> TargetPlace:
     """A place for this process's program; what earlier selftests left behind is removed."""
     slice_ = cgroup.open_slice(SLICE_NAME)
     own = process_table.identify(os.getpid(), boot_id)
@@ -56,7 +56,7 @@ def find_place(boot_id: str) -> Place:
             if not _has_owner(uid, boot_id):
                 with suppress(OSError):  # an empty one; one with a process in it is not ours to end
                     slice_.path_of(uid).rmdir()
-    return Place(slice_, f"{own.pid}-{own.start_time}", boot_id)
+    return TargetPlace(slice_, f"{own.pid}-{own.start_time}", boot_id)
 
 
 def _has_owner(uid: str, boot_id: str) -> bool:
@@ -66,7 +66,7 @@ def _has_owner(uid: str, boot_id: str) -> bool:
     return process_table.is_alive(ProcessId(boot_id, int(pid), int(start_time)), boot_id)
 
 
-def _make_cgroup(place: Place) -> None:
+def _make_cgroup(place: TargetPlace) -> None:
     """Raises UnavailableError CGROUP_UNUSABLE."""
     for attempt in range(3):
         try:
@@ -81,7 +81,7 @@ def _make_cgroup(place: Place) -> None:
 class SelftestProcess:
     """The running program. Use `start`; then `ask`; then `end`, always."""
 
-    def __init__(self, place: Place, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+    def __init__(self, place: TargetPlace, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
         self._place = place
         self._process = process
         self._channel = channel
@@ -92,7 +92,7 @@ class SelftestProcess:
         self.handle = Handle(place.uid, identity, "127.0.0.1", 0, cgroup=str(place.path or ""))
 
     @classmethod
-    async def start(cls, place: Place, gpu_uuid: str) -> SelftestProcess:
+    async def start(cls, place: TargetPlace, gpu_uuid: str) -> SelftestProcess:
         """Start it on one GPU, from the loop's thread (PDEATHSIG follows the thread that spawns).
 
         Raises InstanceError SELFTEST_TARGET_ENDED, DeadlineError SELFTEST_TIMEOUT, UnavailableError CGROUP_UNUSABLE.

@@ -49,7 +49,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class CycleFigures:
     """One freeze and one wake by one checkpointer, every byte compared afterwards.
 
     `freeze_s` and `wake_s` are the whole of it as the agent sees it, the rest its steps: the driver's calls, and the
@@ -83,13 +83,13 @@ class PinnedCopy:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SelftestRun:
     """One freeze and wake. Run 0 is the warm-up and does not count: first touches of host memory, a driver's first
     time."""
 
     run: int
     checkpointer: str
-    figures: Figures
+    figures: CycleFigures
     pinned: PinnedCopy
 
     @property
@@ -106,7 +106,7 @@ class Spread:
     max: float
 
 
-TIMES = tuple(field.name for field in fields(Figures) if field.name.endswith("_s"))
+TIMES = tuple(field.name for field in fields(CycleFigures) if field.name.endswith("_s"))
 PINNED = tuple(field.name for field in fields(PinnedCopy) if field.name.endswith("_s"))
 
 
@@ -115,7 +115,7 @@ def gb_s(bytes_: int, seconds: float) -> float:
     return bytes_ / GB / seconds if seconds > 0 else 0.0
 
 
-def summarize(runs: Iterable[Run]) -> dict[str, dict[str, Spread]]:
+def summarize(runs: Iterable[SelftestRun]) -> dict[str, dict[str, Spread]]:
     """By checkpointer and figure, of the counted runs. The pinned copy depends on no checkpointer: key "pinned"."""
     counted = [run for run in runs if run.counted]
     found: dict[str, dict[str, Spread]] = {}
@@ -128,9 +128,11 @@ def summarize(runs: Iterable[Run]) -> dict[str, dict[str, Spread]]:
     return found
 
 
-def ratios(runs: Iterable[Run], of: str, to: str) -> dict[str, Spread]:
+def ratios(runs: Iterable[SelftestRun], of: str, to: str) -> dict[str, Spread]:
     """`of` / `to`, figure by figure, run by run: both met the same minute of the machine."""
-    by_run: dict[tuple[int, str], Figures] = {(run.run, run.checkpointer): run.figures for run in runs if run.counted}
+    by_run: dict[tuple[int, str], CycleFigures] = {
+        (run.run, run.checkpointer): run.figures for run in runs if run.counted
+    }
     pairs = [(figures, by_run[number, to]) for (number, name), figures in by_run.items() if name == of
              if (number, to) in by_run]  # fmt: skip
     found = {}
@@ -141,7 +143,7 @@ def ratios(runs: Iterable[Run], of: str, to: str) -> dict[str, Spread]:
     return found
 
 
-def _of(rows: Sequence[Figures] | Sequence[PinnedCopy], key: str) -> Spread:
+def _of(rows: Sequence[CycleFigures] | Sequence[PinnedCopy], key: str) -> Spread:
     values = [float(getattr(row, key)) for row in rows]
     return Spread(statistics.median(values), min(values), max(values))
 

@@ -8,25 +8,25 @@ the place named beside it.
 from agent.settings.agent import (
     DEFAULT_CAPABILITIES,
     AgentConfig,
-    EngineRuntime,
+    EngineRuntimeSettings,
     GpuSettings,
-    Mounts,
-    Runtime,
-    SchedulerLink,
+    MountSettings,
+    RuntimeSettings,
+    SchedulerLinkSettings,
 )
-from agent.settings.common import Limits, Listen
+from agent.settings.common import LimitSettings, ListenSettings
 from agent.settings.scheduler import NodeCredential, SchedulerConfig
 
 __all__ = [
     "DEFAULT_CAPABILITIES",
     "AgentConfig",
-    "EngineRuntime",
+    "EngineRuntimeSettings",
     "GpuSettings",
-    "Limits",
-    "Listen",
-    "Mounts",
+    "LimitSettings",
+    "ListenSettings",
+    "MountSettings",
     "NodeCredential",
-    "Runtime",
+    "RuntimeSettings",
     "SchedulerConfig",
-    "SchedulerLink",
+    "SchedulerLinkSettings",
 ]

@@ -11,12 +11,21 @@ import msgspec
 from agent.config import Duration, Section, Size, bad_key
 from agent.core.function_rules import MAX_QUEUE_TIMEOUT_NS
 from agent.core.types import GIB, MIB, MILLISECOND_NS, SECOND_NS
-from agent.settings.common import Limits, Listen, LogFormat, LogLevel, Port, absolute, positive, refuse_open_bind
+from agent.settings.common import (
+    LimitSettings,
+    ListenSettings,
+    LogFormat,
+    LogLevel,
+    Port,
+    absolute,
+    positive,
+    refuse_open_bind,
+)
 
 BillingKind = Literal["active", "idle", "unbilled"]
 
 
-class AgentGrpc(Section, frozen=True):
+class AgentGrpcSettings(Section, frozen=True):
     """The agent's API: TCP with a token, and a unix socket whose readers are as good as root."""
 
     host: str = "127.0.0.1"
@@ -27,7 +36,7 @@ class AgentGrpc(Section, frozen=True):
         absolute("socket", self.socket)
 
 
-class SchedulerLink(Section, frozen=True):
+class SchedulerLinkSettings(Section, frozen=True):
     """Where this node reports to; without it the agent serves alone."""
 
     address: str
@@ -55,7 +64,7 @@ class PortRange(Section, frozen=True):
             raise bad_key("last", f"must not be below first, got {self.first} to {self.last}")
 
 
-class ProcessRuntime(Section, frozen=True):
+class ProcessRuntimeSettings(Section, frozen=True):
     """Functions with `image: host` run on the host as `user`; off unless enabled."""
 
     enabled: bool = False
@@ -72,7 +81,7 @@ _CAPABILITY = re.compile(r"[A-Z][A-Z_]{1,39}", re.ASCII)
 _FORBIDDEN_CAPABILITIES = frozenset({"ALL", "SYS_ADMIN", "SYS_MODULE", "SYS_RAWIO", "SYS_PTRACE", "BPF", "PERFMON"})
 
 
-class EngineRuntime(Section, frozen=True):
+class EngineRuntimeSettings(Section, frozen=True):
     """Functions with an image run in containers of Docker (from 20.10) or Podman (from 4.3), through its socket."""
 
     socket: str = "auto"
@@ -98,11 +107,11 @@ class EngineRuntime(Section, frozen=True):
                 )
 
 
-class Runtime(Section, frozen=True):
+class RuntimeSettings(Section, frozen=True):
     """Starting and stopping instances."""
 
-    process: ProcessRuntime = ProcessRuntime()
-    engine: EngineRuntime = EngineRuntime()
+    process: ProcessRuntimeSettings = ProcessRuntimeSettings()
+    engine: EngineRuntimeSettings = EngineRuntimeSettings()
     volumes_allowed: tuple[str, ...] = ()
     trusted_gpus: bool = False
     ready_timeout_ns: Duration = Duration(120 * SECOND_NS)
@@ -119,7 +128,7 @@ class Runtime(Section, frozen=True):
         )
 
 
-class Mounts(Section, frozen=True):
+class MountSettings(Section, frozen=True):
     """How GPUs get into instances with `attach: mounts`: variables, and binds `host:container[:ro]`."""
 
     environment: dict[str, str] = msgspec.field(default_factory=dict)
@@ -149,7 +158,7 @@ class GpuSettings(Section, frozen=True):
     migrate: bool = False
     multi_process_multi_gpu: bool = False
     attach: Literal["auto", "cdi", "nvidia-runtime", "mounts"] = "auto"
-    mounts: Mounts = Mounts()
+    mounts: MountSettings = MountSettings()
     types: dict[str, str] = msgspec.field(default_factory=dict)
     frozen_memory_limit_bytes: Size = Size(0)
     host_memory_reserve_bytes: Size = Size(2 * GIB)
@@ -170,7 +179,7 @@ class GpuSettings(Section, frozen=True):
             raise bad_key("operation_timeout", "must be longer than lock_timeout: it bounds the whole operation")
 
 
-class Billing(Section, frozen=True):
+class BillingSettings(Section, frozen=True):
     """What states outside FC's contract count as, and how often the ledger is written."""
 
     starting: BillingKind = "idle"
@@ -184,7 +193,7 @@ class Billing(Section, frozen=True):
             raise bad_key("flush_interval", "must not be longer than window")
 
 
-class Queue(Section, frozen=True):
+class QueueSettings(Section, frozen=True):
     """Requests that wait for an instance inside the agent."""
 
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 1000
@@ -206,15 +215,15 @@ class AgentConfig(Section, frozen=True):
     insecure: bool = False
     on_stop: Literal["leave", "stop"] = "leave"
     token_file: str = ""
-    ingress: Listen = Listen(port=8610)
-    grpc: AgentGrpc = AgentGrpc()
-    admin: Listen = Listen(port=8612)
-    scheduler: SchedulerLink | None = None
-    runtime: Runtime = Runtime()
+    ingress: ListenSettings = ListenSettings(port=8610)
+    grpc: AgentGrpcSettings = AgentGrpcSettings()
+    admin: ListenSettings = ListenSettings(port=8612)
+    scheduler: SchedulerLinkSettings | None = None
+    runtime: RuntimeSettings = RuntimeSettings()
     gpu: GpuSettings = GpuSettings()
-    billing: Billing = Billing()
-    queue: Queue = Queue()
-    limits: Limits = Limits()
+    billing: BillingSettings = BillingSettings()
+    queue: QueueSettings = QueueSettings()
+    limits: LimitSettings = LimitSettings()
 
     def __post_init__(self) -> None:
         absolute("state_dir", self.state_dir)

@@ -51,14 +51,14 @@ def refuse_open_bind(insecure: bool, **hosts: str) -> None:
             )
 
 
-class Listen(Section, frozen=True):
+class ListenSettings(Section, frozen=True):
     """An address to listen on; port 0 = any, written to <state_dir>/endpoints.json."""
 
     host: str = "127.0.0.1"
     port: Port = 0
 
 
-class Limits(Section, frozen=True):
+class LimitSettings(Section, frozen=True):
     """Bounds of one HTTP request and of one daemon; a breach of the first three is 400 or 413."""
 
     header_bytes: Size = Size(8 * 1024)

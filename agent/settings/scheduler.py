@@ -11,7 +11,16 @@ import msgspec
 from agent.config import Duration, Section, bad_key
 from agent.core.function_rules import MAX_QUEUE_LENGTH, MAX_QUEUE_TIMEOUT_NS, MAX_WAKE_FACTOR
 from agent.core.types import SECOND_NS
-from agent.settings.common import Limits, Listen, LogFormat, LogLevel, Port, absolute, positive, refuse_open_bind
+from agent.settings.common import (
+    LimitSettings,
+    ListenSettings,
+    LogFormat,
+    LogLevel,
+    Port,
+    absolute,
+    positive,
+    refuse_open_bind,
+)
 
 MAX_HOLD_NS = 600 * SECOND_NS
 """What an agent's WakeInstance takes as `hold_ns`."""
@@ -21,7 +30,7 @@ _DOMAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Z
 _NODE_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
 
 
-class Gateway(Section, frozen=True):
+class GatewaySettings(Section, frozen=True):
     """Where clients' requests arrive; functions are `<name>.<domain>` and `/fn/<name>/`."""
 
     host: str = "127.0.0.1"
@@ -47,7 +56,7 @@ class NodeCredential(Section, frozen=True):
         absolute("token_file", self.token_file)
 
 
-class Report(Section, frozen=True):
+class ReportSettings(Section, frozen=True):
     """Silence of a node: suspect gets no new work, lost has lost its leases."""
 
     suspect_ns: Duration = Duration(3 * SECOND_NS)
@@ -59,7 +68,7 @@ class Report(Section, frozen=True):
             raise bad_key("lost", "must be longer than suspect")
 
 
-class Dispatch(Section, frozen=True):
+class DispatchSettings(Section, frozen=True):
     """Defaults for functions whose s.yaml says nothing."""
 
     policy: Literal["pack", "spread"] = "pack"
@@ -77,7 +86,7 @@ class Dispatch(Section, frozen=True):
             raise bad_key("hold", "must be at most 10m")
 
 
-class Scaling(Section, frozen=True):
+class ScalingSettings(Section, frozen=True):
     """How target tracking policies measure and how patient they are (facts/function-compute.md)."""
 
     period_ns: Duration = Duration(60 * SECOND_NS)
@@ -89,7 +98,7 @@ class Scaling(Section, frozen=True):
             raise bad_key("period", "must be 1s to 1h")
 
 
-class Usage(Section, frozen=True):
+class UsageSettings(Section, frozen=True):
     """How long the windows of usage are kept; 0 = for ever."""
 
     keep_ns: Duration = Duration(0)
@@ -108,17 +117,17 @@ class SchedulerConfig(Section, frozen=True):
     log_format: LogFormat = "json"
     insecure: bool = False
     token_file: str = ""
-    gateway: Gateway = Gateway()
-    grpc: Listen = Listen(port=8601)
-    admin: Listen = Listen(port=8602)
+    gateway: GatewaySettings = GatewaySettings()
+    grpc: ListenSettings = ListenSettings(port=8601)
+    admin: ListenSettings = ListenSettings(port=8602)
     nodes: tuple[NodeCredential, ...] = ()
     database: str = ""
     price_book: str = ""
-    report: Report = Report()
-    dispatch: Dispatch = Dispatch()
-    scaling: Scaling = Scaling()
-    usage: Usage = Usage()
-    limits: Limits = Limits()
+    report: ReportSettings = ReportSettings()
+    dispatch: DispatchSettings = DispatchSettings()
+    scaling: ScalingSettings = ScalingSettings()
+    usage: UsageSettings = UsageSettings()
+    limits: LimitSettings = LimitSettings()
 
     def __post_init__(self) -> None:
         absolute("state_dir", self.state_dir)

@@ -13,7 +13,7 @@ from agent.core.billing.pricing import always_on_cost, cost, rounded
 from agent.core.types import GIB, SECOND_NS
 
 
-class Policy(Enum):
+class SimulatedPolicy(Enum):
     """How requests are dispatched: ours (`pack`, `spread`) or as others do (`simulator/rival_policies.py`)."""
 
     PACK = "pack"
@@ -25,13 +25,13 @@ class Policy(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SimulationPlan:
     """One run. Every function of the trace has `instances`; all of them share one host with `gpus` GPUs (0: one each).
 
     `freeze_after_ns` None: never. `wake_ns`, `freeze_ns`: how long it takes.
     """
 
-    policy: Policy = Policy.PACK
+    policy: SimulatedPolicy = SimulatedPolicy.PACK
     instances: int = 1
     concurrency: int = 1
     gpus: int = 0
@@ -66,11 +66,11 @@ class Spent:
 
 
 @dataclass(slots=True)
-class Outcome:
+class RequestOutcome:
     """Latencies in ns by request in the order of their ends; `awake_ns`: GPUs held, summed; `span_ns`: from the first
     arrival to the last end."""
 
-    plan: Plan
+    plan: SimulationPlan
     spent: Spent
     instances: int = 0
     latencies_ns: array[int] = field(default_factory=lambda: array("q"))

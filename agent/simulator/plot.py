@@ -10,7 +10,7 @@ import pygal
 from pygal.style import CleanStyle
 
 from agent.core.billing.price_book import Price
-from agent.simulator.plan import Outcome, percentiles_s
+from agent.simulator.plan import RequestOutcome, percentiles_s
 
 PERCENTS = (50, 90, 99)
 # Its hook for plug-in maps, which Python 3.11 warns of at every later import and newer ones pass over.
@@ -20,7 +20,7 @@ _SCRIPT = re.compile(rb"<script.*?</script>", re.DOTALL)
 """The library's own settings for the script that we leave out."""
 
 
-def svg(labels: Sequence[str], outcomes: Sequence[Outcome], price: Price) -> bytes:
+def svg(labels: Sequence[str], outcomes: Sequence[RequestOutcome], price: Price) -> bytes:
     """Bars by outcome, on a logarithmic scale: percentiles in seconds, awake GPU hours, cost and cost always on."""
     chart = pygal.Bar(
         js=(),  # the default loads a script from the network

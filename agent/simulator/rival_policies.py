@@ -25,7 +25,7 @@ from agent.core.dispatch.events import (
     InstanceReported,
     LeaseEnded,
     LeaseRefused,
-    Refusal,
+    RefusalReason,
     Refuse,
     RequestArrived,
     RequestGone,
@@ -125,7 +125,7 @@ class RivalDispatcher:
                 bound = self._requests.get(request)
                 if bound is not None and request in bound.instance.line:
                     self._leave(bound)
-                    effects.append(Refuse(request, Refusal.QUEUE_TIMEOUT))
+                    effects.append(Refuse(request, RefusalReason.QUEUE_TIMEOUT))
             case InstanceReported():
                 self._reported(event, at, effects)
             case InstanceGone(uid):
@@ -163,11 +163,11 @@ class RivalDispatcher:
         if request in self._requests:
             return
         if function is None or not function.known:
-            effects.append(Refuse(request, Refusal.UNKNOWN_FUNCTION))
+            effects.append(Refuse(request, RefusalReason.UNKNOWN_FUNCTION))
         elif not function.instances:
-            effects.append(Refuse(request, Refusal.NO_CAPACITY))
+            effects.append(Refuse(request, RefusalReason.NO_CAPACITY))
         elif function.waiting >= function.queue_length:
-            effects.append(Refuse(request, Refusal.QUEUE_FULL))
+            effects.append(Refuse(request, RefusalReason.QUEUE_FULL))
         else:
             self._bind(request, function, at, event.deadline_ns, at, effects)
 
@@ -210,9 +210,9 @@ class RivalDispatcher:
         instance, function = bound.instance, self._functions[bound.instance.function]
         self._leave(bound)
         if not function.known:
-            effects.append(Refuse(request, Refusal.UNKNOWN_FUNCTION))
+            effects.append(Refuse(request, RefusalReason.UNKNOWN_FUNCTION))
         elif at >= bound.deadline_ns:
-            effects.append(Refuse(request, Refusal.QUEUE_TIMEOUT))  # DeadlinePassed came while it was inside
+            effects.append(Refuse(request, RefusalReason.QUEUE_TIMEOUT))  # DeadlinePassed came while it was inside
         elif instance.uid not in self._instances:
             self._bind_anew(bound, function, at, effects)
         else:  # first in the line again, for when the instance is heard: now it would be refused once more
@@ -224,7 +224,7 @@ class RivalDispatcher:
         if function.instances:
             self._bind(bound.request, function, bound.arrived_ns, bound.deadline_ns, at, effects)
         else:
-            effects.append(Refuse(bound.request, Refusal.NO_CAPACITY))
+            effects.append(Refuse(bound.request, RefusalReason.NO_CAPACITY))
 
     def _removed(self, name: str, effects: list[Effect]) -> None:
         function = self._functions.setdefault(name, _Function())
@@ -232,7 +232,7 @@ class RivalDispatcher:
         for instance in function.instances.values():
             for bound in list(instance.line.values()):
                 self._leave(bound)
-                effects.append(Refuse(bound.request, Refusal.UNKNOWN_FUNCTION))
+                effects.append(Refuse(bound.request, RefusalReason.UNKNOWN_FUNCTION))
 
     # ---- instances --------------------------------------------------------------------------------------------
 

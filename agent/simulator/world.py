@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from agent.core.billing.meter import BillingPolicy, Meter, Placement, Subject
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.events import (
     DeadlinePassed,
@@ -35,9 +35,9 @@ from agent.core.gpus import allocator_events as book_events
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle import machine
 from agent.core.lifecycle.machine import Instance
-from agent.core.lifecycle.slots import Slots
+from agent.core.lifecycle.slots import ConcurrencyLimiter
 from agent.core.types import DispatchPolicy, InstanceState
-from agent.simulator.plan import Outcome, Plan, Policy, Spent
+from agent.simulator.plan import RequestOutcome, SimulatedPolicy, SimulationPlan, Spent
 from agent.simulator.rival_policies import Dispatching, Rival, RivalDispatcher
 from agent.simulator.trace import Call
 
@@ -50,7 +50,7 @@ class _Member:
 
     function: str
     instance: Instance
-    slots: Slots[int]
+    slots: ConcurrencyLimiter[int]
     meter: Meter
     inbox: deque[ev.Event]
     held_since_ns: int = 0
@@ -70,22 +70,22 @@ class _Request:
 class World:
     """One run of one plan. `run` plays a trace to its end."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: SimulationPlan) -> None:
         self.plan = plan
         self.at = 0
         sizes = (plan.gpu_memory_bytes, plan.vcpu_millis, plan.memory_bytes, plan.disk_bytes)
-        self.outcome = Outcome(plan, Spent(plan.gpu_model, *sizes))
+        self.outcome = RequestOutcome(plan, Spent(plan.gpu_model, *sizes))
         self._dispatcher = _dispatcher(plan)
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
         self._order = 0
         self._members: dict[str, _Member] = {}
         self._requests: dict[int, _Request] = {}
         self._numbers = 0
-        self._book = allocator.Book({})
+        self._book = allocator.GpuAllocator({})
         self._book_inbox: deque[book_events.BookEvent] = deque()
         self._book_busy = False
 
-    def run(self, functions: Iterable[str], calls: Iterable[Call]) -> Outcome:
+    def run(self, functions: Iterable[str], calls: Iterable[Call]) -> RequestOutcome:
         """Play `calls` (in order of time) for the `functions` they name."""
         began = -1
         for call in calls:
@@ -126,9 +126,9 @@ class World:
         plan = self.plan
         total = plan.instances * len(functions)
         gpus = plan.gpus or total
-        devices = {f"GPU-{n}": allocator.Device(f"GPU-{n}", plan.gpu_model) for n in range(gpus)}
-        self._book = allocator.Book(devices, per_gpu=-(-total // gpus), migrate=True)
-        policy = DispatchPolicy.SPREAD if plan.policy is Policy.SPREAD else DispatchPolicy.PACK
+        devices = {f"GPU-{n}": allocator.AllocatableGpu(f"GPU-{n}", plan.gpu_model) for n in range(gpus)}
+        self._book = allocator.GpuAllocator(devices, per_gpu=-(-total // gpus), migrate=True)
+        policy = DispatchPolicy.SPREAD if plan.policy is SimulatedPolicy.SPREAD else DispatchPolicy.PACK
         self._tell(NodeReported(NODE, gpu_count=gpus))
         for name in functions:
             rules = FunctionSet(name, True, policy, plan.wake_factor, plan.queue_length)
@@ -151,7 +151,7 @@ class World:
             placement=Placement(plan.gpu_model),
             unbilled=True,
         )
-        slots: Slots[int] = Slots(plan.concurrency, 1 << 30)
+        slots: ConcurrencyLimiter[int] = ConcurrencyLimiter(plan.concurrency, 1 << 30)
         self._members[uid] = _Member(function, instance, slots, meter, deque())
         self._ask_book(book_events.Assign(uid, 1, ""))
         self._step(uid, ev.Created())
@@ -183,7 +183,7 @@ class World:
         if new.state is not old.state:
             self._report(uid, member)
 
-    def _count(self, window: Window | None) -> None:
+    def _count(self, window: UsageWindow | None) -> None:
         if window is not None:
             spent = self.outcome.spent
             spent.active_ns += window.active_ns
@@ -194,8 +194,14 @@ class World:
     def _perform(self, uid: str, member: _Member, effect: ev.Effect) -> None:
         match effect:
             case ev.Run(op, gen, _):
-                takes = self.plan.freeze_ns if op is ev.Op.CHECKPOINT else self.plan.wake_ns if op is ev.Op.WAKE else 0
-                if op is ev.Op.WAKE:
+                takes = (
+                    self.plan.freeze_ns
+                    if op is ev.Operation.CHECKPOINT
+                    else self.plan.wake_ns
+                    if op is ev.Operation.WAKE
+                    else 0
+                )
+                if op is ev.Operation.WAKE:
                     self.outcome.wakes += 1
                 self._later(self.at + takes, lambda: self._step(uid, ev.Succeeded(gen)))
             case ev.Want(avoid):
@@ -205,7 +211,7 @@ class World:
             case ev.Release():
                 self._ask_book(book_events.Releasing(uid))
                 self._ask_book(book_events.Released(uid))
-            case ev.BookRefused():
+            case ev.OrderedFreezeRefused():
                 self._ask_book(book_events.FreezeRefused(uid))
             case ev.Became(True, preemptible_at_ns):
                 self._ask_book(book_events.BecameIdle(uid, preemptible_at_ns))
@@ -249,10 +255,10 @@ class World:
         if is_open:
             quiet = slots.in_flight == 0
             if self._grant(uid, member) and quiet:
-                self._step(uid, ev.Busy())
-            self._step(uid, ev.Unwanted())
+                self._step(uid, ev.FirstRequestStarted())
+            self._step(uid, ev.WaitersGone())
         elif slots.waiting:
-            self._step(uid, ev.Wanted())
+            self._step(uid, ev.WaitersAppeared())
 
     def _grant(self, uid: str, member: _Member) -> int:
         granted = 0
@@ -263,7 +269,9 @@ class World:
 
     def _report(self, uid: str, member: _Member) -> None:
         instance = member.instance
-        cancellable = instance.state is InstanceState.FREEZING and instance.op is ev.Op.LOCK and not instance.ordered
+        cancellable = (
+            instance.state is InstanceState.FREEZING and instance.op is ev.Operation.LOCK and not instance.ordered
+        )
         if member.woken_for and instance.state is InstanceState.RUNNING:
             member.woken_for = False
             self._tell(WakeAnswered(uid))
@@ -288,7 +296,7 @@ class World:
             self._later(deadline, lambda: self._tell(DeadlinePassed(number)))
 
     def _tell(self, event: Event) -> None:
-        """As `Desk.tell`."""
+        """As `DispatchLoop.tell`."""
         for effect in self._dispatcher.step(event, self.at):
             match effect:
                 case Dispatch(number, uid, wakes=wakes):
@@ -309,12 +317,12 @@ class World:
             slots.in_flight += 1
             self._begin(uid, member, number)
             if slots.in_flight == 1:
-                self._step(uid, ev.Busy())
+                self._step(uid, ev.FirstRequestStarted())
             return
         first = not slots.waiting
         slots.arrive(number)
         if first and not slots.open:
-            self._step(uid, ev.Wanted())
+            self._step(uid, ev.WaitersAppeared())
 
     def _begin(self, uid: str, member: _Member, number: int) -> None:
         request = self._requests[number]
@@ -332,11 +340,11 @@ class World:
         self._grant(uid, member)
         self._tell(LeaseEnded(number))
         if member.slots.in_flight == 0:
-            self._step(uid, ev.Quiet())
+            self._step(uid, ev.LastRequestEnded())
 
 
-def _dispatcher(plan: Plan) -> Dispatching:
-    if plan.policy in (Policy.PACK, Policy.SPREAD):
+def _dispatcher(plan: SimulationPlan) -> Dispatching:
+    if plan.policy in (SimulatedPolicy.PACK, SimulatedPolicy.SPREAD):
         return Dispatcher()
     source = random.Random(plan.seed)
     return RivalDispatcher(Rival(plan.policy.value), source.randrange)

@@ -11,7 +11,7 @@ from fractions import Fraction
 from zoneinfo import ZoneInfo
 
 from agent.core.function_rules import bounded, wrong
-from agent.core.provisioning.autoscaling import MAX_TARGET, Action, Metric, Policy, Provisioning, Window
+from agent.core.provisioning.autoscaling import MAX_TARGET, Action, ActiveWindow, Metric, Provisioning, ScalingPolicy
 from agent.core.provisioning.schedule import BadSchedule, Schedule, parse_schedule, parse_time
 from agent.v1.function_service_pb2 import ProvisionConfig, ScheduledAction, TargetTrackingPolicy
 
@@ -70,7 +70,7 @@ def _action(field: str, message: ScheduledAction, names: set[str]) -> Action:
     return Action(name, window, schedule, message.target)
 
 
-def _policy(field: str, message: TargetTrackingPolicy, names: set[str]) -> Policy:
+def _policy(field: str, message: TargetTrackingPolicy, names: set[str]) -> ScalingPolicy:
     name = _name(field, message.name, names)
     zone = _zone(field, message.time_zone)
     window = _window(field, message.start_time, message.end_time, zone)
@@ -85,7 +85,7 @@ def _policy(field: str, message: TargetTrackingPolicy, names: set[str]) -> Polic
     if message.max_capacity < message.min_capacity:
         wrong(f"{field}.max_capacity", f"must not be less than min_capacity, which is {message.min_capacity}")
     goal = Fraction(repr(message.metric_target))  # the decimal that was written: 0.3 is 3/10
-    return Policy(name, window, metric, goal, message.min_capacity, message.max_capacity)
+    return ScalingPolicy(name, window, metric, goal, message.min_capacity, message.max_capacity)
 
 
 def _name(field: str, name: str, names: set[str]) -> str:
@@ -105,8 +105,8 @@ def _zone(field: str, name: str) -> tzinfo:
         wrong(f"{field}.time_zone", text)
 
 
-def _window(field: str, start: str, end: str, zone: tzinfo) -> Window:
-    window = Window(_time(f"{field}.start_time", start, zone), _time(f"{field}.end_time", end, zone))
+def _window(field: str, start: str, end: str, zone: tzinfo) -> ActiveWindow:
+    window = ActiveWindow(_time(f"{field}.start_time", start, zone), _time(f"{field}.end_time", end, zone))
     if window.end_ns <= window.start_ns:
         wrong(f"{field}.end_time", f"must be later than start_time, which is {start}")
     return window

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.errors import InvalidArgumentError
 from agent.core.types import InstanceState
 from agent.v1 import types_pb2
 from agent.wire.convert_enums import state_from_proto, state_to_proto
 
 
-def window_to_proto(window: Window) -> types_pb2.UsageWindow:
+def window_to_proto(window: UsageWindow) -> types_pb2.UsageWindow:
     """The window on the wire. Raises InvalidArgumentError for a state or number the wire has no room for."""
     try:
         return types_pb2.UsageWindow(
@@ -41,13 +41,13 @@ def window_to_proto(window: Window) -> types_pb2.UsageWindow:
         raise InvalidArgumentError("VALUE_OUT_OF_RANGE", message, instance=window.instance_uid) from error
 
 
-def window_from_proto(message: types_pb2.UsageWindow) -> Window:
+def window_from_proto(message: types_pb2.UsageWindow) -> UsageWindow:
     """The window. Raises InvalidArgumentError for a state of another version, or sums that contradict its length."""
     length = message.end_mono_ns - message.start_mono_ns
     if message.active_ns + message.idle_ns + message.unbilled_ns != length or length < 0:
         text = f"window {message.instance_uid}/{message.seq} lasts {length} ns, but its sums say otherwise"
         raise InvalidArgumentError("WINDOW_INCONSISTENT", text, instance=message.instance_uid, seq=message.seq)
-    return Window(
+    return UsageWindow(
         instance_uid=message.instance_uid,
         seq=message.seq,
         node=message.node,

@@ -17,7 +17,7 @@ from agent.api.instance_servicer import InstanceServicer
 from agent.core.errors import HibernodeError, InvalidArgumentError
 from agent.core.types import Exit, InstanceState
 from agent.host.instance.actor import Actor
-from agent.host.node.exec_sessions import ExecDesk
+from agent.host.node.exec_sessions import ExecSessions
 from agent.ports import ExecSpec
 from agent.v1 import instance_service_pb2 as pb
 from agent.wire.clients import DaemonChannel, ExecStream
@@ -36,7 +36,7 @@ class Site:
     """An agent's API on a socket, and a caller."""
 
     world: World
-    desk: ExecDesk
+    desk: ExecSessions
     logs: InstanceLogs
     channel: DaemonChannel
 
@@ -58,7 +58,7 @@ async def a_site(folder: Path, **limits: int) -> AsyncIterator[Site]:
     async with a_world() as world:
         world.runtime.executes = True
         observer = observer_of(world)
-        desk = ExecDesk(world.node, world.runtime, world.events, world.clock)
+        desk = ExecSessions(world.node, world.runtime, world.events, world.clock)
         logs = InstanceLogs(world.runtime, **limits)
         servicer = InstanceServicer(world.node, observer, world.events, world.clock, logs=logs, execs=desk)
         server = GrpcServer(Services(instances=servicer), TokenTable([]))

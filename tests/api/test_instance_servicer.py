@@ -13,8 +13,8 @@ from agent.api.instance_logs import InstanceLogs
 from agent.api.instance_servicer import InstanceServicer
 from agent.core.errors import HibernodeError, InstanceError, InvalidArgumentError, NotFoundError, PreconditionError
 from agent.core.types import SECOND_NS, InstanceState
-from agent.host.node.exec_sessions import ExecDesk
-from agent.host.node.observer import Identity, Observer
+from agent.host.node.exec_sessions import ExecSessions
+from agent.host.node.observer import NodeIdentity, Observer
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import types_pb2
 from agent.v1.types_pb2 import FunctionSpec, Instance
@@ -25,7 +25,7 @@ S = InstanceState
 
 
 def observer_of(world: World) -> Observer:
-    identity = Identity("n1", "boot", "0.1", 1, None, (), ("process",), 1, 0, 64 << 30)
+    identity = NodeIdentity("n1", "boot", "0.1", 1, None, (), ("process",), 1, 0, 64 << 30)
     observer = Observer(world.node, identity, world.clock, world.billing.totals)
     observer.ready = True
     return observer
@@ -58,7 +58,7 @@ async def an_api(**knobs: object) -> AsyncIterator[Api]:
             world.events,
             world.clock,
             logs=InstanceLogs(world.runtime),
-            execs=ExecDesk(world.node, world.runtime, world.events, world.clock),
+            execs=ExecSessions(world.node, world.runtime, world.events, world.clock),
             queue_timeout_ns=7 * SECOND_NS,
         )
         yield Api(world, observer, servicer)

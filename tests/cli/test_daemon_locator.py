@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from agent.cli.daemon_locator import Place, find_daemon, find_gateway, read_token
-from agent.cli.options import Asked
+from agent.cli.daemon_locator import DaemonAddress, find_daemon, find_gateway, read_token
+from agent.cli.options import CliOptions
 from agent.core.errors import ConfigError, InvalidArgumentError, PermissionDeniedError, UnavailableError
 from tests.cli.conftest import Run
 from tests.fakes.daemon import TOKEN
 
 
-def asked(home: Path, **more: str) -> Asked:
+def asked(home: Path, **more: str) -> CliOptions:
     places = {"agent": "", "scheduler": "", "gateway": "", "token_file": "", **more}
-    return Asked(home=home, insecure=False, output="table", **places)
+    return CliOptions(home=home, insecure=False, output="table", **places)
 
 
 @pytest.fixture
@@ -52,11 +52,11 @@ def test_the_home_may_stand_before_or_after_the_command(run: Run, home: Path) ->
 
 
 def test_the_socket_needs_no_token(home: Path) -> None:
-    assert find_daemon("agent", asked(home)) == Place(f"unix:{home}/agent.sock", "")
+    assert find_daemon("agent", asked(home)) == DaemonAddress(f"unix:{home}/agent.sock", "")
 
 
 def test_without_a_socket_the_token_goes_along(daemons: Path) -> None:
-    assert find_daemon("agent", asked(daemons)) == Place("127.0.0.1:8611", "token-of-the-home-1234")
+    assert find_daemon("agent", asked(daemons)) == DaemonAddress("127.0.0.1:8611", "token-of-the-home-1234")
 
 
 def test_over_tcp_with_the_token(run: Run, home: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_token_does_not_travel_unencrypted_unless_asked(run: Run, home: Path) 
 
 
 def test_a_place_does_not_show_its_token() -> None:
-    assert TOKEN not in repr(Place("127.0.0.1:1", TOKEN))
+    assert TOKEN not in repr(DaemonAddress("127.0.0.1:1", TOKEN))
 
 
 def test_the_gateway_is_an_address(daemons: Path) -> None:

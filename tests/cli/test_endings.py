@@ -13,7 +13,7 @@ import pytest
 
 from agent.cli import main as entry
 from agent.core import errors
-from agent.exit_codes import Exit, exit_of, exit_of_http
+from agent.exit_codes import ExitCode, exit_of, exit_of_http
 from tests.cli.conftest import Run
 
 
@@ -135,4 +135,4 @@ def test_exit_code_of_every_kind_of_error(kind: type[errors.HibernodeError], cod
     [(200, 0), (304, 0), (400, 2), (413, 2), (403, 4), (404, 3), (429, 5), (500, 1), (502, 1), (503, 5), (504, 5)],
 )
 def test_exit_code_of_an_answer(status: int, code: int) -> None:
-    assert exit_of_http(status) is Exit(code)
+    assert exit_of_http(status) is ExitCode(code)

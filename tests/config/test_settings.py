@@ -9,7 +9,7 @@ import pytest
 
 from agent.config import Section, key_paths, load, read_yaml
 from agent.core.errors import ConfigError
-from agent.settings import AgentConfig, NodeCredential, SchedulerConfig, SchedulerLink
+from agent.settings import AgentConfig, NodeCredential, SchedulerConfig, SchedulerLinkSettings
 
 SYSTEMD = Path(__file__).parents[2] / "systemd"
 EXAMPLES = [(SYSTEMD / "agent.example.yaml", AgentConfig), (SYSTEMD / "scheduler.example.yaml", SchedulerConfig)]
@@ -51,7 +51,7 @@ def test_every_key_of_the_example_is_explained(path: Path, kind: type[Section]) 
 
 def test_the_agent_example_shows_the_defaults() -> None:
     example = load(SYSTEMD / "agent.example.yaml", AgentConfig)
-    assert example.scheduler == SchedulerLink("127.0.0.1:8601", "/etc/hibernode/node.token")
+    assert example.scheduler == SchedulerLinkSettings("127.0.0.1:8601", "/etc/hibernode/node.token")
     assert msgspec.structs.replace(example, scheduler=None) == AgentConfig()
 
 

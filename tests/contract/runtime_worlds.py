@@ -19,7 +19,7 @@ from pathlib import Path
 
 from agent.adapters.kernel import cgroup, process_table
 from agent.adapters.kernel.clock import SystemClock
-from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeSettings
+from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeOptions
 from agent.core.types import Exit, FunctionSpec, Handle, InstanceSpec
 from agent.ports import Runtime, StartSpec
 from tests.fakes.runtime import FakeRuntime
@@ -146,7 +146,7 @@ class ProcessWorld(World):
         self.runtime = self.process_runtime = self._new_runtime()
 
     def _new_runtime(self) -> ProcessRuntime:
-        settings = ProcessRuntimeSettings(self.folder / "state", self.state_uuid, self.slice, user=self.user)
+        settings = ProcessRuntimeOptions(self.folder / "state", self.state_uuid, self.slice, user=self.user)
         return ProcessRuntime(settings, SystemClock())
 
     def environment(self, uid: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent.adapters.store.node_store import NodeStore
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.types import FunctionSpec, GpuNeed, Handle, Hook, Hooks, InstanceSpec, ProcessId
 from agent.ports import InstanceRecord
 from tests.fakes.stores import MemoryStore
@@ -27,8 +27,8 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         await opened.close()
 
 
-def window(uid: str = "i-ocr-1", seq: int = 0, *, sealed: bool = True, active_ns: int = 10) -> Window:
-    return Window(
+def window(uid: str = "i-ocr-1", seq: int = 0, *, sealed: bool = True, active_ns: int = 10) -> UsageWindow:
+    return UsageWindow(
         instance_uid=uid,
         seq=seq,
         node="gpu-7",

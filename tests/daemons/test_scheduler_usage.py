@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from agent.cli.commands.usage import list_usage
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.errors import InvalidArgumentError, PermissionDeniedError
 from agent.core.types import GIB, SECOND_NS
 from agent.daemons.scheduler import PRICE_BOOK
@@ -24,7 +24,7 @@ from agent.wire.clients import DaemonChannel
 from agent.wire.convert_usage import window_to_proto
 from tests.daemons.test_scheduler import NODE_TOKEN, Daemon, running
 
-WINDOW = Window(
+WINDOW = UsageWindow(
     instance_uid="i-1",
     seq=0,
     node="gpu-1",

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 from agent.adapters.daemon.token_file import read_token
 from agent.core.errors import UnavailableError
-from agent.scheduler.database.leader_lock import Lead
+from agent.scheduler.database.leader_lock import LeaderLock
 from agent.v1.function_service_pb2 import DeployFunctionRequest, ListFunctionsRequest
 from agent.v1.types_pb2 import FunctionSpec
 from agent.v1.usage_service_pb2 import ListUsageRequest, UploadUsageWindowsRequest
@@ -213,7 +213,7 @@ async def test_an_active_one_that_leaves_in_order_hands_over_and_a_standby_leave
 
 
 async def test_a_standby_outlives_a_restart_of_the_database(postgres: PostgreSQL, url: str) -> None:
-    active, standby = Lead(url, look_s=0.05), Lead(url, look_s=0.05)
+    active, standby = LeaderLock(url, look_s=0.05), LeaderLock(url, look_s=0.05)
     assert await active.take()
     assert not await standby.take()
     postgres.stop()
@@ -229,7 +229,7 @@ async def test_a_standby_outlives_a_restart_of_the_database(postgres: PostgreSQL
 
 async def test_a_lead_whose_session_is_not_its_own_is_none(postgres: PostgreSQL, url: str) -> None:
     """As behind a pooler, where the next statement may run in another session: that one has no lock."""
-    lead = Lead(url, look_s=0.01)
+    lead = LeaderLock(url, look_s=0.01)
     assert await lead.take()
     assert lead._connection is not None
     await lead._run(partial(lead._connection.execute, sa.text("SELECT pg_advisory_unlock_all()")))
@@ -241,7 +241,7 @@ async def test_a_lead_whose_session_is_not_its_own_is_none(postgres: PostgreSQL,
 
 async def test_on_sqlite_there_is_nobody_to_wait_for(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/scheduler.db"
-    first, second = Lead(url), Lead(url)
+    first, second = LeaderLock(url), LeaderLock(url)
     assert [await first.take(), await second.take()] == [True, True]
     watching = asyncio.create_task(first.watch())
     await asyncio.sleep(0)

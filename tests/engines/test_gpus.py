@@ -19,8 +19,8 @@ from agent.core.errors import PreconditionError
 from agent.core.types import MIB, ContainerOptions, FunctionSpec, GpuNeed, Handle, InstanceSpec
 from agent.emulated.env import attachment, cdi_spec
 from agent.ports import StartSpec
-from agent.settings import EngineRuntime as EngineSettings
-from agent.settings import GpuSettings, Mounts, Runtime
+from agent.settings import EngineRuntimeSettings as EngineSettings
+from agent.settings import GpuSettings, MountSettings, RuntimeSettings
 from tests.engines import images
 from tests.engines.engines import Engine
 from tests.engines.world import EngineWorld
@@ -53,7 +53,7 @@ class GpuWorld(EngineWorld):
         super().__init__(engine)
 
     def _new_runtime(self) -> EngineRuntime:
-        settings = Runtime(engine=EngineSettings(socket=self.engine.socket, pull="never"))
+        settings = RuntimeSettings(engine=EngineSettings(socket=self.engine.socket, pull="never"))
         api = open_engine_api(settings)
         return open_engine_runtime(
             api,
@@ -85,7 +85,7 @@ class GpuWorld(EngineWorld):
 
 def by_mounts(nvidia: EmulatedNvidia) -> GpuSettings:
     mounts = attachment(nvidia.directory)["mounts"]
-    return GpuSettings(attach="mounts", mounts=Mounts(mounts["environment"], tuple(mounts["binds"])))
+    return GpuSettings(attach="mounts", mounts=MountSettings(mounts["environment"], tuple(mounts["binds"])))
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from agent.adapters.engine.logs import EngineLogs
 from agent.adapters.engine.runtime import EngineRuntime
 from agent.core.types import MIB, ContainerOptions, FunctionSpec, Handle, InstanceSpec
 from agent.ports import StartSpec
-from agent.settings import EngineRuntime as EngineSettings
-from agent.settings import GpuSettings, Runtime
+from agent.settings import EngineRuntimeSettings as EngineSettings
+from agent.settings import GpuSettings, RuntimeSettings
 from tests.contract.runtime_worlds import World
 from tests.engines import images
 from tests.engines.engines import Engine
@@ -47,7 +47,7 @@ class EngineWorld(World):
         self.runtime = self.engine_runtime = self._new_runtime()
 
     def _new_runtime(self) -> EngineRuntime:
-        settings = Runtime(engine=EngineSettings(socket=self.engine.socket, pull="never"))
+        settings = RuntimeSettings(engine=EngineSettings(socket=self.engine.socket, pull="never"))
         api = open_engine_api(settings)
         return open_engine_runtime(
             api,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.errors import UnavailableError
 from agent.ports import InstanceRecord
 
@@ -19,13 +19,13 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.failing = False
-        self.upserts: list[tuple[Window, ...]] = []
+        self.upserts: list[tuple[UsageWindow, ...]] = []
         self.attempts = 0
         self.attempted = asyncio.Event()
         self._open = asyncio.Event()
         self._open.set()
         self._records: dict[str, InstanceRecord] = {}
-        self._windows: dict[tuple[str, int], Window] = {}
+        self._windows: dict[tuple[str, int], UsageWindow] = {}
         self._acknowledged: set[tuple[str, int]] = set()
         self._refused: dict[tuple[str, int], None] = {}
 
@@ -47,7 +47,7 @@ class MemoryStore:
         await self._pass()
         self._records.pop(uid, None)
 
-    async def upsert_windows(self, windows: Sequence[Window]) -> None:
+    async def upsert_windows(self, windows: Sequence[UsageWindow]) -> None:
         await self._pass()
         for window in windows:
             key = (window.instance_uid, window.seq)
@@ -55,16 +55,16 @@ class MemoryStore:
                 self._windows[key] = window
         self.upserts.append(tuple(windows))
 
-    async def last_windows(self) -> Sequence[Window]:
+    async def last_windows(self) -> Sequence[UsageWindow]:
         await self._pass()
-        newest: dict[str, Window] = {}
+        newest: dict[str, UsageWindow] = {}
         for window in self._windows.values():
             known = newest.get(window.instance_uid)
             if known is None or known.seq < window.seq:
                 newest[window.instance_uid] = window
         return [newest[uid] for uid in sorted(newest)]
 
-    async def unacknowledged(self, limit: int) -> Sequence[Window]:
+    async def unacknowledged(self, limit: int) -> Sequence[UsageWindow]:
         await self._pass()
         keys = sorted(key for key, w in self._windows.items() if w.sealed and self._is_due(key))
         return [self._windows[key] for key in keys[:limit]]
@@ -85,7 +85,9 @@ class MemoryStore:
     def _is_due(self, key: tuple[str, int]) -> bool:
         return key not in self._acknowledged and key not in self._refused
 
-    async def read_windows(self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0) -> Sequence[Window]:
+    async def read_windows(
+        self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0
+    ) -> Sequence[UsageWindow]:
         await self._pass()
         numbered = enumerate(self._windows.values(), start=1)
         chosen = [w for row, w in numbered if row > after_rowid and instance_uid in ("", w.instance_uid)]

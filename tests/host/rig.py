@@ -15,11 +15,11 @@ from typing import Any
 from agent.core.types import SECOND_NS, FunctionSpec, GpuNeed, IdlePolicy, InstanceState
 from agent.host.billing.billing import Billing
 from agent.host.instance.actor import Actor
+from agent.host.instance.context import InstanceContext
 from agent.host.instance.events import EventLog
-from agent.host.instance.executor import Shell
-from agent.host.instance.memory_reservations import MemoryDesk
+from agent.host.instance.memory_reservations import MemoryReservations
 from agent.host.node.node import Node, NodeSettings
-from agent.host.node.recovery import Found, Recovery
+from agent.host.node.recovery import Recovery, RecoverySummary
 from agent.http.errors import RequestIds
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
@@ -106,7 +106,7 @@ class World:
         store = self.wrap(self.store)
         self.billing = Billing(self.clock, self.store, node="n1", boot_id=self.runtime.boot_id)
         await self.billing.load()
-        memory = MemoryDesk(self.memory, limit_bytes=0, reserve_bytes=0)
+        memory = MemoryReservations(self.memory, limit_bytes=0, reserve_bytes=0)
         self.node = Node(
             NodeSettings(
                 per_gpu=self.per_gpu,
@@ -124,7 +124,7 @@ class World:
             meters=self.billing,
             new_uid=lambda: f"i-{next(self.uids)}",
         )
-        self.node.shell = Shell(
+        self.node.shell = InstanceContext(
             clock=self.clock,
             runtime=self.wrap(self.runtime),
             freezer=self.wrap(self.freezer),
@@ -140,7 +140,7 @@ class World:
         )
         self.agents.append(self.node)
 
-    async def recover(self, deadline_s: float = 5.0) -> Found:
+    async def recover(self, deadline_s: float = 5.0) -> RecoverySummary:
         known = frozenset(self.node.desk.inventory)
         found = await Recovery(self.node, known, instance_deadline_s=deadline_s, ask_again_s=0.001).run()
         self.billing.settle()
@@ -150,7 +150,7 @@ class World:
         """SIGKILL: whatever the agent was doing stops where it is; ports and containers do not notice."""
         await kill(self.node)
 
-    async def restart(self) -> Found:
+    async def restart(self) -> RecoverySummary:
         """SIGKILL, and a new agent that recovers."""
         await self.billing.flush()
         await self.kill_agent()

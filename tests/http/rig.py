@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 from agent.http.delayed_head import LateHeaders
 from agent.http.exchange import Exchange
-from agent.http.forward import ForwardResult, Outcome, forward
+from agent.http.forward import ForwardResult, forward
 from agent.http.headers import instance_answer_headers, request_headers
 from agent.http.limits import Limits, UpstreamLimits
 from agent.http.message import Header, ResponseHead
 from agent.http.pool import Pool
+from agent.http.relay import RelayOutcome
 from agent.http.server import Handler, Server, serve
 
 REQUEST_ID = "1-67a59f35-150c1267-f381ba1c085c"
@@ -245,7 +246,7 @@ async def relay(
             on_last_byte=lambda: hooks.append("last"),
         )
         results.put_nowait(result)
-        if result.outcome is Outcome.HELD:
+        if result.outcome is RelayOutcome.HELD:
             await exchange.answer(503, [], b"held")
         elif result.error is not None:
             await exchange.fail(result.error, REQUEST_ID)

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Awaitable
 
 from agent.http.exchange import Exchange
-from agent.http.forward import ForwardResult, Outcome, forward, forward_now
+from agent.http.forward import ForwardResult, forward, forward_now
 from agent.http.headers import instance_answer_headers, request_headers
 from agent.http.limits import Limits, UpstreamLimits
 from agent.http.message import Header, ResponseHead
 from agent.http.pool import Pool
+from agent.http.relay import RelayOutcome
 from tests.http.rig import answering, connect, eventually, serving, upstream
 from tests.http.test_server import get, post
 
@@ -114,6 +115,6 @@ async def test_forward_now() -> None:
             await wire.send(post(b"/", b"hello"))
             assert (await wire.message())[2] == b"ok"
         assert ways == ["task", "now", "now"]
-        assert [result.outcome for result in results] == [Outcome.COMPLETE] * 3
+        assert [result.outcome for result in results] == [RelayOutcome.COMPLETE] * 3
         assert [result.reused for result in results] == [False, True, True]
         pool.close()

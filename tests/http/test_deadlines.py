@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from agent.http.deadlines import NEVER, Sweep
+from agent.http.deadlines import NEVER, DeadlineTimer
 from tests.http.rig import eventually
 
 
@@ -22,7 +22,7 @@ class Member:
 async def test_whose_deadline_passed_expires_once_and_not_early() -> None:
     loop = asyncio.get_running_loop()
     members = [Member(), Member(), Member()]
-    sweep = Sweep(loop, members, 0.001)
+    sweep = DeadlineTimer(loop, members, 0.001)
     for member, delay in zip(members, (0.03, 0.01, NEVER), strict=True):
         member.deadline = loop.time() + delay
         sweep.note(member.deadline)
@@ -36,7 +36,7 @@ async def test_whose_deadline_passed_expires_once_and_not_early() -> None:
 async def test_a_deadline_that_moves_on_does_not_expire() -> None:
     loop = asyncio.get_running_loop()
     busy, idle = Member(), Member()
-    sweep = Sweep(loop, [busy, idle], 0.001)
+    sweep = DeadlineTimer(loop, [busy, idle], 0.001)
     busy.deadline = loop.time() + 0.01
     sweep.note(busy.deadline)
     busy.deadline = loop.time() + 1000

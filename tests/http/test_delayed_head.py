@@ -8,8 +8,8 @@ import json
 import pytest
 
 from agent.http.delayed_head import LateHeaders
-from agent.http.forward import Outcome
 from agent.http.message import Header
+from agent.http.relay import RelayOutcome
 from tests.http.rig import PATIENCE_S, Wire, answering, eventually, relay, upstream
 from tests.http.test_forward import OK
 from tests.http.test_server import get, post
@@ -63,7 +63,7 @@ async def test_the_head_waits_and_the_body_comes_whole(reply: bytes, body: bytes
             _, headers, got = await client.message()
             assert (headers[b"x-late"], got) == (b"the log", body)
             result = await r.result()
-            assert (result.outcome, result.reused) == (Outcome.COMPLETE, number > 0)
+            assert (result.outcome, result.reused) == (RelayOutcome.COMPLETE, number > 0)
         assert r.hooks == ["sent", "first", "last"] * 3
 
 
@@ -110,7 +110,7 @@ async def test_a_client_that_leaves_meanwhile_ends_the_wait() -> None:
         await client.send(get(b"/"))
         await late.asked.wait()
         client.reset()
-        assert (await r.result()).outcome is Outcome.CLIENT_GONE
+        assert (await r.result()).outcome is RelayOutcome.CLIENT_GONE
         await eventually(lambda: late.cancelled and not r.pool.connections)
 
 
@@ -127,7 +127,7 @@ async def test_a_deadline_that_passes_meanwhile_is_a_timeout_of_the_upstream() -
         await client.send(get(b"/"))
         status, _, body = await client.message()
         assert (status, json.loads(body)["Code"]) == (504, "UpstreamTimeout")
-        assert (await r.result()).outcome is Outcome.TIMEOUT_BEFORE_HEAD
+        assert (await r.result()).outcome is RelayOutcome.TIMEOUT_BEFORE_HEAD
         await eventually(lambda: late.cancelled)
 
 
@@ -148,7 +148,7 @@ async def test_an_upstream_that_dies_meanwhile_is_noticed() -> None:
         late.go.set()  # its end is seen once it is read again
         with pytest.raises(asyncio.IncompleteReadError):
             await client.message()
-        assert (await r.result()).outcome is Outcome.UPSTREAM_FAILED_MID_BODY
+        assert (await r.result()).outcome is RelayOutcome.UPSTREAM_FAILED_MID_BODY
 
 
 async def test_a_pool_that_closes_meanwhile_is_a_failure_before_the_head() -> None:
@@ -165,4 +165,4 @@ async def test_a_pool_that_closes_meanwhile_is_a_failure_before_the_head() -> No
         await late.asked.wait()
         r.pool.close()
         assert (await client.message())[0] == 502
-        assert (await r.result()).outcome is Outcome.UPSTREAM_FAILED_BEFORE_HEAD
+        assert (await r.result()).outcome is RelayOutcome.UPSTREAM_FAILED_BEFORE_HEAD

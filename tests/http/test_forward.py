@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.http.forward import Outcome
 from agent.http.message import Header, ResponseHead
+from agent.http.relay import RelayOutcome
 from tests.http.rig import Wire, answering, eventually, relay, upstream
 from tests.http.test_server import HOST, get, post
 
@@ -34,7 +34,7 @@ async def test_a_request_there_and_back() -> None:
             b"ok",
         )
         result = await r.result()
-        assert (result.outcome, result.head_status, result.bytes_sent_upstream) == (Outcome.COMPLETE, 201, True)
+        assert (result.outcome, result.head_status, result.bytes_sent_upstream) == (RelayOutcome.COMPLETE, 201, True)
         assert (result.request_body_bytes, result.response_body_bytes, result.reused) == (5, 2, False)
         assert r.hooks == ["sent", "first", "last"]
     assert seen == [(0, {b"": b"POST /p?q=1 HTTP/1.1", b"host": b"f", b"x-b": b"c", b"content-length": b"5"}, b"hello")]
@@ -92,7 +92,7 @@ def test_round_trip(request: list[bytes], response: list[bytes], how: str, chunk
             else:
                 await in_pieces(client, post(b"/a", sent))
             assert (await client.message())[2] == answered
-            assert (await r.result()).outcome is Outcome.COMPLETE
+            assert (await r.result()).outcome is RelayOutcome.COMPLETE
 
     asyncio.run(story())
 
@@ -120,7 +120,7 @@ async def test_server_sent_events_arrive_one_by_one() -> None:
             assert await client.chunk() == b"data: %d\n\n" % number
         taken.release()
         assert await client.chunk() == b""
-        assert (await r.result()).outcome is Outcome.COMPLETE
+        assert (await r.result()).outcome is RelayOutcome.COMPLETE
 
 
 async def test_a_response_without_framing_ends_with_its_connection() -> None:
@@ -159,7 +159,7 @@ async def test_responses_without_a_body(method: bytes, response: bytes, length: 
             _, headers = await client.head()
             assert headers.get(b"content-length") == length
             assert b"transfer-encoding" not in headers
-            assert (await r.result()).outcome is Outcome.COMPLETE
+            assert (await r.result()).outcome is RelayOutcome.COMPLETE
         # After a HEAD whose answer announces a body a simple server may send it after all, at any time.
         assert up.connections == (3 if method == b"HEAD" else 1)
 
@@ -238,7 +238,7 @@ async def test_expect_towards_the_upstream(kept: int | None) -> None:
         granted.set()
         assert (await client.message())[2] == b"ok"
         result = await r.result()
-        assert (result.outcome, result.request_body_bytes) == (Outcome.COMPLETE, 5)
+        assert (result.outcome, result.request_body_bytes) == (RelayOutcome.COMPLETE, 5)
 
 
 async def test_a_held_answer_leaves_the_body_for_another_try() -> None:
@@ -254,7 +254,7 @@ async def test_a_held_answer_leaves_the_body_for_another_try() -> None:
         await client.send(b"POST /a HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n")
         assert (await client.message())[2] == b"held"  # the rig's answer, not the upstream's
         result = await r.result()
-        assert (result.outcome, result.head_status, result.request_body_bytes) == (Outcome.HELD, 503, 0)
+        assert (result.outcome, result.head_status, result.request_body_bytes) == (RelayOutcome.HELD, 503, 0)
         assert r.exchanges[0].awaits_continue
 
 
@@ -306,7 +306,7 @@ async def test_an_early_response_before_the_body_ended() -> None:
         status, _, body = await client.message()
         assert (status, body) == (403, b"no")
         result = await r.result()
-        assert (result.outcome, result.request_body_bytes) == (Outcome.COMPLETE, 13)
+        assert (result.outcome, result.request_body_bytes) == (RelayOutcome.COMPLETE, 13)
         await client.send(b"x" * 87 + get(b"/next"))
         assert await client.rest() == b""  # not used on: neither here nor upstream
         await eventually(lambda: not r.pool.connections)
@@ -332,4 +332,4 @@ async def test_both_ways_at_once() -> None:
         await client.send(b"0\r\n\r\n")
         assert await client.chunk() == b""
         await client.send(get(b"/"))
-        assert (await r.result()).outcome is Outcome.COMPLETE
+        assert (await r.result()).outcome is RelayOutcome.COMPLETE

@@ -9,9 +9,9 @@ import struct
 
 import pytest
 
-from agent.http.forward import Outcome
 from agent.http.limits import Limits
 from agent.http.message import Header, ResponseHead
+from agent.http.relay import RelayOutcome
 from tests.http.rig import PATIENCE_S, Wire, answering, eventually, relay, upstream
 from tests.http.test_forward import CHUNKED_POST, OK
 from tests.http.test_server import HOST, get, post
@@ -26,7 +26,7 @@ async def test_nobody_listens() -> None:
         status, _, body = await client.message()
         assert (status, json.loads(body)["Code"]) == (503, "UpstreamConnectFailed")
         result = await r.result()
-        assert (result.outcome, result.bytes_sent_upstream) == (Outcome.CONNECT_FAILED, False)
+        assert (result.outcome, result.bytes_sent_upstream) == (RelayOutcome.CONNECT_FAILED, False)
         assert r.hooks == []
         await client.send(get(b"/"))  # the client's connection is as good as before
         assert (await client.message())[0] == 503
@@ -58,7 +58,7 @@ async def test_an_upstream_without_an_answer(reply: bytes) -> None:
         closed = reply in (b"", b"HTTP/1.1 200 OK\r\nContent-")
         assert (status, json.loads(body)["Code"]) == (502, "UpstreamBroken" if closed else "UpstreamNotHttp")
         result = await r.result()
-        assert (result.outcome, result.bytes_sent_upstream) == (Outcome.UPSTREAM_FAILED_BEFORE_HEAD, True)
+        assert (result.outcome, result.bytes_sent_upstream) == (RelayOutcome.UPSTREAM_FAILED_BEFORE_HEAD, True)
         assert (r.hooks[0], r.hooks[-1]) == ("sent", "last")
         await eventually(lambda: not r.pool.connections)
 
@@ -88,7 +88,7 @@ async def test_an_upstream_that_dies_in_mid_body(reply: bytes) -> None:
         else:
             assert not rest.endswith(b"0\r\n\r\n")
         result = await r.result()
-        assert (result.outcome, result.head_status) == (Outcome.UPSTREAM_FAILED_MID_BODY, 200)
+        assert (result.outcome, result.head_status) == (RelayOutcome.UPSTREAM_FAILED_MID_BODY, 200)
         assert r.hooks == ["sent", "first", "last"]
 
 
@@ -124,7 +124,7 @@ async def test_a_reset_upstream_does_not_end_a_body_without_framing() -> None:
         await client.until(b"half")
         go.set()
         assert not (await client.rest()).endswith(b"0\r\n\r\n")
-        assert (await r.result()).outcome is Outcome.UPSTREAM_FAILED_MID_BODY
+        assert (await r.result()).outcome is RelayOutcome.UPSTREAM_FAILED_MID_BODY
 
 
 def linger_zero(wire: Wire) -> None:
@@ -137,11 +137,11 @@ def linger_zero(wire: Wire) -> None:
 @pytest.mark.parametrize(
     ("reply", "outcome"),
     [
-        (b"", Outcome.TIMEOUT_BEFORE_HEAD),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", Outcome.TIMEOUT_MID_BODY),
+        (b"", RelayOutcome.TIMEOUT_BEFORE_HEAD),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", RelayOutcome.TIMEOUT_MID_BODY),
     ],
 )
-async def test_the_deadline_closes_the_upstream(reply: bytes, outcome: Outcome) -> None:
+async def test_the_deadline_closes_the_upstream(reply: bytes, outcome: RelayOutcome) -> None:
     closed = asyncio.Event()
 
     async def script(wire: Wire) -> None:
@@ -183,7 +183,7 @@ async def test_a_client_that_leaves_cancels_the_upstream(reply: bytes) -> None:
             await client.until(b"hi")
         client.close()
         await closed.wait()
-        assert (await r.result()).outcome is Outcome.CLIENT_GONE
+        assert (await r.result()).outcome is RelayOutcome.CLIENT_GONE
         assert r.hooks[-1] == "last"
 
 
@@ -202,7 +202,7 @@ async def test_a_client_that_leaves_in_mid_upload() -> None:
         await began.wait()
         client.close()
         await closed.wait()
-        assert (await r.result()).outcome is Outcome.CLIENT_GONE
+        assert (await r.result()).outcome is RelayOutcome.CLIENT_GONE
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ async def test_a_request_body_that_goes_bad(rest: bytes, limits: Limits, status:
         await client.send(rest)
         answer, headers, _ = await client.message()
         assert (answer, headers[b"connection"]) == (status, b"close")
-        assert (await r.result()).outcome is Outcome.CLIENT_FAILED
+        assert (await r.result()).outcome is RelayOutcome.CLIENT_FAILED
         assert not (await upstream_saw.get()).endswith(b"0\r\n\r\n")
 
 

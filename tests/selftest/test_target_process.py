@@ -14,8 +14,8 @@ import pytest
 from agent.adapters.kernel import cgroup, process_table
 from agent.core.errors import DeadlineError, InstanceError
 from agent.core.types import MIB
-from agent.selftest.target import BLOCK, PAGE, Device, Pattern, sizes
-from agent.selftest.target_process import SLICE_NAME, Place, SelftestProcess, find_place
+from agent.selftest.target import BLOCK, PAGE, CudaDevice, Pattern, sizes
+from agent.selftest.target_process import SLICE_NAME, SelftestProcess, TargetPlace, find_place
 from tests.fakes.emulated_driver import EmulatedNvidia
 
 SIZE = 9 * MIB + 5
@@ -90,7 +90,7 @@ async def test_the_pinned_copy_leaves_the_memory_as_it_is(target: SelftestProces
 
 
 def test_a_driver_without_pinned_memory_is_no_failure() -> None:
-    device = Device.__new__(Device)
+    device = CudaDevice.__new__(CudaDevice)
     device.__dict__.update(_cuda=SimpleNamespace(), _allocations=[(4096, MIB)])
     assert device.copy(MIB) == {"unavailable": "this driver has no cuMemHostAlloc"}
 
@@ -153,8 +153,8 @@ def test_what_a_killed_selftest_left_is_removed_and_what_is_in_use_is_not() -> N
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as somebody:
         other = process_table.identify(somebody.pid, boot_id)
         assert other is not None
-        in_use = Place(slice_, f"{other.pid}-{other.start_time}", boot_id)
-        left = Place(slice_, f"{other.pid}-{other.start_time - 1}", boot_id)  # a pid that was used again
+        in_use = TargetPlace(slice_, f"{other.pid}-{other.start_time}", boot_id)
+        left = TargetPlace(slice_, f"{other.pid}-{other.start_time - 1}", boot_id)  # a pid that was used again
         for place in (in_use, left):
             slice_.create(place.uid)
         assert in_use.path is not None

@@ -5,11 +5,21 @@ from __future__ import annotations
 import pytest
 
 from agent.core.errors import DeadlineError, HibernodeError, InstanceError, PreconditionError, UnavailableError
-from agent.selftest.verdict import MEMORY_CHANGED, Figures, PinnedCopy, Proof, Run, gb_s, ratios, summarize, verdict_of
+from agent.selftest.verdict import (
+    MEMORY_CHANGED,
+    CycleFigures,
+    PinnedCopy,
+    Proof,
+    SelftestRun,
+    gb_s,
+    ratios,
+    summarize,
+    verdict_of,
+)
 
 
-def run(number: int, checkpointer: str, wake_s: float, pinned: PinnedCopy | None = None) -> Run:
-    figures = Figures(
+def run(number: int, checkpointer: str, wake_s: float, pinned: PinnedCopy | None = None) -> SelftestRun:
+    figures = CycleFigures(
         lock_s=0.001,
         checkpoint_s=wake_s * 2,
         cgroup_freeze_s=0.0,
@@ -23,7 +33,7 @@ def run(number: int, checkpointer: str, wake_s: float, pinned: PinnedCopy | None
         image_bytes=10**9,
         released_bytes=10**9,
     )
-    return Run(number, checkpointer, figures, pinned or PinnedCopy(unavailable="no cuMemHostAlloc"))
+    return SelftestRun(number, checkpointer, figures, pinned or PinnedCopy(unavailable="no cuMemHostAlloc"))
 
 
 def test_the_warm_up_does_not_count() -> None:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 
 from agent.core.types import SECOND_NS
-from agent.simulator.plan import Outcome, Plan, Policy, percentiles_s
+from agent.simulator.plan import RequestOutcome, SimulatedPolicy, SimulationPlan, percentiles_s
 from agent.simulator.trace import Call
 from agent.simulator.world import World
 
@@ -26,14 +26,14 @@ def calls(cv: float, load: float, count: int, seed: int) -> Iterator[Call]:
         yield Call(round(at * SECOND_NS), FUNCTION, max(1, round(work * SECOND_NS)))
 
 
-def awake(policy: Policy, seed: int = 1) -> Plan:
+def awake(policy: SimulatedPolicy, seed: int = 1) -> SimulationPlan:
     """Servers that never sleep, with queues that never end."""
-    return Plan(
+    return SimulationPlan(
         policy, SERVERS, freeze_after_ns=None, queue_length=100_000, queue_timeout_ns=3600 * SECOND_NS, seed=seed
     )
 
 
-def latencies(policy: Policy, cv: float, load: float, count: int, runs: int) -> tuple[float, float]:
+def latencies(policy: SimulatedPolicy, cv: float, load: float, count: int, runs: int) -> tuple[float, float]:
     """p50 and p99 over all runs, in seconds: the same traffic for every policy."""
     merged: list[int] = []
     for seed in range(1, runs + 1):
@@ -46,6 +46,6 @@ def latencies(policy: Policy, cv: float, load: float, count: int, runs: int) -> 
     return p50, p99
 
 
-def asleep(plan: Plan, load: float, count: int, seed: int) -> Outcome:
+def asleep(plan: SimulationPlan, load: float, count: int, seed: int) -> RequestOutcome:
     """One run with freezing, cv 1."""
     return World(plan).run([FUNCTION], calls(1.0, load, count, seed))

@@ -19,7 +19,7 @@ from agent.core.dispatch.events import (
     InstanceReported,
     LeaseEnded,
     LeaseRefused,
-    Refusal,
+    RefusalReason,
     Refuse,
     RequestArrived,
     RequestGone,
@@ -138,13 +138,13 @@ def test_a_wake_that_failed_is_tried_again_when_the_instance_is_heard() -> None:
 @pytest.mark.parametrize("rival", list(Rival))
 def test_who_gets_nothing_is_told_why(rival: Rival) -> None:
     told = Told(rival, {"a": RUNNING}, queue=1)
-    assert told.tell(RequestArrived(1, "llm", FAR)) == [Refuse(1, Refusal.UNKNOWN_FUNCTION)]
+    assert told.tell(RequestArrived(1, "llm", FAR)) == [Refuse(1, RefusalReason.UNKNOWN_FUNCTION)]
     assert places(told.arrive(2, 3)) == [(2, "a")]
-    assert told.arrive(4) == [Refuse(4, Refusal.QUEUE_FULL)]
+    assert told.arrive(4) == [Refuse(4, RefusalReason.QUEUE_FULL)]
     assert told.tell(DeadlinePassed(2)) == [], "it is inside"
-    assert told.tell(DeadlinePassed(3)) == [Refuse(3, Refusal.QUEUE_TIMEOUT)]
+    assert told.tell(DeadlinePassed(3)) == [Refuse(3, RefusalReason.QUEUE_TIMEOUT)]
     assert told.tell(InstanceGone("a")) == []
-    assert told.arrive(5) == [Refuse(5, Refusal.NO_CAPACITY)]
+    assert told.arrive(5) == [Refuse(5, RefusalReason.NO_CAPACITY)]
 
 
 @pytest.mark.parametrize("rival", list(Rival))
@@ -157,8 +157,8 @@ def test_who_waited_at_an_instance_that_ends_is_bound_anew(rival: Rival) -> None
     assert places(told.tell(LeaseEnded(2))) == [(3, "b")]
     assert places(told.tell(LeaseEnded(3))) == [(1, "b")]
     told.arrive(4)
-    assert told.tell(InstanceGone("b")) == [Refuse(4, Refusal.NO_CAPACITY)]
-    assert told.tell(LeaseRefused(1)) == [Refuse(1, Refusal.NO_CAPACITY)]
+    assert told.tell(InstanceGone("b")) == [Refuse(4, RefusalReason.NO_CAPACITY)]
+    assert told.tell(LeaseRefused(1)) == [Refuse(1, RefusalReason.NO_CAPACITY)]
 
 
 def test_a_refused_lease_is_first_in_its_line_again_until_its_deadline() -> None:
@@ -172,13 +172,15 @@ def test_a_refused_lease_is_first_in_its_line_again_until_its_deadline() -> None
     assert places(told.arrive(3, deadline_ns=late)) == [(3, "a")]
     told.at = late
     assert told.tell(DeadlinePassed(3)) == [], "it is inside"
-    assert told.tell(LeaseRefused(3)) == [Refuse(3, Refusal.QUEUE_TIMEOUT)], "nobody will say again that it is over"
+    assert told.tell(LeaseRefused(3)) == [Refuse(3, RefusalReason.QUEUE_TIMEOUT)], (
+        "nobody will say again that it is over"
+    )
 
 
 def test_what_waits_for_a_removed_function_is_refused_and_what_runs_ends() -> None:
     told = Told(Rival.ROUND_ROBIN, {"a": RUNNING})
     assert places(told.arrive(1, 2, 3)) == [(1, "a")]
-    unknown = [Refuse(number, Refusal.UNKNOWN_FUNCTION) for number in (1, 2, 3)]
+    unknown = [Refuse(number, RefusalReason.UNKNOWN_FUNCTION) for number in (1, 2, 3)]
     assert told.tell(FunctionRemoved("ocr")) == unknown[1:]
     assert told.tell(LeaseRefused(1)) == unknown[:1]
 
@@ -230,7 +232,7 @@ class Walk:
                     self.waiting.remove(request)
                     self.answered.add(request)
                     self.seen[reason.name] += 1
-                    assert reason is not Refusal.QUEUE_TIMEOUT or self.now >= self.deadlines[request]
+                    assert reason is not RefusalReason.QUEUE_TIMEOUT or self.now >= self.deadlines[request]
         self.check()
 
     def check(self) -> None:

@@ -7,19 +7,19 @@ from dataclasses import replace
 import pytest
 
 from agent.core.types import MILLISECOND_NS, SECOND_NS
-from agent.simulator.plan import Plan, Policy
+from agent.simulator.plan import SimulatedPolicy, SimulationPlan
 from agent.simulator.trace import Call
 from agent.simulator.world import World
 from tests.simulator.queueing import FUNCTION, SERVERS, asleep, latencies
 
 FACTS = {
-    (Policy.ROUND_ROBIN, 0.3, 0.7): (1.05, 2.54),
-    (Policy.LEAST_OUTSTANDING, 0.3, 0.7): (1.03, 2.49),
-    (Policy.PACK, 0.3, 0.7): (1.01, 2.11),
-    (Policy.ROUND_ROBIN, 1.0, 0.7): (1.25, 11.4),
-    (Policy.LEAST_OUTSTANDING, 1.0, 0.7): (0.84, 5.89),
-    (Policy.PACK, 1.0, 0.7): (0.81, 5.04),
-    (Policy.PACK, 1.0, 0.9): (1.36, 6.52),
+    (SimulatedPolicy.ROUND_ROBIN, 0.3, 0.7): (1.05, 2.54),
+    (SimulatedPolicy.LEAST_OUTSTANDING, 0.3, 0.7): (1.03, 2.49),
+    (SimulatedPolicy.PACK, 0.3, 0.7): (1.01, 2.11),
+    (SimulatedPolicy.ROUND_ROBIN, 1.0, 0.7): (1.25, 11.4),
+    (SimulatedPolicy.LEAST_OUTSTANDING, 1.0, 0.7): (0.84, 5.89),
+    (SimulatedPolicy.PACK, 1.0, 0.7): (0.81, 5.04),
+    (SimulatedPolicy.PACK, 1.0, 0.9): (1.36, 6.52),
 }
 """p50 and p99 in seconds of another simulation (8 servers, Poisson arrivals, lognormal work, mean 1 s)."""
 
@@ -27,16 +27,16 @@ FACTS = {
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("policy", "cv", "load"), FACTS)
-def test_the_facts_are_found_again(policy: Policy, cv: float, load: float) -> None:
+def test_the_facts_are_found_again(policy: SimulatedPolicy, cv: float, load: float) -> None:
     p50, p99 = latencies(policy, cv, load, 60_000, 2)
     known50, known99 = FACTS[policy, cv, load]
     assert p50 == pytest.approx(known50, rel=0.05)
     assert p99 == pytest.approx(known99, rel=0.15)
 
 
-@pytest.mark.parametrize("policy", list(Policy))
-def test_every_policy_answers_everybody_and_the_same_way_again(policy: Policy) -> None:
-    plan = Plan(policy, SERVERS, freeze_after_ns=SECOND_NS, wake_ns=2 * SECOND_NS, freeze_ns=SECOND_NS)
+@pytest.mark.parametrize("policy", list(SimulatedPolicy))
+def test_every_policy_answers_everybody_and_the_same_way_again(policy: SimulatedPolicy) -> None:
+    plan = SimulationPlan(policy, SERVERS, freeze_after_ns=SECOND_NS, wake_ns=2 * SECOND_NS, freeze_ns=SECOND_NS)
     first, again = asleep(plan, 0.2, 2_000, 7), asleep(plan, 0.2, 2_000, 7)
     assert len(first.latencies_ns) == 2_000
     assert not first.refused
@@ -46,8 +46,8 @@ def test_every_policy_answers_everybody_and_the_same_way_again(policy: Policy) -
 
 def test_sleeping_frees_gpus_and_waiting_for_a_busy_one_frees_more() -> None:
     """The shape of the second table of the facts: load 0.1, ten seconds of patience."""
-    plan = Plan(Policy.PACK, SERVERS, wake_ns=2 * SECOND_NS, freeze_ns=SECOND_NS)
-    robin = asleep(replace(plan, policy=Policy.ROUND_ROBIN), 0.1, 6_000, 3)
+    plan = SimulationPlan(SimulatedPolicy.PACK, SERVERS, wake_ns=2 * SECOND_NS, freeze_ns=SECOND_NS)
+    robin = asleep(replace(plan, policy=SimulatedPolicy.ROUND_ROBIN), 0.1, 6_000, 3)
     pack = asleep(plan, 0.1, 6_000, 3)
     patient = asleep(replace(plan, wake_factor=1.0), 0.1, 6_000, 3)
     assert robin.awake_share > 0.85
@@ -60,7 +60,7 @@ def test_sleeping_frees_gpus_and_waiting_for_a_busy_one_frees_more() -> None:
 
 def test_one_request_to_a_sleeping_instance_by_hand() -> None:
     """Frozen after a second, woken in two: every nanosecond is accounted for."""
-    plan = Plan(freeze_after_ns=SECOND_NS, wake_ns=2 * SECOND_NS, freeze_ns=SECOND_NS // 2)
+    plan = SimulationPlan(freeze_after_ns=SECOND_NS, wake_ns=2 * SECOND_NS, freeze_ns=SECOND_NS // 2)
     calls = [Call(0, FUNCTION, 100 * MILLISECOND_NS), Call(10 * SECOND_NS, FUNCTION, 100 * MILLISECOND_NS)]
     found = World(plan).run([FUNCTION], calls)
     assert list(found.latencies_ns) == [100 * MILLISECOND_NS, 2_100 * MILLISECOND_NS]
@@ -74,7 +74,7 @@ def test_one_request_to_a_sleeping_instance_by_hand() -> None:
 
 
 def test_two_functions_share_a_gpu_and_take_turns() -> None:
-    plan = Plan(gpus=1, freeze_after_ns=5 * SECOND_NS, wake_ns=SECOND_NS, freeze_ns=SECOND_NS)
+    plan = SimulationPlan(gpus=1, freeze_after_ns=5 * SECOND_NS, wake_ns=SECOND_NS, freeze_ns=SECOND_NS)
     calls = [Call(n * 4 * SECOND_NS, "ab"[n % 2], SECOND_NS) for n in range(20)]
     found = World(plan).run(["a", "b"], calls)
     assert len(found.latencies_ns) == 20
@@ -83,7 +83,7 @@ def test_two_functions_share_a_gpu_and_take_turns() -> None:
 
 
 def test_a_full_queue_and_a_passed_deadline_are_refusals() -> None:
-    plan = Plan(freeze_after_ns=None, queue_length=2, queue_timeout_ns=SECOND_NS)
+    plan = SimulationPlan(freeze_after_ns=None, queue_length=2, queue_timeout_ns=SECOND_NS)
     calls = [Call(0, FUNCTION, 10 * SECOND_NS) for _ in range(5)]
     found = World(plan).run([FUNCTION], calls)
     assert len(found.latencies_ns) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.types import (
     DispatchPolicy,
     FunctionSpec,
@@ -76,10 +76,10 @@ gpus = st.builds(
 
 
 @st.composite
-def windows(draw: st.DrawFn) -> Window:
+def windows(draw: st.DrawFn) -> UsageWindow:
     """A window whose sums equal its length."""
     active, idle, unbilled, start = (draw(st.integers(0, 2**60)) for _ in range(4))
-    return Window(
+    return UsageWindow(
         instance_uid=draw(texts),
         seq=draw(int64s),
         node=draw(texts),

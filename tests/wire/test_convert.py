@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.dispatch.events import InstanceReported, NodeReported
 from agent.core.errors import InvalidArgumentError
 from agent.core.types import DispatchPolicy, FunctionSpec, Gpu, HealthCheck, Hook, Hooks, IdleMode, InstanceState
@@ -79,7 +79,7 @@ def test_every_field_of_core_and_wire_is_converted() -> None:
     core = {field.name for field in fields(FunctionSpec)}
     wire = set(types_pb2.FunctionSpec.DESCRIPTOR.fields_by_name)
     assert {"idle_policy" if name == "idle" else name for name in core} == wire
-    assert {field.name for field in fields(Window)} == set(types_pb2.UsageWindow.DESCRIPTOR.fields_by_name)
+    assert {field.name for field in fields(UsageWindow)} == set(types_pb2.UsageWindow.DESCRIPTOR.fields_by_name)
 
 
 def test_an_answer_never_holds_the_environment() -> None:
@@ -158,13 +158,13 @@ def test_an_unknown_policy_is_the_callers_error(field: str) -> None:
 
 @given(strategies.windows())
 @settings(max_examples=100, deadline=None)
-def test_a_window_comes_back_as_it_went(window: Window) -> None:
+def test_a_window_comes_back_as_it_went(window: UsageWindow) -> None:
     sent = window_to_proto(window).SerializeToString()
     assert window_from_proto(types_pb2.UsageWindow.FromString(sent)) == window
 
 
-def window(**changed: object) -> Window:
-    quiet_minute = Window(
+def window(**changed: object) -> UsageWindow:
+    quiet_minute = UsageWindow(
         "i-1", 0, "node-7", "boot-1", "ocr", "RUNNING", "NVIDIA L4", ("GPU-1",), 1, 2**34, 350, 2**29, 2**29,
         5, 60_000_000_005, 1, 0, 60_000_000_000, 0, 0, False, True,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 
 from agent.core.errors import InvalidArgumentError
-from agent.core.provisioning.autoscaling import Metric, Window
+from agent.core.provisioning.autoscaling import ActiveWindow, Metric
 from agent.core.provisioning.schedule import parse_time
 from agent.v1.function_service_pb2 import ProvisionConfig, ScheduledAction, TargetTrackingPolicy
 from agent.wire.convert_provision import provisioning_from_proto, windows_ended
@@ -51,7 +51,7 @@ def test_the_seed_s_policy_is_taken_exactly() -> None:
     found = provisioning_from_proto(config())
     (policy,) = found.policies
     start, end = (parse_time(f"2024-07-{day}T16:00:00Z", UTC) for day in ("01", "30"))
-    assert (policy.name, policy.window) == ("scaling-policy-demo", Window(start, end))
+    assert (policy.name, policy.window) == ("scaling-policy-demo", ActiveWindow(start, end))
     assert (policy.metric, policy.goal) == (Metric.CONCURRENCY, Fraction(3, 10)), "not the nearest binary fraction"
     assert (policy.least, policy.most) == (2, 30)
     (action,) = found.actions

@@ -68,7 +68,7 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Bell:
-    """Wakes whoever waits for a change of the slots."""
+    """WakeCalls whoever waits for a change of the slots."""
 
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
 

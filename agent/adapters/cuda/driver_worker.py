@@ -68,7 +68,7 @@ def uuid_bytes(text: str) -> bytes:
     return bytes.fromhex(text.rpartition("GPU-")[2].replace("-", ""))
 
 
-class Driver:
+class LibCuda:
     """libcuda.so.1, and the checkpoint functions that cuGetProcAddress gives."""
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class Driver:
         return int(self._functions[op](pid, ctypes.cast(ctypes.byref(arguments), ctypes.c_void_p)))
 
 
-def perform(driver: Driver, op: int, pid: int, timeout_ms: int, pairs: list[list[str]]) -> list[int]:
+def perform(driver: LibCuda, op: int, pid: int, timeout_ms: int, pairs: list[list[str]]) -> list[int]:
     """One call: its result code, the state's code and value (-1 where not read), the microseconds inside libcuda."""
     begin = time.perf_counter_ns()
     state_code = state = NO_STATE
@@ -161,7 +161,7 @@ def perform(driver: Driver, op: int, pid: int, timeout_ms: int, pairs: list[list
     return [code, state_code, state, elapsed_us]
 
 
-def run_batch(driver: Driver, calls: list[tuple[int, int, int, list[list[str]]]]) -> list[list[int]]:
+def run_batch(driver: LibCuda, calls: list[tuple[int, int, int, list[list[str]]]]) -> list[list[int]]:
     """The calls in order, to the first failure inclusive."""
     answers: list[list[int]] = []
     for op, pid, timeout_ms, pairs in calls:
@@ -174,7 +174,7 @@ def run_batch(driver: Driver, calls: list[tuple[int, int, int, list[list[str]]]]
 def serve(channel: socket.socket) -> int:
     """Answer until the agent closes the socket."""
     try:
-        driver = Driver()
+        driver = LibCuda()
     except DriverError as error:
         channel.send(json.dumps({"hello": 0, "error": str(error)}).encode())
         return 1

@@ -45,7 +45,7 @@ class CudaProcess:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CudaProcessList:
     """What a discovery gave: the CUDA processes and all pids of the instance, or why it failed (`failure`: the
     driver's reply, or None with `reason`)."""
 
@@ -147,9 +147,9 @@ class CudaProcessFinder:
     boot_id: str
     state_deadline_s: float
 
-    async def find(self, handle: Handle, known: Collection[CudaProcess] = ()) -> Found:
+    async def find(self, handle: Handle, known: Collection[CudaProcess] = ()) -> CudaProcessList:
         """List until two listings agree. `known` are not asked again (they may be locked), and stay the caller's;
-        whoever gets the others in `Found.processes` releases them."""
+        whoever gets the others in `CudaProcessList.processes` releases them."""
         opened: dict[int, CudaProcess] = {}
         try:
             return await self._find(handle, known, opened)
@@ -157,34 +157,38 @@ class CudaProcessFinder:
             release(opened.values())
             raise
 
-    async def _find(self, handle: Handle, known: Collection[CudaProcess], opened: dict[int, CudaProcess]) -> Found:
+    async def _find(
+        self, handle: Handle, known: Collection[CudaProcess], opened: dict[int, CudaProcess]
+    ) -> CudaProcessList:
         keep = {process.pid for process in known}
         listed: frozenset[int] = frozenset(keep)  # with nobody but the known, the first listing agrees already
         for _ in range(MAX_LISTINGS):
             try:
                 before, listed = listed, frozenset(await self.pids(handle))
                 if before == listed and listed:
-                    return Found((*living(known), *opened.values()), listed)
+                    return CudaProcessList((*living(known), *opened.values()), listed)
                 answer = await self._ask(listed - keep, opened)
             except OSError as error:
-                answer = Found(reason=UNREADABLE, message=f"the instance's processes can't be looked at: {error}")
+                answer = CudaProcessList(
+                    reason=UNREADABLE, message=f"the instance's processes can't be looked at: {error}"
+                )
             match answer:
-                case Found():
+                case CudaProcessList():
                     release(opened.values())
                     return answer
                 case _Asked.INCOMPLETE:
                     listed = frozenset()  # somebody ended while asked, and took the others' answers along
                 case _Asked.ALL:
                     if not listed:
-                        return Found()
+                        return CudaProcessList()
         release(opened.values())
-        return Found(
+        return CudaProcessList(
             pids=listed,
             reason=CHANGING,
             message="the instance's processes did not stop changing while they were listed",
         )
 
-    async def _ask(self, pids: Collection[int], opened: dict[int, CudaProcess]) -> Found | _Asked:
+    async def _ask(self, pids: Collection[int], opened: dict[int, CudaProcess]) -> CudaProcessList | _Asked:
         """Replace `opened` by those of `pids` that have CUDA; a Found says why that was not possible."""
         release(opened.values())
         opened.clear()
@@ -193,9 +197,11 @@ class CudaProcessFinder:
             alive = living(asked)  # a zombie is listed too, and answers nothing
             reply = await read_states(self.checkpointer, alive, self.state_deadline_s)
             if reply.fault is not CudaFault.NONE:
-                return Found(failure=reply, reason=reply.reason, message=reply.message)
+                return CudaProcessList(failure=reply, reason=reply.reason, message=reply.message)
             if not reply.ok and living(alive) == alive:
-                return Found(failure=reply, reason="STATE_UNREADABLE", message="the driver can't say the state")
+                return CudaProcessList(
+                    failure=reply, reason="STATE_UNREADABLE", message="the driver can't say the state"
+                )
             if not reply.ok:
                 return _Asked.INCOMPLETE
             states = {answer.call.pid: answer.state or CudaState.UNKNOWN for answer in reply.answers}

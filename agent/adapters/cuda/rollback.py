@@ -32,7 +32,7 @@ _STEPS: Mapping[CudaState, Sequence[tuple[CudaOp, frozenset[CudaState]]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class SettleLimits:
+class RollbackLimits:
     """How often it is tried, all of it within the caller's deadline: `acts` times something is done about the states,
     `failed_restores` of them may end in a restore that fails (facts 4: once more and no further), and `unreadable`
     readings may give nothing."""
@@ -45,7 +45,7 @@ class SettleLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Aim:
+class RollbackGoal:
     """Where to bring the processes: RUNNING or CHECKPOINTED, those still to be restored by `gpu_map`. `suspicious`: a
     worker was lost before. `ask_first` makes sure that they can answer (their cgroup is thawed) before each round."""
 
@@ -53,11 +53,11 @@ class Aim:
     gpu_map: tuple[tuple[str, str], ...] = ()
     suspicious: bool = False
     ask_first: Callable[[], Awaitable[None]] | None = None
-    limits: SettleLimits = SettleLimits()
+    limits: RollbackLimits = RollbackLimits()
 
 
 @dataclass(slots=True)
-class Settled:
+class RollbackResult:
     """Where the processes are. `states` by pid as last read; `reason` says why `reached` is False."""
 
     reached: bool = False
@@ -66,17 +66,19 @@ class Settled:
     reason: str = ""
     message: str = ""
 
-    def fail(self, reason: str, message: str) -> Settled:
+    def fail(self, reason: str, message: str) -> RollbackResult:
         self.reached, self.reason, self.message = False, reason, message
         return self
 
 
-async def settle(checkpointer: Checkpointer, processes: Sequence[CudaProcess], aim: Aim, deadline_s: float) -> Settled:
+async def rollback(
+    checkpointer: Checkpointer, processes: Sequence[CudaProcess], aim: RollbackGoal, deadline_s: float
+) -> RollbackResult:
     """Bring all living `processes` to the aim.
 
     Not reached: CUDA_STATE_FAILED, CUDA_STATE_UNREADABLE, CUDA_UNSETTLED, DRIVER_STUCK; only a kill is safe then.
     """
-    settled = Settled()
+    settled = RollbackResult()
     try:
         async with asyncio.timeout(deadline_s):
             return await _rounds(checkpointer, processes, aim, deadline_s, settled)
@@ -85,8 +87,12 @@ async def settle(checkpointer: Checkpointer, processes: Sequence[CudaProcess], a
 
 
 async def _rounds(
-    checkpointer: Checkpointer, processes: Sequence[CudaProcess], aim: Aim, deadline_s: float, settled: Settled
-) -> Settled:
+    checkpointer: Checkpointer,
+    processes: Sequence[CudaProcess],
+    aim: RollbackGoal,
+    deadline_s: float,
+    settled: RollbackResult,
+) -> RollbackResult:
     reading, pause, tried = _Reading(aim.suspicious), _Pause(), _Tried(aim.limits)
     while not tried.enough:
         if aim.ask_first is not None:
@@ -126,7 +132,7 @@ async def _rounds(
 
 @dataclass(slots=True)
 class _Tried:
-    limits: SettleLimits
+    limits: RollbackLimits
     acts: int = 0
     failed_restores: int = 0
     unreadable: int = 0
@@ -172,7 +178,7 @@ class _Reading:
     suspicious: bool
     agreed: int = 0
 
-    def judge(self, reply: CudaReply, settled: Settled, goal: CudaState, everybody_lives: bool) -> _Verdict:
+    def judge(self, reply: CudaReply, settled: RollbackResult, goal: CudaState, everybody_lives: bool) -> _Verdict:
         if reply.fault is CudaFault.STUCK:
             settled.fail("DRIVER_STUCK", reply.message)
             return _Verdict.HOPELESS
@@ -201,7 +207,7 @@ class _Pause:
         self.next_s = min(self.next_s * 2, LAST_PAUSE_S)
 
 
-def _steps(processes: Sequence[CudaProcess], states: Mapping[int, CudaState], aim: Aim) -> list[CudaCall]:
+def _steps(processes: Sequence[CudaProcess], states: Mapping[int, CudaState], aim: RollbackGoal) -> list[CudaCall]:
     timeout_ms = round(aim.limits.lock_timeout_s * 1000)
     return [
         CudaCall(

@@ -10,23 +10,23 @@ from agent.adapters.engine.containers import EngineContainers
 from agent.adapters.engine.images import Images
 from agent.adapters.engine.network import EngineNetwork
 from agent.adapters.engine.planner import ContainerPlanner
-from agent.adapters.engine.runtime import EngineParts, EngineRuntime, Execs, Logs
+from agent.adapters.engine.runtime import EngineComponents, EngineRuntime, Execs, Logs
 from agent.adapters.runtime.bundles import Bundles
 from agent.adapters.runtime.log_files import LogFiles
 from agent.core.types import SECOND_NS
-from agent.settings import GpuSettings, Runtime
+from agent.settings import GpuSettings, RuntimeSettings
 
 LOG_KEEP = 200
 
 
-def open_engine_api(runtime: Runtime) -> EngineApi:
+def open_engine_api(runtime: RuntimeSettings) -> EngineApi:
     """The way to the engine of the settings. Connects to nothing yet."""
     return EngineApi(runtime.engine.socket, runtime.engine.operation_timeout_ns / SECOND_NS)
 
 
 def open_engine_runtime(
     api: EngineApi,
-    runtime: Runtime,
+    runtime: RuntimeSettings,
     gpu: GpuSettings,
     *,
     state_dir: Path,
@@ -43,7 +43,7 @@ def open_engine_runtime(
     planner = ContainerPlanner(
         api, images, runtime, gpu, state_uuid=state_uuid, network=network.name, kept_out=(state_dir, *kept_out)
     )
-    parts = EngineParts(
+    parts = EngineComponents(
         api=api,
         images=images,
         planner=planner,

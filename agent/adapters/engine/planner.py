@@ -17,7 +17,7 @@ from agent.core.errors import InstanceError, PreconditionError
 from agent.core.types import FunctionSpec
 from agent.log import get_logger
 from agent.ports import StartSpec
-from agent.settings import GpuSettings, Runtime
+from agent.settings import GpuSettings, RuntimeSettings
 
 LOOK_DEADLINE_S = 10.0
 
@@ -25,7 +25,7 @@ log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ContainerPlan:
     """`config` holds secrets: never logged. `devices` are CDI names, for Podman's own API. `limits_disk`: it bounds the
     writable layer."""
 
@@ -41,7 +41,7 @@ class ContainerPlanner:
         self,
         api: EngineApi,
         images: Images,
-        runtime: Runtime,
+        runtime: RuntimeSettings,
         gpu: GpuSettings,
         *,
         state_uuid: str,
@@ -57,7 +57,7 @@ class ContainerPlanner:
         self._kept_out = kept_out
         self._disk_limit_refused = False
 
-    async def plan(self, spec: StartSpec) -> Plan:
+    async def plan(self, spec: StartSpec) -> ContainerPlan:
         """Raises InstanceError IMAGE_NOT_FOUND, VOLUME_REFUSED, START_FAILED; PreconditionError GPU_ATTACH_UNAVAILABLE,
         DISK_LIMIT_UNAVAILABLE; and as `EngineApi.call` does."""
         function = spec.instance.function
@@ -83,7 +83,7 @@ class ContainerPlanner:
             disk_limit=limits_disk,
             host_cpus=self._api.facts.cpus,
         )
-        return Plan(container_config(spec, options), attachment.devices, limits_disk)
+        return ContainerPlan(container_config(spec, options), attachment.devices, limits_disk)
 
     def disk_limit_refused(self) -> bool:
         """The engine can't bound a container's disk after all: with `auto` the next plan does without. False if it was

@@ -69,7 +69,7 @@ class Execs(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class EngineParts:
+class EngineComponents:
     """What the runtime is made of; `engine_parts.open_engine_runtime` puts it together."""
 
     api: EngineApi
@@ -97,7 +97,7 @@ class EngineRuntime:
 
     name = "engine"
 
-    def __init__(self, parts: EngineParts) -> None:
+    def __init__(self, parts: EngineComponents) -> None:
         self._parts = parts
         self._containers = parts.containers
         self._bundles = parts.bundles

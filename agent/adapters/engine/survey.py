@@ -11,9 +11,9 @@ from agent.adapters.engine.api import EngineApi
 from agent.adapters.engine.facts import EngineFacts
 from agent.adapters.engine.gpus import attach_gpus, read_cdi_devices
 from agent.adapters.kernel.cgroup import find_v2_mount
-from agent.core.engine_capabilities import EngineSight
+from agent.core.engine_capabilities import EngineSurvey
 from agent.core.errors import HibernodeError
-from agent.settings import GpuSettings, Runtime
+from agent.settings import GpuSettings, RuntimeSettings
 
 INITIAL_CGROUP_NAMESPACE = 0xEFFFFFFB
 """The inode of the namespace that the kernel starts with (PROC_CGROUP_INIT_INO)."""
@@ -21,18 +21,18 @@ NVIDIA_HOOK = "nvidia-container-runtime-hook"
 
 
 async def look_at_engine(
-    api: EngineApi | None, runtime: Runtime, gpu: GpuSettings, gpu_uuids: Sequence[str]
-) -> EngineSight:
+    api: EngineApi | None, runtime: RuntimeSettings, gpu: GpuSettings, gpu_uuids: Sequence[str]
+) -> EngineSurvey:
     """Never raises: a host without an engine is a host, too. `api` None: it is turned off. `gpu_uuids`: those that
     instances may get."""
     if api is None or runtime.engine.socket == "off":
-        return EngineSight()
+        return EngineSurvey()
     try:
         await api.connect()
     except HibernodeError as error:
-        return EngineSight(problem=error.message)
+        return EngineSurvey(problem=error.message)
     how, problem = await _attachment(api.facts, gpu, gpu_uuids)
-    return EngineSight(
+    return EngineSurvey(
         facts=api.facts,
         gpus=how,
         gpu_problem=problem,

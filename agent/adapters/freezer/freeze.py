@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from agent.adapters.cuda.processes import Found, release
+from agent.adapters.cuda.processes import CudaProcessList, release
 from agent.adapters.freezer.limits import START_OVER, all_in, broken, failure, is_fatal, refused
-from agent.adapters.freezer.tracked import Held, HeldInstances
-from agent.adapters.freezer.vram_check import Witness
+from agent.adapters.freezer.tracked import FreezerRegistry, TrackedCudaProcesses
+from agent.adapters.freezer.vram_check import VramProbe
 from agent.core.errors import HibernodeError, PreconditionError
 from agent.core.types import Handle
 from agent.ports import CudaCall, CudaFault, CudaOp, CudaReply, CudaState, FreezeResult, Outcome
 
 
-class Sleep:
+class FreezeSequence:
     """`Freezer.lock`, `unlock` and `checkpoint`."""
 
-    def __init__(self, instances: HeldInstances, witness: Witness) -> None:
+    def __init__(self, instances: FreezerRegistry, witness: VramProbe) -> None:
         self._instances = instances
         self._witness = witness
         self._limits = instances.limits
@@ -41,13 +41,13 @@ class Sleep:
                 return replace(result, driver_ns=driver_ns)
         return refused("PROCESSES_CHANGE", "CUDA processes keep appearing while the instance is locked", driver_ns)
 
-    async def _lock_found(self, handle: Handle, found: Found) -> FreezeResult:
+    async def _lock_found(self, handle: Handle, found: CudaProcessList) -> FreezeResult:
         """Lock what was found and look again; the reason START_OVER asks for another listing."""
         if not found.ok:
             return refused(*failure(found.failure, found.reason, found.message))
         if not found.pids:
             return broken("INSTANCE_GONE", "no process of the instance is left")
-        held = self._instances.keep(handle, Held(found.processes))
+        held = self._instances.keep(handle, TrackedCudaProcesses(found.processes))
         if refusal := self._unfit(held):
             if self._instances.doubt_ends_s(handle) is not None and _left_locked(held):
                 return await self._unlock_after(handle, held, CudaReply(), START_OVER, "")
@@ -72,7 +72,7 @@ class Sleep:
         self._instances.keep(handle, replace(held, vram_by_gpu=vram_by_gpu))
         return FreezeResult(Outcome.OK, driver_ns=reply.driver_ns)
 
-    def _unfit(self, held: Held) -> FreezeResult | None:
+    def _unfit(self, held: TrackedCudaProcesses) -> FreezeResult | None:
         if len(held.processes) > self._limits.max_processes:
             return refused(
                 "TOO_MANY_CUDA_PROCESSES",
@@ -87,7 +87,7 @@ class Sleep:
         return None
 
     async def _unlock_after(
-        self, handle: Handle, held: Held, reply: CudaReply, reason: str, message: str
+        self, handle: Handle, held: TrackedCudaProcesses, reply: CudaReply, reason: str, message: str
     ) -> FreezeResult:
         """A lock that goes no further: REFUSED with `reason` if everything runs again, else BROKEN."""
         if reply.fault is CudaFault.NOT_BEGUN:
@@ -147,7 +147,7 @@ class Sleep:
             return await self._restore_after(handle, held, reply, *failure(reply))
         return await self._seal(handle, held, reply)
 
-    async def _unlock_paused(self, handle: Handle, held: Held, refusal: FreezeResult) -> FreezeResult:
+    async def _unlock_paused(self, handle: Handle, held: TrackedCudaProcesses, refusal: FreezeResult) -> FreezeResult:
         """Paused by others between lock and checkpoint: a lock may not stay behind, so they are thawed for it."""
         if refusal.outcome is Outcome.BROKEN:
             return refusal
@@ -167,7 +167,7 @@ class Sleep:
             return await self._restore_after(handle, held, reply, settled.reason, settled.message)
         return await self._seal(handle, held, reply)
 
-    async def _seal(self, handle: Handle, held: Held, reply: CudaReply) -> FreezeResult:
+    async def _seal(self, handle: Handle, held: TrackedCudaProcesses, reply: CudaReply) -> FreezeResult:
         """After the checkpoint: the VRAM is gone by NVML's account, then the threads stop."""
         try:
             await self._witness.wait_until_gone(held.pids, held.vram_by_gpu or ())
@@ -177,7 +177,7 @@ class Sleep:
         return FreezeResult(Outcome.OK, driver_ns=reply.driver_ns, image_bytes=held.vram_bytes or 0)
 
     async def _restore_after(
-        self, handle: Handle, held: Held, reply: CudaReply, reason: str, message: str
+        self, handle: Handle, held: TrackedCudaProcesses, reply: CudaReply, reason: str, message: str
     ) -> FreezeResult:
         """A checkpoint that goes no further: REFUSED with `reason` if everything runs again, else BROKEN."""
         if is_fatal(reply):
@@ -199,6 +199,6 @@ def _died(message: str, driver_ns: int) -> FreezeResult:
     return broken("CUDA_PROCESS_DIED", f"a CUDA process ended during its checkpoint: {message}", driver_ns)
 
 
-def _left_locked(held: Held) -> bool:
+def _left_locked(held: TrackedCudaProcesses) -> bool:
     """A lock that was lost has run after all, unseen."""
     return {process.state for process in held.processes} <= {CudaState.RUNNING, CudaState.LOCKED}

@@ -12,13 +12,13 @@ import asyncio
 from collections.abc import Mapping
 
 from agent.adapters.cuda.processes import CudaProcessFinder, Pids
-from agent.adapters.freezer.freeze import Sleep
-from agent.adapters.freezer.late_calls import Doubts
+from agent.adapters.freezer.freeze import FreezeSequence
+from agent.adapters.freezer.late_calls import LateCalls
 from agent.adapters.freezer.limits import FreezerLimits
-from agent.adapters.freezer.recovery import Recovery
-from agent.adapters.freezer.tracked import HeldInstances
-from agent.adapters.freezer.vram_check import Witness
-from agent.adapters.freezer.wake import Wake
+from agent.adapters.freezer.recovery import FreezerRecovery
+from agent.adapters.freezer.tracked import FreezerRegistry
+from agent.adapters.freezer.vram_check import VramProbe
+from agent.adapters.freezer.wake import WakeSequence
 from agent.adapters.kernel.cgroup_freezer import ProcessFreezer
 from agent.core.types import Handle
 from agent.ports import Checkpointer, Condition, FreezeResult, Gpus, Outcome
@@ -39,12 +39,12 @@ class CudaFreezer:
         """`pids` lists an instance's host pids (`Runtime.pids`)."""
         limits = limits or FreezerLimits()
         finder = CudaProcessFinder(pids, checkpointer, boot_id, limits.state_s)
-        self._instances = HeldInstances(checkpointer, cgroups, finder, limits)
-        self._witness = Witness(gpus, limits)
-        self._doubts = Doubts(self._instances)
-        self._sleep = Sleep(self._instances, self._witness)
-        self._wake = Wake(self._instances, self._witness)
-        self._recovery = Recovery(self._instances, self._witness, boot_id)
+        self._instances = FreezerRegistry(checkpointer, cgroups, finder, limits)
+        self._witness = VramProbe(gpus, limits)
+        self._doubts = LateCalls(self._instances)
+        self._sleep = FreezeSequence(self._instances, self._witness)
+        self._wake = WakeSequence(self._instances, self._witness)
+        self._recovery = FreezerRecovery(self._instances, self._witness, boot_id)
 
     async def lock(self, handle: Handle) -> FreezeResult:
         """`Freezer.lock`: REFUSED leaves all CUDA processes running."""

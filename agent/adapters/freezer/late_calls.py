@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from agent.adapters.cuda.processes import release
-from agent.adapters.freezer.tracked import Held, HeldInstances
+from agent.adapters.freezer.tracked import FreezerRegistry, TrackedCudaProcesses
 from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.errors import HibernodeError
 from agent.core.types import Handle
@@ -35,10 +35,10 @@ class _Watch:
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-class Doubts:
+class LateCalls:
     """One watch for each doubtful instance that runs."""
 
-    def __init__(self, instances: HeldInstances) -> None:
+    def __init__(self, instances: FreezerRegistry) -> None:
         self._instances = instances
         self._watches: dict[str, _Watch] = {}
 
@@ -82,7 +82,7 @@ class Doubts:
             try:
                 if not found.ok or not any(process.state in _LATE for process in found.processes):
                     return
-                held = Held(found.processes, vram_by_gpu=None)
+                held = TrackedCudaProcesses(found.processes, vram_by_gpu=None)
                 settled = await self._instances.settle(handle, held, CudaState.RUNNING, CudaReply())
                 _log.warning(
                     "freeze.late_call_undone", instance=handle.uid, undone=settled.reached, why=settled.message

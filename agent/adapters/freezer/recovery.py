@@ -10,8 +10,8 @@ import asyncio
 
 from agent.adapters.cuda.processes import CudaProcess, calm_states, release
 from agent.adapters.freezer.limits import WORKERS_DOWN
-from agent.adapters.freezer.tracked import HeldInstances
-from agent.adapters.freezer.vram_check import Witness
+from agent.adapters.freezer.tracked import FreezerRegistry
+from agent.adapters.freezer.vram_check import VramProbe
 from agent.adapters.kernel import process_table
 from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.errors import HibernodeError, UnavailableError
@@ -25,10 +25,10 @@ KILL_LOCK_TIMEOUT_S = 1.0
 _log = get_logger()
 
 
-class Recovery:
+class FreezerRecovery:
     """`Freezer.condition` and `prepare_kill`."""
 
-    def __init__(self, instances: HeldInstances, witness: Witness, boot_id: str) -> None:
+    def __init__(self, instances: FreezerRegistry, witness: VramProbe, boot_id: str) -> None:
         self._instances = instances
         self._witness = witness
         self._boot_id = boot_id

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from agent.adapters.cuda.processes import CudaProcess, CudaProcessFinder, living, release
-from agent.adapters.cuda.rollback import Aim, Settled, SettleLimits, settle
+from agent.adapters.cuda.rollback import RollbackGoal, RollbackLimits, RollbackResult, rollback
 from agent.adapters.cuda.target_watch import run_watching
 from agent.adapters.freezer.limits import FreezerLimits, broken, failure, refused
 from agent.adapters.kernel.cgroup_freezer import FreezerState, ProcessFreezer
@@ -25,7 +25,7 @@ DOUBT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class TrackedCudaProcesses:
     """What was found at the lock: the wake needs no discovery with it. `vram_by_gpu` is the image's bytes by the GPU
     they came from, None where nobody knows (frozen before this agent started)."""
 
@@ -57,12 +57,12 @@ class Held:
             needed[target] = needed.get(target, 0) + bytes_
         return needed
 
-    def moved(self, gpu_map: Mapping[str, str]) -> Held:
+    def moved(self, gpu_map: Mapping[str, str]) -> TrackedCudaProcesses:
         """After a restore by `gpu_map`."""
         return self if self.vram_by_gpu is None or not gpu_map else replace(self, vram_by_gpu=self.needs(gpu_map))
 
 
-class HeldInstances:
+class FreezerRegistry:
     """Memory by instance uid. `restored`: woken since it started, or perhaps (found awake by a recovery)."""
 
     def __init__(
@@ -74,15 +74,15 @@ class HeldInstances:
         self.limits = limits
         self.restored: set[str] = set()
         self._doubtful_until_s: dict[str, float] = {}
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, TrackedCudaProcesses] = {}
         self._stopped: set[str] = set()
 
     # ---- memory -----------------------------------------------------------------------------------------------
 
-    def get(self, handle: Handle) -> Held | None:
+    def get(self, handle: Handle) -> TrackedCudaProcesses | None:
         return self._held.get(handle.uid)
 
-    def keep(self, handle: Handle, held: Held) -> Held:
+    def keep(self, handle: Handle, held: TrackedCudaProcesses) -> TrackedCudaProcesses:
         self._held[handle.uid] = held
         return held
 
@@ -99,13 +99,13 @@ class HeldInstances:
         self._doubtful_until_s.pop(handle.uid, None)
         self._stopped.discard(handle.uid)
 
-    async def discover(self, handle: Handle) -> Held | FreezeResult:
+    async def discover(self, handle: Handle) -> TrackedCudaProcesses | FreezeResult:
         """The CUDA processes of an instance that this agent did not freeze itself; kept."""
         found = await self.finder.find(handle)
         if not found.ok:
             give_up = refused if found.not_begun else broken
             return give_up(*failure(found.failure, found.reason, found.message))
-        return self.keep(handle, Held(found.processes, vram_by_gpu=None))
+        return self.keep(handle, TrackedCudaProcesses(found.processes, vram_by_gpu=None))
 
     # ---- doubts -----------------------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class HeldInstances:
 
     # ---- the driver -------------------------------------------------------------------------------------------
 
-    async def run(self, held: Held, calls: Sequence[CudaCall], deadline_s: float) -> CudaReply:
+    async def run(self, held: TrackedCudaProcesses, calls: Sequence[CudaCall], deadline_s: float) -> CudaReply:
         """`Checkpointer.run` on living processes only; NOT_BEGUN with CUDA_PROCESS_DIED if one has ended."""
         if held.died:  # its pid may name another process soon
             return CudaReply((), CudaFault.NOT_BEGUN, "CUDA_PROCESS_DIED", "a CUDA process has ended")
@@ -178,13 +178,13 @@ class HeldInstances:
     async def settle(
         self,
         handle: Handle,
-        held: Held,
+        held: TrackedCudaProcesses,
         goal: CudaState,
         reply: CudaReply,
         *,
         gpu_map: Mapping[str, str] | None = None,
         restores: int = 2,
-    ) -> Settled:
+    ) -> RollbackResult:
         """Bring the processes to `goal` after `reply`, restoring by `gpu_map` and trying so at most `restores` times.
         After a lost worker: thaw (somebody may have frozen the target under the driver), re-read, go on."""
         limits = self.limits
@@ -197,18 +197,18 @@ class HeldInstances:
                 with suppress(HibernodeError):  # gone or still frozen: the readings will say so
                     await self.go_on(handle)
 
-        aim = Aim(
+        aim = RollbackGoal(
             goal,
             tuple((gpu_map or {}).items()),
             suspicious=lost,
             ask_first=thaw,
-            limits=SettleLimits(
+            limits=RollbackLimits(
                 failed_restores=restores, state_deadline_s=limits.state_s, lock_timeout_s=limits.lock_timeout_s
             ),
         )
-        return await settle(self.checkpointer, held.processes, aim, limits.settle_s + self.copy_deadline_s(held))
+        return await rollback(self.checkpointer, held.processes, aim, limits.settle_s + self.copy_deadline_s(held))
 
-    def copy_deadline_s(self, held: Held) -> float:
+    def copy_deadline_s(self, held: TrackedCudaProcesses) -> float:
         """How long a checkpoint or a restore of all of it may take."""
         bytes_ = self.limits.unknown_image_bytes if held.vram_bytes is None else held.vram_bytes
         return self.limits.copy_base_s + bytes_ / self.limits.copy_bytes_per_s

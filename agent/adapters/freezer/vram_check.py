@@ -22,7 +22,7 @@ SILENCE_S = 5.0
 _log = get_logger()
 
 
-class Witness:
+class VramProbe:
     """Reads GPU memory for the freezer."""
 
     def __init__(self, gpus: Gpus, limits: FreezerLimits) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from agent.adapters.cuda.processes import calm_states
 from agent.adapters.cuda.result_codes import CudaResult
 from agent.adapters.freezer.limits import all_in, broken, failure, is_fatal, refused
-from agent.adapters.freezer.tracked import Held, HeldInstances
-from agent.adapters.freezer.vram_check import Witness
+from agent.adapters.freezer.tracked import FreezerRegistry, TrackedCudaProcesses
+from agent.adapters.freezer.vram_check import VramProbe
 from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.errors import DeadlineError, HibernodeError
 from agent.core.types import Handle
@@ -32,7 +32,7 @@ class _Wish:
     """One wake: the processes, and the GPUs on which they shall be (old uuid -> new uuid)."""
 
     handle: Handle
-    held: Held
+    held: TrackedCudaProcesses
     gpu_map: Mapping[str, str]
 
     def calls(self) -> list[CudaCall]:
@@ -44,10 +44,10 @@ class _Wish:
         ]
 
 
-class Wake:
+class WakeSequence:
     """`Freezer.wake`."""
 
-    def __init__(self, instances: HeldInstances, witness: Witness) -> None:
+    def __init__(self, instances: FreezerRegistry, witness: VramProbe) -> None:
         self._instances = instances
         self._witness = witness
         self._looks: set[asyncio.Task[None]] = set()

@@ -1,4 +1,4 @@
-"""What instances use of the host: CPU time and memory. Implements `host.gauges.InstanceReader`.
+"""What instances use of the host: CPU time and memory. Implements `host.gauges.UsageReader`.
 
 From the instance's own cgroup: `cpu.stat` is there without the cpu controller (cgroup-v2.rst), `memory.current` only
 with the memory controller; else the memory is what its processes have resident. Without a cgroup both come from the
@@ -25,7 +25,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _TICK_NS = SECOND_NS // os.sysconf("SC_CLK_TCK")
 
 
-class ProcInstanceReader:
+class ProcUsageReader:
     """One thread of its own, for the kernel may take its time to sum the counters of many CPUs. While one reading hangs
     further ones are refused at once."""
 

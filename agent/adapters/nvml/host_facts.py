@@ -41,7 +41,7 @@ LOOK_AGAIN_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class GpuSight:
+class GpuSurvey:
     """What NVML gave. `error`: it gave nothing, and why; `missing` GPUs do not answer, beside those in `gpus`;
     `passing`: one of them may again, for it is not lost."""
 
@@ -68,19 +68,19 @@ class GpuSight:
         return str(cause) if cause is not None and self.trouble is NvmlTrouble.OTHER else ""
 
 
-async def look_at_gpus(gpus: Gpus) -> GpuSight:
+async def look_at_gpus(gpus: Gpus) -> GpuSurvey:
     """Driver and inventory. Never raises: a host without a driver is a host, too."""
     driver: DriverInfo | None = None
     try:
         driver = await gpus.driver()
         found = tuple(await gpus.list_gpus())
     except UnavailableError as error:
-        return GpuSight(driver, (), error)
+        return GpuSurvey(driver, (), error)
     missing, passing = await _failing(gpus)
-    return GpuSight(driver, found, missing=missing, passing=passing)
+    return GpuSurvey(driver, found, missing=missing, passing=passing)
 
 
-async def look_patiently_at_gpus(gpus: Gpus, patience_s: float = PATIENCE_S) -> GpuSight:
+async def look_patiently_at_gpus(gpus: Gpus, patience_s: float = PATIENCE_S) -> GpuSurvey:
     """As `look_at_gpus`; a device that fails and is not lost gets `patience_s` to come back.
 
     For an agent that starts: a GPU that it does not see then is not there for it until the next start, what sleeps on
@@ -107,7 +107,7 @@ async def _failing(gpus: Gpus) -> tuple[int, bool]:
     return len(shown.unanswered), bool(shown.unanswered - shown.lost)
 
 
-def host_facts(sight: GpuSight, settings: GpuSettings) -> HostFacts:
+def host_facts(sight: GpuSurvey, settings: GpuSettings) -> HostFacts:
     """Everything that decides about idle mode here."""
     utility, problem = find_utility(Path(settings.utility_path))
     return HostFacts(

@@ -19,7 +19,7 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class BundleIdentity:
     """The user a workload runs as: resolved once, by the agent, from `runtime.process.user`."""
 
     name: str
@@ -38,7 +38,7 @@ def refuse_root_by_omission(name: str) -> None:
         )
 
 
-def resolve_identity(name: str) -> Identity | None:
+def resolve_identity(name: str) -> BundleIdentity | None:
     """The configured user; None (stay who we are) when it is empty or already us. ConfigError otherwise."""
     if not name:
         return None
@@ -57,7 +57,7 @@ def resolve_identity(name: str) -> Identity | None:
             "leave the key out to run them as the agent's own user",
         )
     groups = tuple(os.getgrouplist(name, entry.pw_gid))
-    return Identity(name, entry.pw_uid, entry.pw_gid, groups)
+    return BundleIdentity(name, entry.pw_uid, entry.pw_gid, groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class LaunchPlan:
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
     folder: Path
-    identity: Identity | None
+    identity: BundleIdentity | None
 
     def encode(self) -> bytes:
         """See `launch.py`. InvalidArgumentError BAD_COMMAND when a value can't be given to a program at all."""
@@ -84,7 +84,9 @@ class LaunchPlan:
         return b"".join(kind.encode() + os.fsencode(value) + b"\0" for kind, value in records) + b".\0"
 
 
-def make_plan(spec: StartSpec, *, port: int, folder: Path, identity: Identity | None, state_uuid: str) -> LaunchPlan:
+def make_plan(
+    spec: StartSpec, *, port: int, folder: Path, identity: BundleIdentity | None, state_uuid: str
+) -> LaunchPlan:
     """The workload's clean environment: nothing of the agent's own, the function's variables, then ours on top
     (`instance_environment`). It listens on 127.0.0.1."""
     gpus = "all" if spec.all_gpus and spec.gpu_uuids else ",".join(spec.gpu_uuids)

@@ -49,7 +49,7 @@ log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessRuntimeSettings:
+class ProcessRuntimeOptions:
     """`user` is `runtime.process.user`, "" = the agent's own, which must not be root if `enabled`. `ports` are first
     and last that instances may get, (0, 0) = any free one. `slice_` from `cgroup.open_slice`; None = fall back to
     process trees. A log is rotated past `log_cap_bytes`; logs of the newest `log_keep` ended instances stay."""
@@ -69,7 +69,7 @@ class ProcessRuntime:
 
     name = "process"
 
-    def __init__(self, settings: ProcessRuntimeSettings, clock: Clock) -> None:
+    def __init__(self, settings: ProcessRuntimeOptions, clock: Clock) -> None:
         self._settings = settings
         self._clock = clock
         if settings.enabled:

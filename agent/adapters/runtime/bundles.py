@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from agent.adapters.kernel.remove_tree import remove_tree
-from agent.adapters.process.launch_plan import Identity
+from agent.adapters.process.launch_plan import BundleIdentity
 from agent.core.types import Handle
 from agent.log import get_logger
 
@@ -60,7 +60,7 @@ class Bundles:
     def scratch(self, uid: str) -> Path:
         return self._folder / uid / "scratch"
 
-    def create(self, uid: str, identity: Identity | None) -> None:
+    def create(self, uid: str, identity: BundleIdentity | None) -> None:
         """Make the folder and its scratch. FileExistsError if there is one: the caller destroys it first."""
         self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)
         (self._folder / uid).mkdir(mode=0o711)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
-from agent.adapters.process.launch_plan import Identity
+from agent.adapters.process.launch_plan import BundleIdentity
 
 _SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -34,7 +34,7 @@ class LogFiles:
     def path(self, uid: str) -> Path:
         return self._folder / f"{uid}.log"
 
-    def open(self, uid: str, identity: Identity | None) -> int:
+    def open(self, uid: str, identity: BundleIdentity | None) -> int:
         """A descriptor to append to. The workload's group may write to the file, so that /dev/stdout can be opened;
         nobody else gets into the folder. OSError if that can't be, or a link is in its place."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

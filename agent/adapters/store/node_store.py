@@ -12,7 +12,7 @@ from pathlib import Path
 
 from agent.adapters.store import schema as rows
 from agent.adapters.store.sqlite_thread import StoreHealth, StoreThread
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.ports import InstanceRecord
 
 FILE_NAME = "node.db"
@@ -70,17 +70,17 @@ class NodeStore:
 
     # ---- ledger --------------------------------------------------------------------------------------------------
 
-    async def upsert_windows(self, windows: Sequence[Window]) -> None:
+    async def upsert_windows(self, windows: Sequence[UsageWindow]) -> None:
         """All in one transaction. A key that is already sealed is left as it is."""
         if not windows:
             return
         values = [rows.window_row(window) for window in windows]
         await self._thread.run(lambda db: db.executemany(rows.UPSERT_WINDOW, values))
 
-    async def last_windows(self) -> Sequence[Window]:
+    async def last_windows(self) -> Sequence[UsageWindow]:
         return await self._windows(rows.LAST_WINDOWS, ())
 
-    async def unacknowledged(self, limit: int) -> Sequence[Window]:
+    async def unacknowledged(self, limit: int) -> Sequence[UsageWindow]:
         return await self._windows(rows.UNACKNOWLEDGED, (limit,))
 
     async def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None:
@@ -96,7 +96,9 @@ class NodeStore:
 
         await self._thread.run(refuse)
 
-    async def read_windows(self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0) -> Sequence[Window]:
+    async def read_windows(
+        self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0
+    ) -> Sequence[UsageWindow]:
         """In the order they were first written; `instance_uid` "" means all."""
         return await self._windows(rows.READ_WINDOWS, (after_rowid, instance_uid, instance_uid, limit))
 
@@ -105,5 +107,5 @@ class NodeStore:
         values = (started_before_wall_ns, limit)
         return await self._thread.run(lambda db: db.execute(rows.PRUNE, values).rowcount)
 
-    async def _windows(self, query: str, values: tuple[object, ...]) -> list[Window]:
+    async def _windows(self, query: str, values: tuple[object, ...]) -> list[UsageWindow]:
         return await self._thread.run(lambda db: [rows.window_of(row) for row in db.execute(query, values)])

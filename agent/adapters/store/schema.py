@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.ports import InstanceRecord
 
 # Each entry takes the schema from version `index` to `index + 1` (PRAGMA user_version). Never edit one that shipped.
@@ -90,7 +90,7 @@ def migrate(connection: sqlite3.Connection) -> None:
         connection.execute("COMMIT")
 
 
-def window_row(window: Window) -> tuple[object, ...]:
+def window_row(window: UsageWindow) -> tuple[object, ...]:
     """The row of a window in the order of COLUMNS. A GPU's uuid never holds a comma."""
     w = window
     return (
@@ -100,7 +100,7 @@ def window_row(window: Window) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def window_of(row: Sequence[object]) -> Window:
+def window_of(row: Sequence[object]) -> UsageWindow:
     """A window from a row in the order of COLUMNS."""
     values = dict(zip(COLUMNS, row, strict=True))
     uuids = str(values["gpu_uuids"])
@@ -109,7 +109,7 @@ def window_of(row: Sequence[object]) -> Window:
         "estimated": bool(values["estimated"]),
         "sealed": bool(values["sealed"]),
     }
-    return msgspec.convert(values, Window)
+    return msgspec.convert(values, UsageWindow)
 
 
 def record_row(record: InstanceRecord) -> tuple[str, str, bytes]:

@@ -14,7 +14,7 @@ from agent.cli.commands.ps import list_instances, state_of
 from agent.cli.console.output import note, show_json, show_text, warn
 from agent.cli.daemon_calls import SHORT_S, with_agent
 from agent.cli.fc3.load import load_s_yaml
-from agent.cli.options import agent_options, asked, output_option, timeout_option
+from agent.cli.options import agent_options, cli_options, output_option, timeout_option
 from agent.core.errors import HibernodeError, InstanceError
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import types_pb2
@@ -68,7 +68,7 @@ def create(template: Path, resource: str, wait: bool, request_id: str, timeout_s
             creating.cancel()
 
     found = with_agent(story, f"starting an instance of {deployment.function.name}")
-    if asked().json:
+    if cli_options().json:
         show_json(to_json(found))
     else:
         note(f"{found.uid} of {found.function}: {state_of(found)}")

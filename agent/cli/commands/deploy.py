@@ -11,7 +11,7 @@ from agent.cli.commands.functions import get_function, state_of
 from agent.cli.console.output import note, show_json, show_text, warn
 from agent.cli.daemon_calls import SHORT_S, with_scheduler
 from agent.cli.fc3.load import Deployment, HttpTrigger, load_s_yaml
-from agent.cli.options import asked, output_option, s_options, scheduler_options, timeout_option
+from agent.cli.options import cli_options, output_option, s_options, scheduler_options, timeout_option
 from agent.core.errors import DeadlineError, HibernodeError, NotFoundError, PreconditionError
 from agent.core.provisioning.placement import PASSING
 from agent.v1 import function_service_pb2 as pb
@@ -104,7 +104,7 @@ def deploy(template: Path, resource: str, target: int | None, wait: bool, dry_ru
     for answer in answers:
         for text in answer.warnings:
             warn(text)
-    if asked().json:
+    if cli_options().json:
         texts = [*(w for one in deployments for w in one.warnings), *(w for one in answers for w in one.warnings)]
         show_json({"functions": [to_json(one.function) for one in answers], "warnings": texts})
     else:

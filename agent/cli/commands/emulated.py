@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli.commands.emulated_fault import COMPUTE_MODES, AnyCase, fault, show_faults
-from agent.cli.options import asked, output_option
+from agent.cli.options import cli_options, output_option
 from agent.emulated.profiles import PROFILES
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def ps(directory: Path) -> None:
     with EmulatedDriver(directory) as driver:
         devices, processes = driver.devices(), driver.processes()
         faults, frozen_calls = driver.faults(), driver.frozen_calls()
-    if asked().json:
+    if cli_options().json:
         tables: dict[str, Sequence[Any]] = {"devices": devices, "processes": processes, "faults": faults}
         rows = {name: [asdict(one) for one in table] for name, table in tables.items()}
         show_json({**rows, "frozen_calls": frozen_calls})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from agent.cli.console.output import note, show_json, show_table
-from agent.cli.options import asked, output_option
+from agent.cli.options import cli_options, output_option
 from agent.emulated.faults import KINDS, OPERATIONS
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def list_() -> None:
 
     with _driver() as driver:
         found = driver.faults()
-    if asked().json:
+    if cli_options().json:
         show_json({"faults": [asdict(one) for one in found]})
         return
     show_faults(found)

@@ -16,7 +16,7 @@ from agent.cli.console.terminal import ended_by_signals, raw_mode, read_some, si
 from agent.cli.daemon_calls import with_agent
 from agent.cli.options import agent_options
 from agent.core.errors import HibernodeError, UnavailableError
-from agent.exit_codes import Exit, exit_of
+from agent.exit_codes import ExitCode, exit_of
 from agent.v1 import instance_service_pb2 as pb
 from agent.wire.clients import DaemonChannel, ExecStream
 
@@ -28,7 +28,7 @@ Step = pb.ExecInstanceRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ExecOptions:
     """What was asked for."""
 
     uid: str
@@ -71,18 +71,18 @@ def exec_(uid: str, command: tuple[str, ...], interactive: bool, terminal: bool,
         raise click.UsageError("name the command to run, as in `hibernode exec UID -- ls`")
     if terminal and not sys.stdin.isatty():
         raise click.UsageError("-t needs a terminal on stdin; leave it out (-i alone hands on what stdin has)")
-    wanted = Wanted(uid, command, interactive, terminal, wake, user)
+    wanted = ExecOptions(uid, command, interactive, terminal, wake, user)
     try:
         code = with_agent(lambda channel: _run(channel, wanted), "")
     except HibernodeError as error:
-        if exit_of(error) is not Exit.UNEXPECTED:
+        if exit_of(error) is not ExitCode.UNEXPECTED:
             raise
         note(f"hibernode: {error.message} ({error.reason})")
         code = EXEC_FAILED
     click.get_current_context().exit(code)
 
 
-async def _run(channel: DaemonChannel, wanted: Wanted) -> int:
+async def _run(channel: DaemonChannel, wanted: ExecOptions) -> int:
     """The exit code."""
     stream = channel.exec_instance()
     with ended_by_signals() as came:
@@ -96,7 +96,7 @@ async def _run(channel: DaemonChannel, wanted: Wanted) -> int:
             stream.close()
 
 
-async def _session(stream: ExecStream, wanted: Wanted) -> int:
+async def _session(stream: ExecStream, wanted: ExecOptions) -> int:
     start = Step.Start(uid=wanted.uid, command=wanted.command, user=wanted.user, wake=wanted.wake)
     if wanted.terminal:
         start.terminal.CopyFrom(_own_size())
@@ -139,7 +139,7 @@ async def _next(stream: ExecStream) -> pb.ExecInstanceResponse:
     return step
 
 
-async def _send(stream: ExecStream, wanted: Wanted) -> None:
+async def _send(stream: ExecStream, wanted: ExecOptions) -> None:
     """Input and sizes, one step at a time, until they end or the stream does: how that ended the reader hears."""
     one_at_a_time = asyncio.Lock()
 

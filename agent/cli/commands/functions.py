@@ -7,7 +7,7 @@ import click
 from agent.cli.console.output import note, show_json, show_pairs, show_table
 from agent.cli.console.units import clock, duration, size
 from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_scheduler
-from agent.cli.options import asked, output_option, scheduler_options
+from agent.cli.options import cli_options, output_option, scheduler_options
 from agent.v1 import function_service_pb2 as pb
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import short_name, to_json
@@ -39,7 +39,7 @@ def functions(context: click.Context) -> None:
 def list_() -> None:
     """List the functions, by name."""
     found = with_scheduler(list_functions, "asking for the functions")
-    if asked().json:
+    if cli_options().json:
         show_json({"functions": [to_json(one) for one in found]})
         return
     show_table(
@@ -72,7 +72,7 @@ def show(name: str) -> None:
         return await get_function(channel, name)
 
     found = with_scheduler(story, f"asking for {name}")
-    if asked().json:
+    if cli_options().json:
         show_json(to_json(found))
         return
     _show(found)

@@ -11,7 +11,7 @@ from agent.cli.commands.ps import show_instances, show_instances_json, state_of
 from agent.cli.console.output import note, show_json, show_pairs
 from agent.cli.console.units import clock, duration, seconds, size
 from agent.cli.daemon_calls import SHORT_S, with_agent
-from agent.cli.options import agent_options, asked, output_option, seconds_of, timeout_option
+from agent.cli.options import agent_options, cli_options, output_option, seconds_of, timeout_option
 from agent.core.errors import HibernodeError
 from agent.core.types import SECOND_NS
 from agent.v1 import instance_service_pb2 as pb
@@ -43,7 +43,7 @@ def inspect(uid: str) -> None:
         return answer.instance
 
     found = with_agent(story, f"asking for {uid}")
-    if asked().json:
+    if cli_options().json:
         show_json(to_json(found))
         return
     _show(found)
@@ -152,7 +152,7 @@ def _each(doing: str, uids: Sequence[str], one: _One) -> None:
     results = with_agent(story, f"{doing} {uids[0] if len(uids) == 1 else f'{len(uids)} instances'}")
     done = [result for result in results if isinstance(result, types_pb2.Instance)]
     failures = [(uid, result) for uid, result in zip(uids, results, strict=True) if isinstance(result, HibernodeError)]
-    if asked().json:
+    if cli_options().json:
         show_instances_json(done)
     elif done:
         show_instances(done)
@@ -178,7 +178,10 @@ def _show(found: types_pb2.Instance) -> None:
             ("GPUs", ", ".join(found.gpu_uuids)),
             ("GPU memory", size(found.vram_bytes)),
             ("In host memory", size(found.frozen_bytes)),
-            ("Wakes", f"{found.wake_count} (last: {awake})" if found.HasField("last_wake") else str(found.wake_count)),
+            (
+                "WakeCalls",
+                f"{found.wake_count} (last: {awake})" if found.HasField("last_wake") else str(found.wake_count),
+            ),
             ("Freezes", str(found.freeze_count)),
             (
                 "Metered",

@@ -16,7 +16,7 @@ import click
 from agent.cli.console.output import clean_log, note
 from agent.cli.console.progress import blocking_progress
 from agent.cli.daemon_locator import find_gateway
-from agent.cli.options import asked, gateway_option, home_option, timeout_option
+from agent.cli.options import cli_options, gateway_option, home_option, timeout_option
 from agent.core.errors import DeadlineError, InvalidArgumentError, UnavailableError
 from agent.exit_codes import exit_of_http
 
@@ -103,7 +103,7 @@ def _header(text: str) -> tuple[str, str]:
 
 def _send(verb: str, target: str, body: bytes, fields: dict[str, str], timeout_s: float, include: bool) -> int:
     """Sends it, copies the answer to stdout; the exit code."""
-    gateway = find_gateway(asked())
+    gateway = find_gateway(cli_options())
     connection = http.client.HTTPConnection(gateway, timeout=timeout_s)
     started = time.monotonic()
     try:

@@ -10,7 +10,7 @@ from agent.cli.console.log_text import stdout_writer
 from agent.cli.console.output import show_json, show_table
 from agent.cli.console.units import clock, wall_ns
 from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_agent
-from agent.cli.options import agent_options, asked, bytes_of, output_option, seconds_of
+from agent.cli.options import agent_options, bytes_of, cli_options, output_option, seconds_of
 from agent.core.types import SECOND_NS
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import types_pb2
@@ -92,7 +92,7 @@ def events(uid: str, since_s: float | None) -> None:
         return found
 
     found = with_agent(story, "asking for the events")
-    if asked().json:
+    if cli_options().json:
         show_json({"events": [to_json(one) for one in found]})
         return
     show_table(

@@ -8,7 +8,7 @@ from agent.cli.commands.node_drain import list_nodes, wait_until_drained
 from agent.cli.console.output import note, show_json, show_pairs, show_table, show_text
 from agent.cli.console.units import age, clock, gpu_names, size
 from agent.cli.daemon_calls import SHORT_S, with_agent, with_scheduler
-from agent.cli.options import asked, fleet_or_node_options, output_option, scheduler_options, timeout_option
+from agent.cli.options import cli_options, fleet_or_node_options, output_option, scheduler_options, timeout_option
 from agent.v1 import node_service_pb2, scheduler_service_pb2, types_pb2
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import short_name, to_json
@@ -37,7 +37,7 @@ def node(context: click.Context, fleet: bool) -> None:
         _show_fleet(with_scheduler(list_nodes, "asking for the nodes"))
         return
     found = with_agent(get_node, "asking for the node")
-    if asked().json:
+    if cli_options().json:
         show_json(to_json(found))
         return
     _show_node(found)
@@ -111,7 +111,7 @@ def _schedule(name: str, scheduling: types_pb2.Node.Scheduling.ValueType) -> typ
 
 
 def _told(found: types_pb2.Node, what: str) -> None:
-    if asked().json:
+    if cli_options().json:
         show_json(to_json(found))
     note(f"{found.name} {what}")
 
@@ -123,7 +123,7 @@ async def get_node(channel: DaemonChannel) -> types_pb2.Node:
 
 
 def _show_fleet(nodes: list[types_pb2.Node]) -> None:
-    if asked().json:
+    if cli_options().json:
         show_json({"nodes": [to_json(one) for one in nodes]})
         return
     show_table(

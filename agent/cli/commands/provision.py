@@ -14,7 +14,7 @@ from agent.cli.console.output import note, show_json, show_text, warn
 from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_scheduler
 from agent.cli.fc3.load import load_s_yaml
 from agent.cli.fc3.provision import METRIC_NAMES, read_provision, target_of
-from agent.cli.options import asked, output_option, s_options, scheduler_options, timeout_option
+from agent.cli.options import cli_options, output_option, s_options, scheduler_options, timeout_option
 from agent.core.errors import ConfigError, DeadlineError, PreconditionError
 from agent.core.provisioning.placement import PASSING
 from agent.v1 import function_service_pb2 as pb
@@ -122,7 +122,7 @@ def put(
 
     answer = with_scheduler(story, f"checking {name}" if dry_run else f"provisioning {name}")
     found = answer.provision
-    if asked().json:
+    if cli_options().json:
         show_json({"provision": to_json(found), "warnings": list(answer.warnings)})
         return
     decided = f" by {found.decided_by}" if found.decided_by else ""
@@ -148,7 +148,7 @@ def list_(function: str) -> None:
         return await list_provisions(channel, function)
 
     found = with_scheduler(story, "asking for the provisioning")
-    if asked().json:
+    if cli_options().json:
         show_json({"provisions": [to_json(one) for one in found]})
         return
     for one in found:
@@ -175,7 +175,7 @@ def rm(function: str, qualifier: str) -> None:
         await channel.call(channel.functions.DeleteProvisionConfig, request, SHORT_S)
 
     with_scheduler(story, f"releasing {function}")
-    if asked().json:
+    if cli_options().json:
         show_json({"function": function})
     else:
         note(f"{function}: its instances end their requests and go")

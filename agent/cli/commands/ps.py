@@ -9,7 +9,7 @@ import click
 from agent.cli.console.output import show_json, show_table
 from agent.cli.console.units import age, duration, gpu_names, size
 from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_agent, with_scheduler
-from agent.cli.options import asked, fleet_or_node_options, output_option
+from agent.cli.options import cli_options, fleet_or_node_options, output_option
 from agent.v1 import instance_service_pb2, scheduler_service_pb2, types_pb2
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import short_name, to_json
@@ -45,7 +45,7 @@ def ps(function: str, include_ended: bool, fleet: bool, quiet: bool) -> None:
 
     doing = "asking for the instances"
     found = with_scheduler(of_fleet, doing) if fleet else with_agent(of_node, doing)
-    if asked().json:
+    if cli_options().json:
         show_instances_json(found)
     elif quiet:
         click.echo("\n".join(one.uid for one in found), nl=bool(found))

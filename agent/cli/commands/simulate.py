@@ -11,7 +11,7 @@ import click
 
 from agent.cli.console.output import note, show_json, show_table
 from agent.cli.console.progress import blocking_progress
-from agent.cli.options import asked, bytes_of, output_option, seconds_of
+from agent.cli.options import bytes_of, cli_options, output_option, seconds_of
 from agent.core.errors import ConfigError
 from agent.core.types import SECOND_NS
 
@@ -108,7 +108,7 @@ def simulate(
       hibernode simulate access.csv --policy pack --policy round_robin --instances 4 --gpus 2 --wake 2s
       hibernode simulate access.csv --svg savings.svg -o json | jq '.runs[] | {policy, p99_s, cost}'
     """
-    from agent.simulator.plan import Plan, Policy  # imported here: --help needs none of it
+    from agent.simulator.plan import SimulatedPolicy, SimulationPlan  # imported here: --help needs none of it
     from agent.simulator.trace import read_trace
     from agent.simulator.world import World
 
@@ -123,8 +123,8 @@ def simulate(
     with blocking_progress(f"reading {trace.name}"):
         functions = sorted({call.function for call in read_trace(trace)})  # a broken line is told before any run
     plans = [
-        Plan(
-            policy=Policy(policy),
+        SimulationPlan(
+            policy=SimulatedPolicy(policy),
             instances=instances,
             concurrency=concurrency,
             gpus=gpus,
@@ -158,7 +158,7 @@ def simulate(
 
 def _show(outcomes: list[Any], price: Any, took_s: float) -> None:
     rows = [_figures(one, price) for one in outcomes]
-    if asked().json:
+    if cli_options().json:
         show_json({"runs": rows, "price_valid_from_ns": price.valid_from_wall_ns, "took_s": round(took_s, 3)})
         return
     numbers = (

@@ -11,7 +11,7 @@ from agent.cli.commands.usage_reconcile import reconcile
 from agent.cli.console.output import note, show_json, show_table, show_text, warn
 from agent.cli.console.units import instant_ns, money, seconds
 from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_agent, with_scheduler
-from agent.cli.options import asked, fleet_or_node_options, output_or_csv_option
+from agent.cli.options import cli_options, fleet_or_node_options, output_or_csv_option
 from agent.core.errors import ExhaustedError
 from agent.v1 import node_service_pb2, types_pb2
 from agent.v1 import usage_service_pb2 as pb
@@ -85,13 +85,13 @@ def usage(
             raise click.UsageError(f"what {context.invoked_subcommand} is to look at is said after its name")
         return
     if local:
-        if asked().csv:
+        if cli_options().csv:
             raise click.UsageError("--local writes tables or JSON, not CSV")
         if node or gpu_model or since is not None or until is not None:
             raise click.UsageError("--local takes only --function: the ledger is small, filter its JSON with jq")
         _show_ledger(function)
         return
-    with_windows = windows and asked().json
+    with_windows = windows and cli_options().json
     request = pb.ListUsageRequest(
         page_size=PAGE_SIZE,
         function=function,
@@ -107,9 +107,9 @@ def usage(
         return await list_usage(channel, request)
 
     found = with_scheduler(story, "adding up usage")
-    if asked().json:
+    if cli_options().json:
         show_json(to_json(found))
-    elif asked().csv:
+    elif cli_options().csv:
         show_text(usage_csv(found.rows, found.unit))
     else:
         _show(found, by)
@@ -208,7 +208,7 @@ def _show_ledger(function: str) -> None:
         return found
 
     found = with_agent(story, "reading the ledger")
-    if asked().json:
+    if cli_options().json:
         show_json({"windows": [to_json(one) for one in found]})
         return
     note("This node's own ledger; windows that the scheduler has acknowledged may be gone.")

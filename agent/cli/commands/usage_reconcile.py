@@ -7,9 +7,9 @@ import click
 from agent.cli.console.output import note, show_json, show_table
 from agent.cli.console.units import clock, instant_ns, seconds
 from agent.cli.daemon_calls import with_scheduler
-from agent.cli.options import asked, output_option, scheduler_options
+from agent.cli.options import cli_options, output_option, scheduler_options
 from agent.core.errors import UnavailableError
-from agent.exit_codes import Exit
+from agent.exit_codes import ExitCode
 from agent.v1 import usage_service_pb2 as pb
 from agent.wire.clients import DaemonChannel
 from agent.wire.convert_time import time_to_proto
@@ -43,7 +43,7 @@ def reconcile(function: str, node: str, since: int | None, until: int | None) ->
       hibernode usage reconcile --since 30d
       hibernode usage reconcile --output json | jq '.instances[] | {instance_uid, gap_ns}'
     """
-    if asked().csv:
+    if cli_options().csv:
         raise click.UsageError("reconcile writes tables or JSON, not CSV")
     request = pb.ReconcileUsageRequest(
         function=function,
@@ -52,11 +52,11 @@ def reconcile(function: str, node: str, since: int | None, until: int | None) ->
         end_time=None if until is None else time_to_proto(until),
     )
     found, total = with_scheduler(lambda channel: _ask(channel, request), "looking at every window")
-    if asked().json:
+    if cli_options().json:
         show_json({"instances": [to_json(one) for one in found], "total": to_json(total)})
     else:
         _show(found, total)
-    return Exit.PRECONDITION if total.gap_count or total.overlap_count or total.conflict_count else Exit.OK
+    return ExitCode.PRECONDITION if total.gap_count or total.overlap_count or total.conflict_count else ExitCode.OK
 
 
 async def _ask(

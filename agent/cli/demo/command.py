@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from agent.cli.demo.report import Report
+    from agent.cli.demo.report import DemoReport
     from agent.cli.demo.story import Story
     from agent.cli.demo.timeline import Timeline
     from agent.cli.demo.world import DemoWorld
@@ -25,7 +25,7 @@ CALL_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class DemoOptions:
     """The options."""
 
     state_dir: Path | None
@@ -65,7 +65,7 @@ def demo(as_json: bool, keep: bool, state_dir: Path | None, flip_byte: bool, qui
     from agent.cli.demo.timeline import Timeline
 
     timeline = Timeline(sys.stderr if as_json else sys.stdout)
-    wanted = Wanted(state_dir, as_json, keep, flip_byte, quick)
+    wanted = DemoOptions(state_dir, as_json, keep, flip_byte, quick)
     code = asyncio.run(_interruptible(_demo(timeline, wanted)))
     if code is None:
         raise KeyboardInterrupt
@@ -85,7 +85,7 @@ async def _interruptible(work: Any) -> int | None:
     return code
 
 
-async def _demo(timeline: Timeline, wanted: Wanted) -> int:
+async def _demo(timeline: Timeline, wanted: DemoOptions) -> int:
     from agent.cli.demo.story import QUICK, Pace, Story
     from agent.cli.demo.world import demo_world
 
@@ -124,12 +124,14 @@ def _has_cgroups(node: types_pb2.Node) -> bool:
     return all(line.level == ok for line in node.capabilities if line.name == "cgroup")
 
 
-async def _report(world: DemoWorld, node: types_pb2.Node, story: Story, timeline: Timeline, *, ended: bool) -> Report:
-    from agent.cli.demo.report import Report, collect_usage, driver_log, union_ns
+async def _report(
+    world: DemoWorld, node: types_pb2.Node, story: Story, timeline: Timeline, *, ended: bool
+) -> DemoReport:
+    from agent.cli.demo.report import DemoReport, collect_usage, driver_log, union_ns
 
     tally = story.tally
     async with world.agent() as agent, world.scheduler() as scheduler:
-        report = Report(
+        report = DemoReport(
             requests=tally.requests,
             failed=tally.failed,
             answers_identical=tally.requests > 0 and not tally.different and not tally.failed,
@@ -165,7 +167,7 @@ def _own_name() -> str:
         return str(os.geteuid())
 
 
-def _show(report: Report, as_json: bool) -> None:
+def _show(report: DemoReport, as_json: bool) -> None:
     from agent.cli.console.output import note, show_json
     from agent.cli.demo.report import show
 

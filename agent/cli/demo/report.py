@@ -17,7 +17,7 @@ MICROSECONDS_PER_MS = 1000
 
 
 @dataclass(slots=True)
-class Report:
+class DemoReport:
     """The figures. Times in the unit of the name; costs are decimal numbers as text, rounded once, by the scheduler."""
 
     requests: int = 0
@@ -117,7 +117,9 @@ def union_ns(path: Path) -> int:
     return total
 
 
-async def collect_usage(report: Report, agent: Any, scheduler: Any, instances: Sequence[types_pb2.Instance]) -> None:
+async def collect_usage(
+    report: DemoReport, agent: Any, scheduler: Any, instances: Sequence[types_pb2.Instance]
+) -> None:
     """Fill in usage and costs, from the scheduler, once it has every sealed window of the node (or the wait ends)."""
     from agent.cli.commands.usage import list_usage
     from agent.cli.demo.processes import comes_true
@@ -162,7 +164,7 @@ async def _open_windows(agent: Any) -> dict[str, int]:
             return found
 
 
-def _fill_in(report: Report, whole: usage_service_pb2.ListUsageResponse) -> None:
+def _fill_in(report: DemoReport, whole: usage_service_pb2.ListUsageResponse) -> None:
     from agent.wire.json_view import to_json
 
     for row in whole.rows:
@@ -184,7 +186,7 @@ def driver_log(directory: Path) -> list[float]:
         return []
 
 
-def show(report: Report) -> None:
+def show(report: DemoReport) -> None:
     """The tables, on stdout."""
     from agent.cli.console.output import show_table, show_text
     from agent.cli.console.units import money
@@ -218,11 +220,11 @@ def show(report: Report) -> None:
         show_text("\nNot all usage had arrived at the scheduler: the costs above are a part.\n")
 
 
-def _identical(report: Report) -> str:
+def _identical(report: DemoReport) -> str:
     if report.answers_identical:
         return f"all {report.answers_compared} answers as without freezing"
     return "ANSWERS DIFFER from those without freezing"
 
 
-def _by_the_app(report: Report) -> str:
+def _by_the_app(report: DemoReport) -> str:
     return f"by the programs' own records {report.app_active_ns / SECOND_NS:.3f} s"

@@ -14,10 +14,10 @@ from agent.cli.console.progress import blocking_progress
 from agent.cli.doctor.checks import host_lines, system_lines
 from agent.cli.doctor.lines import show_lines
 from agent.cli.doctor.selftest import run_selftest, selftest_options, selftest_wanted
-from agent.cli.options import agent_options, asked, json_option, output_option
+from agent.cli.options import agent_options, cli_options, json_option, output_option
 from agent.core.errors import ConfigError, HibernodeError
 from agent.core.snapshots import CapabilityLine
-from agent.exit_codes import Exit
+from agent.exit_codes import ExitCode
 
 AGENT_CONFIG = Path("/etc/hibernode/agent.yaml")
 
@@ -70,13 +70,13 @@ def doctor(context: click.Context, /, local: bool, config: Path | None, **selfte
     with blocking_progress("looking at this host"):
         lines = host_lines(_config(config)) if local or config else _by_agent_or_host()
     failed = [line.name for line in lines if line.level == "FAIL"]
-    if asked().json:
+    if cli_options().json:
         checks = [{"name": one.name, "level": one.level, "reason": one.reason, "fix": one.fix} for one in lines]
         show_json({"ok": not failed, "checks": checks})
     else:
         show_lines(lines)
         _conclude(lines, failed)
-    context.exit(Exit.PRECONDITION if failed else Exit.OK)
+    context.exit(ExitCode.PRECONDITION if failed else ExitCode.OK)
 
 
 def _conclude(lines: Sequence[CapabilityLine], failed: Sequence[str]) -> None:
@@ -107,13 +107,13 @@ def _by_agent_or_host() -> Sequence[CapabilityLine]:
     try:
         node = with_agent(get_node, "asking the agent")
     except HibernodeError as error:
-        if asked().agent:
+        if cli_options().agent:
             raise  # asked for by name: this host is not what is wanted
         found = f"not asked: {error.message.partition(': ')[0]}"
         return [CapabilityLine("agent", "WARN", found, "start it, or use sudo"), *host_lines(_config(None))]
     seen = [CapabilityLine(one.name, level(one), one.reason, one.fix) for one in node.capabilities]
     name = f"{node.name}, {node.agent_version}"
-    beside = [] if asked().agent else system_lines()
+    beside = [] if cli_options().agent else system_lines()
     known = {line.name for line in seen}
     return [
         CapabilityLine("agent", "OK", name, ""),

@@ -23,10 +23,10 @@ import click
 
 from agent.cli.console.output import note, show_json
 from agent.cli.doctor.selftest_report import show_report
-from agent.cli.options import F, asked
+from agent.cli.options import F, cli_options
 from agent.core.errors import DeadlineError, UnavailableError
 from agent.core.types import GIB
-from agent.exit_codes import Exit
+from agent.exit_codes import ExitCode
 
 LEAST_GIB = 0.01
 SURVEY_DEADLINE_S = 120.0
@@ -41,11 +41,11 @@ QUIET_S = 2.0
 """A step is told of once it has taken that long."""
 
 _EXITS = {
-    "PROVED": Exit.OK,
-    "FAILED": Exit.UNEXPECTED,
-    "MEMORY_CHANGED": Exit.MEMORY_CHANGED,
-    "NOT_RUN": Exit.PRECONDITION,
-    "TIMED_OUT": Exit.UNAVAILABLE,
+    "PROVED": ExitCode.OK,
+    "FAILED": ExitCode.UNEXPECTED,
+    "MEMORY_CHANGED": ExitCode.MEMORY_CHANGED,
+    "NOT_RUN": ExitCode.PRECONDITION,
+    "TIMED_OUT": ExitCode.UNAVAILABLE,
 }
 
 
@@ -83,7 +83,7 @@ class _Running:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class SelftestOptions:
     """What the options of a selftest say."""
 
     gib: float
@@ -123,16 +123,16 @@ def selftest_wanted(
     runs: int | None,
     gpu: str | None,
     against: str | None,
-) -> Wanted | None:
+) -> SelftestOptions | None:
     """None: no selftest. Raises UsageError for options of one without it."""
     given = {"--gib": gib, "--runs": runs, "--gpu": gpu, "--against": against}
     alone = [name for name, value in given.items() if value is not None]
     if alone and not selftest:
         raise click.UsageError(f"{alone[0]} belongs to a selftest: say --selftest too", context)
-    return Wanted(gib or 1.0, runs or 3, gpu or "", against or "") if selftest else None
+    return SelftestOptions(gib or 1.0, runs or 3, gpu or "", against or "") if selftest else None
 
 
-def run_selftest(wanted: Wanted, config: Path | None) -> Exit:
+def run_selftest(wanted: SelftestOptions, config: Path | None) -> ExitCode:
     """Run it to its end and show the report; `config` is the agent's file, None = its defaults.
 
     Raises KeyboardInterrupt, UnavailableError SELFTEST_ENDED, DeadlineError SELFTEST_TIMEOUT.
@@ -157,12 +157,12 @@ def run_selftest(wanted: Wanted, config: Path | None) -> Exit:
         signal.signal(signal.SIGTERM, interrupted)
         _end(process, running)
     if running.report is None:
-        if process.returncode == Exit.USAGE:  # it has said what is wrong with the agent's configuration
-            return Exit.USAGE
+        if process.returncode == ExitCode.USAGE:  # it has said what is wrong with the agent's configuration
+            return ExitCode.USAGE
         raise UnavailableError(
             "SELFTEST_ENDED", f"the selftest's process ended in the middle (exit {process.returncode}), see above"
         )
-    if asked().json:
+    if cli_options().json:
         show_json(running.report)
     else:
         show_report(running.report)

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import msgspec
 
-from agent.cli.fc3.schema import Hibernode, Hook, InstanceLifecycleConfig, Props
+from agent.cli.fc3.schema import Hibernode, HookProps, InstanceLifecycleConfig, Props
 from agent.core.types import (
     MIB,
     SECOND_NS,
@@ -100,7 +100,7 @@ def _container(props: Props) -> ContainerOptions:
 
 
 def _hooks(config: InstanceLifecycleConfig | None) -> Hooks:
-    def hook(given: Hook | None) -> CoreHook | None:
+    def hook(given: HookProps | None) -> CoreHook | None:
         # A hook that is a command has no HTTP path to answer on: calling it would fail the start.
         return None if given is None or given.command else CoreHook(timeout_ns=given.timeout * SECOND_NS)
 

@@ -86,7 +86,7 @@ class GpuConfig(Part, frozen=True):
     gpu_memory_size: Annotated[int, Meta(ge=1024, le=MOST_MIB, multiple_of=1024)] | None = None
 
 
-class Hook(Part, frozen=True):
+class HookProps(Part, frozen=True):
     """One lifecycle hook. `command` runs in the container in Function Compute; here only HTTP hooks are called."""
 
     handler: str | None = None
@@ -97,9 +97,9 @@ class Hook(Part, frozen=True):
 class InstanceLifecycleConfig(Part, frozen=True):
     """The three hooks; the initializer may take 300 s, the others 90 s."""
 
-    initializer: Hook | None = None
-    pre_freeze: Hook | None = None
-    pre_stop: Hook | None = None
+    initializer: HookProps | None = None
+    pre_freeze: HookProps | None = None
+    pre_stop: HookProps | None = None
 
     def __post_init__(self) -> None:
         for key, hook in (("preFreeze", self.pre_freeze), ("preStop", self.pre_stop)):
@@ -159,7 +159,7 @@ class Trigger(Part, frozen=True):
     trigger_config: TriggerConfig = TriggerConfig()
 
 
-class Volume(Part, frozen=True):
+class VolumeProps(Part, frozen=True):
     """A folder of the host for the container, read-only unless `writable`; the node must allow it."""
 
     host_path: Annotated[str, Meta(min_length=1)]
@@ -184,7 +184,7 @@ class Hibernode(Part, frozen=True):
     user: str | None = None
     read_only_root: bool = False
     extra_hosts: dict[str, str] | None = None
-    volumes: tuple[Volume, ...] | None = None
+    volumes: tuple[VolumeProps, ...] | None = None
     node_labels: dict[str, str] | None = None
 
     def __post_init__(self) -> None:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.peak import Peak
 from agent.core.types import FunctionSpec, InstanceState
 
 
-class Kind(Enum):
+class BilledAs(Enum):
     """What a nanosecond of an instance's life is billed as."""
 
     ACTIVE = "active"
@@ -35,11 +35,11 @@ class BillingPolicy:
     `stopping` is the part of STOPPING with no request in flight; the part with one is always active.
     """
 
-    starting: Kind = Kind.IDLE
-    restoring: Kind = Kind.IDLE
-    stopping: Kind = Kind.IDLE
+    starting: BilledAs = BilledAs.IDLE
+    restoring: BilledAs = BilledAs.IDLE
+    stopping: BilledAs = BilledAs.IDLE
 
-    def quiet_kind(self, state: InstanceState) -> Kind:
+    def quiet_kind(self, state: InstanceState) -> BilledAs:
         """The kind of time in `state` while no request is in flight. Terminal states are never billed."""
         match state:
             case InstanceState.STARTING:
@@ -49,9 +49,9 @@ class BillingPolicy:
             case InstanceState.STOPPING:
                 return self.stopping
             case InstanceState.RUNNING | InstanceState.FREEZING | InstanceState.FROZEN:
-                return Kind.IDLE
+                return BilledAs.IDLE
             case InstanceState.WAITING_GPU | InstanceState.STOPPED | InstanceState.FAILED:
-                return Kind.UNBILLED
+                return BilledAs.UNBILLED
             case _:
                 assert_never(state)
 
@@ -185,7 +185,7 @@ class Meter:
         """The number of the open window. Numbers of an instance only grow."""
         return self._seq
 
-    def state_changed(self, state: InstanceState, at: int, wall: int, *, unbilled: bool = False) -> Window | None:
+    def state_changed(self, state: InstanceState, at: int, wall: int, *, unbilled: bool = False) -> UsageWindow | None:
         """Close the books on the old state at `at` and open a window for the new one.
 
         `unbilled` overrides the kind of the quiet time: STARTING before its GPU is granted or while its image is
@@ -196,7 +196,7 @@ class Meter:
         self._enter(state, unbilled=unbilled)
         return sealed
 
-    def placed(self, placement: Placement, at: int, wall: int) -> Window | None:
+    def placed(self, placement: Placement, at: int, wall: int) -> UsageWindow | None:
         """The instance now holds these GPUs (start, or a wake on other ones). Seals only if they differ."""
         if placement == self._placement:
             return None
@@ -204,7 +204,7 @@ class Meter:
         self._placement = placement
         return sealed
 
-    def seal(self, at: int, wall: int) -> Window | None:
+    def seal(self, at: int, wall: int) -> UsageWindow | None:
         """End the open window at `at` and begin the next one there; requests in flight go on in the next.
 
         Returns None, and keeps the window open, if nothing happened in it: no time passed and nobody was counted.
@@ -220,30 +220,30 @@ class Meter:
         self._invocations = 0
         return sealed
 
-    def ended_empty(self) -> Window:
+    def ended_empty(self) -> UsageWindow:
         """The open window, sealed as it is: for an end at the very moment of a state change, whose empty window may be
         on disk already and must not stay open there."""
         return self._window(self._mark, sealed=True)
 
-    def open_window(self, at: int) -> Window:
+    def open_window(self, at: int) -> UsageWindow:
         """The open window as if it ended at `at`, unsealed. Changes nothing: the snapshot the store keeps."""
         return self._window(max(at, self._mark), sealed=False)
 
     def _enter(self, state: InstanceState, *, unbilled: bool) -> None:
         self._state = state
         self._working = state in _WORKING
-        self._quiet = Kind.UNBILLED if unbilled else self._policy.quiet_kind(state)
+        self._quiet = BilledAs.UNBILLED if unbilled else self._policy.quiet_kind(state)
 
     def _not_before_mark(self, at: int, wall: int) -> tuple[int, int]:
         late = self._mark - at
         return (at, wall) if late <= 0 else (self._mark, wall + late)
 
-    def _window(self, end: int, *, sealed: bool) -> Window:
+    def _window(self, end: int, *, sealed: bool) -> UsageWindow:
         busy = self._busy_ns + (end - self._busy_since if self.in_flight else 0)
         active = busy if self._working else 0
         quiet = end - self._start - active
         subject = self.subject
-        return Window(
+        return UsageWindow(
             instance_uid=subject.instance_uid,
             seq=self._seq,
             node=subject.node,
@@ -260,9 +260,9 @@ class Meter:
             start_mono_ns=self._start,
             end_mono_ns=end,
             start_wall_ns=self._start_wall,
-            active_ns=active + quiet if self._quiet is Kind.ACTIVE else active,
-            idle_ns=quiet if self._quiet is Kind.IDLE else 0,
-            unbilled_ns=quiet if self._quiet is Kind.UNBILLED else 0,
+            active_ns=active + quiet if self._quiet is BilledAs.ACTIVE else active,
+            idle_ns=quiet if self._quiet is BilledAs.IDLE else 0,
+            unbilled_ns=quiet if self._quiet is BilledAs.UNBILLED else 0,
             invocations=self._invocations,
             estimated=False,
             sealed=sealed,

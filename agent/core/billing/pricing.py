@@ -21,7 +21,7 @@ from fractions import Fraction
 from typing import Protocol
 
 from agent.core.billing.price_book import Price, PriceBook, Rate
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.types import GIB, SECOND_NS
 
 COST_DECIMALS = 6
@@ -30,7 +30,7 @@ _EXACT = Context(prec=80)
 
 
 class Billable(Protocol):
-    """What a cost is made of: a `Window`, or a sum over windows of the same sizes and model under one price."""
+    """What a cost is made of: a `UsageWindow`, or a sum over windows of the same sizes and model under one price."""
 
     @property
     def gpu_model(self) -> str: ...
@@ -109,7 +109,7 @@ def always_on_cost(usage: Billable, price: Price) -> Cost:
     return _cost(usage, price, usage.active_ns + usage.idle_ns + usage.unbilled_ns, 0)
 
 
-def cost_of_windows(windows: Iterable[Window], book: PriceBook) -> tuple[Cost, Cost, int]:
+def cost_of_windows(windows: Iterable[UsageWindow], book: PriceBook) -> tuple[Cost, Cost, int]:
     """(cost, always-on cost, number of windows without a price because they began before the first one)."""
     spent, always_on, unpriced = Cost(), Cost(), 0
     for window in windows:

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from agent.core.billing.meter import BillingPolicy, Kind
-from agent.core.billing.window import Window
+from agent.core.billing.meter import BilledAs, BillingPolicy
+from agent.core.billing.window import UsageWindow
 from agent.core.types import InstanceState
 
 
@@ -24,12 +24,12 @@ from agent.core.types import InstanceState
 class Recovered:
     """`windows` are sealed, contiguous and complete the old ledger; a meter goes on at `next_seq`."""
 
-    windows: tuple[Window, ...]
+    windows: tuple[UsageWindow, ...]
     next_seq: int
 
 
 def resume(
-    last: Window,
+    last: UsageWindow,
     *,
     boot_id: str,
     now_mono_ns: int,
@@ -63,8 +63,8 @@ def resume(
             end_mono_ns=last.end_mono_ns + end,
             start_wall_ns=start_wall + begin,
             active_ns=0,
-            idle_ns=end - begin if kind is Kind.IDLE else 0,
-            unbilled_ns=end - begin if kind is Kind.UNBILLED else 0,
+            idle_ns=end - begin if kind is BilledAs.IDLE else 0,
+            unbilled_ns=end - begin if kind is BilledAs.UNBILLED else 0,
             invocations=0,
             estimated=same_process,
             sealed=True,
@@ -74,8 +74,8 @@ def resume(
     return Recovered(closed + gaps, gaps[-1].seq + 1)
 
 
-def _gap_kind(last: Window, *, same_process: bool, policy: BillingPolicy) -> Kind:
+def _gap_kind(last: UsageWindow, *, same_process: bool, policy: BillingPolicy) -> BilledAs:
     if not same_process or last.unbilled_ns:
-        return Kind.UNBILLED
+        return BilledAs.UNBILLED
     quiet = policy.quiet_kind(InstanceState(last.state))
-    return Kind.UNBILLED if quiet is Kind.UNBILLED else Kind.IDLE
+    return BilledAs.UNBILLED if quiet is BilledAs.UNBILLED else BilledAs.IDLE

@@ -12,16 +12,16 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 
 
-class LedgerBacklog:
+class UnwrittenWindows:
     """First in, first out. Memory is bounded by `capacity` + one window per instance, GPU set and price period."""
 
     def __init__(self, capacity: int, price_boundaries_wall_ns: Sequence[int] = ()) -> None:
         self._capacity = capacity
         self._boundaries = sorted(price_boundaries_wall_ns)
-        self._windows: list[Window] = []
+        self._windows: list[UsageWindow] = []
         self._offered = 0
         self._merge_at = capacity
         self.merged = 0
@@ -29,16 +29,16 @@ class LedgerBacklog:
     def __len__(self) -> int:
         return len(self._windows)
 
-    def waiting(self) -> tuple[Window, ...]:
+    def waiting(self) -> tuple[UsageWindow, ...]:
         """What is not known to be on disk yet."""
         return tuple(self._windows)
 
-    def add(self, window: Window) -> None:
+    def add(self, window: UsageWindow) -> None:
         self._windows.append(window)
         if len(self._windows) > self._merge_at:
             self._merge()
 
-    def offer(self, limit: int) -> tuple[Window, ...]:
+    def offer(self, limit: int) -> tuple[UsageWindow, ...]:
         """The oldest windows, at most `limit`, for one transaction. From now on they don't change."""
         batch = tuple(self._windows[:limit])
         self._offered = max(self._offered, len(batch))
@@ -66,23 +66,23 @@ class LedgerBacklog:
         # Where little could be merged, trying again at once would cost a walk per window.
         self._merge_at = max(self._capacity, len(kept) + self._capacity // 4)
 
-    def _mergeable(self, before: Window, after: Window) -> bool:
+    def _mergeable(self, before: UsageWindow, after: UsageWindow) -> bool:
         return (
             before.end_mono_ns == after.start_mono_ns
             and _priced_by(before) == _priced_by(after)
             and self._period(before) == self._period(after)
         )
 
-    def _period(self, window: Window) -> int:
+    def _period(self, window: UsageWindow) -> int:
         return bisect_right(self._boundaries, window.start_wall_ns)
 
 
-def _priced_by(w: Window) -> tuple[object, ...]:
+def _priced_by(w: UsageWindow) -> tuple[object, ...]:
     sizes = (w.gpu_count, w.gpu_memory_bytes, w.vcpu_millis, w.memory_bytes, w.disk_bytes)
     return (w.node, w.boot_id, w.function, w.gpu_model, w.gpu_uuids, sizes, w.estimated)
 
 
-def _sum(before: Window, after: Window) -> Window:
+def _sum(before: UsageWindow, after: UsageWindow) -> UsageWindow:
     return replace(
         before,
         end_mono_ns=after.end_mono_ns,

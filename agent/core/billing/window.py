@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class UsageWindow:
     """One row of the usage ledger, exactly as DESIGN section 5: the three sums equal end - start.
 
     `(instance_uid, seq)` is unique; `seq` only grows within an instance. Monotonic times belong to `boot_id`.

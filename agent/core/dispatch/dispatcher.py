@@ -32,7 +32,7 @@ from agent.core.dispatch.events import (
     NodeLost,
     NodeReported,
     NodeSuspect,
-    Refusal,
+    RefusalReason,
     Refuse,
     RequestArrived,
     RequestGone,
@@ -40,8 +40,8 @@ from agent.core.dispatch.events import (
     WakeAnswered,
     WakeFailed,
 )
-from agent.core.dispatch.index import AVERAGE_WEIGHT, FunctionSlots, NodeEntry, Slot, Standing
-from agent.core.dispatch.queue import AHEAD_PAUSE_NS, Backlog, FunctionState, QueueState, Request
+from agent.core.dispatch.index import AVERAGE_WEIGHT, DispatchInstance, InstanceIndex, NodeEntry, NodeStanding
+from agent.core.dispatch.queue import AHEAD_PAUSE_NS, FunctionQueueState, QueueState, Request, RequestQueue
 from agent.core.types import InstanceState
 
 MAX_ATTEMPTS = 50
@@ -54,9 +54,9 @@ class Dispatcher:
     def __init__(self, *, sends_ahead: bool = False) -> None:
         """`sends_ahead`: whoever does what the effects say can let a request wait at a node (`Dispatch.ahead`)."""
         self._sends_ahead = sends_ahead
-        self._functions: dict[str, FunctionState] = {}
+        self._functions: dict[str, FunctionQueueState] = {}
         self._nodes: dict[str, NodeEntry] = {}
-        self._slots: dict[str, Slot] = {}
+        self._slots: dict[str, DispatchInstance] = {}
         self._requests: dict[int, Request] = {}
         self._order = 0
 
@@ -87,10 +87,10 @@ class Dispatcher:
             case NodeReported():
                 self._node_reported(event, at, effects)
             case NodeSuspect(node):
-                self._stand(self._node(node), Standing.SUSPECT, at, effects)
+                self._stand(self._node(node), NodeStanding.SUSPECT, at, effects)
             case NodeLost(node):
                 leases.end_all(self._node(node), self._functions, at)
-                self._stand(self._node(node), Standing.LOST, at, effects)
+                self._stand(self._node(node), NodeStanding.LOST, at, effects)
             case FunctionSet():
                 self._function_set(event, at, effects)
             case FunctionRemoved(name):
@@ -121,7 +121,7 @@ class Dispatcher:
     def _arrived(self, event: RequestArrived, at: int, effects: list[Effect]) -> None:
         function = self._functions.get(event.function)
         if function is None or not function.known:
-            effects.append(Refuse(event.request, Refusal.UNKNOWN_FUNCTION))
+            effects.append(Refuse(event.request, RefusalReason.UNKNOWN_FUNCTION))
             return
         if event.request in self._requests:
             return
@@ -133,23 +133,25 @@ class Dispatcher:
             self._lease(function, request, slot, at, effects)
             return
         if function.hopeless:
-            effects.append(Refuse(event.request, Refusal.NO_CAPACITY))
+            effects.append(Refuse(event.request, RefusalReason.NO_CAPACITY))
             return
         if function.queued >= function.queue_length:
-            effects.append(Refuse(event.request, Refusal.QUEUE_FULL))
+            effects.append(Refuse(event.request, RefusalReason.QUEUE_FULL))
             return
         self._requests[event.request] = request
         function.backlog.append(request)
         self._wake(function, at, effects)
 
-    def _lease(self, function: FunctionState, request: Request, slot: Slot, at: int, effects: list[Effect]) -> None:
+    def _lease(
+        self, function: FunctionQueueState, request: Request, slot: DispatchInstance, at: int, effects: list[Effect]
+    ) -> None:
         request.attempts += 1
         leases.begin(function, request, slot, at)
         wake_ns = slot.wake_took_ns if slot.woken_ns >= request.arrived_ns else 0
         wakes = slot.bound == request.request
         effects.append(Dispatch(request.request, slot.uid, slot.node.name, at - request.arrived_ns, wake_ns, wakes))
 
-    def _release(self, request: Request, at: int) -> tuple[FunctionState, bool]:
+    def _release(self, request: Request, at: int) -> tuple[FunctionQueueState, bool]:
         """Take the lease back. Also whether it was one still (`leases.end`)."""
         function = self._functions[request.function]
         assert request.slot is not None
@@ -207,13 +209,13 @@ class Dispatcher:
                 wakes.failed(function.slots, slot, at)
             elif valid and slot.uid in self._slots:
                 wakes.set_aside(function.slots, slot, at)
-        reason: Refusal | None = None
+        reason: RefusalReason | None = None
         if not function.known:
-            reason = Refusal.UNKNOWN_FUNCTION
+            reason = RefusalReason.UNKNOWN_FUNCTION
         elif at >= request.deadline_ns:
-            reason = Refusal.QUEUE_TIMEOUT
+            reason = RefusalReason.QUEUE_TIMEOUT
         elif request.attempts >= MAX_ATTEMPTS or function.hopeless:
-            reason = Refusal.NO_CAPACITY
+            reason = RefusalReason.NO_CAPACITY
         if reason is None:
             function.backlog.give_back(request)
         else:
@@ -228,9 +230,9 @@ class Dispatcher:
             return
         del self._requests[number]
         self._functions[request.function].backlog.discard(request)
-        effects.append(Refuse(number, Refusal.QUEUE_TIMEOUT))
+        effects.append(Refuse(number, RefusalReason.QUEUE_TIMEOUT))
 
-    def _drain(self, function: FunctionState, at: int, effects: list[Effect]) -> None:
+    def _drain(self, function: FunctionQueueState, at: int, effects: list[Effect]) -> None:
         """Bind waiting requests to free slots, oldest first; wake for those that are left, or send them away."""
         backlog, slots = function.backlog, function.slots
         while function.ahead_count or backlog:
@@ -245,13 +247,13 @@ class Dispatcher:
             else:
                 self._lease(function, backlog.pop(), slot, at, effects)
         if backlog and function.hopeless:
-            self._refuse_all(function, Refusal.NO_CAPACITY, effects)
+            self._refuse_all(function, RefusalReason.NO_CAPACITY, effects)
         elif backlog:
             self._wake(function, at, effects)
 
     # ---- wakes ------------------------------------------------------------------------------------------------
 
-    def _wake(self, function: FunctionState, at: int, effects: list[Effect]) -> None:
+    def _wake(self, function: FunctionQueueState, at: int, effects: list[Effect]) -> None:
         slot = function.to_bind()
         if slot is not None:
             request = function.backlog.pop()
@@ -275,7 +277,7 @@ class Dispatcher:
             self._awake(function, slot, at, at - slot.wake_asked_ns)
         self._drain(function, at, effects)
 
-    def _awake(self, function: FunctionState, slot: Slot, at: int, took_ns: int) -> None:
+    def _awake(self, function: FunctionQueueState, slot: DispatchInstance, at: int, took_ns: int) -> None:
         slot.state = InstanceState.RUNNING
         wakes.came_awake(function.slots, slot, at, took_ns)
         function.slots.settle(slot)
@@ -290,7 +292,7 @@ class Dispatcher:
         slot = self._slots.get(event.uid)
         if slot is None:
             node = self._node(event.node)
-            slot = Slot(event.uid, event.function, node, event.concurrency, event.state, gpus=event.gpus)
+            slot = DispatchInstance(event.uid, event.function, node, event.concurrency, event.state, gpus=event.gpus)
             self._slots[event.uid] = node.slots[event.uid] = slot
             function.slots.count += 1
         elif slot.function != event.function or slot.node.name != event.node:
@@ -332,7 +334,7 @@ class Dispatcher:
         """A node is SUSPECT until it is reported itself."""
         node = self._nodes.get(name)
         if node is None:
-            node = self._nodes[name] = NodeEntry(name, Standing.SUSPECT)
+            node = self._nodes[name] = NodeEntry(name, NodeStanding.SUSPECT)
         return node
 
     def _node_reported(self, event: NodeReported, at: int, effects: list[Effect]) -> None:
@@ -346,27 +348,27 @@ class Dispatcher:
             node.epoch = event.epoch
             leases.end_all(node, self._functions, at)
             back = list(node.slots.values())
-        standing = Standing.DRAINING if event.draining else Standing.READY
+        standing = NodeStanding.DRAINING if event.draining else NodeStanding.READY
         if node.standing is standing:
             self._resettle(back, at, effects)
         else:
             self._stand(node, standing, at, effects)
 
-    def _stand(self, node: NodeEntry, standing: Standing, at: int, effects: list[Effect]) -> None:
+    def _stand(self, node: NodeEntry, standing: NodeStanding, at: int, effects: list[Effect]) -> None:
         if node.standing is not standing:
             node.standing = standing
             self._resettle(list(node.slots.values()), at, effects)
 
-    def _resettle(self, slots: list[Slot], at: int, effects: list[Effect]) -> None:
+    def _resettle(self, slots: list[DispatchInstance], at: int, effects: list[Effect]) -> None:
         for slot in slots:
             self._functions[slot.function].slots.settle(slot)
         for name in dict.fromkeys(slot.function for slot in slots):
             self._drain(self._functions[name], at, effects)
 
-    def _function(self, name: str) -> FunctionState:
+    def _function(self, name: str) -> FunctionQueueState:
         function = self._functions.get(name)
         if function is None:
-            function = self._functions[name] = FunctionState(FunctionSlots(name), Backlog())
+            function = self._functions[name] = FunctionQueueState(InstanceIndex(name), RequestQueue())
         return function
 
     def _function_set(self, event: FunctionSet, at: int, effects: list[Effect]) -> None:
@@ -379,10 +381,10 @@ class Dispatcher:
         if function is None:
             return
         function.known = function.expects_instances = False
-        self._refuse_all(function, Refusal.UNKNOWN_FUNCTION, effects)
+        self._refuse_all(function, RefusalReason.UNKNOWN_FUNCTION, effects)
         self._tidy(name)
 
-    def _refuse_all(self, function: FunctionState, reason: Refusal, effects: list[Effect]) -> None:
+    def _refuse_all(self, function: FunctionQueueState, reason: RefusalReason, effects: list[Effect]) -> None:
         while function.backlog:
             request = function.backlog.pop()
             del self._requests[request.request]

@@ -12,7 +12,7 @@ WAKE_HOLD_NS = 2 * SECOND_NS
 """The agent's idle timer is suspended for so long after a wake, until the first request."""
 
 
-class Refusal(Enum):
+class RefusalReason(Enum):
     """Why a request is answered by the scheduler itself."""
 
     UNKNOWN_FUNCTION = "FUNCTION_NOT_FOUND"
@@ -213,7 +213,7 @@ class Refuse:
     """Answer `request` without an instance."""
 
     request: int
-    reason: Refusal
+    reason: RefusalReason
 
 
 Effect: TypeAlias = Dispatch | Wake | Refuse

@@ -1,8 +1,8 @@
 """Who has a free slot, who could be woken: the dispatcher's index of instances.
 
-One `FunctionSlots` per function keeps its instances sorted by what they are good for right now (`Place`), so that the
-next instance is found without looking at the others: awake ones in buckets by outstanding leases, frozen ones in a
-heap of nodes by predicted wake. Every change is O(1) or O(log nodes); none grows with the number of instances.
+One `InstanceIndex` per function keeps its instances sorted by what they are good for right now (`Availability`), so
+that the next instance is found without looking at the others: awake ones in buckets by outstanding leases, frozen ones
+in a heap of nodes by predicted wake. Every change is O(1) or O(log nodes); none grows with the number of instances.
 
 Mutable and pure: no clock, no I/O. Only `dispatch.Dispatcher` calls it.
 """
@@ -22,14 +22,14 @@ from agent.core.types import SECOND_NS, DispatchPolicy, InstanceState
 if TYPE_CHECKING:
     from agent.core.dispatch.queue import Request
 
-FOREIGN_AFTER_NS = SECOND_NS
+EXTERNAL_AFTER_NS = SECOND_NS
 WAKE_UNKNOWN_NS = SECOND_NS
 """Predicted wake of a function on a node where none has been seen yet."""
 AVERAGE_WEIGHT = 0.2
 """Share of the newest sample in a moving average."""
 
 
-class Standing(Enum):
+class NodeStanding(Enum):
     """What the scheduler thinks of a node. Only READY gets new work."""
 
     READY = "READY"
@@ -38,7 +38,7 @@ class Standing(Enum):
     LOST = "LOST"
 
 
-class Place(Enum):
+class Availability(Enum):
     """What an instance is good for: take a request now, take one by cancelling its freeze, be woken, or nothing; LOST
     is nothing that waiting would help, until its node is heard again."""
 
@@ -59,18 +59,18 @@ class NodeEntry:
     """
 
     name: str
-    standing: Standing = Standing.READY
+    standing: NodeStanding = NodeStanding.READY
     epoch: int = 0
     gpu_count: int = 0
     migrates: bool = True
     wakes: int = 0
-    slots: dict[str, Slot] = field(default_factory=dict)
-    aside: dict[str, Slot] = field(default_factory=dict)
-    frozen_in: dict[str, FunctionSlots] = field(default_factory=dict)
+    slots: dict[str, DispatchInstance] = field(default_factory=dict)
+    aside: dict[str, DispatchInstance] = field(default_factory=dict)
+    frozen_in: dict[str, InstanceIndex] = field(default_factory=dict)
     stirring: dict[str, int] = field(default_factory=dict)
     no_ahead_until_ns: int = 0
 
-    def recall(self, at: int) -> list[Slot]:
+    def recall(self, at: int) -> list[DispatchInstance]:
         """The node is heard: what was set aside may be tried again, but for those whose time has not come."""
         back = [slot for slot in self.aside.values() if at >= slot.aside_until_ns]
         for slot in back:
@@ -80,7 +80,7 @@ class NodeEntry:
 
 
 @dataclass(slots=True, eq=False)
-class Slot:
+class DispatchInstance:
     """One instance. `leased` slots are ours, `foreign` are requests of others seen by its agent.
 
     `aside`: it refused a request or a wake and gets nothing until its node is heard again, after a failed wake not
@@ -111,42 +111,42 @@ class Slot:
     wake_took_ns: int = 0
     bound: int = -1
     changed_ns: int = 0
-    place: Place = Place.NONE
+    place: Availability = Availability.NONE
     bucket: int = -1
     stirs: bool = False
 
     def take_in(self, event: InstanceReported, at: int) -> None:
         """What its agent says of it. More in flight there than we have leases counts only where no lease has changed
-        for `FOREIGN_AFTER_NS`: younger ones race with the report."""
+        for `EXTERNAL_AFTER_NS`: younger ones race with the report."""
         self.state, self.cancellable, self.healthy = event.state, event.cancellable, event.healthy
-        quiet = at - self.changed_ns >= FOREIGN_AFTER_NS or not self.changed_ns
+        quiet = at - self.changed_ns >= EXTERNAL_AFTER_NS or not self.changed_ns
         self.foreign = max(0, event.in_flight - self.leased) if quiet else 0
         if event.state is not InstanceState.FROZEN or at >= self.aside_until_ns:
             self.aside = False
             self.node.aside.pop(self.uid, None)
 
-    def fitting_place(self) -> Place:
+    def fitting_place(self) -> Availability:
         """Where it belongs. Late binding: nothing is bound to an instance that is not awake or about to be again."""
-        if self.node.standing is Standing.LOST:
-            return Place.LOST
-        if self.node.standing is not Standing.READY or self.aside or self.retired or not self.healthy:
-            return Place.NONE
+        if self.node.standing is NodeStanding.LOST:
+            return Availability.LOST
+        if self.node.standing is not NodeStanding.READY or self.aside or self.retired or not self.healthy:
+            return Availability.NONE
         match self.state:
             case InstanceState.RUNNING:
-                return Place.AWAKE
+                return Availability.AWAKE
             case InstanceState.FREEZING if self.cancellable:
-                return Place.FREEZING if self.leased + self.foreign < self.concurrency else Place.AWAKE
+                return Availability.FREEZING if self.leased + self.foreign < self.concurrency else Availability.AWAKE
             case InstanceState.WAITING_GPU | InstanceState.RESTORING:
-                return Place.WAKING
+                return Availability.WAKING
             case InstanceState.FROZEN:
-                return Place.WAKING if self.wake_asked_ns >= 0 else Place.FROZEN
+                return Availability.WAKING if self.wake_asked_ns >= 0 else Availability.FROZEN
             case InstanceState.FREEZING:
-                return Place.WAKING if self.wake_asked_ns >= 0 else Place.NONE
+                return Availability.WAKING if self.wake_asked_ns >= 0 else Availability.NONE
             case _:
-                return Place.NONE
+                return Availability.NONE
 
 
-class FunctionSlots:
+class InstanceIndex:
     """The instances of one function, by place."""
 
     def __init__(self, function: str) -> None:
@@ -158,11 +158,11 @@ class FunctionSlots:
         self.waking = 0
         self.waking_slots = 0
         self.bound = 0  # requests that wait at waking instances: to them they are queued
-        self.awake_on: dict[str, dict[str, Slot]] = {}
-        self._buckets: dict[int, OrderedDict[str, Slot]] = {}
+        self.awake_on: dict[str, dict[str, DispatchInstance]] = {}
+        self._buckets: dict[int, OrderedDict[str, DispatchInstance]] = {}
         self._occupied = 0  # bit k is set while bucket k has an instance
-        self._freezing: OrderedDict[str, Slot] = OrderedDict()
-        self._frozen: dict[str, OrderedDict[str, Slot]] = {}
+        self._freezing: OrderedDict[str, DispatchInstance] = OrderedDict()
+        self._frozen: dict[str, OrderedDict[str, DispatchInstance]] = {}
         self._holding: dict[str, int] = {}  # GPUs that awake and waking instances hold, by node
         self._gpu_holders: dict[str, int] = {}  # the same by GPU
         self._wake_ns: dict[str, float] = {}
@@ -171,14 +171,14 @@ class FunctionSlots:
 
     # ---- choosing ---------------------------------------------------------------------------------------------
 
-    def free(self) -> Slot | None:
+    def free(self) -> DispatchInstance | None:
         """The instance for the next request: awake with the fewest outstanding, else a freeze that can be undone."""
         if self._occupied:
             lowest = (self._occupied & -self._occupied).bit_length() - 1
             return self._tie(self._buckets[lowest])
         return next(iter(self._freezing.values()), None)
 
-    def wakeable(self) -> Slot | None:
+    def wakeable(self) -> DispatchInstance | None:
         """The frozen instance that would be awake first, or None where a wake would only rob the function itself."""
         heap = self._heap
         while heap:
@@ -190,7 +190,7 @@ class FunctionSlots:
             return self._candidate(listed[1])
         return None
 
-    def bindable(self) -> Slot | None:
+    def bindable(self) -> DispatchInstance | None:
         """The instance that a lone request may be sent to as it sleeps: nothing of the function could free before it.
 
         Nothing is awake, waking or to be had by cancelling a freeze, and whoever shares the GPUs of the one that would
@@ -207,12 +207,12 @@ class FunctionSlots:
         """Moving average of wakes of this function on the node, once for itself and once per wake queued there."""
         return self._wake_ns.get(node.name, WAKE_UNKNOWN_NS) * (1 + node.wakes)
 
-    def _tie(self, bucket: OrderedDict[str, Slot]) -> Slot:
+    def _tie(self, bucket: OrderedDict[str, DispatchInstance]) -> DispatchInstance:
         """A bucket is in the order of last use: its end was busy last (pack), its start rested longest (spread)."""
         keys = reversed(bucket) if self.policy is DispatchPolicy.PACK else iter(bucket)
         return bucket[next(keys)]
 
-    def _candidate(self, node: NodeEntry) -> Slot | None:
+    def _candidate(self, node: NodeEntry) -> DispatchInstance | None:
         """The frozen instance to wake on `node`: one whose GPUs this function does not hold already.
 
         Where every GPU of the node works for this function, one more wake would only put an awake instance of the
@@ -222,8 +222,10 @@ class FunctionSlots:
         if not group:
             return None
         held = self._holding.get(node.name, 0)
-        slots: Iterator[Slot] = reversed(group.values()) if self.policy is DispatchPolicy.PACK else iter(group.values())
-        fallback: Slot | None = None
+        slots: Iterator[DispatchInstance] = (
+            reversed(group.values()) if self.policy is DispatchPolicy.PACK else iter(group.values())
+        )
+        fallback: DispatchInstance | None = None
         for slot in slots:
             if not slot.gpus or not any(gpu in self._gpu_holders for gpu in slot.gpus):
                 if not node.gpu_count or held + len(slot.gpus) <= node.gpu_count:
@@ -234,7 +236,7 @@ class FunctionSlots:
 
     # ---- changing ---------------------------------------------------------------------------------------------
 
-    def settle(self, slot: Slot) -> None:
+    def settle(self, slot: DispatchInstance) -> None:
         """Put `slot` where it belongs after any change; it goes to the end of its bucket (most recently used)."""
         stirs = slot.state is not InstanceState.FROZEN or slot.wake_asked_ns >= 0
         if stirs is not slot.stirs:
@@ -243,18 +245,18 @@ class FunctionSlots:
         if place is not slot.place:
             self._leave(slot)
             self._enter(slot, place)
-        elif place is Place.AWAKE:
+        elif place is Availability.AWAKE:
             self._unbucket(slot)
             self._bucket(slot)
 
-    def remove(self, slot: Slot) -> None:
+    def remove(self, slot: DispatchInstance) -> None:
         """Forget `slot`."""
         self._leave(slot)
-        slot.place = Place.NONE
+        slot.place = Availability.NONE
         if slot.stirs:
             _stir(slot, False)
 
-    def regear(self, slot: Slot, concurrency: int, gpus: tuple[str, ...]) -> None:
+    def regear(self, slot: DispatchInstance, concurrency: int, gpus: tuple[str, ...]) -> None:
         """Change what the counts are made of; the slot is out of them meanwhile."""
         place, stirs = slot.place, slot.stirs
         self.remove(slot)
@@ -291,34 +293,34 @@ class FunctionSlots:
             self._heap = [(entry[0], name) for name, entry in self._listed.items()]
             heapify(self._heap)
 
-    def _enter(self, slot: Slot, place: Place) -> None:
+    def _enter(self, slot: DispatchInstance, place: Availability) -> None:
         slot.place = place
         match place:
-            case Place.AWAKE:
+            case Availability.AWAKE:
                 self.awake_slots += slot.concurrency
                 self.awake_on.setdefault(slot.node.name, {})[slot.uid] = slot
                 self._hold(slot, 1)
                 self._bucket(slot)
-            case Place.FREEZING:
+            case Availability.FREEZING:
                 self._freezing[slot.uid] = slot
                 self._hold(slot, 1)
-            case Place.WAKING:
+            case Availability.WAKING:
                 self.waking += 1
                 self.waking_slots += slot.concurrency
                 self.bound += slot.bound >= 0
                 self._hold(slot, 1)
-            case Place.FROZEN:
+            case Availability.FROZEN:
                 self._frozen.setdefault(slot.node.name, OrderedDict())[slot.uid] = slot
                 slot.node.frozen_in[self.function] = self
                 self.relist(slot.node)
-            case Place.LOST:
+            case Availability.LOST:
                 self.lost += 1
-            case Place.NONE:
+            case Availability.NONE:
                 pass
 
-    def _leave(self, slot: Slot) -> None:
+    def _leave(self, slot: DispatchInstance) -> None:
         match slot.place:
-            case Place.AWAKE:
+            case Availability.AWAKE:
                 self.awake_slots -= slot.concurrency
                 awake = self.awake_on[slot.node.name]
                 del awake[slot.uid]
@@ -326,27 +328,27 @@ class FunctionSlots:
                     del self.awake_on[slot.node.name]
                 self._unbucket(slot)
                 self._hold(slot, -1)
-            case Place.FREEZING:
+            case Availability.FREEZING:
                 del self._freezing[slot.uid]
                 self._hold(slot, -1)
-            case Place.WAKING:
+            case Availability.WAKING:
                 self.waking -= 1
                 self.waking_slots -= slot.concurrency
                 self.bound -= slot.bound >= 0
                 self._hold(slot, -1)
-            case Place.FROZEN:
+            case Availability.FROZEN:
                 group = self._frozen[slot.node.name]
                 del group[slot.uid]
                 if not group:
                     del self._frozen[slot.node.name]
                     slot.node.frozen_in.pop(self.function, None)
                 self.relist(slot.node)
-            case Place.LOST:
+            case Availability.LOST:
                 self.lost -= 1
-            case Place.NONE:
+            case Availability.NONE:
                 pass
 
-    def _bucket(self, slot: Slot) -> None:
+    def _bucket(self, slot: DispatchInstance) -> None:
         outstanding = slot.leased + slot.foreign
         if outstanding >= slot.concurrency:
             slot.bucket = -1
@@ -358,7 +360,7 @@ class FunctionSlots:
         slot.bucket = outstanding
         self._occupied |= 1 << outstanding
 
-    def _unbucket(self, slot: Slot) -> None:
+    def _unbucket(self, slot: DispatchInstance) -> None:
         if slot.bucket < 0:
             return
         bucket = self._buckets[slot.bucket]
@@ -367,7 +369,7 @@ class FunctionSlots:
             self._occupied &= ~(1 << slot.bucket)
         slot.bucket = -1
 
-    def _hold(self, slot: Slot, sign: int) -> None:
+    def _hold(self, slot: DispatchInstance, sign: int) -> None:
         if not slot.gpus:
             return
         name = slot.node.name
@@ -382,7 +384,7 @@ class FunctionSlots:
             self.relist(slot.node)
 
 
-def _stir(slot: Slot, stirs: bool) -> None:
+def _stir(slot: DispatchInstance, stirs: bool) -> None:
     """Count `slot` among those who use, or are about to use, the GPUs it shares; or no longer."""
     slot.stirs = stirs
     stirring = slot.node.stirring

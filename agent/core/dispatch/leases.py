@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from agent.core.dispatch import wakes
-from agent.core.dispatch.index import NodeEntry, Slot
-from agent.core.dispatch.queue import FunctionState, Request
+from agent.core.dispatch.index import DispatchInstance, NodeEntry
+from agent.core.dispatch.queue import FunctionQueueState, Request
 
 
-def begin(function: FunctionState, request: Request, slot: Slot, at: int) -> None:
+def begin(function: FunctionQueueState, request: Request, slot: DispatchInstance, at: int) -> None:
     """`request` holds one of the slot's from now on."""
     slot.holders[request.request] = request
     slot.leased += 1
@@ -24,7 +24,7 @@ def begin(function: FunctionState, request: Request, slot: Slot, at: int) -> Non
     function.slots.settle(slot)
 
 
-def end(function: FunctionState, request: Request, at: int, *, forgotten: bool) -> bool:
+def end(function: FunctionQueueState, request: Request, at: int, *, forgotten: bool) -> bool:
     """Take the lease back; False if it was void. `forgotten`: the instance is gone, there is nothing to free."""
     slot, request.slot = request.slot, None
     assert slot is not None
@@ -42,7 +42,7 @@ def end(function: FunctionState, request: Request, at: int, *, forgotten: bool) 
     return True
 
 
-def served_by(request: Request, actual: Slot) -> None:
+def served_by(request: Request, actual: DispatchInstance) -> None:
     """Another instance served it than we thought: whoever we thought was there is where we thought this one was."""
     assumed = request.slot
     if assumed is None or assumed is actual or request.term != assumed.term or actual.node is not assumed.node:
@@ -56,7 +56,7 @@ def served_by(request: Request, actual: Slot) -> None:
     other.slot, other.term = assumed, assumed.term
 
 
-def end_all(node: NodeEntry, functions: Mapping[str, FunctionState], at: int) -> None:
+def end_all(node: NodeEntry, functions: Mapping[str, FunctionQueueState], at: int) -> None:
     """Its agent is gone, and the leases on it with it; their requests follow their own connections to the end."""
     for slot in node.slots.values():
         function = functions[slot.function]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from agent.core.dispatch.events import Dispatch, FunctionSet
-from agent.core.dispatch.index import FunctionSlots, NodeEntry, Slot
+from agent.core.dispatch.index import DispatchInstance, InstanceIndex, NodeEntry
 from agent.core.types import MILLISECOND_NS, SECOND_NS
 
 AHEAD_SLOTS = 4
@@ -42,13 +42,13 @@ class Request:
     arrived_ns: int
     deadline_ns: int
     attempts: int = 0
-    slot: Slot | None = None
+    slot: DispatchInstance | None = None
     ahead: NodeEntry | None = None
     term: int = 0
     leased_ns: int = 0
 
 
-class Backlog:
+class RequestQueue:
     """The queue. `len()` is what `queueLength` bounds."""
 
     def __init__(self) -> None:
@@ -84,15 +84,15 @@ class Backlog:
 
 
 @dataclass(slots=True, eq=False)
-class FunctionState:
+class FunctionQueueState:
     """A function's rules, queue and instances. `known` is false for instances of something never deployed.
 
     `leases` are out now, and `lease_time_ns` is their sum over time up to `leases_since_ns`. `void_leases` ended with
     their node; their requests have not been answered yet. `ahead`: requests that wait at a node, by its name.
     """
 
-    slots: FunctionSlots
-    backlog: Backlog
+    slots: InstanceIndex
+    backlog: RequestQueue
     known: bool = False
     expects_instances: bool = False
     wake_factor: float = 0.0
@@ -138,9 +138,9 @@ class FunctionState:
         """Nobody serves it, and nobody will: those on a lost node count no more than if there were none."""
         return self.slots.count == self.slots.lost and not self.expects_instances
 
-    def to_wake(self) -> Slot | None:
-        """The instance to wake next for those who wait. Wakes under way are capacity for them and for those who were
-        sent to a waking instance: at most ceil(queued / concurrency) of them.
+    def to_wake(self) -> DispatchInstance | None:
+        """The instance to wake next for those who wait. WakeCalls under way are capacity for them and for those who
+        were sent to a waking instance: at most ceil(queued / concurrency) of them.
 
         With nobody awake or waking, always; else where waiting is predicted to take longer than waking.
         """
@@ -155,8 +155,8 @@ class FunctionState:
         predicted_wait = queued * self.service_ns / working
         return slot if predicted_wait > slots.predicted_wake_ns(slot.node) * self.wake_factor else None
 
-    def to_bind(self) -> Slot | None:
-        """The sleeping instance that the one request that waits may be sent to at once (`FunctionSlots.bindable`).
+    def to_bind(self) -> DispatchInstance | None:
+        """The sleeping instance that the one request that waits may be sent to at once (`InstanceIndex.bindable`).
 
         Only at its first attempt: after a wake that failed, whichever instance frees first shall have it.
         """
@@ -164,7 +164,7 @@ class FunctionState:
             return None
         return self.slots.bindable()
 
-    def to_send_ahead(self, at: int) -> Slot | None:
+    def to_send_ahead(self, at: int) -> DispatchInstance | None:
         """An awake instance of the node to which the oldest request may be sent before a slot there is free.
 
         The next request is then there when a slot becomes free, and not a way through scheduler and network later. That

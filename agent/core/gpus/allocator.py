@@ -44,7 +44,7 @@ REFUSAL_BACK_OFF_NS = SECOND_NS
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class AllocatableGpu:
     """One GPU: who holds it ("" = free), and the cordons that keep others away, by source."""
 
     uuid: str
@@ -87,11 +87,11 @@ class Waiter:
 
 
 @dataclass(frozen=True, slots=True)
-class Book:
+class GpuAllocator:
     """The whole state. `assigned`: the GPUs of an instance, chosen at its creation; with `migrate` the ones it was
     granted last. `per_gpu` bounds how many instances share a GPU, with `migrate` on the average over its model."""
 
-    devices: Mapping[str, Device]
+    devices: Mapping[str, AllocatableGpu]
     per_gpu: int = 1
     max_hold_ns: int = 10 * SECOND_NS
     migrate: bool = False
@@ -104,10 +104,10 @@ class Book:
         return sum(uuid in gpus for gpus in self.assigned.values())
 
 
-BookStep = tuple[Book, list[BookEffect]]
+BookStep = tuple[GpuAllocator, list[BookEffect]]
 
 
-def step(book: Book, event: BookEvent, at: int) -> BookStep:  # noqa: C901 - one flat table is easiest to read
+def step(book: GpuAllocator, event: BookEvent, at: int) -> BookStep:  # noqa: C901 - one flat table is easiest to read
     """Apply `event` at monotonic time `at` (ns); effects are to be performed in order."""
     effects: list[BookEffect] = []
     match event:
@@ -150,7 +150,7 @@ def step(book: Book, event: BookEvent, at: int) -> BookStep:  # noqa: C901 - one
     return book, effects + more
 
 
-def _assign(book: Book, uid: str, count: int, model: str) -> BookStep:
+def _assign(book: GpuAllocator, uid: str, count: int, model: str) -> BookStep:
     """The GPUs with the fewest sharers first, so that instances spread before they share."""
     if uid in book.assigned:
         return book, [Assigned(uid, book.assigned[uid])]
@@ -170,7 +170,7 @@ def _assign(book: Book, uid: str, count: int, model: str) -> BookStep:
     return replace(book, assigned={**book.assigned, uid: chosen}), [Assigned(uid, chosen)]
 
 
-def _with_cordon(book: Book, uuid: str, source: str, cordon: Cordon | None) -> Book:
+def _with_cordon(book: GpuAllocator, uuid: str, source: str, cordon: Cordon | None) -> GpuAllocator:
     """Put the source's cordon in place of the one it had."""
     device = book.devices.get(uuid)
     if device is None:
@@ -180,7 +180,7 @@ def _with_cordon(book: Book, uuid: str, source: str, cordon: Cordon | None) -> B
     return replace(book, devices={**book.devices, uuid: device})
 
 
-def _enqueue(book: Book, uid: str, avoid: tuple[str, ...], stays: bool, at: int) -> Book:
+def _enqueue(book: GpuAllocator, uid: str, avoid: tuple[str, ...], stays: bool, at: int) -> GpuAllocator:
     held = book.holders.get(uid)
     if (held is not None and not held.leaving) or any(waiter.uid == uid for waiter in book.queue):
         return book
@@ -189,7 +189,7 @@ def _enqueue(book: Book, uid: str, avoid: tuple[str, ...], stays: bool, at: int)
     return replace(book, queue=(*book.queue, Waiter(uid, len(own), allowed, at)))
 
 
-def _allowed(book: Book, own: tuple[str, ...], avoid: tuple[str, ...]) -> tuple[str, ...]:
+def _allowed(book: GpuAllocator, own: tuple[str, ...], avoid: tuple[str, ...]) -> tuple[str, ...]:
     """The GPUs an instance may use, the ones it should rather use first."""
     models = {book.devices[uuid].model for uuid in own}
     if not book.migrate or len(models) != 1:  # GPUs of two models can't stand in for each other
@@ -201,18 +201,18 @@ def _allowed(book: Book, own: tuple[str, ...], avoid: tuple[str, ...]) -> tuple[
     return rest if sum(not book.devices[uuid].cordoned for uuid in rest) >= len(own) else pool
 
 
-def _leave(book: Book, uid: str) -> Book:
+def _leave(book: GpuAllocator, uid: str) -> GpuAllocator:
     return replace(book, queue=tuple(waiter for waiter in book.queue if waiter.uid != uid))
 
 
-def _take(book: Book, uid: str, gpus: tuple[str, ...], at: int) -> Book:
+def _take(book: GpuAllocator, uid: str, gpus: tuple[str, ...], at: int) -> GpuAllocator:
     devices = dict(book.devices)
     for uuid in gpus:
         devices[uuid] = replace(devices[uuid], holder=uid)
     return replace(book, devices=devices, holders={**book.holders, uid: Holder(gpus, at)})
 
 
-def _let_go(book: Book, uid: str) -> Book:
+def _let_go(book: GpuAllocator, uid: str) -> GpuAllocator:
     held = book.holders.get(uid)
     if held is None:
         return book
@@ -223,14 +223,14 @@ def _let_go(book: Book, uid: str) -> Book:
 
 
 def _with_holder(
-    book: Book,
+    book: GpuAllocator,
     uid: str,
     *,
     idle_since_ns: int | None,
     asked: bool | None = None,
     leaving: bool = False,
     preemptible_at_ns: int | None = None,
-) -> Book:
+) -> GpuAllocator:
     held = book.holders.get(uid)
     if held is None:
         return book
@@ -244,7 +244,7 @@ def _with_holder(
     return replace(book, holders={**book.holders, uid: held})
 
 
-def _serve(book: Book, at: int) -> BookStep:
+def _serve(book: GpuAllocator, at: int) -> BookStep:
     """Walk the queue in order: grant what can be granted, make room for the rest, remember when to look again."""
     effects: list[BookEffect] = []
     reserved: set[str] = set()
@@ -281,13 +281,13 @@ def _serve(book: Book, at: int) -> BookStep:
     return book, effects
 
 
-def _usable(book: Book, gpus: tuple[str, ...]) -> bool:
+def _usable(book: GpuAllocator, gpus: tuple[str, ...]) -> bool:
     return not any(book.devices[uuid].cordoned for uuid in gpus)
 
 
 def _make_room(
-    book: Book, waiter: Waiter, usable: list[str], free: int, at: int, look_again: list[int]
-) -> tuple[Book, list[BookEffect]]:
+    book: GpuAllocator, waiter: Waiter, usable: list[str], free: int, at: int, look_again: list[int]
+) -> tuple[GpuAllocator, list[BookEffect]]:
     """Ask as many holders as are needed, once all of them may be asked; GPUs already being vacated count."""
     holders = {book.devices[u].holder: book.holders[book.devices[u].holder] for u in usable if book.devices[u].holder}
     coming = sum(u in holder.gpus for holder in holders.values() if holder.asked for u in usable)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Op(Enum):
+class Operation(Enum):
     """Operations run one at a time by the executor; each ends in Succeeded, Refused or Broken.
 
     PREPARE: the image, pulled where it is missing. START: container, readiness, /initialize, first health check. LOCK:
@@ -45,27 +45,27 @@ class Granted:
 
 
 @dataclass(frozen=True, slots=True)
-class Busy:
+class FirstRequestStarted:
     """The gate granted a request while none was inside."""
 
 
 @dataclass(frozen=True, slots=True)
-class Quiet:
+class LastRequestEnded:
     """The last request inside ended and nobody was granted in its place."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class WaitersAppeared:
     """Somebody waits at the closed gate (nobody did before)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unwanted:
+class WaitersGone:
     """Nobody waits at the gate any more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Visited:
+class ExecActive:
     """The first command inside (exec) is about to begin, or the last one has ended: no freeze begins in between."""
 
     inside: bool
@@ -173,11 +173,11 @@ class Exited:
 Event = (
     Created
     | Granted
-    | Busy
-    | Quiet
-    | Wanted
-    | Unwanted
-    | Visited
+    | FirstRequestStarted
+    | LastRequestEnded
+    | WaitersAppeared
+    | WaitersGone
+    | ExecActive
     | WakeAsked
     | WakeExpired
     | IdleTimer
@@ -202,7 +202,7 @@ Event = (
 class Run:
     """Start operation `op`; answer with generation `gen`. `gpus` are the ones held."""
 
-    op: Op
+    op: Operation
     gen: int
     gpus: tuple[str, ...]
 
@@ -232,7 +232,7 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
-class BookRefused:
+class OrderedFreezeRefused:
     """Tell the book that an ordered freeze or drain is not going to happen now."""
 
 
@@ -287,7 +287,7 @@ Effect = (
     | Want
     | Withdraw
     | Release
-    | BookRefused
+    | OrderedFreezeRefused
     | Became
     | SetIdleTimer
     | SetStopTimer

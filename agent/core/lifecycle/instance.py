@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agent.core.lifecycle.events import Op
+from agent.core.lifecycle.events import Operation
 from agent.core.types import SECOND_NS, InstanceState
 
 BACK_OFF_MIN_NS = SECOND_NS
@@ -29,7 +29,7 @@ class Instance:
     freeze_after_ns: int
     min_awake_ns: int = 0
     state: InstanceState = InstanceState.STARTING
-    op: Op | None = None
+    op: Operation | None = None
     op_gen: int = 0
     idle_gen: int = 0
     movable: bool = False

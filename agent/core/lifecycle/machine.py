@@ -23,24 +23,25 @@ from typing import assert_never
 from agent.core.lifecycle.events import (
     AskCancel,
     Became,
-    BookRefused,
     Broken,
-    Busy,
     ClosePool,
     Created,
     DrainOrdered,
     Effect,
     Event,
+    ExecActive,
     Exited,
+    FirstRequestStarted,
     FreezeAsked,
     FreezeOrdered,
     GpusLost,
     Granted,
     IdleTimer,
+    LastRequestEnded,
     Note,
-    Op,
+    Operation,
+    OrderedFreezeRefused,
     Paused,
-    Quiet,
     Refused,
     RefuseWaiters,
     Release,
@@ -50,12 +51,11 @@ from agent.core.lifecycle.events import (
     StopAsked,
     StopTimer,
     Succeeded,
-    Unwanted,
-    Visited,
+    WaitersAppeared,
+    WaitersGone,
     WakeAsked,
     WakeExpired,
     Want,
-    Wanted,
     Withdraw,
 )
 from agent.core.lifecycle.instance import Instance as Instance  # noqa: PLC0414 (re-exported)
@@ -77,19 +77,19 @@ def step(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, P
         return _after_the_end(me, event)
     match event:
         case Created():
-            return _run(me, Op.PREPARE)  # before the GPU: nobody holds one while an image is pulled
+            return _run(me, Operation.PREPARE)  # before the GPU: nobody holds one while an image is pulled
         case Granted(gpus):
             return _granted(me, gpus)
-        case Busy():
+        case FirstRequestStarted():
             me = replace(me, busy=True, idle_gen=me.idle_gen + 1, hold_ns=0, hold_until_ns=0)
             return me, [Became(idle=False)]
-        case Quiet():
+        case LastRequestEnded():
             return _settle(replace(me, busy=False), at)
-        case Wanted():
+        case WaitersAppeared():
             return _call(replace(me, wanted=True), at)
-        case Unwanted():
+        case WaitersGone():
             return _give_up_waiting(replace(me, wanted=False), at)
-        case Visited(inside):
+        case ExecActive(inside):
             me = replace(me, visited=inside, idle_gen=me.idle_gen + 1)
             return (me, [Became(idle=False)]) if inside or me.busy else _settle(me, at)
         case WakeAsked(hold_ns, until_ns):
@@ -103,7 +103,7 @@ def step(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, P
         case FreezeAsked():
             return _begin_freeze(me, ordered=False) if me.can_freeze else (me, [])
         case FreezeOrdered():
-            return _begin_freeze(me, ordered=True) if me.can_freeze else (me, [BookRefused()])
+            return _begin_freeze(me, ordered=True) if me.can_freeze else (me, [OrderedFreezeRefused()])
         case DrainOrdered():
             return _drain(me)
         case GpusLost(message):
@@ -114,7 +114,7 @@ def step(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, P
             return _stop_asked(me, grace_ns, force, reason, message, at)
         case StopTimer(gen):
             if me.state is InstanceState.STOPPING and me.op is None and gen == me.op_gen:
-                return _run(replace(me, stop_force=True), Op.STOP)
+                return _run(replace(me, stop_force=True), Operation.STOP)
             return me, []
         case Succeeded(gen):
             return _succeeded(me, at) if _current(me, gen) else (me, [])
@@ -132,7 +132,7 @@ def _current(me: Instance, gen: int) -> bool:
     return me.op is not None and gen == me.op_gen
 
 
-def _run(me: Instance, op: Op) -> Step:
+def _run(me: Instance, op: Operation) -> Step:
     gen = me.op_gen + 1
     return replace(me, op=op, op_gen=gen), [Run(op, gen, me.gpus)]
 
@@ -140,7 +140,7 @@ def _run(me: Instance, op: Op) -> Step:
 def _after_the_end(me: Instance, event: Event) -> Step:
     """A terminal instance only refuses those who still come, and gives back a grant that crossed its end."""
     match event:
-        case Wanted():
+        case WaitersAppeared():
             return me, [RefuseWaiters(me.reason or "INSTANCE_GONE", me.message)]
         case Granted():
             return me, [Release()]
@@ -156,9 +156,9 @@ def _granted(me: Instance, gpus: tuple[str, ...]) -> Step:
         case InstanceState.STOPPING:
             return me, []  # the grant and the stop crossed: given back at the stop's end
         case InstanceState.STARTING if me.op is None:
-            return _run(me, Op.START)
+            return _run(me, Operation.START)
         case InstanceState.WAITING_GPU:
-            return _run(replace(me, state=InstanceState.RESTORING, restores=me.restores + 1), Op.WAKE)
+            return _run(replace(me, state=InstanceState.RESTORING, restores=me.restores + 1), Operation.WAKE)
         case _:
             return _release(me)
 
@@ -174,7 +174,7 @@ def _call(me: Instance, at: int) -> Step:
     match me.state:
         case InstanceState.FROZEN:
             return replace(me, state=InstanceState.WAITING_GPU, restores=0), [Want()]
-        case InstanceState.FREEZING if not me.ordered and me.op is Op.LOCK:
+        case InstanceState.FREEZING if not me.ordered and me.op is Operation.LOCK:
             return me, [AskCancel(me.op_gen)]
         case InstanceState.STOPPING:
             return me, [RefuseWaiters("INSTANCE_STOPPING", "the instance is being stopped")]
@@ -205,7 +205,7 @@ def _give_up_waiting(me: Instance, at: int) -> Step:
 def _settle(me: Instance, at: int) -> Step:
     """RUNNING (or STOPPING) with nobody inside: decide what comes next. Also called right after a wake."""
     if me.state is InstanceState.STOPPING:
-        return _run(me, Op.STOP) if me.op is None else (me, [])
+        return _run(me, Operation.STOP) if me.op is None else (me, [])
     if me.state is not InstanceState.RUNNING:
         return me, []
     if me.stop:
@@ -228,13 +228,13 @@ def _settle(me: Instance, at: int) -> Step:
 
 def _begin_freeze(me: Instance, *, ordered: bool) -> Step:
     me = replace(me, state=InstanceState.FREEZING, ordered=ordered, idle_gen=me.idle_gen + 1, hold_until_ns=0)
-    me, effects = _run(me, Op.LOCK)
+    me, effects = _run(me, Operation.LOCK)
     return me, [ClosePool(), *effects]
 
 
 def _drain(me: Instance) -> Step:
     if me.state is not InstanceState.RUNNING or not me.freezable or me.stop or me.paused or me.visited:
-        return me, [BookRefused()]
+        return me, [OrderedFreezeRefused()]
     me = replace(me, draining=True)
     return (me, []) if me.busy else _begin_freeze(me, ordered=True)
 
@@ -248,7 +248,7 @@ def _paused(me: Instance, paused: bool, at: int) -> Step:
     me = replace(me, paused=paused, draining=False, idle_gen=me.idle_gen + 1)
     note = Note(PAUSED, _PAUSE) if paused else Note("EXTERNALLY_THAWED", "")
     if paused:  # nobody knows for how long: the book must not count on its GPUs
-        refusal: list[Effect] = [BookRefused()] if gives_way else []
+        refusal: list[Effect] = [OrderedFreezeRefused()] if gives_way else []
         return me, [note, ClosePool(), *refusal, Became(idle=False), RefuseWaiters(PAUSED, _PAUSE)]
     me, effects = _settle(me, at) if not me.busy else (me, [])
     return me, [note, *effects]
@@ -258,24 +258,24 @@ def _succeeded(me: Instance, at: int) -> Step:
     """The current operation did what it should."""
     op, me = me.op, replace(me, op=None)
     match op:
-        case Op.PREPARE:
+        case Operation.PREPARE:
             return _begin_stop(me, at) if me.stop else (me, [Want()])
-        case Op.START | Op.WAKE:
+        case Operation.START | Operation.WAKE:
             me = replace(me, state=InstanceState.RUNNING, awake_since_ns=at, restores=0, wake_until_ns=0)
             return _settle(replace(me, ordered=False, draining=False), at)
-        case Op.LOCK if me.stop or (me.awaited(at) and not me.ordered):
-            return _run(me, Op.UNLOCK)
-        case Op.LOCK:
-            return _run(me, Op.CHECKPOINT)
-        case Op.UNLOCK:
+        case Operation.LOCK if me.stop or (me.awaited(at) and not me.ordered):
+            return _run(me, Operation.UNLOCK)
+        case Operation.LOCK:
+            return _run(me, Operation.CHECKPOINT)
+        case Operation.UNLOCK:
             return _settle(_running_again(me), at)
-        case Op.CHECKPOINT:
+        case Operation.CHECKPOINT:
             return _frozen(me, at)
-        case Op.STOP:
+        case Operation.STOP:
             me = replace(me, state=InstanceState.STOPPED)
             me, effects = _release(me)
             return me, [*effects, RefuseWaiters(me.reason or "INSTANCE_STOPPED", me.message)]
-        case Op.DESTROY | None:
+        case Operation.DESTROY | None:
             return me, []
         case _:
             assert_never(op)
@@ -300,11 +300,11 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
     """The current operation was rolled back."""
     op, me = me.op, replace(me, op=None)
     match op:
-        case Op.LOCK if reason == PRE_FREEZE_FAILED:
+        case Operation.LOCK if reason == PRE_FREEZE_FAILED:
             return _begin_stop(replace(_running_again(me), stop=True, reason=reason, message=message), at)
-        case Op.LOCK | Op.CHECKPOINT:
+        case Operation.LOCK | Operation.CHECKPOINT:
             cancelled = reason == CANCELLED
-            effects: list[Effect] = [BookRefused()] if me.ordered or me.draining else []
+            effects: list[Effect] = [OrderedFreezeRefused()] if me.ordered or me.draining else []
             if not cancelled:
                 effects.append(Note("instance.freeze_refused", f"{reason}: {message}"))
                 me = replace(me, refusals=me.refusals + 1, refusal=f"{reason}: {message}")
@@ -312,13 +312,17 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
             me = _running_again(me)
             me, more = _paused(me, True, at) if reason == PAUSED else _settle(me, at)
             return me, [*effects, *more]
-        case Op.WAKE if me.restores < MAX_RESTORES and not me.stop:
+        case Operation.WAKE if me.restores < MAX_RESTORES and not me.stop:
             return _restore_refused(me, f"{reason}: {message}", at)
-        case Op.PREPARE | Op.START | Op.WAKE if me.stop:  # cut short, or frozen as before: it need not be awake to end
+        case Operation.PREPARE | Operation.START | Operation.WAKE if (
+            me.stop
+        ):  # cut short, or frozen as before: it need not be awake to end
             return _begin_stop(me, at)
-        case Op.DESTROY | None:
+        case Operation.DESTROY | None:
             return me, []
-        case Op.PREPARE | Op.UNLOCK | Op.START | Op.WAKE | Op.STOP:  # an instance that stays locked answers nobody
+        case (
+            Operation.PREPARE | Operation.UNLOCK | Operation.START | Operation.WAKE | Operation.STOP
+        ):  # an instance that stays locked answers nobody
             return _fail(me, reason, message)
         case _:
             assert_never(op)
@@ -333,7 +337,7 @@ def _restore_refused(me: Instance, why: str, at: int) -> Step:
     if me.movable:
         me, effects = _release(replace(me, state=InstanceState.WAITING_GPU))
         return me, [retried, *effects, Want(avoid=me.gpus)]
-    me, effects = _run(replace(me, restores=me.restores + 1), Op.WAKE)
+    me, effects = _run(replace(me, restores=me.restores + 1), Operation.WAKE)
     return me, [retried, *effects]
 
 
@@ -350,7 +354,7 @@ def _fail(me: Instance, reason: str, message: str) -> Step:
         reason=reason,
         message=message,
     )
-    effects: list[Effect] = [Run(Op.DESTROY, gen, me.gpus)]
+    effects: list[Effect] = [Run(Operation.DESTROY, gen, me.gpus)]
     if asked:
         effects.append(Withdraw())
     me, released = _release(me)
@@ -359,7 +363,7 @@ def _fail(me: Instance, reason: str, message: str) -> Step:
 
 def _exited(me: Instance, reason: str, message: str) -> Step:
     if me.state is InstanceState.STOPPING:
-        return (me, []) if me.op is not None else _run(me, Op.STOP)
+        return (me, []) if me.op is not None else _run(me, Operation.STOP)
     return _fail(me, reason, message)
 
 
@@ -375,7 +379,9 @@ def _stop_asked(me: Instance, grace_ns: int, force: bool, reason: str, message: 
         message=me.message or message,
     )
     if me.op is not None:
-        short = me.op in (Op.PREPARE, Op.LOCK, Op.START) or (me.op is Op.STOP and me.stop_force)
+        short = me.op in (Operation.PREPARE, Operation.LOCK, Operation.START) or (
+            me.op is Operation.STOP and me.stop_force
+        )
         return me, [AskCancel(me.op_gen)] if short else []
     return _begin_stop(me, at)
 
@@ -396,5 +402,5 @@ def _begin_stop(me: Instance, at: int) -> Step:
     effects.append(RefuseWaiters(stop_reason, me.message or "the instance is being stopped"))
     if me.busy and not me.stop_force:
         return me, [*effects, SetStopTimer(me.op_gen, at + me.stop_grace_ns)]
-    me, run = _run(me, Op.STOP)
+    me, run = _run(me, Operation.STOP)
     return me, [*effects, *run]

@@ -21,7 +21,7 @@ class Arrival(Enum):
     FULL = "FULL"
 
 
-class Slots(Generic[T]):
+class ConcurrencyLimiter(Generic[T]):
     """`limit` slots (instanceConcurrency) and a line of at most `max_waiting` tickets, first come first served.
 
     A ticket is in exactly one place: in the line, or counted in `in_flight`, or gone. While `open` is False nothing

@@ -37,7 +37,7 @@ class Metric(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class ActiveWindow:
     """[start, end), wall ns."""
 
     start_ns: int
@@ -52,17 +52,17 @@ class Action:
     """A scheduled action: `target` instances from each firing within the window on."""
 
     name: str
-    window: Window
+    window: ActiveWindow
     schedule: Schedule
     target: int
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class ScalingPolicy:
     """A target tracking policy: between `least` and `most` instances, so that the metric is `goal` (0 < goal <= 1)."""
 
     name: str
-    window: Window
+    window: ActiveWindow
     metric: Metric
     goal: Fraction
     least: int
@@ -77,13 +77,13 @@ class Provisioning:
     """Schedule and policies of a function."""
 
     actions: tuple[Action, ...] = ()
-    policies: tuple[Policy, ...] = ()
+    policies: tuple[ScalingPolicy, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.actions or self.policies)
 
     @property
-    def windows(self) -> tuple[Window, ...]:
+    def windows(self) -> tuple[ActiveWindow, ...]:
         """Of the actions, then of the policies."""
         return (*(one.window for one in self.actions), *(one.window for one in self.policies))
 
@@ -112,7 +112,7 @@ class Fired:
     name: str
     target: int
     at_ns: int
-    window: Window
+    window: ActiveWindow
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +123,13 @@ class Decision:
     decided_by: str = ""
 
 
-def begin(policy: Policy, current: int) -> Tracking:
+def begin(policy: ScalingPolicy, current: int) -> Tracking:
     """A policy becomes active while there are `current` instances that are not stopping."""
     return Tracking(policy.clamp(current))
 
 
 def observe(
-    policy: Policy,
+    policy: ScalingPolicy,
     tracking: Tracking,
     sample: Fraction | None,
     current: int,

@@ -63,7 +63,7 @@ class Scheduling(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class DesiredState:
     """A function's target: so many instances of `revision`. A function being deleted has target 0."""
 
     function: str
@@ -72,7 +72,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Present:
+class ObservedInstance:
     """An instance that has not ended, made by the scheduler. `counted_out`: its node is lost. `scheduling`: of its
     node. `unsteady`: its node is silent or its agent on the way out, or the instance fails its health check.
     `requests`: those it executes and those that wait for it; `idle_ns`: for how long it has had none. `gpus`: those it
@@ -96,7 +96,7 @@ class Present:
 
 
 @dataclass(frozen=True, slots=True)
-class Tries:
+class Attempts:
     """How often an ordinal has been tried: the number of the last attempt, failures in a row since it last came up,
     and the time (monotonic ns) before which there is no further attempt."""
 
@@ -125,7 +125,7 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ReconcilePlan:
     """What to do now, and when to look again though nothing happened (None = no need).
 
     `missing`: ordinals that are wanted and not there, those under way or given up included.
@@ -137,42 +137,42 @@ class Plan:
     creates: tuple[Create, ...] = ()
     stops: tuple[Stop, ...] = ()
     missing: tuple[int, ...] = ()
-    may_give_way: tuple[Present, ...] = ()
+    may_give_way: tuple[ObservedInstance, ...] = ()
     coming: bool = False
     again_at_ns: int | None = None
 
 
-def failed(tries: Tries, attempt: int, at: int) -> Tries:
+def failed(tries: Attempts, attempt: int, at: int) -> Attempts:
     """An attempt ended before its instance came up, or the instance failed later."""
     if attempt < tries.attempt:
         return tries
     wait = min(BACK_OFF_NS << min(tries.failures, 16), BACK_OFF_MAX_NS)
-    return Tries(attempt, tries.failures + 1, at + wait)
+    return Attempts(attempt, tries.failures + 1, at + wait)
 
 
-def passed_over(tries: Tries, attempt: int, at: int) -> Tries:
+def passed_over(tries: Attempts, attempt: int, at: int) -> Attempts:
     """The request_id of an attempt was used up before (the scheduler restarted, and its instance has ended since):
     nothing failed, the next number is tried."""
     if attempt < tries.attempt:
         return tries
-    return Tries(attempt, tries.failures, at + PASS_OVER_NS)
+    return Attempts(attempt, tries.failures, at + PASS_OVER_NS)
 
 
-def came_up(tries: Tries, attempt: int) -> Tries:
+def came_up(tries: Attempts, attempt: int) -> Attempts:
     """The instance of an attempt serves: failures start from nothing again."""
     if attempt < tries.attempt:
         return tries
-    return Tries(attempt, 0, 0)
+    return Attempts(attempt, 0, 0)
 
 
 def plan(
-    wanted: Wanted,
-    present: Iterable[Present],
-    tries: Mapping[int, Tries],
+    wanted: DesiredState,
+    present: Iterable[ObservedInstance],
+    tries: Mapping[int, Attempts],
     under_way: frozenset[int],
     settled: bool,
     at: int,
-) -> Plan:
+) -> ReconcilePlan:
     """What to create and stop for one function.
 
     `present`: its instances that have not ended, of any revision. `tries`: of the wanted revision, by ordinal.
@@ -192,9 +192,9 @@ def plan(
     creates, again = _creates(wanted, missing, known, tries, at)
     leave = _superfluous(wanted, old, kept)
     if not settled:
-        return Plan(missing=(*missing, *sorted(under_way)))
+        return ReconcilePlan(missing=(*missing, *sorted(under_way)))
     leaving = {one.uid for one in leave}
-    return Plan(
+    return ReconcilePlan(
         creates=creates,
         stops=tuple(Stop(one.uid, one.node) for one in (*fresh[:surplus], *leave)),
         missing=(*missing, *sorted(under_way)),
@@ -204,11 +204,11 @@ def plan(
     )
 
 
-def _gone(one: Present) -> bool:
+def _gone(one: ObservedInstance) -> bool:
     return one.counted_out or one.state is InstanceState.STOPPING
 
 
-def _least_useful(one: Present) -> tuple[int, int, int, int, int, str]:
+def _least_useful(one: ObservedInstance) -> tuple[int, int, int, int, int, str]:
     """Who goes first: who has not come up, who is on a node that goes away or is not well, who sleeps, who has nothing
     to do (the longest first), who has the fewest requests; then the highest ordinal."""
     if not one.serving:
@@ -222,14 +222,16 @@ def _least_useful(one: Present) -> tuple[int, int, int, int, int, str]:
     return (use, one.requests, -one.idle_ns, -one.made_by.ordinal, -one.made_by.attempt, one.uid)
 
 
-def _superfluous(wanted: Wanted, old: list[Present], kept: list[Present]) -> list[Present]:
+def _superfluous(
+    wanted: DesiredState, old: list[ObservedInstance], kept: list[ObservedInstance]
+) -> list[ObservedInstance]:
     """At no time are there fewer than `target` for lack of patience, but for what an operator wants gone at once."""
     stay = max(0, wanted.target - sum(one.serving for one in kept))
     leave = old[: max(0, len(old) - stay)]
     return [*leave, *(one for one in old[len(leave) :] if one.scheduling is Scheduling.EMPTIED)]
 
 
-def _missing(short: int, kept: list[Present], under_way: frozenset[int]) -> tuple[int, ...]:
+def _missing(short: int, kept: list[ObservedInstance], under_way: frozenset[int]) -> tuple[int, ...]:
     """The lowest `short` ordinals that are free."""
     held = {one.made_by.ordinal for one in kept} | under_way
     free = (ordinal for ordinal in range(max(0, short) + len(held)) if ordinal not in held)
@@ -237,7 +239,11 @@ def _missing(short: int, kept: list[Present], under_way: frozenset[int]) -> tupl
 
 
 def _creates(
-    wanted: Wanted, missing: tuple[int, ...], known: list[Present], tries: Mapping[int, Tries], at: int
+    wanted: DesiredState,
+    missing: tuple[int, ...],
+    known: list[ObservedInstance],
+    tries: Mapping[int, Attempts],
+    at: int,
 ) -> tuple[tuple[Create, ...], int | None]:
     used: dict[int, int] = {}
     for one in known:
@@ -246,7 +252,7 @@ def _creates(
     creates: list[Create] = []
     again: int | None = None
     for ordinal in missing:
-        tried = tries.get(ordinal, Tries())
+        tried = tries.get(ordinal, Attempts())
         if tried.given_up:
             continue
         if tried.not_before_ns > at:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from agent.core.billing.meter import BillingPolicy, Meter, Placement, Subject
 from agent.core.billing.recovery import resume
-from agent.core.billing.unwritten import LedgerBacklog
-from agent.core.billing.window import Window
+from agent.core.billing.unwritten import UnwrittenWindows
+from agent.core.billing.window import UsageWindow
 from agent.core.errors import HibernodeError
 from agent.core.types import SECOND_NS, FunctionSpec, InstanceState
 from agent.log import get_logger
@@ -27,7 +27,7 @@ REMEMBERED_ENDS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class BillingSettings:
+class BillingOptions:
     """`window_ns`: the longest an open window grows. `backlog`: sealed windows kept in memory before they are merged.
     `batch`: most sealed windows in one transaction. `write_timeout_s`: deadline of one write."""
 
@@ -67,7 +67,7 @@ class Billing:
         *,
         node: str,
         boot_id: str,
-        settings: BillingSettings | None = None,
+        settings: BillingOptions | None = None,
         price_boundaries_wall_ns: Sequence[int] = (),
         card_bytes: Mapping[str, int] | None = None,
         on_written: Callable[[], None] = lambda: None,
@@ -78,14 +78,14 @@ class Billing:
         self._store = store
         self._node = node
         self._boot_id = boot_id
-        self._settings = settings or BillingSettings()
+        self._settings = settings or BillingOptions()
         self._boundaries = tuple(sorted(price_boundaries_wall_ns))
         self._card_bytes = card_bytes or {}
         self._on_written = on_written
         self._meters: dict[str, Meter] = {}
-        self._found: dict[str, Window] = {}
+        self._found: dict[str, UsageWindow] = {}
         self._sums: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
-        self._backlog = LedgerBacklog(self._settings.backlog, self._boundaries)
+        self._backlog = UnwrittenWindows(self._settings.backlog, self._boundaries)
         self._priced_until_wall = clock.wall_ns()
         self._timer: Timer | None = None
         self._flushing: asyncio.Task[bool] | None = None
@@ -109,7 +109,7 @@ class Billing:
             self._complete(window, now, wall, same_process=False)
         self._found.clear()
 
-    def _complete(self, last: Window, now: int, wall: int, *, same_process: bool, goes_on: bool = False) -> int:
+    def _complete(self, last: UsageWindow, now: int, wall: int, *, same_process: bool, goes_on: bool = False) -> int:
         recovered = resume(
             last,
             boot_id=self._boot_id,
@@ -197,12 +197,12 @@ class Billing:
         meter = self._meters.get(uid)
         return 0 if meter is None else max(meter.in_flight, meter.peak.read(self._clock.monotonic_ns()))
 
-    def open_windows(self) -> list[Window]:
+    def open_windows(self) -> list[UsageWindow]:
         """Snapshots of all open windows, now."""
         now = self._clock.monotonic_ns()
         return [meter.open_window(now) for meter in self._meters.values()]
 
-    def unwritten(self) -> list[Window]:
+    def unwritten(self) -> list[UsageWindow]:
         """What the store may not have yet: sealed windows on their way, then the open ones, now."""
         return [*self._backlog.waiting(), *self.open_windows()]
 
@@ -258,7 +258,7 @@ class Billing:
             if new_price or (meter.window_start <= oldest and not self._failures):
                 self._keep(meter.seal(now, wall))
 
-    def _keep(self, window: Window | None) -> None:
+    def _keep(self, window: UsageWindow | None) -> None:
         if window is not None:
             self._backlog.add(window)
             self._sums[window.instance_uid] = _plus(self._sums.get(window.instance_uid, (0, 0, 0)), window)
@@ -301,5 +301,5 @@ class Billing:
         self._reason = reason
 
 
-def _plus(sums: tuple[int, int, int], window: Window) -> tuple[int, int, int]:
+def _plus(sums: tuple[int, int, int], window: UsageWindow) -> tuple[int, int, int]:
     return (sums[0] + window.active_ns, sums[1] + window.idle_ns, sums[2] + window.unbilled_ns)

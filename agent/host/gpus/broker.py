@@ -15,7 +15,7 @@ from typing import assert_never
 from agent.core.errors import ExhaustedError, HibernodeError
 from agent.core.gpus import allocator
 from agent.core.gpus import allocator_events as book_events
-from agent.core.gpus.allocator import Book
+from agent.core.gpus.allocator import GpuAllocator
 from agent.core.gpus.allocator_events import BookEvent
 from agent.core.lifecycle import events as ev
 from agent.core.types import SECOND_NS, Gpu, InstanceState
@@ -31,8 +31,8 @@ END_TIMEOUT_S = 60.0
 """Killing an instance has its own deadlines; past this it is not waited for any more."""
 
 
-class GpuDesk:
-    """Implements `actor.GpuDesk`. `tasks` keeps the proofs under way; `close` ends them."""
+class GpuBroker:
+    """Implements `actor.GpuRequests`. `tasks` keeps the proofs under way; `close` ends them."""
 
     def __init__(
         self,
@@ -49,8 +49,8 @@ class GpuDesk:
         pids_of: Callable[[Actor], set[int]],
     ) -> None:
         self.inventory: Mapping[str, Gpu] = {gpu.uuid: gpu for gpu in inventory}
-        devices = {gpu.uuid: allocator.Device(gpu.uuid, gpu.model) for gpu in inventory}
-        self.book = Book(devices, per_gpu=per_gpu, max_hold_ns=max_hold_ns, migrate=migrate)
+        devices = {gpu.uuid: allocator.AllocatableGpu(gpu.uuid, gpu.model) for gpu in inventory}
+        self.book = GpuAllocator(devices, per_gpu=per_gpu, max_hold_ns=max_hold_ns, migrate=migrate)
         self._release_timeout_s = release_timeout_ns / SECOND_NS
         self._gpus = gpus
         self._clock = clock

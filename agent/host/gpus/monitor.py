@@ -15,7 +15,7 @@ from agent.core.gpus import health
 from agent.core.gpus.health import Effect, LiftCordon, NoAnswer, PutCordon, Sampled
 from agent.core.gpus.xid_codes import meaning_of
 from agent.core.types import SECOND_NS, GpuSample, Xid
-from agent.host.gpus.broker import GpuDesk
+from agent.host.gpus.broker import GpuBroker
 from agent.host.instance.events import EventLog
 from agent.log import get_logger
 from agent.ports import Clock, GpuEvents, Gpus
@@ -26,16 +26,16 @@ STALE_NS = 5 * SECOND_NS
 MAX_XID_COUNTERS = 1000
 
 
-class GpuWatch:
+class GpuMonitor:
     """`run` until cancelled. `xids` counts the events by (GPU, code). `after_sample` runs after every sample that the
-    driver answered (trespass.Trespass.look); its failures are logged. `persistence_is_off` is called for as
+    driver answered (trespass.GpuIsolation.look); its failures are logged. `persistence_is_off` is called for as
     long as a GPU has it off."""
 
     def __init__(
         self,
         gpus: Gpus,
         xid_events: GpuEvents,
-        desk: GpuDesk,
+        desk: GpuBroker,
         events: EventLog,
         clock: Clock,
         *,

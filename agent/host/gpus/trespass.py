@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from agent.core.types import MIB, GpuProcess, Handle
-from agent.host.gpus.broker import GpuDesk
+from agent.host.gpus.broker import GpuBroker
 from agent.host.instance.actor import Actor
 from agent.host.instance.events import EventLog
 from agent.ports import Gpus, Runtime
@@ -21,11 +21,11 @@ LOOKS = 2
 MAX_REMEMBERED = 4096
 
 
-class Trespass:
+class GpuIsolation:
     """`look` once a sample. Only processes of our own instances are ever touched."""
 
     def __init__(
-        self, gpus: Gpus, runtime: Runtime, desk: GpuDesk, actors: Mapping[str, Actor], events: EventLog
+        self, gpus: Gpus, runtime: Runtime, desk: GpuBroker, actors: Mapping[str, Actor], events: EventLog
     ) -> None:
         self._gpus = gpus
         self._runtime = runtime

@@ -22,7 +22,7 @@ from agent.core.errors import (
     UnavailableError,
 )
 from agent.core.types import MILLISECOND_NS, SECOND_NS, InstanceState
-from agent.host.ingress.request import REQUEST_ID, Passage
+from agent.host.ingress.request import REQUEST_ID, ProxiedRequest
 from agent.host.instance.actor import Actor
 from agent.host.instance.waking import wake_up
 from agent.host.node.node import Node
@@ -71,7 +71,7 @@ class Ingress:
             return
         asleep = actor.state is not InstanceState.RUNNING
         runtime = self._node.shell.runtime
-        passage = Passage(exchange, actor, request_id or self._request_ids(), asleep, self._clock, runtime)
+        passage = ProxiedRequest(exchange, actor, request_id or self._request_ids(), asleep, self._clock, runtime)
         try:
             try:
                 await self._enter(exchange, passage, timeout_ns)
@@ -107,7 +107,7 @@ class Ingress:
             raise NotFoundError("INSTANCE_NOT_FOUND", f"no instance {uid!r} on this node")
         return actor
 
-    async def _enter(self, exchange: Exchange, passage: Passage, timeout_ns: int) -> None:
+    async def _enter(self, exchange: Exchange, passage: ProxiedRequest, timeout_ns: int) -> None:
         """A slot of the instance it names; where that is busy and the request may go to any instance of the function
         (`x-hibernode-any`), of whichever has one first."""
         actor = passage.actor

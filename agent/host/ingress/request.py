@@ -16,9 +16,9 @@ from agent.host.ingress.invoke_log import END_WAIT_S, log_result
 from agent.host.instance.actor import Actor
 from agent.http import headers as rules
 from agent.http.exchange import Exchange
-from agent.http.forward import ForwardResult, Outcome, forward, forward_now, prepare
+from agent.http.forward import ForwardResult, forward, forward_now, prepare
 from agent.http.message import Header, ResponseHead
-from agent.http.relay import Relay
+from agent.http.relay import Relay, RelayOutcome
 from agent.ports import Clock, Runtime
 
 MAX_TIMEOUTS_IN_A_ROW = 2
@@ -26,7 +26,7 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _CONTROL_PATHS = (b"/http-invoke", b"/invoke")
 
 
-class Passage:
+class ProxiedRequest:
     """One request. `granted` (or `start`) once, then `run`; `end` at the end, whatever happened."""
 
     __slots__ = (
@@ -150,7 +150,7 @@ class Passage:
             return
         if result.fault is not None:
             raise result.fault
-        if result.outcome is not Outcome.COMPLETE:
+        if result.outcome is not RelayOutcome.COMPLETE:
             await self._unhappy(result)
 
     async def _forwarded(self) -> ForwardResult | None:
@@ -200,18 +200,18 @@ class Passage:
         own = self._own_headers()[1:]  # `fail` says the request id itself
         error: HibernodeError | None = None
         match result.outcome:
-            case Outcome.CONNECT_FAILED:
+            case RelayOutcome.CONNECT_FAILED:
                 error = InstanceError("INSTANCE_CRASHED", "the instance does not accept connections")
                 own.append((b"x-hibernode-refused", b"CONNECT_FAILED"))
-            case Outcome.UPSTREAM_FAILED_BEFORE_HEAD:
+            case RelayOutcome.UPSTREAM_FAILED_BEFORE_HEAD:
                 error = InstanceError("INSTANCE_CRASHED", "the instance closed the connection without an answer")
-            case Outcome.TIMEOUT_BEFORE_HEAD:
+            case RelayOutcome.TIMEOUT_BEFORE_HEAD:
                 _count_timeout(actor)
                 error = DeadlineError(
                     "FUNCTION_TIMEOUT",
                     f"the function did not answer within its timeout of {actor.function.timeout_ns / SECOND_NS:g} s",
                 )
-            case Outcome.CLIENT_FAILED:
+            case RelayOutcome.CLIENT_FAILED:
                 error = result.error
             case _:
                 return  # the client left, or its answer had begun and was cut

@@ -19,7 +19,7 @@ from agent.core.lifecycle import machine
 from agent.core.lifecycle.machine import Instance
 from agent.core.types import FunctionSpec, Handle, InstanceSpec, InstanceState
 from agent.host.instance.events import EventLog
-from agent.host.instance.gate import Gate, RequestMeter
+from agent.host.instance.gate import AdmissionGate, RequestMeter
 from agent.host.instance.hooks import function_headers
 from agent.http.pool import Pool
 from agent.ports import Clock, Timer
@@ -28,12 +28,12 @@ from agent.ports import Clock, Timer
 class Executor(Protocol):
     """Runs the operations of one instance, one at a time, and posts their results back as events."""
 
-    def run(self, op: ev.Op, gen: int) -> None: ...
+    def run(self, op: ev.Operation, gen: int) -> None: ...
 
     def ask_cancel(self, gen: int) -> None: ...
 
 
-class GpuDesk(Protocol):
+class GpuRequests(Protocol):
     """The node loop, as an instance sees it: the GPU book's counter."""
 
     def want(self, actor: Actor, avoid: tuple[str, ...]) -> None: ...
@@ -66,7 +66,7 @@ class Listener(StateListener, Protocol):
 
 
 @dataclass(slots=True)
-class Figures:
+class InstanceFigures:
     """What the instance has done so far. Times in ns; `idle_since_ns` is monotonic."""
 
     create_wall_ns: int = 0
@@ -93,7 +93,7 @@ class Actor:
         *,
         clock: Clock,
         meter: RequestMeter,
-        desk: GpuDesk,
+        desk: GpuRequests,
         listener: Listener,
         events: EventLog,
         max_waiting: int,
@@ -102,7 +102,7 @@ class Actor:
         self.instance = instance
         self.handle_of_container: Handle | None = None
         self.pool: Pool | None = None
-        self.figures = Figures(create_wall_ns=clock.wall_ns(), state_wall_ns=clock.wall_ns())
+        self.figures = InstanceFigures(create_wall_ns=clock.wall_ns(), state_wall_ns=clock.wall_ns())
         self.gpu_uuids: tuple[str, ...] = ()
         self.healthy = True
         self.adopted = False
@@ -110,7 +110,7 @@ class Actor:
         self.ended = asyncio.Event()
         self.context_headers = function_headers(spec.function)
         self.executor: Executor
-        self.gate = Gate(
+        self.gate = AdmissionGate(
             spec.function.instance_concurrency,
             max_waiting,
             spec.function.queue_timeout_ns,
@@ -174,13 +174,13 @@ class Actor:
         """One more command is about to run inside: the instance is not frozen until the `leave` that follows."""
         self._visitors += 1
         if self._visitors == 1:
-            self.handle(ev.Visited(inside=True))
+            self.handle(ev.ExecActive(inside=True))
 
     def leave(self) -> None:
         """That command has ended."""
         self._visitors -= 1
         if self._visitors == 0 and not self._closed:
-            self.handle(ev.Visited(inside=False))
+            self.handle(ev.ExecActive(inside=False))
 
     def set_healthy(self, healthy: bool) -> None:
         """What the custom health check found; others get the requests meanwhile, so it is reported."""
@@ -194,16 +194,16 @@ class Actor:
             self._listener.fitness_changed(self)
 
     def gate_busy(self) -> None:
-        self.handle(ev.Busy())
+        self.handle(ev.FirstRequestStarted())
 
     def gate_quiet(self) -> None:
-        self.handle(ev.Quiet())
+        self.handle(ev.LastRequestEnded())
 
     def gate_wanted(self) -> None:
-        self.handle(ev.Wanted())
+        self.handle(ev.WaitersAppeared())
 
     def gate_unwanted(self) -> None:
-        self.handle(ev.Unwanted())
+        self.handle(ev.WaitersGone())
 
     # ---- stepping -----------------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ class Actor:
                 self._desk.withdraw(self)
             case ev.Release():
                 self._desk.release(self)
-            case ev.BookRefused():
+            case ev.OrderedFreezeRefused():
                 self._desk.refused(self)
             case ev.Became(idle, preemptible_at_ns):
                 self._desk.became(self, idle, preemptible_at_ns)

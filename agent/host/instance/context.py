@@ -11,7 +11,7 @@ from agent.core.errors import HibernodeError, PreconditionError
 from agent.core.lifecycle.machine import CANCELLED
 from agent.core.types import Handle
 from agent.host.instance.events import EventLog
-from agent.host.instance.memory_reservations import MemoryDesk
+from agent.host.instance.memory_reservations import MemoryReservations
 from agent.http.errors import RequestIds
 from agent.ports import Clock, Freezer, InstanceStore, Runtime
 
@@ -21,14 +21,14 @@ REMOVED_LATER = frozenset({"ENGINE_UNAVAILABLE", "REMOVE_FAILED"})
 
 
 @dataclass(frozen=True, slots=True)
-class Shell:
+class InstanceContext:
     """The ports and the settings. `gpu_models`: the host's GPUs, uuid -> model. `store_problem` says why the store
     fails, "" while it works: no freeze begins without it (DESIGN section 4)."""
 
     clock: Clock
     runtime: Runtime
     freezer: Freezer
-    memory: MemoryDesk
+    memory: MemoryReservations
     store: InstanceStore
     events: EventLog
     request_ids: RequestIds

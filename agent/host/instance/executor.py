@@ -17,9 +17,8 @@ from agent.core.lifecycle.machine import CANCELLED
 from agent.core.types import SECOND_NS, Exit, Handle
 from agent.host.instance import hooks
 from agent.host.instance.actor import Actor
-from agent.host.instance.context import Shell as Shell  # noqa: PLC0414 (re-exported)
-from agent.host.instance.context import unless_cancelled
-from agent.host.instance.freezing import Sleep
+from agent.host.instance.context import InstanceContext, unless_cancelled
+from agent.host.instance.freezing import FreezeOperations
 from agent.host.instance.health import HealthProbe
 from agent.http.limits import UpstreamLimits
 from agent.http.pool import Pool
@@ -33,7 +32,7 @@ KILL_ATTEMPTS = 3
 class InstanceExecutor:
     """Implements `actor.Executor` for one actor. `record` is what the store holds of it."""
 
-    def __init__(self, actor: Actor, record: InstanceRecord, shell: Shell) -> None:
+    def __init__(self, actor: Actor, record: InstanceRecord, shell: InstanceContext) -> None:
         self._actor = actor
         self._shell = shell
         self.record = record
@@ -41,21 +40,21 @@ class InstanceExecutor:
         self._task: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._exit: Exit | None = None
-        self._op: ev.Op | None = None
+        self._op: ev.Operation | None = None
         self._gen = -1
         self._cancel = asyncio.Event()
         self._closed = False
         self._health = HealthProbe(actor)
-        self._sleep = Sleep(actor, shell, self._health, self._note_vram, self._save_placement)
+        self._sleep = FreezeOperations(actor, shell, self._health, self._note_vram, self._save_placement)
         self._log = get_logger()
 
     # ---- the port -----------------------------------------------------------------------------------------------
 
-    def run(self, op: ev.Op, gen: int) -> None:
+    def run(self, op: ev.Operation, gen: int) -> None:
         """Start `op` as soon as the operation before it has ended. DESTROY cuts that one short."""
         if self._closed:
             return
-        if op is ev.Op.DESTROY:
+        if op is ev.Operation.DESTROY:
             self._cancel.set()
         self._op, self._gen, self._cancel = op, gen, asyncio.Event()
         work = self._after(self._task, op, gen, self._cancel)
@@ -72,11 +71,11 @@ class InstanceExecutor:
         A pull or a start is given up: the next agent makes that container anew.
         """
         await self._health.pause()
-        if self._op is ev.Op.LOCK:
+        if self._op is ev.Operation.LOCK:
             self._cancel.set()
         try:
             async with asyncio.timeout(self._shell.stop_timeout_s):
-                beginning = (ev.Op.PREPARE, ev.Op.START)
+                beginning = (ev.Operation.PREPARE, ev.Operation.START)
                 while self._task is not None and not self._task.done() and self._op not in beginning:
                     await asyncio.wait([self._task])  # what follows from it is another task
         except TimeoutError:
@@ -90,10 +89,12 @@ class InstanceExecutor:
         if self._actor.pool is not None:
             self._actor.pool.close()
 
-    async def _after(self, earlier: asyncio.Task[None] | None, op: ev.Op, gen: int, cancel: asyncio.Event) -> None:
+    async def _after(
+        self, earlier: asyncio.Task[None] | None, op: ev.Operation, gen: int, cancel: asyncio.Event
+    ) -> None:
         if earlier is not None and not earlier.done():
             handle = self._actor.handle_of_container
-            if op is ev.Op.DESTROY and handle is not None:
+            if op is ev.Operation.DESTROY and handle is not None:
                 await self._kill(handle)  # whatever the earlier operation waits for ends with it
             await asyncio.wait([earlier])  # each has its own deadlines
         try:
@@ -105,23 +106,23 @@ class InstanceExecutor:
             answer = ev.Broken(gen, "INTERNAL", f"{op.value} failed unexpectedly: {type(error).__name__}")
         self._actor.handle(answer)
 
-    async def _dispatch(self, op: ev.Op, gen: int, cancel: asyncio.Event) -> ev.Event:
+    async def _dispatch(self, op: ev.Operation, gen: int, cancel: asyncio.Event) -> ev.Event:
         match op:
-            case ev.Op.PREPARE:
+            case ev.Operation.PREPARE:
                 return await self._prepare(gen, cancel)
-            case ev.Op.START:
+            case ev.Operation.START:
                 return await self._start(gen, cancel)
-            case ev.Op.LOCK:
+            case ev.Operation.LOCK:
                 return await self._sleep.lock(self._handle(), gen, cancel)
-            case ev.Op.CHECKPOINT:
+            case ev.Operation.CHECKPOINT:
                 return await self._sleep.checkpoint(self._handle(), gen)
-            case ev.Op.UNLOCK:
+            case ev.Operation.UNLOCK:
                 return await self._sleep.unlock(self._handle(), gen)
-            case ev.Op.WAKE:
+            case ev.Operation.WAKE:
                 return await self._sleep.wake(self._handle(), gen)
-            case ev.Op.STOP:
+            case ev.Operation.STOP:
                 return await self._stop(gen, cancel)
-            case ev.Op.DESTROY:
+            case ev.Operation.DESTROY:
                 return await self._end(gen)
             case _:
                 assert_never(op)
@@ -232,7 +233,7 @@ class InstanceExecutor:
             return
         reason = "OUT_OF_MEMORY" if ended.oom_killed else "INSTANCE_CRASHED"
         message = f"the container's main process ended: {_how_it_ended(ended)}"
-        if self._actor.instance.op is ev.Op.START:
+        if self._actor.instance.op is ev.Operation.START:
             reason = reason if ended.oom_killed else "FUNCTION_NOT_STARTED"
             message = f"{message} {await self._log_tail(handle)}"
         self._actor.handle(ev.Exited(reason, message))

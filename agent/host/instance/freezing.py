@@ -18,7 +18,7 @@ from agent.core.lifecycle.machine import CANCELLED, PRE_FREEZE_FAILED
 from agent.core.types import Handle
 from agent.host.instance import hooks
 from agent.host.instance.actor import Actor
-from agent.host.instance.context import Shell, unless_cancelled
+from agent.host.instance.context import InstanceContext, unless_cancelled
 from agent.host.instance.health import HealthProbe
 from agent.http.pool import Pool
 from agent.ports import FreezeResult, Outcome
@@ -29,7 +29,7 @@ CONNECT_AFTER_S = 0.0015
 and the handshake in front of it costs the wake 0.4 ms. After that the loop has nothing to do."""
 
 
-class Sleep:
+class FreezeOperations:
     """`note_vram` measures the instance before a freeze. `save_placement` makes durable on which GPUs it is: of a
     frozen one nobody could tell any more (an awake one is seen by NVML, so a move itself waits for no disk).
 
@@ -39,7 +39,7 @@ class Sleep:
     def __init__(
         self,
         actor: Actor,
-        shell: Shell,
+        shell: InstanceContext,
         health: HealthProbe,
         note_vram: Callable[[Handle], Awaitable[None]],
         save_placement: Callable[[], Awaitable[None]],

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError
-from agent.core.lifecycle.slots import Arrival, Slots
-from agent.host.line import Line
+from agent.core.lifecycle.slots import Arrival, ConcurrencyLimiter
+from agent.host.line import FunctionQueue
 from agent.ports import Clock
 
 
@@ -36,7 +36,7 @@ class GateListener(Protocol):
     def gate_unwanted(self) -> None: ...
 
 
-class Gate:
+class AdmissionGate:
     """See the module. `try_enter` and `leave` bracket a request; everything else is called by the actor.
 
     `line`: where requests wait that other instances of the function may serve as well; `shunned`: none of them come
@@ -54,12 +54,12 @@ class Gate:
         meter: RequestMeter,
         listener: GateListener,
     ) -> None:
-        self._slots: Slots[asyncio.Future[None]] = Slots(concurrency, max_waiting)
+        self._slots: ConcurrencyLimiter[asyncio.Future[None]] = ConcurrencyLimiter(concurrency, max_waiting)
         self._clock = clock
         self._meter = meter
         self._listener = listener
         self.queue_timeout_ns = queue_timeout_ns
-        self.line: Line | None = None
+        self.line: FunctionQueue | None = None
         self.shunned = False
 
     @property

@@ -32,7 +32,7 @@ class ImageSize:
 UNMEASURED = ImageSize()
 
 
-class MemoryDesk:
+class MemoryReservations:
     """All reservations of this node; one writer, on the loop."""
 
     def __init__(

@@ -20,7 +20,7 @@ from agent.host.instance.events import EventLog
 from agent.host.instance.waking import raise_if_failed
 from agent.host.node.node import Node
 from agent.host.node.pauses import paused_by_others
-from agent.host.node.stream_limits import LongCalls
+from agent.host.node.stream_limits import StreamLimits
 from agent.ports import Clock, ExecSession, ExecSpec, Runtime
 
 MAX_SESSIONS = 8
@@ -32,14 +32,14 @@ _ASLEEP = (InstanceState.FREEZING, InstanceState.FROZEN, InstanceState.WAITING_G
 
 
 @dataclass(slots=True)
-class Visit:
+class OpenExec:
     """A command under way. Whoever runs it says how it ended, if he gets to know."""
 
     session: ExecSession
     exit_code: int | None = None
 
 
-class ExecDesk:
+class ExecSessions:
     """See the module. `close` when the agent leaves."""
 
     def __init__(
@@ -56,14 +56,14 @@ class ExecDesk:
         self._runtime = runtime
         self._events = events
         self._clock = clock
-        self._calls = LongCalls("commands inside instances (`hibernode exec`)", most, longest_s)
+        self._calls = StreamLimits("commands inside instances (`hibernode exec`)", most, longest_s)
 
     @asynccontextmanager
-    async def visit(self, uid: str, spec: ExecSpec, *, wake: bool, caller: str) -> AsyncIterator[Visit]:
+    async def visit(self, uid: str, spec: ExecSpec, *, wake: bool, caller: str) -> AsyncIterator[OpenExec]:
         """Run a command inside; leaving the block ends it. With `wake` a sleeper is woken first.
 
         Raises NotFoundError; PreconditionError INSTANCE_FROZEN, EXTERNALLY_FROZEN, NOT_RUNNING, EXEC_UNAVAILABLE;
-        DeadlineError WAKE_TIMEOUT; what the runtime raises; and as `LongCalls.one` does.
+        DeadlineError WAKE_TIMEOUT; what the runtime raises; and as `StreamLimits.one` does.
         """
         actor = self._node.get(uid)
         async with self._calls.one() as limit:
@@ -88,7 +88,9 @@ class ExecDesk:
         _refuse(actor, wake=False)
 
     @asynccontextmanager
-    async def _session(self, actor: Actor, spec: ExecSpec, caller: str, limit: asyncio.Timeout) -> AsyncIterator[Visit]:
+    async def _session(
+        self, actor: Actor, spec: ExecSpec, caller: str, limit: asyncio.Timeout
+    ) -> AsyncIterator[OpenExec]:
         handle = actor.handle_of_container
         if handle is None:
             raise PreconditionError("NOT_RUNNING", f"instance {actor.uid} has no container (any more)")
@@ -103,10 +105,10 @@ class ExecDesk:
             caller=caller,
             **({"user": spec.user} if spec.user else {}),
         )
-        visit: Visit | None = None
+        visit: OpenExec | None = None
         cut = ""
         try:
-            visit = Visit(await self._runtime.exec(handle, spec))
+            visit = OpenExec(await self._runtime.exec(handle, spec))
             yield visit
         except HibernodeError as error:
             cut = error.reason

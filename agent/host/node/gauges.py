@@ -19,7 +19,7 @@ from agent.log import get_logger
 PERIOD_S = 1.0
 
 
-class InstanceReader(Protocol):
+class UsageReader(Protocol):
     """The host's accounts of instances."""
 
     async def read(self, handles: Sequence[Handle]) -> Mapping[str, InstanceReading]:
@@ -31,7 +31,7 @@ class Gauges:
 
     def __init__(
         self,
-        reader: InstanceReader,
+        reader: UsageReader,
         actors: Mapping[str, Actor],
         vram: Callable[[], Mapping[str, int]] = dict,
         period_s: float = PERIOD_S,

@@ -13,13 +13,14 @@ from agent.core.gpus import allocator_events as book_events
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle.machine import Instance
 from agent.core.types import FunctionSpec, Gpu, GpuNeed, IdleMode, InstanceSpec, InstanceState
-from agent.host.gpus.broker import GpuDesk
+from agent.host.gpus.broker import GpuBroker
 from agent.host.instance.actor import Actor, StateListener
+from agent.host.instance.context import InstanceContext
 from agent.host.instance.events import EventLog
-from agent.host.instance.executor import InstanceExecutor, Shell
+from agent.host.instance.executor import InstanceExecutor
 from agent.host.instance.gate import RequestMeter
-from agent.host.instance.memory_reservations import UNMEASURED, ImageSize, MemoryDesk
-from agent.host.line import Line
+from agent.host.instance.memory_reservations import UNMEASURED, ImageSize, MemoryReservations
+from agent.host.line import FunctionQueue
 from agent.ports import Clock, Gpus, InstanceRecord
 
 ENDED_KEPT = 200
@@ -62,7 +63,7 @@ class Node:
         *,
         clock: Clock,
         gpus: Gpus,
-        memory: MemoryDesk,
+        memory: MemoryReservations,
         events: EventLog,
         meters: Meters,
         new_uid: Callable[[], str],
@@ -70,11 +71,11 @@ class Node:
         self.actors: dict[str, Actor] = {}
         self.ended: OrderedDict[str, Actor] = OrderedDict()
         self.executors: dict[str, InstanceExecutor] = {}
-        self.lines: dict[str, Line] = {}
+        self.lines: dict[str, FunctionQueue] = {}
         self.listeners: list[StateListener] = []
         self.draining = False
         self.memory = memory
-        self.desk = GpuDesk(
+        self.desk = GpuBroker(
             inventory,
             per_gpu=settings.per_gpu,
             max_hold_ns=settings.max_hold_ns,
@@ -86,7 +87,7 @@ class Node:
             actor_of=self.actors.get,
             pids_of=self._pids_of,
         )
-        self.shell: Shell
+        self.shell: InstanceContext
         self._settings = settings
         self._clock = clock
         self._events = events
@@ -230,7 +231,7 @@ class Node:
         executor = InstanceExecutor(actor, record, self.shell)
         actor.executor = executor
         self.actors[spec.uid] = actor
-        self.lines.setdefault(function.name, Line(self._settings.max_waiting)).join(actor)
+        self.lines.setdefault(function.name, FunctionQueue(self._settings.max_waiting)).join(actor)
         self.executors[spec.uid] = executor
         if spec.request_id:
             self._by_request[spec.request_id] = spec.uid

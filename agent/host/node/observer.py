@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from agent.core.lifecycle.events import Op
+from agent.core.lifecycle.events import Operation
 from agent.core.lifecycle.machine import PAUSED
 from agent.core.snapshots import CapabilityLine, GpuSnapshot, InstanceReading, InstanceSnapshot, NodeSnapshot
 from agent.core.types import GpuSample, InstanceState
@@ -16,7 +16,7 @@ from agent.ports import Clock, DriverInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class NodeIdentity:
     """What does not change while the agent runs."""
 
     name: str
@@ -39,7 +39,7 @@ class Observer:
     def __init__(
         self,
         node: Node,
-        identity: Identity,
+        identity: NodeIdentity,
         clock: Clock,
         totals: Callable[[str], tuple[int, int, int]],
         figures: Callable[[], Mapping[str, GpuSample]] = dict,
@@ -89,7 +89,7 @@ class Observer:
             wake_estimate_ns=figures.wake_estimate_ns,
             idle_for_ns=max(0, self._clock.monotonic_ns() - figures.idle_since_ns) if idle else 0,
             freeze_cancellable=instance.state is InstanceState.FREEZING
-            and instance.op is Op.LOCK
+            and instance.op is Operation.LOCK
             and not instance.ordered,
             active_ns=active_ns,
             idle_ns=idle_ns,

@@ -24,7 +24,7 @@ ASK_AGAIN_S = 0.25
 
 
 @dataclass(slots=True)
-class Found:
+class RecoverySummary:
     """What a recovery found, for the log and the tests."""
 
     running: int = 0
@@ -53,11 +53,11 @@ class Recovery:
         self._known_gpus = known_gpus
         self._deadline_s = instance_deadline_s
         self._ask_again_s = ask_again_s
-        self.found = Found()
+        self.found = RecoverySummary()
         self._cold: list[Actor] = []
         self._log = get_logger()
 
-    async def run(self) -> Found:
+    async def run(self) -> RecoverySummary:
         """Adopt, finish, restart or clean up every instance of this state directory, in parallel."""
         records = await self._shell.store.load_instances()
         handles = {handle.uid: handle for handle in await self._shell.runtime.list_handles()}
@@ -184,7 +184,7 @@ class Recovery:
         executor.resume_health()
         self.found.running += 1
         self._note(actor.uid, "RUNNING")
-        actor.handle(ev.Unwanted())  # settle: idle until the first request
+        actor.handle(ev.WaitersGone())  # settle: idle until the first request
 
     async def _places(self, record: InstanceRecord, pids: set[int]) -> tuple[str, ...]:
         """The GPUs that an awake instance is on. A move is written down at its next freeze only: where instances move,

@@ -12,7 +12,7 @@ from agent.core.errors import DeadlineError, ExhaustedError, UnavailableError
 CLOSE_DEADLINE_S = 10.0
 
 
-class LongCalls:
+class StreamLimits:
     """`most` at once, each for `longest_s`; `what` is their name in errors ("commands inside instances")."""
 
     def __init__(self, what: str, most: int, longest_s: float) -> None:

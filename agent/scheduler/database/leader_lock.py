@@ -34,7 +34,7 @@ _HELD = sa.text(
 ).bindparams(sa.bindparam("key", _KEY, sa.BigInteger))
 
 
-class Lead:
+class LeaderLock:
     """One lock per database. All statements run in one thread, on one connection."""
 
     def __init__(self, url: str, *, look_s: float = LOOK_S, deadline_s: float = DEADLINE_S) -> None:

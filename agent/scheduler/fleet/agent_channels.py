@@ -9,7 +9,7 @@ from agent.core.errors import UnavailableError
 from agent.wire.clients import DaemonChannel
 
 
-class Links:
+class AgentChannels:
     """Channels by node. `address_of` gives a node's registered gRPC address, "" while unknown."""
 
     def __init__(self, tokens: Mapping[str, str], address_of: Callable[[str], str], insecure: bool = False) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from agent.core.dispatch.events import Event, InstanceGone, NodeLost, NodeSuspect
-from agent.core.dispatch.index import Standing
+from agent.core.dispatch.index import NodeStanding
 from agent.core.errors import InvalidArgumentError, PreconditionError
 from agent.core.provisioning.reconcile import Scheduling
 from agent.core.types import SECOND_NS
@@ -53,7 +53,7 @@ class NodeRecord:
     """
 
     name: str
-    standing: Standing
+    standing: NodeStanding
     heard_ns: int
     peer: str = ""
     wall_ns: int = 0
@@ -110,7 +110,7 @@ class Fleet:
 
     def expect(self, name: str) -> None:
         """A node known from before a restart of the scheduler: it has `lost_ns` to show up."""
-        self._nodes.setdefault(name, NodeRecord(name, Standing.SUSPECT, self._clock.monotonic_ns()))
+        self._nodes.setdefault(name, NodeRecord(name, NodeStanding.SUSPECT, self._clock.monotonic_ns()))
 
     def opened(self, name: str, peer: str = "127.0.0.1") -> int:
         """A load stream of `name` began at the machine `peer`: with its first message it takes the place of an older
@@ -118,7 +118,7 @@ class Fleet:
         self._streams += 1
         node = self._nodes.get(name)
         if node is None:
-            node = self._nodes[name] = NodeRecord(name, Standing.SUSPECT, self._clock.monotonic_ns())
+            node = self._nodes[name] = NodeRecord(name, NodeStanding.SUSPECT, self._clock.monotonic_ns())
             self._met(name)
         node.opening[self._streams] = peer
         return self._streams
@@ -175,8 +175,8 @@ class Fleet:
         now = self._clock.monotonic_ns()
         for node in self._nodes.values():
             silent = now - node.heard_ns
-            if silent >= self._lost_ns and node.standing is not Standing.LOST:
-                node.standing = Standing.LOST
+            if silent >= self._lost_ns and node.standing is not NodeStanding.LOST:
+                node.standing = NodeStanding.LOST
                 _log.warning("fleet.node_lost", node=node.name, silent_ms=silent // 1_000_000)
                 self._tell(NodeLost(node.name))
                 self._changed()
@@ -192,7 +192,7 @@ class Fleet:
 
     def settled(self) -> bool:
         """Every known node has said what it has, or is lost: what isn't in the table does not exist."""
-        return all(node.settled or node.standing is Standing.LOST for node in self._nodes.values())
+        return all(node.settled or node.standing is NodeStanding.LOST for node in self._nodes.values())
 
     def scheduling(self, name: str) -> Scheduling:
         """What an operator has asked of a node."""
@@ -309,7 +309,7 @@ class Fleet:
 
     def _rise(self, node: NodeRecord, message: ReportLoadRequest) -> None:
         """A heartbeat, or anything from a node that was silent: it is back, as far as it says so itself."""
-        back = node.standing in (Standing.SUSPECT, Standing.LOST)
+        back = node.standing in (NodeStanding.SUSPECT, NodeStanding.LOST)
         if not message.HasField("load") and not back:
             return
         if not node.load.state:
@@ -318,7 +318,7 @@ class Fleet:
             return
         node.unreachable_ns = 0
         event = node_reported(node.name, node.epoch, node.registration, node.load, node.gpus)
-        standing = Standing.DRAINING if event.draining else Standing.READY
+        standing = NodeStanding.DRAINING if event.draining else NodeStanding.READY
         if node.standing is not standing:
             node.standing = standing
             _log.info("fleet.node_heard", node=node.name, standing=standing.value)
@@ -326,9 +326,9 @@ class Fleet:
         self._tell(event)
 
     def _suspect(self, node: NodeRecord, why: str) -> None:
-        if node.standing in (Standing.SUSPECT, Standing.LOST):
+        if node.standing in (NodeStanding.SUSPECT, NodeStanding.LOST):
             return
-        node.standing = Standing.SUSPECT
+        node.standing = NodeStanding.SUSPECT
         _log.warning("fleet.node_suspect", node=node.name, why=why)
         self._tell(NodeSuspect(node.name))
         self._changed()

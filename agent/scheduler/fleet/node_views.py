@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from agent.core.dispatch.index import Standing
+from agent.core.dispatch.index import NodeStanding
 from agent.core.provisioning.placement import GpuView, NodeView
 from agent.core.provisioning.reconcile import Scheduling
 from agent.core.types import FunctionSpec
@@ -13,9 +13,9 @@ from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
 from agent.v1.types_pb2 import Gpu
 
 _UNAVAILABLE = {
-    Standing.SUSPECT: "is silent",
-    Standing.LOST: "is lost",
-    Standing.DRAINING: "is shutting down",
+    NodeStanding.SUSPECT: "is silent",
+    NodeStanding.LOST: "is lost",
+    NodeStanding.DRAINING: "is shutting down",
 }
 _ANYTHING = FunctionSpec("")
 """Of a function that is not deployed any more: one GPU."""
@@ -70,6 +70,6 @@ def _view(
 def _unavailable(node: NodeRecord, scheduling: Scheduling) -> str:
     if scheduling is not Scheduling.NORMAL:
         return "is cordoned" if scheduling is Scheduling.CORDONED else "is drained"
-    if node.standing is Standing.DRAINING and node.recovering:
+    if node.standing is NodeStanding.DRAINING and node.recovering:
         return "is recovering"
     return _UNAVAILABLE.get(node.standing, "")

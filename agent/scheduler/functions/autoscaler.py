@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from agent.core.dispatch.dispatcher import Dispatcher
-from agent.core.dispatch.index import Standing
+from agent.core.dispatch.index import NodeStanding
 from agent.core.provisioning.autoscaling import (
     Action,
     Fired,
     Metric,
     Patience,
-    Policy,
     Provisioning,
+    ScalingPolicy,
     Tracking,
     begin,
     decide,
@@ -39,7 +39,7 @@ from agent.log import get_logger
 from agent.ports import Clock
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
 from agent.scheduler.functions.catalog import Catalog, Deployed
-from agent.scheduler.functions.scaling_metrics import Gauge, Meter, View
+from agent.scheduler.functions.scaling_metrics import Gauge, ScalingMetrics, View
 from agent.v1.scheduler_service_pb2 import NodeLoad
 from agent.v1.types_pb2 import Instance
 
@@ -83,13 +83,13 @@ class _Following:
 
     provisioning: Provisioning
     timers: list[_Timer]
-    tracking: dict[Policy, Tracking] = field(default_factory=dict)
+    tracking: dict[ScalingPolicy, Tracking] = field(default_factory=dict)
     metrics: dict[Metric, Fraction | None] = field(default_factory=dict)
-    meter: Meter | None = None
-    active: tuple[Policy, ...] = ()
+    meter: ScalingMetrics | None = None
+    active: tuple[ScalingPolicy, ...] = ()
 
 
-class Scaler:
+class Autoscaler:
     """Looks until cancelled. `changed` is called when a target has changed."""
 
     def __init__(
@@ -184,14 +184,14 @@ class Scaler:
             return
         leases = self._dispatcher.lease_time_ns(function.spec.name, at)
         if following.meter is None:
-            following.meter = Meter(at, leases, view)
+            following.meter = ScalingMetrics(at, leases, view)
             return
         following.meter.look(at, view)
         if at - following.meter.began_ns < self._period_ns:
             return
         samples = following.meter.samples(leases, function.spec.vcpu_millis)
         average, blind = following.meter.average(), following.meter.blind
-        following.meter = Meter(at, leases, view)
+        following.meter = ScalingMetrics(at, leases, view)
         following.metrics = dict(samples)
         for policy, tracking in following.tracking.items():
             sample = samples[policy.metric]
@@ -222,22 +222,24 @@ class Scaler:
 
     def _late_are_back(self) -> bool:
         """Whether nodes have come of which nothing had been heard since the start when they were given up for lost."""
-        self._late |= {node.name for node in self._fleet.nodes() if node.standing is Standing.LOST and not node.wall_ns}
+        self._late |= {
+            node.name for node in self._fleet.nodes() if node.standing is NodeStanding.LOST and not node.wall_ns
+        }
         back = set(filter(self._is_back, self._late))
         self._late -= back
         return bool(back)
 
     def _is_back(self, name: str) -> bool:
         node = self._fleet.node(name)
-        return node is not None and node.settled and node.standing is not Standing.LOST
+        return node is not None and node.settled and node.standing is not NodeStanding.LOST
 
     def _views(self, functions: Mapping[str, Deployed]) -> dict[str, View]:
         views = {name: View() for name in functions}
         nodes = self._fleet.nodes()
         for node in nodes:
-            if node.standing is Standing.LOST:
+            if node.standing is NodeStanding.LOST:
                 continue
-            heard = node.settled and node.standing in (Standing.READY, Standing.DRAINING)
+            heard = node.settled and node.standing in (NodeStanding.READY, NodeStanding.DRAINING)
             for uid, load in node.instances.items():
                 view = views.get(load.function)
                 if view is None or load.state in _GOING:

@@ -1,6 +1,6 @@
 """What is known of one function's instances beyond the fleet's table: attempts, calls under way, what is being stopped.
 
-`Progress` is told what calls came to and what the fleet reports, and keeps the books that
+`ProvisionState` is told what calls came to and what the fleet reports, and keeps the books that
 `core/provisioning/reconcile.py` decides from. It makes no calls.
 """
 
@@ -10,7 +10,15 @@ from dataclasses import dataclass, field, replace
 
 from agent.core.errors import ConflictError, DeadlineError, ExhaustedError, HibernodeError, UnavailableError
 from agent.core.provisioning.placement import Unplaceable
-from agent.core.provisioning.reconcile import Plan, Present, RequestId, Tries, came_up, failed, passed_over
+from agent.core.provisioning.reconcile import (
+    Attempts,
+    ObservedInstance,
+    ReconcilePlan,
+    RequestId,
+    came_up,
+    failed,
+    passed_over,
+)
 from agent.core.types import SECOND_NS, InstanceState
 from agent.log import get_logger
 from agent.scheduler.fleet.fleet import Fleet
@@ -32,7 +40,7 @@ _log = get_logger()
 
 
 @dataclass(slots=True, eq=False)
-class Progress:
+class ProvisionState:
     """Ordinals are those of `revision`.
 
     `unsure`: the node of a create without an answer, by ordinal: it is asked again there, or there might be two.
@@ -43,10 +51,10 @@ class Progress:
 
     revision: str = ""
     deploys: int = 0
-    tries: dict[int, Tries] = field(default_factory=dict)
+    tries: dict[int, Attempts] = field(default_factory=dict)
     under_way: dict[int, str] = field(default_factory=dict)
     unsure: dict[int, str] = field(default_factory=dict)
-    answered: dict[str, tuple[Present, int]] = field(default_factory=dict)
+    answered: dict[str, tuple[ObservedInstance, int]] = field(default_factory=dict)
     alive: dict[str, RequestId] = field(default_factory=dict)
     stopping: set[str] = field(default_factory=set)
     retired: set[str] = field(default_factory=set)
@@ -60,9 +68,9 @@ class Progress:
             self.under_way, self.unsure, self.last_failure, self.gave_way = {}, {}, None, -1
         if self.deploys != deploys:
             self.deploys, self.last_failure, self.gave_way = deploys, None, -1
-            self.tries = {ordinal: Tries(tried.attempt) for ordinal, tried in self.tries.items()}
+            self.tries = {ordinal: Attempts(tried.attempt) for ordinal, tried in self.tries.items()}
 
-    def learn(self, reported: dict[str, Present], fleet: Fleet, now: int) -> list[Present]:
+    def learn(self, reported: dict[str, ObservedInstance], fleet: Fleet, now: int) -> list[ObservedInstance]:
         """Who lives, those included whose create was answered before their first report; who came up, who ended."""
         for uid in [uid for uid in self.answered if uid in reported]:
             del self.answered[uid]
@@ -82,10 +90,10 @@ class Progress:
         for one in alive.values():
             if one.serving and one.made_by.revision == self.revision:
                 ordinal = one.made_by.ordinal
-                self.tries[ordinal] = came_up(self.tries.get(ordinal, Tries()), one.made_by.attempt)
+                self.tries[ordinal] = came_up(self.tries.get(ordinal, Attempts()), one.made_by.attempt)
         return list(alive.values())
 
-    def serving(self, here: list[Present]) -> int:
+    def serving(self, here: list[ObservedInstance]) -> int:
         """How many of the revision have come up."""
         return sum(one.serving and one.made_by.revision == self.revision for one in here)
 
@@ -93,7 +101,7 @@ class Progress:
         """A create was answered."""
         state = state_from_proto(instance.state)
         _log.info("provision.created", request_id=str(made_by), uid=instance.uid, node=node)
-        tried = self.tries.get(made_by.ordinal, Tries())
+        tried = self.tries.get(made_by.ordinal, Attempts())
         if state in HAS_ENDED:
             old = wall_ns - time_from_proto(instance.create_time) > OLD_NS
             self.tries[made_by.ordinal] = (passed_over if old else failed)(tried, made_by.attempt, now)
@@ -101,12 +109,12 @@ class Progress:
             return
         self.tries[made_by.ordinal] = replace(tried, attempt=max(tried.attempt, made_by.attempt))
         if fleet.instance(instance.uid) is None:
-            one = Present(instance.uid, node, made_by, InstanceState.STARTING)
+            one = ObservedInstance(instance.uid, node, made_by, InstanceState.STARTING)
             self.answered[instance.uid] = (one, now + REPORT_DUE_NS)
 
     def not_created(self, made_by: RequestId, error: HibernodeError, node: str, now: int) -> None:
         """A create failed, or nobody knows what became of it."""
-        tried = self.tries.get(made_by.ordinal, Tries())
+        tried = self.tries.get(made_by.ordinal, Attempts())
         if isinstance(error, ExhaustedError) or error.reason == "HOST_MEMORY_SHORT":
             # Its host is full, which is no fault of the function's and may pass.
             self.tries[made_by.ordinal] = replace(tried, not_before_ns=now + RETRY_NS)
@@ -121,7 +129,7 @@ class Progress:
         self.last_failure = Problem(error.reason, error.message, hopeless=False)
         _log.warning("provision.create_failed", request_id=str(made_by), node=node, reason=error.reason)
 
-    def problem(self, todo: Plan, unplaceable: Unplaceable | None) -> Problem | None:
+    def problem(self, todo: ReconcilePlan, unplaceable: Unplaceable | None) -> Problem | None:
         """Why there are fewer than wanted; None if there are not, or if it is only a matter of time."""
         if not todo.missing:
             return None
@@ -130,7 +138,7 @@ class Progress:
         failure = self.last_failure
         if failure is None:
             return None
-        given_up = all(self.tries.get(ordinal, Tries()).given_up for ordinal in todo.missing)
+        given_up = all(self.tries.get(ordinal, Attempts()).given_up for ordinal in todo.missing)
         return replace(failure, hopeless=given_up or failure.reason in HOPELESS)
 
     def pending(self) -> list[str]:
@@ -140,7 +148,7 @@ class Progress:
     def _ended(self, made_by: RequestId, uid: str, fleet: Fleet, now: int) -> None:
         if made_by.revision != self.revision:
             return
-        self.tries[made_by.ordinal] = failed(self.tries.get(made_by.ordinal, Tries()), made_by.attempt, now)
+        self.tries[made_by.ordinal] = failed(self.tries.get(made_by.ordinal, Attempts()), made_by.attempt, now)
         load = fleet.instance(uid) or fleet.last_words(uid)
         reason = (load.state_reason if load is not None else "") or "INSTANCE_ENDED"
         message = (load.state_message if load is not None else "") or f"instance {made_by} ended"

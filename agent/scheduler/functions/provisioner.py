@@ -16,18 +16,26 @@ from dataclasses import replace
 from typing import Any
 
 from agent.core.dispatch.events import Event, InstanceRetired
-from agent.core.dispatch.index import Standing
+from agent.core.dispatch.index import NodeStanding
 from agent.core.errors import DeadlineError, HibernodeError, NotFoundError
 from agent.core.provisioning.placement import NodeView, Occupant, Placed, Placement, Unplaceable, gives_way, place
-from agent.core.provisioning.reconcile import Create, Plan, Present, Stop, Wanted, parse_request_id, plan
+from agent.core.provisioning.reconcile import (
+    Create,
+    DesiredState,
+    ObservedInstance,
+    ReconcilePlan,
+    Stop,
+    parse_request_id,
+    plan,
+)
 from agent.core.types import SECOND_NS, InstanceState
 from agent.log import get_logger
 from agent.ports import Clock
-from agent.scheduler.fleet.agent_channels import Links
+from agent.scheduler.fleet.agent_channels import AgentChannels
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.fleet.node_views import node_views
 from agent.scheduler.functions.catalog import Catalog, Deployed
-from agent.scheduler.functions.provision_state import HAS_ENDED, RETRY_NS, Progress
+from agent.scheduler.functions.provision_state import HAS_ENDED, RETRY_NS, ProvisionState
 from agent.v1.instance_service_pb2 import CreateInstanceRequest, StopInstanceRequest
 from agent.v1.types_pb2 import Instance
 from agent.wire.convert_enums import state_from_proto
@@ -49,14 +57,14 @@ class Provisioner:
     """Runs rounds until cancelled. `poke` asks for one soon."""
 
     def __init__(
-        self, clock: Clock, catalog: Catalog, fleet: Fleet, links: Links, tell: Callable[[Event], None]
+        self, clock: Clock, catalog: Catalog, fleet: Fleet, links: AgentChannels, tell: Callable[[Event], None]
     ) -> None:
         self._clock = clock
         self._catalog = catalog
         self._fleet = fleet
         self._links = links
         self._tell = tell
-        self._progress: dict[str, Progress] = {}
+        self._progress: dict[str, ProvisionState] = {}
         self._poked = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._round_views: dict[str, NodeView] | None = None
@@ -104,7 +112,7 @@ class Provisioner:
             del self._progress[name]
         return again
 
-    def _stop_orphans(self, present: dict[str, dict[str, Present]], known: set[str]) -> set[str]:
+    def _stop_orphans(self, present: dict[str, dict[str, ObservedInstance]], known: set[str]) -> set[str]:
         """Instances of functions that were deleted: of a node that was lost then, or of a create that came too late.
 
         What was never deployed here is left alone: this scheduler may be a new one, with an empty database.
@@ -112,7 +120,7 @@ class Provisioner:
         """
         orphaned = {name for name in present if name not in known and self._catalog.was_deleted(name)}
         for name in orphaned:
-            progress = self._progress.setdefault(name, Progress())
+            progress = self._progress.setdefault(name, ProvisionState())
             progress.stopping &= set(present[name])
             for one in present[name].values():
                 if not (one.counted_out or one.state in HAS_ENDED or one.state is InstanceState.STOPPING):
@@ -121,13 +129,13 @@ class Provisioner:
 
     # ---- one function -----------------------------------------------------------------------------------------
 
-    async def _one(self, function: Deployed, reported: dict[str, Present], now: int) -> int:
+    async def _one(self, function: Deployed, reported: dict[str, ObservedInstance], now: int) -> int:
         name = function.spec.name
-        progress = self._progress.setdefault(name, Progress())
+        progress = self._progress.setdefault(name, ProvisionState())
         progress.follow_deploys(function.spec.revision, self._catalog.deploys(name))
         alive = progress.learn(reported, self._fleet, now)
         here = [replace(one, state=InstanceState.STOPPING) if one.uid in progress.stopping else one for one in alive]
-        wanted = Wanted(name, function.spec.revision, function.target)
+        wanted = DesiredState(name, function.spec.revision, function.target)
         settled = self._fleet.settled()
         todo = plan(wanted, here, progress.tries, frozenset(progress.under_way), settled, now)
         for stop in todo.stops:
@@ -147,7 +155,7 @@ class Provisioner:
     # ---- creating ---------------------------------------------------------------------------------------------
 
     def _create_all(
-        self, function: Deployed, progress: Progress, todo: Plan, here: list[Present]
+        self, function: Deployed, progress: ProvisionState, todo: ReconcilePlan, here: list[ObservedInstance]
     ) -> Unplaceable | None:
         """Begin what has a place. Else why there is none, unless an older instance goes in its favour."""
         if not todo.creates:
@@ -183,9 +191,9 @@ class Provisioner:
     def _makes_room(
         self,
         function: Deployed,
-        progress: Progress,
-        todo: Plan,
-        here: list[Present],
+        progress: ProvisionState,
+        todo: ReconcilePlan,
+        here: list[ObservedInstance],
         views: Iterable[NodeView],
         why: Unplaceable,
     ) -> bool:
@@ -206,7 +214,7 @@ class Provisioner:
                 self._begin_stop(progress, Stop(one.uid, one.node))
         return True
 
-    async def _create(self, function: Deployed, progress: Progress, create: Create, node: str) -> None:
+    async def _create(self, function: Deployed, progress: ProvisionState, create: Create, node: str) -> None:
         made_by, ordinal = create.request_id, create.request_id.ordinal
         request = CreateInstanceRequest(request_id=str(made_by), spec=function.message)
         instance: Instance | None = None
@@ -232,7 +240,7 @@ class Provisioner:
 
     # ---- stopping ---------------------------------------------------------------------------------------------
 
-    def _begin_stop(self, progress: Progress, stop: Stop) -> None:
+    def _begin_stop(self, progress: ProvisionState, stop: Stop) -> None:
         if stop.uid in progress.stopping:
             return
         progress.stopping.add(stop.uid)
@@ -240,14 +248,14 @@ class Provisioner:
         self._tell(InstanceRetired(stop.uid))
         self._spawn(self._stop(progress, stop))
 
-    def _take_back(self, progress: Progress, alive: list[Present]) -> None:
+    def _take_back(self, progress: ProvisionState, alive: list[ObservedInstance]) -> None:
         """A stop failed, and meanwhile nobody wants it any more: the instance serves on."""
         for one in alive:
             if one.uid in progress.retired - progress.stopping and one.state is not InstanceState.STOPPING:
                 progress.retired.discard(one.uid)
                 self._tell(InstanceRetired(one.uid, retired=False))
 
-    async def _stop(self, progress: Progress, stop: Stop) -> None:
+    async def _stop(self, progress: ProvisionState, stop: Stop) -> None:
         _log.info("provision.stopping", uid=stop.uid, node=stop.node)
         request = StopInstanceRequest(uid=stop.uid, grace_ns=STOP_GRACE_NS)
         try:
@@ -266,22 +274,22 @@ class Provisioner:
 
     # ---- the rest ---------------------------------------------------------------------------------------------
 
-    def _present(self, now: int) -> dict[str, dict[str, Present]]:
+    def _present(self, now: int) -> dict[str, dict[str, ObservedInstance]]:
         """Instances made by a scheduler, by function and uid, those that ended lately included."""
-        found: dict[str, dict[str, Present]] = {}
+        found: dict[str, dict[str, ObservedInstance]] = {}
         for node, load in self._fleet.instances():
             made_by = parse_request_id(load.request_id)
             if made_by is None or made_by.function != load.function:
                 continue
             requests = load.in_flight + load.waiting
-            found.setdefault(made_by.function, {})[load.uid] = Present(
+            found.setdefault(made_by.function, {})[load.uid] = ObservedInstance(
                 uid=load.uid,
                 node=node.name,
                 made_by=made_by,
                 state=state_from_proto(load.state),
-                counted_out=node.standing is Standing.LOST,
+                counted_out=node.standing is NodeStanding.LOST,
                 scheduling=self._fleet.scheduling(node.name),
-                unsteady=node.standing is not Standing.READY or not load.healthy,
+                unsteady=node.standing is not NodeStanding.READY or not load.healthy,
                 requests=requests,
                 idle_ns=0 if requests else now - node.idle_since.get(load.uid, now),
                 gpus=tuple(load.gpu_uuids),

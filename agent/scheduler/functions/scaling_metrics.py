@@ -1,7 +1,8 @@
 """What a function's instances were used for in a period: the metrics that target tracking policies follow.
 
-A `Meter` is shown the function every now and then and integrates over time; at the end of a period it gives one sample
-of each metric, as exact fractions from 0 to 1, or None where there was nothing to measure. It makes no decision.
+A `ScalingMetrics` is shown the function every now and then and integrates over time; at the end of a period it gives
+one sample of each metric, as exact fractions from 0 to 1, or None where there was nothing to measure. It makes no
+decision.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class _Use:
     samples: int = 0
 
 
-class Meter:
+class ScalingMetrics:
     """One function's meter, begun at `at` (monotonic ns) with its view then. `lease_time_ns` is the dispatcher's sum of
     leases over time. `blind`: at some time in the period there were instances of which nothing was heard."""
 

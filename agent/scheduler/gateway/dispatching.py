@@ -18,7 +18,7 @@ from agent.core.dispatch.events import (
     LeaseAnswered,
     LeaseEnded,
     LeaseRefused,
-    Refusal,
+    RefusalReason,
     Refuse,
     RequestArrived,
     RequestGone,
@@ -47,7 +47,7 @@ class Ticket:
         self.waiter: asyncio.Future[Dispatch | Refuse] | None = None
 
 
-class Desk:
+class DispatchLoop:
     """Requests in, dispatches out. `wake` starts a Wake call, which reports back through `tell`."""
 
     def __init__(self, clock: Clock, dispatcher: Dispatcher, wake: Callable[[Wake], None]) -> None:
@@ -155,7 +155,7 @@ class Desk:
 
     def _send_away(self, ticket: Ticket) -> None:
         self.tell(RequestGone(ticket.number))
-        self._answer(Refuse(ticket.number, Refusal.STOPPING))
+        self._answer(Refuse(ticket.number, RefusalReason.STOPPING))
 
     def _answer(self, effect: Dispatch | Refuse) -> None:
         ticket = self._tickets.get(effect.request)

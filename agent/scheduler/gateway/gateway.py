@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from agent.core.dispatch.events import Dispatch, Refusal, Refuse
+from agent.core.dispatch.events import Dispatch, RefusalReason, Refuse
 from agent.core.errors import (
     DeadlineError,
     ExhaustedError,
@@ -28,14 +28,15 @@ from agent.core.types import MILLISECOND_NS, SECOND_NS
 from agent.http import headers as rules
 from agent.http.errors import ClientGoneError, RequestIds, status_and_code
 from agent.http.exchange import Exchange
-from agent.http.forward import ForwardResult, Outcome, forward
+from agent.http.forward import ForwardResult, forward
 from agent.http.message import Header, RequestHead, ResponseHead
 from agent.http.pool import Pool
+from agent.http.relay import RelayOutcome
 from agent.http.upstream import BROKEN
 from agent.log import get_logger
 from agent.ports import Clock
 from agent.scheduler.functions.catalog import Catalog, Deployed
-from agent.scheduler.gateway.dispatching import Desk, Ticket
+from agent.scheduler.gateway.dispatching import DispatchLoop, Ticket
 from agent.scheduler.gateway.routes import INVOKE, Route, Router, method_not_allowed
 from agent.scheduler.gateway.traffic import TrafficTable
 
@@ -59,7 +60,7 @@ _STARTS_FAILED = {
 }
 """Why instances end before they serve -> what clients are told (DESIGN section 6); all else is want of capacity,
 also what is the host's fault (its disk, its network, its engine)."""
-_CUT = (Outcome.UPSTREAM_FAILED_MID_BODY, Outcome.TIMEOUT_MID_BODY)
+_CUT = (RelayOutcome.UPSTREAM_FAILED_MID_BODY, RelayOutcome.TIMEOUT_MID_BODY)
 _OURS_IN_ANSWERS = frozenset((b"x-fc-request-id", b"x-fc-instance-id"))
 _RETRY_SOON = [(b"retry-after", b"1")]
 _ANY, _NOTICE = (b"x-hibernode-any", b"1"), (b"x-hibernode-notice", b"1")
@@ -108,7 +109,7 @@ class Gateway:
         clock: Clock,
         router: Router,
         catalog: Catalog,
-        desk: Desk,
+        desk: DispatchLoop,
         pool_of: Callable[[str], Pool | None],
         token_of: Callable[[str], bytes],
         unreachable: Callable[[str], None],
@@ -191,7 +192,7 @@ class Gateway:
             if not self._may_go_again(call, outcome, result):
                 break
             self._desk.refused(ticket)
-        if result.outcome is Outcome.COMPLETE:
+        if result.outcome is RelayOutcome.COMPLETE:
             self._desk.ended(ticket)
             status = result.head_status or 0
             self.counts.answered(status)
@@ -246,12 +247,12 @@ class Gateway:
 
     def _may_go_again(self, call: _Call, where: Dispatch, result: ForwardResult) -> bool:
         """Did no byte of the request reach the instance, and do we still have all of it?"""
-        if result.outcome is Outcome.CONNECT_FAILED:
+        if result.outcome is RelayOutcome.CONNECT_FAILED:
             self.counts.connect_failed += 1
             if result.error is None or result.error.reason != EXHAUSTED:
                 self._unreachable(where.node)
             return not call.exchange.gone
-        if result.outcome is Outcome.HELD and result.head is not None:
+        if result.outcome is RelayOutcome.HELD and result.head is not None:
             self.counts.refused += 1
             reason = (result.head.get(b"x-hibernode-refused") or b"").decode("latin-1")
             _log.info("gateway.refused", request_id=call.request_id, uid=where.uid, node=where.node, reason=reason)
@@ -265,15 +266,15 @@ class Gateway:
     def _unhappy(self, call: _Call, where: Dispatch, result: ForwardResult) -> None:
         """The answer that is still owed, as an error; nothing where it has begun or nobody is left to read it."""
         broken = result.error is not None and result.error.reason == BROKEN
-        if result.outcome is Outcome.UPSTREAM_FAILED_BEFORE_HEAD and broken:
+        if result.outcome is RelayOutcome.UPSTREAM_FAILED_BEFORE_HEAD and broken:
             # Its agent is dying, and the connections beside this one too: said before the lease is free, or the next
             # request would follow on one of them.
             self._unreachable(where.node)
         cut = result.outcome in _CUT  # the client is gone then, too: its connection was cut by us
-        if result.outcome is Outcome.CLIENT_GONE or (call.exchange.gone and not cut):
+        if result.outcome is RelayOutcome.CLIENT_GONE or (call.exchange.gone and not cut):
             call.traffic.left += 1
             return
-        if result.outcome is Outcome.CLIENT_FAILED and result.error is not None:
+        if result.outcome is RelayOutcome.CLIENT_FAILED and result.error is not None:
             raise result.error
         _log.warning(
             "gateway.request_failed",
@@ -288,7 +289,7 @@ class Gateway:
             self.counts.cut += 1
             call.traffic.cut += 1
             return
-        if result.outcome is Outcome.TIMEOUT_BEFORE_HEAD:
+        if result.outcome is RelayOutcome.TIMEOUT_BEFORE_HEAD:
             raise DeadlineError("FUNCTION_TIMEOUT", f"{call.function.spec.name} did not answer within its timeout")
         raise InstanceError(
             "INSTANCE_CRASHED",
@@ -296,20 +297,20 @@ class Gateway:
             instance=where.uid,
         )
 
-    def _refusal(self, reason: Refusal, function: Deployed) -> HibernodeError:
+    def _refusal(self, reason: RefusalReason, function: Deployed) -> HibernodeError:
         name = function.spec.name
         match reason:
-            case Refusal.QUEUE_FULL:
+            case RefusalReason.QUEUE_FULL:
                 text = f"{function.spec.queue_length} requests wait for {name} already; try again later"
                 return ExhaustedError("QUEUE_FULL", text, function=name)
-            case Refusal.QUEUE_TIMEOUT:
+            case RefusalReason.QUEUE_TIMEOUT:
                 text = f"no instance of {name} became free within its queue timeout"
                 return DeadlineError("QUEUE_TIMEOUT", text, function=name)
-            case Refusal.UNKNOWN_FUNCTION:
+            case RefusalReason.UNKNOWN_FUNCTION:
                 return _unknown(name)
-            case Refusal.STOPPING:
+            case RefusalReason.STOPPING:
                 return UnavailableError("SCHEDULER_STOPPING", "the scheduler is going down; try again in a moment")
-            case Refusal.NO_CAPACITY:
+            case RefusalReason.NO_CAPACITY:
                 problem = self._catalog.problem(name)
                 if problem is None:
                     text = f"{name} has no instances (its target is {function.target}); raise the target"

@@ -18,20 +18,20 @@ silent is answered 502 after 10 s (DESIGN section 9), and is never sent again.""
 
 
 @dataclass(frozen=True, slots=True)
-class Ingress:
+class IngressPool:
     """Where a node takes requests. The token is kept as the header it travels in."""
 
     address: str
     pool: Pool
 
 
-class Ingresses:
+class IngressPools:
     """Pools by node. `address_of` gives a node's registered ingress, "" while unknown."""
 
     def __init__(self, address_of: Callable[[str], str], limits: UpstreamLimits = LIMITS) -> None:
         self._address_of = address_of
         self._limits = limits
-        self._ingresses: dict[str, Ingress] = {}
+        self._ingresses: dict[str, IngressPool] = {}
         self._old: list[Pool] = []
 
     def pool(self, node: str) -> Pool | None:
@@ -51,7 +51,7 @@ class Ingresses:
             self._old.append(found.pool)
         host, port = addresses.split(address)
         pool = Pool(host, port, self._limits)
-        self._ingresses[node] = Ingress(address, pool)
+        self._ingresses[node] = IngressPool(address, pool)
         return pool
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from agent.log import get_logger
 WAKE_TIMEOUT_S = 60.0
 """Longest wake, the wait for a GPU included: queueTimeout's default, for then nobody waits for it any more."""
 PER_NODE = 64
-"""Wakes at once on one node; further ones wait here."""
+"""WakeCalls at once on one node; further ones wait here."""
 TARGET = b"/hibernode/wake"
 SLACK_S = 1.0
 """On top of the agent's own deadline."""
@@ -40,7 +40,7 @@ class WakeCounts:
     failed: int = 0
 
 
-class Wakes:
+class WakeCalls:
     """Starts Wake calls and reports how they end through `tell`."""
 
     def __init__(

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.errors import ExhaustedError, InvalidArgumentError
 from agent.log import get_logger
 from agent.ports import Clock
@@ -35,7 +35,7 @@ Key = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RejectedWindow:
     """A window that was not stored, and why: USAGE_FOREIGN_NODE, USAGE_FOREIGN_INSTANCE, USAGE_UNSEALED or
     USAGE_INVALID."""
 
@@ -52,7 +52,7 @@ class Accepted:
 
     acks: tuple[Key, ...]
     conflicts: tuple[Key, ...] = ()
-    refused: tuple[Refusal, ...] = ()
+    refused: tuple[RejectedWindow, ...] = ()
 
     @property
     def marks(self) -> dict[str, int]:
@@ -132,7 +132,7 @@ class UsageCollector:
         database: UsageDatabase,
         clock: Clock,
         owner_of: Callable[[str], str] = lambda _: "",
-        stored: Callable[[Sequence[Window]], None] = lambda _: None,
+        stored: Callable[[Sequence[UsageWindow]], None] = lambda _: None,
     ) -> None:
         """`owner_of`: the node that reports an instance, "" if none does: no other may upload its usage. `stored` is
         told on the loop of windows that were new, once they are durable."""
@@ -142,7 +142,7 @@ class UsageCollector:
         self._stored = stored
         self._log = get_logger()
 
-    async def accept(self, node: str, windows: Sequence[Window], unreadable: Sequence[Key] = ()) -> Accepted:
+    async def accept(self, node: str, windows: Sequence[UsageWindow], unreadable: Sequence[Key] = ()) -> Accepted:
         """Store what `node` (the name its credential proves) reports about itself, in one transaction.
 
         A repetition is acknowledged and changes nothing. The same key with another payload is kept as a conflict,
@@ -152,13 +152,13 @@ class UsageCollector:
         """
         if len(windows) > MAX_BATCH:
             raise InvalidArgumentError("USAGE_BATCH_TOO_LARGE", f"send at most {MAX_BATCH} windows at once")
-        refused, good = [Refusal(key, "USAGE_INVALID") for key in unreadable], []
+        refused, good = [RejectedWindow(key, "USAGE_INVALID") for key in unreadable], []
         for window in windows:
             reason = _objection(node, window)
             if not reason and self._owner_of(window.instance_uid) not in ("", node):
                 reason = "USAGE_FOREIGN_INSTANCE"
             if reason:
-                refused.append(Refusal((window.instance_uid, window.seq), reason))
+                refused.append(RejectedWindow((window.instance_uid, window.seq), reason))
             else:
                 good.append(window)
         now = self._clock.wall_ns()
@@ -171,12 +171,12 @@ class UsageCollector:
             self._log.error("usage.refused", node=node, windows=len(refused), instance=uid, seq=seq, reasons=reasons)
         return Accepted(tuple((w.instance_uid, w.seq) for w in good), conflicts, tuple(refused))
 
-    def _store(self, windows: Sequence[Window], now: int, loop: asyncio.AbstractEventLoop) -> tuple[Key, ...]:
+    def _store(self, windows: Sequence[UsageWindow], now: int, loop: asyncio.AbstractEventLoop) -> tuple[Key, ...]:
         conflicts: list[Key] = []
         with self._database.engine.begin() as connection:
             known = _digests(connection, {(w.instance_uid, w.seq) for w in windows})
             fresh: list[dict[str, object]] = []
-            new: list[Window] = []
+            new: list[UsageWindow] = []
             for window in windows:
                 key, payload = (window.instance_uid, window.seq), payload_of(window)
                 digest = digest_of(payload)
@@ -194,7 +194,7 @@ class UsageCollector:
         return tuple(conflicts)
 
 
-def _objection(node: str, w: Window) -> str:
+def _objection(node: str, w: UsageWindow) -> str:
     """Why a window is not taken; "" if it is."""
     if w.node != node:
         return "USAGE_FOREIGN_NODE"
@@ -223,7 +223,7 @@ def _digests(connection: sa.Connection, keys: set[Key]) -> dict[Key, str]:
     return found
 
 
-def _keep_conflict(connection: sa.Connection, window: Window, payload: str, now: int) -> None:
+def _keep_conflict(connection: sa.Connection, window: UsageWindow, payload: str, now: int) -> None:
     """Beside the first payload; the same conflict again adds nothing, nor does one too many."""
     digest = digest_of(payload)
     key = (window.instance_uid, window.seq, digest)

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 
 MAX_FINDINGS = 100
 """Kept of an instance; the others are only counted."""
 
 
-class Kind(StrEnum):
+class FindingKind(StrEnum):
     """GAP: time without a window, something was lost. OVERLAP: time billed twice. ESTIMATED: after a crash, never more
     than what was there. CONFLICT: a window that came again with another payload."""
 
@@ -26,8 +26,8 @@ class Kind(StrEnum):
 class Finding:
     """`duration_ns` is how much time it is about; `window` is the one at its end."""
 
-    kind: Kind
-    window: Window
+    kind: FindingKind
+    window: UsageWindow
     duration_ns: int
 
 
@@ -80,11 +80,11 @@ class Reconciler:
 
     def __init__(self) -> None:
         self._current: Reconciled | None = None
-        self._before: Window | None = None
+        self._before: UsageWindow | None = None
         self.total = Reconciled()
         """Of the instances that are done."""
 
-    def feed(self, window: Window, conflicts: int = 0) -> Reconciled | None:
+    def feed(self, window: UsageWindow, conflicts: int = 0) -> Reconciled | None:
         """One more window, and how many other payloads came for its key. The instance that it ends, if any.
 
         Within a boot the end of one must be the start of the next; between boots nothing can be said. Holes in `seq`
@@ -100,16 +100,16 @@ class Reconciler:
             apart = window.start_mono_ns - self._before.end_mono_ns
             if apart > 0:
                 gaps += Amount(1, apart)
-                findings.append(Finding(Kind.GAP, window, apart))
+                findings.append(Finding(FindingKind.GAP, window, apart))
             elif apart < 0:
                 overlaps += Amount(1, -apart)
-                findings.append(Finding(Kind.OVERLAP, window, -apart))
+                findings.append(Finding(FindingKind.OVERLAP, window, -apart))
         length = window.end_mono_ns - window.start_mono_ns
         if window.estimated:
             estimated += Amount(1, length)
-            findings.append(Finding(Kind.ESTIMATED, window, length))
+            findings.append(Finding(FindingKind.ESTIMATED, window, length))
         if conflicts:
-            findings.append(Finding(Kind.CONFLICT, window, length))
+            findings.append(Finding(FindingKind.CONFLICT, window, length))
         self._before = window
         self._current = replace(
             found,
@@ -130,7 +130,7 @@ class Reconciler:
         return done
 
 
-def reconcile(windows: Iterable[Window]) -> list[Finding]:
+def reconcile(windows: Iterable[UsageWindow]) -> list[Finding]:
     """Findings about windows given in order of (instance_uid, seq), complete for each instance given."""
     reconciler = Reconciler()
     done = [reconciler.feed(window) for window in windows]

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from agent.core.billing.price_book import Price, PriceBook
 from agent.core.billing.pricing import Cost, always_on_cost, cost, rounded
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.errors import ExhaustedError, InvalidArgumentError
 from agent.core.types import SECOND_NS
 from agent.scheduler.usage.collector import UsageDatabase
@@ -116,7 +116,7 @@ class UsageReport:
 class Conflict:
     """A window whose key was stored before with another payload. Neither is trusted more: the first is billed."""
 
-    window: Window
+    window: UsageWindow
     received_wall_ns: int
 
 
@@ -150,7 +150,7 @@ class UsageReports:
 
     async def windows(
         self, only: UsageFilter | None = None, *, limit: int = 1_000, after: tuple[str, int] = ("", -1)
-    ) -> list[Window]:
+    ) -> list[UsageWindow]:
         """Windows in order of (instance_uid, seq) after that key, at most `limit`: page with the last one's key."""
         query = _page(sa.select(*WINDOW_COLUMNS), only or UsageFilter(), after, min(limit, MAX_WINDOWS))
         return await self._database.run(lambda: [window_of(dict(row)) for row in self._rows(query)])

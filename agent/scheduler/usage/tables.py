@@ -10,13 +10,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.scheduler.database.engine import text_type
 
 USAGE_METADATA = sa.MetaData()
 
-_INTEGERS = frozenset(field.name for field in fields(Window) if field.type in (int, "int"))
-_FLAGS = frozenset(field.name for field in fields(Window) if field.type in (bool, "bool"))
+_INTEGERS = frozenset(field.name for field in fields(UsageWindow) if field.type in (int, "int"))
+_FLAGS = frozenset(field.name for field in fields(UsageWindow) if field.type in (bool, "bool"))
 _KEY = ("instance_uid", "seq")
 
 
@@ -31,7 +31,7 @@ def _column(name: str) -> sa.Column[Any]:
 WINDOWS = sa.Table(
     "usage_windows",
     USAGE_METADATA,
-    *(_column(field.name) for field in fields(Window)),
+    *(_column(field.name) for field in fields(UsageWindow)),
     sa.Column("digest", sa.String(64), nullable=False),
     sa.Column("received_wall_ns", sa.BigInteger, nullable=False),
     sa.Index("usage_windows_by_time", "start_wall_ns"),
@@ -49,10 +49,10 @@ CONFLICTS = sa.Table(
     sa.Column("received_wall_ns", sa.BigInteger, nullable=False),
 )
 
-WINDOW_COLUMNS = tuple(WINDOWS.c[field.name] for field in fields(Window))
+WINDOW_COLUMNS = tuple(WINDOWS.c[field.name] for field in fields(UsageWindow))
 
 
-def payload_of(window: Window) -> str:
+def payload_of(window: UsageWindow) -> str:
     """The window as canonical JSON: equal text if and only if equal windows."""
     return json.dumps(asdict(window), sort_keys=True, separators=(",", ":"))
 
@@ -62,14 +62,14 @@ def digest_of(payload: str) -> str:
     return hashlib.sha256(payload.encode()).hexdigest()
 
 
-def row_of(window: Window) -> dict[str, object]:
+def row_of(window: UsageWindow) -> dict[str, object]:
     """Column values of a window. A GPU's uuid never holds a comma."""
     return {**asdict(window), "gpu_uuids": ",".join(window.gpu_uuids)}
 
 
-def window_of(row: Mapping[str, Any]) -> Window:
+def window_of(row: Mapping[str, Any]) -> UsageWindow:
     """The window of a row of WINDOW_COLUMNS, or of a payload."""
     uuids = row["gpu_uuids"]
-    values = {field.name: row[field.name] for field in fields(Window)}
+    values = {field.name: row[field.name] for field in fields(UsageWindow)}
     values["gpu_uuids"] = tuple(uuids.split(",") if uuids else ()) if isinstance(uuids, str) else tuple(uuids)
-    return Window(**values)
+    return UsageWindow(**values)

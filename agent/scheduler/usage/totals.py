@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 
 KINDS = ("active", "idle", "unbilled")
 
@@ -25,7 +25,7 @@ class UsageTotals:
         self._deployed = deployed
         self._usage: dict[str, FunctionUsage] = {}
 
-    def add(self, windows: Iterable[Window]) -> None:
+    def add(self, windows: Iterable[UsageWindow]) -> None:
         """Windows that were not stored before."""
         names = set(self._deployed())
         for window in windows:

@@ -79,7 +79,7 @@ def test_structs_and_codes_are_those_of_cuda_h(build_cache: Path, tmp_path: Path
 def test_protocol_h_and_protocol_py_say_the_same() -> None:
     header = (SOURCES / "protocol.h").read_text()
     operations = dict(re.findall(r"^\s+EMU_(\w+) = (\d+)", header, re.MULTILINE))
-    assert {name: int(value) for name, value in operations.items()} == {op.name: op.value for op in protocol.Op}
+    assert {name: int(value) for name, value in operations.items()} == {op.name: op.value for op in protocol.MessageOp}
     for name in (
         *("PROTOCOL", "MAX_DEVICES", "MAX_ALLOCATIONS", "MAX_PAYLOAD"),
         *("ACTIVITY_BUCKETS", "ACTIVITY_NS"),

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from agent.core.errors import InvalidArgumentError, PreconditionError
 from agent.emulated.faults import KINDS, MAX_FAULTS, OPERATIONS, Fault, FaultPlan, find_operation, operation_name
-from agent.emulated.protocol import Op
+from agent.emulated.protocol import MessageOp
 
 
-def fault(kind: str = "NOT_READY", operation: Op = Op.LOCK, **rest: int | bool | None) -> Fault:
+def fault(kind: str = "NOT_READY", operation: MessageOp = MessageOp.LOCK, **rest: int | bool | None) -> Fault:
     return Fault(0, operation, kind, **rest)  # type: ignore[arg-type]
 
 
 def struck(plan: FaultPlan, calls: int, pid: int = 7, devices: frozenset[int] = frozenset({0})) -> list[str]:
-    found = [plan.strike(Op.LOCK, pid, devices) for _ in range(calls)]
+    found = [plan.strike(MessageOp.LOCK, pid, devices) for _ in range(calls)]
     return [one.kind if one else "-" for one in found]
 
 
@@ -43,7 +43,7 @@ def test_only_its_own_process_operation_and_gpu() -> None:
     plan = FaultPlan()
     plan.add(fault("NOT_READY", pid=8))
     plan.add(fault("NOT_SUPPORTED", device=1))
-    plan.add(fault("DEATH", Op.UNLOCK))
+    plan.add(fault("DEATH", MessageOp.UNLOCK))
     assert struck(plan, 1) == ["-"]
     assert struck(plan, 1, pid=8) == ["NOT_READY"]
     assert struck(plan, 1, devices=frozenset({0, 1})) == ["NOT_SUPPORTED"]
@@ -100,7 +100,7 @@ calls = st.tuples(st.sampled_from(list(OPERATIONS.values())), st.integers(1, 3),
 
 @given(st.lists(faults_to_plan, max_size=8), st.lists(calls, max_size=60))
 def test_every_fault_strikes_what_it_was_planned_for_and_never_too_often(
-    planned: list[Fault], made: list[tuple[Op, int, frozenset[int]]]
+    planned: list[Fault], made: list[tuple[MessageOp, int, frozenset[int]]]
 ) -> None:
     plan = FaultPlan()
     for one in planned:

@@ -16,15 +16,15 @@ from agent.adapters.engine.containers import EngineContainers
 from agent.adapters.engine.images import Images
 from agent.adapters.engine.network import EngineNetwork
 from agent.adapters.engine.planner import ContainerPlanner
-from agent.adapters.engine.runtime import EngineParts, EngineRuntime
+from agent.adapters.engine.runtime import EngineComponents, EngineRuntime
 from agent.adapters.kernel import cgroup
 from agent.adapters.runtime.bundles import Bundles
 from agent.adapters.runtime.log_files import LogFiles
 from agent.core.errors import PreconditionError
 from agent.core.types import FunctionSpec, Handle, InstanceSpec
 from agent.ports import ExecSession, ExecSpec, StartSpec
-from agent.settings import EngineRuntime as EngineSettings
-from agent.settings import GpuSettings, Runtime
+from agent.settings import EngineRuntimeSettings as EngineSettings
+from agent.settings import GpuSettings, RuntimeSettings
 from tests.adapters.engine.stand_in import IMAGE, EngineStandIn, StandInContainer
 
 
@@ -75,14 +75,14 @@ class EngineRig:
         planner = ContainerPlanner(
             self.api,
             images,
-            Runtime(engine=settings or EngineSettings(socket=self.engine.socket)),
+            RuntimeSettings(engine=settings or EngineSettings(socket=self.engine.socket)),
             GpuSettings(),
             state_uuid=self.state_uuid,
             network=self.network.name,
             kept_out=(self.state_dir,),
         )
         self.runtime = EngineRuntime(
-            EngineParts(
+            EngineComponents(
                 api=self.api,
                 images=images,
                 planner=planner,

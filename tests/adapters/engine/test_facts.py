@@ -10,8 +10,8 @@ import pytest
 from agent.adapters.engine.api import EngineApi
 from agent.adapters.engine.facts import read_facts
 from agent.adapters.engine.survey import look_at_engine, sees_all_cgroups
-from agent.core.engine_capabilities import EngineSight, engine_lines
-from agent.settings import EngineRuntime, GpuSettings, Runtime
+from agent.core.engine_capabilities import EngineSurvey, engine_lines
+from agent.settings import EngineRuntimeSettings, GpuSettings, RuntimeSettings
 from tests.adapters.engine.starts import GPU_A, docker, podman
 
 DOCKER_INFO: dict[str, Any] = {
@@ -69,14 +69,16 @@ def test_an_info_of_another_shape_says_nothing() -> None:
 
 
 async def test_an_engine_that_is_off_or_away_is_told_and_no_error(tmp_path: Path) -> None:
-    runtime = Runtime(engine=EngineRuntime(socket="off"))
+    runtime = RuntimeSettings(engine=EngineRuntimeSettings(socket="off"))
     lines = engine_lines(await look_at_engine(None, runtime, GpuSettings(), [GPU_A]))
     assert [(line.name, line.level) for line in lines] == [("engine", "OK")]
 
     missing = str(tmp_path / "engine.sock")
     api = EngineApi(missing)
     try:
-        sight = await look_at_engine(api, Runtime(engine=EngineRuntime(socket=missing)), GpuSettings(), [GPU_A])
+        sight = await look_at_engine(
+            api, RuntimeSettings(engine=EngineRuntimeSettings(socket=missing)), GpuSettings(), [GPU_A]
+        )
     finally:
         await api.close()
     (line,) = engine_lines(sight)
@@ -88,7 +90,7 @@ async def test_an_engine_that_is_off_or_away_is_told_and_no_error(tmp_path: Path
 def test_a_host_with_all_there_is_has_nothing_to_fix() -> None:
     info = {**DOCKER_INFO, "LiveRestoreEnabled": True, "DriverStatus": [["Backing Filesystem", "xfs"]]}
     facts = read_facts("docker", "28.3.0", info, "/run/docker.sock")
-    lines = engine_lines(EngineSight(facts, gpus="cdi"))
+    lines = engine_lines(EngineSurvey(facts, gpus="cdi"))
     assert [line.name for line in lines] == [
         "engine",
         "engine.live_restore",
@@ -103,32 +105,32 @@ def test_a_host_with_all_there_is_has_nothing_to_fix() -> None:
 @pytest.mark.parametrize(
     ("name", "sight", "fix"),
     [
-        ("engine.live_restore", EngineSight(docker(**DOCKER_INFO)), '{"live-restore": true}'),
-        ("engine.disk_limit", EngineSight(docker(**DOCKER_INFO)), "pquota"),
-        ("engine.disk_limit", EngineSight(podman(**DOCKER_INFO), disk_limit="require"), "disk_limit: off"),
+        ("engine.live_restore", EngineSurvey(docker(**DOCKER_INFO)), '{"live-restore": true}'),
+        ("engine.disk_limit", EngineSurvey(docker(**DOCKER_INFO)), "pquota"),
+        ("engine.disk_limit", EngineSurvey(podman(**DOCKER_INFO), disk_limit="require"), "disk_limit: off"),
         (
             "engine.gpus",
-            EngineSight(docker(), gpu_problem="no spec; nvidia-ctk cdi generate"),
+            EngineSurvey(docker(), gpu_problem="no spec; nvidia-ctk cdi generate"),
             "nvidia-ctk cdi generate",
         ),
-        ("engine.gpus", EngineSight(docker(), gpus="nvidia-runtime", nvidia_hook=False), "nvidia-container-toolkit"),
-        ("engine.cgroup", EngineSight(docker(), cgroups=False), "--cgroupns=host"),
-        ("engine.network", EngineSight(podman(Plugins={"Network": ["macvlan"]})), "apt-get install netavark"),
-        ("engine.network", EngineSight(docker(IPv4Forwarding=False)), "net.ipv4.ip_forward=1"),
+        ("engine.gpus", EngineSurvey(docker(), gpus="nvidia-runtime", nvidia_hook=False), "nvidia-container-toolkit"),
+        ("engine.cgroup", EngineSurvey(docker(), cgroups=False), "--cgroupns=host"),
+        ("engine.network", EngineSurvey(podman(Plugins={"Network": ["macvlan"]})), "apt-get install netavark"),
+        ("engine.network", EngineSurvey(docker(IPv4Forwarding=False)), "net.ipv4.ip_forward=1"),
     ],
 )
-def test_what_is_missing_is_a_warning_with_its_fix(name: str, sight: EngineSight, fix: str) -> None:
+def test_what_is_missing_is_a_warning_with_its_fix(name: str, sight: EngineSurvey, fix: str) -> None:
     line = {line.name: line for line in engine_lines(sight)}[name]
     assert line.level == "WARN"
     assert fix in line.fix
 
 
 def test_podman_has_no_daemon_that_could_take_containers_along() -> None:
-    assert "engine.live_restore" not in {line.name for line in engine_lines(EngineSight(podman()))}
+    assert "engine.live_restore" not in {line.name for line in engine_lines(EngineSurvey(podman()))}
 
 
 def test_a_registered_nvidia_runtime_needs_no_hook_in_the_path() -> None:
-    sight = EngineSight(docker(**DOCKER_INFO), gpus="nvidia-runtime", nvidia_hook=False)
+    sight = EngineSurvey(docker(**DOCKER_INFO), gpus="nvidia-runtime", nvidia_hook=False)
     assert {line.name: line.level for line in engine_lines(sight)}["engine.gpus"] == "OK"
 
 

@@ -11,7 +11,7 @@ from agent.adapters.engine.facts import EngineFacts
 from agent.adapters.engine.gpus import Attachment, attach_gpus, cdi_device_names
 from agent.core.errors import PreconditionError
 from agent.emulated.env import cdi_spec
-from agent.settings import GpuSettings, Mounts
+from agent.settings import GpuSettings, MountSettings
 from tests.adapters.engine.starts import GPU_A, GPU_B, docker, podman
 
 SPEC = frozenset({GPU_A, GPU_B, "all"})
@@ -84,14 +84,14 @@ def test_an_instance_that_may_move_gets_all_of_them() -> None:
 
 
 def test_a_function_without_gpus_gets_none_whatever_its_image_asks_for() -> None:
-    mounts = Mounts(binds=("/gpus/lib:/gpus/lib:ro",))
+    mounts = MountSettings(binds=("/gpus/lib:/gpus/lib:ro",))
     for settings in (GpuSettings(), GpuSettings(attach="cdi"), GpuSettings(attach="mounts", mounts=mounts)):
         assert attach_gpus(settings, OLD_DOCKER, NONE, []) == Attachment()
     assert Attachment().visible_devices == "void"
 
 
 def test_configured_mounts() -> None:
-    settings = GpuSettings(attach="mounts", mounts=Mounts(binds=("/gpus/lib:/gpus/lib:ro",)))
+    settings = GpuSettings(attach="mounts", mounts=MountSettings(binds=("/gpus/lib:/gpus/lib:ro",)))
     found = attach_gpus(settings, OLD_PODMAN, NONE, [GPU_A])
     assert (found.how, found.binds, found.visible_devices) == ("mounts", ("/gpus/lib:/gpus/lib:ro",), "void")
 

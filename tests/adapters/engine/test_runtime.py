@@ -19,7 +19,7 @@ from agent.core.errors import (
     UnavailableError,
 )
 from agent.core.types import ContainerOptions, FunctionSpec, Volume
-from agent.settings import EngineRuntime as EngineSettings
+from agent.settings import EngineRuntimeSettings as EngineSettings
 from tests.adapters.engine.rig import EngineRig
 from tests.adapters.engine.rig import rig as rig  # noqa: PLC0414 - pytest finds the fixture by this name
 from tests.adapters.engine.stand_in import Refusal, StandInContainer

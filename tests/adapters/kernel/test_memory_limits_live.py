@@ -20,7 +20,7 @@ from agent.adapters.kernel import memory_cgroup
 from agent.adapters.kernel.host_memory import ProcHostMemory
 from agent.adapters.kernel.memory_cgroup import V1_CAPS, V2_CAPS, MemoryCgroup
 from agent.core.types import MIB, Handle
-from agent.host.instance.memory_reservations import MemoryDesk
+from agent.host.instance.memory_reservations import MemoryReservations
 from agent.ports import Outcome
 from tests.adapters.freezer.host import Host, freeze
 from tests.fakes.emulated_driver import CudaTarget
@@ -97,7 +97,7 @@ async def test_raised_it_sleeps_and_wakes_and_its_limit_is_back(host: Host, tigh
     target, handle = started(host, tight, "vllm-2")
     freezer, was = host.freezer(), tight.limits()
     memory = ProcHostMemory(limits=tmp_path / "limits", images=tmp_path / "images")
-    desk = MemoryDesk(memory, limit_bytes=0, reserve_bytes=0)
+    desk = MemoryReservations(memory, limit_bytes=0, reserve_bytes=0)
     await desk.reserve(handle, await freezer.vram_bytes(handle))
     assert min(tight.limits()) > max(was)
     desk.took("vllm-2", await freeze(freezer, handle))

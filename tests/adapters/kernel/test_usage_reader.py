@@ -16,7 +16,7 @@ import pytest
 
 from agent.adapters.kernel import cgroup, process_table
 from agent.adapters.kernel.cgroup import CgroupSlice
-from agent.adapters.kernel.usage_reader import ProcInstanceReader
+from agent.adapters.kernel.usage_reader import ProcUsageReader
 from agent.core.errors import UnavailableError
 from agent.core.snapshots import InstanceReading
 from agent.core.types import MIB, SECOND_NS, Handle, ProcessId
@@ -64,7 +64,7 @@ def slice_() -> Iterator[CgroupSlice]:
     made.remove_if_empty()
 
 
-async def grown(reader: ProcInstanceReader, handle: Handle) -> InstanceReading:
+async def grown(reader: ProcUsageReader, handle: Handle) -> InstanceReading:
     """Read until it has used a tenth of a second of CPU time."""
     ends = monotonic() + PATIENCE_S
     while True:
@@ -76,7 +76,7 @@ async def grown(reader: ProcInstanceReader, handle: Handle) -> InstanceReading:
 
 @pytest.mark.parametrize("code", [WORK, CHILD], ids=["itself", "its child"])
 async def test_without_a_cgroup_the_process_tree_is_added_up(start: Callable[..., ProcessId], code: str) -> None:
-    reader = ProcInstanceReader(BOOT)
+    reader = ProcUsageReader(BOOT)
     reading = await grown(reader, Handle("i-1", start(code), "", 0))
     assert reading.memory_bytes is not None
     assert HELD < reading.memory_bytes < 4 * HELD
@@ -88,7 +88,7 @@ async def test_a_cgroup_tells_cpu_time_without_the_cpu_controller(
 ) -> None:
     path = slice_.create("i-1")
     process = start(CHILD, path)
-    reader = ProcInstanceReader(BOOT)
+    reader = ProcUsageReader(BOOT)
     reading = await grown(reader, Handle("i-1", process, "", 0, cgroup=str(path)))
     assert reading.memory_bytes is not None
     assert HELD < reading.memory_bytes < 4 * HELD
@@ -100,7 +100,7 @@ async def test_a_cgroup_tells_cpu_time_without_the_cpu_controller(
 async def test_who_has_ended_is_left_out(tmp_path: Path) -> None:
     me = process_table.identify(os.getpid(), BOOT)
     assert me is not None
-    reader = ProcInstanceReader(BOOT)
+    reader = ProcUsageReader(BOOT)
     others = [
         Handle("earlier", ProcessId(BOOT, me.pid, me.start_time - 1), "", 0),
         Handle("other-boot", ProcessId("another", me.pid, me.start_time), "", 0),
@@ -128,13 +128,13 @@ async def test_a_cgroups_files_as_kernels_write_them(
     (tmp_path / "cgroup.procs").write_text("4194305\n")  # above what the kernel gives out
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    reader = ProcInstanceReader(BOOT)
+    reader = ProcUsageReader(BOOT)
     assert await reader.read([Handle("i-1", ProcessId(BOOT, 1, 1), "", 0, cgroup=str(tmp_path))]) == {"i-1": reading}
     reader.close()
 
 
 async def test_a_host_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = ProcInstanceReader(BOOT, deadline_s=0.01)
+    reader = ProcUsageReader(BOOT, deadline_s=0.01)
     hangs = threading.Event()
     monkeypatch.setattr(reader, "_read_all", lambda handles: hangs.wait(PATIENCE_S) and {})
     for _ in range(3):
@@ -158,7 +158,7 @@ async def test_a_hundred_instances_cost_little(slice_: CgroupSlice) -> None:
     me = process_table.identify(os.getpid(), BOOT)
     assert me is not None
     handles = [Handle(f"i-{n}", me, "", 0, cgroup=str(slice_.create(f"i-{n}"))) for n in range(100)]
-    reader = ProcInstanceReader(BOOT)
+    reader = ProcUsageReader(BOOT)
     await reader.read(handles)
     spent = []
     for _ in range(5):

@@ -6,7 +6,7 @@ import os
 import uuid
 from pathlib import Path
 
-from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeSettings
+from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeOptions
 from agent.adapters.runtime.log_files import LogFiles
 from agent.core.types import SECOND_NS
 from tests.adapters.process.test_runtime import spec
@@ -32,7 +32,7 @@ def test_a_log_past_its_cap_keeps_its_newest_half(tmp_path: Path) -> None:
 
 async def test_running_logs_are_looked_at_every_five_seconds(tmp_path: Path) -> None:
     clock = FakeClock()
-    runtime = ProcessRuntime(ProcessRuntimeSettings(tmp_path, str(uuid.uuid4()), None, log_cap_bytes=100), clock)
+    runtime = ProcessRuntime(ProcessRuntimeOptions(tmp_path, str(uuid.uuid4()), None, log_cap_bytes=100), clock)
     handle = await runtime.start(spec("resize-a", "seq 1 1000; echo done; sleep 86390"))
     try:
         await until_said(runtime, handle, b"\ndone\n")
@@ -49,7 +49,7 @@ async def test_running_logs_are_looked_at_every_five_seconds(tmp_path: Path) -> 
 
 async def test_what_an_instance_wrote_last_is_capped_when_it_has_ended(tmp_path: Path) -> None:
     """Between two looks a program can write gigabytes; once it has ended nobody looks again."""
-    settings = ProcessRuntimeSettings(tmp_path, str(uuid.uuid4()), None, log_cap_bytes=100)
+    settings = ProcessRuntimeOptions(tmp_path, str(uuid.uuid4()), None, log_cap_bytes=100)
     runtime = ProcessRuntime(settings, FakeClock())
     handle = await runtime.start(spec("resize-a", "seq 1 1000; echo done; sleep 86390"))
     try:

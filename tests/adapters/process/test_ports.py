@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from agent.adapters.kernel.clock import SystemClock
-from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeSettings
+from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeOptions
 from agent.core.errors import InstanceError
 
 
 def a_runtime(tmp_path: Path, ports: tuple[int, int]) -> ProcessRuntime:
-    settings = ProcessRuntimeSettings(tmp_path, "uuid", None, ports=ports)
+    settings = ProcessRuntimeOptions(tmp_path, "uuid", None, ports=ports)
     return ProcessRuntime(settings, SystemClock())
 
 

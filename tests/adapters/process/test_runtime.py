@@ -20,7 +20,7 @@ import uvloop
 
 from agent.adapters.kernel import cgroup, memory_cgroup, process_table
 from agent.adapters.process.launch_plan import LaunchPlan, make_plan, resolve_identity
-from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeSettings
+from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeOptions
 from agent.adapters.runtime.exits import ExitWatch
 from agent.core.errors import ConfigError, ConflictError, InstanceError, InvalidArgumentError
 from agent.core.types import MIB, FunctionSpec, Handle, InstanceSpec, ProcessId
@@ -162,7 +162,7 @@ def test_functions_are_root_only_where_somebody_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, euid: int
 ) -> None:
     def runtime(user: str) -> ProcessRuntime:
-        return ProcessRuntime(ProcessRuntimeSettings(tmp_path, "1c7e", None, enabled=True, user=user), FakeClock())
+        return ProcessRuntime(ProcessRuntimeOptions(tmp_path, "1c7e", None, enabled=True, user=user), FakeClock())
 
     monkeypatch.setattr(os, "geteuid", lambda: euid)
     if euid == 0:
@@ -326,7 +326,7 @@ async def test_the_bundle_of_another_state_directory_is_never_touched(world: Pro
     handle = await world.runtime.start(spec("resize-a", "sleep 86390"))
     other_uuid = str(uuid.uuid4())
     slice_ = cgroup.open_slice(other_uuid)
-    copied = ProcessRuntime(ProcessRuntimeSettings(world.folder / "state", other_uuid, slice_), FakeClock())
+    copied = ProcessRuntime(ProcessRuntimeOptions(world.folder / "state", other_uuid, slice_), FakeClock())
     assert list(await copied.list_handles()) == []
     with pytest.raises(ConflictError) as raised:
         await copied.start(spec("resize-a", "true"))

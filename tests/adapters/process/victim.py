@@ -22,7 +22,7 @@ from agent.adapters.kernel import cgroup
 from agent.adapters.kernel.clock import SystemClock
 from agent.adapters.process import launch
 from agent.adapters.process.launch_plan import LaunchPlan
-from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeSettings
+from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeOptions
 from agent.adapters.runtime.bundles import Bundles
 from agent.adapters.runtime.exits import ExitWatch
 from agent.adapters.runtime.log_files import LogFiles
@@ -86,7 +86,7 @@ def arm_plan(*, whole: bool) -> None:
 
 async def start(state_dir: Path, state_uuid: str, fenced: bool, uid: str) -> None:
     slice_ = cgroup.open_slice(state_uuid) if fenced else None
-    runtime = ProcessRuntime(ProcessRuntimeSettings(state_dir, state_uuid, slice_), SystemClock())
+    runtime = ProcessRuntime(ProcessRuntimeOptions(state_dir, state_uuid, slice_), SystemClock())
     # It says that it ran, where nobody can miss it, and stays.
     script = f"echo ran >>{state_dir}/ran; exec sleep 86391"
     function = FunctionSpec(name="resize", entrypoint=("/bin/sh", "-c", script))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.process.launch_plan import Identity, resolve_identity
+from agent.adapters.process.launch_plan import BundleIdentity, resolve_identity
 from agent.adapters.runtime.log_files import LogFiles
 
 # Whoever opens a leased file waits for its holder, up to /proc/sys/fs/lease-break-time (45 s): in the agent's loop.
@@ -40,7 +40,7 @@ def leaser() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.communicate()
 
 
-def take_lease(started: list[subprocess.Popen[bytes]], log_fd: int, identity: Identity | None) -> str:
+def take_lease(started: list[subprocess.Popen[bytes]], log_fd: int, identity: BundleIdentity | None) -> str:
     """A workload whose stdout is the log leases it; what came of that."""
     uid, gid = (identity.uid, identity.gid) if identity else (os.getuid(), os.getgid())
     process = subprocess.Popen(

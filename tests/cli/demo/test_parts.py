@@ -14,7 +14,7 @@ import pytest
 
 from agent.cli.demo import guard
 from agent.cli.demo.files import Sample, difference, pick_samples
-from agent.cli.demo.report import Report, driver_times_ms, percentile, spread, union_ns
+from agent.cli.demo.report import DemoReport, driver_times_ms, percentile, spread, union_ns
 
 DEADLINE_S = 20.0
 
@@ -56,7 +56,7 @@ def test_overlapping_requests_of_one_instance_count_once(tmp_path: Path) -> None
 
 
 def test_the_json_object_has_what_was_promised() -> None:
-    found = Report().as_json()
+    found = DemoReport().as_json()
     promised = "requests failed freezes wakes wake_ms driver_ms active_s idle_s cost always_on_cost answers_identical"
     assert set(promised.split()) <= set(found)
     assert {"p50", "p99"} <= set(found["wake_ms"]) & set(found["driver_ms"])

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.core.billing.meter import BillingPolicy, Kind, Meter, Placement, Subject
+from agent.core.billing.meter import BilledAs, BillingPolicy, Meter, Placement, Subject
 from agent.core.billing.recovery import resume
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.types import GIB, FunctionSpec, GpuNeed, InstanceState
 
 WALL = 1_700_000_000_000_000_000
@@ -23,11 +23,11 @@ def subject(uid: str = "i-ocr-1") -> Subject:
     return Subject.of(uid, function, node="gpu-7", boot_id="boot-a")
 
 
-def meter(state: InstanceState = InstanceState.RUNNING, at: int = 0, **policy: Kind) -> Meter:
+def meter(state: InstanceState = InstanceState.RUNNING, at: int = 0, **policy: BilledAs) -> Meter:
     return Meter(subject(), BillingPolicy(**policy), state=state, at=at, wall=WALL + at, placement=ON_GPU_0)
 
 
-def sums(windows: list[Window]) -> tuple[int, int, int]:
+def sums(windows: list[UsageWindow]) -> tuple[int, int, int]:
     return (
         sum(w.active_ns for w in windows),
         sum(w.idle_ns for w in windows),
@@ -35,7 +35,7 @@ def sums(windows: list[Window]) -> tuple[int, int, int]:
     )
 
 
-def check_ledger(windows: list[Window]) -> None:
+def check_ledger(windows: list[UsageWindow]) -> None:
     """What every ledger of one instance in one boot must be."""
     for window in windows:
         assert window.active_ns >= 0
@@ -77,25 +77,25 @@ def test_a_request_that_spans_windows_is_active_in_each_and_counted_at_its_grant
 @pytest.mark.parametrize(
     ("state", "kind"),
     [
-        (InstanceState.STARTING, Kind.IDLE),
-        (InstanceState.RUNNING, Kind.IDLE),
-        (InstanceState.FREEZING, Kind.IDLE),
-        (InstanceState.FROZEN, Kind.IDLE),
-        (InstanceState.WAITING_GPU, Kind.UNBILLED),
-        (InstanceState.RESTORING, Kind.IDLE),
-        (InstanceState.STOPPING, Kind.IDLE),
+        (InstanceState.STARTING, BilledAs.IDLE),
+        (InstanceState.RUNNING, BilledAs.IDLE),
+        (InstanceState.FREEZING, BilledAs.IDLE),
+        (InstanceState.FROZEN, BilledAs.IDLE),
+        (InstanceState.WAITING_GPU, BilledAs.UNBILLED),
+        (InstanceState.RESTORING, BilledAs.IDLE),
+        (InstanceState.STOPPING, BilledAs.IDLE),
     ],
 )
-def test_quiet_time_has_the_kind_of_its_state(state: InstanceState, kind: Kind) -> None:
+def test_quiet_time_has_the_kind_of_its_state(state: InstanceState, kind: BilledAs) -> None:
     window = meter(state).seal(70, WALL + 70)
     assert window is not None
-    assert sums([window]) == (0, 70 if kind is Kind.IDLE else 0, 70 if kind is Kind.UNBILLED else 0)
+    assert sums([window]) == (0, 70 if kind is BilledAs.IDLE else 0, 70 if kind is BilledAs.UNBILLED else 0)
     assert window.state == state.value
 
 
 def test_the_policy_decides_about_starting_and_restoring() -> None:
-    starting = meter(InstanceState.STARTING, starting=Kind.ACTIVE).open_window(5)
-    restoring = meter(InstanceState.RESTORING, restoring=Kind.UNBILLED).open_window(5)
+    starting = meter(InstanceState.STARTING, starting=BilledAs.ACTIVE).open_window(5)
+    restoring = meter(InstanceState.RESTORING, restoring=BilledAs.UNBILLED).open_window(5)
     assert sums([starting]) == (5, 0, 0)
     assert sums([restoring]) == (0, 0, 5)
 
@@ -190,8 +190,8 @@ class Life:
     """A random life, and the same life ns by ns: the oracle paints every nanosecond with one kind."""
 
     account: Meter
-    painted: list[Kind] = field(default_factory=list)
-    windows: list[Window] = field(default_factory=list)
+    painted: list[BilledAs] = field(default_factory=list)
+    windows: list[UsageWindow] = field(default_factory=list)
     invocations: int = 0
     in_flight: int = 0
     state: InstanceState = InstanceState.RUNNING
@@ -202,7 +202,7 @@ class Life:
 
     def pass_time(self, duration: int) -> None:
         working = self.state in (InstanceState.RUNNING, InstanceState.STOPPING) and self.in_flight > 0
-        kind = Kind.ACTIVE if working else BillingPolicy().quiet_kind(self.state)
+        kind = BilledAs.ACTIVE if working else BillingPolicy().quiet_kind(self.state)
         self.painted.extend([kind] * duration)
 
     def do(self, what: str) -> None:
@@ -220,7 +220,7 @@ class Life:
             self.state = InstanceState(what)
             self.keep(self.account.state_changed(self.state, now, wall))
 
-    def keep(self, window: Window | None) -> None:
+    def keep(self, window: UsageWindow | None) -> None:
         if window is not None:
             self.windows.append(window)
 
@@ -249,7 +249,7 @@ def test_every_nanosecond_has_the_kind_the_oracle_gives_it(steps: list[tuple[int
     assert sum(w.invocations for w in windows) == life.invocations
     for window in windows:
         span = life.painted[window.start_mono_ns : window.end_mono_ns]
-        assert sums([window]) == tuple(span.count(kind) for kind in (Kind.ACTIVE, Kind.IDLE, Kind.UNBILLED))
+        assert sums([window]) == tuple(span.count(kind) for kind in (BilledAs.ACTIVE, BilledAs.IDLE, BilledAs.UNBILLED))
 
 
 @given(STEPS, st.integers(1, 800), st.integers(0, 500), st.booleans(), st.integers(1, 100))
@@ -258,7 +258,7 @@ def test_a_kill_at_any_point_loses_at_most_a_flush_of_active_time_and_adds_none(
     steps: list[tuple[int, str]], killed_at: int, away: int, survived: bool, flush: int
 ) -> None:
     life = Life(meter())
-    stored: dict[int, Window] = {}
+    stored: dict[int, UsageWindow] = {}
 
     def live_until(until: int) -> None:
         while life.now < until:
@@ -272,7 +272,7 @@ def test_a_kill_at_any_point_loses_at_most_a_flush_of_active_time_and_adds_none(
             break
         life.do(what)
     live_until(killed_at)
-    truth = life.painted.count(Kind.ACTIVE)
+    truth = life.painted.count(BilledAs.ACTIVE)
     last = stored[max(stored)]
     back_at = life.now + away
     recovered = resume(
@@ -295,7 +295,7 @@ def test_a_kill_at_any_point_loses_at_most_a_flush_of_active_time_and_adds_none(
 # ---- recovery ------------------------------------------------------------------------------------------------
 
 
-def last_window(state: InstanceState = InstanceState.RUNNING, at: int = 1_000) -> Window:
+def last_window(state: InstanceState = InstanceState.RUNNING, at: int = 1_000) -> UsageWindow:
     account = meter(state)
     account.request_began(100)
     account.request_ended(300)
@@ -303,8 +303,13 @@ def last_window(state: InstanceState = InstanceState.RUNNING, at: int = 1_000) -
 
 
 def gap_after(
-    last: Window, *, same_process: bool, now: int = 5_000, boot_id: str = "boot-a", boundaries: tuple[int, ...] = ()
-) -> list[Window]:
+    last: UsageWindow,
+    *,
+    same_process: bool,
+    now: int = 5_000,
+    boot_id: str = "boot-a",
+    boundaries: tuple[int, ...] = (),
+) -> list[UsageWindow]:
     recovered = resume(
         last,
         boot_id=boot_id,

@@ -22,7 +22,7 @@ from agent.core.billing.pricing import (
     quantities,
     rounded,
 )
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.errors import ConfigError
 from agent.core.types import GIB, SECOND_NS
 
@@ -34,8 +34,8 @@ def book() -> PriceBook:
     return parse_price_book(yaml.safe_load(EXAMPLE.read_text()), EXAMPLE.name)
 
 
-def window(active_s: int = 10, idle_s: int = 50, unbilled_s: int = 0) -> Window:
-    return Window(
+def window(active_s: int = 10, idle_s: int = 50, unbilled_s: int = 0) -> UsageWindow:
+    return UsageWindow(
         instance_uid="i-sd-1",
         seq=0,
         node="gpu-7",

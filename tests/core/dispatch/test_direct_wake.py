@@ -1,4 +1,4 @@
-"""A request that is alone goes to the sleeping instance itself and wakes it (`FunctionState.to_bind`)."""
+"""A request that is alone goes to the sleeping instance itself and wakes it (`FunctionQueueState.to_bind`)."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from agent.core.dispatch.events import (
     NodeLost,
     NodeReported,
     NodeSuspect,
-    Refusal,
+    RefusalReason,
     Refuse,
     RequestArrived,
     RequestGone,
@@ -234,14 +234,14 @@ def test_a_request_refused_too_often_is_answered() -> None:
     for _ in range(MAX_ATTEMPTS - 1):
         story(LeaseRefused(1))
         assert uids(story(NodeReported("n1"))) == ["a"]
-    assert story(LeaseRefused(1)) == [Refuse(1, Refusal.NO_CAPACITY)]
+    assert story(LeaseRefused(1)) == [Refuse(1, RefusalReason.NO_CAPACITY)]
 
 
 def test_a_refusal_after_the_deadline_is_a_queue_timeout() -> None:
     story = Story(instance("a"))
     story.arrive(1)
     story.now += 61 * SECOND_NS
-    assert story(LeaseRefused(1)) == [Refuse(1, Refusal.QUEUE_TIMEOUT)]
+    assert story(LeaseRefused(1)) == [Refuse(1, RefusalReason.QUEUE_TIMEOUT)]
 
 
 def test_the_deadline_is_only_for_those_who_wait() -> None:
@@ -249,7 +249,7 @@ def test_the_deadline_is_only_for_those_who_wait() -> None:
     story.arrive(1)
     story.arrive(2)
     assert story(DeadlinePassed(1)) == []
-    assert story(DeadlinePassed(2)) == [Refuse(2, Refusal.QUEUE_TIMEOUT)]
+    assert story(DeadlinePassed(2)) == [Refuse(2, RefusalReason.QUEUE_TIMEOUT)]
     assert story(LeaseEnded(1)) == []
 
 
@@ -257,7 +257,7 @@ def test_a_full_queue_refuses_and_a_client_that_left_makes_room() -> None:
     story = Story(FunctionSet("ocr", queue_length=1), instance("a"))
     story.arrive(1)
     assert story.arrive(2) == []
-    assert story.arrive(3) == [Refuse(3, Refusal.QUEUE_FULL)]
+    assert story.arrive(3) == [Refuse(3, RefusalReason.QUEUE_FULL)]
     story(RequestGone(2))
     assert story.arrive(4) == []
     assert [e.request for e in story(RequestGone(1)) if isinstance(e, Dispatch)] == [4]
@@ -265,21 +265,21 @@ def test_a_full_queue_refuses_and_a_client_that_left_makes_room() -> None:
 
 def test_without_instances_or_hope_there_is_no_capacity() -> None:
     story = Story()
-    assert story.arrive(1, "nobody") == [Refuse(1, Refusal.UNKNOWN_FUNCTION)]
+    assert story.arrive(1, "nobody") == [Refuse(1, RefusalReason.UNKNOWN_FUNCTION)]
     assert story.arrive(2) == []  # one is expected
-    assert story(FunctionSet("ocr", expects_instances=False)) == [Refuse(2, Refusal.NO_CAPACITY)]
-    assert story.arrive(3) == [Refuse(3, Refusal.NO_CAPACITY)]
+    assert story(FunctionSet("ocr", expects_instances=False)) == [Refuse(2, RefusalReason.NO_CAPACITY)]
+    assert story.arrive(3) == [Refuse(3, RefusalReason.NO_CAPACITY)]
     story(instance("a", InstanceState.RESTORING))
     story.arrive(4)
-    assert story(InstanceGone("a")) == [Refuse(4, Refusal.NO_CAPACITY)]
+    assert story(InstanceGone("a")) == [Refuse(4, RefusalReason.NO_CAPACITY)]
 
 
 def test_a_removed_function_refuses_what_waits_and_lets_the_rest_end() -> None:
     story = Story(instance("a"))
     story.arrive(1)
     story.arrive(2)
-    assert story(FunctionRemoved("ocr")) == [Refuse(2, Refusal.UNKNOWN_FUNCTION)]
-    assert story.arrive(3) == [Refuse(3, Refusal.UNKNOWN_FUNCTION)]
+    assert story(FunctionRemoved("ocr")) == [Refuse(2, RefusalReason.UNKNOWN_FUNCTION)]
+    assert story.arrive(3) == [Refuse(3, RefusalReason.UNKNOWN_FUNCTION)]
     assert story(LeaseEnded(1)) == []
     assert story(InstanceGone("a")) == []
 

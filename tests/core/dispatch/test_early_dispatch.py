@@ -1,4 +1,5 @@
-"""Requests sent ahead wait at a node for whichever of its instances frees first (`FunctionState.to_send_ahead`)."""
+"""Requests sent ahead wait at a node for whichever of its instances frees first
+(`FunctionQueueState.to_send_ahead`)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from agent.core.dispatch.events import (
     LeaseEnded,
     LeaseRefused,
     NodeReported,
-    Refusal,
+    RefusalReason,
     Refuse,
     Wake,
     WakeAnswered,
@@ -75,7 +76,7 @@ def test_what_was_sent_ahead_counts_in_the_queue() -> None:
     story = full(FunctionSet("ocr", queue_length=2))
     assert ahead_of(story.arrive(5)) == [5]
     assert story.arrive(6) == []
-    assert story.arrive(7) == [Refuse(7, Refusal.QUEUE_FULL)]
+    assert story.arrive(7) == [Refuse(7, RefusalReason.QUEUE_FULL)]
 
 
 def test_what_was_sent_ahead_and_refused_waits_again_at_the_head_and_not_there_at_once() -> None:

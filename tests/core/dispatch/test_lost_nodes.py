@@ -1,4 +1,4 @@
-"""Instances on a lost node are no reason to wait (`FunctionState.hopeless`), until the node is heard again."""
+"""Instances on a lost node are no reason to wait (`FunctionQueueState.hopeless`), until the node is heard again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agent.core.dispatch.events import (
     NodeLost,
     NodeReported,
     NodeSuspect,
-    Refusal,
+    RefusalReason,
     Refuse,
 )
 from agent.core.types import InstanceState
@@ -24,7 +24,7 @@ NO_MORE = FunctionSet("ocr", expects_instances=False)
 
 @pytest.mark.parametrize(
     ("silence", "answer"),
-    [(NodeSuspect("n1"), []), (NodeLost("n1"), [Refuse(1, Refusal.NO_CAPACITY)])],
+    [(NodeSuspect("n1"), []), (NodeLost("n1"), [Refuse(1, RefusalReason.NO_CAPACITY)])],
     ids=["suspect", "lost"],
 )
 def test_who_comes_while_all_instances_are_on_a_lost_node_is_sent_away_at_once(
@@ -41,20 +41,20 @@ def test_who_waits_is_sent_away_when_the_last_node_is_lost(state: InstanceState)
     story(NodeSuspect("n2"))
     assert story.arrive(1) == []
     assert story(NodeLost("n1")) == [], "the other may come back"
-    assert story(NodeLost("n2")) == [Refuse(1, Refusal.NO_CAPACITY)]
+    assert story(NodeLost("n2")) == [Refuse(1, RefusalReason.NO_CAPACITY)]
 
 
 def test_who_waits_for_instances_still_wanted_waits_on() -> None:
     story = Story(instance("a"), NodeLost("n1"))
     assert story.arrive(1) == []
-    assert story(NO_MORE) == [Refuse(1, Refusal.NO_CAPACITY)], "and no longer than they are"
+    assert story(NO_MORE) == [Refuse(1, RefusalReason.NO_CAPACITY)], "and no longer than they are"
 
 
 def test_a_request_that_its_lost_node_did_not_serve_is_not_kept_until_its_deadline() -> None:
     story = Story(NO_MORE, instance("a"))
     assert story.went(1) == "a"
     assert story(NodeLost("n1")) == []
-    assert story(LeaseRefused(1)) == [Refuse(1, Refusal.NO_CAPACITY)]
+    assert story(LeaseRefused(1)) == [Refuse(1, RefusalReason.NO_CAPACITY)]
 
 
 def test_a_node_that_is_heard_again_counts_again() -> None:
@@ -66,4 +66,4 @@ def test_a_node_that_is_heard_again_counts_again() -> None:
     assert uids(story.arrive(1) + story.arrive(2)) == ["a", "a"]
     assert story.arrive(3) == [], "it waits for a slot, for there is somebody to wait for"
     assert [one.request for one in story(NodeLost("n1")) if isinstance(one, Refuse)] == [3]
-    assert story.arrive(4) == [Refuse(4, Refusal.NO_CAPACITY)]
+    assert story.arrive(4) == [Refuse(4, RefusalReason.NO_CAPACITY)]

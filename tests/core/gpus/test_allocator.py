@@ -19,11 +19,11 @@ class Desk:
     per_gpu: int = 8
     migrate: bool = False
     at: int = 0
-    book: gb.Book = field(init=False)
+    book: gb.GpuAllocator = field(init=False)
 
     def __post_init__(self) -> None:
-        devices = {name: gb.Device(name, "L20") for name in "ABCDEF"[: self.gpus]}
-        self.book = gb.Book(devices, per_gpu=self.per_gpu, max_hold_ns=HOLD, migrate=self.migrate)
+        devices = {name: gb.AllocatableGpu(name, "L20") for name in "ABCDEF"[: self.gpus]}
+        self.book = gb.GpuAllocator(devices, per_gpu=self.per_gpu, max_hold_ns=HOLD, migrate=self.migrate)
 
     def __call__(self, event: bev.BookEvent, after_ns: int = 0) -> list[bev.BookEffect]:
         self.at += after_ns
@@ -320,7 +320,7 @@ def test_with_migration_a_sleeper_that_sees_only_its_own_gpu_waits_for_that() ->
 
 def test_with_migration_its_own_gpu_comes_first_and_another_model_never() -> None:
     desk = Desk(gpus=3, migrate=True)
-    desk.book = replace(desk.book, devices={**desk.book.devices, "C": gb.Device("C", "T4")})
+    desk.book = replace(desk.book, devices={**desk.book.devices, "C": gb.AllocatableGpu("C", "T4")})
     desk.member("asleep", "B")
     assert desk(bev.Ask("asleep")) == [bev.Grant("asleep", ("B",))]
     desk.holding("busy", "A")

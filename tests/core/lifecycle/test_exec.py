@@ -23,7 +23,7 @@ from tests.core.lifecycle.test_table import (
 )
 
 S = InstanceState
-IN, OUT = ev.Visited(inside=True), ev.Visited(inside=False)
+IN, OUT = ev.ExecActive(inside=True), ev.ExecActive(inside=False)
 VISITED = after(RUNNING, IN)
 
 
@@ -40,8 +40,8 @@ def test_a_visitor_begins_no_operation(name: str) -> None:
         (ev.IdleTimer(VISITED.idle_gen), []),
         (ev.IdleTimer(RUNNING.idle_gen), []),
         (ev.FreezeAsked(), []),
-        (ev.FreezeOrdered(), [ev.BookRefused()]),
-        (ev.DrainOrdered(), [ev.BookRefused()]),
+        (ev.FreezeOrdered(), [ev.OrderedFreezeRefused()]),
+        (ev.DrainOrdered(), [ev.OrderedFreezeRefused()]),
     ],
     ids=["timer", "earlier timer", "asked", "ordered", "drain"],
 )
@@ -52,8 +52,10 @@ def test_no_freeze_begins_under_a_visitor(event: ev.Event, told: list[ev.Effect]
 
 
 def test_the_last_request_arms_no_timer_while_a_visitor_is_inside() -> None:
-    assert does(after(BUSY, IN), ev.Quiet())[1] == []
-    assert does(after(VISITED, ev.Busy()), OUT)[1] == [ev.Became(idle=False)], "nor a visitor while a request is"
+    assert does(after(BUSY, IN), ev.LastRequestEnded())[1] == []
+    assert does(after(VISITED, ev.FirstRequestStarted()), OUT)[1] == [ev.Became(idle=False)], (
+        "nor a visitor while a request is"
+    )
 
 
 def test_the_idle_time_begins_when_the_visitor_has_left() -> None:
@@ -81,7 +83,7 @@ def test_a_freeze_under_way_is_undone_for_a_visitor_only_if_he_asks() -> None:
 
 
 def test_a_drain_that_began_before_goes_on_and_the_visitor_is_let_in_afterwards() -> None:
-    me = after(DRAINING, IN, ev.WakeAsked(0, AT + SECOND_NS), ev.Quiet())
+    me = after(DRAINING, IN, ev.WakeAsked(0, AT + SECOND_NS), ev.LastRequestEnded())
     assert me.state is S.FREEZING
     me = ok(ok(me))
     assert me.state is S.WAITING_GPU

@@ -53,21 +53,21 @@ def test_the_second_restore_is_the_last_wherever_it_fails() -> None:
 
 
 def test_a_wake_that_succeeds_elsewhere_begins_a_new_count() -> None:
-    me = after(ok(after(MOVABLE, no_room(MOVABLE), ev.Granted(("GPU-B",)))), ev.Unwanted())
+    me = after(ok(after(MOVABLE, no_room(MOVABLE), ev.Granted(("GPU-B",)))), ev.WaitersGone())
     me = ok(ok(after(me, ev.IdleTimer(me.idle_gen))))
-    me = after(me, ev.Wanted(), ev.Granted(("GPU-B",)))
+    me = after(me, ev.WaitersAppeared(), ev.Granted(("GPU-B",)))
     me, _ = does(me, no_room(me))
     assert me.state is S.WAITING_GPU, "not FAILED: this is the first failure of this wake"
 
 
 def test_who_waits_no_more_sleeps_on_after_a_failed_restore() -> None:
-    me, effects = does(after(MOVABLE, no_room(MOVABLE)), ev.Unwanted())
+    me, effects = does(after(MOVABLE, no_room(MOVABLE)), ev.WaitersGone())
     assert (me.state, kinds(effects)) == (S.FROZEN, ["Withdraw"])
 
 
 @pytest.mark.parametrize("me", [MOVABLE, RESTORING], ids=["may move", "may not"])
 def test_a_restore_that_fails_when_nobody_waits_any_more_is_not_tried_again(me: Instance) -> None:
-    me, effects = does(after(me, ev.Unwanted()), no_room(me))
+    me, effects = does(after(me, ev.WaitersGone()), no_room(me))
     assert (me.state, me.holds, kinds(effects)) == (S.FROZEN, False, ["Note", "Release"])
 
 
@@ -90,12 +90,12 @@ def test_a_pause_closes_the_gate_and_takes_the_instance_from_the_books_victims()
     assert ev.Became(idle=False) in effects
     for event in (ev.IdleTimer(RUNNING.idle_gen), ev.IdleTimer(me.idle_gen), ev.FreezeAsked()):
         assert does(me, event) == (me, []), "the driver is never asked about it"
-    assert kinds(does(me, ev.FreezeOrdered())[1]) == ["BookRefused"]
-    assert kinds(does(me, ev.DrainOrdered())[1]) == ["BookRefused"]
+    assert kinds(does(me, ev.FreezeOrdered())[1]) == ["OrderedFreezeRefused"]
+    assert kinds(does(me, ev.DrainOrdered())[1]) == ["OrderedFreezeRefused"]
 
 
 def test_who_comes_during_a_pause_is_sent_elsewhere() -> None:
-    assert kinds(does(after(RUNNING, ev.Paused(paused=True)), ev.Wanted())[1]) == ["RefuseWaiters"]
+    assert kinds(does(after(RUNNING, ev.Paused(paused=True)), ev.WaitersAppeared())[1]) == ["RefuseWaiters"]
 
 
 def test_a_freeze_that_finds_it_paused_knows_it_at_once() -> None:
@@ -112,8 +112,8 @@ def test_after_a_pause_it_is_idle_from_then_on() -> None:
 
 def test_one_paused_while_it_drains_gives_nothing_up_and_the_book_is_told_so() -> None:
     me, effects = does(DRAINING, ev.Paused(paused=True))
-    assert kinds(effects) == ["Note", "ClosePool", "BookRefused", "Became", "RefuseWaiters"]
-    me = after(me, ev.Quiet())
+    assert kinds(effects) == ["Note", "ClosePool", "OrderedFreezeRefused", "Became", "RefuseWaiters"]
+    me = after(me, ev.LastRequestEnded())
     assert me.state is S.RUNNING
     me, effects = does(me, ev.Paused(paused=False))
     assert (me.gate_open, kinds(effects)) == (True, ["Note", "Became", "SetIdleTimer"]), "the book asks again"

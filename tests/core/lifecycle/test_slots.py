@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from agent.core.lifecycle.slots import Arrival, Slots
+from agent.core.lifecycle.slots import Arrival, ConcurrencyLimiter
 
 
-def opened(limit: int = 1, max_waiting: int = 2) -> Slots[str]:
-    slots: Slots[str] = Slots(limit, max_waiting)
+def opened(limit: int = 1, max_waiting: int = 2) -> ConcurrencyLimiter[str]:
+    slots: ConcurrencyLimiter[str] = ConcurrencyLimiter(limit, max_waiting)
     slots.open = True
     return slots
 
@@ -28,7 +28,7 @@ def test_the_line_is_bounded_and_nobody_overtakes() -> None:
 
 
 def test_while_closed_everybody_waits() -> None:
-    slots: Slots[str] = Slots(3, 5)
+    slots: ConcurrencyLimiter[str] = ConcurrencyLimiter(3, 5)
     assert slots.arrive("a") is Arrival.QUEUED
     assert slots.grant_next() is None
     slots.open = True
@@ -45,7 +45,7 @@ def test_who_leaves_the_line_is_gone_once() -> None:
 
 
 def test_everybody_can_be_sent_away_in_order() -> None:
-    slots: Slots[str] = Slots(1, 5)
+    slots: ConcurrencyLimiter[str] = ConcurrencyLimiter(1, 5)
     for ticket in "abc":
         slots.arrive(ticket)
     assert slots.empty_line() == ["a", "b", "c"]

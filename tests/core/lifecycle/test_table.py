@@ -47,12 +47,12 @@ PULLING = after(new(), ev.Created())
 STARTING = ok(PULLING)
 WARMING = after(STARTING, ev.Granted(GPU))
 RUNNING = ok(WARMING)
-BUSY = after(RUNNING, ev.Busy())
+BUSY = after(RUNNING, ev.FirstRequestStarted())
 LOCKING = after(RUNNING, ev.IdleTimer(RUNNING.idle_gen))
 CHECKPOINTING = ok(LOCKING)
-UNLOCKING = ok(after(LOCKING, ev.Wanted()))
+UNLOCKING = ok(after(LOCKING, ev.WaitersAppeared()))
 FROZEN = ok(CHECKPOINTING)
-WAITING = after(FROZEN, ev.Wanted())
+WAITING = after(FROZEN, ev.WaitersAppeared())
 RESTORING = after(WAITING, ev.Granted(GPU))
 DRAINING = after(BUSY, ev.DrainOrdered())
 ENDING = after(BUSY, ev.StopAsked(30 * SECOND_NS))
@@ -66,11 +66,11 @@ EVERY = {
     "FAILED": FAILED,
 }  # fmt: skip
 EVENTS: list[ev.Event] = [
-    ev.Busy(), ev.Quiet(), ev.Wanted(), ev.Unwanted(), ev.WakeAsked(0, AT + SECOND_NS), ev.WakeExpired(),
-    ev.Visited(inside=True), ev.Visited(inside=False),
-    ev.FreezeAsked(), ev.FreezeOrdered(), ev.DrainOrdered(), ev.StopAsked(SECOND_NS), ev.StopAsked(0, force=True),
-    ev.Exited("INSTANCE_CRASHED"), ev.Granted(GPU), ev.IdleTimer(0), ev.StopTimer(0), ev.Succeeded(0),
-    ev.Refused(0, "NOT_READY"), ev.Broken(0, "UNKNOWN"),
+    ev.FirstRequestStarted(), ev.LastRequestEnded(), ev.WaitersAppeared(), ev.WaitersGone(), ev.WakeAsked(0, AT +
+    SECOND_NS), ev.WakeExpired(), ev.ExecActive(inside=True), ev.ExecActive(inside=False), ev.FreezeAsked(),
+    ev.FreezeOrdered(), ev.DrainOrdered(), ev.StopAsked(SECOND_NS), ev.StopAsked(0, force=True),
+    ev.Exited("INSTANCE_CRASHED"), ev.Granted(GPU), ev.IdleTimer(0), ev.StopTimer(0), ev.Succeeded(0), ev.Refused(0,
+    "NOT_READY"), ev.Broken(0, "UNKNOWN"),
 ]  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def test_each_state_with_each_event_keeps_what_always_holds(name: str, event: ev
     runs = [effect for effect in effects if isinstance(effect, ev.Run)]
     assert len(runs) <= 1
     if before.op is not None and runs:
-        assert runs[0].op is ev.Op.DESTROY, "one operation at a time; only an end may cut in"
+        assert runs[0].op is ev.Operation.DESTROY, "one operation at a time; only an end may cut in"
     if before.state.terminal:
         assert me.state is before.state
         assert not runs
@@ -139,7 +139,7 @@ def test_answers_of_operations_that_no_longer_count_are_nothing(name: str) -> No
 
 
 def test_idle_leads_to_a_freeze_after_freeze_after() -> None:
-    _, effects = does(BUSY, ev.Quiet())
+    _, effects = does(BUSY, ev.LastRequestEnded())
     assert effects == [
         ev.Became(idle=True, preemptible_at_ns=AT),
         ev.SetIdleTimer(BUSY.idle_gen + 1, AT + FREEZE_AFTER),
@@ -154,14 +154,14 @@ def test_a_timer_of_an_earlier_quiet_is_stale() -> None:
 
 def test_always_awake_means_never_frozen() -> None:
     me = replace(RUNNING, freezable=False)
-    assert kinds(does(after(me, ev.Busy()), ev.Quiet())[1]) == ["Became"], "no idle timer"
+    assert kinds(does(after(me, ev.FirstRequestStarted()), ev.LastRequestEnded())[1]) == ["Became"], "no idle timer"
     assert does(me, ev.FreezeAsked()) == (me, [])
-    assert does(me, ev.FreezeOrdered()) == (me, [ev.BookRefused()])
-    assert does(me, ev.DrainOrdered()) == (me, [ev.BookRefused()])
+    assert does(me, ev.FreezeOrdered()) == (me, [ev.OrderedFreezeRefused()])
+    assert does(me, ev.DrainOrdered()) == (me, [ev.OrderedFreezeRefused()])
 
 
 def test_a_request_cancels_a_freeze_until_the_checkpoint() -> None:
-    asked, effects = does(LOCKING, ev.Wanted())
+    asked, effects = does(LOCKING, ev.WaitersAppeared())
     assert effects == [ev.AskCancel(LOCKING.op_gen)]
     me, effects = does(asked, ev.Refused(asked.op_gen, CANCELLED))
     assert (me.state, me.refusals, effects) == (S.RUNNING, 0, [])
@@ -171,7 +171,7 @@ def test_a_request_cancels_a_freeze_until_the_checkpoint() -> None:
 
 
 def test_past_the_lock_the_checkpoint_goes_on_and_the_request_gets_a_wake() -> None:
-    me, effects = does(CHECKPOINTING, ev.Wanted())
+    me, effects = does(CHECKPOINTING, ev.WaitersAppeared())
     assert effects == []
     me, effects = does(me, ev.Succeeded(me.op_gen))
     assert me.state is S.WAITING_GPU
@@ -180,7 +180,7 @@ def test_past_the_lock_the_checkpoint_goes_on_and_the_request_gets_a_wake() -> N
 
 def test_a_freeze_that_the_book_ordered_is_not_cancelled() -> None:
     ordered = after(RUNNING, ev.FreezeOrdered())
-    me, effects = does(ordered, ev.Wanted())
+    me, effects = does(ordered, ev.WaitersAppeared())
     assert effects == []
     assert kinds(does(me, ev.Succeeded(me.op_gen))[1]) == ["Run CHECKPOINT"]
 
@@ -202,8 +202,8 @@ def test_a_refused_freeze_backs_off_ever_longer_but_boundedly_and_says_why() -> 
 def test_one_that_refused_and_has_a_request_now_and_then_still_gives_way() -> None:
     me, _ = machine.step(after(RUNNING, ev.FreezeOrdered()), ev.Refused(RUNNING.op_gen + 1, "NVML_UNAVAILABLE"), AT)
     for n in range(1, 5):
-        me, _ = machine.step(me, ev.Busy(), AT + n * SECOND_NS // 2)
-        me, effects = machine.step(me, ev.Quiet(), AT + n * SECOND_NS // 2)
+        me, _ = machine.step(me, ev.FirstRequestStarted(), AT + n * SECOND_NS // 2)
+        me, effects = machine.step(me, ev.LastRequestEnded(), AT + n * SECOND_NS // 2)
         (became,) = [effect for effect in effects if isinstance(effect, ev.Became)]
         assert became.preemptible_at_ns == AT + SECOND_NS, "the back-off counts from the refusal"
 
@@ -211,7 +211,7 @@ def test_one_that_refused_and_has_a_request_now_and_then_still_gives_way() -> No
 def test_a_refused_order_is_told_to_the_book() -> None:
     ordered = after(RUNNING, ev.FreezeOrdered())
     _, effects = does(ordered, ev.Refused(ordered.op_gen, "NOT_READY"))
-    assert effects[0] == ev.BookRefused()
+    assert effects[0] == ev.OrderedFreezeRefused()
 
 
 def test_pre_freeze_500_replaces_the_instance() -> None:
@@ -228,7 +228,7 @@ def test_an_instance_that_cannot_be_unlocked_is_not_called_running() -> None:
 
 def test_a_drain_closes_the_gate_and_freezes_with_the_last_request() -> None:
     assert not DRAINING.gate_open
-    me, effects = does(DRAINING, ev.Quiet())
+    me, effects = does(DRAINING, ev.LastRequestEnded())
     assert kinds(effects) == ["ClosePool", "Run LOCK"]
     assert me.ordered
 
@@ -237,7 +237,7 @@ def test_a_drain_closes_the_gate_and_freezes_with_the_last_request() -> None:
 
 
 def test_a_request_to_a_frozen_instance_waits_for_its_gpu_then_for_the_restore() -> None:
-    assert kinds(does(FROZEN, ev.Wanted())[1]) == ["Want"]
+    assert kinds(does(FROZEN, ev.WaitersAppeared())[1]) == ["Want"]
     assert kinds(does(WAITING, ev.Granted(GPU))[1]) == ["Run WAKE"]
     me, effects = does(RESTORING, ev.Succeeded(RESTORING.op_gen))
     assert me.gate_open
@@ -245,34 +245,34 @@ def test_a_request_to_a_frozen_instance_waits_for_its_gpu_then_for_the_restore()
 
 
 def test_nobody_waits_any_more() -> None:
-    me, effects = does(WAITING, ev.Unwanted())
+    me, effects = does(WAITING, ev.WaitersGone())
     assert (me.state, effects) == (S.FROZEN, [ev.Withdraw()])
 
 
 def test_a_wake_by_the_api_waits_until_its_deadline() -> None:
     me = after(FROZEN, ev.WakeAsked(0, AT + SECOND_NS))
     assert me.state is S.WAITING_GPU
-    assert does(me, ev.Unwanted())[0].state is S.WAITING_GPU
+    assert does(me, ev.WaitersGone())[0].state is S.WAITING_GPU
     assert does(me, ev.WakeExpired(), at=AT + SECOND_NS)[0].state is S.FROZEN
 
 
 def test_hold_keeps_it_awake_until_the_first_request_only() -> None:
     me = ok(after(FROZEN, ev.WakeAsked(60 * SECOND_NS, AT + SECOND_NS), ev.Granted(GPU)))
     assert me.hold_until_ns == AT + 60 * SECOND_NS
-    me = after(me, ev.Busy())
-    assert does(me, ev.Quiet())[1][1] == ev.SetIdleTimer(me.idle_gen + 1, AT + FREEZE_AFTER)
+    me = after(me, ev.FirstRequestStarted())
+    assert does(me, ev.LastRequestEnded())[1][1] == ev.SetIdleTimer(me.idle_gen + 1, AT + FREEZE_AFTER)
 
 
 def test_a_hold_whose_wake_came_too_late_is_over_with_the_next_request() -> None:
     me = after(FROZEN, ev.WakeAsked(60 * SECOND_NS, AT + 1))
     me = after(me, ev.WakeExpired(), at=AT + 1)
-    me = after(me, ev.Wanted(), ev.Granted(GPU), at=AT + 2)
-    me = after(ok(me), ev.Busy(), ev.Unwanted())
-    assert does(me, ev.Quiet())[1][1] == ev.SetIdleTimer(me.idle_gen + 1, AT + FREEZE_AFTER)
+    me = after(me, ev.WaitersAppeared(), ev.Granted(GPU), at=AT + 2)
+    me = after(ok(me), ev.FirstRequestStarted(), ev.WaitersGone())
+    assert does(me, ev.LastRequestEnded())[1][1] == ev.SetIdleTimer(me.idle_gen + 1, AT + FREEZE_AFTER)
 
 
 def test_a_wake_of_one_that_is_about_to_give_up_its_gpu_outlives_that() -> None:
-    me = after(DRAINING, ev.WakeAsked(0, AT + SECOND_NS), ev.Quiet())
+    me = after(DRAINING, ev.WakeAsked(0, AT + SECOND_NS), ev.LastRequestEnded())
     assert ok(ok(me)).state is S.WAITING_GPU
 
 
@@ -295,7 +295,7 @@ def test_a_frozen_instance_is_stopped_without_waking() -> None:
 def test_a_busy_instance_is_drained_for_its_grace_at_most() -> None:
     me, effects = does(BUSY, ev.StopAsked(3 * SECOND_NS))
     assert kinds(effects) == ["RefuseWaiters", "SetStopTimer"]
-    assert kinds(does(me, ev.Quiet())[1]) == ["Run STOP"]
+    assert kinds(does(me, ev.LastRequestEnded())[1]) == ["Run STOP"]
     cut, effects = does(me, ev.StopTimer(me.op_gen))
     assert cut.stop_force
     assert kinds(effects) == ["Run STOP"]
@@ -343,7 +343,7 @@ def test_a_grant_that_crosses_a_stop_is_given_back_at_its_end() -> None:
 @pytest.mark.parametrize("name", ["STOPPED", "FAILED"])
 def test_after_the_end_requests_are_refused_and_grants_given_back(name: str) -> None:
     me = EVERY[name]
-    assert isinstance(does(me, ev.Wanted())[1][0], ev.RefuseWaiters)
+    assert isinstance(does(me, ev.WaitersAppeared())[1][0], ev.RefuseWaiters)
     assert does(me, ev.Granted(GPU))[1] == [ev.Release()]
 
 

@@ -15,7 +15,7 @@ from agent.core.gpus import allocator_events as book_events
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle import machine
 from agent.core.lifecycle.machine import Instance
-from agent.core.lifecycle.slots import Arrival, Slots
+from agent.core.lifecycle.slots import Arrival, ConcurrencyLimiter
 from agent.core.types import MILLISECOND_NS, InstanceState
 
 AWAKE = (InstanceState.STARTING, InstanceState.RUNNING, InstanceState.FREEZING, InstanceState.RESTORING)
@@ -26,8 +26,8 @@ class Member:
     """One instance as the walk sees it: the pure state, its gate, and what the outside world does to it."""
 
     instance: Instance
-    slots: Slots[int]
-    op: ev.Op | None = None
+    slots: ConcurrencyLimiter[int]
+    op: ev.Operation | None = None
     op_gen: int = -1
     idle_timer: tuple[int, int] | None = None
     stop_timer: tuple[int, int] | None = None
@@ -53,8 +53,8 @@ class World:
         self.random = random.Random(seed)
         self.at = 1_000
         self.traffic = 1.0
-        devices = {f"GPU-{i}": allocator.Device(f"GPU-{i}", "Emulated H100") for i in range(gpus)}
-        self.book = allocator.Book(devices, per_gpu=per_gpu, max_hold_ns=50 * MILLISECOND_NS, migrate=migrate)
+        devices = {f"GPU-{i}": allocator.AllocatableGpu(f"GPU-{i}", "Emulated H100") for i in range(gpus)}
+        self.book = allocator.GpuAllocator(devices, per_gpu=per_gpu, max_hold_ns=50 * MILLISECOND_NS, migrate=migrate)
         self.members: dict[str, Member] = {}
         self.book_inbox: deque[book_events.BookEvent] = deque()
         self.book_busy = False
@@ -77,7 +77,7 @@ class World:
             min_awake_ns=2 * MILLISECOND_NS,
             movable=self.book.migrate,
         )
-        self.members[uid] = Member(me, Slots(concurrency, max_waiting))
+        self.members[uid] = Member(me, ConcurrencyLimiter(concurrency, max_waiting))
         self.inbox[uid] = deque()
         self.tell_book(book_events.Assign(uid, 1, ""))
         self.tell(uid, ev.Created())
@@ -112,10 +112,10 @@ class World:
         if is_open:
             quiet = slots.in_flight == 0
             if self._grant(uid) and quiet:
-                self.tell(uid, ev.Busy())
-            self.tell(uid, ev.Unwanted())
+                self.tell(uid, ev.FirstRequestStarted())
+            self.tell(uid, ev.WaitersGone())
         elif slots.waiting:
-            self.tell(uid, ev.Wanted())
+            self.tell(uid, ev.WaitersAppeared())
 
     def _grant(self, uid: str) -> int:
         member, granted = self.members[uid], 0
@@ -136,7 +136,7 @@ class World:
             case ev.Release():
                 self.releasing.add(uid)
                 self.tell_book(book_events.Releasing(uid))
-            case ev.BookRefused():
+            case ev.OrderedFreezeRefused():
                 self.tell_book(book_events.FreezeRefused(uid))
             case ev.Became(True, preemptible_at_ns):
                 self.tell_book(book_events.BecameIdle(uid, preemptible_at_ns))
@@ -152,13 +152,13 @@ class World:
             case ev.AskCancel() | ev.ClosePool() | ev.Note():
                 pass
 
-    def _begin(self, member: Member, op: ev.Op, gen: int) -> None:
-        if op is ev.Op.CHECKPOINT:
+    def _begin(self, member: Member, op: ev.Operation, gen: int) -> None:
+        if op is ev.Operation.CHECKPOINT:
             assert not member.inside, "a checkpoint began with a request in flight"
             assert not member.slots.waiting or member.instance.ordered, "a checkpoint began although somebody waits"
-        if op in (ev.Op.LOCK, ev.Op.CHECKPOINT, ev.Op.WAKE):
+        if op in (ev.Operation.LOCK, ev.Operation.CHECKPOINT, ev.Operation.WAKE):
             assert not member.inside, f"{op} with a request inside"
-        assert member.op is None or op is ev.Op.DESTROY, f"{op} while {member.op} runs"
+        assert member.op is None or op is ev.Operation.DESTROY, f"{op} while {member.op} runs"
         member.op, member.op_gen = op, gen
 
     def tell_book(self, event: book_events.BookEvent) -> None:
@@ -202,10 +202,10 @@ class World:
             case Arrival.GRANTED:
                 member.inside.add(request)
                 if member.slots.in_flight == 1:
-                    self.tell(uid, ev.Busy())
+                    self.tell(uid, ev.FirstRequestStarted())
             case Arrival.QUEUED:
                 if first and not member.slots.open:
-                    self.tell(uid, ev.Wanted())
+                    self.tell(uid, ev.WaitersAppeared())
             case Arrival.FULL:
                 self._end(request, "full")
 
@@ -216,7 +216,7 @@ class World:
         if waiting and member.slots.leave(request := self.random.choice(waiting)):
             self._end(request, "left")
             if not member.slots.waiting:
-                self.tell(uid, ev.Unwanted())
+                self.tell(uid, ev.WaitersGone())
 
     def finish(self, uid: str) -> None:
         member = self.members[uid]
@@ -228,7 +228,7 @@ class World:
         member.slots.done()
         self._grant(uid)
         if member.slots.in_flight == 0:
-            self.tell(uid, ev.Quiet())
+            self.tell(uid, ev.LastRequestEnded())
 
     def _end(self, request: int, how: str) -> None:
         assert request in self.where, f"request {request} ended twice"
@@ -242,7 +242,7 @@ class World:
         if member.op is None:
             return
         op, gen, member.op = member.op, member.op_gen, None
-        if op is ev.Op.DESTROY or (op is ev.Op.STOP and how == "ok"):
+        if op is ev.Operation.DESTROY or (op is ev.Operation.STOP and how == "ok"):
             member.destroyed = True
             how = "ok"
             while member.inside:
@@ -252,9 +252,9 @@ class World:
                 self.tell(uid, ev.Succeeded(gen))
             case "refused":
                 self.tell(uid, ev.Refused(gen, "NOT_READY"))
-            case "cancelled" if op is ev.Op.LOCK:
+            case "cancelled" if op is ev.Operation.LOCK:
                 self.tell(uid, ev.Refused(gen, machine.CANCELLED))
-            case "pre-freeze" if op is ev.Op.LOCK:
+            case "pre-freeze" if op is ev.Operation.LOCK:
                 self.tell(uid, ev.Refused(gen, machine.PRE_FREEZE_FAILED))
             case _:
                 self.tell(uid, ev.Broken(gen, "FAILED"))
@@ -319,7 +319,7 @@ class World:
         elif kind < 0.3:
             self.tell(uid, ev.Paused(not self.members[uid].instance.paused))
         elif kind < 0.4:
-            self.tell(uid, ev.Visited(not self.members[uid].instance.visited))
+            self.tell(uid, ev.ExecActive(not self.members[uid].instance.visited))
         elif kind < 0.7:
             self.tell(uid, ev.Exited("INSTANCE_CRASHED"))
         else:
@@ -377,7 +377,7 @@ class World:
                 self.tell_book(book_events.Uncordon(device.uuid, "health"))
         for uid in self.members:
             self.tell(uid, ev.Paused(paused=False))
-            self.tell(uid, ev.Visited(inside=False))
+            self.tell(uid, ev.ExecActive(inside=False))
         for _ in range(4_000):
             for uid in self.members:
                 self.finish(uid)

@@ -10,13 +10,13 @@ import pytest
 
 from agent.core.provisioning.autoscaling import (
     Action,
+    ActiveWindow,
     Decision,
     Fired,
     Metric,
     Patience,
-    Policy,
+    ScalingPolicy,
     Tracking,
-    Window,
     begin,
     decide,
     last_fired,
@@ -28,11 +28,11 @@ from agent.core.types import SECOND_NS
 
 AT_ONCE = Patience(periods=1, factor=Fraction(1, 2))
 PATIENT = Patience(periods=3, factor=Fraction(1, 2))
-ALWAYS = Window(0, 1 << 62)
+ALWAYS = ActiveWindow(0, 1 << 62)
 
 
-def policy(goal: str = "0.3", least: int = 1, most: int = 30) -> Policy:
-    return Policy("p", ALWAYS, Metric.CONCURRENCY, Fraction(goal), least, most)
+def policy(goal: str = "0.3", least: int = 1, most: int = 30) -> ScalingPolicy:
+    return ScalingPolicy("p", ALWAYS, Metric.CONCURRENCY, Fraction(goal), least, most)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_walk_stays_within_the_bounds_and_moves_only_after_a_whole_row(seed: i
 
 
 def action(name: str, expression: str, target: int, start: str = "00:00:00", end: str = "23:00:00") -> Action:
-    window = Window(parse_time(f"2026-07-01T{start}", UTC), parse_time(f"2026-07-01T{end}", UTC))
+    window = ActiveWindow(parse_time(f"2026-07-01T{start}", UTC), parse_time(f"2026-07-01T{end}", UTC))
     return Action(name, window, parse_schedule(expression, UTC), target)
 
 
@@ -212,7 +212,7 @@ def test_the_highest_active_one_overrides_the_default_target(
 
 
 def test_a_window_holds_its_start_and_not_its_end() -> None:
-    window = Window(SECOND_NS, 2 * SECOND_NS)
+    window = ActiveWindow(SECOND_NS, 2 * SECOND_NS)
     assert [window.holds(at) for at in (SECOND_NS - 1, SECOND_NS, 2 * SECOND_NS - 1, 2 * SECOND_NS)] == [
         False,
         True,

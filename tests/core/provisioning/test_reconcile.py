@@ -10,12 +10,12 @@ import pytest
 
 from agent.core.provisioning.reconcile import (
     MAX_ATTEMPTS,
-    Plan,
-    Present,
+    Attempts,
+    DesiredState,
+    ObservedInstance,
+    ReconcilePlan,
     RequestId,
     Scheduling,
-    Tries,
-    Wanted,
     came_up,
     failed,
     parse_request_id,
@@ -29,43 +29,43 @@ CORDONED, DRAINED, EMPTIED = Scheduling.CORDONED, Scheduling.DRAINED, Scheduling
 NONE: frozenset[int] = frozenset()
 
 
-def have(ordinal: int, revision: str = "1", state: InstanceState = RUNNING, attempt: int = 1) -> Present:
+def have(ordinal: int, revision: str = "1", state: InstanceState = RUNNING, attempt: int = 1) -> ObservedInstance:
     uid = f"r{revision}-{ordinal}-{attempt}"
-    return Present(uid, "n1", RequestId("ocr", revision, ordinal, attempt), state)
+    return ObservedInstance(uid, "n1", RequestId("ocr", revision, ordinal, attempt), state)
 
 
-def settled(target: int, present: Iterable[Present], revision: str = "1") -> Plan:
+def settled(target: int, present: Iterable[ObservedInstance], revision: str = "1") -> ReconcilePlan:
     """What is done with nothing under way once all nodes were heard."""
-    return plan(Wanted("ocr", revision, target), present, {}, NONE, True, 0)
+    return plan(DesiredState("ocr", revision, target), present, {}, NONE, True, 0)
 
 
-def stopped(made: Plan) -> list[str]:
+def stopped(made: ReconcilePlan) -> list[str]:
     return [stop.uid for stop in made.stops]
 
 
-def created(made: Plan) -> list[str]:
+def created(made: ReconcilePlan) -> list[str]:
     return [str(create.request_id) for create in made.creates]
 
 
-def yielding(made: Plan) -> list[str]:
+def yielding(made: ReconcilePlan) -> list[str]:
     """Who may be stopped for the creates, were there no room."""
     return [] if made.coming or not made.creates else [one.uid for one in made.may_give_way]
 
 
 def test_missing_ordinals_are_created_and_those_under_way_are_not() -> None:
-    made = plan(Wanted("ocr", "1", 3), [have(1)], {}, frozenset({2}), True, 0)
+    made = plan(DesiredState("ocr", "1", 3), [have(1)], {}, frozenset({2}), True, 0)
     assert [str(create.request_id) for create in made.creates] == ["ocr/1/0/1"]
     assert made.stops == ()
 
 
 def test_nothing_is_created_before_every_node_was_heard() -> None:
-    assert plan(Wanted("ocr", "1", 3), [], {}, NONE, False, 0).creates == ()
+    assert plan(DesiredState("ocr", "1", 3), [], {}, NONE, False, 0).creates == ()
 
 
 def test_nothing_is_stopped_before_every_node_was_heard() -> None:
     """What looks like too many may stand in for what nobody has reported yet; and the target may not be known."""
     here = [have(0), have(1), have(0, "0"), replace(have(5), scheduling=EMPTIED)]
-    made = plan(Wanted("ocr", "1", 1), here, {}, NONE, False, 0)
+    made = plan(DesiredState("ocr", "1", 1), here, {}, NONE, False, 0)
     assert (made.stops, made.creates, made.may_give_way) == ((), (), ())
     assert len(settled(1, here).stops) == 3
 
@@ -97,10 +97,10 @@ def test_scale_in_takes_the_least_useful(target: int) -> None:
 
 def test_what_is_under_way_is_counted_and_goes_before_any_instance() -> None:
     here = [have(0), have(1)]
-    more = plan(Wanted("ocr", "1", 4), here, {}, frozenset({2}), True, 0)
+    more = plan(DesiredState("ocr", "1", 4), here, {}, frozenset({2}), True, 0)
     assert created(more) == ["ocr/1/3/1"]
-    assert stopped(plan(Wanted("ocr", "1", 2), here, {}, frozenset({2}), True, 0)) == []
-    assert stopped(plan(Wanted("ocr", "1", 1), here, {}, frozenset({2}), True, 0)) == ["r1-1-1"]
+    assert stopped(plan(DesiredState("ocr", "1", 2), here, {}, frozenset({2}), True, 0)) == []
+    assert stopped(plan(DesiredState("ocr", "1", 1), here, {}, frozenset({2}), True, 0)) == ["r1-1-1"]
 
 
 def test_creates_use_the_lowest_free_ordinals_and_never_an_attempt_twice() -> None:
@@ -119,8 +119,8 @@ def test_a_target_that_falls_and_rises_again_during_a_drain_makes_a_new_one() ->
 
 
 def test_an_ordinal_that_was_given_up_is_not_evaded() -> None:
-    tries = {1: Tries(MAX_ATTEMPTS, MAX_ATTEMPTS)}
-    made = plan(Wanted("ocr", "1", 3), [have(0), have(2)], tries, NONE, True, 0)
+    tries = {1: Attempts(MAX_ATTEMPTS, MAX_ATTEMPTS)}
+    made = plan(DesiredState("ocr", "1", 3), [have(0), have(2)], tries, NONE, True, 0)
     assert (made.creates, made.missing, made.again_at_ns) == ((), (1,), None)
 
 
@@ -178,9 +178,9 @@ def test_a_drain_that_is_taken_back_keeps_the_most_useful() -> None:
 
 
 def test_attempts_back_off_and_end() -> None:
-    tries, now, waits = Tries(), 0, []
+    tries, now, waits = Attempts(), 0, []
     while not tries.given_up:
-        made = plan(Wanted("ocr", "1", 1), [], {0: tries}, NONE, True, now)
+        made = plan(DesiredState("ocr", "1", 1), [], {0: tries}, NONE, True, now)
         if not made.creates:
             assert made.again_at_ns is not None
             waits.append((made.again_at_ns - now) // SECOND_NS)
@@ -189,32 +189,32 @@ def test_attempts_back_off_and_end() -> None:
         tries = failed(tries, made.creates[0].request_id.attempt, now)
     assert tries.attempt == MAX_ATTEMPTS
     assert waits == [1, 2, 4, 8]
-    assert plan(Wanted("ocr", "1", 1), [], {0: tries}, NONE, True, now + 10**12).creates == ()
+    assert plan(DesiredState("ocr", "1", 1), [], {0: tries}, NONE, True, now + 10**12).creates == ()
 
 
 def test_an_instance_that_came_up_is_replaced_at_once_when_it_fails_later() -> None:
-    tries = came_up(failed(failed(Tries(), 1, 0), 2, 0), 3)
-    assert tries == Tries(3)
+    tries = came_up(failed(failed(Attempts(), 1, 0), 2, 0), 3)
+    assert tries == Attempts(3)
     again = failed(tries, 3, 0)
-    made = plan(Wanted("ocr", "1", 1), [], {0: again}, NONE, True, SECOND_NS)
+    made = plan(DesiredState("ocr", "1", 1), [], {0: again}, NONE, True, SECOND_NS)
     assert str(made.creates[0].request_id) == "ocr/1/0/4"
 
 
 def test_the_end_of_an_older_attempt_says_nothing_about_the_newer() -> None:
-    assert failed(Tries(3), 2, 0) == Tries(3)
+    assert failed(Attempts(3), 2, 0) == Attempts(3)
 
 
 def test_a_lost_node_is_replaced_and_the_duplicate_goes_when_it_comes_back() -> None:
     lost = replace(have(0), counted_out=True)
-    made = plan(Wanted("ocr", "1", 1), [lost], {}, NONE, True, 0)
+    made = plan(DesiredState("ocr", "1", 1), [lost], {}, NONE, True, 0)
     assert str(made.creates[0].request_id) == "ocr/1/0/2"
     assert made.stops == ()
-    back = plan(Wanted("ocr", "1", 1), [have(0), have(0, attempt=2)], {}, NONE, True, 0)
+    back = plan(DesiredState("ocr", "1", 1), [have(0), have(0, attempt=2)], {}, NONE, True, 0)
     assert [stop.uid for stop in back.stops] == ["r1-0-2"]
 
 
 def test_deleting_drains_all() -> None:
-    assert len(plan(Wanted("ocr", "1", 0), [have(0), have(1, "0")], {}, NONE, True, 0).stops) == 2
+    assert len(plan(DesiredState("ocr", "1", 0), [have(0), have(1, "0")], {}, NONE, True, 0).stops) == 2
 
 
 def test_request_ids_survive_the_wire() -> None:
@@ -232,25 +232,25 @@ class Walk:
         self.nodes = dict.fromkeys(("n1", "n2", "n3"), Scheduling.NORMAL)
         self.target = self.rng.randint(0, 4)
         self.numbers = iter(range(10_000))
-        self.here: dict[str, Present] = {}
+        self.here: dict[str, ObservedInstance] = {}
         for _ in range(self.rng.randint(0, 9)):
             state = self.rng.choice([RUNNING, FROZEN, STARTING])
             made_by = RequestId("ocr", str(self.rng.randint(1, 3)), self.rng.randint(0, 5), next(self.numbers) + 1)
-            self.add(Present(f"i{next(self.numbers)}", self.rng.choice(list(self.nodes)), made_by, state))
+            self.add(ObservedInstance(f"i{next(self.numbers)}", self.rng.choice(list(self.nodes)), made_by, state))
 
-    def add(self, one: Present) -> None:
+    def add(self, one: ObservedInstance) -> None:
         self.here[one.uid] = one
 
     def serving(self) -> int:
         return sum(one.serving for one in self.here.values())
 
-    def present(self) -> list[Present]:
+    def present(self) -> list[ObservedInstance]:
         return [replace(one, scheduling=self.nodes[one.node]) for one in self.here.values()]
 
     def round(self) -> None:
         """Decide and obey; no attempt is made twice, and no live instance goes without need."""
         before = self.serving()
-        made = plan(Wanted("ocr", "3", self.target), self.present(), {}, NONE, True, 0)
+        made = plan(DesiredState("ocr", "3", self.target), self.present(), {}, NONE, True, 0)
         used = {one.made_by for one in self.here.values()}
         assert not used.intersection(create.request_id for create in made.creates)
         for stop in made.stops:
@@ -260,7 +260,7 @@ class Walk:
         room = [name for name, scheduling in self.nodes.items() if scheduling is Scheduling.NORMAL]
         for create in made.creates:
             if room:
-                self.add(Present(f"i{next(self.numbers)}", self.rng.choice(room), create.request_id, STARTING))
+                self.add(ObservedInstance(f"i{next(self.numbers)}", self.rng.choice(room), create.request_id, STARTING))
 
     def pass_time(self) -> None:
         """What starts comes up or fails, what drains ends, at its own time; instances sleep, wake and get requests."""
@@ -302,7 +302,7 @@ def test_from_anywhere_it_ends_with_exactly_the_target(seed: int) -> None:
 def test_a_new_revision_that_does_not_come_up_costs_one_old_instance_not_all() -> None:
     old = [have(0), have(1)]
     assert yielding(settled(2, old, "2")) == ["r1-1-1", "r1-0-1"]
-    under_way = plan(Wanted("ocr", "2", 2), old[:1], {}, frozenset({0}), True, 0)
+    under_way = plan(DesiredState("ocr", "2", 2), old[:1], {}, frozenset({0}), True, 0)
     starting = settled(2, [*old[:1], have(0, "2", STARTING)], "2")
     assert (yielding(under_way), yielding(starting)) == ([], [])
     assert yielding(settled(2, [*old[:1], have(0, "2")], "2")) == ["r1-0-1"]

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from agent.adapters.store.node_store import NodeStore
-from agent.core.billing.unwritten import LedgerBacklog
-from agent.core.billing.window import Window
+from agent.core.billing.unwritten import UnwrittenWindows
+from agent.core.billing.window import UsageWindow
 from agent.core.errors import UnavailableError
 from agent.core.types import GIB, SECOND_NS, FunctionSpec, GpuNeed, InstanceState
-from agent.host.billing.billing import Billing, BillingSettings
+from agent.host.billing.billing import Billing, BillingOptions
 from agent.ports import LedgerStore
 from tests.contract.test_stores import window
 from tests.fakes.clock import FakeClock
@@ -24,7 +24,7 @@ OCR = FunctionSpec("ocr", gpu=GpuNeed(count=1))
 
 
 def billing(
-    clock: FakeClock, store: LedgerStore, settings: BillingSettings | None = None, boundaries: Sequence[int] = ()
+    clock: FakeClock, store: LedgerStore, settings: BillingOptions | None = None, boundaries: Sequence[int] = ()
 ) -> Billing:
     return Billing(
         clock,
@@ -42,7 +42,7 @@ async def flushed(book: Billing, clock: FakeClock, by_ns: int = SECOND_NS) -> No
     assert await book.flush()
 
 
-def check_ledger(windows: Sequence[Window]) -> None:
+def check_ledger(windows: Sequence[UsageWindow]) -> None:
     for before, after in pairwise(windows):
         assert (before.end_mono_ns, before.seq) == (after.start_mono_ns, after.seq - 1)
 
@@ -232,7 +232,7 @@ async def test_a_hanging_disk_blocks_neither_meters_nor_the_loop() -> None:
 
 async def test_a_write_that_never_answers_meets_its_deadline() -> None:
     clock, store = FakeClock(), MemoryStore()
-    book = billing(clock, store, BillingSettings(write_timeout_s=0.05))
+    book = billing(clock, store, BillingOptions(write_timeout_s=0.05))
     book.open("i-ocr-1", OCR, InstanceState.RUNNING)
     store.stall()
     async with asyncio.timeout(5):
@@ -243,7 +243,7 @@ async def test_a_write_that_never_answers_meets_its_deadline() -> None:
 
 async def test_a_long_outage_is_bounded_in_memory_and_exact() -> None:
     clock, store = FakeClock(), FailingStore()
-    book = billing(clock, store, BillingSettings(backlog=100, batch=10))
+    book = billing(clock, store, BillingOptions(backlog=100, batch=10))
     meter = book.open("i-ocr-1", OCR, InstanceState.RUNNING)
     for _ in range(2_000):
         meter.request_began(clock.monotonic_ns())
@@ -267,7 +267,7 @@ async def test_a_long_outage_is_bounded_in_memory_and_exact() -> None:
 
 
 def test_offered_windows_and_price_borders_survive_the_merging() -> None:
-    backlog = LedgerBacklog(capacity=4, price_boundaries_wall_ns=[window(seq=4).start_wall_ns])
+    backlog = UnwrittenWindows(capacity=4, price_boundaries_wall_ns=[window(seq=4).start_wall_ns])
     backlog.add(window(seq=0))
     assert backlog.offer(1) == (window(seq=0),)
     for seq in range(1, 8):

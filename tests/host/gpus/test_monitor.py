@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from agent.core.gpus.health import HealthLimits
 from agent.core.types import SECOND_NS, Xid
-from agent.host.gpus.monitor import MAX_XID_COUNTERS, GpuWatch
+from agent.host.gpus.monitor import MAX_XID_COUNTERS, GpuMonitor
 from tests.fakes.gpus import FakeGpuEvents
 from tests.host.rig import World, a_world, eventually
 
@@ -19,7 +19,7 @@ LIMITS = HealthLimits(bad_samples=2, good_samples=2, silent_ns=10 * SECOND_NS)
 @dataclass
 class Watched:
     world: World
-    watch: GpuWatch
+    watch: GpuMonitor
     driver: FakeGpuEvents
 
     def uuid(self, index: int) -> str:
@@ -37,7 +37,9 @@ class Watched:
 async def watched() -> AsyncIterator[Watched]:
     async with a_world() as world:
         driver = FakeGpuEvents()
-        watch = GpuWatch(world.gpus, driver, world.node.desk, world.events, world.clock, limits=LIMITS, period_s=0.001)
+        watch = GpuMonitor(
+            world.gpus, driver, world.node.desk, world.events, world.clock, limits=LIMITS, period_s=0.001
+        )
         yield Watched(world, watch, driver)
 
 
@@ -136,7 +138,7 @@ async def test_the_counters_are_bounded() -> None:
 async def test_persistence_mode_that_is_turned_off_is_told_to_the_checkpointer_and_once_to_people() -> None:
     async with a_world() as world:
         told: list[str] = []
-        watch = GpuWatch(
+        watch = GpuMonitor(
             world.gpus,
             FakeGpuEvents(),
             world.node.desk,

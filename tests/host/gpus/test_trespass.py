@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from agent.core.types import MIB, GpuProcess, Handle, InstanceState
-from agent.host.gpus.trespass import Trespass
+from agent.host.gpus.trespass import GpuIsolation
 from agent.host.instance.actor import Actor
 from tests.host.rig import World, a_world, until
 
@@ -19,7 +19,7 @@ STRAY = 5150
 @dataclass
 class Patrol:
     world: World
-    trespass: Trespass
+    trespass: GpuIsolation
     shown: list[GpuProcess] = field(default_factory=list)
 
     def uuid(self, index: int) -> str:
@@ -43,7 +43,7 @@ class Patrol:
 @asynccontextmanager
 async def patrol() -> AsyncIterator[Patrol]:
     async with a_world() as world:
-        trespass = Trespass(world.gpus, world.runtime, world.node.desk, world.node.actors, world.events)
+        trespass = GpuIsolation(world.gpus, world.runtime, world.node.desk, world.node.actors, world.events)
         made = Patrol(world, trespass)
         world.gpus.processes_now = lambda: made.shown
         yield made

@@ -10,8 +10,8 @@ import pytest
 
 from agent.core.errors import DeadlineError, ExhaustedError, UnavailableError
 from agent.core.types import SECOND_NS
-from agent.host.instance.gate import Gate
-from agent.host.line import Line
+from agent.host.instance.gate import AdmissionGate
+from agent.host.line import FunctionQueue
 from tests.fakes.clock import FakeClock
 
 
@@ -41,9 +41,9 @@ class Edges:
         self.told.append("unwanted")
 
 
-def a_gate(*, is_open: bool, concurrency: int = 1, max_waiting: int = 2) -> tuple[Gate, Edges]:
+def a_gate(*, is_open: bool, concurrency: int = 1, max_waiting: int = 2) -> tuple[AdmissionGate, Edges]:
     edges = Edges()
-    gate = Gate(concurrency, max_waiting, 60 * SECOND_NS, FakeClock(), edges, edges)
+    gate = AdmissionGate(concurrency, max_waiting, 60 * SECOND_NS, FakeClock(), edges, edges)
     if is_open:
         gate.set_open(True)
         edges.told.clear()
@@ -53,7 +53,7 @@ def a_gate(*, is_open: bool, concurrency: int = 1, max_waiting: int = 2) -> tupl
 async def test_who_starts_from_the_line_and_ends_in_the_same_turn_is_metered_from_begin_to_end() -> None:
     """Ended before it had begun it would be billed for ever, and busy after quiet the instance would never sleep."""
     gate, edges = a_gate(is_open=False)
-    line = Line(10)
+    line = FunctionQueue(10)
     line.join(SimpleNamespace(gate=gate))  # type: ignore[arg-type]
     metered = []
 
@@ -72,7 +72,7 @@ async def test_who_starts_from_the_line_and_ends_in_the_same_turn_is_metered_fro
     assert edges.told == ["busy", "quiet"]
 
 
-def queued(gate: Gate, timeout_s: float = 10.0) -> tuple[asyncio.Future[None], asyncio.Task[None]]:
+def queued(gate: AdmissionGate, timeout_s: float = 10.0) -> tuple[asyncio.Future[None], asyncio.Task[None]]:
     ticket = gate.try_enter()
     assert ticket is not None
     return ticket, asyncio.ensure_future(gate.wait(ticket, timeout_s))

@@ -10,7 +10,7 @@ import pytest
 
 from agent.core.errors import PreconditionError
 from agent.core.types import GIB, MIB, SECOND_NS, Exit, GpuNeed, Handle, InstanceState, ProcessId
-from agent.host.instance.memory_reservations import ImageSize, MemoryDesk
+from agent.host.instance.memory_reservations import ImageSize, MemoryReservations
 from agent.ports import Condition
 from tests.fakes.host_memory import FakeHostMemory
 from tests.host.rig import OCR, World, a_world, enter, eventually, until
@@ -96,7 +96,7 @@ async def test_a_disk_that_is_stuck_blocks_neither_the_loop_nor_the_others() -> 
     memory.raise_refusal = ""
     memory.headroom["ocr-1"] = 0
     memory.on_disk = lambda operation: stuck.wait(10)
-    desk = MemoryDesk(memory, limit_bytes=0, reserve_bytes=0, disk_deadline_s=0.05)
+    desk = MemoryReservations(memory, limit_bytes=0, reserve_bytes=0, disk_deadline_s=0.05)
     try:
         with pytest.raises(PreconditionError) as caught:
             await desk.reserve(HANDLE, GIB)
@@ -122,7 +122,7 @@ async def test_the_next_freeze_waits_until_the_limit_of_the_last_one_is_lowered(
             go_on.wait(10)
 
     memory.on_disk = hold
-    desk = MemoryDesk(memory, limit_bytes=0, reserve_bytes=0)
+    desk = MemoryReservations(memory, limit_bytes=0, reserve_bytes=0)
     await desk.reserve(HANDLE, GIB)
     desk.restored("ocr-1")
     await eventually(lowering.is_set)
@@ -208,7 +208,7 @@ async def test_its_pledge_follows_what_is_measured_and_outlives_the_agent() -> N
 
 async def test_one_that_declares_too_little_is_judged_at_each_freeze() -> None:
     memory = FakeHostMemory(available=2 * GIB)
-    desk = MemoryDesk(memory, limit_bytes=0, reserve_bytes=0)
+    desk = MemoryReservations(memory, limit_bytes=0, reserve_bytes=0)
     desk.pledge("ocr-1", GIB)
     desk.measured("ocr-1", GIB + 512 * MIB)
     assert desk.ledger.outstanding_bytes == GIB + 512 * MIB, "there is room for it"

@@ -13,7 +13,7 @@ from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError, Ins
 from agent.core.lifecycle import events as ev
 from agent.core.types import SECOND_NS, IdlePolicy, InstanceState
 from agent.host.instance.actor import Actor
-from agent.host.node.exec_sessions import ExecDesk
+from agent.host.node.exec_sessions import ExecSessions
 from agent.ports import ExecSpec
 from tests.host.rig import OCR, PATIENCE_S, World, a_world, enter, until
 
@@ -22,14 +22,14 @@ LS = ExecSpec(("ls", "-l", "--token=hunter2"))
 
 
 @asynccontextmanager
-async def a_desk(**knobs: object) -> AsyncIterator[tuple[World, ExecDesk]]:
+async def a_desk(**knobs: object) -> AsyncIterator[tuple[World, ExecSessions]]:
     limits = {key: knobs.pop(key) for key in ("most", "longest_s") if key in knobs}
     async with a_world(**knobs) as world:
         world.runtime.executes = True
-        yield world, ExecDesk(world.node, world.runtime, world.events, world.clock, **limits)  # type: ignore[arg-type]
+        yield world, ExecSessions(world.node, world.runtime, world.events, world.clock, **limits)  # type: ignore[arg-type]
 
 
-async def reason_of(desk: ExecDesk, uid: str, *, wake: bool = False) -> str:
+async def reason_of(desk: ExecSessions, uid: str, *, wake: bool = False) -> str:
     with pytest.raises(HibernodeError) as caught:
         async with asyncio.timeout(PATIENCE_S), desk.visit(uid, LS, wake=wake, caller="olga"):
             pass
@@ -134,7 +134,7 @@ async def test_a_command_that_can_not_be_run_leaves_nothing_but_its_trace() -> N
 # ---- meanwhile ------------------------------------------------------------------------------------------------------
 
 
-async def _visited(world: World, desk: ExecDesk, actor: Actor) -> asyncio.Task[None]:
+async def _visited(world: World, desk: ExecSessions, actor: Actor) -> asyncio.Task[None]:
     inside = asyncio.Event()
 
     async def visit() -> None:
@@ -220,7 +220,7 @@ async def test_so_many_at_once_and_no_more() -> None:
             await _left(visitor)
 
 
-async def _visited_or_raise(desk: ExecDesk, actor: Actor) -> None:
+async def _visited_or_raise(desk: ExecSessions, actor: Actor) -> None:
     async with asyncio.timeout(PATIENCE_S), desk.visit(actor.uid, LS, wake=False, caller="olga"):
         await asyncio.Event().wait()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.core.dispatch.events import Event, InstanceGone, InstanceReported, NodeLost, NodeReported, NodeSuspect
-from agent.core.dispatch.index import Standing
+from agent.core.dispatch.index import NodeStanding
 from agent.core.errors import ConfigError, InvalidArgumentError, PreconditionError
 from agent.core.types import SECOND_NS
 from agent.scheduler.fleet.fleet import UNREACHABLE_NS, Fleet
@@ -74,7 +74,7 @@ class Story:
     def uids(self) -> list[str]:
         return [load.uid for _, load in self.fleet.instances()]
 
-    def standing(self) -> Standing:
+    def standing(self) -> NodeStanding:
         node = self.fleet.node("n1")
         assert node is not None
         return node.standing
@@ -135,21 +135,21 @@ def test_silence_makes_suspect_then_lost_and_a_heartbeat_brings_it_back() -> Non
     assert story.uids() == ["a"], "it is counted out, not forgotten"
     story.say()
     assert kinds(story.told) == [NodeReported]
-    assert story.standing() is Standing.READY
+    assert story.standing() is NodeStanding.READY
 
 
 def test_a_stream_that_ends_or_a_refused_connection_makes_suspect_at_once() -> None:
     story = Story()
     story.connect("a")
     story.fleet.unreachable("n1")
-    assert story.standing() is Standing.SUSPECT
+    assert story.standing() is NodeStanding.SUSPECT
     story.say()
-    assert story.standing() is Standing.SUSPECT, "a message that was under way when it died"
+    assert story.standing() is NodeStanding.SUSPECT, "a message that was under way when it died"
     story.clock.advance(UNREACHABLE_NS)
     story.say(state=None)
-    assert story.standing() is Standing.READY, "any message of a ready node is a sign of life"
+    assert story.standing() is NodeStanding.READY, "any message of a ready node is a sign of life"
     story.fleet.closed("n1", story.stream)
-    assert story.standing() is Standing.SUSPECT
+    assert story.standing() is NodeStanding.SUSPECT
 
 
 def test_the_end_of_an_old_stream_says_nothing_about_the_new_one() -> None:
@@ -158,7 +158,7 @@ def test_the_end_of_an_old_stream_says_nothing_about_the_new_one() -> None:
     old = story.stream
     story.connect("a")
     story.fleet.closed("n1", old)
-    assert story.standing() is Standing.READY
+    assert story.standing() is NodeStanding.READY
     with pytest.raises(PreconditionError):
         story.fleet.took("n1", old, ReportLoadRequest(epoch=1, sequence=9))
 
@@ -170,7 +170,7 @@ def test_a_recovering_agent_takes_nothing_away_until_it_is_ready() -> None:
     story.epoch = 2
     story.connect(state=RECOVERING)
     assert story.uids() == ["a", "b"], "it has not looked yet"
-    assert story.standing() is Standing.DRAINING
+    assert story.standing() is NodeStanding.DRAINING
     assert not story.fleet.settled()
     story.say("a", state=RECOVERING)
     story.say(state=READY)
@@ -195,7 +195,7 @@ def test_after_its_hosts_clock_went_back_an_agent_counts_again() -> None:
     story.fleet.closed("n1", story.stream)
     story.epoch = 4
     assert story.connect("a") is not None
-    assert story.standing() is Standing.READY
+    assert story.standing() is NodeStanding.READY
 
 
 def test_a_stream_counts_from_its_first_message_on() -> None:
@@ -273,4 +273,4 @@ def test_an_address_that_would_give_the_token_away_is_refused(address: str) -> N
     message.registration.CopyFrom(Registration(ingress_address=address, grpc_address="127.0.0.1:2"))
     with pytest.raises(ConfigError):
         story.fleet.took("n1", stream, message)
-    assert story.standing() is Standing.SUSPECT
+    assert story.standing() is NodeStanding.SUSPECT

@@ -9,7 +9,7 @@ from agent.core.provisioning.autoscaling import Patience
 from agent.core.types import SECOND_NS
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.fleet import Fleet
-from agent.scheduler.functions.autoscaler import Scaler
+from agent.scheduler.functions.autoscaler import Autoscaler
 from agent.scheduler.functions.catalog import Catalog, Deployed
 from agent.scheduler.functions.deploy_rules import Defaults
 from agent.v1 import function_service_pb2 as pb
@@ -31,7 +31,7 @@ class Rig:
         self.fleet = Fleet(self.clock, self.tell, self.fleet_changed, 3 * SECOND_NS, 10 * SECOND_NS)
         self.catalog = Catalog(self.clock, store, self.tell, self.catalog_changed, Defaults())
         self.targets: list[int] = []
-        self.scaler = Scaler(
+        self.scaler = Autoscaler(
             self.clock, self.catalog, self.fleet, self.dispatcher, PERIOD_S * SECOND_NS, Patience(), self.moved
         )
         self.servicer = FunctionServicer(self.catalog, self.fleet, self.dispatcher, self.scaler, "http://g")

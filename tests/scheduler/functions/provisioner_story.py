@@ -14,7 +14,7 @@ from agent.core.dispatch.events import Event
 from agent.core.errors import HibernodeError
 from agent.core.types import SECOND_NS
 from agent.scheduler.database.store import Store
-from agent.scheduler.fleet.agent_channels import Links
+from agent.scheduler.fleet.agent_channels import AgentChannels
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.functions.catalog import Catalog
@@ -62,7 +62,7 @@ class Story:
         self.fleet = Fleet(self.clock, self.told.append, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
         self.catalog = Catalog(self.clock, store, self.told.append, lambda: None, Defaults())
         self.scheduling = NodeScheduling(store, self.fleet)
-        links = cast(Links, SimpleNamespace(channel=self._channel))
+        links = cast(AgentChannels, SimpleNamespace(channel=self._channel))
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, links, self.told.append)
         self.agents: dict[str, Agent] = {}
         self.asked = ""

@@ -12,16 +12,16 @@ from agent.adapters.kernel.clock import SystemClock
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.events import Event, InstanceReported, NodeReported, NodeSuspect, Wake
 from agent.core.types import SECOND_NS, InstanceState
-from agent.http.date_header import DateLine
+from agent.http.date_header import DateHeader
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
 from agent.http.server import Server, serve
 from agent.scheduler.database.store import Store
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
-from agent.scheduler.gateway.dispatching import Desk
+from agent.scheduler.gateway.dispatching import DispatchLoop
 from agent.scheduler.gateway.gateway import Gateway
-from agent.scheduler.gateway.ingress_pools import Ingresses
+from agent.scheduler.gateway.ingress_pools import IngressPools
 from agent.scheduler.gateway.routes import Router
 from agent.v1.function_service_pb2 import DeployFunctionRequest, HttpTrigger
 from agent.v1.types_pb2 import FunctionSpec
@@ -34,7 +34,7 @@ NOON = 784_111_777
 PATIENCE_S = 10.0
 
 
-class WatchedDesk(Desk):
+class WatchedDesk(DispatchLoop):
     """Says when it has taken in an event."""
 
     def __init__(self, clock: SystemClock, dispatcher: Dispatcher, wake: Callable[[Wake], None]) -> None:
@@ -111,7 +111,7 @@ async def gateway_rig(tmp: str, *names: str) -> AsyncIterator[GatewayRig]:
     store = Store(f"sqlite:///{tmp}/scheduler.db")
     await store.open()
     catalog = Catalog(clock, store, desk.tell, lambda: None, Defaults())
-    ingresses = Ingresses(lambda name: f"127.0.0.1:{fakes[name].port}")
+    ingresses = IngressPools(lambda name: f"127.0.0.1:{fakes[name].port}")
 
     def unreachable(name: str) -> None:
         suspects.append(name)
@@ -119,7 +119,7 @@ async def gateway_rig(tmp: str, *names: str) -> AsyncIterator[GatewayRig]:
 
     ids = RequestIds(lambda: clock.wall_ns() // SECOND_NS, random.getrandbits)
     gateway = Gateway(clock, Router("localhost"), catalog, desk, ingresses.pool, lambda _: TOKEN, unreachable, ids)
-    dates = DateLine(lambda: NOON)
+    dates = DateHeader(lambda: NOON)
     server = await serve(gateway, "127.0.0.1", 0, Limits(), request_ids=ids, on_fault=faults.append, date_line=dates)
     rig = GatewayRig(gateway, server, catalog, desk, dispatcher, fakes, wakes, suspects, faults)
     for name, fake in fakes.items():

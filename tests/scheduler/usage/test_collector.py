@@ -13,14 +13,14 @@ import yaml
 
 from agent.core.billing.price_book import PriceBook, parse_price_book
 from agent.core.billing.pricing import cost_of_windows, rounded
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.core.errors import ExhaustedError, InvalidArgumentError, UnavailableError
 from agent.core.types import SECOND_NS
 from agent.scheduler.usage.collector import (
     MAX_BATCH,
     MAX_CONFLICTS_PER_KEY,
     Accepted,
-    Refusal,
+    RejectedWindow,
     UsageCollector,
     UsageDatabase,
 )
@@ -40,7 +40,7 @@ def book(*valid_from: str) -> PriceBook:
     return parse_price_book({"prices": prices})
 
 
-def key(w: Window) -> tuple[str, int]:
+def key(w: UsageWindow) -> tuple[str, int]:
     return (w.instance_uid, w.seq)
 
 
@@ -87,10 +87,10 @@ async def test_a_conflict_within_one_batch_is_found(collector: UsageCollector, d
     ],
 )
 async def test_what_may_not_be_is_refused_alone_and_holds_the_mark(
-    bad: Window, reason: str, collector: UsageCollector, database: UsageDatabase
+    bad: UsageWindow, reason: str, collector: UsageCollector, database: UsageDatabase
 ) -> None:
     accepted = await collector.accept(NODE, [window(seq=0), bad, window(seq=2)])
-    assert accepted.refused == (Refusal(key(bad), reason),)
+    assert accepted.refused == (RejectedWindow(key(bad), reason),)
     assert accepted.acks == (("i-ocr-1", 0), ("i-ocr-1", 2))
     assert accepted.marks == {"i-ocr-1": 0 if bad.instance_uid else 2}
     assert await UsageReports(database).windows() == [window(seq=0), window(seq=2)]
@@ -237,7 +237,7 @@ async def test_a_node_does_not_upload_the_usage_of_another_node_s_instance(datab
     owners = {"i-ocr-1": "gpu-8"}
     collector = UsageCollector(database, FakeClock(), lambda uid: owners.get(uid, ""))
     accepted = await collector.accept(NODE, [window(), window("i-ocr-2")])
-    assert accepted == Accepted((("i-ocr-2", 0),), (), (Refusal(("i-ocr-1", 0), "USAGE_FOREIGN_INSTANCE"),))
+    assert accepted == Accepted((("i-ocr-2", 0),), (), (RejectedWindow(("i-ocr-1", 0), "USAGE_FOREIGN_INSTANCE"),))
 
 
 async def test_a_node_that_keeps_changing_its_mind_fills_no_disk(

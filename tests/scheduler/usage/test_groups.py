@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from agent.core.billing.pricing import always_on_cost, cost_of_windows
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
 from agent.scheduler.usage.reports import NO_GPU_MODEL, UsageFilter, UsageReports
 from tests.contract.test_stores import window
@@ -16,13 +16,13 @@ from tests.scheduler.usage.test_collector import NODE, WALL, book
 GROUPINGS = [("function",), ("instance_uid", "function", "node"), ("node",), ("gpu_model",)]
 
 
-def before_a_gpu(one: Window) -> Window:
+def before_a_gpu(one: UsageWindow) -> UsageWindow:
     """The image is pulled, a GPU is waited for: unbilled, and the model is not known yet."""
     length = one.end_mono_ns - one.start_mono_ns
     return replace(one, gpu_model="", gpu_uuids=(), active_ns=0, idle_ns=0, unbilled_ns=length, invocations=0)
 
 
-def life(uid: str, function: str, model: str) -> list[Window]:
+def life(uid: str, function: str, model: str) -> list[UsageWindow]:
     """Waits for a GPU, works, sleeps."""
     windows = [replace(window(uid, seq), function=function, gpu_model=model) for seq in range(3)]
     return [before_a_gpu(windows[0]), replace(windows[1], active_ns=70, idle_ns=30), windows[2]]

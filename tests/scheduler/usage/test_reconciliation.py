@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from agent.core.billing.window import Window
+from agent.core.billing.window import UsageWindow
 from agent.scheduler.usage import reports as usage_reports
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
-from agent.scheduler.usage.reconciliation import MAX_FINDINGS, Amount, Kind, Reconciled, Reconciler, reconcile
+from agent.scheduler.usage.reconciliation import MAX_FINDINGS, Amount, FindingKind, Reconciled, Reconciler, reconcile
 from agent.scheduler.usage.reports import UsageFilter, UsageReports
 from tests.contract.test_stores import window
 
@@ -17,7 +17,7 @@ NODE = "gpu-7"
 WALL = window().start_wall_ns
 
 
-def key(w: Window) -> tuple[str, int]:
+def key(w: UsageWindow) -> tuple[str, int]:
     return (w.instance_uid, w.seq)
 
 
@@ -72,9 +72,9 @@ async def test_wherever_a_page_ends_the_same_is_found(
     assert (first.instance_uid, first.windows, first.gaps, first.conflicts) == ("i-a", 3, Amount(1, 100), 0)
     assert (second.instance_uid, second.function, second.node) == ("i-c", "ocr", NODE)
     assert [(one.kind, one.window.seq) for one in second.findings] == [
-        (Kind.OVERLAP, 1),
-        (Kind.ESTIMATED, 2),
-        (Kind.CONFLICT, 2),
+        (FindingKind.OVERLAP, 1),
+        (FindingKind.ESTIMATED, 2),
+        (FindingKind.CONFLICT, 2),
     ]
     assert total == Reconciled(
         instances=3,
