@@ -10,8 +10,8 @@ import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -29,7 +29,6 @@ from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
 from agent.scheduler.usage.reports import UsageReports
 from agent.v1 import instance_service_pb2 as inst
-from agent.v1.node_service_pb2 import GetNodeRequest
 from agent.v1.scheduler_service_pb2 import NodeLoad, Registration, ReportLoadRequest
 from agent.v1.types_pb2 import Node
 from agent.wire.clients import DaemonChannel
@@ -41,6 +40,7 @@ from tests.api.test_instance_servicer import Api, an_api
 from tests.contract.test_stores import window
 from tests.fakes import daemon
 from tests.fakes.exec_session import FakeExecSession
+from tests.fakes.fleet_story import INSTANCES, NODE
 from tests.fakes.gpus import FakeGpus, gpu
 from tests.host.rig import OCR, enter, eventually
 from tests.scheduler.functions.autoscaler_rig import Rig
@@ -53,28 +53,18 @@ GPUS = 6
 """Of the real node: nothing here has to wait for one."""
 
 
-@dataclass(frozen=True)
-class Daemons:
-    """How the CLI reaches both."""
-
-    agent: DaemonChannel
-    scheduler: DaemonChannel
+@asynccontextmanager
+async def fake_agent(folder: Path) -> AsyncIterator[DaemonChannel]:
+    async with daemon.daemons(folder / "a"), DaemonChannel(f"unix:{folder / 'a' / 'agent.sock'}") as channel:
+        yield channel
 
 
 @asynccontextmanager
-async def fake_daemons(folder: Path) -> AsyncIterator[Daemons]:
-    async with daemon.daemons(folder):
-        where = json.loads((folder / "scheduler" / "endpoints.json").read_text())["grpc"]
-        agent = DaemonChannel(f"unix:{folder / 'agent.sock'}")
-        async with agent, DaemonChannel(where, daemon.TOKEN) as scheduler:
-            yield Daemons(agent, scheduler)
-
-
-@asynccontextmanager
-async def real_daemons(folder: Path) -> AsyncIterator[Daemons]:
-    async with AsyncExitStack() as stack:
-        agent = await stack.enter_async_context(_real_agent(folder))
-        yield Daemons(agent, await stack.enter_async_context(_real_scheduler(folder, agent)))
+async def fake_scheduler(folder: Path) -> AsyncIterator[DaemonChannel]:
+    async with daemon.daemons(folder / "s"):
+        where = json.loads((folder / "s" / "scheduler" / "endpoints.json").read_text())["grpc"]
+        async with DaemonChannel(where, daemon.TOKEN) as channel:
+            yield channel
 
 
 @asynccontextmanager
@@ -90,7 +80,7 @@ async def _served(services: Services, path: Path) -> AsyncIterator[DaemonChannel
 
 
 @asynccontextmanager
-async def _real_agent(folder: Path) -> AsyncIterator[DaemonChannel]:
+async def real_agent(folder: Path) -> AsyncIterator[DaemonChannel]:
     uids = itertools.chain(["run", "cold", "chat", "dead"], itertools.count(1))
     async with an_api(gpus=FakeGpus([gpu(index) for index in range(GPUS)]), uids=uids) as api:
         world = api.world
@@ -153,7 +143,7 @@ class _Central(Rig):
 
 
 @asynccontextmanager
-async def _real_scheduler(folder: Path, agent: DaemonChannel) -> AsyncIterator[DaemonChannel]:
+async def real_scheduler(folder: Path) -> AsyncIterator[DaemonChannel]:
     store = Store(f"sqlite:///{folder}/scheduler.db")
     database = UsageDatabase.at(f"sqlite:///{folder}/scheduler.db")
     await store.open()
@@ -162,7 +152,7 @@ async def _real_scheduler(folder: Path, agent: DaemonChannel) -> AsyncIterator[D
     rig.fleet.expect("gpu-host-2")
     rig.clock.advance(10 * SECOND_NS)
     rig.fleet.check_silence()
-    await _report(rig, agent)
+    _report(rig)
     collector = UsageCollector(database, rig.clock)
     for function, seqs in (("chat", (0, 2)), ("ocr", (0, 1, 2)), ("tts", (0,))):
         await collector.accept("gpu-host-1", [_window(function, seq) for seq in seqs])
@@ -187,16 +177,14 @@ def _window(function: str, seq: int) -> UsageWindow:
     )
 
 
-async def _report(rig: Rig, agent: DaemonChannel) -> None:
-    """gpu-host-1 has what its agent shows."""
-    answer = await agent.call(agent.instances.ListInstances, inst.ListInstancesRequest(), PATIENCE_S)
-    gpus = (await agent.call(agent.nodes.GetNode, GetNodeRequest(), PATIENCE_S)).node.gpus
+def _report(rig: Rig) -> None:
+    """gpu-host-1 has what the fake's has."""
     message = ReportLoadRequest(
         epoch=1,
         sequence=1,
         snapshot=True,
-        registration=Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2", gpus=gpus),
-        load=NodeLoad(state=Node.STATE_READY, gpus=gpus),
-        instances=[load_of_instance(one, concurrency=1) for one in answer.instances],
+        registration=Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2", gpus=NODE.gpus),
+        load=NodeLoad(state=Node.STATE_READY, gpus=NODE.gpus),
+        instances=[load_of_instance(one, concurrency=1) for one in INSTANCES],
     )
     rig.fleet.took("gpu-host-1", rig.fleet.opened("gpu-host-1"), message)

@@ -32,7 +32,7 @@ from agent.v1.types_pb2 import FunctionSpec, Instance, Node
 from agent.wire.clients import DaemonChannel, ExecStream
 from agent.wire.convert_function import function_to_proto
 from tests.contract import daemon_worlds
-from tests.contract.daemon_worlds import LOG, PATIENCE_S, Daemons
+from tests.contract.daemon_worlds import LOG, PATIENCE_S
 from tests.host.rig import OCR
 
 T = TypeVar("T")
@@ -40,19 +40,20 @@ Step = inst.ExecInstanceRequest
 
 
 @pytest.fixture(params=["fake", "real"])
-async def daemons(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Daemons]:
-    async with getattr(daemon_worlds, f"{request.param}_daemons")(tmp_path) as made:
-        yield made
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def agent(daemons: Daemons) -> DaemonChannel:
-    return daemons.agent
+async def agent(kind: str, tmp_path: Path) -> AsyncIterator[DaemonChannel]:
+    async with getattr(daemon_worlds, f"{kind}_agent")(tmp_path) as channel:
+        yield channel
 
 
 @pytest.fixture
-def scheduler(daemons: Daemons) -> DaemonChannel:
-    return daemons.scheduler
+async def scheduler(kind: str, tmp_path: Path) -> AsyncIterator[DaemonChannel]:
+    async with getattr(daemon_worlds, f"{kind}_scheduler")(tmp_path) as channel:
+        yield channel
 
 
 async def ask(channel: DaemonChannel, service: str, method: str, **fields: Any) -> Any:
@@ -97,9 +98,18 @@ async def pages(channel: DaemonChannel, service: str, method: str, field: str, *
             return found
 
 
+@pytest.fixture
+async def channel(kind: str, service: str, tmp_path: Path) -> AsyncIterator[DaemonChannel]:
+    """To the daemon that has the service of a list."""
+    name = "agent" if service in ("instances", "nodes") else "scheduler"
+    async with getattr(daemon_worlds, f"{kind}_{name}")(tmp_path) as made:
+        yield made
+
+
 @pytest.mark.parametrize(("service", "method", "field"), LISTS)
-async def test_pages_hold_every_item_once_and_in_order(daemons: Daemons, service: str, method: str, field: str) -> None:
-    channel = daemons.agent if service in ("instances", "nodes") else daemons.scheduler
+async def test_pages_hold_every_item_once_and_in_order(
+    channel: DaemonChannel, service: str, method: str, field: str
+) -> None:
     if service == "functions":
         for name in ("one", "two", "three"):
             await deploy(channel, name)
@@ -110,8 +120,7 @@ async def test_pages_hold_every_item_once_and_in_order(daemons: Daemons, service
 
 
 @pytest.mark.parametrize(("service", "method", "field"), LISTS)
-async def test_a_page_that_can_not_be_is_refused(daemons: Daemons, service: str, method: str, field: str) -> None:
-    channel = daemons.agent if service in ("instances", "nodes") else daemons.scheduler
+async def test_a_page_that_can_not_be_is_refused(channel: DaemonChannel, service: str, method: str, field: str) -> None:
     for token in ("x", "-1", "1" * 13):
         await refused(ask(channel, service, method, page_token=token), InvalidArgumentError, "PAGE_TOKEN_INVALID")
     await refused(ask(channel, service, method, page_size=-1), InvalidArgumentError, "PAGE_SIZE_INVALID")
@@ -157,13 +166,13 @@ async def test_an_unknown_node_is_not_found(scheduler: DaemonChannel) -> None:
     await refused(call, NotFoundError, "NODE_NOT_FOUND")
 
 
-async def test_filters_that_match_nothing_are_empty_lists(daemons: Daemons) -> None:
-    assert not (await ask(daemons.agent, "instances", "ListInstances", function="gone")).instances
-    assert not (await ask(daemons.agent, "nodes", "ListUsageWindows", function="gone")).windows
-    assert not (await ask(daemons.scheduler, "scheduler", "ListFleetInstances", node="gone")).instances
-    assert not (await ask(daemons.scheduler, "functions", "ListProvisionConfigs", function="gone")).provisions
+async def test_a_filter_that_matches_nothing_is_an_empty_list(agent: DaemonChannel, scheduler: DaemonChannel) -> None:
+    assert not (await ask(agent, "instances", "ListInstances", function="gone")).instances
+    assert not (await ask(agent, "nodes", "ListUsageWindows", function="gone")).windows
+    assert not (await ask(scheduler, "scheduler", "ListFleetInstances", node="gone")).instances
+    assert not (await ask(scheduler, "functions", "ListProvisionConfigs", function="gone")).provisions
     for only in ({"function": "gone"}, {"node": "gone"}, {"gpu_model": "gone"}):
-        assert not (await ask(daemons.scheduler, "usage", "ListUsage", **only)).rows
+        assert not (await ask(scheduler, "usage", "ListUsage", **only)).rows
 
 
 # ---- the agent: instances -------------------------------------------------------------------------------------------
@@ -180,6 +189,7 @@ def spec(**changes: Any) -> FunctionSpec:
 async def create(agent: DaemonChannel, request_id: str = "mine", **changes: Any) -> Instance:
     wait = changes.pop("wait", False)
     answer = await ask(agent, "instances", "CreateInstance", request_id=request_id, spec=spec(**changes), wait=wait)
+    assert isinstance(answer, inst.CreateInstanceResponse)
     return answer.instance
 
 
@@ -585,7 +595,7 @@ async def test_instances_of_the_fleet_are_listed_by_node_and_age(scheduler: Daem
     assert await listed(node="gpu-host-2") == []
     (chat,) = await pages(scheduler, "scheduler", "ListFleetInstances", "instances", function="chat")
     assert (chat.function, chat.state, chat.healthy) == ("chat", Instance.STATE_RUNNING, True)
-    assert parse_request_id(chat.request_id) is not None
+    assert parse_request_id(chat.request_id) is not None, "it was made by the scheduler"
 
 
 # ---- the scheduler: usage -------------------------------------------------------------------------------------------

@@ -320,7 +320,7 @@ def _endpoints(home: Path, daemon: str, **found: str) -> None:
 async def daemons(home: Path) -> AsyncIterator[None]:
     """Agent, scheduler and gateway, of which `home` tells."""
     gateway = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
-    Thread(target=gateway.serve_forever, daemon=True).start()
+    Thread(target=gateway.serve_forever, args=(0.01,), daemon=True).start()
     where = f"127.0.0.1:{gateway.server_address[1]}"
     tokens = TokenTable([(TOKEN, Principal("olga", Role.OPERATOR))])
     instances, nodes = Instances(), Nodes()
