@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
 from agent.api.node_ledger import NodeLedger
@@ -22,13 +24,18 @@ from agent.api.scheduler_servicer import SchedulerServicer
 from agent.api.usage_servicer import UsageServicer
 from agent.core.billing.price_book import parse_price_book
 from agent.core.billing.window import UsageWindow
+from agent.core.errors import HibernodeError
 from agent.core.types import MILLISECOND_NS, SECOND_NS, Exit, FunctionSpec
 from agent.daemons.scheduler import PRICE_BOOK
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
 from agent.scheduler.usage.reports import UsageReports
+from agent.v1 import function_service_pb2 as fn
 from agent.v1 import instance_service_pb2 as inst
+from agent.v1 import node_service_pb2 as node
+from agent.v1 import scheduler_service_pb2 as sched
+from agent.v1 import usage_service_pb2 as usage
 from agent.v1.scheduler_service_pb2 import NodeLoad, Registration, ReportLoadRequest
 from agent.v1.types_pb2 import Node
 from agent.wire.clients import DaemonChannel
@@ -188,3 +195,34 @@ def _report(rig: Rig) -> None:
         instances=[load_of_instance(one, concurrency=1) for one in INSTANCES],
     )
     rig.fleet.took("gpu-host-1", rig.fleet.opened("gpu-host-1"), message)
+
+
+# ---- calls ----------------------------------------------------------------------------------------------------
+
+
+async def ask(channel: DaemonChannel, service: str, method: str, **fields: Any) -> Any:
+    """`service.method(fields)`: the answer."""
+    stub = getattr(getattr(channel, service), method)
+    modules = {"instances": inst, "nodes": node, "functions": fn, "scheduler": sched, "usage": usage}
+    return await channel.call(stub, getattr(modules[service], f"{method}Request")(**fields), PATIENCE_S)
+
+
+async def refused(call: Awaitable[object], kind: type[HibernodeError], reason: str) -> HibernodeError:
+    with pytest.raises(kind) as caught:
+        await call
+    assert (type(caught.value), caught.value.reason) == (kind, reason)
+    assert caught.value.message
+    return caught.value
+
+
+async def pages(channel: DaemonChannel, service: str, method: str, field: str, **fields: Any) -> list[Any]:
+    """All items, one a page."""
+    found: list[Any] = []
+    token = ""
+    while True:
+        answer = await ask(channel, service, method, page_size=1, page_token=token, **fields)
+        items, token = getattr(answer, field), answer.next_page_token
+        assert len(items) == 1 or (not items and not token)
+        found += items
+        if not token:
+            return found

@@ -1,6 +1,6 @@
 """The agent's API as `tests.fakes.daemon` serves it: what an instance is called says how it behaves.
 
-`tests/contract/test_daemon_api.py` holds it to what a real agent does.
+`tests/contract/test_agent_api.py` holds it to what a real agent does.
 """
 
 # ruff: noqa: N802 - the names of servicers' methods come from the protos
