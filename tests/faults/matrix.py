@@ -1,8 +1,9 @@
 """The faults that an agent has to live with, as rows: what strikes when, and what becomes of everybody.
 
 The same rows are run (test_matrix.py) and printed (agent/docs/internals/driver-faults.md; a test compares the two).
-`facts` is a section of agent/docs/facts/gpu-checkpoint.md, or "#N", an issue of NVIDIA/cuda-checkpoint. Not here, for they need no request that waits: killing a restored process (#53), a thread taken for a process
-(#41), lists of several processes in every mixture (tests/adapters/test_freezer_*.py).
+`facts` is a section of agent/docs/facts/gpu-checkpoint.md, or "#N", an issue of NVIDIA/cuda-checkpoint. Three faults
+are tested elsewhere because no request waits for them: killing a restored process (#53), a thread taken for a process
+(#41), and mixed listings of several processes (tests/adapters/test_freezer_*.py).
 """
 
 from __future__ import annotations
