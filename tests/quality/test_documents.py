@@ -36,20 +36,19 @@ def test_a_first_page_is_short(name: str, root: Path) -> None:
     assert lines <= MAX_LINES[name], f"{name} has {lines} lines; move details to agent/docs"
 
 
-@pytest.mark.parametrize("page", ["README.md", "agent/docs/README.md"])
-def test_every_page_can_be_found(page: str, tracked: list[Path], root: Path) -> None:
-    """From the index all pages but facts, which have an index of their own; from the README the index."""
-    text = (root / page).read_text(encoding="utf-8")
-    if page == "README.md":
-        assert "(agent/docs/README.md)" in text
-        return
-    folder = (root / page).parent
-    pages = [path.relative_to(folder) for path in tracked if path.is_relative_to(folder) and path.suffix == ".md"]
-    shown = [one.as_posix() for one in pages if one.parts[0] != "facts" or one.name == "README.md"]
-    assert [one for one in shown if one != "README.md" and f"]({one})" not in text] == []
+def test_every_page_is_in_an_index(tracked: list[Path], root: Path) -> None:
+    """The nearest README.md above a page links to it."""
+    docs = root / "agent" / "docs"
+    lost = []
+    for page in (path for path in tracked if path.is_relative_to(docs) and path.suffix == ".md"):
+        above = page.parents if page.name != "README.md" else page.parent.parents
+        folder = next(folder for folder in above if (folder / "README.md").exists())
+        if f"]({page.relative_to(folder).as_posix()})" not in (folder / "README.md").read_text(encoding="utf-8"):
+            lost.append(str(page.relative_to(root)))
+    assert not lost, f"not in the README.md above: {', '.join(lost)}"
 
 
-# ---- each case is an error planted in a small repository ---------------------------------------------------------------
+# ---- each case is an error planted in a small repository ------------------------------------------------------------
 
 PLANTED = [
     ("README.md", "see [x](agent/docs/none.md)", "agent/docs/none.md"),
