@@ -109,12 +109,14 @@ def _titles_of(text: str) -> list[str]:
 
 
 def _prose_of(name: str, text: str) -> str:
-    """What speaks to people: all of a text, but of Python comments and docstrings, with spaces in place of the code."""
+    """What speaks to people, in its place: all of a text, but of Python comments, docstrings and messages that name
+    a document (tests hold made-up ones)."""
     if not name.endswith(".py"):
         return text
     prose = list(_BLANK.sub(" ", text))
     for hit in _PYTHON.finditer(text):
-        if hit["comment"] or (hit["long"] and not text[text.rfind("\n", 0, hit.start()) + 1 : hit.start()].strip()):
+        is_docstring = hit["long"] and not text[text.rfind("\n", 0, hit.start()) + 1 : hit.start()].strip()
+        if hit["comment"] or is_docstring or (".md" in hit[0] and name.startswith("agent/")):
             prose[hit.start() : hit.end()] = hit[0]
     return "".join(prose)
 

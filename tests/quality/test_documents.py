@@ -70,6 +70,7 @@ PLANTED = [
     ("agent/core/step.py", "# docs/facts/gpu.md,\n# pitfalls 7 and 8", "docs/facts/gpu.md, # pitfalls 7 and 8"),
     ("agent/core/step.py", '"""README, "Nothing"."""', 'README, "Nothing"'),
     ("agent/core/step.py", '"""docs/design.md#none"""', "docs/design.md#none"),
+    ("agent/core/step.py", 'raise ValueError("see docs/none.md")', "docs/none.md"),
     ("protos/x.proto", "// see agent/NONE.md", "agent/NONE.md"),
     ("scripts/lib.sh", "# as tests/none does", "tests/none"),
     ("agent/emulated/src/gate.c", "/* as in src/none.h */", "src/none.h"),
@@ -95,7 +96,7 @@ RIGHT = [
     ("README.md", "```sh\n[x](none.md)\n```"),
     ("agent/docs/design.md", "[x](facts/gpu.md), section 1; core/step.py; `facts/gpu.md`, pitfall 7"),
     ("agent/docs/facts/gpu.md", "dask: distributed/worker.py"),
-    ("agent/core/step.py", '"""docs/design.md, section 9; design.md#9-central-scheduler."""\nX = "agent/none.md"'),
+    ("agent/core/step.py", '"""docs/design.md, section 9; design.md#9-central-scheduler."""\nX = "agent/none.py"'),
     ("agent/core/step.py", '"""A design, its style and facts."""  # README, "A first function"'),
 ]
 
