@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-<<<<<<< HEAD
-from agent.cli.fc3.load import load_s_yaml
-=======
 import pytest
 
->>>>>>> 52fdcae (A test follows every link, path and section that a text names; the README's test follows the pages)
+from agent.cli.fc3.load import load_s_yaml
 from agent.cli.main import COMMANDS
 from agent.core.types import SECOND_NS
 
