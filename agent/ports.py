@@ -37,6 +37,14 @@ class Clock(Protocol):
     def call_at(self, at_mono_ns: int, callback: Callable[[], None]) -> Timer: ...
 
 
+class RequestMeter(Protocol):
+    """What the gate tells the meter: two calls per request, monotonic ns."""
+
+    def request_began(self, at: int) -> None: ...
+
+    def request_ended(self, at: int) -> None: ...
+
+
 # ---- containers -----------------------------------------------------------------------------------------------
 
 

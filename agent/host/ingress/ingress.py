@@ -112,19 +112,19 @@ class Ingress:
         (`x-hibernode-any-instance`), of whichever has one first."""
         actor = passage.actor
         gate = actor.gate
-        line = gate.line
-        if line is not None and gate.is_open and not gate.has_room and exchange.head.get(hop_headers.ANY_INSTANCE):
-            sibling = line.with_room()
+        queue = gate.queue
+        if queue is not None and gate.is_open and not gate.has_room and exchange.head.get(hop_headers.ANY_INSTANCE):
+            sibling = queue.with_room()
             if sibling is None:
                 passage.get_ready()
-                place = line.ticket(passage.start)
-                await self._unless_gone(exchange, place, line.wait(place, timeout_ns / SECOND_NS))
+                ticket = queue.ticket(passage.start)
+                await self._unless_gone(exchange, ticket, queue.wait(ticket, timeout_ns / SECOND_NS))
                 return
             actor = sibling
-        ticket = actor.gate.try_enter()
-        if ticket is not None:
-            await self._unless_gone(exchange, ticket, actor.gate.wait(ticket, timeout_ns / SECOND_NS))
-        passage.granted(actor, waited=ticket is not None)
+        wait = actor.gate.try_enter()
+        if wait is not None:
+            await self._unless_gone(exchange, wait, actor.gate.wait(wait, timeout_ns / SECOND_NS))
+        passage.granted(actor, waited=wait is not None)
 
     async def _unless_gone(self, exchange: Exchange, ticket: asyncio.Future[Any], wait: Awaitable[T]) -> T:
         """Wait for the grant; a caller that goes away is dropped at once."""

@@ -19,10 +19,10 @@ from agent.core.lifecycle import machine
 from agent.core.lifecycle.machine import Instance
 from agent.core.types import FunctionSpec, Handle, InstanceSpec, InstanceState
 from agent.host.instance.events import EventLog
-from agent.host.instance.gate import AdmissionGate, RequestMeter
+from agent.host.instance.gate import AdmissionGate
 from agent.host.instance.hooks import function_headers
 from agent.http.pool import Pool
-from agent.ports import Clock, Timer
+from agent.ports import Clock, RequestMeter, Timer
 
 
 class Executor(Protocol):
@@ -186,23 +186,20 @@ class Actor:
         """What the custom health check found; others get the requests meanwhile, so it is reported."""
         if healthy is not self.healthy:
             self.healthy = healthy
-            self.gate.shunned = not healthy
-            self.gate.offer()
-            if self.gate.line is not None:
-                self.gate.line.look()
+            self.gate.set_healthy(healthy)
             self._events.add(self.uid, "instance.healthy" if healthy else "instance.unhealthy")
             self._listener.fitness_changed(self)
 
-    def gate_busy(self) -> None:
+    def first_request_started(self) -> None:
         self.handle(ev.FirstRequestStarted())
 
-    def gate_quiet(self) -> None:
+    def last_request_ended(self) -> None:
         self.handle(ev.LastRequestEnded())
 
-    def gate_wanted(self) -> None:
+    def waiters_appeared(self) -> None:
         self.handle(ev.WaitersAppeared())
 
-    def gate_unwanted(self) -> None:
+    def waiters_gone(self) -> None:
         self.handle(ev.WaitersGone())
 
     # ---- stepping -----------------------------------------------------------------------------------------------
@@ -314,8 +311,8 @@ class Actor:
                 timer.cancel()
         leaving = _refusal("AGENT_STOPPING", "this node's agent is going away")
         self.gate.refuse_all(leaving)
-        if self.gate.line is not None:
-            self.gate.line.refuse_all(leaving())
+        if self.gate.queue is not None:
+            self.gate.queue.refuse_all(leaving())
         self._tell_waiters()
 
 

@@ -18,10 +18,9 @@ from agent.host.instance.actor import Actor, StateListener
 from agent.host.instance.context import InstanceContext
 from agent.host.instance.events import EventLog
 from agent.host.instance.executor import InstanceExecutor
-from agent.host.instance.gate import RequestMeter
+from agent.host.instance.gate import FunctionQueue
 from agent.host.instance.memory_reservations import UNMEASURED, ImageSize, MemoryReservations
-from agent.host.line import FunctionQueue
-from agent.ports import Clock, Gpus, InstanceRecord
+from agent.ports import Clock, Gpus, InstanceRecord, RequestMeter
 
 ENDED_KEPT = 200
 END_TIMEOUT_S = 60.0
@@ -71,7 +70,7 @@ class Node:
         self.actors: dict[str, Actor] = {}
         self.ended: OrderedDict[str, Actor] = OrderedDict()
         self.executors: dict[str, InstanceExecutor] = {}
-        self.lines: dict[str, FunctionQueue] = {}
+        self.queues: dict[str, FunctionQueue[Actor]] = {}
         self.listeners: list[StateListener] = []
         self.draining = False
         self.memory = memory
@@ -231,7 +230,7 @@ class Node:
         executor = InstanceExecutor(actor, record, self.shell)
         actor.executor = executor
         self.actors[spec.uid] = actor
-        self.lines.setdefault(function.name, FunctionQueue(self._settings.max_waiting)).join(actor)
+        self.queues.setdefault(function.name, FunctionQueue(self._settings.max_waiting)).add(actor.gate)
         self.executors[spec.uid] = executor
         if spec.request_id:
             self._by_request[spec.request_id] = spec.uid
@@ -320,8 +319,8 @@ class Node:
         self.memory.forget(uid)
         if actor is None:
             return
-        if self.lines[actor.function.name].part(actor):
-            del self.lines[actor.function.name]
+        if self.queues[actor.function.name].remove(actor.gate):
+            del self.queues[actor.function.name]
         if not keep_request:
             self._by_request.pop(actor.spec.request_id, None)
 
