@@ -48,7 +48,7 @@ from agent.daemons.process import daemon_main, run_until_signal
 from agent.host.billing.billing import Billing, BillingOptions
 from agent.host.billing.pruning import LedgerPruner
 from agent.host.gpus.monitor import GpuMonitor
-from agent.host.gpus.trespass import GpuIsolation
+from agent.host.gpus.gpu_isolation import GpuIsolation
 from agent.host.ingress.ingress import FULL, Ingress
 from agent.host.instance.context import InstanceContext
 from agent.host.instance.events import EventLog
@@ -200,20 +200,20 @@ class AgentDaemon:
     def _watch(self, gpus: NvmlGpus) -> GpuMonitor:
         xid_events = NvmlEvents()
         self._stack.callback(xid_events.close)
-        self.trespass = GpuIsolation(gpus, self.runtime, self.node.desk, self.node.actors, self.events)
+        self.gpu_isolation = GpuIsolation(gpus, self.runtime, self.node.desk, self.node.actors, self.events)
         return GpuMonitor(
             gpus,
             xid_events,
             self.node.desk,
             self.events,
             self.clock,
-            after_sample=self.trespass.look,
+            after_sample=self.gpu_isolation.check,
             persistence_is_off=self.gpu.checkpointer.persistence_is_off,
         )
 
     def _vram_now(self) -> Mapping[str, int]:
         """GPU memory of instances, as long as NVML answers."""
-        return self.trespass.vram_bytes if self.watch.figures() else {}
+        return self.gpu_isolation.vram_bytes if self.watch.figures() else {}
 
     def _shell(self, memory: MemoryReservations) -> InstanceContext:
         runtime = self._config.runtime

@@ -28,7 +28,7 @@ MAX_XID_COUNTERS = 1000
 
 class GpuMonitor:
     """`run` until cancelled. `xids` counts the events by (GPU, code). `after_sample` runs after every sample that the
-    driver answered (trespass.GpuIsolation.look); its failures are logged. `persistence_is_off` is called for as
+    driver answered (gpu_isolation.GpuIsolation.check); its failures are logged. `persistence_is_off` is called for as
     long as a GPU has it off."""
 
     def __init__(

@@ -81,9 +81,9 @@ class EngineWatch:
             problem = f"{error.reason}: {error.message}"
         was, self.problem = self.problem, problem
         if problem and not was:
-            self._events.add("", "ENGINE_DOWN", f"{problem}; instances go on, new ones have to wait")
+            self._events.add("", "engine.down", f"{problem}; instances go on, new ones have to wait")
         elif was and not problem:
-            self._events.add("", "ENGINE_UP", "the container engine answers again")
+            self._events.add("", "engine.up", "the container engine answers again")
 
     async def sweep(self) -> None:
         """Remove containers of ours that no living instance stands behind: their end could not be finished."""

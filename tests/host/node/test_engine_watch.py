@@ -54,7 +54,7 @@ async def test_it_is_asked_less_often_while_it_stays_away_and_that_is_said_once(
         await follow(watch(world, FakeEngine(None, *[AWAY] * 8, None), pauses, 10, told))
         assert [bool(problem) for problem in told] == [False, True, False]
         assert pauses == [LOOK_S, 1, 2, 4, 8, *[BACK_OFF_MAX_S] * 4, LOOK_S]
-        assert [name for name in world.names("") if name.startswith("ENGINE")] == ["ENGINE_DOWN", "ENGINE_UP"]
+        assert [name for name in world.names("") if name.startswith("engine.")] == ["engine.down", "engine.up"]
 
 
 async def test_what_stayed_behind_is_removed_when_it_is_back_and_the_living_are_left_alone() -> None:
