@@ -353,18 +353,25 @@ class HostMemory(Protocol):
 # ---- disk -----------------------------------------------------------------------------------------------------
 
 
+class RecordPhase(Enum):
+    """How far an instance got. CREATED: intent only. STARTED: handle known, /initialize not done."""
+
+    CREATED = "CREATED"
+    STARTED = "STARTED"
+    READY = "READY"
+    STOPPING = "STOPPING"
+    ENDED = "ENDED"
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceRecord:
-    """What must survive the agent: intent (spec), then the handle, then how far it got. `phase` is one of
-    CREATED (intent only), STARTED (handle known, /initialize not done), READY, STOPPING, ENDED."""
+    """What must survive the agent: the spec, then the handle, then how far the instance got."""
 
     spec: InstanceSpec
-    phase: str
+    phase: RecordPhase
     handle: Handle | None
     gpu_uuids: tuple[str, ...]
     create_wall_ns: int
-    end_reason: str = ""
-    end_message: str = ""
 
 
 class InstanceStore(Protocol):

@@ -50,7 +50,7 @@ class GpuBroker:
     ) -> None:
         self.inventory: Mapping[str, Gpu] = {gpu.uuid: gpu for gpu in inventory}
         devices = {gpu.uuid: allocator.AllocatableGpu(gpu.uuid, gpu.model) for gpu in inventory}
-        self.book = GpuAllocator(devices, per_gpu=per_gpu, max_hold_ns=max_hold_ns, migrate=migrate)
+        self.allocator = GpuAllocator(devices, per_gpu=per_gpu, max_hold_ns=max_hold_ns, migrate=migrate)
         self._release_timeout_s = release_timeout_ns / SECOND_NS
         self._gpus = gpus
         self._clock = clock
@@ -77,7 +77,7 @@ class GpuBroker:
         """It does not any more."""
         self.apply(book_events.Leave(actor.uid))
 
-    def refused(self, actor: Actor) -> None:
+    def freeze_refused(self, actor: Actor) -> None:
         """An ordered freeze or drain did not happen."""
         self.apply(book_events.FreezeRefused(actor.uid))
 
@@ -87,7 +87,7 @@ class GpuBroker:
         event = book_events.BecameIdle(actor.uid, preemptible_at_ns) if idle else book_events.BecameBusy(actor.uid)
         self._untold.pop(actor.uid, None)  # in the order of time
         self._untold[actor.uid] = (event, self._clock.monotonic_ns())
-        if self.book.queue:
+        if self.allocator.queue:
             self._step()
 
     def release(self, actor: Actor) -> None:
@@ -130,10 +130,10 @@ class GpuBroker:
             return
         self._stepping = True
         try:
-            while self._inbox or (self._untold and self.book.queue):
+            while self._inbox or (self._untold and self.allocator.queue):
                 self._hand_in()
                 event, at_ns = self._inbox.popleft()
-                self.book, effects = allocator.step(self.book, event, at_ns)
+                self.allocator, effects = allocator.step(self.allocator, event, at_ns)
                 for effect in effects:
                     self._perform(effect)
         finally:
@@ -173,7 +173,7 @@ class GpuBroker:
     async def _prove(self, actor: Actor) -> None:
         """Ends with Released, whatever happens: proven, or with the GPUs cordoned."""
         why = ""
-        held = self.book.holders.get(actor.uid)
+        held = self.allocator.holders.get(actor.uid)
         try:
             if actor.state.terminal:  # the release counts from its end: until it is killed it is no surprise there
                 async with asyncio.timeout(END_TIMEOUT_S):
@@ -201,7 +201,7 @@ class GpuBroker:
         pause_s = PROOF_PAUSE_S
         while True:
             try:
-                held = self.book.holders.get(actor.uid)
+                held = self.allocator.holders.get(actor.uid)
                 if held is None or not await self._shows_on(self._pids_of(actor), held.gpus):
                     return
             except HibernodeError as error:
@@ -218,7 +218,7 @@ class GpuBroker:
                     self.uncordon(gpus, source=uid)
                     return
 
-    async def places_of(self, pids: set[int]) -> list[str] | None:
+    async def gpus_of(self, pids: set[int]) -> list[str] | None:
         """The GPUs on which NVML shows one of these processes. None: on no GPU, but not all of them could be read (of
         those that are lost for good nobody waits for an answer)."""
         try:
@@ -234,7 +234,7 @@ class GpuBroker:
         `uid` is the instance to blame, if any. A source has one cordon on a GPU: its newest reason counts.
         """
         for uuid in gpu_uuids:
-            device = self.book.devices.get(uuid)
+            device = self.allocator.devices.get(uuid)
             cordon = book_events.Cordon(uuid, reason, source, lasting)
             if device is not None and cordon not in device.cordons:
                 self._events.add(uid, "gpu.cordoned", reason, gpu=uuid)
@@ -243,10 +243,10 @@ class GpuBroker:
     def uncordon(self, gpu_uuids: Iterable[str], source: str) -> None:
         """The source's reason is gone. Idempotent."""
         for uuid in gpu_uuids:
-            device = self.book.devices.get(uuid)
+            device = self.allocator.devices.get(uuid)
             if device is not None and any(cordon.source == source for cordon in device.cordons):
                 self.apply(book_events.Uncordon(uuid, source))
-                left = self.book.devices[uuid].cordoned
+                left = self.allocator.devices[uuid].cordoned
                 name = "gpu.cordon_lifted" if left else "gpu.uncordoned"
                 self._events.add("", name, left and f"still cordoned: {left}", gpu=uuid)
 

@@ -62,7 +62,7 @@ class GpuIsolation:
         self.vram_bytes = sums
 
     def _may_use(self, owner: Actor, gpu_uuid: str) -> bool:
-        held = self._broker.book.holders.get(owner.uid)
+        held = self._broker.allocator.holders.get(owner.uid)
         return owner.state.terminal or (held is not None and gpu_uuid in held.gpus)
 
     async def _find_owners(self, pids: set[int]) -> None:
@@ -106,7 +106,7 @@ class GpuIsolation:
         if self._may_use(owner, gpu_uuid):
             return
         if violations == VIOLATIONS_BEFORE_KILL:  # reported once, even if it does not die at once
-            held = self._broker.book.holders.get(owner.uid)
+            held = self._broker.allocator.holders.get(owner.uid)
             holds = ", ".join(held.gpus) if held is not None else "none now"
             text = f"process {pid} of {owner.uid} is on GPU {gpu_uuid}, it holds {holds}: killed"
             self._events.add(owner.uid, "gpu.isolation_violated", text, gpu=gpu_uuid, pid=pid)

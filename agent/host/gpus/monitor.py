@@ -35,7 +35,7 @@ class GpuMonitor:
         self,
         gpus: Gpus,
         xid_events: GpuEvents,
-        desk: GpuBroker,
+        broker: GpuBroker,
         events: EventLog,
         clock: Clock,
         *,
@@ -47,14 +47,14 @@ class GpuMonitor:
         self.xids: Counter[tuple[str, int]] = Counter()
         self._gpus = gpus
         self._xid_events = xid_events
-        self._desk = desk
+        self._broker = broker
         self._events = events
         self._clock = clock
         self._after_sample = after_sample
         self._persistence_is_off = persistence_is_off
         self._volatile: set[str] = set()
         self._period_s = period_s
-        self._health = health.healthy(tuple(desk.inventory), clock.monotonic_ns(), limits)
+        self._health = health.healthy(tuple(broker.inventory), clock.monotonic_ns(), limits)
         self._figures: Mapping[str, GpuSample] = {}
         self._read_ns = 0
         self._log = get_logger()
@@ -65,7 +65,7 @@ class GpuMonitor:
 
     async def run(self) -> None:
         """Sample and listen; a node without GPUs has nothing to watch."""
-        if not self._desk.inventory:
+        if not self._broker.inventory:
             await asyncio.Event().wait()
         async with asyncio.TaskGroup() as both:
             both.create_task(self._for_ever(self._look_and_rest), name="gpu samples")
@@ -135,8 +135,8 @@ class GpuMonitor:
         for effect in effects:
             match effect:
                 case PutCordon(uuids, reason, source, lasting):
-                    self._desk.cordon("", uuids, reason, source=source, lasting=lasting)
+                    self._broker.cordon("", uuids, reason, source=source, lasting=lasting)
                 case LiftCordon(uuids, source):
-                    self._desk.uncordon(uuids, source)
+                    self._broker.uncordon(uuids, source)
                 case _:
                     assert_never(effect)

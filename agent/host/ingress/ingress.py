@@ -68,7 +68,7 @@ class Ingress:
             await self._refuse(exchange, error, request_id)
             return
         asleep = actor.state is not InstanceState.RUNNING
-        runtime = self._node.shell.runtime
+        runtime = self._node.context.runtime
         passage = ProxiedRequest(exchange, actor, request_id or self._request_ids(), asleep, self._clock, runtime)
         try:
             try:

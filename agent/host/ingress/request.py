@@ -179,7 +179,7 @@ class ProxiedRequest:
         return [(b"x-fc-log-result", await log_result(self._runtime, handle, self.request_id, end_wait_s))]
 
     def _answer_headers(self, answer: ResponseHead) -> list[Header]:
-        self.actor.figures.timeouts_in_a_row = 0
+        self.actor.note_answer()
         kept = rules.instance_answer_headers(answer.headers)
         kept.extend(self._own_headers())
         if self.waited_ns:
@@ -221,7 +221,6 @@ class ProxiedRequest:
 
 def _count_timeout(actor: Actor) -> None:
     """One slow request is the request's fault; two in a row without a byte are the instance's."""
-    actor.figures.timeouts_in_a_row += 1
-    if actor.figures.timeouts_in_a_row >= MAX_TIMEOUTS_IN_A_ROW:
+    if actor.note_timeout() >= MAX_TIMEOUTS_IN_A_ROW:
         message = f"{MAX_TIMEOUTS_IN_A_ROW} requests in a row timed out without a byte of an answer"
         actor.handle(StopAsked(0, force=True, reason="INSTANCE_UNRESPONSIVE", message=message))

@@ -39,23 +39,23 @@ class FreezeOperations:
     def __init__(
         self,
         actor: Actor,
-        shell: InstanceContext,
+        context: InstanceContext,
         health: HealthProbe,
         note_vram: Callable[[Handle], Awaitable[None]],
         save_placement: Callable[[], Awaitable[None]],
     ) -> None:
         self._actor = actor
-        self._shell = shell
+        self._context = context
         self._health = health
         self._note_vram = note_vram
         self._save_placement = save_placement
 
     async def lock(self, handle: Handle, gen: int, cancel: asyncio.Event) -> ev.Event:
         """/pre-freeze, the memory's reservation, the driver's lock. `cancel` ends it before the driver is asked."""
-        actor, shell = self._actor, self._shell
+        actor, context = self._actor, self._context
         await self._health.pause()
         try:
-            problem = shell.store_problem()
+            problem = context.store_problem()
             if problem:
                 raise UnavailableError("STORE_FAILED", f"nothing is frozen while the store fails: {problem}")
             await self._save_placement()
@@ -63,14 +63,14 @@ class FreezeOperations:
             await self._note_vram(handle)
             if cancel.is_set():
                 raise PreconditionError(CANCELLED, "a request arrived before the checkpoint began")
-            await shell.memory.reserve(handle, actor.figures.vram_bytes)
+            await context.memory.reserve(handle, actor.figures.vram_bytes)
         except HibernodeError as error:
             self._awake_again()
             return ev.Refused(gen, error.reason, error.message)
         except OSError as error:  # /proc and cgroup files of something that is just ending
             self._awake_again()
             return ev.Refused(gen, "HOST_MEMORY_UNKNOWN", f"the instance's memory can't be read: {error}")
-        result = await shell.freezer.lock(handle)
+        result = await context.freezer.lock(handle)
         if result.outcome is Outcome.REFUSED:
             self._awake_again()
         return _answer(gen, result)
@@ -80,34 +80,33 @@ class FreezeOperations:
         hook, pool = self._actor.function.hooks.pre_freeze, self._actor.pool
         if hook is None or pool is None:
             return
-        call = hooks.call_hook(pool, self._actor.function, hook, b"GET", "/pre-freeze", self._shell.request_ids())
+        call = hooks.call_hook(pool, self._actor.function, hook, b"GET", "/pre-freeze", self._context.request_ids())
         try:
             status = await unless_cancelled(call, cancel)
         except PreconditionError:
             raise
         except HibernodeError as error:
-            self._shell.events.add(self._actor.uid, "instance.pre_freeze_failed", error.message)
+            self._context.events.add(self._actor.uid, "instance.pre_freeze_failed", error.message)
             return
         finally:
             pool.retire()  # the hook's own connection would not survive the freeze either
         if status >= 500:
             raise PreconditionError(PRE_FREEZE_FAILED, f"GET /pre-freeze answered {status}")
         if status >= 400:
-            self._shell.events.add(self._actor.uid, "instance.pre_freeze_failed", f"answered {status}")
+            self._context.events.add(self._actor.uid, "instance.pre_freeze_failed", f"answered {status}")
 
     def _awake_again(self) -> None:
-        self._shell.memory.restored(self._actor.uid)
+        self._context.memory.restored(self._actor.uid)
         if not self._actor.state.terminal:
             self._health.resume()
 
     async def checkpoint(self, handle: Handle, gen: int) -> ev.Event:
         """Checkpoint and cgroup freeze of what `lock` locked."""
-        result = await self._shell.freezer.checkpoint(handle)
+        result = await self._context.freezer.checkpoint(handle)
         match result.outcome:
             case Outcome.OK:
-                self._shell.memory.took(self._actor.uid, result.image_bytes)
-                self._actor.figures.image_bytes = result.image_bytes
-                self._actor.figures.freezes += 1
+                self._context.memory.took(self._actor.uid, result.image_bytes)
+                self._actor.note_freeze(result.image_bytes)
                 self._health.forgive()
             case Outcome.REFUSED:
                 self._awake_again()
@@ -117,34 +116,29 @@ class FreezeOperations:
 
     async def unlock(self, handle: Handle, gen: int) -> ev.Event:
         """Undo `lock`."""
-        result = await self._shell.freezer.unlock(handle)
+        result = await self._context.freezer.unlock(handle)
         if result.outcome is Outcome.OK:
             self._awake_again()
         return _answer(gen, result)
 
     async def wake(self, handle: Handle, gen: int) -> ev.Event:
         """Thaw, restore, unlock, verify; meanwhile the connection that its first request will need is made."""
-        actor, shell = self._actor, self._shell
-        began = shell.clock.monotonic_ns()
+        actor, context = self._actor, self._context
+        began = context.clock.monotonic_ns()
         old, new = actor.gpu_uuids, actor.instance.gpus
-        gpu_map = device_map(old, new, shell.gpu_models)
+        gpu_map = device_map(old, new, context.gpu_models)
         connecting = asyncio.create_task(_connect_ahead(actor.pool), name=f"connect {actor.uid}")
         try:
-            result = await shell.freezer.wake(handle, gpu_map)
+            result = await context.freezer.wake(handle, gpu_map)
         finally:
             connecting.cancel()
         if result.outcome is not Outcome.OK and actor.pool is not None:
             actor.pool.retire()
         if result.outcome is Outcome.OK:
             if gpu_map:
-                actor.gpu_uuids = new
-                shell.events.add(actor.uid, "instance.moved", gpus=",".join(new), was=",".join(old))
-            figures = actor.figures
-            figures.wakes += 1
-            figures.last_wake_ns = shell.clock.monotonic_ns() - began
-            figures.last_wake_driver_ns = result.driver_ns
-            figures.wake_estimate_ns = _moving_average(figures.wake_estimate_ns, figures.last_wake_ns)
-            figures.image_bytes = 0
+                actor.set_gpus(new)
+                context.events.add(actor.uid, "instance.moved", gpus=",".join(new), was=",".join(old))
+            actor.note_wake(context.clock.monotonic_ns() - began, result.driver_ns)
             self._awake_again()
         return _answer(gen, result)
 
@@ -152,12 +146,12 @@ class FreezeOperations:
         """Killing a process that was restored can hang the host; a checkpointed one dies cleanly (facts 7, issue 53).
 
         Only where the host has the memory for it: a kill waits for nothing else."""
-        actor, shell = self._actor, self._shell
+        actor, context = self._actor, self._context
         if not (actor.figures.wakes or actor.adopted):
             return
         with suppress(HibernodeError, OSError):
-            await shell.memory.reserve(handle, actor.figures.vram_bytes)
-            await shell.freezer.prepare_kill(handle)
+            await context.memory.reserve(handle, actor.figures.vram_bytes)
+            await context.freezer.prepare_kill(handle)
 
 
 async def _connect_ahead(pool: Pool | None) -> None:
@@ -178,7 +172,3 @@ def _answer(gen: int, result: FreezeResult) -> ev.Event:
             return ev.Broken(gen, result.reason, result.message)
         case _:
             assert_never(result.outcome)
-
-
-def _moving_average(old_ns: int, new_ns: int) -> int:
-    return new_ns if not old_ns else (3 * old_ns + new_ns) // 4

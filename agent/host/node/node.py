@@ -16,11 +16,10 @@ from agent.core.types import FunctionSpec, Gpu, GpuNeed, IdleMode, InstanceSpec,
 from agent.host.gpus.broker import GpuBroker
 from agent.host.instance.actor import Actor, StateListener
 from agent.host.instance.context import InstanceContext
-from agent.host.instance.events import EventLog
 from agent.host.instance.executor import InstanceExecutor
 from agent.host.instance.gate import FunctionQueue
-from agent.host.instance.memory_reservations import UNMEASURED, ImageSize, MemoryReservations
-from agent.ports import Clock, Gpus, InstanceRecord, RequestMeter
+from agent.host.instance.memory_reservations import UNMEASURED, ImageSize
+from agent.ports import Gpus, InstanceRecord, RecordPhase, RequestMeter
 
 ENDED_KEPT = 200
 END_TIMEOUT_S = 60.0
@@ -59,11 +58,9 @@ class Node:
         self,
         settings: NodeSettings,
         inventory: Sequence[Gpu],
+        context: InstanceContext,
         *,
-        clock: Clock,
         gpus: Gpus,
-        memory: MemoryReservations,
-        events: EventLog,
         meters: Meters,
         new_uid: Callable[[], str],
     ) -> None:
@@ -73,23 +70,23 @@ class Node:
         self.queues: dict[str, FunctionQueue[Actor]] = {}
         self.listeners: list[StateListener] = []
         self.draining = False
-        self.memory = memory
-        self.desk = GpuBroker(
+        self.context = context
+        self.memory = context.memory
+        self.broker = GpuBroker(
             inventory,
             per_gpu=settings.per_gpu,
             max_hold_ns=settings.max_hold_ns,
             release_timeout_ns=settings.release_timeout_ns,
             migrate=settings.migrate,
             gpus=gpus,
-            clock=clock,
-            events=events,
+            clock=context.clock,
+            events=context.events,
             actor_of=self.actors.get,
             pids_of=self._pids_of,
         )
-        self.shell: InstanceContext
         self._settings = settings
-        self._clock = clock
-        self._events = events
+        self._clock = context.clock
+        self._events = context.events
         self._meters = meters
         self._new_uid = new_uid
         self._by_request: dict[str, str] = {}
@@ -125,10 +122,10 @@ class Node:
             return known
         if self.draining:
             raise UnavailableError("NODE_DRAINING", "this node takes no new instances")
-        self.shell.runtime.accepts(function)
+        self.context.runtime.accepts(function)
         function = self._admitted(function)
         spec = InstanceSpec(self._new_uid(), request_id, function)
-        gpus = self.desk.assign(spec.uid, function.gpu.count, function.gpu.model)
+        gpus = self.broker.assign(spec.uid, function.gpu.count, function.gpu.model)
         # A task of its own: a caller that leaves in the middle must not leave half an instance.
         task = asyncio.create_task(self._make(spec, gpus), name=f"create {spec.uid}")
         self._creating[request_id] = task
@@ -143,12 +140,13 @@ class Node:
     async def _make(self, spec: InstanceSpec, gpus: tuple[str, ...]) -> Actor:
         try:
             self._pledge(spec)
-            actor = self._add(spec, gpus, InstanceState.STARTING)
-            await self.shell.store.put_instance(self.executors[spec.uid].record)
+            record = InstanceRecord(spec, RecordPhase.CREATED, None, gpus, self._clock.wall_ns())
+            actor = self._add(record, InstanceState.STARTING)
+            await self.context.store.put_instance(record)
         except BaseException as error:
             self._meters.changed(spec.uid, InstanceState.FAILED)
             self._forget(spec.uid)
-            await self.desk.unassign(spec.uid)
+            await self.broker.unassign(spec.uid)
             if isinstance(error, UnavailableError):
                 await self._forget_record(spec.uid)  # an answer that came too late may have written it
             raise
@@ -160,7 +158,7 @@ class Node:
     async def _forget_record(self, uid: str) -> None:
         """Delete the record; if the store fails the next recovery finds no container and does it."""
         try:
-            await self.shell.store.delete_instance(uid)
+            await self.context.store.delete_instance(uid)
         except HibernodeError as error:
             self._events.add(uid, "store.failed", error.message)
 
@@ -203,8 +201,8 @@ class Node:
     def _freezable(self, function: FunctionSpec) -> bool:
         return function.idle.mode is not IdleMode.NEVER and not self._settings.freeze_unavailable
 
-    def _add(self, spec: InstanceSpec, gpus: tuple[str, ...], state: InstanceState) -> Actor:
-        function = spec.function
+    def _add(self, record: InstanceRecord, state: InstanceState) -> Actor:
+        spec, function = record.spec, record.spec.function
         new = state is InstanceState.STARTING
         meter = self._meters.open(spec.uid, function, state, unbilled=new, same_process=not new)
         instance = Instance(
@@ -218,41 +216,35 @@ class Node:
         actor = Actor(
             spec,
             instance,
+            record.gpu_uuids,
+            record.create_wall_ns,
             clock=self._clock,
             meter=meter,
-            desk=self.desk,
+            broker=self.broker,
             listener=self,
             events=self._events,
             max_waiting=min(self._settings.max_waiting, function.queue_length),
+            executor_of=lambda actor: self._new_executor(actor, record),
         )
-        actor.gpu_uuids = gpus
-        record = InstanceRecord(spec, "CREATED", None, gpus, actor.figures.create_wall_ns)
-        executor = InstanceExecutor(actor, record, self.shell)
-        actor.executor = executor
         self.actors[spec.uid] = actor
         self.queues.setdefault(function.name, FunctionQueue(self._settings.max_waiting)).add(actor.gate)
-        self.executors[spec.uid] = executor
         if spec.request_id:
             self._by_request[spec.request_id] = spec.uid
         return actor
 
+    def _new_executor(self, actor: Actor, record: InstanceRecord) -> InstanceExecutor:
+        executor = self.executors[actor.uid] = InstanceExecutor(actor, record, self.context)
+        return executor
+
     def adopt(self, record: InstanceRecord, state: InstanceState, size: ImageSize = UNMEASURED) -> Actor:
-        """Recovery: an instance that outlived the agent, in the state it was found in. RUNNING holds its GPUs; `size`
-        is what it has there, or of its image if it is FROZEN."""
+        """Recovery: add an instance that outlived the agent, in the state it was found in. RUNNING holds its GPUs;
+        `size` is its image's if it is FROZEN, else its VRAM's."""
         holds = state is InstanceState.RUNNING
-        self.desk.apply(book_events.Adopt(record.spec.uid, record.gpu_uuids, holds))
-        actor = self._add(record.spec, record.gpu_uuids, state)
-        actor.adopted = True
-        sleeps_anywhere = record.handle is None or record.handle.sees_all_gpus
-        actor.instance = replace(
-            actor.instance, holds=holds, gpus=record.gpu_uuids, movable=actor.instance.movable and sleeps_anywhere
-        )
-        actor.figures.create_wall_ns = record.create_wall_ns
-        actor.figures.idle_since_ns = self._clock.monotonic_ns()
+        self.broker.apply(book_events.Adopt(record.spec.uid, record.gpu_uuids, holds))
+        actor = self._add(record, state)
+        actor.adopt(size.bytes, sees_all_gpus=record.handle is None or record.handle.sees_all_gpus)
         frozen = state is InstanceState.FROZEN
         self.memory.recovered(actor.uid, self._declared_bytes(actor.function), size, frozen=frozen)
-        actor.figures.image_bytes, actor.figures.vram_bytes = (size.bytes, 0) if frozen else (0, size.bytes)
-        self.executors[actor.uid].record = record
         return actor
 
     # ---- following ----------------------------------------------------------------------------------------------
@@ -288,7 +280,7 @@ class Node:
     def gpus_held(self, actor: Actor) -> None:
         """The instance holds its GPUs from now on: a cold start is billed from here."""
         uuids = actor.instance.gpus
-        model = self.desk.inventory[uuids[0]].model if uuids else ""
+        model = self.broker.inventory[uuids[0]].model if uuids else ""
         self._meters.placed(actor.uid, model, uuids)
         if actor.state is InstanceState.STARTING:
             self._meters.changed(actor.uid, InstanceState.STARTING)
@@ -300,7 +292,7 @@ class Node:
                 await actor.ended.wait()
         except TimeoutError:
             self._events.add(actor.uid, "instance.end_stuck", f"not cleaned up after {END_TIMEOUT_S:g} s")
-        await self.desk.unassign(actor.uid)
+        await self.broker.unassign(actor.uid)
         self.ended[actor.uid] = actor
         self._forget(actor.uid, keep_request=True)
         while len(self.ended) > ENDED_KEPT:
@@ -357,5 +349,5 @@ class Node:
         for task in self._endings:
             task.cancel()
         await asyncio.gather(*self._endings, return_exceptions=True)
-        await self.desk.close()
+        await self.broker.close()
         self.memory.close()

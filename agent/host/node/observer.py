@@ -108,7 +108,7 @@ class Observer:
 
     def _vram_limit_bytes(self, actor: Actor) -> int:
         """What its function is billed for, or all of its GPUs."""
-        need, inventory = actor.function.gpu, self._node.desk.inventory
+        need, inventory = actor.function.gpu, self._node.broker.inventory
         if need.memory_bytes:
             return need.memory_bytes * need.count
         return sum(inventory[uuid].memory_bytes for uuid in actor.gpu_uuids if uuid in inventory)
@@ -149,11 +149,11 @@ class Observer:
             instance_count=len(node.actors),
             start_wall_ns=me.start_wall_ns,
             labels=me.labels,
-            migrates=node.desk.book.migrate,
+            migrates=node.broker.allocator.migrate,
         )
 
     def _gpus(self) -> list[GpuSnapshot]:
-        book, figures = self._node.desk.book, self._figures()
+        book, figures = self._node.broker.allocator, self._figures()
         return [
             GpuSnapshot(
                 gpu=gpu,
@@ -162,5 +162,5 @@ class Observer:
                 waiters=tuple(waiter.uid for waiter in book.queue if uuid in waiter.allowed),
                 cordoned=book.devices[uuid].cordoned,
             )
-            for uuid, gpu in self._node.desk.inventory.items()
+            for uuid, gpu in self._node.broker.inventory.items()
         ]

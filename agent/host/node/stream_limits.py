@@ -30,7 +30,7 @@ class StreamLimits:
         return len(self._limits)
 
     @asynccontextmanager
-    async def one(self) -> AsyncIterator[asyncio.Timeout]:
+    async def admit(self) -> AsyncIterator[asyncio.Timeout]:
         """A place for one call, within one task; what it gives has expired when the call was cut short.
 
         Raises UnavailableError AGENT_STOPPING, ExhaustedError TOO_MANY_CALLS, DeadlineError CALL_TOO_LONG.

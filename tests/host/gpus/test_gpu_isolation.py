@@ -43,7 +43,7 @@ class Checked:
 @asynccontextmanager
 async def isolation_world() -> AsyncIterator[Checked]:
     async with a_world() as world:
-        isolation = GpuIsolation(world.gpus, world.runtime, world.node.desk, world.node.actors, world.events)
+        isolation = GpuIsolation(world.gpus, world.runtime, world.node.broker, world.node.actors, world.events)
         made = Checked(world, isolation)
         world.gpus.processes_now = lambda: made.shown
         yield made

@@ -26,7 +26,7 @@ class Watched:
         return self.world.gpus.gpus[index].uuid
 
     def cordoned(self, index: int) -> str:
-        return self.world.node.desk.book.devices[self.uuid(index)].cordoned
+        return self.world.node.broker.allocator.devices[self.uuid(index)].cordoned
 
     async def looks(self, times: int) -> None:
         for _ in range(times):
@@ -38,7 +38,7 @@ async def watched() -> AsyncIterator[Watched]:
     async with a_world() as world:
         driver = FakeGpuEvents()
         watch = GpuMonitor(
-            world.gpus, driver, world.node.desk, world.events, world.clock, limits=LIMITS, period_s=0.001
+            world.gpus, driver, world.node.broker, world.events, world.clock, limits=LIMITS, period_s=0.001
         )
         yield Watched(world, watch, driver)
 
@@ -61,7 +61,7 @@ async def test_a_fatal_xid_cordons_and_a_program_s_is_written_down() -> None:
         it.watch.heard(Xid(it.uuid(0), 79))
         it.watch.heard(Xid(it.uuid(0), 79))
         assert it.cordoned(0) == "XID_79: the GPU has fallen off the bus"
-        assert [cordon.lasting for cordon in it.world.node.desk.book.devices[it.uuid(0)].cordons] == [True]
+        assert [cordon.lasting for cordon in it.world.node.broker.allocator.devices[it.uuid(0)].cordons] == [True]
         assert it.cordoned(1) == ""
         assert it.watch.xids == {(it.uuid(0), 31): 1, (it.uuid(0), 79): 2}
         assert it.world.messages("gpu.xid")[0].startswith("XID 31: a program accessed an illegal address")
@@ -141,7 +141,7 @@ async def test_persistence_mode_that_is_turned_off_is_told_to_the_checkpointer_a
         watch = GpuMonitor(
             world.gpus,
             FakeGpuEvents(),
-            world.node.desk,
+            world.node.broker,
             world.events,
             world.clock,
             persistence_is_off=lambda: told.append("off"),

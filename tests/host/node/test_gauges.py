@@ -53,7 +53,7 @@ async def test_a_node_that_sleeps_as_a_whole_asks_nothing_of_its_host() -> None:
 async def test_what_is_not_known_is_absent_and_not_zero() -> None:
     async with a_world() as world:
         actor = await world.running()
-        actor.figures.vram_bytes = 0
+        actor.note_vram(0)
         gauges = Gauges(FakeInstanceReader(), world.node.actors)
         observer = observing(world, gauges)
         for _ in range(2):
@@ -115,7 +115,7 @@ async def test_gpu_memory_is_what_nvml_shows_now() -> None:
         observer = observing(world, Gauges(FakeInstanceReader(), world.node.actors, lambda: shown))
         assert heartbeat(observer)[actor.uid].vram_bytes == 7 * GIB
         shown.clear()
-        actor.figures.vram_bytes = GIB
+        actor.note_vram(GIB)
         assert heartbeat(observer)[actor.uid].vram_bytes == GIB, "as it was measured when it started"
 
 
