@@ -18,7 +18,8 @@ from agent.core.gpus.cuda_calls import CudaFault as CudaFault  # noqa: PLC0414 (
 from agent.core.gpus.cuda_calls import CudaOp as CudaOp  # noqa: PLC0414 (re-exported)
 from agent.core.gpus.cuda_calls import CudaReply as CudaReply  # noqa: PLC0414 (re-exported)
 from agent.core.gpus.cuda_calls import CudaState as CudaState  # noqa: PLC0414 (re-exported)
-from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, GpuSample, Handle, InstanceSpec, Xid
+from agent.core.snapshots import InstanceReading
+from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, GpuSample, Handle, InstanceSpec, InstanceState, Xid
 
 
 class Timer(Protocol):
@@ -35,14 +36,6 @@ class Clock(Protocol):
     def wall_ns(self) -> int: ...
 
     def call_at(self, at_mono_ns: int, callback: Callable[[], None]) -> Timer: ...
-
-
-class RequestMeter(Protocol):
-    """What the gate tells the meter: two calls per request, monotonic ns."""
-
-    def request_began(self, at: int) -> None: ...
-
-    def request_ended(self, at: int) -> None: ...
 
 
 # ---- containers -----------------------------------------------------------------------------------------------
@@ -161,6 +154,21 @@ class Runtime(Protocol):
         """
 
 
+class ContainerEngine(Protocol):
+    """The part of a container engine's runtime that `EngineWatch` needs."""
+
+    async def check(self) -> None:
+        """Check that the engine answers. Raises HibernodeError ENGINE_UNAVAILABLE, ENGINE_TOO_OLD ..."""
+
+
+class UsageReader(Protocol):
+    """The host's accounts of what instances use."""
+
+    async def read(self, handles: Sequence[Handle]) -> Mapping[str, InstanceReading]:
+        """Readings by uid, without instances that have ended. Bounded in time; raises HibernodeError if they can't be
+        read now."""
+
+
 # ---- freezing -------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +247,41 @@ class Freezer(Protocol):
 
     def forget(self, handle: Handle) -> None:
         """The instance ended: drop what was remembered about its CUDA processes."""
+
+
+FREEZE_DEADLINE_S = 5.0
+
+
+class FreezerState(Enum):
+    """State of an instance's threads. FREEZING: a freeze was asked for, but a thread still runs. The driver may be
+    called only in THAWED."""
+
+    THAWED = "THAWED"
+    FREEZING = "FREEZING"
+    FROZEN = "FROZEN"
+    GONE = "GONE"
+
+
+class ProcessFreezer(Protocol):
+    """Stops and continues all threads of an instance at once."""
+
+    name: str
+
+    async def freeze(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
+        """Return once every thread has stopped. Idempotent.
+
+        Raises DeadlineError FREEZE_TIMEOUT, after having thawed again; PreconditionError INSTANCE_GONE.
+        """
+
+    async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
+        """Return once it runs again. Idempotent, whoever froze it. Raises DeadlineError THAW_TIMEOUT (an ancestor is
+        frozen too), PreconditionError INSTANCE_GONE."""
+
+    def state(self, handle: Handle) -> FreezerState:
+        """The kernel's state now."""
+
+    def is_frozen(self, handle: Handle) -> bool:
+        """state(handle) is FROZEN; for an instance that runs it costs one read of a small file."""
 
 
 class Checkpointer(Protocol):
@@ -348,6 +391,29 @@ class HostMemory(Protocol):
 
     def recover(self, living: Collection[str], frozen: Collection[str]) -> None:
         """After a restart: limits of everyone not frozen are lowered, notes of everyone not living go."""
+
+
+# ---- metering -------------------------------------------------------------------------------------------------
+
+
+class RequestMeter(Protocol):
+    """The meter of one instance, as its gate sees it. Times are monotonic ns."""
+
+    def request_began(self, at: int) -> None: ...
+
+    def request_ended(self, at: int) -> None: ...
+
+
+class Meters(Protocol):
+    """The meters of a node: one per instance."""
+
+    def open(
+        self, uid: str, function: FunctionSpec, state: InstanceState, *, unbilled: bool, same_process: bool
+    ) -> RequestMeter: ...
+
+    def changed(self, uid: str, state: InstanceState, *, unbilled: bool = False) -> None: ...
+
+    def placed(self, uid: str, model: str, gpu_uuids: tuple[str, ...]) -> None: ...
 
 
 # ---- disk -----------------------------------------------------------------------------------------------------

@@ -181,10 +181,10 @@ class AgentDaemon:
             self.node,
             self._identity(slice_),
             self.clock,
-            self.billing.totals,
-            self.watch.figures,
-            self.gauges,
-            self.billing.peak,
+            totals=self.billing.totals,
+            gpu_samples=self.watch.samples,
+            gauges=self.gauges,
+            peak=self.billing.peak,
         )
         self.link = self._link()
 
@@ -210,7 +210,7 @@ class AgentDaemon:
 
     def _vram_now(self) -> Mapping[str, int]:
         """GPU memory of instances, as long as NVML answers."""
-        return self.gpu_isolation.vram_bytes if self.watch.figures() else {}
+        return self.gpu_isolation.vram_bytes if self.watch.samples() else {}
 
     def _context(self, memory: MemoryReservations) -> InstanceContext:
         runtime = self._config.runtime
@@ -333,7 +333,7 @@ class AgentDaemon:
         )
 
     async def _become_ready(self) -> None:
-        self.billing.settle()
+        self.billing.complete_ended()
         await self.billing.flush()  # the gap is on disk before anything new happens: another kill must not widen it
         self.billing.start()
         self.ingress.open = self.observer.ready = True

@@ -139,7 +139,7 @@ class World:
     async def recover(self, deadline_s: float = 5.0) -> RecoverySummary:
         known = frozenset(self.node.broker.inventory)
         found = await Recovery(self.node, known, instance_deadline_s=deadline_s, ask_again_s=0.001).run()
-        self.billing.settle()
+        self.billing.complete_ended()
         return found
 
     async def kill_agent(self) -> None:

@@ -57,7 +57,7 @@ class BillingHealth:
 
 class Billing:
     """All meters of a node. Everything runs on the loop's thread; only `load`, `flush` and `stop` wait, each with a
-    deadline. The order of a start: `load`, then `open` for each instance found alive, then `settle`, then `start`.
+    deadline. At start: `load`, then `open` for each instance found alive, then `complete_ended`, then `start`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Billing:
         async with asyncio.timeout(self._settings.write_timeout_s):
             self._found = {window.instance_uid: window for window in await self._store.last_windows()}
 
-    def settle(self) -> None:
+    def complete_ended(self) -> None:
         """All living instances are open: complete the ledgers of those that are gone."""
         now = self._clock.monotonic_ns()
         for window in self._found.values():

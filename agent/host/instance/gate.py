@@ -195,8 +195,8 @@ class FunctionQueue(Generic[OwnerT]):
     """Requests that any instance of one function on this node may serve: the first that frees takes the oldest.
 
     The gateway dispatches a few requests here early, so that an instance that frees has the next one at once
-    (`x-hibernode-any`). Requests at an instance's own gate go first: they named that instance. While no healthy
-    instance of the function is open, requests are refused and the gateway queues them again.
+    (`x-hibernode-any-instance`). Requests at an instance's own gate go first: they named that instance. While no
+    healthy instance of the function is open, requests are refused and the gateway queues them again.
     """
 
     def __init__(self, max_waiting: int) -> None:

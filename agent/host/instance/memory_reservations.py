@@ -111,7 +111,7 @@ class MemoryReservations:
         if frozen:
             self.ledger = self.ledger.took(uid, size.bytes, estimated=size.estimated)
 
-    async def settle(self, living: Collection[str], frozen: Collection[str]) -> None:
+    async def restore_limits(self, living: Collection[str], frozen: Collection[str]) -> None:
         """Recovery: lower the limits that an earlier agent left raised, except of who is frozen."""
         self._changing = self._in_order("recover", lambda: self._memory.recover(living, frozen))
         if not await self._changed():

@@ -7,23 +7,16 @@ known, which is not 0.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 from agent.core.errors import HibernodeError
 from agent.core.snapshots import InstanceReading
-from agent.core.types import Handle, InstanceState
+from agent.core.types import InstanceState
 from agent.host.instance.actor import Actor
 from agent.log import get_logger
+from agent.ports import UsageReader
 
 PERIOD_S = 1.0
-
-
-class UsageReader(Protocol):
-    """The host's accounts of instances."""
-
-    async def read(self, handles: Sequence[Handle]) -> Mapping[str, InstanceReading]:
-        """By uid; who has ended is left out. Bounded in time; raises HibernodeError where it can't be told now."""
 
 
 class Gauges:
@@ -57,7 +50,7 @@ class Gauges:
         """Look every period, whatever happens."""
         while True:
             try:
-                await self.look()
+                await self.poll()
                 self._trouble = ""
             except HibernodeError as error:
                 if error.reason != self._trouble:  # once for each cause
@@ -67,7 +60,7 @@ class Gauges:
                 self._log.exception("gauges.crashed")
             await asyncio.sleep(self._period_s)
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Read all that are awake, once. Raises HibernodeError; then nothing of before counts any more."""
         awake = {
             actor.uid: handle

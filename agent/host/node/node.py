@@ -6,7 +6,6 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from agent.core.errors import ConflictError, HibernodeError, NotFoundError, PreconditionError, UnavailableError
 from agent.core.gpus import allocator_events as book_events
@@ -19,23 +18,11 @@ from agent.host.instance.context import InstanceContext
 from agent.host.instance.executor import InstanceExecutor
 from agent.host.instance.gate import FunctionQueue
 from agent.host.instance.memory_reservations import UNMEASURED, ImageSize
-from agent.ports import Gpus, InstanceRecord, RecordPhase, RequestMeter
+from agent.ports import Gpus, InstanceRecord, Meters, RecordPhase
 
 ENDED_KEPT = 200
 END_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 5.0
-
-
-class Meters(Protocol):
-    """The ledger, as the node sees it: an account per instance."""
-
-    def open(
-        self, uid: str, function: FunctionSpec, state: InstanceState, *, unbilled: bool, same_process: bool
-    ) -> RequestMeter: ...
-
-    def changed(self, uid: str, state: InstanceState, *, unbilled: bool = False) -> None: ...
-
-    def placed(self, uid: str, model: str, gpu_uuids: tuple[str, ...]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

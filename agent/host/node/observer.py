@@ -41,12 +41,18 @@ class Observer:
         node: Node,
         identity: NodeIdentity,
         clock: Clock,
+        *,
         totals: Callable[[str], tuple[int, int, int]],
-        figures: Callable[[], Mapping[str, GpuSample]] = dict,
+        gpu_samples: Callable[[], Mapping[str, GpuSample]] = dict,
         gauges: Gauges | None = None,
         peak: Callable[[str], int] = lambda _: 0,
     ) -> None:
-        """`totals`: metered ns of an instance, `figures`: of GPUs, `peak`: most requests inside an instance of late."""
+        """Where the figures come from:
+
+        - `totals`: (active, idle, unbilled) ns of an instance.
+        - `gpu_samples`: the last sample of each GPU.
+        - `peak`: most requests inside an instance of late.
+        """
         self.identity = identity
         self.ready = False
         self.ingress_address = ""
@@ -55,7 +61,7 @@ class Observer:
         self._node = node
         self._clock = clock
         self._totals = totals
-        self._figures = figures
+        self._gpu_samples = gpu_samples
         self._gauges = gauges
         self._peak = peak
 
@@ -153,14 +159,14 @@ class Observer:
         )
 
     def _gpus(self) -> list[GpuSnapshot]:
-        book, figures = self._node.broker.allocator, self._figures()
+        allocator, samples = self._node.broker.allocator, self._gpu_samples()
         return [
             GpuSnapshot(
                 gpu=gpu,
-                figures=figures.get(uuid),
-                holder=book.devices[uuid].holder,
-                waiters=tuple(waiter.uid for waiter in book.queue if uuid in waiter.allowed),
-                cordoned=book.devices[uuid].cordoned,
+                figures=samples.get(uuid),
+                holder=allocator.devices[uuid].holder,
+                waiters=tuple(waiter.uid for waiter in allocator.queue if uuid in waiter.allowed),
+                cordoned=allocator.devices[uuid].cordoned,
             )
             for uuid, gpu in self._node.broker.inventory.items()
         ]

@@ -69,7 +69,7 @@ class Recovery:
             *(self._destroy_orphan(handle) for handle in orphans),
         )
         actors = self._node.actors
-        await self._context.memory.settle(
+        await self._context.memory.restore_limits(
             actors, [uid for uid, actor in actors.items() if actor.state is InstanceState.FROZEN]
         )
         for actor in self._cold:  # only now: whoever was found awake already holds its GPU

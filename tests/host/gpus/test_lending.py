@@ -13,7 +13,7 @@ from agent.core.types import (
     InstanceState,
 )
 from agent.host.gpus import broker
-from agent.host.node.pauses import look_for_pauses
+from agent.host.node.pauses import check_pauses
 from agent.ports import Condition
 from tests.host.rig import a_world, enter, eventually, released, until
 
@@ -128,7 +128,7 @@ async def test_a_drained_holder_that_is_paused_does_not_keep_the_book_from_askin
         drained, other = sorted(holders, key=lambda holder: not holder.instance.draining)
         assert (drained.instance.draining, other.instance.draining) == (True, False)
         world.freezer.states[drained.uid] = Condition.PAUSED_BY_OTHERS
-        look_for_pauses(world.node, world.freezer)
+        check_pauses(world.node, world.freezer)
         other.gate.leave()
         await until(waiter, S.RUNNING)
         assert other.state is S.FROZEN

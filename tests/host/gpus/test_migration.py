@@ -11,7 +11,7 @@ import pytest
 from agent.core.lifecycle import events as ev
 from agent.core.types import MIB, GpuProcess, Handle, InstanceState
 from agent.host.instance.actor import Actor
-from agent.host.node.pauses import look_for_pauses
+from agent.host.node.pauses import check_pauses
 from agent.ports import Condition, FreezeResult, Outcome
 from tests.host.rig import OCR, World, a_world, enter, eventually, released, until
 
@@ -197,13 +197,13 @@ async def test_without_migration_the_frozen_instance_of_a_lost_gpu_is_given_up_w
 async def test_a_pause_by_somebody_else_closes_the_gate_until_it_ends(world: World) -> None:
     actor = await world.running()
     world.freezer.states[actor.uid] = Condition.PAUSED_BY_OTHERS
-    look_for_pauses(world.node, world.freezer)
+    check_pauses(world.node, world.freezer)
     assert not actor.instance.gate_open
     assert "instance.externally_frozen" in world.names(actor.uid)
     world.clock.advance(OCR.idle.freeze_after_ns + 1)
     assert actor.state is InstanceState.RUNNING, "the driver is not asked"
     world.freezer.states[actor.uid] = Condition.AWAKE
-    look_for_pauses(world.node, world.freezer)
+    check_pauses(world.node, world.freezer)
     await enter(actor)
     assert actor.gate.in_flight == 1
 
@@ -219,7 +219,7 @@ async def test_an_instance_that_cannot_be_looked_at_ends_no_watch(world: World) 
         return True
 
     world.freezer.paused = look  # type: ignore[method-assign]
-    look_for_pauses(world.node, world.freezer)
+    check_pauses(world.node, world.freezer)
     assert (blind.instance.paused, seen.instance.paused) == (False, True)
 
 
