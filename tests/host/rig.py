@@ -183,7 +183,7 @@ class World:
 
 
 async def kill(node: Node) -> None:
-    proofs = [*node.broker._proofs.values(), *node.broker._late]
+    proofs = [*node.broker._proofs.values(), *node.broker._late_proofs]
     tasks: list[asyncio.Task[Any] | None] = [*node._creating.values(), *node._endings, *proofs]
     for executor in node.executors.values():
         executor._closed = True

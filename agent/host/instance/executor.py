@@ -1,7 +1,7 @@
-"""Runs the operations of one instance, one at a time, and posts each result back as an event.
+"""Runs the operations of one instance, one at a time, and posts each result as an event.
 
-An operation never decides what comes next: it does its work against the ports, within deadlines, and answers
-Succeeded, Refused (rolled back) or Broken (unknown). An exception nobody foresaw is Broken, never silence.
+An operation does not decide what comes next: it works on the ports, within deadlines, and answers Succeeded, Refused
+(rolled back) or Broken (state unknown). An unexpected exception becomes Broken.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ KILL_ATTEMPTS = 3
 
 
 class InstanceExecutor:
-    """Implements `actor.Executor` for one actor. `record` is what the store holds of it."""
+    """Implements `actor.Executor` for one actor.
+
+    - `record`: the instance's record as the store has it.
+    - `known_pids`: its host pids as last listed, for the proof that its GPUs are free.
+    """
 
     def __init__(self, actor: Actor, record: InstanceRecord, context: InstanceContext) -> None:
         self._actor = actor
@@ -48,10 +52,10 @@ class InstanceExecutor:
         self._freezing = FreezeOperations(actor, context, self._health, self._note_vram, self._save_placement)
         self._log = get_logger()
 
-    # ---- the port -----------------------------------------------------------------------------------------------
+    # ---- actor.Executor ---------------------------------------------------------------------------------------------
 
     def run(self, op: ev.Operation, gen: int) -> None:
-        """Start `op` as soon as the operation before it has ended. DESTROY cuts that one short."""
+        """Start `op` once the operation before it has ended. DESTROY cancels that one."""
         if self._closed:
             return
         if op is ev.Operation.DESTROY:
@@ -66,9 +70,9 @@ class InstanceExecutor:
             self._cancel.set()
 
     async def close(self) -> None:
-        """The agent goes away and leaves the instance: let operations under way end, stop watching.
+        """The agent stops and the instance stays: let the operation under way end, then stop watching.
 
-        A pull or a start is given up: the next agent makes that container anew.
+        A pull or a start is cancelled: the next agent starts that container again.
         """
         await self._health.pause()
         if self._op is ev.Operation.LOCK:
@@ -77,7 +81,7 @@ class InstanceExecutor:
             async with asyncio.timeout(self._context.stop_timeout_s):
                 beginning = (ev.Operation.PREPARE, ev.Operation.START)
                 while self._task is not None and not self._task.done() and self._op not in beginning:
-                    await asyncio.wait([self._task])  # what follows from it is another task
+                    await asyncio.wait([self._task])  # the operation that follows is another task
         except TimeoutError:
             self._log.warning("instance.operation_abandoned", instance=self._actor.uid, operation=str(self._op))
         self._closed = True
@@ -95,7 +99,7 @@ class InstanceExecutor:
         if earlier is not None and not earlier.done():
             handle = self._actor.handle_of_container
             if op is ev.Operation.DESTROY and handle is not None:
-                await self._kill(handle)  # whatever the earlier operation waits for ends with it
+                await self._kill(handle)  # ends whatever the earlier operation waits for
             await asyncio.wait([earlier])  # each has its own deadlines
         try:
             answer = await self._dispatch(op, gen, cancel)
@@ -135,14 +139,14 @@ class InstanceExecutor:
             await unless_cancelled(work, cancel)
         except HibernodeError as error:
             if error.reason == CANCELLED:
-                return ev.Refused(gen, CANCELLED, "the pull was given up")
+                return ev.Refused(gen, CANCELLED, "the pull was cancelled")
             raise
         self._actor.set_progress("waiting for a GPU" if self._actor.function.gpu.count else "")
         return ev.Succeeded(gen)
 
     async def _start(self, gen: int, cancel: asyncio.Event) -> ev.Event:
         actor, context = self._actor, self._context
-        # The driver moves only what can see every GPU of the host.
+        # The driver restores on other GPUs only processes that can see every GPU of the host.
         movable = bool(actor.instance.gpus) and actor.instance.movable
         spec = StartSpec(actor.spec, self._environment(), actor.instance.gpus, all_gpus=movable)
         actor.set_progress("starting")
@@ -154,18 +158,18 @@ class InstanceExecutor:
             await unless_cancelled(self._warm_up(handle), cancel)
         except HibernodeError as error:
             if error.reason == CANCELLED:
-                return ev.Refused(gen, CANCELLED, "the start was given up")
+                return ev.Refused(gen, CANCELLED, "the start was cancelled")
             reason, message = error.reason, error.message
-            if self._exit is not None:  # how it ended says more than that nobody answered
+            if self._exit is not None:  # its exit explains more than a missing answer
                 reason = "OUT_OF_MEMORY" if self._exit.oom_killed else reason
-                message = f"{message} Its end: {_how_it_ended(self._exit)}."
+                message = f"{message} Its exit: {_how_it_ended(self._exit)}."
             raise InstanceError(reason, f"{message} {await self._log_tail(handle)}") from error
         await self.save(RecordPhase.READY)
         try:
             await self._note_vram(handle)
-        except PreconditionError as error:  # HOST_MEMORY_SHORT: a sharer that could never make room for the others
+        except PreconditionError as error:  # HOST_MEMORY_SHORT: a sharer that could never be frozen for the others
             raise InstanceError(
-                error.reason, f"{error.message}; a gpuMemorySize in its s.yaml tells this before the start"
+                error.reason, f"{error.message}; with a gpuMemorySize in its s.yaml this is checked before the start"
             ) from error
         except HibernodeError as error:  # measured again before each freeze
             self._log.warning("instance.vram_unknown", instance=actor.uid, reason=error.reason)
@@ -174,7 +178,7 @@ class InstanceExecutor:
         return ev.Succeeded(gen)
 
     async def _warm_up(self, handle: Handle) -> None:
-        """Readiness, /initialize, the first health check."""
+        """Wait for readiness, call /initialize, run the first health check."""
         actor, context = self._actor, self._context
         deadline = asyncio.get_running_loop().time() + context.ready_timeout_s
         actor.set_progress(f"waiting for its server on port {handle.port}")
@@ -196,7 +200,7 @@ class InstanceExecutor:
         check = self._actor.function.health_check
         if check is None:
             return
-        await asyncio.sleep(check.initial_delay_ns / SECOND_NS)  # what the user's configuration asks for
+        await asyncio.sleep(check.initial_delay_ns / SECOND_NS)  # as the function's configuration asks
         if not await hooks.probe(pool, self._actor.function, check):
             raise InstanceError("HEALTH_CHECK_FAILED", f"the first GET {check.path} did not answer 200 to 399 in time")
 
@@ -231,7 +235,7 @@ class InstanceExecutor:
             self._exit = ended = await self._context.runtime.wait(handle)
         except Exception as error:
             self._log.exception("instance.watch_crashed", instance=self._actor.uid)
-            self._actor.handle(ev.Exited("INTERNAL", f"its end can't be watched any more: {type(error).__name__}"))
+            self._actor.handle(ev.Exited("INTERNAL", f"its exit can't be watched any more: {type(error).__name__}"))
             return
         reason = "OUT_OF_MEMORY" if ended.oom_killed else "INSTANCE_CRASHED"
         message = f"the container's main process ended: {_how_it_ended(ended)}"
@@ -243,14 +247,14 @@ class InstanceExecutor:
     # ---- end ----------------------------------------------------------------------------------------------------
 
     async def _stop(self, gen: int, cancel: asyncio.Event) -> ev.Event:
-        """/pre-stop, TERM, KILL, in that order, each only if the one before left something; frozen: KILL at once."""
+        """/pre-stop, TERM, KILL, in that order, each only if something is left; a frozen instance gets KILL at once."""
         actor, handle = self._actor, self._actor.handle_of_container
         await self._health.pause()
         await self._try_save(RecordPhase.STOPPING)
         if handle is not None and self._exit is None:
             if not actor.instance.stop_force:
                 try:
-                    await unless_cancelled(self._ask_to_end(handle), cancel)
+                    await unless_cancelled(self._terminate(handle), cancel)
                 except HibernodeError as error:
                     self._context.events.add(actor.uid, "instance.stop_cut_short", error.message)
             elif actor.function.hooks.pre_stop is not None:
@@ -260,7 +264,7 @@ class InstanceExecutor:
                 await self._freezing.prepare_kill(handle)
         return await self._end(gen)
 
-    async def _ask_to_end(self, handle: Handle) -> None:
+    async def _terminate(self, handle: Handle) -> None:
         await self._pre_stop()
         await self._context.runtime.terminate(handle)
         if self._watch is not None:
@@ -281,7 +285,7 @@ class InstanceExecutor:
             self._context.events.add(self._actor.uid, "instance.pre_stop_failed", f"answered {status}")
 
     async def _end(self, gen: int) -> ev.Event:
-        """Kill and clean up whatever is left; the uid is never used again."""
+        """Kill and clean up whatever is left."""
         actor, context, handle = self._actor, self._context, self._actor.handle_of_container
         try:
             await self._health.pause()
@@ -297,7 +301,7 @@ class InstanceExecutor:
         return ev.Succeeded(gen)
 
     async def _kill(self, handle: Handle) -> None:
-        """What survives every attempt keeps its GPU cordoned (no proof of release) and is told about."""
+        """Kill and remove. An instance that survives every attempt keeps its GPUs cordoned, for lack of proof."""
         runtime, message = self._context.runtime, ""
         for _ in range(KILL_ATTEMPTS):
             try:
@@ -312,7 +316,7 @@ class InstanceExecutor:
                 return
         self._context.events.add(self._actor.uid, "instance.kill_failed", message)
 
-    # ---- small things -------------------------------------------------------------------------------------------
+    # ---- helpers -------------------------------------------------------------------------------------------
 
     def _handle(self) -> Handle:
         handle = self._actor.handle_of_container
@@ -330,14 +334,14 @@ class InstanceExecutor:
             await self.save(self.record.phase)
 
     async def _try_save(self, phase: RecordPhase) -> None:
-        """As `save`; an end goes on without the store: recovery finds the container gone."""
+        """`save` that never fails: an end goes on without the store, because recovery finds the container gone."""
         try:
             await self.save(phase)
         except HibernodeError as error:
             self._context.events.add(self._actor.uid, "store.failed", error.message, phase=phase.value)
 
     async def save(self, phase: RecordPhase) -> None:
-        """Make the record's phase durable. Raises UnavailableError STORE_FAILED."""
+        """Make `phase` and the GPUs durable. Raises UnavailableError STORE_FAILED."""
         self.record = replace(self.record, phase=phase, gpu_uuids=self._actor.gpu_uuids)
         await self._context.store.put_instance(self.record)
 

@@ -1,4 +1,4 @@
-"""The node: the table of instances, how they are made and how they end. What one instance does is its actor's."""
+"""The node: its table of instances, their creation and their end. `Actor` runs what happens in between."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLOSE_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    """What the configuration says about instances. `types` maps fc GPU types to models."""
+    """The configuration of instances. `types` maps Function Compute's GPU types to models."""
 
     per_gpu: int
     max_hold_ns: int
@@ -101,19 +101,19 @@ class Node:
         The same `request_id` gives the same instance again; with another function it is a ConflictError. Raises
         PreconditionError (runtime, idle mode, memory), ExhaustedError GPU_CAPACITY, UnavailableError STORE_FAILED.
         """
-        # The same create, still on its way to the disk: both get what becomes of it.
+        # The same create may still be on its way to the disk: wait for its outcome.
         while (running := self._creating.get(request_id)) is not None:
             await asyncio.wait([running])
         known = self._known(request_id, function)
         if known is not None:
             return known
         if self.draining:
-            raise UnavailableError("NODE_DRAINING", "this node takes no new instances")
+            raise UnavailableError("NODE_DRAINING", "this node accepts no new instances")
         self.context.runtime.accepts(function)
         function = self._admitted(function)
         spec = InstanceSpec(self._new_uid(), request_id, function)
         gpus = self.broker.assign(spec.uid, function.gpu.count, function.gpu.model)
-        # A task of its own: a caller that leaves in the middle must not leave half an instance.
+        # A task of its own: a caller that disconnects must not leave half an instance.
         task = asyncio.create_task(self._make(spec, gpus), name=f"create {spec.uid}")
         self._creating[request_id] = task
         task.add_done_callback(lambda done: self._made(request_id, done))
@@ -122,7 +122,7 @@ class Node:
     def _made(self, request_id: str, task: asyncio.Task[Actor]) -> None:
         del self._creating[request_id]
         if not task.cancelled():
-            task.exception()  # the caller has it, or has left
+            task.exception()  # marks it as retrieved: the caller may be gone
 
     async def _make(self, spec: InstanceSpec, gpus: tuple[str, ...]) -> Actor:
         try:
@@ -135,15 +135,15 @@ class Node:
             self._forget(spec.uid)
             await self.broker.unassign(spec.uid)
             if isinstance(error, UnavailableError):
-                await self._forget_record(spec.uid)  # an answer that came too late may have written it
+                await self._forget_record(spec.uid)  # a late write may still have succeeded
             raise
         self._events.add(spec.uid, "instance.created", function=spec.function.name, gpus=",".join(gpus))
-        self.fitness_changed(actor)  # its first report: a start may take minutes, and no state changes before its end
+        self.fitness_changed(actor)  # first report: a start takes minutes without a state change
         actor.handle(ev.Created())
         return actor
 
     async def _forget_record(self, uid: str) -> None:
-        """Delete the record; if the store fails the next recovery finds no container and does it."""
+        """Delete the record. If the store fails, the next recovery finds no container and deletes it."""
         try:
             await self.context.store.delete_instance(uid)
         except HibernodeError as error:
@@ -169,19 +169,19 @@ class Node:
         missing = self._settings.freeze_unavailable
         if missing and function.idle.mode is IdleMode.REQUIRE and need.count:
             raise PreconditionError(
-                "IDLE_MODE_UNSUPPORTED", f"{missing}; or set hibernode.idle: prefer to run it always awake"
+                "IDLE_MODE_UNSUPPORTED", f"{missing}; or set hibernode.idle: prefer, which runs it always awake"
             )
         return function
 
     def _pledge(self, spec: InstanceSpec) -> None:
-        """Sharers of a GPU must all fit into host memory: the pledge is made before the first one starts."""
+        """Promise host memory to an instance that shares its GPU, before it starts: all sharers must fit."""
         declared = self._declared_bytes(spec.function)
         if declared is not None:
             self.memory.pledge(spec.uid, declared)
 
     def _declared_bytes(self, function: FunctionSpec) -> int | None:
-        """What a sharer says it will have on its GPUs; 0 = it does not say: measured once it has started, and pledged
-        then. None = it shares no GPU."""
+        """VRAM that a sharer of GPUs declares; 0 = none declared, it is measured and pledged after the start. None = it
+        shares no GPU."""
         shared = self._settings.per_gpu > 1 and function.gpu.count
         return function.gpu.memory_bytes * function.gpu.count if shared else None
 
@@ -237,7 +237,7 @@ class Node:
     # ---- following ----------------------------------------------------------------------------------------------
 
     def state_changed(self, actor: Actor, old: InstanceState, new: InstanceState, at: int) -> None:
-        """Metering, history and reports follow; an end is cleaned up behind it."""
+        """Update meters, history and reports; clean up after an end."""
         self._meters.changed(actor.uid, new)
         self._events.add(
             actor.uid,
@@ -250,7 +250,7 @@ class Node:
         for listener in self.listeners:
             listener.state_changed(actor, old, new, at)
         if new.terminal:
-            task = asyncio.create_task(self._bury(actor), name=f"bury {actor.uid}")
+            task = asyncio.create_task(self._clean_up(actor), name=f"clean up {actor.uid}")
             self._endings.add(task)
             task.add_done_callback(self._endings.discard)
 
@@ -265,15 +265,15 @@ class Node:
             listener.load_changed(actor)
 
     def gpus_held(self, actor: Actor) -> None:
-        """The instance holds its GPUs from now on: a cold start is billed from here."""
+        """The instance holds its GPUs now: billing of a cold start begins."""
         uuids = actor.instance.gpus
         model = self.broker.inventory[uuids[0]].model if uuids else ""
         self._meters.placed(actor.uid, model, uuids)
         if actor.state is InstanceState.STARTING:
             self._meters.changed(actor.uid, InstanceState.STARTING)
 
-    async def _bury(self, actor: Actor) -> None:
-        """After the end: proof for the GPUs, the record goes, the newest ended ones stay for inspection."""
+    async def _clean_up(self, actor: Actor) -> None:
+        """After an end: prove the GPUs free, delete the record, keep the newest ended instances for inspection."""
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
                 await actor.ended.wait()
@@ -306,11 +306,11 @@ class Node:
     # ---- ending -------------------------------------------------------------------------------------------------
 
     async def stop_all(self, grace_ns: int, timeout_s: float) -> None:
-        """The agent goes away and takes its instances along: each drains for at most `grace_ns`, then is asked to end.
-        Who has not ended after `timeout_s` is killed; returns `END_TIMEOUT_S` later at the latest."""
+        """Stop all instances with the agent: each drains for at most `grace_ns`, then is told to end. Instances that
+        have not ended after `timeout_s` are killed; returns `END_TIMEOUT_S` later at the latest."""
         self.draining = True
         if self._creating:
-            await asyncio.wait(list(self._creating.values()))  # as long as the store takes at most
+            await asyncio.wait(list(self._creating.values()))  # bounded by the store's deadline
         for force, wait_s in ((False, timeout_s), (True, END_TIMEOUT_S)):
             living = list(self.actors.values())
             for actor in living:
@@ -323,15 +323,15 @@ class Node:
                     end.cancel()
 
     async def close(self) -> None:
-        """The agent goes away, its instances stay: end the operations under way, stop watching."""
+        """The agent stops, its instances stay: end the operations under way and stop watching."""
         self.draining = True
         for actor in self.actors.values():
             actor.close()
         if self._creating:
-            await asyncio.wait(list(self._creating.values()))  # as long as the store takes at most
+            await asyncio.wait(list(self._creating.values()))  # bounded by the store's deadline
         await asyncio.gather(*(executor.close() for executor in list(self.executors.values())))
         if self._endings:
-            # Whatever was being ended has ended with its executor; the rest is the next agent's.
+            # Their executors have ended; the next agent does the rest.
             await asyncio.wait(self._endings, timeout=CLOSE_TIMEOUT_S)
         for task in self._endings:
             task.cancel()

@@ -1,7 +1,7 @@
-"""After a restart: find what runs, believe what is, not what was last written (DESIGN section 4).
+"""Recovers the instances of an earlier agent: the state found counts, not the state last written.
 
-Containers outlive the agent. Identity is (boot, pid, start time). The cgroup is read before the driver is asked,
-for a frozen process does not answer. Every instance has a deadline; only then is the node ready.
+Containers outlive the agent. A process is identified by (boot, pid, start time). The cgroup is read before any driver
+call, because the driver can't answer for a frozen process. Every instance has a deadline; then the node is ready.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ class RecoverySummary:
 
 
 class Recovery:
-    """Runs once, before the node is ready. Raises UnavailableError: STORE_FAILED if the records can't be read,
-    GPUS_UNKNOWN if instances that hold GPUs live and no GPU can be seen (going on would mean to kill them all).
+    """Runs once, before the node is ready.
+
+    Raises UnavailableError: STORE_FAILED if the records can't be read; GPUS_UNKNOWN if living instances hold GPUs but
+    no GPU can be seen (going on would kill them all).
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Recovery:
         await self._context.memory.restore_limits(
             actors, [uid for uid, actor in actors.items() if actor.state is InstanceState.FROZEN]
         )
-        for actor in self._cold:  # only now: whoever was found awake already holds its GPU
+        for actor in self._cold:  # last: the instances found awake hold their GPUs by now
             actor.handle(ev.Created())
         return self.found
 
@@ -84,12 +86,12 @@ class Recovery:
             if record.gpu_uuids and handle is not None and await self._context.runtime.alive(handle):
                 raise UnavailableError(
                     "GPUS_UNKNOWN",
-                    f"instance {record.spec.uid} lives and holds a GPU, but the driver shows none; see `nvidia-smi` "
-                    "and start the agent again (to give the instance up, kill its processes first)",
+                    f"instance {record.spec.uid} runs and holds a GPU, but the driver shows none; see `nvidia-smi` "
+                    "and start the agent again (to drop the instance, kill its processes first)",
                 )
 
     async def _within_deadline(self, record: InstanceRecord, found: Handle | None) -> None:
-        """One that can't be recovered is killed; one instance's misfortune never ends the others' recovery."""
+        """Recover one instance; if that fails, kill it. A failure never ends the recovery of the others."""
         handle = found or record.handle
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -138,7 +140,7 @@ class Recovery:
                 await self._kill(record, handle, f"it was found {condition.value}")
 
     async def _condition(self, handle: Handle) -> Condition:
-        """What it is in. A driver that can't be asked says nothing about the instance: ask until the deadline."""
+        """The instance's condition. While the driver is unavailable, retry until the deadline."""
         while True:
             try:
                 return await self._context.freezer.condition(handle)
@@ -155,7 +157,7 @@ class Recovery:
             case Outcome.REFUSED | Outcome.BROKEN:
                 await self._kill(record, handle, "its freeze could not be finished")
 
-    # No await after `adopt`: the deadline must not find an instance that is half there.
+    # No await after `adopt`: the deadline must not leave an instance half adopted.
 
     async def _frozen(self, record: InstanceRecord, handle: Handle) -> None:
         pids = set(await self._context.runtime.pids(handle))
@@ -179,17 +181,17 @@ class Recovery:
         self._node.executors[actor.uid].adopt(stored, handle, pids, awake=True)
         self.found.running += 1
         self._note(actor.uid, "RUNNING")
-        actor.handle(ev.WaitersGone())  # settle: idle until the first request
+        actor.handle(ev.WaitersGone())  # starts its idle timer
 
     async def _gpus(self, record: InstanceRecord, pids: set[int]) -> tuple[str, ...]:
-        """The GPUs that an awake instance is on. A move is written down at its next freeze only: where instances move,
-        NVML is asked until it says, for a book that is wrong about one would lend the GPU that it sits on."""
+        """The GPUs that an awake instance is on. A move is only written at the next freeze: where instances move,
+        NVML is polled until it answers, because a wrong placement would grant the instance's GPU to others."""
         broker, written = self._node.broker, record.gpu_uuids
         while written:
-            seen_on = await broker.gpus_of(pids)
-            if seen_on is not None and len(seen_on) == len(written) and set(seen_on) <= self._known_gpus:
-                return tuple(seen_on)
-            if seen_on is not None or not broker.allocator.migrate:
+            shown = await broker.gpus_of(pids)
+            if shown is not None and len(shown) == len(written) and set(shown) <= self._known_gpus:
+                return tuple(shown)
+            if shown is not None or not broker.allocator.migrate:
                 break
             self._log.warning("recovery.place_unknown", instance=record.spec.uid)
             await asyncio.sleep(self._ask_again_s)
@@ -203,7 +205,7 @@ class Recovery:
             return ImageSize()
 
     async def _start_anew(self, record: InstanceRecord, handle: Handle | None) -> None:
-        """Found in STARTING: /initialize runs once per container, so the container is made again."""
+        """Found in STARTING: /initialize runs once per container, so start a new container."""
         if handle is not None:
             await self._context.runtime.kill(handle)
             await self._context.remove(handle)
@@ -220,7 +222,7 @@ class Recovery:
         self._cold.append(actor)
 
     async def _gone(self, record: InstanceRecord, handle: Handle | None) -> None:
-        """It ended while no agent watched, or the host was booted: its ledger ends at its last mark."""
+        """It ended while no agent ran, or the host was rebooted: its ledger ends at its last window."""
         if handle is not None:
             await self._context.remove(handle)
         await self._forget_record(record.spec.uid)
@@ -235,13 +237,13 @@ class Recovery:
         self._context.events.add(record.spec.uid, "instance.killed_at_recovery", why)
 
     async def _destroy_orphan(self, handle: Handle) -> None:
-        """Ours by its label, but without a record: it was never promised to anybody."""
+        """Destroy a container with our label but without a record: its creation was never confirmed."""
         if await self._destroy(handle, ()):
             self.found.orphans += 1
             self._context.events.add(handle.uid, "instance.orphan_destroyed", "a container of ours without a record")
 
     async def _destroy(self, handle: Handle, gpu_uuids: Sequence[str]) -> bool:
-        """Kill and clean up. What survives that may still sit on its GPUs: nobody else gets them."""
+        """Kill and clean up. If it survives, cordon its GPUs: it may still use them."""
         runtime = self._context.runtime
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -249,8 +251,8 @@ class Recovery:
                 await self._context.remove(handle)
         except (HibernodeError, OSError, TimeoutError) as error:
             self._context.events.add(handle.uid, "instance.kill_failed", str(error) or "no end within the deadline")
-            seen = await self._node.broker.gpus_of(set(await runtime.pids(handle)))
-            uuids = {*gpu_uuids, *(seen or ())}  # a move may not be on disk yet
+            shown = await self._node.broker.gpus_of(set(await runtime.pids(handle)))
+            uuids = {*gpu_uuids, *(shown or ())}  # a move may not be on disk yet
             self._node.broker.cordon(
                 handle.uid,
                 uuids,
