@@ -1,10 +1,8 @@
-"""The node's ingress: one request, from the gateway (or anyone with the node's token) into one instance.
+"""The node's ingress: takes requests from the gateway, or any holder of the node's token, into instances.
 
-It checks the token, finds the instance by `x-hibernode-instance`, waits at its gate, forwards, and gives the slot
-back with the last byte. An answer that carries `x-hibernode-refused` says that no byte of the request reached the
-instance: only then may the gateway dispatch it again.
-
-The token travels in `x-hibernode-token`, not in `Authorization`: that header is the client's own and goes through.
+It checks the token, finds the instance by `x-hibernode-instance`, waits at its gate, forwards, and gives the slot back
+with the last byte. `x-hibernode-refused` in an answer says that no byte of the request reached the instance: only then
+may the gateway dispatch it again.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Awaitable, Sequence
-from typing import Any, TypeVar
 
 from agent.core.errors import (
     HibernodeError,
@@ -32,16 +29,16 @@ from agent.http.exchange import Exchange
 from agent.http.message import RequestHead
 from agent.ports import Clock
 
-T = TypeVar("T")
-
 FULL = ((hop_headers.REFUSED, b"TOO_MANY_CONNECTIONS"),)
-"""For the server's own answer to a connection beyond its limit: nobody has seen the request."""
+"""Headers of the server's own answer to a connection beyond its limit: no instance has seen the request."""
 
 
 class Ingress:
-    """The handler of the ingress's HTTP server. `open` is False until recovery is done, and again once the agent
-    leaves (`leaving`). `tokens`: each of them opens it (the node's own, and the credential it shares with the
-    scheduler)."""
+    """The handler of the ingress's HTTP server.
+
+    - `tokens`: any of them is accepted (the node's own, and the credential that it shares with the scheduler).
+    - `open`: False until recovery is done, and again once the agent stops (`leaving`).
+    """
 
     def __init__(self, node: Node, clock: Clock, tokens: Sequence[str], request_ids: RequestIds) -> None:
         self._node = node
@@ -67,21 +64,21 @@ class Ingress:
         except HibernodeError as error:
             await self._refuse(exchange, error, request_id)
             return
-        asleep = actor.state is not InstanceState.RUNNING
+        needs_wake = actor.state is not InstanceState.RUNNING
         runtime = self._node.context.runtime
-        passage = ProxiedRequest(exchange, actor, request_id or self._request_ids(), asleep, self._clock, runtime)
+        request = ProxiedRequest(exchange, actor, request_id or self._request_ids(), needs_wake, self._clock, runtime)
         try:
             try:
-                await self._enter(exchange, passage, timeout_ns)
+                await self._enter(exchange, request, timeout_ns)
             except HibernodeError as error:
-                await self._refuse(exchange, error, passage.request_id)
+                await self._refuse(exchange, error, request.request_id)
                 return
             try:
-                await passage.run()
+                await request.run()
             except UnavailableError as error:
-                await self._refuse(exchange, error, passage.request_id)
+                await self._refuse(exchange, error, request.request_id)
         finally:
-            passage.end()
+            request.end()
 
     # ---- before the grant ---------------------------------------------------------------------------------------
 
@@ -97,7 +94,7 @@ class Ingress:
     def _find(self, head: RequestHead) -> Actor:
         if not self.open:
             if self.leaving:
-                raise UnavailableError("AGENT_STOPPING", "this node's agent is going away")
+                raise UnavailableError("AGENT_STOPPING", "this node's agent is stopping")
             raise UnavailableError("NODE_RECOVERING", "this node is not ready yet")
         uid = (head.get(hop_headers.INSTANCE) or b"").decode("latin-1")
         if not uid:
@@ -107,35 +104,35 @@ class Ingress:
             raise NotFoundError("INSTANCE_NOT_FOUND", f"no instance {uid!r} on this node")
         return actor
 
-    async def _enter(self, exchange: Exchange, passage: ProxiedRequest, timeout_ns: int) -> None:
-        """A slot of the instance it names; where that is busy and the request may go to any instance of the function
-        (`x-hibernode-any-instance`), of whichever has one first."""
-        actor = passage.actor
+    async def _enter(self, exchange: Exchange, request: ProxiedRequest, timeout_ns: int) -> None:
+        """Wait for a slot of the named instance. If that is busy and the request accepts any instance of the function
+        (`x-hibernode-any-instance`), the first free slot of any of them will do."""
+        actor = request.actor
         gate = actor.gate
         queue = gate.queue
         if queue is not None and gate.is_open and not gate.has_room and exchange.head.get(hop_headers.ANY_INSTANCE):
             sibling = queue.with_room()
             if sibling is None:
-                passage.get_ready()
-                ticket = queue.ticket(passage.start)
+                request.serialize()
+                ticket = queue.ticket(request.start)
                 await self._unless_gone(exchange, ticket, queue.wait(ticket, timeout_ns / SECOND_NS))
                 return
             actor = sibling
         wait = actor.gate.try_enter()
         if wait is not None:
             await self._unless_gone(exchange, wait, actor.gate.wait(wait, timeout_ns / SECOND_NS))
-        passage.granted(actor, waited=wait is not None)
+        request.granted(actor, waited=wait is not None)
 
-    async def _unless_gone(self, exchange: Exchange, ticket: asyncio.Future[Any], wait: Awaitable[T]) -> T:
-        """Wait for the grant; a caller that goes away is dropped at once."""
+    async def _unless_gone(self, exchange: Exchange, ticket: asyncio.Future[None], wait: Awaitable[None]) -> None:
+        """Wait for the grant; fail at once if the client disconnects."""
 
         def gone() -> None:
             if not ticket.done():
-                ticket.set_exception(UnavailableError("CLIENT_GONE", "the client left while it waited"))
+                ticket.set_exception(UnavailableError("CLIENT_GONE", "the client disconnected while it waited"))
 
         exchange.on_gone(gone)
         try:
-            return await wait
+            await wait
         finally:
             exchange.off_gone(gone)
 
@@ -150,7 +147,7 @@ class Ingress:
         await exchange.answer(200, [(hop_headers.FREE_SLOTS, b"%d" % free)])
 
     async def _refuse(self, exchange: Exchange, error: HibernodeError, request_id: str) -> None:
-        """No byte reached the instance: say so, the gateway may try elsewhere."""
+        """Answer that no byte reached the instance: the gateway may dispatch the request again."""
         if exchange.gone:
             return
         refused = [(hop_headers.REFUSED, error.reason.encode())]
@@ -158,7 +155,7 @@ class Ingress:
 
 
 def _deadline(head: RequestHead, default_ns: int) -> int:
-    """The rest of the queue timeout that the gateway grants, in ns."""
+    """What is left of the queue timeout, in ns."""
     given = head.get(hop_headers.DEADLINE_MS)
     if given is None:
         return default_ns

@@ -24,6 +24,8 @@ from agent.host.instance.hooks import function_headers
 from agent.http.pool import Pool
 from agent.ports import Clock, RequestMeter, Timer
 
+MAX_TIMEOUTS_IN_A_ROW = 2
+
 
 class Executor(Protocol):
     """Runs the operations of one instance, one at a time, and posts each result as an event."""
@@ -255,10 +257,13 @@ class Actor:
         """A request was answered: see `note_timeout`."""
         self.figures.timeouts_in_a_row = 0
 
-    def note_timeout(self) -> int:
-        """A request timed out without a byte of an answer; returns how many have in a row."""
+    def note_timeout(self) -> None:
+        """A request timed out without a byte of an answer. One may be the request's fault; two in a row are the
+        instance's, which is stopped."""
         self.figures.timeouts_in_a_row += 1
-        return self.figures.timeouts_in_a_row
+        if self.figures.timeouts_in_a_row >= MAX_TIMEOUTS_IN_A_ROW:
+            message = f"{MAX_TIMEOUTS_IN_A_ROW} requests in a row timed out without a byte of an answer"
+            self.handle(ev.StopAsked(0, force=True, reason="INSTANCE_UNRESPONSIVE", message=message))
 
     # ---- stepping -----------------------------------------------------------------------------------------------
 
@@ -368,10 +373,10 @@ class Actor:
         for timer in (self._idle_timer, self._wake_timer):
             if timer is not None:
                 timer.cancel()
-        leaving = _refusal("AGENT_STOPPING", "this node's agent is stopping")
-        self.gate.refuse_all(leaving)
+        stopping = _refusal("AGENT_STOPPING", "this node's agent is stopping")
+        self.gate.refuse_all(stopping)
         if self.gate.queue is not None:
-            self.gate.queue.refuse_all(leaving())
+            self.gate.queue.refuse_all(stopping())
         self._notify_waiters()
 
 
