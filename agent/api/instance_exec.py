@@ -25,28 +25,28 @@ DEFAULT_COLUMNS, DEFAULT_ROWS = 80, 24
 
 
 async def exec_instance(
-    desk: ExecSessions,
+    sessions: ExecSessions,
     requests: AsyncIterator[pb.ExecInstanceRequest],
     caller: str,
     start_deadline_s: float = START_DEADLINE_S,
 ) -> AsyncGenerator[pb.ExecInstanceResponse, None]:
     """The answers to `requests`, the first of which says what to run. Ending it ends the command.
 
-    Raises InvalidArgumentError for a step that is wrong, DeadlineError EXEC_NOT_STARTED, and as `ExecSessions.visit`
+    Raises InvalidArgumentError for a step that is wrong, DeadlineError EXEC_NOT_STARTED, and as `ExecSessions.open`
     does.
     """
     messages = aiter(requests)
     start = await _start(messages, start_deadline_s)
     feeding: asyncio.Task[None] | None = None
     try:
-        async with desk.visit(start.uid, exec_spec(start), wake=start.wake, caller=caller) as visit:
-            feeding = asyncio.create_task(_feed(messages, visit.session), name=f"exec input {start.uid}")
+        async with sessions.open(start.uid, exec_spec(start), wake=start.wake, caller=caller) as running:
+            feeding = asyncio.create_task(_feed(messages, running.session), name=f"exec input {start.uid}")
             yield pb.ExecInstanceResponse(output=b"")
-            while (output := await _next(visit.session, feeding)) is not None:
+            while (output := await _next(running.session, feeding)) is not None:
                 if output.data:
                     yield _said(output)
-            visit.exit_code = await visit.session.exit_code()
-        yield pb.ExecInstanceResponse(exit_code=visit.exit_code)
+            running.exit_code = await running.session.exit_code()
+        yield pb.ExecInstanceResponse(exit_code=running.exit_code)
         # The caller hangs up. If we did, gRPC would fail a call in which the caller is just sending, exit code and all.
         await asyncio.wait([feeding], timeout=HANG_UP_S)
     finally:

@@ -48,9 +48,9 @@ class InstanceLogs:
     async def follow(self, actor: Actor, tail_bytes: int) -> AsyncGenerator[pb.GetInstanceLogsResponse, None]:
         """The same, then what comes, until the instance has ended. A frozen one prints nothing, and is waited for.
 
-        Raises as `read` does, and as `StreamLimits.one` does.
+        Raises as `read` does, and as `StreamLimits.admit` does.
         """
-        async with self._followers.one():
+        async with self._followers.admit():
             while actor.handle_of_container is None:
                 if actor.state.terminal:
                     return

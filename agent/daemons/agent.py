@@ -47,8 +47,8 @@ from agent.daemons.gpu_layer import HostView, open_gpu_layer, see_gpus
 from agent.daemons.process import daemon_main, run_until_signal
 from agent.host.billing.billing import Billing, BillingOptions
 from agent.host.billing.pruning import LedgerPruner
+from agent.host.gpus.gpu_isolation import GpuIsolation
 from agent.host.gpus.monitor import GpuMonitor
-from agent.host.gpus.trespass import GpuIsolation
 from agent.host.ingress.ingress import FULL, Ingress
 from agent.host.instance.context import InstanceContext
 from agent.host.instance.events import EventLog
@@ -103,7 +103,7 @@ class AgentDaemon:
         """Build, recover, serve until told to stop."""
         await self._build()
         await self._bind()
-        found = await Recovery(self.node, frozenset(self.node.desk.inventory)).run()
+        found = await Recovery(self.node, frozenset(self.node.broker.inventory)).run()
         await self._become_ready()
         self._log.info(
             "agent.ready",
@@ -168,14 +168,11 @@ class AgentDaemon:
                 freeze_unavailable=self.gpu.unavailable,
             ),
             sight.gpus,
-            clock=self.clock,
+            self._context(memory),
             gpus=gpus,
-            memory=memory,
-            events=self.events,
             meters=self.billing,
             new_uid=lambda: f"i-{uuid.uuid4().hex[:20]}",
         )
-        self.node.shell = self._shell(memory)
         self.watch = self._watch(gpus)
         reader = ProcUsageReader(self.boot_id)
         self._stack.callback(reader.close)
@@ -184,38 +181,38 @@ class AgentDaemon:
             self.node,
             self._identity(slice_),
             self.clock,
-            self.billing.totals,
-            self.watch.figures,
-            self.gauges,
-            self.billing.peak,
+            totals=self.billing.totals,
+            gpu_samples=self.watch.samples,
+            gauges=self.gauges,
+            peak=self.billing.peak,
         )
         self.link = self._link()
 
     def _cordon(self, gpu_uuids: Sequence[str]) -> None:
         """An operation survived SIGKILL in the driver: nothing new may use these GPUs."""
-        self.node.desk.cordon(
+        self.node.broker.cordon(
             "", gpu_uuids, "DRIVER_STUCK: a driver call survived SIGKILL", source="driver", lasting=True
         )
 
     def _watch(self, gpus: NvmlGpus) -> GpuMonitor:
         xid_events = NvmlEvents()
         self._stack.callback(xid_events.close)
-        self.trespass = GpuIsolation(gpus, self.runtime, self.node.desk, self.node.actors, self.events)
+        self.gpu_isolation = GpuIsolation(gpus, self.runtime, self.node.broker, self.node.actors, self.events)
         return GpuMonitor(
             gpus,
             xid_events,
-            self.node.desk,
+            self.node.broker,
             self.events,
             self.clock,
-            after_sample=self.trespass.look,
+            after_sample=self.gpu_isolation.check,
             persistence_is_off=self.gpu.checkpointer.persistence_is_off,
         )
 
     def _vram_now(self) -> Mapping[str, int]:
         """GPU memory of instances, as long as NVML answers."""
-        return self.trespass.vram_bytes if self.watch.figures() else {}
+        return self.gpu_isolation.vram_bytes if self.watch.samples() else {}
 
-    def _shell(self, memory: MemoryReservations) -> InstanceContext:
+    def _context(self, memory: MemoryReservations) -> InstanceContext:
         runtime = self._config.runtime
         return InstanceContext(
             clock=self.clock,
@@ -336,7 +333,7 @@ class AgentDaemon:
         )
 
     async def _become_ready(self) -> None:
-        self.billing.settle()
+        self.billing.complete_ended()
         await self.billing.flush()  # the gap is on disk before anything new happens: another kill must not widen it
         self.billing.start()
         self.ingress.open = self.observer.ready = True
