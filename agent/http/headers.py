@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from agent.http import hop_headers
 from agent.http.message import Header
 
 _HOP_BY_HOP = frozenset(
@@ -26,7 +27,7 @@ _HOP_BY_HOP = frozenset(
         b"content-length",
     )
 )
-_OURS = (b"x-fc-", b"x-hibernode-")
+_OURS = (b"x-fc-", hop_headers.PREFIX)
 _CACHE_SIZE = 512
 _UNREMOVABLE = frozenset((b"host", b"close"))
 _LISTS_NOTHING = frozenset((b"keep-alive", b"close"))  # what Connection says nearly always

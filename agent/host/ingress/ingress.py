@@ -26,6 +26,7 @@ from agent.host.ingress.request import REQUEST_ID, ProxiedRequest
 from agent.host.instance.actor import Actor
 from agent.host.instance.waking import wake_up
 from agent.host.node.node import Node
+from agent.http import hop_headers
 from agent.http.errors import RequestIds
 from agent.http.exchange import Exchange
 from agent.http.message import RequestHead
@@ -33,11 +34,8 @@ from agent.ports import Clock
 
 T = TypeVar("T")
 
-FULL = ((b"x-hibernode-refused", b"TOO_MANY_CONNECTIONS"),)
+FULL = ((hop_headers.REFUSED, b"TOO_MANY_CONNECTIONS"),)
 """For the server's own answer to a connection beyond its limit: nobody has seen the request."""
-WAKE_TARGET = b"/hibernode/wake"
-"""With `x-hibernode-wake-hold-ms` (which no client can send) the scheduler's Wake: answered 200 once the instance is
-awake, else as a refusal. WakeInstance of the API does the same; a gRPC call costs 2 ms of every wake, this 0.5."""
 
 
 class Ingress:
@@ -63,7 +61,7 @@ class Ingress:
             request_id = given.decode() if REQUEST_ID.fullmatch(given) else ""
             actor = self._find(head)
             timeout_ns = _deadline(head, actor.function.queue_timeout_ns)
-            if head.target == WAKE_TARGET and (hold_ms := head.get(b"x-hibernode-wake-hold-ms")) is not None:
+            if head.target == hop_headers.WAKE_PATH and (hold_ms := head.get(hop_headers.WAKE_HOLD_MS)) is not None:
                 await self._wake(exchange, actor, hold_ms, timeout_ns)
                 return
         except HibernodeError as error:
@@ -88,9 +86,11 @@ class Ingress:
     # ---- before the grant ---------------------------------------------------------------------------------------
 
     def _authenticate(self, head: RequestHead) -> None:
-        given = head.get(b"x-hibernode-token")
+        given = head.get(hop_headers.TOKEN)
         if given is None:
-            raise UnauthenticatedError("TOKEN_MISSING", "the ingress needs the node's token in x-hibernode-token")
+            raise UnauthenticatedError(
+                "TOKEN_MISSING", f"the ingress needs the node's token in {hop_headers.TOKEN.decode()}"
+            )
         if not any(hmac.compare_digest(given, token) for token in self._tokens):
             raise UnauthenticatedError("TOKEN_UNKNOWN", "this node does not know that token")
 
@@ -99,9 +99,9 @@ class Ingress:
             if self.leaving:
                 raise UnavailableError("AGENT_STOPPING", "this node's agent is going away")
             raise UnavailableError("NODE_RECOVERING", "this node is not ready yet")
-        uid = (head.get(b"x-hibernode-instance") or b"").decode("latin-1")
+        uid = (head.get(hop_headers.INSTANCE) or b"").decode("latin-1")
         if not uid:
-            raise InvalidArgumentError("INSTANCE_MISSING", "name the instance in x-hibernode-instance")
+            raise InvalidArgumentError("INSTANCE_MISSING", f"name the instance in {hop_headers.INSTANCE.decode()}")
         actor = self._node.actors.get(uid)
         if actor is None:
             raise NotFoundError("INSTANCE_NOT_FOUND", f"no instance {uid!r} on this node")
@@ -109,11 +109,11 @@ class Ingress:
 
     async def _enter(self, exchange: Exchange, passage: ProxiedRequest, timeout_ns: int) -> None:
         """A slot of the instance it names; where that is busy and the request may go to any instance of the function
-        (`x-hibernode-any`), of whichever has one first."""
+        (`x-hibernode-any-instance`), of whichever has one first."""
         actor = passage.actor
         gate = actor.gate
         line = gate.line
-        if line is not None and gate.is_open and not gate.has_room and exchange.head.get(b"x-hibernode-any"):
+        if line is not None and gate.is_open and not gate.has_room and exchange.head.get(hop_headers.ANY_INSTANCE):
             sibling = line.with_room()
             if sibling is None:
                 passage.get_ready()
@@ -140,25 +140,30 @@ class Ingress:
             exchange.off_gone(gone)
 
     async def _wake(self, exchange: Exchange, actor: Actor, hold_ms: bytes, timeout_ns: int) -> None:
-        """Not a request but the scheduler's wish that the instance be awake: see `WAKE_TARGET`."""
+        """The scheduler's Wake call: answers 200 once the instance is awake, else with a refusal. WakeInstance of the
+        API does the same; a gRPC call adds 2 ms to every wake, this one 0.5."""
         if not hold_ms.isdigit() or len(hold_ms) > 10:
-            raise InvalidArgumentError("HOLD_INVALID", "x-hibernode-wake-hold-ms must be a number of milliseconds")
+            raise InvalidArgumentError(
+                "HOLD_INVALID", f"{hop_headers.WAKE_HOLD_MS.decode()} must be a number of milliseconds"
+            )
         free = await wake_up(actor, self._clock.monotonic_ns(), int(hold_ms) * MILLISECOND_NS, timeout_ns)
-        await exchange.answer(200, [(b"x-hibernode-free-slots", b"%d" % free)])
+        await exchange.answer(200, [(hop_headers.FREE_SLOTS, b"%d" % free)])
 
     async def _refuse(self, exchange: Exchange, error: HibernodeError, request_id: str) -> None:
         """No byte reached the instance: say so, the gateway may try elsewhere."""
         if exchange.gone:
             return
-        refused = [(b"x-hibernode-refused", error.reason.encode())]
+        refused = [(hop_headers.REFUSED, error.reason.encode())]
         await exchange.fail(error, request_id or self._request_ids(), extra=refused)
 
 
 def _deadline(head: RequestHead, default_ns: int) -> int:
     """The rest of the queue timeout that the gateway grants, in ns."""
-    given = head.get(b"x-hibernode-deadline-ms")
+    given = head.get(hop_headers.DEADLINE_MS)
     if given is None:
         return default_ns
     if not given.isdigit() or len(given) > 10:
-        raise InvalidArgumentError("DEADLINE_INVALID", "x-hibernode-deadline-ms must be a number of milliseconds")
+        raise InvalidArgumentError(
+            "DEADLINE_INVALID", f"{hop_headers.DEADLINE_MS.decode()} must be a number of milliseconds"
+        )
     return int(given) * MILLISECOND_NS

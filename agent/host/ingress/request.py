@@ -15,6 +15,7 @@ from agent.core.types import MILLISECOND_NS, SECOND_NS
 from agent.host.ingress.invoke_log import END_WAIT_S, log_result
 from agent.host.instance.actor import Actor
 from agent.http import headers as rules
+from agent.http import hop_headers
 from agent.http.exchange import Exchange
 from agent.http.forward import ForwardResult, forward, forward_now, prepare
 from agent.http.message import Header, ResponseHead
@@ -60,11 +61,11 @@ class ProxiedRequest:
         control, client = _CONTROL_PATHS[0], b""
         given = self._exchange.head.headers
         for name, value in given:
-            if name == b"x-hibernode-control-path":
+            if name == hop_headers.CONTROL_PATH:
                 control = value if value in _CONTROL_PATHS else control
-            elif name == b"x-hibernode-client-ip":
+            elif name == hop_headers.CLIENT_IP:
                 client = value
-            elif name == b"x-hibernode-notice":
+            elif name == hop_headers.STARTED:
                 self._notice = True
             elif name == b"x-fc-log-type":
                 self.wants_log = value == b"Tail"
@@ -182,17 +183,14 @@ class ProxiedRequest:
         kept = rules.instance_answer_headers(answer.headers)
         kept.extend(self._own_headers())
         if self.waited_ns:
-            name = b"x-hibernode-wake-ms" if self.asleep else b"x-hibernode-queue-ms"
+            name = hop_headers.WAKE_MS if self.asleep else hop_headers.QUEUE_MS
             kept.append((name, b"%.3f" % (self.waited_ns / MILLISECOND_NS)))
         return kept
 
     def _own_headers(self) -> list[Header]:
-        actor, gate = self.actor, self.actor.gate
-        load = f"{gate.in_flight - self._inside + gate.waiting}/{gate.concurrency};{actor.state.value}"
         return [
             (b"x-fc-request-id", self.request_id.encode("latin-1")),
-            (b"x-fc-instance-id", actor.uid.encode()),
-            (b"x-hibernode-load", load.encode()),
+            (b"x-fc-instance-id", self.actor.uid.encode()),
         ]
 
     async def _unhappy(self, result: ForwardResult) -> None:
@@ -202,7 +200,7 @@ class ProxiedRequest:
         match result.outcome:
             case RelayOutcome.CONNECT_FAILED:
                 error = InstanceError("INSTANCE_CRASHED", "the instance does not accept connections")
-                own.append((b"x-hibernode-refused", b"CONNECT_FAILED"))
+                own.append((hop_headers.REFUSED, b"CONNECT_FAILED"))
             case RelayOutcome.UPSTREAM_FAILED_BEFORE_HEAD:
                 error = InstanceError("INSTANCE_CRASHED", "the instance closed the connection without an answer")
             case RelayOutcome.TIMEOUT_BEFORE_HEAD:

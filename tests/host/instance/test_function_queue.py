@@ -12,8 +12,8 @@ from tests.host.ingress.test_ingress import Door, a_door, code
 from tests.host.rig import OCR, eventually, until
 from tests.http.rig import Wire, connect
 
-ANY = "x-hibernode-any: 1"
-NOTICE = "x-hibernode-notice: 1"
+ANY = "x-hibernode-any-instance: 1"
+NOTICE = "x-hibernode-started: 1"
 
 
 class Slow:
