@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Awaitable, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, cast
 
 from agent.core.errors import HibernodeError
 from agent.http.body_parser import ChunkedBody, LengthBody
-from agent.http.deadlines import NEVER
+from agent.http.deadlines import NEVER, DeadlineTimer
 from agent.http.errors import HttpError, body_too_large, error_answer, too_many_connections, too_slow
-from agent.http.exchange import Exchange
+from agent.http.exchange import Exchange, Handler
 from agent.http.head_parser import HEAD_END, check_partial, parse_request_head, serialise
+from agent.http.limits import Limits
 from agent.http.message import Header, RequestHead
-
-if TYPE_CHECKING:
-    from agent.http.server import Server
 
 # HEAD: waiting for a head, or in one. BODY: in a body. BUSY: the request is whole, its answer is not.
 # DEAF: what comes is thrown away (the body was bad, or the connection lingers before it closes).
@@ -28,23 +26,40 @@ async def _raised(error: Exception) -> None:
     raise error
 
 
+class ConnectionHost(Protocol):
+    """The server of a connection, as the connection sees it."""
+
+    limits: Limits
+    handler: Handler
+    request_ids: Callable[[], str]
+    on_fault: Callable[[BaseException], None]
+    date_line: Callable[[], bytes]
+    when_full: Sequence[Header]
+    closing: bool
+    connections: set[ServerConnection]
+    deadlines: DeadlineTimer
+
+    def forget(self, connection: ServerConnection) -> None:
+        """`connection` is closed."""
+
+
 class ServerConnection(asyncio.Protocol):
     """One client. Only the event loop and the connection's current Exchange call it."""
 
     __slots__ = (
         "_answer_done", "_buffer", "_close_after", "_decoder", "_drain_waiter", "_exchange", "_handler_done",
-        "_head_since", "_last_unsent", "_lingering", "_paused", "_peer", "_read_deadline", "_server",
+        "_head_since", "_host", "_last_unsent", "_lingering", "_paused", "_peer", "_read_deadline",
         "_state", "_task", "_write_deadline", "date_line", "deadline", "loop", "transport", "writable",
     )  # fmt: skip
 
     transport: asyncio.Transport
 
-    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, host: ConnectionHost, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.writable = True
         self.deadline = NEVER
-        self.date_line = server.date_line
-        self._server = server
+        self.date_line = host.date_line
+        self._host = host
         self._state = _HEAD
         self._buffer = b""
         self._head_since = False
@@ -64,7 +79,7 @@ class ServerConnection(asyncio.Protocol):
 
     @property
     def closing(self) -> bool:
-        return self._server.closing
+        return self._host.closing
 
     @property
     def idle(self) -> bool:
@@ -77,14 +92,14 @@ class ServerConnection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         self._peer = str(peer[0]) if peer else ""
-        server = self._server
-        self.transport.set_write_buffer_limits(high=server.limits.write_buffer_bytes)
-        full = len(server.connections) >= server.limits.max_connections
-        server.connections.add(self)
+        host = self._host
+        self.transport.set_write_buffer_limits(high=host.limits.write_buffer_bytes)
+        full = len(host.connections) >= host.limits.max_connections
+        host.connections.add(self)
         if full:
-            self._refuse(too_many_connections(), 1, server.when_full)
+            self._refuse(too_many_connections(), 1, host.when_full)
         else:
-            self._read_by(server.limits.keep_alive_s)
+            self._read_by(host.limits.keep_alive_s)
 
     def data_received(self, data: bytes) -> None:
         state = self._state
@@ -101,7 +116,7 @@ class ServerConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = _CLOSED
         self.deadline = NEVER
-        self._server.forget(self)
+        self._host.forget(self)
         self._release_drain()
         exchange = self._exchange
         if exchange is not None and not exchange.finished:
@@ -110,7 +125,7 @@ class ServerConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.writable = False
         self._last_unsent = self.transport.get_write_buffer_size()
-        self._write_deadline = self.loop.time() + self._server.limits.write_stall_s
+        self._write_deadline = self.loop.time() + self._host.limits.write_stall_s
         self._update_deadline()
         if self._exchange is not None:
             self._exchange.writable_changed(False)
@@ -128,7 +143,7 @@ class ServerConnection(asyncio.Protocol):
     # --- reading ---------------------------------------------------------------------------
 
     def _feed_head(self, data: bytes) -> None:
-        limits = self._server.limits
+        limits = self._host.limits
         end = data.find(HEAD_END)
         try:
             if end < 0:
@@ -167,16 +182,16 @@ class ServerConnection(asyncio.Protocol):
             self._keep_for_next(data[end:])
             return
         self._state = _BODY
-        self._decoder = ChunkedBody(self._server.limits.body_bytes) if head.chunked else LengthBody(head.length or 0)
+        self._decoder = ChunkedBody(self._host.limits.body_bytes) if head.chunked else LengthBody(head.length or 0)
         # With Expect the client waits for us, as long as that takes.
-        self._read_by(NEVER if head.expect_continue else self._server.limits.body_stall_s)
+        self._read_by(NEVER if head.expect_continue else self._host.limits.body_stall_s)
         if end < len(data):
             self._feed_body(data, end)
 
     def _hand_over(self, exchange: Exchange) -> None:
         """Calls the handler: in a task if it is a coroutine; a plain function answers by callbacks."""
         try:
-            serving = self._server.handler(exchange)
+            serving = self._host.handler(exchange)
         except Exception as error:
             serving = _raised(error)
         if serving is not None:
@@ -198,7 +213,7 @@ class ServerConnection(asyncio.Protocol):
             exchange.body_failed(error)
             return
         if not decoder.done:
-            self._read_by(self._server.limits.body_stall_s)
+            self._read_by(self._host.limits.body_stall_s)
             exchange.body_arrived(pieces)
             return
         # The state first: a sink may finish the exchange from inside these calls.
@@ -214,13 +229,13 @@ class ServerConnection(asyncio.Protocol):
     def _keep_for_next(self, data: bytes) -> None:
         """Bytes behind the request being served: the beginning of the next one."""
         self._buffer += data
-        if len(self._buffer) > self._server.limits.buffer_bytes:
+        if len(self._buffer) > self._host.limits.buffer_bytes:
             self._pause_reading()
 
     def body_expected(self) -> None:
         """100 Continue was sent: from now on the client owes us its body."""
         if self._state == _BODY:
-            self._read_by(self._server.limits.body_stall_s)
+            self._read_by(self._host.limits.body_stall_s)
 
     def pause_body(self) -> None:
         if self._state == _BODY:
@@ -230,16 +245,15 @@ class ServerConnection(asyncio.Protocol):
     def resume_body(self) -> None:
         if self._state == _BODY and self._paused:
             self._listen_again()
-            self._read_by(self._server.limits.body_stall_s)
+            self._read_by(self._host.limits.body_stall_s)
 
     def _pause_reading(self) -> None:
         if not self._paused and not self.transport.is_closing():
             self._paused = True
-            self._server.reading_pauses += 1
             self.transport.pause_reading()
 
     def _listen_again(self) -> None:
-        if self._paused and len(self._buffer) <= self._server.limits.buffer_bytes:
+        if self._paused and len(self._buffer) <= self._host.limits.buffer_bytes:
             self._paused = False
             if not self.transport.is_closing():
                 self.transport.resume_reading()
@@ -254,16 +268,16 @@ class ServerConnection(asyncio.Protocol):
     # --- serving ---------------------------------------------------------------------------
 
     async def _serve(self, exchange: Exchange, serving: Awaitable[None]) -> None:
-        server = self._server
+        host = self._host
         try:
             await serving
             if not exchange.finished and not exchange.gone:
                 raise RuntimeError("the handler returned before its answer was whole")
         except HibernodeError as error:
-            await exchange.fail(error, server.request_ids())
+            await exchange.fail(error, host.request_ids())
         except Exception as error:
-            server.on_fault(error)
-            await exchange.fail(error, server.request_ids())
+            host.on_fault(error)
+            await exchange.fail(error, host.request_ids())
         except asyncio.CancelledError:
             self.abort()
             raise
@@ -293,7 +307,7 @@ class ServerConnection(asyncio.Protocol):
             self.close()
             return
         self._state = _HEAD
-        self._read_by(self._server.limits.keep_alive_s)
+        self._read_by(self._host.limits.keep_alive_s)
         if self._buffer:
             # In a turn of its own: answers given at once to a pipeline would else nest.
             self.loop.call_soon(self._feed_kept)
@@ -320,7 +334,7 @@ class ServerConnection(asyncio.Protocol):
 
     def _refuse(self, error: HibernodeError, retry_after_s: int | None = None, extra: Sequence[Header] = ()) -> None:
         """Answers what never became an exchange, and closes."""
-        made = error_answer(error, self._server.request_ids(), retry_after_s=retry_after_s)
+        made = error_answer(error, self._host.request_ids(), retry_after_s=retry_after_s)
         line = b"HTTP/1.1 %d Refused\r\n" % made.status
         framing = b"%bcontent-length: %d\r\nconnection: close\r\n" % (self.date_line(), len(made.body))
         self.transport.write(serialise(line, [*made.headers, *extra], framing) + made.body)
@@ -345,7 +359,7 @@ class ServerConnection(asyncio.Protocol):
     def _let_drain(self) -> None:
         self._lingering = True
         self._last_unsent = self.transport.get_write_buffer_size()
-        self._read_by(self._server.limits.linger_s)
+        self._read_by(self._host.limits.linger_s)
 
     def abort(self, *, reset: bool = False) -> None:
         """Cuts the connection now."""
@@ -369,11 +383,11 @@ class ServerConnection(asyncio.Protocol):
     def _update_deadline(self) -> None:
         self.deadline = deadline = min(self._read_deadline, self._write_deadline)
         if deadline != NEVER:
-            self._server.sweep.note(deadline)
+            self._host.deadlines.schedule(deadline)
 
     def expire(self, now: float) -> None:
-        """A deadline passed (called by the sweep)."""
-        limits = self._server.limits
+        """A deadline passed (called by the timer)."""
+        limits = self._host.limits
         if now >= self._write_deadline or (self._lingering and self.transport.get_write_buffer_size()):
             self._expire_writing(now)
         elif self._state == _HEAD and self._head_since:
@@ -392,7 +406,7 @@ class ServerConnection(asyncio.Protocol):
         if self._last_unsent >= before:
             self.abort()
             return
-        stall_s = self._server.limits.write_stall_s
+        stall_s = self._host.limits.write_stall_s
         if self._write_deadline != NEVER:
             self._write_deadline = now + stall_s
         if self._read_deadline <= now:

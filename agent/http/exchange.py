@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from agent.core.errors import HibernodeError
-from agent.http.errors import ClientGoneError, body_too_large, error_answer
+from agent.http.errors import ClientGoneError, error_answer
 from agent.http.head_parser import serialise
 from agent.http.message import Header, RequestHead
 from agent.http.tcp_options import cork
-
-if TYPE_CHECKING:
-    from agent.http.connection import ServerConnection
 
 _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 _JOIN_BYTES = 16384  # up to here copying is cheaper than a gathering write
@@ -44,6 +41,34 @@ def bodyless(method: bytes, status: int) -> bool:
     return method == b"HEAD" or status in (204, 304) or status < 200
 
 
+class ClientConnection(Protocol):
+    """The client's connection, as its exchange sees it."""
+
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    writable: bool
+    date_line: Callable[[], bytes]
+
+    @property
+    def closing(self) -> bool:
+        """The server is closing: this answer is the connection's last."""
+
+    def body_expected(self) -> None:
+        """100 Continue was sent: the client owes its body from now on."""
+
+    def pause_body(self) -> None: ...
+    def resume_body(self) -> None: ...
+
+    async def drained(self) -> None:
+        """Returns once the client has taken enough of what was written, or is gone."""
+
+    def answered(self, close: bool) -> None:
+        """The answer is whole; `close`: no request follows it."""
+
+    def abort(self, *, reset: bool = False) -> None:
+        """Cuts the connection, by a reset if asked."""
+
+
 class Exchange:
     """One request and its answer. Single use, on one event loop; made by the server, one at a time a
     connection.
@@ -52,7 +77,7 @@ class Exchange:
     that. While reading is paused (a body nobody takes yet, beyond `Limits.buffer_bytes`) its leaving goes
     unseen.
 
-    For handlers: `head`, `peer`, `gone`, `on_gone`, `read_body`, `buffer_body`, `answer`, `fail`. For
+    For handlers: `head`, `peer`, `gone`, `on_gone`, `buffer_body`, `answer`, `fail`. For
     streaming (see forward.py): `stream_body`, `pause_body`, `resume_body`, `begin`, `write`, `flush`,
     `finish`, `abort`, `watch_writable`.
     """
@@ -63,7 +88,7 @@ class Exchange:
         "body_error", "finished", "gone", "head", "head_sent", "peer",
     )  # fmt: skip
 
-    def __init__(self, connection: ServerConnection, head: RequestHead, peer: str, want_bytes: int) -> None:
+    def __init__(self, connection: ClientConnection, head: RequestHead, peer: str, want_bytes: int) -> None:
         self.head = head
         self.peer = peer  # the client's address, without port
         self.gone = False  # the client left: nothing that is written reaches anybody
@@ -91,6 +116,11 @@ class Exchange:
     def loop(self) -> asyncio.AbstractEventLoop:
         """Whose connection it is. (Asking asyncio for the running loop is a system call, getpid.)"""
         return self._connection.loop
+
+    @property
+    def writable(self) -> bool:
+        """The client's write buffer has room."""
+        return self._connection.writable
 
     # --- the client ------------------------------------------------------------------------
 
@@ -126,11 +156,6 @@ class Exchange:
             cork(self._connection.transport, True)
             self._connection.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
 
-    @property
-    def awaits_continue(self) -> bool:
-        """The client holds its body back until it gets 100 Continue."""
-        return not self._continued
-
     # --- the request's body ----------------------------------------------------------------
 
     async def buffer_body(self, limit_bytes: int) -> bytes | None:
@@ -157,16 +182,6 @@ class Exchange:
             return None
         self._body = [b"".join(self._body)]
         return self._body[0]
-
-    async def read_body(self, limit_bytes: int) -> bytes:
-        """The whole body, at most `limit_bytes`. Raises as `buffer_body`, and HttpError 413 over the
-        limit."""
-        if self.head.length is not None and self.head.length > limit_bytes:
-            raise body_too_large(limit_bytes)
-        body = await self.buffer_body(limit_bytes)
-        if body is None:
-            raise body_too_large(limit_bytes)
-        return body
 
     def stream_body(self, sink: BodySink | None) -> None:
         """Hands what has arrived to `sink`, then whatever comes, as it comes. None stops that: what arrives
@@ -376,3 +391,8 @@ class Exchange:
     def _wake(self) -> None:
         if self._body_waiter is not None and not self._body_waiter.done():
             self._body_waiter.set_result(None)
+
+
+Handler = Callable[[Exchange], Awaitable[None] | None]
+"""Answers an exchange. A coroutine function runs in a task of its own. A plain function that returns None has taken the
+exchange over and answers it by callbacks, at once or later (see `forward.forward_now`): the faster way."""

@@ -14,7 +14,7 @@ from agent.http.limits import UpstreamLimits
 from agent.http.message import Header, ResponseHead, lookup
 from agent.http.upstream import BROKEN, UpstreamConnection
 
-_GRAIN_S = 0.005
+_RESOLUTION_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,8 @@ class Pool:
         self.limits = limits
         self.generation = 0
         self.connections: set[UpstreamConnection] = set()
-        self.reading_pauses = 0  # how often an upstream was made to wait (a counter, for metrics and tests)
         self._loop = asyncio.get_running_loop()
-        self.sweep = DeadlineTimer(self._loop, self.connections, _GRAIN_S)
+        self.deadlines = DeadlineTimer(self._loop, self.connections, _RESOLUTION_S)
         self._idle: list[UpstreamConnection] = []
         self._connecting = 0
         self._closed = False
@@ -127,7 +126,7 @@ class Pool:
             sink = connection.cut()
             if sink is not None:
                 sink.upstream_failed("was given up, and its connections with it")
-        self.sweep.stop()
+        self.deadlines.stop()
 
     def forget(self, connection: UpstreamConnection) -> None:
         """A connection is lost."""

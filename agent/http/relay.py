@@ -34,8 +34,6 @@ class ForwardResult:
     """What happened. If `not exchange.head_sent` and not `exchange.gone`, the caller still owes an answer."""
 
     outcome: RelayOutcome
-    bytes_sent_upstream: bool  # False: no byte of the request can have reached the upstream
-    reused: bool  # the connection had served a request before
     head: ResponseHead | None  # the upstream's final head, if it came
     error: HibernodeError | None  # what went wrong, for the answer (`exchange.fail`) and the log
     request_body_bytes: int
@@ -58,9 +56,9 @@ class Relay:
     """The callbacks between the two connections: BodySink of the client's, ResponseSink of the upstream's."""
 
     __slots__ = (
-        "_begun", "_connection", "_exchange", "_filter", "_held", "_in_order", "_on_done", "_on_first_byte",
-        "_on_last_byte", "_released", "_reused", "_source", "_streams", "_unsent_body", "_waits_for_continue", "ended",
-        "error", "head", "request_body_bytes", "response_body_bytes", "sent",
+        "_begun", "_connection", "_exchange", "_filter", "_held", "_in_order", "_on_done",
+        "_on_last_byte", "_released", "_source", "_streams", "_unsent_body", "_waits_for_continue", "ended",
+        "error", "head", "request_body_bytes", "response_body_bytes",
     )  # fmt: skip
 
     def __init__(
@@ -70,7 +68,6 @@ class Relay:
         connection: UpstreamConnection,
         response_filter: ResponseFilter,
         on_done: Done,
-        on_first_byte: Hook | None,
         on_last_byte: Hook | None,
     ) -> None:
         self.head: ResponseHead | None = None
@@ -82,8 +79,6 @@ class Relay:
         self._connection = connection
         self._filter = response_filter
         self._on_done = on_done
-        self._reused = connection.served > 0
-        self._on_first_byte = on_first_byte
         self._on_last_byte = on_last_byte
         self._unsent_body: bytes | None = None
         self._waits_for_continue = False
@@ -93,7 +88,6 @@ class Relay:
         self._in_order = False
         self._released = False  # the connection is no longer ours
         self.ended = False
-        self.sent = False
 
     # --- the request -----------------------------------------------------------------------
 
@@ -170,8 +164,7 @@ class Relay:
             self._sent_whole(len(body))
 
     def response_whole(self, head: ResponseHead, body: bytes) -> None:
-        if self._on_first_byte is None:  # else that comes first
-            self._upstream_done()
+        self._upstream_done()
         self.response_head(head)
         if not self.ended:
             self.response_data(body)
@@ -179,8 +172,6 @@ class Relay:
 
     def response_head(self, head: ResponseHead) -> None:
         self.head = head
-        if self._on_first_byte is not None:
-            self._on_first_byte()
         exchange = self._exchange
         try:
             headers = self._filter(head)
@@ -282,8 +273,6 @@ class Relay:
         self._on_done(
             ForwardResult(
                 outcome,
-                self.sent,
-                self._reused,
                 self.head,
                 self.error,
                 self.request_body_bytes,

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from agent.http.connection import ServerConnection
 from agent.http.deadlines import DeadlineTimer
-from agent.http.exchange import Exchange
+from agent.http.exchange import Handler
 from agent.http.limits import Limits
 from agent.http.message import Header
 
-# A coroutine function runs in a task of its own. A plain function that returns None has taken the exchange over and
-# answers it by callbacks, at once or later (see `forward.forward_now`): the way for what must be fast.
-Handler = Callable[[Exchange], Awaitable[None] | None]
-_GRAIN_S = 0.25
+_RESOLUTION_S = 0.25
 BACKLOG = 1024
 """Connections that the kernel holds until they are accepted."""
 
@@ -46,12 +43,11 @@ class Server:
         self.port = 0
         self.closing = False
         self.connections: set[ServerConnection] = set()
-        self.reading_pauses = 0  # how often a client was made to wait (a counter, for metrics and tests)
         loop = asyncio.get_running_loop()
         shortest_s = min(
             limits.header_timeout_s, limits.keep_alive_s, limits.body_stall_s, limits.write_stall_s, limits.linger_s
         )
-        self.sweep = DeadlineTimer(loop, self.connections, min(_GRAIN_S, shortest_s / 4))
+        self.deadlines = DeadlineTimer(loop, self.connections, min(_RESOLUTION_S, shortest_s / 4))
         self._loop = loop
         self._listener: asyncio.AbstractServer | None = None
         self._empty: asyncio.Future[None] | None = None
@@ -85,7 +81,7 @@ class Server:
         if cut:
             self._empty = self._loop.create_future()
             await asyncio.wait([self._empty], timeout=1.0)  # connection_lost is one turn of the loop away
-        self.sweep.stop()
+        self.deadlines.stop()
         return len(cut)
 
     def forget(self, connection: ServerConnection) -> None:

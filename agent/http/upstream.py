@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 from agent.http import tcp_options
 from agent.http.body_parser import BodyDecoder, ChunkedBody, CloseBody, LengthBody
-from agent.http.deadlines import NEVER
+from agent.http.deadlines import NEVER, DeadlineTimer
 from agent.http.errors import HttpError
 from agent.http.exchange import bodyless
 from agent.http.head_parser import HEAD_END, parse_response_head
+from agent.http.limits import UpstreamLimits
 from agent.http.message import ResponseHead
-
-if TYPE_CHECKING:
-    from agent.http.pool import Pool
 
 # IDLE: nothing asked. HEAD, BODY: in a response. DONE: the response is whole, not yet released.
 _IDLE, _HEAD, _BODY, _DONE, _CLOSED = range(5)
@@ -58,23 +56,34 @@ class ResponseSink(Protocol):
         """The upstream takes no more of the request for now, or does again."""
 
 
+class ConnectionOwner(Protocol):
+    """The pool of a connection, as the connection sees it."""
+
+    limits: UpstreamLimits
+    generation: int
+    connections: set[UpstreamConnection]
+    deadlines: DeadlineTimer
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        """`connection` is closed."""
+
+
 class UpstreamConnection(asyncio.Protocol):
     """One keep-alive connection. Between `start` and `Pool.release` it belongs to one sink."""
 
     __slots__ = (
-        "_buffer", "_decoder", "_interim", "_keep", "_loop", "_method", "_patient", "_paused", "_pool", "_sink",
-        "_state", "deadline", "generation", "request_done", "served", "transport", "writable",
+        "_buffer", "_decoder", "_interim", "_keep", "_loop", "_method", "_owner", "_patient", "_paused", "_sink",
+        "_state", "deadline", "generation", "request_done", "transport", "writable",
     )  # fmt: skip
 
     transport: asyncio.Transport
 
-    def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, owner: ConnectionOwner, loop: asyncio.AbstractEventLoop) -> None:
         self.deadline = NEVER
-        self.generation = pool.generation
+        self.generation = owner.generation
         self.request_done = True  # the request is written whole; set by whoever writes it
-        self.served = 0  # exchanges begun on it
         self.writable = True
-        self._pool = pool
+        self._owner = owner
         self._loop = loop
         self._sink: ResponseSink | None = None
         self._method = b""
@@ -96,14 +105,13 @@ class UpstreamConnection(asyncio.Protocol):
         self._state = _HEAD
         self._interim = 0
         self.request_done = False
-        self.served += 1
         self.deadline = deadline
-        self._pool.sweep.note(deadline)
+        self._owner.deadlines.schedule(deadline)
 
     def be_patient(self) -> None:
         """This exchange streams a body, which the other side may leave unread for as long as it likes: to the kernel a
         full window is silence, too (tcp(7), TCP_USER_TIMEOUT)."""
-        if self._pool.limits.silence_s and not self._patient:
+        if self._owner.limits.silence_s and not self._patient:
             self._patient = True
             tcp_options.bound_silence(self.transport, 0)
 
@@ -121,7 +129,6 @@ class UpstreamConnection(asyncio.Protocol):
         """The taker of the response is full: stop reading."""
         if not self._paused and self._state != _CLOSED and not self.transport.is_closing():
             self._paused = True
-            self._pool.reading_pauses += 1
             self.transport.pause_reading()
 
     def resume(self) -> None:
@@ -156,9 +163,9 @@ class UpstreamConnection(asyncio.Protocol):
         self.resume()
         if self._patient:
             self._patient = False
-            tcp_options.bound_silence(self.transport, self._pool.limits.silence_s)
+            tcp_options.bound_silence(self.transport, self._owner.limits.silence_s)
         self.deadline = deadline
-        self._pool.sweep.note(deadline)
+        self._owner.deadlines.schedule(deadline)
         return True
 
     @property
@@ -170,12 +177,12 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self.transport.set_write_buffer_limits(high=self._pool.limits.write_buffer_bytes)
-        tcp_options.watch_peer(self.transport, self._pool.limits.silence_s)
-        self._pool.connections.add(self)
+        self.transport.set_write_buffer_limits(high=self._owner.limits.write_buffer_bytes)
+        tcp_options.watch_peer(self.transport, self._owner.limits.silence_s)
+        self._owner.connections.add(self)
         # Should whoever connects be cancelled right now, the connection still ends.
-        self.deadline = self._loop.time() + self._pool.limits.idle_s
-        self._pool.sweep.note(self.deadline)
+        self.deadline = self._loop.time() + self._owner.limits.idle_s
+        self._owner.deadlines.schedule(self.deadline)
 
     def data_received(self, data: bytes) -> None:
         state = self._state
@@ -196,7 +203,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._state = _CLOSED
         self._sink = None
         self.deadline = NEVER
-        self._pool.forget(self)
+        self._owner.forget(self)
         if sink is None or state in (_IDLE, _DONE, _CLOSED):
             return
         if state == _BODY and exc is None and isinstance(self._decoder, CloseBody):
@@ -219,7 +226,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._sink.upstream_writable(True)
 
     def expire(self, now: float) -> None:
-        """The deadline passed (called by the sweep): idle for too long, or an answer too late."""
+        """The deadline passed (called by the timer): idle for too long, or an answer too late."""
         sink = self.cut()
         if sink is not None:
             sink.upstream_timed_out()
@@ -235,7 +242,7 @@ class UpstreamConnection(asyncio.Protocol):
             if end < 0:
                 self._keep_partial(data[start:] if start else data)
                 return
-            if end - start > self._pool.limits.header_bytes:
+            if end - start > self._owner.limits.header_bytes:
                 self._fail("sent a head that is too large")
                 return
             try:
@@ -316,7 +323,7 @@ class UpstreamConnection(asyncio.Protocol):
     def _keep_partial(self, data: bytes) -> None:
         """The beginning of a head. Refused as soon as it can't become one."""
         begins = data[:7]
-        if len(data) > self._pool.limits.header_bytes or not b"HTTP/1.".startswith(begins):
+        if len(data) > self._owner.limits.header_bytes or not b"HTTP/1.".startswith(begins):
             self._fail("sent what is not the head of an HTTP/1.1 response")
         else:
             self._buffer = data
