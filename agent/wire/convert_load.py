@@ -51,18 +51,6 @@ def gpu_to_proto(gpu: Gpu) -> types_pb2.Gpu:
     )
 
 
-def gpu_from_proto(message: types_pb2.Gpu) -> Gpu:
-    """The device."""
-    return Gpu(
-        uuid=message.uuid,
-        index=message.index,
-        model=message.model,
-        memory_bytes=message.memory_total_bytes,
-        persistence=message.persistence,
-        mig=message.mig,
-    )
-
-
 def load_of_instance(
     instance: types_pb2.Instance,
     concurrency: int,

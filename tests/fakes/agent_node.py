@@ -112,9 +112,8 @@ def refuse_before_body(reason: str) -> Behaviour:
     """Refuse without reading the body: no 100 Continue was given."""
 
     async def behave(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
-        assert exchange.head.expect_continue and not exchange.body_done, (
-            "the gateway sent the body before it was asked to"
-        )
+        assert exchange.head.expect_continue
+        assert not exchange.body_done, "the gateway sent the body before it was asked to"
         await refuse(reason)(ingress, exchange, received)
 
     return behave
