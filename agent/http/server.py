@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
+from email.utils import formatdate
 
 from agent.http.connection import ServerConnection
 from agent.http.deadlines import DeadlineTimer
@@ -20,6 +21,24 @@ BACKLOG = 1024
 def no_date() -> bytes:
     """For answers to another hop, which dates them itself."""
     return b""
+
+
+class DateHeader:
+    """The `date` header line of answers (RFC 9110, 6.6.1), formatted once a second. `wall_s`: Unix seconds."""
+
+    __slots__ = ("_line", "_second", "_wall_s")
+
+    def __init__(self, wall_s: Callable[[], int]) -> None:
+        self._wall_s = wall_s
+        self._second = -1
+        self._line = b""
+
+    def __call__(self) -> bytes:
+        second = self._wall_s()
+        if second != self._second:
+            self._second = second
+            self._line = b"date: %b\r\n" % formatdate(second, usegmt=True).encode()
+        return self._line
 
 
 class Server:

@@ -11,7 +11,7 @@ from agent.core.errors import ExhaustedError
 from agent.http.errors import ClientGoneError
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
-from agent.http.server import serve
+from agent.http.server import DateHeader, serve
 from tests.http.rig import PATIENCE_S, REQUEST_ID, Wire, connect, eventually, paused, serving
 
 HOST = b"Host: f\r\n"
@@ -357,3 +357,12 @@ async def test_close_cuts_what_outlasts_its_grace() -> None:
         assert await server.close(0.01) == 1
         assert cancelled.is_set()
         assert await wire.rest() == b""
+
+
+def test_the_date_header_follows_the_second() -> None:
+    seconds = iter([784_111_777, 784_111_777, 784_111_778])
+    line = DateHeader(lambda: next(seconds))
+    first = line()
+    assert first == b"date: Sun, 06 Nov 1994 08:49:37 GMT\r\n"
+    assert line() is first
+    assert line() == b"date: Sun, 06 Nov 1994 08:49:38 GMT\r\n"

@@ -12,10 +12,9 @@ from agent.adapters.kernel.clock import SystemClock
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.events import Event, InstanceReported, NodeReported, NodeSuspect, Wake
 from agent.core.types import SECOND_NS, InstanceState
-from agent.http.date_header import DateHeader
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
-from agent.http.server import Server, serve
+from agent.http.server import DateHeader, Server, serve
 from agent.scheduler.database.store import Store
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
