@@ -244,7 +244,7 @@ class SchedulerDaemon:
                 inherited=kept,
                 request_ids=self.request_ids,
                 on_fault=lambda error: self._log.error("gateway.fault", error=type(error).__name__, exc_info=error),
-                date_line=DateHeader(lambda: self.clock.wall_ns() // SECOND_NS),
+                date_header=DateHeader(lambda: self.clock.wall_ns() // SECOND_NS),
             )
             self._stack.push_async_callback(self.http.close, 0)
             self.gateway_address = join(config.gateway.host, self.http.port)

@@ -1,8 +1,7 @@
 """One timer for many deadlines.
 
-A timer of the loop per request costs more than parsing the request. Instead each member keeps its deadline
-as a plain number, and one timer wakes for the earliest: most deadlines are moved on or dropped before they
-pass, so it rarely finds anything to do.
+A loop timer per request costs more than parsing the request. Here each member keeps its deadline as a plain number, and
+one timer wakes for the earliest. Most deadlines move or vanish before they pass, so it rarely finds anything to do.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class Timed(Protocol):
     deadline: float
 
     def expire(self, now: float) -> None:
-        """The deadline has passed: act, and set another one or NEVER."""
+        """The deadline has passed. Sets another one, or NEVER."""
 
 
 class DeadlineTimer:

@@ -1,8 +1,8 @@
-"""One exchange streamed both ways between a client and an upstream.
+"""Streams one exchange both ways between a client and an upstream.
 
-Everything between the first and the last byte happens in callbacks of the two connections (relay.py): a chunk goes from
-one socket's read to the other's write without a task in between. The awaiting caller is woken once, at the end.
-Trailers are dropped in both directions; 1xx other than 100 are dropped.
+Between the first and the last byte only callbacks of the two connections run (relay.py): a chunk goes from one socket's
+read to the other's write without a task in between. The awaiting caller is woken once, at the end. Trailers are dropped
+in both directions, 1xx responses other than 100 too.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ async def forward(
     try:
         result = await done
     except asyncio.CancelledError:
-        relay.give_up()
+        relay.cancel()
         raise
     if result.fault is not None:
         raise result.fault
@@ -107,10 +107,15 @@ def forward_now(
     on_last_byte: Hook | None = None,
     prepared: bytes | None = None,
 ) -> Relay:
-    """As `forward`, without a task: on a `connection` that the caller has (from `source.take()`), with a callback at
-    the end. It owns the connection from here on. `on_done` comes exactly once, perhaps before this returns, and must
-    not raise; a fault of `response_filter` is in its result. `prepared`: the head, by `prepare` of the same arguments.
-    Raises ValueError for CR or LF in a header, and has given the connection back then."""
+    """As `forward`, without a task.
+
+    - `connection`: from `source.take()`; owned by the relay from here on.
+    - `on_done`: called exactly once, possibly before this returns; must not raise. What `response_filter` raised is in
+      its result.
+    - `prepared`: the head, made by `prepare` from the same arguments.
+
+    Raises ValueError for CR or LF in a header, after it has released the connection.
+    """
     has_body = bool(body) if body is not None else exchange.head.has_body
     try:
         message = prepared or prepare(exchange, source, method, target, headers, body, expect=expect and has_body)
@@ -125,7 +130,7 @@ def forward_now(
         relay = DelayedHeadRelay(*parts, deferred=deferred_headers)
     connection.start(relay, method, deadline)
     if body is None and has_body:
-        connection.be_patient()
+        connection.allow_silence()
     exchange.attach(relay)
     if not relay.ended:  # the client may have left while the upstream connected
         relay.send(message, body, has_body, expect)
@@ -142,7 +147,7 @@ def prepare(
     *,
     expect: bool = False,
 ) -> bytes:
-    """The head that `forward` would send. Raises ValueError for CR or LF in a header."""
+    """The request head that `forward` would send. Raises ValueError for CR or LF in a header."""
     framing = b"" if lookup(headers, b"host") is not None else b"host: %b\r\n" % source.authority
     length = exchange.head.length if body is None else len(body)
     if body is None and exchange.head.chunked:

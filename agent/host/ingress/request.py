@@ -139,7 +139,7 @@ class ProxiedRequest:
     def end(self) -> None:
         """Nothing of it goes on, and it holds no slot."""
         if self._relay is not None:
-            self._relay.give_up()
+            self._relay.cancel()
         self.leave()
 
     # ---- inside -------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ async def gateway_rig(tmp: str, *names: str) -> AsyncIterator[GatewayRig]:
     ids = RequestIds(lambda: clock.wall_ns() // SECOND_NS, random.getrandbits)
     gateway = Gateway(clock, Router("localhost"), catalog, desk, ingresses.pool, lambda _: TOKEN, unreachable, ids)
     dates = DateHeader(lambda: NOON)
-    server = await serve(gateway, "127.0.0.1", 0, Limits(), request_ids=ids, on_fault=faults.append, date_line=dates)
+    server = await serve(gateway, "127.0.0.1", 0, Limits(), request_ids=ids, on_fault=faults.append, date_header=dates)
     rig = GatewayRig(gateway, server, catalog, desk, dispatcher, fakes, wakes, suspects, faults)
     for name, fake in fakes.items():
         await fake.start()
