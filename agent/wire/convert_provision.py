@@ -92,7 +92,7 @@ def _name(field: str, name: str, names: set[str]) -> str:
     if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
         wrong(f"{field}.name", f"must be 1 to {MAX_NAME} printable characters")
     if name in names:
-        wrong(f"{field}.name", f"{name!r} is used twice; give each action and policy its own name")
+        wrong(f"{field}.name", f"{name!r} is there twice; give each action and policy its own name")
     names.add(name)
     return name
 
