@@ -258,7 +258,7 @@ class Gateway:
             reason = (result.head.get(hop_headers.REFUSED) or b"").decode("latin-1")
             _log.info("gateway.refused", request_id=call.request_id, uid=where.uid, node=where.node, reason=reason)
             return call.body is not None or not result.request_body_bytes
-        if result.not_begun and (where.wakes or where.ahead):  # it waited there still, and its agent is gone
+        if result.not_started and (where.wakes or where.ahead):  # it waited there still, and its agent is gone
             self.counts.connect_failed += 1
             self._unreachable(where.node)
             return not call.exchange.gone and (call.body is not None or not result.request_body_bytes)
