@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from agent.api.function_metrics import FunctionMetrics
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.provisioning.reconcile import Scheduling
 from agent.core.types import SECOND_NS
 from agent.scheduler.fleet.fleet import Fleet, NodeRecord

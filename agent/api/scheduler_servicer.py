@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 from agent.api.paging import page
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import DeadlineError, ExhaustedError
 from agent.core.provisioning.reconcile import Scheduling
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord

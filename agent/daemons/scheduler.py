@@ -117,7 +117,7 @@ class SchedulerDaemon:
         self.retention = UsageRetention(self.usage, self.clock, config.usage.keep_ns)
         self.lead = LeaderLock(config.database_url)
         self._stack.callback(self.lead.close)
-        self.dispatcher = Dispatcher(sends_ahead=True)
+        self.dispatcher = Dispatcher(early_dispatch=True)
         self.desk = DispatchLoop(self.clock, self.dispatcher, self._wake)
         self.fleet = Fleet(
             self.clock,

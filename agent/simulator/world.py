@@ -63,8 +63,8 @@ class _Request:
     arrived_ns: int
     duration_ns: int
     uid: str = ""
-    bound_ns: int = 0
-    wakes: bool = False
+    dispatched_ns: int = 0
+    direct_wake: bool = False
 
 
 class World:
@@ -299,8 +299,8 @@ class World:
         """As `DispatchLoop.tell`."""
         for effect in self._dispatcher.step(event, self.at):
             match effect:
-                case Dispatch(number, uid, wakes=wakes):
-                    self._enter(number, uid, wakes)
+                case Dispatch(number, uid, direct_wake=direct_wake):
+                    self._enter(number, uid, direct_wake)
                 case Wake(uid, _, hold_ns):
                     self._members[uid].woken_for = True
                     self._step(uid, ev.WakeAsked(hold_ns, self.at + self.plan.queue_timeout_ns))
@@ -308,10 +308,10 @@ class World:
                     del self._requests[number]
                     self.outcome.refused[reason.value] = self.outcome.refused.get(reason.value, 0) + 1
 
-    def _enter(self, number: int, uid: str, wakes: bool) -> None:
+    def _enter(self, number: int, uid: str, direct_wake: bool) -> None:
         """As `Gate.try_enter`."""
         request, member = self._requests[number], self._members[uid]
-        request.uid, request.bound_ns, request.wakes = uid, self.at, wakes
+        request.uid, request.dispatched_ns, request.direct_wake = uid, self.at, direct_wake
         slots = member.slots
         if slots.open and slots.in_flight < slots.limit and not slots.waiting:
             slots.in_flight += 1
@@ -327,8 +327,8 @@ class World:
     def _begin(self, uid: str, member: _Member, number: int) -> None:
         request = self._requests[number]
         member.meter.request_began(self.at)
-        if request.wakes:
-            waited = self.at - request.bound_ns
+        if request.direct_wake:
+            waited = self.at - request.dispatched_ns
             self._later(self.at, lambda: self._tell(LeaseAnswered(number, waited)))
         self._later(self.at + request.duration_ns, lambda: self._end(uid, member, number))
 

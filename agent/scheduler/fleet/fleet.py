@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from agent.core.dispatch.events import Event, InstanceGone, NodeLost, NodeSuspect
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import InvalidArgumentError, PreconditionError
 from agent.core.provisioning.reconcile import Scheduling
 from agent.core.types import SECOND_NS

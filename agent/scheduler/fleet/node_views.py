@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.provisioning.placement import GpuView, NodeView
 from agent.core.provisioning.reconcile import Scheduling
 from agent.core.types import FunctionSpec

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from agent.core.dispatch.events import Event, InstanceRetired
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import DeadlineError, HibernodeError, NotFoundError
 from agent.core.provisioning.placement import NodeView, Occupant, Placed, Placement, Unplaceable, gives_way, place
 from agent.core.provisioning.reconcile import (

@@ -221,7 +221,7 @@ class Gateway:
             served_by = answer.get(b"x-fc-instance-id") or where.uid.encode()
             ticket.served_by = served_by.decode("latin-1")
             headers = _answer_headers(answer, call, where, served_by)
-            if where.wakes and headers is not None:  # told once the client has its answer
+            if where.direct_wake and headers is not None:  # told once the client has its answer
                 waited_ns = _ms_to_ns(answer.get(b"x-hibernode-wake-ms") or b"")
                 call.exchange.loop.call_soon(self._desk.answered, ticket, waited_ns)
             return headers
@@ -235,7 +235,7 @@ class Gateway:
                 *call.headers,
                 (b"x-hibernode-token", self._token_of(where.node)),
                 (b"x-hibernode-instance", where.uid.encode()),
-                *_WAITS[where.wakes, where.ahead],
+                *_WAITS[where.direct_wake, where.early],
                 (b"x-hibernode-deadline-ms", b"%d" % -(-left_ns // MILLISECOND_NS)),  # over here when it is there
                 (b"x-fc-request-id", call.request_id.encode()),
             ],
@@ -257,7 +257,7 @@ class Gateway:
             reason = (result.head.get(b"x-hibernode-refused") or b"").decode("latin-1")
             _log.info("gateway.refused", request_id=call.request_id, uid=where.uid, node=where.node, reason=reason)
             return call.body is not None or not result.request_body_bytes
-        if result.not_begun and (where.wakes or where.ahead):  # it waited there still, and its agent is gone
+        if result.not_begun and (where.direct_wake or where.early):  # it waited there still, and its agent is gone
             self.counts.connect_failed += 1
             self._unreachable(where.node)
             return not call.exchange.gone and (call.body is not None or not result.request_body_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.core.dispatch.events import Event, InstanceGone, InstanceReported, NodeLost, NodeReported, NodeSuspect
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import ConfigError, InvalidArgumentError, PreconditionError
 from agent.core.types import SECOND_NS
 from agent.scheduler.fleet.fleet import UNREACHABLE_NS, Fleet
