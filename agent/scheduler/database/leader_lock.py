@@ -11,19 +11,15 @@ On SQLite there is nothing to agree on: the lock on the state directory keeps a 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import sqlalchemy as sa
 
 from agent.core.errors import UnavailableError
 from agent.log import get_logger
-from agent.scheduler.database.engine import engine_of, failed
+from agent.scheduler.database.engine import engine_of
+from agent.scheduler.database.thread import DatabaseThread
 
-_T = TypeVar("_T")
-
-LOOK_S = 1.0
+POLL_S = 1.0
 DEADLINE_S = 4.0
 """For a look. With the second between looks it is less than what the server takes to give the lock to another one."""
 _KEY = int.from_bytes(b"hibernod", "big")
@@ -37,41 +33,40 @@ _HELD = sa.text(
 class LeaderLock:
     """One lock per database. All statements run in one thread, on one connection."""
 
-    def __init__(self, url: str, *, look_s: float = LOOK_S, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, url: str, *, poll_s: float = POLL_S, deadline_s: float = DEADLINE_S) -> None:
         self._engine = engine_of(url, poolclass=sa.pool.NullPool)
-        self._alone = self._engine.dialect.name == "sqlite"
-        self._look_s = look_s
-        self._deadline_s = deadline_s
+        self._sqlite = self._engine.dialect.name == "sqlite"
+        self._poll_s = poll_s
         self._connection: sa.Connection | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lead")
+        self._database = DatabaseThread(self._engine, "lead", "the scheduler's database", deadline_s)
         self._log = get_logger()
 
     async def take(self) -> bool:
         """Try to become the active one: whether this scheduler is. Raises UnavailableError STORE_FAILED."""
-        return self._alone or await self._run(self._try)
+        return self._sqlite or await self._database.run(self._try_lock)
 
     async def wait(self) -> None:
         """Return when this scheduler has become the active one. A database that is away meanwhile is waited for."""
-        told = ""
+        logged = ""
         while True:
             try:
                 if await self.take():
                     return
-                told = ""
+                logged = ""
             except UnavailableError as error:
-                if told != error.message:
+                if logged != error.message:
                     self._log.warning("scheduler.standby_cannot_ask", reason=error.reason, message=error.message)
-                told = error.message
-            await asyncio.sleep(self._look_s)
+                logged = error.message
+            await asyncio.sleep(self._poll_s)
 
     async def watch(self) -> None:
         """Does not return. Raises UnavailableError LEAD_LOST once this scheduler can't be sure to be the active one."""
-        if self._alone:
+        if self._sqlite:
             await asyncio.Event().wait()
         while True:
-            await asyncio.sleep(self._look_s)
+            await asyncio.sleep(self._poll_s)
             try:
-                held = await self._run(self._look)
+                held = await self._database.run(self._is_held)
                 problem = "" if held else "another session took its place; a pooler has to keep sessions"
             except UnavailableError as error:
                 problem = error.message
@@ -81,10 +76,9 @@ class LeaderLock:
 
     def close(self) -> None:
         """Give the lock back; does not wait for it."""
-        self._thread.submit(self._end)
-        self._thread.shutdown(wait=False)
+        self._database.close(self._end)
 
-    def _try(self) -> bool:
+    def _try_lock(self) -> bool:
         try:
             if self._connection is None:
                 # Without transactions: the session lives as long as we do, and nothing is open meanwhile.
@@ -95,7 +89,7 @@ class LeaderLock:
             self._end()  # whatever the session was, the next try has one of its own
             raise
 
-    def _look(self) -> bool:
+    def _is_held(self) -> bool:
         assert self._connection is not None
         return self._connection.execute(_HELD).scalar() == 1
 
@@ -104,12 +98,3 @@ class LeaderLock:
         if connection is not None:
             connection.invalidate()
             connection.close()
-
-    async def _run(self, work: Callable[[], _T]) -> _T:
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except TimeoutError:
-            raise failed(self._engine, "the scheduler's database", f"no answer within {self._deadline_s:g} s") from None
-        except (sa.exc.SQLAlchemyError, OSError) as error:
-            raise failed(self._engine, "the scheduler's database", error) from error

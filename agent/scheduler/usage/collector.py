@@ -9,20 +9,17 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import sqlalchemy as sa
 
 from agent.core.billing.window import UsageWindow
-from agent.core.errors import ExhaustedError, InvalidArgumentError
+from agent.core.errors import InvalidArgumentError
 from agent.log import get_logger
 from agent.ports import Clock
-from agent.scheduler.database.engine import engine_of, failed
+from agent.scheduler.database.engine import engine_of
+from agent.scheduler.database.thread import DatabaseThread
 from agent.scheduler.usage.tables import CONFLICTS, USAGE_METADATA, WINDOWS, digest_of, payload_of, row_of
-
-T = TypeVar("T")
 
 MAX_BATCH = 2_000
 MAX_CONFLICTS_PER_KEY = 8
@@ -67,61 +64,29 @@ class Accepted:
         return marks
 
 
-class UsageDatabase:
-    """One thread, one engine. Raises UnavailableError STORE_FAILED (without the URL, which may hold a password)."""
+class UsageDatabase(DatabaseThread):
+    """The database of the usage windows."""
 
     @classmethod
     def at(cls, url: str) -> UsageDatabase:
-        """On its own engine for a SQLAlchemy URL. A SQLite file gets mode 0600 and WAL."""
+        """The one at a SQLAlchemy URL, with an engine of its own. A SQLite file gets mode 0600 and WAL."""
         return cls(engine_of(url))
 
     def __init__(self, engine: sa.Engine, *, deadline_s: float = 10.0, queue_length: int = 64) -> None:
-        self.engine = engine
-        self._deadline_s = deadline_s
-        self._queue_length = queue_length
-        self._waiting = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
+        hint = "; for less time, --since and --until, there may be one"
+        super().__init__(
+            engine, "usage", "the usage database", deadline_s, timeout_hint=hint, queue_length=queue_length
+        )
 
     async def open(self) -> None:
-        """Make the tables where they are missing."""
+        """Create the tables that are missing."""
         await self.run(self._open)
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """Run `work` in the thread. ExhaustedError USAGE_BUSY if too many wait already."""
-        if self._waiting >= self._queue_length:
-            raise ExhaustedError("USAGE_BUSY", f"{self._waiting} usage calls are waiting for the database; try later")
-        future = self._thread.submit(work)
-        self._waiting += 1
-        future.add_done_callback(self._count_down(asyncio.get_running_loop()))
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                return await asyncio.wrap_future(future)
-        except TimeoutError:
-            problem = f"no answer within {self._deadline_s:g} s; for less time, --since and --until, there may be one"
-            raise failed(self.engine, "the usage database", problem) from None
-        except (sa.exc.SQLAlchemyError, OSError) as error:
-            raise failed(self.engine, "the usage database", error) from error
-
-    def close(self) -> None:
-        """Let go of the engine once the jobs that wait (at most `queue_length`) have ended; does not wait for it."""
-        self._thread.submit(self.engine.dispose)
-        self._thread.shutdown(wait=False)
 
     def _open(self) -> None:
         path = self.engine.url.database
         if self.engine.dialect.name == "sqlite" and path:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         USAGE_METADATA.create_all(self.engine)
-
-    def _count_down(self, loop: asyncio.AbstractEventLoop) -> Callable[[object], None]:
-        def done() -> None:
-            self._waiting -= 1
-
-        def from_any_thread(_: object) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(done)
-
-        return from_any_thread
 
 
 class UsageCollector:

@@ -174,7 +174,7 @@ def test_a_database_that_cannot_be_is_a_configuration_error_without_its_password
 async def test_a_disk_that_hangs_is_an_error_by_its_deadline(tmp_path: Path) -> None:
     stuck = Store(f"sqlite:///{tmp_path}/scheduler.db", deadline_s=0.05)
     released = threading.Event()
-    blocking = asyncio.get_running_loop().run_in_executor(stuck._thread, released.wait)
+    blocking = asyncio.get_running_loop().run_in_executor(stuck.database.executor, released.wait)
     with pytest.raises(UnavailableError) as caught:
         await stuck.functions()
     assert caught.value.reason == "STORE_FAILED"
