@@ -1,4 +1,4 @@
-"""The dispatcher: one bounded FIFO per function, late binding, a lease per slot (agent/docs/design.md).
+"""The dispatcher: one bounded FIFO per function, late binding, a lease per slot (agent/docs/facts/dispatch.md).
 
 `Dispatcher.step(event, at_ns) -> effects` is the only code that changes it. A request is queued here until an instance
 has a free slot; then it holds a lease, one of the instance's slots, until its response has ended. Instances are woken

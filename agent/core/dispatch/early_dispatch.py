@@ -1,7 +1,7 @@
 """Early dispatch: requests that wait at a node before a slot there is free.
 
 When a slot becomes free, the next request is there already, instead of one trip through scheduler and network later.
-`Dispatcher(early_dispatch=...)` switches it; `scripts/bench dispatch` shows what it gains.
+`Dispatcher(early_dispatch=...)` switches it; `scripts/bench dispatch` measures it.
 """
 
 from __future__ import annotations

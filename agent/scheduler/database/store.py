@@ -1,7 +1,7 @@
-"""What must survive the scheduler: functions with their targets, and the nodes it has met. Never on the request path.
+"""The store: what must survive a restart of the scheduler. Functions with their targets, and the nodes it knows.
 
-SQLAlchemy Core on SQLite (WAL) by default, or on PostgreSQL. All statements run in one thread of its own. A spec is
-kept as the proto it came in, its secrets included: the file is readable by its owner only.
+SQLAlchemy Core on SQLite (WAL) by default, or on PostgreSQL; never on the request path. A spec is stored as its proto,
+secrets included: only its owner can read the file.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from agent.scheduler.database.engine import engine_of, text_type
 from agent.scheduler.database.thread import DatabaseThread
 
 DEADLINE_S = 10.0
-"""For a call. A write that missed it before its turn came does not happen; one that had begun may still, the error says
-so, and repeating it is harmless."""
+"""Of a call. A write that misses it before its turn does not happen; one that has begun may, as the error then says.
+Repeating it is harmless."""
 _UNSURE = "it may be written all the same, and takes effect at the next start then: once this is mended, put it again"
 
 _METADATA = sa.MetaData()
@@ -36,7 +36,7 @@ _FUNCTIONS = sa.Table(
     sa.Column("update_wall_ns", sa.BigInteger, nullable=False),
     sa.Column("deleting", sa.Boolean, nullable=False),
 )
-# Outlives its function: a name deployed again goes on counting, for request_ids of creates are never used twice.
+# Kept when a function is deleted: its revisions go on counting, since request_ids of creates must never repeat.
 _REVISIONS = sa.Table(
     "revisions",
     _METADATA,
@@ -49,14 +49,14 @@ _NODES = sa.Table(
     sa.Column("name", text_type(255), primary_key=True),
     sa.Column("first_seen_wall_ns", sa.BigInteger, nullable=False),
 )
-# A node without a row takes instances and requests.
+# A node without a row is in normal use.
 _NODE_SCHEDULING = sa.Table(
     "node_scheduling",
     _METADATA,
     sa.Column("name", text_type(255), primary_key=True),
     sa.Column("scheduling", sa.String(16), nullable=False),
 )
-# Schedule and policies of a function; its default target stands with the function.
+# Schedule and policies of a function; its default target is in `functions`.
 _PROVISION = sa.Table(
     "provision_configs",
     _METADATA,
@@ -67,8 +67,8 @@ _PROVISION = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class FunctionRow:
-    """One function. `spec` is a serialised v1.FunctionSpec with secrets, `triggers` a serialised v1.Function that
-    carries nothing but triggers."""
+    """A function. `spec`: serialised v1.FunctionSpec with secrets; `triggers`: serialised v1.Function with nothing but
+    triggers."""
 
     name: str
     revision: int
@@ -84,19 +84,19 @@ class FunctionRow:
 
 
 class Store:
-    """Functions and nodes in SQL. Raises UnavailableError STORE_FAILED, without the URL, which may hold a password;
-    then nothing was written, unless it says otherwise."""
+    """Functions and nodes in SQL. Every call may raise UnavailableError STORE_FAILED, without the URL, which may hold a
+    password; then nothing was written, unless the message says otherwise."""
 
     def __init__(self, url: str, deadline_s: float = DEADLINE_S) -> None:
         self._engine = engine_of(url)
         self.database = DatabaseThread(self._engine, "store", "the scheduler's database", deadline_s)
 
     async def open(self) -> None:
-        """Make the tables if they are not there."""
+        """Create the tables that are missing."""
         await self.database.run(self._open)
 
     async def close(self) -> None:
-        """Wait for what is being written, as long as for any call, then let go."""
+        """Wait for open calls, up to the deadline, and close."""
         with suppress(UnavailableError):
             await self.database.run(self._engine.dispose)
         self.database.close()
@@ -111,8 +111,8 @@ class Store:
         return [FunctionRow(**row._mapping) for row in await self.database.run(read)]
 
     async def put_function(self, row: FunctionRow, provision: bytes | None = None) -> None:
-        """Insert or replace one function; durable when it returns. `provision`: its schedule and policies as a
-        serialised v1.ProvisionConfig, in the same transaction; b"" for none, None leaves them as they are."""
+        """Insert or replace a function; durable on return. `provision`: its schedule and policies, a serialised
+        v1.ProvisionConfig, in the same transaction; b"" deletes them, None leaves them as they are."""
 
         def write() -> None:
             with self._engine.begin() as connection:
@@ -129,7 +129,7 @@ class Store:
         await self.database.run(write, unsure=_UNSURE)
 
     async def revisions(self) -> dict[str, int]:
-        """The last revision of every name ever deployed."""
+        """The last revision of every function ever deployed, by name."""
 
         def read() -> dict[str, int]:
             with self._engine.connect() as connection:
@@ -139,7 +139,7 @@ class Store:
         return await self.database.run(read)
 
     async def delete_function(self, name: str) -> None:
-        """Forget a function."""
+        """Delete a function; its last revision is kept."""
 
         def write() -> None:
             with self._engine.begin() as connection:
@@ -149,7 +149,7 @@ class Store:
         await self.database.run(write, unsure=_UNSURE)
 
     async def nodes(self) -> list[str]:
-        """Names of all nodes ever met."""
+        """Names of all nodes that ever registered."""
 
         def read() -> list[str]:
             with self._engine.connect() as connection:
@@ -158,7 +158,7 @@ class Store:
         return await self.database.run(read)
 
     async def put_node(self, name: str, wall_ns: int) -> None:
-        """Remember a node."""
+        """Add a node, unless it is known."""
 
         def write() -> None:
             with self._engine.begin() as connection:
@@ -168,7 +168,7 @@ class Store:
         await self.database.run(write, unsure=_UNSURE)
 
     async def node_scheduling(self) -> dict[str, str]:
-        """What operators have asked of nodes: CORDONED or DRAINED, by name; the others are in use."""
+        """What operators have asked of nodes: CORDONED or DRAINED, by name."""
 
         def read() -> dict[str, str]:
             with self._engine.connect() as connection:
@@ -178,7 +178,7 @@ class Store:
         return await self.database.run(read)
 
     async def put_node_scheduling(self, name: str, scheduling: str | None) -> None:
-        """CORDONED or DRAINED; None takes it back."""
+        """Set CORDONED or DRAINED, or None to delete it."""
 
         def write() -> None:
             with self._engine.begin() as connection:
@@ -189,7 +189,7 @@ class Store:
         await self.database.run(write, unsure=_UNSURE)
 
     async def provision_configs(self) -> dict[str, bytes]:
-        """Serialised v1.ProvisionConfig by function, of those that have a schedule or policies."""
+        """Serialised v1.ProvisionConfig by function, for functions with a schedule or policies."""
 
         def read() -> dict[str, bytes]:
             with self._engine.connect() as connection:

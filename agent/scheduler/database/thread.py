@@ -1,4 +1,4 @@
-"""The thread that runs all statements on one database: one writer, a deadline for every call, a loop that never waits."""
+"""The thread that runs all statements on a database: one writer, and a deadline for every call."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class DatabaseThread:
         ExhaustedError USAGE_BUSY if `queue_length` calls are open.
         """
         if self._queue_length is not None and self._open_calls >= self._queue_length:
-            raise ExhaustedError("USAGE_BUSY", f"{self._open_calls} usage calls are waiting for the database; try later")
+            text = f"{self._open_calls} usage calls are waiting for the database; try later"
+            raise ExhaustedError("USAGE_BUSY", text)
         job = self.executor.submit(work)
         self._open_calls += 1
         job.add_done_callback(self._closes_call(asyncio.get_running_loop()))

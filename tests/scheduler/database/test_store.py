@@ -108,9 +108,9 @@ async def test_validate_only_changes_nothing(store: Store) -> None:
 async def test_hopeless_problems_end_the_waiting_and_a_deploy_begins_anew(store: Store) -> None:
     catalog, told = catalog_on(store)
     await catalog.deploy(request())
-    catalog.set_problem("ocr", Problem("NO_FREE_GPU", "all taken", hopeless=False))
+    catalog.set_problem("ocr", Problem("NO_FREE_GPU", "all taken", no_capacity_expected=False))
     assert len(told) == 1
-    catalog.set_problem("ocr", Problem("IMAGE_RUNTIME_UNAVAILABLE", "no engine", hopeless=True))
+    catalog.set_problem("ocr", Problem("IMAGE_RUNTIME_UNAVAILABLE", "no engine", no_capacity_expected=True))
     assert told[-1] == FunctionSet("ocr", False, DispatchPolicy.SPREAD, 0.5, 7)
     await catalog.deploy(request())
     assert catalog.problem("ocr") is None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.core.errors import UnavailableError
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.provisioning.model import Scheduling
 from agent.scheduler.database.store import DEADLINE_S, Store
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from tests.scheduler.functions.autoscaler_rig import Rig, current_policy
