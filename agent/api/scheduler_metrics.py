@@ -9,8 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from agent.api.function_metrics import FunctionMetrics
-from agent.core.dispatch.index import NodeStanding
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.dispatch.model import NodeStanding
+from agent.core.provisioning.model import Scheduling
 from agent.core.types import SECOND_NS
 from agent.scheduler.fleet.fleet import Fleet, NodeRecord
 from agent.scheduler.gateway.gateway import GatewayCounts
@@ -71,9 +71,9 @@ class SchedulerMetrics(Collector):
             for scheduling in Scheduling:
                 value = float(self._fleet.scheduling(node.name) is scheduling)
                 asked.add_metric([node.name, scheduling.value], value)
-            if node.wall_ns:
-                heard.add_metric([node.name], node.wall_ns / SECOND_NS)
-            if not node.wall_ns or node.standing is NodeStanding.LOST:
+            if node.last_heard_wall_ns:
+                heard.add_metric([node.name], node.last_heard_wall_ns / SECOND_NS)
+            if not node.last_heard_wall_ns or node.standing is NodeStanding.LOST:
                 continue  # its last report is no longer true
             waiting.add_metric([node.name], node.load.gpu_waiting)
             for use, count in _gpu_use(node).items():
