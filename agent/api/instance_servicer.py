@@ -98,7 +98,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         if began.state is InstanceState.RUNNING:
             if began.paused:
                 raise paused_by_others(actor.uid)
-            inside = "a command runs inside (`hibernode exec`)" if began.visited else "idle mode is off for it"
+            inside = "a command runs inside (`hibernode exec`)" if began.exec_active else "idle mode is off for it"
             why = "it is in use" if began.busy else inside
             raise PreconditionError("NOT_IDLE", f"instance {actor.uid} was not frozen: {why}")
         await actor.wait_until(lambda i: i.state is not InstanceState.FREEZING, MAX_WAIT_S, "FREEZE")

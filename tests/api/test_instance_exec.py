@@ -135,7 +135,7 @@ async def test_a_caller_that_leaves_ends_the_command(tmp_path: Path) -> None:
         stream, session = await site.begun(actor)
         stream.close()
         await happened(session.closed)
-        assert not actor.instance.visited
+        assert not actor.instance.exec_active
 
 
 async def test_a_caller_that_says_no_more_has_no_more_input(tmp_path: Path) -> None:

@@ -240,15 +240,15 @@ class Actor:
                 self.executor.run(op, gen)
             case ev.AskCancel(gen):
                 self.executor.ask_cancel(gen)
-            case ev.Want(avoid):
+            case ev.RequestGpus(avoid):
                 self._desk.want(self, avoid)
-            case ev.Withdraw():
+            case ev.WithdrawRequest():
                 self._desk.withdraw(self)
-            case ev.Release():
+            case ev.ReleaseGpus():
                 self._desk.release(self)
             case ev.OrderedFreezeRefused():
                 self._desk.refused(self)
-            case ev.Became(idle, preemptible_at_ns):
+            case ev.ReportActivity(idle, preemptible_at_ns):
                 self._desk.became(self, idle, preemptible_at_ns)
             case ev.SetIdleTimer(gen, at_ns):
                 self._arm_idle(gen, at_ns)

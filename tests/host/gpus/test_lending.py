@@ -54,7 +54,7 @@ async def test_a_busy_holder_is_drained_after_max_hold() -> None:
         busy = await world.running()
         await enter(busy)
         other = await world.create()
-        await eventually(lambda: other.instance.asks)
+        await eventually(lambda: other.instance.in_gpu_queue)
         world.clock.advance(10 * SECOND_NS)
         assert busy.instance.draining
         assert other.state is S.STARTING
@@ -123,7 +123,7 @@ async def test_a_drained_holder_that_is_paused_does_not_keep_the_book_from_askin
         for holder in holders:
             await enter(holder)
         waiter = await world.create()
-        await eventually(lambda: waiter.instance.asks)
+        await eventually(lambda: waiter.instance.in_gpu_queue)
         world.clock.advance(10 * SECOND_NS)
         drained, other = sorted(holders, key=lambda holder: not holder.instance.draining)
         assert (drained.instance.draining, other.instance.draining) == (True, False)

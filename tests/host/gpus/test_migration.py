@@ -199,7 +199,7 @@ async def test_a_pause_by_somebody_else_closes_the_gate_until_it_ends(world: Wor
     world.freezer.states[actor.uid] = Condition.PAUSED_BY_OTHERS
     look_for_pauses(world.node, world.freezer)
     assert not actor.instance.gate_open
-    assert "EXTERNALLY_FROZEN" in world.names(actor.uid)
+    assert "instance.externally_frozen" in world.names(actor.uid)
     world.clock.advance(OCR.idle.freeze_after_ns + 1)
     assert actor.state is InstanceState.RUNNING, "the driver is not asked"
     world.freezer.states[actor.uid] = Condition.AWAKE

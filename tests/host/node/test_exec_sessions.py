@@ -50,7 +50,7 @@ async def test_a_frozen_one_is_refused_at_once_and_stays_frozen() -> None:
             async with desk.visit(actor.uid, LS, wake=False, caller="olga"):
                 pass
         assert caught.value.reason == "INSTANCE_FROZEN"
-        assert (actor.state, actor.instance.visited) == (S.FROZEN, False)
+        assert (actor.state, actor.instance.exec_active) == (S.FROZEN, False)
         assert ("exec", actor.uid) not in world.runtime.calls
 
 
@@ -118,7 +118,7 @@ async def test_a_process_of_the_host_has_no_inside_and_is_not_woken_for_that() -
         world.runtime.executes = False
         actor = await world.frozen()
         assert await reason_of(desk, actor.uid, wake=True) == "EXEC_UNAVAILABLE"
-        assert (actor.state, actor.instance.visited) == (S.FROZEN, False)
+        assert (actor.state, actor.instance.exec_active) == (S.FROZEN, False)
 
 
 async def test_a_command_that_can_not_be_run_leaves_nothing_but_its_trace() -> None:
@@ -126,7 +126,7 @@ async def test_a_command_that_can_not_be_run_leaves_nothing_but_its_trace() -> N
         actor = await world.running()
         world.runtime.exec_error = InstanceError("EXEC_FAILED", "unable to find user nobody-here")
         assert await reason_of(desk, actor.uid) == "EXEC_FAILED"
-        assert not actor.instance.visited
+        assert not actor.instance.exec_active
         assert len(events_of(world, "instance.exec")) == 1
         assert world.messages("instance.exec_ended") == ["EXEC_FAILED"]
 
@@ -240,7 +240,7 @@ async def test_the_agents_leave_ends_them_and_waits_until_they_have_cleaned_up()
         visiting = await _visited(world, desk, actor)
         await asyncio.wait_for(desk.close(), PATIENCE_S)
         assert world.runtime.sessions[0].closed.is_set()
-        assert not actor.instance.visited
+        assert not actor.instance.exec_active
         with pytest.raises(UnavailableError, match="AGENT_STOPPING"):
             await visiting
         assert await reason_of(desk, actor.uid) == "AGENT_STOPPING"
