@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -68,7 +68,6 @@ class Billing:
         node: str,
         boot_id: str,
         settings: BillingOptions | None = None,
-        price_boundaries_wall_ns: Sequence[int] = (),
         card_bytes: Mapping[str, int] | None = None,
         on_written: Callable[[], None] = lambda: None,
     ) -> None:
@@ -79,14 +78,12 @@ class Billing:
         self._node = node
         self._boot_id = boot_id
         self._settings = settings or BillingOptions()
-        self._boundaries = tuple(sorted(price_boundaries_wall_ns))
         self._card_bytes = card_bytes or {}
         self._on_written = on_written
         self._meters: dict[str, Meter] = {}
         self._found: dict[str, UsageWindow] = {}
         self._sums: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
-        self._backlog = UnwrittenWindows(self._settings.backlog, self._boundaries)
-        self._priced_until_wall = clock.wall_ns()
+        self._backlog = UnwrittenWindows(self._settings.backlog)
         self._timer: Timer | None = None
         self._flushing: asyncio.Task[bool] | None = None
         self._retry_at = 0
@@ -104,20 +101,18 @@ class Billing:
 
     def settle(self) -> None:
         """All living instances are open: complete the ledgers of those that are gone."""
-        now, wall = self._clock.monotonic_ns(), self._clock.wall_ns()
+        now = self._clock.monotonic_ns()
         for window in self._found.values():
-            self._complete(window, now, wall, same_process=False)
+            self._complete(window, now, same_process=False)
         self._found.clear()
 
-    def _complete(self, last: UsageWindow, now: int, wall: int, *, same_process: bool, goes_on: bool = False) -> int:
+    def _complete(self, last: UsageWindow, now: int, *, same_process: bool, goes_on: bool = False) -> int:
         recovered = resume(
             last,
             boot_id=self._boot_id,
             now_mono_ns=now,
-            now_wall_ns=wall,
             same_process=same_process,
             policy=self._settings.policy,
-            price_boundaries_wall_ns=self._boundaries,
             goes_on=goes_on,
         )
         for window in recovered.windows:
@@ -143,9 +138,8 @@ class Billing:
         last = self._found.pop(uid, None)
         seq, placement = 0, Placement()
         if last is not None:
-            seq = self._complete(
-                last, now, wall, same_process=same_process and last.boot_id == self._boot_id, goes_on=True
-            )
+            same_process = same_process and last.boot_id == self._boot_id
+            seq = self._complete(last, now, same_process=same_process, goes_on=True)
             placement = Placement(last.gpu_model, last.gpu_uuids, last.gpu_memory_bytes)
         meter = Meter(
             Subject.of(uid, function, node=self._node, boot_id=self._boot_id),
@@ -239,9 +233,7 @@ class Billing:
         return await asyncio.shield(self._begin_flush())
 
     def _arm(self) -> None:
-        now, wall = self._clock.monotonic_ns(), self._clock.wall_ns()
-        boundary = next((b - wall for b in self._boundaries if b > wall), self._settings.flush_interval_ns)
-        self._timer = self._clock.call_at(now + min(boundary, self._settings.flush_interval_ns), self._tick)
+        self._timer = self._clock.call_at(self._clock.monotonic_ns() + self._settings.flush_interval_ns, self._tick)
 
     def _tick(self) -> None:
         self._seal_due()
@@ -251,11 +243,10 @@ class Billing:
 
     def _seal_due(self) -> None:
         now, wall = self._clock.monotonic_ns(), self._clock.wall_ns()
-        new_price = any(self._priced_until_wall < boundary <= wall for boundary in self._boundaries)
-        self._priced_until_wall = wall
-        oldest = now - self._settings.window_ns
+        if self._failures:
+            return
         for meter in self._meters.values():
-            if new_price or (meter.window_start <= oldest and not self._failures):
+            if meter.window_start <= now - self._settings.window_ns:
                 self._keep(meter.seal(now, wall))
 
     def _keep(self, window: UsageWindow | None) -> None:
