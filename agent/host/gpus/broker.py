@@ -16,7 +16,7 @@ from agent.core.errors import ExhaustedError, HibernodeError
 from agent.core.gpus import allocator
 from agent.core.gpus import allocator_events as book_events
 from agent.core.gpus.allocator import GpuAllocator
-from agent.core.gpus.allocator_events import BookEvent
+from agent.core.gpus.allocator_events import AllocatorEvent
 from agent.core.lifecycle import events as ev
 from agent.core.types import SECOND_NS, Gpu, InstanceState
 from agent.host.instance.actor import Actor
@@ -57,8 +57,8 @@ class GpuBroker:
         self._events = events
         self._actor_of = actor_of
         self._pids_of = pids_of
-        self._inbox: deque[tuple[BookEvent, int]] = deque()
-        self._untold: dict[str, tuple[BookEvent, int]] = {}
+        self._inbox: deque[tuple[AllocatorEvent, int]] = deque()
+        self._untold: dict[str, tuple[AllocatorEvent, int]] = {}
         self._stepping = False
         self._answers: dict[str, book_events.Assigned | book_events.Unassignable] = {}
         self._timer: Timer | None = None
@@ -114,7 +114,7 @@ class GpuBroker:
             await asyncio.wait([proof])  # it has its own deadlines
         self.apply(book_events.Unassign(uid))
 
-    def apply(self, event: BookEvent) -> None:
+    def apply(self, event: AllocatorEvent) -> None:
         """Feed the book; when this returns, everything that followed has been handed out."""
         self._hand_in()
         self._inbox.append((event, self._clock.monotonic_ns()))
@@ -139,7 +139,7 @@ class GpuBroker:
         finally:
             self._stepping = False
 
-    def _perform(self, effect: book_events.BookEffect) -> None:
+    def _perform(self, effect: book_events.AllocatorEffect) -> None:
         match effect:
             case book_events.Assigned(uid) | book_events.Unassignable(uid):
                 self._answers[uid] = effect
