@@ -30,8 +30,7 @@ from agent.core.dispatch.events import (
     Wake,
     WakeAnswered,
 )
-from agent.core.gpus import allocator
-from agent.core.gpus import allocator_events as book_events
+from agent.core.gpus import allocator, allocator_events
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle import machine
 from agent.core.lifecycle.machine import Instance
@@ -81,9 +80,9 @@ class Simulation:
         self._members: dict[str, _Member] = {}
         self._requests: dict[int, _Request] = {}
         self._numbers = 0
-        self._book = allocator.GpuAllocator({})
-        self._book_inbox: deque[book_events.BookEvent] = deque()
-        self._book_busy = False
+        self._allocator = allocator.GpuAllocator({})
+        self._allocator_inbox: deque[allocator_events.AllocatorEvent] = deque()
+        self._allocator_busy = False
 
     def run(self, functions: Iterable[str], calls: Iterable[Call]) -> RequestOutcome:
         """Simulate `calls`, in order of time, of `functions`, until all have ended."""
@@ -127,7 +126,7 @@ class Simulation:
         total = plan.instances * len(functions)
         gpus = plan.gpus or total
         devices = {f"GPU-{n}": allocator.AllocatableGpu(f"GPU-{n}", plan.gpu_model) for n in range(gpus)}
-        self._book = allocator.GpuAllocator(devices, per_gpu=-(-total // gpus), migrate=True)
+        self._allocator = allocator.GpuAllocator(devices, per_gpu=-(-total // gpus), migrate=True)
         policy = DispatchPolicy.SPREAD if plan.policy is SimulatedPolicy.SPREAD else DispatchPolicy.PACK
         self._apply(NodeReported(NODE, gpu_count=gpus))
         for name in functions:
@@ -153,7 +152,7 @@ class Simulation:
         )
         slots: ConcurrencyLimiter[int] = ConcurrencyLimiter(plan.concurrency, 1 << 30)
         self._members[uid] = _Member(function, instance, slots, meter, deque())
-        self._ask_book(book_events.Assign(uid, 1, ""))
+        self._tell_allocator(allocator_events.Assign(uid, 1, ""))
         self._step(uid, ev.Created())
 
     def _step(self, uid: str, event: ev.Event) -> None:
@@ -205,18 +204,18 @@ class Simulation:
                     self.outcome.wakes += 1
                 self._later(self.at + takes, lambda: self._step(uid, ev.Succeeded(gen)))
             case ev.RequestGpus(avoid):
-                self._ask_book(book_events.Ask(uid, avoid))
+                self._tell_allocator(allocator_events.Ask(uid, avoid))
             case ev.WithdrawRequest():
-                self._ask_book(book_events.Leave(uid))
+                self._tell_allocator(allocator_events.Leave(uid))
             case ev.ReleaseGpus():
-                self._ask_book(book_events.Releasing(uid))
-                self._ask_book(book_events.Released(uid))
+                self._tell_allocator(allocator_events.Releasing(uid))
+                self._tell_allocator(allocator_events.Released(uid))
             case ev.OrderedFreezeRefused():
-                self._ask_book(book_events.FreezeRefused(uid))
+                self._tell_allocator(allocator_events.FreezeRefused(uid))
             case ev.ReportActivity(True, preemptible_at_ns):
-                self._ask_book(book_events.BecameIdle(uid, preemptible_at_ns))
+                self._tell_allocator(allocator_events.BecameIdle(uid, preemptible_at_ns))
             case ev.ReportActivity():
-                self._ask_book(book_events.BecameBusy(uid))
+                self._tell_allocator(allocator_events.BecameBusy(uid))
             case ev.SetIdleTimer(gen, at_ns):
                 self._later(at_ns, lambda: self._step(uid, ev.IdleTimer(gen)))
             case ev.RefuseWaiters():
@@ -225,26 +224,26 @@ class Simulation:
             case _:
                 pass  # what only a real instance has: pools, stops, notes
 
-    def _ask_book(self, event: book_events.BookEvent) -> None:
-        self._book_inbox.append(event)
-        if self._book_busy:
+    def _tell_allocator(self, event: allocator_events.AllocatorEvent) -> None:
+        self._allocator_inbox.append(event)
+        if self._allocator_busy:
             return
-        self._book_busy = True
-        while self._book_inbox:
-            self._book, effects = allocator.step(self._book, self._book_inbox.popleft(), self.at)
+        self._allocator_busy = True
+        while self._allocator_inbox:
+            self._allocator, effects = allocator.step(self._allocator, self._allocator_inbox.popleft(), self.at)
             for effect in effects:
                 match effect:
-                    case book_events.Grant(uid, gpus):
+                    case allocator_events.Grant(uid, gpus):
                         self._step(uid, ev.Granted(gpus))
-                    case book_events.AskFreeze(uid):
+                    case allocator_events.AskFreeze(uid):
                         self._step(uid, ev.FreezeOrdered())
-                    case book_events.AskDrain(uid):
+                    case allocator_events.AskDrain(uid):
                         self._step(uid, ev.DrainOrdered())
-                    case book_events.WakeMeAt(at_ns):
-                        self._later(at_ns, lambda: self._ask_book(book_events.Tick()))
+                    case allocator_events.WakeMeAt(at_ns):
+                        self._later(at_ns, lambda: self._tell_allocator(allocator_events.Tick()))
                     case _:
                         pass
-        self._book_busy = False
+        self._allocator_busy = False
 
     def _follow_gate(self, uid: str, member: _Member) -> None:
         """As `AdmissionGate.set_open`."""
