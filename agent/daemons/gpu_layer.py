@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from agent.adapters.cuda.checkpointers import HostCheckpointer, choose
 from agent.adapters.cuda.processes import Pids
 from agent.adapters.freezer.freezer import CudaFreezer
-from agent.adapters.freezer.limits import FreezerLimits
+from agent.adapters.freezer.limits import freezer_limits
 from agent.adapters.kernel.cgroup import CgroupSlice
 from agent.adapters.kernel.cgroup_freezer import choose_freezer
 from agent.adapters.nvml.gpus import NvmlGpus
@@ -17,7 +17,6 @@ from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, look_patiently
 from agent.adapters.nvml.locks import GpuLocks
 from agent.core.errors import HibernodeError
 from agent.core.gpus.capabilities import Capabilities, find_capabilities
-from agent.core.types import SECOND_NS
 from agent.log import get_logger
 from agent.settings import GpuSettings
 
@@ -85,16 +84,6 @@ async def open_gpu_layer(
             log.warning("idle_mode.unavailable", reason=error.reason, message=error.message)
             unavailable = error.message
     return GpuLayer(gpus, sight, capabilities, checkpointer, freezer, unavailable)
-
-
-def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerLimits:
-    """What the configuration means for the freezer."""
-    return FreezerLimits.for_timeouts(
-        settings.lock_timeout_ns / SECOND_NS,
-        settings.operation_timeout_ns / SECOND_NS,
-        several_processes_on_several_gpus=settings.multi_process_multi_gpu,
-        migrates=migrates,
-    )
 
 
 async def see_gpus(gpus: NvmlGpus) -> GpuSurvey:

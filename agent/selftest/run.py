@@ -25,7 +25,7 @@ import uvloop
 from agent import __version__, log
 from agent.adapters.cuda.checkpointers import HostCheckpointer, choose
 from agent.adapters.freezer.freezer import CudaFreezer
-from agent.adapters.freezer.limits import FreezerLimits
+from agent.adapters.freezer.limits import FreezerLimits, freezer_limits
 from agent.adapters.kernel import process_table
 from agent.adapters.kernel.cgroup_freezer import choose_freezer
 from agent.adapters.kernel.clock import SystemClock
@@ -36,7 +36,6 @@ from agent.config import load
 from agent.core.errors import HibernodeError, PreconditionError
 from agent.core.gpus.capabilities import Capabilities
 from agent.core.types import GIB, Gpu
-from agent.daemons.gpu_layer import freezer_limits
 from agent.exit_codes import exit_of
 from agent.selftest.checks import HostFindings, SelftestPlan, survey
 from agent.selftest.rounds import CheckpointerUnderTest, Rounds, touch_deadline_s

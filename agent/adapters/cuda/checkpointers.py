@@ -9,11 +9,13 @@ from typing import Protocol
 from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer, PoolLimits
 from agent.adapters.cuda.driver_worker_process import WorkerOptions
 from agent.adapters.cuda.utility_checkpointer import UtilityCheckpointer
-from agent.adapters.freezer.limits import WORKERS_DOWN
 from agent.core.errors import UnavailableError
 from agent.core.gpus.capabilities import Capabilities
 from agent.ports import Checkpointer, CudaCall, CudaFault, CudaReply
 from agent.settings import GpuSettings
+
+WORKERS_DOWN = "DRIVER_WORKERS_DOWN"
+"""Reason of a reply: no worker can be started, now or later."""
 
 SPAWN_S = 10.0
 """What a spawn of the program may take besides its operation: cuInit took others up to 7 s on hosts with many GPUs."""

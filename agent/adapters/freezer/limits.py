@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agent.adapters.cuda.result_codes import FATAL, explain
-from agent.core.types import GIB
+from agent.core.types import GIB, SECOND_NS
 from agent.ports import CudaReply, CudaState, FreezeResult, Outcome
-
-WORKERS_DOWN = "DRIVER_WORKERS_DOWN"
-"""A checkpointer's reason: no worker can be had, now and for the time to come."""
+from agent.settings import GpuSettings
 
 START_OVER = "START_OVER"
 """The reason, inside the freezer only, that asks for another listing before the next lock."""
@@ -75,6 +73,16 @@ class FreezerLimits:
             several_processes_on_several_gpus=several_processes_on_several_gpus,
             migrates=migrates,
         )
+
+
+def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerLimits:
+    """What the configuration means for the freezer."""
+    return FreezerLimits.for_timeouts(
+        settings.lock_timeout_ns / SECOND_NS,
+        settings.operation_timeout_ns / SECOND_NS,
+        several_processes_on_several_gpus=settings.multi_process_multi_gpu,
+        migrates=migrates,
+    )
 
 
 def refused(reason: str, message: str, driver_ns: int = 0) -> FreezeResult:

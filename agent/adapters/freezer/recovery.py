@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 
+from agent.adapters.cuda.checkpointers import WORKERS_DOWN
 from agent.adapters.cuda.processes import CudaProcess, calm_states, release
-from agent.adapters.freezer.limits import WORKERS_DOWN
 from agent.adapters.freezer.tracked import FreezerRegistry
 from agent.adapters.freezer.vram_check import VramProbe
 from agent.adapters.kernel import process_table

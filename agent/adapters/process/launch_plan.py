@@ -11,21 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agent.adapters.runtime.bundles import BundleIdentity
 from agent.adapters.runtime.environment import instance_environment
 from agent.core.errors import ConfigError, InvalidArgumentError
 from agent.ports import StartSpec
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-@dataclass(frozen=True, slots=True)
-class BundleIdentity:
-    """The user a workload runs as: resolved once, by the agent, from `runtime.process.user`."""
-
-    name: str
-    uid: int
-    gid: int
-    groups: tuple[int, ...]
 
 
 def refuse_root_by_omission(name: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -22,7 +21,7 @@ from agent.adapters.kernel import cgroup, process_table
 from agent.adapters.kernel.cgroup_freezer import instance_mark
 from agent.adapters.process import launch
 from agent.adapters.process.launch_plan import LaunchPlan, make_plan, refuse_root_by_omission, resolve_identity
-from agent.adapters.runtime.bundles import Bundle, Bundles
+from agent.adapters.runtime.bundles import UID_PATTERN, Bundle, Bundles
 from agent.adapters.runtime.exits import ExitWatch, kill_timeout
 from agent.adapters.runtime.log_files import LogFiles
 from agent.core.errors import (
@@ -42,7 +41,6 @@ START_DEADLINE_S = 15.0
 DESTROY_DEADLINE_S = 10.0
 FOLLOW_LOOK_S = 0.15
 LOG_LOOK_NS = 5 * SECOND_NS
-UID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 PORT_ATTEMPTS = 16
 
 log = get_logger()

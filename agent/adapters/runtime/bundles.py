@@ -9,19 +9,30 @@ No fsync: the record must outlive the agent, not the host. After a reboot the pr
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from agent.adapters.kernel.remove_tree import remove_tree
-from agent.adapters.process.launch_plan import BundleIdentity
 from agent.core.types import Handle
 from agent.log import get_logger
 
 FORMAT = 1
+UID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class BundleIdentity:
+    """The user a workload runs as: resolved once, by the agent, from `runtime.process.user`."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
-from agent.adapters.process.launch_plan import BundleIdentity
+from agent.adapters.runtime.bundles import BundleIdentity
 
 _SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 

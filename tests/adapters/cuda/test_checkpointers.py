@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.cuda.checkpointers import HostCheckpointer, NoCheckpointer, choose
+from agent.adapters.cuda.checkpointers import WORKERS_DOWN, HostCheckpointer, NoCheckpointer, choose
 from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer
 from agent.adapters.cuda.utility_checkpointer import UtilityCheckpointer
-from agent.adapters.freezer.limits import WORKERS_DOWN
 from agent.core.errors import ConfigError, UnavailableError
 from agent.core.gpus.capabilities import HostFacts, find_capabilities
 from agent.core.types import GIB, MIB, Gpu

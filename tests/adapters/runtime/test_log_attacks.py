@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.process.launch_plan import BundleIdentity, resolve_identity
+from agent.adapters.process.launch_plan import resolve_identity
+from agent.adapters.runtime.bundles import BundleIdentity
 from agent.adapters.runtime.log_files import LogFiles
 
 # Whoever opens a leased file waits for its holder, up to /proc/sys/fs/lease-break-time (45 s): in the agent's loop.
