@@ -208,7 +208,7 @@ class AgentDaemon:
             self.events,
             self.clock,
             after_sample=self.trespass.look,
-            persistence_is_off=self.gpu.checkpointer.persistence_is_off,
+            persistence_is_off=self.gpu.checkpointer.on_persistence_off,
         )
 
     def _vram_now(self) -> Mapping[str, int]:

@@ -23,7 +23,7 @@ from typing import Any
 import uvloop
 
 from agent import __version__, log
-from agent.adapters.cuda.checkpointers import HostCheckpointer, choose
+from agent.adapters.cuda.checkpointers import HostCheckpointer, choose_checkpointer
 from agent.adapters.freezer.freezer import CudaFreezer
 from agent.adapters.freezer.limits import FreezerLimits, freezer_limits
 from agent.adapters.kernel import process_table
@@ -132,7 +132,7 @@ class Selftest:
             log.get_logger().error("selftest.left_behind", reason=error.reason, message=error.message)
 
     async def _checkpointer(self, capabilities: Capabilities, settings: GpuSettings) -> HostCheckpointer:
-        made = choose(capabilities, settings)
+        made = choose_checkpointer(capabilities, settings)
         self._stack.push_async_callback(made.close)
         await made.start()
         return made
@@ -175,7 +175,7 @@ class Selftest:
         """The sum of what each step may take: never met, unless a step forgets its own."""
         size = self._asked.size_bytes
         copy_s = limits.copy_base_s + size / limits.copy_bytes_per_s
-        freeze_and_wake = 2 * (copy_s + limits.settle_s) + limits.lock_timeout_s + limits.vram_gone_s
+        freeze_and_wake = 2 * (copy_s + limits.rollback_s) + limits.lock_timeout_s + limits.vram_gone_s
         ways = 2 if self._asked.against else 1
         return START_S + 2 * touch_deadline_s(size) + (self._asked.runs + 1) * ways * (
             4 * touch_deadline_s(size) + freeze_and_wake

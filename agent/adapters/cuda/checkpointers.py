@@ -27,7 +27,7 @@ class HostCheckpointer(Checkpointer, Protocol):
 
     async def start(self) -> None: ...
 
-    def persistence_is_off(self) -> None:
+    def on_persistence_off(self) -> None:
         """Somebody has turned persistence mode off on a GPU of this host."""
 
     async def close(self) -> None: ...
@@ -36,14 +36,14 @@ class HostCheckpointer(Checkpointer, Protocol):
 class NoCheckpointer:
     """For a host whose driver can't be asked at all."""
 
-    def __init__(self, why: str) -> None:
-        self._why = why
+    def __init__(self, message: str) -> None:
+        self._message = message
 
     async def start(self) -> None:
         """Raises UnavailableError CHECKPOINT_API_UNAVAILABLE."""
-        raise UnavailableError("CHECKPOINT_API_UNAVAILABLE", self._why)
+        raise UnavailableError("CHECKPOINT_API_UNAVAILABLE", self._message)
 
-    def persistence_is_off(self) -> None:
+    def on_persistence_off(self) -> None:
         """Nothing is restored here."""
 
     async def close(self) -> None:
@@ -51,10 +51,10 @@ class NoCheckpointer:
 
     async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
         """`Checkpointer.run`: nothing is ever begun."""
-        return CudaReply((), CudaFault.NOT_BEGUN, WORKERS_DOWN, self._why) if calls else CudaReply()
+        return CudaReply((), CudaFault.NOT_BEGUN, WORKERS_DOWN, self._message) if calls else CudaReply()
 
 
-def choose(
+def choose_checkpointer(
     capabilities: Capabilities,
     settings: GpuSettings,
     on_stuck: Callable[[Sequence[str]], None] | None = None,

@@ -56,7 +56,7 @@ class _Job:
 
 
 @dataclass(slots=True, eq=False)
-class _Slot:
+class _WorkerSlot:
     """A place for one worker: `worker` None and `respawn` None means it rests after too many failures."""
 
     worker: DriverWorkerProcess | None = None
@@ -67,12 +67,12 @@ class _Slot:
 
 
 @dataclass(slots=True)
-class _Bell:
+class _ChangeNotifier:
     """WakeCalls whoever waits for a change of the slots."""
 
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         waiters, self.waiters = self.waiters, []
         for waiter in waiters:
             if not waiter.done():
@@ -91,16 +91,16 @@ class DriverCheckpointer:
         self,
         options: WorkerOptions | None = None,
         limits: PoolLimits | None = None,
-        on_worker_stuck: Callable[[Sequence[str]], None] | None = None,
+        on_stuck: Callable[[Sequence[str]], None] | None = None,
     ) -> None:
-        """`on_worker_stuck` gets the uuids of the GPUs whose operation survived SIGKILL: cordon them."""
+        """`on_stuck` gets the uuids of the GPUs whose operation survived SIGKILL: cordon them."""
         self._options = options or WorkerOptions()
         self._limits = limits or PoolLimits()
-        self._on_worker_stuck = on_worker_stuck
+        self._on_stuck = on_stuck
         self.init_before_restore = self._options.init_before_restore
-        self._slots = [_Slot() for _ in range(self._limits.workers)]
+        self._slots = [_WorkerSlot() for _ in range(self._limits.workers)]
         self._queue: deque[_Job] = deque()
-        self._bell = _Bell()
+        self._changed = _ChangeNotifier()
         self._closed = False
         self._ever_ready = False
         self._events = WorkerEvents(self._on_ready, self._on_answered, self._on_gone)
@@ -109,14 +109,14 @@ class DriverCheckpointer:
         """Spawn the workers; returns when one is ready. Raises UnavailableError CHECKPOINT_API_UNAVAILABLE."""
         for slot in self._slots:
             self._spawn(slot)
-        while not any(self._usable(slot) for slot in self._slots):
+        while not any(self._is_up(slot) for slot in self._slots):
             if all(slot.last_error for slot in self._slots):
                 await self.close()
                 raise UnavailableError(
                     "CHECKPOINT_API_UNAVAILABLE",
                     f"no driver worker could be started: {self._slots[0].last_error}",
                 )
-            await self._bell.wait()
+            await self._changed.wait()
 
     async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
         """`Checkpointer.run`. Reasons with NOT_BEGUN: DRIVER_QUEUE_FULL, DRIVER_BUSY, DRIVER_WORKERS_DOWN; with
@@ -145,7 +145,7 @@ class DriverCheckpointer:
         self._dispatch()
         if not job.reply.done() and job in self._queue:
             self._revive()
-            job.waiting = loop.call_later(self._limits.queue_timeout_s, self._give_up, job)
+            job.waiting = loop.call_later(self._limits.queue_timeout_s, self._expire, job)
         try:
             return await job.reply
         finally:
@@ -165,16 +165,11 @@ class DriverCheckpointer:
             if slot.worker is not None:
                 slot.worker.kill("the agent is stopping")
         while any(slot.worker is not None for slot in self._slots):
-            await self._bell.wait()
+            await self._changed.wait()
 
-    def persistence_is_off(self) -> None:
+    def on_persistence_off(self) -> None:
         """From now on cuInit comes before a worker's first restore, which would kill its target otherwise."""
         self.init_before_restore = True
-
-    @property
-    def worker_pids(self) -> Sequence[int]:
-        """Pids of the live workers (for status pages and tests)."""
-        return [slot.worker.pid for slot in self._slots if slot.worker is not None]
 
     # ---- jobs -------------------------------------------------------------------------------------------------
 
@@ -190,7 +185,7 @@ class DriverCheckpointer:
                     if job.waiting is not None:
                         job.waiting.cancel()
 
-    def _give_up(self, job: _Job) -> None:
+    def _expire(self, job: _Job) -> None:
         if job in self._queue:
             self._queue.remove(job)
             waited_s = self._limits.queue_timeout_s
@@ -208,10 +203,10 @@ class DriverCheckpointer:
 
     # ---- workers ----------------------------------------------------------------------------------------------
 
-    def _usable(self, slot: _Slot) -> bool:
+    def _is_up(self, slot: _WorkerSlot) -> bool:
         return slot.worker is not None and slot.worker.phase in (Phase.IDLE, Phase.BUSY)
 
-    def _spawn(self, slot: _Slot) -> None:
+    def _spawn(self, slot: _WorkerSlot) -> None:
         slot.respawn = None
         try:
             slot.worker = DriverWorkerProcess(self._options, self._events)
@@ -224,7 +219,7 @@ class DriverCheckpointer:
             if slot.worker is None and slot.respawn is None:
                 self._spawn(slot)
 
-    def _failed(self, slot: _Slot, error: str) -> None:
+    def _failed(self, slot: _WorkerSlot, error: str) -> None:
         slot.failures += 1
         slot.last_error = error
         limits = self._limits
@@ -238,7 +233,7 @@ class DriverCheckpointer:
     def _on_ready(self, worker: DriverWorkerProcess) -> None:
         self._ever_ready = True
         self._dispatch()
-        self._bell.ring()
+        self._changed.notify()
 
     def _on_answered(self, worker: DriverWorkerProcess, answers: Sequence[CudaAnswer]) -> None:
         slot = self._slot_of(worker)
@@ -257,11 +252,11 @@ class DriverCheckpointer:
         if job is not None:
             fault = CudaFault.STUCK if stuck else CudaFault.LOST
             job.resolve(CudaReply((), fault, "DRIVER_OPERATION_LOST", error))
-            if stuck and self._on_worker_stuck is not None:
-                self._on_worker_stuck(job.gpu_uuids)
-        self._bell.ring()
+            if stuck and self._on_stuck is not None:
+                self._on_stuck(job.gpu_uuids)
+        self._changed.notify()
 
-    def _slot_of(self, worker: DriverWorkerProcess) -> _Slot:
+    def _slot_of(self, worker: DriverWorkerProcess) -> _WorkerSlot:
         return next(slot for slot in self._slots if slot.worker is worker)
 
 

@@ -133,12 +133,12 @@ class DriverWorkerProcess:
         self._timer = self._loop.call_later(deadline_s, self.kill, f"the driver did not answer within {deadline_s:g} s")
         return True
 
-    def kill(self, why: str) -> None:
+    def kill(self, error: str) -> None:
         """End it; `gone` follows when it is reaped, or has not died in `kill_timeout_s`. Idempotent."""
         if self.phase in (Phase.ENDING, Phase.GONE):
             return
         self.phase = Phase.ENDING
-        self._error = why
+        self._error = error
         self._close_channel()
         self._process.send_signal(self._options.kill_signal)
         self._loop.add_reader(self._pidfd, self._on_exit)

@@ -24,7 +24,7 @@ BUSY = frozenset({CudaState.CHECKPOINTING, CudaState.RESTORING})
 MAX_LISTINGS = 5
 """Listings of one discovery before it is said that the processes do not stop changing."""
 
-MAX_QUESTIONS = 64
+MAX_STATES_PER_BATCH = 64
 """Processes asked for their state in one message: an instance may have hundreds, most of them without CUDA."""
 
 CHANGING = "PROCESSES_CHANGE"
@@ -60,10 +60,10 @@ class CudaProcessList:
         return not self.reason
 
     @property
-    def not_begun(self) -> bool:
+    def inconclusive(self) -> bool:
         """Nobody could ask, or they did not stop changing: it says nothing about the processes."""
-        asked = self.failure is None or self.failure.fault is not CudaFault.NOT_BEGUN
-        return self.reason in (CHANGING, UNREADABLE) or not asked
+        answered = self.failure is None or self.failure.fault is not CudaFault.NOT_BEGUN
+        return self.reason in (CHANGING, UNREADABLE) or not answered
 
 
 def open_process(pid: int, boot_id: str) -> CudaProcess | None:
@@ -100,30 +100,30 @@ async def read_states(
     """One STATE for each process that lives. To read is harmless, so a worker that was lost by it is no reason to give
     up. Without an error there is an answer for each; who ended meanwhile is not asked, its pid may be another's."""
     answers: list[CudaAnswer] = []
-    for start in range(0, len(processes), MAX_QUESTIONS):
-        some = processes[start : start + MAX_QUESTIONS]
-        reply = await _read_some(checkpointer, some, deadline_s)
+    for start in range(0, len(processes), MAX_STATES_PER_BATCH):
+        batch = processes[start : start + MAX_STATES_PER_BATCH]
+        reply = await _read_batch(checkpointer, batch, deadline_s)
         while reply.fault is CudaFault.LOST and attempts > 1:
             attempts -= 1
-            reply = await _read_some(checkpointer, some, deadline_s)
+            reply = await _read_batch(checkpointer, batch, deadline_s)
         answers.extend(reply.answers)
         if not reply.ok:
             return replace(reply, answers=tuple(answers))
     return CudaReply(tuple(answers))
 
 
-async def _read_some(checkpointer: Checkpointer, processes: Sequence[CudaProcess], deadline_s: float) -> CudaReply:
+async def _read_batch(checkpointer: Checkpointer, processes: Sequence[CudaProcess], deadline_s: float) -> CudaReply:
     return await checkpointer.run([CudaCall(CudaOp.STATE, process.pid) for process in living(processes)], deadline_s)
 
 
-async def calm_states(
-    checkpointer: Checkpointer, processes: Sequence[CudaProcess], deadline_s: float, patience_s: float
+async def stable_states(
+    checkpointer: Checkpointer, processes: Sequence[CudaProcess], deadline_s: float, timeout_s: float
 ) -> tuple[set[CudaState], int]:
     """The states, once nobody is CHECKPOINTING or RESTORING any more, and the driver's time in ns. With UNKNOWN among
-    them if they can't be read, or `patience_s` have passed."""
+    them if they can't be read, or `timeout_s` have passed."""
     driver_ns = 0
     with suppress(TimeoutError):
-        async with asyncio.timeout(patience_s):
+        async with asyncio.timeout(timeout_s):
             pause_s = 0.002
             while True:
                 reply = await read_states(checkpointer, processes, deadline_s)
@@ -167,7 +167,7 @@ class CudaProcessFinder:
                 before, listed = listed, frozenset(await self.pids(handle))
                 if before == listed and listed:
                     return CudaProcessList((*living(known), *opened.values()), listed)
-                answer = await self._ask(listed - keep, opened)
+                answer = await self._query(listed - keep, opened)
             except OSError as error:
                 answer = CudaProcessList(
                     reason=UNREADABLE, message=f"the instance's processes can't be looked at: {error}"
@@ -176,9 +176,9 @@ class CudaProcessFinder:
                 case CudaProcessList():
                     release(opened.values())
                     return answer
-                case _Asked.INCOMPLETE:
+                case _QueryOutcome.INCOMPLETE:
                     listed = frozenset()  # somebody ended while asked, and took the others' answers along
-                case _Asked.ALL:
+                case _QueryOutcome.ALL:
                     if not listed:
                         return CudaProcessList()
         release(opened.values())
@@ -188,13 +188,13 @@ class CudaProcessFinder:
             message="the instance's processes did not stop changing while they were listed",
         )
 
-    async def _ask(self, pids: Collection[int], opened: dict[int, CudaProcess]) -> CudaProcessList | _Asked:
+    async def _query(self, pids: Collection[int], opened: dict[int, CudaProcess]) -> CudaProcessList | _QueryOutcome:
         """Replace `opened` by those of `pids` that have CUDA; a Found says why that was not possible."""
         release(opened.values())
         opened.clear()
-        asked = self._open(pids)
+        candidates = self._open(pids)
         try:
-            alive = living(asked)  # a zombie is listed too, and answers nothing
+            alive = living(candidates)  # a zombie is listed too, and answers nothing
             reply = await read_states(self.checkpointer, alive, self.state_deadline_s)
             if reply.fault is not CudaFault.NONE:
                 return CudaProcessList(failure=reply, reason=reply.reason, message=reply.message)
@@ -203,29 +203,29 @@ class CudaProcessFinder:
                     failure=reply, reason="STATE_UNREADABLE", message="the driver can't say the state"
                 )
             if not reply.ok:
-                return _Asked.INCOMPLETE
+                return _QueryOutcome.INCOMPLETE
             states = {answer.call.pid: answer.state or CudaState.UNKNOWN for answer in reply.answers}
-            for process in asked:
+            for process in candidates:
                 state = states.get(process.pid, CudaState.NONE)
                 if state is not CudaState.NONE:
                     opened[process.pid] = replace(process, state=state)
-            return _Asked.ALL
+            return _QueryOutcome.ALL
         finally:
-            release(process for process in asked if process.pid not in opened)
+            release(process for process in candidates if process.pid not in opened)
 
     def _open(self, pids: Collection[int]) -> list[CudaProcess]:
-        held: list[CudaProcess] = []
+        opened: list[CudaProcess] = []
         try:
             for pid in sorted(pids):
                 process = open_process(pid, self.boot_id)
                 if process is not None:
-                    held.append(process)
+                    opened.append(process)
         except OSError:
-            release(held)
+            release(opened)
             raise
-        return held
+        return opened
 
 
-class _Asked(Enum):
+class _QueryOutcome(Enum):
     ALL = auto()
     INCOMPLETE = auto()

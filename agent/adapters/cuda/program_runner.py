@@ -30,7 +30,7 @@ class Ending(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class ProgramResult:
     """One run. `code` as of subprocess: negative for a signal."""
 
     ending: Ending
@@ -79,18 +79,18 @@ class BoundedProgram:
             self._killed = True
             os.killpg(self.pid, self._kill_signal)  # not collected yet, so the number is still its own
 
-    async def wait(self, deadline_s: float) -> Ended:
+    async def wait(self, deadline_s: float) -> ProgramResult:
         """Its end, at the latest KILL_TIMEOUT_S after the deadline."""
         if not await self._ends(deadline_s):
             self.kill()
             if not await self._ends(KILL_TIMEOUT_S):
                 self._close_pipes()
-                return Ended(Ending.STUCK)  # collected by `_on_exit` if it ever dies
-        output, error = _held(self._process.stdout), _held(self._process.stderr)
+                return ProgramResult(Ending.STUCK)  # collected by `_on_exit` if it ever dies
+        output, error = _read_available(self._process.stdout), _read_available(self._process.stderr)
         self._close_pipes()
         elapsed_us = (self._clock.monotonic_ns() - self._begin_ns) // 1000
         ending = Ending.KILLED if self._killed else Ending.ENDED
-        return Ended(ending, self._process.returncode, output, error, elapsed_us)
+        return ProgramResult(ending, self._process.returncode, output, error, elapsed_us)
 
     async def _ends(self, deadline_s: float) -> bool:
         try:
@@ -112,7 +112,7 @@ class BoundedProgram:
                 pipe.close()
 
 
-def _held(pipe: IO[bytes] | None) -> str:
+def _read_available(pipe: IO[bytes] | None) -> str:
     """What lies in the pipe now."""
     if pipe is None:
         return ""

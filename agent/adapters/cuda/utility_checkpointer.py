@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from agent.adapters.cuda.program_runner import KILL_TIMEOUT_S, BoundedProgram, Ended, Ending
+from agent.adapters.cuda.program_runner import KILL_TIMEOUT_S, BoundedProgram, Ending, ProgramResult
 from agent.adapters.cuda.utility_program import arguments_of, error_code, find_utility, init_error, read_state
 from agent.core.errors import ConfigError, UnavailableError
 from agent.log import get_logger
@@ -42,7 +42,7 @@ class UtilityCheckpointer:
         survived SIGKILL."""
         self._path = path
         self._environment = environment
-        self._places = asyncio.Semaphore(parallel)
+        self._permits = asyncio.Semaphore(parallel)
         self._queue_timeout_s = queue_timeout_s
         self._spawn_s = spawn_s
         self._on_stuck = on_stuck
@@ -88,7 +88,7 @@ class UtilityCheckpointer:
         batch.add_done_callback(self._batches.discard)
         return await asyncio.shield(batch)  # a caller that goes away leaves no program without somebody to end it
 
-    def persistence_is_off(self) -> None:
+    def on_persistence_off(self) -> None:
         """The program calls cuInit itself where the driver takes that (570 on); before, a restore kills its target."""
 
     async def close(self) -> None:
@@ -99,18 +99,13 @@ class UtilityCheckpointer:
         if self._batches:
             await asyncio.wait(self._batches, timeout=KILL_TIMEOUT_S + 1)
 
-    @property
-    def program_pids(self) -> Sequence[int]:
-        """Pids of the programs that run now (for tests)."""
-        return [program.pid for program in self._running]
-
     async def _run(
         self, calls: Sequence[CudaCall], commands: Sequence[Sequence[str]], deadline_s: float, gpu_uuids: Sequence[str]
     ) -> CudaReply:
         self._waiting += 1
         try:
             async with asyncio.timeout(self._queue_timeout_s):
-                await self._places.acquire()
+                await self._permits.acquire()
         except TimeoutError:
             return _not_begun("DRIVER_BUSY", "too many operations are under way")
         finally:
@@ -118,7 +113,7 @@ class UtilityCheckpointer:
         try:
             return await self._perform(calls, commands, deadline_s, gpu_uuids)
         finally:
-            self._places.release()
+            self._permits.release()
 
     async def _perform(
         self, calls: Sequence[CudaCall], commands: Sequence[Sequence[str]], deadline_s: float, gpu_uuids: Sequence[str]
@@ -135,14 +130,14 @@ class UtilityCheckpointer:
                 return CudaReply((), fault, "DRIVER_WORKERS_DOWN", f"cuda-checkpoint can't be started: {error}")
             if ended.ending is not Ending.ENDED:
                 return self._lost(call, ended, gpu_uuids)
-            if ended.code and (why := init_error(ended.error)):
-                return CudaReply((), fault, "CUDA_INIT_FAILED", f"cuda-checkpoint can't initialise CUDA: {why}")
+            if ended.code and (message := init_error(ended.error)):
+                return CudaReply((), fault, "CUDA_INIT_FAILED", f"cuda-checkpoint can't initialise CUDA: {message}")
             answers.append(await self._answer(call, ended, deadline_s))
             if answers[-1].code:
                 break
         return CudaReply(tuple(answers))
 
-    async def _answer(self, call: CudaCall, ended: Ended, deadline_s: float) -> CudaAnswer:
+    async def _answer(self, call: CudaCall, ended: ProgramResult, deadline_s: float) -> CudaAnswer:
         if call.op is CudaOp.STATE:
             code, state = read_state(ended.code, ended.output, ended.error)
             return CudaAnswer(call, code, state, ended.elapsed_us)
@@ -161,7 +156,7 @@ class UtilityCheckpointer:
             return CudaState.UNKNOWN
         return read_state(again.code, again.output, again.error)[1]
 
-    def _lost(self, call: CudaCall, ended: Ended, gpu_uuids: Sequence[str]) -> CudaReply:
+    def _lost(self, call: CudaCall, ended: ProgramResult, gpu_uuids: Sequence[str]) -> CudaReply:
         stuck = ended.ending is Ending.STUCK
         if stuck:
             _log.error("driver.utility_stuck", pid=call.pid, operation=call.op.value)
@@ -170,7 +165,7 @@ class UtilityCheckpointer:
         message = f"cuda-checkpoint did not end in time: {call.op.value.lower()} of process {call.pid}"
         return CudaReply((), CudaFault.STUCK if stuck else CudaFault.LOST, "DRIVER_OPERATION_LOST", message)
 
-    async def _spawn(self, arguments: Sequence[str], deadline_s: float) -> Ended:
+    async def _spawn(self, arguments: Sequence[str], deadline_s: float) -> ProgramResult:
         program = BoundedProgram([str(self._path), *arguments], self._clean_environment())
         self._running.add(program)
         try:

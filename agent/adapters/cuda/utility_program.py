@@ -20,7 +20,7 @@ UNKNOWN_ERROR = 999
 """CUDA_ERROR_UNKNOWN: for a text that is not in the table."""
 
 _UUID = re.compile(r"GPU-[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-_VERDICT = re.compile(
+_RESULT_TEXT = re.compile(
     r'(?:Could not (?:lock|checkpoint|restore|unlock) on|Error getting process state for) process ID \d+: "([^"\n]*)"'
 )
 _INIT_FAILED = re.compile(r'Error initializing CUDA: "([^"\n]*)"')
@@ -75,10 +75,10 @@ def init_error(text: str) -> str:
 
 def error_code(text: str) -> int:
     """The result behind what was printed by a call that failed."""
-    verdicts = _VERDICT.findall(text)
-    if verdicts:
-        return _CODES.get(verdicts[-1], UNKNOWN_ERROR)
-    return CudaResult.NOT_SUPPORTED if any(word in text for word in _TOO_OLD) else UNKNOWN_ERROR
+    results = _RESULT_TEXT.findall(text)
+    if results:
+        return _CODES.get(results[-1], UNKNOWN_ERROR)
+    return CudaResult.NOT_SUPPORTED if any(marker in text for marker in _TOO_OLD) else UNKNOWN_ERROR
 
 
 def read_state(returncode: int, output: str, error: str) -> tuple[int, CudaState]:
@@ -101,11 +101,11 @@ def find_utility(path: Path) -> tuple[Path | None, str]:
         return None, f"there is no program {path}"
     if not path.is_absolute() or not stat.S_ISREG(entry.st_mode) or not os.access(real, os.X_OK):
         return None, f"{path} is not an executable file"
-    for place in (real, *real.parents):
-        found = place.stat()
+    for folder in (real, *real.parents):
+        found = folder.stat()
         if found.st_uid not in (0, os.geteuid()):
-            return None, f"{place} belongs to user {found.st_uid}, who could replace the program: chown root {place}"
+            return None, f"{folder} belongs to user {found.st_uid}, who could replace the program: chown root {folder}"
         # In a folder such as /tmp (sticky) others may add files, not replace ours.
-        if found.st_mode & 0o022 and not (place != real and found.st_mode & stat.S_ISVTX):
-            return None, f"{place} can be written by others, who could replace the program: chmod go-w {place}"
+        if found.st_mode & 0o022 and not (folder != real and found.st_mode & stat.S_ISVTX):
+            return None, f"{folder} can be written by others, who could replace the program: chmod go-w {folder}"
     return real, ""

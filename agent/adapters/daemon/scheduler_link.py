@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import replace
 
+from agent.adapters.daemon.usage_upload import UsageUpload
 from agent.core.errors import HibernodeError
 from agent.core.types import InstanceState
 from agent.host.instance.actor import Actor
@@ -19,23 +19,19 @@ from agent.host.node.observer import Observer
 from agent.log import get_logger
 from agent.ports import LedgerStore
 from agent.v1.scheduler_service_pb2 import ReportLoadRequest
-from agent.v1.usage_service_pb2 import UploadUsageWindowsRequest
 from agent.wire.clients import DaemonChannel, LoadStream
 from agent.wire.convert_snapshot import instance_load, node_load, registration
-from agent.wire.convert_usage import window_to_proto
 
 COALESCE_S = 0.005
-ON_ITS_WAY_S = 0.05
+WAKE_REPORT_DELAY_S = 0.05
 """WAITING_GPU and RESTORING are told so late, unless something else is told before: a short wake is one message, after
 the answer, and not one in its middle on either side (0.5 ms of the median wake on the emulated driver)."""
-LOAD_S = 0.25
+LOAD_REPORT_DELAY_S = 0.25
 """Busy and idle are told so late: each request makes two such edges, and a message takes as long as a request."""
 HEARTBEAT_S = 1.0
 BACK_OFF_MIN_S = 0.1
 BACK_OFF_MAX_S = 0.5
 """With the channel's own pause of half a second: back well within two seconds of a scheduler that has come back."""
-UPLOAD_BATCH = 500
-UPLOAD_TIMEOUT_S = 10.0
 
 
 class SchedulerLink:
@@ -52,58 +48,56 @@ class SchedulerLink:
         self._channel = channel
         self._observer = observer
         self._instances = instances
-        self._store = store
-        self._upload_interval_s = upload_interval_s
+        self.usage = UsageUpload(channel, store, upload_interval_s)
         self._changed: dict[str, Actor] = {}
-        self._said: dict[str, int] = {}  # requests inside each instance, as last reported
-        self._later: asyncio.TimerHandle | None = None
+        self._reported_in_flight: dict[str, int] = {}  # requests inside each instance, as last reported
+        self._load_timer: asyncio.TimerHandle | None = None
         self._load_due = 0.0
-        self._wake = asyncio.Event()
+        self._send_now = asyncio.Event()
         self._snapshot_due = True
         self._sequence = 0
         self._log = get_logger()
         self.connected = False
-        self._trouble = ""
-        self._name = ""  # of the credential, as the scheduler says; windows under another name are refused for good
+        self._last_error = ""
 
     # ---- what the node says -------------------------------------------------------------------------------------
 
     def state_changed(self, actor: Actor, old: InstanceState, new: InstanceState, at: int) -> None:
-        """A life cycle change: report it at once, or soon (`ON_ITS_WAY_S`)."""
+        """A life cycle change: report it at once, or soon (`WAKE_REPORT_DELAY_S`)."""
         if new in (InstanceState.WAITING_GPU, InstanceState.RESTORING):
             self._changed[actor.uid] = actor
-            asyncio.get_running_loop().call_later(ON_ITS_WAY_S, self._tell_the_rest)
+            asyncio.get_running_loop().call_later(WAKE_REPORT_DELAY_S, self._send_pending)
         else:
             self.fitness_changed(actor)
 
     def fitness_changed(self, actor: Actor) -> None:
         """Report it at once."""
         self._changed[actor.uid] = actor
-        self._wake.set()
+        self._send_now.set()
 
     def load_changed(self, actor: Actor) -> None:
-        """Report it soon (`LOAD_S`)."""
+        """Report it soon (`LOAD_REPORT_DELAY_S`)."""
         self._changed[actor.uid] = actor
-        if self._later is None:
-            self._later = asyncio.get_running_loop().call_later(LOAD_S, self._tell_load)
+        if self._load_timer is None:
+            self._load_timer = asyncio.get_running_loop().call_later(LOAD_REPORT_DELAY_S, self._send_load)
 
-    def _tell_load(self) -> None:
-        self._later = None
-        self._tell_the_rest()
+    def _send_load(self) -> None:
+        self._load_timer = None
+        self._send_pending()
 
-    def _tell_the_rest(self) -> None:
+    def _send_pending(self) -> None:
         if self._changed:
-            self._wake.set()
+            self._send_now.set()
 
     # ---- the load stream ----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Report and upload until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._report_for_ever(), name="report load")
-            tasks.create_task(self._upload_for_ever(), name="upload usage")
+            tasks.create_task(self._report(), name="report load")
+            tasks.create_task(self.usage.run(), name="upload usage")
 
-    async def _report_for_ever(self) -> None:
+    async def _report(self) -> None:
         pause = BACK_OFF_MIN_S
         while True:
             stream = self._channel.report_load()
@@ -115,10 +109,10 @@ class SchedulerLink:
                     reader.cancel()
                     await asyncio.gather(reader, return_exceptions=True)
             except HibernodeError as error:
-                if self.connected or error.reason != self._trouble:  # once for each cause, not at every attempt
+                if self.connected or error.reason != self._last_error:  # once for each cause, not at every attempt
                     event = "scheduler.lost" if self.connected else "scheduler.not_connected"
                     self._log.warning(event, reason=error.reason, message=error.message)
-                    self._trouble = error.reason
+                    self._last_error = error.reason
             except Exception:  # a bug must not end the reports for good: the next stream begins with everything anew
                 self._log.exception("scheduler.report_crashed")
             finally:
@@ -135,7 +129,7 @@ class SchedulerLink:
             await stream.send(self._message(now()))
             try:
                 async with asyncio.timeout_at(self._load_due):
-                    await self._wake.wait()
+                    await self._send_now.wait()
                     await asyncio.sleep(COALESCE_S)  # DESIGN section 9: changes within 5 ms travel together
             except TimeoutError:
                 self._load_due = 0.0  # timers may be early by their grain
@@ -144,22 +138,22 @@ class SchedulerLink:
     async def _read(self, stream: LoadStream) -> None:
         while (answer := await stream.receive()) is not None:
             if not self.connected:
-                self.connected, self._trouble = True, ""
+                self.connected, self._last_error = True, ""
                 self._log.info("scheduler.connected", node=answer.node)
-                name, self._name = self._observer.identity.name, answer.node
+                name, self.usage.node_name = self._observer.identity.name, answer.node
                 if answer.node != name:
                     self._log.warning("scheduler.name_differs", node_name=name, registered_as=answer.node)
             if answer.resync:
                 self._snapshot_due = True
-                self._wake.set()
+                self._send_now.set()
 
     def _message(self, now: float) -> ReportLoadRequest:
-        self._wake.clear()
+        self._send_now.clear()
         self._sequence += 1
         message = ReportLoadRequest(epoch=self._observer.identity.epoch, sequence=self._sequence)
         if self._snapshot_due or now >= self._load_due:
             self._load_due = now + HEARTBEAT_S
-            self._changed.update(self._differing())
+            self._changed.update(self._load_differences())
             node = self._observer.node()
             message.load.CopyFrom(node_load(node, self._observer.awake()))
             if self._sequence == 1:
@@ -174,54 +168,13 @@ class SchedulerLink:
             message.removed_uids.extend(uid for uid in self._changed if uid not in self._instances)
         self._changed.clear()
         message.instances.extend(instance_load(self._observer.instance(actor)) for actor in reported)
-        self._said = {uid: self._said[uid] for uid in self._instances if uid in self._said}
-        self._said.update((actor.uid, actor.gate.in_flight) for actor in reported)
+        self._reported_in_flight = {
+            uid: self._reported_in_flight[uid] for uid in self._instances if uid in self._reported_in_flight
+        }
+        self._reported_in_flight.update((actor.uid, actor.gate.in_flight) for actor in reported)
         return message
 
-    def _differing(self) -> dict[str, Actor]:
+    def _load_differences(self) -> dict[str, Actor]:
         """Those that have another number of requests inside than was said: only the first and the last make an edge."""
-        said = self._said
-        return {uid: actor for uid, actor in self._instances.items() if actor.gate.in_flight != said.get(uid, 0)}
-
-    # ---- usage --------------------------------------------------------------------------------------------------
-
-    async def _upload_for_ever(self) -> None:
-        while True:
-            try:
-                if not await self.upload_once():
-                    await asyncio.sleep(self._upload_interval_s)
-            except HibernodeError as error:
-                self._log.warning("usage.upload_failed", reason=error.reason, message=error.message)
-                await asyncio.sleep(self._upload_interval_s)
-            except Exception:
-                self._log.exception("usage.upload_crashed")
-                await asyncio.sleep(self._upload_interval_s)
-
-    async def upload_once(self) -> bool:
-        """Upload one batch of sealed windows; True if there may be more. Nothing is forgotten before its
-        acknowledgement is here. What the scheduler refuses is put aside, or it would be in the way of all the rest
-        for ever."""
-        if not self._name:
-            return False
-        windows = await self._store.unacknowledged(UPLOAD_BATCH)
-        if not windows:
-            return False
-        ours = [window_to_proto(replace(window, node=self._name)) for window in windows]
-        request = UploadUsageWindowsRequest(windows=ours)
-        answer = await self._channel.call(self._channel.usage.UploadUsageWindows, request, UPLOAD_TIMEOUT_S)
-        marks = {mark.instance_uid: mark.seq for mark in answer.marks}
-        keys = [(w.instance_uid, w.seq) for w in windows if w.seq <= marks.get(w.instance_uid, -1)]
-        await self._store.acknowledge(keys)
-        offered = {(w.instance_uid, w.seq) for w in windows}.difference(keys)
-        refused = [one for one in answer.refusals if (one.instance_uid, one.seq) in offered]
-        if refused:
-            reasons = sorted({one.reason for one in refused})
-            text = "the scheduler does not take these windows: they stay in this node's ledger and in nobody's bill"
-            first = refused[0]
-            self._log.error(
-                "usage.refused", windows=len(refused), instance=first.instance_uid, seq=first.seq, reasons=reasons,
-                message=text,
-            )  # fmt: skip
-            await self._store.refuse([(one.instance_uid, one.seq) for one in refused])
-            return True
-        return bool(keys) and len(windows) == UPLOAD_BATCH
+        reported = self._reported_in_flight
+        return {uid: actor for uid, actor in self._instances.items() if actor.gate.in_flight != reported.get(uid, 0)}

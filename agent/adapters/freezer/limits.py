@@ -9,7 +9,7 @@ from agent.core.types import GIB, SECOND_NS
 from agent.ports import CudaReply, CudaState, FreezeResult, Outcome
 from agent.settings import GpuSettings
 
-START_OVER = "START_OVER"
+RELIST = "RELIST"
 """The reason, inside the freezer only, that asks for another listing before the next lock."""
 
 
@@ -18,24 +18,24 @@ class FreezerLimits:
     """Deadlines in seconds, and what is allowed.
 
     A copy may take `copy_base_s` + VRAM / `copy_bytes_per_s`; `unknown_image_bytes` stands for the VRAM where it is not
-    known (after a restart of the agent). `state_s` bounds one question, `answer_s` the calls that copy nothing,
-    `settle_s` a rollback beside its copies, `vram_gone_s` NVML's proof, `cgroup_s` a freeze or thaw of the threads,
-    `death_grace_s` the driver's answer after a target died, `kill_s` what precedes a kill. `room_patience_s`: so long
+    known (after a restart of the agent). `state_query_s` bounds one question, `driver_call_s` the calls that copy nothing,
+    `rollback_s` a rollback beside its copies, `vram_gone_s` NVML's proof, `cgroup_s` a freeze or thaw of the threads,
+    `death_grace_s` the driver's answer after a target died, `prepare_kill_s` what precedes a kill. `memory_query_s`: so long
     a wake waits for NVML to say what is free. `migrates`: instances may wake on other GPUs.
     """
 
     lock_timeout_s: float = 5.0
-    state_s: float = 5.0
-    answer_s: float = 10.0
+    state_query_s: float = 5.0
+    driver_call_s: float = 10.0
     copy_base_s: float = 30.0
     copy_bytes_per_s: int = 200_000_000
     unknown_image_bytes: int = 80 * GIB
     vram_gone_s: float = 5.0
-    settle_s: float = 30.0
+    rollback_s: float = 30.0
     cgroup_s: float = 5.0
     death_grace_s: float = 2.0
-    kill_s: float = 3.0
-    room_patience_s: float = 0.2
+    prepare_kill_s: float = 3.0
+    memory_query_s: float = 0.2
     lock_attempts: int = 3
     max_processes: int = 64
     several_processes_on_several_gpus: bool = False
@@ -60,16 +60,16 @@ class FreezerLimits:
 
         return cls(
             lock_timeout_s=lock_timeout_s,
-            state_s=at_most(usual.state_s, 0.5),
-            answer_s=at_most(usual.answer_s, 0.5),
+            state_query_s=at_most(usual.state_query_s, 0.5),
+            driver_call_s=at_most(usual.driver_call_s, 0.5),
             copy_base_s=operation_timeout_s,
             unknown_image_bytes=round(usual.unknown_image_bytes * share),
             vram_gone_s=at_most(usual.vram_gone_s, 0.5),
-            settle_s=at_most(usual.settle_s, 1.0),
+            rollback_s=at_most(usual.rollback_s, 1.0),
             cgroup_s=at_most(usual.cgroup_s, 0.5),
             death_grace_s=at_most(usual.death_grace_s, 0.25),
-            kill_s=at_most(usual.kill_s, 0.5),
-            room_patience_s=at_most(usual.room_patience_s, 0.1),
+            prepare_kill_s=at_most(usual.prepare_kill_s, 0.5),
+            memory_query_s=at_most(usual.memory_query_s, 0.1),
             several_processes_on_several_gpus=several_processes_on_several_gpus,
             migrates=migrates,
         )

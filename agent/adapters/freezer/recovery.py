@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from agent.adapters.cuda.checkpointers import WORKERS_DOWN
-from agent.adapters.cuda.processes import CudaProcess, calm_states, release
+from agent.adapters.cuda.processes import CudaProcess, release, stable_states
 from agent.adapters.freezer.tracked import FreezerRegistry
 from agent.adapters.freezer.vram_check import VramProbe
 from agent.adapters.kernel import process_table
@@ -28,9 +28,9 @@ _log = get_logger()
 class FreezerRecovery:
     """`Freezer.condition` and `prepare_kill`."""
 
-    def __init__(self, instances: FreezerRegistry, witness: VramProbe, boot_id: str) -> None:
+    def __init__(self, instances: FreezerRegistry, vram_probe: VramProbe, boot_id: str) -> None:
         self._instances = instances
-        self._witness = witness
+        self._vram_probe = vram_probe
         self._boot_id = boot_id
         self._limits = instances.limits
 
@@ -44,9 +44,9 @@ class FreezerRecovery:
             case FreezerState.GONE:
                 return Condition.GONE
             case FreezerState.FROZEN:
-                if await self._witness.bytes_of(pids):  # on whatever GPU: it may have woken on another one
+                if await self._vram_probe.bytes_of(pids):  # on whatever GPU: it may have woken on another one
                     return Condition.PAUSED_BY_OTHERS
-                self._instances.stopped_by_us(handle)
+                self._instances.note_frozen_by_us(handle)
                 return Condition.FROZEN
             case FreezerState.FREEZING:
                 return Condition.PAUSED_BY_OTHERS
@@ -57,7 +57,7 @@ class FreezerRecovery:
         found = await self._instances.finder.find(handle)
         if found.reason == WORKERS_DOWN:
             return Condition.AWAKE  # a host that can't freeze: nobody has frozen this, and it is not paused
-        if found.not_begun:
+        if found.inconclusive:
             raise UnavailableError(found.reason, f"the driver could not be asked: {found.message}", uid=handle.uid)
         if not found.ok:
             return Condition.BROKEN
@@ -82,15 +82,15 @@ class FreezerRecovery:
         states = {process.state for process in processes}
         if not states & {CudaState.CHECKPOINTING, CudaState.RESTORING}:
             return states
-        states, _ = await calm_states(
-            self._instances.checkpointer, processes, self._limits.state_s, self._limits.settle_s
+        states, _ = await stable_states(
+            self._instances.checkpointer, processes, self._limits.state_query_s, self._limits.rollback_s
         )
         return states
 
     # ---- before a kill ----------------------------------------------------------------------------------------
 
     async def prepare_kill(self, handle: Handle) -> None:
-        """`Freezer.prepare_kill`: takes `kill_s` and the copy's time at most. A paused instance is left alone, and so
+        """`Freezer.prepare_kill`: takes `prepare_kill_s` and the copy's time at most. A paused instance is left alone, and so
         is one that was not restored since it started."""
         if handle.uid not in self._instances.restored:
             return
@@ -98,7 +98,7 @@ class FreezerRecovery:
             if self._instances.cgroups.state(handle) is not FreezerState.THAWED:
                 return
             pids = frozenset(await self._instances.finder.pids(handle))
-            deadline_s = self._limits.kill_s + await self._vram(pids) / self._limits.copy_bytes_per_s
+            deadline_s = self._limits.prepare_kill_s + await self._vram(pids) / self._limits.copy_bytes_per_s
             async with asyncio.timeout(deadline_s):
                 await self._checkpoint_all(handle, deadline_s)
         except (HibernodeError, OSError) as error:  # TimeoutError is an OSError
@@ -106,8 +106,8 @@ class FreezerRecovery:
 
     async def _vram(self, pids: frozenset[int]) -> int:
         try:
-            async with asyncio.timeout(self._limits.room_patience_s):
-                return await self._witness.bytes_of(pids)
+            async with asyncio.timeout(self._limits.memory_query_s):
+                return await self._vram_probe.bytes_of(pids)
         except (HibernodeError, TimeoutError):
             return 0
 

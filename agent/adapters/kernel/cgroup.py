@@ -195,7 +195,7 @@ def procs(path: Path) -> list[int]:
     return sorted(pids - {0})
 
 
-async def reread(done: Callable[[], bool], deadline_s: float) -> bool:
+async def poll_until(done: Callable[[], bool], deadline_s: float) -> bool:
     """Wait for a change that the kernel makes soon, by looking again: three times at once, after 200 us, then every
     2 ms. Polling cgroup.events is late by up to 18 ms (facts/emulated-driver.md, pitfall 16). False at the deadline.
     """
@@ -237,7 +237,7 @@ async def kill(path: Path, deadline_s: float) -> None:
         send_kill(path)  # again at every look: one by one, a fork can slip through
         return False
 
-    if not await reread(emptied, deadline_s):
+    if not await poll_until(emptied, deadline_s):
         raise DeadlineError(
             "KILL_TIMEOUT",
             f"processes survive SIGKILL for {deadline_s:g} s; one may be stuck in the driver: see `dmesg`",
@@ -249,7 +249,7 @@ async def kill(path: Path, deadline_s: float) -> None:
 async def remove(path: Path, deadline_s: float) -> None:
     """Kill what is inside and remove the cgroup with everything below. Idempotent. DeadlineError KILL_TIMEOUT."""
     await kill(path, deadline_s)
-    if not await reread(lambda: _try_remove(path), deadline_s):
+    if not await poll_until(lambda: _try_remove(path), deadline_s):
         raise DeadlineError("KILL_TIMEOUT", "the cgroup stays busy and can't be removed", cgroup=str(path))
 
 

@@ -66,7 +66,7 @@ class CgroupFreezer:
         path = self._path(handle)
         self._write(path, handle, frozen=True)
         # GONE ends the wait as well: nobody is left to stop.
-        if not await cgroup.reread(lambda: self.state(handle) is not FreezerState.FREEZING, deadline_s):
+        if not await cgroup.poll_until(lambda: self.state(handle) is not FreezerState.FREEZING, deadline_s):
             with suppress(OSError):
                 cgroup.write_freeze(path, frozen=False)
             raise _freeze_timeout(handle, deadline_s)
@@ -86,7 +86,7 @@ class CgroupFreezer:
 
         if (v1 := self._v1_path(handle)) is not None and cgroup_v1_freezer.is_frozen(v1):
             cgroup_v1_freezer.thaw_cgroup(v1)
-        if not await cgroup.reread(thawed, deadline_s):
+        if not await cgroup.poll_until(thawed, deadline_s):
             raise _thaw_timeout(handle, deadline_s)
         if events is None or not events["populated"]:
             raise _gone(handle)
@@ -159,7 +159,7 @@ class SignalFreezer:
             agreed, seen = found == seen, found
             return agreed and all(map(_all_stopped, found))
 
-        if not await cgroup.reread(stopped, deadline_s):
+        if not await cgroup.poll_until(stopped, deadline_s):
             self._signal(handle, signal.SIGCONT)
             raise _freeze_timeout(handle, deadline_s)
 
@@ -175,7 +175,7 @@ class SignalFreezer:
             found = self._signal(handle, signal.SIGCONT)
             return False
 
-        if not await cgroup.reread(running, deadline_s):
+        if not await cgroup.poll_until(running, deadline_s):
             raise _thaw_timeout(handle, deadline_s)
 
     def state(self, handle: Handle) -> FreezerState:

@@ -117,28 +117,28 @@ def members(root: ProcessId, boot: str, mark: str, proc: Path = PROC) -> list[Pr
     if root.boot_id != boot:
         return []
     # Who is older than the instance can't belong to it; that also spares most of the reading.
-    everyone = {s.pid: s for s in processes(proc) if not s.dead and s.start_time >= root.start_time}
-    main = everyone.get(root.pid)
+    candidates = {s.pid: s for s in processes(proc) if not s.dead and s.start_time >= root.start_time}
+    main = candidates.get(root.pid)
     # The session keeps the pid of its leader reserved, so the number can't be taken by a stranger while used.
     leads = main is None or main.start_time == root.start_time
     inside = {root.pid} if main and leads else set()
-    for stat in everyone.values():
-        if (leads and stat.session == root.pid) or _carries(stat.pid, mark, proc):
+    for stat in candidates.values():
+        if (leads and stat.session == root.pid) or _has_mark(stat.pid, mark, proc):
             inside.add(stat.pid)
-    add_descendants(inside, everyone.values())
-    return [everyone[pid] for pid in sorted(inside)]
+    add_descendants(inside, candidates.values())
+    return [candidates[pid] for pid in sorted(inside)]
 
 
-def add_descendants(inside: set[int], everyone: Collection[ProcessStat]) -> None:
+def add_descendants(inside: set[int], candidates: Collection[ProcessStat]) -> None:
     """Add to `inside` all whose parents are inside, and theirs."""
     grew = True
     while grew:
-        children = {stat.pid for stat in everyone if stat.ppid in inside} - inside
+        children = {stat.pid for stat in candidates if stat.ppid in inside} - inside
         inside |= children
         grew = bool(children)
 
 
-def _carries(pid: int, mark: str, proc: Path) -> bool:
+def _has_mark(pid: int, mark: str, proc: Path) -> bool:
     try:
         environment = (proc / str(pid) / "environ").read_bytes()
     except OSError:  # gone, or somebody else's: not ours to see, so not ours

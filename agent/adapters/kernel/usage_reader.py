@@ -42,7 +42,7 @@ class ProcUsageReader:
             raise UnavailableError("GAUGES_LATE", "the reading before has not come back; is the host overloaded?")
         self._reading = True
         future = self._thread.submit(self._read_all, handles)
-        future.add_done_callback(self._came_back)
+        future.add_done_callback(self._on_done)
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await asyncio.wrap_future(future)
@@ -54,7 +54,7 @@ class ProcUsageReader:
         """Begin nothing more; does not wait."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _came_back(self, _: object) -> None:
+    def _on_done(self, _: object) -> None:
         self._reading = False
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
@@ -62,9 +62,9 @@ class ProcUsageReader:
     def _read_all(self, handles: Sequence[Handle]) -> dict[str, InstanceReading]:
         found: dict[str, InstanceReading] = {}
         loose = [handle for handle in handles if not handle.cgroup]
-        everyone = {stat.pid: stat for stat in process_table.processes(self._proc)} if loose else {}
+        all_stats = {stat.pid: stat for stat in process_table.processes(self._proc)} if loose else {}
         for handle in handles:
-            reading = self._of_tree(handle, everyone) if not handle.cgroup else self._of_cgroup(Path(handle.cgroup))
+            reading = self._of_tree(handle, all_stats) if not handle.cgroup else self._of_cgroup(Path(handle.cgroup))
             if reading is not None:
                 found[handle.uid] = reading
         return found
@@ -86,14 +86,14 @@ class ProcUsageReader:
             memory_bytes = sum(stat.resident_pages for stat in stats) * _PAGE_BYTES if stats else None
         return InstanceReading(cpu_ns, memory_bytes)
 
-    def _of_tree(self, handle: Handle, everyone: dict[int, ProcessStat]) -> InstanceReading | None:
+    def _of_tree(self, handle: Handle, all_stats: dict[int, ProcessStat]) -> InstanceReading | None:
         root = handle.process
-        main = everyone.get(root.pid)
+        main = all_stats.get(root.pid)
         if root.boot_id != self._boot_id or main is None or main.dead or main.start_time != root.start_time:
             return None
-        inside = {root.pid} | {stat.pid for stat in everyone.values() if stat.session == root.pid}
-        process_table.add_descendants(inside, everyone.values())
-        stats = [everyone[pid] for pid in inside]
+        inside = {root.pid} | {stat.pid for stat in all_stats.values() if stat.session == root.pid}
+        process_table.add_descendants(inside, all_stats.values())
+        stats = [all_stats[pid] for pid in inside]
         return InstanceReading(
             cpu_ns=sum(stat.cpu_ticks for stat in stats) * _TICK_NS,
             memory_bytes=sum(stat.resident_pages for stat in stats) * _PAGE_BYTES,

@@ -36,7 +36,7 @@ class NvmlGpus:
         self._session = session or NvmlSession()
         self._jobs: queue.Queue[_Job[Any] | None] = queue.Queue(MAX_PENDING)
         self._thread: threading.Thread | None = None
-        self._hangs = False
+        self._hung = False
 
     async def list_gpus(self) -> Sequence[Gpu]:
         """All devices in the order of their NVML index."""
@@ -69,7 +69,7 @@ class NvmlGpus:
         self._thread = None
 
     async def _call(self, work: Callable[[], T]) -> T:
-        if self._hangs:
+        if self._hung:
             raise _unavailable("an earlier call into the driver has not come back")
         if self._thread is None:
             self._thread = threading.Thread(target=_serve, args=(self._jobs,), name="nvml", daemon=True)
@@ -84,14 +84,14 @@ class NvmlGpus:
             async with asyncio.timeout(self._deadline_s):
                 return await asyncio.shield(job.answer)
         except TimeoutError:
-            self._hangs = True
-            job.answer.add_done_callback(self._came_back)
+            self._hung = True
+            job.answer.add_done_callback(self._on_late_answer)
             raise _unavailable(f"the driver did not answer within {self._deadline_s:g} s") from None
         except NVMLError as error:
             raise _unavailable(f"NVML says: {error}") from error
 
-    def _came_back(self, answer: asyncio.Future[Any]) -> None:
-        self._hangs = False
+    def _on_late_answer(self, answer: asyncio.Future[Any]) -> None:
+        self._hung = False
         if not answer.cancelled():
             answer.exception()  # nobody waits for it any more
 

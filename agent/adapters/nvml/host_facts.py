@@ -36,20 +36,20 @@ _TROUBLES = {
 }
 
 
-PATIENCE_S = 10.0
-LOOK_AGAIN_S = 0.25
+RETRY_S = 10.0
+RETRY_PAUSE_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSurvey:
     """What NVML gave. `error`: it gave nothing, and why; `missing` GPUs do not answer, beside those in `gpus`;
-    `passing`: one of them may again, for it is not lost."""
+    `transient`: one of them may again, for it is not lost."""
 
     driver: DriverInfo | None = None
     gpus: tuple[Gpu, ...] = ()
     error: UnavailableError | None = None
     missing: int = 0
-    passing: bool = False
+    transient: bool = False
 
     @property
     def trouble(self) -> NvmlTrouble | None:
@@ -68,7 +68,7 @@ class GpuSurvey:
         return str(cause) if cause is not None and self.trouble is NvmlTrouble.OTHER else ""
 
 
-async def look_at_gpus(gpus: Gpus) -> GpuSurvey:
+async def survey_gpus(gpus: Gpus) -> GpuSurvey:
     """Driver and inventory. Never raises: a host without a driver is a host, too."""
     driver: DriverInfo | None = None
     try:
@@ -76,49 +76,49 @@ async def look_at_gpus(gpus: Gpus) -> GpuSurvey:
         found = tuple(await gpus.list_gpus())
     except UnavailableError as error:
         return GpuSurvey(driver, (), error)
-    missing, passing = await _failing(gpus)
-    return GpuSurvey(driver, found, missing=missing, passing=passing)
+    missing, transient = await _failing(gpus)
+    return GpuSurvey(driver, found, missing=missing, transient=transient)
 
 
-async def look_patiently_at_gpus(gpus: Gpus, patience_s: float = PATIENCE_S) -> GpuSurvey:
-    """As `look_at_gpus`; a device that fails and is not lost gets `patience_s` to come back.
+async def survey_gpus_with_retry(gpus: Gpus, retry_s: float = RETRY_S) -> GpuSurvey:
+    """As `survey_gpus`; a device that fails and is not lost gets `retry_s` to come back.
 
     For an agent that starts: a GPU that it does not see then is not there for it until the next start, what sleeps on
     it is given up, and the driver refuses every move that does not name it.
     """
     try:
-        async with asyncio.timeout(patience_s):
+        async with asyncio.timeout(retry_s):
             while True:
-                _, passing = await _failing(gpus)
-                sight = await look_at_gpus(gpus)
-                if not (passing or sight.passing):  # nor has one failed just while it was described
-                    return sight
-                await asyncio.sleep(LOOK_AGAIN_S)
+                _, transient = await _failing(gpus)
+                survey = await survey_gpus(gpus)
+                if not (transient or survey.transient):  # nor has one failed just while it was described
+                    return survey
+                await asyncio.sleep(RETRY_PAUSE_S)
     except TimeoutError:
-        return await look_at_gpus(gpus)
+        return await survey_gpus(gpus)
 
 
 async def _failing(gpus: Gpus) -> tuple[int, bool]:
     """How many devices do not answer, and whether one of them may again. None where no driver is there to say so."""
     try:
-        shown = await gpus.processes()
+        found = await gpus.processes()
     except UnavailableError:
         return 0, False
-    return len(shown.unanswered), bool(shown.unanswered - shown.lost)
+    return len(found.unanswered), bool(found.unanswered - found.lost)
 
 
-def host_facts(sight: GpuSurvey, settings: GpuSettings) -> HostFacts:
+def host_facts(survey: GpuSurvey, settings: GpuSettings) -> HostFacts:
     """Everything that decides about idle mode here."""
     utility, problem = find_utility(Path(settings.utility_path))
     return HostFacts(
-        driver_version=sight.driver.version if sight.driver else "",
-        gpus=sight.gpus,
+        driver_version=survey.driver.version if survey.driver else "",
+        gpus=survey.gpus,
         euid=os.geteuid(),
         machine=platform.machine() if sys.maxsize > 2**32 else "a 32-bit system",
-        cuda=sight.driver.cuda if sight.driver else 0,
-        trouble=sight.trouble,
-        trouble_text=sight.trouble_text,
-        missing=sight.missing,
+        cuda=survey.driver.cuda if survey.driver else 0,
+        trouble=survey.trouble,
+        trouble_text=survey.trouble_text,
+        missing=survey.missing,
         mps=mps_runs(),
         host_pids=sees_host_pids(),
         checkpointer=settings.checkpointer,

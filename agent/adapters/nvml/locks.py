@@ -15,17 +15,17 @@ from pathlib import Path
 from agent.core.errors import PreconditionError
 
 LOCK_FOLDER = Path("/run/lock")
-OTHERS_FOLDER = Path("/tmp")  # noqa: S108 - the names are known to all; links are not followed, locks of others respected
+FALLBACK_FOLDER = Path("/tmp")  # noqa: S108 - the names are known to all; links are not followed, locks of others respected
 
 
 class GpuLocks:
     """Locks on a set of GPUs; they go with the process, however it ends."""
 
     def __init__(self, folder: Path = LOCK_FOLDER) -> None:
-        self._folder = folder if os.geteuid() == 0 or os.access(folder, os.W_OK) else OTHERS_FOLDER
-        self._held: list[int] = []
+        self._folder = folder if os.geteuid() == 0 or os.access(folder, os.W_OK) else FALLBACK_FOLDER
+        self._descriptors: list[int] = []
 
-    def take(self, uuids: Sequence[str]) -> None:
+    def acquire(self, uuids: Sequence[str]) -> None:
         """Raises PreconditionError GPU_IN_USE if another agent drives one of them, GPU_LOCK_UNUSABLE if its lock can't
         be had; none is held then."""
         if os.geteuid() == 0:
@@ -35,7 +35,7 @@ class GpuLocks:
             path = self._folder / f"hibernode-{uuid.replace('/', '_')}.lock"
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-                self._held.append(descriptor)
+                self._descriptors.append(descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 self.release()
@@ -54,6 +54,6 @@ class GpuLocks:
 
     def release(self) -> None:
         """Let go of all."""
-        for descriptor in self._held:
+        for descriptor in self._descriptors:
             os.close(descriptor)
-        self._held.clear()
+        self._descriptors.clear()

@@ -200,10 +200,10 @@ def _describe(device: _Device) -> Gpu:
         index=device.index,
         model=nvmlDeviceGetName(handle),
         memory_bytes=nvmlDeviceGetMemoryInfo(handle).total,
-        persistence=_said(lambda: nvmlDeviceGetPersistenceMode(handle)) == NVML_FEATURE_ENABLED,
-        mig=_said(lambda: nvmlDeviceGetMigMode(handle)[0]) == NVML_DEVICE_MIG_ENABLE,
-        compute_mode=_compute_mode(_said(lambda: nvmlDeviceGetComputeMode(handle))),
-        virtual=_said(lambda: nvmlDeviceGetVirtualizationMode(handle)) == NVML_GPU_VIRTUALIZATION_MODE_VGPU,
+        persistence=_optional(lambda: nvmlDeviceGetPersistenceMode(handle)) == NVML_FEATURE_ENABLED,
+        mig=_optional(lambda: nvmlDeviceGetMigMode(handle)[0]) == NVML_DEVICE_MIG_ENABLE,
+        compute_mode=_compute_mode(_optional(lambda: nvmlDeviceGetComputeMode(handle))),
+        virtual=_optional(lambda: nvmlDeviceGetVirtualizationMode(handle)) == NVML_GPU_VIRTUALIZATION_MODE_VGPU,
     )
 
 
@@ -217,9 +217,9 @@ def _sample(device: _Device) -> GpuSample:
     """Memory must be said; every other figure is one that a model may not have."""
     handle = device.handle
     memory = nvmlDeviceGetMemoryInfo(handle)
-    rates = _said(lambda: nvmlDeviceGetUtilizationRates(handle))
-    encoder = _said(lambda: nvmlDeviceGetEncoderUtilization(handle))
-    decoder = _said(lambda: nvmlDeviceGetDecoderUtilization(handle))
+    rates = _optional(lambda: nvmlDeviceGetUtilizationRates(handle))
+    encoder = _optional(lambda: nvmlDeviceGetEncoderUtilization(handle))
+    decoder = _optional(lambda: nvmlDeviceGetDecoderUtilization(handle))
     return GpuSample(
         device.uuid,
         memory_used_bytes=memory.used,
@@ -227,13 +227,13 @@ def _sample(device: _Device) -> GpuSample:
         memory_percent=None if rates is None else rates.memory,
         encoder_percent=None if encoder is None else encoder[0],
         decoder_percent=None if decoder is None else decoder[0],
-        temperature_celsius=_said(lambda: nvmlDeviceGetTemperature(handle, NVML_TEMPERATURE_GPU)),
-        power_milliwatts=_said(lambda: nvmlDeviceGetPowerUsage(handle)),
-        persistence=_said(lambda: bool(nvmlDeviceGetPersistenceMode(handle) == NVML_FEATURE_ENABLED)),
+        temperature_celsius=_optional(lambda: nvmlDeviceGetTemperature(handle, NVML_TEMPERATURE_GPU)),
+        power_milliwatts=_optional(lambda: nvmlDeviceGetPowerUsage(handle)),
+        persistence=_optional(lambda: bool(nvmlDeviceGetPersistenceMode(handle) == NVML_FEATURE_ENABLED)),
     )
 
 
-def _said(read: Callable[[], T]) -> T | None:
+def _optional(read: Callable[[], T]) -> T | None:
     """None from a device, or a driver, that does not know the question."""
     try:
         return read()

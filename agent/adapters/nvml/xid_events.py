@@ -47,12 +47,11 @@ class NvmlEvents:
     read in time."""
 
     def __init__(self) -> None:
-        self.dropped = 0
         self._unread: deque[Xid] = deque()
         self._arrived = asyncio.Event()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        self._heard = False
+        self._waited = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def next_xid(self) -> Xid:
@@ -73,7 +72,6 @@ class NvmlEvents:
     def _add(self, xid: Xid) -> None:
         if len(self._unread) >= MAX_UNREAD:
             self._unread.popleft()
-            self.dropped += 1
         self._unread.append(xid)
         self._arrived.set()
 
@@ -82,12 +80,12 @@ class NvmlEvents:
     def _watch(self) -> None:
         pause_s = FIRST_PAUSE_S
         while not self._stop.is_set():
-            self._heard = False
+            self._waited = False
             try:
                 self._serve()
             except NVMLError as error:
                 _log.debug("gpu.events_interrupted", error=str(error), pause_s=pause_s)
-            if self._heard:  # NVML was well in between
+            if self._waited:  # NVML was well in between
                 pause_s = FIRST_PAUSE_S
             self._stop.wait(pause_s)
             pause_s = min(pause_s * 2, LAST_PAUSE_S)
@@ -103,8 +101,8 @@ class NvmlEvents:
                 while names and not self._stop.is_set() and (not missing or waits < RETRY_WAITS):
                     waits += 1
                     with suppress(NVMLError_Timeout):
-                        self._hand_on(nvmlEventSetWait(events, WAIT_MS), names)
-                    self._heard = True
+                        self._deliver(nvmlEventSetWait(events, WAIT_MS), names)
+                    self._waited = True
             finally:
                 with suppress(NVMLError):
                     nvmlEventSetFree(events)
@@ -112,7 +110,7 @@ class NvmlEvents:
             with suppress(NVMLError):
                 nvmlShutdown()
 
-    def _hand_on(self, event: Any, names: dict[int, str]) -> None:
+    def _deliver(self, event: Any, names: dict[int, str]) -> None:
         """By the handle: a GPU that is lost does not tell its UUID any more."""
         if event.eventType != nvmlEventTypeXidCriticalError or self._loop is None:
             return

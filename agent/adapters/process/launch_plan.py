@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.adapters.runtime.bundles import BundleIdentity
+from agent.adapters.runtime.bundles import WorkloadUser
 from agent.adapters.runtime.environment import instance_environment
 from agent.core.errors import ConfigError, InvalidArgumentError
 from agent.ports import StartSpec
@@ -19,7 +19,7 @@ from agent.ports import StartSpec
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def refuse_root_by_omission(name: str) -> None:
+def require_explicit_root(name: str) -> None:
     """Whoever may deploy a function would be root on this host, and not because somebody said so. ConfigError."""
     if not name and os.geteuid() == 0:
         raise ConfigError(
@@ -29,7 +29,7 @@ def refuse_root_by_omission(name: str) -> None:
         )
 
 
-def resolve_identity(name: str) -> BundleIdentity | None:
+def resolve_user(name: str) -> WorkloadUser | None:
     """The configured user; None (stay who we are) when it is empty or already us. ConfigError otherwise."""
     if not name:
         return None
@@ -48,7 +48,7 @@ def resolve_identity(name: str) -> BundleIdentity | None:
             "leave the key out to run them as the agent's own user",
         )
     groups = tuple(os.getgrouplist(name, entry.pw_gid))
-    return BundleIdentity(name, entry.pw_uid, entry.pw_gid, groups)
+    return WorkloadUser(name, entry.pw_uid, entry.pw_gid, groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +58,16 @@ class LaunchPlan:
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
     folder: Path
-    identity: BundleIdentity | None
+    user: WorkloadUser | None
 
     def encode(self) -> bytes:
         """See `launch.py`. InvalidArgumentError BAD_COMMAND when a value can't be given to a program at all."""
         records = [("A", value) for value in self.argv]
         records += [("V", f"{name}={value}") for name, value in self.environment.items()]
         records.append(("D", str(self.folder)))
-        if self.identity:
-            records += [("U", str(self.identity.uid)), ("G", str(self.identity.gid))]
-            records += [("S", str(group)) for group in self.identity.groups]
+        if self.user:
+            records += [("U", str(self.user.uid)), ("G", str(self.user.gid))]
+            records += [("S", str(group)) for group in self.user.groups]
         if any("\0" in value for _kind, value in records) or any("=" in name for name in self.environment):
             raise InvalidArgumentError(
                 "BAD_COMMAND", "entrypoint, command and environment must not hold NUL, variable names no '='"
@@ -75,20 +75,18 @@ class LaunchPlan:
         return b"".join(kind.encode() + os.fsencode(value) + b"\0" for kind, value in records) + b".\0"
 
 
-def make_plan(
-    spec: StartSpec, *, port: int, folder: Path, identity: BundleIdentity | None, state_uuid: str
-) -> LaunchPlan:
+def make_plan(spec: StartSpec, *, port: int, folder: Path, user: WorkloadUser | None, state_uuid: str) -> LaunchPlan:
     """The workload's clean environment: nothing of the agent's own, the function's variables, then ours on top
     (`instance_environment`). It listens on 127.0.0.1."""
     gpus = "all" if spec.all_gpus and spec.gpu_uuids else ",".join(spec.gpu_uuids)
     environment = {
         "PATH": DEFAULT_PATH,
         "HOME": str(folder),
-        "USER": identity.name if identity else "",
+        "USER": user.name if user else "",
         "LANG": "C.UTF-8",
         **instance_environment(spec, port=port, state_uuid=state_uuid, visible_devices=gpus or "void"),
     }
     if not environment["USER"]:
         del environment["USER"]
     function = spec.instance.function
-    return LaunchPlan(function.entrypoint + function.command, environment, folder, identity)
+    return LaunchPlan(function.entrypoint + function.command, environment, folder, user)

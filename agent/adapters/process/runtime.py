@@ -20,7 +20,7 @@ from pathlib import Path
 from agent.adapters.kernel import cgroup, process_table
 from agent.adapters.kernel.cgroup_freezer import instance_mark
 from agent.adapters.process import launch
-from agent.adapters.process.launch_plan import LaunchPlan, make_plan, refuse_root_by_omission, resolve_identity
+from agent.adapters.process.launch_plan import LaunchPlan, make_plan, require_explicit_root, resolve_user
 from agent.adapters.runtime.bundles import UID_PATTERN, Bundle, Bundles
 from agent.adapters.runtime.exits import ExitWatch, kill_timeout
 from agent.adapters.runtime.log_files import LogFiles
@@ -39,8 +39,8 @@ from agent.ports import Clock, ExecSession, ExecSpec, StartSpec, Timer
 LOOPBACK = "127.0.0.1"
 START_DEADLINE_S = 15.0
 DESTROY_DEADLINE_S = 10.0
-FOLLOW_LOOK_S = 0.15
-LOG_LOOK_NS = 5 * SECOND_NS
+FOLLOW_POLL_S = 0.15
+LOG_CHECK_NS = 5 * SECOND_NS
 PORT_ATTEMPTS = 16
 
 log = get_logger()
@@ -71,8 +71,8 @@ class ProcessRuntime:
         self._settings = settings
         self._clock = clock
         if settings.enabled:
-            refuse_root_by_omission(settings.user)
-        self._identity = resolve_identity(settings.user)
+            require_explicit_root(settings.user)
+        self._user = resolve_user(settings.user)
         self._boot_id = process_table.boot_id()
         self._bundles = Bundles(settings.state_dir, settings.state_uuid)
         self._logs = LogFiles(settings.state_dir, settings.log_cap_bytes, settings.log_keep)
@@ -115,7 +115,7 @@ class ProcessRuntime:
         self._starting.add(uid)
         try:
             async with asyncio.timeout(START_DEADLINE_S):
-                await self._clear(uid)
+                await self._destroy_earlier(uid)
                 return await self._start(spec)
         except TimeoutError:
             raise self._start_failed(uid, f"no answer from the launcher within {START_DEADLINE_S:g} s") from None
@@ -131,20 +131,20 @@ class ProcessRuntime:
             spec,
             port=port,
             folder=self._bundles.scratch(uid),
-            identity=self._identity,
+            user=self._user,
             state_uuid=self._settings.state_uuid,
         )
         plan.encode()  # refuses what can't be run, before anything is made
         try:
-            self._bundles.create(uid, self._identity)
+            self._bundles.create(uid, self._user)
             path = self._settings.slice_.create(uid) if self._settings.slice_ else None
             return await self._launch(uid, port, plan, path)
         except BaseException:
-            await asyncio.shield(self._discard(uid))
+            await asyncio.shield(self._clean_up_failed_start(uid))
             raise
 
     async def _launch(self, uid: str, port: int, plan: LaunchPlan, path: Path | None) -> Handle:
-        log_fd = self._logs.open(uid, self._identity)
+        log_fd = self._logs.open(uid, self._user)
         try:
             pid, control = launch.spawn(uid, str(path or ""), log_fd)
         finally:
@@ -154,7 +154,7 @@ class ProcessRuntime:
             self._exits.watch(handle)
             self._bundles.write(handle)
             await launch.release(control, plan)
-        self._watch_logs()
+        self._schedule_log_check()
         return handle
 
     def _handle(self, uid: str, pid: int, port: int, path: Path | None) -> Handle:
@@ -180,7 +180,7 @@ class ProcessRuntime:
     def _start_failed(self, uid: str, detail: str) -> InstanceError:
         return InstanceError("START_FAILED", f"the instance could not be started: {detail}", uid=uid)
 
-    async def _clear(self, uid: str) -> None:
+    async def _destroy_earlier(self, uid: str) -> None:
         """Destroy what an earlier attempt with this uid left."""
         bundle = self._bundles.read(uid)
         if bundle and bundle.foreign:
@@ -192,7 +192,7 @@ class ProcessRuntime:
         else:
             await self._remove_traces(uid)
 
-    async def _discard(self, uid: str) -> None:
+    async def _clean_up_failed_start(self, uid: str) -> None:
         """After a failed start: leave nothing. Never hides the error that led here."""
         try:
             handle = next((handle for handle in self._exits.handles() if handle.uid == uid), None)
@@ -207,7 +207,7 @@ class ProcessRuntime:
 
     async def wait(self, handle: Handle) -> Exit:
         ended = self._exits.watch(handle)
-        self._watch_logs()
+        self._schedule_log_check()
         return await asyncio.shield(ended)
 
     async def alive(self, handle: Handle) -> bool:
@@ -237,7 +237,7 @@ class ProcessRuntime:
                 process_table.send_signal(process, self._boot_id, signal.SIGKILL)
             return not members
 
-        if not await cgroup.reread(emptied, deadline_s):
+        if not await cgroup.poll_until(emptied, deadline_s):
             raise kill_timeout(handle, deadline_s)
 
     async def kill_processes(self, handle: Handle, pids: Sequence[int]) -> None:
@@ -321,7 +321,7 @@ class ProcessRuntime:
                 yield part
             if ended:
                 return
-            await asyncio.sleep(FOLLOW_LOOK_S)
+            await asyncio.sleep(FOLLOW_POLL_S)
 
     async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:
         """There is no inside: what runs is a process of the host."""
@@ -338,11 +338,11 @@ class ProcessRuntime:
             with suppress(OSError):  # disk full: the next look tries again
                 self._logs.trim(Path(handle.log_path))
 
-    def _watch_logs(self) -> None:
+    def _schedule_log_check(self) -> None:
         if self._log_timer is None and self._exits.handles():
-            self._log_timer = self._clock.call_at(self._clock.monotonic_ns() + LOG_LOOK_NS, self._look_at_logs)
+            self._log_timer = self._clock.call_at(self._clock.monotonic_ns() + LOG_CHECK_NS, self._check_logs)
 
-    def _look_at_logs(self) -> None:
+    def _check_logs(self) -> None:
         self._log_timer = None
         self.trim_logs()
-        self._watch_logs()
+        self._schedule_log_check()

@@ -26,7 +26,7 @@ log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class BundleIdentity:
+class WorkloadUser:
     """The user a workload runs as: resolved once, by the agent, from `runtime.process.user`."""
 
     name: str
@@ -71,14 +71,14 @@ class Bundles:
     def scratch(self, uid: str) -> Path:
         return self._folder / uid / "scratch"
 
-    def create(self, uid: str, identity: BundleIdentity | None) -> None:
+    def create(self, uid: str, user: WorkloadUser | None) -> None:
         """Make the folder and its scratch. FileExistsError if there is one: the caller destroys it first."""
         self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)
         (self._folder / uid).mkdir(mode=0o711)
         scratch = self.scratch(uid)
         scratch.mkdir(mode=0o700)
-        if identity:
-            os.chown(scratch, identity.uid, identity.gid)
+        if user:
+            os.chown(scratch, user.uid, user.gid)
 
     def create_bare(self, uid: str) -> None:
         """Make the folder alone, or take the one that is there."""

@@ -18,7 +18,7 @@ from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
-from agent.adapters.runtime.bundles import BundleIdentity
+from agent.adapters.runtime.bundles import WorkloadUser
 
 _SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -34,14 +34,14 @@ class LogFiles:
     def path(self, uid: str) -> Path:
         return self._folder / f"{uid}.log"
 
-    def open(self, uid: str, identity: BundleIdentity | None) -> int:
+    def open(self, uid: str, user: WorkloadUser | None) -> int:
         """A descriptor to append to. The workload's group may write to the file, so that /dev/stdout can be opened;
         nobody else gets into the folder. OSError if that can't be, or a link is in its place."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         log_fd = os.open(self.path(uid), os.O_WRONLY | os.O_APPEND | os.O_CREAT | _SAFELY, 0o600)
         os.set_blocking(log_fd, True)  # a workload expects it; what was to be avoided was waiting for the open
-        if identity:
-            os.fchown(log_fd, -1, identity.gid)
+        if user:
+            os.fchown(log_fd, -1, user.gid)
             os.fchmod(log_fd, 0o660)
         return log_fd
 
