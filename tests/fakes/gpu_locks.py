@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from agent.adapters.nvml.locks import LOCK_FOLDER, FALLBACK_FOLDER
+from agent.adapters.nvml.locks import FALLBACK_FOLDER, LOCK_FOLDER
 
 
 def forget_locks(uuids: Sequence[str]) -> None:

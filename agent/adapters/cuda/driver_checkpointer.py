@@ -1,8 +1,7 @@
 """The Checkpointer port on the driver's API (570 and newer), through a small pool of worker processes.
 
-A batch waits in a bounded queue for a free worker, runs under a hard deadline, and costs its worker the life if the
-driver does not answer in time. A lost worker is replaced with a growing pause; a slot whose workers fail again and
-again rests until somebody asks for work.
+A batch waits in a bounded queue for a free worker and runs under a hard deadline; a worker whose driver call misses it
+is killed. A lost worker is replaced after a growing pause; a slot whose workers keep failing rests until there is work.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from agent.log import get_logger
 from agent.ports import CudaAnswer, CudaCall, CudaFault, CudaReply
 
 MAX_CALLS = 256
-MAX_BATCH_BYTES = 96 * 1024
+MAX_MESSAGE_BYTES = 96 * 1024
 CALL_BYTES, PAIR_BYTES = 64, 96
-"""Bounds of one message to a worker, and what a call and a pair of a GPU map take of it at the most. An instance may
-have more processes than that, and all of them are asked for their state."""
+"""Bounds of one message to a worker, and the most that a call and a pair of a GPU map take of it. An instance may have
+more processes than fit into one message."""
 
 _log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
-    """`queue_length` batches may wait, each for at most `queue_timeout_s`. A slot pauses `first_backoff_s`, doubled
-    to `last_backoff_s`, between workers, and rests after `max_failures` of them in a row."""
+    """At most `queue_length` batches wait, each for at most `queue_timeout_s`. Between workers a slot pauses
+    `first_backoff_s`, doubled up to `last_backoff_s`; it rests after `max_failures` failures in a row."""
 
     workers: int = 2
     queue_length: int = 256
@@ -48,7 +47,7 @@ class _Job:
     waiting: asyncio.TimerHandle | None = None
 
     def resolve(self, reply: CudaReply) -> None:
-        """The caller may have been cancelled meanwhile."""
+        """Answer the caller, unless it was cancelled meanwhile."""
         if self.waiting is not None:
             self.waiting.cancel()
         if not self.reply.done():
@@ -57,7 +56,7 @@ class _Job:
 
 @dataclass(slots=True, eq=False)
 class _WorkerSlot:
-    """A place for one worker: `worker` None and `respawn` None means it rests after too many failures."""
+    """A place for one worker. With `worker` None and `respawn` None it rests after too many failures."""
 
     worker: DriverWorkerProcess | None = None
     job: _Job | None = None
@@ -68,7 +67,7 @@ class _WorkerSlot:
 
 @dataclass(slots=True)
 class _ChangeNotifier:
-    """WakeCalls whoever waits for a change of the slots."""
+    """Wakes the coroutines that wait for a change of the slots."""
 
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
@@ -85,7 +84,7 @@ class _ChangeNotifier:
 
 
 class DriverCheckpointer:
-    """`agent.ports.Checkpointer`. Create, `start()`, use, `close()`, all on one loop's thread."""
+    """`agent.ports.Checkpointer`. Create, `start()`, use and `close()` it on one loop's thread."""
 
     def __init__(
         self,
@@ -106,7 +105,7 @@ class DriverCheckpointer:
         self._events = WorkerEvents(self._on_ready, self._on_answered, self._on_gone)
 
     async def start(self) -> None:
-        """Spawn the workers; returns when one is ready. Raises UnavailableError CHECKPOINT_API_UNAVAILABLE."""
+        """Spawn the workers; return when one is ready. Raises UnavailableError CHECKPOINT_API_UNAVAILABLE."""
         for slot in self._slots:
             self._spawn(slot)
         while not any(self._is_up(slot) for slot in self._slots):
@@ -119,9 +118,9 @@ class DriverCheckpointer:
             await self._changed.wait()
 
     async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
-        """`Checkpointer.run`. Reasons with NOT_BEGUN: DRIVER_QUEUE_FULL, DRIVER_BUSY, DRIVER_WORKERS_DOWN; with
-        LOST and STUCK: DRIVER_OPERATION_LOST. What does not fit into one message is done in several, each with its
-        `deadline_s`; what is not begun of a later one makes the whole LOST."""
+        """`Checkpointer.run`. Reasons with NOT_BEGUN: DRIVER_QUEUE_FULL, DRIVER_BUSY, DRIVER_WORKERS_DOWN; with LOST
+        and STUCK: DRIVER_OPERATION_LOST. Calls that do not fit into one message are sent in several, each with its own
+        `deadline_s`; if a later one is not begun, the whole reply is LOST."""
         answers: tuple[CudaAnswer, ...] = ()
         for part in _messages(calls):
             reply = await self._run(part, deadline_s, gpu_uuids)
@@ -138,7 +137,7 @@ class DriverCheckpointer:
         if self._closed:
             return _not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping")
         if len(self._queue) >= self._limits.queue_length:
-            return _not_begun("DRIVER_QUEUE_FULL", f"{len(self._queue)} operations wait for the driver already")
+            return _not_begun("DRIVER_QUEUE_FULL", f"{len(self._queue)} operations already wait for the driver")
         loop = asyncio.get_running_loop()
         job = _Job(calls, deadline_s, gpu_uuids, loop.create_future())
         self._queue.append(job)
@@ -154,7 +153,7 @@ class DriverCheckpointer:
                 job.resolve(_not_begun("DRIVER_BUSY", "cancelled"))
 
     async def close(self) -> None:
-        """Kill the workers and wait until they are reaped or abandoned (bounded by their kill timeout)."""
+        """Kill the workers and wait until they are reaped or abandoned; their kill timeout bounds the wait."""
         self._closed = True
         while self._queue:
             self._queue.popleft().resolve(_not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping"))
@@ -168,7 +167,7 @@ class DriverCheckpointer:
             await self._changed.wait()
 
     def on_persistence_off(self) -> None:
-        """From now on cuInit comes before a worker's first restore, which would kill its target otherwise."""
+        """From now on cuInit precedes a worker's first restore: without it the restore would kill its target."""
         self.init_before_restore = True
 
     # ---- jobs -------------------------------------------------------------------------------------------------
@@ -192,7 +191,8 @@ class DriverCheckpointer:
             job.resolve(_not_begun("DRIVER_BUSY", f"no driver worker became free within {waited_s:g} s"))
 
     def _fail_queue_if_down(self) -> None:
-        """Nobody will come for the queue: every slot rests, or no worker has ever found a usable driver here."""
+        """Fail the queued jobs if no worker can take them: every slot rests, or no worker has ever found a usable
+        driver."""
         resting = all(slot.worker is None and slot.respawn is None for slot in self._slots)
         never = not self._ever_ready and all(slot.last_error for slot in self._slots)
         if not resting and not never:
@@ -214,7 +214,7 @@ class DriverCheckpointer:
             self._failed(slot, f"a worker can't be spawned ({error})")
 
     def _revive(self) -> None:
-        """One attempt for the slots that rest, since there is work."""
+        """Give the resting slots one attempt, because there is work."""
         for slot in self._slots:
             if slot.worker is None and slot.respawn is None:
                 self._spawn(slot)
@@ -261,14 +261,14 @@ class DriverCheckpointer:
 
 
 def _messages(calls: Sequence[CudaCall]) -> Iterator[list[CudaCall]]:
-    """The calls in order, in parts that fit into a message."""
+    """Split the calls, in order, into parts that fit into one message."""
     part: list[CudaCall] = []
-    room = MAX_BATCH_BYTES
+    room = MAX_MESSAGE_BYTES
     for call in calls:
         size = CALL_BYTES + PAIR_BYTES * len(call.gpu_map)
         if part and (size > room or len(part) == MAX_CALLS):
             yield part
-            part, room = [], MAX_BATCH_BYTES
+            part, room = [], MAX_MESSAGE_BYTES
         part.append(call)
         room -= size
     if part:

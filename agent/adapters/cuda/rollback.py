@@ -1,7 +1,7 @@
-"""Bringing processes that are left half way to one state, step by step from what the driver says they are in.
+"""Rolls back: brings processes that a failed operation left in different states to one state, step by step.
 
-This is rollback and recovery; the way forward (`freezer.py`) does not pass here. After a worker was lost the hung
-operation may still run, so then nothing counts as reached until it was read twice.
+A freeze or wake that succeeds does not come here. A hung call of a lost worker may still run later, so after a loss a
+state counts as reached only when it was read twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FIRST_PAUSE_S = 0.002
 LAST_PAUSE_S = 0.5
 
 _STEPS: Mapping[CudaState, Sequence[tuple[CudaOp, frozenset[CudaState]]]] = {
-    # All of one operation before any of the next: restore all, then unlock all (facts 4).
+    # Restore all, then unlock all (agent/docs/facts/gpu-checkpoint.md, section 4).
     CudaState.RUNNING: (
         (CudaOp.RESTORE, frozenset({CudaState.CHECKPOINTED})),
         (CudaOp.UNLOCK, frozenset({CudaState.CHECKPOINTED, CudaState.LOCKED})),
@@ -33,9 +33,8 @@ _STEPS: Mapping[CudaState, Sequence[tuple[CudaOp, frozenset[CudaState]]]] = {
 
 @dataclass(frozen=True, slots=True)
 class RollbackLimits:
-    """How often it is tried, all of it within the caller's deadline: `attempts` times something is done about the states,
-    `failed_restores` of them may end in a restore that fails (facts 4: once more and no further), and `unreadable`
-    readings may give nothing."""
+    """Bounds within the caller's deadline: batches of operations (`attempts`), batches that may end in a failed restore
+    (one retry; agent/docs/facts/gpu-checkpoint.md, section 4), and readings without a result."""
 
     attempts: int = 3
     failed_restores: int = 2
@@ -46,8 +45,12 @@ class RollbackLimits:
 
 @dataclass(frozen=True, slots=True)
 class RollbackGoal:
-    """Where to bring the processes: RUNNING or CHECKPOINTED, those still to be restored by `gpu_map`. `late_call_possible`: a
-    worker was lost before. `before_round` makes sure that they can answer (their cgroup is thawed) before each round."""
+    """The state to reach: RUNNING or CHECKPOINTED.
+
+    - `gpu_map`: pairs (old uuid, new uuid) for the processes still to be restored.
+    - `late_call_possible`: a worker was lost before, so its call may still take effect.
+    - `before_round`: called before each round; makes sure that the processes' cgroup is thawed.
+    """
 
     state: CudaState
     gpu_map: tuple[tuple[str, str], ...] = ()
@@ -58,7 +61,7 @@ class RollbackGoal:
 
 @dataclass(slots=True)
 class RollbackResult:
-    """Where the processes are. `states` by pid as last read; `reason` says why `reached` is False."""
+    """Where the processes are: `states` by pid as last read; `reason` says why `reached` is False."""
 
     reached: bool = False
     states: dict[int, CudaState] = field(default_factory=dict)
@@ -74,10 +77,8 @@ class RollbackResult:
 async def rollback(
     checkpointer: Checkpointer, processes: Sequence[CudaProcess], goal: RollbackGoal, deadline_s: float
 ) -> RollbackResult:
-    """Bring all living `processes` to the aim.
-
-    Not reached: CUDA_STATE_FAILED, CUDA_STATE_UNREADABLE, CUDA_UNSETTLED, DRIVER_STUCK; only a kill is safe then.
-    """
+    """Bring all living `processes` to the goal. If that fails, only a kill is safe; the reason is CUDA_STATE_FAILED,
+    CUDA_UNSETTLED, DRIVER_STUCK, or that of a fatal result."""
     result = RollbackResult()
     try:
         async with asyncio.timeout(deadline_s):
@@ -110,7 +111,7 @@ async def _rounds(
             case _Verdict.CONFIRM:
                 continue
             case _Verdict.BUSY:
-                await pause.wait()  # bounded by the deadline, not by what was tried
+                await pause.wait()  # bounded by the deadline, not by the attempts
                 continue
             case _Verdict.UNREADABLE:
                 progress.record_unreadable(reply)
@@ -148,7 +149,7 @@ class _Attempts:
         self.attempts += 1
         self.last_failure = _failure(reply)
         last = reply.answers[-1] if reply.answers else None
-        # ILLEGAL_STATE: a hung one has done it meanwhile, which the next reading shows.
+        # ILLEGAL_STATE: a hung call has restored it meanwhile; the next reading shows that.
         if last and last.call.op is CudaOp.RESTORE and last.code not in (0, CudaResult.ILLEGAL_STATE):
             self.failed_restores += 1
 
@@ -175,7 +176,7 @@ class _Verdict(Enum):
 
 @dataclass(slots=True)
 class _StateCheck:
-    """What a reading of the states means. `agreed` counts the readings in a row that showed the goal."""
+    """Decides what a reading of the states means. `agreed` counts consecutive readings that showed the goal."""
 
     late_call_possible: bool
     agreed: int = 0
@@ -193,14 +194,14 @@ class _StateCheck:
             return _Verdict.UNREADABLE
         if states & {CudaState.FAILED, CudaState.UNKNOWN, CudaState.NONE}:
             names = ", ".join(sorted(state.value for state in states))
-            result.fail("CUDA_STATE_FAILED", f"the driver says of the processes: {names}")
+            result.fail("CUDA_STATE_FAILED", f"the driver reports the states {names}")
             return _Verdict.UNRECOVERABLE
         return _Verdict.BUSY if states & BUSY else _Verdict.ACT
 
 
 @dataclass(slots=True)
 class _Pause:
-    """Growing pauses between readings of a state that takes its time."""
+    """Growing pauses between readings of a state that changes by itself."""
 
     next_s: float = FIRST_PAUSE_S
 

@@ -1,7 +1,7 @@
-"""Lock, unlock and checkpoint: the way of an instance's GPU state into host memory, and every way back.
+"""Lock, unlock and checkpoint: moves an instance's GPU state into host memory, or rolls back.
 
-Lock all, list again, checkpoint all, verify, and only then stop the threads. A lock that fails unlocks all and the
-workload lives; a checkpoint that fails restores and unlocks all (facts gpu-checkpoint, section 4).
+Lock all, list again, checkpoint all, verify, and only then stop the threads. If a lock fails, all are unlocked and the
+workload runs on; if a checkpoint fails, all are restored and unlocked (agent/docs/facts/gpu-checkpoint.md, section 4).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class FreezeSequence:
             driver_ns += result.driver_ns
             if result.reason != RELIST:
                 return replace(result, driver_ns=driver_ns)
-        return refused("PROCESSES_CHANGE", "CUDA processes keep appearing while the instance is locked", driver_ns)
+        return refused("PROCESSES_CHANGE", "new CUDA processes keep appearing while the instance is locked", driver_ns)
 
     async def _lock_found(self, handle: Handle, found: CudaProcessList) -> FreezeResult:
-        """Lock what was found and look again; the reason START_OVER asks for another listing."""
+        """Lock the processes found and list again; the reason RELIST asks for another listing."""
         if not found.ok:
             return refused(*failure(found.failure, found.reason, found.message))
         if not found.pids:
@@ -81,15 +81,15 @@ class FreezeSequence:
             )
         wrong = [process for process in tracked.processes if process.state is not CudaState.RUNNING]
         if failed := [process for process in wrong if process.state is CudaState.FAILED]:
-            return broken("CUDA_STATE_FAILED", f"the driver says that process {failed[0].pid} has failed")
+            return broken("CUDA_STATE_FAILED", f"the driver reports process {failed[0].pid} as failed")
         if wrong:
-            return refused("CUDA_ILLEGAL_STATE", f"process {wrong[0].pid} is {wrong[0].state.value} for the driver")
+            return refused("CUDA_ILLEGAL_STATE", f"the driver reports process {wrong[0].pid} as {wrong[0].state.value}")
         return None
 
     async def _unlock_after(
         self, handle: Handle, tracked: TrackedCudaProcesses, reply: CudaReply, reason: str, message: str
     ) -> FreezeResult:
-        """A lock that goes no further: REFUSED with `reason` if everything runs again, else BROKEN."""
+        """Roll back a lock: REFUSED with `reason` if everything runs again, else BROKEN."""
         if reply.fault is CudaFault.NOT_BEGUN:
             died = tracked.died
             self._instances.untrack(handle)
@@ -100,12 +100,12 @@ class FreezeSequence:
         driver_ns = reply.driver_ns + rolled_back.driver_ns
         if not rolled_back.reached:
             return broken(rolled_back.reason, f"{message}; {rolled_back.message}", driver_ns)
-        # One that ended by itself is no fault: the next listing shows what is left.
+        # A process that ended by itself is no failure: the next listing shows what is left.
         return refused(RELIST if died else reason, message, driver_ns)
 
     async def unlock(self, handle: Handle) -> FreezeResult:
-        """Undo a lock (a cancelled freeze, or what recovery finds LOCKED). Somebody's pause is undone with it: a lock
-        that stays behind would hang the program when they resume it."""
+        """Undo a lock (a cancelled freeze, or LOCKED found by recovery). Also thaws an instance paused by others: a
+        remaining lock would hang the program when they resume it."""
         refusal = self._instances.refuse_unless_thawed(handle)
         if refusal is not None and refusal.outcome is Outcome.REFUSED:
             try:
@@ -131,10 +131,8 @@ class FreezeSequence:
     # ---- checkpoint -------------------------------------------------------------------------------------------
 
     async def checkpoint(self, handle: Handle) -> FreezeResult:
-        """Checkpoint what `lock` locked, prove it, freeze the cgroup. REFUSED leaves it unlocked and running.
-
-        Raises PreconditionError NOT_LOCKED.
-        """
+        """Checkpoint the locked processes, verify, freeze the cgroup. REFUSED leaves the instance unlocked and running.
+        Raises PreconditionError NOT_LOCKED."""
         tracked = self._instances.get(handle)
         if tracked is None:
             raise PreconditionError("NOT_LOCKED", "lock the instance before its checkpoint", uid=handle.uid)
@@ -150,13 +148,14 @@ class FreezeSequence:
     async def _unlock_paused(
         self, handle: Handle, tracked: TrackedCudaProcesses, refusal: FreezeResult
     ) -> FreezeResult:
-        """Paused by others between lock and checkpoint: a lock may not stay behind, so they are thawed for it."""
+        """Paused by others between lock and checkpoint: thaw and unlock, because no lock may remain."""
         if refusal.outcome is Outcome.BROKEN:
             return refusal
         return await self._restore_after(handle, tracked, CudaReply(), refusal.reason, refusal.message)
 
     async def finish(self, handle: Handle) -> FreezeResult:
-        """`Freezer.finish_freeze`; processes not yet checkpointed are. `image_bytes` is 0: nobody knows it now."""
+        """`Freezer.finish_freeze`: checkpoints the processes that are not yet, freezes the cgroup. `image_bytes` is 0
+        (unknown)."""
         if refusal := self._instances.refuse_unless_thawed(handle):
             return refusal
         self._instances.untrack(handle)
@@ -170,7 +169,7 @@ class FreezeSequence:
         return await self._finish_freeze(handle, tracked, reply)
 
     async def _finish_freeze(self, handle: Handle, tracked: TrackedCudaProcesses, reply: CudaReply) -> FreezeResult:
-        """After the checkpoint: the VRAM is gone by NVML's account, then the threads stop."""
+        """After the checkpoint: verify by NVML that the VRAM is released, then stop the threads."""
         try:
             await self._vram_probe.wait_until_gone(tracked.pids, tracked.vram_by_gpu or ())
             await self._instances.freeze(handle)
@@ -181,7 +180,7 @@ class FreezeSequence:
     async def _restore_after(
         self, handle: Handle, tracked: TrackedCudaProcesses, reply: CudaReply, reason: str, message: str
     ) -> FreezeResult:
-        """A checkpoint that goes no further: REFUSED with `reason` if everything runs again, else BROKEN."""
+        """Roll back a checkpoint: REFUSED with `reason` if everything runs again, else BROKEN."""
         if is_fatal(reply):
             died = tracked.died
             self._instances.untrack(handle)
@@ -202,5 +201,5 @@ def _died(message: str, driver_ns: int) -> FreezeResult:
 
 
 def _left_locked(tracked: TrackedCudaProcesses) -> bool:
-    """A lock that was lost has run after all, unseen."""
+    """A lock call that was given up for lost has run after all."""
     return {process.state for process in tracked.processes} <= {CudaState.RUNNING, CudaState.LOCKED}

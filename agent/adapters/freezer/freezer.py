@@ -1,9 +1,9 @@
-"""The Freezer port: an instance's GPU state to host memory and back, in the order that the driver demands.
+"""The Freezer port: moves an instance's GPU state to host memory and back, in the order that the driver demands.
 
-Freeze: list the CUDA processes, lock all, list again, checkpoint all, verify, freeze the cgroup (`freeze.py`).
-Wake: room on the GPU, thaw, restore all, unlock all, verify (`wake.py`). The driver does its work inside the
-target, so a target in a frozen cgroup can't answer and the caller hangs: the cgroup is read before every question.
-Rules and faults: facts gpu-checkpoint, sections 3, 4 and 7.
+Freeze (`freeze.py`): list the CUDA processes, lock all, list again, checkpoint all, verify, freeze the cgroup. Wake
+(`wake.py`): check room on the GPU, thaw, restore all, unlock all, verify. The driver works inside the target, so a
+target in a frozen cgroup can't answer and the caller hangs: the cgroup is read before every driver call. Rules and
+faults: agent/docs/facts/gpu-checkpoint.md, sections 3, 4 and 7.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from agent.ports import Checkpointer, Condition, FreezeResult, Gpus, Outcome
 
 
 class CudaFreezer:
-    """`agent.ports.Freezer`. One operation at a time for an instance, any number of instances at once."""
+    """`agent.ports.Freezer`. One operation at a time per instance, any number of instances at once."""
 
     def __init__(
         self,
@@ -47,25 +47,22 @@ class CudaFreezer:
         self._recovery = FreezerRecovery(self._instances, self._vram_probe, boot_id)
 
     async def lock(self, handle: Handle) -> FreezeResult:
-        """`Freezer.lock`: REFUSED leaves all CUDA processes running."""
         await self._late_calls.suspend(handle)
         return self._watch_if_running(Outcome.REFUSED, handle, await self._freeze.lock(handle))
 
     async def unlock(self, handle: Handle) -> FreezeResult:
-        """`Freezer.unlock`: undo a lock (a cancelled freeze, or what recovery finds LOCKED)."""
         await self._late_calls.suspend(handle)
         return self._watch_if_running(Outcome.OK, handle, await self._freeze.unlock(handle))
 
     async def checkpoint(self, handle: Handle) -> FreezeResult:
-        """`Freezer.checkpoint`: REFUSED leaves it unlocked and running. Raises PreconditionError NOT_LOCKED."""
+        """`Freezer.checkpoint`. Raises PreconditionError NOT_LOCKED."""
         return self._watch_if_running(Outcome.REFUSED, handle, await self._freeze.checkpoint(handle))
 
     async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
-        """`Freezer.wake`: REFUSED leaves it checkpointed from the same GPUs, and frozen."""
         return self._watch_if_running(Outcome.OK, handle, await self._wake.wake(handle, gpu_map))
 
     def _watch_if_running(self, outcome: Outcome, handle: Handle, result: FreezeResult) -> FreezeResult:
-        """With this outcome it runs: if a call on it was lost, it is watched."""
+        """An instance runs after this outcome: watch it if a driver call on it was lost."""
         if result.outcome is outcome:
             self._late_calls.resume(handle)
         return result
@@ -75,7 +72,7 @@ class CudaFreezer:
         return self._instances.paused(handle)
 
     async def prepare_kill(self, handle: Handle) -> None:
-        """`Freezer.prepare_kill`. A rollback that runs may take long: the kill does not wait for its end."""
+        """`Freezer.prepare_kill`. Does not wait for the end of a rollback in progress, which may take long."""
         try:
             async with asyncio.timeout(self._instances.limits.prepare_kill_s):
                 await self._late_calls.suspend(handle)
@@ -84,7 +81,8 @@ class CudaFreezer:
         await self._recovery.prepare_kill(handle)
 
     async def condition(self, handle: Handle) -> Condition:
-        """`Freezer.condition`. What an earlier agent may have lost on it is reckoned with from here on."""
+        """`Freezer.condition`. From here on, calls that an earlier agent may have lost on the instance are expected to
+        run late."""
         condition = await self._recovery.condition(handle)
         self._instances.expect_late_calls(handle)
         if condition is Condition.AWAKE:
@@ -92,11 +90,10 @@ class CudaFreezer:
         return condition
 
     async def finish_freeze(self, handle: Handle) -> FreezeResult:
-        """`Freezer.finish_freeze`; processes not yet checkpointed are. `image_bytes` is 0: nobody knows it now."""
         return self._watch_if_running(Outcome.REFUSED, handle, await self._freeze.finish(handle))
 
     async def thaw(self, handle: Handle) -> None:
-        """`Freezer.thaw`. Raises what `ProcessFreezer.thaw` raises."""
+        """`Freezer.thaw`. Raises as `ProcessFreezer.thaw`."""
         await self._instances.thaw(handle)
 
     async def vram_bytes(self, handle: Handle) -> int:
@@ -104,6 +101,5 @@ class CudaFreezer:
         return await self._vram_probe.bytes_of(frozenset(await self._instances.finder.pids(handle)))
 
     def forget(self, handle: Handle) -> None:
-        """`Freezer.forget`. Idempotent."""
         self._late_calls.forget(handle)
         self._instances.forget(handle)

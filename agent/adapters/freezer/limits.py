@@ -1,4 +1,5 @@
-"""What a freeze or a wake gives back, made from the driver's replies; and how long each may take."""
+"""Deadlines of driver calls and of every other step of a freeze or wake, and the results made from the driver's
+replies."""
 
 from __future__ import annotations
 
@@ -10,18 +11,21 @@ from agent.ports import CudaReply, CudaState, FreezeResult, Outcome
 from agent.settings import GpuSettings
 
 RELIST = "RELIST"
-"""The reason, inside the freezer only, that asks for another listing before the next lock."""
+"""Reason used only inside the freezer: list the processes again before the next lock."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreezerLimits:
-    """Deadlines in seconds, and what is allowed.
+    """Deadlines in seconds, and what is allowed. A driver call that misses its deadline costs its worker process.
 
-    A copy may take `copy_base_s` + VRAM / `copy_bytes_per_s`; `unknown_image_bytes` stands for the VRAM where it is not
-    known (after a restart of the agent). `state_query_s` bounds one question, `driver_call_s` the calls that copy nothing,
-    `rollback_s` a rollback beside its copies, `vram_gone_s` NVML's proof, `cgroup_s` a freeze or thaw of the threads,
-    `death_grace_s` the driver's answer after a target died, `prepare_kill_s` what precedes a kill. `memory_query_s`: so long
-    a wake waits for NVML to say what is free. `migrates`: instances may wake on other GPUs.
+    - `lock_timeout_s`: the driver's wait for running kernels at a lock; `lock_attempts` locks with a new listing.
+    - `state_query_s`: one batch of STATE calls; `driver_call_s`: calls that copy nothing.
+    - `copy_base_s` + VRAM / `copy_bytes_per_s`: a checkpoint or restore. `unknown_image_bytes` stands for VRAM of
+      unknown size (after a restart of the agent).
+    - `rollback_s`: a rollback, its copies excluded. `prepare_kill_s`: the checkpoint before a kill.
+    - `vram_gone_s`: NVML's proof of an empty GPU. `memory_query_s`: NVML's answer on free memory during a wake.
+    - `cgroup_s`: a freeze or thaw of the threads. `death_grace_s`: the driver's answer after a target has died.
+    - `migrates`: instances may wake on other GPUs.
     """
 
     lock_timeout_s: float = 5.0
@@ -50,8 +54,8 @@ class FreezerLimits:
         several_processes_on_several_gpus: bool = False,
         migrates: bool = False,
     ) -> FreezerLimits:
-        """What the configuration's two timeouts mean for each step: none is longer than its default, and all are short
-        where `operation_timeout_s` is. With the default of 120 s each has its default."""
+        """Limits for the configuration's two timeouts: none is longer than its default, and all shrink with
+        `operation_timeout_s`; with its default of 120 s each has its default."""
         usual = cls()
         share = min(operation_timeout_s / 120, 1.0)
 
@@ -76,7 +80,7 @@ class FreezerLimits:
 
 
 def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerLimits:
-    """What the configuration means for the freezer."""
+    """Limits for the configuration."""
     return FreezerLimits.for_timeouts(
         settings.lock_timeout_ns / SECOND_NS,
         settings.operation_timeout_ns / SECOND_NS,
@@ -91,25 +95,25 @@ def refused(reason: str, message: str, driver_ns: int = 0) -> FreezeResult:
 
 
 def broken(reason: str, message: str, driver_ns: int = 0) -> FreezeResult:
-    """Unknown: only a kill is safe."""
+    """State unknown: only a kill is safe."""
     return FreezeResult(Outcome.BROKEN, reason, message, driver_ns)
 
 
 def all_in(reply: CudaReply, state: CudaState, count: int) -> bool:
-    """Everything succeeded, and the last `count` answers (the STATE calls) say `state`."""
+    """All calls succeeded, and the last `count` answers (the STATE calls) report `state`."""
     return reply.ok and all(answer.state is state for answer in reply.answers[len(reply.answers) - count :])
 
 
 def failure(reply: CudaReply | None, reason: str = "", message: str = "") -> tuple[str, str]:
-    """Why a reply is not what was wanted."""
+    """Reason and message of a reply that is not the one wanted."""
     if reply is not None and reply.reason:
         return reply.reason, reply.message
     if reply is not None and not reply.ok:
         return explain(reply.answers[-1])
-    stale = "the driver reported success, but the state is not the one that was asked for"
+    stale = "the driver reported success, but the state is not the requested one"
     return reason or "CUDA_STATE_STALE", message or stale
 
 
 def is_fatal(reply: CudaReply) -> bool:
-    """Was the last thing the driver said a 304? After it nothing the driver says of the process can be relied on."""
+    """The last answer is fatal (304): nothing the driver reports of the process can be trusted after it."""
     return bool(reply.answers) and reply.answers[-1].code in FATAL

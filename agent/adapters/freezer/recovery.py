@@ -1,7 +1,7 @@
-"""What state an instance is really in, for an agent that has just started; and making a killing safe.
+"""Finds the real state of an instance for an agent that has just started, and makes a kill safe.
 
-The cgroup is read before the driver is asked: a frozen target can't answer. Nothing is remembered of the time before,
-so an instance that is found awake counts as restored (DESIGN section 4).
+The cgroup is read before any driver call, because a frozen target can't answer. Nothing is known of the time before, so
+an instance found awake counts as restored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from agent.log import get_logger
 from agent.ports import Condition, CudaCall, CudaOp, CudaState
 
 KILL_LOCK_TIMEOUT_S = 1.0
-"""Running kernels get this long before a kill: they are lost anyway."""
+"""Time for running kernels before a kill; their results are lost anyway."""
 
 _log = get_logger()
 
@@ -35,8 +35,9 @@ class FreezerRecovery:
         self._limits = instances.limits
 
     async def condition(self, handle: Handle) -> Condition:
-        """`Freezer.condition`. Raises UnavailableError NVML_UNAVAILABLE, or DRIVER_BUSY and the like: nobody could ask,
-        which says nothing about the instance. Where the driver's API can't be used at all, what runs is AWAKE."""
+        """`Freezer.condition`. Raises UnavailableError (NVML_UNAVAILABLE, DRIVER_BUSY ...) if the question could not be
+        asked, which says nothing about the instance. Where the driver's API can't be used at all, a thawed instance is
+        AWAKE."""
         pids = frozenset(await self._instances.finder.pids(handle))
         if not process_table.is_alive(handle.process, self._boot_id) or not pids:
             return Condition.GONE
@@ -44,7 +45,7 @@ class FreezerRecovery:
             case FreezerState.GONE:
                 return Condition.GONE
             case FreezerState.FROZEN:
-                if await self._vram_probe.bytes_of(pids):  # on whatever GPU: it may have woken on another one
+                if await self._vram_probe.bytes_of(pids):  # on any GPU: it may have woken on another one
                     return Condition.PAUSED_BY_OTHERS
                 self._instances.note_frozen_by_us(handle)
                 return Condition.FROZEN
@@ -56,9 +57,9 @@ class FreezerRecovery:
     async def _ask(self, handle: Handle) -> Condition:
         found = await self._instances.finder.find(handle)
         if found.reason == WORKERS_DOWN:
-            return Condition.AWAKE  # a host that can't freeze: nobody has frozen this, and it is not paused
+            return Condition.AWAKE  # a host that can't freeze: this one was never frozen, and is not paused
         if found.inconclusive:
-            raise UnavailableError(found.reason, f"the driver could not be asked: {found.message}", uid=handle.uid)
+            raise UnavailableError(found.reason, f"the driver could not be called: {found.message}", uid=handle.uid)
         if not found.ok:
             return Condition.BROKEN
         self._instances.restored.add(handle.uid)
@@ -68,8 +69,8 @@ class FreezerRecovery:
             release(found.processes)
 
     def _judge(self, states: set[CudaState]) -> Condition:
-        """A mixture is a freeze or a wake that was cut. The first can always be finished; where instances migrate the
-        second can't, for the restored may be on other GPUs than those that the rest came from, and nobody knows."""
+        """A mixture is an interrupted freeze or wake. A freeze can always be finished. A wake can't where instances
+        migrate: the restored processes may be on other GPUs than the rest came from."""
         if not states <= {CudaState.RUNNING, CudaState.LOCKED, CudaState.CHECKPOINTED}:
             return Condition.BROKEN
         if CudaState.CHECKPOINTED in states:
@@ -78,7 +79,7 @@ class FreezerRecovery:
         return Condition.LOCKED if CudaState.LOCKED in states else Condition.AWAKE
 
     async def _states(self, processes: tuple[CudaProcess, ...]) -> set[CudaState]:
-        """As found, or asked again while somebody is CHECKPOINTING or RESTORING."""
+        """The states as found, read again while one is CHECKPOINTING or RESTORING."""
         states = {process.state for process in processes}
         if not states & {CudaState.CHECKPOINTING, CudaState.RESTORING}:
             return states
@@ -90,8 +91,8 @@ class FreezerRecovery:
     # ---- before a kill ----------------------------------------------------------------------------------------
 
     async def prepare_kill(self, handle: Handle) -> None:
-        """`Freezer.prepare_kill`: takes `prepare_kill_s` and the copy's time at most. A paused instance is left alone, and so
-        is one that was not restored since it started."""
+        """`Freezer.prepare_kill`: takes at most `prepare_kill_s` plus the copy's time. Skips a paused instance and one
+        that was never restored."""
         if handle.uid not in self._instances.restored:
             return
         try:

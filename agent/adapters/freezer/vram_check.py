@@ -1,7 +1,8 @@
-"""NVML as the freezer's witness: what a lock took, that a checkpoint gave it back, that a restore has room.
+"""GPU memory as NVML shows it to the freezer: what a lock found, that a checkpoint released it, that a restore has
+room.
 
-Every question is bounded. A freeze without NVML's proof is refused; a wake goes on without its answer, for a request
-waits and NVML only watches: a GPU is granted by the GPU book on proof that it is empty.
+Every query is bounded. A freeze without NVML's proof is refused. A wake goes on without an answer, because a request
+waits and this check is the second one: the GPU allocator grants a GPU only when it is proven empty.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from agent.log import get_logger
 from agent.ports import FreezeResult, GpuProcesses, Gpus
 
 UNRESPONSIVE_S = 5.0
-"""So long no wake asks a NVML that has not answered one in time: only the first waits for it."""
+"""How long wakes skip an NVML that did not answer in time, so that only the first one waits for it."""
 
 _log = get_logger()
 
@@ -31,8 +32,8 @@ class VramProbe:
         self._unresponsive = False
 
     async def bytes_of(self, pids: Collection[int]) -> int:
-        """GPU memory of these processes, on whatever GPU. Raises UnavailableError NVML_UNAVAILABLE, also where none is
-        seen and a GPU that may have it does not answer. A lost GPU has nothing that a program could go on with."""
+        """GPU memory of these processes, on any GPU. Raises UnavailableError NVML_UNAVAILABLE, also if none is seen and
+        a GPU that may hold it does not answer. (A lost GPU holds nothing that a program could continue with.)"""
         found = await self._gpus.processes()
         seen = sum(process.used_bytes for process in found if process.pid in pids)
         if not seen:
@@ -40,7 +41,7 @@ class VramProbe:
         return seen
 
     async def gpus_of(self, pids: Collection[int]) -> frozenset[str]:
-        """The GPUs that answer on which NVML sees one of these processes with memory. Raises UnavailableError
+        """The answering GPUs on which NVML shows memory of these processes. Raises UnavailableError
         NVML_UNAVAILABLE."""
         return frozenset(p.gpu_uuid for p in await self._processes() if p.pid in pids and p.used_bytes)
 
@@ -53,7 +54,7 @@ class VramProbe:
         found = await self._processes()
         used = [process for process in found if process.pid in pids]
         known = {process.pid for process in tracked}
-        if known - {process.pid for process in used}:  # its memory may be where NVML can't see it
+        if known - {process.pid for process in used}:  # its memory may be on a GPU that does not answer
             found.on(found.unanswered)
         unknown = [process.pid for process in used if process.used_bytes and process.pid not in known]
         if unknown:
@@ -72,8 +73,8 @@ class VramProbe:
         return by_gpu
 
     async def wait_until_gone(self, pids: Collection[int], gpu_uuids: Collection[str]) -> None:
-        """NVML shows no memory of these processes any more: nowhere, and the GPUs named, where they had it, answer.
-        Raises UnavailableError VRAM_NOT_RELEASED, or NVML_UNAVAILABLE."""
+        """Wait until NVML shows no memory of these processes on any GPU and the GPUs named, where they had it, answer.
+        Raises UnavailableError VRAM_NOT_RELEASED or NVML_UNAVAILABLE."""
         if not pids:
             return
         pause_s, answered = 0.0, False
@@ -98,11 +99,10 @@ class VramProbe:
         return sum(process.used_bytes for process in found if process.pid in pids)
 
     async def refuse_without_room(self, needed: Mapping[str, int]) -> FreezeResult | None:
-        """REFUSED GPU_MEMORY_SHORT if a GPU has less free than it needs (bytes by uuid), else None.
+        """REFUSED GPU_MEMORY_SHORT if a GPU has less free memory than `needed` (bytes by uuid), else None.
 
-        No margin: what is needed is what NVML itself counted before the checkpoint, context and all. Not verified, and
-        None: where nothing is known of the need, of a GPU that NVML does not show now, or if NVML does not answer
-        within `memory_query_s`.
+        There is no margin: `needed` is what NVML itself counted before the checkpoint, context included. Not verified
+        (None): an unknown need, a GPU that NVML does not show now, no answer within `memory_query_s`.
         """
         if not any(needed.values()) or self._unresponsive:
             return None

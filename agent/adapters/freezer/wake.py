@@ -1,8 +1,8 @@
-"""A wake: room on the GPUs, thaw, restore all, unlock all, verify; and what becomes of one that fails.
+"""A wake: check room on the GPUs, thaw, restore all, unlock all, verify; and the handling of failures.
 
-REFUSED is only said of an instance that is checkpointed from the same GPUs as before and frozen: it may be tried once
-more, or elsewhere. Room comes first and not beside the thaw: the threads must not run for long without their device
-mappings (facts 4), and a refusal must leave the instance untouched.
+REFUSED means that the instance is still checkpointed from the same GPUs and frozen: the wake may be repeated, also
+elsewhere. Room is checked before the thaw, not beside it: threads must not run for long without their device mappings
+(agent/docs/facts/gpu-checkpoint.md, section 4), and a refusal must leave the instance untouched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class _WakeRequest:
-    """One wake: the processes, and the GPUs on which they shall be (old uuid -> new uuid)."""
+    """One wake: the processes, and the GPUs to restore them on (old uuid -> new uuid)."""
 
     handle: Handle
     tracked: TrackedCudaProcesses
@@ -53,7 +53,7 @@ class WakeSequence:
         self._checks: set[asyncio.Task[None]] = set()
 
     async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
-        """`Freezer.wake`. Not verified: room where the image's size is not known (frozen before this agent started) or
+        """`Freezer.wake`. Room is not verified if the image's size is unknown (frozen before this agent started) or
         NVML does not answer in time."""
         gpu_map = {} if all(old == new for old, new in gpu_map.items()) else gpu_map
         tracked = self._instances.get(handle)
@@ -79,7 +79,7 @@ class WakeSequence:
         return FreezeResult(Outcome.OK, driver_ns=reply.driver_ns)
 
     async def _refuse(self, handle: Handle, result: FreezeResult) -> FreezeResult:
-        """Refused: frozen as before; untouched if it is."""
+        """Leave it frozen, or freeze it again."""
         if self._instances.cgroups.state(handle) is FreezerState.FROZEN:
             return result
         return await self._instances.freeze_again(handle, result)
@@ -87,8 +87,8 @@ class WakeSequence:
     # ---- a wake that fails ------------------------------------------------------------------------------------
 
     async def _after_failure(self, request: _WakeRequest, reply: CudaReply) -> FreezeResult:
-        """Restored after all -> unlock; all still checkpointed -> freeze again; some of both -> one way or the other
-        (`_goal_for`). Everything else is BROKEN."""
+        """All restored: unlock. All still checkpointed: freeze again. Both: one way or the other (`_goal_for`).
+        Anything else is BROKEN."""
         reason, message = failure(reply)
         if request.tracked.died:
             return broken("CUDA_PROCESS_DIED", f"a CUDA process ended during its restore: {message}", reply.driver_ns)
@@ -99,7 +99,7 @@ class WakeSequence:
         states, read_ns = await self._states(request)
         driver_ns = reply.driver_ns + read_ns
         if not states or not states <= _RESTORED | {CudaState.CHECKPOINTED}:
-            return broken(reason, f"{message}; and its state can't be read or is failed", driver_ns)
+            return broken(reason, f"{message}; its state is failed or can't be read", driver_ns)
         goal = _goal_for(states, follow=bool(request.gpu_map) or _ran_already(reply))
         rolled_back = await self._instances.rollback(
             request.handle, request.tracked, goal, reply, gpu_map=request.gpu_map, restores=1
@@ -110,8 +110,8 @@ class WakeSequence:
         if goal is CudaState.RUNNING:
             return await self._finish_late_wake(request, driver_ns)
         if reply.fault is CudaFault.LOST and self._instances.limits.migrates:
-            # The lost restore may still run, with this wake's map: at a thaw when others hold those GPUs.
-            return broken(reason, f"{message}; it may run later, on GPUs that others hold by then", driver_ns)
+            # The lost restore may still run with this wake's map, at a thaw when others hold those GPUs.
+            return broken(reason, f"{message}; it may run later on GPUs that others hold by then", driver_ns)
         again = replace(refused(reason, message, driver_ns), image_bytes=request.tracked.vram_bytes or 0)
         return await self._instances.freeze_again(request.handle, again)
 
@@ -126,19 +126,19 @@ class WakeSequence:
         if self._instances.cgroups.state(handle) is not FreezerState.THAWED:
             try:
                 await self._instances.thaw(handle)
-            except HibernodeError as error:  # the readings will say so
+            except HibernodeError as error:  # the readings show it
                 _log.warning("wake.paused_by_others", instance=handle.uid, reason=error.reason)
 
     async def _finish_late_wake(self, request: _WakeRequest, driver_ns: int) -> FreezeResult:
-        """It runs, but not by a clean answer: a restore that had hung, perhaps of an earlier wake with another map, may
-        have done it. NVML says where; where it can't, only a wake on the same GPUs is believed."""
+        """It runs, but without a clean reply: a hung restore, perhaps of an earlier wake with another map, may have
+        done it. NVML shows where; if it can't, only a wake on the same GPUs is accepted."""
         expected = frozenset(request.tracked.needs(request.gpu_map))
         if expected:
             try:
                 seen_on = await self._vram_probe.gpus_of(request.tracked.pids)
             except HibernodeError as error:
                 if request.gpu_map:
-                    return broken(error.reason, f"nobody can say on which GPUs it is: {error.message}", driver_ns)
+                    return broken(error.reason, f"it is unknown on which GPUs it runs: {error.message}", driver_ns)
                 seen_on = frozenset()
             if not seen_on <= expected:
                 return broken("CUDA_ON_WRONG_GPU", _wrong_gpus(seen_on, expected), driver_ns)
@@ -148,12 +148,14 @@ class WakeSequence:
     # ---- verification beside the request ----------------------------------------------------------------------
 
     def _check_placement_later(self, request: _WakeRequest) -> None:
-        """After a move: NVML must see it on the new GPUs only. The driver said so; the request does not wait for a
-        second opinion, and who acts on it is the watch for trespassers, which looks at every GPU all the time."""
+        """After a migration: check that NVML shows it on the new GPUs only. The driver reported success, so the request
+        does not wait for this; a wrong placement is only logged here, the GPU isolation check acts on it."""
         expected = frozenset(request.tracked.needs(request.gpu_map))
-        if not expected or self._checks:  # one look at a time is enough, NVML has one thread
+        if not expected or self._checks:  # one check at a time: NVML has one thread
             return
-        check = asyncio.create_task(self._check_placement(request, expected), name=f"look for {request.handle.uid}")
+        check = asyncio.create_task(
+            self._check_placement(request, expected), name=f"check placement of {request.handle.uid}"
+        )
         self._checks.add(check)
         check.add_done_callback(self._checks.discard)
 
@@ -168,10 +170,11 @@ class WakeSequence:
 
 
 def _goal_for(states: set[CudaState], *, follow: bool) -> CudaState:
-    """Where to bring processes of which some or all are restored, or none.
+    """The state to bring processes to of which none, some or all are restored.
 
-    None: they stay as they are. All: on to RUNNING. Some: the restored are checkpointed again, and nothing has changed;
-    unless the rest must `follow` them, for on other GPUs that would make images of different GPUs.
+    None: they stay CHECKPOINTED. All: on to RUNNING. Some: the restored ones are checkpointed again, which changes
+    nothing; but if the rest must `follow` them (other GPUs: the images would be of different GPUs), all go on to
+    RUNNING.
     """
     if CudaState.CHECKPOINTED not in states:
         return CudaState.RUNNING
@@ -180,7 +183,7 @@ def _goal_for(states: set[CudaState], *, follow: bool) -> CudaState:
 
 
 def _ran_already(reply: CudaReply) -> bool:
-    """A restore found its process restored: one of an earlier wake had hung, and ran at this thaw."""
+    """A restore found its process already restored: a hung one of an earlier wake ran at this thaw."""
     last = reply.answers[-1] if reply.answers else None
     return last is not None and last.call.op is CudaOp.RESTORE and last.code == CudaResult.ILLEGAL_STATE
 
