@@ -153,9 +153,7 @@ class WakeSequence:
         expected = frozenset(request.tracked.needs(request.gpu_map))
         if not expected or self._checks:  # one check at a time: NVML has one thread
             return
-        check = asyncio.create_task(
-            self._check_placement(request, expected), name=f"check placement of {request.handle.uid}"
-        )
+        check = asyncio.create_task(self._check_placement(request, expected), name=f"placement of {request.handle.uid}")
         self._checks.add(check)
         check.add_done_callback(self._checks.discard)
 

@@ -1,5 +1,5 @@
-"""What this host is, for `core.capabilities`: gathered in one place, so that the agent and `hibernode doctor` can't
-differ in what they see. Nothing here changes the host."""
+"""Gathers the facts about this host for `core.gpus.capabilities`, for the agent and `hibernode doctor` alike. Changes
+nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from agent.ports import DriverInfo, Gpus
 from agent.settings import GpuSettings
 
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC
-"""The inode of the namespace that the kernel starts with (PROC_PID_INIT_INO)."""
+"""Inode of the initial pid namespace (PROC_PID_INIT_INO)."""
 
 MPS_PROGRAMS = frozenset({"nvidia-cuda-mps-control", "nvidia-cuda-mps-server"})
 
@@ -42,8 +42,12 @@ RETRY_PAUSE_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class GpuSurvey:
-    """What NVML gave. `error`: it gave nothing, and why; `missing` GPUs do not answer, beside those in `gpus`;
-    `transient`: one of them may again, for it is not lost."""
+    """What NVML reported.
+
+    - `error`: why it reported nothing.
+    - `missing`: how many GPUs do not answer, beside those in `gpus`.
+    - `transient`: at least one of them is not lost and may answer again.
+    """
 
     driver: DriverInfo | None = None
     gpus: tuple[Gpu, ...] = ()
@@ -63,13 +67,13 @@ class GpuSurvey:
 
     @property
     def trouble_text(self) -> str:
-        """NVML's own words, where the kind alone does not say it."""
+        """NVML's own message, if the kind alone does not say it."""
         cause = self.error.__cause__ if self.error is not None else None
         return str(cause) if cause is not None and self.trouble is NvmlTrouble.OTHER else ""
 
 
 async def survey_gpus(gpus: Gpus) -> GpuSurvey:
-    """Driver and inventory. Never raises: a host without a driver is a host, too."""
+    """Driver and inventory. Never raises: a host without a driver is a valid host."""
     driver: DriverInfo | None = None
     try:
         driver = await gpus.driver()
@@ -81,17 +85,17 @@ async def survey_gpus(gpus: Gpus) -> GpuSurvey:
 
 
 async def survey_gpus_with_retry(gpus: Gpus, retry_s: float = RETRY_S) -> GpuSurvey:
-    """As `survey_gpus`; a device that fails and is not lost gets `retry_s` to come back.
+    """Like `survey_gpus`, but a device that fails and is not lost gets `retry_s` to answer again.
 
-    For an agent that starts: a GPU that it does not see then is not there for it until the next start, what sleeps on
-    it is given up, and the driver refuses every move that does not name it.
+    For the agent's start: a GPU missing then stays unknown until the next start, instances frozen from it are given up,
+    and the driver refuses every migration whose map does not name it.
     """
     try:
         async with asyncio.timeout(retry_s):
             while True:
                 _, transient = await _failing(gpus)
                 survey = await survey_gpus(gpus)
-                if not (transient or survey.transient):  # nor has one failed just while it was described
+                if not (transient or survey.transient):  # none failed while it was described either
                     return survey
                 await asyncio.sleep(RETRY_PAUSE_S)
     except TimeoutError:
@@ -99,7 +103,7 @@ async def survey_gpus_with_retry(gpus: Gpus, retry_s: float = RETRY_S) -> GpuSur
 
 
 async def _failing(gpus: Gpus) -> tuple[int, bool]:
-    """How many devices do not answer, and whether one of them may again. None where no driver is there to say so."""
+    """How many devices do not answer, and whether one of them may again; (0, False) without a driver."""
     try:
         found = await gpus.processes()
     except UnavailableError:
@@ -108,7 +112,7 @@ async def _failing(gpus: Gpus) -> tuple[int, bool]:
 
 
 def host_facts(survey: GpuSurvey, settings: GpuSettings) -> HostFacts:
-    """Everything that decides about idle mode here."""
+    """Everything that decides about idle mode on this host."""
     utility, problem = find_utility(Path(settings.utility_path))
     return HostFacts(
         driver_version=survey.driver.version if survey.driver else "",
@@ -128,8 +132,8 @@ def host_facts(survey: GpuSurvey, settings: GpuSettings) -> HostFacts:
 
 
 def mps_runs() -> bool:
-    """Does an MPS control daemon or server run? A process of that name that is not root's program is none: tenants
-    may call theirs as they like, and must not be able to turn idle mode off."""
+    """Whether an MPS control daemon or server runs. Only root's programs count: a tenant's process of the same name
+    must not turn idle mode off."""
     return any(
         name.startswith("nvidia-cuda-mps") and _is_mps(process.pid)
         for process in psutil.process_iter(["name"])
@@ -143,14 +147,14 @@ def _is_mps(pid: int) -> bool:
         program = os.readlink(link).removesuffix(" (deleted)")
         return os.path.basename(program) in MPS_PROGRAMS and os.stat(link).st_uid == 0
     except PermissionError:
-        return True  # not to be looked at by this user: its name has to do
+        return True  # this user may not read the link: judge by the name
     except OSError:
         return False  # it has ended
 
 
 def sees_host_pids(proc: Path = Path("/proc")) -> bool:
-    """Are NVML's pids the agent's? The kernel module numbers processes as the initial namespace does; where there is
-    none of NVIDIA's in the kernel, a driver in user space sees its callers' own numbers."""
+    """Whether NVML's pids are the agent's. The kernel module uses the numbers of the initial namespace; without it, a
+    user-space driver sees its callers' own numbers."""
     try:
         own = (proc / "self/ns/pid").stat().st_ino
     except OSError:

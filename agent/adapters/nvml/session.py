@@ -1,4 +1,4 @@
-"""The NVML calls themselves, made from one thread only. One device that fails hides nothing of the others."""
+"""The NVML calls, made from one thread only. A device that fails does not hide the others."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ from agent.log import get_logger
 from agent.ports import DriverInfo, GpuProcesses
 
 UNKNOWN_MEMORY_BYTES = 1
-"""For a process whose memory NVML does not say: it holds some, so nothing counts as released while it is listed."""
+"""Used for a process whose memory NVML does not report: it holds some, so nothing counts as released while it is
+listed."""
 LOST = frozenset({NVML_ERROR_GPU_IS_LOST, NVML_ERROR_RESET_REQUIRED})
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Device:
-    """`handle` is None while NVML gives none; `uuid` is "" if it never did."""
+    """`handle` is None until NVML returns one; `uuid` is "" if it never did."""
 
     index: int
     uuid: str
@@ -62,7 +63,7 @@ class _Device:
 
 
 class NvmlSession:
-    """Raises NVMLError only for what concerns the whole driver; the next call then begins anew."""
+    """Raises NVMLError only for failures of the whole driver; the next call then initialises NVML again."""
 
     def __init__(self) -> None:
         self._devices: list[_Device] = []
@@ -71,7 +72,7 @@ class NvmlSession:
         self._log = get_logger()
 
     def list_gpus(self) -> Sequence[Gpu]:
-        """Those that can be described now, in the order of their index; the first of the errors if none can."""
+        """The GPUs that can be described now, by index; raises the first error if none can."""
 
         def describe_all() -> Sequence[Gpu]:
             found: list[Gpu] = []
@@ -90,7 +91,7 @@ class NvmlSession:
         return self._guard(describe_all)
 
     def processes(self) -> GpuProcesses:
-        """By device: those that fail are named in the answer."""
+        """The processes by device; the answer names the devices that fail."""
 
         def read() -> GpuProcesses:
             entries: list[GpuProcess] = []
@@ -108,7 +109,7 @@ class NvmlSession:
         return self._guard(read)
 
     def memory_free(self) -> Mapping[str, int]:
-        """Of the devices that say."""
+        """Free bytes of the devices that answer."""
 
         def read() -> Mapping[str, int]:
             free: dict[str, int] = {}
@@ -122,11 +123,10 @@ class NvmlSession:
         return self._guard(read)
 
     def indices(self) -> Sequence[int]:
-        """The devices to sample."""
         return self._guard(lambda: [device.index for device in self._devices])
 
     def sample(self, index: int) -> GpuSample | None:
-        """One device's figures; None for one that has never said who it is, or is not there any more."""
+        """One device's figures; None for a device that has never reported its UUID, or is gone."""
 
         def read() -> GpuSample | None:
             device = next((one for one in self._devices if one.index == index), None)
@@ -162,7 +162,7 @@ class NvmlSession:
                     _Device(index, self._uuids.get(index, ""), None) for index in range(nvmlDeviceGetCount())
                 ]
                 for device in self._devices:
-                    with suppress(NVMLError):  # whoever needs it is told
+                    with suppress(NVMLError):  # the call that needs it raises
                         self._with_handle(device)
             return read()
         except NVMLError:
@@ -170,7 +170,7 @@ class NvmlSession:
             raise
 
     def _with_handle(self, device: _Device) -> _Device:
-        """The device with what it takes to call it. Raises NVMLError as long as NVML does not give that."""
+        """The device with its handle. Raises NVMLError while NVML returns none."""
         if device.handle is not None:
             return device
         handle = nvmlDeviceGetHandleByIndex(device.index)
@@ -181,7 +181,7 @@ class NvmlSession:
 
 
 def _reraise_of_driver(error: NVMLError) -> None:
-    """An error that says that NVML itself has to begin anew, not that one device fails."""
+    """Raise an error that means that NVML must be initialised again; ignore one of a single device."""
     if error.value == NVML_ERROR_UNINITIALIZED:
         raise error
 
@@ -214,7 +214,7 @@ def _compute_mode(mode: int | None) -> ComputeMode:
 
 
 def _sample(device: _Device) -> GpuSample:
-    """Memory must be said; every other figure is one that a model may not have."""
+    """Memory is required; a model may lack every other figure."""
     handle = device.handle
     memory = nvmlDeviceGetMemoryInfo(handle)
     rates = _optional(lambda: nvmlDeviceGetUtilizationRates(handle))
@@ -234,7 +234,7 @@ def _sample(device: _Device) -> GpuSample:
 
 
 def _optional(read: Callable[[], T]) -> T | None:
-    """None from a device, or a driver, that does not know the question."""
+    """None if the device or the driver does not support the query."""
     try:
         return read()
     except (NVMLError_NotSupported, NVMLError_FunctionNotFound):
