@@ -8,10 +8,11 @@ from typing import Protocol
 
 from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer, PoolLimits
 from agent.adapters.cuda.driver_worker_process import WorkerOptions
+from agent.adapters.cuda.result_codes import not_begun
 from agent.adapters.cuda.utility_checkpointer import UtilityCheckpointer
 from agent.core.errors import UnavailableError
 from agent.core.gpus.capabilities import Capabilities
-from agent.ports import Checkpointer, CudaCall, CudaFault, CudaReply
+from agent.ports import Checkpointer, CudaCall, CudaReply
 from agent.settings import GpuSettings
 
 WORKERS_DOWN = "DRIVER_WORKERS_DOWN"
@@ -52,7 +53,7 @@ class NoCheckpointer:
 
     async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
         """`Checkpointer.run`: begins nothing, replies NOT_BEGUN with DRIVER_WORKERS_DOWN."""
-        return CudaReply((), CudaFault.NOT_BEGUN, WORKERS_DOWN, self._message) if calls else CudaReply()
+        return not_begun(WORKERS_DOWN, self._message) if calls else CudaReply()
 
 
 def choose_checkpointer(

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from agent.adapters.cuda.driver_worker_process import DriverWorkerProcess, Phase, WorkerEvents, WorkerOptions
+from agent.adapters.cuda.result_codes import not_begun
 from agent.core.errors import UnavailableError
 from agent.log import get_logger
 from agent.ports import CudaAnswer, CudaCall, CudaFault, CudaReply
 
 MAX_CALLS = 256
-MAX_MESSAGE_BYTES = 96 * 1024
+MAX_BATCH_BYTES = 96 * 1024
 CALL_BYTES, PAIR_BYTES = 64, 96
 """Bounds of one message to a worker, and the most that a call and a pair of a GPU map take of it. An instance may have
 more processes than fit into one message."""
@@ -27,15 +28,14 @@ _log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
-    """At most `queue_length` batches wait, each for at most `queue_timeout_s`. Between workers a slot pauses
-    `first_backoff_s`, doubled up to `last_backoff_s`; it rests after `max_failures` failures in a row."""
+    """Bounds of the pool's queue and of the replacement of workers."""
 
     workers: int = 2
     queue_length: int = 256
     queue_timeout_s: float = 60.0
-    first_backoff_s: float = 0.1
+    first_backoff_s: float = 0.1  # pause before a worker is replaced; doubles up to `last_backoff_s`
     last_backoff_s: float = 10.0
-    max_failures: int = 6
+    max_failures: int = 6  # in a row, before a slot rests
 
 
 @dataclass(slots=True, eq=False)
@@ -65,24 +65,6 @@ class _WorkerSlot:
     respawn: asyncio.TimerHandle | None = None
 
 
-@dataclass(slots=True)
-class _ChangeNotifier:
-    """Wakes the coroutines that wait for a change of the slots."""
-
-    waiters: list[asyncio.Future[None]] = field(default_factory=list)
-
-    def notify(self) -> None:
-        waiters, self.waiters = self.waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    async def wait(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self.waiters.append(waiter)
-        await waiter
-
-
 class DriverCheckpointer:
     """`agent.ports.Checkpointer`. Create, `start()`, use and `close()` it on one loop's thread."""
 
@@ -99,7 +81,7 @@ class DriverCheckpointer:
         self.init_before_restore = self._options.init_before_restore
         self._slots = [_WorkerSlot() for _ in range(self._limits.workers)]
         self._queue: deque[_Job] = deque()
-        self._changed = _ChangeNotifier()
+        self._changed = asyncio.Event()  # set, and replaced, at each change of the slots
         self._closed = False
         self._ever_ready = False
         self._events = WorkerEvents(self._on_ready, self._on_answered, self._on_gone)
@@ -135,9 +117,9 @@ class DriverCheckpointer:
 
     async def _run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str]) -> CudaReply:
         if self._closed:
-            return _not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping")
+            return not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping")
         if len(self._queue) >= self._limits.queue_length:
-            return _not_begun("DRIVER_QUEUE_FULL", f"{len(self._queue)} operations already wait for the driver")
+            return not_begun("DRIVER_QUEUE_FULL", f"{len(self._queue)} operations already wait for the driver")
         loop = asyncio.get_running_loop()
         job = _Job(calls, deadline_s, gpu_uuids, loop.create_future())
         self._queue.append(job)
@@ -150,13 +132,13 @@ class DriverCheckpointer:
         finally:
             if job in self._queue:  # the caller was cancelled before a worker took it
                 self._queue.remove(job)
-                job.resolve(_not_begun("DRIVER_BUSY", "cancelled"))
+                job.resolve(not_begun("DRIVER_BUSY", "cancelled"))
 
     async def close(self) -> None:
         """Kill the workers and wait until they are reaped or abandoned; their kill timeout bounds the wait."""
         self._closed = True
         while self._queue:
-            self._queue.popleft().resolve(_not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping"))
+            self._queue.popleft().resolve(not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping"))
         for slot in self._slots:
             if slot.respawn is not None:
                 slot.respawn.cancel()
@@ -169,8 +151,6 @@ class DriverCheckpointer:
     def on_persistence_off(self) -> None:
         """From now on cuInit precedes a worker's first restore: without it the restore would kill its target."""
         self.init_before_restore = True
-
-    # ---- jobs -------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
         for slot in self._slots:
@@ -188,7 +168,7 @@ class DriverCheckpointer:
         if job in self._queue:
             self._queue.remove(job)
             waited_s = self._limits.queue_timeout_s
-            job.resolve(_not_begun("DRIVER_BUSY", f"no driver worker became free within {waited_s:g} s"))
+            job.resolve(not_begun("DRIVER_BUSY", f"no driver worker became free within {waited_s:g} s"))
 
     def _fail_queue_if_down(self) -> None:
         """Fail the queued jobs if no worker can take them: every slot rests, or no worker has ever found a usable
@@ -199,9 +179,7 @@ class DriverCheckpointer:
             return
         error = next((slot.last_error for slot in self._slots if slot.last_error), "")
         while self._queue:
-            self._queue.popleft().resolve(_not_begun("DRIVER_WORKERS_DOWN", f"driver workers fail to start: {error}"))
-
-    # ---- workers ----------------------------------------------------------------------------------------------
+            self._queue.popleft().resolve(not_begun("DRIVER_WORKERS_DOWN", f"driver workers fail to start: {error}"))
 
     def _is_up(self, slot: _WorkerSlot) -> bool:
         return slot.worker is not None and slot.worker.phase in (Phase.IDLE, Phase.BUSY)
@@ -233,7 +211,7 @@ class DriverCheckpointer:
     def _on_ready(self, worker: DriverWorkerProcess) -> None:
         self._ever_ready = True
         self._dispatch()
-        self._changed.notify()
+        self._notify()
 
     def _on_answered(self, worker: DriverWorkerProcess, answers: Sequence[CudaAnswer]) -> None:
         slot = self._slot_of(worker)
@@ -254,7 +232,11 @@ class DriverCheckpointer:
             job.resolve(CudaReply((), fault, "DRIVER_OPERATION_LOST", error))
             if stuck and self._on_stuck is not None:
                 self._on_stuck(job.gpu_uuids)
-        self._changed.notify()
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _slot_of(self, worker: DriverWorkerProcess) -> _WorkerSlot:
         return next(slot for slot in self._slots if slot.worker is worker)
@@ -263,17 +245,13 @@ class DriverCheckpointer:
 def _messages(calls: Sequence[CudaCall]) -> Iterator[list[CudaCall]]:
     """Split the calls, in order, into parts that fit into one message."""
     part: list[CudaCall] = []
-    room = MAX_MESSAGE_BYTES
+    room = MAX_BATCH_BYTES
     for call in calls:
         size = CALL_BYTES + PAIR_BYTES * len(call.gpu_map)
         if part and (size > room or len(part) == MAX_CALLS):
             yield part
-            part, room = [], MAX_MESSAGE_BYTES
+            part, room = [], MAX_BATCH_BYTES
         part.append(call)
         room -= size
     if part:
         yield part
-
-
-def _not_begun(reason: str, message: str) -> CudaReply:
-    return CudaReply((), CudaFault.NOT_BEGUN, reason, message)

@@ -41,11 +41,10 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """How a worker is spawned. `environment` decides which libcuda it loads; None: the agent's own.
-    `init_before_restore`: persistence mode is off, so cuInit precedes its first restore."""
+    """How a worker is spawned."""
 
-    environment: Mapping[str, str] | None = None
-    init_before_restore: bool = False
+    environment: Mapping[str, str] | None = None  # decides which libcuda it loads; None: the agent's own
+    init_before_restore: bool = False  # persistence mode is off, so cuInit precedes its first restore
     start_timeout_s: float = 30.0
     kill_timeout_s: float = 5.0
     script: Path = WORKER_SCRIPT

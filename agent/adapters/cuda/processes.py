@@ -46,12 +46,11 @@ class CudaProcess:
 
 @dataclass(frozen=True, slots=True)
 class CudaProcessList:
-    """Result of a discovery: the CUDA processes and all pids of the instance, or why it failed. `failure` is the
-    driver's reply, None if only `reason` and `message` say it."""
+    """Result of a discovery: the CUDA processes, or why it failed."""
 
     processes: tuple[CudaProcess, ...] = ()
-    pids: frozenset[int] = frozenset()
-    failure: CudaReply | None = None
+    pids: frozenset[int] = frozenset()  # all of the instance
+    failure: CudaReply | None = None  # the driver's reply; None if only `reason` and `message` say it
     reason: str = ""
     message: str = ""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from agent.ports import CudaAnswer, CudaOp, CudaState
+from agent.ports import CudaAnswer, CudaFault, CudaOp, CudaReply, CudaState
 
 
 class CudaResult(IntEnum):
@@ -95,6 +95,11 @@ def explain(answer: CudaAnswer) -> tuple[str, str]:
     )
     operation = answer.call.op.value.lower()
     return reason, f"{operation} of process {answer.call.pid} answered {answer.code}: {sentence}"
+
+
+def not_begun(reason: str, message: str) -> CudaReply:
+    """The reply to a batch of which nothing was begun."""
+    return CudaReply((), CudaFault.NOT_BEGUN, reason, message)
 
 
 def process_state(code: int, state: int) -> CudaState:

@@ -32,31 +32,18 @@ _STEPS: Mapping[CudaState, Sequence[tuple[CudaOp, frozenset[CudaState]]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class RollbackLimits:
-    """Bounds within the caller's deadline: batches of operations (`attempts`), batches that may end in a failed restore
-    (one retry; agent/docs/facts/gpu-checkpoint.md, section 4), and readings without a result."""
-
-    attempts: int = 3
-    failed_restores: int = 2
-    unreadable: int = 6
-    state_deadline_s: float = 5.0
-    lock_timeout_s: float = 5.0
-
-
-@dataclass(frozen=True, slots=True)
 class RollbackGoal:
-    """The state to reach: RUNNING or CHECKPOINTED.
-
-    - `gpu_map`: pairs (old uuid, new uuid) for the processes still to be restored.
-    - `late_call_possible`: a worker was lost before, so its call may still take effect.
-    - `before_round`: called before each round; makes sure that the processes' cgroup is thawed.
-    """
+    """The state to reach, RUNNING or CHECKPOINTED, and the bounds of the attempt."""
 
     state: CudaState
-    gpu_map: tuple[tuple[str, str], ...] = ()
-    late_call_possible: bool = False
-    before_round: Callable[[], Awaitable[None]] | None = None
-    limits: RollbackLimits = RollbackLimits()
+    gpu_map: tuple[tuple[str, str], ...] = ()  # (old uuid, new uuid) for the processes still to be restored
+    late_call_possible: bool = False  # a worker was lost before, so its call may still take effect
+    before_round: Callable[[], Awaitable[None]] | None = None  # makes sure that the processes' cgroup is thawed
+    max_attempts: int = 3
+    max_failed_restores: int = 2  # retry once (agent/docs/facts/gpu-checkpoint.md, section 4)
+    max_unreadable: int = 6  # readings without a result
+    state_deadline_s: float = 5.0
+    lock_timeout_s: float = 5.0
 
 
 @dataclass(slots=True)
@@ -94,12 +81,12 @@ async def _rounds(
     deadline_s: float,
     result: RollbackResult,
 ) -> RollbackResult:
-    check, pause, progress = _StateCheck(goal.late_call_possible), _Pause(), _Attempts(goal.limits)
+    check, pause, progress = _StateCheck(goal.late_call_possible), _Pause(), _Attempts(goal)
     while not progress.unreadable_too_often:
         if goal.before_round is not None:
             await goal.before_round()
         alive = living(processes)
-        reply = await read_states(checkpointer, alive, goal.limits.state_deadline_s, attempts=1)
+        reply = await read_states(checkpointer, alive, goal.state_deadline_s, attempts=1)
         result.driver_ns += reply.driver_ns
         result.states = {answer.call.pid: answer.state or CudaState.UNKNOWN for answer in reply.answers}
         match check.judge(reply, result, goal.state, all_alive=living(alive) == alive):
@@ -135,7 +122,7 @@ async def _rounds(
 
 @dataclass(slots=True)
 class _Attempts:
-    limits: RollbackLimits
+    goal: RollbackGoal
     attempts: int = 0
     failed_restores: int = 0
     unreadable: int = 0
@@ -155,11 +142,11 @@ class _Attempts:
 
     @property
     def unreadable_too_often(self) -> bool:
-        return self.unreadable >= self.limits.unreadable
+        return self.unreadable >= self.goal.max_unreadable
 
     @property
     def exhausted(self) -> bool:
-        return self.attempts >= self.limits.attempts or self.failed_restores >= self.limits.failed_restores
+        return self.attempts >= self.goal.max_attempts or self.failed_restores >= self.goal.max_failed_restores
 
     def __str__(self) -> str:
         return f"after {self.attempts} attempts and {self.unreadable} readings without an answer"
@@ -211,7 +198,7 @@ class _Pause:
 
 
 def _steps(processes: Sequence[CudaProcess], states: Mapping[int, CudaState], goal: RollbackGoal) -> list[CudaCall]:
-    timeout_ms = round(goal.limits.lock_timeout_s * 1000)
+    timeout_ms = round(goal.lock_timeout_s * 1000)
     return [
         CudaCall(
             op,

@@ -1,7 +1,7 @@
 """The Checkpointer port on NVIDIA's `cuda-checkpoint` program (driver 555 and newer): one process per operation.
 
 For hosts whose driver has no public API yet. Slow where cuInit is slow (0.4 to 7 s per start on hosts with several
-GPUs). Uses separate actions only: the combined toggle can't time out the lock and takes no device map. A program
+GPUs). Uses separate actions only: the combined action can't time out the lock and takes no device map. A program
 outlives a killed agent and completes its operation; recovery reads states until they are stable.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from agent.adapters.cuda.program_runner import KILL_TIMEOUT_S, BoundedProgram, Ending, ProgramResult
+from agent.adapters.cuda.result_codes import not_begun
 from agent.adapters.cuda.utility_program import arguments_of, error_code, find_utility, init_error, read_state
 from agent.core.errors import ConfigError, UnavailableError
 from agent.log import get_logger
@@ -69,7 +70,9 @@ class UtilityCheckpointer:
                 "CHECKPOINT_UTILITY_INVALID", f"gpu.utility_path: {real} does not run: {error}"
             ) from error
         if ended.ending is not Ending.ENDED:
-            raise UnavailableError("CHECKPOINT_UTILITY_UNAVAILABLE", f"{real} --help hangs: is the driver healthy?")
+            raise UnavailableError(
+                "CHECKPOINT_UTILITY_UNAVAILABLE", f"{real} --help did not end; is the driver healthy?"
+            )
         if "--action" not in ended.output:
             raise UnavailableError(
                 "CHECKPOINT_UTILITY_UNAVAILABLE",
@@ -84,9 +87,9 @@ class UtilityCheckpointer:
         if not calls:
             return CudaReply()
         if self._closed:
-            return _not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping")
+            return not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping")
         if self._waiting >= MAX_QUEUE:
-            return _not_begun("DRIVER_QUEUE_FULL", f"{self._waiting} operations already wait for the driver")
+            return not_begun("DRIVER_QUEUE_FULL", f"{self._waiting} operations already wait for the driver")
         batch = asyncio.create_task(self._run(calls, commands, deadline_s, gpu_uuids))
         self._batches.add(batch)
         batch.add_done_callback(self._batches.discard)
@@ -111,7 +114,7 @@ class UtilityCheckpointer:
             async with asyncio.timeout(self._queue_timeout_s):
                 await self._permits.acquire()
         except TimeoutError:
-            return _not_begun("DRIVER_BUSY", "too many operations are in progress")
+            return not_begun("DRIVER_BUSY", "too many operations are in progress")
         finally:
             self._waiting -= 1
         try:
@@ -182,7 +185,3 @@ class UtilityCheckpointer:
         (/etc/ld.so.preload still applies; `utility_program` copes with it.)"""
         environment = os.environ if self._environment is None else self._environment
         return {name: value for name, value in environment.items() if name != "LD_PRELOAD"}
-
-
-def _not_begun(reason: str, message: str) -> CudaReply:
-    return CudaReply((), CudaFault.NOT_BEGUN, reason, message)

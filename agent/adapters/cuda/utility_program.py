@@ -99,7 +99,7 @@ def find_utility(path: Path) -> tuple[Path | None, str]:
         real = path.resolve(strict=True)
         entry = real.stat()
     except (OSError, RuntimeError):
-        return None, f"{path} does not exist"
+        return None, f"there is no program {path}"
     if not path.is_absolute() or not stat.S_ISREG(entry.st_mode) or not os.access(real, os.X_OK):
         return None, f"{path} is not an executable file"
     for folder in (real, *real.parents):

@@ -1,9 +1,9 @@
-"""The agent's line to the central scheduler: the load stream, and the upload of sealed usage windows.
+"""The agent's link to the central scheduler: the load stream and the upload of usage windows (`usage_upload.py`).
 
-Lifecycle changes go at once (a second change within 5 ms rides along), gauges with a heartbeat a second. One on its way
-awake is told a little later: a request waits for it on this very loop. That an instance has become busy or idle the
-scheduler knows by its own leases: it is said a few times a second. After a gap, or a new stream, everything is sent
-anew. Losing the scheduler costs nothing but freshness: the node serves on.
+Lifecycle changes are sent at once (changes within 5 ms share a message), gauges with a heartbeat per second. The
+scheduler knows from its own leases that an instance became busy or idle, so that is reported a few times per second.
+After a gap, or on a new stream, everything is sent again. Without the scheduler the node serves on; only freshness is
+lost.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from agent.wire.convert_snapshot import instance_load, node_load, registration
 
 COALESCE_S = 0.005
 WAKE_REPORT_DELAY_S = 0.05
-"""WAITING_GPU and RESTORING are told so late, unless something else is told before: a short wake is one message, after
-the answer, and not one in its middle on either side (0.5 ms of the median wake on the emulated driver)."""
+"""Reports of WAITING_GPU and RESTORING are delayed by this much unless another report is sent before, so that a short
+wake is one message, after the response (saves 0.5 ms of the median wake on the emulated driver)."""
 LOAD_REPORT_DELAY_S = 0.25
-"""Busy and idle are told so late: each request makes two such edges, and a message takes as long as a request."""
+"""Delay of busy and idle reports: each request makes two such changes, and a message costs as much as a request."""
 HEARTBEAT_S = 1.0
 BACK_OFF_MIN_S = 0.1
 BACK_OFF_MAX_S = 0.5
-"""With the channel's own pause of half a second: back well within two seconds of a scheduler that has come back."""
+"""With the channel's own pause of half a second, a returning scheduler is reached well within two seconds."""
 
 
 class SchedulerLink:
-    """A `StateListener` that reports. `run` goes on until cancelled, through every outage."""
+    """A `StateListener` that reports to the scheduler. `run` goes on until cancelled, through every outage."""
 
     def __init__(
         self,
@@ -60,10 +60,8 @@ class SchedulerLink:
         self.connected = False
         self._last_error = ""
 
-    # ---- what the node says -------------------------------------------------------------------------------------
-
     def state_changed(self, actor: Actor, old: InstanceState, new: InstanceState, at: int) -> None:
-        """A life cycle change: report it at once, or soon (`WAKE_REPORT_DELAY_S`)."""
+        """Report a lifecycle change at once, or after WAKE_REPORT_DELAY_S."""
         if new in (InstanceState.WAITING_GPU, InstanceState.RESTORING):
             self._changed[actor.uid] = actor
             asyncio.get_running_loop().call_later(WAKE_REPORT_DELAY_S, self._send_pending)
@@ -76,7 +74,7 @@ class SchedulerLink:
         self._send_now.set()
 
     def load_changed(self, actor: Actor) -> None:
-        """Report it soon (`LOAD_REPORT_DELAY_S`)."""
+        """Report it within LOAD_REPORT_DELAY_S."""
         self._changed[actor.uid] = actor
         if self._load_timer is None:
             self._load_timer = asyncio.get_running_loop().call_later(LOAD_REPORT_DELAY_S, self._send_load)
@@ -88,8 +86,6 @@ class SchedulerLink:
     def _send_pending(self) -> None:
         if self._changed:
             self._send_now.set()
-
-    # ---- the load stream ----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Report and upload until cancelled."""
@@ -109,11 +105,11 @@ class SchedulerLink:
                     reader.cancel()
                     await asyncio.gather(reader, return_exceptions=True)
             except HibernodeError as error:
-                if self.connected or error.reason != self._last_error:  # once for each cause, not at every attempt
+                if self.connected or error.reason != self._last_error:  # once per cause, not per attempt
                     event = "scheduler.lost" if self.connected else "scheduler.not_connected"
                     self._log.warning(event, reason=error.reason, message=error.message)
                     self._last_error = error.reason
-            except Exception:  # a bug must not end the reports for good: the next stream begins with everything anew
+            except Exception:  # a bug must not end the reports: the next stream sends everything again
                 self._log.exception("scheduler.report_crashed")
             finally:
                 stream.close()
@@ -130,9 +126,9 @@ class SchedulerLink:
             try:
                 async with asyncio.timeout_at(self._load_due):
                     await self._send_now.wait()
-                    await asyncio.sleep(COALESCE_S)  # DESIGN section 9: changes within 5 ms travel together
+                    await asyncio.sleep(COALESCE_S)
             except TimeoutError:
-                self._load_due = 0.0  # timers may be early by their grain
+                self._load_due = 0.0  # timers may be early by their resolution
         reader.result()
 
     async def _read(self, stream: LoadStream) -> None:
@@ -163,7 +159,7 @@ class SchedulerLink:
             message.snapshot = True
             reported = list(self._instances.values())
         else:
-            # Those that are gone too: one that fails and is cleaned up within COALESCE_S still says why.
+            # Gone ones too: one that fails and is cleaned up within COALESCE_S still reports why.
             reported = list(self._changed.values())
             message.removed_uids.extend(uid for uid in self._changed if uid not in self._instances)
         self._changed.clear()
@@ -175,6 +171,7 @@ class SchedulerLink:
         return message
 
     def _load_differences(self) -> dict[str, Actor]:
-        """Those that have another number of requests inside than was said: only the first and the last make an edge."""
+        """Instances whose number of requests differs from the last report: only the first and the last request report
+        it."""
         reported = self._reported_in_flight
         return {uid: actor for uid, actor in self._instances.items() if actor.gate.in_flight != reported.get(uid, 0)}

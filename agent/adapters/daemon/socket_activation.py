@@ -1,8 +1,8 @@
-"""A listening socket that outlives its daemon: systemd keeps it (sd_notify(3), FDSTORE) and hands it to the next one.
+"""A listening socket that outlives its daemon: systemd stores it (sd_notify(3), FDSTORE) and passes it to the next one.
 
-From the end of the one until the other accepts, connections wait in the kernel instead of being refused, so that a
-restart or an upgrade is a pause for clients. The unit needs `FileDescriptorStoreMax=`; without systemd, or without that
-line, nothing is kept and nothing else changes. A stop, unlike a restart, gives the socket up.
+Between two daemons, connections wait in the kernel instead of being refused, so that a restart or upgrade is only a
+pause for clients. The unit needs `FileDescriptorStoreMax=`; without it or without systemd nothing is stored. A stop,
+unlike a restart, closes the socket.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ FIRST_PASSED = 3  # SD_LISTEN_FDS_START
 
 
 def open_listener(name: str, host: str, port: int, backlog: int) -> socket.socket | None:
-    """The socket that an earlier daemon listened on at this address, or a new one that systemd is asked to keep.
+    """The socket that an earlier daemon listened on at this address, or a new one that systemd is asked to store.
 
-    None where it can't be kept: nobody listens to notifications, the port is 0 (any), or the host is a name, which may
-    be several addresses. Raises OSError if a new one can't be bound.
+    None if it can't be stored: no notification socket, port 0 (any), or a host name, which may be several addresses.
+    Raises OSError if a new one can't be bound.
     """
     inherited = _inherited(name)
     family = _family(host) if port and os.environ.get("NOTIFY_SOCKET") else None
@@ -35,13 +35,13 @@ def open_listener(name: str, host: str, port: int, backlog: int) -> socket.socke
     if family is None:
         return None
     listener = socket.create_server((host, port), family=family, backlog=backlog)
-    with suppress(OSError):  # then it is not kept, and serves all the same
+    with suppress(OSError):  # serves without being stored
         _store(name, listener)
     return listener
 
 
 def release(name: str) -> None:
-    """This daemon is not going to listen: what an earlier one left would take connections that nobody serves."""
+    """Close the socket of an earlier daemon. For a daemon that will not listen: connections would wait for ever."""
     inherited = _inherited(name)
     if inherited is not None:
         inherited.close()
@@ -57,7 +57,8 @@ def _family(host: str) -> socket.AddressFamily | None:
 
 
 def _inherited(name: str) -> socket.socket | None:
-    """What systemd has passed under that name (sd_listen_fds_with_names(3)), closed on exec from here on; once."""
+    """The socket that systemd passed under this name (sd_listen_fds_with_names(3)), closed on exec from now on. Works
+    once."""
     count = os.environ.pop("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
         return None

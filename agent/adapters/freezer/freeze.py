@@ -25,8 +25,6 @@ class FreezeSequence:
         self._vram_probe = vram_probe
         self._limits = instances.limits
 
-    # ---- lock -------------------------------------------------------------------------------------------------
-
     async def lock(self, handle: Handle) -> FreezeResult:
         """Lock all CUDA processes. REFUSED leaves all of them running."""
         if refusal := self._instances.refuse_unless_thawed(handle):
@@ -128,8 +126,6 @@ class FreezeSequence:
         outcome = Outcome.OK if rolled_back.reached else Outcome.BROKEN
         return FreezeResult(outcome, rolled_back.reason, rolled_back.message, reply.driver_ns + rolled_back.driver_ns)
 
-    # ---- checkpoint -------------------------------------------------------------------------------------------
-
     async def checkpoint(self, handle: Handle) -> FreezeResult:
         """Checkpoint the locked processes, verify, freeze the cgroup. REFUSED leaves the instance unlocked and running.
         Raises PreconditionError NOT_LOCKED."""
@@ -137,21 +133,16 @@ class FreezeSequence:
         if tracked is None:
             raise PreconditionError("NOT_LOCKED", "lock the instance before its checkpoint", uid=handle.uid)
         if refusal := self._instances.refuse_unless_thawed(handle):
-            return await self._unlock_paused(handle, tracked, refusal)
+            if refusal.outcome is Outcome.BROKEN:
+                return refusal
+            # Paused by others between lock and checkpoint: thaw and unlock, because no lock may remain.
+            return await self._restore_after(handle, tracked, CudaReply(), refusal.reason, refusal.message)
         pids = tracked.pids
         calls = [CudaCall(op, pid) for op in (CudaOp.CHECKPOINT, CudaOp.STATE) for pid in pids]
         reply = await self._instances.run(tracked, calls, self._instances.copy_deadline_s(tracked))
         if not all_in(reply, CudaState.CHECKPOINTED, len(pids)):
             return await self._restore_after(handle, tracked, reply, *failure(reply))
         return await self._finish_freeze(handle, tracked, reply)
-
-    async def _unlock_paused(
-        self, handle: Handle, tracked: TrackedCudaProcesses, refusal: FreezeResult
-    ) -> FreezeResult:
-        """Paused by others between lock and checkpoint: thaw and unlock, because no lock may remain."""
-        if refusal.outcome is Outcome.BROKEN:
-            return refusal
-        return await self._restore_after(handle, tracked, CudaReply(), refusal.reason, refusal.message)
 
     async def finish(self, handle: Handle) -> FreezeResult:
         """`Freezer.finish_freeze`: checkpoints the processes that are not yet, freezes the cgroup. `image_bytes` is 0
@@ -163,10 +154,9 @@ class FreezeSequence:
         if isinstance(tracked, FreezeResult):
             return tracked
         rolled_back = await self._instances.rollback(handle, tracked, CudaState.CHECKPOINTED, CudaReply())
-        reply = CudaReply()
         if not rolled_back.reached:
-            return await self._restore_after(handle, tracked, reply, rolled_back.reason, rolled_back.message)
-        return await self._finish_freeze(handle, tracked, reply)
+            return await self._restore_after(handle, tracked, CudaReply(), rolled_back.reason, rolled_back.message)
+        return await self._finish_freeze(handle, tracked, CudaReply())
 
     async def _finish_freeze(self, handle: Handle, tracked: TrackedCudaProcesses, reply: CudaReply) -> FreezeResult:
         """After the checkpoint: verify by NVML that the VRAM is released, then stop the threads."""

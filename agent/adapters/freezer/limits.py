@@ -1,5 +1,4 @@
-"""Deadlines of driver calls and of every other step of a freeze or wake, and the results made from the driver's
-replies."""
+"""Deadlines of driver calls and the other steps of a freeze or wake, and the results made from the driver's replies."""
 
 from __future__ import annotations
 
@@ -16,74 +15,51 @@ RELIST = "RELIST"
 
 @dataclass(frozen=True, slots=True)
 class FreezerLimits:
-    """Deadlines in seconds, and what is allowed. A driver call that misses its deadline costs its worker process.
+    """Deadlines of driver calls, NVML queries and cgroup changes in seconds, and what may be frozen.
 
-    - `lock_timeout_s`: the driver's wait for running kernels at a lock; `lock_attempts` locks with a new listing.
-    - `state_query_s`: one batch of STATE calls; `driver_call_s`: calls that copy nothing.
-    - `copy_base_s` + VRAM / `copy_bytes_per_s`: a checkpoint or restore. `unknown_image_bytes` stands for VRAM of
-      unknown size (after a restart of the agent).
-    - `rollback_s`: a rollback, its copies excluded. `prepare_kill_s`: the checkpoint before a kill.
-    - `vram_gone_s`: NVML's proof of an empty GPU. `memory_query_s`: NVML's answer on free memory during a wake.
-    - `cgroup_s`: a freeze or thaw of the threads. `death_grace_s`: the driver's answer after a target has died.
-    - `migrates`: instances may wake on other GPUs.
+    A worker process whose driver call misses its deadline is killed. A copy (checkpoint or restore) may take
+    `copy_base_s` + VRAM / `copy_bytes_per_s`.
     """
 
-    lock_timeout_s: float = 5.0
-    state_query_s: float = 5.0
-    driver_call_s: float = 10.0
+    lock_timeout_s: float = 5.0  # the driver's wait for running kernels at a lock
+    state_query_s: float = 5.0  # one batch of STATE calls
+    driver_call_s: float = 10.0  # calls that copy nothing
     copy_base_s: float = 30.0
     copy_bytes_per_s: int = 200_000_000
-    unknown_image_bytes: int = 80 * GIB
-    vram_gone_s: float = 5.0
-    rollback_s: float = 30.0
-    cgroup_s: float = 5.0
-    death_grace_s: float = 2.0
-    prepare_kill_s: float = 3.0
-    memory_query_s: float = 0.2
-    lock_attempts: int = 3
+    unknown_image_bytes: int = 80 * GIB  # stands for an unknown VRAM size (after a restart of the agent)
+    vram_gone_s: float = 5.0  # NVML's proof that the VRAM is released
+    rollback_s: float = 30.0  # a rollback without its copies
+    cgroup_s: float = 5.0  # a freeze or thaw of the threads
+    death_grace_s: float = 2.0  # the driver's answer after a target has died
+    prepare_kill_s: float = 3.0  # the checkpoint before a kill, without its copy
+    memory_query_s: float = 0.2  # NVML's answer on free memory during a wake
+    lock_attempts: int = 3  # each with a new listing
     max_processes: int = 64
     several_processes_on_several_gpus: bool = False
-    migrates: bool = False
-
-    @classmethod
-    def for_timeouts(
-        cls,
-        lock_timeout_s: float,
-        operation_timeout_s: float,
-        *,
-        several_processes_on_several_gpus: bool = False,
-        migrates: bool = False,
-    ) -> FreezerLimits:
-        """Limits for the configuration's two timeouts: none is longer than its default, and all shrink with
-        `operation_timeout_s`; with its default of 120 s each has its default."""
-        usual = cls()
-        share = min(operation_timeout_s / 120, 1.0)
-
-        def at_most(usual_s: float, part: float) -> float:
-            return min(usual_s, operation_timeout_s * part)
-
-        return cls(
-            lock_timeout_s=lock_timeout_s,
-            state_query_s=at_most(usual.state_query_s, 0.5),
-            driver_call_s=at_most(usual.driver_call_s, 0.5),
-            copy_base_s=operation_timeout_s,
-            unknown_image_bytes=round(usual.unknown_image_bytes * share),
-            vram_gone_s=at_most(usual.vram_gone_s, 0.5),
-            rollback_s=at_most(usual.rollback_s, 1.0),
-            cgroup_s=at_most(usual.cgroup_s, 0.5),
-            death_grace_s=at_most(usual.death_grace_s, 0.25),
-            prepare_kill_s=at_most(usual.prepare_kill_s, 0.5),
-            memory_query_s=at_most(usual.memory_query_s, 0.1),
-            several_processes_on_several_gpus=several_processes_on_several_gpus,
-            migrates=migrates,
-        )
+    migrates: bool = False  # instances may wake on other GPUs
 
 
 def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerLimits:
-    """Limits for the configuration."""
-    return FreezerLimits.for_timeouts(
-        settings.lock_timeout_ns / SECOND_NS,
-        settings.operation_timeout_ns / SECOND_NS,
+    """Limits for the configured timeouts: none is longer than its default, and all shrink with the operation timeout;
+    with its default of 120 s each has its default."""
+    usual = FreezerLimits()
+    operation_s = settings.operation_timeout_ns / SECOND_NS
+
+    def at_most(usual_s: float, part: float) -> float:
+        return min(usual_s, operation_s * part)
+
+    return FreezerLimits(
+        lock_timeout_s=settings.lock_timeout_ns / SECOND_NS,
+        state_query_s=at_most(usual.state_query_s, 0.5),
+        driver_call_s=at_most(usual.driver_call_s, 0.5),
+        copy_base_s=operation_s,
+        unknown_image_bytes=round(usual.unknown_image_bytes * min(operation_s / 120, 1.0)),
+        vram_gone_s=at_most(usual.vram_gone_s, 0.5),
+        rollback_s=at_most(usual.rollback_s, 1.0),
+        cgroup_s=at_most(usual.cgroup_s, 0.5),
+        death_grace_s=at_most(usual.death_grace_s, 0.25),
+        prepare_kill_s=at_most(usual.prepare_kill_s, 0.5),
+        memory_query_s=at_most(usual.memory_query_s, 0.1),
         several_processes_on_several_gpus=settings.multi_process_multi_gpu,
         migrates=migrates,
     )

@@ -88,8 +88,6 @@ class FreezerRecovery:
         )
         return states
 
-    # ---- before a kill ----------------------------------------------------------------------------------------
-
     async def prepare_kill(self, handle: Handle) -> None:
         """`Freezer.prepare_kill`: takes at most `prepare_kill_s` plus the copy's time. Skips a paused instance and one
         that was never restored."""

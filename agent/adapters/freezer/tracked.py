@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from agent.adapters.cuda.processes import CudaProcess, CudaProcessFinder, living, release
-from agent.adapters.cuda.rollback import RollbackGoal, RollbackLimits, RollbackResult, rollback
+from agent.adapters.cuda.rollback import RollbackGoal, RollbackResult, rollback
 from agent.adapters.cuda.target_watch import run_watching
 from agent.adapters.freezer.limits import FreezerLimits, broken, failure, refused
 from agent.adapters.kernel.cgroup_freezer import FreezerState, ProcessFreezer
@@ -76,8 +76,6 @@ class FreezerRegistry:
         self._tracked: dict[str, TrackedCudaProcesses] = {}
         self._frozen_by_us: set[str] = set()
 
-    # ---- memory -----------------------------------------------------------------------------------------------
-
     def get(self, handle: Handle) -> TrackedCudaProcesses | None:
         return self._tracked.get(handle.uid)
 
@@ -106,8 +104,6 @@ class FreezerRegistry:
             return make_result(*failure(found.failure, found.reason, found.message))
         return self.track(handle, TrackedCudaProcesses(found.processes, vram_by_gpu=None))
 
-    # ---- late calls -------------------------------------------------------------------------------------------
-
     def expect_late_calls(self, handle: Handle) -> None:
         """A call on the instance was lost, perhaps by an earlier agent, and may still take effect."""
         self._late_until_s[handle.uid] = asyncio.get_running_loop().time() + LATE_CALL_S
@@ -119,8 +115,6 @@ class FreezerRegistry:
             del self._late_until_s[handle.uid]
             return None
         return until_s
-
-    # ---- the threads ------------------------------------------------------------------------------------------
 
     async def freeze(self, handle: Handle) -> None:
         """Freeze the cgroup. Raises as `ProcessFreezer.freeze`."""
@@ -164,8 +158,6 @@ class FreezerRegistry:
             case FreezerState.FREEZING | FreezerState.FROZEN:
                 return refused("EXTERNALLY_FROZEN", "the instance was paused from outside; resume it first")
 
-    # ---- the driver -------------------------------------------------------------------------------------------
-
     async def run(self, tracked: TrackedCudaProcesses, calls: Sequence[CudaCall], deadline_s: float) -> CudaReply:
         """`Checkpointer.run` if all its processes live; NOT_BEGUN with CUDA_PROCESS_DIED if one has ended."""
         if tracked.died:  # its pid may soon name another process
@@ -201,9 +193,9 @@ class FreezerRegistry:
             tuple((gpu_map or {}).items()),
             late_call_possible=lost,
             before_round=thaw,
-            limits=RollbackLimits(
-                failed_restores=restores, state_deadline_s=limits.state_query_s, lock_timeout_s=limits.lock_timeout_s
-            ),
+            max_failed_restores=restores,
+            state_deadline_s=limits.state_query_s,
+            lock_timeout_s=limits.lock_timeout_s,
         )
         return await rollback(
             self.checkpointer, tracked.processes, target, limits.rollback_s + self.copy_deadline_s(tracked)

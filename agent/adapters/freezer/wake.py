@@ -84,8 +84,6 @@ class WakeSequence:
             return result
         return await self._instances.freeze_again(handle, result)
 
-    # ---- a wake that fails ------------------------------------------------------------------------------------
-
     async def _after_failure(self, request: _WakeRequest, reply: CudaReply) -> FreezeResult:
         """All restored: unlock. All still checkpointed: freeze again. Both: one way or the other (`_goal_for`).
         Anything else is BROKEN."""
@@ -144,8 +142,6 @@ class WakeSequence:
                 return broken("CUDA_ON_WRONG_GPU", _wrong_gpus(seen_on, expected), driver_ns)
         self._instances.track(request.handle, request.tracked.moved(request.gpu_map))
         return FreezeResult(Outcome.OK, driver_ns=driver_ns)
-
-    # ---- verification beside the request ----------------------------------------------------------------------
 
     def _check_placement_later(self, request: _WakeRequest) -> None:
         """After a migration: check that NVML shows it on the new GPUs only. The driver reported success, so the request

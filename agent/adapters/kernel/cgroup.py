@@ -21,13 +21,12 @@ PROC_SELF = Path("/proc/self")
 
 @dataclass(frozen=True, slots=True)
 class CgroupMount:
-    """One mounted hierarchy. `root` is the part of the hierarchy that is mounted ("/" except in containers);
-    `controllers` are its v1 controllers, empty for v2."""
+    """One mounted hierarchy."""
 
     version: int
     point: Path
-    root: str
-    controllers: frozenset[str]
+    root: str  # the part of the hierarchy that is mounted; "/" except in containers
+    controllers: frozenset[str]  # v1 only; empty for v2
 
     def locate(self, cgroup: str) -> Path | None:
         """The folder of a path from /proc/PID/cgroup; None if it lies outside the mounted part."""
@@ -240,7 +239,7 @@ async def kill(path: Path, deadline_s: float) -> None:
     if not await poll_until(emptied, deadline_s):
         raise DeadlineError(
             "KILL_TIMEOUT",
-            f"processes survive SIGKILL for {deadline_s:g} s; one may be stuck in the driver: see `dmesg`",
+            f"processes still exist {deadline_s:g} s after SIGKILL; one may be stuck in the driver: see `dmesg`",
             cgroup=str(path),
             pids=",".join(map(str, procs(path)[:16])),
         )

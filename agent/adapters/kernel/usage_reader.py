@@ -57,8 +57,6 @@ class ProcUsageReader:
     def _on_done(self, _: object) -> None:
         self._reading = False
 
-    # ---- in the thread ----------------------------------------------------------------------------------------------
-
     def _read_all(self, handles: Sequence[Handle]) -> dict[str, InstanceReading]:
         found: dict[str, InstanceReading] = {}
         loose = [handle for handle in handles if not handle.cgroup]

@@ -42,18 +42,13 @@ RETRY_PAUSE_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class GpuSurvey:
-    """What NVML reported.
-
-    - `error`: why it reported nothing.
-    - `missing`: how many GPUs do not answer, beside those in `gpus`.
-    - `transient`: at least one of them is not lost and may answer again.
-    """
+    """What NVML reported."""
 
     driver: DriverInfo | None = None
     gpus: tuple[Gpu, ...] = ()
-    error: UnavailableError | None = None
-    missing: int = 0
-    transient: bool = False
+    error: UnavailableError | None = None  # why it reported nothing
+    missing: int = 0  # GPUs that do not answer, beside those in `gpus`
+    transient: bool = False  # at least one of them is not lost and may answer again
 
     @property
     def trouble(self) -> NvmlTrouble | None:

@@ -74,8 +74,6 @@ class NvmlEvents:
         self._unread.append(xid)
         self._arrived.set()
 
-    # ---- the thread -----------------------------------------------------------------------------------------------
-
     def _watch(self) -> None:
         pause_s = FIRST_PAUSE_S
         while not self._stop.is_set():

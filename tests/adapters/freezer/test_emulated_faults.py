@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from agent.adapters.freezer.freezer import CudaFreezer
-from agent.adapters.freezer.limits import FreezerLimits
-from agent.core.types import MIB, Handle
+from agent.adapters.freezer.limits import freezer_limits
+from agent.config import Duration
+from agent.core.types import MIB, SECOND_NS, Handle
 from agent.ports import Condition, FreezeResult, Outcome
+from agent.settings import GpuSettings
 from tests.adapters.freezer.host import SIZE, Host, freeze
 from tests.fakes.driver_callers import worker_pids
 from tests.fakes.emulated_driver import CudaTarget
 
-HASTY = FreezerLimits.for_timeouts(0.2, 1.0)
+HASTY = freezer_limits(GpuSettings(lock_timeout_ns=Duration(SECOND_NS // 5), operation_timeout_ns=Duration(SECOND_NS)))
 OK, REFUSED, BROKEN = Outcome.OK, Outcome.REFUSED, Outcome.BROKEN
 
 

@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from agent.adapters.freezer.limits import FreezerLimits
+from agent.adapters.freezer.limits import FreezerLimits, freezer_limits
+from agent.config import Duration
 from agent.core.errors import DeadlineError
+from agent.core.types import SECOND_NS
 from agent.ports import Condition, CudaOp, CudaState, Outcome
+from agent.settings import GpuSettings
 from tests.adapters.freezer.world import LIMITS, World
 from tests.fakes.checkpointer import Fault
 
@@ -132,11 +135,14 @@ async def test_a_freeze_that_failed_claims_nothing(world: World) -> None:
 
 
 def test_the_default_configuration_means_the_default_limits() -> None:
-    assert FreezerLimits.for_timeouts(5.0, 120.0) == FreezerLimits(copy_base_s=120.0)
+    assert freezer_limits(GpuSettings()) == FreezerLimits(lock_timeout_s=10.0, copy_base_s=120.0)
 
 
 def test_a_short_operation_timeout_makes_everything_short() -> None:
-    limits = FreezerLimits.for_timeouts(0.2, 1.0, migrates=True, several_processes_on_several_gpus=True)
+    settings = GpuSettings(
+        lock_timeout_ns=Duration(SECOND_NS // 5), operation_timeout_ns=Duration(SECOND_NS), multi_process_multi_gpu=True
+    )
+    limits = freezer_limits(settings, migrates=True)
     waits = [
         limits.state_query_s,
         limits.driver_call_s,

@@ -19,7 +19,7 @@ import pytest
 import uvloop
 
 from agent.adapters.kernel import cgroup, memory_cgroup, process_table
-from agent.adapters.process.launch_plan import LaunchPlan, make_plan, resolve_user
+from agent.adapters.process.launch import LaunchPlan, make_plan, resolve_user
 from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeOptions
 from agent.adapters.runtime.exits import ExitWatch
 from agent.core.errors import ConfigError, ConflictError, InstanceError, InvalidArgumentError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.process.launch_plan import resolve_user
+from agent.adapters.process.launch import resolve_user
 from agent.adapters.runtime.bundles import WorkloadUser
 from agent.adapters.runtime.log_files import LogFiles
 
