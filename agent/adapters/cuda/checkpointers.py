@@ -24,8 +24,7 @@ SPAWN_S = 10.0
 
 class HostCheckpointer(Checkpointer, Protocol):
     """A `Checkpointer` with a life cycle. `start` raises HibernodeError if it can't work on this host; `close` ends its
-    processes. `run` also works without `start` (recovery relies on that) and replies NOT_BEGUN where the driver can't
-    be called."""
+    processes. `run` works without `start` (recovery relies on it): NOT_BEGUN if the driver can't be called."""
 
     async def start(self) -> None: ...
 

@@ -171,8 +171,7 @@ class DriverCheckpointer:
             job.resolve(not_begun("DRIVER_BUSY", f"no driver worker became free within {waited_s:g} s"))
 
     def _fail_queue_if_down(self) -> None:
-        """Fail the queued jobs if no worker can take them: every slot rests, or no worker has ever found a usable
-        driver."""
+        """Fail the queued jobs if every slot rests, or no worker has ever found a usable driver."""
         resting = all(slot.worker is None and slot.respawn is None for slot in self._slots)
         never = not self._ever_ready and all(slot.last_error for slot in self._slots)
         if not resting and not never:

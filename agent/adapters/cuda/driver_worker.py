@@ -1,8 +1,8 @@
 """The process that calls libcuda's checkpoint functions. A stand-alone script: it imports nothing from the agent.
 
-A call into the driver can hang in the kernel for ever, so a process makes it that can be killed and replaced. Started
-by `driver_worker_process.py` as `python -I -S driver_worker.py <socket fd> <parent pid>`; the socket is SOCK_SEQPACKET,
-one JSON message each way:
+A call into the driver can hang in the kernel for ever, so it is made in a process that can be killed and replaced.
+`driver_worker_process.py` starts it as `python -I -S driver_worker.py <socket fd> <parent pid>`. The socket is
+SOCK_SEQPACKET, one JSON message each way:
 
     worker, once:  {"hello": <cuDriverGetVersion>, "error": ""}
     agent:         {"id": n, "init": bool, "calls": [[op, pid, timeout_ms, [[old_uuid, new_uuid], ...]], ...]}
@@ -139,8 +139,8 @@ class LibCuda:
 
 
 def perform(driver: LibCuda, op: int, pid: int, timeout_ms: int, pairs: list[list[str]]) -> list[int]:
-    """Make one call. Returns its result code, the state's code and value (-1 where not read), and the microseconds
-    inside libcuda."""
+    """Make one call. Returns its result code, the state's code and value (-1: not read), and the microseconds it
+    took."""
     begin = time.perf_counter_ns()
     state_code = state = NO_STATE
     if op == STATE:

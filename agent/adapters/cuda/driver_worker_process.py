@@ -112,9 +112,8 @@ class DriverWorkerProcess:
         return self._process.pid
 
     def submit(self, calls: Sequence[CudaCall], deadline_s: float, *, init: bool = False) -> bool:
-        """Send an IDLE worker a batch; it is killed if no answer comes within `deadline_s`. `init`: persistence mode is
-        off, so cuInit precedes its first restore. Returns False if the worker has died meanwhile: nothing was begun,
-        and `gone` follows."""
+        """Send an IDLE worker a batch; it is killed if no answer comes within `deadline_s`. With `init` cuInit precedes
+        its first restore. False if the worker has died meanwhile: nothing was begun, and `gone` follows."""
         assert self.phase is Phase.IDLE
         self._message_id += 1
         rows = [[OP_NUMBERS[c.op], c.pid, c.timeout_ms, c.gpu_map] for c in calls]
@@ -204,8 +203,7 @@ class DriverWorkerProcess:
 
 
 def _read_answers(calls: Sequence[CudaCall], rows: Sequence[Sequence[int]]) -> list[CudaAnswer]:
-    """Pair the answers with their calls. Raises ValueError if their number does not fit: only a failure may end them
-    early."""
+    """Pair the answers with their calls. Raises ValueError for a wrong number: only a failure may end them early."""
     if not 0 < len(rows) <= len(calls) or (len(rows) < len(calls) and rows[-1][0] == 0):
         raise ValueError(f"{len(rows)} answers to {len(calls)} calls")
     return [

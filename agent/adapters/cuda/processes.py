@@ -50,7 +50,7 @@ class CudaProcessList:
 
     processes: tuple[CudaProcess, ...] = ()
     pids: frozenset[int] = frozenset()  # all of the instance
-    failure: CudaReply | None = None  # the driver's reply; None if only `reason` and `message` say it
+    failure: CudaReply | None = None  # the driver's reply, if that is the reason
     reason: str = ""
     message: str = ""
 
@@ -97,8 +97,7 @@ async def read_states(
     checkpointer: Checkpointer, processes: Sequence[CudaProcess], deadline_s: float, attempts: int = 2
 ) -> CudaReply:
     """Make one STATE call for each living process. Reading is harmless, so a batch whose worker was lost is repeated,
-    up to `attempts` in all. Unless it failed, the reply holds an answer for each process that lived when its batch was
-    sent."""
+    up to `attempts` in all. A reply without an error holds one answer per process that lived when it was sent."""
     answers: list[CudaAnswer] = []
     for start in range(0, len(processes), MAX_STATES_PER_BATCH):
         batch = processes[start : start + MAX_STATES_PER_BATCH]
@@ -187,8 +186,7 @@ class CudaProcessFinder:
         )
 
     async def _query(self, pids: Collection[int], opened: dict[int, CudaProcess]) -> CudaProcessList | _QueryOutcome:
-        """Replace `opened` by those of `pids` that use CUDA. Returns a CudaProcessList with the reason if that
-        fails."""
+        """Replace `opened` by those of `pids` that use CUDA; a CudaProcessList says why that failed."""
         release(opened.values())
         opened.clear()
         candidates = self._open(pids)

@@ -32,7 +32,7 @@ NO_CUDA = frozenset({CudaResult.INVALID_VALUE, CudaResult.NOT_INITIALIZED})
 """Results of a get-state that mean "no CUDA in this process" (CRIU reads them the same way)."""
 
 FATAL = frozenset({CudaResult.OPERATING_SYSTEM})
-"""Results after which the driver's word on the process can't be trusted: kill it."""
+"""Results after which nothing that the driver reports of the process can be trusted: kill it."""
 
 PROCESS_STATES = {
     0: CudaState.RUNNING,

@@ -1,5 +1,4 @@
-"""The command line of `cuda-checkpoint`: its arguments, the texts it prints, and whether a file may be trusted to be
-it.
+"""The command line of `cuda-checkpoint`: its arguments and output, and whether a file may be trusted to be it.
 
 Texts from NVIDIA/cuda-checkpoint with drivers 550 to 580 (agent/docs/facts/gpu-checkpoint.md, section 1). Preloaded
 libraries may print between them, so known texts are searched anywhere and everything else is ignored.
@@ -50,7 +49,7 @@ _STATES = {
 
 
 def arguments_of(call: CudaCall) -> list[str]:
-    """The program's arguments for a call. Raises ValueError for invalid ones: the program checks them only after
+    """The program's arguments for a call. Raises ValueError for invalid ones, which it would check only after
     cuInit."""
     if call.pid <= 0 or not 0 <= call.timeout_ms <= MAX_TIMEOUT_MS:
         raise ValueError(f"pid {call.pid} or timeout {call.timeout_ms} ms is out of range")

@@ -1,9 +1,8 @@
 """The agent's link to the central scheduler: the load stream and the upload of usage windows (`usage_upload.py`).
 
 Lifecycle changes are sent at once (changes within 5 ms share a message), gauges with a heartbeat per second. The
-scheduler knows from its own leases that an instance became busy or idle, so that is reported a few times per second.
-After a gap, or on a new stream, everything is sent again. Without the scheduler the node serves on; only freshness is
-lost.
+scheduler knows from its own leases when an instance becomes busy or idle, so that is sent a few times per second. After
+a gap, or on a new stream, everything is sent again. Without the scheduler the node serves on.
 """
 
 from __future__ import annotations
@@ -171,7 +170,7 @@ class SchedulerLink:
         return message
 
     def _load_differences(self) -> dict[str, Actor]:
-        """Instances whose number of requests differs from the last report: only the first and the last request report
-        it."""
+        """Instances whose number of requests is not the reported one: only the first and the last request trigger a
+        report."""
         reported = self._reported_in_flight
         return {uid: actor for uid, actor in self._instances.items() if actor.gate.in_flight != reported.get(uid, 0)}

@@ -23,8 +23,7 @@ def notify_socket() -> socket.socket:
 
 
 def notify(message: str) -> bool:
-    """Send one message, e.g. "READY=1". Returns False if it can't be sent, because a daemon also runs without
-    systemd."""
+    """Send one message, e.g. "READY=1". False, not an error, without systemd."""
     try:
         with notify_socket() as channel:
             channel.sendall(message.encode())

@@ -57,8 +57,7 @@ def _family(host: str) -> socket.AddressFamily | None:
 
 
 def _inherited(name: str) -> socket.socket | None:
-    """The socket that systemd passed under this name (sd_listen_fds_with_names(3)), closed on exec from now on. Works
-    once."""
+    """The socket that systemd passed under this name (sd_listen_fds_with_names(3)), now closed on exec. Works once."""
     count = os.environ.pop("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
         return None

@@ -145,7 +145,7 @@ class FreezeSequence:
         return await self._finish_freeze(handle, tracked, reply)
 
     async def finish(self, handle: Handle) -> FreezeResult:
-        """`Freezer.finish_freeze`: checkpoints the processes that are not yet, freezes the cgroup. `image_bytes` is 0
+        """`Freezer.finish_freeze`: checkpoints what is not yet checkpointed, freezes the cgroup. `image_bytes` is 0
         (unknown)."""
         if refusal := self._instances.refuse_unless_thawed(handle):
             return refusal
@@ -191,5 +191,5 @@ def _died(message: str, driver_ns: int) -> FreezeResult:
 
 
 def _left_locked(tracked: TrackedCudaProcesses) -> bool:
-    """A lock call that was given up for lost has run after all."""
+    """A lock call that counted as lost has run after all."""
     return {process.state for process in tracked.processes} <= {CudaState.RUNNING, CudaState.LOCKED}

@@ -81,8 +81,7 @@ class CudaFreezer:
         await self._recovery.prepare_kill(handle)
 
     async def condition(self, handle: Handle) -> Condition:
-        """`Freezer.condition`. From here on, calls that an earlier agent may have lost on the instance are expected to
-        run late."""
+        """`Freezer.condition`. From now on, expects calls that an earlier agent may have lost on the instance."""
         condition = await self._recovery.condition(handle)
         self._instances.expect_late_calls(handle)
         if condition is Condition.AWAKE:

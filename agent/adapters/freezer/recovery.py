@@ -35,9 +35,8 @@ class FreezerRecovery:
         self._limits = instances.limits
 
     async def condition(self, handle: Handle) -> Condition:
-        """`Freezer.condition`. Raises UnavailableError (NVML_UNAVAILABLE, DRIVER_BUSY ...) if the question could not be
-        asked, which says nothing about the instance. Where the driver's API can't be used at all, a thawed instance is
-        AWAKE."""
+        """`Freezer.condition`. Raises UnavailableError (NVML_UNAVAILABLE, DRIVER_BUSY ...) if the state could not be
+        read, which says nothing about it. Where the driver's API can't be used at all, a thawed instance is AWAKE."""
         pids = frozenset(await self._instances.finder.pids(handle))
         if not process_table.is_alive(handle.process, self._boot_id) or not pids:
             return Condition.GONE
@@ -89,8 +88,8 @@ class FreezerRecovery:
         return states
 
     async def prepare_kill(self, handle: Handle) -> None:
-        """`Freezer.prepare_kill`: takes at most `prepare_kill_s` plus the copy's time. Skips a paused instance and one
-        that was never restored."""
+        """`Freezer.prepare_kill`: takes at most `prepare_kill_s` plus the copy's time. Skips paused and never restored
+        ones."""
         if handle.uid not in self._instances.restored:
             return
         try:

@@ -1,5 +1,4 @@
-"""GPU memory as NVML shows it to the freezer: what a lock found, that a checkpoint released it, that a restore has
-room.
+"""GPU memory as NVML shows it: what a lock found, that a checkpoint released it, that a restore has room.
 
 Every query is bounded. A freeze without NVML's proof is refused. A wake goes on without an answer, because a request
 waits and this check is the second one: the GPU allocator grants a GPU only when it is proven empty.
@@ -41,8 +40,7 @@ class VramProbe:
         return seen
 
     async def gpus_of(self, pids: Collection[int]) -> frozenset[str]:
-        """The answering GPUs on which NVML shows memory of these processes. Raises UnavailableError
-        NVML_UNAVAILABLE."""
+        """The answering GPUs that hold memory of these processes. Raises UnavailableError NVML_UNAVAILABLE."""
         return frozenset(p.gpu_uuid for p in await self._processes() if p.pid in pids and p.used_bytes)
 
     async def measure(self, tracked: Sequence[CudaProcess], pids: Collection[int]) -> Mapping[str, int]:

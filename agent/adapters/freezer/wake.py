@@ -53,8 +53,7 @@ class WakeSequence:
         self._checks: set[asyncio.Task[None]] = set()
 
     async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
-        """`Freezer.wake`. Room is not verified if the image's size is unknown (frozen before this agent started) or
-        NVML does not answer in time."""
+        """`Freezer.wake`. Does not verify room for an image of unknown size, or if NVML does not answer in time."""
         gpu_map = {} if all(old == new for old, new in gpu_map.items()) else gpu_map
         tracked = self._instances.get(handle)
         if tracked is not None and (short := await self._vram_probe.refuse_without_room(tracked.needs(gpu_map))):
@@ -85,8 +84,8 @@ class WakeSequence:
         return await self._instances.freeze_again(handle, result)
 
     async def _after_failure(self, request: _WakeRequest, reply: CudaReply) -> FreezeResult:
-        """All restored: unlock. All still checkpointed: freeze again. Both: one way or the other (`_goal_for`).
-        Anything else is BROKEN."""
+        """All restored: unlock. All checkpointed: freeze again. Both: one way or the other (`_goal_for`). Else
+        BROKEN."""
         reason, message = failure(reply)
         if request.tracked.died:
             return broken("CUDA_PROCESS_DIED", f"a CUDA process ended during its restore: {message}", reply.driver_ns)
@@ -167,8 +166,7 @@ def _goal_for(states: set[CudaState], *, follow: bool) -> CudaState:
     """The state to bring processes to of which none, some or all are restored.
 
     None: they stay CHECKPOINTED. All: on to RUNNING. Some: the restored ones are checkpointed again, which changes
-    nothing; but if the rest must `follow` them (other GPUs: the images would be of different GPUs), all go on to
-    RUNNING.
+    nothing; with `follow` (other GPUs, so that the images would be of different GPUs) all go on to RUNNING.
     """
     if CudaState.CHECKPOINTED not in states:
         return CudaState.RUNNING

@@ -153,7 +153,7 @@ def read_events(path: Path) -> dict[str, int] | None:
 
 
 def write_freeze(path: Path, frozen: bool) -> None:
-    """Request a freeze or thaw. The kernel acts asynchronously: a thaw shows at once, a freeze when the last thread
+    """Request a freeze or thaw. The kernel is asynchronous: a thaw shows at once, a freeze when the last thread
     stopped."""
     descriptor = os.open(f"{path}/cgroup.freeze", os.O_WRONLY | os.O_CLOEXEC)
     try:
@@ -185,8 +185,7 @@ def subtree(path: Path) -> list[Path]:
 
 
 def procs(path: Path) -> list[int]:
-    """Pids of the processes in the cgroup and below. Processes of a foreign pid namespace read as 0 and are left
-    out."""
+    """Pids of the processes in the cgroup and below, without those of a foreign pid namespace (they read as 0)."""
     pids: set[int] = set()
     for folder in subtree(path):
         with suppress(OSError):
@@ -195,9 +194,8 @@ def procs(path: Path) -> list[int]:
 
 
 async def poll_until(done: Callable[[], bool], deadline_s: float) -> bool:
-    """Wait for a change that the kernel makes soon: check three times at once, after 200 us, then every 2 ms. Polling
-    cgroup.events instead is up to 18 ms late (agent/docs/facts/emulated-driver.md, pitfall 16). False at the
-    deadline."""
+    """Poll for a change that the kernel makes soon: three times at once, after 200 us, then every 2 ms. Waiting for
+    cgroup.events is up to 18 ms late (agent/docs/facts/emulated-driver.md, pitfall 16). False at the deadline."""
     for _ in range(3):
         if done():
             return True

@@ -19,13 +19,9 @@ from agent.core.types import Handle
 
 
 class ProcHostMemory:
-    """Reads /proc/meminfo and the files of the handle's memory cgroup.
-
-    - `limits`: folder with the records of raised limits; None: limits are never raised.
-    - `images`: folder with the sizes of frozen images; None: they are not remembered.
-
-    Writes may wait for a disk and belong in one thread beside the loop.
-    """
+    """Reads /proc/meminfo and the files of the handle's memory cgroup. `limits` and `images` are the folders with the
+    records of raised limits and of image sizes; None: limits are not raised, sizes not remembered. Writes may wait for
+    a disk and belong in one thread beside the loop."""
 
     def __init__(self, proc: Path = PROC, limits: Path | None = None, images: Path | None = None) -> None:
         self._proc = proc
@@ -41,8 +37,7 @@ class ProcHostMemory:
         raise UnavailableError("HOST_MEMORY_UNKNOWN", "/proc/meminfo has no MemAvailable: mount /proc, Linux >= 3.14")
 
     def headroom_bytes(self, handle: Handle) -> int | None:
-        """Smallest (limit - usage, cache counted as free) over all ancestors; None: no limit anywhere, or the process
-        ended."""
+        """Smallest (limit - usage, cache counted as free) over all ancestors; None without a limit or process."""
         if not process_table.is_alive(handle.process, self._boot_id, self._proc):
             return None
         found = memory_cgroup.find(handle.process.pid, self._proc)

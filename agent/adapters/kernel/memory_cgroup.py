@@ -22,8 +22,7 @@ V2_CAPS = (("memory.max", "memory.current"), ("memory.high", "memory.current"))
 
 @dataclass(frozen=True, slots=True)
 class Cap:
-    """One limit that is set, and the usage that counts against it (page cache does not: it is reclaimed when
-    needed)."""
+    """One limit that is set, and the usage that counts against it (without page cache, which is reclaimed)."""
 
     name: str
     limit_bytes: int

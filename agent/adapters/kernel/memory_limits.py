@@ -143,8 +143,8 @@ def _texts(own: MemoryCgroup) -> dict[str, str]:
 
 
 def _raised(version: int, caps: Sequence[Cap], wanted_bytes: int) -> list[tuple[str, int]]:
-    """Files and their new limits in the order of writing. No limit shrinks. memsw goes first: v1 requires memsw >=
-    limit at every moment."""
+    """Files and their new limits in the order of writing. No limit shrinks. memsw is first: v1 requires memsw >=
+    limit."""
     new = {cap.name: max(cap.limit_bytes, _whole_pages(cap.used_bytes + wanted_bytes)) for cap in caps}
     if version == 1:
         limit, memsw = (name for name, _ in V1_CAPS)

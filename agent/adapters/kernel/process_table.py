@@ -20,8 +20,8 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True, slots=True)
 class ProcessStat:
-    """The fields used of /proc/PID/stat. `state` is one letter: Z and X are dead, T is stopped. `cpu_ticks` includes
-    the children it has waited for."""
+    """Fields of /proc/PID/stat. `state` is one letter: Z and X are dead, T is stopped. `cpu_ticks` includes waited
+    children."""
 
     pid: int
     state: str
@@ -79,7 +79,7 @@ def is_alive(process: ProcessId, boot: str, proc: Path = PROC) -> bool:
 
 
 def thread_group(pid: int, proc: Path = PROC) -> int | None:
-    """Tgid: equal to `pid` for a process, different for a mere thread; None if it does not exist."""
+    """Tgid: equal to `pid` for a process, different for a thread; None if it does not exist."""
     try:
         status = (proc / str(pid) / "status").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -111,8 +111,8 @@ def members(root: ProcessId, boot: str, mark: str, proc: Path = PROC) -> list[Pr
     """The living processes of an instance on a host without cgroups.
 
     A process belongs by descent from `root` (lost when a parent dies), by its session (left by setsid), or by `mark`
-    ("NAME=value") in its environment (lost when that is cleared). Only a process that leaves all three escapes; a
-    cgroup is the real fence.
+    ("NAME=value") in its environment (lost when cleared). One that leaves all three escapes; a cgroup is the real
+    fence.
     """
     if root.boot_id != boot:
         return []

@@ -85,8 +85,8 @@ def _entries(folder: int) -> list[tuple[str, bool]]:
 
 
 def _open_up(folder: int, name: str) -> None:
-    """A workload of the agent's own user may have made its folders unreadable. Not for root, which needs no permission:
-    a chmod follows links."""
+    """A workload of the agent's own user may have closed its folders. Not as root: it needs no mode, and chmod follows
+    links."""
     if os.geteuid() != 0:
         with suppress(OSError):
             os.chmod(name, 0o700, dir_fd=folder)

@@ -1,5 +1,4 @@
-"""Gathers the facts about this host for `core.gpus.capabilities`, for the agent and `hibernode doctor` alike. Changes
-nothing."""
+"""Gathers the facts about this host for `core.gpus.capabilities`. The agent and `hibernode doctor` both use it."""
 
 from __future__ import annotations
 
@@ -127,8 +126,8 @@ def host_facts(survey: GpuSurvey, settings: GpuSettings) -> HostFacts:
 
 
 def mps_runs() -> bool:
-    """Whether an MPS control daemon or server runs. Only root's programs count: a tenant's process of the same name
-    must not turn idle mode off."""
+    """Whether an MPS control daemon or server runs. Only root's programs count: a tenant must not be able to turn idle
+    mode off by a process of that name."""
     return any(
         name.startswith("nvidia-cuda-mps") and _is_mps(process.pid)
         for process in psutil.process_iter(["name"])

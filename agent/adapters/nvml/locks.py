@@ -26,8 +26,7 @@ class GpuLocks:
         self._descriptors: list[int] = []
 
     def acquire(self, uuids: Sequence[str]) -> None:
-        """Raises PreconditionError GPU_IN_USE if another agent drives one of them, GPU_LOCK_UNUSABLE if its file can't
-        be locked. Then none is held."""
+        """Lock all or none. Raises PreconditionError GPU_IN_USE if another agent drives one, GPU_LOCK_UNUSABLE."""
         if os.geteuid() == 0:
             with suppress(OSError):  # small images lack it; if it can't be made, the open below fails
                 self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -46,8 +46,7 @@ from agent.log import get_logger
 from agent.ports import DriverInfo, GpuProcesses
 
 UNKNOWN_MEMORY_BYTES = 1
-"""Used for a process whose memory NVML does not report: it holds some, so nothing counts as released while it is
-listed."""
+"""Stands for memory that NVML does not report, so that nothing counts as released while the process is listed."""
 LOST = frozenset({NVML_ERROR_GPU_IS_LOST, NVML_ERROR_RESET_REQUIRED})
 
 T = TypeVar("T")

@@ -119,7 +119,7 @@ class NvmlEvents:
 
 def _register(events: Any) -> tuple[dict[int, str], bool]:
     """Register for XIDs. Returns the UUIDs by handle identity, and whether a GPU that should report could not be
-    registered."""
+    read."""
     names: dict[int, str] = {}
     missing = False
     for index in range(nvmlDeviceGetCount()):

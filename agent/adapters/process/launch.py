@@ -67,8 +67,8 @@ class LaunchPlan:
     user: WorkloadUser | None
 
     def encode(self) -> bytes:
-        """The format that `launcher.py` reads. Raises InvalidArgumentError BAD_COMMAND if a value can't be given to any
-        program."""
+        """The format that `launcher.py` reads. Raises InvalidArgumentError BAD_COMMAND for values no program can be
+        given."""
         records = [("A", value) for value in self.argv]
         records += [("V", f"{name}={value}") for name, value in self.environment.items()]
         records.append(("D", str(self.folder)))

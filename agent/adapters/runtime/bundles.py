@@ -3,8 +3,7 @@
     handle.json   identity (boot, pid, start time), address, cgroup, owner; written before the workload runs
     scratch/      working directory and HOME, owned by its user; an engine's container has none
 
-No fsync: the record must outlive the agent, not the host. After a reboot both the process and the record's use are
-gone.
+No fsync: the record must outlive the agent, not the host. After a reboot the process is gone.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ class Bundles:
         return [bundle for uid in uids if (bundle := self.read(uid))]
 
     def remove(self, uid: str) -> None:
-        """Delete it with its scratch. Idempotent; logs what can't be removed. May take long: call it outside the loop's
+        """Delete it with its scratch, and log what can't be removed. Idempotent. Slow: call it outside the loop's
         thread."""
         try:
             remove_tree(self._folder / uid)

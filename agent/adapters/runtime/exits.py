@@ -32,7 +32,7 @@ class _Watched:
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """What was seen of an end beside the exit status."""
+    """What was seen of an end, apart from the exit status."""
 
     killed_by_us: bool = False  # the SIGKILL was ours
     out_of_memory: bool = False  # its memory cgroup counted an OOM kill since the watch began
@@ -79,8 +79,7 @@ class ExitWatch:
         return Signs(watched.killed_by_us, watched.out_of_memory)
 
     async def kill(self, handle: Handle, empty: Callable[[], Awaitable[None]], deadline_s: float) -> None:
-        """SIGKILL the main process, let `empty` kill the rest, and wait for the end. Raises DeadlineError
-        KILL_TIMEOUT."""
+        """SIGKILL the main process, let `empty` kill the rest, await the end. Raises DeadlineError KILL_TIMEOUT."""
         ended = self.watch(handle)
         self.expect_kill(handle.uid)
         process_table.send_signal(handle.process, self._boot_id, signal.SIGKILL)
@@ -152,8 +151,7 @@ def _reap(watched: _Watched) -> Exit:
 
 
 def _oom_killed(watched: _Watched) -> bool:
-    """Whether its memory cgroup counted an OOM kill. Best effort: in a shared cgroup the victim may be another
-    process."""
+    """Whether its memory cgroup counted an OOM kill; in a shared cgroup the victim may be another process."""
     if watched.memory is None or not watched.memory.path.exists():
         return False
     kills = watched.memory.oom_kills()

@@ -53,8 +53,7 @@ class LogFiles:
             file.write(text)
 
     def read(self, path: Path, tail_bytes: int) -> bytes:
-        """The last bytes, from the rotated file too if the log holds fewer; b"" without a log. Raises OSError if it
-        can't be read now."""
+        """The last bytes, from the rotated file too if the log is shorter; b"" without a log. Raises OSError."""
         text = _tail(path, tail_bytes)
         if len(text) < tail_bytes:
             text = _tail(_rotated(path), tail_bytes - len(text)) + text

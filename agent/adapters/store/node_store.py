@@ -19,8 +19,7 @@ FILE_NAME = "node.db"
 
 
 class NodeStore:
-    """`await NodeStore.open(state_dir)`. Every call is bounded by `deadline_s` and raises UnavailableError
-    STORE_FAILED."""
+    """`await NodeStore.open(state_dir)`. Every call has `deadline_s` and raises UnavailableError STORE_FAILED."""
 
     def __init__(self, thread: StoreThread) -> None:
         self._thread = thread

@@ -78,8 +78,7 @@ _RECORD = msgspec.json.Decoder(InstanceRecord)
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the schema to the newest version, each step in a transaction. Raises ValueError if it is newer than this
-    program."""
+    """Bring the schema to the newest version, a transaction per step. ValueError if it is newer than this program."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > len(MIGRATIONS):
         raise ValueError(f"its schema version {version} is newer than this program's {len(MIGRATIONS)}")
