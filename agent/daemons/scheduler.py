@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 import agent.scheduler
-from agent.adapters.daemon.socket_activation import give_up, kept_listener
+from agent.adapters.daemon import socket_activation
 from agent.adapters.daemon.state_dir import StateDir
 from agent.adapters.daemon.token_file import ensure_token, read_token
 from agent.adapters.kernel.clock import SystemClock
@@ -170,7 +170,7 @@ class SchedulerDaemon:
         before that."""
         if await self.lead.take():
             return True
-        give_up("gateway")
+        socket_activation.release("gateway")
         await self._serve_admin()
         self.state.write_endpoints({"admin": self.admin_address, "token_file": str(self._config.token_path)})
         self._log.info("scheduler.standby", admin=self.admin_address)
@@ -236,7 +236,7 @@ class SchedulerDaemon:
             max_connections=config.limits.connections,
         )
         try:
-            kept = kept_listener("gateway", config.gateway.host, config.gateway.port, BACKLOG)
+            kept = socket_activation.open_listener("gateway", config.gateway.host, config.gateway.port, BACKLOG)
             self.http = await serve(
                 self.gateway,
                 config.gateway.host,
