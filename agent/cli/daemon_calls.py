@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+from grpc import aio
 
 from agent.cli.console.progress import progress
 from agent.cli.daemon_locator import Daemon, DaemonAddress, find_daemon
@@ -13,11 +15,41 @@ from agent.cli.options import cli_options
 from agent.core.errors import HibernodeError, UnauthenticatedError, UnavailableError
 from agent.wire.clients import DaemonChannel
 
-T = TypeVar("T")
-
 SHORT_S = 15.0
 """Deadline of a call that only reads."""
 PAGE_SIZE = 500
+MAX_PAGES = 10_000
+
+
+class PageRequest(Protocol):
+    """A request for a page of a list."""
+
+    page_size: int
+    page_token: str
+
+
+class Page(Protocol):
+    """A page of a list, and the token of the next one; "" after the last."""
+
+    next_page_token: str
+
+
+T = TypeVar("T")
+_Request = TypeVar("_Request", bound=PageRequest)
+_Page = TypeVar("_Page", bound=Page)
+
+
+async def pages(
+    channel: DaemonChannel, method: aio.UnaryUnaryMultiCallable[_Request, _Page], request: _Request
+) -> AsyncIterator[_Page]:
+    """Calls a list method until its last page. Sets the page size and token of `request`."""
+    request.page_size = PAGE_SIZE
+    for _ in range(MAX_PAGES):
+        page = await channel.call(method, request, SHORT_S)
+        yield page
+        if not page.next_page_token:
+            return
+        request.page_token = page.next_page_token
 
 
 def with_agent(story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:

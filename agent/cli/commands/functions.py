@@ -6,13 +6,11 @@ import click
 
 from agent.cli.console.output import note, show_json, show_pairs, show_table
 from agent.cli.console.units import clock, duration, size
-from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_scheduler
+from agent.cli.daemon_calls import SHORT_S, pages, with_scheduler
 from agent.cli.options import cli_options, output_option, scheduler_options
 from agent.v1 import function_service_pb2 as pb
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import short_name, to_json
-
-MAX_PAGES = 1000
 
 
 @click.group(invoke_without_command=True)
@@ -98,16 +96,8 @@ async def get_function(channel: DaemonChannel, name: str) -> pb.Function:
 
 async def list_functions(channel: DaemonChannel) -> list[pb.Function]:
     """All functions, every page."""
-    found: list[pb.Function] = []
-    token = ""
-    for _ in range(MAX_PAGES):
-        request = pb.ListFunctionsRequest(page_size=PAGE_SIZE, page_token=token)
-        page = await channel.call(channel.functions.ListFunctions, request, SHORT_S)
-        found += page.functions
-        token = page.next_page_token
-        if not token:
-            break
-    return found
+    listing = pages(channel, channel.functions.ListFunctions, pb.ListFunctionsRequest())
+    return [function async for page in listing for function in page.functions]
 
 
 def state_of(function: pb.Function) -> str:

@@ -9,7 +9,7 @@ import click
 from agent.cli.console.log_text import stdout_writer
 from agent.cli.console.output import show_json, show_table
 from agent.cli.console.units import clock, wall_ns
-from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_agent
+from agent.cli.daemon_calls import pages, with_agent
 from agent.cli.options import agent_options, bytes_of, cli_options, output_option, seconds_of
 from agent.core.types import SECOND_NS
 from agent.v1 import instance_service_pb2 as pb
@@ -18,7 +18,6 @@ from agent.wire.clients import DaemonChannel
 from agent.wire.convert_time import time_to_proto
 from agent.wire.json_view import to_json
 
-MAX_PAGES = 1000
 READ_S = 60.0
 FOLLOW_S = 86_400.0
 
@@ -80,16 +79,8 @@ def events(uid: str, since_s: float | None) -> None:
 
     async def story(channel: DaemonChannel) -> list[types_pb2.Event]:
         since = None if since_s is None else time_to_proto(max(0, wall_ns() - round(since_s * SECOND_NS)))
-        found: list[types_pb2.Event] = []
-        token = ""
-        for _ in range(MAX_PAGES):
-            request = pb.ListEventsRequest(page_size=PAGE_SIZE, page_token=token, instance_uid=uid, since=since)
-            page = await channel.call(channel.instances.ListEvents, request, SHORT_S)
-            found += page.events
-            token = page.next_page_token
-            if not token:
-                break
-        return found
+        listing = pages(channel, channel.instances.ListEvents, pb.ListEventsRequest(instance_uid=uid, since=since))
+        return [event async for page in listing for event in page.events]
 
     found = with_agent(story, "asking for the events")
     if cli_options().json:

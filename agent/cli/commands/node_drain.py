@@ -8,13 +8,12 @@ from collections import Counter
 from agent.cli.commands.functions import list_functions
 from agent.cli.commands.ps import list_fleet
 from agent.cli.console.output import note, warn
-from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S
+from agent.cli.daemon_calls import pages
 from agent.core.errors import DeadlineError, NotFoundError, PreconditionError, UnavailableError
 from agent.core.provisioning.reconcile import parse_request_id
 from agent.v1 import function_service_pb2, scheduler_service_pb2, types_pb2
 from agent.wire.clients import DaemonChannel
 
-MAX_PAGES = 1000
 POLL_S = 0.5
 _DRAINS = (types_pb2.Node.SCHEDULING_DRAINED, types_pb2.Node.SCHEDULING_EMPTIED)
 _ENDED = (types_pb2.Instance.STATE_STOPPED, types_pb2.Instance.STATE_FAILED)
@@ -22,16 +21,8 @@ _ENDED = (types_pb2.Instance.STATE_STOPPED, types_pb2.Instance.STATE_FAILED)
 
 async def list_nodes(channel: DaemonChannel) -> list[types_pb2.Node]:
     """Every node of the fleet."""
-    found: list[types_pb2.Node] = []
-    token = ""
-    for _ in range(MAX_PAGES):
-        request = scheduler_service_pb2.ListNodesRequest(page_size=PAGE_SIZE, page_token=token)
-        page = await channel.call(channel.scheduler.ListNodes, request, SHORT_S)
-        found += page.nodes
-        token = page.next_page_token
-        if not token:
-            break
-    return found
+    listing = pages(channel, channel.scheduler.ListNodes, scheduler_service_pb2.ListNodesRequest())
+    return [node async for page in listing for node in page.nodes]
 
 
 async def wait_until_drained(channel: DaemonChannel, name: str, timeout_s: float) -> types_pb2.Node:

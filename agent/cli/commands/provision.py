@@ -11,7 +11,7 @@ import yaml
 
 from agent.cli.commands.deploy import POLL_S, told_once
 from agent.cli.console.output import note, show_json, show_text, warn
-from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_scheduler
+from agent.cli.daemon_calls import SHORT_S, pages, with_scheduler
 from agent.cli.fc3.load import load_s_yaml
 from agent.cli.fc3.provision import METRIC_NAMES, read_provision, target_of
 from agent.cli.options import cli_options, output_option, s_options, scheduler_options, timeout_option
@@ -21,7 +21,6 @@ from agent.v1 import function_service_pb2 as pb
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import to_json
 
-MAX_PAGES = 1000
 QUALIFIER = "LATEST"
 
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -183,16 +182,9 @@ def rm(function: str, qualifier: str) -> None:
 
 async def list_provisions(channel: DaemonChannel, function: str = "") -> list[pb.Provision]:
     """All pages."""
-    found: list[pb.Provision] = []
-    token = ""
-    for _ in range(MAX_PAGES):
-        request = pb.ListProvisionConfigsRequest(page_size=PAGE_SIZE, page_token=token, function=function)
-        page = await channel.call(channel.functions.ListProvisionConfigs, request, SHORT_S)
-        found += page.provisions
-        token = page.next_page_token
-        if not token:
-            break
-    return found
+    request = pb.ListProvisionConfigsRequest(function=function)
+    listing = pages(channel, channel.functions.ListProvisionConfigs, request)
+    return [provision async for page in listing for provision in page.provisions]
 
 
 def _function(function: str, template: Path | None, resource: str) -> str:

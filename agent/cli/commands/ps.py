@@ -8,13 +8,11 @@ import click
 
 from agent.cli.console.output import show_json, show_table
 from agent.cli.console.units import age, duration, gpu_names, size
-from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_agent, with_scheduler
+from agent.cli.daemon_calls import pages, with_agent, with_scheduler
 from agent.cli.options import cli_options, fleet_or_node_options, output_option
 from agent.v1 import instance_service_pb2, scheduler_service_pb2, types_pb2
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import short_name, to_json
-
-MAX_PAGES = 1000
 
 
 @click.command()
@@ -57,34 +55,16 @@ async def list_instances(
     channel: DaemonChannel, function: str = "", include_ended: bool = False
 ) -> list[types_pb2.Instance]:
     """Instances of the agent's node, every page."""
-    found: list[types_pb2.Instance] = []
-    token = ""
-    for _ in range(MAX_PAGES):
-        request = instance_service_pb2.ListInstancesRequest(
-            page_size=PAGE_SIZE, page_token=token, function=function, include_ended=include_ended
-        )
-        page = await channel.call(channel.instances.ListInstances, request, SHORT_S)
-        found += page.instances
-        token = page.next_page_token
-        if not token:
-            break
-    return found
+    request = instance_service_pb2.ListInstancesRequest(function=function, include_ended=include_ended)
+    listing = pages(channel, channel.instances.ListInstances, request)
+    return [instance async for page in listing for instance in page.instances]
 
 
 async def list_fleet(channel: DaemonChannel, function: str = "", node: str = "") -> list[types_pb2.Instance]:
     """Instances of the fleet, every page."""
-    found: list[types_pb2.Instance] = []
-    token = ""
-    for _ in range(MAX_PAGES):
-        request = scheduler_service_pb2.ListFleetInstancesRequest(
-            page_size=PAGE_SIZE, page_token=token, function=function, node=node
-        )
-        page = await channel.call(channel.scheduler.ListFleetInstances, request, SHORT_S)
-        found += page.instances
-        token = page.next_page_token
-        if not token:
-            break
-    return found
+    request = scheduler_service_pb2.ListFleetInstancesRequest(function=function, node=node)
+    listing = pages(channel, channel.scheduler.ListFleetInstances, request)
+    return [instance async for page in listing for instance in page.instances]
 
 
 def state_of(instance: types_pb2.Instance) -> str:

@@ -10,7 +10,7 @@ from agent.cli.commands.usage_csv import usage_csv
 from agent.cli.commands.usage_reconcile import reconcile
 from agent.cli.console.output import note, show_json, show_table, show_text, warn
 from agent.cli.console.units import instant_ns, money, seconds
-from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_agent, with_scheduler
+from agent.cli.daemon_calls import pages, with_agent, with_scheduler
 from agent.cli.options import cli_options, fleet_or_node_options, output_or_csv_option
 from agent.core.errors import ExhaustedError
 from agent.v1 import node_service_pb2, types_pb2
@@ -19,7 +19,6 @@ from agent.wire.clients import DaemonChannel
 from agent.wire.convert_time import time_to_proto
 from agent.wire.json_view import short_name, to_json
 
-MAX_PAGES = 10_000
 MAX_WINDOWS = 1_000_000
 """As many as fit into memory at once: half a GiB."""
 _GROUPINGS = {
@@ -93,7 +92,6 @@ def usage(
         return
     with_windows = windows and cli_options().json
     request = pb.ListUsageRequest(
-        page_size=PAGE_SIZE,
         function=function,
         node=node,
         gpu_model=gpu_model,
@@ -121,8 +119,7 @@ usage.add_command(reconcile)
 async def list_usage(channel: DaemonChannel, request: pb.ListUsageRequest) -> pb.ListUsageResponse:
     """All pages as one answer."""
     whole = pb.ListUsageResponse()
-    for _ in range(MAX_PAGES):
-        page = await channel.call(channel.usage.ListUsage, request, SHORT_S)
+    async for page in pages(channel, channel.usage.ListUsage, request):
         whole.rows.extend(page.rows)
         whole.windows.extend(page.windows)
         if page.total_cost:  # pages of windows have none
@@ -133,9 +130,6 @@ async def list_usage(channel: DaemonChannel, request: pb.ListUsageRequest) -> pb
                 f"more than {MAX_WINDOWS} windows; leave them out (--no-windows) or ask for less (--since, --function)"
             )
             raise ExhaustedError("USAGE_TOO_MANY_WINDOWS", text)
-        request.page_token = page.next_page_token
-        if not page.next_page_token:
-            break
     return whole
 
 
@@ -194,18 +188,9 @@ def _saved(found: pb.ListUsageResponse) -> str:
 
 def _show_ledger(function: str) -> None:
     async def story(channel: DaemonChannel) -> list[types_pb2.UsageWindow]:
-        found: list[types_pb2.UsageWindow] = []
-        token = ""
-        for _ in range(MAX_PAGES):
-            request = node_service_pb2.ListUsageWindowsRequest(
-                page_size=PAGE_SIZE, page_token=token, function=function, include_open=True
-            )
-            page = await channel.call(channel.nodes.ListUsageWindows, request, SHORT_S)
-            found += page.windows
-            token = page.next_page_token
-            if not token:
-                break
-        return found
+        request = node_service_pb2.ListUsageWindowsRequest(function=function, include_open=True)
+        listing = pages(channel, channel.nodes.ListUsageWindows, request)
+        return [window async for page in listing for window in page.windows]
 
     found = with_agent(story, "reading the ledger")
     if cli_options().json:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent.cli.daemon_calls import pages
 from agent.core.errors import HibernodeError
 from agent.core.types import SECOND_NS
 from agent.v1 import node_service_pb2, types_pb2, usage_service_pb2
@@ -125,7 +126,7 @@ async def collect_usage(
     from agent.cli.demo.processes import comes_true
 
     report.usage_complete = await comes_true(lambda: _all_arrived(agent, scheduler, instances), CALL_S)
-    whole = await list_usage(scheduler, usage_service_pb2.ListUsageRequest(page_size=500))
+    whole = await list_usage(scheduler, usage_service_pb2.ListUsageRequest())
     _fill_in(report, whole)
 
 
@@ -133,9 +134,7 @@ async def _all_arrived(agent: Any, scheduler: Any, instances: Sequence[types_pb2
     """Has the scheduler the windows before each open one, and all of an ended instance's time?"""
     from agent.cli.commands.usage import list_usage
 
-    request = usage_service_pb2.ListUsageRequest(
-        page_size=500, grouping=usage_service_pb2.ListUsageRequest.GROUPING_INSTANCE
-    )
+    request = usage_service_pb2.ListUsageRequest(grouping=usage_service_pb2.ListUsageRequest.GROUPING_INSTANCE)
     windows_of: dict[str, int] = {}
     metered_ns: dict[str, int] = {}
     for row in (await list_usage(scheduler, request)).rows:  # one for each GPU model and price
@@ -154,14 +153,9 @@ async def _all_arrived(agent: Any, scheduler: Any, instances: Sequence[types_pb2
 
 async def _open_windows(agent: Any) -> dict[str, int]:
     """Of each instance that lives: the number of its open window, which is how many there are before it."""
-    request = node_service_pb2.ListUsageWindowsRequest(page_size=1000, include_open=True)
-    found: dict[str, int] = {}
-    while True:
-        page = await agent.call(agent.nodes.ListUsageWindows, request, CALL_S)
-        found.update({window.instance_uid: window.seq for window in page.windows if not window.sealed})
-        request.page_token = page.next_page_token
-        if not page.next_page_token:
-            return found
+    request = node_service_pb2.ListUsageWindowsRequest(include_open=True)
+    listing = pages(agent, agent.nodes.ListUsageWindows, request)
+    return {window.instance_uid: window.seq async for page in listing for window in page.windows if not window.sealed}
 
 
 def _fill_in(report: DemoReport, whole: usage_service_pb2.ListUsageResponse) -> None:

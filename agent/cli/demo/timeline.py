@@ -10,13 +10,13 @@ from typing import Any, TextIO
 
 from agent.cli.console.output import clean, console
 from agent.cli.console.units import wall_ns
+from agent.cli.daemon_calls import pages
 from agent.core.types import SECOND_NS
 from agent.v1 import instance_service_pb2, types_pb2
+from agent.wire.convert_time import time_to_proto
 
-CALL_S = 10.0
 NS_PER_MS = 1_000_000
 NOTEWORTHY_WAIT_MS = 5.0
-PAGE = 1000
 
 _SHOWN = {
     "STARTING": ("starting", "yellow"),
@@ -80,16 +80,9 @@ class Timeline:
             self._show(event)
 
     async def _events(self, agent: Any, since: int) -> list[types_pb2.Event]:
-        from agent.wire.convert_time import time_to_proto
-
-        request = instance_service_pb2.ListEventsRequest(page_size=PAGE, since=time_to_proto(since))
-        found: list[types_pb2.Event] = []
-        while True:
-            page = await agent.call(agent.instances.ListEvents, request, CALL_S)
-            found += page.events
-            request.page_token = page.next_page_token
-            if not page.next_page_token:
-                return found
+        request = instance_service_pb2.ListEventsRequest(since=time_to_proto(since))
+        listing = pages(agent, agent.instances.ListEvents, request)
+        return [event async for page in listing for event in page.events]
 
     def _show(self, event: types_pb2.Event) -> None:
         at = _wall_ns(event)
