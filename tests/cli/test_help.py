@@ -27,7 +27,7 @@ SUBCOMMANDS = [
 
 @pytest.mark.parametrize("words", [*([name] for name in COMMANDS), *SUBCOMMANDS], ids=" ".join)
 def test_help_of_every_command(run: Run, words: list[str]) -> None:
-    module = COMMANDS[words[0]].where.partition(":")[0]
+    module = COMMANDS[words[0]].location.partition(":")[0]
     assert importlib.util.find_spec(module), f"{module} is in the list of commands"
     done = run(*words, "--help")
     assert (done.code, done.err) == (0, "")
@@ -70,7 +70,7 @@ def test_top_help_needs_no_daemon_and_loads_nothing_heavy() -> None:
 def test_without_a_command_help_is_shown_and_the_exit_says_usage(run: Run) -> None:
     done = run()
     assert (done.code, done.out) == (2, "")
-    assert "One node (asks its agent):" in done.err
+    assert "One node (calls its agent):" in done.err
 
 
 @pytest.mark.parametrize(
