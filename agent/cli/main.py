@@ -38,9 +38,7 @@ COMMANDS = {
     "events": LazyCommand("agent.cli.commands.logs_events:events", "Show past events, oldest first.", _NODE),
     "deploy": LazyCommand("agent.cli.commands.deploy:deploy", "Deploy the functions of an s.yaml.", _FLEET),
     "functions": LazyCommand("agent.cli.commands.functions:functions", "List, show and remove functions.", _FLEET),
-    "provision": LazyCommand(
-        "agent.cli.commands.provision:provision", "Set instance counts and policies.", _FLEET
-    ),
+    "provision": LazyCommand("agent.cli.commands.provision:provision", "Set instance counts and policies.", _FLEET),
     "invoke": LazyCommand("agent.cli.commands.invoke:invoke", "Send one request to a function.", _FLEET),
     "usage": LazyCommand("agent.cli.commands.usage:usage", "Show active time, idle time and costs.", _FLEET),
 }

@@ -14,6 +14,7 @@ from tests.cli.conftest import Run
 
 SUBCOMMANDS = [
     ["emulated", "up"],
+    ["emulated", "wait"],
     ["emulated", "env"],
     ["emulated", "ps"],
     ["emulated", "flip-byte"],
