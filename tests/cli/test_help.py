@@ -87,7 +87,7 @@ def test_without_a_command_help_is_shown_and_the_exit_says_usage(run: Run) -> No
         (["ps", "--output", "xml"], "'xml' is not one of"),
         (["wake", "i-1", "--timeout", "soon"], "expected a duration"),
         (["deploy", "--target", "-1"], "-1 is not in the range"),
-        (["ps", "--all", "--fleet"], "--all is a node's memory"),
+        (["ps", "--all", "--fleet"], "--all lists ended instances of one node"),
         (["usage", "--since", "yesterdayish"], "neither a duration like 24h nor a time"),
         (["usage", "--local", "--since", "1h"], "--local takes only --function"),
         (["invoke", "f", "-e", "x", "-f", "/dev/null"], "not both"),

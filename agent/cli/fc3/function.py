@@ -65,7 +65,7 @@ def function_of(props: Props) -> tuple[FunctionSpec, list[Note]]:
     return function, list(_notes(props, gpu))
 
 
-def said_of(ours: Hibernode) -> frozenset[str]:
+def explicit_fields(ours: Hibernode) -> frozenset[str]:
     """Fields of the spec that the file names although the scheduler has defaults for them."""
     fields = ("dispatch", "wake_factor", "queue_length", "queue_timeout_ns")
     return frozenset(name for name in fields if getattr(ours, name) is not msgspec.UNSET)

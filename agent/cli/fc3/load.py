@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from agent.cli.fc3.document import Document, KeyPath, Text, plain, read_document
-from agent.cli.fc3.function import function_of, said_of
+from agent.cli.fc3.function import explicit_fields, function_of
 from agent.cli.fc3.provision import provision_to_proto, target_of, texts_as_written
 from agent.cli.fc3.schema import IGNORED, Props, Trigger, camel
 from agent.config import convert
@@ -66,16 +66,20 @@ class HttpTrigger:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """One function of the file. `target` is None where the file names none; `provision`: its schedule and policies,
-    None where it has no provisionConfig. `unsaid`: fields of the spec for which the file says nothing and the scheduler
-    has a default of its own (queue_length, queue_timeout_ns, ...)."""
+    """One function of the file.
+
+    - `target`: None if the file has none
+    - `provision`: schedules and policies; None without provisionConfig
+    - `unset_fields`: fields with a default of the scheduler (queue_length, queue_timeout_ns, ...) that the file does
+      not set
+    """
 
     resource: str
     function: FunctionSpec
     triggers: tuple[HttpTrigger, ...]
     target: int | None
     provision: ProvisionConfig | None = None
-    unsaid: frozenset[str] = frozenset()
+    unset_fields: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
 
@@ -168,7 +172,8 @@ def _deployment(document: Document, resource: str) -> Deployment:
         triggers=_triggers(document, props.triggers or (), props_path, warnings),
         target=target_of(props.provision_config),
         provision=_provision(document, props_path, props),
-        unsaid=frozenset({"queue_length", "queue_timeout_ns", "dispatch", "wake_factor"}) - said_of(props.hibernode),
+        unset_fields=frozenset({"queue_length", "queue_timeout_ns", "dispatch", "wake_factor"})
+        - explicit_fields(props.hibernode),
         warnings=tuple(warnings),
     )
 

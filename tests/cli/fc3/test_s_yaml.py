@@ -86,7 +86,7 @@ def test_defaults_are_function_computes(tmp_path: Path) -> None:
     assert (spec.gpu.count, spec.gpu.memory_bytes) == (1, 0)
     assert (spec.hooks, spec.health_check) == (Hooks(), None)
     assert spec.idle.freeze_after_ns == 10 * SECOND_NS
-    assert found.unsaid == {"queue_length", "queue_timeout_ns", "dispatch", "wake_factor"}
+    assert found.unset_fields == {"queue_length", "queue_timeout_ns", "dispatch", "wake_factor"}
     assert found.warnings == ()
 
 
@@ -132,7 +132,7 @@ def test_everything_that_has_a_meaning(tmp_path: Path) -> None:
     assert (spec.dispatch, spec.wake_factor) == (DispatchPolicy.SPREAD, 1.5)
     assert (spec.queue_length, spec.queue_timeout_ns, spec.gpu.count) == (7, 30 * SECOND_NS, 2)
     assert found.triggers == (HttpTrigger("web", "jwt", ()),)
-    assert (found.target, found.unsaid, found.warnings) == (3, frozenset(), ())
+    assert (found.target, found.unset_fields, found.warnings) == (3, frozenset(), ())
     assert "hunter2" not in repr(found)
 
 
