@@ -105,9 +105,9 @@ def up(
 @_directory
 @timeout_option("2m")
 def wait(directory: Path, timeout_s: float) -> None:
-    """Wait until the driver answers, such as after starting `up` in the background.
+    """Wait until the driver answers.
 
-    Exit code 5 if it does not answer in time.
+    For scripts that start `up` in the background. Exit code 5 if the driver does not answer in time.
 
     \b
     Example:
@@ -142,7 +142,7 @@ def wait(directory: Path, timeout_s: float) -> None:
     help="Exports for a shell, the gpu: section of agent.yaml, or a CDI specification.",
 )
 def env(directory: Path, form: str) -> None:
-    """Print the settings under which programs and containers use the driver.
+    """Print the settings that make programs use the driver.
 
     Exit code 5 if no driver runs in the folder; `hibernode emulated wait` waits for it.
 
@@ -185,7 +185,7 @@ def env(directory: Path, form: str) -> None:
 @_directory
 @output_option
 def ps(directory: Path) -> None:
-    """Show the driver's state: GPUs, CUDA processes with their memory, and planned faults.
+    """Show GPUs, CUDA processes and planned faults.
 
     The last line counts driver calls on processes whose cgroup was frozen. On hardware such calls hang, so the count
     must stay 0.
@@ -250,9 +250,9 @@ def _unusual(device: DeviceView) -> str:
 @click.option("--pid", type=click.IntRange(min=1), help="CUDA process; default: the first with GPU memory.")
 @click.option("--offset", type=click.IntRange(min=0), default=0, show_default=True, help="Offset in its GPU memory.")
 def flip_byte(directory: Path, pid: int | None, offset: int) -> None:
-    """Invert one byte of a process's GPU memory and print the pid, to test that corruption is detected.
+    """Invert one byte of a process's GPU memory.
 
-    If the process is frozen, the change is visible after its wake.
+    Tests that corruption is detected. Prints the pid. If the process is frozen, the change is visible after its wake.
     """
     from agent.emulated.control import EmulatedDriver
 

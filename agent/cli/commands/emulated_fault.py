@@ -105,7 +105,12 @@ def fault() -> None:
 @click.option("--skip", type=click.IntRange(min=0), default=0, show_default=True, help="How many calls succeed first.")
 @click.option("--after", is_flag=True, help="Do the operation, then fail.")
 @click.option(
-    "--delay", "delay_ms", metavar="MS", type=click.IntRange(min=0), default=0, help="Milliseconds that SLOW adds."
+    "--delay",
+    "delay_ms",
+    metavar="MS",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Additional milliseconds; SLOW requires it.",
 )
 def add(
     operation: str,

@@ -86,13 +86,13 @@ def exec_(uid: str, command: tuple[str, ...], interactive: bool, terminal: bool,
 async def _run(channel: DaemonChannel, options: ExecOptions) -> int:
     """The exit code."""
     stream = channel.exec_instance()
-    with ended_by_signals() as came:
+    with ended_by_signals() as signals:
         try:
             return await _session(stream, options)
         except asyncio.CancelledError:
-            if not came:
+            if not signals:
                 raise
-            return SIGNAL_BASE + came[0]
+            return SIGNAL_BASE + signals[0]
         finally:
             stream.close()
 

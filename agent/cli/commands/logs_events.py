@@ -40,7 +40,7 @@ def logs(uid: str, tail_bytes: int | None, follow: bool, timeout_s: float | None
     """Print what an instance wrote to stdout and stderr, oldest first.
 
     Pipes get every byte; on a terminal, control characters other than colours are shown as `?`. At most the last 8 MiB
-    are kept, or less if the node's runtime.log_limit is smaller. Output of recently ended instances is available
+    are printed, or less if the node's runtime.log_limit is smaller. Output of recently ended instances is available
     unless another program removed the container.
 
     \b

@@ -79,10 +79,11 @@ def uncordon(name: str) -> None:
 @scheduler_options
 @output_option
 def drain(name: str, wait: bool, force: bool, timeout_s: float) -> None:
-    """Move a node's instances to other nodes: start the new ones, then let the old ones finish their requests and end.
+    """Move a node's instances to other nodes.
 
-    No request is interrupted. An instance stays if no other node has room for it, and its function shows why; --force
-    ends it anyway. The node gets no new instances until `uncordon`.
+    New instances start first; then the old ones finish their requests and end. No request is interrupted. An instance
+    stays if no other node has room for it, and its function shows why; --force ends it anyway. The node gets no new
+    instances until `uncordon`.
 
     \b
     Examples:

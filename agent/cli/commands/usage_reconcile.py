@@ -28,7 +28,7 @@ SHOWN_FINDINGS = 5
 @scheduler_options
 @output_option
 def reconcile(function: str, node: str, since: int | None, until: int | None) -> int:
-    """Check that the stored windows of each instance are contiguous, and list what is wrong.
+    """Check that the stored windows of instances fit together.
 
     \b
     GAP        time without a window: usage was lost and is not billed
