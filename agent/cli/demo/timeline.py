@@ -1,4 +1,4 @@
-"""What a person sees of a demo while it runs: one line for everything that happens, as it happens."""
+"""A demo's output while it runs: one line per event."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHOWN = {
 
 
 class Timeline:
-    """Lines on `stream`, each with the seconds since the start."""
+    """Prints lines to `stream`, each with the seconds since the start."""
 
     PAUSE_S = 0.1
 
@@ -42,18 +42,18 @@ class Timeline:
         self.freeze_ms: list[float] = []
 
     def alias(self, uid: str) -> str:
-        """A name that fits into a line: #1, #2 ..."""
+        """A short name of the instance: #1, #2 ..."""
         return self._aliases.setdefault(uid, f"#{len(self._aliases) + 1}")
 
     def say(self, text: str) -> None:
-        """A step of ours."""
+        """Prints a step of the demo."""
         self._line("", text, "")
 
     def trouble(self, text: str) -> None:
         self._line("!", text, "red")
 
     def requests(self, answers: Sequence[tuple[Path, dict[str, Any] | None]], wakes_ms: Sequence[float]) -> None:
-        """A round of requests has been answered."""
+        """Prints the answers to a round of requests."""
         good = [(path, answer) for path, answer in answers if answer is not None]
         if len(answers) == 1 and good:
             path, answer = good[0]
@@ -68,13 +68,13 @@ class Timeline:
         self._line("request", text, "bold")
 
     async def follow(self, agent: Any) -> None:
-        """Show the node's events until cancelled."""
+        """Prints the node's events until cancelled."""
         while True:
             await self.catch_up(agent)
             await asyncio.sleep(self.PAUSE_S)  # the API has no stream of events
 
     async def catch_up(self, agent: Any) -> None:
-        """Show what has happened so far."""
+        """Prints the events so far."""
         for event in await self._events(agent, self._since_ns):
             self._since_ns = max(self._since_ns, _wall_ns(event))
             self._show(event)
@@ -112,7 +112,7 @@ class Timeline:
             case ("RESTORING", "RUNNING") | ("FREEZING", "FROZEN"):
                 text += f" in {took_ms:.1f} ms{self._waited(event.instance_uid) if state == 'RUNNING' else ''}"
             case ("STARTING", "RUNNING"):
-                text += f", its model in GPU memory, {took_ms / 1000:.1f} s after it was wanted"
+                text += f", its model in GPU memory, {took_ms / 1000:.1f} s after its creation"
             case _, "FAILED":
                 text += f": {event.attributes.get('reason', '')} {event.message}"
             case _:
@@ -120,7 +120,7 @@ class Timeline:
         self._line(self.alias(event.instance_uid), text, style, _wall_ns(event))
 
     def _waited(self, uid: str) -> str:
-        """Was a GPU lent for this wake?"""
+        """The time the wake waited for a GPU, if noteworthy."""
         entered = self._entered[uid]
         waited_ms = (entered.get("RESTORING", 0) - entered.get("WAITING_GPU", 0)) / NS_PER_MS
         return f", after {waited_ms:.0f} ms of waiting for a GPU" if NOTEWORTHY_WAIT_MS < waited_ms < 1e6 else ""
@@ -133,7 +133,7 @@ class Timeline:
         line.append("\n".join(clean(part) for part in text.splitlines()), style=style)
         try:
             self._console.print(line, soft_wrap=True)
-        except (OSError, SystemExit):  # rich's way to say that nobody reads any more (`| head`): no reason to stop
+        except (OSError, SystemExit):  # the reader has closed the pipe (`| head`); rich raises SystemExit
             self._console.quiet = True
 
 

@@ -8,10 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from agent.cli.console.output import clean, show_table, show_text
 from agent.core.gpus.capabilities import ASK_THE_KERNEL
 from agent.core.snapshots import CapabilityLine
 from agent.core.types import GIB
@@ -27,6 +29,13 @@ def host_lines(config: Path | None) -> list[CapabilityLine]:
     if gpu_bytes:
         lines.append(memory_line(gpu_bytes, Path("/proc/meminfo")))
     return [*lines, *system_lines()]
+
+
+def show_lines(lines: Sequence[CapabilityLine]) -> None:
+    """Prints a table of checks, then each fix on its own line, so that its commands can be copied. Failures first."""
+    show_table(("CHECK", "LEVEL", "FOUND"), ((one.name, one.level, one.reason) for one in lines))
+    to_do = sorted((line for line in lines if line.fix), key=lambda line: line.level != "FAIL")
+    show_text("".join(["\n", *(f"fix for {line.name}: {clean(line.fix)}\n" for line in to_do)]) if to_do else "")
 
 
 def system_lines() -> list[CapabilityLine]:

@@ -11,8 +11,7 @@ import click
 
 from agent.cli.console.output import note, show_json
 from agent.cli.console.progress import blocking_progress
-from agent.cli.doctor.checks import host_lines, system_lines
-from agent.cli.doctor.lines import show_lines
+from agent.cli.doctor.checks import host_lines, show_lines, system_lines
 from agent.cli.doctor.selftest import parse_selftest_options, run_selftest, selftest_options
 from agent.cli.options import agent_options, cli_options, json_option, output_option
 from agent.core.errors import ConfigError, HibernodeError

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from agent.cli.console.output import show_table, show_text
-from agent.cli.doctor.lines import show_lines
+from agent.cli.doctor.checks import show_lines
 from agent.core.snapshots import CapabilityLine
 from agent.core.types import GIB
 
