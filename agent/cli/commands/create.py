@@ -29,10 +29,7 @@ POLL_S = 1.0
 @resource_option
 @click.option("--wait", is_flag=True, help="Return once the instance is RUNNING; exit 1 if it fails.")
 @click.option(
-    "--request-id",
-    default="",
-    metavar="ID",
-    help="A repeated ID returns the existing instance; default: a new ID.",
+    "--request-id", default="", metavar="ID", help="A repeated ID returns the existing instance; default: a new ID."
 )
 @timeout_option("10m")
 @agent_options

@@ -113,14 +113,7 @@ def fault() -> None:
     help="Additional milliseconds; SLOW requires it.",
 )
 def add(
-    operation: str,
-    kind: str,
-    pid: int | None,
-    gpu: str | None,
-    times: int,
-    skip: int,
-    after: bool,
-    delay_ms: int,
+    operation: str, kind: str, pid: int | None, gpu: str | None, times: int, skip: int, after: bool, delay_ms: int
 ) -> None:
     """Plan a fault: an operation that fails. Prints the fault's number.
 
@@ -226,12 +219,7 @@ def xid(gpu: str, code: int) -> None:
 @click.argument("gpu")
 @click.option("--persistence/--no-persistence", default=None, help="Persistence mode.")
 @click.option("--mig/--no-mig", default=None, help="MIG mode (A100, H100, ...).")
-@click.option(
-    "--compute-mode",
-    type=AnyCase(COMPUTE_MODES),
-    metavar="MODE",
-    help=f"One of {', '.join(COMPUTE_MODES)}.",
-)
+@click.option("--compute-mode", type=AnyCase(COMPUTE_MODES), metavar="MODE", help=f"One of {', '.join(COMPUTE_MODES)}.")
 @click.option(
     "--nvml-error", type=click.IntRange(0, 999), help="Error of NVML calls: 15 = GPU is lost, 999 = unknown; 0 = none."
 )

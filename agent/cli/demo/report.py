@@ -203,11 +203,7 @@ def show(report: DemoReport) -> None:
         ("active", f"{report.active_ns / SECOND_NS:.3f} s", _by_the_app(report)),
         ("idle", f"{report.idle_ns / SECOND_NS:.3f} s", "frozen or waiting for requests"),
         ("cost", f"{money(report.cost)} {report.unit}", saved),
-        (
-            "always on",
-            f"{money(report.always_on_cost)} {report.unit}",
-            "the same instances and time, all active",
-        ),
+        ("always on", f"{money(report.always_on_cost)} {report.unit}", "the same instances and time, all active"),
     ]
     show_table(("", "", ""), summary)
     if not report.usage_complete:

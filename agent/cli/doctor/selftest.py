@@ -107,9 +107,7 @@ def selftest_options(command: F) -> F:
         ),
         click.option("--gpu", metavar="GPU", help="UUID or index; default: the GPU with the most free memory."),
         click.option(
-            "--against",
-            type=click.Choice(["utility"]),
-            help="Alternate with the cuda-checkpoint program and compare.",
+            "--against", type=click.Choice(["utility"]), help="Alternate with the cuda-checkpoint program and compare."
         ),
     )
     for option in reversed(options):
@@ -118,13 +116,7 @@ def selftest_options(command: F) -> F:
 
 
 def parse_selftest_options(
-    context: click.Context,
-    *,
-    selftest: bool,
-    gib: float | None,
-    runs: int | None,
-    gpu: str | None,
-    against: str | None,
+    context: click.Context, *, selftest: bool, gib: float | None, runs: int | None, gpu: str | None, against: str | None
 ) -> SelftestOptions | None:
     """The options; None without --selftest. Raises UsageError for the other options without it."""
     given = {"--gib": gib, "--runs": runs, "--gpu": gpu, "--against": against}

@@ -78,9 +78,7 @@ def _gpu(props: Props) -> GpuNeed:
     count = props.hibernode.gpus if props.hibernode.gpus is not None else int(named)
     memory = (config.gpu_memory_size if config is not None else None) or props.gpu_memory_size or 0
     return GpuNeed(
-        count=count,
-        gpu_type=(config.gpu_type if config is not None else None) or "",
-        memory_bytes=memory * MIB,
+        count=count, gpu_type=(config.gpu_type if config is not None else None) or "", memory_bytes=memory * MIB
     )
 
 
@@ -158,10 +156,7 @@ def _notes(props: Props, gpu: GpuNeed) -> Iterator[Note]:
     if not gpu.count:
         yield ("functionName",), "has no gpuConfig: the instances get no GPU and are never frozen"
     if gpu.count > 1 and props.hibernode.idle is None and not _always_on(props):
-        yield (
-            ("hibernode", "gpus"),
-            "several GPUs are never frozen unless hibernode.idle is require or prefer",
-        )
+        yield (("hibernode", "gpus"), "several GPUs are never frozen unless hibernode.idle is require or prefer")
     if _always_on(props) and props.hibernode.idle not in (None, "never"):
         yield ("hibernode", "idle"), "overrides alwaysAllocateGPU"
     lifecycle = props.instance_lifecycle_config or InstanceLifecycleConfig()
