@@ -89,7 +89,7 @@ async def _demo(timeline: Timeline, options: DemoOptions) -> int:
     from agent.cli.demo.scenario import QUICK, Pace, Scenario
     from agent.cli.demo.world import demo_world
 
-    async with demo_world(options.state_dir, timeline.say) as world:
+    async with demo_world(options.state_dir, timeline.step) as world:
         node = await _describe_node(world, timeline)
         scenario = Scenario(world, timeline, QUICK if options.quick else Pace(), flip_byte=options.flip_byte)
         await scenario.run()
@@ -108,10 +108,10 @@ async def _describe_node(world: DemoWorld, timeline: Timeline) -> types_pb2.Node
         node: types_pb2.Node = (await agent.call(agent.nodes.GetNode, node_service_pb2.GetNodeRequest(), CALL_S)).node
     if os.geteuid() == 0:
         why = "root, because `nobody` may not read this Python, its packages or this folder"
-        timeline.say(f"instances run as {world.user or why}")
+        timeline.step(f"instances run as {world.user or why}")
     if not _has_cgroups(node):
-        timeline.say("this user may not write cgroups: instances are stopped with SIGSTOP instead (as root: cgroups)")
-    timeline.say(f"the gateway is http://{world.gateway}")
+        timeline.step("this user may not write cgroups: instances are stopped with SIGSTOP instead (as root: cgroups)")
+    timeline.step(f"the gateway is http://{world.gateway}")
     return node
 
 
@@ -146,7 +146,7 @@ async def _report(
             home=str(world.home),
         )
         if ended:
-            timeline.say("removing the function, so that its last seconds are metered and sent to the scheduler")
+            timeline.step("removing the function, so that its last seconds are metered and sent to the scheduler")
             await world.remove_functions()
         instances = await scenario.instances(agent, ended=True)
         report.instances = len(instances)

@@ -78,7 +78,7 @@ class Scenario:
 
         path = self._world.home / "filetype.s.yaml"
         path.write_text(s_yaml(self._world.request_log))
-        self._timeline.say(f"deploying {FUNCTION} (a real model) with {INSTANCES} instances on 2 GPUs")
+        self._timeline.step(f"deploying {FUNCTION} (a real model) with {INSTANCES} instances on 2 GPUs")
         (deployment,) = load_s_yaml(path)
         await scheduler.call(scheduler.functions.DeployFunction, deploy_request(deployment, INSTANCES), CALL_S)
 
@@ -127,7 +127,7 @@ class Scenario:
         if not frozen:
             return
         alias = self._timeline.alias(frozen[0])
-        self._timeline.say(f"waking {alias} while both GPUs are held: an idle instance must release one")
+        self._timeline.step(f"waking {alias} while both GPUs are held: an idle instance must release one")
         request = instance_service_pb2.WakeInstanceRequest(uid=frozen[0])
         await agent.call(agent.instances.WakeInstance, request, CALL_S)
 
@@ -145,7 +145,7 @@ class Scenario:
 
     async def _each_alone(self, agent: Any, scheduler: Any, client: DemoClient) -> None:
         """Wakes every instance alone and checks all of its memory, independent of what the dispatcher chose before."""
-        self._timeline.say("waking each instance alone to check every byte of its GPU memory")
+        self._timeline.step("waking each instance alone to check every byte of its GPU memory")
         for number, one in enumerate(await self.instances(agent)):
             wake = instance_service_pb2.WakeInstanceRequest(uid=one.uid, hold_ns=HOLD_NS)
             await agent.call(agent.instances.WakeInstance, wake, WAKE_S)
@@ -155,7 +155,7 @@ class Scenario:
             intact = await client.verify(by=one.uid)
             await self._timeline.catch_up(agent)
             if answer == sample.expected and intact:
-                self._timeline.say(f"{self._timeline.alias(one.uid)}: every byte is unchanged")
+                self._timeline.step(f"{self._timeline.alias(one.uid)}: every byte is unchanged")
             freeze = instance_service_pb2.FreezeInstanceRequest(uid=one.uid)
             await agent.call(agent.instances.FreezeInstance, freeze, WAKE_S)
 
@@ -181,7 +181,7 @@ class Scenario:
         victim = (await self.instances(agent))[0]
         with EmulatedDriver(self._world.driver_dir) as driver:
             driver.flip_byte(victim.pid, offset=FLIPPED_BYTE)
-        self._timeline.say(f"rehearsal: one byte of frozen {self._timeline.alias(victim.uid)}'s GPU memory is flipped")
+        self._timeline.step(f"rehearsal: one byte of frozen {self._timeline.alias(victim.uid)}'s GPU memory is flipped")
 
 
 def s_yaml(request_log: Path) -> str:

@@ -45,7 +45,7 @@ class Timeline:
         """A short name of the instance: #1, #2 ..."""
         return self._aliases.setdefault(uid, f"#{len(self._aliases) + 1}")
 
-    def say(self, text: str) -> None:
+    def step(self, text: str) -> None:
         """Prints a step of the demo."""
         self._line("", text, "")
 
@@ -125,11 +125,11 @@ class Timeline:
         waited_ms = (entered.get("RESTORING", 0) - entered.get("WAITING_GPU", 0)) / NS_PER_MS
         return f", after {waited_ms:.0f} ms of waiting for a GPU" if NOTEWORTHY_WAIT_MS < waited_ms < 1e6 else ""
 
-    def _line(self, who: str, text: str, style: str, at_wall_ns: int = 0) -> None:
+    def _line(self, subject: str, text: str, style: str, at_wall_ns: int = 0) -> None:
         from rich.text import Text
 
         line = Text(f"{((at_wall_ns or wall_ns()) - self._began_ns) / SECOND_NS:6.1f} s  ", style="dim")
-        line.append(f"{who:<8}", style="bold")
+        line.append(f"{subject:<8}", style="bold")
         line.append("\n".join(clean(part) for part in text.splitlines()), style=style)
         try:
             self._console.print(line, soft_wrap=True)

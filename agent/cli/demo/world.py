@@ -32,7 +32,7 @@ GPUS, GPU_GIB, GPU_MODEL, PROFILE = 2, 16, "L20", "580"
 INSTANCES_PER_GPU = 2
 BUILD_S, START_S, DELETE_S, CALL_S = 120.0, 30.0, 25.0, 10.0
 UNPRIVILEGED_USER = "nobody"
-Say = Callable[[str], None]
+PrintStep = Callable[[str], None]
 
 _ANY = {"host": "127.0.0.1", "port": 0}
 _MAY_RUN = """
@@ -44,12 +44,12 @@ sys.exit(not all(os.access(path, os.R_OK) for path in sys.argv[1:]))
 class DemoWorld:
     """The demo's processes and folder; `demo_world` starts and ends it."""
 
-    def __init__(self, home: Path, say: Say) -> None:
+    def __init__(self, home: Path, print_step: PrintStep) -> None:
         self.home = home
         self.processes = DemoProcesses(home / "logs")
         self.user = ""
         self.gateway = ""
-        self._say = say
+        self._print_step = print_step
 
     @property
     def request_log(self) -> Path:
@@ -81,13 +81,13 @@ class DemoWorld:
         return environment
 
     def _start_driver(self) -> None:
-        self._say(f"building and starting an emulated NVIDIA driver {PROFILE} with {GPUS} GPUs")
+        self._print_step(f"building and starting an emulated NVIDIA driver {PROFILE} with {GPUS} GPUs")
         options = {"--dir": self.driver_dir, "--gpus": GPUS, "--gib": GPU_GIB, "--model": GPU_MODEL}
         arguments = [str(word) for pair in {**options, "--profile": PROFILE}.items() for word in pair]
         self.processes.start("driver", self._environment(), "agent.cli.main", "emulated", "up", *arguments)
 
     def _start_daemon(self, name: str, config: dict[str, Any]) -> None:
-        self._say(f"starting the {name}")
+        self._print_step(f"starting the {name}")
         path = self.home / f"{name}.yaml"
         path.write_text(f"# Made by `hibernode demo`.\n{yaml.safe_dump(config, sort_keys=False)}")
         environment = self._environment()
@@ -218,13 +218,13 @@ class DemoWorld:
                 await self.remove_functions()
                 await self._stop_instances()
         except (HibernodeError, KeyError) as error:
-            self._say(f"the instances were not stopped properly ({str(error).splitlines()[0] or 'too slow'})")
+            self._print_step(f"the instances were not stopped properly ({str(error).splitlines()[0] or 'too slow'})")
             clean = False
         else:
             clean = True
         for name in ("agent", "scheduler", "driver"):
             if not await self.processes.stop(name):
-                self._say(f"the {name} did not end in time and was killed")
+                self._print_step(f"the {name} did not end in time and was killed")
         if clean:
             await self.processes.dismiss_guard()
         else:
@@ -253,17 +253,17 @@ def _group_of(user: str) -> int:
 
 
 @asynccontextmanager
-async def demo_world(state_dir: Path | None, say: Say) -> AsyncIterator[DemoWorld]:
+async def demo_world(state_dir: Path | None, print_step: PrintStep) -> AsyncIterator[DemoWorld]:
     """Starts a demo's world. At the end everything is stopped, and a temporary folder is removed."""
     home = _prepare(state_dir)
-    world = DemoWorld(home, say)
+    world = DemoWorld(home, print_step)
     world.processes.start_guard(home, remove=state_dir is None)
     try:
         try:
             await world.start()
             yield world
         finally:
-            say("stopping the instances, the agent, the scheduler and the driver")
+            print_step("stopping the instances, the agent, the scheduler and the driver")
             await _uninterrupted(world.stop())
     finally:
         if state_dir is None:
