@@ -22,7 +22,7 @@ from agent.adapters.daemon.scheduler_link import SchedulerLink
 from agent.adapters.daemon.sd_notify import notify
 from agent.adapters.daemon.state_dir import StateDir
 from agent.adapters.daemon.token_file import ensure_token, read_token
-from agent.adapters.engine.survey import look_at_engine
+from agent.adapters.engine.survey import survey_engine
 from agent.adapters.kernel import process_table
 from agent.adapters.kernel.cgroup import CgroupSlice, open_slice
 from agent.adapters.kernel.clock import SystemClock
@@ -43,7 +43,7 @@ from agent.core.errors import UnavailableError
 from agent.core.gpus.capabilities import host_lines
 from agent.core.types import SECOND_NS
 from agent.daemons.engine_layer import open_runtimes
-from agent.daemons.gpu_layer import HostView, open_gpu_layer, see_gpus
+from agent.daemons.gpu_layer import HostView, open_gpu_layer, survey_gpus
 from agent.daemons.process import daemon_main, run_until_signal
 from agent.host.billing.billing import Billing, BillingOptions
 from agent.host.billing.pruning import LedgerPruner
@@ -103,16 +103,16 @@ class AgentDaemon:
         """Build, recover, serve until told to stop."""
         await self._build()
         await self._bind()
-        found = await Recovery(self.node, frozenset(self.node.desk.inventory)).run()
+        recovered = await Recovery(self.node, frozenset(self.node.desk.inventory)).run()
         await self._become_ready()
         self._log.info(
             "agent.ready",
             node=self.name,
             ingress=self.observer.ingress_address,
             grpc=self.observer.grpc_address,
-            running=found.running,
-            frozen=found.frozen,
-            restarted=found.restarted,
+            running=recovered.running,
+            frozen=recovered.frozen,
+            restarted=recovered.restarted,
         )
         services = [
             self.watch.run(),
@@ -121,7 +121,7 @@ class AgentDaemon:
             LedgerPruner(self.store, self.clock).run(),
         ]
         if self.runtime.engine is not None:
-            watch = EngineWatch(self.runtime.engine, self.runtime, self.node, self.events, self._look_at_engine)
+            watch = EngineWatch(self.runtime.engine, self.runtime, self.node, self.events, self._survey_engine)
             services.append(watch.run())
         if self.link is not None:
             services.append(self.link.run())
@@ -136,7 +136,7 @@ class AgentDaemon:
         config = self._config
         gpus = NvmlGpus()
         self._stack.push_async_callback(gpus.close)
-        sight = await see_gpus(gpus)
+        survey = await survey_gpus(gpus)
         slice_ = open_slice(self.state.uuid)
         self.store = await NodeStore.open(Path(config.state_dir))
         self._stack.push_async_callback(self.store.close)
@@ -146,12 +146,12 @@ class AgentDaemon:
             node=self.name,
             boot_id=self.boot_id,
             settings=_billing(config),
-            card_bytes={gpu.uuid: gpu.memory_bytes for gpu in sight.gpus},
+            card_bytes={gpu.uuid: gpu.memory_bytes for gpu in survey.gpus},
         )
         await self.billing.load()
         self.runtime, self.engine_api = open_runtimes(self._stack, config, self.state.uuid, slice_, self.clock)
         host = HostView(slice_, self.state.uuid, self.boot_id, self.runtime.pids)
-        self.gpu = await open_gpu_layer(self._stack, config.gpu, host, gpus, sight, self._cordon)
+        self.gpu = await open_gpu_layer(self._stack, config.gpu, host, gpus, survey, self._cordon)
         memory = MemoryReservations(
             ProcHostMemory(limits=Path(config.state_dir) / "limits", images=Path(config.state_dir) / "images"),
             limit_bytes=config.gpu.frozen_memory_limit_bytes,
@@ -167,7 +167,7 @@ class AgentDaemon:
                 migrate=config.gpu.migrate and self.gpu.migrates,
                 freeze_unavailable=self.gpu.unavailable,
             ),
-            sight.gpus,
+            survey.gpus,
             clock=self.clock,
             gpus=gpus,
             memory=memory,
@@ -176,7 +176,7 @@ class AgentDaemon:
             new_uid=lambda: f"i-{uuid.uuid4().hex[:20]}",
         )
         self.node.shell = self._shell(memory)
-        self.watch = self._watch(gpus)
+        self.watch = self._gpu_monitor(gpus)
         reader = ProcUsageReader(self.boot_id)
         self._stack.callback(reader.close)
         self.gauges = Gauges(reader, self.node.actors, self._vram_now)
@@ -197,7 +197,7 @@ class AgentDaemon:
             "", gpu_uuids, "DRIVER_STUCK: a driver call survived SIGKILL", source="driver", lasting=True
         )
 
-    def _watch(self, gpus: NvmlGpus) -> GpuMonitor:
+    def _gpu_monitor(self, gpus: NvmlGpus) -> GpuMonitor:
         xid_events = NvmlEvents()
         self._stack.callback(xid_events.close)
         self.trespass = GpuIsolation(gpus, self.runtime, self.node.desk, self.node.actors, self.events)
@@ -228,15 +228,15 @@ class AgentDaemon:
             ready_timeout_s=runtime.ready_timeout_ns / SECOND_NS,
             stop_timeout_s=runtime.stop_timeout_ns / SECOND_NS,
             environment=self._config.gpu.mounts.environment,
-            gpu_models={gpu.uuid: gpu.model for gpu in self.gpu.sight.gpus},
+            gpu_models={gpu.uuid: gpu.model for gpu in self.gpu.survey.gpus},
             store_problem=lambda: self.store.health.message,
         )
 
-    async def _look_at_engine(self) -> None:
+    async def _survey_engine(self) -> None:
         """What the node says of its container engine, anew."""
-        config, uuids = self._config, [gpu.uuid for gpu in self.gpu.sight.gpus]
-        sight = await look_at_engine(self.engine_api, config.runtime, config.gpu, uuids)
-        self.observer.engine_lines = tuple(engine_lines(sight))
+        config, uuids = self._config, [gpu.uuid for gpu in self.gpu.survey.gpus]
+        survey = await survey_engine(self.engine_api, config.runtime, config.gpu, uuids)
+        self.observer.engine_lines = tuple(engine_lines(survey))
 
     def _identity(self, slice_: CgroupSlice | None) -> NodeIdentity:
         cgroup = "" if slice_ is None else str(slice_.path_of(""))
@@ -245,7 +245,7 @@ class AgentDaemon:
             boot_id=self.boot_id,
             version=__version__,
             epoch=self.clock.wall_ns(),
-            driver=self.gpu.sight.driver,
+            driver=self.gpu.survey.driver,
             capabilities=host_lines(self.gpu.capabilities, cgroup, self.gpu.unavailable),
             runtimes=self.runtime.offered,
             instances_per_gpu=self._config.gpu.instances_per_gpu,
@@ -259,9 +259,11 @@ class AgentDaemon:
             return None
         channel = DaemonChannel(link.address, self.credential, self._config.insecure)
         self._stack.push_async_callback(channel.close)
-        made = SchedulerLink(channel, self.observer, self.node.actors, self.store, link.upload_interval_ns / SECOND_NS)
-        self.node.listeners.append(made)
-        return made
+        scheduler_link = SchedulerLink(
+            channel, self.observer, self.node.actors, self.store, link.upload_interval_ns / SECOND_NS
+        )
+        self.node.listeners.append(scheduler_link)
+        return scheduler_link
 
     # ---- serving --------------------------------------------------------------------------------------------------
 

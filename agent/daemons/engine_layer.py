@@ -36,7 +36,7 @@ def open_runtimes(
         state_uuid=state_uuid,
         logs=EngineLogs(api),
         execs=EngineExec(api),
-        kept_out=(config.socket_path,),
+        excluded_paths=(config.socket_path,),
     )
     stack.push_async_callback(engine.close)
     # Without a socket anywhere there is none for new instances; containers of before may still have to be removed.

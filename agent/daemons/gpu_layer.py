@@ -27,7 +27,7 @@ class GpuLayer:
     """`capabilities` is the verdict on the host; `unavailable` says why idle mode can't be had here, "" if it can."""
 
     gpus: NvmlGpus
-    sight: GpuSurvey
+    survey: GpuSurvey
     capabilities: Capabilities
     checkpointer: HostCheckpointer
     freezer: CudaFreezer
@@ -55,16 +55,16 @@ async def open_gpu_layer(
     settings: GpuSettings,
     host: HostView,
     gpus: NvmlGpus,
-    sight: GpuSurvey,
+    survey: GpuSurvey,
     on_stuck: Callable[[Sequence[str]], None],
 ) -> GpuLayer:
     """Lock the GPUs, choose and start the checkpointer; `stack` takes it all down. A host that can't freeze is no
     error: its functions run always awake. Raises UnavailableError GPU_LOCKED if another agent has a GPU."""
     log = get_logger()
     locks = GpuLocks()
-    locks.take([gpu.uuid for gpu in sight.gpus])
+    locks.take([gpu.uuid for gpu in survey.gpus])
     stack.callback(locks.release)
-    capabilities = find_capabilities(host_facts(sight, settings))
+    capabilities = find_capabilities(host_facts(survey, settings))
     checkpointer = choose(capabilities, settings, on_stuck)
     stack.push_async_callback(checkpointer.close)
     freezer = CudaFreezer(
@@ -84,7 +84,7 @@ async def open_gpu_layer(
         except HibernodeError as error:
             log.warning("idle_mode.unavailable", reason=error.reason, message=error.message)
             unavailable = error.message
-    return GpuLayer(gpus, sight, capabilities, checkpointer, freezer, unavailable)
+    return GpuLayer(gpus, survey, capabilities, checkpointer, freezer, unavailable)
 
 
 def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerLimits:
@@ -97,9 +97,9 @@ def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerL
     )
 
 
-async def see_gpus(gpus: NvmlGpus) -> GpuSurvey:
+async def survey_gpus(gpus: NvmlGpus) -> GpuSurvey:
     """Without a driver the node has no GPUs, and says so; it still runs functions that need none."""
-    sight = await look_patiently_at_gpus(gpus)
-    if sight.error is not None:
-        get_logger().warning("gpu.unavailable", reason=sight.error.reason, message=sight.error.message)
-    return sight
+    survey = await look_patiently_at_gpus(gpus)
+    if survey.error is not None:
+        get_logger().warning("gpu.unavailable", reason=survey.error.reason, message=survey.error.message)
+    return survey

@@ -21,7 +21,7 @@ from typing import Any
 from agent import log
 from agent.adapters.cuda.checkpointers import choose
 from agent.adapters.engine.build import open_engine_api
-from agent.adapters.engine.survey import look_at_engine
+from agent.adapters.engine.survey import survey_engine
 from agent.adapters.nvml.gpus import NvmlGpus
 from agent.adapters.nvml.host_facts import host_facts, look_at_gpus
 from agent.config import load
@@ -35,28 +35,28 @@ START_DEADLINE_S = 10.0
 """For the checkpointer. NVML has its own: 5 s a call, and none after one that did not come back."""
 
 
-async def survey(config: AgentConfig) -> dict[str, Any]:
+async def check_host(config: AgentConfig) -> dict[str, Any]:
     """The facts, the verdict on them, and a checkpointer started for proof: versions do not show a missing libcuda.
     Then the container engine."""
-    sight = await look_at_gpus(NvmlGpus())
-    found = find_capabilities(host_facts(sight, config.gpu))
-    unavailable = await _try(found, config.gpu) if found.idle_mode else ""
-    engine = await _engine_lines(config.runtime, config.gpu, [gpu.uuid for gpu in sight.gpus])
+    survey = await look_at_gpus(NvmlGpus())
+    found = find_capabilities(host_facts(survey, config.gpu))
+    unavailable = await _start_problem(found, config.gpu) if found.idle_mode else ""
+    engine = await _engine_lines(config.runtime, config.gpu, [gpu.uuid for gpu in survey.gpus])
     return {
         "checks": [asdict(line) for line in (*found.lines, *idle_mode_lines(found, unavailable), *engine)],
-        "gpu_memory_bytes": sum(gpu.memory_bytes for gpu in sight.gpus),
+        "gpu_memory_bytes": sum(gpu.memory_bytes for gpu in survey.gpus),
     }
 
 
 async def _engine_lines(runtime: RuntimeSettings, gpu: GpuSettings, gpu_uuids: list[str]) -> Sequence[CapabilityLine]:
     api = open_engine_api(runtime)
     try:
-        return engine_lines(await look_at_engine(api, runtime, gpu, gpu_uuids))
+        return engine_lines(await survey_engine(api, runtime, gpu, gpu_uuids))
     finally:
         await api.close()
 
 
-async def _try(found: Capabilities, settings: GpuSettings) -> str:
+async def _start_problem(found: Capabilities, settings: GpuSettings) -> str:
     """Why the checkpointer can't be started; "" if it can."""
     checkpointer = choose(found, settings)
     try:
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path)
     settings, lines = _settings(parser.parse_args().config)
     log.configure("error", "console")
-    document = asyncio.run(survey(settings))
+    document = asyncio.run(check_host(settings))
     document["checks"] = [*(asdict(line) for line in lines), *document["checks"]]
     sys.stdout.write(f"\n{json.dumps(document)}\n")  # a line of its own: libraries may have said something before
     sys.stdout.flush()

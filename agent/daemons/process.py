@@ -27,10 +27,10 @@ _Config = TypeVar("_Config", AgentConfig, SchedulerConfig)
 
 OPEN_FILES = 65536
 """What our units allow (LimitNOFILE); a login shell's 1,024 would not do for the connections of `limits`."""
-GARBAGE = 10_000
+GC_THRESHOLD = 10_000
 """New containers between two looks for cycles: at Python's 700 they are a tenth of what a request costs, for requests
 leave none."""
-FILES_BESIDE = 512
+OTHER_OPEN_FILES = 512
 """For what is neither a client's connection nor the one behind it."""
 
 
@@ -42,14 +42,14 @@ def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Corouti
     try:
         config = load(arguments.config, kind)
     except HibernodeError as error:
-        sys.exit(_say(error))
+        sys.exit(_print_error(error))
     log.configure(config.log_level, config.log_format)
     _allow_open_files(config.limits.connections)
     faulthandler.enable()  # what systemd's watchdog ends (SIGABRT) leaves the stacks of all threads in the journal
     try:
         uvloop.run(run(config))
     except HibernodeError as error:
-        code = _say(error)
+        code = _print_error(error)
         # All is closed that can be. A thread that hangs in a database or a driver must not keep a new start waiting.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -63,12 +63,12 @@ def _allow_open_files(connections: int) -> None:
     if soft == resource.RLIM_INFINITY:
         return
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    if allowed < 2 * connections + FILES_BESIDE:
+    if allowed < 2 * connections + OTHER_OPEN_FILES:
         text = "limits.connections and one more behind each do not fit; raise the limit (ulimit -n, LimitNOFILE)"
         log.get_logger().warning("process.open_files_short", allowed=allowed, connections=connections, message=text)
 
 
-def _say(error: HibernodeError) -> int:
+def _print_error(error: HibernodeError) -> int:
     print(f"hibernode: {error.reason}: {error.message}", file=sys.stderr)  # noqa: T201 - before and after logging
     return exit_of(error)
 
@@ -87,7 +87,7 @@ async def run_until_signal(services: Sequence[Awaitable[None]]) -> None:
     # What start-up made stays for good: a full collection in the middle of a wake need not walk through it.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(GARBAGE)
+    gc.set_threshold(GC_THRESHOLD)
     notify("READY=1")
     try:
         done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -107,8 +107,8 @@ async def stand_by(turn: Coroutine[Any, Any, None], status: str) -> bool:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    ours = asyncio.ensure_future(turn)
-    tasks = [ours, asyncio.ensure_future(stop.wait()), asyncio.ensure_future(feed_watchdog())]
+    turn_task = asyncio.ensure_future(turn)
+    tasks = [turn_task, asyncio.ensure_future(stop.wait()), asyncio.ensure_future(feed_watchdog())]
     notify(f"READY=1\nSTATUS={status}")
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -121,7 +121,7 @@ async def stand_by(turn: Coroutine[Any, Any, None], status: str) -> bool:
     notify("STATUS=")
     if stop.is_set():
         return False
-    ours.result()
+    turn_task.result()
     return True
 
 

@@ -125,7 +125,7 @@ class SchedulerDaemon:
             self._fleet_changed,
             suspect_ns=config.report.suspect_ns,
             lost_ns=config.report.lost_ns,
-            met=self._met,
+            met=self._remember_node,
             insecure=config.insecure,
         )
         self.node_scheduling = NodeScheduling(self.store, self.fleet)
@@ -142,7 +142,7 @@ class SchedulerDaemon:
             Patience(config.scaling.periods, Fraction(repr(config.scaling.scale_in_factor))),
             self.provisioner.poke,
         )
-        self.usage_totals = UsageTotals(lambda: [one.spec.name for one in self.catalog.all()])
+        self.usage_totals = UsageTotals(lambda: [function.spec.name for function in self.catalog.all()])
         self.ingresses = IngressPools(self._ingress_address_of)
         self._stack.callback(self.ingresses.close)
         tokens = {name: token.encode() for name, token in self.node_tokens.items()}
@@ -208,7 +208,7 @@ class SchedulerDaemon:
         node = self.fleet.node(name)
         return "" if node is None else node.registration.ingress_address
 
-    def _met(self, name: str) -> None:
+    def _remember_node(self, name: str) -> None:
         """A node registered for the first time: remember it, without making its stream wait."""
 
         async def remember() -> None:
@@ -236,13 +236,13 @@ class SchedulerDaemon:
             max_connections=config.limits.connections,
         )
         try:
-            kept = kept_listener("gateway", config.gateway.host, config.gateway.port, BACKLOG)
+            listener = kept_listener("gateway", config.gateway.host, config.gateway.port, BACKLOG)
             self.http = await serve(
                 self.gateway,
                 config.gateway.host,
                 config.gateway.port,
                 limits,
-                inherited=kept,
+                inherited=listener,
                 request_ids=self.request_ids,
                 on_fault=lambda error: self._log.error("gateway.fault", error=type(error).__name__, exc_info=error),
                 date_line=DateHeader(lambda: self.clock.wall_ns() // SECOND_NS),
@@ -305,7 +305,7 @@ class SchedulerDaemon:
             self.fleet.check_silence()
             await asyncio.sleep(SILENCE_CHECK_S)
 
-    def _send_waiting_away(self) -> None:
+    def _close_queue(self) -> None:
         waited = self.desk.close()
         self._log.info("scheduler.queue_closed", refused=waited)
 
@@ -316,7 +316,7 @@ class SchedulerDaemon:
         self._ready = False
         await self.grpc.set_serving(False)
         silence = asyncio.get_running_loop().create_task(self._watch_silence())
-        closing = asyncio.get_running_loop().call_later(QUEUE_GRACE_S, self._send_waiting_away)
+        closing = asyncio.get_running_loop().call_later(QUEUE_GRACE_S, self._close_queue)
         cut = await self.http.close(GRACE_S)
         closing.cancel()
         silence.cancel()

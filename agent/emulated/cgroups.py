@@ -16,7 +16,7 @@ def find_v2_mount(mountinfo: str) -> Path | None:
     return None
 
 
-class CgroupOf:
+class ProcessCgroup:
     """The v2 cgroup of one process, followed when the process is moved."""
 
     def __init__(self, pid: int, mount: Path | None) -> None:

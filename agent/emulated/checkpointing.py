@@ -74,7 +74,7 @@ class Checkpointing:
             operation = process.queue.popleft()
             operation.verdict = self._verdict(process, operation)
             if not self.faults.empty:
-                self._meet_fault(process, operation)
+                self._apply_fault(process, operation)
                 if operation.fault is not None and operation.fault.hangs_before:
                     self._hang(process, operation)
                     continue
@@ -88,7 +88,7 @@ class Checkpointing:
 
     # ---- faults -----------------------------------------------------------------------------------------------
 
-    def _meet_fault(self, process: CudaProcess, operation: Operation) -> None:
+    def _apply_fault(self, process: CudaProcess, operation: Operation) -> None:
         """Does one strike this call? Not if it is refused anyway."""
         if operation.immune or (operation.verdict is not None and operation.op is not MessageOp.GET_STATE):
             return
@@ -101,7 +101,7 @@ class Checkpointing:
 
     def _hang(self, process: CudaProcess, operation: Operation, answer: Message | None = None) -> None:
         """No answer before the plan is cleared. Other calls on the process are served meanwhile."""
-        operation.held = answer
+        operation.late_answer = answer
         process.hung.append(operation)
         operation.caller.send(Message(MessageOp.HOLD, id=operation.id))
 
@@ -111,14 +111,14 @@ class Checkpointing:
         for process in processes:
             hung, process.hung = process.hung, []
             for operation in hung:
-                if operation.held is not None:
-                    self._answer(process, operation, result_of(operation.held.status), operation.held)
+                if operation.late_answer is not None:
+                    self._answer(process, operation, result_of(operation.late_answer.status), operation.late_answer)
                 else:
                     operation.fault, operation.immune = None, True
-            process.queue.extendleft(operation for operation in reversed(hung) if operation.held is None)
+            process.queue.extendleft(operation for operation in reversed(hung) if operation.late_answer is None)
             self.advance(process)
 
-    def _end_of_fault(self, process: CudaProcess, operation: Operation, done: CuResult) -> CuResult:
+    def _fault_outcome(self, process: CudaProcess, operation: Operation, done: CuResult) -> CuResult:
         """What the fault leaves behind, and the answer that it gives."""
         fault = operation.fault
         if fault is None:
@@ -156,8 +156,8 @@ class Checkpointing:
             return tuple(range(len(self._devices)))
         by_uuid = {device.uuid.bytes: device.index for device in self._devices}
         mapping = {by_uuid.get(old, -1): by_uuid.get(new, -1) for old, new in pairs}
-        everyone = set(range(len(self._devices)))
-        if len(pairs) != len(mapping) or set(mapping) != everyone or set(mapping.values()) != everyone:
+        all_devices = set(range(len(self._devices)))
+        if len(pairs) != len(mapping) or set(mapping) != all_devices or set(mapping.values()) != all_devices:
             return None
         if any(self._devices[old].model != self._devices[new].model for old, new in mapping.items()):
             return None
@@ -188,7 +188,7 @@ class Checkpointing:
     # ---- restore: VRAM first ------------------------------------------------------------------------------
 
     def _begin_restore(self, process: CudaProcess, operation: Operation) -> None:
-        if not self._take_vram(process, operation):
+        if not self._allocate_vram(process, operation):
             operation.verdict = CuResult.OUT_OF_MEMORY
             process.stuck = True  # issue 44, seen on 580.95.05: no later restore helps, however much is free
             self._order(process, operation)
@@ -209,22 +209,22 @@ class Checkpointing:
     def _target_vram(self, process: CudaProcess, operation: Operation, slot: int) -> Vram:
         return self._devices[operation.device_map[process.allocations[slot].device]].vram
 
-    def _take_vram(self, process: CudaProcess, operation: Operation) -> bool:
+    def _allocate_vram(self, process: CudaProcess, operation: Operation) -> bool:
         """VRAM for every allocation, where the target finds its offset in the table; all or nothing."""
         operation.size = 0
         for slot, allocation in process.allocations.items():
-            extent = self._target_vram(process, operation, slot).take(allocation.size)
+            extent = self._target_vram(process, operation, slot).allocate(allocation.size)
             if extent is None:
-                self._give_vram(process, operation)
+                self._free_vram(process, operation)
                 return False
             operation.extents[slot] = extent
             operation.size += extent.length
             process.publish(slot, extent.offset)
         return True
 
-    def _give_vram(self, process: CudaProcess, operation: Operation) -> None:
+    def _free_vram(self, process: CudaProcess, operation: Operation) -> None:
         for slot, extent in operation.extents.items():
-            self._target_vram(process, operation, slot).give(extent)
+            self._target_vram(process, operation, slot).free(extent)
         operation.extents.clear()
 
     async def _prepare_restore(self, process: CudaProcess, operation: Operation, slots: list[int]) -> None:
@@ -236,7 +236,7 @@ class Checkpointing:
             operation.verdict = CuResult.OUT_OF_MEMORY
         operation.preparing = False
         if process.released or operation.verdict is not None:
-            self._give_vram(process, operation)
+            self._free_vram(process, operation)
         if not process.released:
             self._order(process, operation)
 
@@ -261,9 +261,9 @@ class Checkpointing:
         if done is CuResult.SUCCESS and (fault is None or fault.kind != STALE or operation.op is MessageOp.GET_STATE):
             done = self._finish[operation.op](process, operation, answer)
         elif operation.extents:
-            self._give_vram(process, operation)
+            self._free_vram(process, operation)
         if fault is not None:
-            done = self._end_of_fault(process, operation, done)
+            done = self._fault_outcome(process, operation, done)
             if fault.kills_after and process.restore_thread is not None:
                 process.restore_thread.send(Message(MessageOp.DO_PING, e=1))
                 return  # the answer is given when it is gone
@@ -292,7 +292,7 @@ class Checkpointing:
     def _finish_checkpoint(self, process: CudaProcess, operation: Operation, _answer: Message) -> CuResult:
         for allocation in process.allocations.values():
             if allocation.extent is not None:
-                self._devices[allocation.device].vram.give(allocation.extent)
+                self._devices[allocation.device].vram.free(allocation.extent)
                 allocation.extent = None
         process.change(State.CHECKPOINTED)
         return CuResult.SUCCESS
@@ -333,7 +333,7 @@ class Checkpointing:
         process.queue.clear()
         if operation is not None:
             if not operation.preparing:  # else the task that prepares it gives it back
-                self._give_vram(process, operation)
+                self._free_vram(process, operation)
             self._answer(process, operation, operation.on_death)
         for other in waiting:
             self._answer(process, other, CuResult.OPERATING_SYSTEM)

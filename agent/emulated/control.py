@@ -95,26 +95,26 @@ class EmulatedDriver:
             self._socket = None
 
     def devices(self) -> list[DeviceView]:
-        return [DeviceView(**row) for row in self._ask("devices")]
+        return [DeviceView(**row) for row in self._request("devices")]
 
     def processes(self) -> list[ProcessView]:
-        return [ProcessView(**row) for row in self._ask("processes")]
+        return [ProcessView(**row) for row in self._request("processes")]
 
     def oplog(self, since: int = 0) -> list[OpRecord]:
         """Every operation kept after sequence number `since`, oldest first."""
         found: list[OpRecord] = []
-        while rows := self._ask("oplog", since=found[-1].seq if found else since):
+        while rows := self._request("oplog", since=found[-1].seq if found else since):
             found.extend(OpRecord(**row) for row in rows)
         return found
 
     def frozen_calls(self) -> int:
         """Checkpoint calls made on a process whose cgroup was frozen, since the start or the last
         `take_frozen_calls()`: a caller that is right makes none."""
-        return int(self._ask("frozen_calls"))
+        return int(self._request("frozen_calls"))
 
     def take_frozen_calls(self) -> list[FrozenCall]:
         """Which ones (the newest 256), oldest first; the count begins again at 0."""
-        return [FrozenCall(**row) for row in self._ask("take_frozen_calls")]
+        return [FrozenCall(**row) for row in self._request("take_frozen_calls")]
 
     # ---- faults -----------------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class EmulatedDriver:
         EMULATED_FAULT_INVALID, EMULATED_FAULTS_FULL or EMULATED_NO_DEVICE.
         """
         return int(
-            self._ask(
+            self._request(
                 "fault",
                 operation=operation,
                 kind=kind,
@@ -154,11 +154,11 @@ class EmulatedDriver:
 
     def faults(self) -> list[FaultView]:
         """The faults still to come, in order."""
-        return [FaultView(**row) for row in self._ask("faults")]
+        return [FaultView(**row) for row in self._request("faults")]
 
     def clear_faults(self) -> None:
         """Plan nothing any more. What a HANG held back is done now, also where its caller has gone."""
-        self._ask("clear_faults")
+        self._request("clear_faults")
 
     def set_device(
         self,
@@ -176,7 +176,7 @@ class EmulatedDriver:
         (15: the GPU is lost), 0 = none. silent: NVML calls on it hang for as long as it is true. Raises
         PreconditionError EMULATED_NO_DEVICE, EMULATED_MIG_UNSUPPORTED or EMULATED_OPTION_INVALID.
         """
-        self._ask(
+        self._request(
             "set_device",
             uuid=uuid,
             persistence=persistence,
@@ -188,14 +188,14 @@ class EmulatedDriver:
 
     def raise_xid(self, uuid: str, code: int) -> None:
         """Tell whoever waits for NVML's events on that GPU of an XID error (79: it has fallen off the bus)."""
-        self._ask("raise_xid", uuid=uuid, code=code)
+        self._request("raise_xid", uuid=uuid, code=code)
 
     def reserve(self, uuid: str, bytes_: int) -> None:
         """That much of the GPU's memory is taken, in all, by a process outside of the host's view; 0 gives it back.
 
         Raises PreconditionError EMULATED_VRAM_SHORT if less is free.
         """
-        self._ask("reserve", uuid=uuid, bytes=bytes_)
+        self._request("reserve", uuid=uuid, bytes=bytes_)
 
     def flip_byte(self, pid: int | None = None, uuid: str | None = None, offset: int = 0) -> int:
         """Invert one byte of a process's VRAM, live or checkpointed (then it shows after the restore).
@@ -203,13 +203,13 @@ class EmulatedDriver:
         pid: None = the first CUDA process that has VRAM (on `uuid`). offset: within the process's allocations on that
         GPU, or on all GPUs, in the order they were made. Returns the pid. Raises PreconditionError EMULATED_NO_BYTE.
         """
-        return int(self._ask("flip_byte", pid=pid, uuid=uuid, offset=offset))
+        return int(self._request("flip_byte", pid=pid, uuid=uuid, offset=offset))
 
     def set_latency(self, fixed_us: int = 0, bandwidth_bytes_s: int = 0) -> None:
         """How long operations take from now on; 0, 0 = as fast as memory."""
-        self._ask("set_latency", fixed_us=fixed_us, bandwidth_bytes_s=bandwidth_bytes_s)
+        self._request("set_latency", fixed_us=fixed_us, bandwidth_bytes_s=bandwidth_bytes_s)
 
-    def _ask(self, command: str, **arguments: object) -> Any:
+    def _request(self, command: str, **arguments: object) -> Any:
         try:
             answer = json.loads(self._exchange(json.dumps({"command": command, **arguments}).encode() + b"\n"))
         except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ def refused(message: str) -> InvalidArgumentError:
     return InvalidArgumentError("EMULATED_OPTION_INVALID", message)
 
 
-def only(request: Request, *known: str) -> None:
+def check_keys(request: Request, *known: str) -> None:
     """Raises InvalidArgumentError EMULATED_OPTION_INVALID if there is an argument that the command does not have."""
     unknown = sorted(set(request) - {"command", *known})
     if unknown:

@@ -10,7 +10,7 @@ from typing import cast
 
 from agent.core.errors import HibernodeError, PreconditionError
 from agent.emulated.control import DEADLINE_S, DeviceView, FaultView, ProcessView
-from agent.emulated.control_request import Request, boolean, integer, only, optional_integer, text
+from agent.emulated.control_request import Request, boolean, check_keys, integer, optional_integer, text
 from agent.emulated.driver import Driver
 from agent.emulated.faults import Fault, find_operation, operation_name
 from agent.emulated.latency import Latency
@@ -125,7 +125,7 @@ class ControlServer:
     # ---- what goes wrong --------------------------------------------------------------------------------------
 
     def _fault(self, request: Request) -> object:
-        only(request, "operation", "kind", "pid", "gpu", "times", "skip", "after", "delay_ms")
+        check_keys(request, "operation", "kind", "pid", "gpu", "times", "skip", "after", "delay_ms")
         return self._driver.checkpointing.faults.add(
             Fault(
                 id=0,
@@ -166,7 +166,7 @@ class ControlServer:
 
     def _set_device(self, request: Request) -> object:
         """Everything is read before anything is changed."""
-        only(request, "uuid", "persistence", "mig", "compute_mode", "nvml_error", "silent")
+        check_keys(request, "uuid", "persistence", "mig", "compute_mode", "nvml_error", "silent")
         uuid = text(request, "uuid")
         asked = {key for key, value in request.items() if value is not None}
         self._driver.set_device(
@@ -180,12 +180,12 @@ class ControlServer:
         return None
 
     def _raise_xid(self, request: Request) -> object:
-        only(request, "uuid", "code")
+        check_keys(request, "uuid", "code")
         self._driver.raise_xid(text(request, "uuid"), integer(request, "code", MAX_XID))
         return None
 
     def _reserve(self, request: Request) -> object:
-        only(request, "uuid", "bytes")
+        check_keys(request, "uuid", "bytes")
         self._driver.reserve(text(request, "uuid"), integer(request, "bytes"))
         return None
 

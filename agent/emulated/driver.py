@@ -140,7 +140,7 @@ class Driver:
         del self._by_token[process.token]
         for allocation in process.allocations.values():
             if allocation.extent is not None:
-                self.devices[allocation.device].vram.give(allocation.extent)
+                self.devices[allocation.device].vram.free(allocation.extent)
         self.checkpointing.on_death(process)
         for connection in (process.connection, process.restore_thread):
             if connection is not None:
@@ -156,7 +156,7 @@ class Driver:
         if process is None or device is None:
             return
         slot = process.new_slot()
-        extent = device.vram.take(message.b) if slot is not None and message.b else None
+        extent = device.vram.allocate(message.b) if slot is not None and message.b else None
         if slot is None or extent is None:
             if slot is not None:
                 process.free_slot(slot)
@@ -179,7 +179,7 @@ class Driver:
         except OSError:
             answer.status = CuResult.OUT_OF_MEMORY
         if process.released or answer.status:
-            device.vram.give(extent)
+            device.vram.free(extent)
             process.allocations.pop(answer.a, None)
             process.free_slot(answer.a)
         else:
@@ -193,7 +193,7 @@ class Driver:
             connection.send(Message(message.op, status=CuResult.INVALID_VALUE))
             return
         if allocation.extent is not None:
-            self.devices[allocation.device].vram.give(allocation.extent)
+            self.devices[allocation.device].vram.free(allocation.extent)
         process.free_slot(message.a)
         connection.send(Message(message.op))
 
@@ -260,7 +260,7 @@ class Driver:
             device.nvml_error = nvml_error
         if silent is not None:
             device.silent = silent
-            self.management.speak()
+            self.management.answer_waiting()
 
     def raise_xid(self, uuid_text: str, code: int) -> None:
         """Report an XID error of a GPU to all who wait for it. Raises InvalidArgumentError EMULATED_NO_DEVICE."""

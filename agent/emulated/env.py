@@ -36,7 +36,7 @@ def attachment(directory: Path) -> dict[str, Any]:
     whole is left out, for its control socket is not for instances."""
     directory = directory.absolute()
     environment = {"LD_LIBRARY_PATH": str(directory / LIBRARIES), SOCKET_VARIABLE: str(directory / DRIVER_SOCKET)}
-    binds = [f"{path}:{path}:ro" for path in _seen_inside(directory)]
+    binds = [f"{path}:{path}:ro" for path in _visible_paths(directory)]
     return {"attach": "mounts", "mounts": {"environment": environment, "binds": binds}}
 
 
@@ -57,11 +57,11 @@ def cdi_spec(directory: Path, gpu_uuids: Sequence[str]) -> dict[str, Any]:
             "env": [f"LD_LIBRARY_PATH={directory / LIBRARIES}", "NVIDIA_VISIBLE_DEVICES=void"],
             "mounts": [
                 {"hostPath": str(path), "containerPath": str(path), "options": options}
-                for path in _seen_inside(directory)
+                for path in _visible_paths(directory)
             ],
         },
     }
 
 
-def _seen_inside(directory: Path) -> tuple[Path, ...]:
+def _visible_paths(directory: Path) -> tuple[Path, ...]:
     return (directory / LIBRARIES, directory / DRIVER_SOCKET)

@@ -44,7 +44,7 @@ STALE: Final = "STALE"
 FAILED: Final = "FAILED"
 SLOW: Final = "SLOW"
 KINDS: Final = (*RESULTS, DEATH, HANG, STALE, FAILED, SLOW)
-_MAY_COME_AFTER: Final = frozenset({*RESULTS, DEATH, HANG})
+_KINDS_WITH_AFTER: Final = frozenset({*RESULTS, DEATH, HANG})
 
 
 @dataclass(slots=True)
@@ -110,8 +110,8 @@ def check(fault: Fault) -> None:
     """Raises InvalidArgumentError EMULATED_FAULT_INVALID: what makes no sense, and what may be said instead."""
     if fault.kind not in KINDS:
         raise _invalid(f"There is no kind of fault {fault.kind!r}; choose one of {', '.join(KINDS)}.")
-    if fault.after and fault.kind not in _MAY_COME_AFTER:
-        raise _invalid(f"after goes with {', '.join(sorted(_MAY_COME_AFTER))}, and not with {fault.kind}.")
+    if fault.after and fault.kind not in _KINDS_WITH_AFTER:
+        raise _invalid(f"after goes with {', '.join(sorted(_KINDS_WITH_AFTER))}, and not with {fault.kind}.")
     if fault.kind == SLOW and not fault.delay_ms:
         raise _invalid("SLOW needs delay_ms, the milliseconds that the operation takes longer.")
     bounds = {

@@ -34,9 +34,9 @@ class Management:
         self._watchers: dict[Connection, int] = {}
         self.handlers: dict[int, Handler] = {
             MessageOp.DEVICES: self._describe_devices,
-            MessageOp.DEVICE_CHECK: self._ask,
-            MessageOp.DEVICE_STATUS: self._ask,
-            MessageOp.WATCH: self._ask,
+            MessageOp.DEVICE_CHECK: self._query,
+            MessageOp.DEVICE_STATUS: self._query,
+            MessageOp.WATCH: self._query,
         }
 
     def encoded_devices(self) -> bytes:
@@ -51,7 +51,7 @@ class Management:
 
     # ---- questions about one device ---------------------------------------------------------------------------
 
-    def _ask(self, connection: Connection, message: Message) -> None:
+    def _query(self, connection: Connection, message: Message) -> None:
         if message.a >= len(self._devices) or connection in self._waiting:
             connection.close()
         elif self._devices[message.a].silent:
@@ -60,7 +60,7 @@ class Management:
         else:
             self._answer(connection, message, self._devices[message.a])
 
-    def speak(self) -> None:
+    def answer_waiting(self) -> None:
         """Answer whoever waits for a device that is no longer silent."""
         for connection, message in list(self._waiting.items()):
             device = self._devices[message.a]

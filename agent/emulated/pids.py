@@ -11,7 +11,7 @@ def _status(path: Path, key: str) -> list[int]:
     try:
         for line in path.read_text().splitlines():
             if line.startswith(key):
-                return [int(word) for word in line.split()[1:]]
+                return [int(number) for number in line.split()[1:]]
     except OSError:
         pass
     return []

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.emulated.cgroups import CgroupOf
+from agent.emulated.cgroups import ProcessCgroup
 from agent.emulated.connection import Connection
 from agent.emulated.faults import Fault
 from agent.emulated.protocol import MAX_ALLOCATIONS, CuResult, Message, MessageOp, State
@@ -56,7 +56,7 @@ class Operation:
     extents: dict[int, Extent] = field(default_factory=dict)
     fault: Fault | None = None
     immune: bool = False
-    held: Message | None = None
+    late_answer: Message | None = None
 
 
 class CudaProcess:
@@ -79,7 +79,7 @@ class CudaProcess:
         self.queue: deque[Operation] = deque()
         self.current: Operation | None = None
         self.hung: list[Operation] = []
-        self.cgroup = CgroupOf(self.pid, mount)
+        self.cgroup = ProcessCgroup(self.pid, mount)
         self.table_fd = os.memfd_create("emulated-table", os.MFD_CLOEXEC)
         os.ftruncate(self.table_fd, MAX_ALLOCATIONS * _OFFSET.size)
         self._table = mmap.mmap(self.table_fd, MAX_ALLOCATIONS * _OFFSET.size)

@@ -13,7 +13,7 @@ class FreeRanges:
         self._ends = [total_bytes]
         self.free_bytes = total_bytes
 
-    def take(self, length: int, align: int) -> int | None:
+    def allocate(self, length: int, align: int) -> int | None:
         """Offset of `length` bytes at a multiple of `align`; None if no free range holds them."""
         for index, start in enumerate(self._starts):
             offset = -(-start // align) * align
@@ -29,7 +29,7 @@ class FreeRanges:
         self._starts[index : index + 1] = [low for low, _ in kept]
         self._ends[index : index + 1] = [high for _, high in kept]
 
-    def give(self, offset: int, length: int) -> None:
+    def free(self, offset: int, length: int) -> None:
         """Return a range taken before."""
         index = bisect_left(self._starts, offset)
         start, end = offset, offset + length

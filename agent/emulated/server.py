@@ -28,7 +28,7 @@ MAX_CONNECTIONS = 4096
 
 
 @contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
+def _directory_lock(directory: Path) -> Iterator[None]:
     """Hold the directory's lock; the kernel drops it with the process, however it ends."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK_FILE).open("w") as lock:
@@ -92,7 +92,7 @@ async def run(options: Options) -> None:
     """
     log = get_logger()
     directory = options.directory.absolute()
-    with _only_one(directory):
+    with _directory_lock(directory):
         (directory / READY_FILE).unlink(missing_ok=True)
         loop = asyncio.get_running_loop()
         _allow_descriptors()

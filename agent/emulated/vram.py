@@ -70,17 +70,17 @@ class Vram:
             )
         self._reserved_bytes = size
 
-    def take(self, size: int) -> Extent | None:
+    def allocate(self, size: int) -> Extent | None:
         """Reserve memory for `size` bytes; None if there is no room. `claim` or `prepare` it before use."""
         length = rounded(size)
         if length > self._ranges.free_bytes - self._reserved_bytes:
             return None
-        offset = self._ranges.take(length, CHUNK if length >= CHUNK else GRANULE)
+        offset = self._ranges.allocate(length, CHUNK if length >= CHUNK else GRANULE)
         return None if offset is None else Extent(offset, length)
 
-    def give(self, extent: Extent) -> None:
+    def free(self, extent: Extent) -> None:
         """The range is free again; what was written stays until somebody else gets it."""
-        self._ranges.give(extent.offset, extent.length)
+        self._ranges.free(extent.offset, extent.length)
 
     def claim(self, extent: Extent, zeroed: bool) -> bool:
         """Hand the range out at once if it needs no work: True. Else False, and `prepare` must be awaited."""

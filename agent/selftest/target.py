@@ -58,14 +58,14 @@ class Pattern:
         self.bytes = bytearray(BLOCK)
         self.address = ctypes.addressof((ctypes.c_char * BLOCK).from_buffer(self.bytes))
 
-    def make(self, round_: int, index: int) -> None:
+    def fill(self, round_: int, block: int) -> None:
         """Put block `index` of `round_` at `address`."""
-        turn = (index + round_ * 997) * ODD % BLOCK
+        turn = (block + round_ * 997) * ODD % BLOCK
         self.bytes[:] = self._twice[turn : turn + BLOCK]
-        first = (round_ << 48) + index * (BLOCK // PAGE)
+        first = (round_ << 48) + block * (BLOCK // PAGE)
         stamps = STAMPS.pack(*range(first, first + BLOCK // PAGE))
-        for place in range(8):
-            self.bytes[place::PAGE] = stamps[place::8]
+        for index in range(8):
+            self.bytes[index::PAGE] = stamps[index::8]
 
 
 class CudaDevice:
@@ -97,7 +97,7 @@ class CudaDevice:
 
     def fill(self, round_: int) -> dict[str, Any]:
         for index, address, size, _offset in self._blocks():
-            self._pattern.make(round_, index)
+            self._pattern.fill(round_, index)
             self._to_device(address, self._pattern.address, size)
         return {}
 
@@ -105,7 +105,7 @@ class CudaDevice:
         """Read at the addresses that `allocate` gave."""
         wrong, first = 0, ""
         for index, address, size, offset in self._blocks():
-            self._pattern.make(round_, index)
+            self._pattern.fill(round_, index)
             self._to_host(self._read_address, address, size)
             if self._compare(self._read_address, self._pattern.address, size) == 0:
                 continue
@@ -136,11 +136,11 @@ class CudaDevice:
             to_host = to_device = 0
             for address, size in self._allocations:
                 for offset in range(0, size, chunk):
-                    part = min(chunk, size - offset)
+                    length = min(chunk, size - offset)
                     begin = _now_ns()
-                    self._to_host(buffer.value, address + offset, part)
+                    self._to_host(buffer.value, address + offset, length)
                     middle = _now_ns()
-                    self._to_device(address + offset, buffer.value, part)
+                    self._to_device(address + offset, buffer.value, length)
                     to_host += middle - begin
                     to_device += _now_ns() - middle
         finally:
@@ -187,14 +187,14 @@ class CudaDevice:
 
 
 def sizes(total: int) -> list[int]:
-    """`total` bytes as a program would have them: a few small allocations, then halves of what is left."""
-    left = total
-    parts = [size for size in SMALL if size < total // 16]
-    left -= sum(parts)
-    while left > 8 * LARGE_UNIT and len(parts) < 16:
-        parts.append(left // 2 // LARGE_UNIT * LARGE_UNIT)
-        left -= parts[-1]
-    return [*parts, left]
+    """`total` bytes as a program would have them: a few small allocations, then halves of what is remaining."""
+    remaining = total
+    chunks = [size for size in SMALL if size < total // 16]
+    remaining -= sum(chunks)
+    while remaining > 8 * LARGE_UNIT and len(chunks) < 16:
+        chunks.append(remaining // 2 // LARGE_UNIT * LARGE_UNIT)
+        remaining -= chunks[-1]
+    return [*chunks, remaining]
 
 
 def answer(device: CudaDevice | None, request: dict[str, Any]) -> tuple[CudaDevice, dict[str, Any]]:

@@ -118,14 +118,14 @@ def gb_s(bytes_: int, seconds: float) -> float:
 def summarize(runs: Iterable[SelftestRun]) -> dict[str, dict[str, Spread]]:
     """By checkpointer and figure, of the counted runs. The pinned copy depends on no checkpointer: key "pinned"."""
     counted = [run for run in runs if run.counted]
-    found: dict[str, dict[str, Spread]] = {}
+    summary: dict[str, dict[str, Spread]] = {}
     for name in dict.fromkeys(run.checkpointer for run in counted):
         of_name = [run.figures for run in counted if run.checkpointer == name]
-        found[name] = {key: _of(of_name, key) for key in TIMES}
+        summary[name] = {key: _of(of_name, key) for key in TIMES}
     copies = [run.pinned for run in counted if not run.pinned.unavailable]
     if copies:
-        found["pinned"] = {key: _of(copies, key) for key in PINNED}
-    return found
+        summary["pinned"] = {key: _of(copies, key) for key in PINNED}
+    return summary
 
 
 def ratios(runs: Iterable[SelftestRun], of: str, to: str) -> dict[str, Spread]:
@@ -135,12 +135,12 @@ def ratios(runs: Iterable[SelftestRun], of: str, to: str) -> dict[str, Spread]:
     }
     pairs = [(figures, by_run[number, to]) for (number, name), figures in by_run.items() if name == of
              if (number, to) in by_run]  # fmt: skip
-    found = {}
+    summary = {}
     for key in TIMES:
-        values = [getattr(one, key) / getattr(other, key) for one, other in pairs if getattr(other, key) > 0]
+        values = [getattr(figures, key) / getattr(other, key) for figures, other in pairs if getattr(other, key) > 0]
         if values:
-            found[key] = Spread(statistics.median(values), min(values), max(values))
-    return found
+            summary[key] = Spread(statistics.median(values), min(values), max(values))
+    return summary
 
 
 def _of(rows: Sequence[CycleFigures] | Sequence[PinnedCopy], key: str) -> Spread:

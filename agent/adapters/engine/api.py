@@ -27,7 +27,7 @@ SOCKETS = ("/run/docker.sock", "/run/podman/podman.sock")
 """Where `runtime.engine.socket: auto` looks, in this order."""
 DOCKER_API_MIN = (1, 41)
 PODMAN_MIN = (4, 3)
-CALLS_AT_ONCE = 8
+MAX_CONCURRENT_CALLS = 8
 CHECK_DEADLINE_S = 10.0
 CONNECTION_FAILED = 900
 """aiodocker's own status for an engine that could not be reached."""
@@ -61,10 +61,12 @@ class EngineApi:
     while the engine answers, else why it can't be used, as found by the last call or `check`.
     """
 
-    def __init__(self, socket: str = "auto", deadline_s: float = 60.0, calls_at_once: int = CALLS_AT_ONCE) -> None:
+    def __init__(
+        self, socket: str = "auto", deadline_s: float = 60.0, max_concurrent_calls: int = MAX_CONCURRENT_CALLS
+    ) -> None:
         self._socket = socket
         self._deadline_s = deadline_s
-        self._slots = asyncio.Semaphore(calls_at_once)
+        self._slots = asyncio.Semaphore(max_concurrent_calls)
         self._connecting = asyncio.Lock()
         self._docker: aiodocker.Docker | None = None
         self._connector: aiohttp.UnixConnector | None = None
@@ -98,14 +100,14 @@ class EngineApi:
             return
         async with self._connecting:
             if not self._connected:
-                await self._ask()
+                await self._check()
 
     async def check(self) -> None:
         """Does it answer now, and is it one we can use? Asks always. Raises as `connect` does."""
         async with self._connecting:
-            await self._ask()
+            await self._check()
 
-    async def _ask(self) -> None:
+    async def _check(self) -> None:
         try:
             with self.errors():
                 async with asyncio.timeout(min(CHECK_DEADLINE_S, self._deadline_s)):
@@ -158,7 +160,9 @@ class EngineApi:
 
     # ---- calls --------------------------------------------------------------------------------------------------
 
-    async def call(self, make: Callable[[aiodocker.Docker], Awaitable[Call]], deadline_s: float | None = None) -> Call:
+    async def call(
+        self, request: Callable[[aiodocker.Docker], Awaitable[Call]], deadline_s: float | None = None
+    ) -> Call:
         """Make one call: `await api.call(lambda docker: docker.images.inspect(name))`.
 
         Connects where need be, waits for one of a few places, and gives it all `deadline_s` (default: the settings'
@@ -171,7 +175,7 @@ class EngineApi:
             async with asyncio.timeout(self._deadline_s if deadline_s is None else deadline_s):
                 await self.connect()
                 async with self._slots:
-                    return await make(self.docker)
+                    return await request(self.docker)
 
     @asynccontextmanager
     async def stream(self) -> AsyncIterator[aiodocker.Docker]:
@@ -195,7 +199,7 @@ class EngineApi:
                 "it did not answer in time; see its log, and whether its disk is slow or full"
             ) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise self._lost(error) from error
+            raise self._connection_lost(error) from error
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise self._unavailable(
                 f"its answer is not to be understood ({type(error).__name__}); is it an engine at all? Set "
@@ -204,15 +208,15 @@ class EngineApi:
 
     def _refusal(self, error: aiodocker.DockerError) -> HibernodeError:
         if error.status == CONNECTION_FAILED:
-            return self._lost(error.__context__ or error)
-        text = _one_line(_words(str(error.message)))
+            return self._connection_lost(error.__context__ or error)
+        text = _single_line(_plain_message(str(error.message)))
         if NO_SPACE in text.lower():
             return InstanceError(
                 "DISK_FULL", f"the container engine's disk is full; free space there ({text})", socket=self.path
             )
         return EngineError(error.status, text)
 
-    def _lost(self, error: BaseException) -> UnavailableError:
+    def _connection_lost(self, error: BaseException) -> UnavailableError:
         """Not reached, or gone in the middle of a call: who it is must be asked again."""
         refusal = self._unavailable(_advice(error))
         self._connected, self.health = False, refusal.message
@@ -262,10 +266,10 @@ def _advice(error: BaseException) -> str:
                 "(members of it are as good as root)"
             )
         case _:
-            return f"the connection broke ({_one_line(str(error)) or type(error).__name__}); it may be restarting"
+            return f"the connection broke ({_single_line(str(error)) or type(error).__name__}); it may be restarting"
 
 
-def _words(text: str) -> str:
+def _plain_message(text: str) -> str:
     """aiodocker hands on the whole body where its type is written in another way than Docker does."""
     if text.startswith("{"):
         with suppress(json.JSONDecodeError):
@@ -273,6 +277,6 @@ def _words(text: str) -> str:
     return text
 
 
-def _one_line(text: str) -> str:
+def _single_line(text: str) -> str:
     """An engine's text, bounded, for a log line or an error."""
     return " ".join(text.split())[:2000]

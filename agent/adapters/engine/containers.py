@@ -23,7 +23,7 @@ REMOVE_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedContainer:
     """A container that we have made: it carries our state directory's UUID, and the name that we gave it."""
 
     id: str
@@ -43,7 +43,7 @@ class EngineContainers:
         names that only Podman's own API takes. `EngineError` as the engine refuses it."""
         name = container_name(uid)
 
-        async def make(docker: aiodocker.Docker) -> str:
+        async def create_once(docker: aiodocker.Docker) -> str:
             if not devices:
                 return (await docker.containers.create(dict(config), name=name)).id
             answer = await docker._query_json(
@@ -52,14 +52,14 @@ class EngineContainers:
             return str(answer["Id"])
 
         try:
-            return await self._api.call(make)
+            return await self._api.call(create_once)
         except EngineError as error:
             if not _name_taken(error):
                 raise
         await self.remove_by_name(uid)
-        return await self._api.call(make)
+        return await self._api.call(create_once)
 
-    async def plug_in(self, container_id: str) -> None:
+    async def initialize(self, container_id: str) -> None:
         """Podman alone: have its network before anything runs in it, so that it can be fenced off first."""
         path = INIT_PATH.format(container_id)
         await self._api.call(lambda docker: docker._query_json(path, "POST", versioned_api=False))
@@ -71,15 +71,15 @@ class EngineContainers:
         """`GET /containers/ID/json`; also takes a name. `EngineError` 404 if there is none."""
         return await self._api.call(lambda docker: docker.containers.container(container_id).show())
 
-    async def list(self) -> Sequence[Listed]:
-        """All of ours, ended ones too. Labels alone make none: an image carries labels as well, and whoever runs it by
+    async def list(self) -> Sequence[ListedContainer]:
+        """All of ours, ended ones too. Labels alone create_once none: an image carries labels as well, and whoever runs it by
         hand lends them to a container that is his."""
         filters = json.dumps({"label": [f"{STATE_LABEL}={self._state_uuid}"]})
         found = await self._api.call(lambda docker: docker.containers.list(all=True, filters=filters), LIST_DEADLINE_S)
         return [
-            Listed(one.id, uid, one["State"] in ("running", "paused"))
-            for one in found
-            if (uid := _uid(one["Labels"] or {})) and f"/{container_name(uid)}" in (one["Names"] or ())
+            ListedContainer(entry.id, uid, entry["State"] in ("running", "paused"))
+            for entry in found
+            if (uid := _uid(entry["Labels"] or {})) and f"/{container_name(uid)}" in (entry["Names"] or ())
         ]
 
     async def remove(self, container_id: str) -> None:

@@ -29,7 +29,7 @@ _MEMORY = re.compile(r"minimum memory limit|memory limit (too low|.*lower than)"
 _GPU = re.compile(r"could not select device driver|unresolvable CDI devices|nvidia-container", re.IGNORECASE)
 
 
-def network_is_gone(error: EngineError) -> bool:
+def network_missing(error: EngineError) -> bool:
     """Somebody removed the agent's network behind its back."""
     return _NO_NETWORK.search(error.text) is not None
 

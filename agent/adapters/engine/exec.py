@@ -26,7 +26,7 @@ from agent.ports import ExecOutput, ExecSpec
 STDERR = 2
 CHUNK_BYTES = 64 * 1024
 CLOSE_DEADLINE_S = 5.0
-END_LOOKS, END_LOOK_S = 50, 0.1
+INSPECT_ATTEMPTS, INSPECT_PAUSE_S = 50, 0.1
 """How often and after what pause an engine is asked what it notes late: a command's pid, and how it ended."""
 KILLED = 137
 KILL_ROUNDS = 20
@@ -48,15 +48,15 @@ class EngineExec:
         Raises InstanceError EXEC_FAILED, UnavailableError ENGINE_UNAVAILABLE.
         """
 
-        async def make(docker: aiodocker.Docker) -> Exec:
+        async def create(docker: aiodocker.Docker) -> Exec:
             container = docker.containers.container(handle.container_id)
             return await container.exec(
                 list(spec.command), stdin=True, stdout=True, stderr=True, tty=spec.terminal, user=spec.user
             )
 
         with _failures():
-            made = await self._api.call(make)
-        session = EngineExecSession(self._api, made, _stream(made, spec), Path(handle.cgroup))
+            execution = await self._api.call(create)
+        session = EngineExecSession(self._api, execution, _stream(execution, spec), Path(handle.cgroup))
         try:
             with _failures():
                 await self._api.call(lambda _docker: session.start())
@@ -71,11 +71,11 @@ class EngineExec:
 class EngineExecSession:
     """Implements `ports.ExecSession`."""
 
-    def __init__(self, api: EngineApi, made: Exec, stream: Stream, place: Path) -> None:
+    def __init__(self, api: EngineApi, execution: Exec, stream: Stream, cgroup_path: Path) -> None:
         self._api = api
-        self._exec = made
+        self._exec = execution
         self._stream = stream
-        self._place = place
+        self._cgroup = cgroup_path
         self._unread: list[ExecOutput] = []
         self._closed = False
 
@@ -124,7 +124,7 @@ class EngineExecSession:
     async def exit_code(self) -> int:
         """After its output has ended; the engine may take a moment to notice the end. 137 (killed) if the container
         has ended and the engine knows nothing of either any more."""
-        for _ in range(END_LOOKS):
+        for _ in range(INSPECT_ATTEMPTS):
             try:
                 found = await self._inspect()
             except EngineError as error:
@@ -133,7 +133,7 @@ class EngineExecSession:
                 raise
             if not found.get("Running"):
                 return int(found.get("ExitCode") or 0)
-            await asyncio.sleep(END_LOOK_S)
+            await asyncio.sleep(INSPECT_PAUSE_S)
         raise InstanceError("EXEC_FAILED", "its output has ended, but the engine does not tell how it ended")
 
     async def _inspect(self) -> dict[str, Any]:
@@ -142,13 +142,13 @@ class EngineExecSession:
     async def _leader(self) -> int:
         """The command's pid on the host, 0 if it has ended. Docker hands its first output on before it has noted the
         pid: a command that runs and has none yet is asked for again."""
-        for _ in range(END_LOOKS):
+        for _ in range(INSPECT_ATTEMPTS):
             found = await self._inspect()
             if not found.get("Running"):
                 return 0
             if pid := int(found.get("Pid") or 0):
                 return pid
-            await asyncio.sleep(END_LOOK_S)
+            await asyncio.sleep(INSPECT_PAUSE_S)
         raise InstanceError("EXEC_FAILED", "the engine does not tell the pid of a command that runs")
 
     async def close(self) -> None:
@@ -160,28 +160,28 @@ class EngineExecSession:
         try:
             leader = await self._leader()
             if leader:
-                await asyncio.to_thread(_kill_session, self._place, leader)
+                await asyncio.to_thread(_kill_session, self._cgroup, leader)
         except EngineError as error:
             if not error.not_found:  # the container is gone, and the command with it
-                log.warning("exec.close_failed", container=self._place.name, error=str(error))
+                log.warning("exec.close_failed", container=self._cgroup.name, error=str(error))
         except (HibernodeError, OSError) as error:
-            log.warning("exec.close_failed", container=self._place.name, error=str(error))
+            log.warning("exec.close_failed", container=self._cgroup.name, error=str(error))
         finally:
             with suppress(aiohttp.ClientError, OSError, AssertionError):
                 await self._stream.close()
 
 
-def _stream(made: Exec, spec: ExecSpec) -> Stream:
-    """What `made.start` gives, with the terminal's size from the first moment where the engine knows how: Docker from
+def _stream(execution: Exec, spec: ExecSpec) -> Stream:
+    """What `execution.start` gives, with the terminal's size from the first moment where the engine knows how: Docker from
     API 1.42 on by ConsoleSize, Podman by h and w. The others have a terminal of no size until the resize that follows.
     """
 
     async def setup() -> tuple[URL, bytes, bool]:
         size = {"ConsoleSize": [spec.rows, spec.columns], "h": spec.rows, "w": spec.columns} if spec.terminal else {}
         body = {"Detach": False, "Tty": spec.terminal, **size}
-        return URL(f"exec/{made.id}/start"), json.dumps(body).encode(), spec.terminal
+        return URL(f"exec/{execution.id}/start"), json.dumps(body).encode(), spec.terminal
 
-    return Stream(made.docker, setup, aiohttp.ClientTimeout(sock_connect=CLOSE_DEADLINE_S))
+    return Stream(execution.docker, setup, aiohttp.ClientTimeout(sock_connect=CLOSE_DEADLINE_S))
 
 
 @contextmanager
@@ -194,13 +194,13 @@ def _failures() -> Iterator[None]:
         raise InstanceError("EXEC_FAILED", text, status=error.status) from error
 
 
-def _kill_session(place: Path, leader: int) -> None:
+def _kill_session(cgroup_path: Path, leader: int) -> None:
     """SIGKILL to the container's processes of this session. A runtime makes each command the leader of its own, and
     only processes that are in the cgroup now are signalled: nobody else's number is."""
     boot = process_table.boot_id()
     killed: set[int] = set()
     for _ in range(KILL_ROUNDS):
-        stats = [process_table.read_stat(pid) for pid in cgroup.procs(place)]
+        stats = [process_table.read_stat(pid) for pid in cgroup.procs(cgroup_path)]
         found = {stat.pid for stat in stats if stat and not stat.dead and leader in (stat.pid, stat.session)} - killed
         if not found:
             return
@@ -209,4 +209,4 @@ def _kill_session(place: Path, leader: int) -> None:
             if process is not None:
                 process_table.send_signal(process, boot, signal.SIGKILL)
         killed |= found
-    log.warning("exec.stays", container=place.name, leader=leader)
+    log.warning("exec.stays", container=cgroup_path.name, leader=leader)

@@ -13,7 +13,7 @@ from agent.adapters.runtime.exits import Signs
 from agent.core.errors import HibernodeError
 from agent.core.types import Exit
 
-LOOK_DEADLINE_S = 10.0
+INSPECT_DEADLINE_S = 10.0
 FIRST_PAUSE_S = 0.01
 LONGEST_PAUSE_S = 0.5
 _NOT_OVER = ("running", "paused", "restarting", "stopping")
@@ -25,9 +25,9 @@ UNKNOWN = Exit(code=-1, message="its exit code is unknown: it was replaced, or t
 
 async def exit_of(containers: EngineContainers, container_id: str, signs: Signs) -> Exit:
     """Of a container whose main process has just ended. The engine hears of that a little later than we do, and may be
-    away; an answer comes within `LOOK_DEADLINE_S` in any case."""
+    away; an answer comes within `INSPECT_DEADLINE_S` in any case."""
     try:
-        async with asyncio.timeout(LOOK_DEADLINE_S):
+        async with asyncio.timeout(INSPECT_DEADLINE_S):
             state = await _ended_state(containers, container_id)
     except TimeoutError:
         return _unknown(signs, "the container engine does not tell in time how it ended")

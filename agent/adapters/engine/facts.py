@@ -30,8 +30,8 @@ def read_facts(kind: EngineKind, version: str, info: Mapping[str, Any], socket: 
         live_restore=info.get("LiveRestoreEnabled") is True,
         cpus=_count(info.get("NCPU")),
         runtimes=frozenset(_mapping(info.get("Runtimes"))),
-        cdi_dirs=tuple(str(one) for one in _sequence(info.get("CDISpecDirs"))),
-        networks=frozenset(str(one) for one in _sequence(_mapping(info.get("Plugins")).get("Network"))),
+        cdi_dirs=tuple(str(item) for item in _sequence(info.get("CDISpecDirs"))),
+        networks=frozenset(str(item) for item in _sequence(_mapping(info.get("Plugins")).get("Network"))),
         forwarding=info.get("IPv4Forwarding") is not False,
     )
 

@@ -27,7 +27,7 @@ from agent.adapters.engine.facts import EngineFacts
 from agent.core.errors import PreconditionError
 from agent.settings import GpuSettings
 
-How = Literal["none", "cdi", "cdi-libpod", "nvidia-runtime", "mounts"]
+AttachMethod = Literal["none", "cdi", "cdi-libpod", "nvidia-runtime", "mounts"]
 
 CDI_KIND = "nvidia.com/gpu"
 CDI_FOLDERS = (Path("/etc/cdi"), Path("/var/run/cdi"))
@@ -49,7 +49,7 @@ class Attachment:
     """What the container's configuration gets. `devices` are CDI names for the libpod API; `binds` are
     `host:container[:ro]`; `visible_devices` is NVIDIA_VISIBLE_DEVICES, which has the last word over the image's."""
 
-    how: How = "none"
+    method: AttachMethod = "none"
     device_requests: tuple[Mapping[str, Any], ...] = ()
     devices: tuple[str, ...] = ()
     binds: tuple[str, ...] = ()
@@ -74,26 +74,26 @@ def attach_gpus(
     """
     if not gpu_uuids:
         return NO_GPUS
-    wanted = (ALL,) if all_gpus else tuple(gpu_uuids)
+    device_names = (ALL,) if all_gpus else tuple(gpu_uuids)
     match settings.attach:
         case "mounts":
             return Attachment("mounts", binds=settings.mounts.binds)
         case "nvidia-runtime":
-            return _nvidia_runtime(engine, wanted)
+            return _nvidia_runtime(engine, device_names)
         case "cdi":
-            if problem := cdi_problem(engine, cdi_devices, wanted):
+            if problem := cdi_problem(engine, cdi_devices, device_names):
                 raise _unavailable(f"gpu.attach: cdi is set, and {problem}")
-            return _cdi(engine, wanted)
+            return _cdi(engine, device_names)
         case "auto":
-            problem = cdi_problem(engine, cdi_devices, wanted)
+            problem = cdi_problem(engine, cdi_devices, device_names)
             if not problem:
-                return _cdi(engine, wanted)
+                return _cdi(engine, device_names)
             if engine.kind == "podman":
                 raise _unavailable(problem)
-            return _nvidia_runtime(engine, wanted)
+            return _nvidia_runtime(engine, device_names)
 
 
-def cdi_problem(engine: EngineFacts, cdi_devices: frozenset[str], wanted: Iterable[str]) -> str:
+def cdi_problem(engine: EngineFacts, cdi_devices: frozenset[str], device_names: Iterable[str]) -> str:
     """Why CDI can't attach these devices here, and what to do; "" if it can."""
     if engine.kind == "docker" and not engine.since(DOCKER_CDI_SINCE):
         return f"{engine.title} has no CDI; upgrade to Docker 25 or newer, or set gpu.attach: nvidia-runtime"
@@ -104,27 +104,27 @@ def cdi_problem(engine: EngineFacts, cdi_devices: frozenset[str], wanted: Iterab
         )
     if not cdi_devices:
         return f"the host has no CDI spec for {CDI_KIND}; make one: {GENERATE}"
-    if missing := sorted(set(wanted) - cdi_devices):
+    if missing := sorted(set(device_names) - cdi_devices):
         return f"the host's CDI specs do not name {', '.join(missing)}; make them anew: {GENERATE}"
     return ""
 
 
-def _cdi(engine: EngineFacts, wanted: Sequence[str]) -> Attachment:
-    names = [f"{CDI_KIND}={one}" for one in wanted]
+def _cdi(engine: EngineFacts, device_names: Sequence[str]) -> Attachment:
+    names = [f"{CDI_KIND}={device}" for device in device_names]
     if engine.kind == "podman" and not engine.since(PODMAN_REQUESTS_SINCE):
         return Attachment("cdi-libpod", devices=tuple(names))
     return Attachment("cdi", device_requests=({"Driver": "cdi", "DeviceIDs": names},))
 
 
-def _nvidia_runtime(engine: EngineFacts, wanted: Sequence[str]) -> Attachment:
+def _nvidia_runtime(engine: EngineFacts, device_names: Sequence[str]) -> Attachment:
     if engine.kind == "podman":
         raise _unavailable(
             f"gpu.attach: nvidia-runtime is set, and {engine.title} has no such thing in its API; "
             f"set gpu.attach: cdi, and make a spec: {GENERATE}"
         )
     # Only `gpu`: what else of the driver it needs (compute, video ...) the image says, NVIDIA_DRIVER_CAPABILITIES.
-    request = {"Driver": "nvidia", "DeviceIDs": list(wanted), "Capabilities": [["gpu"]]}
-    return Attachment("nvidia-runtime", device_requests=(request,), visible_devices=",".join(wanted))
+    request = {"Driver": "nvidia", "DeviceIDs": list(device_names), "Capabilities": [["gpu"]]}
+    return Attachment("nvidia-runtime", device_requests=(request,), visible_devices=",".join(device_names))
 
 
 def _unavailable(problem: str) -> PreconditionError:
@@ -153,7 +153,7 @@ def cdi_device_names(folders: Sequence[Path] = CDI_FOLDERS) -> frozenset[str]:
 
 def _spec_files(folder: Path) -> list[Path]:
     try:
-        return sorted(one for one in folder.iterdir() if one.suffix in (".json", ".yaml", ".yml"))
+        return sorted(file for file in folder.iterdir() if file.suffix in (".json", ".yaml", ".yml"))
     except OSError:
         return []
 
@@ -171,4 +171,4 @@ def _names_in(file: Path) -> frozenset[str]:
         return frozenset()
     devices = document.get("devices")
     entries = devices if isinstance(devices, list) else []
-    return frozenset(str(one["name"]) for one in entries if isinstance(one, dict) and "name" in one)
+    return frozenset(str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry)

@@ -19,7 +19,7 @@ from agent.core.types import ProcessId
 
 
 @dataclass(frozen=True, slots=True)
-class Identified:
+class ContainerIdentity:
     """A running container. `stop_signal` 0 = the image names none that this host knows."""
 
     process: ProcessId
@@ -27,7 +27,7 @@ class Identified:
     stop_signal: int
 
 
-def identify(inspected: Mapping[str, Any], boot_id: str, proc: Path = PROC) -> Identified | None:
+def identify(inspected: Mapping[str, Any], boot_id: str, proc: Path = PROC) -> ContainerIdentity | None:
     """From what inspecting it answered; None if it has ended since.
 
     Raises InstanceError CGROUP_UNKNOWN where this agent could not freeze it.
@@ -47,7 +47,7 @@ def identify(inspected: Mapping[str, Any], boot_id: str, proc: Path = PROC) -> I
             "neither be frozen nor be killed; the agent must run on the engine's own host, in its pid and cgroup "
             "namespace, as root, with cgroup v2 mounted (beside v1 will do)",
         )
-    return Identified(process, path, _signal(str((inspected.get("Config") or {}).get("StopSignal") or "")))
+    return ContainerIdentity(process, path, _signal(str((inspected.get("Config") or {}).get("StopSignal") or "")))
 
 
 def _own_cgroup(pid: int, container_id: str, proc: Path) -> Path | None:

@@ -27,7 +27,7 @@ from agent.log import get_logger
 
 Policy = Literal["missing", "always", "never"]
 
-PULLS_AT_ONCE = 2
+MAX_CONCURRENT_PULLS = 2
 STALL_S = 60.0
 UNPACK_S = 600.0
 """Podman is silent while it unpacks a layer."""
@@ -56,11 +56,11 @@ class _Pull:
 
     task: asyncio.Task[None] | None = None
     listeners: list[Callable[[str], None]] = field(default_factory=list)
-    said: str = ""
+    last_text: str = ""
 
-    def say(self, text: str) -> None:
-        if text != self.said:
-            self.said = text
+    def report(self, text: str) -> None:
+        if text != self.last_text:
+            self.last_text = text
             for listener in tuple(self.listeners):
                 listener(text)
 
@@ -88,7 +88,7 @@ class Images:
         self._messages = messages
         self._architecture = _ARCHITECTURES.get(machine, machine)
         self._pulls: dict[tuple[str, RegistryLogin | None], _Pull] = {}
-        self._slots = asyncio.Semaphore(PULLS_AT_ONCE)
+        self._slots = asyncio.Semaphore(MAX_CONCURRENT_PULLS)
 
     async def ensure(
         self, image: str, registry: RegistryLogin | None = None, progress: Callable[[str], None] = lambda text: None
@@ -135,8 +135,8 @@ class Images:
             pull.task.add_done_callback(lambda task: self._ended(key, task))
         assert pull.task is not None
         pull.listeners.append(progress)
-        if pull.said:
-            progress(pull.said)
+        if pull.last_text:
+            progress(pull.last_text)
         try:
             await asyncio.shield(pull.task)
         except asyncio.CancelledError:
@@ -157,9 +157,9 @@ class Images:
             task.exception()  # told to whoever waits; nobody may be left
 
     async def _pull(self, image: str, registry: RegistryLogin | None, pull: _Pull) -> None:
-        pull.say(f"waiting to pull {image}")
+        pull.report(f"waiting to pull {image}")
         async with self._slots:
-            pull.say(f"pulling {image}")
+            pull.report(f"pulling {image}")
             login = await self._login(image, registry)
             log.info("image.pull", image=image, login=login.source)
             try:
@@ -199,15 +199,15 @@ class Images:
     ) -> None:
         loop = asyncio.get_running_loop()
         name = qualified(image) if login.auth else image
-        told_at = 0.0
+        reported_at = 0.0
         async with self._api.stream() as docker, aclosing(self._messages(docker, name, login.auth)) as messages:
             async for message in messages:
-                if progress.take(message):
+                if progress.update(message):
                     patience_s = self._stall_s if progress.downloading else max(self._stall_s, UNPACK_S)
                     stall.reschedule(loop.time() + patience_s)
-                if loop.time() - told_at >= REPORT_INTERVAL_S:
-                    told_at = loop.time()
-                    pull.say(progress.sentence)
+                if loop.time() - reported_at >= REPORT_INTERVAL_S:
+                    reported_at = loop.time()
+                    pull.report(progress.sentence)
 
     async def close(self) -> None:
         """Give up what is under way."""

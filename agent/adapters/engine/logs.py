@@ -20,12 +20,12 @@ from agent.adapters.engine.api import EngineApi, EngineError
 FRAME_HEADER_BYTES = 8
 CHUNK_BYTES = 64 * 1024
 READ_ATTEMPTS = 4
-READS_AT_ONCE = 2
+MAX_CONCURRENT_READS = 2
 READ_PAUSE_S = 0.02
-HALF_A_LINE = "not a valid container log line"
+PARTIAL_LINE = "not a valid container log line"
 """What Podman says when it reads the file in the middle of a line that is being written."""
 READ_DEADLINE_S = 30.0
-BYTES_A_LINE = 4
+BYTES_PER_LINE = 4
 """An engine gives the last lines, not the last bytes: so many lines are asked for as bytes that nearly every log's
 lines are longer than this. A log of shorter lines gives fewer bytes than were asked for."""
 MAX_LINES = 1_000_000
@@ -37,10 +37,10 @@ class EngineLogs:
     def __init__(self, api: EngineApi) -> None:
         self._api = api
         # Whoever may call a function may have logs read (x-fc-log-type): starts and removals must not wait for that.
-        self._reads = asyncio.Semaphore(READS_AT_ONCE)
+        self._reads = asyncio.Semaphore(MAX_CONCURRENT_READS)
 
     async def read(self, container_id: str, tail_bytes: int) -> bytes:
-        """The last bytes of both outputs. At most twice `tail_bytes` are kept meanwhile.
+        """The last bytes of both outputs. At most twice `tail_bytes` are collected meanwhile.
 
         Raises EngineError (404: there is no such container), UnavailableError ENGINE_UNAVAILABLE.
         """
@@ -48,21 +48,21 @@ class EngineLogs:
             return b""
 
         async def collect(docker: aiodocker.Docker) -> bytes:
-            kept: deque[bytes] = deque()
+            collected: deque[bytes] = deque()
             size = 0
-            async with aclosing(_parts(docker, container_id, _lines(tail_bytes), follow=False)) as parts:
-                async for part in parts:
-                    kept.append(part)
-                    size += len(part)
-                    while size - len(kept[0]) >= tail_bytes:
-                        size -= len(kept.popleft())
-            return b"".join(kept)[-tail_bytes:]
+            async with aclosing(_payloads(docker, container_id, _lines(tail_bytes), follow=False)) as payloads:
+                async for payload in payloads:
+                    collected.append(payload)
+                    size += len(payload)
+                    while size - len(collected[0]) >= tail_bytes:
+                        size -= len(collected.popleft())
+            return b"".join(collected)[-tail_bytes:]
 
         for _ in range(READ_ATTEMPTS - 1):
             try:
                 return await self._read(collect)
             except EngineError as error:
-                if HALF_A_LINE not in error.text:
+                if PARTIAL_LINE not in error.text:
                     raise
             await asyncio.sleep(READ_PAUSE_S)
         return await self._read(collect)
@@ -83,17 +83,20 @@ class EngineLogs:
         """
         last = await self.read(container_id, tail_bytes)
         lines = last.count(b"\n") + 1 if len(last) >= tail_bytes > 0 else _lines(tail_bytes)
-        async with self._api.stream() as docker, aclosing(_parts(docker, container_id, lines, follow=True)) as parts:
-            async for part in parts:
-                for start in range(0, len(part), CHUNK_BYTES):
-                    yield part[start : start + CHUNK_BYTES]
+        async with (
+            self._api.stream() as docker,
+            aclosing(_payloads(docker, container_id, lines, follow=True)) as payloads,
+        ):
+            async for payload in payloads:
+                for start in range(0, len(payload), CHUNK_BYTES):
+                    yield payload[start : start + CHUNK_BYTES]
 
 
 def _lines(tail_bytes: int) -> int:
-    return min(MAX_LINES, max(1, tail_bytes // BYTES_A_LINE)) if tail_bytes > 0 else 0
+    return min(MAX_LINES, max(1, tail_bytes // BYTES_PER_LINE)) if tail_bytes > 0 else 0
 
 
-async def _parts(
+async def _payloads(
     docker: aiodocker.Docker, container_id: str, lines: int, *, follow: bool
 ) -> AsyncGenerator[bytes, None]:
     params = {"stdout": 1, "stderr": 1, "tail": lines, "follow": int(follow)}
@@ -104,33 +107,33 @@ async def _parts(
     ):
         frames = Frames()
         async for received in response.content.iter_any():
-            part = frames.feed(received)
-            if part:
-                yield part
+            payload = frames.feed(received)
+            if payload:
+                yield payload
 
 
 class Frames:
-    """Takes the headers out of a stream that comes in pieces of any size. Nothing but half a header is kept."""
+    """Takes the headers out of a stream that comes in pieces of any size. Nothing but half a header is collected."""
 
     def __init__(self) -> None:
         self._header = b""
-        self._left = 0
+        self._remaining = 0
 
     def feed(self, data: bytes) -> bytes:
         """The payload in these bytes."""
         payload = bytearray()
         at = 0
         while at < len(data):
-            if self._left:
-                part = data[at : at + self._left]
+            if self._remaining:
+                part = data[at : at + self._remaining]
                 payload += part
-                self._left -= len(part)
+                self._remaining -= len(part)
                 at += len(part)
                 continue
-            wanted = FRAME_HEADER_BYTES - len(self._header)
-            self._header += data[at : at + wanted]
-            at += wanted
+            missing = FRAME_HEADER_BYTES - len(self._header)
+            self._header += data[at : at + missing]
+            at += missing
             if len(self._header) == FRAME_HEADER_BYTES:
-                self._left = int.from_bytes(self._header[4:], "big")
+                self._remaining = int.from_bytes(self._header[4:], "big")
                 self._header = b""
         return bytes(payload)

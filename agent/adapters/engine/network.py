@@ -39,26 +39,26 @@ class EngineNetwork:
         self._state_uuid = state_uuid
         self._bridges = bridges
         self._lock = asyncio.Lock()
-        self._there = False
+        self._ensured = False
 
     async def ensure(self) -> None:
         """Have it; costs nothing once it was seen. Raises InstanceError ADDRESSES_EXHAUSTED, NETWORK_FAILED, and as
         `EngineApi.call` does."""
         async with self._lock:
-            if not self._there:
-                if not await self._is_there():
+            if not self._ensured:
+                if not await self._exists():
                     await self._create()
-                self._there = True
+                self._ensured = True
 
     def forget(self) -> None:
         """Somebody removed it, or so it seems: the next `ensure` looks."""
-        self._there = False
+        self._ensured = False
 
     async def remove_if_unused(self) -> bool:
         """The last container is gone. What still uses it keeps it (False), also a container that is only just being
         removed; a start that comes meanwhile makes it anew."""
         async with self._lock:
-            self._there = False
+            self._ensured = False
             try:
                 await self._api.call(self._delete)
             except HibernodeError as error:
@@ -91,9 +91,9 @@ class EngineNetwork:
         networks = (inspected.get("NetworkSettings") or {}).get("Networks") or {}
         return str((networks.get(self.name) or {}).get("IPAddress") or "")
 
-    async def _is_there(self) -> bool:
+    async def _exists(self) -> bool:
         try:
-            found = await self._api.call(self._show)
+            found = await self._api.call(self._inspect)
         except EngineError as error:
             if error.not_found:
                 return False
@@ -102,7 +102,7 @@ class EngineNetwork:
             raise self._failed("a network of that name exists and is not ours; remove it")
         return True
 
-    async def _show(self, docker: aiodocker.Docker) -> Mapping[str, Any]:
+    async def _inspect(self, docker: aiodocker.Docker) -> Mapping[str, Any]:
         return await (await docker.networks.get(self.name)).show()
 
     async def _delete(self, docker: aiodocker.Docker) -> None:
@@ -122,7 +122,7 @@ class EngineNetwork:
         try:
             await self._api.call(lambda docker: docker.networks.create(config))
         except EngineError as error:
-            if error.status == 409 and await self._is_there():  # a call of before, which we took for lost
+            if error.status == 409 and await self._exists():  # a call of before, which we took for lost
                 return
             if addresses_exhausted(error.text):
                 raise exhausted(error.text) from error
@@ -138,11 +138,11 @@ def _in_use(error: EngineError) -> bool:
 
 
 def addresses_exhausted(text: str) -> bool:
-    """Docker's and Podman's words for: no subnet, or no address in it, is left."""
+    """Docker's and Podman's phrase for: no subnet, or no address in it, is left."""
     text = text.lower()
     return any(
-        words in text
-        for words in (
+        phrase in text
+        for phrase in (
             "non-overlapping ipv4 address pool",
             "no available ipv4 addresses",
             "all predefined address pools",

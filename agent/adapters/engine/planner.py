@@ -19,7 +19,7 @@ from agent.log import get_logger
 from agent.ports import StartSpec
 from agent.settings import GpuSettings, RuntimeSettings
 
-LOOK_DEADLINE_S = 10.0
+VOLUMES_DEADLINE_S = 10.0
 
 log = get_logger()
 
@@ -35,7 +35,7 @@ class ContainerPlan:
 
 
 class ContainerPlanner:
-    """`runtime` and `gpu` are the node's settings; `kept_out` paths that no volume may reach (state directory ...)."""
+    """`runtime` and `gpu` are the node's settings; `excluded_paths` paths that no volume may reach (state directory ...)."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ContainerPlanner:
         *,
         state_uuid: str,
         network: str,
-        kept_out: tuple[Path, ...],
+        excluded_paths: tuple[Path, ...],
     ) -> None:
         self._api = api
         self._images = images
@@ -54,7 +54,7 @@ class ContainerPlanner:
         self._gpu = gpu
         self._state_uuid = state_uuid
         self._network = network
-        self._kept_out = kept_out
+        self._excluded_paths = excluded_paths
         self._disk_limit_refused = False
 
     async def plan(self, spec: StartSpec) -> ContainerPlan:
@@ -123,9 +123,9 @@ class ContainerPlanner:
     async def _volumes(self, function: FunctionSpec) -> tuple[ResolvedVolume, ...]:
         if not function.container.volumes:
             return ()
-        own: tuple[str | Path, ...] = (*self._kept_out, self._api.path, self._api.facts.root_dir)
+        own: tuple[str | Path, ...] = (*self._excluded_paths, self._api.path, self._api.facts.root_dir)
         try:
-            async with asyncio.timeout(LOOK_DEADLINE_S):
+            async with asyncio.timeout(VOLUMES_DEADLINE_S):
                 return await asyncio.to_thread(
                     lambda: resolve_volumes(
                         function.container.volumes, self._runtime.volumes_allowed, forbidden_paths(*own)

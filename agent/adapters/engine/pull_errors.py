@@ -25,37 +25,37 @@ _UNREACHABLE = (
 
 def pull_refused(image: str, text: str, login: Login | None = None) -> InstanceError:
     """`text`: the engine's own, which is repeated; what the login holds is taken out, should it be in there."""
-    said = text
+    message = text
     for secret in login.secrets if login is not None else ():
-        said = said.replace(secret, "***")
-    reason, advice = _classify(said.lower(), registry_of(image), login)
-    return InstanceError(reason, f"{image} can't be pulled: {advice} ({said[:500]})", image=image)
+        message = message.replace(secret, "***")
+    reason, advice = _classify(message.lower(), registry_of(image), login)
+    return InstanceError(reason, f"{image} can't be pulled: {advice} ({message[:500]})", image=image)
 
 
 def _classify(text: str, registry: str, login: Login | None) -> tuple[str, str]:
-    def says(words: tuple[str, ...]) -> bool:
-        return any(word in text for word in words)
+    def mentions(phrases: tuple[str, ...]) -> bool:
+        return any(phrase in text for phrase in phrases)
 
-    if says(_ARCHITECTURE):
+    if mentions(_ARCHITECTURE):
         return "IMAGE_PULL_FAILED", "it is not made for this host's architecture; build it for that"
-    if says(_RATE):
+    if mentions(_RATE):
         return "IMAGE_PULL_FAILED", f"{registry} limits how often one may pull; log in there, or wait"
-    if says(_DENIED):
-        return "IMAGE_PULL_DENIED", _who_may(registry, login)
-    if says(_NOT_FOUND):
+    if mentions(_DENIED):
+        return "IMAGE_PULL_DENIED", _login_advice(registry, login)
+    if mentions(_NOT_FOUND):
         return "IMAGE_NOT_FOUND", f"{registry} has no such image; check name and tag"
-    if says(_PLAIN_HTTP):
+    if mentions(_PLAIN_HTTP):
         fix = "name it among insecure-registries in /etc/docker/daemon.json, or with insecure = true in registries.conf"
         return "IMAGE_PULL_FAILED", f"{registry} has no TLS; {fix}"
-    if says(_CERTIFICATE):
+    if mentions(_CERTIFICATE):
         fix = f"put its CA into /etc/docker/certs.d/{registry}/ca.crt (Podman: /etc/containers/certs.d)"
         return "IMAGE_PULL_FAILED", f"the certificate of {registry} is not trusted here; {fix}"
-    if says(_UNREACHABLE):
+    if mentions(_UNREACHABLE):
         return "IMAGE_PULL_FAILED", f"{registry} can't be reached from this node; try again, or check its network"
     return "IMAGE_PULL_FAILED", "the engine failed; see what it says"
 
 
-def _who_may(registry: str, login: Login | None) -> str:
+def _login_advice(registry: str, login: Login | None) -> str:
     if login is None or not login.source:
         hint = f"; {login.problem}" if login is not None and login.problem else ""
         return (
@@ -73,8 +73,10 @@ def no_such_image(image: str, policy: str) -> InstanceError:
     )
 
 
-def wrong_architecture(image: str, found: str, wanted: str) -> InstanceError:
+def wrong_architecture(image: str, found: str, expected: str) -> InstanceError:
     """Here, and of no use: emulators of other processors know no GPU."""
     return InstanceError(
-        "IMAGE_PULL_FAILED", f"{image} is made for {found}, this node is {wanted}; build it for {wanted}", image=image
+        "IMAGE_PULL_FAILED",
+        f"{image} is made for {found}, this node is {expected}; build it for {expected}",
+        image=image,
     )

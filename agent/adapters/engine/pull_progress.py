@@ -17,7 +17,7 @@ class _Layer:
 
     current: int = 0
     total: int = 0
-    here: bool = False
+    complete: bool = False
 
 
 class PullProgress:
@@ -28,7 +28,7 @@ class PullProgress:
         self._layers: dict[str, _Layer] = {}
         self._last: object = None
 
-    def take(self, message: Mapping[str, Any]) -> bool:
+    def update(self, message: Mapping[str, Any]) -> bool:
         """Is it news? A message that repeats the one before is no progress."""
         layer_id, status = str(message.get("id") or ""), str(message.get("status") or "")
         detail = message.get("progressDetail")
@@ -49,14 +49,14 @@ class PullProgress:
                 layer.current, layer.total = max(layer.current, current), max(layer.total, total)
             case "Download complete" | "Verifying Checksum" | "Extracting" | "Pull complete" | "Already exists":
                 layer = self._layers.setdefault(layer_id, _Layer())
-                layer.current, layer.here = layer.total, True
+                layer.current, layer.complete = layer.total, True
             case _:  # `Pulling from ...`, `Retrying in 5 seconds`, words of later versions
                 pass
 
     @property
     def downloading(self) -> bool:
         """Is something of it still to come over the network? Yes while nothing is known of it."""
-        return not self._layers or not all(layer.here for layer in self._layers.values())
+        return not self._layers or not all(layer.complete for layer in self._layers.values())
 
     @property
     def sentence(self) -> str:
@@ -66,8 +66,8 @@ class PullProgress:
             return f"unpacking {self._image}"
         if not total:
             return f"pulling {self._image}"
-        come = sum(layer.current for layer in self._layers.values())
-        return f"pulling {self._image}: {100 * come // total} % of {_size(total)}"
+        received = sum(layer.current for layer in self._layers.values())
+        return f"pulling {self._image}: {100 * received // total} % of {_size(total)}"
 
 
 def _count(value: object) -> int:

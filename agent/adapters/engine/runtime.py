@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agent.adapters.engine.api import EngineApi, EngineError
-from agent.adapters.engine.containers import EngineContainers, Listed
-from agent.adapters.engine.errors import disk_limit_refused, network_is_gone, start_refused
+from agent.adapters.engine.containers import EngineContainers, ListedContainer
+from agent.adapters.engine.errors import disk_limit_refused, network_missing, start_refused
 from agent.adapters.engine.exits import UNKNOWN, exit_of
-from agent.adapters.engine.identity import Identified, identify
+from agent.adapters.engine.identity import ContainerIdentity, identify
 from agent.adapters.engine.images import Images
 from agent.adapters.engine.network import EngineNetwork
 from agent.adapters.engine.planner import ContainerPlanner
@@ -97,10 +97,10 @@ class EngineRuntime:
 
     name = "engine"
 
-    def __init__(self, parts: EngineComponents) -> None:
-        self._parts = parts
-        self._containers = parts.containers
-        self._bundles = parts.bundles
+    def __init__(self, components: EngineComponents) -> None:
+        self._components = components
+        self._containers = components.containers
+        self._bundles = components.bundles
         self._boot_id = process_table.boot_id()
         self._exits = ExitWatch(self._boot_id)
         self._known_exits: dict[ProcessId, Exit] = {}
@@ -109,26 +109,26 @@ class EngineRuntime:
     @property
     def health(self) -> str:
         """ "" while the engine answers, else why it can't be used."""
-        return self._parts.api.health
+        return self._components.api.health
 
     async def check(self) -> None:
         """Ask the engine whether it is there. Raises UnavailableError ENGINE_UNAVAILABLE, ENGINE_TOO_OLD."""
-        await self._parts.api.check()
+        await self._components.api.check()
 
     async def close(self) -> None:
         """The agent leaves: stop watching. Waiters are cancelled, containers live on; without any the network goes.
 
         (Not with the last container's end: making it anew costs a start a third of its time.)"""
         self._exits.close()
-        await self._parts.images.close()
+        await self._components.images.close()
         if not self.health and not any(bundle.container for bundle in self._bundles.all()):
             with suppress(TimeoutError):
                 async with asyncio.timeout(LEAVE_DEADLINE_S):
                     for _ in range(NETWORK_ATTEMPTS):
-                        if await self._parts.network.remove_if_unused():
+                        if await self._components.network.remove_if_unused():
                             break
                         await asyncio.sleep(NETWORK_PAUSE_S)
-        await self._parts.api.close()
+        await self._components.api.close()
 
     # ---- start ------------------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class EngineRuntime:
             raise UnavailableError("ENGINE_UNAVAILABLE", self.health)
 
     async def prepare(self, function: FunctionSpec, progress: Callable[[str], None]) -> None:
-        await self._parts.images.ensure(function.image, function.container.registry, progress)
+        await self._components.images.ensure(function.image, function.container.registry, progress)
 
     async def start(self, spec: StartSpec) -> Handle:
         uid = spec.instance.uid
@@ -150,12 +150,12 @@ class EngineRuntime:
             raise ConflictError("START_UNDER_WAY", "this instance is being started already", uid=uid)
         self._starting.add(uid)
         try:
-            await self._clear(uid)
+            await self._remove_earlier_attempt(uid)
             return await self._start(spec)
         finally:
             self._starting.discard(uid)
 
-    async def _clear(self, uid: str) -> None:
+    async def _remove_earlier_attempt(self, uid: str) -> None:
         """Destroy what an earlier attempt with this uid left. One without a bundle is met at the create, by name."""
         bundle = self._bundles.read(uid)
         if bundle and bundle.foreign:
@@ -169,28 +169,28 @@ class EngineRuntime:
         """Twice at most: what somebody removed or the engine can't do is put right once."""
         function = spec.instance.function
         for attempt in (1, 2):
-            await self._parts.api.connect()
-            plan = await self._parts.planner.plan(spec)
+            await self._components.api.connect()
+            plan = await self._components.planner.plan(spec)
             try:
                 return await self._attempt(spec, plan.config, plan.devices)
             except EngineError as error:
-                if attempt == 1 and network_is_gone(error):
-                    self._parts.network.forget()
+                if attempt == 1 and network_missing(error):
+                    self._components.network.forget()
                 elif not (attempt == 1 and plan.limits_disk and self._does_without_disk_limit(error)):
                     raise start_refused(function, error) from error
         raise AssertionError("the second attempt returns or raises")
 
     def _does_without_disk_limit(self, error: EngineError) -> bool:
-        return disk_limit_refused(error) and self._parts.planner.disk_limit_refused()
+        return disk_limit_refused(error) and self._components.planner.disk_limit_refused()
 
     async def _attempt(self, spec: StartSpec, config: Mapping[str, Any], devices: tuple[str, ...]) -> Handle:
         uid = spec.instance.uid
         try:
-            await self._parts.network.ensure()
+            await self._components.network.ensure()
             container_id = await self._containers.create(uid, config, devices)
-            if self._parts.api.kind == "podman":  # Docker's enable_icc shuts a port from its first moment on
-                await self._containers.plug_in(container_id)
-                await self._parts.network.isolate_ports()
+            if self._components.api.kind == "podman":  # Docker's enable_icc shuts a port from its first moment on
+                await self._containers.initialize(container_id)
+                await self._components.network.isolate_ports()
             await self._containers.start(container_id)
             return await self._adopt(Origin(uid, spec.instance.function.port, spec.all_gpus), container_id)
         except BaseException:
@@ -206,20 +206,22 @@ class EngineRuntime:
             tail = await self._tail(container_id)
             reason = "OUT_OF_MEMORY" if ended.oom_killed else "FUNCTION_NOT_STARTED"
             raise InstanceError(reason, f"the container's main process ended at once: {ended.message}. Logs: {tail}")
-        await self._parts.network.isolate_ports()
-        host = self._parts.network.address(inspected)
+        await self._components.network.isolate_ports()
+        host = self._components.network.address(inspected)
         if not host:
-            raise InstanceError("START_FAILED", f"the container has no address on network {self._parts.network.name}")
+            raise InstanceError(
+                "START_FAILED", f"the container has no address on network {self._components.network.name}"
+            )
         return self._record(origin, container_id, host, found)
 
-    def _record(self, origin: Origin, container_id: str, host: str, found: Identified) -> Handle:
+    def _record(self, origin: Origin, container_id: str, host: str, found: ContainerIdentity) -> Handle:
         handle = Handle(
             origin.uid,
             found.process,
             host,
             origin.port,
             str(found.cgroup),
-            str(self._parts.files.path(origin.uid)),
+            str(self._components.files.path(origin.uid)),
             container_id,
             origin.sees_all_gpus,
         )
@@ -230,7 +232,7 @@ class EngineRuntime:
 
     async def _tail(self, container_id: str) -> str:
         try:
-            tail = await self._parts.logs.read(container_id, TAIL_BYTES)
+            tail = await self._components.logs.read(container_id, TAIL_BYTES)
         except (HibernodeError, OSError):
             tail = b""
         return tail.decode(errors="replace").strip() or "(none)"
@@ -297,15 +299,15 @@ class EngineRuntime:
         self._exits.forget(handle.uid)
         self._known_exits.pop(handle.process, None)
         await asyncio.to_thread(self._bundles.remove, handle.uid)
-        await asyncio.to_thread(self._parts.files.prune, {bundle.uid for bundle in self._bundles.all()})
+        await asyncio.to_thread(self._components.files.prune, {bundle.uid for bundle in self._bundles.all()})
 
     async def _keep_log(self, handle: Handle) -> None:
         """The end of its log outlives it; that it can't be had must not keep the container."""
         try:
             async with asyncio.timeout(KEEP_LOG_DEADLINE_S):
-                tail = await self._parts.logs.read(handle.container_id, KEPT_LOG_BYTES)
+                tail = await self._components.logs.read(handle.container_id, KEPT_LOG_BYTES)
                 if tail:
-                    await asyncio.to_thread(self._parts.files.keep, handle.uid, tail)
+                    await asyncio.to_thread(self._components.files.keep, handle.uid, tail)
         except UnavailableError:
             raise  # the removal that follows would fail as well, and the log with it
         except EngineError as error:
@@ -327,28 +329,30 @@ class EngineRuntime:
         # After the answer, for a start may have ended while it was under way.
         found = [bundle for bundle in self._bundles.all() if bundle.uid not in self._starting]
         handles = {bundle.uid: bundle.container for bundle in found if bundle.container}
-        for one in listed:
-            if handle := await self._unrecorded(one):
+        for container in listed:
+            if handle := await self._unrecorded(container):
                 handles[handle.uid] = handle
         return [handles[uid] for uid in sorted(handles)]
 
-    async def _unrecorded(self, one: Listed) -> Handle | None:
+    async def _unrecorded(self, container: ListedContainer) -> Handle | None:
         """The handle of a container that runs without a record of it; it has one from now on."""
-        bundle = self._bundles.read(one.uid)
+        bundle = self._bundles.read(container.uid)
         recorded = bundle.container if bundle else None
-        if one.uid in self._starting or (recorded and recorded.container_id == one.id):
+        if container.uid in self._starting or (recorded and recorded.container_id == container.id):
             return None
         try:
-            if one.running and not recorded:
-                inspected = await self._containers.inspect(one.id)
+            if container.running and not recorded:
+                inspected = await self._containers.inspect(container.id)
                 found = identify(inspected, self._boot_id)
                 if found:
-                    return self._record(Origin(one.uid), one.id, self._parts.network.address(inspected), found)
-            await self._containers.remove(one.id)
-            log.warning("runtime.orphan_removed", uid=one.uid, container=one.id[:12])
+                    return self._record(
+                        Origin(container.uid), container.id, self._components.network.address(inspected), found
+                    )
+            await self._containers.remove(container.id)
+            log.warning("runtime.orphan_removed", uid=container.uid, container=container.id[:12])
         except HibernodeError as error:
             if not (isinstance(error, EngineError) and error.not_found):
-                log.error("runtime.orphan_stays", uid=one.uid, container=one.id[:12], error=str(error))
+                log.error("runtime.orphan_stays", uid=container.uid, container=container.id[:12], error=str(error))
         return None
 
     async def pids(self, handle: Handle) -> Sequence[int]:
@@ -361,28 +365,28 @@ class EngineRuntime:
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
         """What the engine has of it, else what was kept when it was destroyed."""
         if not self._is_current(handle):
-            return await asyncio.to_thread(self._parts.files.read, Path(handle.log_path), tail_bytes)
+            return await asyncio.to_thread(self._components.files.read, Path(handle.log_path), tail_bytes)
         try:
-            return await self._parts.logs.read(handle.container_id, tail_bytes)
+            return await self._components.logs.read(handle.container_id, tail_bytes)
         except EngineError as error:
             if not error.not_found:
                 raise
-        return await asyncio.to_thread(self._parts.files.read, Path(handle.log_path), tail_bytes)
+        return await asyncio.to_thread(self._components.files.read, Path(handle.log_path), tail_bytes)
 
     async def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncGenerator[bytes, None]:
         if not self._is_current(handle):
             yield await self.read_log(handle, tail_bytes)
             return
-        async with aclosing(self._parts.logs.follow(handle.container_id, tail_bytes)) as parts:
-            async for part in parts:
-                yield part
+        async with aclosing(self._components.logs.follow(handle.container_id, tail_bytes)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def _is_current(self, handle: Handle) -> bool:
         bundle = self._bundles.read(handle.uid)
         return bundle is not None and bundle.container == handle
 
     async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:
-        return await self._parts.execs.open(handle, spec)
+        return await self._components.execs.open(handle, spec)
 
 
 def _refuse_host(function: FunctionSpec) -> None:

@@ -20,7 +20,7 @@ INITIAL_CGROUP_NAMESPACE = 0xEFFFFFFB
 NVIDIA_HOOK = "nvidia-container-runtime-hook"
 
 
-async def look_at_engine(
+async def survey_engine(
     api: EngineApi | None, runtime: RuntimeSettings, gpu: GpuSettings, gpu_uuids: Sequence[str]
 ) -> EngineSurvey:
     """Never raises: a host without an engine is a host, too. `api` None: it is turned off. `gpu_uuids`: those that
@@ -31,10 +31,10 @@ async def look_at_engine(
         await api.connect()
     except HibernodeError as error:
         return EngineSurvey(problem=error.message)
-    how, problem = await _attachment(api.facts, gpu, gpu_uuids)
+    method, problem = await _attachment(api.facts, gpu, gpu_uuids)
     return EngineSurvey(
         facts=api.facts,
-        gpus=how,
+        gpus=method,
         gpu_problem=problem,
         nvidia_hook=shutil.which(NVIDIA_HOOK) is not None,
         cgroups=sees_all_cgroups(),
@@ -47,7 +47,7 @@ async def _attachment(facts: EngineFacts, gpu: GpuSettings, gpu_uuids: Sequence[
     if not gpu_uuids:
         return "", ""
     try:
-        return attach_gpus(gpu, facts, await read_cdi_devices(), gpu_uuids).how, ""
+        return attach_gpus(gpu, facts, await read_cdi_devices(), gpu_uuids).method, ""
     except HibernodeError as error:
         return "", error.message.partition(": ")[2] or error.message
 

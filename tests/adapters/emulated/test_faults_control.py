@@ -74,7 +74,7 @@ def test_what_is_not_understood_changes_nothing(
         "reserve": {"uuid": uuid, "bytes": 0},
     }
     with pytest.raises(PreconditionError) as refused:
-        driver.control._ask(command, **{**sound[command], **arguments})
+        driver.control._request(command, **{**sound[command], **arguments})
     assert said in refused.value.message
     assert driver.control.devices() == before
     assert driver.control.faults() == []

@@ -257,7 +257,7 @@ async def test_what_happens_in_a_stream_is_told_alike(api: EngineApi, error: Exc
 
 
 async def test_few_calls_are_made_at_once_and_none_is_forgotten(engine: EngineStandIn) -> None:
-    api = EngineApi(engine.socket, calls_at_once=3)
+    api = EngineApi(engine.socket, max_concurrent_calls=3)
     await asyncio.gather(*(image_id(api) for _ in range(20)))
     assert engine.calls["GET json"] == 20
     assert engine.most_open <= 3

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from agent.adapters.engine.container_config import INSTANCE_LABEL, STATE_LABEL
-from agent.adapters.engine.containers import Listed
+from agent.adapters.engine.containers import ListedContainer
 from agent.core.errors import (
     ConflictError,
     HibernodeError,
@@ -296,14 +296,14 @@ async def test_a_listing_takes_no_start_under_way_for_an_orphan(rig: EngineRig) 
 async def test_a_start_that_ends_while_they_are_listed_is_no_orphan(
     rig: EngineRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Listed] = []
+    seen: list[ListedContainer] = []
     run = rig.engine.run
 
     async def looked_at_before(one: StandInContainer) -> None:
         seen.extend(await rig.containers.list())
         await run(one)
 
-    async def answer_of_then() -> list[Listed]:
+    async def answer_of_then() -> list[ListedContainer]:
         return seen
 
     monkeypatch.setattr(rig.engine, "run", looked_at_before)
