@@ -1,4 +1,4 @@
-"""Puts the engine runtime together from the node's settings."""
+"""Builds the engine runtime from the node's settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEPT_LOG_FILES = 200
 
 
 def open_engine_api(runtime: RuntimeSettings) -> EngineApi:
-    """The way to the engine of the settings. Connects to nothing yet."""
+    """A client for the configured engine. Does not connect yet."""
     return EngineApi(runtime.engine.socket, runtime.engine.operation_timeout_ns / SECOND_NS)
 
 
@@ -36,8 +36,8 @@ def open_engine_runtime(
     excluded_paths: Sequence[Path] = (),
     auth_files: Sequence[Path] | None = None,
 ) -> EngineRuntime:
-    """`excluded_paths`: paths beside the state directory that no volume may reach (our socket). Asks nothing of the engine
-    yet: the daemon starts while that is down. The caller awaits `close`."""
+    """Build the runtime without contacting the engine: the daemon starts while that is down. The caller awaits `close`.
+    `excluded_paths`: paths outside the state directory that no volume may reach (the agent's socket)."""
     network = EngineNetwork(api, state_uuid)
     images = Images(api, runtime.engine.pull, runtime.engine.pull_timeout_ns / SECOND_NS, auth_files)
     planner = ContainerPlanner(

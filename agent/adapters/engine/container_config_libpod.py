@@ -1,7 +1,7 @@
-"""A container's configuration in the words of Podman's own API, which alone takes CDI devices before Podman 5.4.
+"""Translates a container configuration for Podman's own API, the only one that takes CDI devices before Podman 5.4.
 
-`POST /v4.0.0/libpod/containers/create`; everything after that is asked as of any other container. A translation of
-what `engine_plan` makes and of nothing else: what it does not know it refuses, so that no limit is lost on the way.
+The body is for `POST /v4.0.0/libpod/containers/create`; every later call uses the Docker API. The input is the result
+of `container_config`. A key without a translation raises, so that no limit is lost.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _CONFIG_KEYS = frozenset({"Image", "Env", "Labels", "Healthcheck", "HostConfig",
 
 
 def libpod_config(config: Mapping[str, Any], name: str, devices: Sequence[str]) -> dict[str, Any]:
-    """The body for the container `name` with the CDI `devices` (`nvidia.com/gpu=<uuid>`). KeyError for a key of
-    `config` that has no translation: a mistake of libpod_key."""
+    """The body for container `name` with the CDI `devices` (`nvidia.com/gpu=<uuid>`). Raises KeyError for a key of
+    `config` that has no translation."""
     if unknown := set(config) - _CONFIG_KEYS:
         raise KeyError(f"no translation for {', '.join(sorted(unknown))}")
     body: dict[str, Any] = {
@@ -39,7 +39,7 @@ def libpod_config(config: Mapping[str, Any], name: str, devices: Sequence[str]) 
 
 
 def _same(_body: dict[str, Any], _value: object) -> None:
-    """It is Podman's own default."""
+    """Podman's default already does this."""
 
 
 def _set(name: str) -> Callable[[dict[str, Any], Any], None]:

@@ -1,8 +1,7 @@
-"""Logs of containers, as the engine keeps them (json-file, rotated by the engine at `runtime.log_limit`).
+"""Reads container logs from the engine (json-file, rotated by the engine at `runtime.log_limit`).
 
-The engine's stream is a sequence of frames: one byte that says which output, three zero bytes, a length of four bytes,
-then so many bytes (Docker Engine API, "Attach to a container", stream format). Both outputs are mixed in the order in
-which they were written, which is what a reader of a log wants.
+The stream is a sequence of frames: one byte for the output, three zero bytes, a four-byte length, then that many bytes
+(Docker Engine API, "Attach to a container", stream format). Both outputs stay mixed in the order they were written.
 """
 
 from __future__ import annotations
@@ -23,27 +22,24 @@ READ_ATTEMPTS = 4
 MAX_CONCURRENT_READS = 2
 READ_PAUSE_S = 0.02
 PARTIAL_LINE = "not a valid container log line"
-"""What Podman says when it reads the file in the middle of a line that is being written."""
+"""Podman's error when it reads a line that is still being written."""
 READ_DEADLINE_S = 30.0
 BYTES_PER_LINE = 4
-"""An engine gives the last lines, not the last bytes: so many lines are asked for as bytes that nearly every log's
-lines are longer than this. A log of shorter lines gives fewer bytes than were asked for."""
+"""The engine counts lines, not bytes. Requesting one line per 4 bytes covers nearly every log; a log of shorter lines
+yields fewer bytes than requested."""
 MAX_LINES = 1_000_000
 
 
 class EngineLogs:
-    """Reads through `api`."""
-
     def __init__(self, api: EngineApi) -> None:
         self._api = api
-        # Whoever may call a function may have logs read (x-fc-log-type): starts and removals must not wait for that.
+        # Callers of a function can trigger log reads (x-fc-log-type); these must not block starts and removals.
         self._reads = asyncio.Semaphore(MAX_CONCURRENT_READS)
 
     async def read(self, container_id: str, tail_bytes: int) -> bytes:
-        """The last bytes of both outputs. At most twice `tail_bytes` are collected meanwhile.
+        """The last `tail_bytes` bytes of both outputs. Buffers at most twice that.
 
-        Raises EngineError (404: there is no such container), UnavailableError ENGINE_UNAVAILABLE.
-        """
+        Raises EngineError (404: no such container), UnavailableError ENGINE_UNAVAILABLE."""
         if tail_bytes <= 0:
             return b""
 
@@ -68,19 +64,17 @@ class EngineLogs:
         return await self._read(collect)
 
     async def _read(self, collect: Callable[[aiodocker.Docker], Awaitable[bytes]]) -> bytes:
-        """Within the deadline: the wait for a place counts."""
+        """The deadline includes the wait for a free slot."""
         with self._api.errors():
             async with asyncio.timeout(READ_DEADLINE_S), self._reads:
                 return await self._api.call(collect, READ_DEADLINE_S)
 
     async def follow(self, container_id: str, tail_bytes: int) -> AsyncGenerator[bytes, None]:
-        """About the last bytes, then what comes, until the container has ended. Closing it closes the connection.
+        """Yield about the last `tail_bytes` bytes, then new output until the container ends. Closing it closes the
+        connection.
 
-        An engine counts in lines, so it is looked first how many lines the last bytes are: a line more or less where
-        some are written between the two looks.
-
-        Raises as `read` does; UnavailableError also when the engine goes away in the middle.
-        """
+        The engine counts lines, so the tail is read first to find its number of lines; lines written between the two
+        requests shift it. Raises as `read` does; UnavailableError also when the engine goes away midway."""
         last = await self.read(container_id, tail_bytes)
         lines = last.count(b"\n") + 1 if len(last) >= tail_bytes > 0 else _lines(tail_bytes)
         async with (
@@ -113,14 +107,14 @@ async def _payloads(
 
 
 class Frames:
-    """Takes the headers out of a stream that comes in pieces of any size. Nothing but half a header is collected."""
+    """Strips the headers from a stream that arrives in chunks of any size. Buffers an incomplete header only."""
 
     def __init__(self) -> None:
         self._header = b""
         self._remaining = 0
 
     def feed(self, data: bytes) -> bytes:
-        """The payload in these bytes."""
+        """The payload in `data`."""
         payload = bytearray()
         at = 0
         while at < len(data):

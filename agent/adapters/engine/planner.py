@@ -1,4 +1,4 @@
-"""From a start to what the engine is told: image, GPUs, volumes and limits looked up, then planned."""
+"""Plans a container: looks up image, GPUs, volumes and limits, then builds its configuration."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class ContainerPlan:
-    """`config` holds secrets: never logged. `devices` are CDI names, for Podman's own API. `limits_disk`: it bounds the
-    writable layer."""
+    """`config` contains secrets: never log it. `devices`: CDI names for Podman's own API. `limits_disk`: the plan
+    limits the size of the writable layer."""
 
     config: Mapping[str, Any] = field(repr=False)
     devices: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class ContainerPlan:
 
 
 class ContainerPlanner:
-    """`runtime` and `gpu` are the node's settings; `excluded_paths` paths that no volume may reach (state directory ...)."""
+    """`runtime` and `gpu` are the node's settings; `excluded_paths` may be in no volume (state directory ...)."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class ContainerPlanner:
 
     async def plan(self, spec: StartSpec) -> ContainerPlan:
         """Raises InstanceError IMAGE_NOT_FOUND, VOLUME_REFUSED, START_FAILED; PreconditionError GPU_ATTACH_UNAVAILABLE,
-        DISK_LIMIT_UNAVAILABLE; and as `EngineApi.call` does."""
+        DISK_LIMIT_UNAVAILABLE; and what `EngineApi.call` raises."""
         function = spec.instance.function
         image = await self._images.inspect(function.image)
         if image is None:
@@ -86,8 +86,8 @@ class ContainerPlanner:
         return ContainerPlan(container_config(spec, options), attachment.devices, limits_disk)
 
     def disk_limit_refused(self) -> bool:
-        """The engine can't bound a container's disk after all: with `auto` the next plan does without. False if it was
-        demanded."""
+        """Record that the engine can't limit disk size. Returns whether a plan without the limit is allowed
+        (`auto`)."""
         if self._runtime.engine.disk_limit == "auto" and not self._disk_limit_refused:
             self._disk_limit_refused = True
             log.warning("engine.disk_limit_unavailable", hint="the disk size of functions is not enforced on this node")
@@ -106,7 +106,7 @@ class ContainerPlanner:
                 if not self._api.facts.disk_limits:
                     raise PreconditionError(
                         "DISK_LIMIT_UNAVAILABLE",
-                        "runtime.engine.disk_limit is `require`, and the engine's storage can't bound a container's "
+                        "runtime.engine.disk_limit is `require`, but the engine's storage can't limit a container's "
                         "disk; use overlay2 on xfs mounted with pquota, or set it to auto",
                         storage=self._api.facts.storage,
                     )
@@ -133,5 +133,5 @@ class ContainerPlanner:
                 )
         except TimeoutError:
             raise InstanceError(
-                "VOLUME_REFUSED", "a volume's folder does not answer; is its network file system there?"
+                "VOLUME_REFUSED", "a volume's folder does not answer; is its network file system reachable?"
             ) from None

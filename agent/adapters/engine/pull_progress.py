@@ -1,4 +1,4 @@
-"""How far a pull is: the engine's progress messages summed up in one sentence."""
+"""Sums up an engine's pull messages in one progress sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_LAYERS = 512
 
 @dataclass(slots=True)
 class _Layer:
-    """Of one layer: bytes that came, bytes it has (0 = not known yet), and are they all here?"""
+    """One layer: bytes received, bytes in total (0 = unknown), and whether all of them are here."""
 
     current: int = 0
     total: int = 0
@@ -21,7 +21,7 @@ class _Layer:
 
 
 class PullProgress:
-    """Fed with each message of `POST /images/create`, as Docker and Podman write them."""
+    """Consumes each message of `POST /images/create`, in Docker's and in Podman's form."""
 
     def __init__(self, image: str) -> None:
         self._image = image
@@ -29,7 +29,7 @@ class PullProgress:
         self._last: object = None
 
     def update(self, message: Mapping[str, Any]) -> bool:
-        """Is it news? A message that repeats the one before is no progress."""
+        """Add a message. Returns whether it is new: a repeated message is no progress."""
         layer_id, status = str(message.get("id") or ""), str(message.get("status") or "")
         detail = message.get("progressDetail")
         numbers = detail if isinstance(detail, dict) else {}
@@ -50,17 +50,17 @@ class PullProgress:
             case "Download complete" | "Verifying Checksum" | "Extracting" | "Pull complete" | "Already exists":
                 layer = self._layers.setdefault(layer_id, _Layer())
                 layer.current, layer.complete = layer.total, True
-            case _:  # `Pulling from ...`, `Retrying in 5 seconds`, words of later versions
+            case _:  # `Pulling from ...`, `Retrying in 5 seconds`, texts of later versions
                 pass
 
     @property
     def downloading(self) -> bool:
-        """Is something of it still to come over the network? Yes while nothing is known of it."""
+        """Whether any layer is still being downloaded. True while no layer is known."""
         return not self._layers or not all(layer.complete for layer in self._layers.values())
 
     @property
     def sentence(self) -> str:
-        """Such as `pulling ocr:3: 45 % of 1.2 GiB`."""
+        """For example `pulling ocr:3: 45 % of 1.2 GiB`."""
         total = sum(layer.total for layer in self._layers.values())
         if not self.downloading:
             return f"unpacking {self._image}"

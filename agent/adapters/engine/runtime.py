@@ -1,9 +1,9 @@
-"""The runtime for images: containers of Docker or Podman.
+"""Runs instances as containers of Docker or Podman.
 
-The engine pulls, creates, starts, inspects and removes. Everything else about a running container is the kernel's: its
-end (pidfd), its processes (cgroup), signals and freezing work alike while the engine is down. What is known of a
-container is in its bundle, written right after the start; a container without one, found by its labels, is taken over
-if it runs and removed if not. The order of a start: network, create, start, identify, isolate, record.
+The engine pulls, creates, starts, inspects and removes. Everything else uses the kernel and works while the engine is
+down: exits (pidfd), process lists (cgroup), signals and freezing. The bundle of a container, written right after its
+start, records what is known of it. A labelled container without a bundle is adopted if it runs, else removed. A start
+goes through these steps: network, create, start, identify, isolate, record.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ log = get_logger()
 
 
 class Logs(Protocol):
-    """What `engine_logs` does."""
+    """Implemented by `logs.EngineLogs`."""
 
     async def read(self, container_id: str, tail_bytes: int) -> bytes: ...
 
@@ -63,14 +63,14 @@ class Logs(Protocol):
 
 
 class Execs(Protocol):
-    """What `engine_exec` does."""
+    """Implemented by `exec.EngineExec`."""
 
     async def open(self, handle: Handle, spec: ExecSpec) -> ExecSession: ...
 
 
 @dataclass(frozen=True, slots=True)
 class EngineComponents:
-    """What the runtime is made of; `engine_parts.open_engine_runtime` puts it together."""
+    """The parts of the runtime, assembled by `build.open_engine_runtime`."""
 
     api: EngineApi
     images: Images
@@ -85,7 +85,7 @@ class EngineComponents:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What of a handle the start knows, and the container does not. Port 0: nobody knows it any more."""
+    """Handle fields that only the start knows. Port 0: unknown, for an adopted container."""
 
     uid: str
     port: int = 0
@@ -93,7 +93,7 @@ class Origin:
 
 
 class EngineRuntime:
-    """Implements `ports.Runtime`. Lives on one event loop; call `close` before that ends (containers stay)."""
+    """Implements `ports.Runtime`. Lives on one event loop; call `close` before the loop ends (containers stay)."""
 
     name = "engine"
 
@@ -112,13 +112,13 @@ class EngineRuntime:
         return self._components.api.health
 
     async def check(self) -> None:
-        """Ask the engine whether it is there. Raises UnavailableError ENGINE_UNAVAILABLE, ENGINE_TOO_OLD."""
+        """Check the engine now. Raises UnavailableError ENGINE_UNAVAILABLE, ENGINE_TOO_OLD."""
         await self._components.api.check()
 
     async def close(self) -> None:
-        """The agent leaves: stop watching. Waiters are cancelled, containers live on; without any the network goes.
+        """Stop watching: cancel waiters and keep containers. Removes the network if there are none.
 
-        (Not with the last container's end: making it anew costs a start a third of its time.)"""
+        The end of the last container keeps the network: creating it takes a third of the time of a start."""
         self._exits.close()
         await self._components.images.close()
         if not self.health and not any(bundle.container for bundle in self._bundles.all()):
@@ -133,7 +133,7 @@ class EngineRuntime:
     # ---- start ------------------------------------------------------------------------------------------------
 
     def accepts(self, function: FunctionSpec) -> None:
-        """Any image but `host`; UnavailableError ENGINE_UNAVAILABLE while the engine is known to be away."""
+        """Accept any image but `host`. Raises UnavailableError ENGINE_UNAVAILABLE while the engine is unavailable."""
         _refuse_host(function)
         if self.health:
             raise UnavailableError("ENGINE_UNAVAILABLE", self.health)
@@ -147,7 +147,7 @@ class EngineRuntime:
             raise InvalidArgumentError("BAD_INSTANCE_UID", "an instance uid is 1 to 128 of A-Z a-z 0-9 . _ -", uid=uid)
         _refuse_host(spec.instance.function)
         if uid in self._starting:
-            raise ConflictError("START_UNDER_WAY", "this instance is being started already", uid=uid)
+            raise ConflictError("START_UNDER_WAY", "this instance is already being started", uid=uid)
         self._starting.add(uid)
         try:
             await self._remove_earlier_attempt(uid)
@@ -156,7 +156,8 @@ class EngineRuntime:
             self._starting.discard(uid)
 
     async def _remove_earlier_attempt(self, uid: str) -> None:
-        """Destroy what an earlier attempt with this uid left. One without a bundle is met at the create, by name."""
+        """Destroy what an earlier attempt with this uid left. `create` finds a container without a bundle by its
+        name."""
         bundle = self._bundles.read(uid)
         if bundle and bundle.foreign:
             raise ConflictError(
@@ -166,7 +167,7 @@ class EngineRuntime:
             await self.destroy(bundle.container)
 
     async def _start(self, spec: StartSpec) -> Handle:
-        """Twice at most: what somebody removed or the engine can't do is put right once."""
+        """Try twice: recreate a missing network, or drop an unsupported disk limit, once."""
         function = spec.instance.function
         for attempt in (1, 2):
             await self._components.api.connect()
@@ -188,7 +189,7 @@ class EngineRuntime:
         try:
             await self._components.network.ensure()
             container_id = await self._containers.create(uid, config, devices)
-            if self._components.api.kind == "podman":  # Docker's enable_icc shuts a port from its first moment on
+            if self._components.api.kind == "podman":  # Docker isolates a port from the beginning (enable_icc)
                 await self._containers.initialize(container_id)
                 await self._components.network.isolate_ports()
             await self._containers.start(container_id)
@@ -198,7 +199,7 @@ class EngineRuntime:
             raise
 
     async def _adopt(self, origin: Origin, container_id: str) -> Handle:
-        """Identify, fence off and record a container that was just started."""
+        """Identify, isolate and record a container that was just started."""
         inspected = await self._containers.inspect(container_id)
         found = identify(inspected, self._boot_id)
         if found is None:
@@ -238,16 +239,16 @@ class EngineRuntime:
         return tail.decode(errors="replace").strip() or "(none)"
 
     async def _discard(self, uid: str) -> None:
-        """After a failed start: leave nothing. Never hides the error that led here."""
+        """Remove everything after a failed start. Never hides the error that led here."""
         self._exits.forget(uid)
         try:
             async with asyncio.timeout(DISCARD_DEADLINE_S):
                 await self._containers.remove_by_name(uid)
                 await asyncio.to_thread(self._bundles.remove, uid)
-        except (HibernodeError, OSError) as error:  # TimeoutError is one; a later listing removes what stays
+        except (HibernodeError, OSError) as error:  # includes TimeoutError; `list_handles` removes what remains
             log.error("runtime.discard_failed", uid=uid, error=str(error))
 
-    # ---- its end ----------------------------------------------------------------------------------------------
+    # ---- end --------------------------------------------------------------------------------------------------
 
     async def wait(self, handle: Handle) -> Exit:
         if handle.process in self._known_exits:
@@ -264,7 +265,7 @@ class EngineRuntime:
         return process_table.is_alive(handle.process, self._boot_id)
 
     async def terminate(self, handle: Handle) -> None:
-        """The image's STOPSIGNAL, else SIGTERM, by the kernel alone."""
+        """Send the image's STOPSIGNAL, else SIGTERM, without the engine."""
         bundle = self._bundles.read(handle.uid)
         number = bundle.stop_signal if bundle and bundle.container == handle else 0
         process_table.send_signal(handle.process, self._boot_id, signal.Signals(number or signal.SIGTERM))
@@ -275,7 +276,7 @@ class EngineRuntime:
 
         async def empty() -> None:
             if process_table.is_alive(handle.process, self._boot_id):
-                cgroup_v1_freezer.thaw(handle.process.pid)  # SIGKILL is under way: nothing of its code runs any more
+                cgroup_v1_freezer.thaw(handle.process.pid)  # SIGKILL is pending: none of its code runs again
             await cgroup.kill(Path(handle.cgroup), deadline_s)
 
         await self._exits.kill(handle, empty, deadline_s)
@@ -284,13 +285,13 @@ class EngineRuntime:
         await self._exits.kill_processes(handle, pids, lambda: self.pids(handle))
 
     def _superseded(self, handle: Handle) -> bool:
-        """Has the uid been started again since? Then bundle and name are the successor's."""
+        """Whether the uid was started again since: bundle and name then belong to the new container."""
         bundle = self._bundles.read(handle.uid)
         return bundle is not None and bundle.handle is not None and bundle.handle.process != handle.process
 
     async def destroy(self, handle: Handle) -> None:
-        """Raises UnavailableError ENGINE_UNAVAILABLE while the engine is away: the bundle stays, so that it is listed
-        and destroyed later."""
+        """Raises UnavailableError ENGINE_UNAVAILABLE while the engine is down; the bundle stays, so a later listing
+        finds it."""
         if self._superseded(handle):
             return
         await self.kill(handle, KILL_DEADLINE_S)
@@ -302,31 +303,31 @@ class EngineRuntime:
         await asyncio.to_thread(self._components.files.prune, {bundle.uid for bundle in self._bundles.all()})
 
     async def _keep_log(self, handle: Handle) -> None:
-        """The end of its log outlives it; that it can't be had must not keep the container."""
+        """Save the end of the log. Other than an unavailable engine, no failure stops the removal of the container."""
         try:
             async with asyncio.timeout(KEEP_LOG_DEADLINE_S):
                 tail = await self._components.logs.read(handle.container_id, KEPT_LOG_BYTES)
                 if tail:
                     await asyncio.to_thread(self._components.files.keep, handle.uid, tail)
         except UnavailableError:
-            raise  # the removal that follows would fail as well, and the log with it
+            raise  # the removal would fail too, and the log be lost
         except EngineError as error:
             if not error.not_found:
                 log.warning("runtime.log_lost", uid=handle.uid, error=str(error))
-        except (HibernodeError, OSError) as error:  # TimeoutError is one
+        except (HibernodeError, OSError) as error:  # includes TimeoutError
             log.warning("runtime.log_lost", uid=handle.uid, error=str(error))
 
-    # ---- looking ----------------------------------------------------------------------------------------------
+    # ---- listing ----------------------------------------------------------------------------------------------
 
     async def list_handles(self) -> Sequence[Handle]:
-        """Every recorded container, ended ones too (`alive` tells), and those that run without a record. Others are
-        removed and logged as `runtime.orphan_removed`. While the engine is away: the recorded ones."""
+        """Every recorded container, including ended ones (see `alive`), and running ones without a record. Removes all
+        others, logged as `runtime.orphan_removed`. While the engine is down: the recorded ones."""
         try:
             listed = await self._containers.list()
         except HibernodeError as error:
             log.warning("runtime.listed_without_engine", error=str(error))
             listed = []
-        # After the answer, for a start may have ended while it was under way.
+        # Read after the engine's answer: a start may have ended meanwhile.
         found = [bundle for bundle in self._bundles.all() if bundle.uid not in self._starting]
         handles = {bundle.uid: bundle.container for bundle in found if bundle.container}
         for container in listed:
@@ -335,7 +336,7 @@ class EngineRuntime:
         return [handles[uid] for uid in sorted(handles)]
 
     async def _unrecorded(self, container: ListedContainer) -> Handle | None:
-        """The handle of a container that runs without a record of it; it has one from now on."""
+        """Record a running container that has no bundle and return its handle; remove one that has ended."""
         bundle = self._bundles.read(container.uid)
         recorded = bundle.container if bundle else None
         if container.uid in self._starting or (recorded and recorded.container_id == container.id):
@@ -360,10 +361,10 @@ class EngineRuntime:
             return []
         return cgroup.procs(Path(handle.cgroup))
 
-    # ---- inside -----------------------------------------------------------------------------------------------
+    # ---- logs and exec ----------------------------------------------------------------------------------------
 
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
-        """What the engine has of it, else what was kept when it was destroyed."""
+        """The engine's log, or the end that was saved when the container was destroyed."""
         if not self._is_current(handle):
             return await asyncio.to_thread(self._components.files.read, Path(handle.log_path), tail_bytes)
         try:

@@ -56,7 +56,7 @@ def test_the_choice(setting: str, engine: EngineFacts, spec: frozenset[str], exp
         ("cdi", OLD_DOCKER, SPEC, "upgrade to Docker 25 or newer, or set gpu.attach: nvidia-runtime"),
         ("cdi", DOCKER_WITHOUT, SPEC, '{"features": {"cdi": true}} into /etc/docker/daemon.json'),
         ("cdi", CDI_DOCKER, NONE, "nvidia-ctk cdi generate --device-name-strategy=uuid"),
-        ("cdi", CDI_DOCKER, frozenset({GPU_B}), f"do not name {GPU_A}; make them anew: nvidia-ctk cdi generate"),
+        ("cdi", CDI_DOCKER, frozenset({GPU_B}), f"do not name {GPU_A}; create them again: nvidia-ctk cdi generate"),
         ("auto", OLD_PODMAN, NONE, "nvidia-ctk cdi generate"),
         ("nvidia-runtime", NEW_PODMAN, SPEC, "set gpu.attach: cdi"),
     ],

@@ -219,7 +219,7 @@ async def test_closing_ends_pulls_and_tells_who_waited() -> None:
 async def test_a_pull_that_brings_nothing_is_given_up() -> None:
     engine = ScriptedEngine()
     engine.gate.clear()
-    with pytest.raises(InstanceError, match=r"nothing more came .*can this node reach its registry\?") as caught:
+    with pytest.raises(InstanceError, match=r"no more data arrived .*can this node reach its registry\?") as caught:
         await images(engine, stall_s=0.05).ensure(OCR)
     assert caught.value.reason == "IMAGE_PULL_FAILED"
     assert engine.running == 0
@@ -240,7 +240,7 @@ async def test_a_pull_that_ends_without_the_image() -> None:
             return await super().inspect(name)
 
     engine = Forgetful()
-    with pytest.raises(InstanceError, match="the image is not here"):
+    with pytest.raises(InstanceError, match="the image is missing"):
         await images(engine).ensure(OCR)
 
 
@@ -348,7 +348,7 @@ async def test_a_credential_helper_is_not_asked_and_the_refusal_says_so(
     file = tmp_path / "config.json"
     file.write_text(json.dumps(document))
     engine = ScriptedEngine(script=[EngineError(500, "unauthorized")])
-    with pytest.raises(InstanceError, match=r"the credential helper that .* names is not asked"):
+    with pytest.raises(InstanceError, match=r"the credential helper named in .* is not run"):
         await images(engine, auth_files=(file,)).ensure("r.example/ocr")
 
 

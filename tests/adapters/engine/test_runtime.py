@@ -127,7 +127,7 @@ async def test_a_network_that_somebody_removed_is_made_again(rig: EngineRig) -> 
 
 async def test_a_network_of_somebody_else_is_not_ours(rig: EngineRig) -> None:
     rig.engine.networks[rig.network.name] = {"Name": rig.network.name, "Id": rig.network.name, "Labels": {}}
-    assert "not ours" in (await refused(rig, "NETWORK_FAILED")).message
+    assert "belongs to another owner" in (await refused(rig, "NETWORK_FAILED")).message
 
 
 async def test_two_starts_of_one_uid_at_once_are_refused(rig: EngineRig) -> None:
@@ -150,7 +150,7 @@ async def test_a_container_left_by_an_earlier_attempt_is_replaced(rig: EngineRig
 
 async def test_a_name_that_is_somebody_elses_is_left_alone(rig: EngineRig) -> None:
     theirs = rig.engine.make("hibernode-resize-a", {STATE_LABEL: "another"}, "/bin/sleep", "1000")
-    with pytest.raises(InstanceError, match="somebody else's container is named hibernode-resize-a"):
+    with pytest.raises(InstanceError, match="another owner's container is named hibernode-resize-a"):
         await rig.runtime.start(rig.spec("resize-a"))
     assert list(rig.engine.containers) == [theirs.id]
 

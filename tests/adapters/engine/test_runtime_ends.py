@@ -204,7 +204,7 @@ async def test_a_handle_of_before_harms_nobody(rig: EngineRig) -> None:
         (
             {"ExitCode": 1, "OOMKilled": True},
             Signs(),
-            Exit(1, oom_killed=True, message="exited with code 1, after the OOM killer took a process of it"),
+            Exit(1, oom_killed=True, message="exited with code 1, after the OOM killer killed one of its processes"),
         ),
         ({"ExitCode": 0, "OOMKilled": True}, Signs(), Exit(0, message="exited with code 0")),
     ],
