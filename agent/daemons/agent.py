@@ -1,8 +1,8 @@
-"""The agent daemon's composition root: builds everything, in order, and takes it down in reverse.
+"""Composition root of the agent daemon: builds every component in order and closes them in reverse.
 
-`python -m agent.daemons.agent --config FILE` (or `hibernode agent --config FILE`). Its life: lock the state
-directory and the GPUs, open the store, bind, recover, say READY, serve, and on SIGTERM leave: health NOT_SERVING,
-requests inside end, instances stay.
+`python -m agent.daemons.agent --config FILE` (or `hibernode agent --config FILE`). It locks the state directory and the
+GPUs, opens the store, binds, recovers, reports READY and serves. On SIGTERM: health NOT_SERVING, running requests
+finish, instances stay.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ from agent.wire.tokens import Principal, Role, TokenTable
 GRACE_S = 30.0
 GRPC_GRACE_S = 2.0
 LAME_DUCK_S = 0.1
-"""So long requests are refused before their connections close: who is on the way is told to go elsewhere, which a
-closed connection cannot say. By then the scheduler, whose load stream has ended, sends no more."""
+"""Requests are refused for this long before their connections close: a refusal sends a request to another node, a
+closed connection does not. By then the load stream has ended, so the scheduler sends no more."""
 LEAVE_S = 120.0
-"""At most, for all that follows once the instances were asked to end: kills, cleaning up, the last windows."""
+"""Upper bound for the work after the stop of all instances: kills, clean-up, the last usage windows."""
 GATEWAY_HEADER_ROOM_BYTES = 4096
 
 
 class AgentDaemon:
-    """Everything that lives as long as the daemon. `run` returns after a clean stop."""
+    """Owns everything that lives as long as the daemon. `run` returns after a clean stop."""
 
     def __init__(self, config: AgentConfig, stack: AsyncExitStack) -> None:
         self._config = config
@@ -94,13 +94,13 @@ class AgentDaemon:
         self.boot_id = process_table.boot_id()
         self.state = stack.enter_context(StateDir(Path(config.state_dir), passable=True))
         own = ensure_token(config.token_path)
-        # The scheduler calls its node with the credential that the node calls it with (DESIGN section 10).
+        # The scheduler and its node call each other with the same credential (agent/docs/design.md).
         self.credential = read_token(Path(config.scheduler.token_file)) if config.scheduler is not None else own
         self.tokens = [own] if self.credential == own else [own, self.credential]
         self.name = config.node_name or platform.node()
 
     async def run(self) -> None:
-        """Build, recover, serve until told to stop."""
+        """Build, bind and recover; then serve until a signal."""
         await self._build()
         await self._bind()
         recovered = await Recovery(self.node, frozenset(self.node.desk.inventory)).run()
@@ -130,9 +130,10 @@ class AgentDaemon:
         finally:
             await self._leave()
 
-    # ---- building -------------------------------------------------------------------------------------------------
+    # ---- build ----------------------------------------------------------------------------------------------------
 
     async def _build(self) -> None:
+        """Build, in order: GPU survey, store and billing, runtimes, GPU layer, node, monitors, scheduler link."""
         config = self._config
         gpus = NvmlGpus()
         self._stack.push_async_callback(gpus.close)
@@ -192,7 +193,7 @@ class AgentDaemon:
         self.link = self._link()
 
     def _cordon(self, gpu_uuids: Sequence[str]) -> None:
-        """An operation survived SIGKILL in the driver: nothing new may use these GPUs."""
+        """Keep new work off these GPUs: a driver call survived SIGKILL."""
         self.node.desk.cordon(
             "", gpu_uuids, "DRIVER_STUCK: a driver call survived SIGKILL", source="driver", lasting=True
         )
@@ -212,7 +213,7 @@ class AgentDaemon:
         )
 
     def _vram_now(self) -> Mapping[str, int]:
-        """GPU memory of instances, as long as NVML answers."""
+        """GPU memory of each instance; empty while NVML does not answer."""
         return self.trespass.vram_bytes if self.watch.figures() else {}
 
     def _shell(self, memory: MemoryReservations) -> InstanceContext:
@@ -233,7 +234,7 @@ class AgentDaemon:
         )
 
     async def _survey_engine(self) -> None:
-        """What the node says of its container engine, anew."""
+        """Refresh what the node reports about its container engine."""
         config, uuids = self._config, [gpu.uuid for gpu in self.gpu.survey.gpus]
         survey = await survey_engine(self.engine_api, config.runtime, config.gpu, uuids)
         self.observer.engine_lines = tuple(engine_lines(survey))
@@ -265,10 +266,10 @@ class AgentDaemon:
         self.node.listeners.append(scheduler_link)
         return scheduler_link
 
-    # ---- serving --------------------------------------------------------------------------------------------------
+    # ---- serve ----------------------------------------------------------------------------------------------------
 
     async def _bind(self) -> None:
-        """Listen everywhere, answer nobody yet, and write down what was bound."""
+        """Listen on all addresses, admit no request yet, and record the bound addresses."""
         config = self._config
         self.ingress = Ingress(self.node, self.clock, self.tokens, self.request_ids)
         limits = Limits(
@@ -338,14 +339,16 @@ class AgentDaemon:
         )
 
     async def _become_ready(self) -> None:
+        """Store the settled billing of the time before the restart, then open ingress and gRPC."""
         self.billing.settle()
-        await self.billing.flush()  # the gap is on disk before anything new happens: another kill must not widen it
+        await self.billing.flush()  # on disk before new work: another kill must not widen the gap
         self.billing.start()
         self.ingress.open = self.observer.ready = True
         await self.grpc.set_serving(True)
 
     async def _leave(self) -> None:
-        """Requests inside end, those that wait are sent back to the gateway, instances stay (or end: `on_stop`)."""
+        """Finish running requests, refuse waiting ones (the gateway retries them), keep instances or stop them
+        (`on_stop`)."""
         self._log.info("agent.stopping", on_stop=self._config.on_stop)
         self.ingress.open = self.observer.ready = False
         self.ingress.leaving = True
@@ -373,12 +376,12 @@ def _billing(config: AgentConfig) -> BillingOptions:
 
 @contextmanager
 def _bind_errors(key: str, listen: ListenSettings) -> Iterator[None]:
-    """Raises UnavailableError BIND_FAILED for an address that can't be had."""
+    """Turn an OSError into UnavailableError BIND_FAILED."""
     try:
         yield
     except OSError as error:
         where = join(listen.host, listen.port)
-        text = f"cannot listen on {where} ({error.strerror or error}); stop what does, or set another {key}.port"
+        text = f"cannot listen on {where} ({error.strerror or error}); stop what uses it, or set another {key}.port"
         raise UnavailableError("BIND_FAILED", text) from error
 
 
