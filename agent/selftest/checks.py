@@ -1,4 +1,4 @@
-"""What must be there before a selftest touches a GPU, one line each; and the GPU and checkpointers it will use."""
+"""Checks the preconditions of a selftest, one line each, and chooses its GPU and checkpointers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from agent.ports import DriverInfo, Gpus
 from agent.settings import GpuSettings
 
 PINNED_CHUNK = 256 * MIB
-"""The pinned copy's buffer: large enough for full speed, and no second image."""
+"""Buffer of the pinned copy: large enough for full speed, small beside the image."""
 
 CONTEXT_BYTES = GIB // 2
-"""What a CUDA context takes besides."""
+"""GPU memory of a CUDA context."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelftestPlan:
-    """What the user wants: `size_bytes` of memory frozen `runs` times on `gpu` (uuid or index, "" = any), by the
-    checkpointer that an agent with `settings` would use, and `against` another one ("" = none)."""
+    """The user's request: freeze `size_bytes` of memory `runs` times on `gpu` (uuid or index, "" = any) with the
+    checkpointer of an agent with `settings`, and with `against` ("" = no other)."""
 
     settings: GpuSettings
     size_bytes: int
@@ -40,8 +40,8 @@ class SelftestPlan:
 
 @dataclass(slots=True)
 class HostFindings:
-    """What was found. `gpu` is None and the rest unusable where a line says FAIL. `checkpointers`: by its name, what the agent
-    makes a checkpointer of; its own choice first."""
+    """Results of the checks. A FAIL line means that `gpu` and `checkpointers` are unusable. `checkpointers`: the inputs
+    of `choose` by checkpointer name, the agent's own first."""
 
     lines: list[CapabilityLine] = field(default_factory=list)
     driver: DriverInfo | None = None
@@ -57,7 +57,7 @@ class HostFindings:
 
 
 async def check_preconditions(plan: SelftestPlan, gpus: Gpus, locks: GpuLocks) -> HostFindings:
-    """Look at everything, so that all that is missing is said at once. Takes the GPU's lock."""
+    """Run every check, so that all problems are reported at once. Locks the GPU."""
     survey = await look_at_gpus(gpus)
     capabilities = find_capabilities(host_facts(survey, plan.settings))
     findings = HostFindings([line for line in capabilities.lines if line.name != "migration"], survey.driver)
@@ -71,7 +71,7 @@ async def check_preconditions(plan: SelftestPlan, gpus: Gpus, locks: GpuLocks) -
 
 
 async def _choose_gpu(findings: HostFindings, plan: SelftestPlan, inventory: Sequence[Gpu], gpus: Gpus) -> Gpu | None:
-    """The GPU asked for, or the one with the most free memory."""
+    """The requested GPU, or else the one with the most free memory."""
     named = [gpu for gpu in inventory if not plan.gpu or plan.gpu in (str(gpu.index), gpu.uuid)]
     if not named:
         if inventory:
@@ -94,7 +94,7 @@ async def _choose_gpu(findings: HostFindings, plan: SelftestPlan, inventory: Seq
         pids = ", ".join(str(process.pid) for process in others[:8])
         most = (room - CONTEXT_BYTES) / GIB
         less = [f"--gib {most:.1f} or less"] if most >= 0.1 else []
-        end = f"end what uses it (process {pids})" if others else "another --gpu"
+        end = f"end what uses it (processes {pids})" if others else "another --gpu"
         need = f"{plan.size_bytes / GIB:.2f}"
         findings.add("FAIL", "gpu memory", f"{text}; the test needs {need}", ", or ".join([*less, end]))
     else:
@@ -103,7 +103,7 @@ async def _choose_gpu(findings: HostFindings, plan: SelftestPlan, inventory: Seq
 
 
 def _lock(findings: HostFindings, locks: GpuLocks, gpu: Gpu) -> None:
-    """An agent must not lend the GPU meanwhile, nor start."""
+    """Keep an agent from starting or using the GPU during the test."""
     try:
         locks.take([gpu.uuid])
     except HibernodeError as error:
@@ -114,7 +114,7 @@ def _lock(findings: HostFindings, locks: GpuLocks, gpu: Gpu) -> None:
 
 
 def _check_host_memory(findings: HostFindings, plan: SelftestPlan) -> None:
-    """The image lies in host memory while the program is frozen."""
+    """Check host memory: it holds the image while the program is frozen."""
     reserve = plan.settings.host_memory_reserve_bytes
     need = plan.size_bytes + min(PINNED_CHUNK, plan.size_bytes)
     try:
@@ -122,7 +122,7 @@ def _check_host_memory(findings: HostFindings, plan: SelftestPlan) -> None:
     except HibernodeError as error:
         findings.add("FAIL", "host memory", error.message, "mount /proc")
         return
-    text = f"{available / GIB:.1f} GiB available, {reserve / GIB:.1f} of it kept for the host"
+    text = f"{available / GIB:.1f} GiB available, {reserve / GIB:.1f} of them reserved for the host"
     if available - reserve < need:
         most = max(0.0, (available - reserve - PINNED_CHUNK) / GIB)
         fix = f"--gib {most:.1f} or less, or free host memory" if most >= 0.1 else "free host memory"
@@ -134,17 +134,17 @@ def _check_host_memory(findings: HostFindings, plan: SelftestPlan) -> None:
 def _choose_checkpointers(
     findings: HostFindings, plan: SelftestPlan, survey: GpuSurvey, capabilities: Capabilities
 ) -> None:
-    """The agent's choice first; `against`, judged as the agent would judge it, beside it."""
+    """Choose the agent's own checkpointer, and `against` if the agent could use it."""
     own = capabilities.checkpointer
     findings.checkpointers = {own: (capabilities, plan.settings)} if own else {}
     if not plan.against or not own:
         return
     if plan.against == own:
         fix = "leave --against out"
-        findings.add("FAIL", "against", f"the agent would use the {own} here anyway: nothing to set beside it", fix)
+        findings.add("FAIL", "against", f"the agent would use the {own} here anyway: nothing to compare with", fix)
         return
     path = plan.settings.utility_path
-    if not os.path.exists(path):  # the agent does not need it here; an administrator may have it elsewhere
+    if not os.path.exists(path):  # the agent does not need it here; it may be installed elsewhere
         path = shutil.which("cuda-checkpoint") or path
     settings = msgspec.structs.replace(plan.settings, checkpointer="utility", utility_path=path)
     other = find_capabilities(host_facts(survey, settings))

@@ -1,4 +1,4 @@
-"""The rounds of a selftest: fill, freeze, wake, compare every byte, copy through pinned memory; all of it timed."""
+"""Runs the rounds of a selftest: fill, freeze, wake, compare every byte, copy through pinned memory; timed."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from agent.selftest.verdict import MEMORY_CHANGED, CycleFigures, PinnedCopy, Sel
 
 TOUCH_BASE_S = 60.0
 TOUCH_BYTES_PER_S = 100_000_000
-"""The slowest that the program may go through its memory once."""
+"""The slowest accepted rate of one pass over the memory."""
 
 OUT_OF_MEMORY = 2
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointerUnderTest:
-    """One checkpointer, under the freezer that the agent uses."""
+    """A checkpointer in the agent's own freezer."""
 
     freezer: CudaFreezer
     timed: TimedCheckpointer
 
 
 def touch_deadline_s(size_bytes: int) -> float:
-    """For one pass over the memory."""
+    """Deadline of one pass over the memory."""
     return TOUCH_BASE_S + size_bytes / TOUCH_BYTES_PER_S
 
 
 @dataclass(slots=True)
 class Rounds:
-    """`say(key, text)` tells of progress: "step" what begins, "done" what ended. Every method raises InstanceError for
-    what the host failed at, DeadlineError for what did not end."""
+    """`report(key, text)` receives progress: "step" at the start, "done" at the end of a step. Every method raises
+    InstanceError for a failure of the host and DeadlineError for a step that did not end."""
 
     plan: SelftestPlan
     gpu: Gpu
@@ -53,8 +53,8 @@ class Rounds:
     _fills: int = 0
 
     async def prepare(self) -> None:
-        """Memory, and proof that it holds without any freeze. PreconditionError GPU_MEMORY_SHORT."""
-        self.report("step", "making a CUDA context")
+        """Allocate memory and prove that it holds without a freeze. Raises PreconditionError GPU_MEMORY_SHORT."""
+        self.report("step", "creating a CUDA context")
         answer = await self.target.ask("allocate", touch_deadline_s(0), bytes=self.plan.size_bytes)
         if answer.get("code") == OUT_OF_MEMORY:
             raise PreconditionError(
@@ -66,7 +66,7 @@ class Rounds:
             raise InstanceError(
                 "GPU_MEMORY_UNSOUND",
                 f"memory differs although nothing was frozen: {wrong}",
-                fix="this GPU or its bus is not sound: look for XID and ECC errors (`dmesg`, `nvidia-smi -q -d ECC`)",
+                fix="this GPU or its bus is faulty: look for XID and ECC errors (`dmesg`, `nvidia-smi -q -d ECC`)",
             )
 
     async def _fill_and_verify(self) -> str:
@@ -74,21 +74,21 @@ class Rounds:
         return await self._verify("reading it back before any freeze")
 
     async def run_all(self) -> None:
-        """The warm-up and every run; with two checkpointers each goes first in turn."""
+        """Run the warm-up and every run; two checkpointers take turns at going first."""
         names = list(self.checkpointers)
         for number in range(self.plan.runs + 1):
             for name in names if number % 2 else reversed(names):
                 self.runs.append(await self.run_one(number, name))
 
     async def finish(self) -> None:
-        """A program that was restored can also free its memory and end, which not every driver survives
-        (NVIDIA/cuda-checkpoint issue 53). DeadlineError KILL_TIMEOUT."""
+        """Free the restored program's memory and end it, which not every driver survives (NVIDIA/cuda-checkpoint issue
+        53). Raises DeadlineError KILL_TIMEOUT."""
         self.report("step", "ending the CUDA program")
         _require_ok(await self.target.leave())
         await self.target.end()
 
     async def run_one(self, number: int, name: str) -> SelftestRun:
-        """One freeze and wake by `name`, compared."""
+        """Freeze and wake with `name`, then compare."""
         title = f"run {number} of {self.plan.runs}" if number else "warm-up"
         title = f"{title}, {name}"
         checkpointer = self.checkpointers[name]
@@ -136,13 +136,13 @@ class Rounds:
         )
 
     async def _fill(self, step: str) -> None:
-        """Other bytes each time: what an earlier checkpoint left must not pass for this one's."""
+        """Write different bytes each time, so data of an earlier checkpoint can't pass for this one's."""
         self._fills += 1
         self.report("step", step)
         _require_ok(await self.target.ask("fill", touch_deadline_s(self.plan.size_bytes), round=self._fills))
 
     async def _verify(self, step: str) -> str:
-        """What is wrong with the memory, "" if nothing."""
+        """The first difference in the memory, "" if none."""
         self.report("step", step)
         answer = _require_ok(await self.target.ask("verify", touch_deadline_s(self.plan.size_bytes), round=self._fills))
         if not answer["wrong_pages"]:
@@ -173,6 +173,6 @@ def _require_ok(answer: dict[str, Any]) -> dict[str, Any]:
 
 def _require(result: FreezeResult, step: str) -> FreezeResult:
     if result.outcome is not Outcome.OK:
-        kind = "was refused and undone" if result.outcome is Outcome.REFUSED else "broke"
+        kind = "was refused and rolled back" if result.outcome is Outcome.REFUSED else "failed"
         raise InstanceError(result.reason, f"the {step} {kind}: {result.message}")
     return result

@@ -1,9 +1,8 @@
 """The selftest of a GPU host: `python -P -m agent.selftest.run`, started by `hibernode doctor --selftest`.
 
-A CUDA program of its own is frozen and woken by what the agent freezes and wakes instances with, and every byte of its
-memory is compared. On stdout one JSON object a line: {"begun": {"deadline_s", "cgroup"}}, {"step": text}, {"done":
-text}, and at the end {"report": {...}}, whose keys docs are in `report`. Ends itself when its stdin ends, on SIGTERM
-and on SIGINT; the program ends with it whatever happens, also by SIGKILL.
+Freezes and wakes a CUDA program with the agent's own components, and compares every byte of its memory. Prints one JSON
+object a line on stdout: {"begun": {"deadline_s", "cgroup"}}, {"step": text}, {"done": text}, and at the end {"report":
+{...}}. Ends when stdin ends, and on SIGTERM and SIGINT; the CUDA program always ends with it, even on SIGKILL.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from agent.selftest.verdict import Proof, SelftestRun, Verdict, ratios, summariz
 from agent.settings import AgentConfig, GpuSettings
 
 START_S = 180.0
-"""For everything before the first round."""
+"""Allowance for everything before the first round."""
 
 _SUBJECTS = {
     Proof.MEMORY_CHANGED: "memory",
@@ -54,11 +53,11 @@ _SUBJECTS = {
     Proof.TIMED_OUT: "freeze, wake",
     Proof.NOT_RUN: "start",
 }
-"""What a check that fails during the test is called."""
+"""Name of the check that fails during the test."""
 
 
 class Selftest:
-    """One selftest. `run` gives the report; whatever it made is gone when `stack` is closed."""
+    """One selftest. `run` returns the report; closing `stack` removes everything it created."""
 
     def __init__(self, plan: SelftestPlan, stack: AsyncExitStack) -> None:
         self._plan = plan
@@ -70,7 +69,7 @@ class Selftest:
         self._rounds: Rounds | None = None
 
     async def run(self) -> dict[str, Any]:
-        """Look, test, judge. Only a cancellation comes through."""
+        """Check, test and judge. Raises only CancelledError."""
         limits = freezer_limits(self._plan.settings)
         deadline_s = self._deadline_s(limits)
         try:
@@ -90,7 +89,7 @@ class Selftest:
         self._stack.push_async_callback(gpus.close)
         locks = GpuLocks()
         self._stack.callback(locks.release)
-        _emit("step", "looking at this host")
+        _emit("step", "checking this host")
         self._findings = findings = await check_preconditions(self._plan, gpus, locks)
         if findings.gpu is None or findings.failures:
             missing = "; ".join(f"{line.name}: {line.reason}" for line in findings.failures)
@@ -105,7 +104,7 @@ class Selftest:
         return Verdict(Proof.PROVED)
 
     async def _build(self, gpu: Gpu, gpus: NvmlGpus, limits: FreezerLimits, deadline_s: float) -> Rounds:
-        """The agent's own parts, with clocks between them."""
+        """Build the agent's own components with timers in between."""
         location = find_location(self._boot_id)
         cgroups = TimedProcessFreezer(choose_freezer(location.slice_, SLICE_NAME, self._boot_id), self._clock)
         self._freezer_name = cgroups.name
@@ -139,13 +138,13 @@ class Selftest:
         return checkpointer
 
     def _check_headroom(self, rounds: Rounds) -> None:
-        """The image is charged to the program's memory cgroup: over its limit the kernel would kill it."""
+        """Check the program's memory cgroup, which pays for the image: over its limit the kernel would kill it."""
         headroom = ProcHostMemory().headroom_bytes(rounds.target.handle)
         if headroom is not None and headroom < self._plan.size_bytes:
             raise PreconditionError(
                 "HOST_MEMORY_SHORT",
                 f"the memory limit of this command's cgroup leaves {headroom / GIB:.2f} GiB",
-                fix="a smaller --gib, or run it outside of that limit (a login as root, not a container)",
+                fix="a smaller --gib, or run it outside that limit (in a root login, not a container)",
             )
 
     def _add_result_lines(self, rounds: Rounds) -> None:
@@ -167,17 +166,17 @@ class Selftest:
             failure for checkpointer in rounds.checkpointers.values() for failure in checkpointer.timed.failures
         ]
         if failures:
-            text = f"{len(failures)} driver calls failed and were made good; the first: {failures[0]}"
+            text = f"{len(failures)} driver calls failed and were recovered; the first: {failures[0]}"
             findings.add("WARN", "driver calls", text, "look at `dmesg` for XID errors; run it again with more --runs")
         least = min(run.figures.released_bytes for run in rounds.runs)
         if least < size * 0.9:
-            fix = "did another program take memory meanwhile? If not, instances would not fit that share this GPU"
+            fix = "did another program take memory meanwhile? If not, instances that share this GPU would not fit"
             findings.add("WARN", "given back", f"NVML saw only {least / GIB:.2f} GiB more free while frozen", fix)
         else:
             findings.add("OK", "given back", f"{least / GIB:.2f} GiB more free on the GPU while frozen, by NVML")
 
     def _deadline_s(self, limits: FreezerLimits) -> float:
-        """The sum of what each step may take: never met, unless a step forgets its own."""
+        """The sum of all step deadlines; only reached if a step misses its own."""
         size = self._plan.size_bytes
         copy_s = limits.copy_base_s + size / limits.copy_bytes_per_s
         freeze_and_wake = 2 * (copy_s + limits.settle_s) + limits.lock_timeout_s + limits.vram_gone_s
@@ -187,7 +186,7 @@ class Selftest:
         )  # fmt: skip
 
     def _report(self, verdict: Verdict) -> dict[str, Any]:
-        """Keys: `hibernode doctor --selftest --help` names them."""
+        """The report, with the keys listed by `hibernode doctor --selftest --help`."""
         findings, runs = self._findings, self._rounds.runs if self._rounds else []
         summary: dict[str, Any] = {
             name: {key: asdict(spread) for key, spread in spreads.items()} for name, spreads in summarize(runs).items()
@@ -222,7 +221,7 @@ def _describe(gpu: Gpu) -> dict[str, Any]:
 
 
 def _flat(run: SelftestRun) -> dict[str, Any]:
-    """A run that is in the list was compared, and nothing had changed."""
+    """A run in the list was compared and found equal."""
     return {
         "run": run.run,
         "counted": run.counted,
@@ -238,13 +237,13 @@ def _emit(key: str, value: object) -> None:
 
 
 async def _main(plan: SelftestPlan) -> None:
-    """Run until done or told to stop; what was made is taken down in both cases."""
+    """Run until done or cancelled; both remove everything created."""
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         test = asyncio.ensure_future(Selftest(plan, stack).run())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, test.cancel)
-        with suppress(OSError):  # no pipe, a file or nothing: nobody to outlive
+        with suppress(OSError):  # stdin is no pipe
             loop.add_reader(0, _watch_stdin, test)
         try:
             report = await test
@@ -257,16 +256,15 @@ async def _main(plan: SelftestPlan) -> None:
 
 
 def _watch_stdin(test: asyncio.Future[Any]) -> None:
-    """Whoever started us holds the other end: it ended."""
+    """Cancel at end of stdin: the parent process has ended."""
     if not os.read(0, 4096):
         asyncio.get_running_loop().remove_reader(0)
         test.cancel()
 
 
 def main() -> None:
-    """Parse, run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, help="the agent's; default: its defaults")
+    parser.add_argument("--config", type=Path, help="the agent's configuration; default: its defaults")
     parser.add_argument("--size-bytes", type=int, required=True)
     parser.add_argument("--runs", type=int, required=True)
     parser.add_argument("--gpu", default="")
@@ -280,7 +278,7 @@ def main() -> None:
         sys.exit(exit_of(error))
     try:
         uvloop.run(_main(SelftestPlan(settings, found.size_bytes, found.runs, found.gpu, found.against)))
-    except BrokenPipeError:  # whoever asked is gone
+    except BrokenPipeError:  # the reader is gone
         os._exit(1)
 
 

@@ -1,6 +1,6 @@
-"""The selftest's CUDA program, seen from its parent: started in a cgroup of its own, asked, and ended whatever happens.
+"""Runs the selftest's CUDA program from its parent: start in a cgroup, send verbs, always end.
 
-It is treated as an instance is: the same kind of cgroup, the same handle, the same SIGSTOP fall-back.
+The program is treated like an instance: same kind of cgroup, same handle, same SIGSTOP fallback.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from agent.core.types import Handle, ProcessId
 
 TARGET_SCRIPT = Path(__file__).with_name("target.py")
 SLICE_NAME = "selftest"
-"""In location of a state directory's UUID: all selftests share the cgroup `hibernode-selftest`, so that one finds what
-another that was killed with all its kin left there."""
+"""Replaces the state directory's UUID: all selftests share cgroup `hibernode-selftest`, so each one can remove what a
+killed one left there."""
 
 START_DEADLINE_S = 30.0
 QUIT_DEADLINE_S = 20.0
@@ -34,7 +34,7 @@ MAX_MESSAGE_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class TargetLocation:
-    """Where the program lives. `slice_` None: no cgroup can be written, its processes are stopped by signals."""
+    """Location of the program. `slice_` None: no cgroup is writable, so its processes are stopped by signals."""
 
     slice_: cgroup.CgroupSlice | None
     uid: str
@@ -42,19 +42,18 @@ class TargetLocation:
 
     @property
     def path(self) -> Path | None:
-        """Its cgroup."""
         return self.slice_.path_of(self.uid) if self.slice_ else None
 
 
 def find_location(boot_id: str) -> TargetLocation:
-    """A location for this process's program; what earlier selftests left behind is removed."""
+    """The location for this process's program. Removes what earlier selftests left."""
     slice_ = cgroup.open_slice(SLICE_NAME)
     own = process_table.identify(os.getpid(), boot_id)
     assert own is not None
     if slice_ is not None:
         for uid in slice_.uids():
             if not _has_owner(uid, boot_id):
-                with suppress(OSError):  # an empty one; one with a process in it is not parent_end to end
+                with suppress(OSError):  # only empty ones: a process in it is not ours to end
                     slice_.path_of(uid).rmdir()
     return TargetLocation(slice_, f"{own.pid}-{own.start_time}", boot_id)
 
@@ -73,7 +72,7 @@ def _create_cgroup(location: TargetLocation) -> None:
             if location.slice_ is not None:
                 location.slice_.create(location.uid)
             return
-        except OSError as error:  # ENOENT: another selftest that ended took the empty parent away
+        except OSError as error:  # ENOENT: another selftest has just removed the empty parent
             if attempt == 2 or not isinstance(error, FileNotFoundError):
                 raise UnavailableError(
                     "CGROUP_UNUSABLE", f"no cgroup can be made at {location.path}: {error}"
@@ -81,7 +80,7 @@ def _create_cgroup(location: TargetLocation) -> None:
 
 
 class SelftestProcess:
-    """The running program. Use `start`; then `ask`; then `end`, always."""
+    """The running program. Call `start`, then `ask`, and always `end`."""
 
     def __init__(self, location: TargetLocation, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
         self._location = location
@@ -90,16 +89,15 @@ class SelftestProcess:
         self._loop = asyncio.get_running_loop()
         self._mark = instance_mark(SLICE_NAME, location.uid)
         identity = process_table.identify(process.pid, location.boot_id)
-        assert identity is not None  # it is our child and nobody has waited for it
+        assert identity is not None  # an unreaped child keeps its pid
         self.handle = Handle(location.uid, identity, "127.0.0.1", 0, cgroup=str(location.path or ""))
 
     @classmethod
     async def start(cls, location: TargetLocation, gpu_uuid: str) -> SelftestProcess:
-        """Start it on one GPU, from the loop's thread (PDEATHSIG follows the thread that spawns).
+        """Start the program on one GPU. Call from the loop's thread: PDEATHSIG follows the spawning thread.
 
         Raises InstanceError SELFTEST_TARGET_ENDED, DeadlineError SELFTEST_TIMEOUT, UnavailableError CGROUP_UNUSABLE.
-        Leaves nothing behind on failure.
-        """
+        Leaves nothing behind on failure."""
         _create_cgroup(location)
         parent_end, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent_end.setblocking(False)
@@ -133,10 +131,9 @@ class SelftestProcess:
         return [stat.pid for stat in process_table.members(handle.process, self._location.boot_id, self._mark)]
 
     async def ask(self, verb: str, deadline_s: float, **arguments: object) -> dict[str, Any]:
-        """One verb of `selftest_target.py`; its answer, in which "error" tells of a failed CUDA call.
+        """Send one verb of `target.py` and return its answer; "error" in it reports a failed CUDA call.
 
-        Raises InstanceError SELFTEST_TARGET_ENDED, DeadlineError SELFTEST_TIMEOUT.
-        """
+        Raises InstanceError SELFTEST_TARGET_ENDED, DeadlineError SELFTEST_TIMEOUT."""
         try:
             self._channel.send(json.dumps({"do": verb, **arguments}).encode())
         except OSError as error:
@@ -165,17 +162,17 @@ class SelftestProcess:
         return InstanceError("SELFTEST_TARGET_ENDED", f"the CUDA program {how} during `{verb}`")
 
     async def leave(self) -> dict[str, Any]:
-        """It frees its memory and ends by itself; its answer as of `ask`. Raises what `ask` raises; `end` it after."""
+        """Let the program free its memory and exit; returns its answer. Raises what `ask` raises. Call `end`
+        afterwards."""
         answer = await self.ask("quit", QUIT_DEADLINE_S)
         if not await cgroup.reread(lambda: self._process.poll() is not None, QUIT_DEADLINE_S):
             raise DeadlineError("SELFTEST_TIMEOUT", f"the CUDA program did not end within {QUIT_DEADLINE_S:.0f} s")
         return answer
 
     async def end(self) -> None:
-        """Kill it, if it has not left, and remove its cgroup. Idempotent.
+        """Kill the program if it still runs, and remove its cgroup. Idempotent.
 
-        Raises DeadlineError KILL_TIMEOUT: it survives SIGKILL.
-        """
+        Raises DeadlineError KILL_TIMEOUT if it survives SIGKILL."""
         self._channel.close()
         self._process.kill()
         if self._location.slice_ is not None and self._location.path is not None:

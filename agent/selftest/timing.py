@@ -1,6 +1,6 @@
-"""What the steps of a freeze and a wake take: a checkpointer and a process freezer that keep the time of another one.
+"""Times the steps of a freeze and a wake by wrapping the checkpointer and the process freezer.
 
-They stand between the freezer and the real ones, so what is measured is the production path itself.
+The wrappers sit between the freezer and the real ones, so the production path itself is measured.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ MAX_FAILURES = 100
 
 
 class TimedCheckpointer:
-    """`agent.ports.Checkpointer`: adds up the time inside the driver's calls, by operation. `failures` tells of calls
-    that failed, also where the freezer made it good: a wake that succeeds at the second attempt is worth knowing."""
+    """A `Checkpointer` that adds up the time inside the driver's calls by operation. `failures`: failed calls,
+    including those that the freezer recovered from."""
 
     def __init__(self, inner: Checkpointer) -> None:
         self._inner = inner
@@ -34,12 +34,12 @@ class TimedCheckpointer:
         return reply
 
     def pop_ns(self, op: CudaOp) -> int:
-        """The time since it was last asked for."""
+        """The time since the last call for `op`."""
         return self._taken_us.pop(op, 0) * 1000
 
 
 class TimedProcessFreezer:
-    """`ProcessFreezer`: remembers how long the last freeze and the last thaw took."""
+    """A `ProcessFreezer` that records the duration of the last freeze and thaw."""
 
     def __init__(self, inner: ProcessFreezer, clock: Clock) -> None:
         self._inner = inner
