@@ -1,4 +1,4 @@
-"""Which ranges of a device's memory are free: first fit from the lowest address, neighbours merged."""
+"""Tracks the free ranges of a device's memory: first fit from the lowest address, neighbours merged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import bisect_left
 
 
 class FreeRanges:
-    """Pure bookkeeping in bytes. The lowest addresses are used first: their pages are paid for already."""
+    """Pure bookkeeping in bytes. Prefers the lowest addresses, whose pages already exist."""
 
     def __init__(self, total_bytes: int) -> None:
         self._starts = [0]
@@ -30,7 +30,7 @@ class FreeRanges:
         self._ends[index : index + 1] = [high for _, high in kept]
 
     def free(self, offset: int, length: int) -> None:
-        """Return a range taken before."""
+        """Free a range allocated before."""
         index = bisect_left(self._starts, offset)
         start, end = offset, offset + length
         low, high = index, index
