@@ -47,8 +47,8 @@ from agent.daemons.gpu_layer import HostView, open_gpu_layer, survey_gpus
 from agent.daemons.process import daemon_main, run_until_signal
 from agent.host.billing.billing import Billing, BillingOptions
 from agent.host.billing.pruning import LedgerPruner
+from agent.host.gpus.gpu_isolation import GpuIsolation
 from agent.host.gpus.monitor import GpuMonitor
-from agent.host.gpus.trespass import GpuIsolation
 from agent.host.ingress.ingress import FULL, Ingress
 from agent.host.instance.context import InstanceContext
 from agent.host.instance.events import EventLog
@@ -103,7 +103,7 @@ class AgentDaemon:
         """Build, bind and recover; then serve until a signal."""
         await self._build()
         await self._bind()
-        recovered = await Recovery(self.node, frozenset(self.node.desk.inventory)).run()
+        recovered = await Recovery(self.node, frozenset(self.node.broker.inventory)).run()
         await self._become_ready()
         self._log.info(
             "agent.ready",
@@ -169,14 +169,11 @@ class AgentDaemon:
                 freeze_unavailable=self.gpu.unavailable,
             ),
             survey.gpus,
-            clock=self.clock,
+            self._context(memory),
             gpus=gpus,
-            memory=memory,
-            events=self.events,
             meters=self.billing,
             new_uid=lambda: f"i-{uuid.uuid4().hex[:20]}",
         )
-        self.node.shell = self._shell(memory)
         self.watch = self._gpu_monitor(gpus)
         reader = ProcUsageReader(self.boot_id)
         self._stack.callback(reader.close)
@@ -185,38 +182,38 @@ class AgentDaemon:
             self.node,
             self._identity(slice_),
             self.clock,
-            self.billing.totals,
-            self.watch.figures,
-            self.gauges,
-            self.billing.peak,
+            totals=self.billing.totals,
+            gpu_samples=self.watch.samples,
+            gauges=self.gauges,
+            peak=self.billing.peak,
         )
         self.link = self._link()
 
     def _cordon(self, gpu_uuids: Sequence[str]) -> None:
         """Keep new work off these GPUs: a driver call survived SIGKILL."""
-        self.node.desk.cordon(
+        self.node.broker.cordon(
             "", gpu_uuids, "DRIVER_STUCK: a driver call survived SIGKILL", source="driver", lasting=True
         )
 
     def _gpu_monitor(self, gpus: NvmlGpus) -> GpuMonitor:
         xid_events = NvmlEvents()
         self._stack.callback(xid_events.close)
-        self.trespass = GpuIsolation(gpus, self.runtime, self.node.desk, self.node.actors, self.events)
+        self.gpu_isolation = GpuIsolation(gpus, self.runtime, self.node.broker, self.node.actors, self.events)
         return GpuMonitor(
             gpus,
             xid_events,
-            self.node.desk,
+            self.node.broker,
             self.events,
             self.clock,
-            after_sample=self.trespass.look,
+            after_sample=self.gpu_isolation.check,
             persistence_is_off=self.gpu.checkpointer.persistence_is_off,
         )
 
     def _vram_now(self) -> Mapping[str, int]:
         """GPU memory of each instance; empty while NVML does not answer."""
-        return self.trespass.vram_bytes if self.watch.figures() else {}
+        return self.gpu_isolation.vram_bytes if self.watch.samples() else {}
 
-    def _shell(self, memory: MemoryReservations) -> InstanceContext:
+    def _context(self, memory: MemoryReservations) -> InstanceContext:
         runtime = self._config.runtime
         return InstanceContext(
             clock=self.clock,
@@ -339,8 +336,8 @@ class AgentDaemon:
         )
 
     async def _become_ready(self) -> None:
-        """Store the settled billing of the time before the restart, then open ingress and gRPC."""
-        self.billing.settle()
+        """Complete and store the billing of the time before the restart, then open ingress and gRPC."""
+        self.billing.complete_ended()
         await self.billing.flush()  # on disk before new work: another kill must not widen the gap
         self.billing.start()
         self.ingress.open = self.observer.ready = True

@@ -40,10 +40,9 @@ from agent.core.errors import ConfigError, HibernodeError, UnavailableError
 from agent.core.provisioning.autoscaling import Patience
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.daemons.process import daemon_main, run_until_signal, stand_by
-from agent.http.date_header import DateHeader
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
-from agent.http.server import BACKLOG, serve
+from agent.http.server import BACKLOG, DateHeader, serve
 from agent.log import get_logger
 from agent.scheduler.database.leader_lock import LeaderLock
 from agent.scheduler.database.store import Store
@@ -248,7 +247,7 @@ class SchedulerDaemon:
                 inherited=kept,
                 request_ids=self.request_ids,
                 on_fault=lambda error: self._log.error("gateway.fault", error=type(error).__name__, exc_info=error),
-                date_line=DateHeader(lambda: self.clock.wall_ns() // SECOND_NS),
+                date_header=DateHeader(lambda: self.clock.wall_ns() // SECOND_NS),
             )
             self._stack.push_async_callback(self.http.close, 0)
             self.gateway_address = join(config.gateway.host, self.http.port)

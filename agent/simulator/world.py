@@ -204,18 +204,18 @@ class World:
                 if op is ev.Operation.WAKE:
                     self.outcome.wakes += 1
                 self._later(self.at + takes, lambda: self._step(uid, ev.Succeeded(gen)))
-            case ev.Want(avoid):
+            case ev.RequestGpus(avoid):
                 self._ask_book(book_events.Ask(uid, avoid))
-            case ev.Withdraw():
+            case ev.WithdrawRequest():
                 self._ask_book(book_events.Leave(uid))
-            case ev.Release():
+            case ev.ReleaseGpus():
                 self._ask_book(book_events.Releasing(uid))
                 self._ask_book(book_events.Released(uid))
             case ev.OrderedFreezeRefused():
                 self._ask_book(book_events.FreezeRefused(uid))
-            case ev.Became(True, preemptible_at_ns):
+            case ev.ReportActivity(True, preemptible_at_ns):
                 self._ask_book(book_events.BecameIdle(uid, preemptible_at_ns))
-            case ev.Became():
+            case ev.ReportActivity():
                 self._ask_book(book_events.BecameBusy(uid))
             case ev.SetIdleTimer(gen, at_ns):
                 self._later(at_ns, lambda: self._step(uid, ev.IdleTimer(gen)))
@@ -338,9 +338,9 @@ class World:
         member.slots.done()
         member.meter.request_ended(self.at)
         self._grant(uid, member)
-        self._tell(LeaseEnded(number))
         if member.slots.in_flight == 0:
             self._step(uid, ev.LastRequestEnded())
+        self._tell(LeaseEnded(number))
 
 
 def _dispatcher(plan: SimulationPlan) -> Dispatching:

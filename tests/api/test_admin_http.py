@@ -102,7 +102,13 @@ async def test_metrics_of_gpus_are_in_base_units_and_what_is_unknown_has_none() 
             first: GpuSample(first, 1 << 30, sm_percent=0, temperature_celsius=41, power_milliwatts=61_500),
             second: GpuSample(second, error="GPU is lost", lost=True),
         }
-        observer = Observer(world.node, observer_of(world).identity, world.clock, world.billing.totals, lambda: figures)
+        observer = Observer(
+            world.node,
+            observer_of(world).identity,
+            world.clock,
+            totals=world.billing.totals,
+            gpu_samples=lambda: figures,
+        )
         health = AgentHealth(
             store_ok=True, pending_windows=0, merged_windows=0, unmatched_ends=0, scheduler_connected=None
         )

@@ -36,7 +36,7 @@ class Site:
     """An agent's API on a socket, and a caller."""
 
     world: World
-    desk: ExecSessions
+    execs: ExecSessions
     logs: InstanceLogs
     channel: DaemonChannel
 
@@ -58,17 +58,17 @@ async def a_site(folder: Path, **limits: int) -> AsyncIterator[Site]:
     async with a_world() as world:
         world.runtime.executes = True
         observer = observer_of(world)
-        desk = ExecSessions(world.node, world.runtime, world.events, world.clock)
+        execs = ExecSessions(world.node, world.runtime, world.events, world.clock)
         logs = InstanceLogs(world.runtime, **limits)
-        servicer = InstanceServicer(world.node, observer, world.events, world.clock, logs=logs, execs=desk)
+        servicer = InstanceServicer(world.node, observer, world.events, world.clock, logs=logs, execs=execs)
         server = GrpcServer(Services(instances=servicer), TokenTable([]))
         server.bind_unix(str(folder / "agent.sock"))
         await server.start()
         try:
             async with DaemonChannel(f"unix:{folder / 'agent.sock'}") as channel:
-                yield Site(world, desk, logs, channel)
+                yield Site(world, execs, logs, channel)
         finally:
-            await asyncio.gather(desk.close(), logs.close())
+            await asyncio.gather(execs.close(), logs.close())
             await server.stop(0)
 
 
@@ -135,7 +135,7 @@ async def test_a_caller_that_leaves_ends_the_command(tmp_path: Path) -> None:
         stream, session = await site.begun(actor)
         stream.close()
         await happened(session.closed)
-        assert not actor.instance.visited
+        assert not actor.instance.exec_active
 
 
 async def test_a_caller_that_says_no_more_has_no_more_input(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ async def test_a_command_that_does_not_read_holds_its_caller_up(tmp_path: Path) 
 async def test_the_agents_leave_is_told(tmp_path: Path) -> None:
     async with a_site(tmp_path) as site:
         stream, session = await site.begun(await site.world.running())
-        await site.desk.close()
+        await site.execs.close()
         assert session.closed.is_set()
         assert await refusal(stream) == "AGENT_STOPPING"
 
@@ -281,7 +281,7 @@ async def test_the_log_of_one_whose_image_is_pulled_is_followed_from_its_first_l
 
 
 async def test_followers_are_counted_and_their_places_come_back(tmp_path: Path) -> None:
-    async with a_site(tmp_path, most=2) as site:
+    async with a_site(tmp_path, max_followers=2) as site:
         actor = await site.world.running()
         site.world.runtime.print(actor.uid, b"hello\n")
         followers = [site.follow(actor.uid) for _ in range(2)]

@@ -26,7 +26,7 @@ S = InstanceState
 
 def observer_of(world: World) -> Observer:
     identity = NodeIdentity("n1", "boot", "0.1", 1, None, (), ("process",), 1, 0, 64 << 30)
-    observer = Observer(world.node, identity, world.clock, world.billing.totals)
+    observer = Observer(world.node, identity, world.clock, totals=world.billing.totals)
     observer.ready = True
     return observer
 

@@ -30,10 +30,18 @@ async def scraped(world: World) -> Scrape:
     """The agent's metrics, with figures for every GPU and readings for every instance."""
     reader = FakeInstanceReader({uid: InstanceReading(2 * SECOND_NS, GIB) for uid in world.node.actors})
     gauges = Gauges(reader, world.node.actors)
-    await gauges.look()
+    await gauges.poll()
     figures = {gpu.uuid: GpuSample(gpu.uuid, GIB, **GPU) for gpu in world.gpus.gpus}  # type: ignore[arg-type]
     identity, billing = observer_of(world).identity, world.billing
-    observer = Observer(world.node, identity, world.clock, billing.totals, lambda: figures, gauges, billing.peak)
+    observer = Observer(
+        world.node,
+        identity,
+        world.clock,
+        totals=billing.totals,
+        gpu_samples=lambda: figures,
+        gauges=gauges,
+        peak=billing.peak,
+    )
     return read_scrape(AgentMetrics(observer, lambda: HEALTHY).render().decode())
 
 

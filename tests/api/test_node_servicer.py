@@ -28,7 +28,7 @@ async def test_the_node_shows_holders_and_waiters() -> None:
         busy = await world.running()
         await enter(busy)
         waiter = await world.create()
-        await eventually(lambda: bool(world.node.desk.book.queue))
+        await eventually(lambda: bool(world.node.broker.allocator.queue))
         node = (await servicer_of(world).GetNode(pb.GetNodeRequest(), None)).node
         (gpu,) = node.gpus
         assert (list(gpu.holder_uids), list(gpu.waiter_uids)) == ([busy.uid], [waiter.uid])

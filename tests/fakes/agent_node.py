@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.core.errors import ConflictError, HibernodeError, NotFoundError
+from agent.http import hop_headers
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
 from agent.http.message import Header
@@ -40,29 +41,30 @@ class Received:
     body: bytes = b""
     woke: bool = False  # the instance slept, and woke for it
 
-    def get(self, name: str) -> str | None:
+    def get(self, name: str | bytes) -> str | None:
+        wanted = name.encode() if isinstance(name, str) else name
         for key, value in self.headers:
-            if key == name.encode():
+            if key == wanted:
                 return value.decode("latin-1")
         return None
 
     @property
     def uid(self) -> str:
-        return self.get("x-hibernode-instance") or ""
+        return self.get(hop_headers.INSTANCE) or ""
 
 
 # ---- what the ingress may do with a request -------------------------------------------------------------------
 
 
 async def echo(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
-    """Answer 200 with the body, the load header, and what a spiteful instance might add through a broken agent."""
-    received.body = await exchange.read_body(64 << 20)
+    """Answer 200 with the body, a header of the hop, and what a spiteful instance might add through a broken agent."""
+    received.body = await exchange.buffer_body(64 << 20) or b""
     headers = [
         (b"content-type", b"text/plain"),
-        (b"x-hibernode-load", b"0/1;RUNNING"),
+        (hop_headers.FREE_SLOTS, b"1"),
         (b"x-fc-request-id", b"not-yours"),
         (b"x-fc-status", b"200"),
-        *([(b"x-hibernode-wake-ms", WAKE_MS)] if received.woke else []),
+        *([(hop_headers.WAKE_MS, WAKE_MS)] if received.woke else []),
         *ingress.more_headers,
     ]
     await exchange.answer(200, headers, received.body or b"served by " + received.uid.encode())
@@ -72,14 +74,14 @@ def refuse(reason: str) -> Behaviour:
     """Answer as an agent whose gate is closed."""
 
     async def behave(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
-        await exchange.answer(503, [(b"x-hibernode-refused", reason.encode())], b"{}")
+        await exchange.answer(503, [(hop_headers.REFUSED, reason.encode())], b"{}")
 
     return behave
 
 
 async def vanish(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
     """Read the request, then die before an answer."""
-    received.body = await exchange.read_body(64 << 20)
+    received.body = await exchange.buffer_body(64 << 20) or b""
     exchange.abort()
 
 
@@ -110,7 +112,8 @@ def refuse_before_body(reason: str) -> Behaviour:
     """Refuse without reading the body: no 100 Continue was given."""
 
     async def behave(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
-        assert exchange.awaits_continue, "the gateway sent the body before it was asked to"
+        assert exchange.head.expect_continue
+        assert not exchange.body_done, "the gateway sent the body before it was asked to"
         await refuse(reason)(ingress, exchange, received)
 
     return behave
@@ -152,7 +155,7 @@ class FakeIngress:
     async def _handle(self, exchange: Exchange) -> None:
         head = exchange.head
         received = Received(head.method.decode(), head.target.decode(), list(head.headers))
-        if received.target == "/hibernode/wake" and received.get("x-hibernode-wake-hold-ms") is not None:
+        if received.target.encode() == hop_headers.WAKE_PATH and received.get(hop_headers.WAKE_HOLD_MS) is not None:
             await self._wake(exchange, received.uid)
             return
         exchange.on_gone(self.left.set)
@@ -174,9 +177,9 @@ class FakeIngress:
         try:
             await self.wake(uid)
         except HibernodeError as error:
-            await exchange.fail(error, "1-0-0-0", extra=[(b"x-hibernode-refused", error.reason.encode())])
+            await exchange.fail(error, "1-0-0-0", extra=[(hop_headers.REFUSED, error.reason.encode())])
         else:
-            await exchange.answer(200, [(b"x-hibernode-free-slots", b"1")])
+            await exchange.answer(200, [(hop_headers.FREE_SLOTS, b"1")])
 
 
 async def _wakes_nobody(uid: str) -> None:

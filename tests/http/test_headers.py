@@ -61,7 +61,7 @@ def test_connection_names_are_dropped_but_never_the_host() -> None:
 
 
 def test_what_an_instance_may_answer() -> None:
-    dropped = [b"x-fc-request-id", b"x_fc_status", b"x-hibernode-load", b"connection", b"keep-alive", b"date"]
+    dropped = [b"x-fc-request-id", b"x_fc_status", b"x-hibernode-refused", b"connection", b"keep-alive", b"date"]
     brought = [(name, b"1") for name in [*dropped, b"server", b"transfer-encoding", b"content-length"]]
     kept = [(b"x-fc-status", b"404"), (b"set-cookie", b"a"), (b"set-cookie", b"b"), (b"content-type", b"t")]
     assert instance_answer_headers(brought + kept) == kept

@@ -9,47 +9,16 @@ from __future__ import annotations
 import signal
 from collections import OrderedDict
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
-from typing import Protocol
 
 from agent.adapters.kernel import cgroup, cgroup_v1_freezer, process_table
 from agent.core.errors import DeadlineError, PreconditionError
 from agent.core.types import Handle, ProcessId
+from agent.ports import FREEZE_DEADLINE_S as FREEZE_DEADLINE_S  # noqa: PLC0414 (re-exported)
+from agent.ports import FreezerState as FreezerState  # noqa: PLC0414 (re-exported)
+from agent.ports import ProcessFreezer as ProcessFreezer  # noqa: PLC0414 (re-exported)
 
-FREEZE_DEADLINE_S = 5.0
 V1_PATHS_KEPT = 4096
-
-
-class FreezerState(Enum):
-    """THAWED is the only state in which the driver may be asked. FREEZING: asked for, but a thread still runs."""
-
-    THAWED = "THAWED"
-    FREEZING = "FREEZING"
-    FROZEN = "FROZEN"
-    GONE = "GONE"
-
-
-class ProcessFreezer(Protocol):
-    """Stops all threads of an instance at once, and lets them go on."""
-
-    name: str
-
-    async def freeze(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
-        """Returns once every thread has stopped. Idempotent.
-
-        Raises DeadlineError FREEZE_TIMEOUT, after having thawed again; PreconditionError INSTANCE_GONE.
-        """
-
-    async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
-        """Returns once it runs again. Idempotent, whoever froze it. Raises DeadlineError THAW_TIMEOUT (an ancestor is
-        frozen too), PreconditionError INSTANCE_GONE."""
-
-    def state(self, handle: Handle) -> FreezerState:
-        """What the kernel says now."""
-
-    def is_frozen(self, handle: Handle) -> bool:
-        """state(handle) is FROZEN, at the price of one small file for an instance that runs."""
 
 
 class CgroupFreezer:

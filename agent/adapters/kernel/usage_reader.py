@@ -1,4 +1,4 @@
-"""What instances use of the host: CPU time and memory. Implements `host.gauges.UsageReader`.
+"""What instances use of the host: CPU time and memory. Implements `ports.UsageReader`.
 
 From the instance's own cgroup: `cpu.stat` is there without the cpu controller (cgroup-v2.rst), `memory.current` only
 with the memory controller; else the memory is what its processes have resident. Without a cgroup both come from the

@@ -8,11 +8,10 @@ from typing import Protocol
 from agent.core.errors import PreconditionError, UnavailableError
 from agent.core.function_rules import HOST_IMAGE
 from agent.core.types import Exit, FunctionSpec, Handle
-from agent.host.node.engine_watch import Engine
-from agent.ports import ExecSession, ExecSpec, Runtime, StartSpec
+from agent.ports import ContainerEngine, ExecSession, ExecSpec, Runtime, StartSpec
 
 
-class WatchedRuntime(Runtime, Engine, Protocol):
+class WatchedRuntime(Runtime, ContainerEngine, Protocol):
     """An engine's: it can be away."""
 
 

@@ -114,7 +114,7 @@ def window_of(row: Sequence[object]) -> UsageWindow:
 
 def record_row(record: InstanceRecord) -> tuple[str, str, bytes]:
     """The record as JSON, which outlives changes of the types: new fields get their defaults."""
-    return record.spec.uid, record.phase, msgspec.json.encode(record)
+    return record.spec.uid, record.phase.value, msgspec.json.encode(record)
 
 
 def record_of(data: bytes) -> InstanceRecord:

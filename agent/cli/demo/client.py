@@ -10,6 +10,7 @@ from typing import Any
 
 from agent.cli.demo.files import Sample, difference
 from agent.core.errors import HibernodeError
+from agent.http import hop_headers
 from agent.http.limits import UpstreamLimits
 from agent.http.message import lookup
 from agent.http.pool import Pool, Response
@@ -79,7 +80,7 @@ class DemoClient:
         if response.status != 200:
             self._failed(f"{what}: HTTP {response.status}: {str(answer)[:200]}")
             return None
-        wake_ms = lookup(response.headers, b"x-hibernode-wake-ms")
+        wake_ms = lookup(response.headers, hop_headers.WAKE_MS)
         if wake_ms:
             self._tally.wake_request_ms.append(float(wake_ms))
         return response, answer

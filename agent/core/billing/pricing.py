@@ -14,14 +14,12 @@ assumes the same number of instances; where frozen instances shared a GPU, alway
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
 from typing import Protocol
 
-from agent.core.billing.price_book import Price, PriceBook, Rate
-from agent.core.billing.window import UsageWindow
+from agent.core.billing.price_book import Price, Rate
 from agent.core.types import GIB, SECOND_NS
 
 COST_DECIMALS = 6
@@ -107,19 +105,6 @@ def cost(usage: Billable, price: Price) -> Cost:
 def always_on_cost(usage: Billable, price: Price) -> Cost:
     """What `usage` would cost with all its time active (the definition is in the module's text)."""
     return _cost(usage, price, usage.active_ns + usage.idle_ns + usage.unbilled_ns, 0)
-
-
-def cost_of_windows(windows: Iterable[UsageWindow], book: PriceBook) -> tuple[Cost, Cost, int]:
-    """(cost, always-on cost, number of windows without a price because they began before the first one)."""
-    spent, always_on, unpriced = Cost(), Cost(), 0
-    for window in windows:
-        price = book.price_at(window.start_wall_ns)
-        if price is None:
-            unpriced += 1
-            continue
-        spent += cost(window, price)
-        always_on += always_on_cost(window, price)
-    return spent, always_on, unpriced
 
 
 def rounded(amount: Fraction, decimals: int = COST_DECIMALS) -> Decimal:

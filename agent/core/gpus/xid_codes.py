@@ -84,7 +84,3 @@ _UNKNOWN = XidMeaning("not in this agent's table: see NVIDIA's Xid catalogue", F
 def meaning_of(code: int) -> XidMeaning:
     """An unknown code is a note: the catalogue grows, and most of what is new in it concerns one program."""
     return _TABLE.get(code, _UNKNOWN)
-
-
-FATAL_XIDS = frozenset(_FATAL)
-NOTED_XIDS = frozenset(_NOTES)

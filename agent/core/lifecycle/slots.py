@@ -42,10 +42,20 @@ class ConcurrencyLimiter(Generic[T]):
         """How many tickets stand in the line."""
         return len(self._line)
 
+    def has_room(self) -> bool:
+        """A new request would get a slot at once. A method, because the request path calls it: properties cost more."""
+        return self.open and self.in_flight < self.limit and not self._line
+
+    def try_acquire(self) -> bool:
+        """Take a slot if one is free and no ticket waits."""
+        if self.has_room():
+            self.in_flight += 1
+            return True
+        return False
+
     def arrive(self, ticket: T) -> Arrival:
         """A request arrives: it gets a slot, a place in the line, or is turned away."""
-        if self.open and self.in_flight < self.limit and not self._line:
-            self.in_flight += 1
+        if self.try_acquire():
             return Arrival.GRANTED
         if len(self._line) >= self.max_waiting:
             return Arrival.FULL
@@ -67,7 +77,7 @@ class ConcurrencyLimiter(Generic[T]):
 
     def grant_next(self) -> T | None:
         """Hand a free slot to the head of the line. None if closed, full, or nobody waits."""
-        if not self.open or self.in_flight >= self.limit or not self._line:
+        if not self._line or not self.open or self.in_flight >= self.limit:
             return None
         ticket = next(iter(self._line))
         del self._line[ticket]

@@ -26,6 +26,7 @@ from agent.core.errors import (
 from agent.core.traffic import Traffic
 from agent.core.types import MILLISECOND_NS, SECOND_NS
 from agent.http import headers as rules
+from agent.http import hop_headers
 from agent.http.errors import ClientGoneError, RequestIds, status_and_code
 from agent.http.exchange import Exchange
 from agent.http.forward import ForwardResult, forward
@@ -63,8 +64,8 @@ also what is the host's fault (its disk, its network, its engine)."""
 _CUT = (RelayOutcome.UPSTREAM_FAILED_MID_BODY, RelayOutcome.TIMEOUT_MID_BODY)
 _OURS_IN_ANSWERS = frozenset((b"x-fc-request-id", b"x-fc-instance-id"))
 _RETRY_SOON = [(b"retry-after", b"1")]
-_ANY, _NOTICE = (b"x-hibernode-any", b"1"), (b"x-hibernode-notice", b"1")
-_WAITS = {(False, False): (_ANY,), (False, True): (_ANY, _NOTICE), (True, False): (_NOTICE,)}
+_ANY, _STARTED = (hop_headers.ANY_INSTANCE, b"1"), (hop_headers.STARTED, b"1")
+_WAITS = {(False, False): (_ANY,), (False, True): (_ANY, _STARTED), (True, False): (_STARTED,)}
 """By `Dispatch.wakes` and `.ahead`. Of the instances of a function on a node its agent knows better which is free; who
 wakes one wants that. Who may have to wait there is to hear when that is over: till then it can go elsewhere."""
 _OCTET_STREAM = (b"content-type", b"application/octet-stream")
@@ -222,7 +223,7 @@ class Gateway:
             ticket.served_by = served_by.decode("latin-1")
             headers = _answer_headers(answer, call, where, served_by)
             if where.wakes and headers is not None:  # told once the client has its answer
-                waited_ns = _ms_to_ns(answer.get(b"x-hibernode-wake-ms") or b"")
+                waited_ns = _ms_to_ns(answer.get(hop_headers.WAKE_MS) or b"")
                 call.exchange.loop.call_soon(self._desk.answered, ticket, waited_ns)
             return headers
 
@@ -233,10 +234,10 @@ class Gateway:
             call.route.target,
             [
                 *call.headers,
-                (b"x-hibernode-token", self._token_of(where.node)),
-                (b"x-hibernode-instance", where.uid.encode()),
+                (hop_headers.TOKEN, self._token_of(where.node)),
+                (hop_headers.INSTANCE, where.uid.encode()),
                 *_WAITS[where.wakes, where.ahead],
-                (b"x-hibernode-deadline-ms", b"%d" % -(-left_ns // MILLISECOND_NS)),  # over here when it is there
+                (hop_headers.DEADLINE_MS, b"%d" % -(-left_ns // MILLISECOND_NS)),  # over here when it is there
                 (b"x-fc-request-id", call.request_id.encode()),
             ],
             deadline=call.exchange.loop.time() + timeout_s,
@@ -254,10 +255,10 @@ class Gateway:
             return not call.exchange.gone
         if result.outcome is RelayOutcome.HELD and result.head is not None:
             self.counts.refused += 1
-            reason = (result.head.get(b"x-hibernode-refused") or b"").decode("latin-1")
+            reason = (result.head.get(hop_headers.REFUSED) or b"").decode("latin-1")
             _log.info("gateway.refused", request_id=call.request_id, uid=where.uid, node=where.node, reason=reason)
             return call.body is not None or not result.request_body_bytes
-        if result.not_begun and (where.wakes or where.ahead):  # it waited there still, and its agent is gone
+        if result.not_started and (where.wakes or where.ahead):  # it waited there still, and its agent is gone
             self.counts.connect_failed += 1
             self._unreachable(where.node)
             return not call.exchange.gone and (call.body is not None or not result.request_body_bytes)
@@ -335,8 +336,8 @@ def _passing_headers(head: RequestHead, route: Route, peer: str) -> list[Header]
     if route.control_path is INVOKE:
         headers = [header for header in headers if header[0] != b"content-type"]
         headers.append(_OCTET_STREAM)
-    headers.append((b"x-hibernode-control-path", route.control_path))
-    headers.append((b"x-hibernode-client-ip", peer.encode()))
+    headers.append((hop_headers.CONTROL_PATH, route.control_path))
+    headers.append((hop_headers.CLIENT_IP, peer.encode()))
     if log_type is not None and log_type.lower() == b"tail":
         headers.append((b"x-fc-log-type", b"Tail"))
     return headers
@@ -353,14 +354,14 @@ def _answer_headers(answer: ResponseHead, call: _Call, where: Dispatch, served_b
     for name, value in headers:
         if not name.startswith(b"x-"):
             kept.append((name, value))
-        elif name.startswith(b"x-hibernode-"):
-            if name == b"x-hibernode-refused":
+        elif name.startswith(hop_headers.PREFIX):
+            if name == hop_headers.REFUSED:
                 return None
-            if name == b"x-hibernode-wake-ms":
+            if name == hop_headers.WAKE_MS:
                 waited_ns = _ms_to_ns(value)  # at the gate of an instance that slept
                 wake_ns += waited_ns
                 queue_ns += waited_ns
-            elif name == b"x-hibernode-queue-ms":
+            elif name == hop_headers.QUEUE_MS:
                 queue_ns += _ms_to_ns(value)
         elif name not in _OURS_IN_ANSWERS:
             kept.append((name, value))
@@ -368,9 +369,9 @@ def _answer_headers(answer: ResponseHead, call: _Call, where: Dispatch, served_b
     kept.append((b"x-fc-request-id", call.request_id.encode()))
     kept.append((b"x-fc-instance-id", served_by))
     if queue_ns:
-        kept.append((b"x-hibernode-queue-ms", _ms(queue_ns)))
+        kept.append((hop_headers.QUEUE_MS, _ms(queue_ns)))
     if wake_ns:
-        kept.append((b"x-hibernode-wake-ms", _ms(wake_ns)))
+        kept.append((hop_headers.WAKE_MS, _ms(wake_ns)))
     return kept
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from agent.core.dispatch.events import Event, Wake, WakeAnswered, WakeFailed
 from agent.core.errors import HibernodeError, PreconditionError, UnavailableError
 from agent.core.types import MILLISECOND_NS
+from agent.http import hop_headers
 from agent.http.errors import ConnectFailedError, UpstreamBrokenError
 from agent.http.message import Header
 from agent.http.pool import Pool, Response
@@ -24,7 +25,6 @@ WAKE_TIMEOUT_S = 60.0
 """Longest wake, the wait for a GPU included: queueTimeout's default, for then nobody waits for it any more."""
 PER_NODE = 64
 """WakeCalls at once on one node; further ones wait here."""
-TARGET = b"/hibernode/wake"
 SLACK_S = 1.0
 """On top of the agent's own deadline."""
 EXHAUSTED = "UPSTREAM_CONNECTIONS_EXHAUSTED"
@@ -95,23 +95,25 @@ class WakeCalls:
         if pool is None:
             raise UnavailableError("NODE_UNKNOWN", f"node {wake.node} has not registered with this scheduler")
         headers = [
-            (b"x-hibernode-token", self._token_of(wake.node)),
-            (b"x-hibernode-instance", wake.uid.encode()),
-            (b"x-hibernode-wake-hold-ms", b"%d" % (self._hold_ns // MILLISECOND_NS)),
-            (b"x-hibernode-deadline-ms", b"%d" % int(self._timeout_s * 1000)),
+            (hop_headers.TOKEN, self._token_of(wake.node)),
+            (hop_headers.INSTANCE, wake.uid.encode()),
+            (hop_headers.WAKE_HOLD_MS, b"%d" % (self._hold_ns // MILLISECOND_NS)),
+            (hop_headers.DEADLINE_MS, b"%d" % int(self._timeout_s * 1000)),
         ]
         try:
             response = await self._post(pool, headers)
         except UpstreamBrokenError:  # a kept connection may have been closed as it was used; a wake can be repeated
             response = await self._post(pool, headers, fresh=True)
         if response.status != 200:
-            refused = [value for name, value in response.headers if name == b"x-hibernode-refused"]
+            refused = [value for name, value in response.headers if name == hop_headers.REFUSED]
             text = response.body[:300].decode(errors="replace")
             reason = refused[0].decode("latin-1") if refused else "WAKE_REFUSED"
             raise PreconditionError(reason, f"the agent answered {response.status} {text}")
 
     async def _post(self, pool: Pool, headers: list[Header], *, fresh: bool = False) -> Response:
-        return await pool.request(b"POST", TARGET, headers, timeout_s=self._timeout_s + SLACK_S, fresh=fresh)
+        return await pool.request(
+            b"POST", hop_headers.WAKE_PATH, headers, timeout_s=self._timeout_s + SLACK_S, fresh=fresh
+        )
 
     def _failed(self, wake: Wake, error: Exception) -> None:
         self.counts.failed += 1

@@ -14,6 +14,7 @@ import pytest
 from agent.adapters.store.node_store import FILE_NAME, NodeStore
 from agent.adapters.store.sqlite_thread import StoreHealth
 from agent.core.errors import UnavailableError
+from agent.ports import RecordPhase
 from tests.contract.test_stores import record, window
 
 
@@ -96,8 +97,8 @@ async def test_a_locked_database_meets_the_deadline_and_later_writes_work(tmp_pa
         assert store.health.failures == 1
         other.execute("ROLLBACK")
         other.close()
-        await store.put_instance(replace(record(), phase="READY"))
-    assert [r.phase for r in await store.load_instances()] == ["READY"]
+        await store.put_instance(replace(record(), phase=RecordPhase.READY))
+    assert [r.phase for r in await store.load_instances()] == [RecordPhase.READY]
     assert store.health == StoreHealth(ok=True)
     await store.close()
 

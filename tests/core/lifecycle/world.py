@@ -18,7 +18,8 @@ from agent.core.lifecycle.machine import Instance
 from agent.core.lifecycle.slots import Arrival, ConcurrencyLimiter
 from agent.core.types import MILLISECOND_NS, InstanceState
 
-AWAKE = (InstanceState.STARTING, InstanceState.RUNNING, InstanceState.FREEZING, InstanceState.RESTORING)
+IMPOSSIBLE = ("instance.impossible_event", "gpu.grant_unexpected")
+"""Notes of events that only a bug can send."""
 
 
 @dataclass
@@ -129,18 +130,18 @@ class World:
         match effect:
             case ev.Run(op, gen, _):
                 self._begin(member, op, gen)
-            case ev.Want(avoid):
+            case ev.RequestGpus(avoid):
                 self.tell_book(book_events.Ask(uid, avoid))
-            case ev.Withdraw():
+            case ev.WithdrawRequest():
                 self.tell_book(book_events.Leave(uid))
-            case ev.Release():
+            case ev.ReleaseGpus():
                 self.releasing.add(uid)
                 self.tell_book(book_events.Releasing(uid))
             case ev.OrderedFreezeRefused():
                 self.tell_book(book_events.FreezeRefused(uid))
-            case ev.Became(True, preemptible_at_ns):
+            case ev.ReportActivity(True, preemptible_at_ns):
                 self.tell_book(book_events.BecameIdle(uid, preemptible_at_ns))
-            case ev.Became():
+            case ev.ReportActivity():
                 self.tell_book(book_events.BecameBusy(uid))
             case ev.SetIdleTimer(gen, at_ns):
                 member.idle_timer = (at_ns, gen)
@@ -149,7 +150,9 @@ class World:
             case ev.RefuseWaiters():
                 for request in member.slots.empty_line():
                     self._end(request, "refused")
-            case ev.AskCancel() | ev.ClosePool() | ev.Note():
+            case ev.Note(name, message):
+                assert name not in IMPOSSIBLE, message
+            case ev.AskCancel() | ev.ClosePool():
                 pass
 
     def _begin(self, member: Member, op: ev.Operation, gen: int) -> None:
@@ -319,7 +322,7 @@ class World:
         elif kind < 0.3:
             self.tell(uid, ev.Paused(not self.members[uid].instance.paused))
         elif kind < 0.4:
-            self.tell(uid, ev.ExecActive(not self.members[uid].instance.visited))
+            self.tell(uid, ev.ExecActive(not self.members[uid].instance.exec_active))
         elif kind < 0.7:
             self.tell(uid, ev.Exited("INSTANCE_CRASHED"))
         else:

@@ -12,10 +12,9 @@ from agent.adapters.kernel.clock import SystemClock
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.events import Event, InstanceReported, NodeReported, NodeSuspect, Wake
 from agent.core.types import SECOND_NS, InstanceState
-from agent.http.date_header import DateHeader
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
-from agent.http.server import Server, serve
+from agent.http.server import DateHeader, Server, serve
 from agent.scheduler.database.store import Store
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
@@ -120,7 +119,7 @@ async def gateway_rig(tmp: str, *names: str) -> AsyncIterator[GatewayRig]:
     ids = RequestIds(lambda: clock.wall_ns() // SECOND_NS, random.getrandbits)
     gateway = Gateway(clock, Router("localhost"), catalog, desk, ingresses.pool, lambda _: TOKEN, unreachable, ids)
     dates = DateHeader(lambda: NOON)
-    server = await serve(gateway, "127.0.0.1", 0, Limits(), request_ids=ids, on_fault=faults.append, date_line=dates)
+    server = await serve(gateway, "127.0.0.1", 0, Limits(), request_ids=ids, on_fault=faults.append, date_header=dates)
     rig = GatewayRig(gateway, server, catalog, desk, dispatcher, fakes, wakes, suspects, faults)
     for name, fake in fakes.items():
         await fake.start()

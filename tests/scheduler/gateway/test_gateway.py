@@ -84,7 +84,7 @@ async def test_what_the_ingress_is_told_and_what_the_client_is(rig: GatewayRig) 
     assert received.get("x-fc-request-id") == headers[b"x-fc-request-id"].decode()
     assert headers[b"x-fc-instance-id"] == b"i1"
     assert headers[b"x-fc-status"] == b"200"
-    assert not [name for name in headers if name.startswith(b"x-hibernode-")], "neither load nor empty times"
+    assert not [name for name in headers if name.startswith(b"x-hibernode-")], "neither the hop's own nor empty times"
 
 
 async def test_spoofed_headers_do_not_pass_and_the_clients_own_authorization_does(rig: GatewayRig) -> None:
