@@ -26,7 +26,9 @@ async def exec_story(requests: AsyncIterator[Request], asleep: Callable[[str], b
     if asleep(start.uid) and not start.wake:
         raise PreconditionError("INSTANCE_FROZEN", f"instance {start.uid} is asleep (FROZEN); add --wake to wake it")
     if start.command[0] == "nobody":
-        raise InstanceError("EXEC_FAILED", f"the command can't be run inside: unable to find user {start.user}")
+        raise InstanceError(
+            "EXEC_FAILED", f"the command can't be run in the container: unable to find user {start.user}"
+        )
     yield Response(output=b"")
     match start.command[0]:
         case "cut":
