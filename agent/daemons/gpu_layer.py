@@ -13,7 +13,7 @@ from agent.adapters.freezer.limits import freezer_limits
 from agent.adapters.kernel.cgroup import CgroupSlice
 from agent.adapters.kernel.cgroup_freezer import choose_freezer
 from agent.adapters.nvml.gpus import NvmlGpus
-from agent.adapters.nvml.host_facts import GpuSurvey, host_facts
+from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, survey_gpus_with_retry
 from agent.adapters.nvml.locks import GpuLocks
 from agent.core.errors import HibernodeError
 from agent.core.gpus.capabilities import Capabilities, find_capabilities

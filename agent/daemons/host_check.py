@@ -22,7 +22,7 @@ from agent.adapters.cuda.checkpointers import choose_checkpointer
 from agent.adapters.engine.build import open_engine_api
 from agent.adapters.engine.survey import survey_engine
 from agent.adapters.nvml.gpus import NvmlGpus
-from agent.adapters.nvml.host_facts import host_facts
+from agent.adapters.nvml.host_facts import host_facts, survey_gpus
 from agent.config import load
 from agent.core.engine_capabilities import engine_lines
 from agent.core.errors import ConfigError, HibernodeError

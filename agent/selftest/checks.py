@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from agent.adapters.kernel.host_memory import ProcHostMemory
-from agent.adapters.nvml.host_facts import GpuSurvey, host_facts
+from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, survey_gpus
 from agent.adapters.nvml.locks import GpuLocks
 from agent.core.errors import HibernodeError
 from agent.core.gpus.capabilities import Capabilities, find_capabilities
