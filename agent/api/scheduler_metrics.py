@@ -60,9 +60,7 @@ class SchedulerMetrics(Collector):
             nodes.add_metric([standing.value], sum(node.standing is standing for node in records))
         yield nodes
         labels = ["node"]
-        reported = GaugeMetricFamily(
-            "hibernode_node_heard_timestamp_seconds", "Time of its last report.", labels=labels
-        )
+        reported = GaugeMetricFamily("hibernode_node_heard_timestamp_seconds", "Time of last report.", labels=labels)
         waiting = GaugeMetricFamily("hibernode_node_gpu_waiters", "Instances waiting for a GPU.", labels=labels)
         gpus = GaugeMetricFamily("hibernode_node_gpus", "GPUs by use.", labels=["node", "use"])
         memory = GaugeMetricFamily("hibernode_node_host_memory_bytes", "Host memory by kind.", labels=["node", "kind"])
