@@ -1286,7 +1286,7 @@ class Event(_message.Message):
     instance_uid: _builtins.str
     """Instance it happened to; empty for an event of the node."""
     name: _builtins.str
-    """Stable name: dotted for steps (`instance.frozen`), UPPER_SNAKE for conditions (EXTERNALLY_FROZEN)."""
+    """Stable dotted name (`instance.frozen`)."""
     message: _builtins.str
     """A sentence for people."""
     @_builtins.property

@@ -194,7 +194,7 @@ def _report(rig: Rig) -> None:
         load=NodeLoad(state=Node.STATE_READY, gpus=NODE.gpus),
         instances=[load_of_instance(one, concurrency=1) for one in INSTANCES],
     )
-    rig.fleet.took("gpu-host-1", rig.fleet.opened("gpu-host-1"), message)
+    rig.fleet.receive("gpu-host-1", rig.fleet.stream_opened("gpu-host-1"), message)
 
 
 # ---- calls ----------------------------------------------------------------------------------------------------

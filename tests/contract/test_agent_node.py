@@ -20,7 +20,7 @@ from tests.contract.agent_node_worlds import GPUS, HELD, PATIENCE_S, PER_GPU, He
 from tests.fakes import agent_node as names
 from tests.http.rig import Wire, connect
 
-ANY, NOTICE = f"{names.ANY}: 1", f"{names.NOTICE}: 1"
+ANY, STARTED = f"{names.ANY}: 1", f"{names.STARTED}: 1"
 HOLD = f"{names.WAKE_HOLD_MS}: 2000"
 SOON = f"{names.DEADLINE_MS}: 20"
 REFUSED, FREE_SLOTS = names.REFUSED.encode(), names.FREE_SLOTS.encode()
@@ -126,7 +126,7 @@ async def test_a_request_for_any_instance_takes_the_one_that_is_named_if_it_has_
 
 async def test_a_caller_that_asks_for_it_is_told_when_the_request_is_given_to_an_instance(node: NodeUnderTest) -> None:
     uid = await node.frozen()
-    assert await statuses(await node.send(uid, "/", NOTICE)) == [102, 200]
+    assert await statuses(await node.send(uid, "/", STARTED)) == [102, 200]
     assert await statuses(await node.send(uid, "/")) == [200]
 
 
@@ -134,14 +134,14 @@ async def test_nothing_is_said_of_a_request_that_no_instance_has_taken(node: Nod
     uid = await node.frozen()
     node.hold_wakes()
     wire = await connect(node.port)
-    await wire.send(node.head(uid, "/", NOTICE, SOON, "expect: 100-continue", length=4))
+    await wire.send(node.head(uid, "/", STARTED, SOON, "expect: 100-continue", length=4))
     assert await statuses(wire) == [504]
     assert node.seen() == []
 
 
 async def test_100_continue_is_given_once_an_instance_has_taken_the_request(node: NodeUnderTest) -> None:
     wire = await connect(node.port)
-    await wire.send(node.head(await node.frozen(), "/", NOTICE, "expect: 100-continue", length=4))
+    await wire.send(node.head(await node.frozen(), "/", STARTED, "expect: 100-continue", length=4))
     assert [(await wire.head())[0], (await wire.head())[0]] == [102, 100]
     await wire.send(b"body")
     status, _, body = await wire.message()

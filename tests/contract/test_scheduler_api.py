@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from agent.core.errors import InvalidArgumentError, NotFoundError
-from agent.core.provisioning.reconcile import parse_request_id
+from agent.core.provisioning.model import parse_request_id
 from agent.v1 import function_service_pb2 as fn
 from agent.v1 import usage_service_pb2 as usage
 from agent.v1.types_pb2 import FunctionSpec, Instance, Node

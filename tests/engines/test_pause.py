@@ -34,7 +34,7 @@ async def test_a_pause_is_noticed_and_ends_with_the_unpause(engine: Engine) -> N
             return (await the_one(stack, "paused")).healthy
 
         await until("the end of the pause is noticed", over, 10.0)
-        assert {"EXTERNALLY_FROZEN", "EXTERNALLY_THAWED"} <= set(await event_names(stack))
+        assert {"instance.externally_frozen", "instance.externally_thawed"} <= set(await event_names(stack))
         await stack.ask_rightly("paused", 2)
 
 

@@ -29,6 +29,7 @@ from agent.core.errors import (
 from agent.core.function_rules import check_function
 from agent.core.types import GIB
 from agent.host.instance.waking import MAX_HOLD_NS
+from agent.http import hop_headers
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
 from agent.http.message import Header
@@ -42,12 +43,12 @@ from agent.wire.convert_function import function_from_proto
 from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable
 
-WAKE_PATH = "/hibernode/wake"
-TOKEN, INSTANCE, ANY = "x-hibernode-token", "x-hibernode-instance", "x-hibernode-any"
-DEADLINE_MS, WAKE_HOLD_MS = "x-hibernode-deadline-ms", "x-hibernode-wake-hold-ms"
-NOTICE = "x-hibernode-notice"
-REFUSED, FREE_SLOTS = "x-hibernode-refused", "x-hibernode-free-slots"
-QUEUE_TIME, WAKE_TIME = "x-hibernode-queue-ms", "x-hibernode-wake-ms"
+WAKE_PATH = hop_headers.WAKE_PATH.decode()
+TOKEN, INSTANCE, ANY = hop_headers.TOKEN.decode(), hop_headers.INSTANCE.decode(), hop_headers.ANY_INSTANCE.decode()
+DEADLINE_MS, WAKE_HOLD_MS = hop_headers.DEADLINE_MS.decode(), hop_headers.WAKE_HOLD_MS.decode()
+STARTED = hop_headers.STARTED.decode()
+REFUSED, FREE_SLOTS = hop_headers.REFUSED.decode(), hop_headers.FREE_SLOTS.decode()
+QUEUE_TIME, WAKE_TIME = hop_headers.QUEUE_MS.decode(), hop_headers.WAKE_MS.decode()
 
 WAKE_MS = b"12.500"
 """How long every request waited that had to wait, at a frozen instance or at a busy one."""
@@ -68,9 +69,10 @@ class Received:
     woke: bool = False  # the instance slept, and woke for it
     waited: bool = False  # the instance was busy
 
-    def get(self, name: str) -> str | None:
+    def get(self, name: str | bytes) -> str | None:
+        wanted = name.encode() if isinstance(name, str) else name
         for key, value in self.headers:
-            if key == name.encode():
+            if key == wanted:
                 return value.decode("latin-1")
         return None
 
@@ -224,7 +226,7 @@ class FakeIngress:
             raise DeadlineError("QUEUE_TIMEOUT", "no instance became free in time") from None
         received.served_by = uid
         self.in_flight[uid] += 1
-        if received.get(NOTICE):
+        if received.get(STARTED):
             exchange.send_processing()
 
     def _with_room(self, received: Received) -> str:

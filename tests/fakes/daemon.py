@@ -145,7 +145,7 @@ def _shown(message: types_pb2.FunctionSpec, revision: int) -> types_pb2.Function
 
 def _decided(found: Provisioning, default_target: int) -> tuple[int, str]:
     """The target, and the policy it comes from: an active policy asks for its least, and no traffic wants more."""
-    active = [(one.least, one.name) for one in found.policies if _is_active(one)]
+    active = [(one.min_capacity, one.name) for one in found.policies if _is_active(one)]
     return max(active, default=(default_target, ""))
 
 
@@ -161,7 +161,7 @@ def _provision(function: fn.Function, kept: fn.ProvisionConfig) -> fn.Provision:
     made.config.always_allocate_gpu = made.always_allocate_gpu = never_sleeps
     made.decided_by = _decided(found, function.default_target)[1]
     for one in found.policies:
-        made.policies.add(name=one.name, active=_is_active(one), target=one.least, metric=0.125)
+        made.policies.add(name=one.name, active=_is_active(one), target=one.min_capacity, metric=0.125)
     return made
 
 

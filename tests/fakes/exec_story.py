@@ -32,7 +32,9 @@ async def exec_story(
     exec_spec(start)
     enter(start)
     if start.command[0] == "nobody":
-        raise InstanceError("EXEC_FAILED", f"the command can't be run inside: unable to find user {start.user}")
+        raise InstanceError(
+            "EXEC_FAILED", f"the command can't be run in the container: unable to find user {start.user}"
+        )
     yield Response(output=b"")
     match start.command[0]:
         case "cut":

@@ -1,19 +1,16 @@
-"""What a ledger says about the time nobody watched: after a crash or restart of the agent.
+"""Completes a usage ledger after a crash or restart of the agent, without ever overcharging.
 
-The rule (DESIGN section 5): in doubt never overcharge. If the same process still lives, the gap is idle and
-`estimated` (a request inside the agent at the crash has failed, so nothing there was active); where the state before
-was unbilled it stays unbilled. If the process is gone, nobody knows when it ended: unbilled. Of an earlier boot the
-ledger ends at its last mark.
+- The same process still lives: the gap is idle and `estimated` (a request inside the agent at the crash has failed, so
+  no time in the gap was active); after an unbilled state it stays unbilled.
+- The process is gone, at an unknown time: the gap is unbilled.
+- Another boot: the ledger ends at its last window.
 
-The last window of an instance is unsealed for as long as its ledger is open; that is how a ledger that ended
-properly is told from one that was cut off.
+The last window of an open ledger is unsealed, which tells a ledger that was cut off from one that ended properly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from agent.core.billing.meter import BilledAs, BillingPolicy
 from agent.core.billing.window import UsageWindow
@@ -22,7 +19,7 @@ from agent.core.types import InstanceState
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """`windows` are sealed, contiguous and complete the old ledger; a meter goes on at `next_seq`."""
+    """`windows` are sealed and contiguous and complete the old ledger; a meter continues at `next_seq`."""
 
     windows: tuple[UsageWindow, ...]
     next_seq: int
@@ -33,17 +30,16 @@ def resume(
     *,
     boot_id: str,
     now_mono_ns: int,
-    now_wall_ns: int,
     same_process: bool,
     policy: BillingPolicy,
-    price_boundaries_wall_ns: Sequence[int] = (),
     goes_on: bool = False,
 ) -> Recovered:
-    """Complete the ledger whose newest stored window is `last`, up to now.
+    """Complete the ledger whose newest stored window is `last`, up to `now_mono_ns`.
 
-    `same_process` is true only for the same pid and start time in the same boot. `goes_on`: the ledger is continued
-    by a new process of the instance (a start that is done anew), so it must have no hole. A gap is split at the price
-    boundaries, so that each part has one price. Nothing is added to a ledger that was properly ended.
+    - `same_process`: the same pid and start time in the same boot
+    - `goes_on`: a new process of the instance (a repeated start) continues the ledger, which must have no gap
+
+    Nothing is added to a ledger that ended properly.
     """
     closed = () if last.sealed else (replace(last, sealed=True),)
     gap_ns = now_mono_ns - last.end_mono_ns
@@ -52,26 +48,20 @@ def resume(
     if other_boot or ended or gap_ns <= 0:
         return Recovered(closed, last.seq + 1)
     kind = _gap_kind(last, same_process=same_process, policy=policy)
-    start_wall = last.start_wall_ns + (last.end_mono_ns - last.start_mono_ns)
-    cuts = sorted({b - start_wall for b in price_boundaries_wall_ns if start_wall < b < now_wall_ns})
-    edges = [0, *(cut for cut in cuts if cut < gap_ns), gap_ns]
-    gaps = tuple(
-        replace(
-            last,
-            seq=last.seq + 1 + index,
-            start_mono_ns=last.end_mono_ns + begin,
-            end_mono_ns=last.end_mono_ns + end,
-            start_wall_ns=start_wall + begin,
-            active_ns=0,
-            idle_ns=end - begin if kind is BilledAs.IDLE else 0,
-            unbilled_ns=end - begin if kind is BilledAs.UNBILLED else 0,
-            invocations=0,
-            estimated=same_process,
-            sealed=True,
-        )
-        for index, (begin, end) in enumerate(pairwise(edges))
+    gap = replace(
+        last,
+        seq=last.seq + 1,
+        start_mono_ns=last.end_mono_ns,
+        end_mono_ns=now_mono_ns,
+        start_wall_ns=last.start_wall_ns + (last.end_mono_ns - last.start_mono_ns),
+        active_ns=0,
+        idle_ns=gap_ns if kind is BilledAs.IDLE else 0,
+        unbilled_ns=gap_ns if kind is BilledAs.UNBILLED else 0,
+        invocations=0,
+        estimated=same_process,
+        sealed=True,
     )
-    return Recovered(closed + gaps, gaps[-1].seq + 1)
+    return Recovered((*closed, gap), gap.seq + 1)
 
 
 def _gap_kind(last: UsageWindow, *, same_process: bool, policy: BillingPolicy) -> BilledAs:

@@ -1,26 +1,22 @@
-"""Sealed windows on their way to the disk, bounded however long the disk fails.
+"""Sealed windows that wait for the disk, bounded however long the disk fails.
 
-Windows that were offered to the store stay exactly as they are: after a deadline nobody knows whether they were
-written, and a sealed row never changes. Behind them, when the backlog is full, windows of one instance that follow
-each other under one price become one: no nanosecond and no invocation is lost, only where the states changed. Such
-a ledger has holes in `seq`, never in time.
+Windows that were offered to the store never change: after a timeout they may have been written. When the backlog is
+full, consecutive windows of one instance with the same price terms are merged: no nanosecond and no invocation is lost,
+only the times of state changes. Such a ledger has gaps in `seq`, never in time.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import replace
 
 from agent.core.billing.window import UsageWindow
 
 
 class UnwrittenWindows:
-    """First in, first out. Memory is bounded by `capacity` + one window per instance, GPU set and price period."""
+    """A FIFO of at most `capacity` windows plus one per instance and GPU set."""
 
-    def __init__(self, capacity: int, price_boundaries_wall_ns: Sequence[int] = ()) -> None:
+    def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._boundaries = sorted(price_boundaries_wall_ns)
         self._windows: list[UsageWindow] = []
         self._offered = 0
         self._merge_at = capacity
@@ -30,7 +26,7 @@ class UnwrittenWindows:
         return len(self._windows)
 
     def waiting(self) -> tuple[UsageWindow, ...]:
-        """What is not known to be on disk yet."""
+        """Windows not known to be on disk."""
         return tuple(self._windows)
 
     def add(self, window: UsageWindow) -> None:
@@ -39,7 +35,7 @@ class UnwrittenWindows:
             self._merge()
 
     def offer(self, limit: int) -> tuple[UsageWindow, ...]:
-        """The oldest windows, at most `limit`, for one transaction. From now on they don't change."""
+        """The oldest windows, at most `limit`, for one transaction; they don't change any more."""
         batch = tuple(self._windows[:limit])
         self._offered = max(self._offered, len(batch))
         return batch
@@ -56,25 +52,19 @@ class UnwrittenWindows:
         before = len(self._windows)
         for window in self._windows[self._offered :]:
             index = latest.get(window.instance_uid)
-            if index is not None and self._mergeable(kept[index], window):
+            if index is not None and _mergeable(kept[index], window):
                 kept[index] = _sum(kept[index], window)
             else:
                 latest[window.instance_uid] = len(kept)
                 kept.append(window)
         self._windows = kept
         self.merged += before - len(kept)
-        # Where little could be merged, trying again at once would cost a walk per window.
+        # If little could be merged, the next attempt waits for more windows: each attempt walks over all of them.
         self._merge_at = max(self._capacity, len(kept) + self._capacity // 4)
 
-    def _mergeable(self, before: UsageWindow, after: UsageWindow) -> bool:
-        return (
-            before.end_mono_ns == after.start_mono_ns
-            and _priced_by(before) == _priced_by(after)
-            and self._period(before) == self._period(after)
-        )
 
-    def _period(self, window: UsageWindow) -> int:
-        return bisect_right(self._boundaries, window.start_wall_ns)
+def _mergeable(before: UsageWindow, after: UsageWindow) -> bool:
+    return before.end_mono_ns == after.start_mono_ns and _priced_by(before) == _priced_by(after)
 
 
 def _priced_by(w: UsageWindow) -> tuple[object, ...]:

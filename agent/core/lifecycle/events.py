@@ -1,7 +1,6 @@
-"""What happens to an instance (events) and what must be done about it (effects): the alphabet of `lifecycle.step`.
+"""The events that `machine.step` takes and the effects that it returns.
 
-Every answer of an operation carries the generation it was started with; an answer with another generation is stale.
-Times are monotonic ns.
+Each answer of an operation carries the generation that the operation was started with. Times are monotonic ns.
 """
 
 from __future__ import annotations
@@ -11,12 +10,16 @@ from enum import Enum
 
 
 class Operation(Enum):
-    """Operations run one at a time by the executor; each ends in Succeeded, Refused or Broken.
+    """What the executor runs, one at a time; each ends in Succeeded, Refused or Broken.
 
-    PREPARE: the image, pulled where it is missing. START: container, readiness, /initialize, first health check. LOCK:
-    /pre-freeze, host memory reserved, lock and second listing. CHECKPOINT: checkpoint and cgroup freeze. UNLOCK: undo
-    LOCK. WAKE: thaw, restore, unlock, verify. STOP: /pre-stop, TERM, KILL, clean up. DESTROY: kill and clean up what is
-    left of a failed instance.
+    - PREPARE: pull the image if it is missing
+    - START: container, readiness, /initialize, first health check
+    - LOCK: /pre-freeze, host memory reservation, lock, second listing of the CUDA processes
+    - CHECKPOINT: checkpoint and cgroup freeze
+    - UNLOCK: undo LOCK
+    - WAKE: thaw, restore, unlock, verify
+    - STOP: /pre-stop, TERM, KILL, clean up
+    - DESTROY: kill and clean up what is left of a failed instance
     """
 
     PREPARE = "PREPARE"
@@ -39,7 +42,7 @@ class Created:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The GPU book hands over these GPUs."""
+    """The GPU allocator grants these GPUs."""
 
     gpus: tuple[str, ...]
 
@@ -51,29 +54,29 @@ class FirstRequestStarted:
 
 @dataclass(frozen=True, slots=True)
 class LastRequestEnded:
-    """The last request inside ended and nobody was granted in its place."""
+    """The last request inside ended and no other was granted in its place."""
 
 
 @dataclass(frozen=True, slots=True)
 class WaitersAppeared:
-    """Somebody waits at the closed gate (nobody did before)."""
+    """The first request waits at the closed gate."""
 
 
 @dataclass(frozen=True, slots=True)
 class WaitersGone:
-    """Nobody waits at the gate any more."""
+    """No request waits at the gate any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExecActive:
-    """The first command inside (exec) is about to begin, or the last one has ended: no freeze begins in between."""
+    """The first command inside (exec) is about to begin, or the last one has ended."""
 
     inside: bool
 
 
 @dataclass(frozen=True, slots=True)
 class WakeAsked:
-    """The API's Wake: be awake by `until_ns`, and hold the idle timer for `hold_ns` or until the first request."""
+    """The API's Wake: be awake by `until_ns`, then hold off the idle timer for `hold_ns` or until the first request."""
 
     hold_ns: int
     until_ns: int
@@ -93,36 +96,36 @@ class IdleTimer:
 
 @dataclass(frozen=True, slots=True)
 class FreezeAsked:
-    """The API's Freeze. Ignored unless idle: the caller reads the state afterwards."""
+    """The API's Freeze. Ignored unless the instance is idle: the caller reads the state afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreezeOrdered:
-    """The GPU book needs the GPU of an idle holder."""
+    """The GPU allocator needs the GPUs of this idle holder."""
 
 
 @dataclass(frozen=True, slots=True)
 class DrainOrdered:
-    """The GPU book needs the GPU of a busy holder: close the gate, freeze when the last request ended."""
+    """The GPU allocator needs the GPUs of this busy holder: close the gate, freeze after the last request."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpusLost:
-    """The GPU book can never serve this waiter: its GPUs are out of use for good."""
+    """The GPU allocator can never grant this request: the GPUs are out of use for good."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Paused:
-    """Somebody else stopped its threads (docker pause), or let them go on again."""
+    """The instance's threads were stopped or resumed from outside (docker pause, unpause)."""
 
     paused: bool
 
 
 @dataclass(frozen=True, slots=True)
 class StopAsked:
-    """Stop: drain for at most `grace_ns`, then /pre-stop, TERM, KILL; `force` goes straight to KILL."""
+    """Stop: drain for at most `grace_ns`, then /pre-stop, TERM, KILL; with `force` KILL at once."""
 
     grace_ns: int
     force: bool = False
@@ -132,14 +135,14 @@ class StopAsked:
 
 @dataclass(frozen=True, slots=True)
 class StopTimer:
-    """The drain of a stop has lasted long enough."""
+    """The grace of a stop's drain is over."""
 
     gen: int
 
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """The operation did what it should."""
+    """The operation succeeded."""
 
     gen: int
 
@@ -155,7 +158,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """Nobody knows what state the instance is in: only a kill is safe."""
+    """The instance's state is unknown: only a kill is safe."""
 
     gen: int
     reason: str
@@ -200,7 +203,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Start operation `op`; answer with generation `gen`. `gpus` are the ones held."""
+    """Start operation `op` on the held `gpus`; its answer carries `gen`."""
 
     op: Operation
     gen: int
@@ -209,36 +212,36 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class AskCancel:
-    """Operation `gen` need not go on. LOCK and START: end early, Refused CANCELLED. STOP: go straight to KILL."""
+    """End operation `gen` early: PREPARE, LOCK and START with Refused CANCELLED, STOP with KILL at once."""
 
     gen: int
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
-    """Ask the GPU book for this instance's GPUs, where it may move rather not for those in `avoid`."""
+class RequestGpus:
+    """Ask the GPU allocator for this instance's GPUs; a movable instance prefers others to those in `avoid`."""
 
     avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Withdraw:
-    """No longer wanted."""
+class WithdrawRequest:
+    """Take the request for GPUs back."""
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
-    """Give the GPUs back. The node loop tells the book only once NVML proves it."""
+class ReleaseGpus:
+    """Give the GPUs back. They are free for other instances once NVML shows them empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class OrderedFreezeRefused:
-    """Tell the book that an ordered freeze or drain is not going to happen now."""
+    """Tell the GPU allocator that an ordered freeze or drain does not happen now."""
 
 
 @dataclass(frozen=True, slots=True)
-class Became:
-    """Tell the book whether this holder is idle, and from when it may be preempted."""
+class ReportActivity:
+    """Tell the GPU allocator whether this holder is idle, and from when it may be preempted."""
 
     idle: bool
     preemptible_at_ns: int = 0
@@ -246,7 +249,7 @@ class Became:
 
 @dataclass(frozen=True, slots=True)
 class SetIdleTimer:
-    """Fire `IdleTimer(gen)` at `at_ns`, instead of any earlier timer."""
+    """Fire `IdleTimer(gen)` at `at_ns`, in place of any earlier timer."""
 
     gen: int
     at_ns: int
@@ -262,12 +265,12 @@ class SetStopTimer:
 
 @dataclass(frozen=True, slots=True)
 class ClosePool:
-    """Close the pooled connections: their keep-alive timers would expire unseen while frozen."""
+    """Close the pooled connections: their keep-alive timers would expire unnoticed during a freeze."""
 
 
 @dataclass(frozen=True, slots=True)
 class RefuseWaiters:
-    """Everybody at the gate is refused, so that the gateway queues them again elsewhere."""
+    """Refuse all waiting requests, so that the gateway queues them again."""
 
     reason: str
     message: str
@@ -275,7 +278,7 @@ class RefuseWaiters:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something worth an event in the instance's history."""
+    """Add an event to the instance's event log."""
 
     name: str
     message: str
@@ -284,11 +287,11 @@ class Note:
 Effect = (
     Run
     | AskCancel
-    | Want
-    | Withdraw
-    | Release
+    | RequestGpus
+    | WithdrawRequest
+    | ReleaseGpus
     | OrderedFreezeRefused
-    | Became
+    | ReportActivity
     | SetIdleTimer
     | SetStopTimer
     | ClosePool

@@ -1,10 +1,10 @@
-"""One instance as the decisions about it see it. `lifecycle.step` is the only one who makes new ones."""
+"""The state of one instance on which its life cycle's decisions depend."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from agent.core.lifecycle.events import Operation
+from agent.core.lifecycle.events import Event, Operation
 from agent.core.types import SECOND_NS, InstanceState
 
 BACK_OFF_MIN_NS = SECOND_NS
@@ -13,15 +13,22 @@ BACK_OFF_MAX_NS = 60 * SECOND_NS
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """Everything the decisions about one instance depend on. Only `step` makes new ones.
+    """Immutable; `machine.step` makes the next one. Times are monotonic ns.
 
-    `holds`: a GPU grant is ours. `ordered`: the running freeze was ordered by the GPU book and is not cancelled.
-    `draining`: the book wants the GPU, the gate is closed until the last request ended. `stop`: a stop was asked
-    (`stop_force`: without drain or hooks). `wake_until_ns`: an API wake counts as somebody waiting until then.
-    `movable`: it may wake on other GPUs. `paused`: somebody else stopped its threads. `visited`: somebody runs a
-    command inside, or is about to (exec): no freeze begins, but a stop does not wait for it. `refusals` freezes in a
-    row were refused, the last for `refusal`: why it is awake although nobody needs it; none is tried before
-    `retry_at_ns`.
+    - `op`: the operation under way, started with generation `op_gen`
+    - `movable`: it may wake on other GPUs than those it was frozen on
+    - `paused`: its threads were stopped from outside (docker pause)
+    - `exec_active`: a command runs inside (exec) or is about to: no freeze begins, but a stop does not wait for it
+    - `busy`: requests are inside; `has_waiters`: requests wait at the closed gate
+    - `holds`: it holds its GPU grant
+    - `ordered`: the freeze under way was ordered by the GPU allocator and is not cancelled
+    - `draining`: the GPU allocator needs the GPUs: the gate is closed, the freeze begins after the last request
+    - `stop`: a stop was asked for; `stop_force`: without drain and hooks
+    - `wake_until_ns`: an API wake counts as a waiter until then
+    - `hold_ns`: how long the next wake holds off the idle timer; `hold_until_ns`: that hold's end
+    - `refusals`: freezes refused in a row, the last for `refusal`; the next is tried at `retry_at_ns` at the earliest
+    - `restores`: attempts of the wake under way
+    - `history`: time, event and resulting state of the latest steps that changed the state or the operation
     """
 
     uid: str
@@ -34,9 +41,9 @@ class Instance:
     idle_gen: int = 0
     movable: bool = False
     paused: bool = False
-    visited: bool = False
+    exec_active: bool = False
     busy: bool = False
-    wanted: bool = False
+    has_waiters: bool = False
     holds: bool = False
     gpus: tuple[str, ...] = ()
     ordered: bool = False
@@ -54,29 +61,35 @@ class Instance:
     awake_since_ns: int = 0
     reason: str = ""
     message: str = ""
+    history: tuple[tuple[int, Event, InstanceState], ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def is_new(self) -> bool:
+        """It has no history: its record is not known to be durable yet."""
+        return self.state is InstanceState.STARTING and self.op_gen == 0
 
     @property
     def gate_open(self) -> bool:
-        """May the gate grant requests now?"""
+        """The gate may grant requests now."""
         return self.state is InstanceState.RUNNING and not (self.draining or self.stop or self.paused)
 
     @property
-    def asks(self) -> bool:
-        """Does it wait in the GPU book's queue?"""
+    def in_gpu_queue(self) -> bool:
+        """It waits in the GPU allocator's queue."""
         waits = self.state in (InstanceState.STARTING, InstanceState.WAITING_GPU)
         return waits and self.op is None and not self.holds
 
     @property
     def can_freeze(self) -> bool:
-        """May a freeze begin now? Idle timers and the GPU book ask."""
+        """A freeze may begin now."""
         ready = self.freezable and self.state is InstanceState.RUNNING
-        return ready and not (self.busy or self.stop or self.paused or self.visited)
+        return ready and not (self.busy or self.stop or self.paused or self.exec_active)
 
     @property
     def back_off_ns(self) -> int:
-        """How long after the last refused freeze the next may be tried: doubled each time."""
+        """Time between the last refused freeze and the next attempt: doubled each time."""
         return min(BACK_OFF_MIN_NS << min(self.refusals - 1, 16), BACK_OFF_MAX_NS) if self.refusals else 0
 
     def awaited(self, at: int) -> bool:
-        """Does a request, or an API wake whose deadline has not passed, wait for this instance to be awake?"""
-        return self.wanted or at < self.wake_until_ns
+        """A request, or an API wake whose deadline has not passed, waits for this instance to be awake."""
+        return self.has_waiters or at < self.wake_until_ns

@@ -1,28 +1,28 @@
-"""The life of one instance: `step(instance, event, at) -> (instance, effects)`, the only transition code.
+"""The life of one instance: `step(instance, event, at) -> (instance, effects)`, the only code that changes its state.
 
-| state | a request waits | the operation succeeds | refused (rolled back) / broken (unknown) |
+| state | a waiting request | the operation succeeds | refused (rolled back) / broken (state unknown) |
 |---|---|---|---|
 | STARTING | waits | RUNNING | FAILED |
 | RUNNING | is granted by the gate | - | - |
 | FREEZING (lock, checkpoint) | undoes it before the checkpoint | FROZEN or WAITING_GPU | RUNNING, back-off / FAILED |
 | FROZEN | WAITING_GPU | - | - |
-| WAITING_GPU | waits | granted: RESTORING | nobody waits any more: FROZEN |
-| RESTORING | waits | RUNNING | FROZEN if nobody waits; once more (elsewhere if it may move), then FAILED / FAILED |
-| STOPPING | refused | STOPPED | FAILED |
+| WAITING_GPU | waits | GPUs granted: RESTORING | last waiter left: FROZEN |
+| RESTORING | waits | RUNNING | FROZEN without waiters; else one retry (elsewhere if movable), then FAILED / FAILED |
+| STOPPING | is refused | STOPPED | FAILED |
 
-One operation at a time: `op_gen` discards the answers of operations that no longer count, `idle_gen` stale timers.
-Requests reach this machine only as edges (the first granted, the last ended, the first waiting, nobody waiting), so
-that a request in the middle of a busy instance costs two counter changes in `slots.py` and nothing here.
+One operation runs at a time. `op_gen` marks answers of earlier operations as stale, `idle_gen` earlier idle timers.
+The gate reports only edges (first request started, last ended, waiters appeared, waiters gone), so most requests of a
+busy instance never reach this module. An event that no correct caller sends in the current state is reported as a
+`Note` with the instance's fields and latest steps.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import assert_never
 
 from agent.core.lifecycle.events import (
     AskCancel,
-    Became,
     Broken,
     ClosePool,
     Created,
@@ -44,7 +44,9 @@ from agent.core.lifecycle.events import (
     Paused,
     Refused,
     RefuseWaiters,
-    Release,
+    ReleaseGpus,
+    ReportActivity,
+    RequestGpus,
     Run,
     SetIdleTimer,
     SetStopTimer,
@@ -55,47 +57,91 @@ from agent.core.lifecycle.events import (
     WaitersGone,
     WakeAsked,
     WakeExpired,
-    Want,
-    Withdraw,
+    WithdrawRequest,
 )
 from agent.core.lifecycle.instance import Instance as Instance  # noqa: PLC0414 (re-exported)
-from agent.core.types import InstanceState
+from agent.core.types import SECOND_NS, InstanceState
 
 MAX_RESTORES = 2
 PRE_FREEZE_FAILED = "PRE_FREEZE_FAILED"
 CANCELLED = "CANCELLED"
 PAUSED = "EXTERNALLY_FROZEN"
-_PAUSE = "paused by somebody else until its cgroup is thawed (docker unpause); its requests go elsewhere, or wait"
-
+_PAUSED_MESSAGE = "paused from outside (docker pause) until its cgroup is thawed; its requests go elsewhere or wait"
+_STOPPING_MESSAGE = "the instance is being stopped"
+_HISTORY = 8
+_ADMITTING = (InstanceState.RUNNING, InstanceState.STOPPING)
+_NOT_IN_QUEUE = (InstanceState.FROZEN, InstanceState.STOPPING)
 
 Step = tuple[Instance, list[Effect]]
 
 
-def step(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, PLR0912 - one flat table is easiest to read
+def step(me: Instance, event: Event, at: int) -> Step:
     """Apply `event` at monotonic time `at` (ns). Pure: the caller performs the effects in order, without awaiting."""
     if me.state.terminal:
         return _after_the_end(me, event)
+    new, effects = _apply(me, event, at)
+    if new.op_gen != me.op_gen or new.op is not me.op or new.state is not me.state:
+        new = replace(new, history=(*me.history[1 - _HISTORY :], (at, event, new.state)))
+    return (new, [_report(me, event, at), *effects]) if _is_impossible(me, event) else (new, effects)
+
+
+def _is_impossible(me: Instance, event: Event) -> bool:
+    """Whether only a bug can send `event` now, as opposed to a stale answer or timer, a repeat, or a crossing.
+
+    Crossings: a grant or a GPU loss with a withdrawal (FROZEN) or a stop; `Created` with a stop.
+    """
     match event:
         case Created():
-            return _run(me, Operation.PREPARE)  # before the GPU: nobody holds one while an image is pulled
+            return not (me.is_new or me.stop)
+        case Granted() | GpusLost():
+            return not (me.in_gpu_queue or (me.state in _NOT_IN_QUEUE and not me.holds))
+        case FirstRequestStarted():
+            return me.busy or me.state not in _ADMITTING
+        case LastRequestEnded():
+            return not me.busy or me.state not in _ADMITTING
+        case WaitersAppeared():
+            return me.gate_open
+        case IdleTimer(gen):
+            return gen >= me.idle_gen and not me.can_freeze
+        case StopTimer(gen):
+            return gen >= me.op_gen and not (me.state is InstanceState.STOPPING and me.op is None)
+        case Succeeded(gen) | Refused(gen) | Broken(gen):
+            return gen >= me.op_gen and not _current(me, gen)
+        case _:
+            return False
+
+
+def _report(me: Instance, event: Event, at: int) -> Note:
+    """An impossible event with every field that differs from its default, and the latest steps."""
+    values = {field.name: getattr(me, field.name) for field in fields(me) if field.repr}
+    now = ", ".join(f"{f.name}={values[f.name]}" for f in fields(me) if f.repr and values[f.name] != f.default)
+    past = "".join(f"; {(at - then) / SECOND_NS:.3f} s ago {e} -> {state.value}" for then, e, state in me.history)
+    name = "gpu.grant_unexpected" if isinstance(event, Granted) else "instance.impossible_event"
+    return Note(name, f"{event} in {me.state.value}: {now}{past}")
+
+
+def _apply(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, PLR0912 - one flat table reads best
+    match event:
+        case Created():  # PREPARE comes before the GPUs: none is held while an image is pulled
+            return _run(me, Operation.PREPARE) if me.is_new else (me, [])
         case Granted(gpus):
             return _granted(me, gpus)
         case FirstRequestStarted():
             me = replace(me, busy=True, idle_gen=me.idle_gen + 1, hold_ns=0, hold_until_ns=0)
-            return me, [Became(idle=False)]
+            return me, [ReportActivity(idle=False)]
         case LastRequestEnded():
-            return _settle(replace(me, busy=False), at)
+            return _when_idle(replace(me, busy=False), at)
         case WaitersAppeared():
-            return _call(replace(me, wanted=True), at)
+            return _with_waiters(replace(me, has_waiters=True), at)
         case WaitersGone():
-            return _give_up_waiting(replace(me, wanted=False), at)
+            return _without_waiters(replace(me, has_waiters=False), at)
         case ExecActive(inside):
-            me = replace(me, visited=inside, idle_gen=me.idle_gen + 1)
-            return (me, [Became(idle=False)]) if inside or me.busy else _settle(me, at)
+            me = replace(me, exec_active=inside, idle_gen=me.idle_gen + 1)
+            return (me, [ReportActivity(idle=False)]) if inside or me.busy else _when_idle(me, at)
         case WakeAsked(hold_ns, until_ns):
             return _wake_asked(me, hold_ns, until_ns, at)
         case WakeExpired():
-            return _give_up_waiting(me, at)
+            return _without_waiters(me, at)
         case IdleTimer(gen):
             if gen != me.idle_gen or not me.can_freeze:
                 return me, []
@@ -107,7 +153,7 @@ def step(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, P
         case DrainOrdered():
             return _drain(me)
         case GpusLost(message):
-            return _fail(me, "GPU_LOST", message) if me.asks else (me, [])
+            return _fail(me, "GPU_LOST", message) if me.in_gpu_queue else (me, [])
         case Paused(paused):
             return _paused(me, paused, at)
         case StopAsked(grace_ns, force, reason, message):
@@ -138,23 +184,23 @@ def _run(me: Instance, op: Operation) -> Step:
 
 
 def _after_the_end(me: Instance, event: Event) -> Step:
-    """A terminal instance only refuses those who still come, and gives back a grant that crossed its end."""
+    """A terminal instance refuses new waiters and gives back a grant that crossed its end; the rest is stale."""
     match event:
         case WaitersAppeared():
             return me, [RefuseWaiters(me.reason or "INSTANCE_GONE", me.message)]
         case Granted():
-            return me, [Release()]
+            return me, [ReleaseGpus()]
         case _:
             return me, []
 
 
 def _granted(me: Instance, gpus: tuple[str, ...]) -> Step:
     if me.holds:
-        return me, [Note("gpu.grant_unexpected", "")]
+        return me, []
     me = replace(me, holds=True, gpus=gpus)
     match me.state:
         case InstanceState.STOPPING:
-            return me, []  # the grant and the stop crossed: given back at the stop's end
+            return me, []  # the grant crossed the stop: given back when the stop ends
         case InstanceState.STARTING if me.op is None:
             return _run(me, Operation.START)
         case InstanceState.WAITING_GPU:
@@ -166,44 +212,42 @@ def _granted(me: Instance, gpus: tuple[str, ...]) -> Step:
 def _release(me: Instance) -> Step:
     if not me.holds:
         return me, []
-    return replace(me, holds=False), [Release()]
+    return replace(me, holds=False), [ReleaseGpus()]
 
 
-def _call(me: Instance, at: int) -> Step:
-    """Somebody waits for this instance to be awake."""
+def _with_waiters(me: Instance, at: int) -> Step:
+    """A request or an API wake waits for this instance to be awake."""
     match me.state:
         case InstanceState.FROZEN:
-            return replace(me, state=InstanceState.WAITING_GPU, restores=0), [Want()]
+            return replace(me, state=InstanceState.WAITING_GPU, restores=0), [RequestGpus()]
         case InstanceState.FREEZING if not me.ordered and me.op is Operation.LOCK:
             return me, [AskCancel(me.op_gen)]
-        case InstanceState.STOPPING:
-            return me, [RefuseWaiters("INSTANCE_STOPPING", "the instance is being stopped")]
-        case InstanceState.RUNNING if me.stop:
-            return me, [RefuseWaiters("INSTANCE_STOPPING", "the instance is being stopped")]
+        case InstanceState.STOPPING | InstanceState.RUNNING if me.stop:
+            return me, [RefuseWaiters("INSTANCE_STOPPING", _STOPPING_MESSAGE)]
         case InstanceState.RUNNING if me.paused:
-            return me, [RefuseWaiters(PAUSED, _PAUSE)]
+            return me, [RefuseWaiters(PAUSED, _PAUSED_MESSAGE)]
         case _:
             return me, []
 
 
 def _wake_asked(me: Instance, hold_ns: int, until_ns: int, at: int) -> Step:
     me = replace(me, hold_ns=max(me.hold_ns, hold_ns), wake_until_ns=max(me.wake_until_ns, until_ns))
-    if not me.gate_open:  # asleep, on its way, or about to give up its GPU
-        return _call(me, at)
+    if not me.gate_open:  # frozen, waking, or about to give up its GPUs
+        return _with_waiters(me, at)
     me = replace(me, wake_until_ns=0)
-    return _settle(me, at) if not me.busy else (replace(me, hold_ns=0), [])
+    return _when_idle(me, at) if not me.busy else (replace(me, hold_ns=0), [])
 
 
-def _give_up_waiting(me: Instance, at: int) -> Step:
+def _without_waiters(me: Instance, at: int) -> Step:
     if me.state is InstanceState.WAITING_GPU and not me.awaited(at):
-        return replace(me, state=InstanceState.FROZEN), [Withdraw()]
+        return replace(me, state=InstanceState.FROZEN), [WithdrawRequest()]
     if me.state is InstanceState.RUNNING and not me.busy:
-        return _settle(me, at)
+        return _when_idle(me, at)
     return me, []
 
 
-def _settle(me: Instance, at: int) -> Step:
-    """RUNNING (or STOPPING) with nobody inside: decide what comes next. Also called right after a wake."""
+def _when_idle(me: Instance, at: int) -> Step:
+    """Decide what follows when a RUNNING or STOPPING instance has no request inside, also right after a wake."""
     if me.state is InstanceState.STOPPING:
         return _run(me, Operation.STOP) if me.op is None else (me, [])
     if me.state is not InstanceState.RUNNING:
@@ -211,19 +255,21 @@ def _settle(me: Instance, at: int) -> Step:
     if me.stop:
         return _begin_stop(me, at)
     if me.paused:
-        return me, []  # it can't be frozen, and answers nobody: looked at again when it goes on
+        return me, []  # it can't be frozen and answers no hook: decided again when it is resumed
     if me.draining and me.freezable:
         return _begin_freeze(me, ordered=True)
-    if me.wanted or me.visited:
-        return me, []  # the gate opens now and grants them: never idle in the eyes of the GPU book
+    if me.has_waiters or me.exec_active:
+        return me, []  # the gate opens now and grants them: the GPU allocator never sees it idle
     hold_until = max(me.hold_until_ns, at + me.hold_ns if me.hold_ns else 0)
     freeze_at = max(at + me.freeze_after_ns, me.retry_at_ns, hold_until)
     me = replace(me, idle_gen=me.idle_gen + 1, hold_ns=0, hold_until_ns=hold_until)
-    # From the refusal on, not from here: with a request now and then it would else never give way to anybody.
-    became = Became(idle=True, preemptible_at_ns=max(hold_until, me.awake_since_ns + me.min_awake_ns, me.retry_at_ns))
+    # The back-off counts from the refused freeze: counted from here, occasional requests would renew it for ever.
+    idle = ReportActivity(
+        idle=True, preemptible_at_ns=max(hold_until, me.awake_since_ns + me.min_awake_ns, me.retry_at_ns)
+    )
     if not me.freezable:
-        return me, [became]
-    return me, [became, SetIdleTimer(me.idle_gen, freeze_at)]
+        return me, [idle]
+    return me, [idle, SetIdleTimer(me.idle_gen, freeze_at)]
 
 
 def _begin_freeze(me: Instance, *, ordered: bool) -> Step:
@@ -233,42 +279,43 @@ def _begin_freeze(me: Instance, *, ordered: bool) -> Step:
 
 
 def _drain(me: Instance) -> Step:
-    if me.state is not InstanceState.RUNNING or not me.freezable or me.stop or me.paused or me.visited:
+    if me.state is not InstanceState.RUNNING or not me.freezable or me.stop or me.paused or me.exec_active:
         return me, [OrderedFreezeRefused()]
     me = replace(me, draining=True)
     return (me, []) if me.busy else _begin_freeze(me, ordered=True)
 
 
 def _paused(me: Instance, paused: bool, at: int) -> Step:
-    """A pause closes the gate; nothing is asked of the driver until it ends. Only an awake instance can tell it from
-    our own freeze."""
+    """A pause closes the gate; no driver call is made until it ends. It can be told from our own freeze only while
+    the instance is RUNNING."""
     if paused is me.paused or (paused and me.state is not InstanceState.RUNNING):
         return me, []
-    gives_way = me.draining
+    was_draining = me.draining
     me = replace(me, paused=paused, draining=False, idle_gen=me.idle_gen + 1)
-    note = Note(PAUSED, _PAUSE) if paused else Note("EXTERNALLY_THAWED", "")
-    if paused:  # nobody knows for how long: the book must not count on its GPUs
-        refusal: list[Effect] = [OrderedFreezeRefused()] if gives_way else []
-        return me, [note, ClosePool(), *refusal, Became(idle=False), RefuseWaiters(PAUSED, _PAUSE)]
-    me, effects = _settle(me, at) if not me.busy else (me, [])
-    return me, [note, *effects]
+    if not paused:
+        me, effects = (me, []) if me.busy else _when_idle(me, at)
+        return me, [Note("instance.externally_thawed", ""), *effects]
+    note = Note("instance.externally_frozen", _PAUSED_MESSAGE)
+    refusal: list[Effect] = [OrderedFreezeRefused()] if was_draining else []
+    # A pause may last for ever: the GPU allocator must not count on these GPUs.
+    return me, [note, ClosePool(), *refusal, ReportActivity(idle=False), RefuseWaiters(PAUSED, _PAUSED_MESSAGE)]
 
 
 def _succeeded(me: Instance, at: int) -> Step:
-    """The current operation did what it should."""
+    """The current operation succeeded: the next one, or the state it leads to."""
     op, me = me.op, replace(me, op=None)
     match op:
         case Operation.PREPARE:
-            return _begin_stop(me, at) if me.stop else (me, [Want()])
+            return _begin_stop(me, at) if me.stop else (me, [RequestGpus()])
         case Operation.START | Operation.WAKE:
             me = replace(me, state=InstanceState.RUNNING, awake_since_ns=at, restores=0, wake_until_ns=0)
-            return _settle(replace(me, ordered=False, draining=False), at)
+            return _when_idle(replace(me, ordered=False, draining=False), at)
         case Operation.LOCK if me.stop or (me.awaited(at) and not me.ordered):
             return _run(me, Operation.UNLOCK)
         case Operation.LOCK:
             return _run(me, Operation.CHECKPOINT)
         case Operation.UNLOCK:
-            return _settle(_running_again(me), at)
+            return _when_idle(_running_again(me), at)
         case Operation.CHECKPOINT:
             return _frozen(me, at)
         case Operation.STOP:
@@ -292,12 +339,12 @@ def _frozen(me: Instance, at: int) -> Step:
         me, more = _begin_stop(me, at)
         return me, [*effects, *more]
     if me.awaited(at):
-        return replace(me, state=InstanceState.WAITING_GPU, restores=0), [*effects, Want()]
+        return replace(me, state=InstanceState.WAITING_GPU, restores=0), [*effects, RequestGpus()]
     return me, effects
 
 
 def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
-    """The current operation was rolled back."""
+    """The current operation was rolled back: the state before it, a retry, or the end."""
     op, me = me.op, replace(me, op=None)
     match op:
         case Operation.LOCK if reason == PRE_FREEZE_FAILED:
@@ -310,40 +357,36 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
                 me = replace(me, refusals=me.refusals + 1, refusal=f"{reason}: {message}")
                 me = replace(me, retry_at_ns=at + me.back_off_ns)
             me = _running_again(me)
-            me, more = _paused(me, True, at) if reason == PAUSED else _settle(me, at)
+            me, more = _paused(me, True, at) if reason == PAUSED else _when_idle(me, at)
             return me, [*effects, *more]
         case Operation.WAKE if me.restores < MAX_RESTORES and not me.stop:
             return _restore_refused(me, f"{reason}: {message}", at)
-        case Operation.PREPARE | Operation.START | Operation.WAKE if (
-            me.stop
-        ):  # cut short, or frozen as before: it need not be awake to end
+        case Operation.PREPARE | Operation.START | Operation.WAKE if me.stop:  # a stop needs no awake instance
             return _begin_stop(me, at)
         case Operation.DESTROY | None:
             return me, []
-        case (
-            Operation.PREPARE | Operation.UNLOCK | Operation.START | Operation.WAKE | Operation.STOP
-        ):  # an instance that stays locked answers nobody
+        case Operation.PREPARE | Operation.UNLOCK | Operation.START | Operation.WAKE | Operation.STOP:
             return _fail(me, reason, message)
         case _:
             assert_never(op)
 
 
 def _restore_refused(me: Instance, why: str, at: int) -> Step:
-    """Frozen as before, and there is another attempt: where it may move on another GPU, else in place."""
-    if not me.awaited(at):  # whom it was for has left: nobody gives a GPU up for a second attempt
+    """The image is intact and a restore is left: on other GPUs if it is movable, else on the same ones."""
+    if not me.awaited(at):  # without a waiter, no other instance has to give up a GPU for a retry
         me, effects = _release(replace(me, state=InstanceState.FROZEN))
         return me, [Note("instance.restore_refused", why), *effects]
     retried = Note("instance.restore_retried", f"on {', '.join(me.gpus)}: {why}")
     if me.movable:
         me, effects = _release(replace(me, state=InstanceState.WAITING_GPU))
-        return me, [retried, *effects, Want(avoid=me.gpus)]
+        return me, [retried, *effects, RequestGpus(avoid=me.gpus)]
     me, effects = _run(replace(me, restores=me.restores + 1), Operation.WAKE)
     return me, [retried, *effects]
 
 
 def _fail(me: Instance, reason: str, message: str) -> Step:
-    """FAILED: kill what is left, give the GPUs back on proof, send the waiters elsewhere."""
-    asked = me.asks
+    """FAILED: destroy what is left, release the GPUs, refuse the waiters so that they are dispatched elsewhere."""
+    was_queued = me.in_gpu_queue
     gen = me.op_gen + 1
     me = replace(
         me,
@@ -355,8 +398,8 @@ def _fail(me: Instance, reason: str, message: str) -> Step:
         message=message,
     )
     effects: list[Effect] = [Run(Operation.DESTROY, gen, me.gpus)]
-    if asked:
-        effects.append(Withdraw())
+    if was_queued:
+        effects.append(WithdrawRequest())
     me, released = _release(me)
     return me, [*effects, *released, RefuseWaiters(reason, message)]
 
@@ -379,16 +422,15 @@ def _stop_asked(me: Instance, grace_ns: int, force: bool, reason: str, message: 
         message=me.message or message,
     )
     if me.op is not None:
-        short = me.op in (Operation.PREPARE, Operation.LOCK, Operation.START) or (
-            me.op is Operation.STOP and me.stop_force
-        )
-        return me, [AskCancel(me.op_gen)] if short else []
+        hurry = me.op is Operation.STOP and me.stop_force
+        cancel = hurry or me.op in (Operation.PREPARE, Operation.LOCK, Operation.START)
+        return me, [AskCancel(me.op_gen)] if cancel else []
     return _begin_stop(me, at)
 
 
 def _begin_stop(me: Instance, at: int) -> Step:
-    """No operation runs. A frozen instance is killed without waking it; a busy one is drained first."""
-    asked = me.asks
+    """Stop, with no operation under way: a frozen instance is killed without a wake, a busy one is drained first."""
+    was_queued = me.in_gpu_queue
     was_running = me.state is InstanceState.RUNNING or me.state is InstanceState.STOPPING
     stop_reason = me.reason or "INSTANCE_STOPPING"
     me = replace(
@@ -398,8 +440,8 @@ def _begin_stop(me: Instance, at: int) -> Step:
         idle_gen=me.idle_gen + 1,
         stop_force=me.stop_force or not was_running or me.paused,
     )
-    effects: list[Effect] = [Withdraw()] if asked else []
-    effects.append(RefuseWaiters(stop_reason, me.message or "the instance is being stopped"))
+    effects: list[Effect] = [WithdrawRequest()] if was_queued else []
+    effects.append(RefuseWaiters(stop_reason, me.message or _STOPPING_MESSAGE))
     if me.busy and not me.stop_force:
         return me, [*effects, SetStopTimer(me.op_gen, at + me.stop_grace_ns)]
     me, run = _run(me, Operation.STOP)

@@ -66,7 +66,7 @@ def test_ps_filters(at_home: Run) -> None:
 def test_node(at_home: Run) -> None:
     done = at_home("node")
     assert ["Node", "gpu-host-1"] in done.words
-    assert "5.0 GiB reserved for sleeping instances" in done.out
+    assert "5.0 GiB reserved for frozen instances" in done.out
     assert next(line[:4] for line in done.words if line[:1] == ["0"]) == ["0", "Emulated", "T4", "GPU-aaaa"]
     assert "CORDONED" in done.out
     assert "37%" in done.out
@@ -150,9 +150,9 @@ def test_create_prints_the_uid_alone(at_home: Run, s_yaml: Path) -> None:
     assert found["request_id"].startswith("cli-")
     again = at_home("create", "-t", s_yaml, "-o", "json").json
     assert again["request_id"] != found["request_id"]  # every create is a new one
-    for _ in range(2):
-        mine = at_home("create", "-t", s_yaml, "-o", "json", "--request-id", "mine").json
-        assert mine["request_id"] == "mine"
+    mine = at_home("create", "-t", s_yaml, "-o", "json", "--request-id", "mine").json
+    assert mine["request_id"] == "mine"
+    assert at_home("create", "-t", s_yaml, "--request-id", "mine").out == f"{mine['uid']}\n"
     assert at_home("rm", uid, found["uid"], again["uid"], mine["uid"]).code == 0
     assert at_home("ps", "-q").out.split() == ["i-run", "i-cold", "i-chat"]
 

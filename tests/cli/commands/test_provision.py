@@ -39,8 +39,8 @@ def deploy(at_home: Run, tmp_path: Path, name: str) -> None:
 def test_the_command_that_users_of_function_compute_know(at_home: Run, tmp_path: Path) -> None:
     assert at_home("deploy", "-t", EXAMPLE).code == 0
     for path, text in (
-        (SEED, "target 1, 1 there now"),
-        (active(tmp_path), "target 2 by scaling-policy-demo, 2 there now"),
+        (SEED, "target 1, 1 now"),
+        (active(tmp_path), "target 2 by scaling-policy-demo, 2 now"),
     ):
         done = at_home(
             "provision", "put", "--target", "1", "--targetTrackingPolicies", path, "--qualifier", "LATEST",
@@ -140,11 +140,11 @@ async def test_want_of_room_is_waited_for_and_what_never_passes_is_not(
 
     monkeypatch.setattr(provision, "list_provisions", listed)
     monkeypatch.setattr(provision, "POLL_S", 0.0)
-    assert (await provision._settled(object(), "ocr", 10.0)).current == 2  # type: ignore[arg-type]
+    assert (await provision._wait_for_target(object(), "ocr", 10.0)).current == 2  # type: ignore[arg-type]
     assert capsys.readouterr().err.count("no room") == 1
     answers.append(short("IMAGE_RUNTIME_UNAVAILABLE"))
     with pytest.raises(PreconditionError):
-        await provision._settled(object(), "ocr", 10.0)  # type: ignore[arg-type]
+        await provision._wait_for_target(object(), "ocr", 10.0)  # type: ignore[arg-type]
 
 
 def test_who_is_not_deployed_is_not_found(at_home: Run) -> None:

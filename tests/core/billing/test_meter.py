@@ -279,7 +279,6 @@ def test_a_kill_at_any_point_loses_at_most_a_flush_of_active_time_and_adds_none(
         last,
         boot_id="boot-a",
         now_mono_ns=back_at,
-        now_wall_ns=WALL + back_at,
         same_process=survived,
         policy=BillingPolicy(),
     )
@@ -308,16 +307,13 @@ def gap_after(
     same_process: bool,
     now: int = 5_000,
     boot_id: str = "boot-a",
-    boundaries: tuple[int, ...] = (),
 ) -> list[UsageWindow]:
     recovered = resume(
         last,
         boot_id=boot_id,
         now_mono_ns=now,
-        now_wall_ns=WALL + now,
         same_process=same_process,
         policy=BillingPolicy(),
-        price_boundaries_wall_ns=boundaries,
     )
     check_ledger(list(recovered.windows))
     return list(recovered.windows)
@@ -355,10 +351,3 @@ def test_a_ledger_of_another_boot_ends_at_its_last_mark() -> None:
 
 def test_a_ledger_that_was_properly_ended_is_left_alone() -> None:
     assert gap_after(replace(last_window(), sealed=True), same_process=False) == []
-
-
-def test_a_gap_over_a_price_change_is_split_there() -> None:
-    before_it, at_it, in_future = WALL + 500, WALL + 2_500, WALL + 9_000
-    _, old, new = gap_after(last_window(), same_process=True, boundaries=(in_future, at_it, before_it))
-    assert (old.idle_ns, new.idle_ns) == (1_500, 2_500)
-    assert new.start_wall_ns == at_it

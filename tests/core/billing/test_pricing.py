@@ -17,7 +17,6 @@ from agent.core.billing.pricing import (
     Quantities,
     always_on_cost,
     cost,
-    cost_of_windows,
     exact_text,
     quantities,
     rounded,
@@ -25,6 +24,7 @@ from agent.core.billing.pricing import (
 from agent.core.billing.window import UsageWindow
 from agent.core.errors import ConfigError
 from agent.core.types import GIB, SECOND_NS
+from tests.core.billing.oracle import cost_of_windows
 
 EXAMPLE = Path(__file__).parents[3] / "systemd" / "price-book.example.yaml"
 IN_2025 = 1_735_689_600 * SECOND_NS

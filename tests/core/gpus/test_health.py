@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from agent.core.gpus import xid_codes
 from agent.core.gpus.health import (
     LOST,
     NVML,
@@ -21,7 +22,7 @@ from agent.core.gpus.health import (
     healthy,
     step,
 )
-from agent.core.gpus.xid_codes import FATAL_XIDS, NOTED_XIDS, meaning_of
+from agent.core.gpus.xid_codes import meaning_of
 from agent.core.types import SECOND_NS, GpuSample, Xid
 
 A, B = "GPU-a", "GPU-b"
@@ -56,7 +57,7 @@ def test_an_xid_of_a_program_and_an_unknown_one_are_notes(code: int) -> None:
 
 
 def test_no_code_is_both() -> None:
-    assert not FATAL_XIDS & NOTED_XIDS
+    assert xid_codes._FATAL.keys().isdisjoint(xid_codes._NOTES)
 
 
 def test_an_xid_of_a_gpu_that_is_not_ours_changes_nothing() -> None:

@@ -31,19 +31,18 @@ VISITED = after(RUNNING, IN)
 def test_a_visitor_begins_no_operation(name: str) -> None:
     me, effects = does(EVERY[name], IN)
     assert me.state is EVERY[name].state
-    assert kinds(effects) in ([], ["Became"])
+    assert kinds(effects) in ([], ["ReportActivity"])
 
 
 @pytest.mark.parametrize(
     ("event", "told"),
     [
-        (ev.IdleTimer(VISITED.idle_gen), []),
         (ev.IdleTimer(RUNNING.idle_gen), []),
         (ev.FreezeAsked(), []),
         (ev.FreezeOrdered(), [ev.OrderedFreezeRefused()]),
         (ev.DrainOrdered(), [ev.OrderedFreezeRefused()]),
     ],
-    ids=["timer", "earlier timer", "asked", "ordered", "drain"],
+    ids=["earlier timer", "asked", "ordered", "drain"],
 )
 def test_no_freeze_begins_under_a_visitor(event: ev.Event, told: list[ev.Effect]) -> None:
     me, effects = does(VISITED, event)
@@ -53,16 +52,16 @@ def test_no_freeze_begins_under_a_visitor(event: ev.Event, told: list[ev.Effect]
 
 def test_the_last_request_arms_no_timer_while_a_visitor_is_inside() -> None:
     assert does(after(BUSY, IN), ev.LastRequestEnded())[1] == []
-    assert does(after(VISITED, ev.FirstRequestStarted()), OUT)[1] == [ev.Became(idle=False)], (
+    assert does(after(VISITED, ev.FirstRequestStarted()), OUT)[1] == [ev.ReportActivity(idle=False)], (
         "nor a visitor while a request is"
     )
 
 
 def test_the_idle_time_begins_when_the_visitor_has_left() -> None:
-    assert does(RUNNING, IN)[1] == [ev.Became(idle=False)]
+    assert does(RUNNING, IN)[1] == [ev.ReportActivity(idle=False)]
     me, effects = does(VISITED, OUT)
     assert effects == [
-        ev.Became(idle=True, preemptible_at_ns=AT),
+        ev.ReportActivity(idle=True, preemptible_at_ns=AT),
         ev.SetIdleTimer(me.idle_gen, AT + FREEZE_AFTER),
     ]
 

@@ -40,8 +40,8 @@ def no_room(me: Instance) -> ev.Refused:
 def test_a_failed_restore_goes_to_the_end_of_the_line_for_another_gpu() -> None:
     me, effects = does(MOVABLE, no_room(MOVABLE))
     assert (me.state, me.holds) == (S.WAITING_GPU, False)
-    assert kinds(effects) == ["Note", "Release", "Want"]
-    assert effects[-1] == ev.Want(avoid=GPU)
+    assert kinds(effects) == ["Note", "ReleaseGpus", "RequestGpus"]
+    assert effects[-1] == ev.RequestGpus(avoid=GPU)
 
 
 def test_the_second_restore_is_the_last_wherever_it_fails() -> None:
@@ -49,7 +49,7 @@ def test_the_second_restore_is_the_last_wherever_it_fails() -> None:
     assert (me.state, me.gpus) == (S.RESTORING, ("GPU-B",))
     me, effects = does(me, no_room(me))
     assert me.state is S.FAILED
-    assert kinds(effects) == ["Run DESTROY", "Release", "RefuseWaiters"]
+    assert kinds(effects) == ["Run DESTROY", "ReleaseGpus", "RefuseWaiters"]
 
 
 def test_a_wake_that_succeeds_elsewhere_begins_a_new_count() -> None:
@@ -62,13 +62,13 @@ def test_a_wake_that_succeeds_elsewhere_begins_a_new_count() -> None:
 
 def test_who_waits_no_more_sleeps_on_after_a_failed_restore() -> None:
     me, effects = does(after(MOVABLE, no_room(MOVABLE)), ev.WaitersGone())
-    assert (me.state, kinds(effects)) == (S.FROZEN, ["Withdraw"])
+    assert (me.state, kinds(effects)) == (S.FROZEN, ["WithdrawRequest"])
 
 
 @pytest.mark.parametrize("me", [MOVABLE, RESTORING], ids=["may move", "may not"])
 def test_a_restore_that_fails_when_nobody_waits_any_more_is_not_tried_again(me: Instance) -> None:
     me, effects = does(after(me, ev.WaitersGone()), no_room(me))
-    assert (me.state, me.holds, kinds(effects)) == (S.FROZEN, False, ["Note", "Release"])
+    assert (me.state, me.holds, kinds(effects)) == (S.FROZEN, False, ["Note", "ReleaseGpus"])
 
 
 @pytest.mark.parametrize("me", [STARTING, WAITING], ids=["before its start", "asleep"])
@@ -79,16 +79,18 @@ def test_who_waits_for_gpus_that_are_lost_is_given_up(me: Instance) -> None:
 
 
 @pytest.mark.parametrize("me", [RUNNING, BUSY, LOCKING, CHECKPOINTING, FROZEN, RESTORING, STOPPING])
-def test_who_does_not_wait_for_them_is_not(me: Instance) -> None:
-    assert does(me, ev.GpusLost("A: XID 79")) == (me, [])
+def test_lost_gpus_change_nothing_for_an_instance_outside_the_queue(me: Instance) -> None:
+    after_it, effects = does(me, ev.GpusLost("A: XID 79"))
+    assert after_it == me
+    assert kinds(effects) == ([] if me is FROZEN else ["Note"]), "only a withdrawal can cross it"
 
 
 def test_a_pause_closes_the_gate_and_takes_the_instance_from_the_books_victims() -> None:
     me, effects = does(RUNNING, ev.Paused(paused=True))
     assert not me.gate_open
-    assert kinds(effects) == ["Note", "ClosePool", "Became", "RefuseWaiters"]
-    assert ev.Became(idle=False) in effects
-    for event in (ev.IdleTimer(RUNNING.idle_gen), ev.IdleTimer(me.idle_gen), ev.FreezeAsked()):
+    assert kinds(effects) == ["Note", "ClosePool", "ReportActivity", "RefuseWaiters"]
+    assert ev.ReportActivity(idle=False) in effects
+    for event in (ev.IdleTimer(RUNNING.idle_gen), ev.FreezeAsked()):
         assert does(me, event) == (me, []), "the driver is never asked about it"
     assert kinds(does(me, ev.FreezeOrdered())[1]) == ["OrderedFreezeRefused"]
     assert kinds(does(me, ev.DrainOrdered())[1]) == ["OrderedFreezeRefused"]
@@ -101,22 +103,22 @@ def test_who_comes_during_a_pause_is_sent_elsewhere() -> None:
 def test_a_freeze_that_finds_it_paused_knows_it_at_once() -> None:
     me, effects = does(LOCKING, ev.Refused(LOCKING.op_gen, "EXTERNALLY_FROZEN", "somebody else has paused it"))
     assert (me.state, me.paused) == (S.RUNNING, True)
-    assert kinds(effects) == ["Note", "Note", "ClosePool", "Became", "RefuseWaiters"]
+    assert kinds(effects) == ["Note", "Note", "ClosePool", "ReportActivity", "RefuseWaiters"]
 
 
 def test_after_a_pause_it_is_idle_from_then_on() -> None:
     me, effects = does(after(RUNNING, ev.Paused(paused=True)), ev.Paused(paused=False), at=AT + FREEZE_AFTER)
     assert me.gate_open
-    assert kinds(effects) == ["Note", "Became", "SetIdleTimer"]
+    assert kinds(effects) == ["Note", "ReportActivity", "SetIdleTimer"]
 
 
 def test_one_paused_while_it_drains_gives_nothing_up_and_the_book_is_told_so() -> None:
     me, effects = does(DRAINING, ev.Paused(paused=True))
-    assert kinds(effects) == ["Note", "ClosePool", "OrderedFreezeRefused", "Became", "RefuseWaiters"]
+    assert kinds(effects) == ["Note", "ClosePool", "OrderedFreezeRefused", "ReportActivity", "RefuseWaiters"]
     me = after(me, ev.LastRequestEnded())
     assert me.state is S.RUNNING
     me, effects = does(me, ev.Paused(paused=False))
-    assert (me.gate_open, kinds(effects)) == (True, ["Note", "Became", "SetIdleTimer"]), "the book asks again"
+    assert (me.gate_open, kinds(effects)) == (True, ["Note", "ReportActivity", "SetIdleTimer"]), "the book asks again"
 
 
 @pytest.mark.parametrize("me", [LOCKING, CHECKPOINTING, FROZEN, WAITING, RESTORING, STOPPING])

@@ -101,7 +101,7 @@ def test_each_state_with_each_event_keeps_what_always_holds(name: str, event: ev
     if me.state in (S.RUNNING, S.FREEZING, S.RESTORING):
         assert me.holds
     if before.holds and not me.holds:
-        assert ev.Release() in effects, "a GPU given up is released"
+        assert ev.ReleaseGpus() in effects, "a GPU given up is released"
     if me.state in (S.FREEZING, S.RESTORING):
         assert me.op is not None
     assert me.gate_open == (me.state is S.RUNNING and not me.draining)
@@ -116,7 +116,7 @@ def test_an_exit_ends_whatever_was(name: str) -> None:
         assert me.state is S.FAILED
         assert kinds(effects)[0] == "Run DESTROY"
         assert ev.RefuseWaiters("INSTANCE_CRASHED", "exit code 1") in effects
-        assert (ev.Withdraw() in effects) == (name in ("STARTING", "WAITING"))
+        assert (ev.WithdrawRequest() in effects) == (name in ("STARTING", "WAITING"))
 
 
 @pytest.mark.parametrize("name", ["WARMING", "LOCKING", "CHECKPOINTING", "UNLOCKING", "RESTORING", "STOPPING"])
@@ -124,7 +124,7 @@ def test_broken_means_killed(name: str) -> None:
     before = EVERY[name]
     me, effects = does(before, ev.Broken(before.op_gen, "UNKNOWN"))
     assert (me.state, me.reason) == (S.FAILED, "UNKNOWN")
-    assert kinds(effects) == ["Run DESTROY", "Release", "RefuseWaiters"]
+    assert kinds(effects) == ["Run DESTROY", "ReleaseGpus", "RefuseWaiters"]
 
 
 @pytest.mark.parametrize("name", [n for n, me in EVERY.items() if me.op is not None])
@@ -141,7 +141,7 @@ def test_answers_of_operations_that_no_longer_count_are_nothing(name: str) -> No
 def test_idle_leads_to_a_freeze_after_freeze_after() -> None:
     _, effects = does(BUSY, ev.LastRequestEnded())
     assert effects == [
-        ev.Became(idle=True, preemptible_at_ns=AT),
+        ev.ReportActivity(idle=True, preemptible_at_ns=AT),
         ev.SetIdleTimer(BUSY.idle_gen + 1, AT + FREEZE_AFTER),
     ]
     assert kinds(does(RUNNING, ev.IdleTimer(RUNNING.idle_gen))[1]) == ["ClosePool", "Run LOCK"]
@@ -154,7 +154,9 @@ def test_a_timer_of_an_earlier_quiet_is_stale() -> None:
 
 def test_always_awake_means_never_frozen() -> None:
     me = replace(RUNNING, freezable=False)
-    assert kinds(does(after(me, ev.FirstRequestStarted()), ev.LastRequestEnded())[1]) == ["Became"], "no idle timer"
+    assert kinds(does(after(me, ev.FirstRequestStarted()), ev.LastRequestEnded())[1]) == ["ReportActivity"], (
+        "no idle timer"
+    )
     assert does(me, ev.FreezeAsked()) == (me, [])
     assert does(me, ev.FreezeOrdered()) == (me, [ev.OrderedFreezeRefused()])
     assert does(me, ev.DrainOrdered()) == (me, [ev.OrderedFreezeRefused()])
@@ -175,7 +177,7 @@ def test_past_the_lock_the_checkpoint_goes_on_and_the_request_gets_a_wake() -> N
     assert effects == []
     me, effects = does(me, ev.Succeeded(me.op_gen))
     assert me.state is S.WAITING_GPU
-    assert kinds(effects) == ["Release", "Want"]
+    assert kinds(effects) == ["ReleaseGpus", "RequestGpus"]
 
 
 def test_a_freeze_that_the_book_ordered_is_not_cancelled() -> None:
@@ -204,7 +206,7 @@ def test_one_that_refused_and_has_a_request_now_and_then_still_gives_way() -> No
     for n in range(1, 5):
         me, _ = machine.step(me, ev.FirstRequestStarted(), AT + n * SECOND_NS // 2)
         me, effects = machine.step(me, ev.LastRequestEnded(), AT + n * SECOND_NS // 2)
-        (became,) = [effect for effect in effects if isinstance(effect, ev.Became)]
+        (became,) = [effect for effect in effects if isinstance(effect, ev.ReportActivity)]
         assert became.preemptible_at_ns == AT + SECOND_NS, "the back-off counts from the refusal"
 
 
@@ -237,7 +239,7 @@ def test_a_drain_closes_the_gate_and_freezes_with_the_last_request() -> None:
 
 
 def test_a_request_to_a_frozen_instance_waits_for_its_gpu_then_for_the_restore() -> None:
-    assert kinds(does(FROZEN, ev.WaitersAppeared())[1]) == ["Want"]
+    assert kinds(does(FROZEN, ev.WaitersAppeared())[1]) == ["RequestGpus"]
     assert kinds(does(WAITING, ev.Granted(GPU))[1]) == ["Run WAKE"]
     me, effects = does(RESTORING, ev.Succeeded(RESTORING.op_gen))
     assert me.gate_open
@@ -246,7 +248,7 @@ def test_a_request_to_a_frozen_instance_waits_for_its_gpu_then_for_the_restore()
 
 def test_nobody_waits_any_more() -> None:
     me, effects = does(WAITING, ev.WaitersGone())
-    assert (me.state, effects) == (S.FROZEN, [ev.Withdraw()])
+    assert (me.state, effects) == (S.FROZEN, [ev.WithdrawRequest()])
 
 
 def test_a_wake_by_the_api_waits_until_its_deadline() -> None:
@@ -318,7 +320,7 @@ def test_a_start_that_was_cut_short_is_stopped_not_failed() -> None:
     assert (me.state, me.stop_force) == (S.STOPPING, True)
     stopped, effects = does(me, ev.Succeeded(me.op_gen))
     assert (stopped.state, stopped.reason) == (S.STOPPED, "STOPPED_BY_USER")
-    assert ev.Release() in effects
+    assert ev.ReleaseGpus() in effects
 
 
 def test_a_restore_that_is_refused_while_a_stop_waits_is_not_repeated() -> None:
@@ -337,23 +339,23 @@ def test_a_grant_that_crosses_a_stop_is_given_back_at_its_end() -> None:
     me = after(STARTING, ev.StopAsked(0))
     me = after(me, ev.Granted(GPU))
     assert me.holds
-    assert ev.Release() in does(me, ev.Succeeded(me.op_gen))[1]
+    assert ev.ReleaseGpus() in does(me, ev.Succeeded(me.op_gen))[1]
 
 
 @pytest.mark.parametrize("name", ["STOPPED", "FAILED"])
 def test_after_the_end_requests_are_refused_and_grants_given_back(name: str) -> None:
     me = EVERY[name]
     assert isinstance(does(me, ev.WaitersAppeared())[1][0], ev.RefuseWaiters)
-    assert does(me, ev.Granted(GPU))[1] == [ev.Release()]
+    assert does(me, ev.Granted(GPU))[1] == [ev.ReleaseGpus()]
 
 
 def test_an_image_is_pulled_before_a_gpu_is_asked_for() -> None:
     me, effects = does(new(), ev.Created())
     assert kinds(effects) == ["Run PREPARE"]
-    assert not me.asks
+    assert not me.in_gpu_queue
     me, effects = does(me, ev.Succeeded(me.op_gen))
-    assert effects == [ev.Want()]
-    assert me.asks
+    assert effects == [ev.RequestGpus()]
+    assert me.in_gpu_queue
 
 
 def test_a_pull_that_fails_is_the_instances_end() -> None:
@@ -370,4 +372,68 @@ def test_a_stop_during_the_pull_asks_for_no_gpu(pulled: bool) -> None:
     me, effects = does(me, end)
     assert me.state is S.STOPPING
     assert "Run STOP" in kinds(effects)
-    assert "Want" not in kinds(effects)
+    assert "RequestGpus" not in kinds(effects)
+
+
+# ---- impossible events ----------------------------------------------------------------------------------------------
+
+CROSSED = after(new(), ev.StopAsked(0))
+
+
+def report(me: Instance, event: ev.Event) -> str:
+    """The note of an impossible event; it changes nothing but counts of requests."""
+    after_it, effects = does(me, event)
+    assert (after_it.state, after_it.op, after_it.op_gen) == (me.state, me.op, me.op_gen)
+    assert [type(effect) for effect in effects if isinstance(effect, (ev.Note, ev.Run))] == [ev.Note]
+    note = effects[0]
+    assert isinstance(note, ev.Note)
+    assert note.name == ("gpu.grant_unexpected" if isinstance(event, ev.Granted) else "instance.impossible_event")
+    return note.message
+
+
+@pytest.mark.parametrize("name", [name for name, me in EVERY.items() if not (me.stop or me.state.terminal)])
+def test_a_second_created_starts_nothing(name: str) -> None:
+    report(EVERY[name], ev.Created())
+
+
+def test_a_stop_that_crosses_created_wins() -> None:
+    assert does(CROSSED, ev.Created()) == (CROSSED, [])
+    assert does(STOPPED, ev.Created()) == (STOPPED, [])
+
+
+@pytest.mark.parametrize(
+    ("me", "event"),
+    [
+        (RUNNING, ev.Granted(GPU)),
+        (PULLING, ev.GpusLost("A: XID 79")),
+        (BUSY, ev.FirstRequestStarted()),
+        (FROZEN, ev.FirstRequestStarted()),
+        (RUNNING, ev.LastRequestEnded()),
+        (RUNNING, ev.WaitersAppeared()),
+        (LOCKING, ev.IdleTimer(LOCKING.idle_gen)),
+        (STOPPING, ev.StopTimer(STOPPING.op_gen)),
+        (RUNNING, ev.Succeeded(RUNNING.op_gen)),
+        (LOCKING, ev.Refused(LOCKING.op_gen + 1, CANCELLED)),
+        (FROZEN, ev.Broken(FROZEN.op_gen, "UNKNOWN")),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, Instance) else value.state.value,
+)
+def test_an_event_that_only_a_bug_can_send_is_reported(me: Instance, event: ev.Event) -> None:
+    report(me, event)
+
+
+def test_a_grant_before_any_request_for_gpus_is_reported_and_given_back() -> None:
+    me, effects = does(PULLING, ev.Granted(GPU))
+    assert (me.holds, kinds(effects)) == (False, ["Note", "ReleaseGpus"])
+
+
+def test_a_report_tells_the_fields_and_the_latest_steps() -> None:
+    message = report(replace(RUNNING, refusals=2), ev.Succeeded(9))
+    assert message.startswith("Succeeded(gen=9) in RUNNING: uid=ocr, ")
+    assert "refusals=2" in message
+    assert message.endswith("0.000 s ago Granted(gpus=('GPU-A',)) -> STARTING; 0.000 s ago Succeeded(gen=2) -> RUNNING")
+    me = RUNNING
+    for _ in range(20):
+        me = ok(ok(after(me, ev.FreezeAsked())))
+        me = ok(after(me, ev.WakeAsked(0, AT + SECOND_NS), ev.Granted(GPU)))
+    assert report(me, ev.Succeeded(9999)).count(" s ago ") == 8, "bounded"

@@ -23,16 +23,13 @@ from tests.fakes.stores import FailingStore, MemoryStore
 OCR = FunctionSpec("ocr", gpu=GpuNeed(count=1))
 
 
-def billing(
-    clock: FakeClock, store: LedgerStore, settings: BillingOptions | None = None, boundaries: Sequence[int] = ()
-) -> Billing:
+def billing(clock: FakeClock, store: LedgerStore, settings: BillingOptions | None = None) -> Billing:
     return Billing(
         clock,
         store,
         node="gpu-7",
         boot_id="boot-a",
         settings=settings,
-        price_boundaries_wall_ns=boundaries,
         card_bytes={"GPU-0": 24 * GIB},
     )
 
@@ -101,18 +98,6 @@ async def test_windows_are_sealed_after_a_minute() -> None:
     assert [(w.idle_ns // SECOND_NS, w.sealed) for w in ledger] == [(60, True), (60, True), (30, False)]
 
 
-async def test_windows_are_sealed_at_the_price_boundary_itself() -> None:
-    clock, store = FakeClock(), MemoryStore()
-    boundary = clock.wall_ns() + 1_300_000_000
-    book = billing(clock, store, boundaries=[boundary])
-    book.open("i-ocr-1", OCR, InstanceState.RUNNING)
-    book.start()
-    clock.advance(5 * SECOND_NS)
-    assert await book.stop()
-    old, new = await store.read_windows()
-    assert (old.sealed, new.start_wall_ns) == (True, boundary)
-
-
 async def test_sealed_windows_on_disk_are_announced() -> None:
     clock, store, announced = FakeClock(), MemoryStore(), asyncio.Event()
     book = Billing(clock, store, node="gpu-7", boot_id="boot-a", on_written=announced.set)
@@ -146,7 +131,7 @@ async def test_kill_and_recovery_on_the_real_store(tmp_path: Path) -> None:
     clock.advance(10 * SECOND_NS)
     await after.load()
     after.open("i-living", OCR, InstanceState.RUNNING)
-    after.settle()
+    after.complete_ended()
     await flushed(after, clock)
     gap = 10 * SECOND_NS + SECOND_NS // 2
     ledger = await store.read_windows("i-living")
@@ -266,12 +251,14 @@ async def test_a_long_outage_is_bounded_in_memory_and_exact() -> None:
     assert sum(w.invocations for w in ledger) == 2_000
 
 
-def test_offered_windows_and_price_borders_survive_the_merging() -> None:
-    backlog = UnwrittenWindows(capacity=4, price_boundaries_wall_ns=[window(seq=4).start_wall_ns])
+def test_offered_windows_survive_the_merging() -> None:
+    backlog = UnwrittenWindows(capacity=4)
     backlog.add(window(seq=0))
     assert backlog.offer(1) == (window(seq=0),)
     for seq in range(1, 8):
         backlog.add(window(seq=seq))
     left = backlog.offer(100)
     assert left[0] == window(seq=0)
-    assert left[1].end_mono_ns == left[2].start_mono_ns == window(seq=4).start_mono_ns
+    assert [(w.start_mono_ns, w.end_mono_ns) for w in left[1:]] == [
+        (window(seq=1).start_mono_ns, window(seq=7).end_mono_ns)
+    ]

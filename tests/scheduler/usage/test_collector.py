@@ -12,7 +12,7 @@ import sqlalchemy as sa
 import yaml
 
 from agent.core.billing.price_book import PriceBook, parse_price_book
-from agent.core.billing.pricing import cost_of_windows, rounded
+from agent.core.billing.pricing import rounded
 from agent.core.billing.window import UsageWindow
 from agent.core.errors import ExhaustedError, InvalidArgumentError, UnavailableError
 from agent.core.types import SECOND_NS
@@ -26,6 +26,7 @@ from agent.scheduler.usage.collector import (
 )
 from agent.scheduler.usage.reports import UsageFilter, UsageReports
 from tests.contract.test_stores import window
+from tests.core.billing.oracle import cost_of_windows
 from tests.fakes.clock import FakeClock
 
 EXAMPLE = Path(__file__).parents[3] / "systemd" / "price-book.example.yaml"

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from agent.core.billing.pricing import always_on_cost, cost_of_windows
+from agent.core.billing.pricing import always_on_cost
 from agent.core.billing.window import UsageWindow
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
 from agent.scheduler.usage.reports import NO_GPU_MODEL, UsageFilter, UsageReports
 from tests.contract.test_stores import window
+from tests.core.billing.oracle import cost_of_windows
 from tests.scheduler.usage.test_collector import NODE, WALL, book
 
 GROUPINGS = [("function",), ("instance_uid", "function", "node"), ("node",), ("gpu_model",)]
