@@ -122,7 +122,7 @@ async def _create(api: Api, channel: DaemonChannel, function: FunctionSpec) -> N
 
 
 async def _perform_all(sessions: list[FakeExecSession]) -> None:
-    """The commands that run inside do what fakes/exec_story.py says."""
+    """The commands that run inside do what `tests.fakes.exec_story` says."""
     async with asyncio.TaskGroup() as tasks:
         for number in itertools.count():
             while len(sessions) <= number:  # noqa: ASYNC110 - what is waited for has no event
