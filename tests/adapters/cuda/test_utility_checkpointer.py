@@ -67,7 +67,7 @@ def program(folder: Path, script: str, **options: object) -> UtilityCheckpointer
         ("", 999),
     ],
 )
-async def test_texts_become_codes_and_the_state_is_read_again(tmp_path: Path, text: str, code: int, noise: str) -> None:
+async def test_error_texts_become_codes_and_the_state_is_read(tmp_path: Path, text: str, code: int, noise: str) -> None:
     (tmp_path / "said").write_text(noise + text + "\n" + noise)
     utility = program(tmp_path, "[ $1 = --get-state ] && { echo locked; exit 0; }; cat said >&2; exit 1")
     reply = await utility.run([CudaCall(CudaOp.LOCK, 71), CudaCall(CudaOp.UNLOCK, 71)], 5.0)
@@ -76,20 +76,20 @@ async def test_texts_become_codes_and_the_state_is_read_again(tmp_path: Path, te
 
 
 @pytest.mark.parametrize("op", [CudaOp.STATE, CudaOp.LOCK])
-async def test_a_driver_that_can_not_be_initialised_is_no_answer_about_the_process(tmp_path: Path, op: CudaOp) -> None:
+async def test_failed_cuinit_says_nothing_about_the_process(tmp_path: Path, op: CudaOp) -> None:
     """The same words as for a process without CUDA: taken for that, its memory would be given to another."""
     utility = program(tmp_path, "echo 'Error initializing CUDA: \"initialization error\"' >&2; exit 1")
     reply = await utility.run([CudaCall(op, 71)], 5.0)
     assert (reply.fault, reply.reason, reply.answers) == (CudaFault.NOT_BEGUN, "CUDA_INIT_FAILED", ())
 
 
-async def test_what_fails_to_begin_after_something_was_done_is_lost(tmp_path: Path) -> None:
+async def test_batch_that_fails_to_start_midway_is_lost(tmp_path: Path) -> None:
     script = "[ $2 = lock ] && exit 0; echo 'Error initializing CUDA: \"unknown error\"' >&2; exit 1"
     reply = await program(tmp_path, script).run([CudaCall(op, 71) for op in (CudaOp.LOCK, CudaOp.CHECKPOINT)], 5.0)
     assert (reply.fault, reply.reason) == (CudaFault.LOST, "CUDA_INIT_FAILED")
 
 
-async def test_preloaded_libraries_do_not_get_into_it(tmp_path: Path) -> None:
+async def test_program_runs_without_ld_preload(tmp_path: Path) -> None:
     utility = program(tmp_path, 'echo "${LD_PRELOAD-running}"')
     assert (await utility.run([CudaCall(CudaOp.STATE, 71)], 5.0)).answers[0].state is CudaState.RUNNING
 
@@ -102,7 +102,7 @@ async def test_preloaded_libraries_do_not_get_into_it(tmp_path: Path) -> None:
     ["trap '' TERM; exec sleep 600", "exec yes", "sleep 600 & echo $! > pid; wait"],
     ids=["hangs", "prints without end", "waits for a child"],
 )
-async def test_one_that_does_not_end_is_killed(tmp_path: Path, script: str) -> None:
+async def test_program_that_does_not_end_is_killed(tmp_path: Path, script: str) -> None:
     utility = program(tmp_path, f"echo $$ > pid; {script}")
     reply = await utility.run([CudaCall(CudaOp.CHECKPOINT, 71)], 0.2)
     assert (reply.fault, reply.reason) == (CudaFault.LOST, "DRIVER_OPERATION_LOST")
@@ -118,7 +118,7 @@ async def assert_gone(folder: Path) -> None:
                 await asyncio.sleep(0.005)
 
 
-async def test_a_child_that_keeps_the_pipe_is_not_waited_for(tmp_path: Path) -> None:
+async def test_child_that_keeps_the_pipe_open_is_not_waited_for(tmp_path: Path) -> None:
     """A read to the end would hang the whole agent."""
     utility = program(tmp_path, "sleep 600 & echo $! > pid; echo running")
     async with asyncio.timeout(5.0):
@@ -127,13 +127,13 @@ async def test_a_child_that_keeps_the_pipe_is_not_waited_for(tmp_path: Path) -> 
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
-async def test_one_that_crashes_has_failed_and_the_state_says_the_rest(tmp_path: Path) -> None:
+async def test_crashed_program_has_failed_and_the_state_is_read(tmp_path: Path) -> None:
     utility = program(tmp_path, "[ $1 = --get-state ] && { echo checkpointed; exit 0; }; kill -SEGV $$")
     reply = await utility.run([CudaCall(CudaOp.CHECKPOINT, 71)], 5.0)
     assert [(answer.code, answer.state) for answer in reply.answers] == [(999, CudaState.CHECKPOINTED)]
 
 
-async def test_one_stuck_in_the_kernel_is_abandoned_and_its_gpus_reported(
+async def test_program_stuck_in_the_kernel_is_abandoned_and_its_gpus_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[tuple[str, ...]] = []
@@ -155,7 +155,7 @@ async def test_one_stuck_in_the_kernel_is_abandoned_and_its_gpus_reported(
             await asyncio.sleep(0.005)
 
 
-async def test_closing_ends_what_runs_and_takes_nothing_more(tmp_path: Path) -> None:
+async def test_close_ends_running_programs_and_takes_no_more(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "begun")
     utility = program(tmp_path, "echo $$ > pid; echo > begun; exec sleep 600")
     running = asyncio.create_task(utility.run([CudaCall(CudaOp.LOCK, 71), CudaCall(CudaOp.STATE, 71)], 60.0))
@@ -166,7 +166,7 @@ async def test_closing_ends_what_runs_and_takes_nothing_more(tmp_path: Path) -> 
     assert (await utility.run([CudaCall(CudaOp.STATE, 71)], 5.0)).reason == "DRIVER_WORKERS_DOWN"
 
 
-async def test_a_batch_waits_for_its_turn_and_not_for_ever(tmp_path: Path) -> None:
+async def test_batch_waits_for_its_turn_until_a_timeout(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "go")
     utility = program(tmp_path, "[ $3 = 71 ] && read line < go; echo running", queue_timeout_s=0.05)
     first = asyncio.create_task(utility.run([CudaCall(CudaOp.STATE, 71)], 10.0))
@@ -177,7 +177,7 @@ async def test_a_batch_waits_for_its_turn_and_not_for_ever(tmp_path: Path) -> No
     assert (await first).ok
 
 
-async def test_a_caller_that_goes_away_leaves_the_program_to_its_end(tmp_path: Path) -> None:
+async def test_cancelled_caller_leaves_the_program_running_to_its_end(tmp_path: Path) -> None:
     for pid in (71, 72):
         os.mkfifo(tmp_path / f"go-{pid}")
     utility = program(tmp_path, "read line < go-$3; echo running")
@@ -204,7 +204,7 @@ async def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
 # ---- the program itself ---------------------------------------------------------------------------------------------
 
 
-async def test_it_starts_where_the_program_knows_separate_actions(tmp_path: Path) -> None:
+async def test_start_succeeds_with_separate_actions(tmp_path: Path) -> None:
     (tmp_path / "help").write_text(NOISE + HELP)
     utility = program(tmp_path, "[ $1 = --help ] && cat help")
     await utility.start()
@@ -220,7 +220,7 @@ async def test_it_starts_where_the_program_knows_separate_actions(tmp_path: Path
         ("exec sleep 600", "did not end"),
     ],
 )
-async def test_one_that_does_not_is_refused_at_the_start(
+async def test_program_without_separate_actions_is_refused_at_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
 ) -> None:
     monkeypatch.setattr(utility_checkpointer, "HELP_DEADLINE_S", 0.5)
@@ -230,7 +230,7 @@ async def test_one_that_does_not_is_refused_at_the_start(
     assert said in refused.value.message
 
 
-async def test_one_that_was_removed_is_said_to_be_so(tmp_path: Path) -> None:
+async def test_removed_program_is_reported(tmp_path: Path) -> None:
     utility = program(tmp_path, "exit 0")
     (tmp_path / "cuda-checkpoint").unlink()
     reply = await utility.run([CudaCall(CudaOp.LOCK, 71)], 5.0)
@@ -239,7 +239,7 @@ async def test_one_that_was_removed_is_said_to_be_so(tmp_path: Path) -> None:
         await utility.start()
 
 
-async def test_one_for_another_machine_is_said_to_be_so(tmp_path: Path) -> None:
+async def test_program_for_another_machine_is_reported(tmp_path: Path) -> None:
     (tmp_path / "cuda-checkpoint").write_bytes(b"\x7fELF\x02\x01\x01" + b"\0" * 57)
     (tmp_path / "cuda-checkpoint").chmod(0o700)
     with pytest.raises(ConfigError, match=r"CHECKPOINT_UTILITY_INVALID.*does not run"):

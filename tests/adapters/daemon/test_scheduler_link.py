@@ -125,7 +125,7 @@ def shows(uid: str, state: Instance.State.ValueType) -> object:
     return lambda message: any(one.uid == uid and one.state == state for one in message.instances)
 
 
-async def test_it_registers_and_then_reports_changes_at_once() -> None:
+async def test_link_registers_and_reports_changes_at_once() -> None:
     async with a_line() as line:
         first = await line.scheduler.until_heard(lambda message: True)
         assert (first.sequence, first.snapshot) == (1, True)
@@ -138,7 +138,7 @@ async def test_it_registers_and_then_reports_changes_at_once() -> None:
         assert line.link.connected
 
 
-async def test_one_that_wakes_is_told_when_it_is_awake_or_else_a_little_later(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_wake_is_reported_when_done_or_after_a_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a request waits for it the loop has better things to do; a wake that takes seconds is not hidden."""
     monkeypatch.setattr(scheduler_link, "HEARTBEAT_S", 60.0)
     async with a_line() as line:
@@ -154,7 +154,7 @@ async def test_one_that_wakes_is_told_when_it_is_awake_or_else_a_little_later(mo
         await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RUNNING))
 
 
-async def test_an_instance_is_reported_as_soon_as_it_is_made_however_long_it_takes_to_start() -> None:
+async def test_slowly_starting_instance_is_reported_at_once() -> None:
     """The scheduler gives an instance up that it has not heard of 15 s after its create: models load longer."""
     async with a_line() as line:
         await line.scheduler.until_heard(lambda message: message.snapshot)
@@ -165,7 +165,7 @@ async def test_an_instance_is_reported_as_soon_as_it_is_made_however_long_it_tak
         assert actor.state is InstanceState.STARTING
 
 
-async def test_requests_inside_are_told_with_the_heartbeat_where_no_edge_tells_them() -> None:
+async def test_heartbeat_reports_changed_request_counts() -> None:
     """Of several at a time only the first and the last make an edge: what was said in between would be believed on."""
     async with a_line() as line:
         actor = await line.world.running(replace(OCR, instance_concurrency=4))
@@ -182,7 +182,7 @@ async def test_requests_inside_are_told_with_the_heartbeat_where_no_edge_tells_t
         await line.scheduler.until_heard(says(0))
 
 
-async def test_an_instance_that_is_gone_is_reported_as_gone() -> None:
+async def test_gone_instance_is_reported() -> None:
     from agent.core.lifecycle.events import StopAsked
 
     async with a_line() as line:
@@ -192,14 +192,14 @@ async def test_an_instance_that_is_gone_is_reported_as_gone() -> None:
         await line.scheduler.until_heard(lambda message: actor.uid in message.removed_uids)
 
 
-async def test_a_resync_sends_everything_anew() -> None:
+async def test_resync_sends_everything_again() -> None:
     async with a_line(resync_at=2) as line:
         actor = await line.world.running()
         again = await line.scheduler.until_heard(lambda message: message.snapshot and message.sequence > 1)
         assert [one.uid for one in again.instances] == [actor.uid]
 
 
-async def test_a_stream_that_ends_is_opened_again_with_everything() -> None:
+async def test_ended_stream_is_reopened_with_everything() -> None:
     async with a_line(end_after=1) as line:
         actor = await line.world.running()
 
@@ -211,7 +211,7 @@ async def test_a_stream_that_ends_is_opened_again_with_everything() -> None:
         assert again.instances[0].uid == actor.uid
 
 
-async def test_a_credential_the_scheduler_does_not_know_is_said_once_and_not_at_every_attempt() -> None:
+async def test_unknown_credential_is_logged_once() -> None:
     """A node that never connects must not look like one that has nothing to say."""
     with capture_logs() as logs:
         async with a_line(credential="a-token-of-nobody-0123456789") as line:
@@ -222,7 +222,7 @@ async def test_a_credential_the_scheduler_does_not_know_is_said_once_and_not_at_
     assert [(entry["event"], entry["reason"]) for entry in said] == [("scheduler.not_connected", "TOKEN_UNKNOWN")]
 
 
-async def test_a_bug_in_a_report_does_not_end_the_reports() -> None:
+async def test_bug_in_a_report_does_not_end_the_reports() -> None:
     async with a_line() as line:
         await line.scheduler.until_heard(lambda message: True)
         real, failed = line.link._observer.node, asyncio.Event()
@@ -251,7 +251,7 @@ async def test_windows_are_uploaded_until_acknowledged() -> None:
         assert await line.link.usage.upload_once() is False, "nothing is sent twice"
 
 
-async def test_windows_bear_the_name_of_the_credential() -> None:
+async def test_windows_carry_the_credentials_name() -> None:
     """node_name is for people; a node whose host name is another must not lose its bill."""
     async with a_line() as line:
         await line.scheduler.until_heard(lambda message: message.snapshot)
@@ -261,7 +261,7 @@ async def test_windows_bear_the_name_of_the_credential() -> None:
         assert line.scheduler.nodes == {"n1"}
 
 
-async def test_windows_of_before_wait_for_the_name_of_the_credential() -> None:
+async def test_old_windows_wait_for_the_credentials_name() -> None:
     """An agent that comes back has windows before it has heard its name: under its own they are refused for good."""
     async with a_line(refuse_uploads=True) as line:
         await line.world.store.upsert_windows([window("i-before", 0)])
@@ -274,7 +274,7 @@ async def test_windows_of_before_wait_for_the_name_of_the_credential() -> None:
         assert line.scheduler.nodes == {"n1"}
 
 
-async def test_windows_that_are_refused_are_put_aside_and_the_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rejected_windows_do_not_block_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that was renamed: its old windows stand before all others, and more of them than one upload takes."""
     monkeypatch.setattr(usage_upload, "UPLOAD_BATCH", 2)
     old = [window("i-a-old", seq) for seq in range(5)]
@@ -288,7 +288,7 @@ async def test_windows_that_are_refused_are_put_aside_and_the_others_pass(monkey
         assert len(kept) == 5, "they stay in the node's own ledger"
 
 
-async def test_an_upload_that_fails_is_tried_again_and_forgets_nothing() -> None:
+async def test_failed_upload_is_retried_without_loss() -> None:
     async with a_line(refuse_uploads=True) as line:
         actor = await line.world.running()
         line.world.clock.advance(SECOND_NS)
@@ -303,11 +303,11 @@ async def test_an_upload_that_fails_is_tried_again_and_forgets_nothing() -> None
         await until(actor, InstanceState.RUNNING)
 
 
-def test_the_bounds_are_those_of_the_design() -> None:
+def test_report_intervals_are_those_of_the_design() -> None:
     assert (scheduler_link.COALESCE_S, scheduler_link.HEARTBEAT_S) == (0.005, 1.0)
 
 
-async def test_a_heartbeat_has_gauges_of_those_that_are_awake() -> None:
+async def test_heartbeat_has_gauges_of_awake_instances() -> None:
     async with a_line() as line:
         frozen = await line.world.frozen()
         awake = await line.world.running()

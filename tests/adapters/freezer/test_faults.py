@@ -135,7 +135,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-async def test_a_fault(world: World, row: Row) -> None:
+async def test_fault(world: World, row: Row) -> None:
     second = world.add_process()
     struck = max(world.main, second)
     await reach(world, row.phase)
@@ -150,7 +150,7 @@ async def test_a_fault(world: World, row: Row) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.outcome is REFUSED], ids=str)
-async def test_what_was_refused_works_the_next_time(world: World, row: Row) -> None:
+async def test_refused_operation_works_the_next_time(world: World, row: Row) -> None:
     world.add_process()
     await reach(world, row.phase)
     world.driver.faults.append(replace(row.fault, pid=world.main))
@@ -161,7 +161,7 @@ async def test_what_was_refused_works_the_next_time(world: World, row: Row) -> N
     assert world.states() == {CudaState.RUNNING}
 
 
-async def test_a_lock_that_was_lost_and_ran_after_all_is_undone_by_the_next(world: World) -> None:
+async def test_late_lock_is_undone_by_the_next_lock(world: World) -> None:
     world.driver.faults.append(Fault(LOCK, hang=True))
     assert (await world.freezer.lock(world.handle)).outcome is REFUSED
     world.driver.processes[world.main].state = CudaState.LOCKED  # long after its worker was killed
@@ -170,7 +170,7 @@ async def test_a_lock_that_was_lost_and_ran_after_all_is_undone_by_the_next(worl
     assert world.states() == {CudaState.RUNNING}
 
 
-async def test_a_lock_that_was_lost_and_ran_after_all_is_undone_before_anybody_asks(world: World) -> None:
+async def test_late_lock_is_undone_by_the_watch(world: World) -> None:
     world.driver.faults.append(Fault(LOCK, hang=True))
     assert (await world.freezer.lock(world.handle)).outcome is REFUSED
     world.driver.processes[world.main].state = CudaState.LOCKED
@@ -179,13 +179,13 @@ async def test_a_lock_that_was_lost_and_ran_after_all_is_undone_before_anybody_a
             await asyncio.sleep(0.01)
 
 
-async def test_nobody_watches_where_nothing_was_lost(world: World) -> None:
+async def test_no_watch_without_a_lost_call(world: World) -> None:
     await world.freeze()
     await world.freezer.wake(world.handle, {})
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_a_lock_of_somebody_else_is_not_undone(world: World) -> None:
+async def test_foreign_lock_is_not_undone(world: World) -> None:
     world.driver.processes[world.main].state = CudaState.LOCKED
     result = await world.freezer.lock(world.handle)
     assert (result.outcome, result.reason) == (REFUSED, "CUDA_ILLEGAL_STATE")
@@ -193,7 +193,7 @@ async def test_a_lock_of_somebody_else_is_not_undone(world: World) -> None:
 
 
 @pytest.mark.parametrize("phase", ["checkpoint", "unlock"])
-async def test_a_pause_between_the_steps_leaves_no_lock_behind(world: World, phase: str) -> None:
+async def test_pause_between_the_steps_leaves_no_lock(world: World, phase: str) -> None:
     await world.freezer.lock(world.handle)
     world.cgroups.pause()
     assert (await perform(world, phase)).outcome is (REFUSED if phase == "checkpoint" else OK)
@@ -201,7 +201,7 @@ async def test_a_pause_between_the_steps_leaves_no_lock_behind(world: World, pha
     assert world.driver.frozen_calls == []
 
 
-async def test_a_rollback_tries_a_restore_once_more_and_never_loops(world: World) -> None:
+async def test_rollback_retries_a_restore_once(world: World) -> None:
     await world.freezer.lock(world.handle)
     world.driver.keeps_vram = True  # so the checkpoint is taken back
     world.driver.faults += [Fault(RESTORE, 2)] * 9

@@ -130,7 +130,7 @@ class Walk:
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-async def test_a_walk(world: World, seed: int) -> None:
+async def test_random_walk(world: World, seed: int) -> None:
     dice = random.Random(seed)
     world.driver.hang_s = 0.001
     for _ in range(dice.randrange(3)):

@@ -83,7 +83,7 @@ async def test_without_a_cgroup_the_process_tree_is_added_up(start: Callable[...
     reader.close()
 
 
-async def test_a_cgroup_tells_cpu_time_without_the_cpu_controller(
+async def test_cgroup_has_cpu_time_without_the_cpu_controller(
     start: Callable[..., ProcessId], slice_: CgroupSlice
 ) -> None:
     path = slice_.create("i-1")
@@ -97,7 +97,7 @@ async def test_a_cgroup_tells_cpu_time_without_the_cpu_controller(
     reader.close()
 
 
-async def test_who_has_ended_is_left_out(tmp_path: Path) -> None:
+async def test_ended_instance_is_left_out(tmp_path: Path) -> None:
     me = process_table.identify(os.getpid(), BOOT)
     assert me is not None
     reader = ProcUsageReader(BOOT)
@@ -133,7 +133,7 @@ async def test_a_cgroups_files_as_kernels_write_them(
     reader.close()
 
 
-async def test_a_host_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hanging_read_delays_one_caller_only(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = ProcUsageReader(BOOT, deadline_s=0.01)
     hangs = threading.Event()
     monkeypatch.setattr(reader, "_read_all", lambda handles: hangs.wait(PATIENCE_S) and {})
@@ -153,7 +153,7 @@ async def test_a_host_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPa
     reader.close()
 
 
-async def test_a_hundred_instances_cost_little(slice_: CgroupSlice) -> None:
+async def test_reading_a_hundred_instances_is_cheap(slice_: CgroupSlice) -> None:
     """Once a second: 5 ms would be half a per cent of a core, and only as many are awake as there are GPUs."""
     me = process_table.identify(os.getpid(), BOOT)
     assert me is not None

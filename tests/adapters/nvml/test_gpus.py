@@ -41,7 +41,7 @@ class MoodySession(NvmlSession):
         raise NVMLError(NVML_ERROR_GPU_IS_LOST)
 
 
-async def test_all_calls_are_made_by_one_thread_that_is_not_the_loops() -> None:
+async def test_one_thread_beside_the_loop_makes_all_calls() -> None:
     session = MoodySession()
     gpus = NvmlGpus(session=session)
     await asyncio.gather(*(gpus.list_gpus() for _ in range(10)))
@@ -49,7 +49,7 @@ async def test_all_calls_are_made_by_one_thread_that_is_not_the_loops() -> None:
     await gpus.close()
 
 
-async def test_an_error_of_nvml_says_what_to_look_at() -> None:
+async def test_nvml_error_names_what_to_check() -> None:
     gpus = NvmlGpus(session=MoodySession())
     with pytest.raises(UnavailableError, match=r"NVML_UNAVAILABLE.*GPU is lost") as failure:
         await gpus.memory_free()
@@ -58,7 +58,7 @@ async def test_an_error_of_nvml_says_what_to_look_at() -> None:
     await gpus.close()
 
 
-async def test_a_hang_costs_one_deadline_and_then_nobody_waits() -> None:
+async def test_calls_fail_at_once_after_a_hang() -> None:
     session = MoodySession()
     gpus = NvmlGpus(deadline_s=0.05, session=session)
     with pytest.raises(UnavailableError, match="did not answer"):
@@ -76,7 +76,7 @@ async def test_a_hang_costs_one_deadline_and_then_nobody_waits() -> None:
     await gpus.close()
 
 
-async def test_a_cancelled_caller_does_not_disturb_the_next() -> None:
+async def test_cancelled_caller_does_not_disturb_the_next() -> None:
     session = MoodySession()
     gpus = NvmlGpus(session=session)
     hanging = asyncio.create_task(gpus.processes())
@@ -89,7 +89,7 @@ async def test_a_cancelled_caller_does_not_disturb_the_next() -> None:
     await gpus.close()
 
 
-async def test_a_machine_without_the_library_is_told_so() -> None:
+async def test_missing_library_is_reported() -> None:
     # In a process of its own: this one may have the emulated library loaded.
     import subprocess
     import sys

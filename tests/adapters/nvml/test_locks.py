@@ -11,7 +11,7 @@ from agent.adapters.nvml.locks import GpuLocks
 from agent.core.errors import PreconditionError
 
 
-def test_a_gpu_has_one_agent(tmp_path: Path) -> None:
+def test_gpu_is_locked_by_one_agent(tmp_path: Path) -> None:
     first, second = GpuLocks(tmp_path), GpuLocks(tmp_path)
     first.acquire(["GPU-A", "GPU-B"])
     with pytest.raises(PreconditionError) as caught:
@@ -25,7 +25,7 @@ def test_a_gpu_has_one_agent(tmp_path: Path) -> None:
         locks.release()
 
 
-def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
+def test_link_in_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     (tmp_path / "hibernode-GPU-A.lock").symlink_to(victim)
     with pytest.raises(PreconditionError) as caught:
@@ -34,7 +34,7 @@ def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
     assert not victim.exists()
 
 
-def test_a_uuid_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
+def test_uuid_cannot_escape_the_folder(tmp_path: Path) -> None:
     locks = GpuLocks(tmp_path)
     locks.acquire(["MIG-GPU/../../x"])
     assert [file.parent for file in tmp_path.iterdir()] == [tmp_path]
@@ -42,7 +42,7 @@ def test_a_uuid_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_root_keeps_to_the_one_place_that_all_agents_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_uses_only_run_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a second place to go to, two agents would each find a lock of their own."""
     if os.geteuid() != 0:
         pytest.skip("others may have to use /tmp")

@@ -42,13 +42,13 @@ async def hear(events: NvmlEvents, driver: EmulatedNvidia, uuid: str, code: int)
         return heard.result()
 
 
-async def test_an_xid_is_heard_with_its_gpu_and_code(driver: EmulatedNvidia, events: NvmlEvents) -> None:
+async def test_xid_is_reported_with_its_gpu_and_code(driver: EmulatedNvidia, events: NvmlEvents) -> None:
     first, second = [device.uuid for device in driver.control.devices()]
     assert await hear(events, driver, second, 79) == Xid(second, 79)
     assert await hear(NvmlEvents(), driver, first, 13) == Xid(first, 13)
 
 
-async def test_a_lost_gpu_keeps_nobody_from_hearing_of_the_other(driver: EmulatedNvidia, events: NvmlEvents) -> None:
+async def test_lost_gpu_does_not_hide_xids_of_others(driver: EmulatedNvidia, events: NvmlEvents) -> None:
     first, second = [device.uuid for device in driver.control.devices()]
     driver.control.set_device(second, nvml_error=15)
     assert await hear(events, driver, first, 48) == Xid(first, 48)
@@ -70,7 +70,7 @@ async def errors_of(gpus: NvmlGpus) -> list[str]:
         return []
 
 
-async def test_a_silent_device_costs_a_deadline_and_the_figures_come_back(driver: EmulatedNvidia) -> None:
+async def test_figures_return_after_a_silent_device(driver: EmulatedNvidia) -> None:
     second = driver.control.devices()[1].uuid
     gpus = NvmlGpus(deadline_s=0.3)
     assert len(await gpus.samples()) == 2
@@ -85,7 +85,7 @@ async def test_a_silent_device_costs_a_deadline_and_the_figures_come_back(driver
     await gpus.close()
 
 
-async def test_modes_that_forbid_instances_are_seen(driver: EmulatedNvidia) -> None:
+async def test_modes_that_forbid_instances_are_reported(driver: EmulatedNvidia) -> None:
     first, second = [device.uuid for device in driver.control.devices()]
     driver.control.set_device(first, compute_mode="EXCLUSIVE_PROCESS", persistence=False)
     driver.control.set_device(second, compute_mode="PROHIBITED")

@@ -68,7 +68,7 @@ RECORDED = {"after record", "after replace", "before release", "half a plan", "w
 
 
 @pytest.mark.parametrize("point", POINTS)
-async def test_killed_at_a_step(world: ProcessWorld, point: str) -> None:
+async def test_agent_killed_at_a_step(world: ProcessWorld, point: str) -> None:
     if world.slice is None and point.endswith("cgroup"):
         point = "after bundle"  # there is no cgroup step without cgroups
     process = victim(world, point)
@@ -79,7 +79,7 @@ async def test_killed_at_a_step(world: ProcessWorld, point: str) -> None:
     assert bool(found) == (point in RECORDED)
 
 
-async def test_killed_at_any_moment(world: ProcessWorld) -> None:
+async def test_agent_killed_at_any_moment(world: ProcessWorld) -> None:
     """Ten deaths at random moments around the start, which takes some 25 ms after 200 ms of imports."""
     seeded = random.Random(20231107)
     for _ in range(10):
@@ -96,7 +96,7 @@ async def test_killed_at_any_moment(world: ProcessWorld) -> None:
         state.rmdir()
 
 
-async def test_a_container_started_before_the_death_goes_on_and_is_adopted(world: ProcessWorld) -> None:
+async def test_container_started_before_the_death_is_adopted(world: ProcessWorld) -> None:
     process = victim(world, "never")
     assert process.stdout
     with process.stdout:
@@ -113,7 +113,7 @@ async def test_a_container_started_before_the_death_goes_on_and_is_adopted(world
 
 
 @pytest.mark.parametrize("world", ["fenced"], indirect=True)
-async def test_a_cgroup_that_nobody_knows_is_removed(world: ProcessWorld) -> None:
+async def test_unknown_cgroup_is_removed(world: ProcessWorld) -> None:
     assert world.slice
     stray = subprocess.Popen(["sleep", "86391"])  # noqa: ASYNC220
     path = world.slice.create("resize-unknown")

@@ -56,7 +56,7 @@ def take_lease(started: list[subprocess.Popen[bytes]], log_fd: int, user: Worklo
     return process.stderr.readline().decode().strip()
 
 
-def test_a_leased_log_holds_nobody_up(tmp_path: Path, leaser: list[subprocess.Popen[bytes]]) -> None:
+def test_leased_log_does_not_block(tmp_path: Path, leaser: list[subprocess.Popen[bytes]]) -> None:
     """Of the agent's own user, the workload owns the file and may lease it: then the log waits, not the agent."""
     logs = LogFiles(tmp_path, cap_bytes=10, keep=5)
     log_fd = logs.open("resize-a", None)
@@ -82,7 +82,7 @@ def test_another_user_cannot_lease_its_log(tmp_path: Path, leaser: list[subproce
     assert logs.read(logs.path("resize-a"), 100) == b"kept"
 
 
-def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
+def test_link_in_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
     """The folder is the agent's alone; should that ever fail, a link in it still leads nowhere."""
     victim = tmp_path / "shadow"
     victim.write_bytes(b"root's, and longer than the cap")
