@@ -1,4 +1,4 @@
-"""Which checkpointer a host gets, and that the one it gets works there, from the facts to a wake."""
+"""Tests which checkpointer a host gets, and that it works there, from the facts to a wake."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_chosen_checkpointer_freezes_and_wakes(driver: Callable[[str], Emu
 async def test_restore_without_cuinit_kills_its_target(
     driver: Callable[[str], EmulatedNvidia],
 ) -> None:
-    """So that the test above shows something (NVIDIA/cuda-checkpoint issue 25)."""
+    """Shows that the test above proves something (NVIDIA/cuda-checkpoint issue 25)."""
     nvidia = driver("580")
     settings = GpuSettings()
     checkpointer = choose_checkpointer(
@@ -107,7 +107,7 @@ async def test_program_removed_after_the_check_is_a_config_error(tmp_path: Path)
 
 
 async def test_driver_is_usable_where_idle_mode_is_forbidden() -> None:
-    """Recovery has to unlock what an earlier agent locked, also after somebody has turned MPS on."""
+    """Recovery has to unlock what an earlier agent locked, even after MPS was turned on."""
     settings = GpuSettings()
     found = find_capabilities(HostFacts("580.1", [T4], 0, "x86_64", 13000, mps=True))
     assert not found.idle_mode

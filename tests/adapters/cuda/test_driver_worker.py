@@ -1,4 +1,4 @@
-"""The stand-alone worker script: what it says to the agent, how it finds the driver, that it dies with the agent."""
+"""Tests the stand-alone worker script: its messages, how it finds the driver, and that it dies with the agent."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_worker_does_not_serve_another_parent(nvidia: EmulatedNvidia) -> None:
 
 
 def test_worker_dies_with_a_killed_agent(nvidia: EmulatedNvidia) -> None:
-    # The agent is a shell's child here: it starts a worker, tells its pid, and is killed without a chance to tidy up.
+    # The agent is a shell's child here: it starts a worker, prints its pid, and is killed without a clean-up.
     agent = """
 import os, socket, subprocess, sys, signal
 ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,4 +1,4 @@
-"""The pool of driver workers, with workers that hang, die and talk nonsense when told to."""
+"""Tests the pool of driver workers with scripted workers that hang, die or send garbage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agent.core.errors import UnavailableError
 from agent.ports import CudaCall, CudaFault, CudaOp, CudaReply, CudaState
 from tests.fakes.driver_callers import worker_pids
 
-# What the process of each pid does to the worker that is asked about it.
+# What each pid makes the worker do that is called for it.
 FINE, REFUSES, HANGS, ENDS_WORKER, TALKS_NONSENSE, WAITS, IS_FORGOTTEN = 1, 2, 3, 4, 5, 6, 7
 
 SCRIPTED_WORKER = """
@@ -57,7 +57,7 @@ Start = Callable[..., Awaitable[DriverCheckpointer]]
 
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
-    """Makes a started pool of scripted workers; `environment`, `limits` and the rest as the constructors take them."""
+    """Makes a started pool of scripted workers; takes the constructors' parameters."""
     script = tmp_path / "worker.py"
     script.write_text(SCRIPTED_WORKER)
     pools: list[DriverCheckpointer] = []
@@ -120,7 +120,7 @@ async def test_lost_worker_fails_its_batch_and_is_replaced(start: Start, pid: in
 
 
 async def test_fewer_answers_than_calls_are_a_failure(start: Start) -> None:
-    """Without a failure at their end something was not done, or done and not told."""
+    """Without a failure at their end, a call was not made, or made and not reported."""
     pool = await start()
     assert (await pool.run(states(FINE, IS_FORGOTTEN), 5)).fault is CudaFault.LOST
 
@@ -132,7 +132,7 @@ async def test_batch_of_a_worker_killed_while_idle_goes_to_its_replacement(start
 
 
 def kill_dead(pid: int) -> None:
-    """Kill it and wait until it is dead; the loop has not seen its end yet."""
+    """Kill it and wait until it is dead, before the loop sees its end."""
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
@@ -160,7 +160,7 @@ async def test_worker_that_survives_sigkill_is_abandoned_and_its_gpus_reported(s
 
 
 async def end_and_collect(pid: int) -> None:
-    """The abandoned worker dies after all, and the loop collects it."""
+    """Let the abandoned worker die; the loop reaps it."""
     loop = asyncio.get_running_loop()
     pidfd = os.pidfd_open(pid)
     ended = asyncio.Event()

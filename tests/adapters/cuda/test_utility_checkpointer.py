@@ -1,4 +1,4 @@
-"""Operations by the cuda-checkpoint program, with shell scripts as programs that do not behave."""
+"""Tests the checkpointer on the cuda-checkpoint program, with misbehaving shell scripts in its place."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def test_bad_arguments_never_reach_the_program(tmp_path: Path, call: CudaC
 
 
 def program(folder: Path, script: str, **options: object) -> UtilityCheckpointer:
-    """A shell script as cuda-checkpoint; $1 is its first argument, `folder` where it stands."""
+    """A shell script as cuda-checkpoint in `folder`, its working directory; $1 is the first argument."""
     path = folder / "cuda-checkpoint"
     path.write_text(f"#!/bin/sh\ncd {folder}\n{script}\n")
     path.chmod(0o700)
@@ -77,7 +77,8 @@ async def test_error_texts_become_codes_and_the_state_is_read(tmp_path: Path, te
 
 @pytest.mark.parametrize("op", [CudaOp.STATE, CudaOp.LOCK])
 async def test_failed_cuinit_says_nothing_about_the_process(tmp_path: Path, op: CudaOp) -> None:
-    """The same words as for a process without CUDA: taken for that, its memory would be given to another."""
+    """The text equals that for a process without CUDA; mistaken for it, its memory would be given to another
+    instance."""
     utility = program(tmp_path, "echo 'Error initializing CUDA: \"initialization error\"' >&2; exit 1")
     reply = await utility.run([CudaCall(op, 71)], 5.0)
     assert (reply.fault, reply.reason, reply.answers) == (CudaFault.NOT_BEGUN, "CUDA_INIT_FAILED", ())
@@ -110,7 +111,7 @@ async def test_program_that_does_not_end_is_killed(tmp_path: Path, script: str) 
 
 
 async def assert_gone(folder: Path) -> None:
-    """It ends; a child's child may wait for init to collect it."""
+    """It ends; a grandchild may wait for init to reap it."""
     pid = int((folder / "pid").read_text())
     with suppress(psutil.NoSuchProcess):
         async with asyncio.timeout(5.0):
@@ -119,7 +120,7 @@ async def assert_gone(folder: Path) -> None:
 
 
 async def test_child_that_keeps_the_pipe_open_is_not_waited_for(tmp_path: Path) -> None:
-    """A read to the end would hang the whole agent."""
+    """Reading to the end would hang the whole agent."""
     utility = program(tmp_path, "sleep 600 & echo $! > pid; echo running")
     async with asyncio.timeout(5.0):
         reply = await utility.run([CudaCall(CudaOp.STATE, 71)], 4.0)
@@ -150,7 +151,7 @@ async def test_program_stuck_in_the_kernel_is_abandoned_and_its_gpus_reported(
     assert (reply.fault, reported) == (CudaFault.STUCK, [(OLD,)])
     pid = int((tmp_path / "pid").read_text())
     os.kill(pid, signal.SIGKILL)
-    async with asyncio.timeout(5.0):  # it dies after all, and nobody has to ask for its status
+    async with asyncio.timeout(5.0):  # it dies after all and is reaped
         while os.path.exists(f"/proc/{pid}"):  # noqa: ASYNC110, ASYNC240
             await asyncio.sleep(0.005)
 
@@ -186,7 +187,7 @@ async def test_cancelled_caller_leaves_the_program_running_to_its_end(tmp_path: 
     leaving.cancel()
     await asyncio.wait([leaving])
     waiting = asyncio.create_task(utility.run([CudaCall(CudaOp.STATE, 72)], 10.0))
-    for pid in (71, 72):  # to open it waits for the program that reads it
+    for pid in (71, 72):  # opening it waits for the program that reads it
         await asyncio.to_thread((tmp_path / f"go-{pid}").write_text, "\n")
     assert (await waiting).answers[0].state is CudaState.RUNNING
 
@@ -194,7 +195,7 @@ async def test_cancelled_caller_leaves_the_program_running_to_its_end(tmp_path: 
 async def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
     utility = program(tmp_path, "[ $1 = --get-state ] && echo running; [ $1 = --get-state ]", parallel=2)
     await utility.run([CudaCall(CudaOp.STATE, 71)], 5.0)
-    gc.collect()  # what earlier tests left is not to go in the middle of this one
+    gc.collect()  # garbage of earlier tests must not go during this one
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         await utility.run([CudaCall(CudaOp.STATE, 71), CudaCall(CudaOp.LOCK, 71)], 5.0)

@@ -1,4 +1,4 @@
-"""The words of cuda-checkpoint, without running it; and which files are trusted to be it."""
+"""Tests the arguments and texts of cuda-checkpoint without running it, and which files are trusted to be it."""
 
 from __future__ import annotations
 

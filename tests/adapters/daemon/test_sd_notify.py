@@ -1,4 +1,4 @@
-"""systemd's notification socket, with a socket of our own in its place."""
+"""Tests systemd's notification socket with a socket of the test in its place."""
 
 from __future__ import annotations
 

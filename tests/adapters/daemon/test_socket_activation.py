@@ -1,4 +1,4 @@
-"""The gateway's socket, handed over as systemd does it: as descriptor 3, with three variables, to another process."""
+"""Tests the gateway's socket, passed as systemd does: as descriptor 3, with three variables, to another process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def stored(systemd: socket.socket) -> tuple[bytes, int]:
-    """The message and the descriptor that came with it."""
+    """The message and the descriptor sent with it."""
     message, ancillary, _, _ = systemd.recvmsg(1024, socket.CMSG_SPACE(4))
     (_, _, data), *_ = ancillary
     return message, array.array("i", data)[0]
@@ -92,7 +92,7 @@ print(open_listener("gateway", "127.0.0.1", 0, 5))
 
 
 def test_standby_releases_the_kept_socket(systemd: socket.socket) -> None:
-    """Held open and not served it would let clients hang which belong to the other scheduler."""
+    """An open socket that nothing serves would hang clients of the active scheduler."""
     with socket.create_server((HOST, 0)) as left:
         environment = {**os.environ, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "gateway"}
         address, descriptor = left.getsockname(), left.fileno()

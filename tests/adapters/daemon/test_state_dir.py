@@ -1,4 +1,4 @@
-"""The state directory: one owner, one identity, and nothing for others to read."""
+"""Tests the state directory: one owner, one UUID, and nothing readable by others."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_state_dir_writable_by_others_is_refused(tmp_path: Path, open_to: int) -
 
 @pytest.mark.root
 def test_state_dir_of_another_user_is_refused(tmp_path: Path) -> None:
-    """In /tmp anybody can be first, with a token that he knows."""
+    """In /tmp another user can be first, with a token of their own."""
     if os.geteuid() != 0:
         pytest.skip("only root can make a directory of another user")
     path = tmp_path / "agent"

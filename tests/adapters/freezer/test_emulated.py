@@ -1,4 +1,4 @@
-"""Freeze and wake for real: CUDA programs with memory on a GPU, real workers, real cgroups, NVML as the witness."""
+"""Tests real freezes and wakes: CUDA programs with GPU memory, workers, cgroups, and NVML as proof."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ async def test_freeze_interrupted_by_the_agents_death_is_continued(host: Host) -
     target, handle = host.instances.start("bert-7", SIZE)
     died = host.freezer()
     await freeze(died, handle)
-    await host.cgroups.thaw(handle)  # as if it had died before the cgroup's turn
+    await host.cgroups.thaw(handle)  # as if the agent had died before the cgroup freeze
     after = host.freezer()
     assert await after.condition(handle) is Condition.CHECKPOINTED
     assert (await after.finish_freeze(handle)).outcome is Outcome.OK
@@ -147,7 +147,7 @@ async def test_externally_killed_workers_only_delay_a_wake(host: Host) -> None:
 
 
 def kill_dead(pids: Sequence[int]) -> None:
-    """Kill children of ours and wait until they are dead, leaving their status to whoever collects it."""
+    """Kill child processes and wait until they are dead, without reaping them."""
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     for pid in pids:

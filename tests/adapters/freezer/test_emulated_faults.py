@@ -1,4 +1,4 @@
-"""Faults at the driver's own boundary, under a real freezer: what each comes to, and that memory survives it."""
+"""Tests faults at the driver's boundary under a real freezer: their outcome, and that memory survives."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_failed_freeze_is_rolled_back(host: Host, operation: str, kind: st
     ],
 )
 async def test_unrecoverable_freeze_is_broken(host: Host, operation: str, kind: str, reason: str) -> None:
-    """The driver's answer about a target that died may come before its end is seen: then its word is the reason."""
+    """The driver's answer about a dead target may arrive before its death is seen; then the answer is the reason."""
     _, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer(HASTY)
     host.nvidia.control.fault(operation, kind)
@@ -110,7 +110,7 @@ async def test_restore_failed_on_one_gpu_succeeds_on_another(host: Host) -> None
     assert (await freezer.wake(handle, {})).outcome is REFUSED
     assert (await freezer.wake(handle, {first: second, second: first})).outcome is OK
     assert target.verify()
-    await freeze(freezer, handle)  # from there it sleeps and wakes like anywhere
+    await freeze(freezer, handle)  # it freezes and wakes from there as well
     assert (await freezer.wake(handle, {})).outcome is OK
     assert {entry.gpu_uuid for entry in await host.gpus.processes() if entry.pid == target.pid} == {second}
     freezer.forget(handle)
@@ -187,7 +187,7 @@ async def test_unresponsive_nvml_delays_a_wake_only_by_its_limit(host: Host) -> 
 
 @pytest.mark.parametrize("operation", ["lock", "checkpoint"])
 async def test_hang_ends_at_its_deadline_and_leaves_no_lock(host: Host, operation: str) -> None:
-    """The driver holds the call until the plan is cleared, and does it then: after its caller was killed."""
+    """The driver holds the call until the plan is cleared and executes it then, after its caller was killed."""
     target, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer(HASTY)
     host.nvidia.control.fault(operation, "HANG")
@@ -201,7 +201,7 @@ async def test_hang_ends_at_its_deadline_and_leaves_no_lock(host: Host, operatio
     async with asyncio.timeout(10):
         result = await freezing
     assert (result.outcome, result.reason) == (REFUSED, "DRIVER_OPERATION_LOST")
-    assert await asyncio.to_thread(target.verify)  # locked for a moment at most: somebody watches
+    assert await asyncio.to_thread(target.verify)  # locked for a moment at most: the watch unlocks it
     await freeze(freezer, handle)
     assert (await freezer.wake(handle, {})).outcome is OK
     assert target.verify()
@@ -209,7 +209,7 @@ async def test_hang_ends_at_its_deadline_and_leaves_no_lock(host: Host, operatio
 
 
 async def test_lock_lost_by_an_earlier_agent_is_undone_when_it_runs(host: Host) -> None:
-    """Nobody knows of it any more: its agent was killed. A program that stayed locked would answer no request."""
+    """Its agent was killed, so nothing knows of the call. A program that stayed locked would answer no request."""
     target, handle = host.instances.start("bert-1", MIB)
     host.nvidia.control.fault("lock", "HANG")
     earlier = host.freezer(HASTY)
@@ -251,7 +251,7 @@ async def test_restored_program_is_checkpointed_before_its_kill(host: Host) -> N
 async def test_lost_restore_is_not_retried_where_instances_migrate(
     host: Host, migrates: bool, outcome: Outcome
 ) -> None:
-    """It may run at a later thaw: harmless on its own GPU, but with a map that one may be another's by then."""
+    """It may run at a later thaw: harmless on its own GPU, but a GPU of its map may be another instance's by then."""
     _, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer(replace(HASTY, migrates=migrates))
     await freeze(freezer, handle)

@@ -1,4 +1,4 @@
-"""Finding cgroups in what kernels print, and doing things to real ones."""
+"""Tests finding cgroups in what kernels print, and operations on real ones."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ STATE_UUID = str(uuid.uuid4())
 
 @pytest.fixture(params=["cgroup", "signal"])
 def frozen_pair(request: pytest.FixtureRequest) -> Iterator[tuple[ProcessFreezer, Handle]]:
-    """A freezer and a running instance of two processes, in a cgroup of its own where the freezer wants one."""
+    """A freezer and a running instance of two processes, in its own cgroup if the freezer needs one."""
     boot = process_table.boot_id()
     found = cgroup.open_slice(STATE_UUID) if request.param == "cgroup" else None
     if request.param == "cgroup" and found is None:

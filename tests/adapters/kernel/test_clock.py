@@ -1,4 +1,4 @@
-"""The clock that reads time, and the one that tests move by hand."""
+"""Tests the real clock, and the fake that tests move by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Head room from files as kernels write them: v1, v2 and hybrid, every ancestor, cache as free."""
+"""Tests headroom from files as kernels write them: v1, v2 and hybrid, every ancestor, cache as free."""
 
 from __future__ import annotations
 
@@ -165,9 +165,9 @@ def test_image_sizes_outlive_the_agent_but_not_their_instances(proc: Path, tmp_p
         before.note_image(uid, size)
     after = ProcHostMemory(proc, images=tmp_path / "images")
     assert after.noted_image("resize-a") == 2 * GIB
-    write(tmp_path / "images/resize-b.bytes", "")  # a disk that was full
+    write(tmp_path / "images/resize-b.bytes", "")  # left by a full disk
     assert after.noted_image("resize-b") is None
-    write(tmp_path / "images/resize-d.partial", "1")  # an agent that died while it wrote
+    write(tmp_path / "images/resize-d.partial", "1")  # left by an agent that died while it wrote
     after.recover(living=["resize-a", "resize-b"], frozen=["resize-a"])
     after.forget("resize-b")
     after.forget("resize-b")

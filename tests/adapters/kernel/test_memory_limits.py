@@ -1,5 +1,4 @@
-"""A raised memory limit on files as the v1 and v2 kernels name them. No kernel is behind them: what a write does there
-is not shown here."""
+"""Tests raised memory limits on files as the v1 and v2 kernels name them, without a kernel behind them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Raised memory limits on this machine's kernel: a CUDA program whose own limit is too tight for its image.
+"""Tests raised memory limits on this kernel: a CUDA program whose own limit is too tight for its image.
 
-Needs root and a memory controller in which a cgroup can be made (v1 or v2); elsewhere it skips and says so.
+Needs root and a memory controller in which a cgroup can be made (v1 or v2); skips elsewhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VRAM, BLOCK, LEFT = 64 * MIB, 4 * MIB, 32 * MIB
 
 @dataclass
 class TightCgroup:
-    """A memory cgroup of the test's own, below the test's."""
+    """A memory cgroup of this test, below the test process's."""
 
     cgroup: MemoryCgroup
 
@@ -39,7 +39,7 @@ class TightCgroup:
         (self.cgroup.path / "cgroup.procs").write_text(str(target.pid))
 
     def leave(self, room_bytes: int) -> None:
-        """Set the limits (with swap, too) to what is in use and so much more."""
+        """Set the limits (swap included) to the current use plus this much."""
         usage = self.cgroup.usage_bytes()
         assert usage is not None
         limit = (usage + room_bytes) // 4096 * 4096

@@ -1,4 +1,4 @@
-"""Who is who in /proc: names full of parentheses, pids used again, threads, and the three ways to belong."""
+"""Tests identities in /proc: names with parentheses, reused pids, threads, and the three ways to belong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Add = Callable[..., None]
 
 @pytest.fixture
 def add(tmp_path: Path) -> Add:
-    """Put a process into the made-up /proc."""
+    """Add a process to the made-up /proc."""
 
     def put(
         pid: int, *, ppid: int = 1, session: int = 1, start: int = 1000, state: str = "S", environ: str = "A=1"

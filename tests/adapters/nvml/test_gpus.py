@@ -1,4 +1,4 @@
-"""NVML that fails, hangs, and comes back."""
+"""Tests an NVML that fails, hangs, and returns."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from agent.core.types import Gpu
 from agent.ports import GpuProcesses
 
 
-class MoodySession(NvmlSession):
-    """Answers, hangs until `go`, or fails, as told."""
+class ScriptedSession(NvmlSession):
+    """Answers, hangs until `go`, or fails, as set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class MoodySession(NvmlSession):
 
 
 async def test_one_thread_beside_the_loop_makes_all_calls() -> None:
-    session = MoodySession()
+    session = ScriptedSession()
     gpus = NvmlGpus(session=session)
     await asyncio.gather(*(gpus.list_gpus() for _ in range(10)))
     assert session.threads == {"nvml"}
@@ -50,7 +50,7 @@ async def test_one_thread_beside_the_loop_makes_all_calls() -> None:
 
 
 async def test_nvml_error_names_what_to_check() -> None:
-    gpus = NvmlGpus(session=MoodySession())
+    gpus = NvmlGpus(session=ScriptedSession())
     with pytest.raises(UnavailableError, match=r"NVML_UNAVAILABLE.*GPU is lost") as failure:
         await gpus.memory_free()
     assert failure.value.reason == "NVML_UNAVAILABLE"
@@ -59,7 +59,7 @@ async def test_nvml_error_names_what_to_check() -> None:
 
 
 async def test_calls_fail_at_once_after_a_hang() -> None:
-    session = MoodySession()
+    session = ScriptedSession()
     gpus = NvmlGpus(deadline_s=0.05, session=session)
     with pytest.raises(UnavailableError, match="did not answer"):
         await gpus.processes()
@@ -67,7 +67,7 @@ async def test_calls_fail_at_once_after_a_hang() -> None:
         await asyncio.wait_for(gpus.list_gpus(), 0.04)  # at once, not after another deadline
     session.go.set()
     async with asyncio.timeout(5):
-        while True:  # until the loop has heard of the late answer
+        while True:  # until the loop has received the late answer
             try:
                 await gpus.list_gpus()
                 break
@@ -77,7 +77,7 @@ async def test_calls_fail_at_once_after_a_hang() -> None:
 
 
 async def test_cancelled_caller_does_not_disturb_the_next() -> None:
-    session = MoodySession()
+    session = ScriptedSession()
     gpus = NvmlGpus(session=session)
     hanging = asyncio.create_task(gpus.processes())
     await asyncio.to_thread(session.hung.wait, 5)

@@ -1,4 +1,4 @@
-"""What is gathered about a host: NVML's failures by kind, MPS by its programs, pid namespaces."""
+"""Tests the facts gathered about a host: NVML failures by kind, MPS by its programs, pid namespaces."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T4 = Gpu("GPU-0", 0, "T4", 16 * GIB)
 
 @dataclass
 class SickGpus(FakeGpus):
-    """NVML that fails: at once, or after it has said which driver it is."""
+    """NVML that fails: at once, or after it has reported its driver."""
 
     error: UnavailableError | None = None
     speaks_first: bool = False
@@ -140,7 +140,7 @@ def test_mps_is_detected_by_its_programs(tmp_path: Path, name: str, owner: int, 
 
 
 def test_host_pids_are_seen_only_in_the_initial_namespace(tmp_path: Path) -> None:
-    """In a container without --pid=host NVML's pids are not ours; a driver in user space sees our own."""
+    """In a container without --pid=host NVML's pids are not ours; a user-space driver sees our own."""
     (tmp_path / "self" / "ns").mkdir(parents=True)
     (tmp_path / "self" / "ns" / "pid").touch()
     assert sees_host_pids(tmp_path)

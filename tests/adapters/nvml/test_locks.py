@@ -1,4 +1,4 @@
-"""One agent per GPU, by a lock that goes with the process."""
+"""Tests that a GPU has one agent, by a lock that ends with the process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_gpu_is_locked_by_one_agent(tmp_path: Path) -> None:
         second.acquire(["GPU-C", "GPU-B"])
     assert caught.value.reason == "GPU_IN_USE"
     third = GpuLocks(tmp_path)
-    third.acquire(["GPU-C"])  # the refused one holds none of them
+    third.acquire(["GPU-C"])  # the refused agent holds none of them
     first.release()
     second.acquire(["GPU-A", "GPU-B"])
     for locks in (second, third):
@@ -43,7 +43,7 @@ def test_uuid_cannot_escape_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_root_uses_only_run_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a second place to go to, two agents would each find a lock of their own."""
+    """With a second folder, two agents could each lock in one of their own."""
     if os.geteuid() != 0:
         pytest.skip("others may have to use /tmp")
     monkeypatch.setenv("TMPDIR", str(tmp_path))

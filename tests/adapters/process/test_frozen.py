@@ -1,4 +1,4 @@
-"""Single processes of a frozen instance are killed without waking it."""
+"""Tests that single processes of a frozen instance are killed without waking it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logs of host processes: bounded on disk while they run, and the newest kept when they have ended."""
+"""Tests logs of host processes: bounded on disk while they run, the newest kept after their end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_running_logs_are_checked_every_five_seconds(tmp_path: Path) -> No
 
 
 async def test_log_of_an_ended_instance_is_capped(tmp_path: Path) -> None:
-    """Between two looks a program can write gigabytes; once it has ended nobody looks again."""
+    """A program can write gigabytes between two checks, and after its end there is no further check."""
     settings = ProcessRuntimeOptions(tmp_path, str(uuid.uuid4()), None, log_cap_bytes=100)
     runtime = ProcessRuntime(settings, FakeClock())
     handle = await runtime.start(spec("resize-a", "seq 1 1000; echo done; sleep 86390"))

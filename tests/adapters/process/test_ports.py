@@ -1,4 +1,4 @@
-"""runtime.process.ports: instances get ports of that range only, and a full one says so."""
+"""Tests runtime.process.ports: instances get ports of that range only, and a full range is reported."""
 
 from __future__ import annotations
 

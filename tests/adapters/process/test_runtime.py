@@ -1,4 +1,4 @@
-"""What the process runtime promises beyond the contract: a clean workload, a bounded log, nobody else touched."""
+"""Tests what the process runtime promises beyond the contract: a clean workload, a bounded log, others untouched."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_attachment_may_set_the_visible_gpus() -> None:
 
 async def test_workload_has_session_scratch_folder_and_no_input(world: ProcessWorld) -> None:
     script = "pwd; cat; umask; cut -d' ' -f1,6 /proc/$$/stat; echo $(ls /proc/$$/fd); grep SigIgn /proc/$$/status"
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # an agent under nohup
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as in an agent under nohup
     try:
         _, output = await run(world, spec("resize-a", script))
     finally:
@@ -301,7 +301,7 @@ async def test_oom_kill_is_recognised(world: ProcessWorld) -> None:
 
 
 def test_uvloop_start_prints_no_warnings() -> None:
-    """gRPC and uvloop install fork handlers that print warnings when Python forks: this start does not fork."""
+    """The fork handlers of gRPC and uvloop print warnings when Python forks; this start does not fork."""
 
     async def story() -> int:
         world = ProcessWorld(fenced=True)

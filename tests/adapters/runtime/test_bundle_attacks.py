@@ -1,4 +1,4 @@
-"""What a workload can leave in its scratch folder for the root process that removes it."""
+"""Tests what a workload can leave in its scratch folder for the root process that removes it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def few_descriptors() -> Iterator[None]:
 
 
 def dig(folder: Path, levels: int) -> None:
-    """Folders in each other, each with a file, deeper than any path can name."""
+    """Nested folders, each with a file, deeper than any path can name."""
     here = os.open(folder, os.O_RDONLY)
     for _ in range(levels):
         os.mkdir("d", dir_fd=here)
@@ -68,7 +68,7 @@ def test_links_are_removed_not_followed(bundles: Bundles, tmp_path: Path) -> Non
 def test_folder_replaced_by_a_link_meanwhile_is_not_followed(
     bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another workload of the same user swaps a folder between the look at it and the step into it."""
+    """Another workload of the same user swaps a folder between its check and its opening."""
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").write_text("kept")

@@ -1,4 +1,4 @@
-"""Following the log of a host process through rotations."""
+"""Tests following the log of a host process through rotations."""
 
 from __future__ import annotations
 

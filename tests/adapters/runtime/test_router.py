@@ -1,4 +1,4 @@
-"""Processes and containers behind one runtime: who looks after whom, also when there is no engine any more."""
+"""Tests processes and containers behind one runtime: which runtime serves which, also without an engine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ IMAGE = FunctionSpec(name="resize", image="registry.example/resize:1")
 
 
 class FakeEngine(FakeRuntime):
-    """Gives its instances a container's id."""
+    """A runtime whose instances have a container id."""
 
     def accepts(self, function: FunctionSpec) -> None:
-        """Any image."""
+        """Accepts any image."""
 
     async def start(self, spec: StartSpec) -> Handle:
         assert spec.instance.function.image != "host"
@@ -30,7 +30,7 @@ class FakeEngine(FakeRuntime):
         return container.handle
 
     async def check(self) -> None:
-        """It is there."""
+        """Always succeeds."""
 
 
 def spec(uid: str, function: FunctionSpec) -> StartSpec:

@@ -1,4 +1,4 @@
-"""The SQLite store under what disks do: damage, fullness, slowness, death of the process, a newer schema."""
+"""Tests the SQLite store with damaged, full and slow disks, the death of the process, and a newer schema."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def test_everything_survives_a_reopen(tmp_path: Path) -> None:
 
 
 async def test_writes_are_visible_to_readers_before_close(tmp_path: Path) -> None:
-    """A kill -9 leaves the file as another process sees it now."""
+    """After a kill -9 the file is as another process sees it now."""
     store = await NodeStore.open(tmp_path)
     await store.upsert_windows([window(sealed=False)])
     with sqlite3.connect(tmp_path / FILE_NAME) as reader:
