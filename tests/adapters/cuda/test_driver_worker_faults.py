@@ -106,9 +106,6 @@ def cycle(pid: int = 7) -> list[CudaCall]:
     return [CudaCall(op, pid) for op in (LOCK, CHECKPOINT, RESTORE, UNLOCK, STATE)]
 
 
-# ---- cuInit ---------------------------------------------------------------------------------------------------------
-
-
 async def test_under_persistence_mode_cuinit_is_never_called(start: Start, calls: Callable[[], list[str]]) -> None:
     """It would cost seconds on a host with several GPUs."""
     pool = await start()
@@ -165,9 +162,6 @@ async def test_lock_timeout_reaches_the_driver(start: Start, calls: Callable[[],
     assert calls() == ["lock:2500", "lock"]
 
 
-# ---- crashes --------------------------------------------------------------------------------------------------------
-
-
 async def test_crash_inside_libcuda_loses_the_worker_and_is_reported(start: Start) -> None:
     pool = await start()
     first = worker_pids()[0]
@@ -190,9 +184,6 @@ async def test_worker_uses_little_memory(start: Start) -> None:
     pool = await start()
     assert (await pool.run(cycle(), 5.0)).ok
     assert psutil.Process(worker_pids()[0]).memory_info().rss < 24 * MIB
-
-
-# ---- many deaths ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -232,9 +223,6 @@ def open_descriptors() -> int:
 
 def own_children() -> int:
     return len(psutil.Process().children())
-
-
-# ---- batches that are larger than a message -------------------------------------------------------------------------
 
 
 async def test_more_processes_than_fit_into_a_message(start: Start) -> None:

@@ -46,9 +46,6 @@ def program(folder: Path, script: str, **options: object) -> UtilityCheckpointer
     return UtilityCheckpointer(path, environment, **{"parallel": 1, **options})  # type: ignore[arg-type]
 
 
-# ---- texts ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("noise", ["", NOISE])
 @pytest.mark.parametrize(
     ("text", "code"),
@@ -93,9 +90,6 @@ async def test_batch_that_fails_to_start_midway_is_lost(tmp_path: Path) -> None:
 async def test_program_runs_without_ld_preload(tmp_path: Path) -> None:
     utility = program(tmp_path, 'echo "${LD_PRELOAD-running}"')
     assert (await utility.run([CudaCall(CudaOp.STATE, 71)], 5.0)).answers[0].state is CudaState.RUNNING
-
-
-# ---- programs that do not end ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -200,9 +194,6 @@ async def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
     for _ in range(20):
         await utility.run([CudaCall(CudaOp.STATE, 71), CudaCall(CudaOp.LOCK, 71)], 5.0)
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-# ---- the program itself ---------------------------------------------------------------------------------------------
 
 
 async def test_start_succeeds_with_separate_actions(tmp_path: Path) -> None:

@@ -17,9 +17,6 @@ from tests.fakes.gpus import gpu
 LOCK, CHECKPOINT, RESTORE, UNLOCK = CudaOp.LOCK, CudaOp.CHECKPOINT, CudaOp.RESTORE, CudaOp.UNLOCK
 
 
-# ---- the way forward ------------------------------------------------------------------------------------------
-
-
 async def test_freeze_locks_then_checkpoints_then_stops_the_threads(world: FreezerRig) -> None:
     await world.freezer.lock(world.handle)
     result = await world.freezer.checkpoint(world.handle)
@@ -73,9 +70,6 @@ async def test_cancelled_freeze_is_undone_by_unlock(world: FreezerRig) -> None:
     assert world.state() is CudaState.RUNNING
     with pytest.raises(PreconditionError, match="NOT_LOCKED"):
         await world.freezer.checkpoint(world.handle)
-
-
-# ---- a lock that goes no further ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -180,9 +174,6 @@ async def test_pause_during_the_lock_is_thawed_and_its_late_lock_undone(world: F
     result = await world.freezer.lock(world.handle)
     assert (result.outcome, world.cgroups.now) == (Outcome.REFUSED, FreezerState.THAWED)
     assert world.state() is CudaState.RUNNING  # the lock ran at the thaw, after its worker was killed
-
-
-# ---- a checkpoint that goes no further ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,6 @@ async def woken(world: FreezerRig) -> None:
     world.driver.batches.clear()
 
 
-# ---- prepare_kill ---------------------------------------------------------------------------------------------
-
-
 async def test_restored_instance_is_checkpointed_before_its_kill(world: FreezerRig) -> None:
     second = world.add_process()
     await woken(world)
@@ -102,9 +99,6 @@ async def test_forgotten_instance_is_not_checkpointed(world: FreezerRig) -> None
     assert world.driver.batches == []
 
 
-# ---- pauses ---------------------------------------------------------------------------------------------------
-
-
 async def test_own_freeze_is_no_pause(world: FreezerRig) -> None:
     assert not world.freezer.paused(world.handle)
     await world.freeze()
@@ -129,9 +123,6 @@ async def test_failed_freeze_does_not_count_as_ours(world: FreezerRig) -> None:
     await world.freezer.checkpoint(world.handle)
     world.cgroups.pause()
     assert world.freezer.paused(world.handle)
-
-
-# ---- limits ---------------------------------------------------------------------------------------------------
 
 
 def test_default_configuration_gives_default_limits() -> None:

@@ -27,9 +27,6 @@ def leave_free(world: FreezerRig, bytes_: int) -> None:
     world.gpus.reserved_bytes = 16 * GIB - bytes_
 
 
-# ---- room -----------------------------------------------------------------------------------------------------
-
-
 async def test_restore_without_room_changes_nothing(world: FreezerRig) -> None:
     await world.freeze()
     world.driver.batches.clear()
@@ -96,9 +93,6 @@ async def test_gpu_missing_in_nvml_is_left_to_the_driver(world: FreezerRig) -> N
     await world.freeze()
     world.gpus.gpus = [gpu(1)]
     assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
-
-
-# ---- another GPU ----------------------------------------------------------------------------------------------
 
 
 async def test_tracked_memory_follows_a_migration(world: FreezerRig) -> None:

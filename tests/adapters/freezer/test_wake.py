@@ -16,9 +16,6 @@ from tests.fakes.gpus import gpu
 LOCK, CHECKPOINT, RESTORE, UNLOCK = CudaOp.LOCK, CudaOp.CHECKPOINT, CudaOp.RESTORE, CudaOp.UNLOCK
 
 
-# ---- a wake that goes wrong -----------------------------------------------------------------------------------
-
-
 async def test_restore_without_memory_leaves_it_frozen(world: FreezerRig) -> None:
     await world.freeze()
     world.driver.faults.append(Fault(RESTORE, 2))
@@ -86,9 +83,6 @@ async def test_wake_without_a_free_worker_changes_nothing(world: FreezerRig) -> 
         assert world.cgroups.now is FreezerState.FROZEN
     world.driver.not_begun = ""
     assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
-
-
-# ---- recovery -------------------------------------------------------------------------------------------------
 
 
 async def test_restarted_agent_finds_and_wakes_frozen_instances(world: FreezerRig) -> None:

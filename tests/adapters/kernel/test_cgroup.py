@@ -110,9 +110,6 @@ def test_no_slice_without_v2(tmp_path: Path) -> None:
     assert cgroup.open_slice(str(uuid.uuid4()), tmp_path) is None
 
 
-# ---- real cgroups and real signals -----------------------------------------------------------------------------
-
-
 def spawn(*argv: str, **environment: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, env=environment or None)
 

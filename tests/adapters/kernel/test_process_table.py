@@ -93,9 +93,6 @@ def test_is_alive_needs_the_same_living_process(add: Add, tmp_path: Path) -> Non
     assert not process_table.is_alive(ProcessId(BOOT, 999, 1000), BOOT, tmp_path)
 
 
-# ---- the real one ----------------------------------------------------------------------------------------------
-
-
 def test_a_thread_is_not_a_process() -> None:
     done, tids = threading.Event(), list[int]()
     ready = threading.Event()

@@ -57,9 +57,6 @@ async def run(world: ProcessWorld, request: StartSpec) -> tuple[Handle, str]:
     return handle, output
 
 
-# ---- what the workload gets --------------------------------------------------------------------------------------
-
-
 async def test_environment_holds_only_the_functions_and_our_variables(
     world: ProcessWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,9 +177,6 @@ def test_only_root_can_use_another_user(monkeypatch: pytest.MonkeyPatch) -> None
     assert resolve_user("") is None
 
 
-# ---- secrets -----------------------------------------------------------------------------------------------------
-
-
 async def test_secrets_are_in_no_file_and_no_repr(world: ProcessWorld) -> None:
     request = spec("resize-a", "sleep 86390")
     await world.runtime.start(request)
@@ -194,9 +188,6 @@ async def test_secrets_are_in_no_file_and_no_repr(world: ProcessWorld) -> None:
     plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
     assert SECRET not in repr(plan)
     assert SECRET.encode() in plan.encode()
-
-
-# ---- bad input ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("uid", ["", "../escape", ".hidden", "a/b", "x" * 129, "new\nline"])
@@ -245,9 +236,6 @@ async def test_cancelled_start_leaves_nothing(world: ProcessWorld) -> None:
     await asyncio.gather(starting, return_exceptions=True)
     assert starting.cancelled()
     assert world.traces("resize-a") == []
-
-
-# ---- its end -----------------------------------------------------------------------------------------------------
 
 
 async def test_no_zombie_stays(world: ProcessWorld) -> None:
@@ -315,9 +303,6 @@ def test_uvloop_start_prints_no_warnings() -> None:
         warnings.simplefilter("error")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             assert runner.run(story()) == 7
-
-
-# ---- what is on disk ---------------------------------------------------------------------------------------------
 
 
 async def test_bundle_of_another_state_directory_is_not_touched(world: ProcessWorld) -> None:
