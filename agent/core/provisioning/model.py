@@ -42,7 +42,6 @@ class Scheduling(Enum):
 
     @property
     def drains(self) -> bool:
-        """The node's instances have to go."""
         return self in (Scheduling.DRAINED, Scheduling.EMPTIED)
 
 

@@ -87,8 +87,6 @@ class GatewayCounts:
 
 @dataclass(slots=True)
 class _Call:
-    """A request in progress."""
-
     exchange: Exchange
     request_id: str
     route: Route
@@ -102,8 +100,6 @@ class _Call:
 
 
 class Gateway:
-    """The handler of the gateway's HTTP server."""
-
     def __init__(
         self,
         clock: Clock,

@@ -27,6 +27,7 @@ from agent.scheduler.usage.collector import (
 from agent.scheduler.usage.reports import UsageFilter, UsageReports
 from tests.contract.test_stores import window
 from tests.fakes.clock import FakeClock
+from tests.scheduler.conftest import conflicts
 
 EXAMPLE = Path(__file__).parents[3] / "systemd" / "price-book.example.yaml"
 NODE = "gpu-7"
@@ -65,7 +66,7 @@ async def test_the_same_key_with_another_payload_is_kept_as_a_conflict(
         assert accepted == Accepted((("i-ocr-1", 0),), (("i-ocr-1", 0),))
     reports = UsageReports(database)
     assert await reports.windows() == [window(active_ns=10)]
-    assert [conflict.window for conflict in await reports.conflicts()] == [window(active_ns=99)]
+    assert await conflicts(database) == [window(active_ns=99)]
 
 
 async def test_a_conflict_within_one_batch_is_found(collector: UsageCollector, database: UsageDatabase) -> None:
@@ -245,7 +246,7 @@ async def test_a_node_that_keeps_changing_its_mind_fills_no_disk(
 ) -> None:
     for active_ns in range(MAX_CONFLICTS_PER_KEY + 5):
         await collector.accept(NODE, [window(active_ns=active_ns)])
-    assert len(await UsageReports(database).conflicts()) == MAX_CONFLICTS_PER_KEY
+    assert len(await conflicts(database)) == MAX_CONFLICTS_PER_KEY
 
 
 async def test_time_before_the_first_gpu_is_no_line_of_its_own(
