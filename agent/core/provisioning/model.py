@@ -1,4 +1,4 @@
-"""What provisioning knows of an instance: who asked for it, where it is, and what its node and agent report."""
+"""What provisioning knows of an instance: its create, its node, and what its agent reports."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ async def test_sums_beyond_64_bits_of_nanoseconds(collector: UsageCollector, dat
     assert line.total("idle_ns") == 5 * century > 1 << 63
 
 
-async def test_pages_are_in_the_order_of_code_points_whatever_the_servers_language(
+async def test_pages_are_ordered_by_code_point_in_any_locale(
     collector: UsageCollector, database: UsageDatabase
 ) -> None:
     await collector.accept(NODE, [window(uid) for uid in ("i-a", "i-B", "i_b", "i-é", "i-b")])
@@ -207,7 +207,7 @@ async def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
     assert stat.S_IMODE(mode) == 0o600
 
 
-async def test_a_failing_database_is_said_without_its_url(tmp_path: Path) -> None:
+async def test_a_failing_database_is_reported_without_its_url(tmp_path: Path) -> None:
     broken = UsageDatabase.at(f"sqlite:///{tmp_path}/nowhere/secret.db")
     with pytest.raises(UnavailableError, match="STORE_FAILED") as caught:
         await broken.open()
@@ -241,7 +241,7 @@ async def test_a_node_does_not_upload_the_usage_of_another_node_s_instance(datab
     assert accepted == Accepted((("i-ocr-2", 0),), (), (RejectedWindow(("i-ocr-1", 0), "USAGE_FOREIGN_INSTANCE"),))
 
 
-async def test_a_node_that_keeps_changing_its_mind_fills_no_disk(
+async def test_conflicts_kept_for_one_window_are_bounded(
     collector: UsageCollector, database: UsageDatabase
 ) -> None:
     for active_ns in range(MAX_CONFLICTS_PER_KEY + 5):

@@ -46,7 +46,7 @@ def test_gaps_overlaps_and_estimates_are_found() -> None:
     ]
 
 
-def test_an_instance_full_of_findings_is_counted_to_the_end_and_told_in_part() -> None:
+def test_findings_beyond_the_limit_are_only_counted() -> None:
     reconciler = Reconciler()
     for seq in range(0, 4 * MAX_FINDINGS, 2):
         assert reconciler.feed(window(seq=seq)) is None
@@ -92,7 +92,7 @@ async def test_wherever_a_page_ends_the_same_is_found(
     )
 
 
-async def test_only_what_is_asked_for_is_looked_at(collector: UsageCollector, database: UsageDatabase) -> None:
+async def test_reconciliation_reads_only_what_the_filter_selects(collector: UsageCollector, database: UsageDatabase) -> None:
     await collector.accept(NODE, [window("i-a", 0), window("i-a", 2), replace(window("i-b", 0), function="llm")])
     reports = UsageReports(database)
     assert [one.windows for one in await all_of(reports, UsageFilter(function="llm"))] == [1]

@@ -42,7 +42,7 @@ async def test_what_is_too_old_goes_and_the_rest_stays(
     assert (await reports.windows(), await conflicts(database)) == ([], [])
 
 
-async def test_uploads_get_their_turn_between_the_parts(
+async def test_uploads_run_between_the_batches_of_a_prune(
     database: UsageDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(usage_retention, "BATCH", 1)
@@ -83,7 +83,7 @@ async def test_a_database_that_fails_is_tried_again(
     running.cancel()
 
 
-async def test_without_a_limit_nothing_is_ever_looked_at(database: UsageDatabase, collector: UsageCollector) -> None:
+async def test_without_a_retention_time_nothing_is_pruned(database: UsageDatabase, collector: UsageCollector) -> None:
     await collector.accept(NODE, [replace(window(), start_wall_ns=1)])
     running = asyncio.create_task(UsageRetention(database, FakeClock(), 0).run())
     await asyncio.sleep(0)
