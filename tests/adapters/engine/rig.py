@@ -28,7 +28,7 @@ from agent.settings import GpuSettings, RuntimeSettings
 from tests.adapters.engine.stand_in import IMAGE, EngineStandIn, StandInContainer
 
 
-class Told:
+class FixedLogs:
     """The stand-in's logs: fixed bytes, while the container exists."""
 
     def __init__(self, engine: EngineStandIn, api: EngineApi) -> None:
@@ -90,7 +90,7 @@ class EngineRig:
                 containers=self.containers,
                 bundles=self.bundles,
                 files=self.files,
-                logs=Told(self.engine, self.api),
+                logs=FixedLogs(self.engine, self.api),
                 execs=NoExecs(),
             )
         )
