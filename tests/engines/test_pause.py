@@ -1,4 +1,4 @@
-"""Somebody pauses a container by the engine's own means: noticed, told, and nothing hangs on it."""
+"""A container paused through the engine: the pause is noticed and reported, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.engines.functions import echo_image
 from tests.engines.test_whole import asleep, event_names, the_one, whole
 
 
-async def test_a_pause_is_noticed_and_ends_with_the_unpause(engine: Engine) -> None:
+async def test_external_pause_is_noticed_and_ends_with_the_unpause(engine: Engine) -> None:
     images.load(engine, images.ECHO)
     spec = replace(echo_image("paused"), idle=IdlePolicy(freeze_after_ns=3600 * SECOND_NS))
     async with whole(engine) as stack:
@@ -38,8 +38,8 @@ async def test_a_pause_is_noticed_and_ends_with_the_unpause(engine: Engine) -> N
         await stack.ask_rightly("paused", 2)
 
 
-async def test_one_that_is_paused_in_its_sleep_wakes_all_the_same(engine: Engine) -> None:
-    """Our wake undoes the pause, as it would undo any other stop of its threads."""
+async def test_instance_paused_while_frozen_still_wakes(engine: Engine) -> None:
+    """Our wake ends the pause, like any other stop of its threads."""
     images.load(engine, images.ECHO)
     async with whole(engine) as stack:
         await stack.deploy(echo_image("dozing"), target=1)
