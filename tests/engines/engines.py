@@ -298,9 +298,9 @@ class Engine:
 
     def _leftovers(self, state_uuid: str) -> list[str]:
         digits = state_uuid.replace("-", "")
-        everybody = self.ps()
-        ids = {entry["Id"] for entry in everybody}
-        found = [f"container {entry['Names'][0]}" for entry in everybody if entry["Labels"].get(LABEL) == state_uuid]
+        containers = self.ps()
+        ids = {entry["Id"] for entry in containers}
+        found = [f"container {entry['Names'][0]}" for entry in containers if entry["Labels"].get(LABEL) == state_uuid]
         found += [f"network {name}" for name in self.networks() if name == f"hibernode-{digits[:12]}"]
         now = host_traces.take(self.folder)
         found += [f"bridge {link}" for link in now.links if link == f"hib-{digits[:8]}"]

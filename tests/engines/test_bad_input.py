@@ -196,7 +196,7 @@ async def test_missing_engine_is_reported_at_once_and_the_agent_keeps_running(tm
 async def test_forbidden_engine_socket_is_reported(engine: Engine) -> None:
     """As an ordinary user: the socket belongs to root."""
     if os.geteuid() != 0:
-        pytest.skip("only root can become somebody who may not")
+        pytest.skip("only root can switch to an unprivileged user")
     from agent.adapters.engine.api import EngineApi
     from agent.core.errors import UnavailableError
 

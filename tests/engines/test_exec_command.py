@@ -125,7 +125,7 @@ async def test_exec_leaves_an_instance_frozen_or_wakes_it_until_the_end(engine: 
         assert (began.attributes["program"], began.attributes["arguments"]) == ("/bin/sh", "2")
         assert ended.attributes["exit_code"] == "7"
         assert int(ended.attributes["duration_ms"]) >= 1000
-        assert "trouble" not in stack.log_of("agent"), "what a command was given is nobody's business"
+        assert "trouble" not in stack.log_of("agent"), "a command's input is not logged"
         missing = await hibernode(stack, "exec", "--wake", uid, "no-such-program")
         assert missing.code in (126, 127)
         await remove(stack, uid, "pages")

@@ -19,7 +19,7 @@ async def test_external_pause_is_noticed_and_ends_with_the_unpause(engine: Engin
     spec = replace(echo_image("paused"), idle=IdlePolicy(freeze_after_ns=3600 * SECOND_NS))
     async with whole(engine) as stack:
         await stack.deploy(spec, target=1)
-        await stack.ask_rightly("paused", 1)
+        await stack.ask_correctly("paused", 1)
         uid = (await the_one(stack, "paused")).uid
         engine.must("POST", f"/containers/hibernode-{uid}/pause")
 
@@ -35,7 +35,7 @@ async def test_external_pause_is_noticed_and_ends_with_the_unpause(engine: Engin
 
         await until("the end of the pause is noticed", over, 10.0)
         assert {"instance.externally_frozen", "instance.externally_thawed"} <= set(await event_names(stack))
-        await stack.ask_rightly("paused", 2)
+        await stack.ask_correctly("paused", 2)
 
 
 async def test_instance_paused_while_frozen_still_wakes(engine: Engine) -> None:
@@ -43,10 +43,10 @@ async def test_instance_paused_while_frozen_still_wakes(engine: Engine) -> None:
     images.load(engine, images.ECHO)
     async with whole(engine) as stack:
         await stack.deploy(echo_image("dozing"), target=1)
-        await stack.ask_rightly("dozing", 1)
+        await stack.ask_correctly("dozing", 1)
         uid = (await asleep(stack, "dozing")).uid
         engine.must("POST", f"/containers/hibernode-{uid}/pause")
-        await stack.ask_rightly("dozing", 2)
+        await stack.ask_correctly("dozing", 2)
         assert (await the_one(stack, "dozing")).uid == uid
         async with stack.channel("agent") as channel:
             request = instances_pb.GetInstanceRequest(uid=uid)

@@ -146,7 +146,7 @@ async def test_two_containers_share_one_gpu_and_lose_no_byte(engine: Engine) -> 
         before = {one.uid: one.pid for one in await stack.instances()}
         for number in range(10):
             for name in ("ocr", "speech"):
-                await stack.ask_rightly(name, number)
+                await stack.ask_correctly(name, number)
             assert container_states(engine) == ["Up", "Up"]
         for name in ("ocr", "speech"):
             sleeper = await asleep(stack, name)
@@ -174,7 +174,7 @@ async def test_killed_agent_recovers_its_containers(engine: Engine) -> None:
             await stack.start_agent()
             after = {one.uid: (one.pid, one.container_id, one.address) for one in await stack.instances()}
             assert after == before, "adopted from the bundles on disk, whether the engine is there or not"
-            await stack.ask_rightly("ocr", number)
+            await stack.ask_correctly("ocr", number)
             engine.start()
 
 
@@ -195,7 +195,7 @@ async def test_instances_freeze_and_wake_without_the_engine(engine: Engine) -> N
         before = await asleep(stack, "ocr")
         await kill_engine(engine, stack)
         for number in range(3):
-            await stack.ask_rightly("ocr", number)
+            await stack.ask_correctly("ocr", number)
             assert (await asleep(stack, "ocr")).pid == before.pid
         await assert_engine_unavailable(stack)
         engine.start()
@@ -206,7 +206,7 @@ async def test_instances_freeze_and_wake_without_the_engine(engine: Engine) -> N
         await until("the agent says that it is back", back)
         await stack.deploy(busybox("pages"), target=1)
         assert (await stack.ask("pages", "/index.html")).status == 200
-        await stack.ask_rightly("ocr", 4)
+        await stack.ask_correctly("ocr", 4)
         assert (await the_one(stack, "ocr")).uid == before.uid
 
 

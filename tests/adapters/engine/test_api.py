@@ -105,7 +105,7 @@ async def test_stale_socket(tmp_path: Path) -> None:
     await api.close()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can switch to an unprivileged user")
 async def test_forbidden_socket(engine: EngineStandIn) -> None:
     os.chmod(engine.socket, 0o600)
     engine.folder.chmod(0o711)
