@@ -142,7 +142,7 @@ async def test_a_request_waits_for_the_wake_and_reports_it(rig: GatewayRig) -> N
     assert float(headers[b"x-hibernode-queue-ms"]) >= float(headers[b"x-hibernode-wake-ms"]) > 0
 
 
-async def test_a_full_queue_is_429_with_retry_after(rig: GatewayRig) -> None:
+async def test_full_queue_is_429_with_retry_after(rig: GatewayRig) -> None:
     await rig.deploy(queue_length=1)
     waiting = asyncio.create_task(rig.ask(GET))
     await rig.until(rig.queued, "one waits")
