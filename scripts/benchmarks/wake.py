@@ -1,17 +1,17 @@
-"""What a request to a frozen instance costs beyond the driver, against unpause by the Docker Engine API.
+"""Time added to a request by a wake, without the driver's own time, against a container's unpause by Docker.
 
-One instance of the example `echo` on the emulated driver. Again and again it is left to freeze and then asked through
-the gateway by one blocking client; in between, in the same run, a container is paused and unpaused. Both sides rest for
-as long before they are asked: caches are as cold for the one as for the other.
+One instance of the example `echo` on the emulated driver is left to freeze, and then called through the gateway by one
+blocking client, many times. In between, in the same run, a container is paused and unpaused. Both sides rest equally
+long before each measurement, so that caches are equally cold.
 
     added = the request's total time - the driver's own time for that wake - a request to the same instance awake
 
-The driver's own time is the emulated driver's log of the calls made on the instance's process meanwhile (restore,
-unlock, get-state); a request awake is the median of those made right after each wake. Promise (DESIGN section 11):
-added p50 <= 0.25 x and p99 <= 0.5 x of unpause. Exit status 0 whether it is met or not: it is a measurement.
+The driver's own time is that of the calls on the instance's process in the emulated driver's log (restore, unlock,
+get-state). The time of a request awake is the median of requests right after each wake. Promise
+(agent/docs/specification.md): added p50 <= 0.25 x and p99 <= 0.5 x of unpause. Exit status 0 whether it is met or not.
 
-Both checkpointers are measured in turns, each with a driver, scheduler and agent of its own: the workers that call the
-driver's API (`gpu.checkpointer: driver`, the promise is about them) and the cuda-checkpoint program (`utility`).
+Both checkpointers are measured alternately, each with its own driver, scheduler and agent: the workers that call the
+driver's API (`gpu.checkpointer: driver`, to which the promise applies) and the cuda-checkpoint program (`utility`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from agent.emulated.control import EmulatedDriver
 from agent.v1 import types_pb2
 from agent.v1.instance_service_pb2 import ListInstancesRequest
 from agent.wire.clients import DaemonChannel
-from scripts.benchmarks._client import Asked, Client
+from scripts.benchmarks._client import Client, TimedAnswer
 from scripts.benchmarks._docker_engine import NoDocker, PausedContainer, paused_container
 from scripts.benchmarks._spread import Ratio, ratio, summary
 from tests.e2e.stack import echo, running_stack, until
@@ -45,15 +45,15 @@ WORKER, UTILITY = "driver", "utility"
 FUNCTION = "bench"
 FREEZE_AFTER_NS = 50 * MILLISECOND_NS
 REST_S = 0.04
-"""After everything is frozen or paused: what did it has ended, caches and connections are as cold as they get."""
+"""Rest after everything is frozen or paused, so that its work has ended and caches are cold."""
 AWAKE_REQUESTS = 4
 MAX_AWAKE = 20
-"""Requests in a row that found the instance awake: then something is wrong."""
+"""Most consecutive requests that find the instance awake before the benchmark fails."""
 
 
 @dataclass(slots=True)
 class Samples:
-    """Of one checkpointer, in milliseconds: one entry a repetition (`awake`: its own number)."""
+    """Times of one checkpointer in milliseconds, one per repetition (`awake`: several)."""
 
     total: list[float] = field(default_factory=list)
     driver: list[float] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Samples:
         return [total - driver - awake for total, driver in zip(self.total, self.driver, strict=True)]
 
     def stages(self) -> dict[str, list[float]]:
-        """Where `added` goes: around the wake in gateway and agent, in the wake itself, after it was awake."""
+        """The parts of `added`: gateway and agent before the wake, the wake itself, the request after it."""
         awake = median(self.awake)
         rows = list(zip(self.total, self.driver, self.gateway_wait, self.agent_wake, strict=True))
         return {
@@ -86,7 +86,7 @@ class Samples:
 
 
 class Bench:
-    """One checkpointer on a running stack. `samples` is what has been measured since it was set."""
+    """One checkpointer on a running stack; `samples` has its measurements."""
 
     def __init__(self, client: Client, channel: DaemonChannel, driver: EmulatedDriver) -> None:
         self.samples = Samples()
@@ -96,33 +96,33 @@ class Bench:
         self._seen = 0
 
     async def wake(self) -> None:
-        """Let it freeze, ask it, and ask it again while it is awake."""
+        """Lets the instance freeze, measures a request that wakes it, and requests while it is awake."""
         for _ in range(MAX_AWAKE):
             await self._frozen()
             await asyncio.sleep(REST_S)
-            asked = self._client.ask()
-            if asked.wake_ms:
+            answer = self._client.request()
+            if answer.wake_ms:
                 break
         else:
-            raise RuntimeError("the instance is never found frozen")
+            raise RuntimeError("no request found the instance frozen")
         samples = self.samples
-        samples.awake.extend(a.took_ms for _ in range(AWAKE_REQUESTS) if not (a := self._client.ask()).wake_ms)
-        samples.total.append(asked.took_ms)
-        samples.gateway_wait.append(asked.wake_ms)
-        samples.driver.append(self._driver_ms(asked))
+        samples.awake.extend(a.took_ms for _ in range(AWAKE_REQUESTS) if not (a := self._client.request()).wake_ms)
+        samples.total.append(answer.took_ms)
+        samples.gateway_wait.append(answer.wake_ms)
+        samples.driver.append(self._driver_ms(answer))
         samples.agent_wake.append((await self._instance()).last_wake.total_ns / MILLISECOND_NS)
 
     def check(self) -> None:
-        """Raises RuntimeError if the figures are worth nothing."""
+        """Raises RuntimeError if the measurements are invalid."""
         if self._driver.frozen_calls():
-            raise RuntimeError("the driver was asked about a frozen process: the figures are worth nothing")
+            raise RuntimeError("the driver was called for a frozen process: the measurements are invalid")
 
-    def _driver_ms(self, asked: Asked) -> float:
+    def _driver_ms(self, answer: TimedAnswer) -> float:
         """The driver's own time for the wake that this request waited for."""
         records = self._driver.oplog(self._seen)
         if records:
             self._seen = records[-1].seq
-        mine = [r for r in records if r.pid == asked.body["pid"] and asked.began_ns <= r.at_ns <= asked.ended_ns]
+        mine = [r for r in records if r.pid == answer.body["pid"] and answer.began_ns <= r.at_ns <= answer.ended_ns]
         if not any(r.op == "restore" for r in mine):
             raise RuntimeError("the driver's log does not show the restore that the request waited for")
         return sum(r.us for r in mine) / 1000
@@ -140,8 +140,8 @@ class Bench:
 
 @asynccontextmanager
 async def running_bench(checkpointer: str) -> AsyncIterator[Bench]:
-    """Driver, scheduler and agent with one instance; they end with it."""
-    agent = {"log_format": "json"}  # as in production; the stack's own is for people
+    """Runs driver, scheduler and agent with one instance."""
+    agent = {"log_format": "json"}  # as in production
     gpu = {"checkpointer": checkpointer}
     async with running_stack(
         "--gpus", "1", "--gib", "1", "--profile", "580", agent_settings=agent, gpu_settings=gpu
@@ -165,7 +165,7 @@ def progress(text: str) -> None:
 
 
 async def measure(repetitions: int, warm_up: int, checkpointers: Sequence[str]) -> dict[str, Any]:
-    """The whole run, as the object that --json prints."""
+    """Runs the benchmark and returns the object that --json prints."""
     async with AsyncExitStack() as resources:
         rival, why_not = None, ""
         try:
@@ -185,7 +185,7 @@ async def measure(repetitions: int, warm_up: int, checkpointers: Sequence[str]) 
 
 
 async def _repeat(benches: Mapping[str, Bench], rival: PausedContainer | None, count: int) -> list[float]:
-    """All of them in turns; what unpause took each time (ms)."""
+    """Measures all in turns; returns the times of unpause in ms."""
     unpause: list[float] = []
     for number in range(1, count + 1):
         for bench in benches.values():
@@ -220,7 +220,7 @@ def report(
 
 
 def _against_utility(worker: Samples, utility: Samples) -> dict[str, Any]:
-    """The same figures with the cuda-checkpoint program, and how many times the worker's `added` they are."""
+    """The measurements with the cuda-checkpoint program, and the ratio of its `added` to the worker's."""
     times = {name: ratio(utility.added(), worker.added(), at) for name, at in PERCENT.items()}
     return {**utility.as_json(), "added_by_worker": {name: _as_json(found) for name, found in times.items()}}
 
@@ -236,14 +236,14 @@ LINES = (
     ("= added by gateway + agent", "added_ms"),
 )
 STAGES = {
-    "ask_agent": "  gateway and agent decide",
-    "agent_wake": "  agent wakes it",
-    "first_request": "  first request goes through",
+    "ask_agent": "  gateway and agent, before",
+    "agent_wake": "  agent's wake",
+    "first_request": "  first request",
 }
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """For people. Times in ms."""
+    """The result as text, with times in ms."""
     rows = [f"{result['repetitions']} wakes, times in ms", _row("", ("p50", "p99", "p25", "p75", "min", "max"))]
     rows.extend(_figures(result))
     if result["unpause_ms"] is not None:
@@ -255,7 +255,7 @@ def table(result: Mapping[str, Any]) -> str:
         for name, found in result["utility"]["added_by_worker"].items():
             rows.append(f"added with the program / with the worker, {name}: {_interval(found)}")
     if result["ratio"] is None:
-        rows.append(f"Not counted as met: no Docker Engine to compare with ({result['docker']['missing']}).")
+        rows.append(f"Promise not checked: no Docker Engine to compare with ({result['docker']['missing']}).")
         return "\n".join(rows)
     for name, bound in PROMISE.items():
         found = result["ratio"][name]
@@ -281,16 +281,16 @@ def _row(text: str, cells: Iterable[object]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench wake", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--repetitions", type=int, default=200, help="wakes to measure (default: %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=20, help="wakes before that (default: %(default)s)")
-    parser.add_argument("--no-utility", action="store_true", help="leave the cuda-checkpoint program out")
-    given = parser.parse_args()
-    if given.repetitions < 1 or given.warm_up < 0:
+    parser.add_argument("--warm-up", type=int, default=20, help="wakes before measuring (default: %(default)s)")
+    parser.add_argument("--no-utility", action="store_true", help="skip the cuda-checkpoint program")
+    args = parser.parse_args()
+    if args.repetitions < 1 or args.warm_up < 0:
         parser.error("--repetitions must be 1 or more, --warm-up 0 or more")
-    checkpointers = (WORKER,) if given.no_utility else (WORKER, UTILITY)
-    result = asyncio.run(measure(given.repetitions, given.warm_up, checkpointers))
-    print(json.dumps(result) if given.json else table(result))
+    checkpointers = (WORKER,) if args.no_utility else (WORKER, UTILITY)
+    result = asyncio.run(measure(args.repetitions, args.warm_up, checkpointers))
+    print(json.dumps(result) if args.json else table(result))
 
 
 if __name__ == "__main__":
