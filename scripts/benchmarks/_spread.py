@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 RESAMPLES = 1000
 SEED = 1
@@ -39,6 +42,9 @@ class Ratio:
     low: float
     high: float
 
+    def as_json(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
 
 def ratio(ours: Sequence[float], rivals: Sequence[float], percent: float) -> Ratio:
     """Ratio of our percentile to the rival's. Seeded, so that equal data give an equal result."""
@@ -55,3 +61,13 @@ def _redrawn(ordered: Sequence[float], percent: float, source: random.Random) ->
     count = len(ordered)
     rank = _rank(count, percent)
     return ordered[min(count - 1, int(source.betavariate(rank, count - rank + 1) * count))]
+
+
+def machine() -> dict[str, Any]:
+    """The machine of a run, for its result."""
+    return {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)}
+
+
+def row(title: str, cells: Iterable[object], decimals: int = 3) -> str:
+    """A line of a table of times."""
+    return f"{title:<34}" + "".join(f"{f'{c:.{decimals}f}' if isinstance(c, float) else c:>10}" for c in cells)

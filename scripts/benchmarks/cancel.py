@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -29,7 +27,7 @@ from agent.emulated.control import EmulatedDriver
 from agent.v1.instance_service_pb2 import FreezeInstanceRequest, ListInstancesRequest
 from agent.wire.clients import DaemonChannel
 from scripts.benchmarks._client import Client, TimedAnswer
-from scripts.benchmarks._spread import ratio, summary
+from scripts.benchmarks._spread import machine, ratio, row, summary
 from tests.e2e.stack import echo, running_stack
 
 FUNCTION = "bench"
@@ -156,7 +154,7 @@ async def measure(repetitions: int, warm_up: int, mib: int, bandwidth: str, fixe
     return {
         "benchmark": "cancel",
         "repetitions": repetitions,
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
+        "machine": machine(),
         "vram_mib": mib,
         "bandwidth": bandwidth,
         "fixed_us": fixed_us,
@@ -165,7 +163,7 @@ async def measure(repetitions: int, warm_up: int, mib: int, bandwidth: str, fixe
         "in_time_ms": summary(samples.in_time),
         "late_ms": summary(samples.late),
         "awake_request_ms": summary(samples.awake),
-        "ratio": {name: {"value": r.value, "low": r.low, "high": r.high} for name, r in ratios.items()},
+        "ratio": {name: r.as_json() for name, r in ratios.items()},
     }
 
 
@@ -180,18 +178,14 @@ def table(result: Mapping[str, Any]) -> str:
     """The result as text, with times in ms."""
     size = f"{result['vram_mib']} MiB at {result['bandwidth']}, {result['fixed_us']} us per operation"
     rows = [f"{result['repetitions']} of each, {size}; times in ms"]
-    rows.append(_row("a request that arrives", ("p50", "p99", "p25", "p75", "min", "max")))
-    rows.extend(_row(text, tuple(result[key].values())) for text, key in LINES)
+    rows.append(row("a request that arrives", ("p50", "p99", "p25", "p75", "min", "max")))
+    rows.extend(row(text, result[key].values()) for text, key in LINES)
     rows.append("")
     rows.append(f"in time: {result['share_in_time']:.1%} of {result['tried']} requests sent during a lock")
     for name, found in result["ratio"].items():
         spread = f"95 % interval {found['low']:.3f} to {found['high']:.3f}"
         rows.append(f"cancelled / waits for freeze and wake, {name}: {found['value']:.3f} ({spread})")
     return "\n".join(rows)
-
-
-def _row(text: str, cells: tuple[object, ...]) -> str:
-    return f"{text:<32}" + "".join(f"{f'{c:.3f}' if isinstance(c, float) else c:>10}" for c in cells)
 
 
 def main() -> None:

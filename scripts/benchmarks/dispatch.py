@@ -16,8 +16,6 @@ import argparse
 import asyncio
 import json
 import math
-import os
-import platform
 import random
 import shutil
 import subprocess
@@ -31,7 +29,7 @@ from typing import Any
 
 from agent.core.types import SECOND_NS, FunctionSpec, GpuNeed, IdleMode, IdlePolicy
 from scripts.benchmarks._open_loop import OpenLoop, Planned
-from scripts.benchmarks._spread import percentile, ratio
+from scripts.benchmarks._spread import machine, percentile, ratio
 from tests.e2e.stack import running_stack
 
 SERVERS = 8
@@ -140,7 +138,7 @@ async def measure(cells: Sequence[tuple[float, float]], arrivals: int, seeds: in
                 found.append(await _cell(cv, load, ports, arrivals, seeds))
     return {
         "benchmark": "dispatch",
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
+        "machine": machine(),
         "servers": SERVERS,
         "mean_service_ms": MEAN_S * 1000,
         "arrivals": arrivals,
@@ -175,7 +173,7 @@ async def _cell(cv: float, load: float, ports: Mapping[str, int], arrivals: int,
     for name in PROMISE:
         for at in (50.0, 99.0):
             found = ratio(latencies["hibernode"], latencies[name], at)
-            against[f"{name}_p{at:.0f}"] = {"value": found.value, "low": found.low, "high": found.high}
+            against[f"{name}_p{at:.0f}"] = found.as_json()
     return {
         "cv": cv,
         "load": load,

@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -38,7 +36,7 @@ from agent.core.types import InstanceState
 from agent.v1 import types_pb2
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest
 from agent.wire.clients import DaemonChannel
-from scripts.benchmarks._spread import percentile, ratio
+from scripts.benchmarks._spread import machine, percentile, ratio
 
 SIZES = (10, 100, 1_000, 10_000)
 PROMISE = {"decision": 1.5, "cores": 1.0}
@@ -99,7 +97,7 @@ def decisions(rounds: int) -> dict[str, Any]:
     found = ratio(samples[SIZES[-1]], samples[SIZES[0]], 50.0)
     return {
         "median_us": {str(size): round(median(samples[size]), 2) for size in SIZES},
-        "growth": {"value": found.value, "low": found.low, "high": found.high},
+        "growth": found.as_json(),
         "bytes_per_instance": round(grown * 1024 / sum(SIZES)),
         "met": found.value < PROMISE["decision"],
     }
@@ -300,7 +298,7 @@ def main() -> None:
         parser.error("--rounds must be 1 or more, --nodes 1 to 2000, --seconds more than 0")
     result = {
         "benchmark": "scale",
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
+        "machine": machine(),
         "decision": decisions(args.rounds),
         "fleet": asyncio.run(fleet(args.nodes, args.seconds)),
         "promise": PROMISE,

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
 import sys
 import time
@@ -23,7 +21,7 @@ from typing import Any
 from agent.core.types import MILLISECOND_NS, SECOND_NS
 from agent.emulated.oplog import OpRecord
 from agent.examples.echo.__main__ import expected_answer
-from scripts.benchmarks._spread import summary
+from scripts.benchmarks._spread import machine, summary
 from tests.e2e.stack import Stack, echo, running_stack
 
 FUNCTIONS = 6
@@ -146,7 +144,7 @@ async def measure(requests: int, rate: float, seed: int) -> dict[str, Any]:
     eager, calm = phases
     return {
         "benchmark": "sharing",
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
+        "machine": machine(),
         "functions": FUNCTIONS,
         "gpus": GPUS,
         "max_hold_ms": MAX_HOLD_MS,

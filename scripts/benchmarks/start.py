@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -32,7 +30,7 @@ from agent.v1.instance_service_pb2 import CreateInstanceRequest, StopInstanceReq
 from agent.wire.clients import DaemonChannel
 from agent.wire.convert_function import function_to_proto
 from scripts.benchmarks._docker_engine import Engine, NoDocker, find_engine, imported_image
-from scripts.benchmarks._spread import ratio, summary
+from scripts.benchmarks._spread import machine, ratio, row, summary
 from tests.e2e.stack import running_stack
 
 IMAGE = "hibernode-bench-server:latest"
@@ -171,13 +169,13 @@ async def measure(repetitions: int, warm_up: int) -> dict[str, Any]:
     return {
         "benchmark": "start",
         "repetitions": repetitions,
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
+        "machine": machine(),
         "docker": {"engine": version, "where": where},
         "create_to_ready_ms": summary(samples.ours),
         "docker_run_ms": summary(samples.run),
         "docker_run_to_ready_ms": summary(samples.run_ready),
-        "ratio": {name: {"value": r.value, "low": r.low, "high": r.high} for name, r in to_run.items()},
-        "ratio_to_ready": {name: {"value": r.value, "low": r.low, "high": r.high} for name, r in to_ready.items()},
+        "ratio": {name: r.as_json() for name, r in to_run.items()},
+        "ratio_to_ready": {name: r.as_json() for name, r in to_ready.items()},
         "limit": LIMIT,
         "met": to_run["p50"].value <= LIMIT,
     }
@@ -193,8 +191,8 @@ LINES = (
 def table(result: Mapping[str, Any]) -> str:
     """The result as text, with times in ms."""
     rows = [f"{result['repetitions']} of each, Docker {result['docker']['engine']}, {result['docker']['where']}; in ms"]
-    rows.append(_row("", ("p50", "p99", "p25", "p75", "min", "max")))
-    rows.extend(_row(text, tuple(result[key].values())) for text, key in LINES)
+    rows.append(row("", ("p50", "p99", "p25", "p75", "min", "max")))
+    rows.extend(row(text, result[key].values(), 1) for text, key in LINES)
     rows.append("")
     for key, text in (("ratio", "until it returns"), ("ratio_to_ready", "until ready")):
         for name, found in result[key].items():
@@ -202,10 +200,6 @@ def table(result: Mapping[str, Any]) -> str:
             rows.append(f"create to ready / docker run {text}, {name}: {found['value']:.3f} ({spread})")
     rows.append(f"promise, p50 at most {result['limit']} x docker run: {'met' if result['met'] else 'NOT met'}")
     return "\n".join(rows)
-
-
-def _row(text: str, cells: tuple[object, ...]) -> str:
-    return f"{text:<34}" + "".join(f"{f'{c:.1f}' if isinstance(c, float) else c:>10}" for c in cells)
 
 
 def main() -> None:

@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -35,7 +33,7 @@ from agent.v1.instance_service_pb2 import ListInstancesRequest
 from agent.wire.clients import DaemonChannel
 from scripts.benchmarks._client import Client, TimedAnswer
 from scripts.benchmarks._docker_engine import NoDocker, PausedContainer, paused_container
-from scripts.benchmarks._spread import Ratio, ratio, summary
+from scripts.benchmarks._spread import machine, ratio, row, summary
 from tests.e2e.stack import echo, running_stack, until
 
 PROMISE = {"p50": 0.25, "p99": 0.5}
@@ -208,11 +206,11 @@ def report(
     return {
         "benchmark": "wake",
         "repetitions": len(worker.total),
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
+        "machine": machine(),
         **worker.as_json(),
         "docker": {"engine": rival.version, "where": rival.where} if rival else {"missing": why_not},
         "unpause_ms": summary(unpause) if rival else None,
-        "ratio": {name: _as_json(found) for name, found in ratios.items()} or None,
+        "ratio": {name: found.as_json() for name, found in ratios.items()} or None,
         "promise": PROMISE,
         "met": all(ratios[name].value <= bound for name, bound in PROMISE.items()) if ratios else None,
         "utility": None if utility is None else _against_utility(worker, utility),
@@ -222,11 +220,7 @@ def report(
 def _against_utility(worker: Samples, utility: Samples) -> dict[str, Any]:
     """The measurements with the cuda-checkpoint program, and the ratio of its `added` to the worker's."""
     times = {name: ratio(utility.added(), worker.added(), at) for name, at in PERCENT.items()}
-    return {**utility.as_json(), "added_by_worker": {name: _as_json(found) for name, found in times.items()}}
-
-
-def _as_json(found: Ratio) -> dict[str, float]:
-    return {"value": found.value, "low": found.low, "high": found.high}
+    return {**utility.as_json(), "added_by_worker": {name: found.as_json() for name, found in times.items()}}
 
 
 LINES = (
@@ -244,10 +238,10 @@ STAGES = {
 
 def table(result: Mapping[str, Any]) -> str:
     """The result as text, with times in ms."""
-    rows = [f"{result['repetitions']} wakes, times in ms", _row("", ("p50", "p99", "p25", "p75", "min", "max"))]
+    rows = [f"{result['repetitions']} wakes, times in ms", row("", ("p50", "p99", "p25", "p75", "min", "max"))]
     rows.extend(_figures(result))
     if result["unpause_ms"] is not None:
-        rows.append(_row("unpause by the Docker Engine", result["unpause_ms"].values()))
+        rows.append(row("unpause by the Docker Engine", result["unpause_ms"].values()))
     if result["utility"] is not None:
         rows.extend(("", "with the cuda-checkpoint program, in the same run", *_figures(result["utility"])))
     rows.append("")
@@ -266,17 +260,13 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _figures(found: Mapping[str, Any]) -> list[str]:
-    rows = [_row(text, found[key].values()) for text, key in LINES]
-    rows.extend(_row(STAGES[name], figures.values()) for name, figures in found["added_stages_ms"].items())
+    rows = [row(text, found[key].values()) for text, key in LINES]
+    rows.extend(row(STAGES[name], figures.values()) for name, figures in found["added_stages_ms"].items())
     return rows
 
 
 def _interval(found: Mapping[str, float]) -> str:
     return f"{found['value']:.3f} (95 % interval {found['low']:.3f} to {found['high']:.3f})"
-
-
-def _row(text: str, cells: Iterable[object]) -> str:
-    return f"{text:<32}" + "".join(f"{f'{c:.3f}' if isinstance(c, float) else c:>10}" for c in cells)
 
 
 def main() -> None:
