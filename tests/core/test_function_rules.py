@@ -165,7 +165,7 @@ def test_what_a_container_can_not_have_names_its_field(field: str, change: dict[
 
 
 def test_a_process_of_the_host_has_nothing_of_it() -> None:
-    with pytest.raises(InvalidArgumentError, match="container: is for images"):
+    with pytest.raises(InvalidArgumentError, match="container: is not possible with image `host`"):
         check_function(replace(GOOD, container=ContainerOptions(read_only_root=True)))
 
 

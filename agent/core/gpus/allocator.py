@@ -18,30 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from agent.core.gpus.allocator_events import (
-    Adopt,
-    AllocatorEffect,
-    AllocatorEvent,
-    Ask,
-    AskDrain,
-    AskFreeze,
-    Assign,
-    Assigned,
-    BecameBusy,
-    BecameIdle,
-    Cordon,
-    FreezeRefused,
-    Grant,
-    Leave,
-    Released,
-    Releasing,
-    Tick,
-    Unassign,
-    Unassignable,
-    Uncordon,
-    Unservable,
-    WakeMeAt,
-)
+from agent.core.gpus import allocator_events as ev
+from agent.core.gpus.allocator_events import AllocatorEffect, AllocatorEvent, Cordon
 from agent.core.types import SECOND_NS
 
 REFUSAL_BACK_OFF_NS = SECOND_NS
@@ -119,38 +97,38 @@ def step(state: GpuAllocator, event: AllocatorEvent, at: int) -> AllocatorStep: 
     """Apply `event` at monotonic time `at` (ns). Pure: the caller performs the effects in order."""
     effects: list[AllocatorEffect] = []
     match event:
-        case Assign(uid, count, model):
+        case ev.Assign(uid, count, model):
             return _assign(state, uid, count, model)
-        case Adopt(uid, gpus, holds):
+        case ev.Adopt(uid, gpus, holds):
             state = replace(state, assigned={**state.assigned, uid: gpus})
             if holds:
                 state = _take(state, uid, gpus, at)
-        case Unassign(uid):
+        case ev.Unassign(uid):
             assigned = {key: value for key, value in state.assigned.items() if key != uid}
             state = replace(_let_go(_leave(state, uid), uid), assigned=assigned)
-        case Ask(uid, avoid, stays):
+        case ev.Ask(uid, avoid, stays):
             state = _enqueue(state, uid, avoid, stays, at)
-        case Leave(uid):
+        case ev.Leave(uid):
             state = _leave(state, uid)
-        case Released(uid):
+        case ev.Released(uid):
             state = _let_go(state, uid)
-        case Releasing(uid):
+        case ev.Releasing(uid):
             state = _with_holder(state, uid, asked=True, leaving=True, idle_since_ns=None)
-        case FreezeRefused(uid):
+        case ev.FreezeRefused(uid):
             held = state.holders.get(uid)
             idle_since = None if held is None else held.idle_since_ns
             state = _with_holder(
                 state, uid, asked=False, idle_since_ns=idle_since, preemptible_at_ns=at + REFUSAL_BACK_OFF_NS
             )
-        case BecameIdle(uid, preemptible_at_ns):
+        case ev.BecameIdle(uid, preemptible_at_ns):
             state = _with_holder(state, uid, idle_since_ns=at, preemptible_at_ns=preemptible_at_ns)
-        case BecameBusy(uid):
+        case ev.BecameBusy(uid):
             state = _with_holder(state, uid, idle_since_ns=None)
         case Cordon(uuid, _, source):
             state = _with_cordon(state, uuid, source, event)
-        case Uncordon(uuid, source):
+        case ev.Uncordon(uuid, source):
             state = _with_cordon(state, uuid, source, None)
-        case Tick():
+        case ev.Tick():
             pass
         case _:
             assert_never(event)
@@ -161,7 +139,7 @@ def step(state: GpuAllocator, event: AllocatorEvent, at: int) -> AllocatorStep: 
 def _assign(state: GpuAllocator, uid: str, count: int, model: str) -> AllocatorStep:
     """Choose the GPUs with the fewest sharers, so that instances spread before they share."""
     if uid in state.assigned:
-        return state, [Assigned(uid, state.assigned[uid])]
+        return state, [ev.Assigned(uid, state.assigned[uid])]
     fitting = [d for d in state.devices.values() if not d.cordoned and model in ("", d.model)]
     roomy = sorted((state.sharers(d.uuid), i, d.uuid) for i, d in enumerate(fitting))
     chosen = tuple(uuid for sharers, _, uuid in roomy if sharers < state.per_gpu)[:count]
@@ -169,13 +147,13 @@ def _assign(state: GpuAllocator, uid: str, count: int, model: str) -> AllocatorS
     if len(chosen) < count or full:
         wanted = f"{count} GPU(s)" + (f" of model {model!r}" if model else "")
         return state, [
-            Unassignable(
+            ev.Unassignable(
                 uid,
                 f"{wanted} wanted, {0 if full else len(chosen)} of {len(fitting)} such GPU(s) on this node have room "
                 f"(gpu.instances_per_gpu: {state.per_gpu}); remove an instance or raise it",
             )
         ]
-    return replace(state, assigned={**state.assigned, uid: chosen}), [Assigned(uid, chosen)]
+    return replace(state, assigned={**state.assigned, uid: chosen}), [ev.Assigned(uid, chosen)]
 
 
 def _with_cordon(state: GpuAllocator, uuid: str, source: str, cordon: Cordon | None) -> GpuAllocator:
@@ -263,7 +241,7 @@ def _serve(state: GpuAllocator, at: int) -> AllocatorStep:
             # for the proof: no instance holds GPUs twice.
             if reserved.isdisjoint(held.gpus) and set(held.gpus) <= set(waiter.allowed) and _usable(state, held.gpus):
                 state = _take(_leave(state, waiter.uid), waiter.uid, held.gpus, at)
-                effects.append(Grant(waiter.uid, held.gpus))
+                effects.append(ev.Grant(waiter.uid, held.gpus))
             continue
         usable = [u for u in waiter.allowed if u not in reserved and not state.devices[u].cordoned]
         free = [u for u in usable if not state.devices[u].holder]
@@ -272,12 +250,12 @@ def _serve(state: GpuAllocator, at: int) -> AllocatorStep:
             state = _take(_leave(state, waiter.uid), waiter.uid, gpus, at)
             if state.migrate:
                 state = replace(state, assigned={**state.assigned, waiter.uid: gpus})
-            effects.append(Grant(waiter.uid, gpus))
+            effects.append(ev.Grant(waiter.uid, gpus))
             continue
         if sum(not state.devices[u].lost for u in waiter.allowed) < waiter.count:
             state = _leave(state, waiter.uid)
             lost = [state.devices[u] for u in waiter.allowed if state.devices[u].lost]
-            effects.append(Unservable(waiter.uid, "; ".join(f"{d.uuid}: {d.cordoned}" for d in lost)))
+            effects.append(ev.Unservable(waiter.uid, "; ".join(f"{d.uuid}: {d.cordoned}" for d in lost)))
             continue
         if sum(not state.devices[u].cordoned for u in waiter.allowed) < waiter.count:
             continue  # not before a cordon is lifted: no GPU is reserved and no holder gives way for it
@@ -285,7 +263,7 @@ def _serve(state: GpuAllocator, at: int) -> AllocatorStep:
         state, asked = _make_room(state, waiter, usable, len(free), at, timers)
         effects.extend(asked)
     if timers:
-        effects.append(WakeMeAt(min(timers)))
+        effects.append(ev.WakeMeAt(min(timers)))
     return state, effects
 
 
@@ -318,5 +296,5 @@ def _make_room(
     effects: list[AllocatorEffect] = []
     for uid, is_idle in chosen:
         state = _with_holder(state, uid, idle_since_ns=holders[uid].idle_since_ns, asked=True)
-        effects.append(AskFreeze(uid) if is_idle else AskDrain(uid))
+        effects.append(ev.AskFreeze(uid) if is_idle else ev.AskDrain(uid))
     return state, effects
