@@ -246,8 +246,8 @@ def _drain(me: Instance) -> Step:
 
 
 def _paused(me: Instance, paused: bool, at: int) -> Step:
-    """A pause closes the gate; no driver call is made until it ends. It can be told from our own freeze only while
-    the instance is RUNNING."""
+    """A pause closes the gate; no driver call is made until it ends. It counts only in RUNNING: in other states the
+    threads may be stopped by a freeze of the agent."""
     if paused is me.paused or (paused and me.state is not InstanceState.RUNNING):
         return me, []
     was_draining = me.draining
