@@ -1,9 +1,9 @@
 """Reading configuration: YAML to declared types, strictly.
 
-A declared type is a `Section` (agent/settings.py for the daemons; `s.yaml` has types of its own). Unknown
-keys and wrong types are refused, all unknown ones in one message, each with its key path and the fix.
-Durations (`10s`) and sizes (`16GiB`) are written with their unit and arrive as integers: a field
-`max_hold_ns: Duration` is the key `max_hold`, a field `reserve_bytes: Size` the key `reserve`.
+A declared type is a `Section` (agent/settings/ for the daemons; `s.yaml` has types of its own). Unknown keys and wrong
+types are refused with key path and fix, all unknown keys in one message. Durations (`10s`) and sizes (`16GiB`) are
+written with their unit and read as integers: the key of a field `max_hold_ns: Duration` is `max_hold`, that of
+`reserve_bytes: Size` is `reserve`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from agent.core.errors import ConfigError
 T = TypeVar("T")
 
 MAX_FILE_BYTES = 1 << 20
-"""A configuration file larger than this is a mistake (a log or a model named by accident)."""
+"""A larger file is taken for a mistake, such as the path of a log or a model."""
 
 
 class Duration(int):
@@ -39,7 +39,7 @@ class Size(int):
 
 
 def _key_of(field: str) -> str | None:
-    """The unit belongs to the value in YAML and to the name in Python. None keeps the name."""
+    """The key without the field's unit suffix. None keeps the name."""
     for suffix in ("_ns", "_bytes"):
         if field.endswith(suffix):
             return field.removesuffix(suffix)
@@ -47,11 +47,11 @@ def _key_of(field: str) -> str | None:
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=_key_of):
-    """Base of every declared configuration type. A `__post_init__` that objects raises `bad_key(...)`."""
+    """Base of every declared configuration type. Its `__post_init__` raises `bad_key(...)` for a bad value."""
 
 
 def bad_key(key: str, problem: str) -> ValueError:
-    """What a Section's `__post_init__` raises: `load` puts the section's path before the key."""
+    """The error for a Section's `__post_init__` to raise; `load` puts the section's path before the key."""
     return ValueError(f".{key}: {problem}")
 
 
@@ -103,7 +103,7 @@ def _decode(kind: type, value: object) -> object:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice: the last one would win in silence."""
+    """SafeLoader that refuses a key written twice; YAML would silently use the last one."""
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[object, object]:
@@ -132,7 +132,7 @@ def read_yaml(path: Path) -> object:
             text = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         why = error.strerror or type(error).__name__
-        raise _error(path, f"can't be read: {why}; check the path and who may read it") from error
+        raise _error(path, f"can't be read: {why}; check the path and its permissions") from error
     if len(text) > MAX_FILE_BYTES:
         raise _error(path, f"is larger than {MAX_FILE_BYTES} bytes; is this the right file?")
     try:
@@ -150,7 +150,7 @@ def _yaml_problem(error: Exception) -> str:
 
 
 def load(source: Path | str | Mapping[str, object], kind: type[T]) -> T:
-    """A file (or, from tests and the demo, a mapping) as the declared type `kind`.
+    """Read a file (or, for tests and the demo, a mapping) as the declared type `kind`.
 
     Raises ConfigError (reason CONFIG_INVALID) whose message names the file, the key path and the fix.
     """
@@ -161,7 +161,7 @@ def load(source: Path | str | Mapping[str, object], kind: type[T]) -> T:
 
 
 def convert(document: object, kind: type[T], *, name: str) -> T:
-    """Check an already parsed document against `kind`; `name` says in errors where it came from."""
+    """Convert a parsed document to `kind`; `name` is its source in error messages."""
     if not isinstance(document, Mapping):
         raise _error(name, f"must be a mapping of keys to values, found {_yaml_type(document)}")
     shape = msgspec.inspect.type_info(kind)
@@ -178,7 +178,7 @@ def _error(name: Path | str, problem: str) -> ConfigError:
     return ConfigError("CONFIG_INVALID", f"{name}: {problem}", file=str(name))
 
 
-# --- saying what is wrong --------------------------------------------------------------------
+# --- error messages --------------------------------------------------------------------
 
 
 def _unknown_keys(value: object, shape: msgspec.inspect.Type, path: str, root: msgspec.inspect.Type) -> Iterator[str]:
@@ -218,7 +218,7 @@ def _suggest(key: str, path: str, known: list[str], root: msgspec.inspect.Type) 
 
 
 def key_paths(shape: msgspec.inspect.Type, prefix: str = "") -> Iterator[str]:
-    """Every key a declared type takes, as dotted paths; a section before its keys, list items as `name[]`."""
+    """Every key of a declared type as a dotted path; a section before its keys, list items as `name[]`."""
     match shape:
         case msgspec.inspect.UnionType(types=types):
             for option in types:
@@ -240,7 +240,7 @@ _WORDS = {"object": "a mapping", "array": "a list", "str": "text", "int": "a who
 
 
 def _explain(message: str, document: Mapping[object, object]) -> str:
-    """msgspec's message, turned round: the key path first, then what was expected and what was found."""
+    """msgspec's message reordered: the key path first, then what was expected and what was found."""
     parts = _AT.fullmatch(message)
     what, path = (parts["what"], (parts["path"] or "").removeprefix(".")) if parts else (message, "")
     if what.startswith("."):  # from bad_key

@@ -1,4 +1,4 @@
-"""The one place where an error becomes an exit code and a line on stderr (STYLE, "CLI")."""
+"""Maps errors and HTTP statuses to the exit codes of the commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from agent.core import errors as core
 
 
 class ExitCode(IntEnum):
-    """What the shell sees."""
+    """The exit codes."""
 
     OK = 0
     UNEXPECTED = 1
@@ -44,18 +44,18 @@ _EXIT_OF_REASON: dict[str, ExitCode] = {
     "DISK_FULL": ExitCode.UNAVAILABLE,
     "ENGINE_UNAVAILABLE": ExitCode.UNAVAILABLE,
 }
-"""An instance's end is told with its own reason, whatever the kind of the error that brings it here."""
+"""Reasons of an instance's end: they decide before the kind of the error that carries them."""
 
 
 def exit_of(error: core.HibernodeError) -> ExitCode:
-    """The exit code of an error's reason, else of its kind; agent/core/errors.py says which is which."""
+    """The exit code of an error's reason, else of its kind (agent/core/errors.py)."""
     if error.reason in _EXIT_OF_REASON:
         return _EXIT_OF_REASON[error.reason]
     return next((code for kind, code in _EXIT_OF_KIND if isinstance(error, kind)), ExitCode.UNEXPECTED)
 
 
 def exit_of_http(status: int) -> ExitCode:
-    """The exit code for a function's answer: 2xx and 3xx are success, the rest as the error kinds map to HTTP."""
+    """The exit code of a function's answer: 2xx and 3xx are success, others as the error kinds map to HTTP."""
     match status:
         case _ if 200 <= status < 400:
             return ExitCode.OK

@@ -1,8 +1,8 @@
-"""Logs: one line an event, on stderr, as JSON for machines or as text for people.
+"""Logs: one line per event on stderr, as JSON for machines or as text for people.
 
-`log = get_logger(); log.info("instance.frozen", uid=uid, driver_ns=ns)`: a dotted event name that never
-changes, data as keys. What looks like a secret is masked by its key, at any depth, and long values are cut,
-so that one careless call can neither leak a token nor fill a disk.
+`log = get_logger(); log.info("instance.frozen", uid=uid, driver_ns=ns)`: a dotted event name that never changes, data
+as keys. Values under keys that look secret are masked at any depth, and long values are cut: a careless call can
+neither leak a token nor fill a disk.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 MAX_VALUE_CHARS = 2_000
-"""A value's text is cut here; the length it had is said."""
+"""Longer texts are cut, and their length is added."""
 
 MAX_ITEMS = 50
-"""A list or mapping is cut here."""
+"""Longer lists and mappings are cut."""
 
 MAX_DEPTH = 6
-"""Anything nested deeper is logged as the name of its type."""
+"""Deeper values are logged as the name of their type."""
 
 MASK = "***"
 
@@ -33,12 +33,12 @@ _SECRET = re.compile(
     r"token|passw|secret|authorization|credential|cookie|private_key|access_key|api_?key|environ|^env$",
     re.IGNORECASE,
 )
-# These name where a secret lies, or count something; they are not one.
+# These name a secret's place, or count something.
 _HARMLESS = re.compile(r"_(?:file|path|count|bytes|ns)$", re.IGNORECASE)
 
 
 def is_secret_key(key: str) -> bool:
-    """Would a value under this key be masked? For whoever renders data elsewhere (answers, `inspect`)."""
+    """Whether a value under this key is masked. Also for data that is not logged (answers, `inspect`)."""
     key = key.replace("-", "_")
     return bool(_SECRET.search(key)) and not _HARMLESS.search(key)
 
@@ -49,7 +49,7 @@ def _bounded(value: object, depth: int = 0) -> object:
     if isinstance(value, str):
         return value if len(value) <= MAX_VALUE_CHARS else f"{value[:MAX_VALUE_CHARS]}... ({len(value)} characters)"
     if isinstance(value, bytes | bytearray | memoryview):
-        return f"<{len(value)} bytes>"  # bodies and images: neither readable nor ours to show
+        return f"<{len(value)} bytes>"  # bodies and images
     if depth >= MAX_DEPTH:
         return f"<{type(value).__name__}>"
     if isinstance(value, Mapping):
@@ -65,7 +65,7 @@ def _bounded(value: object, depth: int = 0) -> object:
 
 
 def guard(_logger: WrappedLogger, _method: str, event_dict: EventDict) -> EventDict:
-    """The processor that masks and cuts. `exc_info` passes: its text is made, and cut, further down."""
+    """The processor that masks and cuts. `exc_info` passes: its text is formatted, and cut, later."""
     for key, value in event_dict.items():
         if key == "exc_info":
             continue
@@ -76,12 +76,12 @@ def guard(_logger: WrappedLogger, _method: str, event_dict: EventDict) -> EventD
 def _cut_traceback(_logger: WrappedLogger, _method: str, event_dict: EventDict) -> EventDict:
     text = event_dict.get("exception")
     if isinstance(text, str) and len(text) > 4 * MAX_VALUE_CHARS:
-        event_dict["exception"] = "... " + text[-4 * MAX_VALUE_CHARS :]  # the end names the error
+        event_dict["exception"] = "... " + text[-4 * MAX_VALUE_CHARS :]  # the error is at the end
     return event_dict
 
 
 class _Stderr:
-    """stderr as it is at each line: a logger made at import time must not keep a stream that is replaced later."""
+    """The current stderr at each line: a logger made at import time must not keep a stream that is replaced later."""
 
     def write(self, text: str) -> int:
         return sys.stderr.write(text)
@@ -91,21 +91,23 @@ class _Stderr:
 
 
 class _LibraryHandler(logging.StreamHandler[TextIO]):
-    """Ours among the root logger's handlers, so that `configure` replaces only its own."""
+    """Marks our handler of the root logger, so that `configure` replaces only its own."""
 
 
 def timestamp(wall_ns: int) -> str:
-    """A time as every line has it, for the key `timestamp` of something that is logged after it happened."""
+    """A time in the lines' format, for the key `timestamp` of an event that is logged later."""
     return (
         f"{datetime.fromtimestamp(wall_ns // 1_000_000_000, UTC):%Y-%m-%dT%H:%M:%S}.{wall_ns // 1000 % 1_000_000:06}Z"
     )
 
 
 def configure(level: str = "info", fmt: Literal["json", "console"] = "json", *, stream: TextIO | None = None) -> None:
-    """Set up logging for this process; called once by a composition root, again to change the level.
+    """Set up logging for this process; called once by a composition root, and again to change the level.
 
-    `level` is debug, info, warning or error. `stream` is for tests; None is stderr, looked up at each line.
-    Messages of libraries (stdlib logging) of level warning and above go the same way.
+    - `level`: debug, info, warning or error.
+    - `stream`: for tests; None is stderr, looked up at each line.
+
+    Messages of libraries (stdlib logging) from level warning are logged in the same format.
     """
     number = logging.getLevelNamesMapping()[level.upper()]
     out = cast(TextIO, stream or _Stderr())
@@ -125,14 +127,14 @@ def configure(level: str = "info", fmt: Literal["json", "console"] = "json", *, 
 
 _COMMON: list[Processor] = [
     structlog.processors.add_log_level,
-    structlog.processors.MaybeTimeStamper(fmt="iso", utc=True),  # an event that is logged late brings its own time
+    structlog.processors.MaybeTimeStamper(fmt="iso", utc=True),  # an event that is logged later brings its own time
     guard,
 ]
 
 
 def _printable(_logger: WrappedLogger, _method: str, event_dict: EventDict) -> EventDict:
-    """For people's terminals, which what an instance said must not steer. JSON escapes by itself; the console renderer
-    does so only for values with blanks or line ends, and would let a lone escape sequence pass."""
+    """Replace control characters, so that an instance's output can't steer a terminal. JSON escapes them; the console
+    renderer does so only in values with blanks or line ends."""
     for key, value in event_dict.items():
         if isinstance(value, str) and not value.isprintable():
             event_dict[key] = "".join(char if char.isprintable() or char in "\n\t" else "?" for char in value)
@@ -158,10 +160,10 @@ def _configure_structlog(level: int, render: list[Processor], out: TextIO) -> No
 
 
 def get_logger(**bound: object) -> FilteringBoundLogger:
-    """A logger with `bound` keys on every line; made at import time or later, before or after `configure`."""
+    """A logger with `bound` keys on every line; may be made before `configure`."""
     return cast(FilteringBoundLogger, structlog.get_logger(**bound))
 
 
-# Before `configure` structlog would print to stdout, which belongs to data: early lines go to stderr too.
+# Before `configure` structlog would print to stdout, which is for data: early lines go to stderr too.
 if not structlog.is_configured():
     _configure_structlog(logging.INFO, _console(sys.stderr), cast(TextIO, _Stderr()))

@@ -1,6 +1,7 @@
-"""What the shells need from the outside world. The adapters implement these; tests pass fakes.
+"""The Protocols through which `host` reaches clock, containers, driver, NVML, memory and disk.
 
-Every wait has a deadline given by the caller in seconds or held by the adapter; a failure is a `HibernodeError`.
+Adapters implement them; tests pass fakes. Every wait has a deadline, given by the caller in seconds or held by the
+adapter. A failure is a `HibernodeError`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from agent.core.gpus.cuda_calls import CudaFault as CudaFault  # noqa: PLC0414 (
 from agent.core.gpus.cuda_calls import CudaOp as CudaOp  # noqa: PLC0414 (re-exported)
 from agent.core.gpus.cuda_calls import CudaReply as CudaReply  # noqa: PLC0414 (re-exported)
 from agent.core.gpus.cuda_calls import CudaState as CudaState  # noqa: PLC0414 (re-exported)
-from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, GpuSample, Handle, InstanceSpec, Xid
+from agent.core.snapshots import InstanceReading
+from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, GpuSample, Handle, InstanceSpec, InstanceState, Xid
 
 
 class Timer(Protocol):
@@ -28,7 +30,7 @@ class Timer(Protocol):
 
 
 class Clock(Protocol):
-    """The only way to read time. Monotonic for durations, wall for records; both integer nanoseconds."""
+    """The only way to read time, in integer nanoseconds: monotonic for durations, wall for records."""
 
     def monotonic_ns(self) -> int: ...
 
@@ -42,9 +44,13 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StartSpec:
-    """What a runtime starts: the instance, and the environment added by us (`gpu.mounts`, FC_*), which wins over the
-    function's own. Only `gpu_uuids` are visible inside; `all_gpus`: every GPU of the host is (the driver moves only
-    what can see them all), and CUDA_VISIBLE_DEVICES still names `gpu_uuids`."""
+    """What a runtime starts.
+
+    - `environment`: variables added by the agent (`gpu.mounts`, FC_*), which override the function's own.
+    - `gpu_uuids`: the GPUs visible inside.
+    - `all_gpus`: every GPU of the host is visible, and only CUDA_VISIBLE_DEVICES names `gpu_uuids`: the driver restores
+      on other GPUs only processes that can see them all.
+    """
 
     instance: InstanceSpec
     environment: Mapping[str, str]
@@ -54,7 +60,7 @@ class StartSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExecSpec:
-    """A command to run inside an instance. `terminal`: on a terminal of `columns` x `rows`; `user` "" = the
+    """A command to run inside an instance. `terminal`: with a terminal of `columns` x `rows`; `user` "" = the
     container's own."""
 
     command: tuple[str, ...]
@@ -66,18 +72,18 @@ class ExecSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExecOutput:
-    """Some bytes that the command wrote; on a terminal all of it is standard output."""
+    """Bytes that the command wrote; on a terminal all of it is standard output."""
 
     data: bytes
     is_error: bool = False
 
 
 class ExecSession(Protocol):
-    """A command that runs inside an instance. Whoever opened it closes it; `close` ends the command as well as the
-    engine allows (its input and output end; a terminal hangs up)."""
+    """A command that runs inside an instance. Its opener closes it; `close` ends the command as far as the engine
+    allows (its input and output end; a terminal hangs up)."""
 
     async def read(self) -> ExecOutput | None:
-        """The next output; None once it has ended. No deadline: cancelled by the caller. At most 64 KiB."""
+        """The next output, at most 64 KiB; None once it has ended. No deadline: the caller cancels it."""
 
     async def write(self, data: bytes) -> None: ...
 
@@ -86,22 +92,22 @@ class ExecSession(Protocol):
     async def resize(self, columns: int, rows: int) -> None: ...
 
     async def exit_code(self) -> int:
-        """After `read` has answered None."""
+        """The exit code. Call it after `read` has returned None."""
 
     async def close(self) -> None: ...
 
 
 class Runtime(Protocol):
-    """About a dozen verbs on containers. Containers outlive the agent; `recover` finds them again by their handle."""
+    """Starts, watches and ends containers. They outlive the agent; their handle finds them again."""
 
     name: str
 
     def accepts(self, function: FunctionSpec) -> None:
-        """Raise (PreconditionError IMAGE_RUNTIME_UNAVAILABLE ...) if this runtime can't run the function."""
+        """Raise PreconditionError (IMAGE_RUNTIME_UNAVAILABLE ...) if this runtime can't run the function."""
 
     async def prepare(self, function: FunctionSpec, progress: Callable[[str], None]) -> None:
-        """Have the image here, before a GPU is asked for: pull it if the policy says so. `progress` gets a sentence now
-        and then. Bounded in time; calls for the same image share one pull.
+        """Make the image available, before a GPU is requested: pull it if the policy says so. `progress` gets a
+        sentence now and then. Bounded in time; calls for the same image share one pull.
 
         Raises InstanceError IMAGE_NOT_FOUND, IMAGE_PULL_DENIED, IMAGE_PULL_FAILED, DISK_FULL; UnavailableError
         ENGINE_UNAVAILABLE.
@@ -116,35 +122,35 @@ class Runtime(Protocol):
         """
 
     async def wait(self, handle: Handle) -> Exit:
-        """Wait until the container has ended. No deadline: cancelled by the caller."""
+        """Wait until the container has ended. No deadline: the caller cancels it."""
 
     async def alive(self, handle: Handle) -> bool:
-        """Is exactly this container (boot, pid, start time) still there?"""
+        """Whether exactly this container (boot, pid, start time) still runs."""
 
     async def terminate(self, handle: Handle) -> None:
-        """SIGTERM to the main process (a no-op if it is gone)."""
+        """SIGTERM to the main process, if it still runs."""
 
     async def kill(self, handle: Handle, deadline_s: float = 10.0) -> None:
-        """SIGKILL everything of it, frozen or not (cgroup.kill), and wait until it is gone. DeadlineError if not."""
+        """SIGKILL all its processes, frozen or not (cgroup.kill), and wait for their end. Raises DeadlineError."""
 
     async def kill_processes(self, handle: Handle, pids: Sequence[int]) -> None:
-        """SIGKILL these processes, frozen or not; those that are not inside the container (any more) are left alone."""
+        """SIGKILL these processes, frozen or not. Pids that are not inside the container (any more) are skipped."""
 
     async def destroy(self, handle: Handle) -> None:
         """Remove what is left (cgroup, scratch; not the log). Idempotent."""
 
     async def list_handles(self) -> Sequence[Handle]:
-        """All containers on this host that carry this state directory's UUID, recorded or not."""
+        """All containers on this host with this state directory's UUID, recorded or not."""
 
     async def pids(self, handle: Handle) -> Sequence[int]:
         """Host pids inside the container now."""
 
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
-        """The last bytes of its combined stdout and stderr, also after it has ended. OSError if it can't be read."""
+        """The last bytes of its combined stdout and stderr, also after its end. Raises OSError if it can't be read."""
 
     def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncGenerator[bytes, None]:
-        """The last bytes, then what comes, in chunks of at most 64 KiB, until the container has ended and all is read.
-        Whoever reads it closes it (`aclosing`): that, or cancelling, stops it and leaves nothing."""
+        """The last bytes, then new output, in chunks of at most 64 KiB, until the container has ended and all is read.
+        The reader closes it (`aclosing`): that, or cancelling, stops it and leaves nothing behind."""
 
     async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:
         """Run a command inside. Never call it for a frozen instance: it would hang.
@@ -153,13 +159,28 @@ class Runtime(Protocol):
         """
 
 
+class ContainerEngine(Protocol):
+    """The part of a container engine's runtime that `EngineWatch` needs."""
+
+    async def check(self) -> None:
+        """Check that the engine answers. Raises HibernodeError ENGINE_UNAVAILABLE, ENGINE_TOO_OLD ..."""
+
+
+class UsageReader(Protocol):
+    """The host's accounts of what instances use."""
+
+    async def read(self, handles: Sequence[Handle]) -> Mapping[str, InstanceReading]:
+        """Readings by uid, without instances that have ended. Bounded in time; raises HibernodeError if they can't be
+        read now."""
+
+
 # ---- freezing -------------------------------------------------------------------------------------------------
 
 
 class Outcome(Enum):
-    """How an operation on the driver or the freezer ended, after re-reading the state.
+    """How an operation of the freezer ended, by the state read afterwards.
 
-    OK: done. REFUSED: rolled back, the instance is as before. BROKEN: unknown; only a kill is safe.
+    OK: done. REFUSED: rolled back, the instance is as before. BROKEN: state unknown, only a kill is safe.
     """
 
     OK = "OK"
@@ -169,7 +190,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FreezeResult:
-    """`driver_ns` is the time inside the driver's own calls; `image_bytes` what the host now holds of VRAM."""
+    """`driver_ns`: time inside the driver's own calls; `image_bytes`: VRAM that host memory now holds."""
 
     outcome: Outcome
     reason: str = ""
@@ -179,7 +200,7 @@ class FreezeResult:
 
 
 class Condition(Enum):
-    """What recovery finds (DESIGN section 4, read the cgroup before the driver)."""
+    """The state in which recovery finds an instance."""
 
     GONE = "GONE"
     AWAKE = "AWAKE"
@@ -191,10 +212,11 @@ class Condition(Enum):
 
 
 class Freezer(Protocol):
-    """Freeze and wake one instance in the order of the driver's rules. Never queries a frozen cgroup.
+    """Freezes and wakes instances, in the order that the driver's rules require. Makes no driver call on a frozen
+    cgroup.
 
-    `lock` then `checkpoint` is a freeze; `lock` then `unlock` a cancelled one; `wake` thaws, restores, unlocks and
-    verifies. Each has a hard deadline inside and always returns a result, never raises for a driver's answer.
+    `lock` then `checkpoint` is a freeze; `lock` then `unlock` a cancelled one. Each operation has a hard deadline
+    inside, and returns a result also for the driver's errors.
     """
 
     async def lock(self, handle: Handle) -> FreezeResult: ...
@@ -204,54 +226,94 @@ class Freezer(Protocol):
     async def checkpoint(self, handle: Handle) -> FreezeResult: ...
 
     async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
-        """Verify free VRAM, thaw, restore (old uuid -> new uuid, naming every GPU of the host; empty = same GPUs),
-        unlock, verify running. REFUSED (GPU_MEMORY_SHORT ...): still checkpointed and frozen, on the old GPUs."""
+        """Verify free VRAM, thaw, restore, unlock, verify that it runs. REFUSED (GPU_MEMORY_SHORT ...): still
+        checkpointed and frozen, on the old GPUs.
+
+        `gpu_map`: old uuid -> new uuid, with every GPU of the host; empty = the same GPUs.
+        """
 
     def paused(self, handle: Handle) -> bool:
-        """Is it stopped by somebody else now (docker pause)? One read of a file; no driver call."""
+        """Whether another program has paused it (docker pause). Reads one file; makes no driver call."""
 
     async def prepare_kill(self, handle: Handle) -> None:
-        """Before SIGKILL of an instance that was restored at least once: lock and checkpoint, for killing a restored
-        process can hang the host (facts 7, issue 53). Bounded; the outcome does not matter, so it never raises."""
+        """Lock and checkpoint before SIGKILL of an instance that was restored before: killing a restored process can
+        hang the host (agent/docs/facts/gpu-checkpoint.md, section 7). Bounded in time; never raises."""
 
     async def condition(self, handle: Handle) -> Condition:
-        """What state the instance is really in. Reads the cgroup first; asks the driver only where it is safe.
+        """The instance's real state. Reads the cgroup first, and calls the driver only where that is safe.
 
-        Raises UnavailableError (NVML_UNAVAILABLE, DRIVER_BUSY ...) where nobody could ask: ask again later.
+        Raises UnavailableError (NVML_UNAVAILABLE, DRIVER_BUSY ...) if it can't be read now: retry.
         """
 
     async def finish_freeze(self, handle: Handle) -> FreezeResult:
-        """Recovery: CHECKPOINTED but not frozen -> freeze the cgroup."""
+        """Recovery: freeze the cgroup of a CHECKPOINTED instance."""
 
     async def thaw(self, handle: Handle) -> None:
-        """Recovery and stop: undo a cgroup freeze that was not ours."""
+        """Recovery and stop: undo a cgroup freeze of another program."""
 
     async def vram_bytes(self, handle: Handle) -> int:
-        """VRAM used now by the instance's processes, by NVML."""
+        """VRAM that the instance's processes use now, by NVML."""
 
     def forget(self, handle: Handle) -> None:
-        """The instance ended: drop what was remembered about its CUDA processes."""
+        """The instance ended: forget its CUDA processes."""
+
+
+FREEZE_DEADLINE_S = 5.0
+
+
+class FreezerState(Enum):
+    """State of an instance's threads. FREEZING: a freeze was asked for, but a thread still runs. The driver may be
+    called only in THAWED."""
+
+    THAWED = "THAWED"
+    FREEZING = "FREEZING"
+    FROZEN = "FROZEN"
+    GONE = "GONE"
+
+
+class ProcessFreezer(Protocol):
+    """Stops and continues all threads of an instance at once."""
+
+    name: str
+
+    async def freeze(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
+        """Return once every thread has stopped. Idempotent.
+
+        Raises DeadlineError FREEZE_TIMEOUT, after having thawed again; PreconditionError INSTANCE_GONE.
+        """
+
+    async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
+        """Return once it runs again. Idempotent, whoever froze it. Raises DeadlineError THAW_TIMEOUT (an ancestor is
+        frozen too), PreconditionError INSTANCE_GONE."""
+
+    def state(self, handle: Handle) -> FreezerState:
+        """The kernel's state now."""
+
+    def is_frozen(self, handle: Handle) -> bool:
+        """state(handle) is FROZEN; for an instance that runs it costs one read of a small file."""
 
 
 class Checkpointer(Protocol):
-    """The driver's checkpoint operations, batched. Never call it for a process in a frozen cgroup: it hangs.
+    """The driver's checkpoint operations, in batches. A call on a process in a frozen cgroup hangs.
 
-    A STATE of a process without CUDA is answered with NONE and does not end the batch.
+    STATE of a process without CUDA is answered with NONE and does not end the batch.
     """
 
     async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
-        """Run the calls in order, stop at the first failure; never raises for the driver's answer.
+        """Run the calls in order until one fails. The driver's errors are in the reply, never raised.
 
-        `deadline_s` counts from the moment the driver is asked, the wait for a free worker has its own bound.
-        `gpu_uuids` are the devices to report if the driver gets stuck.
+        - `deadline_s`: for the driver; the wait for a free worker has its own bound.
+        - `gpu_uuids`: the devices to report if the driver gets stuck.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class GpuProcesses:
-    """The compute processes of every device that answered. A device in `unanswered` is not empty, it is unknown:
-    whoever needs proof that nothing is there asks `on`, or looks at it. `lost` (a part of `unanswered`) are those that
-    never will again without a reset: what was in their memory is gone, but nobody has seen it go."""
+    """The compute processes of every device that answered.
+
+    - `unanswered`: devices whose processes are unknown; for proof that a device is empty use `on`.
+    - `lost`: those of `unanswered` that need a reset to answer. Their memory's content is gone, without proof.
+    """
 
     entries: tuple[GpuProcess, ...] = ()
     unanswered: frozenset[str] = frozenset()
@@ -261,27 +323,26 @@ class GpuProcesses:
         return iter(self.entries)
 
     def on(self, gpu_uuids: Collection[str]) -> tuple[GpuProcess, ...]:
-        """What these devices show. Raises UnavailableError NVML_UNAVAILABLE if one of them did not answer."""
+        """The processes on these devices. Raises UnavailableError NVML_UNAVAILABLE if one did not answer."""
         if silent := sorted(self.unanswered.intersection(gpu_uuids)):
             raise UnavailableError("NVML_UNAVAILABLE", f"NVML can't read GPU {', '.join(silent)}; see `nvidia-smi`")
         return tuple(process for process in self.entries if process.gpu_uuid in gpu_uuids)
 
 
 class Gpus(Protocol):
-    """NVML, in a thread. Raises UnavailableError NVML_UNAVAILABLE when the driver does not answer in time.
-
-    A device that answers with an error hides nothing of the others."""
+    """NVML, in a thread. Raises UnavailableError NVML_UNAVAILABLE if the driver does not answer in time; an error of
+    one device does not hide the others."""
 
     async def list_gpus(self) -> Sequence[Gpu]:
-        """Those that can be described now: one that NVML lost before is left out."""
+        """The GPUs that NVML can describe now, without those that it has lost."""
 
     async def processes(self) -> GpuProcesses: ...
 
     async def samples(self) -> Sequence[GpuSample]:
-        """The figures of every device now; one that does not answer is a sample with its `error`."""
+        """A sample of every device; one that does not answer has `error` set."""
 
     async def memory_free(self) -> Mapping[str, int]:
-        """Free bytes by uuid: what a restore may take. A device that does not say is left out."""
+        """Free bytes by uuid, for a restore. A device that does not answer is left out."""
 
     async def driver(self) -> DriverInfo: ...
 
@@ -290,7 +351,7 @@ class GpuEvents(Protocol):
     """XID events of every device, in a thread of its own, which outlives a driver that stops answering."""
 
     async def next_xid(self) -> Xid:
-        """Wait for the next one. No deadline: cancelled by the caller. At most a bounded number is kept unread."""
+        """Wait for the next event. No deadline: the caller cancels it. A bounded number is kept unread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,65 +363,97 @@ class DriverInfo:
 
 
 class HostMemory(Protocol):
-    """MemAvailable of the host with reclaimable cache counted as free, the cgroup's head room of a handle, and what
-    must be remembered beyond the agent: raised limits and the sizes of images.
+    """The host's free memory, an instance's cgroup headroom, and notes that outlive the agent: raised limits and sizes
+    of images.
 
     `raise_limit`, `lower_limit`, `note_image`, `forget` and `recover` write to a disk: one thread beside the loop calls
-    them, in order. The rest reads /proc, cgroup files and memory.
+    them, in order. The others read /proc, cgroup files and memory.
     """
 
-    def available_bytes(self) -> int: ...
+    def available_bytes(self) -> int:
+        """MemAvailable, with reclaimable cache counted as free."""
 
     def headroom_bytes(self, handle: Handle) -> int | None:
         """Smallest (limit - usage, cache counted as free) over every ancestor; None = no limit anywhere."""
 
     def raise_limit(self, handle: Handle, need_bytes: int) -> str:
-        """Make room for `need_bytes` of GPU image in the instance's own memory limit (its ancestors' are not ours).
+        """Raise the instance's own memory limit for `need_bytes` of GPU image, never that of an ancestor.
 
-        What it was is written down before it changes. Returns "" or why it can't be done and what to do."""
+        The old limit is noted before. Returns "", or why it failed and what to do."""
 
     def limit_raised(self, uid: str) -> bool:
-        """Costs nothing."""
+        """Whether the limit is raised now. Costs nothing."""
 
     def lower_limit(self, uid: str) -> None:
-        """The image is gone: the limit is what it was. Idempotent; never kills: while too much is in use the limit
-        stays raised (and `limit_raised` says so); never raises for an instance that has ended."""
+        """Restore the limit once the image is gone. Idempotent. While more is in use than the old limit allows, it
+        stays raised (as `limit_raised` shows), so that nothing is killed. Never raises for an instance that has
+        ended."""
 
     def note_image(self, uid: str, image_bytes: int) -> None:
-        """So large will its image be. Raises OSError."""
+        """Note the expected size of its image. Raises OSError."""
 
     def noted_image(self, uid: str) -> int | None:
-        """What was noted last, by this agent or one before."""
+        """The size noted last, by this agent or an earlier one."""
 
     def resident_bytes(self, pids: Collection[int]) -> int:
-        """What these processes have in host memory: for frozen ones no less than their image."""
+        """Host memory of these processes; of frozen ones at least their image."""
 
     def forget(self, uid: str) -> None:
-        """The instance has ended: nothing is remembered of it. Raises OSError."""
+        """The instance has ended: delete its notes. Raises OSError."""
 
     def recover(self, living: Collection[str], frozen: Collection[str]) -> None:
-        """After a restart: limits of everyone not frozen are lowered, notes of everyone not living go."""
+        """After a restart: lower the limits of instances that are not frozen, delete the notes of those not living."""
+
+
+# ---- metering -------------------------------------------------------------------------------------------------
+
+
+class RequestMeter(Protocol):
+    """The meter of one instance, as its gate sees it. Times are monotonic ns."""
+
+    def request_began(self, at: int) -> None: ...
+
+    def request_ended(self, at: int) -> None: ...
+
+
+class Meters(Protocol):
+    """The meters of a node: one per instance."""
+
+    def open(
+        self, uid: str, function: FunctionSpec, state: InstanceState, *, unbilled: bool, same_process: bool
+    ) -> RequestMeter: ...
+
+    def changed(self, uid: str, state: InstanceState, *, unbilled: bool = False) -> None: ...
+
+    def placed(self, uid: str, model: str, gpu_uuids: tuple[str, ...]) -> None: ...
 
 
 # ---- disk -----------------------------------------------------------------------------------------------------
 
 
+class RecordPhase(Enum):
+    """How far an instance got. CREATED: intent only. STARTED: handle known, /initialize not done."""
+
+    CREATED = "CREATED"
+    STARTED = "STARTED"
+    READY = "READY"
+    STOPPING = "STOPPING"
+    ENDED = "ENDED"
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceRecord:
-    """What must survive the agent: intent (spec), then the handle, then how far it got. `phase` is one of
-    CREATED (intent only), STARTED (handle known, /initialize not done), READY, STOPPING, ENDED."""
+    """What must survive the agent: the spec, then the handle, then how far the instance got."""
 
     spec: InstanceSpec
-    phase: str
+    phase: RecordPhase
     handle: Handle | None
     gpu_uuids: tuple[str, ...]
     create_wall_ns: int
-    end_reason: str = ""
-    end_message: str = ""
 
 
 class InstanceStore(Protocol):
-    """Records of instances. A write returns when it is durable. Raises UnavailableError STORE_FAILED."""
+    """Records of instances. A write returns once it is durable. Raises UnavailableError STORE_FAILED."""
 
     async def put_instance(self, record: InstanceRecord) -> None: ...
 
@@ -370,12 +463,12 @@ class InstanceStore(Protocol):
 
 
 class LedgerStore(Protocol):
-    """Usage windows. Unsealed windows are upserted; sealed ones never change; pruned only once acknowledged."""
+    """Usage windows. Unsealed ones are upserted, sealed ones never change, only acknowledged ones are pruned."""
 
     async def upsert_windows(self, windows: Sequence[UsageWindow]) -> None: ...
 
     async def last_windows(self) -> Sequence[UsageWindow]:
-        """The newest window of every instance, sealed or not: where a recovery continues."""
+        """The newest window of every instance, sealed or not: a recovery continues there."""
 
     async def unacknowledged(self, limit: int) -> Sequence[UsageWindow]:
         """Sealed windows not yet acknowledged, in order of (instance_uid, seq)."""
@@ -383,12 +476,12 @@ class LedgerStore(Protocol):
     async def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None: ...
 
     async def refuse(self, keys: Sequence[tuple[str, int]], kept: int = 10_000) -> None:
-        """The scheduler will never take these: they are no longer offered, and the newest `kept` such stay to be
-        looked at."""
+        """Mark windows that the scheduler rejected for good: they are no longer offered. The newest `kept` of them stay
+        readable."""
 
     async def read_windows(
         self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0
     ) -> Sequence[UsageWindow]: ...
 
     async def prune(self, started_before_wall_ns: int, limit: int = 5_000) -> int:
-        """Delete at most `limit` acknowledged windows that started before then; returns how many went."""
+        """Delete at most `limit` acknowledged windows that started before then; returns their number."""

@@ -1,10 +1,11 @@
-"""The scheduler daemon's composition root: builds everything, in order, and takes it down in reverse.
+"""Composition root of the scheduler daemon: builds every component in order and closes them in reverse.
 
-`python -m agent.daemons.scheduler --config FILE` (or `hibernode scheduler --config FILE`). What must survive it is in
-the store; everything else comes back with the agents' load streams, so a SIGKILL loses only the requests inside the
-gateway. On SIGTERM: health NOT_SERVING, no new connections, requests in flight or queued end, then it leaves.
-Of several on one PostgreSQL one is active; the others stand by, with nothing but the admin pages open, until its
-session there has ended. One that loses its lock ends with LEAD_LOST, for systemd to start it again as a standby.
+`python -m agent.daemons.scheduler --config FILE` (or `hibernode scheduler --config FILE`). The store holds what must
+survive a restart; the agents' load streams restore the rest, so a SIGKILL loses only the requests in the gateway. On
+SIGTERM: health NOT_SERVING, no new connections, running and queued requests finish.
+
+Of several schedulers on one PostgreSQL one is active. A standby serves only the admin pages until the database session
+of the active one ends. One that loses its lock exits with LEAD_LOST, and systemd restarts it as a standby.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import yaml
 
 import agent.scheduler
-from agent.adapters.daemon.socket_activation import give_up, kept_listener
+from agent.adapters.daemon import socket_activation
 from agent.adapters.daemon.state_dir import StateDir
 from agent.adapters.daemon.token_file import ensure_token, read_token
 from agent.adapters.kernel.clock import SystemClock
@@ -39,10 +40,9 @@ from agent.core.errors import ConfigError, HibernodeError, UnavailableError
 from agent.core.provisioning.autoscaling import Patience
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.daemons.process import daemon_main, run_until_signal, stand_by
-from agent.http.date_header import DateHeader
 from agent.http.errors import RequestIds
 from agent.http.limits import Limits
-from agent.http.server import BACKLOG, serve
+from agent.http.server import BACKLOG, DateHeader, serve
 from agent.log import get_logger
 from agent.scheduler.database.leader_lock import LeaderLock
 from agent.scheduler.database.store import Store
@@ -70,13 +70,13 @@ from agent.wire.tokens import Principal, Role, TokenTable, node_tokens
 PRICE_BOOK = Path(agent.scheduler.__file__).with_name("price-book.yaml")
 GRACE_S = 30.0
 QUEUE_GRACE_S = 10.0
-"""At the end: requests that wait for an instance by then are answered 503, for those in flight there is `GRACE_S`."""
+"""On shutdown, requests still queued after this time are answered 503; running ones have `GRACE_S`."""
 GRPC_GRACE_S = 1.0
 SILENCE_CHECK_S = 0.25
 
 
 class SchedulerDaemon:
-    """Everything that lives as long as the daemon. `run` returns after a clean stop."""
+    """Owns everything that lives as long as the daemon. `run` returns after a clean stop."""
 
     def __init__(self, config: SchedulerConfig, stack: AsyncExitStack) -> None:
         self._config = config
@@ -93,7 +93,7 @@ class SchedulerDaemon:
         self.node_tokens = {node.name: read_token(Path(node.token_file)) for node in config.nodes}
 
     async def run(self) -> None:
-        """Build, wait for the lead, read what is known, serve until told to stop."""
+        """Build, wait for leadership, load, bind; then serve until a signal."""
         await self._build()
         if not await self._lead():
             return
@@ -102,13 +102,14 @@ class SchedulerDaemon:
         await self.grpc.set_serving(True)
         self._ready = True
         self._log.info("scheduler.ready", gateway=self.gateway_address, grpc=self.grpc_address)
-        rounds = [self.provisioner.run(), self.scaler.run(), self.retention.run()]
+        rounds = [self.provisioner.run(), self.autoscaler.run(), self.retention.run()]
         await run_until_signal([*rounds, self._watch_silence(), self.lead.watch()])
         await self._leave()
 
-    # ---- building ---------------------------------------------------------------------------------------------
+    # ---- build ------------------------------------------------------------------------------------------------
 
     async def _build(self) -> None:
+        """Build, in order: database, dispatcher, fleet, catalog, provisioner and autoscaler, gateway."""
         config = self._config
         self.store = Store(config.database_url)
         self._stack.push_async_callback(self.store.close)
@@ -117,23 +118,24 @@ class SchedulerDaemon:
         self.retention = UsageRetention(self.usage, self.clock, config.usage.keep_ns)
         self.lead = LeaderLock(config.database_url)
         self._stack.callback(self.lead.close)
-        self.dispatcher = Dispatcher(sends_ahead=True)
-        self.desk = DispatchLoop(self.clock, self.dispatcher, self._wake)
+        self.dispatcher = Dispatcher(early_dispatch=True)
+        self.dispatch_loop = DispatchLoop(self.clock, self.dispatcher, self._wake)
         self.fleet = Fleet(
             self.clock,
-            self.desk.tell,
+            self.dispatch_loop.apply,
             self._fleet_changed,
             suspect_ns=config.report.suspect_ns,
             lost_ns=config.report.lost_ns,
-            met=self._met,
+            first_seen=self._first_seen,
             insecure=config.insecure,
         )
         self.node_scheduling = NodeScheduling(self.store, self.fleet)
-        self.links = AgentChannels(self.node_tokens, self._grpc_address_of, config.insecure)
-        self._stack.push_async_callback(self.links.close)
-        self.catalog = Catalog(self.clock, self.store, self.desk.tell, self._catalog_changed, _defaults(config))
-        self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.links, self.desk.tell)
-        self.scaler = Autoscaler(
+        self.channels = AgentChannels(self.node_tokens, self._grpc_address_of, config.insecure)
+        self._stack.push_async_callback(self.channels.close)
+        apply_event = self.dispatch_loop.apply
+        self.catalog = Catalog(self.clock, self.store, apply_event, self._catalog_changed, _defaults(config))
+        self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.channels, apply_event)
+        self.autoscaler = Autoscaler(
             self.clock,
             self.catalog,
             self.fleet,
@@ -149,7 +151,7 @@ class SchedulerDaemon:
         self.wakes = WakeCalls(
             self.ingresses.pool,
             tokens.__getitem__,
-            self.desk.tell,
+            self.dispatch_loop.apply,
             self.fleet.unreachable,
             config.dispatch.hold_ns,
         )
@@ -158,7 +160,7 @@ class SchedulerDaemon:
             self.clock,
             Router(config.gateway.domain),
             self.catalog,
-            self.desk,
+            self.dispatch_loop,
             self.ingresses.pool,
             tokens.__getitem__,
             self.fleet.unreachable,
@@ -166,18 +168,18 @@ class SchedulerDaemon:
         )
 
     async def _lead(self) -> bool:
-        """Be the active one, or stand by until the other one's session in the database has ended. False: told to stop
-        before that."""
+        """Become the active scheduler, or stand by until the active one's database session ends. False: a signal came
+        first."""
         if await self.lead.take():
             return True
-        give_up("gateway")
+        socket_activation.release("gateway")
         await self._serve_admin()
         self.state.write_endpoints({"admin": self.admin_address, "token_file": str(self._config.token_path)})
         self._log.info("scheduler.standby", admin=self.admin_address)
         return await stand_by(self.lead.wait(), "standing by: another scheduler is active on this database")
 
     async def _load(self) -> None:
-        """Functions as deployed; nodes met before have `report.lost` to show up."""
+        """Load nodes, functions and policies. Known nodes have `report.lost` to reconnect."""
         await self.store.open()
         await self.usage.open()
         for name in await self.store.nodes():
@@ -185,19 +187,20 @@ class SchedulerDaemon:
                 self.fleet.expect(name)
         await self.node_scheduling.load()
         await self.catalog.load()
-        self.scaler.look()
+        self.autoscaler.check()
 
     def _wake(self, wake: Wake) -> None:
-        self.wakes.ask(wake)
+        self.wakes.start(wake)
 
     def _catalog_changed(self) -> None:
-        self.scaler.look()
+        self.autoscaler.check()
         self.provisioner.poke()
 
     def _fleet_changed(self) -> None:
-        """A policy that waits for the fleet begins before the provisioner may act on its function."""
-        if self.scaler.waiting:
-            self.scaler.look()
+        """Check the autoscaler first: a policy that waits for the fleet starts before the provisioner acts on its
+        function."""
+        if self.autoscaler.waiting:
+            self.autoscaler.check()
         self.provisioner.poke()
 
     def _grpc_address_of(self, name: str) -> str:
@@ -208,8 +211,8 @@ class SchedulerDaemon:
         node = self.fleet.node(name)
         return "" if node is None else node.registration.ingress_address
 
-    def _met(self, name: str) -> None:
-        """A node registered for the first time: remember it, without making its stream wait."""
+    def _first_seen(self, name: str) -> None:
+        """Store a node that registered for the first time, without delaying its stream."""
 
         async def remember() -> None:
             try:
@@ -224,10 +227,10 @@ class SchedulerDaemon:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    # ---- serving ----------------------------------------------------------------------------------------------
+    # ---- serve ------------------------------------------------------------------------------------------------
 
     async def _bind(self) -> None:
-        """Listen everywhere and write down what was bound."""
+        """Listen on all addresses and record them."""
         config = self._config
         limits = Limits(
             header_bytes=config.limits.header_bytes,
@@ -236,7 +239,7 @@ class SchedulerDaemon:
             max_connections=config.limits.connections,
         )
         try:
-            kept = kept_listener("gateway", config.gateway.host, config.gateway.port, BACKLOG)
+            kept = socket_activation.open_listener("gateway", config.gateway.host, config.gateway.port, BACKLOG)
             self.http = await serve(
                 self.gateway,
                 config.gateway.host,
@@ -245,7 +248,7 @@ class SchedulerDaemon:
                 inherited=kept,
                 request_ids=self.request_ids,
                 on_fault=lambda error: self._log.error("gateway.fault", error=type(error).__name__, exc_info=error),
-                date_line=DateHeader(lambda: self.clock.wall_ns() // SECOND_NS),
+                date_header=DateHeader(lambda: self.clock.wall_ns() // SECOND_NS),
             )
             self._stack.push_async_callback(self.http.close, 0)
             self.gateway_address = join(config.gateway.host, self.http.port)
@@ -257,7 +260,7 @@ class SchedulerDaemon:
         services = Services(
             scheduler=SchedulerServicer(self.fleet, self.node_scheduling, config.report.lost_ns / SECOND_NS),
             functions=FunctionServicer(
-                self.catalog, self.fleet, self.dispatcher, self.scaler, f"http://{self.gateway_address}"
+                self.catalog, self.fleet, self.dispatcher, self.autoscaler, f"http://{self.gateway_address}"
             ),
             usage=UsageServicer(collector, UsageReports(self.usage), self.prices),
         )
@@ -277,7 +280,7 @@ class SchedulerDaemon:
         )
 
     async def _serve_admin(self) -> None:
-        """Unless a standby has done so."""
+        """Serve the admin pages, unless the standby phase already does."""
         if self.admin_address:
             return
         listen = self._config.admin
@@ -305,18 +308,18 @@ class SchedulerDaemon:
             self.fleet.check_silence()
             await asyncio.sleep(SILENCE_CHECK_S)
 
-    def _send_waiting_away(self) -> None:
-        waited = self.desk.close()
+    def _refuse_waiting(self) -> None:
+        waited = self.dispatch_loop.close()
         self._log.info("scheduler.queue_closed", refused=waited)
 
     async def _leave(self) -> None:
-        """Nothing new; what was accepted ends. Who still waits for an instance after `QUEUE_GRACE_S` is answered 503;
-        what is in flight has `GRACE_S`, then it is cut."""
-        self._log.info("scheduler.stopping", open_requests=self.desk.open_requests)
+        """Refuse new work and finish the accepted: queued requests get 503 after `QUEUE_GRACE_S`, running ones are cut
+        off after `GRACE_S`."""
+        self._log.info("scheduler.stopping", open_requests=self.dispatch_loop.open_requests)
         self._ready = False
         await self.grpc.set_serving(False)
         silence = asyncio.get_running_loop().create_task(self._watch_silence())
-        closing = asyncio.get_running_loop().call_later(QUEUE_GRACE_S, self._send_waiting_away)
+        closing = asyncio.get_running_loop().call_later(QUEUE_GRACE_S, self._refuse_waiting)
         cut = await self.http.close(GRACE_S)
         closing.cancel()
         silence.cancel()
@@ -326,7 +329,7 @@ class SchedulerDaemon:
 
 
 def _bind_failed(error: OSError) -> UnavailableError:
-    text = f"cannot listen: {error.strerror}; choose another port for gateway or admin, or stop who has it"
+    text = f"cannot listen: {error.strerror}; set another port for gateway or admin, or stop what uses it"
     return UnavailableError("BIND_FAILED", text)
 
 
@@ -337,7 +340,7 @@ def _defaults(config: SchedulerConfig) -> Defaults:
 
 
 def _price_book(config: SchedulerConfig) -> PriceBook:
-    """The configured one, or the one that comes with Hibernode. Raises ConfigError."""
+    """The configured price book, or the one shipped with Hibernode. Raises ConfigError."""
     path = Path(config.price_book) if config.price_book else PRICE_BOOK
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,1 +1,1 @@
-"""The per-host daemon's asyncio shell: it feeds events to `core`, performs its effects and never decides itself."""
+"""The agent's asyncio side: it feeds events to `core` and performs the effects; the decisions are made in `core`."""

@@ -1,8 +1,7 @@
-"""What can be configured: the declared types of agent.yaml and scheduler.yaml, with their defaults.
+"""The configuration: the declared types of agent.yaml and scheduler.yaml, with their defaults.
 
-Every key is explained where users look for it, in systemd/agent.example.yaml and systemd/scheduler.example.yaml; a test
-holds the two together. Field names carry the unit (`_ns`, `_bytes`), keys do not (agent/config.py). An empty path means
-the place named beside it.
+systemd/agent.example.yaml and systemd/scheduler.example.yaml explain every key for users; a test compares them with the
+types. Field names carry the unit (`_ns`, `_bytes`), keys do not (agent/config.py). An empty path means a default place.
 """
 
 from agent.settings.agent import (

@@ -26,7 +26,7 @@ BillingKind = Literal["active", "idle", "unbilled"]
 
 
 class AgentGrpcSettings(Section, frozen=True):
-    """The agent's API: TCP with a token, and a unix socket whose readers are as good as root."""
+    """The agent's API: TCP with a token, and a unix socket; access to the socket equals root access."""
 
     host: str = "127.0.0.1"
     port: Port = 8611
@@ -37,7 +37,7 @@ class AgentGrpcSettings(Section, frozen=True):
 
 
 class SchedulerLinkSettings(Section, frozen=True):
-    """Where this node reports to; without it the agent serves alone."""
+    """The scheduler of this node; without it the agent serves alone."""
 
     address: str
     token_file: str
@@ -54,7 +54,7 @@ class SchedulerLinkSettings(Section, frozen=True):
 
 
 class PortRange(Section, frozen=True):
-    """Ports given to instances of the process runtime, both ends included; 0 and 0 = any free port."""
+    """Ports for instances of the process runtime, both ends included; 0 and 0 = any free port."""
 
     first: Port = 0
     last: Port = 0
@@ -76,7 +76,7 @@ DEFAULT_CAPABILITIES = (
     "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID", "SETPCAP", "SETUID",
     "SYS_CHROOT",
 )  # fmt: skip
-"""What images that run as root rely on: Docker's default without raw sockets, device nodes and audit writes."""
+"""Docker's default, which images that run as root rely on, without raw sockets, device nodes and audit writes."""
 _CAPABILITY = re.compile(r"[A-Z][A-Z_]{1,39}", re.ASCII)
 _FORBIDDEN_CAPABILITIES = frozenset({"ALL", "SYS_ADMIN", "SYS_MODULE", "SYS_RAWIO", "SYS_PTRACE", "BPF", "PERFMON"})
 
@@ -129,7 +129,7 @@ class RuntimeSettings(Section, frozen=True):
 
 
 class MountSettings(Section, frozen=True):
-    """How GPUs get into instances with `attach: mounts`: variables, and binds `host:container[:ro]`."""
+    """What makes GPUs visible in instances with `attach: mounts`: variables, and binds `host:container[:ro]`."""
 
     environment: dict[str, str] = msgspec.field(default_factory=dict)
     binds: tuple[str, ...] = ()
@@ -174,13 +174,15 @@ class GpuSettings(Section, frozen=True):
             release_timeout=self.release_timeout_ns,
         )
         if self.lock_timeout_ns < MILLISECOND_NS:
-            raise bad_key("lock_timeout", "must be at least 1ms: the driver counts milliseconds and takes 0 for ever")
+            raise bad_key(
+                "lock_timeout", "must be at least 1ms: the driver counts milliseconds and takes 0 as no timeout"
+            )
         if self.lock_timeout_ns >= self.operation_timeout_ns:
             raise bad_key("operation_timeout", "must be longer than lock_timeout: it bounds the whole operation")
 
 
 class BillingSettings(Section, frozen=True):
-    """What states outside FC's contract count as, and how often the ledger is written."""
+    """How states outside FC's contract are billed, and how often the ledger is written."""
 
     starting: BillingKind = "idle"
     restoring: BillingKind = "idle"
@@ -234,7 +236,7 @@ class AgentConfig(Section, frozen=True):
         if self.gpu.migrate and not self.runtime.trusted_gpus:
             raise bad_key(
                 "gpu.migrate",
-                "lets every instance see all GPUs of this host; say runtime.trusted_gpus: true if that is fine",
+                "lets every instance see all GPUs of this host; set runtime.trusted_gpus: true to allow that",
             )
 
     @property

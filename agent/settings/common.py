@@ -1,4 +1,4 @@
-"""What the settings of both daemons share: addresses, bounds, and the checks of single values."""
+"""Settings that both daemons share (addresses, bounds), and checks of single values."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ LogFormat = Literal["json", "console"]
 
 
 def positive(**values: int) -> None:
-    """Refuse the first that is not more than zero; its name is the key."""
+    """Refuse the first value that is not above zero; its name is the key."""
     for key, value in values.items():
         if value <= 0:
             raise bad_key(key, "must be more than zero")
 
 
 def absolute(key: str, path: str) -> None:
-    """Refuse a path that depends on where the daemon was started; "" is left to the caller."""
+    """Refuse a relative path; "" is left to the caller."""
     if path and not path.startswith("/"):
-        raise bad_key(key, f"must be an absolute path, got {path!r}; a daemon's working directory is no place")
+        raise bad_key(key, f"must be an absolute path, got {path!r}")
 
 
 def is_loopback(host: str) -> bool:
-    """Does this address stay on the machine? Names but for localhost are not resolved: they don't count."""
+    """Whether the address is loopback. Of names only localhost is; others are not resolved."""
     if host == "localhost":
         return True
     try:
@@ -39,15 +39,15 @@ def is_loopback(host: str) -> bool:
 
 
 def refuse_open_bind(insecure: bool, **hosts: str) -> None:
-    """A non-loopback bind without TLS is refused unless `insecure: true` (DESIGN section 10)."""
+    """Refuse a bind beyond loopback unless `insecure: true`: nothing is encrypted."""
     for key, host in hosts.items():
         if not host:
             raise bad_key(f"{key}.host", "must not be empty; write 127.0.0.1, or an address of this machine")
         if not insecure and not is_loopback(host):
             raise bad_key(
                 f"{key}.host",
-                f"{host!r} can be reached from other machines and nothing encrypts it; "
-                "bind 127.0.0.1, or say insecure: true if the network itself is trusted",
+                f"{host!r} can be reached from other machines, unencrypted; "
+                "bind 127.0.0.1, or set insecure: true if the network itself is trusted",
             )
 
 
@@ -59,7 +59,7 @@ class ListenSettings(Section, frozen=True):
 
 
 class LimitSettings(Section, frozen=True):
-    """Bounds of one HTTP request and of one daemon; a breach of the first three is 400 or 413."""
+    """Bounds of one HTTP request, answered with 400 or 413 beyond, and of one daemon's connections."""
 
     header_bytes: Size = Size(8 * 1024)
     path_bytes: Size = Size(4 * 1024)

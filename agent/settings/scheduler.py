@@ -1,4 +1,4 @@
-"""scheduler.yaml: the central one."""
+"""scheduler.yaml: the central daemon."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from agent.settings.common import (
 )
 
 MAX_HOLD_NS = 600 * SECOND_NS
-"""What an agent's WakeInstance takes as `hold_ns`."""
+"""The longest `hold_ns` that an agent's WakeInstance accepts."""
 MIN_PERIOD_NS, MAX_PERIOD_NS = SECOND_NS, 3600 * SECOND_NS
 MIN_KEEP_NS = 24 * 3600 * SECOND_NS
 _DOMAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII)
@@ -43,7 +43,7 @@ class GatewaySettings(Section, frozen=True):
 
 
 class NodeCredential(Section, frozen=True):
-    """A node that may register, and the file with the token that is its name's proof."""
+    """A node that may register, and the file with the token that proves its name."""
 
     name: str
     token_file: str
@@ -57,7 +57,7 @@ class NodeCredential(Section, frozen=True):
 
 
 class ReportSettings(Section, frozen=True):
-    """Silence of a node: suspect gets no new work, lost has lost its leases."""
+    """A silent node: once suspect it gets no new work, once lost it loses its leases."""
 
     suspect_ns: Duration = Duration(3 * SECOND_NS)
     lost_ns: Duration = Duration(10 * SECOND_NS)
@@ -69,7 +69,7 @@ class ReportSettings(Section, frozen=True):
 
 
 class DispatchSettings(Section, frozen=True):
-    """Defaults for functions whose s.yaml says nothing."""
+    """Defaults for functions whose s.yaml does not set these."""
 
     policy: Literal["pack", "spread"] = "pack"
     wake_factor: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAKE_FACTOR)] = 0.0
@@ -78,7 +78,7 @@ class DispatchSettings(Section, frozen=True):
     hold_ns: Duration = Duration(2 * SECOND_NS)
 
     def __post_init__(self) -> None:
-        """Within what a deploy may say itself, and what an agent's Wake takes: else every deploy or wake would fail."""
+        """Refuse defaults that a deploy or an agent's Wake would refuse: every one of them would fail."""
         positive(queue_timeout=self.queue_timeout_ns)
         if self.queue_timeout_ns > MAX_QUEUE_TIMEOUT_NS:
             raise bad_key("queue_timeout", "must be at most 1h")
@@ -87,7 +87,7 @@ class DispatchSettings(Section, frozen=True):
 
 
 class ScalingSettings(Section, frozen=True):
-    """How target tracking policies measure and how patient they are (facts/function-compute.md)."""
+    """How target tracking policies measure, and how fast they act (agent/docs/facts/function-compute.md)."""
 
     period_ns: Duration = Duration(60 * SECOND_NS)
     periods: Annotated[int, msgspec.Meta(ge=1, le=60)] = 3
@@ -99,18 +99,18 @@ class ScalingSettings(Section, frozen=True):
 
 
 class UsageSettings(Section, frozen=True):
-    """How long the windows of usage are kept; 0 = for ever."""
+    """How long usage windows are kept; 0 = for ever."""
 
     keep_ns: Duration = Duration(0)
 
     def __post_init__(self) -> None:
-        """An agent that was away for a night must not find its yesterday forgotten before it was told."""
+        """Keep windows for a day at least: an agent may be offline overnight and upload them again."""
         if 0 < self.keep_ns < MIN_KEEP_NS:
             raise bad_key("keep", "must be 0 (for ever) or at least 24h")
 
 
 class SchedulerConfig(Section, frozen=True):
-    """scheduler.yaml: the central one."""
+    """scheduler.yaml: the central daemon."""
 
     state_dir: str = "/var/lib/hibernode/scheduler"
     log_level: LogLevel = "info"

@@ -11,7 +11,7 @@ import pytest
 from agent.adapters.store.node_store import NodeStore
 from agent.core.billing.window import UsageWindow
 from agent.core.types import FunctionSpec, GpuNeed, Handle, Hook, Hooks, InstanceSpec, ProcessId
-from agent.ports import InstanceRecord
+from agent.ports import InstanceRecord, RecordPhase
 from tests.fakes.stores import MemoryStore
 
 Store = NodeStore | MemoryStore
@@ -64,7 +64,7 @@ def record(uid: str = "i-ocr-1") -> InstanceRecord:
     )
     return InstanceRecord(
         spec=InstanceSpec(uid, "ocr/1/0/0", function),
-        phase="STARTED",
+        phase=RecordPhase.STARTED,
         handle=Handle(uid, ProcessId("boot-a", 4242, 99), "127.0.0.1", 9000, "/sys/fs/cgroup/x", "/log"),
         gpu_uuids=("GPU-0", "GPU-1"),
         create_wall_ns=1_700_000_000_000_000_000,
@@ -77,12 +77,12 @@ async def test_a_record_comes_back_as_it_was(store: Store) -> None:
 
 
 async def test_a_record_is_replaced_and_deleted(store: Store) -> None:
-    await store.put_instance(replace(record(), handle=None, phase="CREATED"))
+    await store.put_instance(replace(record(), handle=None, phase=RecordPhase.CREATED))
     await store.put_instance(record("i-ocr-2"))
-    await store.put_instance(replace(record(), phase="ENDED", end_reason="EXITED"))
+    await store.put_instance(replace(record(), phase=RecordPhase.ENDED))
     assert [(r.spec.uid, r.phase) for r in await store.load_instances()] == [
-        ("i-ocr-1", "ENDED"),
-        ("i-ocr-2", "STARTED"),
+        ("i-ocr-1", RecordPhase.ENDED),
+        ("i-ocr-2", RecordPhase.STARTED),
     ]
     await store.delete_instance("i-ocr-1")
     await store.delete_instance("i-ocr-1")

@@ -109,7 +109,7 @@ async def test_who_uses_a_gpu_that_it_does_not_hold_is_killed() -> None:
         await until("the trespasser is killed", killed)
         async with stack.channel("agent") as channel:
             told = await channel.call(channel.instances.ListEvents, pb.ListEventsRequest(instance_uid=caught.uid), 5.0)
-        (event,) = [event for event in told.events if event.name == "GPU_TRESPASS"]
+        (event,) = [event for event in told.events if event.name == "gpu.isolation_violated"]
         assert event.attributes["gpu"] == honest.gpu_uuids[0]
         assert [one.uid for one in await stack.instances()] == [honest.uid]
         await stop(stack, honest.uid)

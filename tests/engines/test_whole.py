@@ -183,7 +183,7 @@ async def go_away(engine: Engine, stack: Stack) -> None:
     engine.kill()
 
     async def noticed() -> bool:
-        return "ENGINE_DOWN" in await event_names(stack)
+        return "engine.down" in await event_names(stack)
 
     await until("the agent says that the engine is away", noticed)
 
@@ -201,7 +201,7 @@ async def test_instances_sleep_and_wake_while_the_engine_is_away(engine: Engine)
         engine.start()
 
         async def back() -> bool:
-            return "ENGINE_UP" in await event_names(stack)
+            return "engine.up" in await event_names(stack)
 
         await until("the agent says that it is back", back)
         await stack.deploy(busybox("pages"), target=1)

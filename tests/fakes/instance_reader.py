@@ -12,7 +12,7 @@ from agent.core.types import Handle
 
 @dataclass
 class FakeInstanceReader:
-    """Implements `host.gauges.UsageReader`. `readings` by uid, who has no entry has ended; `asked` are the uids of
+    """Implements `ports.UsageReader`. `readings` by uid, who has no entry has ended; `asked` are the uids of
     every call; `fails` makes the next calls fail."""
 
     readings: dict[str, InstanceReading] = field(default_factory=dict)

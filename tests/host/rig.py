@@ -59,7 +59,7 @@ class App:
             self.seen.notify_all()
         answer = self.answers.get(exchange.head.path.decode(), 200)
         if isinstance(answer, int):
-            await exchange.read_body(1 << 20)
+            await exchange.buffer_body(1 << 20)
             await exchange.answer(answer, [(b"content-type", b"text/plain")], b"done")
         else:
             await answer(exchange)
@@ -103,10 +103,22 @@ class World:
     async def boot(self) -> None:
         """A new agent on this host; nothing is recovered yet."""
         self.events = EventLog(self.clock)
-        store = self.wrap(self.store)
         self.billing = Billing(self.clock, self.store, node="n1", boot_id=self.runtime.boot_id)
         await self.billing.load()
-        memory = MemoryReservations(self.memory, limit_bytes=0, reserve_bytes=0)
+        context = InstanceContext(
+            clock=self.clock,
+            runtime=self.wrap(self.runtime),
+            freezer=self.wrap(self.freezer),
+            memory=MemoryReservations(self.memory, limit_bytes=0, reserve_bytes=0),
+            store=self.wrap(self.store),
+            events=self.events,
+            request_ids=_IDS,
+            ready_timeout_s=self.ready_timeout_s,
+            stop_timeout_s=self.stop_timeout_s,
+            environment={},
+            gpu_models={gpu.uuid: gpu.model for gpu in self.gpus.gpus},
+            store_problem=lambda: self.store_problem,
+        )
         self.node = Node(
             NodeSettings(
                 per_gpu=self.per_gpu,
@@ -117,33 +129,17 @@ class World:
                 migrate=self.migrate,
             ),
             self.gpus.gpus,
-            clock=self.clock,
+            context,
             gpus=self.gpus,
-            memory=memory,
-            events=self.events,
             meters=self.billing,
             new_uid=lambda: f"i-{next(self.uids)}",
-        )
-        self.node.shell = InstanceContext(
-            clock=self.clock,
-            runtime=self.wrap(self.runtime),
-            freezer=self.wrap(self.freezer),
-            memory=memory,
-            store=store,
-            events=self.events,
-            request_ids=_IDS,
-            ready_timeout_s=self.ready_timeout_s,
-            stop_timeout_s=self.stop_timeout_s,
-            environment={},
-            gpu_models={gpu.uuid: gpu.model for gpu in self.gpus.gpus},
-            store_problem=lambda: self.store_problem,
         )
         self.agents.append(self.node)
 
     async def recover(self, deadline_s: float = 5.0) -> RecoverySummary:
-        known = frozenset(self.node.desk.inventory)
+        known = frozenset(self.node.broker.inventory)
         found = await Recovery(self.node, known, instance_deadline_s=deadline_s, ask_again_s=0.001).run()
-        self.billing.settle()
+        self.billing.complete_ended()
         return found
 
     async def kill_agent(self) -> None:
@@ -183,11 +179,11 @@ class World:
         return [event.message for event in self.events.read() if event.name == name]
 
     def holder(self, index: int = 0) -> str:
-        return self.node.desk.book.devices[self.gpus.gpus[index].uuid].holder
+        return self.node.broker.allocator.devices[self.gpus.gpus[index].uuid].holder
 
 
 async def kill(node: Node) -> None:
-    proofs = [*node.desk._proofs.values(), *node.desk._late]
+    proofs = [*node.broker._proofs.values(), *node.broker._late_proofs]
     tasks: list[asyncio.Task[Any] | None] = [*node._creating.values(), *node._endings, *proofs]
     for executor in node.executors.values():
         executor._closed = True
@@ -201,8 +197,8 @@ async def kill(node: Node) -> None:
     for task in living:
         task.cancel()
     await asyncio.gather(*living, return_exceptions=True)
-    if node.desk._timer is not None:
-        node.desk._timer.cancel()
+    if node.broker._timer is not None:
+        node.broker._timer.cancel()
     for executor in node.executors.values():
         if executor._actor.pool is not None:
             executor._actor.pool.close()
@@ -214,7 +210,7 @@ async def until(actor: Actor, *states: InstanceState) -> None:
 
 async def released(world: World, actor: Actor) -> None:
     """Wait for the proof that its GPUs are free."""
-    proof = world.node.desk._proofs.get(actor.uid)
+    proof = world.node.broker._proofs.get(actor.uid)
     if proof is not None:
         await asyncio.wait_for(asyncio.shield(proof), PATIENCE_S)
 

@@ -1,21 +1,23 @@
-"""A client of raw bytes, an upstream of raw bytes, and the engine between them, on real sockets."""
+"""A client and an upstream of raw bytes with the engine between them, on real sockets."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
-from agent.http.delayed_head import LateHeaders
-from agent.http.exchange import Exchange
+from agent.http.connection import ServerConnection
+from agent.http.delayed_head import DeferredHeaders
+from agent.http.exchange import Exchange, Handler
 from agent.http.forward import ForwardResult, forward
 from agent.http.headers import instance_answer_headers, request_headers
 from agent.http.limits import Limits, UpstreamLimits
 from agent.http.message import Header, ResponseHead
 from agent.http.pool import Pool
 from agent.http.relay import RelayOutcome
-from agent.http.server import Handler, Server, serve
+from agent.http.server import Server, serve
+from agent.http.upstream import UpstreamConnection
 
 REQUEST_ID = "1-67a59f35-150c1267-f381ba1c085c"
 PATIENCE_S = 10.0
@@ -33,8 +35,8 @@ class Wire:
         async with asyncio.timeout(PATIENCE_S):
             await self._writer.drain()
 
-    def send_blindly(self, data: bytes) -> None:
-        """Without waiting for the other side to take it."""
+    def send_nowait(self, data: bytes) -> None:
+        """Sends without waiting for the other side to read."""
         self._writer.write(data)
 
     async def until(self, mark: bytes) -> bytes:
@@ -110,7 +112,7 @@ async def connect(port: int, *, buffer_bytes: int = 2**16) -> Wire:
 
 
 async def close_clients() -> None:
-    """Close what `connect` opened in this test. Every rig that hands out clients calls it in the end."""
+    """Closes the clients that `connect` opened in this test."""
     while _clients:
         await _clients.pop().closed()
 
@@ -119,7 +121,7 @@ Script = Callable[[Wire], Awaitable[None]]
 
 
 def answering(response: bytes, *, times: int = 1000) -> Script:
-    """An upstream that answers every request on a connection with the same bytes."""
+    """A script that answers every request with the same bytes."""
 
     async def script(wire: Wire) -> None:
         for _ in range(times):
@@ -173,7 +175,7 @@ async def upstream(script: Script) -> AsyncIterator[Upstream]:
 
 @contextlib.asynccontextmanager
 async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterator[Server]:
-    """The engine's server with a handler; a handler's fault fails the test unless it empties `faults`."""
+    """The engine's server with a handler; an exception of the handler fails the test."""
     faults: list[BaseException] = []
     server = await serve(
         handler,
@@ -192,13 +194,13 @@ async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterat
 
 
 @dataclass
-class Relay:
+class RelayRig:
     """The engine between a client and a scripted upstream, as an ingress would use it."""
 
     server: Server
     pool: Pool
     results: asyncio.Queue[ForwardResult]
-    hooks: list[str]
+    last_bytes: list[float]  # one entry per call of `on_last_byte`
     exchanges: list[Exchange]
 
     async def result(self) -> ForwardResult:
@@ -219,12 +221,12 @@ async def relay(
     response_filter: Callable[[ResponseHead], list[Header] | None] | None = None,
     expect: bool = False,
     keep_body_bytes: int | None = None,
-    late_headers: LateHeaders | None = None,
-) -> AsyncIterator[Relay]:
+    deferred_headers: DeferredHeaders | None = None,
+) -> AsyncIterator[RelayRig]:
     loop = asyncio.get_running_loop()
     pool = Pool("127.0.0.1", port, upstream_limits or UpstreamLimits())
     results: asyncio.Queue[ForwardResult] = asyncio.Queue()
-    hooks: list[str] = []
+    last_bytes: list[float] = []
     exchanges: list[Exchange] = []
 
     async def handler(exchange: Exchange) -> None:
@@ -240,10 +242,8 @@ async def relay(
             response_filter=response_filter or (lambda head: instance_answer_headers(head.headers)),
             body=body,
             expect=expect,
-            late_headers=late_headers,
-            on_first_byte_sent=lambda: hooks.append("sent"),
-            on_first_byte=lambda: hooks.append("first"),
-            on_last_byte=lambda: hooks.append("last"),
+            deferred_headers=deferred_headers,
+            on_last_byte=lambda: last_bytes.append(loop.time()),
         )
         results.put_nowait(result)
         if result.outcome is RelayOutcome.HELD:
@@ -253,13 +253,18 @@ async def relay(
 
     async with serving(handler, limits) as server:
         try:
-            yield Relay(server, pool, results, hooks, exchanges)
+            yield RelayRig(server, pool, results, last_bytes, exchanges)
         finally:
             pool.close()
 
 
+def paused(connections: Iterable[ServerConnection | UpstreamConnection]) -> bool:
+    """True if the engine has stopped reading at least one of them."""
+    return any(not connection.transport.is_reading() for connection in connections)
+
+
 async def eventually(condition: Callable[[], bool]) -> None:
-    """Waits for something that the loop is about to do, turn by turn, PATIENCE_S at most."""
+    """Waits until `condition` holds, at most PATIENCE_S."""
     async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - conditions of sockets have no event
             await asyncio.sleep(0.001)

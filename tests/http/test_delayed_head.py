@@ -1,4 +1,4 @@
-"""An answer whose head waits for headers that take a moment: nothing is lost, reordered or left behind meanwhile."""
+"""An answer whose head waits for deferred headers: nothing is lost or reordered, and every wait ends."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from agent.http.delayed_head import LateHeaders
+from agent.http.delayed_head import DeferredHeaders
 from agent.http.message import Header
 from agent.http.relay import RelayOutcome
-from tests.http.rig import PATIENCE_S, Wire, answering, eventually, relay, upstream
+from tests.http.rig import PATIENCE_S, Wire, answering, eventually, paused, relay, upstream
 from tests.http.test_forward import OK
 from tests.http.test_server import get, post
 
@@ -19,7 +19,7 @@ LOG = (b"x-late", b"the log")
 
 
 class Late:
-    """Headers that come when `go` is set."""
+    """Deferred headers that are returned once `go` is set."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -50,25 +50,24 @@ async def at_once() -> list[Header]:
     ],
 )
 @pytest.mark.parametrize("waits", [False, True])
-async def test_the_head_waits_and_the_body_comes_whole(reply: bytes, body: bytes, waits: bool) -> None:
+async def test_head_waits_and_the_body_is_complete(reply: bytes, body: bytes, waits: bool) -> None:
     held = Late()
-    late: LateHeaders = held if waits else at_once
-    async with upstream(answering(reply)) as up, relay(up.port, late_headers=late) as r:
+    late: DeferredHeaders = held if waits else at_once
+    async with upstream(answering(reply)) as up, relay(up.port, deferred_headers=late) as r:
         client = await r.client()
-        for number in range(3):  # on one connection on either side: it rests as after any answer
+        for _ in range(3):  # on one connection on either side
             await client.send(post(b"/", b"hello"))
             if waits:
                 await held.asked.wait()
                 held.go.set()
             _, headers, got = await client.message()
             assert (headers[b"x-late"], got) == (b"the log", body)
-            result = await r.result()
-            assert (result.outcome, result.reused) == (RelayOutcome.COMPLETE, number > 0)
-        assert r.hooks == ["sent", "first", "last"] * 3
+            assert (await r.result()).outcome is RelayOutcome.COMPLETE
+        assert (up.connections, len(r.last_bytes)) == (1, 3)
 
 
-async def test_a_stream_goes_on_where_it_waited() -> None:
-    """The upstream sends on meanwhile, and is not read: only what came with its head is kept."""
+async def test_stream_continues_after_the_wait() -> None:
+    """Bytes that the upstream sends during the wait are not read; those that came with its head are kept."""
     late = Late()
     sent = asyncio.Event()
 
@@ -80,11 +79,11 @@ async def test_a_stream_goes_on_where_it_waited() -> None:
         sent.set()
         await wire.send(b"5\r\nthree\r\n0\r\n\r\n")
 
-    async with upstream(script) as up, relay(up.port, late_headers=late) as r:
+    async with upstream(script) as up, relay(up.port, deferred_headers=late) as r:
         client = await r.client()
         await client.send(get(b"/events"))
         await sent.wait()
-        assert r.pool.reading_pauses == 1
+        assert paused(r.pool.connections)
         late.go.set()
         assert (await client.head())[0] == 200
         assert await client.chunk() == b"one"
@@ -92,9 +91,9 @@ async def test_a_stream_goes_on_where_it_waited() -> None:
         assert (await r.result()).response_body_bytes == 11
 
 
-async def test_nothing_is_sent_before_the_headers_are_there() -> None:
+async def test_nothing_is_sent_before_the_deferred_headers() -> None:
     late = Late()
-    async with upstream(answering(OK)) as up, relay(up.port, late_headers=late) as r:
+    async with upstream(answering(OK)) as up, relay(up.port, deferred_headers=late) as r:
         client = await r.client()
         await client.send(get(b"/"))
         await late.asked.wait()
@@ -103,9 +102,9 @@ async def test_nothing_is_sent_before_the_headers_are_there() -> None:
         assert (await client.message())[2] == b"ok"
 
 
-async def test_a_client_that_leaves_meanwhile_ends_the_wait() -> None:
+async def test_departing_client_ends_the_wait() -> None:
     late = Late()
-    async with upstream(answering(OK)) as up, relay(up.port, late_headers=late) as r:
+    async with upstream(answering(OK)) as up, relay(up.port, deferred_headers=late) as r:
         client = await r.client()
         await client.send(get(b"/"))
         await late.asked.wait()
@@ -114,7 +113,7 @@ async def test_a_client_that_leaves_meanwhile_ends_the_wait() -> None:
         await eventually(lambda: late.cancelled and not r.pool.connections)
 
 
-async def test_a_deadline_that_passes_meanwhile_is_a_timeout_of_the_upstream() -> None:
+async def test_deadline_during_the_wait_is_an_upstream_timeout() -> None:
     late = Late()
 
     async def script(wire: Wire) -> None:
@@ -122,7 +121,7 @@ async def test_a_deadline_that_passes_meanwhile_is_a_timeout_of_the_upstream() -
         await wire.send(CHUNKED + b"4\r\nhalf\r\n")
         await asyncio.sleep(PATIENCE_S)
 
-    async with upstream(script) as up, relay(up.port, late_headers=late, deadline_s=0.05) as r:
+    async with upstream(script) as up, relay(up.port, deferred_headers=late, deadline_s=0.05) as r:
         client = await r.client()
         await client.send(get(b"/"))
         status, _, body = await client.message()
@@ -131,8 +130,7 @@ async def test_a_deadline_that_passes_meanwhile_is_a_timeout_of_the_upstream() -
         await eventually(lambda: late.cancelled)
 
 
-async def test_an_upstream_that_dies_meanwhile_is_noticed() -> None:
-    """Before the head: what is told is that, and not half an answer."""
+async def test_upstream_failure_during_the_wait_is_reported() -> None:
     late = Late()
 
     async def script(wire: Wire) -> None:
@@ -141,17 +139,17 @@ async def test_an_upstream_that_dies_meanwhile_is_noticed() -> None:
         await late.asked.wait()
         wire.close()
 
-    async with upstream(script) as up, relay(up.port, late_headers=late) as r:
+    async with upstream(script) as up, relay(up.port, deferred_headers=late) as r:
         client = await r.client()
         await client.send(get(b"/"))
         await late.asked.wait()
-        late.go.set()  # its end is seen once it is read again
+        late.go.set()  # the upstream's close is noticed once it is read again
         with pytest.raises(asyncio.IncompleteReadError):
             await client.message()
         assert (await r.result()).outcome is RelayOutcome.UPSTREAM_FAILED_MID_BODY
 
 
-async def test_a_pool_that_closes_meanwhile_is_a_failure_before_the_head() -> None:
+async def test_pool_closed_during_the_wait_fails_before_the_head() -> None:
     late = Late()
 
     async def script(wire: Wire) -> None:
@@ -159,7 +157,7 @@ async def test_a_pool_that_closes_meanwhile_is_a_failure_before_the_head() -> No
         await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
         await asyncio.sleep(PATIENCE_S)
 
-    async with upstream(script) as up, relay(up.port, late_headers=late) as r:
+    async with upstream(script) as up, relay(up.port, deferred_headers=late) as r:
         client = await r.client()
         await client.send(get(b"/"))
         await late.asked.wait()

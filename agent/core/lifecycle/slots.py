@@ -41,10 +41,20 @@ class ConcurrencyLimiter(Generic[T]):
         """Number of waiting tickets."""
         return len(self._line)
 
+    def has_room(self) -> bool:
+        """A new request would get a slot at once. A method, because the request path calls it: properties cost more."""
+        return self.open and self.in_flight < self.limit and not self._line
+
+    def try_acquire(self) -> bool:
+        """Take a slot if one is free and no ticket waits."""
+        if self.has_room():
+            self.in_flight += 1
+            return True
+        return False
+
     def arrive(self, ticket: T) -> Arrival:
         """Grant the new request a slot, queue it, or refuse it."""
-        if self.open and self.in_flight < self.limit and not self._line:
-            self.in_flight += 1
+        if self.try_acquire():
             return Arrival.GRANTED
         if len(self._line) >= self.max_waiting:
             return Arrival.FULL
@@ -66,7 +76,7 @@ class ConcurrencyLimiter(Generic[T]):
 
     def grant_next(self) -> T | None:
         """Grant a free slot to the longest-waiting ticket. None if closed or full, or if no ticket waits."""
-        if not self.open or self.in_flight >= self.limit or not self._line:
+        if not self._line or not self.open or self.in_flight >= self.limit:
             return None
         ticket = next(iter(self._line))
         del self._line[ticket]

@@ -1,8 +1,8 @@
-"""The shell around the meters: it reads the clock, seals, and writes the ledger once a second without ever waiting.
+"""Runs the meters: reads the clock, seals windows, and writes the ledger once a second without blocking requests.
 
-Every flush is one transaction: sealed windows first, in order, then a snapshot of every open one; so a kill -9 loses
-what happened since the last flush. If the store fails, windows stay in memory, bounded (core/billing/unwritten.py), the
-write is repeated with back-off, and windows are no longer cut by age; requests and wakes go on.
+Every flush is one transaction: sealed windows in order, then a snapshot of every open one. A kill -9 loses only what
+happened since the last flush. If the store fails, requests and wakes go on: windows stay in memory, bounded
+(core/billing/unwritten.py), the write is retried with back-off, and windows are no longer sealed by age.
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ REMEMBERED_ENDS = 1_000
 
 @dataclass(frozen=True, slots=True)
 class BillingOptions:
-    """`window_ns`: the longest an open window grows. `backlog`: sealed windows kept in memory before they are merged.
-    `batch`: most sealed windows in one transaction. `write_timeout_s`: deadline of one write."""
+    """How windows are cut and written.
+
+    - `window_ns`: an open window is sealed at this age.
+    - `backlog`: sealed windows kept in memory before they are merged.
+    - `batch`: most sealed windows in one transaction.
+    - `write_timeout_s`: deadline of one write.
+    """
 
     policy: BillingPolicy = field(default_factory=BillingPolicy)
     window_ns: int = 60 * SECOND_NS
@@ -41,8 +46,13 @@ class BillingOptions:
 
 @dataclass(frozen=True, slots=True)
 class BillingHealth:
-    """`failures` writes in a row failed (0 = healthy), last for `reason`; `pending` sealed windows are in memory only;
-    `merged` windows lost their borders to the bound on memory; `unmatched_ends` is a bug's counter, always 0."""
+    """How the ledger reaches the disk.
+
+    - `failures`: writes that failed in a row (0 = healthy), the last for `reason`.
+    - `pending`: sealed windows that are only in memory.
+    - `merged`: windows that were merged to bound memory.
+    - `unmatched_ends`: ends of requests without a begin; other than 0 it is a bug.
+    """
 
     failures: int
     reason: str
@@ -57,7 +67,7 @@ class BillingHealth:
 
 class Billing:
     """All meters of a node. Everything runs on the loop's thread; only `load`, `flush` and `stop` wait, each with a
-    deadline. The order of a start: `load`, then `open` for each instance found alive, then `settle`, then `start`.
+    deadline. At start: `load`, then `open` for each instance found alive, then `complete_ended`, then `start`.
     """
 
     def __init__(
@@ -71,7 +81,7 @@ class Billing:
         card_bytes: Mapping[str, int] | None = None,
         on_written: Callable[[], None] = lambda: None,
     ) -> None:
-        """`card_bytes`: memory of each GPU by uuid. `on_written` is called when sealed windows reached the store, so
+        """`card_bytes`: memory of each GPU by uuid. `on_written`: called when sealed windows have reached the store, so
         that an uploader need not poll."""
         self._clock = clock
         self._store = store
@@ -81,7 +91,7 @@ class Billing:
         self._card_bytes = card_bytes or {}
         self._on_written = on_written
         self._meters: dict[str, Meter] = {}
-        self._found: dict[str, UsageWindow] = {}
+        self._last_windows: dict[str, UsageWindow] = {}
         self._sums: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
         self._backlog = UnwrittenWindows(self._settings.backlog)
         self._timer: Timer | None = None
@@ -95,16 +105,16 @@ class Billing:
     # ---- recovery ------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        """Read where the ledgers stand. UnavailableError STORE_FAILED, or TimeoutError: then nothing may be opened."""
+        """Read each ledger's last window. Raises UnavailableError STORE_FAILED, TimeoutError: then open no meter."""
         async with asyncio.timeout(self._settings.write_timeout_s):
-            self._found = {window.instance_uid: window for window in await self._store.last_windows()}
+            self._last_windows = {window.instance_uid: window for window in await self._store.last_windows()}
 
-    def settle(self) -> None:
-        """All living instances are open: complete the ledgers of those that are gone."""
+    def complete_ended(self) -> None:
+        """Complete the ledgers of instances that are gone. Call it once all living ones are open."""
         now = self._clock.monotonic_ns()
-        for window in self._found.values():
+        for window in self._last_windows.values():
             self._complete(window, now, same_process=False)
-        self._found.clear()
+        self._last_windows.clear()
 
     def _complete(self, last: UsageWindow, now: int, *, same_process: bool, goes_on: bool = False) -> int:
         recovered = resume(
@@ -119,7 +129,7 @@ class Billing:
             self._keep(window)
         return recovered.next_seq
 
-    # ---- what the node calls -------------------------------------------------------------------------------------
+    # ---- from the node -------------------------------------------------------------------------------------
 
     def open(
         self,
@@ -130,12 +140,11 @@ class Billing:
         unbilled: bool = False,
         same_process: bool = True,
     ) -> Meter:
-        """The meter of an instance, from now on. The ledger of one that `load` found goes on after a gap: idle and
-        estimated if it is the same process still alive, unbilled if it is started anew (`same_process` False). The
-        caller gives the meter to the gate."""
-        # Read once: the end of the gap is the start of the meter.
+        """Open the meter of an instance; the caller passes it to the gate. If `load` found its ledger, a gap is added:
+        idle and estimated if the same process still lives, unbilled if it is started anew (`same_process` False)."""
+        # Read once: the gap ends where the meter starts.
         now, wall = self._clock.monotonic_ns(), self._clock.wall_ns()
-        last = self._found.pop(uid, None)
+        last = self._last_windows.pop(uid, None)
         seq, placement = 0, Placement()
         if last is not None:
             same_process = same_process and last.boot_id == self._boot_id
@@ -155,7 +164,7 @@ class Billing:
         return meter
 
     def changed(self, uid: str, state: InstanceState, *, unbilled: bool = False) -> None:
-        """The instance is in another state from now on; a terminal one ends its ledger. Unknown uids are ignored."""
+        """The instance's state has changed; a terminal state ends its ledger. Unknown uids are ignored."""
         meter = self._meters.get(uid)
         if meter is None:
             return
@@ -163,7 +172,7 @@ class Billing:
         if not state.terminal:
             self._keep(meter.state_changed(state, now, wall, unbilled=unbilled))
             return
-        # Its open row on disk must end sealed even if it is empty: unsealed means "cut off" to a recovery.
+        # Seal its open row on disk even if it is empty: to a recovery, unsealed means cut off.
         final = meter.seal(now, wall) or meter.ended_empty()
         self._keep(final)
         self._unmatched_ends += meter.unmatched_ends
@@ -172,7 +181,7 @@ class Billing:
             del self._sums[next(old for old in self._sums if old not in self._meters)]
 
     def placed(self, uid: str, model: str, gpu_uuids: tuple[str, ...]) -> None:
-        """The instance holds these GPUs from now on. Unknown uids are ignored."""
+        """The instance holds these GPUs now. Unknown uids are ignored."""
         meter = self._meters.get(uid)
         if meter is not None:
             card = min((self._card_bytes.get(uuid, 0) for uuid in gpu_uuids), default=0)
@@ -180,14 +189,14 @@ class Billing:
             self._keep(meter.placed(placement, self._clock.monotonic_ns(), self._clock.wall_ns()))
 
     def totals(self, uid: str) -> tuple[int, int, int]:
-        """(active, idle, unbilled) ns of the instance since this agent started, with its last window before; zeros
-        for one it has forgotten."""
+        """(active, idle, unbilled) ns of the instance since this agent started, plus its last window before that;
+        zeros for an unknown uid."""
         sums = self._sums.get(uid, (0, 0, 0))
         meter = self._meters.get(uid)
         return sums if meter is None else _plus(sums, meter.open_window(self._clock.monotonic_ns()))
 
     def peak(self, uid: str) -> int:
-        """Most requests inside the instance at once, of late (core/peak.py)."""
+        """Most requests inside the instance at once, recently (core/peak.py)."""
         meter = self._meters.get(uid)
         return 0 if meter is None else max(meter.in_flight, meter.peak.read(self._clock.monotonic_ns()))
 
@@ -197,23 +206,23 @@ class Billing:
         return [meter.open_window(now) for meter in self._meters.values()]
 
     def unwritten(self) -> list[UsageWindow]:
-        """What the store may not have yet: sealed windows on their way, then the open ones, now."""
+        """Windows that the store may not have yet: the sealed ones, then the open ones as of now."""
         return [*self._backlog.waiting(), *self.open_windows()]
 
     @property
     def health(self) -> BillingHealth:
-        """How the ledger gets to the disk."""
+        """See `BillingHealth`."""
         unmatched = self._unmatched_ends + sum(meter.unmatched_ends for meter in self._meters.values())
         return BillingHealth(self._failures, self._reason, len(self._backlog), self._backlog.merged, unmatched)
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Flush every interval from now on."""
+        """Start to flush once per interval."""
         self._arm()
 
     async def stop(self, deadline_s: float = 5.0) -> bool:
-        """The last flush. Open windows stay open on disk, for the instances live on. False = not all was written."""
+        """Flush a last time. Open windows stay open on disk, as the instances live on. False = not all was written."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -227,7 +236,7 @@ class Billing:
         return self.health.healthy and not len(self._backlog)
 
     async def flush(self) -> bool:
-        """Write now what there is now; True if it is on disk. Never raises."""
+        """Write all windows now; True if they are on disk. Never raises."""
         if self._flushing is not None:
             await asyncio.wait({self._flushing})
         return await asyncio.shield(self._begin_flush())
@@ -267,7 +276,7 @@ class Billing:
 
     async def _write(self) -> bool:
         sealed = self._backlog.offer(self._settings.batch)
-        # An open window on disk without its predecessors would be a hole after a crash.
+        # An open window on disk without its predecessors would be a gap after a crash.
         rows = [*sealed, *self.open_windows()] if len(sealed) == len(self._backlog) else list(sealed)
         try:
             async with asyncio.timeout(self._settings.write_timeout_s):

@@ -1,7 +1,7 @@
-"""Old usage windows leave the disk: those that the scheduler has acknowledged, after a week.
+"""Deletes usage windows from the disk a week after the scheduler has acknowledged them.
 
-A window that nobody acknowledged is a bill that nobody has, so it stays, however old: a node that runs without a
-scheduler keeps them all (about 300 bytes each; an instance makes one a minute and one a state change).
+A window that was never acknowledged is not billed anywhere else, so it stays: a node without a scheduler keeps them all
+(about 300 bytes each; an instance makes one per minute and one per state change).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BATCH = 5_000
 
 
 class LedgerPruner:
-    """`run` goes on until cancelled; a store that fails is tried again an interval later."""
+    """Prunes until `run` is cancelled. If the store fails, it tries again an interval later."""
 
     def __init__(self, store: LedgerStore, clock: Clock, interval_s: float = INTERVAL_S) -> None:
         self._store = store
@@ -28,13 +28,13 @@ class LedgerPruner:
         self._log = get_logger()
 
     async def run(self) -> None:
-        """Prune now and then once an interval."""
+        """Prune now, and then once per interval."""
         while True:
             await self.prune_once()
             await asyncio.sleep(self._interval_s)
 
     async def prune_once(self) -> int:
-        """Delete what may go, in small transactions so that nobody waits long; returns how many went."""
+        """Delete in small transactions, so that other writes do not wait long; returns the number of windows."""
         before, gone = self._clock.wall_ns() - KEPT_NS, 0
         try:
             while (count := await self._store.prune(before, BATCH)) > 0:

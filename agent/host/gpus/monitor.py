@@ -1,6 +1,6 @@
-"""Watches the GPUs: figures once a second, XID events as they come. What makes one unfit cordons it (core/gpu_health).
+"""Watches the GPUs: samples once a second, XID events as they come. An unfit GPU is cordoned (core/gpus/health.py).
 
-Nothing that the driver does ends it: an answer that does not come is a finding, too.
+No failure of the driver ends the watch: a missing answer is a finding too.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from agent.ports import Clock, GpuEvents, Gpus
 
 PERIOD_S = 1.0
 STALE_NS = 5 * SECOND_NS
-"""Older figures are not shown: nobody knows whether they are still true."""
+"""Older samples are not shown: they may no longer be true."""
 MAX_XID_COUNTERS = 1000
 
 
 class GpuMonitor:
-    """`run` until cancelled. `xids` counts the events by (GPU, code). `after_sample` runs after every sample that the
-    driver answered (trespass.GpuIsolation.look); its failures are logged. `persistence_is_off` is called for as
-    long as a GPU has it off."""
+    """Samples and listens until `run` is cancelled. `xids` counts XID events by (GPU, code).
+
+    - `after_sample`: runs after every sample that the driver answered (`GpuIsolation.check`); its failures are logged.
+    - `persistence_is_off`: called at every sample in which a GPU has persistence mode off.
+    """
 
     def __init__(
         self,
         gpus: Gpus,
         xid_events: GpuEvents,
-        desk: GpuBroker,
+        broker: GpuBroker,
         events: EventLog,
         clock: Clock,
         *,
@@ -47,53 +49,53 @@ class GpuMonitor:
         self.xids: Counter[tuple[str, int]] = Counter()
         self._gpus = gpus
         self._xid_events = xid_events
-        self._desk = desk
+        self._broker = broker
         self._events = events
         self._clock = clock
         self._after_sample = after_sample
         self._persistence_is_off = persistence_is_off
         self._volatile: set[str] = set()
         self._period_s = period_s
-        self._health = health.healthy(tuple(desk.inventory), clock.monotonic_ns(), limits)
-        self._figures: Mapping[str, GpuSample] = {}
+        self._health = health.healthy(tuple(broker.inventory), clock.monotonic_ns(), limits)
+        self._samples: Mapping[str, GpuSample] = {}
         self._read_ns = 0
         self._log = get_logger()
 
-    def figures(self) -> Mapping[str, GpuSample]:
-        """The newest figures by GPU, without those that are too old to be shown."""
-        return self._figures if self._clock.monotonic_ns() - self._read_ns <= STALE_NS else {}
+    def samples(self) -> Mapping[str, GpuSample]:
+        """The newest sample by GPU; empty once it is older than `STALE_NS`."""
+        return self._samples if self._clock.monotonic_ns() - self._read_ns <= STALE_NS else {}
 
     async def run(self) -> None:
-        """Sample and listen; a node without GPUs has nothing to watch."""
-        if not self._desk.inventory:
+        """Sample and listen. On a node without GPUs it only waits."""
+        if not self._broker.inventory:
             await asyncio.Event().wait()
         async with asyncio.TaskGroup() as both:
-            both.create_task(self._for_ever(self._look_and_rest), name="gpu samples")
-            both.create_task(self._for_ever(self._hear), name="gpu xids")
+            both.create_task(self._for_ever(self._poll_and_sleep), name="gpu samples")
+            both.create_task(self._for_ever(self._next_xid), name="gpu xids")
 
     async def _for_ever(self, once: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
                 await once()
-            except Exception as error:  # a fault of ours must not end the daemon, and must be seen
+            except Exception as error:  # a bug here must not end the daemon, and must show in the log
                 self._log.error("gpu.watch_failed", error=type(error).__name__, exc_info=error)
                 await asyncio.sleep(self._period_s)
 
-    # ---- figures ----------------------------------------------------------------------------------------------------
+    # ---- samples ----------------------------------------------------------------------------------------------------
 
-    async def _look_and_rest(self) -> None:
-        await self.look()
+    async def _poll_and_sleep(self) -> None:
+        await self.poll()
         await asyncio.sleep(self._period_s)
 
-    async def look(self) -> None:
-        """One sample and what follows from it."""
+    async def poll(self) -> None:
+        """Take one sample and act on it."""
         try:
             samples = await self._gpus.samples()
         except HibernodeError as error:
             self._log.debug("gpu.sample_failed", reason=error.reason, message=error.message)
             self._step(NoAnswer())
             return
-        self._figures, self._read_ns = {sample.uuid: sample for sample in samples}, self._clock.monotonic_ns()
+        self._samples, self._read_ns = {sample.uuid: sample for sample in samples}, self._clock.monotonic_ns()
         self._step(Sampled(tuple(samples)))
         self._note_persistence(samples)
         if self._after_sample is None:
@@ -104,7 +106,7 @@ class GpuMonitor:
             self._log.debug("gpu.after_sample_failed", message=str(error))
 
     def _note_persistence(self, samples: Sequence[GpuSample]) -> None:
-        """Without it a restore needs cuInit before, or kills its target: the checkpointer has to know at once."""
+        """Report persistence mode off: then a restore without an earlier cuInit kills its target."""
         volatile = {sample.uuid for sample in samples if sample.persistence is False}
         if volatile:
             self._persistence_is_off()
@@ -115,11 +117,11 @@ class GpuMonitor:
 
     # ---- XID events -------------------------------------------------------------------------------------------------
 
-    async def _hear(self) -> None:
-        self.heard(await self._xid_events.next_xid())
+    async def _next_xid(self) -> None:
+        self.record_xid(await self._xid_events.next_xid())
 
-    def heard(self, xid: Xid) -> None:
-        """Write it down, and cordon the GPU if it is fatal."""
+    def record_xid(self, xid: Xid) -> None:
+        """Count and report an XID event, and cordon the GPU if it is fatal."""
         if len(self.xids) < MAX_XID_COUNTERS or (xid.gpu_uuid, xid.code) in self.xids:
             self.xids[xid.gpu_uuid, xid.code] += 1
         meaning = meaning_of(xid.code)
@@ -135,8 +137,8 @@ class GpuMonitor:
         for effect in effects:
             match effect:
                 case PutCordon(uuids, reason, source, lasting):
-                    self._desk.cordon("", uuids, reason, source=source, lasting=lasting)
+                    self._broker.cordon("", uuids, reason, source=source, lasting=lasting)
                 case LiftCordon(uuids, source):
-                    self._desk.uncordon(uuids, source)
+                    self._broker.uncordon(uuids, source)
                 case _:
                     assert_never(effect)

@@ -1,10 +1,8 @@
-"""The node's ingress: one request, from the gateway (or anyone with the node's token) into one instance.
+"""The node's ingress: takes requests from the gateway, or any holder of the node's token, into instances.
 
-It checks the token, finds the instance by `x-hibernode-instance`, waits at its gate, forwards, and gives the slot
-back with the last byte. An answer that carries `x-hibernode-refused` says that no byte of the request reached the
-instance: only then may the gateway dispatch it again.
-
-The token travels in `x-hibernode-token`, not in `Authorization`: that header is the client's own and goes through.
+It checks the token, finds the instance by `x-hibernode-instance`, waits at its gate, forwards, and gives the slot back
+with the last byte. `x-hibernode-refused` in an answer says that no byte of the request reached the instance: only then
+may the gateway dispatch it again.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Awaitable, Sequence
-from typing import Any, TypeVar
 
 from agent.core.errors import (
     HibernodeError,
@@ -26,24 +23,22 @@ from agent.host.ingress.request import REQUEST_ID, ProxiedRequest
 from agent.host.instance.actor import Actor
 from agent.host.instance.waking import wake_up
 from agent.host.node.node import Node
+from agent.http import hop_headers
 from agent.http.errors import RequestIds
 from agent.http.exchange import Exchange
 from agent.http.message import RequestHead
 from agent.ports import Clock
 
-T = TypeVar("T")
-
-FULL = ((b"x-hibernode-refused", b"TOO_MANY_CONNECTIONS"),)
-"""For the server's own answer to a connection beyond its limit: nobody has seen the request."""
-WAKE_TARGET = b"/hibernode/wake"
-"""With `x-hibernode-wake-hold-ms` (which no client can send) the scheduler's Wake: answered 200 once the instance is
-awake, else as a refusal. WakeInstance of the API does the same; a gRPC call costs 2 ms of every wake, this 0.5."""
+FULL = ((hop_headers.REFUSED, b"TOO_MANY_CONNECTIONS"),)
+"""Headers of the server's own answer to a connection beyond its limit: no instance has seen the request."""
 
 
 class Ingress:
-    """The handler of the ingress's HTTP server. `open` is False until recovery is done, and again once the agent
-    leaves (`leaving`). `tokens`: each of them opens it (the node's own, and the credential it shares with the
-    scheduler)."""
+    """The handler of the ingress's HTTP server.
+
+    - `tokens`: any of them is accepted (the node's own, and the credential that it shares with the scheduler).
+    - `open`: False until recovery is done, and again once the agent stops (`leaving`).
+    """
 
     def __init__(self, node: Node, clock: Clock, tokens: Sequence[str], request_ids: RequestIds) -> None:
         self._node = node
@@ -63,102 +58,109 @@ class Ingress:
             request_id = given.decode() if REQUEST_ID.fullmatch(given) else ""
             actor = self._find(head)
             timeout_ns = _deadline(head, actor.function.queue_timeout_ns)
-            if head.target == WAKE_TARGET and (hold_ms := head.get(b"x-hibernode-wake-hold-ms")) is not None:
+            if head.target == hop_headers.WAKE_PATH and (hold_ms := head.get(hop_headers.WAKE_HOLD_MS)) is not None:
                 await self._wake(exchange, actor, hold_ms, timeout_ns)
                 return
         except HibernodeError as error:
             await self._refuse(exchange, error, request_id)
             return
-        asleep = actor.state is not InstanceState.RUNNING
-        runtime = self._node.shell.runtime
-        passage = ProxiedRequest(exchange, actor, request_id or self._request_ids(), asleep, self._clock, runtime)
+        needs_wake = actor.state is not InstanceState.RUNNING
+        runtime = self._node.context.runtime
+        request = ProxiedRequest(exchange, actor, request_id or self._request_ids(), needs_wake, self._clock, runtime)
         try:
             try:
-                await self._enter(exchange, passage, timeout_ns)
+                await self._enter(exchange, request, timeout_ns)
             except HibernodeError as error:
-                await self._refuse(exchange, error, passage.request_id)
+                await self._refuse(exchange, error, request.request_id)
                 return
             try:
-                await passage.run()
+                await request.run()
             except UnavailableError as error:
-                await self._refuse(exchange, error, passage.request_id)
+                await self._refuse(exchange, error, request.request_id)
         finally:
-            passage.end()
+            request.end()
 
     # ---- before the grant ---------------------------------------------------------------------------------------
 
     def _authenticate(self, head: RequestHead) -> None:
-        given = head.get(b"x-hibernode-token")
+        given = head.get(hop_headers.TOKEN)
         if given is None:
-            raise UnauthenticatedError("TOKEN_MISSING", "the ingress needs the node's token in x-hibernode-token")
+            raise UnauthenticatedError(
+                "TOKEN_MISSING", f"the ingress needs the node's token in {hop_headers.TOKEN.decode()}"
+            )
         if not any(hmac.compare_digest(given, token) for token in self._tokens):
             raise UnauthenticatedError("TOKEN_UNKNOWN", "this node does not know that token")
 
     def _find(self, head: RequestHead) -> Actor:
         if not self.open:
             if self.leaving:
-                raise UnavailableError("AGENT_STOPPING", "this node's agent is going away")
+                raise UnavailableError("AGENT_STOPPING", "this node's agent is stopping")
             raise UnavailableError("NODE_RECOVERING", "this node is not ready yet")
-        uid = (head.get(b"x-hibernode-instance") or b"").decode("latin-1")
+        uid = (head.get(hop_headers.INSTANCE) or b"").decode("latin-1")
         if not uid:
-            raise InvalidArgumentError("INSTANCE_MISSING", "name the instance in x-hibernode-instance")
+            raise InvalidArgumentError("INSTANCE_MISSING", f"name the instance in {hop_headers.INSTANCE.decode()}")
         actor = self._node.actors.get(uid)
         if actor is None:
             raise NotFoundError("INSTANCE_NOT_FOUND", f"no instance {uid!r} on this node")
         return actor
 
-    async def _enter(self, exchange: Exchange, passage: ProxiedRequest, timeout_ns: int) -> None:
-        """A slot of the instance it names; where that is busy and the request may go to any instance of the function
-        (`x-hibernode-any`), of whichever has one first."""
-        actor = passage.actor
+    async def _enter(self, exchange: Exchange, request: ProxiedRequest, timeout_ns: int) -> None:
+        """Wait for a slot of the named instance. If that is busy and the request accepts any instance of the function
+        (`x-hibernode-any-instance`), the first free slot of any of them will do."""
+        actor = request.actor
         gate = actor.gate
-        line = gate.line
-        if line is not None and gate.is_open and not gate.has_room and exchange.head.get(b"x-hibernode-any"):
-            sibling = line.with_room()
+        queue = gate.queue
+        if queue is not None and gate.is_open and not gate.has_room and exchange.head.get(hop_headers.ANY_INSTANCE):
+            sibling = queue.with_room()
             if sibling is None:
-                passage.get_ready()
-                place = line.ticket(passage.start)
-                await self._unless_gone(exchange, place, line.wait(place, timeout_ns / SECOND_NS))
+                request.serialize()
+                ticket = queue.ticket(request.start)
+                await self._unless_gone(exchange, ticket, queue.wait(ticket, timeout_ns / SECOND_NS))
                 return
             actor = sibling
-        ticket = actor.gate.try_enter()
-        if ticket is not None:
-            await self._unless_gone(exchange, ticket, actor.gate.wait(ticket, timeout_ns / SECOND_NS))
-        passage.granted(actor, waited=ticket is not None)
+        wait = actor.gate.try_enter()
+        if wait is not None:
+            await self._unless_gone(exchange, wait, actor.gate.wait(wait, timeout_ns / SECOND_NS))
+        request.granted(actor, waited=wait is not None)
 
-    async def _unless_gone(self, exchange: Exchange, ticket: asyncio.Future[Any], wait: Awaitable[T]) -> T:
-        """Wait for the grant; a caller that goes away is dropped at once."""
+    async def _unless_gone(self, exchange: Exchange, ticket: asyncio.Future[None], wait: Awaitable[None]) -> None:
+        """Wait for the grant; fail at once if the client disconnects."""
 
         def gone() -> None:
             if not ticket.done():
-                ticket.set_exception(UnavailableError("CLIENT_GONE", "the client left while it waited"))
+                ticket.set_exception(UnavailableError("CLIENT_GONE", "the client disconnected while it waited"))
 
         exchange.on_gone(gone)
         try:
-            return await wait
+            await wait
         finally:
             exchange.off_gone(gone)
 
     async def _wake(self, exchange: Exchange, actor: Actor, hold_ms: bytes, timeout_ns: int) -> None:
-        """Not a request but the scheduler's wish that the instance be awake: see `WAKE_TARGET`."""
+        """The scheduler's Wake call: answers 200 once the instance is awake, else with a refusal. WakeInstance of the
+        API does the same; a gRPC call adds 2 ms to every wake, this one 0.5."""
         if not hold_ms.isdigit() or len(hold_ms) > 10:
-            raise InvalidArgumentError("HOLD_INVALID", "x-hibernode-wake-hold-ms must be a number of milliseconds")
+            raise InvalidArgumentError(
+                "HOLD_INVALID", f"{hop_headers.WAKE_HOLD_MS.decode()} must be a number of milliseconds"
+            )
         free = await wake_up(actor, self._clock.monotonic_ns(), int(hold_ms) * MILLISECOND_NS, timeout_ns)
-        await exchange.answer(200, [(b"x-hibernode-free-slots", b"%d" % free)])
+        await exchange.answer(200, [(hop_headers.FREE_SLOTS, b"%d" % free)])
 
     async def _refuse(self, exchange: Exchange, error: HibernodeError, request_id: str) -> None:
-        """No byte reached the instance: say so, the gateway may try elsewhere."""
+        """Answer that no byte reached the instance: the gateway may dispatch the request again."""
         if exchange.gone:
             return
-        refused = [(b"x-hibernode-refused", error.reason.encode())]
+        refused = [(hop_headers.REFUSED, error.reason.encode())]
         await exchange.fail(error, request_id or self._request_ids(), extra=refused)
 
 
 def _deadline(head: RequestHead, default_ns: int) -> int:
-    """The rest of the queue timeout that the gateway grants, in ns."""
-    given = head.get(b"x-hibernode-deadline-ms")
+    """What is left of the queue timeout, in ns."""
+    given = head.get(hop_headers.DEADLINE_MS)
     if given is None:
         return default_ns
     if not given.isdigit() or len(given) > 10:
-        raise InvalidArgumentError("DEADLINE_INVALID", "x-hibernode-deadline-ms must be a number of milliseconds")
+        raise InvalidArgumentError(
+            "DEADLINE_INVALID", f"{hop_headers.DEADLINE_MS.decode()} must be a number of milliseconds"
+        )
     return int(given) * MILLISECOND_NS

@@ -1,13 +1,12 @@
-"""What an instance printed while it handled one request: Function Compute's `x-fc-log-result`.
+"""Finds what an instance printed while it handled one request, for Function Compute's `x-fc-log-result`.
 
-A custom container's own server prints the two marker lines (facts: the Function Compute contract):
+A custom container's own server prints two marker lines (agent/docs/fc-contract.md):
 
     FC Invoke Start RequestId: <x-fc-request-id>
     FC Invoke End RequestId: <x-fc-request-id>
 
-What stands between them in its log, markers included, is the result; of other requests' lines in between (with an
-instanceConcurrency of more than 1) nothing tells whose they are. Only requests that ask for it (`x-fc-log-type: Tail`)
-come here.
+The result is the log from one marker to the other, both included. With an instanceConcurrency of more than 1 it may
+hold lines of other requests: nothing tells them apart. Only requests with `x-fc-log-type: Tail` get it.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from agent.core.types import Handle
 
 RESULT_BYTES = 4096
 LOOK_BACK_BYTES = 16 * 1024
-"""So much of the log's end is searched for the markers; an engine counts in lines, and gives a multiple of that."""
+"""Size of the log's end that is searched for the markers. An engine counts in lines, and returns a multiple of it."""
 END_WAIT_S = 0.25
-"""The End marker is on its way through the program's buffer, the pipe and the engine when the answer is here; a program
-that prints none, or only once its stream has ended, is not waited for longer than that."""
+"""Longest wait for the End marker after the answer: it passes through the program's buffer, the pipe and the engine.
+Some programs never print it."""
 READ_S = 1.0
-"""For all reads together: an engine that does not answer must not hold an answer up."""
+"""For all reads together: an engine that does not answer must not delay the answer."""
 _FIRST_PAUSE_S = 0.01
 
 
 class LogReader(Protocol):
-    """The part of `ports.Runtime` that is needed."""
+    """The part of `ports.Runtime` that is needed here."""
 
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes: ...
 
 
 async def log_result(runtime: LogReader, handle: Handle, request_id: str, end_wait_s: float = END_WAIT_S) -> bytes:
-    """The header's value: base64 of at most `RESULT_BYTES`, the last of them. b"" if the log has no marker of the
-    request, or can't be read. Never raises."""
+    """The header's value: base64 of the last `RESULT_BYTES` at most. b"" if the log has no marker of the request, or
+    can't be read. Never raises."""
     loop = asyncio.get_running_loop()
     found = b""
     last = loop.time() + end_wait_s
@@ -50,16 +49,16 @@ async def log_result(runtime: LogReader, handle: Handle, request_id: str, end_wa
                 found, whole = between_markers(await runtime.read_log(handle, LOOK_BACK_BYTES), request_id.encode())
                 if whole or due:
                     break
-                await asyncio.sleep(min(pause_s, max(last - loop.time(), 0.0)))  # a log has no event to wait for
+                await asyncio.sleep(min(pause_s, max(last - loop.time(), 0.0)))  # nothing reports that a log has grown
                 pause_s *= 2
     except (TimeoutError, OSError, HibernodeError):
-        pass  # what was found before that, if anything
+        pass  # `found` is what was read before
     return base64.b64encode(found[-RESULT_BYTES:])
 
 
 def between_markers(log: bytes, request_id: bytes) -> tuple[bytes, bool]:
-    """(what the log holds of the request, is its End marker there). A Start marker that has scrolled away means: from
-    the beginning of what there is."""
+    """(the request's part of the log, whether its End marker is there). Without a Start marker the part begins at the
+    log's first byte."""
     start = log.find(b"FC Invoke Start RequestId: " + request_id)
     marker = b"FC Invoke End RequestId: " + request_id
     end = log.find(marker, max(start, 0))

@@ -1,7 +1,7 @@
-"""One request's way through an instance: from the grant of a slot to the last byte of the answer.
+"""Proxies one request to an instance: from the grant of a slot to the last byte of the answer.
 
-Where a request waits in a line (`host/line.py`) all that does not depend on who will grant it is done before: at the
-grant its bytes go to the instance in the same turn of the loop, in which the answer before it has ended (`start`).
+A request in a `FunctionQueue` is serialized in advance, and written to the instance in the loop iteration that
+completes the previous answer (`start`).
 """
 
 from __future__ import annotations
@@ -10,37 +10,36 @@ import asyncio
 import re
 
 from agent.core.errors import DeadlineError, HibernodeError, InstanceError, UnavailableError
-from agent.core.lifecycle.events import StopAsked
 from agent.core.types import MILLISECOND_NS, SECOND_NS
 from agent.host.ingress.invoke_log import END_WAIT_S, log_result
 from agent.host.instance.actor import Actor
 from agent.http import headers as rules
+from agent.http import hop_headers
 from agent.http.exchange import Exchange
 from agent.http.forward import ForwardResult, forward, forward_now, prepare
 from agent.http.message import Header, ResponseHead
 from agent.http.relay import Relay, RelayOutcome
 from agent.ports import Clock, Runtime
 
-MAX_TIMEOUTS_IN_A_ROW = 2
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _CONTROL_PATHS = (b"/http-invoke", b"/invoke")
 
 
 class ProxiedRequest:
-    """One request. `granted` (or `start`) once, then `run`; `end` at the end, whatever happened."""
+    """One request. Call `granted` (or `start`) once, then `run`; always call `end`."""
 
     __slots__ = (
-        "_began_ns", "_clock", "_done", "_exchange", "_headers", "_inside", "_notice", "_prepared", "_relay",
-        "_runtime", "_waited", "actor", "asleep", "request_id", "waited_ns", "wants_log",
+        "_began_ns", "_clock", "_done", "_exchange", "_headers", "_inside", "_prepared", "_relay", "_reports_start",
+        "_runtime", "actor", "needs_wake", "request_id", "waited_ns", "wants_log",
     )  # fmt: skip
 
     def __init__(
-        self, exchange: Exchange, actor: Actor, request_id: str, asleep: bool, clock: Clock, runtime: Runtime
+        self, exchange: Exchange, actor: Actor, request_id: str, needs_wake: bool, clock: Clock, runtime: Runtime
     ) -> None:
-        """`actor`: whom the gateway named. `asleep`: it was, when the request came."""
+        """`actor`: the instance that the gateway named. `needs_wake`: it was not RUNNING when the request came."""
         self.actor = actor
         self.request_id = request_id
-        self.asleep = asleep
+        self.needs_wake = needs_wake
         self.waited_ns = 0
         self.wants_log = False
         self._exchange = exchange
@@ -48,7 +47,7 @@ class ProxiedRequest:
         self._runtime = runtime
         self._began_ns = clock.monotonic_ns()
         self._inside = False
-        self._notice = False
+        self._reports_start = False
         self._prepared: bytes | None = None
         self._relay: Relay | None = None
         self._done: asyncio.Future[ForwardResult] | None = None
@@ -56,16 +55,16 @@ class ProxiedRequest:
 
     def _with_context(self) -> list[Header]:
         """The request's own headers and the `x-fc-*` context, of which only the first three differ between requests.
-        One loop, for every request pays for it."""
+        One loop, because every request pays for it."""
         control, client = _CONTROL_PATHS[0], b""
         given = self._exchange.head.headers
         for name, value in given:
-            if name == b"x-hibernode-control-path":
+            if name == hop_headers.CONTROL_PATH:
                 control = value if value in _CONTROL_PATHS else control
-            elif name == b"x-hibernode-client-ip":
+            elif name == hop_headers.CLIENT_IP:
                 client = value
-            elif name == b"x-hibernode-notice":
-                self._notice = True
+            elif name == hop_headers.STARTED:
+                self._reports_start = True
             elif name == b"x-fc-log-type":
                 self.wants_log = value == b"Tail"
         return [
@@ -78,14 +77,14 @@ class ProxiedRequest:
 
     # ---- the grant ----------------------------------------------------------------------------------------------
 
-    def get_ready(self) -> None:
-        """It is going to wait for whichever instance of the function frees first: do now what can be done now."""
+    def serialize(self) -> None:
+        """Serialize it in advance, before it waits for the first free instance of the function."""
         head, pool = self._exchange.head, self.actor.pool
         if pool is not None and not self.wants_log:
             self._prepared = prepare(self._exchange, pool, head.method, head.target, self._headers)
 
     def granted(self, actor: Actor, waited: bool) -> None:
-        """`actor` has granted it a slot."""
+        """`actor` has granted a slot."""
         self._inside = True
         if actor is not self.actor:
             if actor.context_headers != self.actor.context_headers:  # of another revision
@@ -94,13 +93,13 @@ class ProxiedRequest:
             self.actor = actor
         if waited:
             self.waited_ns = self._clock.monotonic_ns() - self._began_ns
-        if self._notice:
-            # Whoever sent it has no other way to know that no byte reached an instance, should this agent be killed.
+        if self._reports_start:
+            # Until this arrives the gateway knows that no byte reached an instance, even if this agent is killed.
             self._exchange.send_processing()
 
     def start(self, actor: Actor) -> None:
-        """`actor` has granted it a slot as another request left that: its bytes go out now, where a connection is
-        there; else `run` sees to it."""
+        """`actor` has granted a slot that another request gave back: send the bytes now if a connection is free, else
+        leave that to `run`."""
         self.granted(actor, waited=True)
         exchange, pool = self._exchange, actor.pool
         ready = self._prepared is not None and not exchange.gone and exchange.body_error is None
@@ -125,33 +124,33 @@ class ProxiedRequest:
 
     def _over(self, result: ForwardResult) -> None:
         assert self._done is not None
-        if not self._done.done():  # else the caller was cancelled
+        if not self._done.done():  # else `run` was cancelled
             self._done.set_result(result)
 
     def leave(self) -> None:
-        """Give the slot back: with the answer's last byte, before that goes on to the gateway, so that who waits for
-        the slot is not kept waiting by it."""
+        """Give the slot back. Called at the answer's last byte, before it is sent to the gateway, so that the next
+        request does not wait for that."""
         if self._inside:
             self._inside = False
             self.actor.gate.leave()
 
     def end(self) -> None:
-        """Nothing of it goes on, and it holds no slot."""
+        """Stop all that is under way, and give the slot back."""
         if self._relay is not None:
-            self._relay.give_up()
+            self._relay.cancel()
         self.leave()
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """To the end. Raises UnavailableError INSTANCE_GONE if no byte went to the instance."""
+        """Proxy until the answer is complete. Raises UnavailableError INSTANCE_GONE if no byte went to the instance."""
         result = await (self._forwarded() if self._done is None else self._done)
         if result is None:
             return
         if result.fault is not None:
             raise result.fault
         if result.outcome is not RelayOutcome.COMPLETE:
-            await self._unhappy(result)
+            await self._failed(result)
 
     async def _forwarded(self) -> ForwardResult | None:
         exchange, actor = self._exchange, self.actor
@@ -167,7 +166,7 @@ class ProxiedRequest:
             self._headers,
             deadline=exchange.loop.time() + actor.function.timeout_ns / SECOND_NS,
             response_filter=self._answer_headers,
-            late_headers=(lambda: self._log_headers(END_WAIT_S)) if self.wants_log else None,
+            deferred_headers=(lambda: self._log_headers(END_WAIT_S)) if self.wants_log else None,
             on_last_byte=self.leave,
         )
 
@@ -178,35 +177,32 @@ class ProxiedRequest:
         return [(b"x-fc-log-result", await log_result(self._runtime, handle, self.request_id, end_wait_s))]
 
     def _answer_headers(self, answer: ResponseHead) -> list[Header]:
-        self.actor.figures.timeouts_in_a_row = 0
+        self.actor.note_answer()
         kept = rules.instance_answer_headers(answer.headers)
         kept.extend(self._own_headers())
         if self.waited_ns:
-            name = b"x-hibernode-wake-ms" if self.asleep else b"x-hibernode-queue-ms"
+            name = hop_headers.WAKE_MS if self.needs_wake else hop_headers.QUEUE_MS
             kept.append((name, b"%.3f" % (self.waited_ns / MILLISECOND_NS)))
         return kept
 
     def _own_headers(self) -> list[Header]:
-        actor, gate = self.actor, self.actor.gate
-        load = f"{gate.in_flight - self._inside + gate.waiting}/{gate.concurrency};{actor.state.value}"
         return [
             (b"x-fc-request-id", self.request_id.encode("latin-1")),
-            (b"x-fc-instance-id", actor.uid.encode()),
-            (b"x-hibernode-load", load.encode()),
+            (b"x-fc-instance-id", self.actor.uid.encode()),
         ]
 
-    async def _unhappy(self, result: ForwardResult) -> None:
+    async def _failed(self, result: ForwardResult) -> None:
         exchange, actor = self._exchange, self.actor
-        own = self._own_headers()[1:]  # `fail` says the request id itself
+        own = self._own_headers()[1:]  # `fail` adds the request id itself
         error: HibernodeError | None = None
         match result.outcome:
             case RelayOutcome.CONNECT_FAILED:
                 error = InstanceError("INSTANCE_CRASHED", "the instance does not accept connections")
-                own.append((b"x-hibernode-refused", b"CONNECT_FAILED"))
+                own.append((hop_headers.REFUSED, b"CONNECT_FAILED"))
             case RelayOutcome.UPSTREAM_FAILED_BEFORE_HEAD:
                 error = InstanceError("INSTANCE_CRASHED", "the instance closed the connection without an answer")
             case RelayOutcome.TIMEOUT_BEFORE_HEAD:
-                _count_timeout(actor)
+                actor.note_timeout()
                 error = DeadlineError(
                     "FUNCTION_TIMEOUT",
                     f"the function did not answer within its timeout of {actor.function.timeout_ns / SECOND_NS:g} s",
@@ -214,16 +210,8 @@ class ProxiedRequest:
             case RelayOutcome.CLIENT_FAILED:
                 error = result.error
             case _:
-                return  # the client left, or its answer had begun and was cut
+                return  # the client disconnected, or an answer that had begun was cut
         if error is not None and not exchange.head_sent and not exchange.gone:
             if self.wants_log:
-                own += await self._log_headers(0.0)  # no End will come; what led to this is there
+                own += await self._log_headers(0.0)  # no End marker will come; what led to the failure is there
             await exchange.fail(error, self.request_id, extra=own)
-
-
-def _count_timeout(actor: Actor) -> None:
-    """One slow request is the request's fault; two in a row without a byte are the instance's."""
-    actor.figures.timeouts_in_a_row += 1
-    if actor.figures.timeouts_in_a_row >= MAX_TIMEOUTS_IN_A_ROW:
-        message = f"{MAX_TIMEOUTS_IN_A_ROW} requests in a row timed out without a byte of an answer"
-        actor.handle(StopAsked(0, force=True, reason="INSTANCE_UNRESPONSIVE", message=message))

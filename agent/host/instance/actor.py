@@ -1,8 +1,8 @@
-"""One instance's actor: feeds events to `machine.step`, performs the effects, keeps the gate in step.
+"""One instance's actor: feeds events to `machine.step`, performs the effects, opens and closes the gate.
 
-Everything here is synchronous and runs on the loop's thread, so there is one writer and no lock. An event raised
-while effects are performed waits its turn in `_inbox`. What takes time is started, never awaited: operations in the
-executor, GPU business in the node.
+Everything here is synchronous and runs on the loop's thread, so there is one writer and no lock. An event raised while
+effects are performed waits in `_inbox`. Long work is started, never awaited: operations by the executor, GPU grants by
+the broker.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, assert_never
+from dataclasses import dataclass, replace
+from typing import Final, Protocol, assert_never
 
 from agent.core.errors import DeadlineError, UnavailableError
 from agent.core.lifecycle import events as ev
@@ -19,14 +19,16 @@ from agent.core.lifecycle import machine
 from agent.core.lifecycle.machine import Instance
 from agent.core.types import FunctionSpec, Handle, InstanceSpec, InstanceState
 from agent.host.instance.events import EventLog
-from agent.host.instance.gate import AdmissionGate, RequestMeter
+from agent.host.instance.gate import AdmissionGate
 from agent.host.instance.hooks import function_headers
 from agent.http.pool import Pool
-from agent.ports import Clock, Timer
+from agent.ports import Clock, RequestMeter, Timer
+
+MAX_TIMEOUTS_IN_A_ROW = 2
 
 
 class Executor(Protocol):
-    """Runs the operations of one instance, one at a time, and posts their results back as events."""
+    """Runs the operations of one instance, one at a time, and posts each result as an event."""
 
     def run(self, op: ev.Operation, gen: int) -> None: ...
 
@@ -34,7 +36,7 @@ class Executor(Protocol):
 
 
 class GpuRequests(Protocol):
-    """The node loop, as an instance sees it: the GPU book's counter."""
+    """The GPU broker, as an instance sees it."""
 
     def want(self, actor: Actor, avoid: tuple[str, ...]) -> None: ...
 
@@ -42,25 +44,25 @@ class GpuRequests(Protocol):
 
     def release(self, actor: Actor) -> None: ...
 
-    def refused(self, actor: Actor) -> None: ...
+    def freeze_refused(self, actor: Actor) -> None: ...
 
     def became(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None: ...
 
 
 class StateListener(Protocol):
-    """Metering, reporting and history follow every state change, before the gate acts on it."""
+    """Meters, reports and history: called at every state change, before the gate acts on it."""
 
     def state_changed(self, actor: Actor, old: InstanceState, new: InstanceState, at: int) -> None: ...
 
     def fitness_changed(self, actor: Actor) -> None:
-        """It is made, or gone for good; or other instances are to be preferred to it from now on, or no longer."""
+        """The instance was made or is gone for good, or its preference over other instances has changed."""
 
     def load_changed(self, actor: Actor) -> None:
-        """The first request is inside, or the last has left: on the request path."""
+        """The first request is inside, or the last has left. Called on the request path."""
 
 
 class Listener(StateListener, Protocol):
-    """The node itself also hears when GPUs are held."""
+    """The node, which is also called when the instance holds its GPUs."""
 
     def gpus_held(self, actor: Actor) -> None: ...
 
@@ -84,33 +86,40 @@ class InstanceFigures:
 
 
 class Actor:
-    """See the module. Public attributes are for reading; `handle` is the only way to change the instance."""
+    """See the module. Public attributes are for reading (tests/host/test_owners.py checks that): `handle` changes the
+    instance, the methods under "what others report" the rest.
+
+    - `gpu_uuids`: the GPUs it was last on; `instance.gpus` are the ones granted to it.
+    - `adopted`: an earlier agent started it, and may have woken it.
+    - `ended`: set once nothing of it is left.
+    """
 
     def __init__(
         self,
         spec: InstanceSpec,
         instance: Instance,
+        gpu_uuids: tuple[str, ...],
+        create_wall_ns: int,
         *,
         clock: Clock,
         meter: RequestMeter,
-        desk: GpuRequests,
+        broker: GpuRequests,
         listener: Listener,
         events: EventLog,
         max_waiting: int,
+        executor_of: Callable[[Actor], Executor],
     ) -> None:
-        self.spec = spec
+        self.spec: Final = spec
         self.instance = instance
         self.handle_of_container: Handle | None = None
         self.pool: Pool | None = None
-        self.figures = InstanceFigures(create_wall_ns=clock.wall_ns(), state_wall_ns=clock.wall_ns())
-        self.gpu_uuids: tuple[str, ...] = ()
+        self.figures: Final = InstanceFigures(create_wall_ns=create_wall_ns, state_wall_ns=clock.wall_ns())
+        self.gpu_uuids = gpu_uuids
         self.healthy = True
         self.adopted = False
-        """An earlier agent started it, and may have woken it."""
-        self.ended = asyncio.Event()
-        self.context_headers = function_headers(spec.function)
-        self.executor: Executor
-        self.gate = AdmissionGate(
+        self.ended: Final = asyncio.Event()
+        self.context_headers: Final = function_headers(spec.function)
+        self.gate: Final = AdmissionGate(
             spec.function.instance_concurrency,
             max_waiting,
             spec.function.queue_timeout_ns,
@@ -119,7 +128,7 @@ class Actor:
             self,
         )
         self._clock = clock
-        self._desk = desk
+        self._broker = broker
         self._listener = listener
         self._events = events
         self._inbox: deque[ev.Event] = deque()
@@ -129,8 +138,9 @@ class Actor:
         self._idle_armed_ns = 0
         self._wake_timer: Timer | None = None
         self._waiters: set[asyncio.Future[None]] = set()
-        self._visitors = 0
+        self._execs = 0
         self._closed = False
+        self._executor = executor_of(self)
 
     @property
     def uid(self) -> str:
@@ -150,7 +160,7 @@ class Actor:
     # ---- events in ----------------------------------------------------------------------------------------------
 
     def handle(self, event: ev.Event) -> None:
-        """Take one event; when this returns, it and all that followed from it have been dealt with."""
+        """Take one event. On return, it and every event that followed from it have been handled."""
         self._inbox.append(event)
         if self._stepping:
             return
@@ -162,48 +172,98 @@ class Actor:
             self._stepping = False
 
     def wake(self, hold_ns: int, until_ns: int) -> None:
-        """An API wake: see `machine.WakeAsked`."""
+        """Ask for the instance to be awake: see `events.WakeAsked`."""
         self.handle(ev.WakeAsked(hold_ns, until_ns))
         if self._wake_timer is not None:
             self._wake_timer.cancel()
             self._wake_timer = None
-        if self.instance.wake_until_ns:  # the latest of all wakes that are not answered yet
+        if self.instance.wake_until_ns:  # the latest of all open wakes
             self._wake_timer = self._clock.call_at(self.instance.wake_until_ns, lambda: self.handle(ev.WakeExpired()))
 
-    def enter(self) -> None:
-        """One more command is about to run inside: the instance is not frozen until the `leave` that follows."""
-        self._visitors += 1
-        if self._visitors == 1:
+    def exec_started(self) -> None:
+        """A command is about to run inside: no freeze begins before `exec_ended`."""
+        self._execs += 1
+        if self._execs == 1:
             self.handle(ev.ExecActive(inside=True))
 
-    def leave(self) -> None:
+    def exec_ended(self) -> None:
         """That command has ended."""
-        self._visitors -= 1
-        if self._visitors == 0 and not self._closed:
+        self._execs -= 1
+        if self._execs == 0 and not self._closed:
             self.handle(ev.ExecActive(inside=False))
 
     def set_healthy(self, healthy: bool) -> None:
-        """What the custom health check found; others get the requests meanwhile, so it is reported."""
+        """Follow the custom health check. Reported, because the gateway then prefers other instances."""
         if healthy is not self.healthy:
             self.healthy = healthy
-            self.gate.shunned = not healthy
-            self.gate.offer()
-            if self.gate.line is not None:
-                self.gate.line.look()
+            self.gate.set_healthy(healthy)
             self._events.add(self.uid, "instance.healthy" if healthy else "instance.unhealthy")
             self._listener.fitness_changed(self)
 
-    def gate_busy(self) -> None:
+    def first_request_started(self) -> None:
         self.handle(ev.FirstRequestStarted())
 
-    def gate_quiet(self) -> None:
+    def last_request_ended(self) -> None:
         self.handle(ev.LastRequestEnded())
 
-    def gate_wanted(self) -> None:
+    def waiters_appeared(self) -> None:
         self.handle(ev.WaitersAppeared())
 
-    def gate_unwanted(self) -> None:
+    def waiters_gone(self) -> None:
         self.handle(ev.WaitersGone())
+
+    # ---- what others report -------------------------------------------------------------------------------------
+
+    def adopt(self, gpu_bytes: int, *, sees_all_gpus: bool) -> None:
+        """Recovery: the instance outlived an earlier agent. `gpu_bytes`: size of its image if FROZEN, else its VRAM."""
+        me, frozen = self.instance, self.state is InstanceState.FROZEN
+        holds = self.state is InstanceState.RUNNING
+        self.instance = replace(me, holds=holds, gpus=self.gpu_uuids, movable=me.movable and sees_all_gpus)
+        self.adopted = True
+        self.figures.idle_since_ns = self._clock.monotonic_ns()
+        self.figures.image_bytes, self.figures.vram_bytes = (gpu_bytes, 0) if frozen else (0, gpu_bytes)
+
+    def attach_container(self, handle: Handle, pool: Pool) -> None:
+        """Its container runs, and `pool` reaches its server."""
+        self.handle_of_container, self.pool = handle, pool
+
+    def set_gpus(self, gpu_uuids: tuple[str, ...]) -> None:
+        """It was started or restored on these GPUs."""
+        self.gpu_uuids = gpu_uuids
+
+    def set_progress(self, text: str) -> None:
+        """What its start is doing, for users."""
+        self.figures.progress = text
+
+    def note_vram(self, vram_bytes: int) -> None:
+        """Its VRAM, measured by NVML."""
+        self.figures.vram_bytes = vram_bytes
+
+    def note_freeze(self, image_bytes: int) -> None:
+        """A checkpoint succeeded."""
+        self.figures.image_bytes = image_bytes
+        self.figures.freezes += 1
+
+    def note_wake(self, took_ns: int, driver_ns: int) -> None:
+        """A wake succeeded; `driver_ns` of it were the driver's own calls."""
+        figures = self.figures
+        figures.wakes += 1
+        figures.last_wake_ns, figures.last_wake_driver_ns = took_ns, driver_ns
+        average_ns = figures.wake_estimate_ns
+        figures.wake_estimate_ns = (3 * average_ns + took_ns) // 4 if average_ns else took_ns
+        figures.image_bytes = 0
+
+    def note_answer(self) -> None:
+        """A request was answered: see `note_timeout`."""
+        self.figures.timeouts_in_a_row = 0
+
+    def note_timeout(self) -> None:
+        """A request timed out without a byte of an answer. One may be the request's fault; two in a row are the
+        instance's, which is stopped."""
+        self.figures.timeouts_in_a_row += 1
+        if self.figures.timeouts_in_a_row >= MAX_TIMEOUTS_IN_A_ROW:
+            message = f"{MAX_TIMEOUTS_IN_A_ROW} requests in a row timed out without a byte of an answer"
+            self.handle(ev.StopAsked(0, force=True, reason="INSTANCE_UNRESPONSIVE", message=message))
 
     # ---- stepping -----------------------------------------------------------------------------------------------
 
@@ -223,13 +283,13 @@ class Actor:
         for effect in effects:
             self._perform(effect)
         if new.state is not old.state:
-            self._tell_waiters()
+            self._notify_waiters()
         elif new.paused is not old.paused:
             self._listener.fitness_changed(self)
         elif new.busy is not old.busy:
             self._listener.load_changed(self)
 
-    def _tell_waiters(self) -> None:
+    def _notify_waiters(self) -> None:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -237,19 +297,19 @@ class Actor:
     def _perform(self, effect: ev.Effect) -> None:
         match effect:
             case ev.Run(op, gen, _):
-                self.executor.run(op, gen)
+                self._executor.run(op, gen)
             case ev.AskCancel(gen):
-                self.executor.ask_cancel(gen)
+                self._executor.ask_cancel(gen)
             case ev.RequestGpus(avoid):
-                self._desk.want(self, avoid)
+                self._broker.want(self, avoid)
             case ev.WithdrawRequest():
-                self._desk.withdraw(self)
+                self._broker.withdraw(self)
             case ev.ReleaseGpus():
-                self._desk.release(self)
+                self._broker.release(self)
             case ev.OrderedFreezeRefused():
-                self._desk.refused(self)
+                self._broker.freeze_refused(self)
             case ev.ReportActivity(idle, preemptible_at_ns):
-                self._desk.became(self, idle, preemptible_at_ns)
+                self._broker.became(self, idle, preemptible_at_ns)
             case ev.SetIdleTimer(gen, at_ns):
                 self._arm_idle(gen, at_ns)
             case ev.SetStopTimer(gen, at_ns):
@@ -265,18 +325,18 @@ class Actor:
                 assert_never(effect)
 
     def _arm_idle(self, gen: int, at_ns: int) -> None:
-        """One timer at most, and not one for each request: what is armed for an earlier time goes on to the new one."""
+        """Keep one timer, not one per request: a timer that fires too early is armed again for the new time."""
         if self._closed:
-            return  # nothing begins that the agent would not see the end of
+            return  # no freeze begins while the agent leaves
         self._idle_due = (gen, at_ns)
         if self._idle_timer is not None and self._idle_armed_ns > at_ns:
             self._idle_timer.cancel()
             self._idle_timer = None
         if self._idle_timer is None:
             self._idle_armed_ns = at_ns
-            self._idle_timer = self._clock.call_at(at_ns, self._look_idle)
+            self._idle_timer = self._clock.call_at(at_ns, self._check_idle)
 
-    def _look_idle(self) -> None:
+    def _check_idle(self) -> None:
         self._idle_timer = None
         gen, at_ns = self._idle_due
         if at_ns > self._clock.monotonic_ns():
@@ -287,11 +347,12 @@ class Actor:
     # ---- waiting ------------------------------------------------------------------------------------------------
 
     async def wait_until(self, reached: Callable[[Instance], bool], timeout_s: float, what: str) -> None:
-        """Wait until `reached` holds. Raises DeadlineError `<what>_TIMEOUT`, UnavailableError AGENT_STOPPING."""
+        """Wait until `reached(instance)` is true. Raises DeadlineError `<what>_TIMEOUT`, UnavailableError
+        AGENT_STOPPING."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while not reached(self.instance):
             if self._closed:
-                raise _refusal("AGENT_STOPPING", "this node's agent is going away")()
+                raise _refusal("AGENT_STOPPING", "this node's agent is stopping")()
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.add(waiter)
             try:
@@ -301,22 +362,22 @@ class Actor:
                 raise DeadlineError(
                     f"{what}_TIMEOUT",
                     f"instance {self.uid} is {self.state.value} after {timeout_s:g} s; "
-                    "see `hibernode events` for what holds it up",
+                    "see `hibernode events` for the cause",
                 ) from None
             finally:
                 self._waiters.discard(waiter)
 
     def close(self) -> None:
-        """The agent goes away (the instance stays): stop the timers, turn the waiters away."""
+        """The agent stops, the instance stays: cancel the timers, refuse the waiters."""
         self._closed = True
         for timer in (self._idle_timer, self._wake_timer):
             if timer is not None:
                 timer.cancel()
-        leaving = _refusal("AGENT_STOPPING", "this node's agent is going away")
-        self.gate.refuse_all(leaving)
-        if self.gate.line is not None:
-            self.gate.line.refuse_all(leaving())
-        self._tell_waiters()
+        stopping = _refusal("AGENT_STOPPING", "this node's agent is stopping")
+        self.gate.refuse_all(stopping)
+        if self.gate.queue is not None:
+            self.gate.queue.refuse_all(stopping())
+        self._notify_waiters()
 
 
 def _refusal(reason: str, message: str) -> Callable[[], UnavailableError]:

@@ -1,4 +1,4 @@
-"""What the operations of every instance of a node share, and how one of them is cut short."""
+"""What the operations of all instances of a node share, and how one is cancelled."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ REMOVED_LATER = frozenset({"ENGINE_UNAVAILABLE", "REMOVE_FAILED"})
 
 @dataclass(frozen=True, slots=True)
 class InstanceContext:
-    """The ports and the settings. `gpu_models`: the host's GPUs, uuid -> model. `store_problem` says why the store
-    fails, "" while it works: no freeze begins without it (DESIGN section 4)."""
+    """Ports and settings.
+
+    - `gpu_models`: the host's GPUs, uuid -> model.
+    - `store_problem`: why the store fails, "" while it works. No freeze begins while it fails.
+    """
 
     clock: Clock
     runtime: Runtime
@@ -39,8 +42,8 @@ class InstanceContext:
     store_problem: Callable[[], str] = lambda: ""
 
     async def remove(self, handle: Handle) -> None:
-        """Of one that is dead, what is left. What its engine can't remove now, away or busy, holds nothing but a name:
-        `EngineWatch` removes it later. Raises as `Runtime.destroy` does for all else."""
+        """Remove what is left of a dead container. What the engine can't remove now (down or busy) only holds a name:
+        `EngineWatch` removes it later. Raises as `Runtime.destroy` does otherwise."""
         try:
             await self.runtime.destroy(handle)
         except HibernodeError as error:
@@ -50,14 +53,14 @@ class InstanceContext:
 
 
 async def unless_cancelled(work: Coroutine[Any, Any, _T], cancel: asyncio.Event) -> _T:
-    """Do `work` to its end, or give it up when `cancel` is set: then PreconditionError CANCELLED. Leaves no task."""
-    task, asked = asyncio.ensure_future(work), asyncio.ensure_future(cancel.wait())
+    """Await `work`, or cancel it when `cancel` is set: then PreconditionError CANCELLED. Leaves no task behind."""
+    task, cancelled = asyncio.ensure_future(work), asyncio.ensure_future(cancel.wait())
     try:
-        await asyncio.wait([task, asked], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([task, cancelled], return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise PreconditionError(CANCELLED, "it was not needed any more")
+        raise PreconditionError(CANCELLED, "the operation was cancelled")
     finally:
-        for each in (task, asked):
+        for each in (task, cancelled):
             each.cancel()
-        await asyncio.gather(task, asked, return_exceptions=True)
+        await asyncio.gather(task, cancelled, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The node's event history: bounded, newest kept, in memory (the log has them all)."""
+"""The node's events: the newest are kept in memory, all go to the log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agent.ports import Clock
 
 @dataclass(frozen=True, slots=True)
 class NodeEvent:
-    """One thing that happened. `sequence` grows by one; `name` is dotted and never changes its meaning."""
+    """One event. `sequence` grows by one; `name` is dotted and never changes its meaning."""
 
     sequence: int
     wall_ns: int
@@ -24,12 +24,12 @@ class NodeEvent:
 
 
 LOG_AFTER_S = 0.02
-"""Lines are written so much later: a line costs a wake up to 0.3 ms, and a request waits for every wake."""
+"""Delay of log lines: writing one costs a wake up to 0.3 ms, and a request waits for every wake."""
 MAX_UNLOGGED = 1000
 
 
 class EventLog:
-    """Keeps the last `capacity` events and logs each once, `LOG_AFTER_S` late and with its own time. `flush` at the
+    """Keeps the last `capacity` events, and logs each once, `LOG_AFTER_S` later with its own time. Call `flush` at the
     end."""
 
     def __init__(self, clock: Clock, capacity: int = 5000) -> None:
@@ -40,7 +40,7 @@ class EventLog:
         self._log = get_logger()
 
     def add(self, instance_uid: str, name: str, message: str = "", **attributes: str | int) -> None:
-        """Record one event, to be logged soon. Never pass secrets. Called on the loop's thread."""
+        """Record one event; it is logged soon. Never pass secrets. Called on the loop's thread."""
         self._sequence += 1
         texts = {key: str(value) for key, value in attributes.items()}
         event = NodeEvent(self._sequence, self._clock.wall_ns(), instance_uid, name, message, texts)
@@ -52,7 +52,7 @@ class EventLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has not been logged yet."""
+        """Log the events that have not been logged yet."""
         events, self._unlogged = self._unlogged, []
         for event in events:
             extra = {"message": event.message} if event.message else {}

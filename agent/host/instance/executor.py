@@ -1,7 +1,7 @@
-"""Runs the operations of one instance, one at a time, and posts each result back as an event.
+"""Runs the operations of one instance, one at a time, and posts each result as an event.
 
-An operation never decides what comes next: it does its work against the ports, within deadlines, and answers
-Succeeded, Refused (rolled back) or Broken (unknown). An exception nobody foresaw is Broken, never silence.
+An operation does not decide what comes next: it works on the ports, within deadlines, and answers Succeeded, Refused
+(rolled back) or Broken (state unknown). An unexpected exception becomes Broken.
 """
 
 from __future__ import annotations
@@ -23,18 +23,22 @@ from agent.host.instance.health import HealthProbe
 from agent.http.limits import UpstreamLimits
 from agent.http.pool import Pool
 from agent.log import get_logger
-from agent.ports import InstanceRecord, StartSpec
+from agent.ports import InstanceRecord, RecordPhase, StartSpec
 
 LOG_TAIL_BYTES = 2048
 KILL_ATTEMPTS = 3
 
 
 class InstanceExecutor:
-    """Implements `actor.Executor` for one actor. `record` is what the store holds of it."""
+    """Implements `actor.Executor` for one actor.
 
-    def __init__(self, actor: Actor, record: InstanceRecord, shell: InstanceContext) -> None:
+    - `record`: the instance's record as the store has it.
+    - `known_pids`: its host pids as last listed, for the proof that its GPUs are free.
+    """
+
+    def __init__(self, actor: Actor, record: InstanceRecord, context: InstanceContext) -> None:
         self._actor = actor
-        self._shell = shell
+        self._context = context
         self.record = record
         self.known_pids: set[int] = set()
         self._task: asyncio.Task[None] | None = None
@@ -45,13 +49,13 @@ class InstanceExecutor:
         self._cancel = asyncio.Event()
         self._closed = False
         self._health = HealthProbe(actor)
-        self._sleep = FreezeOperations(actor, shell, self._health, self._note_vram, self._save_placement)
+        self._freezing = FreezeOperations(actor, context, self._health, self._note_vram, self._save_placement)
         self._log = get_logger()
 
-    # ---- the port -----------------------------------------------------------------------------------------------
+    # ---- actor.Executor ---------------------------------------------------------------------------------------------
 
     def run(self, op: ev.Operation, gen: int) -> None:
-        """Start `op` as soon as the operation before it has ended. DESTROY cuts that one short."""
+        """Start `op` once the operation before it has ended. DESTROY cancels that one."""
         if self._closed:
             return
         if op is ev.Operation.DESTROY:
@@ -66,18 +70,18 @@ class InstanceExecutor:
             self._cancel.set()
 
     async def close(self) -> None:
-        """The agent goes away and leaves the instance: let operations under way end, stop watching.
+        """The agent stops and the instance stays: let the operation under way end, then stop watching.
 
-        A pull or a start is given up: the next agent makes that container anew.
+        A pull or a start is cancelled: the next agent starts that container again.
         """
         await self._health.pause()
         if self._op is ev.Operation.LOCK:
             self._cancel.set()
         try:
-            async with asyncio.timeout(self._shell.stop_timeout_s):
+            async with asyncio.timeout(self._context.stop_timeout_s):
                 beginning = (ev.Operation.PREPARE, ev.Operation.START)
                 while self._task is not None and not self._task.done() and self._op not in beginning:
-                    await asyncio.wait([self._task])  # what follows from it is another task
+                    await asyncio.wait([self._task])  # the operation that follows is another task
         except TimeoutError:
             self._log.warning("instance.operation_abandoned", instance=self._actor.uid, operation=str(self._op))
         self._closed = True
@@ -95,7 +99,7 @@ class InstanceExecutor:
         if earlier is not None and not earlier.done():
             handle = self._actor.handle_of_container
             if op is ev.Operation.DESTROY and handle is not None:
-                await self._kill(handle)  # whatever the earlier operation waits for ends with it
+                await self._kill(handle)  # ends whatever the earlier operation waits for
             await asyncio.wait([earlier])  # each has its own deadlines
         try:
             answer = await self._dispatch(op, gen, cancel)
@@ -113,13 +117,13 @@ class InstanceExecutor:
             case ev.Operation.START:
                 return await self._start(gen, cancel)
             case ev.Operation.LOCK:
-                return await self._sleep.lock(self._handle(), gen, cancel)
+                return await self._freezing.lock(self._handle(), gen, cancel)
             case ev.Operation.CHECKPOINT:
-                return await self._sleep.checkpoint(self._handle(), gen)
+                return await self._freezing.checkpoint(self._handle(), gen)
             case ev.Operation.UNLOCK:
-                return await self._sleep.unlock(self._handle(), gen)
+                return await self._freezing.unlock(self._handle(), gen)
             case ev.Operation.WAKE:
-                return await self._sleep.wake(self._handle(), gen)
+                return await self._freezing.wake(self._handle(), gen)
             case ev.Operation.STOP:
                 return await self._stop(gen, cancel)
             case ev.Operation.DESTROY:
@@ -130,68 +134,64 @@ class InstanceExecutor:
     # ---- start --------------------------------------------------------------------------------------------------
 
     async def _prepare(self, gen: int, cancel: asyncio.Event) -> ev.Event:
-        work = self._shell.runtime.prepare(self._actor.function, self._progress)
+        work = self._context.runtime.prepare(self._actor.function, self._actor.set_progress)
         try:
             await unless_cancelled(work, cancel)
         except HibernodeError as error:
             if error.reason == CANCELLED:
-                return ev.Refused(gen, CANCELLED, "the pull was given up")
+                return ev.Refused(gen, CANCELLED, "the pull was cancelled")
             raise
-        self._progress("waiting for a GPU" if self._actor.function.gpu.count else "")
+        self._actor.set_progress("waiting for a GPU" if self._actor.function.gpu.count else "")
         return ev.Succeeded(gen)
 
-    def _progress(self, text: str) -> None:
-        """What the start is at, for people who look."""
-        self._actor.figures.progress = text
-
     async def _start(self, gen: int, cancel: asyncio.Event) -> ev.Event:
-        actor, shell = self._actor, self._shell
-        # The driver moves only what can see every GPU of the host.
+        actor, context = self._actor, self._context
+        # The driver restores on other GPUs only processes that can see every GPU of the host.
         movable = bool(actor.instance.gpus) and actor.instance.movable
         spec = StartSpec(actor.spec, self._environment(), actor.instance.gpus, all_gpus=movable)
-        self._progress("starting")
-        handle = await shell.runtime.start(spec)
-        actor.gpu_uuids = actor.instance.gpus
-        self.adopt(handle)
-        await self.save("STARTED")
+        actor.set_progress("starting")
+        handle = await context.runtime.start(spec)
+        actor.set_gpus(actor.instance.gpus)
+        self._attach(handle)
+        await self.save(RecordPhase.STARTED)
         try:
             await unless_cancelled(self._warm_up(handle), cancel)
         except HibernodeError as error:
             if error.reason == CANCELLED:
-                return ev.Refused(gen, CANCELLED, "the start was given up")
+                return ev.Refused(gen, CANCELLED, "the start was cancelled")
             reason, message = error.reason, error.message
-            if self._exit is not None:  # how it ended says more than that nobody answered
+            if self._exit is not None:  # its exit explains more than a missing answer
                 reason = "OUT_OF_MEMORY" if self._exit.oom_killed else reason
-                message = f"{message} Its end: {_how_it_ended(self._exit)}."
+                message = f"{message} Its exit: {_how_it_ended(self._exit)}."
             raise InstanceError(reason, f"{message} {await self._log_tail(handle)}") from error
-        await self.save("READY")
+        await self.save(RecordPhase.READY)
         try:
             await self._note_vram(handle)
-        except PreconditionError as error:  # HOST_MEMORY_SHORT: a sharer that could never make room for the others
+        except PreconditionError as error:  # HOST_MEMORY_SHORT: a sharer that could never be frozen for the others
             raise InstanceError(
-                error.reason, f"{error.message}; a gpuMemorySize in its s.yaml tells this before the start"
+                error.reason, f"{error.message}; with a gpuMemorySize in its s.yaml this is checked before the start"
             ) from error
         except HibernodeError as error:  # measured again before each freeze
             self._log.warning("instance.vram_unknown", instance=actor.uid, reason=error.reason)
         self._health.resume()
-        self._progress("")
+        actor.set_progress("")
         return ev.Succeeded(gen)
 
     async def _warm_up(self, handle: Handle) -> None:
-        """Readiness, /initialize, the first health check."""
-        actor, shell = self._actor, self._shell
-        deadline = asyncio.get_running_loop().time() + shell.ready_timeout_s
-        self._progress(f"waiting for its server on port {handle.port}")
+        """Wait for readiness, call /initialize, run the first health check."""
+        actor, context = self._actor, self._context
+        deadline = asyncio.get_running_loop().time() + context.ready_timeout_s
+        actor.set_progress(f"waiting for its server on port {handle.port}")
         await hooks.wait_until_listening(handle.host, handle.port, deadline, lambda: self._exit is not None)
         pool = actor.pool
         assert pool is not None
-        self._progress("initializing")
-        await hooks.initialize(pool, actor.function, shell.request_ids())
+        actor.set_progress("initializing")
+        await hooks.initialize(pool, actor.function, context.request_ids())
         await self._first_probe(pool)
 
     async def _log_tail(self, handle: Handle) -> str:
         try:
-            tail = (await self._shell.runtime.read_log(handle, LOG_TAIL_BYTES)).decode(errors="replace").strip()
+            tail = (await self._context.runtime.read_log(handle, LOG_TAIL_BYTES)).decode(errors="replace").strip()
         except (OSError, HibernodeError):
             tail = ""
         return f"Logs: {tail or '(none)'}"
@@ -200,14 +200,14 @@ class InstanceExecutor:
         check = self._actor.function.health_check
         if check is None:
             return
-        await asyncio.sleep(check.initial_delay_ns / SECOND_NS)  # what the user's configuration asks for
+        await asyncio.sleep(check.initial_delay_ns / SECOND_NS)  # as the function's configuration asks
         if not await hooks.probe(pool, self._actor.function, check):
             raise InstanceError("HEALTH_CHECK_FAILED", f"the first GET {check.path} did not answer 200 to 399 in time")
 
     def _environment(self) -> dict[str, str]:
         function = self._actor.function
         return {
-            **self._shell.environment,
+            **self._context.environment,
             "FC_FUNCTION_NAME": function.name,
             "FC_FUNCTION_HANDLER": function.handler,
             "FC_FUNCTION_MEMORY_SIZE": str(function.memory_bytes >> 20),
@@ -217,19 +217,25 @@ class InstanceExecutor:
             **({} if function.image == HOST_IMAGE else {"FC_FUNC_CODE_PATH": hooks.CODE_PATH}),
         }
 
-    def adopt(self, handle: Handle) -> None:
-        """This container is ours from now on: data path, exit watch."""
-        self._actor.handle_of_container = handle
-        self._actor.pool = Pool(handle.host, handle.port, UpstreamLimits())
+    def adopt(self, record: InstanceRecord, handle: Handle, pids: set[int], *, awake: bool) -> None:
+        """Recovery: take over a container that an earlier agent started. `record` is the one on disk."""
+        self.record, self.known_pids = record, pids
+        self._attach(handle)
+        if awake:
+            self._health.resume()
+
+    def _attach(self, handle: Handle) -> None:
+        """Open the data path to the container, and watch for its exit."""
+        self._actor.attach_container(handle, Pool(handle.host, handle.port, UpstreamLimits()))
         self.record = replace(self.record, handle=handle)
         self._watch = asyncio.create_task(self._watch_exit(handle), name=f"watch {handle.uid}")
 
     async def _watch_exit(self, handle: Handle) -> None:
         try:
-            self._exit = ended = await self._shell.runtime.wait(handle)
+            self._exit = ended = await self._context.runtime.wait(handle)
         except Exception as error:
             self._log.exception("instance.watch_crashed", instance=self._actor.uid)
-            self._actor.handle(ev.Exited("INTERNAL", f"its end can't be watched any more: {type(error).__name__}"))
+            self._actor.handle(ev.Exited("INTERNAL", f"its exit can't be watched any more: {type(error).__name__}"))
             return
         reason = "OUT_OF_MEMORY" if ended.oom_killed else "INSTANCE_CRASHED"
         message = f"the container's main process ended: {_how_it_ended(ended)}"
@@ -238,35 +244,31 @@ class InstanceExecutor:
             message = f"{message} {await self._log_tail(handle)}"
         self._actor.handle(ev.Exited(reason, message))
 
-    def resume_health(self) -> None:
-        """Recovery: the instance was found RUNNING."""
-        self._health.resume()
-
     # ---- end ----------------------------------------------------------------------------------------------------
 
     async def _stop(self, gen: int, cancel: asyncio.Event) -> ev.Event:
-        """/pre-stop, TERM, KILL, in that order, each only if the one before left something; frozen: KILL at once."""
+        """/pre-stop, TERM, KILL, in that order, each only if something is left; a frozen instance gets KILL at once."""
         actor, handle = self._actor, self._actor.handle_of_container
         await self._health.pause()
-        await self._try_save("STOPPING")
+        await self._try_save(RecordPhase.STOPPING)
         if handle is not None and self._exit is None:
             if not actor.instance.stop_force:
                 try:
-                    await unless_cancelled(self._ask_to_end(handle), cancel)
+                    await unless_cancelled(self._terminate(handle), cancel)
                 except HibernodeError as error:
-                    self._shell.events.add(actor.uid, "instance.stop_cut_short", error.message)
+                    self._context.events.add(actor.uid, "instance.stop_cut_short", error.message)
             elif actor.function.hooks.pre_stop is not None:
                 text = "stopped without waking or by force"
-                self._shell.events.add(actor.uid, "instance.pre_stop_skipped", text)
-            if await self._shell.runtime.alive(handle) and not actor.instance.paused:
-                await self._sleep.prepare_kill(handle)
+                self._context.events.add(actor.uid, "instance.pre_stop_skipped", text)
+            if await self._context.runtime.alive(handle) and not actor.instance.paused:
+                await self._freezing.prepare_kill(handle)
         return await self._end(gen)
 
-    async def _ask_to_end(self, handle: Handle) -> None:
+    async def _terminate(self, handle: Handle) -> None:
         await self._pre_stop()
-        await self._shell.runtime.terminate(handle)
+        await self._context.runtime.terminate(handle)
         if self._watch is not None:
-            await asyncio.wait([self._watch], timeout=self._shell.stop_timeout_s)
+            await asyncio.wait([self._watch], timeout=self._context.stop_timeout_s)
 
     async def _pre_stop(self) -> None:
         hook, pool = self._actor.function.hooks.pre_stop, self._actor.pool
@@ -274,47 +276,47 @@ class InstanceExecutor:
             return
         try:
             status = await hooks.call_hook(
-                pool, self._actor.function, hook, b"GET", "/pre-stop", self._shell.request_ids()
+                pool, self._actor.function, hook, b"GET", "/pre-stop", self._context.request_ids()
             )
         except HibernodeError as error:
-            self._shell.events.add(self._actor.uid, "instance.pre_stop_failed", error.message)
+            self._context.events.add(self._actor.uid, "instance.pre_stop_failed", error.message)
             return
         if status >= 400:
-            self._shell.events.add(self._actor.uid, "instance.pre_stop_failed", f"answered {status}")
+            self._context.events.add(self._actor.uid, "instance.pre_stop_failed", f"answered {status}")
 
     async def _end(self, gen: int) -> ev.Event:
-        """Kill and clean up whatever is left; the uid is never used again."""
-        actor, shell, handle = self._actor, self._shell, self._actor.handle_of_container
+        """Kill and clean up whatever is left."""
+        actor, context, handle = self._actor, self._context, self._actor.handle_of_container
         try:
             await self._health.pause()
             if handle is not None:
                 await self._kill(handle)
-                shell.freezer.forget(handle)
-            shell.memory.forget(actor.uid)
+                context.freezer.forget(handle)
+            context.memory.forget(actor.uid)
             if actor.pool is not None:
                 actor.pool.close()
-            await self._try_save("ENDED")
+            await self._try_save(RecordPhase.ENDED)
         finally:
             actor.ended.set()
         return ev.Succeeded(gen)
 
     async def _kill(self, handle: Handle) -> None:
-        """What survives every attempt keeps its GPU cordoned (no proof of release) and is told about."""
-        runtime, message = self._shell.runtime, ""
+        """Kill and remove. An instance that survives every attempt keeps its GPUs cordoned, for lack of proof."""
+        runtime, message = self._context.runtime, ""
         for _ in range(KILL_ATTEMPTS):
             try:
                 self.known_pids |= set(await runtime.pids(handle))
                 await runtime.kill(handle)
-                await self._shell.remove(handle)
+                await self._context.remove(handle)
             except HibernodeError as error:
                 message = error.message
             except OSError as error:
                 message = str(error)
             else:
                 return
-        self._shell.events.add(self._actor.uid, "instance.kill_failed", message)
+        self._context.events.add(self._actor.uid, "instance.kill_failed", message)
 
-    # ---- small things -------------------------------------------------------------------------------------------
+    # ---- helpers -------------------------------------------------------------------------------------------
 
     def _handle(self) -> Handle:
         handle = self._actor.handle_of_container
@@ -323,32 +325,25 @@ class InstanceExecutor:
         return handle
 
     async def _note_vram(self, handle: Handle) -> None:
-        self._actor.figures.vram_bytes = await self._shell.freezer.vram_bytes(handle)
-        self.known_pids = set(await self._shell.runtime.pids(handle))
-        self._shell.memory.measured(self._actor.uid, self._actor.figures.vram_bytes)
+        self._actor.note_vram(await self._context.freezer.vram_bytes(handle))
+        self.known_pids = set(await self._context.runtime.pids(handle))
+        self._context.memory.measured(self._actor.uid, self._actor.figures.vram_bytes)
 
     async def _save_placement(self) -> None:
         if self.record.gpu_uuids != self._actor.gpu_uuids:
             await self.save(self.record.phase)
 
-    async def _try_save(self, phase: str) -> None:
-        """As `save`; an end goes on without the store: recovery finds the container gone."""
+    async def _try_save(self, phase: RecordPhase) -> None:
+        """`save` that never fails: an end goes on without the store, because recovery finds the container gone."""
         try:
             await self.save(phase)
         except HibernodeError as error:
-            self._shell.events.add(self._actor.uid, "store.failed", error.message, phase=phase)
+            self._context.events.add(self._actor.uid, "store.failed", error.message, phase=phase.value)
 
-    async def save(self, phase: str) -> None:
-        """Make the record's phase durable. Raises UnavailableError STORE_FAILED."""
-        instance = self._actor.instance
-        self.record = replace(
-            self.record,
-            phase=phase,
-            gpu_uuids=self._actor.gpu_uuids,
-            end_reason=instance.reason,
-            end_message=instance.message,
-        )
-        await self._shell.store.put_instance(self.record)
+    async def save(self, phase: RecordPhase) -> None:
+        """Make `phase` and the GPUs durable. Raises UnavailableError STORE_FAILED."""
+        self.record = replace(self.record, phase=phase, gpu_uuids=self._actor.gpu_uuids)
+        await self._context.store.put_instance(self.record)
 
 
 def _how_it_ended(exit_: Exit) -> str:

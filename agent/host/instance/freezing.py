@@ -1,7 +1,7 @@
-"""LOCK, CHECKPOINT, UNLOCK and WAKE of one instance: each does its work against the ports and returns its answer.
+"""LOCK, CHECKPOINT, UNLOCK and WAKE of one instance: each works on the ports and returns its answer.
 
-Nothing here decides what comes next. Up to the driver's lock nothing has happened to the instance, so whatever fails
-before it is Refused, never Broken: a driver library that does not answer for a moment must not cost an instance.
+Until the driver's lock nothing has happened to the instance, so a failure before it is Refused, never Broken: a driver
+library that does not answer for a moment must not cost an instance.
 """
 
 from __future__ import annotations
@@ -25,37 +25,38 @@ from agent.ports import FreezeResult, Outcome
 
 CONNECT_AHEAD_S = 1.0
 CONNECT_AFTER_S = 0.0015
-"""So long after a wake's begin: what comes before the driver's restore needs this loop and its GIL (NVML's thread too),
-and the handshake in front of it costs the wake 0.4 ms. After that the loop has nothing to do."""
+"""Delay of the connection after a wake's begin. The steps before the driver's restore need this loop and the GIL, as
+NVML's thread does: a handshake in front of them costs the wake 0.4 ms. During the restore the loop is idle."""
 
 
 class FreezeOperations:
-    """`note_vram` measures the instance before a freeze. `save_placement` makes durable on which GPUs it is: of a
-    frozen one nobody could tell any more (an awake one is seen by NVML, so a move itself waits for no disk).
+    """The freeze and wake operations. Health checks run only while it is awake: the last has ended before the lock.
 
-    Health checks run only while it is awake: the last one has ended before the lock.
+    - `note_vram`: measures the instance's VRAM before a freeze.
+    - `save_placement`: makes its GPUs durable before a freeze. A frozen instance can't be found by NVML; an awake one
+      can, so a move waits for no disk.
     """
 
     def __init__(
         self,
         actor: Actor,
-        shell: InstanceContext,
+        context: InstanceContext,
         health: HealthProbe,
         note_vram: Callable[[Handle], Awaitable[None]],
         save_placement: Callable[[], Awaitable[None]],
     ) -> None:
         self._actor = actor
-        self._shell = shell
+        self._context = context
         self._health = health
         self._note_vram = note_vram
         self._save_placement = save_placement
 
     async def lock(self, handle: Handle, gen: int, cancel: asyncio.Event) -> ev.Event:
-        """/pre-freeze, the memory's reservation, the driver's lock. `cancel` ends it before the driver is asked."""
-        actor, shell = self._actor, self._shell
+        """/pre-freeze, the reservation of host memory, the driver's lock. `cancel` ends it before the driver's call."""
+        actor, context = self._actor, self._context
         await self._health.pause()
         try:
-            problem = shell.store_problem()
+            problem = context.store_problem()
             if problem:
                 raise UnavailableError("STORE_FAILED", f"nothing is frozen while the store fails: {problem}")
             await self._save_placement()
@@ -63,105 +64,98 @@ class FreezeOperations:
             await self._note_vram(handle)
             if cancel.is_set():
                 raise PreconditionError(CANCELLED, "a request arrived before the checkpoint began")
-            await shell.memory.reserve(handle, actor.figures.vram_bytes)
+            await context.memory.reserve(handle, actor.figures.vram_bytes)
         except HibernodeError as error:
-            self._awake_again()
+            self._resume()
             return ev.Refused(gen, error.reason, error.message)
-        except OSError as error:  # /proc and cgroup files of something that is just ending
-            self._awake_again()
+        except OSError as error:  # its /proc and cgroup files, while it is just ending
+            self._resume()
             return ev.Refused(gen, "HOST_MEMORY_UNKNOWN", f"the instance's memory can't be read: {error}")
-        result = await shell.freezer.lock(handle)
+        result = await context.freezer.lock(handle)
         if result.outcome is Outcome.REFUSED:
-            self._awake_again()
+            self._resume()
         return _answer(gen, result)
 
     async def _pre_freeze(self, cancel: asyncio.Event) -> None:
-        """GET /pre-freeze: 4xx and no answer are noted and the freeze goes on, 5xx replaces the instance."""
+        """GET /pre-freeze: after 4xx or no answer the freeze goes on, with an event; 5xx replaces the instance."""
         hook, pool = self._actor.function.hooks.pre_freeze, self._actor.pool
         if hook is None or pool is None:
             return
-        call = hooks.call_hook(pool, self._actor.function, hook, b"GET", "/pre-freeze", self._shell.request_ids())
+        call = hooks.call_hook(pool, self._actor.function, hook, b"GET", "/pre-freeze", self._context.request_ids())
         try:
             status = await unless_cancelled(call, cancel)
         except PreconditionError:
             raise
         except HibernodeError as error:
-            self._shell.events.add(self._actor.uid, "instance.pre_freeze_failed", error.message)
+            self._context.events.add(self._actor.uid, "instance.pre_freeze_failed", error.message)
             return
         finally:
-            pool.retire()  # the hook's own connection would not survive the freeze either
+            pool.retire()  # the hook's own connection must not outlive the freeze
         if status >= 500:
             raise PreconditionError(PRE_FREEZE_FAILED, f"GET /pre-freeze answered {status}")
         if status >= 400:
-            self._shell.events.add(self._actor.uid, "instance.pre_freeze_failed", f"answered {status}")
+            self._context.events.add(self._actor.uid, "instance.pre_freeze_failed", f"answered {status}")
 
-    def _awake_again(self) -> None:
-        self._shell.memory.restored(self._actor.uid)
+    def _resume(self) -> None:
+        self._context.memory.restored(self._actor.uid)
         if not self._actor.state.terminal:
             self._health.resume()
 
     async def checkpoint(self, handle: Handle, gen: int) -> ev.Event:
-        """Checkpoint and cgroup freeze of what `lock` locked."""
-        result = await self._shell.freezer.checkpoint(handle)
+        """Checkpoint, then freeze the cgroup. Follows `lock`."""
+        result = await self._context.freezer.checkpoint(handle)
         match result.outcome:
             case Outcome.OK:
-                self._shell.memory.took(self._actor.uid, result.image_bytes)
-                self._actor.figures.image_bytes = result.image_bytes
-                self._actor.figures.freezes += 1
-                self._health.forgive()
+                self._context.memory.took(self._actor.uid, result.image_bytes)
+                self._actor.note_freeze(result.image_bytes)
+                self._health.reset()
             case Outcome.REFUSED:
-                self._awake_again()
+                self._resume()
             case Outcome.BROKEN:
                 pass
         return _answer(gen, result)
 
     async def unlock(self, handle: Handle, gen: int) -> ev.Event:
         """Undo `lock`."""
-        result = await self._shell.freezer.unlock(handle)
+        result = await self._context.freezer.unlock(handle)
         if result.outcome is Outcome.OK:
-            self._awake_again()
+            self._resume()
         return _answer(gen, result)
 
     async def wake(self, handle: Handle, gen: int) -> ev.Event:
-        """Thaw, restore, unlock, verify; meanwhile the connection that its first request will need is made."""
-        actor, shell = self._actor, self._shell
-        began = shell.clock.monotonic_ns()
+        """Thaw, restore, unlock, verify; meanwhile open the connection that the first request needs."""
+        actor, context = self._actor, self._context
+        began = context.clock.monotonic_ns()
         old, new = actor.gpu_uuids, actor.instance.gpus
-        gpu_map = device_map(old, new, shell.gpu_models)
+        gpu_map = device_map(old, new, context.gpu_models)
         connecting = asyncio.create_task(_connect_ahead(actor.pool), name=f"connect {actor.uid}")
         try:
-            result = await shell.freezer.wake(handle, gpu_map)
+            result = await context.freezer.wake(handle, gpu_map)
         finally:
             connecting.cancel()
         if result.outcome is not Outcome.OK and actor.pool is not None:
             actor.pool.retire()
         if result.outcome is Outcome.OK:
             if gpu_map:
-                actor.gpu_uuids = new
-                shell.events.add(actor.uid, "instance.moved", gpus=",".join(new), was=",".join(old))
-            figures = actor.figures
-            figures.wakes += 1
-            figures.last_wake_ns = shell.clock.monotonic_ns() - began
-            figures.last_wake_driver_ns = result.driver_ns
-            figures.wake_estimate_ns = _moving_average(figures.wake_estimate_ns, figures.last_wake_ns)
-            figures.image_bytes = 0
-            self._awake_again()
+                actor.set_gpus(new)
+                context.events.add(actor.uid, "instance.moved", gpus=",".join(new), was=",".join(old))
+            actor.note_wake(context.clock.monotonic_ns() - began, result.driver_ns)
+            self._resume()
         return _answer(gen, result)
 
     async def prepare_kill(self, handle: Handle) -> None:
-        """Killing a process that was restored can hang the host; a checkpointed one dies cleanly (facts 7, issue 53).
-
-        Only where the host has the memory for it: a kill waits for nothing else."""
-        actor, shell = self._actor, self._shell
+        """Lock and checkpoint an instance that was restored before, if the host has the memory: killing a restored
+        process can hang the host (agent/docs/facts/gpu-checkpoint.md, section 7)."""
+        actor, context = self._actor, self._context
         if not (actor.figures.wakes or actor.adopted):
             return
         with suppress(HibernodeError, OSError):
-            await shell.memory.reserve(handle, actor.figures.vram_bytes)
-            await shell.freezer.prepare_kill(handle)
+            await context.memory.reserve(handle, actor.figures.vram_bytes)
+            await context.freezer.prepare_kill(handle)
 
 
 async def _connect_ahead(pool: Pool | None) -> None:
-    """The kernel takes a connection for a server that is still frozen. Without it the first request makes its own."""
+    """Connect while the server is still frozen: the kernel accepts. If it fails, the first request connects itself."""
     if pool is not None:
         await asyncio.sleep(CONNECT_AFTER_S)
         with suppress(HibernodeError):
@@ -178,7 +172,3 @@ def _answer(gen: int, result: FreezeResult) -> ev.Event:
             return ev.Broken(gen, result.reason, result.message)
         case _:
             assert_never(result.outcome)
-
-
-def _moving_average(old_ns: int, new_ns: int) -> int:
-    return new_ns if not old_ns else (3 * old_ns + new_ns) // 4

@@ -1,49 +1,46 @@
-"""The gate of one instance: requests are granted a slot, wait in line, or are turned away.
+"""Admits requests to instances: `AdmissionGate` guards one instance, `FunctionQueue` all instances of a function.
 
-The counting is `core.slots`; this adds the waiting and the metering. Only edges are reported to the life cycle
-(first granted, last ended, somebody waits, nobody waits): see `core.lifecycle`.
+`core.lifecycle.slots` counts; this module adds waiting and metering. The owner of a gate hears only of edges (first
+request started, last ended, waiters appeared, waiters gone): see `core.lifecycle.machine`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
-from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError
+from agent.core.errors import DeadlineError, ExhaustedError, HibernodeError, UnavailableError
 from agent.core.lifecycle.slots import Arrival, ConcurrencyLimiter
-from agent.host.line import FunctionQueue
-from agent.ports import Clock
+from agent.ports import Clock, RequestMeter
 
 
-class RequestMeter(Protocol):
-    """What the gate tells the meter: two calls per request, monotonic ns."""
+class GateOwner(Protocol):
+    """The instance behind a gate; called synchronously at each edge."""
 
-    def request_began(self, at: int) -> None: ...
+    def first_request_started(self) -> None: ...
 
-    def request_ended(self, at: int) -> None: ...
+    def last_request_ended(self) -> None: ...
 
+    def waiters_appeared(self) -> None: ...
 
-class GateListener(Protocol):
-    """Who hears of the edges; called synchronously."""
-
-    def gate_busy(self) -> None: ...
-
-    def gate_quiet(self) -> None: ...
-
-    def gate_wanted(self) -> None: ...
-
-    def gate_unwanted(self) -> None: ...
+    def waiters_gone(self) -> None: ...
 
 
-class AdmissionGate:
-    """See the module. `try_enter` and `leave` bracket a request; everything else is called by the actor.
+OwnerT = TypeVar("OwnerT", bound=GateOwner)
 
-    `line`: where requests wait that other instances of the function may serve as well; `shunned`: none of them come
-    here.
+Start = Callable[[OwnerT], None]
+"""Called with the instance that granted a slot, in the same loop iteration, once the slot is counted and metered."""
+
+
+class AdmissionGate(Generic[OwnerT]):
+    """The gate of one instance. `try_enter` and `leave` bracket a request; its actor calls everything else.
+
+    - `queue`: the queue that all instances of the function share.
+    - `unhealthy`: the gate takes no request from the shared queue.
     """
 
-    __slots__ = ("_clock", "_listener", "_meter", "_slots", "line", "queue_timeout_ns", "shunned")
+    __slots__ = ("_clock", "_meter", "_slots", "owner", "queue", "queue_timeout_ns", "unhealthy")
 
     def __init__(
         self,
@@ -52,15 +49,15 @@ class AdmissionGate:
         queue_timeout_ns: int,
         clock: Clock,
         meter: RequestMeter,
-        listener: GateListener,
+        owner: OwnerT,
     ) -> None:
         self._slots: ConcurrencyLimiter[asyncio.Future[None]] = ConcurrencyLimiter(concurrency, max_waiting)
         self._clock = clock
         self._meter = meter
-        self._listener = listener
+        self.owner = owner
         self.queue_timeout_ns = queue_timeout_ns
-        self.line: FunctionQueue | None = None
-        self.shunned = False
+        self.queue: FunctionQueue[OwnerT] | None = None
+        self.unhealthy = False
 
     @property
     def in_flight(self) -> int:
@@ -69,7 +66,7 @@ class AdmissionGate:
 
     @property
     def waiting(self) -> int:
-        """Requests in line."""
+        """Requests that wait for this instance; those in `queue` are not counted."""
         return self._slots.waiting
 
     @property
@@ -80,8 +77,7 @@ class AdmissionGate:
     @property
     def has_room(self) -> bool:
         """A request would be granted a slot at once."""
-        slots = self._slots
-        return slots.open and slots.in_flight < slots.limit and not slots.waiting
+        return self._slots.has_room()
 
     @property
     def concurrency(self) -> int:
@@ -89,16 +85,15 @@ class AdmissionGate:
         return self._slots.limit
 
     def try_enter(self) -> asyncio.Future[None] | None:
-        """The fast path. None: granted, call `leave` at the end. Else a future to hand to `wait`.
+        """The fast path. None: granted, call `leave` at the end. Else a ticket to pass to `wait`.
 
         Raises ExhaustedError QUEUE_FULL.
         """
         slots = self._slots
-        if slots.open and slots.in_flight < slots.limit and not slots.waiting:
-            slots.in_flight += 1
+        if slots.try_acquire():
             self._meter.request_began(self._clock.monotonic_ns())
             if slots.in_flight == 1:
-                self._listener.gate_busy()
+                self.owner.first_request_started()
             return None
         ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         first = not slots.waiting
@@ -108,73 +103,68 @@ class AdmissionGate:
                     "QUEUE_FULL", f"{slots.waiting} requests wait for this instance already; try again later"
                 )
             case Arrival.QUEUED if first and not slots.open:
-                self._listener.gate_wanted()
+                self.owner.waiters_appeared()
             case _:
                 pass
         return ticket
 
     async def wait(self, ticket: asyncio.Future[None], timeout_s: float) -> None:
-        """Wait in line until granted. Raises DeadlineError QUEUE_TIMEOUT, or what the gate was refused with.
+        """Wait until a slot is granted. Raises DeadlineError QUEUE_TIMEOUT, or the error of `refuse_all`.
 
-        Whoever ends the ticket otherwise (the caller's client left) cancels or fails the future: the place is
-        given up here.
+        A caller whose client has left cancels the ticket or sets an exception on it; `wait` then removes it.
         """
-        handle = ticket.get_loop().call_later(max(timeout_s, 0.0), self._expire, ticket)
         try:
-            await ticket
+            await _within(ticket, timeout_s)
         except BaseException:
             self._abandon(ticket)
             raise
-        finally:
-            handle.cancel()
-
-    def _expire(self, ticket: asyncio.Future[None]) -> None:
-        if not ticket.done():
-            ticket.set_exception(
-                DeadlineError("QUEUE_TIMEOUT", "no instance became free before the request's queue timeout")
-            )
 
     def _abandon(self, ticket: asyncio.Future[None]) -> None:
         granted = ticket.done() and not ticket.cancelled() and ticket.exception() is None
         if granted:  # the grant and the caller's end crossed
             self.leave()
         elif self._slots.leave(ticket) and not self._slots.waiting:
-            self._listener.gate_unwanted()
+            self.owner.waiters_gone()
 
     def leave(self) -> None:
-        """A granted request has ended: its slot goes to the next in line."""
-        self._slots.done()
+        """A granted request has ended: its slot goes to the next ticket."""
+        slots = self._slots
+        slots.done()
         self._meter.request_ended(self._clock.monotonic_ns())
         self._grant(idle=False)
-        if self._slots.in_flight == 0:
-            self._listener.gate_quiet()
+        if slots.in_flight == 0:
+            self.owner.last_request_ended()
 
     def _grant(self, idle: bool) -> None:
-        """All that can be granted. `idle`: nobody was inside, as the listener knows."""
-        while (ticket := self._slots.grant_next()) is not None:
+        """Grant every free slot. `idle`: no request is inside, and the owner knows it."""
+        slots = self._slots
+        while (ticket := slots.grant_next()) is not None:
             if ticket.done():  # cancelled, its waiter has not run yet
-                self._slots.done()
+                slots.done()
                 continue
             idle = self._began(idle)
             ticket.set_result(None)
-        line = self.line
-        while line is not None and line.waiting and self.has_room and not self.shunned:
-            start = line.next()
+        queue = self.queue
+        while queue is not None and queue.waiting and not self.unhealthy and slots.try_acquire():
+            start = queue.next()
             if start is None:
+                slots.done()
                 return
-            self._slots.in_flight += 1
             idle = self._began(idle)
-            start(line.actor(self))
+            start(self.owner)
 
     def _began(self, idle: bool) -> bool:
         self._meter.request_began(self._clock.monotonic_ns())
         if idle:
-            self._listener.gate_busy()
+            self.owner.first_request_started()
         return False
 
-    def offer(self) -> None:
-        """Grant what can be granted now."""
+    def set_healthy(self, healthy: bool) -> None:
+        """Take requests from the shared queue, or stop taking them."""
+        self.unhealthy = not healthy
         self._grant(idle=self._slots.in_flight == 0)
+        if self.queue is not None:
+            self.queue.check()
 
     def set_open(self, is_open: bool) -> None:
         """Follow the life cycle: open grants at once, in order; closed grants nothing."""
@@ -183,19 +173,114 @@ class AdmissionGate:
             return
         slots.open = is_open
         if is_open:
-            self.offer()
-            self._listener.gate_unwanted()
+            self._grant(idle=slots.in_flight == 0)
+            self.owner.waiters_gone()
         else:
-            if self.line is not None:
-                self.line.look()
+            if self.queue is not None:
+                self.queue.check()
             if slots.waiting:
-                self._listener.gate_wanted()
+                self.owner.waiters_appeared()
 
     def refuse_all(self, error: Callable[[], HibernodeError]) -> None:
-        """Turn away everybody in line."""
+        """Refuse every waiting request."""
         tickets = self._slots.empty_line()
         for ticket in tickets:
             if not ticket.done():
                 ticket.set_exception(error())
         if tickets:
-            self._listener.gate_unwanted()
+            self.owner.waiters_gone()
+
+
+class FunctionQueue(Generic[OwnerT]):
+    """Requests that any instance of one function on this node may serve: the first that frees takes the oldest.
+
+    The gateway dispatches a few requests here early, so that an instance that frees has the next one at once
+    (`x-hibernode-any-instance`). Requests at an instance's own gate go first: they named that instance. While no
+    healthy instance of the function is open, requests are refused and the gateway queues them again.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._gates: dict[AdmissionGate[OwnerT], None] = {}
+        self._tickets: dict[asyncio.Future[None], Start[OwnerT]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Requests in it."""
+        return len(self._tickets)
+
+    def add(self, gate: AdmissionGate[OwnerT]) -> None:
+        """An instance of the function has been made."""
+        self._gates[gate] = None
+        gate.queue = self
+
+    def remove(self, gate: AdmissionGate[OwnerT]) -> bool:
+        """The instance has ended. True if it was the last."""
+        self._gates.pop(gate, None)
+        gate.queue = None
+        self.check()
+        return not self._gates
+
+    def with_room(self) -> OwnerT | None:
+        """An instance that takes a request now; the caller enters its gate at once."""
+        for gate in self._gates:
+            if gate.has_room and not gate.unhealthy:
+                return gate.owner
+        return None
+
+    async def wait(self, ticket: asyncio.Future[None], timeout_s: float) -> None:
+        """Wait until an instance has granted a slot (`start` has been called). Raises DeadlineError QUEUE_TIMEOUT, or
+        the exception that was set on the ticket."""
+        try:
+            await _within(ticket, timeout_s)
+        except BaseException:
+            self._tickets.pop(ticket, None)
+            raise
+
+    def ticket(self, start: Start[OwnerT]) -> asyncio.Future[None]:
+        """A place at the end. `start` is called with the instance that grants a slot, in the loop iteration of the
+        grant; from then on the caller must `leave` that instance's gate. Raises ExhaustedError QUEUE_FULL."""
+        if len(self._tickets) >= self._max_waiting:
+            raise ExhaustedError("QUEUE_FULL", f"{len(self._tickets)} requests wait for this function here already")
+        ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tickets[ticket] = start
+        self.check()
+        return ticket
+
+    def next(self) -> Start[OwnerT] | None:
+        """Take out the oldest request that still waits; the gate calls the result with its owner. None if empty."""
+        while self._tickets:
+            ticket = next(iter(self._tickets))
+            start = self._tickets.pop(ticket)
+            if not ticket.done():  # else it was cancelled, and its waiter has not run yet
+                ticket.set_result(None)
+                return start
+        return None
+
+    def check(self) -> None:
+        """Refuse all requests if no gate can grant any more: each is closed, removed or unhealthy."""
+        if self._tickets and not any(gate.is_open and not gate.unhealthy for gate in self._gates):
+            self.refuse_all(UnavailableError("NO_INSTANCE_AWAKE", "no instance of the function is awake on this node"))
+
+    def refuse_all(self, error: HibernodeError) -> None:
+        """Refuse every waiting request."""
+        tickets = list(self._tickets)
+        self._tickets.clear()
+        for ticket in tickets:
+            if not ticket.done():
+                ticket.set_exception(error)
+
+
+async def _within(ticket: asyncio.Future[None], timeout_s: float) -> None:
+    handle = ticket.get_loop().call_later(max(timeout_s, 0.0), _expire, ticket)
+    try:
+        await ticket
+    finally:
+        handle.cancel()
+
+
+def _expire(ticket: asyncio.Future[None]) -> None:
+    if not ticket.done():
+        ticket.set_exception(
+            DeadlineError("QUEUE_TIMEOUT", "no instance became free before the request's queue timeout")
+        )

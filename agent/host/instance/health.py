@@ -1,4 +1,4 @@
-"""Custom health checks: operations, not requests. None runs while frozen, and the last has ended before the lock."""
+"""Custom health checks: not metered as requests. None runs while frozen; the last has ended before the lock."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from agent.host.instance.actor import Actor
 
 
 class HealthProbe:
-    """Probes one running instance; `actor.healthy` follows the thresholds of its HealthCheck. Silence while all its
-    slots are taken says nothing: nobody else would be sent there anyway, and it is free again right after."""
+    """Probes one running instance; `actor.healthy` follows the thresholds of its HealthCheck. A missing answer does not
+    count while all slots are taken: no request would be sent there anyway."""
 
     def __init__(self, actor: Actor) -> None:
         self._actor = actor
         self._task: asyncio.Task[None] | None = None
 
     def resume(self) -> None:
-        """Probe from now on (a no-op without a health check)."""
+        """Start probing; does nothing without a health check."""
         if self._actor.function.health_check is not None and self._task is None:
             self._task = asyncio.create_task(self._probe(), name=f"health {self._actor.uid}")
 
     async def pause(self) -> None:
-        """Stop probing; returns when none is under way any more."""
+        """Stop probing; returns once no probe is under way."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def forgive(self) -> None:
-        """The instance sleeps. Nothing can be said of it until it is awake again; were it to stay unhealthy, no request
-        would ever wake it, and no probe could find that it has recovered."""
+    def reset(self) -> None:
+        """Call it healthy: it is frozen. If it stayed unhealthy, no request would wake it and no probe could find it
+        recovered."""
         self._actor.set_healthy(True)
 
     async def _probe(self) -> None:
@@ -43,7 +43,7 @@ class HealthProbe:
             full = actor.gate.in_flight >= actor.gate.concurrency
             status = await hooks.probe_status(actor.pool, actor.function, check)
             if full and not status:
-                continue  # one that serves a request at a time is silent meanwhile: busy, not ill
+                continue  # busy, not unhealthy: its server may take one request at a time
             if hooks.is_healthy(status):
                 good, bad = good + 1, 0
             else:

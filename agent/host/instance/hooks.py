@@ -1,4 +1,4 @@
-"""The calls that an instance gets from us: readiness, lifecycle hooks, health probes (FC custom-container contract)."""
+"""The agent's own calls into an instance: readiness, lifecycle hooks, health probes (FC custom-container contract)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from agent.http.message import Header
 from agent.http.pool import Pool
 
 ACCOUNT_ID = "0"
-"""There are no accounts here. Programs that only pass it on (log fields, paths) run as they are."""
+"""Hibernode has no accounts; the value lets programs run that only pass it on (log fields, paths)."""
 CODE_PATH = "/code"
-"""Where Function Compute puts a code package. An image has none; the folder is its own, or not there."""
+"""Where Function Compute puts a code package. An image has none: the folder is the image's own, or missing."""
 READY_POLL_MIN_S = 0.005
 READY_POLL_MAX_S = 0.25
 
 
 def context_headers(function: FunctionSpec, request_id: str, control_path: str) -> list[Header]:
-    """The `x-fc-*` headers every call into an instance carries (hooks and requests alike)."""
+    """The `x-fc-*` headers of every call into an instance, hooks and requests alike."""
     return [
         (b"x-fc-request-id", request_id.encode()),
         (b"x-fc-control-path", control_path.encode()),
@@ -28,10 +28,10 @@ def context_headers(function: FunctionSpec, request_id: str, control_path: str) 
 
 
 def function_headers(function: FunctionSpec) -> list[Header]:
-    """The part of `context_headers` that is the same for every call: make it once per instance.
+    """The part of `context_headers` that is the same for every call; made once per instance.
 
-    Without the cloud there are no `x-fc-access-key-*`, `x-fc-security-token` and `x-fc-service-log*`. A synchronous
-    call is never repeated, so the retry count is always 0.
+    `x-fc-access-key-*`, `x-fc-security-token` and `x-fc-service-log*` exist only in the cloud. A synchronous call is
+    never repeated, so the retry count is always 0.
     """
     return [
         (b"x-fc-function-name", function.name.encode()),
@@ -46,8 +46,8 @@ def function_headers(function: FunctionSpec) -> list[Header]:
     ]
 
 
-async def wait_until_listening(host: str, port: int, deadline: float, gave_up: Callable[[], bool]) -> None:
-    """Connect until something listens. `deadline` in loop time; `gave_up` ends it early (the process died).
+async def wait_until_listening(host: str, port: int, deadline: float, ended: Callable[[], bool]) -> None:
+    """Connect until something listens. `deadline` is in loop time; `ended` ends it early (the process died).
 
     Raises InstanceError FUNCTION_NOT_STARTED with FC's words.
     """
@@ -63,20 +63,20 @@ async def wait_until_listening(host: str, port: int, deadline: float, gave_up: C
             return
         except (OSError, TimeoutError) as error:
             failure = str(error) or "connection timed out"
-        if gave_up() or loop.time() + pause > deadline:
-            why = "the process ended" if gave_up() else f"Ping CA failed due to: {failure}"
+        if ended() or loop.time() + pause > deadline:
+            why = "the process ended" if ended() else f"Ping CA failed due to: {failure}"
             raise InstanceError(
                 "FUNCTION_NOT_STARTED",
                 "The CA's http server cannot be started:"
                 f"ContainerStartDuration:{int((loop.time() - began) * SECOND_NS)}. {why}. "
                 f"It must listen on 0.0.0.0:$FC_CUSTOM_LISTEN_PORT ({port}).",
             )
-        await asyncio.sleep(pause)  # somebody else's server: there is no event to wait for
+        await asyncio.sleep(pause)  # nothing reports that a foreign server listens
         pause = min(pause * 1.5, READY_POLL_MAX_S)
 
 
 async def call_hook(pool: Pool, function: FunctionSpec, hook: Hook, method: bytes, path: str, request_id: str) -> int:
-    """One hook call; returns its status. Raises DeadlineError HOOK_TIMEOUT, or what the connection failed with."""
+    """Call a hook; returns its status. Raises DeadlineError HOOK_TIMEOUT, or the connection's error."""
     timeout_s = hook.timeout_ns / SECOND_NS
     headers = context_headers(function, request_id, path)
     try:
@@ -88,7 +88,7 @@ async def call_hook(pool: Pool, function: FunctionSpec, hook: Hook, method: byte
 
 
 async def initialize(pool: Pool, function: FunctionSpec, request_id: str) -> None:
-    """`POST /initialize`, once a container. Raises InstanceError INITIALIZATION_ERROR unless 2xx in time."""
+    """`POST /initialize`, once per container. Raises InstanceError INITIALIZATION_ERROR unless 2xx in time."""
     hook = function.hooks.initializer
     if hook is None:
         return
@@ -101,12 +101,12 @@ async def initialize(pool: Pool, function: FunctionSpec, request_id: str) -> Non
 
 
 async def probe(pool: Pool, function: FunctionSpec, check: HealthCheck) -> bool:
-    """One health probe: healthy = 200 <= status < 400 within the timeout. Of a large page only the beginning counts."""
+    """One health probe: healthy is 200 <= status < 400 within the timeout. Only the first bytes of a body are read."""
     return is_healthy(await probe_status(pool, function, check))
 
 
 async def probe_status(pool: Pool, function: FunctionSpec, check: HealthCheck) -> int:
-    """What the probe was answered with; 0 if there was no answer in time."""
+    """The status of the probe's answer; 0 if there was none in time."""
     timeout_s = check.timeout_ns / SECOND_NS
     try:
         async with asyncio.timeout(timeout_s):

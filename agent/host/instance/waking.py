@@ -1,4 +1,4 @@
-"""Being awake because somebody asks for it: the API's Wake, and the scheduler's over the ingress (DESIGN section 9)."""
+"""Wakes an instance on demand: for the API's Wake, and for the scheduler's over the ingress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ MAX_HOLD_NS = 600 * SECOND_NS
 
 
 async def wake_up(actor: Actor, now_ns: int, hold_ns: int, timeout_ns: int) -> int:
-    """Be awake within `timeout_ns`, and stay so for `hold_ns` or until the first request; returns the free slots.
+    """Wake the instance within `timeout_ns`, and keep it awake for `hold_ns` or until the first request.
+
+    Returns its free slots.
 
     Raises InvalidArgumentError HOLD_INVALID, DeadlineError WAKE_TIMEOUT, PreconditionError INSTANCE_STOPPING or
     PREEMPTED, and InstanceError with the instance's own reason if it failed.
@@ -22,24 +24,24 @@ async def wake_up(actor: Actor, now_ns: int, hold_ns: int, timeout_ns: int) -> i
     before = actor.figures.wakes
     actor.wake(hold_ns, now_ns + timeout_ns)
 
-    def settled(instance: Instance) -> bool:
-        """Also one that was awake and gave way again before we looked: waiting on would end in a timeout."""
+    def reached(instance: Instance) -> bool:
+        """Also if it woke and was frozen again in between: waiting on would end in a timeout."""
         return _awake_or_ended(instance) or actor.figures.wakes > before
 
-    await actor.wait_until(settled, timeout_ns / SECOND_NS, "WAKE")
+    await actor.wait_until(reached, timeout_ns / SECOND_NS, "WAKE")
     raise_if_failed(actor)
     if actor.state is not InstanceState.RUNNING:
         what = f"instance {actor.uid} is {actor.state.value}"
         if actor.instance.stop:
             raise PreconditionError(
-                "INSTANCE_STOPPING", f"{what}: it was told to stop; `hibernode ps` lists the others"
+                "INSTANCE_STOPPING", f"{what}: it is being stopped; `hibernode ps` lists the others"
             )
-        raise PreconditionError("PREEMPTED", f"{what}: another instance was given its GPU; ask again")
+        raise PreconditionError("PREEMPTED", f"{what}: another instance was granted its GPU; try again")
     return max(0, actor.gate.concurrency - actor.gate.in_flight - actor.gate.waiting)
 
 
 def raise_if_failed(actor: Actor) -> None:
-    """Raises InstanceError with why it failed, if it did."""
+    """Raises InstanceError with its reason if it failed."""
     if actor.state is InstanceState.FAILED:
         reason = actor.instance.reason or "INSTANCE_FAILED"
         raise InstanceError(reason, actor.instance.message or "the instance failed")

@@ -1,8 +1,8 @@
-"""Commands inside instances: who may run one now, what keeps the instance awake meanwhile, and what is kept of it.
+"""Runs commands inside instances (`hibernode exec`): admits them, keeps the instance awake, records them as events.
 
-A command inside a frozen instance would hang, and so would the engine's call that starts it. So nobody gets inside but
-of an awake one, and from the look at its state until the command has ended no freeze begins (`Actor.enter`). What the
-command was given may be secret: of that only the program's name and the number of arguments are kept.
+A command inside a frozen instance would hang, and so would the engine's call that starts it. So a command starts only
+in an awake instance, and no freeze begins from the check of its state until the command has ended
+(`Actor.exec_started`). Arguments may be secret: events name only the program and the number of arguments.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ LONGEST_S = 3600.0
 WAKE_TIMEOUT_NS = 60 * SECOND_NS
 PROGRAM_CHARS = 200
 
-_ASLEEP = (InstanceState.FREEZING, InstanceState.FROZEN, InstanceState.WAITING_GPU, InstanceState.RESTORING)
+_FROZEN = (InstanceState.FREEZING, InstanceState.FROZEN, InstanceState.WAITING_GPU, InstanceState.RESTORING)
 
 
 @dataclass(slots=True)
 class OpenExec:
-    """A command under way. Whoever runs it says how it ended, if he gets to know."""
+    """A running command. The caller sets `exit_code` if it learns it."""
 
     session: ExecSession
     exit_code: int | None = None
 
 
 class ExecSessions:
-    """See the module. `close` when the agent leaves."""
+    """See the module. `close` when the agent stops."""
 
     def __init__(
         self,
@@ -59,31 +59,31 @@ class ExecSessions:
         self._calls = StreamLimits("commands inside instances (`hibernode exec`)", most, longest_s)
 
     @asynccontextmanager
-    async def visit(self, uid: str, spec: ExecSpec, *, wake: bool, caller: str) -> AsyncIterator[OpenExec]:
-        """Run a command inside; leaving the block ends it. With `wake` a sleeper is woken first.
+    async def open(self, uid: str, spec: ExecSpec, *, wake: bool, caller: str) -> AsyncIterator[OpenExec]:
+        """Run a command inside; leaving the block ends it. With `wake` a frozen instance is woken first.
 
         Raises NotFoundError; PreconditionError INSTANCE_FROZEN, EXTERNALLY_FROZEN, NOT_RUNNING, EXEC_UNAVAILABLE;
-        DeadlineError WAKE_TIMEOUT; what the runtime raises; and as `StreamLimits.one` does.
+        DeadlineError WAKE_TIMEOUT; what the runtime raises; and as `StreamLimits.admit` does.
         """
         actor = self._node.get(uid)
-        async with self._calls.one() as limit:
+        async with self._calls.admit() as limit:
             inside_a_container = actor.handle_of_container is None or bool(actor.handle_of_container.container_id)
-            if inside_a_container:  # else the runtime says what to do instead, whatever the state
+            if inside_a_container:  # else the runtime's own error says what to do
                 _refuse(actor, wake=wake)
-            actor.enter()
+            actor.exec_started()
             try:
                 if inside_a_container:
-                    await self._be_awake(actor)
-                async with self._session(actor, spec, caller, limit) as visit:
-                    yield visit
+                    await self._wake(actor)
+                async with self._session(actor, spec, caller, limit) as running:
+                    yield running
             finally:
-                actor.leave()
+                actor.exec_ended()
 
-    async def _be_awake(self, actor: Actor) -> None:
+    async def _wake(self, actor: Actor) -> None:
         if actor.instance.gate_open:
             return
         actor.wake(0, self._clock.monotonic_ns() + WAKE_TIMEOUT_NS)
-        await actor.wait_until(_open_or_lost, WAKE_TIMEOUT_NS / SECOND_NS, "WAKE")
+        await actor.wait_until(_open_or_ended, WAKE_TIMEOUT_NS / SECOND_NS, "WAKE")
         raise_if_failed(actor)
         _refuse(actor, wake=False)
 
@@ -95,7 +95,7 @@ class ExecSessions:
         if handle is None:
             raise PreconditionError("NOT_RUNNING", f"instance {actor.uid} has no container (any more)")
         began = self._clock.monotonic_ns()
-        # Before it begins: whatever becomes of the start, it may have run.
+        # Added before the start: a start that fails may still have run the command.
         self._events.add(
             actor.uid,
             "instance.exec",
@@ -105,43 +105,43 @@ class ExecSessions:
             caller=caller,
             **({"user": spec.user} if spec.user else {}),
         )
-        visit: OpenExec | None = None
+        running: OpenExec | None = None
         cut = ""
         try:
-            visit = OpenExec(await self._runtime.exec(handle, spec))
-            yield visit
+            running = OpenExec(await self._runtime.exec(handle, spec))
+            yield running
         except HibernodeError as error:
             cut = error.reason
             raise
         except BaseException:
-            cut = "cut short by the agent" if limit.expired() else "the caller has left"
+            cut = "ended by the agent" if limit.expired() else "the caller disconnected"
             raise
         finally:
-            if visit is not None:
-                await asyncio.shield(visit.session.close())
+            if running is not None:
+                await asyncio.shield(running.session.close())
             took = (self._clock.monotonic_ns() - began) // MILLISECOND_NS
-            how = {"exit_code": visit.exit_code} if visit is not None and visit.exit_code is not None else {}
-            self._events.add(actor.uid, "instance.exec_ended", cut, caller=caller, duration_ms=took, **how)
+            code = {"exit_code": running.exit_code} if running is not None and running.exit_code is not None else {}
+            self._events.add(actor.uid, "instance.exec_ended", cut, caller=caller, duration_ms=took, **code)
 
     async def close(self) -> None:
-        """The agent leaves: commands under way are ended, none begins."""
+        """End the running commands and admit no more."""
         await self._calls.close()
 
 
 def _refuse(actor: Actor, *, wake: bool) -> None:
-    """Raises PreconditionError where no command may be run now, not even after a wake if that is asked for."""
+    """Raises PreconditionError if no command can run now (with `wake`: nor after a wake)."""
     me, uid = actor.instance, actor.uid
     if me.state is InstanceState.RUNNING and me.paused:
         raise paused_by_others(uid)
-    asleep = me.state in _ASLEEP or (me.state is InstanceState.RUNNING and me.draining)
-    if me.stop or not (asleep or me.state is InstanceState.RUNNING):
+    frozen = me.state in _FROZEN or (me.state is InstanceState.RUNNING and me.draining)
+    if me.stop or not (frozen or me.state is InstanceState.RUNNING):
         state = "being stopped" if me.stop and not me.state.terminal else me.state.value
-        raise PreconditionError("NOT_RUNNING", f"instance {uid} is {state}; nothing can be run inside")
-    if asleep and not wake:
-        text = f"instance {uid} is asleep ({me.state.value}); add --wake to wake it first, which may take a GPU"
+        raise PreconditionError("NOT_RUNNING", f"instance {uid} is {state}; no command can run inside")
+    if frozen and not wake:
+        text = f"instance {uid} is frozen ({me.state.value}); add --wake to wake it first, which may take a GPU"
         raise PreconditionError("INSTANCE_FROZEN", text)
 
 
-def _open_or_lost(me: Instance) -> bool:
-    """It is awake, or a wake can't help any more."""
+def _open_or_ended(me: Instance) -> bool:
+    """It is awake, or a wake can no longer help."""
     return me.gate_open or me.stop or me.paused or me.state.terminal

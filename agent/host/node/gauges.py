@@ -1,33 +1,26 @@
-"""What awake instances use now, once a second: CPU time, host memory and GPU memory.
+"""Reads what awake instances use, once a second: CPU time, host memory and GPU memory.
 
-Frozen instances are not read: they use nothing, and a hundred of them must cost nothing. What could not be read is not
-known, which is not 0.
+Frozen instances are not read: they use nothing, and a hundred of them must cost nothing. A value that could not be read
+is None, not 0.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 from agent.core.errors import HibernodeError
 from agent.core.snapshots import InstanceReading
-from agent.core.types import Handle, InstanceState
+from agent.core.types import InstanceState
 from agent.host.instance.actor import Actor
 from agent.log import get_logger
+from agent.ports import UsageReader
 
 PERIOD_S = 1.0
 
 
-class UsageReader(Protocol):
-    """The host's accounts of instances."""
-
-    async def read(self, handles: Sequence[Handle]) -> Mapping[str, InstanceReading]:
-        """By uid; who has ended is left out. Bounded in time; raises HibernodeError where it can't be told now."""
-
-
 class Gauges:
-    """`run` until cancelled; `of` and `vram_of` for whoever shows an instance."""
+    """Polls until `run` is cancelled; `of` and `vram_of` give the latest readings."""
 
     def __init__(
         self,
@@ -36,39 +29,39 @@ class Gauges:
         vram: Callable[[], Mapping[str, int]] = dict,
         period_s: float = PERIOD_S,
     ) -> None:
-        """`vram`: GPU memory by uid as NVML showed it last, for those that it shows."""
+        """`vram`: GPU memory by uid as of NVML's last answer; instances that it does not show are missing."""
         self._reader = reader
         self._actors = actors
         self._vram = vram
         self._period_s = period_s
         self._readings: dict[str, InstanceReading] = {}
-        self._trouble = ""
+        self._logged_reason = ""
         self._log = get_logger()
 
     def of(self, uid: str) -> InstanceReading:
-        """What is known of it: CPU time as last read, also of one that sleeps since; memory only while it is awake."""
+        """The latest reading: CPU time also of an instance frozen since, memory only while it is awake."""
         return self._readings.get(uid, InstanceReading())
 
     def vram_of(self, uid: str) -> int | None:
-        """GPU memory of its processes; None where NVML shows none of them."""
+        """GPU memory of its processes; None if NVML shows none of them."""
         return self._vram().get(uid)
 
     async def run(self) -> None:
-        """Look every period, whatever happens."""
+        """Poll once a period, whatever fails."""
         while True:
             try:
-                await self.look()
-                self._trouble = ""
+                await self.poll()
+                self._logged_reason = ""
             except HibernodeError as error:
-                if error.reason != self._trouble:  # once for each cause
+                if error.reason != self._logged_reason:  # once per cause
                     self._log.warning("gauges.not_read", reason=error.reason, message=error.message)
-                    self._trouble = error.reason
-            except Exception:  # a fault of ours must not end the daemon, and must be seen
+                    self._logged_reason = error.reason
+            except Exception:  # a bug here must not end the daemon, and must show in the log
                 self._log.exception("gauges.crashed")
             await asyncio.sleep(self._period_s)
 
-    async def look(self) -> None:
-        """Read all that are awake, once. Raises HibernodeError; then nothing of before counts any more."""
+    async def poll(self) -> None:
+        """Read all awake instances once. Raises HibernodeError; the readings of awake instances are then dropped."""
         awake = {
             actor.uid: handle
             for actor in self._actors.values()
@@ -79,15 +72,15 @@ class Gauges:
             if awake:
                 found = await self._reader.read(list(awake.values()))
         finally:
-            asleep = {
+            not_awake = {
                 uid: InstanceReading(cpu_ns=reading.cpu_ns)
                 for uid, reading in self._readings.items()
                 if uid in self._actors and uid not in awake
             }
-            self._readings = {**asleep, **{uid: self._not_less(uid, reading) for uid, reading in found.items()}}
+            self._readings = {**not_awake, **{uid: self._not_less(uid, reading) for uid, reading in found.items()}}
 
     def _not_less(self, uid: str, reading: InstanceReading) -> InstanceReading:
-        """CPU time only grows: that of a process that nobody waited for goes with it where there is no cgroup."""
+        """Never let CPU time shrink: without a cgroup, the time of a process that no parent waited for is lost."""
         before = self.of(uid).cpu_ns
         if reading.cpu_ns is None or before is None or reading.cpu_ns >= before:
             return reading

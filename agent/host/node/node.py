@@ -1,4 +1,4 @@
-"""The node: the table of instances, how they are made and how they end. What one instance does is its actor's."""
+"""The node: its table of instances, their creation and their end. `Actor` runs what happens in between."""
 
 from __future__ import annotations
 
@@ -6,43 +6,28 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from agent.core.errors import ConflictError, HibernodeError, NotFoundError, PreconditionError, UnavailableError
-from agent.core.gpus import allocator_events as book_events
+from agent.core.gpus import allocator_events
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle.machine import Instance
 from agent.core.types import FunctionSpec, Gpu, GpuNeed, IdleMode, InstanceSpec, InstanceState
 from agent.host.gpus.broker import GpuBroker
 from agent.host.instance.actor import Actor, StateListener
 from agent.host.instance.context import InstanceContext
-from agent.host.instance.events import EventLog
 from agent.host.instance.executor import InstanceExecutor
-from agent.host.instance.gate import RequestMeter
-from agent.host.instance.memory_reservations import UNMEASURED, ImageSize, MemoryReservations
-from agent.host.line import FunctionQueue
-from agent.ports import Clock, Gpus, InstanceRecord
+from agent.host.instance.gate import FunctionQueue
+from agent.host.instance.memory_reservations import UNMEASURED, ImageSize
+from agent.ports import Gpus, InstanceRecord, Meters, RecordPhase
 
 ENDED_KEPT = 200
 END_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 5.0
 
 
-class Meters(Protocol):
-    """The ledger, as the node sees it: an account per instance."""
-
-    def open(
-        self, uid: str, function: FunctionSpec, state: InstanceState, *, unbilled: bool, same_process: bool
-    ) -> RequestMeter: ...
-
-    def changed(self, uid: str, state: InstanceState, *, unbilled: bool = False) -> None: ...
-
-    def placed(self, uid: str, model: str, gpu_uuids: tuple[str, ...]) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    """What the configuration says about instances. `types` maps fc GPU types to models."""
+    """The configuration of instances. `types` maps Function Compute's GPU types to models."""
 
     per_gpu: int
     max_hold_ns: int
@@ -60,37 +45,35 @@ class Node:
         self,
         settings: NodeSettings,
         inventory: Sequence[Gpu],
+        context: InstanceContext,
         *,
-        clock: Clock,
         gpus: Gpus,
-        memory: MemoryReservations,
-        events: EventLog,
         meters: Meters,
         new_uid: Callable[[], str],
     ) -> None:
         self.actors: dict[str, Actor] = {}
         self.ended: OrderedDict[str, Actor] = OrderedDict()
         self.executors: dict[str, InstanceExecutor] = {}
-        self.lines: dict[str, FunctionQueue] = {}
+        self.queues: dict[str, FunctionQueue[Actor]] = {}
         self.listeners: list[StateListener] = []
         self.draining = False
-        self.memory = memory
-        self.desk = GpuBroker(
+        self.context = context
+        self.memory = context.memory
+        self.broker = GpuBroker(
             inventory,
             per_gpu=settings.per_gpu,
             max_hold_ns=settings.max_hold_ns,
             release_timeout_ns=settings.release_timeout_ns,
             migrate=settings.migrate,
             gpus=gpus,
-            clock=clock,
-            events=events,
+            clock=context.clock,
+            events=context.events,
             actor_of=self.actors.get,
             pids_of=self._pids_of,
         )
-        self.shell: InstanceContext
         self._settings = settings
-        self._clock = clock
-        self._events = events
+        self._clock = context.clock
+        self._events = context.events
         self._meters = meters
         self._new_uid = new_uid
         self._by_request: dict[str, str] = {}
@@ -118,19 +101,19 @@ class Node:
         The same `request_id` gives the same instance again; with another function it is a ConflictError. Raises
         PreconditionError (runtime, idle mode, memory), ExhaustedError GPU_CAPACITY, UnavailableError STORE_FAILED.
         """
-        # The same create, still on its way to the disk: both get what becomes of it.
+        # The same create may still be on its way to the disk: wait for its outcome.
         while (running := self._creating.get(request_id)) is not None:
             await asyncio.wait([running])
         known = self._known(request_id, function)
         if known is not None:
             return known
         if self.draining:
-            raise UnavailableError("NODE_DRAINING", "this node takes no new instances")
-        self.shell.runtime.accepts(function)
+            raise UnavailableError("NODE_DRAINING", "this node accepts no new instances")
+        self.context.runtime.accepts(function)
         function = self._admitted(function)
         spec = InstanceSpec(self._new_uid(), request_id, function)
-        gpus = self.desk.assign(spec.uid, function.gpu.count, function.gpu.model)
-        # A task of its own: a caller that leaves in the middle must not leave half an instance.
+        gpus = self.broker.assign(spec.uid, function.gpu.count, function.gpu.model)
+        # A task of its own: a caller that disconnects must not leave half an instance.
         task = asyncio.create_task(self._make(spec, gpus), name=f"create {spec.uid}")
         self._creating[request_id] = task
         task.add_done_callback(lambda done: self._made(request_id, done))
@@ -139,29 +122,30 @@ class Node:
     def _made(self, request_id: str, task: asyncio.Task[Actor]) -> None:
         del self._creating[request_id]
         if not task.cancelled():
-            task.exception()  # the caller has it, or has left
+            task.exception()  # marks it as retrieved: the caller may be gone
 
     async def _make(self, spec: InstanceSpec, gpus: tuple[str, ...]) -> Actor:
         try:
             self._pledge(spec)
-            actor = self._add(spec, gpus, InstanceState.STARTING)
-            await self.shell.store.put_instance(self.executors[spec.uid].record)
+            record = InstanceRecord(spec, RecordPhase.CREATED, None, gpus, self._clock.wall_ns())
+            actor = self._add(record, InstanceState.STARTING)
+            await self.context.store.put_instance(record)
         except BaseException as error:
             self._meters.changed(spec.uid, InstanceState.FAILED)
             self._forget(spec.uid)
-            await self.desk.unassign(spec.uid)
+            await self.broker.unassign(spec.uid)
             if isinstance(error, UnavailableError):
-                await self._forget_record(spec.uid)  # an answer that came too late may have written it
+                await self._forget_record(spec.uid)  # a late write may still have succeeded
             raise
         self._events.add(spec.uid, "instance.created", function=spec.function.name, gpus=",".join(gpus))
-        self.fitness_changed(actor)  # its first report: a start may take minutes, and no state changes before its end
+        self.fitness_changed(actor)  # first report: a start takes minutes without a state change
         actor.handle(ev.Created())
         return actor
 
     async def _forget_record(self, uid: str) -> None:
-        """Delete the record; if the store fails the next recovery finds no container and does it."""
+        """Delete the record. If the store fails, the next recovery finds no container and deletes it."""
         try:
-            await self.shell.store.delete_instance(uid)
+            await self.context.store.delete_instance(uid)
         except HibernodeError as error:
             self._events.add(uid, "store.failed", error.message)
 
@@ -185,27 +169,27 @@ class Node:
         missing = self._settings.freeze_unavailable
         if missing and function.idle.mode is IdleMode.REQUIRE and need.count:
             raise PreconditionError(
-                "IDLE_MODE_UNSUPPORTED", f"{missing}; or set hibernode.idle: prefer to run it always awake"
+                "IDLE_MODE_UNSUPPORTED", f"{missing}; or set hibernode.idle: prefer, which runs it always awake"
             )
         return function
 
     def _pledge(self, spec: InstanceSpec) -> None:
-        """Sharers of a GPU must all fit into host memory: the pledge is made before the first one starts."""
+        """Promise host memory to an instance that shares its GPU, before it starts: all sharers must fit."""
         declared = self._declared_bytes(spec.function)
         if declared is not None:
             self.memory.pledge(spec.uid, declared)
 
     def _declared_bytes(self, function: FunctionSpec) -> int | None:
-        """What a sharer says it will have on its GPUs; 0 = it does not say: measured once it has started, and pledged
-        then. None = it shares no GPU."""
+        """VRAM that a sharer of GPUs declares; 0 = none declared, it is measured and pledged after the start. None = it
+        shares no GPU."""
         shared = self._settings.per_gpu > 1 and function.gpu.count
         return function.gpu.memory_bytes * function.gpu.count if shared else None
 
     def _freezable(self, function: FunctionSpec) -> bool:
         return function.idle.mode is not IdleMode.NEVER and not self._settings.freeze_unavailable
 
-    def _add(self, spec: InstanceSpec, gpus: tuple[str, ...], state: InstanceState) -> Actor:
-        function = spec.function
+    def _add(self, record: InstanceRecord, state: InstanceState) -> Actor:
+        spec, function = record.spec, record.spec.function
         new = state is InstanceState.STARTING
         meter = self._meters.open(spec.uid, function, state, unbilled=new, same_process=not new)
         instance = Instance(
@@ -219,47 +203,41 @@ class Node:
         actor = Actor(
             spec,
             instance,
+            record.gpu_uuids,
+            record.create_wall_ns,
             clock=self._clock,
             meter=meter,
-            desk=self.desk,
+            broker=self.broker,
             listener=self,
             events=self._events,
             max_waiting=min(self._settings.max_waiting, function.queue_length),
+            executor_of=lambda actor: self._new_executor(actor, record),
         )
-        actor.gpu_uuids = gpus
-        record = InstanceRecord(spec, "CREATED", None, gpus, actor.figures.create_wall_ns)
-        executor = InstanceExecutor(actor, record, self.shell)
-        actor.executor = executor
         self.actors[spec.uid] = actor
-        self.lines.setdefault(function.name, FunctionQueue(self._settings.max_waiting)).join(actor)
-        self.executors[spec.uid] = executor
+        self.queues.setdefault(function.name, FunctionQueue(self._settings.max_waiting)).add(actor.gate)
         if spec.request_id:
             self._by_request[spec.request_id] = spec.uid
         return actor
 
+    def _new_executor(self, actor: Actor, record: InstanceRecord) -> InstanceExecutor:
+        executor = self.executors[actor.uid] = InstanceExecutor(actor, record, self.context)
+        return executor
+
     def adopt(self, record: InstanceRecord, state: InstanceState, size: ImageSize = UNMEASURED) -> Actor:
-        """Recovery: an instance that outlived the agent, in the state it was found in. RUNNING holds its GPUs; `size`
-        is what it has there, or of its image if it is FROZEN."""
+        """Recovery: add an instance that outlived the agent, in the state it was found in. RUNNING holds its GPUs;
+        `size` is its image's if it is FROZEN, else its VRAM's."""
         holds = state is InstanceState.RUNNING
-        self.desk.apply(book_events.Adopt(record.spec.uid, record.gpu_uuids, holds))
-        actor = self._add(record.spec, record.gpu_uuids, state)
-        actor.adopted = True
-        sleeps_anywhere = record.handle is None or record.handle.sees_all_gpus
-        actor.instance = replace(
-            actor.instance, holds=holds, gpus=record.gpu_uuids, movable=actor.instance.movable and sleeps_anywhere
-        )
-        actor.figures.create_wall_ns = record.create_wall_ns
-        actor.figures.idle_since_ns = self._clock.monotonic_ns()
+        self.broker.apply(allocator_events.Adopt(record.spec.uid, record.gpu_uuids, holds))
+        actor = self._add(record, state)
+        actor.adopt(size.bytes, sees_all_gpus=record.handle is None or record.handle.sees_all_gpus)
         frozen = state is InstanceState.FROZEN
         self.memory.recovered(actor.uid, self._declared_bytes(actor.function), size, frozen=frozen)
-        actor.figures.image_bytes, actor.figures.vram_bytes = (size.bytes, 0) if frozen else (0, size.bytes)
-        self.executors[actor.uid].record = record
         return actor
 
     # ---- following ----------------------------------------------------------------------------------------------
 
     def state_changed(self, actor: Actor, old: InstanceState, new: InstanceState, at: int) -> None:
-        """Metering, history and reports follow; an end is cleaned up behind it."""
+        """Update meters, history and reports; clean up after an end."""
         self._meters.changed(actor.uid, new)
         self._events.add(
             actor.uid,
@@ -272,7 +250,7 @@ class Node:
         for listener in self.listeners:
             listener.state_changed(actor, old, new, at)
         if new.terminal:
-            task = asyncio.create_task(self._bury(actor), name=f"bury {actor.uid}")
+            task = asyncio.create_task(self._clean_up(actor), name=f"clean up {actor.uid}")
             self._endings.add(task)
             task.add_done_callback(self._endings.discard)
 
@@ -287,21 +265,21 @@ class Node:
             listener.load_changed(actor)
 
     def gpus_held(self, actor: Actor) -> None:
-        """The instance holds its GPUs from now on: a cold start is billed from here."""
+        """The instance holds its GPUs now: billing of a cold start begins."""
         uuids = actor.instance.gpus
-        model = self.desk.inventory[uuids[0]].model if uuids else ""
+        model = self.broker.inventory[uuids[0]].model if uuids else ""
         self._meters.placed(actor.uid, model, uuids)
         if actor.state is InstanceState.STARTING:
             self._meters.changed(actor.uid, InstanceState.STARTING)
 
-    async def _bury(self, actor: Actor) -> None:
-        """After the end: proof for the GPUs, the record goes, the newest ended ones stay for inspection."""
+    async def _clean_up(self, actor: Actor) -> None:
+        """After an end: prove the GPUs free, delete the record, keep the newest ended instances for inspection."""
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
                 await actor.ended.wait()
         except TimeoutError:
             self._events.add(actor.uid, "instance.end_stuck", f"not cleaned up after {END_TIMEOUT_S:g} s")
-        await self.desk.unassign(actor.uid)
+        await self.broker.unassign(actor.uid)
         self.ended[actor.uid] = actor
         self._forget(actor.uid, keep_request=True)
         while len(self.ended) > ENDED_KEPT:
@@ -320,19 +298,19 @@ class Node:
         self.memory.forget(uid)
         if actor is None:
             return
-        if self.lines[actor.function.name].part(actor):
-            del self.lines[actor.function.name]
+        if self.queues[actor.function.name].remove(actor.gate):
+            del self.queues[actor.function.name]
         if not keep_request:
             self._by_request.pop(actor.spec.request_id, None)
 
     # ---- ending -------------------------------------------------------------------------------------------------
 
     async def stop_all(self, grace_ns: int, timeout_s: float) -> None:
-        """The agent goes away and takes its instances along: each drains for at most `grace_ns`, then is asked to end.
-        Who has not ended after `timeout_s` is killed; returns `END_TIMEOUT_S` later at the latest."""
+        """Stop all instances with the agent: each drains for at most `grace_ns`, then is told to end. Instances that
+        have not ended after `timeout_s` are killed; returns `END_TIMEOUT_S` later at the latest."""
         self.draining = True
         if self._creating:
-            await asyncio.wait(list(self._creating.values()))  # as long as the store takes at most
+            await asyncio.wait(list(self._creating.values()))  # bounded by the store's deadline
         for force, wait_s in ((False, timeout_s), (True, END_TIMEOUT_S)):
             living = list(self.actors.values())
             for actor in living:
@@ -345,18 +323,18 @@ class Node:
                     end.cancel()
 
     async def close(self) -> None:
-        """The agent goes away, its instances stay: end the operations under way, stop watching."""
+        """The agent stops, its instances stay: end the operations under way and stop watching."""
         self.draining = True
         for actor in self.actors.values():
             actor.close()
         if self._creating:
-            await asyncio.wait(list(self._creating.values()))  # as long as the store takes at most
+            await asyncio.wait(list(self._creating.values()))  # bounded by the store's deadline
         await asyncio.gather(*(executor.close() for executor in list(self.executors.values())))
         if self._endings:
-            # Whatever was being ended has ended with its executor; the rest is the next agent's.
+            # Their executors have ended; the next agent does the rest.
             await asyncio.wait(self._endings, timeout=CLOSE_TIMEOUT_S)
         for task in self._endings:
             task.cancel()
         await asyncio.gather(*self._endings, return_exceptions=True)
-        await self.desk.close()
+        await self.broker.close()
         self.memory.close()

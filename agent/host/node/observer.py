@@ -1,4 +1,4 @@
-"""Takes snapshots of the node: reading only, on the loop's thread, so each is of one moment."""
+"""Takes snapshots of the node. It only reads, on the loop's thread, so each snapshot is of one moment."""
 
 from __future__ import annotations
 
@@ -33,20 +33,26 @@ class NodeIdentity:
 
 
 class Observer:
-    """Snapshots for the API and the load stream. The addresses are set once the daemon has bound its ports, and
-    `engine_lines` whenever the container engine comes or goes."""
+    """Snapshots for the API and the load stream. The daemon sets the addresses once it has bound its ports, and
+    `engine_lines` whenever the container engine goes down or comes back."""
 
     def __init__(
         self,
         node: Node,
         identity: NodeIdentity,
         clock: Clock,
+        *,
         totals: Callable[[str], tuple[int, int, int]],
-        figures: Callable[[], Mapping[str, GpuSample]] = dict,
+        gpu_samples: Callable[[], Mapping[str, GpuSample]] = dict,
         gauges: Gauges | None = None,
         peak: Callable[[str], int] = lambda _: 0,
     ) -> None:
-        """`totals`: metered ns of an instance, `figures`: of GPUs, `peak`: most requests inside an instance of late."""
+        """Where the figures come from:
+
+        - `totals`: (active, idle, unbilled) ns of an instance.
+        - `gpu_samples`: the last sample of each GPU.
+        - `peak`: most requests inside an instance of late.
+        """
         self.identity = identity
         self.ready = False
         self.ingress_address = ""
@@ -55,12 +61,12 @@ class Observer:
         self._node = node
         self._clock = clock
         self._totals = totals
-        self._figures = figures
+        self._gpu_samples = gpu_samples
         self._gauges = gauges
         self._peak = peak
 
     def instance(self, actor: Actor) -> InstanceSnapshot:
-        """One instance now."""
+        """One instance, now."""
         instance, figures, gate = actor.instance, actor.figures, actor.gate
         handle = actor.handle_of_container
         idle = instance.state is InstanceState.RUNNING and not instance.busy
@@ -102,19 +108,19 @@ class Observer:
         )
 
     def _vram_bytes(self, actor: Actor) -> int:
-        """As NVML shows it now while it is awake; else as it was when it was last looked at."""
+        """VRAM by NVML now if it is awake, else as last measured."""
         now = self._gauges.vram_of(actor.uid) if self._gauges and actor.state is InstanceState.RUNNING else None
         return actor.figures.vram_bytes if now is None else now
 
     def _vram_limit_bytes(self, actor: Actor) -> int:
-        """What its function is billed for, or all of its GPUs."""
-        need, inventory = actor.function.gpu, self._node.desk.inventory
+        """The VRAM that its function is billed for: as declared, else all of its GPUs."""
+        need, inventory = actor.function.gpu, self._node.broker.inventory
         if need.memory_bytes:
             return need.memory_bytes * need.count
         return sum(inventory[uuid].memory_bytes for uuid in actor.gpu_uuids if uuid in inventory)
 
     def awake(self) -> list[InstanceSnapshot]:
-        """The instances that are awake: what the heartbeat has gauges of."""
+        """The RUNNING instances: the heartbeat reports their gauges."""
         return [self.instance(actor) for actor in self._node.actors.values() if actor.state is InstanceState.RUNNING]
 
     def instances(self, *, include_ended: bool = False) -> list[InstanceSnapshot]:
@@ -125,7 +131,7 @@ class Observer:
         return [self.instance(actor) for actor in sorted(actors, key=lambda a: (a.figures.create_wall_ns, a.uid))]
 
     def node(self) -> NodeSnapshot:
-        """The node now. GPU figures are as of the last sample."""
+        """The node now; its GPUs as of the last sample."""
         me, node = self.identity, self._node
         cuda = me.driver.cuda if me.driver is not None else 0
         return NodeSnapshot(
@@ -149,18 +155,18 @@ class Observer:
             instance_count=len(node.actors),
             start_wall_ns=me.start_wall_ns,
             labels=me.labels,
-            migrates=node.desk.book.migrate,
+            migrates=node.broker.allocator.migrate,
         )
 
     def _gpus(self) -> list[GpuSnapshot]:
-        book, figures = self._node.desk.book, self._figures()
+        allocator, samples = self._node.broker.allocator, self._gpu_samples()
         return [
             GpuSnapshot(
                 gpu=gpu,
-                figures=figures.get(uuid),
-                holder=book.devices[uuid].holder,
-                waiters=tuple(waiter.uid for waiter in book.queue if uuid in waiter.allowed),
-                cordoned=book.devices[uuid].cordoned,
+                figures=samples.get(uuid),
+                holder=allocator.devices[uuid].holder,
+                waiters=tuple(waiter.uid for waiter in allocator.queue if uuid in waiter.allowed),
+                cordoned=allocator.devices[uuid].cordoned,
             )
-            for uuid, gpu in self._node.desk.inventory.items()
+            for uuid, gpu in self._node.broker.inventory.items()
         ]

@@ -1,6 +1,6 @@
-"""Notices instances that somebody else stopped (docker pause): their gate closes until they go on (DESIGN section 3).
+"""Notices instances that something else paused (docker pause): their gate closes until they are resumed.
 
-Our own freezes pass through FREEZING and FROZEN; an instance that is RUNNING and stopped was stopped by others.
+The agent's own freezes pass through FREEZING and FROZEN; an instance that is RUNNING and stopped was paused by others.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ _log = get_logger()
 
 
 async def watch_pauses(node: Node, freezer: Freezer, period_s: float = PERIOD_S) -> None:
-    """Look at every running instance once a period; runs until cancelled."""
+    """Check every running instance once a period; runs until cancelled."""
     while True:
-        look_for_pauses(node, freezer)
+        check_pauses(node, freezer)
         await asyncio.sleep(period_s)
 
 
-def look_for_pauses(node: Node, freezer: Freezer) -> None:
-    """One round: a file read for each running instance."""
+def check_pauses(node: Node, freezer: Freezer) -> None:
+    """Check once: one small file per running instance."""
     for actor in list(node.actors.values()):
         handle = actor.handle_of_container
         if handle is None or actor.state is not InstanceState.RUNNING:
             continue
         try:
             paused = freezer.paused(handle)
-        except (HibernodeError, OSError) as error:  # one that is just ending, or no descriptor left: looked at again
+        except (
+            HibernodeError,
+            OSError,
+        ) as error:  # just ending, or no descriptor free: next time
             _log.debug("pause.unknown", instance=actor.uid, message=str(error))
             continue
         if paused is not actor.instance.paused:
@@ -42,6 +45,6 @@ def look_for_pauses(node: Node, freezer: Freezer) -> None:
 
 
 def paused_by_others(uid: str) -> PreconditionError:
-    """What whoever wants something of a paused instance is told."""
-    text = f"instance {uid} was paused by somebody else; let it go on first (docker unpause)"
+    """The error for a call that needs a paused instance to run."""
+    text = f"instance {uid} was paused by another program; resume it first (docker unpause)"
     return PreconditionError("EXTERNALLY_FROZEN", text)

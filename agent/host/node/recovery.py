@@ -1,7 +1,7 @@
-"""After a restart: find what runs, believe what is, not what was last written (DESIGN section 4).
+"""Recovers the instances of an earlier agent: the state found counts, not the state last written.
 
-Containers outlive the agent. Identity is (boot, pid, start time). The cgroup is read before the driver is asked,
-for a frozen process does not answer. Every instance has a deadline; only then is the node ready.
+Containers outlive the agent. A process is identified by (boot, pid, start time). The cgroup is read before any driver
+call, because the driver can't answer for a frozen process. Every instance has a deadline; then the node is ready.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from agent.host.instance.actor import Actor
 from agent.host.instance.memory_reservations import ImageSize
 from agent.host.node.node import Node
 from agent.log import get_logger
-from agent.ports import Condition, InstanceRecord, Outcome
+from agent.ports import Condition, InstanceRecord, Outcome, RecordPhase
 
 INSTANCE_DEADLINE_S = 60.0
 ASK_AGAIN_S = 0.25
@@ -36,8 +36,10 @@ class RecoverySummary:
 
 
 class Recovery:
-    """Runs once, before the node is ready. Raises UnavailableError: STORE_FAILED if the records can't be read,
-    GPUS_UNKNOWN if instances that hold GPUs live and no GPU can be seen (going on would mean to kill them all).
+    """Runs once, before the node is ready.
+
+    Raises UnavailableError: STORE_FAILED if the records can't be read; GPUS_UNKNOWN if living instances hold GPUs but
+    no GPU can be seen (going on would kill them all).
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Recovery:
         ask_again_s: float = ASK_AGAIN_S,
     ) -> None:
         self._node = node
-        self._shell = node.shell
+        self._context = node.context
         self._known_gpus = known_gpus
         self._deadline_s = instance_deadline_s
         self._ask_again_s = ask_again_s
@@ -59,8 +61,8 @@ class Recovery:
 
     async def run(self) -> RecoverySummary:
         """Adopt, finish, restart or clean up every instance of this state directory, in parallel."""
-        records = await self._shell.store.load_instances()
-        handles = {handle.uid: handle for handle in await self._shell.runtime.list_handles()}
+        records = await self._context.store.load_instances()
+        handles = {handle.uid: handle for handle in await self._context.runtime.list_handles()}
         await self._require_gpus(records, handles)
         recorded = {record.spec.uid for record in records}
         orphans = [handle for uid, handle in handles.items() if uid not in recorded]
@@ -69,10 +71,10 @@ class Recovery:
             *(self._destroy_orphan(handle) for handle in orphans),
         )
         actors = self._node.actors
-        await self._shell.memory.settle(
+        await self._context.memory.restore_limits(
             actors, [uid for uid, actor in actors.items() if actor.state is InstanceState.FROZEN]
         )
-        for actor in self._cold:  # only now: whoever was found awake already holds its GPU
+        for actor in self._cold:  # last: the instances found awake hold their GPUs by now
             actor.handle(ev.Created())
         return self.found
 
@@ -81,15 +83,15 @@ class Recovery:
             return
         for record in records:
             handle = handles.get(record.spec.uid) or record.handle
-            if record.gpu_uuids and handle is not None and await self._shell.runtime.alive(handle):
+            if record.gpu_uuids and handle is not None and await self._context.runtime.alive(handle):
                 raise UnavailableError(
                     "GPUS_UNKNOWN",
-                    f"instance {record.spec.uid} lives and holds a GPU, but the driver shows none; see `nvidia-smi` "
-                    "and start the agent again (to give the instance up, kill its processes first)",
+                    f"instance {record.spec.uid} runs and holds a GPU, but the driver shows none; see `nvidia-smi` "
+                    "and start the agent again (to drop the instance, kill its processes first)",
                 )
 
     async def _within_deadline(self, record: InstanceRecord, found: Handle | None) -> None:
-        """One that can't be recovered is killed; one instance's misfortune never ends the others' recovery."""
+        """Recover one instance; if that fails, kill it. A failure never ends the recovery of the others."""
         handle = found or record.handle
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -102,13 +104,13 @@ class Recovery:
             await self._kill(record, handle, f"it could not be recovered: {error}")
 
     async def _recover(self, record: InstanceRecord, handle: Handle | None) -> None:
-        runtime = self._shell.runtime
+        runtime = self._context.runtime
         alive = handle is not None and await runtime.alive(handle)
-        if record.phase in ("CREATED", "STARTED"):
+        if record.phase in (RecordPhase.CREATED, RecordPhase.STARTED):
             await self._start_anew(record, handle)
         elif not alive or handle is None:
             await self._gone(record, handle)
-        elif record.phase != "READY":
+        elif record.phase is not RecordPhase.READY:
             await self._kill(record, handle, "it was being stopped")
         elif not set(record.gpu_uuids) <= self._known_gpus:
             await self._kill(record, handle, "one of its GPUs is not on this host any more")
@@ -118,7 +120,7 @@ class Recovery:
     async def _adopt(self, record: InstanceRecord, handle: Handle) -> None:
         condition = await self._condition(handle)
         if condition is Condition.PAUSED_BY_OTHERS:
-            await self._shell.freezer.thaw(handle)
+            await self._context.freezer.thaw(handle)
             condition = await self._condition(handle)
         match condition:
             case Condition.FROZEN:
@@ -126,7 +128,7 @@ class Recovery:
             case Condition.AWAKE:
                 await self._running(record, handle)
             case Condition.LOCKED:
-                if (await self._shell.freezer.unlock(handle)).outcome is Outcome.OK:
+                if (await self._context.freezer.unlock(handle)).outcome is Outcome.OK:
                     await self._running(record, handle)
                 else:
                     await self._kill(record, handle, "it stayed locked")
@@ -138,16 +140,16 @@ class Recovery:
                 await self._kill(record, handle, f"it was found {condition.value}")
 
     async def _condition(self, handle: Handle) -> Condition:
-        """What it is in. A driver that can't be asked says nothing about the instance: ask until the deadline."""
+        """The instance's condition. While the driver is unavailable, retry until the deadline."""
         while True:
             try:
-                return await self._shell.freezer.condition(handle)
+                return await self._context.freezer.condition(handle)
             except UnavailableError as error:
                 self._log.warning("recovery.driver_unavailable", instance=handle.uid, reason=error.reason)
             await asyncio.sleep(self._ask_again_s)
 
     async def _finish_freeze(self, record: InstanceRecord, handle: Handle) -> None:
-        match (await self._shell.freezer.finish_freeze(handle)).outcome:
+        match (await self._context.freezer.finish_freeze(handle)).outcome:
             case Outcome.OK:
                 await self._frozen(record, handle)
             case Outcome.REFUSED if await self._condition(handle) is Condition.AWAKE:  # rolled back
@@ -155,46 +157,41 @@ class Recovery:
             case Outcome.REFUSED | Outcome.BROKEN:
                 await self._kill(record, handle, "its freeze could not be finished")
 
-    # No await after `adopt`: the deadline must not find an instance that is half there.
+    # No await after `adopt`: the deadline must not leave an instance half adopted.
 
     async def _frozen(self, record: InstanceRecord, handle: Handle) -> None:
-        pids = set(await self._shell.runtime.pids(handle))
-        size = self._shell.memory.frozen_image(record.spec.uid, pids)
+        pids = set(await self._context.runtime.pids(handle))
+        size = self._context.memory.frozen_image(record.spec.uid, pids)
         actor = self._node.adopt(record, InstanceState.FROZEN, size)
-        executor = self._node.executors[actor.uid]
-        executor.known_pids = pids
-        executor.adopt(handle)
+        self._node.executors[actor.uid].adopt(record, handle, pids, awake=False)
         self.found.frozen += 1
         self._note(actor.uid, "FROZEN")
 
     async def _running(self, record: InstanceRecord, handle: Handle) -> None:
-        pids = set(await self._shell.runtime.pids(handle))
-        stored, record = record, replace(record, gpu_uuids=await self._places(record, pids))
+        pids = set(await self._context.runtime.pids(handle))
+        stored, record = record, replace(record, gpu_uuids=await self._gpus(record, pids))
         size = await self._on_gpu(handle)
-        devices = self._node.desk.book.devices
+        devices = self._node.broker.allocator.devices
         taken = [uuid for uuid in record.gpu_uuids if devices[uuid].holder]
         if taken:
             await self._kill(record, handle, f"GPU {taken[0]} is held by {devices[taken[0]].holder}, awake as well")
             return
         actor = self._node.adopt(record, InstanceState.RUNNING, size)
-        executor = self._node.executors[actor.uid]
-        executor.record = stored  # a move that is not on disk is written at the next freeze
-        executor.known_pids = pids
-        executor.adopt(handle)
-        executor.resume_health()
+        # A move that is not on disk is written at the next freeze.
+        self._node.executors[actor.uid].adopt(stored, handle, pids, awake=True)
         self.found.running += 1
         self._note(actor.uid, "RUNNING")
-        actor.handle(ev.WaitersGone())  # settle: idle until the first request
+        actor.handle(ev.WaitersGone())  # starts its idle timer
 
-    async def _places(self, record: InstanceRecord, pids: set[int]) -> tuple[str, ...]:
-        """The GPUs that an awake instance is on. A move is written down at its next freeze only: where instances move,
-        NVML is asked until it says, for a book that is wrong about one would lend the GPU that it sits on."""
-        desk, written = self._node.desk, record.gpu_uuids
+    async def _gpus(self, record: InstanceRecord, pids: set[int]) -> tuple[str, ...]:
+        """The GPUs that an awake instance is on. A move is only written at the next freeze: where instances move,
+        NVML is polled until it answers, because a wrong placement would grant the instance's GPU to others."""
+        broker, written = self._node.broker, record.gpu_uuids
         while written:
-            seen_on = await desk.places_of(pids)
-            if seen_on is not None and len(seen_on) == len(written) and set(seen_on) <= self._known_gpus:
-                return tuple(seen_on)
-            if seen_on is not None or not desk.book.migrate:
+            shown = await broker.gpus_of(pids)
+            if shown is not None and len(shown) == len(written) and set(shown) <= self._known_gpus:
+                return tuple(shown)
+            if shown is not None or not broker.allocator.migrate:
                 break
             self._log.warning("recovery.place_unknown", instance=record.spec.uid)
             await asyncio.sleep(self._ask_again_s)
@@ -202,61 +199,61 @@ class Recovery:
 
     async def _on_gpu(self, handle: Handle) -> ImageSize:
         try:
-            return ImageSize(await self._shell.freezer.vram_bytes(handle))
+            return ImageSize(await self._context.freezer.vram_bytes(handle))
         except HibernodeError as error:  # measured again before its next freeze
             self._log.warning("instance.vram_unknown", instance=handle.uid, reason=error.reason)
             return ImageSize()
 
     async def _start_anew(self, record: InstanceRecord, handle: Handle | None) -> None:
-        """Found in STARTING: /initialize runs once per container, so the container is made again."""
+        """Found in STARTING: /initialize runs once per container, so start a new container."""
         if handle is not None:
-            await self._shell.runtime.kill(handle)
-            await self._shell.remove(handle)
+            await self._context.runtime.kill(handle)
+            await self._context.remove(handle)
         if not set(record.gpu_uuids) <= self._known_gpus:
             await self._forget_record(record.spec.uid)
             self.found.gone += 1
-            self._shell.events.add(record.spec.uid, "instance.gone", "its GPU is not on this host any more")
+            self._context.events.add(record.spec.uid, "instance.gone", "its GPU is not on this host any more")
             return
-        record = replace(record, phase="CREATED", handle=None)
-        await self._shell.store.put_instance(record)
+        record = replace(record, phase=RecordPhase.CREATED, handle=None)
+        await self._context.store.put_instance(record)
         actor = self._node.adopt(record, InstanceState.STARTING)
         self.found.restarted += 1
         self._note(actor.uid, "STARTING")
         self._cold.append(actor)
 
     async def _gone(self, record: InstanceRecord, handle: Handle | None) -> None:
-        """It ended while no agent watched, or the host was booted: its ledger ends at its last mark."""
+        """It ended while no agent ran, or the host was rebooted: its ledger ends at its last window."""
         if handle is not None:
-            await self._shell.remove(handle)
+            await self._context.remove(handle)
         await self._forget_record(record.spec.uid)
         self.found.gone += 1
-        self._shell.events.add(record.spec.uid, "instance.gone", "it ended while the agent was down")
+        self._context.events.add(record.spec.uid, "instance.gone", "it ended while the agent was down")
 
     async def _kill(self, record: InstanceRecord, handle: Handle | None, why: str) -> None:
         if handle is not None and not await self._destroy(handle, record.gpu_uuids):
             return  # the record stays: the next start tries again
         await self._forget_record(record.spec.uid)
         self.found.killed += 1
-        self._shell.events.add(record.spec.uid, "instance.killed_at_recovery", why)
+        self._context.events.add(record.spec.uid, "instance.killed_at_recovery", why)
 
     async def _destroy_orphan(self, handle: Handle) -> None:
-        """Ours by its label, but without a record: it was never promised to anybody."""
+        """Destroy a container with our label but without a record: its creation was never confirmed."""
         if await self._destroy(handle, ()):
             self.found.orphans += 1
-            self._shell.events.add(handle.uid, "instance.orphan_destroyed", "a container of ours without a record")
+            self._context.events.add(handle.uid, "instance.orphan_destroyed", "a container of ours without a record")
 
     async def _destroy(self, handle: Handle, gpu_uuids: Sequence[str]) -> bool:
-        """Kill and clean up. What survives that may still sit on its GPUs: nobody else gets them."""
-        runtime = self._shell.runtime
+        """Kill and clean up. If it survives, cordon its GPUs: it may still use them."""
+        runtime = self._context.runtime
         try:
             async with asyncio.timeout(self._deadline_s):
                 await runtime.kill(handle)
-                await self._shell.remove(handle)
+                await self._context.remove(handle)
         except (HibernodeError, OSError, TimeoutError) as error:
-            self._shell.events.add(handle.uid, "instance.kill_failed", str(error) or "no end within the deadline")
-            seen = await self._node.desk.places_of(set(await runtime.pids(handle)))
-            uuids = {*gpu_uuids, *(seen or ())}  # a move may not be on disk yet
-            self._node.desk.cordon(
+            self._context.events.add(handle.uid, "instance.kill_failed", str(error) or "no end within the deadline")
+            shown = await self._node.broker.gpus_of(set(await runtime.pids(handle)))
+            uuids = {*gpu_uuids, *(shown or ())}  # a move may not be on disk yet
+            self._node.broker.cordon(
                 handle.uid,
                 uuids,
                 "KILL_FAILED: an instance of an earlier agent survives SIGKILL",
@@ -268,9 +265,9 @@ class Recovery:
 
     async def _forget_record(self, uid: str) -> None:
         try:
-            await self._shell.store.delete_instance(uid)
+            await self._context.store.delete_instance(uid)
         except HibernodeError as error:  # the next start finds no container for it
-            self._shell.events.add(uid, "store.failed", error.message)
+            self._context.events.add(uid, "store.failed", error.message)
 
     def _note(self, uid: str, state: str) -> None:
-        self._shell.events.add(uid, "instance.recovered", state=state)
+        self._context.events.add(uid, "instance.recovered", state=state)

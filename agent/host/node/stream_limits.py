@@ -1,4 +1,4 @@
-"""Calls that last as long as their callers like (a terminal, a followed log): few at once, none for ever, and none
+"""Bounds calls that last as long as their callers like (a terminal, a followed log): in number and in time. None
 outlives the agent."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ CLOSE_DEADLINE_S = 10.0
 
 
 class StreamLimits:
-    """`most` at once, each for `longest_s`; `what` is their name in errors ("commands inside instances")."""
+    """Admits `most` calls at once, each for `longest_s`; `what` names them in errors ("commands inside instances")."""
 
     def __init__(self, what: str, most: int, longest_s: float) -> None:
         self._what = what
@@ -26,19 +26,19 @@ class StreamLimits:
 
     @property
     def open(self) -> int:
-        """How many there are now."""
+        """Calls under way."""
         return len(self._limits)
 
     @asynccontextmanager
-    async def one(self) -> AsyncIterator[asyncio.Timeout]:
-        """A place for one call, within one task; what it gives has expired when the call was cut short.
+    async def admit(self) -> AsyncIterator[asyncio.Timeout]:
+        """Admit one call, within one task. The timeout that it yields has expired if the limit ended the call.
 
         Raises UnavailableError AGENT_STOPPING, ExhaustedError TOO_MANY_CALLS, DeadlineError CALL_TOO_LONG.
         """
         if self._closed:
-            raise self._leaving()
+            raise self._stopping()
         if len(self._limits) >= self._most:
-            text = f"{len(self._limits)} {self._what} are under way on this node, which is the most; end one first"
+            text = f"{len(self._limits)} {self._what} are under way on this node, the maximum; end one first"
             raise ExhaustedError("TOO_MANY_CALLS", text)
         limit = asyncio.timeout(self._longest_s)
         self._limits.add(limit)
@@ -48,22 +48,21 @@ class StreamLimits:
                 yield limit
         except TimeoutError:
             if not limit.expired():
-                raise  # somebody else's inside
+                raise  # of the call itself
             if self._closed:
-                raise self._leaving() from None
-            text = f"{self._what} last {self._longest_s:g} s at most; begin another one"
+                raise self._stopping() from None
+            text = f"{self._what} last {self._longest_s:g} s at most; start a new one"
             raise DeadlineError("CALL_TOO_LONG", text) from None
         finally:
             self._limits.discard(limit)
             if not self._limits:
                 self._none_left.set()
 
-    def _leaving(self) -> UnavailableError:
-        return UnavailableError("AGENT_STOPPING", "this node's agent is going away; try again when it is back")
+    def _stopping(self) -> UnavailableError:
+        return UnavailableError("AGENT_STOPPING", "this node's agent is stopping; try again once it is back")
 
     async def close(self) -> None:
-        """End them all, now and from now on. Returns when they have cleaned up, after `CLOSE_DEADLINE_S` in any
-        case."""
+        """End all calls, admit no more. Returns once they have cleaned up, after `CLOSE_DEADLINE_S` at the latest."""
         self._closed = True
         for limit in self._limits:
             with suppress(RuntimeError):  # it is ending already

@@ -14,6 +14,7 @@ import pytest
 from agent.adapters.store.node_store import FILE_NAME, NodeStore
 from agent.adapters.store.sqlite_thread import StoreHealth
 from agent.core.errors import UnavailableError
+from agent.ports import RecordPhase
 from tests.contract.test_stores import record, window
 
 
@@ -96,8 +97,8 @@ async def test_a_locked_database_meets_the_deadline_and_later_writes_work(tmp_pa
         assert store.health.failures == 1
         other.execute("ROLLBACK")
         other.close()
-        await store.put_instance(replace(record(), phase="READY"))
-    assert [r.phase for r in await store.load_instances()] == ["READY"]
+        await store.put_instance(replace(record(), phase=RecordPhase.READY))
+    assert [r.phase for r in await store.load_instances()] == [RecordPhase.READY]
     assert store.health == StoreHealth(ok=True)
     await store.close()
 
@@ -109,7 +110,7 @@ async def test_the_queue_is_bounded_and_says_so_at_once(tmp_path: Path) -> None:
     writes = [asyncio.create_task(store.upsert_windows([window(seq=n)])) for n in range(8)]
     results = await asyncio.gather(*writes, return_exceptions=True)
     other.close()
-    assert sum("waiting for the disk" in str(result) for result in results) >= 5
+    assert sum("already wait for the disk" in str(result) for result in results) >= 5
     await store.close()
 
 

@@ -131,7 +131,7 @@ async def test_kill_and_recovery_on_the_real_store(tmp_path: Path) -> None:
     clock.advance(10 * SECOND_NS)
     await after.load()
     after.open("i-living", OCR, InstanceState.RUNNING)
-    after.settle()
+    after.complete_ended()
     await flushed(after, clock)
     gap = 10 * SECOND_NS + SECOND_NS // 2
     ledger = await store.read_windows("i-living")

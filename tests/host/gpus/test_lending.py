@@ -13,7 +13,7 @@ from agent.core.types import (
     InstanceState,
 )
 from agent.host.gpus import broker
-from agent.host.node.pauses import look_for_pauses
+from agent.host.node.pauses import check_pauses
 from agent.ports import Condition
 from tests.host.rig import a_world, enter, eventually, released, until
 
@@ -93,7 +93,7 @@ async def test_without_proof_the_gpu_is_cordoned_and_nobody_gets_it() -> None:
         second = await world.create()
         await released(world, first)
         await eventually(lambda: "gpu.cordoned" in world.names())
-        device = world.node.desk.book.devices[world.gpus.gpus[0].uuid]
+        device = world.node.broker.allocator.devices[world.gpus.gpus[0].uuid]
         assert device.cordoned.startswith("RELEASE_NOT_PROVEN")
         assert (device.holder, second.state) == ("", S.STARTING)
 
@@ -112,9 +112,9 @@ async def test_what_survives_its_instances_end_keeps_the_gpu_from_others_until_i
         await eventually(lambda: ended.uid in world.node.ended)
         asked = len(world.gpus.calls)
         await eventually(lambda: len(world.gpus.calls) > asked + 3 or "gpu.uncordoned" in world.names())
-        assert world.node.desk.book.devices[gpu].cordoned.startswith("RELEASE_NOT_PROVEN")
+        assert world.node.broker.allocator.devices[gpu].cordoned.startswith("RELEASE_NOT_PROVEN")
         world.gpus.processes_now = ()
-        await eventually(lambda: not world.node.desk.book.devices[gpu].cordoned)
+        await eventually(lambda: not world.node.broker.allocator.devices[gpu].cordoned)
 
 
 async def test_a_drained_holder_that_is_paused_does_not_keep_the_book_from_asking_the_other() -> None:
@@ -128,7 +128,7 @@ async def test_a_drained_holder_that_is_paused_does_not_keep_the_book_from_askin
         drained, other = sorted(holders, key=lambda holder: not holder.instance.draining)
         assert (drained.instance.draining, other.instance.draining) == (True, False)
         world.freezer.states[drained.uid] = Condition.PAUSED_BY_OTHERS
-        look_for_pauses(world.node, world.freezer)
+        check_pauses(world.node, world.freezer)
         other.gate.leave()
         await until(waiter, S.RUNNING)
         assert other.state is S.FROZEN
@@ -142,11 +142,11 @@ async def test_a_wish_whose_callers_all_left_is_withdrawn() -> None:
         busy = await world.running()
         await enter(busy)
         entering = asyncio.create_task(enter(sleeper))
-        await eventually(lambda: bool(world.node.desk.book.queue))
+        await eventually(lambda: bool(world.node.broker.allocator.queue))
         entering.cancel()
         await asyncio.gather(entering, return_exceptions=True)
         assert sleeper.state is S.FROZEN
-        assert world.node.desk.book.queue == ()
+        assert world.node.broker.allocator.queue == ()
 
 
 async def test_two_api_wakes_last_as_long_as_the_longer() -> None:
@@ -163,4 +163,4 @@ async def test_two_api_wakes_last_as_long_as_the_longer() -> None:
         assert "instance.waiting_gpu" in world.names(sleeper.uid)
         world.clock.advance(3 * SECOND_NS)
         assert sleeper.state is S.FROZEN
-        assert world.node.desk.book.queue == ()
+        assert world.node.broker.allocator.queue == ()

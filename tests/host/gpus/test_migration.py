@@ -11,7 +11,7 @@ import pytest
 from agent.core.lifecycle import events as ev
 from agent.core.types import MIB, GpuProcess, Handle, InstanceState
 from agent.host.instance.actor import Actor
-from agent.host.node.pauses import look_for_pauses
+from agent.host.node.pauses import check_pauses
 from agent.ports import Condition, FreezeResult, Outcome
 from tests.host.rig import OCR, World, a_world, enter, eventually, released, until
 
@@ -38,7 +38,7 @@ async def awake_on_the_second(world: World) -> Actor:
     """One that was frozen on the first GPU and is busy on the other now, where NVML shows it; not on disk yet."""
     first, second = gpus(world)
     mover = await world.frozen()
-    world.node.desk.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
+    world.node.broker.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
     await enter(mover)
     handle = mover.handle_of_container
     assert handle is not None
@@ -63,7 +63,7 @@ async def test_the_driver_gets_a_map_of_all_gpus_and_the_move_is_remembered(worl
     first, second = gpus(world)
     mover = await world.frozen()
     assert mover.gpu_uuids == (first,)
-    world.node.desk.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
+    world.node.broker.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
     await enter(mover)
     assert world.freezer.maps[-1] == {first: second, second: first}
     assert mover.gpu_uuids == (second,)
@@ -109,7 +109,7 @@ async def test_a_restore_that_fails_everywhere_ends_the_instance_and_frees_both(
 async def test_a_frozen_instance_of_a_lost_gpu_moves(world: World) -> None:
     first, second = gpus(world)
     mover = await world.frozen()
-    world.node.desk.cordon("", [first], "XID 79", source="xid", lasting=True)
+    world.node.broker.cordon("", [first], "XID 79", source="xid", lasting=True)
     await enter(mover)
     assert mover.gpu_uuids == (second,)
 
@@ -117,7 +117,7 @@ async def test_a_frozen_instance_of_a_lost_gpu_moves(world: World) -> None:
 async def test_where_it_was_frozen_is_on_disk_before_it_sleeps(world: World) -> None:
     first, second = gpus(world)
     mover = await world.frozen()
-    world.node.desk.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
+    world.node.broker.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
     mover.wake(0, world.clock.monotonic_ns() + 10**9)
     await until(mover, InstanceState.RUNNING)
     assert (await recorded(world, mover.uid)) == (first,), "a wake waits for no disk"
@@ -162,7 +162,7 @@ async def test_one_that_moved_and_survives_a_new_agents_kill_keeps_the_gpu_from_
     world.freezer.states[mover.uid] = Condition.BROKEN
     world.runtime.kill_hangs = True
     await world.restart()
-    assert world.node.desk.book.devices[second].cordoned.startswith("KILL_FAILED")
+    assert world.node.broker.allocator.devices[second].cordoned.startswith("KILL_FAILED")
 
 
 async def test_a_new_agent_that_nvml_does_not_answer_waits_until_it_knows_where_an_awake_instance_is(
@@ -187,7 +187,7 @@ async def test_a_new_agent_that_nvml_does_not_answer_waits_until_it_knows_where_
 async def test_without_migration_the_frozen_instance_of_a_lost_gpu_is_given_up_when_somebody_asks() -> None:
     async with a_world() as world:
         asleep = await world.frozen()
-        world.node.desk.cordon("", asleep.gpu_uuids, "XID 79", source="xid", lasting=True)
+        world.node.broker.cordon("", asleep.gpu_uuids, "XID 79", source="xid", lasting=True)
         assert asleep.state is InstanceState.FROZEN, "nobody asks for it"
         asleep.wake(0, world.clock.monotonic_ns() + 10**9)
         await until(asleep, InstanceState.FAILED)
@@ -197,13 +197,13 @@ async def test_without_migration_the_frozen_instance_of_a_lost_gpu_is_given_up_w
 async def test_a_pause_by_somebody_else_closes_the_gate_until_it_ends(world: World) -> None:
     actor = await world.running()
     world.freezer.states[actor.uid] = Condition.PAUSED_BY_OTHERS
-    look_for_pauses(world.node, world.freezer)
+    check_pauses(world.node, world.freezer)
     assert not actor.instance.gate_open
     assert "instance.externally_frozen" in world.names(actor.uid)
     world.clock.advance(OCR.idle.freeze_after_ns + 1)
     assert actor.state is InstanceState.RUNNING, "the driver is not asked"
     world.freezer.states[actor.uid] = Condition.AWAKE
-    look_for_pauses(world.node, world.freezer)
+    check_pauses(world.node, world.freezer)
     await enter(actor)
     assert actor.gate.in_flight == 1
 
@@ -219,7 +219,7 @@ async def test_an_instance_that_cannot_be_looked_at_ends_no_watch(world: World) 
         return True
 
     world.freezer.paused = look  # type: ignore[method-assign]
-    look_for_pauses(world.node, world.freezer)
+    check_pauses(world.node, world.freezer)
     assert (blind.instance.paused, seen.instance.paused) == (False, True)
 
 

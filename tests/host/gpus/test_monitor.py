@@ -26,11 +26,11 @@ class Watched:
         return self.world.gpus.gpus[index].uuid
 
     def cordoned(self, index: int) -> str:
-        return self.world.node.desk.book.devices[self.uuid(index)].cordoned
+        return self.world.node.broker.allocator.devices[self.uuid(index)].cordoned
 
     async def looks(self, times: int) -> None:
         for _ in range(times):
-            await self.watch.look()
+            await self.watch.poll()
 
 
 @asynccontextmanager
@@ -38,30 +38,30 @@ async def watched() -> AsyncIterator[Watched]:
     async with a_world() as world:
         driver = FakeGpuEvents()
         watch = GpuMonitor(
-            world.gpus, driver, world.node.desk, world.events, world.clock, limits=LIMITS, period_s=0.001
+            world.gpus, driver, world.node.broker, world.events, world.clock, limits=LIMITS, period_s=0.001
         )
         yield Watched(world, watch, driver)
 
 
 async def test_figures_are_shown_while_they_are_fresh() -> None:
     async with watched() as it:
-        assert it.watch.figures() == {}
-        await it.watch.look()
-        assert set(it.watch.figures()) == {it.uuid(0), it.uuid(1)}
+        assert it.watch.samples() == {}
+        await it.watch.poll()
+        assert set(it.watch.samples()) == {it.uuid(0), it.uuid(1)}
         it.world.clock.advance(5 * SECOND_NS)
-        assert it.watch.figures()
+        assert it.watch.samples()
         it.world.clock.advance(1)
-        assert it.watch.figures() == {}, "unknown, not old"
+        assert it.watch.samples() == {}, "unknown, not old"
 
 
 async def test_a_fatal_xid_cordons_and_a_program_s_is_written_down() -> None:
     async with watched() as it:
-        it.watch.heard(Xid(it.uuid(0), 31))
+        it.watch.record_xid(Xid(it.uuid(0), 31))
         assert it.cordoned(0) == ""
-        it.watch.heard(Xid(it.uuid(0), 79))
-        it.watch.heard(Xid(it.uuid(0), 79))
+        it.watch.record_xid(Xid(it.uuid(0), 79))
+        it.watch.record_xid(Xid(it.uuid(0), 79))
         assert it.cordoned(0) == "XID_79: the GPU has fallen off the bus"
-        assert [cordon.lasting for cordon in it.world.node.desk.book.devices[it.uuid(0)].cordons] == [True]
+        assert [cordon.lasting for cordon in it.world.node.broker.allocator.devices[it.uuid(0)].cordons] == [True]
         assert it.cordoned(1) == ""
         assert it.watch.xids == {(it.uuid(0), 31): 1, (it.uuid(0), 79): 2}
         assert it.world.messages("gpu.xid")[0].startswith("XID 31: a program accessed an illegal address")
@@ -73,7 +73,7 @@ async def test_a_gpu_that_errs_for_a_while_is_out_for_that_while() -> None:
         it.world.gpus.errors[it.uuid(1)] = "ill"
         await it.looks(2)
         assert it.cordoned(1).startswith("NVML_ERROR: ")
-        assert it.watch.figures()[it.uuid(0)].memory_used_bytes == 0
+        assert it.watch.samples()[it.uuid(0)].memory_used_bytes == 0
         it.world.gpus.errors.clear()
         await it.looks(1)
         assert it.cordoned(1)
@@ -92,15 +92,15 @@ async def test_a_lost_gpu_stays_out() -> None:
 
 async def test_a_silent_driver_takes_all_out_until_it_answers() -> None:
     async with watched() as it:
-        await it.watch.look()
+        await it.watch.poll()
         it.world.gpus.unavailable = True
-        await it.watch.look()
+        await it.watch.poll()
         assert it.cordoned(0) == ""
         it.world.clock.advance(10 * SECOND_NS)
-        await it.watch.look()
+        await it.watch.poll()
         assert it.cordoned(0) == it.cordoned(1) == "DRIVER_SILENT: NVML has not answered for 10 s"
         it.world.gpus.unavailable = False
-        await it.watch.look()
+        await it.watch.poll()
         assert it.cordoned(0) == it.cordoned(1) == ""
 
 
@@ -131,7 +131,7 @@ async def test_it_runs_on_whatever_happens() -> None:
 async def test_the_counters_are_bounded() -> None:
     async with watched() as it:
         for code in range(1000, 1000 + MAX_XID_COUNTERS + 5):
-            it.watch.heard(Xid(it.uuid(0), code))
+            it.watch.record_xid(Xid(it.uuid(0), code))
         assert len(it.watch.xids) == MAX_XID_COUNTERS
 
 
@@ -141,16 +141,16 @@ async def test_persistence_mode_that_is_turned_off_is_told_to_the_checkpointer_a
         watch = GpuMonitor(
             world.gpus,
             FakeGpuEvents(),
-            world.node.desk,
+            world.node.broker,
             world.events,
             world.clock,
             persistence_is_off=lambda: told.append("off"),
         )
         first = world.gpus.gpus[0].uuid
-        await watch.look()
+        await watch.poll()
         assert not told
         world.gpus.volatile.add(first)
-        await watch.look()
-        await watch.look()
+        await watch.poll()
+        await watch.poll()
         assert told == ["off", "off"], "for as long as it is off"
         assert len(world.messages("gpu.persistence_off")) == 1

@@ -12,8 +12,8 @@ from tests.host.ingress.test_ingress import Door, a_door, code
 from tests.host.rig import OCR, eventually, until
 from tests.http.rig import Wire, connect
 
-ANY = "x-hibernode-any: 1"
-NOTICE = "x-hibernode-notice: 1"
+ANY = "x-hibernode-any-instance: 1"
+NOTICE = "x-hibernode-started: 1"
 
 
 class Slow:
@@ -25,7 +25,7 @@ class Slow:
     async def __call__(self, exchange: Exchange) -> None:
         go = asyncio.Event()
         self.inside.append(go)
-        await exchange.read_body(1 << 20)
+        await exchange.buffer_body(1 << 20)
         await go.wait()
         await exchange.answer(200, [], b"done")
 
@@ -76,11 +76,11 @@ async def test_without_leave_to_go_elsewhere_it_waits_for_the_one_it_names() -> 
 async def test_who_waits_goes_to_whichever_frees_first_the_oldest_before_all() -> None:
     async with a_door() as door:
         slow, (named, other), _ = await busy_pair(door)
-        line = door.world.node.lines["ocr"]
+        queue = door.world.node.queues["ocr"]
         older = await door.send(named, ANY)
-        await eventually(lambda: line.waiting == 1)
+        await eventually(lambda: queue.waiting == 1)
         younger = await door.send(named, ANY)
-        await eventually(lambda: line.waiting == 2)
+        await eventually(lambda: queue.waiting == 2)
         slow.inside[1].set()
         await door.world.app.until_asked("/ocr", 3)
         slow.inside[2].set()
@@ -96,7 +96,7 @@ async def test_who_asks_for_a_notice_hears_of_the_grant_before_the_instance_hear
     async with a_door() as door:
         slow, (named, _), _ = await busy_pair(door)
         wire = await door.send(named, ANY, NOTICE)
-        await eventually(lambda: door.world.node.lines["ocr"].waiting == 1)
+        await eventually(lambda: door.world.node.queues["ocr"].waiting == 1)
         assert len(door.world.app.requests) == 2
         slow.inside[0].set()
         assert await wire.until(b"\r\n\r\n") == b"HTTP/1.1 102 Processing\r\n\r\n"
@@ -109,11 +109,11 @@ async def test_who_asks_for_a_notice_hears_of_the_grant_before_the_instance_hear
 async def test_a_client_that_leaves_the_line_is_not_sent_to_anybody() -> None:
     async with a_door() as door:
         slow, (named, _), wires = await busy_pair(door)
-        line = door.world.node.lines["ocr"]
+        queue = door.world.node.queues["ocr"]
         wire = await door.send(named, ANY)
-        await eventually(lambda: line.waiting == 1)
+        await eventually(lambda: queue.waiting == 1)
         wire.reset()
-        await eventually(lambda: line.waiting == 0)
+        await eventually(lambda: queue.waiting == 0)
         for go in slow.inside:
             go.set()
         for served in wires:
@@ -129,7 +129,7 @@ async def test_who_waits_where_the_only_instance_fell_ill_may_go_elsewhere() -> 
         first = await door.send(ill, ANY)
         await door.world.app.until_asked("/ocr")
         wire = await door.send(ill, ANY)
-        await eventually(lambda: door.world.node.lines["ocr"].waiting == 1)
+        await eventually(lambda: door.world.node.queues["ocr"].waiting == 1)
         ill.set_healthy(False)
         status, headers, _ = await wire.message()
         assert (status, headers[b"x-hibernode-refused"]) == (503, b"NO_INSTANCE_AWAKE")
@@ -147,7 +147,7 @@ async def test_a_body_that_breaks_in_the_line_costs_nobody_a_slot_or_a_bill() ->
         broken = await connect(door.port)
         head = door.head(busy, ANY, "transfer-encoding: chunked")
         await broken.send(head.replace(b"content-length: 0\r\n", b""))
-        await eventually(lambda: door.world.node.lines["ocr"].waiting == 1)
+        await eventually(lambda: door.world.node.queues["ocr"].waiting == 1)
         await broken.send(b"ZZ\r\n")
         slow.inside[0].set()
         await first.message()
@@ -172,9 +172,9 @@ async def test_the_time_in_line_is_bounded_by_the_requests_deadline() -> None:
 async def test_where_the_last_one_awake_goes_away_the_gateway_may_ask_elsewhere() -> None:
     async with a_door() as door:
         slow, (named, other), _ = await busy_pair(door)
-        line = door.world.node.lines["ocr"]
+        queue = door.world.node.queues["ocr"]
         wire = await door.send(named, ANY)
-        await eventually(lambda: line.waiting == 1)
+        await eventually(lambda: queue.waiting == 1)
         actors = [door.world.node.actors[uid] for uid in (named, other)]
         for actor in actors:
             actor.handle(StopAsked(60 * SECOND_NS))
@@ -184,20 +184,20 @@ async def test_where_the_last_one_awake_goes_away_the_gateway_may_ask_elsewhere(
             go.set()
         for actor in actors:
             await until(actor, InstanceState.STOPPED)
-        await eventually(lambda: "ocr" not in door.world.node.lines)  # the last of them takes it away
+        await eventually(lambda: "ocr" not in door.world.node.queues)  # the last of them takes it away
 
 
 async def test_a_sick_instance_gets_nobody_out_of_the_line_until_it_is_well() -> None:
     async with a_door() as door:
         slow, (named, _), wires = await busy_pair(door)
-        line = door.world.node.lines["ocr"]
+        queue = door.world.node.queues["ocr"]
         sick = door.world.node.actors[named]
         wire = await door.send(named, ANY)
-        await eventually(lambda: line.waiting == 1)
+        await eventually(lambda: queue.waiting == 1)
         sick.set_healthy(False)
         slow.inside[0].set()
         await wires[0].message()
-        assert (line.waiting, sick.gate.in_flight) == (1, 0)
+        assert (queue.waiting, sick.gate.in_flight) == (1, 0)
         sick.set_healthy(True)
         await door.world.app.until_asked("/ocr", 3)
         slow.inside[1].set()

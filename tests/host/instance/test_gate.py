@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import pytest
 
 from agent.core.errors import DeadlineError, ExhaustedError, UnavailableError
 from agent.core.types import SECOND_NS
-from agent.host.instance.gate import AdmissionGate
-from agent.host.line import FunctionQueue
+from agent.host.instance.gate import AdmissionGate, FunctionQueue
 from tests.fakes.clock import FakeClock
 
 
@@ -28,20 +26,20 @@ class Edges:
     def request_ended(self, at: int) -> None:
         self.inside -= 1
 
-    def gate_busy(self) -> None:
+    def first_request_started(self) -> None:
         self.told.append("busy")
 
-    def gate_quiet(self) -> None:
+    def last_request_ended(self) -> None:
         self.told.append("quiet")
 
-    def gate_wanted(self) -> None:
+    def waiters_appeared(self) -> None:
         self.told.append("wanted")
 
-    def gate_unwanted(self) -> None:
+    def waiters_gone(self) -> None:
         self.told.append("unwanted")
 
 
-def a_gate(*, is_open: bool, concurrency: int = 1, max_waiting: int = 2) -> tuple[AdmissionGate, Edges]:
+def a_gate(*, is_open: bool, concurrency: int = 1, max_waiting: int = 2) -> tuple[AdmissionGate[Edges], Edges]:
     edges = Edges()
     gate = AdmissionGate(concurrency, max_waiting, 60 * SECOND_NS, FakeClock(), edges, edges)
     if is_open:
@@ -53,26 +51,25 @@ def a_gate(*, is_open: bool, concurrency: int = 1, max_waiting: int = 2) -> tupl
 async def test_who_starts_from_the_line_and_ends_in_the_same_turn_is_metered_from_begin_to_end() -> None:
     """Ended before it had begun it would be billed for ever, and busy after quiet the instance would never sleep."""
     gate, edges = a_gate(is_open=False)
-    line = FunctionQueue(10)
-    line.join(SimpleNamespace(gate=gate))  # type: ignore[arg-type]
+    queue: FunctionQueue[Edges] = FunctionQueue(10)
+    queue.add(gate)
     metered = []
 
-    def fails_at_once(actor: object) -> None:
+    def fails_at_once(owner: Edges) -> None:
         metered.append(edges.inside)
         gate.leave()
 
     gate.set_open(True)
-    gate.shunned = True
+    gate.unhealthy = True
     ticket = asyncio.get_running_loop().create_future()
-    line._tickets[ticket] = fails_at_once
-    gate.shunned = False
+    queue._tickets[ticket] = fails_at_once
     edges.told.clear()
-    gate.offer()
+    gate.set_healthy(True)
     assert (metered, edges.inside, gate.in_flight) == ([1], 0, 0)
     assert edges.told == ["busy", "quiet"]
 
 
-def queued(gate: AdmissionGate, timeout_s: float = 10.0) -> tuple[asyncio.Future[None], asyncio.Task[None]]:
+def queued(gate: AdmissionGate[Edges], timeout_s: float = 10.0) -> tuple[asyncio.Future[None], asyncio.Task[None]]:
     ticket = gate.try_enter()
     assert ticket is not None
     return ticket, asyncio.ensure_future(gate.wait(ticket, timeout_s))

@@ -28,7 +28,7 @@ async def gone(world: World, actor: Actor) -> None:
     await until(actor, S.STOPPED, S.FAILED)
     await eventually(lambda: actor.uid in world.node.ended)
     assert world.runtime.containers == {}
-    assert not world.node.desk.book.assigned
+    assert not world.node.broker.allocator.assigned
     assert await world.store.load_instances() == []
     assert not world.node.memory.ledger.reservations
     assert not world.billing.open_windows()

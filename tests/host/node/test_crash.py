@@ -68,7 +68,7 @@ async def all_is_well(world: World) -> None:
     assert sorted(world.node.actors) == world.runtime.running() == sorted(world.runtime.containers)
     assert sorted(record.spec.uid for record in await world.store.load_instances()) == sorted(world.node.actors)
     awake = {actor.uid for actor in world.node.actors.values() if actor.state is S.RUNNING}
-    assert {device.holder for device in world.node.desk.book.devices.values()} - {""} == awake
+    assert {device.holder for device in world.node.broker.allocator.devices.values()} - {""} == awake
     for actor in list(world.node.actors.values()):
         await asyncio.wait_for(enter(actor), PATIENCE_S)
         actor.gate.leave()

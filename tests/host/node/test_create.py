@@ -17,12 +17,13 @@ from agent.core.errors import (
 )
 from agent.core.lifecycle import events as ev
 from agent.core.types import GIB, Exit, GpuNeed, InstanceState
+from agent.ports import RecordPhase
 from tests.host.rig import OCR, World, a_world, eventually, until
 
 
 def nothing_is_left(world: World) -> None:
     assert not world.node.actors
-    assert not world.node.desk.book.assigned
+    assert not world.node.broker.allocator.assigned
     assert not world.node.memory.ledger.reservations
     assert not world.billing.open_windows()
 
@@ -37,7 +38,7 @@ async def test_an_instance_starts_on_its_gpu_and_is_recorded_before_anything_run
         actor = await creating
         await until(actor, InstanceState.RUNNING)
         (record,) = await world.store.load_instances()
-        assert (record.phase, record.gpu_uuids) == ("READY", actor.gpu_uuids)
+        assert (record.phase, record.gpu_uuids) == (RecordPhase.READY, actor.gpu_uuids)
         assert world.holder() == actor.uid
         assert world.runtime.containers[actor.uid].spec.gpu_uuids == actor.gpu_uuids
 
@@ -116,7 +117,7 @@ async def test_sharers_of_a_gpu_must_all_fit_into_host_memory() -> None:
         with pytest.raises(PreconditionError) as caught:
             await world.create()
         assert caught.value.reason == "HOST_MEMORY_SHORT"
-        assert len(world.node.desk.book.assigned) == 3
+        assert len(world.node.broker.allocator.assigned) == 3
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from agent.core.errors import UnavailableError
-from agent.host.node.engine_watch import BACK_OFF_MAX_S, LOOK_S, EngineWatch
+from agent.host.node.engine_watch import BACK_OFF_MAX_S, POLL_S, EngineWatch
 from tests.host.rig import World, a_world
 
 AWAY = UnavailableError("ENGINE_UNAVAILABLE", "no engine answers at /run/docker.sock; start docker")
@@ -53,8 +53,8 @@ async def test_it_is_asked_less_often_while_it_stays_away_and_that_is_said_once(
         told: list[str] = []
         await follow(watch(world, FakeEngine(None, *[AWAY] * 8, None), pauses, 10, told))
         assert [bool(problem) for problem in told] == [False, True, False]
-        assert pauses == [LOOK_S, 1, 2, 4, 8, *[BACK_OFF_MAX_S] * 4, LOOK_S]
-        assert [name for name in world.names("") if name.startswith("ENGINE")] == ["ENGINE_DOWN", "ENGINE_UP"]
+        assert pauses == [POLL_S, 1, 2, 4, 8, *[BACK_OFF_MAX_S] * 4, POLL_S]
+        assert [name for name in world.names("") if name.startswith("engine.")] == ["engine.down", "engine.up"]
 
 
 async def test_what_stayed_behind_is_removed_when_it_is_back_and_the_living_are_left_alone() -> None:

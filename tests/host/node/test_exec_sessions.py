@@ -22,16 +22,16 @@ LS = ExecSpec(("ls", "-l", "--token=hunter2"))
 
 
 @asynccontextmanager
-async def a_desk(**knobs: object) -> AsyncIterator[tuple[World, ExecSessions]]:
+async def exec_world(**knobs: object) -> AsyncIterator[tuple[World, ExecSessions]]:
     limits = {key: knobs.pop(key) for key in ("most", "longest_s") if key in knobs}
     async with a_world(**knobs) as world:
         world.runtime.executes = True
         yield world, ExecSessions(world.node, world.runtime, world.events, world.clock, **limits)  # type: ignore[arg-type]
 
 
-async def reason_of(desk: ExecSessions, uid: str, *, wake: bool = False) -> str:
+async def reason_of(sessions: ExecSessions, uid: str, *, wake: bool = False) -> str:
     with pytest.raises(HibernodeError) as caught:
-        async with asyncio.timeout(PATIENCE_S), desk.visit(uid, LS, wake=wake, caller="olga"):
+        async with asyncio.timeout(PATIENCE_S), sessions.open(uid, LS, wake=wake, caller="olga"):
             pass
     return caught.value.reason
 
@@ -44,10 +44,10 @@ def events_of(world: World, name: str) -> list[dict[str, str]]:
 
 
 async def test_a_frozen_one_is_refused_at_once_and_stays_frozen() -> None:
-    async with a_desk() as (world, desk):
+    async with exec_world() as (world, sessions):
         actor = await world.frozen()
         with pytest.raises(HibernodeError, match="--wake") as caught:
-            async with desk.visit(actor.uid, LS, wake=False, caller="olga"):
+            async with sessions.open(actor.uid, LS, wake=False, caller="olga"):
                 pass
         assert caught.value.reason == "INSTANCE_FROZEN"
         assert (actor.state, actor.instance.exec_active) == (S.FROZEN, False)
@@ -56,10 +56,10 @@ async def test_a_frozen_one_is_refused_at_once_and_stays_frozen() -> None:
 
 @pytest.mark.parametrize("freeze_after_ns", [0, 10 * SECOND_NS])
 async def test_with_wake_it_is_awake_until_the_command_has_ended(freeze_after_ns: int) -> None:
-    async with a_desk() as (world, desk):
+    async with exec_world() as (world, sessions):
         actor = await world.frozen(replace(OCR, idle=IdlePolicy(freeze_after_ns=freeze_after_ns)))
-        async with asyncio.timeout(PATIENCE_S), desk.visit(actor.uid, LS, wake=True, caller="olga") as visit:
-            assert visit.session is world.runtime.sessions[0]
+        async with asyncio.timeout(PATIENCE_S), sessions.open(actor.uid, LS, wake=True, caller="olga") as running:
+            assert running.session is world.runtime.sessions[0]
             world.clock.advance(3600 * SECOND_NS)
             await asyncio.sleep(0)
             assert actor.state is S.RUNNING
@@ -68,64 +68,64 @@ async def test_with_wake_it_is_awake_until_the_command_has_ended(freeze_after_ns
 
 
 async def test_one_that_is_about_to_sleep_counts_as_asleep() -> None:
-    async with a_desk() as (world, desk):
+    async with exec_world() as (world, sessions):
         actor = await world.running()
         world.freezer.hold("checkpoint")
         actor.handle(ev.FreezeAsked())
         await world.freezer.entered("checkpoint")
-        assert await reason_of(desk, actor.uid) == "INSTANCE_FROZEN"
+        assert await reason_of(sessions, actor.uid) == "INSTANCE_FROZEN"
         world.freezer.release("checkpoint")
         await until(actor, S.FROZEN)
 
 
 async def test_one_whose_gpu_is_promised_away_is_asleep_and_comes_back_with_wake() -> None:
-    async with a_desk() as (world, desk):
+    async with exec_world() as (world, sessions):
         actor = await world.running()
         await enter(actor)
         actor.handle(ev.DrainOrdered())
-        assert await reason_of(desk, actor.uid) == "INSTANCE_FROZEN"
+        assert await reason_of(sessions, actor.uid) == "INSTANCE_FROZEN"
 
-        async def visit() -> InstanceState:
-            async with desk.visit(actor.uid, LS, wake=True, caller="olga"):
+        async def run() -> InstanceState:
+            async with sessions.open(actor.uid, LS, wake=True, caller="olga"):
                 return actor.state
 
-        visiting = asyncio.create_task(visit())
+        running = asyncio.create_task(run())
         await asyncio.sleep(0)
         actor.gate.leave()
-        assert await asyncio.wait_for(visiting, PATIENCE_S) is S.RUNNING
+        assert await asyncio.wait_for(running, PATIENCE_S) is S.RUNNING
         assert (actor.figures.freezes, actor.figures.wakes) == (1, 1), "asleep in between, as the GPU book ordered"
 
 
 async def test_paused_starting_and_ended_ones_are_refused() -> None:
-    async with a_desk() as (world, desk):
+    async with exec_world() as (world, sessions):
         world.runtime.start_gate = asyncio.Event()
         actor = await world.create()
-        assert await reason_of(desk, actor.uid, wake=True) == "NOT_RUNNING"
+        assert await reason_of(sessions, actor.uid, wake=True) == "NOT_RUNNING"
         world.runtime.start_gate.set()
         await until(actor, S.RUNNING)
         actor.handle(ev.Paused(paused=True))
-        assert await reason_of(desk, actor.uid, wake=True) == "EXTERNALLY_FROZEN"
+        assert await reason_of(sessions, actor.uid, wake=True) == "EXTERNALLY_FROZEN"
         actor.handle(ev.Paused(paused=False))
         actor.handle(ev.StopAsked(SECOND_NS))
-        assert await reason_of(desk, actor.uid, wake=True) == "NOT_RUNNING"
+        assert await reason_of(sessions, actor.uid, wake=True) == "NOT_RUNNING"
         await until(actor, S.STOPPED)
-        assert await reason_of(desk, actor.uid, wake=True) == "NOT_RUNNING"
-        assert await reason_of(desk, "i-nobody") == "INSTANCE_NOT_FOUND"
+        assert await reason_of(sessions, actor.uid, wake=True) == "NOT_RUNNING"
+        assert await reason_of(sessions, "i-nobody") == "INSTANCE_NOT_FOUND"
 
 
 async def test_a_process_of_the_host_has_no_inside_and_is_not_woken_for_that() -> None:
-    async with a_desk() as (world, desk):
+    async with exec_world() as (world, sessions):
         world.runtime.executes = False
         actor = await world.frozen()
-        assert await reason_of(desk, actor.uid, wake=True) == "EXEC_UNAVAILABLE"
+        assert await reason_of(sessions, actor.uid, wake=True) == "EXEC_UNAVAILABLE"
         assert (actor.state, actor.instance.exec_active) == (S.FROZEN, False)
 
 
 async def test_a_command_that_can_not_be_run_leaves_nothing_but_its_trace() -> None:
-    async with a_desk() as (world, desk):
+    async with exec_world() as (world, sessions):
         actor = await world.running()
         world.runtime.exec_error = InstanceError("EXEC_FAILED", "unable to find user nobody-here")
-        assert await reason_of(desk, actor.uid) == "EXEC_FAILED"
+        assert await reason_of(sessions, actor.uid) == "EXEC_FAILED"
         assert not actor.instance.exec_active
         assert len(events_of(world, "instance.exec")) == 1
         assert world.messages("instance.exec_ended") == ["EXEC_FAILED"]
@@ -134,137 +134,137 @@ async def test_a_command_that_can_not_be_run_leaves_nothing_but_its_trace() -> N
 # ---- meanwhile ------------------------------------------------------------------------------------------------------
 
 
-async def _visited(world: World, desk: ExecSessions, actor: Actor) -> asyncio.Task[None]:
+async def _started(world: World, sessions: ExecSessions, actor: Actor) -> asyncio.Task[None]:
     inside = asyncio.Event()
 
-    async def visit() -> None:
-        async with desk.visit(actor.uid, LS, wake=False, caller="olga"):
+    async def run() -> None:
+        async with sessions.open(actor.uid, LS, wake=False, caller="olga"):
             inside.set()
             await asyncio.Event().wait()
 
-    task = asyncio.create_task(visit())
+    task = asyncio.create_task(run())
     await asyncio.wait_for(inside.wait(), PATIENCE_S)
     return task
 
 
-async def _left(task: asyncio.Task[None]) -> None:
+async def _cancelled(task: asyncio.Task[None]) -> None:
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
 
 
-async def test_two_visitors_the_last_one_closes_the_door() -> None:
-    async with a_desk() as (world, desk):
+async def test_two_commands_the_last_one_closes_the_door() -> None:
+    async with exec_world() as (world, sessions):
         actor = await world.running()
-        first, second = await _visited(world, desk, actor), await _visited(world, desk, actor)
-        await _left(first)
+        first, second = await _started(world, sessions, actor), await _started(world, sessions, actor)
+        await _cancelled(first)
         world.clock.advance(60 * SECOND_NS)
         await asyncio.sleep(0)
         assert actor.state is S.RUNNING
-        await _left(second)
+        await _cancelled(second)
         world.clock.advance(10 * SECOND_NS)
         await until(actor, S.FROZEN)
 
 
 async def test_requests_are_served_meanwhile_and_none_of_it_is_metered_as_active() -> None:
-    async with a_desk() as (world, desk):
+    async with exec_world() as (world, sessions):
         actor = await world.running()
-        visitor = await _visited(world, desk, actor)
+        command = await _started(world, sessions, actor)
         await enter(actor)
         actor.gate.leave()
         world.clock.advance(20 * SECOND_NS)
         assert world.billing.totals(actor.uid)[0] == 0
         assert actor.state is S.RUNNING
-        await _left(visitor)
+        await _cancelled(command)
 
 
-async def test_who_waits_for_the_gpu_gets_it_when_the_visitor_has_left() -> None:
-    async with a_desk(per_gpu=2) as (world, desk):
+async def test_who_waits_for_the_gpu_gets_it_when_the_command_has_cancelled() -> None:
+    async with exec_world(per_gpu=2) as (world, sessions):
         holders = [await world.running() for _ in world.gpus.gpus]
-        visitors = [await _visited(world, desk, actor) for actor in holders]
+        commands = [await _started(world, sessions, actor) for actor in holders]
         waiting = await world.create()
         for _ in range(30):
             world.clock.advance(SECOND_NS)
             await asyncio.sleep(0)
         assert waiting.state is S.STARTING
         assert {actor.state for actor in holders} == {S.RUNNING}
-        for visitor in visitors:
-            await _left(visitor)
+        for command in commands:
+            await _cancelled(command)
         for _ in range(3):
             world.clock.advance(SECOND_NS)
             await asyncio.sleep(0)
         await until(waiting, S.RUNNING)
 
 
-async def test_a_stop_does_not_wait_for_a_visitor() -> None:
-    async with a_desk() as (world, desk):
+async def test_a_stop_does_not_wait_for_a_command() -> None:
+    async with exec_world() as (world, sessions):
         actor = await world.running()
-        visitor = await _visited(world, desk, actor)
+        command = await _started(world, sessions, actor)
         actor.handle(ev.StopAsked(3600 * SECOND_NS))
         await until(actor, S.STOPPED)
-        await _left(visitor)
+        await _cancelled(command)
 
 
 # ---- bounds ---------------------------------------------------------------------------------------------------------
 
 
 async def test_so_many_at_once_and_no_more() -> None:
-    async with a_desk(most=2) as (world, desk):
+    async with exec_world(most=2) as (world, sessions):
         actor = await world.running()
-        visitors = [await _visited(world, desk, actor) for _ in range(2)]
+        commands = [await _started(world, sessions, actor) for _ in range(2)]
         with pytest.raises(ExhaustedError, match="TOO_MANY_CALLS"):
-            await _visited_or_raise(desk, actor)
-        await _left(visitors.pop())
-        visitors.append(await _visited(world, desk, actor))
-        for visitor in visitors:
-            await _left(visitor)
+            await _run_until_ended(sessions, actor)
+        await _cancelled(commands.pop())
+        commands.append(await _started(world, sessions, actor))
+        for command in commands:
+            await _cancelled(command)
 
 
-async def _visited_or_raise(desk: ExecSessions, actor: Actor) -> None:
-    async with asyncio.timeout(PATIENCE_S), desk.visit(actor.uid, LS, wake=False, caller="olga"):
+async def _run_until_ended(sessions: ExecSessions, actor: Actor) -> None:
+    async with asyncio.timeout(PATIENCE_S), sessions.open(actor.uid, LS, wake=False, caller="olga"):
         await asyncio.Event().wait()
 
 
 async def test_none_lasts_for_ever() -> None:
-    async with a_desk(longest_s=0.02) as (world, desk):
+    async with exec_world(longest_s=0.02) as (world, sessions):
         actor = await world.running()
         with pytest.raises(DeadlineError, match="CALL_TOO_LONG"):
-            await _visited_or_raise(desk, actor)
+            await _run_until_ended(sessions, actor)
         assert world.runtime.sessions[0].closed.is_set()
-        assert world.messages("instance.exec_ended") == ["cut short by the agent"]
+        assert world.messages("instance.exec_ended") == ["ended by the agent"]
 
 
 async def test_the_agents_leave_ends_them_and_waits_until_they_have_cleaned_up() -> None:
-    async with a_desk() as (world, desk):
+    async with exec_world() as (world, sessions):
         actor = await world.running()
-        visiting = await _visited(world, desk, actor)
-        await asyncio.wait_for(desk.close(), PATIENCE_S)
+        running = await _started(world, sessions, actor)
+        await asyncio.wait_for(sessions.close(), PATIENCE_S)
         assert world.runtime.sessions[0].closed.is_set()
         assert not actor.instance.exec_active
         with pytest.raises(UnavailableError, match="AGENT_STOPPING"):
-            await visiting
-        assert await reason_of(desk, actor.uid) == "AGENT_STOPPING"
+            await running
+        assert await reason_of(sessions, actor.uid) == "AGENT_STOPPING"
 
 
 # ---- what is kept ---------------------------------------------------------------------------------------------------
 
 
 async def test_the_history_says_who_ran_what_and_never_with_which_arguments() -> None:
-    async with a_desk() as (world, desk):
+    async with exec_world() as (world, sessions):
         actor = await world.running()
-        async with desk.visit(actor.uid, replace(LS, user="root"), wake=False, caller="olga") as visit:
+        async with sessions.open(actor.uid, replace(LS, user="root"), wake=False, caller="olga") as running:
             world.clock.advance(1500 * SECOND_NS // 1000)
-            visit.exit_code = 3
+            running.exit_code = 3
         (began,), (ended,) = events_of(world, "instance.exec"), events_of(world, "instance.exec_ended")
         assert began == {"program": "ls", "arguments": "2", "terminal": "no", "caller": "olga", "user": "root"}
         assert ended == {"exit_code": "3", "duration_ms": "1500", "caller": "olga"}
         assert "hunter2" not in str(world.events.read())
 
 
-async def test_the_history_says_that_the_caller_has_left() -> None:
-    async with a_desk() as (world, desk):
+async def test_the_history_says_that_the_caller_has_cancelled() -> None:
+    async with exec_world() as (world, sessions):
         actor = await world.running()
-        await _left(await _visited(world, desk, actor))
-        assert world.messages("instance.exec_ended") == ["the caller has left"]
+        await _cancelled(await _started(world, sessions, actor))
+        assert world.messages("instance.exec_ended") == ["the caller disconnected"]
         assert "exit_code" not in events_of(world, "instance.exec_ended")[0]
         assert world.runtime.sessions[0].closed.is_set()

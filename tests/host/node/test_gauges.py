@@ -23,7 +23,9 @@ BUSY = InstanceReading(cpu_ns=5_000, memory_bytes=3 * GIB)
 
 def observing(world: World, gauges: Gauges) -> Observer:
     identity = observer_of(world).identity
-    return Observer(world.node, identity, world.clock, world.billing.totals, dict, gauges, world.billing.peak)
+    return Observer(
+        world.node, identity, world.clock, totals=world.billing.totals, gauges=gauges, peak=world.billing.peak
+    )
 
 
 def heartbeat(observer: Observer) -> dict[str, NodeLoad.InstanceGauges]:
@@ -36,7 +38,7 @@ async def test_the_heartbeat_names_who_is_awake_and_nobody_else() -> None:
         awake = await world.running()
         reader = FakeInstanceReader({awake.uid: BUSY, frozen.uid: BUSY})
         gauges = Gauges(reader, world.node.actors)
-        await gauges.look()
+        await gauges.poll()
         assert reader.asked == [[awake.uid]], "a frozen one is not even read"
         (gauge,) = heartbeat(observing(world, gauges)).values()
         assert (gauge.uid, gauge.cpu_ns, gauge.memory_bytes) == (awake.uid, 5_000, 3 * GIB)
@@ -46,20 +48,20 @@ async def test_a_node_that_sleeps_as_a_whole_asks_nothing_of_its_host() -> None:
     async with a_world() as world:
         await world.frozen()
         reader = FakeInstanceReader()
-        await Gauges(reader, world.node.actors).look()
+        await Gauges(reader, world.node.actors).poll()
         assert reader.asked == []
 
 
 async def test_what_is_not_known_is_absent_and_not_zero() -> None:
     async with a_world() as world:
         actor = await world.running()
-        actor.figures.vram_bytes = 0
+        actor.note_vram(0)
         gauges = Gauges(FakeInstanceReader(), world.node.actors)
         observer = observing(world, gauges)
         for _ in range(2):
             gauge = heartbeat(observer)[actor.uid]
             assert not any(gauge.HasField(name) for name in ("cpu_ns", "memory_bytes", "vram_bytes"))
-            await gauges.look()  # its container has ended meanwhile: still nothing to tell
+            await gauges.poll()  # its container has ended meanwhile: still nothing to tell
 
 
 async def test_readings_of_before_do_not_outlive_a_host_that_does_not_answer() -> None:
@@ -67,10 +69,10 @@ async def test_readings_of_before_do_not_outlive_a_host_that_does_not_answer() -
         actor = await world.running()
         reader = FakeInstanceReader({actor.uid: BUSY})
         gauges = Gauges(reader, world.node.actors)
-        await gauges.look()
+        await gauges.poll()
         reader.fails = True
         with pytest.raises(UnavailableError):
-            await gauges.look()
+            await gauges.poll()
         assert gauges.of(actor.uid) == InstanceReading()
 
 
@@ -80,13 +82,13 @@ async def test_one_that_fell_asleep_keeps_its_cpu_time_and_no_memory_and_one_tha
         reader = FakeInstanceReader({actor.uid: BUSY})
         actors = dict(world.node.actors)
         gauges = Gauges(reader, actors)
-        await gauges.look()
+        await gauges.poll()
         world.clock.advance(OCR.idle.freeze_after_ns)
         await eventually(lambda: actor.state.value == "FROZEN")
-        await gauges.look()
+        await gauges.poll()
         assert gauges.of(actor.uid) == InstanceReading(cpu_ns=5_000)
         actors.clear()
-        await gauges.look()
+        await gauges.poll()
         assert gauges.of(actor.uid) == InstanceReading()
 
 
@@ -95,9 +97,9 @@ async def test_cpu_time_never_goes_back() -> None:
         actor = await world.running()
         reader = FakeInstanceReader({actor.uid: BUSY})
         gauges = Gauges(reader, world.node.actors)
-        await gauges.look()
+        await gauges.poll()
         reader.readings[actor.uid] = InstanceReading(cpu_ns=4_000, memory_bytes=GIB)
-        await gauges.look()
+        await gauges.poll()
         assert gauges.of(actor.uid) == InstanceReading(cpu_ns=5_000, memory_bytes=GIB)
 
 
@@ -115,7 +117,7 @@ async def test_gpu_memory_is_what_nvml_shows_now() -> None:
         observer = observing(world, Gauges(FakeInstanceReader(), world.node.actors, lambda: shown))
         assert heartbeat(observer)[actor.uid].vram_bytes == 7 * GIB
         shown.clear()
-        actor.figures.vram_bytes = GIB
+        actor.note_vram(GIB)
         assert heartbeat(observer)[actor.uid].vram_bytes == GIB, "as it was measured when it started"
 
 

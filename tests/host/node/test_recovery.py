@@ -248,11 +248,11 @@ async def test_what_survives_a_kill_keeps_its_record_and_its_gpu_from_others() -
         world.runtime.kill_hangs = True
         await world.restart()
         assert [record.spec.uid for record in await world.store.load_instances()] == [actor.uid]
-        assert world.node.desk.book.devices[actor.gpu_uuids[0]].cordoned.startswith("KILL_FAILED")
+        assert world.node.broker.allocator.devices[actor.gpu_uuids[0]].cordoned.startswith("KILL_FAILED")
         world.runtime.kill_hangs = False
         result = await world.restart()
         assert (result.killed, world.runtime.containers) == (1, {})
-        assert world.node.desk.book.devices[actor.gpu_uuids[0]].cordoned == ""
+        assert world.node.broker.allocator.devices[actor.gpu_uuids[0]].cordoned == ""
 
 
 async def test_a_dead_container_that_is_busy_takes_no_gpu_out_of_use() -> None:
@@ -267,7 +267,7 @@ async def test_a_dead_container_that_is_busy_takes_no_gpu_out_of_use() -> None:
         world.runtime.destroy = destroy  # type: ignore[method-assign]
         result = await world.restart()
         assert result.killed == 1
-        assert world.node.desk.book.devices[actor.gpu_uuids[0]].cordoned == ""
+        assert world.node.broker.allocator.devices[actor.gpu_uuids[0]].cordoned == ""
         assert "instance.removal_postponed" in world.names()
         world.runtime.destroy = real  # type: ignore[method-assign]
 
@@ -337,7 +337,7 @@ async def test_one_that_can_not_be_removed_now_is_dead_all_the_same_and_costs_no
         world.runtime.engine_away = True
         await world.restart()
         assert world.runtime.running() == []
-        assert world.node.desk.book.devices[actor.gpu_uuids[0]].cordoned == ""
+        assert world.node.broker.allocator.devices[actor.gpu_uuids[0]].cordoned == ""
         assert await world.store.load_instances() == []
         assert "instance.removal_postponed" in world.names(actor.uid)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from agent.core.types import MIB, GpuProcess, Handle, InstanceState
-from agent.host.gpus.trespass import GpuIsolation
+from agent.host.gpus.gpu_isolation import GpuIsolation
 from agent.host.instance.actor import Actor
 from tests.host.rig import World, a_world, until
 
@@ -17,9 +17,9 @@ STRAY = 5150
 
 
 @dataclass
-class Patrol:
+class Checked:
     world: World
-    trespass: GpuIsolation
+    isolation: GpuIsolation
     shown: list[GpuProcess] = field(default_factory=list)
 
     def uuid(self, index: int) -> str:
@@ -41,94 +41,94 @@ class Patrol:
 
 
 @asynccontextmanager
-async def patrol() -> AsyncIterator[Patrol]:
+async def isolation_world() -> AsyncIterator[Checked]:
     async with a_world() as world:
-        trespass = GpuIsolation(world.gpus, world.runtime, world.node.desk, world.node.actors, world.events)
-        made = Patrol(world, trespass)
+        isolation = GpuIsolation(world.gpus, world.runtime, world.node.broker, world.node.actors, world.events)
+        made = Checked(world, isolation)
         world.gpus.processes_now = lambda: made.shown
         yield made
         made.shown.clear()
 
 
-async def test_a_trespasser_is_killed_at_the_second_look_and_told_of_once() -> None:
-    async with patrol() as it:
+async def test_process_on_a_foreign_gpu_is_killed_at_the_second_check_and_reported_once() -> None:
+    async with isolation_world() as it:
         actor = await it.world.running()
         it.stray_of(actor)
         it.show(it.other(actor), STRAY)
-        await it.trespass.look()
+        await it.isolation.check()
         assert it.kills == 0
-        await it.trespass.look()
+        await it.isolation.check()
         assert it.world.runtime.containers[actor.uid].extra_pids == []
         assert actor.state is InstanceState.RUNNING
-        (message,) = it.world.messages("GPU_TRESPASS")
+        (message,) = it.world.messages("gpu.isolation_violated")
         assert all(word in message for word in (str(STRAY), actor.uid, it.uuid(it.other(actor))))
-        await it.trespass.look()  # NVML still shows it for a moment
-        assert (it.kills, len(it.world.messages("GPU_TRESPASS"))) == (1, 1)
+        await it.isolation.check()  # NVML still shows it for a moment
+        assert (it.kills, len(it.world.messages("gpu.isolation_violated"))) == (1, 1)
 
 
-async def test_what_is_on_its_own_gpu_or_small_or_a_stranger_is_left_alone() -> None:
-    async with patrol() as it:
+async def test_own_gpu_small_use_and_unknown_processes_are_left_alone() -> None:
+    async with isolation_world() as it:
         actor = await it.world.running()
         it.stray_of(actor)
         it.show(1 - it.other(actor), STRAY)
         it.show(it.other(actor), STRAY, MIB - 1)
-        it.show(it.other(actor), 4242)  # somebody else's
+        it.show(it.other(actor), 4242)  # of no instance
         for _ in range(3):
-            await it.trespass.look()
-        assert (it.kills, it.world.messages("GPU_TRESPASS")) == (0, [])
+            await it.isolation.check()
+        assert (it.kills, it.world.messages("gpu.isolation_violated")) == (0, [])
 
 
-async def test_a_frozen_instance_holds_nothing() -> None:
-    async with patrol() as it:
+async def test_process_of_a_frozen_instance_on_a_gpu_is_killed() -> None:
+    async with isolation_world() as it:
         actor = await it.world.frozen()
         it.stray_of(actor)
         it.show(0, STRAY)
-        await it.trespass.look()
-        await it.trespass.look()
+        await it.isolation.check()
+        await it.isolation.check()
         assert it.kills == 1
 
 
-async def test_two_looks_that_are_not_in_a_row_do_not_count() -> None:
-    async with patrol() as it:
+async def test_two_violations_that_are_not_in_a_row_do_not_kill() -> None:
+    async with isolation_world() as it:
         actor = await it.world.running()
         it.stray_of(actor)
         for _ in range(3):
             it.show(it.other(actor), STRAY)
-            await it.trespass.look()
+            await it.isolation.check()
             it.shown.clear()
-            await it.trespass.look()
+            await it.isolation.check()
         assert it.kills == 0
 
 
-async def test_a_pid_that_is_not_the_instance_s_any_more_is_not_touched() -> None:
-    async with patrol() as it:
+async def test_pid_that_left_the_instance_is_not_killed() -> None:
+    async with isolation_world() as it:
         actor = await it.world.running()
         it.stray_of(actor)
         it.show(it.other(actor), STRAY)
-        await it.trespass.look()
-        it.world.runtime.containers[actor.uid].extra_pids.clear()  # its number is somebody else's now
+        await it.isolation.check()
+        it.world.runtime.containers[actor.uid].extra_pids.clear()  # its pid belongs to another process now
         for _ in range(3):
-            await it.trespass.look()
-        assert (it.kills, it.world.messages("GPU_TRESPASS")) == (0, [])
+            await it.isolation.check()
+        assert (it.kills, it.world.messages("gpu.isolation_violated")) == (0, [])
 
 
-async def test_who_was_seen_before_its_container_was_known_is_no_stranger_for_ever() -> None:
-    async with patrol() as it:
+async def test_pid_seen_before_its_container_was_known_is_looked_up_again() -> None:
+    async with isolation_world() as it:
         actor = await it.world.running()
         it.stray_of(actor)
         it.show(it.other(actor), STRAY)
         handle, actor.handle_of_container = actor.handle_of_container, None
-        await it.trespass.look()
+        await it.isolation.check()
         actor.handle_of_container = handle
         for _ in range(2):
-            await it.trespass.look()
+            await it.isolation.check()
         assert it.kills == 1
 
 
-async def test_who_was_seen_while_its_container_could_not_be_asked_is_no_stranger_for_ever(
+async def test_pid_seen_while_its_container_could_not_be_listed_is_looked_up_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with patrol() as it:
+    async with isolation_world() as it:
         actor = await it.world.running()
         it.stray_of(actor)
         it.show(it.other(actor), STRAY)
@@ -138,27 +138,27 @@ async def test_who_was_seen_while_its_container_could_not_be_asked_is_no_strange
 
         with monkeypatch.context() as patch:
             patch.setattr(it.world.runtime, "pids", refuse)
-            await it.trespass.look()
+            await it.isolation.check()
         for _ in range(2):
-            await it.trespass.look()
+            await it.isolation.check()
         assert it.kills == 1
 
 
-async def test_an_instance_that_has_ended_is_not_our_business() -> None:
-    async with patrol() as it:
+async def test_ended_instance_is_ignored() -> None:
+    async with isolation_world() as it:
         actor = await it.world.running()
         handle = actor.handle_of_container
         assert handle is not None
         it.show(it.other(actor), handle.process.pid)
-        await it.trespass.look()
+        await it.isolation.check()
         await it.world.runtime.kill(handle)
         await until(actor, InstanceState.FAILED)
-        await it.trespass.look()
+        await it.isolation.check()
         assert it.kills == 0
 
 
-async def test_a_look_tells_the_gpu_memory_of_every_instance() -> None:
-    async with patrol() as it:
+async def test_check_sums_the_gpu_memory_of_every_instance() -> None:
+    async with isolation_world() as it:
         actor = await it.world.running()
         it.stray_of(actor)
         handle = actor.handle_of_container
@@ -166,10 +166,10 @@ async def test_a_look_tells_the_gpu_memory_of_every_instance() -> None:
         mine = 0 if actor.gpu_uuids == (it.uuid(0),) else 1
         it.show(mine, handle.process.pid, 64 * MIB)
         it.show(mine, STRAY, 32 * MIB)
-        it.show(mine, 4711, 16 * MIB)  # a stranger's
-        await it.trespass.look()
-        assert it.trespass.vram_bytes == {actor.uid: 96 * MIB}
+        it.show(mine, 4711, 16 * MIB)  # of no instance
+        await it.isolation.check()
+        assert it.isolation.vram_bytes == {actor.uid: 96 * MIB}
         it.shown.clear()
         it.world.gpus.errors[it.uuid(mine)] = "GPU is lost"
-        await it.trespass.look()
-        assert it.trespass.vram_bytes == {actor.uid: 96 * MIB}, "what NVML does not show is not gone"
+        await it.isolation.check()
+        assert it.isolation.vram_bytes == {actor.uid: 96 * MIB}, "a GPU that does not answer keeps its last value"
