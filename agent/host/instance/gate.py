@@ -183,7 +183,7 @@ class AdmissionGate(Generic[OwnerT]):
 
     def refuse_all(self, error: Callable[[], HibernodeError]) -> None:
         """Refuse every waiting request."""
-        tickets = self._slots.clear_queue()
+        tickets = self._slots.empty_line()
         for ticket in tickets:
             if not ticket.done():
                 ticket.set_exception(error())
