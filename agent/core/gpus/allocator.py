@@ -93,33 +93,30 @@ class GpuAllocator:
 AllocatorStep = tuple[GpuAllocator, list[AllocatorEffect]]
 
 
-def step(state: GpuAllocator, event: AllocatorEvent, at: int) -> AllocatorStep:  # noqa: C901 - one flat table is easiest to read
+def step(state: GpuAllocator, event: AllocatorEvent, at: int) -> AllocatorStep:  # noqa: C901 - one flat table
     """Apply `event` at monotonic time `at` (ns). Pure: the caller performs the effects in order."""
-    effects: list[AllocatorEffect] = []
     match event:
         case ev.Assign(uid, count, model):
             return _assign(state, uid, count, model)
         case ev.Adopt(uid, gpus, holds):
             state = replace(state, assigned={**state.assigned, uid: gpus})
             if holds:
-                state = _take(state, uid, gpus, at)
+                state = _grant(state, uid, gpus, at)
         case ev.Unassign(uid):
             assigned = {key: value for key, value in state.assigned.items() if key != uid}
-            state = replace(_let_go(_leave(state, uid), uid), assigned=assigned)
+            state = replace(_free(_withdraw(state, uid), uid), assigned=assigned)
         case ev.Ask(uid, avoid, stays):
             state = _enqueue(state, uid, avoid, stays, at)
         case ev.Leave(uid):
-            state = _leave(state, uid)
+            state = _withdraw(state, uid)
         case ev.Released(uid):
-            state = _let_go(state, uid)
+            state = _free(state, uid)
         case ev.Releasing(uid):
             state = _with_holder(state, uid, asked=True, leaving=True, idle_since_ns=None)
         case ev.FreezeRefused(uid):
-            held = state.holders.get(uid)
-            idle_since = None if held is None else held.idle_since_ns
-            state = _with_holder(
-                state, uid, asked=False, idle_since_ns=idle_since, preemptible_at_ns=at + REFUSAL_BACK_OFF_NS
-            )
+            idle_since = state.holders[uid].idle_since_ns if uid in state.holders else None
+            again_at = at + REFUSAL_BACK_OFF_NS
+            state = _with_holder(state, uid, asked=False, idle_since_ns=idle_since, preemptible_at_ns=again_at)
         case ev.BecameIdle(uid, preemptible_at_ns):
             state = _with_holder(state, uid, idle_since_ns=at, preemptible_at_ns=preemptible_at_ns)
         case ev.BecameBusy(uid):
@@ -132,8 +129,7 @@ def step(state: GpuAllocator, event: AllocatorEvent, at: int) -> AllocatorStep: 
             pass
         case _:
             assert_never(event)
-    state, more = _serve(state, at)
-    return state, effects + more
+    return _serve(state, at)
 
 
 def _assign(state: GpuAllocator, uid: str, count: int, model: str) -> AllocatorStep:
@@ -187,18 +183,18 @@ def _allowed(state: GpuAllocator, own: tuple[str, ...], avoid: tuple[str, ...]) 
     return rest if sum(not state.devices[uuid].cordoned for uuid in rest) >= len(own) else pool
 
 
-def _leave(state: GpuAllocator, uid: str) -> GpuAllocator:
+def _withdraw(state: GpuAllocator, uid: str) -> GpuAllocator:
     return replace(state, queue=tuple(waiter for waiter in state.queue if waiter.uid != uid))
 
 
-def _take(state: GpuAllocator, uid: str, gpus: tuple[str, ...], at: int) -> GpuAllocator:
+def _grant(state: GpuAllocator, uid: str, gpus: tuple[str, ...], at: int) -> GpuAllocator:
     devices = dict(state.devices)
     for uuid in gpus:
         devices[uuid] = replace(devices[uuid], holder=uid)
     return replace(state, devices=devices, holders={**state.holders, uid: Holder(gpus, at)})
 
 
-def _let_go(state: GpuAllocator, uid: str) -> GpuAllocator:
+def _free(state: GpuAllocator, uid: str) -> GpuAllocator:
     held = state.holders.get(uid)
     if held is None:
         return state
@@ -240,20 +236,20 @@ def _serve(state: GpuAllocator, at: int) -> AllocatorStep:
             # Its former GPUs are not proven empty, which it does not need for itself. If it can't have those, it waits
             # for the proof: no instance holds GPUs twice.
             if reserved.isdisjoint(held.gpus) and set(held.gpus) <= set(waiter.allowed) and _usable(state, held.gpus):
-                state = _take(_leave(state, waiter.uid), waiter.uid, held.gpus, at)
+                state = _grant(_withdraw(state, waiter.uid), waiter.uid, held.gpus, at)
                 effects.append(ev.Grant(waiter.uid, held.gpus))
             continue
         usable = [u for u in waiter.allowed if u not in reserved and not state.devices[u].cordoned]
         free = [u for u in usable if not state.devices[u].holder]
         if len(free) >= waiter.count:
             gpus = tuple(free[: waiter.count])
-            state = _take(_leave(state, waiter.uid), waiter.uid, gpus, at)
+            state = _grant(_withdraw(state, waiter.uid), waiter.uid, gpus, at)
             if state.migrate:
                 state = replace(state, assigned={**state.assigned, waiter.uid: gpus})
             effects.append(ev.Grant(waiter.uid, gpus))
             continue
         if sum(not state.devices[u].lost for u in waiter.allowed) < waiter.count:
-            state = _leave(state, waiter.uid)
+            state = _withdraw(state, waiter.uid)
             lost = [state.devices[u] for u in waiter.allowed if state.devices[u].lost]
             effects.append(ev.Unservable(waiter.uid, "; ".join(f"{d.uuid}: {d.cordoned}" for d in lost)))
             continue

@@ -76,9 +76,9 @@ def _is_impossible(me: Instance, event: Event) -> bool:
 
 
 def _report(me: Instance, event: Event, at: int) -> Note:
-    """An impossible event with every field that differs from its default, and the latest steps."""
-    values = {field.name: getattr(me, field.name) for field in fields(me) if field.repr}
-    now = ", ".join(f"{f.name}={values[f.name]}" for f in fields(me) if f.repr and values[f.name] != f.default)
+    """The note of an impossible event: the fields of `me` that differ from their defaults, and the latest steps."""
+    shown = {field.name: (getattr(me, field.name), field.default) for field in fields(me) if field.repr}
+    now = ", ".join(f"{name}={value}" for name, (value, default) in shown.items() if value != default)
     past = "".join(f"; {(at - then) / SECOND_NS:.3f} s ago {e} -> {state.value}" for then, e, state in me.history)
     name = "gpu.grant_unexpected" if isinstance(event, ev.Granted) else "instance.impossible_event"
     return Note(name, f"{event} in {me.state.value}: {now}{past}")
