@@ -246,6 +246,7 @@ async def a_world(**knobs: Any) -> AsyncIterator[World]:
         await server.close(0.0)
         await world.billing.stop()
     assert not faults, faults
+    assert not [world.messages(n) for n in ("instance.impossible_event", "gpu.grant_unexpected") if world.messages(n)]
 
 
 def environment_of(world: World, uid: str) -> Mapping[str, str]:
