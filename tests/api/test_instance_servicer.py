@@ -109,7 +109,7 @@ async def test_the_nodes_queue_timeout_is_for_functions_that_do_not_say() -> Non
         silent.ClearField("queue_timeout_ns")
         for request_id, asked in (("a/1/0/0", silent), ("b/1/0/0", spec())):
             await api.servicer.CreateInstance(pb.CreateInstanceRequest(request_id=request_id, spec=asked), None)
-        timeouts = [actor.gate.queue_timeout_ns for actor in api.world.node.actors.values()]
+        timeouts = [actor.function.queue_timeout_ns for actor in api.world.node.actors.values()]
         assert timeouts == [7 * SECOND_NS, OCR.queue_timeout_ns]
 
 

@@ -74,11 +74,9 @@ class GpuBroker:
         self.apply(book_events.Ask(actor.uid, avoid, stays))
 
     def withdraw(self, actor: Actor) -> None:
-        """The instance no longer needs GPUs."""
         self.apply(book_events.Leave(actor.uid))
 
     def freeze_refused(self, actor: Actor) -> None:
-        """An ordered freeze or drain does not happen."""
         self.apply(book_events.FreezeRefused(actor.uid))
 
     def became(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None:
@@ -257,7 +255,6 @@ class GpuBroker:
         return any(process.pid in pids and process.used_bytes for process in shown)
 
     async def close(self) -> None:
-        """Cancel the timer and the proofs under way."""
         if self._timer is not None:
             self._timer.cancel()
         proofs = [*self._proofs.values(), *self._late_proofs]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import pytest
 
 from agent.core.errors import DeadlineError, ExhaustedError, UnavailableError
-from agent.core.types import SECOND_NS
 from agent.host.instance.gate import AdmissionGate, FunctionQueue
 from tests.fakes.clock import FakeClock
 
@@ -41,7 +40,7 @@ class Edges:
 
 def a_gate(*, is_open: bool, concurrency: int = 1, max_waiting: int = 2) -> tuple[AdmissionGate[Edges], Edges]:
     edges = Edges()
-    gate = AdmissionGate(concurrency, max_waiting, 60 * SECOND_NS, FakeClock(), edges, edges)
+    gate = AdmissionGate(concurrency, max_waiting, FakeClock(), edges, edges)
     if is_open:
         gate.set_open(True)
         edges.told.clear()
