@@ -1,1 +1,1 @@
-"""gRPC servicers and admin HTTP of the daemons: thin, they translate and hand on."""
+"""gRPC servicers, metrics and admin HTTP of the daemons. They translate and delegate; core and host decide."""

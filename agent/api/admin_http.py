@@ -1,5 +1,5 @@
-"""Admin HTTP of a daemon: /metrics, /healthz, /readyz, and pages of its own. Read-only; the Host header is checked
-against rebinding."""
+"""Read-only admin HTTP of a daemon: /metrics, /healthz, /readyz and further pages. Checks the Host header against DNS
+rebinding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_REQUEST_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Something to show beside the metrics, made anew each time."""
+    """A page besides the metrics, rendered for each request."""
 
     content_type: str
     render: Callable[[], bytes]
@@ -29,7 +29,7 @@ class Page:
 
 
 class AdminServer:
-    """`render` gives the metrics as Prometheus text, `ready` what /readyz says, `pages` are others by path."""
+    """The server. `render`: the metrics as Prometheus text. `ready`: the answer of /readyz. `pages`: by path."""
 
     def __init__(
         self, render: Callable[[], bytes], ready: Callable[[], bool], pages: Mapping[str, Page] | None = None
@@ -46,7 +46,7 @@ class AdminServer:
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; returns the bound port. Raises OSError if the address can't be had."""
+        """Listens; returns the bound port. Raises OSError if the address cannot be bound."""
         self._names = {host.lower(), socket.gethostname().lower()}
         await self._runner.setup()
         try:
@@ -58,16 +58,16 @@ class AdminServer:
         return bound
 
     async def stop(self) -> None:
-        """Stop listening and end what is under way."""
+        """Stops listening and ends requests in flight."""
         await self._runner.cleanup()
 
     @web.middleware
     async def _check_host(self, request: web.Request, handler: Callable[[web.Request], object]) -> web.StreamResponse:
-        """A browser that was tricked into resolving a foreign name to us sends that name: refuse it. An address can't
-        be a foreign name, so scrapers that come by address are welcome wherever we listen."""
+        """Refuses names other than this host's: after DNS rebinding a browser sends the attacker's name. Addresses are
+        accepted, because they cannot be rebound and scrapers use them."""
         name = (request.url.host or "").lower()
         if not (is_loopback(name) or name in self._names or _is_address(name)):
-            raise web.HTTPForbidden(text="this Host is not served here\n")
+            raise web.HTTPForbidden(text="this server does not answer for that Host\n")
         response = await handler(request)  # type: ignore[misc]
         assert isinstance(response, web.StreamResponse)
         return response

@@ -1,4 +1,4 @@
-"""The agent's Prometheus metrics, collected from snapshots when somebody asks: nothing is counted twice."""
+"""The agent's Prometheus metrics, collected from snapshots at each scrape, without counters of their own."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ from agent.host.node.observer import Observer
 
 @dataclass(frozen=True, slots=True)
 class AgentHealth:
-    """What is not in a snapshot. `store_ok`: the last write worked; `pending_windows` are in memory only;
-    `merged_windows` lost their borders to the bound on memory, `unmatched_ends` is a bug's counter;
-    `scheduler_connected` is None without a scheduler."""
+    """The agent's state that is not in a snapshot."""
 
-    store_ok: bool
-    pending_windows: int
-    merged_windows: int
-    unmatched_ends: int
-    scheduler_connected: bool | None
+    store_ok: bool  # the last write succeeded
+    pending_windows: int  # in memory only
+    merged_windows: int  # merged with others to bound memory
+    unmatched_ends: int  # counts a bug: always 0
+    scheduler_connected: bool | None  # None without a scheduler
 
 
 class AgentMetrics(Collector):
-    """A collector with a registry of its own. No label is called `instance`: Prometheus uses that name itself."""
+    """A collector with its own registry. No label is called `instance`, because Prometheus sets that one."""
 
     def __init__(
         self,
@@ -37,7 +35,7 @@ class AgentMetrics(Collector):
         health: Callable[[], AgentHealth],
         xids: Mapping[tuple[str, int], int] | None = None,
     ) -> None:
-        """`xids` counts XID events by (GPU, code); read at every collection."""
+        """`xids`: number of XID events by (GPU UUID, code), read at every scrape."""
         self._observer = observer
         self._health = health
         self._xids = {} if xids is None else xids
@@ -49,7 +47,6 @@ class AgentMetrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric of this node now."""
         node = self._observer.node()
         instances = self._observer.instances()
         states = GaugeMetricFamily("hibernode_instances", "Instances by state.", labels=["state"])
@@ -62,22 +59,22 @@ class AgentMetrics(Collector):
             "Host memory promised to frozen images.",
             value=node.host_reserved_bytes,
         )
-        yield from self._of_health()
-        yield from _of_gpus(node)
+        yield from self._health_metrics()
+        yield from _gpu_metrics(node)
         xids = CounterMetricFamily("hibernode_gpu_xid_events", "XID events of the driver.", labels=["gpu", "code"])
         for (uuid, code), count in sorted(self._xids.items()):
             xids.add_metric([uuid, str(code)], count)
         yield xids
         yield from instance_metrics(instances, node)
 
-    def _of_health(self) -> Iterator[Metric]:
+    def _health_metrics(self) -> Iterator[Metric]:
         health = self._health()
         yield GaugeMetricFamily("hibernode_store_ok", "0 while the store fails.", value=float(health.store_ok))
         yield GaugeMetricFamily(
             "hibernode_ledger_pending_windows", "Usage windows not on disk yet.", value=health.pending_windows
         )
         yield CounterMetricFamily(
-            "hibernode_ledger_merged_windows", "Windows merged for want of memory.", value=health.merged_windows
+            "hibernode_ledger_merged_windows", "Windows merged to save memory.", value=health.merged_windows
         )
         yield CounterMetricFamily(
             "hibernode_ledger_unmatched_ends", "Requests that ended twice: always 0.", value=health.unmatched_ends
@@ -90,7 +87,7 @@ class AgentMetrics(Collector):
             )
 
 
-_FIGURES = (
+_SAMPLE_METRICS = (
     ("memory_used_bytes", "memory_used_bytes", "GPU memory in use, by NVML.", 1),
     ("sm_utilization_ratio", "sm_percent", "Share of time in which kernels ran.", 100),
     ("memory_utilization_ratio", "memory_percent", "Share of time in which memory was read or written.", 100),
@@ -102,18 +99,18 @@ _FIGURES = (
 """Metric, field of GpuSample, help, and the divisor to the base unit."""
 
 
-def _of_gpus(node: NodeSnapshot) -> Iterator[Metric]:
-    """What is unknown has no sample: 0 would be a lie."""
-    for metric, figure, text, divisor in _FIGURES:
+def _gpu_metrics(node: NodeSnapshot) -> Iterator[Metric]:
+    """Metrics of the GPUs; an unknown value has no sample, for 0 would be wrong."""
+    for metric, sample_field, text, divisor in _SAMPLE_METRICS:
         family = GaugeMetricFamily(f"hibernode_gpu_{metric}", text, labels=["gpu"])
         for gpu in node.gpus:
-            value = getattr(gpu.figures, figure, None)
+            value = getattr(gpu.figures, sample_field, None)
             if value is not None:
                 family.add_metric([gpu.gpu.uuid], value / divisor)
         yield family
-    total = GaugeMetricFamily("hibernode_gpu_memory_total_bytes", "GPU memory there is.", labels=["gpu"])
-    lost = GaugeMetricFamily("hibernode_gpu_lost", "1 if NVML has lost it.", labels=["gpu"])
-    cordoned = GaugeMetricFamily("hibernode_gpu_cordoned", "1 if nothing new may use it.", labels=["gpu"])
+    total = GaugeMetricFamily("hibernode_gpu_memory_total_bytes", "Size of GPU memory.", labels=["gpu"])
+    lost = GaugeMetricFamily("hibernode_gpu_lost", "1 if NVML reports it lost.", labels=["gpu"])
+    cordoned = GaugeMetricFamily("hibernode_gpu_cordoned", "1 if no instance may use it anew.", labels=["gpu"])
     held = GaugeMetricFamily("hibernode_gpu_held", "1 while an awake instance holds it.", labels=["gpu"])
     waiters = GaugeMetricFamily("hibernode_gpu_waiters", "Instances that wait for it.", labels=["gpu"])
     for gpu in node.gpus:

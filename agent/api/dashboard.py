@@ -1,7 +1,7 @@
-"""The Grafana dashboard, made from the table below: what the scheduler serves at /grafana.json, to be imported.
+"""The Grafana dashboard that the scheduler serves at /grafana.json, built from the table below.
 
-It names no data source (a variable does) and no metric that is not there: a test compares every expression with real
-scrapes of both daemons.
+A variable names the data source. A test checks that every metric in an expression exists in real scrapes of both
+daemons.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ UID = "hibernode"
 SCHEMA_VERSION = 39
 """Of Grafana 10 and newer."""
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-_OURS = 'function=~"$function"'
-_IDLE = _OURS + ', kind="idle"'
-_BILLED = _OURS + ', kind=~"idle|active"'
+_SELECTED = 'function=~"$function"'
+_IDLE = _SELECTED + ', kind="idle"'
+_BILLED = _SELECTED + ', kind=~"idle|active"'
 _PER_ROW = 3
 _WIDTH, _HEIGHT = 24 // _PER_ROW, 8
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One expression and what its curves are called."""
+    """One expression and the legend of its curves."""
 
     expr: str
     legend: str
@@ -31,15 +31,19 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One diagram. `unit` as Grafana names it."""
+    """One panel. `unit`: Grafana's name of it."""
 
     title: str
     unit: str
     queries: tuple[Query, ...]
-    text: str = ""
+    text: str
 
 
-def _rate(counter: str, by: str = "function", match: str = _OURS) -> str:
+def _panel(title: str, unit: str, *queries: Query, text: str = "") -> Panel:
+    return Panel(title, unit, queries, text)
+
+
+def _rate(counter: str, by: str = "function", match: str = _SELECTED) -> str:
     return f"sum by ({by}) (rate({counter}{{{match}}}[$__rate_interval]))"
 
 
@@ -53,7 +57,7 @@ def _quantiles(histogram: str) -> tuple[Query, ...]:
     return (*quantiles, Query(average, "average {{function}}"))
 
 
-def _of(gauge: str, legend: str = "{{function}}", match: str = _OURS) -> Query:
+def _gauge(gauge: str, legend: str = "{{function}}", match: str = _SELECTED) -> Query:
     return Query(f"{gauge}{{{match}}}", legend)
 
 
@@ -66,213 +70,187 @@ _BY_GPU = "{{function}} {{uid}} {{gpu}}"
 
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Functions": (
-        Panel("Invocations", "reqps", (Query(_rate("hibernode_function_invocations_total"), "{{function}}"),)),
-        Panel(
+        _panel("Invocations", "reqps", Query(_rate("hibernode_function_invocations_total"), "{{function}}")),
+        _panel(
             "Answers by class",
             "reqps",
-            (Query(_rate("hibernode_function_responses_total", "function, class"), "{{class}} {{function}}"),),
+            Query(_rate("hibernode_function_responses_total", "function, class"), "{{class}} {{function}}"),
         ),
-        Panel(
+        _panel(
             "Errors and throttles",
             "reqps",
-            (
-                Query(_rate("hibernode_function_client_errors_total"), "client errors {{function}}"),
-                Query(_rate("hibernode_function_server_errors_total"), "server errors {{function}}"),
-                Query(
-                    _rate("hibernode_function_throttles_total", "function, kind"), "throttles, {{kind}} {{function}}"
-                ),
-                Query(_rate("hibernode_function_unanswered_total", "function, why"), "{{why}} {{function}}"),
-            ),
-            "Those that Hibernode answered in the instance's place; throttles: queue full (429), no instance (503).",
+            Query(_rate("hibernode_function_client_errors_total"), "client errors {{function}}"),
+            Query(_rate("hibernode_function_server_errors_total"), "server errors {{function}}"),
+            Query(_rate("hibernode_function_throttles_total", "function, kind"), "throttles, {{kind}} {{function}}"),
+            Query(_rate("hibernode_function_unanswered_total", "function, why"), "{{why}} {{function}}"),
+            text="Errors that Hibernode itself answered with; throttles: queue full (429), no instance (503).",
         ),
-        Panel(
-            "Duration", "s", _quantiles("hibernode_function_duration_seconds"), "Arrival to last byte, the wait too."
+        _panel(
+            "Duration",
+            "s",
+            *_quantiles("hibernode_function_duration_seconds"),
+            text="Arrival to last byte, wait included.",
         ),
-        Panel("Longest request", "s", (_of("hibernode_function_duration_max_seconds"),)),
-        Panel("Wait for an instance", "s", _quantiles("hibernode_function_queue_seconds")),
+        _panel("Longest request", "s", _gauge("hibernode_function_duration_max_seconds")),
+        _panel("Wait for an instance", "s", *_quantiles("hibernode_function_queue_seconds")),
     ),
     "Provisioning": (
-        Panel(
-            "Instances: wanted and there",
+        _panel(
+            "Instances: target and current",
             "short",
-            (
-                _of("hibernode_function_target_instances", "target {{function}}"),
-                _of("hibernode_function_current_instances", "current {{function}}"),
-            ),
+            _gauge("hibernode_function_target_instances", "target {{function}}"),
+            _gauge("hibernode_function_current_instances", "current {{function}}"),
         ),
-        Panel(
+        _panel(
             "Instances by state",
             "short",
-            (Query(f"sum by (function, state) (hibernode_function_instances{{{_OURS}}})", "{{state}} {{function}}"),),
+            Query(f"sum by (function, state) (hibernode_function_instances{{{_SELECTED}}})", "{{state}} {{function}}"),
         ),
-        Panel(
+        _panel(
             "Provisioned concurrency in use",
             "percentunit",
-            (
-                Query(
-                    f"{_rate('hibernode_function_lease_seconds_total')} "
-                    f"/ sum by (function) (hibernode_function_slots{{{_OURS}}})",
-                    "{{function}}",
-                ),
+            Query(
+                f"{_rate('hibernode_function_lease_seconds_total')} "
+                f"/ sum by (function) (hibernode_function_slots{{{_SELECTED}}})",
+                "{{function}}",
             ),
-            "Leased slots of those there are: what target tracking follows.",
+            text="Share of slots that are leased: the metric of target tracking.",
         ),
-        Panel("Functions short of their target", "short", (_of("hibernode_function_degraded"),)),
-        Panel("Leased slots", "short", (_of("hibernode_function_leased_slots"),)),
+        _panel("Functions short of their target", "short", _gauge("hibernode_function_degraded")),
+        _panel("Leased slots", "short", _gauge("hibernode_function_leased_slots")),
     ),
     "Queue and wakes": (
-        Panel("Requests that wait", "short", (_of("hibernode_function_queued_requests"),)),
-        Panel("Instances waking", "short", (_of("hibernode_function_waking_instances"),)),
-        Panel("Wait for a wake", "s", _quantiles("hibernode_function_wake_seconds")),
-        Panel(
-            "WakeCalls and freezes",
+        _panel("Waiting requests", "short", _gauge("hibernode_function_queued_requests")),
+        _panel("Instances waking", "short", _gauge("hibernode_function_waking_instances")),
+        _panel("Wait for a wake", "s", *_quantiles("hibernode_function_wake_seconds")),
+        _panel(
+            "Wakes and freezes",
             "ops",
-            (
-                Query(_rate("hibernode_wakes_total"), "wakes {{function}}"),
-                Query(_rate("hibernode_freezes_total"), "freezes {{function}}"),
-            ),
+            Query(_rate("hibernode_wakes_total"), "wakes {{function}}"),
+            Query(_rate("hibernode_freezes_total"), "freezes {{function}}"),
         ),
-        Panel(
+        _panel(
             "Wake calls of the scheduler",
             "ops",
-            (Query("sum by (outcome) (rate(hibernode_scheduler_wakes_total[$__rate_interval]))", "{{outcome}}"),),
+            Query("sum by (outcome) (rate(hibernode_scheduler_wakes_total[$__rate_interval]))", "{{outcome}}"),
         ),
-        Panel(
-            "Dispatches that came back",
+        _panel(
+            "Returned dispatches",
             "ops",
-            (Query("sum by (why) (rate(hibernode_gateway_returns_total[$__rate_interval]))", "{{why}}"),),
+            Query("sum by (why) (rate(hibernode_gateway_returns_total[$__rate_interval]))", "{{why}}"),
         ),
     ),
     "Usage": (
-        Panel(
+        _panel(
             "GPUs billed",
             "short",
-            (Query(_rate("hibernode_function_gpu_seconds_total", "function, kind"), "{{kind}} {{function}}"),),
-            "GPU seconds per second; counted as agents upload their windows, a minute late.",
+            Query(_rate("hibernode_function_gpu_seconds_total", "function, kind"), "{{kind}} {{function}}"),
+            text="GPU seconds per second; counted as agents upload their windows, a minute late.",
         ),
-        Panel(
+        _panel(
             "vCPUs billed",
             "short",
-            (Query(_rate("hibernode_function_vcpu_seconds_total", "function, kind"), "{{kind}} {{function}}"),),
+            Query(_rate("hibernode_function_vcpu_seconds_total", "function, kind"), "{{kind}} {{function}}"),
         ),
-        Panel(
+        _panel(
             "Idle share of billed GPU time",
             "percentunit",
-            (
-                Query(
-                    f"{_rate('hibernode_function_gpu_seconds_total', match=_IDLE)} / "
-                    f"{_rate('hibernode_function_gpu_seconds_total', match=_BILLED)}",
-                    "{{function}}",
-                ),
+            Query(
+                f"{_rate('hibernode_function_gpu_seconds_total', match=_IDLE)} / "
+                f"{_rate('hibernode_function_gpu_seconds_total', match=_BILLED)}",
+                "{{function}}",
             ),
         ),
     ),
     "Instances": (
-        Panel(
+        _panel(
             "Requests inside",
             "short",
-            (
-                _of("hibernode_requests_in_flight", _BY_INSTANCE),
-                _of("hibernode_requests_in_flight_max", f"most {_BY_INSTANCE}"),
-            ),
+            _gauge("hibernode_requests_in_flight", _BY_INSTANCE),
+            _gauge("hibernode_requests_in_flight_max", f"most {_BY_INSTANCE}"),
         ),
-        Panel("Requests at the gate", "short", (_of("hibernode_requests_waiting", _BY_INSTANCE),)),
-        Panel(
+        _panel("Requests at the gate", "short", _gauge("hibernode_requests_waiting", _BY_INSTANCE)),
+        _panel(
             "GPU memory",
             "bytes",
-            (
-                _of("hibernode_instance_gpu_memory_used_bytes", f"used {_BY_INSTANCE}"),
-                _of("hibernode_instance_gpu_memory_limit_bytes", f"limit {_BY_INSTANCE}"),
-                _of("hibernode_instance_frozen_bytes", f"frozen {_BY_INSTANCE}"),
-            ),
+            _gauge("hibernode_instance_gpu_memory_used_bytes", f"used {_BY_INSTANCE}"),
+            _gauge("hibernode_instance_gpu_memory_limit_bytes", f"limit {_BY_INSTANCE}"),
+            _gauge("hibernode_instance_frozen_bytes", f"frozen {_BY_INSTANCE}"),
         ),
-        Panel(
-            "GPU memory of the limit", "percentunit", (_of("hibernode_instance_gpu_memory_used_ratio", _BY_INSTANCE),)
+        _panel(
+            "GPU memory, share of the limit",
+            "percentunit",
+            _gauge("hibernode_instance_gpu_memory_used_ratio", _BY_INSTANCE),
         ),
-        Panel(
+        _panel(
             "Load of the GPU",
             "percentunit",
-            (
-                _of("hibernode_instance_gpu_sm_utilization_ratio", f"SM {_BY_GPU}"),
-                _of("hibernode_instance_gpu_encoder_utilization_ratio", f"encoder {_BY_GPU}"),
-                _of("hibernode_instance_gpu_decoder_utilization_ratio", f"decoder {_BY_GPU}"),
-            ),
+            _gauge("hibernode_instance_gpu_sm_utilization_ratio", f"SM {_BY_GPU}"),
+            _gauge("hibernode_instance_gpu_encoder_utilization_ratio", f"encoder {_BY_GPU}"),
+            _gauge("hibernode_instance_gpu_decoder_utilization_ratio", f"decoder {_BY_GPU}"),
         ),
-        Panel(
-            "vCPUs used",
-            "short",
-            (Query(_rate("hibernode_instance_cpu_seconds_total", "function, uid"), _BY_INSTANCE),),
+        _panel(
+            "vCPUs used", "short", Query(_rate("hibernode_instance_cpu_seconds_total", "function, uid"), _BY_INSTANCE)
         ),
-        Panel("Host memory while awake", "bytes", (_of("hibernode_instance_memory_bytes", _BY_INSTANCE),)),
-        Panel("Last wake", "s", (_of("hibernode_last_wake_seconds", _BY_INSTANCE),)),
-        Panel("Unhealthy", "short", (Query(f"hibernode_instance_healthy{{{_OURS}}} == 0", _BY_INSTANCE),)),
+        _panel("Host memory while awake", "bytes", _gauge("hibernode_instance_memory_bytes", _BY_INSTANCE)),
+        _panel("Last wake", "s", _gauge("hibernode_last_wake_seconds", _BY_INSTANCE)),
+        _panel("Unhealthy", "short", Query(f"hibernode_instance_healthy{{{_SELECTED}}} == 0", _BY_INSTANCE)),
     ),
     "Nodes and GPUs": (
-        Panel("Nodes by standing", "short", (Query("hibernode_nodes", "{{standing}}"),)),
-        Panel(
+        _panel("Nodes by standing", "short", Query("hibernode_nodes", "{{standing}}")),
+        _panel(
             "Nodes cordoned or drained",
             "short",
-            (Query('hibernode_node_scheduling{scheduling!="NORMAL"} == 1', "{{scheduling}} {{node}}"),),
+            Query('hibernode_node_scheduling{scheduling!="NORMAL"} == 1', "{{scheduling}} {{node}}"),
         ),
-        Panel("GPUs by use", "short", (Query("hibernode_node_gpus", "{{use}} {{node}}"),)),
-        Panel("Instances that wait for a GPU", "short", (Query("hibernode_node_gpu_waiters", "{{node}}"),)),
-        Panel("Silence of nodes", "s", (Query("time() - hibernode_node_heard_timestamp_seconds", "{{node}}"),)),
-        Panel("Host memory", "bytes", (Query("hibernode_node_host_memory_bytes", "{{kind}} {{node}}"),)),
-        Panel("GPU memory", "bytes", (_gpu("hibernode_gpu_memory_used_bytes"),)),
-        Panel("SM load", "percentunit", (_gpu("hibernode_gpu_sm_utilization_ratio"),)),
-        Panel("Power", "watt", (_gpu("hibernode_gpu_power_watts"),)),
-        Panel("Temperature", "celsius", (_gpu("hibernode_gpu_temperature_celsius"),)),
-        Panel(
-            "GPUs out of use",
+        _panel("GPUs by use", "short", Query("hibernode_node_gpus", "{{use}} {{node}}")),
+        _panel("Instances waiting for a GPU", "short", Query("hibernode_node_gpu_waiters", "{{node}}")),
+        _panel("Silence of nodes", "s", Query("time() - hibernode_node_heard_timestamp_seconds", "{{node}}")),
+        _panel("Host memory", "bytes", Query("hibernode_node_host_memory_bytes", "{{kind}} {{node}}")),
+        _panel("GPU memory", "bytes", _gpu("hibernode_gpu_memory_used_bytes")),
+        _panel("SM load", "percentunit", _gpu("hibernode_gpu_sm_utilization_ratio")),
+        _panel("Power", "watt", _gpu("hibernode_gpu_power_watts")),
+        _panel("Temperature", "celsius", _gpu("hibernode_gpu_temperature_celsius")),
+        _panel(
+            "Unusable GPUs",
             "short",
-            (
-                Query("hibernode_gpu_cordoned == 1", "cordoned {{gpu}}"),
-                Query("hibernode_gpu_lost == 1", "lost {{gpu}}"),
-            ),
+            Query("hibernode_gpu_cordoned == 1", "cordoned {{gpu}}"),
+            Query("hibernode_gpu_lost == 1", "lost {{gpu}}"),
         ),
-        Panel(
+        _panel(
             "XID events",
             "ops",
-            (
-                Query(
-                    "sum by (gpu, code) (rate(hibernode_gpu_xid_events_total[$__rate_interval]))",
-                    "XID {{code}} {{gpu}}",
-                ),
+            Query(
+                "sum by (gpu, code) (rate(hibernode_gpu_xid_events_total[$__rate_interval]))", "XID {{code}} {{gpu}}"
             ),
         ),
-        Panel(
-            "Agents: ledger and line to the scheduler",
+        _panel(
+            "Agents: ledger and connection to the scheduler",
             "short",
-            (
-                Query("hibernode_ledger_pending_windows", "windows not on disk {{instance}}"),
-                Query("hibernode_scheduler_connected == 0", "not connected {{instance}}"),
-                Query("hibernode_store_ok == 0", "store fails {{instance}}"),
-            ),
+            Query("hibernode_ledger_pending_windows", "windows not on disk {{instance}}"),
+            Query("hibernode_scheduler_connected == 0", "not connected {{instance}}"),
+            Query("hibernode_store_ok == 0", "store fails {{instance}}"),
         ),
     ),
 }
 
 
 def dashboard() -> dict[str, Any]:
-    """The dashboard as Grafana imports it."""
+    """The dashboard in Grafana's import format."""
     panels: list[dict[str, Any]] = []
     y = 0
     for title, row in ROWS.items():
         panels.append(_row(len(panels) + 1, title, y))
         y += 1
         for index, panel in enumerate(row):
-            place = {
-                "x": index % _PER_ROW * _WIDTH,
-                "y": y + index // _PER_ROW * _HEIGHT,
-                "w": _WIDTH,
-                "h": _HEIGHT,
-            }
-            panels.append(_panel(len(panels) + 1, panel, place))
+            x, row_y = index % _PER_ROW * _WIDTH, y + index // _PER_ROW * _HEIGHT
+            place = {"x": x, "y": row_y, "w": _WIDTH, "h": _HEIGHT}
+            panels.append(_panel_json(len(panels) + 1, panel, place))
         y += -(-len(row) // _PER_ROW) * _HEIGHT
     return {
         "uid": UID,
         "title": "Hibernode",
-        "description": "GPU inference instances that sleep: functions, instances, nodes.",
+        "description": "GPU inference instances that freeze when idle: functions, instances, nodes.",
         "tags": ["hibernode"],
         "schemaVersion": SCHEMA_VERSION,
         "editable": True,
@@ -284,7 +262,7 @@ def dashboard() -> dict[str, Any]:
 
 
 def render() -> bytes:
-    """As JSON."""
+    """The dashboard as JSON."""
     return json.dumps(dashboard(), indent=1).encode()
 
 
@@ -315,7 +293,7 @@ def _row(number: int, title: str, y: int) -> dict[str, Any]:
     return {"id": number, "type": "row", "title": title, "collapsed": False, "gridPos": place, "panels": []}
 
 
-def _panel(number: int, panel: Panel, place: dict[str, int]) -> dict[str, Any]:
+def _panel_json(number: int, panel: Panel, place: dict[str, int]) -> dict[str, Any]:
     targets = [
         {"refId": chr(ord("A") + n), "datasource": _SOURCE, "expr": query.expr, "legendFormat": query.legend}
         for n, query in enumerate(panel.queries)

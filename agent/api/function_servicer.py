@@ -1,10 +1,10 @@
-"""FunctionService: deploy, look, provision, delete."""
+"""FunctionService of the scheduler: functions and their provisioning."""
 
 from __future__ import annotations
 
 from agent.api.paging import page
 from agent.core.dispatch.dispatcher import Dispatcher
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import NotFoundError
 from agent.core.types import IdleMode
 from agent.scheduler.fleet.fleet import ENDED, Fleet
@@ -22,12 +22,12 @@ _COMING_OR_GOING = (Instance.STATE_STARTING, Instance.STATE_STOPPING, *ENDED)
 
 
 class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
-    """Translates and hands on; errors become statuses in the wire's call guard."""
+    """Delegates to the catalog; `wire.interceptors` turns errors into statuses."""
 
     def __init__(
         self, catalog: Catalog, fleet: Fleet, dispatcher: Dispatcher, scaler: Autoscaler, gateway_url: str
     ) -> None:
-        """`gateway_url` without a slash at its end."""
+        """`gateway_url`: without a trailing slash."""
         self._catalog = catalog
         self._fleet = fleet
         self._dispatcher = dispatcher
@@ -35,12 +35,12 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
         self._gateway_url = gateway_url
 
     async def DeployFunction(self, request: pb.DeployFunctionRequest, context: object) -> pb.DeployFunctionResponse:
-        """Create or replace; answers once it is stored, not once its instances are up."""
+        """Creates or replaces a function; answers once it is stored, not once its instances run."""
         deployed, warnings = await self._catalog.deploy(request)
         return pb.DeployFunctionResponse(function=self._show(deployed), warnings=warnings)
 
     async def GetFunction(self, request: pb.GetFunctionRequest, context: object) -> pb.GetFunctionResponse:
-        """One function, one being deleted included."""
+        """One function, even one that is being deleted."""
         for deployed in self._catalog.all():
             if deployed.spec.name == request.name:
                 return pb.GetFunctionResponse(function=self._show(deployed))
@@ -48,28 +48,28 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
         raise NotFoundError("FUNCTION_NOT_FOUND", text)
 
     async def ListFunctions(self, request: pb.ListFunctionsRequest, context: object) -> pb.ListFunctionsResponse:
-        """By name."""
+        """All functions, by name."""
         shown, token = page(self._catalog.all(), request.page_size, request.page_token)
         return pb.ListFunctionsResponse(functions=[self._show(one) for one in shown], next_page_token=token)
 
     async def DeleteFunction(self, request: pb.DeleteFunctionRequest, context: object) -> pb.DeleteFunctionResponse:
-        """Answers once nothing new is accepted; the instances drain in their own time."""
+        """Answers once no new request is accepted; the instances drain afterwards."""
         await self._catalog.delete(request.name)
         return pb.DeleteFunctionResponse()
 
     async def PutProvisionConfig(
         self, request: pb.PutProvisionConfigRequest, context: object
     ) -> pb.PutProvisionConfigResponse:
-        """Answers once it is stored and has been decided on, not once the instances are up or gone."""
-        validate_only = request.validate_only
-        put = await self._catalog.put_provision(request.function, request.config, validate_only=validate_only)
-        deployed, warnings = put
+        """Answers once the config is stored and the target decided, not once the instances have followed."""
+        deployed, warnings = await self._catalog.put_provision(
+            request.function, request.config, validate_only=request.validate_only
+        )
         return pb.PutProvisionConfigResponse(provision=self._provision(deployed), warnings=warnings)
 
     async def ListProvisionConfigs(
         self, request: pb.ListProvisionConfigsRequest, context: object
     ) -> pb.ListProvisionConfigsResponse:
-        """Of one function or of all that have a target, a schedule or a policy, by name."""
+        """The config of one function, or of all that have a target, a schedule or a policy, by name."""
         found = [
             one
             for one in self._catalog.all()
@@ -85,17 +85,17 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
     async def DeleteProvisionConfig(
         self, request: pb.DeleteProvisionConfigRequest, context: object
     ) -> pb.DeleteProvisionConfigResponse:
-        """Target 0, no schedule, no policy; the instances drain in their own time."""
+        """Sets target 0, no schedule and no policy; the instances drain afterwards."""
         await self._catalog.put_provision(request.function, pb.ProvisionConfig())
         return pb.DeleteProvisionConfigResponse()
 
     def _up(self, name: str) -> list[InstanceLoad]:
-        """Instances of a function, awake or asleep."""
+        """Instances of a function, awake or frozen."""
         return [
             load
             for node, load in self._fleet.instances()
             if load.function == name
-            and node.standing is not NodeStanding.LOST  # counted out, and replaced elsewhere
+            and node.standing is not NodeStanding.LOST  # no longer counted, and replaced on other nodes
             and load.state not in _COMING_OR_GOING
         ]
 

@@ -1,7 +1,7 @@
-"""ExecInstance: a stream of steps each way between a caller and a command inside an instance.
+"""ExecInstance: a bidirectional stream between a caller and a command inside an instance.
 
-Nothing is queued here: the next input is read from the caller when the engine has taken the last, the next output from
-the engine when the caller has taken the last. Whoever is slow slows the other down.
+Nothing is queued: the next input is read from the caller once the engine has taken the previous one, the next output
+from the engine once the caller has. A slow side slows the other down.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from agent.ports import ExecOutput, ExecSession, ExecSpec
 from agent.v1 import instance_service_pb2 as pb
 
 START_DEADLINE_S = 10.0
-HANG_UP_S = 5.0
+CLOSE_TIMEOUT_S = 5.0
 MAX_WORDS = 1000
 MAX_COMMAND_BYTES = 64 * 1024
 MAX_INPUT_BYTES = 64 * 1024
@@ -30,10 +30,10 @@ async def exec_instance(
     caller: str,
     start_deadline_s: float = START_DEADLINE_S,
 ) -> AsyncGenerator[pb.ExecInstanceResponse, None]:
-    """The answers to `requests`, the first of which says what to run. Ending it ends the command.
+    """The answers to `requests`, the first of which is `start`. Closing the generator ends the command.
 
-    Raises InvalidArgumentError for a step that is wrong, DeadlineError EXEC_NOT_STARTED, and as `ExecSessions.open`
-    does.
+    Raises InvalidArgumentError for an invalid step, DeadlineError EXEC_NOT_STARTED, and the errors of
+    `ExecSessions.open`.
     """
     messages = aiter(requests)
     start = await _start(messages, start_deadline_s)
@@ -44,18 +44,19 @@ async def exec_instance(
             yield pb.ExecInstanceResponse(output=b"")
             while (output := await _next(running.session, feeding)) is not None:
                 if output.data:
-                    yield _said(output)
+                    yield _response(output)
             running.exit_code = await running.session.exit_code()
         yield pb.ExecInstanceResponse(exit_code=running.exit_code)
-        # The caller hangs up. If we did, gRPC would fail a call in which the caller is just sending, exit code and all.
-        await asyncio.wait([feeding], timeout=HANG_UP_S)
+        # The caller closes the stream. If this side did, gRPC would fail a call whose caller is sending just now, and
+        # the exit code would be lost.
+        await asyncio.wait([feeding], timeout=CLOSE_TIMEOUT_S)
     finally:
         if feeding is not None:
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
 
 
-def _said(output: ExecOutput) -> pb.ExecInstanceResponse:
+def _response(output: ExecOutput) -> pb.ExecInstanceResponse:
     if output.is_error:
         return pb.ExecInstanceResponse(error_output=output.data)
     return pb.ExecInstanceResponse(output=output.data)
@@ -73,7 +74,7 @@ async def _start(messages: AsyncIterator[pb.ExecInstanceRequest], deadline_s: fl
 
 
 def exec_spec(start: pb.ExecInstanceRequest.Start) -> ExecSpec:
-    """What to run. Raises InvalidArgumentError COMMAND_INVALID, USER_INVALID, TERMINAL_INVALID."""
+    """The command to run. Raises InvalidArgumentError COMMAND_INVALID, USER_INVALID, TERMINAL_INVALID."""
     command = tuple(start.command)
     if not command or not command[0] or len(command) > MAX_WORDS:
         raise InvalidArgumentError("COMMAND_INVALID", f"a command has 1 to {MAX_WORDS} words, the first not empty")
@@ -90,14 +91,14 @@ def exec_spec(start: pb.ExecInstanceRequest.Start) -> ExecSpec:
 
 
 def _size(size: pb.ExecInstanceRequest.TerminalSize) -> tuple[int, int]:
-    """Columns and rows; 0 is what a terminal says that does not know."""
+    """Columns and rows; defaults for 0, which a terminal of unknown size reports."""
     if not (0 <= size.columns <= MAX_SIDE and 0 <= size.rows <= MAX_SIDE):
         raise InvalidArgumentError("TERMINAL_INVALID", f"a terminal has at most {MAX_SIDE} columns and rows")
     return size.columns or DEFAULT_COLUMNS, size.rows or DEFAULT_ROWS
 
 
 async def _feed(messages: AsyncIterator[pb.ExecInstanceRequest], session: ExecSession) -> None:
-    """Hand the caller's steps on, one after the other; a caller that says no more has no more input."""
+    """Passes the caller's steps on, one after another; the end of the caller's stream closes the input."""
     async for message in messages:
         match message.WhichOneof("step"):
             case "input":
@@ -114,7 +115,7 @@ async def _feed(messages: AsyncIterator[pb.ExecInstanceRequest], session: ExecSe
 
 
 async def _next(session: ExecSession, feeding: asyncio.Task[None]) -> ExecOutput | None:
-    """The next output, unless the caller's side fails before it comes."""
+    """The next output. Raises the error of `feeding` if that fails first."""
     reading = asyncio.ensure_future(session.read())
     try:
         if not feeding.done():

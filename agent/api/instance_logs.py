@@ -1,4 +1,4 @@
-"""GetInstanceLogs: the end of an instance's output, and with `follow` what comes until it has ended."""
+"""GetInstanceLogs: the end of an instance's output, and with `follow` further output until the instance has ended."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from agent.v1 import instance_service_pb2 as pb
 CHUNK_BYTES = 64 * 1024
 MAX_BYTES = 8 * 1024 * 1024
 MAX_FOLLOWERS = 32
-LONGEST_S = 86_400.0
-CONTAINER_LOOK_S = 0.2
+MAX_FOLLOW_S = 86_400.0
+CONTAINER_POLL_S = 0.2
 
 
 class InstanceLogs:
-    """Reads through `runtime`. `close` when the agent leaves: who follows is told."""
+    """Reads logs through `runtime`. `close` ends followers with an error when the agent stops."""
 
-    def __init__(self, runtime: Runtime, *, most: int = MAX_FOLLOWERS, longest_s: float = LONGEST_S) -> None:
+    def __init__(self, runtime: Runtime, *, max_followers: int = MAX_FOLLOWERS, max_s: float = MAX_FOLLOW_S) -> None:
         self._runtime = runtime
-        self._followers = StreamLimits("followed logs (`hibernode logs -f`)", most, longest_s)
+        self._followers = StreamLimits("followed logs (`hibernode logs -f`)", max_followers, max_s)
 
     @property
     def followers(self) -> int:
-        """How many follow a log now."""
+        """Number of open followers."""
         return self._followers.open
 
     async def read(self, actor: Actor, tail_bytes: int) -> AsyncGenerator[pb.GetInstanceLogsResponse, None]:
-        """The last `tail_bytes`, or all that is kept (0), at most 8 MiB. Nothing where no container was made yet.
+        """The last `tail_bytes` of the log (0: all of it), at max_followers 8 MiB; nothing before a container exists.
 
-        Raises NotFoundError LOG_NOT_FOUND, and as the runtime does.
+        Raises NotFoundError LOG_NOT_FOUND, and the runtime's errors.
         """
         if actor.handle_of_container is None:
             return
@@ -46,15 +46,15 @@ class InstanceLogs:
             yield chunk
 
     async def follow(self, actor: Actor, tail_bytes: int) -> AsyncGenerator[pb.GetInstanceLogsResponse, None]:
-        """The same, then what comes, until the instance has ended. A frozen one prints nothing, and is waited for.
+        """As `read`, then further output until the instance has ended; goes on while it is frozen.
 
-        Raises as `read` does, and as `StreamLimits.admit` does.
+        Raises the errors of `read` and of `StreamLimits.admit`.
         """
         async with self._followers.admit():
             while actor.handle_of_container is None:
                 if actor.state.terminal:
                     return
-                await asyncio.sleep(CONTAINER_LOOK_S)  # its image is being pulled, or it waits for a GPU
+                await asyncio.sleep(CONTAINER_POLL_S)  # its image is being pulled, or it waits for a GPU
             parts = self._runtime.follow_log(actor.handle_of_container, _bounded(tail_bytes))
             try:
                 async with aclosing(parts):
@@ -65,7 +65,7 @@ class InstanceLogs:
                 raise _unreadable(actor, error) from error
 
     async def close(self) -> None:
-        """End those who follow."""
+        """Ends all followers."""
         await self._followers.close()
 
 
@@ -79,4 +79,4 @@ def _chunks(data: bytes) -> list[pb.GetInstanceLogsResponse]:
 
 
 def _unreadable(actor: Actor, error: OSError) -> NotFoundError:
-    return NotFoundError("LOG_NOT_FOUND", f"the log of {actor.uid} can't be read: {error.strerror or error}")
+    return NotFoundError("LOG_NOT_FOUND", f"the log of {actor.uid} cannot be read: {error.strerror or error}")

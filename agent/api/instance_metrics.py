@@ -1,4 +1,4 @@
-"""Metrics of a node's instances. An instance that has ended has no series any more; what is unknown has none either."""
+"""Metrics of a node's instances. An instance that has ended has no series, an unknown value has none either."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHARES = (
 
 
 def instance_metrics(instances: Sequence[InstanceSnapshot], node: NodeSnapshot) -> Iterator[Metric]:
-    """All of them now. A GPU's load is that of the one instance that holds it: GPUs are dedicated."""
+    """The metrics of `instances`. A GPU's load is that of the instance that holds it, because GPUs are dedicated."""
     yield from _life(instances)
     yield from _requests(instances)
     yield from _memory(instances)
@@ -31,10 +31,10 @@ def _key(one: InstanceSnapshot) -> list[str]:
 
 
 def _life(instances: Sequence[InstanceSnapshot]) -> Iterator[Metric]:
-    wakes = CounterMetricFamily("hibernode_wakes", "WakeCalls of an instance.", labels=LABELS)
+    wakes = CounterMetricFamily("hibernode_wakes", "Wakes of an instance.", labels=LABELS)
     freezes = CounterMetricFamily("hibernode_freezes", "Freezes of an instance.", labels=LABELS)
     billed = CounterMetricFamily("hibernode_billed_seconds", "Metered time.", labels=[*LABELS, "kind"])
-    last_wake = GaugeMetricFamily("hibernode_last_wake_seconds", "What its last wake took.", labels=LABELS)
+    last_wake = GaugeMetricFamily("hibernode_last_wake_seconds", "Duration of its last wake.", labels=LABELS)
     healthy = GaugeMetricFamily("hibernode_instance_healthy", "0 if its health check fails.", labels=LABELS)
     cpu = CounterMetricFamily("hibernode_instance_cpu_seconds", "CPU time of its processes.", labels=LABELS)
     for one in instances:
@@ -53,7 +53,7 @@ def _life(instances: Sequence[InstanceSnapshot]) -> Iterator[Metric]:
 
 def _requests(instances: Sequence[InstanceSnapshot]) -> Iterator[Metric]:
     inside = GaugeMetricFamily("hibernode_requests_in_flight", "Requests inside an instance.", labels=LABELS)
-    text = "Most requests inside an instance at once, of the last one to two minutes."
+    text = "Most requests inside an instance at once within the last one to two minutes."
     most = GaugeMetricFamily("hibernode_requests_in_flight_max", text, labels=LABELS)
     waiting = GaugeMetricFamily("hibernode_requests_waiting", "Requests at an instance's gate.", labels=LABELS)
     slots = GaugeMetricFamily("hibernode_instance_slots", "Requests it executes at once.", labels=LABELS)
@@ -67,12 +67,14 @@ def _requests(instances: Sequence[InstanceSnapshot]) -> Iterator[Metric]:
 
 
 def _memory(instances: Sequence[InstanceSnapshot]) -> Iterator[Metric]:
-    text = "GPU memory there is for it: what its function is billed for, or all of its GPUs."
+    text = "GPU memory available to it: what its function is billed for, or all of its GPUs."
     limit = GaugeMetricFamily("hibernode_instance_gpu_memory_limit_bytes", text, labels=LABELS)
     used = GaugeMetricFamily("hibernode_instance_gpu_memory_used_bytes", "GPU memory, by NVML.", labels=LABELS)
-    share = GaugeMetricFamily("hibernode_instance_gpu_memory_used_ratio", "GPU memory of its limit.", labels=LABELS)
+    share = GaugeMetricFamily(
+        "hibernode_instance_gpu_memory_used_ratio", "GPU memory, share of its limit.", labels=LABELS
+    )
     frozen = GaugeMetricFamily(
-        "hibernode_instance_frozen_bytes", "GPU memory kept in host memory while it sleeps.", labels=LABELS
+        "hibernode_instance_frozen_bytes", "GPU memory kept in host memory while it is frozen.", labels=LABELS
     )
     host = GaugeMetricFamily("hibernode_instance_memory_bytes", "Host memory while it is awake.", labels=LABELS)
     for one in instances:
@@ -93,11 +95,11 @@ def _memory(instances: Sequence[InstanceSnapshot]) -> Iterator[Metric]:
 
 def _shares(instances: Sequence[InstanceSnapshot], node: NodeSnapshot) -> Iterator[Metric]:
     by_uid = {one.uid: one for one in instances}
-    for name, figure, text in _SHARES:
+    for name, sample_field, text in _SHARES:
         metric = f"hibernode_instance_gpu_{name}_utilization_ratio"
         family = GaugeMetricFamily(metric, text, labels=[*LABELS, "gpu"])
         for gpu in node.gpus:
-            holder, percent = by_uid.get(gpu.holder), getattr(gpu.figures, figure, None)
+            holder, percent = by_uid.get(gpu.holder), getattr(gpu.figures, sample_field, None)
             if holder is not None and percent is not None:
                 family.add_metric([*_key(holder), gpu.gpu.uuid], percent / 100)
         yield family

@@ -1,4 +1,4 @@
-"""InstanceService of the agent: create, look, freeze, wake, stop, read the log, run a command inside."""
+"""InstanceService of the agent."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAX_GRACE_NS = 86_400 * SECOND_NS
 
 
 class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
-    """Translates and hands on; errors are `HibernodeError`s, turned into statuses by the wire's call guard."""
+    """Delegates to the node; `wire.interceptors` turns errors into statuses."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         execs: ExecSessions,
         queue_timeout_ns: int = DEFAULT_WAKE_TIMEOUT_NS,
     ) -> None:
-        """`queue_timeout_ns` is for functions that do not say."""
+        """`queue_timeout_ns`: for functions without one of their own."""
         self._node = node
         self._observer = observer
         self._events = events
@@ -58,7 +58,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         self._queue_timeout_ns = queue_timeout_ns
 
     async def CreateInstance(self, request: pb.CreateInstanceRequest, context: object) -> pb.CreateInstanceResponse:
-        """Make an instance; with `wait`, return when it runs or fail with what kept it from running."""
+        """Creates an instance; with `wait`, returns once it runs, or raises why it does not."""
         self._require_ready()
         if not request.request_id or len(request.request_id) > 200:
             raise InvalidArgumentError("REQUEST_ID_INVALID", "request_id must have 1 to 200 characters")
@@ -73,7 +73,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         return pb.CreateInstanceResponse(instance=self._show(actor))
 
     async def GetInstance(self, request: pb.GetInstanceRequest, context: object) -> pb.GetInstanceResponse:
-        """One instance, also one that ended not long ago."""
+        """One instance, even one that ended recently."""
         return pb.GetInstanceResponse(instance=self._show(self._node.get(request.uid)))
 
     async def ListInstances(self, request: pb.ListInstancesRequest, context: object) -> pb.ListInstancesResponse:
@@ -90,7 +90,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         )
 
     async def FreezeInstance(self, request: pb.FreezeInstanceRequest, context: object) -> pb.FreezeInstanceResponse:
-        """Freeze an idle instance now; returns when it is frozen, or with why it is not."""
+        """Freezes an idle instance now; returns once it is frozen, or raises why it is not."""
         self._require_ready()
         actor = self._node.get(request.uid)
         actor.handle(FreezeAsked())
@@ -113,7 +113,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         return pb.FreezeInstanceResponse(instance=self._show(actor))
 
     async def WakeInstance(self, request: pb.WakeInstanceRequest, context: object) -> pb.WakeInstanceResponse:
-        """Be awake, and stay so for `hold_ns` or until the first request (DESIGN section 9)."""
+        """Wakes the instance, which then stays awake for `hold_ns` or until its first request."""
         self._require_ready()
         actor = self._node.get(request.uid)
         timeout_ns = request.timeout_ns or DEFAULT_WAKE_TIMEOUT_NS
@@ -121,7 +121,8 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         return pb.WakeInstanceResponse(instance=self._show(actor), free_slots=free)
 
     async def StopInstance(self, request: pb.StopInstanceRequest, context: object) -> pb.StopInstanceResponse:
-        """Drain, /pre-stop, TERM, KILL; returns when it is gone. A frozen instance is killed without waking it."""
+        """Drains, calls /pre-stop, sends TERM, then KILL; returns once the instance has ended. A frozen one is killed
+        without a wake."""
         self._require_ready()
         actor = self._node.get(request.uid)
         grace_ns = request.grace_ns or DEFAULT_GRACE_NS
@@ -138,7 +139,7 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
     async def GetInstanceLogs(
         self, request: pb.GetInstanceLogsRequest, context: object
     ) -> AsyncIterator[pb.GetInstanceLogsResponse]:
-        """The end of the instance's standard output and error; with `follow` also what comes, until it has ended."""
+        """The end of the instance's standard output and error; with `follow` also further output until it has ended."""
         actor = self._node.get(request.uid)
         read = self._logs.follow if request.follow else self._logs.read
         async with aclosing(read(actor, request.tail_bytes)) as chunks:
@@ -148,14 +149,14 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
     async def ExecInstance(
         self, request_iterator: AsyncIterator[pb.ExecInstanceRequest], context: object
     ) -> AsyncIterator[pb.ExecInstanceResponse]:
-        """Run a command inside an awake instance, which stays awake until the command has ended."""
+        """Runs a command inside an awake instance, which stays awake until the command has ended."""
         self._require_ready()
         async with aclosing(exec_instance(self._execs, request_iterator, caller().name)) as answers:
             async for answer in answers:
                 yield answer
 
     async def ListEvents(self, request: pb.ListEventsRequest, context: object) -> pb.ListEventsResponse:
-        """What happened, oldest first; the page token is the last event's number, for old events fall out."""
+        """Events, oldest first. The page token is the last event's number, because old events are dropped."""
         uid = self._node.get(request.instance_uid).uid if request.instance_uid else ""
         since = time_from_proto(request.since) if request.HasField("since") else 0
         after, size = page_bounds(request.page_size, request.page_token)
@@ -180,4 +181,4 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
 
     def _require_ready(self) -> None:
         if not self._observer.ready:
-            raise PreconditionError("NODE_RECOVERING", "this node still recovers its instances; try again in a moment")
+            raise PreconditionError("NODE_RECOVERING", "this node is recovering its instances; try again in a moment")

@@ -1,4 +1,4 @@
-"""The node's part of the usage ledger, as NodeService shows it: what the store holds, and the open windows."""
+"""The node's part of the usage ledger for NodeService: windows in the store, and open ones."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ MAX_WINDOWS = 50_000
 
 
 class NodeLedger:
-    """Bounded; what is still on its way to the store, and the open windows, come from memory."""
+    """Reads the store, and from memory the windows that are not written yet or still open."""
 
     def __init__(self, store: LedgerStore, unwritten: Callable[[], list[UsageWindow]]) -> None:
         self._store = store
         self._unwritten = unwritten
 
     async def windows(self, *, instance_uid: str, function: str, include_open: bool) -> list[UsageWindow]:
-        """Sealed windows in the order they were written, then the open ones if asked. Raises STORE_FAILED,
+        """Sealed windows in the order of their writes, then open ones with `include_open`. Raises STORE_FAILED,
         LEDGER_TOO_LONG."""
-        newer = self._unwritten()  # before the store is read: what is written meanwhile is then there twice, not never
+        newer = self._unwritten()  # before the store: a window written meanwhile is then found twice, not never
         kept = await self._store.read_windows(instance_uid, MAX_WINDOWS)
-        if len(kept) == MAX_WINDOWS:  # a sum over a part of them would be silently wrong
+        if len(kept) == MAX_WINDOWS:  # a sum over some of them would be wrong
             raise ExhaustedError(
                 "LEDGER_TOO_LONG",
-                f"this node holds more than {MAX_WINDOWS} usage windows: ask for one instance, or ask the scheduler",
+                f"this node holds more than {MAX_WINDOWS} usage windows; ask for one instance, or ask the scheduler",
             )
         found = {(w.instance_uid, w.seq): w for w in kept}
         for window in newer:

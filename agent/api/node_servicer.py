@@ -1,4 +1,4 @@
-"""NodeService of the agent: the node itself, and its part of the usage ledger."""
+"""NodeService of the agent: the node, and its part of the usage ledger. Read-only."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ from agent.wire.convert_usage import window_to_proto
 
 
 class Ledger(Protocol):
-    """Where windows are read from."""
+    """The source of usage windows."""
 
     async def windows(self, *, instance_uid: str, function: str, include_open: bool) -> list[UsageWindow]:
-        """Oldest first per instance."""
-        ...
+        """Windows, oldest first per instance."""
 
 
 class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
-    """Reading only."""
+    """Delegates to the observer and the ledger."""
 
     def __init__(self, observer: Observer, ledger: Ledger) -> None:
         self._observer = observer
         self._ledger = ledger
 
     async def GetNode(self, request: pb.GetNodeRequest, context: object) -> pb.GetNodeResponse:
-        """This node, its GPUs, who holds and who waits."""
+        """This node and its GPUs, with their holders and waiters."""
         return pb.GetNodeResponse(node=node_to_proto(self._observer.node()))
 
     async def ListUsageWindows(
         self, request: pb.ListUsageWindowsRequest, context: object
     ) -> pb.ListUsageWindowsResponse:
-        """The windows this node holds: not yet pruned ones, and the open ones if asked."""
+        """The windows that this node has not pruned, and with `include_open` the open ones."""
         found = await self._ledger.windows(
             instance_uid=request.instance_uid, function=request.function, include_open=request.include_open
         )

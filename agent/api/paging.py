@@ -1,4 +1,4 @@
-"""Pages of a list that lies in memory: the token is the offset, opaque to callers."""
+"""Pages of a list in memory. The page token is the offset, opaque to callers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _Item = TypeVar("_Item")
 
 
 def page_bounds(page_size: int, page_token: str) -> tuple[int, int]:
-    """(offset, size) of the page that is asked for. Raises InvalidArgumentError for a token not of ours."""
+    """Offset and size of the requested page. Raises InvalidArgumentError for a foreign token."""
     if page_size < 0:
-        raise InvalidArgumentError("PAGE_SIZE_INVALID", "page_size must not be negative; 0 means the default")
+        raise InvalidArgumentError("PAGE_SIZE_INVALID", "page_size must not be negative; 0 is the default")
     if page_token and not (page_token.isdecimal() and len(page_token) <= MAX_TOKEN_DIGITS):
-        raise InvalidArgumentError("PAGE_TOKEN_INVALID", "page_token must come from the answer before")
+        raise InvalidArgumentError("PAGE_TOKEN_INVALID", "page_token must come from the previous answer")
     return int(page_token or 0), min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
 
 
 def page(items: Sequence[_Item], page_size: int, page_token: str) -> tuple[Sequence[_Item], str]:
-    """The page and the token of the next one, "" at the end."""
+    """The page, and the token of the next one ("" at the end)."""
     offset, size = page_bounds(page_size, page_token)
     end = offset + size
     return items[offset:end], str(end) if end < len(items) else ""

@@ -1,4 +1,4 @@
-"""The scheduler's Prometheus metrics, collected from what it holds when somebody asks."""
+"""The scheduler's Prometheus metrics, collected from its state at each scrape."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from agent.api.function_metrics import FunctionMetrics
-from agent.core.dispatch.index import NodeStanding
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.dispatch.model import NodeStanding
+from agent.core.provisioning.model import Scheduling
 from agent.core.types import SECOND_NS
 from agent.scheduler.fleet.fleet import Fleet, NodeRecord
 from agent.scheduler.gateway.gateway import GatewayCounts
@@ -19,7 +19,7 @@ from agent.v1.types_pb2 import Gpu
 
 
 class SchedulerMetrics(Collector):
-    """A collector with a registry of its own."""
+    """A collector with its own registry."""
 
     def __init__(self, functions: FunctionMetrics, fleet: Fleet, gateway: GatewayCounts, wakes: WakeCounts) -> None:
         self._functions = functions
@@ -34,7 +34,6 @@ class SchedulerMetrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Everything now."""
         yield from self._gateway_metrics()
         yield from self._functions.collect()
         yield from self._fleet_metrics()
@@ -44,11 +43,11 @@ class SchedulerMetrics(Collector):
         for status in sorted({200, 429, 502, 503, 504, *self._gateway.answers}):
             answers.add_metric([str(status)], self._gateway.answers.get(status, 0))
         yield answers
-        back = CounterMetricFamily("hibernode_gateway_returns", "Dispatches that came back.", labels=["why"])
+        back = CounterMetricFamily("hibernode_gateway_returns", "Returned dispatches.", labels=["why"])
         back.add_metric(["refused"], self._gateway.refused)
         back.add_metric(["connect_failed"], self._gateway.connect_failed)
         yield back
-        yield CounterMetricFamily("hibernode_gateway_cuts", "Answers cut in their middle.", value=self._gateway.cut)
+        yield CounterMetricFamily("hibernode_gateway_cuts", "Answers cut before their end.", value=self._gateway.cut)
         wakes = CounterMetricFamily("hibernode_scheduler_wakes", "Wake calls by outcome.", labels=["outcome"])
         wakes.add_metric(["asked"], self._wakes.asked)
         wakes.add_metric(["failed"], self._wakes.failed)
@@ -61,21 +60,21 @@ class SchedulerMetrics(Collector):
             nodes.add_metric([standing.value], sum(node.standing is standing for node in records))
         yield nodes
         labels = ["node"]
-        heard = GaugeMetricFamily("hibernode_node_heard_timestamp_seconds", "When it was last heard.", labels=labels)
-        waiting = GaugeMetricFamily("hibernode_node_gpu_waiters", "Instances that wait for a GPU.", labels=labels)
+        heard = GaugeMetricFamily("hibernode_node_heard_timestamp_seconds", "Time of its last report.", labels=labels)
+        waiting = GaugeMetricFamily("hibernode_node_gpu_waiters", "Instances waiting for a GPU.", labels=labels)
         gpus = GaugeMetricFamily("hibernode_node_gpus", "GPUs by use.", labels=["node", "use"])
         memory = GaugeMetricFamily("hibernode_node_host_memory_bytes", "Host memory by kind.", labels=["node", "kind"])
         asked = GaugeMetricFamily(
-            "hibernode_node_scheduling", "1 for what is asked of it.", labels=["node", "scheduling"]
+            "hibernode_node_scheduling", "1 for its scheduling setting.", labels=["node", "scheduling"]
         )
         for node in records:
             for scheduling in Scheduling:
                 value = float(self._fleet.scheduling(node.name) is scheduling)
                 asked.add_metric([node.name, scheduling.value], value)
-            if node.wall_ns:
-                heard.add_metric([node.name], node.wall_ns / SECOND_NS)
-            if not node.wall_ns or node.standing is NodeStanding.LOST:
-                continue  # what it said once is not known any more
+            if node.last_heard_wall_ns:
+                heard.add_metric([node.name], node.last_heard_wall_ns / SECOND_NS)
+            if not node.last_heard_wall_ns or node.standing is NodeStanding.LOST:
+                continue  # its last report is no longer true
             waiting.add_metric([node.name], node.load.gpu_waiting)
             for use, count in _gpu_use(node).items():
                 gpus.add_metric([node.name, use], count)
@@ -87,7 +86,7 @@ class SchedulerMetrics(Collector):
 
 
 def _gpu_use(node: NodeRecord) -> dict[str, int]:
-    """Each GPU once: held by an awake instance, free, or of no use to anybody."""
+    """The number of GPUs that an awake instance holds, that are free, and that cannot be used."""
     found = {"held": 0, "free": 0, "unusable": 0}
     for gpu in node.gpus:
         usable = gpu.health == Gpu.HEALTH_OK and not gpu.mig

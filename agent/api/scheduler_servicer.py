@@ -1,4 +1,4 @@
-"""SchedulerService: the load streams of the agents, and the fleet as they report it."""
+"""SchedulerService of the scheduler: the agents' load streams, and the fleet as they report it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 from agent.api.paging import page
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import DeadlineError, ExhaustedError
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.provisioning.model import Scheduling
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.v1 import scheduler_service_pb2 as pb
@@ -22,7 +22,7 @@ from agent.wire.interceptors import CallContext
 from agent.wire.tokens import calling_node
 
 MAX_STREAMS = 4
-"""Of one node: one that counts, and those that it replaced and that have not ended yet."""
+"""Per node: the current stream, and replaced ones that have not ended yet."""
 _STATES = {
     NodeStanding.READY: types_pb2.Node.STATE_READY,
     NodeStanding.DRAINING: types_pb2.Node.STATE_DRAINING,
@@ -32,57 +32,57 @@ _STATES = {
 
 
 class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
-    """Translates and hands on; errors become statuses in the wire's call guard."""
+    """Delegates to the fleet; `wire.interceptors` turns errors into statuses."""
 
     def __init__(self, fleet: Fleet, scheduling: NodeScheduling, silence_s: float = 10.0) -> None:
-        """A stream without a message for `silence_s` is ended: its agent beats once a second, or opens another."""
+        """`silence_s`: a stream without a message for so long is ended; an agent sends one a second."""
         self._fleet = fleet
         self._scheduling = scheduling
         self._silence_s = silence_s
         self._open: Counter[str] = Counter()
 
-    async def ReportLoad(  # type: ignore[override]  # writes its answers itself, which the stubs don't know
+    async def ReportLoad(  # type: ignore[override]  # writes its answers itself, which the stubs do not allow
         self, request_iterator: AsyncIterator[pb.ReportLoadRequest], context: CallContext
     ) -> None:
-        """One node's stream; its end, however it comes, makes the node suspect at once.
+        """Serves one node's load stream; any end of it makes the node suspect at once.
 
-        Raises ExhaustedError where a node has too many, and DeadlineError STREAM_SILENT.
+        Raises ExhaustedError TOO_MANY_STREAMS, DeadlineError STREAM_SILENT.
         """
         node = calling_node()
         if self._open[node] >= MAX_STREAMS:
             raise ExhaustedError("TOO_MANY_STREAMS", f"node {node} has {MAX_STREAMS} load streams already", node=node)
         self._open[node] += 1
-        stream = self._fleet.opened(node, peer_host(context.peer()))
+        stream = self._fleet.stream_opened(node, peer_host(context.peer()))
         try:
-            await self._take_all(node, stream, request_iterator, context)
+            await self._receive_all(node, stream, request_iterator, context)
         except TimeoutError:
             text = f"no message for {self._silence_s:g} s; open the load stream again"
             raise DeadlineError("STREAM_SILENT", text) from None
         finally:
             self._open[node] -= 1
-            self._fleet.closed(node, stream)
+            self._fleet.stream_closed(node, stream)
 
-    async def _take_all(
+    async def _receive_all(
         self, node: str, stream: int, messages: AsyncIterator[pb.ReportLoadRequest], context: CallContext
     ) -> None:
-        """Thousands of messages a second pass here: one timer for the stream, and most are not answered."""
+        """Passes messages to the fleet, thousands a second: one timer serves the stream, few messages are answered."""
         now = asyncio.get_running_loop().time
         async with asyncio.timeout(self._silence_s) as silence:
             async for message in messages:
                 silence.reschedule(now() + self._silence_s)
-                answer = self._fleet.took(node, stream, message)
+                answer = self._fleet.receive(node, stream, message)
                 if answer is not None:
                     await context.write(answer)
 
     async def ListNodes(self, request: pb.ListNodesRequest, context: object) -> pb.ListNodesResponse:
-        """Nodes by name, as last heard."""
+        """Nodes by name, as last reported."""
         shown, token = page(self._fleet.nodes(), request.page_size, request.page_token)
         return pb.ListNodesResponse(nodes=[self._show(node) for node in shown], next_page_token=token)
 
     async def SetNodeScheduling(
         self, request: pb.SetNodeSchedulingRequest, context: object
     ) -> pb.SetNodeSchedulingResponse:
-        """Answers once it is stored and in effect, not once the node is drained."""
+        """Answers once the setting is stored and in effect, not once the node is drained."""
         await self._scheduling.put(request.name, scheduling_from_proto(request.scheduling))
         node = self._fleet.node(request.name)
         assert node is not None, "nodes are never forgotten"
@@ -110,7 +110,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
 
 
 def node_of_record(record: NodeRecord, scheduling: Scheduling) -> types_pb2.Node:
-    """The node on the wire: its registration, its last heartbeat, and what the scheduler thinks of it."""
+    """The node on the wire: its registration, its last heartbeat, and its standing with the scheduler."""
     registration, load = record.registration, record.load
     state = _STATES[record.standing]
     if record.standing is NodeStanding.DRAINING and record.recovering:
@@ -136,6 +136,6 @@ def node_of_record(record: NodeRecord, scheduling: Scheduling) -> types_pb2.Node
     )
     if registration.HasField("start_time"):
         node.start_time.CopyFrom(registration.start_time)
-    if record.wall_ns:
-        node.report_time.CopyFrom(time_to_proto(record.wall_ns))
+    if record.last_heard_wall_ns:
+        node.report_time.CopyFrom(time_to_proto(record.last_heard_wall_ns))
     return node

@@ -1,7 +1,7 @@
-"""The scheduler's status as one page of plain HTML at the root of its admin address: functions, nodes, GPUs, instances.
+"""The scheduler's status page: functions, nodes, GPUs and instances as plain HTML at the root of its admin address.
 
-Read-only, without scripts and without anything from elsewhere; it reloads itself. Nobody has to say here who they are,
-so it shows reasons and no messages, which may quote what an instance has logged: `hibernode functions` has those.
+Read-only, without scripts or external resources; reloads itself. The address needs no authentication, so the page shows
+error reasons but no messages, which may quote an instance's log; `hibernode functions` shows those.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from agent.core.dispatch.dispatcher import Dispatcher
-from agent.core.dispatch.index import NodeStanding
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.dispatch.model import NodeStanding
+from agent.core.provisioning.model import Scheduling
 from agent.core.types import GIB, SECOND_NS
 from agent.ports import Clock
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
@@ -21,7 +21,7 @@ from agent.v1.scheduler_service_pb2 import InstanceLoad
 from agent.v1.types_pb2 import Gpu, Instance
 
 MAX_ROWS = 500
-"""Of one table; a line says how many there are more."""
+"""Per table; a last line counts the rows beyond that."""
 RELOAD_S = 5
 CONTENT_TYPE = "text/html; charset=utf-8"
 HEADERS = {
@@ -37,13 +37,13 @@ _STYLE = (
 )
 _UNKNOWN = "–"
 _HEALTH = {number: name.removeprefix("HEALTH_") for name, number in Gpu.Health.items()}
-_GOING = (*ENDED, Instance.STATE_STOPPING)
+_LEAVING = (*ENDED, Instance.STATE_STOPPING)
 
 Row = Sequence[object]
 
 
 class StatusPage:
-    """`render` reads what the scheduler holds now."""
+    """Renders the scheduler's current state."""
 
     def __init__(self, clock: Clock, catalog: Catalog, fleet: Fleet, dispatcher: Dispatcher) -> None:
         self._clock = clock
@@ -78,29 +78,29 @@ class StatusPage:
             name, problem = function.spec.name, self._catalog.problem(function.spec.name)
             counts = states.get(name, Counter())
             queue = self._dispatcher.queue_state(name)
-            current = sum(count for state, count in counts.items() if state not in _GOING)
+            current = sum(count for state, count in counts.items() if state not in _LEAVING)
             awake, frozen = counts[Instance.STATE_RUNNING], counts[Instance.STATE_FROZEN]
             reason = "DELETING" if function.deleting else "" if problem is None else problem.reason
             numbers = (function.target, current, awake, frozen, queue.waking, queue.queued)
-            yield (name, function.spec.revision, *numbers, _Bad(reason))
+            yield (name, function.spec.revision, *numbers, _Alert(reason))
 
     def _node(self, node: NodeRecord) -> Row:
-        registration, heard = node.registration, "never"
-        if node.wall_ns:
-            heard = f"{max(0, self._clock.wall_ns() - node.wall_ns) / SECOND_NS:.1f} s ago"
+        registration, last_report = node.registration, "never"
+        if node.last_heard_wall_ns:
+            last_report = f"{max(0, self._clock.wall_ns() - node.last_heard_wall_ns) / SECOND_NS:.1f} s ago"
         gpus = node.gpus
         memory = node.load.host_memory if node.load.HasField("host_memory") else registration.host_memory
-        living = sum(load.state not in ENDED for load in node.instances.values())
-        asked = self._fleet.scheduling(node.name)
+        instances = sum(load.state not in ENDED for load in node.instances.values())
+        scheduling = self._fleet.scheduling(node.name)
         standing: object = node.standing.value
-        if node.standing is not NodeStanding.READY or asked is not Scheduling.NORMAL:
-            standing = _Bad(f"{standing} {asked.value}".removesuffix(f" {Scheduling.NORMAL.value}"))
+        if node.standing is not NodeStanding.READY or scheduling is not Scheduling.NORMAL:
+            standing = _Alert(f"{standing} {scheduling.value}".removesuffix(f" {Scheduling.NORMAL.value}"))
         held = f"{sum(bool(gpu.holder_uids) for gpu in gpus)} of {len(gpus)}"
         available = (
             f"{_size(memory.available_bytes)} of {_size(memory.total_bytes)}" if memory.total_bytes else _UNKNOWN
         )
         versions = (registration.agent_version, registration.driver_version)
-        return (node.name, standing, heard, held, node.load.gpu_waiting, living, available, *versions)
+        return (node.name, standing, last_report, held, node.load.gpu_waiting, instances, available, *versions)
 
     def _instances(self) -> Iterator[Row]:
         for node, load in sorted(
@@ -110,13 +110,13 @@ class StatusPage:
 
 
 _FUNCTION = ("Function", "Revision", "Target", "Current", "Awake", "Frozen", "Waking", "Queued", "Trouble")
-_NODE = ("Node", "NodeStanding", "Heard", "GPUs held", "Wait for a GPU", "Instances", "Memory free", "Agent", "Driver")
+_NODE = ("Node", "Standing", "Heard", "GPUs held", "Wait for a GPU", "Instances", "Memory free", "Agent", "Driver")
 _GPU = ("Node", "GPU", "Model", "Memory", "SM", "Temperature", "Held by", "Trouble")
-_INSTANCE = ("Instance", "Function", "Node", "State", "Requests", "GPU memory", "Frozen", "WakeCalls", "Active", "Idle")
+_INSTANCE = ("Instance", "Function", "Node", "State", "Requests", "GPU memory", "Frozen", "Wakes", "Active", "Idle")
 
 
-class _Bad(str):
-    """Something that needs a look."""
+class _Alert(str):
+    """A cell shown in red: it needs attention."""
 
     __slots__ = ()
 
@@ -128,14 +128,14 @@ def _gpus(node: NodeRecord) -> Iterator[Row]:
         temperature = f"{gpu.temperature_celsius} °C" if gpu.HasField("temperature_celsius") else _UNKNOWN
         trouble = "" if gpu.health == Gpu.HEALTH_OK else _HEALTH.get(gpu.health, "UNKNOWN")
         memory = f"{used} of {_size(gpu.memory_total_bytes)}"
-        yield (node.name, gpu.uuid, gpu.model, memory, sm, temperature, ", ".join(gpu.holder_uids), _Bad(trouble))
+        yield (node.name, gpu.uuid, gpu.model, memory, sm, temperature, ", ".join(gpu.holder_uids), _Alert(trouble))
 
 
 def _instance(node: NodeRecord, load: InstanceLoad) -> Row:
     name = Instance.State.Name(load.state).removeprefix("STATE_")
     state: object = f"{name} {load.state_reason}".strip()
     if load.state == Instance.STATE_FAILED or not load.healthy:
-        state = _Bad(state)
+        state = _Alert(state)
     requests = f"{load.in_flight} of {load.concurrency}" + (f", {load.waiting} wait" if load.waiting else "")
     sizes = (_size(load.vram_bytes), _size(load.frozen_bytes))
     times = (f"{load.active_ns / SECOND_NS:.1f} s", f"{load.idle_ns / SECOND_NS:.1f} s")
@@ -147,7 +147,7 @@ def _size(size_bytes: int) -> str:
 
 
 def _table(title: str, heads: Sequence[str], rows: Iterable[Row]) -> str:
-    """Everything in it is escaped here, whoever said it."""
+    """One table; escapes all of its text."""
     lines, more = [], 0
     for number, row in enumerate(rows):
         if number < MAX_ROWS:
@@ -163,5 +163,5 @@ def _table(title: str, heads: Sequence[str], rows: Iterable[Row]) -> str:
 
 
 def _cell(value: object) -> str:
-    mark = ' class="bad"' if isinstance(value, _Bad) and value else ""
+    mark = ' class="bad"' if isinstance(value, _Alert) and value else ""
     return f"<td{mark}>{escape(str(value))}</td>"

@@ -1,4 +1,4 @@
-"""UsageService: agents' windows in, sums, costs and doubts out."""
+"""UsageService of the scheduler: takes in agents' usage windows, and reports sums, costs and inconsistencies."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ MAX_BATCH = 500
 MAX_RECONCILIATIONS = 2
 MAX_RECONCILIATION_S = 600.0
 WINDOWS_FOLLOW = "windows/"
-"""Page tokens of the windows that follow the rows begin so."""
+"""Prefix of page tokens for the windows, which follow the rows."""
 WINDOWS_PAGE = 2_000
-"""About half a MiB."""
+"""Windows per page, about half a MiB."""
 _GROUPS = {
     pb.ListUsageRequest.GROUPING_UNSPECIFIED: ("function",),
     pb.ListUsageRequest.GROUPING_FUNCTION: ("function",),
@@ -35,11 +35,11 @@ _GROUPS = {
     pb.ListUsageRequest.GROUPING_NODE: ("node",),
     pb.ListUsageRequest.GROUPING_GPU_MODEL: ("gpu_model",),
 }
-"""What makes a row."""
+"""The columns that group rows."""
 
 
 class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
-    """Translates and hands on; errors become statuses in the wire's call guard."""
+    """Delegates to collector and reports; `wire.interceptors` turns errors into statuses."""
 
     def __init__(self, collector: UsageCollector, reports: UsageReports, book: PriceBook) -> None:
         self._collector = collector
@@ -50,8 +50,8 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
     async def UploadUsageWindows(
         self, request: pb.UploadUsageWindowsRequest, context: object
     ) -> pb.UploadUsageWindowsResponse:
-        """Store an agent's windows; the marks say what it may prune, the refusals what it may stop sending. Its name
-        comes from its credential."""
+        """Stores an agent's windows. It may prune up to the marks in the answer, and stop sending refused windows. The
+        node's name comes from its token."""
         node = calling_node()
         if len(request.windows) > MAX_BATCH:
             raise InvalidArgumentError("USAGE_BATCH_TOO_LARGE", f"send at most {MAX_BATCH} windows at once")
@@ -72,10 +72,10 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
         )
 
     async def ListUsage(self, request: pb.ListUsageRequest, context: object) -> pb.ListUsageResponse:
-        """Rows by what is asked for, GPU model and price; totals over all rows; the windows behind them if asked."""
+        """Rows by `grouping`, GPU model and price, totals over all rows, and with `include_windows` the windows."""
         groups = _GROUPS.get(request.grouping)
         if groups is None:
-            raise InvalidArgumentError("USAGE_GROUP_UNKNOWN", "this scheduler doesn't know that grouping; update it")
+            raise InvalidArgumentError("USAGE_GROUP_UNKNOWN", "this scheduler does not know that grouping; update it")
         only = UsageFilter(
             function=request.function,
             node=request.node,
@@ -98,9 +98,9 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
     async def ReconcileUsage(
         self, request: pb.ReconcileUsageRequest, context: object
     ) -> AsyncIterator[pb.ReconcileUsageResponse]:
-        """The instances with findings, one by one, then the totals."""
+        """Instances with findings, one at a time, then the totals."""
         if self._reconciling >= MAX_RECONCILIATIONS:
-            text = f"{MAX_RECONCILIATIONS} reconciliations are under way, which is the most; wait for one to end"
+            text = f"{MAX_RECONCILIATIONS} reconciliations, the maximum, are running; wait for one to end"
             raise ExhaustedError("TOO_MANY_CALLS", text)
         only = UsageFilter(
             function=request.function,
@@ -118,16 +118,16 @@ class UsageServicer(usage_service_pb2_grpc.UsageServiceServicer):
                     else:
                         yield pb.ReconcileUsageResponse(total=message)
         except TimeoutError:
-            text = f"it takes more than {MAX_RECONCILIATION_S:g} s; ask for a shorter time or one function"
+            text = f"it takes more than {MAX_RECONCILIATION_S:g} s; ask for a shorter period or one function"
             raise DeadlineError("CALL_TOO_LONG", text) from None
         finally:
             self._reconciling -= 1
 
     async def _windows(self, only: UsageFilter, after: str) -> pb.ListUsageResponse:
-        """A page of windows; `after` is the key of the last one of the page before, `<seq>/<uid>`, or empty."""
+        """A page of windows. `after`: key `<seq>/<uid>` of the previous page's last window, "" for the first page."""
         seq, _, uid = after.partition("/")
         if after and not (seq.isdecimal() and len(seq) <= MAX_TOKEN_DIGITS and uid):
-            raise InvalidArgumentError("PAGE_TOKEN_INVALID", "page_token must come from the answer before")
+            raise InvalidArgumentError("PAGE_TOKEN_INVALID", "page_token must come from the previous answer")
         found = await self._reports.windows(only, limit=WINDOWS_PAGE, after=(uid, int(seq)) if after else ("", -1))
         last = found[-1] if len(found) == WINDOWS_PAGE else None
         return pb.ListUsageResponse(
@@ -196,7 +196,7 @@ def _row(line: UsageLine, named: Mapping[str, str]) -> pb.UsageRow:
 
 
 def _factors(price: Price, gpu_model: str) -> pb.PriceFactors:
-    """Factors in the book's currency: CU times the price of a CU. A GPU model without a price has none."""
+    """Factors in the price book's currency: CUs times the price of a CU; 0 for a GPU model without a price."""
     unit, gpu = price.unit_price, price.gpu_rate(gpu_model)
     return pb.PriceFactors(
         gpu_active=exact_text(unit * gpu.active) if gpu is not None else "0",

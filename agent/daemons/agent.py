@@ -205,7 +205,7 @@ class AgentDaemon:
             self.events,
             self.clock,
             after_sample=self.gpu_isolation.check,
-            persistence_is_off=self.gpu.checkpointer.persistence_is_off,
+            persistence_is_off=self.gpu.checkpointer.on_persistence_off,
         )
 
     def _vram_now(self) -> Mapping[str, int]:

@@ -6,18 +6,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from agent.adapters.cuda.checkpointers import HostCheckpointer, choose
+from agent.adapters.cuda.checkpointers import HostCheckpointer, choose_checkpointer
 from agent.adapters.cuda.processes import Pids
 from agent.adapters.freezer.freezer import CudaFreezer
-from agent.adapters.freezer.limits import FreezerLimits
+from agent.adapters.freezer.limits import freezer_limits
 from agent.adapters.kernel.cgroup import CgroupSlice
 from agent.adapters.kernel.cgroup_freezer import choose_freezer
 from agent.adapters.nvml.gpus import NvmlGpus
-from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, look_patiently_at_gpus
+from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, survey_gpus_with_retry
 from agent.adapters.nvml.locks import GpuLocks
 from agent.core.errors import HibernodeError
 from agent.core.gpus.capabilities import Capabilities, find_capabilities
-from agent.core.types import SECOND_NS
 from agent.log import get_logger
 from agent.settings import GpuSettings
 
@@ -62,10 +61,10 @@ async def open_gpu_layer(
     error: its functions run always awake. Raises UnavailableError GPU_LOCKED if another agent has a GPU."""
     log = get_logger()
     locks = GpuLocks()
-    locks.take([gpu.uuid for gpu in sight.gpus])
+    locks.acquire([gpu.uuid for gpu in sight.gpus])
     stack.callback(locks.release)
     capabilities = find_capabilities(host_facts(sight, settings))
-    checkpointer = choose(capabilities, settings, on_stuck)
+    checkpointer = choose_checkpointer(capabilities, settings, on_stuck)
     stack.push_async_callback(checkpointer.close)
     freezer = CudaFreezer(
         checkpointer,
@@ -87,19 +86,9 @@ async def open_gpu_layer(
     return GpuLayer(gpus, sight, capabilities, checkpointer, freezer, unavailable)
 
 
-def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerLimits:
-    """What the configuration means for the freezer."""
-    return FreezerLimits.for_timeouts(
-        settings.lock_timeout_ns / SECOND_NS,
-        settings.operation_timeout_ns / SECOND_NS,
-        several_processes_on_several_gpus=settings.multi_process_multi_gpu,
-        migrates=migrates,
-    )
-
-
 async def see_gpus(gpus: NvmlGpus) -> GpuSurvey:
     """Without a driver the node has no GPUs, and says so; it still runs functions that need none."""
-    sight = await look_patiently_at_gpus(gpus)
+    sight = await survey_gpus_with_retry(gpus)
     if sight.error is not None:
         get_logger().warning("gpu.unavailable", reason=sight.error.reason, message=sight.error.message)
     return sight

@@ -1,7 +1,7 @@
-"""Where a body ends: by length, by chunks, or by close.
+"""Decoders that find a body's end: by length, by chunks, or by close.
 
-A decoder's `feed(data, start, out)` appends the body's bytes found in `data[start:]` to `out` and returns the
-position after what it used; `done` says that the body has ended there. Nothing is copied that need not be.
+`feed(data, start, out)` appends the body bytes of `data[start:]` to `out` and returns the position after the last byte
+that it used; `done` is True once the body has ended there. Whole reads are passed on without a copy.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import re
 
 from agent.http.errors import body_too_large, malformed
 
-# At most 8 digits: no chunk is 4 GiB. Extensions may follow, visible and ignored. "+5", "0x5", " 5" do not
-# match.
+# At most 8 digits: a chunk is under 4 GiB. Extensions are ignored. "+5", "0x5", " 5" do not match.
 _chunk_line = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?").fullmatch
 _trailer_line = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*").fullmatch
 _CHUNK_LINE_BYTES = 256
@@ -43,7 +42,7 @@ class LengthBody:
 
 
 class CloseBody:
-    """A response's body that ends with its connection."""
+    """The body of a response that ends with its connection."""
 
     __slots__ = ("done",)
 
@@ -57,9 +56,9 @@ class CloseBody:
 
 
 class ChunkedBody:
-    """A chunked body of at most `limit_bytes` (None: any). Trailers are checked and dropped.
+    """A chunked body of at most `limit_bytes` (None: any size). Trailers are checked and dropped.
 
-    Raises HttpError 400 (bad framing) or 413; the decoder is of no further use then.
+    `feed` raises HttpError 400 (bad framing) or 413; the decoder cannot be used after that.
     """
 
     __slots__ = ("_left", "_limit_bytes", "_partial", "_room", "_state", "_trailer_room", "done")
@@ -77,7 +76,7 @@ class ChunkedBody:
 
     def feed(self, data: bytes, start: int, out: list[bytes]) -> int:
         if self._partial:
-            # Only lines are kept, so this joins a few hundred bytes at most to one read.
+            # Only lines are kept: this joins at most `_TRAILER_BYTES` to one read.
             data_start = start - len(self._partial)
             data = self._partial + data[start:]
             self._partial = b""
@@ -127,7 +126,7 @@ class ChunkedBody:
         self._state = self._DATA if self._left else self._TRAILER
 
     def _keep(self, partial: bytes) -> None:
-        """Keeps the beginning of a line; what can't become a good one is refused before it grows."""
+        """Keeps the beginning of a line; refuses one that can no longer become valid before it grows."""
         text = partial[:-1] if partial.endswith(b"\r") else partial
         match self._state:
             case self._SIZE:

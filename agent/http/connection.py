@@ -1,53 +1,79 @@
-"""A client's connection: requests one after the other, keep-alive, timeouts, back-pressure both ways."""
+"""A client's connection: one request after another, keep-alive, timeouts, back-pressure both ways.
+
+States: HEAD -> (BODY ->) BUSY -> HEAD, once per request; DISCARD and CLOSED end the connection. An answer that is
+complete before its request's body ends the connection, too. The next head is parsed when answer and handler are both
+done; bytes that arrive earlier are buffered up to `buffer_bytes`, then reading pauses.
+
+Two deadlines: `_read_deadline` (the client owes a head or a body; keep-alive; lingering) and `_write_deadline` (it does
+not take its answer). The earlier one is `deadline`, which the server's `DeadlineTimer` watches and reports to `expire`.
+
+Back-pressure: a full write buffer (`pause_writing`) stops the parser here and, through the exchange, the upstream;
+`pause_body` stops reading this client, and its read deadline with it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import struct
-from collections.abc import Awaitable, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, cast
 
 from agent.core.errors import HibernodeError
 from agent.http.body_parser import ChunkedBody, LengthBody
-from agent.http.deadlines import NEVER
+from agent.http.deadlines import NEVER, DeadlineTimer
 from agent.http.errors import HttpError, body_too_large, error_answer, too_many_connections, too_slow
-from agent.http.exchange import Exchange
+from agent.http.exchange import Exchange, Handler
 from agent.http.head_parser import HEAD_END, check_partial, parse_request_head, serialise
+from agent.http.limits import Limits
 from agent.http.message import Header, RequestHead
 
-if TYPE_CHECKING:
-    from agent.http.server import Server
-
-# HEAD: waiting for a head, or in one. BODY: in a body. BUSY: the request is whole, its answer is not.
-# DEAF: what comes is thrown away (the body was bad, or the connection lingers before it closes).
-_HEAD, _BODY, _BUSY, _DEAF, _CLOSED = range(5)
+# HEAD: idle, or within a head. BODY: within a body. BUSY: the request is complete, its answer is not.
+# DISCARD: input is thrown away (the body was bad, or the connection lingers before it closes).
+_HEAD, _BODY, _BUSY, _DISCARD, _CLOSED = range(5)
 
 
-async def _raised(error: Exception) -> None:
+async def _raise(error: Exception) -> None:
     raise error
 
 
+class ConnectionHost(Protocol):
+    """The server of a connection, as the connection sees it."""
+
+    limits: Limits
+    handler: Handler
+    request_ids: Callable[[], str]
+    on_fault: Callable[[BaseException], None]
+    date_header: Callable[[], bytes]
+    when_full: Sequence[Header]
+    closing: bool
+    connections: set[ServerConnection]
+    deadlines: DeadlineTimer
+
+    def forget(self, connection: ServerConnection) -> None:
+        """`connection` is closed."""
+
+
 class ServerConnection(asyncio.Protocol):
-    """One client. Only the event loop and the connection's current Exchange call it."""
+    """One client. Its callers are the event loop, its server and its current exchange."""
 
     __slots__ = (
         "_answer_done", "_buffer", "_close_after", "_decoder", "_drain_waiter", "_exchange", "_handler_done",
-        "_head_since", "_last_unsent", "_lingering", "_paused", "_peer", "_read_deadline", "_server",
-        "_state", "_task", "_write_deadline", "date_line", "deadline", "loop", "transport", "writable",
+        "_head_begun", "_host", "_last_unsent", "_lingering", "_paused", "_peer", "_read_deadline", "_state",
+        "_task", "_write_deadline", "date_header", "deadline", "loop", "transport", "writable",
     )  # fmt: skip
 
     transport: asyncio.Transport
 
-    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, host: ConnectionHost, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.writable = True
         self.deadline = NEVER
-        self.date_line = server.date_line
-        self._server = server
+        self.date_header = host.date_header
+        self._host = host
         self._state = _HEAD
         self._buffer = b""
-        self._head_since = False
+        self._head_begun = False
         self._exchange: Exchange | None = None
         self._decoder: LengthBody | ChunkedBody | None = None
         self._task: asyncio.Task[None] | None = None
@@ -64,27 +90,27 @@ class ServerConnection(asyncio.Protocol):
 
     @property
     def closing(self) -> bool:
-        return self._server.closing
+        return self._host.closing
 
     @property
     def idle(self) -> bool:
-        """Between requests: closing it cuts nothing."""
+        """Between requests: closing the connection interrupts nothing."""
         return self._state == _HEAD
 
-    # --- the transport's side --------------------------------------------------------------
+    # --- called by the transport ------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         self._peer = str(peer[0]) if peer else ""
-        server = self._server
-        self.transport.set_write_buffer_limits(high=server.limits.write_buffer_bytes)
-        full = len(server.connections) >= server.limits.max_connections
-        server.connections.add(self)
+        host = self._host
+        self.transport.set_write_buffer_limits(high=host.limits.write_buffer_bytes)
+        full = len(host.connections) >= host.limits.max_connections
+        host.connections.add(self)
         if full:
-            self._refuse(too_many_connections(), 1, server.when_full)
+            self._refuse(too_many_connections(), 1, host.when_full)
         else:
-            self._read_by(server.limits.keep_alive_s)
+            self._expect_input(host.limits.keep_alive_s)
 
     def data_received(self, data: bytes) -> None:
         state = self._state
@@ -93,7 +119,7 @@ class ServerConnection(asyncio.Protocol):
         elif state == _BODY:
             self._feed_body(data, 0)
         elif state in (_HEAD, _BUSY):
-            self._keep_for_next(data)
+            self._buffer_next(data)
 
     def eof_received(self) -> bool:
         return False  # closes the transport, which ends in connection_lost
@@ -101,7 +127,7 @@ class ServerConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = _CLOSED
         self.deadline = NEVER
-        self._server.forget(self)
+        self._host.forget(self)
         self._release_drain()
         exchange = self._exchange
         if exchange is not None and not exchange.finished:
@@ -110,7 +136,7 @@ class ServerConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.writable = False
         self._last_unsent = self.transport.get_write_buffer_size()
-        self._write_deadline = self.loop.time() + self._server.limits.write_stall_s
+        self._write_deadline = self.loop.time() + self._host.limits.write_stall_s
         self._update_deadline()
         if self._exchange is not None:
             self._exchange.writable_changed(False)
@@ -123,20 +149,20 @@ class ServerConnection(asyncio.Protocol):
         if self._exchange is not None:
             self._exchange.writable_changed(True)
         elif self._buffer:
-            self.loop.call_soon(self._feed_kept)
+            self.loop.call_soon(self._feed_buffered)
 
     # --- reading ---------------------------------------------------------------------------
 
     def _feed_head(self, data: bytes) -> None:
-        limits = self._server.limits
+        limits = self._host.limits
         end = data.find(HEAD_END)
         try:
             if end < 0:
                 check_partial(data, limits.header_bytes, limits.target_bytes)
                 self._buffer = data
-                if not self._head_since:
-                    self._head_since = True
-                    self._read_by(limits.header_timeout_s)
+                if not self._head_begun:
+                    self._head_begun = True
+                    self._expect_input(limits.header_timeout_s)
                 return
             head = parse_request_head(data[:end], limits.header_bytes, limits.target_bytes)
             if head.length is not None and head.length > limits.body_bytes:
@@ -145,46 +171,46 @@ class ServerConnection(asyncio.Protocol):
             self._refuse(error)
             return
         self._buffer = b""
-        self._head_since = False
+        self._head_begun = False
         self._answer_done = self._handler_done = False
         self._exchange = exchange = Exchange(self, head, self._peer, limits.buffer_bytes)
         end += 4
         if not head.chunked and (head.length or 0) == len(data) - end:
-            # Nothing but this request, whole: the usual case.
+            # The usual case: this read holds one complete request and nothing else.
             self._state = _BUSY
             self.deadline = self._read_deadline = NEVER
-            exchange.body_came_whole(data[end:] if head.length else b"")
+            exchange.set_body(data[end:] if head.length else b"")
         else:
             self._feed_rest(exchange, head, data, end)
-        self._hand_over(exchange)
+        self._call_handler(exchange)
 
     def _feed_rest(self, exchange: Exchange, head: RequestHead, data: bytes, end: int) -> None:
-        """What lies behind a head: part of its body, or more than that."""
+        """Takes what follows a head: part of the body, or more than the body."""
         if not head.chunked and not head.length:
             self._state = _BUSY
             exchange.body_done = True
-            self._read_by(NEVER)
-            self._keep_for_next(data[end:])
+            self._expect_input(NEVER)
+            self._buffer_next(data[end:])
             return
         self._state = _BODY
-        self._decoder = ChunkedBody(self._server.limits.body_bytes) if head.chunked else LengthBody(head.length or 0)
-        # With Expect the client waits for us, as long as that takes.
-        self._read_by(NEVER if head.expect_continue else self._server.limits.body_stall_s)
+        self._decoder = ChunkedBody(self._host.limits.body_bytes) if head.chunked else LengthBody(head.length or 0)
+        # With Expect the client waits for 100 Continue, however long that takes.
+        self._expect_input(NEVER if head.expect_continue else self._host.limits.body_stall_s)
         if end < len(data):
             self._feed_body(data, end)
 
-    def _hand_over(self, exchange: Exchange) -> None:
-        """Calls the handler: in a task if it is a coroutine; a plain function answers by callbacks."""
+    def _call_handler(self, exchange: Exchange) -> None:
+        """Calls the handler; a coroutine gets a task, a plain function answers by callbacks."""
         try:
-            serving = self._server.handler(exchange)
+            serving = self._host.handler(exchange)
         except Exception as error:
-            serving = _raised(error)
+            serving = _raise(error)
         if serving is not None:
             self._task = self.loop.create_task(self._serve(exchange, serving))
             return
         self._handler_done = True
         if self._answer_done:
-            self._next()
+            self._next_request()
 
     def _feed_body(self, data: bytes, start: int) -> None:
         exchange, decoder = self._exchange, self._decoder
@@ -194,76 +220,75 @@ class ServerConnection(asyncio.Protocol):
         try:
             end = decoder.feed(data, start, pieces)
         except HttpError as error:
-            self._stop_listening()
+            self._discard_input()
             exchange.body_failed(error)
             return
         if not decoder.done:
-            self._read_by(self._server.limits.body_stall_s)
+            self._expect_input(self._host.limits.body_stall_s)
             exchange.body_arrived(pieces)
             return
-        # The state first: a sink may finish the exchange from inside these calls.
+        # The state changes first: a sink may finish the exchange from inside these calls.
         self._state = _BUSY
-        self._read_by(NEVER)
+        self._expect_input(NEVER)
         if end < len(data):
-            self._keep_for_next(data[end:])
+            self._buffer_next(data[end:])
         exchange.body_done = True
         exchange.body_arrived(pieces)
         exchange.body_ended()
-        self._listen_again()
+        self._resume_reading()
 
-    def _keep_for_next(self, data: bytes) -> None:
-        """Bytes behind the request being served: the beginning of the next one."""
+    def _buffer_next(self, data: bytes) -> None:
+        """Keeps bytes that follow the request being served: the beginning of the next one."""
         self._buffer += data
-        if len(self._buffer) > self._server.limits.buffer_bytes:
+        if len(self._buffer) > self._host.limits.buffer_bytes:
             self._pause_reading()
 
     def body_expected(self) -> None:
-        """100 Continue was sent: from now on the client owes us its body."""
+        """100 Continue was sent: the client owes its body from now on."""
         if self._state == _BODY:
-            self._read_by(self._server.limits.body_stall_s)
+            self._expect_input(self._host.limits.body_stall_s)
 
     def pause_body(self) -> None:
         if self._state == _BODY:
             self._pause_reading()
-            self._read_by(NEVER)  # now it is we who stall
+            self._expect_input(NEVER)  # the client cannot send while reading is paused
 
     def resume_body(self) -> None:
         if self._state == _BODY and self._paused:
-            self._listen_again()
-            self._read_by(self._server.limits.body_stall_s)
+            self._resume_reading()
+            self._expect_input(self._host.limits.body_stall_s)
 
     def _pause_reading(self) -> None:
         if not self._paused and not self.transport.is_closing():
             self._paused = True
-            self._server.reading_pauses += 1
             self.transport.pause_reading()
 
-    def _listen_again(self) -> None:
-        if self._paused and len(self._buffer) <= self._server.limits.buffer_bytes:
+    def _resume_reading(self) -> None:
+        if self._paused and len(self._buffer) <= self._host.limits.buffer_bytes:
             self._paused = False
             if not self.transport.is_closing():
                 self.transport.resume_reading()
 
-    def _stop_listening(self) -> None:
-        """What still comes is dropped, so that the client isn't reset before it has read its answer."""
-        self._state = _DEAF
+    def _discard_input(self) -> None:
+        """Drops further input, so that the client is not reset before it has read its answer."""
+        self._state = _DISCARD
         self._buffer = b""
-        self._read_by(NEVER)
-        self._listen_again()
+        self._expect_input(NEVER)
+        self._resume_reading()
 
     # --- serving ---------------------------------------------------------------------------
 
     async def _serve(self, exchange: Exchange, serving: Awaitable[None]) -> None:
-        server = self._server
+        host = self._host
         try:
             await serving
             if not exchange.finished and not exchange.gone:
-                raise RuntimeError("the handler returned before its answer was whole")
+                raise RuntimeError("the handler returned before its answer was complete")
         except HibernodeError as error:
-            await exchange.fail(error, server.request_ids())
+            await exchange.fail(error, host.request_ids())
         except Exception as error:
-            server.on_fault(error)
-            await exchange.fail(error, server.request_ids())
+            host.on_fault(error)
+            await exchange.fail(error, host.request_ids())
         except asyncio.CancelledError:
             self.abort()
             raise
@@ -271,17 +296,17 @@ class ServerConnection(asyncio.Protocol):
             self._task = None
             self._handler_done = True
             if self._answer_done:
-                self._next()
+                self._next_request()
 
     def answered(self, close: bool) -> None:
-        """The exchange's answer is whole."""
+        """The exchange's answer is complete; `close`: no request follows it."""
         self._close_after = close
         self._answer_done = True
         if self._handler_done:
-            self._next()
+            self._next_request()
 
-    def _next(self) -> None:
-        """Answer and handler are done: the next request, or the end of the connection."""
+    def _next_request(self) -> None:
+        """Answer and handler are done: takes the next request, or ends the connection."""
         exchange, self._exchange = self._exchange, None
         self._decoder = None
         if self._state == _CLOSED or exchange is None:
@@ -293,20 +318,20 @@ class ServerConnection(asyncio.Protocol):
             self.close()
             return
         self._state = _HEAD
-        self._read_by(self._server.limits.keep_alive_s)
+        self._expect_input(self._host.limits.keep_alive_s)
         if self._buffer:
-            # In a turn of its own: answers given at once to a pipeline would else nest.
-            self.loop.call_soon(self._feed_kept)
+            # In a loop iteration of its own: immediate answers to a pipeline would recurse otherwise.
+            self.loop.call_soon(self._feed_buffered)
 
-    def _feed_kept(self) -> None:
-        """Goes on with pipelined bytes, unless the client doesn't even take the answers it has."""
+    def _feed_buffered(self) -> None:
+        """Parses pipelined bytes, unless the client does not take the answers that it already has."""
         if self._state == _HEAD and self.writable and self._buffer:
             data, self._buffer = self._buffer, b""
             self._feed_head(data)
-        self._listen_again()
+        self._resume_reading()
 
     async def drained(self) -> None:
-        """Waits until the client has taken enough of what was written, or is gone."""
+        """Returns once the client has taken enough of what was written, or is gone."""
         if self.writable or self._state == _CLOSED:
             return
         if self._drain_waiter is None:
@@ -319,80 +344,80 @@ class ServerConnection(asyncio.Protocol):
         self._drain_waiter = None
 
     def _refuse(self, error: HibernodeError, retry_after_s: int | None = None, extra: Sequence[Header] = ()) -> None:
-        """Answers what never became an exchange, and closes."""
-        made = error_answer(error, self._server.request_ids(), retry_after_s=retry_after_s)
+        """Answers a request that never became an exchange, and closes."""
+        made = error_answer(error, self._host.request_ids(), retry_after_s=retry_after_s)
         line = b"HTTP/1.1 %d Refused\r\n" % made.status
-        framing = b"%bcontent-length: %d\r\nconnection: close\r\n" % (self.date_line(), len(made.body))
+        framing = b"%bcontent-length: %d\r\nconnection: close\r\n" % (self.date_header(), len(made.body))
         self.transport.write(serialise(line, [*made.headers, *extra], framing) + made.body)
         self._linger()
 
     # --- the end ---------------------------------------------------------------------------
 
     def _linger(self) -> None:
-        """Closes our side and reads the client's rest away for a while: closing at once would reset the
-        connection, and the client might never see its answer."""
-        self._stop_listening()
+        """Half-closes, and discards input for up to `linger_s`: closing at once would reset the connection, and the
+        client might never see its answer."""
+        self._discard_input()
         if not self.transport.is_closing():
             self.transport.write_eof()
-        self._let_drain()
+        self._wait_for_peer()
 
     def close(self) -> None:
-        """Closes once what was written has been sent, or the client takes nothing of it for too long."""
-        self._state = _DEAF
-        self._let_drain()
+        """Closes once what was written has been sent, or the client has taken nothing of it for too long."""
+        self._state = _DISCARD
+        self._wait_for_peer()
         self.transport.close()
 
-    def _let_drain(self) -> None:
+    def _wait_for_peer(self) -> None:
         self._lingering = True
         self._last_unsent = self.transport.get_write_buffer_size()
-        self._read_by(self._server.limits.linger_s)
+        self._expect_input(self._host.limits.linger_s)
 
     def abort(self, *, reset: bool = False) -> None:
-        """Cuts the connection now."""
+        """Cuts the connection now, by a reset if asked."""
         if reset and not self.transport.is_closing():
             sock = self.transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     def cancel(self) -> None:
-        """Cuts the connection and its handler: the server's grace is over."""
+        """Cuts the connection and cancels its handler: the server's grace period is over."""
         if self._task is not None:
             self._task.cancel()
         self.abort()
 
     # --- timeouts --------------------------------------------------------------------------
 
-    def _read_by(self, seconds: float) -> None:
+    def _expect_input(self, seconds: float) -> None:
         self._read_deadline = self.loop.time() + seconds if seconds != NEVER else NEVER
         self._update_deadline()
 
     def _update_deadline(self) -> None:
         self.deadline = deadline = min(self._read_deadline, self._write_deadline)
         if deadline != NEVER:
-            self._server.sweep.note(deadline)
+            self._host.deadlines.schedule(deadline)
 
     def expire(self, now: float) -> None:
-        """A deadline passed (called by the sweep)."""
-        limits = self._server.limits
+        """A deadline passed. Called by the `DeadlineTimer`."""
+        limits = self._host.limits
         if now >= self._write_deadline or (self._lingering and self.transport.get_write_buffer_size()):
-            self._expire_writing(now)
-        elif self._state == _HEAD and self._head_since:
+            self._write_stalled(now)
+        elif self._state == _HEAD and self._head_begun:
             self._refuse(too_slow("The head of the request", limits.header_timeout_s))
         elif self._state == _BODY and self._exchange is not None:
-            self._stop_listening()
+            self._discard_input()
             self._exchange.body_failed(too_slow("The next part of the body", limits.body_stall_s))
         elif self._state == _HEAD:
             self.close()
         else:
             self.abort()
 
-    def _expire_writing(self, now: float) -> None:
-        """Slow is allowed, still is not: the client must have taken something since the last look."""
+    def _write_stalled(self, now: float) -> None:
+        """Aborts unless the client has taken something since the last check; slow is allowed."""
         before, self._last_unsent = self._last_unsent, self.transport.get_write_buffer_size()
         if self._last_unsent >= before:
             self.abort()
             return
-        stall_s = self._server.limits.write_stall_s
+        stall_s = self._host.limits.write_stall_s
         if self._write_deadline != NEVER:
             self._write_deadline = now + stall_s
         if self._read_deadline <= now:

@@ -1,8 +1,7 @@
 """One timer for many deadlines.
 
-A timer of the loop per request costs more than parsing the request. Instead each member keeps its deadline
-as a plain number, and one timer wakes for the earliest: most deadlines are moved on or dropped before they
-pass, so it rarely finds anything to do.
+A loop timer per request costs more than parsing the request. Here each member keeps its deadline as a plain number, and
+one timer wakes for the earliest. Most deadlines move or vanish before they pass, so it rarely finds anything to do.
 """
 
 from __future__ import annotations
@@ -16,26 +15,26 @@ NEVER = math.inf
 
 
 class Timed(Protocol):
-    """A member of a sweep. `deadline` in loop time, NEVER if there is none."""
+    """A member of a `DeadlineTimer`. `deadline` in loop time, NEVER if there is none."""
 
     deadline: float
 
     def expire(self, now: float) -> None:
-        """The deadline has passed: act, and set another one or NEVER."""
+        """The deadline has passed. Sets another one, or NEVER."""
 
 
 class DeadlineTimer:
-    """Calls `expire` of members whose deadline has passed, at most `grain_s` late."""
+    """Calls `expire` of members whose deadline has passed, at most `resolution_s` late."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, members: Collection[Timed], grain_s: float) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, members: Collection[Timed], resolution_s: float) -> None:
         self._loop = loop
         self._members = members
-        self._grain_s = grain_s
+        self._resolution_s = resolution_s
         self._armed_at = NEVER
         self._timer: asyncio.TimerHandle | None = None
 
-    def note(self, deadline: float) -> None:
-        """A member's deadline was set: wakes early enough for it. Deadlines moved later need no note."""
+    def schedule(self, deadline: float) -> None:
+        """Wakes by `deadline`, which a member has just set. A deadline that only moves later needs no call."""
         if deadline < self._armed_at:
             self._arm(deadline)
 
@@ -61,5 +60,5 @@ class DeadlineTimer:
                 member.expire(now)
             earliest = min(earliest, member.deadline)
         if earliest < NEVER:
-            # Never sooner than a grain: many members with deadlines close together are swept together.
-            self.note(max(earliest, now + self._grain_s))
+            # At most once per resolution: members with deadlines close together expire together.
+            self.schedule(max(earliest, now + self._resolution_s))

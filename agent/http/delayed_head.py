@@ -1,7 +1,7 @@
-"""A relay whose answer's head waits for headers that take a moment: the log of the request that it answers.
+"""A relay whose answer's head waits for headers that are not known yet: the log of the request that it answers.
 
-Only exchanges that ask for it have one. Meanwhile the upstream is not read: what came with its head (one read of the
-socket at most) is all that is kept. Its deadline runs on, and the client may leave, as ever.
+Meanwhile the upstream is not read; only what came with its head is kept, one read of the socket at most. The deadline
+still counts, and the client may leave.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from agent.http.pool import Pool
 from agent.http.relay import Done, Hook, Relay, RelayOutcome, ResponseFilter
 from agent.http.upstream import UpstreamConnection
 
-LateHeaders = Callable[[], Awaitable[list[Header]]]
-"""Called at the upstream's head; bounded in time by itself. Cancelled if the exchange ends before it has answered."""
+DeferredHeaders = Callable[[], Awaitable[list[Header]]]
+"""Called at the upstream's head; bounds its own time. Cancelled if the exchange ends first."""
 
 
 class DelayedHeadRelay(Relay):
-    """As `Relay`; `late` is asked once, and its headers are added to those of the response filter."""
+    """Adds the headers of `deferred` to those of the response filter; holds the upstream's calls back until then."""
 
-    __slots__ = ("_arrived", "_client_full", "_late", "_waiting", "_whole")
+    __slots__ = ("_deferred", "_held_back", "_task")
 
     def __init__(
         self,
@@ -31,16 +31,13 @@ class DelayedHeadRelay(Relay):
         connection: UpstreamConnection,
         response_filter: ResponseFilter,
         on_done: Done,
-        on_first_byte: Hook | None,
         on_last_byte: Hook | None,
-        late: LateHeaders,
+        deferred: DeferredHeaders,
     ) -> None:
-        super().__init__(exchange, source, connection, response_filter, on_done, on_first_byte, on_last_byte)
-        self._late = late
-        self._arrived: list[bytes] = []
-        self._whole = False
-        self._client_full = False
-        self._waiting: asyncio.Task[None] | None = None
+        super().__init__(exchange, source, connection, response_filter, on_done, on_last_byte)
+        self._deferred = deferred
+        self._held_back: list[tuple[Callable[..., None], tuple[bytes, ...]]] = []
+        self._task: asyncio.Task[None] | None = None
 
     def response_whole(self, head: ResponseHead, body: bytes) -> None:
         self.response_head(head)
@@ -49,73 +46,49 @@ class DelayedHeadRelay(Relay):
 
     def response_head(self, head: ResponseHead) -> None:
         self.head = head
-        hook, self._on_first_byte = self._on_first_byte, None
-        if hook is not None:
-            hook()
         self._connection.pause()
-        self._waiting = asyncio.get_running_loop().create_task(self._answer(head))
+        self._task = self._exchange.loop.create_task(self._answer(head))
 
     async def _answer(self, head: ResponseHead) -> None:
         fault: Exception | None = None
         more: list[Header] = []
         try:
-            more = await self._late()
+            more = await self._deferred()
         except Exception as error:
             fault = error
-        if self.ended:
-            return
-        self._waiting = None
-        if fault is not None:
-            self._end(RelayOutcome.COMPLETE, fault)
+        self._task = None
+        if self.ended or fault is not None:
+            self._end(RelayOutcome.COMPLETE, fault)  # no effect on one that has ended
             return
         inner = self._filter
-
-        def with_more(answer: ResponseHead) -> list[Header] | None:
-            headers = inner(answer)
-            return None if headers is None else headers + more
-
-        self._filter = with_more
+        self._filter = lambda answer: None if (headers := inner(answer)) is None else headers + more
         super().response_head(head)
-        if not self._over():
-            self._go_on()
-
-    def _over(self) -> bool:
-        return self.ended
-
-    def _go_on(self) -> None:
-        """What came while we waited, then whatever comes."""
-        for data in self._arrived:
-            super().response_data(data)
-        self._arrived = []
-        if self._whole:
-            super().response_end()
-            return
-        super().response_flush()
-        if not self._client_full:
-            self._connection.resume()  # no effect on one that has ended
+        for call, args in self._held_back:
+            if not self.ended:
+                call(self, *args)
+        if self._exchange.writable:
+            self.client_writable(True)  # reads the upstream again, unless its connection has been released
 
     def response_data(self, data: bytes) -> None:
-        if self._waiting is not None:
-            self._arrived.append(data)
-        else:
-            super().response_data(data)
+        self._after_head(Relay.response_data, data)
 
     def response_flush(self) -> None:
-        if self._waiting is None:
-            super().response_flush()
+        self._after_head(Relay.response_flush)
 
     def response_end(self) -> None:
-        if self._waiting is not None:
-            self._whole = True
+        self._after_head(Relay.response_end)
+
+    def _after_head(self, call: Callable[..., None], *args: bytes) -> None:
+        if self._task is None:
+            call(self, *args)
         else:
-            super().response_end()
+            self._held_back.append((call, args))
 
     def client_writable(self, writable: bool) -> None:
-        self._client_full = not writable
-        if self._waiting is None or not writable:
+        if self._task is None:
             super().client_writable(writable)
 
     def _end(self, outcome: RelayOutcome, fault: Exception | None = None) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
+        if self._task is not None:
+            self._task.cancel()
         super()._end(outcome, fault)

@@ -1,9 +1,8 @@
-"""Errors as HTTP answers: the one place where a `HibernodeError` becomes a status, and the JSON body it goes
-in.
+"""Translates errors into HTTP answers. No other module maps a `HibernodeError` to a status.
 
-Body `{"RequestId", "Code", "Message"}` and header `x-fc-request-id` are Function Compute's. `Code` is the
-PascalCase of the error's reason (QUEUE_TIMEOUT -> QueueTimeout), but InvalidArgument for every 400 and
-ResourceExhausted for every 429, which is what FC's clients look for.
+Body `{"RequestId", "Code", "Message"}` and header `x-fc-request-id` are Function Compute's. `Code` is the error's
+reason in PascalCase (QUEUE_TIMEOUT -> QueueTimeout), but InvalidArgument for every 400 and ResourceExhausted for every
+429, the codes that FC's clients look for.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _FIXED_CODE = {400: "InvalidArgument", 429: "ResourceExhausted"}
 
 
 class HttpError(core.HibernodeError):
-    """A refusal that only HTTP knows (malformed, too large, too slow), with its own status and code."""
+    """A refusal specific to HTTP (malformed, too large, too slow), with its own status and code."""
 
     def __init__(self, status: int, code: str, reason: str, message: str) -> None:
         super().__init__(reason, message)
@@ -41,7 +40,7 @@ class HttpError(core.HibernodeError):
 
 
 class ClientGoneError(core.UnavailableError):
-    """The client closed its connection before its request was read; nobody is left to answer."""
+    """The client closed its connection before its request was read; there is no one to answer."""
 
     def __init__(self) -> None:
         super().__init__("CLIENT_GONE", "the client closed the connection before its request ended")
@@ -56,37 +55,29 @@ class UpstreamTimeoutError(core.DeadlineError):
 
 
 class UpstreamBrokenError(core.InstanceError):
-    """The upstream closed the connection or broke HTTP before its answer was whole."""
+    """The upstream closed the connection or broke HTTP before its answer was complete."""
 
 
 def malformed(what: str) -> HttpError:
-    """400: the request can't be read, or could be read in two ways. The connection is closed after it."""
+    """400: the request is invalid or ambiguous. The connection is closed afterwards."""
     return HttpError(400, "InvalidArgument", "MALFORMED_REQUEST", f"The request is not valid HTTP/1.1: {what}.")
 
 
 def too_large(what: str, limit_bytes: int) -> HttpError:
     """400: headers or target over their limit."""
-    return HttpError(
-        400,
-        "InvalidArgument",
-        "REQUEST_HEAD_TOO_LARGE",
-        f"{what} larger than the limit of {limit_bytes} bytes.",
-    )
+    message = f"{what} larger than the limit of {limit_bytes} bytes."
+    return HttpError(400, "InvalidArgument", "REQUEST_HEAD_TOO_LARGE", message)
 
 
 def too_many_connections() -> core.UnavailableError:
-    """503: the server has as many as it may."""
+    """503: the server is at its limit of connections."""
     return core.UnavailableError("TOO_MANY_CONNECTIONS", "Too many connections; try again later.")
 
 
 def body_too_large(limit_bytes: int) -> HttpError:
-    """413: the body is larger than the limit."""
-    return HttpError(
-        413,
-        "RequestEntityTooLarge",
-        "REQUEST_BODY_TOO_LARGE",
-        f"The body is larger than {limit_bytes} bytes.",
-    )
+    """413: the body is over its limit."""
+    message = f"The body is larger than {limit_bytes} bytes."
+    return HttpError(413, "RequestEntityTooLarge", "REQUEST_BODY_TOO_LARGE", message)
 
 
 def too_slow(what: str, seconds: float) -> HttpError:
@@ -96,7 +87,7 @@ def too_slow(what: str, seconds: float) -> HttpError:
 
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
-    """A ready error answer: `exchange.answer(a.status, a.headers, a.body)`."""
+    """The arguments of `Exchange.answer` for an error."""
 
     status: int
     headers: list[Header]
@@ -104,8 +95,7 @@ class ErrorAnswer:
 
 
 def status_and_code(error: BaseException) -> tuple[int, str]:
-    """HTTP status and FC `Code` of an error; anything that isn't a HibernodeError is a 500
-    InternalServerError."""
+    """HTTP status and FC `Code` of an error; 500 InternalServerError for all but a HibernodeError."""
     if isinstance(error, HttpError):
         return error.status, error.code
     if isinstance(error, core.HibernodeError):
@@ -116,14 +106,16 @@ def status_and_code(error: BaseException) -> tuple[int, str]:
 
 
 def error_answer(error: BaseException, request_id: str, *, retry_after_s: int | None = None) -> ErrorAnswer:
-    """The JSON answer for `error`. A 429 carries `Retry-After` (1 s unless told), and what is the function's own fault
-    (InitializationError ...) `x-fc-error-type`, by which FC's clients tell it from ours. An unknown error's text stays
-    here."""
+    """The JSON answer for `error`.
+
+    A 429 carries `Retry-After` (1 s by default). An InstanceError, the function's own fault, carries `x-fc-error-type`,
+    by which FC's clients recognise it. The text of an unknown error is not sent.
+    """
     status, code = status_and_code(error)
     if isinstance(error, core.HibernodeError):
         message = error.message
     else:
-        message = "An internal error occurred; the log has it under this request id."
+        message = "An internal error occurred; the log has details under this request id."
     body = json.dumps({"RequestId": request_id, "Code": code, "Message": message}).encode()
     headers = [(b"content-type", b"application/json"), (b"x-fc-request-id", request_id.encode("ascii"))]
     if isinstance(error, core.InstanceError):
@@ -136,8 +128,7 @@ def error_answer(error: BaseException, request_id: str, *, retry_after_s: int | 
 class RequestIds:
     """Makes request ids in Function Compute's shape: `1-67a59f35-150c1267-f381ba1c085c`.
 
-    Version, Unix seconds, 32 random bits, 48 random bits. Clock and randomness are injected:
-    `RequestIds(wall_s=lambda: clock.wall_ns() // 10**9, random_bits=random.getrandbits)`.
+    Version, Unix seconds, 32 random bits, 48 random bits. `random_bits` is `random.getrandbits`.
     """
 
     __slots__ = ("_random_bits", "_wall_s")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from agent.core.errors import HibernodeError
-from agent.http.errors import ClientGoneError, body_too_large, error_answer
+from agent.http.errors import ClientGoneError, error_answer
 from agent.http.head_parser import serialise
 from agent.http.message import Header, RequestHead
 from agent.http.tcp_options import cork
-
-if TYPE_CHECKING:
-    from agent.http.connection import ServerConnection
 
 _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 _JOIN_BYTES = 16384  # up to here copying is cheaper than a gathering write
@@ -22,7 +19,7 @@ _NOTHING, _LENGTH, _CHUNKED, _UNTIL_CLOSE = range(4)  # how an answer's body is 
 
 
 class BodySink(Protocol):
-    """Who takes a request's body while it arrives. Exactly one of `body_end` and `body_failed` comes last."""
+    """Takes a request's body as it arrives. The last call is exactly one of `body_end` and `body_failed`."""
 
     def body_data(self, data: bytes) -> None: ...
     def body_end(self) -> None: ...
@@ -30,31 +27,56 @@ class BodySink(Protocol):
 
 
 class Streamer(Protocol):
-    """Who streams an answer, and has to know how the client takes it."""
+    """Streams an answer at the client's pace."""
 
     def client_gone(self) -> None:
-        """The client left before its answer was whole."""
+        """The client left before its answer was complete."""
 
     def client_writable(self, writable: bool) -> None:
         """The client's write buffer is full, or has room again."""
 
 
 def bodyless(method: bytes, status: int) -> bool:
-    """True if a response to `method` with `status` ends with its head, whatever that says (RFC 9112 6.3)."""
+    """True if a response to `method` with `status` ends with its head, whatever its headers say (RFC 9112, 6.3)."""
     return method == b"HEAD" or status in (204, 304) or status < 200
 
 
+class ClientConnection(Protocol):
+    """The client's connection, as its exchange sees it."""
+
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    writable: bool
+    date_header: Callable[[], bytes]
+
+    @property
+    def closing(self) -> bool:
+        """The server is closing: this answer is the connection's last."""
+
+    def body_expected(self) -> None:
+        """100 Continue was sent: the client owes its body from now on."""
+
+    def pause_body(self) -> None: ...
+    def resume_body(self) -> None: ...
+
+    async def drained(self) -> None:
+        """Returns once the client has taken enough of what was written, or is gone."""
+
+    def answered(self, close: bool) -> None:
+        """The answer is complete; `close`: no request follows it."""
+
+    def abort(self, *, reset: bool = False) -> None:
+        """Cuts the connection, by a reset if asked."""
+
+
 class Exchange:
-    """One request and its answer. Single use, on one event loop; made by the server, one at a time a
-    connection.
+    """One request and its answer. Single use; a connection has one exchange at a time.
 
-    A client that half-closes its connection counts as gone, as with nginx: its leaving can't be told from
-    that. While reading is paused (a body nobody takes yet, beyond `Limits.buffer_bytes`) its leaving goes
-    unseen.
+    A client that half-closes its connection counts as gone, as with nginx: the two cannot be told apart. While reading
+    is paused (more than `Limits.buffer_bytes` of a body that no handler takes yet) a departure goes unnoticed.
 
-    For handlers: `head`, `peer`, `gone`, `on_gone`, `read_body`, `buffer_body`, `answer`, `fail`. For
-    streaming (see forward.py): `stream_body`, `pause_body`, `resume_body`, `begin`, `write`, `flush`,
-    `finish`, `abort`, `watch_writable`.
+    For handlers: `head`, `peer`, `gone`, `on_gone`, `buffer_body`, `answer`, `fail`. For streaming (see forward.py):
+    `stream_body`, `pause_body`, `resume_body`, `begin`, `write`, `flush`, `finish`, `abort`, `attach`.
     """
 
     __slots__ = (
@@ -63,12 +85,12 @@ class Exchange:
         "body_error", "finished", "gone", "head", "head_sent", "peer",
     )  # fmt: skip
 
-    def __init__(self, connection: ServerConnection, head: RequestHead, peer: str, want_bytes: int) -> None:
+    def __init__(self, connection: ClientConnection, head: RequestHead, peer: str, want_bytes: int) -> None:
         self.head = head
         self.peer = peer  # the client's address, without port
-        self.gone = False  # the client left: nothing that is written reaches anybody
+        self.gone = False  # the client left; writes go nowhere
         self.head_sent = False  # an answer has begun; no other can be given
-        self.finished = False  # the answer is whole
+        self.finished = False  # the answer is complete
         self.body_done = False  # the request's last byte has arrived
         self.body_error: HibernodeError | None = None
         self._connection = connection
@@ -89,20 +111,25 @@ class Exchange:
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """Whose connection it is. (Asking asyncio for the running loop is a system call, getpid.)"""
+        """The connection's loop. Asking asyncio for the running loop would cost a system call (getpid)."""
         return self._connection.loop
+
+    @property
+    def writable(self) -> bool:
+        """The client's write buffer has room."""
+        return self._connection.writable
 
     # --- the client ------------------------------------------------------------------------
 
     def on_gone(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` once when the client leaves before its answer is whole; at once if it has left."""
+        """Calls `callback` once when the client leaves before its answer is complete; at once if it has left."""
         if self.gone:
             callback()
         else:
             self._gone_callbacks.append(callback)
 
     def off_gone(self, callback: Callable[[], None]) -> None:
-        """Forgets a callback of `on_gone`."""
+        """Removes a callback of `on_gone`."""
         if callback in self._gone_callbacks:
             self._gone_callbacks.remove(callback)
 
@@ -115,29 +142,23 @@ class Exchange:
             self._connection.body_expected()
 
     def send_processing(self) -> None:
-        """Says `102 Processing`: from now on the request is acted on. Not to clients: only to who asked for it.
+        """Sends `102 Processing`: the request is acted on from now on. Only for a gateway that asked for it.
 
-        It is in the kernel's hands when this returns, which sends it with the answer, after 0.2 s (`sockets.cork`), or
-        as it closes the connection of a process that was killed: only then does it matter. Sent at once it would keep
-        the slot waiting, and wake the other side.
+        The message is with the kernel when this returns. The kernel sends it with the answer, after 0.2 s
+        (`tcp_options.cork`), or when it closes the connection of a killed process; it matters only then. Sending it at
+        once would delay the request and wake the gateway for nothing.
         """
         if not self.head_sent and not self.gone:
             self._corked = True
             cork(self._connection.transport, True)
             self._connection.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
 
-    @property
-    def awaits_continue(self) -> bool:
-        """The client holds its body back until it gets 100 Continue."""
-        return not self._continued
-
     # --- the request's body ----------------------------------------------------------------
 
     async def buffer_body(self, limit_bytes: int) -> bytes | None:
-        """The whole body if it ends within `limit_bytes`, else None.
+        """The whole body if it ends within `limit_bytes`, else None; `forward` then still streams all of it.
 
-        With None nothing is lost: what has arrived stays in front of what `forward` streams. Sends 100
-        Continue if asked. Raises HttpError 400 (bad framing), 408 (stalled), 413 (over the server's limit),
+        Sends 100 Continue if asked. Raises HttpError 400 (bad framing), 408 (stalled), 413 (over the server's limit),
         ClientGoneError.
         """
         self.send_continue()
@@ -158,20 +179,9 @@ class Exchange:
         self._body = [b"".join(self._body)]
         return self._body[0]
 
-    async def read_body(self, limit_bytes: int) -> bytes:
-        """The whole body, at most `limit_bytes`. Raises as `buffer_body`, and HttpError 413 over the
-        limit."""
-        if self.head.length is not None and self.head.length > limit_bytes:
-            raise body_too_large(limit_bytes)
-        body = await self.buffer_body(limit_bytes)
-        if body is None:
-            raise body_too_large(limit_bytes)
-        return body
-
     def stream_body(self, sink: BodySink | None) -> None:
-        """Hands what has arrived to `sink`, then whatever comes, as it comes. None stops that: what arrives
-        afterwards is kept again. `sink` may call `pause_body` at any time; one socket read may still
-        follow."""
+        """Passes what has arrived to `sink`, then all further input as it comes; None: buffers it again. After a
+        `pause_body` of the sink one more socket read may follow."""
         self._sink = sink
         self._sink_full = False
         if sink is None:
@@ -188,13 +198,13 @@ class Exchange:
             self._connection.resume_body()
 
     def pause_body(self) -> None:
-        """The taker of the body is full: stop reading from the client."""
+        """The sink is full: stops reading from the client."""
         self._sink_full = True
         if not self.body_done:
             self._connection.pause_body()
 
     def resume_body(self) -> None:
-        """The taker has room again."""
+        """The sink has room again."""
         self._sink_full = False
         if not self.body_done:
             self._connection.resume_body()
@@ -202,11 +212,11 @@ class Exchange:
     # --- the answer ------------------------------------------------------------------------
 
     async def answer(self, status: int, headers: list[Header], body: bytes = b"", *, close: bool = False) -> None:
-        """Answers with a whole body; `content-length` is added (and left out where HTTP forbids it).
+        """Answers with a complete body; adds `content-length` where HTTP allows it.
 
-        Waits for a slow client only while its write buffer is over the limit. Does nothing if the client has
-        gone. If the request's body has not arrived whole, the connection closes afterwards, and the answer
-        says so. Raises RuntimeError if an answer has begun, ValueError for CR or LF in a header.
+        Waits for a slow client only while its write buffer is over the limit. Does nothing if the client is gone. If
+        the request's body is incomplete, the connection closes afterwards, and the answer says so. Raises RuntimeError
+        if an answer has begun, ValueError for CR or LF in a header.
         """
         if self.gone:
             return
@@ -219,8 +229,7 @@ class Exchange:
         await self._connection.drained()
 
     async def fail(self, error: BaseException, request_id: str, *, extra: list[Header] | None = None) -> None:
-        """Answers with `errors.error_answer`, plus `extra` headers; if an answer has begun, cuts the
-        connection."""
+        """Answers with `errors.error_answer` and `extra` headers; cuts the connection if an answer has begun."""
         if self.head_sent:
             if not self.finished:
                 self.abort()
@@ -229,16 +238,15 @@ class Exchange:
         await self.answer(made.status, made.headers + (extra or []), made.body)
 
     def begin(self, status: int, reason: bytes | None, headers: list[Header], length: int | None) -> None:
-        """Begins an answer whose body of `length` bytes (None: unknown) follows by `write`. Nothing is sent
-        yet.
+        """Begins an answer whose body of `length` bytes (None: unknown) follows by `write`. Sends nothing yet.
 
-        Framing is chosen here: length, else chunks, else (HTTP/1.0) until close. `headers` carry none.
+        Chooses the framing: length, else chunks, else (HTTP/1.0) until close. `headers` carry none.
         """
         if self.head_sent:
             raise RuntimeError("an answer has begun already")
         if not self._continued and not self.body_done:
-            self._close = True  # the client may or may not send its body now: the connection can't be used on
-        framing = self._connection.date_line()
+            self._close = True  # whether the client still sends its body is unknown
+        framing = self._connection.date_header()
         if bodyless(self.head.method, status):
             if length is not None and status != 204 and status >= 200:
                 framing += b"content-length: %d\r\n" % length
@@ -270,7 +278,7 @@ class Exchange:
             self._out.append(data)
 
     def flush(self) -> None:
-        """Hands everything pending to the transport in one call."""
+        """Passes everything pending to the transport in one call."""
         out = self._out
         if out:
             self._flushed = True
@@ -288,7 +296,7 @@ class Exchange:
             cork(self._connection.transport, False)
 
     def finish(self) -> None:
-        """The answer is whole: flushes, and lets the connection go on to its next request."""
+        """The answer is complete: flushes it and lets the connection take its next request."""
         if self._out_framing == _CHUNKED:
             self._out.append(b"0\r\n\r\n")
         self.flush()
@@ -296,13 +304,13 @@ class Exchange:
         self._connection.answered(self._close)
 
     def abort(self) -> None:
-        """Cuts the connection, so that a half-sent answer can't be taken for a whole one. Where only the
-        close would have ended the body (HTTP/1.0), it is reset."""
+        """Cuts the connection, so that the client cannot take part of an answer for all of it. A body that only the
+        close would have ended (HTTP/1.0) is cut by a reset."""
         self._out = []
         self._connection.abort(reset=self._out_framing == _UNTIL_CLOSE)
 
     def withdraw(self) -> bool:
-        """Takes back an answer of which nothing has been flushed, so that another can be given. False if too late."""
+        """Takes back an answer of which nothing has been flushed, so that another can be given; False if too late."""
         if self._flushed:
             return False
         self._out = []
@@ -311,7 +319,7 @@ class Exchange:
         return True
 
     def attach(self, streamer: Streamer | None) -> None:
-        """Who streams this exchange (None: nobody any more) hears of the client's pace and of its leaving."""
+        """Reports the client's pace and departure to `streamer` from now on; None ends that."""
         self._streamer = streamer
         if streamer is not None:
             if self.gone:
@@ -319,18 +327,18 @@ class Exchange:
             elif not self._connection.writable:
                 streamer.client_writable(False)
 
-    # --- for the connection ----------------------------------------------------------------
+    # --- called by the connection ----------------------------------------------------------
 
-    def body_came_whole(self, body: bytes) -> None:
-        """The body, which came with its head; nobody has asked for it yet."""
+    def set_body(self, body: bytes) -> None:
+        """The whole body, which came with its head."""
         if body:
             self._body.append(body)
             self._buffered = len(body)
         self.body_done = True
 
     def body_arrived(self, pieces: list[bytes]) -> None:
-        """More of the body, decoded. The chunks of one read become one: a client that sends a chunk for every byte
-        must not make us do so, nor fill memory with pieces."""
+        """More of the body, decoded. The chunks of one read are joined: a client that sends one-byte chunks must not
+        cause one-byte writes, nor fill memory with small objects."""
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         sink = self._sink
         if sink is not None:
@@ -342,37 +350,42 @@ class Exchange:
             self._buffered += len(data)
         if self._buffered > self._want:
             self._connection.pause_body()
-        self._wake()
+        self._wake_reader()
 
     def body_ended(self) -> None:
-        """The body is whole."""
+        """The body is complete."""
         self.body_done = True
         if self._sink is not None:
             self._sink.body_end()
-        self._wake()
+        self._wake_reader()
 
     def body_failed(self, error: HibernodeError) -> None:
-        """The body can't be read on; the connection will not be used again."""
+        """The rest of the body cannot be read; the connection serves no other request."""
         self.body_error = error
         self._close = True
         if self._sink is not None:
             self._sink.body_failed(error)
-        self._wake()
+        self._wake_reader()
 
     def writable_changed(self, writable: bool) -> None:
         if self._streamer is not None:
             self._streamer.client_writable(writable)
 
     def lost(self) -> None:
-        """The connection is gone before the answer was whole."""
+        """The connection was lost before the answer was complete."""
         self.gone = True
-        self._wake()
+        self._wake_reader()
         if self._streamer is not None:
             self._streamer.client_gone()
         callbacks, self._gone_callbacks = self._gone_callbacks, []
         for callback in callbacks:
             callback()
 
-    def _wake(self) -> None:
+    def _wake_reader(self) -> None:
         if self._body_waiter is not None and not self._body_waiter.done():
             self._body_waiter.set_result(None)
+
+
+Handler = Callable[[Exchange], Awaitable[None] | None]
+"""Answers an exchange. A coroutine function runs in a task of its own. A plain function that returns None has taken the
+exchange over and answers it by callbacks, at once or later (see `forward.forward_now`): the faster way."""

@@ -1,15 +1,15 @@
-"""One exchange streamed both ways between a client and an upstream.
+"""Streams one exchange both ways between a client and an upstream.
 
-Everything between the first and the last byte happens in callbacks of the two connections (relay.py): a chunk goes from
-one socket's read to the other's write without a task in between. The awaiting caller is woken once, at the end.
-Trailers are dropped in both directions; 1xx other than 100 are dropped.
+Between the first and the last byte only callbacks of the two connections run (relay.py): a chunk goes from one socket's
+read to the other's write without a task in between. The awaiting caller is woken once, at the end. Trailers are dropped
+in both directions, 1xx responses other than 100 too.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-from agent.http.delayed_head import DelayedHeadRelay, LateHeaders
+from agent.http.delayed_head import DeferredHeaders, DelayedHeadRelay
 from agent.http.errors import ConnectFailedError
 from agent.http.exchange import Exchange
 from agent.http.head_parser import serialise
@@ -31,36 +31,34 @@ async def forward(
     response_filter: ResponseFilter,
     body: bytes | None = None,
     expect: bool = False,
-    connect_deadline: float | None = None,
-    late_headers: LateHeaders | None = None,
-    on_first_byte_sent: Hook | None = None,
-    on_first_byte: Hook | None = None,
+    deferred_headers: DeferredHeaders | None = None,
     on_last_byte: Hook | None = None,
 ) -> ForwardResult:
-    """Sends the request to an upstream of `source` and streams the response to the client. Never raises for
-    what the network does; never repeats anything.
+    """Sends the request to an upstream of `source` and streams the response to the client. Network failures are
+    outcomes, not exceptions; nothing is ever sent twice.
 
-    `headers`: end-to-end ones (`headers.request_headers` plus the caller's own); framing, and `host` if
-    there is none, are added here. `response_filter` turns the upstream's final head into the headers for the
-    client (framing is added here too), or returns None to hold the answer back (outcome HELD, e.g. a refusal
-    to be dispatched again). `deadline`: loop time at which the upstream connection is closed. `body`: the
-    request's whole body if the caller has it (from `buffer_body`, kept for dispatching again), else it is
-    streamed from the exchange. `expect`: sends `Expect: 100-continue`, and the body only after the upstream's
-    100; else the client gets its 100 as soon as the upstream is connected. `late_headers`: asked at the upstream's
-    head for headers that take a moment; the client's head waits for them. Hooks are called inline, at most
-    once, so that callers meter with their own clock: `on_first_byte_sent` before the first byte goes to the
-    upstream, `on_first_byte` at the upstream's final head, `on_last_byte` at the last byte of its answer, or
-    when its connection is given up for any other reason. Raises ValueError for CR or LF in a header, and what
-    `response_filter` or `late_headers` raise.
+    - `headers`: end-to-end ones (`headers.request_headers` plus the caller's own). Framing is added, and `host` if
+      there is none.
+    - `deadline`: loop time at which the upstream connection is closed.
+    - `response_filter`: turns the upstream's final head into the client's headers (framing is added), or returns None
+      to hold the answer back: outcome HELD, for a refusal that is dispatched again.
+    - `body`: the whole body if the caller has it (from `buffer_body`); else the exchange's is streamed.
+    - `expect`: sends `Expect: 100-continue`, and the body after the upstream's 100. Without it the client gets its 100
+      as soon as the upstream is connected.
+    - `deferred_headers`: awaited at the upstream's head; the client's head waits for the headers that it returns.
+    - `on_last_byte`: called inline, once, when the last byte of the upstream's answer has arrived or its connection is
+      closed for any other reason.
+
+    Raises ValueError for CR or LF in a header, and whatever `response_filter` or `deferred_headers` raise.
     """
     if exchange.gone:
-        return ForwardResult(RelayOutcome.CLIENT_GONE, False, False, None, None, 0, 0)
+        return ForwardResult(RelayOutcome.CLIENT_GONE, None, None, 0, 0)
     connection = source.take()
     if connection is None:
         try:
-            connection = await source.acquire(deadline if connect_deadline is None else connect_deadline)
+            connection = await source.acquire(deadline)
         except ConnectFailedError as error:
-            return ForwardResult(RelayOutcome.CONNECT_FAILED, False, False, None, error, 0, 0)
+            return ForwardResult(RelayOutcome.CONNECT_FAILED, None, error, 0, 0)
     done: asyncio.Future[ForwardResult] = exchange.loop.create_future()
 
     def wake(result: ForwardResult) -> None:
@@ -79,15 +77,13 @@ async def forward(
         on_done=wake,
         body=body,
         expect=expect,
-        late_headers=late_headers,
-        on_first_byte_sent=on_first_byte_sent,
-        on_first_byte=on_first_byte,
+        deferred_headers=deferred_headers,
         on_last_byte=on_last_byte,
     )
     try:
         result = await done
     except asyncio.CancelledError:
-        relay.give_up()
+        relay.cancel()
         raise
     if result.fault is not None:
         raise result.fault
@@ -107,16 +103,19 @@ def forward_now(
     on_done: Done,
     body: bytes | None = None,
     expect: bool = False,
-    late_headers: LateHeaders | None = None,
-    on_first_byte_sent: Hook | None = None,
-    on_first_byte: Hook | None = None,
+    deferred_headers: DeferredHeaders | None = None,
     on_last_byte: Hook | None = None,
     prepared: bytes | None = None,
 ) -> Relay:
-    """As `forward`, without a task: on a `connection` that the caller has (from `source.take()`), with a callback at
-    the end. It owns the connection from here on. `on_done` comes exactly once, perhaps before this returns, and must
-    not raise; a fault of `response_filter` is in its result. `prepared`: the head, by `prepare` of the same arguments.
-    Raises ValueError for CR or LF in a header, and has given the connection back then."""
+    """As `forward`, without a task.
+
+    - `connection`: from `source.take()`; owned by the relay from here on.
+    - `on_done`: called exactly once, possibly before this returns; must not raise. What `response_filter` raised is in
+      its result.
+    - `prepared`: the head, made by `prepare` from the same arguments.
+
+    Raises ValueError for CR or LF in a header, after it has released the connection.
+    """
     has_body = bool(body) if body is not None else exchange.head.has_body
     try:
         message = prepared or prepare(exchange, source, method, target, headers, body, expect=expect and has_body)
@@ -124,19 +123,16 @@ def forward_now(
         source.release(connection)
         raise
     relay: Relay
-    if late_headers is None:
-        relay = Relay(exchange, source, connection, response_filter, on_done, on_first_byte, on_last_byte)
+    if deferred_headers is None:
+        relay = Relay(exchange, source, connection, response_filter, on_done, on_last_byte)
     else:
-        hooks = (on_first_byte, on_last_byte)
-        relay = DelayedHeadRelay(exchange, source, connection, response_filter, on_done, *hooks, late=late_headers)
+        parts = (exchange, source, connection, response_filter, on_done, on_last_byte)
+        relay = DelayedHeadRelay(*parts, deferred=deferred_headers)
     connection.start(relay, method, deadline)
     if body is None and has_body:
-        connection.be_patient()
+        connection.allow_silence()
     exchange.attach(relay)
-    if not relay.ended:  # the client may have left while somebody connected
-        relay.sent = True
-        if on_first_byte_sent is not None:
-            on_first_byte_sent()
+    if not relay.ended:  # the client may have left while the upstream connected
         relay.send(message, body, has_body, expect)
     return relay
 
@@ -151,7 +147,7 @@ def prepare(
     *,
     expect: bool = False,
 ) -> bytes:
-    """The head that `forward` would send. Raises ValueError for CR or LF in a header."""
+    """The request head that `forward` would send. Raises ValueError for CR or LF in a header."""
     framing = b"" if lookup(headers, b"host") is not None else b"host: %b\r\n" % source.authority
     length = exchange.head.length if body is None else len(body)
     if body is None and exchange.head.chunked:

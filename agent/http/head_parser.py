@@ -1,10 +1,9 @@
-"""Strict parsing of heads (RFC 9112). Whatever two parsers could read in two ways is refused.
+"""Strict parsing of heads (RFC 9112). A head that two parsers could read differently is refused.
 
-Written here rather than left to a lenient parser, because every rule below is one a smuggled request would
-need broken: bare CR or LF, obs-fold, space before the colon, two lengths, a length beside chunks. A head is
-checked as one piece (`bytes.translate` finds every control character at once), so strictness costs less than
-callbacks would. What passes is re-serialised by us. The tests hold this parser against llhttp, which must
-agree with all it accepts.
+Request smuggling needs one of the rules below broken: bare CR or LF, obs-fold, space before the colon, two lengths, a
+length beside chunks. A head is checked as one piece (`bytes.translate` finds all control characters at once), which
+costs less than a parser with callbacks. Accepted heads are serialised anew. The tests compare this parser with llhttp,
+which must agree with every head that it accepts.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from agent.http.message import Header, RequestHead, ResponseHead
 HEAD_END = b"\r\n\r\n"
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _is_token = re.compile(_TOKEN).fullmatch
-# A target is visible ASCII without a fragment; which form it has is looked at below.
+# A target is visible ASCII without a fragment; `_origin_form` checks its form.
 _request_line = re.compile(rb"(" + _TOKEN + rb") ([\x21\x22\x24-\x7e]+) HTTP/1\.([01])").fullmatch
 _status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?").fullmatch
 _is_host = re.compile(rb"[A-Za-z0-9\-._~%!$&'()*+,;=:\[\]]*").fullmatch
@@ -25,7 +24,7 @@ _is_length = re.compile(rb"[0-9]{1,15}").fullmatch
 _absolute = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE).fullmatch
 _VERSION = re.compile(rb"HTTP/[0-9.]+$")
 
-# Everything that may not stand in a head but in its line ends.
+# Bytes that a head may contain only in its line ends.
 _CONTROLS = bytes(byte for byte in range(32) if byte != 9) + b"\x7f"
 _FRAMING = frozenset((b"host", b"content-length", b"transfer-encoding", b"connection", b"expect"))
 _NAMES: dict[bytes, bytes] = {}  # as written -> lower case, for names found valid
@@ -34,7 +33,7 @@ _STATUS_LINES: dict[bytes, tuple[bool, int, bytes]] = {}  # seen ones -> HTTP/1.
 
 
 def _fields(raw: bytes, lines: list[bytes]) -> tuple[list[Header], list[Header]]:
-    """All header fields, and those of them that decide about framing. `lines` is `raw` split at CRLF."""
+    """All header fields, and those that decide the framing. `lines` is `raw` split at CRLF."""
     if len(raw) - len(raw.translate(None, _CONTROLS)) != 2 * (len(lines) - 1):
         raise malformed("control character, or bare CR or LF, in the head")
     headers: list[Header] = []
@@ -44,7 +43,7 @@ def _fields(raw: bytes, lines: list[bytes]) -> tuple[list[Header], list[Header]]
         written, colon, value = line.partition(b":")
         name = names.get(written)
         if name is None:
-            name = _learn(written, colon)
+            name = _new_name(written, colon)
         elif not colon:
             raise malformed("header line without a colon")
         header = (name, value.strip(b" \t"))
@@ -54,7 +53,7 @@ def _fields(raw: bytes, lines: list[bytes]) -> tuple[list[Header], list[Header]]
     return headers, framing
 
 
-def _learn(written: bytes, colon: bytes) -> bytes:
+def _new_name(written: bytes, colon: bytes) -> bytes:
     if not colon:
         raise malformed("header line without a colon")
     if _is_token(written) is None:
@@ -68,7 +67,7 @@ def _learn(written: bytes, colon: bytes) -> bytes:
 
 
 def parse_request_head(raw: bytes, header_bytes: int, target_bytes: int) -> RequestHead:
-    """The head of a request. `raw` ends before its last CRLF CRLF. Raises HttpError 400 or 417."""
+    """The head of a request. `raw` excludes the final CRLF CRLF. Raises HttpError 400 or 417."""
     lines = raw.split(b"\r\n")
     match = _request_line(lines[0])
     if match is None:
@@ -90,7 +89,7 @@ def parse_request_head(raw: bytes, header_bytes: int, target_bytes: int) -> Requ
 
 
 def _read_framing(head: RequestHead, framing: list[Header]) -> bytes | None:
-    """Sets what the framing headers decide; returns the Host."""
+    """Sets the fields of `head` that framing headers decide; returns the Host."""
     host: bytes | None = None
     for name, value in framing:
         if name == b"host":
@@ -106,7 +105,7 @@ def _read_framing(head: RequestHead, framing: list[Header]) -> bytes | None:
                 raise malformed("Transfer-Encoding other than a single 'chunked' in HTTP/1.1")
             head.chunked = True
         elif name == b"connection":
-            if _says_close(value):
+            if _has_close(value):
                 head.keep_alive = False
         elif value.lower() != b"100-continue":
             raise HttpError(417, "InvalidArgument", "EXPECTATION_UNKNOWN", "Only 'Expect: 100-continue' is known.")
@@ -120,8 +119,8 @@ def _read_framing(head: RequestHead, framing: list[Header]) -> bytes | None:
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes | None) -> bytes:
-    """`*` of OPTIONS as it is; `http://host/path` as `/path` if its host is the Host header's; nothing
-    else."""
+    """The target as a path: `*` of OPTIONS unchanged, `http://host/path` as `/path` if its host equals the Host header.
+    Raises HttpError 400 for anything else."""
     if target == b"*" and method == b"OPTIONS":
         return target
     match = _absolute(target)
@@ -146,16 +145,16 @@ def _length(value: bytes) -> int:
     return int(value)
 
 
-def _says_close(value: bytes) -> bool:
+def _has_close(value: bytes) -> bool:
     if value == b"keep-alive":
-        return False  # what most servers say, and nothing to take apart
+        return False  # the usual value, without splitting it
     value = value.lower()
     return value == b"close" or b"close" in [token.strip(b" \t") for token in value.split(b",")]
 
 
 def check_partial(raw: bytes, header_bytes: int, target_bytes: int) -> None:
-    """Looks at the beginning of a request's head that has not ended yet, so that a client who will never send
-    CRLF CRLF (HTTP/0.9, bare LF, TLS) hears so at once. Raises HttpError 400."""
+    """Checks the beginning of a request's head, so that a client that will never send CRLF CRLF (HTTP/0.9, bare LF,
+    TLS) is refused at once. Raises HttpError 400."""
     bare = raw[:-1] if raw.endswith(b"\r") else raw
     if len(bare) - len(bare.translate(None, _CONTROLS)) != 2 * bare.count(b"\r\n"):
         raise malformed("control character, or bare CR or LF, in the head")
@@ -169,10 +168,10 @@ def check_partial(raw: bytes, header_bytes: int, target_bytes: int) -> None:
 
 
 def parse_response_head(raw: bytes) -> ResponseHead:
-    """The head of a response. `raw` ends before its last CRLF CRLF. Raises HttpError, whose text says what
-    is wrong (its status is meant for requests: callers make a broken upstream of it)."""
+    """The head of a response. `raw` excludes the final CRLF CRLF. Raises HttpError; callers use its message and ignore
+    its status, which is meant for requests."""
     lines = raw.split(b"\r\n")
-    http11, status, reason = _STATUS_LINES.get(lines[0]) or _learn_status(lines[0])
+    http11, status, reason = _STATUS_LINES.get(lines[0]) or _new_status_line(lines[0])
     headers, framing = _fields(raw, lines)
     head = ResponseHead(status, reason, headers, None, False, http11)
     for name, value in framing:
@@ -184,29 +183,28 @@ def parse_response_head(raw: bytes) -> ResponseHead:
             if head.chunked or not http11 or value.lower() != b"chunked":
                 raise malformed("Transfer-Encoding other than a single 'chunked' in HTTP/1.1")
             head.chunked = True
-        elif name == b"connection" and _says_close(value):
+        elif name == b"connection" and _has_close(value):
             head.keep_alive = False
     if head.chunked and head.length is not None:
         raise malformed("Content-Length beside Transfer-Encoding")
     return head
 
 
-def _learn_status(line: bytes) -> tuple[bool, int, bytes]:
+def _new_status_line(line: bytes) -> tuple[bool, int, bytes]:
     match = _status_line(line)
     if match is None:
         raise malformed("the status line is not 'HTTP/1.1 STATUS reason'")
     minor, status, reason = match.groups()
-    learnt = (minor == b"1", int(status), reason or b"")
+    parsed = (minor == b"1", int(status), reason or b"")
     if len(_STATUS_LINES) < 128:
-        _STATUS_LINES[line] = learnt
-    return learnt
+        _STATUS_LINES[line] = parsed
+    return parsed
 
 
 def serialise(start_line: bytes, headers: list[Header], extra: bytes) -> bytes:
-    """A head as bytes. `extra`: complete header lines (with CRLF) of the caller's own, framing above all.
+    """A head as bytes. `extra`: complete header lines, each with CRLF, for framing.
 
-    Header names and values must come from a parsed head or from our own constants: a CR or LF in one that
-    does not is a bug of the caller, and refused with ValueError, never sent.
+    Names and values must come from a parsed head or from constants. Raises ValueError for a CR or LF in one of them.
     """
     lines = b"".join([b"%b: %b\r\n" % header for header in headers])
     if lines.count(b"\r") != len(headers) or lines.count(b"\n") != len(headers):

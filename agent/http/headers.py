@@ -1,12 +1,11 @@
-"""What may travel from one hop to the next (DESIGN section 6; facts: the Function Compute contract).
+"""Which headers pass from one hop to the next, by the rules of agent/docs/design.md, section 6.
 
-Names are compared after folding case and `_` to `-`: to many application frameworks `X_FC_Request_Id` and
-`x-fc-request-id` are the same variable. Names that a message's `Connection` header lists are dropped too;
-since the caller adds its own headers after stripping, a client can never remove ours.
+Names are compared after folding case and `_` to `-`: many application frameworks map `X_FC_Request_Id` and
+`x-fc-request-id` to the same variable. Names that a message's `Connection` header lists are dropped, too; callers add
+their own headers after stripping, so a client cannot remove them.
 
-Framing (`content-length`, `transfer-encoding`) and `expect` never pass: whoever sends a message frames it
-himself. The verdict on a name is cached, for real traffic uses few names; the cache is bounded, for a client
-chooses them.
+Framing (`content-length`, `transfer-encoding`) and `expect` never pass: each sender frames its own messages. Verdicts
+on names are cached, because real traffic uses few; the cache is bounded, because clients choose the names.
 """
 
 from __future__ import annotations
@@ -17,20 +16,12 @@ from agent.http import hop_headers
 from agent.http.message import Header
 
 _HOP_BY_HOP = frozenset(
-    (
-        b"connection",
-        b"keep-alive",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"content-length",
-    )
+    (b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length")
 )
-_OURS = (b"x-fc-", hop_headers.PREFIX)
+_RESERVED = (b"x-fc-", hop_headers.PREFIX)
 _CACHE_SIZE = 512
-_UNREMOVABLE = frozenset((b"host", b"close"))
-_LISTS_NOTHING = frozenset((b"keep-alive", b"close"))  # what Connection says nearly always
+_NOT_REMOVABLE = frozenset((b"host", b"close"))
+_USUAL_CONNECTION = frozenset((b"keep-alive", b"close"))  # values that list no header
 
 
 def folded(name: bytes) -> bytes:
@@ -38,9 +29,9 @@ def folded(name: bytes) -> bytes:
     return name.lower().replace(b"_", b"-")
 
 
-def is_ours(name: bytes) -> bool:
-    """True for `x-fc-*` and `x-hibernode-*`, however written."""
-    return folded(name).startswith(_OURS)
+def is_reserved(name: bytes) -> bool:
+    """True for `x-fc-*` and `x-hibernode-*` in any spelling: clients and instances cannot set them."""
+    return folded(name).startswith(_RESERVED)
 
 
 def _hop_by_hop(name: bytes) -> bool:
@@ -49,13 +40,13 @@ def _hop_by_hop(name: bytes) -> bool:
 
 
 def _request_passes(name: bytes) -> bool:
-    return not (_hop_by_hop(name) or is_ours(name) or folded(name) == b"expect")
+    return not (_hop_by_hop(name) or is_reserved(name) or folded(name) == b"expect")
 
 
 def _instance_answer_passes(name: bytes) -> bool:
     if name == b"x-fc-status":
         return True
-    return not (_hop_by_hop(name) or is_ours(name) or folded(name) in (b"date", b"server"))
+    return not (_hop_by_hop(name) or is_reserved(name) or folded(name) in (b"date", b"server"))
 
 
 def _hop_answer_passes(name: bytes) -> bool:
@@ -63,7 +54,7 @@ def _hop_answer_passes(name: bytes) -> bool:
 
 
 class _Verdicts(dict[bytes, bool]):
-    """name -> may it pass; computes what it hasn't seen, remembers a bounded number."""
+    """Name -> whether it passes. Computes a new name's verdict, and stores up to `_CACHE_SIZE`."""
 
     def __init__(self, rule: Callable[[bytes], bool]) -> None:
         super().__init__()
@@ -93,28 +84,28 @@ def _strip(headers: list[Header], passes: _Verdicts) -> list[Header]:
 def _listed_by_connection(headers: list[Header]) -> set[bytes] | None:
     listed: set[bytes] | None = None
     for name, value in headers:
-        if name == b"connection" and value not in _LISTS_NOTHING:
+        if name == b"connection" and value not in _USUAL_CONNECTION:
             listed = listed or set()
             listed.update(folded(token.strip(b" \t")) for token in value.split(b","))
-    return listed - _UNREMOVABLE if listed else None
+    return listed - _NOT_REMOVABLE if listed else None
 
 
 def request_headers(headers: list[Header]) -> list[Header]:
-    """A client's (or the gateway's) request headers that may go on: end-to-end ones that are not ours to set.
+    """The request headers that pass: end-to-end ones that are not reserved, in their order.
 
-    `headers` as parsed (lower-case names), order kept. Read `x-fc-invocation-type`, `x-fc-log-type`,
-    `x-fc-async-task-id` and, behind a verified token, the gateway's `x-hibernode-*` before calling.
+    `headers` as parsed, with lower-case names. Callers read `x-fc-invocation-type`, `x-fc-log-type` and, behind a
+    verified token, the gateway's `x-hibernode-*` first.
     """
     return _strip(headers, _REQUEST)
 
 
 def instance_answer_headers(headers: list[Header]) -> list[Header]:
-    """An instance's answer headers that may leave the ingress: not `x-fc-*` (but `x-fc-status`), not
-    `x-hibernode-*`, no `connection`, `keep-alive`, `date`, `server`, nothing hop-by-hop."""
+    """The headers of an instance's answer that pass: no reserved ones but `x-fc-status`, no `date` or `server`, no
+    hop-by-hop ones."""
     return _strip(headers, _INSTANCE_ANSWER)
 
 
 def hop_answer_headers(headers: list[Header]) -> list[Header]:
-    """An ingress's answer headers at the gateway: everything but hop-by-hop and `date`, which the gateway sets; ours
-    pass, for an ingress set them."""
+    """The headers of an ingress's answer that pass the gateway: all but hop-by-hop ones and `date`, which the gateway
+    sets. Reserved ones pass, because the ingress has set them."""
     return _strip(headers, _HOP_ANSWER)

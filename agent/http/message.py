@@ -1,7 +1,7 @@
-"""What a request's and a response's head are, once parsed.
+"""Parsed heads of requests and responses.
 
-Not frozen, unlike the rest of the project's dataclasses: a frozen one costs a microsecond more to make, and
-two are made for every request. Nobody but the parser writes to them.
+Unlike the project's other dataclasses they are not frozen: a frozen one takes a microsecond longer to make, and every
+request makes two. Only the parser writes to them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def lookup(headers: list[Header], name: bytes) -> bytes | None:
 
 @dataclass(slots=True)
 class RequestHead:
-    """A request's head. Names are lower case, values stripped, the order is the client's."""
+    """A request's head: names in lower case, values stripped, in the client's order."""
 
     method: bytes
     target: bytes  # origin form ("/path?query"), or "*" for OPTIONS
@@ -51,7 +51,7 @@ class RequestHead:
 
 @dataclass(slots=True)
 class ResponseHead:
-    """A response's head. Names are lower case, values stripped, the order is the server's."""
+    """A response's head: names in lower case, values stripped, in the server's order."""
 
     status: int
     reason: bytes

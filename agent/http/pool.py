@@ -14,7 +14,7 @@ from agent.http.limits import UpstreamLimits
 from agent.http.message import Header, ResponseHead, lookup
 from agent.http.upstream import BROKEN, UpstreamConnection
 
-_GRAIN_S = 0.005
+_RESOLUTION_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,10 @@ class Response:
 
 
 class Pool:
-    """Keep-alive connections to one `host`:`port`. Last used, first re-used; made inside a running loop.
+    """Keep-alive connections to one `host`:`port`, last used first. Must be made inside a running loop.
 
-    No waiting: whoever bounds the requests bounds the connections; beyond `limits.max_connections` acquire fails.
-    An idle connection on which the other side sent or closed anything is dropped at once.
+    `acquire` never waits for a connection to become free: beyond `limits.max_connections` it fails. An idle connection
+    that receives bytes or a close is dropped at once.
     """
 
     def __init__(self, host: str, port: int, limits: UpstreamLimits) -> None:
@@ -39,21 +39,20 @@ class Pool:
         self.limits = limits
         self.generation = 0
         self.connections: set[UpstreamConnection] = set()
-        self.reading_pauses = 0  # how often an upstream was made to wait (a counter, for metrics and tests)
         self._loop = asyncio.get_running_loop()
-        self.sweep = DeadlineTimer(self._loop, self.connections, _GRAIN_S)
+        self.deadlines = DeadlineTimer(self._loop, self.connections, _RESOLUTION_S)
         self._idle: list[UpstreamConnection] = []
         self._connecting = 0
         self._closed = False
 
     @property
     def authority(self) -> bytes:
-        """`host:port` as a Host header has it."""
+        """`host:port` as in a Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}".encode()
 
     def take(self) -> UpstreamConnection | None:
-        """An idle connection at once, or None. Its new owner gives it back by `release`."""
+        """An idle connection, or None. The caller returns it with `release`."""
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
@@ -61,7 +60,8 @@ class Pool:
         return None
 
     async def acquire(self, deadline: float, *, fresh: bool = False) -> UpstreamConnection:
-        """An idle connection, or a new one (`fresh`: always) by `deadline` (loop time), `connect_timeout_s` at most.
+        """An idle connection, or a new one (`fresh`: always a new one) by `deadline` (loop time) and within
+        `connect_timeout_s`.
 
         Raises ConnectFailedError: UPSTREAM_CONNECT_FAILED, or UPSTREAM_CONNECTIONS_EXHAUSTED.
         """
@@ -83,7 +83,7 @@ class Pool:
                 "UPSTREAM_CONNECT_FAILED", f"No connection to {where} within {max(timeout_s, 0):.3g} seconds."
             ) from None
         except OSError as error:
-            # Out of descriptors it is we who are short: nothing was learnt about the other side.
+            # This process is out of descriptors, which says nothing about the other side.
             ours = error.errno in (errno.EMFILE, errno.ENFILE)
             raise ConnectFailedError(
                 "UPSTREAM_CONNECTIONS_EXHAUSTED" if ours else "UPSTREAM_CONNECT_FAILED",
@@ -94,43 +94,42 @@ class Pool:
         return connection
 
     async def prepare(self, timeout_s: float) -> None:
-        """Opens a connection for whoever comes next, unless one is idle. Raises ConnectFailedError."""
+        """Opens a connection for the next request unless one is idle. Raises ConnectFailedError."""
         if not any(connection.usable for connection in self._idle):
             self.release(await self.acquire(self._loop.time() + timeout_s, fresh=True))
 
     def release(self, connection: UpstreamConnection) -> None:
-        """Gives a connection back. It is kept only if its exchange ended cleanly and nothing retired it."""
+        """Returns a connection. The pool keeps it if its exchange ended cleanly and it was not retired."""
         if (
             connection.generation == self.generation
             and not self._closed
             and len(self._idle) < self.limits.max_idle
-            and connection.rest(self._loop.time() + self.limits.idle_s)
+            and connection.make_idle(self._loop.time() + self.limits.idle_s)
         ):
             self._idle.append(connection)
         else:
             connection.abort()
 
     def retire(self) -> None:
-        """Closes the idle connections now and keeps busy ones from being used again. The pool stays usable: the
-        next acquire connects anew. For the moment an instance's freeze begins (its keep-alive timers run on
-        unseen; facts/emulated-driver.md, pitfall 4)."""
+        """Closes idle connections now, and busy ones once their exchange ends; the next acquire opens a new one. Called
+        when a freeze begins: the instance's keep-alive timers go on counting while it is frozen
+        (agent/docs/facts/emulated-driver.md, pitfall 4)."""
         self.generation += 1
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.abort()
 
     def close(self) -> None:
-        """Retires, cuts the busy connections too, and opens none again."""
+        """Cuts all connections and opens no others."""
         self._closed = True
         self.retire()
         for connection in tuple(self.connections):
             sink = connection.cut()
             if sink is not None:
-                sink.upstream_failed("was given up, and its connections with it")
-        self.sweep.stop()
+                sink.upstream_failed("was removed, and its connections were closed")
+        self.deadlines.stop()
 
     def forget(self, connection: UpstreamConnection) -> None:
-        """A connection is lost."""
         self.connections.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
@@ -147,12 +146,15 @@ class Pool:
         whole: bool = True,
         fresh: bool = False,
     ) -> Response:
-        """One small call with its whole body, for hooks and health checks. Never repeated.
+        """Sends one small request and returns its whole response: hooks, health checks, Wake calls. Never repeats.
 
-        `timeout_s` covers connecting too. `fresh`: on a connection of its own, closed afterwards. `host` and framing
-        are added. A body of more than `max_body_bytes` is an error; not with `whole` False, for callers who look at
-        the status only: they get what has come of it, and nobody waits for the rest. Raises ConnectFailedError,
-        UpstreamTimeoutError, UpstreamBrokenError, ValueError for CR or LF in a header.
+        - `headers`: `host` and framing are added.
+        - `timeout_s`: covers connecting, too.
+        - `max_body_bytes`: a larger response body is an error; with `whole` False the response then ends there, for
+          callers that need only the status.
+        - `fresh`: uses a new connection and closes it afterwards.
+
+        Raises ConnectFailedError, UpstreamTimeoutError, UpstreamBrokenError, ValueError for CR or LF in a header.
         """
         deadline = self._loop.time() + timeout_s
         framing = b"" if lookup(headers, b"host") else b"host: %b\r\n" % self.authority
@@ -176,7 +178,7 @@ class Pool:
 
 
 class _Call:
-    """Gathers one whole response."""
+    """Collects one response. Unlike a `Relay` it ignores 1xx and needs no back-pressure: its body is bounded."""
 
     __slots__ = ("_head", "_max_body_bytes", "_pieces", "_pool", "_size", "_timeout_s", "_whole", "response")
 
@@ -201,7 +203,7 @@ class _Call:
         self.response_end()
 
     def response_continue(self) -> None:
-        pass  # never asked for
+        pass
 
     def response_head(self, head: ResponseHead) -> None:
         self._head = head
@@ -212,7 +214,7 @@ class _Call:
         if self._size <= self._max_body_bytes:
             return
         if not self._whole:
-            self.response_end()  # its connection is given up: `release` finds it in mid-body
+            self.response_end()  # `release` then closes the connection, which is within a body
         else:
             self.upstream_failed(f"sent a body of more than {self._max_body_bytes} bytes")
 
@@ -232,7 +234,7 @@ class _Call:
         self._raise(UpstreamTimeoutError("UPSTREAM_TIMEOUT", f"{where} did not answer in {self._timeout_s:g} s."))
 
     def upstream_writable(self, writable: bool) -> None:
-        pass  # the body is small and written already
+        pass  # the request is small and already written
 
     def _raise(self, error: HibernodeError) -> None:
         if not self.response.done():

@@ -1,4 +1,13 @@
-"""The callbacks between a client's connection and an upstream's while one exchange streams through (see forward.py)."""
+"""Callbacks between a client's connection and an upstream's while `forward` streams one exchange.
+
+A `Relay` is the sink of both: BodySink of the client's exchange, ResponseSink of the upstream's connection. It buffers
+nothing and starts no task: what arrives on one side is written to the other within the same callback. When one side's
+write buffer is full, the relay pauses reading on the other side.
+
+The relay owns the upstream connection until the answer's last byte has arrived (`_upstream_done`), and hands it back
+before it forwards that byte, so that a waiting request can use connection and slot at once. Timeouts belong to the two
+connections; they report here. Every path ends in `_end`, which calls `on_done` exactly once.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +24,14 @@ from agent.http.upstream import BROKEN, UpstreamConnection
 
 
 class RelayOutcome(enum.Enum):
-    """How a forwarded exchange ended. An answer to the client has begun in COMPLETE and the two MID_BODY ones, may
-    have in CLIENT_GONE and CLIENT_FAILED, and has not in the others."""
+    """How a forwarded exchange ended. The client's answer has begun in COMPLETE and both MID_BODY outcomes, may have
+    begun in CLIENT_GONE and CLIENT_FAILED, and has not begun in the others."""
 
     COMPLETE = "complete"
-    HELD = "held"  # response_filter returned None: the client got nothing, `head` is the upstream's
+    HELD = "held"  # `response_filter` returned None; nothing was sent to the client
     CLIENT_GONE = "client_gone"
-    CLIENT_FAILED = "client_failed"  # the request's body was bad, too large or too slow: `error` says so
-    CONNECT_FAILED = "connect_failed"  # nothing was sent: the only failure after which to try again
+    CLIENT_FAILED = "client_failed"  # the request's body was bad, too large or too slow; see `error`
+    CONNECT_FAILED = "connect_failed"  # nothing was sent, so the request may go elsewhere
     UPSTREAM_FAILED_BEFORE_HEAD = "upstream_failed_before_head"
     UPSTREAM_FAILED_MID_BODY = "upstream_failed_mid_body"  # the client's connection was cut
     TIMEOUT_BEFORE_HEAD = "timeout_before_head"
@@ -31,18 +40,17 @@ class RelayOutcome(enum.Enum):
 
 @dataclass(slots=True)
 class ForwardResult:
-    """What happened. If `not exchange.head_sent` and not `exchange.gone`, the caller still owes an answer."""
+    """What happened. The caller still owes an answer unless `exchange.head_sent` or `exchange.gone`."""
 
     outcome: RelayOutcome
-    bytes_sent_upstream: bool  # False: no byte of the request can have reached the upstream
-    reused: bool  # the connection had served a request before
     head: ResponseHead | None  # the upstream's final head, if it came
     error: HibernodeError | None  # what went wrong, for the answer (`exchange.fail`) and the log
     request_body_bytes: int
     response_body_bytes: int
-    fault: Exception | None = None  # a bug of the caller's: what `response_filter` raised
-    # The upstream closed the connection in order, and had sent neither 100 nor 102: who says when it begins has not.
-    not_begun: bool = False
+    fault: Exception | None = None  # what `response_filter` raised
+    # The upstream closed the connection in order and had sent neither 100 nor 102. An ingress that was asked for a
+    # start notice had passed nothing on.
+    not_started: bool = False
 
     @property
     def head_status(self) -> int | None:
@@ -55,12 +63,12 @@ Done = Callable[[ForwardResult], None]
 
 
 class Relay:
-    """The callbacks between the two connections: BodySink of the client's, ResponseSink of the upstream's."""
+    """One exchange in both directions. Made and started by `forward_now`."""
 
     __slots__ = (
-        "_begun", "_connection", "_exchange", "_filter", "_held", "_in_order", "_on_done", "_on_first_byte",
-        "_on_last_byte", "_released", "_reused", "_source", "_streams", "_unsent_body", "_waits_for_continue", "ended",
-        "error", "head", "request_body_bytes", "response_body_bytes", "sent",
+        "_closed_in_order", "_connection", "_exchange", "_filter", "_held", "_on_done", "_on_last_byte",
+        "_released", "_source", "_started", "_streams", "_unsent_body", "_waits_for_continue", "ended",
+        "error", "head", "request_body_bytes", "response_body_bytes",
     )  # fmt: skip
 
     def __init__(
@@ -70,7 +78,6 @@ class Relay:
         connection: UpstreamConnection,
         response_filter: ResponseFilter,
         on_done: Done,
-        on_first_byte: Hook | None,
         on_last_byte: Hook | None,
     ) -> None:
         self.head: ResponseHead | None = None
@@ -82,18 +89,15 @@ class Relay:
         self._connection = connection
         self._filter = response_filter
         self._on_done = on_done
-        self._reused = connection.served > 0
-        self._on_first_byte = on_first_byte
         self._on_last_byte = on_last_byte
         self._unsent_body: bytes | None = None
         self._waits_for_continue = False
-        self._streams = False  # the exchange's body flows through us
+        self._streams = False  # the exchange's body comes through this relay
         self._held = False
-        self._begun = False  # the upstream said so
-        self._in_order = False
-        self._released = False  # the connection is no longer ours
+        self._started = False  # the upstream sent 100 or 102
+        self._closed_in_order = False
+        self._released = False  # the connection is back in its pool
         self.ended = False
-        self.sent = False
 
     # --- the request -----------------------------------------------------------------------
 
@@ -155,10 +159,10 @@ class Relay:
     # --- the response ----------------------------------------------------------------------
 
     def response_processing(self) -> None:
-        self._begun = True
+        self._started = True
 
     def response_continue(self) -> None:
-        self._begun = True
+        self._started = True
         if not self._waits_for_continue:
             return
         self._waits_for_continue = False
@@ -170,8 +174,7 @@ class Relay:
             self._sent_whole(len(body))
 
     def response_whole(self, head: ResponseHead, body: bytes) -> None:
-        if self._on_first_byte is None:  # else that comes first
-            self._upstream_done()
+        self._upstream_done()
         self.response_head(head)
         if not self.ended:
             self.response_data(body)
@@ -179,8 +182,6 @@ class Relay:
 
     def response_head(self, head: ResponseHead) -> None:
         self.head = head
-        if self._on_first_byte is not None:
-            self._on_first_byte()
         exchange = self._exchange
         try:
             headers = self._filter(head)
@@ -199,7 +200,7 @@ class Relay:
 
     def response_flush(self) -> None:
         if self._held:
-            self._end(RelayOutcome.HELD)  # not worth waiting for the rest of what nobody will see
+            self._end(RelayOutcome.HELD)  # the rest of a held answer is not needed
         else:
             self._exchange.flush()
 
@@ -214,7 +215,7 @@ class Relay:
         self._end(RelayOutcome.COMPLETE)
 
     def upstream_failed(self, what: str, in_order: bool = False, reason: str = BROKEN) -> None:
-        self._in_order = in_order
+        self._closed_in_order = in_order
         where = f"{self._source.host}:{self._source.port}"
         self.error = UpstreamBrokenError(reason, f"{where} {what}.")
         before_head = not self._exchange.head_sent or self._exchange.withdraw()
@@ -243,12 +244,12 @@ class Relay:
 
     # --- the end ---------------------------------------------------------------------------
 
-    def give_up(self) -> None:
-        """The caller was cancelled, or failed."""
+    def cancel(self) -> None:
+        """The caller was cancelled, or failed: cuts both connections."""
         self._break_off(RelayOutcome.CLIENT_GONE)
 
     def _break_off(self, outcome: RelayOutcome) -> None:
-        """An end without a whole answer: neither connection can be used on."""
+        """Ends without a complete answer: neither connection can serve another request."""
         if self.ended:
             return
         if not self._released:
@@ -258,19 +259,16 @@ class Relay:
         self._end(outcome)
 
     def _upstream_done(self) -> None:
-        """Its connection may serve others from now on, who may be waiting for nothing else."""
+        """Returns the connection to its pool; a waiting request may take it at once."""
         if not self._released:
             self._released = True
             self._source.release(self._connection)
-        self._last_byte()
-
-    def _last_byte(self) -> None:
-        if self._on_last_byte is not None:
-            hook, self._on_last_byte = self._on_last_byte, None
+        hook, self._on_last_byte = self._on_last_byte, None
+        if hook is not None:
             hook()
 
     def _end(self, outcome: RelayOutcome, fault: Exception | None = None) -> None:
-        """Once: lets both sides go and wakes the caller. The pool keeps the connection only if all ended well."""
+        """Detaches both sides and calls `on_done`, once. The pool closes a connection that did not end cleanly."""
         if self.ended:
             return
         self.ended = True
@@ -279,16 +277,6 @@ class Relay:
         if self._streams:
             exchange.stream_body(None)
         self._upstream_done()
-        self._on_done(
-            ForwardResult(
-                outcome,
-                self.sent,
-                self._reused,
-                self.head,
-                self.error,
-                self.request_body_bytes,
-                self.response_body_bytes,
-                fault,
-                not_begun=self._in_order and not self._begun,
-            )
-        )
+        result = ForwardResult(outcome, self.head, self.error, self.request_body_bytes, self.response_body_bytes)
+        result.fault, result.not_started = fault, self._closed_in_order and not self._started
+        self._on_done(result)

@@ -1,32 +1,48 @@
-"""Listening, and closing without cutting requests."""
+"""Listens, and closes without cutting requests."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from email.utils import formatdate
 
 from agent.http.connection import ServerConnection
 from agent.http.deadlines import DeadlineTimer
-from agent.http.exchange import Exchange
+from agent.http.exchange import Handler
 from agent.http.limits import Limits
 from agent.http.message import Header
 
-# A coroutine function runs in a task of its own. A plain function that returns None has taken the exchange over and
-# answers it by callbacks, at once or later (see `forward.forward_now`): the way for what must be fast.
-Handler = Callable[[Exchange], Awaitable[None] | None]
-_GRAIN_S = 0.25
+_RESOLUTION_S = 0.25
 BACKLOG = 1024
-"""Connections that the kernel holds until they are accepted."""
+"""Connections that the kernel queues until they are accepted."""
 
 
 def no_date() -> bytes:
-    """For answers to another hop, which dates them itself."""
+    """For answers to a gateway, which adds the date itself."""
     return b""
 
 
+class DateHeader:
+    """The `date` header line of answers (RFC 9110, 6.6.1), formatted once a second. `wall_s`: Unix seconds."""
+
+    __slots__ = ("_line", "_second", "_wall_s")
+
+    def __init__(self, wall_s: Callable[[], int]) -> None:
+        self._wall_s = wall_s
+        self._second = -1
+        self._line = b""
+
+    def __call__(self) -> bytes:
+        second = self._wall_s()
+        if second != self._second:
+            self._second = second
+            self._line = b"date: %b\r\n" % formatdate(second, usegmt=True).encode()
+        return self._line
+
+
 class Server:
-    """A listening server; made by `serve`. `port` is the bound one. Everything else is the connections'."""
+    """A listening server, made by `serve`. `port` is the bound port."""
 
     def __init__(
         self,
@@ -34,10 +50,10 @@ class Server:
         limits: Limits,
         request_ids: Callable[[], str],
         on_fault: Callable[[BaseException], None],
-        date_line: Callable[[], bytes] = no_date,
+        date_header: Callable[[], bytes] = no_date,
         when_full: Sequence[Header] = (),
     ) -> None:
-        self.date_line = date_line
+        self.date_header = date_header
         self.when_full = when_full
         self.handler = handler
         self.limits = limits
@@ -46,12 +62,11 @@ class Server:
         self.port = 0
         self.closing = False
         self.connections: set[ServerConnection] = set()
-        self.reading_pauses = 0  # how often a client was made to wait (a counter, for metrics and tests)
         loop = asyncio.get_running_loop()
         shortest_s = min(
             limits.header_timeout_s, limits.keep_alive_s, limits.body_stall_s, limits.write_stall_s, limits.linger_s
         )
-        self.sweep = DeadlineTimer(loop, self.connections, min(_GRAIN_S, shortest_s / 4))
+        self.deadlines = DeadlineTimer(loop, self.connections, min(_RESOLUTION_S, shortest_s / 4))
         self._loop = loop
         self._listener: asyncio.AbstractServer | None = None
         self._empty: asyncio.Future[None] | None = None
@@ -68,8 +83,8 @@ class Server:
         self.port = listener.sockets[0].getsockname()[1]
 
     async def close(self, grace_s: float) -> int:
-        """Stops listening, closes idle connections, lets requests in flight end for `grace_s` seconds, then
-        cuts them. Returns how many were cut."""
+        """Stops listening, closes idle connections, and cuts what is still in flight after `grace_s` seconds. Returns
+        how many connections were cut."""
         self.closing = True
         if self._listener is not None:
             self._listener.close()
@@ -84,12 +99,11 @@ class Server:
             connection.cancel()
         if cut:
             self._empty = self._loop.create_future()
-            await asyncio.wait([self._empty], timeout=1.0)  # connection_lost is one turn of the loop away
-        self.sweep.stop()
+            await asyncio.wait([self._empty], timeout=1.0)  # connection_lost comes in the next loop iteration
+        self.deadlines.stop()
         return len(cut)
 
     def forget(self, connection: ServerConnection) -> None:
-        """A connection is lost."""
         self.connections.discard(connection)
         if not self.connections and self._empty is not None and not self._empty.done():
             self._empty.set_result(None)
@@ -103,17 +117,20 @@ async def serve(
     *,
     request_ids: Callable[[], str],
     on_fault: Callable[[BaseException], None],
-    date_line: Callable[[], bytes] = no_date,
+    date_header: Callable[[], bytes] = no_date,
     inherited: socket.socket | None = None,
     when_full: Sequence[Header] = (),
 ) -> Server:
-    """Serves HTTP/1.1 on `host`:`port` (0 = any) of the running loop, or on a socket that listens there already.
+    """Serves HTTP/1.1 on `host`:`port` (0: any port), or on the listening socket `inherited`.
 
-    `handler` gets one Exchange per request and answers it; a HibernodeError it raises is answered as
-    `errors.error_answer` says. `request_ids` names the engine's own refusals (400, 408, 413); `on_fault`
-    gets what else a handler raised, once, to be logged (the client gets a 500). `date_line` (a `DateHeader`) is part of
-    every answer, `when_full` of those to connections beyond the limit. Raises OSError if the address can't be bound.
+    - `handler`: gets one Exchange per request. A HibernodeError that it raises is answered by `errors.error_answer`.
+    - `request_ids`: ids for the engine's own refusals (400, 408, 413).
+    - `on_fault`: logs any other exception of a handler; the client gets a 500.
+    - `date_header`: a `DateHeader`, part of every answer.
+    - `when_full`: headers of the 503 for connections beyond the limit.
+
+    Raises OSError if the address cannot be bound.
     """
-    server = Server(handler, limits, request_ids, on_fault, date_line, when_full)
+    server = Server(handler, limits, request_ids, on_fault, date_header, when_full)
     await server._listen(host, port, inherited)
     return server

@@ -1,20 +1,19 @@
-"""What a connection asks of the kernel. Connections that are not TCP are left as they are."""
+"""Socket options of connections. Connections other than TCP are left as they are."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 
-# A host that lost its power sends no FIN: a request inside would wait for its own deadline, a day perhaps. With
-# `silence_s` TCP_USER_TIMEOUT decides, when the first probe after it is due. It counts from what was heard last, and of
-# a peer that is well nothing is heard between probes, so they come often: a cut of half of it breaks nothing.
-PROBES_S = 1
+# A host that lost power sends no FIN; without probes a request would wait for its own deadline, up to a day. With
+# `silence_s` TCP_USER_TIMEOUT decides, checked when a probe is due. It counts from the last segment received, and a
+# healthy idle peer sends only replies to probes: they are frequent, so that a short outage breaks no connection.
+PROBE_INTERVAL_S = 1
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 
 
 def watch_peer(transport: asyncio.Transport, silence_s: float) -> None:
-    """The kernel notices within half a minute, or `silence_s`, that the other machine is gone, however long an answer
-    takes."""
+    """Makes the kernel close the connection within half a minute, or `silence_s`, after the peer's machine is gone."""
     sock = _tcp(transport)
     if sock is None:
         return
@@ -22,22 +21,22 @@ def watch_peer(transport: asyncio.Transport, silence_s: float) -> None:
     for option, value in _KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
     if silence_s:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBES_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBES_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, max(1, int(silence_s / PROBES_S)))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_INTERVAL_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_INTERVAL_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, max(1, int(silence_s / PROBE_INTERVAL_S)))
         bound_silence(transport, silence_s)
 
 
 def bound_silence(transport: asyncio.Transport, silence_s: float) -> None:
-    """It breaks after so long without a word of the other machine's kernel, also where that leaves data unread; 0: only
-    where probes are not answered."""
+    """Sets TCP_USER_TIMEOUT: the connection breaks after this long without an acknowledgement, even if the peer only
+    leaves data unread. 0 disables it; only unanswered keep-alive probes then break the connection."""
     sock = _tcp(transport)
     if sock is not None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
 
 
 def cork(transport: asyncio.Transport, on: bool) -> None:
-    """What is written stays in the kernel until the cork is taken out, 0.2 s at most (TCP_CORK, tcp(7))."""
+    """Sets TCP_CORK: the kernel holds written data back until it is cleared, 0.2 s at most (tcp(7))."""
     sock = _tcp(transport)
     if sock is not None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)

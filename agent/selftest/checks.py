@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from agent.adapters.kernel.host_memory import ProcHostMemory
-from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, look_at_gpus
+from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, survey_gpus
 from agent.adapters.nvml.locks import GpuLocks
 from agent.core.errors import HibernodeError
 from agent.core.gpus.capabilities import Capabilities, find_capabilities
@@ -58,7 +58,7 @@ class HostFindings:
 
 async def survey(asked: SelftestPlan, gpus: Gpus, locks: GpuLocks) -> HostFindings:
     """Look at everything, so that all that is missing is said at once. Takes the GPU's lock."""
-    sight = await look_at_gpus(gpus)
+    sight = await survey_gpus(gpus)
     capabilities = find_capabilities(host_facts(sight, asked.settings))
     ground = HostFindings([line for line in capabilities.lines if line.name != "migration"], sight.driver)
     _choose_ways(ground, asked, sight, capabilities)
@@ -105,7 +105,7 @@ async def _choose_gpu(ground: HostFindings, asked: SelftestPlan, inventory: Sequ
 def _lock(ground: HostFindings, locks: GpuLocks, gpu: Gpu) -> None:
     """An agent must not lend the GPU meanwhile, nor start."""
     try:
-        locks.take([gpu.uuid])
+        locks.acquire([gpu.uuid])
     except HibernodeError as error:
         busy = error.reason == "GPU_IN_USE"
         fix = "stop the agent for the test (`systemctl stop hibernode-agent`; its instances stay), then start it again"

@@ -157,7 +157,7 @@ class SelftestProcess:
         return answer
 
     async def _ended(self, verb: str) -> InstanceError:
-        await cgroup.reread(lambda: self._process.poll() is not None, KILL_DEADLINE_S)
+        await cgroup.poll_until(lambda: self._process.poll() is not None, KILL_DEADLINE_S)
         code = self._process.returncode
         how = "closed its socket" if code is None else f"was killed by signal {-code}" if code < 0 else f"exited {code}"
         return InstanceError("SELFTEST_TARGET_ENDED", f"the CUDA program {how} during `{verb}`")
@@ -165,7 +165,7 @@ class SelftestProcess:
     async def leave(self) -> dict[str, Any]:
         """It frees its memory and ends by itself; its answer as of `ask`. Raises what `ask` raises; `end` it after."""
         answer = await self.ask("quit", QUIT_DEADLINE_S)
-        if not await cgroup.reread(lambda: self._process.poll() is not None, QUIT_DEADLINE_S):
+        if not await cgroup.poll_until(lambda: self._process.poll() is not None, QUIT_DEADLINE_S):
             raise DeadlineError("SELFTEST_TIMEOUT", f"the CUDA program did not end within {QUIT_DEADLINE_S:.0f} s")
         return answer
 
@@ -179,7 +179,7 @@ class SelftestProcess:
         if self._place.slice_ is not None and self._place.path is not None:
             await cgroup.remove(self._place.path, KILL_DEADLINE_S)
             self._place.slice_.remove_if_empty()
-        if not await cgroup.reread(lambda: self._process.poll() is not None, KILL_DEADLINE_S):
+        if not await cgroup.poll_until(lambda: self._process.poll() is not None, KILL_DEADLINE_S):
             raise DeadlineError(
                 "KILL_TIMEOUT",
                 f"process {self._process.pid} survives SIGKILL: it is stuck in the driver, see `dmesg`",

@@ -1,7 +1,7 @@
-"""Wire translates: protobuf <-> core, errors <-> gRPC status, tokens, the gRPC server and its clients.
+"""Translation between protobuf and core, errors and gRPC status; tokens, the gRPC server and its clients.
 
-gRPC's fork handlers are switched off before it is imported: the daemons start processes by exec only, and with the
-handlers on every start would write a warning about threads "currently calling into gRPC".
+gRPC's fork handlers are disabled before its import: the daemons start processes only by exec, and the handlers would
+log a warning about threads "currently calling into gRPC" at each start.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Where daemons listen and are called, and which of it may go without TLS."""
+"""Addresses at which daemons listen and are called, and the rules for those without TLS."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from urllib.parse import unquote
 
 from agent.core.errors import ConfigError, InvalidArgumentError
 
-# sun_path of Linux, with its final NUL.
-MAX_SOCKET_PATH_BYTES = 107
-
-
+MAX_SOCKET_PATH_BYTES = 107  # sun_path of Linux, without its final NUL
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63}){0,15}\.?", re.ASCII)
-# `unix:1234` would be a socket's path to gRPC, not a host and a port.
+# gRPC reads `unix:1234` as a socket's path, not as host and port.
 _SCHEMES = frozenset({"dns", "unix", "unix-abstract", "ipv4", "ipv6", "vsock", "xds", "google-c2p", "passthrough"})
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` can only be this machine. A name other than `localhost` may be any machine."""
+    """True if `host` can only be this machine; a name other than `localhost` may be any machine."""
     if host == "localhost":
         return True
     try:
@@ -28,7 +25,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_bind(host: str, tls: bool, insecure: bool) -> None:
-    """Raises ConfigError BIND_INSECURE for an address that others can reach, without TLS, and not asked for."""
+    """Raises ConfigError BIND_INSECURE for an address that other machines can reach, without TLS or `insecure`."""
     if tls or insecure or is_loopback(host):
         return
     message = (
@@ -39,7 +36,7 @@ def check_bind(host: str, tls: bool, insecure: bool) -> None:
 
 
 def check_target(target: str, tls: bool, insecure: bool) -> None:
-    """Raises ConfigError TARGET_INSECURE where a token would travel in the clear to another machine."""
+    """Raises ConfigError TARGET_INSECURE if a token would travel in the clear to another machine."""
     if tls or insecure or target.startswith("unix:") or is_loopback(split(target)[0]):
         return
     message = (
@@ -50,8 +47,8 @@ def check_target(target: str, tls: bool, insecure: bool) -> None:
 
 
 def peer_host(peer: str) -> str:
-    """The address in what gRPC calls a peer (`ipv4:10.0.0.7:4711`, `ipv6:%5B::1%5D:4711`); a unix socket's is this
-    machine. "" for anything else."""
+    """The address in gRPC's peer string (`ipv4:10.0.0.7:4711`, `ipv6:%5B::1%5D:4711`); 127.0.0.1 for a unix socket, ""
+    for anything else."""
     kind, _, rest = peer.partition(":")
     if kind == "unix":
         return "127.0.0.1"
@@ -60,13 +57,12 @@ def peer_host(peer: str) -> str:
 
 
 def registered_target(address: str, peer: str, insecure: bool) -> str:
-    """The `host:port` at which an agent that registered `address` from the machine `peer` is called.
+    """The `host:port` at which the scheduler calls an agent that registered `address` from the machine `peer`.
 
-    What an agent says here decides where requests and creates are sent, so it may only name a TCP port of a machine:
-    no unix socket (whose callers are trusted) and no other scheme of gRPC's; no port of the scheduler's own machine
-    unless the agent runs there; no link-local or multicast address. An agent that listens on all addresses
-    (0.0.0.0, ::) is called at the one it came from. Raises InvalidArgumentError ADDRESS_REFUSED, ConfigError
-    TARGET_INSECURE or ADDRESS_INVALID.
+    The address decides where requests and creates are sent, so it must be a TCP port of a machine: no unix socket (its
+    callers are trusted) or other gRPC scheme; no port of the scheduler's own machine unless the agent runs there; no
+    link-local or multicast address. For 0.0.0.0 and :: it is the address that the agent came from. Raises
+    InvalidArgumentError ADDRESS_REFUSED, ConfigError TARGET_INSECURE or ADDRESS_INVALID.
     """
     host, port = split(address)
     ip = _ip(host)
@@ -105,7 +101,7 @@ def split(address: str) -> tuple[str, int]:
 
 
 def unix_target(path: str) -> str:
-    """gRPC's name for a unix socket. Raises ConfigError SOCKET_PATH_TOO_LONG or SOCKET_PATH_RELATIVE."""
+    """The gRPC target of a unix socket. Raises ConfigError SOCKET_PATH_TOO_LONG or SOCKET_PATH_RELATIVE."""
     if not path.startswith("/"):
         message = f"the socket's path {path!r} must be absolute"
         raise ConfigError("SOCKET_PATH_RELATIVE", message, path=path)
@@ -116,7 +112,7 @@ def unix_target(path: str) -> str:
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """An address; an IPv4 one in IPv6's clothes is itself."""
+    """The parsed address, None for a name; an IPv4-mapped IPv6 address becomes the IPv4 address."""
     try:
         ip = ipaddress.ip_address(host)
     except ValueError:

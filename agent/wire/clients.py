@@ -1,4 +1,4 @@
-"""Calls to a daemon: one channel, a deadline on every call, the token, and failures as `HibernodeError`."""
+"""Calls to a daemon over one channel: with a deadline and the token; failures are raised as `HibernodeError`."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    # An agent silent for 3 s is suspect (DESIGN section 9): a restarted peer must be found again well within that.
+    # The scheduler suspects an agent after 3 s of silence: a restarted peer must be found again well within that.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 500),
-    # Neither a proxy from the environment nor the back-off of another channel may come between.
+    # No proxy from the environment, and no back-off shared with another channel.
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
-    # What is sent again, and when, is decided by the caller.
+    # Only callers decide what is sent again, and when.
     ("grpc.enable_retries", 0),
 )
 
 
 class DaemonChannel:
-    """A channel to one daemon, with a stub for every service it may serve. Make and use it on one event loop.
+    """A channel to one daemon, with a stub for each service it may have. For one event loop.
 
-    `target` is `host:port` or `unix:/path`. Connecting happens with the first call; a lost connection is made again
-    with a back-off of at most a second.
+    `target` is `host:port` or `unix:/path`. The first call connects; a lost connection is opened again, with a back-off
+    of at most a second.
     """
 
     def __init__(self, target: str, token: str = "", insecure: bool = False) -> None:
-        """Raises ConfigError if `token` would travel in the clear to another machine without `insecure`."""
+        """Raises ConfigError TARGET_INSECURE if `token` would travel in the clear to another machine."""
         if token:
             check_target(target, tls=False, insecure=insecure)
         self.target = target
@@ -92,10 +92,8 @@ class DaemonChannel:
         timeout_s: float,
         wait_for_ready: bool = False,
     ) -> _Response:
-        """The answer to one call, within `timeout_s`. Raises the `HibernodeError` the daemon raised.
-
-        With `wait_for_ready` a daemon that is not there yet is waited for within the deadline; else UNREACHABLE.
-        """
+        """The answer to one call, within `timeout_s`. Raises the daemon's `HibernodeError`, and UnavailableError
+        UNREACHABLE if there is no daemon (with `wait_for_ready` only at the deadline)."""
         try:
             with translated_errors(self.target):
                 return await method(request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=wait_for_ready)
@@ -103,14 +101,14 @@ class DaemonChannel:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            # Nobody cancelled us: gRPC says so of calls under way when their channel is closed.
-            text = f"the connection to {self.target} was given up during the call; try again"
+            # This task was not cancelled: gRPC cancels calls in flight when their channel is closed.
+            text = f"the connection to {self.target} was closed during the call; try again"
             raise UnavailableError("UNREACHABLE", text, target=self.target) from None
 
     async def stream(
         self, method: aio.UnaryStreamMultiCallable[_Request, _Response], request: _Request, timeout_s: float
     ) -> AsyncIterator[_Response]:
-        """The answers to one call, the last of them within `timeout_s`. Leaving the loop ends the call."""
+        """The answers to one call, all within `timeout_s`. Leaving the loop ends the call."""
         with translated_errors(self.target):
             call = method(request, timeout=timeout_s, metadata=self._metadata)
             try:
@@ -120,7 +118,7 @@ class DaemonChannel:
                 call.cancel()
 
     def report_load(self) -> LoadStream:
-        """Opens the load stream of this agent to the scheduler."""
+        """Opens this agent's load stream to the scheduler."""
         return TwoWayStream(self.scheduler.ReportLoad(None, metadata=self._metadata), self.target)
 
     def exec_instance(self) -> ExecStream:
@@ -128,12 +126,12 @@ class DaemonChannel:
         return TwoWayStream(self.instances.ExecInstance(None, metadata=self._metadata), self.target)
 
     async def close(self) -> None:
-        """Ends the channel; calls under way are cancelled."""
+        """Closes the channel and cancels calls in flight."""
         await self._channel.close(None)
 
 
 class TwoWayStream(Generic[_Request, _Response]):
-    """A writer and a reader, each used by one task at a time. It has no deadline by nature; the channel's keepalive
+    """A bidirectional stream; one task at a time may send, one receive. It has no deadline: the channel's keepalive
     notices a dead peer within 15 s, and `close` ends it."""
 
     def __init__(self, call: aio.StreamStreamCall[_Request, _Response], target: str) -> None:
@@ -141,16 +139,16 @@ class TwoWayStream(Generic[_Request, _Response]):
         self._target = target
 
     async def send(self, message: _Request) -> None:
-        """Waits until the message has been taken over by flow control. Raises why the stream ended, if it has."""
+        """Returns once flow control has accepted the message. Raises the error that ended the stream."""
         try:
             await self._call.write(message)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from error
         except asyncio.InvalidStateError as error:
-            raise await self._end() from error
+            raise await self._ended_by() from error
 
     async def receive(self) -> _Response | None:
-        """The next message; None once the peer has ended the stream in order."""
+        """The next message; None once the peer has ended the stream without an error."""
         with translated_errors(self._target):
             message = await self._call.read()
         return None if message is _EOF else cast(_Response, message)
@@ -159,8 +157,8 @@ class TwoWayStream(Generic[_Request, _Response]):
         """Ends the stream at once."""
         self._call.cancel()
 
-    async def _end(self) -> HibernodeError:
-        """Why the stream ended, once gRPC has told."""
+    async def _ended_by(self) -> HibernodeError:
+        """The error that ended the stream, once gRPC knows it."""
         code = await self._call.code()
         if code is grpc.StatusCode.OK:
             return UnavailableError("STREAM_ENDED", f"{self._target} ended the stream; open it again")

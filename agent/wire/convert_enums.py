@@ -1,11 +1,11 @@
-"""Enums of the wire and of core, both ways. A value this version does not know is the caller's error."""
+"""Enums of core to and from the wire. The `_from_proto` functions raise InvalidArgumentError for an unknown value."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
 from agent.core.errors import InvalidArgumentError
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.provisioning.model import Scheduling
 from agent.core.types import DispatchPolicy, IdleMode, InstanceState
 from agent.v1 import types_pb2
 
@@ -44,46 +44,40 @@ _SCHEDULING_OF = {wire: core for core, wire in _SCHEDULING.items()}
 
 
 def state_to_proto(state: InstanceState) -> types_pb2.Instance.State.ValueType:
-    """The state on the wire."""
     return _STATES[state]
 
 
 def state_from_proto(value: types_pb2.Instance.State.ValueType) -> InstanceState:
-    """The state. Raises InvalidArgumentError for none and for one of a newer version."""
     return _known(_STATE_OF.get(value), "state", value)
 
 
 def scheduling_to_proto(scheduling: Scheduling) -> types_pb2.Node.Scheduling.ValueType:
-    """What is asked of a node, on the wire."""
     return _SCHEDULING[scheduling]
 
 
 def scheduling_from_proto(value: types_pb2.Node.Scheduling.ValueType) -> Scheduling:
-    """What is asked of a node. Raises InvalidArgumentError for nothing and for a value of a newer version."""
     return _known(_SCHEDULING_OF.get(value), "scheduling", value)
 
 
 def idle_mode_to_proto(mode: IdleMode) -> types_pb2.IdlePolicy.Mode.ValueType:
-    """The idle mode on the wire."""
     return _IDLE_MODES[mode]
 
 
 def idle_mode_from_proto(value: types_pb2.IdlePolicy.Mode.ValueType, unspecified: IdleMode) -> IdleMode:
-    """The idle mode, `unspecified` if the wire does not say. Raises InvalidArgumentError."""
+    """The idle mode; `unspecified` for UNSPECIFIED."""
     if value == types_pb2.IdlePolicy.MODE_UNSPECIFIED:
         return unspecified
     return _known(_IDLE_MODE_OF.get(value), "idle_policy.mode", value)
 
 
 def dispatch_to_proto(policy: DispatchPolicy) -> types_pb2.FunctionSpec.Dispatch.ValueType:
-    """The dispatch policy on the wire."""
     return _DISPATCH[policy]
 
 
 def dispatch_from_proto(
     value: types_pb2.FunctionSpec.Dispatch.ValueType, unspecified: DispatchPolicy
 ) -> DispatchPolicy:
-    """The dispatch policy, `unspecified` if the wire does not say. Raises InvalidArgumentError."""
+    """The dispatch policy; `unspecified` for UNSPECIFIED."""
     if value == types_pb2.FunctionSpec.DISPATCH_UNSPECIFIED:
         return unspecified
     return _known(_DISPATCH_OF.get(value), "dispatch", value)
@@ -91,6 +85,6 @@ def dispatch_from_proto(
 
 def _known(found: _Core | None, field: str, value: int) -> _Core:
     if found is None:
-        message = f"{field} {value} is not known here; send a value of this version's protos"
+        message = f"{field} {value} is unknown to this version; send a value of its protos"
         raise InvalidArgumentError("UNKNOWN_ENUM_VALUE", message, field=field, value=value)
     return found

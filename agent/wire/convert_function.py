@@ -1,7 +1,7 @@
-"""`FunctionSpec` and what it is made of, both ways.
+"""`FunctionSpec` and its parts to and from the wire.
 
-An absent field means core's default, so the defaults stand in one place: `core/types.py`. On the way out the values
-of the environment are masked unless the receiver is the agent that has to run them.
+An absent field means core's default, so the defaults are only in `core/types.py`. To the wire, values of the
+environment are masked unless the receiver is the agent that runs them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _Value = TypeVar("_Value", int, str)
 
 
 def function_to_proto(spec: FunctionSpec, reveal_secrets: bool = False) -> types_pb2.FunctionSpec:
-    """The spec on the wire, its environment's values as `***`.
+    """The spec on the wire, with `***` for the environment's values and the registry's password.
 
-    `reveal_secrets` is for the one message that needs them: the CreateInstance and DeployFunction of a client.
-    Raises InvalidArgumentError for a number that does not fit its field.
+    `reveal_secrets`: for CreateInstance and DeployFunction requests, which need them. Raises InvalidArgumentError for a
+    number that does not fit its field.
     """
     try:
         return types_pb2.FunctionSpec(
@@ -66,15 +66,15 @@ def function_to_proto(spec: FunctionSpec, reveal_secrets: bool = False) -> types
             container=_container_to_proto(spec.container, reveal_secrets),
             node_labels=dict(spec.node_labels),
         )
-    except ValueError:  # its text may quote a value of the environment: nothing of it goes on
+    except ValueError:  # its text may quote a value of the environment, so it is not passed on
         message = f"a number of function {spec.name!r} is too large for its field, or a text is not UTF-8"
         raise InvalidArgumentError("VALUE_OUT_OF_RANGE", message, function=spec.name[:64]) from None
 
 
 def function_from_proto(message: types_pb2.FunctionSpec) -> FunctionSpec:
-    """The spec, with core's defaults for what is absent. The environment comes sorted by name.
+    """The spec, with core's defaults for absent fields and the environment sorted by name.
 
-    Raises InvalidArgumentError for an enum value of another version, and for a masked secret sent back.
+    Raises InvalidArgumentError for an enum value of another version, or a masked secret that was sent back.
     """
     base = FunctionSpec(name=message.name)
     gpu = _gpu_from_proto(message.gpu) if message.HasField("gpu") else base.gpu
@@ -226,7 +226,8 @@ def _idle_to_proto(policy: IdlePolicy) -> types_pb2.IdlePolicy:
 
 
 def _idle_from_proto(message: types_pb2.IdlePolicy, gpu_count: int) -> IdlePolicy:
-    """Several GPUs are frozen only if the sender says so: their processes may hang each other (facts 3)."""
+    """Instances with several GPUs freeze only if the sender says so: their processes may make each other hang
+    (agent/docs/facts/gpu-checkpoint.md, section 3)."""
     base = IdlePolicy()
     return IdlePolicy(
         mode=idle_mode_from_proto(message.mode, IdleMode.NEVER if gpu_count > 1 else base.mode),
@@ -245,7 +246,7 @@ _WithPresence = (
 
 
 def _or(message: _WithPresence, field: str, default: _Value) -> _Value:
-    """The field's value where the sender set it (0 and "" included), else the default."""
+    """The field's value if the sender set it (0 and "" included), else the default."""
     if not message.HasField(field):  # type: ignore[arg-type]  # the stubs list each message's own names
         return default
     value: _Value = getattr(message, field)

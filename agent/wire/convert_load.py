@@ -1,7 +1,7 @@
-"""GPUs, and the load of nodes and instances as the scheduler's dispatcher takes it in.
+"""Converts GPUs to the wire, and reported load to instances and to events of the dispatcher.
 
-`Instance` is the fuller message of the two; `load_of_instance` and `instance_of_load` go between them, so that an
-agent describes an instance in one place and the fleet's list has the same type as the node's.
+`InstanceLoad` has a subset of `Instance`'s fields. `load_of_instance` and `instance_of_load` convert between them, so
+that one function describes an instance for both, and the fleet's list has the same type as the node's.
 """
 
 from __future__ import annotations
@@ -16,30 +16,15 @@ from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration
 from agent.wire.convert_enums import state_from_proto
 
 _SHARED_FIELDS = (
-    "uid",
-    "function",
-    "revision",
-    "request_id",
-    "state",
-    "state_reason",
-    "state_message",
-    "in_flight",
-    "waiting",
-    "healthy",
-    "vram_bytes",
-    "frozen_bytes",
-    "wake_count",
-    "freeze_count",
-    "pid",
-    "active_ns",
-    "idle_ns",
-    "unbilled_ns",
+    *("uid", "function", "revision", "request_id", "state", "state_reason", "state_message", "in_flight", "waiting"),
+    *("healthy", "vram_bytes", "frozen_bytes", "wake_count", "freeze_count", "pid"),
+    *("active_ns", "idle_ns", "unbilled_ns"),
 )
 _SHARED_MESSAGES = ("last_wake", "create_time", "state_time")
 
 
 def gpu_to_proto(gpu: Gpu) -> types_pb2.Gpu:
-    """The device on the wire, healthy and held by nobody; the node's book adds the rest."""
+    """The device on the wire: healthy, without holder or waiters, which `gpu_snapshot_to_proto` adds."""
     return types_pb2.Gpu(
         uuid=gpu.uuid,
         index=gpu.index,
@@ -51,18 +36,6 @@ def gpu_to_proto(gpu: Gpu) -> types_pb2.Gpu:
     )
 
 
-def gpu_from_proto(message: types_pb2.Gpu) -> Gpu:
-    """The device."""
-    return Gpu(
-        uuid=message.uuid,
-        index=message.index,
-        model=message.model,
-        memory_bytes=message.memory_total_bytes,
-        persistence=message.persistence,
-        mig=message.mig,
-    )
-
-
 def load_of_instance(
     instance: types_pb2.Instance,
     concurrency: int,
@@ -70,7 +43,7 @@ def load_of_instance(
     idle_for_ns: int = 0,
     freeze_cancellable: bool = False,
 ) -> InstanceLoad:
-    """What the load stream says of an instance, from the agent's own answer about it and what only load needs."""
+    """The load stream's message for `instance`, with the values that only the dispatcher needs."""
     load = InstanceLoad(
         concurrency=concurrency,
         wake_estimate_ns=wake_estimate_ns,
@@ -83,7 +56,7 @@ def load_of_instance(
 
 
 def instance_of_load(load: InstanceLoad, node: str) -> types_pb2.Instance:
-    """The instance as the fleet's list shows it; spec and address stay with its agent."""
+    """The instance as the fleet's list shows it, without spec and address."""
     instance = types_pb2.Instance(node=node, gpu_uuids=load.gpu_uuids)
     _copy(load, instance)
     return instance
@@ -92,7 +65,7 @@ def instance_of_load(load: InstanceLoad, node: str) -> types_pb2.Instance:
 def reported_of_load(load: InstanceLoad, node: str) -> InstanceReported:
     """The load as an event of the dispatcher. Raises InvalidArgumentError for a state of another version.
 
-    The dispatcher's index has a bit per request of an instance: what no function may ask for is not believed.
+    The dispatcher's index has one bit per slot of an instance, so concurrency is limited to MAX_CONCURRENCY.
     """
     return InstanceReported(
         uid=load.uid,
@@ -111,9 +84,9 @@ def reported_of_load(load: InstanceLoad, node: str) -> InstanceReported:
 def node_reported(
     node: str, epoch: int, registration: Registration, load: NodeLoad, gpus: Sequence[types_pb2.Gpu]
 ) -> NodeReported:
-    """A node's registration, newest heartbeat and GPUs as last reported, as an event of the dispatcher.
+    """A node's registration, newest heartbeat and last reported GPUs as an event of the dispatcher.
 
-    A node that recovers counts as draining: nothing new goes there. GPUs that cannot be used are not counted.
+    A recovering node counts as draining, so that nothing new goes there. Unusable GPUs are not counted.
     """
     usable = sum(gpu.health == types_pb2.Gpu.HEALTH_OK and not gpu.mig for gpu in gpus)
     return NodeReported(

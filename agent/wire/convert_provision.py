@@ -1,7 +1,7 @@
-"""Provisioning on the wire: v1.ProvisionConfig -> `core/provisioning/autoscaling.py`, checked to the last field.
+"""Checks v1.ProvisionConfig and converts it to `Provisioning` of `core/provisioning/autoscaling.py`.
 
-Each breach is an InvalidArgumentError SPEC_INVALID that names the field and the fix. Time zones are read here, for core
-reads no files.
+Each violation raises InvalidArgumentError SPEC_INVALID, which names the field and the fix. Time zones are read here,
+because core reads no files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _METRICS: dict[TargetTrackingPolicy.MetricType.ValueType, Metric] = {
 
 
 def provisioning_from_proto(config: ProvisionConfig) -> Provisioning:
-    """Schedule and policies. Raises InvalidArgumentError for the first field out of its range."""
+    """Scheduled actions and policies. Raises InvalidArgumentError for the first invalid field."""
     for field, entries in (
         ("scheduled_actions", len(config.scheduled_actions)),
         ("target_tracking_policies", len(config.target_tracking_policies)),
@@ -46,7 +46,7 @@ def provisioning_from_proto(config: ProvisionConfig) -> Provisioning:
 
 
 def windows_ended(config: ProvisionConfig, provisioning: Provisioning, wall_ns: int) -> list[str]:
-    """A warning for each entry that will never do anything again."""
+    """A warning for each entry whose window has ended: it has no further effect."""
     actions = [(f"scheduledActions[{n}]", one.name, one.end_time) for n, one in enumerate(config.scheduled_actions)]
     policies = [
         (f"targetTrackingPolicies[{n}]", one.name, one.end_time)
@@ -79,7 +79,7 @@ def _policy(field: str, message: TargetTrackingPolicy, names: set[str]) -> Scali
         wrong(f"{field}.metric_type", f"must be one of {', '.join(one.value for one in Metric)}")
     if not 0 < message.metric_target <= 1:
         wrong(f"{field}.metric_target", f"must be more than 0 and at most 1, got {message.metric_target:g}")
-    # From 0 no metric would ever lead back to 1: it is not measured where there is no instance.
+    # At 0 instances no metric is measured, so none could lead back to 1.
     bounded(f"{field}.min_capacity", message.min_capacity, 1, MAX_TARGET)
     bounded(f"{field}.max_capacity", message.max_capacity, 1, MAX_TARGET)
     if message.max_capacity < message.min_capacity:
@@ -92,7 +92,7 @@ def _name(field: str, name: str, names: set[str]) -> str:
     if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
         wrong(f"{field}.name", f"must be 1 to {MAX_NAME} printable characters")
     if name in names:
-        wrong(f"{field}.name", f"{name!r} is there twice; each action and policy has a name of its own")
+        wrong(f"{field}.name", f"{name!r} is there twice; give each action and policy its own name")
     names.add(name)
     return name
 
@@ -100,8 +100,8 @@ def _name(field: str, name: str, names: set[str]) -> str:
 def _zone(field: str, name: str) -> tzinfo:
     try:
         return UTC if not name else ZoneInfo(name[: MAX_ZONE + 1])
-    except (OSError, ValueError, KeyError):  # a folder of the zone files, a path out of it, nothing there
-        text = f"there is no time zone {name[:MAX_ZONE]!r}; use a name such as Asia/Shanghai, or leave it out for UTC"
+    except (OSError, ValueError, KeyError):  # a directory, a path outside of the zone files, or no file
+        text = f"there is no time zone {name[:MAX_ZONE]!r}; use a name such as Asia/Shanghai, or omit it for UTC"
         wrong(f"{field}.time_zone", text)
 
 

@@ -1,4 +1,4 @@
-"""Snapshots of nodes and instances -> protobuf. One way only: nobody sends a snapshot back."""
+"""Converts snapshots of nodes and instances to protobuf. There is no way back: no component sends snapshots."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _LEVELS = {
     "FAIL": types_pb2.Capability.LEVEL_FAIL,
 }
 
-_FIGURES = (
+_SAMPLE_FIELDS = (
     *("memory_used_bytes", "sm_percent", "memory_percent", "encoder_percent", "decoder_percent"),
     *("temperature_celsius", "power_milliwatts"),
 )
 
 
 def instance_to_proto(snapshot: InstanceSnapshot, node: str, *, with_spec: bool = True) -> types_pb2.Instance:
-    """The instance as the API shows it; the spec's secrets are masked."""
+    """The instance as the API shows it, with the spec's secrets masked."""
     message = types_pb2.Instance(
         uid=snapshot.uid,
         node=node,
@@ -74,10 +74,10 @@ def instance_load(snapshot: InstanceSnapshot) -> InstanceLoad:
 
 
 def gpu_snapshot_to_proto(snapshot: GpuSnapshot) -> types_pb2.Gpu:
-    """The GPU with what the node's book knows of it."""
+    """The GPU with its samples, and its holder, waiters and health from the node's GPU allocator."""
     message = gpu_to_proto(snapshot.gpu)
     if snapshot.figures is not None:
-        _add_figures(message, snapshot.figures)
+        _add_sample(message, snapshot.figures)
     if snapshot.holder:
         message.holder_uids.append(snapshot.holder)
     message.waiter_uids.extend(snapshot.waiters)
@@ -89,16 +89,16 @@ def gpu_snapshot_to_proto(snapshot: GpuSnapshot) -> types_pb2.Gpu:
     return message
 
 
-def _add_figures(message: types_pb2.Gpu, figures: GpuSample) -> None:
-    """What is unknown stays absent."""
-    for name in _FIGURES:
+def _add_sample(message: types_pb2.Gpu, figures: GpuSample) -> None:
+    """Unknown values stay absent."""
+    for name in _SAMPLE_FIELDS:
         value = getattr(figures, name)
         if value is not None:
             setattr(message, name, value)
 
 
 def node_state(snapshot: NodeSnapshot) -> types_pb2.Node.State.ValueType:
-    """RECOVERING until ready, DRAINING when asked to."""
+    """RECOVERING until the node is ready, then DRAINING or READY."""
     if not snapshot.ready:
         return types_pb2.Node.STATE_RECOVERING
     return types_pb2.Node.STATE_DRAINING if snapshot.draining else types_pb2.Node.STATE_READY
@@ -120,7 +120,7 @@ def _capabilities(snapshot: NodeSnapshot) -> list[types_pb2.Capability]:
 
 
 def node_to_proto(snapshot: NodeSnapshot) -> types_pb2.Node:
-    """The node as its own agent shows it."""
+    """The node as its agent's API shows it."""
     return types_pb2.Node(
         name=snapshot.name,
         boot_id=snapshot.boot_id,
@@ -143,7 +143,7 @@ def node_to_proto(snapshot: NodeSnapshot) -> types_pb2.Node:
 
 
 def registration(snapshot: NodeSnapshot) -> Registration:
-    """What an agent says of itself at the head of its load stream."""
+    """The node as its agent registers it, in the first message of the load stream."""
     return Registration(
         boot_id=snapshot.boot_id,
         agent_version=snapshot.agent_version,
@@ -163,7 +163,7 @@ def registration(snapshot: NodeSnapshot) -> Registration:
 
 
 def node_load(snapshot: NodeSnapshot, awake: Iterable[InstanceSnapshot] = ()) -> NodeLoad:
-    """The heartbeat's gauges, with those of the instances that are awake."""
+    """The gauges of a heartbeat, with those of instances that are awake."""
     return NodeLoad(
         state=node_state(snapshot),
         host_memory=_host_memory(snapshot),
@@ -174,7 +174,7 @@ def node_load(snapshot: NodeSnapshot, awake: Iterable[InstanceSnapshot] = ()) ->
 
 
 def _gauges(snapshot: InstanceSnapshot) -> NodeLoad.InstanceGauges:
-    """What is not known stays absent: 0 would count in an average."""
+    """Unknown values stay absent, because a 0 would count in averages."""
     usage = snapshot.usage
     return NodeLoad.InstanceGauges(
         uid=snapshot.uid,

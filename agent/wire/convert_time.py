@@ -7,13 +7,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from agent.core.errors import InvalidArgumentError
 from agent.core.types import SECOND_NS
 
-# What Timestamp can say: the years 1 to 9999.
+# The range of Timestamp: the years 1 to 9999.
 MIN_SECONDS = -62_135_596_800
 MAX_SECONDS = 253_402_300_799
 
 
 def time_to_proto(wall_ns: int) -> Timestamp:
-    """The time on the wire. Raises InvalidArgumentError outside of the years 1 to 9999."""
+    """Raises InvalidArgumentError outside of the years 1 to 9999."""
     seconds, nanos = divmod(wall_ns, SECOND_NS)
     _check(seconds, nanos)
     return Timestamp(seconds=seconds, nanos=nanos)

@@ -1,7 +1,7 @@
-"""What every gRPC call passes before and after its servicer: who calls, until when, and how a failure is answered.
+"""The interceptor of all gRPC calls: authentication, a default deadline, and translation of failures.
 
-One interceptor rather than three, because the order matters: a caller is known before anything is done for it, and
-whatever happens from then on is answered through `status.py`.
+These are one interceptor because their order matters: the caller is authenticated before its request is parsed, and
+every later failure is answered through `status.py`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from agent.wire.tokens import SOCKET_PRINCIPAL, Principal, Role, TokenTable, set
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 
-# Health is open, as far as one answer goes: a Watch holds a stream for as long as it likes, and costs a token.
+# Health/Check needs no token; a Watch does, because it holds a stream for as long as the caller likes.
 OPEN_METHODS = frozenset({HEALTH_CHECK})
-# All that an agent's own token is good for at the scheduler.
+# The only methods of the scheduler that accept a node's token.
 NODE_METHODS = frozenset(
     {"/agent.v1.SchedulerService/ReportLoad", "/agent.v1.UsageService/UploadUsageWindows"},
 )
-# Without an end by nature; streams in both directions are too.
+# Methods without a deadline, besides bidirectional streams.
 ENDLESS_METHODS = frozenset({HEALTH_WATCH})
 
 _log = get_logger()
@@ -37,21 +37,17 @@ _Answer = TypeVar("_Answer")
 
 
 class CallContext(Protocol):
-    """What the guard uses of grpc.aio's servicer context."""
+    """The part of grpc.aio's servicer context that the guard uses."""
 
     def peer(self) -> str: ...
-
     def time_remaining(self) -> float | None: ...
-
     def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...] | None: ...
-
     async def abort_with_status(self, status: grpc.Status) -> NoReturn: ...
-
     async def write(self, message: Any) -> None: ...
 
 
 class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Authenticates the caller, bounds a call without a deadline, and translates what it raises.
+    """Authenticates the caller, limits a call without a deadline, and translates errors.
 
     A peer on the unix socket is trusted: the socket's mode and group decide who may connect. An unexpected exception
     is logged once, with its traceback, and answered as INTERNAL without its text.
@@ -72,7 +68,7 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         return self._guarded(handler_call_details.method, handler)
 
     def _guarded(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
-        """`handler` with the guard around its behaviour, whichever of the four shapes it has."""
+        """`handler` with the guard around its behaviour, whichever of gRPC's four kinds it is."""
         endless = method in ENDLESS_METHODS or (handler.request_streaming and handler.response_streaming)
         behaviour = cast(
             Callable[[Any, CallContext], Any],
@@ -80,18 +76,18 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         )
 
         parse = _parser(handler.request_deserializer)
-        # A stream's messages are read, and parsed, when the behaviour asks for them. A single one gRPC would parse
-        # before anybody knows who sent it: it gives us its bytes.
-        by_grpc, by_us = (parse, _as_it_is) if handler.request_streaming else (None, parse)
+        # A stream's messages are parsed when the behaviour reads them. A single request would be parsed by gRPC before
+        # its caller is authenticated, so gRPC passes bytes and the guard parses.
+        grpc_decode, decode = (parse, _unchanged) if handler.request_streaming else (None, parse)
 
         async def answer_one(request: Any, context: CallContext) -> Any:
-            return await self._run(method, context, lambda: behaviour(by_us(request), context), endless)
+            return await self._run(method, context, lambda: behaviour(decode(request), context), endless)
 
         async def answer_many(request: Any, context: CallContext) -> None:
-            await self._run(method, context, lambda: _write_all(behaviour(by_us(request), context), context), endless)
+            await self._run(method, context, lambda: _write_all(behaviour(decode(request), context), context), endless)
 
-        make, wrapped = _shape(handler, answer_one, answer_many)
-        return make(wrapped, by_grpc, handler.response_serializer)
+        make, wrapped = _same_kind(handler, answer_one, answer_many)
+        return make(wrapped, grpc_decode, handler.response_serializer)
 
     async def _run(
         self,
@@ -115,7 +111,7 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         return await context.abort_with_status(to_grpc_status(failure))
 
     def _admit(self, method: str, context: CallContext) -> None:
-        """Finds out who calls and whether they may. Raises UnauthenticatedError or PermissionDeniedError."""
+        """Sets the caller of this call. Raises UnauthenticatedError or PermissionDeniedError."""
         if method in OPEN_METHODS:
             return
         principal = self._principal(context)
@@ -134,33 +130,32 @@ class CallGuard(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             message = f"the call set no deadline and took longer than {self._default_deadline_s:g} s; set one"
             return DeadlineError("DEADLINE_EXCEEDED", message)
         _log.error("grpc.call_failed", method=method, error=type(error).__name__, exc_info=error)
-        # HibernodeError itself is no kind of failure a caller can do anything about: INTERNAL.
+        # A plain HibernodeError, of no subclass, is sent as INTERNAL.
         return HibernodeError("INTERNAL", "the daemon failed unexpectedly; its log says how")
 
 
-def _as_it_is(request: Any) -> Any:
+def _unchanged(request: Any) -> Any:
     return request
 
 
 def _parser(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """`parse`, raising InvalidArgumentError for bytes that are no message, instead of gRPC's UNKNOWN and a traceback in
-    the log."""
+    """`parse`, with InvalidArgumentError for invalid bytes in place of gRPC's UNKNOWN and a traceback in the log."""
 
     def parsed(data: bytes) -> Any:
         try:
             return parse(data) if parse is not None else data
         except DecodeError:
             raise InvalidArgumentError(
-                "MESSAGE_MALFORMED", "the request is not the message this call takes; is the caller of another version?"
+                "MESSAGE_MALFORMED", "the request is not a message of this call; is the caller of another version?"
             ) from None
 
     return parsed
 
 
 async def _write_all(answers: AsyncIterable[Any] | Awaitable[None], context: CallContext) -> None:
-    """Sends what a streaming behaviour yields; one that writes for itself is awaited.
+    """Sends what a streaming behaviour yields; awaits one that writes by itself.
 
-    The generator is closed here, in the call's own task, and not whenever the garbage collector finds it.
+    Closes the generator here, in the call's own task, not whenever the garbage collector finds it.
     """
     if not isinstance(answers, AsyncIterable):
         await answers
@@ -174,8 +169,8 @@ async def _write_all(answers: AsyncIterable[Any] | Awaitable[None], context: Cal
             await close()
 
 
-def _shape(handler: grpc.RpcMethodHandler[Any, Any], one: Any, many: Any) -> tuple[Callable[..., Any], Any]:
-    """The constructor for a handler of the same shape, and which of the two behaviours goes into it."""
+def _same_kind(handler: grpc.RpcMethodHandler[Any, Any], one: Any, many: Any) -> tuple[Callable[..., Any], Any]:
+    """The constructor for a handler of the same kind, and the behaviour of the two that fits it."""
     match handler.request_streaming, handler.response_streaming:
         case False, False:
             return grpc.unary_unary_rpc_method_handler, one

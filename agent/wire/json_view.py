@@ -1,6 +1,6 @@
-"""Messages as JSON for people and scripts: the proto's snake_case names, numbers as numbers, enums without prefix.
+"""JSON view of messages for the CLI: the proto's snake_case names, numbers as numbers, enums without their prefix.
 
-protobuf's own mapping writes 64-bit integers as strings; here they are numbers, as `jq` and Python read them exactly.
+protobuf's own mapping writes 64-bit integers as strings; `jq` and Python read the numbers written here exactly.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 
 def to_json(message: Message) -> dict[str, Any]:
-    """Every field of the message, in the proto's order: plain types of json. An absent one is null."""
+    """All fields of the message in the proto's order, as plain JSON types; an absent field is None."""
     return {field.name: _field(message, field) for field in message.DESCRIPTOR.fields}
 
 
 def short_name(enum: Any, number: int) -> str:
-    """`RUNNING` for STATE_RUNNING; `UNSPECIFIED` for none; the number for a value of a newer version."""
+    """`RUNNING` for STATE_RUNNING, `UNSPECIFIED` for an unset one, the number for a value of a newer version."""
     value = enum.values_by_number.get(number)
     if value is None:
         return str(number)

@@ -1,4 +1,4 @@
-"""A daemon's gRPC server: its services, health, reflection, the guard, and the addresses it listens on."""
+"""A daemon's gRPC server: services, health, reflection, the call guard, and listening addresses."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ MAX_CONCURRENT_CALLS = 2000
 SOCKET_GROUP = "hibernode"
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
-    # Two daemons on one port would each get half of the calls.
+    # With SO_REUSEPORT two daemons on one port would each get half of the calls.
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Below the clients' keepalive interval, or their pings would be answered by GOAWAY.
+    # Below the clients' keepalive interval; pings that come sooner are answered by GOAWAY.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The servicers of one daemon; None for those it does not serve."""
+    """The servicers of one daemon; None for services that it does not have."""
 
     instances: instance_service_pb2_grpc.InstanceServiceServicer | None = None
     nodes: node_service_pb2_grpc.NodeServiceServicer | None = None
@@ -54,7 +54,7 @@ class Services:
 
 
 class GrpcServer:
-    """One grpc.aio server. Make it and use it on one running event loop: bind, start, set_serving(True), stop."""
+    """One grpc.aio server, for one running event loop. In order: bind, start, set_serving(True), stop."""
 
     def __init__(self, services: Services, tokens: TokenTable, default_deadline_s: float = DEFAULT_DEADLINE_S) -> None:
         self._server = aio.server(
@@ -69,18 +69,19 @@ class GrpcServer:
         reflection.enable_server_reflection((*described, reflection.SERVICE_NAME), self._server)
 
     def bind_tcp(self, host: str, port: int, insecure: bool = False) -> int:
-        """Listens on host:port (0 = any) and returns the port. Before `start`.
+        """Listens on `host`:`port` (0: any port) and returns the port. Call before `start`.
 
-        Raises ConfigError for an address others can reach without `insecure`, UnavailableError if it can't be had.
+        Raises ConfigError BIND_INSECURE (see `check_bind`), UnavailableError BIND_FAILED if the address is in use.
         """
         check_bind(host, tls=False, insecure=insecure)
         return self._bind(join(host, port))
 
     def bind_unix(self, path: str) -> None:
-        """Listens on a unix socket, 0660 and of group `hibernode` where we may give it that. Before `start`.
+        """Listens on a unix socket of mode 0660 and group `hibernode` if this process may set that group. Call before
+        `start`.
 
-        An ordinary user's socket stays its own (0600): whoever may connect is trusted like its owner. A stale socket
-        at the path is replaced; the caller holds the state directory's lock.
+        Without that group the mode is 0600, because every peer is trusted like the owner. A stale socket at the path is
+        replaced; the caller holds the state directory's lock.
         """
         target = unix_target(path)
         with _private_umask():
@@ -91,18 +92,18 @@ class GrpcServer:
             os.chmod(path, 0o660)
 
     async def start(self) -> None:
-        """Begins to answer; health says NOT_SERVING until `set_serving`."""
+        """Starts answering; health is NOT_SERVING until `set_serving`."""
         await self.set_serving(False)
         await self._server.start()
 
     async def set_serving(self, serving: bool) -> None:
-        """What health says from now on, for the daemon and for each of its services."""
+        """Sets the health of the daemon and of each service."""
         status = health_pb2.HealthCheckResponse.ServingStatus
         for name in ("", *self._names):
             await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
-        """Health says NOT_SERVING for good, new calls are refused, those under way have `grace_s` to end."""
+        """Sets health to NOT_SERVING for good, refuses new calls, and cancels those in flight after `grace_s`."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
@@ -110,13 +111,13 @@ class GrpcServer:
         try:
             port: int = self._server.add_insecure_port(target)
         except RuntimeError as error:
-            message = f"cannot listen on {target}: in use, or not an address of this host; choose another"
+            message = f"cannot listen on {target}: it is in use, or not an address of this host; choose another"
             raise UnavailableError("BIND_FAILED", message, target=target) from error
         return port
 
 
 def _register(services: Services, server: aio.Server) -> tuple[str, ...]:
-    """Adds every servicer that is there; returns the full names of the services."""
+    """Adds the servicers; returns the full names of their services."""
     names: list[str] = []
 
     def add(servicer: object | None, register: Any, name: str) -> None:
@@ -134,7 +135,7 @@ def _register(services: Services, server: aio.Server) -> tuple[str, ...]:
 
 @contextmanager
 def _private_umask() -> Iterator[None]:
-    """gRPC creates the socket itself, so that its mode has to be right from the first moment: 0600."""
+    """Sets the umask so that gRPC, which creates the socket itself, creates it with mode 0600."""
     previous = os.umask(0o177)
     try:
         yield
@@ -143,7 +144,7 @@ def _private_umask() -> Iterator[None]:
 
 
 def _socket_group() -> int | None:
-    """Whom the socket is opened to: group `hibernode`, or root's own where there is none; None for nobody."""
+    """The socket's group: `hibernode`, or root's own if there is none; None if this process may not set it."""
     try:
         group = grp.getgrnam(SOCKET_GROUP).gr_gid
     except KeyError:

@@ -1,7 +1,7 @@
-"""The one place where a `HibernodeError` becomes a gRPC status, and a gRPC status a `HibernodeError` again.
+"""Translates a `HibernodeError` to a gRPC status and back. No other module does.
 
-On the wire an error is: the code of its kind, its message, and a `google.rpc.ErrorInfo` with the stable reason, the
-domain `hibernode` and the metadata. A status without ErrorInfo of our domain was made by gRPC itself.
+On the wire an error has the code of its class, its message, and a `google.rpc.ErrorInfo` with its reason, the domain
+`hibernode` and its metadata. A status without an ErrorInfo of this domain comes from gRPC itself.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAX_MESSAGE_CHARS = 1000
 MAX_METADATA_ENTRIES = 16
 MAX_METADATA_CHARS = 100
 
-CODE_OF_KIND: dict[type[HibernodeError], grpc.StatusCode] = {
+CODE_OF_CLASS: dict[type[HibernodeError], grpc.StatusCode] = {
     InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
@@ -53,52 +53,52 @@ CODE_OF_KIND: dict[type[HibernodeError], grpc.StatusCode] = {
     InstanceError: grpc.StatusCode.ABORTED,
     UnsupportedError: grpc.StatusCode.UNIMPLEMENTED,
 }
-KIND_OF_CODE: dict[grpc.StatusCode, type[HibernodeError]] = {code: kind for kind, code in CODE_OF_KIND.items()}
+CLASS_OF_CODE: dict[grpc.StatusCode, type[HibernodeError]] = {code: kind for kind, code in CODE_OF_CLASS.items()}
 _CODE_OF_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def code_of(error: HibernodeError) -> grpc.StatusCode:
-    """The code of the error's kind; a subclass of a kind has the kind's code."""
+    """The code of the error's class, or of its nearest base class that has one."""
     for kind in type(error).__mro__:
-        if kind in CODE_OF_KIND:
-            return CODE_OF_KIND[kind]
+        if kind in CODE_OF_CLASS:
+            return CODE_OF_CLASS[kind]
     return grpc.StatusCode.INTERNAL
 
 
 def to_status(error: HibernodeError) -> status_pb2.Status:
-    """The error as `google.rpc.Status`. Over-long texts are cut: a status has to fit into gRPC's trailers."""
+    """The error as `google.rpc.Status`. Long texts are truncated: a status must fit into gRPC's trailers."""
     metadata = dict(list(error.metadata.items())[:MAX_METADATA_ENTRIES])
     info = error_details_pb2.ErrorInfo(
-        reason=_cut(error.reason, MAX_METADATA_CHARS),
+        reason=_truncate(error.reason, MAX_METADATA_CHARS),
         domain=DOMAIN,
-        metadata={_cut(k, MAX_METADATA_CHARS): _cut(v, MAX_METADATA_CHARS) for k, v in metadata.items()},
+        metadata={_truncate(k, MAX_METADATA_CHARS): _truncate(v, MAX_METADATA_CHARS) for k, v in metadata.items()},
     )
     packed = any_pb2.Any()
     packed.Pack(info)
-    message = _cut(error.message, MAX_MESSAGE_CHARS)
+    message = _truncate(error.message, MAX_MESSAGE_CHARS)
     return status_pb2.Status(code=code_of(error).value[0], message=message, details=[packed])
 
 
 def to_grpc_status(error: HibernodeError) -> grpc.Status:
-    """The error as what `context.abort_with_status` takes."""
+    """The error as an argument of `context.abort_with_status`."""
     return rpc_status.to_status(to_status(error))
 
 
 def from_status(status: status_pb2.Status, target: str = "") -> HibernodeError:
-    """The error that `status` stands for: same kind, reason, message and metadata.
+    """The error that `status` stands for, with its class, reason, message and metadata.
 
-    Without our ErrorInfo the status is gRPC's own; the reason is then made from the code.
+    The reason of a status from gRPC itself is derived from its code.
     """
     code = _CODE_OF_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
     for detail in status.details:
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN:
             return _error(code, info.reason, status.message, dict(info.metadata))
-    return _from_grpc_itself(code, status.message, target)
+    return _from_grpc(code, status.message, target)
 
 
 def from_rpc_error(error: grpc.RpcError, target: str = "") -> HibernodeError:
-    """The error behind a failed call. `target` names the daemon in the message when it could not be reached."""
+    """The error of a failed call. `target` is the daemon that the message names if it could not be reached."""
     if not isinstance(error, aio.AioRpcError):
         return HibernodeError("INTERNAL", f"the call failed: {type(error).__name__}")
     code, details = error.code(), error.details() or ""
@@ -106,12 +106,12 @@ def from_rpc_error(error: grpc.RpcError, target: str = "") -> HibernodeError:
     for key, value in trailers:
         if key == DETAILS_KEY and isinstance(value, bytes):
             return from_status(_parsed(value, code, details), target)
-    return _from_grpc_itself(code, details, target)
+    return _from_grpc(code, details, target)
 
 
 @contextmanager
 def translated_errors(target: str = "") -> Iterator[None]:
-    """Inside this block a failed gRPC call raises the `HibernodeError` it stands for."""
+    """A context in which a failed gRPC call raises its `HibernodeError`."""
     try:
         yield
     except grpc.RpcError as error:
@@ -119,13 +119,13 @@ def translated_errors(target: str = "") -> Iterator[None]:
 
 
 def _error(code: grpc.StatusCode, reason: str, message: str, metadata: dict[str, str]) -> HibernodeError:
-    # HibernodeError itself stands for a code that is no kind of ours: a fault of the other side (INTERNAL).
-    error = KIND_OF_CODE.get(code, HibernodeError)(reason, message)
+    # A code without a class of its own, such as INTERNAL, becomes a plain HibernodeError.
+    error = CLASS_OF_CODE.get(code, HibernodeError)(reason, message)
     error.metadata.update(metadata)  # not as keywords: a key may be called `reason`
     return error
 
 
-def _from_grpc_itself(code: grpc.StatusCode, details: str, target: str) -> HibernodeError:
+def _from_grpc(code: grpc.StatusCode, details: str, target: str) -> HibernodeError:
     where = target or "the daemon"
     match code:
         case grpc.StatusCode.UNAVAILABLE:
@@ -140,7 +140,7 @@ def _from_grpc_itself(code: grpc.StatusCode, details: str, target: str) -> Hiber
 
 
 def _parsed(serialized: bytes, code: grpc.StatusCode, details: str) -> status_pb2.Status:
-    """The rich status of a trailer; one that does not parse, or contradicts the code, counts as none."""
+    """The rich status of a trailer; a plain one if it does not parse or contradicts `code`."""
     plain = status_pb2.Status(code=code.value[0], message=details)
     try:
         status = status_pb2.Status.FromString(serialized)
@@ -149,5 +149,5 @@ def _parsed(serialized: bytes, code: grpc.StatusCode, details: str) -> status_pb
     return status if status.code == plain.code else plain
 
 
-def _cut(text: str, limit: int) -> str:
+def _truncate(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"

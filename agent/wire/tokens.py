@@ -1,6 +1,6 @@
-"""Bearer tokens: who a token stands for, compared without telling by time how much of it was right.
+"""Bearer tokens and their principals. Tokens are compared in constant time.
 
-The files they come from are read by `adapters/daemon/token_file.py`.
+`adapters/daemon/token_file.py` reads their files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MIN_TOKEN_CHARS = 16
 
 
 class Role(Enum):
-    """OPERATOR: a person or the scheduler, may do everything but speak for a node. NODE: an agent, only that."""
+    """OPERATOR: a person or the scheduler; may do all but report for a node. NODE: an agent; may only do that."""
 
     OPERATOR = "OPERATOR"
     NODE = "NODE"
@@ -28,23 +28,23 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who calls. For a NODE the name is the node's name, and the only place it comes from."""
+    """A caller. For a NODE `name` is the node's name; the scheduler takes it from no other source."""
 
     name: str
     role: Role
 
 
-# Membership of the unix socket's group equals root (DESIGN section 10).
+# Members of the unix socket's group have the rights of root (agent/docs/design.md, section 10).
 SOCKET_PRINCIPAL = Principal("unix-socket", Role.OPERATOR)
 
 _caller: ContextVar[Principal | None] = ContextVar("caller", default=None)
 
 
 class TokenTable:
-    """Tokens of a daemon and whom they stand for. Keeps digests only, so that nothing it prints is a secret."""
+    """The tokens that a daemon accepts, with their principals. Keeps only digests, so that its repr holds no secret."""
 
     def __init__(self, tokens: Iterable[tuple[str, Principal]]) -> None:
-        """`tokens` are (token, principal). Raises ConfigError for a short token or one that stands for two."""
+        """`tokens`: (token, principal) pairs. Raises ConfigError for a short token or one of two principals."""
         self._principals: dict[bytes, Principal] = {}
         for token, principal in tokens:
             if len(token) < MIN_TOKEN_CHARS:
@@ -60,7 +60,7 @@ class TokenTable:
         return f"TokenTable({sorted(p.name for p in self._principals.values())})"
 
     def principal_of(self, token: str) -> Principal | None:
-        """Whom the token stands for; None if for nobody. Every entry is compared, each in constant time."""
+        """The principal of the token, or None. Compares every entry, each in constant time."""
         digest, found = _digest(token), None
         for known, principal in self._principals.items():
             if hmac.compare_digest(known, digest):
@@ -68,7 +68,7 @@ class TokenTable:
         return found
 
     def authenticate(self, metadata: Sequence[tuple[str, str | bytes]]) -> Principal:
-        """Whom the call's `authorization: Bearer TOKEN` stands for. Raises UnauthenticatedError."""
+        """The principal of the call's `authorization: Bearer TOKEN`. Raises UnauthenticatedError."""
         values = [value for key, value in metadata if key.lower() == AUTHORIZATION]
         if not values:
             raise UnauthenticatedError("TOKEN_MISSING", "this call needs a bearer token; name it with --token-file")
@@ -78,8 +78,8 @@ class TokenTable:
         principal = self.principal_of(value[len(_SCHEME) :].strip())
         if principal is None:
             message = (
-                "the daemon does not know this token; take that of its state directory, or for a node the one that "
-                "the scheduler has under `nodes`"
+                "the daemon does not know this token; use the one in its state directory, or for a node the one under "
+                "`nodes` in the scheduler's configuration"
             )
             raise UnauthenticatedError("TOKEN_UNKNOWN", message)
         return principal
@@ -91,12 +91,12 @@ def bearer(token: str) -> tuple[tuple[str, str], ...]:
 
 
 def set_caller(principal: Principal) -> None:
-    """Says who makes the call that the current task serves; for the interceptor only."""
+    """Sets the caller of the call that the current task serves; for the interceptor only."""
     _caller.set(principal)
 
 
 def caller() -> Principal:
-    """Who makes the call that the current task serves. Raises UnauthenticatedError outside of a call."""
+    """The caller of the call that the current task serves. Raises UnauthenticatedError outside of a call."""
     principal = _caller.get()
     if principal is None:
         raise UnauthenticatedError("TOKEN_MISSING", "this call was not authenticated")
@@ -104,7 +104,7 @@ def caller() -> Principal:
 
 
 def calling_node() -> str:
-    """Name of the node that makes the call. Raises PermissionDeniedError if it is not a node."""
+    """The name of the calling node. Raises PermissionDeniedError if the caller is not a node."""
     principal = caller()
     if principal.role is not Role.NODE:
         message = f"{principal.name} is not a node; this call needs a node's own token"
@@ -113,7 +113,7 @@ def calling_node() -> str:
 
 
 def node_tokens(tokens: Mapping[str, str]) -> list[tuple[str, Principal]]:
-    """Entries for a TokenTable from node name -> token."""
+    """The entries of a TokenTable for tokens by node name."""
     return [(token, Principal(name, Role.NODE)) for name, token in tokens.items()]
 
 

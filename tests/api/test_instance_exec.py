@@ -281,7 +281,7 @@ async def test_the_log_of_one_whose_image_is_pulled_is_followed_from_its_first_l
 
 
 async def test_followers_are_counted_and_their_places_come_back(tmp_path: Path) -> None:
-    async with a_site(tmp_path, most=2) as site:
+    async with a_site(tmp_path, max_followers=2) as site:
         actor = await site.world.running()
         site.world.runtime.print(actor.uid, b"hello\n")
         followers = [site.follow(actor.uid) for _ in range(2)]

@@ -9,7 +9,7 @@ import pytest
 
 from agent.api.agent_metrics import AgentHealth, AgentMetrics
 from agent.core.lifecycle.events import StopAsked
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.provisioning.model import Scheduling
 from agent.core.snapshots import InstanceReading
 from agent.core.types import GIB, SECOND_NS, GpuSample
 from agent.host.node.gauges import Gauges
@@ -107,7 +107,7 @@ async def test_instances_are_told_by_state_and_those_that_end_are_not_current(ce
 
 async def test_a_function_short_of_its_target_says_so(central: Central) -> None:
     await central.rig.deploy()
-    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "no", hopeless=False))
+    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "no", no_capacity_expected=False))
     assert central.scrape().value("hibernode_function_degraded", function="ocr") == 1
 
 
@@ -124,7 +124,7 @@ async def test_nodes_tell_their_gpus_by_use_until_they_are_lost(central: Central
     assert found.value("hibernode_node_host_memory_bytes", node="n1", kind="available") == 32 * GIB
     assert found.value("hibernode_node_gpu_waiters", node="n1") == 3
     assert found.value("hibernode_node_scheduling", node="n1", scheduling="NORMAL") == 1
-    central.fleet.schedule("n1", Scheduling.DRAINED)
+    central.fleet.set_scheduling("n1", Scheduling.DRAINED)
     assert central.scrape().value("hibernode_node_scheduling", node="n1", scheduling="DRAINED") == 1
     heard = found.value("hibernode_node_heard_timestamp_seconds", node="n1")
     central.clock.advance(11 * SECOND_NS)

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from agent.api.status_page import HEADERS, MAX_ROWS, StatusPage
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.provisioning.model import Scheduling
 from agent.core.types import GIB, SECOND_NS
 from agent.scheduler.functions.catalog import Problem
 from agent.v1.types_pb2 import Gpu, Instance
@@ -65,7 +65,7 @@ def page(central: Central) -> StatusPage:
 
 async def test_it_tells_functions_nodes_gpus_and_instances(central: Central, page: StatusPage) -> None:
     await central.rig.deploy(target=3)
-    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "Logs: password=hunter2", hopeless=False))
+    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "Logs: password=hunter2", no_capacity_expected=False))
     gpus = (
         Gpu(
             uuid="GPU-a",
@@ -80,7 +80,7 @@ async def test_it_tells_functions_nodes_gpus_and_instances(central: Central, pag
     failed = load("i3", Instance.STATE_FAILED)
     failed.state_reason, failed.state_message = "OUT_OF_MEMORY", "password=hunter2"
     central.report(load("i1", Instance.STATE_RUNNING), load("i2", Instance.STATE_FROZEN), failed, gpus=gpus)
-    central.fleet.schedule("n1", Scheduling.CORDONED)
+    central.fleet.set_scheduling("n1", Scheduling.CORDONED)
     central.clock.advance(2 * SECOND_NS)
     text = page.render()
     found = read(text)

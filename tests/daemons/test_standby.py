@@ -213,7 +213,7 @@ async def test_an_active_one_that_leaves_in_order_hands_over_and_a_standby_leave
 
 
 async def test_a_standby_outlives_a_restart_of_the_database(postgres: PostgreSQL, url: str) -> None:
-    active, standby = LeaderLock(url, look_s=0.05), LeaderLock(url, look_s=0.05)
+    active, standby = LeaderLock(url, poll_s=0.05), LeaderLock(url, poll_s=0.05)
     assert await active.take()
     assert not await standby.take()
     postgres.stop()
@@ -229,10 +229,10 @@ async def test_a_standby_outlives_a_restart_of_the_database(postgres: PostgreSQL
 
 async def test_a_lead_whose_session_is_not_its_own_is_none(postgres: PostgreSQL, url: str) -> None:
     """As behind a pooler, where the next statement may run in another session: that one has no lock."""
-    lead = LeaderLock(url, look_s=0.01)
+    lead = LeaderLock(url, poll_s=0.01)
     assert await lead.take()
     assert lead._connection is not None
-    await lead._run(partial(lead._connection.execute, sa.text("SELECT pg_advisory_unlock_all()")))
+    await lead._database.run(partial(lead._connection.execute, sa.text("SELECT pg_advisory_unlock_all()")))
     async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(UnavailableError, match="a pooler has to keep sessions"):
             await lead.watch()

@@ -32,7 +32,7 @@ CODES = {
     503: {"NoCapacity"},
     504: {"QueueTimeout", "FunctionTimeout"},
 }
-"""README's table of errors, without those that only a wrong request gets."""
+"""The errors of agent/docs/fc-contract.md, without those that only a wrong request gets."""
 FROZEN = types_pb2.Instance.STATE_FROZEN
 
 

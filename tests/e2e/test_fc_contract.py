@@ -1,6 +1,6 @@
 """A function as Function Compute's users have it, from its s.yaml to its log: every hook, marker and header.
 
-Clause by clause the contract is tested in the rooms that keep it (README, "The Function Compute contract"); here all of
+Clause by clause the contract is tested in the rooms that keep it (agent/docs/fc-contract.md); here all of
 it meets through real processes.
 """
 

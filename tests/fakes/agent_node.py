@@ -58,7 +58,7 @@ class Received:
 
 async def echo(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
     """Answer 200 with the body, a header of the hop, and what a spiteful instance might add through a broken agent."""
-    received.body = await exchange.read_body(64 << 20)
+    received.body = await exchange.buffer_body(64 << 20) or b""
     headers = [
         (b"content-type", b"text/plain"),
         (hop_headers.FREE_SLOTS, b"1"),
@@ -81,7 +81,7 @@ def refuse(reason: str) -> Behaviour:
 
 async def vanish(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
     """Read the request, then die before an answer."""
-    received.body = await exchange.read_body(64 << 20)
+    received.body = await exchange.buffer_body(64 << 20) or b""
     exchange.abort()
 
 
@@ -112,7 +112,8 @@ def refuse_before_body(reason: str) -> Behaviour:
     """Refuse without reading the body: no 100 Continue was given."""
 
     async def behave(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
-        assert exchange.awaits_continue, "the gateway sent the body before it was asked to"
+        assert exchange.head.expect_continue
+        assert not exchange.body_done, "the gateway sent the body before it was asked to"
         await refuse(reason)(ingress, exchange, received)
 
     return behave

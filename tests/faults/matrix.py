@@ -1,9 +1,9 @@
 """The faults that an agent has to live with, as rows: what strikes when, and what becomes of everybody.
 
-The same rows are run (test_matrix.py) and printed (agent/ARCHITECTURE.md; a test holds the two together). `facts` names
-the section of the fact sheet about cuda-checkpoint, or the number of the issue at NVIDIA/cuda-checkpoint, with the
-fault. Not here, for they need no request that waits: killing a restored process (#53), a thread taken for a process
-(#41), lists of several processes in every mixture (tests/adapters/test_freezer_*.py).
+The same rows are run (test_matrix.py) and printed (agent/docs/internals/driver-faults.md; a test compares the two).
+`facts` is a section of agent/docs/facts/gpu-checkpoint.md, or "#N", an issue of NVIDIA/cuda-checkpoint. Three faults
+are tested elsewhere because no request waits for them: killing a restored process (#53), a thread taken for a process
+(#41), and mixed listings of several processes (tests/adapters/test_freezer_*.py).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Row:
         if self.end is End.DIES:
             return "GPU (on proof), image, container"
         return (
-            "lock, promise of host memory"
+            "lock, host memory reservation"
             if self.phase.of_freeze and self.end in (End.LIVES, End.PAUSED)
             else "nothing"
         )
@@ -125,7 +125,7 @@ ROWS = (
     Row("get-state is denied (304)", "#6", Phase.LISTING, fault("state", "OPERATING_SYSTEM"), End.LIVES, _304),
     Row("get-state never returns", "#26", Phase.LISTING, fault("state", "HANG"), End.LIVES),
     Row("the target dies of get-state", "#58", Phase.LISTING, fault("state", "DEATH"), End.DIES),
-    Row("paused by somebody else", "4", Phase.LISTING, host(FaultWorld.pause), End.PAUSED, "EXTERNALLY_FROZEN"),
+    Row("paused from outside", "4", Phase.LISTING, host(FaultWorld.pause), End.PAUSED, "EXTERNALLY_FROZEN"),
     Row("NVML fails", "4", Phase.LISTING, host(FaultWorld.blind_nvml), End.LIVES, "NVML"),
     Row(
         "host memory too short for the image",
@@ -143,7 +143,7 @@ ROWS = (
     Row("denied (304)", "#6", Phase.LOCK, fault("lock", "OPERATING_SYSTEM"), End.LIVES, _304),
     Row("wrong state (401)", "1", Phase.LOCK, fault("lock", "ILLEGAL_STATE"), End.LIVES, "CUDA_ILLEGAL_STATE"),
     Row("fails, but it is LOCKED", "2", Phase.LOCK, fault("lock", "NOT_READY", after=True), End.LIVES, "LOCK_TIMEOUT"),
-    Row("success, but it runs on", "2", Phase.LOCK, fault("lock", "STALE"), End.LIVES, "CUDA_STATE_STALE"),
+    Row("success, but it still runs", "2", Phase.LOCK, fault("lock", "STALE"), End.LIVES, "CUDA_STATE_STALE"),
     Row("never returns", "#26, #30", Phase.LOCK, fault("lock", "HANG"), End.LIVES, _LOST),
     Row("never returns, but locks", "#30", Phase.LOCK, fault("lock", "HANG", after=True), End.LIVES, _LOST),
     Row("kills the target", "#58", Phase.LOCK, fault("lock", "DEATH"), End.DIES),
@@ -242,7 +242,7 @@ ROWS = (
     ),
     # ---- cgroup ---------------------------------------------------------------------------------------------------
     Row(
-        "somebody pauses it meanwhile",
+        "paused from outside meanwhile",
         "4",
         Phase.CGROUP,
         fault("checkpoint", "SLOW", delay_ms=100, then=FaultWorld.pause_for_good),
@@ -298,7 +298,7 @@ ROWS = (
         "CUDA_INVALID_VALUE",
     ),
     Row("the operating system fails (304)", "4", Phase.RESTORE, fault("restore", "OPERATING_SYSTEM"), End.DIES, _304),
-    Row("success, but it is CHECKPOINTED still", "2", Phase.RESTORE, fault("restore", "STALE"), End.LIVES),
+    Row("success, but it is still CHECKPOINTED", "2", Phase.RESTORE, fault("restore", "STALE"), End.LIVES),
     Row("fails, but it is restored", "2", Phase.RESTORE, fault("restore", "INVALID_VALUE", after=True), End.LIVES),
     Row("never returns", "#17", Phase.RESTORE, fault("restore", "HANG"), End.LIVES, _LOST),
     Row("never returns, but is done", "#17", Phase.RESTORE, fault("restore", "HANG", after=True), End.LIVES),
@@ -326,7 +326,7 @@ ROWS = (
 def table() -> str:
     """The rows for people: a Markdown table."""
     lines = [
-        "| phase | fault | facts | the instance | a request that waits | released |",
+        "| phase | fault | facts | the instance | a waiting request | released |",
         "|---|---|---|---|---|---|",
     ]
     for row in ROWS:

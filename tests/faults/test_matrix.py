@@ -12,7 +12,7 @@ import pytest_asyncio
 from tests.faults.matrix import ROWS, End, Row, table
 from tests.faults.world import STATE, FaultWorld, Reply, running_fault_world
 
-ARCHITECTURE = Path(__file__).parents[2] / "agent" / "ARCHITECTURE.md"
+DOCUMENT = Path(__file__).parents[2] / "agent" / "docs" / "internals" / "driver-faults.md"
 
 in_one_loop = pytest.mark.asyncio(loop_scope="module")
 
@@ -92,5 +92,5 @@ def test_the_matrix_is_as_long_as_the_faults_are_many() -> None:
     assert len({name(row) for row in ROWS}) == len(ROWS)
 
 
-def test_architecture_shows_the_matrix() -> None:
-    assert table() in ARCHITECTURE.read_text(), "put the output of tests.faults.matrix.table() there"
+def test_the_document_shows_the_matrix() -> None:
+    assert table() in DOCUMENT.read_text(), "put the output of tests.faults.matrix.table() there"

@@ -59,7 +59,7 @@ class App:
             self.seen.notify_all()
         answer = self.answers.get(exchange.head.path.decode(), 200)
         if isinstance(answer, int):
-            await exchange.read_body(1 << 20)
+            await exchange.buffer_body(1 << 20)
             await exchange.answer(answer, [(b"content-type", b"text/plain")], b"done")
         else:
             await answer(exchange)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
-from agent.http.delayed_head import LateHeaders
-from agent.http.exchange import Exchange
+from agent.http.connection import ServerConnection
+from agent.http.delayed_head import DeferredHeaders
+from agent.http.exchange import Exchange, Handler
 from agent.http.forward import ForwardResult, forward
 from agent.http.headers import instance_answer_headers, request_headers
 from agent.http.limits import Limits, UpstreamLimits
 from agent.http.message import Header, ResponseHead
 from agent.http.pool import Pool
 from agent.http.relay import RelayOutcome
-from agent.http.server import Handler, Server, serve
+from agent.http.server import Server, serve
+from agent.http.upstream import UpstreamConnection
 
 REQUEST_ID = "1-67a59f35-150c1267-f381ba1c085c"
 PATIENCE_S = 10.0
@@ -198,7 +200,7 @@ class Relay:
     server: Server
     pool: Pool
     results: asyncio.Queue[ForwardResult]
-    hooks: list[str]
+    last_bytes: list[float]  # one entry a call of `on_last_byte`
     exchanges: list[Exchange]
 
     async def result(self) -> ForwardResult:
@@ -219,12 +221,12 @@ async def relay(
     response_filter: Callable[[ResponseHead], list[Header] | None] | None = None,
     expect: bool = False,
     keep_body_bytes: int | None = None,
-    late_headers: LateHeaders | None = None,
+    deferred_headers: DeferredHeaders | None = None,
 ) -> AsyncIterator[Relay]:
     loop = asyncio.get_running_loop()
     pool = Pool("127.0.0.1", port, upstream_limits or UpstreamLimits())
     results: asyncio.Queue[ForwardResult] = asyncio.Queue()
-    hooks: list[str] = []
+    last_bytes: list[float] = []
     exchanges: list[Exchange] = []
 
     async def handler(exchange: Exchange) -> None:
@@ -240,10 +242,8 @@ async def relay(
             response_filter=response_filter or (lambda head: instance_answer_headers(head.headers)),
             body=body,
             expect=expect,
-            late_headers=late_headers,
-            on_first_byte_sent=lambda: hooks.append("sent"),
-            on_first_byte=lambda: hooks.append("first"),
-            on_last_byte=lambda: hooks.append("last"),
+            deferred_headers=deferred_headers,
+            on_last_byte=lambda: last_bytes.append(loop.time()),
         )
         results.put_nowait(result)
         if result.outcome is RelayOutcome.HELD:
@@ -253,9 +253,14 @@ async def relay(
 
     async with serving(handler, limits) as server:
         try:
-            yield Relay(server, pool, results, hooks, exchanges)
+            yield Relay(server, pool, results, last_bytes, exchanges)
         finally:
             pool.close()
+
+
+def paused(connections: Iterable[ServerConnection | UpstreamConnection]) -> bool:
+    """True if the engine has stopped reading at least one of them."""
+    return any(not connection.transport.is_reading() for connection in connections)
 
 
 async def eventually(condition: Callable[[], bool]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.http.rig import Wire, answering, connect, eventually, relay, upstream
+from tests.http.rig import Wire, answering, connect, eventually, paused, relay, upstream
 from tests.http.test_forward import OK
 from tests.http.test_server import HOST, get
 
@@ -25,7 +25,7 @@ async def test_a_slow_client_holds_the_upstream_back() -> None:
         client = await connect(r.server.port, buffer_bytes=1024)
         await client.send(get(b"/"))
         await client.head()
-        await eventually(lambda: r.pool.reading_pauses > 0)
+        await eventually(lambda: paused(r.pool.connections))
         (connection,) = r.server.connections
         high = 65536 + 2 * 2**18  # the limit, and what two reads may bring before the pause works
         assert connection.transport.get_write_buffer_size() < high
@@ -53,7 +53,7 @@ async def test_a_slow_upstream_holds_the_client_back() -> None:
         client = await r.client()
         client.send_blindly(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % size + b"x" * size)
         await eventually(lambda: any(not connection.writable for connection in r.pool.connections))
-        assert r.server.reading_pauses > 0
+        assert paused(r.server.connections)
         (connection,) = r.pool.connections
         assert connection.transport.get_write_buffer_size() < 65536 + 2 * 2**18
         go.set()
@@ -75,7 +75,7 @@ async def test_a_body_nobody_takes_yet_is_kept_up_to_the_limit() -> None:
         r.pool.acquire = slow  # type: ignore[method-assign]
         client = await r.client()
         client.send_blindly(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % size + b"x" * size)
-        await eventually(lambda: r.server.reading_pauses > 0)
+        await eventually(lambda: paused(r.server.connections))
         assert r.exchanges[0]._buffered < 65536 + 2 * 2**18
         gate.set_result(None)
         assert (await client.message())[2] == b"ok"

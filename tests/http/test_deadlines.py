@@ -22,26 +22,26 @@ class Member:
 async def test_whose_deadline_passed_expires_once_and_not_early() -> None:
     loop = asyncio.get_running_loop()
     members = [Member(), Member(), Member()]
-    sweep = DeadlineTimer(loop, members, 0.001)
+    timer = DeadlineTimer(loop, members, 0.001)
     for member, delay in zip(members, (0.03, 0.01, NEVER), strict=True):
         member.deadline = loop.time() + delay
-        sweep.note(member.deadline)
+        timer.schedule(member.deadline)
     promised = members[0].deadline
     await eventually(lambda: bool(members[0].expired))
     assert members[0].expired[0] >= promised
     assert [len(member.expired) for member in members] == [1, 1, 0]
-    sweep.stop()
+    timer.stop()
 
 
 async def test_a_deadline_that_moves_on_does_not_expire() -> None:
     loop = asyncio.get_running_loop()
     busy, idle = Member(), Member()
-    sweep = DeadlineTimer(loop, [busy, idle], 0.001)
+    timer = DeadlineTimer(loop, [busy, idle], 0.001)
     busy.deadline = loop.time() + 0.01
-    sweep.note(busy.deadline)
+    timer.schedule(busy.deadline)
     busy.deadline = loop.time() + 1000
     idle.deadline = loop.time() + 0.03
-    sweep.note(idle.deadline)
+    timer.schedule(idle.deadline)
     await eventually(lambda: bool(idle.expired))
     assert not busy.expired
-    sweep.stop()
+    timer.stop()

@@ -34,19 +34,18 @@ async def test_a_request_there_and_back() -> None:
             b"ok",
         )
         result = await r.result()
-        assert (result.outcome, result.head_status, result.bytes_sent_upstream) == (RelayOutcome.COMPLETE, 201, True)
-        assert (result.request_body_bytes, result.response_body_bytes, result.reused) == (5, 2, False)
-        assert r.hooks == ["sent", "first", "last"]
+        assert (result.outcome, result.head_status) == (RelayOutcome.COMPLETE, 201)
+        assert (result.request_body_bytes, result.response_body_bytes) == (5, 2)
+        assert len(r.last_bytes) == 1
     assert seen == [(0, {b"": b"POST /p?q=1 HTTP/1.1", b"host": b"f", b"x-b": b"c", b"content-length": b"5"}, b"hello")]
 
 
 async def test_connections_are_kept_on_both_sides() -> None:
     async with upstream(answering(OK)) as up, relay(up.port) as r:
         client = await r.client()
-        for number in range(20):
+        for _ in range(20):
             await client.send(get(b"/"))
             assert (await client.message())[2] == b"ok"
-            assert (await r.result()).reused is (number > 0)
         assert up.connections == 1
 
 
@@ -216,10 +215,11 @@ async def test_100_continue_comes_once_the_upstream_is_connected() -> None:
 @pytest.mark.parametrize("kept", [None, 64])
 async def test_expect_towards_the_upstream(kept: int | None) -> None:
     """The gateway's side: the body goes only after the ingress has said 100, kept or streamed."""
-    granted = asyncio.Event()
+    asked, granted = asyncio.Event(), asyncio.Event()
 
     async def script(wire: Wire) -> None:
         _, headers = await wire.head()
+        asked.set()
         assert headers[b"expect"] == b"100-continue"
         assert headers[b"content-length"] == b"5"
         await granted.wait()
@@ -231,7 +231,7 @@ async def test_expect_towards_the_upstream(kept: int | None) -> None:
         client = await r.client()
         await client.send(b"POST /a HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n")
         if kept is None:
-            await eventually(lambda: r.hooks == ["sent"])
+            await asked.wait()
             granted.set()
         assert (await client.head())[0] == 100
         await client.send(b"hello")
@@ -255,7 +255,6 @@ async def test_a_held_answer_leaves_the_body_for_another_try() -> None:
         assert (await client.message())[2] == b"held"  # the rig's answer, not the upstream's
         result = await r.result()
         assert (result.outcome, result.head_status, result.request_body_bytes) == (RelayOutcome.HELD, 503, 0)
-        assert r.exchanges[0].awaits_continue
 
 
 async def test_a_held_answer_that_is_whole_keeps_the_connection() -> None:

@@ -26,8 +26,8 @@ async def test_nobody_listens() -> None:
         status, _, body = await client.message()
         assert (status, json.loads(body)["Code"]) == (503, "UpstreamConnectFailed")
         result = await r.result()
-        assert (result.outcome, result.bytes_sent_upstream) == (RelayOutcome.CONNECT_FAILED, False)
-        assert r.hooks == []
+        assert result.outcome is RelayOutcome.CONNECT_FAILED
+        assert r.last_bytes == []
         await client.send(get(b"/"))  # the client's connection is as good as before
         assert (await client.message())[0] == 503
 
@@ -58,8 +58,8 @@ async def test_an_upstream_without_an_answer(reply: bytes) -> None:
         closed = reply in (b"", b"HTTP/1.1 200 OK\r\nContent-")
         assert (status, json.loads(body)["Code"]) == (502, "UpstreamBroken" if closed else "UpstreamNotHttp")
         result = await r.result()
-        assert (result.outcome, result.bytes_sent_upstream) == (RelayOutcome.UPSTREAM_FAILED_BEFORE_HEAD, True)
-        assert (r.hooks[0], r.hooks[-1]) == ("sent", "last")
+        assert result.outcome is RelayOutcome.UPSTREAM_FAILED_BEFORE_HEAD
+        assert len(r.last_bytes) == 1
         await eventually(lambda: not r.pool.connections)
 
 
@@ -89,7 +89,7 @@ async def test_an_upstream_that_dies_in_mid_body(reply: bytes) -> None:
             assert not rest.endswith(b"0\r\n\r\n")
         result = await r.result()
         assert (result.outcome, result.head_status) == (RelayOutcome.UPSTREAM_FAILED_MID_BODY, 200)
-        assert r.hooks == ["sent", "first", "last"]
+        assert len(r.last_bytes) == 1
 
 
 async def test_an_http10_client_gets_a_reset_instead_of_half_a_body() -> None:
@@ -159,7 +159,7 @@ async def test_the_deadline_closes_the_upstream(reply: bytes, outcome: RelayOutc
             status, _, body = await client.message()
             assert (status, json.loads(body)["Code"]) == (504, "UpstreamTimeout")
         assert (await r.result()).outcome is outcome
-        assert r.hooks[-1] == "last"
+        assert len(r.last_bytes) == 1
         async with asyncio.timeout(PATIENCE_S):
             await closed.wait()
 
@@ -184,7 +184,7 @@ async def test_a_client_that_leaves_cancels_the_upstream(reply: bytes) -> None:
         client.close()
         await closed.wait()
         assert (await r.result()).outcome is RelayOutcome.CLIENT_GONE
-        assert r.hooks[-1] == "last"
+        assert len(r.last_bytes) == 1
 
 
 async def test_a_client_that_leaves_in_mid_upload() -> None:
@@ -216,15 +216,17 @@ async def test_a_client_that_leaves_in_mid_upload() -> None:
 async def test_a_request_body_that_goes_bad(rest: bytes, limits: Limits, status: int) -> None:
     """The upstream never sees an end of it."""
     upstream_saw: asyncio.Queue[bytes] = asyncio.Queue()
+    began = asyncio.Event()
 
     async def script(wire: Wire) -> None:
         await wire.head()
+        began.set()
         upstream_saw.put_nowait(await wire.rest())
 
     async with upstream(script) as up, relay(up.port, limits=limits) as r, asyncio.timeout(PATIENCE_S):
         client = await r.client()
         await client.send(CHUNKED_POST + b"4\r\ngood\r\n")
-        await eventually(lambda: r.hooks == ["sent"])
+        await began.wait()
         await client.send(rest)
         answer, headers, _ = await client.message()
         assert (answer, headers[b"connection"]) == (status, b"close")
@@ -253,4 +255,4 @@ async def test_a_fault_of_the_filter_reaches_the_callers_hands() -> None:
         await client.send(get(b"/"))
         assert (await client.message())[0] == 500
         assert isinstance(faults[0], ValueError)
-        assert r.hooks == ["sent", "first", "last"]
+        assert len(r.last_bytes) == 1

@@ -309,7 +309,7 @@ async def test_a_silent_host_is_given_up_but_not_one_that_leaves_a_streamed_body
         assert _user_timeout_ms(connection) == 10_000
         probes = [_option(connection, option) for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)]
         assert probes == [1, 1], "silence counts from the last that was heard: an idle peer is asked often"
-        connection.be_patient()
+        connection.allow_silence()
         assert _user_timeout_ms(connection) == 0
         assert _option(connection, socket.TCP_KEEPCNT) == 10, "as patient with a cut as others"
         pool.release(connection)

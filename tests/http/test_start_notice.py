@@ -65,7 +65,7 @@ async def test_a_notice_stays_in_the_kernel_until_there_is_something_that_somebo
         corked.append(option(exchange))
         exchange.send_continue()
         corked.append(option(exchange))
-        await exchange.read_body(100)
+        await exchange.buffer_body(100)
         exchange.send_processing()
         corked.append(option(exchange))
         await exchange.answer(200, [], b"ok")

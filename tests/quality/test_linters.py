@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +30,32 @@ def test_types_hold(lint: Lint) -> None:
 
 def test_layers_hold(lint: Lint, tool: Callable[[str], str]) -> None:
     lint(tool("lint-imports"), "--no-logo", "--no-cache", fix="agent/ARCHITECTURE.md says who may import whom")
+
+
+@pytest.mark.parametrize("back", ["import agent.core.one", "if TYPE_CHECKING:\n    import agent.core.one"])
+def test_a_circle_between_modules_is_found(back: str, tmp_path: Path, root: Path, tool: Callable[[str], str]) -> None:
+    """The project's own contract, on a package with a circle planted in it: also one that only type checkers see."""
+    contracts = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (circles,) = [one for one in contracts if one["type"] == "acyclic_siblings"]
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.importlinter]\nroot_packages = ["agent"]\n\n[[tool.importlinter.contracts]]\n'
+        f'name = "circles"\ntype = "acyclic_siblings"\nancestors = {circles["ancestors"]}\ndepth = {circles["depth"]}\n'
+    )
+    core = tmp_path / "agent" / "core"
+    core.mkdir(parents=True)
+    for empty in (core.parent / "__init__.py", core / "__init__.py"):
+        empty.write_text("")
+    (core / "one.py").write_text("import agent.core.two\n")
+
+    def lint(two: str) -> subprocess.CompletedProcess[str]:
+        (core / "two.py").write_text(two)
+        command = [tool("lint-imports"), "--no-logo", "--no-cache"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=50, check=False)
+
+    fine, circle = lint(""), lint(f"from typing import TYPE_CHECKING\n\n{back}\n")
+    assert fine.returncode == 0, fine.stdout + fine.stderr
+    assert circle.returncode == 1, circle.stdout + circle.stderr
+    assert "No cycles are allowed in agent.core" in circle.stdout
 
 
 def test_protos_follow_the_standard(lint: Lint, tool: Callable[[str], str], root: Path) -> None:

@@ -8,21 +8,8 @@ from pathlib import Path
 import pytest
 
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
-from tests.fakes import postgresql
 from tests.fakes.clock import FakeClock
 from tests.fakes.postgresql import PostgreSQL
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[PostgreSQL]:
-    """A server for all tests of this process."""
-    if why := postgresql.missing():
-        pytest.skip(why)
-    server = PostgreSQL()
-    try:
-        yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

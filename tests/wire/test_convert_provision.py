@@ -52,8 +52,9 @@ def test_the_seed_s_policy_is_taken_exactly() -> None:
     (policy,) = found.policies
     start, end = (parse_time(f"2024-07-{day}T16:00:00Z", UTC) for day in ("01", "30"))
     assert (policy.name, policy.window) == ("scaling-policy-demo", ActiveWindow(start, end))
-    assert (policy.metric, policy.goal) == (Metric.CONCURRENCY, Fraction(3, 10)), "not the nearest binary fraction"
-    assert (policy.least, policy.most) == (2, 30)
+    assert policy.metric is Metric.CONCURRENCY
+    assert policy.metric_target == Fraction(3, 10), "not the nearest binary fraction"
+    assert (policy.min_capacity, policy.max_capacity) == (2, 30)
     (action,) = found.actions
     assert action.window.start_ns == parse_time("2024-06-30T16:00:00Z", UTC), "midnight in Shanghai"
 

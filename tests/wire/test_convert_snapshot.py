@@ -9,7 +9,7 @@ import pytest
 from agent.core.snapshots import CapabilityLine, GpuSnapshot, InstanceSnapshot, NodeSnapshot
 from agent.core.types import SECOND_NS, FunctionSpec, Gpu, GpuSample, InstanceState
 from agent.v1 import types_pb2
-from agent.wire.convert_load import gpu_from_proto, instance_of_load
+from agent.wire.convert_load import instance_of_load
 from agent.wire.convert_snapshot import instance_load, instance_to_proto, node_load, node_to_proto, registration
 from agent.wire.json_view import to_json
 
@@ -121,7 +121,7 @@ def test_a_node_and_its_registration_say_the_same() -> None:
     assert len(shared) >= 12
     for name in shared:
         assert getattr(node, name) == getattr(first, name), name
-    assert [gpu_from_proto(gpu) for gpu in node.gpus] == [snapshot.gpu for snapshot in NODE.gpus]
+    assert [(gpu.uuid, gpu.index) for gpu in node.gpus] == [(one.gpu.uuid, one.gpu.index) for one in NODE.gpus]
 
 
 def test_the_scheduler_is_told_whether_instances_move() -> None:

@@ -19,7 +19,7 @@ from agent.core.errors import (
     UnsupportedError,
 )
 from agent.wire.status import (
-    CODE_OF_KIND,
+    CODE_OF_CLASS,
     DETAILS_KEY,
     DOMAIN,
     code_of,
@@ -80,7 +80,7 @@ def test_each_kind_travels(name: str) -> None:
 
 
 def test_each_code_stands_for_one_kind() -> None:
-    assert len(set(CODE_OF_KIND.values())) == len(CODE_OF_KIND)
+    assert len(set(CODE_OF_CLASS.values())) == len(CODE_OF_CLASS)
 
 
 def test_the_reason_is_in_error_info() -> None:

@@ -10,7 +10,7 @@ from agent.cli.commands.ps import list_fleet
 from agent.cli.console.output import note, warn
 from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S
 from agent.core.errors import DeadlineError, NotFoundError, PreconditionError, UnavailableError
-from agent.core.provisioning.reconcile import parse_request_id
+from agent.core.provisioning.model import parse_request_id
 from agent.v1 import function_service_pb2, scheduler_service_pb2, types_pb2
 from agent.wire.clients import DaemonChannel
 

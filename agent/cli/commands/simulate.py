@@ -109,8 +109,8 @@ def simulate(
       hibernode simulate access.csv --svg savings.svg -o json | jq '.runs[] | {policy, p99_s, cost}'
     """
     from agent.simulator.plan import SimulatedPolicy, SimulationPlan  # imported here: --help needs none of it
+    from agent.simulator.simulation import Simulation
     from agent.simulator.trace import read_trace
-    from agent.simulator.world import World
 
     if len(policies) * len(freezes) > MAX_RUNS:
         raise click.UsageError(f"{len(policies) * len(freezes)} runs are more than {MAX_RUNS}; choose fewer")
@@ -144,7 +144,7 @@ def simulate(
     began, outcomes = time.monotonic(), []
     for number, plan in enumerate(plans, 1):
         with blocking_progress(f"run {number} of {len(plans)}: {_label(plan)}"):
-            outcomes.append(World(plan).run(functions, read_trace(trace)))
+            outcomes.append(Simulation(plan).run(functions, read_trace(trace)))
     took_s = time.monotonic() - began
     if picture is not None:
         from agent.simulator.plot import svg

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agent.core.gpus.capabilities import ASK_THE_KERNEL
+from agent.core.gpus.capabilities import CHECK_KERNEL_LOG
 from agent.core.snapshots import CapabilityLine
 from agent.core.types import GIB
 
@@ -42,7 +42,7 @@ def gpu_lines(config: Path | None) -> tuple[int, list[CapabilityLine]]:
     answer, said = _ask(command if config is None else [*command, "--config", str(config)])
     if answer is None:
         text = f"the driver does not answer within {LOOK_DEADLINE_S:g} s"
-        return 0, [CapabilityLine("driver", "FAIL", text, ASK_THE_KERNEL)]
+        return 0, [CapabilityLine("driver", "FAIL", text, CHECK_KERNEL_LOG)]
     try:
         document: dict[str, Any] = json.loads(answer.splitlines()[-1])
         lines = [CapabilityLine(**check) for check in document["checks"]]

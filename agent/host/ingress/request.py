@@ -137,7 +137,7 @@ class ProxiedRequest:
     def end(self) -> None:
         """Stop all that is under way, and give the slot back."""
         if self._relay is not None:
-            self._relay.give_up()
+            self._relay.cancel()
         self.leave()
 
     # ---- inside -------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class ProxiedRequest:
             self._headers,
             deadline=exchange.loop.time() + actor.function.timeout_ns / SECOND_NS,
             response_filter=self._answer_headers,
-            late_headers=(lambda: self._log_headers(END_WAIT_S)) if self.wants_log else None,
+            deferred_headers=(lambda: self._log_headers(END_WAIT_S)) if self.wants_log else None,
             on_last_byte=self.leave,
         )
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.cuda.checkpointers import HostCheckpointer, NoCheckpointer, choose
+from agent.adapters.cuda.checkpointers import WORKERS_DOWN, HostCheckpointer, NoCheckpointer, choose_checkpointer
 from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer
 from agent.adapters.cuda.utility_checkpointer import UtilityCheckpointer
-from agent.adapters.freezer.limits import WORKERS_DOWN
 from agent.core.errors import ConfigError, UnavailableError
 from agent.core.gpus.capabilities import HostFacts, find_capabilities
 from agent.core.types import GIB, MIB, Gpu
@@ -55,7 +54,7 @@ async def test_what_is_chosen_freezes_and_wakes(driver: Callable[[str], Emulated
     settings = GpuSettings(utility_path=program)
     found = find_capabilities(facts(profile, settings, persistence=profile == "555", utility=program))
     assert found.idle_mode
-    checkpointer = choose(found, settings, environment=nvidia.environment)
+    checkpointer = choose_checkpointer(found, settings, environment=nvidia.environment)
     await checkpointer.start()
     assert type(checkpointer) is (UtilityCheckpointer if profile == "555" else DriverCheckpointer)
     instances = CudaInstances(nvidia.environment)
@@ -73,7 +72,9 @@ async def test_without_cuinit_the_target_of_a_restore_would_have_died(
     """So that the test above shows something (NVIDIA/cuda-checkpoint issue 25)."""
     nvidia = driver("580")
     settings = GpuSettings()
-    checkpointer = choose(find_capabilities(facts("580", settings)), settings, environment=nvidia.environment)
+    checkpointer = choose_checkpointer(
+        find_capabilities(facts("580", settings)), settings, environment=nvidia.environment
+    )
     await checkpointer.start()
     instances = CudaInstances(nvidia.environment)
     target, _ = instances.start("cuda", MIB)
@@ -86,7 +87,7 @@ async def test_without_cuinit_the_target_of_a_restore_would_have_died(
 
 async def test_a_host_that_can_not_checkpoint_says_why_and_begins_nothing() -> None:
     settings = GpuSettings()
-    checkpointer: HostCheckpointer = choose(find_capabilities(facts("535", settings)), settings)
+    checkpointer: HostCheckpointer = choose_checkpointer(find_capabilities(facts("535", settings)), settings)
     assert isinstance(checkpointer, NoCheckpointer)
     with pytest.raises(UnavailableError, match="install driver 580") as refused:
         await checkpointer.start()
@@ -100,7 +101,7 @@ async def test_a_host_that_can_not_checkpoint_says_why_and_begins_nothing() -> N
 async def test_a_program_that_went_away_after_the_look_is_an_error_of_the_configuration(tmp_path: Path) -> None:
     settings = GpuSettings(checkpointer="utility", utility_path=str(tmp_path / "gone"))
     found = find_capabilities(facts("555", settings, utility=settings.utility_path))
-    checkpointer = choose(found, settings)
+    checkpointer = choose_checkpointer(found, settings)
     with pytest.raises(ConfigError, match="utility_path"):
         await checkpointer.start()
 
@@ -110,4 +111,4 @@ async def test_where_something_else_forbids_idle_mode_the_driver_can_still_be_as
     settings = GpuSettings()
     found = find_capabilities(HostFacts("580.1", [T4], 0, "x86_64", 13000, mps=True))
     assert not found.idle_mode
-    assert isinstance(choose(found, settings), DriverCheckpointer)
+    assert isinstance(choose_checkpointer(found, settings), DriverCheckpointer)

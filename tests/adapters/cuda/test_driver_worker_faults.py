@@ -18,6 +18,7 @@ from agent.adapters.cuda.driver_worker_process import WorkerOptions
 from agent.adapters.cuda.result_codes import explain
 from agent.core.types import MIB
 from agent.ports import CudaCall, CudaFault, CudaOp, CudaState
+from tests.fakes.driver_callers import worker_pids
 
 STATE, LOCK, CHECKPOINT, RESTORE, UNLOCK = CudaOp
 CRASHES = 666
@@ -173,18 +174,18 @@ async def test_the_locks_timeout_reaches_the_driver(start: Start, calls: Callabl
 
 async def test_a_crash_inside_libcuda_costs_a_worker_and_says_so(start: Start) -> None:
     pool = await start()
-    first = pool.worker_pids[0]
+    first = worker_pids()[0]
     reply = await pool.run([CudaCall(STATE, 7), CudaCall(LOCK, CRASHES)], 5.0)
     assert (reply.fault, reply.reason) == (CudaFault.LOST, "DRIVER_OPERATION_LOST")
     assert "SIGSEGV" in reply.message
     assert (await pool.run(cycle(), 5.0)).ok
-    assert pool.worker_pids[0] != first
+    assert worker_pids()[0] != first
 
 
 async def test_a_crash_leaves_no_core_in_the_root_directory(start: Start) -> None:
     """A worker's working directory is /, and it may crash again and again."""
-    pool = await start()
-    limits = Path(f"/proc/{pool.worker_pids[0]}/limits").read_text()  # noqa: ASYNC240
+    await start()
+    limits = Path(f"/proc/{worker_pids()[0]}/limits").read_text()  # noqa: ASYNC240
     (line,) = [line for line in limits.splitlines() if line.startswith("Max core file size")]
     assert line.split()[4:6] == ["0", "0"]
 
@@ -192,7 +193,7 @@ async def test_a_crash_leaves_no_core_in_the_root_directory(start: Start) -> Non
 async def test_a_worker_is_small(start: Start) -> None:
     pool = await start()
     assert (await pool.run(cycle(), 5.0)).ok
-    assert psutil.Process(pool.worker_pids[0]).memory_info().rss < 24 * MIB
+    assert psutil.Process(worker_pids()[0]).memory_info().rss < 24 * MIB
 
 
 # ---- many deaths ----------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ async def die(pool: DriverCheckpointer, times: int) -> None:
     for turn in range(times):
         assert (await pool.run([CudaCall(STATE, 7)], 10.0)).ok
         if turn % 2:
-            kill_dead(pool.worker_pids[0])
+            kill_dead(worker_pids()[0])
         else:
             assert (await pool.run([CudaCall(LOCK, CRASHES)], 10.0)).fault is CudaFault.LOST
     assert (await pool.run([CudaCall(STATE, 7)], 10.0)).ok

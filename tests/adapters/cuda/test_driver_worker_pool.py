@@ -14,6 +14,7 @@ from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer, PoolLimi
 from agent.adapters.cuda.driver_worker_process import WorkerOptions
 from agent.core.errors import UnavailableError
 from agent.ports import CudaCall, CudaFault, CudaOp, CudaReply, CudaState
+from tests.fakes.driver_callers import worker_pids
 
 # What the process of each pid does to the worker that is asked about it.
 FINE, REFUSES, HANGS, ENDS_WORKER, TALKS_NONSENSE, WAITS, IS_FORGOTTEN = 1, 2, 3, 4, 5, 6, 7
@@ -109,11 +110,11 @@ async def test_a_batch_ends_at_its_first_failure(start: Start) -> None:
 @pytest.mark.parametrize("pid", [HANGS, ENDS_WORKER, TALKS_NONSENSE, IS_FORGOTTEN])
 async def test_a_lost_worker_costs_its_batch_and_is_replaced(start: Start, pid: int) -> None:
     pool = await start()
-    first = pool.worker_pids[0]
+    first = worker_pids()[0]
     reply = await pool.run(states(pid), 0.1)
     assert (reply.fault, reply.reason) == (CudaFault.LOST, "DRIVER_OPERATION_LOST")
     assert (await pool.run(states(FINE), 5)).ok
-    assert pool.worker_pids[0] != first
+    assert worker_pids()[0] != first
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
 
@@ -126,7 +127,7 @@ async def test_fewer_answers_than_calls_are_no_success(start: Start) -> None:
 
 async def test_a_worker_killed_while_idle_is_replaced_and_its_batch_given_to_the_next(start: Start) -> None:
     pool = await start()
-    kill_dead(pool.worker_pids[0])
+    kill_dead(worker_pids()[0])
     assert (await pool.run(states(FINE), 5)).ok
 
 
@@ -149,12 +150,12 @@ async def test_a_worker_that_survives_sigkill_is_abandoned_and_its_gpus_reported
     reported: list[tuple[str, ...]] = []
     # A signal that does nothing stands for SIGKILL on a process stuck in the kernel.
     pool = await start(kill_signal=signal.SIGURG, on_stuck=lambda uuids: reported.append(tuple(uuids)))
-    stuck = pool.worker_pids[0]
+    stuck = worker_pids()[0]
     reply = await pool.run(states(HANGS), 0.05, ["GPU-a"])
     assert reply.fault is CudaFault.STUCK
     assert reported == [("GPU-a",)]
     assert (await pool.run(states(FINE), 5)).ok
-    assert pool.worker_pids[0] != stuck
+    assert set(worker_pids()) > {stuck}
     await end_and_collect(stuck)
 
 
@@ -244,14 +245,14 @@ async def test_workers_that_fail_again_and_again_rest_until_there_is_work(start:
     down = await pool.run(states(FINE), 5)
     assert (down.fault, down.reason) == (CudaFault.NOT_BEGUN, "DRIVER_WORKERS_DOWN")
     assert "libcuda.so.1" in down.message
-    assert list(pool.worker_pids) == []
+    assert worker_pids() == []
     driver_is_back.touch()
     assert (await pool.run(states(FINE), 5)).ok
 
 
 async def test_a_closed_pool_takes_no_work_and_leaves_no_process(start: Start) -> None:
     pool = await start(limits=PoolLimits(workers=3))
-    pids = list(pool.worker_pids)
+    pids = worker_pids()
     await pool.close()
     assert (await pool.run(states(FINE), 5)).reason == "DRIVER_WORKERS_DOWN"
     for pid in pids:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 from structlog.testing import capture_logs
 
-from agent.adapters.daemon import scheduler_link
+from agent.adapters.daemon import scheduler_link, usage_upload
 from agent.adapters.daemon.scheduler_link import SchedulerLink
 from agent.core.errors import UnavailableError
 from agent.core.types import SECOND_NS, Hook, Hooks, InstanceState
@@ -148,7 +148,7 @@ async def test_one_that_wakes_is_told_when_it_is_awake_or_else_a_little_later(mo
         began = asyncio.get_running_loop().time()
         actor.wake(0, line.world.clock.monotonic_ns() + SECOND_NS)
         await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RESTORING))
-        assert asyncio.get_running_loop().time() - began >= scheduler_link.ON_ITS_WAY_S
+        assert asyncio.get_running_loop().time() - began >= scheduler_link.WAKE_REPORT_DELAY_S
         line.world.freezer.release("wake")
         line.scheduler.heard.clear()
         await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RUNNING))
@@ -248,7 +248,7 @@ async def test_windows_are_uploaded_until_acknowledged() -> None:
         line.scheduler.acknowledge = 1 << 30
         sealed = {(w.instance_uid, w.seq) for w in await line.world.store.read_windows() if w.sealed}
         await eventually(lambda: line.world.store._acknowledged >= sealed)
-        assert await line.link.upload_once() is False, "nothing is sent twice"
+        assert await line.link.usage.upload_once() is False, "nothing is sent twice"
 
 
 async def test_windows_bear_the_name_of_the_credential() -> None:
@@ -269,14 +269,14 @@ async def test_windows_of_before_wait_for_the_name_of_the_credential() -> None:
         observer = observer_of(line.world)
         observer.identity = replace(observer.identity, name="a-host-name")
         before_it_connects = SchedulerLink(line.link._channel, observer, line.world.node.actors, line.world.store, 0.01)
-        await before_it_connects.upload_once()
+        await before_it_connects.usage.upload_once()
         await eventually(lambda: ("i-before", 0) in line.world.store._acknowledged)
         assert line.scheduler.nodes == {"n1"}
 
 
 async def test_windows_that_are_refused_are_put_aside_and_the_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that was renamed: its old windows stand before all others, and more of them than one upload takes."""
-    monkeypatch.setattr(scheduler_link, "UPLOAD_BATCH", 2)
+    monkeypatch.setattr(usage_upload, "UPLOAD_BATCH", 2)
     old = [window("i-a-old", seq) for seq in range(5)]
     async with a_line(refuses="i-a-old") as line:
         await line.world.store.upsert_windows([*old, window("i-new", 0)])

@@ -13,6 +13,7 @@ import pytest
 from agent.core.types import MIB
 from agent.ports import Condition, Outcome
 from tests.adapters.freezer.host import SIZE, Host, freeze
+from tests.fakes.driver_callers import worker_pids
 from tests.fakes.emulated_driver import CudaTarget
 
 
@@ -139,7 +140,7 @@ async def test_workers_killed_behind_our_back_cost_nothing_but_time(host: Host) 
     target, handle = host.instances.start("bert-9", SIZE)
     freezer = host.freezer()
     await freeze(freezer, handle)
-    kill_dead(host.checkpointer.worker_pids)
+    kill_dead(worker_pids())
     assert (await freezer.wake(handle, {})).outcome is Outcome.OK
     assert target.verify()
     freezer.forget(handle)

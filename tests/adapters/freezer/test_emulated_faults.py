@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 from agent.adapters.freezer.freezer import CudaFreezer
-from agent.adapters.freezer.limits import FreezerLimits
-from agent.core.types import MIB, Handle
+from agent.adapters.freezer.limits import freezer_limits
+from agent.config import Duration
+from agent.core.types import MIB, SECOND_NS, Handle
 from agent.ports import Condition, FreezeResult, Outcome
+from agent.settings import GpuSettings
 from tests.adapters.freezer.host import SIZE, Host, freeze
+from tests.fakes.driver_callers import worker_pids
 from tests.fakes.emulated_driver import CudaTarget
 
-HASTY = FreezerLimits.for_timeouts(0.2, 1.0)
+HASTY = freezer_limits(GpuSettings(lock_timeout_ns=Duration(SECOND_NS // 5), operation_timeout_ns=Duration(SECOND_NS)))
 OK, REFUSED, BROKEN = Outcome.OK, Outcome.REFUSED, Outcome.BROKEN
 
 
@@ -188,11 +191,11 @@ async def test_a_hang_ends_at_its_deadline_and_leaves_no_lock(host: Host, operat
     target, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer(HASTY)
     host.nvidia.control.fault(operation, "HANG")
-    workers = set(host.checkpointer.worker_pids)
+    workers = set(worker_pids())
     freezing = asyncio.create_task(attempt(freezer, handle))
     hung = await until_hung(host, target.pid)
     assert hung == [operation]
-    while workers <= set(host.checkpointer.worker_pids):  # noqa: ASYNC110 - until the caller has been killed
+    while workers <= set(worker_pids()):  # noqa: ASYNC110 - until the caller has been killed
         await asyncio.sleep(0.01)
     host.nvidia.control.clear_faults()
     async with asyncio.timeout(10):

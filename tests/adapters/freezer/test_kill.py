@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from agent.adapters.freezer.limits import FreezerLimits
+from agent.adapters.freezer.limits import FreezerLimits, freezer_limits
+from agent.config import Duration
 from agent.core.errors import DeadlineError
+from agent.core.types import SECOND_NS
 from agent.ports import Condition, CudaOp, CudaState, Outcome
+from agent.settings import GpuSettings
 from tests.adapters.freezer.world import LIMITS, World
 from tests.fakes.checkpointer import Fault
 
@@ -74,7 +77,7 @@ async def test_it_never_raises(world: World, fault: Fault) -> None:
 
 
 async def test_a_driver_that_does_not_answer_delays_a_kill_by_its_bound_only(world: World) -> None:
-    freezer = world.restarted(replace(LIMITS, kill_s=0.05, state_s=30.0))
+    freezer = world.restarted(replace(LIMITS, prepare_kill_s=0.05, state_query_s=30.0))
     await freezer.condition(world.handle)
 
     async def never(calls, deadline_s, gpu_uuids=()):  # type: ignore[no-untyped-def]
@@ -132,13 +135,23 @@ async def test_a_freeze_that_failed_claims_nothing(world: World) -> None:
 
 
 def test_the_default_configuration_means_the_default_limits() -> None:
-    assert FreezerLimits.for_timeouts(5.0, 120.0) == FreezerLimits(copy_base_s=120.0)
+    assert freezer_limits(GpuSettings()) == FreezerLimits(lock_timeout_s=10.0, copy_base_s=120.0)
 
 
 def test_a_short_operation_timeout_makes_everything_short() -> None:
-    limits = FreezerLimits.for_timeouts(0.2, 1.0, migrates=True, several_processes_on_several_gpus=True)
-    waits = [limits.state_s, limits.answer_s, limits.settle_s, limits.vram_gone_s, limits.cgroup_s, limits.kill_s]
+    settings = GpuSettings(
+        lock_timeout_ns=Duration(SECOND_NS // 5), operation_timeout_ns=Duration(SECOND_NS), multi_process_multi_gpu=True
+    )
+    limits = freezer_limits(settings, migrates=True)
+    waits = [
+        limits.state_query_s,
+        limits.driver_call_s,
+        limits.rollback_s,
+        limits.vram_gone_s,
+        limits.cgroup_s,
+        limits.prepare_kill_s,
+    ]
     assert max(waits) <= 1.0
-    assert limits.room_patience_s <= 0.1
+    assert limits.memory_query_s <= 0.1
     assert limits.copy_base_s + limits.unknown_image_bytes / limits.copy_bytes_per_s < 5
     assert (limits.migrates, limits.several_processes_on_several_gpus) == (True, True)

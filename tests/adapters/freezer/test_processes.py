@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from agent.adapters.cuda.processes import MAX_QUESTIONS, living, open_process
+from agent.adapters.cuda.processes import MAX_STATES_PER_BATCH, living, open_process
 from agent.adapters.kernel import process_table
 from agent.ports import CudaOp, CudaState, Outcome
 from tests.adapters.freezer.world import LIMITS, World
@@ -85,11 +85,11 @@ async def test_an_answer_lost_with_a_dying_neighbour_is_asked_for_again(world: W
 
 
 async def test_hundreds_of_processes_are_asked_in_messages_of_bounded_size(world: World) -> None:
-    for _ in range(MAX_QUESTIONS + 6):
+    for _ in range(MAX_STATES_PER_BATCH + 6):
         world.add_process(cuda=False)
     world.driver.processes[max(world.instance.shown)] = FakeCudaProcess()
     await world.freeze()
-    assert max(len(batch) for batch in world.driver.batches) == MAX_QUESTIONS
+    assert max(len(batch) for batch in world.driver.batches) == MAX_STATES_PER_BATCH
     assert world.states() == {CudaState.CHECKPOINTED}
 
 

@@ -89,7 +89,7 @@ async def test_a_silent_nvml_is_waited_for_once_and_not_by_every_wake(
     monkeypatch.setattr(world.gpus, "memory_free", never)
     for _ in range(2):
         await world.freeze()
-        async with asyncio.timeout(LIMITS.room_patience_s + 1):
+        async with asyncio.timeout(LIMITS.memory_query_s + 1):
             assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
     assert asked == 1
 

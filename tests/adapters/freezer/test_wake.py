@@ -179,5 +179,5 @@ async def test_a_checkpoint_still_under_way_is_waited_for(world: World) -> None:
 
 async def test_a_checkpoint_that_never_ends_is_broken(world: World) -> None:
     world.driver.processes[world.main].state = CudaState.CHECKPOINTING
-    hasty = world.restarted(replace(LIMITS, settle_s=0.1))
+    hasty = world.restarted(replace(LIMITS, rollback_s=0.1))
     assert await hasty.condition(world.handle) is Condition.BROKEN

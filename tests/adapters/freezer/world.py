@@ -18,7 +18,9 @@ from tests.fakes.checkpointer import FakeCheckpointer, FakeCudaProcess
 from tests.fakes.gpus import FakeGpus, gpu
 from tests.fakes.process_freezer import FakeProcessFreezer
 
-LIMITS = FreezerLimits(lock_timeout_s=0.2, state_s=0.5, answer_s=1.0, copy_base_s=1.0, vram_gone_s=0.05, settle_s=1.0)
+LIMITS = FreezerLimits(
+    lock_timeout_s=0.2, state_query_s=0.5, driver_call_s=1.0, copy_base_s=1.0, vram_gone_s=0.05, rollback_s=1.0
+)
 
 
 class Instance:

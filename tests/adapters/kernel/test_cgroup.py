@@ -78,9 +78,9 @@ async def test_reread_gives_up_at_the_deadline_and_looks_often_enough() -> None:
         looks += 1
         return False
 
-    assert not await cgroup.reread(never, 0.02)
+    assert not await cgroup.poll_until(never, 0.02)
     assert looks >= 4
-    assert await cgroup.reread(lambda: True, 0.0)
+    assert await cgroup.poll_until(lambda: True, 0.0)
 
 
 @pytest.mark.root
@@ -223,7 +223,7 @@ async def kill_members(freezer: ProcessFreezer, handle: Handle) -> None:
             os.kill(stat.pid, signal.SIGKILL)
         return freezer.state(handle) is FreezerState.GONE
 
-    assert await cgroup.reread(gone, 10.0)
+    assert await cgroup.poll_until(gone, 10.0)
 
 
 async def test_who_is_gone_can_not_be_frozen(frozen_pair: tuple[ProcessFreezer, Handle]) -> None:
@@ -260,12 +260,12 @@ async def test_frozen_from_above_is_frozen_and_a_thaw_says_that_it_failed(slice_
         handle = Handle("resize-a", identity, "127.0.0.1", 9000, str(path))
         freezer = CgroupFreezer()
         cgroup.write_freeze(slice_.path, frozen=True)
-        assert await cgroup.reread(lambda: freezer.is_frozen(handle), 10.0)
+        assert await cgroup.poll_until(lambda: freezer.is_frozen(handle), 10.0)
         with pytest.raises(DeadlineError) as raised:
             await freezer.thaw(handle, deadline_s=0.02)
         assert raised.value.reason == "THAW_TIMEOUT"
         cgroup.write_freeze(slice_.path, frozen=False)
-        assert await cgroup.reread(lambda: freezer.state(handle) is FreezerState.THAWED, 10.0)
+        assert await cgroup.poll_until(lambda: freezer.state(handle) is FreezerState.THAWED, 10.0)
     finally:
         process.kill()
         process.wait(10)

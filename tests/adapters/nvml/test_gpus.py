@@ -63,7 +63,7 @@ async def test_a_hang_costs_one_deadline_and_then_nobody_waits() -> None:
     gpus = NvmlGpus(deadline_s=0.05, session=session)
     with pytest.raises(UnavailableError, match="did not answer"):
         await gpus.processes()
-    with pytest.raises(UnavailableError, match="has not come back"):
+    with pytest.raises(UnavailableError, match="has not returned"):
         await asyncio.wait_for(gpus.list_gpus(), 0.04)  # at once, not after another deadline
     session.go.set()
     async with asyncio.timeout(5):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from agent.adapters.nvml.host_facts import host_facts, look_at_gpus, look_patiently_at_gpus, mps_runs, sees_host_pids
+from agent.adapters.nvml.host_facts import host_facts, mps_runs, sees_host_pids, survey_gpus, survey_gpus_with_retry
 from agent.core.errors import UnavailableError
 from agent.core.gpus.capabilities import NvmlTrouble
 from agent.core.types import GIB, Gpu
@@ -46,7 +46,7 @@ class SickGpus(FakeGpus):
 async def test_an_agent_that_starts_waits_for_a_device_that_fails_but_is_not_lost() -> None:
     gpus = FakeGpus()
     gpus.errors[gpus.gpus[1].uuid] = "failing for a moment"
-    looking = asyncio.create_task(look_patiently_at_gpus(gpus))
+    looking = asyncio.create_task(survey_gpus_with_retry(gpus))
     async with asyncio.timeout(5):
         while "list_gpus" not in gpus.calls:  # noqa: ASYNC110 - until it has looked once
             await asyncio.sleep(0)
@@ -59,12 +59,12 @@ async def test_it_does_not_wait_for_what_is_lost_or_does_not_come_back(error: st
     gpus = FakeGpus()
     gpus.errors[gpus.gpus[1].uuid] = error
     async with asyncio.timeout(5):
-        assert [gpu.index for gpu in (await look_patiently_at_gpus(gpus, patience_s)).gpus] == [0]
+        assert [gpu.index for gpu in (await survey_gpus_with_retry(gpus, patience_s)).gpus] == [0]
 
 
 async def test_a_host_without_a_driver_is_known_at_once() -> None:
     async with asyncio.timeout(5):
-        assert (await look_patiently_at_gpus(FakeGpus(unavailable=True), 60.0)).error is not None
+        assert (await survey_gpus_with_retry(FakeGpus(unavailable=True), 60.0)).error is not None
 
 
 def nvml_error(code: int) -> UnavailableError:
@@ -87,18 +87,18 @@ def nvml_error(code: int) -> UnavailableError:
     ],
 )
 async def test_what_nvml_answers_is_a_kind_of_trouble(code: int, trouble: NvmlTrouble) -> None:
-    sight = await look_at_gpus(SickGpus(error=nvml_error(code)))
+    sight = await survey_gpus(SickGpus(error=nvml_error(code)))
     assert (sight.driver, sight.gpus, sight.trouble) == (None, (), trouble)
     assert bool(sight.trouble_text) is (trouble is NvmlTrouble.OTHER)
 
 
 async def test_silence_is_a_kind_too() -> None:
-    sight = await look_at_gpus(SickGpus(error=UnavailableError("NVML_UNAVAILABLE", "did not answer within 5 s")))
+    sight = await survey_gpus(SickGpus(error=UnavailableError("NVML_UNAVAILABLE", "did not answer within 5 s")))
     assert sight.trouble is NvmlTrouble.SILENT
 
 
 async def test_a_driver_that_gives_its_version_and_then_fails_keeps_it() -> None:
-    sight = await look_at_gpus(SickGpus(error=nvml_error(15), speaks_first=True))
+    sight = await survey_gpus(SickGpus(error=nvml_error(15), speaks_first=True))
     facts = host_facts(sight, GpuSettings())
     assert (facts.driver_version, facts.cuda, facts.gpus, facts.trouble) == ("580.65.06", 13000, (), NvmlTrouble.LOST)
 
@@ -107,13 +107,13 @@ async def test_a_healthy_host(tmp_path: Path) -> None:
     program = tmp_path / "cuda-checkpoint"
     program.touch(0o755)
     settings = GpuSettings(checkpointer="utility", utility_path=str(program))
-    facts = host_facts(await look_at_gpus(SickGpus()), settings)
+    facts = host_facts(await survey_gpus(SickGpus()), settings)
     assert (facts.trouble, facts.gpus, facts.euid) == (None, (T4,), os.geteuid())
     assert (facts.checkpointer, facts.utility, facts.utility_problem) == ("utility", str(program), "")
 
 
 async def test_a_program_that_is_not_there() -> None:
-    facts = host_facts(await look_at_gpus(SickGpus()), GpuSettings(utility_path="/nonexistent/cuda-checkpoint"))
+    facts = host_facts(await survey_gpus(SickGpus()), GpuSettings(utility_path="/nonexistent/cuda-checkpoint"))
     assert (facts.utility, facts.utility_problem) == ("", "there is no program /nonexistent/cuda-checkpoint")
 
 

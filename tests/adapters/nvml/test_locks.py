@@ -13,14 +13,14 @@ from agent.core.errors import PreconditionError
 
 def test_a_gpu_has_one_agent(tmp_path: Path) -> None:
     first, second = GpuLocks(tmp_path), GpuLocks(tmp_path)
-    first.take(["GPU-A", "GPU-B"])
+    first.acquire(["GPU-A", "GPU-B"])
     with pytest.raises(PreconditionError) as caught:
-        second.take(["GPU-C", "GPU-B"])
+        second.acquire(["GPU-C", "GPU-B"])
     assert caught.value.reason == "GPU_IN_USE"
     third = GpuLocks(tmp_path)
-    third.take(["GPU-C"])  # the refused one holds none of them
+    third.acquire(["GPU-C"])  # the refused one holds none of them
     first.release()
-    second.take(["GPU-A", "GPU-B"])
+    second.acquire(["GPU-A", "GPU-B"])
     for locks in (second, third):
         locks.release()
 
@@ -29,14 +29,14 @@ def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     (tmp_path / "hibernode-GPU-A.lock").symlink_to(victim)
     with pytest.raises(PreconditionError) as caught:
-        GpuLocks(tmp_path).take(["GPU-A"])
+        GpuLocks(tmp_path).acquire(["GPU-A"])
     assert caught.value.reason == "GPU_LOCK_UNUSABLE"
     assert not victim.exists()
 
 
 def test_a_uuid_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     locks = GpuLocks(tmp_path)
-    locks.take(["MIG-GPU/../../x"])
+    locks.acquire(["MIG-GPU/../../x"])
     assert [file.parent for file in tmp_path.iterdir()] == [tmp_path]
     locks.release()
 
@@ -50,6 +50,6 @@ def test_root_keeps_to_the_one_place_that_all_agents_know(tmp_path: Path, monkey
     (tmp_path / "lock").write_text("no folder")
     locks = GpuLocks(tmp_path / "lock")
     with pytest.raises(PreconditionError) as caught:
-        locks.take(["GPU-A"])
+        locks.acquire(["GPU-A"])
     assert caught.value.reason == "GPU_LOCK_UNUSABLE"
     assert [file.name for file in tmp_path.iterdir()] == ["lock"]

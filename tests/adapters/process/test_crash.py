@@ -52,12 +52,12 @@ async def next_agent_cleans_up(world: ProcessWorld) -> list[Handle]:
     handles = list(await world.runtime.list_handles())
     if not handles:
         # A launcher without a plan ends by itself; give it the moment it needs.
-        assert await cgroup.reread(lambda: world.traces(UID) == [], 10.0), world.traces(UID)
+        assert await cgroup.poll_until(lambda: world.traces(UID) == [], 10.0), world.traces(UID)
         assert not (world.folder / "state/ran").exists(), "it ran without a record"
     for handle in handles:
         assert handle.uid == UID
         await world.runtime.destroy(handle)
-    assert await cgroup.reread(lambda: world.traces(UID) == [], 10.0), world.traces(UID)
+    assert await cgroup.poll_until(lambda: world.traces(UID) == [], 10.0), world.traces(UID)
     assert list(await world.runtime.list_handles()) == []
     if world.slice:
         assert not world.slice.path.exists()
@@ -87,7 +87,7 @@ async def test_killed_at_any_moment(world: ProcessWorld) -> None:
         assert process.stdout
         with process.stdout:
             state = world.folder / "state/instances"
-            assert await cgroup.reread(state.exists, 30.0)
+            assert await cgroup.poll_until(state.exists, 30.0)
             await asyncio.sleep(seeded.uniform(0, 0.04))  # the moment of death is the datum, nothing waits for it
             process.kill()
             assert process.wait(10) == -signal.SIGKILL

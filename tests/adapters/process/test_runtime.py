@@ -19,7 +19,7 @@ import pytest
 import uvloop
 
 from agent.adapters.kernel import cgroup, memory_cgroup, process_table
-from agent.adapters.process.launch_plan import LaunchPlan, make_plan, resolve_identity
+from agent.adapters.process.launch import LaunchPlan, make_plan, resolve_user
 from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeOptions
 from agent.adapters.runtime.exits import ExitWatch
 from agent.core.errors import ConfigError, ConflictError, InstanceError, InvalidArgumentError
@@ -89,13 +89,13 @@ async def test_the_environment_is_the_functions_and_ours_alone(
 
 
 def test_a_function_without_gpus_sees_none() -> None:
-    plan = make_plan(spec("resize-a", "env"), port=1, folder=Path("/"), identity=None, state_uuid="u")
+    plan = make_plan(spec("resize-a", "env"), port=1, folder=Path("/"), user=None, state_uuid="u")
     assert (plan.environment["CUDA_VISIBLE_DEVICES"], plan.environment["NVIDIA_VISIBLE_DEVICES"]) == ("", "void")
 
 
 def test_one_that_may_move_sees_all_and_still_computes_on_its_own() -> None:
     request = replace(spec("resize-a", "env", gpus=("GPU-1",)), all_gpus=True)
-    plan = make_plan(request, port=1, folder=Path("/"), identity=None, state_uuid="u")
+    plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
     assert plan.environment["CUDA_VISIBLE_DEVICES"] == "GPU-1"
     assert plan.environment["NVIDIA_VISIBLE_DEVICES"] == "all"
 
@@ -105,13 +105,13 @@ def test_a_function_can_not_give_itself_gpus() -> None:
     request = spec("resize-a", "env")
     function = replace(request.instance.function, environment=tuple(taken.items()))
     request = replace(request, instance=replace(request.instance, function=function))
-    plan = make_plan(request, port=1, folder=Path("/"), identity=None, state_uuid="u")
+    plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
     assert (plan.environment["CUDA_VISIBLE_DEVICES"], plan.environment["NVIDIA_VISIBLE_DEVICES"]) == ("", "void")
 
 
 def test_the_attachment_may_set_what_is_visible() -> None:
     request = spec("resize-a", "env", ours={"NVIDIA_VISIBLE_DEVICES": "void"}, gpus=("GPU-1",))
-    plan = make_plan(request, port=1, folder=Path("/"), identity=None, state_uuid="u")
+    plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
     assert plan.environment["NVIDIA_VISIBLE_DEVICES"] == "void"
 
 
@@ -139,21 +139,21 @@ async def test_it_runs_as_the_configured_user_and_gains_nothing() -> None:
         script = "id -u; id -G; grep -E 'NoNewPrivs|Cap' /proc/self/status | cut -f2; touch mine"
         script += "; echo again >>/dev/stdout"
         handle, output = await run(world, spec("resize-a", script))
-        identity = resolve_identity("nobody")
-        assert identity
-        groups = " ".join(map(str, identity.groups))
+        user = resolve_user("nobody")
+        assert user
+        groups = " ".join(map(str, user.groups))
         no_capabilities = ["0000000000000000"] * 5  # inheritable, permitted, effective, bounding, ambient
-        assert output.splitlines() == [str(identity.uid), groups, *no_capabilities, "1", "again"]
-        assert (world.folder / "state/instances/resize-a/scratch/mine").stat().st_uid == identity.uid
+        assert output.splitlines() == [str(user.uid), groups, *no_capabilities, "1", "again"]
+        assert (world.folder / "state/instances/resize-a/scratch/mine").stat().st_uid == user.uid
         log = os.stat(handle.log_path)
-        assert (log.st_uid, log.st_gid) == (0, identity.gid), "an owner could lease it and hold the agent up"
+        assert (log.st_uid, log.st_gid) == (0, user.gid), "an owner could lease it and hold the agent up"
     finally:
         await world.close()
 
 
 def test_a_user_who_does_not_exist_is_a_config_error() -> None:
     with pytest.raises(ConfigError) as raised:
-        resolve_identity("nobody-of-that-name")
+        resolve_user("nobody-of-that-name")
     assert raised.value.reason == "RUNTIME_USER_UNKNOWN"
 
 
@@ -177,9 +177,9 @@ def test_functions_are_root_only_where_somebody_said_so(
 def test_only_root_can_be_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 4242)
     with pytest.raises(ConfigError) as raised:
-        resolve_identity("nobody")
+        resolve_user("nobody")
     assert raised.value.reason == "RUNTIME_USER_NEEDS_ROOT"
-    assert resolve_identity("") is None
+    assert resolve_user("") is None
 
 
 # ---- secrets -----------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ async def test_secrets_are_in_no_file_and_no_repr(world: ProcessWorld) -> None:
             assert SECRET.encode() not in file.read_bytes(), file
     record = world.folder / "state/instances/resize-a/handle.json"
     assert stat_module.S_IMODE(record.stat().st_mode) == 0o600
-    plan = make_plan(request, port=1, folder=Path("/"), identity=None, state_uuid="u")
+    plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
     assert SECRET not in repr(plan)
     assert SECRET.encode() in plan.encode()
 
@@ -242,7 +242,7 @@ async def test_a_full_disk_fails_the_start_and_leaves_nothing(
 
 async def test_a_cancelled_start_leaves_nothing(world: ProcessWorld) -> None:
     starting = asyncio.create_task(world.runtime.start(spec("resize-a", "sleep 86390")))
-    assert await cgroup.reread(lambda: world.pids_marked("resize-a") != [], 10.0)
+    assert await cgroup.poll_until(lambda: world.pids_marked("resize-a") != [], 10.0)
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)
     assert starting.cancelled()

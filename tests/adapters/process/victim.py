@@ -21,7 +21,7 @@ import uvloop
 from agent.adapters.kernel import cgroup
 from agent.adapters.kernel.clock import SystemClock
 from agent.adapters.process import launch
-from agent.adapters.process.launch_plan import LaunchPlan
+from agent.adapters.process.launch import LaunchPlan
 from agent.adapters.process.runtime import ProcessRuntime, ProcessRuntimeOptions
 from agent.adapters.runtime.bundles import Bundles
 from agent.adapters.runtime.exits import ExitWatch

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.process.launch_plan import BundleIdentity, resolve_identity
+from agent.adapters.process.launch import resolve_user
+from agent.adapters.runtime.bundles import WorkloadUser
 from agent.adapters.runtime.log_files import LogFiles
 
 # Whoever opens a leased file waits for its holder, up to /proc/sys/fs/lease-break-time (45 s): in the agent's loop.
@@ -40,9 +41,9 @@ def leaser() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.communicate()
 
 
-def take_lease(started: list[subprocess.Popen[bytes]], log_fd: int, identity: BundleIdentity | None) -> str:
+def take_lease(started: list[subprocess.Popen[bytes]], log_fd: int, user: WorkloadUser | None) -> str:
     """A workload whose stdout is the log leases it; what came of that."""
-    uid, gid = (identity.uid, identity.gid) if identity else (os.getuid(), os.getgid())
+    uid, gid = (user.uid, user.gid) if user else (os.getuid(), os.getgid())
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", LEASE, str(uid), str(gid)],
         stdin=subprocess.PIPE,
@@ -73,11 +74,11 @@ def test_a_leased_log_holds_nobody_up(tmp_path: Path, leaser: list[subprocess.Po
 def test_another_user_cannot_lease_its_log(tmp_path: Path, leaser: list[subprocess.Popen[bytes]]) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can start a process as another user")
-    identity = resolve_identity("nobody")
+    user = resolve_user("nobody")
     logs = LogFiles(tmp_path, cap_bytes=10, keep=5)
-    log_fd = logs.open("resize-a", identity)
+    log_fd = logs.open("resize-a", user)
     os.write(log_fd, b"kept")
-    assert take_lease(leaser, log_fd, identity).startswith("refused")
+    assert take_lease(leaser, log_fd, user).startswith("refused")
     assert logs.read(logs.path("resize-a"), 100) == b"kept"
 
 

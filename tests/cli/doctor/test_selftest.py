@@ -284,7 +284,7 @@ def failing(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, str]]
 
 def test_a_gpu_that_an_agent_drives_is_left_alone(host: Host) -> None:
     locks = GpuLocks()
-    locks.take([host.control.devices()[0].uuid])
+    locks.acquire([host.control.devices()[0].uuid])
     try:
         missing = failing(host.run(*SMALL, "--gpu", "0", "--json"))
     finally:

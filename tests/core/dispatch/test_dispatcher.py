@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.core.dispatch.dispatcher import MAX_ATTEMPTS, Dispatcher
+from agent.core.dispatch.dispatcher import BACK_OFF_NS, MAX_ATTEMPTS, Dispatcher
 from agent.core.dispatch.events import (
     DeadlinePassed,
     Dispatch,
@@ -27,7 +27,6 @@ from agent.core.dispatch.events import (
     WakeAnswered,
     WakeFailed,
 )
-from agent.core.dispatch.wakes import BACK_OFF_NS
 from agent.core.types import MILLISECOND_NS, SECOND_NS, DispatchPolicy, InstanceState
 
 FROZEN, RUNNING = InstanceState.FROZEN, InstanceState.RUNNING
@@ -38,8 +37,8 @@ RIVAL = InstanceReported("llm-1", "llm", "n1", RUNNING, gpus=("g0",))
 class Story:
     """A dispatcher with a clock that moves a millisecond per event."""
 
-    def __init__(self, *events: Event, sends_ahead: bool = False) -> None:
-        self.dispatcher = Dispatcher(sends_ahead=sends_ahead)
+    def __init__(self, *events: Event, early_dispatch: bool = False) -> None:
+        self.dispatcher = Dispatcher(early_dispatch=early_dispatch)
         self.now = SECOND_NS
         for event in (FunctionSet("ocr"), NodeReported("n1"), *events):
             self(event)

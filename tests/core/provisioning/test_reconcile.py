@@ -8,17 +8,14 @@ from dataclasses import replace
 
 import pytest
 
+from agent.core.provisioning.model import ObservedInstance, RequestId, Scheduling, parse_request_id
 from agent.core.provisioning.reconcile import (
     MAX_ATTEMPTS,
     Attempts,
     DesiredState,
-    ObservedInstance,
     ReconcilePlan,
-    RequestId,
-    Scheduling,
     came_up,
     failed,
-    parse_request_id,
     plan,
 )
 from agent.core.types import SECOND_NS, InstanceState
@@ -49,7 +46,7 @@ def created(made: ReconcilePlan) -> list[str]:
 
 def yielding(made: ReconcilePlan) -> list[str]:
     """Who may be stopped for the creates, were there no room."""
-    return [] if made.coming or not made.creates else [one.uid for one in made.may_give_way]
+    return [] if made.coming_up or not made.creates else [one.uid for one in made.may_give_way]
 
 
 def test_missing_ordinals_are_created_and_those_under_way_are_not() -> None:
@@ -119,8 +116,8 @@ def test_a_target_that_falls_and_rises_again_during_a_drain_makes_a_new_one() ->
 
 
 def test_an_ordinal_that_was_given_up_is_not_evaded() -> None:
-    tries = {1: Attempts(MAX_ATTEMPTS, MAX_ATTEMPTS)}
-    made = plan(DesiredState("ocr", "1", 3), [have(0), have(2)], tries, NONE, True, 0)
+    attempts = {1: Attempts(MAX_ATTEMPTS, MAX_ATTEMPTS)}
+    made = plan(DesiredState("ocr", "1", 3), [have(0), have(2)], attempts, NONE, True, 0)
     assert (made.creates, made.missing, made.again_at_ns) == ((), (1,), None)
 
 
@@ -178,24 +175,24 @@ def test_a_drain_that_is_taken_back_keeps_the_most_useful() -> None:
 
 
 def test_attempts_back_off_and_end() -> None:
-    tries, now, waits = Attempts(), 0, []
-    while not tries.given_up:
-        made = plan(DesiredState("ocr", "1", 1), [], {0: tries}, NONE, True, now)
+    attempts, now, waits = Attempts(), 0, []
+    while not attempts.given_up:
+        made = plan(DesiredState("ocr", "1", 1), [], {0: attempts}, NONE, True, now)
         if not made.creates:
             assert made.again_at_ns is not None
             waits.append((made.again_at_ns - now) // SECOND_NS)
             now = made.again_at_ns
             continue
-        tries = failed(tries, made.creates[0].request_id.attempt, now)
-    assert tries.attempt == MAX_ATTEMPTS
+        attempts = failed(attempts, made.creates[0].request_id.attempt, now)
+    assert attempts.attempt == MAX_ATTEMPTS
     assert waits == [1, 2, 4, 8]
-    assert plan(DesiredState("ocr", "1", 1), [], {0: tries}, NONE, True, now + 10**12).creates == ()
+    assert plan(DesiredState("ocr", "1", 1), [], {0: attempts}, NONE, True, now + 10**12).creates == ()
 
 
 def test_an_instance_that_came_up_is_replaced_at_once_when_it_fails_later() -> None:
-    tries = came_up(failed(failed(Attempts(), 1, 0), 2, 0), 3)
-    assert tries == Attempts(3)
-    again = failed(tries, 3, 0)
+    attempts = came_up(failed(failed(Attempts(), 1, 0), 2, 0), 3)
+    assert attempts == Attempts(3)
+    again = failed(attempts, 3, 0)
     made = plan(DesiredState("ocr", "1", 1), [], {0: again}, NONE, True, SECOND_NS)
     assert str(made.creates[0].request_id) == "ocr/1/0/4"
 
@@ -205,7 +202,7 @@ def test_the_end_of_an_older_attempt_says_nothing_about_the_newer() -> None:
 
 
 def test_a_lost_node_is_replaced_and_the_duplicate_goes_when_it_comes_back() -> None:
-    lost = replace(have(0), counted_out=True)
+    lost = replace(have(0), on_lost_node=True)
     made = plan(DesiredState("ocr", "1", 1), [lost], {}, NONE, True, 0)
     assert str(made.creates[0].request_id) == "ocr/1/0/2"
     assert made.stops == ()

@@ -92,7 +92,7 @@ def prints(say: Callable[[bytes], None], before: bytes, after: bytes) -> Callabl
     async def serve(exchange: Exchange) -> None:
         request_id = exchange.head.get(b"x-fc-request-id") or b""
         say(b"FC Invoke Start RequestId: " + request_id + b"\n" + before)
-        await exchange.read_body(1 << 20)
+        await exchange.buffer_body(1 << 20)
         say(after + b"FC Invoke End RequestId: " + request_id + b"\n")
         await exchange.answer(200, [(b"x-fc-log-result", b"forged")], b"done")
 

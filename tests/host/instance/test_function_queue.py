@@ -25,7 +25,7 @@ class Slow:
     async def __call__(self, exchange: Exchange) -> None:
         go = asyncio.Event()
         self.inside.append(go)
-        await exchange.read_body(1 << 20)
+        await exchange.buffer_body(1 << 20)
         await go.wait()
         await exchange.answer(200, [], b"done")
 

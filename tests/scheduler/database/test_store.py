@@ -108,9 +108,9 @@ async def test_validate_only_changes_nothing(store: Store) -> None:
 async def test_hopeless_problems_end_the_waiting_and_a_deploy_begins_anew(store: Store) -> None:
     catalog, told = catalog_on(store)
     await catalog.deploy(request())
-    catalog.set_problem("ocr", Problem("NO_FREE_GPU", "all taken", hopeless=False))
+    catalog.set_problem("ocr", Problem("NO_FREE_GPU", "all taken", no_capacity_expected=False))
     assert len(told) == 1
-    catalog.set_problem("ocr", Problem("IMAGE_RUNTIME_UNAVAILABLE", "no engine", hopeless=True))
+    catalog.set_problem("ocr", Problem("IMAGE_RUNTIME_UNAVAILABLE", "no engine", no_capacity_expected=True))
     assert told[-1] == FunctionSet("ocr", False, DispatchPolicy.SPREAD, 0.5, 7)
     await catalog.deploy(request())
     assert catalog.problem("ocr") is None
@@ -174,7 +174,7 @@ def test_a_database_that_cannot_be_is_a_configuration_error_without_its_password
 async def test_a_disk_that_hangs_is_an_error_by_its_deadline(tmp_path: Path) -> None:
     stuck = Store(f"sqlite:///{tmp_path}/scheduler.db", deadline_s=0.05)
     released = threading.Event()
-    blocking = asyncio.get_running_loop().run_in_executor(stuck._thread, released.wait)
+    blocking = asyncio.get_running_loop().run_in_executor(stuck.database.executor, released.wait)
     with pytest.raises(UnavailableError) as caught:
         await stuck.functions()
     assert caught.value.reason == "STORE_FAILED"

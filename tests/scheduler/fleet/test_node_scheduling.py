@@ -11,7 +11,7 @@ import pytest
 
 from agent.core.dispatch.events import InstanceRetired
 from agent.core.errors import NotFoundError, UnavailableError
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.provisioning.model import Scheduling
 from agent.core.types import GIB
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.node_scheduling import NodeScheduling

@@ -217,7 +217,7 @@ async def test_a_clock_set_back_is_followed(rig: Rig) -> None:
     rig.pass_time(20)
     assert rig.ocr.target == 4
     rig.clock.step_wall(-30 * SECOND_NS)
-    rig.scaler.look()
+    rig.scaler.check()
     assert rig.ocr.target == 1
 
 
@@ -231,14 +231,14 @@ async def test_a_restart_never_scales_in_what_was_scaled_out(rig: Rig, store: St
     again = Rig(store)
     again.fleet.expect("n1")
     await again.catalog.load()
-    again.scaler.look()
-    assert not again.fleet.settled()
+    again.scaler.check()
+    assert not again.fleet.all_reported()
     assert again.ocr.target == 2, "the least there may be: who asks now waits and is not sent away"
     assert again.dispatcher.step(RequestArrived(1, "ocr", 1 << 62), again.clock.monotonic_ns()) == []
     again.pass_time(2, reporting=False)
     assert again.ocr.target == 2
     again.instances(9)
-    assert again.fleet.settled()
+    assert again.fleet.all_reported()
     assert again.ocr.target == 9, "decided before anybody can act on the fleet being settled"
     assert not again.scaler.waiting
 
@@ -251,7 +251,7 @@ async def test_a_node_that_comes_long_after_a_restart_keeps_what_was_scaled_out(
     again.fleet.expect("n1")
     await again.catalog.load()
     again.pass_time(12, reporting=False)
-    assert again.fleet.settled(), "n1 is lost"
+    assert again.fleet.all_reported(), "n1 is lost"
     assert (again.ocr.target, again.scaler.waiting) == (2, False)
     again.instances(7)
     assert again.ocr.target == 7, "decided before anybody can act on the node being back"
@@ -280,7 +280,7 @@ async def test_a_restart_knows_which_action_fired_last(rig: Rig, store: Store) -
     await rig.deploy(target=1, provision=pb.ProvisionConfig(scheduled_actions=actions))
     again = Rig(store)
     await again.catalog.load()
-    again.scaler.look()
+    again.scaler.check()
     assert (again.ocr.target, again.ocr.default_target, again.ocr.decided_by) == (2, 1, "down")
     assert again.ocr.config == rig.ocr.config
 
@@ -292,6 +292,6 @@ async def test_what_is_stored_and_no_longer_understood_stops_nobody(rig: Rig, st
     await store.put_function(row, unknown.SerializeToString())
     again = Rig(store)
     await again.catalog.load()
-    again.scaler.look()
+    again.scaler.check()
     assert again.ocr.target == 1
     assert again.ocr.config == unknown, "listed as it is, for people to mend"

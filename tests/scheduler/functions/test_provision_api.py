@@ -87,7 +87,7 @@ async def test_a_deleted_function_takes_its_provisioning_with_it(rig: Rig, store
     await rig.put(target_tracking_policies=[current_policy()])
     await rig.catalog.delete("ocr")
     assert await store.provision_configs() == {}
-    rig.scaler.look()
+    rig.scaler.check()
     assert [one.target for one in rig.catalog.all()] == [0], "no policy holds on to its instances"
     await rig.deploy(target=1)
     assert (rig.ocr.target, rig.ocr.config) == (1, pb.ProvisionConfig())

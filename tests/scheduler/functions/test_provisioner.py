@@ -42,7 +42,7 @@ async def test_a_start_that_always_fails_is_given_up_and_tried_again_after_a_dep
     assert story.creates == [f"ocr/1/0/{attempt}" for attempt in range(1, MAX_ATTEMPTS + 1)]
     problem = story.catalog.problem("ocr")
     assert problem is not None
-    assert (problem.reason, problem.hopeless) == ("INITIALIZATION_ERROR", True)
+    assert (problem.reason, problem.no_capacity_expected) == ("INITIALIZATION_ERROR", True)
     story.answer = story.running
     await story.deploy()
     await story.round()
@@ -203,14 +203,14 @@ async def test_instances_of_a_deleted_function_that_come_back_with_their_node_ar
     await story.deploy()
     await story.round()
     await story.round()
-    story.fleet.closed("n1", story.agents["n1"].stream)
+    story.fleet.stream_closed("n1", story.agents["n1"].stream)
     story.clock.advance(11 * SECOND_NS)
     story.fleet.check_silence()
     await story.catalog.delete("ocr")
     await story.provisioner.round()
     assert story.catalog.all() == [], "a lost node does not keep a function from being deleted"
     assert story.stops == []
-    story.agents["n1"].stream, story.agents["n1"].sequence = story.fleet.opened("n1"), 0
+    story.agents["n1"].stream, story.agents["n1"].sequence = story.fleet.stream_opened("n1"), 0
     await story.round()
     assert story.stops == ["i1"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.core.errors import UnavailableError
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.provisioning.model import Scheduling
 from agent.scheduler.database.store import DEADLINE_S, Store
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from tests.scheduler.functions.autoscaler_rig import Rig, current_policy
@@ -39,23 +39,23 @@ async def rig(store: Store) -> Rig:
 @contextmanager
 def begins_and_hangs(store: Store, path: Path) -> Iterator[None]:
     """A write begins, and waits for the file's lock for longer than its caller does."""
-    store._deadline_s = IMPATIENT_S
+    store.database.deadline_s = IMPATIENT_S
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
         other.execute("ROLLBACK")
-    store._deadline_s = DEADLINE_S
+    store.database.deadline_s = DEADLINE_S
 
 
 @contextmanager
 def waits_its_turn(store: Store) -> Iterator[None]:
     """A write does not begin for longer than its caller waits."""
-    store._deadline_s = IMPATIENT_S
+    store.database.deadline_s = IMPATIENT_S
     released = threading.Event()
-    store._thread.submit(released.wait)
+    store.database.executor.submit(released.wait)
     yield
     released.set()
-    store._deadline_s = DEADLINE_S
+    store.database.deadline_s = DEADLINE_S
 
 
 async def restarted(store: Store) -> Rig:

@@ -109,7 +109,7 @@ async def test_of_its_own_headers_an_answer_keeps_the_status_and_nothing_of_ours
 async def test_a_start_that_failed_reaches_the_client(rig: GatewayRig, reason: str, kind: bytes) -> None:
     waiting = asyncio.create_task(rig.ask(request()))
     await rig.until(rig.queued, "it waits while there is hope")
-    rig.catalog.set_problem("ocr", Problem(reason, "POST /initialize answered 500", hopeless=True))
+    rig.catalog.set_problem("ocr", Problem(reason, "POST /initialize answered 500", no_capacity_expected=True))
     status, headers, _ = await waiting
     assert (status, headers[b"x-fc-error-type"]) == (502, kind)
 

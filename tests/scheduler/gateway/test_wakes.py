@@ -66,7 +66,7 @@ async def test_refused_it_waits_for_another_which_is_asked_to_wake(rig: GatewayR
     (wake,) = rig.wakes
     assert {first.received[0].uid, wake.uid} == {"i1", "i2"}
     rig.ingresses[wake.node].script.clear()
-    rig.tell(WakeAnswered(wake.uid))
+    rig.apply(WakeAnswered(wake.uid))
     status, headers, body = await asked
     assert (status, body, headers[b"x-fc-instance-id"]) == (200, b"body", wake.uid.encode())
 
@@ -81,7 +81,7 @@ async def test_a_large_body_stays_with_the_client_until_it_is_awake(rig: Gateway
     await rig.until(rig.queued, "refused, waiting again")
     rig.instance("i2", FROZEN, node="n2")
     await rig.until(lambda: rig.wakes, "i2 is asked to wake")
-    rig.tell(WakeAnswered("i2"))
+    rig.apply(WakeAnswered("i2"))
     assert (await wire.head())[0] == 100
     await wire.send(body)
     status, _, answer = await wire.message()

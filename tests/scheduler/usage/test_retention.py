@@ -61,7 +61,7 @@ async def test_uploads_get_their_turn_between_the_parts(
 async def test_a_database_that_fails_is_tried_again(
     database: UsageDatabase, collector: UsageCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage_retention, "LOOK_S", 0.0)
+    monkeypatch.setattr(usage_retention, "PRUNE_S", 0.0)
     clock = FakeClock()
     clock.advance(10**18)
     retention = UsageRetention(database, clock, KEEP_NS)
