@@ -12,11 +12,11 @@ from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer, PoolLimi
 from agent.adapters.cuda.driver_worker_process import WorkerOptions
 from agent.adapters.freezer.freezer import CudaFreezer
 from agent.adapters.kernel import process_table
-from agent.adapters.kernel.cgroup_freezer import CgroupFreezer, ProcessFreezer, SignalFreezer
+from agent.adapters.kernel.cgroup_freezer import CgroupFreezer, SignalFreezer
 from agent.adapters.nvml.gpus import NvmlGpus
 from agent.core.errors import PreconditionError
 from agent.core.types import MIB, Handle, ProcessId
-from agent.ports import Condition, Freezer, Outcome
+from agent.ports import Condition, Freezer, Outcome, ProcessFreezer
 from tests.fakes.emulated_driver import CudaInstances, EmulatedNvidia
 from tests.fakes.freezer import FakeFreezer
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from agent.adapters.kernel.cgroup_freezer import FREEZE_DEADLINE_S, FreezerState
 from agent.core.errors import HibernodeError
 from agent.core.types import Handle
+from agent.ports import FREEZE_DEADLINE_S, FreezerState
 from tests.fakes.checkpointer import FakeCheckpointer
 
 
