@@ -81,13 +81,10 @@ class GpuBroker:
     def became(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None:
         """The holder became idle or busy. Two such events come with every request, so they are deferred until the next
         other event while no instance waits for a GPU."""
-        event = (
-            allocator_events.BecameIdle(actor.uid, preemptible_at_ns)
-            if idle
-            else allocator_events.BecameBusy(actor.uid)
-        )
-        self._deferred.pop(actor.uid, None)  # the new one goes to the end
-        self._deferred[actor.uid] = (event, self._clock.monotonic_ns())
+        uid = actor.uid
+        event = allocator_events.BecameIdle(uid, preemptible_at_ns) if idle else allocator_events.BecameBusy(uid)
+        self._deferred.pop(uid, None)  # the new one goes to the end
+        self._deferred[uid] = (event, self._clock.monotonic_ns())
         if self.allocator.queue:
             self._step()
 

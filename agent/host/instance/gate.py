@@ -223,7 +223,7 @@ class FunctionQueue(Generic[OwnerT]):
             raise
 
     def ticket(self, start: Start[OwnerT]) -> asyncio.Future[None]:
-        """A place at the end. `start` is called with the instance that grants a slot, in the loop iteration of the
+        """Join at the end. `start` is called with the instance that grants a slot, in the loop iteration of the
         grant; from then on the caller must `leave` that instance's gate. Raises ExhaustedError QUEUE_FULL."""
         if len(self._tickets) >= self._max_waiting:
             raise ExhaustedError("QUEUE_FULL", f"{len(self._tickets)} requests wait for this function here already")
