@@ -32,7 +32,7 @@ async def test_a_started_instance_is_alive_listed_and_leaves_nothing(world: Worl
     assert world.traces("resize-a") == []
 
 
-async def test_wait_tells_the_exit_code_to_everyone_who_waits(world: World) -> None:
+async def test_wait_gives_the_exit_code_to_every_waiter(world: World) -> None:
     handle = await world.runtime.start(world.spec("resize-a"))
     await world.settled(handle)
     first, second = asyncio.create_task(world.runtime.wait(handle)), asyncio.create_task(world.runtime.wait(handle))
@@ -43,7 +43,7 @@ async def test_wait_tells_the_exit_code_to_everyone_who_waits(world: World) -> N
     assert (await world.runtime.wait(handle)).code == 3
 
 
-async def test_a_cancelled_wait_harms_nobody(world: World) -> None:
+async def test_a_cancelled_wait_disturbs_no_other(world: World) -> None:
     handle = await world.runtime.start(world.spec("resize-a"))
     await world.settled(handle)
     impatient, patient = (asyncio.create_task(world.runtime.wait(handle)) for _ in range(2))
@@ -64,7 +64,7 @@ async def test_terminate_is_a_sigterm(world: World) -> None:
     await world.runtime.terminate(handle)  # gone: a no-op
 
 
-async def test_who_ignores_sigterm_is_killed(world: World) -> None:
+async def test_process_that_ignores_sigterm_is_killed(world: World) -> None:
     handle = await world.runtime.start(world.spec("resize-a", stubborn=True))
     await world.settled(handle, stubborn=True)
     await world.runtime.terminate(handle)
@@ -88,7 +88,7 @@ async def test_a_stray_child_is_found_and_killed_with_the_rest(world: World) -> 
     assert list(await world.runtime.pids(handle)) == []
 
 
-async def test_single_processes_are_killed_and_strangers_are_not(world: World) -> None:
+async def test_single_processes_are_killed_and_foreign_ones_are_not(world: World) -> None:
     handle = await world.runtime.start(world.spec("resize-a"))
     await world.settled(handle)
     neighbour = await world.runtime.start(world.spec("resize-b"))
@@ -189,13 +189,13 @@ async def test_instances_have_addresses_of_their_own(world: World) -> None:
     assert [handle.uid for handle in await world.runtime.list_handles()] == ["resize-a", "resize-b", "resize-c"]
 
 
-async def test_what_can_not_run_here_is_refused(world: World) -> None:
+async def test_unsupported_function_is_refused(world: World) -> None:
     with pytest.raises(PreconditionError) as raised:
         world.runtime.accepts(world.spec("resize-a", image=world.foreign_image).instance.function)
     assert raised.value.reason == world.foreign_reason
 
 
-async def test_what_is_here_already_is_prepared_at_once(world: World) -> None:
+async def test_present_image_is_prepared_at_once(world: World) -> None:
     said: list[str] = []
     function = world.spec("resize-a").instance.function
     await asyncio.gather(*(world.runtime.prepare(function, said.append) for _ in range(3)))
@@ -205,7 +205,7 @@ async def test_what_is_here_already_is_prepared_at_once(world: World) -> None:
 # ---- its memory --------------------------------------------------------------------------------------------------
 
 
-async def test_death_for_lack_of_memory_is_told_apart(world: World) -> None:
+async def test_out_of_memory_kill_is_recognized(world: World) -> None:
     if not world.limits_memory:
         pytest.skip("processes of the host have no memory limit (adapters/process/runtime.py says why)")
     handle = await world.runtime.start(world.spec("resize-a"))
@@ -216,7 +216,7 @@ async def test_death_for_lack_of_memory_is_told_apart(world: World) -> None:
     assert "memory" in exit_.message
 
 
-async def test_neither_our_kill_nor_the_same_exit_code_is_lack_of_memory(world: World) -> None:
+async def test_own_kill_and_same_exit_code_are_not_out_of_memory(world: World) -> None:
     killed, ended = [await world.runtime.start(world.spec(f"resize-{letter}")) for letter in "ab"]
     await world.settled(killed)
     await world.settled(ended)
@@ -257,7 +257,7 @@ async def test_a_followed_log_ends_with_its_container(world: World) -> None:
     assert read.count(b"before") == 1
 
 
-async def test_who_stops_following_leaves_nothing(world: World) -> None:
+async def test_closed_log_follower_leaves_nothing(world: World) -> None:
     handle = await world.runtime.start(world.spec("resize-a"))
     await world.settled(handle)
     before = world.open_files()
@@ -276,7 +276,7 @@ async def _follow(world: World, handle: Handle, read: asyncio.Event) -> None:
         read.set()
 
 
-async def test_the_log_of_one_that_has_ended_is_followed_to_its_end(world: World) -> None:
+async def test_log_of_an_ended_instance_is_followed_to_its_end(world: World) -> None:
     handle = await world.runtime.start(world.spec("resize-a"))
     await world.settled(handle)
     await world.speak(handle, "resized 17 pictures")

@@ -64,7 +64,7 @@ async def test_a_cycle_goes_through_the_states_of_cuda_h(world: World) -> None:
     assert world.intact()
 
 
-async def test_a_batch_does_all_of_it_and_says_how_long(world: World) -> None:
+async def test_batch_runs_all_calls_and_reports_their_times(world: World) -> None:
     reply = await world.checkpointer.run(
         [CudaCall(op, world.cuda) for op in (LOCK, CHECKPOINT, RESTORE, UNLOCK, STATE)], 10.0
     )
@@ -177,7 +177,7 @@ async def test_a_refusal_is_answered_with_its_code_and_the_state(world: World, o
 
 
 @pytest.mark.parametrize(("op", "kind"), [(LOCK, "NOT_SUPPORTED"), (CHECKPOINT, "OPERATING_SYSTEM")])
-async def test_what_failed_and_was_done_all_the_same_is_seen(world: World, op: CudaOp, kind: str) -> None:
+async def test_failed_call_that_took_effect_is_recognized(world: World, op: CudaOp, kind: str) -> None:
     """Facts 2: on 801 after a lock, unlock if the state is LOCKED. Without the re-read it would stay locked."""
     await world.bring_before(op)
     world.fault(op, kind, after=True)
@@ -193,7 +193,7 @@ async def test_a_state_that_can_not_be_read_is_unknown(world: World) -> None:
     assert [(answer.code, answer.state) for answer in reply.answers] == [(304, CudaState.UNKNOWN)]
 
 
-async def test_a_process_that_the_driver_gave_up_is_failed(world: World) -> None:
+async def test_process_in_state_failed_is_reported_as_failed(world: World) -> None:
     await world.bring_before(CHECKPOINT)
     world.fault(CHECKPOINT, "FAILED")
     # The programs of older drivers have no word for it; to the freezer both mean a kill.
@@ -215,7 +215,7 @@ async def test_a_success_that_changed_nothing_is_a_success_here(world: World) ->
 
 
 @pytest.mark.parametrize("op", CudaOp)
-async def test_a_target_that_dies_of_it_is_answered_and_others_go_on(world: World, op: CudaOp) -> None:
+async def test_target_that_dies_in_a_call_is_answered_and_others_go_on(world: World, op: CudaOp) -> None:
     await world.bring_before(op)
     world.fault(op, "DEATH")
     reply = await one(world, op)
@@ -268,7 +268,7 @@ async def test_a_frozen_target_hangs_the_call_and_it_runs_after_the_thaw(world: 
 
 
 @only(*REAL)
-async def test_a_caller_of_the_driver_killed_from_outside_costs_its_batch_only(world: World) -> None:
+async def test_killed_driver_worker_costs_only_its_batch(world: World) -> None:
     assert isinstance(world, EmulatedWorld)
     await world.bring_before(CHECKPOINT)
     world.fault(CHECKPOINT, "HANG")
@@ -293,7 +293,7 @@ async def test_a_caller_of_the_driver_killed_from_outside_costs_its_batch_only(w
 # ---- what never reaches it ------------------------------------------------------------------------------------------
 
 
-async def test_a_thread_is_never_asked_for(world: World) -> None:
+async def test_thread_id_is_no_process(world: World) -> None:
     """NVIDIA/cuda-checkpoint issue 41: the driver takes a thread's number for a pid, and the target dies. The guard is
     `cuda_processes.open_process`, through which every pid goes that the freezer asks about."""
     asked: list[CudaCall] = []

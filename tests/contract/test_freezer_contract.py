@@ -90,7 +90,7 @@ async def test_a_lock_can_be_taken_back(world: World) -> None:
     assert await world.freezer.condition(world.handle) is Condition.AWAKE
 
 
-async def test_an_unlock_of_what_runs_is_no_fault(world: World) -> None:
+async def test_unlock_of_a_running_instance_is_ok(world: World) -> None:
     assert (await world.freezer.unlock(world.handle)).outcome is Outcome.OK
     assert await world.freezer.condition(world.handle) is Condition.AWAKE
 
@@ -118,7 +118,7 @@ async def test_to_forget_twice_is_harmless(world: World) -> None:
     world.freezer.forget(world.handle)
 
 
-async def test_our_own_freeze_is_not_somebody_elses_pause(world: World) -> None:
+async def test_own_freeze_is_not_reported_as_a_pause(world: World) -> None:
     freezer, handle = world.freezer, world.handle
     assert not freezer.paused(handle)
     await freezer.lock(handle)

@@ -24,7 +24,7 @@ async def test_acknowledged_windows_go_after_a_week_and_the_others_stay() -> Non
         assert [window.instance_uid for window in await world.store.read_windows()] == ["i-unbilled"]
 
 
-async def test_a_store_that_fails_is_no_reason_to_end() -> None:
+async def test_failing_store_does_not_end_the_pruner() -> None:
     async with a_world() as world:
         store = MemoryStore()
         store.failing = True

@@ -50,7 +50,7 @@ async def isolation_world() -> AsyncIterator[Checked]:
         made.shown.clear()
 
 
-async def test_process_on_a_foreign_gpu_is_killed_at_the_second_check_and_reported_once() -> None:
+async def test_process_on_a_foreign_gpu_is_killed_at_the_second_check() -> None:
     async with isolation_world() as it:
         actor = await it.world.running()
         it.stray_of(actor)
@@ -125,7 +125,7 @@ async def test_pid_seen_before_its_container_was_known_is_looked_up_again() -> N
         assert it.kills == 1
 
 
-async def test_pid_seen_while_its_container_could_not_be_listed_is_looked_up_again(
+async def test_pid_seen_while_its_container_was_unreadable_is_looked_up_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with isolation_world() as it:

@@ -28,7 +28,7 @@ async def test_an_idle_holder_gives_its_gpu_to_a_start() -> None:
         assert {world.holder(0), world.holder(1)} == {a.uid for a in (first, second, third) if a.state is S.RUNNING}
 
 
-async def test_a_victims_new_request_does_not_cancel_an_ordered_freeze_but_comes_next() -> None:
+async def test_new_request_does_not_cancel_an_ordered_freeze_but_is_served_next() -> None:
     async with a_world(per_gpu=2) as world:
         world.gpus.gpus = world.gpus.gpus[:1]
         await world.boot()
@@ -82,7 +82,7 @@ async def test_a_gpu_is_not_handed_on_while_nvml_shows_the_old_holder() -> None:
         await until(second, S.RUNNING)
 
 
-async def test_without_proof_the_gpu_is_cordoned_and_nobody_gets_it() -> None:
+async def test_gpu_without_proof_of_release_is_cordoned() -> None:
     async with a_world(per_gpu=2, release_timeout_ns=20_000_000) as world:
         world.gpus.gpus = world.gpus.gpus[:1]
         await world.boot()
@@ -98,7 +98,7 @@ async def test_without_proof_the_gpu_is_cordoned_and_nobody_gets_it() -> None:
         assert (device.holder, second.state) == ("", S.STARTING)
 
 
-async def test_what_survives_its_instances_end_keeps_the_gpu_from_others_until_it_is_gone(
+async def test_process_that_survives_its_instance_keeps_the_gpu_cordoned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(broker, "LATE_PROOF_PAUSE_S", 0.005)
@@ -117,7 +117,7 @@ async def test_what_survives_its_instances_end_keeps_the_gpu_from_others_until_i
         await eventually(lambda: not world.node.broker.allocator.devices[gpu].cordoned)
 
 
-async def test_a_drained_holder_that_is_paused_does_not_keep_the_book_from_asking_the_other() -> None:
+async def test_paused_holder_does_not_keep_the_allocator_from_draining_another() -> None:
     async with a_world(migrate=True, per_gpu=2) as world:
         holders = [await world.running(), await world.running()]
         for holder in holders:
@@ -134,7 +134,7 @@ async def test_a_drained_holder_that_is_paused_does_not_keep_the_book_from_askin
         assert other.state is S.FROZEN
 
 
-async def test_a_wish_whose_callers_all_left_is_withdrawn() -> None:
+async def test_gpu_request_is_withdrawn_when_all_callers_have_left() -> None:
     async with a_world(per_gpu=2) as world:
         world.gpus.gpus = world.gpus.gpus[:1]
         await world.boot()

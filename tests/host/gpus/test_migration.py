@@ -71,7 +71,7 @@ async def test_the_driver_gets_a_map_of_all_gpus_and_the_move_is_remembered(worl
     assert "instance.moved" in world.names(mover.uid)
 
 
-async def test_at_home_no_map_is_needed(world: World) -> None:
+async def test_wake_on_the_same_gpu_needs_no_map(world: World) -> None:
     mover = await world.frozen()
     await enter(mover)
     assert world.freezer.maps[-1] == {}
@@ -85,7 +85,7 @@ async def test_every_gpu_is_visible_inside_but_its_own_is_the_one_it_uses(world:
     assert (spec.all_gpus, spec.gpu_uuids) == (True, (first,))
 
 
-async def test_a_restore_that_fails_on_one_gpu_is_tried_on_the_other_and_the_request_is_answered(world: World) -> None:
+async def test_restore_that_fails_on_one_gpu_is_tried_on_the_other(world: World) -> None:
     first, second = gpus(world)
     mover = await world.frozen()
     world.freezer.results["wake"].append(NOT_NOW)
@@ -114,7 +114,7 @@ async def test_a_frozen_instance_of_a_lost_gpu_moves(world: World) -> None:
     assert mover.gpu_uuids == (second,)
 
 
-async def test_where_it_was_frozen_is_on_disk_before_it_sleeps(world: World) -> None:
+async def test_placement_is_on_disk_before_the_freeze(world: World) -> None:
     first, second = gpus(world)
     mover = await world.frozen()
     world.node.broker.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
@@ -131,7 +131,7 @@ async def test_where_it_was_frozen_is_on_disk_before_it_sleeps(world: World) -> 
     assert (again.state, again.gpu_uuids) == (InstanceState.FROZEN, (second,))
 
 
-async def test_a_new_agent_sees_by_nvml_where_an_awake_instance_is(world: World) -> None:
+async def test_new_agent_finds_the_gpu_of_an_awake_instance_by_nvml(world: World) -> None:
     _, second = gpus(world)
     mover = await awake_on_the_second(world)
     world.freezer.states[mover.uid] = Condition.AWAKE
@@ -141,7 +141,7 @@ async def test_a_new_agent_sees_by_nvml_where_an_awake_instance_is(world: World)
     assert world.holder(1) == mover.uid
 
 
-async def test_a_move_that_only_nvml_told_a_new_agent_of_is_on_disk_before_the_next_sleep(world: World) -> None:
+async def test_move_found_by_nvml_is_on_disk_before_the_next_freeze(world: World) -> None:
     _, second = gpus(world)
     mover = await awake_on_the_second(world)
     await world.restart()
@@ -154,7 +154,7 @@ async def test_a_move_that_only_nvml_told_a_new_agent_of_is_on_disk_before_the_n
     assert world.node.actors[mover.uid].gpu_uuids == (second,), "its image is of that GPU"
 
 
-async def test_one_that_moved_and_survives_a_new_agents_kill_keeps_the_gpu_from_others_where_it_is(
+async def test_moved_instance_that_survives_a_kill_cordons_its_present_gpu(
     world: World,
 ) -> None:
     _, second = gpus(world)
@@ -165,7 +165,7 @@ async def test_one_that_moved_and_survives_a_new_agents_kill_keeps_the_gpu_from_
     assert world.node.broker.allocator.devices[second].cordoned.startswith("KILL_FAILED")
 
 
-async def test_a_new_agent_that_nvml_does_not_answer_waits_until_it_knows_where_an_awake_instance_is(
+async def test_recovery_waits_for_nvml_to_place_an_awake_instance(
     world: World,
 ) -> None:
     _, second = gpus(world)
@@ -184,7 +184,7 @@ async def test_a_new_agent_that_nvml_does_not_answer_waits_until_it_knows_where_
     assert (world.holder(0), world.holder(1)) == ("", mover.uid)
 
 
-async def test_without_migration_the_frozen_instance_of_a_lost_gpu_is_given_up_when_somebody_asks() -> None:
+async def test_without_migration_a_wake_on_a_lost_gpu_fails_the_instance() -> None:
     async with a_world() as world:
         asleep = await world.frozen()
         world.node.broker.cordon("", asleep.gpu_uuids, "XID 79", source="xid", lasting=True)
@@ -194,7 +194,7 @@ async def test_without_migration_the_frozen_instance_of_a_lost_gpu_is_given_up_w
         assert asleep.instance.reason == "GPU_LOST"
 
 
-async def test_a_pause_by_somebody_else_closes_the_gate_until_it_ends(world: World) -> None:
+async def test_external_pause_closes_the_gate_until_it_ends(world: World) -> None:
     actor = await world.running()
     world.freezer.states[actor.uid] = Condition.PAUSED_BY_OTHERS
     check_pauses(world.node, world.freezer)
@@ -208,7 +208,7 @@ async def test_a_pause_by_somebody_else_closes_the_gate_until_it_ends(world: Wor
     assert actor.gate.in_flight == 1
 
 
-async def test_an_instance_that_cannot_be_looked_at_ends_no_watch(world: World) -> None:
+async def test_unreadable_instance_does_not_end_the_pause_watch(world: World) -> None:
     """The watch is one of the daemon's services: one that ends by itself ends the daemon."""
     blind, seen = await world.running(), await world.running(replace(OCR, name="seen"))
     world.freezer.states[seen.uid] = Condition.PAUSED_BY_OTHERS
@@ -223,7 +223,7 @@ async def test_an_instance_that_cannot_be_looked_at_ends_no_watch(world: World) 
     assert (blind.instance.paused, seen.instance.paused) == (False, True)
 
 
-async def test_a_container_that_was_made_with_its_own_gpu_alone_never_moves(world: World) -> None:
+async def test_container_that_sees_only_its_own_gpu_never_moves(world: World) -> None:
     sleeper = await world.frozen()
     (record,) = [one for one in await world.store.load_instances() if one.spec.uid == sleeper.uid]
     assert record.handle is not None

@@ -43,7 +43,7 @@ async def watched() -> AsyncIterator[Watched]:
         yield Watched(world, watch, driver)
 
 
-async def test_figures_are_shown_while_they_are_fresh() -> None:
+async def test_samples_are_shown_while_they_are_fresh() -> None:
     async with watched() as it:
         assert it.watch.samples() == {}
         await it.watch.poll()
@@ -54,7 +54,7 @@ async def test_figures_are_shown_while_they_are_fresh() -> None:
         assert it.watch.samples() == {}, "unknown, not old"
 
 
-async def test_a_fatal_xid_cordons_and_a_program_s_is_written_down() -> None:
+async def test_fatal_xid_cordons_and_a_program_error_is_only_recorded() -> None:
     async with watched() as it:
         it.watch.record_xid(Xid(it.uuid(0), 31))
         assert it.cordoned(0) == ""
@@ -68,7 +68,7 @@ async def test_a_fatal_xid_cordons_and_a_program_s_is_written_down() -> None:
         assert len(it.world.messages("gpu.cordoned")) == 1
 
 
-async def test_a_gpu_that_errs_for_a_while_is_out_for_that_while() -> None:
+async def test_gpu_is_cordoned_while_it_answers_with_errors() -> None:
     async with watched() as it:
         it.world.gpus.errors[it.uuid(1)] = "ill"
         await it.looks(2)
@@ -90,7 +90,7 @@ async def test_a_lost_gpu_stays_out() -> None:
         assert it.cordoned(1).startswith("GPU_LOST: ")
 
 
-async def test_a_silent_driver_takes_all_out_until_it_answers() -> None:
+async def test_silent_driver_cordons_all_gpus_until_it_answers() -> None:
     async with watched() as it:
         await it.watch.poll()
         it.world.gpus.unavailable = True
@@ -104,7 +104,7 @@ async def test_a_silent_driver_takes_all_out_until_it_answers() -> None:
         assert it.cordoned(0) == it.cordoned(1) == ""
 
 
-async def test_it_runs_on_whatever_happens() -> None:
+async def test_monitor_survives_every_failure() -> None:
     async with watched() as it:
         failures = 0
 
@@ -135,7 +135,7 @@ async def test_the_counters_are_bounded() -> None:
         assert len(it.watch.xids) == MAX_XID_COUNTERS
 
 
-async def test_persistence_mode_that_is_turned_off_is_told_to_the_checkpointer_and_once_to_people() -> None:
+async def test_persistence_mode_off_is_reported_to_checkpointer_and_once_as_event() -> None:
     async with a_world() as world:
         told: list[str] = []
         watch = GpuMonitor(

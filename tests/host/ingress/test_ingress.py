@@ -75,7 +75,7 @@ def code(answer: tuple[int, Headers, bytes]) -> tuple[int, str, bytes | None]:
     return status, json.loads(body)["Code"], headers.get(b"x-hibernode-refused")
 
 
-async def test_a_request_goes_through_and_the_answer_says_who_gave_it() -> None:
+async def test_request_passes_and_the_answer_names_the_instance() -> None:
     async with a_door() as door:
         actor = await door.world.running(replace(OCR, instance_concurrency=4))
         status, headers, body = await door.ask(actor, "x-fc-request-id: 1-67a59f35-150c1267-f381ba1c085c")
@@ -85,7 +85,7 @@ async def test_a_request_goes_through_and_the_answer_says_who_gave_it() -> None:
         assert b"x-hibernode-wake-ms" not in headers
 
 
-async def test_what_the_instance_sees_is_ours_not_the_clients() -> None:
+async def test_instance_sees_the_agents_context_headers_not_the_clients() -> None:
     async with a_door() as door:
         actor = await door.world.running()
         await door.ask(
@@ -115,7 +115,7 @@ async def test_what_the_instance_sees_is_ours_not_the_clients() -> None:
         assert not [n for n in names if n.startswith(b"x-hibernode") or b"_" in n or b"access-key" in n]
 
 
-async def test_an_instance_cannot_speak_for_us() -> None:
+async def test_instance_cannot_forge_the_agents_headers() -> None:
     async def spiteful(exchange: Exchange) -> None:
         ours = [(b"x-fc-request-id", b"mine"), (b"x-hibernode-refused", b"AGAIN"), (b"x-fc-instance-id", b"mine")]
         await exchange.answer(404, [*ours, (b"x-fc-status", b"404"), (b"server", b"evil")], b"")
@@ -130,7 +130,7 @@ async def test_an_instance_cannot_speak_for_us() -> None:
 
 
 @pytest.mark.parametrize("given", ["", "wrong-token-0123456789", "nöde"])
-async def test_without_the_token_nobody_gets_in(given: str) -> None:
+async def test_request_without_the_token_is_refused(given: str) -> None:
     async with a_door() as door:
         actor = await door.world.running()
         wire = await connect(door.port)
@@ -163,7 +163,7 @@ async def test_a_request_id_that_could_do_harm_is_replaced() -> None:
         assert headers[b"x-fc-request-id"].startswith(b"1-00000001-")
 
 
-async def test_before_recovery_and_while_leaving_nobody_is_served_but_may_go_elsewhere() -> None:
+async def test_before_recovery_and_while_stopping_requests_may_go_elsewhere() -> None:
     async with a_door() as door:
         actor = await door.world.running()
         door.ingress.open = False
@@ -172,7 +172,7 @@ async def test_before_recovery_and_while_leaving_nobody_is_served_but_may_go_els
         assert code(await door.ask(actor)) == (503, "AgentStopping", b"AGENT_STOPPING")
 
 
-async def test_a_frozen_instance_wakes_for_a_request_and_the_answer_says_what_it_took() -> None:
+async def test_frozen_instance_wakes_for_a_request_and_reports_the_wake_time() -> None:
     async with a_door() as door:
         actor = await door.world.frozen()
         door.world.freezer.hold("wake")
@@ -229,7 +229,7 @@ async def test_a_full_queue_is_a_429() -> None:
         assert (await first)[0] == 200
 
 
-async def test_a_client_that_leaves_while_it_waits_gives_its_place_up() -> None:
+async def test_client_that_leaves_while_queued_frees_its_place() -> None:
     async with a_door() as door:
         actor = await door.world.frozen()
         door.world.freezer.hold("wake")
@@ -242,7 +242,7 @@ async def test_a_client_that_leaves_while_it_waits_gives_its_place_up() -> None:
         assert door.world.app.paths() == []
 
 
-async def test_a_client_that_leaves_in_the_middle_frees_the_slot_and_the_instance() -> None:
+async def test_client_that_leaves_in_the_middle_frees_the_slot() -> None:
     async with a_door() as door:
         actor = await door.world.running()
         left = asyncio.Event()
@@ -259,7 +259,7 @@ async def test_a_client_that_leaves_in_the_middle_frees_the_slot_and_the_instanc
         await eventually(lambda: actor.gate.in_flight == 0)
 
 
-async def test_one_that_crashes_is_a_502_that_nobody_repeats() -> None:
+async def test_crash_is_a_502_that_is_not_repeated() -> None:
     async def crashes(exchange: Exchange) -> None:
         left = asyncio.Event()
         exchange.on_gone(left.set)
@@ -272,7 +272,7 @@ async def test_one_that_crashes_is_a_502_that_nobody_repeats() -> None:
         assert code(await door.ask(actor)) == (502, "InstanceCrashed", None)
 
 
-async def test_one_that_does_not_accept_was_not_reached() -> None:
+async def test_refused_connection_counts_as_not_reached() -> None:
     async with a_door() as door:
         actor = await door.world.running()
         assert actor.pool is not None
@@ -280,7 +280,7 @@ async def test_one_that_does_not_accept_was_not_reached() -> None:
         assert code(await door.ask(actor)) == (502, "InstanceCrashed", b"CONNECT_FAILED")
 
 
-async def test_an_exit_answers_those_inside_and_sends_those_in_line_elsewhere() -> None:
+async def test_exit_fails_requests_inside_and_refuses_queued_ones() -> None:
     async with a_door() as door:
         actor = await door.world.running()
         door.world.app.answers["/ocr"] = hangs
@@ -304,7 +304,7 @@ async def test_a_timeout_returns_the_slot_and_two_in_a_row_replace_the_instance(
         assert actor.instance.reason == "INSTANCE_UNRESPONSIVE"
 
 
-async def test_an_answer_in_between_forgives_a_timeout() -> None:
+async def test_answer_in_between_resets_the_count_of_timeouts() -> None:
     async with a_door() as door:
         actor = await door.world.running(replace(OCR, timeout_ns=30 * MILLISECOND_NS))
         for answer in (hangs, 200, hangs):

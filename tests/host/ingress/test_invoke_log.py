@@ -129,7 +129,7 @@ async def test_without_tail_no_log_is_read_and_none_can_be_forged() -> None:
             assert b"x-fc-log-result" not in headers
 
 
-async def test_a_request_that_times_out_shows_how_far_it_came() -> None:
+async def test_timed_out_request_returns_its_log_so_far() -> None:
     async with a_door() as door:
         actor = await door.world.running(replace(OCR, timeout_ns=30 * MILLISECOND_NS))
         door.world.runtime.print(actor.uid, START + b"loading page 700\n")
@@ -139,7 +139,7 @@ async def test_a_request_that_times_out_shows_how_far_it_came() -> None:
         assert base64.b64decode(headers[b"x-fc-log-result"]) == START + b"loading page 700\n"
 
 
-async def test_a_client_that_leaves_while_its_log_is_read_gives_its_slot_back() -> None:
+async def test_client_that_leaves_while_its_log_is_read_frees_the_slot() -> None:
     async with a_door() as door:
         actor = await door.world.running()
         reading = asyncio.Event()

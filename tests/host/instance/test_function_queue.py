@@ -57,7 +57,7 @@ async def test_a_free_sibling_serves_where_the_named_one_is_busy() -> None:
         assert (await second.message())[1][b"x-fc-instance-id"] == idle.uid.encode()
 
 
-async def test_without_leave_to_go_elsewhere_it_waits_for_the_one_it_names() -> None:
+async def test_request_for_one_instance_waits_for_that_instance() -> None:
     async with a_door() as door:
         busy = await door.world.running()
         await door.world.running()
@@ -73,7 +73,7 @@ async def test_without_leave_to_go_elsewhere_it_waits_for_the_one_it_names() -> 
         assert (await second.message())[1][b"x-fc-instance-id"] == busy.uid.encode()
 
 
-async def test_who_waits_goes_to_whichever_frees_first_the_oldest_before_all() -> None:
+async def test_first_instance_to_free_takes_the_oldest_request() -> None:
     async with a_door() as door:
         slow, (named, other), _ = await busy_pair(door)
         queue = door.world.node.queues["ocr"]
@@ -92,7 +92,7 @@ async def test_who_waits_goes_to_whichever_frees_first_the_oldest_before_all() -
         assert (await younger.message())[1][b"x-fc-instance-id"] == other.encode()
 
 
-async def test_who_asks_for_a_notice_hears_of_the_grant_before_the_instance_hears_of_him() -> None:
+async def test_start_notice_is_sent_before_the_request_reaches_the_instance() -> None:
     async with a_door() as door:
         slow, (named, _), _ = await busy_pair(door)
         wire = await door.send(named, ANY, NOTICE)
@@ -106,7 +106,7 @@ async def test_who_asks_for_a_notice_hears_of_the_grant_before_the_instance_hear
         assert (await wire.message())[2] == b"done"
 
 
-async def test_a_client_that_leaves_the_line_is_not_sent_to_anybody() -> None:
+async def test_request_of_a_client_that_left_is_not_served() -> None:
     async with a_door() as door:
         slow, (named, _), wires = await busy_pair(door)
         queue = door.world.node.queues["ocr"]
@@ -121,7 +121,7 @@ async def test_a_client_that_leaves_the_line_is_not_sent_to_anybody() -> None:
         assert len(door.world.app.requests) == 2
 
 
-async def test_who_waits_where_the_only_instance_fell_ill_may_go_elsewhere() -> None:
+async def test_unhealthy_last_instance_refuses_queued_requests() -> None:
     async with a_door() as door:
         slow = Slow()
         ill = await door.world.running()
@@ -137,7 +137,7 @@ async def test_who_waits_where_the_only_instance_fell_ill_may_go_elsewhere() -> 
         assert (await first.message())[2] == b"done"
 
 
-async def test_a_body_that_breaks_in_the_line_costs_nobody_a_slot_or_a_bill() -> None:
+async def test_queued_request_with_a_broken_body_takes_no_slot_and_no_bill() -> None:
     async with a_door() as door:
         slow = Slow()
         busy = await door.world.running()
@@ -157,7 +157,7 @@ async def test_a_body_that_breaks_in_the_line_costs_nobody_a_slot_or_a_bill() ->
         assert door.world.billing.health.unmatched_ends == 0
 
 
-async def test_the_time_in_line_is_bounded_by_the_requests_deadline() -> None:
+async def test_time_in_the_queue_is_bounded_by_the_deadline() -> None:
     async with a_door() as door:
         slow, (named, _), _ = await busy_pair(door)
         assert code(await door.ask(named, ANY, "x-hibernode-deadline-ms: 20")) == (
@@ -169,7 +169,7 @@ async def test_the_time_in_line_is_bounded_by_the_requests_deadline() -> None:
             go.set()
 
 
-async def test_where_the_last_one_awake_goes_away_the_gateway_may_ask_elsewhere() -> None:
+async def test_queued_requests_are_refused_when_the_last_instance_stops() -> None:
     async with a_door() as door:
         slow, (named, other), _ = await busy_pair(door)
         queue = door.world.node.queues["ocr"]
@@ -187,7 +187,7 @@ async def test_where_the_last_one_awake_goes_away_the_gateway_may_ask_elsewhere(
         await eventually(lambda: "ocr" not in door.world.node.queues)  # the last of them takes it away
 
 
-async def test_a_sick_instance_gets_nobody_out_of_the_line_until_it_is_well() -> None:
+async def test_unhealthy_instance_takes_no_queued_request_until_it_recovers() -> None:
     async with a_door() as door:
         slow, (named, _), wires = await busy_pair(door)
         queue = door.world.node.queues["ocr"]
@@ -205,7 +205,7 @@ async def test_a_sick_instance_gets_nobody_out_of_the_line_until_it_is_well() ->
         assert (await wire.message())[1][b"x-fc-instance-id"] == named.encode()
 
 
-async def test_an_instance_that_sleeps_is_woken_by_who_names_it_whatever_others_do() -> None:
+async def test_frozen_instance_is_woken_by_a_request_that_names_it() -> None:
     async with a_door() as door:
         actor = await door.world.frozen(replace(OCR, instance_concurrency=1))
         wire = await door.send(actor, ANY)

@@ -47,7 +47,7 @@ def a_gate(*, is_open: bool, concurrency: int = 1, max_waiting: int = 2) -> tupl
     return gate, edges
 
 
-async def test_who_starts_from_the_line_and_ends_in_the_same_turn_is_metered_from_begin_to_end() -> None:
+async def test_queued_request_that_ends_in_its_first_turn_is_metered_in_order() -> None:
     """Ended before it had begun it would be billed for ever, and busy after quiet the instance would never sleep."""
     gate, edges = a_gate(is_open=False)
     queue: FunctionQueue[Edges] = FunctionQueue(10)
@@ -74,7 +74,7 @@ def queued(gate: AdmissionGate[Edges], timeout_s: float = 10.0) -> tuple[asyncio
     return ticket, asyncio.ensure_future(gate.wait(ticket, timeout_s))
 
 
-async def test_only_edges_are_told() -> None:
+async def test_owner_is_called_only_at_edges() -> None:
     gate, edges = a_gate(is_open=True, concurrency=2)
     assert gate.try_enter() is None
     assert gate.try_enter() is None
@@ -84,7 +84,7 @@ async def test_only_edges_are_told() -> None:
     assert edges.inside == 0
 
 
-async def test_a_slot_that_is_handed_on_is_no_edge() -> None:
+async def test_slot_passed_on_is_no_edge() -> None:
     gate, edges = a_gate(is_open=True)
     gate.try_enter()
     _, waiting = queued(gate)
@@ -95,7 +95,7 @@ async def test_a_slot_that_is_handed_on_is_no_edge() -> None:
     assert edges.told == ["busy", "quiet"]
 
 
-async def test_who_waits_at_a_closed_gate_is_granted_when_it_opens() -> None:
+async def test_waiters_at_a_closed_gate_are_granted_when_it_opens() -> None:
     gate, edges = a_gate(is_open=False, concurrency=2, max_waiting=3)
     tasks = [queued(gate)[1] for _ in range(3)]
     assert edges.told == ["wanted"]
@@ -107,7 +107,7 @@ async def test_who_waits_at_a_closed_gate_is_granted_when_it_opens() -> None:
     await tasks[2]
 
 
-async def test_a_full_line_says_so_at_once() -> None:
+async def test_full_gate_refuses_at_once() -> None:
     gate, _ = a_gate(is_open=False, max_waiting=1)
     _, waiting = queued(gate)
     with pytest.raises(ExhaustedError) as caught:
@@ -117,7 +117,7 @@ async def test_a_full_line_says_so_at_once() -> None:
     await asyncio.gather(waiting, return_exceptions=True)
 
 
-async def test_a_closing_gate_tells_that_somebody_still_waits() -> None:
+async def test_closing_gate_reports_remaining_waiters() -> None:
     gate, edges = a_gate(is_open=True)
     gate.try_enter()
     _, waiting = queued(gate)
@@ -130,7 +130,7 @@ async def test_a_closing_gate_tells_that_somebody_still_waits() -> None:
     await waiting
 
 
-async def test_the_queue_timeout_gives_the_place_up() -> None:
+async def test_queue_timeout_removes_the_ticket() -> None:
     gate, edges = a_gate(is_open=False)
     _, waiting = queued(gate, timeout_s=0.001)
     with pytest.raises(DeadlineError) as caught:
@@ -140,7 +140,7 @@ async def test_the_queue_timeout_gives_the_place_up() -> None:
     assert edges.told == ["wanted", "unwanted"]
 
 
-async def test_a_caller_that_goes_away_frees_its_place() -> None:
+async def test_cancelled_caller_frees_its_place() -> None:
     gate, edges = a_gate(is_open=False)
     ticket, waiting = queued(gate)
     await asyncio.sleep(0)
@@ -176,7 +176,7 @@ async def test_a_ticket_that_is_dead_already_is_passed_over() -> None:
     assert (gate.in_flight, edges.inside) == (1, 1)
 
 
-async def test_everybody_in_line_can_be_refused_and_then_nobody_waits() -> None:
+async def test_refuse_all_refuses_every_waiter() -> None:
     gate, edges = a_gate(is_open=False)
     tasks = [queued(gate)[1] for _ in range(2)]
     await asyncio.sleep(0)

@@ -74,7 +74,7 @@ async def test_a_request_carries_exactly_these() -> None:
 
 
 @pytest.mark.parametrize("image", ["host", "registry.example/ocr:1"])
-async def test_an_instance_is_told_what_it_is_by_its_environment(image: str) -> None:
+async def test_environment_describes_the_instance(image: str) -> None:
     async with a_world() as world:
         world.runtime.accepted_images.add(image)
         actor = await world.running(replace(OCR, image=image, region="cn-shanghai"))
@@ -129,7 +129,7 @@ async def test_an_initializer_must_answer_2xx_in_time(answer: int | Handler, sta
 
 
 @pytest.mark.parametrize(("answer", "noted"), [(200, False), (302, False), (404, True), (500, True), (hangs, True)])
-async def test_nothing_that_pre_stop_answers_keeps_an_instance(answer: int | Handler, noted: bool) -> None:
+async def test_no_answer_of_pre_stop_prevents_the_stop(answer: int | Handler, noted: bool) -> None:
     async with a_world() as world:
         world.app.answers["/pre-stop"] = answer
         actor = await world.running(replace(OCR, hooks=Hooks(pre_stop=Hook() if isinstance(answer, int) else SOON)))
@@ -198,7 +198,7 @@ async def test_the_thresholds_count_failures_and_successes_in_a_row() -> None:
 
 
 @pytest.mark.parametrize(("answer", "healthy"), [(hangs, True), (503, False)])
-async def test_silence_of_a_busy_instance_is_no_illness_but_its_own_word_is(
+async def test_missing_answer_of_a_busy_instance_does_not_count_but_an_error_does(
     answer: int | Handler, healthy: bool
 ) -> None:
     """Servers with one thread answer no probe while they serve a request."""
@@ -214,7 +214,7 @@ async def test_silence_of_a_busy_instance_is_no_illness_but_its_own_word_is(
         await eventually(lambda: not actor.healthy)  # idle and silent is ill
 
 
-async def test_an_instance_that_fell_asleep_unhealthy_can_be_woken() -> None:
+async def test_instance_frozen_while_unhealthy_can_be_woken() -> None:
     """The dispatcher sends nothing to an unhealthy one, and nothing but a request wakes one that sleeps."""
     check = HealthCheck("/healthz", period_ns=MILLISECOND_NS, failure_threshold=1)
     async with a_world() as world:

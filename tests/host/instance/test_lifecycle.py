@@ -68,7 +68,7 @@ async def test_a_request_during_the_lock_undoes_the_freeze() -> None:
         actor.gate.leave()
 
 
-async def test_a_caller_that_leaves_while_its_freeze_is_being_cancelled_lets_it_sleep_later() -> None:
+async def test_caller_that_leaves_during_a_cancelled_freeze_lets_it_freeze_later() -> None:
     async with a_world() as world:
         actor = await world.running()
         world.freezer.hold("lock")
@@ -111,7 +111,7 @@ async def test_the_pool_is_retired_when_the_freeze_begins() -> None:
 
 
 @pytest.mark.parametrize("trouble", ["nvml", "memory", "store", "cgroup"])
-async def test_what_fails_before_the_lock_is_a_refusal_and_costs_nothing(trouble: str) -> None:
+async def test_failure_before_the_lock_is_a_refusal(trouble: str) -> None:
     async with a_world() as world:
         actor = await world.running()
         match trouble:
@@ -145,7 +145,7 @@ async def test_what_fails_before_the_lock_is_a_refusal_and_costs_nothing(trouble
         actor.gate.leave()
 
 
-async def test_short_memory_stays_awake_tries_again_and_freezes_once_there_is_room() -> None:
+async def test_short_host_memory_keeps_it_awake_until_there_is_room() -> None:
     async with a_world() as world:
         actor = await world.running()
         world.memory.available = 0
@@ -169,7 +169,7 @@ async def test_while_the_store_fails_wakes_and_requests_go_on() -> None:
 
 @pytest.mark.parametrize("outcome", [Outcome.REFUSED, Outcome.BROKEN])
 @pytest.mark.parametrize("operation", ["lock", "checkpoint", "wake"])
-async def test_what_the_driver_refuses_and_what_it_breaks(operation: str, outcome: Outcome) -> None:
+async def test_outcomes_of_driver_calls(operation: str, outcome: Outcome) -> None:
     async with a_world() as world:
         actor = await (world.frozen() if operation == "wake" else world.running())
         times = 2 if operation == "wake" else 1

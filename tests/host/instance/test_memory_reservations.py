@@ -27,7 +27,7 @@ def reason(world: World, uid: str) -> str:
 # ---- limits ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_limit_that_is_too_tight_is_raised_for_the_freeze_and_lowered_after_the_wake() -> None:
+async def test_tight_limit_is_raised_for_the_freeze_and_lowered_after_the_wake() -> None:
     async with a_world() as world:
         world.memory.raise_refusal = ""
         actor = await world.running()
@@ -40,7 +40,7 @@ async def test_a_limit_that_is_too_tight_is_raised_for_the_freeze_and_lowered_af
         await eventually(lambda: not world.memory.raised)
 
 
-async def test_where_it_cant_be_raised_the_instance_stays_awake_and_says_what_to_do() -> None:
+async def test_limit_that_cannot_be_raised_keeps_it_awake_with_a_fix() -> None:
     async with a_world() as world:
         world.memory.raise_refusal = "its memory limit is shared with other processes; raise that limit"
         actor = await world.running()
@@ -62,7 +62,7 @@ async def test_a_freeze_without_a_tight_limit_and_its_wake_write_no_limit() -> N
         assert {operation for operation, _ in world.memory.writes} <= {"note_image", "recover"}
 
 
-async def test_a_limit_still_raised_by_an_earlier_wake_is_lowered_by_the_next_one() -> None:
+async def test_limit_left_raised_by_one_wake_is_lowered_by_the_next() -> None:
     async with a_world() as world:
         world.memory.raise_refusal = ""
         actor = await world.running()
@@ -166,7 +166,7 @@ async def test_without_a_note_it_is_no_more_than_its_processes_hold() -> None:
         assert world.node.actors[actor.uid].figures.image_bytes == 3 * GIB
 
 
-async def test_what_has_ended_is_remembered_nowhere() -> None:
+async def test_ended_instance_leaves_no_note() -> None:
     async with a_world() as world:
         actor = await world.frozen()
         await eventually(lambda: bool(world.memory.noted))
@@ -178,14 +178,14 @@ async def test_what_has_ended_is_remembered_nowhere() -> None:
 # ---- sharers that declare nothing -----------------------------------------------------------------------------------
 
 
-async def test_a_sharer_that_declares_nothing_is_pledged_what_it_has_once_it_has_started() -> None:
+async def test_sharer_without_declared_size_is_pledged_its_measured_size() -> None:
     async with a_world(per_gpu=2) as world:
         actor = await world.running(UNDECLARED)
         assert world.node.memory.ledger.reservations[actor.uid].floor_bytes == world.freezer.image_bytes
         assert world.node.memory.ledger.outstanding_bytes == world.freezer.image_bytes
 
 
-async def test_one_that_could_never_make_room_for_the_others_does_not_start() -> None:
+async def test_sharer_that_could_never_be_frozen_does_not_start() -> None:
     async with a_world(per_gpu=2) as world:
         first = await world.running(UNDECLARED)
         world.memory.available = world.freezer.image_bytes + 65 * MIB
@@ -206,7 +206,7 @@ async def test_its_pledge_follows_what_is_measured_and_outlives_the_agent() -> N
         assert floor == world.freezer.image_bytes
 
 
-async def test_one_that_declares_too_little_is_judged_at_each_freeze() -> None:
+async def test_sharer_that_declared_too_little_is_admitted_at_each_freeze() -> None:
     memory = FakeHostMemory(available=2 * GIB)
     desk = MemoryReservations(memory, limit_bytes=0, reserve_bytes=0)
     desk.pledge("ocr-1", GIB)

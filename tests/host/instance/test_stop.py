@@ -34,7 +34,7 @@ async def gone(world: World, actor: Actor) -> None:
     assert not world.billing.open_windows()
 
 
-async def test_a_stop_asks_first_and_kills_then() -> None:
+async def test_stop_terminates_before_it_kills() -> None:
     async with a_world() as world:
         actor = await world.running(HOOKED)
         actor.handle(ev.StopAsked(SECOND_NS))
@@ -128,7 +128,7 @@ async def test_an_exit_while_frozen_or_waiting_is_noticed() -> None:
         assert actor.instance.reason == "OUT_OF_MEMORY"
 
 
-async def test_what_survives_every_kill_is_told_about_and_its_end_is_not_waited_for_for_ever() -> None:
+async def test_instance_that_survives_every_kill_is_reported_and_forgotten() -> None:
     async with a_world() as world:
         actor = await world.running()
         world.runtime.kill_hangs = True
@@ -138,7 +138,7 @@ async def test_what_survives_every_kill_is_told_about_and_its_end_is_not_waited_
         world.runtime.kill_hangs = False
 
 
-async def test_an_error_nobody_foresaw_at_the_end_still_ends() -> None:
+async def test_unexpected_error_does_not_prevent_the_end() -> None:
     async with a_world() as world:
         actor = await world.running()
 
@@ -151,7 +151,7 @@ async def test_an_error_nobody_foresaw_at_the_end_still_ends() -> None:
         assert "No space left on device" in world.messages("instance.kill_failed")[0]
 
 
-async def test_a_watch_that_breaks_is_not_silence() -> None:
+async def test_broken_exit_watch_ends_the_instance() -> None:
     async with a_world() as world:
 
         async def broken(handle: object) -> Exit:
@@ -163,7 +163,7 @@ async def test_a_watch_that_breaks_is_not_silence() -> None:
         assert "RuntimeError" in actor.instance.message
 
 
-async def test_a_leaving_agent_turns_waiters_away_and_leaves_instances_alone() -> None:
+async def test_stopping_agent_refuses_waiters_and_leaves_instances_alone() -> None:
     async with a_world(per_gpu=2) as world:
         world.gpus.gpus = world.gpus.gpus[:1]
         await world.boot()
@@ -210,7 +210,7 @@ async def test_an_operation_that_hangs_is_abandoned_after_the_stop_timeout() -> 
         await asyncio.wait_for(world.node.close(), PATIENCE_S)
 
 
-async def test_a_freeze_that_has_locked_goes_on_to_its_end_before_the_agent_leaves() -> None:
+async def test_freeze_past_its_lock_ends_before_the_agent_stops() -> None:
     async with a_world() as world:
         actor = await world.running()
         world.freezer.hold("lock")
@@ -223,7 +223,7 @@ async def test_a_freeze_that_has_locked_goes_on_to_its_end_before_the_agent_leav
         assert actor.state is S.FROZEN, "not left locked for the next agent to find"
 
 
-async def test_nothing_begins_any_more_once_the_agent_leaves() -> None:
+async def test_nothing_begins_once_the_agent_stops() -> None:
     async with a_world() as world:
         actor = await world.running()
         await enter(actor)
@@ -241,7 +241,7 @@ async def test_an_exit_during_a_start_does_not_wait_for_what_the_start_waits_for
         await gone(world, actor)
 
 
-async def test_an_agent_may_take_all_its_instances_along() -> None:
+async def test_agent_can_stop_all_its_instances() -> None:
     """`on_stop: stop`: politely, within the time there is; who does not listen is killed."""
     async with a_world(per_gpu=2, stop_timeout_s=600.0) as world:
         sleeper = await world.frozen(HOOKED)
@@ -256,7 +256,7 @@ async def test_an_agent_may_take_all_its_instances_along() -> None:
         assert world.messages("instance.stopped") == ["the agent stops, and on_stop says stop"] * 3
 
 
-async def test_one_that_is_dead_and_can_not_be_removed_now_is_no_failed_kill() -> None:
+async def test_dead_container_that_cannot_be_removed_is_no_failed_kill() -> None:
     async with a_world() as world:
         actor = await world.running()
         world.runtime.engine_away = True

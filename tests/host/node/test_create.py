@@ -28,7 +28,7 @@ def nothing_is_left(world: World) -> None:
     assert not world.billing.open_windows()
 
 
-async def test_an_instance_starts_on_its_gpu_and_is_recorded_before_anything_runs() -> None:
+async def test_instance_starts_on_its_gpu_and_is_recorded_first() -> None:
     async with a_world() as world:
         world.store.stall()
         creating = asyncio.create_task(world.create())
@@ -182,7 +182,7 @@ async def test_a_process_that_ends_during_its_start_shows_its_log() -> None:
         assert "ImportError: torch" in actor.instance.message
 
 
-async def test_an_image_is_pulled_before_the_gpu_is_taken_and_people_see_how_far_it_is() -> None:
+async def test_image_is_pulled_before_the_gpu_is_taken_and_shows_progress() -> None:
     async with a_world() as world:
         world.runtime.prepare_gate = asyncio.Event()
         actor = await world.create()
@@ -205,7 +205,7 @@ async def test_an_image_that_is_not_there_fails_the_start_with_its_reason() -> N
         assert [call for call, _ in world.runtime.calls] == ["prepare"]
 
 
-async def test_a_pull_that_is_not_wanted_any_more_is_given_up() -> None:
+async def test_pull_is_cancelled_by_a_stop() -> None:
     async with a_world() as world:
         world.runtime.prepare_gate = asyncio.Event()
         actor = await world.create()
@@ -216,7 +216,7 @@ async def test_a_pull_that_is_not_wanted_any_more_is_given_up() -> None:
         assert "start" not in [call for call, _ in world.runtime.calls]
 
 
-async def test_a_start_that_ran_out_of_memory_says_so_whoever_notices_first() -> None:
+async def test_start_that_ran_out_of_memory_says_so() -> None:
     async with a_world() as world:
         world.runtime.port_of = lambda spec: 1
         actor = await world.create()

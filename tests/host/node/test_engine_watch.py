@@ -47,7 +47,7 @@ async def follow(watching: EngineWatch) -> None:
         await watching.run()
 
 
-async def test_it_is_asked_less_often_while_it_stays_away_and_that_is_said_once() -> None:
+async def test_engine_that_stays_down_is_polled_less_often_and_reported_once() -> None:
     async with a_world() as world:
         pauses: list[float] = []
         told: list[str] = []
@@ -57,7 +57,7 @@ async def test_it_is_asked_less_often_while_it_stays_away_and_that_is_said_once(
         assert [name for name in world.names("") if name.startswith("engine.")] == ["engine.down", "engine.up"]
 
 
-async def test_what_stayed_behind_is_removed_when_it_is_back_and_the_living_are_left_alone() -> None:
+async def test_leftovers_are_removed_when_the_engine_is_back() -> None:
     async with a_world() as world:
         living = await world.running()
         container = world.runtime.containers[living.uid]
@@ -78,7 +78,7 @@ async def test_a_process_of_the_host_is_no_leftover_of_the_engine() -> None:
         assert "i-gone" in world.runtime.containers
 
 
-async def test_a_leftover_that_can_not_be_removed_is_tried_again_at_the_next_sweep() -> None:
+async def test_leftover_that_cannot_be_removed_is_retried_at_the_next_sweep() -> None:
     async with a_world() as world:
         actor = await world.running()
         container = world.runtime.containers[actor.uid]

@@ -43,7 +43,7 @@ def events_of(world: World, name: str) -> list[dict[str, str]]:
 # ---- who may --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_frozen_one_is_refused_at_once_and_stays_frozen() -> None:
+async def test_frozen_instance_is_refused_at_once_and_stays_frozen() -> None:
     async with exec_world() as (world, sessions):
         actor = await world.frozen()
         with pytest.raises(HibernodeError, match="--wake") as caught:
@@ -67,7 +67,7 @@ async def test_with_wake_it_is_awake_until_the_command_has_ended(freeze_after_ns
         await until(actor, S.FROZEN)
 
 
-async def test_one_that_is_about_to_sleep_counts_as_asleep() -> None:
+async def test_freezing_instance_counts_as_frozen() -> None:
     async with exec_world() as (world, sessions):
         actor = await world.running()
         world.freezer.hold("checkpoint")
@@ -78,7 +78,7 @@ async def test_one_that_is_about_to_sleep_counts_as_asleep() -> None:
         await until(actor, S.FROZEN)
 
 
-async def test_one_whose_gpu_is_promised_away_is_asleep_and_comes_back_with_wake() -> None:
+async def test_draining_instance_counts_as_frozen_and_comes_back_with_wake() -> None:
     async with exec_world() as (world, sessions):
         actor = await world.running()
         await enter(actor)
@@ -96,7 +96,7 @@ async def test_one_whose_gpu_is_promised_away_is_asleep_and_comes_back_with_wake
         assert (actor.figures.freezes, actor.figures.wakes) == (1, 1), "asleep in between, as the GPU book ordered"
 
 
-async def test_paused_starting_and_ended_ones_are_refused() -> None:
+async def test_paused_starting_and_ended_instances_are_refused() -> None:
     async with exec_world() as (world, sessions):
         world.runtime.start_gate = asyncio.Event()
         actor = await world.create()
@@ -113,7 +113,7 @@ async def test_paused_starting_and_ended_ones_are_refused() -> None:
         assert await reason_of(sessions, "i-nobody") == "INSTANCE_NOT_FOUND"
 
 
-async def test_a_process_of_the_host_has_no_inside_and_is_not_woken_for_that() -> None:
+async def test_host_process_refuses_commands_and_is_not_woken() -> None:
     async with exec_world() as (world, sessions):
         world.runtime.executes = False
         actor = await world.frozen()
@@ -121,7 +121,7 @@ async def test_a_process_of_the_host_has_no_inside_and_is_not_woken_for_that() -
         assert (actor.state, actor.instance.exec_active) == (S.FROZEN, False)
 
 
-async def test_a_command_that_can_not_be_run_leaves_nothing_but_its_trace() -> None:
+async def test_failed_command_leaves_only_its_events() -> None:
     async with exec_world() as (world, sessions):
         actor = await world.running()
         world.runtime.exec_error = InstanceError("EXEC_FAILED", "unable to find user nobody-here")
@@ -153,7 +153,7 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
         await task
 
 
-async def test_two_commands_the_last_one_closes_the_door() -> None:
+async def test_instance_freezes_after_the_last_of_two_commands() -> None:
     async with exec_world() as (world, sessions):
         actor = await world.running()
         first, second = await _started(world, sessions, actor), await _started(world, sessions, actor)
@@ -166,7 +166,7 @@ async def test_two_commands_the_last_one_closes_the_door() -> None:
         await until(actor, S.FROZEN)
 
 
-async def test_requests_are_served_meanwhile_and_none_of_it_is_metered_as_active() -> None:
+async def test_requests_are_served_during_a_command_which_is_not_metered() -> None:
     async with exec_world() as (world, sessions):
         actor = await world.running()
         command = await _started(world, sessions, actor)
@@ -178,7 +178,7 @@ async def test_requests_are_served_meanwhile_and_none_of_it_is_metered_as_active
         await _cancelled(command)
 
 
-async def test_who_waits_for_the_gpu_gets_it_when_the_command_has_cancelled() -> None:
+async def test_waiting_instance_gets_the_gpu_after_the_command() -> None:
     async with exec_world(per_gpu=2) as (world, sessions):
         holders = [await world.running() for _ in world.gpus.gpus]
         commands = [await _started(world, sessions, actor) for actor in holders]
@@ -208,7 +208,7 @@ async def test_a_stop_does_not_wait_for_a_command() -> None:
 # ---- bounds ---------------------------------------------------------------------------------------------------------
 
 
-async def test_so_many_at_once_and_no_more() -> None:
+async def test_number_of_commands_is_bounded() -> None:
     async with exec_world(most=2) as (world, sessions):
         actor = await world.running()
         commands = [await _started(world, sessions, actor) for _ in range(2)]
@@ -225,7 +225,7 @@ async def _run_until_ended(sessions: ExecSessions, actor: Actor) -> None:
         await asyncio.Event().wait()
 
 
-async def test_none_lasts_for_ever() -> None:
+async def test_duration_of_a_command_is_bounded() -> None:
     async with exec_world(longest_s=0.02) as (world, sessions):
         actor = await world.running()
         with pytest.raises(DeadlineError, match="CALL_TOO_LONG"):
@@ -234,7 +234,7 @@ async def test_none_lasts_for_ever() -> None:
         assert world.messages("instance.exec_ended") == ["ended by the agent"]
 
 
-async def test_the_agents_leave_ends_them_and_waits_until_they_have_cleaned_up() -> None:
+async def test_close_ends_commands_and_waits_for_their_clean_up() -> None:
     async with exec_world() as (world, sessions):
         actor = await world.running()
         running = await _started(world, sessions, actor)
@@ -249,7 +249,7 @@ async def test_the_agents_leave_ends_them_and_waits_until_they_have_cleaned_up()
 # ---- what is kept ---------------------------------------------------------------------------------------------------
 
 
-async def test_the_history_says_who_ran_what_and_never_with_which_arguments() -> None:
+async def test_events_name_caller_and_program_and_never_the_arguments() -> None:
     async with exec_world() as (world, sessions):
         actor = await world.running()
         async with sessions.open(actor.uid, replace(LS, user="root"), wake=False, caller="olga") as running:
@@ -261,7 +261,7 @@ async def test_the_history_says_who_ran_what_and_never_with_which_arguments() ->
         assert "hunter2" not in str(world.events.read())
 
 
-async def test_the_history_says_that_the_caller_has_cancelled() -> None:
+async def test_events_say_that_the_caller_disconnected() -> None:
     async with exec_world() as (world, sessions):
         actor = await world.running()
         await _cancelled(await _started(world, sessions, actor))

@@ -32,7 +32,7 @@ def heartbeat(observer: Observer) -> dict[str, NodeLoad.InstanceGauges]:
     return {one.uid: one for one in node_load(observer.node(), observer.awake()).instances}
 
 
-async def test_the_heartbeat_names_who_is_awake_and_nobody_else() -> None:
+async def test_heartbeat_names_only_awake_instances() -> None:
     async with a_world() as world:
         frozen = await world.frozen()
         awake = await world.running()
@@ -44,7 +44,7 @@ async def test_the_heartbeat_names_who_is_awake_and_nobody_else() -> None:
         assert (gauge.uid, gauge.cpu_ns, gauge.memory_bytes) == (awake.uid, 5_000, 3 * GIB)
 
 
-async def test_a_node_that_sleeps_as_a_whole_asks_nothing_of_its_host() -> None:
+async def test_node_with_all_instances_frozen_reads_nothing() -> None:
     async with a_world() as world:
         await world.frozen()
         reader = FakeInstanceReader()
@@ -52,7 +52,7 @@ async def test_a_node_that_sleeps_as_a_whole_asks_nothing_of_its_host() -> None:
         assert reader.asked == []
 
 
-async def test_what_is_not_known_is_absent_and_not_zero() -> None:
+async def test_unknown_readings_are_absent_and_not_zero() -> None:
     async with a_world() as world:
         actor = await world.running()
         actor.note_vram(0)
@@ -64,7 +64,7 @@ async def test_what_is_not_known_is_absent_and_not_zero() -> None:
             await gauges.poll()  # its container has ended meanwhile: still nothing to tell
 
 
-async def test_readings_of_before_do_not_outlive_a_host_that_does_not_answer() -> None:
+async def test_old_readings_are_dropped_when_the_host_does_not_answer() -> None:
     async with a_world() as world:
         actor = await world.running()
         reader = FakeInstanceReader({actor.uid: BUSY})
@@ -76,7 +76,7 @@ async def test_readings_of_before_do_not_outlive_a_host_that_does_not_answer() -
         assert gauges.of(actor.uid) == InstanceReading()
 
 
-async def test_one_that_fell_asleep_keeps_its_cpu_time_and_no_memory_and_one_that_ended_keeps_nothing() -> None:
+async def test_frozen_instance_keeps_its_cpu_time_and_an_ended_one_nothing() -> None:
     async with a_world() as world:
         actor = await world.running()
         reader = FakeInstanceReader({actor.uid: BUSY})
@@ -104,7 +104,7 @@ async def test_cpu_time_never_goes_back() -> None:
 
 
 @pytest.mark.parametrize(("need", "limit"), [(GpuNeed(2, memory_bytes=GIB), 2 * GIB), (GpuNeed(2), 32 * GIB)])
-async def test_the_limit_is_what_the_function_pays_for_or_the_whole_cards(need: GpuNeed, limit: int) -> None:
+async def test_vram_limit_is_the_declared_size_or_the_whole_gpus(need: GpuNeed, limit: int) -> None:
     async with a_world() as world:
         actor = await world.running(replace(OCR, gpu=need))
         assert heartbeat(observer_of(world))[actor.uid].vram_limit_bytes == limit
@@ -131,7 +131,7 @@ async def test_the_most_requests_at_once_are_remembered_for_a_while() -> None:
         assert (observer.instance(actor).in_flight, observer.instance(actor).peak_in_flight) == (1, 2)
 
 
-async def test_a_reader_that_fails_does_not_end_the_looks() -> None:
+async def test_failing_reader_does_not_end_the_polling() -> None:
     async with a_world() as world:
         actor = await world.running()
         reader = FakeInstanceReader({actor.uid: BUSY}, fails=True)

@@ -27,7 +27,7 @@ async def found(world: World, condition: Condition) -> Actor | None:
     return world.node.actors.get(actor.uid)
 
 
-async def test_one_that_runs_goes_on_running_with_its_gpu() -> None:
+async def test_running_instance_runs_on_with_its_gpu() -> None:
     async with a_world() as world:
         actor = await found(world, Condition.AWAKE)
         assert actor is not None
@@ -39,7 +39,7 @@ async def test_one_that_runs_goes_on_running_with_its_gpu() -> None:
         await until(actor, S.FROZEN)
 
 
-async def test_a_frozen_one_is_known_without_a_driver_call_and_wakes() -> None:
+async def test_frozen_instance_is_recovered_without_a_driver_call_and_wakes() -> None:
     async with a_world(per_gpu=2) as world:
         uid = (await world.frozen()).uid
         world.freezer.calls.clear()
@@ -52,7 +52,7 @@ async def test_a_frozen_one_is_known_without_a_driver_call_and_wakes() -> None:
         assert actor.gate.in_flight == 1
 
 
-async def test_somebody_elses_pause_is_undone() -> None:
+async def test_external_pause_is_undone() -> None:
     async with a_world() as world:
         actor = await found(world, Condition.PAUSED_BY_OTHERS)
         assert actor is not None
@@ -60,7 +60,7 @@ async def test_somebody_elses_pause_is_undone() -> None:
         assert ("thaw", actor.uid) in world.freezer.calls
 
 
-async def test_a_locked_one_is_unlocked() -> None:
+async def test_locked_instance_is_unlocked() -> None:
     async with a_world() as world:
         actor = await found(world, Condition.LOCKED)
         assert actor is not None
@@ -85,7 +85,7 @@ async def test_a_freeze_that_cannot_be_finished_but_was_undone_runs_on() -> None
 
 
 @pytest.mark.parametrize("condition", [Condition.BROKEN, Condition.LOCKED, Condition.CHECKPOINTED])
-async def test_what_cannot_be_saved_is_killed_and_forgotten(condition: Condition) -> None:
+async def test_unrecoverable_instance_is_killed_and_forgotten(condition: Condition) -> None:
     async with a_world() as world:
         for operation in ("unlock", "finish_freeze"):
             world.freezer.results[operation].append(FreezeResult(Outcome.BROKEN, "CUDA_999", "no"))
@@ -95,7 +95,7 @@ async def test_what_cannot_be_saved_is_killed_and_forgotten(condition: Condition
         assert "instance.killed_at_recovery" in world.names()
 
 
-async def test_no_answer_by_the_deadline_means_killed() -> None:
+async def test_instance_that_misses_the_deadline_is_killed() -> None:
     async with a_world() as world:
         await world.running()
 
@@ -110,7 +110,7 @@ async def test_no_answer_by_the_deadline_means_killed() -> None:
         assert (result.killed, world.runtime.containers) == (1, {})
 
 
-async def test_a_driver_that_is_silent_for_a_moment_costs_no_instance() -> None:
+async def test_driver_silent_for_a_moment_costs_no_instance() -> None:
     async with a_world() as world:
         uid = (await world.running()).uid
         asked = 0
@@ -128,7 +128,7 @@ async def test_a_driver_that_is_silent_for_a_moment_costs_no_instance() -> None:
         assert world.node.actors[uid].state is S.RUNNING
 
 
-async def test_without_any_gpu_in_sight_the_agent_does_not_start_rather_than_kill_them_all() -> None:
+async def test_agent_does_not_start_if_no_gpu_is_seen() -> None:
     async with a_world() as world:
         uid = (await world.running()).uid
         await world.kill_agent()
@@ -140,7 +140,7 @@ async def test_without_any_gpu_in_sight_the_agent_does_not_start_rather_than_kil
         assert world.runtime.running() == [uid]
 
 
-async def test_one_whose_gpu_has_left_the_host_is_killed() -> None:
+async def test_instance_whose_gpu_was_removed_is_killed() -> None:
     async with a_world() as world:
         first, second = await world.running(), await world.running()
         await world.kill_agent()
@@ -151,7 +151,7 @@ async def test_one_whose_gpu_has_left_the_host_is_killed() -> None:
         assert first.uid not in world.runtime.containers
 
 
-async def test_found_in_its_start_it_is_destroyed_and_started_anew() -> None:
+async def test_instance_found_in_its_start_is_started_anew() -> None:
     function = replace(OCR, hooks=Hooks(initializer=Hook(timeout_ns=300 * SECOND_NS)))
     async with a_world() as world:
         world.app.answers["/initialize"] = hangs
@@ -168,7 +168,7 @@ async def test_found_in_its_start_it_is_destroyed_and_started_anew() -> None:
         assert await world.create(function, request_id="fn/1/0/0") is actor, "the create is still idempotent"
 
 
-async def test_the_gap_of_a_start_done_anew_is_unbilled_and_the_ledger_has_no_hole() -> None:
+async def test_gap_before_a_new_start_is_unbilled_and_the_ledger_has_no_hole() -> None:
     function = replace(OCR, hooks=Hooks(initializer=Hook(timeout_ns=300 * SECOND_NS)))
     async with a_world() as world:
         world.app.answers["/initialize"] = hangs
@@ -187,7 +187,7 @@ async def test_the_gap_of_a_start_done_anew_is_unbilled_and_the_ledger_has_no_ho
         assert sum(w.unbilled_ns for w in windows) == 7 * SECOND_NS
 
 
-async def test_the_gap_of_one_that_lived_on_is_idle_and_estimated() -> None:
+async def test_gap_of_a_surviving_instance_is_idle_and_estimated() -> None:
     async with a_world() as world:
         uid = (await world.running()).uid
         await world.billing.flush()
@@ -200,7 +200,7 @@ async def test_the_gap_of_one_that_lived_on_is_idle_and_estimated() -> None:
         assert (gap.idle_ns, gap.unbilled_ns) == (7 * SECOND_NS, 0)
 
 
-async def test_one_that_ended_meanwhile_is_gone() -> None:
+async def test_instance_that_ended_meanwhile_is_gone() -> None:
     async with a_world() as world:
         actor = await world.running()
         await world.kill_agent()
@@ -222,7 +222,7 @@ async def test_after_a_reboot_all_are_gone() -> None:
         assert (result.gone, world.node.actors) == (2, {})
 
 
-async def test_one_that_was_being_stopped_is_stopped() -> None:
+async def test_instance_found_stopping_is_stopped() -> None:
     async with a_world() as world:
         actor = await world.running()
         world.runtime.containers[actor.uid].heeds_term = False
@@ -241,7 +241,7 @@ async def test_a_container_of_ours_without_a_record_is_destroyed_and_reported() 
         assert "instance.orphan_destroyed" in world.names()
 
 
-async def test_what_survives_a_kill_keeps_its_record_and_its_gpu_from_others() -> None:
+async def test_instance_that_survives_a_kill_keeps_record_and_cordon() -> None:
     async with a_world() as world:
         actor = await world.running()
         world.freezer.states[actor.uid] = Condition.BROKEN
@@ -290,7 +290,7 @@ async def test_an_orphan_that_survives_does_not_keep_the_agent_from_starting() -
         assert "instance.kill_failed" in world.names()
 
 
-async def test_two_awake_on_one_gpu_do_not_both_stay() -> None:
+async def test_second_awake_instance_on_a_gpu_is_killed() -> None:
     async with a_world(per_gpu=2) as world:
         world.gpus.gpus = world.gpus.gpus[:1]
         await world.boot()
@@ -302,7 +302,7 @@ async def test_two_awake_on_one_gpu_do_not_both_stay() -> None:
         assert world.holder() in (first.uid, second.uid)
 
 
-async def test_an_error_nobody_foresaw_costs_one_instance_not_the_agent() -> None:
+async def test_unexpected_error_costs_one_instance_not_the_agent() -> None:
     async with a_world() as world:
         bad, good = await world.running(), await world.running()
         real = world.freezer.condition
@@ -329,7 +329,7 @@ async def test_if_the_records_cannot_be_read_the_agent_does_not_start() -> None:
         world.store.failing = False
 
 
-async def test_one_that_can_not_be_removed_now_is_dead_all_the_same_and_costs_nobody_a_gpu() -> None:
+async def test_dead_container_that_cannot_be_removed_cordons_no_gpu() -> None:
     """Its engine is away while the next agent comes up: the processes are killed by the kernel's means."""
     async with a_world() as world:
         actor = await world.running()
@@ -342,7 +342,7 @@ async def test_one_that_can_not_be_removed_now_is_dead_all_the_same_and_costs_no
         assert "instance.removal_postponed" in world.names(actor.uid)
 
 
-async def test_one_that_ended_while_nobody_looked_is_forgotten_though_its_engine_is_away() -> None:
+async def test_ended_instance_is_forgotten_while_its_engine_is_down() -> None:
     async with a_world() as world:
         actor = await world.running()
         world.runtime.exit(actor.uid, Exit(code=1))
