@@ -1,4 +1,4 @@
-"""Reading configuration: what is refused, and that the message names the file, the key path and the fix."""
+"""Loading configuration: bad files and values are refused with file, key path and fix."""
 
 from __future__ import annotations
 

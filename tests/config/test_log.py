@@ -1,4 +1,4 @@
-"""Logs: one bounded line an event; secrets are masked wherever they stand; stdout stays clean."""
+"""Logs: one bounded line per event; secrets are masked at any depth; stdout stays clean."""
 
 from __future__ import annotations
 

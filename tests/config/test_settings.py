@@ -1,4 +1,4 @@
-"""What can be configured: the example files hold every key with its true default; daemons refuse what can't work."""
+"""Settings: the example files hold every key with its real default; daemons refuse values that can't work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Durations and sizes: the tables of what is read and what is refused."""
+"""Durations and sizes: texts that are read, and texts that are refused."""
 
 from __future__ import annotations
 

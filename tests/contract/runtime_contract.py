@@ -1,5 +1,5 @@
-"""What every runtime keeps to: one contract, held by the fake (so that it can't drift), by processes of the host and by
-the containers of Docker and Podman. Whoever has a world of a runtime imports these tests beside a fixture `world`.
+"""The contract of every runtime: it runs on the fake, on processes of the host, and on containers of Docker and Podman.
+A test file imports these tests beside a fixture `world`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ async def test_single_processes_are_killed_and_foreign_ones_are_not(world: World
     assert strays
 
     await world.runtime.kill_processes(handle, [*strays, neighbour.process.pid, os.getpid(), 2**22 + 1])
-    for _look in range(1000):  # they are listed until the kernel has buried them
+    for _look in range(1000):  # they are listed until the kernel has reaped them
         if not set(await world.runtime.pids(handle)) & set(strays):
             break
         await asyncio.sleep(0.01)
@@ -224,7 +224,7 @@ async def test_own_kill_and_same_exit_code_are_not_out_of_memory(world: World) -
     assert not (await world.runtime.wait(killed)).oom_killed
     await world.exit_now(ended, 137)
     exit_ = await world.runtime.wait(ended)
-    # An engine says 137 for either: an exit with that code can't be told from a kill, but from lack of memory it can.
+    # Engines report 137 for a kill and for an exit with that code; only out of memory can be told from both.
     assert (exit_.code, exit_.signal, exit_.oom_killed) in {(137, 0, False), (-1, 9, False)}
 
 
@@ -282,7 +282,7 @@ async def test_log_of_an_ended_instance_is_followed_to_its_end(world: World) -> 
     await world.speak(handle, "resized 17 pictures")
     await world.exit_now(handle, 0)
     await world.runtime.wait(handle)
-    for tail_bytes in (65536, 9):  # an engine counts in lines: more may come than was asked for
+    for tail_bytes in (65536, 9):  # an engine counts in lines: more may come than requested
         read = b"".join([chunk async for chunk in world.runtime.follow_log(handle, tail_bytes)])
         assert read.endswith(b"pictures\n")
 

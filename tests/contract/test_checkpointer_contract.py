@@ -1,4 +1,4 @@
-"""What every Checkpointer promises: the fake, the driver workers, and the program, on the emulated drivers."""
+"""The contract of every Checkpointer: the fake, the driver workers and the program, on emulated drivers."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ async def test_a_state_that_can_not_be_read_is_unknown(world: World) -> None:
 async def test_process_in_state_failed_is_reported_as_failed(world: World) -> None:
     await world.bring_before(CHECKPOINT)
     world.fault(CHECKPOINT, "FAILED")
-    # The programs of older drivers have no word for it; to the freezer both mean a kill.
+    # Older programs have no state for it; the freezer kills in both cases.
     said = CudaState.UNKNOWN if world.kind in ("utility-555", "utility-570") else CudaState.FAILED
     reply = await one(world, CHECKPOINT)
     assert [(answer.code, answer.state) for answer in reply.answers] == [(304, said)]
@@ -230,7 +230,7 @@ async def test_a_hang_is_lost_at_its_deadline_and_runs_later(world: World, op: C
     """Facts emulated-driver, pitfall 1: its caller is dead, and it is executed all the same."""
     await world.bring_before(op)
     world.fault(op, "HANG")
-    for deadline_s in (0.2, 2.0):  # on a busy machine the first may pass before the driver was reached
+    for deadline_s in (0.2, 2.0):  # on a busy machine the first may run out before the driver is reached
         began = asyncio.get_running_loop().time()
         reply = await one(world, op, deadline_s)
         assert (reply.fault, reply.reason) == (CudaFault.LOST, "DRIVER_OPERATION_LOST")
@@ -247,7 +247,7 @@ async def test_a_hang_is_lost_at_its_deadline_and_runs_later(world: World, op: C
 
 
 async def reaches(world: World, state: CudaState) -> None:
-    """The driver tells nobody when it has done what hung."""
+    """Nothing reports when a call that hung has run."""
     async with asyncio.timeout(5.0):
         while await world.states(world.cuda) != [state]:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
@@ -261,7 +261,7 @@ async def test_a_frozen_target_hangs_the_call_and_it_runs_after_the_thaw(world: 
         if world.frozen_calls():
             break
     world.freeze(False)
-    # The stale lock: its caller is dead, and it is executed all the same (hence thaw, re-read, unlock).
+    # The stale lock runs although its caller is dead (hence thaw, re-read, unlock).
     states = [(await world.states(world.cuda))[0] for _ in range(2)]
     assert states[-1] is CudaState.LOCKED
     assert (await world.checkpointer.run([CudaCall(UNLOCK, world.cuda)], 5.0)).ok
@@ -281,7 +281,7 @@ async def test_killed_driver_worker_costs_only_its_batch(world: World) -> None:
         reply = await batch
     if world.kind.startswith("driver"):
         assert reply.fault is CudaFault.LOST
-    else:  # how it ended is known, and the state was asked for in vain
+    else:  # its end is known, and its state could not be read
         assert reply.fault is CudaFault.NONE or reply.fault is CudaFault.LOST
     assert not reply.ok
     world.clear_faults()

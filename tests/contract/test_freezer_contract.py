@@ -1,4 +1,4 @@
-"""What every Freezer promises: the fake that everything above it is tested with, and the one that freezes."""
+"""The contract of every Freezer: the fake, and `CudaFreezer` on fake and emulated drivers."""
 
 from __future__ import annotations
 
@@ -130,11 +130,11 @@ async def test_own_freeze_is_not_reported_as_a_pause(world: World) -> None:
 
 async def test_a_kill_can_be_prepared_at_any_time(world: World) -> None:
     freezer, handle = world.freezer, world.handle
-    await freezer.prepare_kill(handle)  # never slept
+    await freezer.prepare_kill(handle)  # never frozen
     assert await freezer.condition(handle) is Condition.AWAKE
     await freezer.lock(handle)
     await freezer.checkpoint(handle)
-    await freezer.prepare_kill(handle)  # asleep: nothing to do, and nothing is touched
+    await freezer.prepare_kill(handle)  # frozen: nothing to do, and no call is made
     assert await freezer.condition(handle) is Condition.FROZEN
     assert (await freezer.wake(handle, {})).outcome is Outcome.OK
     await freezer.prepare_kill(handle)

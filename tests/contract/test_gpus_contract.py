@@ -1,4 +1,4 @@
-"""What every Gpus port promises: the fake, and NVML on the emulated driver."""
+"""The contract of every Gpus port: the fake, and NVML on the emulated driver."""
 
 from __future__ import annotations
 

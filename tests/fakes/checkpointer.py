@@ -1,4 +1,4 @@
-"""A driver's checkpoint API without a driver: the rules of cuda.h on a table of processes."""
+"""A fake of the driver's checkpoint API: the rules of cuda.h on a table of processes."""
 
 from __future__ import annotations
 
@@ -66,10 +66,9 @@ class Fault:
 
 @dataclass
 class FakeCheckpointer:
-    """Knobs: `processes` by pid, `faults`, `keeps_vram` (NVML goes on showing memory after a checkpoint),
-    `not_begun` (no worker is free), `gpu_uuids` (a GPU map must name all of them, if any are given), `kill` (ends a
-    process). `batches` records what was asked, `frozen_calls` what of it hit a frozen target; a hang costs `hang_s` at
-    most."""
+    """Knobs: `processes` by pid, `faults`, `keeps_vram` (NVML still shows memory after a checkpoint), `not_begun` (no
+    worker is free), `gpu_uuids` (a GPU map must name all of them, if any are given), `kill` (ends a process).
+    `batches` records all calls, `frozen_calls` those on a frozen target; a hang takes `hang_s` at most."""
 
     processes: dict[int, FakeCudaProcess] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)

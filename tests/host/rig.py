@@ -1,4 +1,4 @@
-"""A whole node without a host: the real actors, executors, gate, GPU book and ledger, on fakes at every port.
+"""A whole node without a host: the real actors, executors, gates, GPU allocator and ledger, on fakes at every port.
 
 Time moves only by `world.clock`. The instances' server is `App`, on a real socket.
 """
@@ -68,7 +68,7 @@ class App:
         return [head.path.decode() for head in self.requests]
 
     async def until_asked(self, path: str, times: int = 1) -> None:
-        """Wait until `path` has been asked for so often."""
+        """Wait until `path` has been requested `times` times."""
         async with asyncio.timeout(PATIENCE_S), self.seen:
             await self.seen.wait_for(lambda: self.paths().count(path) >= times)
 

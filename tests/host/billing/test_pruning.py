@@ -1,4 +1,4 @@
-"""Old windows go once somebody else has them; a bill that nobody has stays."""
+"""Old windows are deleted once they are acknowledged, and stay otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPUs are lent: idle holders give way, busy ones drain, and a GPU changes hands on proof."""
+"""GPUs are lent: idle holders freeze, busy ones drain, and a GPU is granted after proof of its release."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def test_a_gpu_is_not_handed_on_while_nvml_shows_the_old_holder() -> None:
         asked = len(world.gpus.calls)
         await eventually(lambda: len(world.gpus.calls) > asked + 2)
         assert (world.holder(), second.state) == (first.uid, S.STARTING)
-        world.gpus.unavailable = True  # one answer that fails is not the end of the proof
+        world.gpus.unavailable = True  # one failed answer does not end the proof
         await eventually(lambda: len(world.gpus.calls) > asked + 5)
         world.gpus.unavailable, world.gpus.processes_now = False, ()
         await until(second, S.RUNNING)

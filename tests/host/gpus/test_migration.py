@@ -1,4 +1,4 @@
-"""An instance that may wake on another GPU: where it is, what the driver is asked, and what a new agent finds."""
+"""Instances that may wake on another GPU: placement, driver calls, and recovery."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ async def test_external_pause_closes_the_gate_until_it_ends(world: World) -> Non
 
 
 async def test_unreadable_instance_does_not_end_the_pause_watch(world: World) -> None:
-    """The watch is one of the daemon's services: one that ends by itself ends the daemon."""
+    """The watch is one of the daemon's services: if it ends, the daemon ends."""
     blind, seen = await world.running(), await world.running(replace(OCR, name="seen"))
     world.freezer.states[seen.uid] = Condition.PAUSED_BY_OTHERS
 

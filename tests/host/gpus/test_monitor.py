@@ -1,4 +1,4 @@
-"""The watch over the GPUs: what it sees cordons, what it does not see any more is not shown, nothing ends it."""
+"""The GPU monitor: findings cordon, stale samples are not shown, and no failure ends it."""
 
 from __future__ import annotations
 

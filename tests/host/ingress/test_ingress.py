@@ -1,4 +1,4 @@
-"""The ingress over real sockets: who gets in, what the instance sees, what the client gets, and that nothing stays."""
+"""The ingress over real sockets: authentication, the instance's and the client's view, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Headers = dict[bytes, bytes]
 
 @dataclass
 class Door:
-    """An ingress in front of a world, and the means to send requests to it."""
+    """An ingress in front of a `World`, and a client for it."""
 
     world: World
     ingress: Ingress

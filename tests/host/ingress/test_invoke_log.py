@@ -1,4 +1,4 @@
-"""x-fc-log-result: what a client that asks for it gets of the instance's log, and what it costs to ask."""
+"""x-fc-log-result: the request's part of the instance's log, and its cost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HANDLE = Handle("i-1", ProcessId("boot", 1, 1), "127.0.0.1", 9000)
         (OTHER + START + b"mine\nTraceback", START + b"mine\nTraceback", False),
         (OTHER, b"", False),
         (b"", b"", False),
-        (END + START, START, False),  # an End before its Start is not its own
+        (END + START, START, False),  # an End marker before its Start belongs to another request
     ],
 )
 def test_what_belongs_to_a_request(log: bytes, section: bytes, whole: bool) -> None:
@@ -41,7 +41,7 @@ def test_what_belongs_to_a_request(log: bytes, section: bytes, whole: bool) -> N
 
 
 class Logs:
-    """A log that grows between looks at it."""
+    """A log that grows between two reads."""
 
     def __init__(self, *looks: bytes | Exception) -> None:
         self.looks = list(looks)

@@ -1,4 +1,4 @@
-"""The event history: read at once, logged a moment later with the time it happened."""
+"""The event log: events can be read at once, and are logged a moment later with their own time."""
 
 from __future__ import annotations
 

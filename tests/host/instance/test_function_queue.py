@@ -1,4 +1,4 @@
-"""Requests that any instance of a function may serve: whoever frees first has the oldest, and nobody is forgotten."""
+"""Requests that any instance of a function may serve: the first to free takes the oldest, and none is lost."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ async def test_queued_requests_are_refused_when_the_last_instance_stops() -> Non
             go.set()
         for actor in actors:
             await until(actor, InstanceState.STOPPED)
-        await eventually(lambda: "ocr" not in door.world.node.queues)  # the last of them takes it away
+        await eventually(lambda: "ocr" not in door.world.node.queues)  # removed with its last instance
 
 
 async def test_unhealthy_instance_takes_no_queued_request_until_it_recovers() -> None:

@@ -1,4 +1,4 @@
-"""The gate: everybody who enters leaves once, whoever goes away meanwhile."""
+"""The admission gate: every grant is given back exactly once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.fakes.clock import FakeClock
 
 @dataclass
 class Edges:
-    """Meter and listener: writes everything down."""
+    """Meter and owner of a gate: records the edges."""
 
-    told: list[str] = field(default_factory=list)
+    seen: list[str] = field(default_factory=list)
     inside: int = 0
 
     def request_began(self, at: int) -> None:
@@ -26,16 +26,16 @@ class Edges:
         self.inside -= 1
 
     def first_request_started(self) -> None:
-        self.told.append("busy")
+        self.seen.append("busy")
 
     def last_request_ended(self) -> None:
-        self.told.append("quiet")
+        self.seen.append("quiet")
 
     def waiters_appeared(self) -> None:
-        self.told.append("wanted")
+        self.seen.append("wanted")
 
     def waiters_gone(self) -> None:
-        self.told.append("unwanted")
+        self.seen.append("unwanted")
 
 
 def a_gate(*, is_open: bool, concurrency: int = 1, max_waiting: int = 2) -> tuple[AdmissionGate[Edges], Edges]:
@@ -43,12 +43,12 @@ def a_gate(*, is_open: bool, concurrency: int = 1, max_waiting: int = 2) -> tupl
     gate = AdmissionGate(concurrency, max_waiting, FakeClock(), edges, edges)
     if is_open:
         gate.set_open(True)
-        edges.told.clear()
+        edges.seen.clear()
     return gate, edges
 
 
 async def test_queued_request_that_ends_in_its_first_turn_is_metered_in_order() -> None:
-    """Ended before it had begun it would be billed for ever, and busy after quiet the instance would never sleep."""
+    """In the wrong order it would be billed for ever, and its instance would never freeze."""
     gate, edges = a_gate(is_open=False)
     queue: FunctionQueue[Edges] = FunctionQueue(10)
     queue.add(gate)
@@ -62,10 +62,10 @@ async def test_queued_request_that_ends_in_its_first_turn_is_metered_in_order() 
     gate.unhealthy = True
     ticket = asyncio.get_running_loop().create_future()
     queue._tickets[ticket] = fails_at_once
-    edges.told.clear()
+    edges.seen.clear()
     gate.set_healthy(True)
     assert (metered, edges.inside, gate.in_flight) == ([1], 0, 0)
-    assert edges.told == ["busy", "quiet"]
+    assert edges.seen == ["busy", "quiet"]
 
 
 def queued(gate: AdmissionGate[Edges], timeout_s: float = 10.0) -> tuple[asyncio.Future[None], asyncio.Task[None]]:
@@ -80,7 +80,7 @@ async def test_owner_is_called_only_at_edges() -> None:
     assert gate.try_enter() is None
     gate.leave()
     gate.leave()
-    assert edges.told == ["busy", "quiet"]
+    assert edges.seen == ["busy", "quiet"]
     assert edges.inside == 0
 
 
@@ -90,18 +90,18 @@ async def test_slot_passed_on_is_no_edge() -> None:
     _, waiting = queued(gate)
     gate.leave()
     await waiting
-    assert edges.told == ["busy"]
+    assert edges.seen == ["busy"]
     gate.leave()
-    assert edges.told == ["busy", "quiet"]
+    assert edges.seen == ["busy", "quiet"]
 
 
 async def test_waiters_at_a_closed_gate_are_granted_when_it_opens() -> None:
     gate, edges = a_gate(is_open=False, concurrency=2, max_waiting=3)
     tasks = [queued(gate)[1] for _ in range(3)]
-    assert edges.told == ["wanted"]
+    assert edges.seen == ["wanted"]
     gate.set_open(True)
     assert (gate.in_flight, gate.waiting) == (2, 1)
-    assert edges.told == ["wanted", "busy", "unwanted"]
+    assert edges.seen == ["wanted", "busy", "unwanted"]
     await asyncio.gather(*tasks[:2])
     gate.leave()
     await tasks[2]
@@ -122,9 +122,9 @@ async def test_closing_gate_reports_remaining_waiters() -> None:
     gate.try_enter()
     _, waiting = queued(gate)
     gate.set_open(False)
-    assert edges.told == ["busy", "wanted"]
+    assert edges.seen == ["busy", "wanted"]
     gate.leave()
-    assert edges.told == ["busy", "wanted", "quiet"]
+    assert edges.seen == ["busy", "wanted", "quiet"]
     assert gate.waiting == 1, "a closed gate hands nothing on"
     gate.set_open(True)
     await waiting
@@ -137,7 +137,7 @@ async def test_queue_timeout_removes_the_ticket() -> None:
         await waiting
     assert caught.value.reason == "QUEUE_TIMEOUT"
     assert gate.waiting == 0
-    assert edges.told == ["wanted", "unwanted"]
+    assert edges.seen == ["wanted", "unwanted"]
 
 
 async def test_cancelled_caller_frees_its_place() -> None:
@@ -147,7 +147,7 @@ async def test_cancelled_caller_frees_its_place() -> None:
     ticket.set_exception(UnavailableError("CLIENT_GONE", "left"))
     with pytest.raises(UnavailableError):
         await waiting
-    assert edges.told == ["wanted", "unwanted"]
+    assert edges.seen == ["wanted", "unwanted"]
 
 
 async def test_a_grant_that_crosses_the_callers_end_is_given_back() -> None:
@@ -155,11 +155,11 @@ async def test_a_grant_that_crosses_the_callers_end_is_given_back() -> None:
     _, waiting = queued(gate)
     await asyncio.sleep(0)
     gate.set_open(True)
-    waiting.cancel()  # in the same turn: the ticket is granted, its waiter will never know
+    waiting.cancel()  # in the same turn: the ticket is granted, but its waiter is cancelled
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert (gate.in_flight, edges.inside) == (0, 0)
-    assert edges.told[-1] == "quiet"
+    assert edges.seen[-1] == "quiet"
 
 
 async def test_a_ticket_that_is_dead_already_is_passed_over() -> None:
@@ -183,4 +183,4 @@ async def test_refuse_all_refuses_every_waiter() -> None:
     gate.refuse_all(lambda: UnavailableError("INSTANCE_STOPPING", "bye"))
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     assert [getattr(answer, "reason", "") for answer in answers] == ["INSTANCE_STOPPING"] * 2
-    assert edges.told == ["wanted", "unwanted"]
+    assert edges.seen == ["wanted", "unwanted"]

@@ -1,4 +1,4 @@
-"""The calls that Function Compute promises an instance (facts: hooks, health check, headers), clause by clause."""
+"""The calls that Function Compute makes to an instance: hooks, health checks, headers."""
 
 from __future__ import annotations
 
@@ -208,14 +208,14 @@ async def test_missing_answer_of_a_busy_instance_does_not_count_but_an_error_doe
         await enter(actor)
         world.app.answers["/healthz"] = answer
         before = world.app.paths().count("/healthz")
-        await world.app.until_asked("/healthz", times=before + 3)  # so that one of them is over
+        await world.app.until_asked("/healthz", times=before + 3)  # so that one probe is over
         assert actor.healthy is healthy
         actor.gate.leave()
-        await eventually(lambda: not actor.healthy)  # idle and silent is ill
+        await eventually(lambda: not actor.healthy)  # idle and silent is unhealthy
 
 
 async def test_instance_frozen_while_unhealthy_can_be_woken() -> None:
-    """The dispatcher sends nothing to an unhealthy one, and nothing but a request wakes one that sleeps."""
+    """The dispatcher sends nothing to an unhealthy instance, and only a request wakes a frozen one."""
     check = HealthCheck("/healthz", period_ns=MILLISECOND_NS, failure_threshold=1)
     async with a_world() as world:
         actor = await world.running(replace(OCR, health_check=check))
@@ -225,4 +225,4 @@ async def test_instance_frozen_while_unhealthy_can_be_woken() -> None:
         await until(actor, S.FROZEN)
         assert actor.healthy
         await enter(actor)
-        await eventually(lambda: not actor.healthy)  # awake, it is looked at again
+        await eventually(lambda: not actor.healthy)  # awake, it is probed again

@@ -1,4 +1,4 @@
-"""An instance's life on a whole node: freeze and wake, their hooks and health checks, and what goes wrong."""
+"""An instance's life on a whole node: freeze and wake with hooks, health checks and failures."""
 
 from __future__ import annotations
 

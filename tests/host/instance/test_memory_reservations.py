@@ -1,4 +1,4 @@
-"""Limits, notes and pledges as a node keeps them: what waits for a disk, what does not, and what is left afterwards."""
+"""Memory limits, notes and pledges of a node, and which operations wait for a disk."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ async def test_a_disk_that_is_stuck_blocks_neither_the_loop_nor_the_others() -> 
         assert caught.value.reason == "HOST_MEMORY_SHORT"
         assert "state_dir" in caught.value.message
         assert desk.ledger.reserved_bytes == 0
-        desk.restored("ocr-1")  # queued behind the raise that is still under way
+        desk.restored("ocr-1")  # queued behind the raise under way
     finally:
         stuck.set()
     await eventually(lambda: memory.writes == [("raise_limit", "ocr-1"), ("lower_limit", "ocr-1")])

@@ -1,4 +1,4 @@
-"""How an instance ends, whatever was under way, and how an agent leaves its instances. Nothing is left behind."""
+"""The end of an instance, whatever was under way, and of an agent. Nothing is left behind."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ async def test_an_exit_during_a_start_does_not_wait_for_what_the_start_waits_for
 
 
 async def test_agent_can_stop_all_its_instances() -> None:
-    """`on_stop: stop`: politely, within the time there is; who does not listen is killed."""
+    """`on_stop: stop`: instances are asked to end in time, and killed otherwise."""
     async with a_world(per_gpu=2, stop_timeout_s=600.0) as world:
         sleeper = await world.frozen(HOOKED)
         polite = await world.running(replace(HOOKED, name="polite"))

@@ -1,4 +1,4 @@
-"""The agent dies at every step of a life and of a recovery; the next one finds one instance, or none, never two."""
+"""The agent dies at every step of a life and of a recovery; the next one finds one instance or none, never two."""
 
 from __future__ import annotations
 

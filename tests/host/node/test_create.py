@@ -1,4 +1,4 @@
-"""Creating: once per request id, durable before it is told, and never half of it."""
+"""Creates: once per request id, durable before the answer, and never half done."""
 
 from __future__ import annotations
 

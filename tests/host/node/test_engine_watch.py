@@ -1,4 +1,4 @@
-"""The engine goes away and comes back: instances live on, and what could not be removed is removed then."""
+"""The engine goes down and comes back: instances live on, and leftovers are removed then."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AWAY = UnavailableError("ENGINE_UNAVAILABLE", "no engine answers at /run/docker.
 
 
 class FakeEngine:
-    """Answers by turns as told: None = fine."""
+    """Answers in turn; None = up."""
 
     def __init__(self, *answers: UnavailableError | None) -> None:
         self._answers = list(answers)
@@ -27,18 +27,18 @@ class FakeEngine:
 
 
 def watch(
-    world: World, engine: FakeEngine, pauses: list[float], rounds: int, told: list[str] | None = None
+    world: World, engine: FakeEngine, pauses: list[float], rounds: int, problems: list[str] | None = None
 ) -> EngineWatch:
-    async def tell() -> None:
-        if told is not None:
-            told.append(watching.problem)
+    async def on_change() -> None:
+        if problems is not None:
+            problems.append(watching.problem)
 
     async def pause(seconds: float) -> None:
         pauses.append(seconds)
         if len(pauses) == rounds:
             raise asyncio.CancelledError
 
-    watching = EngineWatch(engine, world.runtime, world.node, world.events, tell, pause)
+    watching = EngineWatch(engine, world.runtime, world.node, world.events, on_change, pause)
     return watching
 
 
@@ -50,9 +50,9 @@ async def follow(watching: EngineWatch) -> None:
 async def test_engine_that_stays_down_is_polled_less_often_and_reported_once() -> None:
     async with a_world() as world:
         pauses: list[float] = []
-        told: list[str] = []
-        await follow(watch(world, FakeEngine(None, *[AWAY] * 8, None), pauses, 10, told))
-        assert [bool(problem) for problem in told] == [False, True, False]
+        problems: list[str] = []
+        await follow(watch(world, FakeEngine(None, *[AWAY] * 8, None), pauses, 10, problems))
+        assert [bool(problem) for problem in problems] == [False, True, False]
         assert pauses == [POLL_S, 1, 2, 4, 8, *[BACK_OFF_MAX_S] * 4, POLL_S]
         assert [name for name in world.names("") if name.startswith("engine.")] == ["engine.down", "engine.up"]
 

@@ -1,4 +1,4 @@
-"""Commands inside instances: who may run one, what keeps the instance awake meanwhile, what is kept of it."""
+"""Commands inside instances: admission, keeping the instance awake, and events."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def events_of(world: World, name: str) -> list[dict[str, str]]:
     return [dict(event.attributes) for event in world.events.read() if event.name == name]
 
 
-# ---- who may --------------------------------------------------------------------------------------------------------
+# ---- admission ----------------------------------------------------------------------------------------------------
 
 
 async def test_frozen_instance_is_refused_at_once_and_stays_frozen() -> None:
@@ -93,7 +93,7 @@ async def test_draining_instance_counts_as_frozen_and_comes_back_with_wake() -> 
         await asyncio.sleep(0)
         actor.gate.leave()
         assert await asyncio.wait_for(running, PATIENCE_S) is S.RUNNING
-        assert (actor.figures.freezes, actor.figures.wakes) == (1, 1), "asleep in between, as the GPU book ordered"
+        assert (actor.figures.freezes, actor.figures.wakes) == (1, 1), "frozen in between, as the GPU allocator ordered"
 
 
 async def test_paused_starting_and_ended_instances_are_refused() -> None:
@@ -246,7 +246,7 @@ async def test_close_ends_commands_and_waits_for_their_clean_up() -> None:
         assert await reason_of(sessions, actor.uid) == "AGENT_STOPPING"
 
 
-# ---- what is kept ---------------------------------------------------------------------------------------------------
+# ---- events ---------------------------------------------------------------------------------------------------
 
 
 async def test_events_name_caller_and_program_and_never_the_arguments() -> None:

@@ -1,4 +1,4 @@
-"""What awake instances use: read once a period, of those that are awake, and never made up."""
+"""Gauges: readings of awake instances, once per period; unknown values stay unknown."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def test_unknown_readings_are_absent_and_not_zero() -> None:
         for _ in range(2):
             gauge = heartbeat(observer)[actor.uid]
             assert not any(gauge.HasField(name) for name in ("cpu_ns", "memory_bytes", "vram_bytes"))
-            await gauges.poll()  # its container has ended meanwhile: still nothing to tell
+            await gauges.poll()  # its container has ended meanwhile: still no reading
 
 
 async def test_old_readings_are_dropped_when_the_host_does_not_answer() -> None:

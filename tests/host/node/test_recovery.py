@@ -1,4 +1,4 @@
-"""Recovery, row by row of DESIGN section 4: what is found, what is believed, what is left."""
+"""Recovery: every state in which a new agent can find an instance."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ async def test_second_awake_instance_on_a_gpu_is_killed() -> None:
         await world.boot()
         first = await world.frozen()
         second = await world.running()
-        world.freezer.states[first.uid] = Condition.AWAKE  # somebody else thawed and restored it
+        world.freezer.states[first.uid] = Condition.AWAKE  # another program thawed and restored it
         await world.restart()
         assert len(world.node.actors) == 1
         assert world.holder() in (first.uid, second.uid)
@@ -330,7 +330,7 @@ async def test_if_the_records_cannot_be_read_the_agent_does_not_start() -> None:
 
 
 async def test_dead_container_that_cannot_be_removed_cordons_no_gpu() -> None:
-    """Its engine is away while the next agent comes up: the processes are killed by the kernel's means."""
+    """Its engine is down while the next agent starts: the processes are killed by the kernel."""
     async with a_world() as world:
         actor = await world.running()
         world.freezer.states[actor.uid] = Condition.BROKEN
