@@ -1,4 +1,4 @@
-"""The contract of every Freezer: the fake, and `CudaFreezer` on fake and emulated drivers."""
+"""The contract of every Freezer: the fake, and `CudaFreezer` on the emulated driver."""
 
 from __future__ import annotations
 
