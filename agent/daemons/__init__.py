@@ -1,1 +1,1 @@
-"""Composition roots: the only callers of constructors."""
+"""Composition roots of the two daemons, and the host check that `hibernode doctor` runs."""

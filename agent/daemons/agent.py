@@ -1,8 +1,8 @@
-"""The agent daemon's composition root: builds everything, in order, and takes it down in reverse.
+"""Composition root of the agent daemon: builds every component in order and closes them in reverse.
 
-`python -m agent.daemons.agent --config FILE` (or `hibernode agent --config FILE`). Its life: lock the state
-directory and the GPUs, open the store, bind, recover, say READY, serve, and on SIGTERM leave: health NOT_SERVING,
-requests inside end, instances stay.
+`python -m agent.daemons.agent --config FILE` (or `hibernode agent --config FILE`). It locks the state directory and the
+GPUs, opens the store, binds, recovers, reports READY and serves. On SIGTERM: health NOT_SERVING, running requests
+finish, instances stay.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from agent.adapters.daemon.scheduler_link import SchedulerLink
 from agent.adapters.daemon.sd_notify import notify
 from agent.adapters.daemon.state_dir import StateDir
 from agent.adapters.daemon.token_file import ensure_token, read_token
-from agent.adapters.engine.survey import look_at_engine
+from agent.adapters.engine.survey import survey_engine
 from agent.adapters.kernel import process_table
 from agent.adapters.kernel.cgroup import CgroupSlice, open_slice
 from agent.adapters.kernel.clock import SystemClock
@@ -43,7 +43,7 @@ from agent.core.errors import UnavailableError
 from agent.core.gpus.capabilities import host_lines
 from agent.core.types import SECOND_NS
 from agent.daemons.engine_layer import open_runtimes
-from agent.daemons.gpu_layer import HostView, open_gpu_layer, see_gpus
+from agent.daemons.gpu_layer import HostView, open_gpu_layer, survey_node_gpus
 from agent.daemons.process import daemon_main, run_until_signal
 from agent.host.billing.billing import Billing, BillingOptions
 from agent.host.billing.pruning import LedgerPruner
@@ -73,15 +73,15 @@ from agent.wire.tokens import Principal, Role, TokenTable
 GRACE_S = 30.0
 GRPC_GRACE_S = 2.0
 LAME_DUCK_S = 0.1
-"""So long requests are refused before their connections close: who is on the way is told to go elsewhere, which a
-closed connection cannot say. By then the scheduler, whose load stream has ended, sends no more."""
+"""Requests are refused for this long before their connections close: a refusal sends a request to another node, a
+closed connection does not. By then the load stream has ended, so the scheduler sends no more."""
 LEAVE_S = 120.0
-"""At most, for all that follows once the instances were asked to end: kills, cleaning up, the last windows."""
+"""Upper bound for the work after the stop of all instances: kills, clean-up, the last usage windows."""
 GATEWAY_HEADER_ROOM_BYTES = 4096
 
 
 class AgentDaemon:
-    """Everything that lives as long as the daemon. `run` returns after a clean stop."""
+    """Owns everything that lives as long as the daemon. `run` returns after a clean stop."""
 
     def __init__(self, config: AgentConfig, stack: AsyncExitStack) -> None:
         self._config = config
@@ -94,25 +94,25 @@ class AgentDaemon:
         self.boot_id = process_table.boot_id()
         self.state = stack.enter_context(StateDir(Path(config.state_dir), passable=True))
         own = ensure_token(config.token_path)
-        # The scheduler calls its node with the credential that the node calls it with (DESIGN section 10).
+        # The scheduler and its node call each other with the same credential (agent/docs/design.md).
         self.credential = read_token(Path(config.scheduler.token_file)) if config.scheduler is not None else own
         self.tokens = [own] if self.credential == own else [own, self.credential]
         self.name = config.node_name or platform.node()
 
     async def run(self) -> None:
-        """Build, recover, serve until told to stop."""
+        """Build, bind and recover; then serve until a signal."""
         await self._build()
         await self._bind()
-        found = await Recovery(self.node, frozenset(self.node.broker.inventory)).run()
+        recovered = await Recovery(self.node, frozenset(self.node.broker.inventory)).run()
         await self._become_ready()
         self._log.info(
             "agent.ready",
             node=self.name,
             ingress=self.observer.ingress_address,
             grpc=self.observer.grpc_address,
-            running=found.running,
-            frozen=found.frozen,
-            restarted=found.restarted,
+            running=recovered.running,
+            frozen=recovered.frozen,
+            restarted=recovered.restarted,
         )
         services = [
             self.watch.run(),
@@ -121,7 +121,7 @@ class AgentDaemon:
             LedgerPruner(self.store, self.clock).run(),
         ]
         if self.runtime.engine is not None:
-            watch = EngineWatch(self.runtime.engine, self.runtime, self.node, self.events, self._look_at_engine)
+            watch = EngineWatch(self.runtime.engine, self.runtime, self.node, self.events, self._survey_engine)
             services.append(watch.run())
         if self.link is not None:
             services.append(self.link.run())
@@ -130,13 +130,14 @@ class AgentDaemon:
         finally:
             await self._leave()
 
-    # ---- building -------------------------------------------------------------------------------------------------
+    # ---- build ----------------------------------------------------------------------------------------------------
 
     async def _build(self) -> None:
+        """Build, in order: GPU survey, store and billing, runtimes, GPU layer, node, monitors, scheduler link."""
         config = self._config
         gpus = NvmlGpus()
         self._stack.push_async_callback(gpus.close)
-        sight = await see_gpus(gpus)
+        survey = await survey_node_gpus(gpus)
         slice_ = open_slice(self.state.uuid)
         self.store = await NodeStore.open(Path(config.state_dir))
         self._stack.push_async_callback(self.store.close)
@@ -146,12 +147,12 @@ class AgentDaemon:
             node=self.name,
             boot_id=self.boot_id,
             settings=_billing(config),
-            card_bytes={gpu.uuid: gpu.memory_bytes for gpu in sight.gpus},
+            card_bytes={gpu.uuid: gpu.memory_bytes for gpu in survey.gpus},
         )
         await self.billing.load()
         self.runtime, self.engine_api = open_runtimes(self._stack, config, self.state.uuid, slice_, self.clock)
         host = HostView(slice_, self.state.uuid, self.boot_id, self.runtime.pids)
-        self.gpu = await open_gpu_layer(self._stack, config.gpu, host, gpus, sight, self._cordon)
+        self.gpu = await open_gpu_layer(self._stack, config.gpu, host, gpus, survey, self._cordon)
         memory = MemoryReservations(
             ProcHostMemory(limits=Path(config.state_dir) / "limits", images=Path(config.state_dir) / "images"),
             limit_bytes=config.gpu.frozen_memory_limit_bytes,
@@ -167,13 +168,13 @@ class AgentDaemon:
                 migrate=config.gpu.migrate and self.gpu.migrates,
                 freeze_unavailable=self.gpu.unavailable,
             ),
-            sight.gpus,
+            survey.gpus,
             self._context(memory),
             gpus=gpus,
             meters=self.billing,
             new_uid=lambda: f"i-{uuid.uuid4().hex[:20]}",
         )
-        self.watch = self._watch(gpus)
+        self.watch = self._gpu_monitor(gpus)
         reader = ProcUsageReader(self.boot_id)
         self._stack.callback(reader.close)
         self.gauges = Gauges(reader, self.node.actors, self._vram_now)
@@ -189,12 +190,12 @@ class AgentDaemon:
         self.link = self._link()
 
     def _cordon(self, gpu_uuids: Sequence[str]) -> None:
-        """An operation survived SIGKILL in the driver: nothing new may use these GPUs."""
+        """Keep new work off these GPUs: a driver call survived SIGKILL."""
         self.node.broker.cordon(
             "", gpu_uuids, "DRIVER_STUCK: a driver call survived SIGKILL", source="driver", lasting=True
         )
 
-    def _watch(self, gpus: NvmlGpus) -> GpuMonitor:
+    def _gpu_monitor(self, gpus: NvmlGpus) -> GpuMonitor:
         xid_events = NvmlEvents()
         self._stack.callback(xid_events.close)
         self.gpu_isolation = GpuIsolation(gpus, self.runtime, self.node.broker, self.node.actors, self.events)
@@ -209,7 +210,7 @@ class AgentDaemon:
         )
 
     def _vram_now(self) -> Mapping[str, int]:
-        """GPU memory of instances, as long as NVML answers."""
+        """GPU memory of each instance; empty while NVML does not answer."""
         return self.gpu_isolation.vram_bytes if self.watch.samples() else {}
 
     def _context(self, memory: MemoryReservations) -> InstanceContext:
@@ -225,15 +226,15 @@ class AgentDaemon:
             ready_timeout_s=runtime.ready_timeout_ns / SECOND_NS,
             stop_timeout_s=runtime.stop_timeout_ns / SECOND_NS,
             environment=self._config.gpu.mounts.environment,
-            gpu_models={gpu.uuid: gpu.model for gpu in self.gpu.sight.gpus},
+            gpu_models={gpu.uuid: gpu.model for gpu in self.gpu.survey.gpus},
             store_problem=lambda: self.store.health.message,
         )
 
-    async def _look_at_engine(self) -> None:
-        """What the node says of its container engine, anew."""
-        config, uuids = self._config, [gpu.uuid for gpu in self.gpu.sight.gpus]
-        sight = await look_at_engine(self.engine_api, config.runtime, config.gpu, uuids)
-        self.observer.engine_lines = tuple(engine_lines(sight))
+    async def _survey_engine(self) -> None:
+        """Refresh what the node reports about its container engine."""
+        config, uuids = self._config, [gpu.uuid for gpu in self.gpu.survey.gpus]
+        survey = await survey_engine(self.engine_api, config.runtime, config.gpu, uuids)
+        self.observer.engine_lines = tuple(engine_lines(survey))
 
     def _identity(self, slice_: CgroupSlice | None) -> NodeIdentity:
         cgroup = "" if slice_ is None else str(slice_.path_of(""))
@@ -242,7 +243,7 @@ class AgentDaemon:
             boot_id=self.boot_id,
             version=__version__,
             epoch=self.clock.wall_ns(),
-            driver=self.gpu.sight.driver,
+            driver=self.gpu.survey.driver,
             capabilities=host_lines(self.gpu.capabilities, cgroup, self.gpu.unavailable),
             runtimes=self.runtime.offered,
             instances_per_gpu=self._config.gpu.instances_per_gpu,
@@ -256,14 +257,16 @@ class AgentDaemon:
             return None
         channel = DaemonChannel(link.address, self.credential, self._config.insecure)
         self._stack.push_async_callback(channel.close)
-        made = SchedulerLink(channel, self.observer, self.node.actors, self.store, link.upload_interval_ns / SECOND_NS)
-        self.node.listeners.append(made)
-        return made
+        scheduler_link = SchedulerLink(
+            channel, self.observer, self.node.actors, self.store, link.upload_interval_ns / SECOND_NS
+        )
+        self.node.listeners.append(scheduler_link)
+        return scheduler_link
 
-    # ---- serving --------------------------------------------------------------------------------------------------
+    # ---- serve ----------------------------------------------------------------------------------------------------
 
     async def _bind(self) -> None:
-        """Listen everywhere, answer nobody yet, and write down what was bound."""
+        """Listen on all addresses, admit no request yet, and record the bound addresses."""
         config = self._config
         self.ingress = Ingress(self.node, self.clock, self.tokens, self.request_ids)
         limits = Limits(
@@ -333,14 +336,16 @@ class AgentDaemon:
         )
 
     async def _become_ready(self) -> None:
+        """Complete and store the billing of the time before the restart, then open ingress and gRPC."""
         self.billing.complete_ended()
-        await self.billing.flush()  # the gap is on disk before anything new happens: another kill must not widen it
+        await self.billing.flush()  # on disk before new work: another kill must not widen the gap
         self.billing.start()
         self.ingress.open = self.observer.ready = True
         await self.grpc.set_serving(True)
 
     async def _leave(self) -> None:
-        """Requests inside end, those that wait are sent back to the gateway, instances stay (or end: `on_stop`)."""
+        """Finish running requests, refuse waiting ones (the gateway retries them), keep instances or stop them
+        (`on_stop`)."""
         self._log.info("agent.stopping", on_stop=self._config.on_stop)
         self.ingress.open = self.observer.ready = False
         self.ingress.leaving = True
@@ -368,12 +373,12 @@ def _billing(config: AgentConfig) -> BillingOptions:
 
 @contextmanager
 def _bind_errors(key: str, listen: ListenSettings) -> Iterator[None]:
-    """Raises UnavailableError BIND_FAILED for an address that can't be had."""
+    """Turn an OSError into UnavailableError BIND_FAILED."""
     try:
         yield
     except OSError as error:
         where = join(listen.host, listen.port)
-        text = f"cannot listen on {where} ({error.strerror or error}); stop what does, or set another {key}.port"
+        text = f"cannot listen on {where} ({error.strerror or error}); stop what uses it, or set another {key}.port"
         raise UnavailableError("BIND_FAILED", text) from error
 
 

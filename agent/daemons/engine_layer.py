@@ -1,4 +1,4 @@
-"""Builds the runtimes of a node: processes of the host, and containers where there is an engine."""
+"""Builds a node's runtimes: host processes, and containers if there is an engine."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from agent.settings import AgentConfig
 def open_runtimes(
     stack: AsyncExitStack, config: AgentConfig, state_uuid: str, slice_: CgroupSlice | None, clock: Clock
 ) -> tuple[Runtimes, EngineApi | None]:
-    """The runtimes and, where new instances may be containers, the way to the engine. Nothing is asked of it yet: the
-    agent starts while it is down. `stack` closes what is opened."""
+    """Build the runtimes without contacting the engine: the agent starts while that is down. Returns the engine's
+    client too, if new instances may be containers. `stack` closes what is opened."""
     process = ProcessRuntime(process_settings(config, state_uuid, slice_), clock)
     stack.callback(process.close)
     process_enabled, socket = config.runtime.process.enabled, config.runtime.engine.socket
@@ -36,17 +36,17 @@ def open_runtimes(
         state_uuid=state_uuid,
         logs=EngineLogs(api),
         execs=EngineExec(api),
-        kept_out=(config.socket_path,),
+        excluded_paths=(config.socket_path,),
     )
     stack.push_async_callback(engine.close)
-    # Without a socket anywhere there is none for new instances; containers of before may still have to be removed.
+    # Without any socket no new container starts, but existing ones may still have to be removed.
     found = socket != "auto" or any(os.path.exists(path) for path in SOCKETS)
     runtimes = Runtimes(process, engine, process_enabled=process_enabled, engine_enabled=found)
     return runtimes, api if found else None
 
 
 def process_settings(config: AgentConfig, state_uuid: str, slice_: CgroupSlice | None) -> ProcessRuntimeOptions:
-    """What the configuration means for processes of the host."""
+    """The configuration of the process runtime."""
     runtime = config.runtime
     return ProcessRuntimeOptions(
         state_dir=Path(config.state_dir),

@@ -1,4 +1,4 @@
-"""Builds what stands between the node and the driver: NVML, the locks on the GPUs, the checkpointer and the freezer."""
+"""Builds the layer between node and driver: GPU locks, checkpointer and freezer."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from agent.settings import GpuSettings
 
 @dataclass(frozen=True, slots=True)
 class GpuLayer:
-    """`capabilities` is the verdict on the host; `unavailable` says why idle mode can't be had here, "" if it can."""
+    """`capabilities` of the host; `unavailable` says why it has no idle mode, "" if it has."""
 
     gpus: NvmlGpus
-    sight: GpuSurvey
+    survey: GpuSurvey
     capabilities: Capabilities
     checkpointer: HostCheckpointer
     freezer: CudaFreezer
@@ -34,14 +34,14 @@ class GpuLayer:
 
     @property
     def migrates(self) -> bool:
-        """Can the driver wake a frozen instance on another GPU?"""
+        """Whether the driver can wake a frozen instance on another GPU."""
         return self.capabilities.migration and not self.unavailable
 
 
 @dataclass(frozen=True, slots=True)
 class HostView:
-    """What the freezer has to know of the host: the agent's slice of cgroups (None = none can be written), the state
-    directory's UUID, the boot, and how to list an instance's pids."""
+    """What the freezer knows of the host: the agent's cgroup slice (None = not writable), the state directory's UUID,
+    the boot, and how to list an instance's pids."""
 
     slice_: CgroupSlice | None
     state_uuid: str
@@ -54,16 +54,16 @@ async def open_gpu_layer(
     settings: GpuSettings,
     host: HostView,
     gpus: NvmlGpus,
-    sight: GpuSurvey,
+    survey: GpuSurvey,
     on_stuck: Callable[[Sequence[str]], None],
 ) -> GpuLayer:
-    """Lock the GPUs, choose and start the checkpointer; `stack` takes it all down. A host that can't freeze is no
-    error: its functions run always awake. Raises UnavailableError GPU_LOCKED if another agent has a GPU."""
+    """Lock the GPUs, then choose and start the checkpointer; `stack` closes both. On a host that can't freeze,
+    functions stay awake. Raises UnavailableError GPU_LOCKED if another agent holds a GPU."""
     log = get_logger()
     locks = GpuLocks()
-    locks.acquire([gpu.uuid for gpu in sight.gpus])
+    locks.acquire([gpu.uuid for gpu in survey.gpus])
     stack.callback(locks.release)
-    capabilities = find_capabilities(host_facts(sight, settings))
+    capabilities = find_capabilities(host_facts(survey, settings))
     checkpointer = choose_checkpointer(capabilities, settings, on_stuck)
     stack.push_async_callback(checkpointer.close)
     freezer = CudaFreezer(
@@ -83,12 +83,12 @@ async def open_gpu_layer(
         except HibernodeError as error:
             log.warning("idle_mode.unavailable", reason=error.reason, message=error.message)
             unavailable = error.message
-    return GpuLayer(gpus, sight, capabilities, checkpointer, freezer, unavailable)
+    return GpuLayer(gpus, survey, capabilities, checkpointer, freezer, unavailable)
 
 
-async def see_gpus(gpus: NvmlGpus) -> GpuSurvey:
-    """Without a driver the node has no GPUs, and says so; it still runs functions that need none."""
-    sight = await survey_gpus_with_retry(gpus)
-    if sight.error is not None:
-        get_logger().warning("gpu.unavailable", reason=sight.error.reason, message=sight.error.message)
-    return sight
+async def survey_node_gpus(gpus: NvmlGpus) -> GpuSurvey:
+    """Survey the GPUs. Without a driver the node has none, logs a warning, and runs functions that need none."""
+    survey = await survey_gpus_with_retry(gpus)
+    if survey.error is not None:
+        get_logger().warning("gpu.unavailable", reason=survey.error.reason, message=survey.error.message)
+    return survey

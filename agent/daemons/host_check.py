@@ -1,9 +1,8 @@
-"""`python -m agent.daemons.host_check [--config FILE]`: what an agent would find on this host, as one JSON object, the
-last line of stdout.
+"""Checks this host as an agent would: `python -m agent.daemons.host_check [--config FILE]`.
 
-The same code on the same configuration as the agent's start, so that `hibernode doctor` can't see another host than
-the agent does; and a process of its own, since a sick driver hangs whoever asks it. It changes nothing. Keys: `checks`
-[{name, level, reason, fix}], `gpu_memory_bytes` (sum over the GPUs).
+Prints one JSON object as the last line of stdout, with `checks` [{name, level, reason, fix}] and `gpu_memory_bytes`
+(sum over the GPUs). Runs the agent's own start-up code, so `hibernode doctor` and the agent agree; as a separate
+process, because a broken driver can hang its callers. Changes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 from agent import log
 from agent.adapters.cuda.checkpointers import choose_checkpointer
 from agent.adapters.engine.build import open_engine_api
-from agent.adapters.engine.survey import look_at_engine
+from agent.adapters.engine.survey import survey_engine
 from agent.adapters.nvml.gpus import NvmlGpus
 from agent.adapters.nvml.host_facts import host_facts, survey_gpus
 from agent.config import load
@@ -32,32 +31,32 @@ from agent.core.snapshots import CapabilityLine
 from agent.settings import AgentConfig, GpuSettings, RuntimeSettings
 
 START_DEADLINE_S = 10.0
-"""For the checkpointer. NVML has its own: 5 s a call, and none after one that did not come back."""
+"""Deadline of the checkpointer. NVML calls have their own: 5 s each, and no more calls after one that hung."""
 
 
-async def survey(config: AgentConfig) -> dict[str, Any]:
-    """The facts, the verdict on them, and a checkpointer started for proof: versions do not show a missing libcuda.
-    Then the container engine."""
-    sight = await survey_gpus(NvmlGpus())
-    found = find_capabilities(host_facts(sight, config.gpu))
-    unavailable = await _try(found, config.gpu) if found.idle_mode else ""
-    engine = await _engine_lines(config.runtime, config.gpu, [gpu.uuid for gpu in sight.gpus])
+async def check_host(config: AgentConfig) -> dict[str, Any]:
+    """Check the driver, then the engine. Starts a checkpointer as proof: driver versions do not show a missing
+    libcuda."""
+    survey = await survey_gpus(NvmlGpus())
+    found = find_capabilities(host_facts(survey, config.gpu))
+    unavailable = await _start_problem(found, config.gpu) if found.idle_mode else ""
+    engine = await _engine_lines(config.runtime, config.gpu, [gpu.uuid for gpu in survey.gpus])
     return {
         "checks": [asdict(line) for line in (*found.lines, *idle_mode_lines(found, unavailable), *engine)],
-        "gpu_memory_bytes": sum(gpu.memory_bytes for gpu in sight.gpus),
+        "gpu_memory_bytes": sum(gpu.memory_bytes for gpu in survey.gpus),
     }
 
 
 async def _engine_lines(runtime: RuntimeSettings, gpu: GpuSettings, gpu_uuids: list[str]) -> Sequence[CapabilityLine]:
     api = open_engine_api(runtime)
     try:
-        return engine_lines(await look_at_engine(api, runtime, gpu, gpu_uuids))
+        return engine_lines(await survey_engine(api, runtime, gpu, gpu_uuids))
     finally:
         await api.close()
 
 
-async def _try(found: Capabilities, settings: GpuSettings) -> str:
-    """Why the checkpointer can't be started; "" if it can."""
+async def _start_problem(found: Capabilities, settings: GpuSettings) -> str:
+    """Why the checkpointer can't start; "" if it can."""
     checkpointer = choose_checkpointer(found, settings)
     try:
         async with asyncio.timeout(START_DEADLINE_S):
@@ -71,25 +70,25 @@ async def _try(found: Capabilities, settings: GpuSettings) -> str:
 
 
 def _settings(path: Path | None) -> tuple[AgentConfig, list[CapabilityLine]]:
-    """The agent's, or the defaults where there is no file; a file that is wrong is a check that failed."""
+    """The agent's configuration, or the defaults without a file. An invalid file is a failed check."""
     if path is None:
         return AgentConfig(), []
     try:
         return load(path, AgentConfig), [CapabilityLine("config", "OK", str(path), "")]
     except ConfigError as error:
-        fix = f"correct {path}; the checks below are made with the defaults"
+        fix = f"correct {path}; the checks below use the defaults"
         return AgentConfig(), [CapabilityLine("config", "FAIL", error.message, fix)]
 
 
 def main() -> None:
-    """Prints, and ends at once: a call that hangs in the driver's library is not waited for."""
-    parser = argparse.ArgumentParser(prog="host_check", description="What an agent would find on this host.")
+    """Print the result and exit at once, without waiting for a call that hangs in the driver's library."""
+    parser = argparse.ArgumentParser(prog="host_check", description="Check this host as an agent would.")
     parser.add_argument("--config", type=Path)
     settings, lines = _settings(parser.parse_args().config)
     log.configure("error", "console")
-    document = asyncio.run(survey(settings))
+    document = asyncio.run(check_host(settings))
     document["checks"] = [*(asdict(line) for line in lines), *document["checks"]]
-    sys.stdout.write(f"\n{json.dumps(document)}\n")  # a line of its own: libraries may have said something before
+    sys.stdout.write(f"\n{json.dumps(document)}\n")  # on its own line: libraries may print without a newline
     sys.stdout.flush()
     os._exit(0)
 

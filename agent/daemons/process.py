@@ -1,4 +1,4 @@
-"""What both daemons share as processes: command line, logging, uvloop, signals, systemd."""
+"""Process setup of both daemons: command line, logging, uvloop, signals, systemd."""
 
 from __future__ import annotations
 
@@ -26,68 +26,67 @@ from agent.settings import AgentConfig, SchedulerConfig
 _Config = TypeVar("_Config", AgentConfig, SchedulerConfig)
 
 OPEN_FILES = 65536
-"""What our units allow (LimitNOFILE); a login shell's 1,024 would not do for the connections of `limits`."""
-GARBAGE = 10_000
-"""New containers between two looks for cycles: at Python's 700 they are a tenth of what a request costs, for requests
-leave none."""
-FILES_BESIDE = 512
-"""For what is neither a client's connection nor the one behind it."""
+"""LimitNOFILE of our units; a login shell's 1,024 is too few for `limits.connections`."""
+GC_THRESHOLD = 10_000
+"""Allocations between two garbage collections. Python's 700 costs a tenth of a request, and requests leave no
+cycles."""
+OTHER_OPEN_FILES = 512
+"""Descriptors for everything but client and upstream connections."""
 
 
 def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Coroutine[Any, Any, None]]) -> None:
-    """`--config FILE`, then `run` on uvloop. An error ends it with the exit code of its kind, as any command."""
+    """Load `--config FILE` and run `run` on uvloop. An error exits with the exit code of its kind."""
     parser = argparse.ArgumentParser(prog=f"hibernode {name}", description=f"The Hibernode {name} daemon.")
     parser.add_argument("--config", type=Path, default=Path(f"/etc/hibernode/{name}.yaml"), help="default: %(default)s")
     arguments = parser.parse_args()
     try:
         config = load(arguments.config, kind)
     except HibernodeError as error:
-        sys.exit(_say(error))
+        sys.exit(_print_error(error))
     log.configure(config.log_level, config.log_format)
     _allow_open_files(config.limits.connections)
-    faulthandler.enable()  # what systemd's watchdog ends (SIGABRT) leaves the stacks of all threads in the journal
+    faulthandler.enable()  # on the watchdog's SIGABRT the stacks of all threads go to the journal
     try:
         uvloop.run(run(config))
     except HibernodeError as error:
-        code = _say(error)
-        # All is closed that can be. A thread that hangs in a database or a driver must not keep a new start waiting.
+        code = _print_error(error)
+        # Everything closable is closed. A thread that hangs in a database or driver must not delay the restart.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def _allow_open_files(connections: int) -> None:
-    """As many as our units allow, as far as this process may; a warning where `connections` would not fit."""
+    """Raise the limit of open files to that of our units if allowed; warn if it is too low for `connections`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = max(soft, OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES))
     if soft == resource.RLIM_INFINITY:
         return
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    if allowed < 2 * connections + FILES_BESIDE:
-        text = "limits.connections and one more behind each do not fit; raise the limit (ulimit -n, LimitNOFILE)"
+    if allowed < 2 * connections + OTHER_OPEN_FILES:
+        text = "too few for limits.connections and their upstream connections; raise ulimit -n or LimitNOFILE"
         log.get_logger().warning("process.open_files_short", allowed=allowed, connections=connections, message=text)
 
 
-def _say(error: HibernodeError) -> int:
+def _print_error(error: HibernodeError) -> int:
     print(f"hibernode: {error.reason}: {error.message}", file=sys.stderr)  # noqa: T201 - before and after logging
     return exit_of(error)
 
 
 async def run_until_signal(services: Sequence[Awaitable[None]]) -> None:
-    """Say READY, run `services` until SIGTERM or SIGINT, end them, say STOPPING.
+    """Report READY, run `services` until SIGTERM or SIGINT, report STOPPING and cancel them.
 
-    A service that ends by itself is a fault and ends the daemon.
-    """
+    A service that ends by itself is a fault and ends the daemon."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     tasks = [asyncio.ensure_future(service) for service in (*services, feed_watchdog())]
     stopped = asyncio.ensure_future(stop.wait())
-    # What start-up made stays for good: a full collection in the middle of a wake need not walk through it.
+    # Objects of the start-up live forever; a full collection during a wake need not scan them.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(GARBAGE)
+    gc.set_threshold(GC_THRESHOLD)
     notify("READY=1")
     try:
         done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -101,14 +100,14 @@ async def run_until_signal(services: Sequence[Awaitable[None]]) -> None:
 
 
 async def stand_by(turn: Coroutine[Any, Any, None], status: str) -> bool:
-    """Say READY with `status` (systemd would not wait for ever for a turn that may never come), then wait until
-    `turn` is over: True. False if SIGTERM or SIGINT came first. Raises what `turn` raises."""
+    """Report READY with `status` (systemd must not wait for a turn that may never come) and wait for `turn`. Returns
+    False if SIGTERM or SIGINT came first. Raises what `turn` raises."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    ours = asyncio.ensure_future(turn)
-    tasks = [ours, asyncio.ensure_future(stop.wait()), asyncio.ensure_future(feed_watchdog())]
+    turn_task = asyncio.ensure_future(turn)
+    tasks = [turn_task, asyncio.ensure_future(stop.wait()), asyncio.ensure_future(feed_watchdog())]
     notify(f"READY=1\nSTATUS={status}")
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -121,17 +120,15 @@ async def stand_by(turn: Coroutine[Any, Any, None], status: str) -> bool:
     notify("STATUS=")
     if stop.is_set():
         return False
-    ours.result()
+    turn_task.result()
     return True
 
 
 async def feed_watchdog() -> None:
-    """From the loop on which all the rest runs, so that systemd starts a daemon anew whose loop is stuck.
+    """Feed the watchdog from the main event loop, so systemd restarts a daemon whose loop is stuck.
 
-    Only what that heals counts. A thread that hangs in NVML or in a write to disk hangs in the driver or the file
-    system: a new agent would hang there too, at its start, and meanwhile serve nobody. This one serves on without it
-    and says so (cordons, STORE_FAILED).
-    """
+    Other threads do not count: one that hangs in NVML or a disk write would hang in a restarted agent too, which
+    then serves nothing. This agent keeps serving and reports the problem (cordons, STORE_FAILED)."""
     interval_s = watchdog_interval_s()
     if interval_s is None:
         await asyncio.Event().wait()

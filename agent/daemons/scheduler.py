@@ -1,10 +1,11 @@
-"""The scheduler daemon's composition root: builds everything, in order, and takes it down in reverse.
+"""Composition root of the scheduler daemon: builds every component in order and closes them in reverse.
 
-`python -m agent.daemons.scheduler --config FILE` (or `hibernode scheduler --config FILE`). What must survive it is in
-the store; everything else comes back with the agents' load streams, so a SIGKILL loses only the requests inside the
-gateway. On SIGTERM: health NOT_SERVING, no new connections, requests in flight or queued end, then it leaves.
-Of several on one PostgreSQL one is active; the others stand by, with nothing but the admin pages open, until its
-session there has ended. One that loses its lock ends with LEAD_LOST, for systemd to start it again as a standby.
+`python -m agent.daemons.scheduler --config FILE` (or `hibernode scheduler --config FILE`). The store holds what must
+survive a restart; the agents' load streams restore the rest, so a SIGKILL loses only the requests in the gateway. On
+SIGTERM: health NOT_SERVING, no new connections, running and queued requests finish.
+
+Of several schedulers on one PostgreSQL one is active. A standby serves only the admin pages until the database session
+of the active one ends. One that loses its lock exits with LEAD_LOST, and systemd restarts it as a standby.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ from agent.wire.tokens import Principal, Role, TokenTable, node_tokens
 PRICE_BOOK = Path(agent.scheduler.__file__).with_name("price-book.yaml")
 GRACE_S = 30.0
 QUEUE_GRACE_S = 10.0
-"""At the end: requests that wait for an instance by then are answered 503, for those in flight there is `GRACE_S`."""
+"""On shutdown, requests still queued after this time are answered 503; running ones have `GRACE_S`."""
 GRPC_GRACE_S = 1.0
 SILENCE_CHECK_S = 0.25
 
 
 class SchedulerDaemon:
-    """Everything that lives as long as the daemon. `run` returns after a clean stop."""
+    """Owns everything that lives as long as the daemon. `run` returns after a clean stop."""
 
     def __init__(self, config: SchedulerConfig, stack: AsyncExitStack) -> None:
         self._config = config
@@ -92,7 +93,7 @@ class SchedulerDaemon:
         self.node_tokens = {node.name: read_token(Path(node.token_file)) for node in config.nodes}
 
     async def run(self) -> None:
-        """Build, wait for the lead, read what is known, serve until told to stop."""
+        """Build, wait for leadership, load, bind; then serve until a signal."""
         await self._build()
         if not await self._lead():
             return
@@ -105,9 +106,10 @@ class SchedulerDaemon:
         await run_until_signal([*rounds, self._watch_silence(), self.lead.watch()])
         await self._leave()
 
-    # ---- building ---------------------------------------------------------------------------------------------
+    # ---- build ------------------------------------------------------------------------------------------------
 
     async def _build(self) -> None:
+        """Build, in order: database, dispatcher, fleet, catalog, provisioner and autoscaler, gateway."""
         config = self._config
         self.store = Store(config.database_url)
         self._stack.push_async_callback(self.store.close)
@@ -166,8 +168,8 @@ class SchedulerDaemon:
         )
 
     async def _lead(self) -> bool:
-        """Be the active one, or stand by until the other one's session in the database has ended. False: told to stop
-        before that."""
+        """Become the active scheduler, or stand by until the active one's database session ends. False: a signal came
+        first."""
         if await self.lead.take():
             return True
         socket_activation.release("gateway")
@@ -177,7 +179,7 @@ class SchedulerDaemon:
         return await stand_by(self.lead.wait(), "standing by: another scheduler is active on this database")
 
     async def _load(self) -> None:
-        """Functions as deployed; nodes met before have `report.lost` to show up."""
+        """Load nodes, functions and policies. Known nodes have `report.lost` to reconnect."""
         await self.store.open()
         await self.usage.open()
         for name in await self.store.nodes():
@@ -195,7 +197,8 @@ class SchedulerDaemon:
         self.provisioner.poke()
 
     def _fleet_changed(self) -> None:
-        """A policy that waits for the fleet begins before the provisioner may act on its function."""
+        """Check the autoscaler first: a policy that waits for the fleet starts before the provisioner acts on its
+        function."""
         if self.autoscaler.waiting:
             self.autoscaler.check()
         self.provisioner.poke()
@@ -209,7 +212,7 @@ class SchedulerDaemon:
         return "" if node is None else node.registration.ingress_address
 
     def _first_seen(self, name: str) -> None:
-        """A node registered for the first time: remember it, without making its stream wait."""
+        """Store a node that registered for the first time, without delaying its stream."""
 
         async def remember() -> None:
             try:
@@ -224,10 +227,10 @@ class SchedulerDaemon:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    # ---- serving ----------------------------------------------------------------------------------------------
+    # ---- serve ------------------------------------------------------------------------------------------------
 
     async def _bind(self) -> None:
-        """Listen everywhere and write down what was bound."""
+        """Listen on all addresses and record them."""
         config = self._config
         limits = Limits(
             header_bytes=config.limits.header_bytes,
@@ -277,7 +280,7 @@ class SchedulerDaemon:
         )
 
     async def _serve_admin(self) -> None:
-        """Unless a standby has done so."""
+        """Serve the admin pages, unless the standby phase already does."""
         if self.admin_address:
             return
         listen = self._config.admin
@@ -310,8 +313,8 @@ class SchedulerDaemon:
         self._log.info("scheduler.queue_closed", refused=waited)
 
     async def _leave(self) -> None:
-        """Nothing new; what was accepted ends. Who still waits for an instance after `QUEUE_GRACE_S` is answered 503;
-        what is in flight has `GRACE_S`, then it is cut."""
+        """Refuse new work and finish the accepted: queued requests get 503 after `QUEUE_GRACE_S`, running ones are cut
+        off after `GRACE_S`."""
         self._log.info("scheduler.stopping", open_requests=self.dispatch_loop.open_requests)
         self._ready = False
         await self.grpc.set_serving(False)
@@ -326,7 +329,7 @@ class SchedulerDaemon:
 
 
 def _bind_failed(error: OSError) -> UnavailableError:
-    text = f"cannot listen: {error.strerror}; choose another port for gateway or admin, or stop who has it"
+    text = f"cannot listen: {error.strerror}; set another port for gateway or admin, or stop what uses it"
     return UnavailableError("BIND_FAILED", text)
 
 
@@ -337,7 +340,7 @@ def _defaults(config: SchedulerConfig) -> Defaults:
 
 
 def _price_book(config: SchedulerConfig) -> PriceBook:
-    """The configured one, or the one that comes with Hibernode. Raises ConfigError."""
+    """The configured price book, or the one shipped with Hibernode. Raises ConfigError."""
     path = Path(config.price_book) if config.price_book else PRICE_BOOK
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-"""The emulated NVIDIA driver: stand-ins at the driver's own boundary, found through LD_LIBRARY_PATH and PATH.
+"""The emulated NVIDIA driver: replaces libcuda, NVML and cuda-checkpoint, found through LD_LIBRARY_PATH and PATH.
 
-`driver.run` is the driver process, `env.exports` how programs find it, `control.EmulatedDriver` how tests and
-benchmarks look inside. README.md says what is emulated and what is not.
+`server.run` runs the driver process, `env.exports` gives the environment of its programs, `control.EmulatedDriver`
+inspects it from tests and benchmarks. README.md lists what is emulated and what is not.
 """

@@ -1,8 +1,8 @@
-"""How busy each GPU was: shared memory in which every CUDA process counts the time of its copies and fills.
+"""Measures GPU utilisation: in shared memory, every CUDA process records the time of its copies and fills.
 
-For each device a ring of BUCKETS; bucket t % BUCKETS is about the BUCKET_NS of CLOCK_MONOTONIC numbered t. Its upper
-40 bits are t's lower ones, its lower 24 the microseconds that anybody was busy then (`src/activity.c`). Nothing ticks:
-an idle GPU's buckets are just old.
+Each device has a ring of BUCKETS. Bucket t % BUCKETS covers the BUCKET_NS of CLOCK_MONOTONIC numbered t: its upper 40
+bits are the lower bits of t, its lower 24 the busy microseconds (`src/activity.c`). No timer runs: the buckets of an
+idle GPU are simply outdated.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import struct
 from agent.emulated.protocol import ACTIVITY_BUCKETS, ACTIVITY_NS, MAX_DEVICES
 
 _WINDOW = 8
-"""Whole buckets that make up the last second."""
+"""Whole buckets in the last second."""
 _BUCKET_US = ACTIVITY_NS // 1000
 _RING = struct.Struct(f"<{ACTIVITY_BUCKETS}Q")
 ACTIVITY_BYTES = MAX_DEVICES * _RING.size
 
 
 class Activity:
-    """One for the driver; `fd` is mapped by every CUDA process."""
+    """The driver's shared memory; every CUDA process maps `fd`."""
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("emulated-activity", os.MFD_CLOEXEC)
@@ -29,7 +29,8 @@ class Activity:
         self._map = mmap.mmap(self.fd, ACTIVITY_BYTES, prot=mmap.PROT_READ)
 
     def percent(self, device: int, at_ns: int) -> int:
-        """Of the second before `at_ns` (CLOCK_MONOTONIC), 0 to 100; several busy at once count once at the most."""
+        """Utilisation of the second before `at_ns` (CLOCK_MONOTONIC), 0 to 100. Overlapping work counts at most
+        once."""
         ring = _RING.unpack_from(self._map, device * _RING.size)
         now = at_ns // ACTIVITY_NS
         busy_us = 0

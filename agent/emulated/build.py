@@ -1,4 +1,4 @@
-"""Builds the libraries and the program from `src/` with cc, once for each source and driver version."""
+"""Builds the libraries and the program from `src/` with cc, once per source and driver version."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FLAGS = ("-O2", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """One file to build: where it goes, from which sources, with which linker flags."""
+    """An output file, its sources and linker flags."""
 
     path: str
     sources: tuple[str, ...]
@@ -32,7 +32,7 @@ _LIBCUDA = (
     *("channel", "pool", "activity", "gate", "process", "restore_thread", "context", "memory"),
     *("device", "stream", "pinned", "checkpoint", "entry"),
 )
-# nodelete: threads and atfork handlers live in the library, so that it must survive a dlclose.
+# nodelete: the library's threads and atfork handlers must survive a dlclose.
 _SHARED = ("-shared", "-Wl,-z,nodelete", "-Wl,--no-undefined")
 _PRODUCTS = (
     _Product(f"{LIBRARIES}/libcuda.so.1", _LIBCUDA, (*_SHARED, "-Wl,-soname,libcuda.so.1", "-lpthread", "-ldl")),
@@ -41,13 +41,13 @@ _PRODUCTS = (
         ("channel", "pool", "nvml", "nvml_devices", "nvml_events"),
         (*_SHARED, "-Wl,-soname,libnvidia-ml.so.1", "-lpthread", "-ldl"),
     ),
-    # Its own libcuda is found beside it where LD_LIBRARY_PATH is not set, as with a driver installed on the host.
+    # The rpath finds its libcuda without LD_LIBRARY_PATH, as with a driver installed on the host.
     _Product(f"{PROGRAMS}/cuda-checkpoint", ("cuda_checkpoint",), ("-Wl,-rpath,$ORIGIN/../lib", "-ldl")),
 )
 
 
 def default_cache() -> Path:
-    """`$XDG_CACHE_HOME/hibernode/emulated`, else below ~/.cache."""
+    """`$XDG_CACHE_HOME/hibernode/emulated`, or else in ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "hibernode" / "emulated"
 
@@ -91,11 +91,10 @@ def _compile(compiler: str, product: _Product, profile: Profile, into: Path) -> 
 
 
 def build(profile: Profile, cache: Path | None = None) -> Path:
-    """A folder with lib/ and bin/ for this driver version, built now or before. Blocking: seconds the first time.
+    """Return a folder with lib/ and bin/ for this driver version, building it if needed. Blocks for seconds.
 
-    Any number of processes may do this at once: each builds apart, the first rename wins. Raises PreconditionError
-    EMULATED_DRIVER_NEEDS_CC or EMULATED_DRIVER_BUILD_FAILED, UnavailableError EMULATED_DRIVER_BUILD_FAILED.
-    """
+    Safe in parallel: each process builds separately, and the first rename wins. Raises PreconditionError
+    EMULATED_DRIVER_NEEDS_CC or EMULATED_DRIVER_BUILD_FAILED, UnavailableError EMULATED_DRIVER_BUILD_FAILED."""
     compiler = find_compiler()
     cache = cache or default_cache()
     done = cache / _key(compiler, profile)
@@ -110,7 +109,7 @@ def build(profile: Profile, cache: Path | None = None) -> Path:
         try:
             fresh.rename(done)
         except OSError:
-            if not done.is_dir():  # else somebody else was faster with the same sources
+            if not done.is_dir():  # else another process was faster with the same sources
                 raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -118,10 +117,9 @@ def build(profile: Profile, cache: Path | None = None) -> Path:
 
 
 def install(built: Path, directory: Path) -> None:
-    """Copy lib/ and bin/ into an emulated driver's directory: a bind mount would not follow links out of it.
+    """Copy lib/ and bin/ into an emulated driver's directory: links out of it would break in a bind mount.
 
-    Each file is replaced by a rename, so that a program that has the old one mapped keeps it.
-    """
+    Files are replaced by rename, so running programs keep the version they have mapped."""
     for product in _PRODUCTS:
         target = directory / product.path
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Is a process frozen by its cgroup? Read as cheaply as can be: it is asked on every checkpoint call."""
+"""Tells whether a process's cgroup is frozen. Cheap, because every checkpoint call asks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def find_v2_mount(mountinfo: str) -> Path | None:
-    """Where the whole v2 hierarchy is mounted (pure v2 and hybrid hosts alike), from the text of mountinfo."""
+    """Mount point of the whole v2 hierarchy (on pure v2 and hybrid hosts), from the text of mountinfo."""
     for line in mountinfo.splitlines():
         fields = line.split()
         if "-" in fields and fields[fields.index("-") + 1] == "cgroup2" and fields[3] == "/":
@@ -16,8 +16,8 @@ def find_v2_mount(mountinfo: str) -> Path | None:
     return None
 
 
-class CgroupOf:
-    """The v2 cgroup of one process, followed when the process is moved."""
+class ProcessCgroup:
+    """The v2 cgroup of one process, even after the process moves."""
 
     def __init__(self, pid: int, mount: Path | None) -> None:
         self._mount = mount
@@ -29,7 +29,7 @@ class CgroupOf:
                 self._membership = os.open(f"/proc/{pid}/cgroup", os.O_RDONLY | os.O_CLOEXEC)
 
     def frozen(self) -> bool:
-        """True if the process's cgroup, or one above it, is frozen now. False where that can't be known."""
+        """Whether the process's cgroup or an ancestor is frozen now. False if that is unknown."""
         if self._membership < 0:
             return False
         try:
@@ -48,7 +48,7 @@ class CgroupOf:
         path = next((line[3:] for line in membership.splitlines() if line.startswith(b"0::")), b"/").decode()
         self._where = membership
         if self._mount is None or path == "/" or path.startswith("/.."):
-            return  # the root can't be frozen; above our own namespace we can't see
+            return  # the root can't be frozen, and cgroups above our namespace are invisible
         file = self._mount / path.lstrip("/") / "cgroup.events"
         self._events = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
 

@@ -1,9 +1,9 @@
-"""cuCheckpointProcess*: the state machine of each CUDA process, one operation at a time, done by its restore thread.
+"""Runs cuCheckpointProcess*: each CUDA process's state machine, one operation at a time, executed by its restore
+thread.
 
-Rules from cuda.h and NVIDIA/cuda-checkpoint's issues. Every call, also one whose answer is known, first needs a sign
-of life from the target: a frozen process answers nothing and its caller waits, without a deadline of ours. A caller
-that leaves changes nothing: what it asked for still happens when the target can run again. What is planned to go
-wrong (`faults.py`) goes wrong here.
+The rules come from cuda.h and NVIDIA/cuda-checkpoint's issues. Every call first needs a reply from the target, even if
+its answer is known: a frozen process replies to nothing, and its caller waits without a deadline. A caller that leaves
+changes nothing: its operation still runs once the target can. Planned faults (`faults.py`) apply here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from agent.emulated.protocol import CuResult, Message, MessageOp, State, result_
 from agent.emulated.vram import Vram, rounded
 
 MAX_QUEUED = 256
-"""Calls waiting for one process; beyond it a call answers OPERATING_SYSTEM."""
+"""Limit of calls waiting for one process; more are answered OPERATING_SYSTEM."""
 
 _NEEDS = {
     MessageOp.LOCK: State.RUNNING,
@@ -35,7 +35,7 @@ _NEEDS = {
 
 
 class Checkpointing:
-    """Sequences the operations of every process. Called on the event loop only; never blocks it."""
+    """Sequences the operations of every process. Runs on the event loop and never blocks it."""
 
     def __init__(self, devices: list[Device], profile: Profile, oplog: OpLog, latency: Latency) -> None:
         self._devices = devices
@@ -55,7 +55,7 @@ class Checkpointing:
         }
 
     async def drain(self) -> None:
-        """Wait for what runs in threads; called when every process has been released."""
+        """Wait for work in threads. Called when every process has been released."""
         for task in list(self._tasks):
             await task
 
@@ -69,12 +69,12 @@ class Checkpointing:
         self.advance(process)
 
     def advance(self, process: CudaProcess) -> None:
-        """Begin the next operation if none is under way and the restore thread is there."""
+        """Start the next operation if none is running and the restore thread is connected."""
         while process.current is None and process.queue and process.restore_thread is not None:
             operation = process.queue.popleft()
             operation.verdict = self._verdict(process, operation)
             if not self.faults.empty:
-                self._meet_fault(process, operation)
+                self._apply_fault(process, operation)
                 if operation.fault is not None and operation.fault.hangs_before:
                     self._hang(process, operation)
                     continue
@@ -82,14 +82,14 @@ class Checkpointing:
             if operation.verdict is None and operation.op is MessageOp.RESTORE and not process.cgroup.frozen():
                 self._begin_restore(process, operation)
                 return
-            # VRAM for a restore is taken only when the target can do the work, not while the call hangs.
+            # Allocate VRAM for a restore only once the target can work, not while the call hangs.
             operation.waits_for_thaw = operation.verdict is None and operation.op is MessageOp.RESTORE
             self._order(process, operation)
 
     # ---- faults -----------------------------------------------------------------------------------------------
 
-    def _meet_fault(self, process: CudaProcess, operation: Operation) -> None:
-        """Does one strike this call? Not if it is refused anyway."""
+    def _apply_fault(self, process: CudaProcess, operation: Operation) -> None:
+        """Attach a planned fault to this call, unless it is refused anyway."""
         if operation.immune or (operation.verdict is not None and operation.op is not MessageOp.GET_STATE):
             return
         devices = process.touched()
@@ -100,26 +100,26 @@ class Checkpointing:
             operation.verdict = operation.fault.instead
 
     def _hang(self, process: CudaProcess, operation: Operation, answer: Message | None = None) -> None:
-        """No answer before the plan is cleared. Other calls on the process are served meanwhile."""
-        operation.held = answer
+        """Hold the answer until the plan is cleared. Other calls on the process are served meanwhile."""
+        operation.late_answer = answer
         process.hung.append(operation)
         operation.caller.send(Message(MessageOp.HOLD, id=operation.id))
 
     def clear_faults(self, processes: Iterable[CudaProcess]) -> None:
-        """Nothing is planned any more, and what hung goes on: it is done now, whether or not its caller still waits."""
+        """Clear the plan, and run the operations that hung, even if their callers are gone."""
         self.faults.clear()
         for process in processes:
             hung, process.hung = process.hung, []
             for operation in hung:
-                if operation.held is not None:
-                    self._answer(process, operation, result_of(operation.held.status), operation.held)
+                if operation.late_answer is not None:
+                    self._answer(process, operation, result_of(operation.late_answer.status), operation.late_answer)
                 else:
                     operation.fault, operation.immune = None, True
-            process.queue.extendleft(operation for operation in reversed(hung) if operation.held is None)
+            process.queue.extendleft(operation for operation in reversed(hung) if operation.late_answer is None)
             self.advance(process)
 
-    def _end_of_fault(self, process: CudaProcess, operation: Operation, done: CuResult) -> CuResult:
-        """What the fault leaves behind, and the answer that it gives."""
+    def _fault_outcome(self, process: CudaProcess, operation: Operation, done: CuResult) -> CuResult:
+        """Apply the fault's after-effect and return its answer."""
         fault = operation.fault
         if fault is None:
             return done
@@ -130,7 +130,7 @@ class Checkpointing:
         return done if fault.answer_after is None else fault.answer_after
 
     def _verdict(self, process: CudaProcess, operation: Operation) -> CuResult | None:
-        """The answer known beforehand; None if the target has to do the operation."""
+        """The answer if it is known in advance; None if the target must do the operation."""
         if operation.op in (MessageOp.GET_STATE, MessageOp.GET_RESTORE_THREAD):
             return CuResult.SUCCESS
         if process.stuck:
@@ -138,7 +138,7 @@ class Checkpointing:
         if process.state is not _NEEDS[operation.op]:
             return CuResult.ILLEGAL_STATE
         if operation.op is MessageOp.CHECKPOINT and any(self._devices[index].mig for index in process.touched()):
-            return CuResult.OUT_OF_MEMORY  # issue 42: the lock before it succeeds
+            return CuResult.OUT_OF_MEMORY  # issue 42: only the checkpoint fails, not the lock
         if operation.op is not MessageOp.RESTORE:
             return None
         if not operation.caller_initialized and not all(device.persistence for device in self._devices):
@@ -151,20 +151,20 @@ class Checkpointing:
         return None
 
     def _device_map(self, pairs: tuple[tuple[bytes, bytes], ...]) -> tuple[int, ...] | None:
-        """New index of every device; pairs must name every GPU once as old and once as new, each of the same model."""
+        """New index of every device. `pairs` must contain every GPU once as old and once as new, of the same model."""
         if not pairs:
             return tuple(range(len(self._devices)))
         by_uuid = {device.uuid.bytes: device.index for device in self._devices}
         mapping = {by_uuid.get(old, -1): by_uuid.get(new, -1) for old, new in pairs}
-        everyone = set(range(len(self._devices)))
-        if len(pairs) != len(mapping) or set(mapping) != everyone or set(mapping.values()) != everyone:
+        all_devices = set(range(len(self._devices)))
+        if len(pairs) != len(mapping) or set(mapping) != all_devices or set(mapping.values()) != all_devices:
             return None
         if any(self._devices[old].model != self._devices[new].model for old, new in mapping.items()):
             return None
         return tuple(mapping[index] for index in range(len(self._devices)))
 
     def _order(self, process: CudaProcess, operation: Operation) -> None:
-        """Send the restore thread what it is to do."""
+        """Send the restore thread its order."""
         assert process.restore_thread is not None
         message = Message(MessageOp.DO_PING)
         if operation.verdict is None and not operation.waits_for_thaw:
@@ -185,12 +185,12 @@ class Checkpointing:
             message.f += operation.fault.delay_ms * 1000
         process.restore_thread.send(message)
 
-    # ---- restore: VRAM first ------------------------------------------------------------------------------
+    # ---- restore ------------------------------------------------------------------------------------------
 
     def _begin_restore(self, process: CudaProcess, operation: Operation) -> None:
-        if not self._take_vram(process, operation):
+        if not self._allocate_vram(process, operation):
             operation.verdict = CuResult.OUT_OF_MEMORY
-            process.stuck = True  # issue 44, seen on 580.95.05: no later restore helps, however much is free
+            process.stuck = True  # issue 44, seen on 580.95.05: later restores fail too, even with enough memory
             self._order(process, operation)
             return
         unready = [
@@ -209,22 +209,22 @@ class Checkpointing:
     def _target_vram(self, process: CudaProcess, operation: Operation, slot: int) -> Vram:
         return self._devices[operation.device_map[process.allocations[slot].device]].vram
 
-    def _take_vram(self, process: CudaProcess, operation: Operation) -> bool:
-        """VRAM for every allocation, where the target finds its offset in the table; all or nothing."""
+    def _allocate_vram(self, process: CudaProcess, operation: Operation) -> bool:
+        """Allocate VRAM for every allocation, all or nothing, and publish the offsets to the target."""
         operation.size = 0
         for slot, allocation in process.allocations.items():
-            extent = self._target_vram(process, operation, slot).take(allocation.size)
+            extent = self._target_vram(process, operation, slot).allocate(allocation.size)
             if extent is None:
-                self._give_vram(process, operation)
+                self._free_vram(process, operation)
                 return False
             operation.extents[slot] = extent
             operation.size += extent.length
             process.publish(slot, extent.offset)
         return True
 
-    def _give_vram(self, process: CudaProcess, operation: Operation) -> None:
+    def _free_vram(self, process: CudaProcess, operation: Operation) -> None:
         for slot, extent in operation.extents.items():
-            self._target_vram(process, operation, slot).give(extent)
+            self._target_vram(process, operation, slot).free(extent)
         operation.extents.clear()
 
     async def _prepare_restore(self, process: CudaProcess, operation: Operation, slots: list[int]) -> None:
@@ -236,14 +236,14 @@ class Checkpointing:
             operation.verdict = CuResult.OUT_OF_MEMORY
         operation.preparing = False
         if process.released or operation.verdict is not None:
-            self._give_vram(process, operation)
+            self._free_vram(process, operation)
         if not process.released:
             self._order(process, operation)
 
     # ---- answers ----------------------------------------------------------------------------------------------
 
     def on_answer(self, process: CudaProcess, message: Message) -> None:
-        """The restore thread has done what it was asked, or has given its sign of life."""
+        """Handle the restore thread's reply: an operation done, or a sign of life."""
         operation = process.current
         if operation is None:
             return
@@ -253,7 +253,7 @@ class Checkpointing:
                 self._begin_restore(process, operation)
                 return
         if operation.fatal and process.kill():
-            operation.on_death = CuResult.NOT_PERMITTED  # the answer is given when it is gone
+            operation.on_death = CuResult.NOT_PERMITTED  # answered once the process is gone
             return
         fault = operation.fault
         done = operation.verdict if operation.verdict is not None else result_of(message.status)
@@ -261,12 +261,12 @@ class Checkpointing:
         if done is CuResult.SUCCESS and (fault is None or fault.kind != STALE or operation.op is MessageOp.GET_STATE):
             done = self._finish[operation.op](process, operation, answer)
         elif operation.extents:
-            self._give_vram(process, operation)
+            self._free_vram(process, operation)
         if fault is not None:
-            done = self._end_of_fault(process, operation, done)
+            done = self._fault_outcome(process, operation, done)
             if fault.kills_after and process.restore_thread is not None:
                 process.restore_thread.send(Message(MessageOp.DO_PING, e=1))
-                return  # the answer is given when it is gone
+                return  # answered once the process is gone
         process.current = None
         if fault is not None and fault.hangs_after:
             answer.status = done
@@ -281,7 +281,7 @@ class Checkpointing:
         return CuResult.SUCCESS
 
     def _finish_thread(self, process: CudaProcess, operation: Operation, answer: Message) -> CuResult:
-        # The caller that named the target by another pid lives in the target's own pid namespace.
+        # A caller that used another pid for the target lives in the target's own pid namespace.
         answer.a = thread_of(process.pid, process.tid) if operation.pid_asked == process.pid else process.tid
         return CuResult.SUCCESS if answer.a else CuResult.NOT_INITIALIZED
 
@@ -292,7 +292,7 @@ class Checkpointing:
     def _finish_checkpoint(self, process: CudaProcess, operation: Operation, _answer: Message) -> CuResult:
         for allocation in process.allocations.values():
             if allocation.extent is not None:
-                self._devices[allocation.device].vram.give(allocation.extent)
+                self._devices[allocation.device].vram.free(allocation.extent)
                 allocation.extent = None
         process.change(State.CHECKPOINTED)
         return CuResult.SUCCESS
@@ -325,15 +325,15 @@ class Checkpointing:
         operation.caller.send(message)
 
     def on_death(self, process: CudaProcess) -> None:
-        """The process is gone: whoever waits for it gets an answer, and VRAM taken for its restore comes back."""
+        """Answer every waiting caller of a dead process, and free VRAM allocated for its restore."""
         operation = process.current
         waiting = [*process.hung, *process.queue]
         process.current = None
         process.hung.clear()
         process.queue.clear()
         if operation is not None:
-            if not operation.preparing:  # else the task that prepares it gives it back
-                self._give_vram(process, operation)
+            if not operation.preparing:  # else the preparing task frees it
+                self._free_vram(process, operation)
             self._answer(process, operation, operation.on_death)
         for other in waiting:
             self._answer(process, other, CuResult.OPERATING_SYSTEM)

@@ -1,4 +1,4 @@
-"""The emulated hardware's own clock (CLOCK_MONOTONIC); nothing else in this package reads one."""
+"""The clock of the emulated hardware (CLOCK_MONOTONIC); the only one in this package."""
 
 from __future__ import annotations
 

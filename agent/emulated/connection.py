@@ -1,4 +1,4 @@
-"""One library's connection: datagrams on a SOCK_SEQPACKET socket, read and written by the event loop."""
+"""A library's connection: datagrams on a SOCK_SEQPACKET socket, on the event loop."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 class Connection:
-    """`pid` and `uid` are the peer's as this process sees them: the host's, also for a process in a container.
+    """`pid` and `uid` are the peer's as seen on the host, even for a process in a container.
 
-    A peer that does not read its answers, or speaks nonsense, is disconnected: nothing is buffered for it.
-    """
+    A peer that sends malformed messages or reads no answers is disconnected: nothing is buffered for it."""
 
     def __init__(
         self,
@@ -43,13 +42,13 @@ class Connection:
 
     @property
     def namespace(self) -> int:
-        """Inode of the peer's pid namespace; 0 if it can't be seen."""
+        """Inode of the peer's pid namespace; 0 if it is not visible."""
         if self._namespace < 0:
             self._namespace = namespace_of(self.pid)
         return self._namespace
 
     def open_pidfd(self) -> int:
-        """A descriptor of exactly the process that connected. Raises OSError if it is gone."""
+        """A pidfd of the process that connected. Raises OSError if it is gone."""
         try:
             return self._sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
         except OSError:

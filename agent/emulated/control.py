@@ -1,7 +1,7 @@
-"""Looking inside a running emulated driver, and touching it, from tests, benchmarks and the CLI.
+"""Controls a running emulated driver from tests, benchmarks and the CLI.
 
-One JSON object a line each way on `control.sock`: {"command": ..., arguments} -> {"result": ...} or
-{"reason": ..., "message": ...}.
+One JSON object a line each way on `control.sock`: {"command": ..., arguments} -> {"result": ...} or {"reason": ...,
+"message": ...}.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 from agent.core.errors import PreconditionError, UnavailableError
 from agent.emulated.oplog import FrozenCall, OpRecord
-from agent.emulated.paths import CONTROL_SOCKET, socket_path
+from agent.emulated.paths import CONTROL_SOCKET, DRIVER_SOCKET, READY_FILE, socket_path
 
-DEADLINE_S = 10.0
+DEADLINE_S, PROBE_S = 10.0, 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceView:
-    """A GPU now. `uuid` as NVML writes it; the rest as `EmulatedDriver.set_device` takes it."""
+    """A GPU's state. `uuid` as in NVML; the rest as in `EmulatedDriver.set_device`."""
 
     index: int
     uuid: str
@@ -38,10 +38,10 @@ class DeviceView:
 
 @dataclass(frozen=True, slots=True)
 class ProcessView:
-    """A CUDA process now. state: RUNNING, LOCKED, CHECKPOINTED or FAILED; vram_bytes by GPU uuid.
+    """A CUDA process's state: RUNNING, LOCKED, CHECKPOINTED or FAILED; vram_bytes by GPU uuid.
 
-    image_bytes: what the host holds of its VRAM. operation: the checkpoint call under way, "" if none. hung: the calls
-    that a HANG fault holds, oldest first.
+    image_bytes: VRAM content held by the host. operation: the running checkpoint call, "" if none. hung: calls held by
+    a HANG fault, oldest first.
     """
 
     pid: int
@@ -54,9 +54,9 @@ class ProcessView:
 
 @dataclass(frozen=True, slots=True)
 class FaultView:
-    """A fault still to come, as `EmulatedDriver.fault` planned it; gone once it has struck `times` times.
+    """A pending fault from `EmulatedDriver.fault`; gone after `times` hits.
 
-    gpu: uuid, None = any. seen: calls that matched so far; hits: those it struck.
+    gpu: uuid, None = any. seen: calls that matched; hits: calls it applied to.
     """
 
     id: int
@@ -72,10 +72,32 @@ class FaultView:
     hits: int
 
 
-class EmulatedDriver:
-    """A client of the driver that runs in `directory`. Blocking, every answer within DEADLINE_S.
+def check_running(directory: Path) -> None:
+    """Raises UnavailableError EMULATED_DRIVER_DOWN unless a driver in `directory` accepts programs.
 
-    Raises UnavailableError EMULATED_DRIVER_DOWN if none runs there.
+    Every user may call it; the control socket is only for the driver's own user.
+    """
+    try:
+        (directory / READY_FILE).stat()
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe,
+            socket_path(directory / DRIVER_SOCKET) as path,
+        ):
+            probe.settimeout(PROBE_S)
+            probe.connect(path)
+    except OSError as error:
+        raise _driver_down(directory) from error
+
+
+def _driver_down(directory: Path) -> UnavailableError:
+    message = f"No emulated driver answers in {directory}; start one with `hibernode emulated up --dir`."
+    return UnavailableError("EMULATED_DRIVER_DOWN", message)
+
+
+class EmulatedDriver:
+    """A client of the driver in `directory`. Blocking; every answer comes within DEADLINE_S.
+
+    Raises UnavailableError EMULATED_DRIVER_DOWN if no driver runs there.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -95,26 +117,26 @@ class EmulatedDriver:
             self._socket = None
 
     def devices(self) -> list[DeviceView]:
-        return [DeviceView(**row) for row in self._ask("devices")]
+        return [DeviceView(**row) for row in self._request("devices")]
 
     def processes(self) -> list[ProcessView]:
-        return [ProcessView(**row) for row in self._ask("processes")]
+        return [ProcessView(**row) for row in self._request("processes")]
 
     def oplog(self, since: int = 0) -> list[OpRecord]:
-        """Every operation kept after sequence number `since`, oldest first."""
+        """Every retained operation after sequence number `since`, oldest first."""
         found: list[OpRecord] = []
-        while rows := self._ask("oplog", since=found[-1].seq if found else since):
+        while rows := self._request("oplog", since=found[-1].seq if found else since):
             found.extend(OpRecord(**row) for row in rows)
         return found
 
     def frozen_calls(self) -> int:
-        """Checkpoint calls made on a process whose cgroup was frozen, since the start or the last
-        `take_frozen_calls()`: a caller that is right makes none."""
-        return int(self._ask("frozen_calls"))
+        """Number of checkpoint calls on processes in a frozen cgroup, since the start or the last
+        `take_frozen_calls()`. A correct caller makes none."""
+        return int(self._request("frozen_calls"))
 
     def take_frozen_calls(self) -> list[FrozenCall]:
-        """Which ones (the newest 256), oldest first; the count begins again at 0."""
-        return [FrozenCall(**row) for row in self._ask("take_frozen_calls")]
+        """Those calls (the newest 256), oldest first; resets the count."""
+        return [FrozenCall(**row) for row in self._request("take_frozen_calls")]
 
     # ---- faults -----------------------------------------------------------------------------------------------
 
@@ -130,16 +152,16 @@ class EmulatedDriver:
         after: bool = False,
         delay_ms: int = 0,
     ) -> int:
-        """Plan that an operation goes wrong; the fault's id. Faults are met in the order they were planned.
+        """Plan a fault; returns its id. Calls meet faults in planned order.
 
-        operation: one of `faults.OPERATIONS`; kind: one of `faults.KINDS`, explained at `faults.Fault`. pid: of this
-        process only. gpu: only where the process uses that GPU (uuid); of a restore, the GPU restored onto.
-        times: how often, 0 = always. skip: so many matching calls pass first. after: the operation is done, and then
-        goes wrong. A call that would be refused anyway uses no fault up. Raises PreconditionError
-        EMULATED_FAULT_INVALID, EMULATED_FAULTS_FULL or EMULATED_NO_DEVICE.
+        operation: one of `faults.OPERATIONS`. kind: one of `faults.KINDS`, explained at `faults.Fault`. pid: only this
+        process. gpu: only processes on that GPU (uuid); for a restore, the target GPU. times: number of hits, 0 =
+        unlimited. skip: matching calls to let pass first. after: do the operation, then fail. A call that would be
+        refused anyway uses up no fault. Raises PreconditionError EMULATED_FAULT_INVALID, EMULATED_FAULTS_FULL or
+        EMULATED_NO_DEVICE.
         """
         return int(
-            self._ask(
+            self._request(
                 "fault",
                 operation=operation,
                 kind=kind,
@@ -153,12 +175,12 @@ class EmulatedDriver:
         )
 
     def faults(self) -> list[FaultView]:
-        """The faults still to come, in order."""
-        return [FaultView(**row) for row in self._ask("faults")]
+        """The pending faults, in order."""
+        return [FaultView(**row) for row in self._request("faults")]
 
     def clear_faults(self) -> None:
-        """Plan nothing any more. What a HANG held back is done now, also where its caller has gone."""
-        self._ask("clear_faults")
+        """Remove all faults. Operations held back by a HANG are done now, even if their callers are gone."""
+        self._request("clear_faults")
 
     def set_device(
         self,
@@ -170,13 +192,13 @@ class EmulatedDriver:
         nvml_error: int | None = None,
         silent: bool | None = None,
     ) -> None:
-        """Change what is given (None = as it is) of a GPU.
+        """Change a GPU's values (None = keep).
 
         compute_mode: DEFAULT, EXCLUSIVE_PROCESS or PROHIBITED. nvml_error: the nvmlReturn_t of every NVML call on it
-        (15: the GPU is lost), 0 = none. silent: NVML calls on it hang for as long as it is true. Raises
-        PreconditionError EMULATED_NO_DEVICE, EMULATED_MIG_UNSUPPORTED or EMULATED_OPTION_INVALID.
+        (15: GPU lost), 0 = none. silent: NVML calls on it hang while true. Raises PreconditionError EMULATED_NO_DEVICE,
+        EMULATED_MIG_UNSUPPORTED or EMULATED_OPTION_INVALID.
         """
-        self._ask(
+        self._request(
             "set_device",
             uuid=uuid,
             persistence=persistence,
@@ -187,37 +209,35 @@ class EmulatedDriver:
         )
 
     def raise_xid(self, uuid: str, code: int) -> None:
-        """Tell whoever waits for NVML's events on that GPU of an XID error (79: it has fallen off the bus)."""
-        self._ask("raise_xid", uuid=uuid, code=code)
+        """Send an XID error (79: fallen off the bus) to the watchers of that GPU's NVML events."""
+        self._request("raise_xid", uuid=uuid, code=code)
 
     def reserve(self, uuid: str, bytes_: int) -> None:
-        """That much of the GPU's memory is taken, in all, by a process outside of the host's view; 0 gives it back.
+        """Mark that much of the GPU's memory as used by a process outside the host's view; 0 frees it.
 
         Raises PreconditionError EMULATED_VRAM_SHORT if less is free.
         """
-        self._ask("reserve", uuid=uuid, bytes=bytes_)
+        self._request("reserve", uuid=uuid, bytes=bytes_)
 
     def flip_byte(self, pid: int | None = None, uuid: str | None = None, offset: int = 0) -> int:
-        """Invert one byte of a process's VRAM, live or checkpointed (then it shows after the restore).
+        """Invert one byte of a process's VRAM; if it is checkpointed, the change shows after the restore. Returns the
+        pid.
 
-        pid: None = the first CUDA process that has VRAM (on `uuid`). offset: within the process's allocations on that
-        GPU, or on all GPUs, in the order they were made. Returns the pid. Raises PreconditionError EMULATED_NO_BYTE.
+        pid: None = the first CUDA process with VRAM (on `uuid`). offset: into the process's allocations on that GPU, or
+        on all GPUs, in order of creation. Raises PreconditionError EMULATED_NO_BYTE.
         """
-        return int(self._ask("flip_byte", pid=pid, uuid=uuid, offset=offset))
+        return int(self._request("flip_byte", pid=pid, uuid=uuid, offset=offset))
 
     def set_latency(self, fixed_us: int = 0, bandwidth_bytes_s: int = 0) -> None:
-        """How long operations take from now on; 0, 0 = as fast as memory."""
-        self._ask("set_latency", fixed_us=fixed_us, bandwidth_bytes_s=bandwidth_bytes_s)
+        """Set the duration of operations; 0, 0 = the speed of memory."""
+        self._request("set_latency", fixed_us=fixed_us, bandwidth_bytes_s=bandwidth_bytes_s)
 
-    def _ask(self, command: str, **arguments: object) -> Any:
+    def _request(self, command: str, **arguments: object) -> Any:
         try:
             answer = json.loads(self._exchange(json.dumps({"command": command, **arguments}).encode() + b"\n"))
         except (OSError, ValueError) as error:
             self.close()
-            raise UnavailableError(
-                "EMULATED_DRIVER_DOWN",
-                f"No emulated driver answers in {self._directory}; start one with `hibernode emulated up --dir`.",
-            ) from error
+            raise _driver_down(self._directory) from error
         if "reason" in answer:
             raise PreconditionError(answer["reason"], answer["message"])
         return answer["result"]

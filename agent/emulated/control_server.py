@@ -1,4 +1,4 @@
-"""The driver process's side of control.py."""
+"""The driver's side of the control socket, whose client is control.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import cast
 
 from agent.core.errors import HibernodeError, PreconditionError
 from agent.emulated.control import DEADLINE_S, DeviceView, FaultView, ProcessView
-from agent.emulated.control_request import Request, boolean, integer, only, optional_integer, text
+from agent.emulated.control_request import Request, boolean, check_keys, integer, optional_integer, text
 from agent.emulated.driver import Driver
 from agent.emulated.faults import Fault, find_operation, operation_name
 from agent.emulated.latency import Latency
@@ -25,7 +25,7 @@ MAX_NVML_RETURN = 999
 
 
 class ControlServer:
-    """Answers one line at a time; a new command is one method and one entry in the table."""
+    """Answers one line at a time. A new command is a method and an entry in the table."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -53,14 +53,14 @@ class ControlServer:
             while line := await reader.readline():
                 writer.write(json.dumps(self._answer(line)).encode() + b"\n")
                 await writer.drain()
-        except (ValueError, OSError):  # a line beyond the reader's limit, or a client that left
+        except (ValueError, OSError):  # a line too long, or a client that disconnected
             pass
         finally:
             writer.close()
             del self._clients[task]
 
     async def close(self) -> None:
-        """Disconnect every client and wait until its task has ended."""
+        """Disconnect every client and wait for its task to end."""
         clients = dict(self._clients)
         for writer in clients.values():
             writer.close()
@@ -122,10 +122,10 @@ class ControlServer:
         )
         return None
 
-    # ---- what goes wrong --------------------------------------------------------------------------------------
+    # ---- faults and changes of the hardware -------------------------------------------------------------------
 
     def _fault(self, request: Request) -> object:
-        only(request, "operation", "kind", "pid", "gpu", "times", "skip", "after", "delay_ms")
+        check_keys(request, "operation", "kind", "pid", "gpu", "times", "skip", "after", "delay_ms")
         return self._driver.checkpointing.faults.add(
             Fault(
                 id=0,
@@ -165,8 +165,8 @@ class ControlServer:
         return None
 
     def _set_device(self, request: Request) -> object:
-        """Everything is read before anything is changed."""
-        only(request, "uuid", "persistence", "mig", "compute_mode", "nvml_error", "silent")
+        """Validate every argument before changing anything."""
+        check_keys(request, "uuid", "persistence", "mig", "compute_mode", "nvml_error", "silent")
         uuid = text(request, "uuid")
         asked = {key for key, value in request.items() if value is not None}
         self._driver.set_device(
@@ -180,12 +180,12 @@ class ControlServer:
         return None
 
     def _raise_xid(self, request: Request) -> object:
-        only(request, "uuid", "code")
+        check_keys(request, "uuid", "code")
         self._driver.raise_xid(text(request, "uuid"), integer(request, "code", MAX_XID))
         return None
 
     def _reserve(self, request: Request) -> object:
-        only(request, "uuid", "bytes")
+        check_keys(request, "uuid", "bytes")
         self._driver.reserve(text(request, "uuid"), integer(request, "bytes"))
         return None
 
@@ -200,7 +200,7 @@ class ControlServer:
         raise PreconditionError("EMULATED_NO_BYTE", "No CUDA process holds a byte of device memory there.")
 
     def _flip(self, process: CudaProcess, device: int | None, offset: int) -> bool:
-        """A checkpointed image lies in the target, out of reach where it is frozen: flipped when it comes back."""
+        """Flip a byte. A checkpointed image may be unreachable in a frozen process, so it is flipped at the restore."""
         for slot, allocation in process.allocations.items():
             if device not in (None, allocation.device):
                 continue

@@ -1,4 +1,4 @@
-"""The emulated GPUs: identity that stays with the directory, memory, and what NVML says of them."""
+"""The emulated GPUs: an identity stored in the directory, memory, and NVML state."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _IDENTITY = "identity"
 
 @dataclass(slots=True)
 class Device:
-    """`uuid` are its 16 bytes. The name starts with "Emulated" so that no output can be taken for hardware's.
+    """One GPU. `uuid`: its 16 bytes. The name starts with "Emulated", so no output can pass for real hardware's.
 
-    nvml_error: nvmlReturn_t that every NVML call on it answers, 0 = none. silent: NVML calls on it hang.
+    nvml_error: nvmlReturn_t of every NVML call on it, 0 = none. silent: NVML calls on it hang.
     """
 
     index: int
@@ -44,7 +44,7 @@ class Device:
         return f"GPU-{self.uuid}"
 
     def set_mig(self, on: bool) -> None:
-        """Raises InvalidArgumentError EMULATED_MIG_UNSUPPORTED where the model can't be partitioned."""
+        """Raises InvalidArgumentError EMULATED_MIG_UNSUPPORTED if the model has no MIG."""
         if on and not self.model.mig:
             raise InvalidArgumentError(
                 "EMULATED_MIG_UNSUPPORTED",
@@ -69,7 +69,8 @@ class Device:
 
 
 def read_identity(directory: Path) -> uuid.UUID:
-    """The directory's own random id, made at first use: it makes the GPUs' UUIDs stable there and unique elsewhere."""
+    """The directory's random id, created on first use. The GPUs' UUIDs derive from it: stable here, unique
+    elsewhere."""
     path = directory / _IDENTITY
     if not path.exists():
         fresh = directory / f".{_IDENTITY}.{os.getpid()}"

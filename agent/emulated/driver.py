@@ -1,4 +1,4 @@
-"""The driver process: owns the emulated GPUs and the table of CUDA processes, and answers the libraries."""
+"""Answers the libraries on behalf of the driver: owns the emulated GPUs and the table of CUDA processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CHANGES = frozenset({MessageOp.LOCK, MessageOp.CHECKPOINT, MessageOp.RESTORE, M
 
 
 class Driver:
-    """Everything that happens on the driver's socket. One event loop, no locks, nothing here blocks it."""
+    """Everything that happens on the driver's socket. One event loop, no locks; nothing here blocks it."""
 
     def __init__(self, options: Options, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -86,7 +86,7 @@ class Driver:
                 handler(connection, message)
 
     def on_close(self, connection: Connection) -> None:
-        """Either socket of a CUDA process ends with its exit or its exec: both mean that CUDA is gone there."""
+        """Release the process: either of its sockets closes when it exits or execs, and CUDA is gone in both cases."""
         self.management.on_close(connection)
         process = self._by_connection.pop(connection, None)
         if process is not None:
@@ -98,7 +98,7 @@ class Driver:
         connection.close()
         return None
 
-    # ---- CUDA processes: coming and going -----------------------------------------------------------------
+    # ---- CUDA processes: start and end --------------------------------------------------------------------
 
     def _hello_process(self, connection: Connection, message: Message) -> None:
         if message.a != PROTOCOL or connection in self._by_connection:
@@ -106,11 +106,11 @@ class Driver:
             return
         earlier = self.processes.get(connection.pid)
         if earlier is not None:
-            self._release(earlier)  # an exec whose sockets' end has not been read yet
+            self._release(earlier)  # the end of an exec's old sockets has not been read yet
         self._last_token += 1
         try:
             process = CudaProcess(self._last_token, connection, self._mount)
-        except OSError:  # gone already, or no descriptors left
+        except OSError:  # the process is gone, or no descriptors are left
             connection.close()
             return
         self.processes[process.pid] = self._by_token[process.token] = self._by_connection[connection] = process
@@ -130,7 +130,7 @@ class Driver:
         self.checkpointing.advance(process)
 
     def _release(self, process: CudaProcess) -> None:
-        """The process exited or is another program now: its VRAM is free and its callers get their answer."""
+        """Free the VRAM of a process that exited or called exec, and answer its callers."""
         if process.released:
             return
         process.released = True
@@ -140,7 +140,7 @@ class Driver:
         del self._by_token[process.token]
         for allocation in process.allocations.values():
             if allocation.extent is not None:
-                self.devices[allocation.device].vram.give(allocation.extent)
+                self.devices[allocation.device].vram.free(allocation.extent)
         self.checkpointing.on_death(process)
         for connection in (process.connection, process.restore_thread):
             if connection is not None:
@@ -156,7 +156,7 @@ class Driver:
         if process is None or device is None:
             return
         slot = process.new_slot()
-        extent = device.vram.take(message.b) if slot is not None and message.b else None
+        extent = device.vram.allocate(message.b) if slot is not None and message.b else None
         if slot is None or extent is None:
             if slot is not None:
                 process.free_slot(slot)
@@ -167,7 +167,7 @@ class Driver:
         if device.vram.claim(extent, zeroed=True):
             connection.send(answer)
             return
-        # Until its pages exist it belongs to the task, so that an exit meanwhile can't hand it to somebody else.
+        # The task owns the range until its pages exist, so that an exit meanwhile can't free it.
         process.allocations[slot].extent = None
         task = self._loop.create_task(self._prepare_alloc(process, device, extent, answer))
         self._tasks.add(task)
@@ -179,7 +179,7 @@ class Driver:
         except OSError:
             answer.status = CuResult.OUT_OF_MEMORY
         if process.released or answer.status:
-            device.vram.give(extent)
+            device.vram.free(extent)
             process.allocations.pop(answer.a, None)
             process.free_slot(answer.a)
         else:
@@ -193,7 +193,7 @@ class Driver:
             connection.send(Message(message.op, status=CuResult.INVALID_VALUE))
             return
         if allocation.extent is not None:
-            self.devices[allocation.device].vram.give(allocation.extent)
+            self.devices[allocation.device].vram.free(allocation.extent)
         process.free_slot(message.a)
         connection.send(Message(message.op))
 
@@ -218,7 +218,7 @@ class Driver:
         connection.send(Message(message.op, status=result))
 
     def _may_compute(self, process: CudaProcess, device: Device) -> bool:
-        """May it make a context there now? A checkpointed process keeps nobody from it."""
+        """Whether the process may create a context there now. A checkpointed process blocks no other."""
         match device.compute_mode:
             case ComputeMode.DEFAULT:
                 return True
@@ -229,10 +229,10 @@ class Driver:
             case _:
                 assert_never(device.compute_mode)
 
-    # ---- from outside: faults and changes of the hardware -----------------------------------------------------
+    # ---- control: faults and changes of the hardware ----------------------------------------------------------
 
     def device_of(self, uuid_text: str) -> Device:
-        """By its uuid as NVML writes it. Raises InvalidArgumentError EMULATED_NO_DEVICE."""
+        """The device with this NVML uuid. Raises InvalidArgumentError EMULATED_NO_DEVICE."""
         for device in self.devices:
             if device.uuid_text == uuid_text:
                 return device
@@ -248,7 +248,7 @@ class Driver:
         nvml_error: int | None = None,
         silent: bool | None = None,
     ) -> None:
-        """Change what is given. Raises InvalidArgumentError EMULATED_NO_DEVICE or EMULATED_MIG_UNSUPPORTED."""
+        """Change the given values. Raises InvalidArgumentError EMULATED_NO_DEVICE or EMULATED_MIG_UNSUPPORTED."""
         device = self.device_of(uuid_text)
         if mig is not None:
             device.set_mig(mig)
@@ -260,10 +260,10 @@ class Driver:
             device.nvml_error = nvml_error
         if silent is not None:
             device.silent = silent
-            self.management.speak()
+            self.management.answer_waiting()
 
     def raise_xid(self, uuid_text: str, code: int) -> None:
-        """Report an XID error of a GPU to all who wait for it. Raises InvalidArgumentError EMULATED_NO_DEVICE."""
+        """Report an XID error of a GPU to all its watchers. Raises InvalidArgumentError EMULATED_NO_DEVICE."""
         self.management.raise_xid(self.device_of(uuid_text), code)
 
     def reserve(self, uuid_text: str, size: int) -> None:
@@ -293,13 +293,13 @@ class Driver:
             self.checkpointing.submit(process, operation)
 
     def _find(self, caller: Connection, pid: int) -> CudaProcess | None:
-        """The CUDA process that the caller calls `pid`: a caller in a container means its own pid namespace."""
+        """The CUDA process with this pid in the caller's own pid namespace."""
         if caller.namespace in (0, self._namespace):
             return self.processes.get(pid)
         return self.processes.get(pids.find_inside(caller.namespace, pid, self.processes))
 
     def _no_process(self, caller: Connection, op: MessageOp, pid: int) -> CuResult:
-        """Why there is none: no such process, or one without CUDA. A thread's number kills its process (issue 41)."""
+        """Why there is none: no such process, or one without CUDA. A thread's id kills its process (issue 41)."""
         owner = pids.process_of_thread(pid)
         if owner == 0:
             return CuResult.INVALID_VALUE

@@ -1,4 +1,4 @@
-"""The environment under which any program sees the emulated driver, nvidia-ml-py and the agent alike."""
+"""The environment in which programs find the emulated driver."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ SOCKET_VARIABLE = "HIBERNODE_EMULATED_SOCKET"
 
 
 def exports(directory: Path, base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables to set, as they are after prepending to `base`: what an image put there stays reachable.
+    """The variables to set, prepended to `base` so that an image's own values stay effective.
 
-    The paths need not exist yet: the libraries come with the first `up` on the directory.
-    """
+    The paths need not exist yet: the first `up` on the directory creates the libraries."""
     directory = directory.absolute()
 
     def prepended(name: str, folder: Path) -> str:
@@ -31,25 +30,24 @@ def exports(directory: Path, base: Mapping[str, str] = os.environ) -> dict[str, 
 
 
 def attachment(directory: Path) -> dict[str, Any]:
-    """The agent's `gpu:` section under which containers get the driver: its libraries and its socket, at the paths they
-    have on the host. Nothing need be writable: a socket can be connected to on a read-only mount. The directory as a
-    whole is left out, for its control socket is not for instances."""
+    """The agent's `gpu:` section that mounts the driver's libraries and socket into containers, read-only, at their
+    host paths. The control socket stays outside: it is not for instances."""
     directory = directory.absolute()
     environment = {"LD_LIBRARY_PATH": str(directory / LIBRARIES), SOCKET_VARIABLE: str(directory / DRIVER_SOCKET)}
-    binds = [f"{path}:{path}:ro" for path in _seen_inside(directory)]
+    binds = [f"{path}:{path}:ro" for path in _visible_paths(directory)]
     return {"attach": "mounts", "mounts": {"environment": environment, "binds": binds}}
 
 
 def cdi_spec(directory: Path, gpu_uuids: Sequence[str]) -> dict[str, Any]:
-    """The same as a CDI specification: a device for each GPU, and `all`. Its LD_LIBRARY_PATH takes the place of the
-    image's, since CDI can't put one before another."""
+    """The same as a CDI specification, with a device per GPU and `all`. LD_LIBRARY_PATH replaces the image's, because
+    CDI can't prepend."""
     directory = directory.absolute()
     options = ["ro", "nosuid", "nodev", "bind"]
     return {
         "cdiVersion": "0.5.0",
         "kind": "nvidia.com/gpu",
         "devices": [
-            # A device without edits of its own is no device to CDI.
+            # CDI rejects a device without edits.
             {"name": name, "containerEdits": {"env": [f"{SOCKET_VARIABLE}={directory / DRIVER_SOCKET}"]}}
             for name in (*gpu_uuids, "all")
         ],
@@ -57,11 +55,11 @@ def cdi_spec(directory: Path, gpu_uuids: Sequence[str]) -> dict[str, Any]:
             "env": [f"LD_LIBRARY_PATH={directory / LIBRARIES}", "NVIDIA_VISIBLE_DEVICES=void"],
             "mounts": [
                 {"hostPath": str(path), "containerPath": str(path), "options": options}
-                for path in _seen_inside(directory)
+                for path in _visible_paths(directory)
             ],
         },
     }
 
 
-def _seen_inside(directory: Path) -> tuple[Path, ...]:
+def _visible_paths(directory: Path) -> tuple[Path, ...]:
     return (directory / LIBRARIES, directory / DRIVER_SOCKET)

@@ -1,8 +1,8 @@
-"""The fault plan: which checkpoint call goes wrong, and how. Pure: it decides, `checkpointing.py` acts.
+"""Plans faults: which checkpoint call fails, and how. Pure; `checkpointing.py` applies them.
 
-Each fault is one that NVIDIA/cuda-checkpoint's issues or the driver's API know of. It is planned for one operation
-and applies at the driver's own boundary: the target's restore thread does or does not do the work, and the answer
-differs. A call that would be refused anyway (wrong state, no such process) uses none up.
+Each kind of fault is known from NVIDIA/cuda-checkpoint's issues or the driver's API. A fault is planned for one
+operation: the target's restore thread does or does not do the work, and the answer differs. A call that would be
+refused anyway (wrong state, no such process) uses up no fault.
 """
 
 from __future__ import annotations
@@ -44,19 +44,21 @@ STALE: Final = "STALE"
 FAILED: Final = "FAILED"
 SLOW: Final = "SLOW"
 KINDS: Final = (*RESULTS, DEATH, HANG, STALE, FAILED, SLOW)
-_MAY_COME_AFTER: Final = frozenset({*RESULTS, DEATH, HANG})
+_KINDS_WITH_AFTER: Final = frozenset({*RESULTS, DEATH, HANG})
 
 
 @dataclass(slots=True)
 class Fault:
-    """A planned fault; `seen` and `hits` count the calls that matched it and those that it struck.
+    """A planned fault. `seen` and `hits` count the calls that matched and those that failed.
 
-    kind: a CUresult's name = answered with it and not done (after: done, and then answered with it). DEATH: the target
-    dies half-way (after: once it is done) and the caller is answered OPERATING_SYSTEM. HANG: no answer before the plan
-    is cleared, and only then it is done (after: done at once). STALE: success, and nothing is done; for `state` the
-    state before the last change. FAILED: OPERATING_SYSTEM, and the process is FAILED for good. SLOW: takes longer.
-    device: index, None = any. times: how often it strikes, 0 = always. skip: that many matching calls pass unharmed
-    first. delay_ms: longer than it would take, with any kind.
+    kind: what happens. With `after`, the operation is done first.
+    - a CUresult's name: answered with it.
+    - DEATH: the target dies half-way, and the caller gets OPERATING_SYSTEM.
+    - HANG: no answer until the plan is cleared; without `after`, the operation is only done then.
+    - STALE: success, but nothing is done; for `state` the state before the last change.
+    - FAILED: OPERATING_SYSTEM, and the process is FAILED for good.
+    - SLOW: takes `delay_ms` longer, which any other kind may too.
+    device: index, None = any. times: number of hits, 0 = unlimited. skip: matching calls to let pass first.
     """
 
     id: int
@@ -89,7 +91,7 @@ class Fault:
 
     @property
     def instead(self) -> CuResult | None:
-        """The answer that takes the place of the work; None if the work is done."""
+        """The answer that replaces the operation; None if it is done."""
         if self.after:
             return None
         match self.kind:
@@ -102,18 +104,18 @@ class Fault:
 
     @property
     def answer_after(self) -> CuResult | None:
-        """What is answered although the work has been done; None: how it went."""
+        """The answer after the operation is done; None = its real result."""
         return RESULTS.get(self.kind) if self.after else None
 
 
 def check(fault: Fault) -> None:
-    """Raises InvalidArgumentError EMULATED_FAULT_INVALID: what makes no sense, and what may be said instead."""
+    """Raises InvalidArgumentError EMULATED_FAULT_INVALID, naming the valid values."""
     if fault.kind not in KINDS:
         raise _invalid(f"There is no kind of fault {fault.kind!r}; choose one of {', '.join(KINDS)}.")
-    if fault.after and fault.kind not in _MAY_COME_AFTER:
-        raise _invalid(f"after goes with {', '.join(sorted(_MAY_COME_AFTER))}, and not with {fault.kind}.")
+    if fault.after and fault.kind not in _KINDS_WITH_AFTER:
+        raise _invalid(f"after goes with {', '.join(sorted(_KINDS_WITH_AFTER))}, but not with {fault.kind}.")
     if fault.kind == SLOW and not fault.delay_ms:
-        raise _invalid("SLOW needs delay_ms, the milliseconds that the operation takes longer.")
+        raise _invalid("SLOW needs delay_ms, the extra milliseconds of the operation.")
     bounds = {
         "times": (fault.times, _MAX_COUNT),
         "skip": (fault.skip, _MAX_COUNT),
@@ -128,7 +130,7 @@ def find_operation(name: str) -> MessageOp:
     """Raises InvalidArgumentError EMULATED_FAULT_INVALID."""
     operation = OPERATIONS.get(name)
     if operation is None:
-        raise _invalid(f"There is no operation {name!r} to go wrong; choose one of {', '.join(OPERATIONS)}.")
+        raise _invalid(f"There is no operation {name!r}; choose one of {', '.join(OPERATIONS)}.")
     return operation
 
 
@@ -137,7 +139,7 @@ def operation_name(operation: MessageOp) -> str:
 
 
 class FaultPlan:
-    """The faults still to come, in the order they were planned. At most MAX_FAULTS."""
+    """The pending faults in planned order, at most MAX_FAULTS."""
 
     def __init__(self) -> None:
         self._faults: list[Fault] = []
@@ -148,7 +150,7 @@ class FaultPlan:
         return not self._faults
 
     def add(self, fault: Fault) -> int:
-        """Plan it; its id. Raises what `check` does, and PreconditionError EMULATED_FAULTS_FULL."""
+        """Plan a fault and return its id. Raises as `check`, and PreconditionError EMULATED_FAULTS_FULL."""
         check(fault)
         if len(self._faults) >= MAX_FAULTS:
             raise PreconditionError(
@@ -160,7 +162,7 @@ class FaultPlan:
         return fault.id
 
     def strike(self, operation: MessageOp, pid: int, devices: Set[int]) -> Fault | None:
-        """The fault that this call meets, counted; None if it goes well. The first planned one that applies counts."""
+        """Count this call, and return the first planned fault that applies to it; None if none does."""
         for fault in self._faults:
             if fault.operation is not operation or fault.pid not in (None, pid):
                 continue

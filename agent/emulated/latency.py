@@ -1,4 +1,4 @@
-"""How long operations take on the emulated hardware: fixed + bytes / bandwidth (facts 6 give figures for real ones)."""
+"""How long operations take on the emulated hardware; real ones: agent/docs/facts/gpu-checkpoint.md, section 6."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ CHECKPOINT_PER_RESTORE = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """fixed_us: of each lock, checkpoint, restore and unlock. bandwidth_bytes_s: of a restore; 0 = no limit."""
+    """fixed + bytes / bandwidth. fixed_us: of every operation. bandwidth_bytes_s: of a restore; 0 = no limit."""
 
     fixed_us: int = 0
     bandwidth_bytes_s: int = 0
 
     def of(self, op: MessageOp, size: int) -> int:
-        """Microseconds an operation that moves `size` bytes takes at least."""
+        """Least duration in microseconds of an operation on `size` bytes."""
         match op:
             case MessageOp.LOCK | MessageOp.UNLOCK:
                 return self.fixed_us

@@ -1,4 +1,4 @@
-"""What NVML asks: the state of each GPU, its processes, XID events; and GPUs that are lost or say nothing."""
+"""Answers NVML: device state, processes and XID events; also for lost and silent GPUs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ Handler = Callable[[Connection, Message], None]
 class Management:
     """NVML's side of the driver process, on its event loop.
 
-    A question about a silent device is kept until the device speaks again or the asker leaves: one a connection, for
-    the library waits for each answer.
-    """
+    A query about a silent device waits until the device answers again or the client leaves. A connection has at most
+    one such query, because the library waits for each answer."""
 
     def __init__(self, devices: list[Device], processes: Mapping[int, CudaProcess], activity: Activity) -> None:
         self._devices = devices
@@ -34,9 +33,9 @@ class Management:
         self._watchers: dict[Connection, int] = {}
         self.handlers: dict[int, Handler] = {
             MessageOp.DEVICES: self._describe_devices,
-            MessageOp.DEVICE_CHECK: self._ask,
-            MessageOp.DEVICE_STATUS: self._ask,
-            MessageOp.WATCH: self._ask,
+            MessageOp.DEVICE_CHECK: self._query,
+            MessageOp.DEVICE_STATUS: self._query,
+            MessageOp.WATCH: self._query,
         }
 
     def encoded_devices(self) -> bytes:
@@ -49,9 +48,9 @@ class Management:
         self._waiting.pop(connection, None)
         self._watchers.pop(connection, None)
 
-    # ---- questions about one device ---------------------------------------------------------------------------
+    # ---- queries about one device -----------------------------------------------------------------------------
 
-    def _ask(self, connection: Connection, message: Message) -> None:
+    def _query(self, connection: Connection, message: Message) -> None:
         if message.a >= len(self._devices) or connection in self._waiting:
             connection.close()
         elif self._devices[message.a].silent:
@@ -60,8 +59,8 @@ class Management:
         else:
             self._answer(connection, message, self._devices[message.a])
 
-    def speak(self) -> None:
-        """Answer whoever waits for a device that is no longer silent."""
+    def answer_waiting(self) -> None:
+        """Answer the queries that waited for a device that is no longer silent."""
         for connection, message in list(self._waiting.items()):
             device = self._devices[message.a]
             if not device.silent and self._waiting.pop(connection, None) is not None:
@@ -76,7 +75,7 @@ class Management:
         connection.send(answer)
 
     def compute_processes(self, index: int) -> list[tuple[int, int]]:
-        """(host pid, bytes of VRAM) of the processes with a context on a device; a checkpointed one has none."""
+        """(host pid, bytes of VRAM) of each process with a context on a device; a checkpointed process has none."""
         return [
             (process.pid, process.bytes_on(index))
             for process in self._processes.values()
@@ -90,7 +89,7 @@ class Management:
             device.vram.used_bytes,
             device.persistence,
             int(device.mig) if device.model.mig else -1,
-            *(busy, busy),  # copies and fills are all that happens there
+            *(busy, busy),  # SM and memory: the only work is copies and fills
             *(0, 0),
             _IDLE_CELSIUS,
             _IDLE_MILLIWATTS,
@@ -102,7 +101,7 @@ class Management:
     # ---- events -----------------------------------------------------------------------------------------------
 
     def raise_xid(self, device: Device, code: int) -> None:
-        """Tell every NVML event set that was registered for this device."""
+        """Send an XID event to every NVML event set registered for this device."""
         event = Message(MessageOp.EVENT, a=device.index, b=XID_EVENT, c=code)
         for connection, index in list(self._watchers.items()):
             if index == device.index:

@@ -1,4 +1,4 @@
-"""GPU models an emulated device can be: compute capability, NVML architecture, MIG, multiprocessors, PCI id."""
+"""The GPU models: compute capability, NVML architecture, MIG, multiprocessors, PCI id."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from agent.core.errors import InvalidArgumentError
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """`mig`: can it be partitioned? `pci_id` as NVML gives it: device << 16 | vendor 0x10DE."""
+    """`mig`: whether it can be partitioned. `pci_id` as in NVML: device << 16 | vendor 0x10DE."""
 
     name: str
     capability: tuple[int, int]

@@ -1,4 +1,4 @@
-"""A bounded log of what the emulated driver did and how long it took: what benchmarks subtract as the driver's own."""
+"""Logs the emulated driver's operations and their durations, which benchmarks subtract. Bounded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ MAX_FROZEN_CALLS = 256
 class OpRecord:
     """One cuCheckpointProcess* call, from its arrival at the driver process to its answer.
 
-    op: get_state, get_restore_thread, lock, checkpoint, restore or unlock. bytes: of VRAM moved. at_ns: arrival on
-    CLOCK_MONOTONIC. us: microseconds. result: CUresult.
+    op: get_state, get_restore_thread, lock, checkpoint, restore or unlock. bytes: VRAM copied. at_ns: arrival on
+    CLOCK_MONOTONIC. us: duration in microseconds. result: CUresult.
     """
 
     seq: int
@@ -37,7 +37,7 @@ class FrozenCall:
 
 
 class FrozenCalls:
-    """The calls that a caller who goes about it in the right order never makes: all counted, the newest kept."""
+    """Calls on frozen processes, which a correct caller never makes. Counts all, keeps the newest."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -51,7 +51,7 @@ class FrozenCalls:
         return tuple(self._newest)
 
     def take(self) -> tuple[FrozenCall, ...]:
-        """The newest of them, oldest first; from now on there have been none."""
+        """The newest calls, oldest first; resets count and list."""
         taken = self.newest()
         self.count = 0
         self._newest.clear()

@@ -1,4 +1,4 @@
-"""What an emulated driver is started with."""
+"""The options of an emulated driver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def parse_bandwidth(text: str) -> int:
-    """ "8GB/s", "500MiB/s" or "0" (no limit) -> bytes a second. Raises InvalidArgumentError EMULATED_OPTION_INVALID."""
+    """Bytes per second of "8GB/s", "500MiB/s" or "0" (no limit). Raises InvalidArgumentError
+    EMULATED_OPTION_INVALID."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?(?:/s)?", text.strip().lower())
     unit = _UNITS.get(found[2]) if found else None
     if found is None or unit is None:
@@ -25,10 +26,9 @@ def parse_bandwidth(text: str) -> int:
 
 
 def parse_compute_mode(text: str) -> ComputeMode:
-    """The names of nvidia-smi in any case: DEFAULT, PROHIBITED, EXCLUSIVE_PROCESS (also short: exclusive).
+    """A compute mode by nvidia-smi's name in any case: DEFAULT, PROHIBITED, EXCLUSIVE_PROCESS (or exclusive).
 
-    Raises InvalidArgumentError EMULATED_OPTION_INVALID.
-    """
+    Raises InvalidArgumentError EMULATED_OPTION_INVALID."""
     name = text.strip().upper().replace("-", "_")
     name = "EXCLUSIVE_PROCESS" if name == "EXCLUSIVE" else name
     if name not in ComputeMode.__members__:
@@ -40,10 +40,10 @@ def parse_compute_mode(text: str) -> ComputeMode:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`directory` holds the sockets, the libraries and what makes the GPUs' UUIDs stable; it may be bind-mounted.
+    """`directory` holds the sockets, the libraries and the identity of the GPUs; it may be bind-mounted.
 
-    bandwidth_bytes_s: speed of a restore, 0 = as fast as memory; a checkpoint takes 1.5 times as long.
-    fixed_us: what each lock, checkpoint, restore and unlock takes besides. mig: partitioned, where the model can be.
+    bandwidth_bytes_s: of a restore, 0 = the speed of memory; a checkpoint takes 1.5 times as long.
+    fixed_us: added to every lock, checkpoint, restore and unlock. mig: MIG mode, if the model has it.
     """
 
     directory: Path

@@ -1,4 +1,4 @@
-"""What lies where in an emulated driver's directory (all of it may be bind-mounted into a container)."""
+"""File names in an emulated driver's directory, all of which may be bind-mounted into a container."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_SUN_PATH = 107
 
 @contextmanager
 def socket_path(path: Path) -> Iterator[str]:
-    """A path that fits a unix socket address, for binding or connecting inside the block: long ones go by /proc."""
+    """A path short enough for a unix socket address, valid inside the block; long paths go through /proc."""
     if len(os.fsencode(path)) <= _MAX_SUN_PATH:
         yield str(path)
         return

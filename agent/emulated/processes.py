@@ -1,4 +1,4 @@
-"""The table of CUDA processes: what the driver knows of each, from cuInit to its end."""
+"""The driver's table of CUDA processes, from cuInit to exit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.emulated.cgroups import CgroupOf
+from agent.emulated.cgroups import ProcessCgroup
 from agent.emulated.connection import Connection
 from agent.emulated.faults import Fault
 from agent.emulated.protocol import MAX_ALLOCATIONS, CuResult, Message, MessageOp, State
@@ -22,7 +22,7 @@ _OFFSET = struct.Struct("<Q")
 
 @dataclass(slots=True)
 class Allocation:
-    """`size` as asked. `extent` is None while the process is checkpointed: it holds no VRAM then."""
+    """`size`: as requested. `extent`: None while the process is checkpointed and holds no VRAM."""
 
     device: int
     size: int
@@ -33,9 +33,8 @@ class Allocation:
 class Operation:
     """One cuCheckpointProcess* call on a process, from its arrival to its answer.
 
-    verdict: the answer already known when the target is only asked for a sign of life. extents: VRAM taken for a
-    restore under way, by slot. fault: what goes wrong with it. immune: no fault strikes it (any more). held: the answer
-    of a call that hangs although it was done.
+    verdict: the answer, if known before the target replies. extents: VRAM allocated for a running restore, by slot.
+    fault: applies to this call. immune: no fault applies (any more). late_answer: held back by a HANG after the work.
     """
 
     op: MessageOp
@@ -56,11 +55,11 @@ class Operation:
     extents: dict[int, Extent] = field(default_factory=dict)
     fault: Fault | None = None
     immune: bool = False
-    held: Message | None = None
+    late_answer: Message | None = None
 
 
 class CudaProcess:
-    """One process that called cuInit. `pid` is the host's."""
+    """A process that called cuInit. `pid` is the host's."""
 
     def __init__(self, token: int, connection: Connection, mount: Path | None) -> None:
         self.token = token
@@ -79,7 +78,7 @@ class CudaProcess:
         self.queue: deque[Operation] = deque()
         self.current: Operation | None = None
         self.hung: list[Operation] = []
-        self.cgroup = CgroupOf(self.pid, mount)
+        self.cgroup = ProcessCgroup(self.pid, mount)
         self.table_fd = os.memfd_create("emulated-table", os.MFD_CLOEXEC)
         os.ftruncate(self.table_fd, MAX_ALLOCATIONS * _OFFSET.size)
         self._table = mmap.mmap(self.table_fd, MAX_ALLOCATIONS * _OFFSET.size)
@@ -99,7 +98,7 @@ class CudaProcess:
         heapq.heappush(self._free_slots, slot)
 
     def publish(self, slot: int, offset: int) -> None:
-        """Tell the target where this allocation now lies in its device's memory."""
+        """Publish to the target the offset of this allocation in its device's memory."""
         _OFFSET.pack_into(self._table, slot * _OFFSET.size, offset)
 
     def change(self, state: State) -> None:
@@ -107,7 +106,7 @@ class CudaProcess:
         self.state = state
 
     def touched(self) -> set[int]:
-        """The devices on which it has a context or memory, checkpointed or not."""
+        """The devices on which it has a context or memory, even while checkpointed."""
         return {a.device for a in self.allocations.values()} | {device for device, n in self.contexts.items() if n}
 
     def bytes_on(self, device: int) -> int:
@@ -115,11 +114,12 @@ class CudaProcess:
         return sum(a.extent.length for a in self.allocations.values() if a.device == device and a.extent)
 
     def image_bytes(self) -> int:
-        """Bytes of VRAM held by the host in this process while it is checkpointed."""
+        """Bytes of VRAM that the host holds in this process while it is checkpointed."""
         return sum(rounded_size(a) for a in self.allocations.values()) if self.state is State.CHECKPOINTED else 0
 
     def kill(self) -> bool:
-        """SIGKILL, as the real driver does to a process it can't restore. False if it is another user's, or gone."""
+        """SIGKILL, as the real driver does to a process it can't restore. False if it belongs to another user or is
+        gone."""
         try:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         except OSError:
@@ -127,7 +127,7 @@ class CudaProcess:
         return True
 
     def close(self) -> None:
-        """Give back this process's descriptors. The connections are closed by whoever releases it."""
+        """Close this process's descriptors, except its connections."""
         self.cgroup.close()
         self._table.close()
         os.close(self.table_fd)

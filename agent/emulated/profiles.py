@@ -1,7 +1,7 @@
-"""Which driver is emulated: what differs between versions, as data.
+"""The emulated driver versions and their differences, as data.
 
-Seen on real drivers without a GPU: 550 and 555. From NVIDIA's release notes, cuda.h and NVIDIA/cuda-checkpoint's
-issues: the rest; what is inferred says so. PROFILES are the drivers that can be started; TABLE knows more of them.
+550 and 555 were observed on real drivers without a GPU. The rest comes from NVIDIA's release notes, cuda.h and
+NVIDIA/cuda-checkpoint's issues; inferred facts are marked. PROFILES can be started; TABLE describes further versions.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from agent.core.errors import InvalidArgumentError
 
 INSUFFICIENT_DRIVER = "Insufficient driver"
-"""All that the program cuda-checkpoint says, with exit code 255, below CUDA 12.4."""
+"""The only output of cuda-checkpoint below CUDA 12.4; exit code 255."""
 
 STATES = ("running", "locked", "checkpointed", "unknown")
 STATES_WITH_FAILED = ("running", "locked", "checkpointed", "failed")
-"""That newer drivers print `failed` is inferred."""
+"""Inferred: newer drivers print `failed`."""
 
 _TOGGLE = frozenset({"--toggle", "--pid", "--help"})
 _ACTIONS = _TOGGLE | {"--get-state", "--get-restore-tid", "--action", "--timeout", "-t", "-p", "-h"}
@@ -25,8 +25,8 @@ _LAUNCH = _MAP | {"--launch-job", "-j"}
 
 @dataclass(frozen=True, slots=True)
 class Utility:
-    """The program cuda-checkpoint under one driver: its flags, how it exits after an error and after --help, and what
-    --get-state prints for CUprocessState 0 to 3."""
+    """The program cuda-checkpoint of one driver: its flags, exit codes after an error and after --help, and the
+    --get-state output for CUprocessState 0 to 3."""
 
     flags: frozenset[str]
     error_exit: int = 1
@@ -36,13 +36,12 @@ class Utility:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One driver version. `cuda` as cuDriverGetVersion says it: 13000 is 13.0.
+    """One driver version. `cuda` as in cuDriverGetVersion: 13000 is 13.0.
 
-    utility: None = it says INSUFFICIENT_DRIVER. public_api: libcuda has cuCheckpointProcess*; without it only the
-    utility can checkpoint. migration: restore takes gpuPairs. init_suffices: without persistence mode a restore is
-    allowed to callers that have called cuInit; else to nobody. keeps_state: a restore refused by a planned
-    OUT_OF_MEMORY can be tried again; before 580 the driver keeps no good state on an error, and the process is stuck.
-    startable: emulated, not only described. note: where it is not certain.
+    utility: None = prints INSUFFICIENT_DRIVER. public_api: libcuda has cuCheckpointProcess*; otherwise only the utility
+    can checkpoint. migration: restore takes gpuPairs. init_suffices: without persistence mode, only callers that have
+    called cuInit may restore; otherwise none may. keeps_state: a restore after a planned OUT_OF_MEMORY can be retried;
+    before 580 the process is stuck. startable: emulated, not only described. note: uncertainties.
     """
 
     name: str
@@ -57,7 +56,7 @@ class Profile:
     note: str = ""
 
     def defines(self) -> tuple[str, ...]:
-        """Compiler flags: the libraries are built for one driver version, as the real ones are."""
+        """Compiler flags: the libraries are built for one driver version, as real ones are."""
         program = self.utility or Utility(frozenset())
         numbers = {
             "CUDA_VERSION": self.cuda,
@@ -88,7 +87,7 @@ TABLE = {
             public_api=True,
             init_suffices=True,
             startable=False,
-            note="some 575 builds have --device-map already",
+            note="some 575 builds already have --device-map",
         ),
         Profile(
             "580",
@@ -122,7 +121,7 @@ TABLE = {
             init_suffices=True,
             keeps_state=True,
             startable=False,
-            note="adds arm64; which CUDA it brings is inferred",
+            note="adds arm64; its CUDA version is inferred",
         ),
         Profile(
             "610",
@@ -134,7 +133,7 @@ TABLE = {
             init_suffices=True,
             keeps_state=True,
             startable=False,
-            note="adds IPC within a job; which CUDA it brings is inferred",
+            note="adds IPC within a job; its CUDA version is inferred",
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""The words between the C libraries and the driver process: `src/protocol.h` in Python (a test compares the two)."""
+"""Messages between the C libraries and the driver process: `src/protocol.h` in Python (a test compares the two)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ACTIVITY_NS = 125000000
 
 
 class MessageOp(IntEnum):
-    """`enum emu_op`; what a, b, c mean for each is said there."""
+    """`enum emu_op`, which defines a, b and c for each."""
 
     HELLO_PROCESS = 1
     HELLO_RESTORE = 2
@@ -55,7 +55,7 @@ CHECKPOINT_OPS = frozenset(
 
 
 class CuResult(IntEnum):
-    """The CUresult codes the emulated driver answers with."""
+    """The CUresult codes of the emulated driver."""
 
     SUCCESS = 0
     INVALID_VALUE = 1
@@ -71,7 +71,7 @@ class CuResult(IntEnum):
 
 
 def result_of(status: int) -> CuResult:
-    """A status as it came over a socket: one we don't know is UNKNOWN."""
+    """The CuResult of a status from a socket; UNKNOWN for any other number."""
     return CuResult(status) if status in CuResult.__members__.values() else CuResult.UNKNOWN
 
 
@@ -85,7 +85,7 @@ class State(IntEnum):
 
 
 class ComputeMode(IntEnum):
-    """nvmlComputeMode_t (1 is no longer used): who may make contexts on a device."""
+    """nvmlComputeMode_t (1 is obsolete): which processes may create contexts on a device."""
 
     DEFAULT = 0
     PROHIBITED = 2
@@ -98,7 +98,7 @@ HEADER_BYTES = _HEADER.size
 
 @dataclass(slots=True)
 class Message:
-    """One datagram. Not frozen: it is made and read on the path whose microseconds are counted."""
+    """One datagram. Not frozen, because creation time counts on this path."""
 
     op: int
     status: int = 0
@@ -118,7 +118,7 @@ class Message:
 
     @classmethod
     def decode(cls, data: bytes) -> Message:
-        """Raises `struct.error` if the datagram is shorter than a header."""
+        """Raises `struct.error` for a datagram shorter than a header."""
         op, status, number, a, b, c, d, e, f = _HEADER.unpack_from(data)
         return cls(op, status, number, a, b, c, d, e, f, data[HEADER_BYTES:])
 

@@ -1,4 +1,4 @@
-"""Which ranges of a device's memory are free: first fit from the lowest address, neighbours merged."""
+"""Tracks the free ranges of a device's memory: first fit from the lowest address, neighbours merged."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from bisect import bisect_left
 
 
 class FreeRanges:
-    """Pure bookkeeping in bytes. The lowest addresses are used first: their pages are paid for already."""
+    """Pure bookkeeping in bytes. Prefers the lowest addresses, whose pages already exist."""
 
     def __init__(self, total_bytes: int) -> None:
         self._starts = [0]
         self._ends = [total_bytes]
         self.free_bytes = total_bytes
 
-    def take(self, length: int, align: int) -> int | None:
+    def allocate(self, length: int, align: int) -> int | None:
         """Offset of `length` bytes at a multiple of `align`; None if no free range holds them."""
         for index, start in enumerate(self._starts):
             offset = -(-start // align) * align
@@ -29,8 +29,8 @@ class FreeRanges:
         self._starts[index : index + 1] = [low for low, _ in kept]
         self._ends[index : index + 1] = [high for _, high in kept]
 
-    def give(self, offset: int, length: int) -> None:
-        """Return a range taken before."""
+    def free(self, offset: int, length: int) -> None:
+        """Free a range allocated before."""
         index = bisect_left(self._starts, offset)
         start, end = offset, offset + length
         low, high = index, index

@@ -1,4 +1,4 @@
-"""Runs an emulated driver in the foreground: its directory, its sockets, its end."""
+"""Runs an emulated driver in the foreground: directory, sockets, shutdown."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ MAX_CONNECTIONS = 4096
 
 
 @contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock; the kernel drops it with the process, however it ends."""
+def _directory_lock(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock. The kernel releases it with the process, however that ends."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK_FILE).open("w") as lock:
         try:
@@ -37,20 +37,20 @@ def _only_one(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             raise PreconditionError(
                 "EMULATED_DRIVER_RUNNING",
-                f"An emulated driver runs in {directory} already; stop it or choose another --dir.",
+                f"An emulated driver already runs in {directory}; stop it or choose another --dir.",
                 directory=str(directory),
             ) from None
         yield
 
 
 class _Acceptor:
-    """Accepts libraries' connections; beyond MAX_CONNECTIONS they are closed at once."""
+    """Accepts connections of the libraries; those beyond MAX_CONNECTIONS are closed at once."""
 
     def __init__(self, path: Path, driver: Driver, loop: asyncio.AbstractEventLoop) -> None:
         self._driver = driver
         self._loop = loop
         self._open: set[Connection] = set()
-        self._sock = _bind(path, socket.SOCK_SEQPACKET, 0o666)  # as /dev/nvidia*: any user may compute
+        self._sock = _bind(path, socket.SOCK_SEQPACKET, 0o666)  # open to every user, like /dev/nvidia*
         self._sock.setblocking(False)
         self._sock.listen(_BACKLOG)
         loop.add_reader(self._sock.fileno(), self._accept)
@@ -65,7 +65,7 @@ class _Acceptor:
                 self._open.add(Connection(sock, self._loop, self._driver.on_message, self._closed))
         except BlockingIOError:
             pass
-        except OSError:  # out of descriptors: they wait in the backlog for a moment
+        except OSError:  # out of descriptors: connections wait in the backlog
             self._loop.remove_reader(self._sock.fileno())
             self._loop.call_later(_PAUSE_S, self._resume)
 
@@ -85,14 +85,13 @@ class _Acceptor:
 
 
 async def run(options: Options) -> None:
-    """Be the driver until SIGINT or SIGTERM; then every CUDA process loses its GPU, and the sockets are removed.
+    """Run the driver until SIGINT or SIGTERM. At its end every CUDA process loses its GPU, and the sockets are removed.
 
-    `ready` in the directory (JSON: pid, driver_version, gpus) appears once everything answers; "emulated.ready" is
-    logged then. Raises PreconditionError EMULATED_DRIVER_RUNNING or what `build` and `Options` raise.
-    """
+    Once it answers, the file `ready` (JSON: pid, driver_version, gpus) appears and "emulated.ready" is logged. Raises
+    PreconditionError EMULATED_DRIVER_RUNNING and what `build` and `Options` raise."""
     log = get_logger()
     directory = options.directory.absolute()
-    with _only_one(directory):
+    with _directory_lock(directory):
         (directory / READY_FILE).unlink(missing_ok=True)
         loop = asyncio.get_running_loop()
         _allow_descriptors()
@@ -118,14 +117,14 @@ async def run(options: Options) -> None:
             for name in (READY_FILE, DRIVER_SOCKET, CONTROL_SOCKET):
                 (directory / name).unlink(missing_ok=True)
             frozen = driver.checkpointing.frozen_calls
-            if frozen.count:  # each would have hung on hardware: whoever made them goes about it in the wrong order
+            if frozen.count:  # each would have hung on hardware: its caller uses the wrong order
                 calls = [f"{call.op} {call.pid}" for call in frozen.newest()]
                 log.warning("emulated.frozen_calls", count=frozen.count, calls=calls)
             log.info("emulated.stopped", directory=str(directory))
 
 
 def _bind(path: Path, kind: socket.SocketKind, mode: int) -> socket.socket:
-    """A unix socket at `path` with these permissions; one left there by a crash is replaced."""
+    """Bind a unix socket with these permissions, replacing one that a crash left behind."""
     sock = socket.socket(socket.AF_UNIX, kind)
     path.unlink(missing_ok=True)
     with socket_path(path) as address:
@@ -135,7 +134,7 @@ def _bind(path: Path, kind: socket.SocketKind, mode: int) -> socket.socket:
 
 
 def _allow_descriptors() -> None:
-    """Six descriptors for each CUDA process: use all that the hard limit allows."""
+    """Raise the limit of descriptors to the hard limit: each CUDA process needs six."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

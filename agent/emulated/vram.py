@@ -1,7 +1,7 @@
-"""The memory of one emulated device: a memfd whose pages the driver process pays for, pooled and zeroed on re-use.
+"""The memory of one emulated device: a memfd whose pages the driver process allocates and pools.
 
-The hardware gives no zeroed memory, but what another process left behind must not be read by the next: a range is
-zeroed before it is handed out unless the new owner is about to overwrite all of it (a restore).
+One process's data must not leak to the next: a range is zeroed before it is handed out, unless the new owner overwrites
+all of it (a restore).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def rounded(size: int) -> int:
-    """Bytes given for `size` asked: whole 64 KiB, from 2 MiB on whole 2 MiB (a huge page)."""
+    """Bytes allocated for `size`: a multiple of 64 KiB, from 2 MiB on a multiple of 2 MiB (a huge page)."""
     unit = CHUNK if size >= CHUNK else GRANULE
     return -(-size // unit) * unit
 
@@ -38,7 +38,7 @@ class Extent:
 
 
 class Vram:
-    """One device's memory of `total_bytes`; host memory is used only for what was ever allocated at one time."""
+    """One device's memory of `total_bytes`. Uses host memory for the peak of all allocations only."""
 
     def __init__(self, name: str, total_bytes: int, executor: Executor) -> None:
         self.total_bytes = total_bytes // CHUNK * CHUNK
@@ -59,10 +59,9 @@ class Vram:
         return self.total_bytes - self._ranges.free_bytes + self._reserved_bytes
 
     def reserve(self, size: int) -> None:
-        """From now on `size` bytes are taken by somebody that nobody sees: in use, but in no list; 0 gives all back.
+        """Mark `size` bytes in all as used by a process outside the host's view; 0 frees them.
 
-        Raises PreconditionError EMULATED_VRAM_SHORT if less than that is free.
-        """
+        Raises PreconditionError EMULATED_VRAM_SHORT if less is free."""
         if size > self._ranges.free_bytes:
             raise PreconditionError(
                 "EMULATED_VRAM_SHORT",
@@ -70,20 +69,20 @@ class Vram:
             )
         self._reserved_bytes = size
 
-    def take(self, size: int) -> Extent | None:
-        """Reserve memory for `size` bytes; None if there is no room. `claim` or `prepare` it before use."""
+    def allocate(self, size: int) -> Extent | None:
+        """Allocate `size` bytes; None if there is no room. `claim` or `prepare` the range before use."""
         length = rounded(size)
         if length > self._ranges.free_bytes - self._reserved_bytes:
             return None
-        offset = self._ranges.take(length, CHUNK if length >= CHUNK else GRANULE)
+        offset = self._ranges.allocate(length, CHUNK if length >= CHUNK else GRANULE)
         return None if offset is None else Extent(offset, length)
 
-    def give(self, extent: Extent) -> None:
-        """The range is free again; what was written stays until somebody else gets it."""
-        self._ranges.give(extent.offset, extent.length)
+    def free(self, extent: Extent) -> None:
+        """Free a range. Its contents stay until the next owner gets it."""
+        self._ranges.free(extent.offset, extent.length)
 
     def claim(self, extent: Extent, zeroed: bool) -> bool:
-        """Hand the range out at once if it needs no work: True. Else False, and `prepare` must be awaited."""
+        """Hand out a range that needs no work. Returns False if `prepare` must be awaited instead."""
         first, last = extent.offset // CHUNK, -(-(extent.offset + extent.length) // CHUNK)
         low, high = extent.offset // GRANULE, (extent.offset + extent.length) // GRANULE
         if self._paid.find(0, first, last) >= 0 or (zeroed and self._dirty.find(1, low, high) >= 0):
@@ -92,7 +91,7 @@ class Vram:
         return True
 
     async def prepare(self, extent: Extent, zeroed: bool) -> None:
-        """Make the pages exist, paid by this process, and zero what somebody wrote. Raises OSError (host memory)."""
+        """Allocate the pages for this process and zero previous contents. Raises OSError (host memory)."""
         if self.claim(extent, zeroed):
             return
         loop = asyncio.get_running_loop()

@@ -1,1 +1,1 @@
-"""Programs as a user of Hibernode would deploy them: they import nothing of the agent, only one another."""
+"""Example programs that users could deploy. They import nothing of the agent, only each other."""

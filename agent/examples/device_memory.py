@@ -1,7 +1,7 @@
-"""GPU memory through the CUDA driver API and ctypes: no framework, no toolkit, only `libcuda.so.1`.
+"""GPU memory through the CUDA driver API and ctypes, with only `libcuda.so.1`.
 
-Works on the GPU that CUDA_VISIBLE_DEVICES names first, in its primary context. Safe to use from several threads. While
-the instance is frozen every call simply takes longer: it returns after the wake.
+Uses the primary context of the first GPU in CUDA_VISIBLE_DEVICES. Thread-safe. A call made while the instance is frozen
+returns after the wake.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LIBRARY = "libcuda.so.1"
 
 
 class DeviceError(RuntimeError):
-    """The GPU can't be used, or a call on it failed; the message says which and what to do."""
+    """The GPU is unusable, or a call failed; the message names the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +43,25 @@ class DeviceMemory:
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
 
     def put(self, content: bytes) -> Block:
-        """Allocate and copy `content` (at least one byte) there."""
+        """Allocate device memory for `content` (at least one byte) and copy it there."""
         return self.put_pieces(len(content), [content])
 
     def put_pieces(self, size_bytes: int, pieces: Iterable[bytes]) -> Block:
-        """Allocate and copy piece by piece, so that what is large need not be in host memory as a whole. The pieces
-        are `size_bytes` together."""
+        """Like `put`, but copies piece by piece, so that the whole content need not be in host memory. The pieces must
+        add up to `size_bytes`."""
         self._enter()
         address = ctypes.c_uint64(0)
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
         at = address.value
         for piece in pieces:
             if at + len(piece) > address.value + size_bytes:
-                raise ValueError(f"the pieces are more than the {size_bytes} bytes that were announced")
+                raise ValueError(f"the pieces are longer than the announced {size_bytes} bytes")
             self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(at), piece, ctypes.c_size_t(len(piece)))
             at += len(piece)
         return Block(address.value, size_bytes)
 
     def get(self, block: Block, offset: int = 0, size_bytes: int = -1) -> bytes:
-        """A copy of a block, or of `size_bytes` from `offset` on."""
+        """A copy of a block, or of `size_bytes` of it from `offset` on."""
         size = block.size_bytes - offset if size_bytes < 0 else size_bytes
         if offset < 0 or size < 0 or offset + size > block.size_bytes:
             raise ValueError(f"{size} bytes at {offset} are not within a block of {block.size_bytes}")
@@ -73,7 +73,7 @@ class DeviceMemory:
         return content.raw
 
     def _enter(self) -> None:
-        """A context is current in a thread, and each connection has a thread of its own."""
+        """Make the context current: that is a setting of the thread, and each connection has its own thread."""
         self._call("cuCtxSetCurrent", self._context)
 
     def _call(self, name: str, *arguments: object) -> None:

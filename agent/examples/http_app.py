@@ -1,12 +1,12 @@
-"""The HTTP side of an instance, with the standard library alone: the Function Compute custom-container contract.
+"""The HTTP side of an instance, by the Function Compute custom-container contract, in the standard library alone.
 
-Listens on $FC_CUSTOM_LISTEN_PORT (default 9000) with keep-alive and no idle timeout; `POST /initialize`,
-`GET /pre-freeze`, `GET /pre-stop` and `GET /healthz` are the contract's, all else is the program's.
+Listens on $FC_CUSTOM_LISTEN_PORT (default 9000) with keep-alive and no idle timeout. The contract defines
+`POST /initialize`, `GET /pre-freeze`, `GET /pre-stop` and `GET /healthz`; the program defines the rest.
 
-$LISTEN_HOST  address, default 127.0.0.1; a container says 0.0.0.0
-$REQUEST_LOG  a file that gets one JSON line a request: {"instance", "request_id", "start_ns", "end_ns"} on
-              CLOCK_MONOTONIC, from the request line to the moment the answer's last bytes are handed over. Hooks
-              and /healthz are not requests. This is the truth that metering is checked against.
+$LISTEN_HOST  address, default 127.0.0.1; in a container 0.0.0.0
+$REQUEST_LOG  file for one JSON line per request: {"instance", "request_id", "start_ns", "end_ns"} on CLOCK_MONOTONIC,
+              from reading the request line to sending the last bytes of the answer, without hooks and /healthz.
+              Metering is checked against it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NOT_REQUESTS = frozenset({"/initialize", "/pre-freeze", "/pre-stop", "/healthz"}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a handler gets. `headers` has lower-case names, `query` the last value of each name."""
+    """A handler's input. Header names are lower-case; `query` has the last value of each name."""
 
     method: str
     path: str
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a handler gives. With `parts` the body is streamed (chunked), each part as soon as it is there."""
+    """A handler's result. With `parts` the body is streamed (chunked), each part as soon as it exists."""
 
     status: int = 200
     body: bytes = b""
@@ -56,11 +56,11 @@ def as_json(content: object, status: int = 200) -> Answer:
 
 
 class BadRequestError(Exception):
-    """The request's body can't be read; the connection is closed after the answer."""
+    """The request's body is malformed; the connection is closed after the answer."""
 
 
 class RequestLog:
-    """Appends to $REQUEST_LOG; one write() a line, so that several instances may share the file."""
+    """Appends to $REQUEST_LOG with one write() per line, so that several instances can share the file."""
 
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644) if path else -1
@@ -73,7 +73,7 @@ class RequestLog:
 
 
 def serve(handle: Callable[[Request], Answer]) -> None:
-    """Serve until SIGTERM or SIGINT. An exception in `handle` is answered 500 with its text, for this is a demo."""
+    """Serve until SIGTERM or SIGINT. An exception in `handle` is answered 500 with its text."""
     log = RequestLog(os.environ.get("REQUEST_LOG", ""))
 
     class Handler(_Handler):
@@ -93,14 +93,14 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 512
 
     def server_bind(self) -> None:
-        """Without asking DNS for the name of the machine, which HTTPServer does."""
+        """Bind without HTTPServer's DNS lookup of the host name."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves is not worth a traceback."""
+        """Log no traceback for a client that disconnects."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
     started_ns = 0
 
     def parse_request(self) -> bool:
-        """The request line has just been read."""
+        """Record the start: the request line has just been read."""
         self.started_ns = time.monotonic_ns()
         return super().parse_request()
 
@@ -124,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         return going_on
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        """Requests are in $REQUEST_LOG."""
+        """Log nothing: requests are in $REQUEST_LOG."""
 
     def _exchange(self) -> None:
         url = urlsplit(self.path)
@@ -139,9 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
         except ConnectionError:
             raise
         except Exception as error:
-            told = f"{type(error).__name__}: {error}"
-            print(f"{self.command} {url.path}: {told}", file=sys.stderr, flush=True)
-            answer = as_json({"error": told}, 500)
+            message = f"{type(error).__name__}: {error}"
+            print(f"{self.command} {url.path}: {message}", file=sys.stderr, flush=True)
+            answer = as_json({"error": message}, 500)
         self._respond(answer)
         end_ns = time.monotonic_ns()  # before, not after: whoever gets the last byte must not see it end too late
         self.wfile.flush()
@@ -168,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         self.wfile.write(b"0\r\n\r\n")
 
-    # ---- the request's body -----------------------------------------------------------------------------------
+    # ---- request body -----------------------------------------------------------------------------------------
 
     def _read_body(self, headers: Mapping[str, str]) -> bytes:
         if "transfer-encoding" in headers:
@@ -197,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             return int(line, 16)
         except ValueError:
-            raise BadRequestError("a chunk does not begin with its size") from None
+            raise BadRequestError("a chunk does not start with its size") from None
 
     def _read_exactly(self, size: int) -> bytes:
         content = self.rfile.read(size)

@@ -1,1 +1,1 @@
-"""The selftest of a GPU host: a small CUDA program is frozen and woken, and every byte compared."""
+"""The selftest of a GPU host: freezes and wakes a small CUDA program and compares every byte of its memory."""

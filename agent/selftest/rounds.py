@@ -1,4 +1,4 @@
-"""The rounds of a selftest: fill, freeze, wake, compare every byte, copy through pinned memory; all of it timed."""
+"""Runs the rounds of a selftest: fill, freeze, wake, compare every byte, copy through pinned memory; timed."""
 
 from __future__ import annotations
 
@@ -17,117 +17,117 @@ from agent.selftest.verdict import MEMORY_CHANGED, CycleFigures, PinnedCopy, Sel
 
 TOUCH_BASE_S = 60.0
 TOUCH_BYTES_PER_S = 100_000_000
-"""The slowest that the program may go through its memory once."""
+"""The slowest accepted rate of one pass over the memory."""
 
 OUT_OF_MEMORY = 2
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointerUnderTest:
-    """One checkpointer, under the freezer that the agent uses."""
+    """A checkpointer in the agent's own freezer."""
 
     freezer: CudaFreezer
     timed: TimedCheckpointer
 
 
 def touch_deadline_s(size_bytes: int) -> float:
-    """For one pass over the memory."""
+    """Deadline of one pass over the memory."""
     return TOUCH_BASE_S + size_bytes / TOUCH_BYTES_PER_S
 
 
 @dataclass(slots=True)
 class Rounds:
-    """`say(key, text)` tells of progress: "step" what begins, "done" what ended. Every method raises InstanceError for
-    what the host failed at, DeadlineError for what did not end."""
+    """`report(key, text)` receives progress: "step" at the start, "done" at the end of a step. Every method raises
+    InstanceError for a failure of the host and DeadlineError for a step that did not end."""
 
-    asked: SelftestPlan
+    plan: SelftestPlan
     gpu: Gpu
     target: SelftestProcess
-    ways: Mapping[str, CheckpointerUnderTest]
+    checkpointers: Mapping[str, CheckpointerUnderTest]
     cgroups: TimedProcessFreezer
     gpus: Gpus
     clock: Clock
-    say: Callable[[str, str], None]
+    report: Callable[[str, str], None]
     runs: list[SelftestRun] = field(default_factory=list)
     allocations: int = 0
     _fills: int = 0
 
     async def prepare(self) -> None:
-        """Memory, and proof that it holds without any freeze. PreconditionError GPU_MEMORY_SHORT."""
-        self.say("step", "making a CUDA context")
-        answer = await self.target.ask("allocate", touch_deadline_s(0), bytes=self.asked.size_bytes)
+        """Allocate memory and prove that it holds without a freeze. Raises PreconditionError GPU_MEMORY_SHORT."""
+        self.report("step", "creating a CUDA context")
+        answer = await self.target.ask("allocate", touch_deadline_s(0), bytes=self.plan.size_bytes)
         if answer.get("code") == OUT_OF_MEMORY:
             raise PreconditionError(
                 "GPU_MEMORY_SHORT", f"the GPU has no room for the test: {answer['error']}", fix="a smaller --gib"
             )
-        self.allocations = int(_good(answer)["allocations"])
+        self.allocations = int(_require_ok(answer)["allocations"])
         wrong = await self._fill_and_verify()
         if wrong:
             raise InstanceError(
                 "GPU_MEMORY_UNSOUND",
                 f"memory differs although nothing was frozen: {wrong}",
-                fix="this GPU or its bus is not sound: look for XID and ECC errors (`dmesg`, `nvidia-smi -q -d ECC`)",
+                fix="this GPU or its bus is faulty: look for XID and ECC errors (`dmesg`, `nvidia-smi -q -d ECC`)",
             )
 
     async def _fill_and_verify(self) -> str:
         await self._fill("filling the memory")
         return await self._verify("reading it back before any freeze")
 
-    async def all(self) -> None:
-        """The warm-up and every run; with two checkpointers each goes first in turn."""
-        names = list(self.ways)
-        for number in range(self.asked.runs + 1):
+    async def run_all(self) -> None:
+        """Run the warm-up and every run; two checkpointers take turns at going first."""
+        names = list(self.checkpointers)
+        for number in range(self.plan.runs + 1):
             for name in names if number % 2 else reversed(names):
-                self.runs.append(await self.one(number, name))
+                self.runs.append(await self.run_one(number, name))
 
     async def finish(self) -> None:
-        """A program that was restored can also free its memory and end, which not every driver survives
-        (NVIDIA/cuda-checkpoint issue 53). DeadlineError KILL_TIMEOUT."""
-        self.say("step", "ending the CUDA program")
-        _good(await self.target.leave())
+        """Free the restored program's memory and end it, which not every driver survives (NVIDIA/cuda-checkpoint issue
+        53). Raises DeadlineError KILL_TIMEOUT."""
+        self.report("step", "ending the CUDA program")
+        _require_ok(await self.target.leave())
         await self.target.end()
 
-    async def one(self, number: int, name: str) -> SelftestRun:
-        """One freeze and wake by `name`, compared."""
-        title = f"run {number} of {self.asked.runs}" if number else "warm-up"
+    async def run_one(self, number: int, name: str) -> SelftestRun:
+        """Freeze and wake with `name`, then compare."""
+        title = f"run {number} of {self.plan.runs}" if number else "warm-up"
         title = f"{title}, {name}"
-        way = self.ways[name]
+        checkpointer = self.checkpointers[name]
         await self._fill(f"{title}: filling the memory")
-        figures = await self._freeze_and_wake(way, title)
+        figures = await self._freeze_and_wake(checkpointer, title)
         wrong = await self._verify(f"{title}: comparing every byte")
         if wrong:
             raise InstanceError(MEMORY_CHANGED, f"after a freeze and a wake by the {name}, {wrong}")
         pinned = await self._copy(f"{title}: copying through pinned memory")
-        self.say(
+        self.report(
             "done",
             f"{title}: frozen in {figures.freeze_s:.3f} s, awake in {figures.wake_s:.3f} s, every byte equal"
             + ("" if number else " (does not count)"),
         )
         return SelftestRun(number, name, figures, pinned)
 
-    async def _freeze_and_wake(self, way: CheckpointerUnderTest, title: str) -> CycleFigures:
-        handle, size = self.target.handle, self.asked.size_bytes
+    async def _freeze_and_wake(self, checkpointer: CheckpointerUnderTest, title: str) -> CycleFigures:
+        handle, size = self.target.handle, self.plan.size_bytes
         free = await self._free_bytes()
-        self.say("step", f"{title}: freezing")
+        self.report("step", f"{title}: freezing")
         begin = self.clock.monotonic_ns()
-        _require(await way.freezer.lock(handle), "lock")
-        frozen = _require(await way.freezer.checkpoint(handle), "checkpoint")
+        _require(await checkpointer.freezer.lock(handle), "lock")
+        frozen = _require(await checkpointer.freezer.checkpoint(handle), "checkpoint")
         freeze_s = self._since(begin)
         released = await self._free_bytes() - free
-        self.say("step", f"{title}: waking")
+        self.report("step", f"{title}: waking")
         begin = self.clock.monotonic_ns()
-        _require(await way.freezer.wake(handle, {}), "wake")
+        _require(await checkpointer.freezer.wake(handle, {}), "wake")
         wake_s = self._since(begin)
-        checkpoint_s = way.timed.take_ns(CudaOp.CHECKPOINT) / SECOND_NS
-        restore_s = way.timed.take_ns(CudaOp.RESTORE) / SECOND_NS
+        checkpoint_s = checkpointer.timed.pop_ns(CudaOp.CHECKPOINT) / SECOND_NS
+        restore_s = checkpointer.timed.pop_ns(CudaOp.RESTORE) / SECOND_NS
         return CycleFigures(
-            lock_s=way.timed.take_ns(CudaOp.LOCK) / SECOND_NS,
+            lock_s=checkpointer.timed.pop_ns(CudaOp.LOCK) / SECOND_NS,
             checkpoint_s=checkpoint_s,
             cgroup_freeze_s=self.cgroups.freeze_ns / SECOND_NS,
             freeze_s=freeze_s,
             thaw_s=self.cgroups.thaw_ns / SECOND_NS,
             restore_s=restore_s,
-            unlock_s=way.timed.take_ns(CudaOp.UNLOCK) / SECOND_NS,
+            unlock_s=checkpointer.timed.pop_ns(CudaOp.UNLOCK) / SECOND_NS,
             wake_s=wake_s,
             checkpoint_gb_s=gb_s(size, checkpoint_s),
             restore_gb_s=gb_s(size, restore_s),
@@ -136,23 +136,23 @@ class Rounds:
         )
 
     async def _fill(self, step: str) -> None:
-        """Other bytes each time: what an earlier checkpoint left must not pass for this one's."""
+        """Write different bytes each time, so data of an earlier checkpoint can't pass for this one's."""
         self._fills += 1
-        self.say("step", step)
-        _good(await self.target.ask("fill", touch_deadline_s(self.asked.size_bytes), round=self._fills))
+        self.report("step", step)
+        _require_ok(await self.target.ask("fill", touch_deadline_s(self.plan.size_bytes), round=self._fills))
 
     async def _verify(self, step: str) -> str:
-        """What is wrong with the memory, "" if nothing."""
-        self.say("step", step)
-        answer = _good(await self.target.ask("verify", touch_deadline_s(self.asked.size_bytes), round=self._fills))
+        """The first difference in the memory, "" if none."""
+        self.report("step", step)
+        answer = _require_ok(await self.target.ask("verify", touch_deadline_s(self.plan.size_bytes), round=self._fills))
         if not answer["wrong_pages"]:
             return ""
         return f"{answer['first']}; pages of 4 KiB that differ: {answer['wrong_pages']}"
 
     async def _copy(self, step: str) -> PinnedCopy:
-        self.say("step", step)
-        size = self.asked.size_bytes
-        answer = _good(await self.target.ask("copy", 2 * touch_deadline_s(size), chunk=PINNED_CHUNK))
+        self.report("step", step)
+        size = self.plan.size_bytes
+        answer = _require_ok(await self.target.ask("copy", 2 * touch_deadline_s(size), chunk=PINNED_CHUNK))
         if "unavailable" in answer:
             return PinnedCopy(unavailable=answer["unavailable"])
         to_host_s, to_device_s = answer["to_host_us"] / 1e6, answer["to_device_us"] / 1e6
@@ -165,7 +165,7 @@ class Rounds:
         return (self.clock.monotonic_ns() - begin_ns) / SECOND_NS
 
 
-def _good(answer: dict[str, Any]) -> dict[str, Any]:
+def _require_ok(answer: dict[str, Any]) -> dict[str, Any]:
     if "error" in answer:
         raise InstanceError("CUDA_CALL_FAILED", f"in the program under test, {answer['error']}")
     return answer
@@ -173,6 +173,6 @@ def _good(answer: dict[str, Any]) -> dict[str, Any]:
 
 def _require(result: FreezeResult, step: str) -> FreezeResult:
     if result.outcome is not Outcome.OK:
-        kind = "was refused and undone" if result.outcome is Outcome.REFUSED else "broke"
+        kind = "was refused and rolled back" if result.outcome is Outcome.REFUSED else "failed"
         raise InstanceError(result.reason, f"the {step} {kind}: {result.message}")
     return result

@@ -1,16 +1,16 @@
-"""The CUDA program that `hibernode doctor --selftest` freezes and wakes. A stand-alone script: it imports nothing of
-the agent, and of CUDA nothing but `libcuda.so.1`.
+"""The CUDA program that `hibernode doctor --selftest` freezes and wakes. Stand-alone: imports nothing of the agent, and
+loads only `libcuda.so.1` of CUDA.
 
-Started by `selftest_process.py` as `python -I -S selftest_target.py <socket fd> <parent pid> <cgroup or "">`, on the
-GPU that CUDA_VISIBLE_DEVICES names. The socket is SOCK_SEQPACKET, one JSON message each way: {"do": ...} -> {...}, or
-{"error": text, "code": CUresult}. Verbs:
+`target_process.py` starts it as `python -I -S target.py <socket fd> <parent pid> <cgroup or "">`, on the GPU of
+CUDA_VISIBLE_DEVICES. The socket is SOCK_SEQPACKET with one JSON message each way: {"do": ...} -> {...}, or {"error":
+text, "code": CUresult}. Verbs:
 
     allocate {"bytes"}          -> {"allocations": n, "first_address": a}
-    fill     {"round"}          -> {}                   every byte, as `Pattern` says for that round
-    verify   {"round"}          -> {"wrong_pages": n, "first": text}     n 0 = every byte is what it was
-    copy     {"chunk"}          -> {"to_host_us", "to_device_us", "chunk"} or {"unavailable": why}: all of the memory,
-                                   through a pinned buffer of at most `chunk` bytes, which leaves the memory as it is
-    quit                        -> ends the program, its memory freed first
+    fill     {"round"}          -> {}                   writes every byte with the `Pattern` of that round
+    verify   {"round"}          -> {"wrong_pages": n, "first": text}     n 0 = every byte is as written
+    copy     {"chunk"}          -> {"to_host_us", "to_device_us", "chunk"} or {"unavailable": why}: copies all memory
+                                   through a pinned buffer of at most `chunk` bytes and back, leaving it unchanged
+    quit                        -> frees the memory and ends the program
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ MAX_MESSAGE_BYTES = 1 << 16
 PAGE = 4096
 BLOCK = 4 << 20
 STAMPS = struct.Struct(f"<{BLOCK // PAGE}Q")
-ODD = 2654435761  # any odd number: multiples of it differ modulo BLOCK
-SMALL = (1, 13, 4099, 65_537, 100_003)  # bytes; real programs have small allocations beside the large ones
-LARGE_UNIT = 2 << 20  # the driver maps memory in units of 2 MiB: larger allocations are multiples of it but one
+ODD = 2654435761  # any odd number: its multiples differ modulo BLOCK
+SMALL = (1, 13, 4099, 65_537, 100_003)  # bytes: real programs mix small and large allocations
+LARGE_UNIT = 2 << 20  # the driver maps memory in 2 MiB units: all large allocations but one are multiples of it
 NOT_FOUND = 500
 
 
 class CudaError(Exception):
-    """A call failed; `code` is the CUresult (0 where there was no call)."""
+    """A failed call; `code` is its CUresult (0 if there was no call)."""
 
     def __init__(self, text: str, code: int = 0) -> None:
         super().__init__(text)
@@ -47,10 +47,9 @@ class CudaError(Exception):
 
 
 class Pattern:
-    """What every byte of device memory must be. A block of 4 MiB is one and the same random block, turned by an amount
-    that differs for every block and round, and each page of 4 KiB begins with its number and the round: pages that
-    change places, blocks that do, and memory of an earlier round all show. Fast enough to be made again for every
-    comparison, so that no copy of the memory is needed."""
+    """The expected bytes of device memory. Each 4 MiB block is one random block, rotated by an amount that differs for
+    every block and round; each 4 KiB page starts with its number and the round. Swapped pages, swapped blocks and data
+    of an earlier round all show. Computed anew for every comparison, so no copy is needed."""
 
     def __init__(self) -> None:
         once = hashlib.shake_128(b"hibernode selftest").digest(BLOCK)
@@ -58,18 +57,18 @@ class Pattern:
         self.bytes = bytearray(BLOCK)
         self.address = ctypes.addressof((ctypes.c_char * BLOCK).from_buffer(self.bytes))
 
-    def make(self, round_: int, index: int) -> None:
-        """Put block `index` of `round_` at `address`."""
-        turn = (index + round_ * 997) * ODD % BLOCK
+    def fill(self, round_: int, block: int) -> None:
+        """Write block `block` of round `round_` to `address`."""
+        turn = (block + round_ * 997) * ODD % BLOCK
         self.bytes[:] = self._twice[turn : turn + BLOCK]
-        first = (round_ << 48) + index * (BLOCK // PAGE)
+        first = (round_ << 48) + block * (BLOCK // PAGE)
         stamps = STAMPS.pack(*range(first, first + BLOCK // PAGE))
-        for place in range(8):
-            self.bytes[place::PAGE] = stamps[place::8]
+        for index in range(8):
+            self.bytes[index::PAGE] = stamps[index::8]
 
 
 class CudaDevice:
-    """A context on the first visible GPU, and the memory under test."""
+    """A context on the first visible GPU, with the memory under test."""
 
     def __init__(self) -> None:
         try:
@@ -97,15 +96,15 @@ class CudaDevice:
 
     def fill(self, round_: int) -> dict[str, Any]:
         for index, address, size, _offset in self._blocks():
-            self._pattern.make(round_, index)
+            self._pattern.fill(round_, index)
             self._to_device(address, self._pattern.address, size)
         return {}
 
     def verify(self, round_: int) -> dict[str, Any]:
-        """Read at the addresses that `allocate` gave."""
+        """Read back at the addresses of `allocate`."""
         wrong, first = 0, ""
         for index, address, size, offset in self._blocks():
-            self._pattern.make(round_, index)
+            self._pattern.fill(round_, index)
             self._to_host(self._read_address, address, size)
             if self._compare(self._read_address, self._pattern.address, size) == 0:
                 continue
@@ -132,15 +131,15 @@ class CudaDevice:
             return {"unavailable": str(error)}
         assert buffer.value is not None
         try:
-            ctypes.memset(buffer.value, 0, chunk)  # the first touch of memory is not what is measured
+            ctypes.memset(buffer.value, 0, chunk)  # keep the first touch of the buffer out of the timing
             to_host = to_device = 0
             for address, size in self._allocations:
                 for offset in range(0, size, chunk):
-                    part = min(chunk, size - offset)
+                    length = min(chunk, size - offset)
                     begin = _now_ns()
-                    self._to_host(buffer.value, address + offset, part)
+                    self._to_host(buffer.value, address + offset, length)
                     middle = _now_ns()
-                    self._to_device(address + offset, buffer.value, part)
+                    self._to_device(address + offset, buffer.value, length)
                     to_host += middle - begin
                     to_device += _now_ns() - middle
         finally:
@@ -148,14 +147,14 @@ class CudaDevice:
         return {"to_host_us": to_host // 1000, "to_device_us": to_device // 1000, "chunk": chunk}
 
     def close(self) -> None:
-        """Give the memory back before the end: a program that dies with the driver's work in it can hang its host
+        """Free the memory before exit: a program that dies with driver work pending can hang its host
         (NVIDIA/cuda-checkpoint issue 53)."""
         for address, _size in self._allocations:
             self._call("cuMemFree_v2", ctypes.c_uint64(address))
         self._allocations.clear()
 
     def _blocks(self) -> Iterator[tuple[int, int, int, int]]:
-        """Number, address, bytes, and offset in its allocation, of every block."""
+        """Number, address, bytes and offset in its allocation, for every block."""
         index = 0
         for start, size in self._allocations:
             for offset in range(0, size, BLOCK):
@@ -187,18 +186,18 @@ class CudaDevice:
 
 
 def sizes(total: int) -> list[int]:
-    """`total` bytes as a program would have them: a few small allocations, then halves of what is left."""
-    left = total
-    parts = [size for size in SMALL if size < total // 16]
-    left -= sum(parts)
-    while left > 8 * LARGE_UNIT and len(parts) < 16:
-        parts.append(left // 2 // LARGE_UNIT * LARGE_UNIT)
-        left -= parts[-1]
-    return [*parts, left]
+    """Split `total` bytes as a real program would: a few small allocations, then halves of the remainder."""
+    remaining = total
+    chunks = [size for size in SMALL if size < total // 16]
+    remaining -= sum(chunks)
+    while remaining > 8 * LARGE_UNIT and len(chunks) < 16:
+        chunks.append(remaining // 2 // LARGE_UNIT * LARGE_UNIT)
+        remaining -= chunks[-1]
+    return [*chunks, remaining]
 
 
 def answer(device: CudaDevice | None, request: dict[str, Any]) -> tuple[CudaDevice, dict[str, Any]]:
-    """Do one thing. The driver is first called by the first request, so that it can be answered with the error."""
+    """Run one verb. The first one calls the driver, so that its answer can carry the error."""
     device = device or CudaDevice()
     verb = request["do"]
     if verb == "allocate":
@@ -214,7 +213,7 @@ def answer(device: CudaDevice | None, request: dict[str, Any]) -> tuple[CudaDevi
 
 
 def serve(channel: socket.socket) -> int:
-    """Answer until told to quit, or until the other side is gone."""
+    """Answer until `quit` or until the parent closes the socket."""
     device = None
     while message := channel.recv(MAX_MESSAGE_BYTES):
         request = json.loads(message)
@@ -229,13 +228,13 @@ def serve(channel: socket.socket) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Die with the parent, also while frozen: SIGKILL reaches a frozen cgroup. The parent is compared after the
-    request, for it may have died before."""
+    """Die with the parent, even while frozen: SIGKILL reaches a frozen cgroup. Compares the parent after prctl, as it
+    may have died before."""
     descriptor, parent, cgroup = int(arguments[0]), int(arguments[1]), arguments[2]
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         return 1
-    if cgroup:  # before the driver starts threads
+    if cgroup:  # join before the driver starts threads
         with open(os.path.join(cgroup, "cgroup.procs"), "w", encoding="ascii") as procs:
             procs.write("0")
     channel = socket.socket(fileno=descriptor)

@@ -1,6 +1,6 @@
-"""The selftest's CUDA program, seen from its parent: started in a cgroup of its own, asked, and ended whatever happens.
+"""Runs the selftest's CUDA program from its parent: start in a cgroup, send verbs, always end.
 
-It is treated as an instance is: the same kind of cgroup, the same handle, the same SIGSTOP fall-back.
+The program is treated like an instance: same kind of cgroup, same handle, same SIGSTOP fallback.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from agent.core.types import Handle, ProcessId
 
 TARGET_SCRIPT = Path(__file__).with_name("target.py")
 SLICE_NAME = "selftest"
-"""In place of a state directory's UUID: all selftests share the cgroup `hibernode-selftest`, so that one finds what
-another that was killed with all its kin left there."""
+"""Replaces the state directory's UUID: all selftests share cgroup `hibernode-selftest`, so each one can remove what a
+killed one left there."""
 
 START_DEADLINE_S = 30.0
 QUIT_DEADLINE_S = 20.0
@@ -33,8 +33,8 @@ MAX_MESSAGE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class TargetPlace:
-    """Where the program lives. `slice_` None: no cgroup can be written, its processes are stopped by signals."""
+class TargetLocation:
+    """Location of the program. `slice_` None: no cgroup is writable, so its processes are stopped by signals."""
 
     slice_: cgroup.CgroupSlice | None
     uid: str
@@ -42,21 +42,20 @@ class TargetPlace:
 
     @property
     def path(self) -> Path | None:
-        """Its cgroup."""
         return self.slice_.path_of(self.uid) if self.slice_ else None
 
 
-def find_place(boot_id: str) -> TargetPlace:
-    """A place for this process's program; what earlier selftests left behind is removed."""
+def find_location(boot_id: str) -> TargetLocation:
+    """The location for this process's program. Removes what earlier selftests left."""
     slice_ = cgroup.open_slice(SLICE_NAME)
     own = process_table.identify(os.getpid(), boot_id)
     assert own is not None
     if slice_ is not None:
         for uid in slice_.uids():
             if not _has_owner(uid, boot_id):
-                with suppress(OSError):  # an empty one; one with a process in it is not ours to end
+                with suppress(OSError):  # only empty ones: a process in it is not ours to end
                     slice_.path_of(uid).rmdir()
-    return TargetPlace(slice_, f"{own.pid}-{own.start_time}", boot_id)
+    return TargetLocation(slice_, f"{own.pid}-{own.start_time}", boot_id)
 
 
 def _has_owner(uid: str, boot_id: str) -> bool:
@@ -66,75 +65,75 @@ def _has_owner(uid: str, boot_id: str) -> bool:
     return process_table.is_alive(ProcessId(boot_id, int(pid), int(start_time)), boot_id)
 
 
-def _make_cgroup(place: TargetPlace) -> None:
+def _create_cgroup(location: TargetLocation) -> None:
     """Raises UnavailableError CGROUP_UNUSABLE."""
     for attempt in range(3):
         try:
-            if place.slice_ is not None:
-                place.slice_.create(place.uid)
+            if location.slice_ is not None:
+                location.slice_.create(location.uid)
             return
-        except OSError as error:  # ENOENT: another selftest that ended took the empty parent away
+        except OSError as error:  # ENOENT: another selftest has just removed the empty parent
             if attempt == 2 or not isinstance(error, FileNotFoundError):
-                raise UnavailableError("CGROUP_UNUSABLE", f"no cgroup can be made at {place.path}: {error}") from error
+                raise UnavailableError(
+                    "CGROUP_UNUSABLE", f"no cgroup can be made at {location.path}: {error}"
+                ) from error
 
 
 class SelftestProcess:
-    """The running program. Use `start`; then `ask`; then `end`, always."""
+    """The running program. Call `start`, then `ask`, and always `end`."""
 
-    def __init__(self, place: TargetPlace, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
-        self._place = place
+    def __init__(self, location: TargetLocation, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+        self._location = location
         self._process = process
         self._channel = channel
         self._loop = asyncio.get_running_loop()
-        self._mark = instance_mark(SLICE_NAME, place.uid)
-        identity = process_table.identify(process.pid, place.boot_id)
-        assert identity is not None  # it is our child and nobody has waited for it
-        self.handle = Handle(place.uid, identity, "127.0.0.1", 0, cgroup=str(place.path or ""))
+        self._mark = instance_mark(SLICE_NAME, location.uid)
+        identity = process_table.identify(process.pid, location.boot_id)
+        assert identity is not None  # an unreaped child keeps its pid
+        self.handle = Handle(location.uid, identity, "127.0.0.1", 0, cgroup=str(location.path or ""))
 
     @classmethod
-    async def start(cls, place: TargetPlace, gpu_uuid: str) -> SelftestProcess:
-        """Start it on one GPU, from the loop's thread (PDEATHSIG follows the thread that spawns).
+    async def start(cls, location: TargetLocation, gpu_uuid: str) -> SelftestProcess:
+        """Start the program on one GPU. Call from the loop's thread: PDEATHSIG follows the spawning thread.
 
         Raises InstanceError SELFTEST_TARGET_ENDED, DeadlineError SELFTEST_TIMEOUT, UnavailableError CGROUP_UNUSABLE.
-        Leaves nothing behind on failure.
-        """
-        _make_cgroup(place)
-        ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        name, _, value = instance_mark(SLICE_NAME, place.uid).partition("=")
+        Leaves nothing behind on failure."""
+        _create_cgroup(location)
+        parent_end, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent_end.setblocking(False)
+        name, _, value = instance_mark(SLICE_NAME, location.uid).partition("=")
         assert name == INSTANCE_VARIABLE
-        with other:
+        with child_end:
             process = subprocess.Popen(  # noqa: ASYNC220 - uvloop's own prints fork warnings
                 [
                     sys.executable, "-I", "-S", str(TARGET_SCRIPT),
-                    str(other.fileno()), str(os.getpid()), str(place.path or ""),
+                    str(child_end.fileno()), str(os.getpid()), str(location.path or ""),
                 ],
-                pass_fds=(other.fileno(),),
+                pass_fds=(child_end.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu_uuid, name: value},
                 cwd="/",
                 start_new_session=True,
             )  # fmt: skip
-        made = cls(place, process, ours)
+        target = cls(location, process, parent_end)
         try:
-            await made._receive("start", START_DEADLINE_S)
+            await target._receive("start", START_DEADLINE_S)
         except BaseException:
-            await made.end()
+            await target.end()
             raise
-        return made
+        return target
 
     async def pids(self, handle: Handle) -> list[int]:
         """`Runtime.pids`."""
         if handle.cgroup:
             return cgroup.procs(Path(handle.cgroup))
-        return [stat.pid for stat in process_table.members(handle.process, self._place.boot_id, self._mark)]
+        return [stat.pid for stat in process_table.members(handle.process, self._location.boot_id, self._mark)]
 
     async def ask(self, verb: str, deadline_s: float, **arguments: object) -> dict[str, Any]:
-        """One verb of `selftest_target.py`; its answer, in which "error" tells of a failed CUDA call.
+        """Send one verb of `target.py` and return its answer; "error" in it reports a failed CUDA call.
 
-        Raises InstanceError SELFTEST_TARGET_ENDED, DeadlineError SELFTEST_TIMEOUT.
-        """
+        Raises InstanceError SELFTEST_TARGET_ENDED, DeadlineError SELFTEST_TIMEOUT."""
         try:
             self._channel.send(json.dumps({"do": verb, **arguments}).encode())
         except OSError as error:
@@ -163,22 +162,22 @@ class SelftestProcess:
         return InstanceError("SELFTEST_TARGET_ENDED", f"the CUDA program {how} during `{verb}`")
 
     async def leave(self) -> dict[str, Any]:
-        """It frees its memory and ends by itself; its answer as of `ask`. Raises what `ask` raises; `end` it after."""
+        """Let the program free its memory and exit; returns its answer. Raises what `ask` raises. Call `end`
+        afterwards."""
         answer = await self.ask("quit", QUIT_DEADLINE_S)
         if not await cgroup.poll_until(lambda: self._process.poll() is not None, QUIT_DEADLINE_S):
             raise DeadlineError("SELFTEST_TIMEOUT", f"the CUDA program did not end within {QUIT_DEADLINE_S:.0f} s")
         return answer
 
     async def end(self) -> None:
-        """Kill it, if it has not left, and remove its cgroup. Idempotent.
+        """Kill the program if it still runs, and remove its cgroup. Idempotent.
 
-        Raises DeadlineError KILL_TIMEOUT: it survives SIGKILL.
-        """
+        Raises DeadlineError KILL_TIMEOUT if it survives SIGKILL."""
         self._channel.close()
         self._process.kill()
-        if self._place.slice_ is not None and self._place.path is not None:
-            await cgroup.remove(self._place.path, KILL_DEADLINE_S)
-            self._place.slice_.remove_if_empty()
+        if self._location.slice_ is not None and self._location.path is not None:
+            await cgroup.remove(self._location.path, KILL_DEADLINE_S)
+            self._location.slice_.remove_if_empty()
         if not await cgroup.poll_until(lambda: self._process.poll() is not None, KILL_DEADLINE_S):
             raise DeadlineError(
                 "KILL_TIMEOUT",

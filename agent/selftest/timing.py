@@ -1,6 +1,6 @@
-"""What the steps of a freeze and a wake take: a checkpointer and a process freezer that keep the time of another one.
+"""Times the steps of a freeze and a wake by wrapping the checkpointer and the process freezer.
 
-They stand between the freezer and the real ones, so what is measured is the production path itself.
+The wrappers sit between the freezer and the real ones, so the production path itself is measured.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from agent.ports import (
     ProcessFreezer,
 )
 
-MAX_TROUBLES = 100
+MAX_FAILURES = 100
 
 
 class TimedCheckpointer:
-    """`agent.ports.Checkpointer`: adds up the time inside the driver's calls, by operation. `troubles` tells of calls
-    that failed, also where the freezer made it good: a wake that succeeds at the second attempt is worth knowing."""
+    """A `Checkpointer` that adds up the time inside the driver's calls by operation. `failures`: failed calls,
+    including those that the freezer recovered from."""
 
     def __init__(self, inner: Checkpointer) -> None:
         self._inner = inner
-        self.troubles: list[str] = []
+        self.failures: list[str] = []
         self._taken_us: defaultdict[CudaOp, int] = defaultdict(int)
 
     async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
         reply = await self._inner.run(calls, deadline_s, gpu_uuids)
         for answer in reply.answers:
             self._taken_us[answer.call.op] += answer.elapsed_us
-        if not reply.ok and len(self.troubles) < MAX_TROUBLES:
-            self.troubles.append(": ".join(failure(reply)))
+        if not reply.ok and len(self.failures) < MAX_FAILURES:
+            self.failures.append(": ".join(failure(reply)))
         return reply
 
-    def take_ns(self, op: CudaOp) -> int:
-        """The time since it was last asked for."""
+    def pop_ns(self, op: CudaOp) -> int:
+        """The time since the last call for `op`."""
         return self._taken_us.pop(op, 0) * 1000
 
 
 class TimedProcessFreezer:
-    """`ProcessFreezer`: remembers how long the last freeze and the last thaw took."""
+    """A `ProcessFreezer` that records the duration of the last freeze and thaw."""
 
     def __init__(self, inner: ProcessFreezer, clock: Clock) -> None:
         self._inner = inner

@@ -1,7 +1,7 @@
-"""What a selftest measured, and what it proves: figures of each freeze and wake, their summary, the verdict.
+"""The figures of a selftest, their summary, and the verdict.
 
-Times are seconds; GB/s is 10^9 bytes of the test's own memory a second, inside the driver's call alone. What the driver
-moves besides (a CUDA context is 0.3 to 0.5 GB) takes time and is not counted, so the figures are never too good.
+Times are seconds. GB/s are 10^9 bytes of the test's own memory per second inside the driver's call. What the driver
+copies besides (a CUDA context is 0.3 to 0.5 GB) costs time but is not counted, so the figures are conservative.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from agent.core.errors import DeadlineError, HibernodeError, PreconditionError
 GB = 1_000_000_000
 
 MEMORY_CHANGED = "MEMORY_CHANGED"
-"""The reason of the error that tells of a byte that came back different."""
+"""Reason of the error for a byte that changed."""
 
 FIX_CHANGED = (
     "deploy with `idle: never` on this host until this is solved: look for XID and ECC errors (`dmesg`, `nvidia-smi -q "
     "-d ECC`), update the driver (580 or newer), and report it to NVIDIA/cuda-checkpoint"
 )
 FIX_FAILED = (
-    "look at `hibernode doctor` and at `dmesg` for XID errors; drivers before 580 are known to fail at this; deploy "
+    "check `hibernode doctor`, and `dmesg` for XID errors; drivers before 580 are known to fail at this; deploy "
     "with `idle: never` on this host until the selftest passes"
 )
 
 
 class Proof(Enum):
-    """How a selftest ended. Only PROVED says that this host may freeze instances."""
+    """The outcome of a selftest. Only PROVED allows this host to freeze instances."""
 
     PROVED = "PROVED"
     FAILED = "FAILED"
@@ -40,7 +40,7 @@ class Proof(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`reason` is stable (UPPER_SNAKE, "" when PROVED), `message` a sentence, `fix` what to do."""
+    """`reason` is stable (UPPER_SNAKE, "" when PROVED); `message` is a sentence, `fix` the advice."""
 
     proof: Proof
     reason: str = ""
@@ -50,11 +50,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class CycleFigures:
-    """One freeze and one wake by one checkpointer, every byte compared afterwards.
+    """One freeze and wake by one checkpointer, with every byte compared afterwards.
 
-    `freeze_s` and `wake_s` are the whole of it as the agent sees it, the rest its steps: the driver's calls, and the
-    cgroup's (or SIGSTOP's). `released_bytes`: by how much NVML saw free memory grow while it was frozen.
-    """
+    `freeze_s` and `wake_s` are totals; the other times are steps: driver calls and the cgroup's (or SIGSTOP's).
+    `released_bytes`: growth of free memory, by NVML, while frozen."""
 
     lock_s: float
     checkpoint_s: float
@@ -72,8 +71,8 @@ class CycleFigures:
 
 @dataclass(frozen=True, slots=True)
 class PinnedCopy:
-    """All of the memory through a pinned buffer, to the host and to the device: what the bus can do. `unavailable`
-    says why there are no figures."""
+    """A copy of all memory through a pinned buffer, to host and device: the speed of the bus. `unavailable` says why
+    there are no figures."""
 
     to_host_s: float = 0.0
     to_device_s: float = 0.0
@@ -84,8 +83,7 @@ class PinnedCopy:
 
 @dataclass(frozen=True, slots=True)
 class SelftestRun:
-    """One freeze and wake. Run 0 is the warm-up and does not count: first touches of host memory, a driver's first
-    time."""
+    """One freeze and wake. Run 0 is the warm-up and does not count: it pays for first touches of host memory."""
 
     run: int
     checkpointer: str
@@ -99,7 +97,7 @@ class SelftestRun:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of all counted runs."""
+    """Median and range over the counted runs."""
 
     median: float
     min: float
@@ -111,36 +109,36 @@ PINNED = tuple(field.name for field in fields(PinnedCopy) if field.name.endswith
 
 
 def gb_s(bytes_: int, seconds: float) -> float:
-    """10^9 bytes a second; 0 where nothing was measured."""
+    """10^9 bytes per second; 0 without a measurement."""
     return bytes_ / GB / seconds if seconds > 0 else 0.0
 
 
 def summarize(runs: Iterable[SelftestRun]) -> dict[str, dict[str, Spread]]:
-    """By checkpointer and figure, of the counted runs. The pinned copy depends on no checkpointer: key "pinned"."""
+    """Spread of each figure over the counted runs, by checkpointer; key "pinned" for the pinned copy."""
     counted = [run for run in runs if run.counted]
-    found: dict[str, dict[str, Spread]] = {}
+    summary: dict[str, dict[str, Spread]] = {}
     for name in dict.fromkeys(run.checkpointer for run in counted):
         of_name = [run.figures for run in counted if run.checkpointer == name]
-        found[name] = {key: _of(of_name, key) for key in TIMES}
+        summary[name] = {key: _of(of_name, key) for key in TIMES}
     copies = [run.pinned for run in counted if not run.pinned.unavailable]
     if copies:
-        found["pinned"] = {key: _of(copies, key) for key in PINNED}
-    return found
+        summary["pinned"] = {key: _of(copies, key) for key in PINNED}
+    return summary
 
 
 def ratios(runs: Iterable[SelftestRun], of: str, to: str) -> dict[str, Spread]:
-    """`of` / `to`, figure by figure, run by run: both met the same minute of the machine."""
+    """`of` / `to` for each figure, compared within the same run."""
     by_run: dict[tuple[int, str], CycleFigures] = {
         (run.run, run.checkpointer): run.figures for run in runs if run.counted
     }
     pairs = [(figures, by_run[number, to]) for (number, name), figures in by_run.items() if name == of
              if (number, to) in by_run]  # fmt: skip
-    found = {}
+    summary = {}
     for key in TIMES:
-        values = [getattr(one, key) / getattr(other, key) for one, other in pairs if getattr(other, key) > 0]
+        values = [getattr(figures, key) / getattr(other, key) for figures, other in pairs if getattr(other, key) > 0]
         if values:
-            found[key] = Spread(statistics.median(values), min(values), max(values))
-    return found
+            summary[key] = Spread(statistics.median(values), min(values), max(values))
+    return summary
 
 
 def _of(rows: Sequence[CycleFigures] | Sequence[PinnedCopy], key: str) -> Spread:
@@ -149,7 +147,7 @@ def _of(rows: Sequence[CycleFigures] | Sequence[PinnedCopy], key: str) -> Spread
 
 
 def verdict_of(error: HibernodeError, *, begun: bool) -> Verdict:
-    """What an error means for the host. `begun`: the program ran and its freezes had started."""
+    """The verdict for an error. `begun`: the program ran and freezes had started."""
     if error.reason == MEMORY_CHANGED:
         return Verdict(Proof.MEMORY_CHANGED, error.reason, error.message, FIX_CHANGED)
     if not begun or isinstance(error, PreconditionError):

@@ -21,7 +21,7 @@ from tests.scheduler.gateway.rig import GatewayRig, gateway_rig
 
 @dataclass
 class Central:
-    """The node n1 has a fake ingress; what the fleet knows of it is only what `report` says."""
+    """Node n1 has a fake ingress; the fleet knows only what `report` sends."""
 
     rig: GatewayRig
     fleet: Fleet

@@ -26,7 +26,7 @@ from agent.v1.function_service_pb2 import (
 from agent.v1.scheduler_service_pb2 import ListFleetInstancesRequest, ListNodesRequest, SetNodeSchedulingRequest
 from agent.v1.types_pb2 import FunctionSpec, Instance, Node
 from agent.wire.clients import DaemonChannel
-from tests.fakes.agent_node import FakeAgentNode, hold
+from tests.fakes.agent_node import FakeAgentNode, echo, hold
 from tests.http.rig import Wire
 
 NODE_TOKEN = "credential-of-gpu-1-0123456789"
@@ -233,7 +233,7 @@ async def test_an_agent_that_dies_fails_what_is_inside_and_the_rest_waits_for_it
     status, _, body = await inside
     assert (status, json.loads(body)["Code"]) == (502, "InstanceCrashed")
     assert not any(task.done() for task in queued)
-    node.ingress.default = type(node.ingress)().default
+    node.ingress.default = echo
     await node.start(daemon.endpoints["grpc"])
     assert [(await task)[0] for task in queued] == [200, 200, 200]
     assert node.created == ["ocr/1/0/1"], "the instance lived on, nothing was created"

@@ -145,7 +145,7 @@ async def test_a_crash_in_the_middle_of_a_request(world: World) -> None:
 NEVER_THERE = {
     "no-command": ("START_FAILED", "FunctionNotStarted", "/opt/nowhere/serve"),
     "init-fails": ("INITIALIZATION_ERROR", "InitializationError", "POST /initialize answered 500"),
-    "leaves-at-once": ("FUNCTION_NOT_STARTED", "FunctionNotStarted", "leaving as $EXIT_CODE says"),
+    "leaves-at-once": ("FUNCTION_NOT_STARTED", "FunctionNotStarted", "exiting with $EXIT_CODE"),
     "never-listens": ("FUNCTION_NOT_STARTED", "FunctionNotStarted", "The CA's http server cannot be started"),
 }
 

@@ -183,7 +183,7 @@ async def test_an_engine_that_is_not_there_is_said_at_once_and_the_agent_lives(t
 
         with sockets.socket(sockets.AF_UNIX) as dead:
             dead.bind(str(socket))
-    words = {"missing": "there is no such socket", "left behind": "nobody listens there"}
+    words = {"missing": "there is no such socket", "left behind": "nothing listens on it"}
     async with a_node(str(socket)) as stack:
         told(await create(stack, props(images.BUSYBOX)), "ENGINE_UNAVAILABLE", UNAVAILABLE, words[what], "start docker")
         seen = await hibernode(stack, "node")

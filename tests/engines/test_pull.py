@@ -108,7 +108,7 @@ async def test_a_registry_that_stops_in_the_middle_is_given_up_and_can_be_tried_
     place.registry.hold.clear()
     stuck = await place.refusal(image, ANN)
     assert stuck.reason == "IMAGE_PULL_FAILED"
-    assert "nothing more came" in stuck.message
+    assert "no more data arrived" in stuck.message
     assert place.here() == set()
     place.registry.hold.set()
     await place.images.ensure(image, ANN)

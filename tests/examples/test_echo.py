@@ -103,7 +103,7 @@ def test_plays_the_broken_ones(start: Start) -> None:
     assert leaving.process.wait(10) == 4
 
     silent = start("echo", NEVER_LISTEN="1")
-    while b"no port is opened" not in silent.stderr.read_bytes():
+    while b"the port stays closed" not in silent.stderr.read_bytes():
         assert silent.process.poll() is None
         time.sleep(0.01)
     with pytest.raises(ConnectionRefusedError):

@@ -52,7 +52,7 @@ def test_reads_with_the_models_that_are_in_device_memory(ocr: Program, nvidia: E
 def test_what_is_no_picture_is_the_callers_fault(ocr: Program) -> None:
     ocr.request("POST", "/initialize")
     status, answer = ocr.json("POST", "/", b"%PDF-1.7")
-    assert (status, answer["error"]) == (400, "not a picture that can be read: OSError: cannot identify image file")
+    assert (status, answer["error"]) == (400, "not a readable picture: OSError: cannot identify image file")
     assert ocr.json("POST", "/", b"picture the moon") == (200, READ)
 
 

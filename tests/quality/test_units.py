@@ -84,7 +84,7 @@ def test_what_the_agent_cannot_live_with_is_off_and_says_why(root: Path) -> None
     text = (root / "systemd/hibernode-agent.service").read_text()
     switched_on = {*MUST_STAY_OFF, "DeviceAllow"} & _directives(text).keys()
     assert not switched_on
-    reasons = text.partition("# ---- What must stay off.")[2]
+    reasons = text.partition("# ---- Settings that must stay off.")[2]
     assert not {name for name in MUST_STAY_OFF if f"{name}" not in reasons}
 
 

@@ -15,7 +15,7 @@ from agent.adapters.kernel import cgroup, process_table
 from agent.core.errors import DeadlineError, InstanceError
 from agent.core.types import MIB
 from agent.selftest.target import BLOCK, PAGE, CudaDevice, Pattern, sizes
-from agent.selftest.target_process import SLICE_NAME, SelftestProcess, TargetPlace, find_place
+from agent.selftest.target_process import SLICE_NAME, SelftestProcess, TargetLocation, find_location
 from tests.fakes.emulated_driver import EmulatedNvidia
 
 SIZE = 9 * MIB + 5
@@ -24,7 +24,7 @@ DEADLINE_S = 20.0
 
 def pages(round_: int, index: int) -> list[bytes]:
     pattern = Pattern()
-    pattern.make(round_, index)
+    pattern.fill(round_, index)
     return [bytes(pattern.bytes[at : at + PAGE]) for at in range(0, BLOCK, PAGE)]
 
 
@@ -53,7 +53,7 @@ def test_the_allocations_are_as_many_bytes_as_asked_for(total: int) -> None:
 async def target(nvidia: EmulatedNvidia, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SelftestProcess]:
     for name, value in nvidia.environment.items():
         monkeypatch.setenv(name, value)
-    made = await SelftestProcess.start(find_place(process_table.boot_id()), nvidia.control.devices()[0].uuid)
+    made = await SelftestProcess.start(find_location(process_table.boot_id()), nvidia.control.devices()[0].uuid)
     try:
         yield made
     finally:
@@ -123,7 +123,7 @@ async def test_a_program_that_stops_answering_has_a_deadline(target: SelftestPro
 async def test_an_end_leaves_no_cgroup(nvidia: EmulatedNvidia, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in nvidia.environment.items():
         monkeypatch.setenv(name, value)
-    place = find_place(process_table.boot_id())
+    place = find_location(process_table.boot_id())
     made = await SelftestProcess.start(place, nvidia.control.devices()[0].uuid)
     await made.ask("allocate", DEADLINE_S, bytes=MIB)
     assert await made.leave() == {}
@@ -135,7 +135,7 @@ async def test_an_end_leaves_no_cgroup(nvidia: EmulatedNvidia, monkeypatch: pyte
 
 async def test_a_driver_that_is_not_there_is_an_answer(monkeypatch: pytest.MonkeyPatch, nvidia: EmulatedNvidia) -> None:
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
-    made = await SelftestProcess.start(find_place(process_table.boot_id()), nvidia.control.devices()[0].uuid)
+    made = await SelftestProcess.start(find_location(process_table.boot_id()), nvidia.control.devices()[0].uuid)
     try:
         answer = await made.ask("allocate", DEADLINE_S, bytes=MIB)
     finally:
@@ -153,13 +153,13 @@ def test_what_a_killed_selftest_left_is_removed_and_what_is_in_use_is_not() -> N
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as somebody:
         other = process_table.identify(somebody.pid, boot_id)
         assert other is not None
-        in_use = TargetPlace(slice_, f"{other.pid}-{other.start_time}", boot_id)
-        left = TargetPlace(slice_, f"{other.pid}-{other.start_time - 1}", boot_id)  # a pid that was used again
+        in_use = TargetLocation(slice_, f"{other.pid}-{other.start_time}", boot_id)
+        left = TargetLocation(slice_, f"{other.pid}-{other.start_time - 1}", boot_id)  # a pid that was used again
         for place in (in_use, left):
             slice_.create(place.uid)
         assert in_use.path is not None
         assert left.path is not None
-        find_place(boot_id)
+        find_location(boot_id)
         assert (in_use.path.exists(), left.path.exists()) == (True, False)
         in_use.path.rmdir()
         slice_.remove_if_empty()

@@ -1,8 +1,8 @@
-"""The one way to a container engine: Docker's API on a unix socket, which Podman speaks too (aiodocker is the client).
+"""Calls a container engine through Docker's API on a unix socket, which Podman also speaks (client: aiodocker).
 
-The engine may be away, come back, hang or be another one after an upgrade; the agent must live through all of it. So
-nothing is connected before it is needed, every call has a deadline and a place among few, and every failure becomes a
-`HibernodeError` that says what to do. A connection serves one call: a kept one dies unseen when the engine restarts.
+The engine may stop, come back, hang or change its version while the agent runs. So it connects on first use, every call
+has a deadline and takes one of few slots, and every failure becomes a `HibernodeError` with a fix. Each call uses its
+own connection: an idle one would break unnoticed when the engine restarts.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from agent.core.errors import HibernodeError, InstanceError, UnavailableError
 from agent.log import get_logger
 
 SOCKETS = ("/run/docker.sock", "/run/podman/podman.sock")
-"""Where `runtime.engine.socket: auto` looks, in this order."""
+"""The sockets that `runtime.engine.socket: auto` tries, in this order."""
 DOCKER_API_MIN = (1, 41)
 PODMAN_MIN = (4, 3)
-CALLS_AT_ONCE = 8
+MAX_CONCURRENT_CALLS = 8
 CHECK_DEADLINE_S = 10.0
 CONNECTION_FAILED = 900
-"""aiodocker's own status for an engine that could not be reached."""
+"""aiodocker's status for an unreachable engine."""
 NO_SPACE = "no space left on device"
 
 Kind = Literal["docker", "podman"]
@@ -40,8 +40,7 @@ log = get_logger()
 
 
 class EngineError(InstanceError):
-    """The engine's own refusal: its HTTP status and its text. Callers classify it; unclassified it is still an answer
-    that a user can read. `status` 0 = told in the middle of a stream."""
+    """A refusal by the engine: its HTTP status (0 = sent within a stream) and its text. Callers classify it."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__("ENGINE_REFUSED", f"the container engine says: {text}", status=status)
@@ -50,21 +49,22 @@ class EngineError(InstanceError):
 
     @property
     def not_found(self) -> bool:
-        """Podman says 500 where the container goes away while it looks."""
+        """Also Podman's 500 for a container that disappears during the call."""
         return self.status == 404 or (self.status == 500 and "no such container" in self.text)
 
 
 class EngineApi:
-    """Docker or Podman behind `socket` ("auto" = the first of `SOCKETS` that is there). Lives on one event loop.
+    """Docker or Podman behind `socket` ("auto" = the first of `SOCKETS` that exists). Lives on one event loop.
 
-    `kind`, `version` and `info` (GET /info) are those of the last connect; read them after `connect`. `health` is ""
-    while the engine answers, else why it can't be used, as found by the last call or `check`.
-    """
+    `kind`, `version` and `info` (GET /info) date from the last connect. `health` is "" while the engine answers, else
+    why the last call or `check` could not use it."""
 
-    def __init__(self, socket: str = "auto", deadline_s: float = 60.0, calls_at_once: int = CALLS_AT_ONCE) -> None:
+    def __init__(
+        self, socket: str = "auto", deadline_s: float = 60.0, max_concurrent_calls: int = MAX_CONCURRENT_CALLS
+    ) -> None:
         self._socket = socket
         self._deadline_s = deadline_s
-        self._slots = asyncio.Semaphore(calls_at_once)
+        self._slots = asyncio.Semaphore(max_concurrent_calls)
         self._connecting = asyncio.Lock()
         self._docker: aiodocker.Docker | None = None
         self._connector: aiohttp.UnixConnector | None = None
@@ -77,35 +77,34 @@ class EngineApi:
 
     @property
     def docker(self) -> aiodocker.Docker:
-        """The client itself, for streams; use it within `errors()` after `connect()`. Its calls have no deadline."""
+        """The client, for streams; use it inside `errors()` after `connect()`. Its calls have no deadline."""
         if self._docker is None:
-            raise self._unavailable(self.health or "it was not connected yet")
+            raise self._unavailable(self.health or "it is not connected yet")
         return self._docker
 
     @property
     def facts(self) -> EngineFacts:
-        """What the engine said of itself at the last connect; after `connect`."""
+        """What the engine reported about itself at the last connect."""
         return read_facts(self.kind, self.version, self.info, self.path)
 
-    # ---- being connected ----------------------------------------------------------------------------------------
+    # ---- connection ---------------------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Know which engine it is; costs nothing while that is known. Done again after the engine was away.
+        """Identify the engine. Does nothing while it is known; runs again after the engine was unavailable.
 
-        Raises UnavailableError ENGINE_UNAVAILABLE, ENGINE_TOO_OLD.
-        """
+        Raises UnavailableError ENGINE_UNAVAILABLE, ENGINE_TOO_OLD."""
         if self._connected:
             return
         async with self._connecting:
             if not self._connected:
-                await self._ask()
+                await self._check()
 
     async def check(self) -> None:
-        """Does it answer now, and is it one we can use? Asks always. Raises as `connect` does."""
+        """Check now whether the engine answers and is supported. Raises as `connect` does."""
         async with self._connecting:
-            await self._ask()
+            await self._check()
 
-    async def _ask(self) -> None:
+    async def _check(self) -> None:
         try:
             with self.errors():
                 async with asyncio.timeout(min(CHECK_DEADLINE_S, self._deadline_s)):
@@ -114,13 +113,13 @@ class EngineApi:
             if self._connected or not self.health:
                 log.warning("engine.unavailable", socket=self.path or self._socket, error=str(error))
             self._connected, self.health = False, error.message
-            if isinstance(error, EngineError):  # whatever it refuses here, it can't be used
+            if isinstance(error, EngineError):  # an engine that refuses /version or /info is unusable
                 raise self._unavailable(error.message) from error
             raise
 
     async def _identify(self) -> None:
         docker = self._open()
-        docker.api_version = "auto"  # it may have been upgraded; asks /version by itself where need be
+        docker.api_version = "auto"  # aiodocker negotiates again: the engine may have been upgraded
         answer = await docker.version()
         kind: Kind = "podman" if _is_podman(answer) else "docker"
         version = str(answer["Version"])
@@ -132,23 +131,23 @@ class EngineApi:
         self._connected, self.health = True, ""
 
     def _open(self) -> aiodocker.Docker:
-        """The client; made when the first engine was found. That socket stays ours, also when another one appears."""
+        """The client, created once a socket exists. That socket is kept even if another one appears."""
         if self._docker is None:
             if self._socket == "auto":
                 self.path = next((path for path in SOCKETS if os.path.exists(path)), "")
                 if not self.path:
                     raise UnavailableError(
                         "ENGINE_UNAVAILABLE",
-                        f"no container engine: none of {', '.join(SOCKETS)} is there; start docker or podman, or set "
+                        f"no container engine: none of {', '.join(SOCKETS)} exists; start docker or podman, or set "
                         "runtime.engine.socket",
                     )
-            # Without a limit of its own: followed logs and terminals hold connections for hours.
+            # No connection limit: followed logs and terminals hold connections for hours.
             self._connector = aiohttp.UnixConnector(self.path, limit=0, force_close=True)
             self._docker = aiodocker.Docker(url="unix://localhost", connector=self._connector)
         return self._docker
 
     async def close(self) -> None:
-        """The agent leaves. Streams that are still open break. Idempotent."""
+        """Close the client; open streams break. Idempotent."""
         docker, self._docker, self._connected = self._docker, None, False
         if docker:
             await docker.close()
@@ -158,32 +157,31 @@ class EngineApi:
 
     # ---- calls --------------------------------------------------------------------------------------------------
 
-    async def call(self, make: Callable[[aiodocker.Docker], Awaitable[Call]], deadline_s: float | None = None) -> Call:
+    async def call(
+        self, request: Callable[[aiodocker.Docker], Awaitable[Call]], deadline_s: float | None = None
+    ) -> Call:
         """Make one call: `await api.call(lambda docker: docker.images.inspect(name))`.
 
-        Connects where need be, waits for one of a few places, and gives it all `deadline_s` (default: the settings'
-        operation timeout). After a deadline nobody knows whether the engine still does it: ask before doing it again.
-
-        Raises UnavailableError ENGINE_UNAVAILABLE or ENGINE_TOO_OLD, InstanceError DISK_FULL, and `EngineError` for
-        everything that the engine refuses.
-        """
+        Connects if needed and waits for a slot, all within `deadline_s` (default: the configured operation timeout).
+        After a timeout the engine may still complete the call: check before repeating it. Raises UnavailableError
+        ENGINE_UNAVAILABLE or ENGINE_TOO_OLD, InstanceError DISK_FULL, and `EngineError` for every other refusal."""
         with self.errors():
             async with asyncio.timeout(self._deadline_s if deadline_s is None else deadline_s):
                 await self.connect()
                 async with self._slots:
-                    return await make(self.docker)
+                    return await request(self.docker)
 
     @asynccontextmanager
     async def stream(self) -> AsyncIterator[aiodocker.Docker]:
-        """For answers that take as long as they take (pull, logs, exec): connected, errors told as `call` tells them.
-        The caller has the deadline, and the bound on how many there are; deadlines inside are the engine's fault."""
+        """The connected client for calls of any length (pull, logs, exec), with the errors of `call`. The caller sets
+        the deadline and limits the number of streams; a timeout inside counts as the engine's fault."""
         with self.errors():
             await self.connect()
             yield self.docker
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn what aiodocker, aiohttp and `asyncio.timeout` raise inside into the errors of `call`."""
+        """Translate exceptions of aiodocker, aiohttp and `asyncio.timeout` into the errors of `call`."""
         try:
             yield
         except HibernodeError:
@@ -192,28 +190,28 @@ class EngineApi:
             raise self._refusal(error) from error
         except TimeoutError as error:
             raise self._unavailable(
-                "it did not answer in time; see its log, and whether its disk is slow or full"
+                "it did not answer in time; check its log, and whether its disk is slow or full"
             ) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise self._lost(error) from error
+            raise self._connection_lost(error) from error
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise self._unavailable(
-                f"its answer is not to be understood ({type(error).__name__}); is it an engine at all? Set "
+                f"its answer is unintelligible ({type(error).__name__}); is it a container engine? Check "
                 "runtime.engine.socket"
             ) from error
 
     def _refusal(self, error: aiodocker.DockerError) -> HibernodeError:
         if error.status == CONNECTION_FAILED:
-            return self._lost(error.__context__ or error)
-        text = _one_line(_words(str(error.message)))
+            return self._connection_lost(error.__context__ or error)
+        text = _single_line(_plain_message(str(error.message)))
         if NO_SPACE in text.lower():
             return InstanceError(
                 "DISK_FULL", f"the container engine's disk is full; free space there ({text})", socket=self.path
             )
         return EngineError(error.status, text)
 
-    def _lost(self, error: BaseException) -> UnavailableError:
-        """Not reached, or gone in the middle of a call: who it is must be asked again."""
+    def _connection_lost(self, error: BaseException) -> UnavailableError:
+        """The engine was unreachable or vanished during a call; it is identified again on the next one."""
         refusal = self._unavailable(_advice(error))
         self._connected, self.health = False, refusal.message
         return refusal
@@ -230,7 +228,7 @@ def _is_podman(version: Mapping[str, Any]) -> bool:
 
 
 def _refuse_old(kind: Kind, version: str, api: str) -> None:
-    """UnavailableError ENGINE_TOO_OLD: it lacks what we rely on (cgroups v2 paths, CapDrop and the like by API)."""
+    """Raise UnavailableError ENGINE_TOO_OLD if the API lacks cgroup v2 paths, CapDrop and the like."""
     if kind == "podman":
         if _numbers(version) < PODMAN_MIN:
             raise UnavailableError(
@@ -239,13 +237,13 @@ def _refuse_old(kind: Kind, version: str, api: str) -> None:
     elif _numbers(api) < DOCKER_API_MIN:
         raise UnavailableError(
             "ENGINE_TOO_OLD",
-            f"Docker {version} speaks API {api}, 1.41 is needed; install Docker 20.10 or newer",
+            f"Docker {version} speaks API {api}, but 1.41 is needed; install Docker 20.10 or newer",
             version=version,
         )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """ "4.3.1-rhel" as (4, 3): a version is compared by its first two numbers."""
+    """The first two numbers of a version: "4.3.1-rhel" -> (4, 3)."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
@@ -255,24 +253,24 @@ def _advice(error: BaseException) -> str:
         case errno.ENOENT | errno.ENOTDIR:
             return "there is no such socket; start docker or podman, or set runtime.engine.socket"
         case errno.ECONNREFUSED:
-            return "nobody listens there (the socket was left behind); start docker or podman"
+            return "nothing listens on it (the socket was left behind); start docker or podman"
         case errno.EACCES | errno.EPERM:
             return (
                 "the agent may not open the socket; run the agent as root, or add its user to the socket's group "
-                "(members of it are as good as root)"
+                "(members of that group have root's power)"
             )
         case _:
-            return f"the connection broke ({_one_line(str(error)) or type(error).__name__}); it may be restarting"
+            return f"the connection broke ({_single_line(str(error)) or type(error).__name__}); it may be restarting"
 
 
-def _words(text: str) -> str:
-    """aiodocker hands on the whole body where its type is written in another way than Docker does."""
+def _plain_message(text: str) -> str:
+    """The message field, where aiodocker returns a whole JSON body (it expects Docker's exact content type)."""
     if text.startswith("{"):
         with suppress(json.JSONDecodeError):
             return str(json.loads(text).get("message") or text)
     return text
 
 
-def _one_line(text: str) -> str:
-    """An engine's text, bounded, for a log line or an error."""
+def _single_line(text: str) -> str:
+    """An engine's text on one line, truncated for a log line or an error."""
     return " ".join(text.split())[:2000]

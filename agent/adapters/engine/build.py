@@ -1,4 +1,4 @@
-"""Puts the engine runtime together from the node's settings."""
+"""Builds the engine runtime from the node's settings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from agent.adapters.runtime.log_files import LogFiles
 from agent.core.types import SECOND_NS
 from agent.settings import GpuSettings, RuntimeSettings
 
-LOG_KEEP = 200
+KEPT_LOG_FILES = 200
 
 
 def open_engine_api(runtime: RuntimeSettings) -> EngineApi:
-    """The way to the engine of the settings. Connects to nothing yet."""
+    """A client for the configured engine. Does not connect yet."""
     return EngineApi(runtime.engine.socket, runtime.engine.operation_timeout_ns / SECOND_NS)
 
 
@@ -33,25 +33,31 @@ def open_engine_runtime(
     state_uuid: str,
     logs: Logs,
     execs: Execs,
-    kept_out: Sequence[Path] = (),
+    excluded_paths: Sequence[Path] = (),
     auth_files: Sequence[Path] | None = None,
 ) -> EngineRuntime:
-    """`kept_out`: paths beside the state directory that no volume may reach (our socket). Asks nothing of the engine
-    yet: the daemon starts while that is down. The caller awaits `close`."""
+    """Build the runtime without contacting the engine: the daemon starts while that is down. The caller awaits `close`.
+    `excluded_paths`: paths outside the state directory that no volume may reach (the agent's socket)."""
     network = EngineNetwork(api, state_uuid)
     images = Images(api, runtime.engine.pull, runtime.engine.pull_timeout_ns / SECOND_NS, auth_files)
     planner = ContainerPlanner(
-        api, images, runtime, gpu, state_uuid=state_uuid, network=network.name, kept_out=(state_dir, *kept_out)
+        api,
+        images,
+        runtime,
+        gpu,
+        state_uuid=state_uuid,
+        network=network.name,
+        excluded_paths=(state_dir, *excluded_paths),
     )
-    parts = EngineComponents(
+    components = EngineComponents(
         api=api,
         images=images,
         planner=planner,
         network=network,
         containers=EngineContainers(api, state_uuid),
         bundles=Bundles(state_dir, state_uuid),
-        files=LogFiles(state_dir, runtime.log_limit_bytes, LOG_KEEP),
+        files=LogFiles(state_dir, runtime.log_limit_bytes, KEPT_LOG_FILES),
         logs=logs,
         execs=execs,
     )
-    return EngineRuntime(parts)
+    return EngineRuntime(components)

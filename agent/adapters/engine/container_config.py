@@ -1,8 +1,8 @@
-"""What an image's container is created with: a pure function of the start and the node's options.
+"""Builds the configuration of a container from the start and the node's options. Pure.
 
-The result is the body of `POST /containers/create` as Docker (API 1.41, from 20.10) and Podman (from 4.3) both
-understand it; `engine_plan_libpod` says the same in the words of Podman's own API. It holds secrets (the function's
-variables): never logged.
+The result is the body of `POST /containers/create` that Docker (API 1.41, from 20.10) and Podman (from 4.3) both
+understand; `container_config_libpod` translates it for Podman's own API. It contains secrets (the function's
+variables): never log it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ LOG_FILES = "2"
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What a plan needs beside the start: the node's settings, and what was decided before about its image, GPUs and
-    volumes. `image` is what to run, an image id where it is known (a tag may move between pull and start);
-    `image_user` and
-    `image_environment` are its own. `disk_limit`: bound the writable layer by the function's disk.
-    `host_cpus` 0 = unknown.
-    """
+    """Inputs of a plan besides the start.
+
+    - `image`: what to run, by id where known (a tag may move between pull and start).
+    - `image_user`, `image_environment`: the image's own.
+    - `disk_limit`: limit the writable layer to the function's disk size.
+    - `host_cpus`: 0 = unknown."""
 
     image: str
     network: str
@@ -50,14 +50,13 @@ class PlanOptions:
 
 
 def container_name(uid: str) -> str:
-    """What `docker ps` shows."""
+    """The name in `docker ps`."""
     return f"hibernode-{uid}"
 
 
 def container_config(spec: StartSpec, options: PlanOptions) -> dict[str, Any]:
-    """The body. Words of the function replace the image's entrypoint and command, as with `docker run`: an entrypoint
-    alone drops the image's command. Raises InvalidArgumentError SPEC_INVALID for an FCGPU_RUNTIME_SHMSIZE that is no
-    size."""
+    """The request body. A function's entrypoint or command replaces the image's, as with `docker run`: an entrypoint
+    alone drops the image's command. Raises InvalidArgumentError SPEC_INVALID for a malformed FCGPU_RUNTIME_SHMSIZE."""
     function = spec.instance.function
     config: dict[str, Any] = {
         "Image": options.image,
@@ -67,7 +66,7 @@ def container_config(spec: StartSpec, options: PlanOptions) -> dict[str, Any]:
             INSTANCE_LABEL: spec.instance.uid,
             FUNCTION_LABEL: function.name,
         },
-        # Its exec would hang in a frozen container, and every look at the container after it.
+        # A health check's exec would hang in a frozen container, and every later inspect with it.
         "Healthcheck": {"Test": ["NONE"]},
         "HostConfig": _host_config(function, options),
     }
@@ -107,12 +106,12 @@ def _host_config(function: FunctionSpec, options: PlanOptions) -> dict[str, Any]
         "Mounts": [_mount(volume) for volume in (*options.volumes, *_attached(options.attachment))],
         "DeviceRequests": [dict(request) for request in options.attachment.device_requests],
     }
-    # Left out where empty: Podman writes an empty list down as one, Docker as none.
+    # Podman stores an empty list as given, Docker as none, so empty values are left out.
     return {key: value for key, value in host.items() if value not in ([], {})}
 
 
 def _isolation(function: FunctionSpec, options: PlanOptions) -> dict[str, Any]:
-    """What keeps it from the host and from its neighbours."""
+    """Settings that isolate the container from the host and its neighbours."""
     host: dict[str, Any] = {
         "Privileged": False,
         "CapDrop": ["ALL"],
@@ -124,20 +123,19 @@ def _isolation(function: FunctionSpec, options: PlanOptions) -> dict[str, Any]:
     }
     if function.container.read_only_root:
         size = f",size={function.disk_bytes}" if function.disk_bytes else ""
-        # exec: what frameworks compile for the GPU at run time lies there and is loaded from there.
+        # exec: frameworks compile GPU code into /tmp and load it from there.
         host["Tmpfs"] = {"/tmp": f"rw,nosuid,nodev,exec,mode=1777{size}"}  # noqa: S108 (the container's)
     return host
 
 
 def is_root(user: str) -> bool:
-    """Does a container of this `user[:group]` begin as root? Nobody else is given capabilities: Docker would take them
-    from other users by itself, Podman hands them on (ambient), and such a user would be root but for the name."""
+    """Whether a container of this `user[:group]` starts as root. Only root gets capabilities: Docker drops them for
+    other users, but Podman passes them on (ambient), which would make such a user root in all but name."""
     return user.partition(":")[0] in ("", "0", "root")
 
 
 def _limits(function: FunctionSpec, options: PlanOptions) -> dict[str, Any]:
-    """No swap: what is frozen must be in memory when it is woken. CPUs as many as the host has, at most: engines refuse
-    to start more."""
+    """No swap: a frozen instance must be in memory when it wakes. At most the host's CPUs: engines refuse more."""
     container = function.container
     cpu_millis = max(LEAST_CPU_MILLIS, function.vcpu_millis)
     if options.host_cpus:
@@ -158,13 +156,13 @@ def _limits(function: FunctionSpec, options: PlanOptions) -> dict[str, Any]:
 
 
 def _attached(attachment: Attachment) -> list[ResolvedVolume]:
-    """`gpu.mounts.binds`, whose form the settings have checked."""
+    """`gpu.mounts.binds`, in the form that the settings have validated."""
     parts = [bind.split(":") for bind in attachment.binds]
     return [ResolvedVolume(source, target, read_only=rest == ["ro"]) for source, target, *rest in parts]
 
 
 def _mount(volume: ResolvedVolume) -> dict[str, Any]:
-    # Not a bind of the old form: there, an engine makes what is missing on the host, as root.
+    # Not an old-style bind: with one, the engine creates missing host paths as root.
     return {
         "Type": "bind",
         "Source": volume.source,

@@ -1,7 +1,7 @@
-"""A container's configuration in the words of Podman's own API, which alone takes CDI devices before Podman 5.4.
+"""Translates a container configuration for Podman's own API, the only one that takes CDI devices before Podman 5.4.
 
-`POST /v4.0.0/libpod/containers/create`; everything after that is asked as of any other container. A translation of
-what `engine_plan` makes and of nothing else: what it does not know it refuses, so that no limit is lost on the way.
+The body is for `POST /v4.0.0/libpod/containers/create`; every later call uses the Docker API. The input is the result
+of `container_config`. A key without a translation raises, so that no limit is lost.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _CONFIG_KEYS = frozenset({"Image", "Env", "Labels", "Healthcheck", "HostConfig",
 
 
 def libpod_config(config: Mapping[str, Any], name: str, devices: Sequence[str]) -> dict[str, Any]:
-    """The body for the container `name` with the CDI `devices` (`nvidia.com/gpu=<uuid>`). KeyError for a key of
-    `config` that has no translation: a mistake of ours."""
+    """The body for container `name` with the CDI `devices` (`nvidia.com/gpu=<uuid>`). Raises KeyError for a key of
+    `config` that has no translation."""
     if unknown := set(config) - _CONFIG_KEYS:
         raise KeyError(f"no translation for {', '.join(sorted(unknown))}")
     body: dict[str, Any] = {
@@ -30,23 +30,23 @@ def libpod_config(config: Mapping[str, Any], name: str, devices: Sequence[str]) 
         "mounts": [],
         "resource_limits": {},
     }
-    for theirs, ours in (("Entrypoint", "entrypoint"), ("Cmd", "command"), ("User", "user")):
-        if theirs in config:
-            body[ours] = config[theirs]
+    for docker_key, libpod_key in (("Entrypoint", "entrypoint"), ("Cmd", "command"), ("User", "user")):
+        if docker_key in config:
+            body[libpod_key] = config[docker_key]
     for key, value in config["HostConfig"].items():
         _TRANSLATIONS[key](body, value)
     return body
 
 
 def _same(_body: dict[str, Any], _value: object) -> None:
-    """It is Podman's own default."""
+    """Podman's default already does this."""
 
 
 def _set(name: str) -> Callable[[dict[str, Any], Any], None]:
-    def put(body: dict[str, Any], value: object) -> None:
+    def assign(body: dict[str, Any], value: object) -> None:
         body[name] = value
 
-    return put
+    return assign
 
 
 def _network(body: dict[str, Any], value: str) -> None:
@@ -98,7 +98,7 @@ def _pids(body: dict[str, Any], value: int) -> None:
 
 def _ulimits(body: dict[str, Any], value: Sequence[Mapping[str, Any]]) -> None:
     body["r_limits"] = [
-        {"type": f"RLIMIT_{one['Name'].upper()}", "soft": one["Soft"], "hard": one["Hard"]} for one in value
+        {"type": f"RLIMIT_{limit['Name'].upper()}", "soft": limit["Soft"], "hard": limit["Hard"]} for limit in value
     ]
 
 
@@ -107,11 +107,11 @@ def _log(body: dict[str, Any], value: Mapping[str, Any]) -> None:
 
 
 def _mounts(body: dict[str, Any], value: Sequence[Mapping[str, Any]]) -> None:
-    for one in value:
-        access = "ro" if one["ReadOnly"] else "rw"
-        options = ["rbind", access, one["BindOptions"]["Propagation"]]
+    for mount in value:
+        access = "ro" if mount["ReadOnly"] else "rw"
+        options = ["rbind", access, mount["BindOptions"]["Propagation"]]
         body["mounts"].append(
-            {"type": "bind", "source": one["Source"], "destination": one["Target"], "options": options}
+            {"type": "bind", "source": mount["Source"], "destination": mount["Target"], "options": options}
         )
 
 

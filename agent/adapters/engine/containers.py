@@ -1,4 +1,4 @@
-"""Our containers as the engine has them: create, start, inspect, list, remove. Nothing here decides."""
+"""Creates, starts, inspects, lists and removes the agent's containers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ REMOVE_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """A container that we have made: it carries our state directory's UUID, and the name that we gave it."""
+class ListedContainer:
+    """A container that this agent created: its label holds our state directory's UUID and its name is ours."""
 
     id: str
     uid: str
@@ -32,18 +32,18 @@ class Listed:
 
 
 class EngineContainers:
-    """`state_uuid` marks what is ours; nothing else is ever removed."""
+    """`state_uuid` marks this agent's containers; no other container is ever removed."""
 
     def __init__(self, api: EngineApi, state_uuid: str) -> None:
         self._api = api
         self._state_uuid = state_uuid
 
     async def create(self, uid: str, config: Mapping[str, Any], devices: Sequence[str] = ()) -> str:
-        """Its id. A container of ours with the same name, left by an earlier attempt, is removed first. `devices`: CDI
-        names that only Podman's own API takes. `EngineError` as the engine refuses it."""
+        """Create the container and return its id. Removes one of the same name that an earlier attempt left behind.
+        `devices`: CDI names, which only Podman's own API takes. Raises EngineError if the engine refuses it."""
         name = container_name(uid)
 
-        async def make(docker: aiodocker.Docker) -> str:
+        async def create_once(docker: aiodocker.Docker) -> str:
             if not devices:
                 return (await docker.containers.create(dict(config), name=name)).id
             answer = await docker._query_json(
@@ -52,15 +52,15 @@ class EngineContainers:
             return str(answer["Id"])
 
         try:
-            return await self._api.call(make)
+            return await self._api.call(create_once)
         except EngineError as error:
             if not _name_taken(error):
                 raise
         await self.remove_by_name(uid)
-        return await self._api.call(make)
+        return await self._api.call(create_once)
 
-    async def plug_in(self, container_id: str) -> None:
-        """Podman alone: have its network before anything runs in it, so that it can be fenced off first."""
+    async def initialize(self, container_id: str) -> None:
+        """Set up a Podman container's network before any of its code runs, so that it can be isolated first."""
         path = INIT_PATH.format(container_id)
         await self._api.call(lambda docker: docker._query_json(path, "POST", versioned_api=False))
 
@@ -68,24 +68,24 @@ class EngineContainers:
         await self._api.call(lambda docker: docker.containers.container(container_id).start())
 
     async def inspect(self, container_id: str) -> Mapping[str, Any]:
-        """`GET /containers/ID/json`; also takes a name. `EngineError` 404 if there is none."""
+        """`GET /containers/ID/json`, by id or name. Raises EngineError 404 if there is none."""
         return await self._api.call(lambda docker: docker.containers.container(container_id).show())
 
-    async def list(self) -> Sequence[Listed]:
-        """All of ours, ended ones too. Labels alone make none: an image carries labels as well, and whoever runs it by
-        hand lends them to a container that is his."""
+    async def list(self) -> Sequence[ListedContainer]:
+        """All containers of this agent, including ended ones. The label alone is no proof: an image can carry it into a
+        container that was started by hand."""
         filters = json.dumps({"label": [f"{STATE_LABEL}={self._state_uuid}"]})
         found = await self._api.call(lambda docker: docker.containers.list(all=True, filters=filters), LIST_DEADLINE_S)
         return [
-            Listed(one.id, uid, one["State"] in ("running", "paused"))
-            for one in found
-            if (uid := _uid(one["Labels"] or {})) and f"/{container_name(uid)}" in (one["Names"] or ())
+            ListedContainer(entry.id, uid, entry["State"] in ("running", "paused"))
+            for entry in found
+            if (uid := _uid(entry["Labels"] or {})) and f"/{container_name(uid)}" in (entry["Names"] or ())
         ]
 
     async def remove(self, container_id: str) -> None:
-        """Gone when this returns, with its anonymous volumes; what runs in it is killed. Idempotent.
+        """Kill and remove the container and its anonymous volumes. Idempotent.
 
-        Raises InstanceError REMOVE_FAILED, and as `EngineApi.call` does."""
+        Raises InstanceError REMOVE_FAILED, and what `EngineApi.call` raises."""
         refusal: EngineError | None = None
         for pause_s in (*REMOVE_PAUSES_S, None):
             try:
@@ -96,7 +96,7 @@ class EngineContainers:
             except EngineError as error:
                 if error.not_found:
                     return
-                refusal = error  # 409: being removed already; 500: a mount that is busy for a moment
+                refusal = error  # 409: already being removed; 500: a mount is still busy
             else:
                 return
             if pause_s is not None:
@@ -107,8 +107,8 @@ class EngineContainers:
         ) from refusal
 
     async def remove_by_name(self, uid: str) -> None:
-        """The container of this instance, if there is one and it is ours. InstanceError START_FAILED if somebody else's
-        has the name."""
+        """Remove this instance's container, if there is one. Raises InstanceError START_FAILED if the name belongs to a
+        container of another owner."""
         name = container_name(uid)
         try:
             found = await self.inspect(name)
@@ -118,12 +118,12 @@ class EngineContainers:
             raise
         labels = (found.get("Config") or {}).get("Labels") or {}
         if labels.get(STATE_LABEL) != self._state_uuid:
-            raise InstanceError("START_FAILED", f"somebody else's container is named {name}; remove it", uid=uid)
+            raise InstanceError("START_FAILED", f"another owner's container is named {name}; remove it", uid=uid)
         await self.remove(str(found["Id"]))
 
 
 def _uid(labels: Mapping[str, Any]) -> str:
-    """What names folders must be a uid; "" if it is none."""
+    """The instance's uid, or "" if the label is not a valid uid (uids name folders)."""
     uid = str(labels.get(INSTANCE_LABEL) or "")
     return uid if UID_PATTERN.fullmatch(uid) else ""
 

@@ -1,7 +1,7 @@
-"""What an engine says when a container can't be created or started, as a reason and what to do.
+"""Translates a container engine's create and start errors into InstanceErrors with a reason and advice.
 
-The texts are those of Docker 20.10 to 29, Podman 4.3 to 5, runc and crun; they have no codes. What is not known here
-stays START_FAILED with the engine's own words.
+Engines give no error codes, so the patterns match the texts of Docker 20.10 to 29, Podman 4.3 to 5, runc and crun.
+An unknown text becomes START_FAILED and quotes the engine.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _MEMORY = re.compile(r"minimum memory limit|memory limit (too low|.*lower than)"
 _GPU = re.compile(r"could not select device driver|unresolvable CDI devices|nvidia-container", re.IGNORECASE)
 
 
-def network_is_gone(error: EngineError) -> bool:
-    """Somebody removed the agent's network behind its back."""
+def network_missing(error: EngineError) -> bool:
+    """The agent's network was removed from outside."""
     return _NO_NETWORK.search(error.text) is not None
 
 
@@ -40,7 +40,7 @@ def disk_limit_refused(error: EngineError) -> bool:
 
 
 def start_refused(function: FunctionSpec, error: EngineError) -> InstanceError:
-    """The failure of `create` or `start` in the words of a user of functions."""
+    """The error that a user sees when `create` or `start` failed with `error`."""
     text = error.text
     if addresses_exhausted(text):
         return exhausted(text)
@@ -63,7 +63,7 @@ _KNOWN = (
     ),
     (_NO_IMAGE, "IMAGE_NOT_FOUND", "the image {image} was removed from this node meanwhile; create the instance again"),
     (_NO_USER, "START_FAILED", "the image {image} has no such user; use a number or leave `user` out"),
-    (_NO_SOURCE, "VOLUME_REFUSED", "a volume's folder on the host does not exist; make it, or leave the volume out"),
+    (_NO_SOURCE, "VOLUME_REFUSED", "a volume's folder does not exist on the host; create it, or drop the volume"),
     (
         _DISK_LIMIT,
         "START_FAILED",

@@ -1,4 +1,4 @@
-"""How a container ended: what the kernel showed (pidfd, memory cgroup) and what the engine knows (exit code)."""
+"""Determines how a container ended, from the kernel (pidfd, memory cgroup) and the engine (exit code)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from agent.adapters.runtime.exits import Signs
 from agent.core.errors import HibernodeError
 from agent.core.types import Exit
 
-LOOK_DEADLINE_S = 10.0
+INSPECT_DEADLINE_S = 10.0
 FIRST_PAUSE_S = 0.01
 LONGEST_PAUSE_S = 0.5
 _NOT_OVER = ("running", "paused", "restarting", "stopping")
 SIGNAL_BASE = 128
-"""A shell's way, and every engine's, to say "killed by signal n" in an exit code."""
+"""Exit codes above it mean "killed by signal n", in shells and all engines."""
 
 UNKNOWN = Exit(code=-1, message="its exit code is unknown: it was replaced, or the host was rebooted")
 
 
 async def exit_of(containers: EngineContainers, container_id: str, signs: Signs) -> Exit:
-    """Of a container whose main process has just ended. The engine hears of that a little later than we do, and may be
-    away; an answer comes within `LOOK_DEADLINE_S` in any case."""
+    """The exit of a container whose main process has just ended. The engine notices later than the kernel and may be
+    down; the answer comes within `INSPECT_DEADLINE_S` in any case."""
     try:
-        async with asyncio.timeout(LOOK_DEADLINE_S):
+        async with asyncio.timeout(INSPECT_DEADLINE_S):
             state = await _ended_state(containers, container_id)
     except TimeoutError:
-        return _unknown(signs, "the container engine does not tell in time how it ended")
+        return _unknown(signs, "the container engine does not report in time how it ended")
     except EngineError as error:
         if error.not_found:
             return _unknown(signs, "its container was removed from outside (`docker rm`?)")
@@ -51,23 +51,22 @@ async def _ended_state(containers: EngineContainers, container_id: str) -> Mappi
 
 
 def is_running(state: Mapping[str, Any]) -> bool:
-    """Has a main process, paused or not. (Podman's `stopped` is an end: not cleaned up yet, but its code is known.)"""
+    """Whether it has a main process, paused or not. Podman's `stopped` counts as ended: the exit code is known."""
     return bool(state.get("Running")) or str(state.get("Status") or "") in _NOT_OVER
 
 
 def read_exit(state: Mapping[str, Any], signs: Signs = Signs()) -> Exit:  # noqa: B008 - frozen
-    """From the `State` of an ended container.
+    """The exit from the `State` of an ended container.
 
-    An end by SIGKILL that was ours is nobody's memory; any other failure after the OOM killer took something of the
-    container counts as out of memory, for a worker's death is often told by its parent's exit code.
-    """
+    Any failure after an OOM kill in the container counts as out of memory, except our own SIGKILL: the death of a
+    worker often shows only in the exit code of its parent."""
     code = int(state.get("ExitCode") or 0)
     oom = code != 0 and not signs.killed_by_us and (bool(state.get("OOMKilled")) or signs.out_of_memory)
     number = code - SIGNAL_BASE
     if 0 < number < signal.NSIG:
         text = f"killed by signal {number} ({signal.strsignal(number)})" + (", out of memory" if oom else "")
         return Exit(code=-1, signal=number, oom_killed=oom, message=text)
-    text = f"exited with code {code}" + (", after the OOM killer took a process of it" if oom else "")
+    text = f"exited with code {code}" + (", after the OOM killer killed one of its processes" if oom else "")
     return Exit(code=code, oom_killed=oom, message=text)
 
 

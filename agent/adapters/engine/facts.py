@@ -1,7 +1,6 @@
-"""What a container engine says of itself in `GET /info`, as far as decisions rest on it.
+"""Reads the facts about a container engine from `GET /info`.
 
-Pure: a dictionary in, facts out. Docker and Podman answer with the same keys; what only one of them has is noted at the
-field (`EngineFacts`).
+Pure. Docker and Podman use the same keys; `EngineFacts` marks fields that only one of them has.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _NUMBERS = re.compile(r"\D{0,8}(\d+)\.(\d+)", re.ASCII)
 
 
 def read_facts(kind: EngineKind, version: str, info: Mapping[str, Any], socket: str = "") -> EngineFacts:
-    """Never raises: what is missing or of another shape counts as not told."""
+    """Never raises: a missing or malformed value counts as unknown."""
     numbers = _NUMBERS.match(version)
     return EngineFacts(
         kind=kind,
@@ -30,15 +29,15 @@ def read_facts(kind: EngineKind, version: str, info: Mapping[str, Any], socket: 
         live_restore=info.get("LiveRestoreEnabled") is True,
         cpus=_count(info.get("NCPU")),
         runtimes=frozenset(_mapping(info.get("Runtimes"))),
-        cdi_dirs=tuple(str(one) for one in _sequence(info.get("CDISpecDirs"))),
-        networks=frozenset(str(one) for one in _sequence(_mapping(info.get("Plugins")).get("Network"))),
+        cdi_dirs=tuple(str(item) for item in _sequence(info.get("CDISpecDirs"))),
+        networks=frozenset(str(item) for item in _sequence(_mapping(info.get("Plugins")).get("Network"))),
         forwarding=info.get("IPv4Forwarding") is not False,
     )
 
 
 def _disk_limits(kind: EngineKind, info: Mapping[str, Any]) -> bool:
-    """overlay2 bounds a container's layer on xfs that is mounted with project quotas; whether it is so mounted `info`
-    does not tell, a create does. btrfs and zfs always can (Docker)."""
+    """Whether the storage can limit a container's layer. overlay2 needs xfs mounted with project quotas; `info` does
+    not show the mount option, only a create does. Docker's btrfs and zfs always can."""
     status = {str(pair[0]): str(pair[1]) for pair in _sequence(info.get("DriverStatus")) if len(_sequence(pair)) == 2}
     driver = str(info.get("Driver") or "")
     if driver in ("overlay2", "overlay"):

@@ -1,14 +1,14 @@
-"""How an instance's GPUs get into its container (`gpu.attach`): a pure choice between CDI, the NVIDIA runtime and
-configured mounts, and the reading of the host's CDI specs that it rests on.
+"""Chooses how an instance's GPUs get into its container (`gpu.attach`): CDI, the NVIDIA runtime or configured mounts.
+Also reads the host's CDI specs.
 
 | engine | CDI by | NVIDIA runtime |
 |---|---|---|
-| Docker from 25, where `info` names its CDI folders | DeviceRequests, driver `cdi` | DeviceRequests, driver `nvidia` |
-| Docker before | - | the same |
+| Docker from 25, if `info` lists CDI folders | DeviceRequests, driver `cdi` | DeviceRequests, driver `nvidia` |
+| Docker before 25 | - | DeviceRequests, driver `nvidia` |
 | Podman from 5.4 | DeviceRequests, driver `cdi` | - |
-| Podman before | the libpod API's `devices` (its Docker API takes the request and attaches nothing) | - |
+| Podman before 5.4 | the libpod API's `devices` (its Docker API accepts the request but attaches nothing) | - |
 
-Podman's Docker API accepts NVIDIA device requests as well and ignores them: it is never asked that way, for an instance
+Podman's Docker API accepts NVIDIA device requests too but ignores them. They are never sent to Podman: the instance
 would start without its GPU.
 """
 
@@ -27,7 +27,7 @@ from agent.adapters.engine.facts import EngineFacts
 from agent.core.errors import PreconditionError
 from agent.settings import GpuSettings
 
-How = Literal["none", "cdi", "cdi-libpod", "nvidia-runtime", "mounts"]
+AttachMethod = Literal["none", "cdi", "cdi-libpod", "nvidia-runtime", "mounts"]
 
 CDI_KIND = "nvidia.com/gpu"
 CDI_FOLDERS = (Path("/etc/cdi"), Path("/var/run/cdi"))
@@ -36,7 +36,7 @@ READ_DEADLINE_S = 10.0
 MAX_SPEC_BYTES = 8 << 20
 MAX_SPECS = 64
 NO_DEVICES = "void"
-"""NVIDIA's word for: the runtime adds nothing, whatever the image asks for."""
+"""Tells NVIDIA's runtime to add nothing, whatever the image requests."""
 
 DOCKER_CDI_SINCE = (25, 0)
 PODMAN_REQUESTS_SINCE = (5, 4)
@@ -46,10 +46,10 @@ GENERATE = "nvidia-ctk cdi generate --device-name-strategy=uuid --output=/etc/cd
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """What the container's configuration gets. `devices` are CDI names for the libpod API; `binds` are
-    `host:container[:ro]`; `visible_devices` is NVIDIA_VISIBLE_DEVICES, which has the last word over the image's."""
+    """GPU settings of a container. `devices`: CDI names for the libpod API. `binds`: `host:container[:ro]`.
+    `visible_devices`: NVIDIA_VISIBLE_DEVICES, which overrides the image's."""
 
-    how: How = "none"
+    method: AttachMethod = "none"
     device_requests: tuple[Mapping[str, Any], ...] = ()
     devices: tuple[str, ...] = ()
     binds: tuple[str, ...] = ()
@@ -67,34 +67,33 @@ def attach_gpus(
     *,
     all_gpus: bool = False,
 ) -> Attachment:
-    """For an instance on `gpu_uuids` (none: nothing is attached). `cdi_devices`: what `cdi_device_names` found.
+    """Choose the attachment for an instance on `gpu_uuids`. `cdi_devices`: the result of `cdi_device_names`.
 
-    Raises PreconditionError GPU_ATTACH_UNAVAILABLE, with the fix, where the setting (or with `auto`: no way at all)
-    can't be had here.
-    """
+    Raises PreconditionError GPU_ATTACH_UNAVAILABLE, with the fix, if the configured method (`auto`: every method) is
+    unavailable here."""
     if not gpu_uuids:
         return NO_GPUS
-    wanted = (ALL,) if all_gpus else tuple(gpu_uuids)
+    device_names = (ALL,) if all_gpus else tuple(gpu_uuids)
     match settings.attach:
         case "mounts":
             return Attachment("mounts", binds=settings.mounts.binds)
         case "nvidia-runtime":
-            return _nvidia_runtime(engine, wanted)
+            return _nvidia_runtime(engine, device_names)
         case "cdi":
-            if problem := cdi_problem(engine, cdi_devices, wanted):
+            if problem := cdi_problem(engine, cdi_devices, device_names):
                 raise _unavailable(f"gpu.attach: cdi is set, and {problem}")
-            return _cdi(engine, wanted)
+            return _cdi(engine, device_names)
         case "auto":
-            problem = cdi_problem(engine, cdi_devices, wanted)
+            problem = cdi_problem(engine, cdi_devices, device_names)
             if not problem:
-                return _cdi(engine, wanted)
+                return _cdi(engine, device_names)
             if engine.kind == "podman":
                 raise _unavailable(problem)
-            return _nvidia_runtime(engine, wanted)
+            return _nvidia_runtime(engine, device_names)
 
 
-def cdi_problem(engine: EngineFacts, cdi_devices: frozenset[str], wanted: Iterable[str]) -> str:
-    """Why CDI can't attach these devices here, and what to do; "" if it can."""
+def cdi_problem(engine: EngineFacts, cdi_devices: frozenset[str], device_names: Iterable[str]) -> str:
+    """Why CDI can't attach these devices here, with the fix; "" if it can."""
     if engine.kind == "docker" and not engine.since(DOCKER_CDI_SINCE):
         return f"{engine.title} has no CDI; upgrade to Docker 25 or newer, or set gpu.attach: nvidia-runtime"
     if engine.kind == "docker" and not engine.cdi_dirs:
@@ -103,36 +102,36 @@ def cdi_problem(engine: EngineFacts, cdi_devices: frozenset[str], wanted: Iterab
             '{"features": {"cdi": true}} into /etc/docker/daemon.json and restart Docker'
         )
     if not cdi_devices:
-        return f"the host has no CDI spec for {CDI_KIND}; make one: {GENERATE}"
-    if missing := sorted(set(wanted) - cdi_devices):
-        return f"the host's CDI specs do not name {', '.join(missing)}; make them anew: {GENERATE}"
+        return f"the host has no CDI spec for {CDI_KIND}; create one: {GENERATE}"
+    if missing := sorted(set(device_names) - cdi_devices):
+        return f"the host's CDI specs do not name {', '.join(missing)}; create them again: {GENERATE}"
     return ""
 
 
-def _cdi(engine: EngineFacts, wanted: Sequence[str]) -> Attachment:
-    names = [f"{CDI_KIND}={one}" for one in wanted]
+def _cdi(engine: EngineFacts, device_names: Sequence[str]) -> Attachment:
+    names = [f"{CDI_KIND}={device}" for device in device_names]
     if engine.kind == "podman" and not engine.since(PODMAN_REQUESTS_SINCE):
         return Attachment("cdi-libpod", devices=tuple(names))
     return Attachment("cdi", device_requests=({"Driver": "cdi", "DeviceIDs": names},))
 
 
-def _nvidia_runtime(engine: EngineFacts, wanted: Sequence[str]) -> Attachment:
+def _nvidia_runtime(engine: EngineFacts, device_names: Sequence[str]) -> Attachment:
     if engine.kind == "podman":
         raise _unavailable(
-            f"gpu.attach: nvidia-runtime is set, and {engine.title} has no such thing in its API; "
-            f"set gpu.attach: cdi, and make a spec: {GENERATE}"
+            f"gpu.attach: nvidia-runtime is set, but {engine.title} does not support it; "
+            f"set gpu.attach: cdi, and create a spec: {GENERATE}"
         )
-    # Only `gpu`: what else of the driver it needs (compute, video ...) the image says, NVIDIA_DRIVER_CAPABILITIES.
-    request = {"Driver": "nvidia", "DeviceIDs": list(wanted), "Capabilities": [["gpu"]]}
-    return Attachment("nvidia-runtime", device_requests=(request,), visible_devices=",".join(wanted))
+    # Only `gpu`: the image requests further capabilities (compute, video ...) by NVIDIA_DRIVER_CAPABILITIES.
+    request = {"Driver": "nvidia", "DeviceIDs": list(device_names), "Capabilities": [["gpu"]]}
+    return Attachment("nvidia-runtime", device_requests=(request,), visible_devices=",".join(device_names))
 
 
 def _unavailable(problem: str) -> PreconditionError:
-    return PreconditionError("GPU_ATTACH_UNAVAILABLE", f"GPUs can't be given to containers here: {problem}")
+    return PreconditionError("GPU_ATTACH_UNAVAILABLE", f"GPUs can't be attached to containers here: {problem}")
 
 
 async def read_cdi_devices() -> frozenset[str]:
-    """`cdi_device_names` of this host, beside the loop. PreconditionError GPU_ATTACH_UNAVAILABLE if its disk does not
+    """Run `cdi_device_names` in a thread. Raises PreconditionError GPU_ATTACH_UNAVAILABLE if the disk does not
     answer."""
     try:
         async with asyncio.timeout(READ_DEADLINE_S):
@@ -142,8 +141,8 @@ async def read_cdi_devices() -> frozenset[str]:
 
 
 def cdi_device_names(folders: Sequence[Path] = CDI_FOLDERS) -> frozenset[str]:
-    """The devices of kind nvidia.com/gpu in the host's CDI specs: UUIDs, indexes, `all`. Files that can't be read or
-    understood count as absent, as they do for the engines. Reads disk: not often, and not on the loop's thread."""
+    """The devices of kind nvidia.com/gpu in the host's CDI specs: UUIDs, indexes, `all`. Unreadable files count as
+    absent, as they do for the engines. Blocks on disk: call it rarely, and in a thread."""
     names: set[str] = set()
     files = [file for folder in folders for file in _spec_files(folder)]
     for file in files[:MAX_SPECS]:
@@ -153,7 +152,7 @@ def cdi_device_names(folders: Sequence[Path] = CDI_FOLDERS) -> frozenset[str]:
 
 def _spec_files(folder: Path) -> list[Path]:
     try:
-        return sorted(one for one in folder.iterdir() if one.suffix in (".json", ".yaml", ".yml"))
+        return sorted(file for file in folder.iterdir() if file.suffix in (".json", ".yaml", ".yml"))
     except OSError:
         return []
 
@@ -171,4 +170,4 @@ def _names_in(file: Path) -> frozenset[str]:
         return frozenset()
     devices = document.get("devices")
     entries = devices if isinstance(devices, list) else []
-    return frozenset(str(one["name"]) for one in entries if isinstance(one, dict) and "name" in one)
+    return frozenset(str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry)

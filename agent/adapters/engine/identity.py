@@ -1,6 +1,6 @@
-"""Who a container is to the kernel: its main process and its own cgroup, checked against its id.
+"""Finds a container's main process and cgroup.
 
-Freezing and killing go by the cgroup, so a wrong one would be somebody else's: it must carry the container's id.
+The cgroup must contain the container's id: freezing and killing a wrong one would hit another container.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from agent.core.types import ProcessId
 
 
 @dataclass(frozen=True, slots=True)
-class Identified:
-    """A running container. `stop_signal` 0 = the image names none that this host knows."""
+class ContainerIdentity:
+    """A running container. `stop_signal` 0: the image names none that this host knows."""
 
     process: ProcessId
     cgroup: Path
     stop_signal: int
 
 
-def identify(inspected: Mapping[str, Any], boot_id: str, proc: Path = PROC) -> Identified | None:
-    """From what inspecting it answered; None if it has ended since.
+def identify(inspected: Mapping[str, Any], boot_id: str, proc: Path = PROC) -> ContainerIdentity | None:
+    """Identify a container from its inspect answer; None if it has ended since.
 
-    Raises InstanceError CGROUP_UNKNOWN where this agent could not freeze it.
-    """
+    Raises InstanceError CGROUP_UNKNOWN if this agent could not freeze it."""
     container_id, state = str(inspected["Id"]), inspected.get("State") or {}
     pid = int(state.get("Pid") or 0)
     process = process_table.identify(pid, boot_id, proc) if pid and is_running(state) else None
@@ -43,11 +42,11 @@ def identify(inspected: Mapping[str, Any], boot_id: str, proc: Path = PROC) -> I
             return None
         raise InstanceError(
             "CGROUP_UNKNOWN",
-            f"no v2 cgroup of container {container_id[:12]} (process {pid}) is visible to the agent, so it could "
-            "neither be frozen nor be killed; the agent must run on the engine's own host, in its pid and cgroup "
-            "namespace, as root, with cgroup v2 mounted (beside v1 will do)",
+            f"no v2 cgroup of container {container_id[:12]} (process {pid}) is visible to the agent, so it can "
+            "neither freeze nor kill it; the agent must run on the engine's own host, in its pid and cgroup "
+            "namespace, as root, with cgroup v2 mounted (beside v1 is fine)",
         )
-    return Identified(process, path, _signal(str((inspected.get("Config") or {}).get("StopSignal") or "")))
+    return ContainerIdentity(process, path, _signal(str((inspected.get("Config") or {}).get("StopSignal") or "")))
 
 
 def _own_cgroup(pid: int, container_id: str, proc: Path) -> Path | None:
@@ -64,7 +63,7 @@ def _own_cgroup(pid: int, container_id: str, proc: Path) -> Path | None:
 
 
 def _signal(name: str) -> int:
-    """ "SIGINT", "INT" or "2" as 2; 0 for what is no signal here."""
+    """The number of "SIGINT", "INT" or "2"; 0 for an unknown signal."""
     if name.isdecimal():
         return int(name) if 0 < int(name) < signal.NSIG else 0
     full = name if name.startswith("SIG") else f"SIG{name}"

@@ -1,7 +1,7 @@
-"""Images: are they here, and if not, pulled, once for all who wait for the same.
+"""Finds images on the engine and pulls missing ones; concurrent callers share one pull per image and login.
 
-A pull belongs to nobody: callers join it and leave it, and it is given up when the last of them has left. Registries
-are asked by the engine, never by us; only the credentials come from here (`registry_logins`).
+A pull ends early when its last caller leaves. The engine contacts the registry; this module supplies the credentials
+(`registry_credentials`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from agent.log import get_logger
 
 Policy = Literal["missing", "always", "never"]
 
-PULLS_AT_ONCE = 2
+MAX_CONCURRENT_PULLS = 2
 STALL_S = 60.0
 UNPACK_S = 600.0
-"""Podman is silent while it unpacks a layer."""
+"""Podman sends no messages while it unpacks a layer."""
 REPORT_INTERVAL_S = 1.0
 
 Messages = Callable[[aiodocker.Docker, str, Mapping[str, str]], AsyncGenerator[dict[str, Any], None]]
@@ -42,7 +42,7 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """An image that is here. `id` names exactly it (a tag may move on); `user` and `environment` are its own."""
+    """An image on this node. `id` identifies it even when its tag moves; `user` and `environment` are the image's."""
 
     id: str
     architecture: str = ""
@@ -52,22 +52,22 @@ class ImageFacts:
 
 @dataclass(slots=True)
 class _Pull:
-    """One under way: who waits for it, and what they were told last."""
+    """A running pull: its callers' progress callbacks, and the last text they received."""
 
     task: asyncio.Task[None] | None = None
     listeners: list[Callable[[str], None]] = field(default_factory=list)
-    said: str = ""
+    last_text: str = ""
 
-    def say(self, text: str) -> None:
-        if text != self.said:
-            self.said = text
+    def report(self, text: str) -> None:
+        if text != self.last_text:
+            self.last_text = text
             for listener in tuple(self.listeners):
                 listener(text)
 
 
 class Images:
-    """The images of one engine. `auth_files`: where credentials of the host's administrator lie (None = the places
-    that Docker's own command uses; Podman reads its own by itself)."""
+    """The images of one engine. `auth_files`: the administrator's credential files (None = those of Docker's command;
+    Podman reads its own)."""
 
     def __init__(
         self,
@@ -88,16 +88,15 @@ class Images:
         self._messages = messages
         self._architecture = _ARCHITECTURES.get(machine, machine)
         self._pulls: dict[tuple[str, RegistryLogin | None], _Pull] = {}
-        self._slots = asyncio.Semaphore(PULLS_AT_ONCE)
+        self._slots = asyncio.Semaphore(MAX_CONCURRENT_PULLS)
 
     async def ensure(
         self, image: str, registry: RegistryLogin | None = None, progress: Callable[[str], None] = lambda text: None
     ) -> ImageFacts:
-        """The image, pulled before if the policy says so; `progress` gets a sentence now and then.
+        """Return the image, after a pull where the policy requires one. `progress` receives a sentence now and then.
 
         Raises InstanceError IMAGE_NOT_FOUND, IMAGE_PULL_DENIED, IMAGE_PULL_FAILED, DISK_FULL; UnavailableError
-        ENGINE_UNAVAILABLE. Each says what to do, none holds a password.
-        """
+        ENGINE_UNAVAILABLE. Each message names a fix, and none contains a password."""
         found = None if self._policy == "always" else await self.inspect(image)
         if found is None:
             if self._policy == "never" or image.startswith("sha256:"):
@@ -105,13 +104,13 @@ class Images:
             await self._join(image, registry, progress)
             found = await self.inspect(image)
             if found is None:
-                raise pull_refused(image, "the pull ended and the image is not here; is somebody removing images?")
+                raise pull_refused(image, "the pull ended but the image is missing; is something removing images?")
         if found.architecture not in ("", self._architecture):
             raise wrong_architecture(image, found.architecture, self._architecture)
         return found
 
     async def inspect(self, image: str) -> ImageFacts | None:
-        """What is here under that name; None = nothing. Raises as `EngineApi.call`."""
+        """The local image of that name, or None. Raises as `EngineApi.call`."""
         try:
             answer: Mapping[str, Any] = await self._api.call(lambda docker: docker.images.inspect(image))
         except EngineError as error:
@@ -126,7 +125,7 @@ class Images:
     # ---- pulling ------------------------------------------------------------------------------------------------
 
     async def _join(self, image: str, registry: RegistryLogin | None, progress: Callable[[str], None]) -> None:
-        # Credentials are part of the key: nobody gets an image by somebody else's.
+        # The key includes the credentials: one caller's login never gives another caller the image.
         key = (image, registry)
         pull = self._pulls.get(key)
         if pull is None:
@@ -135,8 +134,8 @@ class Images:
             pull.task.add_done_callback(lambda task: self._ended(key, task))
         assert pull.task is not None
         pull.listeners.append(progress)
-        if pull.said:
-            progress(pull.said)
+        if pull.last_text:
+            progress(pull.last_text)
         try:
             await asyncio.shield(pull.task)
         except asyncio.CancelledError:
@@ -146,7 +145,7 @@ class Images:
         finally:
             pull.listeners.remove(progress)
             if not pull.listeners and not pull.task.done():
-                self._pulls.pop(key, None)  # who comes now begins a new one
+                self._pulls.pop(key, None)  # the next caller starts a new pull
                 pull.task.cancel()
                 await asyncio.wait([pull.task])
 
@@ -154,19 +153,19 @@ class Images:
         if (pull := self._pulls.get(key)) is not None and pull.task is task:
             del self._pulls[key]
         if not task.cancelled():
-            task.exception()  # told to whoever waits; nobody may be left
+            task.exception()  # waiters have received it; mark it as retrieved if there are none
 
     async def _pull(self, image: str, registry: RegistryLogin | None, pull: _Pull) -> None:
-        pull.say(f"waiting to pull {image}")
+        pull.report(f"waiting to pull {image}")
         async with self._slots:
-            pull.say(f"pulling {image}")
+            pull.report(f"pulling {image}")
             login = await self._login(image, registry)
             log.info("image.pull", image=image, login=login.source)
             try:
                 await self._stream(image, login, pull)
             except EngineError as error:
                 raise pull_refused(image, error.text, login) from error
-            except ValueError as error:  # a line that is longer than any, or no JSON
+            except ValueError as error:  # a line too long, or not JSON
                 raise pull_refused(image, f"the engine's answer can't be read ({type(error).__name__})") from error
             log.info("image.pulled", image=image)
 
@@ -177,21 +176,21 @@ class Images:
             )
         await self._api.connect()
         if self._api.kind == "podman":
-            return Login({})  # Podman looks for the administrator's itself, and asks helpers too
+            return Login({})  # Podman reads the administrator's credentials itself, helpers included
         files = docker_auth_files() if self._auth_files is None else self._auth_files
         return await asyncio.to_thread(find_login, image, files)
 
     async def _stream(self, image: str, login: Login, pull: _Pull) -> None:
-        """Deadlines stand outside of the connection's own translation of errors: they are the registry's fault."""
+        """Apply the deadlines outside `EngineApi.errors`: a timeout here is the registry's fault, not the engine's."""
         progress = PullProgress(image)
         stall = asyncio.timeout(self._stall_s)
         try:
             async with asyncio.timeout(self._timeout_s), stall:
                 await self._follow(image, login, pull, progress, stall)
         except TimeoutError:
-            why = f"it took longer than {self._timeout_s:g} s; raise runtime.engine.pull_timeout, or pull it by hand"
+            why = f"it took longer than {self._timeout_s:g} s; raise runtime.engine.pull_timeout, or pull it manually"
             if stall.expired():
-                why = f"nothing more came ({progress.sentence}); can this node reach its registry?"
+                why = f"no more data arrived ({progress.sentence}); can this node reach its registry?"
             raise InstanceError("IMAGE_PULL_FAILED", f"the pull of {image} was given up: {why}", image=image) from None
 
     async def _follow(
@@ -199,18 +198,18 @@ class Images:
     ) -> None:
         loop = asyncio.get_running_loop()
         name = qualified(image) if login.auth else image
-        told_at = 0.0
+        reported_at = 0.0
         async with self._api.stream() as docker, aclosing(self._messages(docker, name, login.auth)) as messages:
             async for message in messages:
-                if progress.take(message):
+                if progress.update(message):
                     patience_s = self._stall_s if progress.downloading else max(self._stall_s, UNPACK_S)
                     stall.reschedule(loop.time() + patience_s)
-                if loop.time() - told_at >= REPORT_INTERVAL_S:
-                    told_at = loop.time()
-                    pull.say(progress.sentence)
+                if loop.time() - reported_at >= REPORT_INTERVAL_S:
+                    reported_at = loop.time()
+                    pull.report(progress.sentence)
 
     async def close(self) -> None:
-        """Give up what is under way."""
+        """Cancel all running pulls."""
         tasks = [pull.task for pull in self._pulls.values() if pull.task is not None]
         for task in tasks:
             task.cancel()

@@ -1,9 +1,8 @@
-"""The agent's own bridge network: its containers are reached from this host by their addresses, no port is published,
-and they can't talk to each other.
+"""Manages the agent's bridge network: the host reaches containers by address, no port is published, and containers
+can't reach each other.
 
-Docker drops traffic between them by iptables (enable_icc). On both engines, and whatever the firewall does, every port
-of the bridge is isolated as well (bridge(8), `isolated on`): the kernel forwards nothing from one isolated port to
-another.
+Docker drops traffic between containers by iptables (enable_icc). On both engines, whatever the firewall does, every
+bridge port is also isolated (bridge(8), `isolated on`): the kernel forwards nothing between isolated ports.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ log = get_logger()
 
 
 class EngineNetwork:
-    """One per agent: `hibernode-<12 digits of the state UUID>`, on a bridge `hib-<8 digits>`."""
+    """One network per agent: `hibernode-<12 digits of the state UUID>`, on bridge `hib-<8 digits>`."""
 
     def __init__(self, api: EngineApi, state_uuid: str, bridges: Path = BRIDGES) -> None:
         digits = state_uuid.replace("-", "")
@@ -39,26 +38,26 @@ class EngineNetwork:
         self._state_uuid = state_uuid
         self._bridges = bridges
         self._lock = asyncio.Lock()
-        self._there = False
+        self._ensured = False
 
     async def ensure(self) -> None:
-        """Have it; costs nothing once it was seen. Raises InstanceError ADDRESSES_EXHAUSTED, NETWORK_FAILED, and as
-        `EngineApi.call` does."""
+        """Create the network if needed; free once it is known to exist. Raises InstanceError ADDRESSES_EXHAUSTED,
+        NETWORK_FAILED, and what `EngineApi.call` raises."""
         async with self._lock:
-            if not self._there:
-                if not await self._is_there():
+            if not self._ensured:
+                if not await self._exists():
                     await self._create()
-                self._there = True
+                self._ensured = True
 
     def forget(self) -> None:
-        """Somebody removed it, or so it seems: the next `ensure` looks."""
-        self._there = False
+        """Make the next `ensure` check again: the network may have been removed from outside."""
+        self._ensured = False
 
     async def remove_if_unused(self) -> bool:
-        """The last container is gone. What still uses it keeps it (False), also a container that is only just being
-        removed; a start that comes meanwhile makes it anew."""
+        """Remove the network. Returns False while a container, even one being removed, still uses it. A later start
+        creates it again."""
         async with self._lock:
-            self._there = False
+            self._ensured = False
             try:
                 await self._api.call(self._delete)
             except HibernodeError as error:
@@ -68,41 +67,40 @@ class EngineNetwork:
             return True
 
     async def isolate_ports(self) -> None:
-        """No port of the bridge may reach another one. After each start, for engines add ports as they like.
+        """Isolate every port of the bridge. Needed after each start: engines add ports at any time.
 
-        Raises InstanceError NETWORK_FAILED: a container that is not fenced off must not run.
-        """
+        Raises InstanceError NETWORK_FAILED: a container that is not isolated must not run."""
         try:
             async with asyncio.timeout(ISOLATE_DEADLINE_S):
-                # In a thread: the kernel takes its one lock of all network configuration for it.
+                # In a thread: the kernel takes its global network configuration lock (RTNL).
                 isolated = await asyncio.to_thread(_isolate, self._bridges / self.bridge / "brif")
         except TimeoutError:
             raise self._failed("isolating its ports took too long") from None
         except OSError as error:
             raise self._failed(
-                f"its ports can't be isolated from one another: {error.strerror} ({error.filename}); the agent needs "
+                f"its ports can't be isolated from each other: {error.strerror} ({error.filename}); the agent needs "
                 "the engine's network namespace, a writable /sys and CAP_NET_ADMIN"
             ) from error
         if not isolated:
             raise self._failed("the bridge has no port; does the engine use another kind of network?")
 
     def address(self, inspected: Mapping[str, Any]) -> str:
-        """A container's address on it, from what inspecting the container answered. "" if it has none."""
+        """The container's address on this network, from its inspect answer; "" if it has none."""
         networks = (inspected.get("NetworkSettings") or {}).get("Networks") or {}
         return str((networks.get(self.name) or {}).get("IPAddress") or "")
 
-    async def _is_there(self) -> bool:
+    async def _exists(self) -> bool:
         try:
-            found = await self._api.call(self._show)
+            found = await self._api.call(self._inspect)
         except EngineError as error:
             if error.not_found:
                 return False
             raise
         if (found.get("Labels") or {}).get(STATE_LABEL) != self._state_uuid:
-            raise self._failed("a network of that name exists and is not ours; remove it")
+            raise self._failed("a network of that name exists and belongs to another owner; remove it")
         return True
 
-    async def _show(self, docker: aiodocker.Docker) -> Mapping[str, Any]:
+    async def _inspect(self, docker: aiodocker.Docker) -> Mapping[str, Any]:
         return await (await docker.networks.get(self.name)).show()
 
     async def _delete(self, docker: aiodocker.Docker) -> None:
@@ -122,7 +120,7 @@ class EngineNetwork:
         try:
             await self._api.call(lambda docker: docker.networks.create(config))
         except EngineError as error:
-            if error.status == 409 and await self._is_there():  # a call of before, which we took for lost
+            if error.status == 409 and await self._exists():  # created by an earlier call that seemed lost
                 return
             if addresses_exhausted(error.text):
                 raise exhausted(error.text) from error
@@ -138,11 +136,11 @@ def _in_use(error: EngineError) -> bool:
 
 
 def addresses_exhausted(text: str) -> bool:
-    """Docker's and Podman's words for: no subnet, or no address in it, is left."""
+    """Whether Docker or Podman reports that no subnet, or no address in it, is left."""
     text = text.lower()
     return any(
-        words in text
-        for words in (
+        phrase in text
+        for phrase in (
             "non-overlapping ipv4 address pool",
             "no available ipv4 addresses",
             "all predefined address pools",
@@ -162,13 +160,13 @@ def exhausted(text: str) -> InstanceError:
 
 
 def _isolate(ports: Path) -> int:
-    """Number of ports that are isolated now. OSError if one stays open."""
+    """Isolate every port of the bridge; returns their number. Raises OSError if one stays open."""
     count = 0
     for port in os.listdir(ports):
         try:
             (ports / port / "isolated").write_text("1", encoding="ascii")
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENODEV):  # unplugged meanwhile: another container has ended
+            if error.errno in (errno.ENOENT, errno.ENODEV):  # another container ended and its port is gone
                 continue
             raise
         count += 1

@@ -1,4 +1,4 @@
-"""From a start to what the engine is told: image, GPUs, volumes and limits looked up, then planned."""
+"""Plans a container: looks up image, GPUs, volumes and limits, then builds its configuration."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from agent.log import get_logger
 from agent.ports import StartSpec
 from agent.settings import GpuSettings, RuntimeSettings
 
-LOOK_DEADLINE_S = 10.0
+VOLUMES_DEADLINE_S = 10.0
 
 log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class ContainerPlan:
-    """`config` holds secrets: never logged. `devices` are CDI names, for Podman's own API. `limits_disk`: it bounds the
-    writable layer."""
+    """`config` contains secrets: never log it. `devices`: CDI names for Podman's own API. `limits_disk`: the plan
+    limits the size of the writable layer."""
 
     config: Mapping[str, Any] = field(repr=False)
     devices: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class ContainerPlan:
 
 
 class ContainerPlanner:
-    """`runtime` and `gpu` are the node's settings; `kept_out` paths that no volume may reach (state directory ...)."""
+    """`runtime` and `gpu` are the node's settings; `excluded_paths` may be in no volume (state directory ...)."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ContainerPlanner:
         *,
         state_uuid: str,
         network: str,
-        kept_out: tuple[Path, ...],
+        excluded_paths: tuple[Path, ...],
     ) -> None:
         self._api = api
         self._images = images
@@ -54,12 +54,12 @@ class ContainerPlanner:
         self._gpu = gpu
         self._state_uuid = state_uuid
         self._network = network
-        self._kept_out = kept_out
+        self._excluded_paths = excluded_paths
         self._disk_limit_refused = False
 
     async def plan(self, spec: StartSpec) -> ContainerPlan:
         """Raises InstanceError IMAGE_NOT_FOUND, VOLUME_REFUSED, START_FAILED; PreconditionError GPU_ATTACH_UNAVAILABLE,
-        DISK_LIMIT_UNAVAILABLE; and as `EngineApi.call` does."""
+        DISK_LIMIT_UNAVAILABLE; and what `EngineApi.call` raises."""
         function = spec.instance.function
         image = await self._images.inspect(function.image)
         if image is None:
@@ -86,8 +86,8 @@ class ContainerPlanner:
         return ContainerPlan(container_config(spec, options), attachment.devices, limits_disk)
 
     def disk_limit_refused(self) -> bool:
-        """The engine can't bound a container's disk after all: with `auto` the next plan does without. False if it was
-        demanded."""
+        """Record that the engine can't limit disk size. Returns whether a plan without the limit is allowed
+        (`auto`)."""
         if self._runtime.engine.disk_limit == "auto" and not self._disk_limit_refused:
             self._disk_limit_refused = True
             log.warning("engine.disk_limit_unavailable", hint="the disk size of functions is not enforced on this node")
@@ -106,7 +106,7 @@ class ContainerPlanner:
                 if not self._api.facts.disk_limits:
                     raise PreconditionError(
                         "DISK_LIMIT_UNAVAILABLE",
-                        "runtime.engine.disk_limit is `require`, and the engine's storage can't bound a container's "
+                        "runtime.engine.disk_limit is `require`, but the engine's storage can't limit a container's "
                         "disk; use overlay2 on xfs mounted with pquota, or set it to auto",
                         storage=self._api.facts.storage,
                     )
@@ -123,9 +123,9 @@ class ContainerPlanner:
     async def _volumes(self, function: FunctionSpec) -> tuple[ResolvedVolume, ...]:
         if not function.container.volumes:
             return ()
-        own: tuple[str | Path, ...] = (*self._kept_out, self._api.path, self._api.facts.root_dir)
+        own: tuple[str | Path, ...] = (*self._excluded_paths, self._api.path, self._api.facts.root_dir)
         try:
-            async with asyncio.timeout(LOOK_DEADLINE_S):
+            async with asyncio.timeout(VOLUMES_DEADLINE_S):
                 return await asyncio.to_thread(
                     lambda: resolve_volumes(
                         function.container.volumes, self._runtime.volumes_allowed, forbidden_paths(*own)
@@ -133,5 +133,5 @@ class ContainerPlanner:
                 )
         except TimeoutError:
             raise InstanceError(
-                "VOLUME_REFUSED", "a volume's folder does not answer; is its network file system there?"
+                "VOLUME_REFUSED", "a volume's folder does not answer; is its network file system reachable?"
             ) from None

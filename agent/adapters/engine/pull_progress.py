@@ -1,4 +1,4 @@
-"""How far a pull is: the engine's progress messages summed up in one sentence."""
+"""Sums up an engine's pull messages in one progress sentence."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ MAX_LAYERS = 512
 
 @dataclass(slots=True)
 class _Layer:
-    """Of one layer: bytes that came, bytes it has (0 = not known yet), and are they all here?"""
+    """One layer: bytes received, bytes in total (0 = unknown), and whether all of them are here."""
 
     current: int = 0
     total: int = 0
-    here: bool = False
+    complete: bool = False
 
 
 class PullProgress:
-    """Fed with each message of `POST /images/create`, as Docker and Podman write them."""
+    """Consumes each message of `POST /images/create`, in Docker's and in Podman's form."""
 
     def __init__(self, image: str) -> None:
         self._image = image
         self._layers: dict[str, _Layer] = {}
         self._last: object = None
 
-    def take(self, message: Mapping[str, Any]) -> bool:
-        """Is it news? A message that repeats the one before is no progress."""
+    def update(self, message: Mapping[str, Any]) -> bool:
+        """Add a message. Returns whether it is new: a repeated message is no progress."""
         layer_id, status = str(message.get("id") or ""), str(message.get("status") or "")
         detail = message.get("progressDetail")
         numbers = detail if isinstance(detail, dict) else {}
@@ -49,25 +49,25 @@ class PullProgress:
                 layer.current, layer.total = max(layer.current, current), max(layer.total, total)
             case "Download complete" | "Verifying Checksum" | "Extracting" | "Pull complete" | "Already exists":
                 layer = self._layers.setdefault(layer_id, _Layer())
-                layer.current, layer.here = layer.total, True
-            case _:  # `Pulling from ...`, `Retrying in 5 seconds`, words of later versions
+                layer.current, layer.complete = layer.total, True
+            case _:  # `Pulling from ...`, `Retrying in 5 seconds`, texts of later versions
                 pass
 
     @property
     def downloading(self) -> bool:
-        """Is something of it still to come over the network? Yes while nothing is known of it."""
-        return not self._layers or not all(layer.here for layer in self._layers.values())
+        """Whether any layer is still being downloaded. True while no layer is known."""
+        return not self._layers or not all(layer.complete for layer in self._layers.values())
 
     @property
     def sentence(self) -> str:
-        """Such as `pulling ocr:3: 45 % of 1.2 GiB`."""
+        """For example `pulling ocr:3: 45 % of 1.2 GiB`."""
         total = sum(layer.total for layer in self._layers.values())
         if not self.downloading:
             return f"unpacking {self._image}"
         if not total:
             return f"pulling {self._image}"
-        come = sum(layer.current for layer in self._layers.values())
-        return f"pulling {self._image}: {100 * come // total} % of {_size(total)}"
+        received = sum(layer.current for layer in self._layers.values())
+        return f"pulling {self._image}: {100 * received // total} % of {_size(total)}"
 
 
 def _count(value: object) -> int:

@@ -1,7 +1,7 @@
-"""Credentials of the host's administrator for registries, as `docker login` leaves them.
+"""Reads the administrator's registry credentials, as `docker login` stores them.
 
-Docker's daemon holds none: its command line reads a file and sends them along, and so do we. Only what the file itself
-holds is used. Credential helpers (`credHelpers`, `credsStore`: programs that are asked for a secret) are not run.
+Docker's daemon stores none: its command line reads this file and sends them, and so does the agent. Credential helpers
+(`credHelpers`, `credsStore`: programs that return a secret) are not run.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _HUB_NAMES = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """`auth`: what the engine is sent, empty = nothing. `source` names where it is from, `problem` why there is none
-    although there may be."""
+    """`auth`: the credentials sent to the engine, empty = none. `source` names their origin; `problem` says why
+    credentials that may exist could not be read."""
 
     auth: Mapping[str, str] = field(default_factory=dict, repr=False)
     source: str = ""
@@ -32,12 +32,12 @@ class Login:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What must not be repeated."""
+        """Texts that must not appear in messages."""
         return tuple(self.auth[key] for key in ("password", "identitytoken") if self.auth.get(key))
 
 
 def docker_auth_files() -> tuple[Path, ...]:
-    """Where Docker's command keeps them for this user: services may have no HOME."""
+    """The credentials file of Docker's command for this user. Uses passwd: services may have no HOME."""
     if folder := os.environ.get("DOCKER_CONFIG", ""):
         return (Path(folder) / "config.json",)
     try:
@@ -48,7 +48,7 @@ def docker_auth_files() -> tuple[Path, ...]:
 
 
 def registry_of(image: str) -> str:
-    """The registry's host (and port) of a reference, as engines read it: without one it is Docker Hub."""
+    """The registry host (and port) of an image reference; Docker Hub if it names none."""
     first, slash, _ = image.partition("/")
     if slash and ("." in first or ":" in first or first == "localhost"):
         return DOCKER_HUB if first in _HUB_NAMES else first
@@ -56,7 +56,7 @@ def registry_of(image: str) -> str:
 
 
 def qualified(image: str) -> str:
-    """The reference with its registry written out: credentials are sent to that one and no other."""
+    """The reference with its registry spelled out, so that credentials go to that registry only."""
     first, slash, _ = image.partition("/")
     if slash and ("." in first or ":" in first or first == "localhost"):
         return image
@@ -64,7 +64,7 @@ def qualified(image: str) -> str:
 
 
 def find_login(image: str, files: Sequence[Path]) -> Login:
-    """What the first file that knows the image's registry says. Never raises; reads disk."""
+    """The login from the first file that knows the image's registry. Never raises. Blocks on disk."""
     registry = registry_of(image)
     problem = ""
     for file in files:
@@ -73,7 +73,7 @@ def find_login(image: str, files: Sequence[Path]) -> Login:
             return Login(auth, str(file))
         helper = _mapping(document.get("credHelpers")).get(registry) or document.get("credsStore")
         if helper:
-            wrong = f"the credential helper that {file} names is not asked: give the function a registryConfig"
+            wrong = f"the credential helper named in {file} is not run: give the function a registryConfig"
         problem = problem or wrong
     return Login({}, "", problem)
 
@@ -106,7 +106,7 @@ def _stored(document: Mapping[str, Any], registry: str) -> dict[str, str]:
 
 
 def _host(key: str) -> str:
-    """`https://index.docker.io/v1/` as docker.io; old files write hosts as addresses."""
+    """The host of a key: `https://index.docker.io/v1/` -> `docker.io` (old files store URLs)."""
     host = key.partition("://")[2] or key
     host = host.partition("/")[0]
     return DOCKER_HUB if host in _HUB_NAMES else host

@@ -1,9 +1,9 @@
-"""The runtime for images: containers of Docker or Podman.
+"""Runs instances as containers of Docker or Podman.
 
-The engine pulls, creates, starts, inspects and removes. Everything else about a running container is the kernel's: its
-end (pidfd), its processes (cgroup), signals and freezing work alike while the engine is down. What is known of a
-container is in its bundle, written right after the start; a container without one, found by its labels, is taken over
-if it runs and removed if not. The order of a start: network, create, start, identify, isolate, record.
+The engine pulls, creates, starts, inspects and removes. Everything else uses the kernel and works while the engine is
+down: exits (pidfd), process lists (cgroup), signals and freezing. The bundle of a container, written right after its
+start, records what is known of it. A labelled container without a bundle is adopted if it runs, else removed. A start
+goes through these steps: network, create, start, identify, isolate, record.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agent.adapters.engine.api import EngineApi, EngineError
-from agent.adapters.engine.containers import EngineContainers, Listed
-from agent.adapters.engine.errors import disk_limit_refused, network_is_gone, start_refused
+from agent.adapters.engine.containers import EngineContainers, ListedContainer
+from agent.adapters.engine.errors import disk_limit_refused, network_missing, start_refused
 from agent.adapters.engine.exits import UNKNOWN, exit_of
-from agent.adapters.engine.identity import Identified, identify
+from agent.adapters.engine.identity import ContainerIdentity, identify
 from agent.adapters.engine.images import Images
 from agent.adapters.engine.network import EngineNetwork
 from agent.adapters.engine.planner import ContainerPlanner
@@ -54,7 +54,7 @@ log = get_logger()
 
 
 class Logs(Protocol):
-    """What `engine_logs` does."""
+    """Implemented by `logs.EngineLogs`."""
 
     async def read(self, container_id: str, tail_bytes: int) -> bytes: ...
 
@@ -62,14 +62,14 @@ class Logs(Protocol):
 
 
 class Execs(Protocol):
-    """What `engine_exec` does."""
+    """Implemented by `exec.EngineExec`."""
 
     async def open(self, handle: Handle, spec: ExecSpec) -> ExecSession: ...
 
 
 @dataclass(frozen=True, slots=True)
 class EngineComponents:
-    """What the runtime is made of; `engine_parts.open_engine_runtime` puts it together."""
+    """The parts of the runtime, assembled by `build.open_engine_runtime`."""
 
     api: EngineApi
     images: Images
@@ -84,7 +84,7 @@ class EngineComponents:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What of a handle the start knows, and the container does not. Port 0: nobody knows it any more."""
+    """Handle fields that only the start knows. Port 0: unknown, for an adopted container."""
 
     uid: str
     port: int = 0
@@ -92,14 +92,14 @@ class Origin:
 
 
 class EngineRuntime:
-    """Implements `ports.Runtime`. Lives on one event loop; call `close` before that ends (containers stay)."""
+    """Implements `ports.Runtime`. Lives on one event loop; call `close` before the loop ends (containers stay)."""
 
     name = "engine"
 
-    def __init__(self, parts: EngineComponents) -> None:
-        self._parts = parts
-        self._containers = parts.containers
-        self._bundles = parts.bundles
+    def __init__(self, components: EngineComponents) -> None:
+        self._components = components
+        self._containers = components.containers
+        self._bundles = components.bundles
         self._boot_id = process_table.boot_id()
         self._exits = ExitWatch(self._boot_id)
         self._known_exits: dict[ProcessId, Exit] = {}
@@ -108,37 +108,37 @@ class EngineRuntime:
     @property
     def health(self) -> str:
         """ "" while the engine answers, else why it can't be used."""
-        return self._parts.api.health
+        return self._components.api.health
 
     async def check(self) -> None:
-        """Ask the engine whether it is there. Raises UnavailableError ENGINE_UNAVAILABLE, ENGINE_TOO_OLD."""
-        await self._parts.api.check()
+        """Check the engine now. Raises UnavailableError ENGINE_UNAVAILABLE, ENGINE_TOO_OLD."""
+        await self._components.api.check()
 
     async def close(self) -> None:
-        """The agent leaves: stop watching. Waiters are cancelled, containers live on; without any the network goes.
+        """Stop watching: cancel waiters and keep containers. Removes the network if there are none.
 
-        (Not with the last container's end: making it anew costs a start a third of its time.)"""
+        The end of the last container keeps the network: creating it takes a third of the time of a start."""
         self._exits.close()
-        await self._parts.images.close()
+        await self._components.images.close()
         if not self.health and not any(bundle.container for bundle in self._bundles.all()):
             with suppress(TimeoutError):
                 async with asyncio.timeout(LEAVE_DEADLINE_S):
                     for _ in range(NETWORK_ATTEMPTS):
-                        if await self._parts.network.remove_if_unused():
+                        if await self._components.network.remove_if_unused():
                             break
                         await asyncio.sleep(NETWORK_PAUSE_S)
-        await self._parts.api.close()
+        await self._components.api.close()
 
     # ---- start ------------------------------------------------------------------------------------------------
 
     def accepts(self, function: FunctionSpec) -> None:
-        """Any image but `host`; UnavailableError ENGINE_UNAVAILABLE while the engine is known to be away."""
+        """Accept any image but `host`. Raises UnavailableError ENGINE_UNAVAILABLE while the engine is unavailable."""
         _refuse_host(function)
         if self.health:
             raise UnavailableError("ENGINE_UNAVAILABLE", self.health)
 
     async def prepare(self, function: FunctionSpec, progress: Callable[[str], None]) -> None:
-        await self._parts.images.ensure(function.image, function.container.registry, progress)
+        await self._components.images.ensure(function.image, function.container.registry, progress)
 
     async def start(self, spec: StartSpec) -> Handle:
         uid = spec.instance.uid
@@ -146,16 +146,17 @@ class EngineRuntime:
             raise InvalidArgumentError("BAD_INSTANCE_UID", "an instance uid is 1 to 128 of A-Z a-z 0-9 . _ -", uid=uid)
         _refuse_host(spec.instance.function)
         if uid in self._starting:
-            raise ConflictError("START_UNDER_WAY", "this instance is being started already", uid=uid)
+            raise ConflictError("START_UNDER_WAY", "this instance is already being started", uid=uid)
         self._starting.add(uid)
         try:
-            await self._clear(uid)
+            await self._remove_earlier_attempt(uid)
             return await self._start(spec)
         finally:
             self._starting.discard(uid)
 
-    async def _clear(self, uid: str) -> None:
-        """Destroy what an earlier attempt with this uid left. One without a bundle is met at the create, by name."""
+    async def _remove_earlier_attempt(self, uid: str) -> None:
+        """Destroy what an earlier attempt with this uid left. `create` finds a container without a bundle by its
+        name."""
         bundle = self._bundles.read(uid)
         if bundle and bundle.foreign:
             raise ConflictError(
@@ -165,31 +166,31 @@ class EngineRuntime:
             await self.destroy(bundle.container)
 
     async def _start(self, spec: StartSpec) -> Handle:
-        """Twice at most: what somebody removed or the engine can't do is put right once."""
+        """Try twice: recreate a missing network, or drop an unsupported disk limit, once."""
         function = spec.instance.function
         for attempt in (1, 2):
-            await self._parts.api.connect()
-            plan = await self._parts.planner.plan(spec)
+            await self._components.api.connect()
+            plan = await self._components.planner.plan(spec)
             try:
                 return await self._attempt(spec, plan.config, plan.devices)
             except EngineError as error:
-                if attempt == 1 and network_is_gone(error):
-                    self._parts.network.forget()
+                if attempt == 1 and network_missing(error):
+                    self._components.network.forget()
                 elif not (attempt == 1 and plan.limits_disk and self._does_without_disk_limit(error)):
                     raise start_refused(function, error) from error
         raise AssertionError("the second attempt returns or raises")
 
     def _does_without_disk_limit(self, error: EngineError) -> bool:
-        return disk_limit_refused(error) and self._parts.planner.disk_limit_refused()
+        return disk_limit_refused(error) and self._components.planner.disk_limit_refused()
 
     async def _attempt(self, spec: StartSpec, config: Mapping[str, Any], devices: tuple[str, ...]) -> Handle:
         uid = spec.instance.uid
         try:
-            await self._parts.network.ensure()
+            await self._components.network.ensure()
             container_id = await self._containers.create(uid, config, devices)
-            if self._parts.api.kind == "podman":  # Docker's enable_icc shuts a port from its first moment on
-                await self._containers.plug_in(container_id)
-                await self._parts.network.isolate_ports()
+            if self._components.api.kind == "podman":  # Docker isolates a port from the beginning (enable_icc)
+                await self._containers.initialize(container_id)
+                await self._components.network.isolate_ports()
             await self._containers.start(container_id)
             return await self._adopt(Origin(uid, spec.instance.function.port, spec.all_gpus), container_id)
         except BaseException:
@@ -197,7 +198,7 @@ class EngineRuntime:
             raise
 
     async def _adopt(self, origin: Origin, container_id: str) -> Handle:
-        """Identify, fence off and record a container that was just started."""
+        """Identify, isolate and record a container that was just started."""
         inspected = await self._containers.inspect(container_id)
         found = identify(inspected, self._boot_id)
         if found is None:
@@ -205,20 +206,22 @@ class EngineRuntime:
             tail = await self._tail(container_id)
             reason = "OUT_OF_MEMORY" if ended.oom_killed else "FUNCTION_NOT_STARTED"
             raise InstanceError(reason, f"the container's main process ended at once: {ended.message}. Logs: {tail}")
-        await self._parts.network.isolate_ports()
-        host = self._parts.network.address(inspected)
+        await self._components.network.isolate_ports()
+        host = self._components.network.address(inspected)
         if not host:
-            raise InstanceError("START_FAILED", f"the container has no address on network {self._parts.network.name}")
+            raise InstanceError(
+                "START_FAILED", f"the container has no address on network {self._components.network.name}"
+            )
         return self._record(origin, container_id, host, found)
 
-    def _record(self, origin: Origin, container_id: str, host: str, found: Identified) -> Handle:
+    def _record(self, origin: Origin, container_id: str, host: str, found: ContainerIdentity) -> Handle:
         handle = Handle(
             origin.uid,
             found.process,
             host,
             origin.port,
             str(found.cgroup),
-            str(self._parts.files.path(origin.uid)),
+            str(self._components.files.path(origin.uid)),
             container_id,
             origin.sees_all_gpus,
         )
@@ -229,22 +232,22 @@ class EngineRuntime:
 
     async def _tail(self, container_id: str) -> str:
         try:
-            tail = await self._parts.logs.read(container_id, TAIL_BYTES)
+            tail = await self._components.logs.read(container_id, TAIL_BYTES)
         except (HibernodeError, OSError):
             tail = b""
         return tail.decode(errors="replace").strip() or "(none)"
 
     async def _discard(self, uid: str) -> None:
-        """After a failed start: leave nothing. Never hides the error that led here."""
+        """Remove everything after a failed start. Never hides the error that led here."""
         self._exits.forget(uid)
         try:
             async with asyncio.timeout(DISCARD_DEADLINE_S):
                 await self._containers.remove_by_name(uid)
                 await asyncio.to_thread(self._bundles.remove, uid)
-        except (HibernodeError, OSError) as error:  # TimeoutError is one; a later listing removes what stays
+        except (HibernodeError, OSError) as error:  # includes TimeoutError; `list_handles` removes what remains
             log.error("runtime.discard_failed", uid=uid, error=str(error))
 
-    # ---- its end ----------------------------------------------------------------------------------------------
+    # ---- end --------------------------------------------------------------------------------------------------
 
     async def wait(self, handle: Handle) -> Exit:
         if handle.process in self._known_exits:
@@ -261,7 +264,7 @@ class EngineRuntime:
         return process_table.is_alive(handle.process, self._boot_id)
 
     async def terminate(self, handle: Handle) -> None:
-        """The image's STOPSIGNAL, else SIGTERM, by the kernel alone."""
+        """Send the image's STOPSIGNAL, else SIGTERM, without the engine."""
         bundle = self._bundles.read(handle.uid)
         number = bundle.stop_signal if bundle and bundle.container == handle else 0
         process_table.send_signal(handle.process, self._boot_id, signal.Signals(number or signal.SIGTERM))
@@ -272,7 +275,7 @@ class EngineRuntime:
 
         async def empty() -> None:
             if process_table.is_alive(handle.process, self._boot_id):
-                cgroup_v1_freezer.thaw(handle.process.pid)  # SIGKILL is under way: nothing of its code runs any more
+                cgroup_v1_freezer.thaw(handle.process.pid)  # SIGKILL is pending: none of its code runs again
             await cgroup.kill(Path(handle.cgroup), deadline_s)
 
         await self._exits.kill(handle, empty, deadline_s)
@@ -281,13 +284,13 @@ class EngineRuntime:
         await self._exits.kill_processes(handle, pids, lambda: self.pids(handle))
 
     def _superseded(self, handle: Handle) -> bool:
-        """Has the uid been started again since? Then bundle and name are the successor's."""
+        """Whether the uid was started again since: bundle and name then belong to the new container."""
         bundle = self._bundles.read(handle.uid)
         return bundle is not None and bundle.handle is not None and bundle.handle.process != handle.process
 
     async def destroy(self, handle: Handle) -> None:
-        """Raises UnavailableError ENGINE_UNAVAILABLE while the engine is away: the bundle stays, so that it is listed
-        and destroyed later."""
+        """Raises UnavailableError ENGINE_UNAVAILABLE while the engine is down; the bundle stays, so a later listing
+        finds it."""
         if self._superseded(handle):
             return
         await self.kill(handle, KILL_DEADLINE_S)
@@ -296,58 +299,60 @@ class EngineRuntime:
         self._exits.forget(handle.uid)
         self._known_exits.pop(handle.process, None)
         await asyncio.to_thread(self._bundles.remove, handle.uid)
-        await asyncio.to_thread(self._parts.files.prune, {bundle.uid for bundle in self._bundles.all()})
+        await asyncio.to_thread(self._components.files.prune, {bundle.uid for bundle in self._bundles.all()})
 
     async def _keep_log(self, handle: Handle) -> None:
-        """The end of its log outlives it; that it can't be had must not keep the container."""
+        """Save the end of the log. Other than an unavailable engine, no failure stops the removal of the container."""
         try:
             async with asyncio.timeout(KEEP_LOG_DEADLINE_S):
-                tail = await self._parts.logs.read(handle.container_id, KEPT_LOG_BYTES)
+                tail = await self._components.logs.read(handle.container_id, KEPT_LOG_BYTES)
                 if tail:
-                    await asyncio.to_thread(self._parts.files.keep, handle.uid, tail)
+                    await asyncio.to_thread(self._components.files.keep, handle.uid, tail)
         except UnavailableError:
-            raise  # the removal that follows would fail as well, and the log with it
+            raise  # the removal would fail too, and the log be lost
         except EngineError as error:
             if not error.not_found:
                 log.warning("runtime.log_lost", uid=handle.uid, error=str(error))
-        except (HibernodeError, OSError) as error:  # TimeoutError is one
+        except (HibernodeError, OSError) as error:  # includes TimeoutError
             log.warning("runtime.log_lost", uid=handle.uid, error=str(error))
 
-    # ---- looking ----------------------------------------------------------------------------------------------
+    # ---- listing ----------------------------------------------------------------------------------------------
 
     async def list_handles(self) -> Sequence[Handle]:
-        """Every recorded container, ended ones too (`alive` tells), and those that run without a record. Others are
-        removed and logged as `runtime.orphan_removed`. While the engine is away: the recorded ones."""
+        """Every recorded container, including ended ones (see `alive`), and running ones without a record. Removes all
+        others, logged as `runtime.orphan_removed`. While the engine is down: the recorded ones."""
         try:
             listed = await self._containers.list()
         except HibernodeError as error:
             log.warning("runtime.listed_without_engine", error=str(error))
             listed = []
-        # After the answer, for a start may have ended while it was under way.
+        # Read after the engine's answer: a start may have ended meanwhile.
         found = [bundle for bundle in self._bundles.all() if bundle.uid not in self._starting]
         handles = {bundle.uid: bundle.container for bundle in found if bundle.container}
-        for one in listed:
-            if handle := await self._unrecorded(one):
+        for container in listed:
+            if handle := await self._unrecorded(container):
                 handles[handle.uid] = handle
         return [handles[uid] for uid in sorted(handles)]
 
-    async def _unrecorded(self, one: Listed) -> Handle | None:
-        """The handle of a container that runs without a record of it; it has one from now on."""
-        bundle = self._bundles.read(one.uid)
+    async def _unrecorded(self, container: ListedContainer) -> Handle | None:
+        """Record a running container that has no bundle and return its handle; remove one that has ended."""
+        bundle = self._bundles.read(container.uid)
         recorded = bundle.container if bundle else None
-        if one.uid in self._starting or (recorded and recorded.container_id == one.id):
+        if container.uid in self._starting or (recorded and recorded.container_id == container.id):
             return None
         try:
-            if one.running and not recorded:
-                inspected = await self._containers.inspect(one.id)
+            if container.running and not recorded:
+                inspected = await self._containers.inspect(container.id)
                 found = identify(inspected, self._boot_id)
                 if found:
-                    return self._record(Origin(one.uid), one.id, self._parts.network.address(inspected), found)
-            await self._containers.remove(one.id)
-            log.warning("runtime.orphan_removed", uid=one.uid, container=one.id[:12])
+                    return self._record(
+                        Origin(container.uid), container.id, self._components.network.address(inspected), found
+                    )
+            await self._containers.remove(container.id)
+            log.warning("runtime.orphan_removed", uid=container.uid, container=container.id[:12])
         except HibernodeError as error:
             if not (isinstance(error, EngineError) and error.not_found):
-                log.error("runtime.orphan_stays", uid=one.uid, container=one.id[:12], error=str(error))
+                log.error("runtime.orphan_stays", uid=container.uid, container=container.id[:12], error=str(error))
         return None
 
     async def pids(self, handle: Handle) -> Sequence[int]:
@@ -355,33 +360,33 @@ class EngineRuntime:
             return []
         return cgroup.procs(Path(handle.cgroup))
 
-    # ---- inside -----------------------------------------------------------------------------------------------
+    # ---- logs and exec ----------------------------------------------------------------------------------------
 
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
-        """What the engine has of it, else what was kept when it was destroyed."""
+        """The engine's log, or the end that was saved when the container was destroyed."""
         if not self._is_current(handle):
-            return await asyncio.to_thread(self._parts.files.read, Path(handle.log_path), tail_bytes)
+            return await asyncio.to_thread(self._components.files.read, Path(handle.log_path), tail_bytes)
         try:
-            return await self._parts.logs.read(handle.container_id, tail_bytes)
+            return await self._components.logs.read(handle.container_id, tail_bytes)
         except EngineError as error:
             if not error.not_found:
                 raise
-        return await asyncio.to_thread(self._parts.files.read, Path(handle.log_path), tail_bytes)
+        return await asyncio.to_thread(self._components.files.read, Path(handle.log_path), tail_bytes)
 
     async def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncGenerator[bytes, None]:
         if not self._is_current(handle):
             yield await self.read_log(handle, tail_bytes)
             return
-        async with aclosing(self._parts.logs.follow(handle.container_id, tail_bytes)) as parts:
-            async for part in parts:
-                yield part
+        async with aclosing(self._components.logs.follow(handle.container_id, tail_bytes)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def _is_current(self, handle: Handle) -> bool:
         bundle = self._bundles.read(handle.uid)
         return bundle is not None and bundle.container == handle
 
     async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:
-        return await self._parts.execs.open(handle, spec)
+        return await self._components.execs.open(handle, spec)
 
 
 def _refuse_host(function: FunctionSpec) -> None:

@@ -1,5 +1,5 @@
-"""What is to be told about the container engine, for `core.engine_capabilities`: gathered in one place, so that the
-agent and `hibernode doctor` can't differ in what they see. Nothing here changes the host or the engine."""
+"""Collects facts about the container engine for `core.engine_capabilities`, the same ones for the agent and `hibernode
+doctor`. Changes neither host nor engine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from agent.core.errors import HibernodeError
 from agent.settings import GpuSettings, RuntimeSettings
 
 INITIAL_CGROUP_NAMESPACE = 0xEFFFFFFB
-"""The inode of the namespace that the kernel starts with (PROC_CGROUP_INIT_INO)."""
+"""Inode of the kernel's initial cgroup namespace (PROC_CGROUP_INIT_INO)."""
 NVIDIA_HOOK = "nvidia-container-runtime-hook"
 
 
-async def look_at_engine(
+async def survey_engine(
     api: EngineApi | None, runtime: RuntimeSettings, gpu: GpuSettings, gpu_uuids: Sequence[str]
 ) -> EngineSurvey:
-    """Never raises: a host without an engine is a host, too. `api` None: it is turned off. `gpu_uuids`: those that
+    """Survey the engine; a failure is part of the result. `api` None: the engine is off. `gpu_uuids`: the GPUs that
     instances may get."""
     if api is None or runtime.engine.socket == "off":
         return EngineSurvey()
@@ -31,10 +31,10 @@ async def look_at_engine(
         await api.connect()
     except HibernodeError as error:
         return EngineSurvey(problem=error.message)
-    how, problem = await _attachment(api.facts, gpu, gpu_uuids)
+    method, problem = await _attachment(api.facts, gpu, gpu_uuids)
     return EngineSurvey(
         facts=api.facts,
-        gpus=how,
+        gpus=method,
         gpu_problem=problem,
         nvidia_hook=shutil.which(NVIDIA_HOOK) is not None,
         cgroups=sees_all_cgroups(),
@@ -43,17 +43,18 @@ async def look_at_engine(
 
 
 async def _attachment(facts: EngineFacts, gpu: GpuSettings, gpu_uuids: Sequence[str]) -> tuple[str, str]:
-    """How GPUs are attached, or why they can't be."""
+    """(how GPUs are attached, why they can't be)."""
     if not gpu_uuids:
         return "", ""
     try:
-        return attach_gpus(gpu, facts, await read_cdi_devices(), gpu_uuids).how, ""
+        return attach_gpus(gpu, facts, await read_cdi_devices(), gpu_uuids).method, ""
     except HibernodeError as error:
         return "", error.message.partition(": ")[2] or error.message
 
 
 def sees_all_cgroups(proc: Path = Path("/proc")) -> bool:
-    """Are containers' cgroup paths the agent's? In a cgroup namespace of its own it sees its own part alone."""
+    """Whether the agent sees containers' cgroup paths; in a cgroup namespace of its own it sees only its own
+    subtree."""
     try:
         initial = (proc / "self/ns/cgroup").stat().st_ino == INITIAL_CGROUP_NAMESPACE
         mount = find_v2_mount((proc / "self/mountinfo").read_text())

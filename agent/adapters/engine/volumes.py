@@ -1,12 +1,12 @@
-"""Which folders of the host an instance may see: checked and resolved before the engine hears of them.
+"""Checks and resolves the host folders that an instance mounts.
 
-The rule: a volume lies below a folder of `runtime.volumes_allowed`, after resolving the links of both, and neither
-contains nor is inside anything that would be a way to the host (`forbidden_paths`).
+After resolving links, a volume must lie below a folder of `runtime.volumes_allowed`, and must neither contain nor lie
+inside a path of `forbidden_paths`.
 
-What remains: between this check and the engine's mount, whoever may write inside an allowed folder (an instance with a
-writable volume there) can put a link in place of a directory, and the engine follows it. So allow folders whose
-contents only administrators change, or whose writable volumes nobody else mounts parts of. The engine must also see the
-same file system as the agent: an agent in a mount namespace of its own (PrivateTmp, a container) checks another folder.
+Known gap: between this check and the engine's mount, anyone who can write in an allowed folder (an instance with a
+writable volume there) can replace a directory by a link, and the engine follows it. Allow only folders that
+administrators alone change, or whose writable volumes are not mounted in part by others. The engine must see the same
+file system as the agent: an agent in its own mount namespace (PrivateTmp, a container) checks a different folder.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SYSTEM_PATHS = (
     "/proc", "/sys", "/dev", "/run", "/var/run", "/boot", "/etc/shadow", "/etc/hibernode", "/root/.ssh",
     "/var/lib/docker", "/var/lib/containers", "/var/lib/containerd", "/var/lib/kubelet", "/var/lib/hibernode",
 )  # fmt: skip
-"""Never seen by an instance, nor anything above or below them: kernel, devices, sockets, secrets, other containers."""
+"""No instance sees these, or anything above or below them: kernel, devices, sockets, secrets, other containers."""
 
 _TAKEN_INSIDE = ("/proc", "/sys", "/dev")
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedVolume:
-    """A volume as the engine gets it: `source` has no links in it any more."""
+    """A volume as the engine gets it. `source` contains no links."""
 
     source: str
     target: str
@@ -39,7 +39,7 @@ class ResolvedVolume:
 
 
 def forbidden_paths(*own: str | Path) -> tuple[str, ...]:
-    """SYSTEM_PATHS and these (state_dir, the engine's socket and data root, our own socket), links resolved."""
+    """SYSTEM_PATHS and `own` (state directory, engine socket and data root, agent socket), with links resolved."""
     return tuple(dict.fromkeys(os.path.realpath(path) for path in (*SYSTEM_PATHS, *own) if str(path)))
 
 
@@ -50,8 +50,8 @@ def resolve_volumes(
     *,
     mountinfo: Path = Path("/proc/self/mountinfo"),
 ) -> tuple[ResolvedVolume, ...]:
-    """All of them, or InstanceError VOLUME_REFUSED with the first reason and the fix. Reads the disk (a folder on a
-    network file system may hang: not for the loop's thread)."""
+    """Resolve all volumes. Raises InstanceError VOLUME_REFUSED with the first problem and its fix. Blocks on disk: a
+    folder on a network file system may hang, so call it in a thread."""
     if not volumes:
         return ()
     roots = [os.path.realpath(path) for path in allowed]
@@ -79,7 +79,7 @@ def _source(volume: Volume, roots: Sequence[str], forbidden: Sequence[str]) -> s
     except OSError as error:
         raise _refused(volume, f"{error.strerror or error}; create the folder on the node first") from None
     if not is_folder:
-        raise _refused(volume, "it is not a directory; name the folder that holds it")
+        raise _refused(volume, "it is not a directory; name the folder that contains it")
     via = "" if source == os.path.normpath(volume.host_path) else f" (it leads to {source})"
     if not any(_inside(source, root) for root in roots):
         raise _refused(volume, f"it is not below a folder of runtime.volumes_allowed{via}; add one to agent.yaml")
@@ -106,13 +106,13 @@ def _refuse_writable_mounts(volume: Volume, source: str, mounts: Iterable[tuple[
         if point != source and _inside(point, source) and not read_only:
             raise _refused(
                 volume,
-                f"{point} is a mount of its own below it and would stay writable; name it as a volume instead, "
-                "or declare this one writable",
+                f"{point} is a separate mount below it and would stay writable; declare it as its own volume, "
+                "or make this volume writable",
             )
 
 
 def _mounts(mountinfo: Path) -> tuple[tuple[str, bool], ...]:
-    """(mount point, is it read-only) of every mount."""
+    """(mount point, whether it is read-only) of every mount."""
     try:
         lines = mountinfo.read_text(errors="surrogateescape").splitlines()
     except OSError:
@@ -128,7 +128,7 @@ def _unescape(text: str) -> str:
 
 
 def _inside(path: str, folder: str) -> bool:
-    """Is it that folder, or below it? Both absolute and normal."""
+    """Whether `path` is `folder` or lies below it. Both are absolute and normalised."""
     return folder in ("/", path) or path.startswith(folder + "/")
 
 

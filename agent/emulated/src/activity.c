@@ -43,7 +43,7 @@ int64_t emu_now_ns(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* A bucket of an earlier round begins anew; the counter stays at its highest instead of running into the tick. */
+/* Restart a bucket of an earlier round. The counter saturates instead of overflowing into the tick. */
 static void add(_Atomic(uint64_t) *bucket, uint64_t tick, uint64_t busy_us)
 {
     uint64_t old = atomic_load(bucket), new;
@@ -61,11 +61,11 @@ void emu_busy(int device, int64_t start_ns)
     if (!rings || device < 0 || device >= EMU_MAX_DEVICES)
         return;
     if (start_ns < oldest)
-        start_ns = oldest; /* what is older than the ring is forgotten anyway */
+        start_ns = oldest; /* older than the ring */
     while (start_ns < end_ns) {
         int64_t tick = start_ns / EMU_ACTIVITY_NS, next = (tick + 1) * EMU_ACTIVITY_NS;
         int64_t until = next < end_ns ? next : end_ns;
-        /* Rounded by absolute time, so that many short copies add up to what one long one does. */
+        /* Round by absolute time: many short copies must add up to one long one. */
         add(&rings[device * EMU_ACTIVITY_BUCKETS + tick % EMU_ACTIVITY_BUCKETS], (uint64_t)tick,
             (uint64_t)(until / 1000 - start_ns / 1000));
         start_ns = until;

@@ -14,7 +14,7 @@
 
 #define SOCKET_NAME "driver.sock"
 
-/* HIBERNODE_EMULATED_SOCKET, else the folder above the one this library was loaded from (DIR/lib/libcuda.so.1). */
+/* HIBERNODE_EMULATED_SOCKET, or the folder above this library's own (DIR/lib/libcuda.so.1). */
 static int socket_path(char *out, size_t capacity)
 {
     const char *configured = getenv("HIBERNODE_EMULATED_SOCKET");
@@ -33,7 +33,7 @@ static int socket_path(char *out, size_t capacity)
     return snprintf(out, capacity, "%s/" SOCKET_NAME, library) < (int)capacity ? 0 : -1;
 }
 
-/* A path longer than sun_path is reached through its folder's descriptor. */
+/* Reach a path longer than sun_path through its folder's descriptor. */
 static int socket_address(const char *path, struct sockaddr_un *address, int *folder)
 {
     *folder = -1;

@@ -1,6 +1,6 @@
-/* cuCheckpointProcess*: the caller's side. The work is done in the target; the driver process carries the request.
+/* cuCheckpointProcess* on the caller's side. The target does the work; the driver process forwards the request.
  *
- * Needs no cuInit here. Has no deadline, as the real one: the target may be frozen.
+ * Needs no cuInit and has no deadline, like the real one: the target may be frozen.
  */
 #define _GNU_SOURCE
 #include <string.h>
@@ -11,7 +11,7 @@
 #if EMU_PUBLIC_API
 #define CHECKPOINT_API EMU_API
 #else
-#define CHECKPOINT_API /* nobody finds them but the program cuda-checkpoint, by the door */
+#define CHECKPOINT_API /* not exported: only cuda-checkpoint finds them, through the export table */
 #endif
 
 static int is_zero(const void *bytes, size_t length)
@@ -89,8 +89,8 @@ CHECKPOINT_API emu_result cuCheckpointProcessUnlock(int pid, const struct emu_un
     return ask(&msg, NULL, 0);
 }
 
-const struct emu_door emu_door = {
-    sizeof emu_door,
+const struct emu_export_table emu_export_table = {
+    sizeof emu_export_table,
     cuCheckpointProcessGetState,
     cuCheckpointProcessGetRestoreThreadId,
     cuCheckpointProcessLock,

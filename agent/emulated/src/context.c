@@ -15,7 +15,7 @@ typedef struct emu_context *context_t;
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct emu_context primaries[EMU_MAX_DEVICES];
 static unsigned alive[EMU_MAX_DEVICES]; /* contexts by device ordinal */
-/* A destroyed context's struct is kept, so that a stale handle is recognised, and used again for the next one. */
+/* Structs of destroyed contexts are kept, so that stale handles are recognised, and reused. */
 static struct spare {
     struct emu_context context;
     struct spare *next;
@@ -37,8 +37,8 @@ emu_result emu_current_context(context_t *context)
     return is_alive(*context) ? EMU_SUCCESS : EMU_CONTEXT_IS_DESTROYED;
 }
 
-/* The driver process lists a process on a GPU from its first context there. Called with the mutex held. */
-static emu_result tell(int device, int change)
+/* The driver process lists a process on a GPU once it has a context there. Called with the mutex held. */
+static emu_result report_contexts(int device, int change)
 {
     struct emu_msg msg = {.op = EMU_CONTEXT, .a = (uint64_t)emu_process.visible[device], .b = alive[device] + (unsigned)change};
     emu_result result = emu_request(&msg);
@@ -62,13 +62,13 @@ static emu_result create(context_t *out, emu_devno device)
     if (!result && depth == STACK_DEPTH)
         result = EMU_OUT_OF_MEMORY;
     if (!result)
-        result = tell(device, 1);
+        result = report_contexts(device, 1);
     if (!result) {
         struct spare *node = spares;
         if (node)
             spares = node->next;
         else if (!(node = malloc(sizeof *node))) {
-            tell(device, -1);
+            report_contexts(device, -1);
             result = EMU_OUT_OF_MEMORY;
         }
         if (node) {
@@ -106,7 +106,7 @@ static void destroy(context_t context)
 {
     emu_free_context_memory(context);
     context->magic = 0;
-    tell(context->device, -1);
+    report_contexts(context->device, -1);
 }
 
 EMU_API emu_result cuCtxDestroy_v2(context_t context)
@@ -137,7 +137,7 @@ EMU_API emu_result cuDevicePrimaryCtxRetain(context_t *out, emu_devno device)
     pthread_mutex_lock(&mutex);
     emu_result result = valid_device(device) ? EMU_SUCCESS : EMU_INVALID_DEVICE;
     if (!result && !is_alive(&primaries[device])) {
-        result = tell(device, 1);
+        result = report_contexts(device, 1);
         if (!result)
             primaries[device] = (struct emu_context){MAGIC, device, 1, 0};
     }
@@ -267,7 +267,7 @@ EMU_API emu_result cuCtxGetDevice_v2(emu_devno *device, context_t context)
     return EMU_SUCCESS;
 }
 
-/* All work is done when a call returns, so there is nothing to wait for but the gate. */
+/* Work is complete when a call returns, so only the gate can block. */
 EMU_API emu_result cuCtxSynchronize(void)
 {
     context_t context = NULL;

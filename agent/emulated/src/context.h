@@ -1,4 +1,4 @@
-/* Contexts: which device a thread's calls go to, and what dies with a context. */
+/* Contexts: the device of a thread's calls, and the lifetime of its memory. */
 #ifndef EMU_CONTEXT_H
 #define EMU_CONTEXT_H
 
@@ -11,7 +11,7 @@ struct emu_context {
     int references;
 };
 
-/* The calling thread's context; INVALID_CONTEXT where it has none, CONTEXT_IS_DESTROYED where it was destroyed. */
+/* The calling thread's context, or INVALID_CONTEXT (none), CONTEXT_IS_DESTROYED. */
 emu_result emu_current_context(struct emu_context **context);
 
 /* Free all VRAM of a context (memory.c). */

@@ -1,6 +1,6 @@
 /* The part of the CUDA driver API's binary interface that the emulated libcuda offers.
  *
- * Names are our own so that a test can include this beside NVIDIA's cuda.h and compare sizes, offsets and values.
+ * The names differ from NVIDIA's, so that a test can include cuda.h too and compare sizes, offsets and values.
  */
 #ifndef EMU_CUDA_ABI_H
 #define EMU_CUDA_ABI_H
@@ -66,11 +66,11 @@ struct emu_unlock_args {
     uint64_t reserved[8];
 };
 
-/* What cuGetExportTable gives the program cuda-checkpoint: the one way to a checkpoint before CUDA 12.8, as with the
- * real driver (whose table has another name and shape). */
-#define EMU_DOOR_ID {{0x68, 0x62, 0x6e, 0x2d, 0x63, 0x68, 0x65, 0x63, 0x6b, 0x70, 0x6f, 0x69, 0x6e, 0x74, 0x2d, 0x31}}
+/* The table that cuGetExportTable gives cuda-checkpoint: the only access to checkpoints before CUDA 12.8. The real
+ * driver does the same with another name and shape. */
+#define EMU_TABLE_ID {{0x68, 0x62, 0x6e, 0x2d, 0x63, 0x68, 0x65, 0x63, 0x6b, 0x70, 0x6f, 0x69, 0x6e, 0x74, 0x2d, 0x31}}
 
-struct emu_door {
+struct emu_export_table {
     size_t size;
     emu_result (*get_state)(int, int *);
     emu_result (*get_tid)(int, int *);
@@ -80,6 +80,6 @@ struct emu_door {
     emu_result (*unlock)(int, const struct emu_unlock_args *);
 };
 
-extern const struct emu_door emu_door;
+extern const struct emu_export_table emu_export_table;
 
 #endif

@@ -1,4 +1,4 @@
-/* The program `cuda-checkpoint`: a thin front of libcuda, with the flags, texts and exit codes of its driver. */
+/* The program `cuda-checkpoint`: calls libcuda, with the flags, texts and exit codes of its driver version. */
 #define _GNU_SOURCE
 #include <ctype.h>
 #include <dlfcn.h>
@@ -22,7 +22,7 @@ static struct {
     emu_result (*version)(int *);
     emu_result (*error_string)(emu_result, const char **);
     emu_result (*export_table)(const void **, const struct emu_uuid *);
-    const struct emu_door *door;
+    const struct emu_export_table *table;
 } cuda;
 
 static struct emu_gpu_pair pairs[EMU_MAX_DEVICES];
@@ -91,18 +91,18 @@ static int load(void)
     return cuda.init && cuda.version && cuda.error_string && cuda.export_table ? 0 : -1;
 }
 
-/* The driver's own half of this program; absent from drivers that are too old. */
-static int find_door(void)
+/* The driver's half of this program; old drivers lack it. */
+static int find_export_table(void)
 {
-    static const struct emu_uuid id = EMU_DOOR_ID;
+    static const struct emu_uuid id = EMU_TABLE_ID;
     const void *table = NULL;
     if (cuda.export_table(&table, &id) || !table)
         return -1;
-    cuda.door = table;
-    return cuda.door->size == sizeof *cuda.door ? 0 : -1;
+    cuda.table = table;
+    return cuda.table->size == sizeof *cuda.table ? 0 : -1;
 }
 
-/* As lax as the real one: what is no number is 0, and is found wrong only when the driver is asked about process 0. */
+/* As lenient as the real one: a non-number is 0, and only the call on process 0 fails. */
 static long number(const char *text)
 {
     long value = strtol(text, NULL, 10);
@@ -145,20 +145,20 @@ static emu_result perform(enum mode mode, int pid, long timeout)
     struct emu_restore_args restore = {.pairs = pair_count ? pairs : NULL, .count = pair_count};
     switch (mode) {
     case LOCK:
-        return cuda.door->lock(pid, &lock);
+        return cuda.table->lock(pid, &lock);
     case CHECKPOINT:
-        return cuda.door->checkpoint(pid, NULL);
+        return cuda.table->checkpoint(pid, NULL);
     case RESTORE:
-        return cuda.door->restore(pid, pair_count ? &restore : NULL);
+        return cuda.table->restore(pid, pair_count ? &restore : NULL);
     default:
-        return cuda.door->unlock(pid, NULL);
+        return cuda.table->unlock(pid, NULL);
     }
 }
 
 static int toggle(int pid)
 {
     int state = 0;
-    emu_result result = cuda.door->get_state(pid, &state);
+    emu_result result = cuda.table->get_state(pid, &state);
     enum mode first = state == EMU_CHECKPOINTED ? RESTORE : LOCK;
     if (!result && state != EMU_CHECKPOINTED && state != EMU_RUNNING)
         result = EMU_ILLEGAL_STATE;
@@ -176,7 +176,7 @@ static int print_state(int pid)
 {
     static const char *const names[] = {"running", "locked", "checkpointed", EMU_UTILITY_FAILED ? "failed" : "unknown"};
     int state = 0;
-    emu_result result = cuda.door->get_state(pid, &state);
+    emu_result result = cuda.table->get_state(pid, &state);
     if (result) {
         fprintf(stderr, "Error getting process state for process ID %d: \"%s\"\n", pid, reason(result));
         return EMU_ERROR_EXIT;
@@ -188,7 +188,7 @@ static int print_state(int pid)
 static int print_tid(int pid)
 {
     int tid = 0;
-    if (cuda.door->get_tid(pid, &tid)) {
+    if (cuda.table->get_tid(pid, &tid)) {
         fprintf(stderr, "Could not find restore thread for process ID %d\n", pid);
         return EMU_ERROR_EXIT;
     }
@@ -204,7 +204,7 @@ static int run(enum mode mode, int pid, long timeout, const char *map)
         fprintf(stderr, "Error initializing CUDA: \"%s\"\n", reason(result));
         return EMU_ERROR_EXIT;
     }
-    if (find_door()) {
+    if (find_export_table()) {
         fprintf(stderr, "Insufficient driver\n");
         return 255;
     }
@@ -262,7 +262,7 @@ int main(int argc, char **argv)
             selected++;
             break;
         case 'a':
-            mode = action(optarg); /* a bogus one is found out only after cuInit, as by the real program */
+            mode = action(optarg); /* an unknown action fails only after cuInit, as in the real program */
             selected++;
             break;
         case 'p':

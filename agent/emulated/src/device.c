@@ -1,4 +1,4 @@
-/* What the driver API says about devices. */
+/* Device functions of the driver API. */
 #define _GNU_SOURCE
 #include <string.h>
 
@@ -116,7 +116,7 @@ EMU_API emu_result cuDeviceGetAttribute(int *value, int attribute, emu_devno dev
     case 76: /* COMPUTE_CAPABILITY_MINOR */
         *value = (int)info(device)->cc_minor;
         break;
-    default: /* nothing runs on an emulated GPU, so the rest are features it lacks */
+    default: /* the rest are features that an emulated GPU lacks */
         *value = 0;
         result = attribute > 0 ? EMU_SUCCESS : EMU_INVALID_VALUE;
     }

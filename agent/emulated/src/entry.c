@@ -1,4 +1,4 @@
-/* How programs find the functions: names of errors, cuGetProcAddress, export tables. */
+/* Lookup of functions and error names: cuGetProcAddress, export tables. */
 #define _GNU_SOURCE
 #include <string.h>
 
@@ -53,17 +53,17 @@ EMU_API emu_result cuGetErrorString(emu_result code, const char **text)
 
 EMU_API emu_result cuGetExportTable(const void **table, const struct emu_uuid *id)
 {
-    static const struct emu_uuid door = EMU_DOOR_ID;
-    int found = EMU_CHECKPOINTS && id && !memcmp(id, &door, sizeof door);
+    static const struct emu_uuid known = EMU_TABLE_ID;
+    int found = EMU_CHECKPOINTS && id && !memcmp(id, &known, sizeof known);
     if (table)
-        *table = found ? &emu_door : NULL;
+        *table = found ? &emu_export_table : NULL;
     return table && found ? EMU_SUCCESS : EMU_NOT_FOUND;
 }
 
 EMU_API emu_result cuGetProcAddress_v2(const char *, void **, int, uint64_t, int *);
 EMU_API emu_result cuGetProcAddress(const char *, void **, int, uint64_t);
 
-/* Base names only, as the real driver's; the newest version not above the caller's is given. X(name, since, function) */
+/* Base names only, as in the real driver; returns the newest version up to the caller's. X(name, since, function) */
 #define ENTRY_POINTS(X)                                                            \
     X(cuInit, 2000, cuInit)                                                        \
     X(cuDriverGetVersion, 2020, cuDriverGetVersion)                                \
@@ -120,7 +120,7 @@ EMU_API emu_result cuGetProcAddress(const char *, void **, int, uint64_t);
     X(cuCheckpointProcessRestore, 12080, cuCheckpointProcessRestore)               \
     X(cuCheckpointProcessUnlock, 12080, cuCheckpointProcessUnlock)
 
-/* Only the addresses are wanted here; the signatures are declared where the functions are. */
+/* Only addresses are needed here; the signatures are with the functions. */
 #define DECLARE(name, since, function) extern char address_of_##function[] __asm__(#function);
 ENTRY_POINTS(DECLARE)
 #if EMU_PUBLIC_API
@@ -141,7 +141,7 @@ static const struct {
 
 enum { FOUND = 0, SYMBOL_NOT_FOUND = 1, VERSION_NOT_SUFFICIENT = 2 };
 
-/* An unknown symbol is no error: success, NULL and a status (seen on 550.163.01 and 555.58.02). */
+/* An unknown symbol is not an error: success, NULL and a status (seen on 550.163.01 and 555.58.02). */
 EMU_API emu_result cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64_t flags, int *status)
 {
     (void)flags;

@@ -1,4 +1,4 @@
-/* The gate: a lock waits until the calls inside have left, and keeps new ones out until the unlock. */
+/* The gate: a lock waits until running calls have returned, and blocks new ones until the unlock. */
 #define _GNU_SOURCE
 #include <time.h>
 

@@ -1,4 +1,4 @@
-/* Device memory: each allocation is a range of its device's VRAM, mapped here at an address that never changes. */
+/* Device memory: each allocation is a range of its device's VRAM, mapped here at a fixed address. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdlib.h>
@@ -16,19 +16,19 @@
 
 struct allocation {
     uintptr_t address;
-    size_t size;   /* as asked for: the bound of every copy */
-    size_t length; /* as given: mapped, copied by a checkpoint */
+    size_t size;   /* as requested: the limit of every copy */
+    size_t length; /* as allocated: mapped, and copied by a checkpoint */
     uint32_t slot;
     const struct emu_context *context;
 };
 
-static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards the table, not the bytes */
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards the table, not the contents */
 static struct allocation *table; /* by address */
 static size_t count, capacity;
 static unsigned char *image; /* host copy while checkpointed */
 static size_t image_length;
 
-/* Index of the first allocation above `address`, minus one = the only one that can contain it. */
+/* Index after the only allocation that can contain `address`. */
 static size_t first_above(uintptr_t address)
 {
     size_t low = 0, high = count;
@@ -42,7 +42,7 @@ static size_t first_above(uintptr_t address)
     return low;
 }
 
-/* Is [address, address + bytes) inside one allocation? */
+/* Whether [address, address + bytes) lies inside one allocation. */
 static int is_device_range(uintptr_t address, size_t bytes)
 {
     pthread_mutex_lock(&mutex);
@@ -53,7 +53,7 @@ static int is_device_range(uintptr_t address, size_t bytes)
     return inside;
 }
 
-/* Address space aligned for huge pages, inaccessible until VRAM is mapped into it. */
+/* Reserve inaccessible address space, aligned for huge pages, into which VRAM is mapped later. */
 static void *reserve(size_t length)
 {
     size_t align = length >= HUGE_PAGE ? HUGE_PAGE : 4096;
@@ -75,11 +75,11 @@ static int map_vram(uintptr_t address, size_t length, int device, uint64_t offse
         return -1;
     madvise(at, length, MADV_DONTFORK);
     madvise(at, length, MADV_HUGEPAGE);
-    madvise(at, length, MADV_POPULATE_WRITE); /* the driver process has paid for the pages: this only maps them */
+    madvise(at, length, MADV_POPULATE_WRITE); /* only maps the pages: the driver process has allocated them */
     return 0;
 }
 
-/* Keep the address for this allocation alone while its VRAM is away. */
+/* Reserve the address for this allocation while its VRAM is unmapped. */
 static void unmap_vram(uintptr_t address, size_t length)
 {
     void *at = mmap((void *)address, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
@@ -208,7 +208,7 @@ EMU_API emu_result cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes)
 
 EMU_API emu_result cuMemGetInfo(size_t *, size_t *) __attribute__((alias("cuMemGetInfo_v2")));
 
-/* The one way bytes are copied: `device` says which ends must lie inside an allocation (1 = to, 2 = from). */
+/* All copies go through here. `device`: which ends must lie inside an allocation (1 = to, 2 = from). */
 static emu_result copy(void *to, const void *from, size_t bytes, int device)
 {
     struct emu_context *context = NULL;
@@ -295,7 +295,7 @@ EMU_API emu_result cuMemsetD32_v2(emu_devptr to, unsigned value, size_t elements
 EMU_API emu_result cuMemsetD8(emu_devptr, unsigned char, size_t) __attribute__((alias("cuMemsetD8_v2")));
 EMU_API emu_result cuMemsetD32(emu_devptr, unsigned, size_t) __attribute__((alias("cuMemsetD32_v2")));
 
-/* All of the following runs in the restore thread while the gate is closed, so nobody else is in the table. */
+/* The following runs in the restore thread with the gate closed, so no other thread uses the table. */
 
 emu_result emu_memory_checkpoint(uint64_t *image_bytes, int dying)
 {

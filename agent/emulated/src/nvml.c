@@ -1,7 +1,7 @@
-/* libnvidia-ml.so.1: the symbols nvidia-ml-py asks for. Here: the library, and which devices there are.
+/* libnvidia-ml.so.1, with the symbols that nvidia-ml-py needs. This file: initialisation and device lookup.
  *
- * Every call about a device asks the driver process, also for what never changes: a lost GPU answers nothing else, and
- * a silent one holds up whoever asks, but not those who ask about another.
+ * Every call about a device asks the driver process, even for constants: a lost GPU gives no other answer, and a
+ * silent one blocks only calls about itself.
  */
 #define _GNU_SOURCE
 #include <pthread.h>

@@ -28,13 +28,13 @@ typedef struct device {
     char uuid[48];
 } *device_t;
 
-/* Is NVML initialized, and the pointer to fill there? */
+/* Check that NVML is initialised and `out` is not NULL. */
 nvml_result emu_check(const void *out);
 
-/* One question about a device: what NVML has to return. `*bytes`: capacity of the payload, then what came. */
+/* Send one query about a device; returns NVML's result. `*bytes`: capacity of the payload, then its size. */
 nvml_result emu_ask(device_t device, struct emu_msg *msg, void *payload, size_t *bytes);
 
-/* Is this a handle we gave, and does the device answer? */
+/* Check that the handle is valid and the device answers. */
 nvml_result emu_check_device(device_t device, const void *out);
 
 device_t emu_device_at(uint64_t index);

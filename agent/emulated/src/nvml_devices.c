@@ -1,11 +1,11 @@
-/* What NVML says of one device: what changes is asked anew each time. */
+/* NVML queries about one device. Variable state is queried anew each time. */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
 
 #include "nvml.h"
 
-/* One question to the driver process; `processes` may be NULL, else it is to be freed. */
+/* Query the driver process. `processes` may be NULL; otherwise the caller frees it. */
 static nvml_result status_of(device_t device, struct emu_device_status *status, struct emu_gpu_process **processes)
 {
     struct emu_msg msg = {.op = EMU_DEVICE_STATUS};
@@ -110,7 +110,7 @@ EMU_API nvml_result nvmlDeviceGetComputeMode(device_t device, unsigned *mode)
     return result;
 }
 
-/* None: an emulated GPU is nobody's virtual one. */
+/* None: an emulated GPU is not virtualised. */
 EMU_API nvml_result nvmlDeviceGetVirtualizationMode(device_t device, unsigned *mode)
 {
     nvml_result result = emu_check_device(device, mode);
@@ -139,7 +139,7 @@ EMU_API nvml_result nvmlDeviceGetTemperature(device_t device, int sensor, unsign
     return result;
 }
 
-#if EMU_CUDA_VERSION >= 12080 /* older drivers have only the other one (that it came with 570 is inferred) */
+#if EMU_CUDA_VERSION >= 12080 /* older drivers have only the other one (inferred: it came with 570) */
 struct temperature {
     unsigned version, sensor;
     int celsius;

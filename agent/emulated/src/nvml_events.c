@@ -1,4 +1,4 @@
-/* NVML events: XID errors of a GPU, waited for without holding any lock. */
+/* NVML events: XID errors of a GPU. Waiting holds no lock. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
@@ -58,7 +58,7 @@ static int is_watched(struct event_set *set, device_t device)
     return found;
 }
 
-/* A connection for each device of a set, so that neither waiting nor a silent device holds up anybody else. */
+/* One connection per device of a set, so that a wait or a silent device blocks no other call. */
 EMU_API nvml_result nvmlDeviceRegisterEvents(device_t device, unsigned long long types, struct event_set *set)
 {
     nvml_result result = emu_check_device(device, set);

@@ -1,4 +1,4 @@
-/* Pinned host memory: pages that are there already, which only their own address frees. */
+/* Pinned host memory: its pages exist from the start, and only its own address frees it. */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -38,7 +38,7 @@ static emu_result allocate(void **out, size_t bytes)
 EMU_API emu_result cuMemHostAlloc(void **out, size_t bytes, unsigned flags)
 {
     struct emu_context *context = NULL;
-    if (!out || !bytes || flags & ~7u) /* PORTABLE, DEVICEMAP, WRITECOMBINED: nothing differs here */
+    if (!out || !bytes || flags & ~7u) /* PORTABLE, DEVICEMAP, WRITECOMBINED: no difference here */
         return EMU_INVALID_VALUE;
     EMU_CALL_BEGIN;
     emu_result result = emu_current_context(&context);

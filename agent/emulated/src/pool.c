@@ -21,7 +21,7 @@ static void close_idle(void)
 }
 
 /* A forked child must not share its parent's connections. */
-static int take(void)
+static int pop_idle(void)
 {
     int fd = -1;
     pthread_mutex_lock(&mutex);
@@ -71,11 +71,11 @@ long emu_await(int fd, struct emu_msg *msg, void *in, size_t in_capacity)
 
 long emu_pool_call(struct emu_msg *msg, const void *out, size_t out_bytes, void *in, size_t in_capacity)
 {
-    int fd = take();
-    /* Idle connections may have outlived their driver process; the request is repeated only if it was never taken. */
+    int fd = pop_idle();
+    /* An idle connection may belong to an earlier driver process. Retry only requests that were never received. */
     while (fd >= 0 && emu_send(fd, msg, out, out_bytes)) {
         close(fd);
-        fd = take();
+        fd = pop_idle();
     }
     if (fd < 0) {
         fd = emu_connect();

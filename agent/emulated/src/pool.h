@@ -1,4 +1,4 @@
-/* Idle connections for callers that wait long: each call has one to itself, so that no call waits for another. */
+/* Idle connections for calls that may wait long. Each call uses its own, so none waits for another. */
 #ifndef EMU_POOL_H
 #define EMU_POOL_H
 
@@ -6,13 +6,13 @@
 
 #include "protocol.h"
 
-/* Request in *msg, answer in *msg; payload bytes of the answer, or -1 (no driver process, or it went away). */
+/* Send the request *msg, receive its answer into *msg. Payload bytes of the answer, or -1 if the driver is gone. */
 long emu_pool_call(struct emu_msg *msg, const void *out, size_t out_bytes, void *in, size_t in_capacity);
 
-/* The answer alone. A call that hangs (EMU_HOLD) is like one stuck in the kernel: until it ends, only SIGKILL helps. */
+/* Receive an answer. While the call hangs (EMU_HOLD) it is like one stuck in the kernel: only SIGKILL ends it. */
 long emu_await(int fd, struct emu_msg *msg, void *in, size_t in_capacity);
 
-/* Close what is idle. */
+/* Close all idle connections. */
 void emu_pool_drain(void);
 
 #endif

@@ -15,7 +15,7 @@
 struct emu_process emu_process;
 
 static atomic_int initialized;
-static atomic_int forked; /* CUDA can't be used in a child forked after cuInit, as with the real driver */
+static atomic_int forked; /* a child forked after cuInit can't use CUDA, as with the real driver */
 static pthread_mutex_t init_mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t request_mutex = PTHREAD_MUTEX_INITIALIZER;
 static int request_fd = -1, restore_fd = -1;
@@ -33,8 +33,8 @@ emu_result emu_request(struct emu_msg *msg)
     return got < 0 ? EMU_UNKNOWN : msg->status;
 }
 
-/* The child must not keep the parent's sockets open (their end is how the driver process learns of an exec or exit),
- * nor may it speak through them. Its mappings of VRAM are gone already by MADV_DONTFORK. */
+/* The child must neither use nor keep the parent's sockets: their end tells the driver process of an exec or exit.
+ * MADV_DONTFORK has removed its VRAM mappings. */
 static void after_fork_in_child(void)
 {
     if (!emu_initialized())
@@ -63,7 +63,7 @@ static int start_restore_thread(uint64_t token)
     restore_fd = emu_connect();
     if (restore_fd < 0)
         return -1;
-    /* The thread says its own tid, then waits for orders on the same socket. Signals are the application's. */
+    /* The thread sends its tid, then receives orders on the same socket. Signals go to the application's threads. */
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -91,7 +91,7 @@ static int device_matches(const struct emu_device *device, const char *wanted, s
     return length > 4 && length <= strlen(text) && !strncmp(text, wanted, length);
 }
 
-/* CUDA_VISIBLE_DEVICES: indices, or UUIDs that may be shortened; the first invalid entry ends the list. */
+/* CUDA_VISIBLE_DEVICES: indices or UUIDs (shortened ones too); the list ends at the first invalid entry. */
 static void choose_visible(void)
 {
     const char *list = getenv("CUDA_VISIBLE_DEVICES");
@@ -101,7 +101,7 @@ static void choose_visible(void)
             emu_process.visible[emu_process.visible_count++] = i;
         return;
     }
-    while (*list) { /* ends at the latest with a duplicate */
+    while (*list) { /* at the latest a duplicate ends it */
         list += strspn(list, " ");
         size_t length = strcspn(list, ", ");
         int found = -1;

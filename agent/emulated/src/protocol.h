@@ -1,7 +1,8 @@
-/* The words between the libraries and the driver process, over one SOCK_SEQPACKET socket each.
+/* Messages between the libraries and the driver process, over one SOCK_SEQPACKET socket each.
  *
- * Every datagram is one struct emu_msg and, for some operations, a payload. An answer carries the request's `op` and
- * `id`, and in `status` a CUresult, for what NVML asks an nvmlReturn_t (0 = success in both). protocol.py mirrors this file; a test compares the two.
+ * Every datagram is one struct emu_msg, with a payload for some operations. An answer repeats the request's `op` and
+ * `id`; its `status` is a CUresult, or an nvmlReturn_t for NVML's operations (0 = success in both). protocol.py
+ * mirrors this file; a test compares the two.
  */
 #ifndef EMU_PROTOCOL_H
 #define EMU_PROTOCOL_H
@@ -12,7 +13,7 @@
 #define EMU_MAX_DEVICES 64
 #define EMU_MAX_ALLOCATIONS 65536
 #define EMU_MAX_PAYLOAD 32768
-/* The ring in which processes count how busy a device was: activity.py. */
+/* The ring in which processes record how busy a device was: activity.py. */
 #define EMU_ACTIVITY_BUCKETS 16
 #define EMU_ACTIVITY_NS 125000000
 
@@ -37,9 +38,9 @@ enum emu_op {
     EMU_CHECKPOINT = 23,
     EMU_RESTORE = 24, /* c = pairs; payload: pairs of 16-byte UUIDs, old then new */
     EMU_UNLOCK = 25,
-    EMU_HOLD = 26, /* driver -> caller, before an answer: the call hangs as one stuck in the kernel, signals and all */
-    /* driver -> restore thread; f = microseconds the operation is to take at least (the latency model);
-     * e = 1: the process dies of it, by SIGSEGV, half-way through what it copies */
+    EMU_HOLD = 26, /* driver -> caller, before the answer: the call hangs as if in the kernel, signals blocked */
+    /* driver -> restore thread; f = least duration in microseconds (the latency model);
+     * e = 1: the process dies by SIGSEGV half-way through the copy */
     EMU_DO_PING = 30,
     EMU_DO_LOCK = 31,       /* a = timeoutMs, 0 = none */
     EMU_DO_CHECKPOINT = 32, /* answer: a = bytes of the image */

@@ -1,6 +1,6 @@
-/* The restore thread: the driver's hand inside the CUDA process. A frozen process therefore answers nothing.
+/* The restore thread: the driver's part inside the CUDA process, so a frozen process does not answer.
  *
- * It is a plain executor: the driver process keeps the state and asks for one thing at a time.
+ * It only executes: the driver process holds the state and sends one order at a time.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -14,7 +14,7 @@
 #include "activity.h"
 #include "process.h"
 
-/* The latency model is served here and not in the driver process, so that a freeze in mid-operation stops it too. */
+/* Waits here, not in the driver process, so that a freeze during an operation also stops the wait. */
 static void take_at_least(int64_t start_ns, uint64_t model_us)
 {
     int64_t end = start_ns + (int64_t)model_us * 1000;

@@ -1,4 +1,4 @@
-/* Streams, as far as they matter to a checkpoint: work in a stream counts as a call inside. */
+/* Streams: work in a stream counts as a running call, which a lock waits for. */
 #define _GNU_SOURCE
 #include <stdlib.h>
 
@@ -46,7 +46,7 @@ EMU_API emu_result cuStreamSynchronize(struct stream *stream)
     return result;
 }
 
-/* The function runs before the call returns (on a GPU: later, in order). A lock waits for it in both cases. */
+/* The function runs before the call returns (on a GPU: later, in order). A lock waits for it either way. */
 EMU_API emu_result cuLaunchHostFunc(struct stream *stream, void (*function)(void *), void *data)
 {
     struct emu_context *context = NULL;

@@ -1,1 +1,1 @@
-"""The lightest instance there is: standard library only, with device memory if it is asked for."""
+"""The lightest possible instance: standard library only, with device memory on request."""

@@ -1,22 +1,22 @@
-"""`python -m agent.examples.echo`: listens within 100 ms. For tests and benchmarks, and to try things out.
+"""`python -m agent.examples.echo`: listens within 100 ms. For tests, benchmarks and experiments.
 
-POST anything                -> the body, as it came
-GET  /                       -> who answers: {"instance", "pid", "initialized", "served"}
+POST anything                -> the request's body
+GET  /                       -> this instance: {"instance", "pid", "initialized", "served"}
 GET  /headers                -> the request's headers as JSON
-GET  /answer?n=7             -> a digest of device memory at a place chosen by n (of the pattern if VRAM_MIB is 0):
-                                the same from every instance, for ever, unless a byte of it was lost
-GET  /verify                 -> is every byte of device memory as it was put there? 500 if not
+GET  /answer?n=7             -> a digest of device memory at a position chosen by n (of the pattern if VRAM_MIB is 0):
+                                always the same on every instance, unless a byte of it was lost
+GET  /verify                 -> 200 if every byte of device memory is unchanged, else 500
 GET  /sleep?ms=100           -> answers after that time
 GET  /sse?events=5&ms=20     -> server-sent events
 GET  /bytes?n=1000           -> n bytes, streamed
 GET  /status?code=418        -> that status
-GET  /crash?code=3           -> the process ends
+GET  /crash?code=3           -> exits with that code
 
-$VRAM_MIB                    device memory filled at /initialize, MiB (0: CUDA is not touched)
-$INIT_STATUS $INIT_DELAY_MS  what POST /initialize answers, and when
-$PRE_FREEZE_STATUS $PRE_STOP_STATUS  the same for those hooks
-$NEVER_LISTEN=1              the port is never opened
-$EXIT_CODE                   ends at once with that code
+$VRAM_MIB                    MiB of device memory filled at /initialize (0: without CUDA)
+$INIT_STATUS $INIT_DELAY_MS  status and delay of POST /initialize
+$PRE_FREEZE_STATUS $PRE_STOP_STATUS  status of those hooks
+$NEVER_LISTEN=1              never opens the port
+$EXIT_CODE                   exits at once with that code
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _number(name: str, default: int = 0) -> int:
 
 
 class Echo:
-    """The handler; its state is what it put into device memory."""
+    """The request handler; its state is the content of device memory."""
 
     def __init__(self) -> None:
         self._size = _number("VRAM_MIB") * MIB
@@ -116,7 +116,7 @@ class Echo:
         return hashlib.sha256(self._memory.get(self._block, offset, ANSWER_BYTES)).hexdigest()
 
     def _verify(self) -> Answer:
-        """In pieces: the copy of a large block would need as much host memory again."""
+        """Compare in pieces: a copy of a large block would need as much host memory."""
         if self._memory is None or self._block is None:
             return as_json({"intact": True, "vram_bytes": 0})
         for offset in range(0, self._block.size_bytes, PIECE_BYTES):
@@ -132,7 +132,7 @@ def _offset(number: int, size_bytes: int) -> int:
 
 
 def expected_answer(number: int) -> str:
-    """What /answer?n=number gives, whatever the size of device memory: it looks at the first MiB."""
+    """The answer to /answer?n=number, for any size of device memory: it covers the first MiB."""
     return hashlib.sha256(pattern(ANSWER_BYTES, _offset(number, MIB))).hexdigest()
 
 
@@ -150,10 +150,10 @@ def _pieces(size: int) -> Iterator[bytes]:
 
 def main() -> None:
     if "EXIT_CODE" in os.environ:
-        print("echo: leaving as $EXIT_CODE says", file=sys.stderr, flush=True)
+        print("echo: exiting with $EXIT_CODE", file=sys.stderr, flush=True)
         sys.exit(_number("EXIT_CODE"))
     if _number("NEVER_LISTEN"):
-        print("echo: $NEVER_LISTEN is set, no port is opened", file=sys.stderr, flush=True)
+        print("echo: $NEVER_LISTEN is set, the port stays closed", file=sys.stderr, flush=True)
         signal.pause()
     serve(Echo())
 

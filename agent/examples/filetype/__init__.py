@@ -1,1 +1,1 @@
-"""What is in this file? A real model (magika: file type detection, ONNX) whose bytes live in GPU memory."""
+"""Detects file types with a real model (magika, ONNX) whose bytes live in GPU memory."""

@@ -1,8 +1,8 @@
-"""`python -m agent.examples.filetype` (extra `demo`): says what type a file has.
+"""`python -m agent.examples.filetype` (extra `demo`): detects the type of a file.
 
 POST / or /invoke  a file's bytes -> {"label", "group", "mime", "score", "model"}
-GET  /verify       is the extra pattern in device memory intact?
-POST /initialize   puts the model, and $VRAM_MIB of pattern beside it, into device memory
+GET  /verify       checks the extra pattern in device memory
+POST /initialize   loads the model, and $VRAM_MIB of pattern, into device memory
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from agent.examples.http_app import Answer, Request, as_json, serve
 
 
 class FileType:
-    """The handler. The model is loaded by /initialize, once an instance: it outlives every freeze."""
+    """The request handler. /initialize loads the model once per instance; it survives every freeze."""
 
     def __init__(self) -> None:
         from agent.examples.filetype.model import Identifier
@@ -32,7 +32,7 @@ class FileType:
             case _:
                 pass
         if self._identifier is None:
-            return as_json({"error": "not initialized: configure the initializer, it loads the model"}, 503)
+            return as_json({"error": "not initialized: configure the initializer, which loads the model"}, 503)
         if request.path == "/verify":
             intact = self._identifier.extra_is_intact()
             return as_json({"intact": intact}, 200 if intact else 500)

@@ -1,8 +1,7 @@
-"""magika on a model that is kept in device memory.
+"""Runs magika on a model kept in device memory.
 
-Before every inference the model's bytes are read back from the GPU, and the session that runs is the one built from
-exactly those bytes. A freeze and wake that loses a byte therefore shows: as another digest, and mostly as an error of
-onnxruntime or another score.
+Reads the model's bytes back from the GPU before every inference, and builds the session from exactly these bytes. A
+byte lost in a freeze and wake shows as a different digest, and usually as an error of onnxruntime or a different score.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def model_path() -> Path:
 
 
 def session_of(model: bytes) -> onnxruntime.InferenceSession:
-    """A session on the CPU; one thread, that does not spin: an instance shall be idle when nobody asks."""
+    """A session on the CPU with one thread that does not spin: an instance must be idle between requests."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
@@ -39,7 +38,7 @@ def session_of(model: bytes) -> onnxruntime.InferenceSession:
 
 
 class _MagikaOf(Magika):
-    """Magika's own feature extraction, thresholds and names, around a session that somebody else made."""
+    """Magika's feature extraction, thresholds and labels around an existing session."""
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._given = session
@@ -54,7 +53,7 @@ def digest_of(model: bytes) -> str:
 
 
 def describe(result: Any, digest: str) -> dict[str, object]:
-    """A magika result as the function answers it; `model` is the digest of the model's bytes that were used."""
+    """A magika result as JSON; `model` is the digest of the model's bytes."""
     output = result.output
     return {
         "label": str(output.label),
@@ -66,7 +65,7 @@ def describe(result: Any, digest: str) -> dict[str, object]:
 
 
 class Identifier:
-    """What type a file has. `extra_bytes` of pattern are put beside the model, for a heavier freeze."""
+    """Detects file types. `extra_bytes` of pattern beside the model make freezes heavier."""
 
     def __init__(self, extra_bytes: int = 0) -> None:
         """Raises DeviceError if there is no GPU."""
@@ -86,19 +85,19 @@ class Identifier:
         return self._model.size_bytes + sum(block.size_bytes for block in self._extra)
 
     def identify(self, content: bytes) -> dict[str, object]:
-        """Raises what onnxruntime raises for a model that is no longer one."""
+        """Raises onnxruntime's exceptions for a damaged model."""
         magika, digest = self._current()
         return describe(magika.identify_bytes(content), digest)
 
     def extra_is_intact(self) -> bool:
-        """Reads all of the pattern back."""
+        """Compare the whole pattern."""
         return all(
             self._memory.get(block) == pattern(block.size_bytes, index * PIECE_BYTES)
             for index, block in enumerate(self._extra)
         )
 
     def _current(self) -> tuple[Magika, str]:
-        """The model as it is in device memory now; a session is built only when its bytes have changed."""
+        """The detector for the model now in device memory; builds a session only when its bytes have changed."""
         model = self._memory.get(self._model)
         digest = digest_of(model)
         with self._lock:

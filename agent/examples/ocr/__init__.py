@@ -1,1 +1,1 @@
-"""What is written in this picture? A real OCR server (rapidocr, three ONNX models) whose models live in GPU memory."""
+"""Reads text in pictures with a real OCR server (rapidocr, three ONNX models) whose models live in GPU memory."""

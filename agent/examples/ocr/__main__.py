@@ -1,12 +1,11 @@
-"""`python -m agent.examples.ocr`: reads the text in a picture. Dockerfile and s.yaml are beside this file.
+"""`python -m agent.examples.ocr`: reads the text in a picture. Dockerfile and s.yaml are in this folder.
 
 POST / or /invoke  a PNG's or JPEG's bytes -> {"text": [line, ...], "scores": [...], "model"}; 400 if it is no picture
-POST /initialize   puts rapidocr's models into device memory
+POST /initialize   loads rapidocr's models into device memory
 
-What is real: the text is recognised (rapidocr on onnxruntime), by sessions made from the bytes that were read back from
-device memory; before every answer all of these bytes are read back again and digested (`model`).
-What is not: the inference itself runs on the CPU, so that the example needs neither CUDA libraries nor a GPU that
-computes: the driver alone, the emulated one too.
+Before every answer, all bytes of the models are read back from device memory and digested (`model`), and the
+recognition (rapidocr on onnxruntime) runs on sessions built from them. Only the inference itself runs on the CPU, so
+that the example needs no CUDA libraries and no GPU that computes: any driver will do, even the emulated one.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from agent.examples.ocr.model import NotAnImageError, Reader
 
 
 class Ocr:
-    """The handler. The models are loaded by /initialize, once an instance: they outlive every freeze."""
+    """The request handler. /initialize loads the models once per instance; they survive every freeze."""
 
     def __init__(self) -> None:
         self._reader: Reader | None = None
@@ -32,7 +31,7 @@ class Ocr:
             case _:
                 pass
         if self._reader is None:
-            return as_json({"error": "not initialized: configure the initializer, it loads the models"}, 503)
+            return as_json({"error": "not initialized: configure the initializer, which loads the models"}, 503)
         if request.method != "POST":
             return as_json({"error": "POST a picture's bytes (PNG or JPEG)"}, 405)
         try:

@@ -1,8 +1,7 @@
-"""rapidocr on models that are kept in device memory.
+"""Runs rapidocr on models kept in device memory.
 
-Before every answer the models' bytes are read back from the GPU, and the sessions that run are those built from exactly
-these bytes. A freeze and wake that loses a byte therefore shows: as another digest, and mostly as an error of
-onnxruntime or another text.
+Reads the models' bytes back from the GPU before every answer, and builds the sessions from exactly these bytes. A byte
+lost in a freeze and wake shows as a different digest, and usually as an error of onnxruntime or a different text.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ from agent.examples.device_memory import DeviceMemory
 
 DIGEST_CHARS = 16
 PARTS = {"det_model_path": "Det", "cls_model_path": "Cls", "rec_model_path": "Rec"}
-"""Argument of rapidocr -> section of its configuration: where is text, which way up is it, what does it say."""
+"""Argument of rapidocr -> section of its configuration: detection, orientation, recognition."""
 
 QUIET = ("ORT_DISABLE_TELEMETRY", "OPENBLAS_NUM_THREADS")
-"""Without them onnxruntime reports to its maker, and numpy and OpenCV have a thread per core. An instance shall be idle
-when nobody asks, and each thread makes freezing and waking longer."""
+"""Turns off onnxruntime's telemetry, and the thread per core of numpy and OpenCV: an instance must be idle between
+requests, and each thread slows freezing and waking."""
 
 
 class NotAnImageError(ValueError):
-    """The request's body can't be read as a picture."""
+    """The request's body is no readable picture."""
 
 
 class MissingPackageError(RuntimeError):
-    """rapidocr is not installed; the message says how to get it."""
+    """rapidocr is not installed; the message names the fix."""
 
 
 def _rapidocr() -> Any:
-    """The package: it takes half a second to import, and only instances need it."""
+    """Import the package lazily: that takes half a second, and only instances need it."""
     for variable in QUIET:
         os.environ.setdefault(variable, "1")
     try:
@@ -43,7 +42,7 @@ def _rapidocr() -> Any:
     except ImportError as error:
         raise MissingPackageError(
             f"{error}: build the image of agent/examples/ocr/Dockerfile, or `pip install --no-deps -r` the "
-            "requirements.txt beside it"
+            "requirements.txt in that folder"
         ) from error
     return rapidocr_onnxruntime
 
@@ -59,7 +58,7 @@ def model_paths() -> dict[str, Path]:
 
 @contextmanager
 def _as_file(name: str, content: bytes) -> Iterator[str]:
-    """A path under which `content` can be read: rapidocr takes models by path only. Nothing is written to a disk."""
+    """A memory-backed path of `content`: rapidocr loads models by path only."""
     descriptor = os.memfd_create(name)
     try:
         with open(descriptor, "wb", closefd=False) as file:
@@ -70,18 +69,17 @@ def _as_file(name: str, content: bytes) -> Iterator[str]:
 
 
 def engine_of(models: Mapping[str, bytes]) -> Any:
-    """rapidocr with these models, on one thread, which does not spin.
+    """rapidocr with these models, on one thread that does not spin.
 
-    Pictures are looked at as large as they are; rapidocr's default enlarges small ones, which takes ten times as long.
-    Raises what onnxruntime raises for bytes that are no model.
-    """
+    Pictures keep their size; rapidocr's default enlarges small ones, which takes ten times as long. Raises
+    onnxruntime's exceptions for bytes that are no model."""
     with ExitStack() as files:
         paths = {argument: files.enter_context(_as_file(argument, content)) for argument, content in models.items()}
         return _rapidocr().RapidOCR(**paths, intra_op_num_threads=1, inter_op_num_threads=1, det_limit_type="max")
 
 
 def digest_of(models: Mapping[str, bytes]) -> str:
-    """Of the models' bytes, one after the other."""
+    """Digest of the models' bytes in order."""
     digest = hashlib.sha256()
     for content in models.values():
         digest.update(content)
@@ -89,7 +87,7 @@ def digest_of(models: Mapping[str, bytes]) -> str:
 
 
 class Reader:
-    """What a picture says, one picture at a time. Raises DeviceError if there is no GPU, MissingPackageError."""
+    """Reads one picture at a time. Raises DeviceError without a GPU, MissingPackageError."""
 
     def __init__(self) -> None:
         files = {argument: path.read_bytes() for argument, path in model_paths().items()}
@@ -105,16 +103,15 @@ class Reader:
         return sum(block.size_bytes for block in self._models.values())
 
     def read(self, picture: bytes) -> dict[str, object]:
-        """Lines from top to bottom with rapidocr's scores; `model` is the digest of the bytes that were used.
+        """Lines from top to bottom with rapidocr's scores; `model` is the digest of the models' bytes.
 
-        Raises NotAnImageError; what onnxruntime raises for models that no longer are any.
-        """
+        Raises NotAnImageError, and onnxruntime's exceptions for damaged models."""
         with self._lock:
             engine, digest = self._current()
             try:
                 pixels = engine.load_img(picture)
             except Exception as error:
-                raise NotAnImageError(f"not a picture that can be read: {type(error).__name__}: {error}") from error
+                raise NotAnImageError(f"not a readable picture: {type(error).__name__}: {error}") from error
             lines, _seconds = engine(pixels)
         lines = lines or []
         return {
@@ -124,7 +121,7 @@ class Reader:
         }
 
     def _current(self) -> tuple[Any, str]:
-        """The models as they are in device memory now; sessions are built only when their bytes have changed."""
+        """The reader for the models now in device memory; builds sessions only when their bytes have changed."""
         models = {argument: self._memory.get(block) for argument, block in self._models.items()}
         digest = digest_of(models)
         if self._engine is None or digest != self._digest:

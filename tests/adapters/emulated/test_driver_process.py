@@ -129,7 +129,7 @@ def test_control_without_a_driver_and_with_nonsense(driver: RunningDriver, tmp_p
     with pytest.raises(UnavailableError, match="EMULATED_DRIVER_DOWN"):
         EmulatedDriver(tmp_path / "nowhere").devices()
     with pytest.raises(PreconditionError, match="EMULATED_COMMAND_UNKNOWN"):
-        driver.control._ask("explode")
+        driver.control._request("explode")
     with pytest.raises(PreconditionError, match="EMULATED_OPTION_INVALID"):
         driver.control.oplog(since=-1)
 

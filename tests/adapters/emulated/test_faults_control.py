@@ -45,7 +45,7 @@ def test_there_is_room_for_so_many(driver: RunningDriver) -> None:
     ("command", "arguments", "said"),
     [
         ("fault", {"operation": "explode"}, "choose one of lock, checkpoint, restore, unlock, state"),
-        ("fault", {"operation": 5}, "operation must be a text"),
+        ("fault", {"operation": 5}, "operation must be a string"),
         ("fault", {"kind": "BOOM"}, "choose one of NOT_READY, NOT_SUPPORTED"),
         ("fault", {"times": True}, "times must be a number"),
         ("fault", {"times": -1}, "times must be a number"),
@@ -74,7 +74,7 @@ def test_what_is_not_understood_changes_nothing(
         "reserve": {"uuid": uuid, "bytes": 0},
     }
     with pytest.raises(PreconditionError) as refused:
-        driver.control._ask(command, **{**sound[command], **arguments})
+        driver.control._request(command, **{**sound[command], **arguments})
     assert said in refused.value.message
     assert driver.control.devices() == before
     assert driver.control.faults() == []

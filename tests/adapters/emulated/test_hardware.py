@@ -62,11 +62,11 @@ def test_several_at_once_are_no_more_than_busy(activity: Activity) -> None:
 def test_reserved_memory_is_used_by_nobody(executor: ThreadPoolExecutor) -> None:
     vram = Vram("test", 8 * MIB, executor)
     try:
-        mine = vram.take(2 * MIB)
+        mine = vram.allocate(2 * MIB)
         assert mine is not None
         vram.reserve(5 * MIB)
         assert vram.used_bytes == 7 * MIB
-        assert vram.take(2 * MIB) is None
+        assert vram.allocate(2 * MIB) is None
         with pytest.raises(PreconditionError) as refused:
             vram.reserve(7 * MIB)
         assert refused.value.reason == "EMULATED_VRAM_SHORT"
@@ -74,7 +74,7 @@ def test_reserved_memory_is_used_by_nobody(executor: ThreadPoolExecutor) -> None
         vram.reserve(6 * MIB)  # in all, not more of it
         assert vram.used_bytes == 8 * MIB
         vram.reserve(0)
-        vram.give(mine)
+        vram.free(mine)
         assert vram.used_bytes == 0
     finally:
         vram.close()

@@ -83,9 +83,9 @@ def test_ranges_never_overlap_and_always_come_back(steps: list[tuple[bool, int, 
     held: list[tuple[int, int]] = []
     for give, length, align in steps:
         if give and held:
-            ranges.give(*held.pop(length % len(held)))
+            ranges.free(*held.pop(length % len(held)))
         else:
-            offset = ranges.take(length, align)
+            offset = ranges.allocate(length, align)
             if offset is not None:
                 assert offset % align == 0
                 assert offset + length <= 128
@@ -94,5 +94,5 @@ def test_ranges_never_overlap_and_always_come_back(steps: list[tuple[bool, int, 
             assert a + m <= b, (a, m, b, n)
         assert ranges.free_bytes == 128 - sum(length for _, length in held)
     for offset, length in held:
-        ranges.give(offset, length)
-    assert ranges.take(128, 8) == 0
+        ranges.free(offset, length)
+    assert ranges.allocate(128, 8) == 0

@@ -79,7 +79,7 @@ class EngineRig:
             GpuSettings(),
             state_uuid=self.state_uuid,
             network=self.network.name,
-            kept_out=(self.state_dir,),
+            excluded_paths=(self.state_dir,),
         )
         self.runtime = EngineRuntime(
             EngineComponents(

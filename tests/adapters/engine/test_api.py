@@ -101,7 +101,7 @@ async def test_a_socket_that_nobody_listens_at(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(left))
     api = EngineApi(str(left))
-    assert "nobody listens there" in (await refused(api)).message
+    assert "nothing listens on it" in (await refused(api)).message
     await api.close()
 
 
@@ -144,7 +144,7 @@ async def test_something_else_listens_there(tmp_path: Path) -> None:
     await runner.setup()
     await web.UnixSite(runner, str(tmp_path / "web.sock")).start()
     api = EngineApi(str(tmp_path / "web.sock"))
-    assert "is it an engine at all?" in (await refused(api)).message
+    assert "is it a container engine?" in (await refused(api)).message
     await api.close()
     await runner.cleanup()
 
@@ -243,8 +243,8 @@ async def test_an_engine_that_refuses_to_say_who_it_is_can_not_be_used(api: Engi
         (OSError(errno.ECONNRESET, "reset by peer"), "it may be restarting"),
         (aiodocker.DockerError(0, "toomanyrequests: slow down"), "toomanyrequests: slow down"),
         (TimeoutError(), "did not answer in time"),
-        (KeyError("Id"), "is not to be understood"),
-        (AttributeError("'str' object has no attribute 'get'"), "is not to be understood"),
+        (KeyError("Id"), "is unintelligible"),
+        (AttributeError("'str' object has no attribute 'get'"), "is unintelligible"),
     ],
 )
 async def test_what_happens_in_a_stream_is_told_alike(api: EngineApi, error: Exception, says: str) -> None:
@@ -257,7 +257,7 @@ async def test_what_happens_in_a_stream_is_told_alike(api: EngineApi, error: Exc
 
 
 async def test_few_calls_are_made_at_once_and_none_is_forgotten(engine: EngineStandIn) -> None:
-    api = EngineApi(engine.socket, calls_at_once=3)
+    api = EngineApi(engine.socket, max_concurrent_calls=3)
     await asyncio.gather(*(image_id(api) for _ in range(20)))
     assert engine.calls["GET json"] == 20
     assert engine.most_open <= 3

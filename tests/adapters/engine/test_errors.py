@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.adapters.engine.api import EngineError
-from agent.adapters.engine.errors import disk_limit_refused, network_is_gone, start_refused
+from agent.adapters.engine.errors import disk_limit_refused, network_missing, start_refused
 from agent.core.types import FunctionSpec
 
 FUNCTION = FunctionSpec(name="resize", image="registry.example/resize:1")
@@ -49,9 +49,9 @@ def test_a_file_that_is_missing_elsewhere_is_no_missing_command() -> None:
 
 
 def test_what_is_put_right_and_tried_again() -> None:
-    assert network_is_gone(EngineError(404, "network hibernode-0123456789ab not found"))
-    assert network_is_gone(EngineError(500, "unable to find network with name or ID hibernode-01: network not found"))
-    assert not network_is_gone(EngineError(404, "No such image: network/tools"))
+    assert network_missing(EngineError(404, "network hibernode-0123456789ab not found"))
+    assert network_missing(EngineError(500, "unable to find network with name or ID hibernode-01: network not found"))
+    assert not network_missing(EngineError(404, "No such image: network/tools"))
     assert disk_limit_refused(
         EngineError(500, "--storage-opt is supported only for overlay over xfs with 'pquota' mount option")
     )

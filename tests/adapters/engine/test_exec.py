@@ -39,8 +39,8 @@ class LateEngine:
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Leaders whose sessions were killed."""
     leaders: list[int] = []
-    monkeypatch.setattr(engine_exec, "END_LOOK_S", 0.0)
-    monkeypatch.setattr(engine_exec, "_kill_session", lambda _place, leader: leaders.append(leader))
+    monkeypatch.setattr(engine_exec, "INSPECT_PAUSE_S", 0.0)
+    monkeypatch.setattr(engine_exec, "_kill_session", lambda _cgroup, leader: leaders.append(leader))
     return leaders
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from agent.adapters.engine.api import EngineApi
 from agent.adapters.engine.facts import read_facts
-from agent.adapters.engine.survey import look_at_engine, sees_all_cgroups
+from agent.adapters.engine.survey import sees_all_cgroups, survey_engine
 from agent.core.engine_capabilities import EngineSurvey, engine_lines
 from agent.settings import EngineRuntimeSettings, GpuSettings, RuntimeSettings
 from tests.adapters.engine.starts import GPU_A, docker, podman
@@ -70,13 +70,13 @@ def test_an_info_of_another_shape_says_nothing() -> None:
 
 async def test_an_engine_that_is_off_or_away_is_told_and_no_error(tmp_path: Path) -> None:
     runtime = RuntimeSettings(engine=EngineRuntimeSettings(socket="off"))
-    lines = engine_lines(await look_at_engine(None, runtime, GpuSettings(), [GPU_A]))
+    lines = engine_lines(await survey_engine(None, runtime, GpuSettings(), [GPU_A]))
     assert [(line.name, line.level) for line in lines] == [("engine", "OK")]
 
     missing = str(tmp_path / "engine.sock")
     api = EngineApi(missing)
     try:
-        sight = await look_at_engine(
+        sight = await survey_engine(
             api, RuntimeSettings(engine=EngineRuntimeSettings(socket=missing)), GpuSettings(), [GPU_A]
         )
     finally:

@@ -56,7 +56,7 @@ def test_the_choice(setting: str, engine: EngineFacts, spec: frozenset[str], exp
         ("cdi", OLD_DOCKER, SPEC, "upgrade to Docker 25 or newer, or set gpu.attach: nvidia-runtime"),
         ("cdi", DOCKER_WITHOUT, SPEC, '{"features": {"cdi": true}} into /etc/docker/daemon.json'),
         ("cdi", CDI_DOCKER, NONE, "nvidia-ctk cdi generate --device-name-strategy=uuid"),
-        ("cdi", CDI_DOCKER, frozenset({GPU_B}), f"do not name {GPU_A}; make them anew: nvidia-ctk cdi generate"),
+        ("cdi", CDI_DOCKER, frozenset({GPU_B}), f"do not name {GPU_A}; create them again: nvidia-ctk cdi generate"),
         ("auto", OLD_PODMAN, NONE, "nvidia-ctk cdi generate"),
         ("nvidia-runtime", NEW_PODMAN, SPEC, "set gpu.attach: cdi"),
     ],
@@ -73,7 +73,7 @@ def test_what_can_not_be_had_says_what_to_do(
 def test_podman_is_never_asked_for_an_nvidia_runtime() -> None:
     """It takes such a request and starts the container without a GPU."""
     for engine in (OLD_PODMAN, NEW_PODMAN):
-        assert attach_gpus(GpuSettings(), engine, SPEC, [GPU_A]).how in ("cdi", "cdi-libpod")
+        assert attach_gpus(GpuSettings(), engine, SPEC, [GPU_A]).method in ("cdi", "cdi-libpod")
 
 
 def test_an_instance_that_may_move_gets_all_of_them() -> None:
@@ -93,7 +93,7 @@ def test_a_function_without_gpus_gets_none_whatever_its_image_asks_for() -> None
 def test_configured_mounts() -> None:
     settings = GpuSettings(attach="mounts", mounts=MountSettings(binds=("/gpus/lib:/gpus/lib:ro",)))
     found = attach_gpus(settings, OLD_PODMAN, NONE, [GPU_A])
-    assert (found.how, found.binds, found.visible_devices) == ("mounts", ("/gpus/lib:/gpus/lib:ro",), "void")
+    assert (found.method, found.binds, found.visible_devices) == ("mounts", ("/gpus/lib:/gpus/lib:ro",), "void")
 
 
 def test_specs_are_read_in_both_forms_and_bad_ones_are_not_there(tmp_path: Path) -> None:

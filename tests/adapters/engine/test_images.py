@@ -219,7 +219,7 @@ async def test_closing_ends_pulls_and_tells_who_waited() -> None:
 async def test_a_pull_that_brings_nothing_is_given_up() -> None:
     engine = ScriptedEngine()
     engine.gate.clear()
-    with pytest.raises(InstanceError, match=r"nothing more came .*can this node reach its registry\?") as caught:
+    with pytest.raises(InstanceError, match=r"no more data arrived .*can this node reach its registry\?") as caught:
         await images(engine, stall_s=0.05).ensure(OCR)
     assert caught.value.reason == "IMAGE_PULL_FAILED"
     assert engine.running == 0
@@ -240,7 +240,7 @@ async def test_a_pull_that_ends_without_the_image() -> None:
             return await super().inspect(name)
 
     engine = Forgetful()
-    with pytest.raises(InstanceError, match="the image is not here"):
+    with pytest.raises(InstanceError, match="the image is missing"):
         await images(engine).ensure(OCR)
 
 
@@ -307,7 +307,7 @@ def test_the_sentence_sums_up_all_layers() -> None:
     progress = PullProgress("ocr:3")
     sentences = []
     for message in PULLED:
-        progress.take(message)
+        progress.update(message)
         sentences.append(progress.sentence)
     assert sentences == ["pulling ocr:3", "pulling ocr:3", "pulling ocr:3: 45 % of 100 MiB", *["unpacking ocr:3"] * 2]
 
@@ -315,27 +315,27 @@ def test_the_sentence_sums_up_all_layers() -> None:
 def test_a_repeated_message_is_no_news() -> None:
     progress = PullProgress("ocr:3")
     message: dict[str, Any] = {"status": "Downloading", "id": "a1", "progressDetail": {"current": 5, "total": 10}}
-    assert [progress.take(message) for _ in range(3)] == [True, False, False]
-    assert progress.take({**message, "progressDetail": {"current": 6, "total": 10}})
+    assert [progress.update(message) for _ in range(3)] == [True, False, False]
+    assert progress.update({**message, "progressDetail": {"current": 6, "total": 10}})
     assert progress.downloading
 
 
 def test_layers_that_are_here_already_are_not_waited_for() -> None:
     progress = PullProgress("ocr:3")
-    progress.take({"status": "Already exists", "id": "a1"})
+    progress.update({"status": "Already exists", "id": "a1"})
     assert not progress.downloading
-    progress.take({"status": "Waiting", "id": "a2"})
+    progress.update({"status": "Waiting", "id": "a2"})
     assert progress.downloading
 
 
 def test_messages_without_end_cost_no_memory_and_odd_ones_nothing_at_all() -> None:
     progress = PullProgress("ocr:3")
     for number in range(10_000):
-        progress.take({"status": "Downloading", "id": str(number), "progressDetail": {"current": 1, "total": 2}})
+        progress.update({"status": "Downloading", "id": str(number), "progressDetail": {"current": 1, "total": 2}})
     assert "of 1 MiB" in progress.sentence
     odd: dict[str, Any]
     for odd in ({}, {"id": 7, "status": None, "progressDetail": []}, {"progressDetail": {"current": "x"}}):
-        progress.take(odd)
+        progress.update(odd)
 
 
 # ---- logins ----------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ async def test_a_credential_helper_is_not_asked_and_the_refusal_says_so(
     file = tmp_path / "config.json"
     file.write_text(json.dumps(document))
     engine = ScriptedEngine(script=[EngineError(500, "unauthorized")])
-    with pytest.raises(InstanceError, match=r"the credential helper that .* names is not asked"):
+    with pytest.raises(InstanceError, match=r"the credential helper named in .* is not run"):
         await images(engine, auth_files=(file,)).ensure("r.example/ocr")
 
 

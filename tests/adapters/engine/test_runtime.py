@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from agent.adapters.engine.container_config import INSTANCE_LABEL, STATE_LABEL
-from agent.adapters.engine.containers import Listed
+from agent.adapters.engine.containers import ListedContainer
 from agent.core.errors import (
     ConflictError,
     HibernodeError,
@@ -127,7 +127,7 @@ async def test_a_network_that_somebody_removed_is_made_again(rig: EngineRig) -> 
 
 async def test_a_network_of_somebody_else_is_not_ours(rig: EngineRig) -> None:
     rig.engine.networks[rig.network.name] = {"Name": rig.network.name, "Id": rig.network.name, "Labels": {}}
-    assert "not ours" in (await refused(rig, "NETWORK_FAILED")).message
+    assert "belongs to another owner" in (await refused(rig, "NETWORK_FAILED")).message
 
 
 async def test_two_starts_of_one_uid_at_once_are_refused(rig: EngineRig) -> None:
@@ -150,7 +150,7 @@ async def test_a_container_left_by_an_earlier_attempt_is_replaced(rig: EngineRig
 
 async def test_a_name_that_is_somebody_elses_is_left_alone(rig: EngineRig) -> None:
     theirs = rig.engine.make("hibernode-resize-a", {STATE_LABEL: "another"}, "/bin/sleep", "1000")
-    with pytest.raises(InstanceError, match="somebody else's container is named hibernode-resize-a"):
+    with pytest.raises(InstanceError, match="another owner's container is named hibernode-resize-a"):
         await rig.runtime.start(rig.spec("resize-a"))
     assert list(rig.engine.containers) == [theirs.id]
 
@@ -296,14 +296,14 @@ async def test_a_listing_takes_no_start_under_way_for_an_orphan(rig: EngineRig) 
 async def test_a_start_that_ends_while_they_are_listed_is_no_orphan(
     rig: EngineRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Listed] = []
+    seen: list[ListedContainer] = []
     run = rig.engine.run
 
     async def looked_at_before(one: StandInContainer) -> None:
         seen.extend(await rig.containers.list())
         await run(one)
 
-    async def answer_of_then() -> list[Listed]:
+    async def answer_of_then() -> list[ListedContainer]:
         return seen
 
     monkeypatch.setattr(rig.engine, "run", looked_at_before)

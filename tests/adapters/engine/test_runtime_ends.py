@@ -67,7 +67,7 @@ async def test_an_end_while_the_engine_is_away_is_seen_at_once(rig: EngineRig) -
 async def test_an_engine_that_is_late_to_notice_is_waited_for_and_one_that_never_does_is_not(
     rig: EngineRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exits, "LOOK_DEADLINE_S", 0.2)
+    monkeypatch.setattr(exits, "INSPECT_DEADLINE_S", 0.2)
     handle = await rig.runtime.start(rig.spec("resize-a"))
     container = rig.container(handle)
     late = {"Status": "running", "Running": True, "Pid": handle.process.pid}
@@ -204,7 +204,7 @@ async def test_a_handle_of_before_harms_nobody(rig: EngineRig) -> None:
         (
             {"ExitCode": 1, "OOMKilled": True},
             Signs(),
-            Exit(1, oom_killed=True, message="exited with code 1, after the OOM killer took a process of it"),
+            Exit(1, oom_killed=True, message="exited with code 1, after the OOM killer killed one of its processes"),
         ),
         ({"ExitCode": 0, "OOMKilled": True}, Signs(), Exit(0, message="exited with code 0")),
     ],

@@ -134,5 +134,5 @@ def test_a_read_only_volume_hides_no_writable_mount(lent: Path, tmp_path: Path) 
 def test_mount_points_with_spaces_are_seen(lent: Path, tmp_path: Path) -> None:
     mountinfo = tmp_path / "mountinfo"
     mountinfo.write_text(f"2 1 0:2 / {lent}/with\\040space rw - ext4 /dev/vdb rw\n")
-    with pytest.raises(InstanceError, match="with space is a mount of its own"):
+    with pytest.raises(InstanceError, match="with space is a separate mount"):
         resolve(lent, allowed=lent, mountinfo=mountinfo)

@@ -106,7 +106,7 @@ async def gateway_rig(tmp: str, *names: str) -> AsyncIterator[GatewayRig]:
     faults: list[BaseException] = []
     dispatcher = Dispatcher()
     dispatch_loop = WatchedDispatchLoop(clock, dispatcher, wakes.append)
-    fakes = {name: FakeIngress() for name in names or ("n1",)}
+    fakes = {name: FakeIngress(TOKEN.decode()) for name in names or ("n1",)}
     store = Store(f"sqlite:///{tmp}/scheduler.db")
     await store.open()
     catalog = Catalog(clock, store, dispatch_loop.apply, lambda: None, Defaults())

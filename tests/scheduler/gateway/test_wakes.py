@@ -11,8 +11,7 @@ import pytest
 
 from agent.core.dispatch.events import WakeAnswered
 from agent.core.types import MILLISECOND_NS, InstanceState
-from agent.http.exchange import Exchange
-from tests.fakes.agent_node import WAKE_MS, FakeIngress, Received, hold, refuse, refuse_before_body, vanish
+from tests.fakes.agent_node import WAKE_MS, hold, refuse, refuse_before_body, vanish, vanish_waiting
 from tests.scheduler.gateway.rig import GatewayRig, gateway_rig
 
 GET = b"GET /fn/ocr/read HTTP/1.1\r\nhost: gateway\r\n\r\n"
@@ -107,12 +106,11 @@ async def test_not_awake_by_its_queue_timeout_it_is_504_and_nobody_else_is_woken
     await rig.deploy(queue_timeout_ns=30 * MILLISECOND_NS)
     rig.instance("i2", FROZEN, node="n2")
 
-    async def give_up(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
-        await asyncio.sleep(int(received.get("x-hibernode-deadline-ms") or 0) / 1000)
-        await refuse("QUEUE_TIMEOUT")(ingress, exchange, received)
+    async def never(uid: str) -> None:
+        await asyncio.Event().wait()
 
     for ingress in rig.ingresses.values():
-        ingress.default = give_up
+        ingress.wake = never
     status, _, body = await rig.ask(GET)
     assert (status, json.loads(body)["Code"]) == (504, "QueueTimeout")
     assert rig.wakes == []
@@ -120,7 +118,7 @@ async def test_not_awake_by_its_queue_timeout_it_is_504_and_nobody_else_is_woken
 
 async def test_an_agent_that_dies_while_it_waits_there_has_shown_it_to_nobody(rig: GatewayRig) -> None:
     """It would have said so (102) before the first byte went to the instance: the request goes elsewhere."""
-    rig.ingresses["n1"].default = vanish
+    rig.ingresses["n1"].default = vanish_waiting
     asked = asyncio.create_task(rig.ask(GET))
     await rig.until(lambda: rig.suspects, "the node is suspect")
     rig.instance("i2", node="n2")
@@ -131,14 +129,9 @@ async def test_an_agent_that_dies_while_it_waits_there_has_shown_it_to_nobody(ri
 
 async def test_an_agent_that_dies_after_it_has_begun_makes_it_502(rig: GatewayRig) -> None:
     """Nobody can know how much of it the instance has seen."""
-
-    async def begin_and_vanish(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
-        exchange.send_processing()
-        await vanish(ingress, exchange, received)
-
     rig.instance("i2", FROZEN, node="n2")
     for ingress in rig.ingresses.values():
-        ingress.default = begin_and_vanish
+        ingress.default = vanish
     assert (await rig.ask(GET))[0] == 502
     assert sum(len(ingress.received) for ingress in rig.ingresses.values()) == 1
     assert rig.dispatcher.queue_state("ocr").waking == 0
