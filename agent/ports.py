@@ -276,7 +276,7 @@ class ProcessFreezer(Protocol):
         """
 
     async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
-        """Return once it runs again. Idempotent, whoever froze it. Raises DeadlineError THAW_TIMEOUT (an ancestor is
+        """Return once it runs again. Idempotent; undoes any freeze. Raises DeadlineError THAW_TIMEOUT (an ancestor is
         frozen too), PreconditionError INSTANCE_GONE."""
 
     def state(self, handle: Handle) -> FreezerState:

@@ -178,7 +178,8 @@ async def test_a_refusal_is_answered_with_its_code_and_the_state(world: World, o
 
 @pytest.mark.parametrize(("op", "kind"), [(LOCK, "NOT_SUPPORTED"), (CHECKPOINT, "OPERATING_SYSTEM")])
 async def test_failed_call_that_took_effect_is_recognized(world: World, op: CudaOp, kind: str) -> None:
-    """Facts 2: on 801 after a lock, unlock if the state is LOCKED. Without the re-read it would stay locked."""
+    """After 801 from a lock, unlock if the state is LOCKED; without the re-read it would stay locked
+    (agent/docs/facts/gpu-checkpoint.md, section 2)."""
     await world.bring_before(op)
     world.fault(op, kind, after=True)
     reply = await one(world, op)

@@ -32,7 +32,7 @@ class FakeCudaProcess:
         self.thawed.set()
 
     def thaw(self) -> None:
-        """Let it run; what hung on it is executed now, after its caller was killed (facts: pitfall 1)."""
+        """Let it run: calls that hung on it run now, although their caller was killed."""
         self.thawed.set()
         for call in self.stale_operations:
             if self.state is _RULES[call.op][0]:
