@@ -57,7 +57,7 @@ class GpuBroker:
         self._actor_of = actor_of
         self._pids_of = pids_of
         self._inbox: deque[tuple[AllocatorEvent, int]] = deque()
-        self._deferred: dict[str, tuple[AllocatorEvent, int]] = {}  # see `became`
+        self._deferred: dict[str, tuple[AllocatorEvent, int]] = {}  # see `report_activity`
         self._stepping = False
         self._answers: dict[str, allocator_events.Assigned | allocator_events.Unassignable] = {}
         self._timer: Timer | None = None
@@ -67,7 +67,7 @@ class GpuBroker:
 
     # ---- from instances -------------------------------------------------------------------------------------
 
-    def want(self, actor: Actor, avoid: tuple[str, ...]) -> None:
+    def request(self, actor: Actor, avoid: tuple[str, ...]) -> None:
         """The instance needs GPUs to go on, preferably none of those in `avoid`."""
         stays = actor.state is InstanceState.WAITING_GPU and not actor.instance.movable
         self.apply(allocator_events.Ask(actor.uid, avoid, stays))
@@ -78,7 +78,7 @@ class GpuBroker:
     def freeze_refused(self, actor: Actor) -> None:
         self.apply(allocator_events.FreezeRefused(actor.uid))
 
-    def became(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None:
+    def report_activity(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None:
         """The holder became idle or busy. Two such events come with every request, so they are deferred until the next
         other event while no instance waits for a GPU."""
         uid = actor.uid

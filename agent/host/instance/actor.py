@@ -38,7 +38,7 @@ class Executor(Protocol):
 class GpuRequests(Protocol):
     """The GPU broker, as an instance sees it."""
 
-    def want(self, actor: Actor, avoid: tuple[str, ...]) -> None: ...
+    def request(self, actor: Actor, avoid: tuple[str, ...]) -> None: ...
 
     def withdraw(self, actor: Actor) -> None: ...
 
@@ -46,7 +46,7 @@ class GpuRequests(Protocol):
 
     def freeze_refused(self, actor: Actor) -> None: ...
 
-    def became(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None: ...
+    def report_activity(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None: ...
 
 
 class StateListener(Protocol):
@@ -288,7 +288,7 @@ class Actor:
             case ev.AskCancel(gen):
                 self._executor.ask_cancel(gen)
             case ev.RequestGpus(avoid):
-                self._broker.want(self, avoid)
+                self._broker.request(self, avoid)
             case ev.WithdrawRequest():
                 self._broker.withdraw(self)
             case ev.ReleaseGpus():
@@ -296,7 +296,7 @@ class Actor:
             case ev.OrderedFreezeRefused():
                 self._broker.freeze_refused(self)
             case ev.ReportActivity(idle, preemptible_at_ns):
-                self._broker.became(self, idle, preemptible_at_ns)
+                self._broker.report_activity(self, idle, preemptible_at_ns)
             case ev.SetIdleTimer(gen, at_ns):
                 self._arm_idle(gen, at_ns)
             case ev.SetStopTimer(gen, at_ns):
