@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.fakes import postgresql
 
 # Started in the background by a shell, pytest ignores Ctrl-C, and so would every program that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -22,3 +26,15 @@ settings.load_profile("ci" if os.environ.get("CI") else "home")
 
 # `workers`: what holds when several run at once. The fixture `nvidia`: one emulated driver for all who ask for it.
 pytest_plugins = ("tests.workers", "tests.fakes.emulated_driver")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgresql.PostgreSQL]:
+    """A server for all tests of this process."""
+    if why := postgresql.missing():
+        pytest.skip(why)
+    server = postgresql.PostgreSQL()
+    try:
+        yield server
+    finally:
+        server.close()

@@ -11,7 +11,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from agent.core.dispatch.dispatcher import Dispatcher
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.traffic import CLASSES, Durations, Traffic
 from agent.core.types import SECOND_NS
 from agent.ports import Clock

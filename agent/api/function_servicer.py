@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from agent.api.paging import page
 from agent.core.dispatch.dispatcher import Dispatcher
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import NotFoundError
 from agent.core.types import IdleMode
 from agent.scheduler.fleet.fleet import ENDED, Fleet

@@ -9,8 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from agent.api.function_metrics import FunctionMetrics
-from agent.core.dispatch.index import NodeStanding
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.dispatch.model import NodeStanding
+from agent.core.provisioning.model import Scheduling
 from agent.core.types import SECOND_NS
 from agent.scheduler.fleet.fleet import Fleet, NodeRecord
 from agent.scheduler.gateway.gateway import GatewayCounts
@@ -60,20 +60,20 @@ class SchedulerMetrics(Collector):
             nodes.add_metric([standing.value], sum(node.standing is standing for node in records))
         yield nodes
         labels = ["node"]
-        heard = GaugeMetricFamily("hibernode_node_heard_timestamp_seconds", "Time of its last report.", labels=labels)
+        reported = GaugeMetricFamily("hibernode_node_heard_timestamp_seconds", "Time of last report.", labels=labels)
         waiting = GaugeMetricFamily("hibernode_node_gpu_waiters", "Instances waiting for a GPU.", labels=labels)
         gpus = GaugeMetricFamily("hibernode_node_gpus", "GPUs by use.", labels=["node", "use"])
         memory = GaugeMetricFamily("hibernode_node_host_memory_bytes", "Host memory by kind.", labels=["node", "kind"])
-        asked = GaugeMetricFamily(
+        settings = GaugeMetricFamily(
             "hibernode_node_scheduling", "1 for its scheduling setting.", labels=["node", "scheduling"]
         )
         for node in records:
             for scheduling in Scheduling:
                 value = float(self._fleet.scheduling(node.name) is scheduling)
-                asked.add_metric([node.name, scheduling.value], value)
-            if node.wall_ns:
-                heard.add_metric([node.name], node.wall_ns / SECOND_NS)
-            if not node.wall_ns or node.standing is NodeStanding.LOST:
+                settings.add_metric([node.name, scheduling.value], value)
+            if node.last_heard_wall_ns:
+                reported.add_metric([node.name], node.last_heard_wall_ns / SECOND_NS)
+            if not node.last_heard_wall_ns or node.standing is NodeStanding.LOST:
                 continue  # its last report is no longer true
             waiting.add_metric([node.name], node.load.gpu_waiting)
             for use, count in _gpu_use(node).items():
@@ -82,7 +82,7 @@ class SchedulerMetrics(Collector):
             memory.add_metric([node.name, "total"], host.total_bytes)
             memory.add_metric([node.name, "available"], host.available_bytes)
             memory.add_metric([node.name, "reserved"], host.reserved_bytes)
-        yield from (heard, asked, waiting, gpus, memory)
+        yield from (reported, settings, waiting, gpus, memory)
 
 
 def _gpu_use(node: NodeRecord) -> dict[str, int]:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 from agent.api.paging import page
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import DeadlineError, ExhaustedError
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.provisioning.model import Scheduling
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.v1 import scheduler_service_pb2 as pb
@@ -52,7 +52,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         if self._open[node] >= MAX_STREAMS:
             raise ExhaustedError("TOO_MANY_STREAMS", f"node {node} has {MAX_STREAMS} load streams already", node=node)
         self._open[node] += 1
-        stream = self._fleet.opened(node, peer_host(context.peer()))
+        stream = self._fleet.stream_opened(node, peer_host(context.peer()))
         try:
             await self._receive_all(node, stream, request_iterator, context)
         except TimeoutError:
@@ -60,7 +60,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
             raise DeadlineError("STREAM_SILENT", text) from None
         finally:
             self._open[node] -= 1
-            self._fleet.closed(node, stream)
+            self._fleet.stream_closed(node, stream)
 
     async def _receive_all(
         self, node: str, stream: int, messages: AsyncIterator[pb.ReportLoadRequest], context: CallContext
@@ -70,7 +70,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         async with asyncio.timeout(self._silence_s) as silence:
             async for message in messages:
                 silence.reschedule(now() + self._silence_s)
-                answer = self._fleet.took(node, stream, message)
+                answer = self._fleet.receive(node, stream, message)
                 if answer is not None:
                     await context.write(answer)
 
@@ -136,6 +136,6 @@ def node_of_record(record: NodeRecord, scheduling: Scheduling) -> types_pb2.Node
     )
     if registration.HasField("start_time"):
         node.start_time.CopyFrom(registration.start_time)
-    if record.wall_ns:
-        node.report_time.CopyFrom(time_to_proto(record.wall_ns))
+    if record.last_heard_wall_ns:
+        node.report_time.CopyFrom(time_to_proto(record.last_heard_wall_ns))
     return node

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from agent.core.dispatch.dispatcher import Dispatcher
-from agent.core.dispatch.index import NodeStanding
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.dispatch.model import NodeStanding
+from agent.core.provisioning.model import Scheduling
 from agent.core.types import GIB, SECOND_NS
 from agent.ports import Clock
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
@@ -86,8 +86,8 @@ class StatusPage:
 
     def _node(self, node: NodeRecord) -> Row:
         registration, last_report = node.registration, "never"
-        if node.wall_ns:
-            last_report = f"{max(0, self._clock.wall_ns() - node.wall_ns) / SECOND_NS:.1f} s ago"
+        if node.last_heard_wall_ns:
+            last_report = f"{max(0, self._clock.wall_ns() - node.last_heard_wall_ns) / SECOND_NS:.1f} s ago"
         gpus = node.gpus
         memory = node.load.host_memory if node.load.HasField("host_memory") else registration.host_memory
         instances = sum(load.state not in ENDED for load in node.instances.values())

@@ -1,5 +1,9 @@
-"""The `hibernode` command: one file per command or family of commands, loaded only when it is called.
+"""The `hibernode` command.
 
-`main.py` is the entry and lists the commands; `connection.py` finds daemons and calls them; `output.py` is the only
-place that writes results. Data goes to stdout, everything else to stderr (STYLE, "CLI").
+- `main.py`: entry point and list of commands; each command's module is imported when it is called
+- `demo/` and `doctor/`: the two large commands; `commands/`: all others
+- `fc3/`: reads s.yaml files; `console/`: tables, JSON, progress and units
+- `daemon_locator.py` finds daemons, `daemon_calls.py` calls them, `options.py` holds shared options
+
+Data goes to stdout, everything else to stderr; `agent/exit_codes.py` lists the exit codes.
 """

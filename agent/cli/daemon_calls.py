@@ -1,11 +1,13 @@
-"""Calls to a daemon from a command: find it, call it, show that something is under way, close."""
+"""Calls the agent or the scheduler for a command: finds the daemon, shows progress, explains connection errors."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+from grpc import aio
 
 from agent.cli.console.progress import progress
 from agent.cli.daemon_locator import Daemon, DaemonAddress, find_daemon
@@ -13,48 +15,78 @@ from agent.cli.options import cli_options
 from agent.core.errors import HibernodeError, UnauthenticatedError, UnavailableError
 from agent.wire.clients import DaemonChannel
 
-T = TypeVar("T")
-
 SHORT_S = 15.0
 """Deadline of a call that only reads."""
 PAGE_SIZE = 500
+MAX_PAGES = 10_000
 
 
-def with_agent(story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
-    """Runs `story` on a channel to the agent. `doing` is what a person sees after a second, as in "waking 3
-    instances"; "" shows nothing."""
-    return _run("agent", story, doing)
+class PageRequest(Protocol):
+    """A request for a page of a list."""
+
+    page_size: int
+    page_token: str
 
 
-def with_scheduler(story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
-    """Runs `story` on a channel to the scheduler."""
-    return _run("scheduler", story, doing)
+class Page(Protocol):
+    """A page of a list, and the token of the next one; "" after the last."""
+
+    next_page_token: str
 
 
-def _run(daemon: Daemon, story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
+T = TypeVar("T")
+_Request = TypeVar("_Request", bound=PageRequest)
+_Page = TypeVar("_Page", bound=Page)
+
+
+async def pages(
+    channel: DaemonChannel, method: aio.UnaryUnaryMultiCallable[_Request, _Page], request: _Request
+) -> AsyncIterator[_Page]:
+    """Calls a list method until its last page. Sets the page size and token of `request`."""
+    request.page_size = PAGE_SIZE
+    for _ in range(MAX_PAGES):
+        page = await channel.call(method, request, SHORT_S)
+        yield page
+        if not page.next_page_token:
+            return
+        request.page_token = page.next_page_token
+
+
+def with_agent(operation: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
+    """Runs `operation` on a channel to the agent. After a second it shows `doing`, such as "waking 3 instances", unless
+    that is empty."""
+    return _run("agent", operation, doing)
+
+
+def with_scheduler(operation: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
+    """Runs `operation` on a channel to the scheduler, as `with_agent` does."""
+    return _run("scheduler", operation, doing)
+
+
+def _run(daemon: Daemon, operation: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
     options = cli_options()
-    place = find_daemon(daemon, options)
+    address = find_daemon(daemon, options)
+
+    async def run() -> T:
+        shown = progress(doing) if doing else nullcontext()
+        async with shown, DaemonChannel(address.target, address.token, options.insecure) as channel:
+            return await operation(channel)
+
     try:
-        return asyncio.run(_told(place, options.insecure, story, doing))
+        return asyncio.run(run())
     except HibernodeError as error:
-        raise _with_advice(error, daemon, place) from error
+        raise _with_advice(error, daemon, address) from error
 
 
-async def _told(place: DaemonAddress, insecure: bool, story: Callable[[DaemonChannel], Awaitable[T]], doing: str) -> T:
-    shown = progress(doing) if doing else nullcontext()
-    async with shown, DaemonChannel(place.target, place.token, insecure) as channel:
-        return await story(channel)
-
-
-def _with_advice(error: HibernodeError, daemon: Daemon, place: DaemonAddress) -> HibernodeError:
-    """gRPC's own words about a daemon that is not there help nobody."""
+def _with_advice(error: HibernodeError, daemon: Daemon, address: DaemonAddress) -> HibernodeError:
+    """Replaces gRPC's message about an unreachable daemon by one that says what to do."""
     if isinstance(error, UnavailableError) and error.reason == "UNREACHABLE":
         message = (
-            f"no {daemon} answers at {place.target}: is it running? "
-            f"`hibernode {daemon} --config FILE` starts it, --home or --{daemon} names another one"
+            f"no {daemon} answers at {address.target}; start it with `hibernode {daemon} --config FILE`, "
+            f"or name another one with --home or --{daemon}"
         )
-        return UnavailableError("UNREACHABLE", message, target=place.target)
+        return UnavailableError("UNREACHABLE", message, target=address.target)
     if isinstance(error, UnauthenticatedError) and error.reason == "TOKEN_MISSING":
-        message = f"the {daemon} at {place.target} wants its token: name the file with --token-file"
-        return UnauthenticatedError("TOKEN_MISSING", message, target=place.target)
+        message = f"the {daemon} at {address.target} requires a token; name its file with --token-file"
+        return UnauthenticatedError("TOKEN_MISSING", message, target=address.target)
     return error

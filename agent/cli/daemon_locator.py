@@ -1,4 +1,4 @@
-"""Where daemons are and which token opens them: from the options, else from what a daemon wrote into its home."""
+"""Finds a daemon's address and token: from the options, else from the files in the daemon's state directory."""
 
 from __future__ import annotations
 
@@ -18,95 +18,95 @@ MAX_FILE_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class DaemonAddress:
-    """What to call (`host:port` or `unix:/path`) and the token to send, "" for none."""
+    """Target (`host:port` or `unix:/path`) and token of a daemon; no token is ""."""
 
     target: str
     token: str
 
     def __repr__(self) -> str:
-        return f"Place({self.target})"
+        return f"DaemonAddress({self.target})"
 
 
-def find_daemon(daemon: Daemon, asked: CliOptions) -> DaemonAddress:
-    """The daemon's gRPC address: the option's, else the unix socket where we may use it, else TCP with the token.
+def find_daemon(daemon: Daemon, options: CliOptions) -> DaemonAddress:
+    """The daemon's gRPC address: from the options, else its unix socket if accessible, else TCP with the token.
 
-    Raises UnavailableError where no daemon has run, PermissionDeniedError for what we may not read.
+    Raises UnavailableError if no daemon has run in the home, PermissionDeniedError if its files are not readable.
     """
-    given = asked.agent if daemon == "agent" else asked.scheduler
+    given = options.agent if daemon == "agent" else options.scheduler
     if given:
-        return DaemonAddress(given, _token_for(given, daemon, asked))
-    found = read_endpoints(daemon, asked.home)
+        return DaemonAddress(given, _token_for(given, daemon, options))
+    found = read_endpoints(daemon, options.home)
     socket = found.get("socket", "")
-    if socket and not asked.token_file and os.access(socket, os.R_OK | os.W_OK):
+    if socket and not options.token_file and os.access(socket, os.R_OK | os.W_OK):
         return DaemonAddress(f"unix:{socket}", "")
     if not found.get("grpc") and daemon == "scheduler":
-        message = f"the scheduler in {asked.home} stands by for another one; name the active one with --scheduler"
-        raise UnavailableError("SCHEDULER_STANDBY", message, home=str(asked.home))
+        message = f"the scheduler in {options.home} is on standby; name the active one with --scheduler"
+        raise UnavailableError("SCHEDULER_STANDBY", message, home=str(options.home))
     if not found.get("grpc"):
-        message = f"{daemon} in {asked.home} offers no TCP address, and its socket {socket} is not open to this user"
+        message = f"{daemon} in {options.home} has no TCP address, and this user may not access its socket {socket}"
         raise PermissionDeniedError("SOCKET_NOT_ALLOWED", f"{message}; use sudo, or join the group hibernode")
-    file = asked.token_file or found.get("token_file") or str(asked.home / daemon / "token")
+    file = options.token_file or found.get("token_file") or str(options.home / daemon / "token")
     return DaemonAddress(found["grpc"], read_token(Path(file)))
 
 
-def find_gateway(asked: CliOptions) -> str:
-    """`host:port` of the gateway."""
-    given = asked.gateway or read_endpoints("scheduler", asked.home).get("gateway", "")
+def find_gateway(options: CliOptions) -> str:
+    """The gateway's `host:port`."""
+    given = options.gateway or read_endpoints("scheduler", options.home).get("gateway", "")
     if not given:
         raise UnavailableError("GATEWAY_UNKNOWN", "the scheduler has no gateway; name its address with --gateway")
     return given.removeprefix("http://").rstrip("/")
 
 
 def read_endpoints(daemon: Daemon, home: Path) -> dict[str, str]:
-    """The addresses a daemon wrote when it started (`<state_dir>/endpoints.json`)."""
+    """Reads the addresses that a daemon wrote at its start (`<state_dir>/endpoints.json`)."""
     path = home / daemon / "endpoints.json"
     try:
         with path.open("rb") as file:
             document = json.loads(file.read(MAX_FILE_BYTES))
     except FileNotFoundError as error:
         message = (
-            f"no {daemon} has been started in {home}: start one with `hibernode {daemon} --config FILE`, "
-            f"or say where it is with --home (HIBERNODE_HOME) or --{daemon} ADDRESS"
+            f"no {daemon} has been started in {home}; start one with `hibernode {daemon} --config FILE`, "
+            f"or name it with --home (HIBERNODE_HOME) or --{daemon} ADDRESS"
         )
         raise UnavailableError(f"{daemon.upper()}_NOT_RUNNING", message, home=str(home)) from error
     except PermissionError as error:
-        message = f"{path} may not be read by this user; use sudo, or name --{daemon} ADDRESS and --token-file FILE"
+        message = f"this user may not read {path}; use sudo, or name --{daemon} ADDRESS and --token-file FILE"
         raise PermissionDeniedError("ENDPOINTS_NOT_ALLOWED", message, path=str(path)) from error
     except (OSError, ValueError) as error:
-        message = f"{path} can't be used ({error}); start the {daemon} again, or name --{daemon} ADDRESS"
+        message = f"{path} is invalid ({error}); restart the {daemon}, or name --{daemon} ADDRESS"
         raise ConfigError("ENDPOINTS_INVALID", message, path=str(path)) from error
     if not isinstance(document, dict):
-        raise ConfigError("ENDPOINTS_INVALID", f"{path} is not what a daemon writes; start the {daemon} again")
+        raise ConfigError("ENDPOINTS_INVALID", f"{path} is not a JSON object; restart the {daemon}")
     return {str(key): str(value) for key, value in document.items() if value is not None}
 
 
 def read_token(path: Path) -> str:
-    """The token in a file. Raises PermissionDeniedError or InvalidArgumentError with what to do.
+    """Reads a token. The file's mode is the daemon's business (adapters/daemon/token_file.py).
 
-    Who may read the file is checked by the daemon that made it (adapters/daemon/token_file.py); here it is only read.
+    Raises PermissionDeniedError or InvalidArgumentError.
     """
     try:
         with path.open("rb") as file:
             content = file.read(4096).strip()
     except PermissionError as error:
-        message = f"the token {path} may not be read by this user; use sudo, or join the group hibernode"
+        message = f"this user may not read the token {path}; use sudo, or join the group hibernode"
         raise PermissionDeniedError("TOKEN_NOT_ALLOWED", message, path=str(path)) from error
     except OSError as error:
-        message = f"the token file {path} can't be read: {error.strerror}; name the right one with --token-file"
+        message = f"cannot read the token file {path}: {error.strerror}; name the right one with --token-file"
         raise InvalidArgumentError("TOKEN_FILE_UNREADABLE", message, path=str(path)) from error
     if not content or not all(0x21 <= byte <= 0x7E for byte in content):
-        message = f"{path} does not hold one token; name the right file with --token-file"
+        message = f"{path} does not contain a single token; name the right file with --token-file"
         raise InvalidArgumentError("TOKEN_FILE_INVALID", message, path=str(path))
     return content.decode("ascii")
 
 
-def _token_for(target: str, daemon: Daemon, asked: CliOptions) -> str:
-    if asked.token_file:
-        return read_token(Path(asked.token_file))
+def _token_for(target: str, daemon: Daemon, options: CliOptions) -> str:
+    if options.token_file:
+        return read_token(Path(options.token_file))
     from agent.wire.addresses import is_loopback, split  # gRPC only where a daemon is called
 
-    # The home's token goes to this machine only; a unix socket needs none.
+    # The home's token is only sent to this machine; a unix socket needs none.
     if target.startswith("unix:") or not is_loopback(split(target)[0]):
         return ""
-    token = asked.home / daemon / "token"
+    token = options.home / daemon / "token"
     return read_token(token) if token.exists() else ""

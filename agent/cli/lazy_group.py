@@ -1,4 +1,4 @@
-"""A click group whose commands are imported when they are called: `hibernode --help` must not load gRPC."""
+"""A click group that imports a command only when it is called, so that `hibernode --help` does not load gRPC."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import click
 
 
 class LazyCommand(NamedTuple):
-    """Where a command is (`module:attribute`), its line in the help, and the section it stands in."""
+    """A command's location (`module:attribute`), its line in the help, and its section there."""
 
-    where: str
+    location: str
     summary: str
     section: str
 
 
 class LazyGroup(click.Group):
-    """`commands` by name. Help shows the summaries of the table without importing anything."""
+    """A group of `LazyCommand`s by name. `--help` prints their summaries without importing them."""
 
     def __init__(self, *args: Any, lazy: Mapping[str, LazyCommand], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -34,7 +34,7 @@ class LazyGroup(click.Group):
         found = self._lazy.get(cmd_name)
         if found is None:
             return None
-        module, _, attribute = found.where.partition(":")
+        module, _, attribute = found.location.partition(":")
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
@@ -49,7 +49,7 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section in dict.fromkeys(command.section for command in self._lazy.values()):
-            rows = [(name, one.summary) for name, one in self._lazy.items() if one.section == section]
+            rows = [(name, command.summary) for name, command in self._lazy.items() if command.section == section]
             with formatter.section(section):
                 formatter.write_dl(rows)
 
@@ -58,13 +58,13 @@ class LazyGroup(click.Group):
             result = super().invoke(ctx)
             sys.stdout.flush()
         except BrokenPipeError:
-            # `hibernode ps | head -1`: the reader has what it wanted. What is still buffered has nowhere to go.
+            # `hibernode ps | head -1`: the reader has closed the pipe. Discard what is still buffered.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return None
         return result
 
 
 def suggestion(name: str, known: list[str]) -> str:
-    """The end of an error about an unknown name."""
+    """The hint at the end of an error about an unknown name."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else "`hibernode --help` lists them"

@@ -1,4 +1,4 @@
-"""Options that many commands share. They may stand before or after the command's name; the later one counts."""
+"""Options shared by many commands. They may come before or after the command's name; the last one counts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from agent.core.types import SECOND_NS
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_HOME = "/var/lib/hibernode"
-_KEY = "agent.cli.asked"
+_KEY = "agent.cli.options"
 
 
 @dataclass(frozen=True, slots=True)
 class CliOptions:
-    """What the shared options say. Empty addresses and paths mean: look in `home`."""
+    """Values of the shared options. An empty address or path is read from `home`."""
 
     home: Path
     agent: str
@@ -32,26 +32,26 @@ class CliOptions:
 
     @property
     def json(self) -> bool:
-        """Whether stdout is for programs."""
+        """Whether to print JSON."""
         return self.output == "json"
 
     @property
     def csv(self) -> bool:
-        """Whether stdout is for a spreadsheet; few commands offer it."""
+        """Whether to print CSV; few commands offer it."""
         return self.output == "csv"
 
 
 def cli_options() -> CliOptions:
     """The shared options of the running command."""
-    found = click.get_current_context().find_root().meta.get(_KEY, {})
+    values = click.get_current_context().find_root().meta.get(_KEY, {})
     return CliOptions(
-        home=Path(found.get("home") or os.environ.get("HIBERNODE_HOME") or DEFAULT_HOME),
-        agent=found.get("agent", ""),
-        scheduler=found.get("scheduler", ""),
-        gateway=found.get("gateway", ""),
-        token_file=found.get("token_file", ""),
-        insecure=found.get("insecure", False),
-        output=found.get("output", "table"),
+        home=Path(values.get("home") or os.environ.get("HIBERNODE_HOME") or DEFAULT_HOME),
+        agent=values.get("agent", ""),
+        scheduler=values.get("scheduler", ""),
+        gateway=values.get("gateway", ""),
+        token_file=values.get("token_file", ""),
+        insecure=values.get("insecure", False),
+        output=values.get("output", "table"),
     )
 
 
@@ -68,14 +68,14 @@ def _shared(*names: str, **attributes: Any) -> Callable[[F], F]:
 home_option = _shared(
     "--home",
     metavar="DIR",
-    help=f"Folder with the state directories agent/ and scheduler/ [HIBERNODE_HOME; {DEFAULT_HOME}].",
+    help=f"Folder of the state directories agent/ and scheduler/ [HIBERNODE_HOME; {DEFAULT_HOME}].",
 )
-agent_option = _shared("--agent", metavar="ADDRESS", help="The agent: host:port or unix:/path; default: from --home.")
-scheduler_option = _shared("--scheduler", metavar="ADDRESS", help="The scheduler: host:port; default: from --home.")
-gateway_option = _shared("--gateway", metavar="ADDRESS", help="The gateway: host:port; default: from --home.")
+agent_option = _shared("--agent", metavar="ADDRESS", help="Agent, host:port or unix:/path; default: from --home.")
+scheduler_option = _shared("--scheduler", metavar="ADDRESS", help="Scheduler, host:port; default: from --home.")
+gateway_option = _shared("--gateway", metavar="ADDRESS", help="Gateway, host:port; default: from --home.")
 token_option = _shared("--token-file", metavar="FILE", help="File with the daemon's token; default: from --home.")
 insecure_option = _shared(
-    "--insecure", is_flag=True, help="Allow the token to travel to another machine unencrypted (a trusted network)."
+    "--insecure", is_flag=True, help="Send the token to another machine unencrypted (trusted networks only)."
 )
 output_option = _shared(
     "-o", "--output", type=click.Choice(["table", "json"]), help="table for people (default), json for programs."
@@ -91,36 +91,36 @@ output_or_csv_option = _shared(
 json_option = _shared("--json", "output", flag_value="json", help="The same as --output json.")
 
 
-def place_options(command: F) -> F:
-    """All of where daemons may be; for the group itself."""
+def locator_options(command: F) -> F:
+    """Addresses and token of all daemons; for the group itself."""
     for option in (token_option, scheduler_option, agent_option, home_option):
         command = option(command)
     return command
 
 
 def agent_options(command: F) -> F:
-    """For a command that asks the agent of one node."""
+    """For a command that calls the agent of one node."""
     for option in (insecure_option, token_option, agent_option, home_option):
         command = option(command)
     return command
 
 
 def scheduler_options(command: F) -> F:
-    """For a command that asks the scheduler."""
+    """For a command that calls the scheduler."""
     for option in (insecure_option, token_option, scheduler_option, home_option):
         command = option(command)
     return command
 
 
 def fleet_or_node_options(command: F) -> F:
-    """For a command that can ask either."""
+    """For a command that can call the agent or the scheduler."""
     for option in (insecure_option, token_option, scheduler_option, agent_option, home_option):
         command = option(command)
     return command
 
 
 def s_options(command: F) -> F:
-    """What Serverless Devs' `s` takes beside, and what means nothing here: said, and left."""
+    """Hidden options of Serverless Devs' `s`, accepted and ignored."""
     for option in (
         _shared("-a", "--access", "s_access", metavar="NAME", hidden=True),
         _shared("--skip-push", "s_skip_push", metavar="BOOLEAN", hidden=True),
@@ -130,8 +130,8 @@ def s_options(command: F) -> F:
 
 
 def seconds_of(value: str) -> float:
-    """An option's `10s`, `2m`, `1h30m`, or a bare number of seconds, as seconds."""
-    from agent.config import parse_duration_ns  # brings msgspec and YAML, which help does not need
+    """Parses `10s`, `2m`, `1h30m`, or a bare number of seconds."""
+    from agent.config import parse_duration_ns  # imports msgspec and YAML, which --help does not need
 
     text = f"{value}s" if value.replace(".", "", 1).isdecimal() else value
     try:
@@ -141,7 +141,7 @@ def seconds_of(value: str) -> float:
 
 
 def bytes_of(value: str) -> int:
-    """An option's `64KiB`, `1MiB`, or a bare number of bytes, as bytes; at least one."""
+    """Parses `64KiB`, `1MiB`, or a bare number of bytes; at least one byte."""
     from agent.config import parse_size_bytes
 
     try:
@@ -154,7 +154,7 @@ def bytes_of(value: str) -> int:
 
 
 def timeout_option(default: str) -> Callable[[F], F]:
-    """How long the command waits for the daemon's answer."""
+    """The --timeout option: how long the command waits for the daemon's answer."""
     return click.option(
         "--timeout",
         "timeout_s",

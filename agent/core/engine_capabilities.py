@@ -1,5 +1,6 @@
-"""What a container engine can do for instances here, as a pure function of what it and the host say; with the fix where
-it can't. A WARN each: an engine that lacks something forbids no idle mode, `hibernode doctor` tells of it all the same.
+"""What a container engine can do for instances: a pure function from its facts to `hibernode doctor`'s lines.
+
+A missing capability is a WARN with a fix: it forbids no idle mode.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ EngineKind = Literal["docker", "podman"]
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """One engine, as its `info` tells. `version` is (major, minor), (0, 0) where it can't be read: a build of
-    somebody's own, taken for new.
+    """An engine's `info`.
 
-    `cdi_dirs`: where a Docker looks for CDI specs, empty = its CDI is off (Podman has no such key). `disk_limits`: can
-    a container's writable layer be bounded (`StorageOpt size`)? `cpus` 0 = it did not say. `networks`: its network
-    drivers, empty = it did not say.
+    - `version`: (major, minor); (0, 0) = unreadable, a private build taken as new
+    - `disk_limits`: a container's writable layer can be bounded (`StorageOpt size`)
+    - `cpus`: 0 = unknown
+    - `cdi_dirs`: Docker's folders of CDI specs, empty = CDI is off; always empty for Podman
+    - `networks`: network drivers, empty = unknown
     """
 
     kind: EngineKind
@@ -39,22 +41,24 @@ class EngineFacts:
 
     @property
     def title(self) -> str:
-        """For people: `Docker 20.10.24`."""
+        """Name and version, like `Docker 20.10.24`."""
         return f"{self.kind.capitalize()} {self.version_text}".rstrip()
 
     def since(self, version: tuple[int, int]) -> bool:
-        """Is it that version or newer?"""
+        """The engine has this version or a newer one."""
         return self.version == (0, 0) or self.version >= version
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSurvey:
-    """What was found about the engine. `facts` None: it can't be used, and `problem` says why and what to do; both
-    empty where it is turned off.
+    """What start-up found out about the engine.
 
-    `gpus`: how GPUs are attached (engine_gpus.How; "" = there is none to attach), `gpu_problem` why they can't be.
-    `nvidia_hook`: the program by which NVIDIA's runtime puts them in is there. `cgroups`: the containers' cgroups can
-    be seen by the agent. `disk_limit`: the setting.
+    - `facts`: None = the engine can't be used because of `problem` (with its fix), or is turned off (no problem)
+    - `gpus`: how GPUs are attached (`How` of engine/gpus.py); "" = the host has none
+    - `gpu_problem`: why GPUs can't be attached
+    - `nvidia_hook`: the hook program of NVIDIA's runtime is installed
+    - `cgroups`: the agent sees the containers' cgroups
+    - `disk_limit`: the setting
     """
 
     facts: EngineFacts | None = None
@@ -66,28 +70,28 @@ class EngineSurvey:
     disk_limit: str = "auto"
 
 
-def engine_lines(sight: EngineSurvey) -> Sequence[CapabilityLine]:
-    """One line a subject, the engine itself first; the others only where there is one."""
-    facts = sight.facts
+def engine_lines(survey: EngineSurvey) -> Sequence[CapabilityLine]:
+    """One line a subject; only the engine's own if it can't be used."""
+    facts = survey.facts
     if facts is None:
-        if not sight.problem:
+        if not survey.problem:
             return (
                 _ok("engine", "turned off (runtime.engine.socket: off): only functions with image `host` run here"),
             )
-        what, _, advice = sight.problem.partition("; ")
+        what, _, advice = survey.problem.partition("; ")
         fix = f"{advice or 'see the log of the engine'} (if none is installed: apt-get install docker.io, or podman)"
         return (_warn("engine", f"functions with an image can't run here: {what}", fix),)
-    return tuple(_lines(sight, facts))
+    return tuple(_lines(survey, facts))
 
 
-def _lines(sight: EngineSurvey, facts: EngineFacts) -> Iterator[CapabilityLine]:
+def _lines(survey: EngineSurvey, facts: EngineFacts) -> Iterator[CapabilityLine]:
     yield _ok("engine", f"{facts.title} at {facts.socket}")
     if facts.kind == "docker":
         yield _live_restore(facts)
-    yield _disk_limit(sight.disk_limit, facts)
-    if sight.gpus or sight.gpu_problem:
-        yield _gpus(sight, facts)
-    yield _cgroup(sight.cgroups)
+    yield _disk_limit(survey.disk_limit, facts)
+    if survey.gpus or survey.gpu_problem:
+        yield _gpus(survey, facts)
+    yield _cgroup(survey.cgroups)
     yield _network(facts)
 
 
@@ -113,16 +117,16 @@ def _disk_limit(setting: str, facts: EngineFacts) -> CapabilityLine:
     return _warn(name, f"{facts.storage} can't bound a disk here: an instance may fill {where}", fix)
 
 
-def _gpus(sight: EngineSurvey, facts: EngineFacts) -> CapabilityLine:
+def _gpus(survey: EngineSurvey, facts: EngineFacts) -> CapabilityLine:
     name = "engine.gpus"
-    if sight.gpu_problem:
-        what, _, fix = sight.gpu_problem.partition("; ")
+    if survey.gpu_problem:
+        what, _, fix = survey.gpu_problem.partition("; ")
         return _warn(name, what, fix or "see gpu.attach in agent.yaml")
-    match sight.gpus:
+    match survey.gpus:
         case "mounts":
             return _ok(name, "attached by the mounts of gpu.mounts")
         case "nvidia-runtime":
-            if not sight.nvidia_hook and "nvidia" not in facts.runtimes:
+            if not survey.nvidia_hook and "nvidia" not in facts.runtimes:
                 return _warn(
                     name,
                     f"{facts.title} has no NVIDIA runtime: containers that need a GPU don't start",
@@ -151,12 +155,12 @@ def _network(facts: EngineFacts) -> CapabilityLine:
         return _warn(
             "engine.network",
             f"{facts.title} has no bridge networks, and instances live on one",
-            "apt-get install netavark" if facts.kind == "podman" else "turn its bridge driver on",
+            "apt-get install netavark" if facts.kind == "podman" else "turn on its bridge driver",
         )
     if not facts.forwarding:
         return _warn(
             "engine.network",
-            "the kernel forwards no packets: instances reach nothing outside of this host",
+            "the kernel forwards no packets: instances can't reach anything outside this host",
             "sysctl -w net.ipv4.ip_forward=1; to keep it over a reboot write it to /etc/sysctl.d/",
         )
     return _ok("engine.network", "instances get a bridge network of their own")

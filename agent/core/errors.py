@@ -1,16 +1,15 @@
-"""The one error hierarchy of Hibernode.
+"""The error hierarchy of Hibernode.
 
 Every failure that a user or a program can meet is a `HibernodeError` with a stable `reason` (UPPER_SNAKE, part of the
-interface), a sentence that says what to do, and metadata. The *kind* (the subclass) says how the two edges translate
-it, each in exactly one place: `wire/status.py` to a gRPC status, `http/errors.py` to an HTTP answer, `cli` to an exit
-code. Nothing else maps errors.
+interface), a sentence that names the fix, and metadata. Its class decides how it leaves the process, in one place each:
+`wire/status.py` maps it to a gRPC status, `http/errors.py` to an HTTP answer, `cli` to an exit code.
 """
 
 from __future__ import annotations
 
 
 class HibernodeError(Exception):
-    """A failure with a stable reason. Subclasses are the kinds; raise a subclass, never this class."""
+    """A failure with a stable reason. Raise one of the subclasses, never this class."""
 
     def __init__(self, reason: str, message: str, **metadata: str | int) -> None:
         super().__init__(message)
@@ -23,7 +22,7 @@ class HibernodeError(Exception):
 
 
 class InvalidArgumentError(HibernodeError):
-    """The caller's input is wrong and will stay wrong. HTTP 400, gRPC INVALID_ARGUMENT, exit 2."""
+    """The caller's input is wrong; a retry does not help. HTTP 400, gRPC INVALID_ARGUMENT, exit 2."""
 
 
 class ConfigError(InvalidArgumentError):
@@ -31,11 +30,11 @@ class ConfigError(InvalidArgumentError):
 
 
 class UnauthenticatedError(HibernodeError):
-    """No or a wrong credential. HTTP 401, gRPC UNAUTHENTICATED, exit 4."""
+    """The credential is missing or wrong. HTTP 401, gRPC UNAUTHENTICATED, exit 4."""
 
 
 class PermissionDeniedError(HibernodeError):
-    """A known caller who may not. HTTP 403, gRPC PERMISSION_DENIED, exit 4."""
+    """The caller is known but not allowed to. HTTP 403, gRPC PERMISSION_DENIED, exit 4."""
 
 
 class NotFoundError(HibernodeError):
@@ -43,19 +42,19 @@ class NotFoundError(HibernodeError):
 
 
 class ConflictError(HibernodeError):
-    """It exists already, with other contents. HTTP 409, gRPC ALREADY_EXISTS, exit 4."""
+    """The thing exists already, with other contents. HTTP 409, gRPC ALREADY_EXISTS, exit 4."""
 
 
 class PreconditionError(HibernodeError):
-    """The system's state forbids it now (state, host memory, capabilities). HTTP 409, FAILED_PRECONDITION, exit 4."""
+    """The system's state forbids it (state, host memory, capabilities). HTTP 409, gRPC FAILED_PRECONDITION, exit 4."""
 
 
 class ExhaustedError(HibernodeError):
-    """A bounded queue or budget is full; trying later helps. HTTP 429, gRPC RESOURCE_EXHAUSTED, exit 5."""
+    """A bounded queue or budget is full; a later retry helps. HTTP 429, gRPC RESOURCE_EXHAUSTED, exit 5."""
 
 
 class UnavailableError(HibernodeError):
-    """Not possible right now through no fault of the caller. HTTP 503, gRPC UNAVAILABLE, exit 5."""
+    """Something the request needs is not available now. HTTP 503, gRPC UNAVAILABLE, exit 5."""
 
 
 class DeadlineError(HibernodeError):
@@ -63,8 +62,8 @@ class DeadlineError(HibernodeError):
 
 
 class InstanceError(HibernodeError):
-    """The instance itself failed (crashed, never listened, refused its hook). HTTP 502, gRPC ABORTED, exit 1."""
+    """The instance failed (crashed, never listened, refused its hook). HTTP 502, gRPC ABORTED, exit 1."""
 
 
 class UnsupportedError(HibernodeError):
-    """Valid, but not to be had on this host or in this version. HTTP 501, gRPC UNIMPLEMENTED, exit 4."""
+    """Valid, but not supported by this host or version. HTTP 501, gRPC UNIMPLEMENTED, exit 4."""

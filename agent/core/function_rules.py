@@ -1,8 +1,8 @@
-"""What a function's spec must keep to, whoever sends it: Function Compute's ranges, and bounds of our own.
+"""The rules for a function's spec: Function Compute's ranges and Hibernode's own bounds.
 
-One check for a deploy (scheduler) and for a create (agent), since both are called by programs as well as by our command
-line. `s.yaml` has messages of its own, with lines (`cli/fc3/schema.py`); a test holds its ranges inside these.
-Pure. Each breach names the field as the protos do, and the fix.
+The same check runs at a deploy (scheduler) and at a create (agent), since any program may call them. `s.yaml` has its
+own messages with line numbers (`cli/fc3/schema.py`); a test keeps its ranges within these. An error names the field as
+the protos do, and the fix.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MAX_QUEUE_TIMEOUT_NS = 3_600 * SECOND_NS
 MAX_WAKE_FACTOR = 1_000_000
 MAX_ENVIRONMENT_BYTES = 4096
 MAX_ARGUMENT_BYTES = 128 * 1024
-"""Of entrypoint and command together: what Linux takes as one argument, and more than anybody writes."""
+"""Entrypoint and command together: Linux's bound for one argument."""
 MAX_GPUS = 64
 MAX_VCPU_MILLIS = 1_024_000
 MAX_SIZE_BYTES = 1 << 50
 RESERVED_PREFIX = "FC_"
 
 LEAST_CONTAINER_BYTES = 6 * MIB
-"""Engines start nothing with less memory."""
+"""The least memory with which engines start a container."""
 MAX_PIDS = 4_194_304
 MAX_OPEN_FILES = 1_048_576
 MAX_EXTRA_HOSTS = 64
@@ -38,18 +38,18 @@ MAX_VOLUMES = 32
 MAX_PATH_BYTES = 4095
 MAX_LOGIN_BYTES = 16 * 1024
 SHM_VARIABLE = "FCGPU_RUNTIME_SHMSIZE"
-"""Function Compute's way to say the size of /dev/shm, in bytes."""
+"""Function Compute's variable for the size of /dev/shm, in bytes."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9._-]{0,64}", re.ASCII)
-# Some of these texts travel in headers (x-fc-region, x-fc-function-handler): nothing that could end a line.
+# Some of these texts become header values (x-fc-region, x-fc-function-handler): no line ends.
 _VISIBLE = re.compile(r"[\x21-\x7e]*", re.ASCII)
 _PRINTABLE = re.compile(r"[\x20-\x7e]*", re.ASCII)
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,31})?", re.ASCII)
 _HOST_NAME = re.compile(
     r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*", re.ASCII
 )
-# A reference as registries define it, or an image's id. It becomes part of a path of the engine's API.
+# A registry's image reference, or an image id. It becomes part of a path of the engine's API.
 _IMAGE_PART = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
 _IMAGE = re.compile(
     rf"(?:[A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]{{1,5}})?/)?{_IMAGE_PART}(?:/{_IMAGE_PART})*"
@@ -61,7 +61,7 @@ _SIZE = re.compile(r"[0-9]{1,16}", re.ASCII)
 
 
 def check_function(spec: FunctionSpec) -> None:
-    """Raises InvalidArgumentError SPEC_INVALID for the first field out of its range; `field` is in its metadata."""
+    """Raise InvalidArgumentError SPEC_INVALID for the first wrong field of `spec`, with `field` in its metadata."""
     if not _NAME.fullmatch(spec.name):
         wrong("name", "must be 1 to 64 letters, digits, `_` or `-`")
     if not _REVISION.fullmatch(spec.revision):
@@ -70,7 +70,7 @@ def check_function(spec: FunctionSpec) -> None:
     bounded("port", spec.port, 1, 65535)
     bounded("instance_concurrency", spec.instance_concurrency, 1, MAX_CONCURRENCY)
     bounded("timeout_ns", spec.timeout_ns, 1, MAX_TIMEOUT_NS)
-    # 0 would mean that nobody may wait, not even for a wake: a frozen function could never be called again.
+    # With 0 no request could wait for a wake: a frozen function could never be called again.
     bounded("queue_length", spec.queue_length, 1, MAX_QUEUE_LENGTH)
     bounded("queue_timeout_ns", spec.queue_timeout_ns, 1, MAX_QUEUE_TIMEOUT_NS)
     _check_sizes(spec)
@@ -87,8 +87,8 @@ def check_function(spec: FunctionSpec) -> None:
 
 
 def shm_bytes(spec: FunctionSpec) -> int:
-    """The size of /dev/shm: what the spec says, else FCGPU_RUNTIME_SHMSIZE of its environment; 0 = the engine's own
-    (64 MiB). Raises InvalidArgumentError SPEC_INVALID for a variable that holds no size."""
+    """The size of /dev/shm: the spec's, else FCGPU_RUNTIME_SHMSIZE of its environment; 0 = the engine's default
+    (64 MiB). Raises InvalidArgumentError SPEC_INVALID if the variable is not a size."""
     if spec.container.shm_bytes:
         return spec.container.shm_bytes
     text = dict(spec.environment).get(SHM_VARIABLE, "").strip()
@@ -106,7 +106,7 @@ def bounded(field: str, value: int, low: int, high: int) -> None:
 
 
 def wrong(field: str, problem: str) -> NoReturn:
-    """The one shape of these errors."""
+    """Raise InvalidArgumentError SPEC_INVALID for `field`."""
     raise InvalidArgumentError("SPEC_INVALID", f"{field[:100]}: {problem}", field=field[:100])
 
 
@@ -140,7 +140,7 @@ def _check_sizes(spec: FunctionSpec) -> None:
 
 
 def _check_hooks(hooks: Hooks) -> None:
-    """Facts: the initializer may take 300 s, the others 90 s."""
+    """Function Compute's bounds: 300 s for the initializer, 90 s for the others."""
     named = (
         ("initializer", hooks.initializer, 300),
         ("pre_freeze", hooks.pre_freeze, 90),
@@ -162,14 +162,14 @@ def _check_health(check: HealthCheck) -> None:
 
 
 def _check_environment(environment: tuple[tuple[str, str], ...]) -> None:
-    """Names only in messages: values are secrets."""
+    """Messages hold names only: values are secrets."""
     total = 0
     for name, value in environment:
         total += len(name.encode("utf-8", "surrogatepass")) + len(value.encode("utf-8", "surrogatepass"))
         if name.startswith(RESERVED_PREFIX):
             wrong(f"environment.{name}", f"the prefix {RESERVED_PREFIX} is reserved; choose another name")
         if not name or "=" in name or "\0" in name + value:
-            wrong("environment", "holds what is not a possible name or value of an environment variable")
+            wrong("environment", "holds an impossible name or value of an environment variable")
     if total > MAX_ENVIRONMENT_BYTES:
         wrong("environment", f"has {total} bytes in total, more than {MAX_ENVIRONMENT_BYTES}")
 
@@ -178,7 +178,7 @@ def _check_container(spec: FunctionSpec) -> None:
     options = spec.container
     if spec.image == HOST_IMAGE:
         if options != ContainerOptions():
-            wrong("container", "is for images; with image `host` nothing of it can be had, leave it out")
+            wrong("container", "is not possible with image `host`; leave it out")
         return
     bounded("memory_bytes", spec.memory_bytes, LEAST_CONTAINER_BYTES, MAX_SIZE_BYTES)
     bounded("container.shm_bytes", options.shm_bytes, 0, MAX_SIZE_BYTES)
@@ -220,7 +220,7 @@ def _check_extra_hosts(entries: tuple[tuple[str, str], ...]) -> None:
 
 
 def _check_volume(field: str, volume: Volume) -> None:
-    """Its shape. Whether a node lends the folder, and what it really is, the node says."""
+    """Check the paths' form. The node checks whether it allows the folder."""
     for key, path in (("host_path", volume.host_path), ("container_path", volume.container_path)):
         if not path.startswith("/") or ".." in path.split("/"):
             wrong(f"{field}.{key}", "must be an absolute path without `..`")
@@ -231,7 +231,7 @@ def _check_volume(field: str, volume: Volume) -> None:
 
 
 def _check_login(username: str, password: str) -> None:
-    """Nothing of it is repeated in a message."""
+    """Messages repeat no part of the login."""
     if not username or not password:
         wrong("container.registry", "needs user name and password")
     if (

@@ -1,7 +1,4 @@
-"""The highest value of late: of the running minute and the one before, so that a scrape every minute misses none.
-
-Mutable and pure; time is handed in (monotonic ns).
-"""
+"""The highest value of the running minute and the one before, so that a scrape every minute misses none."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ PERIOD_NS = 60 * SECOND_NS
 
 
 class Peak:
-    """`note` values as they happen, `read` the highest one. Nothing noted counts as 0."""
+    """`note` records a value, `read` returns the highest; 0 without values. Times are monotonic ns."""
 
     __slots__ = ("_before", "_highest", "_until")
 
@@ -21,7 +18,7 @@ class Peak:
         self._until = 0
 
     def note(self, value: int, at: int) -> None:
-        """`value` was seen at `at`."""
+        """Record `value` at `at`."""
         if at >= self._until:
             self._turn(at)
         if value > self._highest:

@@ -1,6 +1,6 @@
-"""What one can know of a node and its instances at one moment: plain data for the API, the load stream and the CLI.
+"""Snapshots of a node and its instances: plain data for the API, the load stream and the CLI.
 
-Times in ns: `_wall_ns` since the epoch, the others durations.
+Times are ns: `_wall_ns` since the epoch, the others durations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from agent.core.types import FunctionSpec, Gpu, GpuSample, InstanceState
 
 @dataclass(frozen=True, slots=True)
 class InstanceReading:
-    """What an instance uses of its host: CPU time since it began, and memory. None: not known."""
+    """An instance's use of its host: CPU time since its start, and memory. None: unknown."""
 
     cpu_ns: int | None = None
     memory_bytes: int | None = None
@@ -21,11 +21,14 @@ class InstanceReading:
 
 @dataclass(frozen=True, slots=True)
 class InstanceSnapshot:
-    """One instance. `vram_bytes` is what it uses awake (as last seen), `frozen_bytes` the host's copy while frozen.
+    """One instance.
 
-    `wake_estimate_ns` is a moving average of its wakes, 0 = never woken. `freeze_cancellable`: FREEZING, and a
-    request could still turn it back. `progress` is what a start is at, for people. `vram_limit_bytes`: the GPU memory
-    there is for it, of all its GPUs. `peak_in_flight`: most requests inside it at once of late (core/peak.py).
+    - `vram_bytes`: GPU memory in use when last seen awake; `vram_limit_bytes`: its limit, over all its GPUs
+    - `frozen_bytes`: the image in host memory while it is frozen
+    - `wake_estimate_ns`: moving average of its wakes; 0 = never woken
+    - `freeze_cancellable`: FREEZING, and a request can still undo it
+    - `progress`: the step of its start, for display
+    - `peak_in_flight`: most requests inside at once in the last minutes (core/peak.py)
     """
 
     uid: str
@@ -63,7 +66,7 @@ class InstanceSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class GpuSnapshot:
-    """One GPU: its figures as of the last sample (None: unknown, or too old to be true), who holds it, who waits."""
+    """One GPU: its last sample (None: unknown or out of date), its holder's uid and its waiters' uids."""
 
     gpu: Gpu
     figures: GpuSample | None
@@ -74,7 +77,7 @@ class GpuSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class CapabilityLine:
-    """One line of what this host can do, with the fix where it can't. `level` is OK, WARN or FAIL."""
+    """A verdict on one capability of the host, with a fix. `level` is OK, WARN or FAIL."""
 
     name: str
     level: str
@@ -84,9 +87,12 @@ class CapabilityLine:
 
 @dataclass(frozen=True, slots=True)
 class NodeSnapshot:
-    """One node. `epoch` changes with every start of the agent. `host_reserved_bytes` is promised to images and not yet
-    taken: what a frozen image holds is already missing from `host_available_bytes`. `migrates`: a frozen instance may
-    wake on another GPU than the one it froze on."""
+    """One node.
+
+    - `epoch`: changes with every start of the agent
+    - `host_reserved_bytes`: reserved for images and not yet taken; existing images already lower `host_available_bytes`
+    - `migrates`: a frozen instance may wake on other GPUs than those it was frozen on
+    """
 
     name: str
     boot_id: str

@@ -1,8 +1,8 @@
-"""What clients of one function see, in plain integers: counted on the request path, read when somebody scrapes.
+"""Counters of a function's invocations as its clients see them: updated on the request path, read by a scrape.
 
-Every invocation ends as exactly one of: a response (of the instance, or of ours in its place), a client that left, an
-answer that was cut in its middle. Of our own answers each is one of: a throttle (of concurrency: the queue is full; of
-resources: no instance), a client error (4xx), a server error (5xx).
+Every invocation ends as exactly one of: a response (the instance's, or Hibernode's in its place), a client that left,
+an answer cut off in the middle. A response of Hibernode is exactly one of: a concurrency throttle (the queue is full),
+a resource throttle (no instance), a client error (4xx), a server error (5xx).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ BOUNDS_NS = (
     *(ms * MILLISECOND_NS for ms in (5, 10, 20, 50, 100, 200, 500)),
     *(s * SECOND_NS for s in (1, 2, 5, 10, 20, 60, 300)),
 )
-"""Upper bounds of the buckets, inclusive: what fits the light requests of an OCR and the wakes of an LLM alike."""
+"""Inclusive upper bounds of the buckets, from light OCR requests to the wakes of an LLM."""
 CLASSES = (1, 2, 3, 4, 5)
-"""Hundreds of the statuses: the places of `Traffic.responses`. What is none of them counts with the last."""
+"""Hundreds of the statuses, the indexes of `Traffic.responses`; any other status counts with the last."""
 QUEUE_FULL = "QUEUE_FULL"
 NO_CAPACITY = "NO_CAPACITY"
 
 
 class Durations:
-    """A histogram. `counts[i]` are durations up to `BOUNDS_NS[i]`, the last of them longer than all bounds."""
+    """A histogram: `counts[i]` durations up to `BOUNDS_NS[i]`; the last count is of those above all bounds."""
 
     __slots__ = ("counts", "sum_ns")
 
@@ -34,12 +34,12 @@ class Durations:
         self.sum_ns = 0
 
     def add(self, ns: int) -> None:
-        """One more."""
+        """Count one duration."""
         self.counts[bisect_left(BOUNDS_NS, ns)] += 1
         self.sum_ns += ns
 
     def cumulative(self) -> list[tuple[str, int]]:
-        """(upper bound in seconds as Prometheus writes it, how many are not longer), the last for +Inf."""
+        """(upper bound in seconds as Prometheus writes it, durations up to it) per bound, the last for +Inf."""
         total, pairs = 0, []
         for bound, count in zip([*BOUNDS_NS, 0], self.counts, strict=True):
             total += count
@@ -48,7 +48,7 @@ class Durations:
 
 
 class Traffic:
-    """One function's. Add to `invocations`, `left` and `cut` directly; `began`, `at` are monotonic ns."""
+    """The counters of one function. Callers add to `invocations`, `left` and `cut` directly."""
 
     __slots__ = (
         "client_errors", "cut", "duration", "invocations", "left", "longest", "no_capacity", "queue", "queue_full",
@@ -70,21 +70,24 @@ class Traffic:
         self.longest = Peak()
 
     def served(self, status: int, began: int, at: int, queue_ns: int, wake_ns: int) -> None:
-        """An instance's answer is whole at `at`. Durations from the request's arrival to the last byte; `queue_ns` of
-        it waiting, of which `wake_ns` for an instance to be woken."""
+        """Count an instance's complete answer.
+
+        `began` and `at`: arrival of the request and last byte of the answer, monotonic ns. `queue_ns`: time in the
+        queue, of which `wake_ns` for a wake.
+        """
         self.responses[min(status // 100, CLASSES[-1])] += 1
-        took = at - began
-        self.duration.add(took)
-        self.longest.note(took, at)
+        duration = at - began
+        self.duration.add(duration)
+        self.longest.note(duration, at)
         if queue_ns > MICROSECOND_NS:
             self.queue.add(queue_ns)
-        else:  # the usual request: no search
+        else:  # most requests: no search
             self.queue.counts[0] += 1
         if wake_ns:
             self.wake.add(wake_ns)
 
     def refused(self, status: int, reason: str) -> None:
-        """We answered in the instance's place."""
+        """Count an answer of Hibernode in the instance's place."""
         self.responses[min(status // 100, CLASSES[-1])] += 1
         if reason == QUEUE_FULL:
             self.queue_full += 1

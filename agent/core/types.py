@@ -1,7 +1,7 @@
-"""The words of Hibernode as data: what a user deploys, what runs, what it runs on.
+"""The data types of Hibernode: functions, instances, GPUs and processes.
 
-Units are in the names (`_ns` integer nanoseconds, `_bytes`); everything is frozen, so a snapshot can be handed to
-anyone. Ranges and defaults of a function's properties follow the Function Compute custom-container contract.
+Units are in the names (`_ns`: integer nanoseconds, `_bytes`); all types are immutable. Ranges and defaults of a
+function's properties follow Function Compute's custom-container contract.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 class InstanceState(Enum):
-    """Where an instance is in its life. The table of transitions is in `lifecycle.py`."""
+    """The state of an instance; `lifecycle/machine.py` has the table of transitions."""
 
     STARTING = "STARTING"
     RUNNING = "RUNNING"
@@ -31,12 +31,12 @@ class InstanceState(Enum):
 
     @property
     def terminal(self) -> bool:
-        """STOPPED and FAILED are final: a cold start is a new uid."""
+        """STOPPED and FAILED are final: a cold start gets a new uid."""
         return self in (InstanceState.STOPPED, InstanceState.FAILED)
 
 
 class IdleMode(Enum):
-    """May this function's instances be frozen? REQUIRE refuses a node that cannot; PREFER runs awake there."""
+    """Whether a function's instances are frozen. On a node that can't: REQUIRE refuses, PREFER keeps them awake."""
 
     REQUIRE = "REQUIRE"
     PREFER = "PREFER"
@@ -44,7 +44,7 @@ class IdleMode(Enum):
 
 
 class DispatchPolicy(Enum):
-    """PACK: ties go to the most recently idle instance, so that the others sleep. SPREAD: least recently used."""
+    """PACK: the most recently idle instance wins ties, so that the others freeze. SPREAD: the least recently used."""
 
     PACK = "PACK"
     SPREAD = "SPREAD"
@@ -52,7 +52,7 @@ class DispatchPolicy(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """One lifecycle hook of the FC contract: an HTTP call with a deadline. The path is fixed by the contract."""
+    """A lifecycle hook of the FC contract: an HTTP call with a deadline on the contract's path."""
 
     timeout_ns: int = 3 * SECOND_NS
 
@@ -68,7 +68,7 @@ class Hooks:
 
 @dataclass(frozen=True, slots=True)
 class HealthCheck:
-    """customHealthCheckConfig: healthy = 200 <= status < 400 within the timeout. Never probes a frozen instance."""
+    """customHealthCheckConfig: healthy = 200 <= status < 400 within the timeout. Frozen instances are not probed."""
 
     path: str
     initial_delay_ns: int = 0
@@ -80,7 +80,7 @@ class HealthCheck:
 
 @dataclass(frozen=True, slots=True)
 class GpuNeed:
-    """What an instance needs: `count` whole GPUs of `model` ("" = any). `memory_bytes` is what FC bills by."""
+    """The GPUs of an instance: `count` whole ones of `model` ("" = any). `memory_bytes`: FC's billed size."""
 
     count: int = 1
     model: str = ""
@@ -90,8 +90,8 @@ class GpuNeed:
 
 @dataclass(frozen=True, slots=True)
 class IdlePolicy:
-    """`freeze_after_ns` idle time before a freeze (0 = at once); `min_awake_ns` since the last wake protects
-    an idle holder from being preempted (thrash)."""
+    """When an idle instance freezes: after `freeze_after_ns` (0 = at once), or on the GPU allocator's order, but not
+    before `min_awake_ns` since its last wake (against thrashing)."""
 
     mode: IdleMode = IdleMode.REQUIRE
     freeze_after_ns: int = 10 * SECOND_NS
@@ -100,7 +100,7 @@ class IdlePolicy:
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A folder of the host that an image's container sees; allowed only under the node's `runtime.volumes_allowed`."""
+    """A host folder mounted into the container; allowed only under the node's `runtime.volumes_allowed`."""
 
     host_path: str
     container_path: str
@@ -117,10 +117,9 @@ class RegistryLogin:
 
 @dataclass(frozen=True, slots=True)
 class ContainerOptions:
-    """What only a container engine knows; a function with `image: host` has none of it.
+    """Options of a container engine; not possible with `image: host`. 0 and "" mean the node's or the image's default.
 
-    0 and "" mean the node's or the image's own. `extra_hosts` are (name, address). `shm_bytes` is the size of /dev/shm
-    (FC: FCGPU_RUNTIME_SHMSIZE in the environment says the same).
+    `extra_hosts` are (name, address). `shm_bytes` is the size of /dev/shm (FC: FCGPU_RUNTIME_SHMSIZE).
     """
 
     shm_bytes: int = 0
@@ -135,10 +134,12 @@ class ContainerOptions:
 
 @dataclass(frozen=True, slots=True)
 class FunctionSpec:
-    """What a user deploys. `revision` changes with every deploy that changes the spec.
+    """A deployed function.
 
-    `environment` is write-only (masked in every answer, event and log). `image == "host"` runs entrypoint + command
-    on the process runtime. `node_labels`: what a node must carry to get instances of it.
+    - `revision`: changes with every deploy that changes the spec
+    - `image`: "host" runs entrypoint + command on the process runtime
+    - `environment`: write-only (masked in every answer, event and log)
+    - `node_labels`: labels that a node needs to get its instances
     """
 
     name: str
@@ -177,7 +178,7 @@ class InstanceSpec:
 
 
 class ComputeMode(Enum):
-    """Who may make contexts on a device (nvmlComputeMode_t): anybody, one process, nobody."""
+    """How many processes may use a device (nvmlComputeMode_t): any number, one, none."""
 
     DEFAULT = "DEFAULT"
     EXCLUSIVE = "EXCLUSIVE"
@@ -186,8 +187,8 @@ class ComputeMode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One device as NVML shows it. `index` is the NVML index, `uuid` the identity used everywhere else; `virtual`: a
-    vGPU, cut out of a device by a hypervisor."""
+    """A device as NVML shows it. `index` is NVML's; everything else refers to it by `uuid`. `virtual`: a hypervisor's
+    vGPU."""
 
     uuid: str
     index: int
@@ -201,10 +202,10 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class GpuSample:
-    """One reading of a device's figures (what nvidia-smi shows). None: the device does not say.
+    """One reading of a device (nvidia-smi's figures). None: not supported by the device.
 
-    `error` is NVML's own text where the device did not answer ("" = it did), `lost` that it never will again without a
-    reset (NVML: GPU is lost, reset required)."""
+    `error`: NVML's text if the device did not answer, else "". `lost`: it needs a reset to answer again (NVML: GPU is
+    lost, reset required)."""
 
     uuid: str
     memory_used_bytes: int | None = None
@@ -221,7 +222,7 @@ class GpuSample:
 
 @dataclass(frozen=True, slots=True)
 class Xid:
-    """An XID event of the driver: something went wrong on the device `gpu_uuid`; `code` as NVIDIA numbers them."""
+    """An XID event: the driver reports error `code` (NVIDIA's numbers) of a device."""
 
     gpu_uuid: str
     code: int
@@ -238,7 +239,7 @@ class GpuProcess:
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
-    """A process that can't be mistaken for another: pid, its start time (clock ticks since boot) and the boot."""
+    """The unique identity of a process: boot, pid and start time (clock ticks since boot)."""
 
     boot_id: str
     pid: int
@@ -247,11 +248,11 @@ class ProcessId:
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """All that is needed to find a started container again after the agent died (nomad's task handle).
+    """All that the next agent needs to find a started container again (nomad's task handle).
 
-    `cgroup` is the absolute path of the instance's own v2 cgroup, "" where none can be written. `container_id` is the
-    engine's name for it; "" = a process of the host. `sees_all_gpus`: every GPU of the host, so that the driver can
-    move it.
+    - `cgroup`: absolute path of the instance's own v2 cgroup; "" = none can be written
+    - `container_id`: the engine's id; "" = a process on the host
+    - `sees_all_gpus`: it sees every GPU of the host, so that the driver can move it
     """
 
     uid: str
@@ -266,7 +267,7 @@ class Handle:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a container ended. `signal` is 0 for a normal exit."""
+    """The end of a container. `signal` is 0 after a normal exit."""
 
     code: int
     signal: int = 0

@@ -43,7 +43,7 @@ from agent.core.errors import UnavailableError
 from agent.core.gpus.capabilities import host_lines
 from agent.core.types import SECOND_NS
 from agent.daemons.engine_layer import open_runtimes
-from agent.daemons.gpu_layer import HostView, open_gpu_layer, survey_gpus
+from agent.daemons.gpu_layer import HostView, open_gpu_layer, survey_node_gpus
 from agent.daemons.process import daemon_main, run_until_signal
 from agent.host.billing.billing import Billing, BillingOptions
 from agent.host.billing.pruning import LedgerPruner
@@ -137,7 +137,7 @@ class AgentDaemon:
         config = self._config
         gpus = NvmlGpus()
         self._stack.push_async_callback(gpus.close)
-        survey = await survey_gpus(gpus)
+        survey = await survey_node_gpus(gpus)
         slice_ = open_slice(self.state.uuid)
         self.store = await NodeStore.open(Path(config.state_dir))
         self._stack.push_async_callback(self.store.close)
@@ -206,7 +206,7 @@ class AgentDaemon:
             self.events,
             self.clock,
             after_sample=self.gpu_isolation.check,
-            persistence_is_off=self.gpu.checkpointer.persistence_is_off,
+            persistence_is_off=self.gpu.checkpointer.on_persistence_off,
         )
 
     def _vram_now(self) -> Mapping[str, int]:

@@ -6,18 +6,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from agent.adapters.cuda.checkpointers import HostCheckpointer, choose
+from agent.adapters.cuda.checkpointers import HostCheckpointer, choose_checkpointer
 from agent.adapters.cuda.processes import Pids
 from agent.adapters.freezer.freezer import CudaFreezer
-from agent.adapters.freezer.limits import FreezerLimits
+from agent.adapters.freezer.limits import freezer_limits
 from agent.adapters.kernel.cgroup import CgroupSlice
 from agent.adapters.kernel.cgroup_freezer import choose_freezer
 from agent.adapters.nvml.gpus import NvmlGpus
-from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, look_patiently_at_gpus
+from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, survey_gpus_with_retry
 from agent.adapters.nvml.locks import GpuLocks
 from agent.core.errors import HibernodeError
 from agent.core.gpus.capabilities import Capabilities, find_capabilities
-from agent.core.types import SECOND_NS
 from agent.log import get_logger
 from agent.settings import GpuSettings
 
@@ -62,10 +61,10 @@ async def open_gpu_layer(
     functions stay awake. Raises UnavailableError GPU_LOCKED if another agent holds a GPU."""
     log = get_logger()
     locks = GpuLocks()
-    locks.take([gpu.uuid for gpu in survey.gpus])
+    locks.acquire([gpu.uuid for gpu in survey.gpus])
     stack.callback(locks.release)
     capabilities = find_capabilities(host_facts(survey, settings))
-    checkpointer = choose(capabilities, settings, on_stuck)
+    checkpointer = choose_checkpointer(capabilities, settings, on_stuck)
     stack.push_async_callback(checkpointer.close)
     freezer = CudaFreezer(
         checkpointer,
@@ -87,19 +86,9 @@ async def open_gpu_layer(
     return GpuLayer(gpus, survey, capabilities, checkpointer, freezer, unavailable)
 
 
-def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerLimits:
-    """What the configuration means for the freezer."""
-    return FreezerLimits.for_timeouts(
-        settings.lock_timeout_ns / SECOND_NS,
-        settings.operation_timeout_ns / SECOND_NS,
-        several_processes_on_several_gpus=settings.multi_process_multi_gpu,
-        migrates=migrates,
-    )
-
-
-async def survey_gpus(gpus: NvmlGpus) -> GpuSurvey:
+async def survey_node_gpus(gpus: NvmlGpus) -> GpuSurvey:
     """Survey the GPUs. Without a driver the node has none, logs a warning, and runs functions that need none."""
-    survey = await look_patiently_at_gpus(gpus)
+    survey = await survey_gpus_with_retry(gpus)
     if survey.error is not None:
         get_logger().warning("gpu.unavailable", reason=survey.error.reason, message=survey.error.message)
     return survey

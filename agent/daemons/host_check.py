@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from agent import log
-from agent.adapters.cuda.checkpointers import choose
+from agent.adapters.cuda.checkpointers import choose_checkpointer
 from agent.adapters.engine.build import open_engine_api
 from agent.adapters.engine.survey import survey_engine
 from agent.adapters.nvml.gpus import NvmlGpus
-from agent.adapters.nvml.host_facts import host_facts, look_at_gpus
+from agent.adapters.nvml.host_facts import host_facts, survey_gpus
 from agent.config import load
 from agent.core.engine_capabilities import engine_lines
 from agent.core.errors import ConfigError, HibernodeError
@@ -37,7 +37,7 @@ START_DEADLINE_S = 10.0
 async def check_host(config: AgentConfig) -> dict[str, Any]:
     """Check the driver, then the engine. Starts a checkpointer as proof: driver versions do not show a missing
     libcuda."""
-    survey = await look_at_gpus(NvmlGpus())
+    survey = await survey_gpus(NvmlGpus())
     found = find_capabilities(host_facts(survey, config.gpu))
     unavailable = await _start_problem(found, config.gpu) if found.idle_mode else ""
     engine = await _engine_lines(config.runtime, config.gpu, [gpu.uuid for gpu in survey.gpus])
@@ -57,7 +57,7 @@ async def _engine_lines(runtime: RuntimeSettings, gpu: GpuSettings, gpu_uuids: l
 
 async def _start_problem(found: Capabilities, settings: GpuSettings) -> str:
     """Why the checkpointer can't start; "" if it can."""
-    checkpointer = choose(found, settings)
+    checkpointer = choose_checkpointer(found, settings)
     try:
         async with asyncio.timeout(START_DEADLINE_S):
             await checkpointer.start()

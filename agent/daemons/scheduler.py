@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 import agent.scheduler
-from agent.adapters.daemon.socket_activation import give_up, kept_listener
+from agent.adapters.daemon import socket_activation
 from agent.adapters.daemon.state_dir import StateDir
 from agent.adapters.daemon.token_file import ensure_token, read_token
 from agent.adapters.kernel.clock import SystemClock
@@ -102,7 +102,7 @@ class SchedulerDaemon:
         await self.grpc.set_serving(True)
         self._ready = True
         self._log.info("scheduler.ready", gateway=self.gateway_address, grpc=self.grpc_address)
-        rounds = [self.provisioner.run(), self.scaler.run(), self.retention.run()]
+        rounds = [self.provisioner.run(), self.autoscaler.run(), self.retention.run()]
         await run_until_signal([*rounds, self._watch_silence(), self.lead.watch()])
         await self._leave()
 
@@ -118,23 +118,24 @@ class SchedulerDaemon:
         self.retention = UsageRetention(self.usage, self.clock, config.usage.keep_ns)
         self.lead = LeaderLock(config.database_url)
         self._stack.callback(self.lead.close)
-        self.dispatcher = Dispatcher(sends_ahead=True)
-        self.desk = DispatchLoop(self.clock, self.dispatcher, self._wake)
+        self.dispatcher = Dispatcher(early_dispatch=True)
+        self.dispatch_loop = DispatchLoop(self.clock, self.dispatcher, self._wake)
         self.fleet = Fleet(
             self.clock,
-            self.desk.tell,
+            self.dispatch_loop.apply,
             self._fleet_changed,
             suspect_ns=config.report.suspect_ns,
             lost_ns=config.report.lost_ns,
-            met=self._met,
+            first_seen=self._first_seen,
             insecure=config.insecure,
         )
         self.node_scheduling = NodeScheduling(self.store, self.fleet)
-        self.links = AgentChannels(self.node_tokens, self._grpc_address_of, config.insecure)
-        self._stack.push_async_callback(self.links.close)
-        self.catalog = Catalog(self.clock, self.store, self.desk.tell, self._catalog_changed, _defaults(config))
-        self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.links, self.desk.tell)
-        self.scaler = Autoscaler(
+        self.channels = AgentChannels(self.node_tokens, self._grpc_address_of, config.insecure)
+        self._stack.push_async_callback(self.channels.close)
+        apply_event = self.dispatch_loop.apply
+        self.catalog = Catalog(self.clock, self.store, apply_event, self._catalog_changed, _defaults(config))
+        self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.channels, apply_event)
+        self.autoscaler = Autoscaler(
             self.clock,
             self.catalog,
             self.fleet,
@@ -150,7 +151,7 @@ class SchedulerDaemon:
         self.wakes = WakeCalls(
             self.ingresses.pool,
             tokens.__getitem__,
-            self.desk.tell,
+            self.dispatch_loop.apply,
             self.fleet.unreachable,
             config.dispatch.hold_ns,
         )
@@ -159,7 +160,7 @@ class SchedulerDaemon:
             self.clock,
             Router(config.gateway.domain),
             self.catalog,
-            self.desk,
+            self.dispatch_loop,
             self.ingresses.pool,
             tokens.__getitem__,
             self.fleet.unreachable,
@@ -171,7 +172,7 @@ class SchedulerDaemon:
         first."""
         if await self.lead.take():
             return True
-        give_up("gateway")
+        socket_activation.release("gateway")
         await self._serve_admin()
         self.state.write_endpoints({"admin": self.admin_address, "token_file": str(self._config.token_path)})
         self._log.info("scheduler.standby", admin=self.admin_address)
@@ -186,20 +187,20 @@ class SchedulerDaemon:
                 self.fleet.expect(name)
         await self.node_scheduling.load()
         await self.catalog.load()
-        self.scaler.look()
+        self.autoscaler.check()
 
     def _wake(self, wake: Wake) -> None:
-        self.wakes.ask(wake)
+        self.wakes.start(wake)
 
     def _catalog_changed(self) -> None:
-        self.scaler.look()
+        self.autoscaler.check()
         self.provisioner.poke()
 
     def _fleet_changed(self) -> None:
         """Check the autoscaler first: a policy that waits for the fleet starts before the provisioner acts on its
         function."""
-        if self.scaler.waiting:
-            self.scaler.look()
+        if self.autoscaler.waiting:
+            self.autoscaler.check()
         self.provisioner.poke()
 
     def _grpc_address_of(self, name: str) -> str:
@@ -210,7 +211,7 @@ class SchedulerDaemon:
         node = self.fleet.node(name)
         return "" if node is None else node.registration.ingress_address
 
-    def _met(self, name: str) -> None:
+    def _first_seen(self, name: str) -> None:
         """Store a node that registered for the first time, without delaying its stream."""
 
         async def remember() -> None:
@@ -238,7 +239,7 @@ class SchedulerDaemon:
             max_connections=config.limits.connections,
         )
         try:
-            kept = kept_listener("gateway", config.gateway.host, config.gateway.port, BACKLOG)
+            kept = socket_activation.open_listener("gateway", config.gateway.host, config.gateway.port, BACKLOG)
             self.http = await serve(
                 self.gateway,
                 config.gateway.host,
@@ -259,7 +260,7 @@ class SchedulerDaemon:
         services = Services(
             scheduler=SchedulerServicer(self.fleet, self.node_scheduling, config.report.lost_ns / SECOND_NS),
             functions=FunctionServicer(
-                self.catalog, self.fleet, self.dispatcher, self.scaler, f"http://{self.gateway_address}"
+                self.catalog, self.fleet, self.dispatcher, self.autoscaler, f"http://{self.gateway_address}"
             ),
             usage=UsageServicer(collector, UsageReports(self.usage), self.prices),
         )
@@ -307,18 +308,18 @@ class SchedulerDaemon:
             self.fleet.check_silence()
             await asyncio.sleep(SILENCE_CHECK_S)
 
-    def _send_waiting_away(self) -> None:
-        waited = self.desk.close()
+    def _refuse_waiting(self) -> None:
+        waited = self.dispatch_loop.close()
         self._log.info("scheduler.queue_closed", refused=waited)
 
     async def _leave(self) -> None:
         """Refuse new work and finish the accepted: queued requests get 503 after `QUEUE_GRACE_S`, running ones are cut
         off after `GRACE_S`."""
-        self._log.info("scheduler.stopping", open_requests=self.desk.open_requests)
+        self._log.info("scheduler.stopping", open_requests=self.dispatch_loop.open_requests)
         self._ready = False
         await self.grpc.set_serving(False)
         silence = asyncio.get_running_loop().create_task(self._watch_silence())
-        closing = asyncio.get_running_loop().call_later(QUEUE_GRACE_S, self._send_waiting_away)
+        closing = asyncio.get_running_loop().call_later(QUEUE_GRACE_S, self._refuse_waiting)
         cut = await self.http.close(GRACE_S)
         closing.cancel()
         silence.cancel()

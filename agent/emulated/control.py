@@ -15,9 +15,9 @@ from typing import Any
 
 from agent.core.errors import PreconditionError, UnavailableError
 from agent.emulated.oplog import FrozenCall, OpRecord
-from agent.emulated.paths import CONTROL_SOCKET, socket_path
+from agent.emulated.paths import CONTROL_SOCKET, DRIVER_SOCKET, READY_FILE, socket_path
 
-DEADLINE_S = 10.0
+DEADLINE_S, PROBE_S = 10.0, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,28 @@ class FaultView:
     delay_ms: int
     seen: int
     hits: int
+
+
+def check_running(directory: Path) -> None:
+    """Raises UnavailableError EMULATED_DRIVER_DOWN unless a driver in `directory` accepts programs.
+
+    Every user may call it; the control socket is only for the driver's own user.
+    """
+    try:
+        (directory / READY_FILE).stat()
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe,
+            socket_path(directory / DRIVER_SOCKET) as path,
+        ):
+            probe.settimeout(PROBE_S)
+            probe.connect(path)
+    except OSError as error:
+        raise _driver_down(directory) from error
+
+
+def _driver_down(directory: Path) -> UnavailableError:
+    message = f"No emulated driver answers in {directory}; start one with `hibernode emulated up --dir`."
+    return UnavailableError("EMULATED_DRIVER_DOWN", message)
 
 
 class EmulatedDriver:
@@ -215,10 +237,7 @@ class EmulatedDriver:
             answer = json.loads(self._exchange(json.dumps({"command": command, **arguments}).encode() + b"\n"))
         except (OSError, ValueError) as error:
             self.close()
-            raise UnavailableError(
-                "EMULATED_DRIVER_DOWN",
-                f"No emulated driver answers in {self._directory}; start one with `hibernode emulated up --dir`.",
-            ) from error
+            raise _driver_down(self._directory) from error
         if "reason" in answer:
             raise PreconditionError(answer["reason"], answer["message"])
         return answer["result"]

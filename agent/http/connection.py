@@ -1,14 +1,14 @@
 """A client's connection: one request after another, keep-alive, timeouts, back-pressure both ways.
 
-States: HEAD -> (BODY ->) BUSY -> HEAD, once per request; DISCARD and CLOSED end the connection. An answer that is
-complete before its request's body ends the connection, too. The next head is parsed when answer and handler are both
+States: HEAD -> (BODY ->) BUSY -> HEAD, once per request; DISCARD and CLOSED end the connection. If an answer is
+complete before its request's body, the connection closes. The next head is parsed when answer and handler are both
 done; bytes that arrive earlier are buffered up to `buffer_bytes`, then reading pauses.
 
-Two deadlines: `_read_deadline` (the client owes a head or a body; keep-alive; lingering) and `_write_deadline` (it does
-not take its answer). The earlier one is `deadline`, which the server's `DeadlineTimer` watches and reports to `expire`.
+Timers: `_read_deadline` covers head, body, keep-alive and lingering, `_write_deadline` an answer that the client does
+not take. `deadline` is the earlier of the two; the server's `DeadlineTimer` watches it and calls `expire`.
 
-Back-pressure: a full write buffer (`pause_writing`) stops the parser here and, through the exchange, the upstream;
-`pause_body` stops reading this client, and its read deadline with it.
+Back-pressure: a full write buffer (`pause_writing`) stops the parser here and, through the exchange, the upstream. A
+full sink (`pause_body`) stops reading from this client, and its read deadline.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ TOKEN = b"x-hibernode-token"  # the node's; `authorization` is the client's own 
 INSTANCE = b"x-hibernode-instance"  # uid of the instance that the dispatcher chose
 ANY_INSTANCE = b"x-hibernode-any-instance"  # another instance of the function on this node may serve, too
 STARTED = b"x-hibernode-started"  # asks for 102 Processing when an instance has granted a slot
-DEADLINE_MS = b"x-hibernode-deadline-ms"  # what is left of the queue timeout
+DEADLINE_MS = b"x-hibernode-deadline-ms"  # the rest of the queue timeout
 CONTROL_PATH = b"x-hibernode-control-path"  # becomes `x-fc-control-path`
 CLIENT_IP = b"x-hibernode-client-ip"  # becomes `x-fc-client-ip`
 

@@ -84,9 +84,9 @@ class Pool:
             ) from None
         except OSError as error:
             # This process is out of descriptors, which says nothing about the other side.
-            ours = error.errno in (errno.EMFILE, errno.ENFILE)
+            no_descriptors = error.errno in (errno.EMFILE, errno.ENFILE)
             raise ConnectFailedError(
-                "UPSTREAM_CONNECTIONS_EXHAUSTED" if ours else "UPSTREAM_CONNECT_FAILED",
+                "UPSTREAM_CONNECTIONS_EXHAUSTED" if no_descriptors else "UPSTREAM_CONNECT_FAILED",
                 f"No connection to {where}: {error.strerror or error}.",
             ) from error
         finally:

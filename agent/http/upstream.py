@@ -249,7 +249,7 @@ class UpstreamConnection(asyncio.Protocol):
             try:
                 head = parse_response_head(data[start:end])
             except HttpError as error:
-                self._fail(f"sent what is not HTTP/1.1 ({error.message})")
+                self._fail(f"sent an answer that is not HTTP/1.1 ({error.message})")
                 return
             start = end + 4
             if head.status >= 200:
@@ -325,7 +325,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Keeps the beginning of a head; refuses it as soon as it cannot become one."""
         begins = data[:7]
         if len(data) > self._owner.limits.header_bytes or not b"HTTP/1.".startswith(begins):
-            self._fail("sent what is not the head of an HTTP/1.1 response")
+            self._fail("sent an answer that does not begin like HTTP/1.1")
         else:
             self._buffer = data
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from agent.adapters.kernel.host_memory import ProcHostMemory
-from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, look_at_gpus
+from agent.adapters.nvml.host_facts import GpuSurvey, host_facts, survey_gpus
 from agent.adapters.nvml.locks import GpuLocks
 from agent.core.errors import HibernodeError
 from agent.core.gpus.capabilities import Capabilities, find_capabilities
@@ -58,7 +58,7 @@ class HostFindings:
 
 async def check_preconditions(plan: SelftestPlan, gpus: Gpus, locks: GpuLocks) -> HostFindings:
     """Run every check, so that all problems are reported at once. Locks the GPU."""
-    survey = await look_at_gpus(gpus)
+    survey = await survey_gpus(gpus)
     capabilities = find_capabilities(host_facts(survey, plan.settings))
     findings = HostFindings([line for line in capabilities.lines if line.name != "migration"], survey.driver)
     _choose_checkpointers(findings, plan, survey, capabilities)
@@ -105,7 +105,7 @@ async def _choose_gpu(findings: HostFindings, plan: SelftestPlan, inventory: Seq
 def _lock(findings: HostFindings, locks: GpuLocks, gpu: Gpu) -> None:
     """Keep an agent from starting or using the GPU during the test."""
     try:
-        locks.take([gpu.uuid])
+        locks.acquire([gpu.uuid])
     except HibernodeError as error:
         busy = error.reason == "GPU_IN_USE"
         fix = "stop the agent for the test (`systemctl stop hibernode-agent`; its instances stay), then start it again"

@@ -22,9 +22,9 @@ from typing import Any
 import uvloop
 
 from agent import __version__, log
-from agent.adapters.cuda.checkpointers import HostCheckpointer, choose
+from agent.adapters.cuda.checkpointers import HostCheckpointer, choose_checkpointer
 from agent.adapters.freezer.freezer import CudaFreezer
-from agent.adapters.freezer.limits import FreezerLimits
+from agent.adapters.freezer.limits import FreezerLimits, freezer_limits
 from agent.adapters.kernel import process_table
 from agent.adapters.kernel.cgroup_freezer import choose_freezer
 from agent.adapters.kernel.clock import SystemClock
@@ -35,7 +35,6 @@ from agent.config import load
 from agent.core.errors import HibernodeError, PreconditionError
 from agent.core.gpus.capabilities import Capabilities
 from agent.core.types import GIB, Gpu
-from agent.daemons.gpu_layer import freezer_limits
 from agent.exit_codes import exit_of
 from agent.selftest.checks import HostFindings, SelftestPlan, check_preconditions
 from agent.selftest.rounds import CheckpointerUnderTest, Rounds, touch_deadline_s
@@ -132,7 +131,7 @@ class Selftest:
             log.get_logger().error("selftest.left_behind", reason=error.reason, message=error.message)
 
     async def _checkpointer(self, capabilities: Capabilities, settings: GpuSettings) -> HostCheckpointer:
-        checkpointer = choose(capabilities, settings)
+        checkpointer = choose_checkpointer(capabilities, settings)
         self._stack.push_async_callback(checkpointer.close)
         await checkpointer.start()
         return checkpointer
@@ -179,7 +178,7 @@ class Selftest:
         """The sum of all step deadlines; only reached if a step misses its own."""
         size = self._plan.size_bytes
         copy_s = limits.copy_base_s + size / limits.copy_bytes_per_s
-        freeze_and_wake = 2 * (copy_s + limits.settle_s) + limits.lock_timeout_s + limits.vram_gone_s
+        freeze_and_wake = 2 * (copy_s + limits.rollback_s) + limits.lock_timeout_s + limits.vram_gone_s
         count = 2 if self._plan.against else 1
         return START_S + 2 * touch_deadline_s(size) + (self._plan.runs + 1) * count * (
             4 * touch_deadline_s(size) + freeze_and_wake

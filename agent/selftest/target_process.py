@@ -156,7 +156,7 @@ class SelftestProcess:
         return answer
 
     async def _ended(self, verb: str) -> InstanceError:
-        await cgroup.reread(lambda: self._process.poll() is not None, KILL_DEADLINE_S)
+        await cgroup.poll_until(lambda: self._process.poll() is not None, KILL_DEADLINE_S)
         code = self._process.returncode
         how = "closed its socket" if code is None else f"was killed by signal {-code}" if code < 0 else f"exited {code}"
         return InstanceError("SELFTEST_TARGET_ENDED", f"the CUDA program {how} during `{verb}`")
@@ -165,7 +165,7 @@ class SelftestProcess:
         """Let the program free its memory and exit; returns its answer. Raises what `ask` raises. Call `end`
         afterwards."""
         answer = await self.ask("quit", QUIT_DEADLINE_S)
-        if not await cgroup.reread(lambda: self._process.poll() is not None, QUIT_DEADLINE_S):
+        if not await cgroup.poll_until(lambda: self._process.poll() is not None, QUIT_DEADLINE_S):
             raise DeadlineError("SELFTEST_TIMEOUT", f"the CUDA program did not end within {QUIT_DEADLINE_S:.0f} s")
         return answer
 
@@ -178,7 +178,7 @@ class SelftestProcess:
         if self._location.slice_ is not None and self._location.path is not None:
             await cgroup.remove(self._location.path, KILL_DEADLINE_S)
             self._location.slice_.remove_if_empty()
-        if not await cgroup.reread(lambda: self._process.poll() is not None, KILL_DEADLINE_S):
+        if not await cgroup.poll_until(lambda: self._process.poll() is not None, KILL_DEADLINE_S):
             raise DeadlineError(
                 "KILL_TIMEOUT",
                 f"process {self._process.pid} survives SIGKILL: it is stuck in the driver, see `dmesg`",

@@ -1,4 +1,4 @@
-"""What a simulation assumes about functions and hosts, and what came of it."""
+"""The plan of a simulation, and its outcome."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.core.types import GIB, SECOND_NS
 
 
 class SimulatedPolicy(Enum):
-    """How requests are dispatched: ours (`pack`, `spread`) or as others do (`simulator/rival_policies.py`)."""
+    """How requests are dispatched: Hibernode's policies (`pack`, `spread`), or others (rival_policies.py)."""
 
     PACK = "pack"
     SPREAD = "spread"
@@ -26,9 +26,10 @@ class SimulatedPolicy(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SimulationPlan:
-    """One run. Every function of the trace has `instances`; all of them share one host with `gpus` GPUs (0: one each).
+    """One run. Every function of the trace has `instances`; all of them share one host.
 
-    `freeze_after_ns` None: never. `wake_ns`, `freeze_ns`: how long it takes.
+    - `gpus`: of the host; 0 for one per instance.
+    - `freeze_after_ns`: None for never. `wake_ns`, `freeze_ns`: duration of a wake and a freeze.
     """
 
     policy: SimulatedPolicy = SimulatedPolicy.PACK
@@ -51,7 +52,7 @@ class SimulationPlan:
 
 @dataclass(slots=True)
 class Spent:
-    """Billable time summed over instances of the same sizes (`core/pricing.Billable`)."""
+    """Billable time summed over instances of the same sizes (core/billing/pricing.py, `Billable`)."""
 
     gpu_model: str
     gpu_memory_bytes: int
@@ -67,8 +68,8 @@ class Spent:
 
 @dataclass(slots=True)
 class RequestOutcome:
-    """Latencies in ns by request in the order of their ends; `awake_ns`: GPUs held, summed; `span_ns`: from the first
-    arrival to the last end."""
+    """The outcome of a run. `latencies_ns`: in the order of the requests' ends; `awake_ns`: time that GPUs were held,
+    summed over instances; `span_ns`: from the first arrival to the last end."""
 
     plan: SimulationPlan
     spent: Spent
@@ -79,22 +80,18 @@ class RequestOutcome:
     awake_ns: int = 0
     span_ns: int = 0
 
-    def percentile_s(self, percent: float) -> float | None:
-        """Nearest rank, in seconds; None where nothing was answered."""
-        return percentiles_s(self.latencies_ns, (percent,))[0]
-
     @property
     def awake_share(self) -> float:
-        """Of the time that all instances together could have held a GPU."""
+        """Share of the time in which instances held a GPU."""
         return self.awake_ns / (self.span_ns * self.instances) if self.span_ns and self.instances else 0.0
 
     def costs(self, price: Price) -> tuple[Decimal, Decimal]:
-        """What it costs at `price`, and the same instances always on."""
+        """The cost at `price`, and that of the same instances always on."""
         return rounded(cost(self.spent, price).total), rounded(always_on_cost(self.spent, price).total)
 
 
 def percentiles_s(latencies_ns: Sequence[int], percents: Sequence[float]) -> list[float | None]:
-    """Nearest rank, in seconds; None where there is nothing."""
+    """Percentiles by nearest rank, in seconds; None without latencies."""
     ordered = sorted(latencies_ns)
     if not ordered:
         return [None for _ in percents]

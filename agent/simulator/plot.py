@@ -1,4 +1,4 @@
-"""Outcomes side by side as one SVG picture: latency, awake time and cost. Nothing in it is loaded from elsewhere."""
+"""Outcomes side by side as one self-contained SVG picture: latency, awake time and cost."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from agent.core.billing.price_book import Price
 from agent.simulator.plan import RequestOutcome, percentiles_s
 
 PERCENTS = (50, 90, 99)
-# Its hook for plug-in maps, which Python 3.11 warns of at every later import and newer ones pass over.
+# pygal's import hook for plug-in maps makes Python 3.11 warn at every later import, and newer versions ignore it.
 sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "pygal"]
 
 _SCRIPT = re.compile(rb"<script.*?</script>", re.DOTALL)
-"""The library's own settings for the script that we leave out."""
+"""pygal's settings for the script that `js=()` leaves out."""
 
 
 def svg(labels: Sequence[str], outcomes: Sequence[RequestOutcome], price: Price) -> bytes:

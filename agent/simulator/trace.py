@@ -1,12 +1,12 @@
-"""An access log as the simulator reads it: CSV with the columns time, function and duration, in order of time.
+"""The trace of a simulation: an access log as CSV with the columns time, function and duration, in order of time.
 
     time,function,duration
     2026-01-01T00:00:00Z,ocr,0.35
     2026-01-01T00:00:04.2Z,ocr,350ms
 
-`time`: ISO 8601 (without an offset: UTC) or seconds since any moment; `duration`: what the instance worked, in seconds
-or with a unit (us, ms, s, m, h). Other columns are allowed and not read. Read line by line, so any length will do, and
-once for each run, so it must be a file. Times that go back are refused: sorting would need all of it in memory.
+`time`: ISO 8601 (without an offset: UTC) or seconds since any moment; `duration`: how long the instance works, in
+seconds or with a unit (us, ms, s, m, h). Other columns are ignored. The length does not matter, as lines are read one
+by one. It must be a file, since each run reads it, and in order, since sorting would need all of it in memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of the trace: when it arrived, for whom, and how long the instance works on it; ns."""
+    """A request of the trace: its arrival, function, and how long the instance works on it, in ns."""
 
     at_ns: int
     function: str
@@ -43,11 +43,11 @@ class Call:
 
 
 def read_trace(path: Path) -> Iterator[Call]:
-    """The requests in their order. Raises InvalidArgumentError TRACE_INVALID naming file, line and column, or
+    """The requests in order. Raises InvalidArgumentError TRACE_INVALID, which names file, line and column, or
     TRACE_UNREADABLE."""
     try:
         kind = path.stat().st_mode
-        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a folder has a message of its own
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a folder gets its own message below
             text = f"{path} is not a file: a trace is read several times, so save what comes from a pipe first"
             raise InvalidArgumentError("TRACE_UNREADABLE", text, file=str(path))
         with path.open("rb") as file:
@@ -58,7 +58,7 @@ def read_trace(path: Path) -> Iterator[Call]:
 
 
 class _Reader:
-    """One file; `line` is where it is."""
+    """Reads one file; `_line` is its position."""
 
     def __init__(self, name: str, file: BinaryIO) -> None:
         self._name = name
@@ -71,12 +71,11 @@ class _Reader:
             if len(raw) > MAX_LINE:
                 raise self._wrong("", f"is longer than {MAX_LINE} bytes")
             try:
-                yield raw.decode("utf-8-sig" if self._line == 1 else "utf-8")  # spreadsheets begin with a mark
+                yield raw.decode("utf-8-sig" if self._line == 1 else "utf-8")  # spreadsheets write a byte order mark
             except UnicodeDecodeError as error:
                 raise self._wrong("", "is not UTF-8 text") from error
 
     def calls(self) -> Iterator[Call]:
-        """All of them."""
         head = self._row()
         if head is None:
             raise self._wrong("", "is empty; its first line must be time,function,duration", 1)

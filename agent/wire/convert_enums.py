@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from agent.core.errors import InvalidArgumentError
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.provisioning.model import Scheduling
 from agent.core.types import DispatchPolicy, IdleMode, InstanceState
 from agent.v1 import types_pb2
 

@@ -21,7 +21,7 @@ from tests.scheduler.gateway.rig import GatewayRig, gateway_rig
 
 @dataclass
 class Central:
-    """The node n1 has a fake ingress; what the fleet knows of it is only what `report` says."""
+    """Node n1 has a fake ingress; the fleet knows only what `report` sends."""
 
     rig: GatewayRig
     fleet: Fleet
@@ -33,21 +33,21 @@ class Central:
 
     def report(self, *instances: InstanceLoad, gpus: tuple[Gpu, ...] = ()) -> None:
         """A node's first message."""
-        stream = self.fleet.opened("n1")
+        stream = self.fleet.stream_opened("n1")
         registration = Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2", gpus=gpus)
         memory = HostMemory(total_bytes=64 * GIB, available_bytes=32 * GIB, reserved_bytes=GIB)
         load = NodeLoad(state=Node.STATE_READY, host_memory=memory, gpu_waiting=3, gpus=gpus)
         message = ReportLoadRequest(
             epoch=1, sequence=1, snapshot=True, registration=registration, load=load, instances=instances
         )
-        self.fleet.took("n1", stream, message)
+        self.fleet.receive("n1", stream, message)
 
 
 @asynccontextmanager
 async def a_central(tmp: str) -> AsyncIterator[Central]:
     async with gateway_rig(tmp, "n1") as rig:
         clock = FakeClock()
-        fleet = Fleet(clock, rig.tell, lambda: None, suspect_ns=3 * SECOND_NS, lost_ns=10 * SECOND_NS)
+        fleet = Fleet(clock, rig.apply, lambda: None, suspect_ns=3 * SECOND_NS, lost_ns=10 * SECOND_NS)
         usage = UsageTotals(lambda: [one.spec.name for one in rig.catalog.all()])
         functions = FunctionMetrics(clock, rig.catalog, fleet, rig.dispatcher, rig.gateway.traffic, usage)
         yield Central(rig, fleet, clock, SchedulerMetrics(functions, fleet, rig.gateway.counts, WakeCounts()))

@@ -1,4 +1,4 @@
-"""Fixtures of this folder."""
+"""Fixtures for the api tests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from tests.api.central import Central, a_central
 
 @pytest.fixture
 async def central(tmp_path: Path) -> AsyncIterator[Central]:
-    """A scheduler to which nothing has happened yet."""
+    """A fresh scheduler."""
     async with a_central(str(tmp_path)) as made:
         yield made

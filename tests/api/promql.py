@@ -1,4 +1,4 @@
-"""What a PromQL expression asks for, by an independent parser; and what a scrape holds."""
+"""Metrics of a PromQL expression, by an independent parser, and samples of a scrape."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 INTERVAL = "$__rate_interval"
-"""Grafana's own variable; Prometheus never sees it."""
+"""A variable that Grafana replaces before Prometheus sees it."""
 ONLY_OF_COUNTERS = ("_total", "_bucket", "_sum", "_count")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One metric of an expression: the labels that it must have, and whether its rate is taken."""
+    """One metric of an expression: labels that it must have, and whether the expression takes its rate."""
 
     name: str
     labels: frozenset[str]
@@ -24,7 +24,7 @@ class Asked:
 
 
 def asked(expr: str) -> list[Asked]:
-    """Raises ValueError for what is no PromQL."""
+    """Raises ValueError for invalid PromQL."""
     return list(_asked(promql_parser.parse(expr.replace(INTERVAL, "1m")), frozenset(), False))
 
 
@@ -54,12 +54,12 @@ def _asked(expr: promql_parser.Expr, by: frozenset[str], rate: bool) -> Iterator
 
 @dataclass(frozen=True)
 class Scrape:
-    """Everything that one or more daemons answered."""
+    """The samples of one or more daemons."""
 
     families: tuple[Metric, ...]
 
     def labels(self) -> dict[str, set[str]]:
-        """The labels of every sample's name."""
+        """Labels by sample name."""
         found: dict[str, set[str]] = {}
         for family in self.families:
             for sample in family.samples:
@@ -67,7 +67,7 @@ class Scrape:
         return found
 
     def value(self, sample_name: str, **labels: str) -> float:
-        """The sum of the samples of that name that carry these labels. KeyError if there is none."""
+        """The sum of the samples with this name and these labels. Raises KeyError if there is none."""
         values = [
             sample.value
             for family in self.families
@@ -80,5 +80,5 @@ class Scrape:
 
 
 def read_scrape(*texts: str) -> Scrape:
-    """From Prometheus text."""
+    """Parses Prometheus text."""
     return Scrape(tuple(family for text in texts for family in text_string_to_metric_families(text)))

@@ -1,4 +1,4 @@
-"""Admin HTTP: read-only, for this machine's names and addresses only; every metric is there from the start."""
+"""Admin HTTP: read-only, only under this machine's names and addresses, with every metric from the start."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def ask(port: int, path: str, *, host: str = "localhost", method: str = "G
     return int(head.split()[1]), body
 
 
-async def test_what_it_says() -> None:
+async def test_pages_and_their_status() -> None:
     async with an_admin() as port:
         assert await ask(port, "/healthz") == (200, b"ok\n")
         assert await ask(port, "/readyz") == (200, b"ready\n")
@@ -54,24 +54,24 @@ async def test_it_is_read_only(method: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost:8612", "192.0.2.7:8612", "[::1]:8612", socket.gethostname()])
-async def test_our_own_names_and_addresses_are_served(host: str) -> None:
+async def test_own_names_and_addresses_are_served(host: str) -> None:
     async with an_admin("0.0.0.0") as port:
         assert (await ask(port, "/healthz", host=host))[0] == 200
 
 
 @pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
-async def test_a_foreign_name_is_a_rebinding(bound: str) -> None:
+async def test_foreign_host_name_is_refused(bound: str) -> None:
     async with an_admin(bound) as port:
         assert (await ask(port, "/metrics", host="evil.example"))[0] == 403
 
 
-async def test_an_address_that_is_taken_leaves_nothing_behind() -> None:
+async def test_failed_bind_leaves_nothing_behind() -> None:
     async with an_admin() as port:
         with pytest.raises(OSError, match="in use"):
             await AdminServer(bytes, lambda: True).start("127.0.0.1", port)
 
 
-async def test_metrics_tell_instances_gpus_and_the_health_of_the_ledger() -> None:
+async def test_metrics_of_instances_gpus_and_ledger() -> None:
     async with a_world() as world:
         actor = await world.running()
         health = AgentHealth(
@@ -95,7 +95,7 @@ async def test_metrics_tell_instances_gpus_and_the_health_of_the_ledger() -> Non
         assert "instance=" not in text, "Prometheus uses that label itself"
 
 
-async def test_metrics_of_gpus_are_in_base_units_and_what_is_unknown_has_none() -> None:
+async def test_gpu_metrics_in_base_units_without_unknown_values() -> None:
     async with a_world() as world:
         first, second = [gpu.uuid for gpu in world.gpus.gpus]
         figures = {

@@ -1,4 +1,4 @@
-"""The dashboard as Grafana takes it. That its metrics are real is tested against real scrapes (e2e/test_metrics.py)."""
+"""The dashboard's format. e2e/test_metrics.py checks its metrics against real scrapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agent.api.dashboard import ROWS, dashboard, render
 from tests.api.promql import asked
 
 
-def test_panels_have_numbers_of_their_own_and_do_not_overlap() -> None:
+def test_panels_have_unique_numbers_and_do_not_overlap() -> None:
     panels = dashboard()["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels) == len(ROWS) + sum(map(len, ROWS.values()))
     taken: set[tuple[int, int]] = set()
@@ -30,12 +30,12 @@ def test_it_names_no_data_source() -> None:
 
 
 @pytest.mark.parametrize("expr", ["rate(x[1m]", "sum by (a) b", "", "x{a=b}"])
-def test_the_parser_that_checks_it_refuses_what_is_no_promql(expr: str) -> None:
+def test_promql_parser_refuses_invalid_expressions(expr: str) -> None:
     with pytest.raises(ValueError):
         asked(expr)
 
 
-def test_the_parser_finds_names_labels_and_rates() -> None:
+def test_promql_parser_finds_names_labels_and_rates() -> None:
     found = asked('sum by (f) (rate(a_total{k="v"}[$__rate_interval])) / sum by (f) (b)')
     assert [(one.name, sorted(one.labels), one.rate) for one in found] == [
         ("a_total", ["f", "k"], True),

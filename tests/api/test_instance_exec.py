@@ -1,4 +1,4 @@
-"""ExecInstance and followed logs over a real server: steps each way, callers that leave, what is refused."""
+"""ExecInstance and followed logs over a real server: sessions, departing callers, refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHELL = ("sh", "-i")
 
 @dataclass
 class Site:
-    """An agent's API on a socket, and a caller."""
+    """An agent's API on a socket, and a channel to it."""
 
     world: World
     execs: ExecSessions
@@ -41,7 +41,7 @@ class Site:
     channel: DaemonChannel
 
     async def begun(self, actor: Actor, **how: object) -> tuple[ExecStream, FakeExecSession]:
-        """A command that runs inside."""
+        """Starts a command inside an instance."""
         stream = self.channel.exec_instance()
         await stream.send(Step(start=Step.Start(uid=actor.uid, command=SHELL, **how)))  # type: ignore[arg-type]
         assert await received(stream) == pb.ExecInstanceResponse(output=b"")
@@ -116,7 +116,7 @@ async def test_a_whole_session(tmp_path: Path) -> None:
         assert began.attributes["caller"] == "unix-socket"
 
 
-async def test_a_freeze_by_hand_is_told_who_is_inside(tmp_path: Path) -> None:
+async def test_manual_freeze_names_the_open_exec(tmp_path: Path) -> None:
     async with a_site(tmp_path) as site:
         actor = await site.world.running()
         _, session = await site.begun(actor)
@@ -129,7 +129,7 @@ async def test_a_freeze_by_hand_is_told_who_is_inside(tmp_path: Path) -> None:
         assert answer.instance.freeze_count == 1
 
 
-async def test_a_caller_that_leaves_ends_the_command(tmp_path: Path) -> None:
+async def test_departing_caller_ends_the_command(tmp_path: Path) -> None:
     async with a_site(tmp_path) as site:
         actor = await site.world.running()
         stream, session = await site.begun(actor)
@@ -138,7 +138,7 @@ async def test_a_caller_that_leaves_ends_the_command(tmp_path: Path) -> None:
         assert not actor.instance.exec_active
 
 
-async def test_a_caller_that_says_no_more_has_no_more_input(tmp_path: Path) -> None:
+async def test_end_of_the_callers_stream_closes_the_input(tmp_path: Path) -> None:
     async with a_site(tmp_path) as site:
         actor = await site.world.running()
         call = site.channel.instances.ExecInstance(iter([Step(start=Step.Start(uid=actor.uid, command=SHELL))]))
@@ -148,7 +148,7 @@ async def test_a_caller_that_says_no_more_has_no_more_input(tmp_path: Path) -> N
         assert (await call.read()) == pb.ExecInstanceResponse(exit_code=0)
 
 
-async def test_a_command_that_does_not_read_holds_its_caller_up(tmp_path: Path) -> None:
+async def test_command_that_does_not_read_blocks_its_caller(tmp_path: Path) -> None:
     async with a_site(tmp_path) as site:
         stream, session = await site.begun(await site.world.running())
         session.writes = asyncio.Semaphore(0)
@@ -160,7 +160,7 @@ async def test_a_command_that_does_not_read_holds_its_caller_up(tmp_path: Path) 
                 sent.append(number)
 
         sending = asyncio.create_task(send_all())
-        await asyncio.wait([sending], timeout=1.0)  # not cancelled: gRPC would give the whole call up
+        await asyncio.wait([sending], timeout=1.0)  # a cancel would end the whole call in gRPC
         assert len(sent) < 200, "what is on its way is bounded (by the connection's own buffers)"
         session.end(0)
         assert await received(stream) == pb.ExecInstanceResponse(exit_code=0), "its end is told all the same"
@@ -168,7 +168,7 @@ async def test_a_command_that_does_not_read_holds_its_caller_up(tmp_path: Path) 
         await asyncio.gather(sending, return_exceptions=True)
 
 
-async def test_the_agents_leave_is_told(tmp_path: Path) -> None:
+async def test_agent_stop_ends_an_exec_with_an_error(tmp_path: Path) -> None:
     async with a_site(tmp_path) as site:
         stream, session = await site.begun(await site.world.running())
         await site.execs.close()
@@ -179,7 +179,7 @@ async def test_the_agents_leave_is_told(tmp_path: Path) -> None:
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-async def test_a_frozen_one_is_refused_at_once_over_the_wire(tmp_path: Path) -> None:
+async def test_exec_in_a_frozen_instance_is_refused_at_once(tmp_path: Path) -> None:
     async with a_site(tmp_path) as site:
         actor = await site.world.frozen()
         stream = site.channel.exec_instance()
@@ -190,7 +190,7 @@ async def test_a_frozen_one_is_refused_at_once_over_the_wire(tmp_path: Path) -> 
         session.end(0)
 
 
-async def test_a_caller_that_never_starts_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_exec_without_start_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instance_exec.exec_instance, "__defaults__", (0.05,))
     async with a_site(tmp_path) as site:
         assert await refusal(site.channel.exec_instance()) == "EXEC_NOT_STARTED"
@@ -206,7 +206,7 @@ async def test_a_caller_that_never_starts_is_not_waited_for(tmp_path: Path, monk
     ],
     ids=["input too large", "a second start", "nothing", "no size"],
 )
-async def test_a_wrong_step_ends_the_command(tmp_path: Path, step: pb.ExecInstanceRequest, reason: str) -> None:
+async def test_invalid_step_ends_the_command(tmp_path: Path, step: pb.ExecInstanceRequest, reason: str) -> None:
     async with a_site(tmp_path) as site:
         stream, session = await site.begun(await site.world.running())
         await stream.send(step)
@@ -215,7 +215,7 @@ async def test_a_wrong_step_ends_the_command(tmp_path: Path, step: pb.ExecInstan
 
 
 @pytest.mark.parametrize("step", [Step(input=b"ls"), Step(end_of_input=True), Step()], ids=["input", "end", "nothing"])
-async def test_the_first_step_says_what_to_run(tmp_path: Path, step: pb.ExecInstanceRequest) -> None:
+async def test_first_step_must_be_start(tmp_path: Path, step: pb.ExecInstanceRequest) -> None:
     async with a_site(tmp_path) as site:
         stream = site.channel.exec_instance()
         await stream.send(step)
@@ -236,19 +236,19 @@ async def test_the_first_step_says_what_to_run(tmp_path: Path, step: pb.ExecInst
     ],
     ids=["no command", "empty word", "many words", "long", "NUL", "long user", "odd user", "wide"],
 )
-def test_what_can_not_be_run(start: pb.ExecInstanceRequest.Start) -> None:
+def test_invalid_commands_are_refused(start: pb.ExecInstanceRequest.Start) -> None:
     with pytest.raises(InvalidArgumentError):
         exec_spec(start)
 
 
-def test_a_terminal_that_does_not_know_its_size_gets_the_usual_one() -> None:
+def test_terminal_of_unknown_size_gets_the_default() -> None:
     assert exec_spec(Step.Start(command=["id"], terminal=Step.TerminalSize())) == ExecSpec(("id",), terminal=True)
 
 
 # ---- followed logs --------------------------------------------------------------------------------------------------
 
 
-async def test_a_followed_log_ends_with_its_instance(tmp_path: Path) -> None:
+async def test_followed_log_ends_with_its_instance(tmp_path: Path) -> None:
     async with a_site(tmp_path) as site:
         actor = await site.world.running()
         site.world.runtime.print(actor.uid, b"old\nloading\n")
@@ -261,7 +261,7 @@ async def test_a_followed_log_ends_with_its_instance(tmp_path: Path) -> None:
         await until(actor, InstanceState.FAILED)
 
 
-async def test_a_sleepers_log_is_followed_without_waking_it(tmp_path: Path) -> None:
+async def test_log_of_a_frozen_instance_is_followed_without_a_wake(tmp_path: Path) -> None:
     async with a_site(tmp_path) as site:
         actor = await site.world.frozen()
         site.world.runtime.print(actor.uid, b"good night\n")
@@ -270,7 +270,7 @@ async def test_a_sleepers_log_is_followed_without_waking_it(tmp_path: Path) -> N
         assert actor.state is InstanceState.FROZEN
 
 
-async def test_the_log_of_one_whose_image_is_pulled_is_followed_from_its_first_line(tmp_path: Path) -> None:
+async def test_log_is_followed_from_its_first_line_during_a_pull(tmp_path: Path) -> None:
     async with a_site(tmp_path) as site:
         site.world.runtime.prepare_gate = asyncio.Event()
         actor = await site.world.create()
@@ -280,7 +280,7 @@ async def test_the_log_of_one_whose_image_is_pulled_is_followed_from_its_first_l
         assert await asyncio.wait_for(first, PATIENCE_S) == b"first words\n"
 
 
-async def test_followers_are_counted_and_their_places_come_back(tmp_path: Path) -> None:
+async def test_followers_are_limited_and_their_places_freed(tmp_path: Path) -> None:
     async with a_site(tmp_path, max_followers=2) as site:
         actor = await site.world.running()
         site.world.runtime.print(actor.uid, b"hello\n")
@@ -296,7 +296,7 @@ async def test_followers_are_counted_and_their_places_come_back(tmp_path: Path) 
         assert await asyncio.wait_for(anext(site.follow(actor.uid)), PATIENCE_S) == b"hello\n"
 
 
-async def test_the_agents_leave_ends_followers(tmp_path: Path) -> None:
+async def test_agent_stop_ends_followers(tmp_path: Path) -> None:
     async with a_site(tmp_path) as site:
         actor = await site.world.running()
         site.world.runtime.print(actor.uid, b"hello\n")

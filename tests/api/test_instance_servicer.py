@@ -1,4 +1,4 @@
-"""InstanceService on a whole node of fakes, called as the wire calls it."""
+"""InstanceService on a node of fakes, called without the wire."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def observer_of(world: World) -> Observer:
 
 @dataclass
 class Api:
-    """The servicer, and the world behind it."""
+    """The servicer, and the fake node behind it."""
 
     world: World
     observer: Observer
@@ -78,7 +78,7 @@ async def test_create_waits_until_it_runs_and_shows_it() -> None:
         assert (await api.create()).uid == shown.uid
 
 
-async def test_create_says_what_kept_it_from_running() -> None:
+async def test_create_reports_why_the_instance_does_not_run() -> None:
     async with an_api(ready_timeout_s=0.02) as api:
         api.world.runtime.port_of = lambda _: 1
         with pytest.raises(InstanceError) as caught:
@@ -93,7 +93,7 @@ async def test_create_needs_a_request_id(request_id: str) -> None:
             await api.create(request_id)
 
 
-async def test_create_refuses_what_no_deploy_would_let_through() -> None:
+async def test_create_refuses_an_invalid_function() -> None:
     async with an_api() as api:
         wrong = spec()
         wrong.port = 0
@@ -103,7 +103,7 @@ async def test_create_refuses_what_no_deploy_would_let_through() -> None:
         assert not api.world.node.actors
 
 
-async def test_the_nodes_queue_timeout_is_for_functions_that_do_not_say() -> None:
+async def test_nodes_queue_timeout_is_the_default() -> None:
     async with an_api() as api:
         silent = spec()
         silent.ClearField("queue_timeout_ns")
@@ -130,7 +130,7 @@ async def test_freeze_and_wake_by_hand() -> None:
         assert api.world.node.actors[uid].state is S.RUNNING, "freezeAfter is longer than the hold"
 
 
-async def test_a_freeze_of_a_busy_one_and_one_that_is_refused_say_why() -> None:
+async def test_refused_freeze_says_why() -> None:
     async with an_api() as api:
         uid = (await api.create()).uid
         actor = api.world.node.actors[uid]
@@ -145,7 +145,7 @@ async def test_a_freeze_of_a_busy_one_and_one_that_is_refused_say_why() -> None:
         assert shown.state_reason == "HOST_MEMORY_SHORT", "visible everywhere"
 
 
-async def test_a_freeze_that_a_request_overtakes_was_not_done() -> None:
+async def test_freeze_cancelled_by_a_request_fails() -> None:
     async with an_api() as api:
         uid = (await api.create()).uid
         api.world.freezer.hold("checkpoint")
@@ -158,7 +158,7 @@ async def test_a_freeze_that_a_request_overtakes_was_not_done() -> None:
         await entering
 
 
-async def test_a_wake_that_takes_too_long_says_so_and_is_forgotten() -> None:
+async def test_slow_wake_times_out_and_is_forgotten() -> None:
     async with an_api() as api:
         uid = (await api.create()).uid
         await api.servicer.FreezeInstance(pb.FreezeInstanceRequest(uid=uid), None)
@@ -169,14 +169,14 @@ async def test_a_wake_that_takes_too_long_says_so_and_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize(("hold", "limit"), [(-1, 0), (0, -1), (601 * SECOND_NS, 0)])
-async def test_a_wake_with_nonsense_is_refused(hold: int, limit: int) -> None:
+async def test_wake_with_invalid_arguments_is_refused(hold: int, limit: int) -> None:
     async with an_api() as api:
         uid = (await api.create()).uid
         wake = pb.WakeInstanceRequest(uid=uid, hold_ns=hold, timeout_ns=limit)
         assert await refusal(api.servicer.WakeInstance(wake, None)) == "HOLD_INVALID"
 
 
-async def test_stop_returns_when_it_is_gone_and_it_can_still_be_looked_at() -> None:
+async def test_stop_returns_at_the_end_and_the_instance_stays_visible() -> None:
     async with an_api() as api:
         uid = (await api.create()).uid
         stopped = (await api.servicer.StopInstance(pb.StopInstanceRequest(uid=uid), None)).instance
@@ -200,7 +200,7 @@ async def test_an_unknown_or_ambiguous_uid_is_not_found() -> None:
             assert await refusal(api.servicer.GetInstance(pb.GetInstanceRequest(uid=uid), None)) == "INSTANCE_NOT_FOUND"
 
 
-async def test_logs_come_in_pieces_from_the_end() -> None:
+async def test_log_tail_comes_in_chunks() -> None:
     async with an_api() as api:
         uid = (await api.create()).uid
         api.world.runtime.print(uid, b"a" * 100 + b"b" * 70_000)
@@ -210,7 +210,7 @@ async def test_logs_come_in_pieces_from_the_end() -> None:
         assert set(b"".join(pieces)) == set(b"b")
 
 
-async def test_a_log_that_is_gone_is_not_found() -> None:
+async def test_missing_log_is_not_found() -> None:
     async with an_api() as api:
         uid = (await api.create()).uid
 
@@ -222,7 +222,7 @@ async def test_a_log_that_is_gone_is_not_found() -> None:
             [piece async for piece in api.servicer.GetInstanceLogs(pb.GetInstanceLogsRequest(uid=uid), None)]
 
 
-async def test_events_are_paged_by_number_so_that_none_is_skipped_when_old_ones_fall_out() -> None:
+async def test_event_pages_skip_nothing_when_old_events_are_dropped() -> None:
     async with an_api() as api:
         for n in range(7):
             api.world.events.add("", f"story.{n}")
@@ -231,7 +231,7 @@ async def test_events_are_paged_by_number_so_that_none_is_skipped_when_old_ones_
             request = pb.ListEventsRequest(page_size=3, page_token=token)
             answer = await api.servicer.ListEvents(request, None)
             names += [event.name for event in answer.events]
-            api.world.events._events.popleft()  # history is bounded: the oldest leaves between two pages
+            api.world.events._events.popleft()  # history is bounded: the oldest event is dropped between two pages
             token = answer.next_page_token
             if not token:
                 break

@@ -1,4 +1,4 @@
-"""What metrics say of nodes and functions that nothing has happened to yet, that sleep, fail, or are gone."""
+"""Metrics of fresh, frozen, failing, ended and lost instances, functions and nodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from agent.api.agent_metrics import AgentHealth, AgentMetrics
 from agent.core.lifecycle.events import StopAsked
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.provisioning.model import Scheduling
 from agent.core.snapshots import InstanceReading
 from agent.core.types import GIB, SECOND_NS, GpuSample
 from agent.host.node.gauges import Gauges
@@ -27,7 +27,7 @@ HEALTHY = AgentHealth(store_ok=True, pending_windows=0, merged_windows=0, unmatc
 
 
 async def scraped(world: World) -> Scrape:
-    """The agent's metrics, with figures for every GPU and readings for every instance."""
+    """The agent's metrics, with a sample for every GPU and a reading for every instance."""
     reader = FakeInstanceReader({uid: InstanceReading(2 * SECOND_NS, GIB) for uid in world.node.actors})
     gauges = Gauges(reader, world.node.actors)
     await gauges.poll()
@@ -45,7 +45,7 @@ async def scraped(world: World) -> Scrape:
     return read_scrape(AgentMetrics(observer, lambda: HEALTHY).render().decode())
 
 
-async def test_one_that_sleeps_uses_no_gpu_and_one_that_is_awake_is_charged_with_the_one_it_holds() -> None:
+async def test_gpu_metrics_belong_to_the_awake_holder_only() -> None:
     async with a_world() as world:
         asleep = await world.frozen()
         awake = await world.running()
@@ -62,7 +62,7 @@ async def test_one_that_sleeps_uses_no_gpu_and_one_that_is_awake_is_charged_with
         assert "hibernode_instance_gpu_decoder_utilization_ratio" not in found.labels(), "the device does not say"
 
 
-async def test_an_instance_that_has_ended_has_no_series() -> None:
+async def test_ended_instance_has_no_series() -> None:
     async with a_world() as world:
         actor = await world.running()
         assert (await scraped(world)).value("hibernode_wakes_total", uid=actor.uid) == 0
@@ -76,7 +76,7 @@ async def test_an_instance_that_has_ended_has_no_series() -> None:
 # ---- the scheduler ------------------------------------------------------------------------------------------------
 
 
-async def test_a_function_has_all_its_series_from_the_start_and_none_once_it_is_gone(central: Central) -> None:
+async def test_function_has_all_series_until_it_is_deleted(central: Central) -> None:
     await central.rig.deploy(target=2)
     found = central.scrape()
     mine = {name for name, labels in found.labels().items() if "function" in labels}
@@ -90,7 +90,7 @@ async def test_a_function_has_all_its_series_from_the_start_and_none_once_it_is_
     assert not any("function" in labels for labels in central.scrape().labels().values())
 
 
-async def test_instances_are_told_by_state_and_those_that_end_are_not_current(central: Central) -> None:
+async def test_instances_by_state_and_ending_ones_are_not_current(central: Central) -> None:
     await central.rig.deploy(target=3)
     central.report(
         load("i1", Instance.STATE_RUNNING), load("i2", Instance.STATE_FROZEN), load("i3", Instance.STATE_STOPPING),
@@ -105,13 +105,13 @@ async def test_instances_are_told_by_state_and_those_that_end_are_not_current(ce
     assert found.value("hibernode_foreign_instances") == 1
 
 
-async def test_a_function_short_of_its_target_says_so(central: Central) -> None:
+async def test_function_below_its_target_is_degraded(central: Central) -> None:
     await central.rig.deploy()
-    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "no", hopeless=False))
+    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "no", no_capacity_expected=False))
     assert central.scrape().value("hibernode_function_degraded", function="ocr") == 1
 
 
-async def test_nodes_tell_their_gpus_by_use_until_they_are_lost(central: Central) -> None:
+async def test_nodes_have_gpus_by_use_until_they_are_lost(central: Central) -> None:
     gpus = (
         Gpu(uuid="a", health=Gpu.HEALTH_OK, holder_uids=["i1"]),
         Gpu(uuid="b", health=Gpu.HEALTH_OK),
@@ -124,7 +124,7 @@ async def test_nodes_tell_their_gpus_by_use_until_they_are_lost(central: Central
     assert found.value("hibernode_node_host_memory_bytes", node="n1", kind="available") == 32 * GIB
     assert found.value("hibernode_node_gpu_waiters", node="n1") == 3
     assert found.value("hibernode_node_scheduling", node="n1", scheduling="NORMAL") == 1
-    central.fleet.schedule("n1", Scheduling.DRAINED)
+    central.fleet.set_scheduling("n1", Scheduling.DRAINED)
     assert central.scrape().value("hibernode_node_scheduling", node="n1", scheduling="DRAINED") == 1
     heard = found.value("hibernode_node_heard_timestamp_seconds", node="n1")
     central.clock.advance(11 * SECOND_NS)
@@ -135,8 +135,8 @@ async def test_nodes_tell_their_gpus_by_use_until_they_are_lost(central: Central
     assert found.value("hibernode_node_heard_timestamp_seconds", node="n1") == heard
 
 
-async def test_a_scrape_of_a_large_scheduler_does_not_hold_its_requests_up_for_long(central: Central) -> None:
-    """Collected on the loop: 50 functions with 1,000 instances."""
+async def test_scrape_of_a_large_scheduler_is_short(central: Central) -> None:
+    """50 functions with 1,000 instances; the scrape runs on the event loop."""
     for number in range(50):
         await central.rig.deploy(f"f{number}")
     central.report(*(load(f"i{n}", Instance.STATE_RUNNING, f"f{n % 50}") for n in range(1000)))

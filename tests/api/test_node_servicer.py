@@ -1,4 +1,4 @@
-"""NodeService: the node, who holds and who waits, and its part of the ledger."""
+"""NodeService: the node, GPU holders and waiters, and the node's part of the ledger."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def test_the_node_shows_holders_and_waiters() -> None:
         assert node.state == Node.STATE_READY
 
 
-async def test_windows_open_and_sealed_are_there_once_and_paged() -> None:
+async def test_open_and_sealed_windows_appear_once_and_are_paged() -> None:
     async with a_world() as world:
         actor = await world.frozen()
         world.clock.advance(SECOND_NS)
@@ -55,7 +55,7 @@ async def test_windows_open_and_sealed_are_there_once_and_paged() -> None:
         assert seen == len(keys)
 
 
-async def test_a_ledger_that_is_too_long_is_not_summed_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_long_ledger_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_ledger, "MAX_WINDOWS", 2)
     async with a_world() as world:
         await world.frozen()
@@ -64,7 +64,7 @@ async def test_a_ledger_that_is_too_long_is_not_summed_in_part(monkeypatch: pyte
             await servicer_of(world).ListUsageWindows(pb.ListUsageWindowsRequest(), None)
 
 
-async def test_a_store_that_fails_says_so() -> None:
+async def test_failing_store_raises() -> None:
     async with a_world() as world:
         world.store.failing = True
         with pytest.raises(UnavailableError, match="STORE_FAILED"):

@@ -1,4 +1,4 @@
-"""Pages: every item once, in order, and tokens of others refused."""
+"""Pages: every item once, in order; foreign tokens are refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from agent.api.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, page
 from agent.core.errors import InvalidArgumentError
 
 
-def test_following_the_tokens_gives_every_item_once() -> None:
+def test_pages_hold_every_item_once() -> None:
     items, token = list(range(25)), ""
     seen: list[int] = []
     while True:
@@ -26,7 +26,7 @@ def test_sizes_are_bounded() -> None:
 
 
 @pytest.mark.parametrize("token", ["-1", "x", "1.5", "9" * 13])
-def test_a_token_that_is_not_ours_is_refused(token: str) -> None:
+def test_foreign_page_token_is_refused(token: str) -> None:
     with pytest.raises(InvalidArgumentError, match="PAGE_TOKEN_INVALID"):
         page([1], 1, token)
 

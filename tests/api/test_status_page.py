@@ -1,4 +1,4 @@
-"""The status page: what it says, and that nothing an agent or a user says can become a part of it."""
+"""The status page: its tables, and that text from agents and users cannot become markup."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from agent.api.status_page import HEADERS, MAX_ROWS, StatusPage
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.provisioning.model import Scheduling
 from agent.core.types import GIB, SECOND_NS
 from agent.scheduler.functions.catalog import Problem
 from agent.v1.types_pb2 import Gpu, Instance
@@ -63,9 +63,9 @@ def page(central: Central) -> StatusPage:
     return StatusPage(central.clock, central.rig.catalog, central.fleet, central.rig.dispatcher)
 
 
-async def test_it_tells_functions_nodes_gpus_and_instances(central: Central, page: StatusPage) -> None:
+async def test_page_shows_functions_nodes_gpus_and_instances(central: Central, page: StatusPage) -> None:
     await central.rig.deploy(target=3)
-    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "Logs: password=hunter2", hopeless=False))
+    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "Logs: password=hunter2", no_capacity_expected=False))
     gpus = (
         Gpu(
             uuid="GPU-a",
@@ -80,7 +80,7 @@ async def test_it_tells_functions_nodes_gpus_and_instances(central: Central, pag
     failed = load("i3", Instance.STATE_FAILED)
     failed.state_reason, failed.state_message = "OUT_OF_MEMORY", "password=hunter2"
     central.report(load("i1", Instance.STATE_RUNNING), load("i2", Instance.STATE_FROZEN), failed, gpus=gpus)
-    central.fleet.schedule("n1", Scheduling.CORDONED)
+    central.fleet.set_scheduling("n1", Scheduling.CORDONED)
     central.clock.advance(2 * SECOND_NS)
     text = page.render()
     found = read(text)
@@ -93,13 +93,13 @@ async def test_it_tells_functions_nodes_gpus_and_instances(central: Central, pag
     assert b"hunter2" not in text, "messages may quote what an instance has logged"
 
 
-async def test_nothing_is_there_yet(page: StatusPage) -> None:
+async def test_empty_page(page: StatusPage) -> None:
     tables = read(page.render()).tables
     assert set(tables) == {"Functions", "Nodes", "GPUs", "Instances"}
     assert all(rows[1:] == [["none"]] for rows in tables.values())
 
 
-async def test_what_agents_say_stays_text(central: Central, page: StatusPage) -> None:
+async def test_text_from_agents_is_escaped(central: Central, page: StatusPage) -> None:
     plain = read(page.render()).tags
     hostile = load(HOSTILE, Instance.STATE_RUNNING, HOSTILE)
     hostile.state_reason = HOSTILE
@@ -111,13 +111,13 @@ async def test_what_agents_say_stays_text(central: Central, page: StatusPage) ->
     assert found.tables["Instances"][1][0] == HOSTILE, "it is shown as it is"
 
 
-async def test_a_large_fleet_has_a_page_that_ends(central: Central, page: StatusPage) -> None:
+async def test_page_of_a_large_fleet_is_bounded(central: Central, page: StatusPage) -> None:
     central.report(*(load(f"i{n:04}", Instance.STATE_FROZEN) for n in range(MAX_ROWS + 7)))
     rows = read(page.render()).tables["Instances"]
     assert (len(rows), rows[-1]) == (MAX_ROWS + 2, ["and 7 more"])
 
 
-def test_browsers_are_told_to_load_nothing() -> None:
+def test_headers_forbid_external_resources() -> None:
     assert "default-src 'none'" in HEADERS["content-security-policy"]
     assert "script" not in json.dumps(HEADERS)
 

@@ -15,7 +15,7 @@ from tests.cli.conftest import Run
 from tests.fakes.daemon import TOKEN
 
 
-def asked(home: Path, **more: str) -> CliOptions:
+def options(home: Path, **more: str) -> CliOptions:
     places = {"agent": "", "scheduler": "", "gateway": "", "token_file": "", **more}
     return CliOptions(home=home, insecure=False, output="table", **places)
 
@@ -41,7 +41,7 @@ def test_nobody_has_been_started(run: Run) -> None:
 def test_nobody_answers_any_more(run: Run) -> None:
     done = run("ps", "--agent", "127.0.0.1:1")
     assert done.code == 5
-    assert "no agent answers at 127.0.0.1:1: is it running?" in done.err
+    assert "no agent answers at 127.0.0.1:1; start it with `hibernode agent --config FILE`" in done.err
 
 
 def test_the_home_may_stand_before_or_after_the_command(run: Run, home: Path) -> None:
@@ -52,11 +52,11 @@ def test_the_home_may_stand_before_or_after_the_command(run: Run, home: Path) ->
 
 
 def test_the_socket_needs_no_token(home: Path) -> None:
-    assert find_daemon("agent", asked(home)) == DaemonAddress(f"unix:{home}/agent.sock", "")
+    assert find_daemon("agent", options(home)) == DaemonAddress(f"unix:{home}/agent.sock", "")
 
 
 def test_without_a_socket_the_token_goes_along(daemons: Path) -> None:
-    assert find_daemon("agent", asked(daemons)) == DaemonAddress("127.0.0.1:8611", "token-of-the-home-1234")
+    assert find_daemon("agent", options(daemons)) == DaemonAddress("127.0.0.1:8611", "token-of-the-home-1234")
 
 
 def test_over_tcp_with_the_token(run: Run, home: Path) -> None:
@@ -65,7 +65,7 @@ def test_over_tcp_with_the_token(run: Run, home: Path) -> None:
     assert (done.code, done.out.split()[0]) == (0, "i-run")
     done = run("ps", "--agent", address)
     assert done.code == 4
-    assert "wants its token: name the file with --token-file (TOKEN_MISSING)" in done.err
+    assert "requires a token; name its file with --token-file (TOKEN_MISSING)" in done.err
 
 
 def test_a_wrong_token_is_exit_4_and_is_not_shown(run: Run, home: Path, tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_a_wrong_token_is_exit_4_and_is_not_shown(run: Run, home: Path, tmp_path
 
 def test_the_homes_token_stays_on_this_machine(daemons: Path) -> None:
     """Whoever names another host without a token must not send it ours."""
-    assert find_daemon("agent", asked(daemons, agent="127.0.0.1:9")).token == "token-of-the-home-1234"
-    assert find_daemon("agent", asked(daemons, agent="gpu-host-2:8611")).token == ""
+    assert find_daemon("agent", options(daemons, agent="127.0.0.1:9")).token == "token-of-the-home-1234"
+    assert find_daemon("agent", options(daemons, agent="gpu-host-2:8611")).token == ""
 
 
 def test_a_token_does_not_travel_unencrypted_unless_asked(run: Run, home: Path) -> None:
@@ -94,24 +94,24 @@ def test_a_place_does_not_show_its_token() -> None:
 
 
 def test_the_gateway_is_an_address(daemons: Path) -> None:
-    assert find_gateway(asked(daemons)) == "127.0.0.1:8600"
-    assert find_gateway(asked(daemons, gateway="http://gw.example:80/")) == "gw.example:80"
+    assert find_gateway(options(daemons)) == "127.0.0.1:8600"
+    assert find_gateway(options(daemons, gateway="http://gw.example:80/")) == "gw.example:80"
     shutil.rmtree(daemons / "scheduler")
     with pytest.raises(UnavailableError, match="no scheduler has been started"):
-        find_gateway(asked(daemons))
+        find_gateway(options(daemons))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "null"])
 def test_endpoints_that_no_daemon_wrote(daemons: Path, content: str) -> None:
     (daemons / "agent" / "endpoints.json").write_text(content)
-    with pytest.raises(ConfigError, match="start the agent again"):
-        find_daemon("agent", asked(daemons))
+    with pytest.raises(ConfigError, match="restart the agent"):
+        find_daemon("agent", options(daemons))
 
 
 @pytest.mark.parametrize("content", [b"", b"two words", b"\xff\xff", b"line\nline"])
 def test_a_token_file_without_a_token(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "token").write_bytes(content)
-    with pytest.raises(InvalidArgumentError, match="does not hold one token"):
+    with pytest.raises(InvalidArgumentError, match="does not contain a single token"):
         read_token(tmp_path / "token")
 
 
@@ -132,4 +132,4 @@ def test_what_we_may_not_read_says_what_to_do(
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(PermissionDeniedError, match=said):
-        find_daemon("agent", asked(daemons))
+        find_daemon("agent", options(daemons))

@@ -14,6 +14,7 @@ from tests.cli.conftest import Run
 
 SUBCOMMANDS = [
     ["emulated", "up"],
+    ["emulated", "wait"],
     ["emulated", "env"],
     ["emulated", "ps"],
     ["emulated", "flip-byte"],
@@ -27,7 +28,7 @@ SUBCOMMANDS = [
 
 @pytest.mark.parametrize("words", [*([name] for name in COMMANDS), *SUBCOMMANDS], ids=" ".join)
 def test_help_of_every_command(run: Run, words: list[str]) -> None:
-    module = COMMANDS[words[0]].where.partition(":")[0]
+    module = COMMANDS[words[0]].location.partition(":")[0]
     assert importlib.util.find_spec(module), f"{module} is in the list of commands"
     done = run(*words, "--help")
     assert (done.code, done.err) == (0, "")
@@ -70,7 +71,7 @@ def test_top_help_needs_no_daemon_and_loads_nothing_heavy() -> None:
 def test_without_a_command_help_is_shown_and_the_exit_says_usage(run: Run) -> None:
     done = run()
     assert (done.code, done.out) == (2, "")
-    assert "One node (asks its agent):" in done.err
+    assert "One node (calls its agent):" in done.err
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_without_a_command_help_is_shown_and_the_exit_says_usage(run: Run) -> No
         (["ps", "--output", "xml"], "'xml' is not one of"),
         (["wake", "i-1", "--timeout", "soon"], "expected a duration"),
         (["deploy", "--target", "-1"], "-1 is not in the range"),
-        (["ps", "--all", "--fleet"], "--all is a node's memory"),
+        (["ps", "--all", "--fleet"], "--all lists ended instances of one node"),
         (["usage", "--since", "yesterdayish"], "neither a duration like 24h nor a time"),
         (["usage", "--local", "--since", "1h"], "--local takes only --function"),
         (["invoke", "f", "-e", "x", "-f", "/dev/null"], "not both"),

@@ -19,6 +19,7 @@ from agent.adapters.kernel import cgroup
 from agent.core.types import MIB
 from agent.ports import Checkpointer, CudaCall, CudaOp, CudaState
 from tests.fakes.checkpointer import FakeCheckpointer, FakeCudaProcess, Fault
+from tests.fakes.driver_callers import utility_pids, worker_pids
 from tests.fakes.emulated_driver import CudaInstances, EmulatedNvidia, emulated_nvidia
 
 REAL = ("driver-570", "driver-580", "utility-555", "utility-570", "utility-580")
@@ -154,9 +155,9 @@ class EmulatedWorld(World):
     def callers(self) -> list[int]:
         """Pids of the processes that call the driver for the checkpointer."""
         if isinstance(self.checkpointer, UtilityCheckpointer):
-            return list(self.checkpointer.program_pids)
+            return utility_pids()
         assert isinstance(self.checkpointer, DriverCheckpointer)
-        return list(self.checkpointer.worker_pids)
+        return worker_pids()
 
     def kill_callers(self) -> None:
         for pid in self.callers():

@@ -2,7 +2,7 @@
 
 Real servers on real sockets (agent/wire), a home as daemons leave it (endpoints.json, token), no GPU and no
 instances. Pages hold two entries at most, so that clients have to turn them. What a uid or a function is called says
-how it behaves. "ready" on stdout; ends with stdin.
+how it behaves. "ready" on stdout; ends with stdin. `tests/contract/test_daemon_api.py` holds it to what real ones do.
 """
 
 # ruff: noqa: N802 - the names of servicers' methods come from the protos
@@ -13,135 +13,31 @@ import asyncio
 import base64
 import json
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from agent.core.errors import InvalidArgumentError, NotFoundError, PreconditionError
+from agent.core.errors import InvalidArgumentError, NotFoundError
+from agent.core.function_rules import bounded
+from agent.core.provisioning.autoscaling import MAX_TARGET, Provisioning, ScalingPolicy
+from agent.scheduler.functions.deploy_rules import Defaults, checked, checked_provision, set_idle_mode, warnings_of
 from agent.v1 import function_service_pb2 as fn
 from agent.v1 import function_service_pb2_grpc as fn_grpc
-from agent.v1 import instance_service_pb2 as inst
-from agent.v1 import instance_service_pb2_grpc as inst_grpc
-from agent.v1 import node_service_pb2 as node
-from agent.v1 import node_service_pb2_grpc as node_grpc
 from agent.v1 import types_pb2
 from agent.v1 import usage_service_pb2 as usage
 from agent.v1 import usage_service_pb2_grpc as usage_grpc
+from agent.wire.convert_function import function_from_proto, function_to_proto
 from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable
-from tests.fakes.exec_story import exec_story
-from tests.fakes.fleet_story import CREATED, ENDED, GIB, INSTANCES, NODE, Fleet, State, instance, page
+from tests.fakes.fleet_story import NODE, Fleet, page
+from tests.fakes.node_story import WINDOWS, Instances, Nodes
 
 TOKEN = "operator-token-0123456789"
-
-
-class Instances(inst_grpc.InstanceServiceServicer):
-    """i-busy can't be frozen, i-stuck never answers, i-evil says things that steer terminals."""
-
-    async def ListInstances(self, request: inst.ListInstancesRequest, context: Any) -> inst.ListInstancesResponse:
-        all_of_them = [*INSTANCES, *(ENDED if request.include_ended else [])]
-        found = [one for one in all_of_them if request.function in ("", one.function)]
-        items, token = page(found, request.page_token)
-        return inst.ListInstancesResponse(instances=items, next_page_token=token)
-
-    async def GetInstance(self, request: inst.GetInstanceRequest, context: Any) -> inst.GetInstanceResponse:
-        return inst.GetInstanceResponse(instance=self._find(request.uid))
-
-    async def FreezeInstance(self, request: inst.FreezeInstanceRequest, context: Any) -> inst.FreezeInstanceResponse:
-        if request.uid == "i-busy":
-            raise PreconditionError("INSTANCE_BUSY", "i-busy has 2 requests in it; wait for them", uid="i-busy")
-        found = types_pb2.Instance()
-        found.CopyFrom(self._find(request.uid))
-        found.state = State.STATE_FROZEN
-        return inst.FreezeInstanceResponse(instance=found)
-
-    async def WakeInstance(self, request: inst.WakeInstanceRequest, context: Any) -> inst.WakeInstanceResponse:
-        if request.uid == "i-stuck":
-            await asyncio.Event().wait()
-        return inst.WakeInstanceResponse(instance=self._find(request.uid), free_slots=1)
-
-    async def StopInstance(self, request: inst.StopInstanceRequest, context: Any) -> inst.StopInstanceResponse:
-        found = types_pb2.Instance()
-        found.CopyFrom(self._find(request.uid))
-        found.state = State.STATE_STOPPED
-        return inst.StopInstanceResponse(instance=found)
-
-    async def CreateInstance(self, request: inst.CreateInstanceRequest, context: Any) -> inst.CreateInstanceResponse:
-        if not request.request_id:
-            raise InvalidArgumentError("REQUEST_ID_INVALID", "request_id must have 1 to 200 characters")
-        failed = request.spec.name == "broken" and request.wait
-        made = instance("i-new", request.spec.name, State.STATE_FAILED if failed else State.STATE_STARTING)
-        made.request_id = request.request_id
-        made.spec.CopyFrom(request.spec)
-        if failed:
-            made.state_reason, made.state_message = "FUNCTION_NOT_STARTED", "port 9000 never answered"
-        return inst.CreateInstanceResponse(instance=made)
-
-    async def GetInstanceLogs(
-        self, request: inst.GetInstanceLogsRequest, context: Any
-    ) -> AsyncIterator[inst.GetInstanceLogsResponse]:
-        self._find(request.uid)
-        yield inst.GetInstanceLogsResponse(data=b"Loading model\n")
-        yield inst.GetInstanceLogsResponse(data=b"\xff not UTF-8\n")
-        if request.follow:
-            yield inst.GetInstanceLogsResponse(data=f"the last {request.tail_bytes} bytes\n".encode())
-            if request.uid == "i-run":
-                await asyncio.Event().wait()
-
-    def ExecInstance(
-        self, request_iterator: AsyncIterator[inst.ExecInstanceRequest], context: Any
-    ) -> AsyncIterator[inst.ExecInstanceResponse]:
-        return exec_story(request_iterator, lambda uid: self._find(uid).state == State.STATE_FROZEN)
-
-    async def ListEvents(self, request: inst.ListEventsRequest, context: Any) -> inst.ListEventsResponse:
-        names = ("instance.created", "instance.running", "instance.frozen")
-        found = [
-            types_pb2.Event(time=CREATED, instance_uid="i-cold", name=name, attributes={"driver_ns": "12"})
-            for name in names
-            if request.instance_uid in ("", "i-cold") and not request.HasField("since")
-        ]
-        items, token = page(found, request.page_token)
-        return inst.ListEventsResponse(events=items, next_page_token=token)
-
-    def _find(self, uid: str) -> types_pb2.Instance:
-        if uid == "i-evil":
-            return instance(uid, "evil", State.STATE_RUNNING, state_message="\x1b]0;owned\x07\x1b[2J")
-        for one in (*INSTANCES, *ENDED):
-            if one.uid == uid:
-                return one
-        raise NotFoundError("INSTANCE_NOT_FOUND", f"no instance {uid!r} on this node; `hibernode ps` lists them")
-
-
-WINDOWS = [
-    types_pb2.UsageWindow(
-        instance_uid="i-cold",
-        seq=seq,
-        function="ocr",
-        state=State.STATE_RUNNING,
-        gpu_count=1,
-        gpu_memory_bytes=8 * GIB,
-        start_mono_ns=seq * 60_000_000_000,
-        end_mono_ns=(seq + 1) * 60_000_000_000,
-        active_ns=20_000_000_000,
-        idle_ns=40_000_000_000,
-        invocations=4,
-        sealed=seq < 2,
-    )
-    for seq in range(3)
-]
-
-
-class Nodes(node_grpc.NodeServiceServicer):
-    async def GetNode(self, request: node.GetNodeRequest, context: Any) -> node.GetNodeResponse:
-        return node.GetNodeResponse(node=NODE)
-
-    async def ListUsageWindows(
-        self, request: node.ListUsageWindowsRequest, context: Any
-    ) -> node.ListUsageWindowsResponse:
-        items, token = page(WINDOWS, request.page_token)
-        return node.ListUsageWindowsResponse(windows=items, next_page_token=token)
 
 
 class Functions(fn_grpc.FunctionServiceServicer):
@@ -151,55 +47,68 @@ class Functions(fn_grpc.FunctionServiceServicer):
     def __init__(self, gateway: str) -> None:
         self._gateway = gateway
         self._known: dict[str, fn.Function] = {}
-        self._provisions: dict[str, fn.Provision] = {}
+        self._specs: dict[str, types_pb2.FunctionSpec] = {}
+        self._configs: dict[str, fn.ProvisionConfig] = {}
 
     async def DeployFunction(self, request: fn.DeployFunctionRequest, context: Any) -> fn.DeployFunctionResponse:
-        made = fn.Function(name=request.spec.name, spec=request.spec, triggers=request.triggers, target=request.target)
+        message, triggers = checked(request, Defaults())
+        name = message.name
+        config = request.provision if request.HasField("provision") else self._configs.get(name, fn.ProvisionConfig())
+        kept, found = checked_provision(config)
+        before = self._known.get(name)
+        changed = before is not None and self._specs[name] != message
+        revision = (int(before.spec.revision) if before else 1) + changed
+        made = fn.Function(name=name, spec=_shown(message, revision), triggers=triggers)
         made.default_target = request.target
-        made.spec.revision = "1"
-        made.state = fn.Function.STATE_PROVISIONING
-        made.url = f"http://{self._gateway}/fn/{made.name}/"
-        if made.name == "cramped":
+        made.target = _decided(found, request.target)[0]
+        made.state = fn.Function.STATE_PROVISIONING if made.target else fn.Function.STATE_READY
+        made.url = f"http://{self._gateway}/fn/{name}/"
+        if name == "cramped":
             made.current_error_reason, made.current_error = "NO_FREE_GPU", "node gpu-host-2 has no free GPU"
-        warnings = [] if request.target else ["target is 0: it answers 503 NoCapacity"]
         if not request.validate_only:
-            self._known[made.name] = made
+            self._known[name], self._specs[name], self._configs[name] = made, message, kept
+        warnings = warnings_of(name, request.target, kept, found, time.time_ns())
         return fn.DeployFunctionResponse(function=made, warnings=warnings)
 
     async def PutProvisionConfig(
         self, request: fn.PutProvisionConfigRequest, context: Any
     ) -> fn.PutProvisionConfigResponse:
-        """Repeats what it was sent; a policy asks for its least."""
-        if request.function == "nobody":
-            raise NotFoundError("FUNCTION_NOT_FOUND", "no function 'nobody' is deployed")
-        policies = request.config.target_tracking_policies
-        target = max((one.min_capacity for one in policies), default=request.config.default_target)
-        made = fn.Provision(function=request.function, config=request.config, target=target, current=target)
-        for one in policies:
-            made.policies.add(name=one.name, active=True, target=one.min_capacity, metric=0.125)
-            made.decided_by = one.name
+        bounded("default_target", request.config.default_target, 0, MAX_TARGET)
+        kept, found = checked_provision(request.config)
+        function = fn.Function()
+        function.CopyFrom(self._find(request.function))
+        message = types_pb2.FunctionSpec()
+        message.CopyFrom(self._specs[function.name])
+        set_idle_mode(message, request.config)
+        changed = message != self._specs[function.name]
+        function.spec.CopyFrom(_shown(message, int(function.spec.revision) + changed))
+        function.default_target = request.config.default_target
+        function.target = function.current = _decided(found, function.default_target)[0]
         if not request.validate_only:
-            self._provisions[request.function] = made
-        return fn.PutProvisionConfigResponse(provision=made, warnings=["window ended"] if policies else [])
+            self._known[function.name], self._specs[function.name] = function, message
+            self._configs[function.name] = kept
+        warnings = warnings_of(function.name, function.default_target, kept, found, time.time_ns())
+        return fn.PutProvisionConfigResponse(provision=_provision(function, kept), warnings=warnings)
 
     async def ListProvisionConfigs(
         self, request: fn.ListProvisionConfigsRequest, context: Any
     ) -> fn.ListProvisionConfigsResponse:
-        found = [one for name, one in sorted(self._provisions.items()) if request.function in ("", name)]
-        items, token = page(found, request.page_token)
+        found = [
+            _provision(one, self._configs[name])
+            for name, one in sorted(self._known.items())
+            if request.function in ("", name) and (one.target or one.default_target or self._configs[name].ByteSize())
+        ]
+        items, token = page(found, request)
         return fn.ListProvisionConfigsResponse(provisions=items, next_page_token=token)
 
     async def DeleteProvisionConfig(
         self, request: fn.DeleteProvisionConfigRequest, context: Any
     ) -> fn.DeleteProvisionConfigResponse:
-        if self._provisions.pop(request.function, None) is None:
-            raise NotFoundError("FUNCTION_NOT_FOUND", f"no function {request.function!r} is deployed")
+        await self.PutProvisionConfig(fn.PutProvisionConfigRequest(function=request.function), context)
         return fn.DeleteProvisionConfigResponse()
 
     async def GetFunction(self, request: fn.GetFunctionRequest, context: Any) -> fn.GetFunctionResponse:
-        found = self._known.get(request.name)
-        if found is None:
-            raise NotFoundError("FUNCTION_NOT_FOUND", f"no function {request.name!r} is deployed")
+        found = self._find(request.name)
         answer = fn.GetFunctionResponse(function=found)
         if request.name == "hopeless":
             answer.function.state = fn.Function.STATE_DEGRADED
@@ -211,13 +120,48 @@ class Functions(fn_grpc.FunctionServiceServicer):
         return answer
 
     async def ListFunctions(self, request: fn.ListFunctionsRequest, context: Any) -> fn.ListFunctionsResponse:
-        items, token = page(sorted(self._known.values(), key=lambda one: one.name), request.page_token)
+        items, token = page(sorted(self._known.values(), key=lambda one: one.name), request)
         return fn.ListFunctionsResponse(functions=items, next_page_token=token)
 
     async def DeleteFunction(self, request: fn.DeleteFunctionRequest, context: Any) -> fn.DeleteFunctionResponse:
-        await self.GetFunction(fn.GetFunctionRequest(name=request.name), context)
+        self._find(request.name)
         del self._known[request.name]
         return fn.DeleteFunctionResponse()
+
+    def _find(self, name: str) -> fn.Function:
+        found = self._known.get(name)
+        if found is None:
+            raise NotFoundError("FUNCTION_NOT_FOUND", f"no function {name!r}; `hibernode functions` lists them")
+        return found
+
+
+def _shown(message: types_pb2.FunctionSpec, revision: int) -> types_pb2.FunctionSpec:
+    """Without its secrets."""
+    made = function_to_proto(function_from_proto(message))
+    made.revision = str(revision)
+    return made
+
+
+def _decided(found: Provisioning, default_target: int) -> tuple[int, str]:
+    """The target, and the policy it comes from: an active policy asks for its least, and no traffic wants more."""
+    active = [(one.min_capacity, one.name) for one in found.policies if _is_active(one)]
+    return max(active, default=(default_target, ""))
+
+
+def _is_active(policy: ScalingPolicy) -> bool:
+    return policy.window.start_ns <= time.time_ns() < policy.window.end_ns
+
+
+def _provision(function: fn.Function, kept: fn.ProvisionConfig) -> fn.Provision:
+    never_sleeps = function.spec.idle_policy.mode == types_pb2.IdlePolicy.MODE_NEVER
+    _, found = checked_provision(kept)
+    made = fn.Provision(function=function.name, config=kept, target=function.target, current=function.current)
+    made.config.default_target = function.default_target
+    made.config.always_allocate_gpu = made.always_allocate_gpu = never_sleeps
+    made.decided_by = _decided(found, function.default_target)[1]
+    for one in found.policies:
+        made.policies.add(name=one.name, active=_is_active(one), target=one.min_capacity, metric=0.125)
+    return made
 
 
 FACTORS = usage.PriceFactors(
@@ -245,16 +189,44 @@ ROWS = [
 ]
 
 
+_NAMED = {
+    usage.ListUsageRequest.GROUPING_UNSPECIFIED: ("function",),
+    usage.ListUsageRequest.GROUPING_FUNCTION: ("function",),
+    usage.ListUsageRequest.GROUPING_INSTANCE: ("instance_uid", "function", "node"),
+    usage.ListUsageRequest.GROUPING_NODE: ("node",),
+    usage.ListUsageRequest.GROUPING_GPU_MODEL: (),
+}
+_SUMMED = ("window_count", "active_ns", "idle_ns", "invocations")
+_SUMMED_TEXTS = ("gpu_active_gib_s", "gpu_idle_gib_s", "vcpu_active_s", "vcpu_idle_s", "memory_gib_s", "disk_gib_s")
+_COSTS = ("cost", "always_on_cost")
+
+
 class Usage(usage_grpc.UsageServiceServicer):
+    """One instance on gpu-host-1 of each function."""
+
     async def ListUsage(self, request: usage.ListUsageRequest, context: Any) -> usage.ListUsageResponse:
-        rows, token = page([row for row in ROWS if request.function in ("", row.function)], request.page_token)
-        windows = [one for one in WINDOWS if any(row.function == one.function for row in rows)]
+        named = _NAMED.get(request.grouping)
+        if named is None:
+            raise InvalidArgumentError("USAGE_GROUP_UNKNOWN", "this scheduler doesn't know that grouping")
+        here = request.node in ("", NODE.name) and request.gpu_model in ("", "Emulated T4")
+        rows = [row for row in ROWS if here and request.function in ("", row.function)]
+        follow, _, after = request.page_token.rpartition("/")
+        if request.include_windows and follow:
+            request.page_token = after
+            windows, token = page(
+                [one for one in WINDOWS if any(row.function == one.function for row in rows)], request
+            )
+            return usage.ListUsageResponse(windows=windows, next_page_token=f"windows/{token}" if token else "")
+        groups: dict[tuple[str, ...], list[usage.UsageRow]] = {}
+        for row in rows:
+            values = {"function": row.function, "instance_uid": f"i-{row.function}", "node": NODE.name}
+            groups.setdefault(tuple(values[name] for name in named), []).append(row)
+        shown, token = page([_summed(named, key, group) for key, group in groups.items()], request)
         return usage.ListUsageResponse(
-            rows=rows,
-            next_page_token=token,
-            windows=windows if request.include_windows else [],
-            total_cost="4581.27",
-            total_always_on_cost="9315.27",
+            rows=shown,
+            next_page_token=token or ("windows/" if request.include_windows else ""),
+            total_cost=_sum_of_texts(rows, "cost"),
+            total_always_on_cost=_sum_of_texts(rows, "always_on_cost"),
             unit="CU",
         )
 
@@ -267,15 +239,28 @@ class Usage(usage_grpc.UsageServiceServicer):
             usage.UsageReconciliation(function="chat", gap_count=6, gap_ns=9_000_000_000, findings=[gap] * 6),
             usage.UsageReconciliation(function="ocr", estimated_count=1, estimated_ns=1),
         ]
-        total = usage.UsageReconciliation(instance_count=3, window_count=30)
+        instances = sum(request.function in ("", row.function) for row in ROWS)
+        total = usage.UsageReconciliation(instance_count=instances, window_count=10 * instances)
         for one in found:
             if request.function in ("", one.function):
                 one.instance_uid, one.node, one.instance_count, one.window_count = f"i-{one.function}", "gpu-1", 1, 10
                 total.gap_count += one.gap_count
                 total.gap_ns += one.gap_ns
                 total.estimated_count += one.estimated_count
+                total.estimated_ns += one.estimated_ns
                 yield usage.ReconcileUsageResponse(instance=one)
         yield usage.ReconcileUsageResponse(total=total)
+
+
+def _summed(named: Sequence[str], values: Sequence[str], rows: Sequence[usage.UsageRow]) -> usage.UsageRow:
+    sums: dict[str, Any] = {name: sum(getattr(row, name) for row in rows) for name in _SUMMED}
+    sums.update({name: _sum_of_texts(rows, name) for name in (*_SUMMED_TEXTS, *_COSTS)})
+    sums.update(zip(named, values, strict=True))
+    return usage.UsageRow(gpu_model="Emulated T4", factors=FACTORS, **sums)
+
+
+def _sum_of_texts(rows: Iterable[usage.UsageRow], name: str) -> str:
+    return str(sum((Decimal(getattr(row, name)) for row in rows), Decimal(0)))
 
 
 LOG = base64.b64encode(b"FC Invoke Start RequestId: 1-67a59f35\n\x1b]0;owned\x07page 1\n").decode()
@@ -331,8 +316,9 @@ def _endpoints(home: Path, daemon: str, **found: str) -> None:
     (folder / "endpoints.json").write_text(json.dumps(document))
 
 
-async def serve(home: Path) -> None:
-    """Serves until stdin ends."""
+@asynccontextmanager
+async def daemons(home: Path) -> AsyncIterator[None]:
+    """Agent, scheduler and gateway, of which `home` tells."""
     gateway = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
     Thread(target=gateway.serve_forever, daemon=True).start()
     where = f"127.0.0.1:{gateway.server_address[1]}"
@@ -347,11 +333,21 @@ async def serve(home: Path) -> None:
     for server in (agent, scheduler):
         await server.start()
         await server.set_serving(True)
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    await asyncio.to_thread(sys.stdin.read)
-    for server in (agent, scheduler):
-        await server.stop(0)
+    try:
+        yield
+    finally:
+        for server in (agent, scheduler):
+            await server.stop(0)
+        gateway.shutdown()
+        gateway.server_close()
+
+
+async def serve(home: Path) -> None:
+    """Serves until stdin ends."""
+    async with daemons(home):
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        await asyncio.to_thread(sys.stdin.read)
 
 
 if __name__ == "__main__":

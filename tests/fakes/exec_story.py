@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
-from agent.core.errors import InstanceError, PreconditionError, UnavailableError
+from agent.api.instance_exec import exec_spec
+from agent.core.errors import InstanceError, InvalidArgumentError, UnavailableError
 from agent.v1.instance_service_pb2 import ExecInstanceRequest as Request
 from agent.v1.instance_service_pb2 import ExecInstanceResponse as Response
 
@@ -18,13 +19,18 @@ SAID = {
 }
 
 
-async def exec_story(requests: AsyncIterator[Request], asleep: Callable[[str], bool]) -> AsyncIterator[Response]:
+async def exec_story(
+    requests: AsyncIterator[Request], enter: Callable[[Request.Start], None]
+) -> AsyncIterator[Response]:
     """`say` prints to both outputs, `cat` what it is given until the end, `steer` what steers terminals, `exit N` ends
     with N, `keys` prints sizes and keys until q, `hang` says "hanging" and no more; some fail in their own ways."""
     messages = aiter(requests)
-    start = (await anext(messages)).start
-    if asleep(start.uid) and not start.wake:
-        raise PreconditionError("INSTANCE_FROZEN", f"instance {start.uid} is asleep (FROZEN); add --wake to wake it")
+    first = await anext(messages, None)
+    if first is None or first.WhichOneof("step") != "start":
+        raise InvalidArgumentError("EXEC_NOT_STARTED", "the first request of an exec must be `start`")
+    start = first.start
+    exec_spec(start)
+    enter(start)
     if start.command[0] == "nobody":
         raise InstanceError(
             "EXEC_FAILED", f"the command can't be run in the container: unable to find user {start.user}"

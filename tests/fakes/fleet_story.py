@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from agent.api import paging
 from agent.core.errors import NotFoundError
 from agent.v1 import scheduler_service_pb2 as sched
 from agent.v1 import scheduler_service_pb2_grpc as sched_grpc
 from agent.v1 import types_pb2
+from agent.wire.convert_enums import scheduling_from_proto
 
 PAGE = 2
 GIB = 1 << 30
@@ -22,11 +24,16 @@ State = types_pb2.Instance
 Item = TypeVar("Item")
 
 
-def page(items: Sequence[Item], token: str) -> tuple[Sequence[Item], str]:
-    """Two items, and where to go on."""
-    start = int(token or 0)
-    rest = start + PAGE < len(items)
-    return items[start : start + PAGE], str(start + PAGE) if rest else ""
+class Paged(Protocol):
+    """What every request for a list has."""
+
+    page_size: int
+    page_token: str
+
+
+def page(items: Sequence[Item], request: Paged) -> tuple[Sequence[Item], str]:
+    """At most two items, and where to go on."""
+    return paging.page(items, min(request.page_size or PAGE, PAGE), request.page_token)
 
 
 def instance(uid: str, function: str, state: types_pb2.Instance.State.ValueType, **more: Any) -> types_pb2.Instance:
@@ -41,7 +48,7 @@ def instance(uid: str, function: str, state: types_pb2.Instance.State.ValueType,
         healthy=True,
         create_time=CREATED,
         state_time=CREATED,
-        **more,
+        **{"request_id": f"{function}/1/0/1", **more},
     )
 
 
@@ -51,7 +58,7 @@ INSTANCES = [
     instance("i-cold", "ocr", State.STATE_FROZEN, frozen_bytes=5 * GIB, wake_count=7, last_wake=WAKE),
     instance("i-chat", "chat", State.STATE_RUNNING, state_reason="HOST_MEMORY_SHORT"),
 ]
-ENDED = [instance("i-dead", "ocr", State.STATE_FAILED, state_reason="EXITED", state_message="exit code 3")]
+ENDED = [instance("i-dead", "ocr", State.STATE_FAILED, state_reason="INSTANCE_CRASHED", state_message="exit code 3")]
 
 
 NODE = types_pb2.Node(
@@ -103,11 +110,13 @@ class Fleet(sched_grpc.SchedulerServiceServicer):
     async def ListNodes(self, request: sched.ListNodesRequest, context: Any) -> sched.ListNodesResponse:
         names = ["gpu-host-1", "gpu-host-2", *(["gpu-host-3"] if "gpu-host-3" in self._scheduling else [])]
         self._scheduling.pop("gpu-host-3", None)
-        return sched.ListNodesResponse(nodes=map(self._node, names))
+        items, token = page(names, request)
+        return sched.ListNodesResponse(nodes=map(self._node, items), next_page_token=token)
 
     async def SetNodeScheduling(
         self, request: sched.SetNodeSchedulingRequest, context: Any
     ) -> sched.SetNodeSchedulingResponse:
+        scheduling_from_proto(request.scheduling)
         if request.name not in ("gpu-host-1", "gpu-host-2", "gpu-host-3"):
             raise NotFoundError("NODE_NOT_FOUND", f"no node {request.name!r} has ever registered here")
         self._scheduling[request.name], self._gone = request.scheduling, 0
@@ -126,8 +135,9 @@ class Fleet(sched_grpc.SchedulerServiceServicer):
     async def ListFleetInstances(
         self, request: sched.ListFleetInstancesRequest, context: Any
     ) -> sched.ListFleetInstancesResponse:
-        found = [one for one in self._left() if request.function in ("", one.function)]
-        items, token = page(found, request.page_token)
+        here = self._left() if request.node in ("", NODE.name) else []
+        found = [one for one in here if request.function in ("", one.function)]
+        items, token = page(found, request)
         if not token:
             self._gone += 1
         return sched.ListFleetInstancesResponse(instances=items, next_page_token=token)

@@ -1,4 +1,4 @@
-"""Every test of the engine runs on both event loops: the daemons use uvloop, users of the library may not."""
+"""Runs every test of the engine on asyncio's event loop and on uvloop, which the daemons use."""
 
 from __future__ import annotations
 

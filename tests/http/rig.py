@@ -1,4 +1,4 @@
-"""A client of raw bytes, an upstream of raw bytes, and the engine between them, on real sockets."""
+"""A client and an upstream of raw bytes with the engine between them, on real sockets."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Wire:
         async with asyncio.timeout(PATIENCE_S):
             await self._writer.drain()
 
-    def send_blindly(self, data: bytes) -> None:
-        """Without waiting for the other side to take it."""
+    def send_nowait(self, data: bytes) -> None:
+        """Sends without waiting for the other side to read."""
         self._writer.write(data)
 
     async def until(self, mark: bytes) -> bytes:
@@ -112,7 +112,7 @@ async def connect(port: int, *, buffer_bytes: int = 2**16) -> Wire:
 
 
 async def close_clients() -> None:
-    """Close what `connect` opened in this test. Every rig that hands out clients calls it in the end."""
+    """Closes the clients that `connect` opened in this test."""
     while _clients:
         await _clients.pop().closed()
 
@@ -121,7 +121,7 @@ Script = Callable[[Wire], Awaitable[None]]
 
 
 def answering(response: bytes, *, times: int = 1000) -> Script:
-    """An upstream that answers every request on a connection with the same bytes."""
+    """A script that answers every request with the same bytes."""
 
     async def script(wire: Wire) -> None:
         for _ in range(times):
@@ -175,7 +175,7 @@ async def upstream(script: Script) -> AsyncIterator[Upstream]:
 
 @contextlib.asynccontextmanager
 async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterator[Server]:
-    """The engine's server with a handler; a handler's fault fails the test unless it empties `faults`."""
+    """The engine's server with a handler; an exception of the handler fails the test."""
     faults: list[BaseException] = []
     server = await serve(
         handler,
@@ -194,13 +194,13 @@ async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterat
 
 
 @dataclass
-class Relay:
+class RelayRig:
     """The engine between a client and a scripted upstream, as an ingress would use it."""
 
     server: Server
     pool: Pool
     results: asyncio.Queue[ForwardResult]
-    last_bytes: list[float]  # one entry a call of `on_last_byte`
+    last_bytes: list[float]  # one entry per call of `on_last_byte`
     exchanges: list[Exchange]
 
     async def result(self) -> ForwardResult:
@@ -222,7 +222,7 @@ async def relay(
     expect: bool = False,
     keep_body_bytes: int | None = None,
     deferred_headers: DeferredHeaders | None = None,
-) -> AsyncIterator[Relay]:
+) -> AsyncIterator[RelayRig]:
     loop = asyncio.get_running_loop()
     pool = Pool("127.0.0.1", port, upstream_limits or UpstreamLimits())
     results: asyncio.Queue[ForwardResult] = asyncio.Queue()
@@ -253,7 +253,7 @@ async def relay(
 
     async with serving(handler, limits) as server:
         try:
-            yield Relay(server, pool, results, last_bytes, exchanges)
+            yield RelayRig(server, pool, results, last_bytes, exchanges)
         finally:
             pool.close()
 
@@ -264,7 +264,7 @@ def paused(connections: Iterable[ServerConnection | UpstreamConnection]) -> bool
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    """Waits for something that the loop is about to do, turn by turn, PATIENCE_S at most."""
+    """Waits until `condition` holds, at most PATIENCE_S."""
     async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - conditions of sockets have no event
             await asyncio.sleep(0.001)

@@ -1,4 +1,4 @@
-"""A slow side makes the other wait; what lies between stays bounded."""
+"""Back-pressure: a slow side pauses the other, and buffers between them stay bounded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.http.test_forward import OK
 from tests.http.test_server import HOST, get
 
 
-async def test_a_slow_client_holds_the_upstream_back() -> None:
+async def test_slow_client_pauses_the_upstream() -> None:
     size = 64 << 20
     sent = 0
 
@@ -27,9 +27,9 @@ async def test_a_slow_client_holds_the_upstream_back() -> None:
         await client.head()
         await eventually(lambda: paused(r.pool.connections))
         (connection,) = r.server.connections
-        high = 65536 + 2 * 2**18  # the limit, and what two reads may bring before the pause works
+        high = 65536 + 2 * 2**18  # the limit, and two more reads before the pause takes effect
         assert connection.transport.get_write_buffer_size() < high
-        assert sent < size  # the rest waits at its source
+        assert sent < size  # the rest is still at its source
         taken = 0
         while taken < size:
             taken += len(await client.exactly(min(1 << 20, size - taken)))
@@ -37,7 +37,7 @@ async def test_a_slow_client_holds_the_upstream_back() -> None:
         assert (await r.result()).response_body_bytes == size
 
 
-async def test_a_slow_upstream_holds_the_client_back() -> None:
+async def test_slow_upstream_pauses_the_client() -> None:
     size = 30 << 20
     go = asyncio.Event()
 
@@ -51,7 +51,7 @@ async def test_a_slow_upstream_holds_the_client_back() -> None:
 
     async with upstream(script) as up, relay(up.port) as r:
         client = await r.client()
-        client.send_blindly(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % size + b"x" * size)
+        client.send_nowait(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % size + b"x" * size)
         await eventually(lambda: any(not connection.writable for connection in r.pool.connections))
         assert paused(r.server.connections)
         (connection,) = r.pool.connections
@@ -61,8 +61,7 @@ async def test_a_slow_upstream_holds_the_client_back() -> None:
         assert (await r.result()).request_body_bytes == size
 
 
-async def test_a_body_nobody_takes_yet_is_kept_up_to_the_limit() -> None:
-    """While a request waits for a connection, its client is made to wait, not the memory to grow."""
+async def test_body_without_a_sink_is_buffered_up_to_the_limit() -> None:
     size = 8 << 20
     async with upstream(answering(OK)) as up, relay(up.port) as r:
         gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -74,7 +73,7 @@ async def test_a_body_nobody_takes_yet_is_kept_up_to_the_limit() -> None:
 
         r.pool.acquire = slow  # type: ignore[method-assign]
         client = await r.client()
-        client.send_blindly(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % size + b"x" * size)
+        client.send_nowait(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % size + b"x" * size)
         await eventually(lambda: paused(r.server.connections))
         assert r.exchanges[0]._buffered < 65536 + 2 * 2**18
         gate.set_result(None)

@@ -1,4 +1,4 @@
-"""Bodies come out as they went in, wherever the network cuts them; what is not a body is refused."""
+"""Body decoders: bodies cut at any byte are decoded, invalid ones refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BODY = b"hello,0123456789"
 
 
 def fed(decoder: BodyDecoder, *reads: bytes) -> tuple[bytes, bytes]:
-    """The body, and what lies behind it."""
+    """The body, and the bytes after it."""
     out: list[bytes] = []
     for number, read in enumerate(reads):
         used = decoder.feed(read, 0, out)
@@ -99,7 +99,7 @@ def test_a_partial_line_is_refused_before_it_grows() -> None:
         fed(decoder, b"5;" + b"x" * 300)
 
 
-def test_nothing_is_copied_that_is_a_body_as_a_whole() -> None:
+def test_whole_reads_are_passed_on_without_a_copy() -> None:
     out: list[bytes] = []
     read = b"x" * 1000
     LengthBody(5000).feed(read, 0, out)

@@ -24,16 +24,16 @@ def at_once(exchange: Exchange) -> None:
     exchange.finish()
 
 
-async def test_a_long_pipeline_answered_at_once_does_not_nest() -> None:
+async def test_long_pipeline_answered_at_once_does_not_recurse() -> None:
     async with serving(at_once) as server:
         wire = await connect(server.port)
         count = 5000
-        wire.send_blindly(b"".join(get(b"/%d" % n) for n in range(count)))
+        wire.send_nowait(b"".join(get(b"/%d" % n) for n in range(count)))
         for n in range(count):
             assert (await wire.message())[2] == b"/%d" % n
 
 
-async def test_a_pipeline_whose_answers_nobody_reads_is_bounded() -> None:
+async def test_pipeline_with_unread_answers_is_bounded() -> None:
     answered = 0
 
     def handler(exchange: Exchange) -> None:
@@ -46,7 +46,7 @@ async def test_a_pipeline_whose_answers_nobody_reads_is_bounded() -> None:
     async with serving(handler, Limits(buffer_bytes=1000)) as server:
         wire = await connect(server.port, buffer_bytes=1024)
         count = 1000
-        wire.send_blindly(get(b"/") * count)
+        wire.send_nowait(get(b"/") * count)
         await eventually(lambda: paused(server.connections))
         (connection,) = server.connections
         await eventually(lambda: not connection.writable)
@@ -57,7 +57,7 @@ async def test_a_pipeline_whose_answers_nobody_reads_is_bounded() -> None:
         assert answered == count
 
 
-async def test_a_plain_handler_that_raises_is_answered_500() -> None:
+async def test_plain_handler_that_raises_is_answered_500() -> None:
     def handler(exchange: Exchange) -> None:
         raise LookupError
 
@@ -71,8 +71,8 @@ async def test_a_plain_handler_that_raises_is_answered_500() -> None:
 
 
 async def test_forward_now() -> None:
-    """With a connection at hand nothing is awaited; without one the coroutine is used."""
-    ways: list[str] = []
+    """`forward_now` with an idle connection, `forward` without one."""
+    calls: list[str] = []
     results: list[ForwardResult] = []
     loop = asyncio.get_running_loop()
 
@@ -84,7 +84,7 @@ async def test_forward_now() -> None:
         headers = request_headers(head.headers)
         connection = pool.take()
         if connection is None:
-            ways.append("task")
+            calls.append("task")
 
             async def connect_first() -> None:
                 results.append(
@@ -94,7 +94,7 @@ async def test_forward_now() -> None:
                 )
 
             return connect_first()
-        ways.append("now")
+        calls.append("now")
         forward_now(
             exchange,
             pool,
@@ -114,7 +114,7 @@ async def test_forward_now() -> None:
         for _ in range(3):
             await wire.send(post(b"/", b"hello"))
             assert (await wire.message())[2] == b"ok"
-        assert ways == ["task", "now", "now"]
+        assert calls == ["task", "now", "now"]
         assert [result.outcome for result in results] == [RelayOutcome.COMPLETE] * 3
         assert up.connections == 1
         pool.close()

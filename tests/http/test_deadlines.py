@@ -1,4 +1,4 @@
-"""One timer for many deadlines: in time, and rarely awake."""
+"""One timer for many deadlines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Member:
         self.deadline = NEVER
 
 
-async def test_whose_deadline_passed_expires_once_and_not_early() -> None:
+async def test_member_expires_once_and_not_early() -> None:
     loop = asyncio.get_running_loop()
     members = [Member(), Member(), Member()]
     timer = DeadlineTimer(loop, members, 0.001)
@@ -33,7 +33,7 @@ async def test_whose_deadline_passed_expires_once_and_not_early() -> None:
     timer.stop()
 
 
-async def test_a_deadline_that_moves_on_does_not_expire() -> None:
+async def test_moved_deadline_does_not_expire() -> None:
     loop = asyncio.get_running_loop()
     busy, idle = Member(), Member()
     timer = DeadlineTimer(loop, [busy, idle], 0.001)

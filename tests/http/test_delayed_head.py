@@ -1,4 +1,4 @@
-"""An answer whose head waits for headers that take a moment: nothing is lost, reordered or left behind meanwhile."""
+"""An answer whose head waits for deferred headers: nothing is lost or reordered, and every wait ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOG = (b"x-late", b"the log")
 
 
 class Late:
-    """Headers that come when `go` is set."""
+    """Deferred headers that are returned once `go` is set."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -50,12 +50,12 @@ async def at_once() -> list[Header]:
     ],
 )
 @pytest.mark.parametrize("waits", [False, True])
-async def test_the_head_waits_and_the_body_comes_whole(reply: bytes, body: bytes, waits: bool) -> None:
+async def test_head_waits_and_the_body_is_complete(reply: bytes, body: bytes, waits: bool) -> None:
     held = Late()
     late: DeferredHeaders = held if waits else at_once
     async with upstream(answering(reply)) as up, relay(up.port, deferred_headers=late) as r:
         client = await r.client()
-        for _ in range(3):  # on one connection on either side: it rests as after any answer
+        for _ in range(3):  # on one connection on either side
             await client.send(post(b"/", b"hello"))
             if waits:
                 await held.asked.wait()
@@ -66,8 +66,8 @@ async def test_the_head_waits_and_the_body_comes_whole(reply: bytes, body: bytes
         assert (up.connections, len(r.last_bytes)) == (1, 3)
 
 
-async def test_a_stream_goes_on_where_it_waited() -> None:
-    """The upstream sends on meanwhile, and is not read: only what came with its head is kept."""
+async def test_stream_continues_after_the_wait() -> None:
+    """Bytes that the upstream sends during the wait are not read; those that came with its head are kept."""
     late = Late()
     sent = asyncio.Event()
 
@@ -91,7 +91,7 @@ async def test_a_stream_goes_on_where_it_waited() -> None:
         assert (await r.result()).response_body_bytes == 11
 
 
-async def test_nothing_is_sent_before_the_headers_are_there() -> None:
+async def test_nothing_is_sent_before_the_deferred_headers() -> None:
     late = Late()
     async with upstream(answering(OK)) as up, relay(up.port, deferred_headers=late) as r:
         client = await r.client()
@@ -102,7 +102,7 @@ async def test_nothing_is_sent_before_the_headers_are_there() -> None:
         assert (await client.message())[2] == b"ok"
 
 
-async def test_a_client_that_leaves_meanwhile_ends_the_wait() -> None:
+async def test_departing_client_ends_the_wait() -> None:
     late = Late()
     async with upstream(answering(OK)) as up, relay(up.port, deferred_headers=late) as r:
         client = await r.client()
@@ -113,7 +113,7 @@ async def test_a_client_that_leaves_meanwhile_ends_the_wait() -> None:
         await eventually(lambda: late.cancelled and not r.pool.connections)
 
 
-async def test_a_deadline_that_passes_meanwhile_is_a_timeout_of_the_upstream() -> None:
+async def test_deadline_during_the_wait_is_an_upstream_timeout() -> None:
     late = Late()
 
     async def script(wire: Wire) -> None:
@@ -130,8 +130,7 @@ async def test_a_deadline_that_passes_meanwhile_is_a_timeout_of_the_upstream() -
         await eventually(lambda: late.cancelled)
 
 
-async def test_an_upstream_that_dies_meanwhile_is_noticed() -> None:
-    """Before the head: what is told is that, and not half an answer."""
+async def test_upstream_failure_during_the_wait_is_reported() -> None:
     late = Late()
 
     async def script(wire: Wire) -> None:
@@ -144,13 +143,13 @@ async def test_an_upstream_that_dies_meanwhile_is_noticed() -> None:
         client = await r.client()
         await client.send(get(b"/"))
         await late.asked.wait()
-        late.go.set()  # its end is seen once it is read again
+        late.go.set()  # the upstream's close is noticed once it is read again
         with pytest.raises(asyncio.IncompleteReadError):
             await client.message()
         assert (await r.result()).outcome is RelayOutcome.UPSTREAM_FAILED_MID_BODY
 
 
-async def test_a_pool_that_closes_meanwhile_is_a_failure_before_the_head() -> None:
+async def test_pool_closed_during_the_wait_fails_before_the_head() -> None:
     late = Late()
 
     async def script(wire: Wire) -> None:

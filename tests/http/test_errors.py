@@ -1,4 +1,4 @@
-"""Errors as answers: the codes that Function Compute's clients look for."""
+"""Errors as answers, with the codes of Function Compute."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_status_and_code(error: Exception, status: int, code: str) -> None:
     assert status_and_code(error) == (status, code)
 
 
-def test_every_kind_of_error_has_a_status() -> None:
+def test_every_error_class_has_a_status() -> None:
     for kind in core.HibernodeError.__subclasses__():
         if kind.__module__ == core.__name__:
             assert status_and_code(kind("SOME_REASON", "x"))[0] < 600
@@ -52,7 +52,7 @@ def test_every_kind_of_error_has_a_status() -> None:
         (core.ExhaustedError("QUEUE_FULL", "x"), None),
     ],
 )
-def test_what_is_the_functions_own_fault_says_so(error: Exception, kind: bytes | None) -> None:
+def test_functions_own_fault_has_an_error_type(error: Exception, kind: bytes | None) -> None:
     assert dict(error_answer(error, "1-a").headers).get(b"x-fc-error-type") == kind
 
 
@@ -71,7 +71,7 @@ def test_the_answer() -> None:
     ]
 
 
-def test_an_unknown_error_keeps_its_text_to_itself() -> None:
+def test_text_of_an_unknown_error_is_not_sent() -> None:
     assert b"password" not in error_answer(ValueError("password=hunter2"), "1-a").body
 
 

@@ -1,4 +1,4 @@
-"""One exchange between a client, the engine and an upstream: streamed, metered, and never half a success."""
+"""One exchange streamed between a client and an upstream."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: text/plain\r\n\r\no
 CHUNKED_POST = b"POST /a HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
-async def test_a_request_there_and_back() -> None:
+async def test_request_and_answer() -> None:
     seen: list[tuple[int, dict[bytes, bytes], bytes]] = []
 
     async def script(wire: Wire) -> None:
@@ -40,7 +40,7 @@ async def test_a_request_there_and_back() -> None:
     assert seen == [(0, {b"": b"POST /p?q=1 HTTP/1.1", b"host": b"f", b"x-b": b"c", b"content-length": b"5"}, b"hello")]
 
 
-async def test_connections_are_kept_on_both_sides() -> None:
+async def test_connections_are_reused_on_both_sides() -> None:
     async with upstream(answering(OK)) as up, relay(up.port) as r:
         client = await r.client()
         for _ in range(20):
@@ -58,7 +58,7 @@ async def test_connections_are_kept_on_both_sides() -> None:
     cut=st.integers(1, 2000),
 )
 def test_round_trip(request: list[bytes], response: list[bytes], how: str, chunked_request: bool, cut: int) -> None:
-    """Random bodies, random framing, random cuts: what arrives is what was sent."""
+    """Random bodies with random framing and cuts arrive as they were sent."""
     sent, answered = b"".join(request), b"".join(response)
 
     async def script(wire: Wire) -> None:
@@ -97,7 +97,7 @@ def test_round_trip(request: list[bytes], response: list[bytes], how: str, chunk
 
 
 async def test_server_sent_events_arrive_one_by_one() -> None:
-    """Each event is on the client's side before the upstream makes the next."""
+    """Each event has arrived before the upstream sends the next."""
     taken = asyncio.Semaphore(0)
 
     async def script(wire: Wire) -> None:
@@ -122,7 +122,7 @@ async def test_server_sent_events_arrive_one_by_one() -> None:
         assert (await r.result()).outcome is RelayOutcome.COMPLETE
 
 
-async def test_a_response_without_framing_ends_with_its_connection() -> None:
+async def test_response_without_framing_ends_with_its_connection() -> None:
     async def script(wire: Wire) -> None:
         await wire.message()
         await wire.send(b"HTTP/1.0 200 OK\r\n\r\nold")
@@ -159,11 +159,11 @@ async def test_responses_without_a_body(method: bytes, response: bytes, length: 
             assert headers.get(b"content-length") == length
             assert b"transfer-encoding" not in headers
             assert (await r.result()).outcome is RelayOutcome.COMPLETE
-        # After a HEAD whose answer announces a body a simple server may send it after all, at any time.
+        # A simple server may send the body that its answer to HEAD announces, at any time.
         assert up.connections == (3 if method == b"HEAD" else 1)
 
 
-async def test_a_body_sent_late_in_answer_to_head_is_nobody_elses_answer() -> None:
+async def test_late_body_after_head_is_not_the_next_answer() -> None:
     heads, sent_late = asyncio.Event(), asyncio.Event()
 
     async def script(wire: Wire) -> None:
@@ -214,7 +214,7 @@ async def test_100_continue_comes_once_the_upstream_is_connected() -> None:
 
 @pytest.mark.parametrize("kept", [None, 64])
 async def test_expect_towards_the_upstream(kept: int | None) -> None:
-    """The gateway's side: the body goes only after the ingress has said 100, kept or streamed."""
+    """As the gateway does: a body, buffered or streamed, is sent after the ingress's 100."""
     asked, granted = asyncio.Event(), asyncio.Event()
 
     async def script(wire: Wire) -> None:
@@ -241,7 +241,7 @@ async def test_expect_towards_the_upstream(kept: int | None) -> None:
         assert (result.outcome, result.request_body_bytes) == (RelayOutcome.COMPLETE, 5)
 
 
-async def test_a_held_answer_leaves_the_body_for_another_try() -> None:
+async def test_held_answer_leaves_the_body_for_another_dispatch() -> None:
     def refuse(head: ResponseHead) -> list[Header] | None:
         return None if head.get(b"x-hibernode-refused") else []
 
@@ -257,7 +257,7 @@ async def test_a_held_answer_leaves_the_body_for_another_try() -> None:
         assert (result.outcome, result.head_status, result.request_body_bytes) == (RelayOutcome.HELD, 503, 0)
 
 
-async def test_a_held_answer_that_is_whole_keeps_the_connection() -> None:
+async def test_complete_held_answer_keeps_the_connection() -> None:
     async with (
         upstream(answering(b"HTTP/1.1 503 No\r\nContent-Length: 4\r\n\r\nbusy")) as up,
         relay(up.port, response_filter=lambda head: None) as r,
@@ -269,7 +269,7 @@ async def test_a_held_answer_that_is_whole_keeps_the_connection() -> None:
         assert up.connections == 1
 
 
-async def test_a_kept_body_is_sent_with_its_length() -> None:
+async def test_buffered_body_is_sent_with_its_length() -> None:
     async def script(wire: Wire) -> None:
         _, headers, body = await wire.message()
         assert (headers[b"content-length"], body) == (b"10", b"hellohello")
@@ -281,7 +281,7 @@ async def test_a_kept_body_is_sent_with_its_length() -> None:
         assert (await client.message())[2] == b"ok"
 
 
-async def test_a_body_too_large_to_keep_is_streamed_whole() -> None:
+async def test_body_too_large_to_buffer_is_streamed_completely() -> None:
     async def script(wire: Wire) -> None:
         _, _, body = await wire.message()
         assert body == bytes(range(256)) * 400
@@ -289,11 +289,11 @@ async def test_a_body_too_large_to_keep_is_streamed_whole() -> None:
 
     async with upstream(script) as up, relay(up.port, keep_body_bytes=1000) as r:
         client = await r.client()
-        client.send_blindly(post(b"/", bytes(range(256)) * 400))
+        client.send_nowait(post(b"/", bytes(range(256)) * 400))
         assert (await client.message())[2] == b"ok"
 
 
-async def test_an_early_response_before_the_body_ended() -> None:
+async def test_response_before_the_end_of_the_body() -> None:
     async def script(wire: Wire) -> None:
         await wire.head()
         await wire.send(b"HTTP/1.1 403 No\r\nContent-Length: 2\r\n\r\nno")
@@ -307,12 +307,11 @@ async def test_an_early_response_before_the_body_ended() -> None:
         result = await r.result()
         assert (result.outcome, result.request_body_bytes) == (RelayOutcome.COMPLETE, 13)
         await client.send(b"x" * 87 + get(b"/next"))
-        assert await client.rest() == b""  # not used on: neither here nor upstream
+        assert await client.rest() == b""  # both connections are closed
         await eventually(lambda: not r.pool.connections)
 
 
-async def test_both_ways_at_once() -> None:
-    """A response that begins before the request has ended, and follows it."""
+async def test_request_and_response_stream_at_the_same_time() -> None:
 
     async def script(wire: Wire) -> None:
         await wire.head()

@@ -1,4 +1,4 @@
-"""What can go wrong between client and upstream: each has its outcome, and no client takes half for whole."""
+"""Failures between client and upstream: each has its outcome, and no client takes part of an answer for all of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def test_nobody_listens() -> None:
         result = await r.result()
         assert result.outcome is RelayOutcome.CONNECT_FAILED
         assert r.last_bytes == []
-        await client.send(get(b"/"))  # the client's connection is as good as before
+        await client.send(get(b"/"))  # the client's connection still serves
         assert (await client.message())[0] == 503
 
 
@@ -46,7 +46,7 @@ async def test_nobody_listens() -> None:
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\nzz\r\n",  # broken in the first read
     ],
 )
-async def test_an_upstream_without_an_answer(reply: bytes) -> None:
+async def test_upstream_without_a_valid_answer(reply: bytes) -> None:
     async def script(wire: Wire) -> None:
         await wire.message()
         await wire.send(reply)
@@ -71,8 +71,8 @@ async def test_an_upstream_without_an_answer(reply: bytes) -> None:
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n6\r\nha",
     ],
 )
-async def test_an_upstream_that_dies_in_mid_body(reply: bytes) -> None:
-    """The client must be able to tell: too few bytes, or no last chunk."""
+async def test_upstream_failure_within_a_body(reply: bytes) -> None:
+    """The client gets too few bytes, or no last chunk."""
 
     async def script(wire: Wire) -> None:
         await wire.message()
@@ -92,7 +92,7 @@ async def test_an_upstream_that_dies_in_mid_body(reply: bytes) -> None:
         assert len(r.last_bytes) == 1
 
 
-async def test_an_http10_client_gets_a_reset_instead_of_half_a_body() -> None:
+async def test_http10_client_gets_a_reset_instead_of_half_a_body() -> None:
     go = asyncio.Event()
 
     async def script(wire: Wire) -> None:
@@ -109,7 +109,7 @@ async def test_an_http10_client_gets_a_reset_instead_of_half_a_body() -> None:
             await client.exactly(1)
 
 
-async def test_a_reset_upstream_does_not_end_a_body_without_framing() -> None:
+async def test_upstream_reset_does_not_end_a_body_without_framing() -> None:
     go = asyncio.Event()
 
     async def script(wire: Wire) -> None:
@@ -165,7 +165,7 @@ async def test_the_deadline_closes_the_upstream(reply: bytes, outcome: RelayOutc
 
 
 @pytest.mark.parametrize("reply", [b"", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n"])
-async def test_a_client_that_leaves_cancels_the_upstream(reply: bytes) -> None:
+async def test_departing_client_cancels_the_upstream(reply: bytes) -> None:
     began, closed = asyncio.Event(), asyncio.Event()
 
     async def script(wire: Wire) -> None:
@@ -187,7 +187,7 @@ async def test_a_client_that_leaves_cancels_the_upstream(reply: bytes) -> None:
         assert len(r.last_bytes) == 1
 
 
-async def test_a_client_that_leaves_in_mid_upload() -> None:
+async def test_client_departs_within_its_upload() -> None:
     began, closed = asyncio.Event(), asyncio.Event()
 
     async def script(wire: Wire) -> None:
@@ -213,8 +213,7 @@ async def test_a_client_that_leaves_in_mid_upload() -> None:
         (b"5\r\nhe", Limits(body_stall_s=0.05), 408),
     ],
 )
-async def test_a_request_body_that_goes_bad(rest: bytes, limits: Limits, status: int) -> None:
-    """The upstream never sees an end of it."""
+async def test_invalid_or_stalled_request_body(rest: bytes, limits: Limits, status: int) -> None:
     upstream_saw: asyncio.Queue[bytes] = asyncio.Queue()
     began = asyncio.Event()
 
@@ -234,8 +233,7 @@ async def test_a_request_body_that_goes_bad(rest: bytes, limits: Limits, status:
         assert not (await upstream_saw.get()).endswith(b"0\r\n\r\n")
 
 
-async def test_bytes_behind_a_response_cost_the_connection() -> None:
-    """Whose they are nobody can tell: least of all the next client's."""
+async def test_bytes_after_a_response_close_the_connection() -> None:
     async with upstream(answering(OK + b"HTTP/1.1 200 OK\r\n\r\npoison")) as up, relay(up.port) as r:
         client = await r.client()
         for _ in range(3):
@@ -244,7 +242,7 @@ async def test_bytes_behind_a_response_cost_the_connection() -> None:
         assert up.connections == 3
 
 
-async def test_a_fault_of_the_filter_reaches_the_callers_hands() -> None:
+async def test_exception_of_the_filter_reaches_the_caller() -> None:
     def broken(head: ResponseHead) -> list[Header] | None:
         return [(b"x", b"a\r\nb: c")]
 

@@ -1,4 +1,4 @@
-"""The strict parser: what it refuses, what it makes of the rest, and that llhttp reads the same in all it accepts."""
+"""The strict parser: heads that it refuses, results for the others, and agreement with llhttp on these."""
 
 from __future__ import annotations
 
@@ -163,13 +163,13 @@ def test_http10() -> None:
 
 
 @pytest.mark.parametrize("end", range(1, 60))
-def test_a_good_head_is_not_refused_while_it_arrives(end: int) -> None:
+def test_partial_valid_head_is_not_refused(end: int) -> None:
     raw = b"GET /a?b HTTP/1.1\r\nHost: f.localhost\r\nAccept: */*\r\n\r\n"
     check_partial(raw[: min(end, len(raw) - 2)], 8192, 4096)
 
 
 class Llhttp:
-    """What Node's parser makes of a request."""
+    """A request as llhttp, Node's parser, reads it."""
 
     def __init__(self) -> None:
         self.headers: list[tuple[bytes, bytes]] = []
@@ -193,7 +193,7 @@ TEXT = st.sampled_from(
 
 
 @given(st.lists(st.lists(TEXT, max_size=6).map(b"".join), max_size=5))
-def test_llhttp_agrees_with_all_that_passes(lines: list[bytes]) -> None:
+def test_llhttp_agrees_with_every_accepted_head(lines: list[bytes]) -> None:
     raw = b"POST /a HTTP/1.1\r\nHost: f\r\n" + b"".join(line + b"\r\n" for line in lines) + b"\r\n"
     try:
         head = parse(raw)
@@ -238,6 +238,6 @@ def test_a_response_without_a_reason() -> None:
 
 
 @pytest.mark.parametrize("header", [(b"x", b"a\r\nb: c"), (b"x", b"a\nb"), (b"x\r", b"a")])
-def test_a_header_that_would_split_is_never_sent(header: tuple[bytes, bytes]) -> None:
+def test_header_with_a_line_break_is_never_sent(header: tuple[bytes, bytes]) -> None:
     with pytest.raises(ValueError, match="CR or LF"):
         serialise(b"HTTP/1.1 200 OK\r\n", [header], b"")

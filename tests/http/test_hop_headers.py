@@ -13,7 +13,7 @@ _SHARED = (hop_headers.PREFIX.decode(), hop_headers.WAKE_PATH.decode())
 
 
 def _literals(tree: ast.Module) -> list[ast.Constant]:
-    """String and bytes literals, those inside f-strings too; docstrings, of attributes too, are left out."""
+    """String and bytes literals, also within f-strings, but no docstrings of modules, functions or attributes."""
     prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     return [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in prose]
 

@@ -1,4 +1,4 @@
-"""Hostile bytes on a real socket: refused with JSON, the connection closed, and no handler has seen them."""
+"""Hostile bytes on a real socket get a JSON error and a closed connection; no handler sees them."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ async def test_refused_and_closed(raw: bytes) -> None:
         assert answer["RequestId"] == REQUEST_ID
         assert answer["Code"] == "InvalidArgument"
         assert answer["Message"]
-        # What follows is not read as a request: neither now nor ever.
-        wire.send_blindly(GOOD)
+        # The bytes that follow are never read as a request.
+        wire.send_nowait(GOOD)
         wire.close()
         assert await wire.rest() == b""
         assert seen == []
@@ -68,7 +68,7 @@ async def test_bad_chunks(chunks: bytes) -> None:
     assert bodies == []
 
 
-async def test_a_body_over_the_limit_is_refused_by_its_length_at_once() -> None:
+async def test_body_over_the_limit_is_refused_by_its_length() -> None:
     async with serving(answer_ok, Limits(body_bytes=1000)) as server:
         wire = await connect(server.port)
         await wire.send(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 1001\r\nExpect: 100-continue\r\n\r\n")
@@ -77,7 +77,7 @@ async def test_a_body_over_the_limit_is_refused_by_its_length_at_once() -> None:
         assert json.loads(body)["Code"] == "RequestEntityTooLarge"
 
 
-async def test_a_chunked_body_over_the_limit_is_refused_while_it_streams() -> None:
+async def test_chunked_body_over_the_limit_is_refused_midway() -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.buffer_body(10**9)
 
@@ -101,8 +101,8 @@ async def test_upgrade_is_served_as_a_plain_request() -> None:
         assert (await wire.message())[2] == b"/h2c"
 
 
-async def test_a_chunk_a_byte_is_not_passed_on_as_such() -> None:
-    """Else five bytes of framing from a client would cost both hops a call for every byte."""
+async def test_one_byte_chunks_are_joined() -> None:
+    """Five bytes of framing per byte must not cost both hops one call per byte."""
     sizes: list[int] = []
 
     async def script(wire: Wire) -> None:

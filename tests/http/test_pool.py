@@ -1,4 +1,4 @@
-"""Connections to an upstream: kept, retired when a freeze begins, and never used once the other side has moved."""
+"""Connections to an upstream: kept, retired when a freeze begins, dropped after any unexpected event."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pool_of(port: int, limits: UpstreamLimits | None = None) -> Pool:
     return Pool("127.0.0.1", port, limits or UpstreamLimits())
 
 
-async def test_a_call_with_its_whole_body() -> None:
+async def test_request_with_a_whole_body() -> None:
     async def script(wire: Wire) -> None:
         assert await wire.message() == (
             0,
@@ -45,7 +45,7 @@ async def test_a_call_with_its_whole_body() -> None:
         pool.close()
 
 
-async def test_a_fresh_call_uses_a_connection_of_its_own() -> None:
+async def test_fresh_request_uses_its_own_connection() -> None:
     async with upstream(answering(OK)) as up:
         pool = pool_of(up.port)
         for _ in range(3):
@@ -54,7 +54,7 @@ async def test_a_fresh_call_uses_a_connection_of_its_own() -> None:
         pool.close()
 
 
-async def test_where_only_the_status_counts_a_large_page_is_not_waited_for() -> None:
+async def test_large_body_is_cut_where_only_the_status_counts() -> None:
     async def script(wire: Wire) -> None:
         for _ in range(2):
             await wire.message()
@@ -70,7 +70,7 @@ async def test_where_only_the_status_counts_a_large_page_is_not_waited_for() -> 
             for _ in range(3)
         ]
         assert (statuses, up.connections) == ([200, 200, 200], 1)
-        await eventually(lambda: not pool.connections)  # the rest of the page would be taken for the next answer
+        await eventually(lambda: not pool.connections)  # the rest of the page could be read as the next answer
         pool.close()
 
 
@@ -89,7 +89,7 @@ async def silent(wire: Wire) -> None:
         (answering(b"nonsense\r\n\r\n"), UpstreamBrokenError),
     ],
 )
-async def test_calls_that_fail(script: Script, error: type[Exception]) -> None:
+async def test_requests_that_fail(script: Script, error: type[Exception]) -> None:
     async with upstream(script) as up:
         pool = pool_of(up.port)
         with pytest.raises(error, match=f"127.0.0.1:{up.port}"):
@@ -98,7 +98,7 @@ async def test_calls_that_fail(script: Script, error: type[Exception]) -> None:
         pool.close()
 
 
-async def test_a_cancelled_call_gives_its_connection_up() -> None:
+async def test_cancelled_request_closes_its_connection() -> None:
     async with upstream(silent) as up:
         pool = pool_of(up.port)
         call = asyncio.create_task(pool.request(b"GET", b"/", [], timeout_s=5))
@@ -121,7 +121,7 @@ async def test_nobody_listens() -> None:
 
 
 async def test_connecting_has_a_deadline() -> None:
-    """192.0.2.0/24 is for documentation: nobody answers there. Where the network refuses it, that is a failure too."""
+    """No host answers in 192.0.2.0/24, which is for documentation; a refusal by the network is a failure, too."""
     pool = Pool("192.0.2.1", 9, UpstreamLimits(connect_timeout_s=0.05))
     with pytest.raises(ConnectFailedError):
         await pool.acquire(asyncio.get_running_loop().time() + PATIENCE_S)
@@ -142,7 +142,7 @@ async def test_the_number_of_connections_is_bounded() -> None:
         pool.close()
 
 
-async def test_a_pool_without_descriptors_does_not_blame_the_other_side() -> None:
+async def test_lack_of_descriptors_is_not_a_failed_upstream() -> None:
     async with upstream(silent) as up:
         pool = pool_of(up.port)
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -158,7 +158,7 @@ async def test_a_pool_without_descriptors_does_not_blame_the_other_side() -> Non
         pool.close()
 
 
-async def test_the_last_used_is_used_first() -> None:
+async def test_last_used_connection_is_used_first() -> None:
     async with upstream(silent) as up:
         pool = pool_of(up.port)
         deadline = asyncio.get_running_loop().time() + 5
@@ -172,7 +172,7 @@ async def test_the_last_used_is_used_first() -> None:
 
 
 @pytest.mark.parametrize("farewell", [b"", b"HTTP/1.1 408 Request Timeout\r\n\r\n"])
-async def test_an_idle_connection_on_which_anything_happens_is_dropped(farewell: bytes) -> None:
+async def test_idle_connection_with_any_event_is_dropped(farewell: bytes) -> None:
     go = asyncio.Event()
 
     async def script(wire: Wire) -> None:
@@ -193,7 +193,7 @@ async def test_an_idle_connection_on_which_anything_happens_is_dropped(farewell:
         pool.close()
 
 
-async def test_idle_connections_end() -> None:
+async def test_idle_connections_expire() -> None:
     async with upstream(answering(OK)) as up:
         pool = pool_of(up.port, UpstreamLimits(idle_s=0.05))
         await pool.request(b"GET", b"/", [], timeout_s=5)
@@ -201,8 +201,8 @@ async def test_idle_connections_end() -> None:
         pool.close()
 
 
-async def test_retire_closes_the_idle_and_marks_the_busy() -> None:
-    """The moment a freeze begins: nothing opened before it is used after it."""
+async def test_retire_closes_idle_and_marks_busy_connections() -> None:
+    """After a retire no connection opened before it is used."""
     go = asyncio.Event()
     closed: list[int] = []
     number = 0
@@ -229,14 +229,14 @@ async def test_retire_closes_the_idle_and_marks_the_busy() -> None:
         r.pool.retire()
         await eventually(lambda: closed == [2])
         go.set()
-        assert (await busy.message())[2] == b"ok"  # what is under way ends in peace
+        assert (await busy.message())[2] == b"ok"  # a request in flight finishes
         await eventually(lambda: closed == [2, 1])
         await idle.send(get(b"/after"))
         assert (await idle.message())[2] == b"ok"
         assert up.connections == 3
 
 
-async def test_close_cuts_and_tells() -> None:
+async def test_close_cuts_connections_and_notifies_sinks() -> None:
     async with upstream(silent) as up:
         pool = pool_of(up.port)
         call = asyncio.create_task(pool.request(b"GET", b"/", [], timeout_s=5))
@@ -248,7 +248,7 @@ async def test_close_cuts_and_tells() -> None:
             await pool.acquire(asyncio.get_running_loop().time() + 5)
 
 
-async def test_connection_close_is_heeded() -> None:
+async def test_connection_close_is_respected() -> None:
     closing = OK.replace(b"X-A: b", b"Connection: close")
     async with upstream(answering(closing)) as up:
         pool = pool_of(up.port)
@@ -280,7 +280,7 @@ async def test_authority(host: str, authority: bytes) -> None:
     assert Pool(host, 9000, UpstreamLimits()).authority == authority
 
 
-async def test_a_connection_made_ahead_serves_the_first_request() -> None:
+async def test_prepared_connection_serves_the_first_request() -> None:
     async with upstream(answering(OK)) as up:
         pool = pool_of(up.port)
         await pool.prepare(5.0)
@@ -302,23 +302,23 @@ def _user_timeout_ms(connection: UpstreamConnection) -> int:
     return _option(connection, socket.TCP_USER_TIMEOUT)
 
 
-async def test_a_silent_host_is_given_up_but_not_one_that_leaves_a_streamed_body_unread() -> None:
+async def test_silence_closes_connections_except_during_a_streamed_body() -> None:
     async with upstream(answering(OK)) as up:
         pool = pool_of(up.port, UpstreamLimits(silence_s=10))
         connection = await pool.acquire(asyncio.get_running_loop().time() + PATIENCE_S)
         assert _user_timeout_ms(connection) == 10_000
         probes = [_option(connection, option) for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)]
-        assert probes == [1, 1], "silence counts from the last that was heard: an idle peer is asked often"
+        assert probes == [1, 1], "silence counts from the last segment: an idle peer is probed often"
         connection.allow_silence()
         assert _user_timeout_ms(connection) == 0
-        assert _option(connection, socket.TCP_KEEPCNT) == 10, "as patient with a cut as others"
+        assert _option(connection, socket.TCP_KEEPCNT) == 10, "tolerates an outage as long as others do"
         pool.release(connection)
         assert pool.take() is connection
         assert _user_timeout_ms(connection) == 10_000
         pool.close()
 
 
-async def test_an_instance_may_leave_a_body_unread_for_as_long_as_its_timeout_allows() -> None:
+async def test_instance_may_leave_a_body_unread_until_its_timeout() -> None:
     async with upstream(answering(OK)) as up:
         pool = pool_of(up.port)
         connection = await pool.acquire(asyncio.get_running_loop().time() + PATIENCE_S)

@@ -1,4 +1,4 @@
-"""A client's connection: keep-alive, pipelining, 100-continue, timeouts, and a close that cuts nobody short."""
+"""A client's connection: keep-alive, pipelining, 100-continue, timeouts and a graceful close."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def test_requests_cut_at_every_byte() -> None:
         for cut in range(1, len(raw)):
             wire = await connect(server.port)
             await wire.send(raw[:cut])
-            await asyncio.sleep(0)  # lets the first part leave on its own; either way the answer is the same
+            await asyncio.sleep(0)  # usually sends the first part on its own
             await wire.send(raw[cut:])
             assert (await wire.message())[2] == b"/a hello"
             assert (await wire.message())[2] == b"/b "
@@ -67,7 +67,7 @@ async def test_pipelined_requests_are_served_in_order_one_at_a_time() -> None:
 
 
 async def test_pipelined_bytes_are_bounded() -> None:
-    """While one request is served, what lies behind it is read up to the limit and no further."""
+    """While one request is served, bytes after it are read only up to the limit."""
     go = asyncio.Event()
 
     async def handler(exchange: Exchange) -> None:
@@ -77,7 +77,7 @@ async def test_pipelined_bytes_are_bounded() -> None:
     async with serving(handler, Limits(buffer_bytes=4096)) as server:
         wire = await connect(server.port)
         count = 3000
-        wire.send_blindly(get(b"/") * count)
+        wire.send_nowait(get(b"/") * count)
         await eventually(lambda: paused(server.connections))
         (connection,) = server.connections
         assert len(connection._buffer) < 4096 + 2**18 + 1
@@ -99,7 +99,7 @@ async def test_http10_is_answered_without_chunks_and_closed() -> None:
         assert await wire.rest() == b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\none two"
 
 
-async def test_connection_close_is_kept() -> None:
+async def test_connection_close_closes_the_connection() -> None:
     async with serving(echo) as server:
         wire = await connect(server.port)
         await wire.send(get(b"/", b"Connection: close"))
@@ -118,10 +118,10 @@ async def test_answers_without_a_body(status: int, length: bytes | None) -> None
         await wire.send(b"HEAD / HTTP/1.1\r\n" + HOST + b"\r\n" + get(b"/next"))
         _, headers = await wire.head()
         assert headers.get(b"content-length") == length
-        assert (await wire.head())[0] == status  # nothing lies between
+        assert (await wire.head())[0] == status  # no body between the heads
 
 
-async def test_100_continue_is_sent_when_the_body_is_wanted() -> None:
+async def test_100_continue_is_sent_when_the_body_is_read() -> None:
     async with serving(echo) as server:
         wire = await connect(server.port)
         await wire.send(b"POST /a HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n")
@@ -132,7 +132,7 @@ async def test_100_continue_is_sent_when_the_body_is_wanted() -> None:
 
 
 async def test_an_answer_instead_of_100_closes() -> None:
-    """The client may send its body now or not: what comes next on this connection can't be told."""
+    """Whether the client still sends its body is unknown, so the next bytes cannot be interpreted."""
 
     async def handler(exchange: Exchange) -> None:
         await exchange.answer(401, [])
@@ -146,7 +146,7 @@ async def test_an_answer_instead_of_100_closes() -> None:
         assert await wire.rest() == b""
 
 
-async def test_a_small_unread_body_does_not_cost_the_connection() -> None:
+async def test_small_unread_body_keeps_the_connection() -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.answer(404, [])
 
@@ -158,7 +158,7 @@ async def test_a_small_unread_body_does_not_cost_the_connection() -> None:
 
 
 async def test_an_early_answer_survives_a_large_upload() -> None:
-    """Closing at once would reset the connection under the answer."""
+    """Closing at once would reset the connection before the client has read its answer."""
 
     async def handler(exchange: Exchange) -> None:
         await exchange.answer(403, [], b"no")
@@ -182,11 +182,11 @@ async def test_buffer_body_larger_than_the_servers_buffer() -> None:
     async with serving(handler, Limits(buffer_bytes=1000)) as server:
         for size, seen in ((100_000, b"100000"), (100_001, b"None")):
             wire = await connect(server.port)
-            wire.send_blindly(post(b"/", b"x" * size))
+            wire.send_nowait(post(b"/", b"x" * size))
             assert (await wire.message())[2] == seen
 
 
-async def test_a_client_that_leaves_is_noticed() -> None:
+async def test_departing_client_is_noticed() -> None:
     events: asyncio.Queue[str] = asyncio.Queue()
 
     async def handler(exchange: Exchange) -> None:
@@ -198,7 +198,7 @@ async def test_a_client_that_leaves_is_noticed() -> None:
             await exchange.buffer_body(100)
         except ClientGoneError:
             exchange.on_gone(lambda: events.put_nowait("at once"))
-            await exchange.answer(200, [])  # reaches nobody, harms nobody
+            await exchange.answer(200, [])  # does nothing
             events.put_nowait("error")
 
     async with serving(handler) as server, asyncio.timeout(PATIENCE_S):
@@ -209,7 +209,7 @@ async def test_a_client_that_leaves_is_noticed() -> None:
         assert [await events.get() for _ in range(3)] == ["gone", "at once", "error"]
 
 
-async def test_what_handlers_raise() -> None:
+async def test_exceptions_of_handlers() -> None:
     faults: list[BaseException] = []
 
     async def handler(exchange: Exchange) -> None:
@@ -264,8 +264,8 @@ async def test_a_stalled_body_is_408() -> None:
         assert (status, headers[b"connection"]) == (408, b"close")
 
 
-async def test_a_body_we_do_not_ask_for_cannot_stall() -> None:
-    """With Expect the client waits for us: a request in a queue is not a slow client."""
+async def test_body_without_100_continue_cannot_stall() -> None:
+    """With Expect the client waits for 100 Continue: a queued request is not a slow client."""
     go = asyncio.Event()
 
     async def handler(exchange: Exchange) -> None:
@@ -275,7 +275,7 @@ async def test_a_body_we_do_not_ask_for_cannot_stall() -> None:
     async with serving(handler, Limits(body_stall_s=0.02)) as server:
         wire = await connect(server.port)
         await wire.send(b"POST /a HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n")
-        await asyncio.sleep(0.1)  # the time itself is what is tested: five stall limits pass
+        await asyncio.sleep(0.1)  # five stall limits pass
         go.set()
         assert (await wire.head())[0] == 100
         await wire.send(b"hello")
@@ -293,7 +293,7 @@ async def test_idle_connections_are_closed() -> None:
         await eventually(lambda: not server.connections)
 
 
-async def test_a_client_that_takes_nothing_is_cut() -> None:
+async def test_client_that_reads_nothing_is_cut() -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.answer(200, [], b"x" * (32 << 20))
 
@@ -317,7 +317,7 @@ async def test_too_many_connections() -> None:
         assert (await second.message())[0] == 200
 
 
-async def test_close_lets_requests_end() -> None:
+async def test_close_lets_requests_finish() -> None:
     began, go = asyncio.Event(), asyncio.Event()
 
     async def handler(exchange: Exchange) -> None:
@@ -339,7 +339,7 @@ async def test_close_lets_requests_end() -> None:
         assert await closing == 0
 
 
-async def test_close_cuts_what_outlasts_its_grace() -> None:
+async def test_close_cuts_requests_beyond_the_grace_period() -> None:
     began, cancelled = asyncio.Event(), asyncio.Event()
 
     async def handler(exchange: Exchange) -> None:

@@ -1,4 +1,4 @@
-"""102: who asked for it knows whether its request has begun, should the process that serves it be killed."""
+"""The start notice (102): after a kill of the serving process its peer knows which requests had started."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ async def main() -> None:
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 @pytest.mark.parametrize(("target", "told"), [(b"/begun", b"HTTP/1.1 102 Processing\r\n\r\n"), (b"/waits", b"")])
-async def test_a_server_that_is_killed_has_told_what_had_begun(loop: str, target: bytes, told: bytes) -> None:
-    """The very next instruction is the kill; the kernel sends what is corked, and then closes in order."""
+async def test_start_notice_survives_a_kill(loop: str, target: bytes, told: bytes) -> None:
+    """The kill follows at once; the kernel sends corked bytes and then closes in order."""
     child = await asyncio.create_subprocess_exec(sys.executable, "-c", KILLED, loop, stdout=asyncio.subprocess.PIPE)
     assert child.stdout is not None
     try:
@@ -53,7 +53,7 @@ async def test_a_server_that_is_killed_has_told_what_had_begun(loop: str, target
         await child.wait()
 
 
-async def test_a_notice_stays_in_the_kernel_until_there_is_something_that_somebody_waits_for() -> None:
+async def test_start_notice_is_corked_until_the_next_message() -> None:
     corked = []
 
     def option(exchange: Exchange) -> int:

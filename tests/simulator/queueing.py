@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from agent.core.types import SECOND_NS
 from agent.simulator.plan import RequestOutcome, SimulatedPolicy, SimulationPlan, percentiles_s
+from agent.simulator.simulation import Simulation
 from agent.simulator.trace import Call
-from agent.simulator.world import World
 
 FUNCTION = "ocr"
 SERVERS = 8
@@ -37,7 +37,7 @@ def latencies(policy: SimulatedPolicy, cv: float, load: float, count: int, runs:
     """p50 and p99 over all runs, in seconds: the same traffic for every policy."""
     merged: list[int] = []
     for seed in range(1, runs + 1):
-        outcome = World(awake(policy, seed)).run([FUNCTION], calls(cv, load, count, seed))
+        outcome = Simulation(awake(policy, seed)).run([FUNCTION], calls(cv, load, count, seed))
         assert not outcome.refused
         merged += outcome.latencies_ns
     p50, p99 = percentiles_s(merged, (50, 99))
@@ -48,4 +48,4 @@ def latencies(policy: SimulatedPolicy, cv: float, load: float, count: int, runs:
 
 def asleep(plan: SimulationPlan, load: float, count: int, seed: int) -> RequestOutcome:
     """One run with freezing, cv 1."""
-    return World(plan).run([FUNCTION], calls(1.0, load, count, seed))
+    return Simulation(plan).run([FUNCTION], calls(1.0, load, count, seed))

@@ -42,21 +42,21 @@ class Told:
         self.drawn = iter(range(1_000))
         self.rivals = RivalDispatcher(rival, self.below)
         self.at = 0
-        self.tell(FunctionSet("ocr", queue_length=queue))
+        self.apply(FunctionSet("ocr", queue_length=queue))
         for uid, state in states.items():
-            self.tell(InstanceReported(uid, "ocr", "n1", state, concurrency))
+            self.apply(InstanceReported(uid, "ocr", "n1", state, concurrency))
 
     def below(self, limit: int) -> int:
         """Chance, by hand: what the test put into `drawn`."""
         self.asked.append(limit)
         return next(self.drawn) % limit
 
-    def tell(self, event: Event) -> list[Effect]:
+    def apply(self, event: Event) -> list[Effect]:
         self.at += MILLISECOND_NS
         return self.rivals.step(event, self.at)
 
     def arrive(self, *requests: int, deadline_ns: int = FAR) -> list[Effect]:
-        return [effect for n in requests for effect in self.tell(RequestArrived(n, "ocr", deadline_ns))]
+        return [effect for n in requests for effect in self.apply(RequestArrived(n, "ocr", deadline_ns))]
 
 
 def places(effects: list[Effect]) -> list[tuple[int, str]]:
@@ -68,16 +68,16 @@ def places(effects: list[Effect]) -> list[tuple[int, str]]:
 THREE = dict.fromkeys(("a", "b", "c"), RUNNING)
 
 
-def test_round_robin_goes_strictly_in_turn_whoever_is_free() -> None:
+def test_round_robin_takes_turns_even_if_another_instance_is_free() -> None:
     told = Told(Rival.ROUND_ROBIN, THREE)
     assert [uid for _, uid in places(told.arrive(1, 2, 3))] == ["b", "c", "a"]
-    assert places(told.tell(LeaseEnded(2))) == [], "c is free"
+    assert places(told.apply(LeaseEnded(2))) == [], "c is free"
     assert told.arrive(4) == [], "its turn is b's, which is busy"
     assert places(told.arrive(5)) == [(5, "c")], "and who comes later overtakes it"
-    assert places(told.tell(LeaseEnded(1))) == [(4, "b")]
+    assert places(told.apply(LeaseEnded(1))) == [(4, "b")]
 
 
-def test_random_takes_whom_chance_names() -> None:
+def test_random_takes_the_drawn_instance() -> None:
     told = Told(Rival.RANDOM, THREE)
     told.drawn = iter((2, 2, 0))
     assert places(told.arrive(1, 2, 3)) == [(1, "c"), (3, "a")], "the second waits at c although a and b are free"
@@ -89,100 +89,100 @@ def test_two_choices_takes_the_one_with_fewer_and_the_first_of_equals() -> None:
     told.drawn = iter((0, 1, 0, 1, 1, 0))
     assert places(told.arrive(1, 2)) == [(1, "a"), (2, "b")]
     assert told.arrive(3) == [], "b and a are equal: b, which is busy, though c is free"
-    assert places(told.tell(LeaseEnded(2))) == [(3, "b")]
+    assert places(told.apply(LeaseEnded(2))) == [(3, "b")]
 
 
-def test_least_outstanding_counts_who_waits_and_draws_among_equals() -> None:
+def test_least_outstanding_counts_queued_requests_and_draws_among_equals() -> None:
     told = Told(Rival.LEAST_OUTSTANDING, THREE)
     told.drawn = iter((1, 1, 0, 0))
     assert places(told.arrive(1, 2, 3)) == [(1, "b"), (2, "c"), (3, "a")]
     assert told.asked == [3, 2], "of three, of two; one is no choice"
     assert told.arrive(4) == []
-    told.tell(LeaseEnded(2))
+    told.apply(LeaseEnded(2))
     assert places(told.arrive(5)) == [(5, "c")]
 
 
-def test_a_bound_request_does_not_move_to_whoever_frees_first() -> None:
+def test_a_bound_request_stays_when_another_instance_becomes_free() -> None:
     """What late binding saves."""
     told = Told(Rival.LEAST_OUTSTANDING, dict.fromkeys(("a", "b"), RUNNING))
     told.drawn = iter((0, 0, 0))
     assert places(told.arrive(1, 2)) == [(1, "a"), (2, "b")]
     assert told.arrive(3) == [], "at a"
-    assert told.tell(LeaseEnded(2)) == [], "b idles"
-    assert places(told.tell(LeaseEnded(1))) == [(3, "a")]
+    assert told.apply(LeaseEnded(2)) == [], "b idles"
+    assert places(told.apply(LeaseEnded(1))) == [(3, "a")]
 
 
 def test_an_instance_takes_as_many_at_once_as_it_may() -> None:
     told = Told(Rival.ROUND_ROBIN, {"a": RUNNING}, concurrency=2)
     assert places(told.arrive(1, 2, 3)) == [(1, "a"), (2, "a")]
-    assert places(told.tell(RequestGone(1))) == [(3, "a")]
+    assert places(told.apply(RequestGone(1))) == [(3, "a")]
 
 
-def test_round_robin_wakes_whom_it_comes_to_and_once() -> None:
+def test_round_robin_wakes_the_frozen_instance_in_turn_once() -> None:
     told = Told(Rival.ROUND_ROBIN, {"a": RUNNING, "b": FROZEN})
     assert told.arrive(1) == [Wake("b", "n1")], "a is awake and free"
     assert places(told.arrive(2)) == [(2, "a")]
     assert told.arrive(3) == [], "it is on its way"
-    assert places(told.tell(WakeAnswered("b"))) == [(1, "b")]
-    assert told.tell(InstanceReported("b", "ocr", "n1", RUNNING)) == []
-    assert places(told.tell(LeaseEnded(1))) == [(3, "b")]
+    assert places(told.apply(WakeAnswered("b"))) == [(1, "b")]
+    assert told.apply(InstanceReported("b", "ocr", "n1", RUNNING)) == []
+    assert places(told.apply(LeaseEnded(1))) == [(3, "b")]
 
 
-def test_a_wake_that_failed_is_tried_again_when_the_instance_is_heard() -> None:
+def test_a_failed_wake_is_retried_when_the_instance_is_reported() -> None:
     told = Told(Rival.ROUND_ROBIN, {"a": FROZEN})
     assert told.arrive(1) == [Wake("a", "n1")]
-    assert told.tell(WakeFailed("a")) == [], "else a shell whose wakes fail at once would never end"
-    assert told.tell(InstanceReported("a", "ocr", "n1", FROZEN)) == [Wake("a", "n1")]
+    assert told.apply(WakeFailed("a")) == [], "else a shell whose wakes fail at once would never end"
+    assert told.apply(InstanceReported("a", "ocr", "n1", FROZEN)) == [Wake("a", "n1")]
 
 
 @pytest.mark.parametrize("rival", list(Rival))
-def test_who_gets_nothing_is_told_why(rival: Rival) -> None:
+def test_refused_requests_get_the_reason(rival: Rival) -> None:
     told = Told(rival, {"a": RUNNING}, queue=1)
-    assert told.tell(RequestArrived(1, "llm", FAR)) == [Refuse(1, RefusalReason.UNKNOWN_FUNCTION)]
+    assert told.apply(RequestArrived(1, "llm", FAR)) == [Refuse(1, RefusalReason.UNKNOWN_FUNCTION)]
     assert places(told.arrive(2, 3)) == [(2, "a")]
     assert told.arrive(4) == [Refuse(4, RefusalReason.QUEUE_FULL)]
-    assert told.tell(DeadlinePassed(2)) == [], "it is inside"
-    assert told.tell(DeadlinePassed(3)) == [Refuse(3, RefusalReason.QUEUE_TIMEOUT)]
-    assert told.tell(InstanceGone("a")) == []
+    assert told.apply(DeadlinePassed(2)) == [], "it is inside"
+    assert told.apply(DeadlinePassed(3)) == [Refuse(3, RefusalReason.QUEUE_TIMEOUT)]
+    assert told.apply(InstanceGone("a")) == []
     assert told.arrive(5) == [Refuse(5, RefusalReason.NO_CAPACITY)]
 
 
 @pytest.mark.parametrize("rival", list(Rival))
-def test_who_waited_at_an_instance_that_ends_is_bound_anew(rival: Rival) -> None:
+def test_requests_queued_at_an_instance_that_ends_are_bound_again(rival: Rival) -> None:
     told = Told(rival, {"a": RUNNING})
     assert places(told.arrive(1, 2, 3)) == [(1, "a")]
-    told.tell(InstanceReported("b", "ocr", "n1", RUNNING))
-    assert places(told.tell(InstanceGone("a"))) == [(2, "b")]
-    assert told.tell(LeaseRefused(1)) == [], "behind 3, at the one that is left"
-    assert places(told.tell(LeaseEnded(2))) == [(3, "b")]
-    assert places(told.tell(LeaseEnded(3))) == [(1, "b")]
+    told.apply(InstanceReported("b", "ocr", "n1", RUNNING))
+    assert places(told.apply(InstanceGone("a"))) == [(2, "b")]
+    assert told.apply(LeaseRefused(1)) == [], "behind 3, at the one that is left"
+    assert places(told.apply(LeaseEnded(2))) == [(3, "b")]
+    assert places(told.apply(LeaseEnded(3))) == [(1, "b")]
     told.arrive(4)
-    assert told.tell(InstanceGone("b")) == [Refuse(4, RefusalReason.NO_CAPACITY)]
-    assert told.tell(LeaseRefused(1)) == [Refuse(1, RefusalReason.NO_CAPACITY)]
+    assert told.apply(InstanceGone("b")) == [Refuse(4, RefusalReason.NO_CAPACITY)]
+    assert told.apply(LeaseRefused(1)) == [Refuse(1, RefusalReason.NO_CAPACITY)]
 
 
 def test_a_refused_lease_is_first_in_its_line_again_until_its_deadline() -> None:
     told = Told(Rival.ROUND_ROBIN, {"a": RUNNING})
     assert places(told.arrive(1, 2)) == [(1, "a")]
-    assert told.tell(LeaseRefused(1)) == [], "not at once: it would be refused again"
-    assert places(told.tell(InstanceReported("a", "ocr", "n1", RUNNING))) == [(1, "a")]
-    told.tell(LeaseEnded(1))
+    assert told.apply(LeaseRefused(1)) == [], "not at once: it would be refused again"
+    assert places(told.apply(InstanceReported("a", "ocr", "n1", RUNNING))) == [(1, "a")]
+    told.apply(LeaseEnded(1))
     late = told.at + 10 * MILLISECOND_NS
-    assert places(told.tell(LeaseEnded(2))) == []
+    assert places(told.apply(LeaseEnded(2))) == []
     assert places(told.arrive(3, deadline_ns=late)) == [(3, "a")]
     told.at = late
-    assert told.tell(DeadlinePassed(3)) == [], "it is inside"
-    assert told.tell(LeaseRefused(3)) == [Refuse(3, RefusalReason.QUEUE_TIMEOUT)], (
+    assert told.apply(DeadlinePassed(3)) == [], "it is inside"
+    assert told.apply(LeaseRefused(3)) == [Refuse(3, RefusalReason.QUEUE_TIMEOUT)], (
         "nobody will say again that it is over"
     )
 
 
-def test_what_waits_for_a_removed_function_is_refused_and_what_runs_ends() -> None:
+def test_a_removed_function_refuses_queued_requests_and_finishes_the_others() -> None:
     told = Told(Rival.ROUND_ROBIN, {"a": RUNNING})
     assert places(told.arrive(1, 2, 3)) == [(1, "a")]
     unknown = [Refuse(number, RefusalReason.UNKNOWN_FUNCTION) for number in (1, 2, 3)]
-    assert told.tell(FunctionRemoved("ocr")) == unknown[1:]
-    assert told.tell(LeaseRefused(1)) == unknown[:1]
+    assert told.apply(FunctionRemoved("ocr")) == unknown[1:]
+    assert told.apply(LeaseRefused(1)) == unknown[:1]
 
 
 # ---- random walks -------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class Walk:
     untold: set[int] = field(default_factory=set)  # their deadlines were not told yet
     seen: Counter[str] = field(default_factory=Counter)
 
-    def tell(self, event: Event) -> None:
+    def apply(self, event: Event) -> None:
         self.now += MILLISECOND_NS
         for effect in self.rivals.step(event, self.now):
             self.seen[type(effect).__name__] += 1
@@ -239,7 +239,7 @@ class Walk:
         accounted = [*self.waiting, *self.inside, *self.answered]
         assert sorted(accounted) == sorted(self.function_of)
         bound = self.rivals._instances
-        lines = {uid: list(found.line) for uid, found in bound.items()}
+        lines = {uid: list(found.queue) for uid, found in bound.items()}
         assert sorted(n for line in lines.values() for n in line) == sorted(self.waiting), "each in one line"
         for uid, line in lines.items():
             assert all(self.function_of[number] == self.owners[uid] for number in line)
@@ -255,14 +255,14 @@ class Walk:
         before = sum(self.function_of[n] == function for n in self.waiting)
         self.waiting.add(number)
         self.untold.add(number)
-        self.tell(RequestArrived(number, function, self.deadlines[number]))
+        self.apply(RequestArrived(number, function, self.deadlines[number]))
         assert before < QUEUE or number in self.answered, "the queue is bounded"
 
     def pass_deadlines(self) -> None:
         """Each is told once, as a shell's timer would, whether the request waits or is inside."""
         for number in sorted(number for number in self.untold if self.deadlines[number] <= self.now):
             self.untold.remove(number)
-            self.tell(DeadlinePassed(number))
+            self.apply(DeadlinePassed(number))
             assert number not in self.waiting
 
     def report(self) -> None:
@@ -279,28 +279,28 @@ class Walk:
         self.shunned.discard(uid)
         if state is RUNNING:
             self.waking.discard(uid)
-        self.tell(InstanceReported(uid, self.owners[uid], "n1", state, CONCURRENCY[self.owners[uid]]))
+        self.apply(InstanceReported(uid, self.owners[uid], "n1", state, CONCURRENCY[self.owners[uid]]))
 
     def end(self) -> None:
         if self.inside:
             number = self.rng.choice(list(self.inside))
             del self.inside[number]
             self.answered.add(number)
-            self.tell(self.rng.choice((LeaseEnded, RequestGone))(number))
+            self.apply(self.rng.choice((LeaseEnded, RequestGone))(number))
 
     def leave(self) -> None:
         if self.waiting:
             number = self.rng.choice(sorted(self.waiting))
             self.waiting.remove(number)
             self.answered.add(number)
-            self.tell(RequestGone(number))
+            self.apply(RequestGone(number))
 
     def refuse(self) -> None:
         if self.inside:
             number = self.rng.choice(list(self.inside))
             self.shunned.add(self.inside.pop(number))
             self.waiting.add(number)
-            self.tell(LeaseRefused(number))
+            self.apply(LeaseRefused(number))
             assert number not in self.waiting or self.now < self.deadlines[number]
 
     def vanish(self) -> None:
@@ -308,7 +308,7 @@ class Walk:
             uid = self.rng.choice(list(self.states))
             del self.states[uid]
             self.waking.discard(uid)
-            self.tell(InstanceGone(uid))
+            self.apply(InstanceGone(uid))
 
     def wake_ends(self) -> None:
         if self.waking:
@@ -316,10 +316,10 @@ class Walk:
             self.waking.remove(uid)
             if self.rng.random() < 0.7:
                 self.states[uid] = RUNNING
-                self.tell(WakeAnswered(uid))
+                self.apply(WakeAnswered(uid))
             else:
                 self.shunned.add(uid)
-                self.tell(WakeFailed(uid))
+                self.apply(WakeFailed(uid))
 
 
 def walk(rival: Rival, seed: int) -> Walk:
@@ -327,7 +327,7 @@ def walk(rival: Rival, seed: int) -> Walk:
     rng = random.Random(seed)
     found = Walk(RivalDispatcher(rival, rng.randrange), rng)
     for function in CONCURRENCY:
-        found.tell(FunctionSet(function, queue_length=QUEUE))
+        found.apply(FunctionSet(function, queue_length=QUEUE))
     actions = [
         *(found.arrive,) * 6, *(found.report,) * 2, *(found.end,) * 4, *(found.wake_ends,) * 2,
         found.pass_deadlines, found.leave, found.refuse, found.vanish,

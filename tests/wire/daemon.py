@@ -1,4 +1,4 @@
-"""A small daemon for the tests: real server, real sockets, servicers that do what a test's story needs."""
+"""A small daemon: a real server on real sockets, with scripted servicers."""
 
 # ruff: noqa: N802 - the names of servicers' methods come from the protos
 
@@ -25,7 +25,7 @@ TOKENS = TokenTable([(OPERATOR_TOKEN, Principal("olga", Role.OPERATOR)), (NODE_T
 
 
 class Instances(instance_service_pb2_grpc.InstanceServiceServicer):
-    """GetInstance's uid says how it goes; `called` is set once a call has reached the servicer."""
+    """GetInstance's uid selects what it does; `called` is set once a call has reached the servicer."""
 
     def __init__(self) -> None:
         self.called = asyncio.Event()
@@ -70,7 +70,7 @@ class Instances(instance_service_pb2_grpc.InstanceServiceServicer):
 
 
 class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer):
-    """Acknowledges every report; the first answer says who the node is, epoch 0 is refused."""
+    """Acknowledges every report; the first answer names the node; epoch 0 is refused."""
 
     async def ReportLoad(
         self, request_iterator: AsyncIterator[ReportLoadRequest], context: Any
@@ -88,7 +88,7 @@ class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer):
 
 
 class Daemon:
-    """A running daemon: its server, what it serves, where."""
+    """A running daemon: its server, servicers and addresses."""
 
     def __init__(self, socket: Path, default_deadline_s: float) -> None:
         self.instances = Instances()  # type: ignore[abstract]  # the rest answers UNIMPLEMENTED

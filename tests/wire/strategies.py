@@ -1,4 +1,4 @@
-"""Arbitrary values of core, within what the wire's fields can hold."""
+"""Arbitrary values of core within the ranges of the wire's fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Addresses: what is this machine, what is anybody's."""
+"""Addresses: parsing, and which need TLS."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_loopback_needs_no_tls(host: str) -> None:
 @pytest.mark.parametrize(
     "host", ["0.0.0.0", "::", "", "10.0.0.7", "gpu-host", "localhost.example.com", "127.0.0.1.nip.io"]
 )
-def test_anything_else_needs_tls_or_the_operators_word(host: str) -> None:
+def test_other_addresses_need_tls_or_insecure(host: str) -> None:
     with pytest.raises(ConfigError) as refused:
         check_bind(host, tls=False, insecure=False)
     assert refused.value.reason == "BIND_INSECURE"
@@ -38,14 +38,14 @@ def test_a_token_is_not_sent_to_another_machine_in_the_clear() -> None:
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 8611), ("::1", 0), ("gpu-host", 65535)])
-def test_an_address_comes_apart_as_it_was_joined(host: str, port: int) -> None:
+def test_split_reverses_join(host: str, port: int) -> None:
     assert split(join(host, port)) == (host, port)
 
 
 @pytest.mark.parametrize(
     "address", ["", "8611", ":8611", "host:", "host:port", "host:65536", "host:-1", "::1:8611", "[]:1"]
 )
-def test_what_is_no_address_is_refused(address: str) -> None:
+def test_invalid_address_is_refused(address: str) -> None:
     with pytest.raises(ConfigError) as refused:
         split(address)
     assert refused.value.reason == "ADDRESS_INVALID"

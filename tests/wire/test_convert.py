@@ -1,4 +1,4 @@
-"""Converters: nothing is lost on the way, absent means core's default, secrets stay, strangers are refused."""
+"""Converters: lossless round trips, core's defaults for absent fields, masked secrets, refused unknown values."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ CHATTY = FunctionSpec(
 
 @given(strategies.functions)
 @settings(max_examples=150, deadline=None)
-def test_a_function_comes_back_as_it_went(spec: FunctionSpec) -> None:
+def test_function_round_trip(spec: FunctionSpec) -> None:
     sent = function_to_proto(spec, reveal_secrets=True).SerializeToString()
     assert function_from_proto(types_pb2.FunctionSpec.FromString(sent)) == spec
 
 
-def test_an_empty_message_means_cores_defaults() -> None:
+def test_empty_message_has_cores_defaults() -> None:
     assert function_from_proto(types_pb2.FunctionSpec(name="ocr")) == FunctionSpec(name="ocr")
     sparse = types_pb2.FunctionSpec(
         name="ocr",
@@ -68,7 +68,7 @@ def test_an_empty_message_means_cores_defaults() -> None:
     assert function_from_proto(sparse) == expected
 
 
-def test_a_zero_is_not_an_absent_field() -> None:
+def test_zero_is_not_an_absent_field() -> None:
     message = types_pb2.FunctionSpec(name="ocr", queue_length=0, idle_policy=types_pb2.IdlePolicy(freeze_after_ns=0))
     spec = function_from_proto(message)
     assert (spec.queue_length, spec.idle.freeze_after_ns) == (0, 0)
@@ -81,7 +81,7 @@ def test_every_field_of_core_and_wire_is_converted() -> None:
     assert {field.name for field in fields(UsageWindow)} == set(types_pb2.UsageWindow.DESCRIPTOR.fields_by_name)
 
 
-def test_an_answer_never_holds_the_environment() -> None:
+def test_answer_masks_the_environment() -> None:
     answer = function_to_proto(CHATTY)
     assert SECRET not in str(answer)
     assert SECRET.encode() not in answer.SerializeToString()
@@ -89,7 +89,7 @@ def test_an_answer_never_holds_the_environment() -> None:
     assert dict(answer.environment) == {"DB_PASSWORD": "***", "LANG": "***"}
 
 
-def test_a_mask_sent_back_is_refused_instead_of_deployed() -> None:
+def test_masked_secret_is_refused() -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         function_from_proto(function_to_proto(CHATTY))
     assert refused.value.reason == "MASKED_SECRET"
@@ -104,7 +104,7 @@ def test_a_mask_sent_back_is_refused_instead_of_deployed() -> None:
     ],
     ids=["int32", "int64", "lone surrogate"],
 )
-def test_what_the_wire_cannot_hold_is_refused_without_its_secrets(spec: FunctionSpec) -> None:
+def test_value_out_of_range_is_refused_without_secrets(spec: FunctionSpec) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         function_to_proto(spec, reveal_secrets=True)
     assert refused.value.reason == "VALUE_OUT_OF_RANGE"
@@ -124,7 +124,7 @@ def test_every_enum_value_has_its_counterpart() -> None:
         assert len(enum.values()) == count + 1
 
 
-def test_the_wires_names_are_cores() -> None:
+def test_enum_names_match_cores() -> None:
     descriptor = types_pb2.Instance.State.DESCRIPTOR
     assert {short_name(descriptor, state_to_proto(state)) for state in InstanceState} == {
         s.value for s in InstanceState
@@ -132,7 +132,7 @@ def test_the_wires_names_are_cores() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 99])
-def test_an_unknown_state_is_the_callers_error(number: int) -> None:
+def test_unknown_state_is_refused(number: int) -> None:
     load = InstanceLoad(uid="i-1")
     load.state = number  # type: ignore[assignment]  # proto3 keeps numbers it does not know
     with pytest.raises(InvalidArgumentError) as refused:
@@ -141,7 +141,7 @@ def test_an_unknown_state_is_the_callers_error(number: int) -> None:
 
 
 @pytest.mark.parametrize("field", ["dispatch", "idle_policy.mode"])
-def test_an_unknown_policy_is_the_callers_error(field: str) -> None:
+def test_unknown_policy_is_refused(field: str) -> None:
     message = types_pb2.FunctionSpec(name="ocr")
     if field == "dispatch":
         message.dispatch = 7  # type: ignore[assignment]
@@ -157,7 +157,7 @@ def test_an_unknown_policy_is_the_callers_error(field: str) -> None:
 
 @given(strategies.windows())
 @settings(max_examples=100, deadline=None)
-def test_a_window_comes_back_as_it_went(window: UsageWindow) -> None:
+def test_window_round_trip(window: UsageWindow) -> None:
     sent = window_to_proto(window).SerializeToString()
     assert window_from_proto(types_pb2.UsageWindow.FromString(sent)) == window
 
@@ -175,14 +175,14 @@ def window(**changed: object) -> UsageWindow:
 
 
 @pytest.mark.parametrize("changed", [{"active_ns": 1}, {"end_mono_ns": 4}, {"unbilled_ns": -60_000_000_000}])
-def test_a_window_whose_sums_are_not_its_length_is_refused(changed: dict[str, object]) -> None:
+def test_window_with_inconsistent_sums_is_refused(changed: dict[str, object]) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         window_from_proto(window_to_proto(window(**changed)))
     assert refused.value.reason == "WINDOW_INCONSISTENT"
 
 
 @pytest.mark.parametrize("changed", [{"state": "SLEEPY"}, {"invocations": 2**63}, {"gpu_count": -(2**31) - 1}])
-def test_a_window_the_wire_cannot_hold_is_refused(changed: dict[str, object]) -> None:
+def test_window_out_of_range_is_refused(changed: dict[str, object]) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         window_to_proto(window(**changed))
     assert refused.value.reason == "VALUE_OUT_OF_RANGE"
@@ -190,14 +190,14 @@ def test_a_window_the_wire_cannot_hold_is_refused(changed: dict[str, object]) ->
 
 @given(strategies.gpus)
 @settings(max_examples=50, deadline=None)
-def test_a_gpu_is_sent_as_it_is(gpu: Gpu) -> None:
+def test_gpu_to_proto(gpu: Gpu) -> None:
     sent = gpu_to_proto(gpu)
     assert Gpu(sent.uuid, sent.index, sent.model, sent.memory_total_bytes, sent.persistence, sent.mig) == gpu
 
 
 @given(strategies.loads)
 @settings(max_examples=100, deadline=None)
-def test_load_and_instance_say_the_same(load: InstanceLoad) -> None:
+def test_load_round_trip_through_an_instance(load: InstanceLoad) -> None:
     again = load_of_instance(
         instance_of_load(load, "node-7"),
         load.concurrency,
@@ -238,7 +238,7 @@ def test_a_load_becomes_an_event_of_the_dispatcher() -> None:
     assert (unlikely.concurrency, unlikely.in_flight) == (200, 2), "what no function may ask for is not believed"
 
 
-def test_a_recovering_node_gets_no_work_and_its_bad_gpus_do_not_count() -> None:
+def test_recovering_node_drains_and_unusable_gpus_do_not_count() -> None:
     good = types_pb2.Gpu(uuid="GPU-1", health=types_pb2.Gpu.HEALTH_OK)
     cordoned = types_pb2.Gpu(uuid="GPU-2", health=types_pb2.Gpu.HEALTH_CORDONED)
     sliced = types_pb2.Gpu(uuid="GPU-3", health=types_pb2.Gpu.HEALTH_OK, mig=True)
@@ -251,12 +251,12 @@ def test_a_recovering_node_gets_no_work_and_its_bad_gpus_do_not_count() -> None:
 
 @given(st.integers(MIN_SECONDS * 10**9, MAX_SECONDS * 10**9 + 999_999_999))
 @settings(max_examples=100, deadline=None)
-def test_a_time_comes_back_to_the_nanosecond(wall_ns: int) -> None:
+def test_time_round_trip_to_the_nanosecond(wall_ns: int) -> None:
     assert time_from_proto(time_to_proto(wall_ns)) == wall_ns
 
 
 @pytest.mark.parametrize("wall_ns", [MIN_SECONDS * 10**9 - 1, (MAX_SECONDS + 1) * 10**9])
-def test_a_time_out_of_range_is_refused(wall_ns: int) -> None:
+def test_time_out_of_range_is_refused(wall_ns: int) -> None:
     with pytest.raises(InvalidArgumentError):
         time_to_proto(wall_ns)
 

@@ -1,4 +1,4 @@
-"""Provisioning on the wire: what is taken, and which field is named when something is wrong."""
+"""Provisioning on the wire: accepted configs, and the field that each error names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Change = Callable[[ProvisionConfig], object]
 
 
 def seed_policy(**other: object) -> TargetTrackingPolicy:
-    """As Function Compute's page has it."""
+    """The example of Function Compute's documentation."""
     fields: dict[str, object] = {
         "name": "scaling-policy-demo",
         "start_time": "2024-07-01T16:00:00.000Z",
@@ -47,13 +47,14 @@ def config() -> ProvisionConfig:
     return ProvisionConfig(default_target=1, scheduled_actions=[morning()], target_tracking_policies=[seed_policy()])
 
 
-def test_the_seed_s_policy_is_taken_exactly() -> None:
+def test_policy_of_function_compute_is_converted_exactly() -> None:
     found = provisioning_from_proto(config())
     (policy,) = found.policies
     start, end = (parse_time(f"2024-07-{day}T16:00:00Z", UTC) for day in ("01", "30"))
     assert (policy.name, policy.window) == ("scaling-policy-demo", ActiveWindow(start, end))
-    assert (policy.metric, policy.goal) == (Metric.CONCURRENCY, Fraction(3, 10)), "not the nearest binary fraction"
-    assert (policy.least, policy.most) == (2, 30)
+    assert policy.metric is Metric.CONCURRENCY
+    assert policy.metric_target == Fraction(3, 10), "not the nearest binary fraction"
+    assert (policy.min_capacity, policy.max_capacity) == (2, 30)
     (action,) = found.actions
     assert action.window.start_ns == parse_time("2024-06-30T16:00:00Z", UTC), "midnight in Shanghai"
 
@@ -61,7 +62,7 @@ def test_the_seed_s_policy_is_taken_exactly() -> None:
 @pytest.mark.parametrize(
     ("at", "count"), [("2024-07-30T15:59:59Z", 0), ("2024-07-30T16:00:00Z", 1), ("2025-01-01T00:00Z", 2)]
 )
-def test_windows_that_have_ended_are_warned_about(at: str, count: int) -> None:
+def test_ended_windows_give_warnings(at: str, count: int) -> None:
     given = config()
     warnings = windows_ended(given, provisioning_from_proto(given), parse_time(at, UTC))
     assert len(warnings) == count
@@ -133,7 +134,7 @@ BAD: list[tuple[Change, str, str]] = [
 
 
 @pytest.mark.parametrize(("change", "field", "says"), BAD, ids=[f"{n}-{one[1]}" for n, one in enumerate(BAD)])
-def test_what_is_wrong_names_its_field(change: Change, field: str, says: str) -> None:
+def test_error_names_the_field(change: Change, field: str, says: str) -> None:
     given = config()
     change(given)
     with pytest.raises(InvalidArgumentError) as caught:

@@ -1,4 +1,4 @@
-"""Snapshots on the wire: the same instance and the same node, whoever asks and however it is told."""
+"""Snapshots on the wire: node, fleet and load stream describe the same instance and node."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ NODE = NodeSnapshot(
 )
 
 
-def test_an_instance_is_shown_whole_and_without_its_secrets() -> None:
+def test_instance_is_complete_and_without_secrets() -> None:
     message = instance_to_proto(FROZEN, "node-7")
     assert SECRET not in str(message)
     view = to_json(message)
@@ -100,22 +100,22 @@ def test_an_instance_that_never_woke_has_no_last_wake() -> None:
     assert not instance_to_proto(replace(FROZEN, wakes=0), "node-7").HasField("last_wake")
 
 
-def test_the_fleets_list_says_what_the_node_says() -> None:
+def test_fleet_and_node_show_the_same_instance() -> None:
     by_load = instance_of_load(instance_load(FROZEN), "node-7")
     by_node = instance_to_proto(FROZEN, "node-7", with_spec=False)
-    by_node.ClearField("address")  # these two stay with the agent
+    by_node.ClearField("address")  # only the agent has these two
     by_node.ClearField("container_id")
     assert by_load == by_node
 
 
-def test_the_load_carries_what_dispatch_needs() -> None:
+def test_load_has_the_dispatchers_fields() -> None:
     load = instance_load(replace(FROZEN, state=InstanceState.FREEZING, freeze_cancellable=True))
     assert (load.concurrency, load.wake_estimate_ns, load.idle_for_ns) == (4, 1_400_000_000, 30 * SECOND_NS)
     assert load.freeze_cancellable
     assert not load.SerializeToString().count(SECRET.encode())
 
 
-def test_a_node_and_its_registration_say_the_same() -> None:
+def test_node_and_registration_agree() -> None:
     node, first = node_to_proto(NODE), registration(NODE)
     shared = set(type(first).DESCRIPTOR.fields_by_name) & set(types_pb2.Node.DESCRIPTOR.fields_by_name)
     assert len(shared) >= 12
@@ -124,13 +124,13 @@ def test_a_node_and_its_registration_say_the_same() -> None:
     assert [(gpu.uuid, gpu.index) for gpu in node.gpus] == [(one.gpu.uuid, one.gpu.index) for one in NODE.gpus]
 
 
-def test_the_scheduler_is_told_whether_instances_move() -> None:
-    """Not told, it would never wake one beside an awake one that last had the same GPU."""
+def test_registration_has_gpu_migration() -> None:
+    """Without it the scheduler would not wake an instance while its last GPU is held by another."""
     assert not registration(NODE).gpu_migration
     assert registration(replace(NODE, migrates=True)).gpu_migration
 
 
-def test_gpus_show_who_holds_who_waits_and_what_is_wrong() -> None:
+def test_gpus_show_holders_waiters_and_health() -> None:
     busy, broken = node_to_proto(NODE).gpus
     assert (list(busy.holder_uids), list(busy.waiter_uids)) == (["i-2"], ["i-1", "i-3"])
     assert (busy.health, broken.health) == (types_pb2.Gpu.HEALTH_OK, types_pb2.Gpu.HEALTH_CORDONED)
@@ -147,6 +147,6 @@ def test_gpus_show_who_holds_who_waits_and_what_is_wrong() -> None:
         (True, False, types_pb2.Node.STATE_READY),
     ],
 )
-def test_where_a_node_stands(ready: bool, draining: bool, state: types_pb2.Node.State.ValueType) -> None:
+def test_node_state(ready: bool, draining: bool, state: types_pb2.Node.State.ValueType) -> None:
     snapshot = replace(NODE, ready=ready, draining=draining)
     assert node_to_proto(snapshot).state == node_load(snapshot).state == state

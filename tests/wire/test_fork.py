@@ -1,4 +1,4 @@
-"""Processes are started beside a busy gRPC server on uvloop without a word from gRPC's fork handlers."""
+"""gRPC's fork handlers log nothing when processes start beside a busy gRPC server on uvloop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 STORY = """
 import asyncio, pathlib, sys
-import grpc.aio  # whoever imports it first, the handlers stay off
+import grpc.aio  # the handlers stay off even if this import comes first
 import uvloop
 from agent.v1.instance_service_pb2 import GetInstanceRequest
 from agent.wire.clients import DaemonChannel

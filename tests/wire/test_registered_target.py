@@ -1,4 +1,4 @@
-"""Where a node may send the scheduler: what it registers is under its control, and so under an intruder's."""
+"""Addresses that a node may register. An intruder on the node controls them, too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from agent.wire.addresses import peer_host, registered_target
         ("", ""),
     ],
 )
-def test_where_a_peer_is(peer: str, host: str) -> None:
+def test_peer_host(peer: str, host: str) -> None:
     assert peer_host(peer) == host
 
 
@@ -34,7 +34,7 @@ def test_where_a_peer_is(peer: str, host: str) -> None:
         ("[::]:8610", "2001:db8::7", "[2001:db8::7]:8610"),
     ],
 )
-def test_what_agents_register(address: str, peer: str, target: str) -> None:
+def test_registered_target(address: str, peer: str, target: str) -> None:
     assert registered_target(address, peer, insecure=True) == target
 
 
@@ -60,17 +60,17 @@ def test_what_agents_register(address: str, peer: str, target: str) -> None:
         ":80",
     ],
 )
-def test_an_intruder_on_a_node_reaches_nothing_of_the_scheduler_s_machine(address: str) -> None:
+def test_remote_node_cannot_register_the_schedulers_machine(address: str) -> None:
     with pytest.raises((InvalidArgumentError, ConfigError)):
         registered_target(address, "10.0.0.7", insecure=True)
 
 
-def test_a_token_does_not_travel_in_the_clear() -> None:
+def test_token_is_not_sent_in_the_clear() -> None:
     with pytest.raises(ConfigError) as caught:
         registered_target("10.0.0.7:8610", "10.0.0.7", insecure=False)
     assert caught.value.reason == "TARGET_INSECURE"
 
 
-def test_nobody_knows_where_0_0_0_0_is_without_a_peer() -> None:
+def test_unspecified_address_without_a_peer_is_refused() -> None:
     with pytest.raises(InvalidArgumentError):
         registered_target("0.0.0.0:8610", "", insecure=True)

@@ -1,4 +1,4 @@
-"""The server end to end, on a loopback port and a unix socket: who gets in, how failures arrive, what is bounded."""
+"""The server end to end, on a loopback port and a unix socket: authentication, errors, limits, addresses."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def whoami(channel: DaemonChannel) -> str:
     return response.instance.uid
 
 
-# ---- who may --------------------------------------------------------------------------------------------------
+# ---- authentication --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ async def test_tcp_without_the_right_token_is_refused(daemon: Daemon, token: str
     [("", grpc.StatusCode.UNAUTHENTICATED), (OPERATOR_TOKEN, grpc.StatusCode.INVALID_ARGUMENT)],
     ids=["nobody", "operator"],
 )
-async def test_bytes_are_parsed_for_those_who_may_call_and_never_fill_the_log(
+async def test_bytes_are_parsed_only_for_authenticated_callers(
     daemon: Daemon, token: str, code: grpc.StatusCode
 ) -> None:
     async with aio.insecure_channel(daemon.tcp) as channel:
@@ -90,7 +90,7 @@ async def test_bytes_are_parsed_for_those_who_may_call_and_never_fill_the_log(
     assert not daemon.instances.called.is_set()
 
 
-async def test_a_stream_of_bytes_that_are_no_messages_ends(daemon: Daemon) -> None:
+async def test_stream_of_invalid_bytes_ends(daemon: Daemon) -> None:
     async with aio.insecure_channel(daemon.tcp) as channel:
         report = channel.stream_stream("/agent.v1.SchedulerService/ReportLoad", _as_it_is, _as_it_is)
         stream = report(iter([b"\xff" * 100]), timeout=T, metadata=bearer(NODE_TOKEN))
@@ -103,7 +103,7 @@ def _as_it_is(data: bytes) -> bytes:
     return data
 
 
-async def test_the_right_token_names_the_caller(operator: DaemonChannel) -> None:
+async def test_token_identifies_the_caller(operator: DaemonChannel) -> None:
     assert await whoami(operator) == "olga"
 
 
@@ -132,7 +132,7 @@ async def test_the_socket_is_closed_to_other_users(
     assert (stat.S_IMODE(status.st_mode), status.st_gid) == (mode, os.getgid())
 
 
-async def test_a_nodes_token_is_good_for_reports_only(daemon: Daemon) -> None:
+async def test_node_token_allows_only_reports(daemon: Daemon) -> None:
     async with DaemonChannel(daemon.tcp, NODE_TOKEN) as node:
         with pytest.raises(PermissionDeniedError) as refused:
             await whoami(node)
@@ -147,14 +147,14 @@ async def test_a_nodes_token_is_good_for_reports_only(daemon: Daemon) -> None:
         stream.close()
 
 
-async def test_an_operator_cannot_speak_for_a_node(operator: DaemonChannel) -> None:
+async def test_operator_cannot_report_for_a_node(operator: DaemonChannel) -> None:
     stream = operator.report_load()
     with pytest.raises(PermissionDeniedError) as refused:
         await stream.receive()
     assert refused.value.reason == "NODE_TOKEN_NEEDED"
 
 
-async def test_health_is_open_and_follows_the_daemon(daemon: Daemon) -> None:
+async def test_health_needs_no_token_and_follows_the_daemon(daemon: Daemon) -> None:
     async with DaemonChannel(daemon.tcp) as nobody:
 
         async def says(service: str) -> int:
@@ -172,7 +172,7 @@ async def test_health_is_open_and_follows_the_daemon(daemon: Daemon) -> None:
         assert await says("") == not_serving
 
 
-async def test_a_health_watch_costs_a_token(daemon: Daemon) -> None:
+async def test_health_watch_needs_a_token(daemon: Daemon) -> None:
     async with aio.insecure_channel(daemon.tcp) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         with pytest.raises(aio.AioRpcError) as refused:
@@ -197,10 +197,10 @@ async def test_reflection_needs_a_token_and_lists_the_services(daemon: Daemon) -
     assert {"agent.v1.InstanceService", "agent.v1.SchedulerService", "grpc.health.v1.Health"} <= listed
 
 
-# ---- how failures arrive --------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
-async def test_a_failure_arrives_as_it_was_raised(operator: DaemonChannel) -> None:
+async def test_error_arrives_as_raised(operator: DaemonChannel) -> None:
     with pytest.raises(PreconditionError) as refused:
         await operator.call(operator.instances.GetInstance, GetInstanceRequest(uid="busy"), T)
     assert refused.value.reason == "INSTANCE_BUSY"
@@ -208,7 +208,7 @@ async def test_a_failure_arrives_as_it_was_raised(operator: DaemonChannel) -> No
     assert refused.value.metadata == {"in_flight": "2", "uid": "i-1"}
 
 
-async def test_an_unexpected_failure_is_logged_once_and_keeps_its_text(operator: DaemonChannel) -> None:
+async def test_unexpected_error_is_logged_once_and_not_sent(operator: DaemonChannel) -> None:
     with capture_logs() as logs, pytest.raises(HibernodeError) as failed:
         await operator.call(operator.instances.GetInstance, GetInstanceRequest(uid="broken"), T)
     assert (type(failed.value), failed.value.reason) == (HibernodeError, "INTERNAL")
@@ -216,14 +216,14 @@ async def test_an_unexpected_failure_is_logged_once_and_keeps_its_text(operator:
     assert [(log["event"], log["error"]) for log in logs] == [("grpc.call_failed", "RuntimeError")]
 
 
-async def test_a_timeout_of_the_servicers_own_is_not_taken_for_the_calls_deadline(operator: DaemonChannel) -> None:
+async def test_servicers_own_timeout_is_not_the_calls_deadline(operator: DaemonChannel) -> None:
     with capture_logs() as logs, pytest.raises(HibernodeError) as failed:
         await operator.call(operator.instances.GetInstance, GetInstanceRequest(uid="impatient"), T)
     assert failed.value.reason == "INTERNAL"
     assert len(logs) == 1
 
 
-async def test_a_stream_fails_after_what_it_had_to_say(operator: DaemonChannel, daemon: Daemon) -> None:
+async def test_stream_fails_after_its_messages(operator: DaemonChannel, daemon: Daemon) -> None:
     logs = operator.stream(operator.instances.GetInstanceLogs, GetInstanceLogsRequest(uid="rotated"), T)
     assert (await anext(logs)).data == b"Loading model\n"
     with pytest.raises(NotFoundError) as failed:
@@ -231,7 +231,7 @@ async def test_a_stream_fails_after_what_it_had_to_say(operator: DaemonChannel, 
     assert failed.value.reason == "LOG_NOT_FOUND"
 
 
-async def test_a_stream_that_is_left_ends_at_the_server(operator: DaemonChannel, daemon: Daemon) -> None:
+async def test_abandoned_stream_ends_at_the_server(operator: DaemonChannel, daemon: Daemon) -> None:
     request = GetInstanceLogsRequest(uid="i-1", follow=True)
     logs = operator.stream(operator.instances.GetInstanceLogs, request, T)
     assert (await anext(logs)).data == b"Loading model\n"
@@ -240,7 +240,7 @@ async def test_a_stream_that_is_left_ends_at_the_server(operator: DaemonChannel,
     await asyncio.wait_for(daemon.instances.closed_logs.wait(), T)
 
 
-async def test_a_report_stream_says_why_it_ended(daemon: Daemon) -> None:
+async def test_load_stream_reports_why_it_ended(daemon: Daemon) -> None:
     async with DaemonChannel(daemon.tcp, NODE_TOKEN) as node:
         stream = node.report_load()
         await stream.send(ReportLoadRequest(epoch=0, sequence=1))
@@ -252,13 +252,13 @@ async def test_a_report_stream_says_why_it_ended(daemon: Daemon) -> None:
         assert again.value.reason == "EPOCH_STALE"
 
 
-async def test_a_call_the_daemon_does_not_serve(operator: DaemonChannel) -> None:
+async def test_unimplemented_call(operator: DaemonChannel) -> None:
     with pytest.raises(UnsupportedError) as refused:
         await operator.call(operator.nodes.GetNode, node_service_pb2.GetNodeRequest(), T)
     assert refused.value.reason == "UNIMPLEMENTED"
 
 
-async def test_a_daemon_that_is_not_there(tmp_path: Path) -> None:
+async def test_unreachable_daemon(tmp_path: Path) -> None:
     async with DaemonChannel(f"unix:{tmp_path}/nobody.sock") as channel:
         with pytest.raises(UnavailableError) as refused:
             await whoami(channel)
@@ -266,7 +266,7 @@ async def test_a_daemon_that_is_not_there(tmp_path: Path) -> None:
     assert "nobody.sock" in refused.value.message
 
 
-async def test_a_daemon_that_comes_late_is_waited_for(tmp_path: Path) -> None:
+async def test_wait_for_ready_waits_for_a_late_daemon(tmp_path: Path) -> None:
     async with DaemonChannel(f"unix:{tmp_path}/agent.sock") as channel:
         early = GetInstanceRequest(uid="whoami")
         call = asyncio.create_task(channel.call(channel.instances.GetInstance, early, T, wait_for_ready=True))
@@ -275,7 +275,7 @@ async def test_a_daemon_that_comes_late_is_waited_for(tmp_path: Path) -> None:
             assert (await call).instance.uid == "unix-socket"
 
 
-# ---- what is bounded ------------------------------------------------------------------------------------------
+# ---- limits ------------------------------------------------------------------------------------------
 
 
 async def test_a_call_without_a_deadline_gets_one(tmp_path: Path) -> None:
@@ -318,10 +318,10 @@ async def test_a_message_over_the_limit_is_refused(operator: DaemonChannel) -> N
         await operator.call(operator.instances.CreateInstance, CreateInstanceRequest(spec=spec), T)
 
 
-# ---- where it listens -----------------------------------------------------------------------------------------
+# ---- addresses -----------------------------------------------------------------------------------------
 
 
-async def test_an_open_address_needs_to_be_asked_for(daemon: Daemon) -> None:
+async def test_public_address_needs_insecure(daemon: Daemon) -> None:
     with pytest.raises(ConfigError) as refused:
         daemon.server.bind_tcp("0.0.0.0", 0)
     assert refused.value.reason == "BIND_INSECURE"
@@ -340,7 +340,7 @@ async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
         stale = first.socket
         kept = stale.with_name("kept.sock")
         kept.hardlink_to(stale)
-    kept.rename(stale)  # what a killed daemon leaves behind
+    kept.rename(stale)  # as left by a killed daemon
     async with running(tmp_path) as second, DaemonChannel(second.unix) as channel:
         assert await whoami(channel) == "unix-socket"
 
@@ -380,8 +380,8 @@ def test_everything_works_on_uvloop(tmp_path: Path) -> None:
     uvloop.run(story())
 
 
-async def test_a_call_whose_channel_is_closed_ends_as_unreachable(daemon: Daemon) -> None:
-    """An agent came back elsewhere: whoever waits is told so, not cancelled without having been."""
+async def test_call_on_a_closed_channel_is_unreachable(daemon: Daemon) -> None:
+    """After its agent moved, a waiting call fails; its task is not cancelled."""
     channel = DaemonChannel(daemon.tcp, OPERATOR_TOKEN)
     call = asyncio.create_task(channel.call(channel.instances.GetInstance, GetInstanceRequest(uid="stuck"), T))
     await daemon.instances.called.wait()
@@ -391,7 +391,7 @@ async def test_a_call_whose_channel_is_closed_ends_as_unreachable(daemon: Daemon
     assert caught.value.reason == "UNREACHABLE"
 
 
-async def test_a_caller_that_is_cancelled_is_cancelled(daemon: Daemon, operator: DaemonChannel) -> None:
+async def test_cancelled_caller_stays_cancelled(daemon: Daemon, operator: DaemonChannel) -> None:
     call = asyncio.create_task(operator.call(operator.instances.GetInstance, GetInstanceRequest(uid="stuck"), T))
     await daemon.instances.called.wait()
     call.cancel()

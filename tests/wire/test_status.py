@@ -1,4 +1,4 @@
-"""The error table, both ways: what a daemon raises is what its caller catches."""
+"""The error table: a caller catches the error that the daemon raised."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def as_caught(error: HibernodeError) -> HibernodeError:
     return from_rpc_error(failed_call(status.code, status.details, trailer_of(status)))
 
 
-def test_the_table_is_whole() -> None:
+def test_every_error_class_has_a_code() -> None:
     kinds = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert kinds == set(TABLE)
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_each_kind_travels(name: str) -> None:
+def test_each_error_class_round_trips(name: str) -> None:
     kind: type[HibernodeError] = getattr(errors, name)
     raised = kind("HOST_MEMORY_SHORT", "3 GiB are missing; stop an instance", node="node-7", missing_bytes=3 << 30)
     assert code_of(raised) is grpc.StatusCode[TABLE[name]]
@@ -79,7 +79,7 @@ def test_each_kind_travels(name: str) -> None:
     assert (caught.reason, caught.message, caught.metadata) == (raised.reason, raised.message, raised.metadata)
 
 
-def test_each_code_stands_for_one_kind() -> None:
+def test_each_code_has_one_error_class() -> None:
     assert len(set(CODE_OF_CLASS.values())) == len(CODE_OF_CLASS)
 
 
@@ -115,7 +115,7 @@ def test_a_long_error_still_fits_into_the_trailers() -> None:
         (grpc.StatusCode.UNKNOWN, HibernodeError, "UNKNOWN"),
     ],
 )
-def test_grpcs_own_failures_become_ours(code: grpc.StatusCode, kind: type[HibernodeError], reason: str) -> None:
+def test_grpcs_own_failures_are_translated(code: grpc.StatusCode, kind: type[HibernodeError], reason: str) -> None:
     with pytest.raises(HibernodeError) as caught, translated_errors("127.0.0.1:8611"):
         raise failed_call(code, "")
     assert (type(caught.value), caught.value.reason) == (kind, reason)
@@ -123,17 +123,17 @@ def test_grpcs_own_failures_become_ours(code: grpc.StatusCode, kind: type[Hibern
 
 
 @pytest.mark.parametrize("trailer", [b"\xff\xff not a status", status_pb2.Status(code=5).SerializeToString()])
-def test_a_rich_status_that_makes_no_sense_counts_as_none(trailer: bytes) -> None:
+def test_bad_rich_status_is_ignored(trailer: bytes) -> None:
     caught = from_rpc_error(failed_call(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", trailer))
     assert (type(caught), caught.message) == (ExhaustedError, "too many")
 
 
-def test_error_info_of_another_domain_is_not_ours() -> None:
+def test_error_info_of_another_domain_is_ignored() -> None:
     status = to_status(PreconditionError("INSTANCE_BUSY", "busy"))
     status.details[0].value = status.details[0].value.replace(b"hibernode", b"elsewhere")
     assert from_status(status).reason == "FAILED_PRECONDITION"
 
 
-def test_other_exceptions_pass_untouched() -> None:
+def test_other_exceptions_pass_unchanged() -> None:
     with pytest.raises(KeyError), translated_errors():
         raise KeyError("uid")

@@ -1,4 +1,4 @@
-"""Tokens and token files: who they stand for, and that they are nowhere to be read."""
+"""Tokens and token files: their principals, and that no output shows them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OLGA = Principal("olga", Role.OPERATOR)
 TOKEN = "operator-token-0123456789"
 
 
-def test_each_token_stands_for_one_principal() -> None:
+def test_each_token_has_one_principal() -> None:
     table = TokenTable(
         [(TOKEN, OLGA), *node_tokens({"node-1": "first-node-token-123", "node-2": "second-node-token-1"})]
     )
@@ -27,13 +27,13 @@ def test_each_token_stands_for_one_principal() -> None:
         assert table.principal_of(guess) is None
 
 
-def test_an_empty_table_admits_nobody() -> None:
+def test_empty_table_admits_no_caller() -> None:
     with pytest.raises(UnauthenticatedError):
         TokenTable([]).authenticate(bearer(TOKEN))
 
 
 @pytest.mark.parametrize("token", ["", "short"])
-def test_a_weak_token_is_refused_at_start(token: str) -> None:
+def test_short_token_is_refused(token: str) -> None:
     with pytest.raises(ConfigError) as refused:
         TokenTable([(token, OLGA)])
     assert refused.value.reason == "TOKEN_TOO_SHORT"
@@ -51,7 +51,7 @@ def test_a_table_never_shows_its_tokens() -> None:
     assert TOKEN not in repr(table) + str(vars(table))
 
 
-def test_outside_of_a_call_nobody_calls() -> None:
+def test_no_caller_outside_of_a_call() -> None:
     with pytest.raises(UnauthenticatedError):
         caller()
 
@@ -59,7 +59,7 @@ def test_outside_of_a_call_nobody_calls() -> None:
 # ---- files ----------------------------------------------------------------------------------------------------
 
 
-def test_the_first_start_makes_the_file_and_the_next_keeps_it(tmp_path: Path) -> None:
+def test_first_start_creates_the_file_and_the_next_keeps_it(tmp_path: Path) -> None:
     path = tmp_path / "token"
     previous = os.umask(0)
     try:
@@ -72,7 +72,7 @@ def test_the_first_start_makes_the_file_and_the_next_keeps_it(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_starts_at_once_agree_on_one_token(tmp_path: Path) -> None:
+def test_concurrent_starts_agree_on_one_token(tmp_path: Path) -> None:
     path = tmp_path / "token"
     with ThreadPoolExecutor(8) as starts:
         tokens = set(starts.map(lambda _: ensure_token(path), range(32)))
@@ -103,7 +103,7 @@ def test_a_file_that_holds_no_token_is_refused(tmp_path: Path, content: bytes) -
     assert refused.value.reason == "TOKEN_FILE_INVALID"
 
 
-def test_a_file_that_is_not_there_or_not_a_file(tmp_path: Path) -> None:
+def test_missing_file_or_no_regular_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as missing:
         read_token(tmp_path / "nothing")
     assert missing.value.reason == "TOKEN_FILE_UNREADABLE"

@@ -1,1 +1,1 @@
-"""The driver's checkpoint calls: worker processes, the cuda-checkpoint program, what their answers mean."""
+"""The driver's checkpoint calls: worker processes, the `cuda-checkpoint` program, and the meaning of their results."""

@@ -1,4 +1,4 @@
-"""Which checkpointer a host gets: the driver's workers, the program, or none."""
+"""Chooses the checkpointer of a host: the driver's workers, the `cuda-checkpoint` program, or none."""
 
 from __future__ import annotations
 
@@ -8,58 +8,61 @@ from typing import Protocol
 
 from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer, PoolLimits
 from agent.adapters.cuda.driver_worker_process import WorkerOptions
+from agent.adapters.cuda.result_codes import not_begun
 from agent.adapters.cuda.utility_checkpointer import UtilityCheckpointer
-from agent.adapters.freezer.limits import WORKERS_DOWN
 from agent.core.errors import UnavailableError
 from agent.core.gpus.capabilities import Capabilities
-from agent.ports import Checkpointer, CudaCall, CudaFault, CudaReply
+from agent.ports import Checkpointer, CudaCall, CudaReply
 from agent.settings import GpuSettings
 
+WORKERS_DOWN = "DRIVER_WORKERS_DOWN"
+"""Reason of a reply: no worker can be started, now or later."""
+
 SPAWN_S = 10.0
-"""What a spawn of the program may take besides its operation: cuInit took others up to 7 s on hosts with many GPUs."""
+"""Time for starting the program on top of its operation: cuInit takes up to 7 s on hosts with many GPUs."""
 
 
 class HostCheckpointer(Checkpointer, Protocol):
-    """A `Checkpointer` with its life: `start` raises HibernodeError if it can't work here; `close` ends its processes.
-    One that was never started may be asked all the same (recovery does), and says NOT_BEGUN where it can't."""
+    """A `Checkpointer` with a life cycle. `start` raises HibernodeError if it can't work on this host; `close` ends its
+    processes. `run` works without `start` (recovery relies on it): NOT_BEGUN if the driver can't be called."""
 
     async def start(self) -> None: ...
 
-    def persistence_is_off(self) -> None:
-        """Somebody has turned persistence mode off on a GPU of this host."""
+    def on_persistence_off(self) -> None:
+        """Persistence mode was turned off on a GPU of this host."""
 
     async def close(self) -> None: ...
 
 
 class NoCheckpointer:
-    """For a host whose driver can't be asked at all."""
+    """For a host whose driver has no way to checkpoint."""
 
-    def __init__(self, why: str) -> None:
-        self._why = why
+    def __init__(self, message: str) -> None:
+        self._message = message
 
     async def start(self) -> None:
         """Raises UnavailableError CHECKPOINT_API_UNAVAILABLE."""
-        raise UnavailableError("CHECKPOINT_API_UNAVAILABLE", self._why)
+        raise UnavailableError("CHECKPOINT_API_UNAVAILABLE", self._message)
 
-    def persistence_is_off(self) -> None:
-        """Nothing is restored here."""
+    def on_persistence_off(self) -> None:
+        """Does nothing: nothing is restored here."""
 
     async def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is no process to end."""
 
     async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
-        """`Checkpointer.run`: nothing is ever begun."""
-        return CudaReply((), CudaFault.NOT_BEGUN, WORKERS_DOWN, self._why) if calls else CudaReply()
+        """`Checkpointer.run`: begins nothing, replies NOT_BEGUN with DRIVER_WORKERS_DOWN."""
+        return not_begun(WORKERS_DOWN, self._message) if calls else CudaReply()
 
 
-def choose(
+def choose_checkpointer(
     capabilities: Capabilities,
     settings: GpuSettings,
     on_stuck: Callable[[Sequence[str]], None] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> HostCheckpointer:
-    """The one that `capabilities` found fit. `on_stuck` gets the GPUs whose operation survived SIGKILL: cordon them.
-    `environment` decides which libcuda is found (None: the agent's own)."""
+    """The checkpointer that `capabilities` names. `on_stuck` gets the uuids of GPUs whose operation survived SIGKILL:
+    cordon them. `environment` decides which libcuda is loaded; None: the agent's own environment."""
     match capabilities.checkpointer:
         case "driver":
             return DriverCheckpointer(

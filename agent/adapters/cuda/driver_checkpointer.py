@@ -1,8 +1,7 @@
 """The Checkpointer port on the driver's API (570 and newer), through a small pool of worker processes.
 
-A batch waits in a bounded queue for a free worker, runs under a hard deadline, and costs its worker the life if the
-driver does not answer in time. A lost worker is replaced with a growing pause; a slot whose workers fail again and
-again rests until somebody asks for work.
+A batch waits in a bounded queue for a free worker and runs under a hard deadline; a worker whose driver call misses it
+is killed. A lost worker is replaced after a growing pause; a slot whose workers keep failing rests until there is work.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from agent.adapters.cuda.driver_worker_process import DriverWorkerProcess, Phase, WorkerEvents, WorkerOptions
+from agent.adapters.cuda.result_codes import not_begun
 from agent.core.errors import UnavailableError
 from agent.log import get_logger
 from agent.ports import CudaAnswer, CudaCall, CudaFault, CudaReply
@@ -20,23 +20,22 @@ from agent.ports import CudaAnswer, CudaCall, CudaFault, CudaReply
 MAX_CALLS = 256
 MAX_BATCH_BYTES = 96 * 1024
 CALL_BYTES, PAIR_BYTES = 64, 96
-"""Bounds of one message to a worker, and what a call and a pair of a GPU map take of it at the most. An instance may
-have more processes than that, and all of them are asked for their state."""
+"""Bounds of one message to a worker, and the most that a call and a pair of a GPU map take of it. An instance may have
+more processes than fit into one message."""
 
 _log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
-    """`queue_length` batches may wait, each for at most `queue_timeout_s`. A slot pauses `first_backoff_s`, doubled
-    to `last_backoff_s`, between workers, and rests after `max_failures` of them in a row."""
+    """Bounds of the pool's queue and of the replacement of workers."""
 
     workers: int = 2
     queue_length: int = 256
     queue_timeout_s: float = 60.0
-    first_backoff_s: float = 0.1
+    first_backoff_s: float = 0.1  # pause before a worker is replaced; doubles up to `last_backoff_s`
     last_backoff_s: float = 10.0
-    max_failures: int = 6
+    max_failures: int = 6  # in a row, before a slot rests
 
 
 @dataclass(slots=True, eq=False)
@@ -48,7 +47,7 @@ class _Job:
     waiting: asyncio.TimerHandle | None = None
 
     def resolve(self, reply: CudaReply) -> None:
-        """The caller may have been cancelled meanwhile."""
+        """Answer the caller, unless it was cancelled meanwhile."""
         if self.waiting is not None:
             self.waiting.cancel()
         if not self.reply.done():
@@ -56,8 +55,8 @@ class _Job:
 
 
 @dataclass(slots=True, eq=False)
-class _Slot:
-    """A place for one worker: `worker` None and `respawn` None means it rests after too many failures."""
+class _WorkerSlot:
+    """A place for one worker. With `worker` None and `respawn` None it rests after too many failures."""
 
     worker: DriverWorkerProcess | None = None
     job: _Job | None = None
@@ -66,62 +65,44 @@ class _Slot:
     respawn: asyncio.TimerHandle | None = None
 
 
-@dataclass(slots=True)
-class _Bell:
-    """WakeCalls whoever waits for a change of the slots."""
-
-    waiters: list[asyncio.Future[None]] = field(default_factory=list)
-
-    def ring(self) -> None:
-        waiters, self.waiters = self.waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    async def wait(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self.waiters.append(waiter)
-        await waiter
-
-
 class DriverCheckpointer:
-    """`agent.ports.Checkpointer`. Create, `start()`, use, `close()`, all on one loop's thread."""
+    """`agent.ports.Checkpointer`. Create, `start()`, use and `close()` it on one loop's thread."""
 
     def __init__(
         self,
         options: WorkerOptions | None = None,
         limits: PoolLimits | None = None,
-        on_worker_stuck: Callable[[Sequence[str]], None] | None = None,
+        on_stuck: Callable[[Sequence[str]], None] | None = None,
     ) -> None:
-        """`on_worker_stuck` gets the uuids of the GPUs whose operation survived SIGKILL: cordon them."""
+        """`on_stuck` gets the uuids of the GPUs whose operation survived SIGKILL: cordon them."""
         self._options = options or WorkerOptions()
         self._limits = limits or PoolLimits()
-        self._on_worker_stuck = on_worker_stuck
+        self._on_stuck = on_stuck
         self.init_before_restore = self._options.init_before_restore
-        self._slots = [_Slot() for _ in range(self._limits.workers)]
+        self._slots = [_WorkerSlot() for _ in range(self._limits.workers)]
         self._queue: deque[_Job] = deque()
-        self._bell = _Bell()
+        self._changed = asyncio.Event()  # set, and replaced, at each change of the slots
         self._closed = False
         self._ever_ready = False
         self._events = WorkerEvents(self._on_ready, self._on_answered, self._on_gone)
 
     async def start(self) -> None:
-        """Spawn the workers; returns when one is ready. Raises UnavailableError CHECKPOINT_API_UNAVAILABLE."""
+        """Spawn the workers; return when one is ready. Raises UnavailableError CHECKPOINT_API_UNAVAILABLE."""
         for slot in self._slots:
             self._spawn(slot)
-        while not any(self._usable(slot) for slot in self._slots):
+        while not any(self._is_up(slot) for slot in self._slots):
             if all(slot.last_error for slot in self._slots):
                 await self.close()
                 raise UnavailableError(
                     "CHECKPOINT_API_UNAVAILABLE",
                     f"no driver worker could be started: {self._slots[0].last_error}",
                 )
-            await self._bell.wait()
+            await self._changed.wait()
 
     async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
-        """`Checkpointer.run`. Reasons with NOT_BEGUN: DRIVER_QUEUE_FULL, DRIVER_BUSY, DRIVER_WORKERS_DOWN; with
-        LOST and STUCK: DRIVER_OPERATION_LOST. What does not fit into one message is done in several, each with its
-        `deadline_s`; what is not begun of a later one makes the whole LOST."""
+        """`Checkpointer.run`. Reasons with NOT_BEGUN: DRIVER_QUEUE_FULL, DRIVER_BUSY, DRIVER_WORKERS_DOWN; with LOST
+        and STUCK: DRIVER_OPERATION_LOST. Calls that do not fit into one message are sent in several, each with its own
+        `deadline_s`; if a later one is not begun, the whole reply is LOST."""
         answers: tuple[CudaAnswer, ...] = ()
         for part in _messages(calls):
             reply = await self._run(part, deadline_s, gpu_uuids)
@@ -136,28 +117,28 @@ class DriverCheckpointer:
 
     async def _run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str]) -> CudaReply:
         if self._closed:
-            return _not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping")
+            return not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping")
         if len(self._queue) >= self._limits.queue_length:
-            return _not_begun("DRIVER_QUEUE_FULL", f"{len(self._queue)} operations wait for the driver already")
+            return not_begun("DRIVER_QUEUE_FULL", f"{len(self._queue)} operations already wait for the driver")
         loop = asyncio.get_running_loop()
         job = _Job(calls, deadline_s, gpu_uuids, loop.create_future())
         self._queue.append(job)
         self._dispatch()
         if not job.reply.done() and job in self._queue:
             self._revive()
-            job.waiting = loop.call_later(self._limits.queue_timeout_s, self._give_up, job)
+            job.waiting = loop.call_later(self._limits.queue_timeout_s, self._expire, job)
         try:
             return await job.reply
         finally:
             if job in self._queue:  # the caller was cancelled before a worker took it
                 self._queue.remove(job)
-                job.resolve(_not_begun("DRIVER_BUSY", "cancelled"))
+                job.resolve(not_begun("DRIVER_BUSY", "cancelled"))
 
     async def close(self) -> None:
-        """Kill the workers and wait until they are reaped or abandoned (bounded by their kill timeout)."""
+        """Kill the workers and wait until they are reaped or abandoned; their kill timeout bounds the wait."""
         self._closed = True
         while self._queue:
-            self._queue.popleft().resolve(_not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping"))
+            self._queue.popleft().resolve(not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping"))
         for slot in self._slots:
             if slot.respawn is not None:
                 slot.respawn.cancel()
@@ -165,18 +146,11 @@ class DriverCheckpointer:
             if slot.worker is not None:
                 slot.worker.kill("the agent is stopping")
         while any(slot.worker is not None for slot in self._slots):
-            await self._bell.wait()
+            await self._changed.wait()
 
-    def persistence_is_off(self) -> None:
-        """From now on cuInit comes before a worker's first restore, which would kill its target otherwise."""
+    def on_persistence_off(self) -> None:
+        """From now on cuInit precedes a worker's first restore: without it the restore would kill its target."""
         self.init_before_restore = True
-
-    @property
-    def worker_pids(self) -> Sequence[int]:
-        """Pids of the live workers (for status pages and tests)."""
-        return [slot.worker.pid for slot in self._slots if slot.worker is not None]
-
-    # ---- jobs -------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
         for slot in self._slots:
@@ -190,28 +164,26 @@ class DriverCheckpointer:
                     if job.waiting is not None:
                         job.waiting.cancel()
 
-    def _give_up(self, job: _Job) -> None:
+    def _expire(self, job: _Job) -> None:
         if job in self._queue:
             self._queue.remove(job)
             waited_s = self._limits.queue_timeout_s
-            job.resolve(_not_begun("DRIVER_BUSY", f"no driver worker became free within {waited_s:g} s"))
+            job.resolve(not_begun("DRIVER_BUSY", f"no driver worker became free within {waited_s:g} s"))
 
     def _fail_queue_if_down(self) -> None:
-        """Nobody will come for the queue: every slot rests, or no worker has ever found a usable driver here."""
+        """Fail the queued jobs if every slot rests, or no worker has ever found a usable driver."""
         resting = all(slot.worker is None and slot.respawn is None for slot in self._slots)
         never = not self._ever_ready and all(slot.last_error for slot in self._slots)
         if not resting and not never:
             return
         error = next((slot.last_error for slot in self._slots if slot.last_error), "")
         while self._queue:
-            self._queue.popleft().resolve(_not_begun("DRIVER_WORKERS_DOWN", f"driver workers fail to start: {error}"))
+            self._queue.popleft().resolve(not_begun("DRIVER_WORKERS_DOWN", f"driver workers fail to start: {error}"))
 
-    # ---- workers ----------------------------------------------------------------------------------------------
-
-    def _usable(self, slot: _Slot) -> bool:
+    def _is_up(self, slot: _WorkerSlot) -> bool:
         return slot.worker is not None and slot.worker.phase in (Phase.IDLE, Phase.BUSY)
 
-    def _spawn(self, slot: _Slot) -> None:
+    def _spawn(self, slot: _WorkerSlot) -> None:
         slot.respawn = None
         try:
             slot.worker = DriverWorkerProcess(self._options, self._events)
@@ -219,12 +191,12 @@ class DriverCheckpointer:
             self._failed(slot, f"a worker can't be spawned ({error})")
 
     def _revive(self) -> None:
-        """One attempt for the slots that rest, since there is work."""
+        """Give the resting slots one attempt, because there is work."""
         for slot in self._slots:
             if slot.worker is None and slot.respawn is None:
                 self._spawn(slot)
 
-    def _failed(self, slot: _Slot, error: str) -> None:
+    def _failed(self, slot: _WorkerSlot, error: str) -> None:
         slot.failures += 1
         slot.last_error = error
         limits = self._limits
@@ -238,7 +210,7 @@ class DriverCheckpointer:
     def _on_ready(self, worker: DriverWorkerProcess) -> None:
         self._ever_ready = True
         self._dispatch()
-        self._bell.ring()
+        self._notify()
 
     def _on_answered(self, worker: DriverWorkerProcess, answers: Sequence[CudaAnswer]) -> None:
         slot = self._slot_of(worker)
@@ -257,16 +229,20 @@ class DriverCheckpointer:
         if job is not None:
             fault = CudaFault.STUCK if stuck else CudaFault.LOST
             job.resolve(CudaReply((), fault, "DRIVER_OPERATION_LOST", error))
-            if stuck and self._on_worker_stuck is not None:
-                self._on_worker_stuck(job.gpu_uuids)
-        self._bell.ring()
+            if stuck and self._on_stuck is not None:
+                self._on_stuck(job.gpu_uuids)
+        self._notify()
 
-    def _slot_of(self, worker: DriverWorkerProcess) -> _Slot:
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _slot_of(self, worker: DriverWorkerProcess) -> _WorkerSlot:
         return next(slot for slot in self._slots if slot.worker is worker)
 
 
 def _messages(calls: Sequence[CudaCall]) -> Iterator[list[CudaCall]]:
-    """The calls in order, in parts that fit into a message."""
+    """Split the calls, in order, into parts that fit into one message."""
     part: list[CudaCall] = []
     room = MAX_BATCH_BYTES
     for call in calls:
@@ -278,7 +254,3 @@ def _messages(calls: Sequence[CudaCall]) -> Iterator[list[CudaCall]]:
         room -= size
     if part:
         yield part
-
-
-def _not_begun(reason: str, message: str) -> CudaReply:
-    return CudaReply((), CudaFault.NOT_BEGUN, reason, message)

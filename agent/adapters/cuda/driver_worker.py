@@ -1,14 +1,14 @@
-"""The process that calls libcuda's checkpoint functions. A stand-alone script: it imports nothing of the agent.
+"""The process that calls libcuda's checkpoint functions. A stand-alone script: it imports nothing from the agent.
 
 A call into the driver can hang in the kernel for ever, so it is made in a process that can be killed and replaced.
-Started by `driver_worker_process.py` as `python -I -S driver_worker.py <socket fd> <parent pid>`; the
-socket is SOCK_SEQPACKET, one JSON message each way:
+`driver_worker_process.py` starts it as `python -I -S driver_worker.py <socket fd> <parent pid>`. The socket is
+SOCK_SEQPACKET, one JSON message each way:
 
     worker, once:  {"hello": <cuDriverGetVersion>, "error": ""}
-    agent:         {"id": n, "calls": [[op, pid, timeout_ms, [[old_uuid, new_uuid], ...]], ...]}
+    agent:         {"id": n, "init": bool, "calls": [[op, pid, timeout_ms, [[old_uuid, new_uuid], ...]], ...]}
     worker:        {"id": n, "answers": [[code, state_code, state, microseconds], ...]}
 
-The answers end at the first failure; after one the state is read again. `state_code` and `state` are the result and
+The answers end at the first failure, after which the state is read again. `state_code` and `state` are the result and
 the value of a get-state, -1 where none was made. Ops: 0 state, 1 lock, 2 checkpoint, 3 restore, 4 unlock.
 """
 
@@ -27,7 +27,7 @@ from collections.abc import Callable
 STATE, LOCK, CHECKPOINT, RESTORE, UNLOCK = range(5)
 CHECKPOINT_API_VERSION = 12080  # the CUDA version that made the functions public (driver 570)
 ARGS_BYTES = 64  # every args struct of the checkpoint functions (cuda.h)
-MAPS_SINCE = 13000  # CUDA 13.0 (driver 580): restore reads gpuPairs; before, the field is reserved and nobody looks
+MAPS_SINCE = 13000  # CUDA 13.0 (driver 580): restore reads gpuPairs; older drivers ignore the field
 NOT_FOUND = 500
 NOT_SUPPORTED = 801
 PR_SET_PDEATHSIG = 1
@@ -69,7 +69,7 @@ def uuid_bytes(text: str) -> bytes:
 
 
 class LibCuda:
-    """libcuda.so.1, and the checkpoint functions that cuGetProcAddress gives."""
+    """libcuda.so.1 and the checkpoint functions that cuGetProcAddress returns."""
 
     def __init__(self) -> None:
         try:
@@ -84,8 +84,8 @@ class LibCuda:
         self._functions = {op: self._resolve(symbol) for op, symbol in SYMBOLS.items()}
 
     def _resolve(self, symbol: bytes) -> Callable[..., int]:
-        """A function by its base name. Drivers 550 and 555 answer success with a null pointer for what they do not
-        know, so it is the pointer that is tested."""
+        """Look up a function by its base name. Drivers 550 and 555 report success with a null pointer for unknown
+        names, so the pointer is tested."""
         pointer = ctypes.c_void_p(None)
         arguments = [symbol, ctypes.byref(pointer), ctypes.c_int(CHECKPOINT_API_VERSION), ctypes.c_uint64(0)]
         try:
@@ -116,7 +116,7 @@ class LibCuda:
         return self._call(UNLOCK, pid, (ctypes.c_ubyte * ARGS_BYTES)())
 
     def restore(self, pid: int, pairs: list[list[str]]) -> int:
-        """A restore needs persistence mode, or cuInit in this process before: done late, since it costs seconds."""
+        """Restore, after cuInit if `must_init`: without persistence mode a restore needs it, and it costs seconds."""
         if pairs and self.version < MAPS_SINCE:
             return NOT_SUPPORTED
         if self.must_init and not self._initialized:
@@ -139,7 +139,8 @@ class LibCuda:
 
 
 def perform(driver: LibCuda, op: int, pid: int, timeout_ms: int, pairs: list[list[str]]) -> list[int]:
-    """One call: its result code, the state's code and value (-1 where not read), the microseconds inside libcuda."""
+    """Make one call. Returns its result code, the state's code and value (-1: not read), and the microseconds it
+    took."""
     begin = time.perf_counter_ns()
     state_code = state = NO_STATE
     if op == STATE:
@@ -155,14 +156,14 @@ def perform(driver: LibCuda, op: int, pid: int, timeout_ms: int, pairs: list[lis
         code = driver.unlock(pid)
     elapsed_us = (time.perf_counter_ns() - begin) // 1000
     if op == STATE and code in NOT_CUDA:
-        code = 0  # an answer, not a failure: the batch goes on
+        code = 0  # "no CUDA" is an answer, not a failure: the batch goes on
     elif op != STATE and code != 0:
         state_code, state = driver.state(pid)
     return [code, state_code, state, elapsed_us]
 
 
 def run_batch(driver: LibCuda, calls: list[tuple[int, int, int, list[list[str]]]]) -> list[list[int]]:
-    """The calls in order, to the first failure inclusive."""
+    """Make the calls in order, up to and including the first failure."""
     answers: list[list[int]] = []
     for op, pid, timeout_ms, pairs in calls:
         answers.append(perform(driver, op, pid, timeout_ms, pairs))
@@ -188,12 +189,11 @@ def serve(channel: socket.socket) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Die with the agent: the parent is compared after the request, for it may have died before."""
+    """Arrange to die with the agent, then serve. The parent may have died before PR_SET_PDEATHSIG, so it is
+    compared."""
     descriptor, parent = int(arguments[0]), int(arguments[1])
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    resource.setrlimit(
-        resource.RLIMIT_CORE, (0, 0)
-    )  # a crash of libcuda must not fill the root directory, over and over
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # crashes of libcuda must not fill the root directory
     if os.getppid() != parent:
         return 1
     channel = socket.socket(fileno=descriptor)

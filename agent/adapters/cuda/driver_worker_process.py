@@ -1,7 +1,7 @@
-"""One driver worker: the subprocess, its socket, and the one batch it is working on.
+"""One driver worker: the subprocess, its socket, and the batch it works on.
 
-The owner (`checkpointer_driver.py`) gives it batches one at a time and learns of three things by callback: it is
-ready, it answered, it is gone. Everything runs on the loop's thread: PDEATHSIG follows the thread that spawns.
+Its owner (`driver_checkpointer.py`) submits one batch at a time and learns by callback that the worker is ready, has
+answered, or is gone. Everything runs on the loop's thread, because PDEATHSIG follows the thread that spawns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = get_logger()
 
 
 class Phase(Enum):
-    """STARTING until the hello; ENDING from the kill or the end of the socket until the process is reaped."""
+    """STARTING until the hello; ENDING from the kill, or the end of the socket, until the process is reaped."""
 
     STARTING = "STARTING"
     IDLE = "IDLE"
@@ -41,11 +41,10 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """How a worker is spawned. `environment` decides which libcuda it finds (None: the agent's own).
-    `init_before_restore`: persistence mode is off, so cuInit is called before its first restore."""
+    """How a worker is spawned."""
 
-    environment: Mapping[str, str] | None = None
-    init_before_restore: bool = False
+    environment: Mapping[str, str] | None = None  # decides which libcuda it loads; None: the agent's own
+    init_before_restore: bool = False  # persistence mode is off, so cuInit precedes its first restore
     start_timeout_s: float = 30.0
     kill_timeout_s: float = 5.0
     script: Path = WORKER_SCRIPT
@@ -54,7 +53,7 @@ class WorkerOptions:
 
 @dataclass(frozen=True, slots=True)
 class WorkerEvents:
-    """What the owner is told. `gone(worker, stuck, error)`: `stuck` = it survived SIGKILL and is abandoned."""
+    """Callbacks to the owner. `gone(worker, stuck, error)`: with `stuck` it survived SIGKILL and is abandoned."""
 
     ready: Callable[[DriverWorkerProcess], None]
     answered: Callable[[DriverWorkerProcess, Sequence[CudaAnswer]], None]
@@ -62,10 +61,10 @@ class WorkerEvents:
 
 
 class DriverWorkerProcess:
-    """A running worker. Never raises after construction: what goes wrong ends in `gone`."""
+    """A running worker. Never raises after construction: every failure ends in `gone`."""
 
     def __init__(self, options: WorkerOptions, events: WorkerEvents) -> None:
-        """Spawn it, from the loop's thread. Raises OSError where no process can be made."""
+        """Spawn it, on the loop's thread. Raises OSError if no process can be made."""
         self.phase = Phase.STARTING
         self.cuda_version = 0
         self._options = options
@@ -94,7 +93,7 @@ class DriverWorkerProcess:
         )
 
     def _command(self, descriptor: int) -> list[str]:
-        # -I and -S: nothing of the user's Python environment gets into a root process that talks to the driver.
+        # -I and -S keep the user's Python environment out of a root process that talks to the driver.
         return [sys.executable, "-I", "-S", str(self._options.script), str(descriptor), str(os.getpid())]
 
     def _spawn_arguments(self, other: socket.socket) -> dict[str, Any]:
@@ -105,20 +104,16 @@ class DriverWorkerProcess:
             "stdout": subprocess.DEVNULL,
             "env": dict(environment),
             "cwd": "/",
-            "start_new_session": True,  # a terminal's Ctrl-C is for the agent to handle
+            "start_new_session": True,  # the agent handles a terminal's Ctrl-C
         }
 
     @property
     def pid(self) -> int:
-        """Of the subprocess."""
         return self._process.pid
 
     def submit(self, calls: Sequence[CudaCall], deadline_s: float, *, init: bool = False) -> bool:
-        """Give an IDLE worker a batch; it is killed if no answer has come `deadline_s` later. `init`: persistence mode
-        is off, so cuInit comes before its first restore.
-
-        False: it has died meanwhile, nothing was begun, and `gone` follows.
-        """
+        """Send an IDLE worker a batch; it is killed if no answer comes within `deadline_s`. With `init` cuInit precedes
+        its first restore. False if the worker has died meanwhile: nothing was begun, and `gone` follows."""
         assert self.phase is Phase.IDLE
         self._message_id += 1
         rows = [[OP_NUMBERS[c.op], c.pid, c.timeout_ms, c.gpu_map] for c in calls]
@@ -126,19 +121,19 @@ class DriverWorkerProcess:
             self._channel.send(json.dumps({"id": self._message_id, "init": init, "calls": rows}).encode())
         except OSError as error:
             self._loop.call_soon(self.kill, f"the worker takes no message ({error})")
-            self.phase = Phase.BUSY  # for nobody: it must not be given the next one
+            self.phase = Phase.BUSY  # it must not get the next batch
             return False
         self.phase = Phase.BUSY
         self._calls = calls
         self._timer = self._loop.call_later(deadline_s, self.kill, f"the driver did not answer within {deadline_s:g} s")
         return True
 
-    def kill(self, why: str) -> None:
-        """End it; `gone` follows when it is reaped, or has not died in `kill_timeout_s`. Idempotent."""
+    def kill(self, error: str) -> None:
+        """End the process; `gone` follows when it is reaped or has survived `kill_timeout_s`. Idempotent."""
         if self.phase in (Phase.ENDING, Phase.GONE):
             return
         self.phase = Phase.ENDING
-        self._error = why
+        self._error = error
         self._close_channel()
         self._process.send_signal(self._options.kill_signal)
         self._loop.add_reader(self._pidfd, self._on_exit)
@@ -149,7 +144,7 @@ class DriverWorkerProcess:
             message = self._channel.recv(MAX_MESSAGE_BYTES)
         except BlockingIOError:
             return
-        except ConnectionResetError:  # it died with our message unread
+        except ConnectionResetError:  # it died before it read our message
             self.kill(ENDED)
             return
         except OSError as error:
@@ -180,20 +175,20 @@ class DriverWorkerProcess:
             self._events.answered(self, answers)
 
     def _on_exit(self) -> None:
-        """Dead: collect its status. One that was abandoned before ends here too, late and unnoticed."""
+        """Reap the dead process. One that was abandoned before ends here too, without a callback."""
         self._timer.cancel()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         code = self._process.wait()
-        if self._error == ENDED and code < 0:  # libcuda crashed, or somebody killed it
+        if self._error == ENDED and code < 0:  # libcuda crashed, or another process killed it
             self._error = f"{ENDED}: {Signals(-code).name}"
         if self.phase is not Phase.GONE:
             self.phase = Phase.GONE
             self._events.gone(self, False, self._error)
 
     def _on_stuck(self) -> None:
-        """SIGKILL has not ended it: it sits in the kernel. Nobody waits for it any longer."""
-        if self._process.poll() is not None:  # dead, and its reader's turn comes in this very round of the loop
+        """Abandon a process that survives SIGKILL: it is stuck in the kernel."""
+        if self._process.poll() is not None:  # dead; its reader runs in this iteration of the loop
             self._on_exit()
             return
         _log.error("driver.worker_stuck", pid=self.pid, error=self._error)
@@ -201,14 +196,14 @@ class DriverWorkerProcess:
         self._events.gone(self, True, self._error)
 
     def _close_channel(self) -> None:
-        """First the reader: a socket at its end is readable for ever and would spin the loop."""
+        """Remove the reader first: a socket at its end stays readable and would spin the loop."""
         self._timer.cancel()
         self._loop.remove_reader(self._channel.fileno())
         self._channel.close()
 
 
 def _read_answers(calls: Sequence[CudaCall], rows: Sequence[Sequence[int]]) -> list[CudaAnswer]:
-    """Raises ValueError for what is no answer to the calls: fewer than there are end with a failure."""
+    """Pair the answers with their calls. Raises ValueError for a wrong number: only a failure may end them early."""
     if not 0 < len(rows) <= len(calls) or (len(rows) < len(calls) and rows[-1][0] == 0):
         raise ValueError(f"{len(rows)} answers to {len(calls)} calls")
     return [

@@ -1,7 +1,7 @@
-"""Which processes of an instance use CUDA, each held so that its pid can't come to mean another process.
+"""Finds the processes of an instance that use CUDA and holds a pidfd of each, so that a reused pid is noticed.
 
-There is no list of CUDA processes to read: every process of the instance is asked for its state, one without CUDA
-answers NONE, and the listing is repeated until it stays the same, since it races with forks (facts 4).
+The driver has no list of CUDA processes: every process of the instance is asked for its state, one without CUDA answers
+NONE. Listings race with forks, so they are repeated until two agree (agent/docs/facts/gpu-checkpoint.md, section 4).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ BUSY = frozenset({CudaState.CHECKPOINTING, CudaState.RESTORING})
 """States that change by themselves."""
 
 MAX_LISTINGS = 5
-"""Listings of one discovery before it is said that the processes do not stop changing."""
+"""Listings of one discovery before it fails with PROCESSES_CHANGE."""
 
-MAX_QUESTIONS = 64
-"""Processes asked for their state in one message: an instance may have hundreds, most of them without CUDA."""
+MAX_STATES_PER_BATCH = 64
+"""Processes per batch of STATE calls: an instance may have hundreds, most of them without CUDA."""
 
 CHANGING = "PROCESSES_CHANGE"
 UNREADABLE = "PROCESSES_UNREADABLE"
@@ -36,7 +36,7 @@ Pids = Callable[[Handle], Awaitable[Sequence[int]]]
 
 @dataclass(frozen=True, slots=True)
 class CudaProcess:
-    """A process with CUDA. While `pidfd` is not readable it lives, and `pid` is its number and nobody else's."""
+    """A process that uses CUDA. While `pidfd` is not readable the process lives, and `pid` names no other one."""
 
     pid: int
     start_time: int
@@ -46,12 +46,11 @@ class CudaProcess:
 
 @dataclass(frozen=True, slots=True)
 class CudaProcessList:
-    """What a discovery gave: the CUDA processes and all pids of the instance, or why it failed (`failure`: the
-    driver's reply, or None with `reason`)."""
+    """Result of a discovery: the CUDA processes, or why it failed."""
 
     processes: tuple[CudaProcess, ...] = ()
-    pids: frozenset[int] = frozenset()
-    failure: CudaReply | None = None
+    pids: frozenset[int] = frozenset()  # all of the instance
+    failure: CudaReply | None = None  # the driver's reply, if that is the reason
     reason: str = ""
     message: str = ""
 
@@ -60,15 +59,15 @@ class CudaProcessList:
         return not self.reason
 
     @property
-    def not_begun(self) -> bool:
-        """Nobody could ask, or they did not stop changing: it says nothing about the processes."""
-        asked = self.failure is None or self.failure.fault is not CudaFault.NOT_BEGUN
-        return self.reason in (CHANGING, UNREADABLE) or not asked
+    def inconclusive(self) -> bool:
+        """The failure says nothing about the processes: the driver could not be called, or they kept changing."""
+        answered = self.failure is None or self.failure.fault is not CudaFault.NOT_BEGUN
+        return self.reason in (CHANGING, UNREADABLE) or not answered
 
 
 def open_process(pid: int, boot_id: str) -> CudaProcess | None:
-    """Hold a process of ours; None if it is gone, or if `pid` is a mere thread (the driver would take it, and kill
-    the target: NVIDIA/cuda-checkpoint issue 41). Raises OSError where it can't be looked at."""
+    """Open a pidfd of a process of the instance. Returns None if it is gone, or if `pid` is a mere thread: the driver
+    would accept it and kill the target (NVIDIA/cuda-checkpoint issue 41). Raises OSError if it can't be read."""
     identity = process_table.identify(pid, boot_id)
     if identity is None or process_table.thread_group(pid) != pid:
         return None
@@ -79,7 +78,7 @@ def open_process(pid: int, boot_id: str) -> CudaProcess | None:
 
 
 def living(processes: Iterable[CudaProcess]) -> tuple[CudaProcess, ...]:
-    """Those that have not ended."""
+    """The processes that have not ended."""
     poll = select.poll()
     every = tuple(processes)
     for process in every:
@@ -97,33 +96,33 @@ def release(processes: Iterable[CudaProcess]) -> None:
 async def read_states(
     checkpointer: Checkpointer, processes: Sequence[CudaProcess], deadline_s: float, attempts: int = 2
 ) -> CudaReply:
-    """One STATE for each process that lives. To read is harmless, so a worker that was lost by it is no reason to give
-    up. Without an error there is an answer for each; who ended meanwhile is not asked, its pid may be another's."""
+    """Make one STATE call for each living process. Reading is harmless, so a batch whose worker was lost is repeated,
+    up to `attempts` in all. A reply without an error holds one answer per process that lived when it was sent."""
     answers: list[CudaAnswer] = []
-    for start in range(0, len(processes), MAX_QUESTIONS):
-        some = processes[start : start + MAX_QUESTIONS]
-        reply = await _read_some(checkpointer, some, deadline_s)
+    for start in range(0, len(processes), MAX_STATES_PER_BATCH):
+        batch = processes[start : start + MAX_STATES_PER_BATCH]
+        reply = await _read_batch(checkpointer, batch, deadline_s)
         while reply.fault is CudaFault.LOST and attempts > 1:
             attempts -= 1
-            reply = await _read_some(checkpointer, some, deadline_s)
+            reply = await _read_batch(checkpointer, batch, deadline_s)
         answers.extend(reply.answers)
         if not reply.ok:
             return replace(reply, answers=tuple(answers))
     return CudaReply(tuple(answers))
 
 
-async def _read_some(checkpointer: Checkpointer, processes: Sequence[CudaProcess], deadline_s: float) -> CudaReply:
+async def _read_batch(checkpointer: Checkpointer, processes: Sequence[CudaProcess], deadline_s: float) -> CudaReply:
     return await checkpointer.run([CudaCall(CudaOp.STATE, process.pid) for process in living(processes)], deadline_s)
 
 
-async def calm_states(
-    checkpointer: Checkpointer, processes: Sequence[CudaProcess], deadline_s: float, patience_s: float
+async def stable_states(
+    checkpointer: Checkpointer, processes: Sequence[CudaProcess], deadline_s: float, timeout_s: float
 ) -> tuple[set[CudaState], int]:
-    """The states, once nobody is CHECKPOINTING or RESTORING any more, and the driver's time in ns. With UNKNOWN among
-    them if they can't be read, or `patience_s` have passed."""
+    """Read the states until no process is CHECKPOINTING or RESTORING. Returns them and the driver's time in ns; the
+    states are {UNKNOWN} if they can't be read or still change after `timeout_s`."""
     driver_ns = 0
     with suppress(TimeoutError):
-        async with asyncio.timeout(patience_s):
+        async with asyncio.timeout(timeout_s):
             pause_s = 0.002
             while True:
                 reply = await read_states(checkpointer, processes, deadline_s)
@@ -140,7 +139,7 @@ async def calm_states(
 
 @dataclass(frozen=True, slots=True)
 class CudaProcessFinder:
-    """Finds the CUDA processes of an instance whose cgroup is thawed. `state_deadline_s` bounds each question."""
+    """Finds the CUDA processes of an instance whose cgroup is thawed. `state_deadline_s` bounds each STATE batch."""
 
     pids: Pids
     checkpointer: Checkpointer
@@ -148,12 +147,12 @@ class CudaProcessFinder:
     state_deadline_s: float
 
     async def find(self, handle: Handle, known: Collection[CudaProcess] = ()) -> CudaProcessList:
-        """List until two listings agree. `known` are not asked again (they may be locked), and stay the caller's;
-        whoever gets the others in `CudaProcessList.processes` releases them."""
+        """List until two listings agree. `known` processes are not asked again (they may be locked) and stay the
+        caller's; the caller also releases the others in `CudaProcessList.processes`."""
         opened: dict[int, CudaProcess] = {}
         try:
             return await self._find(handle, known, opened)
-        except BaseException:  # cancelled: nobody else will close them
+        except BaseException:  # cancelled too: no one else closes them
             release(opened.values())
             raise
 
@@ -161,71 +160,69 @@ class CudaProcessFinder:
         self, handle: Handle, known: Collection[CudaProcess], opened: dict[int, CudaProcess]
     ) -> CudaProcessList:
         keep = {process.pid for process in known}
-        listed: frozenset[int] = frozenset(keep)  # with nobody but the known, the first listing agrees already
+        listed: frozenset[int] = frozenset(keep)  # if there are only known processes, the first listing already agrees
         for _ in range(MAX_LISTINGS):
             try:
                 before, listed = listed, frozenset(await self.pids(handle))
                 if before == listed and listed:
                     return CudaProcessList((*living(known), *opened.values()), listed)
-                answer = await self._ask(listed - keep, opened)
+                answer = await self._query(listed - keep, opened)
             except OSError as error:
-                answer = CudaProcessList(
-                    reason=UNREADABLE, message=f"the instance's processes can't be looked at: {error}"
-                )
+                answer = CudaProcessList(reason=UNREADABLE, message=f"the instance's processes can't be read: {error}")
             match answer:
                 case CudaProcessList():
                     release(opened.values())
                     return answer
-                case _Asked.INCOMPLETE:
-                    listed = frozenset()  # somebody ended while asked, and took the others' answers along
-                case _Asked.ALL:
+                case _QueryOutcome.INCOMPLETE:
+                    listed = frozenset()  # one ended during its call, which failed the others' too
+                case _QueryOutcome.ALL:
                     if not listed:
                         return CudaProcessList()
         release(opened.values())
         return CudaProcessList(
             pids=listed,
             reason=CHANGING,
-            message="the instance's processes did not stop changing while they were listed",
+            message="the instance's processes kept changing while they were listed",
         )
 
-    async def _ask(self, pids: Collection[int], opened: dict[int, CudaProcess]) -> CudaProcessList | _Asked:
-        """Replace `opened` by those of `pids` that have CUDA; a Found says why that was not possible."""
+    async def _query(self, pids: Collection[int], opened: dict[int, CudaProcess]) -> CudaProcessList | _QueryOutcome:
+        """Replace `opened` by those of `pids` that use CUDA; a CudaProcessList says why that failed."""
         release(opened.values())
         opened.clear()
-        asked = self._open(pids)
+        candidates = self._open(pids)
         try:
-            alive = living(asked)  # a zombie is listed too, and answers nothing
+            alive = living(candidates)  # zombies are listed, but answer nothing
             reply = await read_states(self.checkpointer, alive, self.state_deadline_s)
             if reply.fault is not CudaFault.NONE:
                 return CudaProcessList(failure=reply, reason=reply.reason, message=reply.message)
             if not reply.ok and living(alive) == alive:
                 return CudaProcessList(
-                    failure=reply, reason="STATE_UNREADABLE", message="the driver can't say the state"
+                    failure=reply, reason="STATE_UNREADABLE", message="the driver can't read the state"
                 )
             if not reply.ok:
-                return _Asked.INCOMPLETE
+                return _QueryOutcome.INCOMPLETE
             states = {answer.call.pid: answer.state or CudaState.UNKNOWN for answer in reply.answers}
-            for process in asked:
+            for process in candidates:
                 state = states.get(process.pid, CudaState.NONE)
                 if state is not CudaState.NONE:
                     opened[process.pid] = replace(process, state=state)
-            return _Asked.ALL
+            return _QueryOutcome.ALL
         finally:
-            release(process for process in asked if process.pid not in opened)
+            release(process for process in candidates if process.pid not in opened)
 
     def _open(self, pids: Collection[int]) -> list[CudaProcess]:
-        held: list[CudaProcess] = []
+        opened: list[CudaProcess] = []
         try:
             for pid in sorted(pids):
                 process = open_process(pid, self.boot_id)
                 if process is not None:
-                    held.append(process)
+                    opened.append(process)
         except OSError:
-            release(held)
+            release(opened)
             raise
-        return held
+        return opened
 
 
-class _Asked(Enum):
+class _QueryOutcome(Enum):
     ALL = auto()
     INCOMPLETE = auto()

@@ -1,7 +1,7 @@
-"""Running one short program to its end or its deadline, without ever waiting for anything else.
+"""Runs one short program to its end or its deadline.
 
-Its output is what its pipes hold when it has ended (64 KiB each): one that prints more stops at the full pipe and meets
-its deadline, and a child of it that keeps a pipe open is not waited for. All on the loop's thread, by pidfd.
+Output is what its pipes hold at its end (64 KiB each): a program that prints more blocks at the full pipe and is killed
+at its deadline; a child that keeps a pipe open is not waited for. Everything runs on the loop's thread, by pidfd.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PIPE_BYTES = 1 << 16
 
 
 class Ending(Enum):
-    """ENDED by itself; KILLED at its deadline (or by `kill`); STUCK: SIGKILL has not ended it, it is abandoned."""
+    """ENDED by itself; KILLED at its deadline or by `kill`; STUCK: it survived SIGKILL and is abandoned."""
 
     ENDED = auto()
     KILLED = auto()
@@ -30,8 +30,8 @@ class Ending(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """One run. `code` as of subprocess: negative for a signal."""
+class ProgramResult:
+    """One run. `code` as in subprocess: negative for a signal."""
 
     ending: Ending
     code: int = 0
@@ -41,14 +41,14 @@ class Ended:
 
 
 class BoundedProgram:
-    """A running program. Raises OSError at construction where it can't be started."""
+    """A running program. Construction raises OSError if it can't be started."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, kill_signal: int = SIGKILL) -> None:
         self._loop = asyncio.get_running_loop()
-        self._clock = SystemClock()  # uvloop's own time stands still within a turn and counts milliseconds
+        self._clock = SystemClock()  # uvloop's time is cached for an iteration and counts milliseconds
         self._begin_ns = self._clock.monotonic_ns()
         self._kill_signal = kill_signal
-        # Not asyncio's: with uvloop and grpc that one prints fork warnings (facts emulated-driver, pitfall 11).
+        # Not asyncio's: with uvloop and gRPC it prints fork warnings (agent/docs/facts/emulated-driver.md, pitfall 11).
         self._process = subprocess.Popen(
             list(command),
             stdin=subprocess.DEVNULL,
@@ -56,7 +56,7 @@ class BoundedProgram:
             stderr=subprocess.PIPE,
             env=dict(environment),
             cwd="/",
-            start_new_session=True,  # a terminal's Ctrl-C is for the agent to handle
+            start_new_session=True,  # the agent handles a terminal's Ctrl-C
         )
         self._ended = asyncio.Event()
         try:
@@ -70,27 +70,26 @@ class BoundedProgram:
 
     @property
     def pid(self) -> int:
-        """Of the program."""
         return self._process.pid
 
     def kill(self) -> None:
-        """It and what it started (its process group). Idempotent; `wait` then answers KILLED or STUCK."""
+        """Kill its process group. Idempotent; `wait` then returns KILLED or STUCK."""
         if not self._ended.is_set():
             self._killed = True
-            os.killpg(self.pid, self._kill_signal)  # not collected yet, so the number is still its own
+            os.killpg(self.pid, self._kill_signal)  # not reaped yet, so the pid is still its own
 
-    async def wait(self, deadline_s: float) -> Ended:
-        """Its end, at the latest KILL_TIMEOUT_S after the deadline."""
+    async def wait(self, deadline_s: float) -> ProgramResult:
+        """Wait for its end, at most KILL_TIMEOUT_S past the deadline."""
         if not await self._ends(deadline_s):
             self.kill()
             if not await self._ends(KILL_TIMEOUT_S):
                 self._close_pipes()
-                return Ended(Ending.STUCK)  # collected by `_on_exit` if it ever dies
-        output, error = _held(self._process.stdout), _held(self._process.stderr)
+                return ProgramResult(Ending.STUCK)  # `_on_exit` reaps it if it ever dies
+        output, error = _read_available(self._process.stdout), _read_available(self._process.stderr)
         self._close_pipes()
         elapsed_us = (self._clock.monotonic_ns() - self._begin_ns) // 1000
         ending = Ending.KILLED if self._killed else Ending.ENDED
-        return Ended(ending, self._process.returncode, output, error, elapsed_us)
+        return ProgramResult(ending, self._process.returncode, output, error, elapsed_us)
 
     async def _ends(self, deadline_s: float) -> bool:
         try:
@@ -103,7 +102,7 @@ class BoundedProgram:
     def _on_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self._process.wait()  # dead: this collects its status and does not block
+        self._process.wait()  # dead, so this does not block
         self._ended.set()
 
     def _close_pipes(self) -> None:
@@ -112,8 +111,8 @@ class BoundedProgram:
                 pipe.close()
 
 
-def _held(pipe: IO[bytes] | None) -> str:
-    """What lies in the pipe now."""
+def _read_available(pipe: IO[bytes] | None) -> str:
+    """What the pipe holds now, without blocking."""
     if pipe is None:
         return ""
     os.set_blocking(pipe.fileno(), False)

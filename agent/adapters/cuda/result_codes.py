@@ -1,18 +1,18 @@
-"""The words of the CUDA driver API that the freezer reads: result codes, process states, and what they mean to us.
+"""The CUDA driver API's result codes and process states that the freezer reads, and what they mean.
 
-From cuda.h (CUresult, CUprocessState) and the faults that others met (facts: gpu-checkpoint, sections 1, 2 and 7).
-The calls themselves are made in `driver_worker.py`, which knows numbers only.
+From cuda.h (CUresult, CUprocessState) and known faults (agent/docs/facts/gpu-checkpoint.md, sections 1, 2 and 7).
+`driver_worker.py` makes the calls and knows only numbers.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
 
-from agent.ports import CudaAnswer, CudaOp, CudaState
+from agent.ports import CudaAnswer, CudaFault, CudaOp, CudaReply, CudaState
 
 
 class CudaResult(IntEnum):
-    """The results that the checkpoint functions are known to give, and cuInit before a restore."""
+    """Results that the checkpoint functions, and cuInit before a restore, are known to return."""
 
     SUCCESS = 0
     INVALID_VALUE = 1
@@ -29,10 +29,10 @@ class CudaResult(IntEnum):
 
 
 NO_CUDA = frozenset({CudaResult.INVALID_VALUE, CudaResult.NOT_INITIALIZED})
-"""Answers to a get-state that mean "no CUDA in this process" (as CRIU reads them)."""
+"""Results of a get-state that mean "no CUDA in this process" (CRIU reads them the same way)."""
 
 FATAL = frozenset({CudaResult.OPERATING_SYSTEM})
-"""After these nothing the driver says about the process can be relied on: kill it."""
+"""Results after which nothing that the driver reports of the process can be trusted: kill it."""
 
 PROCESS_STATES = {
     0: CudaState.RUNNING,
@@ -46,7 +46,7 @@ PROCESS_STATES = {
 _EXPLANATIONS: dict[int, tuple[str, str]] = {
     CudaResult.INVALID_VALUE: (
         "CUDA_INVALID_VALUE",
-        "the driver rejects the arguments: a GPU map must name every GPU that the driver sees, of the same model",
+        "the driver rejects the arguments: a GPU map must name every GPU that it sees, and pair equal models",
     ),
     CudaResult.NO_DEVICE: (
         "CUDA_NO_DEVICE",
@@ -63,19 +63,19 @@ _EXPLANATIONS: dict[int, tuple[str, str]] = {
     ),
     CudaResult.ILLEGAL_STATE: (
         "CUDA_ILLEGAL_STATE",
-        "the process is not in the state that this operation needs: is somebody else freezing it?",
+        "the process is not in the state that this operation needs: does another program freeze it?",
     ),
     CudaResult.NOT_READY: (
         "CUDA_LOCK_TIMEOUT",
-        "CUDA work was still running when the lock timed out; the process runs on, the freeze is tried again",
+        "CUDA work was still running when the lock timed out; the process keeps running, the freeze is retried",
     ),
     CudaResult.NOT_PERMITTED: (
         "CUDA_NOT_PERMITTED",
-        "the driver does not permit it: turn on persistence mode (nvidia-smi -pm 1) and run the agent as root",
+        "not permitted by the driver: turn on persistence mode (nvidia-smi -pm 1) and run the agent as root",
     ),
     CudaResult.NOT_SUPPORTED: (
         "CUDA_NOT_SUPPORTED",
-        "this driver can't checkpoint what the process uses (IPC, UVM, MPS, MIG): driver 580 or newer knows most",
+        "this driver can't checkpoint what the process uses (IPC, UVM, MPS, MIG); 580 and newer support most of it",
     ),
     CudaResult.SYSTEM_NOT_READY: (
         "CUDA_SYSTEM_NOT_READY",
@@ -83,22 +83,27 @@ _EXPLANATIONS: dict[int, tuple[str, str]] = {
     ),
     CudaResult.SYSTEM_DRIVER_MISMATCH: (
         "CUDA_DRIVER_MISMATCH",
-        "libcuda and the kernel module are of different versions, as after an update of the driver: reboot",
+        "libcuda and the kernel module have different versions, as after a driver update: reboot",
     ),
 }
 
 
 def explain(answer: CudaAnswer) -> tuple[str, str]:
-    """Stable reason and a sentence for a driver's answer that is not success."""
+    """Stable reason and message for an answer of the driver that is not success."""
     reason, sentence = _EXPLANATIONS.get(
-        answer.code, (f"CUDA_ERROR_{answer.code}", "an answer of the driver that is not known to fit here")
+        answer.code, (f"CUDA_ERROR_{answer.code}", "a result code that is not expected here")
     )
     operation = answer.call.op.value.lower()
     return reason, f"{operation} of process {answer.call.pid} answered {answer.code}: {sentence}"
 
 
+def not_begun(reason: str, message: str) -> CudaReply:
+    """The reply to a batch of which nothing was begun."""
+    return CudaReply((), CudaFault.NOT_BEGUN, reason, message)
+
+
 def process_state(code: int, state: int) -> CudaState:
-    """The state that a get-state gave: its result code, and the number it wrote if that is success."""
+    """The state that a get-state returned: from its result code, and from the number it wrote if that is success."""
     if code in NO_CUDA:
         return CudaState.NONE
     if code != CudaResult.SUCCESS:
@@ -113,4 +118,4 @@ OP_NUMBERS = {
     CudaOp.RESTORE: 3,
     CudaOp.UNLOCK: 4,
 }
-"""How the operations are named in a worker's messages (`driver_worker.py` has the other half)."""
+"""The operations in a worker's messages; `driver_worker.py` has the same numbers."""

@@ -1,7 +1,7 @@
-"""Bringing processes that are left half way to one state, step by step from what the driver says they are in.
+"""Rolls back: brings processes that a failed operation left in different states to one state, step by step.
 
-This is rollback and recovery; the way forward (`freezer.py`) does not pass here. After a worker was lost the hung
-operation may still run, so then nothing counts as reached until it was read twice.
+A freeze or wake that succeeds does not come here. A hung call of a lost worker may still run later, so after a loss a
+state counts as reached only when it was read twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FIRST_PAUSE_S = 0.002
 LAST_PAUSE_S = 0.5
 
 _STEPS: Mapping[CudaState, Sequence[tuple[CudaOp, frozenset[CudaState]]]] = {
-    # All of one operation before any of the next: restore all, then unlock all (facts 4).
+    # Restore all, then unlock all (agent/docs/facts/gpu-checkpoint.md, section 4).
     CudaState.RUNNING: (
         (CudaOp.RESTORE, frozenset({CudaState.CHECKPOINTED})),
         (CudaOp.UNLOCK, frozenset({CudaState.CHECKPOINTED, CudaState.LOCKED})),
@@ -32,33 +32,23 @@ _STEPS: Mapping[CudaState, Sequence[tuple[CudaOp, frozenset[CudaState]]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class RollbackLimits:
-    """How often it is tried, all of it within the caller's deadline: `acts` times something is done about the states,
-    `failed_restores` of them may end in a restore that fails (facts 4: once more and no further), and `unreadable`
-    readings may give nothing."""
+class RollbackGoal:
+    """The state to reach, RUNNING or CHECKPOINTED, and the bounds of the attempt."""
 
-    acts: int = 3
-    failed_restores: int = 2
-    unreadable: int = 6
+    state: CudaState
+    gpu_map: tuple[tuple[str, str], ...] = ()  # (old uuid, new uuid) for the processes still to be restored
+    late_call_possible: bool = False  # a worker was lost before, so its call may still take effect
+    before_round: Callable[[], Awaitable[None]] | None = None  # makes sure that the processes' cgroup is thawed
+    max_attempts: int = 3
+    max_failed_restores: int = 2  # retry once (agent/docs/facts/gpu-checkpoint.md, section 4)
+    max_unreadable: int = 6  # readings without a result
     state_deadline_s: float = 5.0
     lock_timeout_s: float = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class RollbackGoal:
-    """Where to bring the processes: RUNNING or CHECKPOINTED, those still to be restored by `gpu_map`. `suspicious`: a
-    worker was lost before. `ask_first` makes sure that they can answer (their cgroup is thawed) before each round."""
-
-    state: CudaState
-    gpu_map: tuple[tuple[str, str], ...] = ()
-    suspicious: bool = False
-    ask_first: Callable[[], Awaitable[None]] | None = None
-    limits: RollbackLimits = RollbackLimits()
-
-
 @dataclass(slots=True)
 class RollbackResult:
-    """Where the processes are. `states` by pid as last read; `reason` says why `reached` is False."""
+    """Where the processes are: `states` by pid as last read; `reason` says why `reached` is False."""
 
     reached: bool = False
     states: dict[int, CudaState] = field(default_factory=dict)
@@ -72,133 +62,133 @@ class RollbackResult:
 
 
 async def rollback(
-    checkpointer: Checkpointer, processes: Sequence[CudaProcess], aim: RollbackGoal, deadline_s: float
+    checkpointer: Checkpointer, processes: Sequence[CudaProcess], goal: RollbackGoal, deadline_s: float
 ) -> RollbackResult:
-    """Bring all living `processes` to the aim.
-
-    Not reached: CUDA_STATE_FAILED, CUDA_STATE_UNREADABLE, CUDA_UNSETTLED, DRIVER_STUCK; only a kill is safe then.
-    """
-    settled = RollbackResult()
+    """Bring all living `processes` to the goal. If that fails, only a kill is safe; the reason is CUDA_STATE_FAILED,
+    CUDA_UNSETTLED, DRIVER_STUCK, or that of a fatal result."""
+    result = RollbackResult()
     try:
         async with asyncio.timeout(deadline_s):
-            return await _rounds(checkpointer, processes, aim, deadline_s, settled)
+            return await _rounds(checkpointer, processes, goal, deadline_s, result)
     except TimeoutError:
-        return settled.fail("CUDA_UNSETTLED", f"not all processes were {aim.state.value} within {deadline_s:g} s")
+        return result.fail("CUDA_UNSETTLED", f"not all processes were {goal.state.value} within {deadline_s:g} s")
 
 
 async def _rounds(
     checkpointer: Checkpointer,
     processes: Sequence[CudaProcess],
-    aim: RollbackGoal,
+    goal: RollbackGoal,
     deadline_s: float,
-    settled: RollbackResult,
+    result: RollbackResult,
 ) -> RollbackResult:
-    reading, pause, tried = _Reading(aim.suspicious), _Pause(), _Tried(aim.limits)
-    while not tried.enough:
-        if aim.ask_first is not None:
-            await aim.ask_first()
+    check, pause, progress = _StateCheck(goal.late_call_possible), _Pause(), _Attempts(goal)
+    while not progress.unreadable_too_often:
+        if goal.before_round is not None:
+            await goal.before_round()
         alive = living(processes)
-        reply = await read_states(checkpointer, alive, aim.limits.state_deadline_s, attempts=1)
-        settled.driver_ns += reply.driver_ns
-        settled.states = {answer.call.pid: answer.state or CudaState.UNKNOWN for answer in reply.answers}
-        match reading.judge(reply, settled, aim.state, everybody_lives=living(alive) == alive):
+        reply = await read_states(checkpointer, alive, goal.state_deadline_s, attempts=1)
+        result.driver_ns += reply.driver_ns
+        result.states = {answer.call.pid: answer.state or CudaState.UNKNOWN for answer in reply.answers}
+        match check.judge(reply, result, goal.state, all_alive=living(alive) == alive):
             case _Verdict.REACHED:
-                settled.reached = True
-                return settled
-            case _Verdict.HOPELESS:
-                return settled
-            case _Verdict.AGAIN:
+                result.reached = True
+                return result
+            case _Verdict.UNRECOVERABLE:
+                return result
+            case _Verdict.CONFIRM:
                 continue
             case _Verdict.BUSY:
-                await pause.wait()  # bounded by the deadline, not by what was tried
+                await pause.wait()  # bounded by the deadline, not by the attempts
                 continue
             case _Verdict.UNREADABLE:
-                tried.read_nothing(reply)
+                progress.record_unreadable(reply)
                 await pause.wait()
                 continue
             case _Verdict.ACT:
-                if tried.acted_enough:
+                if progress.exhausted:
                     break
-        reply = await checkpointer.run(_steps(alive, settled.states, aim), deadline_s)
-        settled.driver_ns += reply.driver_ns
-        tried.acted(reply)
+        reply = await checkpointer.run(_steps(alive, result.states, goal), deadline_s)
+        result.driver_ns += reply.driver_ns
+        progress.record(reply)
         if reply.fault is CudaFault.STUCK:
-            return settled.fail("DRIVER_STUCK", reply.message)
+            return result.fail("DRIVER_STUCK", reply.message)
         if reply.answers and reply.answers[-1].code in FATAL and living(alive) == alive:
-            return settled.fail(*explain(reply.answers[-1]))
-        reading.suspicious = reading.suspicious or reply.fault is CudaFault.LOST
-    return settled.fail("CUDA_UNSETTLED", f"{tried} not all processes are {aim.state.value}: {tried.last_failure}")
+            return result.fail(*explain(reply.answers[-1]))
+        check.late_call_possible = check.late_call_possible or reply.fault is CudaFault.LOST
+    return result.fail(
+        "CUDA_UNSETTLED", f"{progress} not all processes are {goal.state.value}: {progress.last_failure}"
+    )
 
 
 @dataclass(slots=True)
-class _Tried:
-    limits: RollbackLimits
-    acts: int = 0
+class _Attempts:
+    goal: RollbackGoal
+    attempts: int = 0
     failed_restores: int = 0
     unreadable: int = 0
     last_failure: str = ""
 
-    def read_nothing(self, reply: CudaReply) -> None:
+    def record_unreadable(self, reply: CudaReply) -> None:
         self.unreadable += 1
         self.last_failure = _failure(reply)
 
-    def acted(self, reply: CudaReply) -> None:
-        self.acts += 1
+    def record(self, reply: CudaReply) -> None:
+        self.attempts += 1
         self.last_failure = _failure(reply)
         last = reply.answers[-1] if reply.answers else None
-        # ILLEGAL_STATE: a hung one has done it meanwhile, which the next reading shows.
+        # ILLEGAL_STATE: a hung call has restored it meanwhile; the next reading shows that.
         if last and last.call.op is CudaOp.RESTORE and last.code not in (0, CudaResult.ILLEGAL_STATE):
             self.failed_restores += 1
 
     @property
-    def enough(self) -> bool:
-        return self.unreadable >= self.limits.unreadable
+    def unreadable_too_often(self) -> bool:
+        return self.unreadable >= self.goal.max_unreadable
 
     @property
-    def acted_enough(self) -> bool:
-        return self.acts >= self.limits.acts or self.failed_restores >= self.limits.failed_restores
+    def exhausted(self) -> bool:
+        return self.attempts >= self.goal.max_attempts or self.failed_restores >= self.goal.max_failed_restores
 
     def __str__(self) -> str:
-        return f"after {self.acts} attempts and {self.unreadable} readings without an answer"
+        return f"after {self.attempts} attempts and {self.unreadable} readings without an answer"
 
 
 class _Verdict(Enum):
     REACHED = auto()
     ACT = auto()
-    AGAIN = auto()
+    CONFIRM = auto()
     BUSY = auto()
     UNREADABLE = auto()
-    HOPELESS = auto()
+    UNRECOVERABLE = auto()
 
 
 @dataclass(slots=True)
-class _Reading:
-    """What a reading of the states means. `agreed` counts the readings in a row that showed the goal."""
+class _StateCheck:
+    """Decides what a reading of the states means. `agreed` counts consecutive readings that showed the goal."""
 
-    suspicious: bool
+    late_call_possible: bool
     agreed: int = 0
 
-    def judge(self, reply: CudaReply, settled: RollbackResult, goal: CudaState, everybody_lives: bool) -> _Verdict:
+    def judge(self, reply: CudaReply, result: RollbackResult, goal: CudaState, all_alive: bool) -> _Verdict:
         if reply.fault is CudaFault.STUCK:
-            settled.fail("DRIVER_STUCK", reply.message)
-            return _Verdict.HOPELESS
-        states = set(settled.states.values())
+            result.fail("DRIVER_STUCK", reply.message)
+            return _Verdict.UNRECOVERABLE
+        states = set(result.states.values())
         if reply.ok and states <= {goal}:
             self.agreed += 1
-            return _Verdict.REACHED if self.agreed > self.suspicious else _Verdict.AGAIN
+            return _Verdict.REACHED if self.agreed > self.late_call_possible else _Verdict.CONFIRM
         self.agreed = 0
-        if not reply.ok or not everybody_lives:
+        if not reply.ok or not all_alive:
             return _Verdict.UNREADABLE
         if states & {CudaState.FAILED, CudaState.UNKNOWN, CudaState.NONE}:
             names = ", ".join(sorted(state.value for state in states))
-            settled.fail("CUDA_STATE_FAILED", f"the driver says of the processes: {names}")
-            return _Verdict.HOPELESS
+            result.fail("CUDA_STATE_FAILED", f"the driver reports the states {names}")
+            return _Verdict.UNRECOVERABLE
         return _Verdict.BUSY if states & BUSY else _Verdict.ACT
 
 
 @dataclass(slots=True)
 class _Pause:
-    """Growing pauses between readings of a state that takes its time."""
+    """Growing pauses between readings of a state that changes by itself."""
 
     next_s: float = FIRST_PAUSE_S
 
@@ -207,16 +197,16 @@ class _Pause:
         self.next_s = min(self.next_s * 2, LAST_PAUSE_S)
 
 
-def _steps(processes: Sequence[CudaProcess], states: Mapping[int, CudaState], aim: RollbackGoal) -> list[CudaCall]:
-    timeout_ms = round(aim.limits.lock_timeout_s * 1000)
+def _steps(processes: Sequence[CudaProcess], states: Mapping[int, CudaState], goal: RollbackGoal) -> list[CudaCall]:
+    timeout_ms = round(goal.lock_timeout_s * 1000)
     return [
         CudaCall(
             op,
             process.pid,
             timeout_ms if op is CudaOp.LOCK else 0,
-            aim.gpu_map if op is CudaOp.RESTORE else (),
+            goal.gpu_map if op is CudaOp.RESTORE else (),
         )
-        for op, needs in _STEPS[aim.state]
+        for op, needs in _STEPS[goal.state]
         for process in processes
         if states[process.pid] in needs
     ]

@@ -1,7 +1,7 @@
-"""Calling the driver for processes that may die of it: a lock can SIGSEGV its target (facts 7, issue 58).
+"""Calls the driver for processes that may die of it: a lock can SIGSEGV its target (NVIDIA/cuda-checkpoint issue 58).
 
-The driver then may or may not answer. A dead target is noticed through its pidfd, and the caller is released after a
-short grace instead of at the operation's long deadline.
+The driver then may or may not answer. The target's pidfd shows its death, and the caller is released after a short
+grace instead of the operation's long deadline.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ async def run_watching(
     gpu_uuids: Sequence[str],
     grace_s: float = DEATH_GRACE_S,
 ) -> CudaReply:
-    """`Checkpointer.run`; LOST with CUDA_PROCESS_DIED when a process ended and no answer came within `grace_s` (the
-    worker stays busy with it until `deadline_s`)."""
+    """`Checkpointer.run`; LOST with CUDA_PROCESS_DIED if a process ended and no answer came within `grace_s` (the
+    worker stays busy until `deadline_s`)."""
     loop = asyncio.get_running_loop()
     bound = asyncio.timeout(None)
 
@@ -38,7 +38,7 @@ async def run_watching(
         async with bound:
             return await checkpointer.run(calls, deadline_s, gpu_uuids)
     except TimeoutError:
-        return CudaReply((), CudaFault.LOST, "CUDA_PROCESS_DIED", "a process ended while the driver worked on it")
+        return CudaReply((), CudaFault.LOST, "CUDA_PROCESS_DIED", "a process ended during a driver call")
     finally:
         for process in processes:
             loop.remove_reader(process.pidfd)

@@ -1,8 +1,8 @@
-"""The Checkpointer port on NVIDIA's `cuda-checkpoint` program (driver 555 and newer): one spawn an operation.
+"""The Checkpointer port on NVIDIA's `cuda-checkpoint` program (driver 555 and newer): one process per operation.
 
-For hosts whose driver has no public API yet; slow where cuInit is (0.4 to 7 s a spawn on hosts with several GPUs).
-Separate actions only: the one that does both at once can't time out the lock and takes no device map. A program
-outlives an agent that is killed, and ends what it began: recovery reads states until they stand still anyway.
+For hosts whose driver has no public API yet. Slow where cuInit is slow (0.4 to 7 s per start on hosts with several
+GPUs). Uses separate actions only: the combined action can't time out the lock and takes no device map. A program
+outlives a killed agent and completes its operation; recovery reads states until they are stable.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from agent.adapters.cuda.program_runner import KILL_TIMEOUT_S, BoundedProgram, Ended, Ending
+from agent.adapters.cuda.program_runner import KILL_TIMEOUT_S, BoundedProgram, Ending, ProgramResult
+from agent.adapters.cuda.result_codes import not_begun
 from agent.adapters.cuda.utility_program import arguments_of, error_code, find_utility, init_error, read_state
 from agent.core.errors import ConfigError, UnavailableError
 from agent.log import get_logger
@@ -25,7 +26,7 @@ _log = get_logger()
 
 
 class UtilityCheckpointer:
-    """`agent.ports.Checkpointer`. Create, `start()`, use, `close()`, all on one loop's thread."""
+    """`agent.ports.Checkpointer`. Create, `start()`, use and `close()` it on one loop's thread."""
 
     def __init__(
         self,
@@ -37,12 +38,16 @@ class UtilityCheckpointer:
         spawn_s: float = 0.0,
         on_stuck: Callable[[Sequence[str]], None] | None = None,
     ) -> None:
-        """At most `parallel` programs run at once. `environment` decides which libcuda they find (None: the agent's).
-        `spawn_s` is what a spawn may take on top of a deadline: cuInit, each time. `on_stuck` gets the GPUs of one that
-        survived SIGKILL."""
+        """Parameters:
+
+        - `parallel`: programs that run at once.
+        - `environment` decides which libcuda they load; None: the agent's own environment.
+        - `spawn_s`: time added to each deadline for the program's start (cuInit).
+        - `on_stuck` gets the uuids of the GPUs whose program survived SIGKILL.
+        """
         self._path = path
         self._environment = environment
-        self._places = asyncio.Semaphore(parallel)
+        self._permits = asyncio.Semaphore(parallel)
         self._queue_timeout_s = queue_timeout_s
         self._spawn_s = spawn_s
         self._on_stuck = on_stuck
@@ -52,7 +57,7 @@ class UtilityCheckpointer:
         self._closed = False
 
     async def start(self) -> None:
-        """Is it there, may it be trusted, does its driver know separate actions? Raises ConfigError
+        """Check that the program exists, may be trusted, and that its driver has separate actions. Raises ConfigError
         CHECKPOINT_UTILITY_INVALID, UnavailableError CHECKPOINT_UTILITY_UNAVAILABLE."""
         real, problem = find_utility(self._path)
         if real is None:
@@ -65,7 +70,9 @@ class UtilityCheckpointer:
                 "CHECKPOINT_UTILITY_INVALID", f"gpu.utility_path: {real} does not run: {error}"
             ) from error
         if ended.ending is not Ending.ENDED:
-            raise UnavailableError("CHECKPOINT_UTILITY_UNAVAILABLE", f"{real} --help did not end: is the driver well?")
+            raise UnavailableError(
+                "CHECKPOINT_UTILITY_UNAVAILABLE", f"{real} --help did not end; is the driver healthy?"
+            )
         if "--action" not in ended.output:
             raise UnavailableError(
                 "CHECKPOINT_UTILITY_UNAVAILABLE",
@@ -73,36 +80,31 @@ class UtilityCheckpointer:
             )
 
     async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
-        """`Checkpointer.run`; here `deadline_s` bounds each operation of the batch. ValueError: see `arguments_of`.
+        """`Checkpointer.run`; `deadline_s` bounds each operation of the batch. Raises ValueError as `arguments_of`.
         Reasons with NOT_BEGUN: DRIVER_QUEUE_FULL, DRIVER_BUSY, DRIVER_WORKERS_DOWN, CUDA_INIT_FAILED; with LOST and
-        STUCK: DRIVER_OPERATION_LOST, and LOST with the first ones' too if a part was done."""
-        commands = [arguments_of(call) for call in calls]  # all are checked before the first one is done
+        STUCK: DRIVER_OPERATION_LOST, and with LOST also the former if part of the batch was done."""
+        commands = [arguments_of(call) for call in calls]  # checks all before the first is run
         if not calls:
             return CudaReply()
         if self._closed:
-            return _not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping")
+            return not_begun("DRIVER_WORKERS_DOWN", "the agent is stopping")
         if self._waiting >= MAX_QUEUE:
-            return _not_begun("DRIVER_QUEUE_FULL", f"{self._waiting} operations wait for the driver already")
+            return not_begun("DRIVER_QUEUE_FULL", f"{self._waiting} operations already wait for the driver")
         batch = asyncio.create_task(self._run(calls, commands, deadline_s, gpu_uuids))
         self._batches.add(batch)
         batch.add_done_callback(self._batches.discard)
-        return await asyncio.shield(batch)  # a caller that goes away leaves no program without somebody to end it
+        return await asyncio.shield(batch)  # a cancelled caller must not orphan the program
 
-    def persistence_is_off(self) -> None:
-        """The program calls cuInit itself where the driver takes that (570 on); before, a restore kills its target."""
+    def on_persistence_off(self) -> None:
+        """Does nothing: the program calls cuInit itself where the driver supports it (570 and newer)."""
 
     async def close(self) -> None:
-        """Kill what runs and wait until it is reaped or abandoned (bounded by its kill timeout)."""
+        """Kill the running programs and wait until they are reaped or abandoned; their kill timeout bounds the wait."""
         self._closed = True
         for program in self._running:
             program.kill()
         if self._batches:
             await asyncio.wait(self._batches, timeout=KILL_TIMEOUT_S + 1)
-
-    @property
-    def program_pids(self) -> Sequence[int]:
-        """Pids of the programs that run now (for tests)."""
-        return [program.pid for program in self._running]
 
     async def _run(
         self, calls: Sequence[CudaCall], commands: Sequence[Sequence[str]], deadline_s: float, gpu_uuids: Sequence[str]
@@ -110,22 +112,22 @@ class UtilityCheckpointer:
         self._waiting += 1
         try:
             async with asyncio.timeout(self._queue_timeout_s):
-                await self._places.acquire()
+                await self._permits.acquire()
         except TimeoutError:
-            return _not_begun("DRIVER_BUSY", "too many operations are under way")
+            return not_begun("DRIVER_BUSY", "too many operations are in progress")
         finally:
             self._waiting -= 1
         try:
             return await self._perform(calls, commands, deadline_s, gpu_uuids)
         finally:
-            self._places.release()
+            self._permits.release()
 
     async def _perform(
         self, calls: Sequence[CudaCall], commands: Sequence[Sequence[str]], deadline_s: float, gpu_uuids: Sequence[str]
     ) -> CudaReply:
         answers: list[CudaAnswer] = []
         for call, arguments in zip(calls, commands, strict=True):
-            # Nothing of this operation is done where the program does not run, but what came before it is.
+            # A program that does not start leaves its own operation undone, but earlier ones are done.
             fault = CudaFault.LOST if answers else CudaFault.NOT_BEGUN
             if self._closed:
                 return CudaReply((), fault, "DRIVER_WORKERS_DOWN", "the agent is stopping")
@@ -135,14 +137,14 @@ class UtilityCheckpointer:
                 return CudaReply((), fault, "DRIVER_WORKERS_DOWN", f"cuda-checkpoint can't be started: {error}")
             if ended.ending is not Ending.ENDED:
                 return self._lost(call, ended, gpu_uuids)
-            if ended.code and (why := init_error(ended.error)):
-                return CudaReply((), fault, "CUDA_INIT_FAILED", f"cuda-checkpoint can't initialise CUDA: {why}")
+            if ended.code and (message := init_error(ended.error)):
+                return CudaReply((), fault, "CUDA_INIT_FAILED", f"cuda-checkpoint can't initialise CUDA: {message}")
             answers.append(await self._answer(call, ended, deadline_s))
             if answers[-1].code:
                 break
         return CudaReply(tuple(answers))
 
-    async def _answer(self, call: CudaCall, ended: Ended, deadline_s: float) -> CudaAnswer:
+    async def _answer(self, call: CudaCall, ended: ProgramResult, deadline_s: float) -> CudaAnswer:
         if call.op is CudaOp.STATE:
             code, state = read_state(ended.code, ended.output, ended.error)
             return CudaAnswer(call, code, state, ended.elapsed_us)
@@ -152,7 +154,7 @@ class UtilityCheckpointer:
         return CudaAnswer(call, error_code(ended.error), state, ended.elapsed_us)
 
     async def _state_of(self, pid: int, deadline_s: float) -> CudaState:
-        """After a failure; what can't be read is UNKNOWN."""
+        """The state after a failure; UNKNOWN if it can't be read."""
         try:
             again = await self._spawn(arguments_of(CudaCall(CudaOp.STATE, pid)), deadline_s)
         except OSError:
@@ -161,7 +163,7 @@ class UtilityCheckpointer:
             return CudaState.UNKNOWN
         return read_state(again.code, again.output, again.error)[1]
 
-    def _lost(self, call: CudaCall, ended: Ended, gpu_uuids: Sequence[str]) -> CudaReply:
+    def _lost(self, call: CudaCall, ended: ProgramResult, gpu_uuids: Sequence[str]) -> CudaReply:
         stuck = ended.ending is Ending.STUCK
         if stuck:
             _log.error("driver.utility_stuck", pid=call.pid, operation=call.op.value)
@@ -170,7 +172,7 @@ class UtilityCheckpointer:
         message = f"cuda-checkpoint did not end in time: {call.op.value.lower()} of process {call.pid}"
         return CudaReply((), CudaFault.STUCK if stuck else CudaFault.LOST, "DRIVER_OPERATION_LOST", message)
 
-    async def _spawn(self, arguments: Sequence[str], deadline_s: float) -> Ended:
+    async def _spawn(self, arguments: Sequence[str], deadline_s: float) -> ProgramResult:
         program = BoundedProgram([str(self._path), *arguments], self._clean_environment())
         self._running.add(program)
         try:
@@ -179,11 +181,7 @@ class UtilityCheckpointer:
             self._running.discard(program)
 
     def _clean_environment(self) -> dict[str, str]:
-        """Without LD_PRELOAD: what such libraries print gets into the output that is parsed. (What /etc/ld.so.preload
-        names stays, hence the care of `utility_program`.)"""
+        """The environment without LD_PRELOAD: preloaded libraries may print into the output that is parsed.
+        (/etc/ld.so.preload still applies; `utility_program` copes with it.)"""
         environment = os.environ if self._environment is None else self._environment
         return {name: value for name, value in environment.items() if name != "LD_PRELOAD"}
-
-
-def _not_begun(reason: str, message: str) -> CudaReply:
-    return CudaReply((), CudaFault.NOT_BEGUN, reason, message)

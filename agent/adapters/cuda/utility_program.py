@@ -1,8 +1,7 @@
-"""The words of the program `cuda-checkpoint`: the arguments it takes, the texts it answers with, and whether a file may
-be trusted to be it.
+"""The command line of `cuda-checkpoint`: its arguments and output, and whether a file may be trusted to be it.
 
-Its texts: NVIDIA/cuda-checkpoint, seen with drivers 550 to 580 (facts gpu-checkpoint, section 1). What preloaded
-libraries print gets between them, so known text is looked for anywhere, and nothing else counts.
+Texts from NVIDIA/cuda-checkpoint with drivers 550 to 580 (agent/docs/facts/gpu-checkpoint.md, section 1). Preloaded
+libraries may print between them, so known texts are searched anywhere and everything else is ignored.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from agent.ports import CudaCall, CudaOp, CudaState
 
 MAX_TIMEOUT_MS = 2**31 - 1
 UNKNOWN_ERROR = 999
-"""CUDA_ERROR_UNKNOWN: for a text that is not in the table."""
+"""CUDA_ERROR_UNKNOWN, for a text that is not in the table."""
 
 _UUID = re.compile(r"GPU-[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-_VERDICT = re.compile(
+_RESULT_TEXT = re.compile(
     r'(?:Could not (?:lock|checkpoint|restore|unlock) on|Error getting process state for) process ID \d+: "([^"\n]*)"'
 )
 _INIT_FAILED = re.compile(r'Error initializing CUDA: "([^"\n]*)"')
 _TOO_OLD = ("Insufficient driver", "Invalid option(s) or option(s) not supported by this CUDA Driver")
-"""Our arguments are checked before: an option it does not know is one that its driver does not have."""
+"""Our arguments are valid, so an unsupported option means that the driver is too old."""
 
 _CODES = {
-    # The texts of cuGetErrorString, which is all that the program prints of a result.
+    # Texts of cuGetErrorString: the program prints nothing else of a result.
     "invalid argument": CudaResult.INVALID_VALUE,
     "out of memory": CudaResult.OUT_OF_MEMORY,
     "initialization error": CudaResult.NOT_INITIALIZED,
@@ -50,7 +49,8 @@ _STATES = {
 
 
 def arguments_of(call: CudaCall) -> list[str]:
-    """The program's arguments. It does not reject bad ones itself before cuInit: raises ValueError for those."""
+    """The program's arguments for a call. Raises ValueError for invalid ones, which it would check only after
+    cuInit."""
     if call.pid <= 0 or not 0 <= call.timeout_ms <= MAX_TIMEOUT_MS:
         raise ValueError(f"pid {call.pid} or timeout {call.timeout_ms} ms is out of range")
     pid = ["--pid", str(call.pid)]
@@ -67,23 +67,23 @@ def arguments_of(call: CudaCall) -> list[str]:
 
 
 def init_error(text: str) -> str:
-    """Why cuInit failed, before anything was done to the target; "" = it did not. Not to be taken for an answer about
-    the target: `initialization error` there means that it has no CUDA."""
+    """Why cuInit failed, before anything was done to the target; "" if it did not fail. Not an answer about the target:
+    of a target, `initialization error` means that it does not use CUDA."""
     found = _INIT_FAILED.findall(text)
-    return (found[-1] or "no word") if found else ""
+    return (found[-1] or "no message") if found else ""
 
 
 def error_code(text: str) -> int:
-    """The result behind what was printed by a call that failed."""
-    verdicts = _VERDICT.findall(text)
-    if verdicts:
-        return _CODES.get(verdicts[-1], UNKNOWN_ERROR)
-    return CudaResult.NOT_SUPPORTED if any(word in text for word in _TOO_OLD) else UNKNOWN_ERROR
+    """The result code behind the output of a failed call."""
+    results = _RESULT_TEXT.findall(text)
+    if results:
+        return _CODES.get(results[-1], UNKNOWN_ERROR)
+    return CudaResult.NOT_SUPPORTED if any(marker in text for marker in _TOO_OLD) else UNKNOWN_ERROR
 
 
 def read_state(returncode: int, output: str, error: str) -> tuple[int, CudaState]:
-    """Result and state of a --get-state: the last line that is a state. A process without CUDA is an answer (code 0,
-    NONE), as for the driver's API."""
+    """Result and state of a --get-state: the last line that names a state. A process without CUDA is an answer (code 0,
+    NONE), as with the driver's API."""
     if returncode == 0:
         lines = (_STATES.get(line.strip()) for line in reversed(output.splitlines()))
         return 0, next((state for state in lines if state is not None), CudaState.UNKNOWN)
@@ -92,8 +92,8 @@ def read_state(returncode: int, output: str, error: str) -> tuple[int, CudaState
 
 
 def find_utility(path: Path) -> tuple[Path | None, str]:
-    """The program behind `path` (links followed), or None and why it is not to be run. It gets the agent's rights over
-    every process, so nobody but root and the agent's own user may be able to replace it."""
+    """The program behind `path` (links followed), or None and the reason not to run it. It gets the agent's rights over
+    every process, so only root and the agent's own user may be able to replace it."""
     try:
         real = path.resolve(strict=True)
         entry = real.stat()
@@ -101,11 +101,11 @@ def find_utility(path: Path) -> tuple[Path | None, str]:
         return None, f"there is no program {path}"
     if not path.is_absolute() or not stat.S_ISREG(entry.st_mode) or not os.access(real, os.X_OK):
         return None, f"{path} is not an executable file"
-    for place in (real, *real.parents):
-        found = place.stat()
+    for folder in (real, *real.parents):
+        found = folder.stat()
         if found.st_uid not in (0, os.geteuid()):
-            return None, f"{place} belongs to user {found.st_uid}, who could replace the program: chown root {place}"
-        # In a folder such as /tmp (sticky) others may add files, not replace ours.
-        if found.st_mode & 0o022 and not (place != real and found.st_mode & stat.S_ISVTX):
-            return None, f"{place} can be written by others, who could replace the program: chmod go-w {place}"
+            return None, f"{folder} belongs to user {found.st_uid}, who could replace the program: chown root {folder}"
+        # In a sticky folder such as /tmp others may add files but not replace ours.
+        if found.st_mode & 0o022 and not (folder != real and found.st_mode & stat.S_ISVTX):
+            return None, f"{folder} can be written by others, who could replace the program: chmod go-w {folder}"
     return real, ""

@@ -1,1 +1,1 @@
-"""What a daemon needs of its surroundings: state directory, tokens, systemd, the link to the scheduler."""
+"""What the daemons use of their host and of each other: state directory, tokens, systemd, the scheduler link."""

@@ -1,17 +1,16 @@
-"""The agent's line to the central scheduler: the load stream, and the upload of sealed usage windows.
+"""The agent's link to the central scheduler: the load stream and the upload of usage windows (`usage_upload.py`).
 
-Lifecycle changes go at once (a second change within 5 ms rides along), gauges with a heartbeat a second. One on its way
-awake is told a little later: a request waits for it on this very loop. That an instance has become busy or idle the
-scheduler knows by its own leases: it is said a few times a second. After a gap, or a new stream, everything is sent
-anew. Losing the scheduler costs nothing but freshness: the node serves on.
+Lifecycle changes are sent at once (changes within 5 ms share a message), gauges with a heartbeat per second. The
+scheduler knows from its own leases when an instance becomes busy or idle, so that is sent a few times per second. After
+a gap, or on a new stream, everything is sent again. Without the scheduler the node serves on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import replace
 
+from agent.adapters.daemon.usage_upload import UsageUpload
 from agent.core.errors import HibernodeError
 from agent.core.types import InstanceState
 from agent.host.instance.actor import Actor
@@ -19,27 +18,23 @@ from agent.host.node.observer import Observer
 from agent.log import get_logger
 from agent.ports import LedgerStore
 from agent.v1.scheduler_service_pb2 import ReportLoadRequest
-from agent.v1.usage_service_pb2 import UploadUsageWindowsRequest
 from agent.wire.clients import DaemonChannel, LoadStream
 from agent.wire.convert_snapshot import instance_load, node_load, registration
-from agent.wire.convert_usage import window_to_proto
 
 COALESCE_S = 0.005
-ON_ITS_WAY_S = 0.05
-"""WAITING_GPU and RESTORING are told so late, unless something else is told before: a short wake is one message, after
-the answer, and not one in its middle on either side (0.5 ms of the median wake on the emulated driver)."""
-LOAD_S = 0.25
-"""Busy and idle are told so late: each request makes two such edges, and a message takes as long as a request."""
+WAKE_REPORT_DELAY_S = 0.05
+"""Reports of WAITING_GPU and RESTORING are delayed by this much unless another report is sent before, so that a short
+wake is one message, after the response (saves 0.5 ms of the median wake on the emulated driver)."""
+LOAD_REPORT_DELAY_S = 0.25
+"""Delay of busy and idle reports: each request makes two such changes, and a message costs as much as a request."""
 HEARTBEAT_S = 1.0
 BACK_OFF_MIN_S = 0.1
 BACK_OFF_MAX_S = 0.5
-"""With the channel's own pause of half a second: back well within two seconds of a scheduler that has come back."""
-UPLOAD_BATCH = 500
-UPLOAD_TIMEOUT_S = 10.0
+"""With the channel's own pause of half a second, a returning scheduler is reached well within two seconds."""
 
 
 class SchedulerLink:
-    """A `StateListener` that reports. `run` goes on until cancelled, through every outage."""
+    """A `StateListener` that reports to the scheduler. `run` goes on until cancelled, through every outage."""
 
     def __init__(
         self,
@@ -52,58 +47,52 @@ class SchedulerLink:
         self._channel = channel
         self._observer = observer
         self._instances = instances
-        self._store = store
-        self._upload_interval_s = upload_interval_s
+        self.usage = UsageUpload(channel, store, upload_interval_s)
         self._changed: dict[str, Actor] = {}
-        self._said: dict[str, int] = {}  # requests inside each instance, as last reported
-        self._later: asyncio.TimerHandle | None = None
+        self._reported_in_flight: dict[str, int] = {}  # requests inside each instance, as last reported
+        self._load_timer: asyncio.TimerHandle | None = None
         self._load_due = 0.0
-        self._wake = asyncio.Event()
+        self._send_now = asyncio.Event()
         self._snapshot_due = True
         self._sequence = 0
         self._log = get_logger()
         self.connected = False
-        self._trouble = ""
-        self._name = ""  # of the credential, as the scheduler says; windows under another name are refused for good
-
-    # ---- what the node says -------------------------------------------------------------------------------------
+        self._last_error = ""
 
     def state_changed(self, actor: Actor, old: InstanceState, new: InstanceState, at: int) -> None:
-        """A life cycle change: report it at once, or soon (`ON_ITS_WAY_S`)."""
+        """Report a lifecycle change at once, or after WAKE_REPORT_DELAY_S."""
         if new in (InstanceState.WAITING_GPU, InstanceState.RESTORING):
             self._changed[actor.uid] = actor
-            asyncio.get_running_loop().call_later(ON_ITS_WAY_S, self._tell_the_rest)
+            asyncio.get_running_loop().call_later(WAKE_REPORT_DELAY_S, self._send_pending)
         else:
             self.fitness_changed(actor)
 
     def fitness_changed(self, actor: Actor) -> None:
         """Report it at once."""
         self._changed[actor.uid] = actor
-        self._wake.set()
+        self._send_now.set()
 
     def load_changed(self, actor: Actor) -> None:
-        """Report it soon (`LOAD_S`)."""
+        """Report it within LOAD_REPORT_DELAY_S."""
         self._changed[actor.uid] = actor
-        if self._later is None:
-            self._later = asyncio.get_running_loop().call_later(LOAD_S, self._tell_load)
+        if self._load_timer is None:
+            self._load_timer = asyncio.get_running_loop().call_later(LOAD_REPORT_DELAY_S, self._send_load)
 
-    def _tell_load(self) -> None:
-        self._later = None
-        self._tell_the_rest()
+    def _send_load(self) -> None:
+        self._load_timer = None
+        self._send_pending()
 
-    def _tell_the_rest(self) -> None:
+    def _send_pending(self) -> None:
         if self._changed:
-            self._wake.set()
-
-    # ---- the load stream ----------------------------------------------------------------------------------------
+            self._send_now.set()
 
     async def run(self) -> None:
         """Report and upload until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._report_for_ever(), name="report load")
-            tasks.create_task(self._upload_for_ever(), name="upload usage")
+            tasks.create_task(self._report(), name="report load")
+            tasks.create_task(self.usage.run(), name="upload usage")
 
-    async def _report_for_ever(self) -> None:
+    async def _report(self) -> None:
         pause = BACK_OFF_MIN_S
         while True:
             stream = self._channel.report_load()
@@ -115,11 +104,11 @@ class SchedulerLink:
                     reader.cancel()
                     await asyncio.gather(reader, return_exceptions=True)
             except HibernodeError as error:
-                if self.connected or error.reason != self._trouble:  # once for each cause, not at every attempt
+                if self.connected or error.reason != self._last_error:  # once per cause, not per attempt
                     event = "scheduler.lost" if self.connected else "scheduler.not_connected"
                     self._log.warning(event, reason=error.reason, message=error.message)
-                    self._trouble = error.reason
-            except Exception:  # a bug must not end the reports for good: the next stream begins with everything anew
+                    self._last_error = error.reason
+            except Exception:  # a bug must not end the reports: the next stream sends everything again
                 self._log.exception("scheduler.report_crashed")
             finally:
                 stream.close()
@@ -135,31 +124,31 @@ class SchedulerLink:
             await stream.send(self._message(now()))
             try:
                 async with asyncio.timeout_at(self._load_due):
-                    await self._wake.wait()
-                    await asyncio.sleep(COALESCE_S)  # DESIGN section 9: changes within 5 ms travel together
+                    await self._send_now.wait()
+                    await asyncio.sleep(COALESCE_S)
             except TimeoutError:
-                self._load_due = 0.0  # timers may be early by their grain
+                self._load_due = 0.0  # timers may be early by their resolution
         reader.result()
 
     async def _read(self, stream: LoadStream) -> None:
         while (answer := await stream.receive()) is not None:
             if not self.connected:
-                self.connected, self._trouble = True, ""
+                self.connected, self._last_error = True, ""
                 self._log.info("scheduler.connected", node=answer.node)
-                name, self._name = self._observer.identity.name, answer.node
+                name, self.usage.node_name = self._observer.identity.name, answer.node
                 if answer.node != name:
                     self._log.warning("scheduler.name_differs", node_name=name, registered_as=answer.node)
             if answer.resync:
                 self._snapshot_due = True
-                self._wake.set()
+                self._send_now.set()
 
     def _message(self, now: float) -> ReportLoadRequest:
-        self._wake.clear()
+        self._send_now.clear()
         self._sequence += 1
         message = ReportLoadRequest(epoch=self._observer.identity.epoch, sequence=self._sequence)
         if self._snapshot_due or now >= self._load_due:
             self._load_due = now + HEARTBEAT_S
-            self._changed.update(self._differing())
+            self._changed.update(self._load_differences())
             node = self._observer.node()
             message.load.CopyFrom(node_load(node, self._observer.awake()))
             if self._sequence == 1:
@@ -169,59 +158,19 @@ class SchedulerLink:
             message.snapshot = True
             reported = list(self._instances.values())
         else:
-            # Those that are gone too: one that fails and is cleaned up within COALESCE_S still says why.
+            # Gone ones too: one that fails and is cleaned up within COALESCE_S still reports why.
             reported = list(self._changed.values())
             message.removed_uids.extend(uid for uid in self._changed if uid not in self._instances)
         self._changed.clear()
         message.instances.extend(instance_load(self._observer.instance(actor)) for actor in reported)
-        self._said = {uid: self._said[uid] for uid in self._instances if uid in self._said}
-        self._said.update((actor.uid, actor.gate.in_flight) for actor in reported)
+        self._reported_in_flight = {
+            uid: self._reported_in_flight[uid] for uid in self._instances if uid in self._reported_in_flight
+        }
+        self._reported_in_flight.update((actor.uid, actor.gate.in_flight) for actor in reported)
         return message
 
-    def _differing(self) -> dict[str, Actor]:
-        """Those that have another number of requests inside than was said: only the first and the last make an edge."""
-        said = self._said
-        return {uid: actor for uid, actor in self._instances.items() if actor.gate.in_flight != said.get(uid, 0)}
-
-    # ---- usage --------------------------------------------------------------------------------------------------
-
-    async def _upload_for_ever(self) -> None:
-        while True:
-            try:
-                if not await self.upload_once():
-                    await asyncio.sleep(self._upload_interval_s)
-            except HibernodeError as error:
-                self._log.warning("usage.upload_failed", reason=error.reason, message=error.message)
-                await asyncio.sleep(self._upload_interval_s)
-            except Exception:
-                self._log.exception("usage.upload_crashed")
-                await asyncio.sleep(self._upload_interval_s)
-
-    async def upload_once(self) -> bool:
-        """Upload one batch of sealed windows; True if there may be more. Nothing is forgotten before its
-        acknowledgement is here. What the scheduler refuses is put aside, or it would be in the way of all the rest
-        for ever."""
-        if not self._name:
-            return False
-        windows = await self._store.unacknowledged(UPLOAD_BATCH)
-        if not windows:
-            return False
-        ours = [window_to_proto(replace(window, node=self._name)) for window in windows]
-        request = UploadUsageWindowsRequest(windows=ours)
-        answer = await self._channel.call(self._channel.usage.UploadUsageWindows, request, UPLOAD_TIMEOUT_S)
-        marks = {mark.instance_uid: mark.seq for mark in answer.marks}
-        keys = [(w.instance_uid, w.seq) for w in windows if w.seq <= marks.get(w.instance_uid, -1)]
-        await self._store.acknowledge(keys)
-        offered = {(w.instance_uid, w.seq) for w in windows}.difference(keys)
-        refused = [one for one in answer.refusals if (one.instance_uid, one.seq) in offered]
-        if refused:
-            reasons = sorted({one.reason for one in refused})
-            text = "the scheduler does not take these windows: they stay in this node's ledger and in nobody's bill"
-            first = refused[0]
-            self._log.error(
-                "usage.refused", windows=len(refused), instance=first.instance_uid, seq=first.seq, reasons=reasons,
-                message=text,
-            )  # fmt: skip
-            await self._store.refuse([(one.instance_uid, one.seq) for one in refused])
-            return True
-        return bool(keys) and len(windows) == UPLOAD_BATCH
+    def _load_differences(self) -> dict[str, Actor]:
+        """Instances whose number of requests is not the reported one: only the first and the last request trigger a
+        report."""
+        reported = self._reported_in_flight
+        return {uid: actor for uid, actor in self._instances.items() if actor.gate.in_flight != reported.get(uid, 0)}

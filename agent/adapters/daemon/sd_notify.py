@@ -1,4 +1,4 @@
-"""systemd's notification socket: READY=1, STOPPING=1, WATCHDOG=1. Without systemd nothing happens."""
+"""systemd's notification socket: READY=1, STOPPING=1, WATCHDOG=1. Does nothing without systemd."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 
 
 def notify_socket() -> socket.socket:
-    """A socket connected to it. Raises OSError; without systemd FileNotFoundError."""
+    """A socket connected to it. Raises OSError; FileNotFoundError without systemd."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         raise FileNotFoundError("NOTIFY_SOCKET is not set")
@@ -23,7 +23,7 @@ def notify_socket() -> socket.socket:
 
 
 def notify(message: str) -> bool:
-    """Send one message, e.g. "READY=1". False if nobody listens: never an error, a daemon runs without systemd."""
+    """Send one message, e.g. "READY=1". False, not an error, without systemd."""
     try:
         with notify_socket() as channel:
             channel.sendall(message.encode())
@@ -33,6 +33,6 @@ def notify(message: str) -> bool:
 
 
 def watchdog_interval_s() -> float | None:
-    """How often to feed the watchdog: half of what systemd allows, None if it does not watch."""
+    """How often to feed the watchdog: half of systemd's limit; None if it does not watch."""
     usec = os.environ.get("WATCHDOG_USEC", "")
     return int(usec) / 2_000_000 if usec.isdecimal() and int(usec) > 0 else None

@@ -1,4 +1,4 @@
-"""A daemon's state directory: one owner at a time, an identity of its own, and where its endpoints are written."""
+"""A daemon's state directory: one owner at a time, a UUID, and the file with its endpoints."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ ENDPOINTS = "endpoints.json"
 
 
 class StateDir:
-    """An open, locked state directory. The lock goes with the process, however it ends.
+    """An open, locked state directory. The lock ends with the process, however it ends.
 
-    `uuid` was drawn when the directory was made; containers carry it, and one with another is never touched.
+    `uuid` was generated with the directory; containers carry it, and those with another one are never touched.
     """
 
     def __init__(self, path: Path, *, passable: bool = False) -> None:
-        """Makes the directory (0700) if needed. Raises ConfigError if it can't be used, PreconditionError
-        STATE_DIR_IN_USE if another process owns it. One that others may write to, or that belongs to somebody else, is
-        refused: who made it could have laid out a token, a database or a link for us.
+        """Make the directory (0700) if needed and lock it.
 
-        `passable`: others may go through it (0711) but not list it, as processes of another user must to reach their
-        own folder below; everything inside is 0600, or harmless (uuid, endpoints.json).
+        Raises PreconditionError STATE_DIR_IN_USE if another process owns it, ConfigError if it can't be used. A
+        directory that others may write to, or that belongs to another user, is refused: its creator could have planted
+        a token, a database or a link. `passable`: others may pass through it (0711) but not list it, so that processes
+        of another user reach their own folder below; everything inside is 0600, or harmless (uuid, endpoints.json).
         """
         self.path = path
         try:
@@ -63,12 +63,12 @@ class StateDir:
         self.close()
 
     def close(self) -> None:
-        """Take back the endpoints and let go of the lock."""
+        """Remove the endpoints and release the lock."""
         (self.path / ENDPOINTS).unlink(missing_ok=True)
         os.close(self._lock)
 
     def write_endpoints(self, endpoints: Mapping[str, str]) -> None:
-        """Say what was bound; readers see all of it or nothing. ConfigError STATE_DIR_UNUSABLE, for a full disk say."""
+        """Write the bound addresses atomically. Raises ConfigError STATE_DIR_UNUSABLE, e.g. on a full disk."""
         try:
             write_atomically(self.path / ENDPOINTS, json.dumps(dict(endpoints), indent=2).encode() + b"\n")
         except OSError as error:
@@ -86,7 +86,7 @@ def _unwritable(path: Path, error: OSError) -> ConfigError:
 
 
 def _own_mode(path: Path) -> int:
-    """The directory's mode. ConfigError STATE_DIR_UNSAFE unless we, or root, and nobody else may write to it."""
+    """The directory's mode. Raises ConfigError STATE_DIR_UNSAFE if anyone but us or root may write to it."""
     status = path.stat()
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid not in (0, os.geteuid()):
@@ -99,7 +99,7 @@ def _own_mode(path: Path) -> int:
 
 
 def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Replace `path` by `content`, durably: a crash leaves the old one or the new one."""
+    """Replace `path` durably: after a crash it has the old or the new content."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)

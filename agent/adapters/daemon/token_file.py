@@ -1,4 +1,4 @@
-"""Token files: made at a daemon's first start, readable by its owner only, never half written."""
+"""Token files: made at a daemon's first start, readable only by their owner, never half written."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MAX_FILE_BYTES = 4096
 def ensure_token(path: Path) -> str:
     """The token in `path`; makes the file (0600) with a new one if there is none.
 
-    Two daemons that start at once get the same token: the file appears complete, by link, or not at all.
-    Raises ConfigError as `read_token` does, and if the file can't be made.
+    Two daemons that start at once get the same token: a hard link makes the complete file appear. Raises ConfigError as
+    `read_token`, or if the file can't be made.
     """
     if not path.exists():
         token = secrets.token_urlsafe(TOKEN_BYTES)
@@ -28,30 +28,30 @@ def ensure_token(path: Path) -> str:
                 path.hardlink_to(draft)
                 _sync_folder(path.parent)
             except FileExistsError:
-                pass  # another start was first; its token is read below
+                pass  # another daemon was first; its token is read below
             finally:
                 draft.unlink()
         except OSError as error:
-            message = f"cannot make the token file {path}: {error.strerror}; check the state directory and who owns it"
+            message = f"cannot make the token file {path}: {error.strerror}; check the state directory and its owner"
             raise ConfigError("TOKEN_FILE_UNWRITABLE", message, path=str(path)) from error
     return read_token(path)
 
 
 def read_token(path: Path) -> str:
-    """The token in `path`, without surrounding white space.
+    """The token in `path`, stripped of white space.
 
-    Raises ConfigError with the fix if the file is missing, not a regular file, or open to group or others (checked
-    on the open file, so that it can't be exchanged in between), or holds no single token.
+    Raises ConfigError with the fix if the file is missing, not a regular file, accessible to group or others (checked
+    on the open file, so that it can't be exchanged in between), or does not hold exactly one token.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        message = f"cannot read the token file {path}: {error.strerror}; name the right one"
+        message = f"cannot read the token file {path}: {error.strerror}; correct the path"
         raise ConfigError("TOKEN_FILE_UNREADABLE", message, path=str(path)) from error
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            message = f"the token file {path} is not a regular file; name the right one"
+            message = f"the token file {path} is not a regular file; correct the path"
             raise ConfigError("TOKEN_FILE_INVALID", message, path=str(path))
         if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             mode = stat.S_IMODE(status.st_mode)
@@ -63,7 +63,7 @@ def read_token(path: Path) -> str:
 
 def _parsed(content: bytes, path: Path) -> str:
     token = content.strip()
-    # Printable ASCII without blanks is what an HTTP header can carry.
+    # An HTTP header can carry printable ASCII without blanks.
     if not token or len(content) == MAX_FILE_BYTES or not all(0x21 <= byte <= 0x7E for byte in token):
         message = f"the token file {path} must hold one token; remove it, and the next start makes one"
         raise ConfigError("TOKEN_FILE_INVALID", message, path=str(path))

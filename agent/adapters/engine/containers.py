@@ -13,7 +13,7 @@ import aiodocker
 from agent.adapters.engine.api import EngineApi, EngineError
 from agent.adapters.engine.container_config import INSTANCE_LABEL, STATE_LABEL, container_name
 from agent.adapters.engine.container_config_libpod import CREATE_PATH, libpod_config
-from agent.adapters.process.runtime import UID_PATTERN
+from agent.adapters.runtime.bundles import UID_PATTERN
 from agent.core.errors import InstanceError
 
 LIST_DEADLINE_S = 20.0

@@ -25,8 +25,7 @@ from agent.adapters.engine.images import Images
 from agent.adapters.engine.network import EngineNetwork
 from agent.adapters.engine.planner import ContainerPlanner
 from agent.adapters.kernel import cgroup, cgroup_v1_freezer, process_table
-from agent.adapters.process.runtime import UID_PATTERN
-from agent.adapters.runtime.bundles import Bundles
+from agent.adapters.runtime.bundles import UID_PATTERN, Bundles
 from agent.adapters.runtime.exits import ExitWatch, Signs
 from agent.adapters.runtime.log_files import LogFiles
 from agent.core.errors import (

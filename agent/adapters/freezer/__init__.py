@@ -1,1 +1,1 @@
-"""Freezes and wakes an instance: lock, checkpoint, cgroup, and the way back from every failure."""
+"""Freezes and wakes an instance: lock, checkpoint, cgroup freeze, and the rollback of every failure."""

@@ -1,9 +1,9 @@
-"""The Freezer port: an instance's GPU state to host memory and back, in the order that the driver demands.
+"""The Freezer port: moves an instance's GPU state to host memory and back, in the order that the driver demands.
 
-Freeze: list the CUDA processes, lock all, list again, checkpoint all, verify, freeze the cgroup (`freeze.py`).
-Wake: room on the GPU, thaw, restore all, unlock all, verify (`wake.py`). The driver does its work inside the
-target, so a target in a frozen cgroup can't answer and the caller hangs: the cgroup is read before every question.
-Rules and faults: facts gpu-checkpoint, sections 3, 4 and 7.
+Freeze (`freeze.py`): list the CUDA processes, lock all, list again, checkpoint all, verify, freeze the cgroup. Wake
+(`wake.py`): check room on the GPU, thaw, restore all, unlock all, verify. The driver works inside the target, so a
+target in a frozen cgroup can't answer and the caller hangs: the cgroup is read before every driver call. Rules and
+faults: agent/docs/facts/gpu-checkpoint.md, sections 3, 4 and 7.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from agent.ports import Checkpointer, Condition, FreezeResult, Gpus, Outcome
 
 
 class CudaFreezer:
-    """`agent.ports.Freezer`. One operation at a time for an instance, any number of instances at once."""
+    """`agent.ports.Freezer`. One operation at a time per instance, any number of instances at once."""
 
     def __init__(
         self,
@@ -38,36 +38,33 @@ class CudaFreezer:
     ) -> None:
         """`pids` lists an instance's host pids (`Runtime.pids`)."""
         limits = limits or FreezerLimits()
-        finder = CudaProcessFinder(pids, checkpointer, boot_id, limits.state_s)
+        finder = CudaProcessFinder(pids, checkpointer, boot_id, limits.state_query_s)
         self._instances = FreezerRegistry(checkpointer, cgroups, finder, limits)
-        self._witness = VramProbe(gpus, limits)
-        self._doubts = LateCalls(self._instances)
-        self._sleep = FreezeSequence(self._instances, self._witness)
-        self._wake = WakeSequence(self._instances, self._witness)
-        self._recovery = FreezerRecovery(self._instances, self._witness, boot_id)
+        self._vram_probe = VramProbe(gpus, limits)
+        self._late_calls = LateCalls(self._instances)
+        self._freeze = FreezeSequence(self._instances, self._vram_probe)
+        self._wake = WakeSequence(self._instances, self._vram_probe)
+        self._recovery = FreezerRecovery(self._instances, self._vram_probe, boot_id)
 
     async def lock(self, handle: Handle) -> FreezeResult:
-        """`Freezer.lock`: REFUSED leaves all CUDA processes running."""
-        await self._doubts.suspend(handle)
-        return self._runs_after(Outcome.REFUSED, handle, await self._sleep.lock(handle))
+        await self._late_calls.suspend(handle)
+        return self._watch_if_running(Outcome.REFUSED, handle, await self._freeze.lock(handle))
 
     async def unlock(self, handle: Handle) -> FreezeResult:
-        """`Freezer.unlock`: undo a lock (a cancelled freeze, or what recovery finds LOCKED)."""
-        await self._doubts.suspend(handle)
-        return self._runs_after(Outcome.OK, handle, await self._sleep.unlock(handle))
+        await self._late_calls.suspend(handle)
+        return self._watch_if_running(Outcome.OK, handle, await self._freeze.unlock(handle))
 
     async def checkpoint(self, handle: Handle) -> FreezeResult:
-        """`Freezer.checkpoint`: REFUSED leaves it unlocked and running. Raises PreconditionError NOT_LOCKED."""
-        return self._runs_after(Outcome.REFUSED, handle, await self._sleep.checkpoint(handle))
+        """`Freezer.checkpoint`. Raises PreconditionError NOT_LOCKED."""
+        return self._watch_if_running(Outcome.REFUSED, handle, await self._freeze.checkpoint(handle))
 
     async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
-        """`Freezer.wake`: REFUSED leaves it checkpointed from the same GPUs, and frozen."""
-        return self._runs_after(Outcome.OK, handle, await self._wake.wake(handle, gpu_map))
+        return self._watch_if_running(Outcome.OK, handle, await self._wake.wake(handle, gpu_map))
 
-    def _runs_after(self, outcome: Outcome, handle: Handle, result: FreezeResult) -> FreezeResult:
-        """With this outcome it runs: if a call on it was lost, it is watched."""
+    def _watch_if_running(self, outcome: Outcome, handle: Handle, result: FreezeResult) -> FreezeResult:
+        """An instance runs after this outcome: watch it if a driver call on it was lost."""
         if result.outcome is outcome:
-            self._doubts.resume(handle)
+            self._late_calls.resume(handle)
         return result
 
     def paused(self, handle: Handle) -> bool:
@@ -75,35 +72,33 @@ class CudaFreezer:
         return self._instances.paused(handle)
 
     async def prepare_kill(self, handle: Handle) -> None:
-        """`Freezer.prepare_kill`. A rollback that runs may take long: the kill does not wait for its end."""
+        """`Freezer.prepare_kill`. Does not wait for the end of a rollback in progress, which may take long."""
         try:
-            async with asyncio.timeout(self._instances.limits.kill_s):
-                await self._doubts.suspend(handle)
+            async with asyncio.timeout(self._instances.limits.prepare_kill_s):
+                await self._late_calls.suspend(handle)
         except TimeoutError:
             return
         await self._recovery.prepare_kill(handle)
 
     async def condition(self, handle: Handle) -> Condition:
-        """`Freezer.condition`. What an earlier agent may have lost on it is reckoned with from here on."""
+        """`Freezer.condition`. From now on, expects calls that an earlier agent may have lost on the instance."""
         condition = await self._recovery.condition(handle)
-        self._instances.doubt(handle)
+        self._instances.expect_late_calls(handle)
         if condition is Condition.AWAKE:
-            self._doubts.resume(handle)
+            self._late_calls.resume(handle)
         return condition
 
     async def finish_freeze(self, handle: Handle) -> FreezeResult:
-        """`Freezer.finish_freeze`; processes not yet checkpointed are. `image_bytes` is 0: nobody knows it now."""
-        return self._runs_after(Outcome.REFUSED, handle, await self._sleep.finish(handle))
+        return self._watch_if_running(Outcome.REFUSED, handle, await self._freeze.finish(handle))
 
     async def thaw(self, handle: Handle) -> None:
-        """`Freezer.thaw`. Raises what `ProcessFreezer.thaw` raises."""
-        await self._instances.go_on(handle)
+        """`Freezer.thaw`. Raises as `ProcessFreezer.thaw`."""
+        await self._instances.thaw(handle)
 
     async def vram_bytes(self, handle: Handle) -> int:
         """`Freezer.vram_bytes`. Raises UnavailableError NVML_UNAVAILABLE."""
-        return await self._witness.bytes_of(frozenset(await self._instances.finder.pids(handle)))
+        return await self._vram_probe.bytes_of(frozenset(await self._instances.finder.pids(handle)))
 
     def forget(self, handle: Handle) -> None:
-        """`Freezer.forget`. Idempotent."""
-        self._doubts.forget(handle)
+        self._late_calls.forget(handle)
         self._instances.forget(handle)

@@ -1,10 +1,9 @@
-"""Instances on which a driver call was lost: it may still run, long after its caller was killed and its target read.
+"""Watches instances on which a driver call was lost: the call may still run, long after its caller was killed.
 
-Seen on the emulated driver, and why nobody may rely on one reading: a lock that hung ran once the target could go on,
-and left a program locked for ever that everybody took for running. So such an instance is read again for a while, and
-what ran late is undone. An agent that has just started doubts everybody: what the one before it had lost, or had asked
-for when it was killed, is known to nobody. No reading happens during an operation of the freezer, or while the threads
-are stopped.
+On the emulated driver a hung lock ran once the target was thawed, and left a program locked for ever that everything
+took for running. So such an instance is read again for a while, and what ran late is undone. A freshly started agent
+watches every instance, because it does not know which calls its predecessor lost. No reading happens during an
+operation of the freezer, or while the threads are stopped.
 """
 
 from __future__ import annotations
@@ -30,62 +29,62 @@ _log = get_logger()
 
 
 @dataclass(slots=True)
-class _Watch:
+class _Watched:
     task: asyncio.Task[None]
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class LateCalls:
-    """One watch for each doubtful instance that runs."""
+    """One watch for each running instance on which a call may run late."""
 
     def __init__(self, instances: FreezerRegistry) -> None:
         self._instances = instances
-        self._watches: dict[str, _Watch] = {}
+        self._watched: dict[str, _Watched] = {}
 
     async def suspend(self, handle: Handle) -> None:
-        """An operation begins: returns once nobody reads the instance (bounded by one question, or one rollback)."""
-        watch = self._watches.pop(handle.uid, None)
+        """An operation begins: returns once no reading is in progress (bounded by one STATE batch or one rollback)."""
+        watch = self._watched.pop(handle.uid, None)
         if watch is not None:
             async with watch.reading:
                 watch.task.cancel()
 
     def resume(self, handle: Handle) -> None:
-        """It runs again: read it for a while, if there is a doubt."""
-        ends_s = self._instances.doubt_ends_s(handle)
-        if ends_s is not None and handle.uid not in self._watches:
+        """The instance runs again: watch it if calls may run late."""
+        until_s = self._instances.late_calls_until_s(handle)
+        if until_s is not None and handle.uid not in self._watched:
             reading = asyncio.Lock()
-            task = asyncio.create_task(self._watch(handle, reading, ends_s), name=f"doubt about {handle.uid}")
-            self._watches[handle.uid] = _Watch(task, reading)
+            task = asyncio.create_task(self._watch(handle, reading, until_s), name=f"late calls of {handle.uid}")
+            self._watched[handle.uid] = _Watched(task, reading)
 
     def forget(self, handle: Handle) -> None:
         """The instance ended."""
-        watch = self._watches.pop(handle.uid, None)
+        watch = self._watched.pop(handle.uid, None)
         if watch is not None:
             watch.task.cancel()
 
-    async def _watch(self, handle: Handle, reading: asyncio.Lock, ends_s: float) -> None:
-        """Goes on after something was undone: more than one call may have been lost."""
+    async def _watch(self, handle: Handle, reading: asyncio.Lock, until_s: float) -> None:
+        """Goes on after a call was undone: more than one may have been lost."""
         pause_s, loop = FIRST_PAUSE_S, asyncio.get_running_loop()
-        while loop.time() < ends_s and self._instances.cgroups.state(handle) is not FreezerState.GONE:
+        while loop.time() < until_s and self._instances.cgroups.state(handle) is not FreezerState.GONE:
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, LAST_PAUSE_S)
             async with reading:
-                await self._undo(handle)
-        self._watches.pop(handle.uid, None)
+                await self._undo_late_call(handle)
+        self._watched.pop(handle.uid, None)
 
-    async def _undo(self, handle: Handle) -> None:
-        """Did something run late? Then it is undone."""
+    async def _undo_late_call(self, handle: Handle) -> None:
+        """Unlock and restore what a late call has locked or checkpointed."""
         if self._instances.cgroups.state(handle) is not FreezerState.THAWED:
             return
-        with suppress(HibernodeError, OSError):  # nobody could look: again later
+        with suppress(HibernodeError, OSError):  # not readable now: retried later
             found = await self._instances.finder.find(handle)
             try:
                 if not found.ok or not any(process.state in _LATE for process in found.processes):
                     return
-                held = TrackedCudaProcesses(found.processes, vram_by_gpu=None)
-                settled = await self._instances.settle(handle, held, CudaState.RUNNING, CudaReply())
+                tracked = TrackedCudaProcesses(found.processes, vram_by_gpu=None)
+                rolled_back = await self._instances.rollback(handle, tracked, CudaState.RUNNING, CudaReply())
                 _log.warning(
-                    "freeze.late_call_undone", instance=handle.uid, undone=settled.reached, why=settled.message
+                    "freeze.late_call_undone", instance=handle.uid, undone=rolled_back.reached, why=rolled_back.message
                 )
             finally:
                 release(found.processes)

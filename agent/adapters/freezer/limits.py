@@ -1,80 +1,68 @@
-"""What a freeze or a wake gives back, made from the driver's replies; and how long each may take."""
+"""Deadlines of driver calls and the other steps of a freeze or wake, and the results made from the driver's replies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from agent.adapters.cuda.result_codes import FATAL, explain
-from agent.core.types import GIB
+from agent.core.types import GIB, SECOND_NS
 from agent.ports import CudaReply, CudaState, FreezeResult, Outcome
+from agent.settings import GpuSettings
 
-WORKERS_DOWN = "DRIVER_WORKERS_DOWN"
-"""A checkpointer's reason: no worker can be had, now and for the time to come."""
-
-START_OVER = "START_OVER"
-"""The reason, inside the freezer only, that asks for another listing before the next lock."""
+RELIST = "RELIST"
+"""Reason used only inside the freezer: list the processes again before the next lock."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreezerLimits:
-    """Deadlines in seconds, and what is allowed.
+    """Deadlines of driver calls, NVML queries and cgroup changes in seconds, and what may be frozen.
 
-    A copy may take `copy_base_s` + VRAM / `copy_bytes_per_s`; `unknown_image_bytes` stands for the VRAM where it is not
-    known (after a restart of the agent). `state_s` bounds one question, `answer_s` the calls that copy nothing,
-    `settle_s` a rollback beside its copies, `vram_gone_s` NVML's proof, `cgroup_s` a freeze or thaw of the threads,
-    `death_grace_s` the driver's answer after a target died, `kill_s` what precedes a kill. `room_patience_s`: so long
-    a wake waits for NVML to say what is free. `migrates`: instances may wake on other GPUs.
+    A worker process whose driver call misses its deadline is killed. A copy (checkpoint or restore) may take
+    `copy_base_s` + VRAM / `copy_bytes_per_s`.
     """
 
-    lock_timeout_s: float = 5.0
-    state_s: float = 5.0
-    answer_s: float = 10.0
+    lock_timeout_s: float = 5.0  # the driver's wait for running kernels at a lock
+    state_query_s: float = 5.0  # one batch of STATE calls
+    driver_call_s: float = 10.0  # calls that copy nothing
     copy_base_s: float = 30.0
     copy_bytes_per_s: int = 200_000_000
-    unknown_image_bytes: int = 80 * GIB
-    vram_gone_s: float = 5.0
-    settle_s: float = 30.0
-    cgroup_s: float = 5.0
-    death_grace_s: float = 2.0
-    kill_s: float = 3.0
-    room_patience_s: float = 0.2
-    lock_attempts: int = 3
+    unknown_image_bytes: int = 80 * GIB  # stands for an unknown VRAM size (after a restart of the agent)
+    vram_gone_s: float = 5.0  # NVML's proof that the VRAM is released
+    rollback_s: float = 30.0  # a rollback without its copies
+    cgroup_s: float = 5.0  # a freeze or thaw of the threads
+    death_grace_s: float = 2.0  # the driver's answer after a target has died
+    prepare_kill_s: float = 3.0  # the checkpoint before a kill, without its copy
+    memory_query_s: float = 0.2  # NVML's answer on free memory during a wake
+    lock_attempts: int = 3  # each with a new listing
     max_processes: int = 64
     several_processes_on_several_gpus: bool = False
-    migrates: bool = False
+    migrates: bool = False  # instances may wake on other GPUs
 
-    @classmethod
-    def for_timeouts(
-        cls,
-        lock_timeout_s: float,
-        operation_timeout_s: float,
-        *,
-        several_processes_on_several_gpus: bool = False,
-        migrates: bool = False,
-    ) -> FreezerLimits:
-        """What the configuration's two timeouts mean for each step: none is longer than its default, and all are short
-        where `operation_timeout_s` is. With the default of 120 s each has its default."""
-        usual = cls()
-        share = min(operation_timeout_s / 120, 1.0)
 
-        def at_most(usual_s: float, part: float) -> float:
-            return min(usual_s, operation_timeout_s * part)
+def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerLimits:
+    """Limits for the configured timeouts: none is longer than its default, and all shrink with the operation timeout;
+    with its default of 120 s each has its default."""
+    usual = FreezerLimits()
+    operation_s = settings.operation_timeout_ns / SECOND_NS
 
-        return cls(
-            lock_timeout_s=lock_timeout_s,
-            state_s=at_most(usual.state_s, 0.5),
-            answer_s=at_most(usual.answer_s, 0.5),
-            copy_base_s=operation_timeout_s,
-            unknown_image_bytes=round(usual.unknown_image_bytes * share),
-            vram_gone_s=at_most(usual.vram_gone_s, 0.5),
-            settle_s=at_most(usual.settle_s, 1.0),
-            cgroup_s=at_most(usual.cgroup_s, 0.5),
-            death_grace_s=at_most(usual.death_grace_s, 0.25),
-            kill_s=at_most(usual.kill_s, 0.5),
-            room_patience_s=at_most(usual.room_patience_s, 0.1),
-            several_processes_on_several_gpus=several_processes_on_several_gpus,
-            migrates=migrates,
-        )
+    def at_most(usual_s: float, part: float) -> float:
+        return min(usual_s, operation_s * part)
+
+    return FreezerLimits(
+        lock_timeout_s=settings.lock_timeout_ns / SECOND_NS,
+        state_query_s=at_most(usual.state_query_s, 0.5),
+        driver_call_s=at_most(usual.driver_call_s, 0.5),
+        copy_base_s=operation_s,
+        unknown_image_bytes=round(usual.unknown_image_bytes * min(operation_s / 120, 1.0)),
+        vram_gone_s=at_most(usual.vram_gone_s, 0.5),
+        rollback_s=at_most(usual.rollback_s, 1.0),
+        cgroup_s=at_most(usual.cgroup_s, 0.5),
+        death_grace_s=at_most(usual.death_grace_s, 0.25),
+        prepare_kill_s=at_most(usual.prepare_kill_s, 0.5),
+        memory_query_s=at_most(usual.memory_query_s, 0.1),
+        several_processes_on_several_gpus=settings.multi_process_multi_gpu,
+        migrates=migrates,
+    )
 
 
 def refused(reason: str, message: str, driver_ns: int = 0) -> FreezeResult:
@@ -83,25 +71,25 @@ def refused(reason: str, message: str, driver_ns: int = 0) -> FreezeResult:
 
 
 def broken(reason: str, message: str, driver_ns: int = 0) -> FreezeResult:
-    """Unknown: only a kill is safe."""
+    """State unknown: only a kill is safe."""
     return FreezeResult(Outcome.BROKEN, reason, message, driver_ns)
 
 
 def all_in(reply: CudaReply, state: CudaState, count: int) -> bool:
-    """Everything succeeded, and the last `count` answers (the STATE calls) say `state`."""
+    """All calls succeeded, and the last `count` answers (the STATE calls) report `state`."""
     return reply.ok and all(answer.state is state for answer in reply.answers[len(reply.answers) - count :])
 
 
 def failure(reply: CudaReply | None, reason: str = "", message: str = "") -> tuple[str, str]:
-    """Why a reply is not what was wanted."""
+    """Reason and message of a reply that is not the one wanted."""
     if reply is not None and reply.reason:
         return reply.reason, reply.message
     if reply is not None and not reply.ok:
         return explain(reply.answers[-1])
-    stale = "the driver reported success, but the state is not the one that was asked for"
+    stale = "the driver reported success, but the state is not the requested one"
     return reason or "CUDA_STATE_STALE", message or stale
 
 
 def is_fatal(reply: CudaReply) -> bool:
-    """Was the last thing the driver said a 304? After it nothing the driver says of the process can be relied on."""
+    """The last answer is fatal (304): nothing the driver reports of the process can be trusted after it."""
     return bool(reply.answers) and reply.answers[-1].code in FATAL

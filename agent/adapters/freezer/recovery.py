@@ -1,15 +1,15 @@
-"""What state an instance is really in, for an agent that has just started; and making a killing safe.
+"""Finds the real state of an instance for an agent that has just started, and makes a kill safe.
 
-The cgroup is read before the driver is asked: a frozen target can't answer. Nothing is remembered of the time before,
-so an instance that is found awake counts as restored (DESIGN section 4).
+The cgroup is read before any driver call, because a frozen target can't answer. Nothing is known of the time before, so
+an instance found awake counts as restored.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-from agent.adapters.cuda.processes import CudaProcess, calm_states, release
-from agent.adapters.freezer.limits import WORKERS_DOWN
+from agent.adapters.cuda.checkpointers import WORKERS_DOWN
+from agent.adapters.cuda.processes import CudaProcess, release, stable_states
 from agent.adapters.freezer.tracked import FreezerRegistry
 from agent.adapters.freezer.vram_check import VramProbe
 from agent.adapters.kernel import process_table
@@ -20,7 +20,7 @@ from agent.log import get_logger
 from agent.ports import Condition, CudaCall, CudaOp, CudaState
 
 KILL_LOCK_TIMEOUT_S = 1.0
-"""Running kernels get this long before a kill: they are lost anyway."""
+"""Time for running kernels before a kill; their results are lost anyway."""
 
 _log = get_logger()
 
@@ -28,15 +28,15 @@ _log = get_logger()
 class FreezerRecovery:
     """`Freezer.condition` and `prepare_kill`."""
 
-    def __init__(self, instances: FreezerRegistry, witness: VramProbe, boot_id: str) -> None:
+    def __init__(self, instances: FreezerRegistry, vram_probe: VramProbe, boot_id: str) -> None:
         self._instances = instances
-        self._witness = witness
+        self._vram_probe = vram_probe
         self._boot_id = boot_id
         self._limits = instances.limits
 
     async def condition(self, handle: Handle) -> Condition:
-        """`Freezer.condition`. Raises UnavailableError NVML_UNAVAILABLE, or DRIVER_BUSY and the like: nobody could ask,
-        which says nothing about the instance. Where the driver's API can't be used at all, what runs is AWAKE."""
+        """`Freezer.condition`. Raises UnavailableError (NVML_UNAVAILABLE, DRIVER_BUSY ...) if the state could not be
+        read, which says nothing about it. Where the driver's API can't be used at all, a thawed instance is AWAKE."""
         pids = frozenset(await self._instances.finder.pids(handle))
         if not process_table.is_alive(handle.process, self._boot_id) or not pids:
             return Condition.GONE
@@ -44,9 +44,9 @@ class FreezerRecovery:
             case FreezerState.GONE:
                 return Condition.GONE
             case FreezerState.FROZEN:
-                if await self._witness.bytes_of(pids):  # on whatever GPU: it may have woken on another one
+                if await self._vram_probe.bytes_of(pids):  # on any GPU: it may have woken on another one
                     return Condition.PAUSED_BY_OTHERS
-                self._instances.stopped_by_us(handle)
+                self._instances.note_frozen_by_us(handle)
                 return Condition.FROZEN
             case FreezerState.FREEZING:
                 return Condition.PAUSED_BY_OTHERS
@@ -56,9 +56,9 @@ class FreezerRecovery:
     async def _ask(self, handle: Handle) -> Condition:
         found = await self._instances.finder.find(handle)
         if found.reason == WORKERS_DOWN:
-            return Condition.AWAKE  # a host that can't freeze: nobody has frozen this, and it is not paused
-        if found.not_begun:
-            raise UnavailableError(found.reason, f"the driver could not be asked: {found.message}", uid=handle.uid)
+            return Condition.AWAKE  # a host that can't freeze: this one was never frozen, and is not paused
+        if found.inconclusive:
+            raise UnavailableError(found.reason, f"the driver could not be called: {found.message}", uid=handle.uid)
         if not found.ok:
             return Condition.BROKEN
         self._instances.restored.add(handle.uid)
@@ -68,8 +68,8 @@ class FreezerRecovery:
             release(found.processes)
 
     def _judge(self, states: set[CudaState]) -> Condition:
-        """A mixture is a freeze or a wake that was cut. The first can always be finished; where instances migrate the
-        second can't, for the restored may be on other GPUs than those that the rest came from, and nobody knows."""
+        """A mixture is an interrupted freeze or wake. A freeze can always be finished. A wake can't where instances
+        migrate: the restored processes may be on other GPUs than the rest came from."""
         if not states <= {CudaState.RUNNING, CudaState.LOCKED, CudaState.CHECKPOINTED}:
             return Condition.BROKEN
         if CudaState.CHECKPOINTED in states:
@@ -78,27 +78,25 @@ class FreezerRecovery:
         return Condition.LOCKED if CudaState.LOCKED in states else Condition.AWAKE
 
     async def _states(self, processes: tuple[CudaProcess, ...]) -> set[CudaState]:
-        """As found, or asked again while somebody is CHECKPOINTING or RESTORING."""
+        """The states as found, read again while one is CHECKPOINTING or RESTORING."""
         states = {process.state for process in processes}
         if not states & {CudaState.CHECKPOINTING, CudaState.RESTORING}:
             return states
-        states, _ = await calm_states(
-            self._instances.checkpointer, processes, self._limits.state_s, self._limits.settle_s
+        states, _ = await stable_states(
+            self._instances.checkpointer, processes, self._limits.state_query_s, self._limits.rollback_s
         )
         return states
 
-    # ---- before a kill ----------------------------------------------------------------------------------------
-
     async def prepare_kill(self, handle: Handle) -> None:
-        """`Freezer.prepare_kill`: takes `kill_s` and the copy's time at most. A paused instance is left alone, and so
-        is one that was not restored since it started."""
+        """`Freezer.prepare_kill`: takes at most `prepare_kill_s` plus the copy's time. Skips paused and never restored
+        ones."""
         if handle.uid not in self._instances.restored:
             return
         try:
             if self._instances.cgroups.state(handle) is not FreezerState.THAWED:
                 return
             pids = frozenset(await self._instances.finder.pids(handle))
-            deadline_s = self._limits.kill_s + await self._vram(pids) / self._limits.copy_bytes_per_s
+            deadline_s = self._limits.prepare_kill_s + await self._vram(pids) / self._limits.copy_bytes_per_s
             async with asyncio.timeout(deadline_s):
                 await self._checkpoint_all(handle, deadline_s)
         except (HibernodeError, OSError) as error:  # TimeoutError is an OSError
@@ -106,8 +104,8 @@ class FreezerRecovery:
 
     async def _vram(self, pids: frozenset[int]) -> int:
         try:
-            async with asyncio.timeout(self._limits.room_patience_s):
-                return await self._witness.bytes_of(pids)
+            async with asyncio.timeout(self._limits.memory_query_s):
+                return await self._vram_probe.bytes_of(pids)
         except (HibernodeError, TimeoutError):
             return 0
 

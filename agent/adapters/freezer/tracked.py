@@ -1,7 +1,7 @@
-"""The instances that the freezer holds: what it remembers of each, and how the driver is called about one.
+"""The instances that the freezer tracks: what it remembers of each, and how it calls the driver for one.
 
-Nothing here decides. Every call goes to processes whose pidfd says that they live, under a deadline, and never to a
-frozen cgroup; what is remembered is dropped by `forget`, with its pidfds.
+Makes no decisions. Every call goes to processes whose pidfd shows that they live, under a deadline, and never to a
+frozen cgroup. `forget` drops what is remembered and closes the pidfds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from agent.adapters.cuda.processes import CudaProcess, CudaProcessFinder, living, release
-from agent.adapters.cuda.rollback import RollbackGoal, RollbackLimits, RollbackResult, rollback
+from agent.adapters.cuda.rollback import RollbackGoal, RollbackResult, rollback
 from agent.adapters.cuda.target_watch import run_watching
 from agent.adapters.freezer.limits import FreezerLimits, broken, failure, refused
 from agent.adapters.kernel.cgroup_freezer import FreezerState, ProcessFreezer
@@ -20,14 +20,14 @@ from agent.core.errors import HibernodeError
 from agent.core.types import Handle
 from agent.ports import Checkpointer, CudaCall, CudaFault, CudaReply, CudaState, FreezeResult
 
-DOUBT_S = 600.0
-"""So long after it was lost a call on an instance is reckoned with."""
+LATE_CALL_S = 600.0
+"""How long a lost driver call may still take effect."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrackedCudaProcesses:
-    """What was found at the lock: the wake needs no discovery with it. `vram_by_gpu` is the image's bytes by the GPU
-    they came from, None where nobody knows (frozen before this agent started)."""
+    """The processes found at the lock, so that the wake needs no discovery. `vram_by_gpu`: the image's bytes by source
+    GPU; None if unknown (frozen before this agent started)."""
 
     processes: tuple[CudaProcess, ...]
     vram_by_gpu: Mapping[str, int] | None = field(default_factory=dict)
@@ -46,11 +46,10 @@ class TrackedCudaProcesses:
 
     @property
     def died(self) -> bool:
-        """Has one of them ended?"""
         return len(living(self.processes)) < len(self.processes)
 
     def needs(self, gpu_map: Mapping[str, str]) -> Mapping[str, int]:
-        """Bytes by the GPU onto which a restore by `gpu_map` (old uuid, new uuid) puts them; empty if not known."""
+        """Bytes by target GPU of a restore by `gpu_map` (old uuid -> new uuid); empty if unknown."""
         needed: dict[str, int] = {}
         for uuid, bytes_ in (self.vram_by_gpu or {}).items():
             target = gpu_map.get(uuid, uuid)
@@ -58,12 +57,12 @@ class TrackedCudaProcesses:
         return needed
 
     def moved(self, gpu_map: Mapping[str, str]) -> TrackedCudaProcesses:
-        """After a restore by `gpu_map`."""
+        """The same processes after a restore by `gpu_map`."""
         return self if self.vram_by_gpu is None or not gpu_map else replace(self, vram_by_gpu=self.needs(gpu_map))
 
 
 class FreezerRegistry:
-    """Memory by instance uid. `restored`: woken since it started, or perhaps (found awake by a recovery)."""
+    """What is remembered, by instance uid. `restored`: woken at least once, or perhaps (found awake by recovery)."""
 
     def __init__(
         self, checkpointer: Checkpointer, cgroups: ProcessFreezer, finder: CudaProcessFinder, limits: FreezerLimits
@@ -73,142 +72,136 @@ class FreezerRegistry:
         self.finder = finder
         self.limits = limits
         self.restored: set[str] = set()
-        self._doubtful_until_s: dict[str, float] = {}
-        self._held: dict[str, TrackedCudaProcesses] = {}
-        self._stopped: set[str] = set()
-
-    # ---- memory -----------------------------------------------------------------------------------------------
+        self._late_until_s: dict[str, float] = {}
+        self._tracked: dict[str, TrackedCudaProcesses] = {}
+        self._frozen_by_us: set[str] = set()
 
     def get(self, handle: Handle) -> TrackedCudaProcesses | None:
-        return self._held.get(handle.uid)
+        return self._tracked.get(handle.uid)
 
-    def keep(self, handle: Handle, held: TrackedCudaProcesses) -> TrackedCudaProcesses:
-        self._held[handle.uid] = held
-        return held
+    def track(self, handle: Handle, tracked: TrackedCudaProcesses) -> TrackedCudaProcesses:
+        self._tracked[handle.uid] = tracked
+        return tracked
 
-    def drop(self, handle: Handle) -> None:
-        """Its processes are another question's from now on: close their pidfds."""
-        held = self._held.pop(handle.uid, None)
-        if held is not None:
-            release(held.processes)
+    def untrack(self, handle: Handle) -> None:
+        """Forget its processes and close their pidfds."""
+        tracked = self._tracked.pop(handle.uid, None)
+        if tracked is not None:
+            release(tracked.processes)
 
     def forget(self, handle: Handle) -> None:
         """The instance ended."""
-        self.drop(handle)
+        self.untrack(handle)
         self.restored.discard(handle.uid)
-        self._doubtful_until_s.pop(handle.uid, None)
-        self._stopped.discard(handle.uid)
+        self._late_until_s.pop(handle.uid, None)
+        self._frozen_by_us.discard(handle.uid)
 
     async def discover(self, handle: Handle) -> TrackedCudaProcesses | FreezeResult:
-        """The CUDA processes of an instance that this agent did not freeze itself; kept."""
+        """Find and track the CUDA processes of an instance that this agent did not freeze itself."""
         found = await self.finder.find(handle)
         if not found.ok:
-            give_up = refused if found.not_begun else broken
-            return give_up(*failure(found.failure, found.reason, found.message))
-        return self.keep(handle, TrackedCudaProcesses(found.processes, vram_by_gpu=None))
+            make_result = refused if found.inconclusive else broken
+            return make_result(*failure(found.failure, found.reason, found.message))
+        return self.track(handle, TrackedCudaProcesses(found.processes, vram_by_gpu=None))
 
-    # ---- doubts -----------------------------------------------------------------------------------------------
+    def expect_late_calls(self, handle: Handle) -> None:
+        """A call on the instance was lost, perhaps by an earlier agent, and may still take effect."""
+        self._late_until_s[handle.uid] = asyncio.get_running_loop().time() + LATE_CALL_S
 
-    def doubt(self, handle: Handle) -> None:
-        """A call on it was lost, or perhaps (an earlier agent's): it may run later than anybody looks."""
-        self._doubtful_until_s[handle.uid] = asyncio.get_running_loop().time() + DOUBT_S
-
-    def doubt_ends_s(self, handle: Handle) -> float | None:
-        """When nothing of that kind is to be expected any more (the loop's time); None if there is no doubt."""
-        ends_s = self._doubtful_until_s.get(handle.uid)
-        if ends_s is not None and ends_s <= asyncio.get_running_loop().time():
-            del self._doubtful_until_s[handle.uid]
+    def late_calls_until_s(self, handle: Handle) -> float | None:
+        """Until when a lost call may take effect (the loop's time); None if no call was lost or the time is over."""
+        until_s = self._late_until_s.get(handle.uid)
+        if until_s is not None and until_s <= asyncio.get_running_loop().time():
+            del self._late_until_s[handle.uid]
             return None
-        return ends_s
+        return until_s
 
-    # ---- the threads ------------------------------------------------------------------------------------------
-
-    async def stop(self, handle: Handle) -> None:
-        """Freeze the cgroup. Raises what `ProcessFreezer.freeze` raises."""
-        self._stopped.add(handle.uid)
+    async def freeze(self, handle: Handle) -> None:
+        """Freeze the cgroup. Raises as `ProcessFreezer.freeze`."""
+        self._frozen_by_us.add(handle.uid)
         try:
             await self.cgroups.freeze(handle, self.limits.cgroup_s)
         except BaseException:
-            self._stopped.discard(handle.uid)
+            self._frozen_by_us.discard(handle.uid)
             raise
 
-    async def go_on(self, handle: Handle) -> None:
-        """Thaw the cgroup, whoever froze it. Raises what `ProcessFreezer.thaw` raises."""
+    async def thaw(self, handle: Handle) -> None:
+        """Thaw the cgroup, whoever froze it. Raises as `ProcessFreezer.thaw`."""
         try:
             await self.cgroups.thaw(handle, self.limits.cgroup_s)
         finally:
-            self._stopped.discard(handle.uid)
+            self._frozen_by_us.discard(handle.uid)
 
-    async def stop_again(self, handle: Handle, result: FreezeResult) -> FreezeResult:
+    async def freeze_again(self, handle: Handle, result: FreezeResult) -> FreezeResult:
         """After a wake that changed nothing: `result`, or BROKEN if the threads do not stop."""
         try:
-            await self.stop(handle)
+            await self.freeze(handle)
         except HibernodeError as error:
             return replace(broken(error.reason, f"{result.message}; {error.message}"), driver_ns=result.driver_ns)
         return result
 
-    def stopped_by_us(self, handle: Handle) -> None:
-        """Recovery: its memory is gone from the GPU, so it was an agent that stopped it."""
-        self._stopped.add(handle.uid)
+    def note_frozen_by_us(self, handle: Handle) -> None:
+        """Recovery: its memory is gone from the GPU, so an agent froze it."""
+        self._frozen_by_us.add(handle.uid)
 
     def paused(self, handle: Handle) -> bool:
-        """Stopped, and not by us."""
-        return handle.uid not in self._stopped and self.cgroups.is_frozen(handle)
+        """Frozen, and not by us."""
+        return handle.uid not in self._frozen_by_us and self.cgroups.is_frozen(handle)
 
-    def unaskable(self, handle: Handle) -> FreezeResult | None:
-        """The driver may be asked only about a thawed instance."""
+    def refuse_unless_thawed(self, handle: Handle) -> FreezeResult | None:
+        """None if the driver may be called for the instance, which must be thawed; else the refusal."""
         match self.cgroups.state(handle):
             case FreezerState.THAWED:
                 return None
             case FreezerState.GONE:
                 return broken("INSTANCE_GONE", "no process of the instance is left")
             case FreezerState.FREEZING | FreezerState.FROZEN:
-                return refused("EXTERNALLY_FROZEN", "somebody else has paused the instance; resume it first")
+                return refused("EXTERNALLY_FROZEN", "the instance was paused from outside; resume it first")
 
-    # ---- the driver -------------------------------------------------------------------------------------------
-
-    async def run(self, held: TrackedCudaProcesses, calls: Sequence[CudaCall], deadline_s: float) -> CudaReply:
-        """`Checkpointer.run` on living processes only; NOT_BEGUN with CUDA_PROCESS_DIED if one has ended."""
-        if held.died:  # its pid may name another process soon
+    async def run(self, tracked: TrackedCudaProcesses, calls: Sequence[CudaCall], deadline_s: float) -> CudaReply:
+        """`Checkpointer.run` if all its processes live; NOT_BEGUN with CUDA_PROCESS_DIED if one has ended."""
+        if tracked.died:  # its pid may soon name another process
             return CudaReply((), CudaFault.NOT_BEGUN, "CUDA_PROCESS_DIED", "a CUDA process has ended")
         return await run_watching(
-            self.checkpointer, held.processes, calls, deadline_s, held.gpu_uuids, self.limits.death_grace_s
+            self.checkpointer, tracked.processes, calls, deadline_s, tracked.gpu_uuids, self.limits.death_grace_s
         )
 
-    async def settle(
+    async def rollback(
         self,
         handle: Handle,
-        held: TrackedCudaProcesses,
+        tracked: TrackedCudaProcesses,
         goal: CudaState,
         reply: CudaReply,
         *,
         gpu_map: Mapping[str, str] | None = None,
         restores: int = 2,
     ) -> RollbackResult:
-        """Bring the processes to `goal` after `reply`, restoring by `gpu_map` and trying so at most `restores` times.
-        After a lost worker: thaw (somebody may have frozen the target under the driver), re-read, go on."""
+        """Bring the processes to `goal` after `reply`, restoring by `gpu_map` in at most `restores` attempts. A lost
+        worker's target may have been frozen during its call, so each round thaws it first."""
         limits = self.limits
         lost = reply.fault in (CudaFault.LOST, CudaFault.STUCK)
         if lost:
-            self.doubt(handle)
+            self.expect_late_calls(handle)
 
         async def thaw() -> None:
             if self.cgroups.state(handle) is not FreezerState.THAWED:
-                with suppress(HibernodeError):  # gone or still frozen: the readings will say so
-                    await self.go_on(handle)
+                with suppress(HibernodeError):  # gone or still frozen: the readings show it
+                    await self.thaw(handle)
 
-        aim = RollbackGoal(
+        target = RollbackGoal(
             goal,
             tuple((gpu_map or {}).items()),
-            suspicious=lost,
-            ask_first=thaw,
-            limits=RollbackLimits(
-                failed_restores=restores, state_deadline_s=limits.state_s, lock_timeout_s=limits.lock_timeout_s
-            ),
+            late_call_possible=lost,
+            before_round=thaw,
+            max_failed_restores=restores,
+            state_deadline_s=limits.state_query_s,
+            lock_timeout_s=limits.lock_timeout_s,
         )
-        return await rollback(self.checkpointer, held.processes, aim, limits.settle_s + self.copy_deadline_s(held))
+        return await rollback(
+            self.checkpointer, tracked.processes, target, limits.rollback_s + self.copy_deadline_s(tracked)
+        )
 
-    def copy_deadline_s(self, held: TrackedCudaProcesses) -> float:
-        """How long a checkpoint or a restore of all of it may take."""
-        bytes_ = self.limits.unknown_image_bytes if held.vram_bytes is None else held.vram_bytes
+    def copy_deadline_s(self, tracked: TrackedCudaProcesses) -> float:
+        """How long a checkpoint or restore of all processes may take."""
+        bytes_ = self.limits.unknown_image_bytes if tracked.vram_bytes is None else tracked.vram_bytes
         return self.limits.copy_base_s + bytes_ / self.limits.copy_bytes_per_s

@@ -1,7 +1,7 @@
-"""NVML as the freezer's witness: what a lock took, that a checkpoint gave it back, that a restore has room.
+"""GPU memory as NVML shows it: what a lock found, that a checkpoint released it, that a restore has room.
 
-Every question is bounded. A freeze without NVML's proof is refused; a wake goes on without its answer, for a request
-waits and NVML only watches: a GPU is granted by the GPU book on proof that it is empty.
+Every query is bounded. A freeze without NVML's proof is refused. A wake goes on without an answer, because a request
+waits and this check is the second one: the GPU allocator grants a GPU only when it is proven empty.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from agent.core.types import MIB
 from agent.log import get_logger
 from agent.ports import FreezeResult, GpuProcesses, Gpus
 
-SILENCE_S = 5.0
-"""So long no wake asks a NVML that has not answered one in time: only the first waits for it."""
+UNRESPONSIVE_S = 5.0
+"""How long wakes skip an NVML that did not answer in time, so that only the first one waits for it."""
 
 _log = get_logger()
 
@@ -28,38 +28,37 @@ class VramProbe:
     def __init__(self, gpus: Gpus, limits: FreezerLimits) -> None:
         self._gpus = gpus
         self._limits = limits
-        self._silent = False
+        self._unresponsive = False
 
     async def bytes_of(self, pids: Collection[int]) -> int:
-        """GPU memory of these processes, on whatever GPU. Raises UnavailableError NVML_UNAVAILABLE, also where none is
-        seen and a GPU that may have it does not answer. A lost GPU has nothing that a program could go on with."""
-        shown = await self._gpus.processes()
-        seen = sum(process.used_bytes for process in shown if process.pid in pids)
+        """GPU memory of these processes, on any GPU. Raises UnavailableError NVML_UNAVAILABLE, also if none is seen and
+        a GPU that may hold it does not answer. (A lost GPU holds nothing that a program could continue with.)"""
+        found = await self._gpus.processes()
+        seen = sum(process.used_bytes for process in found if process.pid in pids)
         if not seen:
-            shown.on(shown.unanswered - shown.lost)
+            found.on(found.unanswered - found.lost)
         return seen
 
-    async def places_of(self, pids: Collection[int]) -> frozenset[str]:
-        """The GPUs that answer on which NVML sees one of these processes with memory. Raises UnavailableError
-        NVML_UNAVAILABLE."""
+    async def gpus_of(self, pids: Collection[int]) -> frozenset[str]:
+        """The answering GPUs that hold memory of these processes. Raises UnavailableError NVML_UNAVAILABLE."""
         return frozenset(p.gpu_uuid for p in await self._processes() if p.pid in pids and p.used_bytes)
 
-    async def measure(self, held: Sequence[CudaProcess], pids: Collection[int]) -> Mapping[str, int]:
-        """Bytes by GPU of the locked processes `held` of an instance that has `pids`.
+    async def measure(self, tracked: Sequence[CudaProcess], pids: Collection[int]) -> Mapping[str, int]:
+        """Bytes by GPU of the locked processes `tracked` of an instance that has `pids`.
 
         Raises UnavailableError NVML_UNAVAILABLE; PreconditionError CUDA_PROCESS_UNKNOWN for memory of a process that
         the driver's checkpoint API does not know, SEVERAL_PROCESSES_ON_SEVERAL_GPUS unless allowed.
         """
-        shown = await self._processes()
-        used = [process for process in shown if process.pid in pids]
-        known = {process.pid for process in held}
-        if known - {process.pid for process in used}:  # its memory may be where NVML can't see it
-            shown.on(shown.unanswered)
-        strangers = [process.pid for process in used if process.used_bytes and process.pid not in known]
-        if strangers:
+        found = await self._processes()
+        used = [process for process in found if process.pid in pids]
+        known = {process.pid for process in tracked}
+        if known - {process.pid for process in used}:  # its memory may be on a GPU that does not answer
+            found.on(found.unanswered)
+        unknown = [process.pid for process in used if process.used_bytes and process.pid not in known]
+        if unknown:
             raise PreconditionError(
                 "CUDA_PROCESS_UNKNOWN",
-                f"process {strangers[0]} holds GPU memory but the driver's checkpoint API does not know it",
+                f"process {unknown[0]} holds GPU memory but the driver's checkpoint API does not know it",
             )
         by_gpu: dict[str, int] = {}
         for process in used:
@@ -72,8 +71,8 @@ class VramProbe:
         return by_gpu
 
     async def wait_until_gone(self, pids: Collection[int], gpu_uuids: Collection[str]) -> None:
-        """NVML shows no memory of these processes any more: nowhere, and the GPUs named, where they had it, answer.
-        Raises UnavailableError VRAM_NOT_RELEASED, or NVML_UNAVAILABLE."""
+        """Wait until NVML shows no memory of these processes on any GPU and the GPUs named, where they had it, answer.
+        Raises UnavailableError VRAM_NOT_RELEASED or NVML_UNAVAILABLE."""
         if not pids:
             return
         pause_s, answered = 0.0, False
@@ -93,26 +92,25 @@ class VramProbe:
         )
 
     async def _bytes_left(self, pids: Collection[int], gpu_uuids: Collection[str]) -> int:
-        shown = await self._gpus.processes()
-        shown.on(gpu_uuids)
-        return sum(process.used_bytes for process in shown if process.pid in pids)
+        found = await self._gpus.processes()
+        found.on(gpu_uuids)
+        return sum(process.used_bytes for process in found if process.pid in pids)
 
     async def refuse_without_room(self, needed: Mapping[str, int]) -> FreezeResult | None:
-        """REFUSED GPU_MEMORY_SHORT if a GPU has less free than it needs (bytes by uuid), else None.
+        """REFUSED GPU_MEMORY_SHORT if a GPU has less free memory than `needed` (bytes by uuid), else None.
 
-        No margin: what is needed is what NVML itself counted before the checkpoint, context and all. Not verified, and
-        None: where nothing is known of the need, of a GPU that NVML does not show now, or if NVML does not answer
-        within `room_patience_s`.
+        There is no margin: `needed` is what NVML itself counted before the checkpoint, context included. Not verified
+        (None): an unknown need, a GPU that NVML does not show now, no answer within `memory_query_s`.
         """
-        if not any(needed.values()) or self._silent:
+        if not any(needed.values()) or self._unresponsive:
             return None
         try:
-            async with asyncio.timeout(self._limits.room_patience_s):
+            async with asyncio.timeout(self._limits.memory_query_s):
                 free = await self._gpus.memory_free()
         except TimeoutError:
-            self._silent = True
-            asyncio.get_running_loop().call_later(SILENCE_S, self._listen_again)
-            _log.warning("wake.memory_not_verified", reason="NVML_SILENT", waited_s=self._limits.room_patience_s)
+            self._unresponsive = True
+            asyncio.get_running_loop().call_later(UNRESPONSIVE_S, self._retry)
+            _log.warning("wake.memory_not_verified", reason="NVML_SILENT", waited_s=self._limits.memory_query_s)
             return None
         except HibernodeError as error:
             _log.warning("wake.memory_not_verified", reason=error.reason, message=error.message)
@@ -127,8 +125,8 @@ class VramProbe:
             f"({-(-needed[uuid] // MIB)} MiB); see nvidia-smi for who else uses it",
         )
 
-    def _listen_again(self) -> None:
-        self._silent = False
+    def _retry(self) -> None:
+        self._unresponsive = False
 
     async def _processes(self) -> GpuProcesses:
         try:

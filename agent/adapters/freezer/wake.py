@@ -1,8 +1,8 @@
-"""A wake: room on the GPUs, thaw, restore all, unlock all, verify; and what becomes of one that fails.
+"""A wake: check room on the GPUs, thaw, restore all, unlock all, verify; and the handling of failures.
 
-REFUSED is only said of an instance that is checkpointed from the same GPUs as before and frozen: it may be tried once
-more, or elsewhere. Room comes first and not beside the thaw: the threads must not run for long without their device
-mappings (facts 4), and a refusal must leave the instance untouched.
+REFUSED means that the instance is still checkpointed from the same GPUs and frozen: the wake may be repeated, also
+elsewhere. Room is checked before the thaw, not beside it: threads must not run for long without their device mappings
+(agent/docs/facts/gpu-checkpoint.md, section 4), and a refusal must leave the instance untouched.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from agent.adapters.cuda.processes import calm_states
+from agent.adapters.cuda.processes import stable_states
 from agent.adapters.cuda.result_codes import CudaResult
 from agent.adapters.freezer.limits import all_in, broken, failure, is_fatal, refused
 from agent.adapters.freezer.tracked import FreezerRegistry, TrackedCudaProcesses
@@ -28,11 +28,11 @@ _log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
-    """One wake: the processes, and the GPUs on which they shall be (old uuid -> new uuid)."""
+class _WakeRequest:
+    """One wake: the processes, and the GPUs to restore them on (old uuid -> new uuid)."""
 
     handle: Handle
-    held: TrackedCudaProcesses
+    tracked: TrackedCudaProcesses
     gpu_map: Mapping[str, str]
 
     def calls(self) -> list[CudaCall]:
@@ -40,134 +40,133 @@ class _Wish:
         return [
             CudaCall(op, pid, gpu_map=pairs if op is CudaOp.RESTORE else ())
             for op in (CudaOp.RESTORE, CudaOp.UNLOCK, CudaOp.STATE)
-            for pid in self.held.pids
+            for pid in self.tracked.pids
         ]
 
 
 class WakeSequence:
     """`Freezer.wake`."""
 
-    def __init__(self, instances: FreezerRegistry, witness: VramProbe) -> None:
+    def __init__(self, instances: FreezerRegistry, vram_probe: VramProbe) -> None:
         self._instances = instances
-        self._witness = witness
-        self._looks: set[asyncio.Task[None]] = set()
+        self._vram_probe = vram_probe
+        self._checks: set[asyncio.Task[None]] = set()
 
     async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
-        """`Freezer.wake`. Not verified: room where the image's size is not known (frozen before this agent started) or
-        NVML does not answer in time."""
+        """`Freezer.wake`. Does not verify room for an image of unknown size, or if NVML does not answer in time."""
         gpu_map = {} if all(old == new for old, new in gpu_map.items()) else gpu_map
-        held = self._instances.get(handle)
-        if held is not None and (short := await self._witness.refuse_without_room(held.needs(gpu_map))):
-            return await self._stay(handle, short)
+        tracked = self._instances.get(handle)
+        if tracked is not None and (short := await self._vram_probe.refuse_without_room(tracked.needs(gpu_map))):
+            return await self._refuse(handle, short)
         try:
-            await self._instances.go_on(handle)
+            await self._instances.thaw(handle)
         except DeadlineError as error:
-            return await self._instances.stop_again(handle, refused(error.reason, error.message))
+            return await self._instances.freeze_again(handle, refused(error.reason, error.message))
         except HibernodeError as error:
             return broken(error.reason, error.message)
-        found = held or await self._instances.discover(handle)
+        found = tracked or await self._instances.discover(handle)
         if isinstance(found, FreezeResult):
-            return await self._stay(handle, found) if found.outcome is Outcome.REFUSED else found
-        wish = _Wish(handle, found, gpu_map)
+            return await self._refuse(handle, found) if found.outcome is Outcome.REFUSED else found
+        request = _WakeRequest(handle, found, gpu_map)
         self._instances.restored.add(handle.uid)
-        reply = await self._instances.run(found, wish.calls(), self._instances.copy_deadline_s(found))
+        reply = await self._instances.run(found, request.calls(), self._instances.copy_deadline_s(found))
         if not all_in(reply, CudaState.RUNNING, len(found.processes)):
-            return await self._after_failure(wish, reply)
-        self._instances.keep(handle, found.moved(gpu_map))
+            return await self._after_failure(request, reply)
+        self._instances.track(handle, found.moved(gpu_map))
         if gpu_map:
-            self._look_later(wish)
+            self._check_placement_later(request)
         return FreezeResult(Outcome.OK, driver_ns=reply.driver_ns)
 
-    async def _stay(self, handle: Handle, result: FreezeResult) -> FreezeResult:
-        """Refused: frozen as before; untouched if it is."""
+    async def _refuse(self, handle: Handle, result: FreezeResult) -> FreezeResult:
+        """Leave it frozen, or freeze it again."""
         if self._instances.cgroups.state(handle) is FreezerState.FROZEN:
             return result
-        return await self._instances.stop_again(handle, result)
+        return await self._instances.freeze_again(handle, result)
 
-    # ---- a wake that fails ------------------------------------------------------------------------------------
-
-    async def _after_failure(self, wish: _Wish, reply: CudaReply) -> FreezeResult:
-        """Restored after all -> unlock; all still checkpointed -> freeze again; some of both -> one way or the other
-        (`_goal`). Everything else is BROKEN."""
+    async def _after_failure(self, request: _WakeRequest, reply: CudaReply) -> FreezeResult:
+        """All restored: unlock. All checkpointed: freeze again. Both: one way or the other (`_goal_for`). Else
+        BROKEN."""
         reason, message = failure(reply)
-        if wish.held.died:
+        if request.tracked.died:
             return broken("CUDA_PROCESS_DIED", f"a CUDA process ended during its restore: {message}", reply.driver_ns)
         if reply.fault is CudaFault.STUCK or is_fatal(reply):
             return broken(reason, message, reply.driver_ns)
         if reply.fault is CudaFault.NOT_BEGUN:
-            return await self._instances.stop_again(wish.handle, refused(reason, message))
-        states, read_ns = await self._states(wish)
+            return await self._instances.freeze_again(request.handle, refused(reason, message))
+        states, read_ns = await self._states(request)
         driver_ns = reply.driver_ns + read_ns
         if not states or not states <= _RESTORED | {CudaState.CHECKPOINTED}:
-            return broken(reason, f"{message}; and its state can't be read or is failed", driver_ns)
-        goal = _goal(states, follow=bool(wish.gpu_map) or _ran_already(reply))
-        settled = await self._instances.settle(wish.handle, wish.held, goal, reply, gpu_map=wish.gpu_map, restores=1)
-        driver_ns += settled.driver_ns
-        if not settled.reached or wish.held.died:
-            return broken(settled.reason or "CUDA_PROCESS_DIED", f"{message}; {settled.message}", driver_ns)
+            return broken(reason, f"{message}; its state is failed or can't be read", driver_ns)
+        goal = _goal_for(states, follow=bool(request.gpu_map) or _ran_already(reply))
+        rolled_back = await self._instances.rollback(
+            request.handle, request.tracked, goal, reply, gpu_map=request.gpu_map, restores=1
+        )
+        driver_ns += rolled_back.driver_ns
+        if not rolled_back.reached or request.tracked.died:
+            return broken(rolled_back.reason or "CUDA_PROCESS_DIED", f"{message}; {rolled_back.message}", driver_ns)
         if goal is CudaState.RUNNING:
-            return await self._woken_late(wish, driver_ns)
+            return await self._finish_late_wake(request, driver_ns)
         if reply.fault is CudaFault.LOST and self._instances.limits.migrates:
-            # The lost restore may still run, with this wake's map: at a thaw when others hold those GPUs.
-            return broken(reason, f"{message}; it may run later, on GPUs that others hold by then", driver_ns)
-        again = replace(refused(reason, message, driver_ns), image_bytes=wish.held.vram_bytes or 0)
-        return await self._instances.stop_again(wish.handle, again)
+            # The lost restore may still run with this wake's map, at a thaw when others hold those GPUs.
+            return broken(reason, f"{message}; it may run later on GPUs that others hold by then", driver_ns)
+        again = replace(refused(reason, message, driver_ns), image_bytes=request.tracked.vram_bytes or 0)
+        return await self._instances.freeze_again(request.handle, again)
 
-    async def _states(self, wish: _Wish) -> tuple[set[CudaState], int]:
+    async def _states(self, request: _WakeRequest) -> tuple[set[CudaState], int]:
         limits = self._instances.limits
-        await self._thaw_if_paused(wish.handle)
-        return await calm_states(self._instances.checkpointer, wish.held.processes, limits.state_s, limits.settle_s)
+        await self._thaw_if_frozen(request.handle)
+        return await stable_states(
+            self._instances.checkpointer, request.tracked.processes, limits.state_query_s, limits.rollback_s
+        )
 
-    async def _thaw_if_paused(self, handle: Handle) -> None:
+    async def _thaw_if_frozen(self, handle: Handle) -> None:
         if self._instances.cgroups.state(handle) is not FreezerState.THAWED:
             try:
-                await self._instances.go_on(handle)
-            except HibernodeError as error:  # the readings will say so
+                await self._instances.thaw(handle)
+            except HibernodeError as error:  # the readings show it
                 _log.warning("wake.paused_by_others", instance=handle.uid, reason=error.reason)
 
-    async def _woken_late(self, wish: _Wish, driver_ns: int) -> FreezeResult:
-        """It runs, but not by a clean answer: a restore that had hung, perhaps of an earlier wake with another map, may
-        have done it. NVML says where; where it can't, only a wake on the same GPUs is believed."""
-        wanted = frozenset(wish.held.needs(wish.gpu_map))
-        if wanted:
+    async def _finish_late_wake(self, request: _WakeRequest, driver_ns: int) -> FreezeResult:
+        """It runs, but without a clean reply: a hung restore, perhaps of an earlier wake with another map, may have
+        done it. NVML shows where; if it can't, only a wake on the same GPUs is accepted."""
+        expected = frozenset(request.tracked.needs(request.gpu_map))
+        if expected:
             try:
-                places = await self._witness.places_of(wish.held.pids)
+                seen_on = await self._vram_probe.gpus_of(request.tracked.pids)
             except HibernodeError as error:
-                if wish.gpu_map:
-                    return broken(error.reason, f"nobody can say on which GPUs it is: {error.message}", driver_ns)
-                places = frozenset()
-            if not places <= wanted:
-                return broken("CUDA_ON_WRONG_GPU", _wrong(places, wanted), driver_ns)
-        self._instances.keep(wish.handle, wish.held.moved(wish.gpu_map))
+                if request.gpu_map:
+                    return broken(error.reason, f"it is unknown on which GPUs it runs: {error.message}", driver_ns)
+                seen_on = frozenset()
+            if not seen_on <= expected:
+                return broken("CUDA_ON_WRONG_GPU", _wrong_gpus(seen_on, expected), driver_ns)
+        self._instances.track(request.handle, request.tracked.moved(request.gpu_map))
         return FreezeResult(Outcome.OK, driver_ns=driver_ns)
 
-    # ---- verification beside the request ----------------------------------------------------------------------
-
-    def _look_later(self, wish: _Wish) -> None:
-        """After a move: NVML must see it on the new GPUs only. The driver said so; the request does not wait for a
-        second opinion, and who acts on it is the watch for trespassers, which looks at every GPU all the time."""
-        wanted = frozenset(wish.held.needs(wish.gpu_map))
-        if not wanted or self._looks:  # one look at a time is enough, NVML has one thread
+    def _check_placement_later(self, request: _WakeRequest) -> None:
+        """After a migration: check that NVML shows it on the new GPUs only. The driver reported success, so the request
+        does not wait for this; a wrong placement is only logged here, the GPU isolation check acts on it."""
+        expected = frozenset(request.tracked.needs(request.gpu_map))
+        if not expected or self._checks:  # one check at a time: NVML has one thread
             return
-        look = asyncio.create_task(self._look(wish, wanted), name=f"look for {wish.handle.uid}")
-        self._looks.add(look)
-        look.add_done_callback(self._looks.discard)
+        check = asyncio.create_task(self._check_placement(request, expected), name=f"placement of {request.handle.uid}")
+        self._checks.add(check)
+        check.add_done_callback(self._checks.discard)
 
-    async def _look(self, wish: _Wish, wanted: frozenset[str]) -> None:
+    async def _check_placement(self, request: _WakeRequest, expected: frozenset[str]) -> None:
         try:
-            places = await self._witness.places_of(wish.held.pids)
+            seen_on = await self._vram_probe.gpus_of(request.tracked.pids)
         except HibernodeError as error:
-            _log.warning("wake.place_not_verified", instance=wish.handle.uid, reason=error.reason)
+            _log.warning("wake.place_not_verified", instance=request.handle.uid, reason=error.reason)
             return
-        if not places <= wanted:
-            _log.error("wake.on_wrong_gpu", instance=wish.handle.uid, detail=_wrong(places, wanted))
+        if not seen_on <= expected:
+            _log.error("wake.on_wrong_gpu", instance=request.handle.uid, detail=_wrong_gpus(seen_on, expected))
 
 
-def _goal(states: set[CudaState], *, follow: bool) -> CudaState:
-    """Where to bring processes of which some or all are restored, or none.
+def _goal_for(states: set[CudaState], *, follow: bool) -> CudaState:
+    """The state to bring processes to of which none, some or all are restored.
 
-    None: they stay as they are. All: on to RUNNING. Some: the restored are checkpointed again, and nothing has changed;
-    unless the rest must `follow` them, for on other GPUs that would make images of different GPUs.
+    None: they stay CHECKPOINTED. All: on to RUNNING. Some: the restored ones are checkpointed again, which changes
+    nothing; with `follow` (other GPUs, so that the images would be of different GPUs) all go on to RUNNING.
     """
     if CudaState.CHECKPOINTED not in states:
         return CudaState.RUNNING
@@ -176,10 +175,10 @@ def _goal(states: set[CudaState], *, follow: bool) -> CudaState:
 
 
 def _ran_already(reply: CudaReply) -> bool:
-    """A restore found its process restored: one of an earlier wake had hung, and ran at this thaw."""
+    """A restore found its process already restored: a hung one of an earlier wake ran at this thaw."""
     last = reply.answers[-1] if reply.answers else None
     return last is not None and last.call.op is CudaOp.RESTORE and last.code == CudaResult.ILLEGAL_STATE
 
 
-def _wrong(places: frozenset[str], wanted: frozenset[str]) -> str:
-    return f"NVML sees it on {', '.join(sorted(places))} and not only on {', '.join(sorted(wanted))}"
+def _wrong_gpus(seen_on: frozenset[str], expected: frozenset[str]) -> str:
+    return f"NVML sees it on {', '.join(sorted(seen_on))} and not only on {', '.join(sorted(expected))}"

@@ -1,1 +1,1 @@
-"""What the Linux kernel offers: cgroups, processes, memory limits, the clock."""
+"""What the Linux kernel offers: /proc, cgroups, pidfds, clocks and files."""

@@ -1,4 +1,4 @@
-"""Cgroups: where v2 is mounted, our slice in it, and what can be done to one cgroup.
+"""Cgroups: where v2 is mounted, the agent's slice, and operations on one cgroup.
 
 v2 is used wherever it is mounted, also beside v1 controllers (hybrid hosts): freeze, events and kill need no
 controller. Kernel docs: Documentation/admin-guide/cgroup-v2.rst.
@@ -21,16 +21,15 @@ PROC_SELF = Path("/proc/self")
 
 @dataclass(frozen=True, slots=True)
 class CgroupMount:
-    """One mounted hierarchy. `root` is what of the hierarchy is mounted ("/" but in containers), `controllers` the v1
-    controllers of it; empty for v2."""
+    """One mounted hierarchy."""
 
     version: int
     point: Path
-    root: str
-    controllers: frozenset[str]
+    root: str  # the part of the hierarchy that is mounted; "/" except in containers
+    controllers: frozenset[str]  # v1 only; empty for v2
 
     def locate(self, cgroup: str) -> Path | None:
-        """Where a path of /proc/PID/cgroup is in the file system; None when it lies outside of what is mounted."""
+        """The folder of a path from /proc/PID/cgroup; None if it lies outside the mounted part."""
         top = self.root.rstrip("/")
         if cgroup.startswith("/..") or not f"{cgroup}/".startswith(f"{top}/"):
             return None
@@ -62,7 +61,6 @@ def parse_membership(text: str) -> dict[str, str]:
 
 
 def find_v2_mount(mountinfo: str) -> CgroupMount | None:
-    """The v2 hierarchy, wherever it is mounted."""
     return next((mount for mount in parse_mounts(mountinfo) if mount.version == 2), None)
 
 
@@ -71,7 +69,7 @@ def find_v2_mount(mountinfo: str) -> CgroupMount | None:
 
 @dataclass(frozen=True, slots=True)
 class CgroupSlice:
-    """The parent of all our instances' cgroups: `hibernode-<first 12 digits of the state directory's UUID>`."""
+    """The parent of all instances' cgroups: `hibernode-<first 12 digits of the state directory's UUID>`."""
 
     path: Path
 
@@ -79,31 +77,30 @@ class CgroupSlice:
         return self.path / uid
 
     def create(self, uid: str) -> Path:
-        """Make the instance's cgroup. FileExistsError if there is one: the caller destroys it first."""
+        """Make the instance's cgroup. Raises FileExistsError if there is one: the caller destroys it first."""
         self.path.mkdir(exist_ok=True)
         path = self.path_of(uid)
         path.mkdir()
         return path
 
     def uids(self) -> list[str]:
-        """Instances that have a cgroup, ours by construction: the slice carries the UUID."""
+        """Instances that have a cgroup here; all are ours, because the slice's name holds the UUID."""
         try:
             return sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
         except FileNotFoundError:
             return []
 
     def remove_if_empty(self) -> None:
-        """Leave nothing behind when the last instance is gone."""
         with suppress(OSError):
             self.path.rmdir()
 
 
 def open_slice(state_uuid: str, proc_self: Path = PROC_SELF) -> CgroupSlice | None:
-    """Our slice, or None where no v2 cgroup can be written (then the SIGSTOP fall-back is used).
+    """The slice, or None where no v2 cgroup can be written (SIGSTOP is the fallback).
 
-    Under a service manager that delegated our own cgroup, there (the unit needs Delegate=yes and KillMode=process, as
-    instances outlive us). Else root uses the top of the hierarchy, like runc does, so that a session's end can't take
-    the instances along; an ordinary user has only the own cgroup.
+    Under a service manager that delegated the agent's own cgroup, it lies there (the unit needs Delegate=yes and
+    KillMode=process, because instances outlive the agent). Otherwise root uses the top of the hierarchy, like runc, so
+    that the end of a session does not end the instances; other users have only their own cgroup.
     """
     mount = find_v2_mount((proc_self / "mountinfo").read_text(encoding="utf-8"))
     if mount is None:
@@ -111,7 +108,7 @@ def open_slice(state_uuid: str, proc_self: Path = PROC_SELF) -> CgroupSlice | No
     name = f"hibernode-{state_uuid.replace('-', '')[:12]}"
     membership = parse_membership((proc_self / "cgroup").read_text(encoding="utf-8"))
     own = mount.locate(membership.get("", "/"))
-    if own and own.name == name:  # an agent started from inside one of its own instances' slice
+    if own and own.name == name:  # the agent was started inside its own slice
         own = own.parent
     delegated = own is not None and _is_delegated(own)
     candidates = [own, mount.point] if delegated or os.geteuid() != 0 else [mount.point, own]
@@ -122,7 +119,7 @@ def open_slice(state_uuid: str, proc_self: Path = PROC_SELF) -> CgroupSlice | No
 
 
 def _is_delegated(path: Path) -> bool:
-    """systemd marks what it delegates with an extended attribute (CGROUP_DELEGATION in its docs)."""
+    """systemd marks delegated cgroups with an extended attribute (CGROUP_DELEGATION in its docs)."""
     for name in ("trusted.delegate", "user.delegate"):
         with suppress(OSError):
             if os.getxattr(path, name) == b"1":
@@ -131,14 +128,14 @@ def _is_delegated(path: Path) -> bool:
 
 
 def _can_host(parent: Path, path: Path) -> bool:
-    """Try it: make the slice, and see that a process could be moved in and frozen there."""
+    """Make the slice and check that a process could be moved in and frozen there."""
     try:
         path.mkdir(exist_ok=True)
     except OSError:
         return False
     needed = (parent / "cgroup.procs", path / "cgroup.procs")
     usable = all(os.access(file, os.W_OK) for file in needed) and (path / "cgroup.freeze").exists()
-    with suppress(OSError):  # made again with the first instance
+    with suppress(OSError):  # the first instance makes it again
         path.rmdir()
     return usable
 
@@ -147,16 +144,17 @@ def _can_host(parent: Path, path: Path) -> bool:
 
 
 def read_events(path: Path) -> dict[str, int] | None:
-    """`cgroup.events` as {"populated": 0|1, "frozen": 0|1}; None when the cgroup is gone."""
+    """`cgroup.events` as {"populated": 0|1, "frozen": 0|1}; None if the cgroup is gone."""
     try:
         text = _read(path, "cgroup.events")
-    except OSError:  # ENOENT, or ENODEV when it went away between open and read
+    except OSError:  # ENOENT, or ENODEV if it went away between open and read
         return None
     return {name.decode(): int(value) for name, value in (line.split() for line in text.splitlines())}
 
 
 def write_freeze(path: Path, frozen: bool) -> None:
-    """Ask for it; the kernel does it asynchronously (a thaw shows at once, a freeze when the last thread stopped)."""
+    """Request a freeze or thaw. The kernel is asynchronous: a thaw shows at once, a freeze when the last thread
+    stopped."""
     descriptor = os.open(f"{path}/cgroup.freeze", os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(descriptor, b"1" if frozen else b"0")
@@ -165,7 +163,7 @@ def write_freeze(path: Path, frozen: bool) -> None:
 
 
 def freeze_requested(path: Path) -> bool:
-    """Has `cgroup.freeze` been set on this very cgroup? (`frozen` may also come from an ancestor.)"""
+    """Whether `cgroup.freeze` is set on this very cgroup (`frozen` may also come from an ancestor)."""
     try:
         return _read(path, "cgroup.freeze").strip() == b"1"
     except OSError:
@@ -173,7 +171,7 @@ def freeze_requested(path: Path) -> bool:
 
 
 def _read(path: Path, name: str) -> bytes:
-    """A whole small file. Without Python's buffered text layer, which costs every wake 0.1 ms."""
+    """A whole small file, without Python's buffered text layer, which would cost every wake 0.1 ms."""
     descriptor = os.open(f"{path}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(descriptor, 4096)
@@ -182,12 +180,12 @@ def _read(path: Path, name: str) -> bytes:
 
 
 def subtree(path: Path) -> list[Path]:
-    """The cgroup and everything below it, children first."""
+    """The cgroup and all its descendants, children first."""
     return [Path(folder) for folder, _dirs, _files in os.walk(path, topdown=False)]
 
 
 def procs(path: Path) -> list[int]:
-    """Pids of the processes in the cgroup and below. A process of a foreign pid namespace reads as 0: left out."""
+    """Pids of the processes in the cgroup and below, without those of a foreign pid namespace (they read as 0)."""
     pids: set[int] = set()
     for folder in subtree(path):
         with suppress(OSError):
@@ -195,17 +193,16 @@ def procs(path: Path) -> list[int]:
     return sorted(pids - {0})
 
 
-async def reread(done: Callable[[], bool], deadline_s: float) -> bool:
-    """Wait for a change that the kernel makes soon, by looking again: three times at once, after 200 us, then every
-    2 ms. Polling cgroup.events is late by up to 18 ms (facts/emulated-driver.md, pitfall 16). False at the deadline.
-    """
+async def poll_until(done: Callable[[], bool], deadline_s: float) -> bool:
+    """Poll for a change that the kernel makes soon: three times at once, after 200 us, then every 2 ms. Waiting for
+    cgroup.events is up to 18 ms late (agent/docs/facts/emulated-driver.md, pitfall 16). False at the deadline."""
     for _ in range(3):
         if done():
             return True
     try:
         async with asyncio.timeout(deadline_s):
             await asyncio.sleep(0.0002)
-            while not done():  # noqa: ASYNC110 - the kernel has no event for it that comes in time
+            while not done():  # noqa: ASYNC110 - the kernel's event for it comes too late
                 await asyncio.sleep(0.002)
     except TimeoutError:
         return done()
@@ -213,13 +210,13 @@ async def reread(done: Callable[[], bool], deadline_s: float) -> bool:
 
 
 def is_empty(path: Path) -> bool:
-    """No living process in it or below (zombies do not count), or no such cgroup."""
+    """Whether no living process is in it or below (zombies do not count), or it does not exist."""
     events = read_events(path)
     return events is None or events["populated"] == 0
 
 
 def send_kill(path: Path) -> None:
-    """SIGKILL every process in it and below, frozen ones too: `cgroup.kill` (Linux 5.14), else one by one."""
+    """SIGKILL every process in it and below, frozen ones too: by `cgroup.kill` (Linux 5.14), else one by one."""
     try:
         (path / "cgroup.kill").write_text("1", encoding="ascii")
     except FileNotFoundError:
@@ -229,27 +226,27 @@ def send_kill(path: Path) -> None:
 
 
 async def kill(path: Path, deadline_s: float) -> None:
-    """SIGKILL everything in it and wait until it is empty. DeadlineError KILL_TIMEOUT."""
+    """SIGKILL everything in it and wait until it is empty. Raises DeadlineError KILL_TIMEOUT."""
 
     def emptied() -> bool:
         if is_empty(path):
             return True
-        send_kill(path)  # again at every look: one by one, a fork can slip through
+        send_kill(path)  # at every check: killed one by one, a fork can slip through
         return False
 
-    if not await reread(emptied, deadline_s):
+    if not await poll_until(emptied, deadline_s):
         raise DeadlineError(
             "KILL_TIMEOUT",
-            f"processes survive SIGKILL for {deadline_s:g} s; one may be stuck in the driver: see `dmesg`",
+            f"processes still exist {deadline_s:g} s after SIGKILL; one may be stuck in the driver: see `dmesg`",
             cgroup=str(path),
             pids=",".join(map(str, procs(path)[:16])),
         )
 
 
 async def remove(path: Path, deadline_s: float) -> None:
-    """Kill what is inside and remove the cgroup with everything below. Idempotent. DeadlineError KILL_TIMEOUT."""
+    """Kill what is inside and remove the cgroup with its descendants. Idempotent. Raises DeadlineError KILL_TIMEOUT."""
     await kill(path, deadline_s)
-    if not await reread(lambda: _try_remove(path), deadline_s):
+    if not await poll_until(lambda: _try_remove(path), deadline_s):
         raise DeadlineError("KILL_TIMEOUT", "the cgroup stays busy and can't be removed", cgroup=str(path))
 
 

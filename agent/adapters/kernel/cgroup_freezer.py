@@ -1,7 +1,7 @@
-"""Stopping and continuing an instance's threads: by cgroup v2, or by SIGSTOP where no cgroup can be written.
+"""Stops and continues an instance's threads: by cgroup v2, or by SIGSTOP where no cgroup can be written.
 
-Only this half of a freeze lives here; the driver's half and the order of the two are in `freezer.py`. The agent never
-asks the driver about a process whose cgroup is not THAWED: a frozen target can't answer and the call hangs.
+This is only the kernel's half of a freeze; `adapters/freezer` has the driver's half and the order of the two. The agent
+never calls the driver for a process whose cgroup is not THAWED: a frozen target can't answer and the call hangs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ V1_PATHS_KEPT = 4096
 
 
 class CgroupFreezer:
-    """`cgroup.freeze` of the handle's own cgroup: about 100 us, threads need not cooperate, SIGKILL still works.
+    """`cgroup.freeze` of the handle's own cgroup: takes about 100 us, threads need not cooperate, SIGKILL still works.
 
-    On hybrid hosts an engine pauses containers by v1's freezer: seen here as frozen too, and thawed with the rest."""
+    On hybrid hosts an engine pauses containers by the v1 freezer: that counts as frozen too and is thawed as well.
+    """
 
     name = "cgroup"
 
@@ -34,8 +35,8 @@ class CgroupFreezer:
     async def freeze(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
         path = self._path(handle)
         self._write(path, handle, frozen=True)
-        # GONE ends the wait as well: nobody is left to stop.
-        if not await cgroup.reread(lambda: self.state(handle) is not FreezerState.FREEZING, deadline_s):
+        # GONE ends the wait as well: nothing is left to stop.
+        if not await cgroup.poll_until(lambda: self.state(handle) is not FreezerState.FREEZING, deadline_s):
             with suppress(OSError):
                 cgroup.write_freeze(path, frozen=False)
             raise _freeze_timeout(handle, deadline_s)
@@ -48,14 +49,14 @@ class CgroupFreezer:
         events: dict[str, int] | None = None
 
         def thawed() -> bool:
-            # Part of every wake: one read tells both what runs and whether anybody is left.
+            # Part of every wake: one read shows both whether it runs and whether a process is left.
             nonlocal events
             events = cgroup.read_events(path)
             return events is None or not events["populated"] or not events["frozen"]
 
         if (v1 := self._v1_path(handle)) is not None and cgroup_v1_freezer.is_frozen(v1):
             cgroup_v1_freezer.thaw_cgroup(v1)
-        if not await cgroup.reread(thawed, deadline_s):
+        if not await cgroup.poll_until(thawed, deadline_s):
             raise _thaw_timeout(handle, deadline_s)
         if events is None or not events["populated"]:
             raise _gone(handle)
@@ -80,7 +81,7 @@ class CgroupFreezer:
         return path is not None and cgroup_v1_freezer.is_frozen(path)
 
     def _v1_path(self, handle: Handle) -> Path | None:
-        """Only engines freeze by it. Where it is is looked up once: this is part of every wake."""
+        """The v1 freezer cgroup of a container; only engines freeze by it. Cached, because every wake needs it."""
         if not handle.container_id:
             return None
         if handle.process not in self._v1:
@@ -99,15 +100,15 @@ class CgroupFreezer:
             cgroup.write_freeze(path, frozen)
         except OSError as error:
             raise PreconditionError(
-                "INSTANCE_GONE", f"its cgroup can't be written: {error.strerror}", uid=handle.uid
+                "INSTANCE_GONE", f"the instance's cgroup can't be written: {error.strerror}", uid=handle.uid
             ) from error
 
 
 class SignalFreezer:
-    """SIGSTOP and SIGCONT to every process of the instance: the fall-back for hosts without a writable cgroup.
+    """SIGSTOP and SIGCONT to every process of the instance: the fallback for hosts without a writable cgroup.
 
-    Weaker than a cgroup: a parent sees its child stop, a process that clears its environment, leaves the session and
-    loses its parent escapes, and anyone may send SIGCONT. `hibernode doctor` says when it is in use.
+    Weaker than a cgroup: a parent sees its child stop; a process that clears its environment, leaves the session and
+    loses its parent escapes; any process may send SIGCONT. `hibernode doctor` reports when it is in use.
     """
 
     name = "signal"
@@ -122,13 +123,13 @@ class SignalFreezer:
             raise _gone(handle)
 
         def stopped() -> bool:
-            # A fork may happen between the listing and the signal: done when two listings agree and all stand.
+            # A fork may come between listing and signal: done when two listings agree and all have stopped.
             nonlocal seen
             found = self._signal(handle, signal.SIGSTOP)
             agreed, seen = found == seen, found
             return agreed and all(map(_all_stopped, found))
 
-        if not await cgroup.reread(stopped, deadline_s):
+        if not await cgroup.poll_until(stopped, deadline_s):
             self._signal(handle, signal.SIGCONT)
             raise _freeze_timeout(handle, deadline_s)
 
@@ -144,7 +145,7 @@ class SignalFreezer:
             found = self._signal(handle, signal.SIGCONT)
             return False
 
-        if not await cgroup.reread(running, deadline_s):
+        if not await cgroup.poll_until(running, deadline_s):
             raise _thaw_timeout(handle, deadline_s)
 
     def state(self, handle: Handle) -> FreezerState:
@@ -158,7 +159,7 @@ class SignalFreezer:
     def is_frozen(self, handle: Handle) -> bool:
         main = process_table.read_stat(handle.process.pid)
         if main is not None and main.start_time == handle.process.start_time and main.state not in "TtZX":
-            return False  # the main process runs: no need to look at all of /proc
+            return False  # the main process runs: no need to read all of /proc
         return self.state(handle) is FreezerState.FROZEN
 
     def _members(self, handle: Handle) -> list[int]:
@@ -179,16 +180,16 @@ INSTANCE_VARIABLE = "HIBERNODE_INSTANCE"
 
 
 def instance_mark(state_uuid: str, uid: str) -> str:
-    """The environment variable by which a process is known to be ours: state directory and instance."""
+    """The environment variable that marks a process as ours: state directory and instance."""
     return f"{INSTANCE_VARIABLE}={state_uuid}/{uid}"
 
 
 class FreezerByHandle:
-    """Each instance by what it was started with. Between two starts of the agent cgroups may have become writable, or
-    not be any more; and to SIGSTOP's eyes a frozen cgroup runs, so the driver would be asked and hang."""
+    """Freezes each instance the way it was started. Between two starts of the agent cgroups may have become writable,
+    or unwritable; and a frozen cgroup looks like running to `SignalFreezer`, so the driver would be called and hang."""
 
     def __init__(self, name: str, signals: SignalFreezer) -> None:
-        """`name` of the one that new instances get."""
+        """`name`: the freezer that new instances get."""
         self.name = name
         self._cgroups = CgroupFreezer()
         self._signals = signals
@@ -210,7 +211,7 @@ class FreezerByHandle:
 
 
 def choose_freezer(slice_: cgroup.CgroupSlice | None, state_uuid: str, boot_id: str) -> ProcessFreezer:
-    """By cgroup where we can write one, else by signals; an instance that lives already by what it has."""
+    """By cgroup if one can be written, else by signals; an existing instance keeps the way it was started."""
     return FreezerByHandle(CgroupFreezer.name if slice_ else SignalFreezer.name, SignalFreezer(state_uuid, boot_id))
 
 
@@ -237,6 +238,6 @@ def _freeze_timeout(handle: Handle, deadline_s: float) -> DeadlineError:
 def _thaw_timeout(handle: Handle, deadline_s: float) -> DeadlineError:
     return DeadlineError(
         "THAW_TIMEOUT",
-        f"still stopped {deadline_s:g} s after the thaw; is a parent cgroup frozen by somebody else?",
+        f"still stopped {deadline_s:g} s after the thaw; is a parent cgroup frozen?",
         uid=handle.uid,
     )

@@ -1,6 +1,6 @@
-"""The freezer of cgroup v1, where an engine pauses containers by it (hybrid hosts).
+"""The freezer of cgroup v1, by which an engine pauses containers on hybrid hosts.
 
-A task that is frozen there does not die of SIGKILL before it is thawed, unlike one frozen by v2; who kills must thaw.
+A task frozen there does not die of SIGKILL until it is thawed (unlike v2): thaw it before a kill.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ CONTROLLER = "freezer"
 
 
 def thaw(pid: int, proc: Path = PROC) -> None:
-    """Undo a v1 freeze of the cgroup that `pid` is in. A no-op without v1, and for the top of the hierarchy."""
+    """Undo a v1 freeze of the cgroup that `pid` is in. Does nothing without v1, or at the top of the hierarchy."""
     path = cgroup_of(pid, proc)
     if path is not None:
         thaw_cgroup(path)
 
 
 def thaw_cgroup(path: Path) -> None:
-    """Let it go on. The kernel does it at once."""
+    """Thaw it. The kernel does so at once."""
     with suppress(OSError):  # gone with its last process
         (path / "freezer.state").write_text("THAWED", encoding="ascii")
 
 
 def is_frozen(path: Path) -> bool:
-    """Stopped, or about to be (FREEZING)?"""
+    """Whether it is stopped, or about to be (FREEZING)."""
     try:
         return (path / "freezer.state").read_bytes().strip() != b"THAWED"
     except OSError:
@@ -36,7 +36,7 @@ def is_frozen(path: Path) -> bool:
 
 
 def cgroup_of(pid: int, proc: Path = PROC) -> Path | None:
-    """The process's own v1 freezer cgroup; None where there is none but the top."""
+    """The process's own v1 freezer cgroup; None if it is in the top one or there is none."""
     try:
         membership = parse_membership((proc / str(pid) / "cgroup").read_text(encoding="utf-8"))
         mounts = parse_mounts((proc / "self/mountinfo").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The one place that reads a clock. Everybody else is handed a `Clock` or gets time inside an event."""
+"""The only reader of clocks. Everything else is given a `Clock`, or the time inside an event."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class SystemClock:
         return time.time_ns()
 
     def call_at(self, at_mono_ns: int, callback: Callable[[], None]) -> SystemTimer:
-        """Call back on the running loop, never before `at_mono_ns`; a time in the past means the next turn."""
+        """Call back on the running loop, never before `at_mono_ns`; a time in the past means the next iteration."""
         return SystemTimer(self, at_mono_ns, callback)
 
 
 class SystemTimer:
     """One armed callback.
 
-    Loops round a delay to whole milliseconds, uvloop also downwards. A timer that fired early would find its
-    condition not yet true (an idle time not reached, a window not over), so it arms itself again.
+    Loops round a delay to whole milliseconds, uvloop also down. A timer that fires early would find its condition not
+    yet true (an idle time, the end of a window), so it arms itself again.
     """
 
     __slots__ = ("_at_mono_ns", "_callback", "_clock", "_handle", "_loop")
@@ -40,7 +40,7 @@ class SystemTimer:
         self._handle = self._arm()
 
     def cancel(self) -> None:
-        """Idempotent; harmless after it fired."""
+        """Idempotent, also after it fired."""
         self._handle.cancel()
 
     def _arm(self) -> asyncio.TimerHandle:

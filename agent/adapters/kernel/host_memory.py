@@ -1,7 +1,7 @@
-"""How much host memory a frozen image may take: the host's own view and the cgroup's. Implements `ports.HostMemory`.
+"""How much host memory a frozen image may take, by the host's view and the cgroup's. Implements `ports.HostMemory`.
 
-Reclaimable page cache counts as free in both: counted as used, admission refuses what would succeed
-(facts/emulated-driver.md, pitfall 8). Swap counts as nothing: a swapped image wakes too slowly.
+Reclaimable page cache counts as free in both: counted as used, admission would refuse freezes that succeed
+(agent/docs/facts/emulated-driver.md, pitfall 8). Swap does not count: a swapped image wakes too slowly.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from agent.core.types import Handle
 
 
 class ProcHostMemory:
-    """Reads /proc/meminfo and the files of the handle's memory cgroup. `limits` is the folder that remembers what
-    raised limits were (None: limits are never raised), `images` that of the sizes of frozen images (None: they are
-    not remembered). What writes there may wait for a disk; it is for one thread beside the loop."""
+    """Reads /proc/meminfo and the files of the handle's memory cgroup. `limits` and `images` are the folders with the
+    records of raised limits and of image sizes; None: limits are not raised, sizes not remembered. Writes may wait for
+    a disk and belong in one thread beside the loop."""
 
     def __init__(self, proc: Path = PROC, limits: Path | None = None, images: Path | None = None) -> None:
         self._proc = proc
@@ -37,15 +37,13 @@ class ProcHostMemory:
         raise UnavailableError("HOST_MEMORY_UNKNOWN", "/proc/meminfo has no MemAvailable: mount /proc, Linux >= 3.14")
 
     def headroom_bytes(self, handle: Handle) -> int | None:
-        """Smallest (limit - usage, cache counted as free) over every ancestor; None = no limit anywhere, or the
-        process has ended."""
+        """Smallest (limit - usage, cache counted as free) over all ancestors; None without a limit or process."""
         if not process_table.is_alive(handle.process, self._boot_id, self._proc):
             return None
         found = memory_cgroup.find(handle.process.pid, self._proc)
         return found.headroom_bytes() if found else None
 
     def raise_limit(self, handle: Handle, need_bytes: int) -> str:
-        """See `ports.HostMemory`."""
         if self._limits is None:
             return "memory limits are not raised here; raise its memorySize"
         alive = process_table.is_alive(handle.process, self._boot_id, self._proc)
@@ -53,25 +51,21 @@ class ProcHostMemory:
         return self._limits.raise_by_need(handle, found, need_bytes) if found else ""
 
     def limit_raised(self, uid: str) -> bool:
-        """See `ports.HostMemory`."""
         return self._limits is not None and self._limits.is_raised(uid)
 
     def lower_limit(self, uid: str) -> None:
-        """See `ports.HostMemory`."""
         if self._limits:
             self._limits.lower(uid)
 
     def note_image(self, uid: str, image_bytes: int) -> None:
-        """See `ports.HostMemory`."""
         if self._images:
             self._images.note(uid, image_bytes)
 
     def noted_image(self, uid: str) -> int | None:
-        """See `ports.HostMemory`."""
         return self._images.read(uid) if self._images else None
 
     def resident_bytes(self, pids: Collection[int]) -> int:
-        """See `ports.HostMemory`. From `statm`, which does not wait for a frozen process."""
+        """From `statm`, which does not wait for a frozen process."""
         return sum(self._resident_bytes(pid) for pid in pids)
 
     def _resident_bytes(self, pid: int) -> int:
@@ -82,13 +76,11 @@ class ProcHostMemory:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def forget(self, uid: str) -> None:
-        """See `ports.HostMemory`."""
         self.lower_limit(uid)
         if self._images:
             self._images.forget(uid)
 
     def recover(self, living: Collection[str], frozen: Collection[str]) -> None:
-        """See `ports.HostMemory`."""
         if self._limits:
             self._limits.recover(frozen)
         if self._images:

@@ -1,4 +1,4 @@
-"""The memory cgroup of a process, v1 or v2: limits and use of every ancestor, and its count of OOM kills."""
+"""The memory cgroup of a process, v1 or v2: limits and usage of every ancestor, and the count of OOM kills."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ V2_CAPS = (("memory.max", "memory.current"), ("memory.high", "memory.current"))
 
 @dataclass(frozen=True, slots=True)
 class Cap:
-    """One limit that is set, and what counts against it (cache, which is given up when needed, does not)."""
+    """One limit that is set, and the usage that counts against it (without page cache, which is reclaimed)."""
 
     name: str
     limit_bytes: int
@@ -47,25 +47,24 @@ class MemoryCgroup:
                     return
 
     def headroom_bytes(self) -> int | None:
-        """Smallest (limit - usage, cache counted as free) over every ancestor; None = no limit anywhere."""
+        """Smallest (limit - usage, cache counted as free) over all ancestors; None: no limit anywhere."""
         rooms = [room for path in self.ancestors() if (room := self._room_bytes(path)) is not None]
         return min(rooms) if rooms else None
 
     def headroom_above_bytes(self) -> int | None:
-        """Like `headroom_bytes`, of the ancestors alone."""
+        """Like `headroom_bytes`, without this cgroup's own limits."""
         above = [room for path in list(self.ancestors())[1:] if (room := self._room_bytes(path)) is not None]
         return min(above, default=None)
 
     def own_caps(self) -> list[Cap]:
-        """The limits that are set in this cgroup itself."""
         return list(self._caps(self.path))
 
     def usage_bytes(self) -> int | None:
-        """What this cgroup is charged with, cache and all; None if it is gone."""
+        """What this cgroup is charged with, cache included; None if it is gone."""
         return _number(self.path / ("memory.current" if self.version == 2 else "memory.usage_in_bytes"))
 
     def oom_kills(self) -> int | None:
-        """Processes the OOM killer took here so far (v2: here and below); None where the kernel does not count."""
+        """Processes that the OOM killer has killed here (v2: here and below); None if the kernel does not count."""
         for path in self.ancestors():
             name = "memory.events" if self.version == 2 else "memory.oom_control"
             kills = _keyed(path / name).get("oom_kill")
@@ -99,14 +98,14 @@ def find(pid: int, proc: Path = PROC) -> MemoryCgroup | None:
             continue
         if mount.version == 2 and "memory" in membership:
             continue  # hybrid: v2 is there, but without the memory controller
-        # A path outside of what is mounted (a container's view): the mounted top limits us at least.
+        # A path outside the mounted part (a container's view): at least the mounted top limits it.
         path = mount.locate(membership[key]) or mount.point
         return MemoryCgroup(mount.version, path, mount.point)
     return None
 
 
 def _number(path: Path) -> int | None:
-    """One integer; None for "max" and for a file that is not there (the top has none in v2)."""
+    """One integer; None for "max" and for a missing file (the top has none in v2)."""
     try:
         text = path.read_text(encoding="ascii").strip()
     except OSError:
@@ -115,7 +114,7 @@ def _number(path: Path) -> int | None:
 
 
 def _keyed(path: Path) -> dict[str, int]:
-    """A flat keyed file, "name number" a line; empty if it is not there."""
+    """A flat keyed file ("name number" lines); empty if it is missing."""
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,12 +1,12 @@
-"""Raising an instance's own memory limit for as long as its GPU image is in host memory.
+"""Raises an instance's own memory limit while its GPU image is in host memory.
 
-The copy of VRAM is charged to the instance's memory cgroup, and running into its limit is an OOM kill in
-mid-checkpoint (facts/emulated-driver.md, pitfalls 7 and 8). What the limit was is in `<folder>/<uid>.json` before it
-changes, and the file goes only after it is back: an agent that dies in between leaves what `recover` needs. Nothing is
-fsynced: what loses a written file is the kernel's own end, and that takes the instance and its cgroup along.
+The copy of VRAM is charged to the instance's memory cgroup; hitting its limit is an OOM kill during the checkpoint
+(agent/docs/facts/emulated-driver.md, pitfalls 7 and 8). The old limit is written to `<folder>/<uid>.json` before it
+changes, and the file is removed after it is restored: an agent that dies in between leaves what `recover` needs. No
+fsync: only the kernel's own end loses a written file, and that ends the instance and its cgroup too.
 
-Lowering never kills. v1 answers EBUSY instead. v2 would reclaim and then kill, so `memory.high` goes down first, which
-reclaims and slows growth but kills nobody, and `memory.max` follows only when what is charged, cache and all, is below.
+Lowering never kills. v1 answers EBUSY instead. v2 would reclaim and then kill, so `memory.high` is lowered first, which
+only reclaims and slows growth, and `memory.max` follows only when the charge, cache included, is below it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What a limit was: the text of each file that there is."""
+    """The old limits: the text of each limit file that exists."""
 
     boot_id: str
     version: int
@@ -44,20 +44,19 @@ class _Record:
 
 
 class MemoryLimits:
-    """The raised limits of one state directory. One writer; `is_raised` may be asked from any thread."""
+    """The raised limits of one state directory. One writer; `is_raised` may be called from any thread."""
 
     def __init__(self, folder: Path, boot_id: str) -> None:
         self._folder = folder
         self._boot_id = boot_id
-        # Remembered, so that a wake without a raised limit never touches the disk.
+        # Cached, so that a wake without a raised limit never touches the disk.
         self._raised = {path.stem for path in folder.glob("*.json")}
 
     def is_raised(self, uid: str) -> bool:
-        """Costs nothing."""
         return uid in self._raised
 
     def raise_by_need(self, handle: Handle, own: MemoryCgroup, need_bytes: int) -> str:
-        """Let `own` hold `need_bytes` and the margin more than now. Returns "" or why not (then nothing changed)."""
+        """Let `own` hold `need_bytes` plus the margin more than now. Returns "" or why not (then nothing changed)."""
         wanted = need_bytes + MARGIN_BYTES
         above = own.headroom_above_bytes()
         if above is not None and above < wanted:
@@ -68,7 +67,7 @@ class MemoryLimits:
         if why := _not_own(handle, own):
             return why
         try:
-            if handle.uid not in self._raised:  # raised already: what it was then is what it was
+            if handle.uid not in self._raised:  # if raised before, the record already holds the original
                 self._write(handle.uid, _Record(self._boot_id, own.version, str(own.path), _texts(own)))
             for name, limit in _raised(own.version, caps, wanted):
                 (own.path / name).write_text(str(limit), encoding="ascii")
@@ -78,7 +77,7 @@ class MemoryLimits:
         return ""
 
     def lower(self, uid: str) -> None:
-        """Put the limit back. While more than that is in use it stays raised, and the next call tries again."""
+        """Restore the limit. While more than that is in use it stays raised, and the next call retries."""
         if uid not in self._raised:
             return
         record = self._read(uid)
@@ -97,7 +96,7 @@ class MemoryLimits:
         self._raised.discard(uid)
 
     def recover(self, frozen: Collection[str]) -> None:
-        """After a restart: frozen instances keep their raised limit, everyone else's is what it was."""
+        """After a restart: frozen instances keep their raised limit, all others get their old one back."""
         for uid in sorted(self._raised - set(frozen)):
             self.lower(uid)
 
@@ -111,7 +110,7 @@ class MemoryLimits:
         self._raised.add(uid)
 
     def _read(self, uid: str) -> _Record | None:
-        """None if the file is gone or damaged. A damaged one is kept aside: that limit stays raised, and is said so."""
+        """None if the file is gone or damaged. A damaged one is renamed and logged, and the limit stays raised."""
         path = self._folder / f"{uid}.json"
         try:
             return msgspec.json.decode(path.read_bytes(), type=_Record)
@@ -126,7 +125,7 @@ class MemoryLimits:
 
 
 def _not_own(handle: Handle, own: MemoryCgroup) -> str:
-    """ "" if this cgroup holds nobody but the instance; shared ones are not ours to change."""
+    """ "" if this cgroup holds only the instance; shared limits are not changed."""
     inside = set(cgroup.procs(own.path))
     instance = set(cgroup.procs(Path(handle.cgroup))) if handle.cgroup else {handle.process.pid}
     if own.path == own.top or handle.process.pid not in inside or not inside <= instance:
@@ -135,7 +134,7 @@ def _not_own(handle: Handle, own: MemoryCgroup) -> str:
 
 
 def _texts(own: MemoryCgroup) -> dict[str, str]:
-    """Every limit file and what is in it, "max" as well. Without swap accounting there is no memsw."""
+    """Every limit file and its content, "max" included. Without swap accounting there is no memsw."""
     found = {}
     for name, _ in V2_CAPS if own.version == 2 else V1_CAPS:
         with suppress(FileNotFoundError):
@@ -144,8 +143,8 @@ def _texts(own: MemoryCgroup) -> dict[str, str]:
 
 
 def _raised(version: int, caps: Sequence[Cap], wanted_bytes: int) -> list[tuple[str, int]]:
-    """Files and their new limits in the order of writing: no limit gets smaller, and a v1 kernel keeps memsw >= limit
-    at every moment, so memsw goes first."""
+    """Files and their new limits in the order of writing. No limit shrinks. memsw is first: v1 requires memsw >=
+    limit."""
     new = {cap.name: max(cap.limit_bytes, _whole_pages(cap.used_bytes + wanted_bytes)) for cap in caps}
     if version == 1:
         limit, memsw = (name for name, _ in V1_CAPS)
@@ -159,7 +158,7 @@ def _whole_pages(bytes_: int) -> int:
 
 
 def _lower_v1(own: MemoryCgroup, texts: Mapping[str, str]) -> bool:
-    """False if more is in use, or the kernel could not bring it below: it answers EBUSY and kills nobody."""
+    """False if more is in use, or the kernel could not reclaim enough (EBUSY; it kills nothing)."""
     if any(cap.used_bytes > int(texts[cap.name]) for cap in own.own_caps()):
         return False  # the kernel would swap the instance out before it answers
     try:

@@ -1,7 +1,7 @@
-"""Reading /proc: who is a process, is it still the same one, who belongs to it.
+"""Reads /proc: identifies processes, and finds those that belong to an instance.
 
-A pid alone names nobody: it is used again. Identity here is always (boot_id, pid, start time), and signals go through
-a pidfd that was checked against it (facts: any TID is accepted as a PID by the driver and the wrong target dies).
+A pid alone identifies nothing, because it is reused. An identity is always (boot_id, pid, start time), and signals go
+through a pidfd checked against it (the driver accepts any TID as a PID and the wrong target dies).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True, slots=True)
 class ProcessStat:
-    """One line of /proc/PID/stat, the fields we use. `state` is one letter; Z and X are dead, T is stopped.
-    `cpu_ticks`: its own CPU time and that of the children it has waited for."""
+    """Fields of /proc/PID/stat. `state` is one letter: Z and X are dead, T is stopped. `cpu_ticks` includes waited
+    children."""
 
     pid: int
     state: str
@@ -37,12 +37,12 @@ class ProcessStat:
 
 
 def boot_id(proc: Path = PROC) -> str:
-    """The kernel's name for this boot; another one means that no process of before exists any more."""
+    """The kernel's id of this boot; another one means that no earlier process exists any more."""
     return (proc / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
-    """The process's stat line; None when there is no such process (or thread group)."""
+    """The process's stat line; None if there is no such process (or thread group)."""
     return _read_stat(proc / str(pid) / "stat")
 
 
@@ -51,7 +51,7 @@ def _read_stat(path: Path) -> ProcessStat | None:
         line = path.read_bytes()
     except (FileNotFoundError, ProcessLookupError, NotADirectoryError):
         return None
-    # The command stands in parentheses and may itself hold spaces and parentheses: count from the last one.
+    # The command is in parentheses and may hold spaces and parentheses itself: count from the last one.
     fields = line[line.rindex(b")") + 2 :].split()
     return ProcessStat(
         pid=int(line[: line.index(b" ")]),
@@ -65,13 +65,13 @@ def _read_stat(path: Path) -> ProcessStat | None:
 
 
 def identify(pid: int, boot: str, proc: Path = PROC) -> ProcessId | None:
-    """The identity of a process that runs now; None if there is none."""
+    """The identity of a running process; None if there is none."""
     stat = read_stat(pid, proc)
     return ProcessId(boot, pid, stat.start_time) if stat else None
 
 
 def is_alive(process: ProcessId, boot: str, proc: Path = PROC) -> bool:
-    """Is exactly this process still there? A zombie counts as ended: nothing of it runs any more."""
+    """Whether exactly this process still exists. A zombie counts as ended."""
     if process.boot_id != boot:
         return False
     stat = read_stat(process.pid, proc)
@@ -79,7 +79,7 @@ def is_alive(process: ProcessId, boot: str, proc: Path = PROC) -> bool:
 
 
 def thread_group(pid: int, proc: Path = PROC) -> int | None:
-    """Tgid: equal to `pid` for a process, different for a mere thread. None if it does not exist."""
+    """Tgid: equal to `pid` for a process, different for a thread; None if it does not exist."""
     try:
         status = (proc / str(pid) / "status").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -91,7 +91,7 @@ def thread_group(pid: int, proc: Path = PROC) -> int | None:
 
 
 def thread_states(pid: int, proc: Path = PROC) -> list[str]:
-    """The state letter of every thread; empty when the process is gone."""
+    """The state letter of every thread; empty if the process is gone."""
     try:
         threads = os.listdir(proc / str(pid) / "task")
     except (FileNotFoundError, ProcessLookupError):
@@ -101,7 +101,7 @@ def thread_states(pid: int, proc: Path = PROC) -> list[str]:
 
 
 def processes(proc: Path = PROC) -> Iterator[ProcessStat]:
-    """Every process of the host (of our pid namespace), without order."""
+    """Every process of the pid namespace, unordered."""
     for name in os.listdir(proc):
         if name.isdigit() and (stat := read_stat(int(name), proc)):
             yield stat
@@ -110,38 +110,38 @@ def processes(proc: Path = PROC) -> Iterator[ProcessStat]:
 def members(root: ProcessId, boot: str, mark: str, proc: Path = PROC) -> list[ProcessStat]:
     """The living processes of an instance on a host without cgroups.
 
-    Three ways to belong, because each can be left: descent from `root` (lost when a parent dies), its session (left by
-    setsid), `mark` ("NAME=value") in the environment (lost when the environment is cleaned). Only somebody who leaves
-    all three escapes; a cgroup is the real fence.
+    A process belongs by descent from `root` (lost when a parent dies), by its session (left by setsid), or by `mark`
+    ("NAME=value") in its environment (lost when cleared). One that leaves all three escapes; a cgroup is the real
+    fence.
     """
     if root.boot_id != boot:
         return []
-    # Who is older than the instance can't belong to it; that also spares most of the reading.
-    everyone = {s.pid: s for s in processes(proc) if not s.dead and s.start_time >= root.start_time}
-    main = everyone.get(root.pid)
-    # The session keeps the pid of its leader reserved, so the number can't be taken by a stranger while used.
+    # A process older than the instance can't belong to it; skipping those also saves most of the reading.
+    candidates = {s.pid: s for s in processes(proc) if not s.dead and s.start_time >= root.start_time}
+    main = candidates.get(root.pid)
+    # A session reserves the pid of its leader, so no other process can get that number.
     leads = main is None or main.start_time == root.start_time
     inside = {root.pid} if main and leads else set()
-    for stat in everyone.values():
-        if (leads and stat.session == root.pid) or _carries(stat.pid, mark, proc):
+    for stat in candidates.values():
+        if (leads and stat.session == root.pid) or _has_mark(stat.pid, mark, proc):
             inside.add(stat.pid)
-    add_descendants(inside, everyone.values())
-    return [everyone[pid] for pid in sorted(inside)]
+    add_descendants(inside, candidates.values())
+    return [candidates[pid] for pid in sorted(inside)]
 
 
-def add_descendants(inside: set[int], everyone: Collection[ProcessStat]) -> None:
-    """Add to `inside` all whose parents are inside, and theirs."""
+def add_descendants(inside: set[int], candidates: Collection[ProcessStat]) -> None:
+    """Add to `inside` all descendants of its members."""
     grew = True
     while grew:
-        children = {stat.pid for stat in everyone if stat.ppid in inside} - inside
+        children = {stat.pid for stat in candidates if stat.ppid in inside} - inside
         inside |= children
         grew = bool(children)
 
 
-def _carries(pid: int, mark: str, proc: Path) -> bool:
+def _has_mark(pid: int, mark: str, proc: Path) -> bool:
     try:
         environment = (proc / str(pid) / "environ").read_bytes()
-    except OSError:  # gone, or somebody else's: not ours to see, so not ours
+    except OSError:  # gone, or another user's and so not ours
         return False
     return mark.encode() in environment.split(b"\0")
 
@@ -149,17 +149,17 @@ def _carries(pid: int, mark: str, proc: Path) -> bool:
 def open_pidfd(process: ProcessId, boot: str, proc: Path = PROC) -> int | None:
     """A pidfd of exactly this process (the caller closes it); None if it is gone. A zombie still has one.
 
-    Raises OSError where it exists but no descriptor can be had: to take that for its end would lose a process.
+    Raises OSError if it exists but no descriptor can be opened: reporting it as ended would lose a process.
     """
     if process.boot_id != boot:
         return None
     try:
         pidfd = os.pidfd_open(process.pid)
     except OSError as error:
-        if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):  # EINVAL, ENOENT: the number is a thread's now
+        if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):  # EINVAL, ENOENT: now a thread's number
             return None
         raise
-    # Checked after opening: from here on the number can't change hands under us.
+    # Checked after opening: from here on the pid can't be reused.
     stat = read_stat(process.pid, proc)
     if stat is None or stat.start_time != process.start_time:
         os.close(pidfd)
@@ -168,7 +168,7 @@ def open_pidfd(process: ProcessId, boot: str, proc: Path = PROC) -> int | None:
 
 
 def send_signal(process: ProcessId, boot: str, number: signal.Signals) -> bool:
-    """Signal exactly this process. False if it is gone; PermissionError is the caller's to explain."""
+    """Signal exactly this process. False if it is gone. Raises PermissionError."""
     pidfd = open_pidfd(process, boot)
     if pidfd is None:
         return False

@@ -1,9 +1,9 @@
-"""Removing a folder that a workload could fill as it liked: as deep, and with whatever links and modes.
+"""Removes a folder that a workload could fill at will: with any depth, links and modes.
 
-`shutil.rmtree` recurses and keeps a descriptor a level: a thousand folders in each other end it with RecursionError, or
-take the daemon's last descriptor. Here every folder found is moved up to the top, emptied there and removed: one level
-and two descriptors, however deep. Everything goes by descriptor and name, so that no link is followed, not even one
-that another workload of the same user puts in place meanwhile.
+`shutil.rmtree` recurses and keeps a descriptor per level: a thousand nested folders end it with RecursionError or use
+up the daemon's descriptors. Here every folder found is moved up to the top, emptied there and removed: one level and
+two descriptors at any depth. Everything goes by descriptor and name, so that no link is followed, not even one that
+another workload of the same user creates meanwhile.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_ROUNDS = 1_000_000
-"""Each takes one more level away; somebody who keeps adding to the folder meanwhile can't keep us here for ever."""
+"""Each removes one level; a writer that keeps adding folders can't keep it busy for ever."""
 
 
 def remove_tree(path: Path) -> None:
-    """Delete the folder and all in it. Idempotent. OSError for what can't be removed, when all else is gone. May take
-    long: not for the loop's thread."""
+    """Delete the folder and everything in it. Idempotent. Raises OSError if something can't be removed, after removing
+    the rest. May take long: call it outside the loop's thread."""
     try:
         top = os.open(path, _FOLDER)
     except FileNotFoundError:
@@ -47,7 +47,7 @@ def _empty(top: int) -> None:
                     os.unlink(name, dir_fd=top)
                 progress = True
             except FileNotFoundError:
-                pass  # gone by itself
+                pass  # already gone
             except OSError as error:
                 left = error
         if not progress:
@@ -57,13 +57,13 @@ def _empty(top: int) -> None:
 
 
 def _flatten(top: int, name: str, moved: Iterator[str]) -> None:
-    """Unlink a folder's files, move its folders up, remove it. OSError if nothing came of it."""
+    """Unlink a folder's files, move its subfolders up, remove it. Raises OSError if nothing could be done."""
     _open_up(top, name)
     progress = False
     folder = os.open(name, _FOLDER, dir_fd=top)
     try:
         for inner, is_folder in _entries(folder):
-            with suppress(OSError):  # the rmdir below tells
+            with suppress(OSError):  # the rmdir below fails then
                 if is_folder:
                     _open_up(folder, inner)
                     os.rename(inner, next(moved), src_dir_fd=folder, dst_dir_fd=top)
@@ -85,7 +85,7 @@ def _entries(folder: int) -> list[tuple[str, bool]]:
 
 
 def _open_up(folder: int, name: str) -> None:
-    """A workload of our own user may have shut its folders. Root needs no leave, and gives none: a chmod follows
+    """A workload of the agent's own user may have closed its folders. Not as root: it needs no mode, and chmod follows
     links."""
     if os.geteuid() != 0:
         with suppress(OSError):

@@ -1,8 +1,8 @@
-"""What instances use of the host: CPU time and memory. Implements `ports.UsageReader`.
+"""CPU time and memory that instances use. Implements `ports.UsageReader`.
 
-From the instance's own cgroup: `cpu.stat` is there without the cpu controller (cgroup-v2.rst), `memory.current` only
-with the memory controller; else the memory is what its processes have resident. Without a cgroup both come from the
-process tree: descent from the first process, or its session, so who leaves both is not counted.
+From the instance's own cgroup: `cpu.stat` exists without the cpu controller (cgroup-v2.rst), `memory.current` only with
+the memory controller; otherwise memory is the resident size of its processes. Without a cgroup both come from the
+process tree (descendants and session of the first process): a process that leaves both is not counted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _TICK_NS = SECOND_NS // os.sysconf("SC_CLK_TCK")
 
 
 class ProcUsageReader:
-    """One thread of its own, for the kernel may take its time to sum the counters of many CPUs. While one reading hangs
-    further ones are refused at once."""
+    """Reads in one thread of its own, because the kernel may take long to sum the counters of many CPUs. While a
+    reading hangs, further ones are refused at once."""
 
     def __init__(self, boot_id: str, proc: Path = PROC, deadline_s: float = DEADLINE_S) -> None:
         self._boot_id = boot_id
@@ -37,12 +37,12 @@ class ProcUsageReader:
         self._reading = False
 
     async def read(self, handles: Sequence[Handle]) -> dict[str, InstanceReading]:
-        """By uid; who has ended is left out. Raises UnavailableError GAUGES_LATE."""
+        """Readings by uid, without ended instances. Raises UnavailableError GAUGES_LATE."""
         if self._reading:
-            raise UnavailableError("GAUGES_LATE", "the reading before has not come back; is the host overloaded?")
+            raise UnavailableError("GAUGES_LATE", "the previous reading has not returned; is the host overloaded?")
         self._reading = True
         future = self._thread.submit(self._read_all, handles)
-        future.add_done_callback(self._came_back)
+        future.add_done_callback(self._on_done)
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await asyncio.wrap_future(future)
@@ -51,26 +51,24 @@ class ProcUsageReader:
             raise UnavailableError("GAUGES_LATE", text) from None
 
     def close(self) -> None:
-        """Begin nothing more; does not wait."""
+        """Start no further reading; does not wait."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _came_back(self, _: object) -> None:
+    def _on_done(self, _: object) -> None:
         self._reading = False
-
-    # ---- in the thread ----------------------------------------------------------------------------------------------
 
     def _read_all(self, handles: Sequence[Handle]) -> dict[str, InstanceReading]:
         found: dict[str, InstanceReading] = {}
         loose = [handle for handle in handles if not handle.cgroup]
-        everyone = {stat.pid: stat for stat in process_table.processes(self._proc)} if loose else {}
+        all_stats = {stat.pid: stat for stat in process_table.processes(self._proc)} if loose else {}
         for handle in handles:
-            reading = self._of_tree(handle, everyone) if not handle.cgroup else self._of_cgroup(Path(handle.cgroup))
+            reading = self._of_tree(handle, all_stats) if not handle.cgroup else self._of_cgroup(Path(handle.cgroup))
             if reading is not None:
                 found[handle.uid] = reading
         return found
 
     def _of_cgroup(self, path: Path) -> InstanceReading | None:
-        """None once it is gone, or holds nobody any more."""
+        """None if it is gone or empty."""
         try:
             cpu_ns = _usage_ns((path / "cpu.stat").read_bytes())
             pids = (path / "cgroup.procs").read_bytes().split()
@@ -86,14 +84,14 @@ class ProcUsageReader:
             memory_bytes = sum(stat.resident_pages for stat in stats) * _PAGE_BYTES if stats else None
         return InstanceReading(cpu_ns, memory_bytes)
 
-    def _of_tree(self, handle: Handle, everyone: dict[int, ProcessStat]) -> InstanceReading | None:
+    def _of_tree(self, handle: Handle, all_stats: dict[int, ProcessStat]) -> InstanceReading | None:
         root = handle.process
-        main = everyone.get(root.pid)
+        main = all_stats.get(root.pid)
         if root.boot_id != self._boot_id or main is None or main.dead or main.start_time != root.start_time:
             return None
-        inside = {root.pid} | {stat.pid for stat in everyone.values() if stat.session == root.pid}
-        process_table.add_descendants(inside, everyone.values())
-        stats = [everyone[pid] for pid in inside]
+        inside = {root.pid} | {stat.pid for stat in all_stats.values() if stat.session == root.pid}
+        process_table.add_descendants(inside, all_stats.values())
+        stats = [all_stats[pid] for pid in inside]
         return InstanceReading(
             cpu_ns=sum(stat.cpu_ticks for stat in stats) * _TICK_NS,
             memory_bytes=sum(stat.resident_pages for stat in stats) * _PAGE_BYTES,
@@ -101,7 +99,7 @@ class ProcUsageReader:
 
 
 def _usage_ns(stat: bytes) -> int | None:
-    """`usage_usec` of a cpu.stat; None where the kernel does not count."""
+    """`usage_usec` of a cpu.stat; None if the kernel does not count."""
     for line in stat.splitlines():
         name, _, value = line.partition(b" ")
         if name == b"usage_usec":

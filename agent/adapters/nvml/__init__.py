@@ -1,1 +1,1 @@
-"""What NVML says about GPUs, and the lock on each of them."""
+"""GPUs as NVML reports them, XID events, and the lock on each GPU."""

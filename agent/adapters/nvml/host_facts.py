@@ -1,5 +1,4 @@
-"""What this host is, for `core.capabilities`: gathered in one place, so that the agent and `hibernode doctor` can't
-differ in what they see. Nothing here changes the host."""
+"""Gathers the facts about this host for `core.gpus.capabilities`. The agent and `hibernode doctor` both use it."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from agent.ports import DriverInfo, Gpus
 from agent.settings import GpuSettings
 
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC
-"""The inode of the namespace that the kernel starts with (PROC_PID_INIT_INO)."""
+"""Inode of the initial pid namespace (PROC_PID_INIT_INO)."""
 
 MPS_PROGRAMS = frozenset({"nvidia-cuda-mps-control", "nvidia-cuda-mps-server"})
 
@@ -36,20 +35,19 @@ _TROUBLES = {
 }
 
 
-PATIENCE_S = 10.0
-LOOK_AGAIN_S = 0.25
+RETRY_S = 10.0
+RETRY_PAUSE_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSurvey:
-    """What NVML gave. `error`: it gave nothing, and why; `missing` GPUs do not answer, beside those in `gpus`;
-    `passing`: one of them may again, for it is not lost."""
+    """What NVML reported."""
 
     driver: DriverInfo | None = None
     gpus: tuple[Gpu, ...] = ()
-    error: UnavailableError | None = None
-    missing: int = 0
-    passing: bool = False
+    error: UnavailableError | None = None  # why it reported nothing
+    missing: int = 0  # GPUs that do not answer, beside those in `gpus`
+    transient: bool = False  # at least one of them is not lost and may answer again
 
     @property
     def trouble(self) -> NvmlTrouble | None:
@@ -63,62 +61,62 @@ class GpuSurvey:
 
     @property
     def trouble_text(self) -> str:
-        """NVML's own words, where the kind alone does not say it."""
+        """NVML's own message, if the kind alone does not say it."""
         cause = self.error.__cause__ if self.error is not None else None
         return str(cause) if cause is not None and self.trouble is NvmlTrouble.OTHER else ""
 
 
-async def look_at_gpus(gpus: Gpus) -> GpuSurvey:
-    """Driver and inventory. Never raises: a host without a driver is a host, too."""
+async def survey_gpus(gpus: Gpus) -> GpuSurvey:
+    """Driver and inventory. Never raises: a host without a driver is a valid host."""
     driver: DriverInfo | None = None
     try:
         driver = await gpus.driver()
         found = tuple(await gpus.list_gpus())
     except UnavailableError as error:
         return GpuSurvey(driver, (), error)
-    missing, passing = await _failing(gpus)
-    return GpuSurvey(driver, found, missing=missing, passing=passing)
+    missing, transient = await _failing(gpus)
+    return GpuSurvey(driver, found, missing=missing, transient=transient)
 
 
-async def look_patiently_at_gpus(gpus: Gpus, patience_s: float = PATIENCE_S) -> GpuSurvey:
-    """As `look_at_gpus`; a device that fails and is not lost gets `patience_s` to come back.
+async def survey_gpus_with_retry(gpus: Gpus, retry_s: float = RETRY_S) -> GpuSurvey:
+    """Like `survey_gpus`, but a device that fails and is not lost gets `retry_s` to answer again.
 
-    For an agent that starts: a GPU that it does not see then is not there for it until the next start, what sleeps on
-    it is given up, and the driver refuses every move that does not name it.
+    For the agent's start: a GPU missing then stays unknown until the next start, instances frozen from it are given up,
+    and the driver refuses every migration whose map does not name it.
     """
     try:
-        async with asyncio.timeout(patience_s):
+        async with asyncio.timeout(retry_s):
             while True:
-                _, passing = await _failing(gpus)
-                sight = await look_at_gpus(gpus)
-                if not (passing or sight.passing):  # nor has one failed just while it was described
-                    return sight
-                await asyncio.sleep(LOOK_AGAIN_S)
+                _, transient = await _failing(gpus)
+                survey = await survey_gpus(gpus)
+                if not (transient or survey.transient):  # none failed while it was described either
+                    return survey
+                await asyncio.sleep(RETRY_PAUSE_S)
     except TimeoutError:
-        return await look_at_gpus(gpus)
+        return await survey_gpus(gpus)
 
 
 async def _failing(gpus: Gpus) -> tuple[int, bool]:
-    """How many devices do not answer, and whether one of them may again. None where no driver is there to say so."""
+    """How many devices do not answer, and whether one of them may again; (0, False) without a driver."""
     try:
-        shown = await gpus.processes()
+        found = await gpus.processes()
     except UnavailableError:
         return 0, False
-    return len(shown.unanswered), bool(shown.unanswered - shown.lost)
+    return len(found.unanswered), bool(found.unanswered - found.lost)
 
 
-def host_facts(sight: GpuSurvey, settings: GpuSettings) -> HostFacts:
-    """Everything that decides about idle mode here."""
+def host_facts(survey: GpuSurvey, settings: GpuSettings) -> HostFacts:
+    """Everything that decides about idle mode on this host."""
     utility, problem = find_utility(Path(settings.utility_path))
     return HostFacts(
-        driver_version=sight.driver.version if sight.driver else "",
-        gpus=sight.gpus,
+        driver_version=survey.driver.version if survey.driver else "",
+        gpus=survey.gpus,
         euid=os.geteuid(),
         machine=platform.machine() if sys.maxsize > 2**32 else "a 32-bit system",
-        cuda=sight.driver.cuda if sight.driver else 0,
-        trouble=sight.trouble,
-        trouble_text=sight.trouble_text,
-        missing=sight.missing,
+        cuda=survey.driver.cuda if survey.driver else 0,
+        trouble=survey.trouble,
+        trouble_text=survey.trouble_text,
+        missing=survey.missing,
         mps=mps_runs(),
         host_pids=sees_host_pids(),
         checkpointer=settings.checkpointer,
@@ -128,8 +126,8 @@ def host_facts(sight: GpuSurvey, settings: GpuSettings) -> HostFacts:
 
 
 def mps_runs() -> bool:
-    """Does an MPS control daemon or server run? A process of that name that is not root's program is none: tenants
-    may call theirs as they like, and must not be able to turn idle mode off."""
+    """Whether an MPS control daemon or server runs. Only root's programs count: a tenant must not be able to turn idle
+    mode off by a process of that name."""
     return any(
         name.startswith("nvidia-cuda-mps") and _is_mps(process.pid)
         for process in psutil.process_iter(["name"])
@@ -143,14 +141,14 @@ def _is_mps(pid: int) -> bool:
         program = os.readlink(link).removesuffix(" (deleted)")
         return os.path.basename(program) in MPS_PROGRAMS and os.stat(link).st_uid == 0
     except PermissionError:
-        return True  # not to be looked at by this user: its name has to do
+        return True  # this user may not read the link: judge by the name
     except OSError:
         return False  # it has ended
 
 
 def sees_host_pids(proc: Path = Path("/proc")) -> bool:
-    """Are NVML's pids the agent's? The kernel module numbers processes as the initial namespace does; where there is
-    none of NVIDIA's in the kernel, a driver in user space sees its callers' own numbers."""
+    """Whether NVML's pids are the agent's. The kernel module uses the numbers of the initial namespace; without it, a
+    user-space driver sees its callers' own numbers."""
     try:
         own = (proc / "self/ns/pid").stat().st_ino
     except OSError:

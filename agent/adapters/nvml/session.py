@@ -1,4 +1,4 @@
-"""The NVML calls themselves, made from one thread only. One device that fails hides nothing of the others."""
+"""The NVML calls, made from one thread only. A device that fails does not hide the others."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from agent.log import get_logger
 from agent.ports import DriverInfo, GpuProcesses
 
 UNKNOWN_MEMORY_BYTES = 1
-"""For a process whose memory NVML does not say: it holds some, so nothing counts as released while it is listed."""
+"""Stands for memory that NVML does not report, so that nothing counts as released while the process is listed."""
 LOST = frozenset({NVML_ERROR_GPU_IS_LOST, NVML_ERROR_RESET_REQUIRED})
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Device:
-    """`handle` is None while NVML gives none; `uuid` is "" if it never did."""
+    """`handle` is None until NVML returns one; `uuid` is "" if it never did."""
 
     index: int
     uuid: str
@@ -62,7 +62,7 @@ class _Device:
 
 
 class NvmlSession:
-    """Raises NVMLError only for what concerns the whole driver; the next call then begins anew."""
+    """Raises NVMLError only for failures of the whole driver; the next call then initialises NVML again."""
 
     def __init__(self) -> None:
         self._devices: list[_Device] = []
@@ -71,7 +71,7 @@ class NvmlSession:
         self._log = get_logger()
 
     def list_gpus(self) -> Sequence[Gpu]:
-        """Those that can be described now, in the order of their index; the first of the errors if none can."""
+        """The GPUs that can be described now, by index; raises the first error if none can."""
 
         def describe_all() -> Sequence[Gpu]:
             found: list[Gpu] = []
@@ -90,7 +90,7 @@ class NvmlSession:
         return self._guard(describe_all)
 
     def processes(self) -> GpuProcesses:
-        """By device: those that fail are named in the answer."""
+        """The processes by device; the answer names the devices that fail."""
 
         def read() -> GpuProcesses:
             entries: list[GpuProcess] = []
@@ -108,7 +108,7 @@ class NvmlSession:
         return self._guard(read)
 
     def memory_free(self) -> Mapping[str, int]:
-        """Of the devices that say."""
+        """Free bytes of the devices that answer."""
 
         def read() -> Mapping[str, int]:
             free: dict[str, int] = {}
@@ -122,11 +122,10 @@ class NvmlSession:
         return self._guard(read)
 
     def indices(self) -> Sequence[int]:
-        """The devices to sample."""
         return self._guard(lambda: [device.index for device in self._devices])
 
     def sample(self, index: int) -> GpuSample | None:
-        """One device's figures; None for one that has never said who it is, or is not there any more."""
+        """One device's figures; None for a device that has never reported its UUID, or is gone."""
 
         def read() -> GpuSample | None:
             device = next((one for one in self._devices if one.index == index), None)
@@ -162,7 +161,7 @@ class NvmlSession:
                     _Device(index, self._uuids.get(index, ""), None) for index in range(nvmlDeviceGetCount())
                 ]
                 for device in self._devices:
-                    with suppress(NVMLError):  # whoever needs it is told
+                    with suppress(NVMLError):  # the call that needs it raises
                         self._with_handle(device)
             return read()
         except NVMLError:
@@ -170,7 +169,7 @@ class NvmlSession:
             raise
 
     def _with_handle(self, device: _Device) -> _Device:
-        """The device with what it takes to call it. Raises NVMLError as long as NVML does not give that."""
+        """The device with its handle. Raises NVMLError while NVML returns none."""
         if device.handle is not None:
             return device
         handle = nvmlDeviceGetHandleByIndex(device.index)
@@ -181,7 +180,7 @@ class NvmlSession:
 
 
 def _reraise_of_driver(error: NVMLError) -> None:
-    """An error that says that NVML itself has to begin anew, not that one device fails."""
+    """Raise an error that means that NVML must be initialised again; ignore one of a single device."""
     if error.value == NVML_ERROR_UNINITIALIZED:
         raise error
 
@@ -200,10 +199,10 @@ def _describe(device: _Device) -> Gpu:
         index=device.index,
         model=nvmlDeviceGetName(handle),
         memory_bytes=nvmlDeviceGetMemoryInfo(handle).total,
-        persistence=_said(lambda: nvmlDeviceGetPersistenceMode(handle)) == NVML_FEATURE_ENABLED,
-        mig=_said(lambda: nvmlDeviceGetMigMode(handle)[0]) == NVML_DEVICE_MIG_ENABLE,
-        compute_mode=_compute_mode(_said(lambda: nvmlDeviceGetComputeMode(handle))),
-        virtual=_said(lambda: nvmlDeviceGetVirtualizationMode(handle)) == NVML_GPU_VIRTUALIZATION_MODE_VGPU,
+        persistence=_optional(lambda: nvmlDeviceGetPersistenceMode(handle)) == NVML_FEATURE_ENABLED,
+        mig=_optional(lambda: nvmlDeviceGetMigMode(handle)[0]) == NVML_DEVICE_MIG_ENABLE,
+        compute_mode=_compute_mode(_optional(lambda: nvmlDeviceGetComputeMode(handle))),
+        virtual=_optional(lambda: nvmlDeviceGetVirtualizationMode(handle)) == NVML_GPU_VIRTUALIZATION_MODE_VGPU,
     )
 
 
@@ -214,12 +213,12 @@ def _compute_mode(mode: int | None) -> ComputeMode:
 
 
 def _sample(device: _Device) -> GpuSample:
-    """Memory must be said; every other figure is one that a model may not have."""
+    """Memory is required; a model may lack every other figure."""
     handle = device.handle
     memory = nvmlDeviceGetMemoryInfo(handle)
-    rates = _said(lambda: nvmlDeviceGetUtilizationRates(handle))
-    encoder = _said(lambda: nvmlDeviceGetEncoderUtilization(handle))
-    decoder = _said(lambda: nvmlDeviceGetDecoderUtilization(handle))
+    rates = _optional(lambda: nvmlDeviceGetUtilizationRates(handle))
+    encoder = _optional(lambda: nvmlDeviceGetEncoderUtilization(handle))
+    decoder = _optional(lambda: nvmlDeviceGetDecoderUtilization(handle))
     return GpuSample(
         device.uuid,
         memory_used_bytes=memory.used,
@@ -227,14 +226,14 @@ def _sample(device: _Device) -> GpuSample:
         memory_percent=None if rates is None else rates.memory,
         encoder_percent=None if encoder is None else encoder[0],
         decoder_percent=None if decoder is None else decoder[0],
-        temperature_celsius=_said(lambda: nvmlDeviceGetTemperature(handle, NVML_TEMPERATURE_GPU)),
-        power_milliwatts=_said(lambda: nvmlDeviceGetPowerUsage(handle)),
-        persistence=_said(lambda: bool(nvmlDeviceGetPersistenceMode(handle) == NVML_FEATURE_ENABLED)),
+        temperature_celsius=_optional(lambda: nvmlDeviceGetTemperature(handle, NVML_TEMPERATURE_GPU)),
+        power_milliwatts=_optional(lambda: nvmlDeviceGetPowerUsage(handle)),
+        persistence=_optional(lambda: bool(nvmlDeviceGetPersistenceMode(handle) == NVML_FEATURE_ENABLED)),
     )
 
 
-def _said(read: Callable[[], T]) -> T | None:
-    """None from a device, or a driver, that does not know the question."""
+def _optional(read: Callable[[], T]) -> T | None:
+    """None if the device or the driver does not support the query."""
     try:
         return read()
     except (NVMLError_NotSupported, NVMLError_FunctionNotFound):

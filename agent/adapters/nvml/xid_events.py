@@ -1,7 +1,7 @@
-"""XID events of all GPUs (ports.GpuEvents), read by a thread of its own: NVML's wait blocks, and hangs with the driver.
+"""XID events of all GPUs (ports.GpuEvents), read by a dedicated thread: NVML's wait blocks, and hangs with the driver.
 
-Errors of NVML end the event set; it is made anew, with a growing pause. The thread is a daemon: one that hangs in the
-driver ends with the process.
+An NVML error ends the event set; it is made again after a growing pause. The thread is a daemon thread: one that hangs
+in the driver ends with the process.
 """
 
 from __future__ import annotations
@@ -37,26 +37,24 @@ WAIT_MS = 500
 FIRST_PAUSE_S = 1.0
 LAST_PAUSE_S = 60.0
 RETRY_WAITS = 120
-"""Where a GPU could not be listened to, so many waits later it is tried again: a minute."""
+"""Waits (one minute in all) before the GPUs that could not be registered are tried again."""
 
 _log = get_logger()
 
 
 class NvmlEvents:
-    """`agent.ports.GpuEvents`. The thread starts with the first `next_xid`; `dropped` counts those that nobody
-    read in time."""
+    """`agent.ports.GpuEvents`. The first `next_xid` starts the thread. Keeps the newest MAX_UNREAD events."""
 
     def __init__(self) -> None:
-        self.dropped = 0
         self._unread: deque[Xid] = deque()
         self._arrived = asyncio.Event()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        self._heard = False
+        self._waited = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def next_xid(self) -> Xid:
-        """The oldest that was not read."""
+        """The oldest unread event."""
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
             self._thread = threading.Thread(target=self._watch, name="nvml-events", daemon=True)
@@ -67,33 +65,30 @@ class NvmlEvents:
         return self._unread.popleft()
 
     def close(self) -> None:
-        """The thread ends within its next wait; it is not waited for."""
+        """End the thread within its next wait; does not wait for it."""
         self._stop.set()
 
     def _add(self, xid: Xid) -> None:
         if len(self._unread) >= MAX_UNREAD:
             self._unread.popleft()
-            self.dropped += 1
         self._unread.append(xid)
         self._arrived.set()
-
-    # ---- the thread -----------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         pause_s = FIRST_PAUSE_S
         while not self._stop.is_set():
-            self._heard = False
+            self._waited = False
             try:
                 self._serve()
             except NVMLError as error:
                 _log.debug("gpu.events_interrupted", error=str(error), pause_s=pause_s)
-            if self._heard:  # NVML was well in between
+            if self._waited:  # NVML worked in between
                 pause_s = FIRST_PAUSE_S
             self._stop.wait(pause_s)
             pause_s = min(pause_s * 2, LAST_PAUSE_S)
 
     def _serve(self) -> None:
-        """Hand on events until told to stop, or until it is time to try again to hear of the GPUs that are missing."""
+        """Deliver events until stopped, or until it is time to retry the GPUs that are missing."""
         nvmlInit()
         try:
             events = nvmlEventSetCreate()
@@ -103,8 +98,8 @@ class NvmlEvents:
                 while names and not self._stop.is_set() and (not missing or waits < RETRY_WAITS):
                     waits += 1
                     with suppress(NVMLError_Timeout):
-                        self._hand_on(nvmlEventSetWait(events, WAIT_MS), names)
-                    self._heard = True
+                        self._deliver(nvmlEventSetWait(events, WAIT_MS), names)
+                    self._waited = True
             finally:
                 with suppress(NVMLError):
                     nvmlEventSetFree(events)
@@ -112,18 +107,19 @@ class NvmlEvents:
             with suppress(NVMLError):
                 nvmlShutdown()
 
-    def _hand_on(self, event: Any, names: dict[int, str]) -> None:
-        """By the handle: a GPU that is lost does not tell its UUID any more."""
+    def _deliver(self, event: Any, names: dict[int, str]) -> None:
+        """Name the GPU by its handle: a lost GPU no longer reports its UUID."""
         if event.eventType != nvmlEventTypeXidCriticalError or self._loop is None:
             return
         uuid = _name(event.device, names)
         if uuid:
-            with suppress(RuntimeError):  # the loop has been closed meanwhile
+            with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._add, Xid(uuid, int(event.eventData)))
 
 
 def _register(events: Any) -> tuple[dict[int, str], bool]:
-    """UUID by the handle's identity of every GPU that reports XIDs; and whether one that should could not be asked."""
+    """Register for XIDs. Returns the UUIDs by handle identity, and whether a GPU that should report could not be
+    read."""
     names: dict[int, str] = {}
     missing = False
     for index in range(nvmlDeviceGetCount()):
@@ -140,7 +136,7 @@ def _register(events: Any) -> tuple[dict[int, str], bool]:
 
 
 def _identity(handle: Any) -> int:
-    """The address of NVML's own record: the same for the same device as long as NVML is initialised."""
+    """The address of NVML's own record: constant for a device while NVML is initialised."""
     return ctypes.cast(handle, ctypes.c_void_p).value or 0
 
 

@@ -1,1 +1,1 @@
-"""Instances as processes of the host."""
+"""Runs instances as host processes."""

@@ -1,26 +1,108 @@
-"""The agent's half of the launcher handshake: spawn it, and, once it is on record, let it go."""
+"""Launches a workload: resolves its user, plans its environment, and drives the handshake with `launcher.py`.
+
+The plan travels over a socket, never in arguments or a file, because the environment holds secrets.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import pwd
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.adapters.process.launch_plan import LaunchPlan
-from agent.core.errors import InstanceError
+from agent.adapters.runtime.bundles import WorkloadUser
+from agent.adapters.runtime.environment import instance_environment
+from agent.core.errors import ConfigError, InstanceError, InvalidArgumentError
+from agent.ports import StartSpec
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 ANSWER_LIMIT_BYTES = 4096
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def require_explicit_root(name: str) -> None:
+    """Raise ConfigError if functions would run as root only because no user is configured."""
+    if not name and os.geteuid() == 0:
+        raise ConfigError(
+            "RUNTIME_USER_MISSING",
+            "runtime.process.user: the agent runs as root, and so would every function; name an account that owns "
+            "nothing, or set `user: root` explicitly",
+        )
+
+
+def resolve_user(name: str) -> WorkloadUser | None:
+    """The configured user; None (the agent's own) if it is empty or already that. Raises ConfigError."""
+    if not name:
+        return None
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        raise ConfigError(
+            "RUNTIME_USER_UNKNOWN", f"runtime.process.user: there is no user {name!r}; create it or name another"
+        ) from None
+    if os.geteuid() == entry.pw_uid:
+        return None
+    if os.geteuid() != 0:
+        raise ConfigError(
+            "RUNTIME_USER_NEEDS_ROOT",
+            f"runtime.process.user: only an agent that runs as root can start workloads as {name!r}; "
+            "leave the key out to run them as the agent's own user",
+        )
+    groups = tuple(os.getgrouplist(name, entry.pw_gid))
+    return WorkloadUser(name, entry.pw_uid, entry.pw_gid, groups)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """All that the launcher needs to become the workload."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(repr=False)
+    folder: Path
+    user: WorkloadUser | None
+
+    def encode(self) -> bytes:
+        """The format that `launcher.py` reads. Raises InvalidArgumentError BAD_COMMAND for values no program can be
+        given."""
+        records = [("A", value) for value in self.argv]
+        records += [("V", f"{name}={value}") for name, value in self.environment.items()]
+        records.append(("D", str(self.folder)))
+        if self.user:
+            records += [("U", str(self.user.uid)), ("G", str(self.user.gid))]
+            records += [("S", str(group)) for group in self.user.groups]
+        if any("\0" in value for _kind, value in records) or any("=" in name for name in self.environment):
+            raise InvalidArgumentError(
+                "BAD_COMMAND", "entrypoint, command and environment must not hold NUL, variable names no '='"
+            )
+        return b"".join(kind.encode() + os.fsencode(value) + b"\0" for kind, value in records) + b".\0"
+
+
+def make_plan(spec: StartSpec, *, port: int, folder: Path, user: WorkloadUser | None, state_uuid: str) -> LaunchPlan:
+    """A clean environment: nothing of the agent's own, the function's variables, then ours (`instance_environment`).
+    The workload listens on 127.0.0.1."""
+    gpus = "all" if spec.all_gpus and spec.gpu_uuids else ",".join(spec.gpu_uuids)
+    environment = {
+        "PATH": DEFAULT_PATH,
+        "HOME": str(folder),
+        "USER": user.name if user else "",
+        "LANG": "C.UTF-8",
+        **instance_environment(spec, port=port, state_uuid=state_uuid, visible_devices=gpus or "void"),
+    }
+    if not environment["USER"]:
+        del environment["USER"]
+    function = spec.instance.function
+    return LaunchPlan(function.entrypoint + function.command, environment, folder, user)
 
 
 def spawn(uid: str, cgroup: str, log_fd: int) -> tuple[int, socket.socket]:
-    """Start the launcher in a session of its own; returns its pid (unreaped child) and the control socket.
+    """Start the launcher in its own session; returns its pid (unreaped child) and the control socket. Raises OSError.
 
-    Call it on the loop's thread. Popen without preexec_fn uses vfork: no fork handlers of gRPC run, no warnings.
-    Raises OSError.
+    Call it on the loop's thread. Popen without preexec_fn uses vfork, so gRPC's fork handlers do not run.
     """
     ours, theirs = socket.socketpair()
     try:
@@ -33,23 +115,23 @@ def spawn(uid: str, cgroup: str, log_fd: int) -> tuple[int, socket.socket]:
                 stderr=log_fd,
                 pass_fds=(theirs.fileno(),),
                 cwd="/",
-                # Only what the interpreter itself may need to start; the workload gets a clean environment.
+                # Only what the interpreter may need to start; the workload gets a clean environment.
                 env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
                 start_new_session=True,
             )
     except BaseException:
         ours.close()
         raise
-    # ExitWatch reaps it through its pidfd. Told that it has ended, Popen neither waits for it nor complains when the
-    # agent leaves and the container stays.
+    # ExitWatch reaps it through its pidfd. With a returncode set, Popen neither waits for it nor warns when the agent
+    # exits before the container.
     process.returncode = 0
     return process.pid, ours
 
 
 async def release(control: socket.socket, plan: LaunchPlan) -> None:
-    """Send the plan and wait until the workload's program runs. InstanceError START_FAILED says why it does not.
+    """Send the plan and wait until the workload's program runs. Raises InstanceError START_FAILED.
 
-    The caller has recorded the launcher by now, holds a deadline over this and closes `control`.
+    The caller has recorded the launcher, bounds this by a deadline, and closes `control`.
     """
     loop = asyncio.get_running_loop()
     try:

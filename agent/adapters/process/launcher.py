@@ -1,13 +1,13 @@
-"""The last few milliseconds before a workload: run as `python -I -S launch.py CONTROL_FD CGROUP UID`.
+"""Becomes a workload: run as `python -I -S launcher.py CONTROL_FD CGROUP UID`.
 
-It joins the cgroup, then waits for its plan. The agent sends the plan only after it has written down who we are, so
-an agent that dies at any instruction leaves either a recorded container or none: no plan, no workload. A program of
-its own rather than a preexec_fn, because forking Python code out of a process with threads (gRPC has them) can hang.
+It joins the cgroup, then waits for its plan. The agent sends the plan only after it has recorded the launcher's
+identity, so an agent that dies at any point leaves either a recorded container or none. A program of its own, because
+forking Python code in a process with threads (gRPC has them) can hang. It imports little (every cold start runs it),
+nothing of the agent, and never returns.
 
-Stands alone, imports little (it is on the way of every cold start) and never returns.
-Plan (`launch_plan.py` writes it): records of one letter and a value, each ended by NUL, the last one ".".
-Answer on CONTROL_FD: "X" right before the exec; text after an "E" if something failed; the end of file tells that the
-exec succeeded, for the descriptor is closed by it.
+Plan (`launch.py` writes it): records of one letter and a value, each ended by NUL; the last one is ".". Answer on
+CONTROL_FD: "X" right before the exec; "E" and a text if something failed. The end of file means that the exec
+succeeded, because exec closes the descriptor.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def read_plan(control: int) -> dict[str, list[str]] | None:
 
 
 def reset_inherited() -> None:
-    """What an agent (or Python itself) has set for itself must not reach the workload."""
+    """Undo what the agent or Python has set for itself: signals, umask, protection from the OOM killer."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if signal.getsignal(number) is not signal.SIG_DFL:  # an agent under nohup ignores SIGHUP, and so on
             signal.signal(number, signal.SIG_DFL)
@@ -85,19 +85,19 @@ def reset_inherited() -> None:
 
 
 def leave_privileges() -> None:
-    """While still root: what a change of user does not take away. The bounding set, which no later program can widen,
-    and the session keyring, which an inheritor may read as its own."""
+    """Still as root: drop what a change of user keeps. That is the bounding set, which no later program can widen, and
+    the session keyring, which a child could read as its own."""
     libc = ctypes.CDLL(None, use_errno=True)
     capability = 0
-    while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # EINVAL behind the last one
+    while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # EINVAL after the last one
         capability += 1
     keyctl = SYS_KEYCTL.get(os.uname().machine)
     if keyctl is not None:
-        libc.syscall(keyctl, KEYCTL_JOIN_SESSION_KEYRING, None)  # without keyrings (ENOSYS) there is none to leave
+        libc.syscall(keyctl, KEYCTL_JOIN_SESSION_KEYRING, None)  # ENOSYS: no keyrings
 
 
 def take_identity(plan: dict[str, list[str]]) -> None:
-    """Group list, gid, uid, in this order: the last one gives up the right to change the others."""
+    """Set group list, gid and uid, in this order: the last one gives up the right to change the others."""
     if "U" not in plan:
         return
     uid, gid = int(plan["U"][0]), int(plan["G"][0])
@@ -107,7 +107,7 @@ def take_identity(plan: dict[str, list[str]]) -> None:
 
 
 def forbid_new_privileges() -> None:
-    """No set-uid program gives the workload back what it does not have (prctl(2))."""
+    """Keep set-uid programs from giving the workload new privileges (prctl(2))."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

@@ -1,16 +1,15 @@
-"""The runtime for `image: host`: a function's entrypoint and command as a process of the host.
+"""The runtime for `image: host`: a function's entrypoint and command as a host process.
 
-Fenced in a cgroup of its own where one can be written. Neither memory nor CPU is limited here: the copy of VRAM that a
-freeze makes is charged to the process, and a limit of the function's memory size would kill it in mid-checkpoint
-(facts/emulated-driver.md, pitfall 7). The order of a start makes it safe to die anywhere: bundle, cgroup, launcher,
-record, plan. What has no record when an agent comes up again never ran and is removed by `list_handles`.
+Each runs in its own cgroup where one can be written. Memory and CPU are not limited: a freeze charges the copy of VRAM
+to the process, and a limit at the function's memory size would kill it during the checkpoint
+(agent/docs/facts/emulated-driver.md, pitfall 7). The order of a start makes it safe to die at any point: bundle,
+cgroup, launcher, record, plan. What has no record when the agent starts again never ran; `list_handles` removes it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -21,8 +20,8 @@ from pathlib import Path
 from agent.adapters.kernel import cgroup, process_table
 from agent.adapters.kernel.cgroup_freezer import instance_mark
 from agent.adapters.process import launch
-from agent.adapters.process.launch_plan import LaunchPlan, make_plan, refuse_root_by_omission, resolve_identity
-from agent.adapters.runtime.bundles import Bundle, Bundles
+from agent.adapters.process.launch import LaunchPlan, make_plan, require_explicit_root, resolve_user
+from agent.adapters.runtime.bundles import UID_PATTERN, Bundle, Bundles
 from agent.adapters.runtime.exits import ExitWatch, kill_timeout
 from agent.adapters.runtime.log_files import LogFiles
 from agent.core.errors import (
@@ -40,9 +39,8 @@ from agent.ports import Clock, ExecSession, ExecSpec, StartSpec, Timer
 LOOPBACK = "127.0.0.1"
 START_DEADLINE_S = 15.0
 DESTROY_DEADLINE_S = 10.0
-FOLLOW_LOOK_S = 0.15
-LOG_LOOK_NS = 5 * SECOND_NS
-UID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+FOLLOW_POLL_S = 0.15
+LOG_CHECK_NS = 5 * SECOND_NS
 PORT_ATTEMPTS = 16
 
 log = get_logger()
@@ -50,22 +48,20 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class ProcessRuntimeOptions:
-    """`user` is `runtime.process.user`, "" = the agent's own, which must not be root if `enabled`. `ports` are first
-    and last that instances may get, (0, 0) = any free one. `slice_` from `cgroup.open_slice`; None = fall back to
-    process trees. A log is rotated past `log_cap_bytes`; logs of the newest `log_keep` ended instances stay."""
+    """Settings of the process runtime."""
 
     state_dir: Path
     state_uuid: str
-    slice_: cgroup.CgroupSlice | None
+    slice_: cgroup.CgroupSlice | None  # from `cgroup.open_slice`; None: fall back to process trees
     enabled: bool = False
-    user: str = ""
-    ports: tuple[int, int] = (0, 0)
-    log_cap_bytes: int = 8 * MIB
-    log_keep: int = 200
+    user: str = ""  # `runtime.process.user`; "" = the agent's own, which must not be root if `enabled`
+    ports: tuple[int, int] = (0, 0)  # first and last that instances may get; (0, 0) = any free one
+    log_cap_bytes: int = 8 * MIB  # a log is rotated past this
+    log_keep: int = 200  # logs of the newest ended instances that stay
 
 
 class ProcessRuntime:
-    """Implements `ports.Runtime`. Lives on one event loop; call `close` before that ends (containers stay)."""
+    """Implements `ports.Runtime`. Lives on one event loop; call `close` before the loop ends (containers stay)."""
 
     name = "process"
 
@@ -73,8 +69,8 @@ class ProcessRuntime:
         self._settings = settings
         self._clock = clock
         if settings.enabled:
-            refuse_root_by_omission(settings.user)
-        self._identity = resolve_identity(settings.user)
+            require_explicit_root(settings.user)
+        self._user = resolve_user(settings.user)
         self._boot_id = process_table.boot_id()
         self._bundles = Bundles(settings.state_dir, settings.state_uuid)
         self._logs = LogFiles(settings.state_dir, settings.log_cap_bytes, settings.log_keep)
@@ -84,7 +80,7 @@ class ProcessRuntime:
         self._log_timer: Timer | None = None
 
     def close(self) -> None:
-        """The agent leaves: stop watching. Waiters are cancelled, containers live on."""
+        """Stop watching. Waiters are cancelled, containers live on."""
         if self._log_timer:
             self._log_timer.cancel()
         self._exits.close()
@@ -92,7 +88,7 @@ class ProcessRuntime:
     # ---- start ------------------------------------------------------------------------------------------------
 
     def accepts(self, function: FunctionSpec) -> None:
-        """Only `image: host` with something to run."""
+        """Accepts only `image: host` with something to run."""
         if function.image != HOST_IMAGE:
             raise PreconditionError(
                 "IMAGE_RUNTIME_UNAVAILABLE",
@@ -107,17 +103,17 @@ class ProcessRuntime:
         """There is no image to pull."""
 
     async def start(self, spec: StartSpec) -> Handle:
-        """See `ports.Runtime`: the handle is on disk before the workload's first instruction."""
+        """See `ports.Runtime`. The handle is on disk before the workload's first instruction."""
         uid = spec.instance.uid
         if not UID_PATTERN.fullmatch(uid):
             raise InvalidArgumentError("BAD_INSTANCE_UID", "an instance uid is 1 to 128 of A-Z a-z 0-9 . _ -", uid=uid)
         self.accepts(spec.instance.function)
         if uid in self._starting:
-            raise ConflictError("START_UNDER_WAY", "this instance is being started already", uid=uid)
+            raise ConflictError("START_UNDER_WAY", "this instance is already being started", uid=uid)
         self._starting.add(uid)
         try:
             async with asyncio.timeout(START_DEADLINE_S):
-                await self._clear(uid)
+                await self._destroy_earlier(uid)
                 return await self._start(spec)
         except TimeoutError:
             raise self._start_failed(uid, f"no answer from the launcher within {START_DEADLINE_S:g} s") from None
@@ -133,20 +129,20 @@ class ProcessRuntime:
             spec,
             port=port,
             folder=self._bundles.scratch(uid),
-            identity=self._identity,
+            user=self._user,
             state_uuid=self._settings.state_uuid,
         )
-        plan.encode()  # refuses what can't be run, before anything is made
+        plan.encode()  # raises before anything is made
         try:
-            self._bundles.create(uid, self._identity)
+            self._bundles.create(uid, self._user)
             path = self._settings.slice_.create(uid) if self._settings.slice_ else None
             return await self._launch(uid, port, plan, path)
         except BaseException:
-            await asyncio.shield(self._discard(uid))
+            await asyncio.shield(self._clean_up_failed_start(uid))
             raise
 
     async def _launch(self, uid: str, port: int, plan: LaunchPlan, path: Path | None) -> Handle:
-        log_fd = self._logs.open(uid, self._identity)
+        log_fd = self._logs.open(uid, self._user)
         try:
             pid, control = launch.spawn(uid, str(path or ""), log_fd)
         finally:
@@ -156,7 +152,7 @@ class ProcessRuntime:
             self._exits.watch(handle)
             self._bundles.write(handle)
             await launch.release(control, plan)
-        self._watch_logs()
+        self._schedule_log_check()
         return handle
 
     def _handle(self, uid: str, pid: int, port: int, path: Path | None) -> Handle:
@@ -165,12 +161,12 @@ class ProcessRuntime:
         return Handle(uid, process, LOOPBACK, port, str(path or ""), str(self._logs.path(uid)))
 
     def _choose_port(self, uid: str) -> int:
-        """A free loopback port. Somebody may take it before the workload listens: then readiness fails the start."""
+        """A free loopback port. If another process takes it before the workload listens, readiness fails the start."""
         first, last = self._settings.ports
         for wanted in range(first, last + 1) if first else [0] * PORT_ATTEMPTS:
             if wanted and wanted in self._ports.values():
                 continue
-            with socket.socket() as probe, suppress(OSError):  # in use by somebody else
+            with socket.socket() as probe, suppress(OSError):  # in use
                 probe.bind((LOOPBACK, wanted))
                 port = int(probe.getsockname()[1])
                 if port not in self._ports.values():
@@ -182,7 +178,7 @@ class ProcessRuntime:
     def _start_failed(self, uid: str, detail: str) -> InstanceError:
         return InstanceError("START_FAILED", f"the instance could not be started: {detail}", uid=uid)
 
-    async def _clear(self, uid: str) -> None:
+    async def _destroy_earlier(self, uid: str) -> None:
         """Destroy what an earlier attempt with this uid left."""
         bundle = self._bundles.read(uid)
         if bundle and bundle.foreign:
@@ -194,8 +190,8 @@ class ProcessRuntime:
         else:
             await self._remove_traces(uid)
 
-    async def _discard(self, uid: str) -> None:
-        """After a failed start: leave nothing. Never hides the error that led here."""
+    async def _clean_up_failed_start(self, uid: str) -> None:
+        """Leave nothing behind. Only logs its own errors, so that the start's error is raised."""
         try:
             handle = next((handle for handle in self._exits.handles() if handle.uid == uid), None)
             if handle:
@@ -209,7 +205,7 @@ class ProcessRuntime:
 
     async def wait(self, handle: Handle) -> Exit:
         ended = self._exits.watch(handle)
-        self._watch_logs()
+        self._schedule_log_check()
         return await asyncio.shield(ended)
 
     async def alive(self, handle: Handle) -> bool:
@@ -228,7 +224,7 @@ class ProcessRuntime:
             else:
                 await self._kill_members(handle, deadline_s)
 
-        # By name as well: a launcher may not have joined its cgroup yet.
+        # The main process too: a launcher may not have joined its cgroup yet.
         await self._exits.kill(handle, empty, deadline_s)
 
     async def _kill_members(self, handle: Handle, deadline_s: float) -> None:
@@ -239,14 +235,14 @@ class ProcessRuntime:
                 process_table.send_signal(process, self._boot_id, signal.SIGKILL)
             return not members
 
-        if not await cgroup.reread(emptied, deadline_s):
+        if not await cgroup.poll_until(emptied, deadline_s):
             raise kill_timeout(handle, deadline_s)
 
     async def kill_processes(self, handle: Handle, pids: Sequence[int]) -> None:
         await self._exits.kill_processes(handle, pids, lambda: self.pids(handle))
 
     def _superseded(self, handle: Handle) -> bool:
-        """Has the uid been started again since? Then cgroup, mark and bundle are the successor's."""
+        """Whether the uid was started again since: cgroup, mark and bundle then belong to the successor."""
         bundle = self._bundles.read(handle.uid)
         return bundle is not None and bundle.handle is not None and bundle.handle.process != handle.process
 
@@ -260,20 +256,20 @@ class ProcessRuntime:
         await self._remove_traces(handle.uid)
 
     async def _remove_traces(self, uid: str) -> None:
-        """Cgroup, bundle and port of a uid. The log stays, within its cap; old ones go."""
+        """Remove a uid's cgroup, bundle and port. Its log stays, within its cap; old logs go."""
         if self._settings.slice_:
             await cgroup.remove(self._settings.slice_.path_of(uid), DESTROY_DEADLINE_S)
             self._settings.slice_.remove_if_empty()
         await asyncio.to_thread(self._bundles.remove, uid)
         self._ports.pop(uid, None)
-        with suppress(OSError):  # no look comes after this one, and the file may have grown since the last
+        with suppress(OSError):  # the last check; the file may have grown since the previous one
             await asyncio.to_thread(self._logs.trim, self._logs.path(uid))
         self._logs.prune({bundle.uid for bundle in self._bundles.all()} | self._starting)
 
-    # ---- looking ----------------------------------------------------------------------------------------------
+    # ---- listing ----------------------------------------------------------------------------------------------
 
     async def list_handles(self) -> Sequence[Handle]:
-        """Every recorded container, ended ones too (`alive` tells). Traces without a record never ran a workload:
+        """Every recorded container, ended ones included (`alive` tells). Traces without a record never ran a workload:
         they are removed and logged as `runtime.orphan_removed`."""
         handles = []
         bundles = self._bundles.all()
@@ -315,7 +311,7 @@ class ProcessRuntime:
         return await asyncio.to_thread(self._logs.read, Path(handle.log_path), tail_bytes)
 
     async def follow_log(self, handle: Handle, tail_bytes: int) -> AsyncGenerator[bytes, None]:
-        """See `ports.Runtime`. The file is looked at again and again: somebody else writes it, and nobody tells."""
+        """See `ports.Runtime`. Polls the file, because the workload writes it without telling the agent."""
         reader = self._logs.follow(Path(handle.log_path), tail_bytes)
         while True:
             ended = not await self.alive(handle)
@@ -323,28 +319,28 @@ class ProcessRuntime:
                 yield part
             if ended:
                 return
-            await asyncio.sleep(FOLLOW_LOOK_S)
+            await asyncio.sleep(FOLLOW_POLL_S)
 
     async def exec(self, handle: Handle, spec: ExecSpec) -> ExecSession:
-        """There is no inside: what runs is a process of the host."""
+        """Always raises: there is no container to run a command in."""
         raise PreconditionError(
             "EXEC_UNAVAILABLE",
-            "this instance is a process of the host, not a container; log in to the node and look at its pid "
+            "this instance is a process of the host, not a container; log in to the node and inspect pid "
             f"{handle.process.pid} there (nsenter, gdb, py-spy)",
             uid=handle.uid,
         )
 
     def trim_logs(self) -> None:
-        """Rotate the logs that have passed the cap; by itself every five seconds while a container runs."""
+        """Rotate the logs that have passed the cap; called every five seconds while a container runs."""
         for handle in self._exits.handles():
-            with suppress(OSError):  # disk full: the next look tries again
+            with suppress(OSError):  # disk full: the next check retries
                 self._logs.trim(Path(handle.log_path))
 
-    def _watch_logs(self) -> None:
+    def _schedule_log_check(self) -> None:
         if self._log_timer is None and self._exits.handles():
-            self._log_timer = self._clock.call_at(self._clock.monotonic_ns() + LOG_LOOK_NS, self._look_at_logs)
+            self._log_timer = self._clock.call_at(self._clock.monotonic_ns() + LOG_CHECK_NS, self._check_logs)
 
-    def _look_at_logs(self) -> None:
+    def _check_logs(self) -> None:
         self._log_timer = None
         self.trim_logs()
-        self._watch_logs()
+        self._schedule_log_check()

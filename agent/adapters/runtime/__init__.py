@@ -1,1 +1,1 @@
-"""What all runtimes share: bundles, exits, log files, the environment of an instance."""
+"""Shared by all runtimes: routing, bundles, exits, log files, and the environment of an instance."""

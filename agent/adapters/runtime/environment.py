@@ -1,4 +1,4 @@
-"""The variables an instance gets from us: one rule for processes of the host and for containers."""
+"""The environment variables that the agent gives an instance: the same for host processes and containers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ LIBRARIES = "LD_LIBRARY_PATH"
 def instance_environment(
     spec: StartSpec, *, port: int, state_uuid: str, visible_devices: str, inherited_libraries: str = ""
 ) -> dict[str, str]:
-    """The function's variables, then ours on top.
+    """The function's variables, overlaid by ours.
 
-    `FC_CUSTOM_LISTEN_PORT` and `PORT` say where to listen. CUDA_VISIBLE_DEVICES names the granted GPUs, none for a
-    function without; NVIDIA_VISIBLE_DEVICES is `visible_devices`. A function can't change either, the attachment
-    (`spec.environment`) can. Our LD_LIBRARY_PATH is put before the function's, or else before `inherited_libraries`
-    (the image's own), not in their place (facts/emulated-driver.md, pitfall 15).
+    `FC_CUSTOM_LISTEN_PORT` and `PORT` are the port to listen on. CUDA_VISIBLE_DEVICES names the granted GPUs (none for
+    a function without), NVIDIA_VISIBLE_DEVICES is `visible_devices`; `spec.environment` can change both, a function
+    can't. Our LD_LIBRARY_PATH precedes the function's, or else `inherited_libraries` (the image's own), and does not
+    replace it (agent/docs/facts/emulated-driver.md, pitfall 15).
     """
     function = dict(spec.instance.function.environment)
     environment = {

@@ -1,6 +1,6 @@
-"""Learning that a process ended, and how: a pidfd in the event loop. No thread, no polling, no SIGCHLD.
+"""Reports that a process ended, and how: a pidfd in the event loop, without a thread, polling or SIGCHLD.
 
-A pidfd works for children of an earlier agent as well; only the exit status does not (it goes to init).
+A pidfd also works for children of an earlier agent; only the exit status does not (init reaps them).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from agent.adapters.kernel import memory_cgroup, process_table
 from agent.core.errors import DeadlineError
@@ -26,39 +26,37 @@ class _Watched:
     pidfd: int
     memory: memory_cgroup.MemoryCgroup | None
     oom_kills_before: int
-    killed_by_us: bool = field(default=False)
-    out_of_memory: bool = field(default=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Signs:
-    """What was seen of an end beside the exit status. `killed_by_us`: the SIGKILL was ours. `out_of_memory`: the
-    count of its memory cgroup had risen since it was watched."""
-
     killed_by_us: bool = False
     out_of_memory: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """What was seen of an end, apart from the exit status."""
+
+    killed_by_us: bool = False  # the SIGKILL was ours
+    out_of_memory: bool = False  # its memory cgroup counted an OOM kill since the watch began
+
+
 class ExitWatch:
-    """One pidfd per container from its start (or its first `wait` after a restart) until `forget`."""
+    """One pidfd per container, from its start (or its first `wait` after a restart) until `forget`."""
 
     def __init__(self, boot_id: str) -> None:
         self._boot_id = boot_id
         self._watched: dict[str, _Watched] = {}
 
     def handles(self) -> list[Handle]:
-        """The containers watched now."""
         return [watched.handle for watched in self._watched.values()]
 
     def watch(self, handle: Handle) -> asyncio.Future[Exit]:
-        """The future of its end; done at once if it has ended. Idempotent. Reaps it if it is our child."""
+        """The future of its end; done at once if it has ended. Reaps it if it is our child. Idempotent."""
         known = self._watched.get(handle.uid)
         if known and known.handle.process == handle.process:
             return known.ended
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Exit] = loop.create_future()
         pidfd = process_table.open_pidfd(handle.process, self._boot_id)
-        if pidfd is None:  # also a stale handle of a uid that runs again: the watch on the new one stays
+        if pidfd is None:  # also for a stale handle of a uid that runs again: the new one stays watched
             ended.set_result(UNKNOWN_EXIT)
             return ended
         self.forget(handle.uid)
@@ -69,20 +67,19 @@ class ExitWatch:
         return ended
 
     def expect_kill(self, uid: str) -> None:
-        """We are about to SIGKILL it: its end is not the OOM killer's doing."""
+        """We are about to SIGKILL it, so its end is not the OOM killer's doing."""
         if watched := self._watched.get(uid):
             watched.killed_by_us = True
 
     def signs(self, handle: Handle) -> Signs:
-        """Of an end that was watched; nothing of any other."""
+        """Signs of a watched end; none for any other."""
         watched = self._watched.get(handle.uid)
         if watched is None or watched.handle.process != handle.process:
             return Signs()
         return Signs(watched.killed_by_us, watched.out_of_memory)
 
     async def kill(self, handle: Handle, empty: Callable[[], Awaitable[None]], deadline_s: float) -> None:
-        """SIGKILL the main process by name, have `empty` kill the rest, and wait for the end. DeadlineError
-        KILL_TIMEOUT."""
+        """SIGKILL the main process, let `empty` kill the rest, await the end. Raises DeadlineError KILL_TIMEOUT."""
         ended = self.watch(handle)
         self.expect_kill(handle.uid)
         process_table.send_signal(handle.process, self._boot_id, signal.SIGKILL)
@@ -96,8 +93,8 @@ class ExitWatch:
     async def kill_processes(
         self, handle: Handle, pids: Sequence[int], members: Callable[[], Awaitable[Sequence[int]]]
     ) -> None:
-        """SIGKILL those of `pids` that are `members`. Descriptors first, membership then: whose number was used again
-        in between is either not inside, or its descriptor names a process that has ended."""
+        """SIGKILL those of `pids` that are `members`. Pidfds are opened before membership is read: a pid reused in
+        between is either no member, or its pidfd names a process that has ended."""
         with ExitStack() as opened:
             descriptors: dict[int, int] = {}
             for pid in set(pids):
@@ -113,19 +110,19 @@ class ExitWatch:
                     signal.pidfd_send_signal(descriptors[pid], signal.SIGKILL)
 
     def forget(self, uid: str) -> None:
-        """Stop watching. Idempotent; whoever still waits is cancelled."""
+        """Stop watching; remaining waiters are cancelled. Idempotent."""
         if watched := self._watched.pop(uid, None):
             self._close(watched)
             watched.ended.cancel()
 
     def close(self) -> None:
-        """The agent leaves; the containers stay."""
+        """Stop watching all; the containers live on."""
         for uid in list(self._watched):
             self.forget(uid)
 
     def _on_end(self, uid: str) -> None:
         watched = self._watched[uid]
-        watched.out_of_memory = _oom_killed(watched)  # now: an engine removes the cgroup soon
+        watched.out_of_memory = _oom_killed(watched)  # read now: an engine removes the cgroup soon
         exit_ = _reap(watched)
         self._close(watched)
         if not watched.ended.done():
@@ -143,7 +140,7 @@ def _reap(watched: _Watched) -> Exit:
         status = os.waitid(os.P_PIDFD, watched.pidfd, os.WEXITED | os.WNOHANG)
     except ChildProcessError:
         return UNKNOWN_EXIT
-    if status is None:  # readable, yet not to be reaped: can't be, but never block on it
+    if status is None:  # readable but not reapable: should not happen, must not block
         return UNKNOWN_EXIT
     if status.si_code == os.CLD_EXITED:
         return Exit(code=status.si_status, message=f"exited with code {status.si_status}")
@@ -154,7 +151,7 @@ def _reap(watched: _Watched) -> Exit:
 
 
 def _oom_killed(watched: _Watched) -> bool:
-    """Best effort: the count of its memory cgroup rose. Where that cgroup is shared, the victim may be a neighbour."""
+    """Whether its memory cgroup counted an OOM kill; in a shared cgroup the victim may be another process."""
     if watched.memory is None or not watched.memory.path.exists():
         return False
     kills = watched.memory.oom_kills()
@@ -164,7 +161,7 @@ def _oom_killed(watched: _Watched) -> bool:
 def kill_timeout(handle: Handle, deadline_s: float) -> DeadlineError:
     return DeadlineError(
         "KILL_TIMEOUT",
-        f"the process survives SIGKILL for {deadline_s:g} s; it may be stuck in the driver: see `dmesg`",
+        f"the process still exists {deadline_s:g} s after SIGKILL; it may be stuck in the driver: see `dmesg`",
         uid=handle.uid,
         pid=handle.process.pid,
     )

@@ -1,13 +1,13 @@
-"""Logs of host processes: a file each, capped without the agent in the data path.
+"""Log files of host processes, capped without the agent in the data path.
 
 A pipe read by the agent would end with the agent, and the container must not. So the workload appends to a file
-(O_APPEND) and the agent, now and then, copies the newest half of the cap to `<log>.1` and truncates (logrotate's
-copytruncate). The price: what is written between copy and truncate is lost, and between two looks the file can grow
-past the cap by what the disk takes. A program that reopens its stdout without O_APPEND leaves a sparse file.
+(O_APPEND); now and then the agent copies the newest half of the cap to `<log>.1` and truncates (logrotate's
+copytruncate). What is written between copy and truncate is lost, and between two checks the file can grow past the cap.
+A program that reopens its stdout without O_APPEND leaves a sparse file.
 
-The workload holds the file open and may be hostile, the reader may be root. So nothing here follows a link or waits:
-whoever opens a file that its owner has leased (fcntl F_SETLEASE) would be held up for 45 s. O_NONBLOCK makes that a
-BlockingIOError, and a workload of another user does not own its log: it writes to it by its group.
+The workload holds the file open and may be hostile; the reader may be root. So nothing here follows a link or waits:
+opening a file whose owner has leased it (fcntl F_SETLEASE) blocks for 45 s. O_NONBLOCK turns that into a
+BlockingIOError, and a workload of another user does not own its log but writes to it by its group.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
-from agent.adapters.process.launch_plan import BundleIdentity
+from agent.adapters.runtime.bundles import WorkloadUser
 
 _SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class LogFiles:
-    """`<state_dir>/logs/<uid>.log`: they outlive their instance, the newest `keep` of ended ones."""
+    """`<state_dir>/logs/<uid>.log`. Logs outlive their instance; of ended ones the newest `keep` stay."""
 
     def __init__(self, state_dir: Path, cap_bytes: int, keep: int) -> None:
         self._folder = state_dir / "logs"
@@ -34,38 +34,36 @@ class LogFiles:
     def path(self, uid: str) -> Path:
         return self._folder / f"{uid}.log"
 
-    def open(self, uid: str, identity: BundleIdentity | None) -> int:
-        """A descriptor to append to. The workload's group may write to the file, so that /dev/stdout can be opened;
-        nobody else gets into the folder. OSError if that can't be, or a link is in its place."""
+    def open(self, uid: str, user: WorkloadUser | None) -> int:
+        """A descriptor to append to. The workload's group may write to the file, so that /dev/stdout can be opened; the
+        folder is closed to others. Raises OSError, also if a link is in its place."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         log_fd = os.open(self.path(uid), os.O_WRONLY | os.O_APPEND | os.O_CREAT | _SAFELY, 0o600)
-        os.set_blocking(log_fd, True)  # a workload expects it; what was to be avoided was waiting for the open
-        if identity:
-            os.fchown(log_fd, -1, identity.gid)
+        os.set_blocking(log_fd, True)  # workloads expect it; only the open must not wait
+        if user:
+            os.fchown(log_fd, -1, user.gid)
             os.fchmod(log_fd, 0o660)
         return log_fd
 
     def keep(self, uid: str, text: bytes) -> None:
-        """The end of a log that lies elsewhere and is about to go; in place of what was kept before, for a removal that
-        fails is tried again for as long as it takes. OSError if it can't be written."""
+        """Store the end of a log that lies elsewhere and is about to go. Replaces what was kept, because a failed
+        removal is retried. Raises OSError."""
         with os.fdopen(self.open(uid, None), "wb") as file:
             file.truncate(0)
             file.write(text)
 
     def read(self, path: Path, tail_bytes: int) -> bytes:
-        """The last bytes, over the last rotation where the file itself holds fewer. b"" if there is no log. OSError if
-        it can't be read now."""
+        """The last bytes, from the rotated file too if the log is shorter; b"" without a log. Raises OSError."""
         text = _tail(path, tail_bytes)
         if len(text) < tail_bytes:
             text = _tail(_rotated(path), tail_bytes - len(text)) + text
         return text
 
     def follow(self, path: Path, tail_bytes: int) -> LogFollower:
-        """Its last bytes, then what comes."""
         return LogFollower(path, tail_bytes)
 
     def trim(self, path: Path) -> bool:
-        """Rotate if it has passed the cap. True if it did. OSError if it can't be done now."""
+        """Rotate if it has passed the cap; returns whether it did. Raises OSError if that is impossible now."""
         try:
             log_fd = os.open(path, os.O_RDWR | _SAFELY)
         except FileNotFoundError:
@@ -96,9 +94,8 @@ class LogFiles:
 
 
 class LogFollower:
-    """Where a reader of a growing file is. It begins over the last rotation where the file holds too little. A later
-    rotation truncates the file: it goes on at the beginning, and what was written between its last look and the
-    rotation is in neither."""
+    """Reads a growing file: first the last `tail_bytes`, from the rotated file too if needed. After a later rotation it
+    continues at the beginning; what was written between its last read and the rotation is lost."""
 
     def __init__(self, path: Path, tail_bytes: int) -> None:
         self._path = path
@@ -107,7 +104,7 @@ class LogFollower:
         self._before = b""
 
     def read(self, most_bytes: int = 64 * 1024) -> bytes:
-        """The next bytes; b"" if there are none yet, or no file. OSError if it can't be read."""
+        """The next bytes; b"" if there are none yet, or no file. Raises OSError."""
         try:
             with os.fdopen(os.open(self._path, os.O_RDONLY | _SAFELY), "rb", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)

@@ -12,12 +12,12 @@ from agent.ports import ContainerEngine, ExecSession, ExecSpec, Runtime, StartSp
 
 
 class WatchedRuntime(Runtime, ContainerEngine, Protocol):
-    """An engine's: it can be away."""
+    """An engine's runtime: the engine can be down."""
 
 
 class Runtimes:
-    """Implements `ports.Runtime`. `process_enabled`, `engine_enabled`: may new instances run there; those that do are
-    looked after in any case. `engine` None: this node has none (`runtime.engine.socket: off`)."""
+    """Implements `ports.Runtime`. `process_enabled` and `engine_enabled`: whether new instances may run there; existing
+    ones are served anyway. `engine` None: the node has none (`runtime.engine.socket: off`)."""
 
     name = "node"
 
@@ -36,16 +36,16 @@ class Runtimes:
 
     @property
     def engine(self) -> WatchedRuntime | None:
-        """The one that takes new instances, if there is one: it is to be watched."""
+        """The engine runtime if it takes new instances; the node then watches it."""
         return self._engine if self._engine_enabled else None
 
     @property
     def offered(self) -> tuple[str, ...]:
-        """Names of those that take new instances."""
+        """Names of the runtimes that take new instances."""
         return ("process",) * self._process_enabled + (("engine",) if self.engine else ())
 
     def accepts(self, function: FunctionSpec) -> None:
-        """Raises PreconditionError PROCESS_RUNTIME_DISABLED or IMAGE_RUNTIME_UNAVAILABLE, and as the runtime does."""
+        """Raises PreconditionError PROCESS_RUNTIME_DISABLED or IMAGE_RUNTIME_UNAVAILABLE, or as the chosen runtime."""
         if function.image == HOST_IMAGE and not self._process_enabled:
             raise PreconditionError(
                 "PROCESS_RUNTIME_DISABLED",
@@ -72,8 +72,8 @@ class Runtimes:
         return self.engine
 
     def _of(self, handle: Handle) -> Runtime:
-        """For a container of an engine that was turned off since: the process runtime, which needs only the kernel for
-        whatever it does to a running one."""
+        """The runtime of an existing container. If its engine was turned off since, the process runtime: it needs only
+        the kernel to serve a running one."""
         return self._engine if handle.container_id and self._engine else self._process
 
     async def wait(self, handle: Handle) -> Exit:

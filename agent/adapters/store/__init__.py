@@ -1,1 +1,1 @@
-"""The node's SQLite database: records of instances and the ledger."""
+"""The node's SQLite database: instance records and the usage ledger."""

@@ -1,4 +1,4 @@
-"""What a node keeps on disk: records of instances and the usage ledger, one SQLite file in WAL mode.
+"""What a node keeps on disk: instance records and the usage ledger, in one SQLite file in WAL mode.
 
 Implements `ports.InstanceStore` and `ports.LedgerStore`. One store per state directory: the daemon's lock on the
 directory keeps a second agent away.
@@ -19,7 +19,7 @@ FILE_NAME = "node.db"
 
 
 class NodeStore:
-    """`await NodeStore.open(state_dir)`; every call has `deadline_s` and raises UnavailableError STORE_FAILED."""
+    """`await NodeStore.open(state_dir)`. Every call has `deadline_s` and raises UnavailableError STORE_FAILED."""
 
     def __init__(self, thread: StoreThread) -> None:
         self._thread = thread
@@ -28,10 +28,8 @@ class NodeStore:
     async def open(
         cls, state_dir: Path, *, deadline_s: float = 5.0, queue_length: int = 256, max_bytes: int = 0
     ) -> NodeStore:
-        """Open or create `<state_dir>/node.db` (mode 0600) and migrate it. The directory must exist.
-
-        `max_bytes` bounds the file (0 = the disk does); beyond it writes fail as on a full disk.
-        """
+        """Open or create `<state_dir>/node.db` (mode 0600) and migrate it. The directory must exist. `max_bytes` bounds
+        the file (0: only the disk does); beyond it writes fail as on a full disk."""
         thread = StoreThread(
             state_dir / FILE_NAME, deadline_s=deadline_s, queue_length=queue_length, max_bytes=max_bytes
         )
@@ -44,16 +42,14 @@ class NodeStore:
 
     @property
     def health(self) -> StoreHealth:
-        """Whether the last call worked. A later success heals it."""
+        """Whether the last call succeeded."""
         return self._thread.health
 
     async def close(self) -> None:
         await self._thread.close()
 
-    # ---- instances -----------------------------------------------------------------------------------------------
-
     async def put_instance(self, record: InstanceRecord) -> None:
-        """Insert or replace; returns when the disk has it."""
+        """Insert or replace; returns once it is on disk."""
         row = rows.record_row(record)
         await self._thread.run(lambda db: db.execute(rows.PUT_INSTANCE, row), durable=True)
 
@@ -68,10 +64,8 @@ class NodeStore:
         statement = "DELETE FROM instances WHERE uid = ?"
         await self._thread.run(lambda db: db.execute(statement, (uid,)), durable=True)
 
-    # ---- ledger --------------------------------------------------------------------------------------------------
-
     async def upsert_windows(self, windows: Sequence[UsageWindow]) -> None:
-        """All in one transaction. A key that is already sealed is left as it is."""
+        """Write all in one transaction. A sealed row is left as it is."""
         if not windows:
             return
         values = [rows.window_row(window) for window in windows]
@@ -84,11 +78,11 @@ class NodeStore:
         return await self._windows(rows.UNACKNOWLEDGED, (limit,))
 
     async def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None:
-        """Keys that are unknown or not sealed are ignored."""
+        """Ignores keys that are unknown or not sealed."""
         await self._thread.run(lambda db: db.executemany(rows.ACKNOWLEDGE, keys))
 
     async def refuse(self, keys: Sequence[tuple[str, int]], kept: int = 10_000) -> None:
-        """Keys that are unknown, not sealed or acknowledged are ignored. All in one transaction."""
+        """Ignores keys that are unknown, not sealed or acknowledged. One transaction."""
 
         def refuse(db: sqlite3.Connection) -> None:
             db.executemany(rows.REFUSE, keys)
@@ -99,11 +93,11 @@ class NodeStore:
     async def read_windows(
         self, instance_uid: str = "", limit: int = 1000, after_rowid: int = 0
     ) -> Sequence[UsageWindow]:
-        """In the order they were first written; `instance_uid` "" means all."""
+        """In the order of their first write; `instance_uid` "" means all."""
         return await self._windows(rows.READ_WINDOWS, (after_rowid, instance_uid, instance_uid, limit))
 
     async def prune(self, started_before_wall_ns: int, limit: int = 5_000) -> int:
-        """Delete at most `limit` acknowledged windows that started before then; returns how many went."""
+        """Delete at most `limit` acknowledged windows that started before that time; returns how many were deleted."""
         values = (started_before_wall_ns, limit)
         return await self._thread.run(lambda db: db.execute(rows.PRUNE, values).rowcount)
 

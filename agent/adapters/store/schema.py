@@ -1,4 +1,4 @@
-"""The node store's schema and rows: SQL in, core words out. Migrations are one list, applied in order."""
+"""The node store's schema, and rows to and from core types. Migrations are one list, applied in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from agent.core.billing.window import UsageWindow
 from agent.ports import InstanceRecord
 
-# Each entry takes the schema from version `index` to `index + 1` (PRAGMA user_version). Never edit one that shipped.
+# Entry i migrates from version i to i + 1 (PRAGMA user_version). Never edit one that was released.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE instances (
@@ -32,7 +32,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX windows_to_upload ON windows (instance_uid, seq) WHERE sealed = 1 AND acknowledged = 0",
         "CREATE INDEX windows_to_prune ON windows (start_wall_ns) WHERE acknowledged = 1",
     ),
-    # acknowledged = 2: refused by the scheduler.
+    # acknowledged = 2: rejected by the scheduler.
     ("CREATE INDEX windows_refused ON windows (id) WHERE acknowledged = 2",),
 )
 
@@ -45,7 +45,7 @@ _NAMES = ", ".join(COLUMNS)
 _KEY = ("instance_uid", "seq")
 
 # ruff: noqa: S608 - every name in these statements is from the tuple above; values are always bound.
-# A sealed row never changes: an upsert of its key is a repetition, or is for nobody.
+# A sealed row never changes: an upsert of its key is a repetition.
 UPSERT_WINDOW = (
     f"INSERT INTO windows ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))}) "
     "ON CONFLICT (instance_uid, seq) DO UPDATE SET "
@@ -78,7 +78,7 @@ _RECORD = msgspec.json.Decoder(InstanceRecord)
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the schema to the newest version, each step in a transaction. ValueError if it is newer than us."""
+    """Bring the schema to the newest version, a transaction per step. ValueError if it is newer than this program."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > len(MIGRATIONS):
         raise ValueError(f"its schema version {version} is newer than this program's {len(MIGRATIONS)}")
@@ -91,7 +91,7 @@ def migrate(connection: sqlite3.Connection) -> None:
 
 
 def window_row(window: UsageWindow) -> tuple[object, ...]:
-    """The row of a window in the order of COLUMNS. A GPU's uuid never holds a comma."""
+    """A window as a row in the order of COLUMNS. (A GPU's uuid never holds a comma.)"""
     w = window
     return (
         w.instance_uid, w.seq, w.node, w.boot_id, w.function, w.state, w.gpu_model, ",".join(w.gpu_uuids),
@@ -101,7 +101,7 @@ def window_row(window: UsageWindow) -> tuple[object, ...]:
 
 
 def window_of(row: Sequence[object]) -> UsageWindow:
-    """A window from a row in the order of COLUMNS."""
+    """A row in the order of COLUMNS as a window."""
     values = dict(zip(COLUMNS, row, strict=True))
     uuids = str(values["gpu_uuids"])
     values |= {
@@ -113,7 +113,7 @@ def window_of(row: Sequence[object]) -> UsageWindow:
 
 
 def record_row(record: InstanceRecord) -> tuple[str, str, bytes]:
-    """The record as JSON, which outlives changes of the types: new fields get their defaults."""
+    """A record as JSON, so that it survives changes of the types: new fields get their defaults."""
     return record.spec.uid, record.phase.value, msgspec.json.encode(record)
 
 

@@ -1,7 +1,7 @@
-"""One thread that owns one SQLite connection: jobs go in by a bounded queue, answers come back to the event loop.
+"""One thread that owns one SQLite connection: a bounded queue of jobs, whose results return to the event loop.
 
-The loop never touches the disk. A job that misses its deadline before it began is dropped; one that began runs to
-its end in the thread, so that what its caller calls unknown is settled before the next job starts.
+The loop never touches the disk. A job that misses its deadline before it starts is dropped; one that has started runs
+to its end in the thread, so its outcome is final before the next job starts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STORAGE_ERRORS = (sqlite3.Error, OSError, ValueError, msgspec.MsgspecError)
 
 @dataclass(frozen=True, slots=True)
 class StoreHealth:
-    """Did the last job succeed? `failures` counts those in a row since; `message` is the last failure's."""
+    """Whether the last job succeeded. `failures` counts consecutive failures, `message` is the last one's."""
 
     ok: bool
     failures: int = 0
@@ -38,7 +38,7 @@ class StoreHealth:
 
 
 def store_failed(path: Path, problem: str) -> UnavailableError:
-    """The one error of a store, with what to do about it."""
+    """The one error of a store, with its fix."""
     return UnavailableError(
         "STORE_FAILED",
         f"the store {path} failed: {problem}. Check the disk's space and health; a damaged file can be moved away, "
@@ -55,7 +55,7 @@ class _Job:
 
 
 class StoreThread:
-    """Runs jobs on the connection, one after the other. Opens it lazily and again after every failure."""
+    """Runs jobs on the connection, one after the other. Opens it at the first job and again after every failure."""
 
     def __init__(self, path: Path, *, deadline_s: float, queue_length: int, max_bytes: int) -> None:
         self.path = path
@@ -70,10 +70,10 @@ class StoreThread:
         self._thread.start()
 
     async def run(self, work: Callable[[sqlite3.Connection], T], *, durable: bool = False) -> T:
-        """Run `work` in a transaction of its own and return its result.
+        """Run `work` in its own transaction and return its result.
 
-        `durable` waits until the disk has it; else it survives the death of the process, perhaps not the machine's.
-        UnavailableError STORE_FAILED on any failure, a full queue, or the deadline: then the outcome is unknown, and
+        `durable` waits until it is on disk; otherwise it survives the process, perhaps not the machine. Raises
+        UnavailableError STORE_FAILED on any failure, a full queue or the deadline: the outcome is then unknown, and
         repeating the job must be harmless.
         """
         if self._closing:
@@ -82,7 +82,7 @@ class StoreThread:
         try:
             self._jobs.put_nowait(_Job(future, work, durable))
         except queue.Full:
-            raise self._failed(f"{self._jobs.maxsize} jobs are waiting for the disk") from None
+            raise self._failed(f"{self._jobs.maxsize} jobs already wait for the disk") from None
         try:
             async with asyncio.timeout(self._deadline_s):
                 result = await asyncio.wrap_future(future)
@@ -94,7 +94,7 @@ class StoreThread:
         return result
 
     async def close(self) -> None:
-        """Finish the jobs in the queue, close the file, end the thread; gives up after the deadline. Idempotent."""
+        """Finish the queued jobs, close the file, end the thread; give up after the deadline. Idempotent."""
         self._closing = True
         with suppress(queue.Full):
             self._jobs.put_nowait(None)
@@ -117,21 +117,20 @@ class StoreThread:
     def _answer(self, job: _Job) -> None:
         try:
             connection = self._connection or self._connect()
-            # Not to be changed inside a transaction, so it is set before each.
+            # Can't be changed inside a transaction, so it is set before each.
             connection.execute(f"PRAGMA synchronous = {'FULL' if job.durable else 'NORMAL'}")
             connection.execute("BEGIN IMMEDIATE")
             result = job.work(connection)
             connection.execute("COMMIT")
         except BaseException as error:
-            # A fresh connection knows nothing of a half-done transaction or a file that was replaced.
+            # A new connection is free of a half-done transaction or a replaced file.
             self._disconnect()
             job.future.set_exception(error)
         else:
             job.future.set_result(result)
 
     def _connect(self) -> sqlite3.Connection:
-        # Environment variables of functions are inside: only the owner may read, a file that was copied back from a
-        # backup too. -wal and -shm take the same mode.
+        # Holds the environment of functions: owner only, even after a copy from a backup. -wal and -shm follow.
         database = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.fchmod(database, 0o600)
         os.close(database)

@@ -1,4 +1,4 @@
-"""`hibernode create`: one instance on one node, without the scheduler."""
+"""`hibernode create`: starts one instance on one node, without the scheduler."""
 
 from __future__ import annotations
 
@@ -21,18 +21,15 @@ from agent.v1 import types_pb2
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import to_json
 
-LOOK_S = 1.0
+POLL_S = 1.0
 
 
 @click.command()
 @template_option
 @resource_option
-@click.option("--wait", is_flag=True, help="Return once it is RUNNING; exit 1 if it fails.")
+@click.option("--wait", is_flag=True, help="Return once the instance is RUNNING; exit 1 if it fails.")
 @click.option(
-    "--request-id",
-    default="",
-    metavar="ID",
-    help="The same id again answers with the instance made before; default: a new one.",
+    "--request-id", default="", metavar="ID", help="A repeated ID returns the existing instance; default: a new ID."
 )
 @timeout_option("10m")
 @agent_options
@@ -40,7 +37,7 @@ LOOK_S = 1.0
 def create(template: Path, resource: str, wait: bool, request_id: str, timeout_s: float) -> None:
     """Start one instance of a function directly on this node and print its uid.
 
-    Nobody replaces it when it ends and no URL leads to it: for that, `hibernode deploy`.
+    The instance has no URL and is not replaced when it ends; use `hibernode deploy` for that.
 
     \b
     Examples:
@@ -54,20 +51,20 @@ def create(template: Path, resource: str, wait: bool, request_id: str, timeout_s
     deployment = deployments[0]
     for text in deployment.warnings:
         warn(text)
-    # Every create has an id, so that one that was lost on the way could be repeated without making two.
+    # A create that was lost on its way can be repeated with this ID without starting two instances.
     request_id = request_id or f"cli-{secrets.token_hex(8)}"
     request = pb.CreateInstanceRequest(request_id=request_id, spec=spec_to_proto(deployment), wait=wait)
 
-    async def story(channel: DaemonChannel) -> types_pb2.Instance:
+    async def create_instance(channel: DaemonChannel) -> types_pb2.Instance:
         deadline_s = timeout_s if wait else SHORT_S
         creating = asyncio.create_task(channel.call(channel.instances.CreateInstance, request, deadline_s))
         try:
-            await _tell_steps(channel, request, creating)
+            await _print_progress(channel, request, creating)
             return (await creating).instance
         finally:
             creating.cancel()
 
-    found = with_agent(story, f"starting an instance of {deployment.function.name}")
+    found = with_agent(create_instance, f"starting an instance of {deployment.function.name}")
     if cli_options().json:
         show_json(to_json(found))
     else:
@@ -78,15 +75,15 @@ def create(template: Path, resource: str, wait: bool, request_id: str, timeout_s
         raise InstanceError(found.state_reason or "INSTANCE_FAILED", f"{found.uid}: {why}")
 
 
-async def _tell_steps(
+async def _print_progress(
     channel: DaemonChannel, request: pb.CreateInstanceRequest, creating: asyncio.Task[pb.CreateInstanceResponse]
 ) -> None:
-    """While the create waits: a line for each thing that the start is at, such as how much of an image is pulled."""
-    told = ""
+    """Prints each step of the start, such as how much of an image is pulled, until `creating` is done."""
+    printed = ""
     while not creating.done():
-        await asyncio.wait([creating], timeout=LOOK_S)
-        with suppress(HibernodeError):  # the create's own answer tells what is wrong
+        await asyncio.wait([creating], timeout=POLL_S)
+        with suppress(HibernodeError):  # `creating` reports the error
             for one in [] if creating.done() else await list_instances(channel, request.spec.name):
-                if one.request_id == request.request_id and one.progress not in ("", told):
-                    told = one.progress
-                    note(f"{one.uid}: {told}")
+                if one.request_id == request.request_id and one.progress not in ("", printed):
+                    printed = one.progress
+                    note(f"{one.uid}: {printed}")

@@ -1,4 +1,4 @@
-"""`hibernode agent` and `hibernode scheduler`: become the daemon, a program of its own above the CLI."""
+"""`hibernode agent` and `hibernode scheduler`: replace this process by the daemon."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _become(daemon: str, config: str) -> None:
     if not os.access(config, os.R_OK):
         known = f"systemd/{daemon}.example.yaml in the sources explains every key"
         raise ConfigError("CONFIG_UNREADABLE", f"{config} can't be read; name a file with --config ({known})")
-    # -P: a folder named `agent` where root happens to stand must not become the daemon.
+    # -P: never import a folder `agent` of the working directory as root.
     arguments = [sys.executable, "-P", "-m", f"agent.daemons.{daemon}", "--config", config]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -27,11 +27,11 @@ def _config(daemon: str) -> str:
 
 
 @click.command()
-@click.option("--config", "-c", default=_config("agent"), show_default=True, metavar="FILE", help="Its configuration.")
+@click.option("--config", "-c", default=_config("agent"), show_default=True, metavar="FILE", help="Configuration file.")
 def agent(config: str) -> None:
-    """Run the daemon of a GPU host in the foreground, until SIGTERM or SIGINT.
+    """Run the daemon of a GPU host in the foreground until SIGTERM or SIGINT.
 
-    Instances outlive it: the next start finds them again.
+    Instances keep running when it ends, and the next start adopts them.
 
     \b
     Examples:
@@ -43,10 +43,10 @@ def agent(config: str) -> None:
 
 @click.command()
 @click.option(
-    "--config", "-c", default=_config("scheduler"), show_default=True, metavar="FILE", help="Its configuration."
+    "--config", "-c", default=_config("scheduler"), show_default=True, metavar="FILE", help="Configuration file."
 )
 def scheduler(config: str) -> None:
-    """Run the central scheduler and its gateway in the foreground, until SIGTERM or SIGINT.
+    """Run the central scheduler and its gateway in the foreground until SIGTERM or SIGINT.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`hibernode deploy`: the functions of an s.yaml to the scheduler."""
+"""`hibernode deploy`: deploys the functions of an s.yaml to the scheduler."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ _AUTH = {
     "--target",
     type=click.IntRange(0, 10_000),
     metavar="N",
-    help="Instances wanted; default: provisionConfig of the file, else as it is, else 1.",
+    help="Number of instances; default: the file's provisionConfig, else unchanged, else 1.",
 )
-@click.option("--wait", is_flag=True, help="Return once as many instances are up as wanted; exit 4 if they can't be.")
-@click.option("--dry-run", is_flag=True, help="Only check the file, here and at the scheduler.")
+@click.option("--wait", is_flag=True, help="Return once the target is reached; exit 4 if it can't be.")
+@click.option("--dry-run", is_flag=True, help="Only check the file, locally and at the scheduler.")
 @timeout_option("5m")
 @s_options
 @scheduler_options
@@ -61,10 +61,10 @@ _AUTH = {
 def deploy(template: Path, resource: str, target: int | None, wait: bool, dry_run: bool, timeout_s: float) -> None:
     """Deploy the functions of an s.yaml (fc3) and print their URLs.
 
-    Files for Function Compute work as they are; what means nothing here is named in a warning. Our own keys stand
-    under the props in `hibernode:` freezeAfter, minAwake, idle, dispatch, wakeFactor, queueLength, queueTimeout, gpus,
-    nodeLabels, and for images: volumes, shmSize, pidsLimit, openFiles, user, readOnlyRoot, extraHosts.
-    Secrets come from the environment: `${env('NAME')}`.
+    Files for Function Compute work unchanged; keys without a meaning here are named in warnings. Hibernode's own keys
+    are under `hibernode:` in the props: freezeAfter, minAwake, idle, dispatch, wakeFactor, queueLength, queueTimeout,
+    gpus, nodeLabels, and for images volumes, shmSize, pidsLimit, openFiles, user, readOnlyRoot, extraHosts. Secrets are
+    read from the environment: `${env('NAME')}`.
 
     \b
     Examples:
@@ -79,10 +79,10 @@ def deploy(template: Path, resource: str, target: int | None, wait: bool, dry_ru
 
     failures: list[HibernodeError] = []
 
-    async def story(channel: DaemonChannel) -> list[pb.DeployFunctionResponse]:
+    async def deploy_all(channel: DaemonChannel) -> list[pb.DeployFunctionResponse]:
         answers: list[pb.DeployFunctionResponse] = []
         requests = [deploy_request(one, await _target(channel, one, target)) for one in deployments]
-        # All are checked before the first is deployed: a file is deployed whole, or not at all.
+        # Check all before deploying the first: a file is deployed completely or not at all.
         for request in requests if dry_run or len(requests) > 1 else ():
             request.validate_only = True
             answers.append(await channel.call(channel.functions.DeployFunction, request, SHORT_S))
@@ -95,12 +95,12 @@ def deploy(template: Path, resource: str, target: int | None, wait: bool, dry_ru
         if wait:
             try:
                 await _wait(channel, answers, timeout_s)
-            except HibernodeError as error:  # deployed they are: say where before saying what is wrong
+            except HibernodeError as error:  # they are deployed: print their URLs first
                 failures.append(error)
         return answers
 
     names = ", ".join(one.function.name for one in deployments)
-    answers = with_scheduler(story, f"checking {names}" if dry_run else f"deploying {names}")
+    answers = with_scheduler(deploy_all, f"checking {names}" if dry_run else f"deploying {names}")
     for answer in answers:
         for text in answer.warnings:
             warn(text)
@@ -122,7 +122,7 @@ def _show(answers: list[pb.DeployFunctionResponse], dry_run: bool) -> None:
 
 
 def deploy_request(deployment: Deployment, target: int) -> pb.DeployFunctionRequest:
-    """What is sent. Fields of which the file says nothing stay absent, so that the scheduler's own defaults apply."""
+    """The request. Fields that the file does not set stay absent, so that the scheduler's defaults apply."""
     return pb.DeployFunctionRequest(
         spec=spec_to_proto(deployment),
         target=target,
@@ -132,10 +132,10 @@ def deploy_request(deployment: Deployment, target: int) -> pb.DeployFunctionRequ
 
 
 def spec_to_proto(deployment: Deployment) -> types_pb2.FunctionSpec:
-    """The spec with its environment in the clear: only a deploy and a create may send it."""
+    """The spec with its environment in plain text; only for deploy and create requests."""
     spec = function_to_proto(deployment.function, reveal_secrets=True)
     spec.ClearField("revision")
-    for name in sorted(deployment.unsaid):
+    for name in sorted(deployment.unset_fields):
         spec.ClearField(name)  # type: ignore[arg-type]  # the stubs list each name
     return spec
 
@@ -144,11 +144,11 @@ def _trigger_to_proto(trigger: HttpTrigger) -> pb.HttpTrigger:
     return pb.HttpTrigger(name=trigger.name, auth_type=_AUTH[trigger.auth_type], methods=trigger.methods)
 
 
-async def _target(channel: DaemonChannel, deployment: Deployment, given: int | None) -> int:
-    """A deploy that says nothing about the number of instances must not change it."""
-    wanted = deployment.target if given is None else given
-    if wanted is not None:
-        return wanted
+async def _target(channel: DaemonChannel, deployment: Deployment, option: int | None) -> int:
+    """The target of the option or the file; without either, the function's current one."""
+    target = deployment.target if option is None else option
+    if target is not None:
+        return target
     try:
         return (await get_function(channel, deployment.function.name)).default_target
     except NotFoundError:
@@ -156,25 +156,22 @@ async def _target(channel: DaemonChannel, deployment: Deployment, given: int | N
 
 
 async def _wait(channel: DaemonChannel, answers: list[pb.DeployFunctionResponse], timeout_s: float) -> None:
-    """Brings the functions of the answers up to date once all are READY."""
+    """Waits until all functions are READY and updates the answers with them. Raises DeadlineError DEPLOY_TIMEOUT."""
     try:
         async with asyncio.timeout(timeout_s):
             for answer in answers:
-                answer.function.CopyFrom(await _settled(channel, answer.function.name))
+                answer.function.CopyFrom(await _wait_until_ready(channel, answer.function.name))
     except TimeoutError as error:
-        message = (
-            f"not as many instances as wanted after {timeout_s:g} s; `hibernode functions` says how far it is and why"
-        )
+        message = f"the target is not reached after {timeout_s:g} s; `hibernode functions` shows the progress and why"
         raise DeadlineError("DEPLOY_TIMEOUT", message) from error
 
 
-async def _settled(channel: DaemonChannel, name: str) -> pb.Function:
-    """The function once it is READY. Raises PreconditionError with the scheduler's reason if it can't be; what may pass
-    is told and waited for.
+async def _wait_until_ready(channel: DaemonChannel, name: str) -> pb.Function:
+    """Polls until the function is READY; the API has no watch. Prints temporary errors and waits.
 
-    The API has no way to watch a function, so it is asked again every half second.
+    Raises PreconditionError with the scheduler's reason if the error is permanent.
     """
-    said = ""
+    printed = ""
     while True:
         found = await get_function(channel, name)
         if found.state == pb.Function.STATE_READY:
@@ -184,12 +181,12 @@ async def _settled(channel: DaemonChannel, name: str) -> pb.Function:
             why = why if name in why else f"{name}: {why}"
             if found.current_error_reason not in PASSING:
                 raise PreconditionError(found.current_error_reason or "DEGRADED", why)
-            said = told_once(said, why)
+            printed = note_waiting(printed, why)
         await asyncio.sleep(POLL_S)
 
 
-def told_once(said: str, text: str) -> str:
-    """Tell what is waited for, unless it was the last that was `said`. Returns `text`."""
-    if text != said:
+def note_waiting(printed: str, text: str) -> str:
+    """Prints why a command waits, unless `text` was `printed` last. Returns `text`."""
+    if text != printed:
         note(f"waiting: {text}")
     return text

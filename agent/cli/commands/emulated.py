@@ -1,8 +1,9 @@
-"""`hibernode emulated up|env|ps|fault|flip-byte`: an NVIDIA driver for machines without a GPU."""
+"""`hibernode emulated`: an NVIDIA driver for machines without a GPU."""
 
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli.commands.emulated_fault import COMPUTE_MODES, AnyCase, fault, show_faults
-from agent.cli.options import cli_options, output_option
+from agent.cli.options import cli_options, output_option, timeout_option
+from agent.core.errors import DeadlineError, UnavailableError
 from agent.emulated.profiles import PROFILES
 
 if TYPE_CHECKING:
     from agent.emulated.control import DeviceView
+
+POLL_S = 0.05
 
 _directory = click.option(
     "--dir",
@@ -22,17 +26,18 @@ _directory = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
     metavar="DIR",
-    help="Holds its sockets and libraries.",
+    help="Folder of its sockets and libraries.",
 )
 
 
 @click.group()
 def emulated() -> None:
-    """An emulated NVIDIA driver: libcuda, libnvidia-ml and cuda-checkpoint for machines without a GPU.
+    """Emulate an NVIDIA driver: libcuda, libnvidia-ml and cuda-checkpoint for machines without a GPU.
 
     \b
     Examples:
-      hibernode emulated up --dir /tmp/gpus --gpus 2 --profile 580
+      hibernode emulated up --dir /tmp/gpus --gpus 2 --profile 580 &
+      hibernode emulated wait --dir /tmp/gpus
       eval "$(hibernode emulated env --dir /tmp/gpus)"
       hibernode doctor
       hibernode emulated fault --dir /tmp/gpus add restore OUT_OF_MEMORY
@@ -44,21 +49,21 @@ emulated.add_command(fault)
 
 @emulated.command()
 @_directory
-@click.option("--gpus", default=2, show_default=True, help="How many.")
-@click.option("--profile", default="580", show_default=True, help=f"Driver: {', '.join(PROFILES)}.")
-@click.option("--gib", default=16.0, show_default=True, help="Memory of each; paid for only as it is allocated.")
-@click.option("--model", default="T4", show_default=True, help="Named `Emulated MODEL`.")
-@click.option("--bandwidth", default="0", show_default=True, help="Of a restore, like 8GB/s; 0 = as fast as memory.")
-@click.option("--fixed-us", default=0, show_default=True, help="What each operation takes besides, microseconds.")
+@click.option("--gpus", default=2, show_default=True, help="Number of GPUs.")
+@click.option("--profile", default="580", show_default=True, help=f"Driver version: {', '.join(PROFILES)}.")
+@click.option("--gib", default=16.0, show_default=True, help="Memory of each; host memory is used as it is allocated.")
+@click.option("--model", default="T4", show_default=True, help="Its name is `Emulated MODEL`.")
+@click.option("--bandwidth", default="0", show_default=True, help="Of a restore, such as 8GB/s; 0 = memory speed.")
+@click.option("--fixed-us", default=0, show_default=True, help="Additional microseconds for each operation.")
 @click.option("--persistence/--no-persistence", default=True, show_default=True, help="Persistence mode.")
-@click.option("--mig/--no-mig", default=False, show_default=True, help="Partitioned (A100, H100, ...).")
+@click.option("--mig/--no-mig", default=False, show_default=True, help="MIG mode (A100, H100, ...).")
 @click.option(
     "--compute-mode",
     type=AnyCase(COMPUTE_MODES),
     default="DEFAULT",
     show_default=True,
     metavar="MODE",
-    help=f"Who may use it: {', '.join(COMPUTE_MODES)}.",
+    help=f"One of {', '.join(COMPUTE_MODES)}.",
 )
 def up(
     directory: Path,
@@ -72,7 +77,10 @@ def up(
     mig: bool,
     compute_mode: str,
 ) -> None:
-    """Run the driver in the foreground until SIGINT or SIGTERM."""
+    """Run the driver in the foreground until SIGINT or SIGTERM.
+
+    The first start compiles its libraries. `hibernode emulated wait` returns once the driver answers.
+    """
     import uvloop
 
     from agent.emulated.options import GIB, Options, parse_bandwidth, parse_compute_mode
@@ -95,6 +103,36 @@ def up(
 
 @emulated.command()
 @_directory
+@timeout_option("2m")
+def wait(directory: Path, timeout_s: float) -> None:
+    """Wait until the driver answers.
+
+    For scripts that start `up` in the background. Exit code 5 if the driver does not answer in time.
+
+    \b
+    Example:
+      hibernode emulated up --dir /tmp/gpus &
+      hibernode emulated wait --dir /tmp/gpus --timeout 30s && hibernode emulated ps --dir /tmp/gpus
+    """
+    from agent.cli.console.progress import blocking_progress
+    from agent.emulated.control import check_running
+
+    deadline = time.monotonic() + timeout_s
+    with blocking_progress(f"waiting for the emulated driver in {directory}"):
+        while True:
+            try:
+                check_running(directory)
+                return
+            except UnavailableError as error:
+                if time.monotonic() >= deadline:
+                    fix = f"see what `hibernode emulated up --dir {directory}` printed, or allow a longer --timeout"
+                    message = f"no emulated driver answers in {directory} after {timeout_s:g} s; {fix}"
+                    raise DeadlineError("EMULATED_DRIVER_TIMEOUT", message) from error
+            time.sleep(POLL_S)
+
+
+@emulated.command()
+@_directory
 @click.option(
     "--format",
     "form",
@@ -104,15 +142,17 @@ def up(
     help="Exports for a shell, the gpu: section of agent.yaml, or a CDI specification.",
 )
 def env(directory: Path, form: str) -> None:
-    """Print the settings under which programs and containers see the driver.
+    """Print the settings that make programs use the driver.
+
+    Exit code 5 if no driver runs in the folder; `hibernode emulated wait` waits for it.
 
     \b
     Formats:
-      sh    exports for eval "$(...)", for any program of this host
-      yaml  the gpu: section of agent.yaml: containers get the libraries and the socket mounted;
-            the agent itself is started under the exports of sh
+      sh    exports for eval "$(...)", for any program on this host
+      yaml  the gpu: section of agent.yaml, which mounts the libraries and the socket into
+            containers; start the agent itself under the exports of sh
       cdi   a CDI specification of kind nvidia.com/gpu (JSON), for gpu.attach: cdi and for
-            podman run --device nvidia.com/gpu=all; needs the driver to run, for its UUIDs
+            podman run --device nvidia.com/gpu=all
 
     \b
     Examples:
@@ -121,7 +161,9 @@ def env(directory: Path, form: str) -> None:
       hibernode emulated env --dir /tmp/gpus --format cdi | sudo tee /etc/cdi/emulated.json
     """
     from agent.emulated import env as environment
+    from agent.emulated.control import EmulatedDriver, check_running
 
+    check_running(directory)
     match form:
         case "yaml":
             import yaml
@@ -130,8 +172,6 @@ def env(directory: Path, form: str) -> None:
             click.echo(yaml.safe_dump(section, sort_keys=False, width=1 << 16), nl=False)
         case "cdi":
             import json
-
-            from agent.emulated.control import EmulatedDriver
 
             with EmulatedDriver(directory) as driver:
                 uuids = [device.uuid for device in driver.devices()]
@@ -145,9 +185,10 @@ def env(directory: Path, form: str) -> None:
 @_directory
 @output_option
 def ps(directory: Path) -> None:
-    """Show the driver's own truth: its GPUs, the CUDA processes with the state of their memory, planned faults.
+    """Show GPUs, CUDA processes and planned faults.
 
-    Calls on a frozen process are counted, for on hardware they hang: who freezes and wakes in order makes none.
+    The last line counts driver calls on processes whose cgroup was frozen. On hardware such calls hang, so the count
+    must stay 0.
     """
     from dataclasses import asdict
 
@@ -193,25 +234,25 @@ def ps(directory: Path) -> None:
 
 
 def _unusual(device: DeviceView) -> str:
-    """What is not as on a GPU fit for idle mode."""
-    found = {
+    """Settings that idle mode does not support, and simulated errors."""
+    unusual = {
         "no persistence mode": not device.persistence,
         "MIG": device.mig,
         device.compute_mode: device.compute_mode != "DEFAULT",
         f"NVML error {device.nvml_error}": bool(device.nvml_error),
         "silent": device.silent,
     }
-    return ", ".join(word for word, so in found.items() if so) or "-"
+    return ", ".join(word for word, applies in unusual.items() if applies) or "-"
 
 
 @emulated.command("flip-byte")
 @_directory
-@click.option("--pid", type=click.IntRange(min=1), help="Of the CUDA process; default: the first with GPU memory.")
-@click.option("--offset", type=click.IntRange(min=0), default=0, show_default=True, help="Within its GPU memory.")
+@click.option("--pid", type=click.IntRange(min=1), help="CUDA process; default: the first with GPU memory.")
+@click.option("--offset", type=click.IntRange(min=0), default=0, show_default=True, help="Offset in its GPU memory.")
 def flip_byte(directory: Path, pid: int | None, offset: int) -> None:
-    """Damage one byte of a process's GPU memory, to see that a damaged wake is noticed. Prints the pid.
+    """Invert one byte of a process's GPU memory.
 
-    In a frozen process the damage shows once it has woken.
+    Tests that corruption is detected. Prints the pid. If the process is frozen, the change is visible after its wake.
     """
     from agent.emulated.control import EmulatedDriver
 

@@ -1,4 +1,4 @@
-"""`hibernode emulated fault`: what goes wrong on emulated GPUs, to rehearse what then becomes of a request."""
+"""`hibernode emulated fault`: makes operations of emulated GPUs fail, to rehearse what happens to requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMPUTE_MODES = ("DEFAULT", "EXCLUSIVE_PROCESS", "PROHIBITED")
 
 
 class AnyCase(click.Choice[str]):
-    """One of upper-case words, typed in any case."""
+    """A choice of upper-case words, accepted in any case."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return super().convert(value.upper(), param, ctx)
@@ -38,14 +38,14 @@ def _keep(context: click.Context, _parameter: click.Parameter, value: Path | Non
 
 
 def directory_option(command: F) -> F:
-    """The driver's folder; it may stand before or after the subcommand's name."""
+    """The --dir option; it may come before or after the subcommand's name."""
     return click.option(
         "--dir",
         type=click.Path(path_type=Path, file_okay=False),
         metavar="DIR",
         expose_value=False,
         callback=_keep,
-        help="Of `hibernode emulated up`.",
+        help="Folder of `hibernode emulated up`.",
     )(command)
 
 
@@ -59,36 +59,36 @@ def _driver() -> EmulatedDriver:
     return EmulatedDriver(directory)
 
 
-def _find_gpu(driver: EmulatedDriver, wanted: str) -> DeviceView:
-    """By index or uuid (its beginning is enough where it is the only one)."""
+def _find_gpu(driver: EmulatedDriver, name: str) -> DeviceView:
+    """The GPU with this index, UUID or unique prefix of a UUID. Raises BadParameter."""
     devices = driver.devices()
-    found = [one for one in devices if wanted == str(one.index) or (len(wanted) > 4 and one.uuid.startswith(wanted))]
+    found = [one for one in devices if name == str(one.index) or (len(name) > 4 and one.uuid.startswith(name))]
     if len(found) != 1:
         known = ", ".join(f"{one.index} ({one.uuid})" for one in devices)
-        raise click.BadParameter(f"{wanted!r} is none of the driver's GPUs: {known}", param_hint="GPU")
+        raise click.BadParameter(f"{name!r} is none of the driver's GPUs: {known}", param_hint="GPU")
     return found[0]
 
 
 @click.group()
 @directory_option
 def fault() -> None:
-    """Make an emulated GPU fail, to see what the agent makes of it.
+    """Make an emulated GPU fail, to test how the agent reacts.
 
     \b
-    Rehearse what happens to a request whose instance sleeps, when ...
-      the wake finds no memory on the GPU, once:
+    Rehearse what happens to a request for a frozen instance when ...
+      the wake finds no free GPU memory, once:
         hibernode emulated fault --dir /tmp/gpus add restore OUT_OF_MEMORY
-      the driver never answers, and goes on later:
+      the driver does not answer until the fault is cleared:
         hibernode emulated fault --dir /tmp/gpus add restore HANG
         hibernode emulated fault --dir /tmp/gpus clear
-      the process dies half-way through its freeze:
+      the process dies during its freeze:
         hibernode emulated fault --dir /tmp/gpus add checkpoint DEATH
-      a lock says no, but the process is locked:
+      a lock reports an error although the process is locked:
         hibernode emulated fault --dir /tmp/gpus add lock NOT_READY --after
       GPU 0 falls off the bus:
         hibernode emulated fault --dir /tmp/gpus xid 0 79
         hibernode emulated fault --dir /tmp/gpus device 0 --nvml-error 15
-      somebody outside of this host's view takes 12 GiB:
+      a process that the host cannot see takes 12 GiB:
         hibernode emulated fault --dir /tmp/gpus reserve 0 12GiB
     """
 
@@ -98,34 +98,36 @@ def fault() -> None:
 @click.argument("operation", type=click.Choice(list(OPERATIONS)), metavar="OPERATION")
 @click.argument("kind", type=AnyCase(KINDS), metavar="KIND")
 @click.option("--pid", type=click.IntRange(min=1), help="Only this process; default: any.")
-@click.option("--gpu", metavar="GPU", help="Only where this GPU is used (of a restore: woken onto); index or uuid.")
-@click.option("--times", type=click.IntRange(min=0), default=1, show_default=True, help="How often; 0 = always.")
-@click.option("--skip", type=click.IntRange(min=0), default=0, show_default=True, help="So many go well first.")
-@click.option("--after", is_flag=True, help="The operation is done, and then it goes wrong.")
-@click.option("--delay", "delay_ms", metavar="MS", type=click.IntRange(min=0), default=0, help="Milliseconds longer.")
+@click.option("--gpu", metavar="GPU", help="Only processes on this GPU (index or UUID); for a restore, the target GPU.")
+@click.option(
+    "--times", type=click.IntRange(min=0), default=1, show_default=True, help="How often it fails; 0 = always."
+)
+@click.option("--skip", type=click.IntRange(min=0), default=0, show_default=True, help="How many calls succeed first.")
+@click.option("--after", is_flag=True, help="Do the operation, then fail.")
+@click.option(
+    "--delay",
+    "delay_ms",
+    metavar="MS",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Additional milliseconds; SLOW requires it.",
+)
 def add(
-    operation: str,
-    kind: str,
-    pid: int | None,
-    gpu: str | None,
-    times: int,
-    skip: int,
-    after: bool,
-    delay_ms: int,
+    operation: str, kind: str, pid: int | None, gpu: str | None, times: int, skip: int, after: bool, delay_ms: int
 ) -> None:
-    """Plan that an operation goes wrong. Prints the fault's number.
+    """Plan a fault: an operation that fails. Prints the fault's number.
 
     OPERATION is lock, checkpoint, restore, unlock or state.
 
     \b
-    KIND is what the caller is answered in place of the work: NOT_READY,
+    KIND is the error returned instead of doing the operation: NOT_READY,
     NOT_SUPPORTED, OPERATING_SYSTEM, OUT_OF_MEMORY, INVALID_VALUE,
-    ILLEGAL_STATE, NOT_INITIALIZED or NOT_PERMITTED; or what happens:
-      DEATH   the process dies half-way; the caller is answered OPERATING_SYSTEM
-      HANG    no answer, SIGTERM or not, until `clear`; and then it is done
-      STALE   success is answered, and nothing was done
-      FAILED  OPERATING_SYSTEM, and the process's state is FAILED for good
-      SLOW    it takes --delay longer
+    ILLEGAL_STATE, NOT_INITIALIZED or NOT_PERMITTED; or one of:
+      DEATH   the process dies during the call, which returns OPERATING_SYSTEM
+      HANG    no answer until `clear`, even after SIGTERM; then the operation is done
+      STALE   returns success without doing anything
+      FAILED  OPERATING_SYSTEM, and the process's state is FAILED from then on
+      SLOW    the operation takes --delay longer
 
     \b
     Examples:
@@ -148,7 +150,7 @@ def add(
 @directory_option
 @output_option
 def list_() -> None:
-    """List the faults still to come, in their order."""
+    """List the planned faults in their order."""
     from dataclasses import asdict
 
     with _driver() as driver:
@@ -160,7 +162,7 @@ def list_() -> None:
 
 
 def show_faults(found: list[FaultView]) -> None:
-    """As a table: when and where each strikes, and how often it has."""
+    """Prints the table of faults on stdout."""
     show_table(
         ("FAULT", "OPERATION", "KIND", "PID", "GPU", "TIMES", "SKIP", "DELAY", "STRUCK"),
         (
@@ -184,16 +186,15 @@ def show_faults(found: list[FaultView]) -> None:
 @fault.command()
 @directory_option
 def clear() -> None:
-    """Plan nothing any more; what hangs goes on.
+    """Remove all planned faults and continue calls that hang.
 
-    Calls that a HANG holds are done now, whether or not their caller still waits. GPUs stay as
-    `device` and `reserve` made them.
+    Calls held by a HANG are executed now, even if their caller has gone. Changes made by `device` and `reserve` stay.
     """
     with _driver() as driver:
         count = len(driver.faults())
         hung = sum(len(one.hung) for one in driver.processes())
         driver.clear_faults()
-    note(f"{count} planned faults cleared, {hung} calls that hung go on")
+    note(f"{count} planned faults cleared, {hung} hanging calls continued")
 
 
 @fault.command()
@@ -201,9 +202,9 @@ def clear() -> None:
 @click.argument("gpu")
 @click.argument("code", type=click.IntRange(min=0))
 def xid(gpu: str, code: int) -> None:
-    """Report an XID error of a GPU.
+    """Report an XID error of a GPU, as a driver does when hardware fails.
 
-    As a driver does when the hardware fails: 79 = it fell off the bus, 48 = its memory failed.
+    Codes: 79 = the GPU fell off the bus, 48 = a memory error.
 
     \b
     Example:
@@ -217,15 +218,12 @@ def xid(gpu: str, code: int) -> None:
 @directory_option
 @click.argument("gpu")
 @click.option("--persistence/--no-persistence", default=None, help="Persistence mode.")
-@click.option("--mig/--no-mig", default=None, help="Partitioned (models that can be: A100, H100, ...).")
+@click.option("--mig/--no-mig", default=None, help="MIG mode (A100, H100, ...).")
+@click.option("--compute-mode", type=AnyCase(COMPUTE_MODES), metavar="MODE", help=f"One of {', '.join(COMPUTE_MODES)}.")
 @click.option(
-    "--compute-mode",
-    type=AnyCase(COMPUTE_MODES),
-    metavar="MODE",
-    help=f"Who may use it: {', '.join(COMPUTE_MODES)}.",
+    "--nvml-error", type=click.IntRange(0, 999), help="Error of NVML calls: 15 = GPU is lost, 999 = unknown; 0 = none."
 )
-@click.option("--nvml-error", type=click.IntRange(0, 999), help="Answer NVML so: 15 = GPU is lost, 999; 0 = soundly.")
-@click.option("--silent/--no-silent", default=None, help="NVML calls on it hang.")
+@click.option("--silent/--no-silent", default=None, help="NVML calls on this GPU hang.")
 def device(
     gpu: str,
     persistence: bool | None,
@@ -234,9 +232,7 @@ def device(
     nvml_error: int | None,
     silent: bool | None,
 ) -> None:
-    """Change what a GPU is like.
-
-    For as long as the driver runs; what is not named stays as it is.
+    """Change settings of a GPU until the driver ends. Options that are not given keep their value.
 
     \b
     Examples:
@@ -263,9 +259,7 @@ def device(
 @click.argument("gpu")
 @click.argument("size")
 def reserve(gpu: str, size: str) -> None:
-    """Take memory of a GPU; 0 gives it back.
-
-    SIZE is taken in all, as by a process outside of this host's view.
+    """Reserve SIZE of a GPU's memory, as a process that the host cannot see would; 0 releases it.
 
     \b
     Example:

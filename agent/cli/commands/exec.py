@@ -1,4 +1,4 @@
-"""`hibernode exec`: a command inside a running instance, with or without a terminal."""
+"""`hibernode exec`: runs a command inside an instance, with or without a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from agent.v1 import instance_service_pb2 as pb
 from agent.wire.clients import DaemonChannel, ExecStream
 
 EXEC_FAILED = 125
-"""As docker has it: the command did not run, or nobody knows how it ended."""
+"""As with docker: the command did not run, or its exit code is unknown."""
 SIGNAL_BASE = 128
 
 Step = pb.ExecInstanceRequest
@@ -29,7 +29,7 @@ Step = pb.ExecInstanceRequest
 
 @dataclass(frozen=True, slots=True)
 class ExecOptions:
-    """What was asked for."""
+    """Arguments and options of the command."""
 
     uid: str
     command: tuple[str, ...]
@@ -40,25 +40,26 @@ class ExecOptions:
 
 
 @click.command("exec", context_settings={"allow_interspersed_args": False})
-@click.option("--interactive", "-i", is_flag=True, help="Hand stdin to the command; else it has none.")
-@click.option("--tty", "-t", "terminal", is_flag=True, help="Run it on a terminal, which is yours meanwhile.")
-@click.option("--wake", is_flag=True, help="Wake a frozen instance first, which may take a GPU from another one.")
-@click.option("--user", "-u", default="", metavar="USER[:GROUP]", help="Run it as this user; default: the container's.")
+@click.option("--interactive", "-i", is_flag=True, help="Pass stdin to the command; otherwise it is empty.")
+@click.option("--tty", "-t", "terminal", is_flag=True, help="Run the command on a terminal, connected to yours.")
+@click.option("--wake", is_flag=True, help="Wake a frozen instance first; this may take a GPU from another one.")
+@click.option("--user", "-u", default="", metavar="USER[:GROUP]", help="Run as this user; default: the container's.")
 @agent_options
 @click.argument("uid")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] COMMAND [ARGUMENT]...")
 def exec_(uid: str, command: tuple[str, ...], interactive: bool, terminal: bool, wake: bool, user: str) -> None:
-    """Run a command inside an instance that runs in a container, and end with its exit code.
+    """Run a command inside an instance's container and exit with the command's exit code.
 
-    The instance is not frozen meanwhile. A frozen one is refused (exit 4) unless --wake is given. Who leaves, by Ctrl-C
-    without -t or a lost connection, ends the command. No shell is put in between: ask for one where you need it.
+    The instance is not frozen while the command runs. A frozen instance is refused (exit 4) unless --wake is given.
+    Ctrl-C without -t, or a lost connection, ends the command. The command does not run in a shell; start one explicitly
+    if you need it.
 
-    Exit codes: the command's own, 128+N if signal N ended it, 126 or 127 if the image can't run it or has no such
-    program. Of this program: 2 usage, 3 no such instance, 4 it is asleep or does not run, 5 the agent or the engine is
-    away, 125 the command could not be run for another reason; then stderr says why, in a line that begins "hibernode:".
+    Exit codes: the command's own; 128+N if signal N ended it; 126 or 127 if the image can't run it or has no such
+    program. Of this program: 2 usage, 3 no such instance, 4 instance frozen or not running, 5 agent or engine
+    unavailable, 125 any other error; stderr then has a line that begins "hibernode:".
 
-    With -t the program inside steers your terminal; without it, control characters other than colours are shown as `?`
-    on a terminal, and a pipe gets every byte.
+    With -t the command controls your terminal. Without it, control characters other than colours are shown as `?` on a
+    terminal, and a pipe gets every byte.
 
     \b
     Examples:
@@ -70,10 +71,10 @@ def exec_(uid: str, command: tuple[str, ...], interactive: bool, terminal: bool,
     if not command:
         raise click.UsageError("name the command to run, as in `hibernode exec UID -- ls`")
     if terminal and not sys.stdin.isatty():
-        raise click.UsageError("-t needs a terminal on stdin; leave it out (-i alone hands on what stdin has)")
-    wanted = ExecOptions(uid, command, interactive, terminal, wake, user)
+        raise click.UsageError("-t needs a terminal on stdin; leave it out (-i alone passes stdin on)")
+    options = ExecOptions(uid, command, interactive, terminal, wake, user)
     try:
-        code = with_agent(lambda channel: _run(channel, wanted), "")
+        code = with_agent(lambda channel: _run(channel, options), "")
     except HibernodeError as error:
         if exit_of(error) is not ExitCode.UNEXPECTED:
             raise
@@ -82,40 +83,40 @@ def exec_(uid: str, command: tuple[str, ...], interactive: bool, terminal: bool,
     click.get_current_context().exit(code)
 
 
-async def _run(channel: DaemonChannel, wanted: ExecOptions) -> int:
+async def _run(channel: DaemonChannel, options: ExecOptions) -> int:
     """The exit code."""
     stream = channel.exec_instance()
-    with ended_by_signals() as came:
+    with ended_by_signals() as signals:
         try:
-            return await _session(stream, wanted)
+            return await _session(stream, options)
         except asyncio.CancelledError:
-            if not came:
+            if not signals:
                 raise
-            return SIGNAL_BASE + came[0]
+            return SIGNAL_BASE + signals[0]
         finally:
             stream.close()
 
 
-async def _session(stream: ExecStream, wanted: ExecOptions) -> int:
-    start = Step.Start(uid=wanted.uid, command=wanted.command, user=wanted.user, wake=wanted.wake)
-    if wanted.terminal:
+async def _session(stream: ExecStream, options: ExecOptions) -> int:
+    start = Step.Start(uid=options.uid, command=options.command, user=options.user, wake=options.wake)
+    if options.terminal:
         start.terminal.CopyFrom(_own_size())
-    async with progress(f"starting {wanted.command[0]} in {wanted.uid}"):
+    async with progress(f"starting {options.command[0]} in {options.uid}"):
         await stream.send(Step(start=start))
-        first = await _next(stream)  # as soon as it runs, whether it says something or not
+        first = await _next(stream)  # sent when the command runs, even without output
     with ExitStack() as stack:
-        if wanted.terminal:
+        if options.terminal:
             stack.enter_context(raw_mode(sys.stdin.fileno()))
-        sending = asyncio.create_task(_send(stream, wanted))
+        sending = asyncio.create_task(_send(stream, options))
         try:
-            return await _receive(stream, first, raw=wanted.terminal)
+            return await _receive(stream, first, raw=options.terminal)
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
 
 
 async def _receive(stream: ExecStream, step: pb.ExecInstanceResponse, *, raw: bool) -> int:
-    """Writes the output until the exit code comes."""
+    """Writes the output until the exit code arrives, and returns that."""
     out, err = OutputWriter(sys.stdout, raw=raw), OutputWriter(sys.stderr, raw=raw)
     while True:
         match step.WhichOneof("step"):
@@ -128,7 +129,7 @@ async def _receive(stream: ExecStream, step: pb.ExecInstanceResponse, *, raw: bo
                 err.end()
                 return step.exit_code
             case _:
-                pass  # of a newer agent
+                pass  # sent by a newer agent
         step = await _next(stream)
 
 
@@ -139,8 +140,8 @@ async def _next(stream: ExecStream) -> pb.ExecInstanceResponse:
     return step
 
 
-async def _send(stream: ExecStream, wanted: ExecOptions) -> None:
-    """Input and sizes, one step at a time, until they end or the stream does: how that ended the reader hears."""
+async def _send(stream: ExecStream, options: ExecOptions) -> None:
+    """Sends input and terminal sizes until they or the stream end; `_receive` reports why a stream ended."""
     one_at_a_time = asyncio.Lock()
 
     async def send(step: Step) -> None:
@@ -155,14 +156,14 @@ async def _send(stream: ExecStream, wanted: ExecOptions) -> None:
                 changed.clear()
 
     async def inputs() -> None:
-        if wanted.interactive:
+        if options.interactive:
             while data := await read_some(sys.stdin.fileno()):
                 await send(Step(input=data))
-        if not wanted.terminal:
+        if not options.terminal:
             await send(Step(end_of_input=True))
 
     with suppress(HibernodeError):
-        await asyncio.gather(inputs(), *([sizes()] if wanted.terminal else []))
+        await asyncio.gather(inputs(), *([sizes()] if options.terminal else []))
 
 
 def _own_size() -> pb.ExecInstanceRequest.TerminalSize:

@@ -1,4 +1,4 @@
-"""`hibernode functions`: what is deployed."""
+"""`hibernode functions`: lists, shows and removes deployed functions."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import click
 
 from agent.cli.console.output import note, show_json, show_pairs, show_table
 from agent.cli.console.units import clock, duration, size
-from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_scheduler
+from agent.cli.daemon_calls import SHORT_S, pages, with_scheduler
 from agent.cli.options import cli_options, output_option, scheduler_options
 from agent.v1 import function_service_pb2 as pb
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import short_name, to_json
-
-MAX_PAGES = 1000
 
 
 @click.group(invoke_without_command=True)
@@ -37,8 +35,8 @@ def functions(context: click.Context) -> None:
 @scheduler_options
 @output_option
 def list_() -> None:
-    """List the functions, by name."""
-    found = with_scheduler(list_functions, "asking for the functions")
+    """List the functions by name."""
+    found = with_scheduler(list_functions, "listing the functions")
     if cli_options().json:
         show_json({"functions": [to_json(one) for one in found]})
         return
@@ -66,12 +64,8 @@ def list_() -> None:
 @scheduler_options
 @output_option
 def show(name: str) -> None:
-    """Show one function and why it has fewer instances than wanted, if so."""
-
-    async def story(channel: DaemonChannel) -> pb.Function:
-        return await get_function(channel, name)
-
-    found = with_scheduler(story, f"asking for {name}")
+    """Show one function, and why it has fewer instances than its target."""
+    found = with_scheduler(lambda channel: get_function(channel, name), f"getting {name}")
     if cli_options().json:
         show_json(to_json(found))
         return
@@ -82,13 +76,10 @@ def show(name: str) -> None:
 @click.argument("name")
 @scheduler_options
 def rm(name: str) -> None:
-    """Drain and stop the instances of a function and forget it. Its usage is kept."""
-
-    async def story(channel: DaemonChannel) -> None:
-        await channel.call(channel.functions.DeleteFunction, pb.DeleteFunctionRequest(name=name), SHORT_S)
-
-    with_scheduler(story, f"removing {name}")
-    note(f"{name} is being removed: its instances end their requests first")
+    """Drain and stop the instances of a function and delete it. Its usage is kept."""
+    request = pb.DeleteFunctionRequest(name=name)
+    with_scheduler(lambda channel: channel.call(channel.functions.DeleteFunction, request, SHORT_S), f"removing {name}")
+    note(f"{name} is being removed: its instances finish their requests first")
 
 
 async def get_function(channel: DaemonChannel, name: str) -> pb.Function:
@@ -97,21 +88,13 @@ async def get_function(channel: DaemonChannel, name: str) -> pb.Function:
 
 
 async def list_functions(channel: DaemonChannel) -> list[pb.Function]:
-    """All functions, every page."""
-    found: list[pb.Function] = []
-    token = ""
-    for _ in range(MAX_PAGES):
-        request = pb.ListFunctionsRequest(page_size=PAGE_SIZE, page_token=token)
-        page = await channel.call(channel.functions.ListFunctions, request, SHORT_S)
-        found += page.functions
-        token = page.next_page_token
-        if not token:
-            break
-    return found
+    """All functions."""
+    listing = pages(channel, channel.functions.ListFunctions, pb.ListFunctionsRequest())
+    return [function async for page in listing for function in page.functions]
 
 
 def state_of(function: pb.Function) -> str:
-    """PROVISIONING, READY and so on."""
+    """The function's state, such as READY."""
     return short_name(pb.Function.State.DESCRIPTOR, function.state)
 
 
@@ -119,7 +102,7 @@ def _show(found: pb.Function) -> None:
     spec = found.spec
     idle = spec.idle_policy
     gpu = spec.gpu
-    sleeps = f"after {duration(idle.freeze_after_ns)}" if idle.freeze_after_ns else "at once"
+    freezes = f"after {duration(idle.freeze_after_ns)}" if idle.freeze_after_ns else "at once"
     never = idle.mode == type(idle).MODE_NEVER
     show_pairs(
         (
@@ -133,9 +116,9 @@ def _show(found: pb.Function) -> None:
             ("Variables", ", ".join(sorted(spec.environment))),
             ("GPU", f"{gpu.count} x {gpu.model or gpu.gpu_type or 'any'}, {size(gpu.memory_bytes)} billed"),
             ("CPU, memory", f"{spec.vcpu_millis / 1000:g} vCPU, {size(spec.memory_bytes)}"),
-            ("Concurrency", f"{spec.instance_concurrency} requests at once in an instance"),
+            ("Concurrency", f"{spec.instance_concurrency} requests at once per instance"),
             ("Timeout", duration(spec.timeout_ns)),
-            ("Sleeps", "never" if never else sleeps),
+            ("Sleeps", "never" if never else freezes),
             ("Deployed", f"{clock(found.update_time)}, first {clock(found.create_time)}"),
         )
     )

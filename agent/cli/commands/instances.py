@@ -1,4 +1,4 @@
-"""`hibernode inspect|freeze|wake|rm`: one instance or several, by uid or an unambiguous beginning of it."""
+"""`hibernode inspect|freeze|wake|rm`: acts on instances given by uid or unambiguous prefix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import to_json
 
 MAX_AT_ONCE = 16
-"""Calls under way at the same time; the agent queues for GPUs anyway."""
+"""Concurrent calls."""
 
 _uids = click.argument("uids", nargs=-1, required=True, metavar="UID...")
 
@@ -38,11 +38,11 @@ def inspect(uid: str) -> None:
       hibernode inspect i-3f9a --output json | jq .last_wake
     """
 
-    async def story(channel: DaemonChannel) -> types_pb2.Instance:
+    async def get(channel: DaemonChannel) -> types_pb2.Instance:
         answer = await channel.call(channel.instances.GetInstance, pb.GetInstanceRequest(uid=uid), SHORT_S)
         return answer.instance
 
-    found = with_agent(story, f"asking for {uid}")
+    found = with_agent(get, f"getting {uid}")
     if cli_options().json:
         show_json(to_json(found))
         return
@@ -55,20 +55,20 @@ def inspect(uid: str) -> None:
 @agent_options
 @output_option
 def freeze(uids: tuple[str, ...], timeout_s: float) -> None:
-    """Put idle instances to sleep now: their GPU memory moves to host memory. Answers once they are FROZEN.
+    """Freeze idle instances now: their GPU memory moves to host memory. Returns once they are FROZEN.
 
-    An instance with a request in it is not frozen (exit 4).
+    An instance that is serving a request is not frozen (exit 4).
 
     \b
     Example:
       hibernode freeze i-3f9a
     """
 
-    async def one(channel: DaemonChannel, uid: str) -> types_pb2.Instance:
+    async def call(channel: DaemonChannel, uid: str) -> types_pb2.Instance:
         request = pb.FreezeInstanceRequest(uid=uid)
         return (await channel.call(channel.instances.FreezeInstance, request, timeout_s)).instance
 
-    _each("freezing", uids, one)
+    _each("freezing", uids, call)
 
 
 @click.command()
@@ -80,43 +80,43 @@ def freeze(uids: tuple[str, ...], timeout_s: float) -> None:
     type=seconds_of,
     default="0",
     metavar="DURATION",
-    help="Stay awake so long for the first request (the agent's default is 2s).",
+    help="Stay awake this long for the first request (default of the agent: 2s).",
 )
 @agent_options
 @output_option
 def wake(uids: tuple[str, ...], timeout_s: float, hold_s: float) -> None:
-    """Wake instances, waiting for a GPU if need be. Answers once they are RUNNING.
+    """Wake instances, waiting for a GPU if necessary. Returns once they are RUNNING.
 
     \b
     Example:
       hibernode wake i-3f9a --hold 30s
     """
 
-    async def one(channel: DaemonChannel, uid: str) -> types_pb2.Instance:
+    async def call(channel: DaemonChannel, uid: str) -> types_pb2.Instance:
         request = pb.WakeInstanceRequest(uid=uid, hold_ns=round(hold_s * SECOND_NS))
         return (await channel.call(channel.instances.WakeInstance, request, timeout_s)).instance
 
-    _each("waking", uids, one)
+    _each("waking", uids, call)
 
 
 @click.command()
 @_uids
 @timeout_option("5m")
-@click.option("--force", is_flag=True, help="Kill at once: requests in it fail with 502, /pre-stop is not called.")
+@click.option("--force", is_flag=True, help="Kill at once: its requests fail with 502, /pre-stop is not called.")
 @click.option(
     "--grace",
     "grace_s",
     type=seconds_of,
     default="0",
     metavar="DURATION",
-    help="Longest drain, and from SIGTERM to SIGKILL; default: the agent's.",
+    help="Longest drain, and longest wait from SIGTERM to SIGKILL; default: the agent's.",
 )
 @agent_options
 @output_option
 def rm(uids: tuple[str, ...], timeout_s: float, force: bool, grace_s: float) -> None:
-    """Drain, stop and remove instances of this node. Answers once they have ended.
+    """Drain, stop and remove instances of this node. Returns once they have ended.
 
-    The scheduler replaces an instance of a deployed function; `hibernode functions rm NAME` ends the function itself.
+    The scheduler replaces instances of deployed functions; remove the function with `hibernode functions rm NAME`.
 
     \b
     Examples:
@@ -124,32 +124,32 @@ def rm(uids: tuple[str, ...], timeout_s: float, force: bool, grace_s: float) -> 
       hibernode rm --force $(hibernode ps -q)
     """
 
-    async def one(channel: DaemonChannel, uid: str) -> types_pb2.Instance:
+    async def call(channel: DaemonChannel, uid: str) -> types_pb2.Instance:
         request = pb.StopInstanceRequest(uid=uid, force=force, grace_ns=round(grace_s * SECOND_NS))
         return (await channel.call(channel.instances.StopInstance, request, timeout_s)).instance
 
-    _each("stopping", uids, one)
+    _each("stopping", uids, call)
 
 
-_One = Callable[[DaemonChannel, str], Awaitable[types_pb2.Instance]]
+_Call = Callable[[DaemonChannel, str], Awaitable[types_pb2.Instance]]
 
 
-def _each(doing: str, uids: Sequence[str], one: _One) -> None:
-    """Does it to each of them, whatever the others say; shows those that went well, then fails like the first."""
+def _each(doing: str, uids: Sequence[str], call: _Call) -> None:
+    """Makes the call for every uid, shows those that succeeded, then raises the first error."""
 
-    async def story(channel: DaemonChannel) -> list[types_pb2.Instance | HibernodeError]:
+    async def call_all(channel: DaemonChannel) -> list[types_pb2.Instance | HibernodeError]:
         free = asyncio.Semaphore(MAX_AT_ONCE)
 
         async def attempt(uid: str) -> types_pb2.Instance | HibernodeError:
             async with free:
                 try:
-                    return await one(channel, uid)
+                    return await call(channel, uid)
                 except HibernodeError as error:
                     return error
 
         return list(await asyncio.gather(*map(attempt, uids)))
 
-    results = with_agent(story, f"{doing} {uids[0] if len(uids) == 1 else f'{len(uids)} instances'}")
+    results = with_agent(call_all, f"{doing} {uids[0] if len(uids) == 1 else f'{len(uids)} instances'}")
     done = [result for result in results if isinstance(result, types_pb2.Instance)]
     failures = [(uid, result) for uid, result in zip(uids, results, strict=True) if isinstance(result, HibernodeError)]
     if cli_options().json:
@@ -178,10 +178,7 @@ def _show(found: types_pb2.Instance) -> None:
             ("GPUs", ", ".join(found.gpu_uuids)),
             ("GPU memory", size(found.vram_bytes)),
             ("In host memory", size(found.frozen_bytes)),
-            (
-                "WakeCalls",
-                f"{found.wake_count} (last: {awake})" if found.HasField("last_wake") else str(found.wake_count),
-            ),
+            ("Wakes", f"{found.wake_count} (last: {awake})" if found.HasField("last_wake") else str(found.wake_count)),
             ("Freezes", str(found.freeze_count)),
             (
                 "Metered",

@@ -1,4 +1,4 @@
-"""`hibernode invoke`: one request to a function through the gateway, its answer to stdout."""
+"""`hibernode invoke`: sends one request to a function through the gateway and prints the response."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ from agent.exit_codes import exit_of_http
 _CHUNK_BYTES = 64 * 1024
 _MAX_ERROR_BYTES = 64 * 1024
 _MAX_BODY_BYTES = 256 << 20
-"""More than a gateway's own limit (32 MiB by default), which answers 413."""
+"""Above the gateway's own limit (32 MiB by default), which answers 413."""
 
 
 @click.command()
 @click.argument("function")
-@click.option("--event", "-e", metavar="TEXT", help="The request's body.")
-@click.option("--event-file", "-f", type=click.File("rb"), metavar="FILE", help="A file as the body; - is stdin.")
+@click.option("--event", "-e", metavar="TEXT", help="Request body.")
+@click.option(
+    "--event-file", "-f", type=click.File("rb"), metavar="FILE", help="File with the request body; - = stdin."
+)
 @click.option("--header", "-H", "headers", multiple=True, metavar="NAME:VALUE", help="A header; may be repeated.")
-@click.option("--method", "-X", metavar="METHOD", help="With --path; default: GET, or POST where there is a body.")
+@click.option("--method", "-X", metavar="METHOD", help="With --path; default: GET, or POST with a body.")
 @click.option("--path", metavar="PATH", help="Call this path of the function's HTTP server instead of POST /invoke.")
-@click.option("--include", "-i", is_flag=True, help="Status and headers of the answer on stderr.")
-@click.option("--log", "with_log", is_flag=True, help="What the instance printed for this request, on stderr.")
+@click.option("--include", "-i", is_flag=True, help="Print the response's status and headers on stderr.")
+@click.option("--log", "with_log", is_flag=True, help="Print the instance's output for this request on stderr.")
 @timeout_option("1h")
 @gateway_option
 @home_option
@@ -49,14 +51,14 @@ def invoke(
     with_log: bool,
     timeout_s: float,
 ) -> None:
-    """Send one request to a function and print its answer as it comes.
+    """Send one request to a function and print the response as it arrives.
 
-    Without --path it is an invocation (`POST /invoke` with the event), as InvokeFunction makes it. The exit code
-    follows the HTTP status: 0 for 2xx and 3xx, 2 for 400, 3 for 404, 4 for 401, 403 and 409, 5 for 429, 503 and
-    504, 1 for 500 and 502.
+    Without --path the request is an invocation (`POST /invoke` with the event), as with InvokeFunction. The exit code
+    follows the HTTP status: 0 for 2xx and 3xx, 2 for 400, 3 for 404, 4 for 401, 403 and 409, 5 for 429, 503 and 504, 1
+    for 500 and 502.
 
-    --log shows at most 4 KB between the lines `FC Invoke Start RequestId: ID` and `FC Invoke End RequestId: ID`, which
-    the function's own server prints (`x-fc-log-type: Tail`).
+    --log prints at most 4 KB between the lines `FC Invoke Start RequestId: ID` and `FC Invoke End RequestId: ID`, which
+    the function's server must print (`x-fc-log-type: Tail`).
 
     \b
     Examples:
@@ -85,7 +87,7 @@ def _body(event: str | None, file: BinaryIO | None) -> bytes:
         return (event or "").encode()
     body = file.read(_MAX_BODY_BYTES + 1)
     if len(body) > _MAX_BODY_BYTES:
-        raise click.UsageError(f"{file.name} is larger than {_MAX_BODY_BYTES >> 20} MiB, which no gateway takes")
+        raise click.UsageError(f"{file.name} is larger than {_MAX_BODY_BYTES >> 20} MiB, more than a gateway accepts")
     return body
 
 
@@ -102,63 +104,65 @@ def _header(text: str) -> tuple[str, str]:
 
 
 def _send(verb: str, target: str, body: bytes, fields: dict[str, str], timeout_s: float, include: bool) -> int:
-    """Sends it, copies the answer to stdout; the exit code."""
+    """Sends the request, copies the response to stdout and returns the exit code."""
     gateway = find_gateway(cli_options())
     connection = http.client.HTTPConnection(gateway, timeout=timeout_s)
     started = time.monotonic()
     try:
-        with blocking_progress("waiting for the answer"):
-            # A gateway that refuses a body may answer and close before it has taken all of it.
+        with blocking_progress("waiting for the response"):
+            # A gateway that refuses a body may answer and close before it has read all of it.
             with suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(verb, target, body=body or None, headers=fields)
             answer = connection.getresponse()
-        _say_head(answer, include, time.monotonic() - started)
-        _say_log(answer)
+        _print_head(answer, include, time.monotonic() - started)
+        _print_log(answer)
         if answer.getheader("x-fc-request-id") and answer.status >= 400 and not answer.getheader("x-fc-instance-id"):
-            _say_refusal(answer)
+            _print_gateway_error(answer)
         else:
             _copy(answer)
             if answer.status >= 400:
                 note(f"hibernode: the function answered HTTP {answer.status}")
-    except BrokenPipeError:  # of stdout: nobody reads the answer any more
+    except BrokenPipeError:  # of stdout: its reader has closed it
         raise
     except TimeoutError as error:
         message = f"the gateway at {gateway} sent nothing for {timeout_s:g} s; try a longer --timeout"
         raise DeadlineError("INVOKE_TIMEOUT", message) from error
     except OSError as error:
-        message = f"no gateway answers at {gateway} ({error.strerror or error}); is the scheduler running?"
+        message = f"no gateway answers at {gateway} ({error.strerror or error}); check that the scheduler runs"
         raise UnavailableError("GATEWAY_UNREACHABLE", message) from error
     except http.client.HTTPException as error:
-        raise UnavailableError("ANSWER_CUT", f"the answer ended early ({type(error).__name__})") from error
+        raise UnavailableError("ANSWER_CUT", f"the response ended early ({type(error).__name__})") from error
     except ValueError as error:
-        raise InvalidArgumentError("REQUEST_INVALID", f"this can't be sent as an HTTP request: {error}") from error
+        raise InvalidArgumentError("REQUEST_INVALID", f"not a valid HTTP request: {error}") from error
     finally:
         connection.close()
     return exit_of_http(answer.status)
 
 
-def _say_head(answer: http.client.HTTPResponse, include: bool, waited_s: float) -> None:
+def _print_head(answer: http.client.HTTPResponse, include: bool, waited_s: float) -> None:
     if include:
         note(f"HTTP {answer.status} {answer.reason} ({waited_s * 1000:.0f} ms)")
         for name, value in answer.getheaders():
             note(f"{name}: {value}")
 
 
-def _say_log(answer: http.client.HTTPResponse) -> None:
+def _print_log(answer: http.client.HTTPResponse) -> None:
     log = answer.getheader("x-fc-log-result")
     if log is not None:
-        with suppress(ValueError):  # not ours, then
+        with suppress(ValueError):  # a header of the function itself
             click.echo(
-                clean_log(base64.b64decode(log)) or "(the instance printed no markers for it)\n", err=True, nl=False
+                clean_log(base64.b64decode(log)) or "(the instance printed no FC Invoke lines for this request)\n",
+                err=True,
+                nl=False,
             )
 
 
-def _say_refusal(answer: http.client.HTTPResponse) -> None:
-    """The gateway's own error: {"RequestId", "Code", "Message"}."""
+def _print_gateway_error(answer: http.client.HTTPResponse) -> None:
+    """Prints the gateway's own error: {"RequestId", "Code", "Message"}."""
     content = answer.read(_MAX_ERROR_BYTES)
     try:
-        said = json.loads(content)
-        note(f"hibernode: {said['Message']} ({said['Code']}, request {said['RequestId']})")
+        error = json.loads(content)
+        note(f"hibernode: {error['Message']} ({error['Code']}, request {error['RequestId']})")
     except (ValueError, KeyError, TypeError):
         sys.stdout.buffer.write(content)
         note(f"hibernode: HTTP {answer.status}")
@@ -168,5 +172,5 @@ def _copy(answer: http.client.HTTPResponse) -> None:
     while chunk := answer.read1(_CHUNK_BYTES):
         sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()
-    if answer.length:  # read1 takes an early end for the end
+    if answer.length:  # read1 does not report an early end
         raise http.client.IncompleteRead(b"", answer.length)

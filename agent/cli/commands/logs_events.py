@@ -1,4 +1,4 @@
-"""`hibernode logs|events`: what was kept of the past."""
+"""`hibernode logs|events`: an instance's output, and past events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from agent.cli.console.log_text import stdout_writer
 from agent.cli.console.output import show_json, show_table
 from agent.cli.console.units import clock, wall_ns
-from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_agent
+from agent.cli.daemon_calls import pages, with_agent
 from agent.cli.options import agent_options, bytes_of, cli_options, output_option, seconds_of
 from agent.core.types import SECOND_NS
 from agent.v1 import instance_service_pb2 as pb
@@ -18,7 +18,6 @@ from agent.wire.clients import DaemonChannel
 from agent.wire.convert_time import time_to_proto
 from agent.wire.json_view import to_json
 
-MAX_PAGES = 1000
 READ_S = 60.0
 FOLLOW_S = 86_400.0
 
@@ -26,9 +25,9 @@ FOLLOW_S = 86_400.0
 @click.command()
 @click.argument("uid")
 @click.option(
-    "--tail", "tail_bytes", type=bytes_of, metavar="SIZE", help="Only so much of the end, e.g. 64KiB; default: all."
+    "--tail", "tail_bytes", type=bytes_of, metavar="SIZE", help="Only the last SIZE, such as 64KiB; default: all."
 )
-@click.option("--follow", "-f", is_flag=True, help="Go on with what it writes, until it has ended or you leave.")
+@click.option("--follow", "-f", is_flag=True, help="Continue with new output until the instance ends or Ctrl-C.")
 @click.option(
     "--timeout",
     "timeout_s",
@@ -40,9 +39,9 @@ FOLLOW_S = 86_400.0
 def logs(uid: str, tail_bytes: int | None, follow: bool, timeout_s: float | None) -> None:
     """Print what an instance wrote to stdout and stderr, oldest first.
 
-    Byte for byte; but on a terminal, control characters other than colours are shown as `?`. At most the last 8 MiB,
-    or less where the node keeps less (runtime.log_limit); also of instances that ended not long ago, unless
-    somebody else removed the container.
+    Pipes get every byte; on a terminal, control characters other than colours are shown as `?`. At most the last 8 MiB
+    are printed, or less if the node's runtime.log_limit is smaller. Output of recently ended instances is available
+    unless another program removed the container.
 
     \b
     Examples:
@@ -52,24 +51,24 @@ def logs(uid: str, tail_bytes: int | None, follow: bool, timeout_s: float | None
     """
     limit_s = timeout_s if timeout_s is not None else FOLLOW_S if follow else READ_S
 
-    async def story(channel: DaemonChannel) -> None:
+    async def copy_output(channel: DaemonChannel) -> None:
         request = pb.GetInstanceLogsRequest(uid=uid, tail_bytes=tail_bytes or 0, follow=follow)
         writer = stdout_writer()
         async for chunk in channel.stream(channel.instances.GetInstanceLogs, request, limit_s):
             writer.write(chunk.data)
         writer.end()
 
-    # A spinner between the lines of an instance helps nobody.
-    with_agent(story, "" if follow or sys.stdout.isatty() else f"reading the output of {uid}")
+    # A spinner would mix with the instance's lines.
+    with_agent(copy_output, "" if follow or sys.stdout.isatty() else f"reading the output of {uid}")
 
 
 @click.command()
 @click.argument("uid", default="")
-@click.option("--since", "since_s", type=seconds_of, metavar="DURATION", help="Only the last so long, e.g. 10m.")
+@click.option("--since", "since_s", type=seconds_of, metavar="DURATION", help="Only events of this time, such as 10m.")
 @agent_options
 @output_option
 def events(uid: str, since_s: float | None) -> None:
-    """Show what happened on the node, or to one instance, oldest first.
+    """Show the events of the node or of one instance, oldest first.
 
     \b
     Examples:
@@ -78,29 +77,21 @@ def events(uid: str, since_s: float | None) -> None:
       hibernode events --output json | jq -r '.events[] | select(.name == "instance.frozen") | .time'
     """
 
-    async def story(channel: DaemonChannel) -> list[types_pb2.Event]:
+    async def list_events(channel: DaemonChannel) -> list[types_pb2.Event]:
         since = None if since_s is None else time_to_proto(max(0, wall_ns() - round(since_s * SECOND_NS)))
-        found: list[types_pb2.Event] = []
-        token = ""
-        for _ in range(MAX_PAGES):
-            request = pb.ListEventsRequest(page_size=PAGE_SIZE, page_token=token, instance_uid=uid, since=since)
-            page = await channel.call(channel.instances.ListEvents, request, SHORT_S)
-            found += page.events
-            token = page.next_page_token
-            if not token:
-                break
-        return found
+        listing = pages(channel, channel.instances.ListEvents, pb.ListEventsRequest(instance_uid=uid, since=since))
+        return [event async for page in listing for event in page.events]
 
-    found = with_agent(story, "asking for the events")
+    found = with_agent(list_events, "listing the events")
     if cli_options().json:
         show_json({"events": [to_json(one) for one in found]})
         return
     show_table(
         ("TIME", "INSTANCE", "EVENT", "MESSAGE"),
-        ((clock(one.time), one.instance_uid or "-", one.name, _said(one)) for one in found),
+        ((clock(one.time), one.instance_uid or "-", one.name, _message(one)) for one in found),
     )
 
 
-def _said(event: types_pb2.Event) -> str:
+def _message(event: types_pb2.Event) -> str:
     data = " ".join(f"{key}={event.attributes[key]}" for key in sorted(event.attributes))
     return " ".join(filter(None, (event.message, data))) or "-"

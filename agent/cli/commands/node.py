@@ -1,4 +1,4 @@
-"""`hibernode node`: one node as its agent sees it, the nodes of the fleet, and what is asked of them."""
+"""`hibernode node`: shows a node or the nodes of the fleet; cordons and drains nodes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from agent.wire.json_view import short_name, to_json
 
 
 @click.group(invoke_without_command=True)
-@click.option("--fleet", is_flag=True, help="All nodes the scheduler knows.")
+@click.option("--fleet", is_flag=True, help="All nodes of the scheduler.")
 @fleet_or_node_options
 @output_option
 @click.pass_context
 def node(context: click.Context, fleet: bool) -> None:
-    """Show the node: its GPUs and who holds them, its host memory, what it can do. Or take one out of use.
+    """Show the node: its GPUs with their holders, host memory and capabilities. Or take a node out of use.
 
     \b
     Examples:
@@ -34,9 +34,9 @@ def node(context: click.Context, fleet: bool) -> None:
             raise click.UsageError(f"--fleet lists nodes; leave it out before {context.invoked_subcommand}")
         return
     if fleet:
-        _show_fleet(with_scheduler(list_nodes, "asking for the nodes"))
+        _show_fleet(with_scheduler(list_nodes, "listing the nodes"))
         return
-    found = with_agent(get_node, "asking for the node")
+    found = with_agent(get_node, "getting the node")
     if cli_options().json:
         show_json(to_json(found))
         return
@@ -48,13 +48,13 @@ def node(context: click.Context, fleet: bool) -> None:
 @scheduler_options
 @output_option
 def cordon(name: str) -> None:
-    """Give a node no new instances. Those it has go on to serve. It holds until `uncordon`, restarts included.
+    """Place no new instances on a node. Its instances keep serving. Lasts until `uncordon`, across restarts.
 
     \b
     Example:
       hibernode node cordon gpu-1
     """
-    _told(_schedule(name, types_pb2.Node.SCHEDULING_CORDONED), "is cordoned: it gets no new instances")
+    _report(_schedule(name, types_pb2.Node.SCHEDULING_CORDONED), "is cordoned: it gets no new instances")
 
 
 @node.command()
@@ -62,27 +62,28 @@ def cordon(name: str) -> None:
 @scheduler_options
 @output_option
 def uncordon(name: str) -> None:
-    """Use a node again that was cordoned or drained.
+    """Use a cordoned or drained node again.
 
     \b
     Example:
       hibernode node uncordon gpu-1
     """
-    _told(_schedule(name, types_pb2.Node.SCHEDULING_NORMAL), "is in use again")
+    _report(_schedule(name, types_pb2.Node.SCHEDULING_NORMAL), "is in use again")
 
 
 @node.command()
 @click.argument("name")
-@click.option("--wait", is_flag=True, help="Return once the node has no instances any more.")
-@click.option("--force", is_flag=True, help="Drain also instances that no other node has room for.")
+@click.option("--wait", is_flag=True, help="Return once the node has no instances left.")
+@click.option("--force", is_flag=True, help="Also drain instances that no other node has room for.")
 @timeout_option("30m")
 @scheduler_options
 @output_option
 def drain(name: str, wait: bool, force: bool, timeout_s: float) -> None:
-    """Move the instances of a node to others: new ones first, then the old ones end their requests and go.
+    """Move a node's instances to other nodes.
 
-    No request is cut. Where no other node has room an instance stays, and its function says why; with --force it goes
-    all the same. The node gets no new instances until `uncordon`.
+    New instances start first; then the old ones finish their requests and end. No request is interrupted. An instance
+    stays if no other node has room for it, and its function shows why; --force ends it anyway. The node gets no new
+    instances until `uncordon`.
 
     \b
     Examples:
@@ -90,27 +91,23 @@ def drain(name: str, wait: bool, force: bool, timeout_s: float) -> None:
       hibernode node drain gpu-1 --wait --force --timeout 2h
       hibernode node uncordon gpu-1
     """
-    asks = types_pb2.Node.SCHEDULING_EMPTIED if force else types_pb2.Node.SCHEDULING_DRAINED
-    found = _schedule(name, asks)
+    found = _schedule(name, types_pb2.Node.SCHEDULING_EMPTIED if force else types_pb2.Node.SCHEDULING_DRAINED)
     if not wait:
-        _told(found, "is being drained; `hibernode ps --fleet` shows what is left")
+        _report(found, "is being drained; `hibernode ps --fleet` shows what is left")
         return
-
-    async def story(channel: DaemonChannel) -> types_pb2.Node:
-        return await wait_until_drained(channel, name, timeout_s)
-
-    _told(with_scheduler(story, f"draining {name}"), "is drained")
+    found = with_scheduler(lambda channel: wait_until_drained(channel, name, timeout_s), f"draining {name}")
+    _report(found, "is drained")
 
 
 def _schedule(name: str, scheduling: types_pb2.Node.Scheduling.ValueType) -> types_pb2.Node:
-    async def story(channel: DaemonChannel) -> types_pb2.Node:
+    async def set_scheduling(channel: DaemonChannel) -> types_pb2.Node:
         request = scheduler_service_pb2.SetNodeSchedulingRequest(name=name, scheduling=scheduling)
         return (await channel.call(channel.scheduler.SetNodeScheduling, request, SHORT_S)).node
 
-    return with_scheduler(story, f"asking for {name}")
+    return with_scheduler(set_scheduling, f"updating {name}")
 
 
-def _told(found: types_pb2.Node, what: str) -> None:
+def _report(found: types_pb2.Node, what: str) -> None:
     if cli_options().json:
         show_json(to_json(found))
     note(f"{found.name} {what}")
@@ -160,7 +157,7 @@ def _show_node(found: types_pb2.Node) -> None:
                     (
                         size(memory.total_bytes),
                         f"{size(memory.available_bytes)} available",
-                        f"{size(memory.reserved_bytes)} reserved for sleeping instances",
+                        f"{size(memory.reserved_bytes)} reserved for frozen instances",
                     )
                 ),
             ),
@@ -182,7 +179,7 @@ def _show_node(found: types_pb2.Node) -> None:
 
 
 def _show_gpus(gpus: list[types_pb2.Gpu]) -> None:
-    """What nvidia-smi shows and who has them; then, at length, why some are not in use."""
+    """The GPUs with the values of nvidia-smi, holders and waiters; then the reasons of cordoned ones in full."""
     show_table(
         ("GPU", "MODEL", "UUID", "HEALTH", "USED", "TOTAL", "SM", "MEM", "ENC", "DEC", "TEMP", "POWER", "HELD BY")
         + ("WAITING",),
@@ -223,7 +220,7 @@ def _state(found: types_pb2.Node) -> str:
 
 
 def _scheduling(found: types_pb2.Node) -> str:
-    """NORMAL, CORDONED and so on; "" where an agent speaks, which does not know."""
+    """The scheduling mode, such as CORDONED; "" in an agent's answer, which does not have it."""
     known = found.scheduling != types_pb2.Node.SCHEDULING_UNSPECIFIED
     return short_name(types_pb2.Node.Scheduling.DESCRIPTOR, found.scheduling) if known else ""
 

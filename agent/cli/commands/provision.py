@@ -1,4 +1,4 @@
-"""`hibernode provision`: how many instances a function has, when, and by which policies."""
+"""`hibernode provision`: sets and shows instance targets, schedules and scaling policies."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import click
 import yaml
 
-from agent.cli.commands.deploy import POLL_S, told_once
+from agent.cli.commands.deploy import POLL_S, note_waiting
 from agent.cli.console.output import note, show_json, show_text, warn
-from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_scheduler
+from agent.cli.daemon_calls import SHORT_S, pages, with_scheduler
 from agent.cli.fc3.load import load_s_yaml
 from agent.cli.fc3.provision import METRIC_NAMES, read_provision, target_of
 from agent.cli.options import cli_options, output_option, s_options, scheduler_options, timeout_option
@@ -21,20 +21,19 @@ from agent.v1 import function_service_pb2 as pb
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import to_json
 
-MAX_PAGES = 1000
 QUALIFIER = "LATEST"
 
 _file = click.Path(path_type=Path, dir_okay=False)
 _qualifier = click.option(
-    "--qualifier", type=click.Choice([QUALIFIER]), default=QUALIFIER, help="There is one version: the last deployed."
+    "--qualifier", type=click.Choice([QUALIFIER]), default=QUALIFIER, help="The only version is the last one deployed."
 )
 
 
 @click.group()
 def provision() -> None:
-    """Set and show how many instances functions have: a target, a schedule, policies that follow a metric.
+    """Set and show how many instances functions have: a target, schedules, and policies that follow a metric.
 
-    The words and files are those of Function Compute's PutProvisionConfig.
+    Options and files have the names of Function Compute's PutProvisionConfig.
 
     \b
     Examples:
@@ -47,11 +46,11 @@ def provision() -> None:
 
 @provision.command()
 @click.argument("function", required=False, default="")
-@click.option("-t", "--template", type=_file, metavar="FILE", help="The s.yaml that names the function, in its stead.")
-@click.option("--resource", default="", metavar="NAME", help="The resource of the s.yaml, where it has several.")
+@click.option("-t", "--template", type=_file, metavar="FILE", help="An s.yaml that names the function.")
+@click.option("--resource", default="", metavar="NAME", help="Resource of the s.yaml, if it has several.")
 @click.option(
     "--target", "--default-target", type=click.IntRange(0, 10_000), metavar="N",
-    help="Instances while no schedule and no policy is active; default: defaultTarget of a file.",
+    help="Instances while no schedule or policy is active; default: the file's defaultTarget.",
 )  # fmt: skip
 @click.option(
     "--targetTrackingPolicies", "--target-tracking-policies", "policies", type=_file, metavar="FILE",
@@ -63,11 +62,11 @@ def provision() -> None:
 )  # fmt: skip
 @click.option(
     "--alwaysAllocateGPU/--no-alwaysAllocateGPU", "--always-allocate-gpu/--no-always-allocate-gpu", "always_on",
-    default=None, help="Turn idle mode off or on; the instances are replaced. Default: as it is.",
+    default=None, help="Turn idle mode off or on and replace the instances; default: unchanged.",
 )  # fmt: skip
 @_qualifier
-@click.option("--wait", is_flag=True, help="Return once as many instances are up as wanted; exit 4 if they can't be.")
-@click.option("--dry-run", is_flag=True, help="Only check, here and at the scheduler.")
+@click.option("--wait", is_flag=True, help="Return once the target is reached; exit 4 if it can't be.")
+@click.option("--dry-run", is_flag=True, help="Only check, locally and at the scheduler.")
 @timeout_option("5m")
 @s_options
 @scheduler_options
@@ -85,14 +84,14 @@ def put(
     dry_run: bool,
     timeout_s: float,
 ) -> None:
-    """Replace the provisioning of a function: target, schedule and policies. What is not given is removed.
+    """Replace the provisioning of a function: target, schedules and policies. Those not given are removed.
 
     --target 0 without files releases all instances. Policies follow ProvisionedConcurrencyUtilization, CPUUtilization
-    or GPUMemUtilization between minCapacity and maxCapacity. While an action or policy is active the target doesn't
-    count; the highest of the active ones does.
+    or GPUMemUtilization between minCapacity and maxCapacity. While actions or policies are active, the highest of them
+    replaces the target.
 
     \b
-    A file, as for Function Compute:
+    A file in the format of Function Compute:
       {"targetTrackingPolicies": [{"name": "day", "startTime": "2026-01-01T00:00:00Z",
         "endTime": "2027-01-01T00:00:00Z", "metricType": "ProvisionedConcurrencyUtilization",
         "metricTarget": 0.3, "minCapacity": 2, "maxCapacity": 30}],
@@ -111,23 +110,23 @@ def put(
     if always_on is not None:
         config.always_allocate_gpu = always_on
 
-    async def story(channel: DaemonChannel) -> pb.PutProvisionConfigResponse:
+    async def put_config(channel: DaemonChannel) -> pb.PutProvisionConfigResponse:
         request = pb.PutProvisionConfigRequest(function=name, config=config, validate_only=dry_run)
         answer = await channel.call(channel.functions.PutProvisionConfig, request, SHORT_S)
         for text in answer.warnings:
             warn(text)
         if wait and not dry_run:
-            answer.provision.CopyFrom(await _settled(channel, name, timeout_s))
+            answer.provision.CopyFrom(await _wait_for_target(channel, name, timeout_s))
         return answer
 
-    answer = with_scheduler(story, f"checking {name}" if dry_run else f"provisioning {name}")
+    answer = with_scheduler(put_config, f"checking {name}" if dry_run else f"provisioning {name}")
     found = answer.provision
     if cli_options().json:
         show_json({"provision": to_json(found), "warnings": list(answer.warnings)})
         return
     decided = f" by {found.decided_by}" if found.decided_by else ""
     done = "could be provisioned" if dry_run else "provisioned"
-    note(f"{name} {done}: target {found.target}{decided}, {found.current} there now")
+    note(f"{name} {done}: target {found.target}{decided}, {found.current} now")
 
 
 @provision.command("list")
@@ -136,18 +135,14 @@ def put(
 @s_options
 @output_option
 def list_(function: str) -> None:
-    """Show the provisioning of the functions and what has come of it: target, current, currentError.
+    """Show the provisioning of functions and its state: target, current, currentError.
 
     \b
     Examples:
       hibernode provision list
       hibernode provision list ocr --output json | jq '.provisions[0].policies'
     """
-
-    async def story(channel: DaemonChannel) -> list[pb.Provision]:
-        return await list_provisions(channel, function)
-
-    found = with_scheduler(story, "asking for the provisioning")
+    found = with_scheduler(lambda channel: list_provisions(channel, function), "listing the provisioning")
     if cli_options().json:
         show_json({"provisions": [to_json(one) for one in found]})
         return
@@ -163,45 +158,36 @@ def list_(function: str) -> None:
 @scheduler_options
 @output_option
 def rm(function: str, qualifier: str) -> None:
-    """Release all instances of a function: target 0, no schedule, no policy. The function stays deployed.
+    """Release all instances of a function: target 0, no schedules, no policies. The function stays deployed.
 
     \b
     Example:
       hibernode provision rm ocr
     """
-
-    async def story(channel: DaemonChannel) -> None:
-        request = pb.DeleteProvisionConfigRequest(function=function)
-        await channel.call(channel.functions.DeleteProvisionConfig, request, SHORT_S)
-
-    with_scheduler(story, f"releasing {function}")
+    request = pb.DeleteProvisionConfigRequest(function=function)
+    with_scheduler(
+        lambda channel: channel.call(channel.functions.DeleteProvisionConfig, request, SHORT_S), f"releasing {function}"
+    )
     if cli_options().json:
         show_json({"function": function})
     else:
-        note(f"{function}: its instances end their requests and go")
+        note(f"{function}: its instances finish their requests and end")
 
 
 async def list_provisions(channel: DaemonChannel, function: str = "") -> list[pb.Provision]:
-    """All pages."""
-    found: list[pb.Provision] = []
-    token = ""
-    for _ in range(MAX_PAGES):
-        request = pb.ListProvisionConfigsRequest(page_size=PAGE_SIZE, page_token=token, function=function)
-        page = await channel.call(channel.functions.ListProvisionConfigs, request, SHORT_S)
-        found += page.provisions
-        token = page.next_page_token
-        if not token:
-            break
-    return found
+    """The provisioning of all functions, or of one."""
+    request = pb.ListProvisionConfigsRequest(function=function)
+    listing = pages(channel, channel.functions.ListProvisionConfigs, request)
+    return [provision async for page in listing for provision in page.provisions]
 
 
 def _function(function: str, template: Path | None, resource: str) -> str:
     if template is None:
         if not function:
-            raise click.UsageError("name the function, or the s.yaml that does with -t")
+            raise click.UsageError("name the function, or its s.yaml with -t")
         return function
     if function:
-        raise click.UsageError("name the function or the s.yaml, not both")
+        raise click.UsageError("name the function or its s.yaml, not both")
     names = [one.function.name for one in load_s_yaml(template, resource)]
     if len(names) > 1:
         raise click.UsageError(f"{template} has {len(names)} functions; choose one with --resource")
@@ -209,7 +195,7 @@ def _function(function: str, template: Path | None, resource: str) -> str:
 
 
 def _config(target: int | None, policies: Path | None, actions: Path | None) -> pb.ProvisionConfig:
-    """Target, schedule and policies of the options. Raises ConfigError naming file, line and key."""
+    """The config of the options. Raises ConfigError naming file, line and key."""
     config = pb.ProvisionConfig()
     for path, other in ((policies, actions), (actions, policies)):
         if path is None:
@@ -226,16 +212,16 @@ def _config(target: int | None, policies: Path | None, actions: Path | None) -> 
         if path is actions or other is None:
             config.scheduled_actions.extend(found.scheduled_actions)
     if target is None:
-        raise click.UsageError("--target is missing: the number of instances while nothing else decides")
+        raise click.UsageError("--target is missing: the number of instances while no schedule or policy is active")
     config.default_target = target
     return config
 
 
-async def _settled(channel: DaemonChannel, name: str, timeout_s: float) -> pb.Provision:
-    """The provisioning once there are as many instances as wanted. The API has no way to watch it.
+async def _wait_for_target(channel: DaemonChannel, name: str, timeout_s: float) -> pb.Provision:
+    """Polls until the function has as many instances as its target; the API has no watch.
 
-    Raises PreconditionError with the scheduler's reason where it won't pass, DeadlineError PROVISION_TIMEOUT."""
-    said = ""
+    Raises PreconditionError with the scheduler's reason if the error is permanent, DeadlineError PROVISION_TIMEOUT."""
+    printed = ""
     try:
         async with asyncio.timeout(timeout_s):
             while True:
@@ -245,19 +231,19 @@ async def _settled(channel: DaemonChannel, name: str, timeout_s: float) -> pb.Pr
                     if found.current_error and found.current < found.target:
                         if found.current_error_reason not in PASSING:
                             raise PreconditionError(found.current_error_reason or "DEGRADED", found.current_error)
-                        said = told_once(said, found.current_error)
+                        printed = note_waiting(printed, found.current_error)
                     break
                 else:
                     return pb.Provision(function=name)
                 await asyncio.sleep(POLL_S)
     except TimeoutError as error:
-        why = f" ({said})" if said else ""
-        message = f"not as many instances as wanted after {timeout_s:g} s{why}; see `hibernode provision list`"
+        why = f" ({printed})" if printed else ""
+        message = f"the target is not reached after {timeout_s:g} s{why}; see `hibernode provision list`"
         raise DeadlineError("PROVISION_TIMEOUT", message) from error
 
 
 def _fields(found: pb.Provision) -> dict[str, Any]:
-    """As `s provision list` shows them."""
+    """The keys that `s provision list` shows."""
     config = found.config
     return {
         "functionName": found.function,
@@ -302,6 +288,6 @@ def _fields(found: pb.Provision) -> dict[str, Any]:
 
 
 def _states(found: pb.Provision) -> list[pb.Provision.PolicyState]:
-    """One for each policy, in their order; there may be none yet."""
+    """A state for each policy in their order; empty where the scheduler has none yet."""
     known = {one.name: one for one in found.policies}
     return [known.get(one.name, pb.Provision.PolicyState()) for one in found.config.target_tracking_policies]

@@ -1,4 +1,4 @@
-"""`hibernode ps`: instances of a node, or of the fleet."""
+"""`hibernode ps`: lists the instances of a node or of the fleet."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ import click
 
 from agent.cli.console.output import show_json, show_table
 from agent.cli.console.units import age, duration, gpu_names, size
-from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_agent, with_scheduler
+from agent.cli.daemon_calls import pages, with_agent, with_scheduler
 from agent.cli.options import cli_options, fleet_or_node_options, output_option
 from agent.v1 import instance_service_pb2, scheduler_service_pb2, types_pb2
 from agent.wire.clients import DaemonChannel
 from agent.wire.json_view import short_name, to_json
 
-MAX_PAGES = 1000
-
 
 @click.command()
 @click.option("--function", default="", metavar="NAME", help="Only instances of this function.")
-@click.option("--all", "-a", "include_ended", is_flag=True, help="Also instances that have ended.")
-@click.option("--fleet", is_flag=True, help="Instances of all nodes, as the scheduler knows them.")
-@click.option("--quiet", "-q", is_flag=True, help="Only the uids, one a line.")
+@click.option("--all", "-a", "include_ended", is_flag=True, help="Include ended instances.")
+@click.option("--fleet", is_flag=True, help="Instances of all nodes, from the scheduler.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only the uids, one per line.")
 @fleet_or_node_options
 @output_option
 def ps(function: str, include_ended: bool, fleet: bool, quiet: bool) -> None:
@@ -35,16 +33,13 @@ def ps(function: str, include_ended: bool, fleet: bool, quiet: bool) -> None:
       hibernode ps --output json | jq -r '.instances[] | select(.state == "FROZEN") | .uid'
     """
     if fleet and include_ended:
-        raise click.UsageError("--all is a node's memory; leave out --fleet")
+        raise click.UsageError("--all lists ended instances of one node; leave out --fleet")
 
-    async def of_fleet(channel: DaemonChannel) -> list[types_pb2.Instance]:
-        return await list_fleet(channel, function)
-
-    async def of_node(channel: DaemonChannel) -> list[types_pb2.Instance]:
-        return await list_instances(channel, function, include_ended)
-
-    doing = "asking for the instances"
-    found = with_scheduler(of_fleet, doing) if fleet else with_agent(of_node, doing)
+    doing = "listing the instances"
+    if fleet:
+        found = with_scheduler(lambda channel: list_fleet(channel, function), doing)
+    else:
+        found = with_agent(lambda channel: list_instances(channel, function, include_ended), doing)
     if cli_options().json:
         show_instances_json(found)
     elif quiet:
@@ -56,49 +51,31 @@ def ps(function: str, include_ended: bool, fleet: bool, quiet: bool) -> None:
 async def list_instances(
     channel: DaemonChannel, function: str = "", include_ended: bool = False
 ) -> list[types_pb2.Instance]:
-    """Instances of the agent's node, every page."""
-    found: list[types_pb2.Instance] = []
-    token = ""
-    for _ in range(MAX_PAGES):
-        request = instance_service_pb2.ListInstancesRequest(
-            page_size=PAGE_SIZE, page_token=token, function=function, include_ended=include_ended
-        )
-        page = await channel.call(channel.instances.ListInstances, request, SHORT_S)
-        found += page.instances
-        token = page.next_page_token
-        if not token:
-            break
-    return found
+    """All instances of the agent's node."""
+    request = instance_service_pb2.ListInstancesRequest(function=function, include_ended=include_ended)
+    listing = pages(channel, channel.instances.ListInstances, request)
+    return [instance async for page in listing for instance in page.instances]
 
 
 async def list_fleet(channel: DaemonChannel, function: str = "", node: str = "") -> list[types_pb2.Instance]:
-    """Instances of the fleet, every page."""
-    found: list[types_pb2.Instance] = []
-    token = ""
-    for _ in range(MAX_PAGES):
-        request = scheduler_service_pb2.ListFleetInstancesRequest(
-            page_size=PAGE_SIZE, page_token=token, function=function, node=node
-        )
-        page = await channel.call(channel.scheduler.ListFleetInstances, request, SHORT_S)
-        found += page.instances
-        token = page.next_page_token
-        if not token:
-            break
-    return found
+    """All instances of the fleet, from the scheduler."""
+    request = scheduler_service_pb2.ListFleetInstancesRequest(function=function, node=node)
+    listing = pages(channel, channel.scheduler.ListFleetInstances, request)
+    return [instance async for page in listing for instance in page.instances]
 
 
 def state_of(instance: types_pb2.Instance) -> str:
-    """RUNNING, FROZEN and so on."""
+    """The instance's state, such as RUNNING."""
     return short_name(types_pb2.Instance.State.DESCRIPTOR, instance.state)
 
 
 def show_instances_json(found: Iterable[types_pb2.Instance]) -> None:
-    """`{"instances": [...]}` on stdout."""
+    """Prints `{"instances": [...]}` on stdout."""
     show_json({"instances": [to_json(one) for one in found]})
 
 
 def show_instances(found: Iterable[types_pb2.Instance], with_node: bool = False) -> None:
-    """The table of instances on stdout."""
+    """Prints the table of instances on stdout."""
     columns = ("UID", "FUNCTION", "STATE", "SINCE", "IN", "GPU", "VRAM", "HOST", "WAKES", "LAST WAKE", "AGE", "REASON")
     rows = (
         (

@@ -1,4 +1,4 @@
-"""`hibernode simulate`: what idle mode would do with one's own traffic, before anything is installed on a GPU host."""
+"""`hibernode simulate`: replays an access log to estimate latency and cost of idle mode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_S = 86_400.0
 
 
 class FreezeAfter(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
-    """A time without a request, in seconds; None for never."""
+    """A duration in seconds; None for never."""
 
     name = "time"
 
@@ -37,7 +37,7 @@ class FreezeAfter(click.ParamType):  # type: ignore[type-arg]  # generic in newe
 
 
 def _number(context: click.Context, param: click.Parameter, value: float) -> float:
-    """Ranges let NaN pass."""
+    """Refuses NaN, which ranges accept."""
     if math.isnan(value):
         raise click.BadParameter("must be a number, got nan", context, param)
     return value
@@ -51,28 +51,30 @@ def _number(context: click.Context, param: click.Parameter, value: float) -> flo
 )  # fmt: skip
 @click.option(
     "--freeze-after", "freezes", type=FreezeAfter(), multiple=True, default=("10s", NEVER), metavar="TIME",
-    show_default=True, help="Time without a request after which an instance sleeps, or never; may be repeated.",
+    show_default=True, help="Idle time after which an instance freezes, or never; may be repeated.",
 )  # fmt: skip
-@click.option("--instances", type=click.IntRange(1, 1000), default=1, show_default=True, help="Of each function.")
+@click.option("--instances", type=click.IntRange(1, 1000), default=1, show_default=True, help="Per function.")
 @click.option(
-    "--concurrency", type=click.IntRange(1, 200), default=1, show_default=True, help="Requests at once in one."
+    "--concurrency", type=click.IntRange(1, 200), default=1, show_default=True, help="Requests at once per instance."
 )
 @click.option(
-    "--gpus", type=click.IntRange(0, 10_000), default=0, help="GPUs in all, shared; default: one an instance."
+    "--gpus", type=click.IntRange(0, 10_000), default=0, help="GPUs shared by all instances; default: one per instance."
 )
-@click.option("--wake", type=seconds_of, default="1s", show_default=True, metavar="TIME", help="How long a wake takes.")
-@click.option("--freeze", type=seconds_of, default="500ms", show_default=True, metavar="TIME", help="And a freeze.")
+@click.option("--wake", type=seconds_of, default="1s", show_default=True, metavar="TIME", help="Duration of a wake.")
+@click.option(
+    "--freeze", type=seconds_of, default="500ms", show_default=True, metavar="TIME", help="Duration of a freeze."
+)
 @click.option(
     "--wake-factor", type=click.FloatRange(0, 1_000_000), default=0.0, show_default=True, callback=_number,
-    help="A further instance is woken only if waiting takes longer than a wake times this (pack, spread).",
+    help="Wake another instance only if waiting takes longer than this many wakes (pack, spread).",
 )  # fmt: skip
 @click.option("--queue-length", type=click.IntRange(1, 100_000), default=1000, show_default=True)
 @click.option("--queue-timeout", type=seconds_of, default="60s", show_default=True, metavar="TIME")
 @click.option("--gpu-model", default="L40S", show_default=True, metavar="MODEL", help="For the price.")
 @click.option("--gpu-memory", type=bytes_of, default="16GiB", show_default=True, metavar="SIZE", help="For the price.")
-@click.option("--price-book", type=_FILE, metavar="FILE", help="Default: the one that comes with Hibernode.")
-@click.option("--svg", "picture", type=_FILE, metavar="FILE", help="Also draw it.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Of random, two_choices and least_outstanding.")
+@click.option("--price-book", type=_FILE, metavar="FILE", help="Default: the one included with Hibernode.")
+@click.option("--svg", "picture", type=_FILE, metavar="FILE", help="Also draw the results.")
+@click.option("--seed", type=int, default=1, show_default=True, help="For random, two_choices and least_outstanding.")
 @output_option
 def simulate(
     trace: Path,
@@ -92,14 +94,14 @@ def simulate(
     picture: Path | None,
     seed: int,
 ) -> None:
-    """Replay an access log and show what sleeping would cost and save.
+    """Replay an access log and show what freezing idle instances would cost and save.
 
-    TRACE is a CSV file with the columns time, function and duration, in order of time: when each request came (ISO 8601
-    or seconds) and how long the model worked on it (0.35, 350ms). The decisions are those of the scheduler and the
-    agent: the same code for dispatch, slots, life cycle, GPUs and metering, on a simulated clock.
+    TRACE is a CSV file with the columns time, function and duration, ordered by time: when each request arrived (ISO
+    8601 or seconds) and how long the model worked on it (0.35, 350ms). The simulation runs the code of the scheduler
+    and the agent for dispatch, concurrency, life cycle, GPUs and metering on a simulated clock.
 
-    The latency of a request is its wait, a wake included, and its duration. AWAKE is the time in which GPUs were held;
-    ALWAYS ON what the same instances would cost awake and active all the time.
+    A request's latency is its wait, wakes included, plus its duration. AWAKE is the time in which GPUs were held;
+    ALWAYS ON is the cost of the same instances awake and active all the time.
 
     \b
     Examples:
@@ -108,20 +110,19 @@ def simulate(
       hibernode simulate access.csv --policy pack --policy round_robin --instances 4 --gpus 2 --wake 2s
       hibernode simulate access.csv --svg savings.svg -o json | jq '.runs[] | {policy, p99_s, cost}'
     """
-    from agent.simulator.plan import SimulatedPolicy, SimulationPlan  # imported here: --help needs none of it
+    from agent.simulator.plan import SimulatedPolicy, SimulationPlan  # imported here to keep --help fast
+    from agent.simulator.simulation import Simulation
     from agent.simulator.trace import read_trace
-    from agent.simulator.world import World
 
     if len(policies) * len(freezes) > MAX_RUNS:
         raise click.UsageError(f"{len(policies) * len(freezes)} runs are more than {MAX_RUNS}; choose fewer")
     price = _price(price_book)
     if price.gpu_rate(gpu_model) is None:
         known = ", ".join(model for family in price.gpu for model in family.models)
-        raise click.BadParameter(
-            f"{gpu_model!r} has no price; the price book knows {known}", param_hint="'--gpu-model'"
-        )
+        text = f"{gpu_model!r} has no price; the price book has {known}"
+        raise click.BadParameter(text, param_hint="'--gpu-model'")
     with blocking_progress(f"reading {trace.name}"):
-        functions = sorted({call.function for call in read_trace(trace)})  # a broken line is told before any run
+        functions = sorted({call.function for call in read_trace(trace)})  # finds broken lines before the first run
     plans = [
         SimulationPlan(
             policy=SimulatedPolicy(policy),
@@ -144,7 +145,7 @@ def simulate(
     began, outcomes = time.monotonic(), []
     for number, plan in enumerate(plans, 1):
         with blocking_progress(f"run {number} of {len(plans)}: {_label(plan)}"):
-            outcomes.append(World(plan).run(functions, read_trace(trace)))
+            outcomes.append(Simulation(plan).run(functions, read_trace(trace)))
     took_s = time.monotonic() - began
     if picture is not None:
         from agent.simulator.plot import svg
@@ -152,7 +153,7 @@ def simulate(
         try:
             picture.write_bytes(svg([_label(plan) for plan in plans], outcomes, price))
         except OSError as error:
-            raise ConfigError("SVG_UNWRITABLE", f"{picture} can't be written: {error.strerror or error}") from error
+            raise ConfigError("SVG_UNWRITABLE", f"cannot write {picture}: {error.strerror or error}") from error
     _show(outcomes, price, took_s)
 
 
@@ -190,7 +191,7 @@ def _show(outcomes: list[Any], price: Any, took_s: float) -> None:
     span_s = sum(row["span_s"] for row in rows)
     requests = sum(row["requests"] for row in rows)
     if took_s:
-        note(f"{requests} requests in {took_s:.1f} s, {span_s / took_s:.0f} times faster than life")
+        note(f"{requests} requests in {took_s:.1f} s, {span_s / took_s:.0f} times faster than real time")
 
 
 def _figures(found: Any, price: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`hibernode usage`: active and idle time, priced by the scheduler; or a node's own ledger."""
+"""`hibernode usage`: active and idle time with the scheduler's prices, or a node's own ledger."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agent.cli.commands.usage_csv import usage_csv
 from agent.cli.commands.usage_reconcile import reconcile
 from agent.cli.console.output import note, show_json, show_table, show_text, warn
 from agent.cli.console.units import instant_ns, money, seconds
-from agent.cli.daemon_calls import PAGE_SIZE, SHORT_S, with_agent, with_scheduler
+from agent.cli.daemon_calls import pages, with_agent, with_scheduler
 from agent.cli.options import cli_options, fleet_or_node_options, output_or_csv_option
 from agent.core.errors import ExhaustedError
 from agent.v1 import node_service_pb2, types_pb2
@@ -19,9 +19,8 @@ from agent.wire.clients import DaemonChannel
 from agent.wire.convert_time import time_to_proto
 from agent.wire.json_view import short_name, to_json
 
-MAX_PAGES = 10_000
 MAX_WINDOWS = 1_000_000
-"""As many as fit into memory at once: half a GiB."""
+"""About half a GiB of memory."""
 _GROUPINGS = {
     "function": pb.ListUsageRequest.GROUPING_FUNCTION,
     "instance": pb.ListUsageRequest.GROUPING_INSTANCE,
@@ -29,20 +28,20 @@ _GROUPINGS = {
     "gpu-model": pb.ListUsageRequest.GROUPING_GPU_MODEL,
 }
 _NAMES = {"function": ("FUNCTION",), "instance": ("INSTANCE", "NODE", "FUNCTION"), "node": ("NODE",), "gpu-model": ()}
-"""What a row is named by; the GPU model follows."""
+"""Columns that name a row, before its GPU model."""
 
 
 @click.group(invoke_without_command=True)
 @click.option("--by", type=click.Choice(list(_GROUPINGS)), default="function", show_default=True)
 @click.option("--function", default="", metavar="NAME", help="Only this function.")
 @click.option("--node", default="", metavar="NAME", help="Only this node.")
-@click.option("--gpu-model", default="", metavar="MODEL", help="Only this GPU model; - for none.")
-@click.option("--since", type=instant_ns, metavar="TIME", help="From then on: 24h (ago), or 2025-01-31T12:00.")
-@click.option("--until", type=instant_ns, metavar="TIME", help="Up to then.")
+@click.option("--gpu-model", default="", metavar="MODEL", help="Only this GPU model; - = without GPU.")
+@click.option("--since", type=instant_ns, metavar="TIME", help="Start: 24h (ago) or 2025-01-31T12:00.")
+@click.option("--until", type=instant_ns, metavar="TIME", help="End, in the same format.")
 @click.option(
-    "--windows/--no-windows", default=True, show_default=True, help="With JSON: the windows behind each row, too."
+    "--windows/--no-windows", default=True, show_default=True, help="With JSON: include the windows of each row."
 )
-@click.option("--local", is_flag=True, help="This node's own ledger, from its agent: windows without prices.")
+@click.option("--local", is_flag=True, help="The node's own ledger, from its agent: windows without prices.")
 @fleet_or_node_options
 @output_or_csv_option
 @click.pass_context
@@ -57,14 +56,13 @@ def usage(
     windows: bool,
     local: bool,
 ) -> None:
-    """Show active and idle time and what it costs, beside the cost of the same instances always on.
+    """Show active and idle time with its cost, and the cost of the same instances if they were always on.
 
-    Time is counted in windows of at most a minute; each belongs as a whole to where it starts (--since, --until).
-    What waits for a GPU or pulls an image is unbilled; an instance of which nothing was ever billed would not have
-    cost anything always on either.
+    Time is counted in windows of at most a minute. --since and --until select windows by their start. Waiting for a GPU
+    and pulling an image are unbilled; an instance without any billed time has no always-on cost either.
 
-    JSON holds all it takes to compute the costs again: `rows` with exact quantities and `factors`, and `windows`. CSV
-    has the rows, exact too; text that a spreadsheet would take for a formula gets a ' in front.
+    JSON contains everything needed to recompute the costs: `rows` with exact quantities and `factors`, and `windows`.
+    CSV contains the rows; text that a spreadsheet would take for a formula is prefixed with '.
 
     \b
     cost = gpu_active_gib_s x factors.gpu_active + gpu_idle_gib_s x factors.gpu_idle
@@ -82,18 +80,17 @@ def usage(
     """
     if context.invoked_subcommand is not None:
         if function or node or gpu_model or since is not None or until is not None or local:
-            raise click.UsageError(f"what {context.invoked_subcommand} is to look at is said after its name")
+            raise click.UsageError(f"give the options of {context.invoked_subcommand} after its name")
         return
     if local:
         if cli_options().csv:
             raise click.UsageError("--local writes tables or JSON, not CSV")
         if node or gpu_model or since is not None or until is not None:
-            raise click.UsageError("--local takes only --function: the ledger is small, filter its JSON with jq")
+            raise click.UsageError("--local takes only --function; filter its JSON with jq")
         _show_ledger(function)
         return
     with_windows = windows and cli_options().json
     request = pb.ListUsageRequest(
-        page_size=PAGE_SIZE,
         function=function,
         node=node,
         gpu_model=gpu_model,
@@ -102,11 +99,7 @@ def usage(
         grouping=_GROUPINGS[by],
         include_windows=with_windows,
     )
-
-    async def story(channel: DaemonChannel) -> pb.ListUsageResponse:
-        return await list_usage(channel, request)
-
-    found = with_scheduler(story, "adding up usage")
+    found = with_scheduler(lambda channel: list_usage(channel, request), "adding up usage")
     if cli_options().json:
         show_json(to_json(found))
     elif cli_options().csv:
@@ -119,23 +112,17 @@ usage.add_command(reconcile)
 
 
 async def list_usage(channel: DaemonChannel, request: pb.ListUsageRequest) -> pb.ListUsageResponse:
-    """All pages as one answer."""
+    """All pages of the answer as one. Raises ExhaustedError USAGE_TOO_MANY_WINDOWS."""
     whole = pb.ListUsageResponse()
-    for _ in range(MAX_PAGES):
-        page = await channel.call(channel.usage.ListUsage, request, SHORT_S)
+    async for page in pages(channel, channel.usage.ListUsage, request):
         whole.rows.extend(page.rows)
         whole.windows.extend(page.windows)
         if page.total_cost:  # pages of windows have none
             whole.total_cost, whole.total_always_on_cost = page.total_cost, page.total_always_on_cost
             whole.unit = page.unit
         if len(whole.windows) > MAX_WINDOWS:
-            text = (
-                f"more than {MAX_WINDOWS} windows; leave them out (--no-windows) or ask for less (--since, --function)"
-            )
+            text = f"more than {MAX_WINDOWS} windows; use --no-windows, or narrow it with --since or --function"
             raise ExhaustedError("USAGE_TOO_MANY_WINDOWS", text)
-        request.page_token = page.next_page_token
-        if not page.next_page_token:
-            break
     return whole
 
 
@@ -166,7 +153,7 @@ def _show(found: pb.ListUsageResponse, by: str) -> None:
     show_table((*names, *times, *costs, ""), rows, right=(*times, *costs))
     unpriced = sorted({one.gpu_model or "-" for one in found.rows if one.unpriced_windows})
     if unpriced:
-        warn(f"no price, or none for the GPU, in some of {', '.join(unpriced)}: add them to `prices` in scheduler.yaml")
+        warn(f"some time on {', '.join(unpriced)} has no price: add it to `prices` in scheduler.yaml")
 
 
 def _marks(one: pb.UsageRow) -> str:
@@ -180,7 +167,7 @@ def _names(one: pb.UsageRow, by: str) -> tuple[str, ...]:
 
 
 def _one_decimal(text: str) -> str:
-    """An exact decimal shortened for a table."""
+    """Rounds an exact decimal for a table."""
     try:
         return f"{Decimal(text or 0):.1f}"
     except InvalidOperation:
@@ -193,25 +180,16 @@ def _saved(found: pb.ListUsageResponse) -> str:
 
 
 def _show_ledger(function: str) -> None:
-    async def story(channel: DaemonChannel) -> list[types_pb2.UsageWindow]:
-        found: list[types_pb2.UsageWindow] = []
-        token = ""
-        for _ in range(MAX_PAGES):
-            request = node_service_pb2.ListUsageWindowsRequest(
-                page_size=PAGE_SIZE, page_token=token, function=function, include_open=True
-            )
-            page = await channel.call(channel.nodes.ListUsageWindows, request, SHORT_S)
-            found += page.windows
-            token = page.next_page_token
-            if not token:
-                break
-        return found
+    async def list_windows(channel: DaemonChannel) -> list[types_pb2.UsageWindow]:
+        request = node_service_pb2.ListUsageWindowsRequest(function=function, include_open=True)
+        listing = pages(channel, channel.nodes.ListUsageWindows, request)
+        return [window async for page in listing for window in page.windows]
 
-    found = with_agent(story, "reading the ledger")
+    found = with_agent(list_windows, "reading the ledger")
     if cli_options().json:
         show_json({"windows": [to_json(one) for one in found]})
         return
-    note("This node's own ledger; windows that the scheduler has acknowledged may be gone.")
+    note("The node's own ledger; windows that the scheduler has acknowledged may have been removed.")
     numbers = ("SEQ", "LENGTH S", "ACTIVE S", "IDLE S", "UNBILLED S", "REQUESTS")
     show_table(
         ("INSTANCE", "SEQ", "FUNCTION", "STATE", *numbers[1:], ""),

@@ -1,4 +1,4 @@
-"""Rows of usage as CSV: for spreadsheets and accounting, with the names and the exact numbers of the JSON."""
+"""Formats usage rows as CSV, with the names and exact numbers of the JSON."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ COLUMNS = (
     *(f"factors.{name}" for name in _FACTORS),
     "unit",
 )
-"""Always all of them, in this order; what a row does not have is empty."""
+"""All columns in their order; a value that a row lacks is empty."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def usage_csv(rows: Iterable[pb.UsageRow], unit: str) -> str:
-    """A head and the rows, as RFC 4180 has it (CRLF, quotes where needed).
+    """A header and the rows, as in RFC 4180 (CRLF, quotes where needed).
 
-    Text that a spreadsheet would take for a formula gets a `'` in front: a GPU's name comes from a node.
+    Text that a spreadsheet would take for a formula is prefixed with `'`: names come from nodes and users.
     """
     written = io.StringIO()
     writer = csv.writer(written, lineterminator="\r\n")

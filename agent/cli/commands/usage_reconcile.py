@@ -1,4 +1,4 @@
-"""`hibernode usage reconcile`: may the bill be trusted?"""
+"""`hibernode usage reconcile`: checks that the stored usage is complete and free of contradictions."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from agent.wire.json_view import short_name, to_json
 
 RECONCILE_S = 600.0
 SHOWN_FINDINGS = 5
-"""Of an instance, in the table; JSON has the first 100."""
+"""Per instance in the table; JSON has the first 100."""
 
 
 @click.command()
 @click.option("--function", default="", metavar="NAME", help="Only this function.")
 @click.option("--node", default="", metavar="NAME", help="Only this node.")
-@click.option("--since", type=instant_ns, metavar="TIME", help="From then on: 24h (ago), or 2025-01-31T12:00.")
-@click.option("--until", type=instant_ns, metavar="TIME", help="Up to then.")
+@click.option("--since", type=instant_ns, metavar="TIME", help="Start: 24h (ago) or 2025-01-31T12:00.")
+@click.option("--until", type=instant_ns, metavar="TIME", help="End, in the same format.")
 @scheduler_options
 @output_option
 def reconcile(function: str, node: str, since: int | None, until: int | None) -> int:
-    """Check that the stored windows of each instance fit together, and list those that do not.
+    """Check that the stored windows of instances fit together.
 
     \b
-    GAP        time without a window: something was lost, and is not billed
+    GAP        time without a window: usage was lost and is not billed
     OVERLAP    time in two windows: it is billed twice
-    CONFLICT   a window came again with other numbers: the first ones are billed
-    ESTIMATED  filled in after a crash of an agent, never more than what was there
+    CONFLICT   a window arrived again with other numbers: the first ones are billed
+    ESTIMATED  reconstructed after a crash of the agent, never more than was used
 
-    Exit code 4 if there are gaps, overlaps or conflicts, which need somebody to look; estimates alone are in order.
+    Exit code 4 if there are gaps, overlaps or conflicts, which need attention. Estimates alone do not.
 
     \b
     Examples:
@@ -51,7 +51,7 @@ def reconcile(function: str, node: str, since: int | None, until: int | None) ->
         start_time=None if since is None else time_to_proto(since),
         end_time=None if until is None else time_to_proto(until),
     )
-    found, total = with_scheduler(lambda channel: _ask(channel, request), "looking at every window")
+    found, total = with_scheduler(lambda channel: _reconcile(channel, request), "checking every window")
     if cli_options().json:
         show_json({"instances": [to_json(one) for one in found], "total": to_json(total)})
     else:
@@ -59,7 +59,7 @@ def reconcile(function: str, node: str, since: int | None, until: int | None) ->
     return ExitCode.PRECONDITION if total.gap_count or total.overlap_count or total.conflict_count else ExitCode.OK
 
 
-async def _ask(
+async def _reconcile(
     channel: DaemonChannel, request: pb.ReconcileUsageRequest
 ) -> tuple[list[pb.UsageReconciliation], pb.UsageReconciliation]:
     found: list[pb.UsageReconciliation] = []
@@ -76,13 +76,13 @@ def _show(found: list[pb.UsageReconciliation], total: pb.UsageReconciliation) ->
     rows.append(("TOTAL", f"{total.instance_count} instances", "", *_amounts(total)))
     show_table(("INSTANCE", "FUNCTION", "NODE", *amounts), rows, right=amounts)
     for one in found:
-        doubts = [finding for finding in one.findings if finding.kind != pb.UsageFinding.KIND_ESTIMATED]
-        for finding in doubts[:SHOWN_FINDINGS]:
+        problems = [finding for finding in one.findings if finding.kind != pb.UsageFinding.KIND_ESTIMATED]
+        for finding in problems[:SHOWN_FINDINGS]:
             kind = short_name(pb.UsageFinding.Kind.DESCRIPTOR, finding.kind)
             where = f"window {finding.seq} of {clock(finding.start_time)}"
             note(f"{one.instance_uid}: {kind} of {seconds(finding.duration_ns)} s at {where}")
-        if len(doubts) > SHOWN_FINDINGS:
-            note(f"{one.instance_uid}: and more; --output json has the first 100")
+        if len(problems) > SHOWN_FINDINGS:
+            note(f"{one.instance_uid}: more findings; --output json lists the first 100")
 
 
 def _amounts(one: pb.UsageReconciliation) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""Text for terminals: tables, JSON, progress, units, colours."""
+"""Terminal and pipe output: tables, JSON, progress, units, colours."""

@@ -1,6 +1,6 @@
-"""The only place that writes results: tables for people, JSON for programs, both on stdout; messages on stderr.
+"""Writes all results: tables or JSON on stdout, messages on stderr.
 
-What daemons and instances say may hold anything, so control characters are replaced before a terminal sees them.
+Text from daemons and instances is untrusted: control characters are replaced before a terminal sees them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 PIPE_WIDTH = 10_000
-"""Where nobody looks nothing is wrapped or cut: a line stays a line for grep."""
+"""Width without a terminal: lines are neither wrapped nor cut, for grep."""
 
 MAX_WORD_CHARS = 24
 
-# Colours, which logs are full of, steer nothing but themselves. All else that is no text might.
+# Colours are common in logs and harmless. Other control sequences may control the terminal.
 _COLOUR_OR_UNPRINTABLE = re.compile(r"\x1b\[[0-9;]{0,32}m|[^\n\t]")
-# What JSON lets pass although a terminal may act on it: C1 controls, and marks that turn the direction of writing.
+# Characters that JSON does not escape but a terminal may act on: C1 controls and bidirectional marks.
 _UNSAFE_IN_JSON = re.compile(r"[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 STYLES = {
@@ -67,13 +67,13 @@ def console(stream: TextIO) -> Console:
 
 
 def clean(text: str) -> str:
-    """The text without what could steer a terminal; line ends stay out too, as a cell is one line."""
+    """Replaces control characters by `?`, line ends included, since a cell is one line."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def clean_log(data: bytes) -> str:
-    """An instance's output for a terminal: lines, tabs and colours stay, other controls become `?` (a title set, an
-    answer typed into the shell, a screen wiped of what stood there)."""
+    """Output of an instance for a terminal: keeps lines, tabs and colours, and replaces other controls by `?` (they
+    could set a title, type into the shell or clear the screen)."""
     return _COLOUR_OR_UNPRINTABLE.sub(
         lambda found: found[0] if len(found[0]) > 1 or found[0].isprintable() else "?",
         data.decode("utf-8", "replace").replace("\r\n", "\n"),
@@ -87,7 +87,7 @@ def _cell(value: str) -> Text:
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """A table on stdout; columns named in `right` are numbers. Without rows only the head is written."""
+    """Prints a table on stdout, with the columns named in `right` aligned right."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -95,7 +95,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Seq
     widths = [max(len(name), *(len(row[index]) for row in cells), 0) for index, name in enumerate(columns)]
     for name, width in zip(columns, widths, strict=True):
         justify: Literal["left", "right"] = "right" if name in right else "left"
-        # fold: a long word, such as a path, is broken and not cut.
+        # fold: breaks a long word, such as a path, instead of cutting it.
         table.add_column(name, justify=justify, no_wrap=width <= MAX_WORD_CHARS, overflow="fold")
     for row in cells:
         table.add_row(*row)
@@ -103,7 +103,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Seq
 
 
 def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    """Names and values, one a line; empty values are left out."""
+    """Prints names and values, one pair per line, without empty values."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
@@ -116,33 +116,33 @@ def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def _write(table: Any, least: int = 0) -> None:
-    """Sentences are wrapped to the terminal; but a table that needs more columns than it has (`least`) is left to the
-    terminal to break, as a cut uid is of no use to anyone."""
+    """Prints the table, wrapped to the terminal's width. If that is less than `least`, it is left to the terminal to
+    break lines, which does not cut uids."""
     shown = console(sys.stdout)
     if least > shown.width:
         shown.width = PIPE_WIDTH
     with shown.capture() as captured:
         shown.print(table)
-    # rich pads the last column; nobody should have to trim.
+    # rich pads the last column.
     show_text("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def show_text(text: str) -> None:
-    """Text on stdout as it is."""
+    """Prints text on stdout unchanged."""
     sys.stdout.write(text)
 
 
 def show_json(document: object) -> None:
-    """One JSON document on stdout."""
+    """Prints one JSON document on stdout."""
     text = json.dumps(document, indent=2, ensure_ascii=False)
     show_text(_UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def note(text: str) -> None:
-    """A message for people, on stderr."""
+    """Prints a message on stderr."""
     click.echo(clean(text), err=True)
 
 
 def warn(text: str) -> None:
-    """Something accepted that may surprise, on stderr."""
+    """Prints a warning on stderr."""
     note(f"warning: {text}")

@@ -1,4 +1,4 @@
-"""What a person sees while a command waits: nothing for a second, then what is under way. On stderr only."""
+"""Progress of a waiting command on stderr, shown after one second."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import click
 
 QUIET_S = 1.0
 AGAIN_S = 15.0
-"""Where stderr is no terminal, one line after `QUIET_S` and then one so often."""
+"""Interval of further lines if stderr is not a terminal."""
 
 
 @asynccontextmanager
 async def progress(doing: str) -> AsyncIterator[None]:
-    """While the block runs longer than a second, says `doing`: a spinner on a terminal, lines elsewhere."""
+    """Shows `doing` while the block runs: a spinner on a terminal, lines elsewhere."""
     shown = asyncio.create_task(_spinner(doing) if sys.stderr.isatty() else _lines(doing))
     try:
         yield
@@ -29,7 +29,7 @@ async def progress(doing: str) -> AsyncIterator[None]:
 
 @contextmanager
 def blocking_progress(doing: str) -> Iterator[Timer]:
-    """The same for a block without an event loop: one line after a second. Cancel the timer to have none."""
+    """Prints `doing` once for a block without an event loop. Cancel the timer to suppress it."""
     timer = Timer(QUIET_S, click.echo, args=(f"{doing} ...",), kwargs={"err": True})
     timer.daemon = True
     timer.start()

@@ -1,4 +1,4 @@
-"""The person's own terminal while a command elsewhere has it: raw, its size told on, and as before in the end."""
+"""The user's terminal while a remote command uses it: raw mode, size changes, signals."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ CHUNK_BYTES = 64 * 1024
 
 @contextmanager
 def raw_mode(descriptor: int) -> Iterator[None]:
-    """Every key goes to the program as it is. Restored on every way out of the block; nothing that waits to be read or
-    written is thrown away or waited for, since a terminal may be stalled."""
+    """Passes every key on unchanged, and restores the mode at the end of the block. TCSANOW neither discards nor waits
+    for pending data, since a terminal may be stalled."""
     before = termios.tcgetattr(descriptor)
     try:
         tty.setraw(descriptor, termios.TCSANOW)
         yield
     finally:
-        with suppress(termios.error):  # it was hung up
+        with suppress(termios.error):  # the terminal was closed
             termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
 
 def size_of(descriptor: int) -> tuple[int, int]:
-    """Columns and rows; 0 and 0 where the terminal does not say."""
+    """Columns and rows; 0 and 0 if unknown."""
     try:
         size = os.get_terminal_size(descriptor)
     except OSError:
@@ -36,13 +36,13 @@ def size_of(descriptor: int) -> tuple[int, int]:
 
 
 async def read_some(descriptor: int) -> bytes:
-    """The next input; b"" at its end. Leaves the descriptor as it is: a non-blocking one would be so for whoever else
-    has it, stdout included."""
+    """The next input; b"" at its end. Does not make the descriptor non-blocking, which would affect every process that
+    shares it, and stdout."""
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
     try:
         loop.add_reader(descriptor, ready.set)
-    except PermissionError:  # a file, which is always ready
+    except PermissionError:  # a regular file is always ready
         await asyncio.sleep(0)
     else:
         try:
@@ -51,26 +51,26 @@ async def read_some(descriptor: int) -> bytes:
             loop.remove_reader(descriptor)
     try:
         return os.read(descriptor, CHUNK_BYTES)
-    except OSError:  # a terminal that was hung up
+    except OSError:  # a terminal that was closed
         return b""
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGHUP cancel the current task, so that it cleans up; the list then holds which one came."""
+    """Makes SIGTERM and SIGHUP cancel the current task, so that it cleans up. The list then has the signal's number."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    came: list[int] = []
+    received: list[int] = []
 
     def end(number: int) -> None:
-        came.append(number)
+        received.append(number)
         task.cancel()
 
     numbers = (signal.SIGTERM, signal.SIGHUP)
     for number in numbers:
         loop.add_signal_handler(number, end, number)
     try:
-        yield came
+        yield received
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
@@ -78,7 +78,7 @@ def ended_by_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def size_changes() -> Iterator[asyncio.Event]:
-    """An event that is set whenever the terminal has another size."""
+    """An event that is set whenever the terminal's size changes."""
     loop = asyncio.get_running_loop()
     changed = asyncio.Event()
     loop.add_signal_handler(signal.SIGWINCH, changed.set)

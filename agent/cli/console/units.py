@@ -1,4 +1,4 @@
-"""Numbers as people read them; JSON keeps the exact ones."""
+"""Formats numbers and times for tables; JSON keeps exact values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DAY_S, _HOUR_S, _MINUTE_S = 86_400, 3_600, 60
 
 
 def duration(ns: int) -> str:
-    """`850ms`, `12.3s`, `4m10s`, `3h05m`, `2d4h`; `-` for none."""
+    """`850ms`, `12.3s`, `4m10s`, `3h05m`, `2d4h`; `-` for zero."""
     if ns <= 0:
         return "-"
     seconds = ns / SECOND_NS
@@ -32,12 +32,12 @@ def duration(ns: int) -> str:
 
 
 def seconds(ns: int) -> str:
-    """Seconds to the millisecond, the granularity of a bill."""
+    """Seconds with milliseconds, the granularity of billing."""
     return f"{Decimal(ns) / SECOND_NS:.3f}"
 
 
 def size(count: int) -> str:
-    """`16.0 GiB`, `512 MiB`; `-` for none."""
+    """`16.0 GiB`, `512 MiB`; `-` for zero."""
     if count <= 0:
         return "-"
     if count >= GIB:
@@ -48,7 +48,7 @@ def size(count: int) -> str:
 
 
 def clock(time: Timestamp) -> str:
-    """A point in time in local time, to the millisecond; `-` for none."""
+    """Local time with milliseconds; `-` if unset."""
     if not time.seconds:
         return "-"
     local = datetime.fromtimestamp(time.seconds, UTC).astimezone()
@@ -56,19 +56,19 @@ def clock(time: Timestamp) -> str:
 
 
 def age(time: Timestamp) -> str:
-    """For how long that has been so."""
+    """Time since then; `-` if unset."""
     return duration(max(1, wall_ns() - time.seconds * SECOND_NS - time.nanos)) if time.seconds else "-"
 
 
 def wall_ns() -> int:
-    """Now, nanoseconds since 1970. Commands only show ages with it."""
+    """Now, nanoseconds since 1970."""
     from time import time_ns
 
     return time_ns()
 
 
 def money(text: str) -> str:
-    """An exact decimal shortened for a table."""
+    """Rounds an exact decimal for a table."""
     try:
         value = Decimal(text)
     except InvalidOperation:
@@ -77,13 +77,13 @@ def money(text: str) -> str:
 
 
 def gpu_names(uuids: Iterable[str]) -> str:
-    """UUIDs cut to what tells them apart on one host."""
+    """UUIDs shortened to 12 characters."""
     return ",".join(uuid if len(uuid) <= 12 else uuid[:12] for uuid in uuids) or "-"
 
 
 def instant_ns(value: str) -> int:
-    """An option's `24h` (so long ago) or `2025-01-31[T12:00:00[Z]]` (local time without a zone), ns since 1970."""
-    from agent.config import parse_duration_ns  # brings msgspec and YAML, which help does not need
+    """Parses `24h` (ago) or `2025-01-31[T12:00:00[Z]]` (local time without a zone) to ns since 1970."""
+    from agent.config import parse_duration_ns  # imports msgspec and YAML, which --help does not need
 
     try:
         return max(0, wall_ns() - parse_duration_ns(value))

@@ -1,6 +1,6 @@
-"""`python -m agent.cli.demo.child PARENT MODULE ARG...`: MODULE as a program that ends with its parent, by SIGTERM.
+"""`python -m agent.cli.demo.child PARENT MODULE ARG...`: runs MODULE, and gets SIGTERM when its parent ends.
 
-The child asks for that itself: done between fork and exec it would run Python code in a copy of a process with threads.
+The child requests the signal itself, since a preexec_fn would run Python code in a fork of a process with threads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The client of a demo: sends requests through the gateway, compares every answer, counts."""
+"""A demo's client: sends requests through the gateway and compares and counts the answers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ REQUEST_S = 60.0
 
 @dataclass(slots=True)
 class Tally:
-    """What the client saw. `failed`: no answer, or none with status 200. `different`: an answer that is not the one
-    without freezing, or memory that is not as it was."""
+    """The client's counts and times.
+
+    - `failed`: requests without an answer or with a status other than 200
+    - `different`: answers that differ from those of an instance that was never frozen, or by the wrong instance
+    """
 
     requests: int = 0
     failed: int = 0
@@ -31,7 +34,7 @@ class Tally:
 
 
 class DemoClient:
-    """Calls one function at `gateway` (host:port). Made and used on one loop; `trouble` is told what goes wrong."""
+    """Calls one function at `gateway` (host:port), on one event loop. `trouble` receives error messages."""
 
     def __init__(
         self, gateway: str, function: str, tally: Tally, trouble: Callable[[str], None], alias: Callable[[str], str]
@@ -47,7 +50,7 @@ class DemoClient:
         self._pool.close()
 
     async def identify(self, sample: Sample, *, by: str = "") -> dict[str, Any] | None:
-        """The function's answer; None if it failed. `by`: the instance that must have given it."""
+        """The function's answer; None if it failed. `by`: the instance that must answer."""
         began = time.monotonic_ns()
         found = await self._call(sample.path.name, b"POST", "/", sample.content)
         if found is None:
@@ -56,12 +59,12 @@ class DemoClient:
         self._tally.latency_ms.append((time.monotonic_ns() - began) / 1e6)
         if answer != sample.expected:
             self._tally.different += 1
-            self._trouble(f"{sample.path.name} is not as without freezing: {difference(answer, sample)}")
+            self._trouble(f"{sample.path.name} differs from the answer without freezing: {difference(answer, sample)}")
         self._check_instance(response, by)
         return answer
 
     async def verify(self, *, by: str) -> bool:
-        """Is all of the extra pattern in the instance's GPU memory as it was put there?"""
+        """Whether the pattern in the instance's GPU memory is unchanged."""
         found = await self._call("/verify", b"GET", "/verify", b"")
         if found is None:
             return False
@@ -90,8 +93,8 @@ class DemoClient:
         self._trouble(text)
 
     def _check_instance(self, response: Response, by: str) -> None:
-        """An answer of another instance proves nothing about this one."""
+        """Counts an answer of an instance other than `by` as different."""
         answered = (lookup(response.headers, b"x-fc-instance-id") or b"").decode("latin-1")
         if by and answered != by:
             self._tally.different += 1
-            self._trouble(f"{self._alias(by)} was awake alone, but {self._alias(answered)} answered")
+            self._trouble(f"only {self._alias(by)} was awake, but {self._alias(answered)} answered")

@@ -1,4 +1,4 @@
-"""`hibernode demo`: the whole of Hibernode on this machine, without a GPU."""
+"""`hibernode demo`: runs all of Hibernode on this machine, without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import click
 
 if TYPE_CHECKING:
     from agent.cli.demo.report import DemoReport
-    from agent.cli.demo.story import Story
+    from agent.cli.demo.scenario import Scenario
     from agent.cli.demo.timeline import Timeline
     from agent.cli.demo.world import DemoWorld
     from agent.v1 import types_pb2
@@ -26,7 +26,7 @@ CALL_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """The options."""
+    """Values of the command's options."""
 
     state_dir: Path | None
     as_json: bool
@@ -37,22 +37,22 @@ class DemoOptions:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; the timeline goes to stderr.")
-@click.option("--keep", is_flag=True, help="Stay up afterwards, with commands to try, until Ctrl-C or SIGTERM.")
+@click.option("--keep", is_flag=True, help="Keep running afterwards, with commands to try, until Ctrl-C or SIGTERM.")
 @click.option(
     "--state-dir",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Folder for everything; it stays. It is a HIBERNODE_HOME. Default: a temporary one.",
+    help="Folder for all files, kept as a HIBERNODE_HOME; default: a temporary one.",
 )
 @click.option("--flip-byte", is_flag=True, hidden=True, help="Rehearsal: damage GPU memory of a frozen instance.")
 @click.option("--quick", is_flag=True, hidden=True, help="A short one, for tests.")
 def demo(as_json: bool, keep: bool, state_dir: Path | None, flip_byte: bool, quick: bool) -> int:
-    """See it all work on this machine, without a GPU.
+    """Try Hibernode on this machine, without a GPU.
 
-    Starts an emulated NVIDIA driver with two GPUs, a scheduler and an agent; deploys an example with a real model
-    (what type has this file?) as three instances; sends it files of this machine; lets the instances freeze and wake;
-    then shows how long wakes took, what was active and idle, and what that costs beside always-on instances. Every
-    answer is compared with that of a model that never slept.
+    Starts an emulated NVIDIA driver with two GPUs, a scheduler and an agent. Deploys three instances of an example that
+    detects file types with a real model, sends it files of this machine, and lets the instances freeze and wake. Then
+    shows wake times, active and idle time, and the cost compared with always-on instances. Every answer is compared
+    with that of a model that was never frozen.
 
     Exit code 1 if a request failed or an answer differs.
 
@@ -65,15 +65,15 @@ def demo(as_json: bool, keep: bool, state_dir: Path | None, flip_byte: bool, qui
     from agent.cli.demo.timeline import Timeline
 
     timeline = Timeline(sys.stderr if as_json else sys.stdout)
-    wanted = DemoOptions(state_dir, as_json, keep, flip_byte, quick)
-    code = asyncio.run(_interruptible(_demo(timeline, wanted)))
+    options = DemoOptions(state_dir, as_json, keep, flip_byte, quick)
+    code = asyncio.run(_interruptible(_demo(timeline, options)))
     if code is None:
         raise KeyboardInterrupt
     return code
 
 
 async def _interruptible(work: Any) -> int | None:
-    """SIGINT and SIGTERM cancel the story, and the world is taken down in order; then the answer is None."""
+    """Cancels `work` on SIGINT, SIGTERM and SIGHUP, which stops everything properly; the result is then None."""
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -85,35 +85,33 @@ async def _interruptible(work: Any) -> int | None:
     return code
 
 
-async def _demo(timeline: Timeline, wanted: DemoOptions) -> int:
-    from agent.cli.demo.story import QUICK, Pace, Story
+async def _demo(timeline: Timeline, options: DemoOptions) -> int:
+    from agent.cli.demo.scenario import QUICK, Pace, Scenario
     from agent.cli.demo.world import demo_world
 
-    async with demo_world(wanted.state_dir, timeline.say) as world:
-        node = await _say_where_we_are(world, timeline)
-        story = Story(world, timeline, QUICK if wanted.quick else Pace(), flip_byte=wanted.flip_byte)
-        await story.tell()
-        report = await _report(world, node, story, timeline, ended=not wanted.keep)
-        _show(report, wanted.as_json)
-        if wanted.keep:
+    async with demo_world(options.state_dir, timeline.step) as world:
+        node = await _describe_node(world, timeline)
+        scenario = Scenario(world, timeline, QUICK if options.quick else Pace(), flip_byte=options.flip_byte)
+        await scenario.run()
+        report = await _report(world, node, scenario, timeline, ended=not options.keep)
+        _show(report, options.as_json)
+        if options.keep:
             await _stay(world)
     return 0 if report.answers_identical and not report.failed else 1
 
 
-async def _say_where_we_are(world: DemoWorld, timeline: Timeline) -> types_pb2.Node:
-    """The node, and what on this machine is other than on a GPU host."""
+async def _describe_node(world: DemoWorld, timeline: Timeline) -> types_pb2.Node:
+    """Gets the node, and prints how this machine differs from a GPU host."""
     from agent.v1 import node_service_pb2
 
     async with world.agent() as agent:
         node: types_pb2.Node = (await agent.call(agent.nodes.GetNode, node_service_pb2.GetNodeRequest(), CALL_S)).node
     if os.geteuid() == 0:
-        why = "root: `nobody` may not read this Python, its packages or this folder"
-        timeline.say(f"instances run as {world.user or why}")
+        why = "root, because `nobody` may not read this Python, its packages or this folder"
+        timeline.step(f"instances run as {world.user or why}")
     if not _has_cgroups(node):
-        timeline.say(
-            "no cgroup can be written by this user: instances are stopped with SIGSTOP instead (root: cgroups)"
-        )
-    timeline.say(f"the gateway is http://{world.gateway}")
+        timeline.step("this user may not write cgroups: instances are stopped with SIGSTOP instead (as root: cgroups)")
+    timeline.step(f"the gateway is http://{world.gateway}")
     return node
 
 
@@ -125,11 +123,11 @@ def _has_cgroups(node: types_pb2.Node) -> bool:
 
 
 async def _report(
-    world: DemoWorld, node: types_pb2.Node, story: Story, timeline: Timeline, *, ended: bool
+    world: DemoWorld, node: types_pb2.Node, scenario: Scenario, timeline: Timeline, *, ended: bool
 ) -> DemoReport:
     from agent.cli.demo.report import DemoReport, collect_usage, driver_log, union_ns
 
-    tally = story.tally
+    tally = scenario.tally
     async with world.agent() as agent, world.scheduler() as scheduler:
         report = DemoReport(
             requests=tally.requests,
@@ -148,9 +146,9 @@ async def _report(
             home=str(world.home),
         )
         if ended:
-            timeline.say("removing the function: its last seconds are metered and sent to the scheduler")
+            timeline.step("removing the function, so that its last seconds are metered and sent to the scheduler")
             await world.remove_functions()
-        instances = await story.instances(agent, ended=True)
+        instances = await scenario.instances(agent, ended=True)
         report.instances = len(instances)
         report.freezes = sum(one.freeze_count for one in instances)
         report.wakes = sum(one.wake_count for one in instances)
@@ -175,26 +173,26 @@ def _show(report: DemoReport, as_json: bool) -> None:
         show_json(report.as_json())
     else:
         show(report)
-    note("GPUs and driver were emulated: times are of this machine's memory, not of a GPU.")
+    note("GPUs and driver were emulated: times are those of this machine's memory, not of a GPU.")
     sys.stdout.flush()
 
 
 def _on_path() -> str:
-    """The line that makes `hibernode` a command where it is none: after scripts/demo it is in .venv/bin only."""
+    """A line that adds `hibernode` to PATH if missing: scripts/demo installs it in .venv/bin."""
     here = Path(sys.executable).parent
     found = shutil.which("hibernode")
     return "" if found and Path(found).parent == here else f"  export PATH={shlex.quote(str(here))}:$PATH\n"
 
 
 async def _stay(world: DemoWorld) -> None:
-    """Until a signal: that is how it is meant to end, so it is no error."""
+    """Waits for a signal, which ends the command with success."""
     home = world.home
     click.echo(
         f"""
-It stays up until Ctrl-C. In another terminal:
+The demo keeps running until Ctrl-C. In another terminal:
 
 {_on_path()}  export HIBERNODE_HOME={home}
-  hibernode ps                                            # who sleeps, who is awake
+  hibernode ps                                            # frozen and running instances
   curl -sS --data-binary @/bin/ls http://{world.gateway}/fn/filetype/invoke
   hibernode invoke filetype --event 'import os'
   hibernode events --since 1m

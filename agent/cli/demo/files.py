@@ -1,4 +1,4 @@
-"""Real files of this machine, of as many kinds as can be found quickly, and what magika says of them unfrozen."""
+"""Selects files of many types on this machine, with the answers of a model that is never frozen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.core.errors import PreconditionError
 MIN_BYTES, MAX_BYTES = 64, 512 * 1024
 MAX_PER_ROOT = 3_000
 _SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "locale", "ssl"})
-# What people know by sight comes first.
+# Well-known types come first.
 _FAVOURITES = (
     *(".py", ".so", ".pyc", ".json", ".html", ".css", ".js", ".png", ".svg", ".gz", ".zip", ".pdf", ".xml", ".sh"),
     *(".c", ".h", ".md", ".txt", ".yaml", ".toml", ".conf", ".service", ".pem", ".crt", ".csv", ".db", ".ttf", ".mo"),
@@ -24,7 +24,7 @@ _FAVOURITES = (
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A file and the answer that a never frozen model gives for it."""
+    """A file, and the answer of a model that is never frozen."""
 
     path: Path
     content: bytes
@@ -32,7 +32,7 @@ class Sample:
 
 
 def pick_samples(count: int) -> list[Sample]:
-    """`count` readable files, one of each extension, favourites first. Takes about a second.
+    """`count` readable files, one per extension, well-known types first. Takes about a second.
 
     Raises PreconditionError DEMO_NEEDS_MAGIKA without the extra `demo`.
     """
@@ -43,7 +43,7 @@ def pick_samples(count: int) -> list[Sample]:
     except ImportError as error:
         raise PreconditionError(
             "DEMO_NEEDS_MAGIKA",
-            f"the demo's model is not installed ({error.name}): run `scripts/demo`, which sets it up, "
+            f"the demo's model is not installed ({error.name}); run `scripts/demo`, which installs it, "
             "or `pip install 'hibernode[demo]'`",
         ) from error
     magika = Magika()
@@ -64,7 +64,7 @@ def _choose(count: int) -> list[Path]:
 
 
 def _candidates() -> Iterator[Path]:
-    """From the places every Linux machine has, and from this Python's own."""
+    """Files of folders that every Linux machine has, and of this Python."""
     stdlib = sysconfig.get_paths()["stdlib"]
     roots = ("/etc", "/usr/bin", stdlib, "/usr/include", "/usr/share", "/usr/lib")
     for root in roots:
@@ -72,7 +72,7 @@ def _candidates() -> Iterator[Path]:
 
 
 def _files(folder: str, budget: list[int]) -> Iterator[Path]:
-    """Regular files of a sensible size that we may read, always in the same order; `budget` entries are looked at."""
+    """Readable files of a suitable size in a fixed order. `budget[0]`: entries left to visit."""
     try:
         with os.scandir(folder) as entries:
             inside = sorted(entries, key=lambda entry: entry.name)
@@ -97,7 +97,7 @@ def _suits(entry: os.DirEntry[str]) -> bool:
 
 
 def difference(answer: Mapping[str, object], sample: Sample) -> str:
-    """In what the answer is another than the unfrozen one; "" if in nothing."""
+    """Describes how the answer differs from the expected one; "" if it does not."""
     expected = sample.expected
     keys = [*expected, *(key for key in answer if key not in expected)]
     return ", ".join(

@@ -1,7 +1,7 @@
-"""`python -I -S guard.py STATE_DIR remove|keep`: ends a demo's instances when the demo itself was killed.
+"""`python -I -S guard.py STATE_DIR remove|keep`: ends a demo's instances after the demo was killed.
 
-Waits on stdin: "bye" means that everything was ended in order. An end without it means that the demo is gone; its
-daemons follow it by SIGTERM, and what they leave on purpose, their instances, is killed here. Standard library only.
+Waits on stdin. "bye" means that the demo has ended everything. If stdin ends without it, the demo was killed: its
+daemons get SIGTERM (child.py) but leave their instances running, which are killed here. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 PATIENCE_S, DEADLINE_S = 30.0, 45.0
-"""Until daemons that do not follow SIGTERM are killed, and until the guard gives up."""
+"""Until daemons that ignore SIGTERM are killed, and until the guard gives up."""
 POLL_S = 0.1
 
 
@@ -73,7 +73,7 @@ def _daemons(state_dir: Path) -> Iterator[int]:
 
 
 def _kill(pid: int) -> None:
-    """SIGKILL ends frozen and stopped processes too."""
+    """Sends SIGKILL, which ends frozen and stopped processes too."""
     with suppress(OSError):
         os.kill(pid, signal.SIGKILL)
 
@@ -89,7 +89,7 @@ def _cgroups(state_dir: Path) -> Iterator[Path]:
 
 
 def _remove_cgroup(cgroup: Path) -> None:
-    """It is empty once its processes are reaped; its parent is ours too, and goes with the last of them."""
+    """Removes the cgroup, empty once its processes are reaped, and then the agent's parent cgroup if empty."""
     for folder in (cgroup, cgroup.parent):
         try:
             folder.rmdir()

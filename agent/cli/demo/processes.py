@@ -1,7 +1,7 @@
-"""The processes of a demo: started in sessions of their own, watched, ended in order, and never left behind.
+"""Starts, checks and stops a demo's processes, each in its own session.
 
-A daemon gets SIGTERM when the demo dies, however it dies (child.py); instances outlive their agent by design, so a
-guard process (guard.py) ends those when the demo is gone without having said so.
+A daemon gets SIGTERM when the demo ends in any way (child.py). Instances outlive their agent by design; a guard process
+(guard.py) ends them if the demo was killed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TAIL_LINES = 15
 
 
 class DemoProcesses:
-    """Children by name; each writes to `<logs>/<name>.log`."""
+    """Child processes by name; each writes to `<logs>/<name>.log`."""
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
@@ -33,9 +33,9 @@ class DemoProcesses:
     # ---- starting -----------------------------------------------------------------------------------------------
 
     def start(self, name: str, environment: Mapping[str, str], module: str, *arguments: str) -> None:
-        """Run `python -m module *arguments`. Call it on the main thread: the child's life is tied to its thread.
+        """Runs `python -m module *arguments` without a terminal, so that Ctrl-C reaches only the demo.
 
-        stdin is no terminal, and a Ctrl-C there is for the demo alone.
+        Call it on the main thread: the child gets SIGTERM when the thread that started it ends.
         """
         child = ("-m", "agent.cli.demo.child", str(os.getpid()), module, *arguments)
         with (self._logs / f"{name}.log").open("ab") as log:
@@ -49,7 +49,7 @@ class DemoProcesses:
             )
 
     def start_guard(self, state_dir: Path, *, remove: bool) -> None:
-        """From now on instances end with the demo, whatever happens to it. `remove`: and the folder goes."""
+        """Starts the guard, which ends instances with the demo. `remove`: it also removes the folder."""
         program = Path(__file__).with_name("guard.py")
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", str(program), str(state_dir), "remove" if remove else "keep"],
@@ -61,7 +61,7 @@ class DemoProcesses:
         )
 
     async def wait_for(self, name: str, reached: Callable[[], bool], deadline_s: float) -> None:
-        """Until `reached()`. Raises UnavailableError DEMO_PROCESS_ENDED or DEMO_NOT_READY with the end of the log."""
+        """Waits until `reached()`. Raises UnavailableError DEMO_PROCESS_ENDED or DEMO_NOT_READY with the log's end."""
 
         async def ready() -> bool:
             self.check(name)
@@ -79,7 +79,7 @@ class DemoProcesses:
                 raise UnavailableError("DEMO_PROCESS_ENDED", f"the {name} ended with {code}.\n{self.tail(name)}")
 
     def tail(self, name: str) -> str:
-        """The last lines of a log, with its name above them."""
+        """The last lines of a log, with a heading."""
         try:
             lines = (self._logs / f"{name}.log").read_text(errors="replace").splitlines()
         except OSError:
@@ -98,7 +98,7 @@ class DemoProcesses:
     # ---- ending -------------------------------------------------------------------------------------------------
 
     async def stop(self, name: str) -> bool:
-        """SIGTERM, then SIGKILL after a deadline. False if it had to be killed."""
+        """Sends SIGTERM, and SIGKILL after a deadline. False if it was killed."""
         child = self._children.pop(name, None)
         if child is None:
             return True
@@ -111,11 +111,11 @@ class DemoProcesses:
         return False
 
     async def dismiss_guard(self) -> None:
-        """Everything has been ended in order."""
+        """Ends the guard: everything has been stopped properly."""
         await self._end_guard(b"bye\n", KILL_S)
 
     async def release_guard(self) -> None:
-        """It was not: let the guard do what it is for, and wait for it."""
+        """Lets the guard end what is left, and waits for it."""
         await self._end_guard(b"", STOP_S)
 
     async def _end_guard(self, word: bytes, deadline_s: float) -> None:
@@ -133,7 +133,7 @@ class DemoProcesses:
 
 
 async def comes_true(reached: Callable[[], Awaitable[bool]], deadline_s: float) -> bool:
-    """Ask again and again, for what other processes do and no API tells of. False if it is not so by the deadline."""
+    """Polls a condition of other processes. False if it is not reached by the deadline."""
     try:
         async with asyncio.timeout(deadline_s):
             while not await reached():  # noqa: ASYNC110 - there is nothing to wait on

@@ -1,4 +1,4 @@
-"""What a demo says at its end: how often and how fast instances woke, what ran, and what it costs."""
+"""A demo's final report: wakes with their times, usage and costs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent.cli.daemon_calls import pages
 from agent.core.errors import HibernodeError
 from agent.core.types import SECOND_NS
 from agent.v1 import node_service_pb2, types_pb2, usage_service_pb2
@@ -18,7 +19,7 @@ MICROSECONDS_PER_MS = 1000
 
 @dataclass(slots=True)
 class DemoReport:
-    """The figures. Times in the unit of the name; costs are decimal numbers as text, rounded once, by the scheduler."""
+    """The figures. Costs are decimal numbers as text, rounded by the scheduler."""
 
     requests: int = 0
     failed: int = 0
@@ -47,7 +48,7 @@ class DemoReport:
     home: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """The one object of `--json`."""
+        """The object printed by `--json`."""
         return {
             "requests": self.requests,
             "failed": self.failed,
@@ -78,18 +79,18 @@ class DemoReport:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of all are not above; 0 for none."""
+    """The smallest value that at least `share` of the values do not exceed; 0 without values."""
     ranked = sorted(values)
     return ranked[max(0, -(-int(share * 1000) * len(ranked) // 1000) - 1)] if ranked else 0.0
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:
-    """{"p50", "p99", "n"}, milliseconds to the microsecond."""
+    """{"p50", "p99", "n"}, in milliseconds with microseconds."""
     return {"p50": round(percentile(values, 0.5), 3), "p99": round(percentile(values, 0.99), 3), "n": len(values)}
 
 
 def driver_times_ms(operations: Iterable[Any]) -> list[float]:
-    """The driver's own part of each wake, from the emulated driver's log: restore and the unlock that follows."""
+    """The driver's part of each wake, from the emulated driver's log: a restore and the unlock after it."""
     restores: dict[int, int] = {}
     found = []
     for one in operations:
@@ -103,7 +104,7 @@ def driver_times_ms(operations: Iterable[Any]) -> list[float]:
 
 
 def union_ns(path: Path) -> int:
-    """Time with at least one request executing, by instance, as the programs themselves recorded it."""
+    """Sum over instances of the time with at least one request, from the programs' own records."""
     spans: dict[str, list[tuple[int, int]]] = {}
     for line in path.read_text().splitlines():
         one = json.loads(line)
@@ -120,25 +121,23 @@ def union_ns(path: Path) -> int:
 async def collect_usage(
     report: DemoReport, agent: Any, scheduler: Any, instances: Sequence[types_pb2.Instance]
 ) -> None:
-    """Fill in usage and costs, from the scheduler, once it has every sealed window of the node (or the wait ends)."""
+    """Adds usage and costs from the scheduler once it has every sealed window of the node, or after CALL_S."""
     from agent.cli.commands.usage import list_usage
     from agent.cli.demo.processes import comes_true
 
     report.usage_complete = await comes_true(lambda: _all_arrived(agent, scheduler, instances), CALL_S)
-    whole = await list_usage(scheduler, usage_service_pb2.ListUsageRequest(page_size=500))
+    whole = await list_usage(scheduler, usage_service_pb2.ListUsageRequest())
     _fill_in(report, whole)
 
 
 async def _all_arrived(agent: Any, scheduler: Any, instances: Sequence[types_pb2.Instance]) -> bool:
-    """Has the scheduler the windows before each open one, and all of an ended instance's time?"""
+    """Whether the scheduler has all windows before each open one, and the whole time of ended instances."""
     from agent.cli.commands.usage import list_usage
 
-    request = usage_service_pb2.ListUsageRequest(
-        page_size=500, grouping=usage_service_pb2.ListUsageRequest.GROUPING_INSTANCE
-    )
+    request = usage_service_pb2.ListUsageRequest(grouping=usage_service_pb2.ListUsageRequest.GROUPING_INSTANCE)
     windows_of: dict[str, int] = {}
     metered_ns: dict[str, int] = {}
-    for row in (await list_usage(scheduler, request)).rows:  # one for each GPU model and price
+    for row in (await list_usage(scheduler, request)).rows:  # one per GPU model and price
         windows_of[row.instance_uid] = windows_of.get(row.instance_uid, 0) + row.window_count
         row_ns = row.active_ns + row.idle_ns + row.unbilled_ns
         metered_ns[row.instance_uid] = metered_ns.get(row.instance_uid, 0) + row_ns
@@ -153,15 +152,10 @@ async def _all_arrived(agent: Any, scheduler: Any, instances: Sequence[types_pb2
 
 
 async def _open_windows(agent: Any) -> dict[str, int]:
-    """Of each instance that lives: the number of its open window, which is how many there are before it."""
-    request = node_service_pb2.ListUsageWindowsRequest(page_size=1000, include_open=True)
-    found: dict[str, int] = {}
-    while True:
-        page = await agent.call(agent.nodes.ListUsageWindows, request, CALL_S)
-        found.update({window.instance_uid: window.seq for window in page.windows if not window.sealed})
-        request.page_token = page.next_page_token
-        if not page.next_page_token:
-            return found
+    """The number of each living instance's open window, which equals the count of windows before it."""
+    request = node_service_pb2.ListUsageWindowsRequest(include_open=True)
+    listing = pages(agent, agent.nodes.ListUsageWindows, request)
+    return {window.instance_uid: window.seq async for page in listing for window in page.windows if not window.sealed}
 
 
 def _fill_in(report: DemoReport, whole: usage_service_pb2.ListUsageResponse) -> None:
@@ -176,7 +170,7 @@ def _fill_in(report: DemoReport, whole: usage_service_pb2.ListUsageResponse) -> 
 
 
 def driver_log(directory: Path) -> list[float]:
-    """`driver_times_ms` of a running driver; nothing if it can't be asked."""
+    """`driver_times_ms` of a running driver; empty if it does not answer."""
     from agent.emulated.control import EmulatedDriver
 
     try:
@@ -187,16 +181,16 @@ def driver_log(directory: Path) -> list[float]:
 
 
 def show(report: DemoReport) -> None:
-    """The tables, on stdout."""
+    """Prints the tables on stdout."""
     from agent.cli.console.output import show_table, show_text
     from agent.cli.console.units import money
 
     show_text("\n")
     rows = [
-        ("a wake, from its GPU's grant to RUNNING", report.wake_ms),
-        ("  of it the (emulated) driver's own time", report.driver_ms),
-        ("what waking added to a request, seen by its client", report.wake_request_ms),
-        ("a freeze, from its decision to FROZEN", report.freeze_ms),
+        ("a wake, from the GPU's grant to RUNNING", report.wake_ms),
+        ("  of which the (emulated) driver", report.driver_ms),
+        ("delay of a request by a wake, seen by its client", report.wake_request_ms),
+        ("a freeze, from the decision to FROZEN", report.freeze_ms),
     ]
     table = [(name, f"{len(v)}", f"{percentile(v, 0.5):.2f}", f"{percentile(v, 0.99):.2f}") for name, v in rows]
     show_table(("", "TIMES", "P50 MS", "P99 MS"), table, right=("TIMES", "P50 MS", "P99 MS"))
@@ -207,24 +201,20 @@ def show(report: DemoReport) -> None:
         ("requests", f"{report.requests}", f"{report.failed} failed; {_identical(report)}"),
         ("freezes, wakes", f"{report.freezes}, {report.wakes}", f"{report.instances} instances on {report.gpus} GPUs"),
         ("active", f"{report.active_ns / SECOND_NS:.3f} s", _by_the_app(report)),
-        ("idle", f"{report.idle_ns / SECOND_NS:.3f} s", "asleep or waiting for work"),
+        ("idle", f"{report.idle_ns / SECOND_NS:.3f} s", "frozen or waiting for requests"),
         ("cost", f"{money(report.cost)} {report.unit}", saved),
-        (
-            "always on",
-            f"{money(report.always_on_cost)} {report.unit}",
-            "the same instances for the same time, all active",
-        ),
+        ("always on", f"{money(report.always_on_cost)} {report.unit}", "the same instances and time, all active"),
     ]
     show_table(("", "", ""), summary)
     if not report.usage_complete:
-        show_text("\nNot all usage had arrived at the scheduler: the costs above are a part.\n")
+        show_text("\nThe scheduler has not received all usage yet: the costs above are incomplete.\n")
 
 
 def _identical(report: DemoReport) -> str:
     if report.answers_identical:
-        return f"all {report.answers_compared} answers as without freezing"
+        return f"all {report.answers_compared} answers equal those without freezing"
     return "ANSWERS DIFFER from those without freezing"
 
 
 def _by_the_app(report: DemoReport) -> str:
-    return f"by the programs' own records {report.app_active_ns / SECOND_NS:.3f} s"
+    return f"{report.app_active_ns / SECOND_NS:.3f} s by the programs' own records"

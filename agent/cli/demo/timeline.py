@@ -1,4 +1,4 @@
-"""What a person sees of a demo while it runs: one line for everything that happens, as it happens."""
+"""A demo's output while it runs: one line per event."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, TextIO
 
 from agent.cli.console.output import clean, console
 from agent.cli.console.units import wall_ns
+from agent.cli.daemon_calls import pages
 from agent.core.types import SECOND_NS
 from agent.v1 import instance_service_pb2, types_pb2
+from agent.wire.convert_time import time_to_proto
 
-CALL_S = 10.0
 NS_PER_MS = 1_000_000
 NOTEWORTHY_WAIT_MS = 5.0
-PAGE = 1000
 
 _SHOWN = {
     "STARTING": ("starting", "yellow"),
@@ -28,7 +28,7 @@ _SHOWN = {
 
 
 class Timeline:
-    """Lines on `stream`, each with the seconds since the start."""
+    """Prints lines to `stream`, each with the seconds since the start."""
 
     PAUSE_S = 0.1
 
@@ -42,18 +42,18 @@ class Timeline:
         self.freeze_ms: list[float] = []
 
     def alias(self, uid: str) -> str:
-        """A name that fits into a line: #1, #2 ..."""
+        """A short name of the instance: #1, #2 ..."""
         return self._aliases.setdefault(uid, f"#{len(self._aliases) + 1}")
 
-    def say(self, text: str) -> None:
-        """A step of ours."""
+    def step(self, text: str) -> None:
+        """Prints a step of the demo."""
         self._line("", text, "")
 
     def trouble(self, text: str) -> None:
         self._line("!", text, "red")
 
     def requests(self, answers: Sequence[tuple[Path, dict[str, Any] | None]], wakes_ms: Sequence[float]) -> None:
-        """A round of requests has been answered."""
+        """Prints the answers to a round of requests."""
         good = [(path, answer) for path, answer in answers if answer is not None]
         if len(answers) == 1 and good:
             path, answer = good[0]
@@ -68,28 +68,21 @@ class Timeline:
         self._line("request", text, "bold")
 
     async def follow(self, agent: Any) -> None:
-        """Show the node's events until cancelled."""
+        """Prints the node's events until cancelled."""
         while True:
             await self.catch_up(agent)
             await asyncio.sleep(self.PAUSE_S)  # the API has no stream of events
 
     async def catch_up(self, agent: Any) -> None:
-        """Show what has happened so far."""
+        """Prints the events so far."""
         for event in await self._events(agent, self._since_ns):
             self._since_ns = max(self._since_ns, _wall_ns(event))
             self._show(event)
 
     async def _events(self, agent: Any, since: int) -> list[types_pb2.Event]:
-        from agent.wire.convert_time import time_to_proto
-
-        request = instance_service_pb2.ListEventsRequest(page_size=PAGE, since=time_to_proto(since))
-        found: list[types_pb2.Event] = []
-        while True:
-            page = await agent.call(agent.instances.ListEvents, request, CALL_S)
-            found += page.events
-            request.page_token = page.next_page_token
-            if not page.next_page_token:
-                return found
+        request = instance_service_pb2.ListEventsRequest(since=time_to_proto(since))
+        listing = pages(agent, agent.instances.ListEvents, request)
+        return [event async for page in listing for event in page.events]
 
     def _show(self, event: types_pb2.Event) -> None:
         at = _wall_ns(event)
@@ -119,7 +112,7 @@ class Timeline:
             case ("RESTORING", "RUNNING") | ("FREEZING", "FROZEN"):
                 text += f" in {took_ms:.1f} ms{self._waited(event.instance_uid) if state == 'RUNNING' else ''}"
             case ("STARTING", "RUNNING"):
-                text += f", its model in GPU memory, {took_ms / 1000:.1f} s after it was wanted"
+                text += f", its model in GPU memory, {took_ms / 1000:.1f} s after its creation"
             case _, "FAILED":
                 text += f": {event.attributes.get('reason', '')} {event.message}"
             case _:
@@ -127,20 +120,20 @@ class Timeline:
         self._line(self.alias(event.instance_uid), text, style, _wall_ns(event))
 
     def _waited(self, uid: str) -> str:
-        """Was a GPU lent for this wake?"""
+        """The time the wake waited for a GPU, if noteworthy."""
         entered = self._entered[uid]
         waited_ms = (entered.get("RESTORING", 0) - entered.get("WAITING_GPU", 0)) / NS_PER_MS
         return f", after {waited_ms:.0f} ms of waiting for a GPU" if NOTEWORTHY_WAIT_MS < waited_ms < 1e6 else ""
 
-    def _line(self, who: str, text: str, style: str, at_wall_ns: int = 0) -> None:
+    def _line(self, subject: str, text: str, style: str, at_wall_ns: int = 0) -> None:
         from rich.text import Text
 
         line = Text(f"{((at_wall_ns or wall_ns()) - self._began_ns) / SECOND_NS:6.1f} s  ", style="dim")
-        line.append(f"{who:<8}", style="bold")
+        line.append(f"{subject:<8}", style="bold")
         line.append("\n".join(clean(part) for part in text.splitlines()), style=style)
         try:
             self._console.print(line, soft_wrap=True)
-        except (OSError, SystemExit):  # rich's way to say that nobody reads any more (`| head`): no reason to stop
+        except (OSError, SystemExit):  # the reader has closed the pipe (`| head`); rich raises SystemExit
             self._console.quiet = True
 
 

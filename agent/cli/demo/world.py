@@ -1,10 +1,10 @@
-"""A demo's own small data centre: an emulated driver, a scheduler and an agent, in one folder that is a HIBERNODE_HOME.
+"""A demo's driver, scheduler and agent, in one folder that is a HIBERNODE_HOME.
 
-    DIR/emulated/   the driver: sockets, libraries        DIR/logs/          what each process wrote
+    DIR/emulated/   the driver: sockets, libraries        DIR/logs/          output of each process
     DIR/scheduler/  state directory, token                DIR/*.yaml         configurations and the example's s.yaml
-    DIR/agent/      state directory, node's credential    DIR/requests.jsonl the example's own record of its requests
+    DIR/agent/      state directory, node's credential    DIR/requests.jsonl the example's record of its requests
 
-All ports are any free ones; several demos may run beside one another.
+All ports are free ones, so several demos can run at the same time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GPUS, GPU_GIB, GPU_MODEL, PROFILE = 2, 16, "L20", "580"
 INSTANCES_PER_GPU = 2
 BUILD_S, START_S, DELETE_S, CALL_S = 120.0, 30.0, 25.0, 10.0
 UNPRIVILEGED_USER = "nobody"
-Say = Callable[[str], None]
+PrintStep = Callable[[str], None]
 
 _ANY = {"host": "127.0.0.1", "port": 0}
 _MAY_RUN = """
@@ -42,14 +42,14 @@ sys.exit(not all(os.access(path, os.R_OK) for path in sys.argv[1:]))
 
 
 class DemoWorld:
-    """See the module. Made and ended by `demo_world`."""
+    """The demo's processes and folder; `demo_world` starts and ends it."""
 
-    def __init__(self, home: Path, say: Say) -> None:
+    def __init__(self, home: Path, print_step: PrintStep) -> None:
         self.home = home
         self.processes = DemoProcesses(home / "logs")
         self.user = ""
         self.gateway = ""
-        self._say = say
+        self._print_step = print_step
 
     @property
     def request_log(self) -> Path:
@@ -62,7 +62,7 @@ class DemoWorld:
     # ---- start --------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Everything up, in order. Raises HibernodeError with the end of the log of what did not come up."""
+        """Starts all processes in order. Raises HibernodeError with the end of the log of one that does not start."""
         self._start_driver()
         self._start_daemon("scheduler", self._scheduler_config())
         await self.processes.wait_for("driver", (self.driver_dir / "ready").exists, BUILD_S)
@@ -75,19 +75,19 @@ class DemoWorld:
 
     def _environment(self) -> dict[str, str]:
         environment = {**os.environ, "HIBERNODE_DEMO": str(self.home), "GRPC_ENABLE_FORK_SUPPORT": "0"}
-        if not os.access(os.path.expanduser("~"), os.W_OK):  # the compiled driver is cached in the user's home
+        if not os.access(os.path.expanduser("~"), os.W_OK):  # the compiled driver is cached there
             environment["XDG_CACHE_HOME"] = str(self.home / "cache")
         environment.pop("NOTIFY_SOCKET", None)
         return environment
 
     def _start_driver(self) -> None:
-        self._say(f"building and starting an emulated NVIDIA driver {PROFILE} with {GPUS} GPUs")
+        self._print_step(f"building and starting an emulated NVIDIA driver {PROFILE} with {GPUS} GPUs")
         options = {"--dir": self.driver_dir, "--gpus": GPUS, "--gib": GPU_GIB, "--model": GPU_MODEL}
         arguments = [str(word) for pair in {**options, "--profile": PROFILE}.items() for word in pair]
         self.processes.start("driver", self._environment(), "agent.cli.main", "emulated", "up", *arguments)
 
     def _start_daemon(self, name: str, config: dict[str, Any]) -> None:
-        self._say(f"starting the {name}")
+        self._print_step(f"starting the {name}")
         path = self.home / f"{name}.yaml"
         path.write_text(f"# Made by `hibernode demo`.\n{yaml.safe_dump(config, sort_keys=False)}")
         environment = self._environment()
@@ -140,7 +140,7 @@ class DemoWorld:
         }
 
     def _choose_user(self) -> str:
-        """The account of the instances: one that owns nothing, where that can be had."""
+        """The instances' account: `nobody` if this process is root and `nobody` can run the example, else ""."""
         if os.geteuid() != 0:
             return ""
         needs = [str(self.driver_dir / "lib" / "libcuda.so.1"), str(self.driver_dir / "driver.sock")]
@@ -160,7 +160,7 @@ class DemoWorld:
         return UNPRIVILEGED_USER if done.returncode == 0 else ""
 
     async def _wait_for_node(self) -> None:
-        """Until the scheduler gives it work."""
+        """Waits until the scheduler reports the node READY."""
         from agent.v1 import scheduler_service_pb2, types_pb2
 
         async with self.scheduler() as channel:
@@ -211,27 +211,27 @@ class DemoWorld:
                 raise DeadlineError("DEMO_INSTANCES_LEFT", f"instances still run after {DELETE_S:g} s")
 
     async def stop(self) -> None:
-        """Instances through the API, then agent, scheduler and driver. Never raises; says what went wrong."""
+        """Stops the instances through the API, then agent, scheduler and driver. Prints errors instead of raising."""
         try:
             if "agent" in self.processes.names:
                 self.processes.check("agent", "scheduler")
                 await self.remove_functions()
                 await self._stop_instances()
         except (HibernodeError, KeyError) as error:
-            self._say(f"instances could not be stopped in order ({str(error).splitlines()[0] or 'too slow'})")
+            self._print_step(f"the instances were not stopped properly ({str(error).splitlines()[0] or 'too slow'})")
             clean = False
         else:
             clean = True
         for name in ("agent", "scheduler", "driver"):
             if not await self.processes.stop(name):
-                self._say(f"the {name} did not end in time and was killed")
+                self._print_step(f"the {name} did not end in time and was killed")
         if clean:
             await self.processes.dismiss_guard()
         else:
             await self.processes.release_guard()
 
     async def _stop_instances(self) -> None:
-        """What was made on the node itself (`hibernode create`), which the scheduler does not know."""
+        """Stops instances of `hibernode create`, which the scheduler does not know."""
         from agent.cli.commands.ps import list_instances
         from agent.v1 import instance_service_pb2
 
@@ -242,7 +242,7 @@ class DemoWorld:
 
 
 def _own_user() -> str:
-    """Where no other account will do. As root it has to be said."""
+    """The account to name if `nobody` can't run instances; the agent requires it of root."""
     return "root" if os.geteuid() == 0 else ""
 
 
@@ -253,17 +253,17 @@ def _group_of(user: str) -> int:
 
 
 @asynccontextmanager
-async def demo_world(state_dir: Path | None, say: Say) -> AsyncIterator[DemoWorld]:
-    """A started world; at the end, whatever happened, everything is ended, and a folder that we made is removed."""
+async def demo_world(state_dir: Path | None, print_step: PrintStep) -> AsyncIterator[DemoWorld]:
+    """Starts a demo's world. At the end everything is stopped, and a temporary folder is removed."""
     home = _prepare(state_dir)
-    world = DemoWorld(home, say)
+    world = DemoWorld(home, print_step)
     world.processes.start_guard(home, remove=state_dir is None)
     try:
         try:
             await world.start()
             yield world
         finally:
-            say("stopping the instances, the agent, the scheduler and the driver")
+            print_step("stopping the instances, the agent, the scheduler and the driver")
             await _uninterrupted(world.stop())
     finally:
         if state_dir is None:
@@ -271,7 +271,7 @@ async def demo_world(state_dir: Path | None, say: Say) -> AsyncIterator[DemoWorl
 
 
 async def _uninterrupted(work: Any) -> None:
-    """A second Ctrl-C must not leave processes behind; every step of `work` has its own deadline."""
+    """Completes `work` despite a second Ctrl-C. Every step of `work` has its own deadline."""
     task = asyncio.ensure_future(work)
     while not task.done():
         try:
@@ -282,7 +282,7 @@ async def _uninterrupted(work: Any) -> None:
 
 
 def _prepare(state_dir: Path | None) -> Path:
-    """The folder, in which no demo may be running. Other users may pass through it, to the driver's libraries."""
+    """Prepares the folder; other users may traverse it to the driver's libraries. Raises PreconditionError."""
     home = Path(tempfile.mkdtemp(prefix="hibernode-demo-")) if state_dir is None else state_dir.absolute()
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -305,7 +305,7 @@ def _prepare(state_dir: Path | None) -> Path:
 
 
 def _refuse_running(home: Path) -> None:
-    """A daemon holds its state directory's lock as long as it lives."""
+    """Raises PreconditionError if a running daemon holds the lock of its state directory."""
     import fcntl
 
     for name in ("agent", "scheduler"):
@@ -315,14 +315,13 @@ def _refuse_running(home: Path) -> None:
         except FileNotFoundError:
             continue
         except BlockingIOError:
-            raise PreconditionError(
-                "DEMO_RUNNING", f"a demo runs in {home} already; stop it, or choose another --state-dir"
-            ) from None
-        (home / name / "endpoints.json").unlink(missing_ok=True)  # left by one that was killed
+            text = f"a demo runs in {home} already; stop it, or choose another --state-dir"
+            raise PreconditionError("DEMO_RUNNING", text) from None
+        (home / name / "endpoints.json").unlink(missing_ok=True)  # left by a killed daemon
 
 
 def _write_credential(path: Path) -> None:
-    """The node's own token: agent and scheduler know each other by it."""
+    """Writes the token that the agent and the scheduler authenticate with."""
     if path.exists():
         return
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -1,1 +1,1 @@
-"""`hibernode doctor`."""
+"""`hibernode doctor`: checks of a host, and the selftest."""

@@ -1,5 +1,5 @@
-"""What `hibernode doctor` finds out about this host by itself. Each check is a `CapabilityLine`; none changes anything
-but one empty cgroup that is made and removed again."""
+"""Checks of `hibernode doctor` on this host, each a `CapabilityLine`. They only create and remove
+one empty cgroup."""
 
 from __future__ import annotations
 
@@ -8,82 +8,91 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agent.core.gpus.capabilities import ASK_THE_KERNEL
+from agent.cli.console.output import clean, show_table, show_text
+from agent.core.gpus.capabilities import CHECK_KERNEL_LOG
 from agent.core.snapshots import CapabilityLine
 from agent.core.types import GIB
 
-LOOK_DEADLINE_S = 25.0
+CHECK_DEADLINE_S = 25.0
 KILL_DEADLINE_S = 2.0
 MAX_ANSWER_BYTES = 1 << 20
 
 
 def host_lines(config: Path | None) -> list[CapabilityLine]:
-    """Everything that can be said without an agent. `config`: the agent's, None = its defaults."""
+    """All checks that need no agent. `config`: the agent's file; None = its defaults."""
     gpu_bytes, lines = gpu_lines(config)
     if gpu_bytes:
         lines.append(memory_line(gpu_bytes, Path("/proc/meminfo")))
     return [*lines, *system_lines()]
 
 
+def show_lines(lines: Sequence[CapabilityLine]) -> None:
+    """Prints a table of checks, then each fix on its own line, so that its commands can be copied. Failures first."""
+    show_table(("CHECK", "LEVEL", "FOUND"), ((one.name, one.level, one.reason) for one in lines))
+    to_do = sorted((line for line in lines if line.fix), key=lambda line: line.level != "FAIL")
+    show_text("".join(["\n", *(f"fix for {line.name}: {clean(line.fix)}\n" for line in to_do)]) if to_do else "")
+
+
 def system_lines() -> list[CapabilityLine]:
-    """What the agent needs of the host besides its GPUs."""
+    """Checks of the host apart from its GPUs."""
     return [cgroup_line(Path("/proc/self")), compiler_line()]
 
 
 def gpu_lines(config: Path | None) -> tuple[int, list[CapabilityLine]]:
-    """The GPUs' memory, and driver and GPUs as the agent would judge them. Asked in a process of its own
-    (`daemons/host_check.py`), which is left behind if it hangs in the driver and can't even be killed."""
-    # -P: a folder named `agent` where somebody happens to stand must not be looked into.
+    """Total GPU memory in bytes, and the agent's checks of driver and GPUs. They run in a separate process
+    (`daemons/host_check.py`), which is abandoned if it hangs in the driver and can't be killed."""
+    # -P: never import a folder `agent` of the working directory.
     command = [sys.executable, "-P", "-m", "agent.daemons.host_check"]
-    answer, said = _ask(command if config is None else [*command, "--config", str(config)])
+    answer, last_words = _run(command if config is None else [*command, "--config", str(config)])
     if answer is None:
-        text = f"the driver does not answer within {LOOK_DEADLINE_S:g} s"
-        return 0, [CapabilityLine("driver", "FAIL", text, ASK_THE_KERNEL)]
+        text = f"the driver does not answer within {CHECK_DEADLINE_S:g} s"
+        return 0, [CapabilityLine("driver", "FAIL", text, CHECK_KERNEL_LOG)]
     try:
         document: dict[str, Any] = json.loads(answer.splitlines()[-1])
         lines = [CapabilityLine(**check) for check in document["checks"]]
         return int(document["gpu_memory_bytes"]), lines
     except (ValueError, KeyError, TypeError, IndexError):
-        text = f"looking at the driver ended in the middle: {said or 'without a word'}"
-        fix = "reinstall the NVIDIA driver, 580 or newer; does nvidia-smi work?"
+        text = f"the check of the driver failed: {last_words or 'no message'}"
+        fix = "check nvidia-smi; reinstall the NVIDIA driver, 580 or newer"
         return 0, [CapabilityLine("driver", "FAIL", text, fix)]
 
 
-def _ask(command: list[str]) -> tuple[bytes | None, str]:
-    """What the program printed (None: it did not end in time), and its last word on stderr or how it died."""
+def _run(command: list[str]) -> tuple[bytes | None, str]:
+    """The program's stdout (None: it did not end in time), and its last line of stderr or the signal that ended it."""
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
-            answer, error = process.communicate(timeout=LOOK_DEADLINE_S)
+            answer, error = process.communicate(timeout=CHECK_DEADLINE_S)
         except subprocess.TimeoutExpired:
             process.kill()
             with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=KILL_DEADLINE_S)
             if process.poll() is None:
-                process.returncode = 0  # stuck in the kernel: leaving this block must not wait for it
+                process.returncode = 0  # stuck in the kernel: Popen must not wait for it
             return None, ""
-    words = error.decode(errors="replace").strip().splitlines()
+    lines = error.decode(errors="replace").strip().splitlines()
     died = f"signal {-process.returncode}" if process.returncode < 0 else ""
-    return answer[:MAX_ANSWER_BYTES], words[-1][:300] if words else died
+    return answer[:MAX_ANSWER_BYTES], lines[-1][:300] if lines else died
 
 
 def memory_line(gpu_bytes: int, meminfo: Path) -> CapabilityLine:
-    """A frozen instance's GPU memory lies in host memory."""
+    """Compares host memory with GPU memory, since a frozen instance's GPU memory is in host memory."""
     host = next(
         (int(line.split()[1]) << 10 for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:")), 0
     )
     text = f"{host / GIB:.0f} GiB on the host, {gpu_bytes / GIB:.0f} GiB on the GPUs"
     if gpu_bytes > host:
-        fix = "add memory, or expect instances to stay awake with HOST_MEMORY_SHORT"
-        return CapabilityLine("memory", "WARN", f"{text}: not all of it can sleep at once", fix)
+        fix = "add memory, or expect some instances to stay awake with HOST_MEMORY_SHORT"
+        return CapabilityLine("memory", "WARN", f"{text}: not all of it can be frozen at once", fix)
     return _ok("memory", text)
 
 
 def cgroup_line(proc_self: Path) -> CapabilityLine:
-    """cgroup v2 with its freezer, writable: made sure of by making a group."""
+    """Checks that cgroup v2 is writable and has a freezer, by creating a group."""
     fix = "run as root, with /sys/fs/cgroup writable (in a container: mount it rw, or --privileged --cgroupns=host)"
     point = _v2_mount((proc_self / "mountinfo").read_text())
     if point is None:
@@ -100,8 +109,8 @@ def cgroup_line(proc_self: Path) -> CapabilityLine:
                 return _ok("cgroup", f"v2 at {parent}, writable, with freezer")
         finally:
             probe.rmdir()
-        return _warn_cgroup(f"the kernel's freezer is missing at {parent}", "use kernel 5.2 or newer")
-    return _warn_cgroup(f"no cgroup can be made at {point}", fix)
+        return _warn_cgroup(f"no cgroup freezer at {parent}", "use kernel 5.2 or newer")
+    return _warn_cgroup(f"cannot create a cgroup at {point}", fix)
 
 
 def _v2_mount(mountinfo: str) -> Path | None:
@@ -113,7 +122,7 @@ def _v2_mount(mountinfo: str) -> Path | None:
 
 
 def compiler_line() -> CapabilityLine:
-    """Only the emulated driver needs one."""
+    """Checks for a C compiler, which the emulated driver needs."""
     for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
         if name and shutil.which(name):
             return _ok("compiler", f"{shutil.which(name)}, for the emulated driver")

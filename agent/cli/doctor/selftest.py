@@ -1,7 +1,7 @@
-"""`hibernode doctor --selftest`: runs the selftest as a process of its own, tells of its progress, shows its report.
+"""`hibernode doctor --selftest`: runs the selftest in a separate process, prints its progress and its report.
 
-The process holds GPU, cgroup and the CUDA program; whatever ends this command, it sees its stdin end and takes them
-down. If it is killed itself, the program dies with it and this command removes the empty cgroup.
+The process owns the GPU, the cgroup and the CUDA program. It removes them when its stdin ends, however this command
+ends. If the process is killed, its program dies with it and this command removes the empty cgroup.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from agent.exit_codes import ExitCode
 
 LEAST_GIB = 0.01
 SURVEY_DEADLINE_S = 120.0
-"""Until the process says how long it may take."""
+"""Until the process reports its own deadline."""
 
 SPARE_S = 90.0
-"""For the process to end by itself after its deadline, or after a signal."""
+"""Time for the process to end after its deadline or a signal."""
 
 KILL_DEADLINE_S = 5.0
 
 QUIET_S = 2.0
-"""A step is told of once it has taken that long."""
+"""A step is printed once it has taken this long."""
 
 _EXITS = {
     "PROVED": ExitCode.OK,
@@ -51,24 +51,24 @@ _EXITS = {
 
 @dataclass(slots=True)
 class _Running:
-    """What the process has told so far."""
+    """The process's messages so far."""
 
     deadline: float
     cgroup: str = ""
     step: str = ""
-    told: bool = True
+    printed: bool = True
     since: float = field(default_factory=time.monotonic)
     report: dict[str, Any] | None = None
 
-    def take(self, message: dict[str, Any]) -> None:
-        """One line of the process."""
-        self.step, self.told, self.since = "", True, time.monotonic()
+    def handle(self, message: dict[str, Any]) -> None:
+        """Handles one message of the process."""
+        self.step, self.printed, self.since = "", True, time.monotonic()
         match message:
             case {"begun": begun}:
                 self.deadline = time.monotonic() + begun["deadline_s"] + SPARE_S
                 self.cgroup = begun["cgroup"]
             case {"step": text}:
-                self.step, self.told = text, False
+                self.step, self.printed = text, False
             case {"done": text}:
                 note(text)
             case {"report": report}:
@@ -76,15 +76,15 @@ class _Running:
             case _:
                 pass
 
-    def tell_if_slow(self) -> None:
-        if not self.told and time.monotonic() - self.since >= QUIET_S:
-            self.told = True
+    def print_slow_step(self) -> None:
+        if not self.printed and time.monotonic() - self.since >= QUIET_S:
+            self.printed = True
             note(f"{self.step} ...")
 
 
 @dataclass(frozen=True, slots=True)
 class SelftestOptions:
-    """What the options of a selftest say."""
+    """Values of the selftest's options."""
 
     gib: float
     runs: int
@@ -95,19 +95,19 @@ class SelftestOptions:
 def selftest_options(command: F) -> F:
     """The options of `doctor --selftest`."""
     options = (
-        click.option("--selftest", is_flag=True, help="Freeze and wake a CUDA program here, and compare every byte."),
+        click.option("--selftest", is_flag=True, help="Freeze and wake a CUDA program, and compare every byte."),
         click.option(
             "--gib",
             type=click.FloatRange(min=LEAST_GIB, max=2048),
             metavar="N",
-            help="GPU memory to freeze, such as 0.5 [1]; as much as your models use proves most.",
+            help="GPU memory to freeze, such as 0.5 [1]; use as much as your models do.",
         ),
-        click.option("--runs", type=click.IntRange(1, 1000), metavar="K", help="Freezes and wakes that count [3]."),
-        click.option("--gpu", metavar="GPU", help="Its UUID or index; default: the one with the most free memory."),
         click.option(
-            "--against",
-            type=click.Choice(["utility"]),
-            help="Also by the cuda-checkpoint program, in turn, for a comparison.",
+            "--runs", type=click.IntRange(1, 1000), metavar="K", help="Number of measured freezes and wakes [3]."
+        ),
+        click.option("--gpu", metavar="GPU", help="UUID or index; default: the GPU with the most free memory."),
+        click.option(
+            "--against", type=click.Choice(["utility"]), help="Alternate with the cuda-checkpoint program and compare."
         ),
     )
     for option in reversed(options):
@@ -115,37 +115,31 @@ def selftest_options(command: F) -> F:
     return command
 
 
-def selftest_wanted(
-    context: click.Context,
-    *,
-    selftest: bool,
-    gib: float | None,
-    runs: int | None,
-    gpu: str | None,
-    against: str | None,
+def parse_selftest_options(
+    context: click.Context, *, selftest: bool, gib: float | None, runs: int | None, gpu: str | None, against: str | None
 ) -> SelftestOptions | None:
-    """None: no selftest. Raises UsageError for options of one without it."""
+    """The options; None without --selftest. Raises UsageError for the other options without it."""
     given = {"--gib": gib, "--runs": runs, "--gpu": gpu, "--against": against}
-    alone = [name for name, value in given.items() if value is not None]
-    if alone and not selftest:
-        raise click.UsageError(f"{alone[0]} belongs to a selftest: say --selftest too", context)
+    names = [name for name, value in given.items() if value is not None]
+    if names and not selftest:
+        raise click.UsageError(f"{names[0]} requires --selftest", context)
     return SelftestOptions(gib or 1.0, runs or 3, gpu or "", against or "") if selftest else None
 
 
-def run_selftest(wanted: SelftestOptions, config: Path | None) -> ExitCode:
-    """Run it to its end and show the report; `config` is the agent's file, None = its defaults.
+def run_selftest(options: SelftestOptions, config: Path | None) -> ExitCode:
+    """Runs the selftest and shows its report. `config`: the agent's file; None = its defaults.
 
     Raises KeyboardInterrupt, UnavailableError SELFTEST_ENDED, DeadlineError SELFTEST_TIMEOUT.
     """
     command = [
         *(sys.executable, "-P", "-m", "agent.selftest.run"),
-        *("--size-bytes", str(round(wanted.gib * GIB)), "--runs", str(wanted.runs)),
-        *("--gpu", wanted.gpu, "--against", wanted.against),
+        *("--size-bytes", str(round(options.gib * GIB)), "--runs", str(options.runs)),
+        *("--gpu", options.gpu, "--against", options.against),
         *(("--config", str(config)) if config else ()),
     ]
     interrupted = signal.signal(signal.SIGTERM, _interrupt)
     running = _Running(time.monotonic() + SURVEY_DEADLINE_S)
-    # In a session of its own: a terminal's Ctrl-C is passed on by us, once.
+    # A separate session: Ctrl-C reaches the process only through this command.
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     try:
         _follow(process, running)
@@ -157,11 +151,10 @@ def run_selftest(wanted: SelftestOptions, config: Path | None) -> ExitCode:
         signal.signal(signal.SIGTERM, interrupted)
         _end(process, running)
     if running.report is None:
-        if process.returncode == ExitCode.USAGE:  # it has said what is wrong with the agent's configuration
+        if process.returncode == ExitCode.USAGE:  # it has printed an error of the agent's configuration
             return ExitCode.USAGE
-        raise UnavailableError(
-            "SELFTEST_ENDED", f"the selftest's process ended in the middle (exit {process.returncode}), see above"
-        )
+        text = f"the selftest's process ended without a report (exit {process.returncode}); see above"
+        raise UnavailableError("SELFTEST_ENDED", text)
     if cli_options().json:
         show_json(running.report)
     else:
@@ -170,27 +163,27 @@ def run_selftest(wanted: SelftestOptions, config: Path | None) -> ExitCode:
 
 
 def _follow(process: subprocess.Popen[bytes], running: _Running) -> None:
-    """Read until the process closes its stdout."""
+    """Reads messages until the process closes its stdout."""
     assert process.stdout is not None
     received = b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while True:
             if time.monotonic() > running.deadline:
-                raise DeadlineError("SELFTEST_TIMEOUT", f"the selftest does not answer; it was at: {running.step}")
+                raise DeadlineError("SELFTEST_TIMEOUT", f"the selftest does not answer; its last step: {running.step}")
             if not selector.select(QUIET_S / 4):
-                running.tell_if_slow()
+                running.print_slow_step()
                 continue
             part = os.read(process.stdout.fileno(), 1 << 16)
             if not part:
                 return
             *lines, received = (received + part).split(b"\n")
             for line in lines:
-                running.take(_message(line))
+                running.handle(_message(line))
 
 
 def _message(line: bytes) -> dict[str, Any]:
-    """A library that prints to stdout must not end the test: its words are shown as progress."""
+    """Parses a message. Other output, such as a library's, is shown as progress."""
     try:
         found = json.loads(line)
     except ValueError:
@@ -199,7 +192,7 @@ def _message(line: bytes) -> dict[str, Any]:
 
 
 def _end(process: subprocess.Popen[bytes], running: _Running) -> None:
-    """Nothing stays: the process takes down what it made when its stdin ends; one that can't is killed."""
+    """Ends the process: it cleans up when its stdin ends, and is killed if it does not end in time."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.close()
@@ -207,7 +200,7 @@ def _end(process: subprocess.Popen[bytes], running: _Running) -> None:
         process.wait(SPARE_S)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         process.kill()
-        with suppress(subprocess.TimeoutExpired):  # stuck in the kernel: nobody waits for it any longer
+        with suppress(subprocess.TimeoutExpired):  # stuck in the kernel
             process.wait(KILL_DEADLINE_S)
     process.stdout.close()
     if running.cgroup:
@@ -216,9 +209,9 @@ def _end(process: subprocess.Popen[bytes], running: _Running) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    """A killed process's cgroup, once its program has died too; one in use stays."""
-    give_up = time.monotonic() + 5.0
-    while folder.exists() and time.monotonic() < give_up:
+    """Removes the cgroup of a killed process once its program has died; keeps one in use."""
+    deadline = time.monotonic() + 5.0
+    while folder.exists() and time.monotonic() < deadline:
         with suppress(OSError):
             if (folder / "cgroup.events").read_text().startswith("populated 1"):
                 time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""A selftest's report for people. Its keys are those of `agent.selftest.run`."""
+"""Formats a selftest's report as text. Its keys are those of `agent.selftest.run`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from agent.cli.console.output import show_table, show_text
-from agent.cli.doctor.lines import show_lines
+from agent.cli.doctor.checks import show_lines
 from agent.core.snapshots import CapabilityLine
 from agent.core.types import GIB
 
 _STEPS = (
-    ("freeze, all of it", "freeze_s", ""),
+    ("freeze, total", "freeze_s", ""),
     ("  lock", "lock_s", ""),
     ("  checkpoint", "checkpoint_s", "checkpoint_gb_s"),
     ("  stop threads", "cgroup_freeze_s", ""),
-    ("wake, all of it", "wake_s", ""),
+    ("wake, total", "wake_s", ""),
     ("  thaw", "thaw_s", ""),
     ("  restore", "restore_s", "restore_gb_s"),
     ("  unlock", "unlock_s", ""),
@@ -26,17 +26,17 @@ _PINNED = (
 )
 _SPREAD = ("median", "min", "max")
 _HEADLINES = {
-    "PROVED": "PROVED on {where}: GPU memory freezes and wakes without losing a byte.",
+    "PROVED": "PROVED on {where}: GPU memory is frozen and woken without losing a byte.",
     "FAILED": "FAILED on {where}: this host must not freeze instances.",
-    "MEMORY_CHANGED": "MEMORY CHANGED on {where}. THIS HOST MUST NOT FREEZE INSTANCES: their models would compute "
-    "wrong answers, and nobody would see it.",
-    "NOT_RUN": "NOT RUN: something is missing, and nothing was frozen.",
-    "TIMED_OUT": "TIMED OUT on {where}: something did not come back; this host must not freeze instances.",
+    "MEMORY_CHANGED": "MEMORY CHANGED on {where}. THIS HOST MUST NOT FREEZE INSTANCES: their models would "
+    "silently compute wrong answers.",
+    "NOT_RUN": "NOT RUN: a requirement is missing; nothing was frozen.",
+    "TIMED_OUT": "TIMED OUT on {where}: a step did not end; this host must not freeze instances.",
 }
 
 
 def show_report(report: dict[str, Any]) -> None:
-    """Checks, figures, verdict."""
+    """Prints checks, figures and verdict on stdout."""
     show_lines([CapabilityLine(**check) for check in report["checks"]])
     counted = [run for run in report["runs"] if run["counted"]]
     if counted:
@@ -44,12 +44,12 @@ def show_report(report: dict[str, Any]) -> None:
         _show_figures(report)
         unavailable = counted[-1]["pinned"]["unavailable"]
         if unavailable:
-            show_text(f"no pinned copy to compare with: {unavailable}\n")
+            show_text(f"no pinned copy for comparison: {unavailable}\n")
     show_text(f"\n{_HEADLINES[report['verdict']['proof']].format(where=_where(report))}\n")
 
 
 def _where(report: dict[str, Any]) -> str:
-    """Which device, above all: figures of an emulated one must not pass for hardware's."""
+    """The device and driver, so that figures of an emulated one are not taken for hardware's."""
     gpu = report["host"]["gpu"]
     return f"{gpu['model']}, driver {report['host']['driver']}" if gpu else "this host"
 
@@ -57,8 +57,8 @@ def _where(report: dict[str, Any]) -> str:
 def _what(report: dict[str, Any], runs: int) -> str:
     size = f"{report['size_bytes'] / GIB:g} GiB in {report['allocations']} allocations"
     return (
-        f"{_where(report)}: {size}, {runs} run{'s' if runs > 1 else ''} after a warm-up that does not count.\n"
-        "Medians, (least-most); GB/s inside the driver's call.\n"
+        f"{_where(report)}: {size}, {runs} run{'s' if runs > 1 else ''} after a warm-up that is not counted.\n"
+        "Median (min-max); GB/s within the driver's call.\n"
     )
 
 
@@ -89,7 +89,7 @@ def _pinned(summary: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def _seconds(spread: dict[str, float]) -> str:
-    """`404 ms (398-412)`, `1.25 s (1.2-1.31)`: one unit a cell, three digits that matter."""
+    """`404 ms (398-412)`, `1.25 s (1.2-1.31)`: one unit per cell, three significant digits."""
     unit, factor = ("s", 1.0) if spread["median"] >= 1 else ("ms", 1000.0)
     return _with_spread([_short(spread[key] * factor) for key in _SPREAD], f" {unit}")
 

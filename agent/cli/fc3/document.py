@@ -1,8 +1,8 @@
-"""An s.yaml as plain data with the line of every key, its variables filled in.
+"""Reads an s.yaml into plain data with the line of every key, and substitutes its variables.
 
-`${vars.a.b}` stands for a value of the file's `vars` (which may use others), `${env('NAME')}` and
-`${env('NAME', 'default')}` for a variable of the environment. A value that is one such expression takes the type of
-what it stands for; inside a text it becomes text. `$${` or `\\${` writes a literal `${`.
+`${vars.a.b}` is a value of the file's `vars` (which may use others); `${env('NAME')}` and `${env('NAME', 'default')}`
+are environment variables. A value that is one expression takes the type of its result; within a text the result becomes
+text. `$${` or `\\${` is a literal `${`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from agent.core.errors import ConfigError
 KeyPath = tuple[str | int, ...]
 
 MAX_VALUES = 20_000
-"""Aliases can make a small file huge; more values than this are a mistake, or an attack."""
+"""Limits files whose aliases expand to a huge document."""
 MAX_DEPTH = 50
 MAX_TEXT_CHARS = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A scalar: what YAML makes of it, and how it is written (a variable `on` must not become `True`)."""
+    """A scalar: its YAML value, and its text in the file (a variable `on` must not become `True`)."""
 
     value: object
     written: str
@@ -36,18 +36,18 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """`tree`: dicts, lists and `Text`s. `lines`: the line of each key and item, from 1. `name`: for messages."""
+    """A parsed file. `name`: for errors. `tree`: dicts, lists, `Text`s. `lines`: line of each key and item, from 1."""
 
     name: str
     tree: object
     lines: Mapping[KeyPath, int]
 
     def wrong(self, path: KeyPath, problem: str) -> ConfigError:
-        """The error about what stands at `path`, with file, line and key path."""
+        """An error about the value at `path`, with file, line and key path."""
         return ConfigError("S_YAML_INVALID", f"{self.at(path)}: {problem}", file=self.name, key=dotted(path))
 
     def at(self, path: KeyPath) -> str:
-        """`s.yaml:12: resources.a.props.timeout`; the line of the nearest key there is."""
+        """`s.yaml:12: resources.a.props.timeout`; the line is that of the nearest existing key."""
         known = path
         while known and known not in self.lines:
             known = known[:-1]
@@ -55,7 +55,7 @@ class Document:
         return f"{self.name}:{line}: {dotted(path)}" if path else f"{self.name}:{line}"
 
     def lookup(self, path: KeyPath) -> object:
-        """What is there, or None."""
+        """The value at `path`, or None."""
         found = self.tree
         for key in path:
             match found, key:
@@ -74,7 +74,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def plain(tree: object) -> object:
-    """The tree with plain values instead of `Text`s."""
+    """The tree with the YAML values of its `Text`s."""
     match tree:
         case Text():
             return tree.value
@@ -87,7 +87,7 @@ def plain(tree: object) -> object:
 
 
 def read_document(path: Path, environment: Mapping[str, str] = os.environ) -> Document:
-    """The file, parsed and filled in. Raises ConfigError naming file, line and key."""
+    """Parses the file and substitutes its variables. Raises ConfigError naming file, line and key."""
     name = path.name
     try:
         with path.open("rb") as file:
@@ -98,7 +98,7 @@ def read_document(path: Path, environment: Mapping[str, str] = os.environ) -> Do
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError("S_YAML_INVALID", f"{path} is larger than {MAX_FILE_BYTES} bytes; is it the right file?")
     if path.suffix == ".json":
-        content = content.replace(b"\t", b"  ")  # YAML takes all of JSON but its tabs, which can only be layout there
+        content = content.replace(b"\t", b"  ")  # YAML accepts JSON except for tabs, which are only layout in JSON
     loader = None
     try:
         loader = yaml.SafeLoader(content)
@@ -114,11 +114,11 @@ def read_document(path: Path, environment: Mapping[str, str] = os.environ) -> Do
     finally:
         if loader is not None:
             loader.dispose()
-    return _Filler(Document(name, tree, reader.lines), environment).filled()
+    return _Substitution(Document(name, tree, reader.lines), environment).result()
 
 
 class _Reader:
-    """YAML nodes to `Text`s, lists and dicts, noting lines."""
+    """Converts YAML nodes to `Text`s, lists and dicts, and records their lines."""
 
     def __init__(self, name: str, loader: yaml.SafeLoader) -> None:
         self.lines: dict[KeyPath, int] = {}
@@ -130,9 +130,8 @@ class _Reader:
         self.lines.setdefault(path, node.start_mark.line + 1)
         self._count += 1
         if self._count > MAX_VALUES or depth > MAX_DEPTH:
-            raise self._document.wrong(
-                path, "the file has too many values, or nests them too deep; is it the right one?"
-            )
+            text = "the file has too many values, or nests them too deeply; is it the right file?"
+            raise self._document.wrong(path, text)
         match node:
             case yaml.ScalarNode():
                 return Text(self._loader.construct_object(node), node.value)
@@ -141,7 +140,7 @@ class _Reader:
             case yaml.MappingNode():
                 return self._mapping(node, path, depth)
             case _:
-                raise self._document.wrong(path, "only mappings, lists and plain values are known here")
+                raise self._document.wrong(path, "only mappings, lists and plain values are supported")
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath, depth: int) -> dict[str, object]:
         self._refuse_repeated(node, path)
@@ -156,7 +155,7 @@ class _Reader:
         return found
 
     def _refuse_repeated(self, node: yaml.MappingNode, path: KeyPath) -> None:
-        """Of a key written twice YAML keeps the last in silence. What a merge key brings may be overwritten."""
+        """Refuses a repeated key, of which YAML would silently keep the last. Keys of a merge may be overwritten."""
         seen: set[str] = set()
         for key_node, _ in node.value:
             if isinstance(key_node, yaml.ScalarNode):
@@ -175,22 +174,22 @@ _ENV = re.compile(
 )
 
 
-class _Filler:
-    """Replaces the expressions of a document."""
+class _Substitution:
+    """Substitutes the expressions of a document."""
 
     def __init__(self, document: Document, environment: Mapping[str, str]) -> None:
         self._document = document
         self._environment = environment
         self._count = 0
 
-    def filled(self) -> Document:
+    def result(self) -> Document:
         return Document(self._document.name, self._fill(self._document.tree, (), ()), self._document.lines)
 
     def _fill(self, tree: object, path: KeyPath, within: tuple[KeyPath, ...]) -> object:
-        """`path`: where an error is shown. `within`: the variables being filled in, to notice a circle."""
+        """`path`: for errors. `within`: the variables being substituted, to detect a cycle."""
         self._count += 1
         if self._count > MAX_VALUES:
-            raise self._document.wrong(path, "the variables make too many values; is it the right file?")
+            raise self._document.wrong(path, "the variables expand to too many values; is it the right file?")
         match tree:
             case Text(value=str()):
                 return self._text(tree, path, within)
@@ -210,17 +209,16 @@ class _Filler:
             if found["escaped"]:
                 return "${"
             if found["open"]:
-                raise self._document.wrong(path, "`${` has no `}`; write `$${` for the characters themselves")
+                raise self._document.wrong(path, "`${` has no `}`; write `$${` for a literal `${`")
             value = self._value(found["inner"].strip(), path, within)
             if not isinstance(value, Text):
-                raise self._document.wrong(
-                    path, f"${{{found['inner']}}} is a list or a mapping and can't be part of a text"
-                )
+                text = f"${{{found['inner']}}} is a list or a mapping and can't be part of a text"
+                raise self._document.wrong(path, text)
             return value.written
 
         filled = _EXPRESSION.sub(part, text.written)
         if len(filled) > MAX_TEXT_CHARS:
-            raise self._document.wrong(path, f"is longer than {MAX_TEXT_CHARS} characters with its variables filled in")
+            raise self._document.wrong(path, f"is longer than {MAX_TEXT_CHARS} characters after substitution")
         return Text(filled, filled)
 
     def _value(self, expression: str, path: KeyPath, within: tuple[KeyPath, ...]) -> object:
@@ -229,22 +227,17 @@ class _Filler:
         if env := _ENV.fullmatch(expression):
             found = self._environment.get(env["name"], env["default"])
             if found is None:
-                raise self._document.wrong(
-                    path, f"the environment has no variable {env['name']}; export it, or give a default"
-                )
+                raise self._document.wrong(path, f"the environment has no variable {env['name']}; export it")
             return Text(found, found)
-        raise self._document.wrong(
-            path,
-            f"${{{expression[:60]}}} is not known here, only ${{vars.NAME}} and ${{env('NAME')}}; "
-            "write `$${` for the characters themselves",
-        )
+        supported = "use ${vars.NAME} or ${env('NAME')}, or `$${` for a literal `${`"
+        raise self._document.wrong(path, f"unknown expression ${{{expression[:60]}}}; {supported}")
 
     def _variable(self, variable: KeyPath, path: KeyPath, within: tuple[KeyPath, ...]) -> object:
         if variable in within:
-            raise self._document.wrong(path, f"{dotted(variable)} is defined by itself")
+            raise self._document.wrong(path, f"{dotted(variable)} refers to itself")
         found = self._document.lookup(variable)
         if found is None:
             known = self._document.lookup(("vars",))
             names = ", ".join(f"vars.{key}" for key in known) if isinstance(known, dict) and known else "none"
-            raise self._document.wrong(path, f"unknown variable ${{{dotted(variable)}}}; there are: {names}")
+            raise self._document.wrong(path, f"unknown variable ${{{dotted(variable)}}}; defined: {names}")
         return self._fill(found, path, (*within, variable))

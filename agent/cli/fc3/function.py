@@ -1,4 +1,4 @@
-"""Props of an s.yaml -> core's FunctionSpec, with notes on what was accepted and may surprise."""
+"""Converts the props of an s.yaml to core's FunctionSpec, with notes for warnings."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from agent.core.types import (
 from agent.core.types import Hook as CoreHook
 
 Note = tuple[tuple[str, ...], str]
-"""Keys under the props, and what to say about them."""
+"""A key path under the props, and a warning about it."""
 
 _MOST = (("memorySize", "memory_size", 32_768), ("cpu", "cpu", 16))
 _MOST_GPU_MEMORY = 24_576
 
 
 def function_of(props: Props) -> tuple[FunctionSpec, list[Note]]:
-    """The spec, complete, and the notes."""
+    """The complete spec, and notes for warnings."""
     container = props.custom_container_config
     ours = props.hibernode
     base = FunctionSpec(name=props.function_name)
@@ -65,22 +65,20 @@ def function_of(props: Props) -> tuple[FunctionSpec, list[Note]]:
     return function, list(_notes(props, gpu))
 
 
-def said_of(ours: Hibernode) -> frozenset[str]:
-    """Fields of the spec that the file names although the scheduler has defaults for them."""
+def explicit_fields(ours: Hibernode) -> frozenset[str]:
+    """Fields with a default of the scheduler that the file sets."""
     fields = ("dispatch", "wake_factor", "queue_length", "queue_timeout_ns")
     return frozenset(name for name in fields if getattr(ours, name) is not msgspec.UNSET)
 
 
 def _gpu(props: Props) -> GpuNeed:
-    """Whole GPUs: one where the file names a GPU in any way, else none; `hibernode.gpus` says it outright."""
+    """`hibernode.gpus`, else one GPU if the file has any GPU setting, else none."""
     config = props.gpu_config
     named = config is not None or props.gpu_memory_size is not None
     count = props.hibernode.gpus if props.hibernode.gpus is not None else int(named)
     memory = (config.gpu_memory_size if config is not None else None) or props.gpu_memory_size or 0
     return GpuNeed(
-        count=count,
-        gpu_type=(config.gpu_type if config is not None else None) or "",
-        memory_bytes=memory * MIB,
+        count=count, gpu_type=(config.gpu_type if config is not None else None) or "", memory_bytes=memory * MIB
     )
 
 
@@ -101,7 +99,7 @@ def _container(props: Props) -> ContainerOptions:
 
 def _hooks(config: InstanceLifecycleConfig | None) -> Hooks:
     def hook(given: HookProps | None) -> CoreHook | None:
-        # A hook that is a command has no HTTP path to answer on: calling it would fail the start.
+        # A hook with a command has no HTTP handler; calling it would fail the start.
         return None if given is None or given.command else CoreHook(timeout_ns=given.timeout * SECOND_NS)
 
     if config is None:
@@ -135,7 +133,7 @@ def _idle(props: Props, gpu: GpuNeed) -> IdlePolicy:
     if ours.idle is not None:
         mode = IdleMode(ours.idle.upper())
     elif _always_on(props) or gpu.count != 1:
-        mode = IdleMode.NEVER  # several GPUs sleep only if the function says so itself
+        mode = IdleMode.NEVER  # several GPUs freeze only if hibernode.idle requests it
     else:
         mode = base.mode
     return IdlePolicy(
@@ -148,17 +146,17 @@ def _idle(props: Props, gpu: GpuNeed) -> IdlePolicy:
 def _notes(props: Props, gpu: GpuNeed) -> Iterator[Note]:
     for key, attribute, most in _MOST:
         if getattr(props, attribute) > most:
-            yield (key,), f"is more than Function Compute's {most}; fine here if a host has it"
+            yield (key,), f"exceeds Function Compute's {most}; works if a host has enough"
     if gpu.memory_bytes > _MOST_GPU_MEMORY * MIB:
-        yield ("gpuConfig", "gpuMemorySize"), f"is more than Function Compute's {_MOST_GPU_MEMORY}; fine here"
+        yield ("gpuConfig", "gpuMemorySize"), f"exceeds Function Compute's {_MOST_GPU_MEMORY}; works here"
     if props.disk_size not in (512, 10_240):
-        yield ("diskSize",), "is neither 512 nor 10240, the sizes of Function Compute; fine here"
+        yield ("diskSize",), "is neither 512 nor 10240, Function Compute's sizes; works here"
     if props.gpu_memory_size is not None:
         yield ("gpuMemorySize",), _about_top_level_memory(props)
     if not gpu.count:
-        yield ("functionName",), "the function has no gpuConfig: its instances get no GPU and are never frozen"
+        yield ("functionName",), "has no gpuConfig: the instances get no GPU and are never frozen"
     if gpu.count > 1 and props.hibernode.idle is None and not _always_on(props):
-        yield ("hibernode", "gpus"), "several GPUs are never frozen unless hibernode.idle says require or prefer"
+        yield (("hibernode", "gpus"), "several GPUs are never frozen unless hibernode.idle is require or prefer")
     if _always_on(props) and props.hibernode.idle not in (None, "never"):
         yield ("hibernode", "idle"), "overrides alwaysAllocateGPU"
     lifecycle = props.instance_lifecycle_config or InstanceLifecycleConfig()
@@ -169,16 +167,13 @@ def _notes(props: Props, gpu: GpuNeed) -> Iterator[Note]:
     )
     for key, hook in hooks:
         if hook is not None and hook.command:
-            yield (
-                ("instanceLifecycleConfig", key, "command"),
-                "is not run: only hooks with a handler are called, by HTTP",
-            )
+            yield ("instanceLifecycleConfig", key, "command"), "is not run: only HTTP hooks with a handler are called"
 
 
 def _about_top_level_memory(props: Props) -> str:
     config = props.gpu_config
     if config is None:
-        return "belongs into gpuConfig; taken from here"
+        return "belongs in gpuConfig; used anyway"
     if config.gpu_memory_size is None:
-        return "belongs into gpuConfig, which has none; taken from here"
-    return "belongs into gpuConfig; the value there counts"
+        return "belongs in gpuConfig, which has none; used anyway"
+    return "belongs in gpuConfig; the value there is used"

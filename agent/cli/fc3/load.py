@@ -1,7 +1,7 @@
-"""`s.yaml` files of Serverless Devs' fc3 component -> what is deployed here.
+"""Loads `s.yaml` files of Serverless Devs' fc3 component.
 
-Everything a file says is either used, refused with its line and key, or named in a warning; nothing is dropped in
-silence. The words are fc3's; what Hibernode adds stands under the props in `hibernode:` (schema.py).
+Every key is used, refused with its line, or named in a warning. Keys are fc3's; Hibernode's own are under `hibernode:`
+in the props (schema.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from agent.cli.fc3.document import Document, KeyPath, Text, plain, read_document
-from agent.cli.fc3.function import function_of, said_of
+from agent.cli.fc3.function import explicit_fields, function_of
 from agent.cli.fc3.provision import provision_to_proto, target_of, texts_as_written
 from agent.cli.fc3.schema import IGNORED, Props, Trigger, camel
 from agent.config import convert
@@ -38,8 +38,8 @@ _AS_WRITTEN: tuple[KeyPath, ...] = (
     ("hibernode", "extraHosts"),
     ("hibernode", "nodeLabels"),
 )
-"""Texts that YAML may take for something else: a password 0123 is no number, and a user 1000:1000 is not 61000."""
-_PLACES: dict[str, KeyPath] = {
+"""Texts that YAML would convert: a password 0123 to a number, a user 1000:1000 to 61000."""
+_KEYS: dict[str, KeyPath] = {
     "container.shm_bytes": ("hibernode", "shmSize"),
     "container.user": ("hibernode", "user"),
     "container.extra_hosts": ("hibernode", "extraHosts"),
@@ -48,7 +48,7 @@ _PLACES: dict[str, KeyPath] = {
     "environment": ("environmentVariables",),
     "node_labels": ("hibernode", "nodeLabels"),
 }
-"""Where core's fields stand in the file, for what only core can judge."""
+"""Keys of core's fields, for errors found by core's rules."""
 _TOP = {"edition", "name", "access", "vars", "resources"}
 _UNUSED_TOP = {"actions", "env", "extend", "flow", "params", "template", "use"}
 _RESOURCE = {"component", "props", "access"}
@@ -57,7 +57,7 @@ _UNUSED_RESOURCE = {"actions", "extend", "type", "description"}
 
 @dataclass(frozen=True, slots=True)
 class HttpTrigger:
-    """Who may call over HTTP; no methods means all."""
+    """An HTTP trigger; no methods means all."""
 
     name: str
     auth_type: Literal["anonymous", "function", "jwt"]
@@ -66,23 +66,27 @@ class HttpTrigger:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """One function of the file. `target` is None where the file names none; `provision`: its schedule and policies,
-    None where it has no provisionConfig. `unsaid`: fields of the spec for which the file says nothing and the scheduler
-    has a default of its own (queue_length, queue_timeout_ns, ...)."""
+    """One function of the file.
+
+    - `target`: None if the file has none
+    - `provision`: schedules and policies; None without provisionConfig
+    - `unset_fields`: fields with a default of the scheduler (queue_length, queue_timeout_ns, ...) that the file does
+      not set
+    """
 
     resource: str
     function: FunctionSpec
     triggers: tuple[HttpTrigger, ...]
     target: int | None
     provision: ProvisionConfig | None = None
-    unsaid: frozenset[str] = frozenset()
+    unset_fields: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
 
 def load_s_yaml(path: Path, resource: str = "", environment: Mapping[str, str] | None = None) -> list[Deployment]:
-    """The functions of the file in its order, or only the one of the resource named `resource`.
+    """The functions of the file in its order, or only that of `resource`.
 
-    `environment` is for `${env('NAME')}`; None is the process's own. Raises ConfigError naming file, line and key,
+    `environment` is used for `${env('NAME')}`; None means os.environ. Raises ConfigError naming file, line and key, and
     NotFoundError RESOURCE_NOT_FOUND.
     """
     document = read_document(path) if environment is None else read_document(path, environment)
@@ -91,7 +95,7 @@ def load_s_yaml(path: Path, resource: str = "", environment: Mapping[str, str] |
     if not isinstance(resources, dict) or not resources:
         raise document.wrong(("resources",), "is required: a mapping of names to resources with component and props")
     if resource and resource not in resources:
-        text = f"{document.name} has no resource {resource!r}; there are: {', '.join(resources)}"
+        text = f"{document.name} has no resource {resource!r}; it has: {', '.join(resources)}"
         raise NotFoundError("RESOURCE_NOT_FOUND", text, resource=resource)
     found: list[Deployment] = []
     for name in [resource] if resource else resources:
@@ -109,15 +113,13 @@ def load_s_yaml(path: Path, resource: str = "", environment: Mapping[str, str] |
     for one in found:
         if names.count(one.function.name) > 1:
             path_of_name = ("resources", one.resource, "props", "functionName")
-            raise document.wrong(
-                path_of_name, f"{one.function.name!r} is there twice; functions have names of their own"
-            )
+            raise document.wrong(path_of_name, f"{one.function.name!r} is repeated; function names must be unique")
     return found
 
 
 def _check_top(document: Document) -> Iterator[str]:
     if not isinstance(document.tree, dict):
-        raise document.wrong((), "an s.yaml is a mapping with `edition`, `name` and `resources`")
+        raise document.wrong((), "must be a mapping with `edition`, `name` and `resources`")
     edition = document.lookup(("edition",))
     if edition is not None and not (isinstance(edition, Text) and re.fullmatch(r"3(\.\d+)*", edition.written)):
         raise document.wrong(("edition",), "must be 3.0.0; files of edition 1 (component fc) have other keys")
@@ -168,15 +170,16 @@ def _deployment(document: Document, resource: str) -> Deployment:
         triggers=_triggers(document, props.triggers or (), props_path, warnings),
         target=target_of(props.provision_config),
         provision=_provision(document, props_path, props),
-        unsaid=frozenset({"queue_length", "queue_timeout_ns", "dispatch", "wake_factor"}) - said_of(props.hibernode),
+        unset_fields=frozenset({"queue_length", "queue_timeout_ns", "dispatch", "wake_factor"})
+        - explicit_fields(props.hibernode),
         warnings=tuple(warnings),
     )
 
 
 def _in_the_file(function: FunctionSpec, error: InvalidArgumentError) -> tuple[KeyPath, str]:
-    """Where under the props and what, for a breach of core's rules (`container.volumes[0].host_path: must be ...`)."""
+    """Key path under the props and message of a core rule's error (`container.volumes[0].host_path: must be ...`)."""
     field = str(error.metadata.get("field", ""))
-    name = max((name for name in _PLACES if field.startswith(name)), key=len, default="")
+    name = max((name for name in _KEYS if field.startswith(name)), key=len, default="")
     if not name:
         return (), error.message
     steps: list[str | int] = []
@@ -185,14 +188,14 @@ def _in_the_file(function: FunctionSpec, error: InvalidArgumentError) -> tuple[K
             steps.append(function.container.extra_hosts[int(index)][0])  # a mapping in the file
         else:
             steps.append(int(index) if index else camel(key) if key.islower() else key)
-    return (*_PLACES[name], *steps), error.message.removeprefix(f"{field}: ")
+    return (*_KEYS[name], *steps), error.message.removeprefix(f"{field}: ")
 
 
 # --- keys ------------------------------------------------------------------------------------
 
 
 class _Pruner:
-    """Takes out what means nothing here, with a warning each, so that what remains can be read strictly."""
+    """Removes keys without an effect, with a warning for each, so that the rest can be parsed strictly."""
 
     def __init__(self, document: Document, warnings: list[str]) -> None:
         self._document = document
@@ -227,7 +230,7 @@ class _Pruner:
 
     def _left_out(self, name: str, path: KeyPath, known: list[str]) -> None:
         if name.startswith("triggers[].triggerConfig") and name not in IGNORED and not self._is_http(path[:-2]):
-            return  # the trigger itself is warned about
+            return  # the trigger itself gets a warning
         if name not in IGNORED:
             self._warnings.append(_unknown(self._document, path, known))
         elif IGNORED[name]:
@@ -239,25 +242,25 @@ class _Pruner:
 
 
 def _unknown(document: Document, path: KeyPath, known: list[str]) -> str:
-    """A warning for a key that nobody knows; what looks like a slip of the pen is refused instead."""
+    """A warning about an unknown key. Raises ConfigError if it looks like a typo."""
     close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.8)
     if close:
         raise document.wrong(path, f"unknown key; did you mean {close[0]}?")
-    return f"{document.at(path)}: is not known here and has no effect"
+    return f"{document.at(path)}: unknown key, has no effect"
 
 
 # --- values ----------------------------------------------------------------------------------
 
 
 def _prepared(document: Document, used: dict[str, object], path: KeyPath) -> dict[str, object]:
-    """Plain values; variables as they are written, durations with their unit, absent sections left out."""
+    """Plain values, with `_AS_WRITTEN` as text, units added to durations, and empty sections removed."""
     provision = used.get("provisionConfig")
     if isinstance(provision, dict):
         used = used | {"provisionConfig": texts_as_written(provision)}
     values = plain(used)
     assert isinstance(values, dict)
-    for place in _AS_WRITTEN:
-        _take_as_written(document, path, used, values, place)
+    for key_path in _AS_WRITTEN:
+        _take_as_written(document, path, used, values, key_path)
     ours = values.get("hibernode")
     if isinstance(ours, dict):
         for key in _DURATIONS:
@@ -274,20 +277,20 @@ def _prepared(document: Document, used: dict[str, object], path: KeyPath) -> dic
 
 
 def _take_as_written(
-    document: Document, path: KeyPath, used: dict[str, object], values: dict[str, object], place: KeyPath
+    document: Document, path: KeyPath, used: dict[str, object], values: dict[str, object], key_path: KeyPath
 ) -> None:
-    """Replace the value at `place`, a text or a mapping of texts, by what the file's author wrote."""
+    """Replaces the value at `key_path`, a text or a mapping of texts, by its text in the file."""
     source: object = used
     target: object = values
-    for key in place[:-1]:
+    for key in key_path[:-1]:
         source = source.get(key) if isinstance(source, dict) else None
         target = target.get(key) if isinstance(target, dict) else None
     if not isinstance(source, dict) or not isinstance(target, dict):
         return
-    given, last = source.get(place[-1]), place[-1]
+    given, last = source.get(key_path[-1]), key_path[-1]
     if isinstance(given, dict):
-        target[last] = {key: _written(document, (*path, *place, key), value) for key, value in given.items()}
-    elif isinstance(given, Text) and given.value is not None and len(place) > 1:
+        target[last] = {key: _written(document, (*path, *key_path, key), value) for key, value in given.items()}
+    elif isinstance(given, Text) and given.value is not None and len(key_path) > 1:
         target[last] = given.written
 
 
@@ -312,7 +315,7 @@ _STEP = re.compile(r"([^.\[\]]+)|\[(\d*|\.\.\.)\]")
 
 
 def _wrong_at(document: Document, path: KeyPath, key: str, what: str) -> ConfigError:
-    """msgspec's key path (`triggers[...].triggerConfig`) in our own terms, with the line."""
+    """An error at msgspec's key path (`triggers[...].triggerConfig`), with the line."""
     steps: list[str | int] = []
     for found in _STEP.finditer(key):
         if found[1]:
@@ -330,7 +333,7 @@ def _check_environment(document: Document, path: KeyPath, variables: dict[str, s
         if name.startswith(RESERVED_PREFIX):
             raise document.wrong((*path, name), f"names that begin with {RESERVED_PREFIX} are reserved; choose another")
         if not name or "=" in name or "\0" in name + value:
-            raise document.wrong((*path, name), "is not a possible name or value of an environment variable")
+            raise document.wrong((*path, name), "is not a valid name or value of an environment variable")
     total = sum(len(name.encode()) + len(value.encode()) for name, value in variables.items())
     if total > MAX_ENVIRONMENT_BYTES:
         raise document.wrong(path, f"has {total} bytes in total; at most {MAX_ENVIRONMENT_BYTES} are allowed")
@@ -343,12 +346,12 @@ def _triggers(
     for index, one in enumerate(triggers):
         if one.trigger_type != "http":
             where = document.at((*path, "triggers", index))
-            warnings.append(f"{where}: triggers of type {one.trigger_type!r} don't exist here: skipped")
+            warnings.append(f"{where}: triggers of type {one.trigger_type!r} are not supported: skipped")
             continue
         found.append(HttpTrigger(one.trigger_name, one.trigger_config.auth_type, one.trigger_config.methods))
     return tuple(found)
 
 
 def _provision(document: Document, path: KeyPath, props: Props) -> ProvisionConfig | None:
-    wanted = props.provision_config
-    return None if wanted is None else provision_to_proto(document, (*path, "provisionConfig"), wanted)
+    config = props.provision_config
+    return None if config is None else provision_to_proto(document, (*path, "provisionConfig"), config)

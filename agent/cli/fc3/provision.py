@@ -1,4 +1,4 @@
-"""Schedules and policies of provisioned instances as fc3 writes them, in an s.yaml or in a file of their own."""
+"""Reads schedules and scaling policies in fc3's format, from an s.yaml or a separate file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _METRICS = {
     "GPUMemUtilization": pb.TargetTrackingPolicy.METRIC_TYPE_GPU_MEM_UTILIZATION,
 }
 METRIC_NAMES = {number: name for name, number in _METRICS.items()}
-"""As Function Compute calls them."""
+"""Function Compute's names."""
 _NO_EFFECT = ("alwaysAllocateCPU",)
 _LISTS = ("scheduledActions", "targetTrackingPolicies")
 _TEXTS = ("startTime", "endTime")
 
 
 def read_provision(path: Path) -> tuple[ProvisionConfig, pb.ProvisionConfig]:
-    """A file with the keys of PutProvisionConfig (`scheduledActions`, `targetTrackingPolicies`, `defaultTarget`, ...),
-    JSON or YAML: as it is written, and its schedule and policies as a message, checked to the last field.
+    """Reads a JSON or YAML file with the keys of PutProvisionConfig (`scheduledActions`, `targetTrackingPolicies`,
+    `defaultTarget`, ...). Returns its content, and its schedules and policies as a validated message.
 
     Raises ConfigError naming file, line and key."""
     document = read_document(path)
@@ -47,7 +47,7 @@ def read_provision(path: Path) -> tuple[ProvisionConfig, pb.ProvisionConfig]:
 
 
 def texts_as_written(config: dict[str, object]) -> dict[str, object]:
-    """A provisionConfig whose times are texts, which YAML takes for times where they are not quoted."""
+    """The provisionConfig with its times as text, since YAML parses unquoted ones as timestamps."""
     lists = {key: value for key in _LISTS if isinstance(value := config.get(key), list)}
     return config | {
         key: [
@@ -65,7 +65,7 @@ def _is_text(name: str, value: object) -> TypeGuard[Text]:
 
 
 def provision_to_proto(document: Document, path: KeyPath, given: ProvisionConfig) -> pb.ProvisionConfig:
-    """Schedule and policies as a message, without target and idle mode.
+    """Schedules and policies as a validated message, without target and idle mode.
 
     Raises ConfigError naming file, line and key."""
     message = pb.ProvisionConfig(
@@ -104,7 +104,7 @@ def provision_to_proto(document: Document, path: KeyPath, given: ProvisionConfig
 
 
 def target_of(given: ProvisionConfig | None) -> int | None:
-    """`defaultTarget`, or `target`, its older name; None where neither is said."""
+    """`defaultTarget`, or `target`, its older name; None without either."""
     if given is None:
         return None
     return given.target if given.default_target is None else given.default_target
@@ -123,7 +123,7 @@ def _path_of(field: str) -> KeyPath:
 
 
 def _in_camel(problem: str) -> str:
-    """Fields that a sentence names, as the file writes them."""
+    """The sentence with its field names in camelCase."""
     return " ".join(
         camel(word.rstrip(",")) + "," * word.endswith(",") if "_" in word and word.rstrip(",").isidentifier() else word
         for word in problem.split(" ")

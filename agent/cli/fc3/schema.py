@@ -1,7 +1,7 @@
-"""What an s.yaml (fc3) may say under a resource's `props`: declared types with Function Compute's ranges.
+"""Schema of a resource's `props` in an s.yaml (fc3): types with Function Compute's ranges.
 
 Source of keys, ranges and defaults: the fc3 component's schema and the Function Compute API for custom containers.
-Keys of fc3 that mean nothing on one's own hosts are listed in `IGNORED` with the reason that a warning gives.
+`IGNORED` lists fc3 keys without a meaning here, with the reason that the warning gives.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from agent.config import Duration, Size, bad_key
 from agent.core.function_rules import MAX_OPEN_FILES, MAX_PIDS
 
 MOST_MIB = 64 << 20
-"""Bound of sizes (64 TiB): what is larger than Function Compute offers is warned about, this is refused."""
+"""Upper bound of sizes (64 TiB). Sizes above Function Compute's limits but below this only give a warning."""
 
 
 def camel(field: str) -> str:
-    """`freeze_after_ns` is the key `freezeAfter`: the value carries the unit. fc3 writes `alwaysAllocateGPU`."""
+    """The key of a field: `freeze_after_ns` is `freezeAfter`, since the value has a unit. GPU and CPU stay capitals."""
     head, *rest = field.removesuffix("_ns").split("_")
     return head + "".join({"gpu": "GPU", "cpu": "CPU"}.get(word, word.capitalize()) for word in rest)
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=camel, kw_only=True):
-    """Base of all: every key is camelCase, absent means the default."""
+    """Base of all sections: keys are camelCase, an absent key has its default."""
 
 
 class HealthCheckConfig(Part, frozen=True):
-    """customHealthCheckConfig."""
+    """The health check of a custom container."""
 
     http_get_url: Annotated[str, Meta(min_length=1, max_length=2048)]
     initial_delay_seconds: Annotated[int, Meta(ge=0, le=120)] = 0
@@ -52,7 +52,7 @@ class AuthConfig(Part, frozen=True):
 
 
 class RegistryConfig(Part, frozen=True):
-    """registryConfig: only the login; certificates and networks are the host's business."""
+    """The registry's login; certificates and networks are configured on the host."""
 
     auth_config: AuthConfig | None = None
 
@@ -70,9 +70,7 @@ class CustomContainerConfig(Part, frozen=True):
 
     def __post_init__(self) -> None:
         if self.web_server_mode is False:
-            raise bad_key(
-                "webServerMode", "false is a job that ends by itself; here instances are servers: leave it out"
-            )
+            raise bad_key("webServerMode", "must not be false: instances are servers, not jobs; leave it out")
         if self.image == "host" and not (self.entrypoint or self.command):
             raise bad_key("entrypoint", "is required with `image: host`: the program to run")
         if any("\0" in word for word in (*(self.entrypoint or ()), *(self.command or ()))):
@@ -87,7 +85,7 @@ class GpuConfig(Part, frozen=True):
 
 
 class HookProps(Part, frozen=True):
-    """One lifecycle hook. `command` runs in the container in Function Compute; here only HTTP hooks are called."""
+    """A lifecycle hook. Only HTTP hooks are called; Function Compute also runs `command` in the container."""
 
     handler: str | None = None
     command: tuple[str, ...] | None = None
@@ -95,7 +93,7 @@ class HookProps(Part, frozen=True):
 
 
 class InstanceLifecycleConfig(Part, frozen=True):
-    """The three hooks; the initializer may take 300 s, the others 90 s."""
+    """The lifecycle hooks. The initializer may take 300 s, the others 90 s."""
 
     initializer: HookProps | None = None
     pre_freeze: HookProps | None = None
@@ -111,7 +109,7 @@ Target = Annotated[int, Meta(ge=0, le=10_000)]
 
 
 class ScheduledAction(Part, frozen=True):
-    """Sets the target at certain times. Times and expression are checked by `s_yaml_provision`."""
+    """Sets the target at certain times. `provision_to_proto` checks times and expression."""
 
     name: str
     start_time: str
@@ -122,7 +120,7 @@ class ScheduledAction(Part, frozen=True):
 
 
 class TargetTrackingPolicy(Part, frozen=True):
-    """Follows a metric between two capacities."""
+    """Scales between two capacities by a metric."""
 
     name: str
     start_time: str
@@ -135,7 +133,7 @@ class TargetTrackingPolicy(Part, frozen=True):
 
 
 class ProvisionConfig(Part, frozen=True):
-    """How many instances there are, when, and by which policies. `target` is the older name of `defaultTarget`."""
+    """Target, schedules and policies of instances. `target` is the older name of `defaultTarget`."""
 
     default_target: Target | None = None
     target: Target | None = None
@@ -145,14 +143,14 @@ class ProvisionConfig(Part, frozen=True):
 
 
 class TriggerConfig(Part, frozen=True):
-    """Of an HTTP trigger."""
+    """Settings of an HTTP trigger."""
 
     auth_type: Literal["anonymous", "function", "jwt"] = "anonymous"
     methods: tuple[Literal["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"], ...] = ()
 
 
 class Trigger(Part, frozen=True):
-    """A trigger; only those of type http reach a function here."""
+    """A trigger; types other than http are skipped with a warning."""
 
     trigger_name: Annotated[str, Meta(min_length=1, max_length=128)]
     trigger_type: str = "http"
@@ -160,7 +158,7 @@ class Trigger(Part, frozen=True):
 
 
 class VolumeProps(Part, frozen=True):
-    """A folder of the host for the container, read-only unless `writable`; the node must allow it."""
+    """A host folder mounted into the container, read-only unless `writable`. The node must allow it."""
 
     host_path: Annotated[str, Meta(min_length=1)]
     container_path: Annotated[str, Meta(min_length=1)]
@@ -168,7 +166,7 @@ class VolumeProps(Part, frozen=True):
 
 
 class Hibernode(Part, frozen=True):
-    """Our own keys, under `hibernode:`. UNSET = not said, so that the scheduler's defaults apply."""
+    """Hibernode's own keys, under `hibernode:`. UNSET means the scheduler's default."""
 
     freeze_after_ns: Duration | None = None
     min_awake_ns: Duration | None = None
@@ -189,7 +187,7 @@ class Hibernode(Part, frozen=True):
 
     def __post_init__(self) -> None:
         if isinstance(self.queue_timeout_ns, int) and not 0 < self.queue_timeout_ns <= 3600 * 10**9:
-            raise bad_key("queueTimeout", "must be more than zero and at most 1h")
+            raise bad_key("queueTimeout", "must be greater than 0 and at most 1h")
         for key, value in (("freezeAfter", self.freeze_after_ns), ("minAwake", self.min_awake_ns)):
             if value is not None and value > 86_400 * 10**9:
                 raise bad_key(key, "must be at most 24h")
@@ -200,7 +198,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 
 class Props(Part, frozen=True):
-    """The props of one fc3 resource that have a meaning here."""
+    """The props of an fc3 resource, without the ignored ones."""
 
     function_name: str
     runtime: Literal["custom-container"]
@@ -225,43 +223,43 @@ class Props(Part, frozen=True):
         if not _NAME.fullmatch(self.function_name):
             raise bad_key("functionName", "must be 1 to 64 letters, digits, `_` or `-`")
         if self.triggers and len(self.triggers) > 10:
-            raise bad_key("triggers", "there may be at most 10")
+            raise bad_key("triggers", "must be at most 10")
         if self.custom_container_config.image == "host":
             for field in _IMAGES_ONLY:
                 if getattr(self.hibernode, field):
-                    raise bad_key(f"hibernode.{camel(field)}", "is for images; `image: host` runs on the host as it is")
+                    raise bad_key(f"hibernode.{camel(field)}", "is for images only, not for `image: host`")
             if self.custom_container_config.registry_config is not None:
-                raise bad_key("customContainerConfig.registryConfig", "is for images; `image: host` pulls nothing")
+                raise bad_key("customContainerConfig.registryConfig", "is for images only, not for `image: host`")
 
 
-_CLOUD = "means nothing outside of Function Compute"
-_LATER = "is not built yet"
-_OWN_HOSTS = "is up to your hosts and networks"
+_CLOUD = "has no effect outside Function Compute"
+_LATER = "is not supported yet"
+_OWN_HOSTS = "is configured on your hosts and networks"
 
 IGNORED: dict[str, str] = {
     "asyncInvokeConfig": f"{_LATER}: every call is synchronous",
-    "code": "is for runtimes with code packages; the image holds the code",
-    "concurrencyConfig": f"{_LATER}: nothing is reserved between functions",
+    "code": "is for runtimes with code packages; the image contains the code",
+    "concurrencyConfig": f"{_LATER}: no concurrency is reserved per function",
     "customDNS": _OWN_HOSTS,
-    "customDomain": "is up to your own DNS and proxy; the gateway answers at <function>.<domain>",
+    "customDomain": "is configured in your DNS and proxy; the gateway answers at <function>.<domain>",
     "customRuntimeConfig": "is for other runtimes",
-    "disableInjectCredentials": "credentials are never injected here",
-    "disableOndemand": "there are no instances on demand: all are provisioned",
+    "disableInjectCredentials": "has no effect: credentials are never injected",
+    "disableOndemand": "has no effect: all instances are provisioned",
     "enableLongLiving": _CLOUD,
-    "idleTimeout": "instances sleep by hibernode.freezeAfter instead",
+    "idleTimeout": "has no effect: instances freeze after hibernode.freezeAfter",
     "instanceIsolationMode": _CLOUD,
     "internetAccess": _OWN_HOSTS,
     "layers": "is for runtimes with code packages",
-    "logConfig": "goes to no log service; `hibernode logs` shows what instances print",
+    "logConfig": "has no effect: `hibernode logs` shows what instances print",
     "nasConfig": f"{_LATER}: nothing is mounted",
-    "ossMountConfig": "mounts no object storage here",
+    "ossMountConfig": "has no effect: no object storage is mounted",
     "polarFsConfig": _CLOUD,
     "resourceGroupId": _CLOUD,
-    "role": "no cloud credentials are given to instances",
+    "role": "has no effect: instances get no cloud credentials",
     "scalingConfig": f"{_LATER}: the number of instances is the target",
     "sessionAffinity": f"{_LATER}: requests go to any instance",
     "sessionAffinityConfig": f"{_LATER}: requests go to any instance",
-    "tags": f"{_LATER}: they are dropped",
+    "tags": f"{_LATER}: tags are dropped",
     "tracingConfig": f"{_LATER}: no traces are sent",
     "vpcBinding": _OWN_HOSTS,
     "vpcConfig": _OWN_HOSTS,
@@ -269,19 +267,19 @@ IGNORED: dict[str, str] = {
     "customContainerConfig.accelerationInfo": _CLOUD,
     "customContainerConfig.accelerationType": _CLOUD,
     "customContainerConfig.acrInstanceId": _CLOUD,
-    "customContainerConfig.registryConfig.certConfig": "is up to the host's container engine, which checks registries",
+    "customContainerConfig.registryConfig.certConfig": "is configured in the host's container engine",
     "customContainerConfig.registryConfig.networkConfig": _OWN_HOSTS,
     "customContainerConfig.resolvedImageUri": _CLOUD,
-    "customContainerConfig.role": "no cloud credentials are given to instances",
-    "provisionConfig.alwaysAllocateCPU": "has no effect: a frozen instance uses no CPU, an awake one its share",
+    "customContainerConfig.role": "has no effect: instances get no cloud credentials",
+    "provisionConfig.alwaysAllocateCPU": "has no effect: a frozen instance uses no CPU",
     "provisionConfig.mode": _CLOUD,
-    "alwaysAllocateCPU": "has no effect: a frozen instance uses no CPU, an awake one its share",
+    "alwaysAllocateCPU": "has no effect: a frozen instance uses no CPU",
     "triggers[].description": "",
-    "triggers[].qualifier": "there is one version of a function: the last one deployed",
+    "triggers[].qualifier": "has no effect: the only version is the last one deployed",
     "triggers[].invocationRole": _CLOUD,
     "triggers[].sourceArn": _CLOUD,
     "triggers[].triggerConfig.authConfig": f"{_LATER}: use authType anonymous",
     "triggers[].triggerConfig.disableURLInternet": _OWN_HOSTS,
     "description": "",
 }
-"""Keys of fc3 without a meaning here -> why, for the warning; "" for what needs none (a description)."""
+"""fc3 keys without an effect -> reason for the warning; "" for no warning."""

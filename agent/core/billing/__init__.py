@@ -1,1 +1,1 @@
-"""Active and idle time of instances, in windows, and what it costs."""
+"""Active and idle time of instances in usage windows, and its price."""

@@ -1,12 +1,11 @@
-"""How an instance's life becomes billable time: one `Meter` per instance, pure, fed with integer nanoseconds.
+"""One `Meter` per instance turns its requests and states into usage windows; pure, in integer nanoseconds.
 
-Rules (DESIGN section 5): accrue, then change. Active is the union of [grant, last response byte or close] of the
-requests; everything else of a window has the one kind that its state has under the `BillingPolicy`. Windows of an
-instance follow each other without a hole within a boot, and `active + idle + unbilled == end - start` in each.
+Active is the union of [grant, last response byte or close] over the requests; the rest of a window has the one kind
+that the `BillingPolicy` gives its state (`agent/docs/design.md`). Within a boot the windows of an instance follow each
+other without a gap, and `active + idle + unbilled == end - start` in each.
 
-The meter is mutable on purpose: a request costs a few integer operations and no allocation. It has one owner (the
-event loop); time never goes back in it: an `at` before the last one counts as the last one, so that a late event
-can shorten a bill, never lengthen it.
+The meter is mutable: a request costs a few integer operations and no allocation. Its one owner is the event loop. An
+`at` before the latest one counts as the latest, so a late event can shorten a bill but never lengthen it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from agent.core.types import FunctionSpec, InstanceState
 
 
 class BilledAs(Enum):
-    """What a nanosecond of an instance's life is billed as."""
+    """The kind of a nanosecond of an instance's life."""
 
     ACTIVE = "active"
     IDLE = "idle"
@@ -30,9 +29,9 @@ class BilledAs(Enum):
 
 @dataclass(frozen=True, slots=True)
 class BillingPolicy:
-    """The knobs Function Compute leaves open: what the time around the work is billed as.
+    """How the states around the work are billed, which Function Compute leaves open.
 
-    `stopping` is the part of STOPPING with no request in flight; the part with one is always active.
+    `stopping` is the part of STOPPING without a request in flight; the part with one is always active.
     """
 
     starting: BilledAs = BilledAs.IDLE
@@ -58,10 +57,10 @@ class BillingPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Who is billed, and by which sizes. Constant for an instance within a boot.
+    """The billed instance and its sizes, constant within a boot.
 
-    `gpu_count` is what the function asks for, frozen or not: an idle instance is billed at the idle factor of the
-    GPUs it comes back to. `gpu_memory_bytes` is per GPU; 0 = the function names none and is billed by the card.
+    `gpu_count` is the function's, frozen or awake: an idle instance is billed at the idle factor of its GPUs.
+    `gpu_memory_bytes` is per GPU; 0 = the function names none and is billed by the card.
     """
 
     instance_uid: str
@@ -92,24 +91,23 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The GPUs the time is billed on: those held, or those last held while frozen or waiting. `card_bytes` is the
-    memory of one of them: a function that names no GPU memory has the whole card and is billed by it."""
+    """The GPUs that the time is billed on: those held, or those last held by a frozen or waiting instance.
+    `card_bytes` is the memory of one of them, billed if the function names no GPU memory."""
 
     gpu_model: str = ""
     gpu_uuids: tuple[str, ...] = ()
     card_bytes: int = 0
 
 
-# States in which a request in flight is work done for the user. In the others none can be in flight (lifecycle's
-# invariants); if one were, it would not be billed as active.
+# Only in these states can a request be in flight; in others it would not be billed as active.
 _WORKING = (InstanceState.RUNNING, InstanceState.STOPPING)
 
 
 class Meter:
-    """The running account of one instance. All times are CLOCK_MONOTONIC ns of one boot; `wall` is for records.
+    """The running account of one instance. Times are CLOCK_MONOTONIC ns of one boot; `wall` is for records.
 
-    `in_flight`: requests between grant and end, `peak`: the most of them at once. `unmatched_ends` counts
-    ends without a beginning: always 0 unless a caller is wrong; they change nothing else.
+    - `in_flight`: requests between grant and end; `peak`: most of them at once
+    - `unmatched_ends`: ends without a beginning, 0 unless a caller has a bug; they change nothing else
     """
 
     __slots__ = (
@@ -148,7 +146,7 @@ class Meter:
     # ---- the fast path: called once per request each ------------------------------------------------------------
 
     def request_began(self, at: int) -> None:
-        """A request was granted a slot at `at`: it is counted as an invocation and active until it ends."""
+        """A request was granted a slot: it is an invocation, and active until it ends."""
         if at > self._mark:
             self._mark = at
         if self.in_flight == 0:
@@ -158,7 +156,7 @@ class Meter:
         self._invocations += 1
 
     def request_ended(self, at: int) -> None:
-        """The last byte of a response was written, or its connection closed, at `at`."""
+        """The last byte of a response was written, or its connection was closed."""
         if at > self._mark:
             self._mark = at
         if self.in_flight == 0:
@@ -172,7 +170,7 @@ class Meter:
 
     @property
     def state(self) -> InstanceState:
-        """The state that time is billed by now."""
+        """The state of the open window."""
         return self._state
 
     @property
@@ -182,22 +180,22 @@ class Meter:
 
     @property
     def seq(self) -> int:
-        """The number of the open window. Numbers of an instance only grow."""
+        """The number of the open window; numbers of an instance only grow."""
         return self._seq
 
     def state_changed(self, state: InstanceState, at: int, wall: int, *, unbilled: bool = False) -> UsageWindow | None:
-        """Close the books on the old state at `at` and open a window for the new one.
+        """Seal the old state's window at `at` and open one for the new state.
 
-        `unbilled` overrides the kind of the quiet time: STARTING before its GPU is granted or while its image is
-        pulled. Returns the sealed window, None if it would have been empty. A terminal state ends the ledger: the
-        caller drops the meter and writes no open window of it.
+        `unbilled` overrides the policy for time without requests: STARTING before the GPU grant or during a pull.
+        Returns the sealed window, None if it would have been empty. A terminal state ends the ledger: the caller drops
+        the meter and writes no open window of it.
         """
         sealed = self.seal(at, wall)
         self._enter(state, unbilled=unbilled)
         return sealed
 
     def placed(self, placement: Placement, at: int, wall: int) -> UsageWindow | None:
-        """The instance now holds these GPUs (start, or a wake on other ones). Seals only if they differ."""
+        """The instance now holds these GPUs (start, or a wake on others). Seals the window only if they differ."""
         if placement == self._placement:
             return None
         sealed = self.seal(at, wall)
@@ -205,9 +203,9 @@ class Meter:
         return sealed
 
     def seal(self, at: int, wall: int) -> UsageWindow | None:
-        """End the open window at `at` and begin the next one there; requests in flight go on in the next.
+        """End the open window at `at` and begin the next one, in which requests in flight continue.
 
-        Returns None, and keeps the window open, if nothing happened in it: no time passed and nobody was counted.
+        Returns None, and keeps the window open, if no time passed in it and no request was counted.
         """
         at, wall = self._not_before_mark(at, wall)
         if at == self._start and not self._invocations:
@@ -221,12 +219,12 @@ class Meter:
         return sealed
 
     def ended_empty(self) -> UsageWindow:
-        """The open window, sealed as it is: for an end at the very moment of a state change, whose empty window may be
-        on disk already and must not stay open there."""
+        """The open window, sealed as it is: an instance that ends at the moment of a state change may have an empty
+        window on disk, which must not stay open there."""
         return self._window(self._mark, sealed=True)
 
     def open_window(self, at: int) -> UsageWindow:
-        """The open window as if it ended at `at`, unsealed. Changes nothing: the snapshot the store keeps."""
+        """The open window as if it ended at `at`, unsealed: the snapshot that the store keeps. Changes nothing."""
         return self._window(max(at, self._mark), sealed=False)
 
     def _enter(self, state: InstanceState, *, unbilled: bool) -> None:
@@ -235,8 +233,8 @@ class Meter:
         self._quiet = BilledAs.UNBILLED if unbilled else self._policy.quiet_kind(state)
 
     def _not_before_mark(self, at: int, wall: int) -> tuple[int, int]:
-        late = self._mark - at
-        return (at, wall) if late <= 0 else (self._mark, wall + late)
+        behind = self._mark - at
+        return (at, wall) if behind <= 0 else (self._mark, wall + behind)
 
     def _window(self, end: int, *, sealed: bool) -> UsageWindow:
         busy = self._busy_ns + (end - self._busy_since if self.in_flight else 0)

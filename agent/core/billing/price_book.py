@@ -1,7 +1,7 @@
-"""The price book: what a unit costs from when on, read strictly from what YAML gives.
+"""The price book: unit prices by validity, parsed strictly from YAML data.
 
-Amounts are Fractions made from the text of the number (0.15 is 3/20, not the nearest double), so that sums of them
-are exact. The factors and their units follow Function Compute's CU list (facts, Billing); 1 GB is 2**30 bytes.
+Amounts are Fractions of the number's text (0.15 is 3/20, not the nearest double), so that sums are exact. Factors and
+units follow Function Compute's CU list; 1 GB is 2**30 bytes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class GpuFamily:
-    """One line of GPU factors. A pattern matches a model name that contains its words in a row, whatever the case:
-    `A10` matches "NVIDIA A10" and not "NVIDIA A100"; `*` matches all."""
+    """One line of GPU factors. A pattern matches a model name that contains its words in a row, in any case: `A10`
+    matches "NVIDIA A10" but not "NVIDIA A100"; `*` matches all."""
 
     name: str
     models: tuple[str, ...]
@@ -44,8 +44,8 @@ class GpuFamily:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What holds from `valid_from_wall_ns` on until the next price. GPU, memory and disk are per GiB x s, vCPU per
-    vCPU x s; `unit_price` turns CU into `currency`."""
+    """Prices from `valid_from_wall_ns` until the next `Price`. GPU, memory and disk are per GiB x s, vCPU per vCPU x s;
+    `unit_price` turns CU into `currency`."""
 
     valid_from_wall_ns: int
     unit_price: Fraction
@@ -56,7 +56,7 @@ class Price:
     invocation: Fraction
 
     def gpu_rate(self, model: str) -> Rate | None:
-        """The factors of the first family that matches; None = this model has no price."""
+        """The factors of the first family that matches; None = the model has no price."""
         return next((family.rate for family in self.gpu if family.matches(model)), None)
 
 
@@ -68,11 +68,11 @@ class PriceBook:
     prices: tuple[Price, ...]
 
     def price_at(self, wall_ns: int) -> Price | None:
-        """The price of a window that starts at `wall_ns`."""
+        """The price of a window that starts at `wall_ns`; None before the first price."""
         return next((price for price in reversed(self.prices) if price.valid_from_wall_ns <= wall_ns), None)
 
     def periods(self) -> tuple[tuple[Price, int, int | None], ...]:
-        """Each price with its span [from, until) in wall ns; the last has no end."""
+        """Each price with its span [from, until) in wall ns; the last has no end (None)."""
         ends = [price.valid_from_wall_ns for price in self.prices[1:]]
         return tuple(
             (price, price.valid_from_wall_ns, end) for price, end in zip(self.prices, [*ends, None], strict=True)
@@ -80,10 +80,9 @@ class PriceBook:
 
 
 def parse_price_book(data: object, where: str = "price book") -> PriceBook:
-    """Build a price book from the result of a YAML safe load.
+    """Build a price book from the result of a YAML safe load (shape: systemd/price-book.example.yaml).
 
-    Raises ConfigError PRICE_BOOK_INVALID naming `where` and the key path. Unknown keys are refused. Shape: see
-    systemd/price-book.example.yaml.
+    Raises ConfigError PRICE_BOOK_INVALID, which names `where` and the key path; unknown keys are refused.
     """
     top = _table(data, where, required=("prices",), optional=("currency",))
     currency = top.get("currency", "CU")
@@ -146,7 +145,7 @@ def _amount(data: object, where: str) -> Fraction:
 
 
 def _instant(data: object, where: str) -> int:
-    """Wall ns of an ISO 8601 instant. Without a zone it is UTC; a date alone is its first instant."""
+    """Wall ns of an ISO 8601 instant; without a zone it is UTC, a date is its first instant."""
     if isinstance(data, str):
         try:
             data = datetime.fromisoformat(data)

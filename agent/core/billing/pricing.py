@@ -1,15 +1,14 @@
-"""What usage costs, exactly: integers and Fractions all the way, rounded once, for the report.
+"""The exact cost of usage, in integers and Fractions that are rounded once, for the report.
 
-Cost of a window (DESIGN section 5), over its active and its idle time, at the price valid when it began:
+The cost of a window covers its active and idle time, at the price valid when it began:
 
     GPU         seconds x gpu_count x gpu_memory (GiB) x factor(model, kind)
     vCPU        seconds x vCPU x factor(kind)
     memory      seconds x GiB x factor, active and idle alike;  disk likewise
     invocations number x factor
 
-Unbilled time costs nothing. Beside it stands **always-on**: the same windows with idle and unbilled time priced as
-active, that is the same instances for the same spans of time, each holding its GPUs awake from start to end. It
-assumes the same number of instances; where frozen instances shared a GPU, always-on would need that many more GPUs.
+Unbilled time costs nothing. The **always-on** cost prices all time as active: the same instances, each awake on its
+GPUs from start to end. Where frozen instances shared a GPU, always-on would need that many more GPUs.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _EXACT = Context(prec=80)
 
 
 class Billable(Protocol):
-    """What a cost is made of: a `UsageWindow`, or a sum over windows of the same sizes and model under one price."""
+    """A `UsageWindow`, or the sum of windows with the same sizes and GPU model under one price."""
 
     @property
     def gpu_model(self) -> str: ...
@@ -54,7 +53,7 @@ class Billable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Quantities:
-    """Resource-time, exact: GiB x s of GPU memory, memory and disk, vCPU x s; and invocations."""
+    """Exact resource-time: GiB x s of GPU memory, memory and disk, vCPU x s; and invocations."""
 
     gpu_active_gib_s: Fraction = Fraction(0)
     gpu_idle_gib_s: Fraction = Fraction(0)
@@ -67,8 +66,8 @@ class Quantities:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Exact amounts in the price book's currency. `gpu_unpriced` says that the GPU model has no factors in it: its
-    GPU part is left out of the total."""
+    """Exact amounts in the price book's currency. `gpu_unpriced`: the GPU model has no factors, so the total lacks
+    its GPU part."""
 
     gpu: Fraction = Fraction(0)
     vcpu: Fraction = Fraction(0)
@@ -93,29 +92,29 @@ class Cost:
 
 
 def quantities(usage: Billable) -> Quantities:
-    """The resource-time of `usage`, active and idle apart; unbilled time is in none of them."""
+    """The resource-time of `usage`, without its unbilled time."""
     return _quantities(usage, usage.active_ns, usage.idle_ns)
 
 
 def cost(usage: Billable, price: Price) -> Cost:
-    """What `usage` costs at `price`."""
+    """The cost of `usage` at `price`."""
     return _cost(usage, price, usage.active_ns, usage.idle_ns)
 
 
 def always_on_cost(usage: Billable, price: Price) -> Cost:
-    """What `usage` would cost with all its time active (the definition is in the module's text)."""
+    """The always-on cost of `usage` at `price`."""
     return _cost(usage, price, usage.active_ns + usage.idle_ns + usage.unbilled_ns, 0)
 
 
 def rounded(amount: Fraction, decimals: int = COST_DECIMALS) -> Decimal:
-    """The one rounding of a report: half to even at `decimals` places, from the exact amount."""
+    """`amount` rounded half to even at `decimals` places: the one rounding of a report."""
     scaled = round(amount * 10**decimals)
     return Decimal(scaled).scaleb(-decimals, _EXACT)
 
 
 def exact_text(amount: Fraction, decimals: int = 18) -> str:
-    """`amount` as a plain decimal number without trailing zeros; exact where it ends within `decimals` places
-    (factors do; resource-time of sizes that are whole GiB does), else rounded half to even there."""
+    """`amount` as a plain decimal number without trailing zeros, rounded half to even at `decimals` places. Factors
+    and resource-time of whole GiB stay exact."""
     text = format(rounded(amount, decimals), "f")
     return text.rstrip("0").rstrip(".")
 

@@ -1,12 +1,11 @@
-"""What a ledger says about the time nobody watched: after a crash or restart of the agent.
+"""Completes a usage ledger after a crash or restart of the agent, without ever overcharging.
 
-The rule (DESIGN section 5): in doubt never overcharge. If the same process still lives, the gap is idle and
-`estimated` (a request inside the agent at the crash has failed, so nothing there was active); where the state before
-was unbilled it stays unbilled. If the process is gone, nobody knows when it ended: unbilled. Of an earlier boot the
-ledger ends at its last mark.
+- The same process still lives: the gap is idle and `estimated` (a request inside the agent at the crash has failed, so
+  no time in the gap was active); after an unbilled state it stays unbilled.
+- The process is gone, at an unknown time: the gap is unbilled.
+- Another boot: the ledger ends at its last window.
 
-The last window of an instance is unsealed for as long as its ledger is open; that is how a ledger that ended
-properly is told from one that was cut off.
+The last window of an open ledger is unsealed, which tells a ledger that was cut off from one that ended properly.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from agent.core.types import InstanceState
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """`windows` are sealed, contiguous and complete the old ledger; a meter goes on at `next_seq`."""
+    """`windows` are sealed and contiguous and complete the old ledger; a meter continues at `next_seq`."""
 
     windows: tuple[UsageWindow, ...]
     next_seq: int
@@ -35,11 +34,12 @@ def resume(
     policy: BillingPolicy,
     goes_on: bool = False,
 ) -> Recovered:
-    """Complete the ledger whose newest stored window is `last`, up to now.
+    """Complete the ledger whose newest stored window is `last`, up to `now_mono_ns`.
 
-    `same_process` is true only for the same pid and start time in the same boot. `goes_on`: the ledger is continued
-    by a new process of the instance (a start that is done anew), so it must have no hole. Nothing is added to a ledger
-    that was properly ended.
+    - `same_process`: the same pid and start time in the same boot
+    - `goes_on`: a new process of the instance (a repeated start) continues the ledger, which must have no gap
+
+    Nothing is added to a ledger that ended properly.
     """
     closed = () if last.sealed else (replace(last, sealed=True),)
     gap_ns = now_mono_ns - last.end_mono_ns

@@ -1,9 +1,8 @@
-"""Sealed windows on their way to the disk, bounded however long the disk fails.
+"""Sealed windows that wait for the disk, bounded however long the disk fails.
 
-Windows that were offered to the store stay exactly as they are: after a deadline nobody knows whether they were
-written, and a sealed row never changes. Behind them, when the backlog is full, windows of one instance that follow
-each other and are priced alike become one: no nanosecond and no invocation is lost, only where the states changed. Such
-a ledger has holes in `seq`, never in time.
+Windows that were offered to the store never change: after a timeout they may have been written. When the backlog is
+full, consecutive windows of one instance with the same price terms are merged: no nanosecond and no invocation is lost,
+only the times of state changes. Such a ledger has gaps in `seq`, never in time.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from agent.core.billing.window import UsageWindow
 
 
 class UnwrittenWindows:
-    """First in, first out. Memory is bounded by `capacity` + one window per instance and GPU set."""
+    """A FIFO of at most `capacity` windows plus one per instance and GPU set."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -27,7 +26,7 @@ class UnwrittenWindows:
         return len(self._windows)
 
     def waiting(self) -> tuple[UsageWindow, ...]:
-        """What is not known to be on disk yet."""
+        """Windows not known to be on disk."""
         return tuple(self._windows)
 
     def add(self, window: UsageWindow) -> None:
@@ -36,7 +35,7 @@ class UnwrittenWindows:
             self._merge()
 
     def offer(self, limit: int) -> tuple[UsageWindow, ...]:
-        """The oldest windows, at most `limit`, for one transaction. From now on they don't change."""
+        """The oldest windows, at most `limit`, for one transaction; they don't change any more."""
         batch = tuple(self._windows[:limit])
         self._offered = max(self._offered, len(batch))
         return batch
@@ -60,7 +59,7 @@ class UnwrittenWindows:
                 kept.append(window)
         self._windows = kept
         self.merged += before - len(kept)
-        # Where little could be merged, trying again at once would cost a walk per window.
+        # If little could be merged, the next attempt waits for more windows: each attempt walks over all of them.
         self._merge_at = max(self._capacity, len(kept) + self._capacity // 4)
 
 

@@ -1,4 +1,4 @@
-"""The row of the usage ledger, from the meter to the bill: one word for core, stores, wire and scheduler."""
+"""`UsageWindow`: one row of the usage ledger, from the meter to the bill."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class UsageWindow:
-    """One row of the usage ledger, exactly as DESIGN section 5: the three sums equal end - start.
+    """A span of an instance's life with one state: `active_ns + idle_ns + unbilled_ns == end_mono_ns - start_mono_ns`.
 
     `(instance_uid, seq)` is unique; `seq` only grows within an instance. Monotonic times belong to `boot_id`.
+    `estimated`: it covers time in which no agent ran. `sealed`: it never changes again.
     """
 
     instance_uid: str

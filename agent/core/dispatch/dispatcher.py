@@ -1,21 +1,23 @@
-"""The dispatcher: one bounded FIFO per function, late binding, a lease per slot (DESIGN section 9, facts/dispatch.md).
+"""The dispatcher: one bounded FIFO per function, late binding, a lease per slot (agent/docs/facts/dispatch.md).
 
-`Dispatcher.step(event, at_ns) -> effects` is the only code that changes it. A request waits here, bound to nobody,
-until an instance has a free slot; then it holds a lease until its response has ended. Instances are woken for the
-queue, not for a request: whichever frees first takes the oldest request. Two exceptions save the way there and back: a
-request that is alone, with nothing awake or on its way, goes to the instance that it would wake (`to_bind`); and where
-all slots are taken the next request waits at the node for any of them (`to_send_ahead`).
+`Dispatcher.step(event, at_ns) -> effects` is the only code that changes it. A request is queued here until an instance
+has a free slot; then it holds a lease, one of the instance's slots, until its response has ended. Instances are woken
+for the queue, not for a request: the one that has a free slot first takes the oldest request. Two exceptions save the
+trip to the agent and back:
 
-Every request that arrived is waiting, leased or answered; exactly one of Dispatch (then one of LeaseEnded,
-LeaseRefused, RequestGone from the shell) and Refuse speaks about it at a time. Late answers are ignored. No clock,
-no I/O; the cost of one event does not grow with the number of instances.
+- direct wake: a lone request, while no instance is awake or waking, is dispatched to the frozen one that it wakes;
+- early dispatch: while all slots are taken, a few requests wait at the node (`early_dispatch.py`).
+
+Every request that arrived is queued, dispatched or answered. Each gets one Dispatch (followed by one of LeaseEnded,
+LeaseRefused, RequestGone from the caller) or one Refuse at a time. Late answers are ignored. No clock, no I/O; the cost
+of an event does not grow with the number of instances.
 """
 
 from __future__ import annotations
 
 from typing import assert_never
 
-from agent.core.dispatch import leases, wakes
+from agent.core.dispatch.early_dispatch import PAUSE_NS
 from agent.core.dispatch.events import (
     DeadlinePassed,
     Dispatch,
@@ -40,358 +42,436 @@ from agent.core.dispatch.events import (
     WakeAnswered,
     WakeFailed,
 )
-from agent.core.dispatch.index import AVERAGE_WEIGHT, DispatchInstance, InstanceIndex, NodeEntry, NodeStanding
-from agent.core.dispatch.queue import AHEAD_PAUSE_NS, FunctionQueueState, QueueState, Request, RequestQueue
-from agent.core.types import InstanceState
+from agent.core.dispatch.index import InstanceIndex
+from agent.core.dispatch.model import AVERAGE_WEIGHT, DispatchInstance, NodeEntry, NodeStanding, Request
+from agent.core.dispatch.queue import FunctionQueueState, QueueState
+from agent.core.types import SECOND_NS, InstanceState
 
 MAX_ATTEMPTS = 50
-"""A request that was refused so often is answered NO_CAPACITY."""
+"""A request refused this often is answered NO_CAPACITY."""
+BACK_OFF_NS = SECOND_NS // 2
+BACK_OFF_MAX_NS = 30 * SECOND_NS
+"""Quarantine of an instance after a failed wake; doubled with each failure in a row."""
 
 
 class Dispatcher:
-    """All functions, nodes and requests of one scheduler."""
-
-    def __init__(self, *, sends_ahead: bool = False) -> None:
-        """`sends_ahead`: whoever does what the effects say can let a request wait at a node (`Dispatch.ahead`)."""
-        self._sends_ahead = sends_ahead
+    def __init__(self, *, early_dispatch: bool = False) -> None:
+        """`early_dispatch`: the caller supports `Dispatch.early`."""
+        self._early_dispatch = early_dispatch
         self._functions: dict[str, FunctionQueueState] = {}
         self._nodes: dict[str, NodeEntry] = {}
-        self._slots: dict[str, DispatchInstance] = {}
+        self._instances: dict[str, DispatchInstance] = {}
         self._requests: dict[int, Request] = {}
         self._order = 0
+        self._effects: list[Effect] = []  # of the current step
 
     def step(self, event: Event, at: int) -> list[Effect]:  # noqa: C901 -- one arm an event
-        """Take in what happened at `at` (monotonic ns) and say what to do about it."""
-        effects: list[Effect] = []
+        """Apply what happened at `at` (monotonic ns) and return what to do about it."""
+        self._effects = []
         match event:
             case RequestArrived():
-                self._arrived(event, at, effects)
+                self._arrived(event, at)
             case LeaseAnswered(request, waited_ns):
-                self._answered(request, waited_ns, at, effects)
+                self._answered(request, waited_ns, at)
             case LeaseEnded(request, uid):
-                self._ended(request, at, effects, served=True, uid=uid)
+                self._ended(request, at, served=True, uid=uid)
             case RequestGone(request):
-                self._ended(request, at, effects, served=False)
+                self._ended(request, at, served=False)
             case LeaseRefused(request):
-                self._refused(request, at, effects)
+                self._refused(request, at)
             case DeadlinePassed(request):
-                self._deadline(request, effects)
+                self._deadline_passed(request)
             case InstanceReported():
-                self._reported(event, at, effects)
+                self._reported(event, at)
             case InstanceGone(uid):
-                self._gone(uid, at, effects)
+                self._gone(uid, at)
             case InstanceRetired(uid, retired):
-                self._retired(uid, retired, at, effects)
+                self._retired(uid, retired, at)
             case WakeAnswered(uid) | WakeFailed(uid):
-                self._woken(uid, at, effects, failed=isinstance(event, WakeFailed))
+                self._wake_answered(uid, at, failed=isinstance(event, WakeFailed))
             case NodeReported():
-                self._node_reported(event, at, effects)
+                self._node_reported(event, at)
             case NodeSuspect(node):
-                self._stand(self._node(node), NodeStanding.SUSPECT, at, effects)
+                self._set_standing(self._node(node), NodeStanding.SUSPECT, at)
             case NodeLost(node):
-                leases.end_all(self._node(node), self._functions, at)
-                self._stand(self._node(node), NodeStanding.LOST, at, effects)
+                self._void_leases(self._node(node), at)
+                self._set_standing(self._node(node), NodeStanding.LOST, at)
             case FunctionSet():
-                self._function_set(event, at, effects)
+                self._function_set(event, at)
             case FunctionRemoved(name):
-                self._function_removed(name, effects)
+                self._function_removed(name)
             case _:
                 assert_never(event)
-        return effects
+        return self._effects
 
     # ---- reading ----------------------------------------------------------------------------------------------
 
     def queue_state(self, function: str) -> QueueState:
-        """A snapshot of one function."""
         found = self._functions.get(function)
         return QueueState(0, 0, 0, 0) if found is None else found.queue_state()
 
     def lease_time_ns(self, function: str, at: int) -> int:
-        """Leases out, summed over the time from the beginning to `at`: differences make a utilisation."""
+        """The function's number of leases, summed over all time up to `at`: differences give its utilisation."""
         found = self._functions.get(function)
         return 0 if found is None else found.lease_time_ns + found.leases * (at - found.leases_since_ns)
 
     def leased(self, uid: str) -> int:
-        """Leases out on an instance."""
-        slot = self._slots.get(uid)
-        return 0 if slot is None else slot.leased
+        instance = self._instances.get(uid)
+        return 0 if instance is None else instance.leased
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
-    def _arrived(self, event: RequestArrived, at: int, effects: list[Effect]) -> None:
+    def _arrived(self, event: RequestArrived, at: int) -> None:
         function = self._functions.get(event.function)
         if function is None or not function.known:
-            effects.append(Refuse(event.request, RefusalReason.UNKNOWN_FUNCTION))
+            self._effects.append(Refuse(event.request, RefusalReason.UNKNOWN_FUNCTION))
             return
         if event.request in self._requests:
             return
         self._order += 1
         request = Request(event.request, event.function, self._order, at, event.deadline_ns)
-        slot = None if function.backlog else function.slots.free()
-        if slot is not None:
+        instance = None if function.queue else function.index.free()
+        if instance is not None:
             self._requests[event.request] = request
-            self._lease(function, request, slot, at, effects)
+            self._dispatch(function, request, instance, at)
             return
-        if function.hopeless:
-            effects.append(Refuse(event.request, RefusalReason.NO_CAPACITY))
+        if function.no_capacity_expected:
+            self._effects.append(Refuse(event.request, RefusalReason.NO_CAPACITY))
             return
         if function.queued >= function.queue_length:
-            effects.append(Refuse(event.request, RefusalReason.QUEUE_FULL))
+            self._effects.append(Refuse(event.request, RefusalReason.QUEUE_FULL))
             return
         self._requests[event.request] = request
-        function.backlog.append(request)
-        self._wake(function, at, effects)
+        function.queue.append(request)
+        self._wake(function, at)
 
-    def _lease(
-        self, function: FunctionQueueState, request: Request, slot: DispatchInstance, at: int, effects: list[Effect]
-    ) -> None:
-        request.attempts += 1
-        leases.begin(function, request, slot, at)
-        wake_ns = slot.wake_took_ns if slot.woken_ns >= request.arrived_ns else 0
-        wakes = slot.bound == request.request
-        effects.append(Dispatch(request.request, slot.uid, slot.node.name, at - request.arrived_ns, wake_ns, wakes))
-
-    def _release(self, request: Request, at: int) -> tuple[FunctionQueueState, bool]:
-        """Take the lease back. Also whether it was one still (`leases.end`)."""
-        function = self._functions[request.function]
-        assert request.slot is not None
-        return function, leases.end(function, request, at, forgotten=request.slot.uid not in self._slots)
-
-    def _answered(self, number: int, waited_ns: int, at: int, effects: list[Effect]) -> None:
+    def _answered(self, number: int, waited_ns: int, at: int) -> None:
         request = self._requests.get(number)
-        if request is None or request.slot is None:
+        if request is None or request.instance is None:
             return
         request.leased_ns += waited_ns  # the average is of service, not of wakes
-        slot = request.slot
-        if slot.bound == number:
+        instance = request.instance
+        if instance.direct_wake == number:
             function = self._functions[request.function]
-            self._awake(function, slot, at, waited_ns)
-            self._drain(function, at, effects)
+            self._awake(function, instance, at, waited_ns)
+            self._drain(function, at)
 
-    def _ended(self, number: int, at: int, effects: list[Effect], *, served: bool, uid: str = "") -> None:
+    def _ended(self, number: int, at: int, *, served: bool, uid: str = "") -> None:
         request = self._requests.pop(number, None)
         if request is None:
             return
-        if request.slot is None:
-            self._left(request, at, effects)
-            return
-        if uid in self._slots:
-            leases.served_by(request, self._slots[uid])
-        function, _ = self._release(request, at)
-        if served:
-            took = at - request.leased_ns
-            average = function.service_ns
-            function.service_ns = took if not average else average + AVERAGE_WEIGHT * (took - average)
-        self._drain(function, at, effects)
-        self._tidy(request.function)
-
-    def _left(self, request: Request, at: int, effects: list[Effect]) -> None:
-        """It waits no more, here or where it was sent ahead."""
         function = self._functions[request.function]
-        if request.ahead is None:
-            function.backlog.discard(request)
+        if request.instance is None and request.early_node is None:
+            function.queue.discard(request)
             return
-        function.take_ahead(request)
-        self._drain(function, at, effects)
-        self._tidy(request.function)
-
-    def _refused(self, number: int, at: int, effects: list[Effect]) -> None:
-        request = self._requests.get(number)
-        if request is None or (request.slot is None and request.ahead is None):
-            return
-        slot, function = request.slot, self._functions[request.function]
-        if slot is None:
-            function.take_ahead(request).no_ahead_until_ns = at + AHEAD_PAUSE_NS
+        if request.instance is None:
+            function.early.remove(request)
         else:
-            did_not_wake = slot.bound == number
-            function, valid = self._release(request, at)
+            if uid in self._instances:
+                _move_lease(request, self._instances[uid])
+            self._end_lease(function, request, at)
+            if served:
+                took = at - request.leased_ns
+                average = function.service_ns
+                function.service_ns = took if not average else average + AVERAGE_WEIGHT * (took - average)
+        self._drain(function, at)
+        self._drop_unused(request.function)
+
+    def _refused(self, number: int, at: int) -> None:
+        request = self._requests.get(number)
+        if request is None or (request.instance is None and request.early_node is None):
+            return
+        instance, function = request.instance, self._functions[request.function]
+        if instance is None:
+            function.early.remove(request).no_early_until_ns = at + PAUSE_NS
+        else:
+            did_not_wake = instance.direct_wake == number
+            valid = self._end_lease(function, request, at)
             if did_not_wake:
-                wakes.failed(function.slots, slot, at)
-            elif valid and slot.uid in self._slots:
-                wakes.set_aside(function.slots, slot, at)
+                self._wake_failed(function, instance, at)
+            elif valid and instance.uid in self._instances:
+                self._quarantine(function, instance, at)
         reason: RefusalReason | None = None
         if not function.known:
             reason = RefusalReason.UNKNOWN_FUNCTION
         elif at >= request.deadline_ns:
             reason = RefusalReason.QUEUE_TIMEOUT
-        elif request.attempts >= MAX_ATTEMPTS or function.hopeless:
+        elif request.attempts >= MAX_ATTEMPTS or function.no_capacity_expected:
             reason = RefusalReason.NO_CAPACITY
         if reason is None:
-            function.backlog.give_back(request)
+            function.queue.put_back(request)
         else:
             del self._requests[number]
-            effects.append(Refuse(number, reason))
-        self._drain(function, at, effects)
-        self._tidy(request.function)
+            self._effects.append(Refuse(number, reason))
+        self._drain(function, at)
+        self._drop_unused(request.function)
 
-    def _deadline(self, number: int, effects: list[Effect]) -> None:
+    def _deadline_passed(self, number: int) -> None:
         request = self._requests.get(number)
-        if request is None or request.slot is not None or request.ahead is not None:
+        if request is None or request.instance is not None or request.early_node is not None:
             return
         del self._requests[number]
-        self._functions[request.function].backlog.discard(request)
-        effects.append(Refuse(number, RefusalReason.QUEUE_TIMEOUT))
+        self._functions[request.function].queue.discard(request)
+        self._effects.append(Refuse(number, RefusalReason.QUEUE_TIMEOUT))
 
-    def _drain(self, function: FunctionQueueState, at: int, effects: list[Effect]) -> None:
-        """Bind waiting requests to free slots, oldest first; wake for those that are left, or send them away."""
-        backlog, slots = function.backlog, function.slots
-        while function.ahead_count or backlog:
-            slot = slots.free()
-            there = None if slot is None else function.ahead.get(slot.node.name)
-            if slot is None or not (there or backlog):
+    def _drain(self, function: FunctionQueueState, at: int) -> None:
+        """Dispatch waiting requests to free slots, oldest first; wake instances for the rest, or refuse them."""
+        queue, early = function.queue, function.early
+        while early.count or queue:
+            instance = function.index.free()
+            if instance is None:
                 break
-            if there:  # its agent has given the slot to who waits there
-                request = next(iter(there.values()))
-                function.take_ahead(request)
-                leases.begin(function, request, slot, at)
+            request = early.oldest_at(instance.node)
+            if request is not None:  # its agent has given it the slot
+                early.remove(request)
+                self._begin_lease(function, request, instance, at)
+            elif queue:
+                self._dispatch(function, queue.pop(), instance, at)
             else:
-                self._lease(function, backlog.pop(), slot, at, effects)
-        if backlog and function.hopeless:
-            self._refuse_all(function, RefusalReason.NO_CAPACITY, effects)
-        elif backlog:
-            self._wake(function, at, effects)
+                break
+        if queue and function.no_capacity_expected:
+            self._refuse_all(function, RefusalReason.NO_CAPACITY)
+        elif queue:
+            self._wake(function, at)
+
+    def _refuse_all(self, function: FunctionQueueState, reason: RefusalReason) -> None:
+        while function.queue:
+            request = function.queue.pop()
+            del self._requests[request.request]
+            self._effects.append(Refuse(request.request, reason))
+
+    # ---- leases -----------------------------------------------------------------------------------------------
+
+    def _dispatch(self, function: FunctionQueueState, request: Request, instance: DispatchInstance, at: int) -> None:
+        request.attempts += 1
+        self._begin_lease(function, request, instance, at)
+        queued_ns = at - request.arrived_ns
+        wake_ns = instance.wake_took_ns if instance.woken_ns >= request.arrived_ns else 0
+        direct = instance.direct_wake == request.request
+        self._effects.append(Dispatch(request.request, instance.uid, instance.node.name, queued_ns, wake_ns, direct))
+
+    def _begin_lease(self, function: FunctionQueueState, request: Request, instance: DispatchInstance, at: int) -> None:
+        instance.holders[request.request] = request
+        instance.leased += 1
+        instance.changed_ns = at
+        function.count_leases(1, at)
+        request.instance, request.lease_epoch, request.leased_ns = instance, instance.lease_epoch, at
+        function.index.reclassify(instance)
+
+    def _end_lease(self, function: FunctionQueueState, request: Request, at: int) -> bool:
+        """Free the slot; False if the lease was void."""
+        instance, request.instance = request.instance, None
+        assert instance is not None
+        if request.lease_epoch != instance.lease_epoch:
+            function.void_leases -= 1
+            return False
+        del instance.holders[request.request]
+        instance.leased -= 1
+        instance.changed_ns = at
+        function.count_leases(-1, at)
+        if instance.uid in self._instances:
+            if instance.direct_wake == request.request:
+                self._end_wake(function, instance)
+            function.index.reclassify(instance)
+        return True
+
+    def _void_leases(self, node: NodeEntry, at: int) -> None:
+        """End all leases and wakes of a node whose agent is gone; the requests end with their own connections."""
+        for instance in node.instances.values():
+            function = self._functions[instance.function]
+            self._end_wake(function, instance)
+            function.void_leases += instance.leased
+            function.count_leases(-instance.leased, at)
+            instance.holders.clear()
+            instance.leased, instance.changed_ns = 0, at
+            instance.lease_epoch += 1
+            function.index.reclassify(instance)
 
     # ---- wakes ------------------------------------------------------------------------------------------------
 
-    def _wake(self, function: FunctionQueueState, at: int, effects: list[Effect]) -> None:
-        slot = function.to_bind()
-        if slot is not None:
-            request = function.backlog.pop()
-            wakes.begin(function.slots, slot, at, bound=request.request)
-            self._lease(function, request, slot, at, effects)
+    def _wake(self, function: FunctionQueueState, at: int) -> None:
+        """Wake instances for the queue, or dispatch its requests to where they wait or wake themselves."""
+        instance = function.direct_wake_candidate()
+        if instance is not None:
+            request = function.queue.pop()
+            self._begin_wake(function, instance, at, request.request)
+            self._dispatch(function, request, instance, at)
             return
-        while (slot := function.to_wake()) is not None:
-            wakes.begin(function.slots, slot, at)
-            effects.append(Wake(slot.uid, slot.node.name))
-        if self._sends_ahead:
-            effects += function.send_ahead(at)
+        while (instance := function.instance_to_wake()) is not None:
+            self._begin_wake(function, instance, at)
+            self._effects.append(Wake(instance.uid, instance.node.name))
+        if self._early_dispatch:
+            self._effects += function.dispatch_early(at)
 
-    def _woken(self, uid: str, at: int, effects: list[Effect], *, failed: bool) -> None:
-        slot = self._slots.get(uid)
-        if slot is None or slot.wake_asked_ns < 0:
+    def _begin_wake(
+        self, function: FunctionQueueState, instance: DispatchInstance, at: int, direct_wake: int = -1
+    ) -> None:
+        instance.wake_requested_ns, instance.direct_wake = at, direct_wake
+        function.index.reclassify(instance)
+        instance.node.count_wakes(1)
+
+    def _end_wake(self, function: FunctionQueueState, instance: DispatchInstance) -> None:
+        """No effect if no wake is in progress. `reclassify` has to follow."""
+        if instance.wake_requested_ns >= 0:
+            function.index.clear_wake(instance)
+            instance.node.count_wakes(-1)
+
+    def _wake_answered(self, uid: str, at: int, *, failed: bool) -> None:
+        instance = self._instances.get(uid)
+        if instance is None or instance.wake_requested_ns < 0:
             return
-        function = self._functions[slot.function]
+        function = self._functions[instance.function]
         if failed:
-            wakes.failed(function.slots, slot, at)
+            self._wake_failed(function, instance, at)
         else:
-            self._awake(function, slot, at, at - slot.wake_asked_ns)
-        self._drain(function, at, effects)
+            self._awake(function, instance, at, at - instance.wake_requested_ns)
+        self._drain(function, at)
 
-    def _awake(self, function: FunctionQueueState, slot: DispatchInstance, at: int, took_ns: int) -> None:
-        slot.state = InstanceState.RUNNING
-        wakes.came_awake(function.slots, slot, at, took_ns)
-        function.slots.settle(slot)
+    def _awake(self, function: FunctionQueueState, instance: DispatchInstance, at: int, took_ns: int) -> None:
+        instance.state = InstanceState.RUNNING
+        self._wake_succeeded(function, instance, at, took_ns)
+        function.index.reclassify(instance)
+
+    def _wake_succeeded(self, function: FunctionQueueState, instance: DispatchInstance, at: int, took_ns: int) -> None:
+        """By its answer or a report, whichever is first. `reclassify` has to follow."""
+        instance.woken_ns, instance.wake_took_ns, instance.failed_wakes = at, took_ns, 0
+        self._end_wake(function, instance)
+        if took_ns:  # else it was awake before it was asked to wake
+            function.index.record_wake(instance.node, took_ns)
+
+    def _wake_failed(self, function: FunctionQueueState, instance: DispatchInstance, at: int) -> None:
+        self._end_wake(function, instance)
+        wait = min(BACK_OFF_NS << min(instance.failed_wakes, 16), BACK_OFF_MAX_NS)
+        instance.failed_wakes += 1
+        self._quarantine(function, instance, at + wait)
+
+    def _quarantine(self, function: FunctionQueueState, instance: DispatchInstance, until: int) -> None:
+        """It refused a request or a wake and gets neither until a report at `until` or later."""
+        instance.quarantined, instance.quarantined_until_ns = True, until
+        instance.node.quarantined[instance.uid] = instance
+        function.index.reclassify(instance)
 
     # ---- instances --------------------------------------------------------------------------------------------
 
-    def _reported(self, event: InstanceReported, at: int, effects: list[Effect]) -> None:
+    def _reported(self, event: InstanceReported, at: int) -> None:
         if event.state.terminal:
-            self._gone(event.uid, at, effects)
+            self._gone(event.uid, at)
             return
         function = self._function(event.function)
-        slot = self._slots.get(event.uid)
-        if slot is None:
+        instance = self._instances.get(event.uid)
+        if instance is None:
             node = self._node(event.node)
-            slot = DispatchInstance(event.uid, event.function, node, event.concurrency, event.state, gpus=event.gpus)
-            self._slots[event.uid] = node.slots[event.uid] = slot
-            function.slots.count += 1
-        elif slot.function != event.function or slot.node.name != event.node:
-            return  # uids are never used again: somebody else's instance under the name of this one
-        elif slot.concurrency != event.concurrency or slot.gpus != event.gpus:
-            function.slots.regear(slot, event.concurrency, event.gpus)
-        slot.take_in(event, at)
-        if slot.wake_asked_ns >= 0 and event.state is InstanceState.RUNNING:
-            wakes.came_awake(function.slots, slot, at, at - slot.wake_asked_ns)
-        function.slots.expect_wake(slot.node, event.wake_estimate_ns)
-        function.slots.settle(slot)
-        self._drain(function, at, effects)
+            instance = DispatchInstance(
+                event.uid, event.function, node, event.concurrency, event.state, gpus=event.gpus
+            )
+            self._instances[event.uid] = node.instances[event.uid] = instance
+            function.index.count += 1
+        elif instance.function != event.function or instance.node.name != event.node:
+            return  # uids are never used again: this report is wrong
+        elif instance.concurrency != event.concurrency or instance.gpus != event.gpus:
+            function.index.resize(instance, event.concurrency, event.gpus)
+        instance.apply_report(event, at)
+        if instance.wake_requested_ns >= 0 and event.state is InstanceState.RUNNING:
+            self._wake_succeeded(function, instance, at, at - instance.wake_requested_ns)
+        function.index.estimate_wake(instance.node, event.wake_estimate_ns)
+        function.index.reclassify(instance)
+        self._drain(function, at)
 
-    def _gone(self, uid: str, at: int, effects: list[Effect]) -> None:
-        slot = self._slots.pop(uid, None)
-        if slot is None:
+    def _gone(self, uid: str, at: int) -> None:
+        instance = self._instances.pop(uid, None)
+        if instance is None:
             return
-        function = self._functions[slot.function]
-        wakes.end(function.slots, slot)
-        function.slots.remove(slot)
-        function.slots.count -= 1
-        slot.node.slots.pop(uid, None)
-        slot.node.aside.pop(uid, None)
-        self._drain(function, at, effects)
-        self._tidy(slot.function)
+        function = self._functions[instance.function]
+        self._end_wake(function, instance)
+        function.index.remove(instance)
+        function.index.count -= 1
+        instance.node.instances.pop(uid, None)
+        instance.node.quarantined.pop(uid, None)
+        self._drain(function, at)
+        self._drop_unused(instance.function)
 
-    def _retired(self, uid: str, retired: bool, at: int, effects: list[Effect]) -> None:
-        slot = self._slots.get(uid)
-        if slot is None:
+    def _retired(self, uid: str, retired: bool, at: int) -> None:
+        instance = self._instances.get(uid)
+        if instance is None:
             return
-        slot.retired = retired
-        function = self._functions[slot.function]
-        function.slots.settle(slot)
-        self._drain(function, at, effects)
+        instance.retired = retired
+        function = self._functions[instance.function]
+        function.index.reclassify(instance)
+        self._drain(function, at)
 
     # ---- nodes and functions ----------------------------------------------------------------------------------
 
     def _node(self, name: str) -> NodeEntry:
-        """A node is SUSPECT until it is reported itself."""
+        """A node is SUSPECT until its first report."""
         node = self._nodes.get(name)
         if node is None:
             node = self._nodes[name] = NodeEntry(name, NodeStanding.SUSPECT)
         return node
 
-    def _node_reported(self, event: NodeReported, at: int, effects: list[Effect]) -> None:
+    def _node_reported(self, event: NodeReported, at: int) -> None:
         node = self._node(event.node)
         if (node.gpu_count, node.migrates) != (event.gpu_count, event.migrates):
             node.gpu_count, node.migrates = event.gpu_count, event.migrates
-            for slots in list(node.frozen_in.values()):
-                slots.relist(node)
-        back = node.recall(at)
+            node.reindex()
+        changed = node.end_quarantines(at)
         if node.epoch != event.epoch:
             node.epoch = event.epoch
-            leases.end_all(node, self._functions, at)
-            back = list(node.slots.values())
+            self._void_leases(node, at)
+            changed = list(node.instances.values())
         standing = NodeStanding.DRAINING if event.draining else NodeStanding.READY
         if node.standing is standing:
-            self._resettle(back, at, effects)
+            self._reclassify(changed, at)
         else:
-            self._stand(node, standing, at, effects)
+            self._set_standing(node, standing, at)
 
-    def _stand(self, node: NodeEntry, standing: NodeStanding, at: int, effects: list[Effect]) -> None:
+    def _set_standing(self, node: NodeEntry, standing: NodeStanding, at: int) -> None:
         if node.standing is not standing:
             node.standing = standing
-            self._resettle(list(node.slots.values()), at, effects)
+            self._reclassify(list(node.instances.values()), at)
 
-    def _resettle(self, slots: list[DispatchInstance], at: int, effects: list[Effect]) -> None:
-        for slot in slots:
-            self._functions[slot.function].slots.settle(slot)
-        for name in dict.fromkeys(slot.function for slot in slots):
-            self._drain(self._functions[name], at, effects)
+    def _reclassify(self, instances: list[DispatchInstance], at: int) -> None:
+        for instance in instances:
+            self._functions[instance.function].index.reclassify(instance)
+        for name in dict.fromkeys(instance.function for instance in instances):
+            self._drain(self._functions[name], at)
 
     def _function(self, name: str) -> FunctionQueueState:
         function = self._functions.get(name)
         if function is None:
-            function = self._functions[name] = FunctionQueueState(InstanceIndex(name), RequestQueue())
+            function = self._functions[name] = FunctionQueueState(InstanceIndex(name))
         return function
 
-    def _function_set(self, event: FunctionSet, at: int, effects: list[Effect]) -> None:
+    def _function_set(self, event: FunctionSet, at: int) -> None:
         function = self._function(event.function)
-        function.follow(event)
-        self._drain(function, at, effects)
+        function.apply_rules(event)
+        self._drain(function, at)
 
-    def _function_removed(self, name: str, effects: list[Effect]) -> None:
+    def _function_removed(self, name: str) -> None:
         function = self._functions.get(name)
         if function is None:
             return
         function.known = function.expects_instances = False
-        self._refuse_all(function, RefusalReason.UNKNOWN_FUNCTION, effects)
-        self._tidy(name)
+        self._refuse_all(function, RefusalReason.UNKNOWN_FUNCTION)
+        self._drop_unused(name)
 
-    def _refuse_all(self, function: FunctionQueueState, reason: RefusalReason, effects: list[Effect]) -> None:
-        while function.backlog:
-            request = function.backlog.pop()
-            del self._requests[request.request]
-            effects.append(Refuse(request.request, reason))
-
-    def _tidy(self, name: str) -> None:
-        """Drop a function that is neither deployed nor has anything left."""
+    def _drop_unused(self, name: str) -> None:
         function = self._functions.get(name)
-        if function is not None and function.forgettable:
+        if function is not None and function.unused:
             del self._functions[name]
+
+
+def _move_lease(request: Request, actual: DispatchInstance) -> None:
+    """The agent had `actual` serve the request instead of the instance it was dispatched to: it trades leases with a
+    request that was dispatched to `actual`."""
+    assumed = request.instance
+    if assumed is None or assumed is actual or request.lease_epoch != assumed.lease_epoch:
+        return
+    if actual.node is not assumed.node or assumed.function != actual.function or not actual.holders:
+        return
+    if assumed.direct_wake >= 0 or actual.direct_wake >= 0:
+        return
+    other = next(iter(actual.holders.values()))
+    del actual.holders[other.request], assumed.holders[request.request]
+    actual.holders[request.request], assumed.holders[other.request] = request, other
+    request.instance, request.lease_epoch = actual, actual.lease_epoch
+    other.instance, other.lease_epoch = assumed, assumed.lease_epoch

@@ -1,4 +1,4 @@
-"""What the dispatcher hears and says: events in, effects out (`dispatch.py` has the rules)."""
+"""Events that the dispatcher takes and effects that it returns; `dispatcher.py` has the rules."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TypeAlias
 from agent.core.types import SECOND_NS, DispatchPolicy, InstanceState
 
 WAKE_HOLD_NS = 2 * SECOND_NS
-"""The agent's idle timer is suspended for so long after a wake, until the first request."""
+"""After a wake the agent keeps the instance awake for this long, or until its first request."""
 
 
 class RefusalReason(Enum):
-    """Why a request is answered by the scheduler itself."""
+    """Why the scheduler answers a request itself."""
 
     UNKNOWN_FUNCTION = "FUNCTION_NOT_FOUND"
     QUEUE_FULL = "QUEUE_FULL"
@@ -27,8 +27,8 @@ class RefusalReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FunctionSet:
-    """A function exists with these rules. `expects_instances`: some are, or will be, on their way; without any and
-    without hope requests are refused NO_CAPACITY instead of waiting."""
+    """A function is deployed with these rules. `expects_instances`: instances are being created or will be; a function
+    that neither has nor expects any refuses its requests NO_CAPACITY."""
 
     function: str
     expects_instances: bool = True
@@ -39,14 +39,14 @@ class FunctionSet:
 
 @dataclass(frozen=True, slots=True)
 class FunctionRemoved:
-    """The function is gone: what waits is refused, what runs ends."""
+    """The function was deleted: queued requests are refused, leased ones run to their end."""
 
     function: str
 
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """`request` is a number never used again. The shell sends DeadlinePassed when `deadline_ns` is over."""
+    """A new request; its number is never used again. The caller sends DeadlinePassed once `deadline_ns` is over."""
 
     request: int
     function: str
@@ -55,22 +55,22 @@ class RequestArrived:
 
 @dataclass(frozen=True, slots=True)
 class DeadlinePassed:
-    """queueTimeout of a request; without effect unless it waits."""
+    """A request's queueTimeout is over; no effect unless it is queued here."""
 
     request: int
 
 
 @dataclass(frozen=True, slots=True)
 class RequestGone:
-    """The client left; its place in the queue or its lease is free."""
+    """The client disconnected; its place in the queue or its lease becomes free."""
 
     request: int
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseAnswered:
-    """Its instance begins to answer: it is awake. `waited_ns`: how long the request waited there for that, 0 if it did
-    not. Told of a Dispatch with `wakes` only."""
+    """The instance of a direct wake begins to answer, so it is awake; `waited_ns`: how long the request waited there
+    for the wake, 0 if it did not."""
 
     request: int
     waited_ns: int
@@ -78,7 +78,7 @@ class LeaseAnswered:
 
 @dataclass(frozen=True, slots=True)
 class LeaseEnded:
-    """The response ended, well or badly. `uid`: the instance that served it, where it is known."""
+    """The response ended, complete or not. `uid`: the instance that served it, "" if unknown."""
 
     request: int
     uid: str = ""
@@ -86,14 +86,14 @@ class LeaseEnded:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRefused:
-    """The agent refused it, or could not be reached, before a byte reached the instance: it waits again."""
+    """The agent refused the request or was unreachable before a byte reached the instance: it is queued again."""
 
     request: int
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceReported:
-    """What an agent says of an instance. `in_flight` counts requests executing or waiting there, anybody's."""
+    """An agent's report of an instance. `in_flight`: all requests executing or waiting there, whoever sent them."""
 
     uid: str
     function: str
@@ -109,14 +109,14 @@ class InstanceReported:
 
 @dataclass(frozen=True, slots=True)
 class InstanceGone:
-    """It ended or was forgotten; its uid never comes back."""
+    """The instance has ended; its uid is never used again."""
 
     uid: str
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceRetired:
-    """It is about to be drained: nothing new goes there. `retired` false: it could not be, and serves on."""
+    """The instance is about to be drained and gets no new request; `retired` False: it was not drained and goes on."""
 
     uid: str
     retired: bool = True
@@ -124,22 +124,20 @@ class InstanceRetired:
 
 @dataclass(frozen=True, slots=True)
 class WakeAnswered:
-    """Our Wake succeeded: the instance is RUNNING."""
-
     uid: str
 
 
 @dataclass(frozen=True, slots=True)
 class WakeFailed:
-    """Our Wake was refused or timed out; the instance gets no other until its node is heard again."""
+    """A Wake was refused or timed out; the instance is quarantined."""
 
     uid: str
 
 
 @dataclass(frozen=True, slots=True)
 class NodeReported:
-    """A node was heard and is ready (or only drains). Instances that had refused are tried again. `epoch` is the run of
-    its agent: what was leased in an earlier one has ended."""
+    """A node reported and is ready, or `draining`. Ends its quarantines that are over. `epoch`: the run of its agent;
+    leases of an earlier run are void."""
 
     node: str
     gpu_count: int = 0
@@ -150,58 +148,48 @@ class NodeReported:
 
 @dataclass(frozen=True, slots=True)
 class NodeSuspect:
-    """Silent, or not to be reached: no new work until it is heard again."""
+    """The node is silent or unreachable: it gets no new work until it reports again."""
 
     node: str
 
 
 @dataclass(frozen=True, slots=True)
 class NodeLost:
-    """Counted out. Requests inside follow their own connections."""
+    """The node is lost. Its leases are void; requests in flight there end with their own connections."""
 
     node: str
 
 
-Event: TypeAlias = (
-    FunctionSet
-    | FunctionRemoved
-    | RequestArrived
-    | DeadlinePassed
-    | RequestGone
-    | LeaseAnswered
-    | LeaseEnded
-    | LeaseRefused
-    | InstanceReported
-    | InstanceGone
-    | InstanceRetired
-    | WakeAnswered
-    | WakeFailed
-    | NodeReported
-    | NodeSuspect
-    | NodeLost
-)
+RequestEvent: TypeAlias = RequestArrived | DeadlinePassed | RequestGone | LeaseAnswered | LeaseEnded | LeaseRefused
+InstanceEvent: TypeAlias = InstanceReported | InstanceGone | InstanceRetired | WakeAnswered | WakeFailed
+NodeEvent: TypeAlias = NodeReported | NodeSuspect | NodeLost
+Event: TypeAlias = FunctionSet | FunctionRemoved | RequestEvent | InstanceEvent | NodeEvent
 
 # ---- effects --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Send `request` to instance `uid` on `node`; it holds a lease from now on. `wake_ns`: the wake that the
-    instance went through while the request waited, 0 for none. `wakes`: it sleeps, and the request wakes it. `ahead`:
-    no slot is free yet; the request holds no lease and waits at the node for any instance of the function there."""
+    """Send `request` to instance `uid` on `node`; it holds a lease from now on.
+
+    - `queued_ns`: how long it was queued.
+    - `wake_ns`: how long the instance took to wake while the request was queued, 0 if it did not.
+    - `direct_wake`: the instance is frozen, and this request wakes it.
+    - `early`: all slots are taken; the request holds no lease yet and waits at the node for any instance there.
+    """
 
     request: int
     uid: str
     node: str
     queued_ns: int
     wake_ns: int = 0
-    wakes: bool = False
-    ahead: bool = False
+    direct_wake: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """Ask the agent of `node` to wake `uid`; answer WakeAnswered or WakeFailed."""
+    """Ask the agent of `node` to wake `uid`; the caller answers with WakeAnswered or WakeFailed."""
 
     uid: str
     node: str
@@ -210,8 +198,6 @@ class Wake:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Answer `request` without an instance."""
-
     request: int
     reason: RefusalReason
 

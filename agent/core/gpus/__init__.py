@@ -1,1 +1,1 @@
-"""Who holds which GPU, what a host can do, how healthy its GPUs are, and the ledger of frozen images in host memory."""
+"""GPU allocation, the capabilities of a host, GPU health, and the ledger of host memory for frozen images."""

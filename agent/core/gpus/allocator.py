@@ -1,11 +1,15 @@
-"""Who holds which GPU, and who gives way: `step(book, event, at) -> (book, effects)`, owned by the node loop.
+"""The GPU allocator: `step(state, event, at) -> (state, effects)` decides which instance holds which GPU.
 
-Rules (DESIGN section 3). GPUs are dedicated: an awake instance holds whole GPUs, a frozen one none. All or nothing:
-nobody holds some while waiting for more. First come, first served: what the head of the queue can use is reserved for
-it, later waiters may use only what it cannot. A victim is the least recently used idle holder that may be preempted;
-if it refuses, the next. When a waiter has waited `max_hold_ns`, a busy holder is asked to drain. A GPU changes hands
-only on proof (`Released`), never on a state; who gave it up may have it back without. With `migrate`, whoever waits may
-use any GPU of its own GPUs' model, rather its own; where it woke is its own from then on.
+- GPUs are dedicated: an awake instance holds whole GPUs, a frozen one none.
+- All or nothing: no instance holds some of its GPUs while it waits for the others.
+- First come, first served: GPUs that the head of the queue can use are reserved for it; later waiters get the rest.
+- The victim is the least recently used idle holder that may be preempted; if it refuses, the next one.
+- After `max_hold_ns` of waiting, a busy holder is asked to drain.
+- A GPU is granted to another instance only after proof that it is empty (`Released`); its last holder may get it back
+  without.
+- With `migrate`, a waiter may use any GPU of its own GPUs' model, its own first; the GPUs it wakes on become its own.
+
+The node loop owns the state. Design: `agent/docs/design.md`.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from typing import assert_never
 
 from agent.core.gpus.allocator_events import (
     Adopt,
+    AllocatorEffect,
+    AllocatorEvent,
     Ask,
     AskDrain,
     AskFreeze,
@@ -23,8 +29,6 @@ from agent.core.gpus.allocator_events import (
     Assigned,
     BecameBusy,
     BecameIdle,
-    BookEffect,
-    BookEvent,
     Cordon,
     FreezeRefused,
     Grant,
@@ -45,7 +49,7 @@ REFUSAL_BACK_OFF_NS = SECOND_NS
 
 @dataclass(frozen=True, slots=True)
 class AllocatableGpu:
-    """One GPU: who holds it ("" = free), and the cordons that keep others away, by source."""
+    """One GPU: the uid of its holder ("" = free) and its cordons, one per source."""
 
     uuid: str
     model: str
@@ -54,19 +58,19 @@ class AllocatableGpu:
 
     @property
     def cordoned(self) -> str:
-        """Why nobody new may use it, "" if anybody may."""
+        """Why no other instance may use it; "" without a cordon."""
         return "; ".join(cordon.reason for cordon in self.cordons)
 
     @property
     def lost(self) -> bool:
-        """Out of use for good, as far as this program can tell."""
+        """Out of use until a person or a reset repairs it."""
         return any(cordon.lasting for cordon in self.cordons)
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """An instance that holds GPUs. `idle_since_ns` is None while busy; `asked`: a freeze or drain is under way;
-    `leaving`: it gave them up, the proof is on its way."""
+    """An instance that holds GPUs. `idle_since_ns` is None while it is busy. `asked`: a freeze or drain is under way.
+    `leaving`: it gave the GPUs up; the proof that they are empty is pending."""
 
     gpus: tuple[str, ...]
     since_ns: int
@@ -88,8 +92,12 @@ class Waiter:
 
 @dataclass(frozen=True, slots=True)
 class GpuAllocator:
-    """The whole state. `assigned`: the GPUs of an instance, chosen at its creation; with `migrate` the ones it was
-    granted last. `per_gpu` bounds how many instances share a GPU, with `migrate` on the average over its model."""
+    """The state of all GPUs of a node.
+
+    - `per_gpu`: most instances that share a GPU; with `migrate`, on average over the GPUs of a model
+    - `max_hold_ns`: how long a waiter waits before a busy holder is asked to drain
+    - `assigned`: the GPUs chosen for an instance at its creation; with `migrate`, the last ones granted
+    """
 
     devices: Mapping[str, AllocatableGpu]
     per_gpu: int = 1
@@ -100,130 +108,130 @@ class GpuAllocator:
     queue: tuple[Waiter, ...] = ()
 
     def sharers(self, uuid: str) -> int:
-        """How many instances are assigned to this GPU, awake or not."""
+        """Number of instances assigned to this GPU, awake or frozen."""
         return sum(uuid in gpus for gpus in self.assigned.values())
 
 
-BookStep = tuple[GpuAllocator, list[BookEffect]]
+AllocatorStep = tuple[GpuAllocator, list[AllocatorEffect]]
 
 
-def step(book: GpuAllocator, event: BookEvent, at: int) -> BookStep:  # noqa: C901 - one flat table is easiest to read
-    """Apply `event` at monotonic time `at` (ns); effects are to be performed in order."""
-    effects: list[BookEffect] = []
+def step(state: GpuAllocator, event: AllocatorEvent, at: int) -> AllocatorStep:  # noqa: C901 - one flat table is easiest to read
+    """Apply `event` at monotonic time `at` (ns). Pure: the caller performs the effects in order."""
+    effects: list[AllocatorEffect] = []
     match event:
         case Assign(uid, count, model):
-            return _assign(book, uid, count, model)
+            return _assign(state, uid, count, model)
         case Adopt(uid, gpus, holds):
-            book = replace(book, assigned={**book.assigned, uid: gpus})
+            state = replace(state, assigned={**state.assigned, uid: gpus})
             if holds:
-                book = _take(book, uid, gpus, at)
+                state = _take(state, uid, gpus, at)
         case Unassign(uid):
-            assigned = {key: value for key, value in book.assigned.items() if key != uid}
-            book = replace(_let_go(_leave(book, uid), uid), assigned=assigned)
+            assigned = {key: value for key, value in state.assigned.items() if key != uid}
+            state = replace(_let_go(_leave(state, uid), uid), assigned=assigned)
         case Ask(uid, avoid, stays):
-            book = _enqueue(book, uid, avoid, stays, at)
+            state = _enqueue(state, uid, avoid, stays, at)
         case Leave(uid):
-            book = _leave(book, uid)
+            state = _leave(state, uid)
         case Released(uid):
-            book = _let_go(book, uid)
+            state = _let_go(state, uid)
         case Releasing(uid):
-            book = _with_holder(book, uid, asked=True, leaving=True, idle_since_ns=None)
+            state = _with_holder(state, uid, asked=True, leaving=True, idle_since_ns=None)
         case FreezeRefused(uid):
-            held = book.holders.get(uid)
+            held = state.holders.get(uid)
             idle_since = None if held is None else held.idle_since_ns
-            book = _with_holder(
-                book, uid, asked=False, idle_since_ns=idle_since, preemptible_at_ns=at + REFUSAL_BACK_OFF_NS
+            state = _with_holder(
+                state, uid, asked=False, idle_since_ns=idle_since, preemptible_at_ns=at + REFUSAL_BACK_OFF_NS
             )
         case BecameIdle(uid, preemptible_at_ns):
-            book = _with_holder(book, uid, idle_since_ns=at, preemptible_at_ns=preemptible_at_ns)
+            state = _with_holder(state, uid, idle_since_ns=at, preemptible_at_ns=preemptible_at_ns)
         case BecameBusy(uid):
-            book = _with_holder(book, uid, idle_since_ns=None)
+            state = _with_holder(state, uid, idle_since_ns=None)
         case Cordon(uuid, _, source):
-            book = _with_cordon(book, uuid, source, event)
+            state = _with_cordon(state, uuid, source, event)
         case Uncordon(uuid, source):
-            book = _with_cordon(book, uuid, source, None)
+            state = _with_cordon(state, uuid, source, None)
         case Tick():
             pass
         case _:
             assert_never(event)
-    book, more = _serve(book, at)
-    return book, effects + more
+    state, more = _serve(state, at)
+    return state, effects + more
 
 
-def _assign(book: GpuAllocator, uid: str, count: int, model: str) -> BookStep:
-    """The GPUs with the fewest sharers first, so that instances spread before they share."""
-    if uid in book.assigned:
-        return book, [Assigned(uid, book.assigned[uid])]
-    fitting = [d for d in book.devices.values() if not d.cordoned and model in ("", d.model)]
-    roomy = sorted((book.sharers(d.uuid), i, d.uuid) for i, d in enumerate(fitting))
-    chosen = tuple(uuid for sharers, _, uuid in roomy if sharers < book.per_gpu)[:count]
-    full = book.migrate and sum(sharers for sharers, _, _ in roomy) + count > book.per_gpu * len(fitting)
+def _assign(state: GpuAllocator, uid: str, count: int, model: str) -> AllocatorStep:
+    """Choose the GPUs with the fewest sharers, so that instances spread before they share."""
+    if uid in state.assigned:
+        return state, [Assigned(uid, state.assigned[uid])]
+    fitting = [d for d in state.devices.values() if not d.cordoned and model in ("", d.model)]
+    roomy = sorted((state.sharers(d.uuid), i, d.uuid) for i, d in enumerate(fitting))
+    chosen = tuple(uuid for sharers, _, uuid in roomy if sharers < state.per_gpu)[:count]
+    full = state.migrate and sum(sharers for sharers, _, _ in roomy) + count > state.per_gpu * len(fitting)
     if len(chosen) < count or full:
         wanted = f"{count} GPU(s)" + (f" of model {model!r}" if model else "")
-        return book, [
+        return state, [
             Unassignable(
                 uid,
                 f"{wanted} wanted, {0 if full else len(chosen)} of {len(fitting)} such GPU(s) on this node have room "
-                f"(gpu.instances_per_gpu: {book.per_gpu}); remove an instance or raise it",
+                f"(gpu.instances_per_gpu: {state.per_gpu}); remove an instance or raise it",
             )
         ]
-    return replace(book, assigned={**book.assigned, uid: chosen}), [Assigned(uid, chosen)]
+    return replace(state, assigned={**state.assigned, uid: chosen}), [Assigned(uid, chosen)]
 
 
-def _with_cordon(book: GpuAllocator, uuid: str, source: str, cordon: Cordon | None) -> GpuAllocator:
-    """Put the source's cordon in place of the one it had."""
-    device = book.devices.get(uuid)
+def _with_cordon(state: GpuAllocator, uuid: str, source: str, cordon: Cordon | None) -> GpuAllocator:
+    """Replace the source's cordon on this GPU; None lifts it."""
+    device = state.devices.get(uuid)
     if device is None:
-        return book  # not one of ours
+        return state  # not a GPU of this node
     others = tuple(each for each in device.cordons if each.source != source)
     device = replace(device, cordons=others if cordon is None else (*others, cordon))
-    return replace(book, devices={**book.devices, uuid: device})
+    return replace(state, devices={**state.devices, uuid: device})
 
 
-def _enqueue(book: GpuAllocator, uid: str, avoid: tuple[str, ...], stays: bool, at: int) -> GpuAllocator:
-    held = book.holders.get(uid)
-    if (held is not None and not held.leaving) or any(waiter.uid == uid for waiter in book.queue):
-        return book
-    own = book.assigned[uid]
-    allowed = own if stays else _allowed(book, own, avoid)
-    return replace(book, queue=(*book.queue, Waiter(uid, len(own), allowed, at)))
+def _enqueue(state: GpuAllocator, uid: str, avoid: tuple[str, ...], stays: bool, at: int) -> GpuAllocator:
+    held = state.holders.get(uid)
+    if (held is not None and not held.leaving) or any(waiter.uid == uid for waiter in state.queue):
+        return state
+    own = state.assigned[uid]
+    allowed = own if stays else _allowed(state, own, avoid)
+    return replace(state, queue=(*state.queue, Waiter(uid, len(own), allowed, at)))
 
 
-def _allowed(book: GpuAllocator, own: tuple[str, ...], avoid: tuple[str, ...]) -> tuple[str, ...]:
-    """The GPUs an instance may use, the ones it should rather use first."""
-    models = {book.devices[uuid].model for uuid in own}
-    if not book.migrate or len(models) != 1:  # GPUs of two models can't stand in for each other
+def _allowed(state: GpuAllocator, own: tuple[str, ...], avoid: tuple[str, ...]) -> tuple[str, ...]:
+    """The GPUs an instance may use, preferred ones first."""
+    models = {state.devices[uuid].model for uuid in own}
+    if not state.migrate or len(models) != 1:  # only GPUs of one model replace each other
         return own
-    others = [d for d in book.devices.values() if d.model in models and d.uuid not in own]
-    others.sort(key=lambda device: book.sharers(device.uuid))
+    others = [d for d in state.devices.values() if d.model in models and d.uuid not in own]
+    others.sort(key=lambda device: state.sharers(device.uuid))
     pool = (*own, *(device.uuid for device in others))
     rest = tuple(uuid for uuid in pool if uuid not in avoid)
-    return rest if sum(not book.devices[uuid].cordoned for uuid in rest) >= len(own) else pool
+    return rest if sum(not state.devices[uuid].cordoned for uuid in rest) >= len(own) else pool
 
 
-def _leave(book: GpuAllocator, uid: str) -> GpuAllocator:
-    return replace(book, queue=tuple(waiter for waiter in book.queue if waiter.uid != uid))
+def _leave(state: GpuAllocator, uid: str) -> GpuAllocator:
+    return replace(state, queue=tuple(waiter for waiter in state.queue if waiter.uid != uid))
 
 
-def _take(book: GpuAllocator, uid: str, gpus: tuple[str, ...], at: int) -> GpuAllocator:
-    devices = dict(book.devices)
+def _take(state: GpuAllocator, uid: str, gpus: tuple[str, ...], at: int) -> GpuAllocator:
+    devices = dict(state.devices)
     for uuid in gpus:
         devices[uuid] = replace(devices[uuid], holder=uid)
-    return replace(book, devices=devices, holders={**book.holders, uid: Holder(gpus, at)})
+    return replace(state, devices=devices, holders={**state.holders, uid: Holder(gpus, at)})
 
 
-def _let_go(book: GpuAllocator, uid: str) -> GpuAllocator:
-    held = book.holders.get(uid)
+def _let_go(state: GpuAllocator, uid: str) -> GpuAllocator:
+    held = state.holders.get(uid)
     if held is None:
-        return book
-    devices = dict(book.devices)
+        return state
+    devices = dict(state.devices)
     for uuid in held.gpus:
         devices[uuid] = replace(devices[uuid], holder="")
-    return replace(book, devices=devices, holders={key: value for key, value in book.holders.items() if key != uid})
+    return replace(state, devices=devices, holders={key: value for key, value in state.holders.items() if key != uid})
 
 
 def _with_holder(
-    book: GpuAllocator,
+    state: GpuAllocator,
     uid: str,
     *,
     idle_since_ns: int | None,
@@ -231,9 +239,9 @@ def _with_holder(
     leaving: bool = False,
     preemptible_at_ns: int | None = None,
 ) -> GpuAllocator:
-    held = book.holders.get(uid)
+    held = state.holders.get(uid)
     if held is None:
-        return book
+        return state
     held = replace(
         held,
         idle_since_ns=idle_since_ns,
@@ -241,60 +249,62 @@ def _with_holder(
         leaving=held.leaving or leaving,
         preemptible_at_ns=held.preemptible_at_ns if preemptible_at_ns is None else preemptible_at_ns,
     )
-    return replace(book, holders={**book.holders, uid: held})
+    return replace(state, holders={**state.holders, uid: held})
 
 
-def _serve(book: GpuAllocator, at: int) -> BookStep:
-    """Walk the queue in order: grant what can be granted, make room for the rest, remember when to look again."""
-    effects: list[BookEffect] = []
+def _serve(state: GpuAllocator, at: int) -> AllocatorStep:
+    """Walk the queue in order: grant what is free, ask holders to make room for the rest, set the next timer."""
+    effects: list[AllocatorEffect] = []
     reserved: set[str] = set()
-    look_again: list[int] = []
-    for waiter in book.queue:
-        if (held := book.holders.get(waiter.uid)) is not None:
-            # What it gave up is not proven free: for itself it need not be. Else it keeps its place in the line, for
-            # nobody holds GPUs twice.
-            if reserved.isdisjoint(held.gpus) and set(held.gpus) <= set(waiter.allowed) and _usable(book, held.gpus):
-                book = _take(_leave(book, waiter.uid), waiter.uid, held.gpus, at)
+    timers: list[int] = []
+    for waiter in state.queue:
+        if (held := state.holders.get(waiter.uid)) is not None:
+            # Its former GPUs are not proven empty, which it does not need for itself. If it can't have those, it waits
+            # for the proof: no instance holds GPUs twice.
+            if reserved.isdisjoint(held.gpus) and set(held.gpus) <= set(waiter.allowed) and _usable(state, held.gpus):
+                state = _take(_leave(state, waiter.uid), waiter.uid, held.gpus, at)
                 effects.append(Grant(waiter.uid, held.gpus))
             continue
-        usable = [u for u in waiter.allowed if u not in reserved and not book.devices[u].cordoned]
-        free = [u for u in usable if not book.devices[u].holder]
+        usable = [u for u in waiter.allowed if u not in reserved and not state.devices[u].cordoned]
+        free = [u for u in usable if not state.devices[u].holder]
         if len(free) >= waiter.count:
             gpus = tuple(free[: waiter.count])
-            book = _take(_leave(book, waiter.uid), waiter.uid, gpus, at)
-            if book.migrate:
-                book = replace(book, assigned={**book.assigned, waiter.uid: gpus})
+            state = _take(_leave(state, waiter.uid), waiter.uid, gpus, at)
+            if state.migrate:
+                state = replace(state, assigned={**state.assigned, waiter.uid: gpus})
             effects.append(Grant(waiter.uid, gpus))
             continue
-        if sum(not book.devices[u].lost for u in waiter.allowed) < waiter.count:
-            book = _leave(book, waiter.uid)
-            lost = [book.devices[u] for u in waiter.allowed if book.devices[u].lost]
+        if sum(not state.devices[u].lost for u in waiter.allowed) < waiter.count:
+            state = _leave(state, waiter.uid)
+            lost = [state.devices[u] for u in waiter.allowed if state.devices[u].lost]
             effects.append(Unservable(waiter.uid, "; ".join(f"{d.uuid}: {d.cordoned}" for d in lost)))
             continue
-        if sum(not book.devices[u].cordoned for u in waiter.allowed) < waiter.count:
-            continue  # it can't be served until a cordon is lifted: nobody waits or gives way for it
+        if sum(not state.devices[u].cordoned for u in waiter.allowed) < waiter.count:
+            continue  # not before a cordon is lifted: no GPU is reserved and no holder gives way for it
         reserved.update(waiter.allowed)
-        book, asked = _make_room(book, waiter, usable, len(free), at, look_again)
+        state, asked = _make_room(state, waiter, usable, len(free), at, timers)
         effects.extend(asked)
-    if look_again:
-        effects.append(WakeMeAt(min(look_again)))
-    return book, effects
+    if timers:
+        effects.append(WakeMeAt(min(timers)))
+    return state, effects
 
 
-def _usable(book: GpuAllocator, gpus: tuple[str, ...]) -> bool:
-    return not any(book.devices[uuid].cordoned for uuid in gpus)
+def _usable(state: GpuAllocator, gpus: tuple[str, ...]) -> bool:
+    return not any(state.devices[uuid].cordoned for uuid in gpus)
 
 
 def _make_room(
-    book: GpuAllocator, waiter: Waiter, usable: list[str], free: int, at: int, look_again: list[int]
-) -> tuple[GpuAllocator, list[BookEffect]]:
-    """Ask as many holders as are needed, once all of them may be asked; GPUs already being vacated count."""
-    holders = {book.devices[u].holder: book.holders[book.devices[u].holder] for u in usable if book.devices[u].holder}
+    state: GpuAllocator, waiter: Waiter, usable: list[str], free: int, at: int, timers: list[int]
+) -> tuple[GpuAllocator, list[AllocatorEffect]]:
+    """Ask as many holders as needed, once all of them may be asked; GPUs already being vacated count."""
+    holders = {
+        state.devices[u].holder: state.holders[state.devices[u].holder] for u in usable if state.devices[u].holder
+    }
     coming = sum(u in holder.gpus for holder in holders.values() if holder.asked for u in usable)
     short = waiter.count - free - coming
     idle = sorted((h.idle_since_ns, uid) for uid, h in holders.items() if h.idle_since_ns is not None and not h.asked)
     busy = sorted((h.since_ns, uid) for uid, h in holders.items() if h.idle_since_ns is None and not h.asked)
-    drain_at = waiter.since_ns + book.max_hold_ns
+    drain_at = waiter.since_ns + state.max_hold_ns
     victims: list[tuple[str, int, bool]] = [(uid, holders[uid].preemptible_at_ns, True) for _, uid in idle]
     victims += [(uid, max(drain_at, holders[uid].preemptible_at_ns), False) for _, uid in busy]
     chosen: list[tuple[str, bool]] = []
@@ -302,11 +312,11 @@ def _make_room(
         if short > 0 and possible_at <= at:
             chosen.append((uid, is_idle))
             short -= sum(u in holders[uid].gpus for u in usable)
-    if short > 0:  # all or nothing: nobody sleeps for a waiter that can't be served yet
-        look_again.extend(possible_at for _, possible_at, _ in victims if possible_at > at)
-        return book, []
-    effects: list[BookEffect] = []
+    if short > 0:  # all or nothing: no holder freezes for a waiter that can't be served yet
+        timers.extend(possible_at for _, possible_at, _ in victims if possible_at > at)
+        return state, []
+    effects: list[AllocatorEffect] = []
     for uid, is_idle in chosen:
-        book = _with_holder(book, uid, idle_since_ns=holders[uid].idle_since_ns, asked=True)
+        state = _with_holder(state, uid, idle_since_ns=holders[uid].idle_since_ns, asked=True)
         effects.append(AskFreeze(uid) if is_idle else AskDrain(uid))
-    return book, effects
+    return state, effects

@@ -1,7 +1,4 @@
-"""What happens to GPUs (events) and what must be done about it (effects): the alphabet of `gpu_book.step`.
-
-Times are monotonic ns.
-"""
+"""The events that `allocator.step` takes and the effects that it returns. Times are monotonic ns."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """A new instance: choose its GPUs among those of `model` ("" = any). Answered by Assigned or Unassignable."""
+    """Choose a new instance's GPUs among those of `model` ("" = any). Answered by Assigned or Unassignable."""
 
     uid: str
     count: int
@@ -21,7 +18,7 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class Adopt:
-    """Recovery: this instance was assigned these GPUs, and holds them now if `holds`."""
+    """Recovery: the instance was assigned these GPUs and, if `holds`, holds them now."""
 
     uid: str
     gpus: tuple[str, ...]
@@ -30,15 +27,15 @@ class Adopt:
 
 @dataclass(frozen=True, slots=True)
 class Unassign:
-    """The instance is gone for good (after Released, if it held)."""
+    """The instance has ended (after Released, if it held GPUs)."""
 
     uid: str
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """The instance wants its GPUs; where it may move, rather not those in `avoid` (a restore on them just failed).
-    `stays`: it sleeps and can't move, whatever others can (it was created seeing its own GPUs only)."""
+    """The instance requests its GPUs. If it may move it prefers others to those in `avoid` (a restore on them failed).
+    `stays`: it is frozen and can't move, since its container sees only its own GPUs."""
 
     uid: str
     avoid: tuple[str, ...] = ()
@@ -47,35 +44,35 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """The instance does not want them any more."""
+    """The instance withdraws its request."""
 
     uid: str
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """Proof that nothing of the instance is left on its GPUs."""
+    """NVML shows nothing of the instance on its GPUs any more."""
 
     uid: str
 
 
 @dataclass(frozen=True, slots=True)
 class Releasing:
-    """The holder has given up its GPUs; the proof is on its way. It counts as asked: nobody else gives way for it."""
+    """The holder gave up its GPUs; the proof is pending. They count as being vacated, so no other holder is asked."""
 
     uid: str
 
 
 @dataclass(frozen=True, slots=True)
 class FreezeRefused:
-    """The holder was asked to freeze or drain, and did not."""
+    """The holder was asked to freeze or drain and refused."""
 
     uid: str
 
 
 @dataclass(frozen=True, slots=True)
 class BecameIdle:
-    """Nobody is inside the holder; it may be preempted from `preemptible_at_ns` on."""
+    """No request is inside the holder; it may be preempted from `preemptible_at_ns` on."""
 
     uid: str
     preemptible_at_ns: int
@@ -90,8 +87,8 @@ class BecameBusy:
 
 @dataclass(frozen=True, slots=True)
 class Cordon:
-    """Nothing new may use this GPU. Each `source` has one cordon of its own on it; a `lasting` one is never lifted
-    without a person or a reset: who can only use this GPU is given up as soon as somebody waits for it."""
+    """No other instance may use this GPU. Each `source` has at most one cordon on it. A `lasting` cordon needs a person
+    or a reset: an instance that can use no other GPU fails when it waits for this one."""
 
     uuid: str
     reason: str
@@ -101,7 +98,7 @@ class Cordon:
 
 @dataclass(frozen=True, slots=True)
 class Uncordon:
-    """The source's reason is gone. The GPU is usable when no source has one."""
+    """The source lifts its cordon. The GPU is usable without any cordon."""
 
     uuid: str
     source: str
@@ -109,10 +106,10 @@ class Uncordon:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time passed: the timer of `WakeMeAt` fired."""
+    """The timer of `WakeMeAt` fired."""
 
 
-BookEvent = (
+AllocatorEvent = (
     Assign
     | Adopt
     | Unassign
@@ -134,7 +131,7 @@ BookEvent = (
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """The instance's GPUs: for life, or until it wakes on others (`Book.migrate`)."""
+    """The instance's GPUs, until it wakes on others (`GpuAllocator.migrate`)."""
 
     uid: str
     gpus: tuple[str, ...]
@@ -142,7 +139,7 @@ class Assigned:
 
 @dataclass(frozen=True, slots=True)
 class Unassignable:
-    """No set of GPUs has room for it; `message` says what is short."""
+    """No set of GPUs has room for the instance; `message` says what is short."""
 
     uid: str
     message: str
@@ -165,14 +162,14 @@ class AskFreeze:
 
 @dataclass(frozen=True, slots=True)
 class AskDrain:
-    """Close this busy holder's gate; freeze it when its last request ended."""
+    """Close this busy holder's gate and freeze it after its last request."""
 
     uid: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unservable:
-    """The waiter can never be served: too many of its GPUs are out of use for good. It is not in the queue any more."""
+    """The waiter was removed from the queue: too many of its GPUs are out of use for good."""
 
     uid: str
     message: str
@@ -180,9 +177,9 @@ class Unservable:
 
 @dataclass(frozen=True, slots=True)
 class WakeMeAt:
-    """Send `Tick` at this time: something becomes possible then."""
+    """Send `Tick` at `at_ns`: a holder may be asked from then on."""
 
     at_ns: int
 
 
-BookEffect = Assigned | Unassignable | Grant | Unservable | AskFreeze | AskDrain | WakeMeAt
+AllocatorEffect = Assigned | Unassignable | Grant | Unservable | AskFreeze | AskDrain | WakeMeAt

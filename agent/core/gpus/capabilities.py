@@ -1,8 +1,8 @@
-"""What a host's GPUs can do for idle mode, as a pure function of what was found; with the fix where they can't.
+"""Whether a host's GPUs can do idle mode: a pure function from the host's facts to lines with a verdict and a fix.
 
-Rules: NVIDIA's documentation and issues of cuda-checkpoint (facts gpu-checkpoint, sections 1 to 3 and 7). One line a
-subject; any FAIL forbids idle mode, a WARN does not. Lines about what is not there (devices without a driver) are left
-out: what stands in the way comes first.
+Rules: `agent/docs/facts/gpu-checkpoint.md`, sections 1 to 3 and 7 (NVIDIA's documentation and the issues of
+cuda-checkpoint). One line a subject; any FAIL forbids idle mode, a WARN does not. Subjects that need something missing
+(devices without a driver) get no line.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from agent.core.snapshots import CapabilityLine
 from agent.core.types import ComputeMode, Gpu
 
 UTILITY_SINCE = 555
-"""`cuda-checkpoint` has separate actions and a lock timeout; before, only --toggle, which we never use."""
+"""Since then `cuda-checkpoint` has separate actions and a lock timeout; before, only --toggle, never used here."""
 
 UTILITY_CUDA = 12040
-"""What the program itself asks of cuDriverGetVersion; below it prints `Insufficient driver`."""
+"""The least cuDriverGetVersion that the program accepts; below it prints `Insufficient driver`."""
 
 API_SINCE = 570
 API_CUDA = 12080
 MIGRATION_SINCE = 580
 ARM_SINCE = 595
 SAFE_SINCE = 580
-"""PyTorch on some 570 builds answers 801, and 570 keeps no good state after an error."""
+"""Some 570 builds answer 801 for PyTorch, and 570 leaves no usable state after an error."""
 
 NEW_DRIVER = f"install driver {SAFE_SINCE} or newer"
 FIND_LIBCUDA = (
     "remove the cuda-compat package, or take its folder out of LD_LIBRARY_PATH; see ldconfig -p | grep libcuda"
 )
-ASK_THE_KERNEL = "dmesg | grep -iE 'nvrm|xid'; then reset the GPU (nvidia-smi --gpu-reset) or reboot"
+CHECK_KERNEL_LOG = "dmesg | grep -iE 'nvrm|xid'; then reset the GPU (nvidia-smi --gpu-reset) or reboot"
 
 
 class NvmlTrouble(Enum):
@@ -61,8 +61,8 @@ _TROUBLES = {
         "reboot",
     ),
     NvmlTrouble.DENIED: ("this user may not open the GPUs", "run as root"),
-    NvmlTrouble.SILENT: ("the driver does not answer", ASK_THE_KERNEL),
-    NvmlTrouble.LOST: ("a GPU is lost: the driver can't reach it any more", ASK_THE_KERNEL),
+    NvmlTrouble.SILENT: ("the driver does not answer", CHECK_KERNEL_LOG),
+    NvmlTrouble.LOST: ("a GPU is lost: the driver can't reach it any more", CHECK_KERNEL_LOG),
     NvmlTrouble.CRASHED: ("the driver's library crashed", f"reinstall the driver, {SAFE_SINCE} or newer"),
     NvmlTrouble.OTHER: ("the GPUs can't be read", "compare with what nvidia-smi says; then dmesg | grep -i nvrm"),
 }
@@ -70,11 +70,18 @@ _TROUBLES = {
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What was found. `driver_version` like "580.65.06" ("" = no driver), `machine` as uname says it, `euid` of the
-    agent. `cuda`: what libcuda says, 13000 for 13.0 (0 = unknown). `trouble`: NVML failed, and `trouble_text` is
-    its own word. `missing` GPUs do not answer, beside those in `gpus`. `mps`: an MPS daemon runs here. `host_pids`:
-    the driver numbers processes as the agent does. `checkpointer`: the setting; `utility`: the cuda-checkpoint
-    program, fit to be run ("" = not; then `utility_problem` says why)."""
+    """The facts of a host.
+
+    - `driver_version`: like "580.65.06"; "" = no driver
+    - `euid`: of the agent; `machine`: uname's
+    - `cuda`: libcuda's version, 13000 for 13.0; 0 = unknown
+    - `trouble`: why NVML failed, with NVML's own `trouble_text`
+    - `missing`: number of GPUs that do not answer, besides `gpus`
+    - `mps`: an MPS daemon runs
+    - `host_pids`: the driver's pids are the agent's
+    - `checkpointer`: the setting
+    - `utility`: path of a usable cuda-checkpoint program; "" = none, because of `utility_problem`
+    """
 
     driver_version: str
     gpus: Sequence[Gpu]
@@ -96,25 +103,30 @@ class HostFacts:
 
     @property
     def has_api(self) -> bool:
-        """Does the driver have cuCheckpointProcess*? A libcuda that is older than the driver has not."""
+        """The driver has cuCheckpointProcess*; a libcuda older than the driver lacks it."""
         return self.branch >= API_SINCE and (not self.cuda or self.cuda >= API_CUDA)
 
     @property
     def takes_utility(self) -> bool:
-        """Would a cuda-checkpoint program work with this driver?"""
+        """A cuda-checkpoint program works with this driver."""
         return self.branch >= UTILITY_SINCE and (not self.cuda or self.cuda >= UTILITY_CUDA)
 
     def where(self, wrong: Callable[[Gpu], bool]) -> str:
-        """The indexes of the GPUs for which it is so, as nvidia-smi's -i takes them; "" = none."""
+        """The indexes of the GPUs for which `wrong` holds, as nvidia-smi's -i takes them; "" = none."""
         return ",".join(str(gpu.index) for gpu in self.gpus if wrong(gpu))
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """The verdict on a host. `idle_mode`: may instances be frozen here? `checkpointer` ("driver" | "utility" | ""):
-    what the driver can be asked through, also where something else forbids idle mode (what an earlier agent locked
-    has to be unlocked). `migration`: may they wake on another GPU? `init_before_restore`: persistence mode is off, so
-    a restore needs cuInit first. `lines` for people."""
+    """The verdict on a host.
+
+    - `idle_mode`: instances can be frozen
+    - `checkpointer`: "driver", "utility" or "" (none); set even if idle mode is forbidden, so that processes locked by
+      an earlier agent can be unlocked
+    - `migration`: instances can wake on another GPU
+    - `init_before_restore`: persistence mode is off, so a restore needs cuInit first
+    - `lines`: for `hibernode doctor` and the log
+    """
 
     idle_mode: bool
     checkpointer: str
@@ -124,7 +136,7 @@ class Capabilities:
 
     @property
     def refusal(self) -> str:
-        """Why a function can't have idle mode here, and what to do: one sentence; "" where it can."""
+        """Why a function can't have idle mode on this host, with the fix, in one sentence; "" if it can."""
         failed = [line for line in self.lines if line.level == "FAIL"]
         if not failed:
             return ""
@@ -133,7 +145,7 @@ class Capabilities:
 
 
 def find_capabilities(host: HostFacts) -> Capabilities:
-    """The verdict and its reasons."""
+    """The verdict on `host`, with its reasons."""
     chosen = _choose(host)
     lines = tuple(_lines(host, chosen))
     idle_mode = all(line.level != "FAIL" for line in lines)
@@ -147,8 +159,7 @@ def find_capabilities(host: HostFacts) -> Capabilities:
 
 
 def host_lines(found: Capabilities, cgroup: str, unavailable: str) -> tuple[CapabilityLine, ...]:
-    """The driver's lines and the host's: where instances live (`cgroup` "" = nowhere, SIGSTOP instead), and what
-    start-up found to stand in the way although the driver could (`unavailable`)."""
+    """The lines of `found`, of the folder of instance cgroups ("" = none: SIGSTOP) and of `idle_mode_lines`."""
     lines = [*found.lines]
     if cgroup:
         lines.append(_ok("cgroup", f"instances live in cgroups below {cgroup}"))
@@ -164,21 +175,21 @@ def host_lines(found: Capabilities, cgroup: str, unavailable: str) -> tuple[Capa
 
 
 def idle_mode_lines(found: Capabilities, unavailable: str) -> tuple[CapabilityLine, ...]:
-    """What stands in the way although the facts are fine: `unavailable` is why the checkpointer did not start."""
+    """What forbids idle mode although the facts allow it: `unavailable`, why the checkpointer did not start."""
     if not unavailable or not found.idle_mode:
         return ()
-    fix = "what it says; and is all of the driver installed? ldconfig -p | grep -E 'libcuda|libnvidia-ml'"
+    fix = "follow that message; check the driver's libraries: ldconfig -p | grep -E 'libcuda|libnvidia-ml'"
     return (_fail("idle mode", unavailable, fix),)
 
 
 def driver_branch(version: str) -> int:
-    """580 of "580.65.06"; 0 where there is none."""
+    """580 of "580.65.06"; 0 without a number."""
     digits = version.partition(".")[0]
     return int(digits) if digits.isascii() and digits.isdecimal() else 0
 
 
 def _choose(host: HostFacts) -> str:
-    """`gpu.checkpointer`: what it names, or for auto the API where there is one, else the program."""
+    """The checkpointer that `gpu.checkpointer` names; for auto the driver's API if it has one, else the program."""
     if host.checkpointer != "utility" and host.has_api:
         return "driver"
     if host.checkpointer != "driver" and host.takes_utility and host.utility:
@@ -206,12 +217,12 @@ def _lines(host: HostFacts, chosen: str) -> Iterator[CapabilityLine]:
 def _driver(host: HostFacts) -> CapabilityLine:
     if host.trouble is not None:
         reason, fix = _TROUBLES[host.trouble]
-        said = f" ({host.trouble_text})" if host.trouble_text else ""
-        return _fail("driver", reason + said, fix)
+        text = f" ({host.trouble_text})" if host.trouble_text else ""
+        return _fail("driver", reason + text, fix)
     if not host.driver_version:
         return _fail("driver", "no NVIDIA driver answers", f"install the NVIDIA driver, {SAFE_SINCE} or newer")
     if not host.branch:
-        return _fail("driver", f"the driver says of its version {host.driver_version!r}", NEW_DRIVER)
+        return _fail("driver", f"the driver's version can't be read: {host.driver_version!r}", NEW_DRIVER)
     if not host.gpus:
         return _fail(
             "driver", f"driver {host.driver_version} shows no GPU", "lspci | grep -i nvidia; dmesg | grep -i nvrm"
@@ -220,7 +231,7 @@ def _driver(host: HostFacts) -> CapabilityLine:
         return _warn(
             "driver",
             f"driver {host.driver_version} can't reach {host.missing} of {host.missing + len(host.gpus)} GPUs",
-            ASK_THE_KERNEL,
+            CHECK_KERNEL_LOG,
         )
     if host.branch < SAFE_SINCE:
         return _warn(
@@ -254,8 +265,7 @@ def _cuda(host: HostFacts) -> CapabilityLine:
     if host.cuda < due:
         return _warn(
             "cuda",
-            f"libcuda speaks CUDA {cuda}, less than driver {host.driver_version} does: an older libcuda.so.1 is found "
-            "first",
+            f"libcuda has CUDA {cuda}, older than driver {host.driver_version}: another libcuda.so.1 is found first",
             FIND_LIBCUDA,
         )
     return _ok("cuda", f"CUDA {cuda}")
@@ -278,9 +288,9 @@ def _checkpoint(host: HostFacts, chosen: str) -> CapabilityLine:
         return _fail("checkpoint", "the libcuda that is found has no checkpoint API", FIND_LIBCUDA)
     if host.has_api:
         found = f"gpu.checkpointer: utility is set, and {host.utility_problem}"
-        fix = "set gpu.checkpointer: auto, for this driver needs no program; or repair gpu.utility_path"
+        fix = "set gpu.checkpointer: auto (this driver needs no program), or repair gpu.utility_path"
     else:
-        found = f"here driver {host.driver_version} can only be asked by a cuda-checkpoint program, and "
+        found = f"driver {host.driver_version} checkpoints only through a cuda-checkpoint program, and "
         found += host.utility_problem
         fix = f"{NEW_DRIVER}; or get cuda-checkpoint from github.com/NVIDIA/cuda-checkpoint, and set gpu.utility_path"
     return _fail("checkpoint", found, FIND_LIBCUDA if not host.has_api and host.branch >= API_SINCE else fix)
@@ -288,31 +298,31 @@ def _checkpoint(host: HostFacts, chosen: str) -> CapabilityLine:
 
 def _migration(host: HostFacts) -> CapabilityLine:
     if len(host.gpus) == 1:
-        return _ok("migration", "with one GPU there is nowhere to wake but there")
+        return _ok("migration", "with one GPU there is no other to wake on")
     if host.branch < MIGRATION_SINCE:
         return _warn(
             "migration",
             "a frozen instance wakes only on the GPU it was frozen on",
             f"install driver {MIGRATION_SINCE} or newer",
         )
-    return _ok("migration", "a frozen instance can wake on another GPU of the same model, where gpu.migrate is true")
+    return _ok("migration", "a frozen instance can wake on another GPU of the same model if gpu.migrate is true")
 
 
 def _privileges(host: HostFacts) -> CapabilityLine:
     if not host.host_pids:
         return _fail(
             "privileges",
-            "the agent is in a PID namespace of its own, so it can't tell whose processes hold GPU memory",
+            "the agent has its own PID namespace, so it can't tell whose processes hold GPU memory",
             "start its container with --pid=host, or run the agent on the host",
         )
     if host.euid != 0:
-        # Not a FAIL: a lock that the driver denies (304) is rolled back, so trying costs nothing.
+        # Not a FAIL: a lock that the driver denies (304) is rolled back, so an attempt costs nothing.
         return _warn(
             "privileges",
             f"this is user {host.euid}, not root: the driver may deny it to checkpoint processes of others",
             "run the agent as root (and doctor with sudo)",
         )
-    return _ok("privileges", "root, and the host's processes are seen")
+    return _ok("privileges", "root, with the host's processes in sight")
 
 
 def _volatile(gpu: Gpu) -> bool:
@@ -332,8 +342,8 @@ def _persistence(host: HostFacts, chosen: str) -> CapabilityLine:
         )
     return _warn(
         "persistence",
-        f"persistence mode is off on GPU {off}: the first wake after a start of the agent takes seconds longer, and "
-        "restores made by other tools kill their targets",
+        f"persistence mode is off on GPU {off}: the first wake after the agent's start takes seconds longer, and "
+        "restores by other tools kill their targets",
         fix,
     )
 
@@ -374,7 +384,7 @@ def _mps(host: HostFacts) -> CapabilityLine:
     if host.mps:
         return _fail(
             "mps",
-            "an MPS daemon runs here, and what computes through it can't be checkpointed",
+            "an MPS daemon runs here; its clients can't be checkpointed",
             "echo quit | nvidia-cuda-mps-control",
         )
     return _ok("mps", "no MPS daemon")

@@ -1,4 +1,4 @@
-"""What is asked of the CUDA driver about a process, and what it answers: the data of the Checkpointer port."""
+"""Calls to the CUDA driver about a process, and their answers: the data of the Checkpointer port."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class CudaState(Enum):
-    """`CUprocessState` of a process (cuda.h), and NONE: the driver says it has no CUDA."""
+    """`CUprocessState` of a process (cuda.h); NONE: the process has no CUDA context."""
 
     RUNNING = "RUNNING"
     LOCKED = "LOCKED"
@@ -20,7 +20,7 @@ class CudaState(Enum):
 
 
 class CudaOp(Enum):
-    """`cuCheckpointProcess...`: what it needs and gives is in facts 2 (RESTORE leaves the process LOCKED)."""
+    """`cuCheckpointProcess...` (`agent/docs/facts/gpu-checkpoint.md`, section 2). RESTORE leaves the process LOCKED."""
 
     STATE = "STATE"
     LOCK = "LOCK"
@@ -31,8 +31,11 @@ class CudaOp(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CudaCall:
-    """One operation on one process. `timeout_ms` is for LOCK (0 = none), `gpu_map` (old uuid, new uuid) for
-    RESTORE; a map must name every GPU the driver sees, an empty one means the same GPUs."""
+    """One operation on one process.
+
+    - `timeout_ms`: for LOCK; 0 = none
+    - `gpu_map`: (old uuid, new uuid) for RESTORE, with every GPU that the driver sees; empty = the same GPUs
+    """
 
     op: CudaOp
     pid: int
@@ -42,8 +45,12 @@ class CudaCall:
 
 @dataclass(frozen=True, slots=True)
 class CudaAnswer:
-    """`code` is the driver's CUresult (0 = success), `elapsed_us` the time inside the driver's call. `state` is
-    what was read: by STATE, or by the re-read after a failure; None after any other success (ask with STATE)."""
+    """The driver's answer to one call.
+
+    - `code`: CUresult, 0 = success
+    - `state`: read by STATE, or by the re-read after a failure; None after any other success
+    - `elapsed_us`: time inside the driver's call
+    """
 
     call: CudaCall
     code: int
@@ -52,8 +59,12 @@ class CudaAnswer:
 
 
 class CudaFault(Enum):
-    """What kept a batch from being answered. NOT_BEGUN: nothing was done. LOST: the operation hung or its
-    worker died; it may still run later: thaw, re-read, unlock. STUCK: LOST, and the worker did not even die."""
+    """Why a batch was not answered in full.
+
+    - NOT_BEGUN: nothing was done
+    - LOST: the call hung or its worker died; it may still run later: thaw, read the state, unlock
+    - STUCK: LOST, and the worker could not be killed
+    """
 
     NONE = "NONE"
     NOT_BEGUN = "NOT_BEGUN"
@@ -63,7 +74,7 @@ class CudaFault(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CudaReply:
-    """Answers in the order of the calls, to the first failure inclusive. `reason` belongs to `fault`."""
+    """Answers in the order of the calls, up to and including the first failure. `reason` belongs to `fault`."""
 
     answers: tuple[CudaAnswer, ...] = ()
     fault: CudaFault = CudaFault.NONE
@@ -72,7 +83,7 @@ class CudaReply:
 
     @property
     def ok(self) -> bool:
-        """Everything asked was done and answered with success."""
+        """All calls succeeded."""
         return self.fault is CudaFault.NONE and all(answer.code == 0 for answer in self.answers)
 
     @property

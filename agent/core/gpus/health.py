@@ -1,8 +1,10 @@
-"""Whether GPUs are well: `step` takes what NVML said, and answers which cordons to put and to lift.
+"""GPU health: `step` takes NVML's answers and returns the cordons to put and to lift. Pure; times are monotonic ns.
 
-Three things cordon here besides a fatal XID (`core/gpus/xid_codes.py`): a device that NVML calls lost (for good), one
-whose calls fail several samples in a row (until several are good in a row, so that one that flaps stays cordoned), and
-a driver that answers nobody (until it does). Pure: time comes in as monotonic ns.
+Cordoned are, besides a GPU with a fatal XID (`xid_codes.py`):
+
+- a device that NVML reports lost: for good
+- a device with several failed samples in a row: until several are good in a row, so that a flapping one stays cordoned
+- all devices while the driver does not answer
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from agent.core.gpus.xid_codes import meaning_of
 from agent.core.types import SECOND_NS, GpuSample, Xid
 
 XID, LOST, NVML, SILENT = "xid", "lost", "nvml", "silent"
-"""The sources of our cordons: each has at most one on a GPU."""
+"""The sources of these cordons; each has at most one on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class HealthLimits:
-    """So many failed samples in a row cordon a device, so many good ones lift it; a driver that has not answered for
-    `silent_ns` cordons all."""
+    """Samples in a row that cordon a device (`bad`) and that lift the cordon (`good`); a driver that has not answered
+    for `silent_ns` cordons all."""
 
     bad_samples: int = 5
     good_samples: int = 10
@@ -30,7 +32,7 @@ class HealthLimits:
 
 @dataclass(frozen=True, slots=True)
 class DeviceHealth:
-    """Failed and good samples in a row (only one of them is not 0), and what is in force."""
+    """Failed and good samples in a row (one of the two is 0), and the cordons in force."""
 
     bad: int = 0
     good: int = 0
@@ -40,7 +42,7 @@ class DeviceHealth:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """All devices of the node by uuid; `answered_ns` is when the driver last did; `silent`: all are cordoned."""
+    """All devices of the node by uuid. `answered_ns`: the driver's last answer; `silent`: all are cordoned."""
 
     devices: Mapping[str, DeviceHealth]
     answered_ns: int
@@ -49,7 +51,7 @@ class Health:
 
 
 def healthy(uuids: Sequence[str], now_ns: int, limits: HealthLimits | None = None) -> Health:
-    """How every node begins."""
+    """The health of a node at start: no cordons."""
     return Health({uuid: DeviceHealth() for uuid in uuids}, now_ns, limits=limits or HealthLimits())
 
 
@@ -58,7 +60,7 @@ def healthy(uuids: Sequence[str], now_ns: int, limits: HealthLimits | None = Non
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The driver answered with these samples; devices that are missing in it keep what is known of them."""
+    """The driver answered with these samples; devices without a sample keep their health."""
 
     samples: tuple[GpuSample, ...]
 
@@ -73,7 +75,7 @@ Event = Sampled | NoAnswer | Xid
 
 @dataclass(frozen=True, slots=True)
 class PutCordon:
-    """Nothing new may use these GPUs. `reason` begins with a word in UPPER_SNAKE; `lasting` as the GPU book has it."""
+    """Cordon these GPUs. `reason` begins with a word in UPPER_SNAKE; `lasting` as in the allocator's `Cordon`."""
 
     uuids: tuple[str, ...]
     reason: str
@@ -83,7 +85,7 @@ class PutCordon:
 
 @dataclass(frozen=True, slots=True)
 class LiftCordon:
-    """The source's reason is gone."""
+    """Lift the source's cordon."""
 
     uuids: tuple[str, ...]
     source: str
@@ -96,7 +98,7 @@ Effect = PutCordon | LiftCordon
 
 
 def step(health: Health, event: Event, now_ns: int) -> tuple[Health, tuple[Effect, ...]]:
-    """The node's health after the event, and what to do. Devices that the node does not have are ignored."""
+    """The node's health after the event, and the effects. Devices that the node does not have are ignored."""
     match event:
         case Sampled(samples):
             return _sampled(health, samples, now_ns)

@@ -1,8 +1,7 @@
-"""The ledger of host memory that frozen GPU images need: reserve first, checkpoint then.
+"""The ledger of host memory for frozen GPU images: bytes are reserved before the lock and freed after the restore.
 
-A checkpoint copies VRAM into host memory; running short in the middle of one is an OOM kill. So the bytes are
-reserved before the lock, and given back after the restore or the exit. What a finished checkpoint really took is
-already missing from the host's available memory, so only reservations not yet taken are subtracted from it.
+A checkpoint copies VRAM into host memory; running short during one is an OOM kill. A finished checkpoint already
+lowers the host's available memory, so only reservations not yet taken are subtracted from it.
 """
 
 from __future__ import annotations
@@ -15,9 +14,13 @@ MARGIN_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """`floor_bytes` is pledged for life (instances that share a GPU), `image_bytes` for one freeze;
-    `taken` once the checkpoint holds the memory for real. `estimated`: `image_bytes` is an upper bound; it counts
-    against a budget, but proves nothing about how much of the pledge is used up."""
+    """The host memory of one instance.
+
+    - `floor_bytes`: pledged for its life (instances that share a GPU)
+    - `image_bytes`: reserved for one freeze
+    - `taken`: the checkpoint holds the memory
+    - `estimated`: `image_bytes` is an upper bound: it counts against the budget, but not as a used part of the pledge
+    """
 
     floor_bytes: int = 0
     image_bytes: int = 0
@@ -26,12 +29,12 @@ class Reservation:
 
     @property
     def total_bytes(self) -> int:
-        """What must stay possible for this instance."""
+        """Bytes that count against the node's budget."""
         return max(self.floor_bytes, self.image_bytes)
 
     @property
     def outstanding_bytes(self) -> int:
-        """What will still be taken from the host's available memory."""
+        """Bytes that will still be taken from the host's available memory."""
         if not self.taken:
             return self.total_bytes
         return self.floor_bytes if self.estimated else max(0, self.floor_bytes - self.image_bytes)
@@ -39,7 +42,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class MemoryLedger:
-    """All reservations of a node. `limit_bytes` 0 = no budget of its own; `reserve_bytes` is left to the host."""
+    """All reservations of a node. `limit_bytes`: their budget, 0 = none; `reserve_bytes` stay free for the host."""
 
     limit_bytes: int
     reserve_bytes: int
@@ -47,37 +50,37 @@ class MemoryLedger:
 
     @property
     def reserved_bytes(self) -> int:
-        """Everything promised, taken or not."""
+        """Bytes reserved, taken or not."""
         return sum(r.total_bytes for r in self.reservations.values())
 
     @property
     def outstanding_bytes(self) -> int:
-        """Everything promised and not yet taken."""
+        """Bytes reserved and not yet taken."""
         return sum(r.outstanding_bytes for r in self.reservations.values())
 
     def pledge(self, uid: str, floor_bytes: int, available_bytes: int) -> tuple[MemoryLedger, str]:
-        """Promise `floor_bytes` for the instance's life. Returns the ledger and "" or what is short."""
+        """Pledge `floor_bytes` for the instance's life. Returns the ledger (unchanged if refused) and "" or why."""
         return self._admit(uid, replace(self._of(uid), floor_bytes=floor_bytes), available_bytes)
 
     def promised(self, uid: str, floor_bytes: int) -> MemoryLedger:
-        """Recovery: `floor_bytes` was pledged before the agent restarted, admitted then."""
+        """Recovery: enter a pledge that was admitted before the agent restarted."""
         return self._with(uid, replace(self._of(uid), floor_bytes=floor_bytes))
 
     def reserve(self, uid: str, image_bytes: int, available_bytes: int) -> tuple[MemoryLedger, str]:
-        """Promise `image_bytes` for a freeze. Returns the ledger (unchanged if refused) and "" or what is short."""
+        """Reserve `image_bytes` for a freeze. Returns the ledger (unchanged if refused) and "" or why."""
         wanted = replace(self._of(uid), image_bytes=image_bytes, taken=False, estimated=False)
         return self._admit(uid, wanted, available_bytes)
 
     def took(self, uid: str, image_bytes: int, *, estimated: bool = False) -> MemoryLedger:
-        """The checkpoint is done (or was found at recovery) and holds `image_bytes` (`estimated`: at most)."""
+        """The checkpoint is done, or was found at recovery, and holds `image_bytes` (`estimated`: at most)."""
         return self._with(uid, replace(self._of(uid), image_bytes=image_bytes, taken=True, estimated=estimated))
 
     def restored(self, uid: str) -> MemoryLedger:
-        """The image is gone from the host, or was never made: the freeze's promise ends, the pledge stays."""
+        """The image is gone from the host or was never made: its reservation ends, the pledge stays."""
         return self._with(uid, replace(self._of(uid), image_bytes=0, taken=False, estimated=False))
 
     def forget(self, uid: str) -> MemoryLedger:
-        """The instance is gone."""
+        """The instance has ended."""
         return replace(self, reservations={k: v for k, v in self.reservations.items() if k != uid})
 
     def _of(self, uid: str) -> Reservation:
@@ -92,7 +95,7 @@ class MemoryLedger:
             return proposed, ""
         if self.limit_bytes and proposed.reserved_bytes > self.limit_bytes:
             return self, (
-                f"{proposed.reserved_bytes} bytes of frozen GPU memory wanted on this node, "
+                f"{proposed.reserved_bytes} bytes of frozen GPU memory needed on this node, "
                 f"gpu.frozen_memory_limit is {self.limit_bytes}"
             )
         needed = proposed.outstanding_bytes + self.reserve_bytes + (MARGIN_BYTES if wanted.total_bytes else 0)

@@ -1,12 +1,12 @@
-"""What NVIDIA's XID numbers mean for whether a GPU may be given to anybody.
+"""NVIDIA's XID codes: which are fatal for a GPU, so that it must not be used any more.
 
 After NVIDIA's Xid catalogue (docs.nvidia.com/deploy/xid-errors, "Analyzing Xid Errors with the Xid Catalog"), column
 "Immediate Action": RESET_GPU, RESTART_BM, RESTART_VM and CHECK_MECHANICALS are fatal here, and so are two that have a
 workflow, 48 and 74; RESTART_APP and IGNORE are notes. It differs in two rows with RESET_GPU. 109 is an application's
-fault for NVIDIA's own Kubernetes device plugin, whose list of ignored codes this follows: taking a good GPU away for a
-program's fault would let one function end the others. 155 is also logged of a link that was meant to go down. What
-follows from 144 to 150 depends on a subcode, which NVML does not pass on: notes (what is fatal of 144 to 146 logs 48,
-too). 61 is only in catalogues of older GPUs.
+fault for NVIDIA's own Kubernetes device plugin, whose list of ignored codes this follows: a GPU taken away for a
+program's fault would let one function stop the others. 155 is also logged for a link that was taken down on purpose.
+The action of 144 to 150 depends on a subcode that NVML does not pass on: notes (fatal cases of 144 to 146 log 48, too).
+61 is only in catalogues of older GPUs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class XidMeaning:
-    """`text` is what happened, without a full stop; `fatal`: the GPU is not to be used until a person or a reset."""
+    """`text`: what happened, without a full stop; `fatal`: the GPU must not be used before a repair or a reset."""
 
     text: str
     fatal: bool
@@ -82,5 +82,5 @@ _UNKNOWN = XidMeaning("not in this agent's table: see NVIDIA's Xid catalogue", F
 
 
 def meaning_of(code: int) -> XidMeaning:
-    """An unknown code is a note: the catalogue grows, and most of what is new in it concerns one program."""
+    """The code's meaning. An unknown code is a note: most new codes of the catalogue concern one program."""
     return _TABLE.get(code, _UNKNOWN)

@@ -1,7 +1,7 @@
-"""The slots of one instance: how many requests run inside it, and who waits in line.
+"""The concurrency limit of one instance: requests inside it and the queue of those that wait.
 
-Plain counters and an ordered line; no clock, no callbacks. The gate asks, gets an answer at once, and acts on it.
-Mutable on purpose: this runs twice per request, and one event loop is the only writer.
+Counters and an ordered queue without clock or callbacks; the gate acts on the answers. Mutable, since it runs twice per
+request and one event loop is its only writer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Arrival(Enum):
-    """What a new request is told at once."""
+    """The answer to a new request."""
 
     GRANTED = "GRANTED"
     QUEUED = "QUEUED"
@@ -22,10 +22,9 @@ class Arrival(Enum):
 
 
 class ConcurrencyLimiter(Generic[T]):
-    """`limit` slots (instanceConcurrency) and a line of at most `max_waiting` tickets, first come first served.
+    """`limit` slots (instanceConcurrency) and a queue of at most `max_waiting` tickets, first come, first served.
 
-    A ticket is in exactly one place: in the line, or counted in `in_flight`, or gone. While `open` is False nothing
-    is granted and everybody waits.
+    A ticket waits, or is counted in `in_flight`, or is gone. No slot is granted while `open` is False.
     """
 
     __slots__ = ("_line", "in_flight", "limit", "max_waiting", "open")
@@ -39,7 +38,7 @@ class ConcurrencyLimiter(Generic[T]):
 
     @property
     def waiting(self) -> int:
-        """How many tickets stand in the line."""
+        """Number of waiting tickets."""
         return len(self._line)
 
     def has_room(self) -> bool:
@@ -54,7 +53,7 @@ class ConcurrencyLimiter(Generic[T]):
         return False
 
     def arrive(self, ticket: T) -> Arrival:
-        """A request arrives: it gets a slot, a place in the line, or is turned away."""
+        """Grant the new request a slot, queue it, or refuse it."""
         if self.try_acquire():
             return Arrival.GRANTED
         if len(self._line) >= self.max_waiting:
@@ -63,20 +62,20 @@ class ConcurrencyLimiter(Generic[T]):
         return Arrival.QUEUED
 
     def leave(self, ticket: T) -> bool:
-        """A waiting request goes away (caller left, deadline). False if it was not in the line."""
+        """Remove a waiting request (client left, deadline passed). False if it was not waiting."""
         if ticket not in self._line:
             return False
         del self._line[ticket]
         return True
 
     def done(self) -> None:
-        """A granted request has ended; call `grant_next` to hand its slot on."""
+        """End a granted request. Raises ValueError if none is granted. Call `grant_next` to reuse its slot."""
         if self.in_flight <= 0:
-            raise ValueError("a slot was given back that nobody held")
+            raise ValueError("a slot was released that was not held")
         self.in_flight -= 1
 
     def grant_next(self) -> T | None:
-        """Hand a free slot to the head of the line. None if closed, full, or nobody waits."""
+        """Grant a free slot to the longest-waiting ticket. None if closed or full, or if no ticket waits."""
         if not self._line or not self.open or self.in_flight >= self.limit:
             return None
         ticket = next(iter(self._line))
@@ -85,7 +84,7 @@ class ConcurrencyLimiter(Generic[T]):
         return ticket
 
     def empty_line(self) -> list[T]:
-        """Take everybody out of the line, in order (they are refused)."""
+        """Remove all waiting tickets and return them in order."""
         tickets = list(self._line)
         self._line.clear()
         return tickets

@@ -1,18 +1,16 @@
-"""How many instances a function is to have now: its default target, scheduled actions and target tracking policies.
+"""How many instances a function should have: default target, scheduled actions and target tracking policies.
 
-Function Compute's rules (PutProvisionConfig), exactly, in whole numbers and fractions:
+The rules are Function Compute's (PutProvisionConfig), exactly, in whole numbers and fractions:
 - out: target = min(maxCapacity, ceil(current x metric / metricTarget));
 - in: current x factor x (1 - metric / metricTarget) instances go, rounded down, but never below minCapacity;
-- the threshold must hold for `periods` samples in a row, of which the newest is reckoned with; a decision starts the
-  count anew. No sample is not a sample of zero: it breaks the row;
-- a sample is of a whole period: where fewer instances were there on average than at its end, as when an update runs
-  the new revision beside the old, it is multiplied by those; else by `current`, as the rule says;
-- the highest of all active policies and of the schedule counts; the default target only where none is active.
+- `periods` samples in a row must be above or below the metricTarget, and the newest is used; a decision starts a new
+  row. A missing sample is not 0: it ends the row;
+- a sample covers a whole period: if there were fewer instances on average than at its end, as during an update, it is
+  multiplied by the average instead of `current`;
+- the highest of the active policies and the schedule counts, and the default target only if none is active.
 
-A decision to scale out never lowers what the policy asked for before (instances may still be on their way), and one to
-scale in never raises it (others may hold more than this policy wants).
-
-Times are wall nanoseconds. Pure; what is measured, and when, is the scaler's business.
+Scaling out never lowers a policy's target (its instances may still be starting), and scaling in never raises it
+(another policy may hold more instances). Times are wall nanoseconds. Pure; scheduler/functions/autoscaler.py measures.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ MAX_TARGET = 10_000
 
 
 class Metric(Enum):
-    """What a policy follows, as the average of a period."""
+    """What a policy tracks, as the average of a period."""
 
     CONCURRENCY = "ProvisionedConcurrencyUtilization"
     CPU = "CPUUtilization"
@@ -43,13 +41,13 @@ class ActiveWindow:
     start_ns: int
     end_ns: int
 
-    def holds(self, at: int) -> bool:
+    def contains(self, at: int) -> bool:
         return self.start_ns <= at < self.end_ns
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """A scheduled action: `target` instances from each firing within the window on."""
+    """A scheduled action: sets `target` instances at each firing within the window."""
 
     name: str
     window: ActiveWindow
@@ -59,23 +57,21 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class ScalingPolicy:
-    """A target tracking policy: between `least` and `most` instances, so that the metric is `goal` (0 < goal <= 1)."""
+    """A target tracking policy: as many instances as bring the metric to `metric_target` (0 < metric_target <= 1)."""
 
     name: str
     window: ActiveWindow
     metric: Metric
-    goal: Fraction
-    least: int
-    most: int
+    metric_target: Fraction
+    min_capacity: int
+    max_capacity: int
 
     def clamp(self, count: int) -> int:
-        return max(self.least, min(self.most, count))
+        return max(self.min_capacity, min(self.max_capacity, count))
 
 
 @dataclass(frozen=True, slots=True)
 class Provisioning:
-    """Schedule and policies of a function."""
-
     actions: tuple[Action, ...] = ()
     policies: tuple[ScalingPolicy, ...] = ()
 
@@ -84,13 +80,12 @@ class Provisioning:
 
     @property
     def windows(self) -> tuple[ActiveWindow, ...]:
-        """Of the actions, then of the policies."""
         return (*(one.window for one in self.actions), *(one.window for one in self.policies))
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """`periods` samples in a row must agree; `factor` (0 < factor <= 1) of what is too much goes at once."""
+    """`periods` samples in a row must agree; `factor` (0 < factor <= 1) of the surplus goes at a time."""
 
     periods: int = 3
     factor: Fraction = Fraction(1, 2)
@@ -98,7 +93,7 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Tracking:
-    """An active policy at work: what it asks for, and how many samples in a row were above or below its goal."""
+    """An active policy: its target, and how many samples in a row were above or below its metric target."""
 
     target: int
     above: int = 0
@@ -107,8 +102,6 @@ class Tracking:
 
 @dataclass(frozen=True, slots=True)
 class Fired:
-    """An action's last firing."""
-
     name: str
     target: int
     at_ns: int
@@ -117,14 +110,14 @@ class Fired:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Instances wanted, and the name of the action or policy that says so; "" is the default target."""
+    """The target, and the name of the action or policy that set it; "" for the default target."""
 
     target: int
     decided_by: str = ""
 
 
 def begin(policy: ScalingPolicy, current: int) -> Tracking:
-    """A policy becomes active while there are `current` instances that are not stopping."""
+    """The tracking of a policy that becomes active with `current` instances that are not stopping."""
     return Tracking(policy.clamp(current))
 
 
@@ -136,19 +129,22 @@ def observe(
     patience: Patience,
     average: Fraction | None = None,
 ) -> Tracking:
-    """A period has ended with `current` instances that are not stopping, and this sample of the policy's metric; None
-    where there is none. `average`: how many instances there were in the period; None where that is `current` too."""
+    """The tracking after a period.
+
+    - `sample`: of the policy's metric in the period; None if there is none.
+    - `current`: instances at its end that are not stopping; `average`: instances in the period, None for `current`.
+    """
     measured = Fraction(current) if average is None else min(Fraction(current), average)
-    if sample is None or sample == policy.goal:
+    if sample is None or sample == policy.metric_target:
         return Tracking(tracking.target)
-    if sample > policy.goal:
+    if sample > policy.metric_target:
         if tracking.above + 1 < patience.periods:
             return Tracking(tracking.target, above=tracking.above + 1)
-        return Tracking(max(tracking.target, policy.clamp(ceil(measured * sample / policy.goal))))
+        return Tracking(max(tracking.target, policy.clamp(ceil(measured * sample / policy.metric_target))))
     if tracking.below + 1 < patience.periods:
         return Tracking(tracking.target, below=tracking.below + 1)
-    gone = floor(measured * patience.factor * (1 - sample / policy.goal))
-    return Tracking(min(tracking.target, policy.clamp(current - gone)))
+    surplus = floor(measured * patience.factor * (1 - sample / policy.metric_target))
+    return Tracking(min(tracking.target, policy.clamp(current - surplus)))
 
 
 def last_fired(action: Action, at: int) -> Fired | None:
@@ -161,19 +157,18 @@ def last_fired(action: Action, at: int) -> Fired | None:
 
 
 def scheduled(firings: Iterable[Fired], at: int) -> Fired | None:
-    """Who decides: the action that fired last, unless its window has ended; of several at once the last of the list."""
+    """The action that fired last, unless its window has ended; of several at once the last of the list."""
     newest: Fired | None = None
     for fired in firings:
         if newest is None or fired.at_ns >= newest.at_ns:
             newest = fired
-    return newest if newest is not None and newest.window.holds(at) else None
+    return newest if newest is not None and newest.window.contains(at) else None
 
 
 def decide(default: int, schedule: Fired | None, policies: Sequence[tuple[str, int]]) -> Decision:
-    """The highest of the schedule and the active policies' (name, target); the first of equals is named."""
-    asked = [(schedule.name, schedule.target)] if schedule is not None else []
-    asked += policies
-    if not asked:
+    """The highest target of the schedule and the active policies (name, target); of equal ones the first."""
+    targets = [*([(schedule.name, schedule.target)] if schedule is not None else []), *policies]
+    if not targets:
         return Decision(default)
-    name, target = max(asked, key=lambda one: one[1])
+    name, target = max(targets, key=lambda one: one[1])
     return Decision(target, name)

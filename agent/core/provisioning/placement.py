@@ -1,6 +1,6 @@
-"""Which node gets a new instance: one with a free slot (GPUs x instances_per_gpu), memory, the runtime and the labels.
+"""Placement: the node for a new instance, by free GPU places, memory, runtime and labels.
 
-Pure. The node's own agent has the last word (it refuses what it cannot hold); this only avoids asking in vain.
+Pure. The node's agent decides in the end, and refuses what does not fit; placement avoids useless creates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from agent.core.types import FunctionSpec
 
 @dataclass(frozen=True, slots=True)
 class GpuView:
-    """One usable GPU. `sharers`: instances that are assigned to it, awake or not."""
+    """A usable GPU. `sharers`: instances assigned to it, awake or not."""
 
     uuid: str
     model: str = ""
@@ -25,11 +25,12 @@ class GpuView:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """What placement knows of a node.
+    """A node.
 
-    `unavailable`: why it takes no instances now, "is ..." or "has ..."; "" = it does. `gpus`: the usable ones.
-    `migrates`: a frozen instance may wake on another GPU, so that `instances_per_gpu` bounds them on the average.
-    `memory_free_bytes`: available less reserved; None = not said.
+    - `gpus`: the usable ones.
+    - `migrates`: a frozen instance may wake on another GPU, so that `instances_per_gpu` bounds the average.
+    - `memory_free_bytes`: available less reserved; None if unknown.
+    - `unavailable`: why it takes no instances now, "is ..." or "has ..."; "" if it does.
     """
 
     name: str
@@ -41,30 +42,30 @@ class NodeView:
     labels: Mapping[str, str] = field(default_factory=dict)
     unavailable: str = ""
 
-    def free_slots(self, model: str = "") -> int:
-        """Slots of GPUs of that model that nobody is assigned to; "" = of any."""
+    def free_places(self, model: str = "") -> int:
+        """How many more instances with one GPU of the model fit; "" = any model."""
         free = [self.instances_per_gpu - gpu.sharers for gpu in self.gpus if model in ("", gpu.model)]
-        return max(0, sum(free)) if self.migrates else sum(slots for slots in free if slots > 0)
+        return max(0, sum(free)) if self.migrates else sum(places for places in free if places > 0)
 
-    def has_slots(self, count: int, model: str) -> bool:
-        """One more instance fits, on `count` GPUs of its own."""
+    def has_places(self, count: int, model: str) -> bool:
+        """Whether one more instance fits, on `count` GPUs."""
         fitting = [gpu for gpu in self.gpus if model in ("", gpu.model)]
-        roomy = sum(gpu.sharers < self.instances_per_gpu for gpu in fitting)
-        return roomy >= count and self.free_slots(model) >= count
+        open_gpus = sum(gpu.sharers < self.instances_per_gpu for gpu in fitting)
+        return open_gpus >= count and self.free_places(model) >= count
 
     def has_memory(self, size: int) -> bool:
-        """So much more fits; where nothing is said, anything does."""
+        """Whether `size` more bytes fit; any size if memory is unknown."""
         return self.memory_free_bytes is None or self.memory_free_bytes >= size
 
     def with_instance(self, spec: FunctionSpec) -> NodeView:
-        """The node once it has been asked for one more: on the fitting GPUs with the fewest sharers, as agents do."""
+        """The node with one more instance, on the fitting GPUs with the fewest sharers, as agents choose them."""
         fitting = [gpu for gpu in self.gpus if spec.gpu.model in ("", gpu.model)]
         chosen = {gpu.uuid for gpu in sorted(fitting, key=lambda gpu: gpu.sharers)[: spec.gpu.count]}
         gpus = tuple(replace(gpu, sharers=gpu.sharers + (gpu.uuid in chosen)) for gpu in self.gpus)
         return replace(self, gpus=gpus, memory_free_bytes=_less(self.memory_free_bytes, spec.memory_bytes))
 
     def without(self, gpu_uuids: Iterable[str], memory_bytes: int) -> NodeView:
-        """The node once an instance on those GPUs has ended."""
+        """The node without an instance on those GPUs."""
         left = set(gpu_uuids)
         gpus = tuple(replace(gpu, sharers=max(0, gpu.sharers - (gpu.uuid in left))) for gpu in self.gpus)
         return replace(self, gpus=gpus, memory_free_bytes=_less(self.memory_free_bytes, -memory_bytes))
@@ -72,15 +73,11 @@ class NodeView:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The node that gets it."""
-
     node: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unplaceable:
-    """No node can. `reason` is stable UPPER_SNAKE, `message` for people."""
-
     reason: str
     message: str
 
@@ -90,7 +87,7 @@ Placement: TypeAlias = Placed | Unplaceable
 
 @dataclass(frozen=True, slots=True)
 class Occupant:
-    """An instance that may give way. `gpus`: those it is assigned to."""
+    """An instance that may be stopped. `gpus`: those it is assigned to."""
 
     uid: str
     node: str
@@ -98,7 +95,7 @@ class Occupant:
 
 
 class _Lacks(IntEnum):
-    """What a node lacks, in the order in which it is looked at; the later, the closer it is to taking the instance."""
+    """What a node lacks, in the order of the checks: the later, the closer it is to taking the instance."""
 
     RUNTIME = 1
     MATCH = 2
@@ -115,16 +112,15 @@ _REASONS = {
     _Lacks.MEMORY: "HOST_MEMORY_SHORT",
 }
 PASSING = frozenset({"NO_NODE", "NO_FREE_GPU", "HOST_MEMORY_SHORT"})
-"""What may be otherwise in a moment: an instance ends, a node comes back."""
+"""Reasons that may pass: an instance ends, a node comes back."""
 _PLURALS = {"has": "have", "is": "are", "lacks": "lack"}
 
 
 def place(spec: FunctionSpec, nodes: Iterable[NodeView]) -> Placement:
-    """The node with the most free slots that can take one instance of `spec`; ties by free memory, then by name.
+    """The node that can take an instance of `spec` and has the most free GPU places; ties by free memory, then name.
 
-    `nodes`: all that are known. Where none can, the reason is what the node closest to it lacks (NO_NODE,
-    IMAGE_RUNTIME_UNAVAILABLE, NO_MATCHING_NODE, NO_FREE_GPU, HOST_MEMORY_SHORT), and the message counts the nodes by
-    what each of them lacks.
+    `nodes`: all known ones. If none can, the reason is what the closest node lacks (NO_NODE, IMAGE_RUNTIME_UNAVAILABLE,
+    NO_MATCHING_NODE, NO_FREE_GPU, HOST_MEMORY_SHORT), and the message counts the nodes by what they lack.
     """
     known = list(nodes)
     lacking: list[tuple[_Lacks, str, str]] = []
@@ -137,7 +133,7 @@ def place(spec: FunctionSpec, nodes: Iterable[NodeView]) -> Placement:
             lacking.append((*lack, node.name))
     if fitting:
         model = spec.gpu.model
-        best = min(fitting, key=lambda node: (-node.free_slots(model), -(node.memory_free_bytes or 0), node.name))
+        best = min(fitting, key=lambda node: (-node.free_places(model), -(node.memory_free_bytes or 0), node.name))
         return Placed(best.name)
     if not known:
         return Unplaceable("NO_NODE", "no node is ready; start an agent whose configuration names this scheduler")
@@ -145,10 +141,10 @@ def place(spec: FunctionSpec, nodes: Iterable[NodeView]) -> Placement:
     return Unplaceable(_REASONS[closest], f"{_headline(spec, closest)}: {_tally(lacking)}; {_fix(spec, closest)}")
 
 
-def gives_way(spec: FunctionSpec, nodes: Iterable[NodeView], occupants: Iterable[Occupant]) -> tuple[str, ...]:
-    """The instances to stop so that one of `spec` can be placed: on one node, as few as possible, in the order given.
+def instances_to_stop(spec: FunctionSpec, nodes: Iterable[NodeView], occupants: Iterable[Occupant]) -> tuple[str, ...]:
+    """The uids to stop so that an instance of `spec` fits: as few as possible, on one node, in the order given.
 
-    Empty where it would not help: nobody is stopped for nothing. An occupant's memory is taken to be that of `spec`.
+    Empty if stopping does not help. An occupant's memory is assumed to be that of `spec`.
     """
     by_node: dict[str, list[Occupant]] = {}
     for one in occupants:
@@ -160,7 +156,7 @@ def gives_way(spec: FunctionSpec, nodes: Iterable[NodeView], occupants: Iterable
             if _fits_without(spec, node, chosen):
                 break
             chosen.append(one)
-        for one in list(chosen):  # some stood elsewhere than where room is needed
+        for one in list(chosen):  # some are on other GPUs than those needed
             others = [other for other in chosen if other is not one]
             chosen = others if _fits_without(spec, node, others) else chosen
         if chosen and _fits_without(spec, node, chosen) and (not best or len(chosen) < len(best)):
@@ -175,23 +171,23 @@ def _fits_without(spec: FunctionSpec, node: NodeView, gone: list[Occupant]) -> b
 
 
 def _lack(spec: FunctionSpec, node: NodeView) -> tuple[_Lacks, str] | None:
-    """What keeps `node` from taking the instance, first what no waiting changes; None if it can take it.
+    """What `node` lacks to take the instance, permanent lacks first; None if it can take it.
 
-    The words follow "it"; `_tally` makes them follow "they".
+    The words follow "it"; `_tally` turns them into the plural.
     """
-    heard = bool(node.runtimes)
-    if heard and _runtime(spec) not in node.runtimes:
+    registered = bool(node.runtimes)
+    if registered and _runtime(spec) not in node.runtimes:
         engine = _runtime(spec) == "engine"
         return _Lacks.RUNTIME, "has no container engine" if engine else "has no process runtime enabled"
     missing = [f"{key}={value}" for key, value in spec.node_labels if node.labels.get(key) != value]
-    if heard and missing:
+    if registered and missing:
         return _Lacks.MATCH, f"lacks label {', '.join(missing)}"
     gpus = sum(spec.gpu.model in ("", gpu.model) for gpu in node.gpus)
-    if heard and gpus < spec.gpu.count:
+    if registered and gpus < spec.gpu.count:
         return _Lacks.MATCH, f"has {gpus} of {_gpus(spec)}"
-    if node.unavailable or not heard:
+    if node.unavailable or not registered:
         return _Lacks.READINESS, node.unavailable or "has not registered"
-    if spec.gpu.count and not node.has_slots(spec.gpu.count, spec.gpu.model):
+    if spec.gpu.count and not node.has_places(spec.gpu.count, spec.gpu.model):
         return _Lacks.SLOT, "has no free GPU" if spec.gpu.count == 1 else f"has no {spec.gpu.count} free GPUs"
     if not node.has_memory(spec.memory_bytes):
         return _Lacks.MEMORY, "has too little host memory left"

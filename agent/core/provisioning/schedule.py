@@ -1,11 +1,11 @@
 """When a scheduled action fires: `at(yyyy-mm-ddThh:mm:ss)` or `cron(second minute hour day month weekday)` in a zone.
 
 Cron fields take numbers, names (JAN-DEC, MON-SUN), `,` `-` `*` `/`; weekdays are 1-7 = MON-SUN, and `?` in day or
-weekday says that the other one counts. Where both are restricted either is enough, as in every cron.
+weekday leaves the choice to the other one. If both are restricted, either is enough, as in every cron.
 
-Times are of the zone's wall clock. What lies in the hour that a change of clocks leaves out fires when that hour would
-have begun; what lies in the hour that comes twice fires the first time only. So whoever fires first on other days does
-so on these. The zone is handed in: nothing here reads files or a clock. Work is bounded: cronsim looks 50 years far.
+Times are of the zone's wall clock. A time in the hour skipped by a change of clocks fires when that hour would have
+begun; a time in the repeated hour fires the first time only. So actions fire in the same order as on other days.
+Pure: the caller provides the zone. Work is bounded, as cronsim searches 50 years at most.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cronsim import CronSim, CronSimError
 from agent.core.types import SECOND_NS
 
 MAX_EXPRESSION = 256
-_EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 -- wall clocks here have no zone; `_instant` puts it on
+_EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 -- wall clocks here have no zone; `_instant` adds it
 _MICROSECOND = timedelta(microseconds=1)
 _SECOND = timedelta(seconds=1)
 _AT = re.compile(r"at\(\s*(\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2})\s*\)", re.ASCII)
@@ -34,12 +34,12 @@ _DAY, _MONTH, _WEEKDAY = 3, 4, 5
 
 
 class BadSchedule(ValueError):
-    """What is wrong with an expression or a time, as `must be ...`, to follow the name of its field."""
+    """An invalid expression or time. The text, such as `must be ...`, follows the name of its field."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One expression in its zone. `fields` are cron's six, or empty where `at` is the one moment."""
+    """An expression in its zone: the six `fields` of cron, or the time `at`."""
 
     zone: tzinfo
     fields: str = ""
@@ -57,7 +57,7 @@ class Schedule:
             found = CronSim(self.fields, _wall(after_ns, self.zone))
             while True:
                 fires = _instant(next(found), self.zone)
-                if fires > after_ns:  # what the change of clocks left out has fired with the first of it
+                if fires > after_ns:  # skipped times fired with the first of them
                     return self._within(fires, after_ns + 1, end_ns - 1)
         except (StopIteration, OverflowError, ValueError):
             return None
@@ -76,7 +76,7 @@ class Schedule:
 
 
 def parse_schedule(text: str, zone: tzinfo) -> Schedule:
-    """Raises BadSchedule."""
+    """Parse an expression. Raises BadSchedule."""
     text = text.strip()
     if len(text) <= MAX_EXPRESSION:
         if found := _AT.fullmatch(text):
@@ -87,7 +87,7 @@ def parse_schedule(text: str, zone: tzinfo) -> Schedule:
 
 
 def parse_time(text: str, zone: tzinfo) -> int:
-    """Wall ns of an ISO 8601 time such as 2026-07-01T16:00:00.000Z; without `Z` or an offset it is of `zone`.
+    """Wall ns of an ISO 8601 time such as 2026-07-01T16:00:00.000Z, in `zone` without `Z` or an offset.
 
     Raises BadSchedule."""
     wrong = "must be a time such as 2026-07-01T16:00:00.000Z or 2026-07-01T16:00:00"
@@ -172,8 +172,7 @@ def _number(text: str, bad: BadSchedule) -> int:
 
 
 def _wall(at_ns: int, zone: tzinfo) -> datetime:
-    """What the zone's wall clock says, to the second. While it says an hour for the second time, the whole of that hour
-    has been: the last second of it."""
+    """The zone's wall clock at `at_ns`, to the second. During a repeated hour it is the last second of that hour."""
     moment = (_EPOCH + timedelta(seconds=at_ns // SECOND_NS)).replace(tzinfo=UTC).astimezone(zone)
     naive = moment.replace(tzinfo=None, fold=0)
     if not moment.fold:
@@ -186,12 +185,12 @@ def _wall(at_ns: int, zone: tzinfo) -> datetime:
 
 
 def _instant(wall: datetime, zone: tzinfo) -> int:
-    """Wall ns of the first time that the zone's clock says `wall`, or jumps over it."""
+    """Wall ns of the first time that the zone's clock shows `wall`, or skips it."""
     before, after = _offset(wall, zone, 0), _offset(wall, zone, 1)
-    if before >= after:  # as ever, or said twice
+    if before >= after:  # an ordinary time, or a repeated one
         return _ns(wall) - before // _MICROSECOND * 1000
     low, high = _ns(wall - after) // SECOND_NS, _ns(wall - before) // SECOND_NS
-    while high - low > 1:  # left out: the clock jumps somewhere in between
+    while high - low > 1:  # a skipped time: find where the clock jumps
         middle = (low + high) // 2
         offset = (_EPOCH + timedelta(seconds=middle)).replace(tzinfo=UTC).astimezone(zone).utcoffset()
         low, high = (low, middle) if offset == after else (middle, high)

@@ -13,10 +13,9 @@ from contextlib import suppress
 from typing import assert_never
 
 from agent.core.errors import ExhaustedError, HibernodeError
-from agent.core.gpus import allocator
-from agent.core.gpus import allocator_events as book_events
+from agent.core.gpus import allocator, allocator_events
 from agent.core.gpus.allocator import GpuAllocator
-from agent.core.gpus.allocator_events import BookEvent
+from agent.core.gpus.allocator_events import AllocatorEvent
 from agent.core.lifecycle import events as ev
 from agent.core.types import SECOND_NS, Gpu, InstanceState
 from agent.host.instance.actor import Actor
@@ -57,10 +56,10 @@ class GpuBroker:
         self._events = events
         self._actor_of = actor_of
         self._pids_of = pids_of
-        self._inbox: deque[tuple[BookEvent, int]] = deque()
-        self._deferred: dict[str, tuple[BookEvent, int]] = {}  # see `became`
+        self._inbox: deque[tuple[AllocatorEvent, int]] = deque()
+        self._deferred: dict[str, tuple[AllocatorEvent, int]] = {}  # see `became`
         self._stepping = False
-        self._answers: dict[str, book_events.Assigned | book_events.Unassignable] = {}
+        self._answers: dict[str, allocator_events.Assigned | allocator_events.Unassignable] = {}
         self._timer: Timer | None = None
         self._proofs: dict[str, asyncio.Task[None]] = {}
         self._late_proofs: set[asyncio.Task[None]] = set()
@@ -71,20 +70,24 @@ class GpuBroker:
     def want(self, actor: Actor, avoid: tuple[str, ...]) -> None:
         """The instance needs GPUs to go on, preferably none of those in `avoid`."""
         stays = actor.state is InstanceState.WAITING_GPU and not actor.instance.movable
-        self.apply(book_events.Ask(actor.uid, avoid, stays))
+        self.apply(allocator_events.Ask(actor.uid, avoid, stays))
 
     def withdraw(self, actor: Actor) -> None:
         """The instance no longer needs GPUs."""
-        self.apply(book_events.Leave(actor.uid))
+        self.apply(allocator_events.Leave(actor.uid))
 
     def freeze_refused(self, actor: Actor) -> None:
         """An ordered freeze or drain does not happen."""
-        self.apply(book_events.FreezeRefused(actor.uid))
+        self.apply(allocator_events.FreezeRefused(actor.uid))
 
     def became(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None:
         """The holder became idle or busy. Two such events come with every request, so they are deferred until the next
         other event while no instance waits for a GPU."""
-        event = book_events.BecameIdle(actor.uid, preemptible_at_ns) if idle else book_events.BecameBusy(actor.uid)
+        event = (
+            allocator_events.BecameIdle(actor.uid, preemptible_at_ns)
+            if idle
+            else allocator_events.BecameBusy(actor.uid)
+        )
         self._deferred.pop(actor.uid, None)  # the new one goes to the end
         self._deferred[actor.uid] = (event, self._clock.monotonic_ns())
         if self.allocator.queue:
@@ -92,7 +95,7 @@ class GpuBroker:
 
     def release(self, actor: Actor) -> None:
         """The holder gives up its GPUs: start to prove it."""
-        self.apply(book_events.Releasing(actor.uid))
+        self.apply(allocator_events.Releasing(actor.uid))
         if actor.uid not in self._proofs:
             task = asyncio.create_task(self._prove(actor), name=f"release {actor.uid}")
             self._proofs[actor.uid] = task
@@ -101,9 +104,9 @@ class GpuBroker:
 
     def assign(self, uid: str, count: int, model: str) -> tuple[str, ...]:
         """Choose the GPUs of a new instance. Raises ExhaustedError GPU_CAPACITY."""
-        self.apply(book_events.Assign(uid, count, model))
+        self.apply(allocator_events.Assign(uid, count, model))
         answer = self._answers.pop(uid)
-        if isinstance(answer, book_events.Unassignable):
+        if isinstance(answer, allocator_events.Unassignable):
             raise ExhaustedError("GPU_CAPACITY", answer.message)
         return answer.gpus
 
@@ -112,9 +115,9 @@ class GpuBroker:
         proof = self._proofs.get(uid)
         if proof is not None:
             await asyncio.wait([proof])  # it has its own deadlines
-        self.apply(book_events.Unassign(uid))
+        self.apply(allocator_events.Unassign(uid))
 
-    def apply(self, event: BookEvent) -> None:
+    def apply(self, event: AllocatorEvent) -> None:
         """Feed the allocator. On return, every effect that followed has been performed."""
         self._flush_deferred()
         self._inbox.append((event, self._clock.monotonic_ns()))
@@ -139,32 +142,32 @@ class GpuBroker:
         finally:
             self._stepping = False
 
-    def _perform(self, effect: book_events.BookEffect) -> None:
+    def _perform(self, effect: allocator_events.AllocatorEffect) -> None:
         match effect:
-            case book_events.Assigned(uid) | book_events.Unassignable(uid):
+            case allocator_events.Assigned(uid) | allocator_events.Unassignable(uid):
                 self._answers[uid] = effect
-            case book_events.Grant(uid, gpus):
+            case allocator_events.Grant(uid, gpus):
                 proof = self._proofs.pop(uid, None)
                 if proof is not None:  # its own GPUs are back: nothing to prove
                     proof.cancel()
                 self._deliver(uid, ev.Granted(gpus))
-            case book_events.Unservable(uid, message):
+            case allocator_events.Unservable(uid, message):
                 self._deliver(uid, ev.GpusLost(message))
-            case book_events.AskFreeze(uid):
+            case allocator_events.AskFreeze(uid):
                 self._deliver(uid, ev.FreezeOrdered())
-            case book_events.AskDrain(uid):
+            case allocator_events.AskDrain(uid):
                 self._deliver(uid, ev.DrainOrdered())
-            case book_events.WakeMeAt(at_ns):
+            case allocator_events.WakeMeAt(at_ns):
                 if self._timer is not None:
                     self._timer.cancel()
-                self._timer = self._clock.call_at(at_ns, lambda: self.apply(book_events.Tick()))
+                self._timer = self._clock.call_at(at_ns, lambda: self.apply(allocator_events.Tick()))
             case _:
                 assert_never(effect)
 
     def _deliver(self, uid: str, event: ev.Event) -> None:
         actor = self._actor_of(uid)
         if actor is None:  # it ended between the request and the grant
-            self.apply(book_events.Unassign(uid))
+            self.apply(allocator_events.Unassign(uid))
             return
         actor.handle(event)
 
@@ -193,7 +196,7 @@ class GpuBroker:
             self._late_proofs.add(late)
             late.add_done_callback(self._late_proofs.discard)
         self._proofs.pop(actor.uid, None)  # the next release starts a new proof
-        self.apply(book_events.Released(actor.uid))
+        self.apply(allocator_events.Released(actor.uid))
 
     async def _until_gone(self, actor: Actor) -> None:
         """Poll NVML, with growing pauses because wakes need its thread. An error is retried: only the deadline ends the
@@ -235,7 +238,7 @@ class GpuBroker:
         """
         for uuid in gpu_uuids:
             device = self.allocator.devices.get(uuid)
-            cordon = book_events.Cordon(uuid, reason, source, lasting)
+            cordon = allocator_events.Cordon(uuid, reason, source, lasting)
             if device is not None and cordon not in device.cordons:
                 self._events.add(uid, "gpu.cordoned", reason, gpu=uuid)
                 self.apply(cordon)
@@ -245,7 +248,7 @@ class GpuBroker:
         for uuid in gpu_uuids:
             device = self.allocator.devices.get(uuid)
             if device is not None and any(cordon.source == source for cordon in device.cordons):
-                self.apply(book_events.Uncordon(uuid, source))
+                self.apply(allocator_events.Uncordon(uuid, source))
                 left = self.allocator.devices[uuid].cordoned
                 name = "gpu.cordon_lifted" if left else "gpu.uncordoned"
                 self._events.add("", name, left and f"still cordoned: {left}", gpu=uuid)

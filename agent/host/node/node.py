@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from agent.core.errors import ConflictError, HibernodeError, NotFoundError, PreconditionError, UnavailableError
-from agent.core.gpus import allocator_events as book_events
+from agent.core.gpus import allocator_events
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle.machine import Instance
 from agent.core.types import FunctionSpec, Gpu, GpuNeed, IdleMode, InstanceSpec, InstanceState
@@ -227,7 +227,7 @@ class Node:
         """Recovery: add an instance that outlived the agent, in the state it was found in. RUNNING holds its GPUs;
         `size` is its image's if it is FROZEN, else its VRAM's."""
         holds = state is InstanceState.RUNNING
-        self.broker.apply(book_events.Adopt(record.spec.uid, record.gpu_uuids, holds))
+        self.broker.apply(allocator_events.Adopt(record.spec.uid, record.gpu_uuids, holds))
         actor = self._add(record, state)
         actor.adopt(size.bytes, sees_all_gpus=record.handle is None or record.handle.sees_all_gpus)
         frozen = state is InstanceState.FROZEN

@@ -1,7 +1,7 @@
 """The scheduler's database as SQLAlchemy engines: SQLite in a file of its own, or PostgreSQL.
 
-Everything that differs between the two stands here, so that the stores speak to both in the same words. On PostgreSQL
-every wait is bounded on both sides: connecting, a statement, a lock, and a peer that has gone without a word.
+Everything that differs between the two is here, so that the stores use the same statements on both. On PostgreSQL every
+wait is bounded on both sides: for a connection, a statement, a lock, and a peer that has vanished.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from agent.core.errors import ConfigError, UnavailableError
 
 CONNECT_S = 3
 STATEMENT_MS = 9_000
-"""Less than the deadline of a call: what nobody waits for any more does not go on for long."""
+"""Less than the deadline of a call, so that a statement does not outlive it."""
 _POSTGRESQL = ("postgresql", "postgres", "postgresql+psycopg")
 _SESSION = f"-c statement_timeout={STATEMENT_MS} -c lock_timeout=5000 -c idle_in_transaction_session_timeout=15000"
-# A host that vanishes is noticed within 6 s: by us, and by the server, which then gives our locks to others.
+# A vanished host is noticed within 6 s: by us, and by the server, which then releases our locks.
 _KEEPALIVE = "-c tcp_keepalives_idle=3 -c tcp_keepalives_interval=1 -c tcp_keepalives_count=3"
 _CONNECT: dict[str, Any] = {
     "connect_timeout": CONNECT_S,
@@ -32,10 +32,10 @@ _CONNECT: dict[str, Any] = {
 
 
 def engine_of(url: str, **pool: Any) -> sa.Engine:
-    """The engine for a SQLAlchemy URL; `pool` as for sqlalchemy.create_engine. Connects to nobody yet.
+    """The engine for a SQLAlchemy URL; `pool` as for sqlalchemy.create_engine. Does not connect yet.
 
-    Raises ConfigError DATABASE_INVALID, without the URL, which may hold a password. Nor do errors of its statements
-    show their values.
+    Raises ConfigError DATABASE_INVALID, without the URL, which may hold a password. Errors of statements do not show
+    their values either.
     """
     try:
         parsed = sa.make_url(url)
@@ -46,9 +46,9 @@ def engine_of(url: str, **pool: Any) -> sa.Engine:
         if parsed.drivername in _POSTGRESQL:
             parsed = parsed.set(drivername="postgresql+psycopg")
             connect = {name: value for name, value in _CONNECT.items() if name not in parsed.query}
-            # What the URL says comes last, and counts.
+            # The URL's options come last, which makes them count.
             connect["options"] = " ".join((_SESSION, _KEEPALIVE, *_texts(parsed.query.get("options", ()))))
-            # A connection that the server has closed meanwhile, as at its restart, is replaced before it is used.
+            # `pool_pre_ping` replaces a connection that the server has closed, as at its restart.
             return sa.create_engine(parsed, hide_parameters=True, pool_pre_ping=True, connect_args=connect, **pool)
         problem = "names neither sqlite:///FILE nor postgresql://USER@HOST/NAME"
     except ImportError:
@@ -59,7 +59,7 @@ def engine_of(url: str, **pool: Any) -> sa.Engine:
 
 
 def failed(engine: sa.Engine, what: str, problem: BaseException | str) -> UnavailableError:
-    """STORE_FAILED about `what` ("the usage database"): by the kind of the problem only, as the text of a driver's
+    """STORE_FAILED about `what` ("the usage database"). It names the type of `problem` only, as the text of a driver's
     error may hold anything."""
     if isinstance(problem, BaseException):
         problem = type(getattr(problem, "orig", None) or problem).__name__
@@ -69,7 +69,7 @@ def failed(engine: sa.Engine, what: str, problem: BaseException | str) -> Unavai
 
 
 def text_type(length: int | None = None) -> sa.types.TypeEngine[str]:
-    """Text that compares and sorts by its code points on both, whatever the server's locale."""
+    """Text that compares and sorts by code points on both databases, whatever the server's locale."""
     by_bytes = postgresql.TEXT(collation="C") if length is None else postgresql.VARCHAR(length, collation="C")
     return (sa.Text() if length is None else sa.String(length)).with_variant(by_bytes, "postgresql")
 

@@ -1,31 +1,27 @@
-"""Which of several schedulers on one PostgreSQL is the active one: the one that holds an advisory lock there.
+"""The leader lock: an advisory lock in PostgreSQL, whose holder is the active one of several schedulers.
 
-The lock belongs to a session and ends with it, however its scheduler has ended; nobody has to clean up. Who holds it
-looks every second whether the session still lives, and ends itself when it does not: by then another one may be active.
-Both notice a peer that has vanished within seconds (database.py), we before the server does. The sessions must be real
-ones: a pooler that shares them between statements (pgbouncer's transaction mode) is noticed and ends the lead.
+The lock belongs to a session and ends with it, so that it needs no cleanup. Its holder checks every second that the
+session is alive and otherwise terminates, since another scheduler may be active by then. Both sides notice a vanished
+peer within seconds (engine.py), the scheduler before the server. A pooler that shares sessions between statements
+(pgbouncer's transaction mode) is detected and ends the lead.
 
-On SQLite there is nothing to agree on: the lock on the state directory keeps a second scheduler out.
+On SQLite the lock on the state directory keeps a second scheduler out, and this one is always held.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import sqlalchemy as sa
 
 from agent.core.errors import UnavailableError
 from agent.log import get_logger
-from agent.scheduler.database.engine import engine_of, failed
+from agent.scheduler.database.engine import engine_of
+from agent.scheduler.database.thread import DatabaseThread
 
-_T = TypeVar("_T")
-
-LOOK_S = 1.0
+POLL_S = 1.0
 DEADLINE_S = 4.0
-"""For a look. With the second between looks it is less than what the server takes to give the lock to another one."""
+"""Of a check. With the second between checks it is less than the server takes to give the lock to another scheduler."""
 _KEY = int.from_bytes(b"hibernod", "big")
 _TAKE = sa.text("SELECT pg_try_advisory_lock(:key)").bindparams(sa.bindparam("key", _KEY, sa.BigInteger))
 _HELD = sa.text(
@@ -37,41 +33,40 @@ _HELD = sa.text(
 class LeaderLock:
     """One lock per database. All statements run in one thread, on one connection."""
 
-    def __init__(self, url: str, *, look_s: float = LOOK_S, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, url: str, *, poll_s: float = POLL_S, deadline_s: float = DEADLINE_S) -> None:
         self._engine = engine_of(url, poolclass=sa.pool.NullPool)
-        self._alone = self._engine.dialect.name == "sqlite"
-        self._look_s = look_s
-        self._deadline_s = deadline_s
+        self._sqlite = self._engine.dialect.name == "sqlite"
+        self._poll_s = poll_s
         self._connection: sa.Connection | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lead")
+        self._database = DatabaseThread(self._engine, "lead", "the scheduler's database", deadline_s)
         self._log = get_logger()
 
     async def take(self) -> bool:
-        """Try to become the active one: whether this scheduler is. Raises UnavailableError STORE_FAILED."""
-        return self._alone or await self._run(self._try)
+        """Try to become the active scheduler; returns whether this one is. Raises UnavailableError STORE_FAILED."""
+        return self._sqlite or await self._database.run(self._try_lock)
 
     async def wait(self) -> None:
-        """Return when this scheduler has become the active one. A database that is away meanwhile is waited for."""
-        told = ""
+        """Return once this scheduler is the active one. An unavailable database is retried."""
+        logged = ""
         while True:
             try:
                 if await self.take():
                     return
-                told = ""
+                logged = ""
             except UnavailableError as error:
-                if told != error.message:
+                if logged != error.message:
                     self._log.warning("scheduler.standby_cannot_ask", reason=error.reason, message=error.message)
-                told = error.message
-            await asyncio.sleep(self._look_s)
+                logged = error.message
+            await asyncio.sleep(self._poll_s)
 
     async def watch(self) -> None:
-        """Does not return. Raises UnavailableError LEAD_LOST once this scheduler can't be sure to be the active one."""
-        if self._alone:
+        """Run until cancelled. Raises UnavailableError LEAD_LOST once another scheduler may be the active one."""
+        if self._sqlite:
             await asyncio.Event().wait()
         while True:
-            await asyncio.sleep(self._look_s)
+            await asyncio.sleep(self._poll_s)
             try:
-                held = await self._run(self._look)
+                held = await self._database.run(self._is_held)
                 problem = "" if held else "another session took its place; a pooler has to keep sessions"
             except UnavailableError as error:
                 problem = error.message
@@ -80,22 +75,20 @@ class LeaderLock:
                 raise UnavailableError("LEAD_LOST", text)
 
     def close(self) -> None:
-        """Give the lock back; does not wait for it."""
-        self._thread.submit(self._end)
-        self._thread.shutdown(wait=False)
+        self._database.close(self._end)
 
-    def _try(self) -> bool:
+    def _try_lock(self) -> bool:
         try:
             if self._connection is None:
-                # Without transactions: the session lives as long as we do, and nothing is open meanwhile.
+                # Without transactions, so that none stays open as long as the session.
                 self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
                 self._connection.execute(sa.text("SET statement_timeout = '3s'"))
             return bool(self._connection.execute(_TAKE).scalar())
         except BaseException:
-            self._end()  # whatever the session was, the next try has one of its own
+            self._end()  # the next attempt gets a new session
             raise
 
-    def _look(self) -> bool:
+    def _is_held(self) -> bool:
         assert self._connection is not None
         return self._connection.execute(_HELD).scalar() == 1
 
@@ -104,12 +97,3 @@ class LeaderLock:
         if connection is not None:
             connection.invalidate()
             connection.close()
-
-    async def _run(self, work: Callable[[], _T]) -> _T:
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except TimeoutError:
-            raise failed(self._engine, "the scheduler's database", f"no answer within {self._deadline_s:g} s") from None
-        except (sa.exc.SQLAlchemyError, OSError) as error:
-            raise failed(self._engine, "the scheduler's database", error) from error

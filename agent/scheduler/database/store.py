@@ -1,30 +1,27 @@
-"""What must survive the scheduler: functions with their targets, and the nodes it has met. Never on the request path.
+"""The store: what must survive a restart of the scheduler. Functions with their targets, and the nodes it knows.
 
-SQLAlchemy Core on SQLite (WAL) by default, or on PostgreSQL. All statements run in one thread of its own. A spec is
-kept as the proto it came in, its secrets included: the file is readable by its owner only.
+SQLAlchemy Core on SQLite (WAL) by default, or on PostgreSQL; never on the request path. A spec is stored as its proto,
+secrets included: only its owner can read the file.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import sqlalchemy as sa
 
 from agent.core.errors import UnavailableError
-from agent.scheduler.database.engine import engine_of, failed, text_type
-
-_T = TypeVar("_T")
+from agent.scheduler.database.engine import engine_of, text_type
+from agent.scheduler.database.thread import DatabaseThread
 
 DEADLINE_S = 10.0
-"""For a call. A write that missed it before its turn came does not happen; one that had begun may still, the error says
-so, and repeating it is harmless."""
+"""Of a call. A write that misses it before its turn does not happen; one that has begun may, as the error then says.
+Repeating it is harmless."""
 _UNSURE = "it may be written all the same, and takes effect at the next start then: once this is mended, put it again"
 
 _METADATA = sa.MetaData()
@@ -40,7 +37,7 @@ _FUNCTIONS = sa.Table(
     sa.Column("update_wall_ns", sa.BigInteger, nullable=False),
     sa.Column("deleting", sa.Boolean, nullable=False),
 )
-# Outlives its function: a name deployed again goes on counting, for request_ids of creates are never used twice.
+# Kept when a function is deleted: its revisions go on counting, since request_ids of creates must never repeat.
 _REVISIONS = sa.Table(
     "revisions",
     _METADATA,
@@ -53,14 +50,14 @@ _NODES = sa.Table(
     sa.Column("name", text_type(255), primary_key=True),
     sa.Column("first_seen_wall_ns", sa.BigInteger, nullable=False),
 )
-# A node without a row takes instances and requests.
+# A node without a row is in normal use.
 _NODE_SCHEDULING = sa.Table(
     "node_scheduling",
     _METADATA,
     sa.Column("name", text_type(255), primary_key=True),
     sa.Column("scheduling", sa.String(16), nullable=False),
 )
-# Schedule and policies of a function; its default target stands with the function.
+# Schedule and policies of a function; its default target is in `functions`.
 _PROVISION = sa.Table(
     "provision_configs",
     _METADATA,
@@ -71,8 +68,8 @@ _PROVISION = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class FunctionRow:
-    """One function. `spec` is a serialised v1.FunctionSpec with secrets, `triggers` a serialised v1.Function that
-    carries nothing but triggers."""
+    """A function. `spec`: serialised v1.FunctionSpec with secrets; `triggers`: serialised v1.Function with nothing but
+    triggers."""
 
     name: str
     revision: int
@@ -88,143 +85,100 @@ class FunctionRow:
 
 
 class Store:
-    """Functions and nodes in SQL. Raises UnavailableError STORE_FAILED, without the URL, which may hold a password;
-    then nothing was written, unless it says otherwise."""
+    """Functions and nodes in SQL. Every call may raise UnavailableError STORE_FAILED, without the URL, which may hold a
+    password; then nothing was written, unless the message says otherwise."""
 
     def __init__(self, url: str, deadline_s: float = DEADLINE_S) -> None:
         self._engine = engine_of(url)
-        self._deadline_s = deadline_s
-        self._sqlite = self._engine.dialect.name == "sqlite"
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self.database = DatabaseThread(self._engine, "store", "the scheduler's database", deadline_s)
 
     async def open(self) -> None:
-        """Make the tables if they are not there."""
-        await self._run(self._open)
+        await self.database.run(self._open)
 
     async def close(self) -> None:
-        """Wait for what is being written, as long as for any call, then let go."""
+        """Wait for open calls, up to the deadline, and close."""
         with suppress(UnavailableError):
-            await self._run(self._engine.dispose)
-        self._thread.shutdown(wait=False)
+            await self.database.run(self._engine.dispose)
+        self.database.close()
 
     async def functions(self) -> list[FunctionRow]:
         """All functions, those being deleted included, by name."""
-
-        def read() -> Sequence[sa.Row[tuple[object, ...]]]:
-            with self._engine.connect() as connection:
-                return connection.execute(sa.select(_FUNCTIONS).order_by(_FUNCTIONS.c.name)).all()
-
-        return [FunctionRow(**row._mapping) for row in await self._run(read)]
+        rows = await self._rows(sa.select(_FUNCTIONS).order_by(_FUNCTIONS.c.name))
+        return [FunctionRow(**row) for row in rows]
 
     async def put_function(self, row: FunctionRow, provision: bytes | None = None) -> None:
-        """Insert or replace one function; durable when it returns. `provision`: its schedule and policies as a
-        serialised v1.ProvisionConfig, in the same transaction; b"" for none, None leaves them as they are."""
-
-        def write() -> None:
-            with self._engine.begin() as connection:
-                connection.execute(sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == row.name))
-                values = {column.name: getattr(row, column.name) for column in _FUNCTIONS.columns}
-                connection.execute(sa.insert(_FUNCTIONS).values(**values))
-                connection.execute(sa.delete(_REVISIONS).where(_REVISIONS.c.name == row.name))
-                connection.execute(sa.insert(_REVISIONS).values(name=row.name, revision=row.revision))
-                if provision is not None:
-                    connection.execute(sa.delete(_PROVISION).where(_PROVISION.c.function == row.name))
-                if provision:
-                    connection.execute(sa.insert(_PROVISION).values(function=row.name, config=provision))
-
-        await self._run(write, writes=True)
+        """Insert or replace a function; durable on return. `provision`: its schedule and policies, a serialised
+        v1.ProvisionConfig, in the same transaction; b"" deletes them, None leaves them as they are."""
+        values = {column.name: getattr(row, column.name) for column in _FUNCTIONS.columns}
+        statements: list[sa.Executable] = [
+            sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == row.name),
+            sa.insert(_FUNCTIONS).values(**values),
+            sa.delete(_REVISIONS).where(_REVISIONS.c.name == row.name),
+            sa.insert(_REVISIONS).values(name=row.name, revision=row.revision),
+        ]
+        if provision is not None:
+            statements.append(sa.delete(_PROVISION).where(_PROVISION.c.function == row.name))
+        if provision:
+            statements.append(sa.insert(_PROVISION).values(function=row.name, config=provision))
+        await self._write(*statements)
 
     async def revisions(self) -> dict[str, int]:
-        """The last revision of every name ever deployed."""
-
-        def read() -> dict[str, int]:
-            with self._engine.connect() as connection:
-                found = connection.execute(sa.select(_REVISIONS.c.name, _REVISIONS.c.revision)).all()
-            return {str(row[0]): int(row[1]) for row in found}
-
-        return await self._run(read)
+        """The last revision of every function ever deployed, by name."""
+        rows = await self._rows(sa.select(_REVISIONS.c.name, _REVISIONS.c.revision))
+        return {row["name"]: row["revision"] for row in rows}
 
     async def delete_function(self, name: str) -> None:
-        """Forget a function."""
-
-        def write() -> None:
-            with self._engine.begin() as connection:
-                connection.execute(sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == name))
-                connection.execute(sa.delete(_PROVISION).where(_PROVISION.c.function == name))
-
-        await self._run(write, writes=True)
+        """Delete a function; its last revision is kept."""
+        of_function = sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == name)
+        await self._write(of_function, sa.delete(_PROVISION).where(_PROVISION.c.function == name))
 
     async def nodes(self) -> list[str]:
-        """Names of all nodes ever met."""
-
-        def read() -> list[str]:
-            with self._engine.connect() as connection:
-                return list(connection.execute(sa.select(_NODES.c.name).order_by(_NODES.c.name)).scalars())
-
-        return await self._run(read)
+        return [row["name"] for row in await self._rows(sa.select(_NODES.c.name).order_by(_NODES.c.name))]
 
     async def put_node(self, name: str, wall_ns: int) -> None:
-        """Remember a node."""
-
         def write() -> None:
             with self._engine.begin() as connection:
                 if connection.execute(sa.select(_NODES.c.name).where(_NODES.c.name == name)).first() is None:
                     connection.execute(sa.insert(_NODES).values(name=name, first_seen_wall_ns=wall_ns))
 
-        await self._run(write, writes=True)
+        await self.database.run(write, unsure=_UNSURE)
 
     async def node_scheduling(self) -> dict[str, str]:
-        """What operators have asked of nodes: CORDONED or DRAINED, by name; the others are in use."""
-
-        def read() -> dict[str, str]:
-            with self._engine.connect() as connection:
-                found = connection.execute(sa.select(_NODE_SCHEDULING.c.name, _NODE_SCHEDULING.c.scheduling)).all()
-            return {str(row[0]): str(row[1]) for row in found}
-
-        return await self._run(read)
+        """What operators have asked of nodes: CORDONED or DRAINED, by name."""
+        rows = await self._rows(sa.select(_NODE_SCHEDULING.c.name, _NODE_SCHEDULING.c.scheduling))
+        return {row["name"]: row["scheduling"] for row in rows}
 
     async def put_node_scheduling(self, name: str, scheduling: str | None) -> None:
-        """CORDONED or DRAINED; None takes it back."""
-
-        def write() -> None:
-            with self._engine.begin() as connection:
-                connection.execute(sa.delete(_NODE_SCHEDULING).where(_NODE_SCHEDULING.c.name == name))
-                if scheduling is not None:
-                    connection.execute(sa.insert(_NODE_SCHEDULING).values(name=name, scheduling=scheduling))
-
-        await self._run(write, writes=True)
+        """Set CORDONED or DRAINED, or None to delete it."""
+        statements: list[sa.Executable] = [sa.delete(_NODE_SCHEDULING).where(_NODE_SCHEDULING.c.name == name)]
+        if scheduling is not None:
+            statements.append(sa.insert(_NODE_SCHEDULING).values(name=name, scheduling=scheduling))
+        await self._write(*statements)
 
     async def provision_configs(self) -> dict[str, bytes]:
-        """Serialised v1.ProvisionConfig by function, of those that have a schedule or policies."""
+        """Serialised v1.ProvisionConfig by function, for functions with a schedule or policies."""
+        rows = await self._rows(sa.select(_PROVISION.c.function, _PROVISION.c.config))
+        return {row["function"]: bytes(row["config"]) for row in rows}
 
-        def read() -> dict[str, bytes]:
+    async def _rows(self, query: sa.Select[Any]) -> Sequence[sa.RowMapping]:
+        def read() -> Sequence[sa.RowMapping]:
             with self._engine.connect() as connection:
-                found = connection.execute(sa.select(_PROVISION.c.function, _PROVISION.c.config)).all()
-            return {str(row[0]): bytes(row[1]) for row in found}
+                return connection.execute(query).mappings().all()
 
-        return await self._run(read)
+        return await self.database.run(read)
+
+    async def _write(self, *statements: sa.Executable) -> None:
+        def write() -> None:
+            with self._engine.begin() as connection:
+                for statement in statements:
+                    connection.execute(statement)
+
+        await self.database.run(write, unsure=_UNSURE)
 
     def _open(self) -> None:
         path = self._engine.url.database
-        if self._sqlite and path:
+        if self._engine.dialect.name == "sqlite" and path:
             database = os.open(Path(path), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             os.fchmod(database, 0o600)  # one copied back from a backup too
             os.close(database)
         _METADATA.create_all(self._engine)
-
-    async def _run(self, work: Callable[[], _T], *, writes: bool = False) -> _T:
-        job = self._thread.submit(work)
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                return await asyncio.wrap_future(job)
-        except TimeoutError:
-            unsure = writes and not job.cancel()
-            raise self._failed(f"no answer within {self._deadline_s:g} s", unsure=unsure) from None
-        except (sa.exc.SQLAlchemyError, OSError) as error:
-            # A connection that broke may have done so after the commit.
-            broke = isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
-            raise self._failed(error, unsure=writes and broke) from error
-
-    def _failed(self, problem: BaseException | str, *, unsure: bool) -> UnavailableError:
-        error = failed(self._engine, "the scheduler's database", problem)
-        return UnavailableError(error.reason, f"{error.message}; {_UNSURE}") if unsure else error

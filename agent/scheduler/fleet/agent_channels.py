@@ -20,10 +20,10 @@ class AgentChannels:
         self._closing: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        return f"Links({sorted(self._channels)})"
+        return f"AgentChannels({sorted(self._channels)})"
 
     def channel(self, node: str) -> DaemonChannel:
-        """The channel to the node's agent, made anew when it registered another address.
+        """The channel to the node's agent; a new one after it registered another address.
 
         Raises UnavailableError NODE_UNKNOWN before its first registration.
         """
@@ -40,6 +40,6 @@ class AgentChannels:
         return channel
 
     async def close(self) -> None:
-        """Ends all channels; calls under way are cancelled."""
+        """Close all channels; calls in progress are cancelled."""
         channels, self._channels = self._channels, {}
         await asyncio.gather(*self._closing, *(channel.close() for channel in channels.values()))

@@ -1,13 +1,13 @@
-"""The fleet as placement sees it: which GPUs have how many instances, memory, runtimes and labels of every node."""
+"""The fleet for placement: each node's GPUs with their instances, memory, runtimes and labels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
+from agent.core.provisioning.model import Scheduling
 from agent.core.provisioning.placement import GpuView, NodeView
-from agent.core.provisioning.reconcile import Scheduling
 from agent.core.types import FunctionSpec
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
 from agent.v1.types_pb2 import Gpu
@@ -18,14 +18,14 @@ _UNAVAILABLE = {
     NodeStanding.DRAINING: "is shutting down",
 }
 _ANYTHING = FunctionSpec("")
-"""Of a function that is not deployed any more: one GPU."""
+"""Stands for a function that is not deployed any more: one GPU."""
 
 
 def node_views(
     fleet: Fleet, pending: Iterable[tuple[str, FunctionSpec]], functions: Mapping[str, FunctionSpec]
 ) -> list[NodeView]:
-    """Views of all nodes. `pending`: nodes of instances asked for and not reported yet. `functions`: what is deployed,
-    for instances that do not say which GPUs they are assigned to."""
+    """Views of all nodes. `pending`: node and spec of instances created and not reported yet. `functions`: specs for
+    instances whose reports do not name their GPUs."""
     extra: dict[str, list[FunctionSpec]] = {}
     for name, spec in pending:
         extra.setdefault(name, []).append(spec)
@@ -33,7 +33,7 @@ def node_views(
 
 
 def usable_gpus(node: NodeRecord) -> list[Gpu]:
-    """GPUs that instances can be given."""
+    """GPUs that instances can be assigned to."""
     return [gpu for gpu in node.gpus if gpu.health == Gpu.HEALTH_OK and not gpu.mig]
 
 
@@ -43,14 +43,14 @@ def _view(
     registration = node.registration
     memory = node.load.host_memory if node.load.HasField("host_memory") else registration.host_memory
     sharers: dict[str, int] = {}
-    unsaid: list[FunctionSpec] = []
+    unassigned: list[FunctionSpec] = []
     for load in node.instances.values():
         if load.state in ENDED:
             continue
         for uuid in load.gpu_uuids:
             sharers[uuid] = sharers.get(uuid, 0) + 1
         if not load.gpu_uuids:
-            unsaid.append(replace(functions.get(load.function, _ANYTHING), memory_bytes=0))
+            unassigned.append(replace(functions.get(load.function, _ANYTHING), memory_bytes=0))
     view = NodeView(
         name=node.name,
         gpus=tuple(GpuView(gpu.uuid, gpu.model, sharers.get(gpu.uuid, 0)) for gpu in usable_gpus(node)),
@@ -61,7 +61,7 @@ def _view(
         labels=dict(registration.labels),
         unavailable=_unavailable(node, scheduling),
     )
-    for spec in (*unsaid, *pending):
+    for spec in (*unassigned, *pending):
         if spec.gpu.count or spec.memory_bytes:
             view = view.with_instance(spec)
     return view

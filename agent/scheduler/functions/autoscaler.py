@@ -1,14 +1,12 @@
-"""The scaler: how many instances each function is to have now, by its schedule and its policies.
+"""The autoscaler: sets each function's target by its schedule and its target tracking policies.
 
-`core/provisioning/autoscaling.py` decides; this shows it the clock and what the fleet reports, and hands the outcome to
-the catalog. It looks once a second and whenever a deploy or put changed something, at functions with a schedule or
-policies only.
+`core/provisioning/autoscaling.py` decides from the clock and from what the fleet reports; the catalog gets the outcome.
+Functions that have neither schedule nor policies keep their default target.
 
-Nothing is kept over a restart of the scheduler, and nothing is lost by one: firings follow from the clock, and policies
-begin anew from the instances there are. They do so once every known node has reported or is lost; until then nothing is
-created or stopped (core/provisioning/reconcile.py), and whoever makes the provisioner look after that lets the scaler
-look first. A node that comes only after it was given up for lost brings instances that no policy began with: what they
-ask for then is at least what there is with them.
+Nothing is stored over a restart of the scheduler: firings follow from the clock, and policies begin anew with the
+instances there are, once every known node has reported or is lost. Until then nothing is created or stopped
+(core/provisioning/reconcile.py), and after that the autoscaler checks before the provisioner does. When a node reports
+only after it was lost, the policies raise their targets to the instances there are with those of the node.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from agent.core.dispatch.dispatcher import Dispatcher
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.provisioning.autoscaling import (
     Action,
     Fired,
@@ -34,7 +32,7 @@ from agent.core.provisioning.autoscaling import (
     observe,
     scheduled,
 )
-from agent.core.provisioning.reconcile import parse_request_id
+from agent.core.provisioning.model import parse_request_id
 from agent.log import get_logger
 from agent.ports import Clock
 from agent.scheduler.fleet.fleet import ENDED, Fleet, NodeRecord
@@ -43,14 +41,14 @@ from agent.scheduler.functions.scaling_metrics import Gauge, ScalingMetrics, Vie
 from agent.v1.scheduler_service_pb2 import NodeLoad
 from agent.v1.types_pb2 import Instance
 
-LOOK_S = 1.0
+CHECK_S = 1.0
 _GOING = (Instance.STATE_STOPPING, *ENDED)
 _log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """A policy at work: 0 is the target of one that is not active; `metric` is its last sample, if there was one."""
+    """A policy for reports. `target`: 0 if it is not active; `metric`: its last sample, if any."""
 
     name: str
     active: bool
@@ -58,31 +56,30 @@ class PolicyState:
     metric: Fraction | None
 
 
-class _Timer:
-    """An action's last firing, looked up again only when the next one is due."""
+class _ActionTimer:
+    """An action's last firing, computed again only when the next one is due."""
 
     def __init__(self, action: Action) -> None:
         self.action = action
         self.fired: Fired | None = None
-        self._looked_ns = -1
+        self._checked_ns = -1
         self._due_ns: int | None = 0
 
     def at(self, wall_ns: int) -> Fired | None:
-        """The last firing up to now."""
-        if wall_ns < self._looked_ns or (self._due_ns is not None and wall_ns >= self._due_ns):
+        if wall_ns < self._checked_ns or (self._due_ns is not None and wall_ns >= self._due_ns):
             window = self.action.window
             self.fired = last_fired(self.action, wall_ns)
             self._due_ns = self.action.schedule.next(max(wall_ns, window.start_ns - 1), window.end_ns)
-        self._looked_ns = wall_ns
+        self._checked_ns = wall_ns
         return self.fired
 
 
 @dataclass(slots=True)
-class _Following:
-    """One function's schedule and policies at work. `tracking` and `metrics` by policy; of active policies only."""
+class _FunctionScaling:
+    """One function's schedule and policies. `tracking` and `metrics` are those of the active policies."""
 
     provisioning: Provisioning
-    timers: list[_Timer]
+    timers: list[_ActionTimer]
     tracking: dict[ScalingPolicy, Tracking] = field(default_factory=dict)
     metrics: dict[Metric, Fraction | None] = field(default_factory=dict)
     meter: ScalingMetrics | None = None
@@ -90,7 +87,7 @@ class _Following:
 
 
 class Autoscaler:
-    """Looks until cancelled. `changed` is called when a target has changed."""
+    """Checks all functions once a second, and when asked. `changed` is called when a target has changed."""
 
     def __init__(
         self,
@@ -109,129 +106,129 @@ class Autoscaler:
         self._period_ns = period_ns
         self._patience = patience
         self._changed = changed
-        self._following: dict[str, _Following] = {}
-        self._heard: dict[str, tuple[NodeLoad, int]] = {}
-        self._late: set[str] = set()
-        self._unbegun = False
+        self._scaling: dict[str, _FunctionScaling] = {}
+        self._loads: dict[str, tuple[NodeLoad, int]] = {}
+        self._never_heard: set[str] = set()
+        self._policies_wait = False
 
     @property
     def waiting(self) -> bool:
-        """`look` whenever the fleet has changed: a policy begins as soon as the fleet is settled, or anew as soon as a
-        node is back that was lost since the start."""
-        return self._unbegun or any(map(self._is_back, self._late))
+        """Whether to `check` when the fleet changes: a policy waits for all nodes to report, or for a lost node."""
+        return self._policies_wait or any(map(self._is_back, self._never_heard))
 
     async def run(self) -> None:
-        """Look once a second, until cancelled."""
         while True:
-            self.look()
-            await asyncio.sleep(LOOK_S)
+            self.check()
+            await asyncio.sleep(CHECK_S)
 
-    def look(self) -> None:
-        """Take everything in and decide."""
+    def check(self) -> None:
+        """Measure and decide for all functions with a schedule or policies."""
         functions = {one.spec.name: one for one in self._catalog.all() if one.provisioning and not one.deleting}
-        for name in self._following.keys() - functions.keys():
-            del self._following[name]
-        self._unbegun = False
-        anew = self._late_are_back()
+        for name in self._scaling.keys() - functions.keys():
+            del self._scaling[name]
+        self._policies_wait = False
+        late_nodes = self._late_nodes_reported()
         if not functions:
-            self._heard.clear()
+            self._loads.clear()
             return
         at, wall = self._clock.monotonic_ns(), self._clock.wall_ns()
         views = self._views(functions)
-        settled = self._fleet.settled()
-        moved = False
+        all_reported = self._fleet.all_reported()
+        changed = False
         for name, function in functions.items():
-            following = self._follow(name, function.provisioning)
-            following.active = tuple(one for one in function.provisioning.policies if one.window.holds(wall))
-            self._measure(function, following, views[name], settled, at)
-            if anew:
-                _raise(following, views[name].current)
-            moved |= self._decide(function, following, views[name], settled, wall)
-        if moved:
+            scaling = self._follow(name, function.provisioning)
+            scaling.active = tuple(one for one in function.provisioning.policies if one.window.contains(wall))
+            self._measure(function, scaling, views[name], all_reported, at)
+            if late_nodes:
+                _raise_targets(scaling, views[name].current)
+            changed |= self._decide(function, scaling, views[name], all_reported, wall)
+        if changed:
             self._changed()
 
     def states(self, name: str) -> tuple[PolicyState, ...]:
-        """What the policies of a function see, in their order."""
-        following = self._following.get(name)
-        if following is None:
+        """The policies of a function, in its order."""
+        scaling = self._scaling.get(name)
+        if scaling is None:
             return ()
         found = []
-        for policy in following.provisioning.policies:
-            tracking = following.tracking.get(policy)
-            active = policy in following.active
-            target = 0 if not active else policy.least if tracking is None else tracking.target
-            found.append(PolicyState(policy.name, active, target, following.metrics.get(policy.metric)))
+        for policy in scaling.provisioning.policies:
+            tracking = scaling.tracking.get(policy)
+            active = policy in scaling.active
+            target = 0 if not active else policy.min_capacity if tracking is None else tracking.target
+            found.append(PolicyState(policy.name, active, target, scaling.metrics.get(policy.metric)))
         return tuple(found)
 
     # ---- one function -----------------------------------------------------------------------------------------
 
-    def _follow(self, name: str, provisioning: Provisioning) -> _Following:
-        """What is put again as it was goes on as it was."""
-        before = self._following.get(name)
+    def _follow(self, name: str, provisioning: Provisioning) -> _FunctionScaling:
+        """The function's state; policies that a new put repeats keep theirs."""
+        before = self._scaling.get(name)
         if before is not None and before.provisioning is provisioning:
             return before
-        after = _Following(provisioning, [_Timer(action) for action in provisioning.actions])
+        after = _FunctionScaling(provisioning, [_ActionTimer(action) for action in provisioning.actions])
         if before is not None:
             after.meter, after.metrics = before.meter, before.metrics
             after.tracking = {one: before.tracking[one] for one in provisioning.policies if one in before.tracking}
-        self._following[name] = after
+        self._scaling[name] = after
         return after
 
-    def _measure(self, function: Deployed, following: _Following, view: View, settled: bool, at: int) -> None:
-        """At the end of a period every policy at work is told."""
-        if not following.active:
-            following.meter, following.metrics = None, {}
+    def _measure(self, function: Deployed, scaling: _FunctionScaling, view: View, all_reported: bool, at: int) -> None:
+        """Record the function, and at the end of a period give each active policy its sample."""
+        if not scaling.active:
+            scaling.meter, scaling.metrics = None, {}
             return
         leases = self._dispatcher.lease_time_ns(function.spec.name, at)
-        if following.meter is None:
-            following.meter = ScalingMetrics(at, leases, view)
+        if scaling.meter is None:
+            scaling.meter = ScalingMetrics(at, leases, view)
             return
-        following.meter.look(at, view)
-        if at - following.meter.began_ns < self._period_ns:
+        scaling.meter.record(at, view)
+        if at - scaling.meter.began_ns < self._period_ns:
             return
-        samples = following.meter.samples(leases, function.spec.vcpu_millis)
-        average, blind = following.meter.average(), following.meter.blind
-        following.meter = ScalingMetrics(at, leases, view)
-        following.metrics = dict(samples)
-        for policy, tracking in following.tracking.items():
+        samples = scaling.meter.samples(leases, function.spec.vcpu_millis)
+        average, blind = scaling.meter.average(), scaling.meter.blind
+        scaling.meter = ScalingMetrics(at, leases, view)
+        scaling.metrics = dict(samples)
+        for policy, tracking in scaling.tracking.items():
             sample = samples[policy.metric]
-            if not settled or (blind and sample is not None and sample < policy.goal):
-                sample = None  # what those do that nobody hears is not known: no reason to have fewer
-            following.tracking[policy] = observe(policy, tracking, sample, view.current, self._patience, average)
+            if not all_reported or (blind and sample is not None and sample < policy.metric_target):
+                sample = None  # the load of instances on silent nodes is unknown: do not scale in
+            scaling.tracking[policy] = observe(policy, tracking, sample, view.current, self._patience, average)
 
-    def _decide(self, function: Deployed, following: _Following, view: View, settled: bool, wall: int) -> bool:
-        for policy in following.tracking.keys() - set(following.active):
-            del following.tracking[policy]
-        asked = []
-        for policy in following.active:
-            tracking = following.tracking.get(policy)
-            if tracking is None and settled:
-                tracking = following.tracking[policy] = begin(policy, view.current)
-            self._unbegun |= tracking is None
-            asked.append((policy.name, policy.least if tracking is None else tracking.target))
-        firings = [fired for timer in following.timers if (fired := timer.at(wall)) is not None]
-        decided = decide(function.default_target, scheduled(firings, wall), asked)
+    def _decide(self, function: Deployed, scaling: _FunctionScaling, view: View, all_reported: bool, wall: int) -> bool:
+        for policy in scaling.tracking.keys() - set(scaling.active):
+            del scaling.tracking[policy]
+        targets = []
+        for policy in scaling.active:
+            tracking = scaling.tracking.get(policy)
+            if tracking is None and all_reported:
+                tracking = scaling.tracking[policy] = begin(policy, view.current)
+            self._policies_wait |= tracking is None
+            targets.append((policy.name, policy.min_capacity if tracking is None else tracking.target))
+        firings = [fired for timer in scaling.timers if (fired := timer.at(wall)) is not None]
+        decided = decide(function.default_target, scheduled(firings, wall), targets)
         name = function.spec.name
-        moved = self._catalog.set_target(name, decided)
-        if moved:
+        changed = self._catalog.set_target(name, decided)
+        if changed:
             before, by = function.target, decided.decided_by
             _log.info("scaling.decided", function=name, target=decided.target, before=before, decided_by=by)
-        return moved
+        return changed
 
     # ---- what the fleet reports -------------------------------------------------------------------------------
 
-    def _late_are_back(self) -> bool:
-        """Whether nodes have come of which nothing had been heard since the start when they were given up for lost."""
-        self._late |= {
-            node.name for node in self._fleet.nodes() if node.standing is NodeStanding.LOST and not node.wall_ns
+    def _late_nodes_reported(self) -> bool:
+        """Whether nodes have reported that were lost before their first report since the start."""
+        self._never_heard |= {
+            node.name
+            for node in self._fleet.nodes()
+            if node.standing is NodeStanding.LOST and not node.last_heard_wall_ns
         }
-        back = set(filter(self._is_back, self._late))
-        self._late -= back
+        back = set(filter(self._is_back, self._never_heard))
+        self._never_heard -= back
         return bool(back)
 
     def _is_back(self, name: str) -> bool:
         node = self._fleet.node(name)
-        return node is not None and node.settled and node.standing is not NodeStanding.LOST
+        return node is not None and node.all_reported and node.standing is not NodeStanding.LOST
 
     def _views(self, functions: Mapping[str, Deployed]) -> dict[str, View]:
         views = {name: View() for name in functions}
@@ -239,44 +236,44 @@ class Autoscaler:
         for node in nodes:
             if node.standing is NodeStanding.LOST:
                 continue
-            heard = node.settled and node.standing in (NodeStanding.READY, NodeStanding.DRAINING)
+            reports = node.all_reported and node.standing in (NodeStanding.READY, NodeStanding.DRAINING)
             for uid, load in node.instances.items():
                 view = views.get(load.function)
                 if view is None or load.state in _GOING:
                     continue
                 view.current += parse_request_id(load.request_id) is not None
-                if heard:
+                if reports:
                     view.slots += max(1, load.concurrency)
                 else:
-                    view.unheard += 1
-                    view.unheard_leases += self._dispatcher.leased(uid)
-            if heard:
+                    view.silent += 1
+                    view.silent_leases += self._dispatcher.leased(uid)
+            if reports:
                 self._gauges(node, views)
-        for name in self._heard.keys() - {node.name for node in nodes}:
-            del self._heard[name]
+        for name in self._loads.keys() - {node.name for node in nodes}:
+            del self._loads[name]
         return views
 
     def _gauges(self, node: NodeRecord, views: Mapping[str, View]) -> None:
-        """Gauges come with heartbeats; one that was seen before is as old as it was then."""
-        load, heard_ns = self._heard.get(node.name, (None, 0))
+        """Add the gauges of the node's last heartbeat, dated by its arrival."""
+        load, received_ns = self._loads.get(node.name, (None, 0))
         if load is not node.load:
-            heard_ns = node.heard_ns
-            self._heard[node.name] = (node.load, heard_ns)
+            received_ns = node.last_heard_ns
+            self._loads[node.name] = (node.load, received_ns)
         for gauge in node.load.instances:
             instance = node.instances.get(gauge.uid)
             view = None if instance is None else views.get(instance.function)
             if view is not None and instance is not None and instance.state not in _GOING:
                 view.gauges[gauge.uid] = Gauge(
-                    heard_ns,
+                    received_ns,
                     gauge.cpu_ns if gauge.HasField("cpu_ns") else None,
                     gauge.vram_bytes if gauge.HasField("vram_bytes") else None,
                     gauge.vram_limit_bytes,
                 )
 
 
-def _raise(following: _Following, current: int) -> None:
-    """Its policies ask for `current` instances at least, as if they began with them."""
-    for policy, tracking in following.tracking.items():
-        anew = begin(policy, current)
-        if anew.target > tracking.target:
-            following.tracking[policy] = anew
+def _raise_targets(scaling: _FunctionScaling, current: int) -> None:
+    """Raise the policies' targets to `current` instances, as if they began with them."""
+    for policy, tracking in scaling.tracking.items():
+        begun = begin(policy, current)
+        if begun.target > tracking.target:
+            scaling.tracking[policy] = begun

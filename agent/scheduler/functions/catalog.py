@@ -1,10 +1,10 @@
-"""What is deployed: the table the request path reads, and the one way to change it.
+"""The catalog of deployed functions, which the request path reads: deploy, provision, delete.
 
-A deploy that changes the spec is a new revision; the same content again changes nothing. A change is durable before
-it is in effect. The table lives in memory; the store is read once, at the start.
+A deploy that changes the spec makes a new revision; the same content again changes nothing. A change is durable before
+it takes effect. The catalog lives in memory; the store is read once, at start.
 
-Where a function has a schedule or policies, its target is what the scaler has decided (`set_target`): it is not stored,
-for it follows from the clock and from what the fleet reports.
+The autoscaler sets the target of a function with a schedule or policies (`set_target`). It is not stored, since it
+follows from the clock and from what the fleet reports.
 """
 
 from __future__ import annotations
@@ -32,18 +32,22 @@ _log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a function has fewer instances than wanted. `hopeless`: waiting will not help, only a change will."""
+    """Why a function has fewer instances than its target. `no_capacity_expected`: only a change will help, not time."""
 
     reason: str
     message: str
-    hopeless: bool
+    no_capacity_expected: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """One function as it stands. `message` is the whole spec with its secrets, for agents only; `spec` its core.
-    `methods`: allowed by its triggers, empty = all. `target`: instances wanted now, by `decided_by` ("" for
-    `default_target`). `config`: schedule and policies as they were put, `provisioning` what they mean."""
+    """A deployed function.
+
+    - `message`: the whole spec with its secrets, for agents only; `spec`: the same for the core.
+    - `methods`: allowed by its triggers, empty = all.
+    - `target`: its instances now, as `decided_by` an action or policy ("": by `default_target`).
+    - `config`: schedule and policies as they were put; `provisioning`: the same, parsed.
+    """
 
     spec: FunctionSpec
     message: types_pb2.FunctionSpec
@@ -63,19 +67,19 @@ class Deployed:
 
 
 class Catalog:
-    """All functions. `tell` takes the dispatcher's events, `changed` is called after every change."""
+    """All functions. `apply_event` sends events to the dispatcher; `changed` is called after every change."""
 
     def __init__(
         self,
         clock: Clock,
         store: Store,
-        tell: Callable[[Event], None],
+        apply_event: Callable[[Event], None],
         changed: Callable[[], None],
         defaults: Defaults,
     ) -> None:
         self._clock = clock
         self._store = store
-        self._tell = tell
+        self._apply_event = apply_event
         self._changed = changed
         self._defaults = defaults
         self._functions: dict[str, Deployed] = {}
@@ -84,7 +88,7 @@ class Catalog:
         self._revisions: dict[str, int] = {}
         self._folded: dict[str, frozenset[str]] = {}
         self._writing = asyncio.Lock()
-        self._unsure: set[str] = set()  # their last write was never confirmed: nobody knows what is stored
+        self._unconfirmed: set[str] = set()  # the store may hold their last write or the one before
 
     # ---- reading ----------------------------------------------------------------------------------------------
 
@@ -94,7 +98,7 @@ class Catalog:
         return None if found is None or found.deleting else found
 
     def find_folded(self, name: str) -> Deployed | None:
-        """As `find`, whatever the case of `name`, for host names have none; None where two functions differ by it."""
+        """Like `find`, ignoring case, as host names do; None if the names of two functions differ only in case."""
         names = self._folded.get(name.lower(), ())
         found = [one for one in map(self.find, names) if one is not None]
         return found[0] if len(found) == 1 else None
@@ -104,15 +108,13 @@ class Catalog:
         return [self._functions[name] for name in sorted(self._functions)]
 
     def was_deleted(self, name: str) -> bool:
-        """It was deployed here, lately or long ago, and is no more."""
         return name in self._revisions and name not in self._functions
 
     def problem(self, name: str) -> Problem | None:
-        """What keeps the function from its target."""
         return self._problems.get(name)
 
     def deploys(self, name: str) -> int:
-        """How often it was deployed, the same again included: a deploy is how given-up instances are tried again."""
+        """How often it was deployed, with or without a change: each deploy retries instances that were given up."""
         return self._deploys.get(name, 0)
 
     # ---- changing ---------------------------------------------------------------------------------------------
@@ -125,9 +127,9 @@ class Catalog:
             self._put(_of_row(row, configs.get(row.name, b"")))
 
     async def deploy(self, request: DeployFunctionRequest) -> tuple[Deployed, list[str]]:
-        """Create or replace a function; with `validate_only` only say what would come of it. Also warnings.
+        """Create or replace a function, or with `validate_only` return what a deploy would. Also returns warnings.
 
-        Raises InvalidArgumentError and its kind (deploy_rules.py), UnavailableError STORE_FAILED.
+        Raises InvalidArgumentError and UnsupportedError (deploy_rules.py), UnavailableError STORE_FAILED.
         """
         message, triggers = checked(request, self._defaults)
         given = checked_provision(request.provision) if request.HasField("provision") else None
@@ -151,7 +153,7 @@ class Catalog:
                 decided_by=decided.decided_by,
             )
             warnings = warnings_of(message.name, request.target, kept, found, now)
-            if before is not None and message.name not in self._unsure and _same(before, deployed):
+            if before is not None and message.name not in self._unconfirmed and _same(before, deployed):
                 deployed = before
             elif not request.validate_only:
                 await self._keep(deployed, None if given is None else _stored(kept))
@@ -162,10 +164,10 @@ class Catalog:
     async def put_provision(
         self, name: str, config: ProvisionConfig, *, validate_only: bool = False
     ) -> tuple[Deployed, list[str]]:
-        """Replace how many instances a function has, when, and by which policies. Also warnings.
+        """Replace a function's default target, schedule and policies. Also returns warnings.
 
-        Raises NotFoundError, InvalidArgumentError (deploy_rules.py), UnavailableError STORE_FAILED; then nothing has
-        changed, but for what the last one says may be in effect after the next start.
+        Raises NotFoundError, InvalidArgumentError (deploy_rules.py), UnavailableError STORE_FAILED. Nothing has changed
+        then, unless the message of STORE_FAILED says that the change may take effect at the next start.
         """
         bounded("default_target", config.default_target, 0, MAX_TARGET)
         kept, found = checked_provision(config)
@@ -189,13 +191,13 @@ class Catalog:
                 update_wall_ns=before.update_wall_ns if message.revision == before.spec.revision else now,
             )
             if not validate_only:
-                if name in self._unsure or not _same(before, deployed):
+                if name in self._unconfirmed or not _same(before, deployed):
                     await self._keep(deployed, _stored(kept))
                 deployed = self._deployed(deployed)
             return deployed, warnings_of(name, config.default_target, kept, found, now)
 
     def set_target(self, name: str, decided: Decision) -> bool:
-        """What schedule and policies come to now. Whether that is another target than before."""
+        """Apply what schedule and policies have decided; returns whether the target has changed."""
         found = self.find(name)
         if found is None or (found.target, found.decided_by) == (decided.target, decided.decided_by):
             return False
@@ -205,7 +207,7 @@ class Catalog:
         return found.target != decided.target
 
     async def delete(self, name: str) -> None:
-        """Begin to delete: nothing new is accepted, its instances drain, then `forget`. Raises NotFoundError."""
+        """Begin to delete: new requests are refused, its instances drain, then `forget`. Raises NotFoundError."""
         async with self._writing:
             gone = replace(
                 self._known(name),
@@ -221,11 +223,11 @@ class Catalog:
             self._changed()
 
     async def forget(self, name: str) -> None:
-        """The last instance of a deleted function has ended."""
+        """Drop a deleted function whose last instance has ended."""
         async with self._writing:
             found = self._functions.get(name)
             if found is None or not found.deleting:
-                return  # deployed again meanwhile
+                return  # it was deployed again
             await self._store.delete_function(name)
             del self._functions[name]
             self._folded[name.lower()] -= {name}
@@ -233,11 +235,11 @@ class Catalog:
                 del self._folded[name.lower()]
             self._problems.pop(name, None)
             self._deploys.pop(name, None)
-            self._unsure.discard(name)
+            self._unconfirmed.discard(name)
             _log.info("function.deleted", function=name)
 
     def set_problem(self, name: str, problem: Problem | None) -> None:
-        """Provisioning found out why the target is not reached, or reached it."""
+        """Set why the function has fewer instances than its target; None if it has them."""
         found = self._functions.get(name)
         before = self._problems.get(name)
         if found is None or before == problem:
@@ -247,7 +249,7 @@ class Catalog:
         else:
             self._problems[name] = problem
             _log.warning("function.degraded", function=name, reason=problem.reason, message=problem.message)
-        if (before is not None and before.hopeless) != (problem is not None and problem.hopeless):
+        if _no_capacity_expected(before) != _no_capacity_expected(problem):
             self._announce(found)
 
     def _known(self, name: str) -> Deployed:
@@ -257,16 +259,16 @@ class Catalog:
         return found
 
     async def _keep(self, deployed: Deployed, provision: bytes | None) -> None:
-        """Make it durable. `provision`: as for `Store.put_function`."""
+        """Store it. `provision`: as for `Store.put_function`."""
         name = deployed.spec.name
-        if name in self._unsure:
+        if name in self._unconfirmed:
             provision = _stored(deployed.config)
-        self._unsure.add(name)
+        self._unconfirmed.add(name)
         await self._store.put_function(_row(deployed), provision)
-        self._unsure.discard(name)
+        self._unconfirmed.discard(name)
 
     def _deployed(self, deployed: Deployed) -> Deployed:
-        """It is durable, and in effect from now on. As it stands once everybody has been told."""
+        """Make a stored deploy take effect; returns the function as it is then."""
         name, revision = deployed.spec.name, deployed.spec.revision
         self._problems.pop(name, None)
         self._deploys[name] = self._deploys.get(name, 0) + 1
@@ -287,17 +289,20 @@ class Catalog:
         name = deployed.spec.name
         self._functions[name] = deployed
         self._folded[name.lower()] = self._folded.get(name.lower(), frozenset()) | {name}
-        self._revisions[deployed.spec.name] = int(deployed.spec.revision)
+        self._revisions[name] = int(deployed.spec.revision)
         self._announce(deployed)
 
     def _announce(self, deployed: Deployed) -> None:
         spec = deployed.spec
         if deployed.deleting:
-            self._tell(FunctionRemoved(spec.name))
+            self._apply_event(FunctionRemoved(spec.name))
             return
-        problem = self._problems.get(spec.name)
-        hope = deployed.target > 0 and (problem is None or not problem.hopeless)
-        self._tell(FunctionSet(spec.name, hope, spec.dispatch, spec.wake_factor, spec.queue_length))
+        expects = deployed.target > 0 and not _no_capacity_expected(self._problems.get(spec.name))
+        self._apply_event(FunctionSet(spec.name, expects, spec.dispatch, spec.wake_factor, spec.queue_length))
+
+
+def _no_capacity_expected(problem: Problem | None) -> bool:
+    return problem is not None and problem.no_capacity_expected
 
 
 def _same(before: Deployed, after: Deployed) -> bool:
@@ -311,13 +316,12 @@ def _same(before: Deployed, after: Deployed) -> bool:
 
 
 def _kept(before: Deployed | None) -> tuple[ProvisionConfig, Provisioning]:
-    """A deploy that says nothing about them leaves schedule and policies as they are."""
+    """Schedule and policies that a deploy without any leaves as they are."""
     return (ProvisionConfig(), Provisioning()) if before is None else (before.config, before.provisioning)
 
 
 def _decision(before: Deployed | None, found: Provisioning, default: int) -> Decision:
-    """Until the scaler has looked, which is before anybody else does: nobody who waits may be sent away meanwhile, so
-    what is to come under a schedule or policies begins with what was wanted before."""
+    """The target until the autoscaler's next check: the one before, so that queued requests are not refused."""
     if before is None or before.deleting or not found:
         return Decision(default)
     return Decision(before.target, before.decided_by)
@@ -346,7 +350,7 @@ def _of_row(row: FunctionRow, stored: bytes) -> Deployed:
     config = ProvisionConfig.FromString(stored)
     try:
         provisioning = provisioning_from_proto(config)
-    except InvalidArgumentError as error:  # its time zone is no longer known on this host
+    except InvalidArgumentError as error:  # its time zone is not known on this host any more
         _log.error("provision.not_understood", function=row.name, reason=error.reason, message=error.message)
         provisioning = Provisioning()
     return Deployed(

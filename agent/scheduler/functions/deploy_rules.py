@@ -1,7 +1,6 @@
-"""What a deploy must keep to beyond the spec's own ranges (core/function_rules.py): target, triggers,
-provisioning, and what this version can do.
+"""Checks of a deploy beyond the spec's own ranges (core/function_rules.py): target, triggers and provisioning.
 
-Each breach is an InvalidArgumentError that names the field and the fix.
+A violation raises InvalidArgumentError, which names the field and the fix.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """For functions whose deploy says nothing (scheduler.yaml, `dispatch`)."""
+    """For fields that a deploy does not set (scheduler.yaml, `dispatch`)."""
 
     policy: DispatchPolicy = DispatchPolicy.PACK
     wake_factor: float = 0.0
@@ -59,8 +58,8 @@ def checked(
 
 
 def set_idle_mode(message: types_pb2.FunctionSpec, config: ProvisionConfig) -> None:
-    """`alwaysAllocateGPU` where it is said: true turns idle mode off, false on. What is so already is left as it is
-    written, for another spec is another revision. Raises InvalidArgumentError for a spec that can't be read."""
+    """Apply `alwaysAllocateGPU`, if set: true turns idle mode off, false on. An idle mode that agrees already is not
+    rewritten, since that would make a new revision. Raises InvalidArgumentError for an unreadable spec."""
     never = function_from_proto(message).idle.mode is IdleMode.NEVER
     if config.HasField("always_allocate_gpu") and config.always_allocate_gpu != never:
         mode = IdleMode.NEVER if config.always_allocate_gpu else IdleMode.REQUIRE
@@ -68,9 +67,10 @@ def set_idle_mode(message: types_pb2.FunctionSpec, config: ProvisionConfig) -> N
 
 
 def checked_provision(config: ProvisionConfig) -> tuple[ProvisionConfig, Provisioning]:
-    """What is kept of it, and what it means. Its default target and `alwaysAllocateGPU` are kept with the function.
+    """The part of it to store, and the same parsed. Raises InvalidArgumentError.
 
-    Raises InvalidArgumentError."""
+    Default target and `alwaysAllocateGPU` are stored with the function.
+    """
     found = provisioning_from_proto(config)
     kept = ProvisionConfig(
         scheduled_actions=config.scheduled_actions, target_tracking_policies=config.target_tracking_policies
@@ -79,7 +79,7 @@ def checked_provision(config: ProvisionConfig) -> tuple[ProvisionConfig, Provisi
 
 
 def warnings_of(name: str, target: int, config: ProvisionConfig, found: Provisioning, wall_ns: int) -> list[str]:
-    """What is accepted and looks like a mistake."""
+    """What is accepted but looks like a mistake."""
     warnings = windows_ended(config, found, wall_ns)
     if not target and not any(window.end_ns > wall_ns for window in found.windows):
         warnings.append(f"target is 0: {name} has no instances and answers 503 NoCapacity")
@@ -104,7 +104,7 @@ def _triggers(request: DeployFunctionRequest) -> tuple[HttpTrigger, ...]:
                 wrong(f"triggers.{given.name}.methods", f"{method[:16]!r} is not one of {', '.join(sorted(_METHODS))}")
         found.append(HttpTrigger(name=given.name, auth_type=HttpTrigger.AUTH_TYPE_ANONYMOUS, methods=methods))
     if not found or any(not trigger.methods for trigger in found):
-        # One trigger for all methods makes the lists of the others meaningless; the gateway sees one set.
+        # A trigger for all methods makes the methods of the others irrelevant.
         found = [trigger for trigger in found if not trigger.methods] or [
             HttpTrigger(name="default", auth_type=HttpTrigger.AUTH_TYPE_ANONYMOUS)
         ]

@@ -1,8 +1,7 @@
-"""What a function's instances were used for in a period: the metrics that target tracking policies follow.
+"""Utilisation of a function's instances over a period: the metrics that target tracking policies follow.
 
-A `ScalingMetrics` is shown the function every now and then and integrates over time; at the end of a period it gives
-one sample of each metric, as exact fractions from 0 to 1, or None where there was nothing to measure. It makes no
-decision.
+A `ScalingMetrics` integrates what it records over time. At the end of a period it gives one sample of each metric, an
+exact fraction from 0 to 1, or None if there was nothing to measure.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ _ZERO, _ONE = Fraction(0), Fraction(1)
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """An awake instance as its agent last said: when that was heard (monotonic ns), and what it had used by then."""
+    """An agent's last sample of an awake instance: when it was received (monotonic ns) and the usage by then."""
 
-    heard_ns: int
+    received_ns: int
     cpu_ns: int | None
     vram_bytes: int | None
     vram_limit_bytes: int
@@ -28,20 +27,23 @@ class Gauge:
 
 @dataclass(slots=True)
 class View:
-    """A function at one moment. `current`: its provisioned instances that are not stopping. `slots`: of instances that
-    are not stopping, on nodes that are heard; `unheard`: instances on the others, with `unheard_leases`. `gauges`: by
-    uid, of the awake ones that are heard."""
+    """A function at one moment, without the instances that are stopping.
+
+    - `current`: its provisioned instances.
+    - `slots`: of its instances on nodes that report. `silent`, `silent_leases`: its instances on the others.
+    - `gauges`: of the awake instances on nodes that report, by uid.
+    """
 
     current: int = 0
     slots: int = 0
-    unheard: int = 0
-    unheard_leases: int = 0
+    silent: int = 0
+    silent_leases: int = 0
     gauges: dict[str, Gauge] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Use:
-    """Of one instance within a period: CPU time and the time it is of; sum and number of its memory samples."""
+    """One instance within a period: its CPU time over `time_ns`; sum and number of its memory samples."""
 
     last: Gauge
     cpu_ns: int = 0
@@ -51,39 +53,39 @@ class _Use:
 
 
 class ScalingMetrics:
-    """One function's meter, begun at `at` (monotonic ns) with its view then. `lease_time_ns` is the dispatcher's sum of
-    leases over time. `blind`: at some time in the period there were instances of which nothing was heard."""
+    """One function from `at` (monotonic ns) on. `lease_time_ns`: `Dispatcher.lease_time_ns`. `blind`: at some time in
+    the period it had instances on silent nodes."""
 
     def __init__(self, at: int, lease_time_ns: int, view: View) -> None:
         self.began_ns = at
-        self.blind = view.unheard > 0
+        self.blind = view.silent > 0
         self._leases_began_ns = lease_time_ns
         self._at = at
-        self._slots, self._unheard = view.slots, view.unheard_leases
+        self._slots, self._silent = view.slots, view.silent_leases
         self._current = view.current
         self._current_time_ns = 0
         self._slot_time_ns = 0
-        self._unheard_time_ns = 0
+        self._silent_time_ns = 0
         self._uses: dict[str, _Use] = {}
         self._take_gauges(view.gauges)
 
-    def look(self, at: int, view: View) -> None:
-        """So it is now; since the last look it was as then."""
+    def record(self, at: int, view: View) -> None:
+        """Record the function as it is now; since the last record it was as recorded then."""
         passed = at - self._at
         self._current_time_ns += self._current * passed
         self._slot_time_ns += self._slots * passed
-        self._unheard_time_ns += self._unheard * passed
-        self.blind |= view.unheard > 0
-        self._at, self._slots, self._unheard = at, view.slots, view.unheard_leases
+        self._silent_time_ns += self._silent * passed
+        self.blind |= view.silent > 0
+        self._at, self._slots, self._silent = at, view.slots, view.silent_leases
         self._current = view.current
         self._take_gauges(view.gauges)
 
     def average(self) -> Fraction:
-        """`View.current` from the beginning to the last look, which is later."""
+        """Average of `View.current` up to the last record, which must be later than the start."""
         return Fraction(self._current_time_ns, self._at - self.began_ns)
 
     def samples(self, lease_time_ns: int, vcpu_millis: int) -> Mapping[Metric, Fraction | None]:
-        """Of the time from the beginning to the last look."""
+        """Samples of the time up to the last record."""
         return {
             Metric.CONCURRENCY: self._concurrency(lease_time_ns),
             Metric.CPU: self._cpu(vcpu_millis),
@@ -94,7 +96,7 @@ class ScalingMetrics:
         leased = lease_time_ns - self._leases_began_ns
         if self._slot_time_ns <= 0 or leased < 0:
             return None
-        return _share(leased - self._unheard_time_ns, self._slot_time_ns)
+        return _share(leased - self._silent_time_ns, self._slot_time_ns)
 
     def _cpu(self, vcpu_millis: int) -> Fraction | None:
         return _average(
@@ -109,18 +111,18 @@ class ScalingMetrics:
             use = self._uses.get(uid)
             if use is None:
                 use = self._uses[uid] = _Use(gauge)
-            elif gauge.heard_ns <= use.last.heard_ns:
-                continue  # nothing new was said
+            elif gauge.received_ns <= use.last.received_ns:
+                continue  # not a new sample
             elif gauge.cpu_ns is not None and use.last.cpu_ns is not None and gauge.cpu_ns >= use.last.cpu_ns:
                 use.cpu_ns += gauge.cpu_ns - use.last.cpu_ns
-                use.time_ns += gauge.heard_ns - use.last.heard_ns
+                use.time_ns += gauge.received_ns - use.last.received_ns
             use.last = gauge
             if gauge.vram_bytes is not None and gauge.vram_limit_bytes > 0:
                 use.memory += _share(gauge.vram_bytes, gauge.vram_limit_bytes)
                 use.samples += 1
         for uid, use in self._uses.items():
-            if uid not in gauges:  # asleep or gone: when it is awake again, the time between does not count
-                use.last = Gauge(use.last.heard_ns, None, None, 0)
+            if uid not in gauges:  # frozen or gone: the time until it is awake again does not count
+                use.last = Gauge(use.last.received_ns, None, None, 0)
 
 
 def _share(part: int, whole: int) -> Fraction:

@@ -1,10 +1,10 @@
-"""The gateway: one request from a client through the queue to an instance, and its answer back.
+"""The gateway: takes a client's request through the queue to an instance, and its answer back.
 
 A request is dispatched again only if no byte of it can have reached an instance: the connection to the node failed, or
 its agent answered `x-hibernode-refused`. Bodies up to `KEPT_BODY_BYTES` are kept for that; larger ones stay with the
-client until the agent's 100 Continue, which it gives on the grant.
+client until the agent's 100 Continue, which comes with the grant.
 
-What a client sends as `x-fc-*` or `x-hibernode-*` never passes; what goes to the ingress under these names is ours.
+A client's own `x-fc-*` and `x-hibernode-*` headers are dropped; the gateway sets those that the ingress gets.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from agent.log import get_logger
 from agent.ports import Clock
 from agent.scheduler.functions.catalog import Catalog, Deployed
 from agent.scheduler.gateway.dispatching import DispatchLoop, Ticket
+from agent.scheduler.gateway.ingress_pools import EXHAUSTED
 from agent.scheduler.gateway.routes import INVOKE, Route, Router, method_not_allowed
 from agent.scheduler.gateway.traffic import TrafficTable
 
 KEPT_BODY_BYTES = 64 * 1024
-"""Bodies up to this size are read before the request queues, so that they can be sent to another instance."""
+"""Bodies up to this size are read before the request is queued, so that they can be sent again."""
 ANSWER_SLACK_S = 10.0
-"""On top of queue and function timeouts, which the agent enforces: only a stuck agent is cut by the gateway."""
-EXHAUSTED = "UPSTREAM_CONNECTIONS_EXHAUSTED"
+"""Added to queue and function timeouts. The agent enforces those; the gateway only cuts off a stuck agent."""
 
-_STARTS_FAILED = {
+_START_FAILURES = {
     "FUNCTION_NOT_STARTED": "FUNCTION_NOT_STARTED",
     "START_FAILED": "FUNCTION_NOT_STARTED",
     "HEALTH_CHECK_FAILED": "FUNCTION_NOT_STARTED",
@@ -59,15 +59,15 @@ _STARTS_FAILED = {
     "INSTANCE_CRASHED": "INSTANCE_CRASHED",
     "OUT_OF_MEMORY": "INSTANCE_CRASHED",
 }
-"""Why instances end before they serve -> what clients are told (DESIGN section 6); all else is want of capacity,
-also what is the host's fault (its disk, its network, its engine)."""
+"""Why an instance ended before it served -> the reason that clients get (agent/docs/fc-contract.md). Everything else,
+host faults included (disk, network, engine), is reported as NO_CAPACITY."""
 _CUT = (RelayOutcome.UPSTREAM_FAILED_MID_BODY, RelayOutcome.TIMEOUT_MID_BODY)
 _OURS_IN_ANSWERS = frozenset((b"x-fc-request-id", b"x-fc-instance-id"))
 _RETRY_SOON = [(b"retry-after", b"1")]
 _ANY, _STARTED = (hop_headers.ANY_INSTANCE, b"1"), (hop_headers.STARTED, b"1")
 _WAITS = {(False, False): (_ANY,), (False, True): (_ANY, _STARTED), (True, False): (_STARTED,)}
-"""By `Dispatch.wakes` and `.ahead`. Of the instances of a function on a node its agent knows better which is free; who
-wakes one wants that. Who may have to wait there is to hear when that is over: till then it can go elsewhere."""
+"""By `Dispatch.direct_wake` and `.early`. Any instance of the function at the node will do, unless the request wakes a
+specific one. A start notice is asked for if the request may wait there: before it, it can be dispatched elsewhere."""
 _OCTET_STREAM = (b"content-type", b"application/octet-stream")
 
 _log = get_logger()
@@ -75,7 +75,7 @@ _log = get_logger()
 
 @dataclass(slots=True)
 class GatewayCounts:
-    """For the metrics: answers by status, dispatches that came back by why, and answers cut in their middle."""
+    """For the metrics: answers by status, failed dispatches by cause, and answers cut off in the middle."""
 
     answers: dict[int, int] = field(default_factory=dict)
     refused: int = 0
@@ -88,8 +88,6 @@ class GatewayCounts:
 
 @dataclass(slots=True)
 class _Call:
-    """One request on its way."""
-
     exchange: Exchange
     request_id: str
     route: Route
@@ -103,24 +101,22 @@ class _Call:
 
 
 class Gateway:
-    """The handler of the gateway's HTTP server."""
-
     def __init__(
         self,
         clock: Clock,
         router: Router,
         catalog: Catalog,
-        desk: DispatchLoop,
+        dispatch_loop: DispatchLoop,
         pool_of: Callable[[str], Pool | None],
         token_of: Callable[[str], bytes],
         unreachable: Callable[[str], None],
         request_ids: RequestIds,
     ) -> None:
-        """`pool_of`, `token_of`: of a node's ingress. `unreachable` is told which node refused a connection."""
+        """`pool_of`, `token_of`: of a node's ingress. `unreachable` gets a node that refused a connection."""
         self._clock = clock
         self._router = router
         self._catalog = catalog
-        self._desk = desk
+        self._dispatch_loop = dispatch_loop
         self._pool_of = pool_of
         self._token_of = token_of
         self._unreachable = unreachable
@@ -129,7 +125,7 @@ class Gateway:
         self.traffic = TrafficTable(lambda: [one.spec.name for one in catalog.all()])
 
     async def __call__(self, exchange: Exchange) -> None:
-        """Handle one exchange; every path ends in exactly one answer, unless the client has left."""
+        """Handle an exchange: exactly one answer, unless the client has left."""
         request_id = self._request_ids()
         try:
             await self._serve(exchange, request_id)
@@ -172,14 +168,14 @@ class Gateway:
             body = None if large else await exchange.buffer_body(KEPT_BODY_BYTES)
         call = _Call(exchange, request_id, route, function, headers, body, traffic, began_ns)
         deadline_ns = self._clock.monotonic_ns() + function.spec.queue_timeout_ns
-        ticket = self._desk.arrive(name, deadline_ns)
+        ticket = self._dispatch_loop.arrive(name, deadline_ns)
         try:
-            await self._until_answered(call, ticket)
+            await self._dispatch_until_answered(call, ticket)
         finally:
-            self._desk.gone(ticket)  # no effect on a ticket that has ended
+            self._dispatch_loop.gone(ticket)  # no effect on a ticket that has ended
 
-    async def _until_answered(self, call: _Call, ticket: Ticket) -> None:
-        """Dispatch, and dispatch again, until somebody has answered. Raises what the client is to be told instead."""
+    async def _dispatch_until_answered(self, call: _Call, ticket: Ticket) -> None:
+        """Dispatch the request, again if needed, until it is answered. Raises the error to answer instead."""
         while True:
             outcome = ticket.outcome or await self._wait(call.exchange, ticket)
             if isinstance(outcome, Refuse):
@@ -187,44 +183,44 @@ class Gateway:
             pool = self._pool_of(outcome.node)
             if pool is None:
                 self._unreachable(outcome.node)
-                self._desk.refused(ticket)
+                self._dispatch_loop.refused(ticket)
                 continue
             result = await self._send(call, ticket, outcome, pool)
-            if not self._may_go_again(call, outcome, result):
+            if not self._may_redispatch(call, outcome, result):
                 break
-            self._desk.refused(ticket)
+            self._dispatch_loop.refused(ticket)
         if result.outcome is RelayOutcome.COMPLETE:
-            self._desk.ended(ticket)
+            self._dispatch_loop.ended(ticket)
             status = result.head_status or 0
             self.counts.answered(status)
             call.traffic.served(status, call.began_ns, self._clock.monotonic_ns(), call.queue_ns, call.wake_ns)
             return
-        self._unhappy(call, outcome, result)
+        self._answer_failure(call, outcome, result)
 
     async def _wait(self, exchange: Exchange, ticket: Ticket) -> Dispatch | Refuse:
         def left() -> None:
-            self._desk.abandon(ticket)
+            self._dispatch_loop.abandon(ticket)
 
         exchange.on_gone(left)
         if exchange.gone:
             raise ClientGoneError
         try:
-            return await self._desk.wait(ticket)
+            return await self._dispatch_loop.wait(ticket)
         finally:
             exchange.off_gone(left)
 
     async def _send(self, call: _Call, ticket: Ticket, where: Dispatch, pool: Pool) -> ForwardResult:
         now_ns = self._clock.monotonic_ns()
-        left_ns = max(0, ticket.deadline_ns - now_ns)
-        timeout_s = (left_ns + call.function.spec.timeout_ns) / SECOND_NS + ANSWER_SLACK_S
+        remaining_ns = max(0, ticket.deadline_ns - now_ns)
+        timeout_s = (remaining_ns + call.function.spec.timeout_ns) / SECOND_NS + ANSWER_SLACK_S
 
         def answer_headers(answer: ResponseHead) -> list[Header] | None:
             served_by = answer.get(b"x-fc-instance-id") or where.uid.encode()
             ticket.served_by = served_by.decode("latin-1")
             headers = _answer_headers(answer, call, where, served_by)
-            if where.wakes and headers is not None:  # told once the client has its answer
+            if where.direct_wake and headers is not None:  # after the client's answer
                 waited_ns = _ms_to_ns(answer.get(hop_headers.WAKE_MS) or b"")
-                call.exchange.loop.call_soon(self._desk.answered, ticket, waited_ns)
+                call.exchange.loop.call_soon(self._dispatch_loop.answered, ticket, waited_ns)
             return headers
 
         return await forward(
@@ -236,8 +232,11 @@ class Gateway:
                 *call.headers,
                 (hop_headers.TOKEN, self._token_of(where.node)),
                 (hop_headers.INSTANCE, where.uid.encode()),
-                *_WAITS[where.wakes, where.ahead],
-                (hop_headers.DEADLINE_MS, b"%d" % -(-left_ns // MILLISECOND_NS)),  # over here when it is there
+                *_WAITS[where.direct_wake, where.early],
+                (
+                    hop_headers.DEADLINE_MS,
+                    b"%d" % -(-remaining_ns // MILLISECOND_NS),
+                ),  # rounded up: it passes here first
                 (b"x-fc-request-id", call.request_id.encode()),
             ],
             deadline=call.exchange.loop.time() + timeout_s,
@@ -246,8 +245,8 @@ class Gateway:
             expect=call.body is None,
         )
 
-    def _may_go_again(self, call: _Call, where: Dispatch, result: ForwardResult) -> bool:
-        """Did no byte of the request reach the instance, and do we still have all of it?"""
+    def _may_redispatch(self, call: _Call, where: Dispatch, result: ForwardResult) -> bool:
+        """Whether no byte of the request has reached an instance, and the gateway still has all of it."""
         if result.outcome is RelayOutcome.CONNECT_FAILED:
             self.counts.connect_failed += 1
             if result.error is None or result.error.reason != EXHAUSTED:
@@ -258,20 +257,20 @@ class Gateway:
             reason = (result.head.get(hop_headers.REFUSED) or b"").decode("latin-1")
             _log.info("gateway.refused", request_id=call.request_id, uid=where.uid, node=where.node, reason=reason)
             return call.body is not None or not result.request_body_bytes
-        if result.not_started and (where.wakes or where.ahead):  # it waited there still, and its agent is gone
+        if result.not_started and (where.direct_wake or where.early):  # it still waited there, and the agent is gone
             self.counts.connect_failed += 1
             self._unreachable(where.node)
             return not call.exchange.gone and (call.body is not None or not result.request_body_bytes)
         return False
 
-    def _unhappy(self, call: _Call, where: Dispatch, result: ForwardResult) -> None:
-        """The answer that is still owed, as an error; nothing where it has begun or nobody is left to read it."""
+    def _answer_failure(self, call: _Call, where: Dispatch, result: ForwardResult) -> None:
+        """Raise the error to answer with; return if an answer has begun or the client has left."""
         broken = result.error is not None and result.error.reason == BROKEN
         if result.outcome is RelayOutcome.UPSTREAM_FAILED_BEFORE_HEAD and broken:
-            # Its agent is dying, and the connections beside this one too: said before the lease is free, or the next
-            # request would follow on one of them.
+            # The agent is dying with all its connections: mark the node before the lease ends, or the next request
+            # would follow on one of them.
             self._unreachable(where.node)
-        cut = result.outcome in _CUT  # the client is gone then, too: its connection was cut by us
+        cut = result.outcome in _CUT  # then the client is gone because the gateway cut its connection
         if result.outcome is RelayOutcome.CLIENT_GONE or (call.exchange.gone and not cut):
             call.traffic.left += 1
             return
@@ -316,14 +315,14 @@ class Gateway:
                 if problem is None:
                     text = f"{name} has no instances (its target is {function.target}); raise the target"
                     return UnavailableError("NO_CAPACITY", text, function=name)
-                if problem.reason in _STARTS_FAILED:
-                    return InstanceError(_STARTS_FAILED[problem.reason], problem.message, function=name)
+                if problem.reason in _START_FAILURES:
+                    return InstanceError(_START_FAILURES[problem.reason], problem.message, function=name)
                 return UnavailableError("NO_CAPACITY", f"{name} has no instances: {problem.message}", function=name)
         assert_never(reason)
 
 
 def _passing_headers(head: RequestHead, route: Route, peer: str) -> list[Header]:
-    """What goes on to the ingress whichever instance it will be. Raises InvalidArgumentError."""
+    """The client's headers for the ingress, whichever instance it will be. Raises InvalidArgumentError."""
     kind = head.get(b"x-fc-invocation-type")
     if kind is not None and kind.lower() != b"sync":
         if kind.lower() == b"async":
@@ -344,9 +343,9 @@ def _passing_headers(head: RequestHead, route: Route, peer: str) -> list[Header]
 
 
 def _answer_headers(answer: ResponseHead, call: _Call, where: Dispatch, served_by: bytes) -> list[Header] | None:
-    """The client's headers for an ingress's answer; None for a refusal, which the client never sees.
+    """The headers for the client from an ingress's answer; None for a refusal, which the client never sees.
 
-    x-hibernode-queue-ms is the whole wait, here and at the instance's gate; -wake-ms the part in which it was woken.
+    x-hibernode-queue-ms is the whole wait, here and at the agent; -wake-ms the part in which the instance was woken.
     """
     headers = rules.hop_answer_headers(answer.headers)
     kept: list[Header] = []
@@ -358,7 +357,7 @@ def _answer_headers(answer: ResponseHead, call: _Call, where: Dispatch, served_b
             if name == hop_headers.REFUSED:
                 return None
             if name == hop_headers.WAKE_MS:
-                waited_ns = _ms_to_ns(value)  # at the gate of an instance that slept
+                waited_ns = _ms_to_ns(value)  # at the agent, for the wake
                 wake_ns += waited_ns
                 queue_ns += waited_ns
             elif name == hop_headers.QUEUE_MS:

@@ -1,4 +1,4 @@
-"""One pool of keep-alive connections per agent's ingress, to the address it registered."""
+"""A pool of keep-alive connections to each agent's ingress, at the address it registered."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from agent.http.limits import UpstreamLimits
 from agent.http.pool import Pool
 from agent.wire import addresses
 
+EXHAUSTED = "UPSTREAM_CONNECTIONS_EXHAUSTED"
+"""Reason of a ConnectFailedError that does not make the node suspect: the pool is at its own limit."""
 LIMITS = UpstreamLimits(
     max_connections=8192, max_idle=512, connect_timeout_s=2.0, silence_s=10.0, header_bytes=40 * 1024
 )
-"""Heads: as large as an instance may send, and what the ingress adds to them (x-fc-log-result: 5.5 KiB). Leases bound
-the connections; this bound is far above, for the case that something leaks. A request inside a host that has gone
-silent is answered 502 after 10 s (DESIGN section 9), and is never sent again."""
+"""Heads: as large as an instance may send, plus what the ingress adds (x-fc-log-result: 5.5 KiB). Leases bound the
+connections; `max_connections` is far above, in case of a leak. A request in flight at a host that has gone silent is
+answered 502 after `silence_s`, and is never sent again (agent/docs/design.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class IngressPool:
-    """Where a node takes requests. The token is kept as the header it travels in."""
+    """The pool to the ingress at `address`."""
 
     address: str
     pool: Pool
@@ -37,7 +39,7 @@ class IngressPools:
     def pool(self, node: str) -> Pool | None:
         """The pool to a node's ingress; None before its first registration.
 
-        When the agent came back at another address, requests in flight at the old one end in their own time.
+        After the agent registered another address, requests in flight at the old one run to their end.
         """
         address = self._address_of(node)
         found = self._ingresses.get(node)
@@ -55,6 +57,5 @@ class IngressPools:
         return pool
 
     def close(self) -> None:
-        """Cuts everything."""
         for pool in [*self._old, *(one.pool for one in self._ingresses.values())]:
             pool.close()

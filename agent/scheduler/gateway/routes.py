@@ -1,4 +1,4 @@
-"""Which function a request is for, and what of it the instance sees (DESIGN section 6).
+"""Routes: which function a request is for, and what the instance sees of it (agent/docs/design.md).
 
 | the client asks | the instance sees | x-fc-control-path |
 |---|---|---|
@@ -24,8 +24,8 @@ _INVOCATIONS = b"/invocations"
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`target` is path and query for the instance; `control_path` says which of FC's two ways it came. `by_host`: the
-    function is what a host name says, so that its case may have been lost on the way."""
+    """`target`: path and query for the instance. `control_path`: value of x-fc-control-path. `by_host`: the function is
+    from a host name, so that its case may be lost."""
 
     function: str
     target: bytes
@@ -56,8 +56,8 @@ class Router:
         )
 
     def _by_host(self, host: bytes) -> str:
-        """The function of `<function>.<domain>`, whatever the case of the domain, with or without port and final dot;
-        "" for any other host."""
+        """The function of `<function>.<domain>`, with or without port and final dot, ignoring the domain's case; ""
+        for any other host."""
         name, colon, port = host.rpartition(b":")
         if not colon or (port and not port.isdigit()):
             name = host
@@ -88,6 +88,6 @@ def _invocation(head: RequestHead) -> Route:
 
 
 def method_not_allowed(method: bytes) -> HttpError:
-    """405, for an invocation that is not a POST and for what the function's trigger leaves out."""
+    """405, for an invocation that is not a POST or a method that the function's triggers do not allow."""
     text = f"the function's HTTP trigger does not allow {method.decode('latin-1')}"
     return HttpError(405, "MethodNotAllowed", "METHOD_NOT_ALLOWED", text)

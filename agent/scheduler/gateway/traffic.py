@@ -1,4 +1,4 @@
-"""The traffic of every deployed function (core/traffic.py). What is deleted goes with its counters."""
+"""The traffic counters of every deployed function (core/traffic.py); they go when it is deleted."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from agent.core.traffic import Traffic
 
 
 class TrafficTable:
-    """`of` is for the request path. `deployed` gives the names of all functions there are now."""
+    """`of` is for the request path. `deployed` returns the names of all deployed functions."""
 
     def __init__(self, deployed: Callable[[], Collection[str]]) -> None:
         self._deployed = deployed
         self._traffic: dict[str, Traffic] = {}
 
     def of(self, function: str) -> Traffic:
-        """The counters of a deployed function."""
         found = self._traffic.get(function)
         if found is None:
             self._prune(self._deployed())
@@ -23,12 +22,12 @@ class TrafficTable:
         return found
 
     def all(self) -> dict[str, Traffic]:
-        """Of every function there is, asked for or not: zeros from the start."""
+        """The counters of every deployed function, which are 0 before its first request."""
         names = self._deployed()
         self._prune(names)
         return {name: self._traffic.setdefault(name, Traffic()) for name in sorted(names)}
 
     def _prune(self, names: Collection[str]) -> None:
-        """Only when somebody looks or something is new: bounded by the functions there are."""
+        """Drop the counters of functions that are not deployed any more."""
         for name in self._traffic.keys() - set(names):
             del self._traffic[name]

@@ -1,9 +1,8 @@
-"""Wake calls to agents: unary, with a deadline, a bounded number per node at once.
+"""Wake calls to agents: each with a deadline, and a bounded number per node at a time.
 
-They go over the ingress, on the connections that requests use: a request waits for each of them, and the same call by
-gRPC (InstanceService.WakeInstance) takes four times as long. The answer frees the instance's slots in the dispatcher
-before the agent's next report would. A call that finds nobody makes the node suspect, as a failed connection of the
-gateway does.
+They go over the ingress, on the connections of requests: a request waits for each of them, and the same call by gRPC
+(InstanceService.WakeInstance) takes four times as long. The answer frees the instance's slots in the dispatcher before
+the agent's next report does. A call that cannot connect makes the node suspect, as a request that cannot does.
 """
 
 from __future__ import annotations
@@ -20,77 +19,74 @@ from agent.http.errors import ConnectFailedError, UpstreamBrokenError
 from agent.http.message import Header
 from agent.http.pool import Pool, Response
 from agent.log import get_logger
+from agent.scheduler.gateway.ingress_pools import EXHAUSTED
 
 WAKE_TIMEOUT_S = 60.0
-"""Longest wake, the wait for a GPU included: queueTimeout's default, for then nobody waits for it any more."""
+"""Longest wake, the wait for a GPU included: the default queueTimeout, after which no request waits for it."""
 PER_NODE = 64
-"""WakeCalls at once on one node; further ones wait here."""
+"""Wake calls at a time on one node; further ones wait here."""
 SLACK_S = 1.0
-"""On top of the agent's own deadline."""
-EXHAUSTED = "UPSTREAM_CONNECTIONS_EXHAUSTED"
+"""Added to the agent's own deadline."""
 
 _log = get_logger()
 
 
 @dataclass(slots=True)
 class WakeCounts:
-    """For the metrics."""
-
     asked: int = 0
     failed: int = 0
 
 
 class WakeCalls:
-    """Starts Wake calls and reports how they end through `tell`."""
+    """Starts wake calls and sends their end to the dispatcher through `apply_event`."""
 
     def __init__(
         self,
         pool_of: Callable[[str], Pool | None],
         token_of: Callable[[str], bytes],
-        tell: Callable[[Event], None],
+        apply_event: Callable[[Event], None],
         unreachable: Callable[[str], None],
         hold_ns: int,
         timeout_s: float = WAKE_TIMEOUT_S,
         per_node: int = PER_NODE,
     ) -> None:
-        """`pool_of`, `token_of`: of a node's ingress. `unreachable` is told which node refused a connection."""
+        """`pool_of`, `token_of`: of a node's ingress. `unreachable` gets a node that refused a connection."""
         self._pool_of = pool_of
         self._token_of = token_of
-        self._tell = tell
+        self._apply_event = apply_event
         self._unreachable = unreachable
         self._hold_ns = hold_ns
         self._timeout_s = timeout_s
         self._per_node = per_node
-        self._gates: dict[str, asyncio.Semaphore] = {}
+        self._semaphores: dict[str, asyncio.Semaphore] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.counts = WakeCounts()
 
-    def ask(self, wake: Wake) -> None:
-        """Begin one; returns at once."""
+    def start(self, wake: Wake) -> None:
         self.counts.asked += 1
         task = asyncio.get_running_loop().create_task(self._run(wake))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Cancel what is under way: the agents go on, nobody listens."""
+        """Cancel the calls in progress; their wakes go on."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, wake: Wake) -> None:
-        gate = self._gates.setdefault(wake.node, asyncio.Semaphore(self._per_node))
+        semaphore = self._semaphores.setdefault(wake.node, asyncio.Semaphore(self._per_node))
         try:
-            async with asyncio.timeout(self._timeout_s + 2 * SLACK_S), gate:
+            async with asyncio.timeout(self._timeout_s + 2 * SLACK_S), semaphore:
                 await self._call(wake)
-        except Exception as error:  # whatever it was: without an answer the instance would count as waking for ever
+        except Exception as error:  # any error: without an event the instance would be waking for ever
             self._failed(wake, error)
         else:
-            self._tell(WakeAnswered(wake.uid))
+            self._apply_event(WakeAnswered(wake.uid))
 
     async def _call(self, wake: Wake) -> None:
-        """Raises why the instance is not awake."""
+        """Raises unless the instance is awake."""
         pool = self._pool_of(wake.node)
         if pool is None:
             raise UnavailableError("NODE_UNKNOWN", f"node {wake.node} has not registered with this scheduler")
@@ -102,7 +98,7 @@ class WakeCalls:
         ]
         try:
             response = await self._post(pool, headers)
-        except UpstreamBrokenError:  # a kept connection may have been closed as it was used; a wake can be repeated
+        except UpstreamBrokenError:  # an idle connection may close as it is used; a wake can be repeated
             response = await self._post(pool, headers, fresh=True)
         if response.status != 200:
             refused = [value for name, value in response.headers if name == hop_headers.REFUSED]
@@ -123,4 +119,4 @@ class WakeCalls:
         _log.warning("wake.failed", uid=wake.uid, node=wake.node, reason=reason, message=str(error))
         if isinstance(error, ConnectFailedError) and error.reason != EXHAUSTED:
             self._unreachable(wake.node)
-        self._tell(WakeFailed(wake.uid))
+        self._apply_event(WakeFailed(wake.uid))

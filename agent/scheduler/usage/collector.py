@@ -1,32 +1,25 @@
-"""Takes the usage windows of the agents in: each counted once, whatever is repeated, and no doubt swallowed.
-
-Everything on the database runs in one thread of its own, so that it is one writer and the request path never waits
-for it; waiting jobs are bounded and every call has a deadline.
-"""
+"""Stores each usage window of the agents exactly once; conflicting duplicates are kept and reported."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import sqlalchemy as sa
 
 from agent.core.billing.window import UsageWindow
-from agent.core.errors import ExhaustedError, InvalidArgumentError
+from agent.core.errors import InvalidArgumentError
 from agent.log import get_logger
 from agent.ports import Clock
-from agent.scheduler.database.engine import engine_of, failed
+from agent.scheduler.database.engine import engine_of
+from agent.scheduler.database.thread import DatabaseThread
 from agent.scheduler.usage.tables import CONFLICTS, USAGE_METADATA, WINDOWS, digest_of, payload_of, row_of
-
-T = TypeVar("T")
 
 MAX_BATCH = 2_000
 MAX_CONFLICTS_PER_KEY = 8
-"""Payloads kept beside the first; one that keeps changing its mind is not believed more for it."""
+"""Different payloads kept for one window, besides the first."""
 _LARGEST = (1 << 63) - 1
 _CHUNK = 200
 """Keys in one SELECT: far below SQLite's limits on variables and expression depth."""
@@ -45,9 +38,9 @@ class RejectedWindow:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """`acks`: kept for good, the agent may prune them; among them the `conflicts`, kept beside the first payload.
+    """`acks`: stored, so that the agent may prune them. `conflicts`: those of them that differ from the first payload.
 
-    `marks` is the same as one number per instance: everything the batch had of it up to there is kept.
+    `marks`: by instance, the highest acknowledged `seq` before any refused one.
     """
 
     acks: tuple[Key, ...]
@@ -67,45 +60,20 @@ class Accepted:
         return marks
 
 
-class UsageDatabase:
-    """One thread, one engine. Raises UnavailableError STORE_FAILED (without the URL, which may hold a password)."""
-
+class UsageDatabase(DatabaseThread):
     @classmethod
     def at(cls, url: str) -> UsageDatabase:
-        """On its own engine for a SQLAlchemy URL. A SQLite file gets mode 0600 and WAL."""
+        """The one at a SQLAlchemy URL, with an engine of its own. A SQLite file gets mode 0600 and WAL."""
         return cls(engine_of(url))
 
     def __init__(self, engine: sa.Engine, *, deadline_s: float = 10.0, queue_length: int = 64) -> None:
-        self.engine = engine
-        self._deadline_s = deadline_s
-        self._queue_length = queue_length
-        self._waiting = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
+        hint = "; for less time, --since and --until, there may be one"
+        super().__init__(
+            engine, "usage", "the usage database", deadline_s, timeout_hint=hint, queue_length=queue_length
+        )
 
     async def open(self) -> None:
-        """Make the tables where they are missing."""
         await self.run(self._open)
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """Run `work` in the thread. ExhaustedError USAGE_BUSY if too many wait already."""
-        if self._waiting >= self._queue_length:
-            raise ExhaustedError("USAGE_BUSY", f"{self._waiting} usage calls are waiting for the database; try later")
-        future = self._thread.submit(work)
-        self._waiting += 1
-        future.add_done_callback(self._count_down(asyncio.get_running_loop()))
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                return await asyncio.wrap_future(future)
-        except TimeoutError:
-            problem = f"no answer within {self._deadline_s:g} s; for less time, --since and --until, there may be one"
-            raise failed(self.engine, "the usage database", problem) from None
-        except (sa.exc.SQLAlchemyError, OSError) as error:
-            raise failed(self.engine, "the usage database", error) from error
-
-    def close(self) -> None:
-        """Let go of the engine once the jobs that wait (at most `queue_length`) have ended; does not wait for it."""
-        self._thread.submit(self.engine.dispose)
-        self._thread.shutdown(wait=False)
 
     def _open(self) -> None:
         path = self.engine.url.database
@@ -113,20 +81,8 @@ class UsageDatabase:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         USAGE_METADATA.create_all(self.engine)
 
-    def _count_down(self, loop: asyncio.AbstractEventLoop) -> Callable[[object], None]:
-        def done() -> None:
-            self._waiting -= 1
-
-        def from_any_thread(_: object) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(done)
-
-        return from_any_thread
-
 
 class UsageCollector:
-    """`accept` is all an agent's upload needs."""
-
     def __init__(
         self,
         database: UsageDatabase,
@@ -134,8 +90,8 @@ class UsageCollector:
         owner_of: Callable[[str], str] = lambda _: "",
         stored: Callable[[Sequence[UsageWindow]], None] = lambda _: None,
     ) -> None:
-        """`owner_of`: the node that reports an instance, "" if none does: no other may upload its usage. `stored` is
-        told on the loop of windows that were new, once they are durable."""
+        """`owner_of`: the node that reports an instance, which alone may upload its usage; "" if none does. `stored`
+        gets new windows, on the loop, once they are durable."""
         self._database = database
         self._clock = clock
         self._owner_of = owner_of
@@ -143,11 +99,11 @@ class UsageCollector:
         self._log = get_logger()
 
     async def accept(self, node: str, windows: Sequence[UsageWindow], unreadable: Sequence[Key] = ()) -> Accepted:
-        """Store what `node` (the name its credential proves) reports about itself, in one transaction.
+        """Store the windows that `node` (the name its credential proves) uploads, in one transaction.
 
-        A repetition is acknowledged and changes nothing. The same key with another payload is kept as a conflict,
-        acknowledged and reported. Windows of other nodes or their instances, open ones and impossible ones are
-        refused, each by itself; `unreadable` are the keys of such that were no windows at all.
+        A repeated window is acknowledged and changes nothing. One with a stored key and another payload is kept as a
+        conflict, acknowledged and reported. Windows of other nodes or their instances, open or invalid ones are refused
+        one by one, and so are the keys in `unreadable`.
         Raises InvalidArgumentError USAGE_BATCH_TOO_LARGE, UnavailableError STORE_FAILED, ExhaustedError USAGE_BUSY.
         """
         if len(windows) > MAX_BATCH:
@@ -189,19 +145,19 @@ class UsageCollector:
                     _keep_conflict(connection, window, payload, now)
             if fresh:
                 connection.execute(sa.insert(WINDOWS), fresh)
-        if not loop.is_closed():  # also where nobody waits for the answer any more: it is durable, and comes no more
+        if not loop.is_closed():  # also after a timeout: they are durable, and are new only once
             loop.call_soon_threadsafe(self._stored, new)
         return tuple(conflicts)
 
 
 def _objection(node: str, w: UsageWindow) -> str:
-    """Why a window is not taken; "" if it is."""
+    """Why a window is refused; "" if it is not."""
     if w.node != node:
         return "USAGE_FOREIGN_NODE"
     if not w.sealed:
         return "USAGE_UNSEALED"
     if any("\0" in text for text in (w.instance_uid, w.boot_id, w.function, w.state, w.gpu_model, *w.gpu_uuids)):
-        return "USAGE_INVALID"  # PostgreSQL has no such text; one such window would keep its whole batch out for ever
+        return "USAGE_INVALID"  # PostgreSQL cannot store it: one such window would fail its batch for ever
     sums = (w.active_ns, w.idle_ns, w.unbilled_ns)
     sizes = (w.gpu_count, w.gpu_memory_bytes, w.vcpu_millis, w.memory_bytes, w.disk_bytes)
     numbers = (w.seq, w.start_mono_ns, w.end_mono_ns, w.start_wall_ns, w.invocations, *sums, *sizes)
@@ -211,7 +167,7 @@ def _objection(node: str, w: UsageWindow) -> str:
 
 
 def _digests(connection: sa.Connection, keys: set[Key]) -> dict[Key, str]:
-    """Digest of the stored payload, by key, for those of `keys` that are stored."""
+    """Digests of the stored payloads, by key, of those `keys` that are stored."""
     found: dict[Key, str] = {}
     ordered = sorted(keys)
     for start in range(0, len(ordered), _CHUNK):
@@ -224,7 +180,7 @@ def _digests(connection: sa.Connection, keys: set[Key]) -> dict[Key, str]:
 
 
 def _keep_conflict(connection: sa.Connection, window: UsageWindow, payload: str, now: int) -> None:
-    """Beside the first payload; the same conflict again adds nothing, nor does one too many."""
+    """Store the conflicting payload, unless it is stored already or there are `MAX_CONFLICTS_PER_KEY`."""
     digest = digest_of(payload)
     key = (window.instance_uid, window.seq, digest)
     of_key = sa.and_(CONFLICTS.c.instance_uid == window.instance_uid, CONFLICTS.c.seq == window.seq)

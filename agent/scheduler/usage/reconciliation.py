@@ -1,20 +1,19 @@
-"""Do an instance's windows fit together? Pure; the answer is for people who must trust a bill."""
+"""Reconciliation: finds gaps, overlaps, estimates and conflicts in an instance's usage windows. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from agent.core.billing.window import UsageWindow
 
 MAX_FINDINGS = 100
-"""Kept of an instance; the others are only counted."""
+"""Kept per instance; further ones are only counted."""
 
 
 class FindingKind(StrEnum):
-    """GAP: time without a window, something was lost. OVERLAP: time billed twice. ESTIMATED: after a crash, never more
-    than what was there. CONFLICT: a window that came again with another payload."""
+    """GAP: time without a window, so usage was lost. OVERLAP: time billed twice. ESTIMATED: a window closed after a
+    crash, never too long. CONFLICT: a window uploaded again with another payload."""
 
     GAP = "GAP"
     OVERLAP = "OVERLAP"
@@ -24,7 +23,7 @@ class FindingKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`duration_ns` is how much time it is about; `window` is the one at its end."""
+    """`duration_ns`: the time concerned; `window`: the one at its end."""
 
     kind: FindingKind
     window: UsageWindow
@@ -33,8 +32,6 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """How often, and for how long together."""
-
     count: int = 0
     duration_ns: int = 0
 
@@ -44,8 +41,8 @@ class Amount:
 
 @dataclass(frozen=True, slots=True)
 class Reconciled:
-    """What was found of one instance, or summed over all. `instance_uid`, `function`, `node` and `findings` (the first
-    ones, in order) are an instance's."""
+    """The findings of one instance, or their sums over all, then without `instance_uid`, `function`, `node` and
+    `findings` (the first `MAX_FINDINGS`, in order)."""
 
     instance_uid: str = ""
     function: str = ""
@@ -59,12 +56,10 @@ class Reconciled:
     findings: tuple[Finding, ...] = ()
 
     @property
-    def anything(self) -> bool:
-        """Whether there is something to say."""
+    def has_findings(self) -> bool:
         return bool(self.gaps.count or self.overlaps.count or self.estimated.count or self.conflicts)
 
     def plus(self, other: Reconciled) -> Reconciled:
-        """The sums of both."""
         return Reconciled(
             instances=self.instances + other.instances,
             windows=self.windows + other.windows,
@@ -76,19 +71,19 @@ class Reconciled:
 
 
 class Reconciler:
-    """Takes windows one by one, in order of (instance_uid, seq), and remembers one instance at a time."""
+    """Takes windows in order of (instance_uid, seq), and holds one instance at a time."""
 
     def __init__(self) -> None:
         self._current: Reconciled | None = None
         self._before: UsageWindow | None = None
         self.total = Reconciled()
-        """Of the instances that are done."""
+        """Sums of the finished instances."""
 
     def feed(self, window: UsageWindow, conflicts: int = 0) -> Reconciled | None:
-        """One more window, and how many other payloads came for its key. The instance that it ends, if any.
+        """Add a window, and how many other payloads came for its key. Returns the instance that it ends, if any.
 
-        Within a boot the end of one must be the start of the next; between boots nothing can be said. Holes in `seq`
-        are none in time.
+        Within a boot each window must start where the one before ended. Windows of different boots are not compared,
+        and a gap in `seq` is not a finding.
         """
         done = None
         if self._current is not None and self._current.instance_uid != window.instance_uid:
@@ -123,15 +118,8 @@ class Reconciler:
         return done
 
     def end(self) -> Reconciled | None:
-        """The instance that was fed last, if any: no window of it is to come."""
+        """Finish the current instance and return it, if any."""
         done, self._current, self._before = self._current, None, None
         if done is not None:
             self.total = self.total.plus(done)
         return done
-
-
-def reconcile(windows: Iterable[UsageWindow]) -> list[Finding]:
-    """Findings about windows given in order of (instance_uid, seq), complete for each instance given."""
-    reconciler = Reconciler()
-    done = [reconciler.feed(window) for window in windows]
-    return [finding for one in (*done, reconciler.end()) if one is not None for finding in one.findings]

@@ -1,17 +1,15 @@
-"""Questions to the collected usage: sums, costs, the windows themselves, and whether they fit together.
+"""Reports on the collected usage: sums, costs, single windows, and their reconciliation.
 
-Sums are formed in SQL per price and size, whole seconds and the rest apart (a sum of ns overflows 64 bits after 292
-instance years), and multiplied exactly in Python. A window is at most a minute long and belongs as a whole to the time
-range and to the price in which it began: where its active time lies within it nobody knows.
+SQL forms sums per price and size, of whole seconds and of the rest (a sum of ns overflows 64 bits after 292 instance
+years); Python multiplies them exactly. A window is at most a minute long and belongs as a whole to the time range and
+the price in which it began, since it does not record when its active time was.
 
-The time before an instance first held a GPU has no model. It counts as that of the model which the instance got later,
-so that always-on has a price for it. An instance of which nothing was ever billed (its image was never found) would not
-have cost anything always on either.
+The time before an instance first held a GPU has no model. It counts as the model that the instance got later, so that
+always-on has a price for it. An instance that was never billed (its image was not found) would cost nothing always on.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -32,19 +30,19 @@ from agent.scheduler.usage.tables import CONFLICTS, WINDOW_COLUMNS, WINDOWS, win
 GROUPS = ("function", "instance_uid", "node", "gpu_model", "state")
 MAX_WINDOWS = 10_000
 MAX_SUMS = 50_000
-"""What one report may be made of: a few hundred megabytes less than what would hurt."""
+"""Bound on the memory of one report: a few hundred megabytes."""
 NO_GPU_MODEL = "-"
-"""In a filter: instances that never had a GPU."""
+"""In a filter: instances that never held a GPU."""
 RECONCILE_PAGE = 2_000
 _Key = tuple[tuple[str, ...], str, int]
-"""Of a line: its group, GPU model, and since when its price is valid."""
+"""Key of a line: group, GPU model, and start of its price's validity."""
 _SIZES = ("gpu_count", "gpu_memory_bytes", "vcpu_millis", "memory_bytes", "disk_bytes")
 _TIMES = ("active_ns", "idle_ns", "unbilled_ns")
 
 
 @dataclass(frozen=True, slots=True)
 class UsageFilter:
-    """Empty and 0 mean all. The range is [start, end) of the windows' beginnings, wall ns."""
+    """Empty and 0 mean all. A window counts if it begins in [start, end), wall ns."""
 
     function: str = ""
     node: str = ""
@@ -56,8 +54,8 @@ class UsageFilter:
 
 @dataclass(frozen=True, slots=True)
 class UsageSum:
-    """Windows of the same sizes and model under one price, summed: a `pricing.Billable`. `group` has the values of
-    the columns asked for; `price` is None before the first price."""
+    """Sum of windows of the same sizes, model and price: a `pricing.Billable`. `group`: the values of the grouping
+    columns; `price`: None before the first price."""
 
     group: tuple[str, ...]
     price: Price | None
@@ -74,13 +72,13 @@ class UsageSum:
     windows: int
     estimated: int
     lived: bool
-    """Whether anything was ever billed of the instances, in these windows or others."""
+    """Whether the instances were ever billed, in these windows or others."""
 
 
 @dataclass(frozen=True, slots=True)
 class UsageLine:
-    """One line of a report. Amounts are exact; `cost` and `always_on_cost` hold their parts. `unpriced` windows
-    have no price (too early, or an unknown GPU model: then their GPU part is missing)."""
+    """A line of a report; amounts are exact. `unpriced`: windows without a price, because they are too early or the GPU
+    model is unknown; then their GPU part is missing."""
 
     group: tuple[str, ...]
     gpu_model: str
@@ -91,13 +89,13 @@ class UsageLine:
     unpriced: int
 
     def total(self, name: str) -> int:
-        """Sum of active_ns, idle_ns, unbilled_ns, invocations, windows or estimated over the line."""
+        """The line's sum of active_ns, idle_ns, unbilled_ns, invocations, windows or estimated."""
         return sum(int(getattr(part, name)) for part in self.sums)
 
 
 @dataclass(frozen=True, slots=True)
 class UsageReport:
-    """`total_cost` is rounded once, from the exact sum of the lines: it may differ from the sum of rounded lines."""
+    """`total_cost` is rounded once, from the exact sum: it may differ from the sum of the rounded lines."""
 
     currency: str
     group_by: tuple[str, ...]
@@ -112,16 +110,8 @@ class UsageReport:
         return rounded(sum((line.always_on_cost.total for line in self.lines), Fraction(0)))
 
 
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """A window whose key was stored before with another payload. Neither is trusted more: the first is billed."""
-
-    window: UsageWindow
-    received_wall_ns: int
-
-
 class UsageReports:
-    """All calls run in the usage thread and are bounded in what they return."""
+    """Queries of the usage database; the size of every answer is bounded."""
 
     def __init__(self, database: UsageDatabase) -> None:
         self._database = database
@@ -129,13 +119,16 @@ class UsageReports:
     async def report(
         self, book: PriceBook, only: UsageFilter | None = None, group_by: Sequence[str] = ("function",)
     ) -> UsageReport:
-        """Sums and costs: a line per group, GPU model and price, in that order. ExhaustedError USAGE_TOO_MANY_ROWS."""
+        """Sums and costs: a line per group, GPU model and price, in that order.
+
+        Raises InvalidArgumentError USAGE_GROUP_UNKNOWN, ExhaustedError USAGE_TOO_MANY_ROWS.
+        """
         unknown = [name for name in group_by if name not in GROUPS]
         if unknown:
             raise InvalidArgumentError("USAGE_GROUP_UNKNOWN", f"group by {', '.join(GROUPS)}, not {unknown[0]!r}")
         groups = tuple(group_by)
         chosen = only or UsageFilter()
-        # In the thread to the last fraction: the gateway shares this loop.
+        # The whole report is computed in the thread: the gateway shares this loop.
         return await self._database.run(lambda: self._report(book, chosen, groups))
 
     def _report(self, book: PriceBook, only: UsageFilter, groups: tuple[str, ...]) -> UsageReport:
@@ -151,13 +144,13 @@ class UsageReports:
     async def windows(
         self, only: UsageFilter | None = None, *, limit: int = 1_000, after: tuple[str, int] = ("", -1)
     ) -> list[UsageWindow]:
-        """Windows in order of (instance_uid, seq) after that key, at most `limit`: page with the last one's key."""
+        """At most `limit` windows in order of (instance_uid, seq), from after the key `after`."""
         query = _page(sa.select(*WINDOW_COLUMNS), only or UsageFilter(), after, min(limit, MAX_WINDOWS))
         return await self._database.run(lambda: [window_of(dict(row)) for row in self._rows(query)])
 
     async def reconcile(self, only: UsageFilter | None = None) -> AsyncGenerator[Reconciled, None]:
-        """The instances about which something is to be said, by uid, then the totals of all. Reads page by page:
-        other calls get their turn in between, and the memory it takes does not depend on the number of windows."""
+        """The instances with findings, by uid, then the totals of all. Reads page by page, so that other calls run in
+        between and memory does not depend on the number of windows."""
         of_key = sa.and_(CONFLICTS.c.instance_uid == WINDOWS.c.instance_uid, CONFLICTS.c.seq == WINDOWS.c.seq)
         others = sa.select(sa.func.count()).select_from(CONFLICTS).where(of_key).scalar_subquery().label("others")
         columns = sa.select(*WINDOW_COLUMNS, others)
@@ -167,26 +160,20 @@ class UsageReports:
             query = _page(columns, only or UsageFilter(), after, RECONCILE_PAGE)
             done, after = await self._database.run(lambda query=query: self._feed(reconciler, query))  # type: ignore[misc]
             for one in done:
-                if one.anything:
+                if one.has_findings:
                     yield one
             if not after[0]:
                 break
         yield reconciler.total
 
     def _feed(self, reconciler: Reconciler, query: sa.Select[Any]) -> tuple[list[Reconciled], tuple[str, int]]:
-        """Instances that a page has brought to their end, and its last key, ("", -1) after the last page."""
+        """The instances that end in a page, and the page's last key; ("", -1) after the last page."""
         rows = self._rows(query)
         done = [reconciler.feed(window_of(dict(row)), int(row["others"])) for row in rows]
         last = len(rows) < RECONCILE_PAGE
         ended = [*done, reconciler.end()] if last else done
         after = ("", -1) if last else (str(rows[-1]["instance_uid"]), int(rows[-1]["seq"]))
         return [one for one in ended if one is not None], after
-
-    async def conflicts(self, limit: int = 100) -> list[Conflict]:
-        """The newest conflicts first."""
-        query = sa.select(CONFLICTS).order_by(CONFLICTS.c.received_wall_ns.desc()).limit(min(limit, MAX_WINDOWS))
-        rows = await self._database.run(lambda: list(self._rows(query)))
-        return [Conflict(window_of(json.loads(row["payload"])), row["received_wall_ns"]) for row in rows]
 
     def _rows(self, query: sa.Select[Any]) -> list[sa.RowMapping]:
         with self._database.engine.connect() as connection:
@@ -238,11 +225,11 @@ def _summed() -> list[sa.Label[Any]]:
 
 
 def _known(only: UsageFilter) -> sa.CTE:
-    """Of the instances with windows in range that don't tell themselves: the model that each held sooner or later, and
-    whether anything was ever billed of it (0 or 1)."""
+    """For instances in range with windows without a model or without billed time: the model that each ever held, and
+    whether it was ever billed (0 or 1)."""
     billed = WINDOWS.c.active_ns + WINDOWS.c.idle_ns
-    doubtful = sa.select(WINDOWS.c.instance_uid).where(sa.or_(WINDOWS.c.gpu_model == "", billed == 0))
-    within = _where(doubtful, only).distinct()
+    incomplete = sa.select(WINDOWS.c.instance_uid).where(sa.or_(WINDOWS.c.gpu_model == "", billed == 0))
+    within = _where(incomplete, only).distinct()
     return (
         sa.select(
             WINDOWS.c.instance_uid.label("uid"),
@@ -260,7 +247,7 @@ def _model(known: sa.CTE) -> sa.ColumnElement[str]:
 
 
 def _page(query: sa.Select[Any], only: UsageFilter, after: tuple[str, int], limit: int) -> sa.Select[Any]:
-    """The windows of `query` after that key, in order."""
+    """`query` restricted to the filter and to keys after `after`, in their order."""
     model = None
     if only.gpu_model:
         known = _known(only)
@@ -272,7 +259,7 @@ def _page(query: sa.Select[Any], only: UsageFilter, after: tuple[str, int], limi
 
 
 def _where(query: sa.Select[Any], only: UsageFilter, model: sa.ColumnElement[str] | None = None) -> sa.Select[Any]:
-    """`model`: what a GPU model is compared with; without it all models pass."""
+    """`query` restricted to the filter. `model`: the column that its GPU model is compared with; None ignores it."""
     for name in ("function", "node", "instance_uid"):
         value = getattr(only, name)
         if value:

@@ -1,4 +1,4 @@
-"""Forgets usage that is older than somebody wants to keep it, a little at a time: uploads get their turn in between."""
+"""Deletes usage older than the retention time, in batches, so that uploads run in between."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from agent.ports import Clock
 from agent.scheduler.usage.collector import UsageDatabase
 from agent.scheduler.usage.tables import CONFLICTS, WINDOWS
 
-LOOK_S = 3600.0
+PRUNE_S = 3600.0
 BATCH = 2_000
 
 
 class UsageRetention:
-    """`keep_ns` after its beginning a window may go, a conflict so long after it came; 0 keeps all for ever."""
+    """`keep_ns`: retention, from the start of a window and from the receipt of a conflict; 0 keeps everything."""
 
     def __init__(self, database: UsageDatabase, clock: Clock, keep_ns: int) -> None:
         self._database = database
@@ -26,22 +26,22 @@ class UsageRetention:
         self._log = get_logger()
 
     async def run(self) -> None:
-        """Does not return. What fails is tried again at the next look."""
+        """Prune every hour until cancelled; a failure is logged."""
         if not self._keep_ns:
             await asyncio.Event().wait()
         while True:
             try:
-                gone = await self.prune()
-                if gone:
-                    self._log.info("usage.pruned", rows=gone)
+                deleted = await self.prune()
+                if deleted:
+                    self._log.info("usage.pruned", rows=deleted)
             except HibernodeError as error:
                 self._log.error("usage.prune_failed", reason=error.reason, message=error.message)
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(PRUNE_S)
 
     async def prune(self) -> int:
-        """Delete what is too old now; how many rows. Raises as UsageDatabase.run does."""
+        """Delete what is too old; returns the number of rows. Raises what UsageDatabase.run raises."""
         before = self._clock.wall_ns() - self._keep_ns
-        gone = 0
+        deleted = 0
         for table, key, time in (
             (WINDOWS, (WINDOWS.c.instance_uid, WINDOWS.c.seq), WINDOWS.c.start_wall_ns),
             (CONFLICTS, (CONFLICTS.c.instance_uid, CONFLICTS.c.seq, CONFLICTS.c.digest), CONFLICTS.c.received_wall_ns),
@@ -50,10 +50,10 @@ class UsageRetention:
             statement = sa.delete(table).where(sa.tuple_(*key).in_(oldest))
             while True:
                 count = await self._database.run(lambda statement=statement: self._delete(statement))  # type: ignore[misc]
-                gone += count
+                deleted += count
                 if count < BATCH:
                     break
-        return gone
+        return deleted
 
     def _delete(self, statement: sa.Delete) -> int:
         with self._database.engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""Where the fleet's usage is kept: SQLAlchemy Core tables, and windows to rows and back."""
+"""The tables of the fleet's usage (SQLAlchemy Core), and conversion of windows to rows and back."""
 
 from __future__ import annotations
 
@@ -58,12 +58,11 @@ def payload_of(window: UsageWindow) -> str:
 
 
 def digest_of(payload: str) -> str:
-    """What tells a repetition from a conflict."""
+    """Distinguishes a repetition from a conflict."""
     return hashlib.sha256(payload.encode()).hexdigest()
 
 
 def row_of(window: UsageWindow) -> dict[str, object]:
-    """Column values of a window. A GPU's uuid never holds a comma."""
     return {**asdict(window), "gpu_uuids": ",".join(window.gpu_uuids)}
 
 

@@ -1,4 +1,4 @@
-"""Usage of functions since this scheduler started, for the metrics: each window once, as the database took it in."""
+"""Usage of functions since this scheduler started, for the metrics; each stored window counts once."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ KINDS = ("active", "idle", "unbilled")
 
 @dataclass(slots=True)
 class FunctionUsage:
-    """Nanoseconds by kind: of GPUs, and of thousandths of a vCPU."""
+    """Nanoseconds by kind, of GPUs and of thousandths of a vCPU."""
 
     gpu_ns: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     vcpu_milli_ns: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
 
 
 class UsageTotals:
-    """`deployed` gives the names of all functions there are now: others are not kept."""
+    """`deployed` returns the names of all deployed functions; the totals of others are dropped."""
 
     def __init__(self, deployed: Callable[[], Collection[str]]) -> None:
         self._deployed = deployed
         self._usage: dict[str, FunctionUsage] = {}
 
     def add(self, windows: Iterable[UsageWindow]) -> None:
-        """Windows that were not stored before."""
         names = set(self._deployed())
         for window in windows:
             if window.function not in names:
@@ -37,7 +36,7 @@ class UsageTotals:
                 usage.vcpu_milli_ns[kind] += ns * window.vcpu_millis
 
     def all(self) -> dict[str, FunctionUsage]:
-        """Of every function there is: zeros from the start."""
+        """The usage of every deployed function, which is 0 before its first window."""
         names = self._deployed()
         self._usage = {name: self._usage.get(name) or FunctionUsage() for name in sorted(names)}
         return self._usage

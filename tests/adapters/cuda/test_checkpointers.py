@@ -1,4 +1,4 @@
-"""Which checkpointer a host gets, and that the one it gets works there, from the facts to a wake."""
+"""Tests which checkpointer a host gets, and that it works there, from the facts to a wake."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.cuda.checkpointers import HostCheckpointer, NoCheckpointer, choose
+from agent.adapters.cuda.checkpointers import WORKERS_DOWN, HostCheckpointer, NoCheckpointer, choose_checkpointer
 from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer
 from agent.adapters.cuda.utility_checkpointer import UtilityCheckpointer
-from agent.adapters.freezer.limits import WORKERS_DOWN
 from agent.core.errors import ConfigError, UnavailableError
 from agent.core.gpus.capabilities import HostFacts, find_capabilities
 from agent.core.types import GIB, MIB, Gpu
@@ -48,14 +47,14 @@ def facts(profile: str, settings: GpuSettings, *, persistence: bool = True, util
 
 
 @pytest.mark.parametrize("profile", ["555", "570", "580"])
-async def test_what_is_chosen_freezes_and_wakes(driver: Callable[[str], EmulatedNvidia], profile: str) -> None:
+async def test_chosen_checkpointer_freezes_and_wakes(driver: Callable[[str], EmulatedNvidia], profile: str) -> None:
     """570 and 580 without persistence mode: their workers must call cuInit before they restore, or the target dies."""
     nvidia = driver(profile)
     program = str(nvidia.directory / "bin" / "cuda-checkpoint")
     settings = GpuSettings(utility_path=program)
     found = find_capabilities(facts(profile, settings, persistence=profile == "555", utility=program))
     assert found.idle_mode
-    checkpointer = choose(found, settings, environment=nvidia.environment)
+    checkpointer = choose_checkpointer(found, settings, environment=nvidia.environment)
     await checkpointer.start()
     assert type(checkpointer) is (UtilityCheckpointer if profile == "555" else DriverCheckpointer)
     instances = CudaInstances(nvidia.environment)
@@ -67,13 +66,15 @@ async def test_what_is_chosen_freezes_and_wakes(driver: Callable[[str], Emulated
     await instances.close()
 
 
-async def test_without_cuinit_the_target_of_a_restore_would_have_died(
+async def test_restore_without_cuinit_kills_its_target(
     driver: Callable[[str], EmulatedNvidia],
 ) -> None:
-    """So that the test above shows something (NVIDIA/cuda-checkpoint issue 25)."""
+    """Shows that the test above proves something (NVIDIA/cuda-checkpoint issue 25)."""
     nvidia = driver("580")
     settings = GpuSettings()
-    checkpointer = choose(find_capabilities(facts("580", settings)), settings, environment=nvidia.environment)
+    checkpointer = choose_checkpointer(
+        find_capabilities(facts("580", settings)), settings, environment=nvidia.environment
+    )
     await checkpointer.start()
     instances = CudaInstances(nvidia.environment)
     target, _ = instances.start("cuda", MIB)
@@ -84,9 +85,9 @@ async def test_without_cuinit_the_target_of_a_restore_would_have_died(
     await instances.close()
 
 
-async def test_a_host_that_can_not_checkpoint_says_why_and_begins_nothing() -> None:
+async def test_host_that_cannot_checkpoint_explains_and_begins_nothing() -> None:
     settings = GpuSettings()
-    checkpointer: HostCheckpointer = choose(find_capabilities(facts("535", settings)), settings)
+    checkpointer: HostCheckpointer = choose_checkpointer(find_capabilities(facts("535", settings)), settings)
     assert isinstance(checkpointer, NoCheckpointer)
     with pytest.raises(UnavailableError, match="install driver 580") as refused:
         await checkpointer.start()
@@ -97,17 +98,17 @@ async def test_a_host_that_can_not_checkpoint_says_why_and_begins_nothing() -> N
     await checkpointer.close()
 
 
-async def test_a_program_that_went_away_after_the_look_is_an_error_of_the_configuration(tmp_path: Path) -> None:
+async def test_program_removed_after_the_check_is_a_config_error(tmp_path: Path) -> None:
     settings = GpuSettings(checkpointer="utility", utility_path=str(tmp_path / "gone"))
     found = find_capabilities(facts("555", settings, utility=settings.utility_path))
-    checkpointer = choose(found, settings)
+    checkpointer = choose_checkpointer(found, settings)
     with pytest.raises(ConfigError, match="utility_path"):
         await checkpointer.start()
 
 
-async def test_where_something_else_forbids_idle_mode_the_driver_can_still_be_asked() -> None:
-    """Recovery has to unlock what an earlier agent locked, also after somebody has turned MPS on."""
+async def test_driver_is_usable_where_idle_mode_is_forbidden() -> None:
+    """Recovery has to unlock what an earlier agent locked, even after MPS was turned on."""
     settings = GpuSettings()
     found = find_capabilities(HostFacts("580.1", [T4], 0, "x86_64", 13000, mps=True))
     assert not found.idle_mode
-    assert isinstance(choose(found, settings), DriverCheckpointer)
+    assert isinstance(choose_checkpointer(found, settings), DriverCheckpointer)

@@ -148,7 +148,7 @@ class EngineStandIn:
 
     async def called(self, name: str) -> None:
         """Wait until this route is called."""
-        assert await cgroup.reread(lambda: self.calls[name] > 0, 10.0)
+        assert await cgroup.poll_until(lambda: self.calls[name] > 0, 10.0)
 
     # ---- routes -------------------------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class EngineStandIn:
             one.pid = next(iter(cgroup.procs(path)), 0)
             return one.pid != 0 or not one.running
 
-        assert await cgroup.reread(joined, 10.0)
+        assert await cgroup.poll_until(joined, 10.0)
 
     def make(self, name: str, labels: dict[str, str], *argv: str) -> StandInContainer:
         """Create a container without a request."""

@@ -25,7 +25,7 @@ async def start_obedient(rig: EngineRig) -> Handle:
     ready = rig.folder / "ready"
     script = f"trap 'exit 7' TERM; trap 'exit 9' USR1; : > {ready}; while :; do sleep 0.02; done"
     handle = await rig.runtime.start(rig.spec("resize-a", "/bin/sh", "-c", script))
-    assert await cgroup.reread(ready.exists, 10.0)
+    assert await cgroup.poll_until(ready.exists, 10.0)
     return handle
 
 

@@ -60,4 +60,4 @@ async def host(nvidia: EmulatedNvidia) -> AsyncIterator[Host]:
     await instances.close()
     await checkpointer.close()
     await gpus.close()
-    assert nvidia.control.frozen_calls() == before  # nobody asked about a frozen target
+    assert nvidia.control.frozen_calls() == before  # no call about a frozen target

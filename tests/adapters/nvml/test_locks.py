@@ -1,4 +1,4 @@
-"""One agent per GPU, by a lock that goes with the process."""
+"""Tests that a GPU has one agent, by a lock that ends with the process."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from agent.adapters.nvml.locks import GpuLocks
 from agent.core.errors import PreconditionError
 
 
-def test_a_gpu_has_one_agent(tmp_path: Path) -> None:
+def test_gpu_is_locked_by_one_agent(tmp_path: Path) -> None:
     first, second = GpuLocks(tmp_path), GpuLocks(tmp_path)
-    first.take(["GPU-A", "GPU-B"])
+    first.acquire(["GPU-A", "GPU-B"])
     with pytest.raises(PreconditionError) as caught:
-        second.take(["GPU-C", "GPU-B"])
+        second.acquire(["GPU-C", "GPU-B"])
     assert caught.value.reason == "GPU_IN_USE"
     third = GpuLocks(tmp_path)
-    third.take(["GPU-C"])  # the refused one holds none of them
+    third.acquire(["GPU-C"])  # the refused agent holds none of them
     first.release()
-    second.take(["GPU-A", "GPU-B"])
+    second.acquire(["GPU-A", "GPU-B"])
     for locks in (second, third):
         locks.release()
 
 
-def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
+def test_link_in_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     (tmp_path / "hibernode-GPU-A.lock").symlink_to(victim)
     with pytest.raises(PreconditionError) as caught:
-        GpuLocks(tmp_path).take(["GPU-A"])
+        GpuLocks(tmp_path).acquire(["GPU-A"])
     assert caught.value.reason == "GPU_LOCK_UNUSABLE"
     assert not victim.exists()
 
 
-def test_a_uuid_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
+def test_uuid_cannot_escape_the_folder(tmp_path: Path) -> None:
     locks = GpuLocks(tmp_path)
-    locks.take(["MIG-GPU/../../x"])
+    locks.acquire(["MIG-GPU/../../x"])
     assert [file.parent for file in tmp_path.iterdir()] == [tmp_path]
     locks.release()
 
 
 @pytest.mark.root
-def test_root_keeps_to_the_one_place_that_all_agents_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a second place to go to, two agents would each find a lock of their own."""
+def test_root_uses_only_run_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a second folder, two agents could each lock in one of their own."""
     if os.geteuid() != 0:
         pytest.skip("others may have to use /tmp")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     (tmp_path / "lock").write_text("no folder")
     locks = GpuLocks(tmp_path / "lock")
     with pytest.raises(PreconditionError) as caught:
-        locks.take(["GPU-A"])
+        locks.acquire(["GPU-A"])
     assert caught.value.reason == "GPU_LOCK_UNUSABLE"
     assert [file.name for file in tmp_path.iterdir()] == ["lock"]

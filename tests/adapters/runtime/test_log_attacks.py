@@ -1,4 +1,4 @@
-"""A workload against the root process that keeps its log: nothing it does to the file may hold the agent up."""
+"""Tests a workload that attacks the root process that keeps its log: nothing may block the agent."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.process.launch_plan import BundleIdentity, resolve_identity
+from agent.adapters.process.launch import resolve_user
+from agent.adapters.runtime.bundles import WorkloadUser
 from agent.adapters.runtime.log_files import LogFiles
 
-# Whoever opens a leased file waits for its holder, up to /proc/sys/fs/lease-break-time (45 s): in the agent's loop.
+# Opening a leased file waits for its holder, up to /proc/sys/fs/lease-break-time (45 s), in the agent's loop.
 LEASE = """
 import fcntl, os, signal, sys
 uid, gid = map(int, sys.argv[1:])
@@ -40,9 +41,9 @@ def leaser() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.communicate()
 
 
-def take_lease(started: list[subprocess.Popen[bytes]], log_fd: int, identity: BundleIdentity | None) -> str:
-    """A workload whose stdout is the log leases it; what came of that."""
-    uid, gid = (identity.uid, identity.gid) if identity else (os.getuid(), os.getgid())
+def take_lease(started: list[subprocess.Popen[bytes]], log_fd: int, user: WorkloadUser | None) -> str:
+    """A workload whose stdout is the log leases it; returns the result."""
+    uid, gid = (user.uid, user.gid) if user else (os.getuid(), os.getgid())
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", LEASE, str(uid), str(gid)],
         stdin=subprocess.PIPE,
@@ -55,8 +56,8 @@ def take_lease(started: list[subprocess.Popen[bytes]], log_fd: int, identity: Bu
     return process.stderr.readline().decode().strip()
 
 
-def test_a_leased_log_holds_nobody_up(tmp_path: Path, leaser: list[subprocess.Popen[bytes]]) -> None:
-    """Of the agent's own user, the workload owns the file and may lease it: then the log waits, not the agent."""
+def test_leased_log_does_not_block(tmp_path: Path, leaser: list[subprocess.Popen[bytes]]) -> None:
+    """A workload of the agent's own user owns the file and may lease it: then the log waits, not the agent."""
     logs = LogFiles(tmp_path, cap_bytes=10, keep=5)
     log_fd = logs.open("resize-a", None)
     os.write(log_fd, b"more than the cap")
@@ -73,16 +74,16 @@ def test_a_leased_log_holds_nobody_up(tmp_path: Path, leaser: list[subprocess.Po
 def test_another_user_cannot_lease_its_log(tmp_path: Path, leaser: list[subprocess.Popen[bytes]]) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can start a process as another user")
-    identity = resolve_identity("nobody")
+    user = resolve_user("nobody")
     logs = LogFiles(tmp_path, cap_bytes=10, keep=5)
-    log_fd = logs.open("resize-a", identity)
+    log_fd = logs.open("resize-a", user)
     os.write(log_fd, b"kept")
-    assert take_lease(leaser, log_fd, identity).startswith("refused")
+    assert take_lease(leaser, log_fd, user).startswith("refused")
     assert logs.read(logs.path("resize-a"), 100) == b"kept"
 
 
-def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
-    """The folder is the agent's alone; should that ever fail, a link in it still leads nowhere."""
+def test_link_in_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
+    """Only the agent can write to the folder; should that ever fail, a link in it still leads nowhere."""
     victim = tmp_path / "shadow"
     victim.write_bytes(b"root's, and longer than the cap")
     logs = LogFiles(tmp_path, cap_bytes=10, keep=5)

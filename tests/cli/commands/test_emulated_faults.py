@@ -50,7 +50,7 @@ def test_a_fault_is_planned_listed_and_cleared(fault: Run, driver: EmulatedNvidi
     }  # fmt: skip
     cleared = fault("clear")
     assert (cleared.code, cleared.out) == (0, "")
-    assert "2 planned faults cleared, 0 calls that hung go on" in cleared.err
+    assert "2 planned faults cleared, 0 hanging calls continued" in cleared.err
     assert fault("list", "-o", "json").json == {"faults": []}
 
 
@@ -70,7 +70,7 @@ def test_what_hangs_is_seen_and_goes_on(fault: Run, run: Run, driver: EmulatedNv
         while not any(one.hung for one in driver.control.processes()):
             assert caller.poll() is None
         assert "lock hangs" in run("emulated", "ps", "--dir", driver.directory).out
-        assert "0 planned faults cleared, 1 calls that hung go on" in fault("clear").err
+        assert "0 planned faults cleared, 1 hanging calls continued" in fault("clear").err
         assert caller.wait(10) == 0
     target.end()
 

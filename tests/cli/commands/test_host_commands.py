@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,8 +37,9 @@ def test_a_configuration_that_is_not_there(run: Run, tmp_path: Path) -> None:
     assert "nowhere.yaml can't be read; name a file with --config" in done.err
 
 
-def test_emulated_env_prints_what_eval_takes(run: Run, tmp_path: Path) -> None:
+def test_emulated_env_prints_what_eval_takes(run: Run, tmp_path: Path, driver: Path) -> None:
     folder = tmp_path / "it's here"
+    folder.symlink_to(driver)
     done = run("emulated", "env", "--dir", folder)
     assert done.code == 0
     script = f'{done.out}\nprintf "%s" "$HIBERNODE_EMULATED_SOCKET"'
@@ -45,16 +47,16 @@ def test_emulated_env_prints_what_eval_takes(run: Run, tmp_path: Path) -> None:
     assert shown.stdout == f"{folder}/driver.sock"
 
 
-def test_emulated_env_prints_an_agents_section_that_its_settings_take(run: Run, tmp_path: Path) -> None:
-    done = run("emulated", "env", "--dir", tmp_path / "gpus", "--format", "yaml")
+def test_emulated_env_prints_an_agents_section_that_its_settings_take(run: Run, tmp_path: Path, driver: Path) -> None:
+    done = run("emulated", "env", "--dir", driver, "--format", "yaml")
     assert done.code == 0
     config = tmp_path / "agent.yaml"
     config.write_text(done.out)
     gpu = load(config, AgentConfig).gpu
     assert gpu.attach == "mounts"
-    assert gpu.mounts.environment["LD_LIBRARY_PATH"] == f"{tmp_path}/gpus/lib"
-    places = [f"{tmp_path}/gpus/lib", f"{tmp_path}/gpus/driver.sock"]
-    assert list(gpu.mounts.binds) == [f"{place}:{place}:ro" for place in places]  # not control.sock
+    assert gpu.mounts.environment["LD_LIBRARY_PATH"] == f"{driver}/lib"
+    paths = [f"{driver}/lib", f"{driver}/driver.sock"]
+    assert list(gpu.mounts.binds) == [f"{path}:{path}:ro" for path in paths]  # not control.sock
 
 
 def test_emulated_env_prints_a_cdi_specification(run: Run, tmp_path: Path, nvidia: EmulatedNvidia) -> None:
@@ -68,9 +70,38 @@ def test_emulated_env_prints_a_cdi_specification(run: Run, tmp_path: Path, nvidi
     assert not any("control.sock" in mount["hostPath"] for mount in document["containerEdits"]["mounts"])
 
 
-def test_emulated_env_can_name_no_gpus_of_a_driver_that_is_not_there(run: Run, tmp_path: Path) -> None:
-    done = run("emulated", "env", "--dir", tmp_path, "--format", "cdi")
+@pytest.mark.parametrize("form", ["sh", "yaml", "cdi"])
+@pytest.mark.parametrize("left_by_a_crash", [False, True])
+def test_emulated_env_without_a_running_driver_prints_nothing_to_stdout(
+    run: Run, tmp_path: Path, form: str, left_by_a_crash: bool
+) -> None:
+    if left_by_a_crash:
+        (tmp_path / "ready").touch()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left:
+            left.bind(str(tmp_path / "driver.sock"))
+    done = run("emulated", "env", "--dir", tmp_path, "--format", form)
     assert (done.code, done.out) == (5, "")
+    assert "start one with `hibernode emulated up --dir`. (EMULATED_DRIVER_DOWN)" in done.err
+
+
+def test_emulated_wait_returns_once_the_driver_is_up(program: list[str], tmp_path: Path, run: Run) -> None:
+    early = [*program, "emulated", "wait", "--dir", str(tmp_path), "--timeout", "60s"]
+    with subprocess.Popen(early) as waiting:
+        assert run("emulated", "env", "--dir", tmp_path).code == 5
+        assert waiting.poll() is None
+        with subprocess.Popen([*program, "emulated", "up", "--dir", str(tmp_path)], stdin=subprocess.DEVNULL) as driver:
+            assert waiting.wait(timeout=60) == 0
+            assert run("emulated", "env", "--dir", tmp_path).code == 0
+            driver.send_signal(signal.SIGTERM)
+            assert driver.wait(timeout=20) == 0
+    assert run("emulated", "env", "--dir", tmp_path).code == 5
+
+
+def test_emulated_wait_gives_up_at_its_deadline(run: Run, tmp_path: Path) -> None:
+    done = run("emulated", "wait", "--dir", tmp_path, "--timeout", "100ms")
+    assert (done.code, done.out) == (5, "")
+    assert f"no emulated driver answers in {tmp_path} after 0.1 s; see what `hibernode emulated up" in done.err
+    assert "(EMULATED_DRIVER_TIMEOUT)" in done.err
 
 
 def test_emulated_up_refuses_what_it_can_not_be(run: Run, tmp_path: Path) -> None:

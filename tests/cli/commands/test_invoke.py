@@ -85,4 +85,4 @@ def test_nobody_there(run: Run) -> None:
 def test_a_header_that_would_split_the_request_is_refused(at_home: Run) -> None:
     done = at_home("invoke", "echo", "-H", "a: b\r\nx-fc-account-id: 1")
     assert done.code == 2
-    assert "can't be sent" in done.err
+    assert "not a valid HTTP request" in done.err

@@ -59,7 +59,7 @@ def test_ps_filters(at_home: Run) -> None:
 def test_node(at_home: Run) -> None:
     done = at_home("node")
     assert ["Node", "gpu-host-1"] in done.words
-    assert "5.0 GiB reserved for sleeping instances" in done.out
+    assert "5.0 GiB reserved for frozen instances" in done.out
     assert next(line[:4] for line in done.words if line[:1] == ["0"]) == ["0", "Emulated", "T4", "GPU-aaaa"]
     assert "CORDONED" in done.out
     assert "37%" in done.out

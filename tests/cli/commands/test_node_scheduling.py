@@ -51,11 +51,11 @@ def test_a_drain_that_is_waited_for_tells_every_step_and_what_stays(at_drain: Ru
     assert (done.code, done.out) == (0, "")
     said = [line for line in done.err.splitlines() if " ... (" not in line]  # progress() tells that it takes a while
     assert said == [
-        "gpu-host-1 has 3 instance(s) left (1 of cramped, 2 of movable), 1 of them ending their requests",
+        "gpu-host-1 has 3 instance(s) left (1 of cramped, 2 of movable), 1 of them finishing their requests",
         "cramped: node gpu-host-2 has no free GPU (NO_FREE_GPU)",
-        "gpu-host-1 has 2 instance(s) left (1 of cramped, 1 of movable), 0 of them ending their requests",
-        "gpu-host-1 has 1 instance(s) left (1 of cramped), 0 of them ending their requests",
-        "warning: i-hand: not made by this scheduler, so they stay; `hibernode rm` at gpu-host-1 ends them",
+        "gpu-host-1 has 2 instance(s) left (1 of cramped, 1 of movable), 0 of them finishing their requests",
+        "gpu-host-1 has 1 instance(s) left (1 of cramped), 0 of them finishing their requests",
+        "warning: i-hand: not created by this scheduler, so they stay; run `hibernode rm` on gpu-host-1 to end them",
         "gpu-host-1 is drained",
     ]
 
@@ -79,7 +79,7 @@ def test_a_lost_node_is_not_waited_for_and_not_called_drained(at_drain: Run) -> 
 def test_a_drain_that_somebody_takes_back_fails(at_drain: Run) -> None:
     done = at_drain("node", "drain", "gpu-host-3", "--wait")
     assert done.code == 4
-    assert "(DRAIN_TAKEN_BACK)" in done.err
+    assert "the drain of gpu-host-3 was cancelled by another command (DRAIN_TAKEN_BACK)" in done.err
 
 
 @pytest.mark.parametrize("command", ["cordon", "uncordon", "drain"])

@@ -36,7 +36,7 @@ def test_the_command_that_users_of_function_compute_know(at_home: Run) -> None:
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "warning: window ended" in done.err
-    assert "gpu-porn-detection provisioned: target 2 by scaling-policy-demo, 2 there now" in done.err
+    assert "gpu-porn-detection provisioned: target 2 by scaling-policy-demo, 2 now" in done.err
     found = at_home("provision", "list", "gpu-porn-detection")
     (shown,) = yaml.safe_load(found.out)["gpu-porn-detection"]
     assert shown["functionName"] == "gpu-porn-detection"
@@ -115,11 +115,11 @@ async def test_want_of_room_is_waited_for_and_what_never_passes_is_not(
 
     monkeypatch.setattr(provision, "list_provisions", listed)
     monkeypatch.setattr(provision, "POLL_S", 0.0)
-    assert (await provision._settled(object(), "ocr", 10.0)).current == 2  # type: ignore[arg-type]
+    assert (await provision._wait_for_target(object(), "ocr", 10.0)).current == 2  # type: ignore[arg-type]
     assert capsys.readouterr().err.count("no room") == 1
     answers.append(short("IMAGE_RUNTIME_UNAVAILABLE"))
     with pytest.raises(PreconditionError):
-        await provision._settled(object(), "ocr", 10.0)  # type: ignore[arg-type]
+        await provision._wait_for_target(object(), "ocr", 10.0)  # type: ignore[arg-type]
 
 
 def test_who_is_not_deployed_is_not_found(at_home: Run) -> None:

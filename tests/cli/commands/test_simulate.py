@@ -50,7 +50,7 @@ def test_a_table_for_people(run: Run, trace: Path) -> None:
     assert "POLICY" in done.out
     assert "round_robin" in done.out
     assert "% saved" in done.out
-    assert "times faster than life" in done.err
+    assert "times faster than real time" in done.err
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_table_for_people(run: Run, trace: Path) -> None:
         (("--instances", "0"), "--instances"),
         (("--gpu-memory", "much"), "much"),
         (("--price-book", "nowhere.yaml"), "nowhere.yaml"),
-        (("--gpu-model", "T400"), "'T400' has no price; the price book knows T4,"),
+        (("--gpu-model", "T400"), "'T400' has no price; the price book has T4,"),
         (("--wake-factor", "nan"), "got nan"),
         (("--wake", "-1"), "--wake"),
         (("--freeze-after", "1s") * 40, "more than 64"),

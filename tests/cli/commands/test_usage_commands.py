@@ -85,7 +85,7 @@ def test_windows_that_do_not_fit_are_listed_and_want_somebody_to_look(at_home: R
     assert done.words[1][1:7] == ["chat", "gpu-1", "10", "6", "9.000", "0"]
     assert done.words[-1][:3] == ["TOTAL", "3", "instances"]
     assert done.err.count("i-chat: GAP of 1.500 s at window 7") == 5
-    assert "i-chat: and more; --output json has the first 100" in done.err
+    assert "i-chat: more findings; --output json lists the first 100" in done.err
     found = at_home("usage", "reconcile", "-o", "json")
     assert found.code == 4
     assert [one["gap_count"] for one in found.json["instances"]] == [6, 0]
@@ -102,4 +102,4 @@ def test_estimates_alone_and_nothing_at_all_are_in_order(at_home: Run, function:
 def test_options_of_the_one_are_not_silently_ignored_by_the_other(at_home: Run) -> None:
     done = at_home("usage", "--function", "ocr", "reconcile")
     assert done.code == 2
-    assert "what reconcile is to look at is said after its name" in done.err
+    assert "give the options of reconcile after its name" in done.err

@@ -36,7 +36,7 @@ def test_it_asks_the_agent_and_fails_with_it(at_home: Run) -> None:
     assert done.code == 4
     assert ["mig", "FAIL"] in [line[:2] for line in done.words]
     assert "\nfix for mig: nvidia-smi -mig 0\n" in done.out
-    assert "No instance can be frozen here until this is put right: mig." in done.err
+    assert "No instance can be frozen here until this is fixed: mig." in done.err
     assert "restart it (systemctl restart hibernode-agent)" in done.err
     found = at_home("doctor", "-o", "json").json
     assert found["ok"] is False
@@ -57,7 +57,7 @@ def test_its_last_word_names_what_failed(run: Run, monkeypatch: pytest.MonkeyPat
     looking_gives(monkeypatch, FINE, OLD)
     done = run("doctor", "--local")
     assert done.code == 4
-    assert done.err.strip() == "No instance can be frozen here until this is put right: checkpoint."
+    assert done.err.strip() == "No instance can be frozen here until this is fixed: checkpoint."
     assert run("doctor", "--local", "-o", "json").err == ""
 
 
@@ -114,10 +114,10 @@ def look_by(monkeypatch: pytest.MonkeyPatch, code: str) -> list[CapabilityLine]:
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ("import os; os.kill(os.getpid(), 11)", "ended in the middle: signal 11"),
+        ("import os; os.kill(os.getpid(), 11)", "the check of the driver failed: signal 11"),
         ("import sys; sys.exit('libnvidia-ml.so.1: symbol lookup error')", "symbol lookup error"),
-        ("print('{}')", "ended in the middle: without a word"),
-        ("print('[1, 2')", "ended in the middle"),
+        ("print('{}')", "the check of the driver failed: no message"),
+        ("print('[1, 2')", "the check of the driver failed"),
     ],
 )
 def test_a_driver_that_takes_its_caller_along(monkeypatch: pytest.MonkeyPatch, code: str, said: str) -> None:
@@ -136,7 +136,7 @@ def test_what_libraries_print_before_is_passed_over(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("killable", [True, False])
 def test_a_driver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, killable: bool) -> None:
     """Not even for the end of the process, which may be stuck in the kernel for good."""
-    monkeypatch.setattr(checks, "LOOK_DEADLINE_S", 0.2)
+    monkeypatch.setattr(checks, "CHECK_DEADLINE_S", 0.2)
     monkeypatch.setattr(checks, "KILL_DEADLINE_S", 0.2)
     stuck: list[subprocess.Popen[bytes]] = []
     kill = subprocess.Popen.kill
@@ -161,7 +161,7 @@ def test_host_memory_is_compared_with_that_of_the_gpus(tmp_path: Path) -> None:
     line = checks.memory_line(96 * GIB, meminfo)
     assert (line.level, line.reason) == (
         "WARN",
-        "64 GiB on the host, 96 GiB on the GPUs: not all of it can sleep at once",
+        "64 GiB on the host, 96 GiB on the GPUs: not all of it can be frozen at once",
     )
 
 
@@ -179,10 +179,10 @@ def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
     tree.mkdir()
     (tmp_path / "mountinfo").write_text(f"30 23 0:27 / {tree} rw - cgroup2 cgroup2 rw\n")
     (tmp_path / "cgroup").write_text("0::/\n")
-    assert "freezer is missing" in checks.cgroup_line(tmp_path).reason
+    assert "no cgroup freezer at" in checks.cgroup_line(tmp_path).reason
     assert list(tree.iterdir()) == []
     tree.rmdir()
-    assert "no cgroup can be made" in checks.cgroup_line(tmp_path).reason
+    assert "cannot create a cgroup" in checks.cgroup_line(tmp_path).reason
 
 
 def test_a_gpu_out_of_use_is_a_line_and_a_failure_only_where_none_is_left() -> None:

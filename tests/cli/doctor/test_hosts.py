@@ -222,7 +222,7 @@ def test_nvml_without_libcuda(host: Patient, tmp_path: Path) -> None:
         ("return 18;", "different versions", "reboot"),
         ("return 4;", "may not open", "run as root"),
         ("return 999;", "can't be read (Unknown Error)", "nvidia-smi"),
-        ("*(volatile int *)0 = 1; return 0;", "ended in the middle", "reinstall"),
+        ("*(volatile int *)0 = 1; return 0;", "the check of the driver failed", "reinstall"),
         ("for (;;) pause();", "does not answer", "dmesg"),
     ],
 )

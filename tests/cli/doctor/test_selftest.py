@@ -152,7 +152,7 @@ def test_the_report_for_people(host: Host) -> None:
     assert done.returncode == 0
     words = done.stdout
     assert "PROVED on Emulated T4, driver 580.65.06" in words
-    for line in ("freeze, all of it", "  checkpoint", "  restore", "wake, all of it", "pinned copy to GPU"):
+    for line in ("freeze, total", "  checkpoint", "  restore", "wake, total", "pinned copy to GPU"):
         assert f"\n{line}" in words
     assert "warm-up, driver: frozen in" in done.stderr  # progress is no result
     assert "every byte equal" in done.stderr
@@ -177,7 +177,7 @@ def test_what_was_not_measured_is_said(capsys: pytest.CaptureFixture[str]) -> No
         }
     )
     out = capsys.readouterr().out
-    assert "no pinned copy to compare with: this driver has no cuMemHostAlloc" in out
+    assert "no pinned copy for comparison: this driver has no cuMemHostAlloc" in out
     assert "1 run after a warm-up" in out
     assert "1.25 s (1.2-1.3)" in out
     assert _message(b"a library's banner") == {"done": "a library's banner"}
@@ -284,7 +284,7 @@ def failing(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, str]]
 
 def test_a_gpu_that_an_agent_drives_is_left_alone(host: Host) -> None:
     locks = GpuLocks()
-    locks.take([host.control.devices()[0].uuid])
+    locks.acquire([host.control.devices()[0].uuid])
     try:
         missing = failing(host.run(*SMALL, "--gpu", "0", "--json"))
     finally:

@@ -86,7 +86,7 @@ def test_defaults_are_function_computes(tmp_path: Path) -> None:
     assert (spec.gpu.count, spec.gpu.memory_bytes) == (1, 0)
     assert (spec.hooks, spec.health_check) == (Hooks(), None)
     assert spec.idle.freeze_after_ns == 10 * SECOND_NS
-    assert found.unsaid == {"queue_length", "queue_timeout_ns", "dispatch", "wake_factor"}
+    assert found.unset_fields == {"queue_length", "queue_timeout_ns", "dispatch", "wake_factor"}
     assert found.warnings == ()
 
 
@@ -132,7 +132,7 @@ def test_everything_that_has_a_meaning(tmp_path: Path) -> None:
     assert (spec.dispatch, spec.wake_factor) == (DispatchPolicy.SPREAD, 1.5)
     assert (spec.queue_length, spec.queue_timeout_ns, spec.gpu.count) == (7, 30 * SECOND_NS, 2)
     assert found.triggers == (HttpTrigger("web", "jwt", ()),)
-    assert (found.target, found.unsaid, found.warnings) == (3, frozenset(), ())
+    assert (found.target, found.unset_fields, found.warnings) == (3, frozenset(), ())
     assert "hunter2" not in repr(found)
 
 
@@ -191,7 +191,7 @@ def test_how_many_gpus_and_what_is_billed(tmp_path: Path, props: str, count: int
         ("hibernode: {freezeAfter: true}", "hibernode.freezeAfter: expected a duration"),
         ("hibernode: {freezeafter: 10s}", "hibernode.freezeafter: unknown key; did you mean freezeAfter?"),
         ("hibernode: {idle: maybe}", "hibernode.idle:"),
-        ("hibernode: {queueTimeout: 0}", "hibernode.queueTimeout: must be more than zero"),
+        ("hibernode: {queueTimeout: 0}", "hibernode.queueTimeout: must be greater than 0"),
         (
             "triggers:\n  - {triggerName: a, triggerConfig: {authType: secret}}",
             ":12: resources.ocr.props.triggers[0].triggerConfig.authType",
@@ -201,9 +201,9 @@ def test_how_many_gpus_and_what_is_billed(tmp_path: Path, props: str, count: int
             "triggers[0].triggerConfig.methods[0]: Invalid enum value",
         ),
         ("timeout: 5\ntimeout: 6", "s.yaml:12: resources.ocr.props.timeout: is written twice"),
-        ("timeout: ${vars.time}", ":11: resources.ocr.props.timeout: unknown variable ${vars.time}; there are: none"),
+        ("timeout: ${vars.time}", ":11: resources.ocr.props.timeout: unknown variable ${vars.time}; defined: none"),
         ("region: ${env('NOWHERE')}", "the environment has no variable NOWHERE; export it"),
-        ("region: ${config('AccountID')}", "is not known here, only ${vars.NAME} and ${env('NAME')}"),
+        ("region: ${config('AccountID')}", "unknown expression ${config('AccountID')}; use ${vars.NAME} or"),
         ("region: 'a ${vars.x'", "`${` has no `}`"),
         ("region: [", "not YAML"),
     ],
@@ -247,14 +247,14 @@ def test_what_is_wrong_around_the_props(tmp_path: Path, before: str, after: str,
 @pytest.mark.parametrize(
     ("props", "said"),
     [
-        ("vpcConfig: {vpcId: v}\n", "s.yaml:11: resources.ocr.props.vpcConfig: is up to your hosts and networks"),
-        ("role: acs:ram::1:role/x\n", "props.role: no cloud credentials"),
-        ("nasConfig: auto\n", "props.nasConfig: is not built yet"),
-        ("somethingNew: 1\n", "props.somethingNew: is not known here and has no effect"),
-        ("memorySize: 65536\n", "props.memorySize: is more than Function Compute's 32768"),
+        ("vpcConfig: {vpcId: v}\n", "s.yaml:11: resources.ocr.props.vpcConfig: is configured on your hosts"),
+        ("role: acs:ram::1:role/x\n", "props.role: has no effect: instances get no cloud credentials"),
+        ("nasConfig: auto\n", "props.nasConfig: is not supported yet"),
+        ("somethingNew: 1\n", "props.somethingNew: unknown key, has no effect"),
+        ("memorySize: 65536\n", "props.memorySize: exceeds Function Compute's 32768"),
         ("instanceLifecycleConfig: {preStop: {command: [sh]}}\n", "preStop.command: is not run"),
         ("triggers:\n  - {triggerName: t, triggerType: timer, triggerConfig: {payload: x}}\n", "type 'timer'"),
-        ("timeout: 3\n", "no gpuConfig: its instances get no GPU"),
+        ("timeout: 3\n", "has no gpuConfig: the instances get no GPU"),
     ],
 )
 def test_what_has_no_effect_is_never_silent(tmp_path: Path, props: str, said: str) -> None:
@@ -307,7 +307,7 @@ resources:
 def test_a_variable_defined_by_itself_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "region: ${vars.a}\n")
     path.write_text("vars: {a: '${vars.b}', b: 'x${vars.a}'}\n" + path.read_text())
-    assert refusal(path) == "s.yaml:1: vars.a: vars.b is defined by itself"
+    assert refusal(path) == "s.yaml:1: vars.a: vars.b refers to itself"
 
 
 def test_a_file_that_grows_without_end_is_refused(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_a_file_that_grows_without_end_is_refused(tmp_path: Path) -> None:
     assert "too many values" in refusal(path)
     texts = "".join(f"  t{n}: '{f'${{vars.t{n - 1}}}' * 9}'\n" for n in range(1, 9))
     path.write_text(written(tmp_path, "region: ${vars.t8}\n").read_text() + "vars:\n  t0: xxxxxxxx\n" + texts)
-    assert "the variables make too many values" in refusal(path)
+    assert "the variables expand to too many values" in refusal(path)
 
 
 def test_one_resource_of_several(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_one_resource_of_several(tmp_path: Path) -> None:
     assert [one.function.name for one in load_s_yaml(path)] == ["ocr", "chat"]
     assert any("'fc3-domain' is not fc3: skipped" in warning for warning in load_s_yaml(path)[0].warnings)
     assert [one.resource for one in load_s_yaml(path, "chat")] == ["chat"]
-    with pytest.raises(NotFoundError, match="no resource 'tts'; there are: ocr, chat, dns"):
+    with pytest.raises(NotFoundError, match="no resource 'tts'; it has: ocr, chat, dns"):
         load_s_yaml(path, "tts")
     with pytest.raises(ConfigError, match="must be fc3, got 'fc3-domain'"):
         load_s_yaml(path, "dns")
@@ -337,7 +337,7 @@ def test_two_functions_of_one_name_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path)
     again = HEAD.partition("resources:\n")[2].replace("  ocr:", "  again:") + IMAGE
     path.write_text(path.read_text() + again)
-    assert "'ocr' is there twice" in refusal(path)
+    assert "'ocr' is repeated; function names must be unique" in refusal(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"5", b"\xff\xfe\x00", b"a: !!python/object:os.system x", b"- - - -"])

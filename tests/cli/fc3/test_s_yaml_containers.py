@@ -44,7 +44,7 @@ def test_everything_that_only_containers_have(tmp_path: Path) -> None:
         registry=RegistryLogin("0123", "hunter2"),
     )
     assert "hunter2" not in repr(found)
-    assert any("registryConfig.certConfig: is up to the host" in warning for warning in found.warnings)
+    assert any("registryConfig.certConfig: is configured in the host" in warning for warning in found.warnings)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_what_is_wrong_with_a_container_is_named_with_line_and_key(tmp_path: Pat
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ("webServerMode: false", "customContainerConfig.webServerMode: false is a job that ends by itself"),
+        ("webServerMode: false", "customContainerConfig.webServerMode: must not be false"),
         ("registryConfig: {authConfig: {userName: me}}", "authConfig.password: required"),
         ("registryConfig: {authConfig: {userName: me, password: [hunter2]}}", "authConfig.password: must be text"),
         (

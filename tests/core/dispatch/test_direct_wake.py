@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from agent.core.dispatch.dispatcher import BACK_OFF_NS
 from agent.core.dispatch.events import (
     Dispatch,
     Effect,
@@ -20,16 +21,15 @@ from agent.core.dispatch.events import (
     Wake,
     WakeAnswered,
 )
-from agent.core.dispatch.wakes import BACK_OFF_NS
 from agent.core.types import MILLISECOND_NS, SECOND_NS, InstanceState
 from tests.core.dispatch.test_dispatcher import FROZEN, RUNNING, Story, instance, uids
 
 
-def bound(effects: list[Effect]) -> str:
+def direct_wake(effects: list[Effect]) -> str:
     """The uid that the one request was sent to as it sleeps."""
     (effect,) = effects
     assert isinstance(effect, Dispatch)
-    assert effect.wakes
+    assert effect.direct_wake
     return effect.uid
 
 
@@ -37,16 +37,16 @@ def other(uid: str, state: InstanceState, *gpus: str) -> InstanceReported:
     return InstanceReported(uid, "llm", "n1", state, gpus=gpus)
 
 
-def test_a_lone_request_is_sent_to_the_instance_that_it_wakes() -> None:
+def test_a_lone_request_is_dispatched_to_the_instance_that_it_wakes() -> None:
     story = Story(instance("a", FROZEN))
-    assert story.arrive(1) == [Dispatch(1, "a", "n1", queued_ns=0, wakes=True)]
+    assert story.arrive(1) == [Dispatch(1, "a", "n1", queued_ns=0, direct_wake=True)]
     assert story.dispatcher.leased("a") == 1
     assert story.dispatcher.queue_state("ocr").waking == 1
 
 
-def test_those_who_come_after_it_wait_here_and_go_once_it_is_answered() -> None:
+def test_later_requests_are_queued_until_the_direct_wake_is_answered() -> None:
     story = Story(instance("a", FROZEN, concurrency=3))
-    bound(story.arrive(1))
+    direct_wake(story.arrive(1))
     assert story.arrive(2) == []
     (effect,) = story(LeaseAnswered(1, 5 * MILLISECOND_NS))
     assert effect == Dispatch(2, "a", "n1", queued_ns=MILLISECOND_NS, wake_ns=5 * MILLISECOND_NS)
@@ -55,7 +55,7 @@ def test_those_who_come_after_it_wait_here_and_go_once_it_is_answered() -> None:
 
 def test_a_report_that_it_runs_frees_its_other_slots_before_the_answer() -> None:
     story = Story(instance("a", FROZEN, concurrency=2))
-    bound(story.arrive(1))
+    direct_wake(story.arrive(1))
     assert story.arrive(2) == []
     assert uids(story(instance("a", RUNNING, concurrency=2))) == ["a"]
     assert story(LeaseAnswered(1, MILLISECOND_NS)) == []
@@ -63,9 +63,9 @@ def test_a_report_that_it_runs_frees_its_other_slots_before_the_answer() -> None
     assert uids(story(LeaseEnded(1))) == ["a"]
 
 
-def test_it_counts_as_queued_until_then_so_that_no_instance_too_many_is_woken() -> None:
+def test_a_direct_wake_counts_as_queued_so_that_no_instance_is_woken_too_many() -> None:
     story = Story(instance("a", FROZEN, concurrency=2), instance("b", FROZEN, concurrency=2))
-    first = bound(story.arrive(1))
+    first = direct_wake(story.arrive(1))
     assert story.arrive(2) == []
     (second,) = story.arrive(3)
     assert isinstance(second, Wake)
@@ -86,7 +86,7 @@ def test_it_counts_as_queued_until_then_so_that_no_instance_too_many_is_woken() 
     ],
     ids=lambda events: f"{events[0].function} is {events[0].state.value}",
 )
-def test_where_another_could_be_free_sooner_it_stays_here(busy: list[Event]) -> None:
+def test_no_direct_wake_if_another_instance_may_be_free_sooner(busy: list[Event]) -> None:
     """An instance of the function on its way, or somebody on the GPUs who might keep them for long."""
     story = Story(*busy, instance("a", FROZEN, gpus=("g0",)))
     if busy[0] == instance("b"):
@@ -95,27 +95,27 @@ def test_where_another_could_be_free_sooner_it_stays_here(busy: list[Event]) -> 
     assert story.dispatcher.leased("a") == 0
 
 
-def test_whoever_shares_its_gpus_may_sleep_or_be_gone() -> None:
+def test_instances_on_the_same_gpu_allow_a_direct_wake_if_frozen_or_gone() -> None:
     for quiet in (other("x", FROZEN, "g0"), InstanceGone("x"), other("x", RUNNING, "g1")):
         story = Story(other("x", RUNNING, "g0"), quiet, instance("a", FROZEN, gpus=("g0",)))
-        assert bound(story.arrive(1)) == "a"
+        assert direct_wake(story.arrive(1)) == "a"
 
 
 def test_a_second_wake_on_the_same_gpu_is_asked_for() -> None:
     """Two functions share g0: the second to wake waits until the first has rested, and who knows how long that is."""
     story = Story(FunctionSet("llm"), other("x", FROZEN, "g0"), instance("a", FROZEN, gpus=("g0",)))
-    assert bound(story.arrive(1)) == "a"
+    assert direct_wake(story.arrive(1)) == "a"
     assert story.arrive(2, "llm") == [Wake("x", "n1")]
     story(WakeAnswered("x"))
     story(LeaseEnded(2))
     story(other("x", FROZEN, "g0"))
     assert story(RequestGone(1)) == [], "its client left before it woke: both sleep"
-    assert bound(story.arrive(3, "llm")) == "x"
+    assert direct_wake(story.arrive(3, "llm")) == "x"
 
 
-def test_refused_it_waits_for_whichever_frees_first() -> None:
+def test_a_refused_direct_wake_is_queued_for_the_first_free_instance() -> None:
     story = Story(instance("a", FROZEN), instance("b", FROZEN))
-    first = bound(story.arrive(1))
+    first = direct_wake(story.arrive(1))
     (wake,) = story(LeaseRefused(1))
     assert isinstance(wake, Wake)
     assert wake.uid != first
@@ -124,7 +124,7 @@ def test_refused_it_waits_for_whichever_frees_first() -> None:
 
 def test_a_wake_that_failed_is_not_tried_again_at_once() -> None:
     story = Story(instance("a", FROZEN))
-    bound(story.arrive(1))
+    direct_wake(story.arrive(1))
     assert story(LeaseRefused(1)) == []
     assert story(NodeReported("n1")) == []
     story.now += BACK_OFF_NS
@@ -134,11 +134,11 @@ def test_a_wake_that_failed_is_not_tried_again_at_once() -> None:
     assert story.went(2) == "a"
 
 
-def test_the_instance_may_go_and_its_node_fall_silent_meanwhile() -> None:
+def test_a_direct_wake_survives_the_end_of_its_instance_and_a_silent_node() -> None:
     for end in (InstanceGone("a"), NodeSuspect("n1")):
         story = Story(instance("a", FROZEN), NodeReported("n2"), instance("b", FROZEN, "n2"))
         story(instance("b", InstanceState.STARTING, "n2"))
-        assert bound(story.arrive(1)) == "a"
+        assert direct_wake(story.arrive(1)) == "a"
         story(end)
         story(instance("b", RUNNING, "n2"))
         assert uids(story(LeaseRefused(1))) == ["b"], "its connection broke before a byte was sent"
@@ -150,16 +150,16 @@ def test_an_answer_without_a_wait_teaches_nothing_about_wakes() -> None:
     story = Story(NodeReported("n2"))
     story(instance("a", FROZEN, wake_estimate_ns=2 * SECOND_NS))
     story(instance("b", FROZEN, "n2", wake_estimate_ns=SECOND_NS))
-    assert bound(story.arrive(1)) == "b"
+    assert direct_wake(story.arrive(1)) == "b"
     story(LeaseAnswered(1, 11 * SECOND_NS))  # 3 s on average now, where a is predicted to take 2
     story(LeaseEnded(1))
     story(instance("b", FROZEN, "n2"))
-    assert bound(story.arrive(2)) == "a"
+    assert direct_wake(story.arrive(2)) == "a"
     story(LeaseAnswered(2, 0))
     story(LeaseEnded(2))
     story(instance("a", FROZEN))
-    assert bound(story.arrive(3)) == "a"
+    assert direct_wake(story.arrive(3)) == "a"
     story(LeaseAnswered(3, 8 * SECOND_NS))  # 3.2 s on average, if nobody counted the answer before it
     story(LeaseEnded(3))
     story(instance("a", FROZEN))
-    assert bound(story.arrive(4)) == "b"
+    assert direct_wake(story.arrive(4)) == "b"

@@ -88,23 +88,25 @@ class World:
     leased: dict[int, str] = field(default_factory=dict)
     void: set[int] = field(default_factory=set)  # of those: the lease ended with its node, the request has not
     epochs: dict[str, int] = field(default_factory=dict)
-    bound: dict[str, int] = field(default_factory=dict)  # requests that went to a sleeping instance, until it wakes
+    direct_wakes: dict[str, int] = field(
+        default_factory=dict
+    )  # requests that went to a sleeping instance, until it wakes
     answered: set[int] = field(default_factory=set)
     made: int = 0
     requests: int = 0
     retired: set[str] = field(default_factory=set)
     function_of: dict[int, str] = field(default_factory=dict)
     states: tuple[InstanceState, ...] = STATES
-    bindings: int = 0
-    ahead: dict[int, str] = field(default_factory=dict)  # requests that wait at a node, as far as the world knows
-    sent_ahead: int = 0
+    direct_wake_count: int = 0
+    early: dict[int, str] = field(default_factory=dict)  # requests that wait at a node, as far as the world knows
+    early_dispatches: int = 0
     lease_ns: Counter[str] = field(default_factory=Counter)
 
-    def tell(self, event: Event) -> None:
+    def dispatch(self, event: Event) -> None:
         self.now += MILLISECOND_NS
         for effect in self.dispatcher.step(event, self.now):
             match effect:
-                case Dispatch(request, uid, node, wakes=wakes, ahead=ahead):
+                case Dispatch(request, uid, node, direct_wake=direct_wake, early=early):
                     function = self.waiting.pop(request)
                     seen = self.instances[uid]
                     assert seen.function == function
@@ -113,14 +115,14 @@ class World:
                     assert seen.usable
                     older = [r for r, f in self.waiting.items() if f == function and r < request]
                     assert not older, "overtaken"
-                    if ahead:
-                        self.check_ahead(function, node)
-                        self.ahead[request] = node
-                        self.sent_ahead += 1
+                    if early:
+                        self.check_early(function, node)
+                        self.early[request] = node
+                        self.early_dispatches += 1
                         continue
-                    if wakes:
-                        self.check_bound(function, uid)
-                        self.bound[uid] = request
+                    if direct_wake:
+                        self.check_direct_wake(function, uid)
+                        self.direct_wakes[uid] = request
                     self.leased[request] = uid
                     moved = isinstance(event, LeaseEnded) and event.uid  # the world learns below whose place is whose
                     assert (self.dispatcher.leased(uid) if moved else self.outstanding(uid)) <= CONCURRENCY[function]
@@ -136,7 +138,7 @@ class World:
                     queued = sum(f == seen.function for f in self.waiting.values())
                     queued += sum(
                         self.will_be_awake(self.instances[u]) and self.instances[u].function == seen.function
-                        for u in self.bound
+                        for u in self.direct_wakes
                     )
                     assert under_way <= ceil(queued / CONCURRENCY[seen.function])
                 case Refuse(request, _):
@@ -146,7 +148,7 @@ class World:
             self.learn_who_holds()
         self.check()
 
-    def check_ahead(self, function: str, node: str) -> None:
+    def check_early(self, function: str, node: str) -> None:
         """Everybody there is busy, nobody is on his way awake, and no other node's slots go without for it."""
         elsewhere = 0
         for uid, seen in self.instances.items():
@@ -157,7 +159,7 @@ class World:
                     elsewhere += CONCURRENCY[function]
         assert sum(f == function for f in self.waiting.values()) >= elsewhere
 
-    def check_bound(self, function: str, uid: str) -> None:
+    def check_direct_wake(self, function: str, uid: str) -> None:
         """Nothing else of the function could free sooner, and everybody who shares the GPU sleeps."""
         mine = self.instances[uid]
         assert mine.state is InstanceState.FROZEN
@@ -168,19 +170,19 @@ class World:
             usable = seen.usable and seen.node in self.ready
             assert sleeps or not usable or seen.function != function or seen.state not in AWAKE_OR_WAKING, name
         mine.waking = True
-        self.bindings += 1
+        self.direct_wake_count += 1
 
     def will_be_awake(self, seen: Seen) -> bool:
         """Its wake counts: nothing came between."""
         return seen.waking and seen.usable and seen.node in self.ready and seen.state in WAKEABLE
 
     def check(self) -> None:
-        self.settle_ahead()
+        self.grant_early()
         for function in FUNCTIONS:
             queued = sum(f == function for f in self.waiting.values())
-            there = sum(self.function_of[request] == function for request in self.ahead)
+            there = sum(self.function_of[request] == function for request in self.early)
             assert self.dispatcher.queue_state(function).queued == queued + there
-            self.check_hope(function)
+            self.check_lost(function)
             if not queued:
                 continue
             for uid, seen in self.instances.items():
@@ -195,24 +197,24 @@ class World:
             found = self.dispatcher.lease_time_ns(function, self.now + MILLISECOND_NS)
             assert found == self.lease_ns[function], "the sum of leases over time is what utilisation is made of"
 
-    def check_hope(self, function: str) -> None:
+    def check_lost(self, function: str) -> None:
         """Exactly the instances on lost nodes count for nothing."""
         nodes = [seen.node for seen in self.instances.values() if seen.function == function]
-        slots = self.dispatcher._function(function).slots
-        assert (slots.count, slots.lost) == (len(nodes), sum(name in self.lost for name in nodes))
+        index = self.dispatcher._function(function).index
+        assert (index.count, index.lost) == (len(nodes), sum(name in self.lost for name in nodes))
 
-    def settle_ahead(self) -> None:
+    def grant_early(self) -> None:
         """What waits at a node gets the slots that become free there: who has which, the dispatcher says."""
-        for request in [request for request in self.ahead if request in self.holders()]:
+        for request in [request for request in self.early if request in self.holders()]:
             self.leased[request] = self.holders()[request]
-            node, function = self.ahead[request], self.function_of[request]
-            first = next(r for r, where in self.ahead.items() if (where, self.function_of[r]) == (node, function))
+            node, function = self.early[request], self.function_of[request]
+            first = next(r for r, where in self.early.items() if (where, self.function_of[r]) == (node, function))
             assert first == request, "overtaken"
-            assert self.instances[self.leased[request]].node == self.ahead.pop(request)
+            assert self.instances[self.leased[request]].node == self.early.pop(request)
 
     def holders(self) -> dict[int, str]:
         """Who holds a lease on whom, by the dispatcher's own book."""
-        return {request: uid for uid, slot in self.dispatcher._slots.items() for request in slot.holders}
+        return {request: uid for uid, instance in self.dispatcher._instances.items() for request in instance.holders}
 
     def outstanding(self, uid: str) -> int:
         """Leases that count."""
@@ -224,7 +226,7 @@ class World:
         function = self.rng.choice(FUNCTIONS)
         self.requests += 1
         self.waiting[self.requests] = self.function_of[self.requests] = function
-        self.tell(RequestArrived(self.requests, function, self.now + 10**12))
+        self.dispatch(RequestArrived(self.requests, function, self.now + 10**12))
 
     def report(self) -> None:
         if not self.instances or (self.rng.random() < 0.2 and len(self.instances) < 12):
@@ -237,33 +239,33 @@ class World:
         state = self.rng.choice(self.states)
         waking = before is not None and before.waking and state is not InstanceState.RUNNING
         if not waking:
-            self.bound.pop(uid, None)
+            self.direct_wakes.pop(uid, None)
         self.instances[uid] = Seen(function, node, state, waking, usable=uid not in self.retired)
-        self.tell(InstanceReported(uid, function, node, state, CONCURRENCY[function], gpus=(gpu_of(uid, node),)))
+        self.dispatch(InstanceReported(uid, function, node, state, CONCURRENCY[function], gpus=(gpu_of(uid, node),)))
 
     def retire(self) -> None:
         if self.instances and self.rng.random() < 0.1:
             uid = self.rng.choice(list(self.instances))
             self.retired.add(uid)
             self.instances[uid].usable = False
-            self.tell(InstanceRetired(uid))
+            self.dispatch(InstanceRetired(uid))
 
     def vanish(self) -> None:
         if self.instances and self.rng.random() < 0.3:
             uid = self.rng.choice(list(self.instances))
             del self.instances[uid]
-            self.bound.pop(uid, None)
-            self.tell(InstanceGone(uid))
+            self.direct_wakes.pop(uid, None)
+            self.dispatch(InstanceGone(uid))
 
     def end(self) -> None:
         if self.leased:
             request = self.rng.choice(list(self.leased))
-            self.unbind(self.leased.pop(request), request)
+            self.end_direct_wake(self.leased.pop(request), request)
             self.void.discard(request)
             self.answered.add(request)
             mine = [u for u, s in self.instances.items() if s.function == self.function_of[request]]
             served = LeaseEnded(request, self.rng.choice(mine) if mine else "")
-            self.tell(self.rng.choice((served, RequestGone(request))))
+            self.dispatch(self.rng.choice((served, RequestGone(request))))
 
     def learn_who_holds(self) -> None:
         """Another instance has served than the dispatcher thought: two requests have changed places on one node."""
@@ -274,33 +276,33 @@ class World:
                 assert self.instances[found[request]].function == self.function_of[request]
                 self.leased[request] = found[request]
 
-    def ahead_ends(self) -> None:
+    def early_ends(self) -> None:
         """It is refused there, its client leaves, or it is served before we hear that a slot was free."""
-        if self.ahead:
-            request = self.rng.choice(list(self.ahead))
-            del self.ahead[request]
+        if self.early:
+            request = self.rng.choice(list(self.early))
+            del self.early[request]
             if self.rng.random() < 0.5:
                 self.waiting[request] = self.function_of[request]
-                self.tell(LeaseRefused(request))
+                self.dispatch(LeaseRefused(request))
             else:
                 self.answered.add(request)
-                self.tell(self.rng.choice((LeaseEnded, RequestGone))(request))
+                self.dispatch(self.rng.choice((LeaseEnded, RequestGone))(request))
 
     def refuse(self) -> None:
         if self.leased:
             request = self.rng.choice(list(self.leased))
             uid = self.leased.pop(request)
-            self.unbind(uid, request)
+            self.end_direct_wake(uid, request)
             if uid in self.instances and request not in self.void:
                 self.instances[uid].usable = False
             self.void.discard(request)
             self.waiting[request] = self.function_of[request]
-            self.tell(LeaseRefused(request))
+            self.dispatch(LeaseRefused(request))
 
-    def unbind(self, uid: str, request: int) -> None:
+    def end_direct_wake(self, uid: str, request: int) -> None:
         """The request ended, one way or another: so did the wake that it stood for."""
-        if self.bound.get(uid) == request:
-            del self.bound[uid]
+        if self.direct_wakes.get(uid) == request:
+            del self.direct_wakes[uid]
             self.instances[uid].waking = False
 
     def leave(self) -> None:
@@ -309,9 +311,9 @@ class World:
             if self.rng.random() < 0.5:
                 del self.waiting[request]
                 self.answered.add(request)
-                self.tell(RequestGone(request))
+                self.dispatch(RequestGone(request))
             else:
-                self.tell(DeadlinePassed(request))
+                self.dispatch(DeadlinePassed(request))
                 assert request in self.answered
 
     def wake_ends(self) -> None:
@@ -320,18 +322,20 @@ class World:
             uid = self.rng.choice(waking)
             seen = self.instances[uid]
             seen.waking = False
-            request = self.bound.pop(uid, None)
+            request = self.direct_wakes.pop(uid, None)
             if self.rng.random() < 0.7:
                 seen.state = InstanceState.RUNNING
-                self.tell(WakeAnswered(uid) if request is None else LeaseAnswered(request, self.rng.choice((0, 10**6))))
+                self.dispatch(
+                    WakeAnswered(uid) if request is None else LeaseAnswered(request, self.rng.choice((0, 10**6)))
+                )
             elif request is not None:
                 seen.usable = False
                 del self.leased[request]
                 self.waiting[request] = seen.function
-                self.tell(LeaseRefused(request))
+                self.dispatch(LeaseRefused(request))
             else:
                 seen.usable = False
-                self.tell(WakeFailed(uid))
+                self.dispatch(WakeFailed(uid))
 
     def node(self) -> None:
         name = self.rng.choice(NODES)
@@ -344,39 +348,39 @@ class World:
             if self.rng.random() < 0.2:
                 self.epochs[name] = self.epochs.get(name, 0) + 1
                 self.leases_end(name)
-            self.tell(NodeReported(name, gpu_count=self.rng.choice((0, 2)), epoch=self.epochs.get(name, 0)))
+            self.dispatch(NodeReported(name, gpu_count=self.rng.choice((0, 2)), epoch=self.epochs.get(name, 0)))
         else:
             self.ready.discard(name)
             silence = self.rng.choice((NodeSuspect, NodeLost))(name)
             if isinstance(silence, NodeLost):
                 self.leases_end(name)
                 self.lost.add(name)
-            self.tell(silence)
+            self.dispatch(silence)
 
     def leases_end(self, node: str) -> None:
         """Its agent is gone, or another: what was leased there counts no more, nor do wakes under way."""
         for uid, seen in self.instances.items():
             if seen.node == node:
                 seen.waking = False
-                self.bound.pop(uid, None)
+                self.direct_wakes.pop(uid, None)
                 self.void |= {request for request, where in self.leased.items() if where == uid}
 
 
 def walk(seed: int) -> World:
-    """Every second world is a sleepy one, where few ask; in every third, requests may be sent ahead."""
+    """Every second world is a sleepy one, where few ask; in every third, requests may be sent early."""
     rng = random.Random(seed)
     sleepy = seed % 2 == 1
-    world = World(rng, Dispatcher(sends_ahead=seed % 3 == 0), states=SLEEPY if sleepy else STATES)
+    world = World(rng, Dispatcher(early_dispatch=seed % 3 == 0), states=SLEEPY if sleepy else STATES)
     for function in FUNCTIONS:
         policy = rng.choice(list(DispatchPolicy))
-        world.tell(FunctionSet(function, policy=policy, queue_length=20, wake_factor=rng.choice((0.0, 1.0))))
+        world.dispatch(FunctionSet(function, policy=policy, queue_length=20, wake_factor=rng.choice((0.0, 1.0))))
     actions = [
         *(world.arrive,) * (2 if sleepy else 6), *(world.report,) * 3, *(world.end,) * 5, *(world.wake_ends,) * 2,
-        world.refuse, world.leave, world.vanish, world.node, world.retire, world.ahead_ends,
+        world.refuse, world.leave, world.vanish, world.node, world.retire, world.early_ends,
     ]  # fmt: skip
     for _ in range(500):
         rng.choice(actions)()
-        accounted = [*world.waiting, *world.ahead, *world.leased, *world.answered]
+        accounted = [*world.waiting, *world.early, *world.leased, *world.answered]
         assert sorted(accounted) == list(range(1, world.requests + 1))
     return world
 
@@ -386,9 +390,9 @@ def test_every_request_is_waiting_leased_or_answered_exactly_once(seed: int) -> 
     assert walk(seed).answered
 
 
-def test_the_walks_see_requests_that_find_everybody_asleep() -> None:
-    assert sum(walk(seed).bindings for seed in range(1, 21, 2)) > 20
+def test_the_walks_reach_direct_wakes() -> None:
+    assert sum(walk(seed).direct_wake_count for seed in range(1, 21, 2)) > 20
 
 
-def test_the_walks_see_requests_sent_ahead() -> None:
-    assert sum(walk(seed).sent_ahead for seed in range(0, 60, 6)) > 20
+def test_the_walks_reach_early_dispatches() -> None:
+    assert sum(walk(seed).early_dispatches for seed in range(0, 60, 6)) > 20

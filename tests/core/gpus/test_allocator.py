@@ -25,7 +25,7 @@ class Desk:
         devices = {name: gb.AllocatableGpu(name, "L20") for name in "ABCDEF"[: self.gpus]}
         self.book = gb.GpuAllocator(devices, per_gpu=self.per_gpu, max_hold_ns=HOLD, migrate=self.migrate)
 
-    def __call__(self, event: bev.BookEvent, after_ns: int = 0) -> list[bev.BookEffect]:
+    def __call__(self, event: bev.AllocatorEvent, after_ns: int = 0) -> list[bev.AllocatorEffect]:
         self.at += after_ns
         self.book, effects = gb.step(self.book, event, self.at)
         return effects
@@ -37,15 +37,15 @@ class Desk:
     def holding(self, uid: str, *gpus: str) -> None:
         self(bev.Adopt(uid, gpus, holds=True))
 
-    def idle(self, uid: str, preemptible_at_ns: int = 0) -> list[bev.BookEffect]:
+    def idle(self, uid: str, preemptible_at_ns: int = 0) -> list[bev.AllocatorEffect]:
         return self(bev.BecameIdle(uid, preemptible_at_ns))
 
-    def gives_way(self, uid: str) -> list[bev.BookEffect]:
+    def gives_way(self, uid: str) -> list[bev.AllocatorEffect]:
         self(bev.Releasing(uid))
         return self(bev.Released(uid))
 
 
-def only(kind: type, effects: list[bev.BookEffect]) -> list[str]:
+def only(kind: type, effects: list[bev.AllocatorEffect]) -> list[str]:
     return [effect.uid for effect in effects if isinstance(effect, kind) and not isinstance(effect, bev.WakeMeAt)]
 
 

@@ -10,8 +10,7 @@ import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from agent.core.gpus import allocator
-from agent.core.gpus import allocator_events as book_events
+from agent.core.gpus import allocator, allocator_events
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle import machine
 from agent.core.lifecycle.machine import Instance
@@ -55,10 +54,12 @@ class World:
         self.at = 1_000
         self.traffic = 1.0
         devices = {f"GPU-{i}": allocator.AllocatableGpu(f"GPU-{i}", "Emulated H100") for i in range(gpus)}
-        self.book = allocator.GpuAllocator(devices, per_gpu=per_gpu, max_hold_ns=50 * MILLISECOND_NS, migrate=migrate)
+        self.allocator = allocator.GpuAllocator(
+            devices, per_gpu=per_gpu, max_hold_ns=50 * MILLISECOND_NS, migrate=migrate
+        )
         self.members: dict[str, Member] = {}
-        self.book_inbox: deque[book_events.BookEvent] = deque()
-        self.book_busy = False
+        self.allocator_inbox: deque[allocator_events.AllocatorEvent] = deque()
+        self.allocator_busy = False
         self.tick_at: int | None = None
         self.releasing: set[str] = set()
         self.inbox: dict[str, deque[ev.Event]] = {}
@@ -76,11 +77,11 @@ class World:
             freezable=True,
             freeze_after_ns=5 * MILLISECOND_NS,
             min_awake_ns=2 * MILLISECOND_NS,
-            movable=self.book.migrate,
+            movable=self.allocator.migrate,
         )
         self.members[uid] = Member(me, ConcurrencyLimiter(concurrency, max_waiting))
         self.inbox[uid] = deque()
-        self.tell_book(book_events.Assign(uid, 1, ""))
+        self.tell_allocator(allocator_events.Assign(uid, 1, ""))
         self.tell(uid, ev.Created())
 
     # ---- the wiring of the host -----------------------------------------------------------------------------------
@@ -131,18 +132,18 @@ class World:
             case ev.Run(op, gen, _):
                 self._begin(member, op, gen)
             case ev.RequestGpus(avoid):
-                self.tell_book(book_events.Ask(uid, avoid))
+                self.tell_allocator(allocator_events.Ask(uid, avoid))
             case ev.WithdrawRequest():
-                self.tell_book(book_events.Leave(uid))
+                self.tell_allocator(allocator_events.Leave(uid))
             case ev.ReleaseGpus():
                 self.releasing.add(uid)
-                self.tell_book(book_events.Releasing(uid))
+                self.tell_allocator(allocator_events.Releasing(uid))
             case ev.OrderedFreezeRefused():
-                self.tell_book(book_events.FreezeRefused(uid))
+                self.tell_allocator(allocator_events.FreezeRefused(uid))
             case ev.ReportActivity(True, preemptible_at_ns):
-                self.tell_book(book_events.BecameIdle(uid, preemptible_at_ns))
+                self.tell_allocator(allocator_events.BecameIdle(uid, preemptible_at_ns))
             case ev.ReportActivity():
-                self.tell_book(book_events.BecameBusy(uid))
+                self.tell_allocator(allocator_events.BecameBusy(uid))
             case ev.SetIdleTimer(gen, at_ns):
                 member.idle_timer = (at_ns, gen)
             case ev.SetStopTimer(gen, at_ns):
@@ -164,34 +165,34 @@ class World:
         assert member.op is None or op is ev.Operation.DESTROY, f"{op} while {member.op} runs"
         member.op, member.op_gen = op, gen
 
-    def tell_book(self, event: book_events.BookEvent) -> None:
-        self.book_inbox.append(event)
-        if self.book_busy:
+    def tell_allocator(self, event: allocator_events.AllocatorEvent) -> None:
+        self.allocator_inbox.append(event)
+        if self.allocator_busy:
             return
-        self.book_busy = True
-        while self.book_inbox:
-            self.book, effects = allocator.step(self.book, self.book_inbox.popleft(), self.at)
+        self.allocator_busy = True
+        while self.allocator_inbox:
+            self.allocator, effects = allocator.step(self.allocator, self.allocator_inbox.popleft(), self.at)
             for effect in effects:
                 match effect:
-                    case book_events.Grant(uid, gpus):
+                    case allocator_events.Grant(uid, gpus):
                         self.releasing.discard(uid)
                         self.tell(uid, ev.Granted(gpus))
-                    case book_events.AskFreeze(uid):
+                    case allocator_events.AskFreeze(uid):
                         self.seen["ask freeze"] += 1
                         self.tell(uid, ev.FreezeOrdered())
-                    case book_events.AskDrain(uid):
+                    case allocator_events.AskDrain(uid):
                         self.seen["ask drain"] += 1
                         self.tell(uid, ev.DrainOrdered())
-                    case book_events.WakeMeAt(at_ns):
+                    case allocator_events.WakeMeAt(at_ns):
                         self.tick_at = at_ns
-                    case book_events.Unservable(uid, message):
+                    case allocator_events.Unservable(uid, message):
                         self.seen["unservable"] += 1
                         self.tell(uid, ev.GpusLost(message))
-                    case book_events.Assigned():
+                    case allocator_events.Assigned():
                         pass
-                    case book_events.Unassignable(uid, message):
+                    case allocator_events.Unassignable(uid, message):
                         raise AssertionError(f"{uid}: {message}")
-        self.book_busy = False
+        self.allocator_busy = False
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -270,13 +271,13 @@ class World:
         if ready:
             uid = self.random.choice(ready)
             self.releasing.discard(uid)
-            self.tell_book(book_events.Released(uid))
+            self.tell_allocator(allocator_events.Released(uid))
 
     def pass_time(self, ns: int) -> None:
         self.at += ns
         if self.tick_at is not None and self.tick_at <= self.at:
             self.tick_at = None
-            self.tell_book(book_events.Tick())
+            self.tell_allocator(allocator_events.Tick())
         for uid, member in self.members.items():
             if member.idle_timer is not None and member.idle_timer[0] <= self.at:
                 gen, member.idle_timer = member.idle_timer[1], None
@@ -318,7 +319,7 @@ class World:
     def _misfortune(self, uid: str) -> None:
         kind = self.random.random()
         if kind < 0.2:
-            self._sicken(self.random.choice(sorted(self.book.devices)))
+            self._sicken(self.random.choice(sorted(self.allocator.devices)))
         elif kind < 0.3:
             self.tell(uid, ev.Paused(not self.members[uid].instance.paused))
         elif kind < 0.4:
@@ -331,22 +332,22 @@ class World:
     def _sicken(self, uuid: str) -> None:
         """A GPU is cordoned, or gets well again; one of them at least is never lost for good."""
         lasting = self.random.random() < 0.3 and any(
-            not device.lost and device.uuid != uuid for device in self.book.devices.values()
+            not device.lost and device.uuid != uuid for device in self.allocator.devices.values()
         )
         if self.random.random() < 0.5:
-            self.tell_book(book_events.Cordon(uuid, "XID 79" if lasting else "NVML_ERROR", "health", lasting))
-        elif not self.book.devices[uuid].lost:
-            self.tell_book(book_events.Uncordon(uuid, "health"))
+            self.tell_allocator(allocator_events.Cordon(uuid, "XID 79" if lasting else "NVML_ERROR", "health", lasting))
+        elif not self.allocator.devices[uuid].lost:
+            self.tell_allocator(allocator_events.Uncordon(uuid, "health"))
 
     def check(self) -> None:
         """The invariants of DESIGN section 3 (those that a single moment can show)."""
         holders = Counter[str]()
-        for device in self.book.devices.values():
+        for device in self.allocator.devices.values():
             if device.holder:
                 holders[device.holder] += 1
-                assert device.uuid in self.book.holders[device.holder].gpus
-        for uid, held in self.book.holders.items():
-            assert all(self.book.devices[uuid].holder == uid for uuid in held.gpus)
+                assert device.uuid in self.allocator.holders[device.holder].gpus
+        for uid, held in self.allocator.holders.items():
+            assert all(self.allocator.devices[uuid].holder == uid for uuid in held.gpus)
         for uid, member in self.members.items():
             me = member.instance
             assert member.slots.in_flight == len(member.inside) <= member.slots.limit, "\n".join(member.story[-20:])
@@ -360,7 +361,7 @@ class World:
                 assert holders[uid] == 1, f"{uid} believes it holds a GPU"
             if me.state in (InstanceState.FROZEN, InstanceState.WAITING_GPU):
                 assert not me.holds, f"{uid} is {me.state} and holds a GPU"
-            waiting = any(waiter.uid == uid for waiter in self.book.queue)
+            waiting = any(waiter.uid == uid for waiter in self.allocator.queue)
             if waiting:
                 assert me.state in (InstanceState.STARTING, InstanceState.WAITING_GPU), f"{uid} {me.state} in the queue"
                 assert not me.holds
@@ -375,9 +376,9 @@ class World:
 
     def settle(self) -> None:
         """No faults any more: everything that waits must be answered in bounded time."""
-        for device in self.book.devices.values():
+        for device in self.allocator.devices.values():
             if not device.lost:
-                self.tell_book(book_events.Uncordon(device.uuid, "health"))
+                self.tell_allocator(allocator_events.Uncordon(device.uuid, "health"))
         for uid in self.members:
             self.tell(uid, ev.Paused(paused=False))
             self.tell(uid, ev.ExecActive(inside=False))
@@ -396,4 +397,4 @@ class World:
             for uid, m in self.members.items()
             if m.slots.waiting or m.inside
         ]
-        raise AssertionError(f"requests stay unanswered; book: {self.book}\n" + "\n".join(stuck))
+        raise AssertionError(f"requests stay unanswered; book: {self.allocator}\n" + "\n".join(stuck))

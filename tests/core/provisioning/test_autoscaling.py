@@ -31,12 +31,12 @@ PATIENT = Patience(periods=3, factor=Fraction(1, 2))
 ALWAYS = ActiveWindow(0, 1 << 62)
 
 
-def policy(goal: str = "0.3", least: int = 1, most: int = 30) -> ScalingPolicy:
-    return ScalingPolicy("p", ALWAYS, Metric.CONCURRENCY, Fraction(goal), least, most)
+def policy(metric_target: str = "0.3", min_capacity: int = 1, max_capacity: int = 30) -> ScalingPolicy:
+    return ScalingPolicy("p", ALWAYS, Metric.CONCURRENCY, Fraction(metric_target), min_capacity, max_capacity)
 
 
 @pytest.mark.parametrize(
-    ("current", "metric", "goal", "most", "target"),
+    ("current", "metric", "metric_target", "max_capacity", "target"),
     [
         (2, "1", "0.3", 30, 7),  # 6.67
         (3, "0.9", "0.3", 30, 9),  # in floating point 9.000000000000002, and so 10
@@ -47,13 +47,15 @@ def policy(goal: str = "0.3", least: int = 1, most: int = 30) -> ScalingPolicy:
     ],
 )
 def test_out_is_current_times_metric_over_goal_rounded_up(
-    current: int, metric: str, goal: str, most: int, target: int
+    current: int, metric: str, metric_target: str, max_capacity: int, target: int
 ) -> None:
-    assert observe(policy(goal, most=most), Tracking(1), Fraction(metric), current, AT_ONCE) == Tracking(target)
+    assert observe(
+        policy(metric_target, max_capacity=max_capacity), Tracking(1), Fraction(metric), current, AT_ONCE
+    ) == Tracking(target)
 
 
 @pytest.mark.parametrize(
-    ("current", "metric", "factor", "least", "target"),
+    ("current", "metric", "factor", "min_capacity", "target"),
     [
         (10, "0", "1/2", 1, 5),
         (10, "0.15", "1/2", 1, 8),  # 2.5 too many
@@ -66,10 +68,10 @@ def test_out_is_current_times_metric_over_goal_rounded_up(
     ],
 )
 def test_in_takes_a_share_of_what_is_too_much_rounded_down(
-    current: int, metric: str, factor: str, least: int, target: int
+    current: int, metric: str, factor: str, min_capacity: int, target: int
 ) -> None:
     patience = Patience(periods=1, factor=Fraction(factor))
-    found = observe(policy(least=least), Tracking(current), Fraction(metric), current, patience)
+    found = observe(policy(min_capacity=min_capacity), Tracking(current), Fraction(metric), current, patience)
     assert found == Tracking(target)
 
 
@@ -87,7 +89,7 @@ def test_in_takes_a_share_of_what_is_too_much_rounded_down(
 def test_a_period_s_sample_is_of_the_instances_there_were_in_it(
     current: int, average: str, metric: str, tracked: int, target: int
 ) -> None:
-    half = policy("0.5", most=100)
+    half = policy("0.5", max_capacity=100)
     found = observe(half, Tracking(tracked), Fraction(metric), current, AT_ONCE, Fraction(average))
     assert found == Tracking(target)
 
@@ -123,15 +125,15 @@ def test_a_decision_out_never_lowers_and_one_in_never_raises() -> None:
 
 
 @pytest.mark.parametrize(("current", "target"), [(0, 2), (1, 2), (3, 3), (9, 5)])
-def test_a_policy_begins_with_what_there_is_within_its_bounds(current: int, target: int) -> None:
-    assert begin(policy(least=2, most=5), current) == Tracking(target)
+def test_a_policy_begins_with_the_current_instances_within_its_bounds(current: int, target: int) -> None:
+    assert begin(policy(min_capacity=2, max_capacity=5), current) == Tracking(target)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_walk_stays_within_the_bounds_and_moves_only_after_a_whole_row(seed: int) -> None:
+def test_a_walk_stays_within_the_bounds_and_scales_only_after_a_whole_row(seed: int) -> None:
     chance = random.Random(seed)
-    least = chance.randint(1, 5)
-    one = policy(f"0.{chance.randint(1, 9)}", least, least + chance.randint(0, 20))
+    min_capacity = chance.randint(1, 5)
+    one = policy(f"0.{chance.randint(1, 9)}", min_capacity, min_capacity + chance.randint(0, 20))
     current = chance.randint(0, 30)
     tracking = begin(one, current)
     row: list[Fraction | None] = []
@@ -139,14 +141,14 @@ def test_a_walk_stays_within_the_bounds_and_moves_only_after_a_whole_row(seed: i
         sample = None if chance.random() < 0.1 else Fraction(chance.randint(0, 20), 20)
         before, tracking = tracking, observe(one, tracking, sample, current, PATIENT)
         row.append(sample)
-        assert one.least <= tracking.target <= one.most
+        assert one.min_capacity <= tracking.target <= one.max_capacity
         if tracking.target != before.target:
             newest = row[-PATIENT.periods :]
             assert len(newest) == PATIENT.periods
             known = [value for value in newest if value is not None]
             assert len(known) == PATIENT.periods, "moved while a sample was missing"
             up = tracking.target > before.target
-            assert all(value > one.goal if up else value < one.goal for value in known)
+            assert all(value > one.metric_target if up else value < one.metric_target for value in known)
             row.clear()
         current += chance.choice([-1, 0, 1]) if tracking.target == current else (1 if tracking.target > current else -1)
         current = max(0, current)
@@ -177,7 +179,7 @@ def deciding(actions: list[Action], at: str) -> str:
         ("23:00:00", ""),
     ],
 )
-def test_the_action_that_fired_last_decides_until_another_fires_or_its_window_ends(at: str, name: str) -> None:
+def test_the_last_fired_action_decides_until_its_window_ends(at: str, name: str) -> None:
     actions = [
         action("morning", "cron(0 0 8 * * *)", 4),
         action("noon", "at(2026-07-01T12:00:00)", 9, end="13:00:00"),
@@ -213,7 +215,7 @@ def test_the_highest_active_one_overrides_the_default_target(
 
 def test_a_window_holds_its_start_and_not_its_end() -> None:
     window = ActiveWindow(SECOND_NS, 2 * SECOND_NS)
-    assert [window.holds(at) for at in (SECOND_NS - 1, SECOND_NS, 2 * SECOND_NS - 1, 2 * SECOND_NS)] == [
+    assert [window.contains(at) for at in (SECOND_NS - 1, SECOND_NS, 2 * SECOND_NS - 1, 2 * SECOND_NS)] == [
         False,
         True,
         True,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from agent.core.provisioning.placement import GpuView, NodeView, Occupant, Placed, Unplaceable, gives_way, place
+from agent.core.provisioning.placement import GpuView, NodeView, Occupant, Placed, Unplaceable, instances_to_stop, place
 from agent.core.types import GIB, FunctionSpec, GpuNeed
 
 OCR = FunctionSpec("ocr", memory_bytes=GIB)
@@ -50,7 +50,7 @@ def test_an_instance_of_two_gpus_needs_a_slot_on_each_of_two() -> None:
     assert place(two, [replace(shared, gpus=gpus(1, 1))]) == Placed("n1")
 
 
-def test_where_instances_wander_their_number_is_bounded_on_the_average() -> None:
+def test_with_migration_instances_per_gpu_bounds_the_average() -> None:
     """Two woke on the first GPU: the second looks free, but its slot is theirs."""
     wandered = replace(NODE, gpus=gpus(2, 0))
     assert place(OCR, [wandered]) == Placed("n1")
@@ -135,30 +135,30 @@ def test_the_message_counts_the_nodes_by_what_they_lack(nodes: list[NodeView], s
 # ---- who gives way --------------------------------------------------------------------------------------------
 
 
-def test_the_first_of_those_whose_going_is_enough_gives_way() -> None:
+def test_the_first_instances_that_make_enough_room_are_stopped() -> None:
     full = replace(NODE, gpus=gpus(1, 1))
     old = [Occupant("a", "n1", ("A10-1",)), Occupant("b", "n1", ("A10-0",))]
-    assert gives_way(OCR, [full], old) == ("a",)
-    assert gives_way(OCR, [full], [Occupant("c", "n1", ("cordoned-gpu",)), *old]) == ("a",)
+    assert instances_to_stop(OCR, [full], old) == ("a",)
+    assert instances_to_stop(OCR, [full], [Occupant("c", "n1", ("cordoned-gpu",)), *old]) == ("a",)
 
 
-def test_nobody_gives_way_where_it_would_not_help() -> None:
+def test_no_instance_is_stopped_if_it_does_not_help() -> None:
     full = replace(NODE, gpus=gpus(1, 1))
     old = [Occupant("a", "n1", ("A10-0",))]
-    assert gives_way(replace(OCR, gpu=GpuNeed(count=2)), [full], old) == ()
-    assert gives_way(replace(OCR, gpu=GpuNeed(model="H100")), [full], old) == ()
-    assert gives_way(OCR, [replace(full, unavailable="is cordoned")], old) == ()
-    assert gives_way(replace(OCR, node_labels=(("rack", "b"),)), [full], old) == ()
-    assert gives_way(OCR, [full], [Occupant("a", "n1", ("cordoned-gpu",))]) == ()
+    assert instances_to_stop(replace(OCR, gpu=GpuNeed(count=2)), [full], old) == ()
+    assert instances_to_stop(replace(OCR, gpu=GpuNeed(model="H100")), [full], old) == ()
+    assert instances_to_stop(OCR, [replace(full, unavailable="is cordoned")], old) == ()
+    assert instances_to_stop(replace(OCR, node_labels=(("rack", "b"),)), [full], old) == ()
+    assert instances_to_stop(OCR, [full], [Occupant("a", "n1", ("cordoned-gpu",))]) == ()
 
 
 def test_the_node_where_the_fewest_go_is_chosen() -> None:
     nodes = [replace(NODE, name="n1", gpus=gpus(1, 1)), replace(NODE, name="n2", gpus=gpus(1, 0))]
     old = [Occupant("a", "n1", ("A10-0",)), Occupant("b", "n1", ("A10-1",)), Occupant("c", "n2", ("A10-0",))]
-    assert gives_way(replace(OCR, gpu=GpuNeed(count=2)), nodes, old) == ("c",)
+    assert instances_to_stop(replace(OCR, gpu=GpuNeed(count=2)), nodes, old) == ("c",)
 
 
-def test_whoever_gives_way_makes_room_for_one() -> None:
+def test_stopped_instances_make_room_for_one() -> None:
     """Random fleets: what is chosen is enough, and no part of it would be."""
     helped = 0
     for seed in range(600):
@@ -174,7 +174,7 @@ def test_whoever_gives_way_makes_room_for_one() -> None:
         spec = replace(OCR, gpu=GpuNeed(count=rng.randint(1, 3)))
         if isinstance(place(spec, nodes), Placed):
             continue
-        uids = gives_way(spec, nodes, old)
+        uids = instances_to_stop(spec, nodes, old)
         if not uids:
             continue
         helped += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.core.dispatch.events import Event, InstanceGone, InstanceReported, NodeLost, NodeReported, NodeSuspect
-from agent.core.dispatch.index import NodeStanding
+from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import ConfigError, InvalidArgumentError, PreconditionError
 from agent.core.types import SECOND_NS
 from agent.scheduler.fleet.fleet import UNREACHABLE_NS, Fleet
@@ -40,7 +40,7 @@ class Story:
         self.changes += 1
 
     def connect(self, *uids: str, state: Node.State.ValueType = READY, name: str = "n1") -> ReportLoadResponse | None:
-        self.stream = self.fleet.opened(name)
+        self.stream = self.fleet.stream_opened(name)
         self.sequence = 0
         return self.say(*uids, snapshot=True, state=state, register=True)
 
@@ -64,7 +64,7 @@ class Story:
         if state is not None:
             message.load.CopyFrom(NodeLoad(state=state))
         self.told.clear()
-        return self.fleet.took("n1", self.stream, message)
+        return self.fleet.receive("n1", self.stream, message)
 
     def asked_for_all(self, *uids: str, snapshot: bool = False) -> bool:
         answer = self.say(*uids, snapshot=snapshot)
@@ -94,10 +94,10 @@ def test_the_first_message_names_the_node_and_fills_the_table() -> None:
     assert isinstance(reported, NodeReported)
     assert (reported.gpu_count, reported.draining) == (1, False), "cordoned GPUs do not count"
     assert story.met == ["n1"]
-    assert story.fleet.settled()
+    assert story.fleet.all_reported()
 
 
-def test_a_gap_is_answered_by_resync_and_deltas_are_not_believed_until_the_snapshot() -> None:
+def test_after_a_gap_deltas_are_ignored_until_the_snapshot() -> None:
     story = Story()
     story.connect("a")
     story.sequence += 1  # one message is lost
@@ -118,7 +118,7 @@ def test_removed_instances_are_gone() -> None:
     assert story.uids() == ["b"]
 
 
-def test_silence_makes_suspect_then_lost_and_a_heartbeat_brings_it_back() -> None:
+def test_a_silent_node_is_suspect_then_lost_until_a_heartbeat() -> None:
     story = Story()
     story.connect("a")
     story.told.clear()
@@ -138,7 +138,7 @@ def test_silence_makes_suspect_then_lost_and_a_heartbeat_brings_it_back() -> Non
     assert story.standing() is NodeStanding.READY
 
 
-def test_a_stream_that_ends_or_a_refused_connection_makes_suspect_at_once() -> None:
+def test_a_node_is_suspect_when_its_stream_ends_or_refuses_a_connection() -> None:
     story = Story()
     story.connect("a")
     story.fleet.unreachable("n1")
@@ -148,51 +148,51 @@ def test_a_stream_that_ends_or_a_refused_connection_makes_suspect_at_once() -> N
     story.clock.advance(UNREACHABLE_NS)
     story.say(state=None)
     assert story.standing() is NodeStanding.READY, "any message of a ready node is a sign of life"
-    story.fleet.closed("n1", story.stream)
+    story.fleet.stream_closed("n1", story.stream)
     assert story.standing() is NodeStanding.SUSPECT
 
 
-def test_the_end_of_an_old_stream_says_nothing_about_the_new_one() -> None:
+def test_the_end_of_an_old_stream_does_not_affect_the_new_one() -> None:
     story = Story()
     story.connect("a")
     old = story.stream
     story.connect("a")
-    story.fleet.closed("n1", old)
+    story.fleet.stream_closed("n1", old)
     assert story.standing() is NodeStanding.READY
     with pytest.raises(PreconditionError):
-        story.fleet.took("n1", old, ReportLoadRequest(epoch=1, sequence=9))
+        story.fleet.receive("n1", old, ReportLoadRequest(epoch=1, sequence=9))
 
 
-def test_a_recovering_agent_takes_nothing_away_until_it_is_ready() -> None:
+def test_instances_missing_from_a_recovering_agent_are_kept_until_it_is_ready() -> None:
     story = Story()
     story.connect("a", "b")
-    story.fleet.closed("n1", story.stream)
+    story.fleet.stream_closed("n1", story.stream)
     story.epoch = 2
     story.connect(state=RECOVERING)
     assert story.uids() == ["a", "b"], "it has not looked yet"
     assert story.standing() is NodeStanding.DRAINING
-    assert not story.fleet.settled()
+    assert not story.fleet.all_reported()
     story.say("a", state=RECOVERING)
     story.say(state=READY)
     assert story.uids() == ["a"]
     assert InstanceGone("b") in story.told
-    assert story.fleet.settled()
+    assert story.fleet.all_reported()
 
 
-def test_an_older_run_of_the_agent_is_turned_away() -> None:
+def test_an_older_run_of_the_agent_is_refused() -> None:
     story = Story()
     story.epoch = 5
     story.connect("a")
-    story.stream = story.fleet.opened("n1")
+    story.stream = story.fleet.stream_opened("n1")
     with pytest.raises(PreconditionError):
-        story.fleet.took("n1", story.stream, ReportLoadRequest(epoch=4, sequence=1))
+        story.fleet.receive("n1", story.stream, ReportLoadRequest(epoch=4, sequence=1))
 
 
 def test_after_its_hosts_clock_went_back_an_agent_counts_again() -> None:
     story = Story()
     story.epoch = 5
     story.connect("a")
-    story.fleet.closed("n1", story.stream)
+    story.fleet.stream_closed("n1", story.stream)
     story.epoch = 4
     assert story.connect("a") is not None
     assert story.standing() is NodeStanding.READY
@@ -202,38 +202,38 @@ def test_a_stream_counts_from_its_first_message_on() -> None:
     """Or whoever connects with the same credential and says nothing would silence the node."""
     story = Story()
     story.connect("a")
-    late = story.fleet.opened("n1")
+    late = story.fleet.stream_opened("n1")
     story.say("b")
     assert story.uids() == ["a", "b"]
-    newer = story.fleet.opened("n1")
+    newer = story.fleet.stream_opened("n1")
     for stream in (newer, late):
         message = ReportLoadRequest(epoch=1, sequence=1, snapshot=True)
         message.registration.CopyFrom(Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2"))
         if stream is late:
             with pytest.raises(PreconditionError):
-                story.fleet.took("n1", stream, message)
+                story.fleet.receive("n1", stream, message)
         else:
-            story.fleet.took("n1", stream, message)
+            story.fleet.receive("n1", stream, message)
 
 
 def test_a_stream_must_register_first() -> None:
     story = Story()
-    stream = story.fleet.opened("n1")
+    stream = story.fleet.stream_opened("n1")
     with pytest.raises(InvalidArgumentError):
-        story.fleet.took("n1", stream, ReportLoadRequest(epoch=1, sequence=1, snapshot=True))
+        story.fleet.receive("n1", stream, ReportLoadRequest(epoch=1, sequence=1, snapshot=True))
 
 
 def test_known_nodes_are_waited_for_until_they_are_lost() -> None:
     story = Story()
     story.fleet.expect("n1")
     story.fleet.expect("n2")
-    assert not story.fleet.settled()
+    assert not story.fleet.all_reported()
     story.connect("a")
     assert story.met == [], "known already"
-    assert not story.fleet.settled()
+    assert not story.fleet.all_reported()
     story.clock.advance(10 * SECOND_NS)
     story.fleet.check_silence()
-    assert story.fleet.settled()
+    assert story.fleet.all_reported()
 
 
 def test_provisioning_hears_of_changes_and_not_of_heartbeats() -> None:
@@ -252,13 +252,13 @@ def test_provisioning_hears_of_changes_and_not_of_heartbeats() -> None:
 def test_a_node_cannot_speak_about_an_instance_of_another() -> None:
     story = Story()
     story.connect("a")
-    stream = story.fleet.opened("n2")
+    stream = story.fleet.stream_opened("n2")
     message = ReportLoadRequest(epoch=1, sequence=1, snapshot=True, load=NodeLoad(state=READY))
     message.registration.CopyFrom(Registration(ingress_address="127.0.0.1:3", grpc_address="127.0.0.1:4"))
     message.instances.add(uid="a", function="ocr", state=Instance.STATE_FAILED)
     story.told.clear()
-    story.fleet.took("n2", stream, message)
-    story.fleet.took("n2", stream, ReportLoadRequest(epoch=1, sequence=2, removed_uids=["a"]))
+    story.fleet.receive("n2", stream, message)
+    story.fleet.receive("n2", stream, ReportLoadRequest(epoch=1, sequence=2, removed_uids=["a"]))
     assert kinds(story.told) == [NodeReported]
     load = story.fleet.instance("a")
     assert load is not None
@@ -266,11 +266,11 @@ def test_a_node_cannot_speak_about_an_instance_of_another() -> None:
 
 
 @pytest.mark.parametrize("address", ["203.0.113.7:8610", "no port", "127.0.0.1:99999"])
-def test_an_address_that_would_give_the_token_away_is_refused(address: str) -> None:
+def test_an_address_that_would_reveal_the_token_is_refused(address: str) -> None:
     story = Story()
-    stream = story.fleet.opened("n1")
+    stream = story.fleet.stream_opened("n1")
     message = ReportLoadRequest(epoch=1, sequence=1, snapshot=True)
     message.registration.CopyFrom(Registration(ingress_address=address, grpc_address="127.0.0.1:2"))
     with pytest.raises(ConfigError):
-        story.fleet.took("n1", stream, message)
+        story.fleet.receive("n1", stream, message)
     assert story.standing() is NodeStanding.SUSPECT

@@ -28,8 +28,8 @@ class Rig:
     def __init__(self, store: Store) -> None:
         self.clock = FakeClock()
         self.dispatcher = Dispatcher()
-        self.fleet = Fleet(self.clock, self.tell, self.fleet_changed, 3 * SECOND_NS, 10 * SECOND_NS)
-        self.catalog = Catalog(self.clock, store, self.tell, self.catalog_changed, Defaults())
+        self.fleet = Fleet(self.clock, self.apply, self.fleet_changed, 3 * SECOND_NS, 10 * SECOND_NS)
+        self.catalog = Catalog(self.clock, store, self.apply, self.catalog_changed, Defaults())
         self.targets: list[int] = []
         self.scaler = Autoscaler(
             self.clock, self.catalog, self.fleet, self.dispatcher, PERIOD_S * SECOND_NS, Patience(), self.moved
@@ -39,15 +39,15 @@ class Rig:
         self.gauges: dict[str, NodeLoad.InstanceGauges] = {}
         self.stream = self.sequence = self.requests = 0
 
-    def tell(self, event: Event) -> None:
+    def apply(self, event: Event) -> None:
         self.dispatcher.step(event, self.clock.monotonic_ns())
 
     def catalog_changed(self) -> None:
-        self.scaler.look()
+        self.scaler.check()
 
     def fleet_changed(self) -> None:
         if self.scaler.waiting:
-            self.scaler.look()
+            self.scaler.check()
 
     def moved(self) -> None:
         self.targets.append(self.ocr.target)
@@ -87,14 +87,14 @@ class Rig:
 
     def report(self) -> None:
         if not self.stream:
-            self.stream = self.fleet.opened("n1")
+            self.stream = self.fleet.stream_opened("n1")
         self.sequence += 1
         load = NodeLoad(state=Node.STATE_READY, instances=self.gauges.values())
         message = ReportLoadRequest(epoch=1, sequence=self.sequence, snapshot=True, load=load)
         if self.sequence == 1:
             message.registration.CopyFrom(Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2"))
         message.instances.extend(self.loads.values())
-        self.fleet.took("n1", self.stream, message)
+        self.fleet.receive("n1", self.stream, message)
 
     def busy(self, count: int) -> list[tuple[int, str]]:
         """So many requests begin and stay."""
@@ -108,7 +108,7 @@ class Rig:
 
     def end(self, held: list[tuple[int, str]]) -> None:
         for request, uid in held:
-            self.tell(LeaseEnded(request, uid))
+            self.apply(LeaseEnded(request, uid))
 
     def pass_time(self, seconds: int, *, reporting: bool = True) -> None:
         """The scaler looks every second, as it does in life."""
@@ -117,7 +117,7 @@ class Rig:
             if reporting:
                 self.report()
             self.fleet.check_silence()
-            self.scaler.look()
+            self.scaler.check()
 
     def periods(self, count: int) -> None:
         self.pass_time(count * PERIOD_S)

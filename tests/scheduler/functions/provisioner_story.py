@@ -77,7 +77,7 @@ class Story:
     def join(self, name: str, gpus: int = 2, **labels: str) -> Agent:
         """A node registers, with nothing on it."""
         agent = self.agents[name] = Agent(name, gpus, labels)
-        agent.stream = self.fleet.opened(name)
+        agent.stream = self.fleet.stream_opened(name)
         self.report()
         return agent
 
@@ -144,7 +144,7 @@ class Story:
             )
         )
         message.instances.extend(agent.loads.values())
-        self.fleet.took(agent.name, agent.stream, message)
+        self.fleet.receive(agent.name, agent.stream, message)
 
     def come_up(self) -> None:
         """What was starting runs, and so will what is created from now on."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.core.errors import UnavailableError
-from agent.core.provisioning.reconcile import Scheduling
+from agent.core.provisioning.model import Scheduling
 from agent.scheduler.database.store import DEADLINE_S, Store
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from tests.scheduler.functions.autoscaler_rig import Rig, current_policy
@@ -39,23 +39,23 @@ async def rig(store: Store) -> Rig:
 @contextmanager
 def begins_and_hangs(store: Store, path: Path) -> Iterator[None]:
     """A write begins, and waits for the file's lock for longer than its caller does."""
-    store._deadline_s = IMPATIENT_S
+    store.database.deadline_s = IMPATIENT_S
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
         other.execute("ROLLBACK")
-    store._deadline_s = DEADLINE_S
+    store.database.deadline_s = DEADLINE_S
 
 
 @contextmanager
 def waits_its_turn(store: Store) -> Iterator[None]:
     """A write does not begin for longer than its caller waits."""
-    store._deadline_s = IMPATIENT_S
+    store.database.deadline_s = IMPATIENT_S
     released = threading.Event()
-    store._thread.submit(released.wait)
+    store.database.executor.submit(released.wait)
     yield
     released.set()
-    store._deadline_s = DEADLINE_S
+    store.database.deadline_s = DEADLINE_S
 
 
 async def restarted(store: Store) -> Rig:
@@ -65,7 +65,7 @@ async def restarted(store: Store) -> Rig:
     return again
 
 
-async def test_a_put_that_was_given_up_as_it_was_written_says_that_it_may_take_effect(
+async def test_a_put_that_times_out_while_written_may_take_effect(
     rig: Rig, store: Store, tmp_path: Path
 ) -> None:
     with begins_and_hangs(store, tmp_path / "scheduler.db"), pytest.raises(UnavailableError, match=MAY_BE) as caught:
@@ -75,7 +75,7 @@ async def test_a_put_that_was_given_up_as_it_was_written_says_that_it_may_take_e
     assert (await restarted(store)).ocr.target == 0, "as was said"
 
 
-async def test_a_put_whose_turn_never_came_is_not_written_later(rig: Rig, store: Store) -> None:
+async def test_a_put_that_times_out_before_its_turn_is_not_written(rig: Rig, store: Store) -> None:
     with waits_its_turn(store), pytest.raises(UnavailableError, match="STORE_FAILED") as caught:
         await rig.put(0)
     assert MAY_BE not in str(caught.value)
@@ -83,7 +83,7 @@ async def test_a_put_whose_turn_never_came_is_not_written_later(rig: Rig, store:
 
 
 @pytest.mark.parametrize("deploys", [False, True], ids=["put", "deploy"])
-async def test_who_then_puts_what_is_in_effect_gets_that_after_a_restart_too(
+async def test_a_repeated_put_after_an_unconfirmed_one_survives_a_restart(
     rig: Rig, store: Store, tmp_path: Path, deploys: bool
 ) -> None:
     with begins_and_hangs(store, tmp_path / "scheduler.db"), pytest.raises(UnavailableError, match=MAY_BE):
@@ -97,7 +97,7 @@ async def test_who_then_puts_what_is_in_effect_gets_that_after_a_restart_too(
     assert not again.ocr.provisioning
 
 
-async def test_a_cordon_that_was_given_up_as_it_was_written_can_be_taken_back(
+async def test_an_unconfirmed_cordon_can_be_undone(
     rig: Rig, store: Store, tmp_path: Path
 ) -> None:
     scheduling = NodeScheduling(store, rig.fleet)

@@ -1,4 +1,4 @@
-"""A gateway with its desk and dispatcher on real sockets, in front of fake ingresses."""
+"""A gateway with its dispatch loop and dispatcher on real sockets, in front of fake ingresses."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ NOON = 784_111_777
 PATIENCE_S = 10.0
 
 
-class WatchedDesk(DispatchLoop):
-    """Says when it has taken in an event."""
+class WatchedDispatchLoop(DispatchLoop):
+    """Sets `turned` after every event."""
 
     def __init__(self, clock: SystemClock, dispatcher: Dispatcher, wake: Callable[[Wake], None]) -> None:
         super().__init__(clock, dispatcher, wake)
         self.turned = asyncio.Event()
 
-    def tell(self, event: Event) -> None:
-        super().tell(event)
+    def apply(self, event: Event) -> None:
+        super().apply(event)
         self.turned.set()
 
 
 @dataclass
 class GatewayRig:
-    """Functions are deployed by `deploy`, instances appear by `tell`; there is no fleet."""
+    """Functions are deployed by `deploy`, instances appear by `apply`; there is no fleet."""
 
     gateway: Gateway
     server: Server
     catalog: Catalog
-    desk: WatchedDesk
+    dispatch_loop: WatchedDispatchLoop
     dispatcher: Dispatcher
     ingresses: dict[str, FakeIngress]
     wakes: list[Wake] = field(default_factory=list)
@@ -60,11 +60,11 @@ class GatewayRig:
     faults: list[BaseException] = field(default_factory=list)
     wires: list[Wire] = field(default_factory=list)
 
-    def tell(self, event: Event) -> None:
-        self.desk.tell(event)
+    def apply(self, event: Event) -> None:
+        self.dispatch_loop.apply(event)
 
     def instance(self, uid: str, state: InstanceState = InstanceState.RUNNING, node: str = "n1", **more: int) -> None:
-        self.tell(InstanceReported(uid, "ocr", node, state, **more))  # type: ignore[arg-type]
+        self.apply(InstanceReported(uid, "ocr", node, state, **more))  # type: ignore[arg-type]
 
     async def deploy(self, name: str = "ocr", methods: tuple[str, ...] = (), target: int = 1, **spec: int) -> None:
         message = FunctionSpec(name=name, entrypoint=["app"], **spec)  # type: ignore[arg-type]
@@ -84,12 +84,12 @@ class GatewayRig:
         return await wire.message()
 
     async def until(self, condition: Callable[[], object], what: str) -> None:
-        """Wait until `condition()` holds; it is looked at after every event of the desk."""
+        """Wait until `condition()` holds; it is checked after every event of the dispatch loop."""
         try:
             async with asyncio.timeout(PATIENCE_S):
                 while not condition():
-                    self.desk.turned.clear()
-                    await self.desk.turned.wait()
+                    self.dispatch_loop.turned.clear()
+                    await self.dispatch_loop.turned.wait()
         except TimeoutError:
             raise AssertionError(f"did not happen: {what}") from None
 
@@ -105,25 +105,26 @@ async def gateway_rig(tmp: str, *names: str) -> AsyncIterator[GatewayRig]:
     suspects: list[str] = []
     faults: list[BaseException] = []
     dispatcher = Dispatcher()
-    desk = WatchedDesk(clock, dispatcher, wakes.append)
-    fakes = {name: FakeIngress() for name in names or ("n1",)}
+    dispatch_loop = WatchedDispatchLoop(clock, dispatcher, wakes.append)
+    fakes = {name: FakeIngress(TOKEN.decode()) for name in names or ("n1",)}
     store = Store(f"sqlite:///{tmp}/scheduler.db")
     await store.open()
-    catalog = Catalog(clock, store, desk.tell, lambda: None, Defaults())
+    catalog = Catalog(clock, store, dispatch_loop.apply, lambda: None, Defaults())
     ingresses = IngressPools(lambda name: f"127.0.0.1:{fakes[name].port}")
 
     def unreachable(name: str) -> None:
         suspects.append(name)
-        desk.tell(NodeSuspect(name))
+        dispatch_loop.apply(NodeSuspect(name))
 
     ids = RequestIds(lambda: clock.wall_ns() // SECOND_NS, random.getrandbits)
-    gateway = Gateway(clock, Router("localhost"), catalog, desk, ingresses.pool, lambda _: TOKEN, unreachable, ids)
+    router, pool_of = Router("localhost"), ingresses.pool
+    gateway = Gateway(clock, router, catalog, dispatch_loop, pool_of, lambda _: TOKEN, unreachable, ids)
     dates = DateHeader(lambda: NOON)
     server = await serve(gateway, "127.0.0.1", 0, Limits(), request_ids=ids, on_fault=faults.append, date_header=dates)
-    rig = GatewayRig(gateway, server, catalog, desk, dispatcher, fakes, wakes, suspects, faults)
+    rig = GatewayRig(gateway, server, catalog, dispatch_loop, dispatcher, fakes, wakes, suspects, faults)
     for name, fake in fakes.items():
         await fake.start()
-        desk.tell(NodeReported(name))
+        dispatch_loop.apply(NodeReported(name))
     try:
         yield rig
         assert not faults, faults

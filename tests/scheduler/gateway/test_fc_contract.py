@@ -90,7 +90,7 @@ async def test_the_wish_for_a_log_goes_on_and_the_log_comes_back(
     assert received.get("x-fc-async-task-id") is None
 
 
-async def test_of_its_own_headers_an_answer_keeps_the_status_and_nothing_of_ours(rig: GatewayRig) -> None:
+async def test_an_answer_keeps_the_functions_headers_but_none_of_ours(rig: GatewayRig) -> None:
     async def fails(ingress: FakeIngress, exchange: object, received: Received) -> None:
         headers = [(b"x-fc-status", b"404"), (b"date", b"yesterday"), (b"keep-alive", b"timeout=5")]
         await exchange.answer(404, headers, b"no text found")  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ async def test_of_its_own_headers_an_answer_keeps_the_status_and_nothing_of_ours
 async def test_a_start_that_failed_reaches_the_client(rig: GatewayRig, reason: str, kind: bytes) -> None:
     waiting = asyncio.create_task(rig.ask(request()))
     await rig.until(rig.queued, "it waits while there is hope")
-    rig.catalog.set_problem("ocr", Problem(reason, "POST /initialize answered 500", hopeless=True))
+    rig.catalog.set_problem("ocr", Problem(reason, "POST /initialize answered 500", no_capacity_expected=True))
     status, headers, _ = await waiting
     assert (status, headers[b"x-fc-error-type"]) == (502, kind)
 

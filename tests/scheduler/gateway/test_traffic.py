@@ -49,7 +49,7 @@ async def test_an_answer_is_counted_with_its_class_and_its_time(rig: GatewayRig)
 async def test_a_wait_is_counted_apart(rig: GatewayRig) -> None:
     asking = asyncio.create_task(rig.ask(GET))
     await rig.until(rig.queued, "it waits")
-    rig.tell(InstanceReported("i1", "ocr", "n1", InstanceState.RUNNING))
+    rig.apply(InstanceReported("i1", "ocr", "n1", InstanceState.RUNNING))
     assert (await asking)[0] == 200
     assert 0 < traffic(rig).queue.sum_ns <= traffic(rig).duration.sum_ns
 
@@ -89,7 +89,7 @@ async def test_a_client_that_leaves_is_neither_an_answer_nor_an_error(rig: Gatew
     assert places(rig) == {"left": 2}
 
 
-async def test_a_crash_is_an_error_of_the_server_and_a_cut_answer_is_none_at_all(rig: GatewayRig) -> None:
+async def test_a_crash_counts_as_server_error_and_a_cut_answer_as_cut(rig: GatewayRig) -> None:
     rig.instance("i1")
     seen = asyncio.Event()
     rig.ingresses["n1"].script += [die_in_the_middle(seen), vanish]
@@ -101,13 +101,13 @@ async def test_a_crash_is_an_error_of_the_server_and_a_cut_answer_is_none_at_all
     await rig.until(lambda: not rig.dispatcher.leased("i1"), "the lease is back")
     assert places(rig) == {"cut": 1}
     assert rig.gateway.counts.cut == 1
-    rig.tell(NodeReported("n1"))
+    rig.apply(NodeReported("n1"))
     assert (await rig.ask(GET))[0] == 502
     assert traffic(rig).server_errors == 1
     assert places(rig) == {"cut": 1, "5xx": 1}
 
 
-async def test_a_wrong_method_is_the_clients_error_and_an_unknown_function_nobodys(rig: GatewayRig) -> None:
+async def test_a_wrong_method_counts_for_the_function_an_unknown_function_does_not(rig: GatewayRig) -> None:
     await rig.deploy(methods=("POST",))
     assert (await rig.ask(GET))[0] == 405
     assert (await rig.ask(GET.replace(b"ocr", b"other")))[0] == 404

@@ -11,8 +11,7 @@ import pytest
 
 from agent.core.dispatch.events import WakeAnswered
 from agent.core.types import MILLISECOND_NS, InstanceState
-from agent.http.exchange import Exchange
-from tests.fakes.agent_node import WAKE_MS, FakeIngress, Received, hold, refuse, refuse_before_body, vanish
+from tests.fakes.agent_node import WAKE_MS, hold, refuse, refuse_before_body, vanish, vanish_waiting
 from tests.scheduler.gateway.rig import GatewayRig, gateway_rig
 
 GET = b"GET /fn/ocr/read HTTP/1.1\r\nhost: gateway\r\n\r\n"
@@ -35,7 +34,7 @@ async def _woken(uid: str) -> None:
     pass
 
 
-async def test_it_is_served_by_the_instance_that_it_woke_and_says_how_long_that_took(rig: GatewayRig) -> None:
+async def test_a_direct_wake_is_served_by_its_instance_and_reports_the_wake_time(rig: GatewayRig) -> None:
     status, headers, body = await rig.ask(GET)
     assert (status, body) == (200, b"served by i1")
     assert headers[b"x-hibernode-wake-ms"] == WAKE_MS
@@ -66,7 +65,7 @@ async def test_refused_it_waits_for_another_which_is_asked_to_wake(rig: GatewayR
     (wake,) = rig.wakes
     assert {first.received[0].uid, wake.uid} == {"i1", "i2"}
     rig.ingresses[wake.node].script.clear()
-    rig.tell(WakeAnswered(wake.uid))
+    rig.apply(WakeAnswered(wake.uid))
     status, headers, body = await asked
     assert (status, body, headers[b"x-fc-instance-id"]) == (200, b"body", wake.uid.encode())
 
@@ -81,7 +80,7 @@ async def test_a_large_body_stays_with_the_client_until_it_is_awake(rig: Gateway
     await rig.until(rig.queued, "refused, waiting again")
     rig.instance("i2", FROZEN, node="n2")
     await rig.until(lambda: rig.wakes, "i2 is asked to wake")
-    rig.tell(WakeAnswered("i2"))
+    rig.apply(WakeAnswered("i2"))
     assert (await wire.head())[0] == 100
     await wire.send(body)
     status, _, answer = await wire.message()
@@ -102,25 +101,24 @@ async def test_a_client_that_leaves_takes_its_wake_with_it(rig: GatewayRig) -> N
     assert (await rig.ask(GET))[0] == 200
 
 
-async def test_not_awake_by_its_queue_timeout_it_is_504_and_nobody_else_is_woken_for_it(rig: GatewayRig) -> None:
+async def test_a_direct_wake_past_its_queue_timeout_is_504_without_another_wake(rig: GatewayRig) -> None:
     """The agent gives up at the deadline that it was given, and not a moment before the gateway would."""
     await rig.deploy(queue_timeout_ns=30 * MILLISECOND_NS)
     rig.instance("i2", FROZEN, node="n2")
 
-    async def give_up(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
-        await asyncio.sleep(int(received.get("x-hibernode-deadline-ms") or 0) / 1000)
-        await refuse("QUEUE_TIMEOUT")(ingress, exchange, received)
+    async def never(uid: str) -> None:
+        await asyncio.Event().wait()
 
     for ingress in rig.ingresses.values():
-        ingress.default = give_up
+        ingress.wake = never
     status, _, body = await rig.ask(GET)
     assert (status, json.loads(body)["Code"]) == (504, "QueueTimeout")
     assert rig.wakes == []
 
 
-async def test_an_agent_that_dies_while_it_waits_there_has_shown_it_to_nobody(rig: GatewayRig) -> None:
+async def test_a_request_waiting_at_a_dying_agent_is_dispatched_again(rig: GatewayRig) -> None:
     """It would have said so (102) before the first byte went to the instance: the request goes elsewhere."""
-    rig.ingresses["n1"].default = vanish
+    rig.ingresses["n1"].default = vanish_waiting
     asked = asyncio.create_task(rig.ask(GET))
     await rig.until(lambda: rig.suspects, "the node is suspect")
     rig.instance("i2", node="n2")
@@ -131,14 +129,9 @@ async def test_an_agent_that_dies_while_it_waits_there_has_shown_it_to_nobody(ri
 
 async def test_an_agent_that_dies_after_it_has_begun_makes_it_502(rig: GatewayRig) -> None:
     """Nobody can know how much of it the instance has seen."""
-
-    async def begin_and_vanish(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:
-        exchange.send_processing()
-        await vanish(ingress, exchange, received)
-
     rig.instance("i2", FROZEN, node="n2")
     for ingress in rig.ingresses.values():
-        ingress.default = begin_and_vanish
+        ingress.default = vanish
     assert (await rig.ask(GET))[0] == 502
     assert sum(len(ingress.received) for ingress in rig.ingresses.values()) == 1
     assert rig.dispatcher.queue_state("ocr").waking == 0

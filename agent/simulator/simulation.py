@@ -1,7 +1,7 @@
-"""The simulated fleet: the cores of dispatch, slots, life cycle, GPU book and metering, wired as the shells wire them.
+"""The simulation of a fleet: the cores of dispatch, lifecycle, GPU allocator and metering, wired as in the daemons.
 
-Time is a number; what takes time (work, freezes, wakes, timers) is an entry of a heap. Operations succeed, reports come
-at once, and the way from gateway to instance takes no time: what is simulated is waiting and sleeping, not programs.
+Time is a number; whatever takes time (work, freezes, wakes, timers) is an entry of a heap. Operations succeed, reports
+are immediate, and the network takes no time: only queueing, freezing and waking are simulated, no programs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from agent.core.dispatch.events import (
     Wake,
     WakeAnswered,
 )
-from agent.core.gpus import allocator
-from agent.core.gpus import allocator_events as book_events
+from agent.core.gpus import allocator, allocator_events
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle import machine
 from agent.core.lifecycle.machine import Instance
@@ -46,7 +45,7 @@ NODE = "host"
 
 @dataclass(slots=True, eq=False)
 class _Member:
-    """One instance with its gate and its meter."""
+    """One instance with its admission and its meter."""
 
     function: str
     instance: Instance
@@ -63,13 +62,11 @@ class _Request:
     arrived_ns: int
     duration_ns: int
     uid: str = ""
-    bound_ns: int = 0
-    wakes: bool = False
+    dispatched_ns: int = 0
+    direct_wake: bool = False
 
 
-class World:
-    """One run of one plan. `run` plays a trace to its end."""
-
+class Simulation:
     def __init__(self, plan: SimulationPlan) -> None:
         self.plan = plan
         self.at = 0
@@ -81,17 +78,17 @@ class World:
         self._members: dict[str, _Member] = {}
         self._requests: dict[int, _Request] = {}
         self._numbers = 0
-        self._book = allocator.GpuAllocator({})
-        self._book_inbox: deque[book_events.BookEvent] = deque()
-        self._book_busy = False
+        self._allocator = allocator.GpuAllocator({})
+        self._allocator_inbox: deque[allocator_events.AllocatorEvent] = deque()
+        self._allocator_busy = False
 
     def run(self, functions: Iterable[str], calls: Iterable[Call]) -> RequestOutcome:
-        """Play `calls` (in order of time) for the `functions` they name."""
+        """Simulate `calls`, in order of time, of `functions`, until all have ended."""
         began = -1
         for call in calls:
             if began < 0:
                 began = self.at = call.at_ns
-                self._furnish(sorted(functions))
+                self._create_all(sorted(functions))
             self._until(call.at_ns)
             self.at = call.at_ns
             self._arrive(call)
@@ -122,17 +119,17 @@ class World:
 
     # ---- instances --------------------------------------------------------------------------------------------
 
-    def _furnish(self, functions: list[str]) -> None:
+    def _create_all(self, functions: list[str]) -> None:
         plan = self.plan
         total = plan.instances * len(functions)
         gpus = plan.gpus or total
         devices = {f"GPU-{n}": allocator.AllocatableGpu(f"GPU-{n}", plan.gpu_model) for n in range(gpus)}
-        self._book = allocator.GpuAllocator(devices, per_gpu=-(-total // gpus), migrate=True)
+        self._allocator = allocator.GpuAllocator(devices, per_gpu=-(-total // gpus), migrate=True)
         policy = DispatchPolicy.SPREAD if plan.policy is SimulatedPolicy.SPREAD else DispatchPolicy.PACK
-        self._tell(NodeReported(NODE, gpu_count=gpus))
+        self._apply(NodeReported(NODE, gpu_count=gpus))
         for name in functions:
             rules = FunctionSet(name, True, policy, plan.wake_factor, plan.queue_length)
-            self._tell(rules)
+            self._apply(rules)
             for number in range(plan.instances):
                 self._create(name, f"{name}-{number}")
         self.outcome.instances = total
@@ -153,7 +150,7 @@ class World:
         )
         slots: ConcurrencyLimiter[int] = ConcurrencyLimiter(plan.concurrency, 1 << 30)
         self._members[uid] = _Member(function, instance, slots, meter, deque())
-        self._ask_book(book_events.Assign(uid, 1, ""))
+        self._tell_allocator(allocator_events.Assign(uid, 1, ""))
         self._step(uid, ev.Created())
 
     def _step(self, uid: str, event: ev.Event) -> None:
@@ -205,49 +202,49 @@ class World:
                     self.outcome.wakes += 1
                 self._later(self.at + takes, lambda: self._step(uid, ev.Succeeded(gen)))
             case ev.RequestGpus(avoid):
-                self._ask_book(book_events.Ask(uid, avoid))
+                self._tell_allocator(allocator_events.Ask(uid, avoid))
             case ev.WithdrawRequest():
-                self._ask_book(book_events.Leave(uid))
+                self._tell_allocator(allocator_events.Leave(uid))
             case ev.ReleaseGpus():
-                self._ask_book(book_events.Releasing(uid))
-                self._ask_book(book_events.Released(uid))
+                self._tell_allocator(allocator_events.Releasing(uid))
+                self._tell_allocator(allocator_events.Released(uid))
             case ev.OrderedFreezeRefused():
-                self._ask_book(book_events.FreezeRefused(uid))
+                self._tell_allocator(allocator_events.FreezeRefused(uid))
             case ev.ReportActivity(True, preemptible_at_ns):
-                self._ask_book(book_events.BecameIdle(uid, preemptible_at_ns))
+                self._tell_allocator(allocator_events.BecameIdle(uid, preemptible_at_ns))
             case ev.ReportActivity():
-                self._ask_book(book_events.BecameBusy(uid))
+                self._tell_allocator(allocator_events.BecameBusy(uid))
             case ev.SetIdleTimer(gen, at_ns):
                 self._later(at_ns, lambda: self._step(uid, ev.IdleTimer(gen)))
             case ev.RefuseWaiters():
                 for request in member.slots.empty_line():
-                    self._tell(LeaseRefused(request))
+                    self._apply(LeaseRefused(request))
             case _:
                 pass  # what only a real instance has: pools, stops, notes
 
-    def _ask_book(self, event: book_events.BookEvent) -> None:
-        self._book_inbox.append(event)
-        if self._book_busy:
+    def _tell_allocator(self, event: allocator_events.AllocatorEvent) -> None:
+        self._allocator_inbox.append(event)
+        if self._allocator_busy:
             return
-        self._book_busy = True
-        while self._book_inbox:
-            self._book, effects = allocator.step(self._book, self._book_inbox.popleft(), self.at)
+        self._allocator_busy = True
+        while self._allocator_inbox:
+            self._allocator, effects = allocator.step(self._allocator, self._allocator_inbox.popleft(), self.at)
             for effect in effects:
                 match effect:
-                    case book_events.Grant(uid, gpus):
+                    case allocator_events.Grant(uid, gpus):
                         self._step(uid, ev.Granted(gpus))
-                    case book_events.AskFreeze(uid):
+                    case allocator_events.AskFreeze(uid):
                         self._step(uid, ev.FreezeOrdered())
-                    case book_events.AskDrain(uid):
+                    case allocator_events.AskDrain(uid):
                         self._step(uid, ev.DrainOrdered())
-                    case book_events.WakeMeAt(at_ns):
-                        self._later(at_ns, lambda: self._ask_book(book_events.Tick()))
+                    case allocator_events.WakeMeAt(at_ns):
+                        self._later(at_ns, lambda: self._tell_allocator(allocator_events.Tick()))
                     case _:
                         pass
-        self._book_busy = False
+        self._allocator_busy = False
 
     def _follow_gate(self, uid: str, member: _Member) -> None:
-        """As `Gate.set_open`."""
+        """As `AdmissionGate.set_open`."""
         slots, is_open = member.slots, member.instance.gate_open
         if slots.open == is_open:
             return
@@ -274,9 +271,9 @@ class World:
         )
         if member.woken_for and instance.state is InstanceState.RUNNING:
             member.woken_for = False
-            self._tell(WakeAnswered(uid))
+            self._apply(WakeAnswered(uid))
         in_flight = member.slots.in_flight + member.slots.waiting
-        self._tell(
+        self._apply(
             InstanceReported(
                 uid, member.function, NODE, instance.state, self.plan.concurrency, in_flight, cancellable,
                 gpus=instance.gpus,
@@ -290,17 +287,17 @@ class World:
         number = self._numbers
         self._requests[number] = _Request(call.at_ns, call.duration_ns)
         deadline = call.at_ns + self.plan.queue_timeout_ns
-        self._tell(RequestArrived(number, call.function, deadline))
+        self._apply(RequestArrived(number, call.function, deadline))
         request = self._requests.get(number)
         if request is not None and not request.uid:
-            self._later(deadline, lambda: self._tell(DeadlinePassed(number)))
+            self._later(deadline, lambda: self._apply(DeadlinePassed(number)))
 
-    def _tell(self, event: Event) -> None:
-        """As `DispatchLoop.tell`."""
+    def _apply(self, event: Event) -> None:
+        """As `DispatchLoop.apply`."""
         for effect in self._dispatcher.step(event, self.at):
             match effect:
-                case Dispatch(number, uid, wakes=wakes):
-                    self._enter(number, uid, wakes)
+                case Dispatch(number, uid, direct_wake=direct_wake):
+                    self._enter(number, uid, direct_wake)
                 case Wake(uid, _, hold_ns):
                     self._members[uid].woken_for = True
                     self._step(uid, ev.WakeAsked(hold_ns, self.at + self.plan.queue_timeout_ns))
@@ -308,10 +305,10 @@ class World:
                     del self._requests[number]
                     self.outcome.refused[reason.value] = self.outcome.refused.get(reason.value, 0) + 1
 
-    def _enter(self, number: int, uid: str, wakes: bool) -> None:
-        """As `Gate.try_enter`."""
+    def _enter(self, number: int, uid: str, direct_wake: bool) -> None:
+        """As `AdmissionGate.try_enter`."""
         request, member = self._requests[number], self._members[uid]
-        request.uid, request.bound_ns, request.wakes = uid, self.at, wakes
+        request.uid, request.dispatched_ns, request.direct_wake = uid, self.at, direct_wake
         slots = member.slots
         if slots.open and slots.in_flight < slots.limit and not slots.waiting:
             slots.in_flight += 1
@@ -327,9 +324,9 @@ class World:
     def _begin(self, uid: str, member: _Member, number: int) -> None:
         request = self._requests[number]
         member.meter.request_began(self.at)
-        if request.wakes:
-            waited = self.at - request.bound_ns
-            self._later(self.at, lambda: self._tell(LeaseAnswered(number, waited)))
+        if request.direct_wake:
+            waited = self.at - request.dispatched_ns
+            self._later(self.at, lambda: self._apply(LeaseAnswered(number, waited)))
         self._later(self.at + request.duration_ns, lambda: self._end(uid, member, number))
 
     def _end(self, uid: str, member: _Member, number: int) -> None:
@@ -340,7 +337,7 @@ class World:
         self._grant(uid, member)
         if member.slots.in_flight == 0:
             self._step(uid, ev.LastRequestEnded())
-        self._tell(LeaseEnded(number))
+        self._apply(LeaseEnded(number))
 
 
 def _dispatcher(plan: SimulationPlan) -> Dispatching:

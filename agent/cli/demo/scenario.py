@@ -1,4 +1,4 @@
-"""What happens in a demo: the example is deployed, files are identified, instances sleep and wake in between."""
+"""The demo's scenario: deploys the example, sends files to identify, lets instances freeze and wake in between."""
 
 from __future__ import annotations
 
@@ -27,24 +27,23 @@ LENDING_ROUND = 2
 DEPLOY_S, SETTLE_S, WAKE_S = 60.0, 30.0, 20.0
 HOLD_NS = 5 * SECOND_NS
 FLIPPED_BYTE = 2_000_007
-"""In the middle of the model's weights, the exponent of one."""
+"""Offset of the exponent of a weight of the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """`rounds`: files sent at once, round after round. `sleep_s`: how long everybody sleeps before the next files
-    come, time that costs little."""
+    """`rounds`: files sent at once in each round. `sleep_s`: idle time before each round."""
 
     rounds: tuple[int, ...] = (1, 3, 12, 1, 24, 2, 6, 1)
     sleep_s: float = 1.2
 
 
 QUICK = Pace((1, 3, 4, 2), 0.1)
-"""For tests: every kind of round once."""
+"""For tests: each kind of round once."""
 
 
-class Story:
-    """One run; `tally` grows with it."""
+class Scenario:
+    """One run of the demo; `tally` has its counts."""
 
     def __init__(self, world: DemoWorld, timeline: Timeline, pace: Pace, *, flip_byte: bool) -> None:
         self._world = world
@@ -55,8 +54,8 @@ class Story:
         self.samples: list[Sample] = []
         self._turn = 0
 
-    async def tell(self) -> None:
-        """Deploy, then the rounds; ends with every instance asleep. Raises HibernodeError."""
+    async def run(self) -> None:
+        """Deploys the example and runs the rounds; all instances are frozen at the end. Raises HibernodeError."""
         async with self._world.agent() as agent, self._world.scheduler() as scheduler:
             picking = asyncio.create_task(asyncio.to_thread(pick_samples, SAMPLES))
             await self._deploy(scheduler)
@@ -79,7 +78,7 @@ class Story:
 
         path = self._world.home / "filetype.s.yaml"
         path.write_text(s_yaml(self._world.request_log))
-        self._timeline.say(f"deploying {FUNCTION} (a real model) with {INSTANCES} instances on 2 GPUs")
+        self._timeline.step(f"deploying {FUNCTION} (a real model) with {INSTANCES} instances on 2 GPUs")
         (deployment,) = load_s_yaml(path)
         await scheduler.call(scheduler.functions.DeployFunction, deploy_request(deployment, INSTANCES), CALL_S)
 
@@ -100,15 +99,15 @@ class Story:
     async def _rounds(self, agent: Any, scheduler: Any) -> None:
         client = DemoClient(self._world.gateway, FUNCTION, self.tally, self._timeline.trouble, self._timeline.alias)
         try:
-            await self._until_all_asleep(agent)
+            await self._wait_until_all_frozen(agent)
             for number, count in enumerate(self._pace.rounds):
-                await asyncio.sleep(self._pace.sleep_s)  # nobody asks: this is what idle mode is for
+                await asyncio.sleep(self._pace.sleep_s)  # without requests, the instances freeze
                 if self._flip_byte and number == len(self._pace.rounds) // 2:
                     await self._flip(agent)
                 await self._round(agent, client, count)
                 if number == LENDING_ROUND:
                     await self._lend(agent)
-                await self._until_all_asleep(agent)
+                await self._wait_until_all_frozen(agent)
             await self._each_alone(agent, scheduler, client)
         finally:
             client.close()
@@ -123,16 +122,17 @@ class Story:
         self._timeline.requests([(sample.path, answer) for sample, answer in zip(chosen, answers, strict=True)], wakes)
 
     async def _lend(self, agent: Any) -> None:
-        """Two instances are awake, so both GPUs are held: whoever is woken now borrows the one of an idle instance."""
-        asleep = [one.uid for one in await self.instances(agent) if state_of(one) == "FROZEN"]
-        if not asleep:
+        """Wakes a third instance while two hold both GPUs, so that an idle one must release its GPU."""
+        frozen = [one.uid for one in await self.instances(agent) if state_of(one) == "FROZEN"]
+        if not frozen:
             return
-        self._timeline.say(f"{self._timeline.alias(asleep[0])} is wanted too, and both GPUs are held: one must be lent")
-        request = instance_service_pb2.WakeInstanceRequest(uid=asleep[0])
+        alias = self._timeline.alias(frozen[0])
+        self._timeline.step(f"waking {alias} while both GPUs are held: an idle instance must release one")
+        request = instance_service_pb2.WakeInstanceRequest(uid=frozen[0])
         await agent.call(agent.instances.WakeInstance, request, CALL_S)
 
-    async def _until_known_awake(self, scheduler: Any, uid: str) -> None:
-        """The scheduler hears of a wake that it did not ask for a moment later; before, it might wake another one."""
+    async def _wait_until_known_awake(self, scheduler: Any, uid: str) -> None:
+        """Waits until the scheduler knows of a wake by the agent; before, it might wake another instance."""
 
         async def alone() -> bool:
             request = scheduler_service_pb2.ListFleetInstancesRequest(function=FUNCTION)
@@ -140,34 +140,34 @@ class Story:
             return {one.uid for one in found if state_of(one) == "RUNNING"} == {uid}
 
         if not await comes_true(alone, SETTLE_S):
-            text = f"the scheduler does not see that {self._timeline.alias(uid)} alone is awake after {SETTLE_S:g} s"
+            text = f"the scheduler does not see {self._timeline.alias(uid)} alone awake after {SETTLE_S:g} s"
             raise DeadlineError("DEMO_NOT_ALONE", text)
 
     async def _each_alone(self, agent: Any, scheduler: Any, client: DemoClient) -> None:
-        """Whatever the dispatcher chose so far: in the end every instance must show its memory, all of it."""
-        self._timeline.say("each instance is woken alone and asked if every byte of its GPU memory is as it was")
+        """Wakes every instance alone and checks all of its memory, independent of what the dispatcher chose before."""
+        self._timeline.step("waking each instance alone to check every byte of its GPU memory")
         for number, one in enumerate(await self.instances(agent)):
             wake = instance_service_pb2.WakeInstanceRequest(uid=one.uid, hold_ns=HOLD_NS)
             await agent.call(agent.instances.WakeInstance, wake, WAKE_S)
-            await self._until_known_awake(scheduler, one.uid)
+            await self._wait_until_known_awake(scheduler, one.uid)
             sample = self.samples[number % len(self.samples)]
             answer = await client.identify(sample, by=one.uid)
             intact = await client.verify(by=one.uid)
             await self._timeline.catch_up(agent)
             if answer == sample.expected and intact:
-                self._timeline.say(f"{self._timeline.alias(one.uid)}: every byte is as it was")
+                self._timeline.step(f"{self._timeline.alias(one.uid)}: every byte is unchanged")
             freeze = instance_service_pb2.FreezeInstanceRequest(uid=one.uid)
             await agent.call(agent.instances.FreezeInstance, freeze, WAKE_S)
 
-    async def _until_all_asleep(self, agent: Any) -> None:
+    async def _wait_until_all_frozen(self, agent: Any) -> None:
         states: list[str] = []
 
-        async def asleep() -> bool:
+        async def all_frozen() -> bool:
             self._world.processes.check()
             states[:] = [state_of(one) for one in await self.instances(agent)]
             return bool(states) and all(state == "FROZEN" for state in states)
 
-        if not await comes_true(asleep, SETTLE_S):
+        if not await comes_true(all_frozen, SETTLE_S):
             text = f"not all instances are frozen after {SETTLE_S:g} s without a request: {', '.join(states)}"
             raise DeadlineError("DEMO_NOT_ASLEEP", text)
 
@@ -175,19 +175,19 @@ class Story:
         return await list_instances(agent, FUNCTION, include_ended=ended)
 
     async def _flip(self, agent: Any) -> None:
-        """Rehearse the worst: a byte of a frozen instance's GPU memory changes. It must not go unnoticed."""
+        """Rehearses memory corruption by changing a byte of a frozen instance's GPU memory. It must be detected."""
         from agent.emulated.control import EmulatedDriver
 
         victim = (await self.instances(agent))[0]
         with EmulatedDriver(self._world.driver_dir) as driver:
             driver.flip_byte(victim.pid, offset=FLIPPED_BYTE)
-        self._timeline.say(f"rehearsal: one byte of frozen {self._timeline.alias(victim.uid)}'s GPU memory is flipped")
+        self._timeline.step(f"rehearsal: one byte of frozen {self._timeline.alias(victim.uid)}'s GPU memory is flipped")
 
 
 def s_yaml(request_log: Path) -> str:
-    """The example as a user would deploy it."""
+    """The example's s.yaml."""
     return f"""\
-# The demo's function. Deploy it again, changed or under another name:
+# The demo's function. To deploy it again, changed or under another name:
 #   hibernode deploy -t THIS_FILE
 edition: 3.0.0
 name: hibernode-demo

@@ -1,0 +1,202 @@
+"""The daemons that the CLI talks to: `tests.fakes.daemon`, and the real servicers with a node and a fleet on fakes.
+
+Both know the same things: on gpu-host-1 the instances i-run (ocr, busy), i-cold (ocr, FROZEN), i-chat (chat, idle) and
+i-dead (ocr, FAILED), usage of chat, ocr and tts with a gap in that of chat, and gpu-host-2, which is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from agent.api.node_ledger import NodeLedger
+from agent.api.node_servicer import NodeServicer
+from agent.api.scheduler_servicer import SchedulerServicer
+from agent.api.usage_servicer import UsageServicer
+from agent.core.billing.price_book import parse_price_book
+from agent.core.billing.window import UsageWindow
+from agent.core.types import MILLISECOND_NS, SECOND_NS, Exit, FunctionSpec
+from agent.daemons.scheduler import PRICE_BOOK
+from agent.scheduler.database.store import Store
+from agent.scheduler.fleet.node_scheduling import NodeScheduling
+from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
+from agent.scheduler.usage.reports import UsageReports
+from agent.v1 import instance_service_pb2 as inst
+from agent.v1.node_service_pb2 import GetNodeRequest
+from agent.v1.scheduler_service_pb2 import NodeLoad, Registration, ReportLoadRequest
+from agent.v1.types_pb2 import Node
+from agent.wire.clients import DaemonChannel
+from agent.wire.convert_function import function_to_proto
+from agent.wire.convert_load import load_of_instance
+from agent.wire.server import GrpcServer, Services
+from agent.wire.tokens import TokenTable
+from tests.api.test_instance_servicer import Api, an_api
+from tests.contract.test_stores import window
+from tests.fakes import daemon
+from tests.fakes.exec_session import FakeExecSession
+from tests.fakes.gpus import FakeGpus, gpu
+from tests.host.rig import OCR, enter, eventually
+from tests.scheduler.functions.autoscaler_rig import Rig
+
+PRICED_NS = 1_780_000_000_000_000_000
+"""A time for which the price book that comes with Hibernode has prices."""
+LOG = b"Loading model\n\xff not UTF-8\n"
+PATIENCE_S = 10.0
+GPUS = 6
+"""Of the real node: nothing here has to wait for one."""
+
+
+@dataclass(frozen=True)
+class Daemons:
+    """How the CLI reaches both."""
+
+    agent: DaemonChannel
+    scheduler: DaemonChannel
+
+
+@asynccontextmanager
+async def fake_daemons(folder: Path) -> AsyncIterator[Daemons]:
+    async with daemon.daemons(folder):
+        where = json.loads((folder / "scheduler" / "endpoints.json").read_text())["grpc"]
+        agent = DaemonChannel(f"unix:{folder / 'agent.sock'}")
+        async with agent, DaemonChannel(where, daemon.TOKEN) as scheduler:
+            yield Daemons(agent, scheduler)
+
+
+@asynccontextmanager
+async def real_daemons(folder: Path) -> AsyncIterator[Daemons]:
+    async with AsyncExitStack() as stack:
+        agent = await stack.enter_async_context(_real_agent(folder))
+        yield Daemons(agent, await stack.enter_async_context(_real_scheduler(folder, agent)))
+
+
+@asynccontextmanager
+async def _served(services: Services, path: Path) -> AsyncIterator[DaemonChannel]:
+    server = GrpcServer(services, TokenTable([]))
+    server.bind_unix(str(path))
+    await server.start()
+    try:
+        async with DaemonChannel(f"unix:{path}") as channel:
+            yield channel
+    finally:
+        await server.stop(0)
+
+
+@asynccontextmanager
+async def _real_agent(folder: Path) -> AsyncIterator[DaemonChannel]:
+    uids = itertools.chain(["run", "cold", "chat", "dead"], itertools.count(1))
+    async with an_api(gpus=FakeGpus([gpu(index) for index in range(GPUS)]), uids=uids) as api:
+        world = api.world
+        api.observer.identity = replace(api.observer.identity, name="gpu-host-1")
+        world.runtime.executes = True
+        nodes = NodeServicer(api.observer, NodeLedger(world.store, world.billing.unwritten))
+        async with _served(Services(instances=api.servicer, nodes=nodes), folder / "agent.sock") as channel:
+            for function in ("ocr", "ocr", "chat", "ocr"):
+                await _create(api, channel, replace(OCR, name=function, environment=(("KEY", "secret"),)))
+            await channel.call(channel.instances.FreezeInstance, inst.FreezeInstanceRequest(uid="i-cold"), PATIENCE_S)
+            world.runtime.exit("i-dead", Exit(code=3))
+            await eventually(lambda: "i-dead" in world.node.ended)
+            await enter(world.node.actors["i-run"])
+            world.runtime.print("i-run", LOG)
+            world.clock.advance(SECOND_NS)
+            await world.billing.flush()
+            performing = asyncio.create_task(_perform_all(world.runtime.sessions))
+            try:
+                yield channel
+            finally:
+                performing.cancel()
+                await asyncio.gather(performing, return_exceptions=True)
+                world.node.actors["i-run"].gate.leave()
+
+
+async def _create(api: Api, channel: DaemonChannel, function: FunctionSpec) -> None:
+    made = function_to_proto(function, reveal_secrets=True)
+    number = len(api.world.node.actors)
+    request = inst.CreateInstanceRequest(request_id=f"{function.name}/1/{number}/1", spec=made, wait=True)
+    await channel.call(channel.instances.CreateInstance, request, PATIENCE_S)
+    api.world.clock.advance(MILLISECOND_NS)  # they are told apart by age
+
+
+async def _perform_all(sessions: list[FakeExecSession]) -> None:
+    """The commands that run inside do what fakes/exec_story.py says."""
+    async with asyncio.TaskGroup() as tasks:
+        for number in itertools.count():
+            while len(sessions) <= number:  # noqa: ASYNC110 - what is waited for has no event
+                await asyncio.sleep(0.001)
+            tasks.create_task(_perform(sessions[number]))
+
+
+async def _perform(session: FakeExecSession) -> None:
+    program, *arguments = session.spec.command
+    if program == "say":
+        session.say(b"out ")
+        session.say(b"err\n", is_error=True)
+        session.say(b" ".join(word.encode() for word in arguments) + b"\n")
+    if program == "cat":
+        await session.input_ended.wait()
+        session.say(bytes(session.given))
+    session.end(int(arguments[0]) if program == "exit" else 0)
+
+
+class _Central(Rig):
+    """With more functions than one."""
+
+    def moved(self) -> None:
+        pass
+
+
+@asynccontextmanager
+async def _real_scheduler(folder: Path, agent: DaemonChannel) -> AsyncIterator[DaemonChannel]:
+    store = Store(f"sqlite:///{folder}/scheduler.db")
+    database = UsageDatabase.at(f"sqlite:///{folder}/scheduler.db")
+    await store.open()
+    await database.open()
+    rig = _Central(store)
+    rig.fleet.expect("gpu-host-2")
+    rig.clock.advance(10 * SECOND_NS)
+    rig.fleet.check_silence()
+    await _report(rig, agent)
+    collector = UsageCollector(database, rig.clock)
+    for function, seqs in (("chat", (0, 2)), ("ocr", (0, 1, 2)), ("tts", (0,))):
+        await collector.accept("gpu-host-1", [_window(function, seq) for seq in seqs])
+    services = Services(
+        scheduler=SchedulerServicer(rig.fleet, NodeScheduling(store, rig.fleet)),
+        functions=rig.servicer,
+        usage=UsageServicer(
+            collector, UsageReports(database), parse_price_book(yaml.safe_load(PRICE_BOOK.read_text()))
+        ),
+    )
+    try:
+        async with _served(services, folder / "scheduler.sock") as channel:
+            yield channel
+    finally:
+        database.close()
+        await store.close()
+
+
+def _window(function: str, seq: int) -> UsageWindow:
+    return replace(
+        window(f"i-{function}", seq), node="gpu-host-1", function=function, start_wall_ns=PRICED_NS + seq * 100
+    )
+
+
+async def _report(rig: Rig, agent: DaemonChannel) -> None:
+    """gpu-host-1 has what its agent shows."""
+    answer = await agent.call(agent.instances.ListInstances, inst.ListInstancesRequest(), PATIENCE_S)
+    gpus = (await agent.call(agent.nodes.GetNode, GetNodeRequest(), PATIENCE_S)).node.gpus
+    message = ReportLoadRequest(
+        epoch=1,
+        sequence=1,
+        snapshot=True,
+        registration=Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2", gpus=gpus),
+        load=NodeLoad(state=Node.STATE_READY, gpus=gpus),
+        instances=[load_of_instance(one, concurrency=1) for one in answer.instances],
+    )
+    rig.fleet.receive("gpu-host-1", rig.fleet.stream_opened("gpu-host-1"), message)
