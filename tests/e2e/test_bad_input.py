@@ -268,5 +268,6 @@ async def test_node_token_is_not_an_operators(world: BadInputStack) -> None:
 
 async def test_logs_contain_no_tokens(world: BadInputStack) -> None:
     for daemon in ("agent", "scheduler"):
+        assert f"{daemon}.ready" in world.stack.log_of(daemon), "the log is not empty"
         token = (world.stack.folder / daemon / "token").read_text().strip()
         assert not [name for name in ("agent", "scheduler", "driver") if token in world.stack.log_of(name)]

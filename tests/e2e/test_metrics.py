@@ -34,7 +34,7 @@ class Broken:
 
 
 BROKEN = (
-    Broken("hibernode_function_invocation_total", "nobody has"),
+    Broken("hibernode_function_invocation_total", "no family has"),
     Broken("rate(hibernode_function_invocations_total{functoin=~'a'}[5m])", "has no .*functoin"),
     Broken("sum by (node) (hibernode_function_leased_slots)", "has no .*node"),
     Broken("rate(hibernode_function_leased_slots[5m])", "rates are of counters"),
