@@ -246,7 +246,7 @@ async def node_rig(**knobs: Any) -> AsyncIterator[NodeRig]:
         await server.close(0.0)
         await rig.billing.stop()
     assert not faults, faults
-    assert not [world.messages(n) for n in ("instance.impossible_event", "gpu.grant_unexpected") if world.messages(n)]
+    assert not [rig.messages(n) for n in ("instance.impossible_event", "gpu.grant_unexpected") if rig.messages(n)]
 
 
 def environment_of(rig: NodeRig, uid: str) -> Mapping[str, str]:

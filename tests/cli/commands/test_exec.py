@@ -22,6 +22,7 @@ from agent.cli.console.output import clean_log
 from tests.cli.conftest import Run
 from tests.cli.console.test_terminal_attacks import ATTACKS
 from tests.fakes.exec_story import STEERING
+from tests.fakes.node_story import MORE_LOG
 
 PATIENCE_S = 20.0
 
@@ -40,7 +41,11 @@ def test_separate_outputs_and_exit_code(at_home: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
-        (("i-cold", "say"), 4, "instance i-cold is asleep (FROZEN); add --wake to wake it (INSTANCE_FROZEN)"),
+        (
+            ("i-cold", "say"),
+            4,
+            "instance i-cold is frozen (FROZEN); add --wake to wake it first, which may take a GPU (INSTANCE_FROZEN)",
+        ),
         (("i-nobody", "say"), 3, "INSTANCE_NOT_FOUND"),
         (("-u", "ghost", "i-run", "nobody"), 125, "unable to find user ghost (EXEC_FAILED)"),
         (("i-run", "lost"), 5, "AGENT_STOPPING"),
@@ -61,7 +66,10 @@ def test_our_own_failures(
 
 
 def test_frozen_instance_is_woken_with_the_option(at_home: Run) -> None:
-    assert at_home("exec", "--wake", "i-cold", "say").code == 0
+    assert at_home("freeze", "i-chat").code == 0
+    assert at_home("exec", "i-chat", "say").code == 4
+    assert at_home("exec", "--wake", "i-chat", "say").code == 0
+    assert at_home("exec", "i-chat", "say").code == 0
 
 
 def test_no_agent(run: Run) -> None:
@@ -237,16 +245,15 @@ def test_followed_log_is_immediate_and_ends_with_ctrl_c(program: list[str], envi
         assert process.stdout is not None
         assert process.stderr is not None
         lines = [process.stdout.readline() for _ in range(3)]
-        assert lines == [b"Loading model\n", b"\xff not UTF-8\n", b"the last 65536 bytes\n"]
+        assert lines == [b"Loading model\n", b"\xff not UTF-8\n", MORE_LOG]
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=PATIENCE_S) == 130
         assert process.stderr.read().strip() == b"hibernode: interrupted"
 
 
 def test_a_followed_log_ends_with_its_instance(at_home: Run) -> None:
-    done = at_home("logs", "--follow", "--tail", "9", "i-cold")
-    assert (done.code, done.err) == (0, "")
-    assert done.out.endswith("the last 9 bytes\n")
+    done = at_home("logs", "--follow", "--tail", "9", "i-dead")
+    assert (done.code, done.out, done.err) == (0, "ot UTF-8\n", "")
 
 
 def test_closed_pipe_ends_a_followed_log(program: list[str], environment: dict[str, str]) -> None:

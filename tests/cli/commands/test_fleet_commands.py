@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from agent.cli.commands.deploy import spec_to_proto
+from agent.cli.fc3.load import load_s_yaml
+from agent.v1.types_pb2 import FunctionSpec
 from tests.cli.commands.test_node_commands import MINIMAL
 from tests.cli.conftest import Run
 from tests.cli.fc3.test_s_yaml import EXAMPLE
@@ -31,13 +34,15 @@ def test_deploy_prints_the_url_on_stdout_and_the_rest_on_stderr(at_home: Run) ->
     assert "gpu-porn-detection deployed: revision 1, target 1, PROVISIONING" in done.err
 
 
-def test_deploy_sends_only_keys_of_the_file(at_home: Run, s_yaml: Path) -> None:
-    """The scheduler sets its own defaults."""
-    sent = at_home("deploy", "-t", name_it(s_yaml, "plain"), "--dry-run", "-o", "json").json["functions"][0]["spec"]
-    assert (sent["queue_length"], sent["queue_timeout_ns"], sent["dispatch"]) == (None, None, "UNSPECIFIED")
+def test_deploy_sends_only_keys_of_the_file(s_yaml: Path) -> None:
+    """The scheduler has defaults of its own for the rest."""
+    sent = spec_to_proto(load_s_yaml(name_it(s_yaml, "plain"))[0])
+    assert not sent.HasField("queue_length")
+    assert not sent.HasField("queue_timeout_ns")
+    assert sent.dispatch == FunctionSpec.DISPATCH_UNSPECIFIED
     more = "      hibernode: {dispatch: spread, queueLength: 1}\n"
-    sent = at_home("deploy", "-t", name_it(s_yaml, "plain", more), "--dry-run", "-o", "json").json["functions"][0]
-    assert (sent["spec"]["queue_length"], sent["spec"]["dispatch"]) == (1, "SPREAD")
+    sent = spec_to_proto(load_s_yaml(name_it(s_yaml, "plain", more))[0])
+    assert (sent.queue_length, sent.dispatch) == (1, FunctionSpec.DISPATCH_SPREAD)
 
 
 def test_deploy_without_a_number_keeps_the_target(at_home: Run, s_yaml: Path) -> None:

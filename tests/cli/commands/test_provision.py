@@ -19,6 +19,7 @@ from tests.cli.fc3.test_s_yaml import EXAMPLE
 
 SEED = ROOT / "tests" / "cli" / "fc3" / "provision.json"
 POLICY: dict[str, Any] = json.loads(SEED.read_text())["targetTrackingPolicies"][0]
+LATER = "2999-07-30T16:00:00.000Z"
 ACTION: dict[str, Any] = {
     "name": "morning",
     "startTime": "2026-01-01T00:00:00",
@@ -29,14 +30,25 @@ ACTION: dict[str, Any] = {
 }
 
 
-def test_command_of_function_compute(at_home: Run) -> None:
-    done = at_home(
-        "provision", "put", "--target", "1", "--targetTrackingPolicies", SEED, "--qualifier", "LATEST",
-        "-t", EXAMPLE, "-a", "default",
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    assert "warning: window ended" in done.err
-    assert "gpu-porn-detection provisioned: target 2 by scaling-policy-demo, 2 now" in done.err
+def deploy(at_home: Run, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "function.yaml"
+    path.write_text(MINIMAL.replace("NAME", name))
+    assert at_home("deploy", "-t", path, "--target", "0").code == 0
+
+
+def test_command_of_function_compute(at_home: Run, tmp_path: Path) -> None:
+    assert at_home("deploy", "-t", EXAMPLE).code == 0
+    for path, text in (
+        (SEED, "target 1, 1 now"),
+        (active(tmp_path), "target 2 by scaling-policy-demo, 2 now"),
+    ):
+        done = at_home(
+            "provision", "put", "--target", "1", "--targetTrackingPolicies", path, "--qualifier", "LATEST",
+            "-t", EXAMPLE, "-a", "default",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        assert ("scaling-policy-demo: window ended" in done.err) is (path is SEED)
+        assert f"gpu-porn-detection provisioned: {text}" in done.err
     found = at_home("provision", "list", "gpu-porn-detection")
     (shown,) = yaml.safe_load(found.out)["gpu-porn-detection"]
     assert shown["functionName"] == "gpu-porn-detection"
@@ -44,19 +56,31 @@ def test_command_of_function_compute(at_home: Run) -> None:
     assert (shown["target"], shown["current"], shown["currentError"]) == (2, 2, None)
     assert shown["scheduledActions"] is None
     (policy,) = shown["targetTrackingPolicies"]
-    assert POLICY.items() <= policy.items()
+    assert {**POLICY, "endTime": LATER}.items() <= policy.items()
     assert (policy["active"], policy["metric"]) == (True, 0.125)
 
 
-def test_target_0_and_rm_release_everything(at_home: Run) -> None:
+def active(tmp_path: Path) -> Path:
+    """The same policies, with a window that is not over."""
+    path = tmp_path / "active.json"
+    path.write_text(json.dumps({"targetTrackingPolicies": [{**POLICY, "endTime": LATER}]}))
+    return path
+
+
+def test_target_0_and_rm_release_everything(at_home: Run, tmp_path: Path) -> None:
+    deploy(at_home, tmp_path, "released")
     assert at_home("provision", "put", "released", "--target", "2").code == 0
     done = at_home("provision", "put", "released", "--target", "0", "-o", "json")
     assert done.json["provision"]["target"] == 0
-    assert at_home("provision", "rm", "released").code == 0
+    for _ in range(2):  # there is nothing left to release, and that is no failure
+        assert at_home("provision", "rm", "released").code == 0
+    assert at_home("provision", "list", "released", "-o", "json").json == {"provisions": []}
+    assert at_home("functions", "rm", "released").code == 0
     assert at_home("provision", "rm", "released").code == 3
 
 
 def test_both_files_and_a_target_in_the_file(at_home: Run, tmp_path: Path) -> None:
+    deploy(at_home, tmp_path, "both")
     policies, actions = tmp_path / "policies.json", tmp_path / "actions.yaml"
     policies.write_text(json.dumps({"defaultTarget": 4, "targetTrackingPolicies": [POLICY]}, indent="\t"))
     actions.write_text("scheduledActions:\n  - " + "\n    ".join(f"{key}: {value}" for key, value in ACTION.items()))
@@ -71,7 +95,8 @@ def test_both_files_and_a_target_in_the_file(at_home: Run, tmp_path: Path) -> No
     assert config["target_tracking_policies"][0]["metric_type"] == "PROVISIONED_CONCURRENCY_UTILIZATION"
 
 
-def test_a_dry_run_changes_nothing(at_home: Run) -> None:
+def test_a_dry_run_changes_nothing(at_home: Run, tmp_path: Path) -> None:
+    deploy(at_home, tmp_path, "dry")
     assert "could be provisioned" in at_home("provision", "put", "dry", "--target", "2", "--dry-run").err
     assert at_home("provision", "list", "dry", "-o", "json").json == {"provisions": []}
 
