@@ -30,8 +30,6 @@ RETIRED = {
     "HeldInstances": "FreezerRegistry",
     "GPU book": "GPU allocator",
     "GPU_TRESPASS": "gpu.isolation_violated",
-    "EXTERNALLY_FROZEN": "instance.externally_frozen",
-    "EXTERNALLY_THAWED": "instance.externally_thawed",
     "ENGINE_DOWN": "engine.down",
     "ENGINE_UP": "engine.up",
     "x-hibernode-any": "x-hibernode-any-instance",
@@ -43,7 +41,7 @@ RETIRED = {
     "counted_out": "on_lost_node",
     "sent ahead": "dispatched early",
     "reckoned with": "(say what happens)",
-    "nobody": "(name the component)",
+    " nobody ": "(name the component)",  # with blanks: `nobody` is an account, too
     "whoever": "(name the component)",
 }
 """Words of earlier versions and what is said now (agent/docs/glossary.md)."""

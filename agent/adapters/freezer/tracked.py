@@ -134,7 +134,7 @@ class FreezerRegistry:
             raise
 
     async def thaw(self, handle: Handle) -> None:
-        """Thaw the cgroup, whoever froze it. Raises as `ProcessFreezer.thaw`."""
+        """Thaw the cgroup, also if an outsider froze it. Raises as `ProcessFreezer.thaw`."""
         try:
             await self.cgroups.thaw(handle, self.limits.cgroup_s)
         finally:
