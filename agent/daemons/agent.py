@@ -115,7 +115,7 @@ class AgentDaemon:
             restarted=recovered.restarted,
         )
         services = [
-            self.watch.run(),
+            self.gpu_monitor.run(),
             self.gauges.run(),
             watch_pauses(self.node, self.gpu.freezer),
             LedgerPruner(self.store, self.clock).run(),
@@ -174,7 +174,7 @@ class AgentDaemon:
             meters=self.billing,
             new_uid=lambda: f"i-{uuid.uuid4().hex[:20]}",
         )
-        self.watch = self._gpu_monitor(gpus)
+        self.gpu_monitor = self._build_gpu_monitor(gpus)
         reader = ProcUsageReader(self.boot_id)
         self._stack.callback(reader.close)
         self.gauges = Gauges(reader, self.node.actors, self._vram_now)
@@ -183,7 +183,7 @@ class AgentDaemon:
             self._identity(slice_),
             self.clock,
             totals=self.billing.totals,
-            gpu_samples=self.watch.samples,
+            gpu_samples=self.gpu_monitor.samples,
             gauges=self.gauges,
             peak=self.billing.peak,
         )
@@ -195,7 +195,7 @@ class AgentDaemon:
             "", gpu_uuids, "DRIVER_STUCK: a driver call survived SIGKILL", source="driver", lasting=True
         )
 
-    def _gpu_monitor(self, gpus: NvmlGpus) -> GpuMonitor:
+    def _build_gpu_monitor(self, gpus: NvmlGpus) -> GpuMonitor:
         xid_events = NvmlEvents()
         self._stack.callback(xid_events.close)
         self.gpu_isolation = GpuIsolation(gpus, self.runtime, self.node.broker, self.node.actors, self.events)
@@ -211,7 +211,7 @@ class AgentDaemon:
 
     def _vram_now(self) -> Mapping[str, int]:
         """GPU memory of each instance; empty while NVML does not answer."""
-        return self.gpu_isolation.vram_bytes if self.watch.samples() else {}
+        return self.gpu_isolation.vram_bytes if self.gpu_monitor.samples() else {}
 
     def _context(self, memory: MemoryReservations) -> InstanceContext:
         runtime = self._config.runtime
@@ -310,7 +310,7 @@ class AgentDaemon:
         self.observer.ingress_address = join(config.ingress.host, self.http.port)
         self.observer.grpc_address = join(config.grpc.host, port)
         self.admin = AdminServer(
-            AgentMetrics(self.observer, self._health, self.watch.xids).render, lambda: self.observer.ready
+            AgentMetrics(self.observer, self._health, self.gpu_monitor.xids).render, lambda: self.observer.ready
         )
         with _bind_errors("admin", config.admin):
             admin_port = await self.admin.start(config.admin.host, config.admin.port)

@@ -144,7 +144,7 @@ class SchedulerDaemon:
             Patience(config.scaling.periods, Fraction(repr(config.scaling.scale_in_factor))),
             self.provisioner.poke,
         )
-        self.usage_totals = UsageTotals(lambda: [one.spec.name for one in self.catalog.all()])
+        self.usage_totals = UsageTotals(lambda: [function.spec.name for function in self.catalog.all()])
         self.ingresses = IngressPools(self._ingress_address_of)
         self._stack.callback(self.ingresses.close)
         tokens = {name: token.encode() for name, token in self.node_tokens.items()}

@@ -143,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             print(f"{self.command} {url.path}: {message}", file=sys.stderr, flush=True)
             answer = as_json({"error": message}, 500)
         self._respond(answer)
-        end_ns = time.monotonic_ns()  # before, not after: whoever gets the last byte must not see it end too late
+        end_ns = time.monotonic_ns()  # before the answer: its reader must not see an end after it
         self.wfile.flush()
         if url.path not in NOT_REQUESTS:
             self.request_log.add(headers.get("x-fc-request-id", ""), self.started_ns, end_ns)

@@ -68,9 +68,8 @@ class Spent:
 
 @dataclass(slots=True)
 class RequestOutcome:
-    """The outcome of a run. `latencies_ns`: of the requests, in the order of their ends; `awake_ns`: time that GPUs
-    were
-    held, summed over instances; `span_ns`: from the first arrival to the last end."""
+    """The outcome of a run. `latencies_ns`: in the order of the requests' ends; `awake_ns`: time that GPUs were held,
+    summed over instances; `span_ns`: from the first arrival to the last end."""
 
     plan: SimulationPlan
     spent: Spent

@@ -39,16 +39,12 @@ _FROZEN = (InstanceState.FROZEN, InstanceState.FREEZING)
 
 
 class Dispatching(Protocol):
-    """A dispatcher: events in, effects out."""
-
     def step(self, event: Event, at: int) -> list[Effect]:
         """Apply what happened at `at` (monotonic ns) and return what to do about it."""
         ...
 
 
 class Rival(Enum):
-    """The policies."""
-
     ROUND_ROBIN = "round_robin"
     RANDOM = "random"
     TWO_CHOICES = "two_choices"
@@ -105,38 +101,39 @@ class RivalDispatcher:
         self._functions: dict[str, _Function] = {}
         self._instances: dict[str, _Instance] = {}
         self._requests: dict[int, _Bound] = {}
+        self._effects: list[Effect] = []  # of the current step
 
     def step(self, event: Event, at: int) -> list[Effect]:
         """As `Dispatcher.step`; ignores events that only late binding needs."""
-        effects: list[Effect] = []
+        self._effects = []
         match event:
             case FunctionSet(name):
                 function = self._functions.setdefault(name, _Function())
                 function.known, function.queue_length = True, event.queue_length
             case FunctionRemoved(name):
-                self._removed(name, effects)
+                self._removed(name)
             case RequestArrived():
-                self._arrived(event, at, effects)
+                self._arrived(event, at)
             case LeaseEnded(request) | RequestGone(request):
-                self._ended(request, at, effects)
+                self._ended(request, at)
             case LeaseRefused(request):
-                self._refused(request, at, effects)
+                self._refused(request, at)
             case DeadlinePassed(request):
                 bound = self._requests.get(request)
                 if bound is not None and request in bound.instance.queue:
                     self._leave(bound)
-                    effects.append(Refuse(request, RefusalReason.QUEUE_TIMEOUT))
+                    self._effects.append(Refuse(request, RefusalReason.QUEUE_TIMEOUT))
             case InstanceReported():
-                self._reported(event, at, effects)
+                self._reported(event, at)
             case InstanceGone(uid):
-                self._gone(uid, at, effects)
+                self._gone(uid, at)
             case WakeAnswered(uid):
-                self._woken(uid, at, effects, awake=True)
+                self._woken(uid, at, awake=True)
             case WakeFailed(uid):
-                self._woken(uid, at, effects, awake=False)
+                self._woken(uid, at, awake=False)
             case _:
                 pass  # nodes, and details of leases
-        return effects
+        return self._effects
 
     # ---- choosing ---------------------------------------------------------------------------------------------
 
@@ -158,37 +155,35 @@ class RivalDispatcher:
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
-    def _arrived(self, event: RequestArrived, at: int, effects: list[Effect]) -> None:
+    def _arrived(self, event: RequestArrived, at: int) -> None:
         request, function = event.request, self._functions.get(event.function)
         if request in self._requests:
             return
         if function is None or not function.known:
-            effects.append(Refuse(request, RefusalReason.UNKNOWN_FUNCTION))
+            self._effects.append(Refuse(request, RefusalReason.UNKNOWN_FUNCTION))
         elif not function.instances:
-            effects.append(Refuse(request, RefusalReason.NO_CAPACITY))
+            self._effects.append(Refuse(request, RefusalReason.NO_CAPACITY))
         elif function.waiting >= function.queue_length:
-            effects.append(Refuse(request, RefusalReason.QUEUE_FULL))
+            self._effects.append(Refuse(request, RefusalReason.QUEUE_FULL))
         else:
-            self._bind(request, function, at, event.deadline_ns, at, effects)
+            self._bind(request, function, at, event.deadline_ns, at)
 
-    def _bind(
-        self, request: int, function: _Function, arrived_ns: int, deadline_ns: int, at: int, effects: list[Effect]
-    ) -> None:
+    def _bind(self, request: int, function: _Function, arrived_ns: int, deadline_ns: int, at: int) -> None:
         instance = self._choose(function, list(function.instances.values()))
         bound = _Bound(request, arrived_ns, deadline_ns, instance)
         self._requests[request] = instance.queue[request] = bound
         function.waiting += 1
-        self._drain(instance, at, effects)
+        self._drain(instance, at)
 
-    def _drain(self, instance: _Instance, at: int, effects: list[Effect]) -> None:
+    def _drain(self, instance: _Instance, at: int) -> None:
         while instance.queue and instance.state is InstanceState.RUNNING and instance.executing < instance.concurrency:
             request, bound = instance.queue.popitem(last=False)
             self._functions[instance.function].waiting -= 1
             instance.executing += 1
-            effects.append(Dispatch(request, instance.uid, instance.node, at - bound.arrived_ns))
+            self._effects.append(Dispatch(request, instance.uid, instance.node, at - bound.arrived_ns))
         if instance.queue and instance.state in _FROZEN and not instance.waking:
             instance.waking = True
-            effects.append(Wake(instance.uid, instance.node))
+            self._effects.append(Wake(instance.uid, instance.node))
 
     def _leave(self, bound: _Bound) -> None:
         del self._requests[bound.request]
@@ -197,48 +192,50 @@ class RivalDispatcher:
         else:
             bound.instance.executing -= 1
 
-    def _ended(self, request: int, at: int, effects: list[Effect]) -> None:
+    def _ended(self, request: int, at: int) -> None:
         bound = self._requests.get(request)
         if bound is not None:
             self._leave(bound)
-            self._drain(bound.instance, at, effects)
+            self._drain(bound.instance, at)
 
-    def _refused(self, request: int, at: int, effects: list[Effect]) -> None:
+    def _refused(self, request: int, at: int) -> None:
         bound = self._requests.get(request)
         if bound is None or request in bound.instance.queue:
             return
         instance, function = bound.instance, self._functions[bound.instance.function]
         self._leave(bound)
         if not function.known:
-            effects.append(Refuse(request, RefusalReason.UNKNOWN_FUNCTION))
+            self._effects.append(Refuse(request, RefusalReason.UNKNOWN_FUNCTION))
         elif at >= bound.deadline_ns:
-            effects.append(Refuse(request, RefusalReason.QUEUE_TIMEOUT))  # DeadlinePassed came while it was executing
+            self._effects.append(
+                Refuse(request, RefusalReason.QUEUE_TIMEOUT)
+            )  # DeadlinePassed came while it was executing
         elif instance.uid not in self._instances:
-            self._rebind(bound, function, at, effects)
+            self._rebind(bound, function, at)
         else:  # first in the queue until the instance is reported: now it would be refused again
             self._requests[request] = instance.queue[request] = bound
             instance.queue.move_to_end(request, last=False)
             function.waiting += 1
 
-    def _rebind(self, bound: _Bound, function: _Function, at: int, effects: list[Effect]) -> None:
+    def _rebind(self, bound: _Bound, function: _Function, at: int) -> None:
         if function.instances:
-            self._bind(bound.request, function, bound.arrived_ns, bound.deadline_ns, at, effects)
+            self._bind(bound.request, function, bound.arrived_ns, bound.deadline_ns, at)
         else:
-            effects.append(Refuse(bound.request, RefusalReason.NO_CAPACITY))
+            self._effects.append(Refuse(bound.request, RefusalReason.NO_CAPACITY))
 
-    def _removed(self, name: str, effects: list[Effect]) -> None:
+    def _removed(self, name: str) -> None:
         function = self._functions.setdefault(name, _Function())
         function.known = False
         for instance in function.instances.values():
             for bound in list(instance.queue.values()):
                 self._leave(bound)
-                effects.append(Refuse(bound.request, RefusalReason.UNKNOWN_FUNCTION))
+                self._effects.append(Refuse(bound.request, RefusalReason.UNKNOWN_FUNCTION))
 
     # ---- instances --------------------------------------------------------------------------------------------
 
-    def _reported(self, event: InstanceReported, at: int, effects: list[Effect]) -> None:
+    def _reported(self, event: InstanceReported, at: int) -> None:
         if event.state.terminal:
-            self._gone(event.uid, at, effects)
+            self._gone(event.uid, at)
             return
         instance = self._instances.get(event.uid)
         if instance is None:
@@ -248,17 +245,17 @@ class RivalDispatcher:
         instance.state = event.state
         if event.state is InstanceState.RUNNING:
             instance.waking = False
-        self._drain(instance, at, effects)
+        self._drain(instance, at)
 
-    def _woken(self, uid: str, at: int, effects: list[Effect], *, awake: bool) -> None:
+    def _woken(self, uid: str, at: int, *, awake: bool) -> None:
         instance = self._instances.get(uid)
         if instance is not None:
             instance.waking = False
             if awake:
                 instance.state = InstanceState.RUNNING
-                self._drain(instance, at, effects)
+                self._drain(instance, at)
 
-    def _gone(self, uid: str, at: int, effects: list[Effect]) -> None:
+    def _gone(self, uid: str, at: int) -> None:
         instance = self._instances.pop(uid, None)
         if instance is None:
             return
@@ -266,4 +263,4 @@ class RivalDispatcher:
         del function.instances[uid]
         for bound in list(instance.queue.values()):
             self._leave(bound)
-            self._rebind(bound, function, at, effects)
+            self._rebind(bound, function, at)

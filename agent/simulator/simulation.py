@@ -67,8 +67,6 @@ class _Request:
 
 
 class Simulation:
-    """One run of one plan."""
-
     def __init__(self, plan: SimulationPlan) -> None:
         self.plan = plan
         self.at = 0

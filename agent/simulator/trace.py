@@ -5,8 +5,8 @@
     2026-01-01T00:00:04.2Z,ocr,350ms
 
 `time`: ISO 8601 (without an offset: UTC) or seconds since any moment; `duration`: how long the instance works, in
-seconds or with a unit (us, ms, s, m, h). Other columns are ignored. The trace may have any length, since it is read
-line by line, and must be a file, since each run reads it. It must be sorted: sorting needs all of it in memory.
+seconds or with a unit (us, ms, s, m, h). Other columns are ignored. The length does not matter, as lines are read one
+by one. It must be a file, since each run reads it, and in order, since sorting would need all of it in memory.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ class _Reader:
                 raise self._wrong("", "is not UTF-8 text") from error
 
     def calls(self) -> Iterator[Call]:
-        """All requests."""
         head = self._row()
         if head is None:
             raise self._wrong("", "is empty; its first line must be time,function,duration", 1)

@@ -1,4 +1,5 @@
-"""One booted host for this folder (`machine`); `site` is Hibernode on it as users have it, alike before every test."""
+"""One booted host for this folder (`machine`) with Hibernode installed (`site`), in the same state before every
+test."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from tests.booted.site import AGENT, INSTANCES, SCHEDULER, Site
 HERE = Path(__file__).parent
 TEST_DEADLINE_S = 400
 FIRST_TEST_DEADLINE_S = 900
-"""The first one makes the root file system, if no earlier run has."""
+"""The first test builds the root file system if it is not cached."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="package")
 def machine() -> Iterator[Machine]:
-    """A host that has just booted, with nothing of ours; it ends with the folder, not with the session."""
+    """A freshly booted host without Hibernode; it ends with this folder's tests, not with the session."""
     if why := root.why_not():
         pytest.skip(why)
     sweep()
@@ -46,7 +47,7 @@ def machine() -> Iterator[Machine]:
 
 @pytest.fixture
 def site(machine: Machine) -> Iterator[Site]:
-    """Installed, configured, both daemons ready, two instances of `echo` RUNNING; what a test changes is put back."""
+    """Installed, configured, both daemons ready, two RUNNING instances of `echo`; changes of a test are undone."""
     site = Site(machine)
     if not machine.path("/usr/local/bin/hibernode").is_symlink():
         site.bring()
@@ -59,11 +60,12 @@ def site(machine: Machine) -> Iterator[Site]:
         yield site
     finally:
         if machine.path("/usr/local/bin/hibernode").is_symlink():
-            _put_back(site)
+            _restore_configuration(site)
 
 
-def _put_back(site: Site) -> None:
-    """Configuration as it was. The agent has it from its next start; a test that needs another starts it itself."""
+def _restore_configuration(site: Site) -> None:
+    """Restore the configuration. The agent reads it at its next start; a test that needs another one starts it
+    itself."""
     for unit in (AGENT, SCHEDULER):
         site.remove_drop_in("test", unit)
     site.configure_agent()

@@ -1,7 +1,7 @@
-"""Requests through the gateway, from a few clients, one after the other each; every answer is kept.
+"""Requests through the gateway from a few clients, each one after the other; every answer is recorded.
 
-The clients are one program that enters the host's network: `python -m tests.booted.load`. It writes one JSON line per
-request, and ends when its standard input is closed.
+The clients are one program in the host's network: `python -m tests.booted.load`. It writes one JSON line per request
+and ends when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ END_S = 100.0
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One request: times are CLOCK_MONOTONIC ns. `status` 0: no answer. `right`: it is what the GPU memory held."""
+class SentRequest:
+    """One request, with CLOCK_MONOTONIC ns. `status` 0: no answer. `right`: the body matches the GPU memory."""
 
     began_ns: int
     ended_ns: int
@@ -50,29 +50,29 @@ class Asked:
 
 @dataclass
 class Load:
-    """What has been asked, complete once the load has ended."""
+    """The requests so far; complete once the load has ended."""
 
     lines: TextIO
-    asked: list[Asked] = field(default_factory=list)
+    asked: list[SentRequest] = field(default_factory=list)
 
     def go_on(self, answers: int) -> None:
-        """Until so many requests that begin from now on have been answered."""
+        """Wait for this many answers to requests that start from now on."""
         now = time.monotonic_ns()
         while len(self.after(now)) < answers:
             line = self.lines.readline()
             assert line, "the load has ended early"
-            self.asked.append(Asked(**json.loads(line)))
+            self.asked.append(SentRequest(**json.loads(line)))
 
     @property
-    def failed(self) -> list[Asked]:
+    def failed(self) -> list[SentRequest]:
         return [one for one in self.asked if one.status != 200 or not one.right]
 
-    def after(self, at_ns: int) -> list[Asked]:
-        """Those that began later."""
+    def after(self, at_ns: int) -> list[SentRequest]:
+        """Requests that started later."""
         return [one for one in self.asked if one.began_ns > at_ns]
 
     def summary(self) -> str:
-        """For the reader of a test's output: how long requests waited in the gateway."""
+        """The waiting times in the gateway, for the test's output."""
         seconds = sorted(one.seconds for one in self.asked)
         queued = sorted(one.queue_ms for one in self.asked)
         p99 = queued[int(len(queued) * 0.99)]
@@ -85,7 +85,7 @@ class Load:
 
 @contextmanager
 def under_load(machine: Machine) -> Iterator[Load]:
-    """Load while the block runs; complete when it has been left. It has answers before the block begins."""
+    """Run the load during the block; complete after it. It has answers before the block starts."""
     with ExitStack() as stack:
         errors = stack.enter_context(tempfile.TemporaryFile("w+"))
         program = stack.enter_context(
@@ -107,7 +107,7 @@ def under_load(machine: Machine) -> Iterator[Load]:
         overdue = Timer(END_S, program.kill)
         stack.callback(overdue.cancel)
         overdue.start()
-        load.asked.extend(Asked(**json.loads(line)) for line in load.lines)
+        load.asked.extend(SentRequest(**json.loads(line)) for line in load.lines)
         code = program.wait(END_S)
         errors.seek(0)
         assert code == 0, errors.read()[-2000:]
@@ -118,10 +118,10 @@ async def _client(session: aiohttp.ClientSession, number: int, over: asyncio.Eve
         number += CLIENTS
         asked = await _ask(session, number)
         print(json.dumps(asdict(asked)), flush=True)  # noqa: T201 - the program's output
-        await asyncio.sleep(PAUSE_S)  # the traffic itself
+        await asyncio.sleep(PAUSE_S)  # part of the load
 
 
-async def _ask(session: aiohttp.ClientSession, number: int) -> Asked:
+async def _ask(session: aiohttp.ClientSession, number: int) -> SentRequest:
     began = time.monotonic_ns()
     try:
         async with session.get(f"{GATEWAY}/fn/echo/answer?n={number}") as response:
@@ -130,9 +130,9 @@ async def _ask(session: aiohttp.ClientSession, number: int) -> Asked:
             instance = response.headers.get("x-fc-instance-id", "")
             queue_ms = float(response.headers.get("x-hibernode-queue-ms", "0"))
             shown = "" if response.status == 200 and right else text[:300]
-            return Asked(began, time.monotonic_ns(), response.status, right, instance, queue_ms, shown)
+            return SentRequest(began, time.monotonic_ns(), response.status, right, instance, queue_ms, shown)
     except (aiohttp.ClientError, TimeoutError) as error:
-        return Asked(began, time.monotonic_ns(), 0, False, "", 0.0, repr(error)[:300])
+        return SentRequest(began, time.monotonic_ns(), 0, False, "", 0.0, repr(error)[:300])
 
 
 async def _main() -> None:

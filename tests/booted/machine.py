@@ -1,8 +1,8 @@
-"""A host with systemd as its init, in namespaces of its own: `Machine.boot()`, `.run(...)`, `.close()`.
+"""A host with systemd as its init in its own namespaces: `Machine.boot()`, `.run(...)`, `.close()`.
 
-systemd-nspawn boots the root file system in a cgroup of its own, with a network that has a loopback and nothing else.
-Commands enter its namespaces (`nsenter`) beside the services. Whatever happens inside, `close` ends all of it by one
-write to cgroup.kill and removes what was made.
+systemd-nspawn boots the root file system in a separate cgroup, with only a loopback network. Commands enter the
+namespaces (`nsenter`) next to the services. `close` always ends everything by writing to cgroup.kill, and removes what
+was created.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ INSIDE = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class CommandFailed(AssertionError):
-    """A command inside ended with another code than 0."""
+    """A command on the host failed."""
 
 
 class Machine:
-    """One booted host; `path` leads to a file of it. `folder`/checkout is this checkout as it was at the boot."""
+    """One booted host; `path` gives access to its files. `folder`/checkout is the checkout at boot time."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
@@ -44,15 +44,15 @@ class Machine:
         self._nspawn: subprocess.Popen[bytes] | None = None
 
     def path(self, inside: str) -> Path:
-        """Where a file of the host is from outside; once it has booted also those below its mounts (/run, /tmp)."""
+        """The outside path of a file on the host; after the boot also below its mounts (/run, /tmp)."""
         top = Path(f"/proc/{self.init}/root") if self.init else self.folder / "root"
         return top / inside.lstrip("/")
 
     # ---- boot and end -----------------------------------------------------------------------------------------------
 
     def boot(self) -> None:
-        """Unpack, boot, wait until systemd has started everything. Raises NotHere, or AssertionError."""
-        root.copy_checkout(self.folder / "checkout")  # once: it may be edited while its tests run
+        """Unpack, boot, and wait for systemd to finish. Raises NotHere, or AssertionError."""
+        root.copy_checkout(self.folder / "checkout")  # a copy: the checkout may change during the tests
         (self.folder / "root").mkdir()
         root.unpacked(self.folder / "root")
         self.path("etc/hostname").write_text("gpu-1\n")
@@ -100,7 +100,7 @@ class Machine:
         return (self.folder / "console.log").read_text(errors="replace")[-800:]
 
     def close(self) -> None:
-        """End everything inside, remove everything made. What survives SIGKILL is an error."""
+        """End and remove everything. A process that survives SIGKILL is an error."""
         try:
             remove(self._cgroup, self.folder)
         finally:
@@ -108,12 +108,12 @@ class Machine:
                 self._nspawn.kill()
                 self._nspawn.wait(END_DEADLINE_S)
 
-    # ---- inside -----------------------------------------------------------------------------------------------------
+    # ---- commands ---------------------------------------------------------------------------------------------------
 
     def try_run(
         self, *command: str, environment: dict[str, str] | None = None, deadline_s: float = COMMAND_S, text: str = ""
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command inside as root; its answer whatever its exit code. `text` is its standard input."""
+        """Run a command as root, with `text` as its standard input; any exit code is accepted."""
         return subprocess.run(
             [*self.entry("-a"), *command],
             input=text,
@@ -127,7 +127,7 @@ class Machine:
     def run(
         self, *command: str, environment: dict[str, str] | None = None, deadline_s: float = COMMAND_S, text: str = ""
     ) -> str:
-        """Its standard output. Raises CommandFailed."""
+        """Run a command and return its standard output. Raises CommandFailed."""
         done = self.try_run(*command, environment=environment, deadline_s=deadline_s, text=text)
         if done.returncode != 0:
             raise CommandFailed(
@@ -136,11 +136,11 @@ class Machine:
         return done.stdout
 
     def entry(self, *namespaces: str) -> Sequence[str]:
-        """What to put before a command that shall run in these namespaces of the host (options of nsenter)."""
+        """The command prefix that enters these namespaces of the host (options of nsenter)."""
         return ["nsenter", "-t", str(self.init), *namespaces, "--"]
 
     def write(self, inside: str, text: str, mode: int = 0o644) -> None:
-        """A file of root's."""
+        """Write a file, owned by root."""
         path = self.path(inside)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -149,24 +149,24 @@ class Machine:
     # ---- systemd ----------------------------------------------------------------------------------------------------
 
     def show(self, unit: str, name: str) -> str:
-        """One property of a unit."""
+        """A property of a unit."""
         return self.run("systemctl", "show", "-P", name, unit).strip()
 
     def main_pid(self, unit: str) -> int:
-        """As the host numbers it; 0 if it does not run."""
+        """The main pid in the host's numbering; 0 if it does not run."""
         return int(self.show(unit, "MainPID"))
 
     def journal(self, unit: str, lines: int = 60) -> str:
-        """The end of what the unit has said."""
+        """The end of a unit's journal."""
         return self.try_run("journalctl", "-u", unit, "--no-pager", "-o", "cat", "-n", str(lines)).stdout
 
     def until(self, what: str, reached: Callable[[], bool], deadline_s: float = COMMAND_S) -> None:
-        """See `until`, for tests that have a machine at hand."""
+        """Like the function `until`."""
         until(what, reached, deadline_s)
 
 
 def until(what: str, reached: Callable[[], bool], deadline_s: float) -> None:
-    """Ask again and again, for at most `deadline_s`."""
+    """Poll for at most `deadline_s`."""
     ends = time.monotonic() + deadline_s
     while not reached():
         if time.monotonic() > ends:
@@ -175,7 +175,7 @@ def until(what: str, reached: Callable[[], bool], deadline_s: float) -> None:
 
 
 def remove(cgroup: Path, folder: Path) -> None:
-    """End what runs in the cgroup; remove it from every hierarchy, and the folder."""
+    """End the processes of a cgroup; remove it from every hierarchy, and the folder."""
 
     def emptied() -> bool:
         if is_empty(cgroup):
@@ -194,7 +194,7 @@ def remove(cgroup: Path, folder: Path) -> None:
 
 
 def sweep() -> None:
-    """What a run that was killed has left: hosts whose test process is gone."""
+    """Remove hosts of killed runs, whose test process is gone."""
     mount = find_v2_mount(Path("/proc/self/mountinfo").read_text())
     assert mount is not None, "root.why_not() has looked"
     names = {path.name for top in (mount.point, Path(tempfile.gettempdir())) for path in top.glob(f"{PREFIX}*-*")}

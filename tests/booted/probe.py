@@ -1,6 +1,6 @@
-"""Runs inside the agent's sandbox (test_sandbox.py), with the machine's Python: what can be done there? JSON on stdout.
+"""Tries operations inside the agent's sandbox (test_sandbox.py), with the machine's Python; prints JSON.
 
-`python3 probe.py PID BRIDGE_PORT`: PID is a process of another user. Each line of the answer is "yes" or the error.
+`python3 probe.py PID BRIDGE_PORT`: PID is a process of another user. Each value is "yes" or the error.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def call(result: int) -> None:
 
 
 def in_a_child(work: Callable[[], None]) -> None:
-    """What would change this process is done by another one."""
+    """Run in a child process, because it would change this one."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -42,7 +42,7 @@ def in_a_child(work: Callable[[], None]) -> None:
 
 
 def ptrace(pid: int) -> None:
-    """Attach without stopping it, as a debugger would: what CAP_SYS_PTRACE is for."""
+    """Attach without stopping the process, like a debugger: needs CAP_SYS_PTRACE."""
     call(LIBC.ptrace(PTRACE_SEIZE, pid, None, None))
 
 
@@ -65,7 +65,7 @@ def own_cgroup() -> Path:
 
 
 def freeze_a_child() -> None:
-    """In a cgroup below one's own, as instances are; and ends it."""
+    """Freeze a child in a cgroup below our own, as with instances, and end it."""
     pid = os.fork()
     if pid == 0:
         time.sleep(60)

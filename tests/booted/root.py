@@ -1,7 +1,7 @@
-"""What a booted test host is made of: a Debian root file system, and the wheels that are installed in it.
+"""Contents of a booted test host: a Debian root file system, and the wheels installed in it.
 
-Both are kept in `${XDG_CACHE_HOME:-~/.cache}/hibernode/booted`, named for what they are made from; they are made once,
-with the machine's own settings of apt and pip, and used without any network.
+Both are cached in `${XDG_CACHE_HOME:-~/.cache}/hibernode/booted`, named after their inputs. They are made once, with
+the machine's apt and pip settings, and used without a network.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from agent.adapters.kernel.cgroup import find_v2_mount
 ROOT = Path(__file__).parents[2]
 SUITE = "bookworm"
 PYTHON = "3.11"
-# The emulated driver is built inside, with the compiler of the glibc that is there.
+# Builds the emulated driver inside, against the host's own glibc.
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "python3", "python3-venv", "gcc", "libc6-dev", "procps", "iproute2")
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 MAKE_DEADLINE_S = 400
 CHECKOUT = ("agent", "scripts", "systemd", "protos", "pyproject.toml", "README.md", "LICENSE")
-"""What scripts/install needs of a checkout."""
+"""Parts of a checkout that scripts/install needs."""
 
 
 class NotHere(Exception):
-    """This machine can't have a booted host; the text says why and what would help."""
+    """This machine can't boot a host; the text gives the reason and a fix."""
 
 
 def why_not() -> str:
-    """Why no host can be booted on this machine; "" if it can."""
+    """Why no host can boot on this machine; "" if it can."""
     if os.geteuid() != 0:
         return "needs root: systemd-nspawn boots a system"
     for program, package in (
@@ -54,21 +54,21 @@ def why_not() -> str:
 
 
 def unpacked(folder: Path) -> None:
-    """A fresh root file system in `folder`. Raises NotHere if it can't be had."""
+    """Unpack a fresh root file system into `folder`. Raises NotHere."""
     key = _key(SUITE, PACKAGES, LEFT_OUT, platform.machine())
     tarball = _cached(f"root-{key}.tar", _make_root)
     _run(["tar", "-x", "--numeric-owner", "-f", str(tarball), "-C", str(folder)], "unpack the root file system")
 
 
 def wheelhouse() -> Path:
-    """A folder with a wheel of everything that scripts/install needs. Raises NotHere if one can't be had."""
+    """A folder with all wheels for scripts/install. Raises NotHere."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
     return _cached(f"wheels-{_key(wanted, PYTHON, platform.machine())}", lambda path: _download(path, wanted))
 
 
 def copy_checkout(target: Path) -> None:
-    """This checkout, as far as it is installed."""
+    """Copy the installed parts of this checkout."""
     target.mkdir(parents=True)
     for name in CHECKOUT:
         source = ROOT / name
@@ -85,7 +85,7 @@ def _make_root(path: Path) -> None:
 
 
 def _download(path: Path, wanted: list[str]) -> None:
-    """With whatever index, proxy and certificates pip is configured for here."""
+    """Download with pip's configured index, proxy and certificates."""
     path.mkdir()
     machine = platform.machine()
     platforms = [f"--platform={name}_{machine}" for name in ("manylinux_2_28", "manylinux_2_17", "manylinux2014")]
@@ -98,7 +98,8 @@ def _key(*parts: object) -> str:
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
-    """`make` writes to another name first: what is there is whole. One process at a time makes it."""
+    """A cached file or folder. `make` writes to a temporary name, one process at a time, so an existing one is
+    complete."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hibernode" / "booted"
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache):

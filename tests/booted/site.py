@@ -1,4 +1,4 @@
-"""Hibernode as a user has it on one host: installed by scripts/install, configured, emulated GPUs, one function."""
+"""Hibernode on one host as users install it: scripts/install, configuration, emulated GPUs, one function."""
 
 from __future__ import annotations
 
@@ -62,15 +62,15 @@ TEMPLATE = {
 
 
 class Site:
-    """Everything below is done as a user would, by commands on the host."""
+    """Does everything as a user would, by commands on the host."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
-    # ---- installing -------------------------------------------------------------------------------------------------
+    # ---- install ----------------------------------------------------------------------------------------------------
 
     def bring(self, version: str = "") -> None:
-        """The checkout (as another version, if it is named) and a wheelhouse are there: no index, no network."""
+        """Copy the checkout (optionally as another version) and a wheelhouse to the host: no index, no network."""
         target = self.machine.path(CHECKOUT)
         if target.exists():
             self.machine.run("rm", "-rf", CHECKOUT)
@@ -83,17 +83,18 @@ class Site:
                 (self.machine.path(WHEELS) / wheel.name).write_bytes(wheel.read_bytes())
 
     def install(self, *options: str) -> str:
-        """scripts/install; returns what it said."""
+        """Run scripts/install; returns its output."""
         offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": WHEELS, "PIP_NO_CACHE_DIR": "1"}
         script = f"{CHECKOUT}/scripts/install"
         return self.machine.run(
             "sh", "-c", '"$@" 2>&1', "sh", script, *options, environment=offline, deadline_s=INSTALL_S
         )
 
-    # ---- configuring ------------------------------------------------------------------------------------------------
+    # ---- configure --------------------------------------------------------------------------------------------------
 
     def configure(self, **agent: Any) -> None:
-        """Both daemons, the node's credential, two emulated GPUs. `agent` replaces sections of agent.yaml."""
+        """Configure both daemons, the node's credential and two emulated GPUs. `agent` replaces sections of
+        agent.yaml."""
         self.configure_agent(**agent)
         self.machine.write(
             "/etc/hibernode/scheduler.yaml",
@@ -105,12 +106,12 @@ class Site:
         self.machine.run("chown", "hibernode-scheduler:", f"/etc/hibernode/nodes/{NODE}.token")
         self.machine.write(f"/etc/systemd/system/{GPUS}", GPUS_UNIT)
         self.drop_in("emulated", AGENT_SEES_THEM)
-        # The function's code: of the checkout, so that an upgrade of /opt/hibernode does not touch it.
+        # The function's code comes from the checkout, so an upgrade of /opt/hibernode does not change it.
         self.machine.run("mkdir", "-p", "/srv/functions")
         self.machine.run("cp", "-r", f"{CHECKOUT}/agent", "/srv/functions/")
 
     def configure_agent(self, **sections: Any) -> None:
-        """agent.yaml, world-readable as the example is: it holds no secret."""
+        """Write agent.yaml, world-readable like the example: it holds no secret."""
         mounts = {"LD_LIBRARY_PATH": f"{DRIVER}/lib", "HIBERNODE_EMULATED_SOCKET": f"{DRIVER}/driver.sock"}
         config = {
             "scheduler": {"address": "127.0.0.1:8601", "token_file": "/etc/hibernode/node.token"},
@@ -121,7 +122,7 @@ class Site:
         self.machine.write("/etc/hibernode/agent.yaml", yaml.safe_dump(config))
 
     def drop_in(self, name: str, text: str, unit: str = AGENT) -> None:
-        """As `systemctl edit` writes one."""
+        """Write a drop-in like `systemctl edit`."""
         self.machine.write(f"/etc/systemd/system/{unit}.d/{name}.conf", text)
         self.machine.run("systemctl", "daemon-reload")
 
@@ -129,10 +130,10 @@ class Site:
         self.machine.path(f"/etc/systemd/system/{unit}.d/{name}.conf").unlink(missing_ok=True)
         self.machine.run("systemctl", "daemon-reload")
 
-    # ---- running ----------------------------------------------------------------------------------------------------
+    # ---- run --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Driver and daemons; each call returns once they say that they are ready."""
+        """Start driver and daemons; each call returns when they report READY."""
         machine = self.machine
         machine.try_run("systemctl", "reset-failed", AGENT, SCHEDULER)
         machine.run("systemctl", "start", GPUS)
@@ -142,19 +143,19 @@ class Site:
             assert done.returncode == 0, f"{unit}: {done.stderr}\n{machine.journal(unit)}"
 
     def deploy(self) -> None:
-        """The function echo, as many instances as there are GPUs; waits until all are up."""
+        """Deploy echo with one instance per GPU; waits until all are up."""
         self.machine.write("/srv/s.yaml", json.dumps(TEMPLATE))
         command = ["hibernode", "deploy", "-t", "/srv/s.yaml", "--wait", "--timeout", "60s"]
         done = self.machine.try_run(*command, deadline_s=90.0)
         assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{self.machine.journal(AGENT)}"
 
     def instances(self) -> list[dict[str, Any]]:
-        """`hibernode ps`, those that have not ended."""
+        """The instances in `hibernode ps` that have not ended."""
         found = json.loads(self.machine.run("hibernode", "ps", "--output", "json"))["instances"]
         return [one for one in found if one["state"] not in ("STOPPED", "FAILED")]
 
     def pids(self) -> dict[str, int]:
-        """The process of each instance, by uid, as the host's process table has it: whatever the agent says."""
+        """The process of each instance by uid, from the host's process table, independent of the agent."""
         found = {}
         for pid in self.machine.try_run("pgrep", "-f", "agent[.]examples[.]echo").stdout.split():
             environment = self.machine.try_run("cat", f"/proc/{pid}/environ").stdout
@@ -164,7 +165,7 @@ class Site:
         return found
 
     def cgroups(self) -> dict[str, str]:
-        """The v2 cgroup of each instance's main process, by uid, as the host sees it."""
+        """The v2 cgroup of each instance's main process by uid, as seen from the host."""
         return {uid: self.cgroup_of(pid) for uid, pid in self.pids().items()}
 
     def cgroup_of(self, pid: int) -> str:
@@ -172,7 +173,7 @@ class Site:
         return next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
 
     def agent_says(self, path: str) -> int:
-        """The status of a page of the agent's admin port; 0 if nobody answers."""
+        """The status of a page on the agent's admin port; 0 if nothing answers."""
         ask = f"import urllib.request as r\nprint(r.urlopen('http://127.0.0.1:8612{path}', timeout=5).status)"
         done = self.machine.try_run("/usr/bin/python3", "-c", ask)
         if done.returncode == 0:
@@ -181,5 +182,5 @@ class Site:
 
 
 def read(machine: Machine, path: str) -> str:
-    """A file of the host."""
+    """Read a file of the host."""
     return Path(machine.path(path)).read_text()

@@ -1,4 +1,4 @@
-"""scripts/install on a host: twice is once, an upgrade drops nothing and can be taken back, it leaves as it came."""
+"""scripts/install on a host: idempotent, upgrades without losses, rolls back, uninstalls completely."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.booted.site import AGENT, GPUS, INSTANCES, SCHEDULER, Site
 
 NEWER = "9.9.9"
 PLACES = ("/etc", "/opt", "/usr", "/var/lib", "/run/lock", "/run/systemd/system", "/home", "/root")
-# What a running system writes by itself; the last two are the tests' own.
+# Written by any running system; the last two belong to the tests.
 NOISE = re.compile(
     r"/__pycache__|^/(etc|run)/\.pwd\.lock|^/var/lib/systemd/|^/root/\.cache|^/etc/systemd/system/emulated"
 )
@@ -22,14 +22,14 @@ BACKUPS = re.compile(r"^/etc/(passwd|group|shadow|gshadow|subuid|subgid)-?$")
 
 
 def state(machine: Machine) -> dict[str, str]:
-    """Every path with what would change if it was touched."""
+    """Every path, with values that any change would alter."""
     looks = ["find", *PLACES, "-xdev", "-printf", "%p\\t%y %m %u:%g %s %T@ %l\\n"]
     found = dict(line.split("\t", 1) for line in machine.run(*looks).splitlines())
     return {path: look for path, look in found.items() if not NOISE.search(path)}
 
 
 def at_rest(machine: Machine) -> dict[str, str]:
-    """Without what the daemons write all the time."""
+    """The state without files that the daemons write continuously."""
     return {path: look for path, look in state(machine).items() if not path.startswith("/var/lib/hibernode/")}
 
 
@@ -39,7 +39,7 @@ def accounts(machine: Machine) -> list[str]:
 
 @pytest.fixture
 def checkout(site: Site) -> Iterator[Site]:
-    """A site whose checkout a test replaces: the one that is installed everywhere else is there again afterwards."""
+    """A site whose checkout the test replaces; afterwards the original version is installed again."""
     yield site
     if site.machine.path("/usr/local/bin/hibernode").is_symlink():
         site.bring()
@@ -48,19 +48,19 @@ def checkout(site: Site) -> Iterator[Site]:
 
 
 def version(site: Site) -> str:
-    """Of the agent that runs."""
+    """The version of the running agent."""
     node = json.loads(site.machine.run("hibernode", "node", "--output", "json"))
     return str(node["agent_version"])
 
 
-def test_installing_twice_changes_nothing(site: Site) -> None:
+def test_second_install_changes_nothing(site: Site) -> None:
     before = at_rest(site.machine)
     said = site.install()
     assert at_rest(site.machine) == before
     assert "systemctl restart hibernode-agent hibernode-scheduler" in said, "they run: that is the next step"
 
 
-def test_an_upgrade_under_load_drops_neither_instances_nor_requests_and_can_be_taken_back(checkout: Site) -> None:
+def test_upgrade_and_rollback_under_load_lose_nothing(checkout: Site) -> None:
     site = checkout
     machine = site.machine
     old, pids, cgroups = version(site), site.pids(), site.cgroups()
@@ -83,12 +83,12 @@ def test_an_upgrade_under_load_drops_neither_instances_nor_requests_and_can_be_t
     assert (site.pids(), site.cgroups()) == (pids, cgroups)
 
 
-def test_versions_that_nobody_runs_are_removed_but_for_the_one_before(checkout: Site) -> None:
+def test_unused_versions_but_the_previous_one_are_removed(checkout: Site) -> None:
     site = checkout
     releases = site.machine.path("/opt/hibernode/releases")
     running = site.machine.path("/opt/hibernode/current").readlink().name
     for number in range(3):
-        # What an install leaves; whole ones take half a minute each.
+        # The layout of an install; real ones take half a minute each.
         (releases / f"old-{number}").mkdir()
     site.install()
     names = {path.name for path in releases.iterdir()}
@@ -96,8 +96,8 @@ def test_versions_that_nobody_runs_are_removed_but_for_the_one_before(checkout: 
     assert len(names) <= 3
 
 
-def test_a_first_install_makes_no_secret_and_a_purge_leaves_nothing(machine: Machine, site: Site) -> None:
-    """From a host with running instances, one of them asleep, to one that has never seen any of it; and again."""
+def test_first_install_creates_no_secret_and_purge_leaves_nothing(machine: Machine, site: Site) -> None:
+    """From a host with running instances, one of them frozen, to a clean one; and again."""
     machine.run("hibernode", "freeze", site.instances()[0]["uid"])
     said = site.install("--uninstall", "--purge")
     assert "warning" not in said, said
@@ -118,7 +118,7 @@ def test_a_first_install_makes_no_secret_and_a_purge_leaves_nothing(machine: Mac
 
 
 def leftovers(site: Site) -> None:
-    """Nothing of ours: files, accounts, units, processes, cgroups. The emulated driver is the tests' own."""
+    """Nothing of ours is left: files, accounts, units, processes, cgroups (except the tests' emulated driver)."""
     machine = site.machine
     machine.run("systemctl", "stop", GPUS)
     machine.run("rm", "-f", f"/etc/systemd/system/{GPUS}")
@@ -135,8 +135,8 @@ def leftovers(site: Site) -> None:
     assert not site.pids()
 
 
-def test_an_uninstall_ends_instances_although_their_agent_cannot(site: Site) -> None:
-    """It can't even start: its instances are killed, one that sleeps too, and what else there may be is named."""
+def test_uninstall_ends_instances_of_a_broken_agent(site: Site) -> None:
+    """The agent can't even start: its instances are killed, even a frozen one, and other remains are named."""
     machine = site.machine
     machine.run("hibernode", "freeze", site.instances()[0]["uid"])
     assert len(site.pids()) == INSTANCES
@@ -146,8 +146,9 @@ def test_an_uninstall_ends_instances_although_their_agent_cannot(site: Site) -> 
     leftovers(site)
 
 
-def test_an_uninstall_alone_keeps_what_is_not_the_programs(site: Site) -> None:
-    """Configuration, ledger and accounts stay; instances end, for nobody would wake them; a new install goes on."""
+def test_uninstall_keeps_configuration_ledger_and_accounts(site: Site) -> None:
+    """Configuration, ledger and accounts stay. Instances end, because nothing would wake them. A new install
+    continues."""
     machine = site.machine
     uuid = machine.path("/var/lib/hibernode/agent/uuid").read_text()
     assert len(site.pids()) == INSTANCES

@@ -1,4 +1,4 @@
-"""What the agent's unit lets it do, tried from within: all that it is for, and nothing of what it is not."""
+"""The agent's sandbox, tried from within: it allows everything that the agent needs, and nothing else."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ DENIED = [
 
 @pytest.fixture
 def bridge_port(site: Site) -> Iterator[str]:
-    """A port of a bridge, as containers have. nspawn shows its hosts a read-only /sys: here it is as on a real one."""
+    """A bridge port, as containers have. nspawn mounts /sys read-only; here it is writable, as on a real host."""
     machine = site.machine
     machine.run("ip", "link", "add", "probe0", "type", "bridge")
     try:
@@ -80,7 +80,7 @@ def bridge_port(site: Site) -> Iterator[str]:
 
 @pytest.fixture
 def engines(site: Site) -> Iterator[None]:
-    """Somebody listens where Docker and Podman do."""
+    """Listeners on the sockets of Docker and Podman."""
     machine = site.machine
     machine.write("/srv/listen.py", LISTENER)
     machine.run("systemd-run", "--unit=engines", "/usr/bin/python3", "/srv/listen.py", *SOCKETS)
@@ -93,7 +93,7 @@ def engines(site: Site) -> Iterator[None]:
 
 
 def probe_unit(agent_unit: str) -> str:
-    """The agent's unit with the probe in its place: every line about what it may do is as it is."""
+    """The agent's unit with the probe as its program and all restrictions unchanged."""
     service = re.sub(
         r"^(ExecStart|ExecStartPre|WatchdogSec|Restart|Type|NotifyAccess)=.*\n", "", agent_unit, flags=re.MULTILINE
     )
@@ -103,7 +103,7 @@ def probe_unit(agent_unit: str) -> str:
 
 @contextmanager
 def probing(site: Site, bridge_port: str) -> Iterator[Callable[[str], dict[str, str]]]:
-    """The probe's answers, under the agent's unit and whatever lines are given on top of it."""
+    """The probe's answers under the agent's unit, with additional lines."""
     machine = site.machine
     machine.write("/srv/probe.py", Path(__file__).with_name("probe.py").read_text())
     machine.write(f"/etc/systemd/system/{PROBE}", probe_unit(machine.path(f"/etc/systemd/system/{AGENT}").read_text()))
@@ -127,7 +127,7 @@ def probing(site: Site, bridge_port: str) -> Iterator[Callable[[str], dict[str, 
 
 
 @pytest.mark.usefixtures("engines")
-def test_the_sandbox_lets_the_agent_do_its_work_and_nothing_else(site: Site, bridge_port: str) -> None:
+def test_sandbox_allows_the_agents_work_and_nothing_else(site: Site, bridge_port: str) -> None:
     with probing(site, bridge_port) as probe:
         answers = probe("")
     assert set(answers) == {*NEEDED, *DENIED}
@@ -136,8 +136,8 @@ def test_the_sandbox_lets_the_agent_do_its_work_and_nothing_else(site: Site, bri
 
 
 @pytest.mark.usefixtures("engines")
-def test_without_any_one_of_its_capabilities_the_agent_could_not_do_its_work(site: Site, bridge_port: str) -> None:
-    """All but SYS_RESOURCE, which a test host may lack itself."""
+def test_agent_needs_each_of_its_capabilities(site: Site, bridge_port: str) -> None:
+    """All but SYS_RESOURCE, which a test host may lack."""
     unit = site.machine.path(f"/etc/systemd/system/{AGENT}").read_text()
     kept = re.search(r"^CapabilityBoundingSet=(.+)$", unit, re.MULTILINE)
     assert kept

@@ -1,4 +1,4 @@
-"""The units under a real systemd: instances and queued requests outlive every way in which an agent comes and goes."""
+"""The units under a real systemd: instances and queued requests survive every stop and start of the agent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WATCHDOG_S = 3
 
 @pytest.fixture
 def show(capsys: pytest.CaptureFixture[str]) -> Show:
-    """Print a measurement for whoever reads the run."""
+    """Print a measurement into the test's output."""
 
     def say(text: str) -> None:
         with capsys.disabled():
@@ -33,8 +33,8 @@ def ready(site: Site) -> bool:
 
 
 @contextmanager
-def nothing_lost(site: Site) -> Iterator[None]:
-    """The same instances before and after, the same processes in the same cgroups below the unit's."""
+def same_instances(site: Site) -> Iterator[None]:
+    """Check that the same processes of the same instances run before and after, in the same cgroups of the unit."""
     before = site.pids(), site.cgroups()
     assert len(before[0]) == INSTANCES
     assert all(path.startswith(f"/system.slice/{AGENT}/hibernode-") for path in before[1].values()), before[1]
@@ -44,7 +44,7 @@ def nothing_lost(site: Site) -> Iterator[None]:
 
 
 def ask(site: Site, path: str, deadline_s: int = 30) -> subprocess.Popen[str]:
-    """One request through the gateway, by a program inside: prints the body, fails unless it is 200."""
+    """Send a request through the gateway from inside the host; prints the body, fails unless it is 200."""
     fetch = (
         f"import urllib.request as r\nprint(r.urlopen('{GATEWAY}/fn/echo{path}', timeout={deadline_s}).read().decode())"
     )
@@ -56,17 +56,17 @@ def ask(site: Site, path: str, deadline_s: int = 30) -> subprocess.Popen[str]:
     )
 
 
-def test_ready_comes_after_the_recovery_of_every_instance(site: Site) -> None:
-    """A driver that does not answer holds recovery up: until it does, systemd is not told that the agent is ready."""
+def test_ready_follows_the_recovery_of_every_instance(site: Site) -> None:
+    """A driver that does not answer delays the recovery, and READY with it."""
     machine = site.machine
-    with nothing_lost(site):
+    with same_instances(site):
         machine.run("systemctl", "stop", AGENT)
         machine.run("systemctl", "kill", "--signal=STOP", GPUS)
         try:
             machine.run("systemctl", "start", "--no-block", AGENT)
             machine.until("the agent is being started", lambda: machine.main_pid(AGENT) != 0)
             for _ in range(5):
-                time.sleep(0.3)  # what is shown is that nothing happens
+                time.sleep(0.3)  # to show that nothing happens
                 assert machine.show(AGENT, "ActiveState") == "activating"
                 assert site.agent_says("/readyz") != 200
         finally:
@@ -77,8 +77,8 @@ def test_ready_comes_after_the_recovery_of_every_instance(site: Site) -> None:
         assert site.agent_says("/readyz") == 200
 
 
-def test_a_restart_under_load_fails_no_request_and_ends_no_instance(site: Site, show: Show) -> None:
-    with nothing_lost(site):
+def test_restart_under_load_loses_nothing(site: Site, show: Show) -> None:
+    with same_instances(site):
         old = site.machine.main_pid(AGENT)
         with under_load(site.machine) as load:
             site.machine.run("systemctl", "restart", AGENT)
@@ -88,10 +88,10 @@ def test_a_restart_under_load_fails_no_request_and_ends_no_instance(site: Site, 
     show(f"systemctl restart under load: {load.summary()}")
 
 
-def test_a_sigkill_under_load_costs_only_the_requests_inside_the_agent(site: Site, show: Show) -> None:
-    """At most one request per slot is inside; whoever is in the gateway's queue notices nothing but the wait."""
+def test_sigkill_under_load_costs_only_running_requests(site: Site, show: Show) -> None:
+    """At most one request per slot is inside; those in the gateway's queue only wait."""
     machine = site.machine
-    with nothing_lost(site):
+    with same_instances(site):
         old = machine.main_pid(AGENT)
         with under_load(machine) as load:
             machine.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", AGENT)
@@ -107,14 +107,14 @@ def test_a_sigkill_under_load_costs_only_the_requests_inside_the_agent(site: Sit
     show(f"kill -9 under load, agent back after {(back - killed) / 1e9:.1f} s: {load.summary()}")
 
 
-def test_an_agent_that_is_stuck_is_replaced_by_the_watchdog(site: Site, show: Show) -> None:
-    """Stopped, it runs no loop and takes no SIGABRT either: systemd waits TimeoutAbortSec and kills it."""
+def test_watchdog_replaces_a_stuck_agent(site: Site, show: Show) -> None:
+    """A stopped process runs no loop and handles no SIGABRT: systemd kills it after TimeoutAbortSec."""
     machine = site.machine
-    with nothing_lost(site):
+    with same_instances(site):
         site.drop_in("test", f"[Service]\nWatchdogSec={WATCHDOG_S}s\nTimeoutAbortSec=1s\n")
         machine.run("systemctl", "restart", AGENT)
         old = machine.main_pid(AGENT)
-        time.sleep(WATCHDOG_S + 1)  # fed, it lives on
+        time.sleep(WATCHDOG_S + 1)  # a fed agent lives on
         assert machine.main_pid(AGENT) == old
         with under_load(machine) as load:
             stuck = time.monotonic()
@@ -129,10 +129,10 @@ def test_an_agent_that_is_stuck_is_replaced_by_the_watchdog(site: Site, show: Sh
     show(f"stuck, with WatchdogSec={WATCHDOG_S}s back after {seconds:.1f} s: {load.summary()}")
 
 
-def test_what_the_watchdog_ends_leaves_the_stacks_of_its_threads_in_the_journal(site: Site) -> None:
-    """SIGABRT is what systemd sends first: one that is stuck in Python says where."""
+def test_watchdog_leaves_thread_stacks_in_the_journal(site: Site) -> None:
+    """systemd sends SIGABRT first: an agent stuck in Python prints its stacks."""
     machine = site.machine
-    with nothing_lost(site):
+    with same_instances(site):
         old = machine.main_pid(AGENT)
         machine.run("systemctl", "kill", "--kill-whom=main", "--signal=ABRT", AGENT)
         machine.until("systemd has started another", lambda: machine.main_pid(AGENT) not in (0, old) and ready(site))
@@ -141,20 +141,20 @@ def test_what_the_watchdog_ends_leaves_the_stacks_of_its_threads_in_the_journal(
     assert "in run_until_signal" in said or "in daemon_main" in said, said[-3000:]
 
 
-def test_a_restart_of_the_scheduler_is_a_pause_for_its_clients(site: Site, show: Show) -> None:
-    """systemd keeps the gateway's socket: who comes meanwhile waits in the kernel, who was inside is answered first."""
-    with nothing_lost(site), under_load(site.machine) as load:
+def test_scheduler_restart_is_a_pause_for_clients(site: Site, show: Show) -> None:
+    """systemd keeps the gateway's socket: new clients wait in the kernel, and requests inside are answered first."""
+    with same_instances(site), under_load(site.machine) as load:
         site.machine.run("systemctl", "restart", SCHEDULER)
         load.go_on(20)
     assert not load.failed, [one.text for one in load.failed]
     show(f"systemctl restart of the scheduler under load: {load.summary()}")
 
 
-def test_a_stop_leaves_instances_awake_or_asleep_and_requests_wait_for_the_next_agent(site: Site) -> None:
+def test_stop_leaves_instances_and_requests_wait_for_the_next_agent(site: Site) -> None:
     machine = site.machine
     sleeper = site.instances()[0]["uid"]
     machine.run("hibernode", "freeze", sleeper)
-    with nothing_lost(site):
+    with same_instances(site):
         machine.run("systemctl", "stop", AGENT)
         assert machine.show(AGENT, "Result") == "success"
         machine.run("systemctl", "daemon-reload")
@@ -173,13 +173,13 @@ def test_a_stop_leaves_instances_awake_or_asleep_and_requests_wait_for_the_next_
         assert "instance.recovered" in machine.journal(AGENT, 30) + events
 
 
-def test_a_stop_takes_the_instances_along_if_on_stop_says_so(site: Site) -> None:
-    """What is inside ends first, though that takes longer than the watchdog and the unit allow: a leaving agent is not
-    stuck, and says how long it needs."""
+def test_stop_ends_instances_with_on_stop_stop(site: Site) -> None:
+    """Running requests finish first, even if that takes longer than watchdog and unit allow: the leaving agent extends
+    its timeout."""
     machine = site.machine
     site.configure_agent(on_stop="stop")
     site.drop_in("test", f"[Service]\nWatchdogSec={WATCHDOG_S}s\nTimeoutStopSec={WATCHDOG_S}s\n")
-    machine.run("systemctl", "restart", AGENT)  # still with the old configuration's instances: `leave` was in force
+    machine.run("systemctl", "restart", AGENT)  # the old configuration, `leave`, still applies to these instances
     assert len(site.pids()) == INSTANCES
     slow = ask(site, f"/sleep?ms={(WATCHDOG_S + 2) * 1000}")
     machine.until("the request is inside", lambda: any(one["in_flight"] for one in site.instances()))
@@ -192,11 +192,11 @@ def test_a_stop_takes_the_instances_along_if_on_stop_says_so(site: Site) -> None
     machine.until("the unit's cgroup is gone", lambda: machine.run(*cgroups).strip() == "")
 
 
-def test_what_root_exports_to_all_services_does_not_reach_the_daemons(site: Site) -> None:
-    """A library or a module of somebody else's choice, in a process that is root on a GPU host."""
+def test_manager_environment_does_not_reach_the_daemons(site: Site) -> None:
+    """A foreign library or module would run as root on a GPU host."""
     machine = site.machine
     foreign = {"LD_PRELOAD": "/srv/foreign.so", "PYTHONPATH": "/srv/foreign", "LD_AUDIT": "/srv/foreign.so"}
-    # The emulated driver's drop-in clears nothing; here it clears what the unit does, but for its own library path.
+    # The emulated driver's drop-in clears nothing; here it clears what the unit does, except its own library path.
     unit = machine.path(f"/etc/systemd/system/{AGENT}").read_text()
     cleared = next(line for line in unit.splitlines() if line.startswith("UnsetEnvironment="))
     assert "LD_LIBRARY_PATH" in cleared
@@ -212,10 +212,10 @@ def test_what_root_exports_to_all_services_does_not_reach_the_daemons(site: Site
         machine.run("systemctl", "unset-environment", *foreign)
 
 
-def test_the_agent_ends_by_itself_when_it_is_told_in_the_middle_of_its_start(site: Site) -> None:
-    """SIGTERM before READY: systemd does not have to wait for TimeoutStopSec and kill."""
+def test_agent_ends_on_sigterm_during_its_start(site: Site) -> None:
+    """SIGTERM before READY: systemd need not wait for TimeoutStopSec and kill."""
     machine = site.machine
-    with nothing_lost(site):
+    with same_instances(site):
         machine.run("systemctl", "stop", AGENT)
         machine.run("systemctl", "kill", "--signal=STOP", GPUS)
         try:

@@ -142,7 +142,7 @@ def ready(function: Function) -> bool:
     return function.state == Function.STATE_READY
 
 
-async def test_deploy_serve_sleep_wake_and_delete(daemon: Daemon, node: FakeAgentNode) -> None:
+async def test_deploy_serve_freeze_wake_and_delete(daemon: Daemon, node: FakeAgentNode) -> None:
     await node.start(daemon.endpoints["grpc"])
     function = await daemon.deploy(environment={"KEY": "secret"})
     assert function.url == f"http://{daemon.endpoints['gateway']}/fn/ocr/"
@@ -208,7 +208,7 @@ async def test_an_instance_that_fails_is_replaced_under_a_new_attempt(daemon: Da
     await daemon.until(lambda function: "ocr/1/0/2" in node.created and ready(function))
 
 
-async def test_a_function_no_node_can_run_says_why_at_once(daemon: Daemon, node: FakeAgentNode) -> None:
+async def test_a_function_that_no_node_can_run_gives_its_reason_at_once(daemon: Daemon, node: FakeAgentNode) -> None:
     await node.start(daemon.endpoints["grpc"])
     await daemon.deploy(image="registry.example/ocr:1")
     function = await daemon.until(lambda function: function.state == Function.STATE_DEGRADED)
@@ -218,9 +218,7 @@ async def test_a_function_no_node_can_run_says_why_at_once(daemon: Daemon, node:
     assert "engine" in json.loads(body)["Message"]
 
 
-async def test_an_agent_that_dies_fails_what_is_inside_and_the_rest_waits_for_it(
-    daemon: Daemon, node: FakeAgentNode
-) -> None:
+async def test_a_dying_agent_fails_its_requests_and_the_queue_waits(daemon: Daemon, node: FakeAgentNode) -> None:
     await node.start(daemon.endpoints["grpc"])
     await daemon.deploy(target=1)
     await daemon.until(ready)
@@ -239,7 +237,9 @@ async def test_an_agent_that_dies_fails_what_is_inside_and_the_rest_waits_for_it
     assert node.created == ["ocr/1/0/1"], "the instance lived on, nothing was created"
 
 
-async def test_a_lost_node_is_replaced_and_gives_way_when_it_comes_back(daemon: Daemon, node: FakeAgentNode) -> None:
+async def test_instances_of_a_lost_node_are_replaced_and_stopped_when_it_returns(
+    daemon: Daemon, node: FakeAgentNode
+) -> None:
     await node.start(daemon.endpoints["grpc"])
     await daemon.deploy(target=1)
     await daemon.until(ready)
@@ -282,9 +282,7 @@ async def schedule(daemon: Daemon, name: str, scheduling: Node.Scheduling.ValueT
     return (await daemon.channel.call(daemon.channel.scheduler.SetNodeScheduling, request, 10)).node
 
 
-async def test_a_node_is_drained_without_cutting_a_request_and_stays_drained_through_a_sigkill(
-    tmp_path: Path, node: FakeAgentNode
-) -> None:
+async def test_a_drain_cuts_no_request_and_survives_a_sigkill(tmp_path: Path, node: FakeAgentNode) -> None:
     other = FakeAgentNode("gpu-2", TOKENS["gpu-2"])
     gate = asyncio.Event()
     try:
@@ -356,7 +354,7 @@ async def test_a_second_scheduler_on_the_same_state_is_refused(daemon: Daemon) -
     assert b"STATE_DIR_IN_USE" in said
 
 
-async def test_who_may_and_what_is_wrong_is_said(daemon: Daemon) -> None:
+async def test_wrong_credentials_and_arguments_are_refused(daemon: Daemon) -> None:
     async with DaemonChannel(daemon.endpoints["grpc"], "x" * 32) as stranger:
         with pytest.raises(UnauthenticatedError):
             await stranger.call(stranger.scheduler.ListNodes, ListNodesRequest(), 10)

@@ -107,7 +107,7 @@ async def test_windows_follow_the_rows_in_pages_of_their_own_each_once(daemon: D
             await daemon.channel.call(daemon.channel.usage.ListUsage, asked, 10)
 
 
-async def test_sums_by_node_and_model_and_a_reconciliation_come_from_the_command_line(daemon: Daemon) -> None:
+async def test_usage_sums_and_reconciliation_on_the_command_line(daemon: Daemon) -> None:
     gap = replace(
         WINDOW, seq=1, start_mono_ns=11 * SECOND_NS, end_mono_ns=12 * SECOND_NS, active_ns=0, idle_ns=SECOND_NS
     )

@@ -141,7 +141,7 @@ def lead_sessions(postgres: PostgreSQL, world: World) -> list[int]:
     return [int(row[0]) for row in postgres.run(locks, database=name)]
 
 
-async def test_the_standby_takes_over_what_a_killed_scheduler_knew(world: World) -> None:
+async def test_the_standby_takes_over_from_a_killed_scheduler(world: World) -> None:
     active = await world.start("a")
     await active.until_readyz(200)
     standby = await world.start("b")
@@ -169,7 +169,7 @@ async def test_the_standby_takes_over_what_a_killed_scheduler_knew(world: World)
     await back.until_readyz(503)
 
 
-async def test_who_loses_its_session_ends_and_comes_back_as_a_standby(world: World, postgres: PostgreSQL) -> None:
+async def test_a_scheduler_that_loses_its_session_returns_as_a_standby(world: World, postgres: PostgreSQL) -> None:
     first = await world.start("a")
     await first.until_readyz(200)
     second = await world.start("b")
@@ -184,7 +184,7 @@ async def test_who_loses_its_session_ends_and_comes_back_as_a_standby(world: Wor
     assert session_of_second != session
 
 
-async def test_who_gets_no_answer_from_the_database_does_not_wait_for_it(world: World, postgres: PostgreSQL) -> None:
+async def test_a_scheduler_whose_database_does_not_answer_ends(world: World, postgres: PostgreSQL) -> None:
     """The server hangs: it may answer others, and this scheduler could not tell whether it still has the lead."""
     active = await world.start("a")
     await active.until_readyz(200)
@@ -199,7 +199,7 @@ async def test_who_gets_no_answer_from_the_database_does_not_wait_for_it(world: 
     assert "no answer within 4 s" in said
 
 
-async def test_an_active_one_that_leaves_in_order_hands_over_and_a_standby_leaves_when_asked(world: World) -> None:
+async def test_a_stopping_scheduler_hands_over_and_a_standby_stops_on_request(world: World) -> None:
     first = await world.start("a")
     await first.until_readyz(200)
     second, third = await world.start("b"), await world.start("c")
@@ -239,7 +239,7 @@ async def test_a_lead_whose_session_is_not_its_own_is_none(postgres: PostgreSQL,
     lead.close()
 
 
-async def test_on_sqlite_there_is_nobody_to_wait_for(tmp_path: Path) -> None:
+async def test_on_sqlite_the_lock_is_always_held(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/scheduler.db"
     first, second = LeaderLock(url), LeaderLock(url)
     assert [await first.take(), await second.take()] == [True, True]

@@ -1,1 +1,1 @@
-"""The whole system as processes: driver, scheduler, agent, real instances; some of them get killed."""
+"""Whole-system tests with real processes: driver, scheduler, agent and instances, some of which get killed."""

@@ -1,4 +1,4 @@
-"""One running stack for many tests of bad input, and the look around after the last of them: nothing may be left."""
+"""One running stack shared by many tests of bad input; after the last one, nothing may be left."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ENDED = (types_pb2.Instance.STATE_STOPPED, types_pb2.Instance.STATE_FAILED)
 
 
 @dataclass
-class World:
-    """A stack, and short ways to say what these tests do with it."""
+class BadInputStack:
+    """A stack with shortcuts for these tests."""
 
     stack: Stack
 
     async def deploy(self, spec: FunctionSpec) -> None:
-        """One instance wanted; does not wait for it."""
+        """Deploy with a target of one instance, without waiting for it."""
         async with self.stack.channel("scheduler") as channel:
             message = function_to_proto(spec, reveal_secrets=True)
             request = functions_pb.DeployFunctionRequest(spec=message, target=1)
@@ -46,19 +46,19 @@ class World:
         return [one for one in await self.remembered() if one.state not in ENDED]
 
     async def remembered(self) -> list[types_pb2.Instance]:
-        """Instances of the node, those that ended lately included."""
+        """All instances that the node lists, including recently ended ones."""
         async with self.stack.channel("agent") as channel:
             request = instances_pb.ListInstancesRequest(include_ended=True)
             return list((await channel.call(channel.instances.ListInstances, request, CALL_S)).instances)
 
     async def instance(self, function: str) -> types_pb2.Instance:
-        """The one living instance of `function`."""
+        """The only living instance of `function`."""
         found = [one for one in await self.alive() if one.function == function]
         assert len(found) == 1, found
         return found[0]
 
     async def until_inside(self, function: str, count: int) -> None:
-        """`count` requests are inside the instance and none waits at its gate."""
+        """Wait until `count` requests are in the instance and none waits at its gate."""
 
         async def inside() -> bool:
             one = await self.instance(function)
@@ -73,13 +73,13 @@ class World:
         return str(json.loads((self.stack.folder / daemon / "endpoints.json").read_text())[name])
 
     def hibernode(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """The command, with this stack as its home."""
+        """Run the command line with this stack as its home."""
         environment = {**self.stack.environment, "HIBERNODE_HOME": str(self.stack.folder)}
         command = [str(HIBERNODE), *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
     async def check_nothing_left(self) -> None:
-        """Nobody waits or holds a slot; then, with the functions gone: no process, cgroup, GPU or device memory."""
+        """Check that no request waits or holds a slot; then delete the functions and check that nothing is left."""
 
         async def quiet() -> bool:
             queued = [name for name, function in (await self.functions()).items() if function.queued]
@@ -103,8 +103,8 @@ class World:
 
 
 @asynccontextmanager
-async def running_world(gpus: int, agent_settings: dict[str, Any] | None = None) -> AsyncIterator[World]:
+async def running_world(gpus: int, agent_settings: dict[str, Any] | None = None) -> AsyncIterator[BadInputStack]:
     async with running_stack("--gpus", str(gpus), "--gib", "1", agent_settings=agent_settings) as stack:
-        world = World(stack)
+        world = BadInputStack(stack)
         yield world
         await world.check_nothing_left()

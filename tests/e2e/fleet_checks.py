@@ -1,4 +1,4 @@
-"""What must be true of every request of a fleet, and of everybody's bill, whatever happened to whom."""
+"""Checks of every request of a fleet and of the usage of every instance."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 
 from agent.core.types import MILLISECOND_NS, SECOND_NS
 from agent.v1 import usage_service_pb2 as usage_pb
-from tests.e2e.fleet_load import Run, Told
+from tests.e2e.fleet_load import Execution, RequestRecord
 from tests.e2e.load import union_ns
 
 BOUND = 1_000
-"""DESIGN section 11: metered time differs from the instances' own by at most 1 / BOUND ..."""
+"""Metered time differs from the instances' own by at most 1 / BOUND (agent/docs/specification.md) ..."""
 LOST_NS = SECOND_NS
-"""... and, on a node whose agent was killed, by what of each instance was not written yet."""
+"""... and, on a node whose agent was killed, by what was not yet written of each instance."""
 EDGE_NS = 20 * MILLISECOND_NS
-"""Nothing of the sort for a single request: a gross error shows all the same in instances that had few of them."""
+"""No such limit for a single request; a gross error still shows in instances with few requests."""
 
 
 @dataclass
 class Kills:
-    """Who was killed when (CLOCK_MONOTONIC ns)."""
+    """Times of kills (CLOCK_MONOTONIC ns)."""
 
     scheduler: list[int] = field(default_factory=list)
     agents: dict[str, list[int]] = field(default_factory=dict)
@@ -30,12 +30,12 @@ class Kills:
 
 
 def check_answers(
-    told: Sequence[Told], runs: Mapping[str, list[Run]], owners: Mapping[str, str], kills: Kills
+    records: Sequence[RequestRecord], runs: Mapping[str, list[Execution]], owners: Mapping[str, str], kills: Kills
 ) -> tuple[int, int]:
-    """Every request has its one right answer, but for those that were inside a killed process at its kill. Returns how
-    many were lost inside agents, and inside the scheduler."""
+    """Every request has one right answer, except those inside a process when it was killed. Returns how many were lost
+    in agents and in the scheduler."""
     inside_agents = inside_scheduler = 0
-    for one in told:
+    for one in records:
         mine = runs.get(one.request_id, [])
         assert len(mine) <= 1, f"executed {len(mine)} times: {one} {mine}"
         if one.served:
@@ -47,10 +47,10 @@ def check_answers(
             where = {owners[run.instance] for run in mine}
             there = [node for node, times in kills.agents.items() if any(one.during(at_ns) for at_ns in times)]
             assert one.status == 502, one
-            assert there, f"nobody was killed while it was under way: {one}"
+            assert there, f"no kill while it was running: {one}"
             assert where <= set(there), f"executed on {where}, killed was {there}: {one}"
             inside_agents += 1
-    ids = [one.request_id for one in told if one.request_id]
+    ids = [one.request_id for one in records if one.request_id]
     assert len(ids) == len(set(ids)), "an id for each request"
     twice = {number: found for number, found in runs.items() if len(found) > 1}
     assert not twice, f"executed more than once: {twice}"
@@ -58,15 +58,17 @@ def check_answers(
 
 
 def check_bill(
-    rows: Mapping[str, usage_pb.UsageRow], told: Sequence[Told], runs: Mapping[str, list[Run]], kills: Kills
+    rows: Mapping[str, usage_pb.UsageRow],
+    records: Sequence[RequestRecord],
+    runs: Mapping[str, list[Execution]],
+    kills: Kills,
 ) -> dict[str, float]:
-    """For each instance app union <= metered <= client union, less a second at most for each kill of its agent; what
-    metering adds to the instances' own time is at most 0.1 % of it. Returns the figures.
+    """Check app union <= metered <= client union for each instance, minus at most a second per kill of its agent;
+    metering adds at most 0.1 % to the instances' own time. Returns the figures.
 
-    A request that a kill has cut is over then: nobody waits for it, although the instance may still be at it.
-    """
-    answered = {one.request_id: one for one in told if one.request_id}
-    broken = [one for one in told if not one.request_id]
+    A request cut by a kill counts as over, although the instance may still work on it."""
+    answered = {one.request_id: one for one in records if one.request_id}
+    broken = [one for one in records if not one.request_id]
     apps: dict[str, list[tuple[int, int]]] = {uid: [] for uid in rows}
     clients: dict[str, list[tuple[int, int]]] = {uid: [] for uid in rows}
     for number, found in runs.items():
@@ -76,11 +78,11 @@ def check_bill(
                 apps[run.instance].append((run.start_ns, run.end_ns))
                 clients[run.instance].append((one.began_ns, one.ended_ns))
                 continue
-            # Its client had 502, or was one of those whose connection broke with the scheduler and who know no id.
+            # Its client got 502, or lost its connection with the scheduler and knows no request id.
             function = rows[run.instance].function
             asked = [one] if one else [each for each in broken if each.during(run.start_ns)]
             asked = [each for each in asked if each.function == function]
-            assert asked, f"nobody asked for {number}: {run}"
+            assert asked, f"no client requested {number}: {run}"
             cuts = [*kills.scheduler, *kills.agents.get(rows[run.instance].node, [])]
             end_ns = min([run.end_ns, *(at_ns for at_ns in cuts if at_ns >= run.start_ns)])
             apps[run.instance].append((run.start_ns, end_ns))

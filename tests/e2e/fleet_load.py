@@ -1,9 +1,8 @@
-"""Traffic of a fleet: ten minutes' worth in less than one, from a seed; and each request's story, told by its client.
+"""The traffic of a fleet: ten minutes in less than one, from a seed, with a record of each request by its client.
 
-Time is compressed by `COMPRESSED`: pauses, lulls, service times and `freezeAfter` alike. Arrivals do not wait for
-answers. Clients are as good ones are: a connection that is refused or not answered is tried again, which is not a
-failed request; once connected nothing is ever sent twice, so each request has its own connection and is a POST (which
-aiohttp would not repeat).
+`COMPRESSED` compresses pauses, lulls, service times and `freezeAfter`. Arrivals do not wait for answers. Clients retry
+a connection that is refused or not accepted, which is no failed request. Once connected they never send a request
+twice: each has its own connection and is a POST (which aiohttp does not repeat).
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from tests.e2e.stack import echo
 
 COMPRESSED = 15
 PAUSE_S, LULL_S, SERVICE_S = 6.0, (30.0, 90.0), (15.0, 90.0)
-"""Before compression: mean pause between bursts, what a lull takes (one burst in `LULLS` follows one), the service."""
+"""Before compression: mean pause between bursts, length of a lull (after one burst in `LULLS`), service time."""
 LULLS, ANSWERS = 10, 12
-"""One request in `ANSWERS` asks what is in device memory, which takes no time to speak of."""
+"""One request in `ANSWERS` asks for the device memory's answer, which takes almost no time."""
 SIZES = (1, 1, 1, 2, 4)
 RETRY_S, GIVE_UP_S = 0.05, 60.0
 
 
 def ocr(log: Path) -> FunctionSpec:
-    """One request at a time, as image models do."""
+    """One request at a time, like an image model."""
     return replace(_function("ocr", log), instance_concurrency=1)
 
 
 def chat(log: Path) -> FunctionSpec:
-    """Several at once, as language models do."""
+    """Several at once, like a language model."""
     return replace(_function("chat", log), instance_concurrency=3)
 
 
@@ -50,17 +49,17 @@ def _function(name: str, log: Path) -> FunctionSpec:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request to be: `number` >= 0 asks for the memory's answer, else the instance works for `work_ms`."""
+    """A planned request: `number` >= 0 asks for the memory's answer, otherwise the instance works for `work_ms`."""
 
     after_s: float
-    """From the one before."""
+    """Delay after the previous request."""
     function: str
     work_ms: int
     number: int
 
 
 def jobs(functions: tuple[str, ...], seed: int) -> Iterator[Job]:
-    """Bursts and pauses without end."""
+    """Yield bursts and pauses endlessly."""
     source = random.Random(seed)
     for count in range(1_000_000):
         pause_s = source.uniform(*LULL_S) if count % LULLS == LULLS - 1 else source.expovariate(1 / PAUSE_S)
@@ -72,9 +71,9 @@ def jobs(functions: tuple[str, ...], seed: int) -> Iterator[Job]:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a client can tell of one request. `status` 0: the connection broke before the answer. From the moment it
-    was written to the end, CLOCK_MONOTONIC ns; refused connections before that are `attempts`."""
+class RequestRecord:
+    """A request as its client saw it, from the write to the end in CLOCK_MONOTONIC ns. `status` 0: the connection broke
+    before the answer. `attempts` includes refused connections."""
 
     function: str
     status: int
@@ -83,11 +82,11 @@ class Told:
     began_ns: int
     ended_ns: int
     attempts: int
-    trouble: str = ""
+    error_text: str = ""
 
     @property
     def served(self) -> bool:
-        return self.status == 200 and not self.trouble
+        return self.status == 200 and not self.error_text
 
     def during(self, at_ns: int) -> bool:
         return self.began_ns <= at_ns <= self.ended_ns
@@ -95,20 +94,20 @@ class Told:
 
 @dataclass
 class Clients:
-    """`run` sends jobs until it is cancelled or `stop` is called; `told` has every request that has ended."""
+    """`run` sends requests until it is cancelled or `stop` is called; `records` has all that have ended."""
 
     fleet: Fleet
-    told: list[Told] = field(default_factory=list)
+    records: list[RequestRecord] = field(default_factory=list)
     under_way: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def run(self, source: Iterator[Job], for_s: float = float("inf")) -> None:
-        """For so long, or until cancelled; what is under way goes on (`finish`)."""
+        """Send for this long, or until cancelled; running requests continue (`finish`)."""
         ends = time.monotonic() + for_s
         for job in source:
             if time.monotonic() + job.after_s > ends:
                 return
             if job.after_s:
-                await asyncio.sleep(job.after_s)  # the traffic's own shape
+                await asyncio.sleep(job.after_s)  # part of the traffic
             self.send(job)
 
     def send(self, job: Job) -> None:
@@ -117,7 +116,7 @@ class Clients:
         task.add_done_callback(self.under_way.discard)
 
     async def finish(self) -> None:
-        """Every request has its end."""
+        """Wait for the end of every request."""
         while self.under_way:
             await asyncio.gather(*self.under_way)
 
@@ -131,7 +130,7 @@ class Clients:
         while True:
             attempts += 1
             began = time.monotonic_ns()
-            status, headers, body, trouble = 0, {}, b"", ""
+            status, headers, body, error_text = 0, {}, b"", ""
             try:
                 async with http.post(url, timeout=aiohttp.ClientTimeout(total=GIVE_UP_S)) as response:
                     status = response.status
@@ -139,20 +138,20 @@ class Clients:
                     body = await response.read()
             except aiohttp.ClientConnectorError:
                 if time.monotonic() < gives_up:
-                    await asyncio.sleep(RETRY_S)  # the client's own pause before it tries again
+                    await asyncio.sleep(RETRY_S)  # the client's pause before a retry
                     continue
-                trouble = "never connected"
+                error_text = "never connected"
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                trouble = repr(error)
-            if status == 200 and not trouble:
-                trouble = _wrong(job, body)
-            elif not trouble:
-                trouble = body.decode(errors="replace")[:300]
-            told = Told(
+                error_text = repr(error)
+            if status == 200 and not error_text:
+                error_text = _wrong(job, body)
+            elif not error_text:
+                error_text = body.decode(errors="replace")[:300]
+            record = RequestRecord(
                 job.function, status, headers.get("x-fc-request-id", ""), headers.get("x-fc-instance-id", ""),
-                began, time.monotonic_ns(), attempts, trouble,
+                began, time.monotonic_ns(), attempts, error_text,
             )  # fmt: skip
-            self.told.append(told)
+            self.records.append(record)
             return
 
 
@@ -162,21 +161,23 @@ def _wrong(job: Job, body: bytes) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One execution inside an instance, by its own word."""
+class Execution:
+    """One execution as logged by the instance."""
 
     instance: str
     start_ns: int
     end_ns: int
 
 
-def executions(log: Path) -> dict[str, list[Run]]:
-    """By request id; more than one run of an id is a request that was sent twice. Everything is answered by now."""
-    found: dict[str, list[Run]] = {}
+def executions(log: Path) -> dict[str, list[Execution]]:
+    """Executions by request id, once all are answered; two of the same id mean that a request was sent twice."""
+    found: dict[str, list[Execution]] = {}
     for line in log.read_text().splitlines():
-        with suppress(json.JSONDecodeError):  # an instance that was killed while it wrote
+        with suppress(json.JSONDecodeError):  # the instance was killed while writing
             entry = json.loads(line)
-            found.setdefault(entry["request_id"], []).append(Run(entry["instance"], entry["start_ns"], entry["end_ns"]))
+            found.setdefault(entry["request_id"], []).append(
+                Execution(entry["instance"], entry["start_ns"], entry["end_ns"])
+            )
     return found
 
 

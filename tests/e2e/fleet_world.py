@@ -1,8 +1,8 @@
-"""A fleet on this machine: a scheduler and agents, each on a host of its own as far as the network can tell.
+"""A fleet on this machine: a scheduler and agents, each on its own host as far as the network is concerned.
 
-Each has a network namespace with its own address; they meet on a bridge, which stands in a namespace too, so that the
-machine's own firewall has no say. The test's clients come from the machine's own namespace. Agents share processes,
-cgroups and files with the machine, as they do in other tests; each has an emulated driver of its own.
+Each has a network namespace with its own address. The bridge between them is in a namespace too, out of reach of the
+machine's firewall. The test's clients run in the machine's own namespace. Agents share processes, cgroups and files
+with the machine; each has its own emulated driver.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from tests.e2e.stack import CALL_S, START_DEADLINE_S, Stack, until
 from tests.fakes.gpu_locks import forget_locks
 
 SCHEDULER = 1
-"""Its number on the network; agents have 11, 12, ..., the clients 254."""
+"""Host number of the scheduler; agents have 11, 12, ..., the clients 254."""
 FIRST_AGENT = 11
 CLIENTS = 254
 READY = types_pb2.Node.STATE_READY
 
 
 def why_not() -> str:
-    """Why network namespaces cannot be had here; "" if they can."""
+    """Why network namespaces are unavailable here; "" if they are available."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [program for program in ("ip", "nsenter") if shutil.which(program) is None]
@@ -62,7 +62,7 @@ def why_not() -> str:
 
 @dataclass
 class Network:
-    """A switch, and hosts that are plugged into it. `namespaces` by host number."""
+    """A switch and the hosts connected to it. `namespaces` by host number."""
 
     tag: str = field(default_factory=lambda: secrets.token_hex(3))
     subnet: str = ""
@@ -76,7 +76,7 @@ class Network:
         return f"{self.subnet}.{number}"
 
     def build(self) -> None:
-        """The switch, and a plug for the clients in the machine's own namespace."""
+        """Create the switch, and an interface for the clients in the machine's own namespace."""
         self.subnet = _free_subnet()
         _ip("netns", "add", self.switch)
         _ip("-n", self.switch, "link", "add", "name", "br0", "type", "bridge")
@@ -86,7 +86,7 @@ class Network:
         _ip("link", "set", self._plug(CLIENTS), "up")
 
     def add(self, number: int, name: str) -> None:
-        """A host of its own."""
+        """Create a host."""
         namespace = self.namespaces[number] = f"hib-{self.tag}-{name}"
         _ip("netns", "add", namespace)
         self._cable(number)
@@ -96,14 +96,14 @@ class Network:
         _ip("-n", namespace, "link", "set", "lo", "up")
 
     def cut(self, number: int) -> None:
-        """Nothing reaches the host any more, nor comes from it; nobody is told."""
+        """Disconnect the host silently in both directions."""
         _ip("-n", self.switch, "link", "set", self._port(number), "nomaster")
 
     def mend(self, number: int) -> None:
         _ip("-n", self.switch, "link", "set", self._port(number), "master", "br0")
 
     def remove(self) -> None:
-        """All of it, whatever there is; processes inside have ended by now."""
+        """Remove everything that exists; processes inside have ended."""
         for namespace in (*self.namespaces.values(), self.switch):
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", self._plug(CLIENTS)], capture_output=True, check=False)
@@ -128,7 +128,7 @@ def _ip(*arguments: str) -> str:
 
 
 def _free_subnet() -> str:
-    """Of 198.18.0.0/15, which is for tests of networks (RFC 2544)."""
+    """A free one in 198.18.0.0/15, reserved for network tests (RFC 2544)."""
     taken = _ip("-4", "route", "show", "table", "all")
     first = secrets.randbelow(256)
     return next(net for i in range(256) if f"{(net := f'198.18.{(first + i) % 256}')}." not in taken)
@@ -163,7 +163,7 @@ class Host(Stack):
         return DaemonChannel(target, token, insecure=True)
 
     def kill(self, daemon: str) -> int:
-        """SIGKILL, at whatever instruction it is; when (CLOCK_MONOTONIC ns)."""
+        """SIGKILL a daemon; returns the time (CLOCK_MONOTONIC ns)."""
         process = self.processes[daemon]
         at_ns = time.monotonic_ns()
         process.kill()
@@ -177,7 +177,7 @@ class Host(Stack):
 
 @dataclass
 class Fleet:
-    """See the module. `hub` is the scheduler's host, `nodes` the agents' by name."""
+    """A running fleet: `hub` is the scheduler's host, `nodes` the agents' by name."""
 
     network: Network
     hub: Host
@@ -189,7 +189,7 @@ class Fleet:
     def gateway(self) -> str:
         return f"http://{self.hub.gateway}"
 
-    # ---- what is there ----------------------------------------------------------------------------------------------
+    # ---- state ------------------------------------------------------------------------------------------------------
 
     async def deploy(self, spec: FunctionSpec, target: int) -> None:
         async with self.hub.channel("scheduler") as channel:
@@ -209,7 +209,7 @@ class Fleet:
             return (await channel.call(channel.functions.GetFunction, wanted, CALL_S)).function
 
     async def complete(self, targets: dict[str, int]) -> bool:
-        """Is every node ready, and has every function its target: by the scheduler's word, and on the nodes?"""
+        """Whether every node is ready and every function has its target, by the scheduler and on the nodes."""
         states = await self.node_states()
         if set(states) != set(self.nodes) or set(states.values()) != {READY}:
             return False
@@ -225,10 +225,10 @@ class Fleet:
         try:
             await until(f"all nodes are ready with {targets}", lambda: self.complete(targets), deadline_s)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{await self.told(targets)}") from None
+            raise AssertionError(f"{error}\n{await self.describe(targets)}") from None
 
-    async def told(self, targets: dict[str, int]) -> str:
-        """For whoever looks into a failure."""
+    async def describe(self, targets: dict[str, int]) -> str:
+        """The state of nodes and functions, for failure messages."""
         lines = [f"nodes {await self.node_states()}"]
         lines += [f"{name}: {found.current} {found.current_error}" for name in targets
                   for found in [await self.function(name)]]  # fmt: skip
@@ -236,15 +236,15 @@ class Fleet:
         return "\n".join(lines)
 
     async def instances(self) -> dict[str, list[types_pb2.Instance]]:
-        """Of each node, by its agent's word."""
+        """The instances of each node, from its agent."""
         return {name: await node.instances() for name, node in self.nodes.items()}
 
     async def owners(self) -> dict[str, str]:
-        """Which node each instance lives on."""
+        """The node of each instance."""
         return {one.uid: name for name, instances in (await self.instances()).items() for one in instances}
 
     async def usage(self) -> dict[str, usage_pb.UsageRow]:
-        """What the scheduler's database says of each instance that ever was."""
+        """The scheduler's usage of every instance, including ended ones."""
         rows: dict[str, usage_pb.UsageRow] = {}
         token = ""
         async with self.hub.channel("scheduler") as channel:
@@ -258,7 +258,7 @@ class Fleet:
                 if not token:
                     return rows
 
-    # ---- misfortunes ------------------------------------------------------------------------------------------------
+    # ---- faults -----------------------------------------------------------------------------------------------------
 
     def cut(self, node: str) -> None:
         self.network.cut(self.numbers[node])
@@ -282,8 +282,8 @@ class Fleet:
 
 @asynccontextmanager
 async def running_fleet(*names: str, gpus: int = 2, scheduler: dict[str, Any] | None = None) -> AsyncIterator[Fleet]:
-    """A scheduler and one agent for each name, all up and connected. At the end everything goes, and a daemon that
-    did not end cleanly is an error."""
+    """A scheduler and one agent per name, running and connected. Everything ends afterwards; a daemon that does not end
+    cleanly is an error."""
     with tempfile.TemporaryDirectory(prefix="hibernode-fleet-") as folder, _network() as network:
         fleet = _plan(Path(folder), network, names, scheduler or {})
         hosts = [*fleet.nodes.values(), fleet.hub]
@@ -324,7 +324,7 @@ def _network() -> Iterator[Network]:
 
 
 def _plan(folder: Path, network: Network, names: Sequence[str], scheduler: dict[str, Any]) -> Fleet:
-    """Folders, addresses, tokens and configurations; nothing runs yet."""
+    """Create folders, addresses, tokens and configurations, without starting anything."""
     folder.chmod(0o755)
     environment = {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"}
     network.add(SCHEDULER, "scheduler")
@@ -367,10 +367,10 @@ def _plan(folder: Path, network: Network, names: Sequence[str], scheduler: dict[
 
 @contextmanager
 def partitioned(fleet: Fleet, node: str) -> Iterator[None]:
-    """The node is cut off inside the block."""
+    """Cut the node off during the block."""
     fleet.cut(node)
     try:
         yield
     finally:
-        with suppress(RuntimeError):  # a test that failed may have lost the network already
+        with suppress(RuntimeError):  # a failed test may have removed the network already
             fleet.mend(node)

@@ -1,4 +1,4 @@
-"""What must be true of any ledger, however often its agent was killed."""
+"""Properties of any ledger, however often its agent was killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def by_instance(windows: Sequence[types_pb2.UsageWindow]) -> dict[str, list[type
 
 
 def check_contiguous(windows: Sequence[types_pb2.UsageWindow]) -> None:
-    """Sums equal lengths; numbers follow each other; the end of one window is the start of the next."""
+    """Check that sums equal lengths, numbers are consecutive, and each window starts where the previous one ends."""
     for uid, mine in by_instance(windows).items():
         for window in mine:
             length = window.end_mono_ns - window.start_mono_ns

@@ -1,4 +1,4 @@
-"""Traffic as it comes: bursts and pauses from a seed, every answer kept; and what the truth files say of it."""
+"""Random traffic from a seed (bursts and pauses) with all answers recorded, and the instances' own request logs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Interval = tuple[int, int]
 
 @dataclass
 class Traffic:
-    """`run` asks `/answer` of one function; wrong answers and errors are kept with what they were asked."""
+    """`run` requests `/answer` of one function; records wrong answers and errors with their requests."""
 
     stack: Stack
     function: str
@@ -30,7 +30,7 @@ class Traffic:
     broken: list[str] = field(default_factory=list)
 
     async def run(self, requests: int, *, most_at_once: int, longest_pause_s: float) -> None:
-        """`requests` in bursts of 1 to `most_at_once`, with pauses of up to `longest_pause_s` between them."""
+        """Send `requests` in bursts of 1 to `most_at_once`, with pauses of up to `longest_pause_s` between them."""
         source = random.Random(self.seed)
         sent = 0
         while sent < requests:
@@ -38,7 +38,7 @@ class Traffic:
             numbers = [sent + i for i in range(burst)]
             await asyncio.gather(*(self.one(number) for number in numbers))
             sent += burst
-            await asyncio.sleep(source.uniform(0, longest_pause_s))  # the traffic itself, not a synchronisation
+            await asyncio.sleep(source.uniform(0, longest_pause_s))  # part of the traffic
 
     async def one(self, number: int) -> None:
         try:
@@ -64,7 +64,7 @@ def union_ns(intervals: Iterable[Interval]) -> int:
 
 
 def read_truth(path: Path) -> dict[str, list[Interval]]:
-    """What the instances themselves wrote: the requests of each, on CLOCK_MONOTONIC."""
+    """Requests of each instance from its own log, on CLOCK_MONOTONIC."""
     found: dict[str, list[Interval]] = {}
     for line in path.read_text().splitlines():
         entry = json.loads(line)

@@ -1,4 +1,4 @@
-"""HTTP as bytes, for requests that no client library would send."""
+"""Raw HTTP bytes, for requests that no client library would send."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEADLINE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class RawAnswer:
-    """An answer whose connection was closed after it. Names in `headers` are lower-case."""
+    """An answer after which the connection was closed. Names in `headers` are lower-case."""
 
     status: int
     headers: dict[str, str]
@@ -22,12 +22,12 @@ class RawAnswer:
 
     @property
     def code(self) -> str:
-        """`Code` of an error's JSON, after a look at its shape."""
+        """`Code` of an error's JSON, after checking its shape."""
         return error_code(self.body, self.headers)
 
 
 def error_code(body: bytes, headers: dict[str, str]) -> str:
-    """`Code` of DESIGN section 6's error body; the request id in it is the header's."""
+    """`Code` of an error body (agent/docs/fc-contract.md), after checking its request id against the header."""
     found: dict[str, Any] = json.loads(body)
     assert set(found) == {"RequestId", "Code", "Message"}, found
     assert found["RequestId"] == headers["x-fc-request-id"]
@@ -36,7 +36,7 @@ def error_code(body: bytes, headers: dict[str, str]) -> str:
 
 
 async def ask_raw(address: str, request: bytes) -> RawAnswer:
-    """Send `request` (it must make the server close the connection) and read all that comes back."""
+    """Send `request`, after which the server must close the connection, and read the whole answer."""
     async with connection(address) as (reader, writer), asyncio.timeout(DEADLINE_S):
         writer.write(request)
         head, _, body = (await reader.read(-1)).partition(b"\r\n\r\n")
@@ -47,7 +47,7 @@ async def ask_raw(address: str, request: bytes) -> RawAnswer:
 
 @asynccontextmanager
 async def connection(address: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A TCP connection to `host:port`, closed at the end whatever is still under way on it."""
+    """A TCP connection to `host:port`, closed at the end in any state."""
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:

@@ -1,6 +1,6 @@
-"""A whole Hibernode on this machine for tests: emulated driver, scheduler, agent and instances, all real processes.
+"""A whole Hibernode for tests: emulated driver, scheduler, agent and instances, all real processes.
 
-Nothing of ours runs in the test's own process but clients. Ports are any; state lies in one temporary folder.
+Only clients run in the test's own process. Ports are random; all state is in one temporary folder.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def echo(name: str, request_log: Path | None = None, **environment: str) -> Func
 
 
 async def until(what: str, reached: Callable[[], Awaitable[bool]], deadline_s: float = 60.0) -> None:
-    """Ask again and again, for at most `deadline_s`: for what other processes do, which nobody tells us."""
+    """Poll for at most `deadline_s`: other processes send no event."""
     ends = time.monotonic() + deadline_s
     while not await reached():
         if time.monotonic() > ends:
@@ -71,7 +71,7 @@ async def until(what: str, reached: Callable[[], Awaitable[bool]], deadline_s: f
 
 @dataclass
 class Answer:
-    """What a client got, and when (CLOCK_MONOTONIC ns)."""
+    """A client's answer with its times (CLOCK_MONOTONIC ns)."""
 
     status: int
     body: bytes
@@ -86,7 +86,7 @@ class Answer:
 
 @dataclass
 class Stack:
-    """See the module. Made by `running_stack`."""
+    """A running system, created by `running_stack`."""
 
     folder: Path
     environment: dict[str, str]
@@ -170,7 +170,7 @@ class Stack:
             "gpu": {
                 "instances_per_gpu": 2,
                 "attach": "mounts",
-                # At the same place inside: processes of the host and containers find it alike.
+                # At the host's path inside, so that processes and containers use the same one.
                 "mounts": {"environment": mounts, "binds": [f"{self.folder / 'driver'}:{self.folder / 'driver'}:ro"]},
                 "utility_path": str(self.folder / "driver" / "bin" / "cuda-checkpoint"),
                 "max_hold": "1s",
@@ -181,7 +181,7 @@ class Stack:
         self._configure("agent", config)
 
     def _link(self) -> dict[str, Any]:
-        """Where the agent reports to; an agent without a scheduler serves alone."""
+        """The agent's scheduler section; empty for an agent that runs alone."""
         if "scheduler" not in self.processes:
             return {}
         address = json.loads((self.folder / "scheduler" / "endpoints.json").read_text())["grpc"]
@@ -207,7 +207,7 @@ class Stack:
             return False
 
     def kill_agent(self) -> None:
-        """SIGKILL, at whatever instruction it is."""
+        """SIGKILL the agent."""
         process = self.processes["agent"]
         process.kill()
         process.wait(10)
@@ -218,7 +218,7 @@ class Stack:
         process.terminate()
         return process.wait(deadline_s)
 
-    # ---- talking to it ----------------------------------------------------------------------------------------------
+    # ---- calls ------------------------------------------------------------------------------------------------------
 
     def channel(self, daemon: str) -> DaemonChannel:
         endpoints = json.loads((self.folder / daemon / "endpoints.json").read_text())
@@ -226,7 +226,7 @@ class Stack:
         return DaemonChannel(endpoints["grpc"], token)
 
     async def deploy(self, spec: FunctionSpec, target: int) -> None:
-        """Deploy and wait until `target` instances are there."""
+        """Deploy and wait for `target` instances."""
         async with self.channel("scheduler") as channel:
             request = functions_pb.DeployFunctionRequest(
                 spec=function_to_proto(spec, reveal_secrets=True), target=target
@@ -252,7 +252,7 @@ class Stack:
             return (await channel.call(channel.nodes.GetNode, nodes_pb.GetNodeRequest(), CALL_S)).node
 
     async def windows(self) -> list[types_pb2.UsageWindow]:
-        """The node's whole ledger, open windows included."""
+        """The node's whole ledger, including open windows."""
         found: list[types_pb2.UsageWindow] = []
         token = ""
         async with self.channel("agent") as channel:
@@ -267,7 +267,7 @@ class Stack:
     async def ask(
         self, function: str, path: str, *, method: str = "GET", timeout_s: float = 60.0, **kwargs: Any
     ) -> Answer:
-        """One request through the gateway."""
+        """Send one request through the gateway."""
         assert self.http is not None
         began = time.monotonic_ns()
         async with self.http.request(
@@ -281,8 +281,8 @@ class Stack:
             headers = {key.lower(): value for key, value in response.headers.items()}
             return Answer(response.status, body, headers, began, ended)
 
-    async def ask_rightly(self, function: str, number: int) -> Answer:
-        """`/answer` of the example echo: 200, and what its GPU memory held from the beginning."""
+    async def ask_correctly(self, function: str, number: int) -> Answer:
+        """Request `/answer` of the example echo; expect 200 and the original contents of its GPU memory."""
         answer = await self.ask(function, f"/answer?n={number}")
         assert answer.status == 200, answer.body
         assert answer.body.decode() == expected_answer(number), "a byte of its GPU memory was lost"
@@ -294,10 +294,10 @@ class Stack:
 
         await until(f"{count} instances {types_pb2.Instance.State.Name(state)}", all_there)
 
-    # ---- what is left -----------------------------------------------------------------------------------------------
+    # ---- leftovers --------------------------------------------------------------------------------------------------
 
     def _processes(self) -> Iterator[psutil.Process]:
-        """Every process that has this stack's folder in its environment: daemons and instances."""
+        """All daemons and instances: every process with this stack's folder in its environment."""
         for process in psutil.process_iter():
             try:
                 ours = str(self.folder) in " ".join(process.environ().values())
@@ -311,7 +311,7 @@ class Stack:
         return open_slice(mark.read_text().strip()) if mark.exists() else None
 
     def leftovers(self) -> list[str]:
-        """Instances' processes and cgroups that are still there."""
+        """Remaining processes and cgroups of instances."""
         found = [
             f"process {p.pid} {p.cmdline()}" for p in self._processes() if "agent.examples" in " ".join(p.cmdline())
         ]
@@ -333,7 +333,7 @@ class Stack:
         await until("all instances are stopped", none_left)
 
     def kill_everything(self) -> None:
-        """For a test that failed: nothing may stay, whatever state it is in."""
+        """Kill everything, for a failed test that left any state."""
         for process in self.processes.values():
             if process.poll() is None:
                 process.kill()
@@ -360,8 +360,8 @@ async def running_stack(
     scheduler: bool = True,
     engine_socket: str = "off",
 ) -> AsyncIterator[Stack]:
-    """Everything up and connected, with a container engine if its socket is given; at the end everything goes, and a
-    daemon that did not end cleanly is an error."""
+    """A running, connected system, with a container engine if its socket is given. Everything ends afterwards; a daemon
+    that does not end cleanly is an error."""
     with tempfile.TemporaryDirectory(prefix="hibernode-e2e-") as name:
         folder = Path(name)
         (folder / "agent").mkdir(mode=0o711)

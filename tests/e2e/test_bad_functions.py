@@ -1,7 +1,6 @@
-"""Functions that do not start, do not answer, crash or are asked too much: a clear error each, nothing left behind.
+"""Functions that do not start, do not answer, crash or are overloaded: each gives a clear error and leaves nothing.
 
-Those that can't start are deployed first and asked in the background, for the scheduler tries five times before it
-gives up.
+Those that can't start are deployed first and requested in the background, because the scheduler tries five times.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import pytest_asyncio
 
 from agent.core.types import MILLISECOND_NS, SECOND_NS, FunctionSpec
 from agent.v1 import function_service_pb2 as functions_pb
-from tests.e2e.bad_world import World, running_world
+from tests.e2e.bad_world import BadInputStack, running_world
 from tests.e2e.raw_http import error_code
 from tests.e2e.stack import OWN_USER, Answer, echo, until
 
@@ -27,7 +26,7 @@ GPUS = 6
 
 
 def hopeless() -> list[FunctionSpec]:
-    """None of their instances ever comes up."""
+    """Functions whose instances never start."""
     return [
         replace(echo("no-command"), entrypoint=("/opt/nowhere/serve", "--port", "9000")),
         echo("never-listens", NEVER_LISTEN="1"),
@@ -36,10 +35,10 @@ def hopeless() -> list[FunctionSpec]:
     ]
 
 
-class Asked:
-    """The requests that wait for functions which never start."""
+class BackgroundRequests:
+    """Requests that wait for functions which never start."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: BadInputStack) -> None:
         self.world = world
         self.tasks: dict[str, asyncio.Task[Answer]] = {}
 
@@ -56,29 +55,29 @@ class Asked:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def asked() -> AsyncIterator[Asked]:
+async def asked() -> AsyncIterator[BackgroundRequests]:
     settings = {"runtime": {"process": OWN_USER, "ready_timeout": READY_TIMEOUT}}
     async with running_world(GPUS, settings) as world:
-        made = Asked(world)
+        made = BackgroundRequests(world)
         await made.begin()
         yield made
         await made.end()
 
 
 @pytest.fixture
-def world(asked: Asked) -> World:
+def world(asked: BackgroundRequests) -> BadInputStack:
     return asked.world
 
 
 def expect(answer: Answer, status: int, code: str) -> None:
-    """An error of DESIGN section 6."""
+    """Expect an error of agent/docs/fc-contract.md."""
     assert (answer.status, error_code(answer.body, answer.headers)) == (status, code), answer.body
 
 
-# ---- asked too much ---------------------------------------------------------------------------------------------
+# ---- overload -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_full_queue_is_429_with_retry_after(world: World) -> None:
+async def test_full_queue_is_429_with_retry_after(world: BadInputStack) -> None:
     await world.stack.deploy(replace(echo("narrow"), queue_length=1), target=1)
     first = world.ask_later("narrow", "/sleep?ms=1500")
     await world.until_inside("narrow", 1)
@@ -91,7 +90,7 @@ async def test_a_full_queue_is_429_with_retry_after(world: World) -> None:
     assert (await first).status == 200
 
 
-async def test_who_waits_longer_than_the_queue_timeout_is_told(world: World) -> None:
+async def test_queue_timeout_is_504(world: BadInputStack) -> None:
     spec = replace(echo("impatient"), queue_timeout_ns=400 * MILLISECOND_NS)
     await world.stack.deploy(spec, target=1)
     first = world.ask_later("impatient", "/sleep?ms=2000")
@@ -102,17 +101,17 @@ async def test_who_waits_longer_than_the_queue_timeout_is_told(world: World) -> 
     assert (await first).status == 200, "its own time does not count as queueing"
 
 
-# ---- too slow, or gone ------------------------------------------------------------------------------------------
+# ---- timeouts and crashes -------------------------------------------------------------------------------------------
 
 
-async def test_a_request_over_the_functions_timeout_and_a_second_one(world: World) -> None:
+async def test_request_over_the_functions_timeout_and_the_next_one(world: BadInputStack) -> None:
     await world.stack.deploy(replace(echo("slow"), timeout_ns=600 * MILLISECOND_NS), target=1)
     before = (await world.instance("slow")).uid
     answer = await world.stack.ask("slow", "/sleep?ms=4000")
     expect(answer, 504, "FunctionTimeout")
     assert answer.ended_ns - answer.began_ns < 3 * SECOND_NS
     answer = await world.stack.ask("slow", "/")
-    assert (answer.status, answer.instance) == (200, before), "the slot is free, one slow request costs nobody his life"
+    assert (answer.status, answer.instance) == (200, before), "the slot is free and the instance survives"
     for _ in range(2):
         expect(await world.stack.ask("slow", "/sleep?ms=4000"), 504, "FunctionTimeout")
 
@@ -123,12 +122,12 @@ async def test_a_request_over_the_functions_timeout_and_a_second_one(world: Worl
     assert (await world.stack.ask("slow", "/")).status == 200
 
 
-async def test_a_crash_in_the_middle_of_a_request(world: World) -> None:
+async def test_crash_during_a_request(world: BadInputStack) -> None:
     await world.stack.deploy(echo("fragile"), target=1)
     before = await world.instance("fragile")
     expect(await world.stack.ask("fragile", "/crash?code=7"), 502, "InstanceCrashed")
 
-    async def noticed() -> bool:  # a process that is being torn down may still take a connection
+    async def noticed() -> bool:  # an exiting process may still accept a connection
         return before.uid not in [one.uid for one in await world.alive()]
 
     await until("the agent knows of the crash", noticed, 10.0)
@@ -140,7 +139,7 @@ async def test_a_crash_in_the_middle_of_a_request(world: World) -> None:
     assert "exited with code 7" in ended.state_message
 
 
-# ---- never there ------------------------------------------------------------------------------------------------
+# ---- failed starts --------------------------------------------------------------------------------------------------
 
 NEVER_THERE = {
     "no-command": ("START_FAILED", "FunctionNotStarted", "/opt/nowhere/serve"),
@@ -151,9 +150,9 @@ NEVER_THERE = {
 
 
 @pytest.mark.parametrize("name", NEVER_THERE)
-async def test_a_function_that_never_starts(asked: Asked, name: str) -> None:
-    """Whoever waits is told why at the end, `hibernode functions` says so from the first attempt on."""
-    reason, code, told = NEVER_THERE[name]
+async def test_function_that_never_starts(asked: BackgroundRequests, name: str) -> None:
+    """Waiting requests get the reason at the end; `hibernode functions` shows it from the first attempt on."""
+    reason, code, text = NEVER_THERE[name]
     world = asked.world
 
     async def known() -> bool:
@@ -162,13 +161,13 @@ async def test_a_function_that_never_starts(asked: Asked, name: str) -> None:
     await until(f"the scheduler says what is wrong with {name}", known, 20.0)
     answer = await asked.tasks[name]
     expect(answer, 502, code)
-    assert told in answer.body.decode()
+    assert text in answer.body.decode()
     function = (await world.functions())[name]
     assert function.state == functions_pb.Function.STATE_DEGRADED
     assert function.current_error_reason == reason
-    assert told in function.current_error
+    assert text in function.current_error
     shown = world.hibernode("functions", "show", name)
-    assert told in shown.stdout
+    assert text in shown.stdout
     again = await world.stack.ask(name, "/", timeout_s=5.0)
     expect(again, 502, code)
     left = [one for one in await world.alive() if one.function == name]

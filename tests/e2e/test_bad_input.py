@@ -1,4 +1,4 @@
-"""Bad input against real daemons: each gets the clear error that is promised, and nothing is left behind."""
+"""Bad input to real daemons: each gets its documented error and leaves nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agent.core.errors import PermissionDeniedError, UnauthenticatedError
 from agent.v1 import function_service_pb2 as functions_pb
 from agent.v1 import instance_service_pb2 as instances_pb
 from agent.wire.clients import DaemonChannel
-from tests.e2e.bad_world import World, running_world
+from tests.e2e.bad_world import BadInputStack, running_world
 from tests.e2e.raw_http import ask_raw, connection, error_code
 from tests.e2e.stack import CALL_S, echo
 
@@ -28,7 +28,7 @@ CUT_BODY_BYTES = 200_000
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def world() -> AsyncIterator[World]:
+async def world() -> AsyncIterator[BadInputStack]:
     async with running_world(gpus=2) as made:
         await made.stack.deploy(echo(GOOD), target=1)
         yield made
@@ -42,7 +42,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("daemon", "config", "told"),
+    ("daemon", "config", "expected"),
     [
         ("agent", {"gpu": {"instances_per_gpus": 2}}, "gpu.instances_per_gpus: unknown key; did you mean"),
         ("agent", {"ingres": {"port": 1}}, "ingres: unknown key; did you mean ingress?"),
@@ -52,15 +52,13 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         ("scheduler", {"nodes": [{"name": "a", "token": "t"}]}, "nodes[0].token: unknown key"),
     ],
 )
-async def test_a_daemon_says_which_key_it_does_not_know(
-    tmp_path: Path, daemon: str, config: dict[str, Any], told: str
-) -> None:
+async def test_daemon_names_an_unknown_key(tmp_path: Path, daemon: str, config: dict[str, Any], expected: str) -> None:
     state, file = tmp_path / "state", tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({"state_dir": str(state), **config}))
     command = [sys.executable, "-m", f"agent.daemons.{daemon}", "--config", str(file)]
     ended = run(*command)
     assert ended.returncode == 2, ended.stderr
-    assert told in ended.stderr
+    assert expected in ended.stderr
     assert str(file) in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not state.exists(), "nothing was made"
@@ -82,7 +80,7 @@ def s_yaml(path: Path, **props: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("props", "told"),
+    ("props", "expected"),
     [
         ({"timeout": "a minute"}, "resources.ocr.props.timeout"),
         ({"instanceConcurrency": [1]}, "resources.ocr.props.instanceConcurrency"),
@@ -90,19 +88,19 @@ def s_yaml(path: Path, **props: object) -> Path:
         ({"hibernode": {"freezeAftr": "1s"}}, "resources.ocr.props.hibernode.freezeAftr"),
     ],
 )
-async def test_an_s_yaml_with_a_wrong_type_is_refused_with_its_key(
-    world: World, tmp_path: Path, props: dict[str, object], told: str
+async def test_wrong_type_in_s_yaml_is_refused_with_its_key(
+    world: BadInputStack, tmp_path: Path, props: dict[str, object], expected: str
 ) -> None:
     ended = world.hibernode("deploy", "-t", str(s_yaml(tmp_path / "s.yaml", **props)))
     assert ended.returncode == 2, ended.stderr
-    assert told in ended.stderr
+    assert expected in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
     listed = json.loads(world.hibernode("functions", "--output", "json").stdout)
     assert "from-file" not in [function["name"] for function in listed["functions"]]
 
 
-async def test_an_image_function_needs_a_container_engine(world: World, tmp_path: Path) -> None:
+async def test_image_function_needs_a_container_engine(world: BadInputStack, tmp_path: Path) -> None:
     file = s_yaml(tmp_path / "s.yaml")
     ended = world.hibernode("deploy", "-t", str(file), "--target", "1", "--wait", "--timeout", "20s")
     assert ended.returncode == 4, ended.stderr
@@ -120,18 +118,18 @@ async def test_an_image_function_needs_a_container_engine(world: World, tmp_path
     "request_line",
     ["GET /fn/nobody/ HTTP/1.1", "POST /2023-03-30/functions/nobody/invocations HTTP/1.1", "GET /elsewhere HTTP/1.1"],
 )
-async def test_a_request_to_an_unknown_function(world: World, request_line: str) -> None:
+async def test_request_to_an_unknown_function(world: BadInputStack, request_line: str) -> None:
     answer = await ask_raw(world.stack.gateway, f"{request_line}\r\nhost: gw\r\nconnection: close\r\n\r\n".encode())
     assert (answer.status, answer.code) == (404, "FunctionNotFound")
 
 
-async def test_an_unknown_function_by_its_host_name(world: World) -> None:
+async def test_unknown_function_by_host_name(world: BadInputStack) -> None:
     request = b"GET / HTTP/1.1\r\nhost: nobody.localhost\r\nconnection: close\r\n\r\n"
     answer = await ask_raw(world.stack.gateway, request)
     assert (answer.status, answer.code) == (404, "FunctionNotFound")
 
 
-async def test_an_asynchronous_invocation_is_unsupported(world: World) -> None:
+async def test_asynchronous_invocation_is_unsupported(world: BadInputStack) -> None:
     answer = await world.stack.ask(GOOD, "/", method="POST", headers={"X-Fc-Invocation-Type": "Async"})
     assert (answer.status, error_code(answer.body, answer.headers)) == (400, "InvalidArgument")
     assert b"asynchronous invocation is not supported" in answer.body
@@ -149,14 +147,14 @@ AMBIGUOUS = {
 
 
 @pytest.mark.parametrize("what", AMBIGUOUS)
-async def test_what_can_be_read_in_two_ways_or_is_too_large(world: World, what: str) -> None:
+async def test_ambiguous_or_oversized_request_is_refused(world: BadInputStack, what: str) -> None:
     status, rest = AMBIGUOUS[what]
     answer = await ask_raw(world.stack.gateway, f"POST /fn/{GOOD}/ HTTP/1.1\r\nhost: gw\r\n".encode() + rest)
     assert answer.status == status, answer.body
     assert answer.code in ("InvalidArgument", "RequestEntityTooLarge")
 
 
-async def test_a_path_over_4_kb(world: World) -> None:
+async def test_path_over_4_kib(world: BadInputStack) -> None:
     answer = await ask_raw(world.stack.gateway, f"GET /fn/{GOOD}/{'p' * 5000} HTTP/1.1\r\nhost: gw\r\n\r\n".encode())
     assert (answer.status, answer.code) == (400, "InvalidArgument")
 
@@ -170,7 +168,7 @@ CUT = {
 
 
 @pytest.mark.parametrize("where", CUT)
-async def test_a_body_cut_in_the_middle_leaves_nothing(world: World, where: str) -> None:
+async def test_truncated_body_leaves_nothing(world: BadInputStack, where: str) -> None:
     before = (await world.instance(GOOD)).uid
     async with connection(world.stack.gateway) as (_, writer):
         writer.write(f"POST /fn/{GOOD}/ HTTP/1.1\r\nhost: gw\r\n".encode() + CUT[where])
@@ -180,7 +178,7 @@ async def test_a_body_cut_in_the_middle_leaves_nothing(world: World, where: str)
     await world.until_inside(GOOD, 0)
 
 
-async def test_a_body_cut_inside_the_instance_returns_its_slot(world: World) -> None:
+async def test_body_truncated_inside_the_instance_frees_its_slot(world: BadInputStack) -> None:
     before = (await world.instance(GOOD)).uid
     async with connection(world.stack.gateway) as (_, writer):
         head = f"POST /fn/{GOOD}/ HTTP/1.1\r\nhost: gw\r\ncontent-length: {CUT_BODY_BYTES}\r\n\r\n"
@@ -212,7 +210,7 @@ SEEN_OF_OURS = {
 }  # fmt: skip
 
 
-async def test_spoofed_headers_never_reach_the_instance(world: World) -> None:
+async def test_spoofed_headers_never_reach_the_instance(world: BadInputStack) -> None:
     head = b"\r\n".join((f"GET /fn/{GOOD}/headers HTTP/1.1".encode(), b"host: gw", b"x-mine: kept", *SPOOFED))
     answer = await ask_raw(world.stack.gateway, head + b"\r\n\r\n")
     assert answer.status == 200, answer.body
@@ -234,7 +232,7 @@ async def test_spoofed_headers_never_reach_the_instance(world: World) -> None:
 
 
 @pytest.mark.parametrize("header", ["", "x-hibernode-token: wrong\r\n", "authorization: Bearer {token}\r\n"])
-async def test_the_ingress_needs_the_nodes_token(world: World, header: str) -> None:
+async def test_ingress_requires_the_nodes_token(world: BadInputStack, header: str) -> None:
     token = (world.stack.folder / "agent" / "token").read_text().strip()
     uid = (await world.instance(GOOD)).uid
     head = f"GET / HTTP/1.1\r\nhost: n\r\nx-hibernode-instance: {uid}\r\n{header.format(token=token)}"
@@ -245,7 +243,7 @@ async def test_the_ingress_needs_the_nodes_token(world: World, header: str) -> N
 
 @pytest.mark.parametrize("daemon", ["agent", "scheduler"])
 @pytest.mark.parametrize("token", ["", "a-token-that-nobody-knows"])
-async def test_grpc_needs_a_token(world: World, daemon: str, token: str) -> None:
+async def test_grpc_requires_a_token(world: BadInputStack, daemon: str, token: str) -> None:
     async with DaemonChannel(world.endpoint(daemon, "grpc"), token) as channel:
         call: Callable[[], Any] = {
             "agent": lambda: channel.call(channel.instances.ListInstances, instances_pb.ListInstancesRequest(), CALL_S),
@@ -259,7 +257,7 @@ async def test_grpc_needs_a_token(world: World, daemon: str, token: str) -> None
     assert not token or token not in refused.value.message
 
 
-async def test_a_node_is_no_operator_of_the_scheduler(world: World) -> None:
+async def test_node_token_is_not_an_operators(world: BadInputStack) -> None:
     token = (world.stack.folder / "agent" / "token").read_text().strip()
     async with DaemonChannel(world.endpoint("scheduler", "grpc"), token) as channel:
         with pytest.raises(PermissionDeniedError) as refused:
@@ -268,7 +266,8 @@ async def test_a_node_is_no_operator_of_the_scheduler(world: World) -> None:
     assert (await world.functions())[GOOD].target == 1
 
 
-async def test_tokens_are_in_no_log(world: World) -> None:
+async def test_logs_contain_no_tokens(world: BadInputStack) -> None:
     for daemon in ("agent", "scheduler"):
+        assert f"{daemon}.ready" in world.stack.log_of(daemon), "the log is not empty"
         token = (world.stack.folder / daemon / "token").read_text().strip()
         assert not [name for name in ("agent", "scheduler", "driver") if token in world.stack.log_of(name)]

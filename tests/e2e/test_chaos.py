@@ -1,7 +1,7 @@
-"""Everything goes wrong at once, drawn from a seed, under load: answers are right or clean errors; then all heals.
+"""Random faults from a seed under load: answers are right or documented errors; afterwards everything recovers.
 
-For long: `CHAOS_SECONDS=120 CHAOS_SEED=7 scripts/test tests/e2e/test_chaos.py`. The seed draws the misfortunes; what
-they meet depends on the machine, so the same seed is not the same story twice.
+A long run: `CHAOS_SECONDS=120 CHAOS_SEED=7 scripts/test tests/e2e/test_chaos.py`. The seed chooses the faults; their
+effects depend on timing, so a seed does not reproduce a run exactly.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from agent.core.types import SECOND_NS, FunctionSpec
 from agent.examples.echo.__main__ import expected_answer
 from agent.v1 import types_pb2
 from agent.v1.instance_service_pb2 import WakeInstanceRequest
-from tests.e2e.chaos_checks import Witness, check_answers, check_everybody_sleeps
-from tests.e2e.chaos_misfortunes import Chaos, keep_agent_running
+from tests.e2e.chaos_checks import GpuObserver, check_all_frozen, check_answers
+from tests.e2e.chaos_faults import Chaos, keep_agent_running
 from tests.e2e.load import Traffic
 from tests.e2e.stack import Stack, echo, running_stack, until
 
 SEED = int(os.environ.get("CHAOS_SEED", "3"))
 CHAOS_S = float(os.environ.get("CHAOS_SECONDS", "15"))
 FUNCTIONS = {"ocr": 2, "speech": 2, "resize": 1, "embed": 1}
-"""How many instances of each, on three GPUs."""
+"""Instances per function, on three GPUs."""
 QUEUE_S, TIMEOUT_S = 20, 10
 SLACK_S = 5
 HEAL_S = 30.0
@@ -48,57 +48,57 @@ def function(name: str) -> FunctionSpec:
 
 @pytest.mark.slow
 @pytest.mark.timeout(CHAOS_S + 200)
-async def test_everything_goes_wrong_at_once_and_heals() -> None:
+async def test_random_faults_under_load_and_recovery() -> None:
     async with running_stack("--gpus", "3", "--gib", "1", "--profile", "580", gpu_settings=GPU) as stack:
         for name, count in FUNCTIONS.items():
             await stack.deploy(function(name), target=count)
         with stack.driver() as driver, stack.driver() as witness_driver:
-            chaos, witness = Chaos(stack, driver, random.Random(SEED)), Witness(witness_driver)
+            chaos, observer = Chaos(stack, driver, random.Random(SEED)), GpuObserver(witness_driver)
             try:
-                await story(stack, chaos, witness)
+                await run_chaos(stack, chaos, observer)
             except BaseException as error:
-                error.add_note("\n".join([f"seed {SEED}:", *chaos.diary, *await everybody(stack, chaos)]))
+                error.add_note("\n".join([f"seed {SEED}:", *chaos.log, *await instance_states(stack, chaos)]))
                 raise
         await stack.remove_functions(FUNCTIONS)
         assert not stack.leftovers()
         assert (await stack.node()).host_memory.reserved_bytes == 0
 
 
-async def story(stack: Stack, chaos: Chaos, witness: Witness) -> None:
-    """Misfortunes under load, the cure, and what is true then."""
-    watching = asyncio.create_task(witness.run())
+async def run_chaos(stack: Stack, chaos: Chaos, observer: GpuObserver) -> None:
+    """Faults under load, then recovery, then the checks."""
+    watching = asyncio.create_task(observer.run())
     keeping = asyncio.create_task(keep_agent_running(stack, chaos.note))
     traffics = [Traffic(stack, name, seed) for seed in (1, 2) for name in FUNCTIONS]
     load = [asyncio.create_task(t.run(100_000, most_at_once=8, longest_pause_s=0.4)) for t in traffics]
     background = [watching, keeping, *load]
     try:
-        await misfortunes(chaos)
+        await inject_faults(chaos)
         await chaos.heal()
-        await healed(stack, chaos)
+        await check_recovered(stack, chaos)
         assert not any(task.done() for task in background), background
         for task in load:
             task.cancel()
         await asyncio.gather(*load, return_exceptions=True)
-        check_answers(traffics, chaos, witness, QUEUE_S + TIMEOUT_S + SLACK_S)
-        await check_everybody_sleeps(stack, chaos, FUNCTIONS, HEAL_S)
-        assert not witness.shared(), witness.shared()[:5]
-        assert witness.looks > 100
+        check_answers(traffics, chaos, observer, QUEUE_S + TIMEOUT_S + SLACK_S)
+        await check_all_frozen(stack, chaos, FUNCTIONS, HEAL_S)
+        assert not observer.shared(), observer.shared()[:5]
+        assert observer.looks > 100
     finally:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
 
 
-async def misfortunes(chaos: Chaos) -> None:
-    """One after the other, for CHAOS_S."""
+async def inject_faults(chaos: Chaos) -> None:
+    """Inject faults one after the other, for CHAOS_S."""
     ends = time.monotonic() + CHAOS_S
     while time.monotonic() < ends:
         chaos.strike()
-        await asyncio.sleep(chaos.source.uniform(0.02, 0.4))  # the pace of misfortune, not a synchronisation
+        await asyncio.sleep(chaos.source.uniform(0.02, 0.4))  # the rate of faults
 
 
-async def healed(stack: Stack, chaos: Chaos) -> None:
-    """Every function answers again, and rightly, and has all its instances, within HEAL_S."""
+async def check_recovered(stack: Stack, chaos: Chaos) -> None:
+    """Every function answers correctly again and has all its instances, within HEAL_S."""
     ends = time.monotonic() + HEAL_S
 
     async def ready() -> bool:
@@ -126,14 +126,14 @@ async def healed(stack: Stack, chaos: Chaos) -> None:
 
 
 async def wake(stack: Stack, uid: str) -> None:
-    """What hung while an instance slept runs when it is thawed: one that is the worse for it is replaced."""
+    """Wake an instance: operations that hung while it was frozen now run, and a damaged instance is replaced."""
     with suppress(HibernodeError):
         async with stack.channel("agent") as channel:
             await channel.call(channel.instances.WakeInstance, WakeInstanceRequest(uid=uid), 20.0)
 
 
-async def everybody(stack: Stack, chaos: Chaos) -> list[str]:
-    """Who is where, for whoever looks into a failure."""
+async def instance_states(stack: Stack, chaos: Chaos) -> list[str]:
+    """The state of every instance, for failure messages."""
     found = [*map(str, chaos.driver.processes()), *map(str, chaos.driver.devices())]
     with suppress(HibernodeError, OSError):
         for one in await stack.instances():

@@ -1,4 +1,4 @@
-"""More connections than the gateway takes: who is in is served, who comes after is told so at once."""
+"""More connections than the gateway accepts: open ones are served, new ones are refused at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.e2e.raw_http import ask_raw, connection
 from tests.e2e.stack import echo, running_stack
 
 LOGIN_SHELL = 256
-"""Open files of a login shell: Linux says 1,024; fewer make the same point with fewer connections."""
+"""Open files of a login shell. Linux allows 1,024; fewer show the same with fewer connections."""
 CONNECTIONS = 300
 QUICK_S = 1.0
 REQUEST = b"GET /fn/ocr/answer?n=1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -20,7 +20,7 @@ REQUEST = b"GET /fn/ocr/answer?n=1 HTTP/1.1\r\nHost: localhost\r\nConnection: cl
 
 @contextmanager
 def as_in_a_login_shell() -> Iterator[None]:
-    """What is started inside the block may open few files, unless it asks for more."""
+    """Processes started in the block have a low limit of open files, unless they raise it."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (LOGIN_SHELL, before[1]))
     try:
@@ -29,7 +29,7 @@ def as_in_a_login_shell() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-async def test_a_full_gateway_serves_who_is_in_and_refuses_who_is_not() -> None:
+async def test_full_gateway_serves_open_connections_and_refuses_new_ones() -> None:
     settings = {"limits": {"connections": CONNECTIONS}}
     async with AsyncExitStack() as world:
         with as_in_a_login_shell():
@@ -48,5 +48,5 @@ async def test_a_full_gateway_serves_who_is_in_and_refuses_who_is_not() -> None:
             async with asyncio.timeout(10):
                 assert (await reader.readline()).split()[1] == b"200"
                 await reader.read()
-        await stack.ask_rightly("ocr", 2)
+        await stack.ask_correctly("ocr", 2)
         await stack.remove_functions(["ocr"])

@@ -1,4 +1,4 @@
-"""A node is drained for maintenance and used again while the fleet serves: nobody notices."""
+"""A node is drained for maintenance and used again under load, without a failed request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _namespaces() -> None:
 
 
 async def hibernode(fleet: Fleet, *arguments: str) -> tuple[int, str]:
-    """The command as an operator runs it; its exit code and what it said."""
+    """Run an operator's command; returns exit code and output."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "agent.cli.main", "--home", str(fleet.hub.folder), "--insecure", *arguments),
         stdout=asyncio.subprocess.PIPE,
@@ -36,12 +36,12 @@ async def hibernode(fleet: Fleet, *arguments: str) -> tuple[int, str]:
 
 
 async def on(fleet: Fleet, node: str) -> set[str]:
-    """Instances that live there, by the agent's own word."""
+    """The node's instances, from its agent."""
     return {one.uid for one in await fleet.nodes[node].instances()}
 
 
 @pytest.mark.timeout(180)
-async def test_a_node_is_drained_under_load_and_used_again() -> None:
+async def test_node_is_drained_under_load_and_used_again() -> None:
     async with running_fleet("gpu-1", "gpu-2") as fleet:
         log = fleet.hub.folder / "requests.log"
         log.touch()
@@ -74,7 +74,7 @@ async def test_a_node_is_drained_under_load_and_used_again() -> None:
         assert not again & first, "an instance that was drained is gone"
         load.cancel()
         await clients.finish()
-        assert not [one for one in clients.told if not one.served]
-        served = {one.instance for one in clients.told}
+        assert not [one for one in clients.records if not one.served]
+        served = {one.instance for one in clients.records}
         assert served & first
         await fleet.remove_functions(list(TARGETS))

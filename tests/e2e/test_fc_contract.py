@@ -1,7 +1,6 @@
-"""A function as Function Compute's users have it, from its s.yaml to its log: every hook, marker and header.
+"""A function as on Function Compute, from its s.yaml to its log: every hook, marker and header, with real processes.
 
-Clause by clause the contract is tested in the rooms that keep it (agent/docs/fc-contract.md); here all of
-it meets through real processes.
+The single clauses (agent/docs/fc-contract.md) are tested in the packages that implement them.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ import sys
 import textwrap
 
 from agent.v1 import types_pb2
-from tests.e2e.bad_world import World, running_world
+from tests.e2e.bad_world import BadInputStack, running_world
 from tests.e2e.raw_http import ask_raw
 from tests.e2e.stack import until
 
 FROZEN = types_pb2.Instance.STATE_FROZEN
 ID = r"1-[0-9a-f]{8}-[0-9a-f]{8}-[0-9a-f]{12}"
-# As in Function Compute's own examples: a server of the standard library that prints the markers itself.
+# Like Function Compute's examples: a standard library server that prints the log markers itself.
 SERVER = """\
 import json, os
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,8 +36,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         print(f"{self.command} {self.path} {self.headers.get('x-fc-control-path')} {len(body)} bytes", flush=True)
         status = 404 if body == b"fail" else 200
-        told = {key: value for key, value in os.environ.items() if key.startswith("FC_")}
-        answer = json.dumps({"headers": dict(self.headers), "environment": told}).encode()
+        seen = {key: value for key, value in os.environ.items() if key.startswith("FC_")}
+        answer = json.dumps({"headers": dict(self.headers), "environment": seen}).encode()
         if what:
             print(f"FC {what} End RequestId: {rid}", flush=True)
         self.send_response(status)
@@ -85,7 +84,7 @@ resources:
 """
 
 
-async def invoke(world: World, body: bytes = b"", *headers: str) -> tuple[int, dict[str, str], bytes]:
+async def invoke(world: BadInputStack, body: bytes = b"", *headers: str) -> tuple[int, dict[str, str], bytes]:
     """InvokeFunction."""
     lines = ["POST /2023-03-30/functions/contract/invocations HTTP/1.1", "host: g", "connection: close", *headers]
     head = "\r\n".join([*lines, f"content-length: {len(body)}"]).encode() + b"\r\n\r\n"
@@ -97,7 +96,7 @@ def log_of(answer_headers: dict[str, str]) -> list[str]:
     return base64.b64decode(answer_headers["x-fc-log-result"]).decode().splitlines()
 
 
-async def deploy(world: World) -> None:
+async def deploy(world: BadInputStack) -> None:
     text = S_YAML.format(
         gpu_type=(await world.stack.node()).gpus[0].model, python=json.dumps(sys.executable), server=json.dumps(SERVER)
     )
@@ -107,11 +106,11 @@ async def deploy(world: World) -> None:
     assert done.returncode == 0, done.stderr
 
 
-async def test_a_function_as_it_is_on_function_compute() -> None:
+async def test_function_as_on_function_compute() -> None:
     async with running_world(1) as world:
         await deploy(world)
         status, headers, body = await invoke(world, b"hello", "x-fc-log-type: Tail")
-        told = json.loads(body)
+        seen = json.loads(body)
         assert (status, headers["x-fc-status"]) == (200, "200")
         rid = headers["x-fc-request-id"]
         assert re.fullmatch(ID, rid)
@@ -120,12 +119,12 @@ async def test_a_function_as_it_is_on_function_compute() -> None:
         assert log_of(headers) == [
             f"FC Invoke Start RequestId: {rid}", "POST /invoke /invoke 5 bytes", f"FC Invoke End RequestId: {rid}",
         ]  # fmt: skip
-        assert told["headers"]["x-fc-request-id"] == rid
-        assert told["headers"]["content-type"] == "application/octet-stream"
-        assert told["headers"]["x-fc-region"] == told["environment"]["FC_REGION"] == "cn-shanghai"
+        assert seen["headers"]["x-fc-request-id"] == rid
+        assert seen["headers"]["content-type"] == "application/octet-stream"
+        assert seen["headers"]["x-fc-region"] == seen["environment"]["FC_REGION"] == "cn-shanghai"
         uid = headers["x-fc-instance-id"]
-        assert told["environment"]["FC_INSTANCE_ID"] == uid
-        assert told["environment"]["FC_FUNCTION_MEMORY_SIZE"] == "1024"
+        assert seen["environment"]["FC_INSTANCE_ID"] == uid
+        assert seen["environment"]["FC_FUNCTION_MEMORY_SIZE"] == "1024"
 
         status, headers, _ = await invoke(world, b"fail")
         assert (status, headers["x-fc-status"]) == (404, "404"), "its own answer, not ours"

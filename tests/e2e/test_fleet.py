@@ -1,7 +1,7 @@
-"""Three agents on hosts of their own, and whatever may happen to a fleet, under load.
+"""Three agents on their own hosts, with kills, partitions and restarts under load.
 
-Only what was inside a process when it was killed is lost, nothing is executed twice, everybody has its instances
-again, and the bill stays between what the instances and what their clients say.
+Only requests inside a killed process are lost, none is executed twice, every function has its instances again, and the
+usage lies between the instances' and the clients' records.
 """
 
 from __future__ import annotations
@@ -17,20 +17,30 @@ import pytest
 from agent.core.types import SECOND_NS
 from agent.v1 import types_pb2
 from tests.e2e.fleet_checks import Kills, check_answers, check_bill
-from tests.e2e.fleet_load import COMPRESSED, Clients, Run, Told, chat, executions, jobs, milliseconds, ocr
+from tests.e2e.fleet_load import (
+    COMPRESSED,
+    Clients,
+    Execution,
+    RequestRecord,
+    chat,
+    executions,
+    jobs,
+    milliseconds,
+    ocr,
+)
 from tests.e2e.fleet_world import Fleet, partitioned, running_fleet, why_not
 from tests.e2e.stack import until
 
 NODES = ("gpu-1", "gpu-2", "gpu-3")
 TARGETS = {"ocr": 4, "chat": 3}
 WORTH_S = 600
-"""Ten minutes, compressed."""
+"""Ten minutes after compression."""
 DOWN_S = 1.0
 PARTITION_S = 5.0
-"""Longer than until a node is suspect (3 s), shorter than until it is given up (10 s)."""
+"""Long enough to make a node suspect (3 s), too short to make it lost (10 s)."""
 LONG_PARTITION_S = 13.0
 BACK_S = 2.0
-"""A restarted scheduler has its fleet again within so long."""
+"""How long a restarted scheduler may take to have its fleet again."""
 SEED = 5
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.alone]
@@ -45,7 +55,7 @@ def _namespaces() -> None:
 
 
 async def deployed(fleet: Fleet) -> Path:
-    """Both functions with their targets; where their instances write what they did."""
+    """Deploy both functions and wait for their targets; returns the folder of the instances' request logs."""
     log = fleet.hub.folder / "requests.log"
     log.touch()
     log.chmod(0o666)
@@ -56,7 +66,7 @@ async def deployed(fleet: Fleet) -> Path:
 
 
 async def busy(fleet: Fleet, node: str) -> None:
-    """Requests are inside the node."""
+    """Wait until requests are running on the node."""
 
     async def inside() -> bool:
         return any(one.in_flight for one in await fleet.nodes[node].instances())
@@ -64,12 +74,12 @@ async def busy(fleet: Fleet, node: str) -> None:
     await until(f"a request is inside {node}", inside)
 
 
-def failed(clients: Clients) -> list[Told]:
-    return [one for one in clients.told if not one.served]
+def failed(clients: Clients) -> list[RequestRecord]:
+    return [one for one in clients.records if not one.served]
 
 
 @pytest.mark.timeout(240)
-async def test_a_fleet_serves_through_a_kill_a_partition_and_a_restart(record_property: Record) -> None:
+async def test_fleet_serves_through_kill_partition_and_restart(record_property: Record) -> None:
     async with running_fleet(*NODES) as fleet:
         log = await deployed(fleet)
         before = await fleet.owners()
@@ -78,13 +88,13 @@ async def test_a_fleet_serves_through_a_kill_a_partition_and_a_restart(record_pr
         traffic = jobs(tuple(TARGETS), SEED)
         await clients.run(traffic, WORTH_S / COMPRESSED)
         assert not failed(clients), failed(clients)[:3]
-        calm = len(clients.told)
+        calm = len(clients.records)
 
         load = asyncio.create_task(clients.run(traffic))
         try:
             await an_agent_is_killed(fleet, "gpu-2", kills)
-            await a_node_is_cut_off(fleet, "gpu-3")
-            restart = await the_scheduler_is_killed(fleet, clients, kills)
+            await partition_node(fleet, "gpu-3")
+            restart = await kill_scheduler(fleet, clients, kills)
         finally:
             load.cancel()
         await clients.finish()
@@ -95,14 +105,14 @@ async def test_a_fleet_serves_through_a_kill_a_partition_and_a_restart(record_pr
         wakes = sum(one.wake_count for mine in (await fleet.instances()).values() for one in mine)
         assert wakes > 2 * len(before), f"{wakes} wakes are hardly traffic with pauses"
         await fleet.remove_functions(list(TARGETS))
-        await everything_is_uploaded(fleet)
+        await wait_for_uploads(fleet)
         runs = executions(log)
-        lost = check_answers(clients.told, runs, before, kills)
-        bill = check_bill(await fleet.usage(), clients.told, runs, kills)
+        lost = check_answers(clients.records, runs, before, kills)
+        bill = check_bill(await fleet.usage(), clients.records, runs, kills)
         assert not any(node.leftovers() for node in fleet.nodes.values())
-        figures: dict[str, object] = {"requests": len(clients.told), "requests_calm": calm, "wakes": wakes}
+        figures: dict[str, object] = {"requests": len(clients.records), "requests_calm": calm, "wakes": wakes}
         figures |= {"lost_in_agent": lost[0], "lost_in_scheduler": lost[1]}
-        figures |= {**check_restart(restart, clients.told, runs), **bill}
+        figures |= {**check_restart(restart, clients.records, runs), **bill}
         for name, value in figures.items():
             record_property(name, value)
 
@@ -111,17 +121,17 @@ async def an_agent_is_killed(fleet: Fleet, name: str, kills: Kills) -> None:
     node = fleet.nodes[name]
     await busy(fleet, name)
     kills.agent(name, node.kill("agent"))
-    await asyncio.sleep(DOWN_S)  # nobody restarts it at once
+    await asyncio.sleep(DOWN_S)  # the restart is delayed
     await node.start_agent()
     await fleet.wait_until_complete(TARGETS)
     await busy(fleet, name)
 
 
-async def a_node_is_cut_off(fleet: Fleet, name: str) -> None:
-    """Requests inside wait until it is over: no failure."""
+async def partition_node(fleet: Fleet, name: str) -> None:
+    """Cut a node off for a while; its running requests wait and do not fail."""
     await busy(fleet, name)
     with partitioned(fleet, name):
-        await asyncio.sleep(PARTITION_S)  # how long it lasts
+        await asyncio.sleep(PARTITION_S)  # the duration
         assert (await fleet.node_states())[name] == types_pb2.Node.STATE_SUSPECT
     await fleet.wait_until_complete(TARGETS)
     await busy(fleet, name)
@@ -129,18 +139,18 @@ async def a_node_is_cut_off(fleet: Fleet, name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """CLOCK_MONOTONIC ns."""
+    """Times in CLOCK_MONOTONIC ns."""
 
     killed_ns: int
     ready_ns: int
     settled_ns: int
 
 
-async def the_scheduler_is_killed(fleet: Fleet, clients: Clients, kills: Kills) -> Restart:
-    """And is started again a second later; ready = listens, settled = has its fleet again."""
+async def kill_scheduler(fleet: Fleet, clients: Clients, kills: Kills) -> Restart:
+    """Kill the scheduler and restart it a second later; ready = listens, settled = has its fleet again."""
     at_ns = fleet.hub.kill("scheduler")
     kills.scheduler.append(at_ns)
-    await asyncio.sleep(DOWN_S)  # nobody restarts it at once
+    await asyncio.sleep(DOWN_S)  # the restart is delayed
     fleet.hub.respawn_scheduler()
     await fleet.hub.wait_for_endpoints("scheduler")
     ready_ns = time.monotonic_ns()
@@ -148,15 +158,17 @@ async def the_scheduler_is_killed(fleet: Fleet, clients: Clients, kills: Kills) 
     settled_ns = time.monotonic_ns()
 
     async def served() -> bool:
-        return sum(one.served and one.ended_ns > settled_ns for one in clients.told) >= 5
+        return sum(one.served and one.ended_ns > settled_ns for one in clients.records) >= 5
 
     await until("requests are served by the new scheduler", served)
     return Restart(at_ns, ready_ns, settled_ns)
 
 
-def check_restart(restart: Restart, told: list[Told], runs: Mapping[str, list[Run]]) -> dict[str, object]:
-    """How long the new scheduler took until it had its fleet, and until an instance had a request."""
-    began = [runs[one.request_id][0].start_ns for one in told if one.served]
+def check_restart(
+    restart: Restart, records: list[RequestRecord], runs: Mapping[str, list[Execution]]
+) -> dict[str, object]:
+    """The time until the new scheduler had its fleet, and until an instance got a request."""
+    began = [runs[one.request_id][0].start_ns for one in records if one.served]
     first_ns = min(start_ns for start_ns in began if start_ns > restart.killed_ns)
     figures = {
         "ready_after_kill_ms": milliseconds(restart.ready_ns - restart.killed_ns),
@@ -168,8 +180,8 @@ def check_restart(restart: Restart, told: list[Told], runs: Mapping[str, list[Ru
     return dict(figures)
 
 
-async def everything_is_uploaded(fleet: Fleet) -> None:
-    """The scheduler's database has what the nodes' ledgers have."""
+async def wait_for_uploads(fleet: Fleet) -> None:
+    """Wait until the scheduler's database contains the nodes' ledgers."""
 
     async def same() -> bool:
         ledgers: dict[str, int] = {}
@@ -183,8 +195,8 @@ async def everything_is_uploaded(fleet: Fleet) -> None:
 
 
 @pytest.mark.timeout(180)
-async def test_a_node_that_is_lost_is_replaced_and_its_surplus_goes_when_it_is_back(record_property: Record) -> None:
-    """A request inside the lost node is given up after the 10 s of TCP_USER_TIMEOUT, and is not sent again."""
+async def test_lost_node_is_replaced_and_its_surplus_removed_on_return(record_property: Record) -> None:
+    """A request inside the lost node fails after the 10 s of TCP_USER_TIMEOUT and is not sent again."""
     async with running_fleet(*NODES) as fleet:
         log = await deployed(fleet)
         clients, name = Clients(fleet), "gpu-3"
@@ -214,12 +226,12 @@ async def test_a_node_that_is_lost_is_replaced_and_its_surplus_goes_when_it_is_b
             assert one.ended_ns < mended_ns + 2 * SECOND_NS, one
             assert waited_s > 9, one
             assert len(runs.get(one.request_id, [])) <= 1, one
-        for one in clients.told:
+        for one in clients.records:
             if one.served:
                 assert [run.instance for run in runs[one.request_id]] == [one.instance], one
         assert not [found for found in runs.values() if len(found) > 1], "none was executed twice"
         await fleet.remove_functions(list(TARGETS))
-        figures = {"requests": len(clients.told), "given_up": len(gone), "lost_after_s": round(lost_s, 2)}
+        figures = {"requests": len(clients.records), "given_up": len(gone), "lost_after_s": round(lost_s, 2)}
         figures |= {"replaced_after_s": round(replaced_s, 2), "complete_after_mend_s": round(complete_s, 2)}
         for key, value in figures.items():
             record_property(key, value)

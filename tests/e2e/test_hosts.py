@@ -1,4 +1,4 @@
-"""Hosts with other drivers: what each can do, as its users meet it."""
+"""Hosts with other driver versions and GPU faults, from the users' point of view."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STATE = types_pb2.Instance.State
 
 
 async def create(stack: Stack, spec: FunctionSpec) -> types_pb2.Instance:
-    """An instance by hand, once it is up."""
+    """Create an instance directly and wait until it runs."""
     request = pb.CreateInstanceRequest(
         request_id=spec.name, spec=function_to_proto(spec, reveal_secrets=True), wait=True
     )
@@ -35,7 +35,7 @@ def in_mode(name: str, mode: IdleMode) -> FunctionSpec:
     return replace(spec, idle=replace(spec.idle, mode=mode))
 
 
-async def test_driver_535_runs_instances_but_never_lets_them_sleep() -> None:
+async def test_driver_535_runs_instances_but_never_freezes_them() -> None:
     async with running_stack("--gpus", "1", "--gib", "1", "--profile", "535", scheduler=False) as stack:
         with pytest.raises(PreconditionError) as refusal:
             await create(stack, in_mode("asleep", IdleMode.REQUIRE))
@@ -49,19 +49,19 @@ async def test_driver_535_runs_instances_but_never_lets_them_sleep() -> None:
         await stop(stack, awake.uid)
 
 
-async def test_driver_555_freezes_by_the_program_and_wakes_with_its_memory() -> None:
+async def test_driver_555_freezes_with_the_utility_and_keeps_memory() -> None:
     async with running_stack("--gpus", "1", "--gib", "1", "--profile", "555") as stack:
         await stack.deploy(echo("ocr"), target=1)
         for number in range(3):
             await stack.wait_for_state(STATE.STATE_FROZEN, 1)
-            await stack.ask_rightly("ocr", number)
+            await stack.ask_correctly("ocr", number)
         (line,) = [line for line in (await stack.node()).capabilities if line.name == "checkpoint"]
         assert "cuda-checkpoint" in line.reason
         await stack.remove_functions(["ocr"])
         assert not stack.leftovers()
 
 
-async def test_an_instance_with_two_gpus_lends_both_while_it_sleeps() -> None:
+async def test_frozen_instance_with_two_gpus_releases_both() -> None:
     async with running_stack("--gpus", "2", "--gib", "1", "--profile", "580") as stack:
         pair = replace(in_mode("pair", IdleMode.REQUIRE), gpu=GpuNeed(2, memory_bytes=16 * MIB))
         await stack.deploy(pair, target=1)
@@ -69,19 +69,19 @@ async def test_an_instance_with_two_gpus_lends_both_while_it_sleeps() -> None:
         await stack.deploy(echo("left"), target=1)
         await stack.deploy(echo("right"), target=1)
         for number, function in enumerate(("pair", "left", "right", "pair", "right", "left", "pair")):
-            await stack.ask_rightly(function, number)
+            await stack.ask_correctly(function, number)
         await stack.remove_functions(["pair", "left", "right"])
         assert not stack.leftovers()
 
 
-async def test_a_lost_gpu_keeps_nobody_on_the_other_awake() -> None:
+async def test_lost_gpu_does_not_affect_freezes_on_the_other() -> None:
     async with running_stack("--gpus", "2", "--gib", "1", "--profile", "580") as stack:
         await stack.deploy(echo("ocr"), target=1)
         await stack.wait_for_state(STATE.STATE_FROZEN, 1)
         (mine,) = (await stack.instances())[0].gpu_uuids
         with stack.driver() as driver:
             other = next(device.uuid for device in driver.devices() if device.uuid != mine)
-            driver.set_device(other, nvml_error=15)  # GPU is lost
+            driver.set_device(other, nvml_error=15)  # GPU lost
 
             async def noticed() -> bool:
                 return any(gpu.health == types_pb2.Gpu.HEALTH_LOST for gpu in (await stack.node()).gpus)
@@ -89,13 +89,13 @@ async def test_a_lost_gpu_keeps_nobody_on_the_other_awake() -> None:
             await until("the GPU is known to be lost", noticed)
             for number in range(3):
                 await stack.wait_for_state(STATE.STATE_FROZEN, 1)
-                await stack.ask_rightly("ocr", number)
+                await stack.ask_correctly("ocr", number)
         await stack.remove_functions(["ocr"])
         assert not stack.leftovers()
 
 
-async def test_who_uses_a_gpu_that_it_does_not_hold_is_killed() -> None:
-    """A program that takes CUDA_VISIBLE_DEVICES away finds the first GPU, which is its neighbour's."""
+async def test_user_of_a_gpu_that_it_does_not_hold_is_killed() -> None:
+    """A program that unsets CUDA_VISIBLE_DEVICES finds the first GPU, which another instance holds."""
     async with running_stack("--gpus", "2", "--gib", "1", "--profile", "580", scheduler=False) as stack:
         honest = await create(stack, in_mode("honest", IdleMode.NEVER))
         thief = in_mode("thief", IdleMode.NEVER)
@@ -108,8 +108,10 @@ async def test_who_uses_a_gpu_that_it_does_not_hold_is_killed() -> None:
 
         await until("the trespasser is killed", killed)
         async with stack.channel("agent") as channel:
-            told = await channel.call(channel.instances.ListEvents, pb.ListEventsRequest(instance_uid=caught.uid), 5.0)
-        (event,) = [event for event in told.events if event.name == "gpu.isolation_violated"]
+            listed = await channel.call(
+                channel.instances.ListEvents, pb.ListEventsRequest(instance_uid=caught.uid), 5.0
+            )
+        (event,) = [event for event in listed.events if event.name == "gpu.isolation_violated"]
         assert event.attributes["gpu"] == honest.gpu_uuids[0]
         assert [one.uid for one in await stack.instances()] == [honest.uid]
         await stop(stack, honest.uid)

@@ -1,4 +1,4 @@
-"""2,000 requests in bursts and pauses, 4 instances on 2 GPUs: nothing fails, nothing is wrong, nobody shares."""
+"""2,000 requests in bursts and pauses, 4 instances on 2 GPUs: no failure, no wrong answer, no shared GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ for i in range(pynvml.nvmlDeviceGetCount()):
 
 
 def processes_by_nvml(stack: Stack) -> list[str]:
-    """Compute processes with memory on a GPU, as NVIDIA's own library shows them to an outsider."""
+    """Compute processes with memory on a GPU, read through NVIDIA's own library."""
     command = [sys.executable, "-c", NVML]
     return subprocess.run(command, env=stack.environment, check=True, capture_output=True, text=True).stdout.split(
         "\n"
@@ -40,7 +40,7 @@ def processes_by_nvml(stack: Stack) -> list[str]:
 
 
 def awake_intervals(operations: list[OpRecord]) -> dict[int, list[tuple[int, int]]]:
-    """When each process had its memory on the GPU, by the driver's own log: from a restore to the checkpoint's end."""
+    """When each process had memory on the GPU, from the driver's log: from a restore to the end of the checkpoint."""
     found: dict[int, list[tuple[int, int]]] = {}
     since: dict[int, int] = {}
     for operation in operations:
@@ -50,13 +50,13 @@ def awake_intervals(operations: list[OpRecord]) -> dict[int, list[tuple[int, int
             since[operation.pid] = operation.at_ns
         elif operation.op == "checkpoint":
             ended_ns = operation.at_ns + operation.us * 1000
-            if operation.pid in since:  # the first time awake began with cuMemAlloc, which is not in this log
+            if operation.pid in since:  # the first awake time began with cuMemAlloc, which is not logged
                 found.setdefault(operation.pid, []).append((since.pop(operation.pid), ended_ns))
     return found
 
 
 def shared_gpus(instances: list[types_pb2.Instance], operations: list[OpRecord]) -> list[str]:
-    """Where two instances of one GPU had their memory on it at the same time."""
+    """Where two instances had memory on the same GPU at the same time."""
     intervals = awake_intervals(operations)
     found = []
     for uuid in {one.gpu_uuids[0] for one in instances}:

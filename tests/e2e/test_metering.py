@@ -1,4 +1,4 @@
-"""Metered active time between what the instances themselves saw and what their callers saw, within 0.1 %."""
+"""Metered active time lies between the instances' and the callers' records, within 0.1 %."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from tests.e2e.stack import Answer, echo, running_stack, until
 REQUESTS = 9
 SERVICE_MS = 5_000
 BOUND = 1_000
-"""DESIGN section 11: the difference is at most 1 / BOUND."""
+"""The difference is at most 1 / BOUND (agent/docs/specification.md)."""
 
 
 @pytest.mark.timeout(120)
-async def test_active_time_is_neither_invented_nor_forgotten() -> None:
-    """Requests of five seconds, some overlapping, some after a wake: long enough that 0.1 % can be told from noise."""
+async def test_active_time_is_metered_exactly() -> None:
+    """Requests of five seconds, some overlapping, some after a wake: long enough to tell 0.1 % from noise."""
     async with running_stack() as stack:
         log = stack.folder / "requests.log"
         log.touch()
         await stack.deploy(echo("ocr", log), target=2)
 
         async def client(first_pause_s: float) -> list[Answer]:
-            await asyncio.sleep(first_pause_s)  # the traffic's own shape: callers do not come at once
+            await asyncio.sleep(first_pause_s)  # part of the traffic: callers start at different times
             found = []
             for number in range(REQUESTS // 3):
                 found.append(await stack.ask("ocr", f"/sleep?ms={SERVICE_MS}"))
-                await asyncio.sleep(0.3 * (number % 2))  # every other time the instance freezes in between
+                await asyncio.sleep(0.3 * (number % 2))  # every other time the instance freezes meanwhile
             return found
 
         answers = [answer for some in await asyncio.gather(*map(client, (0, 0.7, 1.3))) for answer in some]
@@ -48,7 +48,7 @@ async def test_active_time_is_neither_invented_nor_forgotten() -> None:
             app_ns = union_ns(truth[uid])
             client_ns = union_ns((a.began_ns, a.ended_ns) for a in answers if a.instance == uid)
             metered_ns = active_ns(mine[uid])
-            # The request line is read by the instance after the grant, and its log line ends before the last byte
-            # is forwarded: metering may only add to the instance's own view, and stays inside the client's.
+            # The instance reads the request line after the grant and logs the end before the last byte is forwarded:
+            # metering can only exceed the instance's time, and stays within the client's.
             assert app_ns <= metered_ns <= client_ns, f"{uid}: {app_ns} <= {metered_ns} <= {client_ns}"
             assert (metered_ns - app_ns) * BOUND <= app_ns, f"{uid}: {metered_ns} ns metered for {app_ns} ns of work"

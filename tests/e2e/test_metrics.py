@@ -1,4 +1,4 @@
-"""The metrics of a scheduler and an agent that work, and the dashboard that is made of them."""
+"""The metrics of a working scheduler and agent, and the dashboard that shows them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.api.promql import ONLY_OF_COUNTERS, Asked, Scrape, asked, read_scrape
 from tests.e2e.stack import Stack, echo, running_stack, until
 
 OF_A_SCRAPE = {"instance", "job"}
-"""Labels that Prometheus adds itself."""
+"""Labels added by Prometheus."""
 PARTS = {"ms", "us", "ns", "milliseconds", "milliwatts", "percent", "minutes", "hours", "kb", "mb", "gb", "mib", "gib"}
-"""What is not a base unit (prometheus.io/docs/practices/naming)."""
+"""Units that are not base units (prometheus.io/docs/practices/naming)."""
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A dashboard with one panel that is wrong."""
+    """A dashboard with one wrong panel."""
 
     expr: str
     complaint: str
@@ -34,7 +34,7 @@ class Broken:
 
 
 BROKEN = (
-    Broken("hibernode_function_invocation_total", "nobody has"),
+    Broken("hibernode_function_invocation_total", "no family has"),
     Broken("rate(hibernode_function_invocations_total{functoin=~'a'}[5m])", "has no .*functoin"),
     Broken("sum by (node) (hibernode_function_leased_slots)", "has no .*node"),
     Broken("rate(hibernode_function_leased_slots[5m])", "rates are of counters"),
@@ -63,20 +63,20 @@ def is_there(found: Scrape, name: str, **labels: str) -> bool:
 
 
 async def worked(stack: Stack) -> Scrape:
-    """Requests to one function that sleeps and one that never does, and all that follows from them."""
+    """Metrics after requests to one function that freezes and one that never does."""
     await stack.deploy(echo("sleeper"), target=1)
     always = replace(echo("always"), idle=IdlePolicy(IdleMode.NEVER))
     await stack.deploy(always, target=1)
     await stack.wait_for_state(types_pb2.Instance.STATE_FROZEN, 1)
-    await stack.ask_rightly("sleeper", 0)
+    await stack.ask_correctly("sleeper", 0)
     for number in range(3):
-        await stack.ask_rightly("always", number)
+        await stack.ask_correctly("always", number)
     with stack.driver() as driver:
-        driver.raise_xid(driver.devices()[0].uuid, 13)  # of an application: nothing is cordoned
+        driver.raise_xid(driver.devices()[0].uuid, 13)  # an application error: nothing is cordoned
     await stack.wait_for_state(types_pb2.Instance.STATE_FROZEN, 1)
     found = Scrape(())
 
-    async def told() -> bool:
+    async def events_recorded() -> bool:
         nonlocal found
         found = await scrape(stack)
         return all(
@@ -91,7 +91,7 @@ async def worked(stack: Stack) -> Scrape:
             )
         )
 
-    await until("all that happened is in the metrics", told)
+    await until("all that happened is in the metrics", events_recorded)
     return found
 
 
@@ -138,7 +138,7 @@ def check_dashboard(dashboard: dict[str, Any], found: Scrape) -> None:
     labels = found.labels()
     for expr, metrics in expressions(dashboard).items():
         for metric in metrics:
-            assert metric.name in labels, f"nobody has {metric.name}: {expr}"
+            assert metric.name in labels, f"no family has {metric.name}: {expr}"
             missing = metric.labels - labels[metric.name] - {"le"}
             assert not missing, f"{metric.name} has no {missing}: {expr}"
             assert metric.rate is metric.name.endswith(ONLY_OF_COUNTERS), f"rates are of counters: {expr}"
@@ -150,7 +150,7 @@ def check_dashboard(dashboard: dict[str, Any], found: Scrape) -> None:
             assert shown <= of_all | OF_A_SCRAPE, f"{panel['title']}: {shown - of_all}"
 
 
-async def test_every_metric_of_the_dashboard_is_there_and_right() -> None:
+async def test_every_metric_of_the_dashboard_exists_and_is_right() -> None:
     async with running_stack() as stack:
         found = await worked(stack)
         check_figures(found)

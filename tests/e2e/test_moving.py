@@ -1,4 +1,4 @@
-"""A GPU on which restores fail: the request is answered all the same, by a move (driver 580) or by a cold start."""
+"""A GPU on which restores fail: the request is still answered, after a move (driver 580) or a cold start."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ async def asleep(stack: Stack) -> types_pb2.Instance:
 
 
 async def answered(stack: Stack, number: int) -> str:
-    """The instance that answered, rightly."""
-    return (await stack.ask_rightly("ocr", number)).instance
+    """The instance that answered correctly."""
+    return (await stack.ask_correctly("ocr", number)).instance
 
 
-async def test_what_cannot_wake_on_one_gpu_wakes_on_the_other_with_its_memory() -> None:
+async def test_instance_that_cannot_wake_on_one_gpu_wakes_on_the_other() -> None:
     async with running_stack(gpu_settings=MOVING) as stack:
         await stack.deploy(echo("ocr"), target=1)
         before = await asleep(stack)
@@ -34,14 +34,14 @@ async def test_what_cannot_wake_on_one_gpu_wakes_on_the_other_with_its_memory() 
             await asleep(stack)
             assert await answered(stack, 2) == before.uid, "from where it sleeps now nothing is wrong"
             await asleep(stack)
-            # A new agent knows from the disk where it was frozen: a restore with the old map would fail or trespass.
+            # The new agent reads from disk where the instance was frozen: a restore with an outdated map would fail.
             stack.kill_agent()
             await stack.start_agent()
             assert await answered(stack, 3) == before.uid
             sleeper = await asleep(stack)
             assert list(sleeper.gpu_uuids) != [home]
-            # An outsider takes the memory there: on a real driver a restore without room leaves the process stuck for
-            # good (issue 44), so it is seen beforehand and nothing is tried.
+            # The memory is taken from outside. On a real driver, a restore without room leaves the process stuck for
+            # good (issue 44), so the agent checks beforehand and does not try.
             here = next(gpu for gpu in driver.devices() if gpu.uuid == sleeper.gpu_uuids[0])
             driver.clear_faults()
             driver.reserve(here.uuid, here.total_bytes)
@@ -52,7 +52,7 @@ async def test_what_cannot_wake_on_one_gpu_wakes_on_the_other_with_its_memory() 
         assert not stack.leftovers()
 
 
-async def test_what_can_wake_nowhere_is_started_cold_and_the_same_request_is_answered() -> None:
+async def test_instance_that_cannot_wake_is_replaced_for_the_same_request() -> None:
     async with running_stack("--gpus", "1", "--gib", "1", "--profile", "580") as stack:
         await stack.deploy(echo("ocr"), target=1)
         before = await asleep(stack)
@@ -66,7 +66,7 @@ async def test_what_can_wake_nowhere_is_started_cold_and_the_same_request_is_ans
         assert not stack.leftovers()
 
 
-async def test_a_fatal_xid_cordons_the_gpu_and_the_sleeper_wakes_on_the_other() -> None:
+async def test_fatal_xid_cordons_the_gpu_and_the_instance_wakes_elsewhere() -> None:
     async with running_stack(gpu_settings=MOVING) as stack:
         await stack.deploy(echo("ocr"), target=1)
         before = await asleep(stack)

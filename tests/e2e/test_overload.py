@@ -1,4 +1,4 @@
-"""Ten times the capacity: what is admitted is served in time, the rest is told so at once, and nothing grows."""
+"""Ten times the capacity: admitted requests are served in time, the rest is refused at once, and nothing grows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.e2e.stack import CALL_S, Stack, echo, running_stack, until
 INSTANCES = 2
 WORK_MS = 50
 CAPACITY = INSTANCES * 1000 / WORK_MS
-"""Requests a second."""
+"""Requests per second."""
 FACTOR = 10
 OVERLOAD_S = 60.0
 QUEUE_LENGTH = 40
@@ -31,7 +31,7 @@ Record = Callable[[str, object], None]
 
 @dataclass
 class Flood:
-    """Open loop: requests leave in time, whatever becomes of those before."""
+    """Open loop: requests are sent on time, whatever happens to earlier ones."""
 
     stack: Stack
     statuses: Counter[int] = field(default_factory=Counter)
@@ -41,14 +41,14 @@ class Flood:
     broken: list[str] = field(default_factory=list)
 
     async def run(self, rate: float, seconds: float) -> int:
-        """How many were sent."""
+        """Send at this rate; returns how many."""
         began, sent, tasks = time.monotonic(), 0, set[asyncio.Task[None]]()
         while (now := time.monotonic() - began) < seconds:
             while sent < now * rate:
                 tasks.add(asyncio.create_task(self._one()))
                 sent += 1
             tasks = {task for task in tasks if not task.done()}
-            await asyncio.sleep(0.005)  # the traffic itself, not a synchronisation
+            await asyncio.sleep(0.005)  # part of the traffic
         await asyncio.gather(*tasks)
         return sent
 
@@ -80,7 +80,7 @@ async def queued(stack: Stack) -> int:
 @pytest.mark.slow
 @pytest.mark.real_time
 @pytest.mark.timeout(180)
-async def test_ten_times_the_capacity_is_admitted_as_far_as_it_can_be_served(record_property: Record) -> None:
+async def test_overload_admits_only_what_can_be_served(record_property: Record) -> None:
     spec = replace(
         echo("flooded"), queue_length=QUEUE_LENGTH, queue_timeout_ns=int(QUEUE_TIMEOUT_S * SECOND_NS),
         idle=replace(echo("flooded").idle, freeze_after_ns=500 * MILLISECOND_NS),
@@ -88,7 +88,7 @@ async def test_ten_times_the_capacity_is_admitted_as_far_as_it_can_be_served(rec
     async with running_stack() as stack:
         await stack.deploy(spec, INSTANCES)
         flood = Flood(stack)
-        await flood.run(CAPACITY / 2, 2.0)  # all is warm, and as it is on a usual day
+        await flood.run(CAPACITY / 2, 2.0)  # warm up with a normal load
         assert flood.statuses == Counter({200: flood.statuses[200]})
         process = psutil.Process(stack.processes["scheduler"].pid)
         before = process.memory_info().rss
@@ -120,7 +120,7 @@ async def test_ten_times_the_capacity_is_admitted_as_far_as_it_can_be_served(rec
         }
         record_property("overload", json.dumps(figures))
         assert not flood.broken, flood.broken[:3]
-        assert sum(flood.statuses.values()) == sent, "everybody is answered exactly once"
+        assert sum(flood.statuses.values()) == sent, "every request is answered exactly once"
         assert set(flood.statuses) == {200, 429}, figures
         assert not flood.without_advice, "429 says when to come again"
         assert flood.statuses[200] >= 0.7 * CAPACITY * OVERLOAD_S, figures

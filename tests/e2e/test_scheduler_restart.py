@@ -1,4 +1,4 @@
-"""The scheduler is killed again and again: functions, instances and the bill survive, and nothing is made twice."""
+"""Repeated kills of the scheduler: functions, instances and usage survive, and nothing is created twice."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SEED = 11
 CLIENTS = 4
 FUNCTION = "ocr"
 BACK_S = 2.0
-"""An agent is back within so long of a scheduler that listens again."""
+"""How soon an agent reconnects to a scheduler that listens again."""
 
 Sums = dict[str, tuple[int, int, int, int]]
 
 
 def pin_ports(stack: Stack) -> None:
-    """From now on the scheduler comes back where it was, as a real one does."""
+    """Keep the scheduler's ports across restarts, like a real one's."""
     endpoints = json.loads((stack.folder / "scheduler" / "endpoints.json").read_text())
     path = stack.folder / "scheduler.yaml"
     config = yaml.safe_load(path.read_text())
@@ -66,23 +66,23 @@ async def kill_and_restart(stack: Stack) -> None:
 
 
 async def client(stack: Stack, number: int, answered: list[int], wrong: list[str]) -> None:
-    """As a good client does: a connection that fails, or a 503, is tried again; anything else counts."""
+    """A correct client: it retries failed connections and 503; every other failure counts."""
     count = number
     while True:
         count += CLIENTS
         try:
             answer = await stack.ask(FUNCTION, f"/answer?n={count}")
         except aiohttp.ClientError:
-            await asyncio.sleep(0.05)  # the client's own pause before it tries again
+            await asyncio.sleep(0.05)  # the client's pause before a retry
             continue
         answered.append(answer.status)
         if answer.status != 200 or answer.body.decode() != expected_answer(count):
             wrong.append(f"{count}: {answer.status} {answer.body[:200]!r}")
-        await asyncio.sleep(0.02)  # the traffic's own shape
+        await asyncio.sleep(0.02)  # part of the traffic
 
 
 @pytest.mark.timeout(120)
-async def test_the_scheduler_is_killed_under_load() -> None:
+async def test_scheduler_is_killed_under_load() -> None:
     async with running_stack() as stack:
         pin_ports(stack)
         await stack.deploy(echo(FUNCTION), target=2)
@@ -92,7 +92,7 @@ async def test_the_scheduler_is_killed_under_load() -> None:
         clients = [asyncio.create_task(client(stack, number, answered, wrong)) for number in range(CLIENTS)]
         source = random.Random(SEED)
         for _ in range(KILLS):
-            await asyncio.sleep(source.uniform(0.2, 0.8))  # the random moment itself
+            await asyncio.sleep(source.uniform(0.2, 0.8))  # the random moment of the kill
             await kill_and_restart(stack)
         served = len(answered)
 
@@ -120,7 +120,7 @@ async def all_ever_made(stack: Stack) -> list[types_pb2.Instance]:
 
 
 async def check_usage(stack: Stack, instances: dict[str, int]) -> None:
-    """Every window once, and the sum of money recomputed from the windows and the printed factors alone."""
+    """Every window exists once, and the cost can be recomputed from the windows and the printed factors alone."""
     ledger = await stack.windows()
     check_contiguous(ledger)
     assert all(window.sealed for window in ledger), "the instances have ended"
@@ -152,7 +152,7 @@ async def usage(stack: Stack, grouping: usage_pb.ListUsageRequest.Grouping.Value
 
 
 def sums(windows: object) -> Sums:
-    """Active, idle and unbilled ns and requests of each instance."""
+    """Active, idle and unbilled ns, and requests, of each instance."""
     found: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     for window in windows:  # type: ignore[attr-defined]
         mine = found[window.instance_uid]
@@ -162,7 +162,7 @@ def sums(windows: object) -> Sums:
 
 
 def recomputed(found: usage_pb.ListUsageResponse) -> tuple[Fraction, Fraction]:
-    """(cost, always on) by schoolbook: each window times the factors of its instance's row."""
+    """(cost, always on), recomputed: each window times the factors of its instance's row."""
     factors = {row.instance_uid: row.factors for row in found.rows}
     cost = always = Fraction(0)
     for window in found.windows:

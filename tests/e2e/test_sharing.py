@@ -1,4 +1,4 @@
-"""More functions than GPUs: everybody is served in bounded time, and minAwake keeps the GPUs from thrashing."""
+"""More functions than GPUs: each is served in bounded time, and minAwake keeps the GPUs from thrashing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scripts.benchmarks.sharing import measure
 
 @pytest.mark.slow
 async def test_six_functions_share_two_gpus() -> None:
-    """The benchmark itself, shorter: it also counts calls on frozen processes and wrong answers."""
+    """A shorter run of the benchmark, which also counts calls on frozen processes and wrong answers."""
     result = await measure(requests=300, rate=40.0, seed=3)
     for phase in (result["without_min_awake"], result["with_min_awake"]):
         assert phase["failed"] == 0, phase["failures"]

@@ -1,4 +1,4 @@
-"""The agent is killed thirty times under load: callers hardly notice, instances not at all, and the bill is right."""
+"""Thirty kills of the agent under load: few requests fail, instances survive, and the usage is right."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tests.e2e.stack import Stack, echo, running_stack
 KILLS = 30
 SEED = 7
 FUNCTIONS = ("ocr", "speech")
-"""Two instances of each on two GPUs: one of ocr and one of speech on either, so that they take turns."""
+"""Two instances of each on two GPUs, one of ocr and one of speech per GPU, so that they take turns."""
 
 
 async def kill_and_restart(stack: Stack, source: random.Random) -> int:
-    """SIGKILL at a random moment of the load; returns when it was (monotonic ns)."""
-    await asyncio.sleep(source.uniform(0.05, 0.6))  # the random moment itself
+    """SIGKILL the agent at a random moment under load; returns the time (monotonic ns)."""
+    await asyncio.sleep(source.uniform(0.05, 0.6))  # the random moment
     at = time.monotonic_ns()
     stack.kill_agent()
-    await asyncio.sleep(source.choice([0.0, 0.0, 0.3]))  # sometimes nobody restarts it at once
+    await asyncio.sleep(source.choice([0.0, 0.0, 0.3]))  # some restarts are delayed
     await stack.start_agent()
     return at
 
 
 @pytest.mark.timeout(300)
-async def test_thirty_kills_under_load() -> None:
+async def test_thirty_agent_kills_under_load() -> None:
     async with running_stack() as stack:
         log = stack.folder / "requests.log"
         log.touch()
@@ -43,7 +43,7 @@ async def test_thirty_kills_under_load() -> None:
         load = asyncio.gather(*(t.run(100_000, most_at_once=20, longest_pause_s=0.2) for t in traffics))
         source = random.Random(SEED)
         kills = [await kill_and_restart(stack, source) for _ in range(KILLS)]
-        await asyncio.sleep(1.0)  # a second of load without a kill, for the ledger to be written
+        await asyncio.sleep(1.0)  # a second of load without a kill, in which the ledger is written
         load.cancel()
         await asyncio.gather(load, return_exceptions=True)
         await stack.wait_for_state(types_pb2.Instance.STATE_FROZEN, 4)
@@ -58,7 +58,7 @@ async def test_thirty_kills_under_load() -> None:
 
 
 def check_answers(traffics: list[Traffic], kills: list[int]) -> None:
-    """Only requests inside the agent at a kill fail, with 502; every other one is answered, and rightly."""
+    """Only requests inside the agent at a kill fail, with 502; all others are answered correctly."""
     for traffic in traffics:
         assert not traffic.wrong, traffic.wrong[:5]
         assert not traffic.broken, traffic.broken[:5]
@@ -72,7 +72,7 @@ def check_answers(traffics: list[Traffic], kills: list[int]) -> None:
 
 
 async def check_ledger(stack: Stack, kills: int, began_ns: int) -> None:
-    """Windows are contiguous from the beginning; a kill costs at most a second of active time and adds none."""
+    """Windows are contiguous from the start; a kill loses at most a second of active time and adds none."""
     windows = await stack.windows()
     check_contiguous(windows)
     truth = read_truth(stack.folder / "requests.log")
@@ -83,13 +83,13 @@ async def check_ledger(stack: Stack, kills: int, began_ns: int) -> None:
         app_ns = union_ns(requests)
         metered_ns = active_ns(mine)
         assert metered_ns >= app_ns - kills * SECOND_NS, f"{uid}: {app_ns} ns of work, {metered_ns} ns metered"
-        # What the agent adds: from the grant to the request line, and from the answer's last byte to the release.
+        # The agent adds the time from grant to request line, and from the answer's last byte to the release.
         slack_ns = len(requests) * 10 * MILLISECOND_NS
         assert metered_ns <= app_ns + slack_ns, f"{uid}: {metered_ns} ns metered for {app_ns} ns of work"
 
 
 async def check_nothing_leaked(stack: Stack, pids: set[int]) -> None:
-    """Processes, cgroups, the GPU book and device memory, when everybody sleeps."""
+    """Check processes, cgroups, the GPU allocator and device memory once all instances are frozen."""
     leftovers = stack.leftovers()
     assert len(leftovers) == 8, f"four processes and four cgroups: {leftovers}"
     node = await stack.node()

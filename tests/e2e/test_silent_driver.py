@@ -1,4 +1,4 @@
-"""NVML stops answering: the agent goes on, requests to running instances go on, figures are unknown and not old."""
+"""NVML stops answering: running instances still serve requests, and figures become unknown instead of outdated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.e2e.stack import Stack, echo, running_stack, until
 CORDONED, OK = types_pb2.Gpu.HEALTH_CORDONED, types_pb2.Gpu.HEALTH_OK
 
 
-async def test_a_silent_driver_costs_the_figures_and_new_instances_only() -> None:
+async def test_silent_driver_affects_only_figures_and_new_instances() -> None:
     async with running_stack() as stack:
         await stack.deploy(echo("ocr"), target=1)
         await stack.wait_for_state(types_pb2.Instance.STATE_RUNNING, 1)
@@ -34,7 +34,7 @@ async def test_a_silent_driver_costs_the_figures_and_new_instances_only() -> Non
 
 
 async def aged(stack: Stack) -> bool:
-    """No figures any more; requests are answered all the while."""
+    """Whether the figures are gone, while requests are answered."""
     answer = await stack.ask("ocr", "/answer?n=1")
     assert answer.status == 200, answer.body
     return not any(gpu.HasField("memory_used_bytes") for gpu in (await stack.node()).gpus)

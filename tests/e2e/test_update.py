@@ -1,4 +1,4 @@
-"""A function is replaced and deleted while it is in use: nobody notices, and no request is cut."""
+"""A function is replaced and deleted under load without a failed request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Clients = list[asyncio.Task[list[Answer]]]
 
 
 def revision(number: int) -> FunctionSpec:
-    """Awake throughout, so that the old ones hold their GPUs; what changes is an environment variable."""
+    """Always awake, so that old instances hold their GPUs; revisions differ in an environment variable."""
     return replace(
         echo(FUNCTION, RELEASE=str(number)), idle=IdlePolicy(freeze_after_ns=60 * SECOND_NS), timeout_ns=60 * SECOND_NS
     )
@@ -53,7 +53,7 @@ def begin_load(stack: Stack, enough: asyncio.Event) -> Clients:
 
 @pytest.mark.timeout(120)
 async def test_update_and_delete_under_load() -> None:
-    """Two GPUs, one instance each at most: the new revision fits only where an old one has gone."""
+    """Two GPUs, at most one instance each: the new revision fits only after an old instance has ended."""
     async with running_stack() as stack:
         await one_instance_per_gpu(stack)
         await stack.deploy(revision(1), target=2)
@@ -100,7 +100,7 @@ async def in_flight(stack: Stack, count: int) -> bool:
 
 
 async def check_target(stack: Stack) -> None:
-    """Another target for the same spec starts and stops what it must, and no more."""
+    """Check that a new target for the same spec starts and stops only the difference."""
     before = await uids(stack)
     await deploy(stack, revision(2), target=1)
 
@@ -112,7 +112,7 @@ async def check_target(stack: Stack) -> None:
 
 
 async def check_delete(stack: Stack) -> None:
-    """The request inside ends, the one that waits is answered, then nothing is left and nothing is found."""
+    """Check that running and waiting requests are answered, then nothing is left and the function is unknown."""
     inside = asyncio.create_task(stack.ask(FUNCTION, f"/sleep?ms={LONG_MS}"))
     await until("a request is inside", lambda: in_flight(stack, 1))
     waiting = asyncio.create_task(stack.ask(FUNCTION, "/"))

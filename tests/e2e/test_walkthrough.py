@@ -1,8 +1,8 @@
-"""The walkthrough of Function Compute's page on real-time inference, step by step, on one's own host.
+"""Function Compute's walkthrough of real-time inference, step by step, on one host.
 
 Deploy its s.yaml, invoke with curl, put its scaling policy, load until it scales out, idle until it scales in, list,
-and release everything. Nothing differs from the page but the image (the host runs the example `echo`), the dates of the
-policy, and minutes, which are seconds here.
+and release everything. Differences from the page: the image (the host runs the example `echo`), the dates of the
+policy, and seconds in place of minutes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ WORK_MS = 200
 
 
 class Walk:
-    """The commands of the page, run as programs."""
+    """The page's commands, run as programs."""
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.folder = stack.folder
 
     def write_s_yaml(self) -> None:
-        """The page's own, but for the image."""
+        """Write the page's s.yaml with another image."""
         document = yaml.safe_load((FC3 / "gpu-best-practice.s.yaml").read_text())
         props = document["resources"]["gpu-best-practive"]["props"]
         props["customContainerConfig"] = {
@@ -44,13 +44,13 @@ class Walk:
             "entrypoint": [sys.executable, "-m", "agent.examples.echo"],
             "port": 9000,
         }
-        del props["environmentVariables"]  # /dev/shm is a container's
+        del props["environmentVariables"]  # /dev/shm exists in a container only
         props["memorySize"] = 512
         props["hibernode"] = {"freezeAfter": "200ms"}
         (self.folder / "s.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
 
     def write_policy(self, *, now: bool) -> Path:
-        """The page's own; `now`: with other dates."""
+        """Write the page's policy; `now`: with current dates."""
         document = json.loads((FC3 / "provision.json").read_text())
         path = self.folder / ("provision-now.json" if now else "provision.json")
         if now:
@@ -62,7 +62,7 @@ class Walk:
         return path
 
     async def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """`hibernode ...`, in the folder of the s.yaml."""
+        """Run `hibernode ...` in the folder of the s.yaml."""
         command = [sys.executable, "-m", "agent.cli.main", *arguments]
         environment = {**self.stack.environment, "HIBERNODE_HOME": str(self.folder), "PYTHONPATH": str(Path.cwd())}
         return await asyncio.to_thread(
@@ -82,7 +82,7 @@ class Walk:
         )  # fmt: skip
 
     async def listed(self) -> dict[str, Any]:
-        """What `provision list` shows of the function, {} if nothing."""
+        """The function in `provision list`, {} if it is missing."""
         done = await self.run("provision", "list")
         assert done.returncode == 0, done.stderr
         shown = yaml.safe_load(done.stdout) or {}
@@ -104,7 +104,7 @@ class Walk:
 
 
 class Load:
-    """So many requests at once, all the time, until it is stopped."""
+    """A constant number of concurrent requests until it is stopped."""
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
@@ -132,7 +132,7 @@ class Load:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-async def test_the_walkthrough_of_function_compute() -> None:
+async def test_function_compute_walkthrough() -> None:
     async with running_stack(
         "--gpus", "6", "--gib", "16", "--profile", "580",
         scheduler_settings=SCALING,
@@ -161,7 +161,7 @@ async def test_the_walkthrough_of_function_compute() -> None:
 
         load = Load(stack)
         async with load.running(at_once=4):
-            # Six GPUs, one for each: that is where it ends, and it says why.
+            # It ends at six GPUs, one per instance, and reports the reason.
             found = await walk.until_listed("as many as there is room for", current=6)
             assert found["target"] > 6
             assert "has its full number of instances" in found["currentError"]

@@ -1,11 +1,11 @@
 """The engines of the tests: `engine` runs a test once with Docker and once with Podman.
 
-    # every test of this folder is marked `engine`
+    # every test in this folder has the marker `engine`
     async def test_x(engine: Engine) -> None:
-        images.load(engine, images.ECHO)     # imported at its first use; BUSYBOX is there already
+        images.load(engine, images.ECHO)     # imported on first use; BUSYBOX is always loaded
 
-Both are started once per test process. After each test an engine that the test ended is up again, and containers and
-networks that it left are removed and fail it.
+Both engines start once per test process. After each test a stopped engine is started again; leftover containers and
+networks are removed and fail the test.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines import images
-from tests.engines.engines import Engine, EnginePlace, missing
+from tests.engines.engines import Engine, EngineFolder, missing
 
 KINDS = ("docker", "podman")
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _running(kind: str) -> Iterator[Engine]:
     if why := missing(kind):
         pytest.skip(why)
-    place = EnginePlace(kind)
+    place = EngineFolder(kind)
     try:
         place.engine.start()
         yield place.engine
@@ -53,7 +53,7 @@ def podman() -> Iterator[Engine]:
 
 @pytest.fixture(params=KINDS)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """A running engine with the image `images.BUSYBOX` in it."""
+    """A running engine with the image `images.BUSYBOX`."""
     found: Engine = request.getfixturevalue(request.param)
     found.start()
     images.load(found, images.BUSYBOX)

@@ -1,9 +1,8 @@
-"""Private container engines for tests: a Docker and a Podman in temporary folders, beside whatever the host runs.
+"""Private container engines for tests: a Docker and a Podman in temporary folders, separate from the host's own.
 
-They are started once per test process and outlive no run: `close` removes their containers, networks, mounts and
-firewall rules. A run that was killed leaves its folder; the next one finds it unlocked, brings its engine up again and
-closes it in the same way (`sweep`). What tests of ours ask an engine goes through `api`, never through the code under
-test.
+They start once per test process. `close` removes their containers, networks, mounts and firewall rules. A killed run
+leaves its folder unlocked; the next run starts that engine again and closes it the same way (`sweep`). Tests query an
+engine through `api`, never through the code under test.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import psutil
 from tests.engines import host_traces
 
 API = "/v1.40"
-"""Docker 20.10 and Podman 4.3 both speak it."""
+"""Supported by Docker 20.10 and Podman 4.3."""
 START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 30.0
 CALL_DEADLINE_S = 60.0
@@ -43,8 +42,8 @@ unqualified-search-registries = ["docker.io"]
 location = "127.0.0.1"
 insecure = true
 """
-"""Podman alone: names without a registry mean Docker's, as they do for Docker, and a registry on loopback needs no TLS;
-no other file of the host is read."""
+"""For Podman only: names without a registry mean Docker Hub, as for Docker; registries on loopback need no TLS; no
+other file of the host is read."""
 
 CONTAINERD_CONFIG = """\
 version = 2
@@ -58,7 +57,7 @@ address = "{folder}/containerd.sock.ttrpc"
 [debug]
 level = "warn"
 """
-"""A containerd of its own, as packages set it up: one that dockerd starts itself dies with it."""
+"""A separate containerd, as packages set it up: one started by dockerd would die with it."""
 
 PODMAN_CONFIG = """\
 [containers]
@@ -104,21 +103,21 @@ class _UnixConnection(http.client.HTTPConnection):
 
 @dataclass
 class Engine:
-    """One engine. `kind` is "docker" or "podman", `socket` where it serves the Docker Engine API."""
+    """One engine. `kind` is "docker" or "podman"; `socket` serves the Docker Engine API."""
 
     kind: str
     folder: Path
     _children: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    _before: host_traces.Traces = field(default_factory=host_traces.take)
+    _before: host_traces.HostTraces = field(default_factory=host_traces.take)
 
     @property
     def socket(self) -> str:
         return str(self.folder / "s.sock")
 
-    # ---- its life ---------------------------------------------------------------------------------------------------
+    # ---- lifetime ---------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Up and answering; a no-op if it is."""
+        """Start and wait for an answer. Does nothing if it runs."""
         if self.answers():
             return
         containerd = self.folder / "containerd.toml"
@@ -134,7 +133,7 @@ class Engine:
 
     def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
         with (self.folder / "engine.log").open("ab") as log:
-            # In its own folder: conmon leaves a file `oom` where it stands.
+            # In its own folder: conmon writes a file `oom` to its working directory.
             process = subprocess.Popen(
                 command, cwd=self.folder, stdout=log, stderr=log, env=self.environment(), start_new_session=True
             )
@@ -143,14 +142,14 @@ class Engine:
 
     def _command(self) -> list[str]:
         if self.kind == "docker":
-            (self.folder / "daemon.json").write_text("{}")  # not the host's
+            (self.folder / "daemon.json").write_text("{}")  # instead of the host's
             return [
                 "dockerd", "--config-file", str(self.folder / "daemon.json"),
                 "--data-root", str(self.folder / "data"), "--exec-root", str(self.folder / "exec"),
                 "--pidfile", str(self.folder / "pid"), "--host", f"unix://{self.socket}",
                 "--containerd", str(self.folder / "containerd.sock"),
                 "--default-address-pool", f"base={self.addresses()},size=24",
-                # Containers outlive the daemon, as an operator of ours would have it.
+                # Containers outlive the daemon, as recommended to operators.
                 "--live-restore", "--bridge", "none", "--log-level", "warn",
             ]  # fmt: skip
         runtime = "runc" if shutil.which("runc") else "crun"
@@ -161,7 +160,8 @@ class Engine:
         return [*self._podman(), "system", "service", "--time=0", f"unix://{self.socket}"]
 
     def addresses(self) -> str:
-        """Its networks', apart from those of other engines of this host: Podman does not see what is down just now."""
+        """Address range of its networks, distinct from other engines' here: Podman does not see interfaces that are
+        down."""
         file = self.folder / "addresses"
         if not file.exists():
             used = host_traces.routed_networks()
@@ -173,7 +173,7 @@ class Engine:
         return ["podman", "--root", str(self.folder / "data"), "--runroot", str(self.folder / "run")]
 
     def environment(self) -> dict[str, str]:
-        """Of the engine, and of its command line (`client`)."""
+        """Environment of the engine and its command line (`client`)."""
         if self.kind == "docker":
             return {**os.environ, "DOCKER_HOST": f"unix://{self.socket}", "DOCKER_CONFIG": str(self.folder / "client")}
         own = {
@@ -183,7 +183,7 @@ class Engine:
         return {**os.environ, **own}
 
     def client(self, *arguments: str) -> list[str]:
-        """The command line that a user would type at this engine; run it with `environment()`."""
+        """A command line for this engine as a user would type it; run it with `environment()`."""
         return ["docker", *arguments] if self.kind == "docker" else [*self._podman(), *arguments]
 
     def answers(self) -> bool:
@@ -193,11 +193,11 @@ class Engine:
             return False
 
     def stop(self) -> None:
-        """As an upgrade does it; containers go on (live-restore; Podman has no daemon they would need)."""
+        """Stop like an upgrade does; containers keep running (live-restore; Podman needs no daemon)."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL; its helpers (containerd, shims, conmon) and all containers go on."""
+        """SIGKILL; its helpers (containerd, shims, conmon) and all containers keep running."""
         self._end(signal.SIGKILL)
 
     def _end(self, number: signal.Signals) -> None:
@@ -215,7 +215,7 @@ class Engine:
         return f"unix://{self.socket}" in process.cmdline() and process.name() in ("dockerd", "podman")
 
     def _processes(self) -> Iterator[psutil.Process]:
-        """The engine, its helpers and conmons, told by its folder in their arguments."""
+        """The engine, its helpers and conmons, recognised by its folder in their arguments."""
         for process in psutil.process_iter():
             try:
                 ours = process.pid != os.getpid() and any(str(self.folder) in part for part in process.cmdline())
@@ -227,7 +227,7 @@ class Engine:
     def log(self) -> str:
         return (self.folder / "engine.log").read_text(errors="replace")
 
-    # ---- asking it --------------------------------------------------------------------------------------------------
+    # ---- API calls --------------------------------------------------------------------------------------------------
 
     def api(
         self,
@@ -239,7 +239,7 @@ class Engine:
         query: Mapping[str, str] | None = None,
         deadline_s: float = CALL_DEADLINE_S,
     ) -> Reply:
-        """One call. `body` goes as JSON, `content` (bytes or an open file) as it is. OSError if it does not answer."""
+        """Make one call. `body` is sent as JSON, `content` (bytes or an open file) unchanged. Raises OSError."""
         connection = _UnixConnection(self.socket, deadline_s)
         try:
             target = f"{API}{path}" + (f"?{urlencode(query)}" if query else "")
@@ -257,7 +257,7 @@ class Engine:
             connection.close()
 
     def must(self, method: str, path: str, **how: Any) -> Any:
-        """A call that succeeds; what it answered."""
+        """Make a call that must succeed; returns its answer."""
         reply = self.api(method, path, **how)
         assert reply.status < 300, f"{self.kind}: {method} {path}: {reply.status} {reply.body[:500]!r}"
         try:
@@ -266,7 +266,7 @@ class Engine:
             return reply.body
 
     def ps(self, state_uuid: str = "") -> list[dict[str, Any]]:
-        """All containers, ended ones too: of one agent, or of everybody."""
+        """All containers, including ended ones, of one agent or of all."""
         label = {"label": [f"{LABEL}={state_uuid}"]} if state_uuid else {}
         found: list[dict[str, Any]] = self.must(
             "GET", "/containers/json", query={"all": "true", "filters": json.dumps(label)}
@@ -274,23 +274,23 @@ class Engine:
         return found
 
     def container(self, uid: str) -> dict[str, Any]:
-        """What it knows of an instance's container."""
+        """The inspect answer for an instance's container."""
         found: dict[str, Any] = self.must("GET", f"/containers/hibernode-{uid}/json")
         return found
 
     def remove(self, container: str) -> None:
-        """Behind the agent's back, whatever state it is in."""
+        """Remove a container from outside the agent, in any state."""
         reply = self.api("DELETE", f"/containers/{container}", query={"force": "true", "v": "true"})
         assert reply.status in (200, 204, 404, 409), reply.body
 
     def networks(self) -> list[str]:
         return [entry["Name"] for entry in self.must("GET", "/networks")]
 
-    # ---- what is left -----------------------------------------------------------------------------------------------
+    # ---- leftovers --------------------------------------------------------------------------------------------------
 
     def leftovers(self, state_uuid: str) -> list[str]:
-        """What an agent left here: containers, networks, bridges, mounts and cgroups. Looks for at most 3 s, for the
-        kernel and the engine bury things in their own time."""
+        """Containers, networks, bridges, mounts and cgroups that an agent left. Polls for at most 3 s, because kernel
+        and engine clean up with a delay."""
         ends = time.monotonic() + 3.0
         while (found := self._leftovers(state_uuid)) and time.monotonic() < ends:
             time.sleep(0.1)
@@ -298,9 +298,9 @@ class Engine:
 
     def _leftovers(self, state_uuid: str) -> list[str]:
         digits = state_uuid.replace("-", "")
-        everybody = self.ps()
-        ids = {entry["Id"] for entry in everybody}
-        found = [f"container {entry['Names'][0]}" for entry in everybody if entry["Labels"].get(LABEL) == state_uuid]
+        containers = self.ps()
+        ids = {entry["Id"] for entry in containers}
+        found = [f"container {entry['Names'][0]}" for entry in containers if entry["Labels"].get(LABEL) == state_uuid]
         found += [f"network {name}" for name in self.networks() if name == f"hibernode-{digits[:12]}"]
         now = host_traces.take(self.folder)
         found += [f"bridge {link}" for link in now.links if link == f"hib-{digits[:8]}"]
@@ -310,7 +310,7 @@ class Engine:
         return found + [f"cgroup {path}" for path in sorted(gone) if host_traces.is_empty_cgroup(path)]
 
     def clear(self) -> list[str]:
-        """Remove every container and every network of ours; returns what there was."""
+        """Remove every container and every test network; returns what existed."""
         found = []
         for entry in self.ps():
             found.append(f"container {entry['Names'][0]}")
@@ -323,12 +323,12 @@ class Engine:
         return found
 
     def _unpause(self, container: str) -> None:
-        """By its cgroup: ours freeze behind the engine's back, and it does not kill what is frozen."""
+        """Thaw by the cgroup: the agent freezes without the engine, which can't kill a frozen container."""
         for path in host_traces.cgroups_of(container):
             host_traces.kill_cgroup(path)
 
     def close(self) -> None:
-        """Nothing of it stays on the host, whatever state it is in."""
+        """Remove everything from the host, in any state."""
         try:
             self.start()
             self.clear()
@@ -343,8 +343,8 @@ class Engine:
             host_traces.remove_firewall_rules(self._before.rules)
 
 
-class EnginePlace:
-    """A locked folder for one engine: as long as this process lives, nobody sweeps it away."""
+class EngineFolder:
+    """A locked folder for one engine: `sweep` of other processes skips it while this process lives."""
 
     def __init__(self, kind: str) -> None:
         with Path(tempfile.gettempdir(), f"{PREFIX.rstrip('-')}.lock").open("w") as door:
@@ -361,7 +361,7 @@ class EnginePlace:
 
 
 def sweep() -> None:
-    """Close the engines of runs that were killed."""
+    """Close the engines of killed runs."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
         kind = folder.name.removeprefix(PREFIX).partition("-")[0]
         try:
@@ -369,11 +369,11 @@ def sweep() -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 Engine(kind, folder).close()
         except OSError:
-            continue  # another run's, alive; or somebody else has just removed it
+            continue  # it belongs to a running test process, or another has just removed it
 
 
 def missing(kind: str) -> str:
-    """Why this engine can't be started here; "" if it can."""
+    """Why this engine can't run here; "" if it can."""
     if os.geteuid() != 0:
         return f"only root can start a {kind} of its own"
     needed = {"docker": ("dockerd", "containerd", "runc", "iptables"), "podman": ("podman", "conmon", "iptables")}

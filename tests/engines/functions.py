@@ -1,4 +1,4 @@
-"""Functions with images, as tests of the whole system deploy them."""
+"""Functions with images for whole-system tests."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tests.engines import images
 
 
 def echo_image(name: str, **environment: str) -> FunctionSpec:
-    """The example echo with 4 MiB of device memory, in a container of its own; asleep 100 ms after a request."""
+    """The example echo with 4 MiB of device memory, in its own container; freezes 100 ms after a request."""
     return replace(
         echo(name, None, **environment), image=images.ECHO, entrypoint=(), vcpu_millis=1000, memory_bytes=256 * MIB
     )
 
 
 def busybox(name: str) -> FunctionSpec:
-    """A web server that knows nothing of CUDA."""
+    """A web server without CUDA."""
     return FunctionSpec(
         name,
         image=images.BUSYBOX,
@@ -30,10 +30,10 @@ def busybox(name: str) -> FunctionSpec:
 
 
 def awake(spec: FunctionSpec) -> FunctionSpec:
-    """It does not sleep while a test looks at it."""
+    """The same function, never frozen."""
     return replace(spec, idle=IdlePolicy(freeze_after_ns=3600 * SECOND_NS))
 
 
 def bad(name: str, how: str, **changes: object) -> FunctionSpec:
-    """What one should not deploy; `how` is the argument of images.BAD_SCRIPT."""
+    """A misbehaving function; `how` is the argument of images.BAD_SCRIPT."""
     return replace(busybox(name), image=images.BAD, command=(how,), **changes)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What container engines leave on a host: network links, mounts, cgroups, firewall rules."""
+"""Traces of container engines on a host: network links, mounts, cgroups, firewall rules."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from agent.adapters.kernel import cgroup
 
 CONTAINER_CGROUP = re.compile(r"(docker-|libpod-)?([0-9a-f]{64})(\.scope)?")
 CGROUP_DEPTH = 4
-"""At most this far below a hierarchy's top engines put containers: machine.slice/libpod-<id>.scope/container."""
+"""Greatest depth of containers below a hierarchy's root: machine.slice/libpod-<id>.scope/container."""
 TABLES = ("filter", "nat")
 OURS = re.compile(r"DOCKER|NETAVARK|NV_|hib-|docker0")
 """Rules and chains of the engines."""
 
 
 @dataclass(frozen=True)
-class Traces:
-    """At one moment: names of network links, mount points below a folder, cgroups of containers, firewall rules."""
+class HostTraces:
+    """Names of network links, mount points below a folder, cgroups of containers, firewall rules, at one moment."""
 
     links: frozenset[str]
     mounts: frozenset[str]
@@ -32,9 +32,11 @@ class Traces:
     rules: frozenset[tuple[str, str]]
 
 
-def take(folder: Path = Path("/nowhere")) -> Traces:
+def take(folder: Path = Path("/nowhere")) -> HostTraces:
     links = frozenset(entry.name for entry in os.scandir("/sys/class/net"))
-    return Traces(links, frozenset(mounts_below(folder)), frozenset(container_cgroups()), frozenset(firewall_rules()))
+    return HostTraces(
+        links, frozenset(mounts_below(folder)), frozenset(container_cgroups()), frozenset(firewall_rules())
+    )
 
 
 def mounts_below(folder: Path) -> list[str]:
@@ -48,7 +50,7 @@ def unmount_below(folder: Path) -> None:
 
 
 def routed_networks() -> list[str]:
-    """`10.a.` of every route of the host into 10.0.0.0/8 (/proc/net/route, addresses in the host's byte order)."""
+    """`10.a.` of every host route into 10.0.0.0/8 (/proc/net/route, in host byte order)."""
     lines = Path("/proc/net/route").read_text().splitlines()[1:]
     targets = [int(line.split()[1], 16).to_bytes(4, sys.byteorder) for line in lines]
     return [f"10.{target[1]}." for target in targets if target[0] == 10]
@@ -58,7 +60,7 @@ def routed_networks() -> list[str]:
 
 
 def container_cgroups() -> list[str]:
-    """The topmost cgroup of every container of the host, in every hierarchy."""
+    """The topmost cgroup of every container on the host, in every hierarchy."""
     found = []
     for mount in cgroup.parse_mounts(Path("/proc/self/mountinfo").read_text()):
         for folder, below, _files in os.walk(mount.point):
@@ -74,15 +76,15 @@ def cgroups_of(container_id: str) -> list[str]:
 
 
 def is_empty_cgroup(path: str) -> bool:
-    """There, and nobody in it: left behind by whoever made it."""
+    """Whether the cgroup exists without processes: its creator left it behind."""
     try:
         return not any(procs.read_text().strip() for procs in Path(path).rglob("cgroup.procs"))
-    except OSError:  # gone meanwhile
+    except OSError:  # removed meanwhile
         return False
 
 
 def kill_cgroup(path: str) -> None:
-    """SIGKILL to all in it, frozen or not; v2 only."""
+    """SIGKILL all its processes, frozen or not; v2 only."""
     with suppress(OSError):
         if (Path(path) / "cgroup.kill").exists():
             cgroup.send_kill(Path(path))
@@ -93,7 +95,7 @@ def kill_cgroup(path: str) -> None:
 
 
 def firewall_rules() -> list[tuple[str, str]]:
-    """(table, rule or chain) as `iptables -S` prints them."""
+    """(table, rule or chain) as printed by `iptables -S`."""
     found = []
     for table in TABLES:
         done = _iptables(table, "-S")
@@ -102,7 +104,7 @@ def firewall_rules() -> list[tuple[str, str]]:
 
 
 def remove_firewall_rules(before: frozenset[tuple[str, str]]) -> None:
-    """Take away what engines have added since, unless another engine runs: it would miss its chains."""
+    """Remove rules added since, unless another engine runs and needs its chains."""
     if any(process.info["name"] == "dockerd" for process in psutil.process_iter(["name"])):
         return
     added = [entry for entry in firewall_rules() if entry not in before]
@@ -121,7 +123,7 @@ def remove_firewall_rules(before: frozenset[tuple[str, str]]) -> None:
 
 
 def _words(rule: str) -> list[str]:
-    """A printed rule as arguments; comments are quoted."""
+    """The arguments of a printed rule; comments are quoted."""
     return [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', rule)]
 
 

@@ -1,7 +1,8 @@
-"""Images for the engine tests, made without a registry: root file systems as tar files, imported by the engine's API.
+"""Images for the engine tests, made without a registry: root file systems as tar files, imported through the engine's
+API.
 
-`BUSYBOX` serves files with busybox's httpd and knows nothing of CUDA; `ECHO` is Debian with Python and the example
-`echo`; `BAD` does, by its first argument, what functions should not do. `debian_tar` is for whoever builds more.
+`BUSYBOX` serves files with busybox's httpd, without CUDA. `ECHO` is Debian with Python and the example `echo`. `BAD`
+misbehaves as its first argument says. `debian_tar` helps to build more.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BAD = "localhost/hibernode-bad:1"
 APPLETS = (
     "sh", "httpd", "cat", "cp", "date", "dd", "echo", "env", "grep", "head", "hostname", "id", "ifconfig", "ip", "kill",
     "ls", "mkdir", "mkfifo", "mount", "nc", "ping", "ps", "pwd", "rm", "sed", "setsid", "seq", "sleep", "stat", "stty",
-    "tail", "test", "touch", "tr", "true", "tty", "yes",  # not wget: a static one crashes where it looks names up
+    "tail", "test", "touch", "tr", "true", "tty", "yes",  # not wget: a static one crashes on name lookups
 )  # fmt: skip
 BUSYBOX_PAGE = b"hello from busybox\n"
 BUSYBOX_COMMAND = ("/bin/sh", "-c", 'exec httpd -f -p "${PORT:-9000}" -h /www')
@@ -56,7 +57,7 @@ EAT = b"#!/bin/sh\ntouch /tmp/eat\necho 'Content-Type: text/plain'\necho\necho e
 
 
 def load(engine: Engine, image: str) -> None:
-    """Have `image` in the engine; made at its first use."""
+    """Load `image` into the engine; built on first use."""
     if engine.api("GET", f"/images/{image}/json").status != 200:
         with tempfile.TemporaryFile() as file:
             changes = CONTENTS[image](file)
@@ -65,7 +66,7 @@ def load(engine: Engine, image: str) -> None:
 
 
 def import_tar(engine: Engine, content: IO[bytes], image: str, changes: list[str]) -> None:
-    """An image of one layer. `changes` are lines of a Dockerfile (CMD, ENV, USER, WORKDIR ...)."""
+    """Import an image of one layer. `changes` are lines of a Dockerfile (CMD, ENV, USER, WORKDIR ...)."""
     name, _, tag = image.rpartition(":")
     query = [("fromSrc", "-"), ("repo", name), ("tag", tag), *(("changes", change) for change in changes)]
     answer = engine.must("POST", f"/images/create?{urlencode(query)}", content=content, deadline_s=300.0)
@@ -74,11 +75,11 @@ def import_tar(engine: Engine, content: IO[bytes], image: str, changes: list[str
         engine.must("POST", f"/images/{imported}/tag", query={"repo": name, "tag": tag})
 
 
-# ---- what is in them -----------------------------------------------------------------------------------------------
+# ---- contents ------------------------------------------------------------------------------------------------------
 
 
 class _Archive:
-    """A tar file that is written member by member, everything root's."""
+    """A tar file written member by member; root owns everything."""
 
     def __init__(self, file: IO[bytes], mode: Literal["w", "a"] = "w") -> None:
         self.tar = tarfile.open(fileobj=file, mode=mode)  # noqa: SIM115 - its users close it
@@ -134,7 +135,7 @@ def bad_content(file: IO[bytes]) -> list[str]:
 
 
 def echo_content(file: IO[bytes]) -> list[str]:
-    """Debian's Python and our examples; they import nothing of the agent."""
+    """Write Debian's Python and the examples; they import nothing of the agent."""
     add_to_debian(file, ("python3",), ROOT / "agent", ("__init__.py", "examples"), "opt/hibernode/agent")
     return [
         _command("python3", "-m", "agent.examples.echo"),
@@ -152,7 +153,7 @@ CONTENTS: dict[str, Callable[[IO[bytes]], list[str]]] = {
 
 
 def add_to_debian(file: IO[bytes], packages: tuple[str, ...], source: Path, names: tuple[str, ...], below: str) -> None:
-    """Debian with `packages`, and these files and folders of `source` below a path of the image."""
+    """Write Debian with `packages`, and these files and folders of `source` below a path of the image."""
     with debian_tar(packages).open("rb") as base:
         shutil.copyfileobj(base, file)
     file.seek(0)
@@ -181,8 +182,8 @@ def cache_folder() -> Path:
 
 
 def debian_tar(packages: tuple[str, ...]) -> Path:
-    """A Debian root file system with these packages, uncompressed; made once (20 s) and kept in the user's cache. Its
-    release is the host's where that is Debian, for the emulated driver is built by the host's compiler."""
+    """A Debian root file system with these packages, uncompressed; made once (20 s) and cached for the user. Uses the
+    host's release if that is Debian, because the host's compiler builds the emulated driver."""
     suite = _suite()
     key = hashlib.sha256(repr((suite, packages, EXCLUDED)).encode()).hexdigest()[:12]
     path = cache_folder() / f"{suite}-{key}.tar"

@@ -1,8 +1,8 @@
-"""The image of the example `ocr`, made without a registry and as its Dockerfile says.
+"""The image of the example `ocr`, built without a registry from its Dockerfile.
 
-FROM and the RUN that installs the packages are replaced (Debian with Python, `pip install --target`), all other lines
-are taken from the Dockerfile: what it copies is copied, the rest becomes the image's configuration. Debian with the
-packages is kept in the user's cache (half a gigabyte); our files, which change more often, are added at each import.
+Only FROM and the RUN that installs packages are replaced (Debian with Python, `pip install --target`); COPY lines are
+executed, the others configure the image. Debian with the packages (half a gigabyte) is cached for the user; the
+example's own files are added at each import.
 
     images.load(engine, ocr_image.OCR)
 """
@@ -29,7 +29,7 @@ PIP_DEADLINE_S = 600.0
 
 
 def ocr_content(file: IO[bytes]) -> list[str]:
-    """Writes the image's root file system; returns the lines of the Dockerfile that configure the image."""
+    """Write the image's root file system; returns the Dockerfile's configuration lines."""
     lines = (EXAMPLE / "Dockerfile").read_text().splitlines()
     with debian_with_packages() as base:
         shutil.copyfileobj(base, file, 1 << 20)
@@ -63,11 +63,10 @@ def _rootly(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def debian_with_packages() -> IO[bytes]:
-    """A tar of Debian with Python and what the example's requirements.txt names, open for reading. Made once, and again
-    when something that goes in, or this file, has changed: the one before is removed then.
+    """A tar of Debian with Python and the example's requirements.txt, open for reading. Built once, and again when an
+    input or this file changes, which removes the previous one.
 
-    AssertionError with pip's words if a package can't be had.
-    """
+    Raises AssertionError with pip's output if a package is unavailable."""
     debian = images.debian_tar(("python3",))
     wanted = EXAMPLE / "requirements.txt"
     made_of = (debian.name.encode(), wanted.read_bytes(), Path(__file__).read_bytes())
@@ -88,18 +87,18 @@ def _add_packages(path: Path, wanted: Path) -> None:
     with tarfile.open(path, "a") as archive, tempfile.TemporaryDirectory() as folder:
         version = _python_of(archive)
         _install(wanted, folder, version)
-        for package in sorted(Path(folder).iterdir()):  # the folder itself is there: Docker takes no path twice
+        for package in sorted(Path(folder).iterdir()):  # without the folder itself: Docker rejects duplicate paths
             archive.add(package, f"usr/local/lib/python{version}/dist-packages/{package.name}", filter=_rootly)
 
 
 def _python_of(archive: tarfile.TarFile) -> str:
-    """ "3.11": what the packages have to fit. /usr/bin/python3 is a link to it."""
+    """The Python version that packages must fit, such as "3.11": the target of the link /usr/bin/python3."""
     link = next(name for name in ("./usr/bin/python3", "usr/bin/python3") if name in archive.getnames())
     return archive.getmember(link).linkname.removeprefix("python")
 
 
 def _install(wanted: Path, folder: str, version: str) -> None:
-    """By the pip beside us and with its own settings, for the image's Python. No compiler: wheels only."""
+    """Install with the pip next to this Python and its settings, for the image's Python. Wheels only: no compiler."""
     command = [
         sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--no-deps", "--only-binary=:all:",
         "--python-version", version, "--target", folder, "-r", str(wanted),
@@ -109,7 +108,7 @@ def _install(wanted: Path, folder: str, version: str) -> None:
 
 
 def model_digest() -> str:
-    """What the example answers as `model` while no byte of device memory is lost: from the image's own files."""
+    """The example's `model` while no byte of device memory is lost, computed from the image's files."""
     from agent.examples.ocr.model import DIGEST_CHARS
 
     digest = hashlib.sha256()

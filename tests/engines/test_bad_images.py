@@ -1,4 +1,4 @@
-"""Images that one should not deploy: each ends with its own reason, takes no more than its share, leaves nothing."""
+"""Misbehaving images: each ends with its own reason, stays within its limits, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ RUNNING, STOPPED = types_pb2.Instance.STATE_RUNNING, types_pb2.Instance.STATE_ST
 
 @dataclass
 class Agent:
-    """One that serves alone, and what tests ask of it."""
+    """A lone agent and the calls of the tests."""
 
     channel: DaemonChannel
 
     async def create(self, spec: FunctionSpec) -> types_pb2.Instance:
-        """Answers once it runs."""
+        """Create an instance and wait until it runs."""
         request = instances_pb.CreateInstanceRequest(
             request_id=spec.name, spec=function_to_proto(awake(spec), reveal_secrets=True), wait=True
         )
         return (await self.channel.call(self.channel.instances.CreateInstance, request, CALL_S)).instance
 
     async def refused(self, spec: FunctionSpec) -> HibernodeError:
-        """Why it does not come up."""
+        """The error of a failed start."""
         try:
             made = await self.create(spec)
         except HibernodeError as error:
@@ -70,7 +70,7 @@ async def agent_on(engine: Engine) -> AsyncIterator[Agent]:
     assert not left, left
 
 
-async def test_those_that_do_not_start_say_why(engine: Engine) -> None:
+async def test_images_that_do_not_start_give_the_reason(engine: Engine) -> None:
     async with agent_on(engine) as agent:
         mute = await agent.refused(bad("mute", "never-listens"))
         assert mute.reason == "FUNCTION_NOT_STARTED"
@@ -85,7 +85,7 @@ async def test_those_that_do_not_start_say_why(engine: Engine) -> None:
         assert hungry.reason == "OUT_OF_MEMORY"
 
 
-async def test_who_ignores_sigterm_is_killed_when_its_time_is_up(engine: Engine) -> None:
+async def test_instance_that_ignores_sigterm_is_killed(engine: Engine) -> None:
     async with agent_on(engine) as agent:
         deaf = await agent.create(bad("deaf", "ignores-sigterm"))
         assert deaf.state == RUNNING, deaf.state_message
@@ -93,19 +93,19 @@ async def test_who_ignores_sigterm_is_killed_when_its_time_is_up(engine: Engine)
         assert not psutil.pid_exists(deaf.pid)
 
 
-async def test_a_flood_of_log_lines_does_not_fill_the_disk(engine: Engine) -> None:
+async def test_log_flood_does_not_fill_the_disk(engine: Engine) -> None:
     async with agent_on(engine) as agent:
         loud = await agent.create(bad("loud", "floods-log"))
         assert loud.state == RUNNING, loud.state_message
         sizes: list[int] = []
 
         async def turned_over() -> bool:
-            """More was written than is kept: the size on disk has fallen."""
+            """Whether the log was rotated: its size on disk has fallen."""
             sizes.append(log_bytes(engine, loud.container_id))
             return any(later < earlier for earlier, later in pairwise(sizes))
 
         await until("the log was rotated", turned_over, 30.0)
-        # An engine looks at the size after it has written: at most one buffer more.
+        # An engine checks the size after writing: at most one buffer more.
         assert max(sizes) <= LOG_LIMIT_BYTES + LOG_LIMIT_BYTES // 4
         assert (await agent.stop(loud.uid)).state == STOPPED
 
@@ -115,12 +115,12 @@ def log_bytes(engine: Engine, container: str) -> int:
     for file in engine.folder.rglob(f"*{container}*/**/*.log*"):
         try:
             total += file.stat().st_size
-        except FileNotFoundError:  # just rotated away
+        except FileNotFoundError:  # just rotated
             continue
     return total
 
 
-async def test_a_fork_bomb_hurts_itself_alone(engine: Engine) -> None:
+async def test_fork_bomb_is_contained(engine: Engine) -> None:
     async with agent_on(engine) as agent:
         spec = bad("bomb", "forks", container=ContainerOptions(pids_limit=PIDS))
         creating = asyncio.create_task(agent.refused(spec))
@@ -138,7 +138,7 @@ async def test_a_fork_bomb_hurts_itself_alone(engine: Engine) -> None:
 
 
 def pids_of(container: str) -> int:
-    """Processes in it now, by whichever hierarchy has most of them."""
+    """Number of its processes now, by the hierarchy that shows most."""
     counts = [0]
     for path in host_traces.cgroups_of(container):
         try:
@@ -148,7 +148,7 @@ def pids_of(container: str) -> int:
     return max(counts)
 
 
-async def test_strays_go_with_their_container(engine: Engine) -> None:
+async def test_stray_processes_end_with_their_container(engine: Engine) -> None:
     async with agent_on(engine) as agent:
         untidy = await agent.create(bad("untidy", "leaves-strays"))
         assert untidy.state == RUNNING, untidy.state_message

@@ -1,4 +1,4 @@
-"""What people get wrong with images: each is told by its reason, an exit code and what to do; nothing stays."""
+"""User errors with images: each has a reason, an exit code and a fix, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ GIB = 1024 * MIB
 
 @asynccontextmanager
 async def a_node(socket: str, **runtime: object) -> AsyncIterator[Stack]:
-    """An agent alone, with this engine."""
+    """A lone agent on this engine."""
     settings = {"runtime": {"process": OWN_USER, "engine": {"socket": socket}, **runtime}}
     async with running_stack(agent_settings=settings, engine_socket=socket, scheduler=False) as stack:
         yield stack
 
 
 def props(image: str, **container: object) -> dict[str, Any]:
-    """A function of one instance, as its s.yaml says it."""
+    """The props of a function with one instance in s.yaml."""
     return {
         "functionName": "wrong",
         "runtime": "custom-container",
@@ -48,7 +48,7 @@ def props(image: str, **container: object) -> dict[str, Any]:
 
 
 async def hibernode(stack: Stack, *words: str) -> subprocess.CompletedProcess[str]:
-    """The command that a user types, with the agent's own files. It ends within its own deadlines."""
+    """Run the command line with the agent's own files. It has its own deadlines."""
     command = [str(HIBERNODE), *words, "--home", str(stack.folder)]
     return await asyncio.to_thread(
         subprocess.run, command, capture_output=True, text=True, timeout=120, check=False, env=stack.environment
@@ -62,8 +62,8 @@ async def create(stack: Stack, given: dict[str, Any]) -> subprocess.CompletedPro
     return await hibernode(stack, "create", "-t", str(file), "--wait")
 
 
-def told(done: subprocess.CompletedProcess[str], reason: str, code: int, *words: str) -> None:
-    """One sentence, without a secret and without a traceback."""
+def assert_error(done: subprocess.CompletedProcess[str], reason: str, code: int, *words: str) -> None:
+    """Expect one sentence without secrets or traceback."""
     assert reason in done.stderr, done.stderr
     assert done.returncode == code, done.stderr
     for word in words:
@@ -77,25 +77,25 @@ def nothing_stays(engine: Engine, stack: Stack) -> None:
     assert engine.ps(state_uuid) == []
 
 
-async def test_images_and_commands_that_are_not_there(engine: Engine) -> None:
+async def test_missing_images_and_commands(engine: Engine) -> None:
     async with oci_registry({"ann": PASSWORD}) as registry, a_node(engine.socket, ready_timeout="3s") as stack:
         private = registry.add("team/ocr", "3", {"model": os.urandom(1000)})
         login = {"registryConfig": {"authConfig": {"userName": "ann", "password": PASSWORD}}}
         absent = f"{registry.address}/team/nothing:1"
-        told(await create(stack, props(absent, **login)), "IMAGE_NOT_FOUND", NOT_FOUND, "team/nothing:1")
-        told(await create(stack, props(private)), "IMAGE_PULL_DENIED", PRECONDITION, "registryConfig")
-        told(await create(stack, props("127.0.0.1:9/ocr:1")), "IMAGE_PULL_FAILED", UNAVAILABLE, "127.0.0.1:9")
+        assert_error(await create(stack, props(absent, **login)), "IMAGE_NOT_FOUND", NOT_FOUND, "team/nothing:1")
+        assert_error(await create(stack, props(private)), "IMAGE_PULL_DENIED", PRECONDITION, "registryConfig")
+        assert_error(await create(stack, props("127.0.0.1:9/ocr:1")), "IMAGE_PULL_FAILED", UNAVAILABLE, "127.0.0.1:9")
         nowhere = props(images.BUSYBOX, entrypoint=["/nowhere/server"])
-        told(await create(stack, nowhere), "COMMAND_NOT_FOUND", NOT_FOUND, "/nowhere/server")
+        assert_error(await create(stack, nowhere), "COMMAND_NOT_FOUND", NOT_FOUND, "/nowhere/server")
         silent = props(images.BUSYBOX, entrypoint=["/bin/sleep", "86399"])
-        told(await create(stack, silent), "FUNCTION_NOT_STARTED", UNEXPECTED, "Ping CA failed", "9000")
+        assert_error(await create(stack, silent), "FUNCTION_NOT_STARTED", UNEXPECTED, "Ping CA failed", "9000")
         await until_all_ended(stack)
         nothing_stays(engine, stack)
         forget(engine, registry)
 
 
 def forget(engine: Engine, registry: OciRegistry) -> None:
-    """No image of the test's registry stays in the shared engine."""
+    """Remove the test registry's images from the shared engine."""
     for one in engine.must("GET", "/images/json"):
         for tag in one["RepoTags"] or ():
             if tag.startswith(registry.address):
@@ -109,7 +109,7 @@ async def until_all_ended(stack: Stack) -> None:
     await until("all instances have ended", none)
 
 
-async def test_a_folder_that_is_not_to_be_seen_is_refused_and_why(engine: Engine, tmp_path: Path) -> None:
+async def test_forbidden_folder_is_refused_with_a_reason(engine: Engine, tmp_path: Path) -> None:
     allowed = tmp_path / "data"
     allowed.mkdir()
     (allowed / "etc").symlink_to("/etc")
@@ -117,12 +117,12 @@ async def test_a_folder_that_is_not_to_be_seen_is_refused_and_why(engine: Engine
         for host_path in ("/proc", str(stack.folder / "agent"), str(allowed / "etc"), str(tmp_path)):
             given = props(images.BUSYBOX)
             given["hibernode"]["volumes"] = [{"hostPath": host_path, "containerPath": "/mnt/data"}]
-            told(await create(stack, given), "VOLUME_REFUSED", PRECONDITION, host_path)
+            assert_error(await create(stack, given), "VOLUME_REFUSED", PRECONDITION, host_path)
         nothing_stays(engine, stack)
 
 
-async def test_two_functions_may_listen_on_the_same_port(engine: Engine) -> None:
-    """Each has an address of its own; nothing is published, so nobody else's port is in the way either."""
+async def test_two_functions_may_use_the_same_port(engine: Engine) -> None:
+    """Each has its own address and publishes nothing, so no port is shared."""
     async with a_node(engine.socket) as stack:
         made = [await create(stack, props(images.BUSYBOX, port=9000)) for _ in range(2)]
         assert [one.returncode for one in made] == [0, 0], made
@@ -134,9 +134,9 @@ async def test_two_functions_may_listen_on_the_same_port(engine: Engine) -> None
         await until_all_ended(stack)
 
 
-async def test_its_own_memory_limit_makes_room_for_the_image_and_a_full_host_refuses(engine: Engine) -> None:
-    """300 MiB in device memory, 256 MiB of memory: the limit is raised while it sleeps, and is what it was afterwards.
-    Where the node itself has too little, the freeze is refused and says what to do."""
+async def test_memory_limit_is_raised_for_the_image_but_a_full_host_refuses(engine: Engine) -> None:
+    """300 MiB in device memory, 256 MiB of memory: the limit is raised while frozen and restored afterwards. If the
+    node itself has too little memory, the freeze is refused with a fix."""
     images.load(engine, images.ECHO)
     given = props(images.ECHO)
     given.update(memorySize=256, environmentVariables={"VRAM_MIB": "300"})
@@ -160,14 +160,14 @@ async def test_its_own_memory_limit_makes_room_for_the_image_and_a_full_host_ref
 
                 await until("its limit is what it was", as_before)
             else:
-                told(done, "HOST_MEMORY_SHORT", PRECONDITION, "frozen_memory_limit")
+                assert_error(done, "HOST_MEMORY_SHORT", PRECONDITION, "frozen_memory_limit")
                 assert (await stack.instances())[0].state == types_pb2.Instance.STATE_RUNNING
             gone = await hibernode(stack, "rm", "--force", uid)
             assert gone.returncode == 0, gone.stderr
 
 
 def memory_limit(engine: Engine, uid: str) -> int:
-    """By the kernel's word, whatever the engine believes."""
+    """The kernel's value, independent of the engine's."""
     pid = engine.container(uid)["State"]["Pid"]
     places = dict(line.split(":")[1:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
     if "memory" in places:
@@ -176,7 +176,7 @@ def memory_limit(engine: Engine, uid: str) -> int:
 
 
 @pytest.mark.parametrize("what", ["missing", "left behind"])
-async def test_an_engine_that_is_not_there_is_said_at_once_and_the_agent_lives(tmp_path: Path, what: str) -> None:
+async def test_missing_engine_is_reported_at_once_and_the_agent_keeps_running(tmp_path: Path, what: str) -> None:
     socket = tmp_path / "docker.sock"
     if what == "left behind":
         import socket as sockets
@@ -185,16 +185,18 @@ async def test_an_engine_that_is_not_there_is_said_at_once_and_the_agent_lives(t
             dead.bind(str(socket))
     words = {"missing": "there is no such socket", "left behind": "nothing listens on it"}
     async with a_node(str(socket)) as stack:
-        told(await create(stack, props(images.BUSYBOX)), "ENGINE_UNAVAILABLE", UNAVAILABLE, words[what], "start docker")
+        assert_error(
+            await create(stack, props(images.BUSYBOX)), "ENGINE_UNAVAILABLE", UNAVAILABLE, words[what], "start docker"
+        )
         seen = await hibernode(stack, "node")
         assert seen.returncode == 0
         assert words[what] in seen.stdout + seen.stderr
 
 
-async def test_an_engine_that_may_not_be_asked_is_said(engine: Engine) -> None:
-    """Seen by an ordinary user: the socket is root's."""
+async def test_forbidden_engine_socket_is_reported(engine: Engine) -> None:
+    """As an ordinary user: the socket belongs to root."""
     if os.geteuid() != 0:
-        pytest.skip("only root can become somebody who may not")
+        pytest.skip("only root can switch to an unprivileged user")
     from agent.adapters.engine.api import EngineApi
     from agent.core.errors import UnavailableError
 
@@ -214,7 +216,7 @@ async def test_an_engine_that_may_not_be_asked_is_said(engine: Engine) -> None:
     os.chmod(engine.socket, 0o660)
     reader, writer = os.pipe()
     child = os.fork()
-    if child == 0:  # a process of its own: a user can't be lent to a thread
+    if child == 0:  # a separate process: the user id can't change for one thread
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)

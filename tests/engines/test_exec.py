@@ -1,4 +1,4 @@
-"""Commands inside containers of real engines: by the adapter, and by `hibernode exec` at a whole agent."""
+"""Commands in containers of real engines, through the adapter and through `hibernode exec`."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ async def world(engine: Engine) -> AsyncIterator[EngineWorld]:
 
 @pytest.fixture
 async def handle(world: EngineWorld) -> Handle:
-    """A container that runs."""
+    """A running container."""
     started = await world.runtime.start(world.spec("i-exec"))
     await world.settled(started)
     return started
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class CommandResult:
     code: int
     out: bytes
     err: bytes
 
 
-async def rest_of(session: ExecSession) -> Ran:
-    """All that it says from now on, and how it ends."""
+async def rest_of(session: ExecSession) -> CommandResult:
+    """Its remaining output and its exit code."""
     said: dict[bool, bytes] = {False: b"", True: b""}
     try:
         async with asyncio.timeout(PATIENCE_S):
             while (output := await session.read()) is not None:
                 assert len(output.data) <= 65_536
                 said[output.is_error] += output.data
-            return Ran(await session.exit_code(), said[False], said[True])
+            return CommandResult(await session.exit_code(), said[False], said[True])
     finally:
         await session.close()
 
 
-async def run(world: EngineWorld, handle: Handle, *command: str, given: bytes = b"", user: str = "") -> Ran:
-    """Reads while it writes, as the servicer does: who did one after the other could wait for ever."""
+async def run(world: EngineWorld, handle: Handle, *command: str, given: bytes = b"", user: str = "") -> CommandResult:
+    """Read while writing, as the servicer does; one after the other could deadlock."""
     session = await world.runtime.exec(handle, ExecSpec(command, user=user))
 
     async def feed() -> None:
@@ -71,8 +71,8 @@ async def run(world: EngineWorld, handle: Handle, *command: str, given: bytes = 
     return said.result()
 
 
-async def heard(session: ExecSession, text: bytes) -> bytes:
-    """What it says until `text` is in it."""
+async def read_until(session: ExecSession, text: bytes) -> bytes:
+    """Read output until it contains `text`."""
     said = b""
     async with asyncio.timeout(PATIENCE_S):
         while text not in said:
@@ -87,57 +87,57 @@ async def inside(world: EngineWorld, handle: Handle) -> set[int]:
 
 
 def file_of(handle: Handle, name: str) -> Path:
-    """What the kernel shows of its main process."""
+    """A /proc file of its main process."""
     return Path(f"/proc/{handle.process.pid}") / name
 
 
 def command_line(pid: int) -> bytes:
-    """b"" for a process that has just gone."""
+    """b"" for a process that has just ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
 
 
-# ---- what comes out, what goes in -----------------------------------------------------------------------------------
+# ---- output and input -----------------------------------------------------------------------------------------------
 
 
-async def test_output_error_and_exit_code_are_told_apart(world: EngineWorld, handle: Handle) -> None:
+async def test_output_errors_and_exit_code_are_separate(world: EngineWorld, handle: Handle) -> None:
     ran = await run(world, handle, "/bin/sh", "-c", "echo out; echo err >&2; exit 42")
-    assert ran == Ran(42, b"out\n", b"err\n")
-    assert await run(world, handle, "true") == Ran(0, b"", b"")
+    assert ran == CommandResult(42, b"out\n", b"err\n")
+    assert await run(world, handle, "true") == CommandResult(0, b"", b"")
     killed = await run(world, handle, "/bin/sh", "-c", "kill -9 $$")
     assert killed.code == 137
 
 
-async def test_a_megabyte_goes_in_and_comes_out(world: EngineWorld, handle: Handle) -> None:
+async def test_megabyte_of_input_and_output(world: EngineWorld, handle: Handle) -> None:
     given = os.urandom(1 << 20)
-    assert await run(world, handle, "cat", given=given) == Ran(0, given, b"")
+    assert await run(world, handle, "cat", given=given) == CommandResult(0, given, b"")
 
 
-async def test_input_that_nobody_reads_is_no_failure(world: EngineWorld, handle: Handle) -> None:
+async def test_unread_input_is_no_failure(world: EngineWorld, handle: Handle) -> None:
     ran = await run(world, handle, "/bin/sh", "-c", "read line; echo got $line; exit 3", given=b"one\n" * 100_000)
     assert (ran.code, ran.out) == (3, b"got one\n")
 
 
-async def test_who_is_slow_to_read_holds_the_command_up_and_loses_nothing(world: EngineWorld, handle: Handle) -> None:
+async def test_slow_reader_delays_the_command_and_loses_nothing(world: EngineWorld, handle: Handle) -> None:
     session = await world.runtime.exec(handle, ExecSpec(("/bin/sh", "-c", "seq 1 300000; echo all said >/tmp/said")))
-    await heard(session, b"1\n")
-    await asyncio.sleep(0.5)  # as a slow reader does
+    await read_until(session, b"1\n")
+    await asyncio.sleep(0.5)  # a slow reader
     assert not file_of(handle, "root/tmp/said").exists(), "two megabytes fit into no buffer on the way"
     ran = await rest_of(session)
     assert (ran.code, ran.out[-14:]) == (0, b"299999\n300000\n")
 
 
-async def test_what_the_image_does_not_have_is_126_or_127(world: EngineWorld, handle: Handle) -> None:
+async def test_missing_program_exits_with_126_or_127(world: EngineWorld, handle: Handle) -> None:
     ran = await run(world, handle, "no-such-program")
     assert ran.code in (126, 127)
     assert b"no-such-program" in ran.out + ran.err
     assert (await run(world, handle, "/etc")).code in (126, 127)
 
 
-async def test_a_user_that_the_image_does_not_have(world: EngineWorld, handle: Handle) -> None:
-    if world.engine.kind == "docker":  # runs it and lets it fail
+async def test_missing_user(world: EngineWorld, handle: Handle) -> None:
+    if world.engine.kind == "docker":  # Docker runs it and lets it fail
         ran = await run(world, handle, "id", user="ghost")
         assert ran.code == 126
         assert b"ghost" in ran.out
@@ -147,12 +147,12 @@ async def test_a_user_that_the_image_does_not_have(world: EngineWorld, handle: H
 
 
 def bound_of(status: str) -> int:
-    """Capabilities that it could ever have."""
+    """The capability bounding set."""
     (line,) = (line for line in status.splitlines() if line.startswith("CapBnd"))
     return int(line.split()[1], 16)
 
 
-async def test_as_another_user_and_with_no_more_rights_than_the_container(world: EngineWorld, handle: Handle) -> None:
+async def test_other_user_has_no_more_rights_than_the_container(world: EngineWorld, handle: Handle) -> None:
     assert b"uid=1234" in (await run(world, handle, "id", user="1234")).out
     status = (await run(world, handle, "cat", "/proc/self/status")).out.decode()
     assert "NoNewPrivs:\t1" in status
@@ -160,7 +160,7 @@ async def test_as_another_user_and_with_no_more_rights_than_the_container(world:
     assert bounds[0] & ~bounds[1] == 0
 
 
-# ---- on a terminal --------------------------------------------------------------------------------------------------
+# ---- terminal -------------------------------------------------------------------------------------------------------
 
 
 TALK = """\
@@ -172,13 +172,13 @@ echo $(tty) at the end; exit 9
 """
 
 
-async def test_a_terminal_has_a_size_and_a_ctrl_c(world: EngineWorld, handle: Handle) -> None:
+async def test_terminal_has_a_size_and_ctrl_c(world: EngineWorld, handle: Handle) -> None:
     session = await world.runtime.exec(handle, ExecSpec(("/bin/sh", "-c", TALK), terminal=True, columns=132, rows=43))
-    await heard(session, b"ready\r\n")
+    await read_until(session, b"ready\r\n")
     await session.write(b"\n")
-    await heard(session, b"43 132\r\n")
+    await read_until(session, b"43 132\r\n")
     await session.resize(80, 25)
-    await heard(session, b"asleep\r\n")
+    await read_until(session, b"asleep\r\n")
 
     async def sleeps() -> bool:
         return b"sleep\x0086399\0" in [command_line(pid) for pid in await inside(world, handle)]
@@ -191,17 +191,15 @@ async def test_a_terminal_has_a_size_and_a_ctrl_c(world: EngineWorld, handle: Ha
     assert b"/dev/pts/" in ran.out
 
 
-# ---- its end --------------------------------------------------------------------------------------------------------
+# ---- end ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipes", "terminal"])
-async def test_who_leaves_ends_the_command_and_all_of_its_session(
-    world: EngineWorld, handle: Handle, terminal: bool
-) -> None:
+async def test_leaving_ends_the_command_and_its_session(world: EngineWorld, handle: Handle, terminal: bool) -> None:
     before, files = await inside(world, handle), world.open_files()
     script = "trap '' HUP TERM; sleep 86397 & sleep 86398 & echo up; sleep 86399"
     session = await world.runtime.exec(handle, ExecSpec(("/bin/sh", "-c", script), terminal=terminal))
-    await heard(session, b"up")
+    await read_until(session, b"up")
     assert len(await inside(world, handle) - before) >= 3
     await session.close()
 
@@ -217,15 +215,15 @@ async def test_who_leaves_ends_the_command_and_all_of_its_session(
     await until("the connection is closed", closed, PATIENCE_S)
 
 
-async def test_a_command_ends_with_its_container(world: EngineWorld, handle: Handle) -> None:
+async def test_command_ends_with_its_container(world: EngineWorld, handle: Handle) -> None:
     session = await world.runtime.exec(handle, ExecSpec(("/bin/sh", "-c", "echo up; sleep 86399")))
-    await heard(session, b"up")
+    await read_until(session, b"up")
     await world.runtime.kill(handle)
     assert (await rest_of(session)).code == 137
     assert not process_table.is_alive(handle.process, process_table.boot_id())
 
 
-async def test_an_engine_that_is_away_runs_nothing(world: EngineWorld, handle: Handle) -> None:
+async def test_exec_fails_without_the_engine(world: EngineWorld, handle: Handle) -> None:
     world.engine.kill()
     with pytest.raises(Exception, match="ENGINE_UNAVAILABLE"):
         await world.runtime.exec(handle, ExecSpec(("true",)))

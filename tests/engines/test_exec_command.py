@@ -1,4 +1,4 @@
-"""`hibernode exec` and `logs -f` at a whole agent with real engines, and what becomes of sleepers."""
+"""`hibernode exec` and `logs -f` on a whole agent with real engines, also for frozen instances."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FROZEN = types_pb2.Instance.STATE_FROZEN
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class CommandResult:
     code: int
     out: str
     err: str
@@ -43,7 +43,7 @@ def command_of(stack: Stack, *arguments: str) -> list[str]:
     return [str(HIBERNODE), "--home", str(stack.folder), *arguments]
 
 
-async def hibernode(stack: Stack, *arguments: str, given: str = "") -> Ran:
+async def hibernode(stack: Stack, *arguments: str, given: str = "") -> CommandResult:
     began = time.monotonic()
     done = await asyncio.to_thread(
         subprocess.run,
@@ -55,7 +55,7 @@ async def hibernode(stack: Stack, *arguments: str, given: str = "") -> Ran:
         timeout=60,
         check=False,
     )
-    return Ran(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
+    return CommandResult(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
 
 
 def on_a_pipe(stack: Stack, *arguments: str) -> subprocess.Popen[bytes]:
@@ -86,7 +86,7 @@ async def an_agent(engine: Engine) -> AsyncIterator[Stack]:
 
 
 async def remove(stack: Stack, uid: str, name: str) -> None:
-    """The one instance of a function goes for good."""
+    """Remove the only instance of a function for good."""
     await stack.remove_functions([name])
     assert uid not in {one.uid for one in await stack.instances()}
 
@@ -104,7 +104,7 @@ async def events(stack: Stack, name: str) -> list[types_pb2.Event]:
     return [event for event in answer.events if event.name == name]
 
 
-async def test_a_sleeper_is_left_asleep_or_woken_and_sleeps_again_afterwards(engine: Engine) -> None:
+async def test_exec_leaves_an_instance_frozen_or_wakes_it_until_the_end(engine: Engine) -> None:
     async with an_agent(engine) as stack:
         await stack.deploy(replace(busybox("pages"), idle=IdlePolicy(freeze_after_ns=0)), target=1)
         uid = (await the_sleeper(stack)).uid
@@ -125,7 +125,7 @@ async def test_a_sleeper_is_left_asleep_or_woken_and_sleeps_again_afterwards(eng
         assert (began.attributes["program"], began.attributes["arguments"]) == ("/bin/sh", "2")
         assert ended.attributes["exit_code"] == "7"
         assert int(ended.attributes["duration_ms"]) >= 1000
-        assert "trouble" not in stack.log_of("agent"), "what a command was given is nobody's business"
+        assert "trouble" not in stack.log_of("agent"), "a command's input is not logged"
         missing = await hibernode(stack, "exec", "--wake", uid, "no-such-program")
         assert missing.code in (126, 127)
         await remove(stack, uid, "pages")
@@ -138,7 +138,7 @@ echo resized; read -r line; echo "$line inside"; exit 5
 """
 
 
-async def test_a_person_on_a_terminal(engine: Engine) -> None:
+async def test_interactive_terminal(engine: Engine) -> None:
     async with an_agent(engine) as stack:
         await stack.deploy(busybox("pages"), target=1)
         sleeper = await the_sleeper(stack)
@@ -170,7 +170,7 @@ def set_size(descriptor: int, *, columns: int, rows: int) -> None:
 
 
 def read_until(descriptor: int, text: bytes, deadline_s: float = 30.0) -> bytes:
-    """What a terminal shows until `text` is there."""
+    """Read a terminal until it shows `text`."""
     seen, ends = b"", time.monotonic() + deadline_s
     while text not in seen:
         assert select.select([descriptor], [], [], max(0.0, ends - time.monotonic()))[0], seen
@@ -178,7 +178,7 @@ def read_until(descriptor: int, text: bytes, deadline_s: float = 30.0) -> bytes:
     return seen
 
 
-async def test_who_is_killed_leaves_no_command_behind(engine: Engine) -> None:
+async def test_killed_client_leaves_no_command(engine: Engine) -> None:
     async with an_agent(engine) as stack:
         await stack.deploy(busybox("pages"), target=1)
         sleeper = await the_sleeper(stack)
@@ -202,7 +202,7 @@ async def test_who_is_killed_leaves_no_command_behind(engine: Engine) -> None:
         await remove(stack, sleeper.uid, "pages")
 
 
-async def test_the_agents_stop_ends_commands_and_not_their_instance(engine: Engine) -> None:
+async def test_agent_stop_ends_commands_but_not_their_instance(engine: Engine) -> None:
     async with an_agent(engine) as stack:
         await stack.deploy(busybox("pages"), target=1)
         sleeper = await the_sleeper(stack)
@@ -235,13 +235,13 @@ def sleeping(pid: int) -> list[int]:
 # ---- logs -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_log_is_followed_through_a_nap_to_the_end_and_kept(engine: Engine) -> None:
+async def test_log_is_followed_through_a_freeze_and_kept_after_the_end(engine: Engine) -> None:
     async with an_agent(engine) as stack:
         await stack.deploy(busybox("pages"), target=1)
         sleeper = await the_sleeper(stack)
         follower = on_a_pipe(stack, "logs", "-f", sleeper.uid)
         assert follower.stdout is not None
-        for text in ("first", "second"):  # asleep in between
+        for text in ("first", "second"):  # frozen in between
             say = f"echo {text} words >/proc/1/fd/1"
             assert (await hibernode(stack, "exec", "--wake", sleeper.uid, "--", "/bin/sh", "-c", say)).code == 0
             assert await asyncio.to_thread(follower.stdout.readline) == f"{text} words\n".encode()
@@ -254,7 +254,7 @@ async def test_a_log_is_followed_through_a_nap_to_the_end_and_kept(engine: Engin
         assert (await hibernode(stack, "logs", sleeper.uid, "--tail", "13B")).out == "second words\n"
 
 
-async def test_a_flood_is_bounded_on_disk_and_its_end_is_kept(engine: Engine) -> None:
+async def test_log_flood_is_bounded_on_disk_and_its_end_kept(engine: Engine) -> None:
     async with an_agent(engine) as stack:
         images.load(engine, images.BAD)
         await stack.deploy(bad("flood", "floods-log"), target=1)
@@ -263,7 +263,7 @@ async def test_a_flood_is_bounded_on_disk_and_its_end_is_kept(engine: Engine) ->
             assert await asyncio.to_thread(log_bytes, engine, instance.container_id) <= 1.5 * LOG_LIMIT
             await asyncio.sleep(0.3)
 
-        async def shown() -> bool:  # Podman begins a full log anew: now and then there is little of it
+        async def shown() -> bool:  # Podman truncates a full log, so it is sometimes short
             ran = await hibernode(stack, "logs", instance.uid, "--tail", "64KiB")
             assert len(ran.out) <= 64 << 10
             return ran.out.count("a line of the flood\n") > 100
@@ -276,10 +276,10 @@ async def test_a_flood_is_bounded_on_disk_and_its_end_is_kept(engine: Engine) ->
 
 
 def log_bytes(engine: Engine, container: str) -> int:
-    """What its log takes on the engine's disk."""
+    """Size of its log on the engine's disk."""
     path = Path(engine.must("GET", f"/containers/{container}/json")["LogPath"] or "")
     files = list(path.parent.glob(f"{path.name}*")) if path.name else []
-    if not files:  # Podman does not say
+    if not files:  # Podman does not report the path
         files = [file for file in engine.folder.rglob("*ctr.log*") if container in str(file)]
     assert files
     return sum(file.stat().st_size for file in files)

@@ -1,4 +1,4 @@
-"""The engines and images that the other tests here rely on."""
+"""The engines and images on which the other tests here rely."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tests.engines.engines import Engine
 
 
 @pytest.mark.parametrize("image", [images.BUSYBOX, images.BAD, images.ECHO])
-def test_images_are_there_and_run(engine: Engine, image: str) -> None:
+def test_images_run(engine: Engine, image: str) -> None:
     images.load(engine, image)
     assert "PATH=/bin" in engine.must("GET", f"/images/{image}/json")["Config"]["Env"] or image == images.ECHO
     command = {images.ECHO: ["python3", "-c", "import agent.examples.echo; print('fine')"]}
     body = {
         "Image": image,
-        "Entrypoint": command.get(image, ["/bin/sh", "-c", "echo fine"]),  # Podman: [] is the image's own
+        "Entrypoint": command.get(image, ["/bin/sh", "-c", "echo fine"]),  # for Podman, [] means the image's own
         "HostConfig": {"NetworkMode": "none"},
     }
     made = engine.must("POST", "/containers/create", body=body, query={"name": "fixture"})
@@ -28,7 +28,7 @@ def test_images_are_there_and_run(engine: Engine, image: str) -> None:
     assert engine.ps() == []
 
 
-def test_a_container_outlives_its_engine(engine: Engine) -> None:
+def test_container_outlives_its_engine(engine: Engine) -> None:
     body = {"Image": images.BUSYBOX, "Cmd": ["sleep", "86399"], "HostConfig": {"NetworkMode": "none"}}
     engine.must("POST", "/containers/create", body=body, query={"name": "fixture"})
     engine.must("POST", "/containers/fixture/start")

@@ -1,4 +1,4 @@
-"""GPUs in containers, for real: the emulated driver by mounts and by CDI, and what of it an instance can't reach."""
+"""GPUs in real containers: the emulated driver by mounts and by CDI, and what stays unreachable for instances."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ time.sleep(86399)
 
 
 class GpuWorld(EngineWorld):
-    """The runtime on a real engine, with GPUs attached as `gpu` says."""
+    """The runtime on a real engine, with GPUs attached by method `gpu`."""
 
     def __init__(self, engine: Engine, gpu: GpuSettings) -> None:
         self._gpu = gpu
@@ -90,7 +90,7 @@ def by_mounts(nvidia: EmulatedNvidia) -> GpuSettings:
 
 @pytest.fixture
 def cdi(nvidia: EmulatedNvidia) -> Iterator[Path]:
-    """The emulated GPUs in the host's own CDI folder: engines look nowhere else."""
+    """The emulated GPUs in the host's CDI folder, the only one that engines read."""
     if os.geteuid() != 0:
         pytest.skip("only root can write the host's CDI folder")
     if "all" in cdi_device_names():
@@ -110,7 +110,7 @@ def cdi(nvidia: EmulatedNvidia) -> Iterator[Path]:
 
 @pytest.fixture
 async def world(engine: Engine, request: pytest.FixtureRequest) -> AsyncIterator[GpuWorld]:
-    """With the settings that the test's parameter makes of the driver."""
+    """With the settings of the test's parameter."""
     images.load(engine, images.ECHO)
     made = GpuWorld(engine, request.param(request.getfixturevalue("nvidia")))
     yield made
@@ -133,13 +133,13 @@ async def test_by_mounts(world: GpuWorld, nvidia: EmulatedNvidia, user: str) -> 
     handle = await world.runtime.start(world.cuda((gpu,), user))
     uid = user.partition(":")[0] or "0"
     assert await world.said(handle) == f"1 ['driver.sock', 'lib'] False {uid} void"
-    assert set(vram(nvidia)[handle.process.pid]) == {gpu}  # by its host pid, on its own GPU
+    assert set(vram(nvidia)[handle.process.pid]) == {gpu}  # with its host pid, on its own GPU
     await end(world, handle)
 
 
 @pytest.mark.parametrize("world", [lambda _nvidia: GpuSettings(attach="auto")], indirect=True, ids=["auto"])
 async def test_by_cdi(world: GpuWorld, nvidia: EmulatedNvidia, cdi: Path) -> None:
-    """Podman 4.3 by its own API. A Docker without CDI is asked for its NVIDIA runtime, which no test host has."""
+    """Podman 4.3 through its own API. A Docker without CDI would need its NVIDIA runtime, which no test host has."""
     gpu = nvidia.control.devices()[1].uuid
     if world.engine.kind == "docker" and not world.engine.must("GET", "/info").get("CDISpecDirs"):
         pytest.skip("this Docker has no CDI")
@@ -153,7 +153,7 @@ async def test_by_cdi(world: GpuWorld, nvidia: EmulatedNvidia, cdi: Path) -> Non
 
 
 @pytest.mark.parametrize("world", [lambda _nvidia: GpuSettings(attach="cdi")], indirect=True, ids=["cdi"])
-async def test_cdi_without_a_specification_starts_nothing(world: GpuWorld, nvidia: EmulatedNvidia) -> None:
+async def test_cdi_without_a_specification_refuses_to_start(world: GpuWorld, nvidia: EmulatedNvidia) -> None:
     spec = world.cuda((nvidia.control.devices()[0].uuid,))
     with pytest.raises(PreconditionError) as caught:
         await world.runtime.start(spec)
@@ -161,5 +161,5 @@ async def test_cdi_without_a_specification_starts_nothing(world: GpuWorld, nvidi
     assert world.traces("vision-1") == []
     function = replace(spec.instance.function, gpu=GpuNeed(0), entrypoint=("sleep", "86399"))
     without = StartSpec(replace(spec.instance, function=function), {}, ())
-    handle = await world.runtime.start(without)  # none is needed
+    handle = await world.runtime.start(without)  # needs no specification
     await end(world, handle)

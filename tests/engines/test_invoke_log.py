@@ -1,4 +1,4 @@
-"""x-fc-log-result of real containers: their lines are on the way through a pipe and the engine when the answer is."""
+"""x-fc-log-result of real containers: lines may still be in a pipe or the engine when the answer arrives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def world(engine: Engine) -> AsyncIterator[EngineWorld]:
     await made.close()
 
 
-async def test_the_log_of_one_request_is_there_in_time(world: EngineWorld) -> None:
+async def test_log_of_a_request_arrives_in_time(world: EngineWorld) -> None:
     handle = await world.engine_runtime.start(world.spec("i-log"))
     await world.settled(handle)
     world.tell(handle, "for n in $(seq 1 3000); do echo chatter of an earlier request, number $n; done")

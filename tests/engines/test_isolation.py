@@ -1,4 +1,4 @@
-"""What a container may take of its host and reach of its neighbours, seen from the kernel's side."""
+"""A container's limits and isolation from its neighbours, checked in the kernel."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def world(engine: Engine) -> AsyncIterator[EngineWorld]:
 
 
 def limit(handle: Handle, controller: str, name_v1: str, name_v2: str) -> str:
-    """A limit's file in the container's cgroup, in whichever hierarchy has the controller."""
+    """A limit's file in the container's cgroup, in the hierarchy that has the controller."""
     membership = cgroup.parse_membership("\n".join(proc(handle, "cgroup")))
     for mount in cgroup.parse_mounts(Path("/proc/self/mountinfo").read_text()):
         if mount.version == 1 and controller in mount.controllers:
@@ -60,7 +60,7 @@ def may_raise_limits() -> bool:
 
 
 async def answer_of(world: EngineWorld, handle: Handle, command: str) -> str:
-    """What a command inside prints, and `status N` at the end."""
+    """A command's output in the container, with `status N` at the end."""
     mark = os.urandom(4).hex()
     world.tell(handle, f"echo {mark}; {{ {command}; }} 2>&1; echo {mark} status $?.")
     await until_said(world.runtime, handle, f"{mark} status".encode())
@@ -69,14 +69,14 @@ async def answer_of(world: EngineWorld, handle: Handle, command: str) -> str:
 
 
 def proc(handle: Handle, name: str) -> list[str]:
-    """A file of /proc/PID, in lines."""
+    """The lines of a file in /proc/PID."""
     return Path(f"/proc/{handle.process.pid}/{name}").read_text().splitlines()
 
 
 # ---- limits --------------------------------------------------------------------------------------------------------
 
 
-async def test_limits_are_the_kernels(world: EngineWorld) -> None:
+async def test_limits_are_set_in_the_kernel(world: EngineWorld) -> None:
     handle = await world.runtime.start(world.spec("resize-a", options=ContainerOptions(pids_limit=64)))
     assert limit(handle, "memory", "memory.limit_in_bytes", "memory.max") == str(MEMORY_BYTES)
     assert limit(handle, "pids", "pids.max", "pids.max") == "64"
@@ -85,7 +85,7 @@ async def test_limits_are_the_kernels(world: EngineWorld) -> None:
     assert int(quota) / int(period) == pytest.approx(0.35, rel=0.01)
 
 
-async def test_a_fork_bomb_is_bounded_and_ends(world: EngineWorld) -> None:
+async def test_fork_bomb_is_bounded_and_ends(world: EngineWorld) -> None:
     handle = await world.runtime.start(world.spec("resize-a", options=ContainerOptions(pids_limit=32)))
     await world.settled(handle)
     world.tell(handle, "while :; do sleep 86399 & done")
@@ -95,8 +95,8 @@ async def test_a_fork_bomb_is_bounded_and_ends(world: EngineWorld) -> None:
     assert list(await world.runtime.pids(handle)) == []
 
 
-async def test_what_only_containers_have_is_as_asked(world: EngineWorld) -> None:
-    # Where Podman is told one limit it raises another, which needs a right that a test host may lack.
+async def test_container_settings_are_applied(world: EngineWorld) -> None:
+    # Given one limit, Podman raises another, which needs a right that a test host may lack.
     open_files = 777 if may_raise_limits() or world.engine.kind == "docker" else 0
     options = ContainerOptions(
         shm_bytes=96 * MIB,
@@ -121,7 +121,7 @@ async def test_what_only_containers_have_is_as_asked(world: EngineWorld) -> None
 # ---- rights --------------------------------------------------------------------------------------------------------
 
 
-async def test_few_capabilities_and_never_new_ones(world: EngineWorld) -> None:
+async def test_few_capabilities_and_no_new_ones(world: EngineWorld) -> None:
     handle = await world.runtime.start(world.spec("resize-a"))
     status = status_of(handle)
     assert status["NoNewPrivs"] == "1"
@@ -132,13 +132,13 @@ async def test_few_capabilities_and_never_new_ones(world: EngineWorld) -> None:
         assert bits >> len(CAPABILITY_BITS) == 0
 
 
-async def test_namespaces_are_its_own(world: EngineWorld) -> None:
+async def test_namespaces_are_private(world: EngineWorld) -> None:
     handle = await world.runtime.start(world.spec("resize-a"))
     for kind in ("net", "pid", "ipc", "mnt", "uts"):
         assert os.readlink(f"/proc/{handle.process.pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"), kind
 
 
-async def test_the_engine_neither_probes_nor_restarts_it(world: EngineWorld) -> None:
+async def test_engine_neither_probes_nor_restarts_the_container(world: EngineWorld) -> None:
     await world.runtime.start(world.spec("resize-a"))
     found = world.engine.container("resize-a")
     assert (found["Config"].get("Healthcheck") or {}).get("Test", ["NONE"]) == ["NONE"]
@@ -150,7 +150,7 @@ async def test_the_engine_neither_probes_nor_restarts_it(world: EngineWorld) -> 
 
 
 async def reaches(handle: Handle) -> bool:
-    """From the host, as the agent does."""
+    """Whether the host reaches it, like the agent does."""
     try:
         async with asyncio.timeout(5):
             reader, writer = await asyncio.open_connection(handle.host, handle.port)
@@ -162,7 +162,7 @@ async def reaches(handle: Handle) -> bool:
     return answer.endswith(b"hello from busybox\n")
 
 
-async def test_the_host_reaches_containers_and_they_not_one_another(world: EngineWorld) -> None:
+async def test_host_reaches_containers_but_they_not_each_other(world: EngineWorld) -> None:
     neighbour = await world.runtime.start(world.spec("resize-b", script=SERVE))
     await world.settled(neighbour)
     curious = await world.runtime.start(world.spec("resize-a"))
@@ -176,24 +176,24 @@ async def test_the_host_reaches_containers_and_they_not_one_another(world: Engin
     assert answer.endswith("status 1")
 
 
-async def test_not_even_at_its_first_moment(world: EngineWorld) -> None:
+async def test_new_container_is_isolated_from_the_start(world: EngineWorld) -> None:
     neighbour = await world.runtime.start(world.spec("resize-b", script=SERVE))
     await world.settled(neighbour)
-    for number in range(3):  # not every one of them is quick enough
+    for number in range(3):  # a single one may be too slow to try
         script = f"{GET} {neighbour.host} 9000; echo status $?; exec sleep 86399"
         hasty = await world.runtime.start(world.spec(f"resize-a{number}", script=script))
         await until_said(world.runtime, hasty, b"status")
         assert b"hello from busybox" not in await world.runtime.read_log(hasty, 4096)
 
 
-async def test_nothing_is_published(world: EngineWorld) -> None:
+async def test_no_port_is_published(world: EngineWorld) -> None:
     await world.runtime.start(world.spec("resize-a", script=SERVE))
     found = world.engine.container("resize-a")
     assert not any((found["NetworkSettings"].get("Ports") or {}).values())
     assert not any((found["HostConfig"].get("PortBindings") or {}).values())
 
 
-async def test_sockets_of_agent_and_engine_are_out_of_reach(world: EngineWorld) -> None:
+async def test_sockets_of_agent_and_engine_are_unreachable(world: EngineWorld) -> None:
     with socket.create_server(("127.0.0.1", 0)) as agent_port:
         handle = await world.runtime.start(world.spec("resize-a"))
         await world.settled(handle)

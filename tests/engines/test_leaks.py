@@ -1,4 +1,4 @@
-"""Two hundred lives and twenty at once: what agent and engine have taken from the host for them is given back."""
+"""Two hundred instances, twenty at a time: agent and engine return everything that they took from the host."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from tests.engines.functions import awake, busybox
 CYCLES = 200
 AT_ONCE = 20
 HANDS = 4
-"""So many lives run beside one another."""
+"""Number of concurrent instances."""
 FIRST = 8
-"""Lives before the first count: by then whatever is made once (threads, connections, a network) is there."""
+"""Instances before the first count, by which one-time resources (threads, connections, a network) exist."""
 SPARE = 3
-"""What one count may differ from the next by itself: a timer's thread, a connection that is just being closed."""
+"""Natural difference between two counts: a timer's thread, a closing connection."""
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What is in use at one moment. `exactly` may not differ at all, `about` by SPARE."""
+class HostUsage:
+    """Resources in use at one moment. `exactly` may not differ, `about` by SPARE."""
 
     exactly: Counter[str]
     about: Counter[str]
 
 
-def taken(stack: Stack, engine: Engine) -> Taken:
+def taken(stack: Stack, engine: Engine) -> HostUsage:
     agent = psutil.Process(stack.processes["agent"].pid)
     state = stack.folder / "agent"
     traces = host_traces.take(engine.folder)
@@ -47,7 +47,7 @@ def taken(stack: Stack, engine: Engine) -> Taken:
         {
             "containers": len(engine.ps()),
             "networks": len(engine.networks()),
-            # Podman mounts its own store while it is busy, and no longer than that.
+            # Podman mounts its own store while it is busy.
             "mounts of the engine": len([path for path in traces.mounts if path.endswith(("/merged", "/shm"))]),
             "ports of bridges": len(list(Path("/sys/class/net").glob(f"{bridge_of(stack)}/brif/*"))),
             "rows of instances": rows(state / "node.db", "instances"),
@@ -61,12 +61,12 @@ def taken(stack: Stack, engine: Engine) -> Taken:
             "file descriptors": agent.num_fds(),
             "threads": agent.num_threads(),
             "children": len(agent.children(recursive=True)),
-            # Engines bury the helpers of ended containers in their own time: also those of before the first count.
+            # Engines reap helpers of ended containers with a delay, even those from before the first count.
             "processes of the engine": len(list(engine._processes())),
             "connections": len(agent.net_connections("all")),
         }
     )
-    return Taken(exactly, about)
+    return HostUsage(exactly, about)
 
 
 def bridge_of(stack: Stack) -> str:
@@ -78,14 +78,14 @@ def rows(database: Path, table: str) -> int:
         return int(opened.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
-class Lives:
-    """Creates, perhaps freezes, and deletes, over one channel."""
+class InstanceCycles:
+    """Creates, sometimes freezes, and deletes instances over one channel."""
 
     def __init__(self, channel: DaemonChannel) -> None:
         self._channel = channel
         self._made = 0
         self.containers: set[str] = set()
-        """The engine's names of all that were ever made."""
+        """The engine's names of all instances ever created."""
 
     async def create(self) -> str:
         self._made += 1
@@ -109,7 +109,7 @@ class Lives:
         assert ended.state == types_pb2.Instance.STATE_STOPPED, ended.state_message
 
     async def live(self, number: int) -> None:
-        """One life; every third is asleep at its end."""
+        """One instance's life; every third ends frozen."""
         uid = await self.create()
         if number % 3 == 0:
             await self.freeze(uid)
@@ -129,11 +129,11 @@ class Lives:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-async def test_two_hundred_lives_and_twenty_at_once_leave_nothing(engine: Engine) -> None:
+async def test_two_hundred_instances_leave_nothing_on_the_host(engine: Engine) -> None:
     driver = ("--gpus", str(AT_ONCE), "--gib", "1", "--profile", "580")
     async with running_stack(*driver, engine_socket=engine.socket, scheduler=False) as stack:
         async with stack.channel("agent") as channel:
-            lives = Lives(channel)
+            lives = InstanceCycles(channel)
             await lives.many(FIRST)
             before = taken(stack, engine)
 
@@ -157,8 +157,8 @@ async def test_two_hundred_lives_and_twenty_at_once_leave_nothing(engine: Engine
     assert not left_over, left_over
 
 
-async def settled(stack: Stack, engine: Engine, before: Taken) -> Taken:
-    """The count, once it is what it was, or after five seconds: engines bury helpers of ended containers lazily."""
+async def settled(stack: Stack, engine: Engine, before: HostUsage) -> HostUsage:
+    """The count once it equals `before`, or after five seconds: engines reap helpers with a delay."""
     for _ in range(50):
         now = taken(stack, engine)
         if now.exactly == before.exactly and all(now.about[key] <= before.about[key] + SPARE for key in now.about):

@@ -1,6 +1,6 @@
-"""A real model in a real container, asleep and awake twenty times: it reads what it read before.
+"""A real model in a real container is frozen and woken twenty times and always reads the same text.
 
-The pictures were drawn for this test (Pillow, with the font that it brings), so what they say is known to the letter.
+The pictures were drawn for this test (Pillow, with its own font), so their exact text is known.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ AMONG_THE_WEIGHTS = 9_000_000
 
 
 def ocr() -> FunctionSpec:
-    """The example as its s.yaml deploys it, but for the image's name; it soon sleeps when nobody asks."""
+    """The example as in its s.yaml, except for the image's name and a short freezeAfter."""
     (found,) = load_s_yaml(ocr_image.EXAMPLE / "s.yaml", environment={})
     spec = found.function
     return replace(spec, image=ocr_image.OCR, idle=replace(spec.idle, freeze_after_ns=500 * MILLISECOND_NS))
@@ -47,8 +47,8 @@ async def read(stack: Stack, picture: str) -> Answer:
     return await stack.ask("ocr", "/invoke", method="POST", data=content)
 
 
-async def read_rightly(stack: Stack, picture: str, model: str) -> Answer:
-    """Every letter of it, by the very bytes of the model that were loaded at the beginning."""
+async def assert_reads_correctly(stack: Stack, picture: str, model: str) -> Answer:
+    """Expect every letter, read with the bytes of the model loaded at the beginning."""
     answer = await read(stack, picture)
     assert answer.status == 200, answer.body
     said = json.loads(answer.body)
@@ -61,8 +61,8 @@ async def freeze(stack: Stack, uid: str) -> None:
         await channel.call(channel.instances.FreezeInstance, instances_pb.FreezeInstanceRequest(uid=uid), CALL_S)
 
 
-async def look_at_the_sleeper(stack: Stack, engine: Engine) -> types_pb2.Instance:
-    """The instance: FROZEN, its memory off the GPU, its cgroup standing still, and its engine none the wiser."""
+async def frozen_instance(stack: Stack, engine: Engine) -> types_pb2.Instance:
+    """The instance, checked to be FROZEN: its memory off the GPU, its cgroup frozen, the engine unaware."""
     await stack.wait_for_state(FROZEN, 1)
     (instance,) = await stack.instances()
     assert await asyncio.to_thread(processes_by_nvml, stack) == []
@@ -74,13 +74,13 @@ async def look_at_the_sleeper(stack: Stack, engine: Engine) -> types_pb2.Instanc
 
 
 def cgroup_events(container: str) -> list[str]:
-    """What the kernel says of a container's v2 cgroups."""
+    """The cgroup.events of a container's v2 cgroups."""
     files = [file for path in host_traces.cgroups_of(container) for file in Path(path).rglob("cgroup.events")]
     return [line for file in files for line in file.read_text().splitlines()]
 
 
 def listed(engine: Engine) -> dict[str, str]:
-    """`docker ps` or `podman ps` as a user types it: name -> "Up", or "Up (Paused)"."""
+    """`docker ps` or `podman ps` as typed by a user: name -> "Up", or "Up (Paused)"."""
     command = engine.client("ps", "--format", "{{.Names}} {{.Status}}")
     done = subprocess.run(command, env=engine.environment(), capture_output=True, text=True, timeout=60, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]
@@ -88,8 +88,8 @@ def listed(engine: Engine) -> dict[str, str]:
 
 
 @pytest.mark.timeout(600)
-async def test_it_reads_the_same_after_twenty_freezes(engine: Engine, request: pytest.FixtureRequest) -> None:
-    """`pytest -rP` shows how long each step took."""
+async def test_recognised_text_is_the_same_after_twenty_freezes(engine: Engine, request: pytest.FixtureRequest) -> None:
+    """`pytest -rP` prints the duration of each step."""
     images.load(engine, ocr_image.OCR)
     model = ocr_image.model_digest()
     seconds: dict[str, list[float]] = {"start": [], "freeze": [], "asleep": [], "awake": [], "wake": []}
@@ -103,25 +103,25 @@ async def test_it_reads_the_same_after_twenty_freezes(engine: Engine, request: p
         note("start", began)
         (first,) = await stack.instances()
         for cycle in range(CYCLES):
-            if cycle % 2:  # by the idle timer; else because somebody says so
+            if cycle % 2:  # by the idle timer, otherwise by request
                 await stack.wait_for_state(FROZEN, 1)
             else:
                 began = time.monotonic()
                 await freeze(stack, first.uid)
                 note("freeze", began)
-            sleeper = await look_at_the_sleeper(stack, engine)
+            sleeper = await frozen_instance(stack, engine)
             assert (sleeper.uid, sleeper.pid, sleeper.freeze_count) == (first.uid, first.pid, cycle + 1)
             assert sleeper.frozen_bytes >= 16_000_000, "its models"
             picture = list(SAYS)[cycle % len(SAYS)]
             for state in ("asleep", "awake"):
                 began = time.monotonic()
-                answer = await read_rightly(stack, picture, model)
+                answer = await assert_reads_correctly(stack, picture, model)
                 note(state, began)
                 assert answer.instance == first.uid
             (awake,) = await stack.instances()
             assert awake.wake_count == cycle + 1
             seconds["wake"].append(awake.last_wake.total_ns / 1e9)
-        await a_lost_byte_is_noticed(stack, engine, model)
+        await assert_lost_byte_is_noticed(stack, engine, model)
         await stack.remove_functions(["ocr"])
         assert not stack.leftovers()
         uuid = (stack.folder / "agent" / "uuid").read_text().strip()
@@ -130,12 +130,12 @@ async def test_it_reads_the_same_after_twenty_freezes(engine: Engine, request: p
     request.node.add_report_section("call", f"seconds, {engine.kind}, median", "\n".join(told))
 
 
-async def a_lost_byte_is_noticed(stack: Stack, engine: Engine, model: str) -> None:
-    """The test's own teeth: with one byte of the sleeper's memory wrong the same picture is read otherwise."""
-    sleeper = await look_at_the_sleeper(stack, engine)
+async def assert_lost_byte_is_noticed(stack: Stack, engine: Engine, model: str) -> None:
+    """The test can fail: with one wrong byte in the frozen memory, the same picture reads differently."""
+    sleeper = await frozen_instance(stack, engine)
     with stack.driver() as driver:
         driver.flip_byte(sleeper.pid, offset=AMONG_THE_WEIGHTS)
         wrong = await read(stack, "badge.png")
         assert wrong.status == 500 or json.loads(wrong.body)["model"] != model, wrong.body
         driver.flip_byte(sleeper.pid, offset=AMONG_THE_WEIGHTS)
-    await read_rightly(stack, "badge.png", model)
+    await assert_reads_correctly(stack, "badge.png", model)

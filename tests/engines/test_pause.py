@@ -1,4 +1,4 @@
-"""Somebody pauses a container by the engine's own means: noticed, told, and nothing hangs on it."""
+"""A container paused through the engine: the pause is noticed and reported, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.engines.functions import echo_image
 from tests.engines.test_whole import asleep, event_names, the_one, whole
 
 
-async def test_a_pause_is_noticed_and_ends_with_the_unpause(engine: Engine) -> None:
+async def test_external_pause_is_noticed_and_ends_with_the_unpause(engine: Engine) -> None:
     images.load(engine, images.ECHO)
     spec = replace(echo_image("paused"), idle=IdlePolicy(freeze_after_ns=3600 * SECOND_NS))
     async with whole(engine) as stack:
         await stack.deploy(spec, target=1)
-        await stack.ask_rightly("paused", 1)
+        await stack.ask_correctly("paused", 1)
         uid = (await the_one(stack, "paused")).uid
         engine.must("POST", f"/containers/hibernode-{uid}/pause")
 
@@ -35,18 +35,18 @@ async def test_a_pause_is_noticed_and_ends_with_the_unpause(engine: Engine) -> N
 
         await until("the end of the pause is noticed", over, 10.0)
         assert {"instance.externally_frozen", "instance.externally_thawed"} <= set(await event_names(stack))
-        await stack.ask_rightly("paused", 2)
+        await stack.ask_correctly("paused", 2)
 
 
-async def test_one_that_is_paused_in_its_sleep_wakes_all_the_same(engine: Engine) -> None:
-    """Our wake undoes the pause, as it would undo any other stop of its threads."""
+async def test_instance_paused_while_frozen_still_wakes(engine: Engine) -> None:
+    """Our wake ends the pause, like any other stop of its threads."""
     images.load(engine, images.ECHO)
     async with whole(engine) as stack:
         await stack.deploy(echo_image("dozing"), target=1)
-        await stack.ask_rightly("dozing", 1)
+        await stack.ask_correctly("dozing", 1)
         uid = (await asleep(stack, "dozing")).uid
         engine.must("POST", f"/containers/hibernode-{uid}/pause")
-        await stack.ask_rightly("dozing", 2)
+        await stack.ask_correctly("dozing", 2)
         assert (await the_one(stack, "dozing")).uid == uid
         async with stack.channel("agent") as channel:
             request = instances_pb.GetInstanceRequest(uid=uid)

@@ -1,4 +1,4 @@
-"""The runtime contract, held by the containers of Docker and Podman."""
+"""The runtime contract on containers of Docker and Podman."""
 
 from __future__ import annotations
 

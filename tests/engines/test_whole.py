@@ -1,4 +1,4 @@
-"""The whole system with a container engine: what users deploy, what becomes of the engine meanwhile, who notices."""
+"""The whole system with a container engine: deployments, engine failures, and changes from outside."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ resources:
 
 @asynccontextmanager
 async def whole(engine: Engine, *driver: str) -> AsyncIterator[Stack]:
-    """A stack on this engine. Whatever the test did: its functions can be removed, and nothing of them stays."""
-    # A web server that is pid 1 and has no handler for SIGTERM ignores it, as the kernel has it.
+    """A stack on this engine. At the end its functions are removed and nothing stays."""
+    # As pid 1, a web server without a SIGTERM handler ignores it (a kernel rule).
     settings = {"runtime": {"stop_timeout": "1s"}}
     async with running_stack(*driver, engine_socket=engine.socket, agent_settings=settings) as stack:
         yield stack
@@ -80,7 +80,7 @@ async def asleep(stack: Stack, function: str) -> types_pb2.Instance:
 
 
 async def ended(stack: Stack, uid: str) -> types_pb2.Instance:
-    """How an instance ended, waiting for it."""
+    """Wait for the end of an instance; returns it."""
     found: list[types_pb2.Instance] = []
 
     async def there() -> bool:
@@ -100,13 +100,13 @@ async def event_names(stack: Stack) -> list[str]:
         return [one.name for one in (await channel.call(channel.instances.ListEvents, request, CALL_S)).events]
 
 
-def shown(engine: Engine) -> list[str]:
-    """The status column of `docker ps`, without its time."""
+def container_states(engine: Engine) -> list[str]:
+    """The status column of `docker ps`, without times."""
     return [entry["Status"].split()[0] for entry in engine.ps()]
 
 
 def is_frozen(pid: int) -> bool:
-    """By the kernel's own word."""
+    """Whether the kernel reports it as frozen."""
     mount = cgroup.find_v2_mount(Path("/proc/self/mountinfo").read_text())
     assert mount is not None
     place = mount.locate(cgroup.parse_membership(Path(f"/proc/{pid}/cgroup").read_text())[""])
@@ -115,10 +115,10 @@ def is_frozen(pid: int) -> bool:
     return events is not None and events["frozen"] == 1
 
 
-# ---- deployed, asleep, awake ---------------------------------------------------------------------------------------
+# ---- deploy, freeze, wake ------------------------------------------------------------------------------------------
 
 
-async def test_an_image_without_cuda_is_deployed_from_an_s_yaml_and_sleeps_by_its_cgroup(engine: Engine) -> None:
+async def test_image_without_cuda_is_deployed_and_freezes_by_its_cgroup(engine: Engine) -> None:
     async with whole(engine) as stack:
         template = stack.folder / "s.yaml"
         template.write_text(S_YAML)
@@ -133,12 +133,12 @@ async def test_an_image_without_cuda_is_deployed_from_an_s_yaml_and_sleeps_by_it
             answer = await stack.ask("pages", "/index.html")
             assert (answer.status, answer.body) == (200, images.BUSYBOX_PAGE)
             assert answer.instance == before.uid
-            assert shown(engine) == ["Up"]
+            assert container_states(engine) == ["Up"]
             assert is_frozen((await asleep(stack, "pages")).pid)
         assert (await the_one(stack, "pages")).pid == before.pid
 
 
-async def test_two_containers_take_turns_on_one_gpu_and_lose_no_byte(engine: Engine) -> None:
+async def test_two_containers_share_one_gpu_and_lose_no_byte(engine: Engine) -> None:
     images.load(engine, images.ECHO)
     async with whole(engine, *ONE_GPU) as stack:
         for name in ("ocr", "speech"):
@@ -146,8 +146,8 @@ async def test_two_containers_take_turns_on_one_gpu_and_lose_no_byte(engine: Eng
         before = {one.uid: one.pid for one in await stack.instances()}
         for number in range(10):
             for name in ("ocr", "speech"):
-                await stack.ask_rightly(name, number)
-            assert shown(engine) == ["Up", "Up"]
+                await stack.ask_correctly(name, number)
+            assert container_states(engine) == ["Up", "Up"]
         for name in ("ocr", "speech"):
             sleeper = await asleep(stack, name)
             assert is_frozen(sleeper.pid)
@@ -158,10 +158,10 @@ async def test_two_containers_take_turns_on_one_gpu_and_lose_no_byte(engine: Eng
         assert {one.uid: one.pid for one in await stack.instances()} == before
 
 
-# ---- the agent goes, the engine goes -------------------------------------------------------------------------------
+# ---- failures of agent and engine ----------------------------------------------------------------------------------
 
 
-async def test_a_killed_agent_finds_its_containers_again(engine: Engine) -> None:
+async def test_killed_agent_recovers_its_containers(engine: Engine) -> None:
     images.load(engine, images.ECHO)
     async with whole(engine) as stack:
         await stack.deploy(echo_image("ocr"), target=2)
@@ -174,12 +174,12 @@ async def test_a_killed_agent_finds_its_containers_again(engine: Engine) -> None
             await stack.start_agent()
             after = {one.uid: (one.pid, one.container_id, one.address) for one in await stack.instances()}
             assert after == before, "adopted from the bundles on disk, whether the engine is there or not"
-            await stack.ask_rightly("ocr", number)
+            await stack.ask_correctly("ocr", number)
             engine.start()
 
 
-async def go_away(engine: Engine, stack: Stack) -> None:
-    """The engine is killed, and the agent has seen it."""
+async def kill_engine(engine: Engine, stack: Stack) -> None:
+    """Kill the engine and wait until the agent has noticed."""
     engine.kill()
 
     async def noticed() -> bool:
@@ -188,16 +188,16 @@ async def go_away(engine: Engine, stack: Stack) -> None:
     await until("the agent says that the engine is away", noticed)
 
 
-async def test_instances_sleep_and_wake_while_the_engine_is_away(engine: Engine) -> None:
+async def test_instances_freeze_and_wake_without_the_engine(engine: Engine) -> None:
     images.load(engine, images.ECHO)
     async with whole(engine) as stack:
         await stack.deploy(echo_image("ocr"), target=1)
         before = await asleep(stack, "ocr")
-        await go_away(engine, stack)
+        await kill_engine(engine, stack)
         for number in range(3):
-            await stack.ask_rightly("ocr", number)
+            await stack.ask_correctly("ocr", number)
             assert (await asleep(stack, "ocr")).pid == before.pid
-        await refused_for_want_of_an_engine(stack)
+        await assert_engine_unavailable(stack)
         engine.start()
 
         async def back() -> bool:
@@ -206,12 +206,12 @@ async def test_instances_sleep_and_wake_while_the_engine_is_away(engine: Engine)
         await until("the agent says that it is back", back)
         await stack.deploy(busybox("pages"), target=1)
         assert (await stack.ask("pages", "/index.html")).status == 200
-        await stack.ask_rightly("ocr", 4)
+        await stack.ask_correctly("ocr", 4)
         assert (await the_one(stack, "ocr")).uid == before.uid
 
 
-async def refused_for_want_of_an_engine(stack: Stack) -> None:
-    """A create says what is missing."""
+async def assert_engine_unavailable(stack: Stack) -> None:
+    """Expect a create to report the missing engine."""
     async with stack.channel("agent") as channel:
         request = instances_pb.CreateInstanceRequest(
             request_id="while-away", spec=function_to_proto(busybox("later"), reveal_secrets=True), wait=True
@@ -221,11 +221,11 @@ async def refused_for_want_of_an_engine(stack: Stack) -> None:
     assert refused.value.reason == "ENGINE_UNAVAILABLE"
 
 
-async def test_an_instance_that_ends_while_the_engine_is_away_is_cleaned_up_when_it_is_back(engine: Engine) -> None:
+async def test_instance_that_ends_without_the_engine_is_cleaned_up_later(engine: Engine) -> None:
     async with whole(engine) as stack:
         await stack.deploy(busybox("pages"), target=1)
         before = await asleep(stack, "pages")
-        await go_away(engine, stack)
+        await kill_engine(engine, stack)
         async with stack.channel("agent") as channel:
             request = instances_pb.StopInstanceRequest(uid=before.uid)
             await channel.call(channel.instances.StopInstance, request, CALL_S)
@@ -239,10 +239,10 @@ async def test_an_instance_that_ends_while_the_engine_is_away_is_cleaned_up_when
         assert (await stack.ask("pages", "/index.html")).status == 200, "replaced meanwhile"
 
 
-# ---- what others do to containers ----------------------------------------------------------------------------------
+# ---- changes from outside ------------------------------------------------------------------------------------------
 
 
-async def test_a_container_removed_behind_our_back_is_replaced(engine: Engine) -> None:
+async def test_container_removed_from_outside_is_replaced(engine: Engine) -> None:
     async with whole(engine) as stack:
         await stack.deploy(awake(busybox("pages")), target=1)
         before = await the_one(stack, "pages")
@@ -255,7 +255,7 @@ async def test_a_container_removed_behind_our_back_is_replaced(engine: Engine) -
         assert answer.instance != before.uid
 
 
-async def test_death_for_lack_of_memory_has_a_name_and_a_successor(engine: Engine) -> None:
+async def test_out_of_memory_is_reported_and_the_instance_replaced(engine: Engine) -> None:
     images.load(engine, images.BAD)
     async with whole(engine) as stack:
         await stack.deploy(awake(bad("hungry", "eats-memory-when-told")), target=1)

@@ -1,4 +1,4 @@
-"""The runtime contract's world of containers: an `EngineRuntime` on a real engine."""
+"""Containers for the runtime contract: an `EngineRuntime` on a real engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.engines import images
 from tests.engines.engines import Engine
 
 FIFO = "/tmp/told"
-# The container's own fifo is open on both ends, so that nothing told is lost. pid 1 ignores what it has no handler for.
+# The fifo is open at both ends, so no message is lost. pid 1 ignores signals without a handler.
 OBEDIENT = (
     f"trap 'exit 143' TERM; mkfifo {FIFO}; exec 3<>{FIFO}; "
     'echo "hello from $HIBERNODE_INSTANCE"; while :; do read -r line <&3 && eval "$line"; done'

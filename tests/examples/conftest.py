@@ -1,4 +1,4 @@
-"""An example as the process runtime starts it: a program with a port, and no agent around it."""
+"""Runs an example like the process runtime does: a program with a port, without an agent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def free_port() -> int:
 
 
 class Program:
-    """A running example. `request` is one call on a kept-alive connection."""
+    """A running example. `request` makes one call on a kept-alive connection."""
 
     def __init__(self, module: str, folder: Path, environment: dict[str, str]) -> None:
         self.port = free_port()
@@ -43,7 +43,7 @@ class Program:
         self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
 
     def wait_until_listening(self) -> float:
-        """Seconds it took."""
+        """Wait for the port; returns the seconds."""
         began = time.monotonic()
         while True:
             try:
@@ -51,7 +51,7 @@ class Program:
             except ConnectionRefusedError:
                 assert self.process.poll() is None, self.stderr.read_text()
                 assert time.monotonic() - began < DEADLINE_S, "it does not listen"
-                time.sleep(0.002)  # somebody else's server: there is no event to wait for
+                time.sleep(0.002)  # another program's port: there is no event to wait for
             else:
                 return time.monotonic() - began
 
@@ -67,7 +67,7 @@ class Program:
         return status, json.loads(content)
 
     def logged(self, count: int) -> list[dict[str, Any]]:
-        """The request log once it has `count` lines: a line follows its answer."""
+        """The request log once it has `count` lines: lines follow their answers."""
         deadline = time.monotonic() + DEADLINE_S
         while len(lines := self.request_log.read_text().splitlines()) < count:
             assert time.monotonic() < deadline, lines
@@ -85,7 +85,7 @@ Start = Callable[..., Program]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """start("echo", VRAM_MIB="8", ...) -> a program that may not listen yet; ended after the test."""
+    """start("echo", VRAM_MIB="8", ...) returns a program that may not listen yet; it ends after the test."""
     programs: list[Program] = []
 
     def start_one(name: str, driver: Any = None, **environment: str) -> Program:

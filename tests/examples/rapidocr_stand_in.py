@@ -1,7 +1,7 @@
-"""A package `rapidocr_onnxruntime` in a folder: as little of it as the example `ocr` uses, and readable models.
+"""A minimal package `rapidocr_onnxruntime` in a folder, with readable models, for the example `ocr`.
 
-Its "text" is what its three models hold together with the picture, so a test sees from the answer which bytes were
-used. The real one, which is a third of a gigabyte with all that it needs, runs in tests/engines.
+Its "text" is derived from its three models and the picture, so the answer shows which bytes were used. The real
+package, a third of a gigabyte with dependencies, runs in tests/engines.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MODELS = {
 
 
 def write_package(folder: Path) -> Path:
-    """Makes the package in `folder` and returns it: the folder belongs into PYTHONPATH."""
+    """Write the package into `folder`, for use in PYTHONPATH; returns the folder."""
     package = folder / "rapidocr_onnxruntime"
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").write_text(PACKAGE)

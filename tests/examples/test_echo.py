@@ -1,4 +1,4 @@
-"""The light example: quick, truthful about its requests, and its device memory tells every lost byte."""
+"""The light example: fast, logs its requests correctly, and detects every lost byte of device memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.fakes.emulated_driver import EmulatedNvidia, nvidia
 __all__ = ["nvidia"]
 
 
-def test_answers_on_one_connection_and_logs_when_each_request_ran(start: Start) -> None:
+def test_answers_on_one_connection_and_logs_request_times(start: Start) -> None:
     echo = start("echo")
     echo.wait_until_listening()
     before = time.monotonic_ns()
@@ -39,7 +39,7 @@ def test_reads_a_chunked_body(start: Start) -> None:
 
 
 @pytest.mark.real_time
-def test_streams_events_as_they_come(start: Start) -> None:
+def test_streams_events_immediately(start: Start) -> None:
     echo = start("echo")
     echo.wait_until_listening()
     echo.connection.request("GET", "/sse?events=3&ms=40")
@@ -52,7 +52,7 @@ def test_streams_events_as_they_come(start: Start) -> None:
 
 
 @pytest.mark.parametrize("body", [b"5\r\nhel", b"zz\r\n"])
-def test_a_body_cut_or_torn_does_not_stop_it(start: Start, body: bytes) -> None:
+def test_truncated_or_malformed_body_does_not_stop_it(start: Start, body: bytes) -> None:
     echo = start("echo")
     echo.wait_until_listening()
     with socket.create_connection(("127.0.0.1", echo.port), 10) as client:
@@ -63,7 +63,7 @@ def test_a_body_cut_or_torn_does_not_stop_it(start: Start, body: bytes) -> None:
     assert echo.request("POST", "/", b"still here") == (200, b"still here")
 
 
-def test_its_memory_is_verified_to_the_last_byte(start: Start, nvidia: EmulatedNvidia) -> None:
+def test_verify_covers_every_byte(start: Start, nvidia: EmulatedNvidia) -> None:
     uuid = nvidia.control.devices()[1].uuid
     echo = start("echo", nvidia, VRAM_MIB="3", CUDA_VISIBLE_DEVICES=uuid)
     echo.wait_until_listening()
@@ -80,7 +80,7 @@ def test_its_memory_is_verified_to_the_last_byte(start: Start, nvidia: EmulatedN
     assert echo.request("GET", "/answer?n=5") != (200, expected_answer(5).encode())
 
 
-def test_without_a_driver_says_what_is_missing(start: Start) -> None:
+def test_missing_driver_is_named(start: Start) -> None:
     echo = start("echo", VRAM_MIB="1", LD_LIBRARY_PATH="")
     echo.wait_until_listening()
     status, answer = echo.json("POST", "/initialize")
@@ -89,7 +89,7 @@ def test_without_a_driver_says_what_is_missing(start: Start) -> None:
     assert echo.request("GET", "/answer?n=9") == (200, expected_answer(9).encode()), "without memory: the pattern"
 
 
-def test_plays_the_broken_ones(start: Start) -> None:
+def test_misbehaviour_on_request(start: Start) -> None:
     refusing = start("echo", INIT_STATUS="500", PRE_FREEZE_STATUS="404")
     refusing.wait_until_listening()
     assert refusing.request("POST", "/initialize")[0] == 500
@@ -111,8 +111,8 @@ def test_plays_the_broken_ones(start: Start) -> None:
 
 
 @pytest.mark.real_time
-def test_is_quick(start: Start) -> None:
-    """100 ms to listen and 1,000 requests/s on an idle machine; the bounds leave room for a busy one."""
+def test_start_and_requests_are_fast(start: Start) -> None:
+    """100 ms to listen and 1,000 requests/s on an idle machine; the limits leave room for a busy one."""
     echo = start("echo")
     assert echo.wait_until_listening() < 1.0
     began = time.monotonic()

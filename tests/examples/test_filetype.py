@@ -1,4 +1,4 @@
-"""The example with a real model: its answers are magika's own, and come from the bytes in device memory."""
+"""The example with a real model: its answers equal magika's and depend on the bytes in device memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = {
 }
 
 
-def test_answers_as_magika_does(start: Start, nvidia: EmulatedNvidia) -> None:
+def test_answers_match_magika(start: Start, nvidia: EmulatedNvidia) -> None:
     from magika import Magika
 
     from agent.examples.filetype.model import describe, digest_of, model_path
@@ -44,7 +44,7 @@ def test_answers_as_magika_does(start: Start, nvidia: EmulatedNvidia) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1_500_000], ids=["in the header", "among the weights"])
-def test_a_flipped_byte_never_gives_the_same_answer(start: Start, nvidia: EmulatedNvidia, offset: int) -> None:
+def test_flipped_byte_changes_the_answer(start: Start, nvidia: EmulatedNvidia, offset: int) -> None:
     app = start("filetype", nvidia)
     app.wait_until_listening()
     app.request("POST", "/initialize")
@@ -57,7 +57,7 @@ def test_a_flipped_byte_never_gives_the_same_answer(start: Start, nvidia: Emulat
     assert app.json("POST", "/", FILES["page.html"]) == before, "the byte is as it was, and so is the answer"
 
 
-def test_without_a_driver_the_initializer_fails(start: Start, tmp_path: Path) -> None:
+def test_initializer_fails_without_a_driver(start: Start, tmp_path: Path) -> None:
     app = start("filetype", LD_LIBRARY_PATH=str(tmp_path))
     app.wait_until_listening()
     status, answer = app.json("POST", "/initialize")

@@ -1,4 +1,4 @@
-"""The OCR example around a stand-in for rapidocr; tests/engines/test_ocr.py has the real one, in containers."""
+"""The OCR example on a stand-in for rapidocr; tests/engines/test_ocr.py has the real one, in containers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ocr(start: Start, nvidia: EmulatedNvidia, tmp_path: Path) -> Program:
     return app
 
 
-def test_reads_with_the_models_that_are_in_device_memory(ocr: Program, nvidia: EmulatedNvidia) -> None:
+def test_uses_the_models_in_device_memory(ocr: Program, nvidia: EmulatedNvidia) -> None:
     assert ocr.request("POST", "/", b"picture too early")[0] == 503
     assert "rapidocr is loaded" not in ocr.stderr.read_text(), "it listens before it loads anything"
     vram_bytes = sum(map(len, MODELS.values()))
@@ -49,7 +49,7 @@ def test_reads_with_the_models_that_are_in_device_memory(ocr: Program, nvidia: E
     assert ocr.stderr.read_text().count("sessions are built") == 1, "they last as long as their bytes do"
 
 
-def test_what_is_no_picture_is_the_callers_fault(ocr: Program) -> None:
+def test_invalid_picture_is_answered_400(ocr: Program) -> None:
     ocr.request("POST", "/initialize")
     status, answer = ocr.json("POST", "/", b"%PDF-1.7")
     assert (status, answer["error"]) == (400, "not a readable picture: OSError: cannot identify image file")
@@ -65,7 +65,7 @@ def test_what_is_no_picture_is_the_callers_fault(ocr: Program) -> None:
     ],
     ids=["in what is used", "where it changes no text", "in the header"],
 )
-def test_a_flipped_byte_of_any_model_never_gives_the_same_answer(
+def test_flipped_byte_of_any_model_changes_the_answer(
     ocr: Program, nvidia: EmulatedNvidia, model: int, offset: int, expected: object
 ) -> None:
     ocr.request("POST", "/initialize")
@@ -80,8 +80,8 @@ def test_a_flipped_byte_of_any_model_never_gives_the_same_answer(
     assert ocr.json("POST", "/", b"picture the moon") == (200, READ), "the byte is as it was, and so is the answer"
 
 
-def test_without_rapidocr_the_initializer_says_what_to_do(start: Start, nvidia: EmulatedNvidia, tmp_path: Path) -> None:
-    """A package that can't be imported, whether or not the real one is installed here."""
+def test_initializer_without_rapidocr_names_the_fix(start: Start, nvidia: EmulatedNvidia, tmp_path: Path) -> None:
+    """A package whose import fails, whether or not the real one is installed."""
     package = tmp_path / "packages" / "rapidocr_onnxruntime"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')\n")
@@ -94,7 +94,7 @@ def test_without_rapidocr_the_initializer_says_what_to_do(start: Start, nvidia: 
     assert app.request("POST", "/", b"picture the moon")[0] == 503
 
 
-def test_without_a_driver_the_initializer_fails(start: Start, tmp_path: Path) -> None:
+def test_initializer_fails_without_a_driver(start: Start, tmp_path: Path) -> None:
     app = start("ocr", PYTHONPATH=str(write_package(tmp_path / "packages")), LD_LIBRARY_PATH=str(tmp_path))
     app.wait_until_listening()
     status, answer = app.json("POST", "/initialize")
@@ -102,7 +102,7 @@ def test_without_a_driver_the_initializer_fails(start: Start, tmp_path: Path) ->
     assert "install the NVIDIA driver" in answer["error"]
 
 
-def test_its_s_yaml_says_what_its_dockerfile_makes() -> None:
+def test_s_yaml_matches_the_dockerfile() -> None:
     (found,) = load_s_yaml(EXAMPLE / "s.yaml", environment={})
     assert not found.warnings
     assert found.function.image in (EXAMPLE / "Dockerfile").read_text(), "the name to build it by"
@@ -111,7 +111,7 @@ def test_its_s_yaml_says_what_its_dockerfile_makes() -> None:
     assert found.function.idle.freeze_after_ns == 10 * SECOND_NS
 
 
-def test_all_that_the_dockerfile_copies_is_here() -> None:
+def test_dockerfile_copies_existing_files() -> None:
     context = EXAMPLE.parents[1]
     copied = [line.split()[1] for line in (EXAMPLE / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")]
     assert len(copied) == 3

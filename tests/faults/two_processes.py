@@ -1,4 +1,4 @@
-"""The example `echo` with a second CUDA process: from the beginning ($SECOND=1), or once the file $SECOND is there."""
+"""The example `echo` with a second CUDA process: from the start ($SECOND=1), or once the file $SECOND exists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TARGET = Path(__file__).parents[1] / "fakes" / "cuda_target.py"
 
 
 def second() -> None:
-    """Start the second process and wait until its memory is filled."""
+    """Start the second process and wait until it has filled its memory."""
     process = subprocess.Popen([sys.executable, str(TARGET)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None

@@ -1,7 +1,7 @@
-"""One agent on one emulated host for the whole matrix: real processes, short timeouts, no scheduler between.
+"""One agent on one emulated host for the whole fault matrix: real processes, short timeouts, no scheduler.
 
-A case makes an instance (or takes the one that the case before left alive), brings it to where the fault strikes, sends
-a request that has to wait for it, and looks at what became of everybody.
+A case creates an instance (or reuses the previous case's), brings it to the state where the fault applies, sends a
+request that has to wait for it, and checks the outcome.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from agent.wire.convert_function import function_to_proto
 from tests.e2e.stack import Stack, echo, running_stack, until
 
 ANSWER_DEADLINE_S = 20.0
-"""No fault may keep a request longer: the sum of the short timeouts below, twice, and room for a busy machine."""
+"""No fault may delay a request longer: the sum of the short timeouts below, twice, plus room for a busy machine."""
 
 SHORT = {
     "lock_timeout": "200ms",
@@ -41,13 +41,13 @@ SHORT = {
 STATE = types_pb2.Instance.State
 AWAKE_OR_ASLEEP = (STATE.STATE_RUNNING, STATE.STATE_FROZEN)
 Plan = Callable[["FaultWorld", str], Awaitable[None]]
-"""Makes a fault strike the instance of this uid."""
+"""Applies a fault to the instance of this uid."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the waiting request got: `answered` rightly, `refused` before a byte reached the instance (the gateway then
-    sends it elsewhere), or something else, which no fault may cause."""
+    """Outcome of the waiting request: `answered` correctly, `refused` before any byte reached the instance (the gateway
+    retries elsewhere), or something else, which no fault may cause."""
 
     how: str
     detail: str = ""
@@ -55,7 +55,7 @@ class Reply:
 
 @dataclass
 class FaultWorld:
-    """See the module. `stack` is only its processes and channels."""
+    """The agent and its instances. `stack` only manages processes and channels."""
 
     stack: Stack
     driver: EmulatedDriver
@@ -67,10 +67,10 @@ class FaultWorld:
     follow_ups: list[asyncio.Task[None]] = field(default_factory=list)
     _frozen_ancestor: Path | None = None
 
-    # ---- bringing an instance where the fault strikes ---------------------------------------------------------------
+    # ---- preparing the instance -------------------------------------------------------------------------------------
 
     async def awake(self, environment: dict[str, str]) -> str:
-        """The uid of a running, idle instance with this environment: the one that is there, else a new one."""
+        """The uid of a running, idle instance with this environment; created if there is none."""
         living = [one for one in await self.stack.instances() if one.state in AWAKE_OR_ASLEEP]
         if living and environment == self.environment:
             (instance,) = living
@@ -106,7 +106,7 @@ class FaultWorld:
 
     @property
     def second_told(self) -> Path:
-        """The file that starts the second process of the newest instance."""
+        """The file that starts the newest instance's second process."""
         return self.stack.folder / f"second-{self.number}"
 
     async def asleep(self, environment: dict[str, str]) -> str:
@@ -116,7 +116,7 @@ class FaultWorld:
         return uid
 
     async def freeze(self, uid: str) -> str:
-        """Ask for a freeze and wait for its end; "" or why it did not come about."""
+        """Request a freeze and wait for its end; "" or why it failed."""
         async with self.stack.channel("agent") as channel:
             try:
                 await channel.call(channel.instances.FreezeInstance, pb.FreezeInstanceRequest(uid=uid), 20.0)
@@ -125,7 +125,7 @@ class FaultWorld:
         return ""
 
     async def struck(self, fault: int | None = None) -> None:
-        """Wait until this fault (None: every planned one) has struck; one that is used up is not listed any more."""
+        """Wait until this fault (None: every planned one) has occurred; used-up faults are no longer listed."""
 
         async def hit() -> bool:
             due = [one for one in self.driver.faults() if one.times == 1 and fault in (None, one.id)]
@@ -134,7 +134,7 @@ class FaultWorld:
         await until("the fault strikes", hit, 10.0)
 
     def once_struck(self, fault: int, follow_up: Callable[[], None]) -> None:
-        """Do this as soon as the planned fault has struck."""
+        """Call `follow_up` once the planned fault has occurred."""
 
         async def wait() -> None:
             await self.struck(fault)
@@ -142,35 +142,35 @@ class FaultWorld:
 
         self.follow_ups.append(asyncio.create_task(wait()))
 
-    # ---- what happens to hosts --------------------------------------------------------------------------------------
+    # ---- faults of the host -----------------------------------------------------------------------------------------
 
     def pause(self, uid: str) -> None:
-        """`docker pause` by somebody else, who lets it go on after a while."""
+        """An external `docker pause`, followed by an unpause."""
         cgroup.write_freeze(self.cgroup_of(uid), frozen=True)
         loop = asyncio.get_running_loop()
         loop.call_later(1.5, lambda: cgroup.write_freeze(self.cgroup_of(uid), frozen=False))  # longer than a freeze
 
     def pause_for_good(self, uid: str) -> None:
-        """`docker pause`, and nobody comes back."""
+        """An external `docker pause` without an unpause."""
         cgroup.write_freeze(self.cgroup_of(uid), frozen=True)
 
     def freeze_ancestor(self, uid: str) -> None:
-        """Somebody froze the slice in which all instances live."""
+        """Freeze the slice of all instances from outside."""
         cgroup.write_freeze(self.cgroup_of(uid).parent, frozen=True)
         self._frozen_ancestor = self.cgroup_of(uid).parent
 
     def kill_instance(self, uid: str) -> None:
-        """The OOM killer, or an operator."""
+        """Kill the instance, like the OOM killer or an operator."""
         for pid in cgroup.procs(self.cgroup_of(uid)):
             os.kill(pid, signal.SIGKILL)
 
     def blind_nvml(self, _uid: str) -> None:
-        """NVML answers NVML_ERROR_UNKNOWN for every GPU."""
+        """Let NVML answer NVML_ERROR_UNKNOWN for every GPU."""
         for device in self.driver.devices():
             self.driver.set_device(device.uuid, nvml_error=999)
 
     async def no_persistence(self, _uid: str) -> None:
-        """Persistence mode was turned off behind the agent's back, some time ago."""
+        """Turn persistence mode off from outside, some time before."""
         before = (await self.history("")).count("gpu.persistence_off")
         for device in self.driver.devices():
             self.driver.set_device(device.uuid, persistence=False)
@@ -181,29 +181,29 @@ class FaultWorld:
         await until("the agent has noticed", noticed, 10.0)
 
     def fill_gpu(self, _uid: str) -> None:
-        """Somebody outside of Hibernode takes the GPU's memory."""
+        """Fill the GPU's memory from outside."""
         for device in self.driver.devices():
             self.driver.reserve(device.uuid, device.total_bytes - device.used_bytes)
 
     def kill_workers(self, _uid: str) -> None:
-        """Every process that calls the driver for the agent is killed."""
+        """Kill every process that calls the driver for the agent."""
         for child in psutil.Process(self.stack.processes["agent"].pid).children(recursive=True):
             if any("driver_worker" in word for word in child.cmdline()):
                 child.kill()
 
     def start_second(self, _uid: str) -> None:
-        """The instance starts another CUDA process now."""
+        """Start the instance's second CUDA process."""
         self.second_told.touch()
 
     def kill_second(self, uid: str) -> None:
-        """The instance's second CUDA process ends now."""
+        """Kill the instance's second CUDA process."""
         pids = [process.pid for process in self.driver.processes() if process.pid in cgroup.procs(self.cgroup_of(uid))]
         os.kill(max(pids), signal.SIGKILL)
 
-    # ---- the request that has to wait -------------------------------------------------------------------------------
+    # ---- the waiting request ----------------------------------------------------------------------------------------
 
     async def ask(self, uid: str) -> Reply:
-        """One request for this instance, through the ingress."""
+        """Send one request for this instance through the ingress."""
         self.number += 1
         headers = {"x-hibernode-token": self.token, "x-hibernode-instance": uid}
         try:
@@ -221,10 +221,10 @@ class FaultWorld:
         except (aiohttp.ClientError, TimeoutError) as error:
             return Reply("unanswered", repr(error))
 
-    # ---- what became of it ------------------------------------------------------------------------------------------
+    # ---- the outcome ------------------------------------------------------------------------------------------------
 
     async def history(self, uid: str) -> str:
-        """Every message of the instance's events."""
+        """The messages of all the instance's events."""
         async with self.stack.channel("agent") as channel:
             answer = await channel.call(
                 channel.instances.ListEvents, pb.ListEventsRequest(instance_uid=uid, page_size=1000), 5.0
@@ -232,12 +232,12 @@ class FaultWorld:
         return "\n".join(f"{event.name} {event.message}" for event in answer.events)
 
     async def find(self, uid: str) -> types_pb2.Instance:
-        """The instance, also after its end."""
+        """The instance, even after its end."""
         async with self.stack.channel("agent") as channel:
             return (await channel.call(channel.instances.GetInstance, pb.GetInstanceRequest(uid=uid), 5.0)).instance
 
     async def settled(self, uid: str) -> types_pb2.Instance:
-        """The instance once it is RUNNING, FROZEN or ended, and its GPU given back if it does not hold it."""
+        """The instance once it is RUNNING, FROZEN or ended, and has released a GPU that it does not hold."""
         at_rest = (STATE.STATE_RUNNING, STATE.STATE_FROZEN, STATE.STATE_FAILED, STATE.STATE_STOPPED)
 
         async def resting() -> bool:
@@ -250,9 +250,9 @@ class FaultWorld:
         return await self.find(uid)
 
     def heal(self) -> None:
-        """No fault any more; what hung may run now."""
+        """Remove all faults; hung operations run now."""
         if self._frozen_ancestor is not None:
-            with suppress(FileNotFoundError):  # it went with the last instance
+            with suppress(FileNotFoundError):  # removed with the last instance
                 cgroup.write_freeze(self._frozen_ancestor, frozen=False)
             self._frozen_ancestor = None
         self.driver.clear_faults()
@@ -261,7 +261,7 @@ class FaultWorld:
             self.driver.reserve(device.uuid, 0)
 
     async def goes_on(self, uid: str) -> None:
-        """Until it is not paused any more."""
+        """Wait until the instance is no longer paused."""
 
         async def running() -> bool:
             return bool((await self.find(uid)).healthy)
@@ -269,7 +269,7 @@ class FaultWorld:
         await until(f"{uid} goes on", running, 10.0)
 
     async def nothing_is_left_half_way(self) -> None:
-        """After the cure: no process is locked, and none is checkpointed but the frozen instance's own."""
+        """After `heal`: no process is locked, and only the frozen instance's own are checkpointed."""
 
         async def clean() -> bool:
             frozen = sum(one.state == STATE.STATE_FROZEN for one in await self.stack.instances())
@@ -279,7 +279,7 @@ class FaultWorld:
         await until("no process is locked or half checkpointed", clean, 10.0)
 
     def cgroup_of(self, uid: str) -> Path:
-        """Where the instance's threads are stopped."""
+        """The cgroup in which the instance's threads are frozen."""
         mark = (self.stack.folder / "agent" / "uuid").read_text().strip()
         slice_ = cgroup.open_slice(mark)
         assert slice_ is not None
@@ -288,7 +288,7 @@ class FaultWorld:
 
 @asynccontextmanager
 async def running_fault_world(profile: str) -> AsyncIterator[FaultWorld]:
-    """A driver with one GPU and an agent; taken down whatever happened."""
+    """A driver with one GPU and an agent, always closed at the end."""
     driver_options = ("--gpus", "1", "--gib", "1", "--profile", profile)
     async with running_stack(*driver_options, gpu_settings=SHORT, scheduler=False) as stack:
         assert stack.http is not None

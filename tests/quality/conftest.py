@@ -1,4 +1,4 @@
-"""Where the checkout is, and how a linter is run as a test case."""
+"""The checkout, and linters as test cases."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def tracked() -> list[Path]:
-    """Every file of the project: tracked by git, or new and not ignored, so that a test fails before the commit."""
-    # The checkout may belong to another user than the one who tests it; git would refuse to list it.
+    """Every file of the project: tracked by git, or new and not ignored, so that tests fail before the commit."""
+    # The checkout may belong to another user, in which case git would refuse to list it.
     command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=30)
     assert listed.returncode == 0, f"the files are listed by git: {listed.stderr.decode()}"
@@ -45,14 +45,14 @@ def tool() -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def lint() -> Lint:
-    """Run a linter from the checkout's root; its own words are the failure."""
+    """Run a linter from the checkout's root; its output is the failure."""
 
     def run(*command: str, fix: str, cwd: Path = ROOT, timeout: float = 50) -> None:
         done = subprocess.run(
             command, cwd=cwd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False
         )
         if done.returncode != 0:
-            said = (done.stdout + done.stderr).strip()
-            pytest.fail(f"{' '.join(command)} (exit {done.returncode})\n{said[-6000:]}\nfix: {fix}", pytrace=False)
+            output = (done.stdout + done.stderr).strip()
+            pytest.fail(f"{' '.join(command)} (exit {done.returncode})\n{output[-6000:]}\nfix: {fix}", pytrace=False)
 
     return run

@@ -1,4 +1,4 @@
-"""The scripts: plain sh that parses, is executable, and explains itself without setting anything up."""
+"""The scripts: plain sh that parses, is executable, and prints help without any set-up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMANDS = [path for path in SHELL_FILES if path.suffix != ".sh"]
 EXPECTED = {"demo", "test", "bench", "check", "gen-protos", "install"}
 
 
-def test_all_commands_are_there() -> None:
+def test_all_commands_exist() -> None:
     assert {path.name for path in COMMANDS} >= EXPECTED
 
 
@@ -35,7 +35,7 @@ def test_script_is_executable(path: Path) -> None:
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
 def test_script_explains_itself(path: Path, flag: str, tmp_path: Path) -> None:
-    """On a copy without an environment: help must not begin with a set-up."""
+    """In a copy without an environment: help must not start a set-up."""
     copy = tmp_path / "checkout"
     shutil.copytree(ROOT / "scripts", copy / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     done = subprocess.run(
@@ -46,7 +46,7 @@ def test_script_explains_itself(path: Path, flag: str, tmp_path: Path) -> None:
     assert not (copy / ".venv").exists()
 
 
-def test_bench_names_the_benchmarks_when_asked_for_another() -> None:
+def test_bench_refuses_an_unknown_benchmark() -> None:
     script = ROOT / "scripts" / "bench"
     done = subprocess.run([str(script), "no_such"], capture_output=True, text=True, timeout=10, check=False)
     assert done.returncode == 2
@@ -54,13 +54,13 @@ def test_bench_names_the_benchmarks_when_asked_for_another() -> None:
     assert not done.stdout
 
 
-def test_ci_runs_the_command_the_readme_names() -> None:
+def test_ci_runs_the_command_in_the_readme() -> None:
     assert "scripts/test" in (ROOT / ".ci" / "run").read_text()
     assert "scripts/test" in (ROOT / "README.md").read_text()
 
 
-def test_lower_bounds_follow_the_generator() -> None:
-    """What agent/v1 was generated with is the least that may run it (DESIGN section 12)."""
+def test_lower_bounds_match_the_generator() -> None:
+    """The generator's versions of agent/v1 are the oldest that may run it (agent/docs/design.md)."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     generator = next(
         line.partition("==")[2] for line in project["optional-dependencies"]["dev"] if line.startswith("grpcio-tools==")

@@ -1,4 +1,4 @@
-"""The systemd units: accepted by systemd itself, and no more exposed than they were."""
+"""The systemd units: accepted by systemd, and never more exposed than before."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from agent.adapters.nvml.locks import LOCK_FOLDER
 
 UNITS = ["hibernode-agent.service", "hibernode-scheduler.service"]
 
-# The score of `systemd-analyze security`: 0 is sealed, 10 is wide open. The agent is root by its task. Lower these when
-# a unit gets better; they are never raised.
+# The score of `systemd-analyze security`: 0 is sealed, 10 is wide open. The agent must be root. Lower these when a unit
+# improves; never raise them.
 MOST_EXPOSED = {"hibernode-agent.service": 5.1, "hibernode-scheduler.service": 1.2}
 
-# What would make it better, and breaks the agent (the unit says how).
+# Directives that would improve the score but break the agent (the unit gives the reasons).
 MUST_STAY_OFF = {
     "PrivateDevices",
     "DevicePolicy",
@@ -46,7 +46,7 @@ def analyze() -> str:
 
 @pytest.mark.parametrize("name", UNITS)
 def test_systemd_accepts_the_unit(name: str, analyze: str, root: Path, tmp_path: Path) -> None:
-    """With a program in the place of the installed one, which systemd-analyze wants to see."""
+    """Replaces the installed program by an existing one, for systemd-analyze."""
     unit = tmp_path / name
     text = (root / "systemd" / name).read_text()
     assert "ExecStart=/opt/hibernode/bin/hibernode " in text
@@ -58,9 +58,7 @@ def test_systemd_accepts_the_unit(name: str, analyze: str, root: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_the_unit_is_no_more_exposed_than_it_was(
-    name: str, analyze: str, root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exposure_does_not_grow(name: str, analyze: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run(
         [analyze, "security", "--offline=true", "--no-pager", str(root / "systemd" / name)],
         capture_output=True,
@@ -79,8 +77,8 @@ def _directives(text: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
 
 
-def test_what_the_agent_cannot_live_with_is_off_and_says_why(root: Path) -> None:
-    """DeviceAllow among them, which ProtectClock implies: it denies every device that is not named, the GPUs first."""
+def test_breaking_directives_are_off_with_a_reason(root: Path) -> None:
+    """Also DeviceAllow, which ProtectClock implies: it denies every unnamed device, GPUs included."""
     text = (root / "systemd/hibernode-agent.service").read_text()
     switched_on = {*MUST_STAY_OFF, "DeviceAllow"} & _directives(text).keys()
     assert not switched_on
@@ -88,7 +86,7 @@ def test_what_the_agent_cannot_live_with_is_off_and_says_why(root: Path) -> None
     assert not {name for name in MUST_STAY_OFF if f"{name}" not in reasons}
 
 
-def test_every_capability_of_the_agent_says_what_for(root: Path) -> None:
+def test_every_capability_has_a_reason(root: Path) -> None:
     text = (root / "systemd/hibernode-agent.service").read_text()
     capabilities = [name.removeprefix("CAP_") for name in _directives(text)["CapabilityBoundingSet"].split()]
     comments = " ".join(line for line in text.splitlines() if line.startswith("#"))
@@ -96,15 +94,15 @@ def test_every_capability_of_the_agent_says_what_for(root: Path) -> None:
     assert not [name for name in capabilities if not re.search(rf"\b{name}\b", comments)]
 
 
-def test_no_unit_takes_libraries_or_modules_from_the_managers_environment(root: Path) -> None:
+def test_units_clear_library_paths_of_the_manager(root: Path) -> None:
     for name in UNITS:
         cleared = _directives((root / "systemd" / name).read_text())["UnsetEnvironment"].split()
         assert {"LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", "PYTHONHOME"} <= set(cleared)
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--uninstall"])
-def test_install_stands_nowhere_and_leaves_nothing_writable(option: str, root: Path, tmp_path: Path) -> None:
-    """A `venv.py` where root happens to stand must not become root's, nor a loose umask everybody's /opt/hibernode."""
+def test_install_ignores_cwd_and_umask(option: str, root: Path, tmp_path: Path) -> None:
+    """A `venv.py` in root's working directory must not run, and a loose umask must not make /opt/hibernode writable."""
     traced = ["sh", "-x", str(root / "scripts/install"), "--dry-run", option]
     done = subprocess.run(traced, cwd=tmp_path, capture_output=True, text=True, timeout=10, check=True)
     steps = [line.lstrip("+ ") for line in done.stderr.splitlines() if line.startswith("+")]
@@ -112,8 +110,8 @@ def test_install_stands_nowhere_and_leaves_nothing_writable(option: str, root: P
     assert {"cd /", "umask 022"} <= set(steps[:first_action])
 
 
-def test_the_agent_may_write_where_it_keeps_its_gpu_locks(root: Path) -> None:
-    """ProtectSystem=strict makes all of it read-only but what is named, and without its locks no agent starts."""
+def test_agent_may_write_its_gpu_locks(root: Path) -> None:
+    """ProtectSystem=strict makes everything else read-only, and no agent starts without its locks."""
     unit = (root / "systemd/hibernode-agent.service").read_text()
     writable = re.search(r"^ReadWritePaths=(.*)$", unit, re.MULTILINE)
     assert writable
@@ -121,7 +119,7 @@ def test_the_agent_may_write_where_it_keeps_its_gpu_locks(root: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [["--dry-run"], ["--dry-run", "--uninstall"]])
-def test_install_says_what_it_would_do(options: list[str], root: Path) -> None:
+def test_install_dry_run_lists_its_steps(options: list[str], root: Path) -> None:
     script = str(root / "scripts" / "install")
     done = subprocess.run([script, *options], capture_output=True, text=True, timeout=10, check=False)
     assert done.returncode == 0, done.stderr

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
+from agent.core.billing.window import UsageWindow
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
+from agent.scheduler.usage.tables import CONFLICTS, window_of
 from tests.fakes.clock import FakeClock
 from tests.fakes.postgresql import PostgreSQL
 
@@ -29,6 +33,17 @@ async def database(database_url: str) -> AsyncIterator[UsageDatabase]:
     await opened.open()
     yield opened
     opened.close()
+
+
+async def conflicts(database: UsageDatabase) -> list[UsageWindow]:
+    """The payloads kept as conflicts."""
+
+    def read() -> list[UsageWindow]:
+        with database.engine.connect() as connection:
+            found = connection.execute(sa.select(CONFLICTS.c.payload)).scalars().all()
+        return [window_of(json.loads(payload)) for payload in found]
+
+    return await database.run(read)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The figures of a selftest, and what an error says about a host."""
+"""The figures of a selftest, and the verdict for each error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(number: int, checkpointer: str, wake_s: float, pinned: PinnedCopy | None
     return SelftestRun(number, checkpointer, figures, pinned or PinnedCopy(unavailable="no cuMemHostAlloc"))
 
 
-def test_the_warm_up_does_not_count() -> None:
+def test_warm_up_does_not_count() -> None:
     found = summarize([run(0, "driver", 99.0), run(1, "driver", 1.0), run(2, "driver", 3.0), run(3, "driver", 2.0)])
     wake = found["driver"]["wake_s"]
     assert (wake.median, wake.min, wake.max) == (2.0, 1.0, 3.0)
@@ -44,22 +44,22 @@ def test_the_warm_up_does_not_count() -> None:
     assert "pinned" not in found
 
 
-def test_the_pinned_copy_is_summed_up_over_all_checkpointers() -> None:
+def test_pinned_copy_is_summarised_over_all_checkpointers() -> None:
     copies = [PinnedCopy(to_host_s=1.0, to_host_gb_s=10.0), PinnedCopy(to_host_s=3.0, to_host_gb_s=30.0)]
     found = summarize([run(1, "driver", 1.0, copies[0]), run(1, "utility", 2.0, copies[1])])
     assert found["pinned"]["to_host_gb_s"].median == 20.0
 
 
-def test_ratios_are_taken_run_by_run() -> None:
-    """The machine was slow in the second run: each pair has met the same minute."""
+def test_ratios_compare_within_a_run() -> None:
+    """The machine was slow in the second run, which affects both checkpointers of that run."""
     runs = [run(0, "driver", 1.0), run(0, "utility", 50.0)]
     runs += [run(1, "driver", 1.0), run(1, "utility", 2.0), run(2, "utility", 24.0), run(2, "driver", 8.0)]
     wake = ratios(runs, "utility", "driver")["wake_s"]
     assert (wake.min, wake.max) == (2.0, 3.0)
-    assert "thaw_s" not in ratios(runs, "utility", "driver")  # took no time at all: nothing to divide by
+    assert "thaw_s" not in ratios(runs, "utility", "driver")  # took no time: division by zero
 
 
-def test_no_runs_no_figures() -> None:
+def test_no_figures_without_runs() -> None:
     assert summarize([]) == {}
     assert summarize([run(0, "driver", 1.0)]) == {}
     assert gb_s(10**9, 0.0) == 0.0
@@ -77,8 +77,8 @@ def test_no_runs_no_figures() -> None:
         (InstanceError(MEMORY_CHANGED, "byte 7 is 0x00 and was 0x01"), True, Proof.MEMORY_CHANGED),
     ],
 )
-def test_what_an_error_says_about_the_host(error: HibernodeError, begun: bool, proof: Proof) -> None:
+def test_verdict_of_an_error(error: HibernodeError, begun: bool, proof: Proof) -> None:
     verdict = verdict_of(error, begun=begun)
     assert (verdict.proof, verdict.reason, verdict.message) == (proof, error.reason, error.message)
     if proof is not Proof.NOT_RUN:
-        assert "idle: never" in verdict.fix  # whoever reads only this line is safe
+        assert "idle: never" in verdict.fix  # safe advice even for readers of this line alone

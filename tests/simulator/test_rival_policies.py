@@ -68,7 +68,7 @@ def places(effects: list[Effect]) -> list[tuple[int, str]]:
 THREE = dict.fromkeys(("a", "b", "c"), RUNNING)
 
 
-def test_round_robin_goes_strictly_in_turn_whoever_is_free() -> None:
+def test_round_robin_takes_turns_even_if_another_instance_is_free() -> None:
     told = Told(Rival.ROUND_ROBIN, THREE)
     assert [uid for _, uid in places(told.arrive(1, 2, 3))] == ["b", "c", "a"]
     assert places(told.apply(LeaseEnded(2))) == [], "c is free"
@@ -77,7 +77,7 @@ def test_round_robin_goes_strictly_in_turn_whoever_is_free() -> None:
     assert places(told.apply(LeaseEnded(1))) == [(4, "b")]
 
 
-def test_random_takes_whom_chance_names() -> None:
+def test_random_takes_the_drawn_instance() -> None:
     told = Told(Rival.RANDOM, THREE)
     told.drawn = iter((2, 2, 0))
     assert places(told.arrive(1, 2, 3)) == [(1, "c"), (3, "a")], "the second waits at c although a and b are free"
@@ -92,7 +92,7 @@ def test_two_choices_takes_the_one_with_fewer_and_the_first_of_equals() -> None:
     assert places(told.apply(LeaseEnded(2))) == [(3, "b")]
 
 
-def test_least_outstanding_counts_who_waits_and_draws_among_equals() -> None:
+def test_least_outstanding_counts_queued_requests_and_draws_among_equals() -> None:
     told = Told(Rival.LEAST_OUTSTANDING, THREE)
     told.drawn = iter((1, 1, 0, 0))
     assert places(told.arrive(1, 2, 3)) == [(1, "b"), (2, "c"), (3, "a")]
@@ -102,7 +102,7 @@ def test_least_outstanding_counts_who_waits_and_draws_among_equals() -> None:
     assert places(told.arrive(5)) == [(5, "c")]
 
 
-def test_a_bound_request_does_not_move_to_whoever_frees_first() -> None:
+def test_a_bound_request_stays_when_another_instance_becomes_free() -> None:
     """What late binding saves."""
     told = Told(Rival.LEAST_OUTSTANDING, dict.fromkeys(("a", "b"), RUNNING))
     told.drawn = iter((0, 0, 0))
@@ -118,7 +118,7 @@ def test_an_instance_takes_as_many_at_once_as_it_may() -> None:
     assert places(told.apply(RequestGone(1))) == [(3, "a")]
 
 
-def test_round_robin_wakes_whom_it_comes_to_and_once() -> None:
+def test_round_robin_wakes_the_frozen_instance_in_turn_once() -> None:
     told = Told(Rival.ROUND_ROBIN, {"a": RUNNING, "b": FROZEN})
     assert told.arrive(1) == [Wake("b", "n1")], "a is awake and free"
     assert places(told.arrive(2)) == [(2, "a")]
@@ -128,7 +128,7 @@ def test_round_robin_wakes_whom_it_comes_to_and_once() -> None:
     assert places(told.apply(LeaseEnded(1))) == [(3, "b")]
 
 
-def test_a_wake_that_failed_is_tried_again_when_the_instance_is_heard() -> None:
+def test_a_failed_wake_is_retried_when_the_instance_is_reported() -> None:
     told = Told(Rival.ROUND_ROBIN, {"a": FROZEN})
     assert told.arrive(1) == [Wake("a", "n1")]
     assert told.apply(WakeFailed("a")) == [], "else a shell whose wakes fail at once would never end"
@@ -136,7 +136,7 @@ def test_a_wake_that_failed_is_tried_again_when_the_instance_is_heard() -> None:
 
 
 @pytest.mark.parametrize("rival", list(Rival))
-def test_who_gets_nothing_is_told_why(rival: Rival) -> None:
+def test_refused_requests_get_the_reason(rival: Rival) -> None:
     told = Told(rival, {"a": RUNNING}, queue=1)
     assert told.apply(RequestArrived(1, "llm", FAR)) == [Refuse(1, RefusalReason.UNKNOWN_FUNCTION)]
     assert places(told.arrive(2, 3)) == [(2, "a")]
@@ -148,7 +148,7 @@ def test_who_gets_nothing_is_told_why(rival: Rival) -> None:
 
 
 @pytest.mark.parametrize("rival", list(Rival))
-def test_who_waited_at_an_instance_that_ends_is_bound_anew(rival: Rival) -> None:
+def test_requests_queued_at_an_instance_that_ends_are_bound_again(rival: Rival) -> None:
     told = Told(rival, {"a": RUNNING})
     assert places(told.arrive(1, 2, 3)) == [(1, "a")]
     told.apply(InstanceReported("b", "ocr", "n1", RUNNING))
@@ -177,7 +177,7 @@ def test_a_refused_lease_is_first_in_its_line_again_until_its_deadline() -> None
     )
 
 
-def test_what_waits_for_a_removed_function_is_refused_and_what_runs_ends() -> None:
+def test_a_removed_function_refuses_queued_requests_and_finishes_the_others() -> None:
     told = Told(Rival.ROUND_ROBIN, {"a": RUNNING})
     assert places(told.arrive(1, 2, 3)) == [(1, "a")]
     unknown = [Refuse(number, RefusalReason.UNKNOWN_FUNCTION) for number in (1, 2, 3)]

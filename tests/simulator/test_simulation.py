@@ -27,7 +27,7 @@ FACTS = {
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("policy", "cv", "load"), FACTS)
-def test_the_facts_are_found_again(policy: SimulatedPolicy, cv: float, load: float) -> None:
+def test_the_measured_facts_are_reproduced(policy: SimulatedPolicy, cv: float, load: float) -> None:
     p50, p99 = latencies(policy, cv, load, 60_000, 2)
     known50, known99 = FACTS[policy, cv, load]
     assert p50 == pytest.approx(known50, rel=0.05)
@@ -35,7 +35,7 @@ def test_the_facts_are_found_again(policy: SimulatedPolicy, cv: float, load: flo
 
 
 @pytest.mark.parametrize("policy", list(SimulatedPolicy))
-def test_every_policy_answers_everybody_and_the_same_way_again(policy: SimulatedPolicy) -> None:
+def test_every_policy_answers_all_requests_and_is_repeatable(policy: SimulatedPolicy) -> None:
     plan = SimulationPlan(policy, SERVERS, freeze_after_ns=SECOND_NS, wake_ns=2 * SECOND_NS, freeze_ns=SECOND_NS)
     first, again = asleep(plan, 0.2, 2_000, 7), asleep(plan, 0.2, 2_000, 7)
     assert len(first.latencies_ns) == 2_000
@@ -44,7 +44,7 @@ def test_every_policy_answers_everybody_and_the_same_way_again(policy: Simulated
     assert (first.wakes, first.awake_ns, first.spent) == (again.wakes, again.awake_ns, again.spent)
 
 
-def test_sleeping_frees_gpus_and_waiting_for_a_busy_one_frees_more() -> None:
+def test_freezing_frees_gpus_and_the_wake_factor_frees_more() -> None:
     """The shape of the second table of the facts: load 0.1, ten seconds of patience."""
     plan = SimulationPlan(SimulatedPolicy.PACK, SERVERS, wake_ns=2 * SECOND_NS, freeze_ns=SECOND_NS)
     robin = asleep(replace(plan, policy=SimulatedPolicy.ROUND_ROBIN), 0.1, 6_000, 3)
@@ -59,7 +59,7 @@ def test_sleeping_frees_gpus_and_waiting_for_a_busy_one_frees_more() -> None:
     assert patient_s < 1.5 * pack_s
 
 
-def test_one_request_to_a_sleeping_instance_by_hand() -> None:
+def test_one_request_to_a_frozen_instance_by_hand() -> None:
     """Frozen after a second, woken in two: every nanosecond is accounted for."""
     plan = SimulationPlan(freeze_after_ns=SECOND_NS, wake_ns=2 * SECOND_NS, freeze_ns=SECOND_NS // 2)
     calls = [Call(0, FUNCTION, 100 * MILLISECOND_NS), Call(10 * SECOND_NS, FUNCTION, 100 * MILLISECOND_NS)]

@@ -20,7 +20,7 @@ def trace(folder: Path, text: str | bytes) -> list[Call]:
     return list(read_trace(path))
 
 
-def test_times_and_durations_in_every_way_to_write_them(tmp_path: Path) -> None:
+def test_times_and_durations_in_all_notations(tmp_path: Path) -> None:
     found = trace(
         tmp_path,
         "status,time,duration,function\r\n"

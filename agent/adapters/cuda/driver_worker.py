@@ -189,7 +189,8 @@ def serve(channel: socket.socket) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Die with the agent. The parent is compared after PR_SET_PDEATHSIG, because it may have died before."""
+    """Arrange to die with the agent, then serve. The parent may have died before PR_SET_PDEATHSIG, so it is
+    compared."""
     descriptor, parent = int(arguments[0]), int(arguments[1])
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # crashes of libcuda must not fill the root directory

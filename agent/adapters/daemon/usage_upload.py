@@ -17,10 +17,10 @@ UPLOAD_TIMEOUT_S = 10.0
 
 
 class UsageUpload:
-    """Sends what the ledger holds unacknowledged; `run` goes on until cancelled.
+    """Uploads the unacknowledged windows of the ledger; `run` goes on until cancelled.
 
-    `node_name` is the name of the agent's credential, set once the scheduler has said it; nothing is uploaded before,
-    because the scheduler rejects windows under another name for good.
+    `node_name` is the name of the agent's credential, set once the scheduler has reported it. Nothing is uploaded
+    before: the scheduler would reject windows under another name for good.
     """
 
     def __init__(self, channel: DaemonChannel, store: LedgerStore, interval_s: float) -> None:

@@ -1,12 +1,13 @@
 """Becomes a workload: run as `python -I -S launcher.py CONTROL_FD CGROUP UID`.
 
 It joins the cgroup, then waits for its plan. The agent sends the plan only after it has recorded the launcher's
-identity, so an agent that dies at any point leaves either a recorded container or none. It is a program of its own and
-not a preexec_fn, because forking Python code in a process with threads (gRPC has them) can hang.
+identity, so an agent that dies at any point leaves either a recorded container or none. A program of its own, because
+forking Python code in a process with threads (gRPC has them) can hang. It imports little (every cold start runs it),
+nothing of the agent, and never returns.
 
-Stand-alone, imports little (every cold start runs it) and never returns. Plan (`launch.py` writes it): records of
-one letter and a value, each ended by NUL; the last one is ".". Answer on CONTROL_FD: "X" right before the exec; "E" and
-a text if something failed. The end of file means that the exec succeeded, because exec closes the descriptor.
+Plan (`launch.py` writes it): records of one letter and a value, each ended by NUL; the last one is ".". Answer on
+CONTROL_FD: "X" right before the exec; "E" and a text if something failed. The end of file means that the exec
+succeeded, because exec closes the descriptor.
 """
 
 from __future__ import annotations

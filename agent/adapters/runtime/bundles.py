@@ -42,7 +42,7 @@ class _Record:
     version: int
     state_uuid: str
     handle: Handle
-    stop_signal: int = 0  # the image's own, asks its main process to end; 0 = SIGTERM
+    stop_signal: int = 0  # the image's own; 0 = SIGTERM
 
 
 @dataclass(frozen=True, slots=True)

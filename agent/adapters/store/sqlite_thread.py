@@ -30,7 +30,7 @@ _STORAGE_ERRORS = (sqlite3.Error, OSError, ValueError, msgspec.MsgspecError)
 
 @dataclass(frozen=True, slots=True)
 class StoreHealth:
-    """Whether the last job succeeded; `failures` counts the consecutive ones since, `message` is the last one's."""
+    """Whether the last job succeeded. `failures` counts consecutive failures, `message` is the last one's."""
 
     ok: bool
     failures: int = 0
@@ -130,7 +130,7 @@ class StoreThread:
             job.future.set_result(result)
 
     def _connect(self) -> sqlite3.Connection:
-        # Holds environment variables of functions: owner only, also after a copy from a backup. -wal and -shm inherit.
+        # Holds the environment of functions: owner only, even after a copy from a backup. -wal and -shm follow.
         database = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.fchmod(database, 0o600)
         os.close(database)

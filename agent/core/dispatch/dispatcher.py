@@ -55,8 +55,6 @@ BACK_OFF_MAX_NS = 30 * SECOND_NS
 
 
 class Dispatcher:
-    """All functions, nodes and requests of one scheduler."""
-
     def __init__(self, *, early_dispatch: bool = False) -> None:
         """`early_dispatch`: the caller supports `Dispatch.early`."""
         self._early_dispatch = early_dispatch
@@ -65,50 +63,50 @@ class Dispatcher:
         self._instances: dict[str, DispatchInstance] = {}
         self._requests: dict[int, Request] = {}
         self._order = 0
+        self._effects: list[Effect] = []  # of the current step
 
     def step(self, event: Event, at: int) -> list[Effect]:  # noqa: C901 -- one arm an event
         """Apply what happened at `at` (monotonic ns) and return what to do about it."""
-        effects: list[Effect] = []
+        self._effects = []
         match event:
             case RequestArrived():
-                self._arrived(event, at, effects)
+                self._arrived(event, at)
             case LeaseAnswered(request, waited_ns):
-                self._answered(request, waited_ns, at, effects)
+                self._answered(request, waited_ns, at)
             case LeaseEnded(request, uid):
-                self._ended(request, at, effects, served=True, uid=uid)
+                self._ended(request, at, served=True, uid=uid)
             case RequestGone(request):
-                self._ended(request, at, effects, served=False)
+                self._ended(request, at, served=False)
             case LeaseRefused(request):
-                self._refused(request, at, effects)
+                self._refused(request, at)
             case DeadlinePassed(request):
-                self._deadline_passed(request, effects)
+                self._deadline_passed(request)
             case InstanceReported():
-                self._reported(event, at, effects)
+                self._reported(event, at)
             case InstanceGone(uid):
-                self._gone(uid, at, effects)
+                self._gone(uid, at)
             case InstanceRetired(uid, retired):
-                self._retired(uid, retired, at, effects)
+                self._retired(uid, retired, at)
             case WakeAnswered(uid) | WakeFailed(uid):
-                self._wake_answered(uid, at, effects, failed=isinstance(event, WakeFailed))
+                self._wake_answered(uid, at, failed=isinstance(event, WakeFailed))
             case NodeReported():
-                self._node_reported(event, at, effects)
+                self._node_reported(event, at)
             case NodeSuspect(node):
-                self._set_standing(self._node(node), NodeStanding.SUSPECT, at, effects)
+                self._set_standing(self._node(node), NodeStanding.SUSPECT, at)
             case NodeLost(node):
                 self._void_leases(self._node(node), at)
-                self._set_standing(self._node(node), NodeStanding.LOST, at, effects)
+                self._set_standing(self._node(node), NodeStanding.LOST, at)
             case FunctionSet():
-                self._function_set(event, at, effects)
+                self._function_set(event, at)
             case FunctionRemoved(name):
-                self._function_removed(name, effects)
+                self._function_removed(name)
             case _:
                 assert_never(event)
-        return effects
+        return self._effects
 
     # ---- reading ----------------------------------------------------------------------------------------------
 
     def queue_state(self, function: str) -> QueueState:
-        """A snapshot of one function."""
         found = self._functions.get(function)
         return QueueState(0, 0, 0, 0) if found is None else found.queue_state()
 
@@ -118,16 +116,15 @@ class Dispatcher:
         return 0 if found is None else found.lease_time_ns + found.leases * (at - found.leases_since_ns)
 
     def leased(self, uid: str) -> int:
-        """The instance's leases."""
         instance = self._instances.get(uid)
         return 0 if instance is None else instance.leased
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
-    def _arrived(self, event: RequestArrived, at: int, effects: list[Effect]) -> None:
+    def _arrived(self, event: RequestArrived, at: int) -> None:
         function = self._functions.get(event.function)
         if function is None or not function.known:
-            effects.append(Refuse(event.request, RefusalReason.UNKNOWN_FUNCTION))
+            self._effects.append(Refuse(event.request, RefusalReason.UNKNOWN_FUNCTION))
             return
         if event.request in self._requests:
             return
@@ -136,19 +133,19 @@ class Dispatcher:
         instance = None if function.queue else function.index.free()
         if instance is not None:
             self._requests[event.request] = request
-            self._dispatch(function, request, instance, at, effects)
+            self._dispatch(function, request, instance, at)
             return
         if function.no_capacity_expected:
-            effects.append(Refuse(event.request, RefusalReason.NO_CAPACITY))
+            self._effects.append(Refuse(event.request, RefusalReason.NO_CAPACITY))
             return
         if function.queued >= function.queue_length:
-            effects.append(Refuse(event.request, RefusalReason.QUEUE_FULL))
+            self._effects.append(Refuse(event.request, RefusalReason.QUEUE_FULL))
             return
         self._requests[event.request] = request
         function.queue.append(request)
-        self._wake(function, at, effects)
+        self._wake(function, at)
 
-    def _answered(self, number: int, waited_ns: int, at: int, effects: list[Effect]) -> None:
+    def _answered(self, number: int, waited_ns: int, at: int) -> None:
         request = self._requests.get(number)
         if request is None or request.instance is None:
             return
@@ -157,9 +154,9 @@ class Dispatcher:
         if instance.direct_wake == number:
             function = self._functions[request.function]
             self._awake(function, instance, at, waited_ns)
-            self._drain(function, at, effects)
+            self._drain(function, at)
 
-    def _ended(self, number: int, at: int, effects: list[Effect], *, served: bool, uid: str = "") -> None:
+    def _ended(self, number: int, at: int, *, served: bool, uid: str = "") -> None:
         request = self._requests.pop(number, None)
         if request is None:
             return
@@ -177,10 +174,10 @@ class Dispatcher:
                 took = at - request.leased_ns
                 average = function.service_ns
                 function.service_ns = took if not average else average + AVERAGE_WEIGHT * (took - average)
-        self._drain(function, at, effects)
+        self._drain(function, at)
         self._drop_unused(request.function)
 
-    def _refused(self, number: int, at: int, effects: list[Effect]) -> None:
+    def _refused(self, number: int, at: int) -> None:
         request = self._requests.get(number)
         if request is None or (request.instance is None and request.early_node is None):
             return
@@ -205,19 +202,19 @@ class Dispatcher:
             function.queue.put_back(request)
         else:
             del self._requests[number]
-            effects.append(Refuse(number, reason))
-        self._drain(function, at, effects)
+            self._effects.append(Refuse(number, reason))
+        self._drain(function, at)
         self._drop_unused(request.function)
 
-    def _deadline_passed(self, number: int, effects: list[Effect]) -> None:
+    def _deadline_passed(self, number: int) -> None:
         request = self._requests.get(number)
         if request is None or request.instance is not None or request.early_node is not None:
             return
         del self._requests[number]
         self._functions[request.function].queue.discard(request)
-        effects.append(Refuse(number, RefusalReason.QUEUE_TIMEOUT))
+        self._effects.append(Refuse(number, RefusalReason.QUEUE_TIMEOUT))
 
-    def _drain(self, function: FunctionQueueState, at: int, effects: list[Effect]) -> None:
+    def _drain(self, function: FunctionQueueState, at: int) -> None:
         """Dispatch waiting requests to free slots, oldest first; wake instances for the rest, or refuse them."""
         queue, early = function.queue, function.early
         while early.count or queue:
@@ -229,36 +226,29 @@ class Dispatcher:
                 early.remove(request)
                 self._begin_lease(function, request, instance, at)
             elif queue:
-                self._dispatch(function, queue.pop(), instance, at, effects)
+                self._dispatch(function, queue.pop(), instance, at)
             else:
                 break
         if queue and function.no_capacity_expected:
-            self._refuse_all(function, RefusalReason.NO_CAPACITY, effects)
+            self._refuse_all(function, RefusalReason.NO_CAPACITY)
         elif queue:
-            self._wake(function, at, effects)
+            self._wake(function, at)
 
-    def _refuse_all(self, function: FunctionQueueState, reason: RefusalReason, effects: list[Effect]) -> None:
+    def _refuse_all(self, function: FunctionQueueState, reason: RefusalReason) -> None:
         while function.queue:
             request = function.queue.pop()
             del self._requests[request.request]
-            effects.append(Refuse(request.request, reason))
+            self._effects.append(Refuse(request.request, reason))
 
     # ---- leases -----------------------------------------------------------------------------------------------
 
-    def _dispatch(
-        self,
-        function: FunctionQueueState,
-        request: Request,
-        instance: DispatchInstance,
-        at: int,
-        effects: list[Effect],
-    ) -> None:
+    def _dispatch(self, function: FunctionQueueState, request: Request, instance: DispatchInstance, at: int) -> None:
         request.attempts += 1
         self._begin_lease(function, request, instance, at)
         queued_ns = at - request.arrived_ns
         wake_ns = instance.wake_took_ns if instance.woken_ns >= request.arrived_ns else 0
         direct = instance.direct_wake == request.request
-        effects.append(Dispatch(request.request, instance.uid, instance.node.name, queued_ns, wake_ns, direct))
+        self._effects.append(Dispatch(request.request, instance.uid, instance.node.name, queued_ns, wake_ns, direct))
 
     def _begin_lease(self, function: FunctionQueueState, request: Request, instance: DispatchInstance, at: int) -> None:
         instance.holders[request.request] = request
@@ -299,19 +289,19 @@ class Dispatcher:
 
     # ---- wakes ------------------------------------------------------------------------------------------------
 
-    def _wake(self, function: FunctionQueueState, at: int, effects: list[Effect]) -> None:
+    def _wake(self, function: FunctionQueueState, at: int) -> None:
         """Wake instances for the queue, or dispatch its requests to where they wait or wake themselves."""
         instance = function.direct_wake_candidate()
         if instance is not None:
             request = function.queue.pop()
             self._begin_wake(function, instance, at, request.request)
-            self._dispatch(function, request, instance, at, effects)
+            self._dispatch(function, request, instance, at)
             return
         while (instance := function.instance_to_wake()) is not None:
             self._begin_wake(function, instance, at)
-            effects.append(Wake(instance.uid, instance.node.name))
+            self._effects.append(Wake(instance.uid, instance.node.name))
         if self._early_dispatch:
-            effects += function.dispatch_early(at)
+            self._effects += function.dispatch_early(at)
 
     def _begin_wake(
         self, function: FunctionQueueState, instance: DispatchInstance, at: int, direct_wake: int = -1
@@ -326,7 +316,7 @@ class Dispatcher:
             function.index.clear_wake(instance)
             instance.node.count_wakes(-1)
 
-    def _wake_answered(self, uid: str, at: int, effects: list[Effect], *, failed: bool) -> None:
+    def _wake_answered(self, uid: str, at: int, *, failed: bool) -> None:
         instance = self._instances.get(uid)
         if instance is None or instance.wake_requested_ns < 0:
             return
@@ -335,7 +325,7 @@ class Dispatcher:
             self._wake_failed(function, instance, at)
         else:
             self._awake(function, instance, at, at - instance.wake_requested_ns)
-        self._drain(function, at, effects)
+        self._drain(function, at)
 
     def _awake(self, function: FunctionQueueState, instance: DispatchInstance, at: int, took_ns: int) -> None:
         instance.state = InstanceState.RUNNING
@@ -363,9 +353,9 @@ class Dispatcher:
 
     # ---- instances --------------------------------------------------------------------------------------------
 
-    def _reported(self, event: InstanceReported, at: int, effects: list[Effect]) -> None:
+    def _reported(self, event: InstanceReported, at: int) -> None:
         if event.state.terminal:
-            self._gone(event.uid, at, effects)
+            self._gone(event.uid, at)
             return
         function = self._function(event.function)
         instance = self._instances.get(event.uid)
@@ -385,9 +375,9 @@ class Dispatcher:
             self._wake_succeeded(function, instance, at, at - instance.wake_requested_ns)
         function.index.estimate_wake(instance.node, event.wake_estimate_ns)
         function.index.reclassify(instance)
-        self._drain(function, at, effects)
+        self._drain(function, at)
 
-    def _gone(self, uid: str, at: int, effects: list[Effect]) -> None:
+    def _gone(self, uid: str, at: int) -> None:
         instance = self._instances.pop(uid, None)
         if instance is None:
             return
@@ -397,17 +387,17 @@ class Dispatcher:
         function.index.count -= 1
         instance.node.instances.pop(uid, None)
         instance.node.quarantined.pop(uid, None)
-        self._drain(function, at, effects)
+        self._drain(function, at)
         self._drop_unused(instance.function)
 
-    def _retired(self, uid: str, retired: bool, at: int, effects: list[Effect]) -> None:
+    def _retired(self, uid: str, retired: bool, at: int) -> None:
         instance = self._instances.get(uid)
         if instance is None:
             return
         instance.retired = retired
         function = self._functions[instance.function]
         function.index.reclassify(instance)
-        self._drain(function, at, effects)
+        self._drain(function, at)
 
     # ---- nodes and functions ----------------------------------------------------------------------------------
 
@@ -418,7 +408,7 @@ class Dispatcher:
             node = self._nodes[name] = NodeEntry(name, NodeStanding.SUSPECT)
         return node
 
-    def _node_reported(self, event: NodeReported, at: int, effects: list[Effect]) -> None:
+    def _node_reported(self, event: NodeReported, at: int) -> None:
         node = self._node(event.node)
         if (node.gpu_count, node.migrates) != (event.gpu_count, event.migrates):
             node.gpu_count, node.migrates = event.gpu_count, event.migrates
@@ -430,20 +420,20 @@ class Dispatcher:
             changed = list(node.instances.values())
         standing = NodeStanding.DRAINING if event.draining else NodeStanding.READY
         if node.standing is standing:
-            self._reclassify(changed, at, effects)
+            self._reclassify(changed, at)
         else:
-            self._set_standing(node, standing, at, effects)
+            self._set_standing(node, standing, at)
 
-    def _set_standing(self, node: NodeEntry, standing: NodeStanding, at: int, effects: list[Effect]) -> None:
+    def _set_standing(self, node: NodeEntry, standing: NodeStanding, at: int) -> None:
         if node.standing is not standing:
             node.standing = standing
-            self._reclassify(list(node.instances.values()), at, effects)
+            self._reclassify(list(node.instances.values()), at)
 
-    def _reclassify(self, instances: list[DispatchInstance], at: int, effects: list[Effect]) -> None:
+    def _reclassify(self, instances: list[DispatchInstance], at: int) -> None:
         for instance in instances:
             self._functions[instance.function].index.reclassify(instance)
         for name in dict.fromkeys(instance.function for instance in instances):
-            self._drain(self._functions[name], at, effects)
+            self._drain(self._functions[name], at)
 
     def _function(self, name: str) -> FunctionQueueState:
         function = self._functions.get(name)
@@ -451,17 +441,17 @@ class Dispatcher:
             function = self._functions[name] = FunctionQueueState(InstanceIndex(name))
         return function
 
-    def _function_set(self, event: FunctionSet, at: int, effects: list[Effect]) -> None:
+    def _function_set(self, event: FunctionSet, at: int) -> None:
         function = self._function(event.function)
         function.apply_rules(event)
-        self._drain(function, at, effects)
+        self._drain(function, at)
 
-    def _function_removed(self, name: str, effects: list[Effect]) -> None:
+    def _function_removed(self, name: str) -> None:
         function = self._functions.get(name)
         if function is None:
             return
         function.known = function.expects_instances = False
-        self._refuse_all(function, RefusalReason.UNKNOWN_FUNCTION, effects)
+        self._refuse_all(function, RefusalReason.UNKNOWN_FUNCTION)
         self._drop_unused(name)
 
     def _drop_unused(self, name: str) -> None:

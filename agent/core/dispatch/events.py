@@ -93,7 +93,7 @@ class LeaseRefused:
 
 @dataclass(frozen=True, slots=True)
 class InstanceReported:
-    """An agent's report of an instance. `in_flight`: all requests executing or waiting there, whoever sent them."""
+    """An agent's report of an instance. `in_flight`: all requests executing or waiting there, those of other senders included."""
 
     uid: str
     function: str
@@ -124,8 +124,6 @@ class InstanceRetired:
 
 @dataclass(frozen=True, slots=True)
 class WakeAnswered:
-    """A Wake succeeded: the instance is RUNNING."""
-
     uid: str
 
 
@@ -162,24 +160,10 @@ class NodeLost:
     node: str
 
 
-Event: TypeAlias = (
-    FunctionSet
-    | FunctionRemoved
-    | RequestArrived
-    | DeadlinePassed
-    | RequestGone
-    | LeaseAnswered
-    | LeaseEnded
-    | LeaseRefused
-    | InstanceReported
-    | InstanceGone
-    | InstanceRetired
-    | WakeAnswered
-    | WakeFailed
-    | NodeReported
-    | NodeSuspect
-    | NodeLost
-)
+RequestEvent: TypeAlias = RequestArrived | DeadlinePassed | RequestGone | LeaseAnswered | LeaseEnded | LeaseRefused
+InstanceEvent: TypeAlias = InstanceReported | InstanceGone | InstanceRetired | WakeAnswered | WakeFailed
+NodeEvent: TypeAlias = NodeReported | NodeSuspect | NodeLost
+Event: TypeAlias = FunctionSet | FunctionRemoved | RequestEvent | InstanceEvent | NodeEvent
 
 # ---- effects --------------------------------------------------------------------------------------------------
 
@@ -214,8 +198,6 @@ class Wake:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Answer `request` with an error."""
-
     request: int
     reason: RefusalReason
 

@@ -101,7 +101,6 @@ class InstanceIndex:
             self._enter_bucket(instance)
 
     def remove(self, instance: DispatchInstance) -> None:
-        """Forget `instance`."""
         self._leave(instance)
         instance.availability = Availability.NONE
         if instance.uses_gpu:

@@ -35,7 +35,6 @@ class RequestQueue:
         yield from self._fresh.values()
 
     def append(self, request: Request) -> None:
-        """Add a new request, the youngest."""
         self._fresh[request.request] = request
 
     def put_back(self, request: Request) -> None:
@@ -43,7 +42,6 @@ class RequestQueue:
         insort(self._returned, request, key=_BY_ORDER)
 
     def pop(self) -> Request:
-        """Take out the oldest."""
         if self._returned:
             return self._returned.pop(0)
         return self._fresh.popitem(last=False)[1]
@@ -79,7 +77,6 @@ class FunctionQueueState:
     void_leases: int = 0
 
     def apply_rules(self, event: FunctionSet) -> None:
-        """It is deployed, with these rules."""
         self.known = True
         self.expects_instances = event.expects_instances
         self.index.policy = event.policy
@@ -87,7 +84,6 @@ class FunctionQueueState:
         self.queue_length = event.queue_length
 
     def queue_state(self) -> QueueState:
-        """A snapshot."""
         return QueueState(self.queued, self.index.count, self.index.awake_slots, self.index.waking)
 
     def count_leases(self, change: int, at: int) -> None:
@@ -138,7 +134,6 @@ class FunctionQueueState:
         return self.index.direct_wake_candidate()
 
     def dispatch_early(self, at: int) -> list[Dispatch]:
-        """Dispatch all requests that may go early now."""
         dispatched: list[Dispatch] = []
         while (to := self.early.next_instance(len(self.queue), self.index, self.service_ns, at)) is not None:
             request = self.queue.pop()

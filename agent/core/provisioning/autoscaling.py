@@ -72,8 +72,6 @@ class ScalingPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Provisioning:
-    """Schedule and policies of a function."""
-
     actions: tuple[Action, ...] = ()
     policies: tuple[ScalingPolicy, ...] = ()
 
@@ -82,7 +80,6 @@ class Provisioning:
 
     @property
     def windows(self) -> tuple[ActiveWindow, ...]:
-        """Those of the actions, then those of the policies."""
         return (*(one.window for one in self.actions), *(one.window for one in self.policies))
 
 
@@ -105,8 +102,6 @@ class Tracking:
 
 @dataclass(frozen=True, slots=True)
 class Fired:
-    """An action's last firing."""
-
     name: str
     target: int
     at_ns: int

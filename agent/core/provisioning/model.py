@@ -1,4 +1,4 @@
-"""What provisioning knows of an instance: who asked for it, where it is, and what its node and agent report."""
+"""What provisioning knows of an instance: its create, its node, and what its agent reports."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ class Scheduling(Enum):
 
     @property
     def drains(self) -> bool:
-        """The node's instances have to go."""
         return self in (Scheduling.DRAINED, Scheduling.EMPTIED)
 
 

@@ -73,15 +73,11 @@ class NodeView:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The chosen node."""
-
     node: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unplaceable:
-    """No node can take the instance."""
-
     reason: str
     message: str
 

@@ -57,8 +57,6 @@ class Create:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Drain and stop an instance."""
-
     uid: str
     node: str
 

@@ -75,7 +75,6 @@ class LeaderLock:
                 raise UnavailableError("LEAD_LOST", text)
 
     def close(self) -> None:
-        """Release the lock, without waiting for it."""
         self._database.close(self._end)
 
     def _try_lock(self) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -92,7 +93,6 @@ class Store:
         self.database = DatabaseThread(self._engine, "store", "the scheduler's database", deadline_s)
 
     async def open(self) -> None:
-        """Create the tables that are missing."""
         await self.database.run(self._open)
 
     async def close(self) -> None:
@@ -103,63 +103,39 @@ class Store:
 
     async def functions(self) -> list[FunctionRow]:
         """All functions, those being deleted included, by name."""
-
-        def read() -> Sequence[sa.Row[tuple[object, ...]]]:
-            with self._engine.connect() as connection:
-                return connection.execute(sa.select(_FUNCTIONS).order_by(_FUNCTIONS.c.name)).all()
-
-        return [FunctionRow(**row._mapping) for row in await self.database.run(read)]
+        rows = await self._rows(sa.select(_FUNCTIONS).order_by(_FUNCTIONS.c.name))
+        return [FunctionRow(**row) for row in rows]
 
     async def put_function(self, row: FunctionRow, provision: bytes | None = None) -> None:
         """Insert or replace a function; durable on return. `provision`: its schedule and policies, a serialised
         v1.ProvisionConfig, in the same transaction; b"" deletes them, None leaves them as they are."""
-
-        def write() -> None:
-            with self._engine.begin() as connection:
-                connection.execute(sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == row.name))
-                values = {column.name: getattr(row, column.name) for column in _FUNCTIONS.columns}
-                connection.execute(sa.insert(_FUNCTIONS).values(**values))
-                connection.execute(sa.delete(_REVISIONS).where(_REVISIONS.c.name == row.name))
-                connection.execute(sa.insert(_REVISIONS).values(name=row.name, revision=row.revision))
-                if provision is not None:
-                    connection.execute(sa.delete(_PROVISION).where(_PROVISION.c.function == row.name))
-                if provision:
-                    connection.execute(sa.insert(_PROVISION).values(function=row.name, config=provision))
-
-        await self.database.run(write, unsure=_UNSURE)
+        values = {column.name: getattr(row, column.name) for column in _FUNCTIONS.columns}
+        statements: list[sa.Executable] = [
+            sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == row.name),
+            sa.insert(_FUNCTIONS).values(**values),
+            sa.delete(_REVISIONS).where(_REVISIONS.c.name == row.name),
+            sa.insert(_REVISIONS).values(name=row.name, revision=row.revision),
+        ]
+        if provision is not None:
+            statements.append(sa.delete(_PROVISION).where(_PROVISION.c.function == row.name))
+        if provision:
+            statements.append(sa.insert(_PROVISION).values(function=row.name, config=provision))
+        await self._write(*statements)
 
     async def revisions(self) -> dict[str, int]:
         """The last revision of every function ever deployed, by name."""
-
-        def read() -> dict[str, int]:
-            with self._engine.connect() as connection:
-                found = connection.execute(sa.select(_REVISIONS.c.name, _REVISIONS.c.revision)).all()
-            return {str(row[0]): int(row[1]) for row in found}
-
-        return await self.database.run(read)
+        rows = await self._rows(sa.select(_REVISIONS.c.name, _REVISIONS.c.revision))
+        return {row["name"]: row["revision"] for row in rows}
 
     async def delete_function(self, name: str) -> None:
         """Delete a function; its last revision is kept."""
-
-        def write() -> None:
-            with self._engine.begin() as connection:
-                connection.execute(sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == name))
-                connection.execute(sa.delete(_PROVISION).where(_PROVISION.c.function == name))
-
-        await self.database.run(write, unsure=_UNSURE)
+        of_function = sa.delete(_FUNCTIONS).where(_FUNCTIONS.c.name == name)
+        await self._write(of_function, sa.delete(_PROVISION).where(_PROVISION.c.function == name))
 
     async def nodes(self) -> list[str]:
-        """Names of all nodes that ever registered."""
-
-        def read() -> list[str]:
-            with self._engine.connect() as connection:
-                return list(connection.execute(sa.select(_NODES.c.name).order_by(_NODES.c.name)).scalars())
-
-        return await self.database.run(read)
+        return [row["name"] for row in await self._rows(sa.select(_NODES.c.name).order_by(_NODES.c.name))]
 
     async def put_node(self, name: str, wall_ns: int) -> None:
-        """Add a node, unless it is known."""
-
         def write() -> None:
             with self._engine.begin() as connection:
                 if connection.execute(sa.select(_NODES.c.name).where(_NODES.c.name == name)).first() is None:
@@ -169,34 +145,35 @@ class Store:
 
     async def node_scheduling(self) -> dict[str, str]:
         """What operators have asked of nodes: CORDONED or DRAINED, by name."""
-
-        def read() -> dict[str, str]:
-            with self._engine.connect() as connection:
-                found = connection.execute(sa.select(_NODE_SCHEDULING.c.name, _NODE_SCHEDULING.c.scheduling)).all()
-            return {str(row[0]): str(row[1]) for row in found}
-
-        return await self.database.run(read)
+        rows = await self._rows(sa.select(_NODE_SCHEDULING.c.name, _NODE_SCHEDULING.c.scheduling))
+        return {row["name"]: row["scheduling"] for row in rows}
 
     async def put_node_scheduling(self, name: str, scheduling: str | None) -> None:
         """Set CORDONED or DRAINED, or None to delete it."""
-
-        def write() -> None:
-            with self._engine.begin() as connection:
-                connection.execute(sa.delete(_NODE_SCHEDULING).where(_NODE_SCHEDULING.c.name == name))
-                if scheduling is not None:
-                    connection.execute(sa.insert(_NODE_SCHEDULING).values(name=name, scheduling=scheduling))
-
-        await self.database.run(write, unsure=_UNSURE)
+        statements: list[sa.Executable] = [sa.delete(_NODE_SCHEDULING).where(_NODE_SCHEDULING.c.name == name)]
+        if scheduling is not None:
+            statements.append(sa.insert(_NODE_SCHEDULING).values(name=name, scheduling=scheduling))
+        await self._write(*statements)
 
     async def provision_configs(self) -> dict[str, bytes]:
         """Serialised v1.ProvisionConfig by function, for functions with a schedule or policies."""
+        rows = await self._rows(sa.select(_PROVISION.c.function, _PROVISION.c.config))
+        return {row["function"]: bytes(row["config"]) for row in rows}
 
-        def read() -> dict[str, bytes]:
+    async def _rows(self, query: sa.Select[Any]) -> Sequence[sa.RowMapping]:
+        def read() -> Sequence[sa.RowMapping]:
             with self._engine.connect() as connection:
-                found = connection.execute(sa.select(_PROVISION.c.function, _PROVISION.c.config)).all()
-            return {str(row[0]): bytes(row[1]) for row in found}
+                return connection.execute(query).mappings().all()
 
         return await self.database.run(read)
+
+    async def _write(self, *statements: sa.Executable) -> None:
+        def write() -> None:
+            with self._engine.begin() as connection:
+                for statement in statements:
+                    connection.execute(statement)
+
+        await self.database.run(write, unsure=_UNSURE)
 
     def _open(self) -> None:
         path = self._engine.url.database

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -28,18 +28,15 @@ class DatabaseThread:
         timeout_hint: str = "",
         queue_length: int | None = None,
     ) -> None:
-        """
-        - `name`: of the thread. `subject`: the database in error messages, such as "the usage database".
-        - `timeout_hint`: follows "no answer within ... s" in the error of a call that missed its deadline.
-        - `queue_length`: how many calls may be waiting or running; None for any number.
-        """
+        """`name`: of the thread. `subject`, `timeout_hint`: for error messages. `queue_length`: how many calls may wait
+        or run; None for any number."""
         self.engine = engine
         self.deadline_s = deadline_s
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._subject = subject
         self._timeout_hint = timeout_hint
         self._queue_length = queue_length
-        self._open_calls = 0
+        self._jobs: list[Future[Any]] = []
 
     async def run(self, work: Callable[[], _T], *, unsure: str = "") -> _T:
         """Run `work` in the thread. A call that misses its deadline before its turn does not run at all.
@@ -47,12 +44,12 @@ class DatabaseThread:
         Raises UnavailableError STORE_FAILED, to which `unsure` is added where a write may have happened nevertheless;
         ExhaustedError USAGE_BUSY if `queue_length` calls are open.
         """
-        if self._queue_length is not None and self._open_calls >= self._queue_length:
-            text = f"{self._open_calls} usage calls are waiting for the database; try later"
+        self._jobs = [job for job in self._jobs if not job.done()]
+        if self._queue_length is not None and len(self._jobs) >= self._queue_length:
+            text = f"{len(self._jobs)} usage calls are waiting for the database; try later"
             raise ExhaustedError("USAGE_BUSY", text)
         job = self.executor.submit(work)
-        self._open_calls += 1
-        job.add_done_callback(self._closes_call(asyncio.get_running_loop()))
+        self._jobs.append(job)
         try:
             async with asyncio.timeout(self.deadline_s):
                 return await asyncio.wrap_future(job)
@@ -73,13 +70,3 @@ class DatabaseThread:
     def _failed(self, problem: BaseException | str, unsure: str) -> UnavailableError:
         error = failed(self.engine, self._subject, problem)
         return UnavailableError(error.reason, f"{error.message}; {unsure}") if unsure else error
-
-    def _closes_call(self, loop: asyncio.AbstractEventLoop) -> Callable[[Future[_T]], None]:
-        def close_call() -> None:
-            self._open_calls -= 1
-
-        def from_any_thread(_: Future[_T]) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(close_call)
-
-        return from_any_thread

@@ -77,8 +77,6 @@ class NodeRecord:
 
 
 class Fleet:
-    """All nodes the scheduler knows."""
-
     def __init__(
         self,
         clock: Clock,
@@ -138,7 +136,7 @@ class Fleet:
             self._register(node, message)
         elif not node.registration.ingress_address or message.epoch != node.epoch:
             raise InvalidArgumentError("REGISTRATION_MISSING", "the first message of a load stream must register")
-        self._mark_heard(node)
+        node.last_heard_ns, node.last_heard_wall_ns = self._clock.monotonic_ns(), self._clock.wall_ns()
         follows = message.sequence == node.sequence + 1
         node.sequence = message.sequence
         if message.HasField("load"):
@@ -185,7 +183,6 @@ class Fleet:
                 self._suspect(node, "silent")
 
     def set_scheduling(self, name: str, scheduling: Scheduling) -> None:
-        """Apply what an operator asks of a node."""
         self._scheduling[name] = scheduling
         self._changed()
 
@@ -196,18 +193,15 @@ class Fleet:
         return all(node.all_reported or node.standing is NodeStanding.LOST for node in self._nodes.values())
 
     def scheduling(self, name: str) -> Scheduling:
-        """What an operator has asked of a node."""
         return self._scheduling.get(name, Scheduling.NORMAL)
 
     def node(self, name: str) -> NodeRecord | None:
         return self._nodes.get(name)
 
     def nodes(self) -> list[NodeRecord]:
-        """All nodes, by name."""
         return [self._nodes[name] for name in sorted(self._nodes)]
 
     def instance(self, uid: str) -> InstanceLoad | None:
-        """One instance as last reported."""
         owner = self._owners.get(uid)
         return None if owner is None else owner.instances.get(uid)
 
@@ -257,10 +251,6 @@ class Fleet:
             ingress=ingress,
             gpus=len(message.registration.gpus),
         )
-
-    def _mark_heard(self, node: NodeRecord) -> None:
-        node.last_heard_ns = self._clock.monotonic_ns()
-        node.last_heard_wall_ns = self._clock.wall_ns()
 
     def _apply(self, node: NodeRecord, message: ReportLoadRequest) -> None:
         changed = False

@@ -66,7 +66,6 @@ class _ActionTimer:
         self._due_ns: int | None = 0
 
     def at(self, wall_ns: int) -> Fired | None:
-        """The last firing up to now."""
         if wall_ns < self._checked_ns or (self._due_ns is not None and wall_ns >= self._due_ns):
             window = self.action.window
             self.fired = last_fired(self.action, wall_ns)
@@ -118,7 +117,6 @@ class Autoscaler:
         return self._policies_wait or any(map(self._is_back, self._never_heard))
 
     async def run(self) -> None:
-        """Check once a second until cancelled."""
         while True:
             self.check()
             await asyncio.sleep(CHECK_S)

@@ -108,11 +108,9 @@ class Catalog:
         return [self._functions[name] for name in sorted(self._functions)]
 
     def was_deleted(self, name: str) -> bool:
-        """It was deployed here once and is not any more."""
         return name in self._revisions and name not in self._functions
 
     def problem(self, name: str) -> Problem | None:
-        """What keeps the function from its target."""
         return self._problems.get(name)
 
     def deploys(self, name: str) -> int:

@@ -87,11 +87,9 @@ class ProvisionState:
         return list(alive.values())
 
     def serving(self, here: list[ObservedInstance]) -> int:
-        """How many instances of the revision have come up."""
         return sum(one.serving and one.made_by.revision == self.revision for one in here)
 
     def created(self, made_by: RequestId, instance: Instance, node: str, fleet: Fleet, now: int, wall_ns: int) -> None:
-        """Note the answer to a create."""
         state = state_from_proto(instance.state)
         _log.info("provision.created", request_id=str(made_by), uid=instance.uid, node=node)
         tried = self.attempts.get(made_by.ordinal, Attempts())

@@ -76,7 +76,6 @@ class Provisioner:
         self._round_views: dict[str, NodeView] | None = None
 
     def poke(self) -> None:
-        """Ask for a round: something has changed."""
         self._poked.set()
 
     async def run(self) -> None:

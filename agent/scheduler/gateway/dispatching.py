@@ -63,7 +63,6 @@ class DispatchLoop:
 
     @property
     def open_requests(self) -> int:
-        """Requests waiting or leased."""
         return len(self._tickets)
 
     def apply(self, event: Event) -> None:
@@ -122,7 +121,6 @@ class DispatchLoop:
         self.apply(LeaseAnswered(ticket.number, waited_ns))
 
     def ended(self, ticket: Ticket) -> None:
-        """The response has ended: free the slot."""
         if self._tickets.pop(ticket.number, None) is not None:
             self.apply(LeaseEnded(ticket.number, ticket.served_by))
 

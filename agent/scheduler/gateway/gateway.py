@@ -88,8 +88,6 @@ class GatewayCounts:
 
 @dataclass(slots=True)
 class _Call:
-    """A request in progress."""
-
     exchange: Exchange
     request_id: str
     route: Route
@@ -103,8 +101,6 @@ class _Call:
 
 
 class Gateway:
-    """The handler of the gateway's HTTP server."""
-
     def __init__(
         self,
         clock: Clock,

@@ -57,6 +57,5 @@ class IngressPools:
         return pool
 
     def close(self) -> None:
-        """Close all connections."""
         for pool in [*self._old, *(one.pool for one in self._ingresses.values())]:
             pool.close()

@@ -15,7 +15,6 @@ class TrafficTable:
         self._traffic: dict[str, Traffic] = {}
 
     def of(self, function: str) -> Traffic:
-        """The counters of a deployed function."""
         found = self._traffic.get(function)
         if found is None:
             self._prune(self._deployed())

@@ -33,8 +33,6 @@ _log = get_logger()
 
 @dataclass(slots=True)
 class WakeCounts:
-    """For the metrics."""
-
     asked: int = 0
     failed: int = 0
 
@@ -65,7 +63,6 @@ class WakeCalls:
         self.counts = WakeCounts()
 
     def start(self, wake: Wake) -> None:
-        """Start a call and return at once."""
         self.counts.asked += 1
         task = asyncio.get_running_loop().create_task(self._run(wake))
         self._tasks.add(task)

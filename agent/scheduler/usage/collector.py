@@ -61,8 +61,6 @@ class Accepted:
 
 
 class UsageDatabase(DatabaseThread):
-    """The database of the usage windows."""
-
     @classmethod
     def at(cls, url: str) -> UsageDatabase:
         """The one at a SQLAlchemy URL, with an engine of its own. A SQLite file gets mode 0600 and WAL."""
@@ -75,7 +73,6 @@ class UsageDatabase(DatabaseThread):
         )
 
     async def open(self) -> None:
-        """Create the tables that are missing."""
         await self.run(self._open)
 
     def _open(self) -> None:
@@ -86,8 +83,6 @@ class UsageDatabase(DatabaseThread):
 
 
 class UsageCollector:
-    """Accepts the uploads of agents."""
-
     def __init__(
         self,
         database: UsageDatabase,

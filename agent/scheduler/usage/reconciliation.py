@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -33,8 +32,6 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """Number and total duration."""
-
     count: int = 0
     duration_ns: int = 0
 
@@ -63,7 +60,6 @@ class Reconciled:
         return bool(self.gaps.count or self.overlaps.count or self.estimated.count or self.conflicts)
 
     def plus(self, other: Reconciled) -> Reconciled:
-        """The sums of both."""
         return Reconciled(
             instances=self.instances + other.instances,
             windows=self.windows + other.windows,
@@ -127,10 +123,3 @@ class Reconciler:
         if done is not None:
             self.total = self.total.plus(done)
         return done
-
-
-def reconcile(windows: Iterable[UsageWindow]) -> list[Finding]:
-    """The findings of all windows of some instances, in order of (instance_uid, seq)."""
-    reconciler = Reconciler()
-    done = [reconciler.feed(window) for window in windows]
-    return [finding for one in (*done, reconciler.end()) if one is not None for finding in one.findings]

@@ -10,7 +10,6 @@ always-on has a price for it. An instance that was never billed (its image was n
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -111,14 +110,6 @@ class UsageReport:
         return rounded(sum((line.always_on_cost.total for line in self.lines), Fraction(0)))
 
 
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """A window whose key was stored before with another payload; the first one is billed."""
-
-    window: UsageWindow
-    received_wall_ns: int
-
-
 class UsageReports:
     """Queries of the usage database; the size of every answer is bounded."""
 
@@ -183,12 +174,6 @@ class UsageReports:
         ended = [*done, reconciler.end()] if last else done
         after = ("", -1) if last else (str(rows[-1]["instance_uid"]), int(rows[-1]["seq"]))
         return [one for one in ended if one is not None], after
-
-    async def conflicts(self, limit: int = 100) -> list[Conflict]:
-        """The newest conflicts first."""
-        query = sa.select(CONFLICTS).order_by(CONFLICTS.c.received_wall_ns.desc()).limit(min(limit, MAX_WINDOWS))
-        rows = await self._database.run(lambda: list(self._rows(query)))
-        return [Conflict(window_of(json.loads(row["payload"])), row["received_wall_ns"]) for row in rows]
 
     def _rows(self, query: sa.Select[Any]) -> list[sa.RowMapping]:
         with self._database.engine.connect() as connection:

@@ -63,7 +63,6 @@ def digest_of(payload: str) -> str:
 
 
 def row_of(window: UsageWindow) -> dict[str, object]:
-    """Column values of a window. A GPU's uuid never holds a comma."""
     return {**asdict(window), "gpu_uuids": ",".join(window.gpu_uuids)}
 
 

@@ -26,7 +26,6 @@ class UsageTotals:
         self._usage: dict[str, FunctionUsage] = {}
 
     def add(self, windows: Iterable[UsageWindow]) -> None:
-        """Add windows that were not stored before."""
         names = set(self._deployed())
         for window in windows:
             if window.function not in names:

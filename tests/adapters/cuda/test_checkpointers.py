@@ -1,4 +1,4 @@
-"""Which checkpointer a host gets, and that the one it gets works there, from the facts to a wake."""
+"""Tests which checkpointer a host gets, and that it works there, from the facts to a wake."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def facts(profile: str, settings: GpuSettings, *, persistence: bool = True, util
 
 
 @pytest.mark.parametrize("profile", ["555", "570", "580"])
-async def test_what_is_chosen_freezes_and_wakes(driver: Callable[[str], EmulatedNvidia], profile: str) -> None:
+async def test_chosen_checkpointer_freezes_and_wakes(driver: Callable[[str], EmulatedNvidia], profile: str) -> None:
     """570 and 580 without persistence mode: their workers must call cuInit before they restore, or the target dies."""
     nvidia = driver(profile)
     program = str(nvidia.directory / "bin" / "cuda-checkpoint")
@@ -66,10 +66,10 @@ async def test_what_is_chosen_freezes_and_wakes(driver: Callable[[str], Emulated
     await instances.close()
 
 
-async def test_without_cuinit_the_target_of_a_restore_would_have_died(
+async def test_restore_without_cuinit_kills_its_target(
     driver: Callable[[str], EmulatedNvidia],
 ) -> None:
-    """So that the test above shows something (NVIDIA/cuda-checkpoint issue 25)."""
+    """Shows that the test above proves something (NVIDIA/cuda-checkpoint issue 25)."""
     nvidia = driver("580")
     settings = GpuSettings()
     checkpointer = choose_checkpointer(
@@ -85,7 +85,7 @@ async def test_without_cuinit_the_target_of_a_restore_would_have_died(
     await instances.close()
 
 
-async def test_a_host_that_can_not_checkpoint_says_why_and_begins_nothing() -> None:
+async def test_host_that_cannot_checkpoint_explains_and_begins_nothing() -> None:
     settings = GpuSettings()
     checkpointer: HostCheckpointer = choose_checkpointer(find_capabilities(facts("535", settings)), settings)
     assert isinstance(checkpointer, NoCheckpointer)
@@ -98,7 +98,7 @@ async def test_a_host_that_can_not_checkpoint_says_why_and_begins_nothing() -> N
     await checkpointer.close()
 
 
-async def test_a_program_that_went_away_after_the_look_is_an_error_of_the_configuration(tmp_path: Path) -> None:
+async def test_program_removed_after_the_check_is_a_config_error(tmp_path: Path) -> None:
     settings = GpuSettings(checkpointer="utility", utility_path=str(tmp_path / "gone"))
     found = find_capabilities(facts("555", settings, utility=settings.utility_path))
     checkpointer = choose_checkpointer(found, settings)
@@ -106,8 +106,8 @@ async def test_a_program_that_went_away_after_the_look_is_an_error_of_the_config
         await checkpointer.start()
 
 
-async def test_where_something_else_forbids_idle_mode_the_driver_can_still_be_asked() -> None:
-    """Recovery has to unlock what an earlier agent locked, also after somebody has turned MPS on."""
+async def test_driver_is_usable_where_idle_mode_is_forbidden() -> None:
+    """Recovery has to unlock what an earlier agent locked, even after MPS was turned on."""
     settings = GpuSettings()
     found = find_capabilities(HostFacts("580.1", [T4], 0, "x86_64", 13000, mps=True))
     assert not found.idle_mode

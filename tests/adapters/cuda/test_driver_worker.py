@@ -1,4 +1,4 @@
-"""The stand-alone worker script: what it says to the agent, how it finds the driver, that it dies with the agent."""
+"""Tests the stand-alone worker script: its messages, how it finds the driver, and that it dies with the agent."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def test_a_whole_cycle_in_two_messages(nvidia: EmulatedNvidia, target: CudaTarge
     assert target.verify()
 
 
-def test_it_stops_at_the_first_failure_and_reads_the_state_again(nvidia: EmulatedNvidia, target: CudaTarget) -> None:
+def test_batch_stops_at_first_failure_and_reads_the_state(nvidia: EmulatedNvidia, target: CudaTarget) -> None:
     with worker(nvidia.environment) as it:
         it.receive()
         rows = it.ask((CHECKPOINT, target.pid, 0, []), (LOCK, target.pid, 0, []))
         assert [row[:3] for row in rows] == [[401, 0, 0]]  # illegal state: it is running, not locked
 
 
-def test_a_process_without_cuda_is_an_answer_and_not_a_failure(nvidia: EmulatedNvidia, target: CudaTarget) -> None:
+def test_process_without_cuda_is_not_a_failure(nvidia: EmulatedNvidia, target: CudaTarget) -> None:
     with worker(nvidia.environment) as it:
         it.receive()
         rows = it.ask((STATE, os.getpid(), 0, []), (STATE, target.pid, 0, []))
@@ -100,20 +100,20 @@ def test_a_process_without_cuda_is_an_answer_and_not_a_failure(nvidia: EmulatedN
         assert rows[1][:3] == [0, 0, 0]
 
 
-def test_it_ends_when_the_agent_closes_the_socket(nvidia: EmulatedNvidia) -> None:
+def test_worker_ends_when_the_agent_closes_the_socket(nvidia: EmulatedNvidia) -> None:
     it = Worker(nvidia.environment)
     it.receive()
     assert it.end() == 0
 
 
-def test_it_does_not_serve_another_parent(nvidia: EmulatedNvidia) -> None:
+def test_worker_does_not_serve_another_parent(nvidia: EmulatedNvidia) -> None:
     with worker(nvidia.environment, parent=1) as it:
         assert it.channel.recv(100) == b""
         assert it.process.wait(DEADLINE_S) == 1
 
 
-def test_it_dies_with_a_killed_agent(nvidia: EmulatedNvidia) -> None:
-    # The agent is a shell's child here: it starts a worker, tells its pid, and is killed without a chance to tidy up.
+def test_worker_dies_with_a_killed_agent(nvidia: EmulatedNvidia) -> None:
+    # The agent is a shell's child here: it starts a worker, prints its pid, and is killed without a clean-up.
     agent = """
 import os, socket, subprocess, sys, signal
 ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -154,7 +154,7 @@ def assert_ends(pid: int) -> None:
         ("int nothing;", "install driver 570"),
     ],
 )
-def test_a_driver_without_the_functions_is_told_at_the_start(tmp_path: Path, source: str | None, error: str) -> None:
+def test_driver_without_the_functions_is_reported_at_start(tmp_path: Path, source: str | None, error: str) -> None:
     if source is not None:
         version = "int cuDriverGetVersion(int*v){*v=12050;return 0;}"
         code = tmp_path / "old.c"

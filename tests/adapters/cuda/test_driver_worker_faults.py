@@ -1,4 +1,4 @@
-"""Driver workers with a libcuda that crashes, fails to initialise or counts; and many of their deaths in a row."""
+"""Tests driver workers with a libcuda that crashes, fails to initialise or counts, and with many deaths in a row."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ Start = Callable[..., Awaitable[DriverCheckpointer]]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a libcuda.so.1 that writes down its calls."""
+    """A folder with a libcuda.so.1 that records its calls."""
     folder = tmp_path_factory.mktemp("libcuda")
     (folder / "libcuda.c").write_text(LIBCUDA)
     target = str(folder / "libcuda.so.1")
@@ -75,7 +75,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def start(library: Path, tmp_path: Path) -> AsyncIterator[Start]:
-    """Makes a started pool of one worker on that library; `cuda` and `init`: its version and what cuInit answers."""
+    """Makes a started pool of one worker on that library; `cuda` is its version, `init` the result of cuInit."""
     pools: list[DriverCheckpointer] = []
 
     async def make(init_before_restore: bool = False, cuda: int = 13000, init: int = 0) -> DriverCheckpointer:
@@ -98,7 +98,7 @@ async def start(library: Path, tmp_path: Path) -> AsyncIterator[Start]:
 
 @pytest.fixture
 def calls(tmp_path: Path) -> Callable[[], list[str]]:
-    """What libcuda was asked, get-state apart."""
+    """The calls of libcuda without get-state."""
     return lambda: (tmp_path / "calls").read_text().split() if (tmp_path / "calls").exists() else []
 
 
@@ -106,18 +106,15 @@ def cycle(pid: int = 7) -> list[CudaCall]:
     return [CudaCall(op, pid) for op in (LOCK, CHECKPOINT, RESTORE, UNLOCK, STATE)]
 
 
-# ---- cuInit ---------------------------------------------------------------------------------------------------------
-
-
 async def test_under_persistence_mode_cuinit_is_never_called(start: Start, calls: Callable[[], list[str]]) -> None:
-    """It costs seconds on a host with several GPUs, and nobody needs it."""
+    """It would cost seconds on a host with several GPUs."""
     pool = await start()
     for _ in range(2):
         assert (await pool.run(cycle(), 5.0)).ok
     assert calls() == ["lock", "checkpoint", "restore", "unlock"] * 2
 
 
-async def test_without_it_cuinit_comes_before_the_first_restore_and_once(
+async def test_without_persistence_mode_cuinit_precedes_the_first_restore_once(
     start: Start, calls: Callable[[], list[str]]
 ) -> None:
     pool = await start(init_before_restore=True)
@@ -128,9 +125,7 @@ async def test_without_it_cuinit_comes_before_the_first_restore_and_once(
     assert calls()[2:] == ["init", "restore", "restore"]
 
 
-async def test_a_worker_that_follows_a_dead_one_initialises_for_itself(
-    start: Start, calls: Callable[[], list[str]]
-) -> None:
+async def test_replacement_worker_calls_cuinit_itself(start: Start, calls: Callable[[], list[str]]) -> None:
     pool = await start(init_before_restore=True)
     assert (await pool.run([CudaCall(RESTORE, 7)], 5.0)).ok
     assert (await pool.run([CudaCall(LOCK, CRASHES)], 5.0)).fault is CudaFault.LOST
@@ -138,9 +133,7 @@ async def test_a_worker_that_follows_a_dead_one_initialises_for_itself(
     assert calls() == ["init", "restore"] * 2
 
 
-async def test_where_cuinit_fails_nothing_is_restored_and_the_next_tries_again(
-    start: Start, calls: Callable[[], list[str]]
-) -> None:
+async def test_failed_cuinit_restores_nothing_and_is_retried(start: Start, calls: Callable[[], list[str]]) -> None:
     """Without it the driver would kill the target."""
     pool = await start(init_before_restore=True, init=802)
     for _ in range(2):
@@ -151,10 +144,10 @@ async def test_where_cuinit_fails_nothing_is_restored_and_the_next_tries_again(
 
 
 @pytest.mark.parametrize(("cuda", "code"), [(12080, 801), (13000, 0)])
-async def test_a_map_reaches_only_a_driver_that_reads_it(
+async def test_gpu_map_is_passed_only_to_drivers_that_read_it(
     start: Start, calls: Callable[[], list[str]], cuda: int, code: int
 ) -> None:
-    """Before CUDA 13.0 the field is reserved: the instance would wake on the GPU that it has lost."""
+    """Before CUDA 13.0 the field is reserved: the instance would wake on the GPU that it has released."""
     pool = await start(cuda=cuda)
     uuid = "GPU-00112233-4455-6677-8899-aabbccddeeff"
     reply = await pool.run([CudaCall(RESTORE, 7, gpu_map=((uuid, uuid),))], 5.0)
@@ -162,17 +155,14 @@ async def test_a_map_reaches_only_a_driver_that_reads_it(
     assert calls() == ([] if code else ["restore"])
 
 
-async def test_the_locks_timeout_reaches_the_driver(start: Start, calls: Callable[[], list[str]]) -> None:
-    """In milliseconds; 0 is for ever there."""
+async def test_lock_timeout_reaches_the_driver(start: Start, calls: Callable[[], list[str]]) -> None:
+    """In milliseconds; the driver takes 0 as for ever."""
     pool = await start()
     assert (await pool.run([CudaCall(LOCK, 7, timeout_ms=2500), CudaCall(LOCK, 8)], 5.0)).ok
     assert calls() == ["lock:2500", "lock"]
 
 
-# ---- crashes --------------------------------------------------------------------------------------------------------
-
-
-async def test_a_crash_inside_libcuda_costs_a_worker_and_says_so(start: Start) -> None:
+async def test_crash_inside_libcuda_loses_the_worker_and_is_reported(start: Start) -> None:
     pool = await start()
     first = worker_pids()[0]
     reply = await pool.run([CudaCall(STATE, 7), CudaCall(LOCK, CRASHES)], 5.0)
@@ -182,25 +172,22 @@ async def test_a_crash_inside_libcuda_costs_a_worker_and_says_so(start: Start) -
     assert worker_pids()[0] != first
 
 
-async def test_a_crash_leaves_no_core_in_the_root_directory(start: Start) -> None:
-    """A worker's working directory is /, and it may crash again and again."""
+async def test_crash_leaves_no_core_in_the_root_directory(start: Start) -> None:
+    """A worker's working directory is /, and it may crash repeatedly."""
     await start()
     limits = Path(f"/proc/{worker_pids()[0]}/limits").read_text()  # noqa: ASYNC240
     (line,) = [line for line in limits.splitlines() if line.startswith("Max core file size")]
     assert line.split()[4:6] == ["0", "0"]
 
 
-async def test_a_worker_is_small(start: Start) -> None:
+async def test_worker_uses_little_memory(start: Start) -> None:
     pool = await start()
     assert (await pool.run(cycle(), 5.0)).ok
     assert psutil.Process(worker_pids()[0]).memory_info().rss < 24 * MIB
 
 
-# ---- many deaths ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
-async def test_200_deaths_leave_no_descriptor_no_zombie_and_no_memory(start: Start) -> None:
+async def test_200_worker_deaths_leak_nothing(start: Start) -> None:
     pool = await start()
     await die(pool, 5)
     gc.collect()
@@ -214,7 +201,7 @@ async def test_200_deaths_leave_no_descriptor_no_zombie_and_no_memory(start: Sta
 
 
 async def die(pool: DriverCheckpointer, times: int) -> None:
-    """Half of them killed from outside while they are idle, half by a crash in an operation."""
+    """Kill half of them from outside while idle, the other half by a crash in an operation."""
     for turn in range(times):
         assert (await pool.run([CudaCall(STATE, 7)], 10.0)).ok
         if turn % 2:
@@ -225,7 +212,7 @@ async def die(pool: DriverCheckpointer, times: int) -> None:
 
 
 def kill_dead(pid: int) -> None:
-    """Kill it and wait until it is dead; the loop has not seen its end yet."""
+    """Kill it and wait until it is dead, before the loop sees its end."""
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
@@ -238,11 +225,8 @@ def own_children() -> int:
     return len(psutil.Process().children())
 
 
-# ---- batches that are larger than a message -------------------------------------------------------------------------
-
-
-async def test_more_processes_than_a_message_holds(start: Start) -> None:
-    """An instance may have hundreds of processes, and each is asked for its state."""
+async def test_more_processes_than_fit_into_a_message(start: Start) -> None:
+    """An instance may have hundreds of processes, all of which are queried."""
     pool = await start()
     count = MAX_CALLS * 2 + 3
     reply = await pool.run([CudaCall(STATE, pid) for pid in range(1, count + 1)], 10.0)
@@ -260,7 +244,7 @@ async def test_maps_of_many_gpus_fit_into_their_messages(start: Start, calls: Ca
     assert calls() == ["restore"] * 120
 
 
-async def test_a_large_batch_ends_at_its_first_failure_too(start: Start) -> None:
+async def test_large_batch_ends_at_its_first_failure(start: Start) -> None:
     pool = await start(cuda=12080)
     uuid = "GPU-00112233-4455-6677-8899-aabbccddeeff"
     states = [CudaCall(STATE, pid) for pid in range(1, MAX_CALLS + 10)]
@@ -269,7 +253,7 @@ async def test_a_large_batch_ends_at_its_first_failure_too(start: Start) -> None
     assert reply.answers[-1].code == 801
 
 
-async def test_a_large_batch_whose_second_half_never_began_is_lost(start: Start) -> None:
+async def test_large_batch_with_unstarted_second_half_is_lost(start: Start) -> None:
     pool = await start()
     large = [*(CudaCall(STATE, pid) for pid in range(1, MAX_CALLS + 1)), CudaCall(LOCK, CRASHES)]
     assert (await pool.run(large, 10.0)).fault is CudaFault.LOST

@@ -1,4 +1,4 @@
-"""The pool of driver workers, with workers that hang, die and talk nonsense when told to."""
+"""Tests the pool of driver workers with scripted workers that hang, die or send garbage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agent.core.errors import UnavailableError
 from agent.ports import CudaCall, CudaFault, CudaOp, CudaReply, CudaState
 from tests.fakes.driver_callers import worker_pids
 
-# What the process of each pid does to the worker that is asked about it.
+# What each pid makes the worker do that is called for it.
 FINE, REFUSES, HANGS, ENDS_WORKER, TALKS_NONSENSE, WAITS, IS_FORGOTTEN = 1, 2, 3, 4, 5, 6, 7
 
 SCRIPTED_WORKER = """
@@ -57,7 +57,7 @@ Start = Callable[..., Awaitable[DriverCheckpointer]]
 
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
-    """Makes a started pool of scripted workers; `environment`, `limits` and the rest as the constructors take them."""
+    """Makes a started pool of scripted workers; takes the constructors' parameters."""
     script = tmp_path / "worker.py"
     script.write_text(SCRIPTED_WORKER)
     pools: list[DriverCheckpointer] = []
@@ -90,7 +90,7 @@ def states(*pids: int) -> list[CudaCall]:
     return [CudaCall(CudaOp.STATE, pid) for pid in pids]
 
 
-async def test_a_batch_is_answered_in_order_with_state_and_time(start: Start) -> None:
+async def test_batch_is_answered_in_order_with_state_and_time(start: Start) -> None:
     pool = await start()
     reply = await pool.run(states(FINE, FINE), 5)
     assert reply.ok
@@ -98,7 +98,7 @@ async def test_a_batch_is_answered_in_order_with_state_and_time(start: Start) ->
     assert reply.driver_ns == 500_000
 
 
-async def test_a_batch_ends_at_its_first_failure(start: Start) -> None:
+async def test_batch_ends_at_its_first_failure(start: Start) -> None:
     pool = await start()
     reply = await pool.run([CudaCall(CudaOp.LOCK, pid) for pid in (FINE, REFUSES, FINE)], 5)
     assert not reply.ok
@@ -108,7 +108,7 @@ async def test_a_batch_ends_at_its_first_failure(start: Start) -> None:
 
 
 @pytest.mark.parametrize("pid", [HANGS, ENDS_WORKER, TALKS_NONSENSE, IS_FORGOTTEN])
-async def test_a_lost_worker_costs_its_batch_and_is_replaced(start: Start, pid: int) -> None:
+async def test_lost_worker_fails_its_batch_and_is_replaced(start: Start, pid: int) -> None:
     pool = await start()
     first = worker_pids()[0]
     reply = await pool.run(states(pid), 0.1)
@@ -119,25 +119,25 @@ async def test_a_lost_worker_costs_its_batch_and_is_replaced(start: Start, pid: 
         os.kill(first, 0)
 
 
-async def test_fewer_answers_than_calls_are_no_success(start: Start) -> None:
-    """Without a failure at their end something was not done, or done and not told."""
+async def test_fewer_answers_than_calls_are_a_failure(start: Start) -> None:
+    """Without a failure at their end, a call was not made, or made and not reported."""
     pool = await start()
     assert (await pool.run(states(FINE, IS_FORGOTTEN), 5)).fault is CudaFault.LOST
 
 
-async def test_a_worker_killed_while_idle_is_replaced_and_its_batch_given_to_the_next(start: Start) -> None:
+async def test_batch_of_a_worker_killed_while_idle_goes_to_its_replacement(start: Start) -> None:
     pool = await start()
     kill_dead(worker_pids()[0])
     assert (await pool.run(states(FINE), 5)).ok
 
 
 def kill_dead(pid: int) -> None:
-    """Kill it and wait until it is dead; the loop has not seen its end yet."""
+    """Kill it and wait until it is dead, before the loop sees its end."""
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
-async def test_a_hang_in_one_worker_leaves_the_other_to_the_rest(start: Start) -> None:
+async def test_hang_in_one_worker_does_not_block_the_other(start: Start) -> None:
     pool = await start(limits=PoolLimits(workers=2, first_backoff_s=0.001))
     hung = asyncio.create_task(pool.run(states(HANGS), 0.3))
     await asyncio.sleep(0)
@@ -146,7 +146,7 @@ async def test_a_hang_in_one_worker_leaves_the_other_to_the_rest(start: Start) -
     assert (await hung).fault is CudaFault.LOST
 
 
-async def test_a_worker_that_survives_sigkill_is_abandoned_and_its_gpus_reported(start: Start) -> None:
+async def test_worker_that_survives_sigkill_is_abandoned_and_its_gpus_reported(start: Start) -> None:
     reported: list[tuple[str, ...]] = []
     # A signal that does nothing stands for SIGKILL on a process stuck in the kernel.
     pool = await start(kill_signal=signal.SIGURG, on_stuck=lambda uuids: reported.append(tuple(uuids)))
@@ -160,7 +160,7 @@ async def test_a_worker_that_survives_sigkill_is_abandoned_and_its_gpus_reported
 
 
 async def end_and_collect(pid: int) -> None:
-    """The abandoned worker dies after all, and the loop collects it."""
+    """Let the abandoned worker die; the loop reaps it."""
     loop = asyncio.get_running_loop()
     pidfd = os.pidfd_open(pid)
     ended = asyncio.Event()
@@ -172,7 +172,7 @@ async def end_and_collect(pid: int) -> None:
     await asyncio.sleep(0)
 
 
-async def test_the_queue_is_bounded_in_length_and_in_time(start: Start, tmp_path: Path) -> None:
+async def test_queue_is_bounded_in_length_and_time(start: Start, tmp_path: Path) -> None:
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     limits = PoolLimits(workers=1, queue_length=1, queue_timeout_s=0.05)
@@ -189,7 +189,7 @@ async def test_the_queue_is_bounded_in_length_and_in_time(start: Start, tmp_path
     assert (await working).ok
 
 
-async def test_a_cancelled_caller_leaves_the_queue(start: Start, tmp_path: Path) -> None:
+async def test_cancelled_caller_leaves_the_queue(start: Start, tmp_path: Path) -> None:
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     pool = await start({"WORKER_FIFO": str(fifo)}, PoolLimits(workers=1, queue_length=1))
@@ -205,7 +205,7 @@ async def test_a_cancelled_caller_leaves_the_queue(start: Start, tmp_path: Path)
     assert (await replacement).ok
 
 
-async def test_a_cancelled_caller_of_a_running_batch_does_not_disturb_the_next(start: Start, tmp_path: Path) -> None:
+async def test_cancelled_caller_of_a_running_batch_does_not_disturb_the_next(start: Start, tmp_path: Path) -> None:
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     pool = await start({"WORKER_FIFO": str(fifo)})
@@ -219,13 +219,13 @@ async def test_a_cancelled_caller_of_a_running_batch_does_not_disturb_the_next(s
 
 
 @pytest.mark.parametrize(("mode", "message"), [("no-driver", "can't be loaded"), ("silent", "not ready within")])
-async def test_a_host_without_the_api_is_told_so_at_the_start(start: Start, mode: str, message: str) -> None:
+async def test_host_without_the_api_fails_at_start(start: Start, mode: str, message: str) -> None:
     with pytest.raises(UnavailableError, match=message) as failure:
         await start({"WORKER_MODE": mode}, start_timeout_s=0.2 if mode == "silent" else 10.0)
     assert failure.value.reason == "CHECKPOINT_API_UNAVAILABLE"
 
 
-async def test_without_a_driver_nobody_waits_for_one(tmp_path: Path) -> None:
+async def test_without_a_driver_batches_fail_at_once(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(SCRIPTED_WORKER)
     options = WorkerOptions(environment={"WORKER_MODE": "no-driver"}, script=script)
@@ -235,7 +235,7 @@ async def test_without_a_driver_nobody_waits_for_one(tmp_path: Path) -> None:
     await pool.close()
 
 
-async def test_workers_that_fail_again_and_again_rest_until_there_is_work(start: Start, tmp_path: Path) -> None:
+async def test_workers_that_keep_failing_rest_until_there_is_work(start: Start, tmp_path: Path) -> None:
     driver_is_back = tmp_path / "driver"
     driver_is_back.touch()
     limits = PoolLimits(workers=1, first_backoff_s=0.001, last_backoff_s=0.001, max_failures=2)
@@ -250,7 +250,7 @@ async def test_workers_that_fail_again_and_again_rest_until_there_is_work(start:
     assert (await pool.run(states(FINE), 5)).ok
 
 
-async def test_a_closed_pool_takes_no_work_and_leaves_no_process(start: Start) -> None:
+async def test_closed_pool_takes_no_work_and_leaves_no_process(start: Start) -> None:
     pool = await start(limits=PoolLimits(workers=3))
     pids = worker_pids()
     await pool.close()

@@ -1,4 +1,4 @@
-"""Operations by the cuda-checkpoint program, with shell scripts as programs that do not behave."""
+"""Tests the checkpointer on the cuda-checkpoint program, with misbehaving shell scripts in its place."""
 
 from __future__ import annotations
 
@@ -38,15 +38,12 @@ async def test_bad_arguments_never_reach_the_program(tmp_path: Path, call: CudaC
 
 
 def program(folder: Path, script: str, **options: object) -> UtilityCheckpointer:
-    """A shell script as cuda-checkpoint; $1 is its first argument, `folder` where it stands."""
+    """A shell script as cuda-checkpoint in `folder`, its working directory; $1 is the first argument."""
     path = folder / "cuda-checkpoint"
     path.write_text(f"#!/bin/sh\ncd {folder}\n{script}\n")
     path.chmod(0o700)
     environment = {"PATH": "/usr/bin:/bin", "LD_PRELOAD": "/lib/noise.so"}
     return UtilityCheckpointer(path, environment, **{"parallel": 1, **options})  # type: ignore[arg-type]
-
-
-# ---- texts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise", ["", NOISE])
@@ -67,7 +64,7 @@ def program(folder: Path, script: str, **options: object) -> UtilityCheckpointer
         ("", 999),
     ],
 )
-async def test_texts_become_codes_and_the_state_is_read_again(tmp_path: Path, text: str, code: int, noise: str) -> None:
+async def test_error_texts_become_codes_and_the_state_is_read(tmp_path: Path, text: str, code: int, noise: str) -> None:
     (tmp_path / "said").write_text(noise + text + "\n" + noise)
     utility = program(tmp_path, "[ $1 = --get-state ] && { echo locked; exit 0; }; cat said >&2; exit 1")
     reply = await utility.run([CudaCall(CudaOp.LOCK, 71), CudaCall(CudaOp.UNLOCK, 71)], 5.0)
@@ -76,25 +73,23 @@ async def test_texts_become_codes_and_the_state_is_read_again(tmp_path: Path, te
 
 
 @pytest.mark.parametrize("op", [CudaOp.STATE, CudaOp.LOCK])
-async def test_a_driver_that_can_not_be_initialised_is_no_answer_about_the_process(tmp_path: Path, op: CudaOp) -> None:
-    """The same words as for a process without CUDA: taken for that, its memory would be given to another."""
+async def test_failed_cuinit_says_nothing_about_the_process(tmp_path: Path, op: CudaOp) -> None:
+    """The text equals that for a process without CUDA; mistaken for it, its memory would be given to another
+    instance."""
     utility = program(tmp_path, "echo 'Error initializing CUDA: \"initialization error\"' >&2; exit 1")
     reply = await utility.run([CudaCall(op, 71)], 5.0)
     assert (reply.fault, reply.reason, reply.answers) == (CudaFault.NOT_BEGUN, "CUDA_INIT_FAILED", ())
 
 
-async def test_what_fails_to_begin_after_something_was_done_is_lost(tmp_path: Path) -> None:
+async def test_batch_that_fails_to_start_midway_is_lost(tmp_path: Path) -> None:
     script = "[ $2 = lock ] && exit 0; echo 'Error initializing CUDA: \"unknown error\"' >&2; exit 1"
     reply = await program(tmp_path, script).run([CudaCall(op, 71) for op in (CudaOp.LOCK, CudaOp.CHECKPOINT)], 5.0)
     assert (reply.fault, reply.reason) == (CudaFault.LOST, "CUDA_INIT_FAILED")
 
 
-async def test_preloaded_libraries_do_not_get_into_it(tmp_path: Path) -> None:
+async def test_program_runs_without_ld_preload(tmp_path: Path) -> None:
     utility = program(tmp_path, 'echo "${LD_PRELOAD-running}"')
     assert (await utility.run([CudaCall(CudaOp.STATE, 71)], 5.0)).answers[0].state is CudaState.RUNNING
-
-
-# ---- programs that do not end ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -102,7 +97,7 @@ async def test_preloaded_libraries_do_not_get_into_it(tmp_path: Path) -> None:
     ["trap '' TERM; exec sleep 600", "exec yes", "sleep 600 & echo $! > pid; wait"],
     ids=["hangs", "prints without end", "waits for a child"],
 )
-async def test_one_that_does_not_end_is_killed(tmp_path: Path, script: str) -> None:
+async def test_program_that_does_not_end_is_killed(tmp_path: Path, script: str) -> None:
     utility = program(tmp_path, f"echo $$ > pid; {script}")
     reply = await utility.run([CudaCall(CudaOp.CHECKPOINT, 71)], 0.2)
     assert (reply.fault, reply.reason) == (CudaFault.LOST, "DRIVER_OPERATION_LOST")
@@ -110,7 +105,7 @@ async def test_one_that_does_not_end_is_killed(tmp_path: Path, script: str) -> N
 
 
 async def assert_gone(folder: Path) -> None:
-    """It ends; a child's child may wait for init to collect it."""
+    """It ends; a grandchild may wait for init to reap it."""
     pid = int((folder / "pid").read_text())
     with suppress(psutil.NoSuchProcess):
         async with asyncio.timeout(5.0):
@@ -118,8 +113,8 @@ async def assert_gone(folder: Path) -> None:
                 await asyncio.sleep(0.005)
 
 
-async def test_a_child_that_keeps_the_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    """A read to the end would hang the whole agent."""
+async def test_child_that_keeps_the_pipe_open_is_not_waited_for(tmp_path: Path) -> None:
+    """Reading to the end would hang the whole agent."""
     utility = program(tmp_path, "sleep 600 & echo $! > pid; echo running")
     async with asyncio.timeout(5.0):
         reply = await utility.run([CudaCall(CudaOp.STATE, 71)], 4.0)
@@ -127,13 +122,13 @@ async def test_a_child_that_keeps_the_pipe_is_not_waited_for(tmp_path: Path) -> 
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
-async def test_one_that_crashes_has_failed_and_the_state_says_the_rest(tmp_path: Path) -> None:
+async def test_crashed_program_has_failed_and_the_state_is_read(tmp_path: Path) -> None:
     utility = program(tmp_path, "[ $1 = --get-state ] && { echo checkpointed; exit 0; }; kill -SEGV $$")
     reply = await utility.run([CudaCall(CudaOp.CHECKPOINT, 71)], 5.0)
     assert [(answer.code, answer.state) for answer in reply.answers] == [(999, CudaState.CHECKPOINTED)]
 
 
-async def test_one_stuck_in_the_kernel_is_abandoned_and_its_gpus_reported(
+async def test_program_stuck_in_the_kernel_is_abandoned_and_its_gpus_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[tuple[str, ...]] = []
@@ -150,12 +145,12 @@ async def test_one_stuck_in_the_kernel_is_abandoned_and_its_gpus_reported(
     assert (reply.fault, reported) == (CudaFault.STUCK, [(OLD,)])
     pid = int((tmp_path / "pid").read_text())
     os.kill(pid, signal.SIGKILL)
-    async with asyncio.timeout(5.0):  # it dies after all, and nobody has to ask for its status
+    async with asyncio.timeout(5.0):  # it dies after all and is reaped
         while os.path.exists(f"/proc/{pid}"):  # noqa: ASYNC110, ASYNC240
             await asyncio.sleep(0.005)
 
 
-async def test_closing_ends_what_runs_and_takes_nothing_more(tmp_path: Path) -> None:
+async def test_close_ends_running_programs_and_takes_no_more(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "begun")
     utility = program(tmp_path, "echo $$ > pid; echo > begun; exec sleep 600")
     running = asyncio.create_task(utility.run([CudaCall(CudaOp.LOCK, 71), CudaCall(CudaOp.STATE, 71)], 60.0))
@@ -166,7 +161,7 @@ async def test_closing_ends_what_runs_and_takes_nothing_more(tmp_path: Path) -> 
     assert (await utility.run([CudaCall(CudaOp.STATE, 71)], 5.0)).reason == "DRIVER_WORKERS_DOWN"
 
 
-async def test_a_batch_waits_for_its_turn_and_not_for_ever(tmp_path: Path) -> None:
+async def test_batch_waits_for_its_turn_until_a_timeout(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "go")
     utility = program(tmp_path, "[ $3 = 71 ] && read line < go; echo running", queue_timeout_s=0.05)
     first = asyncio.create_task(utility.run([CudaCall(CudaOp.STATE, 71)], 10.0))
@@ -177,7 +172,7 @@ async def test_a_batch_waits_for_its_turn_and_not_for_ever(tmp_path: Path) -> No
     assert (await first).ok
 
 
-async def test_a_caller_that_goes_away_leaves_the_program_to_its_end(tmp_path: Path) -> None:
+async def test_cancelled_caller_leaves_the_program_running_to_its_end(tmp_path: Path) -> None:
     for pid in (71, 72):
         os.mkfifo(tmp_path / f"go-{pid}")
     utility = program(tmp_path, "read line < go-$3; echo running")
@@ -186,7 +181,7 @@ async def test_a_caller_that_goes_away_leaves_the_program_to_its_end(tmp_path: P
     leaving.cancel()
     await asyncio.wait([leaving])
     waiting = asyncio.create_task(utility.run([CudaCall(CudaOp.STATE, 72)], 10.0))
-    for pid in (71, 72):  # to open it waits for the program that reads it
+    for pid in (71, 72):  # opening it waits for the program that reads it
         await asyncio.to_thread((tmp_path / f"go-{pid}").write_text, "\n")
     assert (await waiting).answers[0].state is CudaState.RUNNING
 
@@ -194,17 +189,14 @@ async def test_a_caller_that_goes_away_leaves_the_program_to_its_end(tmp_path: P
 async def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
     utility = program(tmp_path, "[ $1 = --get-state ] && echo running; [ $1 = --get-state ]", parallel=2)
     await utility.run([CudaCall(CudaOp.STATE, 71)], 5.0)
-    gc.collect()  # what earlier tests left is not to go in the middle of this one
+    gc.collect()  # garbage of earlier tests must not go during this one
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         await utility.run([CudaCall(CudaOp.STATE, 71), CudaCall(CudaOp.LOCK, 71)], 5.0)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-# ---- the program itself ---------------------------------------------------------------------------------------------
-
-
-async def test_it_starts_where_the_program_knows_separate_actions(tmp_path: Path) -> None:
+async def test_start_succeeds_with_separate_actions(tmp_path: Path) -> None:
     (tmp_path / "help").write_text(NOISE + HELP)
     utility = program(tmp_path, "[ $1 = --help ] && cat help")
     await utility.start()
@@ -220,7 +212,7 @@ async def test_it_starts_where_the_program_knows_separate_actions(tmp_path: Path
         ("exec sleep 600", "did not end"),
     ],
 )
-async def test_one_that_does_not_is_refused_at_the_start(
+async def test_program_without_separate_actions_is_refused_at_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
 ) -> None:
     monkeypatch.setattr(utility_checkpointer, "HELP_DEADLINE_S", 0.5)
@@ -230,7 +222,7 @@ async def test_one_that_does_not_is_refused_at_the_start(
     assert said in refused.value.message
 
 
-async def test_one_that_was_removed_is_said_to_be_so(tmp_path: Path) -> None:
+async def test_removed_program_is_reported(tmp_path: Path) -> None:
     utility = program(tmp_path, "exit 0")
     (tmp_path / "cuda-checkpoint").unlink()
     reply = await utility.run([CudaCall(CudaOp.LOCK, 71)], 5.0)
@@ -239,7 +231,7 @@ async def test_one_that_was_removed_is_said_to_be_so(tmp_path: Path) -> None:
         await utility.start()
 
 
-async def test_one_for_another_machine_is_said_to_be_so(tmp_path: Path) -> None:
+async def test_program_for_another_machine_is_reported(tmp_path: Path) -> None:
     (tmp_path / "cuda-checkpoint").write_bytes(b"\x7fELF\x02\x01\x01" + b"\0" * 57)
     (tmp_path / "cuda-checkpoint").chmod(0o700)
     with pytest.raises(ConfigError, match=r"CHECKPOINT_UTILITY_INVALID.*does not run"):

@@ -1,4 +1,4 @@
-"""The words of cuda-checkpoint, without running it; and which files are trusted to be it."""
+"""Tests the arguments and texts of cuda-checkpoint without running it, and which files are trusted to be it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_an_operation_is_one_action(call: CudaCall, arguments: str) -> None:
     assert arguments_of(call) == arguments.split()
 
 
-def test_nothing_here_can_toggle() -> None:
+def test_no_code_uses_the_toggle_action() -> None:
     """--toggle can't time out the lock, ignores the device map and does two steps at once."""
     for module in (utility_checkpointer, utility_program, program_runner):
         assert "toggle" not in Path(str(module.__file__)).read_text().casefold()
@@ -43,7 +43,7 @@ def test_nothing_here_can_toggle() -> None:
 
 @pytest.mark.parametrize("state", [state for state in CudaState if state is not CudaState.NONE])
 @pytest.mark.parametrize("noise", ["", NOISE])
-def test_a_state_is_found_between_the_lines_of_others(state: CudaState, noise: str) -> None:
+def test_state_is_found_between_lines_of_other_libraries(state: CudaState, noise: str) -> None:
     printed = f"{noise}{state.value.lower()}\n{noise}"
     assert read_state(0, printed, noise) == (0, state)
 
@@ -62,11 +62,11 @@ def test_a_state_is_found_between_the_lines_of_others(state: CudaState, noise: s
         (-11, "", "", (999, CudaState.UNKNOWN)),
     ],
 )
-def test_what_is_no_state_is_unknown(code: int, output: str, error: str, expected: tuple[int, CudaState]) -> None:
+def test_unknown_text_is_state_unknown(code: int, output: str, error: str, expected: tuple[int, CudaState]) -> None:
     assert read_state(code, output, error) == expected
 
 
-def test_a_quoted_word_of_another_library_is_no_verdict() -> None:
+def test_quoted_text_of_another_library_is_no_result() -> None:
     assert error_code('plugin: "initialization error"') == 999
 
 
@@ -117,7 +117,7 @@ def _a_loop_of_links(path: Path) -> None:
         (_below_an_open_folder, "chmod go-w"),
     ],
 )
-def test_what_others_could_replace_is_not_run(tmp_path: Path, spoil: Callable[[Path], None], said: str) -> None:
+def test_program_that_others_could_replace_is_refused(tmp_path: Path, spoil: Callable[[Path], None], said: str) -> None:
     path = installed(tmp_path)
     assert find_utility(path) == (path, "")
     spoil(path)
@@ -137,7 +137,7 @@ def installed(folder: Path) -> Path:
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 @pytest.mark.parametrize("owned", ["opt/bin/cuda-checkpoint", "opt/bin", "opt"])
-def test_one_of_another_user_is_not_run_as_root(tmp_path: Path, owned: str) -> None:
+def test_program_of_another_user_is_refused_as_root(tmp_path: Path, owned: str) -> None:
     path = installed(tmp_path)
     os.chown(tmp_path / owned, 4242, -1)
     assert find_utility(path) == (
@@ -146,19 +146,19 @@ def test_one_of_another_user_is_not_run_as_root(tmp_path: Path, owned: str) -> N
     )
 
 
-def test_others_may_add_files_beside_it_where_they_can_not_replace_it(tmp_path: Path) -> None:
+def test_sticky_folder_is_accepted(tmp_path: Path) -> None:
     path = installed(tmp_path)
     path.parent.chmod(0o1777)  # sticky, as /tmp is
     assert find_utility(path) == (path, "")
 
 
-def test_a_link_is_followed_once_and_what_it_names_is_run(tmp_path: Path) -> None:
+def test_link_is_resolved_once_and_its_target_is_run(tmp_path: Path) -> None:
     path = installed(tmp_path)
     link = tmp_path / "link"
     link.symlink_to(path)
     assert find_utility(link) == (path, "")
 
 
-def test_a_relative_path_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_relative_path_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(installed(tmp_path).parent)
     assert find_utility(Path("cuda-checkpoint"))[0] is None

@@ -1,4 +1,4 @@
-"""The line to the scheduler, on a real gRPC server that plays it: reports, resync, outages, uploads."""
+"""Tests the link to the scheduler on a real gRPC server in its place: reports, resync, outages, uploads."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable
 from tests.api.test_instance_servicer import observer_of
 from tests.contract.test_stores import window
-from tests.host.rig import OCR, World, a_world, eventually, hangs, until
+from tests.host.rig import OCR, NodeRig, eventually, hangs, node_rig, until
 
 TOKEN = "node-credential-0123456789"
 
 
 @dataclass
 class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer, usage_service_pb2_grpc.UsageServiceServicer):
-    """Writes down what it hears. `resync_at`: at this sequence number it asks for everything anew, once."""
+    """Records what it receives. At the sequence number `resync_at` it asks for everything again, once."""
 
-    heard: list[ReportLoadRequest] = field(default_factory=list)
+    received: list[ReportLoadRequest] = field(default_factory=list)
     news: asyncio.Condition = field(default_factory=asyncio.Condition)
     resync_at: int = 0
     end_after: int = 0
@@ -47,7 +47,7 @@ class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer, usage_servi
     ) -> AsyncIterator[ReportLoadResponse]:
         async for message in request_iterator:
             async with self.news:
-                self.heard.append(message)
+                self.received.append(message)
                 self.news.notify_all()
             resync = message.sequence == self.resync_at
             self.resync_at = 0 if resync else self.resync_at
@@ -73,34 +73,34 @@ class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer, usage_servi
                 answer.marks.add(instance_uid=uid, seq=max(seqs))
         return answer
 
-    async def until_heard(self, what: object, deadline_s: float = 10.0) -> ReportLoadRequest:
-        """The first message for which `what` holds."""
+    async def until_received(self, what: object, deadline_s: float = 10.0) -> ReportLoadRequest:
+        """The first message for which `what` is true."""
         assert callable(what)
         async with asyncio.timeout(deadline_s), self.news:
-            await self.news.wait_for(lambda: any(what(message) for message in self.heard))
-        return next(message for message in self.heard if what(message))
+            await self.news.wait_for(lambda: any(what(message) for message in self.received))
+        return next(message for message in self.received if what(message))
 
 
 @dataclass
-class Line:
-    world: World
+class LinkRig:
+    world: NodeRig
     link: SchedulerLink
     scheduler: Scheduler
 
 
 @asynccontextmanager
-async def a_line(*, credential: str = TOKEN, **knobs: object) -> AsyncIterator[Line]:
+async def link_rig(*, credential: str = TOKEN, **knobs: object) -> AsyncIterator[LinkRig]:
     scheduler = Scheduler(**knobs)  # type: ignore[abstract, arg-type]  # the rest of them is not called
     tokens = TokenTable([(TOKEN, Principal("n1", Role.NODE))])
     server = GrpcServer(Services(scheduler=scheduler, usage=scheduler), tokens)
     port = server.bind_tcp("127.0.0.1", 0)
     await server.start()
-    async with a_world() as world, DaemonChannel(f"127.0.0.1:{port}", credential) as channel:
+    async with node_rig() as world, DaemonChannel(f"127.0.0.1:{port}", credential) as channel:
         link = SchedulerLink(channel, observer_of(world), world.node.actors, world.store, 0.01)
         world.node.listeners.append(link)
         running = asyncio.create_task(link.run())
         try:
-            yield Line(world, link, scheduler)
+            yield LinkRig(world, link, scheduler)
             assert not running.done(), "it goes on through everything"
         finally:
             running.cancel()
@@ -110,7 +110,7 @@ async def a_line(*, credential: str = TOKEN, **knobs: object) -> AsyncIterator[L
 
 
 def counted(channel: DaemonChannel, method: str) -> list[None]:
-    """One entry for every call of the method from now on."""
+    """Counts the calls of the method from now on, one entry each."""
     real, calls = getattr(channel, method), list[None]()
 
     def call() -> object:
@@ -125,195 +125,195 @@ def shows(uid: str, state: Instance.State.ValueType) -> object:
     return lambda message: any(one.uid == uid and one.state == state for one in message.instances)
 
 
-async def test_it_registers_and_then_reports_changes_at_once() -> None:
-    async with a_line() as line:
-        first = await line.scheduler.until_heard(lambda message: True)
+async def test_link_registers_and_reports_changes_at_once() -> None:
+    async with link_rig() as rig:
+        first = await rig.scheduler.until_received(lambda message: True)
         assert (first.sequence, first.snapshot) == (1, True)
         assert len(first.registration.gpus) == 2
-        actor = await line.world.running()
-        change = await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RUNNING))
+        actor = await rig.world.running()
+        change = await rig.scheduler.until_received(shows(actor.uid, Instance.STATE_RUNNING))
         assert not change.snapshot
-        numbers = [message.sequence for message in line.scheduler.heard]
+        numbers = [message.sequence for message in rig.scheduler.received]
         assert numbers == list(range(1, len(numbers) + 1))
-        assert line.link.connected
+        assert rig.link.connected
 
 
-async def test_one_that_wakes_is_told_when_it_is_awake_or_else_a_little_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a request waits for it the loop has better things to do; a wake that takes seconds is not hidden."""
+async def test_wake_is_reported_when_done_or_after_a_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request waits for the wake on the same loop; a wake that takes seconds is still reported."""
     monkeypatch.setattr(scheduler_link, "HEARTBEAT_S", 60.0)
-    async with a_line() as line:
-        actor = await line.world.frozen()
-        await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_FROZEN))
-        line.world.freezer.hold("wake")
+    async with link_rig() as rig:
+        actor = await rig.world.frozen()
+        await rig.scheduler.until_received(shows(actor.uid, Instance.STATE_FROZEN))
+        rig.world.freezer.hold("wake")
         began = asyncio.get_running_loop().time()
-        actor.wake(0, line.world.clock.monotonic_ns() + SECOND_NS)
-        await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RESTORING))
+        actor.wake(0, rig.world.clock.monotonic_ns() + SECOND_NS)
+        await rig.scheduler.until_received(shows(actor.uid, Instance.STATE_RESTORING))
         assert asyncio.get_running_loop().time() - began >= scheduler_link.WAKE_REPORT_DELAY_S
-        line.world.freezer.release("wake")
-        line.scheduler.heard.clear()
-        await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RUNNING))
+        rig.world.freezer.release("wake")
+        rig.scheduler.received.clear()
+        await rig.scheduler.until_received(shows(actor.uid, Instance.STATE_RUNNING))
 
 
-async def test_an_instance_is_reported_as_soon_as_it_is_made_however_long_it_takes_to_start() -> None:
-    """The scheduler gives an instance up that it has not heard of 15 s after its create: models load longer."""
-    async with a_line() as line:
-        await line.scheduler.until_heard(lambda message: message.snapshot)
-        line.world.app.answers["/initialize"] = hangs
-        actor = await line.world.create(replace(OCR, hooks=Hooks(initializer=Hook(timeout_ns=300 * SECOND_NS))))
-        first = await line.scheduler.until_heard(lambda message: any(x.uid == actor.uid for x in message.instances))
+async def test_slowly_starting_instance_is_reported_at_once() -> None:
+    """The scheduler gives up an instance that is not reported within 15 s; models load longer."""
+    async with link_rig() as rig:
+        await rig.scheduler.until_received(lambda message: message.snapshot)
+        rig.world.app.answers["/initialize"] = hangs
+        actor = await rig.world.create(replace(OCR, hooks=Hooks(initializer=Hook(timeout_ns=300 * SECOND_NS))))
+        first = await rig.scheduler.until_received(lambda message: any(x.uid == actor.uid for x in message.instances))
         assert first.instances[0].state == Instance.STATE_STARTING
         assert actor.state is InstanceState.STARTING
 
 
-async def test_requests_inside_are_told_with_the_heartbeat_where_no_edge_tells_them() -> None:
-    """Of several at a time only the first and the last make an edge: what was said in between would be believed on."""
-    async with a_line() as line:
-        actor = await line.world.running(replace(OCR, instance_concurrency=4))
+async def test_heartbeat_reports_changed_request_counts() -> None:
+    """Only the first and the last of several requests trigger a report; the heartbeat corrects the count between."""
+    async with link_rig() as rig:
+        actor = await rig.world.running(replace(OCR, instance_concurrency=4))
         assert [actor.gate.try_enter() for _ in range(3)] == [None] * 3
 
-        def says(count: int) -> object:
+        def reports(count: int) -> object:
             return lambda message: any((one.uid, one.in_flight) == (actor.uid, count) for one in message.instances)
 
-        await line.scheduler.until_heard(says(3))
+        await rig.scheduler.until_received(reports(3))
         actor.gate.leave()
-        await line.scheduler.until_heard(says(2))
+        await rig.scheduler.until_received(reports(2))
         for _ in range(2):
             actor.gate.leave()
-        await line.scheduler.until_heard(says(0))
+        await rig.scheduler.until_received(reports(0))
 
 
-async def test_an_instance_that_is_gone_is_reported_as_gone() -> None:
+async def test_gone_instance_is_reported() -> None:
     from agent.core.lifecycle.events import StopAsked
 
-    async with a_line() as line:
-        actor = await line.world.running()
-        await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RUNNING))
+    async with link_rig() as rig:
+        actor = await rig.world.running()
+        await rig.scheduler.until_received(shows(actor.uid, Instance.STATE_RUNNING))
         actor.handle(StopAsked(SECOND_NS))
-        await line.scheduler.until_heard(lambda message: actor.uid in message.removed_uids)
+        await rig.scheduler.until_received(lambda message: actor.uid in message.removed_uids)
 
 
-async def test_a_resync_sends_everything_anew() -> None:
-    async with a_line(resync_at=2) as line:
-        actor = await line.world.running()
-        again = await line.scheduler.until_heard(lambda message: message.snapshot and message.sequence > 1)
+async def test_resync_sends_everything_again() -> None:
+    async with link_rig(resync_at=2) as rig:
+        actor = await rig.world.running()
+        again = await rig.scheduler.until_received(lambda message: message.snapshot and message.sequence > 1)
         assert [one.uid for one in again.instances] == [actor.uid]
 
 
-async def test_a_stream_that_ends_is_opened_again_with_everything() -> None:
-    async with a_line(end_after=1) as line:
-        actor = await line.world.running()
+async def test_ended_stream_is_reopened_with_everything() -> None:
+    async with link_rig(end_after=1) as rig:
+        actor = await rig.world.running()
 
         def fresh(message: ReportLoadRequest) -> bool:
             return message.sequence == 1 and bool(message.instances)
 
-        again = await line.scheduler.until_heard(fresh)
+        again = await rig.scheduler.until_received(fresh)
         assert again.registration.gpus
         assert again.instances[0].uid == actor.uid
 
 
-async def test_a_credential_the_scheduler_does_not_know_is_said_once_and_not_at_every_attempt() -> None:
-    """A node that never connects must not look like one that has nothing to say."""
+async def test_unknown_credential_is_logged_once() -> None:
+    """A node that never connects must not look like an idle one."""
     with capture_logs() as logs:
-        async with a_line(credential="a-token-of-nobody-0123456789") as line:
-            attempts = counted(line.link._channel, "report_load")
+        async with link_rig(credential="a-token-of-nobody-0123456789") as rig:
+            attempts = counted(rig.link._channel, "report_load")
             await eventually(lambda: len(attempts) >= 3)
-            assert not line.link.connected
-    said = [entry for entry in logs if entry["event"].startswith("scheduler.")]
-    assert [(entry["event"], entry["reason"]) for entry in said] == [("scheduler.not_connected", "TOKEN_UNKNOWN")]
+            assert not rig.link.connected
+    logged = [entry for entry in logs if entry["event"].startswith("scheduler.")]
+    assert [(entry["event"], entry["reason"]) for entry in logged] == [("scheduler.not_connected", "TOKEN_UNKNOWN")]
 
 
-async def test_a_bug_in_a_report_does_not_end_the_reports() -> None:
-    async with a_line() as line:
-        await line.scheduler.until_heard(lambda message: True)
-        real, failed = line.link._observer.node, asyncio.Event()
+async def test_bug_in_a_report_does_not_end_the_reports() -> None:
+    async with link_rig() as rig:
+        await rig.scheduler.until_received(lambda message: True)
+        real, failed = rig.link._observer.node, asyncio.Event()
 
         def broken() -> object:
             failed.set()
-            line.link._observer.node = real  # type: ignore[method-assign]
+            rig.link._observer.node = real  # type: ignore[method-assign]
             raise KeyError("a GPU nobody knows")
 
-        line.link._observer.node = broken  # type: ignore[assignment, method-assign]
-        actor = await line.world.running()
+        rig.link._observer.node = broken  # type: ignore[assignment, method-assign]
+        actor = await rig.world.running()
         await asyncio.wait_for(failed.wait(), 5)
-        await line.scheduler.until_heard(shows(actor.uid, Instance.STATE_RUNNING))
+        await rig.scheduler.until_received(shows(actor.uid, Instance.STATE_RUNNING))
 
 
 async def test_windows_are_uploaded_until_acknowledged() -> None:
-    async with a_line(acknowledge=0) as line:
-        actor = await line.world.frozen()
-        line.world.clock.advance(SECOND_NS)
-        line.world.billing.changed(actor.uid, InstanceState.FROZEN)
-        await line.world.billing.flush()
-        await eventually(lambda: bool(line.scheduler.uploads) and line.scheduler.uploads[-1][0][1] > 0)
-        line.scheduler.acknowledge = 1 << 30
-        sealed = {(w.instance_uid, w.seq) for w in await line.world.store.read_windows() if w.sealed}
-        await eventually(lambda: line.world.store._acknowledged >= sealed)
-        assert await line.link.usage.upload_once() is False, "nothing is sent twice"
+    async with link_rig(acknowledge=0) as rig:
+        actor = await rig.world.frozen()
+        rig.world.clock.advance(SECOND_NS)
+        rig.world.billing.changed(actor.uid, InstanceState.FROZEN)
+        await rig.world.billing.flush()
+        await eventually(lambda: bool(rig.scheduler.uploads) and rig.scheduler.uploads[-1][0][1] > 0)
+        rig.scheduler.acknowledge = 1 << 30
+        sealed = {(w.instance_uid, w.seq) for w in await rig.world.store.read_windows() if w.sealed}
+        await eventually(lambda: rig.world.store._acknowledged >= sealed)
+        assert await rig.link.usage.upload_once() is False, "nothing is sent twice"
 
 
-async def test_windows_bear_the_name_of_the_credential() -> None:
-    """node_name is for people; a node whose host name is another must not lose its bill."""
-    async with a_line() as line:
-        await line.scheduler.until_heard(lambda message: message.snapshot)
-        await eventually(lambda: line.link.connected)
-        await line.world.store.upsert_windows([window("i-new", 0)])
-        await eventually(lambda: ("i-new", 0) in line.world.store._acknowledged)
-        assert line.scheduler.nodes == {"n1"}
+async def test_windows_carry_the_credentials_name() -> None:
+    """node_name is for people; a node with another host name must not lose its bill."""
+    async with link_rig() as rig:
+        await rig.scheduler.until_received(lambda message: message.snapshot)
+        await eventually(lambda: rig.link.connected)
+        await rig.world.store.upsert_windows([window("i-new", 0)])
+        await eventually(lambda: ("i-new", 0) in rig.world.store._acknowledged)
+        assert rig.scheduler.nodes == {"n1"}
 
 
-async def test_windows_of_before_wait_for_the_name_of_the_credential() -> None:
-    """An agent that comes back has windows before it has heard its name: under its own they are refused for good."""
-    async with a_line(refuse_uploads=True) as line:
-        await line.world.store.upsert_windows([window("i-before", 0)])
-        line.scheduler.refuse_uploads = False
-        observer = observer_of(line.world)
+async def test_old_windows_wait_for_the_credentials_name() -> None:
+    """A restarted agent has windows before it knows its name; under its own name they would be rejected for good."""
+    async with link_rig(refuse_uploads=True) as rig:
+        await rig.world.store.upsert_windows([window("i-before", 0)])
+        rig.scheduler.refuse_uploads = False
+        observer = observer_of(rig.world)
         observer.identity = replace(observer.identity, name="a-host-name")
-        before_it_connects = SchedulerLink(line.link._channel, observer, line.world.node.actors, line.world.store, 0.01)
+        before_it_connects = SchedulerLink(rig.link._channel, observer, rig.world.node.actors, rig.world.store, 0.01)
         await before_it_connects.usage.upload_once()
-        await eventually(lambda: ("i-before", 0) in line.world.store._acknowledged)
-        assert line.scheduler.nodes == {"n1"}
+        await eventually(lambda: ("i-before", 0) in rig.world.store._acknowledged)
+        assert rig.scheduler.nodes == {"n1"}
 
 
-async def test_windows_that_are_refused_are_put_aside_and_the_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node that was renamed: its old windows stand before all others, and more of them than one upload takes."""
+async def test_rejected_windows_do_not_block_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a node was renamed its old windows come first, and there are more of them than one upload takes."""
     monkeypatch.setattr(usage_upload, "UPLOAD_BATCH", 2)
     old = [window("i-a-old", seq) for seq in range(5)]
-    async with a_line(refuses="i-a-old") as line:
-        await line.world.store.upsert_windows([*old, window("i-new", 0)])
-        await eventually(lambda: ("i-new", 0) in line.world.store._acknowledged)
-        assert await line.world.store.unacknowledged(10) == []
-        sent = [key for batch in line.scheduler.uploads for key in batch]
+    async with link_rig(refuses="i-a-old") as rig:
+        await rig.world.store.upsert_windows([*old, window("i-new", 0)])
+        await eventually(lambda: ("i-new", 0) in rig.world.store._acknowledged)
+        assert await rig.world.store.unacknowledged(10) == []
+        sent = [key for batch in rig.scheduler.uploads for key in batch]
         assert len(sent) == len(set(sent)), "none is offered twice"
-        kept = await line.world.store.read_windows("i-a-old")
+        kept = await rig.world.store.read_windows("i-a-old")
         assert len(kept) == 5, "they stay in the node's own ledger"
 
 
-async def test_an_upload_that_fails_is_tried_again_and_forgets_nothing() -> None:
-    async with a_line(refuse_uploads=True) as line:
-        actor = await line.world.running()
-        line.world.clock.advance(SECOND_NS)
-        line.world.billing.changed(actor.uid, InstanceState.RUNNING)
-        await line.world.billing.flush()
-        before = await line.world.store.unacknowledged(10)
+async def test_failed_upload_is_retried_without_loss() -> None:
+    async with link_rig(refuse_uploads=True) as rig:
+        actor = await rig.world.running()
+        rig.world.clock.advance(SECOND_NS)
+        rig.world.billing.changed(actor.uid, InstanceState.RUNNING)
+        await rig.world.billing.flush()
+        before = await rig.world.store.unacknowledged(10)
         assert before
-        line.scheduler.refuse_uploads = False
+        rig.scheduler.refuse_uploads = False
         keys = {(w.instance_uid, w.seq) for w in before}
-        await eventually(lambda: line.world.store._acknowledged >= keys)
-        assert {key for batch in line.scheduler.uploads for key in batch} >= keys
+        await eventually(lambda: rig.world.store._acknowledged >= keys)
+        assert {key for batch in rig.scheduler.uploads for key in batch} >= keys
         await until(actor, InstanceState.RUNNING)
 
 
-def test_the_bounds_are_those_of_the_design() -> None:
+def test_report_intervals_are_those_of_the_design() -> None:
     assert (scheduler_link.COALESCE_S, scheduler_link.HEARTBEAT_S) == (0.005, 1.0)
 
 
-async def test_a_heartbeat_has_gauges_of_those_that_are_awake() -> None:
-    async with a_line() as line:
-        frozen = await line.world.frozen()
-        awake = await line.world.running()
+async def test_heartbeat_has_gauges_of_awake_instances() -> None:
+    async with link_rig() as rig:
+        frozen = await rig.world.frozen()
+        awake = await rig.world.running()
         both = {frozen.uid, awake.uid}
-        message = await line.scheduler.until_heard(
+        message = await rig.scheduler.until_received(
             lambda m: m.load.state and {one.uid for one in m.load.instances} == {awake.uid}
         )
-        assert both.isdisjoint(one.uid for one in line.scheduler.heard[0].load.instances)
+        assert both.isdisjoint(one.uid for one in rig.scheduler.received[0].load.instances)
         assert message.load.instances[0].vram_limit_bytes == 1 << 30

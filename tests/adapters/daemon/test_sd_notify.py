@@ -1,4 +1,4 @@
-"""systemd's notification socket, with a socket of our own in its place."""
+"""Tests systemd's notification socket with a socket of the test in its place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.daemons.process import feed_watchdog
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
-def test_messages_arrive(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notifications_arrive(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = str(tmp_path / "notify") if kind == "path" else f"@hibernode-test-{tmp_path.name}-{id(tmp_path)}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(name.replace("@", "\0", 1) if kind == "abstract" else name)
@@ -39,7 +39,7 @@ def test_the_watchdog_is_fed_twice_as_often_as_it_asks(
     assert watchdog_interval_s() == interval
 
 
-async def test_only_a_loop_that_turns_feeds_the_watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_a_running_loop_feeds_the_watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.setblocking(False)

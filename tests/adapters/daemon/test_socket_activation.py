@@ -1,4 +1,4 @@
-"""The gateway's socket, handed over as systemd does it: as descriptor 3, with three variables, to another process."""
+"""Tests the gateway's socket, passed as systemd does: as descriptor 3, with three variables, to another process."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def free_port() -> int:
 
 
 def stored(systemd: socket.socket) -> tuple[bytes, int]:
-    """The message and the descriptor that came with it."""
+    """The message and the descriptor sent with it."""
     message, ancillary, _, _ = systemd.recvmsg(1024, socket.CMSG_SPACE(4))
     (_, _, data), *_ = ancillary
     return message, array.array("i", data)[0]
 
 
-def test_who_connects_between_two_daemons_is_answered_by_the_second(systemd: socket.socket) -> None:
+def test_connection_between_two_daemons_is_served_by_the_second(systemd: socket.socket) -> None:
     port = free_port()
     first = open_listener("gateway", HOST, port, 5)
     assert first is not None
@@ -78,7 +78,7 @@ def test_who_connects_between_two_daemons_is_answered_by_the_second(systemd: soc
 
 
 @pytest.mark.parametrize(("host", "port"), [(HOST, 0), ("localhost", 8600)])
-def test_an_address_that_may_be_another_next_time_is_not_kept(systemd: socket.socket, host: str, port: int) -> None:
+def test_variable_address_is_not_kept(systemd: socket.socket, host: str, port: int) -> None:
     assert open_listener("gateway", host, port, 5) is None
 
 
@@ -91,8 +91,8 @@ print(open_listener("gateway", "127.0.0.1", 0, 5))
 """
 
 
-def test_who_stands_by_gives_up_what_was_kept_for_him(systemd: socket.socket) -> None:
-    """Held open and not served it would let clients hang which belong to the other scheduler."""
+def test_standby_releases_the_kept_socket(systemd: socket.socket) -> None:
+    """An open socket that nothing serves would hang clients of the active scheduler."""
     with socket.create_server((HOST, 0)) as left:
         environment = {**os.environ, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "gateway"}
         address, descriptor = left.getsockname(), left.fileno()

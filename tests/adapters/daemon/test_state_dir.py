@@ -1,4 +1,4 @@
-"""The state directory: one owner, one identity, and nothing for others to read."""
+"""Tests the state directory: one owner, one UUID, and nothing readable by others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_it_is_made_private_and_keeps_its_identity(tmp_path: Path) -> None:
+def test_state_dir_is_private_and_keeps_its_uuid(tmp_path: Path) -> None:
     path = tmp_path / "var" / "agent"
     with StateDir(path) as first:
         drawn = first.uuid
@@ -30,7 +30,7 @@ def test_it_is_made_private_and_keeps_its_identity(tmp_path: Path) -> None:
         assert other.uuid != drawn
 
 
-def test_others_may_go_through_it_but_not_list_it(tmp_path: Path) -> None:
+def test_passable_state_dir_cannot_be_listed(tmp_path: Path) -> None:
     path = tmp_path / "agent"
     path.mkdir(mode=0o700)
     with StateDir(path, passable=True) as state:
@@ -49,7 +49,7 @@ def _umask() -> int:
     return current
 
 
-def test_it_has_one_owner_at_a_time(tmp_path: Path) -> None:
+def test_state_dir_has_one_owner_at_a_time(tmp_path: Path) -> None:
     with StateDir(tmp_path):
         with pytest.raises(PreconditionError) as caught:
             StateDir(tmp_path)
@@ -58,7 +58,7 @@ def test_it_has_one_owner_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("open_to", [0o777, 0o770, 0o1777])
-def test_one_that_others_may_write_to_is_refused(tmp_path: Path, open_to: int) -> None:
+def test_state_dir_writable_by_others_is_refused(tmp_path: Path, open_to: int) -> None:
     path = tmp_path / "agent"
     path.mkdir()
     path.chmod(open_to)
@@ -69,8 +69,8 @@ def test_one_that_others_may_write_to_is_refused(tmp_path: Path, open_to: int) -
 
 
 @pytest.mark.root
-def test_one_that_another_user_made_is_refused(tmp_path: Path) -> None:
-    """In /tmp anybody can be first, with a token that he knows."""
+def test_state_dir_of_another_user_is_refused(tmp_path: Path) -> None:
+    """In /tmp another user can be first, with a token of their own."""
     if os.geteuid() != 0:
         pytest.skip("only root can make a directory of another user")
     path = tmp_path / "agent"
@@ -81,7 +81,7 @@ def test_one_that_another_user_made_is_refused(tmp_path: Path) -> None:
     assert not list(path.iterdir())
 
 
-def test_a_link_in_the_place_of_its_lock_is_not_followed(tmp_path: Path) -> None:
+def test_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     path = tmp_path / "agent"
     path.mkdir(mode=0o700)
     (path / "lock").symlink_to(tmp_path / "victim")
@@ -90,14 +90,14 @@ def test_a_link_in_the_place_of_its_lock_is_not_followed(tmp_path: Path) -> None
     assert not (tmp_path / "victim").exists()
 
 
-def test_the_endpoints_go_with_their_daemon(tmp_path: Path) -> None:
+def test_endpoints_are_removed_with_their_daemon(tmp_path: Path) -> None:
     with StateDir(tmp_path) as state:
         state.write_endpoints({"ingress": "127.0.0.1:8610"})
         assert json.loads((tmp_path / "endpoints.json").read_text()) == {"ingress": "127.0.0.1:8610"}
     assert not (tmp_path / "endpoints.json").exists()
 
 
-def test_what_is_no_directory_is_refused_in_words(tmp_path: Path) -> None:
+def test_non_directory_is_refused_with_a_message(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ConfigError) as caught:
@@ -105,7 +105,7 @@ def test_what_is_no_directory_is_refused_in_words(tmp_path: Path) -> None:
     assert caught.value.reason == "STATE_DIR_UNUSABLE"
 
 
-def test_a_full_disk_is_refused_in_words_and_the_lock_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_refused_and_releases_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, content: bytes, mode: int = 0o644) -> None:
         raise OSError(28, "No space left on device")
 
@@ -116,7 +116,7 @@ def test_a_full_disk_is_refused_in_words_and_the_lock_let_go(tmp_path: Path, mon
     StateDir(tmp_path).close()
 
 
-def test_a_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "endpoints.json"
     write_atomically(target, b"old")
 
@@ -131,7 +131,7 @@ def test_a_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     assert [file.name for file in tmp_path.iterdir()] == ["endpoints.json"], "no draft stays"
 
 
-def test_a_disk_that_is_full_at_the_end_of_the_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full_at_the_end_of_the_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

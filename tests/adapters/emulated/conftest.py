@@ -1,4 +1,4 @@
-"""Emulated drivers for the tests. Their libraries lie where users have them, built once for the same sources."""
+"""Emulated drivers for the tests. Their libraries are in the user's cache, built once for the same sources."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build_cache() -> Path:
 
 @pytest.fixture
 def start_driver(build_cache: Path, tmp_path: Path) -> Iterator[StartDriver]:
-    """Start a driver with the arguments of `up`; several may run beside one another, each in its own directory."""
+    """Start drivers with the arguments of `up`; several may run, each in its own directory."""
     with ExitStack() as stack:
         count = itertools.count()
 
@@ -47,7 +47,7 @@ def shared_driver(build_cache: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def driver(shared_driver: RunningDriver) -> Iterator[RunningDriver]:
-    """Two GPUs of 1 GiB under driver 580, shared by all tests that take it: they must not stop it."""
+    """Two GPUs of 1 GiB under driver 580, shared by all tests that use it; they must not stop it."""
     shared_driver.begin_test()
     yield shared_driver
     shared_driver.end_test()

@@ -1,6 +1,6 @@
-"""A program that uses libcuda as applications and checkpoint tools do, told what to do by JSON lines on stdin.
+"""A program that uses libcuda like an application or a checkpoint tool, controlled by JSON lines on stdin.
 
-Started by harness.CudaProgram; imports nothing of the project, so that it sees only what any program sees.
+Started by harness.CudaProgram. Imports nothing of the project, so that it sees only what any program sees.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ LOCK_ARGS = ctypes.c_uint * 16
 
 
 class Cuda:
-    """One method a command; each answers a dict. `rc` is always a CUresult."""
+    """One method per command; each returns a dict. `rc` is always a CUresult."""
 
     def __init__(self) -> None:
         self.cuda = ctypes.CDLL("libcuda.so.1")
@@ -70,7 +70,7 @@ class Cuda:
         return {**answer, "hex": buffer.raw.hex()} if raw else answer
 
     def pinned(self, size: int) -> Answer:
-        """Page-locked host memory."""
+        """Allocate page-locked host memory."""
         address = ctypes.c_void_p()
         rc = self.cuda.cuMemAllocHost_v2(ctypes.byref(address), ctypes.c_size_t(size))
         return {"rc": rc, "address": address.value}
@@ -79,7 +79,7 @@ class Cuda:
         return {"rc": self.cuda.cuMemFreeHost(ctypes.c_void_p(address))}
 
     def round_trip(self, address: int, pinned: int, size: int, seed: int) -> Answer:
-        """Bytes through pinned memory to the device and back, in a stream."""
+        """Copy through pinned memory to the device and back, in a stream."""
         stream = ctypes.c_void_p()
         rc = self.cuda.cuStreamCreate(ctypes.byref(stream), 1)
         data = random.Random(seed).randbytes(size)
@@ -94,14 +94,14 @@ class Cuda:
         return {"rc": rc or self.cuda.cuStreamDestroy_v2(stream), "same": same}
 
     def keep_busy(self, address: int, size: int, seconds: float) -> Answer:
-        """Fill again and again."""
+        """Fill repeatedly for that time."""
         end, rc = time.monotonic() + seconds, 0
         while not rc and time.monotonic() < end:
             rc = self.cuda.cuMemsetD8_v2(address, 5, size)
         return {"rc": rc}
 
     def own_device(self) -> Answer:
-        """What a program finds out about the GPU that it was given."""
+        """The properties of the program's GPU."""
         device, uuid = ctypes.c_int(-1), ctypes.create_string_buffer(16)
         rc = self.cuda.cuCtxGetDevice(ctypes.byref(device)) or self.cuda.cuDeviceGetUuid_v2(uuid, device)
         values = {}
@@ -115,7 +115,7 @@ class Cuda:
         return {"rc": 0, "found": hasattr(self.cuda, symbol)}
 
     def export_table(self) -> Answer:
-        """With an identity that nobody has."""
+        """Request an export table that does not exist."""
         table = ctypes.c_void_p(1)
         return {"rc": self.cuda.cuGetExportTable(ctypes.byref(table), b"x" * 16), "table": table.value}
 
@@ -144,7 +144,7 @@ class Cuda:
         return {"rc": 0, "private": (words[1] - words[2]) * 4096, "shared": words[2] * 4096}
 
     def begin_work(self) -> Answer:
-        """Work in a stream that does not end before end_work: what a lock has to wait for."""
+        """Start work in a stream that runs until end_work, and for which a lock must wait."""
         started, self.end = threading.Event(), threading.Event()
 
         def work(_data: object) -> None:
@@ -170,7 +170,7 @@ class Cuda:
         return {"rc": 0}
 
     def fork(self) -> Answer:
-        """What a child forked after cuInit gets from CUDA, and which sockets and device mappings it kept."""
+        """What CUDA answers in a child forked after cuInit, and the sockets and device mappings that it kept."""
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
@@ -197,7 +197,7 @@ class Cuda:
         return answer
 
     def fork_sleeper(self) -> Answer:
-        """A child that outlives its parent's death and holds nothing of CUDA."""
+        """Fork a child that outlives its parent and uses no CUDA."""
         child = os.fork()
         if child == 0:
             os.setsid()
@@ -210,11 +210,11 @@ class Cuda:
         return {"rc": 0}
 
     def exec_sleeper(self) -> None:
-        """Become another program, under the same pid."""
+        """Exec another program under the same pid."""
         say({"rc": 0})
         os.execv(sys.executable, [sys.executable, __file__])
 
-    # ---- the checkpoint API, as a tool calls it ---------------------------------------------------------------
+    # ---- the checkpoint API ---------------------------------------------------------------------------------------
 
     def state(self, pid: int) -> Answer:
         value = ctypes.c_int(-1)

@@ -1,4 +1,4 @@
-"""Starts drivers and CUDA programs for the tests, asks them with deadlines, and ends them whatever happens."""
+"""Starts drivers and CUDA programs for the tests, with deadlines, and always ends them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something another process does; it has no event to wait on, so ask again, within the deadline."""
+    """Poll, with a deadline, for an effect of another process that sends no event."""
     end = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < end, f"not within {DEADLINE_S} s: {what}"
@@ -34,7 +34,7 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 
 
 class Lines:
-    """Reads lines of a pipe with a deadline."""
+    """Reads lines from a pipe with a deadline."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -43,11 +43,11 @@ class Lines:
         self._selector.register(fd, selectors.EVENT_READ)
 
     def waiting(self) -> bool:
-        """Is there something to read? Takes nothing."""
+        """Whether there is something to read. Reads nothing."""
         return b"\n" in self._buffer or bool(self._selector.select(0))
 
     def read(self, deadline_s: float = DEADLINE_S) -> bytes | None:
-        """The next line; None if there is none in time. Raises EOFError at the end."""
+        """The next line; None at the deadline. Raises EOFError at the end."""
         end = time.monotonic() + deadline_s
         while b"\n" not in self._buffer:
             if not self._selector.select(max(0.0, end - time.monotonic())):
@@ -64,11 +64,10 @@ class Lines:
 
 
 class CudaProgram:
-    """cuda_program.py as a process of its own: an application with CUDA, or a tool that checkpoints one; or another
-    script that is told what to do in the same way."""
+    """Runs cuda_program.py, an application or checkpoint tool, or another script with the same protocol."""
 
     def __init__(self, environment: dict[str, str], wrapper: Sequence[str] = (), script: Path = PROGRAM) -> None:
-        flags = ("-I", "-S") if script is PROGRAM else ()  # needs no packages: starts in half the time
+        flags = ("-I", "-S") if script is PROGRAM else ()  # it needs no packages, and starts in half the time
         self.process = subprocess.Popen(
             [*wrapper, sys.executable, *flags, str(script)],
             stdin=subprocess.PIPE,
@@ -98,7 +97,7 @@ class CudaProgram:
         return answer
 
     def is_waiting(self) -> bool:
-        """Has nothing been answered so far? An answer stays to be received."""
+        """Whether no answer has arrived yet. Leaves an answer unread."""
         return not self._lines.waiting()
 
     def ask(self, command: str, **arguments: object) -> dict[str, Any]:
@@ -125,7 +124,7 @@ class CudaProgram:
 
 
 class RunningDriver:
-    """`hibernode emulated up` in a directory of its own, with the programs started on it."""
+    """`hibernode emulated up` in its own directory, with the programs started on it."""
 
     def __init__(self, directory: Path, cache: Path, *arguments: str) -> None:
         self.directory = directory
@@ -157,41 +156,41 @@ class RunningDriver:
         return program
 
     def application(self, device: int = 0, **environment: str) -> CudaProgram:
-        """A program with a context on a GPU."""
+        """Start a program with a context on a GPU."""
         program = self.program(**environment)
         program.must("init")
         program.must("context", device=device)
         return program
 
     def tool(self) -> CudaProgram:
-        """A program that has called cuInit and drives the checkpoint API."""
+        """Start a program that has called cuInit and uses the checkpoint API."""
         program = self.program()
         program.must("init")
         return program
 
     def nvml(self) -> CudaProgram:
-        """nvml_program.py."""
+        """Start nvml_program.py."""
         program = CudaProgram(self.environment, script=NVML_PROGRAM)
         self.programs.append(program)
         return program
 
     def uuids(self) -> list[str]:
-        """Of the GPUs, as NVML writes them."""
+        """The NVML uuids of the GPUs."""
         return [device.uuid for device in self.control.devices()]
 
     def used_bytes(self, index: int = 0) -> int:
         return self.control.devices()[index].used_bytes
 
     def take_frozen_calls(self) -> list[tuple[str, int]]:
-        """(op, pid) of the calls made on a frozen process: a test that makes some on purpose takes them itself."""
+        """(op, pid) of the calls on frozen processes. A test that makes such calls must take them itself."""
         return [(call.op, call.pid) for call in self.control.take_frozen_calls()]
 
     def oplog(self) -> list[OpRecord]:
-        """Since the test began."""
+        """Operations since the test began."""
         return self.control.oplog(self._logged_before)
 
     def begin_test(self) -> None:
-        """As a driver just started: nothing runs on it, nothing is counted."""
+        """Reset to the state of a new driver: no programs, no counts."""
         self.close_programs()
         eventually(lambda: not self.control.processes(), "the last test's processes are released")
         self.control.set_latency()

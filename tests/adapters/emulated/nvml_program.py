@@ -1,6 +1,6 @@
-"""A program that asks NVML with nvidia-ml-py, unchanged, told what to ask by JSON lines on stdin.
+"""A program that queries NVML with unmodified nvidia-ml-py, controlled by JSON lines on stdin.
 
-Started by harness.CudaProgram; imports nothing of the project.
+Started by harness.CudaProgram. Imports nothing of the project.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ Answer = dict[str, Any]
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: a structure is the list of its fields' values."""
+    """A JSON value; a structure becomes the list of its fields."""
     if isinstance(value, ctypes.Structure):
         return [plain(getattr(value, field[0])) for field in value._fields_]
     if isinstance(value, nvml.nvmlFriendlyObject):
@@ -30,19 +30,19 @@ def address_of(handle: Any) -> int | None:
 
 
 class Nvml:
-    """One method a command; `rc` is always an nvmlReturn_t."""
+    """One method per command; `rc` is always an nvmlReturn_t."""
 
     def __init__(self) -> None:
         nvml.nvmlInit()
         self.handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        # Asked in time: a lost GPU does not even say which one it is.
+        # Query them in time: a lost GPU does not return its uuid.
         self.uuids = {address_of(handle): nvml.nvmlDeviceGetUUID(handle) for handle in self.handles}
         self.sets: list[Any] = []
         self.thread: threading.Thread | None = None
         self.later: Answer = {}
 
     def ask(self, name: str, gpu: int = 0, arguments: Sequence[Any] = ()) -> Answer:
-        """Any function of a device, by its name without `nvmlDevice`."""
+        """Call a device function by its name without `nvmlDevice`."""
         try:
             value = getattr(nvml, f"nvmlDevice{name}")(self.handles[gpu], *arguments)
         except nvml.NVMLError as error:
@@ -50,7 +50,7 @@ class Nvml:
         return {"rc": 0, "value": plain(value)}
 
     def handle(self, gpu: int, uuid: str = "") -> Answer:
-        """Look the device up anew."""
+        """Look the device up again."""
         try:
             nvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else nvml.nvmlDeviceGetHandleByIndex(gpu)
         except nvml.NVMLError as error:
@@ -58,7 +58,7 @@ class Nvml:
         return {"rc": 0}
 
     def begin(self, **asked: Any) -> Answer:
-        """`ask` in a thread of its own, which may hang."""
+        """Run `ask` in a separate thread, which may hang."""
 
         def work() -> None:
             self.later = self.ask(**asked)
@@ -69,13 +69,13 @@ class Nvml:
         return {"rc": 0}
 
     def end(self, timeout_s: float) -> Answer:
-        """What came of it; no `rc` = it hangs."""
+        """The result of `begin`; no `rc` if it hangs."""
         assert self.thread is not None
         self.thread.join(timeout_s)
         return self.later
 
     def watch(self, gpus: Sequence[int]) -> Answer:
-        """A new event set for these devices; `set` is its number."""
+        """Create an event set for these devices; `set` is its number."""
         events = nvml.nvmlEventSetCreate()
         self.sets.append(events)
         try:

@@ -1,4 +1,4 @@
-"""Reads everything Hibernode asks of NVML with nvidia-ml-py, unchanged; prints it as JSON. Run as a program."""
+"""A program that reads all of Hibernode's NVML values with unmodified nvidia-ml-py, and prints them as JSON."""
 
 import json
 import sys

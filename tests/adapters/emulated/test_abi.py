@@ -1,4 +1,4 @@
-"""The libraries at their boundary: cuda.h's layout, cuGetProcAddress, error names, protocol.h."""
+"""The libraries' interface: cuda.h's layout, cuGetProcAddress, error names, protocol.h."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ RESULTS = "".join(
 
 
 def cuda_headers() -> Path | None:
-    """Folder of cuda.h: beside nvcc, or below /usr/local."""
+    """The folder of cuda.h: next to nvcc, or below /usr/local."""
     nvcc = shutil.which("nvcc")
     folders = [Path(nvcc).resolve().parents[1] / "include"] if nvcc else []
     folders += sorted(Path("/usr/local").glob("cuda*/include"), reverse=True)
     return next((folder for folder in folders if (folder / "cuda.h").exists()), None)
 
 
-def test_structs_and_codes_are_those_of_cuda_h(build_cache: Path, tmp_path: Path) -> None:
+def test_structs_and_codes_match_cuda_h(build_cache: Path, tmp_path: Path) -> None:
     headers = cuda_headers()
     if headers is None:
         pytest.skip("cuda.h is not installed here (CUDA toolkit 13.0 or later)")
@@ -76,7 +76,7 @@ def test_structs_and_codes_are_those_of_cuda_h(build_cache: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
 
 
-def test_protocol_h_and_protocol_py_say_the_same() -> None:
+def test_protocol_h_matches_protocol_py() -> None:
     header = (SOURCES / "protocol.h").read_text()
     operations = dict(re.findall(r"^\s+EMU_(\w+) = (\d+)", header, re.MULTILINE))
     assert {name: int(value) for name, value in operations.items()} == {op.name: op.value for op in protocol.MessageOp}
@@ -87,7 +87,7 @@ def test_protocol_h_and_protocol_py_say_the_same() -> None:
         assert f"#define EMU_{name} {getattr(protocol, name)}\n" in header
 
 
-def test_structs_of_protocol_h_have_the_sizes_protocol_py_packs(build_cache: Path, tmp_path: Path) -> None:
+def test_struct_sizes_match_protocol_py(build_cache: Path, tmp_path: Path) -> None:
     source = tmp_path / "sizes.c"
     checks = {
         "emu_msg": protocol.HEADER_BYTES,
@@ -100,7 +100,7 @@ def test_structs_of_protocol_h_have_the_sizes_protocol_py_packs(build_cache: Pat
     subprocess.run(["cc", "-fsyntax-only", "-I", str(SOURCES), str(source)], timeout=60, check=True)
 
 
-def test_get_proc_address_as_the_real_driver(driver: RunningDriver) -> None:
+def test_get_proc_address_behaves_like_the_real_driver(driver: RunningDriver) -> None:
     program = driver.program()
     found = {"rc": 0, "found": True, "status": 0}
     unknown = {"rc": 0, "found": False, "status": 1}

@@ -1,4 +1,4 @@
-"""The driver process itself: its directory, its one instance, its control socket, its build."""
+"""The driver process: directory, lock, control socket and build."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.adapters.emulated.conftest import StartDriver
 from tests.adapters.emulated.harness import MIB, ROOT, CudaProgram, RunningDriver, freeze, wake
 
 
-def test_a_second_driver_in_the_same_directory_is_refused(driver: RunningDriver, build_cache: Path) -> None:
+def test_second_driver_in_a_directory_is_refused(driver: RunningDriver, build_cache: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "agent.cli.main", "emulated", "up", "--dir", str(driver.directory)],
         capture_output=True,
@@ -36,7 +36,7 @@ def test_a_second_driver_in_the_same_directory_is_refused(driver: RunningDriver,
     assert driver.control.devices()
 
 
-def test_it_removes_its_sockets_and_keeps_its_gpus_uuids(start_driver: StartDriver, tmp_path: Path) -> None:
+def test_restart_removes_sockets_and_keeps_uuids(start_driver: StartDriver, tmp_path: Path) -> None:
     home, other = tmp_path / "home", tmp_path / "other"
     first = start_driver(directory=home)
     uuids = [device.uuid for device in first.control.devices()]
@@ -48,13 +48,13 @@ def test_it_removes_its_sockets_and_keeps_its_gpus_uuids(start_driver: StartDriv
     assert not {device.uuid for device in start_driver(directory=other).control.devices()} & set(uuids)
 
 
-def test_a_directory_with_a_long_path(start_driver: StartDriver, tmp_path: Path) -> None:
+def test_directory_with_a_long_path(start_driver: StartDriver, tmp_path: Path) -> None:
     driver = start_driver(directory=tmp_path / ("d" * 120))
     driver.application().must("alloc", size=MIB)
     assert driver.used_bytes() == MIB
 
 
-def test_env_prints_exports_a_shell_understands_and_prepends(driver: RunningDriver) -> None:
+def test_env_prints_shell_exports_that_prepend(driver: RunningDriver) -> None:
     printed = subprocess.run(
         [sys.executable, "-m", "agent.cli.main", "emulated", "env", "--dir", str(driver.directory)],
         capture_output=True,
@@ -71,13 +71,13 @@ def test_env_prints_exports_a_shell_understands_and_prepends(driver: RunningDriv
     assert twice["PATH"] == f"{driver.directory}/bin:/usr/bin"
 
 
-def test_the_library_finds_its_driver_without_the_variable(driver: RunningDriver) -> None:
+def test_library_finds_its_driver_without_the_variable(driver: RunningDriver) -> None:
     program = driver.program(HIBERNODE_EMULATED_SOCKET="")
     program.must("init")
     assert len(program.must("devices")["devices"]) == 2
 
 
-def test_the_log_has_every_operation_with_its_bytes_and_time(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_log_has_bytes_and_time_of_every_operation(driver: RunningDriver, tool: CudaProgram) -> None:
     app = driver.application()
     app.must("alloc", size=4 * MIB)
     freeze(tool, app.pid)
@@ -95,7 +95,7 @@ def test_the_log_has_every_operation_with_its_bytes_and_time(driver: RunningDriv
     assert driver.control.oplog(since=everything[-1].seq) == []
 
 
-def test_the_latency_model_sets_a_floor(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_latency_model_sets_a_minimum(driver: RunningDriver, tool: CudaProgram) -> None:
     app = driver.application()
     app.must("alloc", size=4 * MIB)
     driver.control.set_latency(fixed_us=2_000, bandwidth_bytes_s=100 * MIB)
@@ -108,7 +108,7 @@ def test_the_latency_model_sets_a_floor(driver: RunningDriver, tool: CudaProgram
     assert took["unlock"] >= 2_000
 
 
-def test_a_flipped_byte_is_seen_live_and_after_a_restore(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_flipped_byte_shows_live_and_after_a_restore(driver: RunningDriver, tool: CudaProgram) -> None:
     app, other = driver.application(), driver.application(device=1)
     blocks = [app.must("alloc", size=1000)["address"] for _ in range(2)]
     for address in blocks:
@@ -125,7 +125,7 @@ def test_a_flipped_byte_is_seen_live_and_after_a_restore(driver: RunningDriver, 
         driver.control.flip_byte(pid=app.pid, offset=2000)
 
 
-def test_control_without_a_driver_and_with_nonsense(driver: RunningDriver, tmp_path: Path) -> None:
+def test_control_without_a_driver_and_with_malformed_input(driver: RunningDriver, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="EMULATED_DRIVER_DOWN"):
         EmulatedDriver(tmp_path / "nowhere").devices()
     with pytest.raises(PreconditionError, match="EMULATED_COMMAND_UNKNOWN"):
@@ -147,7 +147,7 @@ def test_options_are_checked(tmp_path: Path) -> None:
         find_profile("999")
 
 
-def test_processes_that_race_to_build_all_get_a_whole_build(build_cache: Path, tmp_path: Path) -> None:
+def test_concurrent_builds_are_all_complete(build_cache: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from agent.emulated.build import build; "
         "from agent.emulated.profiles import find_profile; print(build(find_profile('580'), Path(sys.argv[1])))"
@@ -175,7 +175,7 @@ def test_processes_that_race_to_build_all_get_a_whole_build(build_cache: Path, t
     ]
 
 
-def test_without_a_compiler_the_error_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_error_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(PreconditionError, match="apt-get install gcc libc6-dev") as raised:

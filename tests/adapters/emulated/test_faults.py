@@ -1,7 +1,7 @@
-"""Every fault, at every operation, as a caller of the real libcuda meets it: the answer, the state, the memory.
+"""Every fault at every operation, seen by a caller of the real libcuda: the answer, the state, the memory.
 
-A fault's name says what is answered; what the tests look at besides is what the target did: its state as a second
-caller reads it, and whether its memory is bit-identical once it runs again.
+The kind of a fault gives the answer. The tests also check the target: its state as another caller reads it, and that
+its memory is bit-identical once it runs again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ every_change = pytest.mark.parametrize("operation", CYCLE)
 
 
 @dataclass
-class Patient:
+class Target:
     """An application with memory on GPU 0, in the state that the operation needs."""
 
     driver: RunningDriver
@@ -54,119 +54,122 @@ class Patient:
         return int(self.tool.must("state", pid=self.pid)["state"])
 
     def finish_cycle(self) -> None:
-        """From whatever state it is in: it runs again, and no byte differs."""
+        """Bring it back to RUNNING from any state and compare its memory."""
         rest = {CHECKPOINTED: ("restore", "unlock"), LOCKED: ("unlock",), RUNNING: ()}[self.state()]
         for operation in rest:
             self.tool.must(operation, pid=self.pid)
         assert self.app.must("read", address=self.address, size=SIZE)["digest"] == self.digest
 
 
-def patient_for(operation: str, driver: RunningDriver, tool: CudaProgram) -> Patient:
+def target_for(operation: str, driver: RunningDriver, tool: CudaProgram) -> Target:
     app = driver.application()
     address = app.must("alloc", size=SIZE)["address"]
     digest = app.must("write", address=address, size=SIZE, seed=11)["digest"]
     for step in BEFORE[operation]:
         tool.must(step, pid=app.pid)
-    return Patient(driver, tool, app, address, digest)
+    return Target(driver, tool, app, address, digest)
 
 
 @every_operation
-def test_a_result_in_place_of_the_work(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
-    patient = patient_for(operation, driver, tool)
+def test_result_instead_of_the_operation(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
+    target = target_for(operation, driver, tool)
     for kind, code in RESULTS.items():
         driver.control.fault(operation, kind)
-        assert patient.ask(operation) == code, kind
-        assert patient.state() == FROM[operation], kind
-    assert patient.ask(operation) == SUCCESS  # each was planned once
-    patient.finish_cycle()
+        assert target.ask(operation) == code, kind
+        assert target.state() == FROM[operation], kind
+    assert target.ask(operation) == SUCCESS  # every fault was planned once
+    target.finish_cycle()
 
 
 @every_operation
-def test_a_result_although_the_work_was_done(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
-    """Facts 2: a lock that answers an error may have left the process locked, and so the state is read again."""
-    patient = patient_for(operation, driver, tool)
+def test_result_after_the_operation(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
+    """A lock that answers an error may still have locked (gpu-checkpoint.md, section 2), so callers must read the
+    state."""
+    target = target_for(operation, driver, tool)
     for kind, code in RESULTS.items():
         driver.control.fault(operation, kind, after=True)
-        assert patient.ask(operation) == code, kind
-        assert patient.state() == DONE[operation], kind
+        assert target.ask(operation) == code, kind
+        assert target.state() == DONE[operation], kind
         assert driver.used_bytes() == (0 if operation == "checkpoint" else 4 * MIB), kind
-        patient.finish_cycle()
+        target.finish_cycle()
         for step in BEFORE[operation]:
-            tool.must(step, pid=patient.pid)
+            tool.must(step, pid=target.pid)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["half-way", "afterwards"])
 @every_operation
-def test_the_target_dies_of_it(driver: RunningDriver, tool: CudaProgram, operation: str, after: bool) -> None:
-    """NVIDIA/cuda-checkpoint issue 58. Whoever called is answered, and the driver takes everything back."""
-    patient = patient_for(operation, driver, tool)
+def test_target_dies_during_or_after_the_operation(
+    driver: RunningDriver, tool: CudaProgram, operation: str, after: bool
+) -> None:
+    """NVIDIA/cuda-checkpoint issue 58. The caller is answered, and the driver frees everything."""
+    target = target_for(operation, driver, tool)
     driver.control.fault(operation, "DEATH", after=after)
-    assert patient.ask(operation) == OPERATING_SYSTEM
-    assert patient.app.process.wait(10) == -signal.SIGSEGV
+    assert target.ask(operation) == OPERATING_SYSTEM
+    assert target.app.process.wait(10) == -signal.SIGSEGV
     assert [one.pid for one in driver.control.processes()] == [tool.pid]
     assert driver.used_bytes() == 0
 
 
-def test_death_can_be_late_and_nothing_is_given_back_before(driver: RunningDriver, tool: CudaProgram) -> None:
-    patient = patient_for("checkpoint", driver, tool)
+def test_delayed_death_keeps_memory_until_then(driver: RunningDriver, tool: CudaProgram) -> None:
+    target = target_for("checkpoint", driver, tool)
     driver.control.fault("checkpoint", "DEATH", delay_ms=60_000)
-    tool.send("checkpoint", pid=patient.pid)
+    tool.send("checkpoint", pid=target.pid)
     eventually(lambda: "checkpoint" in [one.operation for one in driver.control.processes()], "it is under way")
     assert driver.used_bytes() == 4 * MIB
     assert tool.is_waiting()
-    os.kill(patient.pid, signal.SIGKILL)
+    os.kill(target.pid, signal.SIGKILL)
     assert tool.receive()["rc"] == OPERATING_SYSTEM
 
 
-def hanging(driver: RunningDriver, patient: Patient, operation: str) -> CudaProgram:
-    """A caller whose call on the patient hangs."""
+def hanging(driver: RunningDriver, target: Target, operation: str) -> CudaProgram:
+    """A caller whose call on the target hangs."""
     driver.control.fault(operation, "HANG")
     caller = driver.tool()
-    caller.send(operation, pid=patient.pid)
+    caller.send(operation, pid=target.pid)
     eventually(lambda: [one.hung for one in driver.control.processes() if one.hung] != [], "the call hangs")
     return caller
 
 
 @every_operation
-def test_a_hang_ends_with_the_plan_and_then_it_is_done(
+def test_hang_ends_with_the_plan_and_the_operation_runs(
     driver: RunningDriver, tool: CudaProgram, operation: str
 ) -> None:
-    patient = patient_for(operation, driver, tool)
-    doomed = hanging(driver, patient, operation)
-    assert patient.state() == FROM[operation]  # nothing was done, and other callers are served
+    target = target_for(operation, driver, tool)
+    doomed = hanging(driver, target, operation)
+    assert target.state() == FROM[operation]  # unchanged, and other callers are served
     assert doomed.is_waiting()
     driver.control.clear_faults()
     assert doomed.receive()["rc"] == SUCCESS
-    assert patient.state() == DONE[operation]
-    patient.finish_cycle()
+    assert target.state() == DONE[operation]
+    target.finish_cycle()
 
 
 @every_change
-def test_a_hung_operation_runs_later_though_its_caller_was_killed(
+def test_hung_operation_runs_after_its_caller_was_killed(
     driver: RunningDriver, tool: CudaProgram, operation: str
 ) -> None:
-    """The first pitfall of the study: who kills a hung caller reads the state again, and later again."""
-    patient = patient_for(operation, driver, tool)
-    doomed = hanging(driver, patient, operation)
+    """After killing a hung caller, the state may still change later and must be read again."""
+    target = target_for(operation, driver, tool)
+    doomed = hanging(driver, target, operation)
     doomed.close()
-    assert patient.state() == FROM[operation]
+    assert target.state() == FROM[operation]
     driver.control.clear_faults()
-    assert patient.state() == DONE[operation]
-    patient.finish_cycle()
+    assert target.state() == DONE[operation]
+    target.finish_cycle()
 
 
 @every_operation
-def test_a_hang_after_the_work(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
-    patient = patient_for(operation, driver, tool)
+def test_hang_after_the_operation(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
+    target = target_for(operation, driver, tool)
     driver.control.fault(operation, "HANG", after=True)
     doomed = driver.tool()
-    doomed.send(operation, pid=patient.pid)
+    doomed.send(operation, pid=target.pid)
     eventually(lambda: [one.hung for one in driver.control.processes() if one.hung] != [], "the answer is held back")
-    assert patient.state() == DONE[operation]
+    assert target.state() == DONE[operation]
     assert doomed.is_waiting()
     driver.control.clear_faults()
     assert doomed.receive()["rc"] == SUCCESS
-    patient.finish_cycle()
+    target.finish_cycle()
 
 
 def holds_back(pid: int, number: signal.Signals) -> bool:
@@ -183,21 +186,21 @@ sys.exit(ctypes.CDLL("libcuda.so.1").cuCheckpointProcessLock(int(sys.argv[1]), N
 
 
 @pytest.mark.parametrize("handler", [False, True], ids=["default", "handled"])
-def test_only_sigkill_ends_a_caller_that_hangs(driver: RunningDriver, tool: CudaProgram, handler: bool) -> None:
-    """Like one stuck in the kernel: NVIDIA's own program too, whose SIGTERM has its default action."""
-    patients = [patient_for("lock", driver, tool) for _ in range(2)]
+def test_only_sigkill_ends_a_hanging_caller(driver: RunningDriver, tool: CudaProgram, handler: bool) -> None:
+    """Like a caller stuck in the kernel; also NVIDIA's own program, whose SIGTERM has its default action."""
+    targets = [target_for("lock", driver, tool) for _ in range(2)]
     driver.control.fault("lock", "HANG", times=2)
     utility = [str(driver.directory / "bin" / "cuda-checkpoint"), "--action", "lock", "--pid"]
     program = [sys.executable, "-c", HANDLES_SIGTERM] if handler else utility
     killed, asked = callers = [
         subprocess.Popen([*program, str(one.pid)], env=driver.environment, stdout=subprocess.PIPE, text=True)
-        for one in patients
+        for one in targets
     ]
     try:
         for caller in callers:
             eventually(partial(holds_back, caller.pid, signal.SIGTERM), "the call hangs")
             caller.terminate()
-        assert [one.state() for one in patients] == [RUNNING, RUNNING]  # a round trip later both are still there
+        assert [one.state() for one in targets] == [RUNNING, RUNNING]  # both still run after a round trip
         assert [caller.poll() for caller in callers] == [None, None]
         killed.kill()
         assert killed.wait(10) == -signal.SIGKILL
@@ -208,88 +211,87 @@ def test_only_sigkill_ends_a_caller_that_hangs(driver: RunningDriver, tool: Cuda
         for caller in callers:
             caller.kill()
             caller.communicate(timeout=10)
-    assert [one.state() for one in patients] == [LOCKED, LOCKED]
+    assert [one.state() for one in targets] == [LOCKED, LOCKED]
 
 
-def test_a_hung_call_is_answered_when_its_target_dies(driver: RunningDriver, tool: CudaProgram) -> None:
-    patient = patient_for("lock", driver, tool)
+def test_hung_call_is_answered_when_its_target_dies(driver: RunningDriver, tool: CudaProgram) -> None:
+    target = target_for("lock", driver, tool)
     driver.control.fault("lock", "HANG")
-    tool.send("lock", pid=patient.pid)
+    tool.send("lock", pid=target.pid)
     eventually(lambda: [one.hung for one in driver.control.processes() if one.hung] == [["lock"]], "the lock hangs")
-    patient.app.kill()
+    target.app.kill()
     assert tool.receive()["rc"] == OPERATING_SYSTEM
 
 
 @every_change
-def test_success_that_is_none(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
-    patient = patient_for(operation, driver, tool)
+def test_stale_success_changes_nothing(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
+    target = target_for(operation, driver, tool)
     driver.control.fault(operation, "STALE")
-    assert patient.ask(operation) == SUCCESS
-    assert patient.state() == FROM[operation]
-    patient.finish_cycle()
+    assert target.ask(operation) == SUCCESS
+    assert target.state() == FROM[operation]
+    target.finish_cycle()
 
 
-def test_a_state_that_is_out_of_date(driver: RunningDriver, tool: CudaProgram) -> None:
-    patient = patient_for("checkpoint", driver, tool)
+def test_stale_state(driver: RunningDriver, tool: CudaProgram) -> None:
+    target = target_for("checkpoint", driver, tool)
     driver.control.fault("state", "STALE")
-    assert patient.state() == RUNNING
-    assert patient.state() == LOCKED
+    assert target.state() == RUNNING
+    assert target.state() == LOCKED
 
 
 @every_operation
-def test_a_process_that_failed_stays_failed(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
-    patient = patient_for(operation, driver, tool)
+def test_failed_process_stays_failed(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
+    target = target_for(operation, driver, tool)
     driver.control.fault(operation, FAILED)
-    assert patient.ask(operation) == OPERATING_SYSTEM
-    assert patient.state() == FAILED_STATE
+    assert target.ask(operation) == OPERATING_SYSTEM
+    assert target.state() == FAILED_STATE
     for further in CYCLE:
-        assert patient.ask(further) == ILLEGAL_STATE
-    assert patient.state() == FAILED_STATE
-    patient.app.kill()
+        assert target.ask(further) == ILLEGAL_STATE
+    assert target.state() == FAILED_STATE
+    target.app.kill()
     eventually(lambda: driver.used_bytes() == 0, "its memory is released")
 
 
 @every_operation
-def test_an_operation_that_takes_longer(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
-    patient = patient_for(operation, driver, tool)
+def test_slow_operation(driver: RunningDriver, tool: CudaProgram, operation: str) -> None:
+    target = target_for(operation, driver, tool)
     driver.control.fault(operation, SLOW, delay_ms=40)
-    assert patient.ask(operation) == SUCCESS
+    assert target.ask(operation) == SUCCESS
     assert driver.oplog()[-1].us >= 40_000
-    assert patient.state() == DONE[operation]
-    patient.finish_cycle()
+    assert target.state() == DONE[operation]
+    target.finish_cycle()
 
 
 @pytest.mark.parametrize("kind", ["NOT_SUPPORTED", FAILED, "OUT_OF_MEMORY"])
-def test_a_refusal_can_be_late(driver: RunningDriver, tool: CudaProgram, kind: str) -> None:
-    patient = patient_for("restore", driver, tool)
+def test_delayed_refusal(driver: RunningDriver, tool: CudaProgram, kind: str) -> None:
+    target = target_for("restore", driver, tool)
     driver.control.fault("restore", kind, delay_ms=40)
     began = time.monotonic()
-    assert patient.ask("restore") != SUCCESS
+    assert target.ask("restore") != SUCCESS
     assert time.monotonic() - began >= 0.04
 
 
 @pytest.mark.parametrize("profile", ["570", "580"])
-def test_a_planned_lack_of_memory_depends_on_the_driver(start_driver: StartDriver, profile: str) -> None:
-    """580 refuses cleanly, and the caller may try again; 570 keeps no good state: 2, then 304, and 401 to an unlock.
+def test_planned_lack_of_memory_depends_on_the_driver(start_driver: StartDriver, profile: str) -> None:
+    """580 refuses cleanly, and the caller may retry. 570 does not keep the state: 2, then 304, and 401 to an unlock.
 
-    A real one leaves the process stuck under either (test_states.py, issue 44).
-    """
+    After a real lack of memory the process is stuck under both (test_states.py, issue 44)."""
     driver = start_driver("--profile", profile)
     tool = driver.tool()
-    patient = patient_for("restore", driver, tool)
+    target = target_for("restore", driver, tool)
     driver.control.fault("restore", "OUT_OF_MEMORY")
-    assert patient.ask("restore") == OUT_OF_MEMORY
-    assert patient.state() == CHECKPOINTED
+    assert target.ask("restore") == OUT_OF_MEMORY
+    assert target.state() == CHECKPOINTED
     if profile == "570":
-        assert patient.ask("restore") == OPERATING_SYSTEM
-        assert patient.ask("unlock") == ILLEGAL_STATE
+        assert target.ask("restore") == OPERATING_SYSTEM
+        assert target.ask("unlock") == ILLEGAL_STATE
     else:
-        patient.finish_cycle()
+        target.finish_cycle()
 
 
-def test_one_of_two_processes_fails_in_mid_checkpoint(driver: RunningDriver, tool: CudaProgram) -> None:
-    """What a freezer has to roll back: one is checkpointed, the other is not."""
-    first, second = (patient_for("checkpoint", driver, tool) for _ in range(2))
+def test_one_of_two_processes_fails_during_its_checkpoint(driver: RunningDriver, tool: CudaProgram) -> None:
+    """A freezer must roll back: one process is checkpointed, the other is not."""
+    first, second = (target_for("checkpoint", driver, tool) for _ in range(2))
     driver.control.fault("checkpoint", "OPERATING_SYSTEM", pid=second.pid)
     assert first.ask("checkpoint") == SUCCESS
     assert second.ask("checkpoint") == OPERATING_SYSTEM
@@ -298,50 +300,50 @@ def test_one_of_two_processes_fails_in_mid_checkpoint(driver: RunningDriver, too
     second.finish_cycle()
 
 
-def test_faults_are_met_in_order_and_counted(driver: RunningDriver, tool: CudaProgram) -> None:
-    patient = patient_for("lock", driver, tool)
+def test_faults_apply_in_order_and_are_counted(driver: RunningDriver, tool: CudaProgram) -> None:
+    target = target_for("lock", driver, tool)
     driver.control.fault("lock", "NOT_READY", skip=1, times=2)
-    driver.control.fault("lock", "NOT_SUPPORTED", pid=patient.pid)
-    answers = [patient.ask("lock") for _ in range(4)]
-    assert answers == [801, 600, 600, 0]  # the first planned one lets one call pass: the second takes it
+    driver.control.fault("lock", "NOT_SUPPORTED", pid=target.pid)
+    answers = [target.ask("lock") for _ in range(4)]
+    assert answers == [801, 600, 600, 0]  # the first fault lets one call pass, which the second takes
     assert driver.control.faults() == []
 
 
-def test_a_call_that_is_refused_anyway_uses_no_fault_up(driver: RunningDriver, tool: CudaProgram) -> None:
-    patient = patient_for("lock", driver, tool)
+def test_refused_call_uses_up_no_fault(driver: RunningDriver, tool: CudaProgram) -> None:
+    target = target_for("lock", driver, tool)
     driver.control.fault("unlock", "NOT_SUPPORTED")
-    assert patient.ask("unlock") == ILLEGAL_STATE  # it is running
+    assert target.ask("unlock") == ILLEGAL_STATE  # it is RUNNING
     assert [(one.seen, one.hits) for one in driver.control.faults()] == [(0, 0)]
 
 
-def test_a_fault_of_one_gpu(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_fault_of_one_gpu(driver: RunningDriver, tool: CudaProgram) -> None:
     first, second = (one.uuid for one in driver.control.devices())
-    patient, other = patient_for("lock", driver, tool), driver.application(device=1)
+    target, other = target_for("lock", driver, tool), driver.application(device=1)
     driver.control.fault("lock", "NOT_READY", gpu=second, times=0)
-    assert patient.ask("lock") == SUCCESS
+    assert target.ask("lock") == SUCCESS
     assert tool.ask("lock", pid=other.pid)["rc"] == 600
     driver.control.clear_faults()
-    tool.must("checkpoint", pid=patient.pid)
+    tool.must("checkpoint", pid=target.pid)
 
     driver.control.fault("restore", "OUT_OF_MEMORY", gpu=second, times=0)
     raw_first, raw_second = (uuid.removeprefix("GPU-").replace("-", "") for uuid in (first, second))
     swapped = [(raw_first, raw_second), (raw_second, raw_first)]
-    assert tool.ask("restore", pid=patient.pid, pairs=swapped)["rc"] == OUT_OF_MEMORY  # onto the second
+    assert tool.ask("restore", pid=target.pid, pairs=swapped)["rc"] == OUT_OF_MEMORY  # onto the second
     assert (driver.used_bytes(0), driver.used_bytes(1)) == (0, 0)
-    assert patient.ask("restore") == SUCCESS  # onto the first, which is sound
-    patient.finish_cycle()
+    assert target.ask("restore") == SUCCESS  # onto the first, which has no fault
+    target.finish_cycle()
 
 
 @pytest.mark.parametrize(("operation", "kind"), [("lock", "NOT_SUPPORTED"), ("checkpoint", "OUT_OF_MEMORY")])
-def test_the_utility_meets_them_too(driver: RunningDriver, tool: CudaProgram, operation: str, kind: str) -> None:
-    patient = patient_for(operation, driver, tool)
+def test_utility_meets_faults_too(driver: RunningDriver, tool: CudaProgram, operation: str, kind: str) -> None:
+    target = target_for(operation, driver, tool)
     driver.control.fault(operation, kind)
     done = subprocess.run(
-        [str(driver.directory / "bin" / "cuda-checkpoint"), "--action", operation, "--pid", str(patient.pid)],
+        [str(driver.directory / "bin" / "cuda-checkpoint"), "--action", operation, "--pid", str(target.pid)],
         capture_output=True,
         text=True,
         timeout=20,
         check=False,
     )
     text = {"NOT_SUPPORTED": "operation not supported", "OUT_OF_MEMORY": "out of memory"}[kind]
-    assert (done.returncode, done.stderr) == (1, f'Could not {operation} on process ID {patient.pid}: "{text}"\n')
+    assert (done.returncode, done.stderr) == (1, f'Could not {operation} on process ID {target.pid}: "{text}"\n')

@@ -1,4 +1,4 @@
-"""The control of faults and hardware: strict, bounded, and told back as it was planned."""
+"""The control of faults and hardware: strict, bounded, and listed as planned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.adapters.emulated.harness import MIB, CudaProgram, RunningDriver
 from tests.fakes.emulated_driver import assert_no_frozen_calls
 
 
-def test_what_is_planned_is_told_back(driver: RunningDriver) -> None:
+def test_planned_faults_are_listed(driver: RunningDriver) -> None:
     gpu = driver.control.devices()[1].uuid
     first = driver.control.fault("restore", "OUT_OF_MEMORY", gpu=gpu, times=3, skip=1, delay_ms=20)
     second = driver.control.fault("lock", "HANG", pid=4242, after=True)
@@ -25,7 +25,7 @@ def test_what_is_planned_is_told_back(driver: RunningDriver) -> None:
     assert driver.control.faults() == []
 
 
-def test_the_count_of_a_fault_that_strikes_always(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_unlimited_fault_counts_its_hits(driver: RunningDriver, tool: CudaProgram) -> None:
     app = driver.application()
     driver.control.fault("lock", "NOT_READY", times=0, skip=1)
     assert [tool.ask("lock", pid=app.pid)["rc"] for _ in range(1)] == [0]
@@ -34,7 +34,7 @@ def test_the_count_of_a_fault_that_strikes_always(driver: RunningDriver, tool: C
     assert [(one.seen, one.hits) for one in driver.control.faults()] == [(4, 3)]
 
 
-def test_there_is_room_for_so_many(driver: RunningDriver) -> None:
+def test_number_of_faults_is_limited(driver: RunningDriver) -> None:
     for _ in range(MAX_FAULTS):
         driver.control.fault("lock", "NOT_READY")
     with pytest.raises(PreconditionError, match="clear them before you plan more"):
@@ -62,7 +62,7 @@ def test_there_is_room_for_so_many(driver: RunningDriver) -> None:
         ("reserve", {"size": 5}, "has no argument 'size'"),
     ],
 )
-def test_what_is_not_understood_changes_nothing(
+def test_invalid_command_changes_nothing(
     driver: RunningDriver, command: str, arguments: dict[str, object], said: str
 ) -> None:
     before = driver.control.devices()
@@ -80,7 +80,7 @@ def test_what_is_not_understood_changes_nothing(
     assert driver.control.faults() == []
 
 
-def test_a_gpu_is_changed_only_where_it_is_said(start_driver: StartDriver) -> None:
+def test_only_the_given_values_of_a_gpu_change(start_driver: StartDriver) -> None:
     driver = start_driver("--model", "A100")
     first, second = driver.control.devices()
     driver.control.set_device(first.uuid, persistence=False, compute_mode="EXCLUSIVE_PROCESS", nvml_error=15)
@@ -95,7 +95,7 @@ def test_a_gpu_is_changed_only_where_it_is_said(start_driver: StartDriver) -> No
     assert driver.control.devices() == [first, second]
 
 
-def test_memory_taken_by_somebody_nobody_sees(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_reserved_memory_counts_as_used(driver: RunningDriver, tool: CudaProgram) -> None:
     uuid = driver.control.devices()[0].uuid
     app = driver.application()
     app.must("alloc", size=4 * MIB)
@@ -108,7 +108,7 @@ def test_memory_taken_by_somebody_nobody_sees(driver: RunningDriver, tool: CudaP
     assert driver.used_bytes() == 0
 
 
-def test_the_newest_calls_on_frozen_processes_are_kept_and_all_are_counted() -> None:
+def test_newest_frozen_calls_are_kept_and_all_are_counted() -> None:
     calls = FrozenCalls()
     for pid in range(MAX_FROZEN_CALLS + 10):
         calls.add("lock", pid, 1000 + pid)
@@ -118,10 +118,8 @@ def test_the_newest_calls_on_frozen_processes_are_kept_and_all_are_counted() -> 
     assert calls.take() == ()
 
 
-def test_a_test_that_calls_a_frozen_process_fails_by_name(
-    driver: RunningDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The guard of every other test."""
+def test_guard_fails_a_test_with_frozen_calls(driver: RunningDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other test relies on this guard."""
     assert_no_frozen_calls(driver.control)
     monkeypatch.setattr(driver.control, "take_frozen_calls", lambda: [FrozenCall("get_state", 4242, 1)])
     with pytest.raises(AssertionError, match="get_state of 4242"):

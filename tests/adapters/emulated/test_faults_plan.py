@@ -1,4 +1,4 @@
-"""The fault plan itself: which call meets which fault. No driver, no process."""
+"""The fault plan alone, without a driver or processes: which call meets which fault."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def struck(plan: FaultPlan, calls: int, pid: int = 7, devices: frozenset[int] = 
     return [one.kind if one else "-" for one in found]
 
 
-def test_it_strikes_once_unless_told_otherwise() -> None:
+def test_fault_applies_once_by_default() -> None:
     plan = FaultPlan()
     plan.add(fault())
     assert struck(plan, 3) == ["NOT_READY", "-", "-"]
@@ -32,14 +32,14 @@ def test_it_strikes_once_unless_told_otherwise() -> None:
     assert not plan.empty
 
 
-def test_skip_lets_calls_pass_to_the_next_fault() -> None:
+def test_skipped_calls_pass_to_the_next_fault() -> None:
     plan = FaultPlan()
     plan.add(fault("NOT_SUPPORTED", skip=2))
     plan.add(fault("NOT_READY", skip=1, times=2))
     assert struck(plan, 5) == ["-", "NOT_READY", "NOT_SUPPORTED", "NOT_READY", "-"]
 
 
-def test_only_its_own_process_operation_and_gpu() -> None:
+def test_fault_applies_only_to_its_process_operation_and_gpu() -> None:
     plan = FaultPlan()
     plan.add(fault("NOT_READY", pid=8))
     plan.add(fault("NOT_SUPPORTED", device=1))
@@ -51,7 +51,7 @@ def test_only_its_own_process_operation_and_gpu() -> None:
     assert [(one.seen, one.hits) for one in plan.pending()] == [(0, 0)]
 
 
-def test_it_is_bounded_and_ids_are_never_used_again() -> None:
+def test_plan_is_bounded_and_ids_are_unique() -> None:
     plan = FaultPlan()
     ids = [plan.add(fault()) for _ in range(MAX_FAULTS)]
     with pytest.raises(PreconditionError, match="EMULATED_FAULTS_FULL"):
@@ -74,7 +74,7 @@ def test_it_is_bounded_and_ids_are_never_used_again() -> None:
         (fault(delay_ms=10**9), "delay_ms must be 0 to"),
     ],
 )
-def test_what_makes_no_sense_is_refused(wrong: Fault, said: str) -> None:
+def test_invalid_fault_is_refused(wrong: Fault, said: str) -> None:
     with pytest.raises(InvalidArgumentError, match="EMULATED_FAULT_INVALID") as refused:
         FaultPlan().add(wrong)
     assert said in refused.value.message
@@ -99,7 +99,7 @@ calls = st.tuples(st.sampled_from(list(OPERATIONS.values())), st.integers(1, 3),
 
 
 @given(st.lists(faults_to_plan, max_size=8), st.lists(calls, max_size=60))
-def test_every_fault_strikes_what_it_was_planned_for_and_never_too_often(
+def test_random_faults_apply_where_planned_and_never_too_often(
     planned: list[Fault], made: list[tuple[MessageOp, int, frozenset[int]]]
 ) -> None:
     plan = FaultPlan()

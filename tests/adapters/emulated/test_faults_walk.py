@@ -1,4 +1,4 @@
-"""Random calls and faults: every caller is answered (a hung one when the plan is cleared), and no VRAM is lost."""
+"""Random calls and faults: every caller is answered (a hung one after a clear), and no VRAM is lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CODES = {0, 3, 1, 304, 401, *RESULTS.values()}
 
 @dataclass
 class Walk:
-    """Two applications, four callers, of whom any may hang, and the plan that strikes them."""
+    """Two applications, four callers that may hang, and a fault plan."""
 
     driver: RunningDriver
     dice: random.Random
@@ -49,7 +49,7 @@ class Walk:
         self.story.append(f"planned {operation} {kind} after={after} pid={pid}")
 
     def call(self) -> None:
-        """One call on one application; answered, or seen to hang."""
+        """Make one call on one application; it is answered or hangs."""
         app, caller = self.dice.choice(self.apps), self.idle.pop()
         operation = self.dice.choice(["lock", "checkpoint", "restore", "unlock", "state"])
         caller.send(operation, pid=app.pid)
@@ -75,8 +75,8 @@ class Walk:
         self.idle += self.hanging
         self.hanging = []
 
-    def bury(self) -> None:
-        """Who died is replaced; whoever hung for it has been answered."""
+    def replace_dead(self) -> None:
+        """Replace dead applications; callers that hung on them have been answered."""
         for at, app in enumerate(self.apps):
             if app.process.poll() is None and app.pid in [one.pid for one in self.driver.control.processes()]:
                 continue
@@ -89,7 +89,7 @@ class Walk:
             self.idle.append(caller)
 
     def check_memory(self) -> None:
-        """All VRAM in use is some process's own: what an operation took on its way has come back."""
+        """Check that all used VRAM belongs to a process: operations have freed what they took."""
         held = self.driver.control.processes()
         for device in self.driver.control.devices():
             assert device.used_bytes == sum(one.vram_bytes.get(device.uuid, 0) for one in held), device.index
@@ -107,7 +107,7 @@ def test_random_calls_and_faults(driver: RunningDriver, seed: int) -> None:
                 walk.clear()
             else:
                 walk.call()
-            walk.bury()
+            walk.replace_dead()
             walk.check_memory()
         walk.clear()
     except AssertionError as error:

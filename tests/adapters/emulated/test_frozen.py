@@ -1,4 +1,4 @@
-"""A frozen target answers nothing: the caller's call hangs, and what it asked for happens after the thaw."""
+"""A frozen target answers nothing: calls hang, and take effect after the thaw."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.root
 
 
 class Cgroup:
-    """A v2 cgroup of the test's own."""
+    """A v2 cgroup for one test."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,7 +56,7 @@ def cgroup() -> Iterator[Cgroup]:
     made.remove()
 
 
-def test_every_call_on_a_frozen_target_hangs_and_is_counted(
+def test_calls_on_a_frozen_target_hang_and_are_counted(
     driver: RunningDriver, tool: CudaProgram, cgroup: Cgroup
 ) -> None:
     app = driver.application()
@@ -74,14 +74,14 @@ def test_every_call_on_a_frozen_target_hangs_and_is_counted(
     assert driver.control.frozen_calls() == 0
 
 
-def test_a_lock_whose_caller_was_killed_still_happens_after_the_thaw(
+def test_lock_of_a_killed_caller_happens_after_the_thaw(
     driver: RunningDriver, tool: CudaProgram, cgroup: Cgroup
 ) -> None:
     app = driver.application()
     cgroup.add(app.pid)
     cgroup.freeze(True)
     doomed = driver.tool()
-    doomed.send("lock", pid=app.pid, timeout_ms=50)  # the timeout does not help either
+    doomed.send("lock", pid=app.pid, timeout_ms=50)  # the timeout has no effect
     eventually(lambda: driver.control.frozen_calls() == 1, "the lock hangs")
     assert driver.take_frozen_calls() == [("lock", app.pid)]
     doomed.close()
@@ -90,9 +90,7 @@ def test_a_lock_whose_caller_was_killed_still_happens_after_the_thaw(
     tool.must("unlock", pid=app.pid)
 
 
-def test_freeze_and_wake_in_the_right_order_make_no_call_on_a_frozen_target(
-    driver: RunningDriver, tool: CudaProgram, cgroup: Cgroup
-) -> None:
+def test_correct_freeze_and_wake_make_no_frozen_call(driver: RunningDriver, tool: CudaProgram, cgroup: Cgroup) -> None:
     app = driver.application()
     cgroup.add(app.pid)
     address = app.must("alloc", size=4 * MIB)["address"]
@@ -107,7 +105,7 @@ def test_freeze_and_wake_in_the_right_order_make_no_call_on_a_frozen_target(
     assert driver.take_frozen_calls() == []
 
 
-def test_a_restore_that_hangs_takes_no_vram_before_the_thaw(
+def test_hanging_restore_takes_no_vram_before_the_thaw(
     driver: RunningDriver, tool: CudaProgram, cgroup: Cgroup
 ) -> None:
     app = driver.application()
@@ -124,7 +122,7 @@ def test_a_restore_that_hangs_takes_no_vram_before_the_thaw(
     assert driver.used_bytes() == 4 * MIB
 
 
-def test_a_byte_flipped_while_the_target_is_frozen_shows_after_the_wake(
+def test_byte_flipped_while_frozen_shows_after_the_wake(
     driver: RunningDriver, tool: CudaProgram, cgroup: Cgroup
 ) -> None:
     app = driver.application()

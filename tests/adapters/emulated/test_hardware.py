@@ -1,4 +1,4 @@
-"""Options, reserved memory and the ring of activity by themselves."""
+"""Options, reserved memory and the activity ring, each alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from agent.emulated.protocol import ACTIVITY_BUCKETS, ACTIVITY_NS, ComputeMode
 from agent.emulated.vram import Vram
 from tests.adapters.emulated.harness import MIB
 
-NOW_TICK = (1 << 41) + 5  # beyond the 40 bits that a bucket has for it
+NOW_TICK = (1 << 41) + 5  # beyond the 40 bits in a bucket
 NOW_NS = NOW_TICK * ACTIVITY_NS
 
 
@@ -42,24 +42,24 @@ def count(activity: Activity, device: int, tick: int, busy_us: int) -> None:
         struct.pack_into("<Q", ring, place, (tick & 0xFF_FFFF_FFFF) << 24 | busy_us)
 
 
-def test_the_last_second_counts_whole_buckets(activity: Activity) -> None:
+def test_last_second_counts_whole_buckets(activity: Activity) -> None:
     assert activity.percent(1, NOW_NS) == 0
     for ago in (1, 2):
         count(activity, 1, NOW_TICK - ago, 62_500)
     assert activity.percent(1, NOW_NS) == activity.percent(1, NOW_NS + ACTIVITY_NS // 2) == 12
     assert activity.percent(0, NOW_NS) == 0
-    assert activity.percent(1, NOW_NS + 7 * ACTIVITY_NS) == 6  # the earlier one is more than a second ago
+    assert activity.percent(1, NOW_NS + 7 * ACTIVITY_NS) == 6  # the earlier bucket is more than a second old
     assert activity.percent(1, NOW_NS + 8 * ACTIVITY_NS) == 0
-    assert activity.percent(1, NOW_NS + ACTIVITY_BUCKETS * ACTIVITY_NS) == 0  # nor does it come round again
+    assert activity.percent(1, NOW_NS + ACTIVITY_BUCKETS * ACTIVITY_NS) == 0  # and does not count again
 
 
-def test_several_at_once_are_no_more_than_busy(activity: Activity) -> None:
+def test_overlapping_work_counts_once(activity: Activity) -> None:
     for ago in range(1, 9):
         count(activity, 0, NOW_TICK - ago, 400_000)
     assert activity.percent(0, NOW_NS) == 100
 
 
-def test_reserved_memory_is_used_by_nobody(executor: ThreadPoolExecutor) -> None:
+def test_reserved_memory_is_not_allocated(executor: ThreadPoolExecutor) -> None:
     vram = Vram("test", 8 * MIB, executor)
     try:
         mine = vram.allocate(2 * MIB)
@@ -71,7 +71,7 @@ def test_reserved_memory_is_used_by_nobody(executor: ThreadPoolExecutor) -> None
             vram.reserve(7 * MIB)
         assert refused.value.reason == "EMULATED_VRAM_SHORT"
         assert vram.used_bytes == 7 * MIB
-        vram.reserve(6 * MIB)  # in all, not more of it
+        vram.reserve(6 * MIB)  # in all, not in addition
         assert vram.used_bytes == 8 * MIB
         vram.reserve(0)
         vram.free(mine)
@@ -93,13 +93,13 @@ def test_compute_modes_by_name(text: str, mode: ComputeMode) -> None:
     assert parse_compute_mode(text) is mode
 
 
-def test_what_is_no_compute_mode() -> None:
+def test_invalid_compute_mode() -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         parse_compute_mode("EXCLUSIVE_THREAD")
     assert refused.value.reason == "EMULATED_OPTION_INVALID"
 
 
-def test_mig_at_the_start_needs_a_model_that_has_it(executor: ThreadPoolExecutor, tmp_path: Path) -> None:
+def test_mig_needs_a_model_that_supports_it(executor: ThreadPoolExecutor, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         make_devices(Options(tmp_path, model="L20", mig=True, memory_bytes=2 * MIB), executor)
     assert refused.value.reason == "EMULATED_MIG_UNSUPPORTED"
@@ -110,7 +110,7 @@ def test_mig_at_the_start_needs_a_model_that_has_it(executor: ThreadPoolExecutor
 
 
 @pytest.mark.parametrize(("name", "why"), [("590", "described, but not emulated"), ("600", "does not exist")])
-def test_profiles_that_can_not_be_started(name: str, why: str) -> None:
+def test_profiles_that_cannot_start(name: str, why: str) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         find_profile(name)
     assert refused.value.reason == "EMULATED_PROFILE_UNKNOWN"

@@ -1,4 +1,4 @@
-"""What ends a CUDA process: exit, SIGKILL, exec; and what a forked child is left with."""
+"""The end of a CUDA process by exit, SIGKILL or exec; and forked children."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_sigkill_releases_vram_and_host_copy(driver: RunningDriver, tool: CudaPr
     assert sum(p.image_bytes for p in driver.control.processes()) == 0
 
 
-def test_death_in_mid_operation_answers_operating_system(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_death_during_an_operation_answers_operating_system(driver: RunningDriver, tool: CudaProgram) -> None:
     app = driver.application()
     app.must("alloc", size=2 * MIB)
     driver.control.set_latency(fixed_us=60_000_000)
@@ -39,17 +39,17 @@ def test_death_in_mid_operation_answers_operating_system(driver: RunningDriver, 
     assert driver.used_bytes() == 0
 
 
-def test_a_child_forked_after_cuinit_has_no_cuda_and_keeps_nothing_of_it(driver: RunningDriver) -> None:
+def test_forked_child_has_no_cuda_and_keeps_no_resources(driver: RunningDriver) -> None:
     app = driver.application()
     app.must("alloc", size=2 * MIB)
     child = app.ask("fork")
     assert child["rc"] == NOT_INITIALIZED
     assert child["init"] == NOT_INITIALIZED
     assert (child["sockets"], child["memfds"], child["mapped"]) == (0, 0, 0)
-    app.must("synchronize")  # the parent is as before
+    app.must("synchronize")  # the parent is unaffected
 
 
-def test_a_forked_child_does_not_keep_its_dead_parents_vram(driver: RunningDriver) -> None:
+def test_forked_child_does_not_keep_vram_of_its_dead_parent(driver: RunningDriver) -> None:
     app = driver.application()
     app.must("alloc", size=4 * MIB)
     child = app.must("fork_sleeper")["pid"]
@@ -61,7 +61,7 @@ def test_a_forked_child_does_not_keep_its_dead_parents_vram(driver: RunningDrive
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_child_forked_while_checkpointed_does_not_keep_the_image(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_child_forked_while_checkpointed_keeps_no_image(driver: RunningDriver, tool: CudaProgram) -> None:
     app = driver.application()
     app.must("alloc", size=32 * MIB)
     freeze(tool, app.pid)
@@ -73,7 +73,7 @@ def test_a_child_forked_while_checkpointed_does_not_keep_the_image(driver: Runni
         os.kill(child, signal.SIGKILL)
 
 
-def test_exec_ends_cuda_under_the_same_pid_which_may_begin_anew(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_exec_ends_cuda_and_the_same_pid_may_start_again(driver: RunningDriver, tool: CudaProgram) -> None:
     app = driver.application()
     app.must("alloc", size=4 * MIB)
     app.must("exec_sleeper")
@@ -87,14 +87,14 @@ def test_exec_ends_cuda_under_the_same_pid_which_may_begin_anew(driver: RunningD
     assert driver.used_bytes() == 0
 
 
-def test_a_destroyed_context_gives_its_memory_back(driver: RunningDriver) -> None:
+def test_destroyed_context_frees_its_memory(driver: RunningDriver) -> None:
     app = driver.application()
     app.must("alloc", size=4 * MIB)
     app.must("release_context")
     assert driver.used_bytes() == 0
 
 
-def test_the_driver_process_ending_fails_calls_instead_of_hanging_them(start_driver: StartDriver) -> None:
+def test_end_of_the_driver_process_fails_calls(start_driver: StartDriver) -> None:
     driver = start_driver()
     app = driver.application()
     driver.process.send_signal(signal.SIGTERM)

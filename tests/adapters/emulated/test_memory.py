@@ -1,4 +1,4 @@
-"""Device memory: bounds, isolation between tenants, what the host pays."""
+"""Device memory: limits, isolation between processes, use of host memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_device_to_device_and_wide_fills(driver: RunningDriver) -> None:
     assert app.must("read", address=second + 4, size=4, raw=True)["hex"] == "04030201"
 
 
-def test_the_next_tenant_never_reads_what_the_last_one_wrote(driver: RunningDriver) -> None:
+def test_new_memory_never_shows_another_processes_data(driver: RunningDriver) -> None:
     first = driver.application()
     for size in (5000, 3 * MIB):
         address = first.must("alloc", size=size)["address"]
@@ -57,7 +57,7 @@ def test_memory_is_counted_and_runs_out(start_driver: StartDriver) -> None:
     app.must("alloc", size=32 * MIB)
 
 
-def test_a_large_gpu_costs_only_what_is_allocated(start_driver: StartDriver) -> None:
+def test_large_gpu_uses_host_memory_only_as_allocated(start_driver: StartDriver) -> None:
     driver = start_driver("--gib", "64", "--gpus", "2")
 
     def resident() -> int:
@@ -67,10 +67,10 @@ def test_a_large_gpu_costs_only_what_is_allocated(start_driver: StartDriver) -> 
     before = resident()
     app = driver.application()
     app.must("alloc", size=8 * MIB)
-    assert 8 * MIB <= resident() - before <= 16 * MIB  # and it is the driver process that pays
+    assert 8 * MIB <= resident() - before <= 16 * MIB  # charged to the driver process
 
 
-def test_what_is_given_in_whole_granules() -> None:
+def test_allocations_are_whole_granules() -> None:
     assert rounded(1) == GRANULE
     assert rounded(GRANULE + 1) == 2 * GRANULE
     assert rounded(CHUNK) == CHUNK
@@ -78,7 +78,7 @@ def test_what_is_given_in_whole_granules() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40), st.sampled_from([1, 4, 8])), max_size=60))
-def test_ranges_never_overlap_and_always_come_back(steps: list[tuple[bool, int, int]]) -> None:
+def test_ranges_never_overlap_and_are_all_freed(steps: list[tuple[bool, int, int]]) -> None:
     ranges = FreeRanges(128)
     held: list[tuple[int, int]] = []
     for give, length, align in steps:

@@ -14,7 +14,7 @@ def uuids(driver: RunningDriver) -> list[str]:
     return [device.uuid.removeprefix("GPU-").replace("-", "") for device in driver.control.devices()]
 
 
-def test_a_process_wakes_on_the_other_gpu_with_its_memory(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_process_wakes_on_another_gpu_with_its_memory(driver: RunningDriver, tool: CudaProgram) -> None:
     app = driver.application()
     first, second = uuids(driver)
     address = app.must("alloc", size=3 * MIB)["address"]
@@ -27,16 +27,16 @@ def test_a_process_wakes_on_the_other_gpu_with_its_memory(driver: RunningDriver,
     assert (driver.used_bytes(0), driver.used_bytes(1)) == (0, 4 * MIB)
     assert app.must("read", address=address, size=3 * MIB)["digest"] == digest
     assert app.must("devices")["devices"][0]["uuid"] == second
-    app.must("alloc", size=2 * MIB)  # new memory follows
+    app.must("alloc", size=2 * MIB)  # new memory is on the new GPU
     assert (driver.used_bytes(0), driver.used_bytes(1)) == (0, 6 * MIB)
 
-    freeze(tool, app.pid)  # and it goes home without a map only where a map says so
+    freeze(tool, app.pid)  # it returns only with a map
     tool.must("restore", pid=app.pid)
     assert driver.used_bytes(1) == 6 * MIB
 
 
 @pytest.mark.parametrize("wrong", ["incomplete", "unknown", "twice"])
-def test_a_map_must_name_every_gpu_once(driver: RunningDriver, tool: CudaProgram, wrong: str) -> None:
+def test_map_must_name_every_gpu_once(driver: RunningDriver, tool: CudaProgram, wrong: str) -> None:
     app = driver.application()
     first, second = uuids(driver)
     pairs = {
@@ -50,7 +50,7 @@ def test_a_map_must_name_every_gpu_once(driver: RunningDriver, tool: CudaProgram
     tool.must("restore", pid=app.pid, pairs=[(first, first), (second, second)])
 
 
-def test_driver_570_takes_no_map(start_driver: StartDriver) -> None:
+def test_driver_570_accepts_no_map(start_driver: StartDriver) -> None:
     driver = start_driver("--profile", "570")
     app, tool = driver.application(), driver.tool()
     first, second = uuids(driver)

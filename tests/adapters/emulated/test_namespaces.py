@@ -1,4 +1,4 @@
-"""CUDA processes in a pid namespace of their own, as in a container: the host sees host pids."""
+"""CUDA processes in their own pid namespace, as in a container: the host uses host pids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [
 IN_NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 
 
-def test_the_host_freezes_and_wakes_a_process_inside_by_its_host_pid(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_host_freezes_a_namespaced_process_by_its_host_pid(driver: RunningDriver, tool: CudaProgram) -> None:
     app = driver.program(*IN_NAMESPACE)
     app.must("init")
     app.must("context")
@@ -28,13 +28,13 @@ def test_the_host_freezes_and_wakes_a_process_inside_by_its_host_pid(driver: Run
     assert host_pid not in (1, app.pid)
 
     tid = tool.must("restore_thread", pid=host_pid)["tid"]
-    assert os.path.isdir(f"/proc/{host_pid}/task/{tid}")  # the host's number, not the namespace's
+    assert os.path.isdir(f"/proc/{host_pid}/task/{tid}")  # the tid on the host, not in the namespace
     freeze(tool, host_pid)
     wake(tool, host_pid)
     assert app.must("read", address=address, size=MIB)["digest"] == digest
 
 
-def test_a_caller_inside_means_its_own_namespaces_pids(driver: RunningDriver) -> None:
+def test_namespaced_caller_uses_pids_of_its_namespace(driver: RunningDriver) -> None:
     inside = driver.program(*IN_NAMESPACE)
     inside.must("init")
     assert inside.must("state", pid=1) == {"rc": 0, "state": 0}

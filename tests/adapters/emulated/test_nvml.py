@@ -1,4 +1,4 @@
-"""NVIDIA's own nvidia-ml-py reads the emulated libnvidia-ml unchanged."""
+"""Unmodified nvidia-ml-py reads the emulated libnvidia-ml."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read(driver: RunningDriver) -> dict[str, Any]:
     ("profile", "version", "cuda", "model", "mig"),
     [("570", "570.172.08", 12080, "T4", None), ("580", "580.65.06", 13000, "H100", [0, 0])],
 )
-def test_what_it_says_of_idle_gpus(
+def test_idle_gpus(
     start_driver: StartDriver, profile: str, version: str, cuda: int, model: str, mig: list[int] | None
 ) -> None:
     said = read(start_driver("--profile", profile, "--model", model, "--gpus", "2"))
@@ -55,7 +55,7 @@ def test_what_it_says_of_idle_gpus(
         assert device["events"] == 8
 
 
-def test_processes_by_host_pid_and_memory_gone_while_checkpointed(driver: RunningDriver) -> None:
+def test_checkpointed_processes_have_no_memory(driver: RunningDriver) -> None:
     app, tool = driver.application(device=1), driver.tool()
     app.must("alloc", size=4 * MIB)
     first, second = read(driver)["devices"]
@@ -73,7 +73,7 @@ def test_many_processes_on_one_gpu(driver: RunningDriver) -> None:
     assert sorted(pid for pid, _ in read(driver)["devices"][0]["processes"]) == sorted(app.pid for app in apps)
 
 
-def test_without_a_driver_process_nvml_says_the_driver_is_not_loaded(start_driver: StartDriver) -> None:
+def test_missing_driver_process_is_driver_not_loaded(start_driver: StartDriver) -> None:
     driver = start_driver()
     driver.process.terminate()
     driver.process.wait(10)

@@ -1,4 +1,4 @@
-"""GPUs that are ill: lost, silent, with XID errors; and what NVML says of modes and of work."""
+"""Unhealthy GPUs (lost, silent, XID errors), modes and utilisation in NVML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def nvml(driver: RunningDriver) -> CudaProgram:
     return driver.nvml()
 
 
-def test_modes_as_they_are_changed(start_driver: StartDriver) -> None:
+def test_modes_follow_changes(start_driver: StartDriver) -> None:
     driver = start_driver("--model", "H100", "--gpus", "1")
     nvml, uuid = driver.nvml(), driver.uuids()[0]
     expected = {"GetPersistenceMode": 1, "GetComputeMode": 0, "GetVirtualizationMode": 0, "GetMigMode": [0, 0]}
@@ -35,14 +35,14 @@ def test_modes_as_they_are_changed(start_driver: StartDriver) -> None:
     assert nvml.must("ask", name="GetComputeMode")["value"] == 2
 
 
-def test_mig_only_where_the_model_has_it(driver: RunningDriver, nvml: CudaProgram) -> None:
+def test_mig_depends_on_the_model(driver: RunningDriver, nvml: CudaProgram) -> None:
     assert nvml.ask("ask", name="GetMigMode")["rc"] == NOT_SUPPORTED
     with pytest.raises(PreconditionError) as refused:
         driver.control.set_device(driver.uuids()[0], mig=True)
     assert refused.value.reason == "EMULATED_MIG_UNSUPPORTED"
 
 
-def test_temperature_by_the_function_of_the_driver_s_time(start_driver: StartDriver, nvml: CudaProgram) -> None:
+def test_temperature_function_depends_on_the_driver(start_driver: StartDriver, nvml: CudaProgram) -> None:
     new = [nvml.must("ask", name=name, arguments=[0])["value"] for name in ("GetTemperature", "GetTemperatureV")]
     assert new[0] == new[1] > 0
     older = start_driver("--profile", "555").nvml()
@@ -50,7 +50,7 @@ def test_temperature_by_the_function_of_the_driver_s_time(start_driver: StartDri
     assert older.ask("ask", name="GetTemperatureV", arguments=[0])["rc"] == FUNCTION_NOT_FOUND
 
 
-def test_a_lost_gpu_answers_nothing_else(driver: RunningDriver, nvml: CudaProgram) -> None:
+def test_lost_gpu_gives_no_other_answer(driver: RunningDriver, nvml: CudaProgram) -> None:
     first, second = driver.uuids()
     driver.control.set_device(second, nvml_error=GPU_IS_LOST)
     for name in QUESTIONS:
@@ -65,7 +65,7 @@ def test_a_lost_gpu_answers_nothing_else(driver: RunningDriver, nvml: CudaProgra
 
 
 @pytest.mark.parametrize("name", ["GetMemoryInfo", "GetUUID"])
-def test_a_silent_gpu_holds_up_only_who_asks_about_it(driver: RunningDriver, nvml: CudaProgram, name: str) -> None:
+def test_silent_gpu_blocks_only_calls_about_it(driver: RunningDriver, nvml: CudaProgram, name: str) -> None:
     second, other = driver.uuids()[1], driver.nvml()
     driver.control.set_device(second, silent=True)
     nvml.must("begin", name=name, gpu=1)
@@ -77,7 +77,7 @@ def test_a_silent_gpu_holds_up_only_who_asks_about_it(driver: RunningDriver, nvm
     assert nvml.must("end", timeout_s=10)["value"]
 
 
-def test_who_left_a_silent_gpu_alone_is_forgotten(driver: RunningDriver, nvml: CudaProgram) -> None:
+def test_queries_of_disconnected_clients_are_dropped(driver: RunningDriver, nvml: CudaProgram) -> None:
     second = driver.uuids()[1]
     driver.control.set_device(second, silent=True)
     nvml.must("begin", name="GetName", gpu=1)
@@ -86,11 +86,11 @@ def test_who_left_a_silent_gpu_alone_is_forgotten(driver: RunningDriver, nvml: C
     assert driver.nvml().must("ask", name="GetName", gpu=1)["value"] == "Emulated T4"
 
 
-def test_an_xid_reaches_every_set_of_its_device(driver: RunningDriver) -> None:
+def test_xid_reaches_every_event_set_of_its_device(driver: RunningDriver) -> None:
     first, second = driver.uuids()
     agent, other = driver.nvml(), driver.nvml()
     both = agent.must("watch", gpus=[0, 1])["set"]
-    one = other.must("watch", gpus=[1, 1])["set"]  # twice is once
+    one = other.must("watch", gpus=[1, 1])["set"]  # registered twice, reported once
     again = other.must("watch", gpus=[1])["set"]
     driver.control.raise_xid(second, 79)
     event = {"rc": 0, "gpu": second, "type": 8, "data": 79}
@@ -102,11 +102,11 @@ def test_an_xid_reaches_every_set_of_its_device(driver: RunningDriver) -> None:
     said = [agent.must("wait", number=both, timeout_ms=5000) for _ in range(2)]
     assert sorted((event["gpu"], event["data"]) for event in said) == sorted([(first, 48), (second, 63)])
     assert other.must("wait", number=one, timeout_ms=5000)["data"] == 63
-    assert other.ask("wait", number=one, timeout_ms=20)["rc"] == TIMEOUT  # the first GPU's is not its
+    assert other.ask("wait", number=one, timeout_ms=20)["rc"] == TIMEOUT  # the first GPU's event is not for it
 
 
-def test_an_xid_of_a_gpu_that_says_nothing_else(driver: RunningDriver, nvml: CudaProgram) -> None:
-    """The kernel reports it, while NVML's other calls hang."""
+def test_xid_of_a_silent_gpu(driver: RunningDriver, nvml: CudaProgram) -> None:
+    """The kernel reports it although other NVML calls hang."""
     second = driver.uuids()[1]
     number = nvml.must("watch", gpus=[1])["set"]
     driver.control.set_device(second, nvml_error=GPU_IS_LOST, silent=True)
@@ -114,7 +114,7 @@ def test_an_xid_of_a_gpu_that_says_nothing_else(driver: RunningDriver, nvml: Cud
     assert nvml.must("wait", number=number, timeout_ms=5000)["data"] == 79
 
 
-def test_utilisation_is_the_time_that_copies_and_fills_took(driver: RunningDriver, nvml: CudaProgram) -> None:
+def test_utilisation_is_the_time_of_copies_and_fills(driver: RunningDriver, nvml: CudaProgram) -> None:
     app = driver.application()
     address = app.must("alloc", size=8 * MIB)["address"]
     assert nvml.must("ask", name="GetUtilizationRates")["value"] == [0, 0]

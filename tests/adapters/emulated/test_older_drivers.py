@@ -1,4 +1,4 @@
-"""Drivers from before the public checkpoint API: 535 and 550 can't sleep, 555 can by its utility alone."""
+"""Drivers before the public checkpoint API: 535 and 550 can't freeze, 555 only with its utility."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHECKPOINT_CALLS = ("GetState", "GetRestoreThreadId", "Lock", "Checkpoint", "Res
 
 
 def utility(driver: RunningDriver, *arguments: str) -> tuple[int, str]:
-    """Exit code, and what it printed."""
+    """Exit code and output."""
     done = subprocess.run(
         [str(driver.directory / "bin" / "cuda-checkpoint"), *arguments],
         env={"PATH": os.environ["PATH"]},
@@ -33,7 +33,7 @@ def act(driver: RunningDriver, app: CudaProgram, *actions: str) -> None:
 
 
 @pytest.mark.parametrize(("profile", "cuda"), [("535", 12020), ("555", 12050)])
-def test_programs_compute_but_find_no_checkpoint_api(start_driver: StartDriver, profile: str, cuda: int) -> None:
+def test_old_drivers_have_no_checkpoint_api(start_driver: StartDriver, profile: str, cuda: int) -> None:
     driver = start_driver("--profile", profile)
     app = driver.application()
     assert app.must("driver_version")["version"] == cuda
@@ -63,7 +63,7 @@ def test_550_only_toggles(start_driver: StartDriver) -> None:
     assert utility(driver, "--toggle", "--pid", str(bystander.pid)) == (255, said)
 
 
-def test_555_sleeps_and_wakes_by_the_utility(start_driver: StartDriver) -> None:
+def test_555_freezes_and_wakes_by_the_utility(start_driver: StartDriver) -> None:
     driver = start_driver("--profile", "555")
     app = driver.application()
     address = app.must("alloc", size=3 * MIB)["address"]
@@ -76,8 +76,8 @@ def test_555_sleeps_and_wakes_by_the_utility(start_driver: StartDriver) -> None:
 
 
 @pytest.mark.parametrize(("profile", "lives"), [("555", False), ("580", True)])
-def test_the_utility_s_restore_without_persistence_mode(start_driver: StartDriver, profile: str, lives: bool) -> None:
-    """Issue 25. From 570 on the caller's cuInit is enough, and the utility always calls it."""
+def test_utility_restore_without_persistence_mode(start_driver: StartDriver, profile: str, lives: bool) -> None:
+    """Issue 25. From 570 on the caller's cuInit suffices, which the utility always calls."""
     driver = start_driver("--profile", profile, "--no-persistence")
     app = driver.application()
     act(driver, app, "lock", "checkpoint")
@@ -91,7 +91,7 @@ def test_the_utility_s_restore_without_persistence_mode(start_driver: StartDrive
         assert app.process.wait(10) == -9
 
 
-def test_mig_lets_a_process_be_locked_and_no_more(start_driver: StartDriver) -> None:
+def test_mig_allows_a_lock_but_no_checkpoint(start_driver: StartDriver) -> None:
     """Issue 42."""
     driver = start_driver("--model", "A100", "--mig")
     app = driver.application()

@@ -1,4 +1,4 @@
-"""NVIDIA's cuda.core.checkpoint, an independent caller of the checkpoint API, drives the emulated libcuda."""
+"""NVIDIA's cuda.core.checkpoint, an independent client, uses the emulated libcuda."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def oracle(driver: RunningDriver, pid: int, mapping: dict[str, str]) -> subproce
 
 
 @pytest.mark.parametrize(("profile", "migrate"), [("570", False), ("580", False), ("580", True)])
-def test_it_freezes_and_wakes_a_process_bit_identically(start_driver: StartDriver, profile: str, migrate: bool) -> None:
+def test_process_is_bit_identical_after_freeze_and_wake(start_driver: StartDriver, profile: str, migrate: bool) -> None:
     driver = start_driver("--profile", profile)
     app = driver.application()
     address = app.must("alloc", size=5 * MIB)["address"]

@@ -1,4 +1,4 @@
-"""What a program that was given one GPU sees of it: CUDA_VISIBLE_DEVICES, pinned copies, compute mode, after a move."""
+"""A program's view of its own GPU: CUDA_VISIBLE_DEVICES, pinned copies, compute mode, moves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def raw(uuid: str) -> str:
     return uuid.removeprefix("GPU-").replace("-", "")
 
 
-def test_a_program_finds_the_one_gpu_that_it_was_given(driver: RunningDriver) -> None:
+def test_program_finds_its_only_gpu(driver: RunningDriver) -> None:
     second = driver.uuids()[1]
     app = driver.application(CUDA_VISIBLE_DEVICES=second)
     said = app.must("own_device")
@@ -22,8 +22,8 @@ def test_a_program_finds_the_one_gpu_that_it_was_given(driver: RunningDriver) ->
     assert driver.nvml().must("ask", name="GetComputeRunningProcesses", gpu=1)["value"] != []
 
 
-def test_a_map_covers_the_gpus_that_a_program_does_not_see(driver: RunningDriver, tool: CudaProgram) -> None:
-    """CUDA_VISIBLE_DEVICES of the target does not make the map shorter; after the move it sees the new GPU."""
+def test_map_includes_gpus_invisible_to_the_program(driver: RunningDriver, tool: CudaProgram) -> None:
+    """The target's CUDA_VISIBLE_DEVICES does not shorten the map; after the move it sees the new GPU."""
     first, second = driver.uuids()
     nvml = driver.nvml()
     app = driver.application(CUDA_VISIBLE_DEVICES=first)
@@ -53,7 +53,7 @@ def test_copies_through_pinned_memory(driver: RunningDriver, tool: CudaProgram) 
     assert app.ask("pinned", size=0)["rc"] == INVALID_VALUE
 
 
-def test_an_exclusive_gpu_takes_one_process(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_exclusive_gpu_accepts_one_process(driver: RunningDriver, tool: CudaProgram) -> None:
     first = driver.uuids()[0]
     driver.control.set_device(first, compute_mode="EXCLUSIVE_PROCESS")
     holder, other = driver.application(), driver.program()
@@ -62,17 +62,17 @@ def test_an_exclusive_gpu_takes_one_process(driver: RunningDriver, tool: CudaPro
     assert other.ask("context")["rc"] == DEVICE_UNAVAILABLE
     other.must("context", device=1)
     freeze(tool, holder.pid)
-    other.must("context", device=0)  # the holder sleeps
+    other.must("context", device=0)  # the holder is checkpointed
 
 
-def test_a_prohibited_gpu_takes_nobody(driver: RunningDriver) -> None:
+def test_prohibited_gpu_accepts_no_process(driver: RunningDriver) -> None:
     driver.control.set_device(driver.uuids()[0], compute_mode="PROHIBITED")
     app = driver.program()
     app.must("init")
     assert app.ask("context")["rc"] == DEVICE_UNAVAILABLE
 
 
-def test_memory_taken_from_outside(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_memory_reserved_from_outside(driver: RunningDriver, tool: CudaProgram) -> None:
     gib = 1024 * MIB
     first = driver.uuids()[0]
     app, nvml = driver.application(), driver.nvml()

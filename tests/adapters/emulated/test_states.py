@@ -1,4 +1,4 @@
-"""The state machine of cuCheckpointProcess*, its results, and what an application sees meanwhile."""
+"""The state machine of cuCheckpointProcess*, its results, and the application's view."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED, OPERATING_SYSTEM = 1, 2, 3, 304
 ILLEGAL_STATE, NOT_READY, NOT_PERMITTED = 401, 600, 800
 
 
-def test_memory_comes_back_bit_identical_at_the_same_address(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_memory_is_bit_identical_at_the_same_address(driver: RunningDriver, tool: CudaProgram) -> None:
     app = driver.application()
     sizes = [1, 4096, 100_000, 3 * MIB + 17, 8 * MIB]
     blocks = [(app.must("alloc", size=size)["address"], size) for size in sizes]
@@ -46,26 +46,24 @@ def test_each_operation_needs_its_state(driver: RunningDriver, tool: CudaProgram
     assert tool.must("state", pid=app.pid)["state"] == RUNNING
 
 
-def test_calls_of_a_locked_application_wait_for_the_unlock(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_calls_of_a_locked_process_wait_for_the_unlock(driver: RunningDriver, tool: CudaProgram) -> None:
     app = driver.application()
     freeze(tool, app.pid)
     app.send("synchronize")
-    tool.must("state", pid=app.pid)  # the application is alive and its restore thread answers
+    tool.must("state", pid=app.pid)  # the application is alive, and its restore thread answers
     assert app.is_waiting()
     tool.must("restore", pid=app.pid)
-    assert app.is_waiting()  # restored is not yet unlocked
+    assert app.is_waiting()  # restored, but not yet unlocked
     tool.must("unlock", pid=app.pid)
     assert app.receive()["rc"] == 0
 
 
-def test_lock_gives_up_after_its_timeout_and_the_process_stays_running(
-    driver: RunningDriver, tool: CudaProgram
-) -> None:
+def test_lock_times_out_and_the_process_stays_running(driver: RunningDriver, tool: CudaProgram) -> None:
     app = driver.application()
     app.must("begin_work")
     assert tool.ask("lock", pid=app.pid, timeout_ms=30)["rc"] == NOT_READY
     assert tool.must("state", pid=app.pid)["state"] == RUNNING
-    app.must("synchronize")  # new calls are let in again
+    app.must("synchronize")  # new calls enter again
     app.must("end_work")
     tool.must("lock", pid=app.pid, timeout_ms=5000)
 
@@ -79,8 +77,8 @@ def test_lock_without_timeout_waits_for_work_in_a_stream(driver: RunningDriver, 
     assert tool.must("state", pid=app.pid)["state"] == LOCKED
 
 
-def test_who_is_no_cuda_process(driver: RunningDriver, tool: CudaProgram) -> None:
-    bystander = driver.program()  # has libcuda loaded, but never called cuInit
+def test_processes_without_cuda(driver: RunningDriver, tool: CudaProgram) -> None:
+    bystander = driver.program()  # has loaded libcuda without calling cuInit
     assert tool.ask("state", pid=bystander.pid)["rc"] == NOT_INITIALIZED
     assert tool.ask("restore_thread", pid=bystander.pid)["rc"] == NOT_INITIALIZED
     assert tool.ask("lock", pid=bystander.pid)["rc"] == NOT_INITIALIZED
@@ -90,14 +88,14 @@ def test_who_is_no_cuda_process(driver: RunningDriver, tool: CudaProgram) -> Non
     assert tool.must("state", pid=bystander.pid)["state"] == RUNNING
 
 
-def test_a_caller_without_cuinit_may_do_everything_while_persistence_mode_is_on(driver: RunningDriver) -> None:
+def test_caller_without_cuinit_may_restore_in_persistence_mode(driver: RunningDriver) -> None:
     app = driver.application()
     caller = driver.program()
     freeze(caller, app.pid)
     wake(caller, app.pid)
 
 
-def test_restore_without_persistence_mode_kills_the_target_unless_the_caller_has_initialized_cuda(
+def test_restore_without_persistence_mode_or_cuinit_kills_the_target(
     start_driver: StartDriver,
 ) -> None:
     driver = start_driver("--no-persistence")
@@ -113,7 +111,7 @@ def test_restore_without_persistence_mode_kills_the_target_unless_the_caller_has
 
 @pytest.mark.parametrize("profile", ["570", "580"])
 def test_restore_without_room_on_the_gpu(start_driver: StartDriver, profile: str) -> None:
-    """Issue 44, seen on 580.95.05: 2, then 304 for good, unlock 401; nothing but a kill helps."""
+    """Issue 44, seen on 580.95.05: 2, then 304 for good, unlock 401; only a kill helps."""
     driver = start_driver("--profile", profile, "--gib", "0.03125")
     sleeper, rival, tool = driver.application(), driver.application(), driver.tool()
     sleeper.must("alloc", size=16 * MIB)
@@ -121,14 +119,14 @@ def test_restore_without_room_on_the_gpu(start_driver: StartDriver, profile: str
     taken = rival.must("alloc", size=24 * MIB)["address"]
     assert tool.ask("restore", pid=sleeper.pid)["rc"] == OUT_OF_MEMORY
     assert tool.must("state", pid=sleeper.pid)["state"] == CHECKPOINTED
-    assert driver.used_bytes() == 24 * MIB  # nothing is left over of the attempt
+    assert driver.used_bytes() == 24 * MIB  # the attempt has left nothing
     rival.must("free", address=taken)
     assert tool.ask("restore", pid=sleeper.pid)["rc"] == OPERATING_SYSTEM
     assert tool.ask("unlock", pid=sleeper.pid)["rc"] == ILLEGAL_STATE
     assert tool.must("state", pid=sleeper.pid)["state"] == CHECKPOINTED
 
 
-def test_a_thread_taken_for_a_process_kills_it(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_thread_id_as_pid_kills_the_process(driver: RunningDriver, tool: CudaProgram) -> None:
     """NVIDIA/cuda-checkpoint issue 41: any tid is accepted as a pid, and the target dies."""
     app = driver.application()
     tid = tool.must("restore_thread", pid=app.pid)["tid"]
@@ -137,13 +135,13 @@ def test_a_thread_taken_for_a_process_kills_it(driver: RunningDriver, tool: Cuda
     assert app.process.wait(10) == -9
 
 
-def test_host_memory_is_paid_by_the_target_while_it_is_checkpointed(driver: RunningDriver, tool: CudaProgram) -> None:
+def test_target_pays_for_host_memory_while_checkpointed(driver: RunningDriver, tool: CudaProgram) -> None:
     app = driver.application()
     address = app.must("alloc", size=32 * MIB)["address"]
     app.must("fill", address=address, size=32 * MIB, value=7)
     before = app.must("resident_bytes")
     freeze(tool, app.pid)
-    frozen = app.ask("resident_bytes")  # no CUDA call: it answers
+    frozen = app.ask("resident_bytes")  # not a CUDA call, so it is answered
     wake(tool, app.pid)
     after = app.must("resident_bytes")
     assert frozen["private"] - before["private"] >= 30 * MIB

@@ -1,4 +1,4 @@
-"""Many processes at once, and other users' processes."""
+"""Many processes at once, and processes of other users."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ INVALID_VALUE, NOT_INITIALIZED, OPERATING_SYSTEM = 1, 3, 304
 NOBODY = 65534
 
 
-def test_tenants_take_turns_on_one_gpu_and_keep_their_memory(start_driver: StartDriver) -> None:
-    """Four processes of 8 MiB on a GPU of 12: one is awake at a time, again and again, in random order."""
+def test_processes_take_turns_on_one_gpu_and_keep_their_memory(start_driver: StartDriver) -> None:
+    """Four processes of 8 MiB on a GPU of 12 MiB: one is awake at a time, in random order."""
     driver = start_driver("--gib", str(12 / 1024), "--gpus", "1")
     tool, chance = driver.tool(), random.Random(7)
     images: dict[CudaProgram, tuple[int, str]] = {}
@@ -50,14 +50,14 @@ def test_kills_at_random_moments_leak_nothing(start_driver: StartDriver) -> None
             tool.send("lock", pid=app.pid)
         app.kill()
         if round_ % 2:
-            # Locked in time, died meanwhile, gone, or dead and not yet collected by its parent.
+            # Locked in time, died during the lock, gone, or dead and not yet reaped by its parent.
             assert tool.receive()["rc"] in (0, OPERATING_SYSTEM, INVALID_VALUE, NOT_INITIALIZED)
     eventually(lambda: len(driver.control.processes()) == 1, "all but the tool are released")
     eventually(lambda: driver.used_bytes() == 0, "what was being allocated is given back")
     driver.application().must("alloc", size=64 * MIB)
 
 
-def test_callers_are_answered_side_by_side(driver: RunningDriver) -> None:
+def test_callers_are_answered_concurrently(driver: RunningDriver) -> None:
     pairs = [(driver.application(), driver.tool()) for _ in range(4)]
     driver.control.set_latency(fixed_us=300_000)
     for app, tool in pairs:
@@ -71,7 +71,7 @@ def test_callers_are_answered_side_by_side(driver: RunningDriver) -> None:
 
 @pytest.fixture
 def open_directory() -> Iterator[Path]:
-    """A directory other users can reach, unlike pytest's own."""
+    """A directory that other users can reach, unlike pytest's own."""
     made = Path(tempfile.mkdtemp())
     made.chmod(0o755)
     yield made / "driver"
@@ -80,7 +80,7 @@ def open_directory() -> Iterator[Path]:
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-def test_only_root_and_the_same_user_may_checkpoint_a_process(open_directory: Path, start_driver: StartDriver) -> None:
+def test_only_root_and_the_owner_may_checkpoint_a_process(open_directory: Path, start_driver: StartDriver) -> None:
     driver = start_driver(directory=open_directory)
     roots, nobodys, nobody, root = (driver.program() for _ in range(4))
     for program in (nobodys, nobody):

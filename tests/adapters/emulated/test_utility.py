@@ -10,7 +10,7 @@ from tests.adapters.emulated.harness import MIB, RunningDriver
 
 
 def utility(driver: RunningDriver, *arguments: str) -> tuple[int, str, str]:
-    """By its path alone: no LD_LIBRARY_PATH, as an agent would start it."""
+    """Run the program by its path alone, without LD_LIBRARY_PATH, like an agent."""
     done = subprocess.run(
         [str(driver.directory / "bin" / "cuda-checkpoint"), *arguments],
         env={"PATH": os.environ["PATH"]},
@@ -22,7 +22,7 @@ def utility(driver: RunningDriver, *arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_the_four_actions_and_the_states_between(driver: RunningDriver) -> None:
+def test_four_actions_and_their_states(driver: RunningDriver) -> None:
     app = driver.application()
     address = app.must("alloc", size=MIB)["address"]
     digest = app.must("write", address=address, size=MIB, seed=5)["digest"]
@@ -42,7 +42,7 @@ def test_the_four_actions_and_the_states_between(driver: RunningDriver) -> None:
     assert app.must("read", address=address, size=MIB)["digest"] == digest
 
 
-def test_what_it_says_when_refused(driver: RunningDriver) -> None:
+def test_texts_of_refusals(driver: RunningDriver) -> None:
     app, bystander = driver.application(), driver.program()
     own, other = str(app.pid), str(bystander.pid)
     assert utility(driver, "--action", "unlock", "--pid", own)[::2] == (
@@ -88,7 +88,7 @@ def test_device_map_from_580_on(start_driver: StartDriver) -> None:
     assert "--device-map" not in utility(old, "--help")[1]
 
 
-def test_a_wrong_device_map(driver: RunningDriver) -> None:
+def test_wrong_device_map(driver: RunningDriver) -> None:
     app = driver.application()
     pid = str(app.pid)
     for action in ("lock", "checkpoint"):

@@ -1,4 +1,4 @@
-"""What the program cuda-checkpoint says under each driver version, by table. Most of it asks no driver process."""
+"""The texts of cuda-checkpoint under each driver version, as a table. Most need no driver process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ USAGE_ERRORS_OF_ACTIONS = {
 }
 """From 555 on."""
 NOT_FOUND_OUT_BEFORE_INIT = (("--get-state", "--pid", "abc"), ("--action", "bogus", "--pid", "1"))
-"""What the real program lets through to cuInit: whoever calls it has to check these."""
+"""Accepted by the real program until cuInit: its callers must check these."""
 
 
 def program(build_cache: Path, profile: str) -> Path:
@@ -70,13 +70,13 @@ def test_flags_and_texts(build_cache: Path, profile: str) -> None:
     assert run(path, "--toggle", "--pid", "1") == (utility.error_exit, "", NO_DRIVER + "\n")
 
 
-def test_535_is_insufficient_whatever_is_asked(build_cache: Path) -> None:
+def test_535_is_insufficient_for_every_command(build_cache: Path) -> None:
     path = program(build_cache, "535")
     for arguments in ((), ("--help",), ("--get-state", "--pid", "1"), ("--toggle", "--pid", "1"), ("--bogus",)):
         assert run(path, *arguments) == (255, "", INSUFFICIENT_DRIVER + "\n")
 
 
-def test_what_is_found_out_after_init(driver: RunningDriver) -> None:
+def test_errors_detected_after_init(driver: RunningDriver) -> None:
     path = driver.directory / "bin" / "cuda-checkpoint"
     assert run(path, "--get-state", "--pid", "abc") == (
         1,
@@ -89,7 +89,7 @@ def test_what_is_found_out_after_init(driver: RunningDriver) -> None:
 
 
 @pytest.mark.parametrize(("profile", "text"), [("570", "unknown"), ("580", "failed")])
-def test_a_failed_process(start_driver: StartDriver, profile: str, text: str) -> None:
+def test_failed_process(start_driver: StartDriver, profile: str, text: str) -> None:
     driver = start_driver("--profile", profile)
     app = driver.application()
     driver.control.fault("lock", "FAILED", pid=app.pid)
@@ -98,8 +98,8 @@ def test_a_failed_process(start_driver: StartDriver, profile: str, text: str) ->
     assert run(path, "--get-state", "--pid", str(app.pid)) == (0, text + "\n", "")
 
 
-def test_the_table_tells_what_the_facts_tell() -> None:
-    """Flags by driver: NVIDIA/cuda-checkpoint's README and the program under 550 and 555."""
+def test_profile_table_matches_the_known_flags() -> None:
+    """Flags by driver: from NVIDIA/cuda-checkpoint's README, and the program under 550 and 555."""
     flags = {name: profile.utility.flags for name, profile in TABLE.items() if profile.utility}
     assert flags["550"] == {"--toggle", "--pid", "--help"}
     added = {"--get-state", "--get-restore-tid", "--action", "--timeout", "-t", "-p", "-h"}
@@ -113,7 +113,7 @@ def test_the_table_tells_what_the_facts_tell() -> None:
     assert STATES[3] == "unknown"
 
 
-def test_every_text_the_program_can_say_is_in_its_source_once() -> None:
+def test_every_text_occurs_once_in_the_source() -> None:
     source = (SOURCES / "cuda_checkpoint.c").read_text()
     for text in (
         *USAGE_ERRORS.values(),

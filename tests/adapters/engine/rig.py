@@ -1,4 +1,4 @@
-"""An `EngineRuntime` on a stand-in engine whose containers are real processes in real cgroups."""
+"""An `EngineRuntime` on a stand-in engine with real processes in real cgroups."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from agent.settings import GpuSettings, RuntimeSettings
 from tests.adapters.engine.stand_in import IMAGE, EngineStandIn, StandInContainer
 
 
-class Told:
-    """The stand-in's logs: what it was given, while the container is there."""
+class FixedLogs:
+    """The stand-in's logs: fixed bytes, while the container exists."""
 
     def __init__(self, engine: EngineStandIn, api: EngineApi) -> None:
         self._engine = engine
@@ -51,7 +51,7 @@ class NoExecs:
 
 
 class EngineRig:
-    """`bridges` is where the bridge's ports are looked for: files, here."""
+    """`bridges`: folder that replaces /sys/class/net, with plain files as bridge ports."""
 
     def __init__(self, slice_: cgroup.CgroupSlice, state_uuid: str) -> None:
         self.slice = slice_
@@ -65,7 +65,7 @@ class EngineRig:
         self.plug("veth1")
 
     def restart(self, settings: EngineSettings | None = None) -> EngineRuntime:
-        """Another agent over the same state directory; the caller has closed the one before."""
+        """Start another agent on the same state directory; the caller has closed the previous one."""
         self.api = EngineApi(self.engine.socket, deadline_s=5.0)
         self.network = EngineNetwork(self.api, self.state_uuid, self.bridges)
         self.bundles = Bundles(self.state_dir, self.state_uuid)
@@ -90,14 +90,14 @@ class EngineRig:
                 containers=self.containers,
                 bundles=self.bundles,
                 files=self.files,
-                logs=Told(self.engine, self.api),
+                logs=FixedLogs(self.engine, self.api),
                 execs=NoExecs(),
             )
         )
         return self.runtime
 
     def plug(self, port: str) -> Path:
-        """A port of the bridge, open to its neighbours."""
+        """Add a bridge port that is not isolated."""
         isolated = self.bridges / self.network.bridge / "brif" / port / "isolated"
         isolated.parent.mkdir(parents=True)
         isolated.write_text("0")

@@ -1,7 +1,7 @@
-"""A stand-in for a container engine: the few routes that the agent asks, on a unix socket, with knobs for trouble.
+"""A stand-in container engine: the routes that the agent uses, on a unix socket, with fault injection.
 
-Its containers are real processes in real cgroups where `cgroups` is given (a folder of the v2 hierarchy, writable);
-nothing else of them is real. It answers in the words of Docker 20.10 or Podman 4.3.
+With `cgroups` (a writable folder of the v2 hierarchy) its containers are real processes in real cgroups. It answers
+with the texts of Docker 20.10 or Podman 4.3.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INFO = {"NCPU": 2, "Driver": "overlay2", "DockerRootDir": "/var/lib/docker"}
 
 @dataclass(slots=True)
 class StandInContainer:
-    """`process` is the shim once it was started: our child, and parent of the main process `pid`, which is not."""
+    """`process`: the shim, once started; a child of ours and the parent of the main process `pid`."""
 
     id: str
     name: str
@@ -58,7 +58,7 @@ class StandInContainer:
 
 @dataclass(slots=True)
 class Refusal:
-    """What is answered instead, `times` times (-1 = always)."""
+    """An answer that replaces the real one `times` times (-1 = always)."""
 
     status: int
     text: str
@@ -67,8 +67,8 @@ class Refusal:
 
 @dataclass
 class EngineStandIn:
-    """Serves `socket` between `up` and `down`. `refusals` by "METHOD last-part-of-path"; a route in `hanging` never
-    answers. `calls` counts what was asked; `open` and `most_open` how many calls are inside."""
+    """Serves `socket` between `up` and `down`. `refusals`: by "METHOD last-part-of-path". Routes in `hanging` never
+    answer. `calls` counts requests; `open` and `most_open` are the current and highest number of concurrent calls."""
 
     version: dict[str, Any] = field(default_factory=lambda: dict(DOCKER))
     info: dict[str, Any] = field(default_factory=lambda: dict(INFO))
@@ -89,7 +89,7 @@ class EngineStandIn:
         self.socket = str(self.folder / "engine.sock")
         self._runner: web.AppRunner | None = None
 
-    # ---- its life -----------------------------------------------------------------------------------------------
+    # ---- lifetime -----------------------------------------------------------------------------------------------
 
     async def up(self) -> None:
         application = web.Application(middlewares=[self._through])
@@ -115,7 +115,7 @@ class EngineStandIn:
         await web.UnixSite(self._runner, self.socket).start()
 
     async def down(self) -> None:
-        """As `systemctl stop`: the containers stay, calls under way break."""
+        """Like `systemctl stop`: containers stay, running calls break."""
         if self._runner:
             await self._runner.cleanup()
             self._runner = None
@@ -147,7 +147,7 @@ class EngineStandIn:
             self.open -= 1
 
     async def called(self, name: str) -> None:
-        """Returns once that route has been asked."""
+        """Wait until this route is called."""
         assert await cgroup.poll_until(lambda: self.calls[name] > 0, 10.0)
 
     # ---- routes -------------------------------------------------------------------------------------------------
@@ -230,14 +230,14 @@ class EngineStandIn:
         await self._end(one)
         return web.Response(status=204)
 
-    # ---- its containers -----------------------------------------------------------------------------------------
+    # ---- containers ---------------------------------------------------------------------------------------------
 
     def _find(self, request: web.Request) -> StandInContainer | None:
         wanted = request.match_info["id"]
         return next((one for one in self.containers.values() if wanted in (one.id, one.name)), None)
 
     async def run(self, one: StandInContainer) -> None:
-        """Its main process, in a cgroup that carries the id."""
+        """Start the main process in a cgroup whose name contains the id."""
         assert self.cgroups, "this stand-in has nothing to run containers in"
         path = self.cgroups / one.id
         path.mkdir(exist_ok=True)
@@ -256,7 +256,7 @@ class EngineStandIn:
         assert await cgroup.poll_until(joined, 10.0)
 
     def make(self, name: str, labels: dict[str, str], *argv: str) -> StandInContainer:
-        """A container that nobody asked for over the socket."""
+        """Create a container without a request."""
         config = {"Labels": labels, "Entrypoint": list(argv), "HostConfig": {"NetworkMode": "bridge"}}
         made = StandInContainer(secrets.token_hex(32), name, config)
         self.containers[made.id] = made

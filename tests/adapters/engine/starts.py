@@ -1,4 +1,4 @@
-"""Starts and engines as the tests of container plans need them."""
+"""Builds starts and engine facts for the tests of container plans."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def start_spec(
 
 
 def plan_options(**changes: Any) -> PlanOptions:
-    """What the node adds."""
+    """Options of a node."""
     options = PlanOptions(
         image="sha256:0123",
         network="hibernode-5b0d6f9e6c7f",
@@ -52,10 +52,10 @@ def plan_options(**changes: Any) -> PlanOptions:
 
 
 def docker(version: str = "20.10.24+dfsg1", **info: Any) -> EngineFacts:
-    """A Docker Engine, as its `info` tells."""
+    """Facts of a Docker Engine."""
     return read_facts("docker", version, info, "/run/docker.sock")
 
 
 def podman(version: str = "4.3.1", **info: Any) -> EngineFacts:
-    """Podman's service."""
+    """Facts of Podman."""
     return read_facts("podman", version, info, "/run/podman/podman.sock")

@@ -1,4 +1,4 @@
-"""The way to the engine: whatever it does, the agent gets an answer in time that says what to do."""
+"""The engine client: every failure of the engine gives a timely answer with a fix."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def refused(api: EngineApi) -> UnavailableError:
     return raised.value
 
 
-async def test_the_first_call_learns_who_it_is(api: EngineApi, engine: EngineStandIn) -> None:
+async def test_first_call_identifies_the_engine(api: EngineApi, engine: EngineStandIn) -> None:
     assert await image_id(api) == "sha256:1111"
     assert (api.kind, api.version, api.health) == ("docker", "20.10.24", "")
     assert (api.facts.title, api.facts.cpus) == ("Docker 20.10.24", 2)
@@ -54,7 +54,7 @@ async def test_the_first_call_learns_who_it_is(api: EngineApi, engine: EngineSta
     assert engine.calls["GET version"] == asked, "who it is was known"
 
 
-async def test_podman_is_known_by_its_components(api: EngineApi, engine: EngineStandIn) -> None:
+async def test_podman_is_recognised_by_its_components(api: EngineApi, engine: EngineStandIn) -> None:
     engine.version = dict(PODMAN)
     await api.connect()
     assert (api.kind, api.version) == ("podman", "4.3.1")
@@ -68,7 +68,7 @@ async def test_podman_is_known_by_its_components(api: EngineApi, engine: EngineS
         ({**PODMAN, "Version": "3.4.4"}, "4.3 or newer"),
     ],
 )
-async def test_engines_that_are_too_old_are_refused(
+async def test_old_engines_are_refused(
     api: EngineApi, engine: EngineStandIn, version: dict[str, object], says: str
 ) -> None:
     engine.version = version
@@ -79,16 +79,16 @@ async def test_engines_that_are_too_old_are_refused(
 
 
 @pytest.mark.parametrize("version", ["5.4.0-rhel", "4.10.1"])
-async def test_versions_are_numbers(api: EngineApi, engine: EngineStandIn, version: str) -> None:
+async def test_versions_compare_as_numbers(api: EngineApi, engine: EngineStandIn, version: str) -> None:
     engine.version = {**PODMAN, "Version": version}
     await api.connect()
     assert api.version == version
 
 
-# ---- it is not there -------------------------------------------------------------------------------------------
+# ---- no engine -------------------------------------------------------------------------------------------------
 
 
-async def test_no_socket_at_all(tmp_path: Path) -> None:
+async def test_missing_socket(tmp_path: Path) -> None:
     api = EngineApi(str(tmp_path / "docker.sock"))
     error = await refused(api)
     assert "no such socket; start docker or podman, or set runtime.engine.socket" in error.message
@@ -96,7 +96,7 @@ async def test_no_socket_at_all(tmp_path: Path) -> None:
     await api.close()
 
 
-async def test_a_socket_that_nobody_listens_at(tmp_path: Path) -> None:
+async def test_stale_socket(tmp_path: Path) -> None:
     left = tmp_path / "docker.sock"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(left))
@@ -105,8 +105,8 @@ async def test_a_socket_that_nobody_listens_at(tmp_path: Path) -> None:
     await api.close()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not")
-async def test_a_socket_that_the_agent_may_not_open(engine: EngineStandIn) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can switch to an unprivileged user")
+async def test_forbidden_socket(engine: EngineStandIn) -> None:
     os.chmod(engine.socket, 0o600)
     engine.folder.chmod(0o711)
     api = EngineApi(engine.socket)
@@ -119,7 +119,7 @@ async def test_a_socket_that_the_agent_may_not_open(engine: EngineStandIn) -> No
     await api.close()
 
 
-async def test_auto_takes_the_first_that_is_there_and_stays_with_it(
+async def test_auto_uses_the_first_existing_socket_and_keeps_it(
     engine: EngineStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     docker, podman = tmp_path / "docker.sock", Path(engine.socket)
@@ -134,7 +134,7 @@ async def test_auto_takes_the_first_that_is_there_and_stays_with_it(
     await api.close()
 
 
-async def test_something_else_listens_there(tmp_path: Path) -> None:
+async def test_socket_of_another_server(tmp_path: Path) -> None:
     async def page(_request: web.Request) -> web.Response:
         return web.Response(text="<h1>welcome</h1>", content_type="text/html")
 
@@ -149,10 +149,10 @@ async def test_something_else_listens_there(tmp_path: Path) -> None:
     await runner.cleanup()
 
 
-# ---- it goes and comes -----------------------------------------------------------------------------------------
+# ---- restarts and hangs ----------------------------------------------------------------------------------------
 
 
-async def test_it_goes_away_comes_back_upgraded_and_is_used_again(api: EngineApi, engine: EngineStandIn) -> None:
+async def test_engine_is_used_again_after_an_upgrade(api: EngineApi, engine: EngineStandIn) -> None:
     await image_id(api)
     await engine.down()
     await refused(api)
@@ -163,7 +163,7 @@ async def test_it_goes_away_comes_back_upgraded_and_is_used_again(api: EngineApi
     assert (api.version, api.health) == ("25.0.1", "")
 
 
-async def test_a_check_tells_the_change_to_everyone(api: EngineApi, engine: EngineStandIn) -> None:
+async def test_check_updates_kind_and_version(api: EngineApi, engine: EngineStandIn) -> None:
     await api.check()
     await engine.down()
     with pytest.raises(UnavailableError):
@@ -174,7 +174,7 @@ async def test_a_check_tells_the_change_to_everyone(api: EngineApi, engine: Engi
     assert api.health == ""
 
 
-async def test_a_call_that_hangs_ends_at_its_deadline(api: EngineApi, engine: EngineStandIn) -> None:
+async def test_hanging_call_ends_at_its_deadline(api: EngineApi, engine: EngineStandIn) -> None:
     await api.connect()
     engine.hanging.add("GET json")
     with pytest.raises(UnavailableError, match="did not answer in time") as raised:
@@ -184,7 +184,7 @@ async def test_a_call_that_hangs_ends_at_its_deadline(api: EngineApi, engine: En
     assert await image_id(api) == "sha256:1111", "the place of the call that hung is free again"
 
 
-async def test_an_engine_that_hangs_is_found_out_by_a_check(engine: EngineStandIn) -> None:
+async def test_check_detects_a_hanging_engine(engine: EngineStandIn) -> None:
     engine.hanging.add("GET version")
     api = EngineApi(engine.socket, deadline_s=0.05)
     with pytest.raises(UnavailableError, match="did not answer in time"):
@@ -193,7 +193,7 @@ async def test_an_engine_that_hangs_is_found_out_by_a_check(engine: EngineStandI
     await api.close()
 
 
-async def test_an_engine_that_dies_in_the_middle_of_a_call(api: EngineApi, engine: EngineStandIn) -> None:
+async def test_engine_dies_during_a_call(api: EngineApi, engine: EngineStandIn) -> None:
     await api.connect()
     engine.hanging.add("GET json")
     asking = asyncio.create_task(image_id(api))
@@ -203,11 +203,11 @@ async def test_an_engine_that_dies_in_the_middle_of_a_call(api: EngineApi, engin
         await asking
 
 
-# ---- it refuses ------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [400, 404, 409, 500])
-async def test_a_refusal_keeps_its_status_and_its_words(api: EngineApi, engine: EngineStandIn, status: int) -> None:
+async def test_refusal_keeps_status_and_text(api: EngineApi, engine: EngineStandIn, status: int) -> None:
     engine.refusals["GET json"] = Refusal(status, "conflict with\nsomething")
     with pytest.raises(EngineError) as raised:
         await image_id(api)
@@ -217,21 +217,21 @@ async def test_a_refusal_keeps_its_status_and_its_words(api: EngineApi, engine: 
     assert api.health == "", "it answers"
 
 
-async def test_podman_loses_a_container_while_it_looks(api: EngineApi, engine: EngineStandIn) -> None:
+async def test_podman_loses_a_container_during_a_call(api: EngineApi, engine: EngineStandIn) -> None:
     engine.refusals["GET json"] = Refusal(500, "container 1234 does not exist in database: no such container")
     with pytest.raises(EngineError) as raised:
         await image_id(api)
     assert raised.value.not_found
 
 
-async def test_a_full_disk_is_told_apart(api: EngineApi, engine: EngineStandIn) -> None:
+async def test_full_disk_has_its_own_reason(api: EngineApi, engine: EngineStandIn) -> None:
     engine.refusals["GET json"] = Refusal(500, "mkdir /var/lib/docker/overlay2/x: no space left on device")
     with pytest.raises(InstanceError, match="free space there") as raised:
         await image_id(api)
     assert raised.value.reason == "DISK_FULL"
 
 
-async def test_an_engine_that_refuses_to_say_who_it_is_can_not_be_used(api: EngineApi, engine: EngineStandIn) -> None:
+async def test_engine_that_refuses_its_version_is_unusable(api: EngineApi, engine: EngineStandIn) -> None:
     engine.refusals["GET info"] = Refusal(500, "database is locked")
     assert "database is locked" in (await refused(api)).message
 
@@ -247,16 +247,16 @@ async def test_an_engine_that_refuses_to_say_who_it_is_can_not_be_used(api: Engi
         (AttributeError("'str' object has no attribute 'get'"), "is unintelligible"),
     ],
 )
-async def test_what_happens_in_a_stream_is_told_alike(api: EngineApi, error: Exception, says: str) -> None:
+async def test_stream_errors_are_translated_like_call_errors(api: EngineApi, error: Exception, says: str) -> None:
     with pytest.raises(HibernodeError, match=says):
         async with api.stream():
             raise error
 
 
-# ---- bounds ----------------------------------------------------------------------------------------------------
+# ---- limits ----------------------------------------------------------------------------------------------------
 
 
-async def test_few_calls_are_made_at_once_and_none_is_forgotten(engine: EngineStandIn) -> None:
+async def test_concurrent_calls_are_limited_and_all_complete(engine: EngineStandIn) -> None:
     api = EngineApi(engine.socket, max_concurrent_calls=3)
     await asyncio.gather(*(image_id(api) for _ in range(20)))
     assert engine.calls["GET json"] == 20
@@ -264,13 +264,13 @@ async def test_few_calls_are_made_at_once_and_none_is_forgotten(engine: EngineSt
     await api.close()
 
 
-async def test_no_descriptor_is_left_behind(engine: EngineStandIn) -> None:
+async def test_no_descriptor_leaks(engine: EngineStandIn) -> None:
     before = len(os.listdir("/proc/self/fd"))
     api = EngineApi(engine.socket)
     await asyncio.gather(*(image_id(api) for _ in range(10)))
     await api.close()
     await api.close()
-    for _look in range(500):  # the server's ends close when it has noticed
+    for _look in range(500):  # the server closes its ends with a delay
         if len(os.listdir("/proc/self/fd")) <= before:
             break
         await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What containers are created with: the whole body, and who wins where two say something."""
+"""The container configuration: the whole body, and precedence between node, function and image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mount(source: str, target: str, *, read_only: bool) -> dict[str, Any]:
     return {"Type": "bind", "Source": source, "Target": target, "ReadOnly": read_only, "BindOptions": propagation}
 
 
-def test_a_plain_start_is_this_body_and_nothing_else() -> None:
+def test_plain_start_has_exactly_this_body() -> None:
     config = container_config(start_spec(port=9000, memory_bytes=512 * MIB, vcpu_millis=350), plan_options())
     assert config == {
         "Image": "sha256:0123",
@@ -58,14 +58,14 @@ def test_a_plain_start_is_this_body_and_nothing_else() -> None:
     assert container_name("ocr-1") == "hibernode-ocr-1"
 
 
-def test_the_functions_words_replace_the_images_and_are_left_out_where_there_are_none() -> None:
+def test_entrypoint_and_command_replace_the_images_if_given() -> None:
     config = container_config(start_spec(entrypoint=("python3", "-u"), command=("app.py", "--x y")), plan_options())
     assert (config["Entrypoint"], config["Cmd"]) == (["python3", "-u"], ["app.py", "--x y"])
     plain = container_config(start_spec(), plan_options())
     assert not {"Entrypoint", "Cmd", "User"} & set(plain)
 
 
-def test_everything_a_function_may_say_of_its_container() -> None:
+def test_all_container_settings_of_a_function() -> None:
     container = ContainerOptions(
         shm_bytes=2 * GIB,
         pids_limit=100,
@@ -84,13 +84,13 @@ def test_everything_a_function_may_say_of_its_container() -> None:
     assert host["StorageOpt"] == {"size": str(GIB)}
 
 
-def test_without_a_bound_for_the_disk_there_is_no_storage_option() -> None:
+def test_no_storage_option_without_a_disk_limit() -> None:
     assert "StorageOpt" not in container_config(start_spec(disk_bytes=GIB), plan_options())["HostConfig"]
     assert "StorageOpt" not in container_config(start_spec(disk_bytes=0), plan_options(disk_limit=True))["HostConfig"]
 
 
-def test_a_function_cannot_change_what_is_ours() -> None:
-    """Neither its port, nor whose it is, nor which GPUs it sees."""
+def test_function_cannot_override_reserved_variables() -> None:
+    """Reserved: its port, its owner and its visible GPUs."""
     stolen = {
         "PORT": "22",
         "HIBERNODE_INSTANCE": "x/y",
@@ -111,7 +111,7 @@ def test_a_function_cannot_change_what_is_ours() -> None:
     }
 
 
-def test_an_instance_that_may_move_sees_all_gpus_and_still_computes_on_its_own() -> None:
+def test_movable_instance_sees_all_gpus_but_computes_on_its_own() -> None:
     attachment = Attachment("nvidia-runtime", visible_devices="all")
     config = container_config(start_spec(gpus=(GPU_A, GPU_B), all_gpus=True), plan_options(attachment=attachment))
     found = environment(config)
@@ -129,7 +129,7 @@ def test_an_instance_that_may_move_sees_all_gpus_and_still_computes_on_its_own()
         ("", "", "/usr/local/nvidia/lib64", None),
     ],
 )
-def test_library_folders_of_ours_stand_before_the_functions_or_the_images(
+def test_our_library_folders_precede_the_functions_and_images(
     ours: str, function: str, image: str, expected: str | None
 ) -> None:
     name = "LD_LIBRARY_PATH"
@@ -140,7 +140,7 @@ def test_library_folders_of_ours_stand_before_the_functions_or_the_images(
     assert environment(config).get(name) == expected
 
 
-def test_gpus_come_in_as_the_attachment_says() -> None:
+def test_attachment_is_applied_to_the_config() -> None:
     request = {"Driver": "cdi", "DeviceIDs": [f"nvidia.com/gpu={GPU_A}"]}
     by_request = plan_options(attachment=Attachment("cdi", device_requests=(request,)))
     assert container_config(start_spec(gpus=(GPU_A,)), by_request)["HostConfig"]["DeviceRequests"] == [request]
@@ -152,7 +152,7 @@ def test_gpus_come_in_as_the_attachment_says() -> None:
     ]
 
 
-def test_volumes_are_mounts_that_must_exist_and_do_not_propagate() -> None:
+def test_volumes_are_private_mounts_of_existing_folders() -> None:
     volumes = (ResolvedVolume("/srv/a:b", "/mnt/models", read_only=True),)
     host = container_config(start_spec(), plan_options(volumes=volumes))["HostConfig"]
     assert host["Mounts"] == [mount("/srv/a:b", "/mnt/models", read_only=True)]
@@ -161,7 +161,7 @@ def test_volumes_are_mounts_that_must_exist_and_do_not_propagate() -> None:
 @pytest.mark.parametrize(
     ("wanted", "host_cpus", "nano"), [(16_000, 2, 2), (500, 2, 0.5), (16_000, 0, 16), (1, 2, 0.01)]
 )
-def test_cpus_are_bounded_by_the_host_and_by_what_engines_take(wanted: int, host_cpus: int, nano: float) -> None:
+def test_cpus_stay_within_host_and_engine_limits(wanted: int, host_cpus: int, nano: float) -> None:
     host = container_config(start_spec(vcpu_millis=wanted), plan_options(host_cpus=host_cpus))["HostConfig"]
     assert host["NanoCpus"] == nano * 1_000_000_000
 
@@ -177,15 +177,15 @@ def test_cpus_are_bounded_by_the_host_and_by_what_engines_take(wanted: int, host
         ("", "app", ()),
     ],
 )
-def test_only_root_inside_gets_capabilities(function_user: str, image_user: str, given: tuple[str, ...]) -> None:
-    """Podman gives what is added to every user."""
+def test_only_root_gets_capabilities(function_user: str, image_user: str, given: tuple[str, ...]) -> None:
+    """Podman passes added capabilities on to every user."""
     spec = start_spec(container=ContainerOptions(user=function_user))
     host = container_config(spec, plan_options(image_user=image_user))["HostConfig"]
     assert tuple(host.get("CapAdd", ())) == given
     assert host["CapDrop"] == ["ALL"]
 
 
-def test_function_computes_variable_for_shared_memory() -> None:
+def test_shared_memory_size_variable() -> None:
     spec = start_spec(environment={"FCGPU_RUNTIME_SHMSIZE": "8589934592"})
     assert container_config(spec, plan_options())["HostConfig"]["ShmSize"] == 8 * GIB
     both = start_spec(environment={"FCGPU_RUNTIME_SHMSIZE": "1"}, container=ContainerOptions(shm_bytes=GIB))
@@ -194,5 +194,5 @@ def test_function_computes_variable_for_shared_memory() -> None:
         container_config(start_spec(environment={"FCGPU_RUNTIME_SHMSIZE": "8g"}), plan_options())
 
 
-def test_secrets_are_not_in_what_is_printed() -> None:
+def test_repr_hides_secrets() -> None:
     assert "hunter2" not in repr(plan_options(image_environment={"TOKEN": "hunter2"}))

@@ -1,4 +1,4 @@
-"""Podman's own words for a plan: every limit and wall of it arrives, under another name."""
+"""The translation for Podman's own API keeps every limit and isolation setting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.adapters.engine.starts import GPU_A, STATE, plan_options, start_spec
 DEVICE = f"nvidia.com/gpu={GPU_A}"
 
 
-def test_the_whole_body() -> None:
+def test_whole_body() -> None:
     container = ContainerOptions(
         shm_bytes=GIB,
         pids_limit=100,
@@ -87,7 +87,7 @@ def test_the_whole_body() -> None:
     }
 
 
-def test_what_has_no_translation_is_not_lost_silently() -> None:
+def test_untranslatable_keys_raise() -> None:
     config = container_config(start_spec(), plan_options())
     with pytest.raises(KeyError, match="Hostname"):
         libpod_config({**config, "Hostname": "x"}, "n", [])

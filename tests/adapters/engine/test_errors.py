@@ -1,4 +1,4 @@
-"""The engines' own words for what can't be started (as collected from Docker 20.10, Podman 4.3, runc and crun)."""
+"""Engine error texts for failed starts (collected from Docker 20.10, Podman 4.3, runc and crun)."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ POOL = "could not find an available, non-overlapping IPv4 address pool among the
         ("something new and strange", "START_FAILED"),
     ],
 )
-def test_each_has_its_reason_and_keeps_the_engines_words(text: str, reason: str) -> None:
+def test_known_errors_have_a_reason_and_quote_the_engine(text: str, reason: str) -> None:
     error = start_refused(FUNCTION, EngineError(500, text))
     assert error.reason == reason
     assert text in error.message
 
 
-def test_a_file_that_is_missing_elsewhere_is_no_missing_command() -> None:
+def test_missing_file_is_not_a_missing_command() -> None:
     error = start_refused(FUNCTION, EngineError(500, "error mounting /etc/hosts: no such file or directory"))
     assert error.reason == "START_FAILED"
 
 
-def test_what_is_put_right_and_tried_again() -> None:
+def test_errors_that_are_repaired_and_retried() -> None:
     assert network_missing(EngineError(404, "network hibernode-0123456789ab not found"))
     assert network_missing(EngineError(500, "unable to find network with name or ID hibernode-01: network not found"))
     assert not network_missing(EngineError(404, "No such image: network/tools"))

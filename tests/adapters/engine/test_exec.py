@@ -1,4 +1,4 @@
-"""The end of a session against an engine that notes things late, which a real one does only now and then."""
+"""The end of a session on an engine that records facts late, which a real one does rarely."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agent.adapters.engine.exec import EngineExecSession
 
 
 class LateEngine:
-    """Gives these answers to one look after the other, the last one for ever. API, exec and stream in one."""
+    """Gives these inspect answers in turn and repeats the last one. API, exec and stream in one."""
 
     def __init__(self, *answers: dict[str, Any]) -> None:
         self._answers = list(answers)
@@ -37,14 +37,14 @@ class LateEngine:
 
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Leaders whose sessions were killed."""
+    """Leaders of the killed sessions."""
     leaders: list[int] = []
     monkeypatch.setattr(engine_exec, "INSPECT_PAUSE_S", 0.0)
     monkeypatch.setattr(engine_exec, "_kill_session", lambda _cgroup, leader: leaders.append(leader))
     return leaders
 
 
-async def test_a_command_whose_pid_is_not_noted_yet_is_killed_all_the_same(killed: list[int]) -> None:
+async def test_command_with_a_late_pid_is_killed(killed: list[int]) -> None:
     no_pid = {"Running": True, "Pid": 0}
     engine = LateEngine(no_pid, no_pid, {"Running": True, "Pid": 4711})
     session = engine.session()
@@ -53,13 +53,13 @@ async def test_a_command_whose_pid_is_not_noted_yet_is_killed_all_the_same(kille
     assert (killed, engine.closed) == ([4711], 1)
 
 
-async def test_one_that_has_ended_is_not_killed_by_its_old_number(killed: list[int]) -> None:
+async def test_ended_command_is_not_killed_by_its_old_pid(killed: list[int]) -> None:
     engine = LateEngine({"Running": False, "Pid": 4711})
     await engine.session().close()
     assert (killed, engine.closed) == ([], 1)
 
 
-async def test_a_pid_that_never_comes_is_told_of(killed: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+async def test_missing_pid_is_logged(killed: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     engine = LateEngine({"Running": True, "Pid": 0})
     await engine.session().close()
     assert (killed, engine.closed) == ([], 1), "the connection is closed in any case"

@@ -1,4 +1,4 @@
-"""What engines say of themselves, as they really said it on a host with both; and what is told about it."""
+"""Facts from `info` as recorded on a host with both engines, and the lines that doctor prints about them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DOCKER_INFO: dict[str, Any] = {
 }
 
 
-def test_a_docker_on_ext4() -> None:
+def test_docker_on_ext4() -> None:
     facts = read_facts("docker", "20.10.24+dfsg1", DOCKER_INFO, "/run/docker.sock")
     assert (facts.title, facts.version, facts.cpus) == ("Docker 20.10.24+dfsg1", (20, 10), 2)
     assert (facts.disk_limits, facts.live_restore, facts.cdi_dirs) == (False, False, ())
@@ -46,29 +46,29 @@ def test_a_docker_on_ext4() -> None:
         ("docker", "", [["one"], 7], False),
     ],
 )
-def test_which_storage_bounds_a_disk(kind: str, driver: str, status: object, can: bool) -> None:
+def test_storages_that_limit_disks(kind: str, driver: str, status: object, can: bool) -> None:
     facts = read_facts(kind, "25.0.0", {"Driver": driver, "DriverStatus": status})  # type: ignore[arg-type]
     assert facts.disk_limits is can
 
 
-def test_versions_of_ones_own_count_as_new() -> None:
+def test_custom_versions_count_as_new() -> None:
     assert docker("v25.1.2-rc1").version == (25, 1)
     assert docker("library-import").since((99, 0))
     assert not docker("24.0.9").since((25, 0))
     assert podman("5.10.0").since((5, 4))
 
 
-def test_an_info_of_another_shape_says_nothing() -> None:
+def test_malformed_info_yields_no_facts() -> None:
     odd: dict[str, Any] = {"NCPU": "2", "Runtimes": [], "Plugins": None, "CDISpecDirs": {}, "DriverStatus": {"a": 1}}
     facts = read_facts("docker", "", odd)
     assert (facts.cpus, facts.runtimes, facts.networks, facts.cdi_dirs) == (0, frozenset(), frozenset(), ())
     assert facts.forwarding
 
 
-# ---- what doctor tells -----------------------------------------------------------------------------------------
+# ---- doctor's lines --------------------------------------------------------------------------------------------
 
 
-async def test_an_engine_that_is_off_or_away_is_told_and_no_error(tmp_path: Path) -> None:
+async def test_missing_engine_is_reported_without_an_error(tmp_path: Path) -> None:
     runtime = RuntimeSettings(engine=EngineRuntimeSettings(socket="off"))
     lines = engine_lines(await survey_engine(None, runtime, GpuSettings(), [GPU_A]))
     assert [(line.name, line.level) for line in lines] == [("engine", "OK")]
@@ -87,7 +87,7 @@ async def test_an_engine_that_is_off_or_away_is_told_and_no_error(tmp_path: Path
     assert line.fix.startswith("start docker or podman, or set runtime.engine.socket")
 
 
-def test_a_host_with_all_there_is_has_nothing_to_fix() -> None:
+def test_complete_host_has_no_warnings() -> None:
     info = {**DOCKER_INFO, "LiveRestoreEnabled": True, "DriverStatus": [["Backing Filesystem", "xfs"]]}
     facts = read_facts("docker", "28.3.0", info, "/run/docker.sock")
     lines = engine_lines(EngineSurvey(facts, gpus="cdi"))
@@ -119,22 +119,22 @@ def test_a_host_with_all_there_is_has_nothing_to_fix() -> None:
         ("engine.network", EngineSurvey(docker(IPv4Forwarding=False)), "net.ipv4.ip_forward=1"),
     ],
 )
-def test_what_is_missing_is_a_warning_with_its_fix(name: str, sight: EngineSurvey, fix: str) -> None:
+def test_each_gap_is_a_warning_with_its_fix(name: str, sight: EngineSurvey, fix: str) -> None:
     line = {line.name: line for line in engine_lines(sight)}[name]
     assert line.level == "WARN"
     assert fix in line.fix
 
 
-def test_podman_has_no_daemon_that_could_take_containers_along() -> None:
+def test_podman_needs_no_live_restore() -> None:
     assert "engine.live_restore" not in {line.name for line in engine_lines(EngineSurvey(podman()))}
 
 
-def test_a_registered_nvidia_runtime_needs_no_hook_in_the_path() -> None:
+def test_registered_nvidia_runtime_needs_no_hook() -> None:
     sight = EngineSurvey(docker(**DOCKER_INFO), gpus="nvidia-runtime", nvidia_hook=False)
     assert {line.name: line.level for line in engine_lines(sight)}["engine.gpus"] == "OK"
 
 
-def test_cgroups_are_seen_from_the_host_and_not_from_a_namespace(tmp_path: Path) -> None:
+def test_cgroups_are_visible_on_the_host_but_not_in_a_namespace(tmp_path: Path) -> None:
     assert sees_all_cgroups() is (Path("/proc/self/ns/cgroup").stat().st_ino == 0xEFFFFFFB)
     (tmp_path / "self/ns").mkdir(parents=True)
     (tmp_path / "self/ns/cgroup").touch()

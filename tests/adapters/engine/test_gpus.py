@@ -1,4 +1,4 @@
-"""How GPUs get into containers: the choice for each engine, and what is read of the host's CDI specs."""
+"""GPU attachment: the choice for each engine, and reading the host's CDI specs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ BY_RUNTIME = Attachment(
         ("nvidia-runtime", CDI_DOCKER, SPEC, BY_RUNTIME),
     ],
 )
-def test_the_choice(setting: str, engine: EngineFacts, spec: frozenset[str], expected: Attachment) -> None:
+def test_choice_of_method(setting: str, engine: EngineFacts, spec: frozenset[str], expected: Attachment) -> None:
     settings = GpuSettings(attach=setting)  # type: ignore[arg-type]
     assert attach_gpus(settings, engine, spec, [GPU_A]) == expected
 
@@ -61,29 +61,27 @@ def test_the_choice(setting: str, engine: EngineFacts, spec: frozenset[str], exp
         ("nvidia-runtime", NEW_PODMAN, SPEC, "set gpu.attach: cdi"),
     ],
 )
-def test_what_can_not_be_had_says_what_to_do(
-    setting: str, engine: EngineFacts, spec: frozenset[str], advice: str
-) -> None:
+def test_unavailable_method_names_the_fix(setting: str, engine: EngineFacts, spec: frozenset[str], advice: str) -> None:
     with pytest.raises(PreconditionError) as caught:
         attach_gpus(GpuSettings(attach=setting), engine, spec, [GPU_A])  # type: ignore[arg-type]
     assert caught.value.reason == "GPU_ATTACH_UNAVAILABLE"
     assert advice in caught.value.message
 
 
-def test_podman_is_never_asked_for_an_nvidia_runtime() -> None:
-    """It takes such a request and starts the container without a GPU."""
+def test_nvidia_runtime_is_never_requested_from_podman() -> None:
+    """It accepts such a request but starts the container without a GPU."""
     for engine in (OLD_PODMAN, NEW_PODMAN):
         assert attach_gpus(GpuSettings(), engine, SPEC, [GPU_A]).method in ("cdi", "cdi-libpod")
 
 
-def test_an_instance_that_may_move_gets_all_of_them() -> None:
+def test_movable_instance_gets_all_gpus() -> None:
     found = attach_gpus(GpuSettings(), CDI_DOCKER, SPEC, [GPU_A], all_gpus=True)
     assert found.device_requests[0]["DeviceIDs"] == ["nvidia.com/gpu=all"]
     found = attach_gpus(GpuSettings(), OLD_DOCKER, SPEC, [GPU_A], all_gpus=True)
     assert (found.device_requests[0]["DeviceIDs"], found.visible_devices) == (["all"], "all")
 
 
-def test_a_function_without_gpus_gets_none_whatever_its_image_asks_for() -> None:
+def test_no_gpus_without_a_gpu_function() -> None:
     mounts = MountSettings(binds=("/gpus/lib:/gpus/lib:ro",))
     for settings in (GpuSettings(), GpuSettings(attach="cdi"), GpuSettings(attach="mounts", mounts=mounts)):
         assert attach_gpus(settings, OLD_DOCKER, NONE, []) == Attachment()
@@ -96,7 +94,7 @@ def test_configured_mounts() -> None:
     assert (found.method, found.binds, found.visible_devices) == ("mounts", ("/gpus/lib:/gpus/lib:ro",), "void")
 
 
-def test_specs_are_read_in_both_forms_and_bad_ones_are_not_there(tmp_path: Path) -> None:
+def test_json_and_yaml_specs_are_read_and_bad_ones_skipped(tmp_path: Path) -> None:
     first, second = tmp_path / "etc", tmp_path / "run"
     first.mkdir()
     second.mkdir()

@@ -1,6 +1,6 @@
-"""Pulling: one for all who wait, bounded in every way, with errors that say what to do and no password.
+"""Pulls: shared by callers, limited in every way, with errors that name a fix and hide passwords.
 
-The engine is a script of its answers here; `tests/engines/test_pull.py` pulls for real.
+The engine is a script of its answers; `tests/engines/test_pull.py` pulls from a real registry.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ PULLED: list[dict[str, Any]] = [
 
 
 class ScriptedEngine(EngineApi):
-    """Has the images in `here`; a pull plays `script` (messages, or the error that ends it) and then has the image.
+    """Has the images in `here`. A pull plays `script` (messages, or the error that ends it) and then adds the image.
 
-    `gate` is open unless a test closes it: a pull waits there before its first message. `begun` counts pulls, `sent`
-    what each was asked with.
-    """
+    `gate`: open by default; a pull waits for it before its first message. `begun` counts pulls, `sent` lists their
+    arguments."""
 
     def __init__(self, *here: str, script: Sequence[dict[str, Any] | Exception] = tuple(PULLED)) -> None:
         super().__init__("/nowhere/engine.sock")
@@ -74,7 +73,7 @@ class ScriptedEngine(EngineApi):
         yield cast("aiodocker.Docker", self)
 
     async def until_begun(self, count: int) -> None:
-        """Wait until so many pulls have begun."""
+        """Wait until this many pulls have begun."""
         async with asyncio.timeout(10), self.changed:
             await self.changed.wait_for(lambda: self.begun >= count)
 
@@ -100,7 +99,7 @@ def images(engine: ScriptedEngine, policy: Policy = "missing", **more: Any) -> I
     return Images(engine, policy, **{"auth_files": (), "machine": "x86_64", "messages": engine.pull, **more})
 
 
-async def test_what_is_here_is_not_pulled() -> None:
+async def test_local_image_is_not_pulled() -> None:
     engine = ScriptedEngine(OCR)
     found = await images(engine).ensure(OCR)
     assert (found.id, found.user) == (f"sha256:{OCR}", "app")
@@ -108,7 +107,7 @@ async def test_what_is_here_is_not_pulled() -> None:
     assert engine.begun == 0
 
 
-async def test_what_is_not_here_is_pulled_and_told_about() -> None:
+async def test_missing_image_is_pulled_with_progress() -> None:
     engine = ScriptedEngine()
     said: list[str] = []
     assert (await images(engine).ensure(OCR, progress=said.append)).id == f"sha256:{OCR}"
@@ -116,7 +115,7 @@ async def test_what_is_not_here_is_pulled_and_told_about() -> None:
     assert engine.begun == 1
 
 
-async def test_always_pulls_what_is_here_and_never_pulls_nothing() -> None:
+async def test_policies_always_and_never() -> None:
     engine = ScriptedEngine(OCR)
     await images(engine, "always").ensure(OCR)
     assert engine.begun == 1
@@ -128,20 +127,20 @@ async def test_always_pulls_what_is_here_and_never_pulls_nothing() -> None:
     assert engine.begun == 1
 
 
-async def test_an_image_for_another_processor_is_refused_though_it_is_here() -> None:
+async def test_local_image_of_another_architecture_is_refused() -> None:
     engine = ScriptedEngine(OCR)
     engine.architecture = "arm64"
     with pytest.raises(InstanceError, match="is made for arm64, this node is amd64") as caught:
         await images(engine).ensure(OCR)
     assert caught.value.reason == "IMAGE_PULL_FAILED"
-    engine.architecture = ""  # an imported file system says nothing
+    engine.architecture = ""  # an imported file system names none
     await images(engine).ensure(OCR)
 
 
 # ---- sharing ---------------------------------------------------------------------------------------------------
 
 
-async def test_who_waits_for_the_same_shares_a_pull_and_may_leave_it() -> None:
+async def test_callers_share_a_pull_and_may_leave_it() -> None:
     engine = ScriptedEngine()
     engine.gate.clear()
     store = images(engine)
@@ -154,11 +153,11 @@ async def test_who_waits_for_the_same_shares_a_pull_and_may_leave_it() -> None:
         await first
     engine.gate.set()
     assert (await second).id == (await late).id
-    assert said[0] == f"pulling {OCR}"  # the last word before it came
+    assert said[0] == f"pulling {OCR}"  # the last text before it joined
     assert engine.begun == 1
 
 
-async def test_a_pull_that_nobody_waits_for_any_more_is_given_up() -> None:
+async def test_pull_without_callers_is_cancelled() -> None:
     engine = ScriptedEngine()
     engine.gate.clear()
     store = images(engine)
@@ -169,11 +168,11 @@ async def test_a_pull_that_nobody_waits_for_any_more_is_given_up() -> None:
         await alone
     assert engine.running == 0
     engine.gate.set()
-    await store.ensure(OCR)  # whoever comes then begins anew
+    await store.ensure(OCR)  # starts a new pull
     assert engine.begun == 2
 
 
-async def test_nobody_gets_an_image_by_the_login_of_another() -> None:
+async def test_pulls_with_different_logins_are_separate() -> None:
     engine = ScriptedEngine()
     engine.gate.clear()
     store = images(engine)
@@ -188,7 +187,7 @@ async def test_nobody_gets_an_image_by_the_login_of_another() -> None:
     ]
 
 
-async def test_two_pulls_at_once_and_no_more() -> None:
+async def test_at_most_two_concurrent_pulls() -> None:
     engine = ScriptedEngine()
     engine.gate.clear()
     store = images(engine)
@@ -201,7 +200,7 @@ async def test_two_pulls_at_once_and_no_more() -> None:
     assert (engine.begun, engine.most) == (5, 2)
 
 
-async def test_closing_ends_pulls_and_tells_who_waited() -> None:
+async def test_close_ends_pulls_and_fails_their_callers() -> None:
     engine = ScriptedEngine()
     engine.gate.clear()
     store = images(engine)
@@ -213,10 +212,10 @@ async def test_closing_ends_pulls_and_tells_who_waited() -> None:
     assert engine.running == 0
 
 
-# ---- bounds ----------------------------------------------------------------------------------------------------
+# ---- limits ----------------------------------------------------------------------------------------------------
 
 
-async def test_a_pull_that_brings_nothing_is_given_up() -> None:
+async def test_stalled_pull_is_cancelled() -> None:
     engine = ScriptedEngine()
     engine.gate.clear()
     with pytest.raises(InstanceError, match=r"no more data arrived .*can this node reach its registry\?") as caught:
@@ -225,14 +224,14 @@ async def test_a_pull_that_brings_nothing_is_given_up() -> None:
     assert engine.running == 0
 
 
-async def test_a_pull_has_a_deadline_of_its_own() -> None:
+async def test_pull_has_a_deadline() -> None:
     engine = ScriptedEngine()
     engine.gate.clear()
     with pytest.raises(InstanceError, match=r"longer than 0\.05 s; raise runtime\.engine\.pull_timeout"):
         await images(engine, pull_timeout_s=0.05).ensure(OCR)
 
 
-async def test_a_pull_that_ends_without_the_image() -> None:
+async def test_pull_ends_without_the_image() -> None:
 
     class Forgetful(ScriptedEngine):
         async def inspect(self, name: str) -> dict[str, Any]:
@@ -269,7 +268,7 @@ async def test_a_pull_that_ends_without_the_image() -> None:
         ("something new", "IMAGE_PULL_FAILED", "something new"),
     ],
 )
-async def test_what_engines_say_has_a_reason_and_advice(text: str, reason: str, advice: str) -> None:
+async def test_pull_errors_have_a_reason_and_advice(text: str, reason: str, advice: str) -> None:
     with pytest.raises(InstanceError) as caught:
         await images(ScriptedEngine(script=[EngineError(500, text)])).ensure(OCR)
     assert caught.value.reason == reason
@@ -277,19 +276,19 @@ async def test_what_engines_say_has_a_reason_and_advice(text: str, reason: str, 
     assert caught.value.metadata["image"] == OCR
 
 
-async def test_a_full_disk_and_a_lost_engine_keep_their_own_reasons() -> None:
+async def test_full_disk_and_lost_engine_keep_their_reasons() -> None:
     full = InstanceError("DISK_FULL", "the container engine's disk is full")
     with pytest.raises(InstanceError) as caught:
         await images(ScriptedEngine(script=[full])).ensure(OCR)
     assert caught.value.reason == "DISK_FULL"
 
 
-async def test_an_answer_that_can_not_be_read() -> None:
+async def test_unreadable_answer() -> None:
     with pytest.raises(InstanceError, match=r"can't be read \(ValueError\)"):
         await images(ScriptedEngine(script=[ValueError("Chunk too big")])).ensure(OCR)
 
 
-async def test_passwords_are_in_no_error_though_the_engine_repeats_them() -> None:
+async def test_errors_hide_passwords_that_the_engine_repeats() -> None:
     text = "unauthorized: hunter2 is not the password of ann"
     engine = ScriptedEngine(script=[EngineError(500, text)])
     with pytest.raises(InstanceError) as caught:
@@ -303,7 +302,7 @@ async def test_passwords_are_in_no_error_though_the_engine_repeats_them() -> Non
 # ---- progress --------------------------------------------------------------------------------------------------
 
 
-def test_the_sentence_sums_up_all_layers() -> None:
+def test_sentence_covers_all_layers() -> None:
     progress = PullProgress("ocr:3")
     sentences = []
     for message in PULLED:
@@ -312,7 +311,7 @@ def test_the_sentence_sums_up_all_layers() -> None:
     assert sentences == ["pulling ocr:3", "pulling ocr:3", "pulling ocr:3: 45 % of 100 MiB", *["unpacking ocr:3"] * 2]
 
 
-def test_a_repeated_message_is_no_news() -> None:
+def test_repeated_message_is_no_progress() -> None:
     progress = PullProgress("ocr:3")
     message: dict[str, Any] = {"status": "Downloading", "id": "a1", "progressDetail": {"current": 5, "total": 10}}
     assert [progress.update(message) for _ in range(3)] == [True, False, False]
@@ -320,7 +319,7 @@ def test_a_repeated_message_is_no_news() -> None:
     assert progress.downloading
 
 
-def test_layers_that_are_here_already_are_not_waited_for() -> None:
+def test_existing_layers_count_as_complete() -> None:
     progress = PullProgress("ocr:3")
     progress.update({"status": "Already exists", "id": "a1"})
     assert not progress.downloading
@@ -328,7 +327,7 @@ def test_layers_that_are_here_already_are_not_waited_for() -> None:
     assert progress.downloading
 
 
-def test_messages_without_end_cost_no_memory_and_odd_ones_nothing_at_all() -> None:
+def test_endless_and_odd_messages_cost_no_memory() -> None:
     progress = PullProgress("ocr:3")
     for number in range(10_000):
         progress.update({"status": "Downloading", "id": str(number), "progressDetail": {"current": 1, "total": 2}})
@@ -342,9 +341,7 @@ def test_messages_without_end_cost_no_memory_and_odd_ones_nothing_at_all() -> No
 
 
 @pytest.mark.parametrize("document", [{"credHelpers": {"r.example": "ecr-login"}}, {"credsStore": "secretservice"}])
-async def test_a_credential_helper_is_not_asked_and_the_refusal_says_so(
-    tmp_path: Path, document: dict[str, object]
-) -> None:
+async def test_refusal_names_an_unused_credential_helper(tmp_path: Path, document: dict[str, object]) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(document))
     engine = ScriptedEngine(script=[EngineError(500, "unauthorized")])
@@ -352,7 +349,7 @@ async def test_a_credential_helper_is_not_asked_and_the_refusal_says_so(
         await images(engine, auth_files=(file,)).ensure("r.example/ocr")
 
 
-async def test_dockers_logins_are_sent_and_podmans_are_its_own_business(tmp_path: Path) -> None:
+async def test_logins_are_sent_to_docker_but_not_to_podman(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"auths": {"registry.example": basic("ann:secret"), "docker.io": basic("hub:pw")}}))
     engine = ScriptedEngine()

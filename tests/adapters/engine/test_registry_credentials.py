@@ -1,4 +1,4 @@
-"""Credentials of the host's administrator: whose registry an image names, and what the file of `docker login` holds."""
+"""Registry credentials: the registry of an image, and the contents of `docker login`'s file."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def basic(text: str) -> dict[str, str]:
         ("r.example/a/b@sha256:0f", "r.example", "r.example/a/b@sha256:0f"),
     ],
 )
-def test_whose_registry_a_reference_names(image: str, registry: str, full: str) -> None:
+def test_registry_of_a_reference(image: str, registry: str, full: str) -> None:
     assert (registry_of(image), qualified(image)) == (registry, full)
 
 
-def test_credentials_as_docker_login_leaves_them(tmp_path: Path) -> None:
+def test_credentials_of_docker_login(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     auths = {
         "https://index.docker.io/v1/": basic("hub:pw:with:colons"),
@@ -55,6 +55,6 @@ IMAGES = ("team/ocr", "r.example/ocr", "old.example/ocr", "cloud.example/ocr", "
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"auths": 1}', '{"auths": {"r.example": 1}}', "[" * 100_000])
-def test_a_file_that_is_no_such_file_has_no_login(tmp_path: Path, text: str) -> None:
+def test_malformed_file_has_no_login(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     assert find_login("r.example/ocr", [tmp_path / "config.json"]).auth == {}

@@ -26,7 +26,7 @@ from tests.adapters.engine.stand_in import Refusal, StandInContainer
 
 
 async def refused(rig: EngineRig, reason: str, uid: str = "resize-a", **spec: str) -> HibernodeError:
-    """A start that fails so, and leaves nothing."""
+    """Expect a start to fail with `reason` and to leave nothing."""
     with pytest.raises(HibernodeError) as raised:
         await rig.runtime.start(rig.spec(uid, **spec))
     assert raised.value.reason == reason, raised.value
@@ -35,7 +35,7 @@ async def refused(rig: EngineRig, reason: str, uid: str = "resize-a", **spec: st
     return raised.value
 
 
-async def test_a_started_container_is_known_by_kernel_and_disk(rig: EngineRig) -> None:
+async def test_started_container_is_recorded(rig: EngineRig) -> None:
     handle = await rig.runtime.start(rig.spec("resize-a"))
     container = rig.container(handle)
     assert container.name == "hibernode-resize-a"
@@ -50,13 +50,13 @@ async def test_a_started_container_is_known_by_kernel_and_disk(rig: EngineRig) -
     assert not rig.bundles.scratch("resize-a").exists()
 
 
-async def test_ports_of_the_bridge_are_shut_to_one_another(rig: EngineRig) -> None:
+async def test_bridge_ports_are_isolated(rig: EngineRig) -> None:
     first, second = rig.plug("veth7"), rig.plug("veth8")
     await rig.runtime.start(rig.spec("resize-a"))
     assert (first.read_text(), second.read_text()) == ("1", "1")
 
 
-async def test_a_container_that_can_not_be_fenced_off_does_not_run(rig: EngineRig) -> None:
+async def test_container_that_cannot_be_isolated_does_not_run(rig: EngineRig) -> None:
     shutil.rmtree(rig.bridges)
     error = await refused(rig, "NETWORK_FAILED")
     assert "CAP_NET_ADMIN" in error.message
@@ -64,10 +64,8 @@ async def test_a_container_that_can_not_be_fenced_off_does_not_run(rig: EngineRi
     assert "no port" in (await refused(rig, "NETWORK_FAILED")).message
 
 
-async def test_a_process_in_another_cgroup_than_its_own_is_not_taken(
-    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """That cgroup would be frozen and killed, and it is somebody else's."""
+async def test_process_in_a_foreign_cgroup_is_not_adopted(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That cgroup belongs to another owner and would be frozen and killed."""
     run = rig.engine.run
     stranger = rig.engine.make("stranger", {}, "/bin/sleep", "1000")
     await run(stranger)
@@ -82,7 +80,7 @@ async def test_a_process_in_another_cgroup_than_its_own_is_not_taken(
     assert rig.bundles.all() == []
 
 
-async def test_one_that_ends_at_once_says_how_and_what_it_said(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_early_exit_reports_exit_and_log(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> None:
     run = rig.engine.run
 
     async def to_its_end(one: StandInContainer) -> None:
@@ -98,9 +96,9 @@ async def test_one_that_ends_at_once_says_how_and_what_it_said(rig: EngineRig, m
     assert rig.engine.containers == {}
 
 
-async def test_the_network_is_made_once_and_goes_with_the_agent(rig: EngineRig) -> None:
+async def test_network_is_created_once_and_removed_by_the_agent(rig: EngineRig) -> None:
     handles = await asyncio.gather(*(rig.runtime.start(rig.spec(f"resize-{letter}")) for letter in "abc"))
-    assert rig.engine.calls["POST create"] == 4  # three containers, one network
+    assert rig.engine.calls["POST create"] == 4  # three containers and a network
     assert list(rig.engine.networks) == [rig.network.name]
     for handle in handles:
         await rig.runtime.destroy(handle)
@@ -110,14 +108,14 @@ async def test_the_network_is_made_once_and_goes_with_the_agent(rig: EngineRig) 
     rig.restart()
 
 
-async def test_the_network_stays_while_a_container_uses_it(rig: EngineRig) -> None:
+async def test_network_stays_while_a_container_uses_it(rig: EngineRig) -> None:
     await rig.runtime.start(rig.spec("resize-a"))
     await rig.runtime.close()
     assert list(rig.engine.networks) == [rig.network.name]
     rig.restart()
 
 
-async def test_a_network_that_somebody_removed_is_made_again(rig: EngineRig) -> None:
+async def test_removed_network_is_created_again(rig: EngineRig) -> None:
     await rig.runtime.destroy(await rig.runtime.start(rig.spec("resize-a")))
     rig.engine.networks.clear()
     handle = await rig.runtime.start(rig.spec("resize-b"))
@@ -125,19 +123,19 @@ async def test_a_network_that_somebody_removed_is_made_again(rig: EngineRig) -> 
     assert len(rig.engine.containers) == 1
 
 
-async def test_a_network_of_somebody_else_is_not_ours(rig: EngineRig) -> None:
+async def test_network_of_another_owner_is_refused(rig: EngineRig) -> None:
     rig.engine.networks[rig.network.name] = {"Name": rig.network.name, "Id": rig.network.name, "Labels": {}}
     assert "belongs to another owner" in (await refused(rig, "NETWORK_FAILED")).message
 
 
-async def test_two_starts_of_one_uid_at_once_are_refused(rig: EngineRig) -> None:
+async def test_concurrent_starts_of_one_uid_are_refused(rig: EngineRig) -> None:
     both = (rig.runtime.start(rig.spec("resize-a")) for _ in range(2))
     answers = await asyncio.gather(*both, return_exceptions=True)
     assert sum(isinstance(answer, ConflictError) for answer in answers) == 1
     assert len(rig.engine.containers) == 1
 
 
-async def test_a_container_left_by_an_earlier_attempt_is_replaced(rig: EngineRig) -> None:
+async def test_container_of_an_earlier_attempt_is_replaced(rig: EngineRig) -> None:
     left = rig.engine.make("hibernode-resize-a", {STATE_LABEL: rig.state_uuid}, "/bin/sleep", "1000")
     await rig.engine.run(left)
     handle = await rig.runtime.start(rig.spec("resize-a"))
@@ -148,7 +146,7 @@ async def test_a_container_left_by_an_earlier_attempt_is_replaced(rig: EngineRig
     assert list(rig.engine.containers) == [second.container_id]
 
 
-async def test_a_name_that_is_somebody_elses_is_left_alone(rig: EngineRig) -> None:
+async def test_container_of_another_owner_is_left_alone(rig: EngineRig) -> None:
     theirs = rig.engine.make("hibernode-resize-a", {STATE_LABEL: "another"}, "/bin/sleep", "1000")
     with pytest.raises(InstanceError, match="another owner's container is named hibernode-resize-a"):
         await rig.runtime.start(rig.spec("resize-a"))
@@ -156,18 +154,18 @@ async def test_a_name_that_is_somebody_elses_is_left_alone(rig: EngineRig) -> No
 
 
 @pytest.mark.parametrize("uid", ["", "../up", "a/b", "x" * 129, "-x"])
-async def test_a_uid_that_is_no_name_is_refused(rig: EngineRig, uid: str) -> None:
+async def test_invalid_uid_is_refused(rig: EngineRig, uid: str) -> None:
     with pytest.raises(InvalidArgumentError):
         await rig.runtime.start(rig.spec(uid))
 
 
-async def test_what_it_accepts(rig: EngineRig) -> None:
+async def test_accepted_functions(rig: EngineRig) -> None:
     with pytest.raises(PreconditionError):
         rig.runtime.accepts(FunctionSpec(name="resize", image="host", entrypoint=("x",)))
     image = rig.spec("resize-a").instance.function
     rig.runtime.accepts(image)
     await rig.engine.down()
-    rig.runtime.accepts(image)  # nobody knows yet
+    rig.runtime.accepts(image)  # the engine's state is unknown yet
     with pytest.raises(UnavailableError):
         await rig.runtime.check()
     with pytest.raises(UnavailableError, match="start docker or podman") as raised:
@@ -178,21 +176,21 @@ async def test_what_it_accepts(rig: EngineRig) -> None:
     rig.runtime.accepts(image)
 
 
-async def test_an_image_that_went_between_pull_and_start(rig: EngineRig) -> None:
+async def test_image_removed_between_pull_and_start(rig: EngineRig) -> None:
     await refused(rig, "IMAGE_NOT_FOUND", image="registry.example/gone:1")
     rig.engine.refusals["POST create"] = Refusal(404, "No such image: sha256:1111")
     rig.engine.networks[rig.network.name] = {"Id": rig.network.name, "Labels": {STATE_LABEL: rig.state_uuid}}
     await refused(rig, "IMAGE_NOT_FOUND")
 
 
-async def test_an_engine_that_hangs_in_a_start_is_not_waited_for_for_ever(rig: EngineRig) -> None:
+async def test_start_on_a_hanging_engine_ends(rig: EngineRig) -> None:
     await rig.runtime.check()
     rig.api._deadline_s = 0.2
     rig.engine.hanging.add("POST start")
     await refused(rig, "ENGINE_UNAVAILABLE")
 
 
-async def test_a_cancelled_start_leaves_nothing(rig: EngineRig) -> None:
+async def test_cancelled_start_leaves_nothing(rig: EngineRig) -> None:
     rig.engine.hanging.add("POST start")
     starting = asyncio.create_task(rig.runtime.start(rig.spec("resize-a")))
     await rig.engine.called("POST start")
@@ -203,7 +201,7 @@ async def test_a_cancelled_start_leaves_nothing(rig: EngineRig) -> None:
     await rig.runtime.start(rig.spec("resize-a"))
 
 
-async def test_a_disk_that_can_not_be_bounded_is_not_if_that_is_allowed(rig: EngineRig) -> None:
+async def test_unsupported_disk_limit_is_dropped_if_allowed(rig: EngineRig) -> None:
     rig.engine.info["DriverStatus"] = [["Backing Filesystem", "xfs"]]
     quota = "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"
     rig.engine.refusals["POST create"] = Refusal(400, quota, times=1)
@@ -212,19 +210,19 @@ async def test_a_disk_that_can_not_be_bounded_is_not_if_that_is_allowed(rig: Eng
     assert "StorageOpt" not in rig.container(handle).config["HostConfig"]
 
 
-async def test_a_demanded_disk_bound_is_not_given_up(rig: EngineRig) -> None:
+async def test_required_disk_limit_is_kept(rig: EngineRig) -> None:
     await rig.runtime.close()
     rig.restart(EngineSettings(socket=rig.engine.socket, disk_limit="require"))
     await refused(rig, "DISK_LIMIT_UNAVAILABLE")
     rig.engine.info["DriverStatus"] = [["Backing Filesystem", "xfs"]]
-    rig.engine.version["Version"] = "24.0.0"  # it was set up anew
+    rig.engine.version["Version"] = "24.0.0"  # upgraded
     await rig.runtime.check()
     rig.engine.refusals["POST create"] = Refusal(400, "--storage-opt is supported only with 'pquota'")
     rig.engine.networks[rig.network.name] = {"Id": rig.network.name, "Labels": {STATE_LABEL: rig.state_uuid}}
     assert "pquota" in (await refused(rig, "START_FAILED")).message
 
 
-async def test_a_volume_outside_of_what_is_allowed_is_refused(rig: EngineRig) -> None:
+async def test_volume_outside_the_allowed_folders_is_refused(rig: EngineRig) -> None:
     spec = rig.spec("resize-a")
     options = ContainerOptions(volumes=(Volume("/srv/models", "/models"),))
     function = replace(spec.instance.function, container=options)
@@ -234,10 +232,10 @@ async def test_a_volume_outside_of_what_is_allowed_is_refused(rig: EngineRig) ->
     assert rig.engine.containers == {}
 
 
-# ---- finding them again ----------------------------------------------------------------------------------------
+# ---- listing ---------------------------------------------------------------------------------------------------
 
 
-async def test_all_of_ours_are_listed_and_nothing_else(rig: EngineRig) -> None:
+async def test_only_own_containers_are_listed(rig: EngineRig) -> None:
     second = await rig.runtime.start(rig.spec("resize-b"))
     first = await rig.runtime.start(rig.spec("resize-a"))
     theirs = rig.engine.make("postgres", {STATE_LABEL: "another"}, "/bin/sleep", "1000")
@@ -245,7 +243,7 @@ async def test_all_of_ours_are_listed_and_nothing_else(rig: EngineRig) -> None:
     assert theirs.id in rig.engine.containers
 
 
-async def test_while_the_engine_is_away_the_recorded_are_listed(rig: EngineRig) -> None:
+async def test_recorded_containers_are_listed_without_the_engine(rig: EngineRig) -> None:
     handle = await rig.runtime.start(rig.spec("resize-a"))
     await rig.runtime.close()
     await rig.engine.down()
@@ -255,14 +253,14 @@ async def test_while_the_engine_is_away_the_recorded_are_listed(rig: EngineRig) 
     assert list(await runtime.pids(handle)) == [handle.process.pid]
 
 
-async def test_one_that_runs_without_a_record_is_found_and_recorded(rig: EngineRig) -> None:
+async def test_running_container_without_a_record_is_adopted(rig: EngineRig) -> None:
     handle = await rig.runtime.start(rig.spec("resize-a"))
     rig.bundles.remove("resize-a")
     assert list(await rig.runtime.list_handles()) == [replace(handle, port=0)]
     assert rig.bundles.read("resize-a")
 
 
-async def test_what_never_ran_or_has_ended_without_a_record_is_removed(rig: EngineRig) -> None:
+async def test_ended_container_without_a_record_is_removed(rig: EngineRig) -> None:
     labels = {STATE_LABEL: rig.state_uuid, INSTANCE_LABEL: "resize-a"}
     rig.engine.make("hibernode-resize-a", labels, "/bin/true")
     renamed = rig.engine.make("renamed", labels, "/bin/sleep", "1000")
@@ -271,8 +269,8 @@ async def test_what_never_ran_or_has_ended_without_a_record_is_removed(rig: Engi
     assert list(rig.engine.containers) == [renamed.id], "whoever renamed it has taken it over"
 
 
-async def test_a_label_is_no_path(rig: EngineRig) -> None:
-    """Somebody ran an image by hand that carries our labels: images are not ours."""
+async def test_label_is_not_used_as_a_path(rig: EngineRig) -> None:
+    """A container started by hand from an image with our labels is not ours."""
     models = rig.folder / "models"
     models.mkdir()
     labels = {STATE_LABEL: rig.state_uuid, INSTANCE_LABEL: "../../models"}
@@ -283,7 +281,7 @@ async def test_a_label_is_no_path(rig: EngineRig) -> None:
     assert len(rig.engine.containers) == 1, "his container is his"
 
 
-async def test_a_listing_takes_no_start_under_way_for_an_orphan(rig: EngineRig) -> None:
+async def test_listing_ignores_a_running_start(rig: EngineRig) -> None:
     rig.engine.hanging.add("POST start")
     starting = asyncio.create_task(rig.runtime.start(rig.spec("resize-a")))
     await rig.engine.called("POST start")
@@ -293,9 +291,7 @@ async def test_a_listing_takes_no_start_under_way_for_an_orphan(rig: EngineRig) 
     await asyncio.gather(starting, return_exceptions=True)
 
 
-async def test_a_start_that_ends_while_they_are_listed_is_no_orphan(
-    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_start_that_ends_during_a_listing_is_no_orphan(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ListedContainer] = []
     run = rig.engine.run
 

@@ -1,4 +1,4 @@
-"""How containers end, with the engine there, away, or behind: the kernel shows it, the engine adds the exit code."""
+"""How containers end while the engine answers, is down, or lags: the kernel shows the end, the engine the exit code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.adapters.engine.stand_in import Refusal
 
 
 async def start_obedient(rig: EngineRig) -> Handle:
-    """One that exits with 7 on SIGTERM and with 9 on SIGUSR1, from now on."""
+    """Start a container that exits with 7 on SIGTERM and 9 on SIGUSR1."""
     ready = rig.folder / "ready"
     script = f"trap 'exit 7' TERM; trap 'exit 9' USR1; : > {ready}; while :; do sleep 0.02; done"
     handle = await rig.runtime.start(rig.spec("resize-a", "/bin/sh", "-c", script))
@@ -34,16 +34,16 @@ async def ended(waiting: asyncio.Task[Exit]) -> Exit:
         return await waiting
 
 
-async def test_the_exit_code_is_the_engines_word(rig: EngineRig) -> None:
+async def test_exit_code_comes_from_the_engine(rig: EngineRig) -> None:
     handle = await start_obedient(rig)
     first, second = asyncio.create_task(rig.runtime.wait(handle)), asyncio.create_task(rig.runtime.wait(handle))
     await rig.runtime.terminate(handle)
     assert await ended(first) == await ended(second) == Exit(7, message="exited with code 7")
     assert (await rig.runtime.wait(handle)).code == 7
-    await rig.runtime.terminate(handle)  # gone: a no-op
+    await rig.runtime.terminate(handle)  # no effect after the end
 
 
-async def test_the_images_own_stop_signal_is_used_also_by_the_next_agent(rig: EngineRig) -> None:
+async def test_images_stop_signal_survives_a_restart(rig: EngineRig) -> None:
     rig.engine.stop_signal = "SIGUSR1"
     handle = await start_obedient(rig)
     await rig.runtime.close()
@@ -53,7 +53,7 @@ async def test_the_images_own_stop_signal_is_used_also_by_the_next_agent(rig: En
     assert (await ended(waiting)).code == 9
 
 
-async def test_an_end_while_the_engine_is_away_is_seen_at_once(rig: EngineRig) -> None:
+async def test_exit_is_seen_without_the_engine(rig: EngineRig) -> None:
     handle = await rig.runtime.start(rig.spec("resize-a"))
     waiting = asyncio.create_task(rig.runtime.wait(handle))
     await rig.engine.down()
@@ -64,9 +64,7 @@ async def test_an_end_while_the_engine_is_away_is_seen_at_once(rig: EngineRig) -
     await rig.engine.up()
 
 
-async def test_an_engine_that_is_late_to_notice_is_waited_for_and_one_that_never_does_is_not(
-    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_late_exit_report_is_awaited_until_a_deadline(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exits, "INSPECT_DEADLINE_S", 0.2)
     handle = await rig.runtime.start(rig.spec("resize-a"))
     container = rig.container(handle)
@@ -78,7 +76,7 @@ async def test_an_engine_that_is_late_to_notice_is_waited_for_and_one_that_never
     assert (exit_.code, exit_.signal) == (-1, signal.SIGKILL), "that much we know ourselves"
 
 
-async def test_a_container_removed_behind_our_back(rig: EngineRig) -> None:
+async def test_container_removed_from_outside(rig: EngineRig) -> None:
     handle = await rig.runtime.start(rig.spec("resize-a"))
     waiting = asyncio.create_task(rig.runtime.wait(handle))
     await asyncio.sleep(0)
@@ -92,7 +90,7 @@ async def test_a_container_removed_behind_our_back(rig: EngineRig) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-async def test_a_kill_needs_no_engine(rig: EngineRig, frozen: bool) -> None:
+async def test_kill_needs_no_engine(rig: EngineRig, frozen: bool) -> None:
     handle = await rig.runtime.start(rig.spec("resize-a", "/bin/sh", "-c", "trap '' TERM; sleep 1000 & wait"))
     waiting = asyncio.create_task(rig.runtime.wait(handle))
     await rig.engine.down()
@@ -105,7 +103,7 @@ async def test_a_kill_needs_no_engine(rig: EngineRig, frozen: bool) -> None:
     await rig.engine.up()
 
 
-async def test_a_destroy_without_engine_is_finished_by_the_next_agent(rig: EngineRig) -> None:
+async def test_destroy_without_engine_is_completed_by_the_next_agent(rig: EngineRig) -> None:
     handle = await rig.runtime.start(rig.spec("resize-a"))
     await rig.engine.down()
     with pytest.raises(UnavailableError) as raised:
@@ -121,7 +119,7 @@ async def test_a_destroy_without_engine_is_finished_by_the_next_agent(rig: Engin
     assert rig.engine.containers == {}
 
 
-async def test_a_removal_that_is_busy_is_tried_again(rig: EngineRig) -> None:
+async def test_busy_removal_is_retried(rig: EngineRig) -> None:
     handle = await rig.runtime.start(rig.spec("resize-a"))
     rig.engine.refusals["DELETE containers"] = Refusal(409, "removal of container is already in progress", times=2)
     await rig.runtime.destroy(handle)
@@ -129,9 +127,7 @@ async def test_a_removal_that_is_busy_is_tried_again(rig: EngineRig) -> None:
     assert rig.engine.calls["DELETE containers"] == 3
 
 
-async def test_a_container_that_can_not_be_removed_stays_on_record(
-    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_container_that_cannot_be_removed_stays_recorded(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.adapters.engine.containers.REMOVE_PAUSES_S", (0.0,))
     handle = await rig.runtime.start(rig.spec("resize-a"))
     rig.engine.refusals["DELETE containers"] = Refusal(500, "unable to remove filesystem: device or resource busy")
@@ -141,9 +137,7 @@ async def test_a_container_that_can_not_be_removed_stays_on_record(
     assert list(await rig.runtime.list_handles()) == [handle]
 
 
-async def test_a_removal_that_is_tried_for_hours_keeps_the_log_once(
-    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_repeated_removals_keep_one_log(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.adapters.engine.containers.REMOVE_PAUSES_S", ())
     rig.engine.logs = b"resized 17 pictures\n"
     handle = await rig.runtime.start(rig.spec("resize-a"))
@@ -154,7 +148,7 @@ async def test_a_removal_that_is_tried_for_hours_keeps_the_log_once(
     assert rig.files.path("resize-a").read_bytes() == rig.engine.logs
 
 
-async def test_its_log_is_read_from_the_engine_and_outlives_it(rig: EngineRig) -> None:
+async def test_log_outlives_the_container(rig: EngineRig) -> None:
     rig.engine.logs = b"listening\nresized 17 pictures\n"
     handle = await rig.runtime.start(rig.spec("resize-a"))
     assert await rig.runtime.read_log(handle, 9) == b"pictures\n"
@@ -164,7 +158,7 @@ async def test_its_log_is_read_from_the_engine_and_outlives_it(rig: EngineRig) -
     assert os.stat(handle.log_path).st_mode & 0o777 == 0o600
 
 
-async def test_a_handle_of_before_harms_nobody(rig: EngineRig) -> None:
+async def test_stale_handle_has_no_effect(rig: EngineRig) -> None:
     first = await rig.runtime.start(rig.spec("resize-a"))
     second = await rig.runtime.start(rig.spec("resize-a"))
     await rig.runtime.terminate(first)
@@ -209,7 +203,7 @@ async def test_a_handle_of_before_harms_nobody(rig: EngineRig) -> None:
         ({"ExitCode": 0, "OOMKilled": True}, Signs(), Exit(0, message="exited with code 0")),
     ],
 )
-def test_memory_is_told_apart_from_exit_codes_and_from_our_own_kill(
+def test_out_of_memory_differs_from_exit_codes_and_own_kills(
     state: dict[str, object], signs: Signs, expected: Exit
 ) -> None:
     assert read_exit(state, signs) == expected
@@ -218,5 +212,5 @@ def test_memory_is_told_apart_from_exit_codes_and_from_our_own_kill(
 @pytest.mark.parametrize(
     ("status", "runs"), [("running", True), ("paused", True), ("exited", False), ("stopped", False), ("dead", False)]
 )
-def test_what_counts_as_running(status: str, runs: bool) -> None:
+def test_running_states(status: str, runs: bool) -> None:
     assert is_running({"Status": status, "Running": False}) is runs

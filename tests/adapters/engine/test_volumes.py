@@ -1,4 +1,4 @@
-"""Volumes: what is lent, what never is, and the ways around it that are closed."""
+"""Volumes: allowed and forbidden folders, and attempts to evade the check."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.core.types import Volume
 
 @pytest.fixture
 def lent(tmp_path: Path) -> Path:
-    """A folder that the node lends, with something in it; beside it one that it does not."""
+    """An allowed folder with contents, next to a forbidden one."""
     (tmp_path / "lent/models").mkdir(parents=True)
     (tmp_path / "private").mkdir()
     (tmp_path / "lent/file").write_text("x")
@@ -41,7 +41,7 @@ def refusal(host_path: str | Path, container_path: str = "/mnt/x", *, allowed: P
     return caught.value.message
 
 
-def test_a_folder_below_one_that_is_lent(lent: Path) -> None:
+def test_folder_below_an_allowed_one(lent: Path) -> None:
     assert resolve(lent / "models", "/mnt/models", allowed=lent) == ResolvedVolume(
         str(lent / "models"), "/mnt/models", read_only=True
     )
@@ -50,13 +50,13 @@ def test_a_folder_below_one_that_is_lent(lent: Path) -> None:
     )
 
 
-def test_without_a_setting_nothing_is_lent(lent: Path) -> None:
+def test_no_volumes_without_a_setting(lent: Path) -> None:
     with pytest.raises(InstanceError, match=r"add the folder to runtime\.volumes_allowed"):
         resolve_volumes([Volume(str(lent), "/mnt/x")], [], ())
     assert resolve_volumes([], [], ()) == ()
 
 
-def test_links_are_followed_before_the_question_on_both_sides(lent: Path, tmp_path: Path) -> None:
+def test_links_are_resolved_on_both_sides(lent: Path, tmp_path: Path) -> None:
     (lent / "out").symlink_to(tmp_path / "private")
     assert "it leads to" in refusal(lent / "out", allowed=lent)
     assert "not below a folder" in refusal(lent / ".." / "private", allowed=lent)
@@ -65,12 +65,12 @@ def test_links_are_followed_before_the_question_on_both_sides(lent: Path, tmp_pa
     assert resolve(lent / "models", allowed=tmp_path / "alias").source == str(lent / "models")
 
 
-def test_a_name_that_only_begins_alike_is_another_folder(lent: Path, tmp_path: Path) -> None:
+def test_common_name_prefix_is_not_enough(lent: Path, tmp_path: Path) -> None:
     (tmp_path / "lent-to-nobody").mkdir()
     refusal(tmp_path / "lent-to-nobody", allowed=lent)
 
 
-def test_what_is_no_directory_or_not_there(lent: Path) -> None:
+def test_missing_folder_and_file_are_refused(lent: Path) -> None:
     assert "not a directory" in refusal(lent / "file", allowed=lent)
     assert "create the folder on the node first" in refusal(lent / "missing", allowed=lent)
     (lent / "loop").symlink_to(lent / "loop")
@@ -80,13 +80,13 @@ def test_what_is_no_directory_or_not_there(lent: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/proc", "/proc/self", "/sys/fs", "/dev", "/run", "/var/run", "/boot", "/etc"])
-def test_the_system_is_never_lent_even_where_all_is_allowed(path: str) -> None:
+def test_system_folders_are_refused_even_if_all_is_allowed(path: str) -> None:
     if not Path(path).is_dir():
         pytest.skip(f"this host has no {path}")
     assert "which no instance may see" in refusal(path, allowed=Path("/"), forbidden=forbidden_paths())
 
 
-def test_nor_what_is_above_or_inside_of_our_own(lent: Path) -> None:
+def test_folders_above_or_inside_our_own_are_refused(lent: Path) -> None:
     state = lent / "models/state"
     (state / "instances").mkdir(parents=True)
     own = forbidden_paths(state, lent / "models/engine.sock")
@@ -97,7 +97,7 @@ def test_nor_what_is_above_or_inside_of_our_own(lent: Path) -> None:
     assert resolve(lent / "other", allowed=lent, forbidden=own).source == str(lent / "other")
 
 
-def test_forbidden_paths_are_resolved_and_known(tmp_path: Path) -> None:
+def test_forbidden_paths_are_resolved(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "alias").symlink_to(tmp_path / "state")
     found = forbidden_paths(tmp_path / "alias", "")
@@ -109,18 +109,18 @@ def test_forbidden_paths_are_resolved_and_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["/", "//", "/.", "/proc", "/proc/x", "/sys", "/dev/shm", "relative", "/a/../dev", "/a\0"]
 )
-def test_places_in_the_container_that_are_not_free(lent: Path, path: str) -> None:
+def test_reserved_container_paths_are_refused(lent: Path, path: str) -> None:
     assert "container path" in refusal(lent, path, allowed=lent)
 
 
-def test_two_volumes_at_one_place(lent: Path) -> None:
+def test_two_volumes_at_one_path(lent: Path) -> None:
     volumes = [Volume(str(lent), "/mnt/x"), Volume(str(lent / "models"), "/mnt/x/")]
     with pytest.raises(InstanceError, match="is used twice"):
         resolve_volumes(volumes, [str(lent)], ())
 
 
-def test_a_read_only_volume_hides_no_writable_mount(lent: Path, tmp_path: Path) -> None:
-    """Before Docker 25 only the topmost mount is made read-only."""
+def test_read_only_volume_with_a_writable_mount_is_refused(lent: Path, tmp_path: Path) -> None:
+    """Docker before 25 makes only the topmost mount read-only."""
     inside = lent / "models/deep"
     mountinfo = tmp_path / "mountinfo"
     mountinfo.write_text(f"1 0 0:1 / / rw - ext4 /dev/vda rw\n2 1 0:2 / {inside} rw,relatime - ext4 /dev/vdb rw\n")
@@ -131,7 +131,7 @@ def test_a_read_only_volume_hides_no_writable_mount(lent: Path, tmp_path: Path) 
     assert resolve(lent, allowed=lent, mountinfo=mountinfo).read_only
 
 
-def test_mount_points_with_spaces_are_seen(lent: Path, tmp_path: Path) -> None:
+def test_mount_points_with_spaces(lent: Path, tmp_path: Path) -> None:
     mountinfo = tmp_path / "mountinfo"
     mountinfo.write_text(f"2 1 0:2 / {lent}/with\\040space rw - ext4 /dev/vdb rw\n")
     with pytest.raises(InstanceError, match="with space is a separate mount"):

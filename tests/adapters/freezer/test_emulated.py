@@ -1,4 +1,4 @@
-"""Freeze and wake for real: CUDA programs with memory on a GPU, real workers, real cgroups, NVML as the witness."""
+"""Tests real freezes and wakes: CUDA programs with GPU memory, workers, cgroups, and NVML as proof."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.fakes.driver_callers import worker_pids
 from tests.fakes.emulated_driver import CudaTarget
 
 
-async def test_memory_is_bit_identical_after_a_freeze_and_a_wake(host: Host) -> None:
+async def test_memory_is_bit_identical_after_freeze_and_wake(host: Host) -> None:
     target, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer()
     assert await freezer.vram_bytes(handle) >= SIZE
@@ -30,7 +30,7 @@ async def test_memory_is_bit_identical_after_a_freeze_and_a_wake(host: Host) -> 
     freezer.forget(handle)
 
 
-async def test_a_byte_that_changed_while_frozen_is_seen_by_the_program(host: Host) -> None:
+async def test_byte_changed_while_frozen_is_detected_by_the_program(host: Host) -> None:
     target, handle = host.instances.start("bert-2", SIZE)
     freezer = host.freezer()
     await freeze(freezer, handle)
@@ -40,7 +40,7 @@ async def test_a_byte_that_changed_while_frozen_is_seen_by_the_program(host: Hos
     freezer.forget(handle)
 
 
-async def test_a_frozen_program_does_nothing_and_answers_after_the_wake(host: Host) -> None:
+async def test_frozen_program_is_idle_and_answers_after_the_wake(host: Host) -> None:
     target, handle = host.instances.start("bert-3", SIZE)
     freezer = host.freezer()
     await freeze(freezer, handle)
@@ -52,7 +52,7 @@ async def test_a_frozen_program_does_nothing_and_answers_after_the_wake(host: Ho
     freezer.forget(handle)
 
 
-async def test_two_cuda_processes_of_one_instance_sleep_together(host: Host) -> None:
+async def test_two_cuda_processes_of_one_instance_freeze_together(host: Host) -> None:
     server, handle = host.instances.start("tgi-1", SIZE)
     if not handle.cgroup:
         pytest.skip("a second program gets into the instance only through a writable cgroup v2")
@@ -67,7 +67,7 @@ async def test_two_cuda_processes_of_one_instance_sleep_together(host: Host) -> 
     freezer.forget(handle)
 
 
-async def test_an_instance_without_cuda_sleeps_too(host: Host) -> None:
+async def test_instance_without_cuda_freezes(host: Host) -> None:
     target, handle = host.instances.start("proxy-1", None)
     freezer = host.freezer()
     assert await freeze(freezer, handle) == 0
@@ -77,7 +77,7 @@ async def test_an_instance_without_cuda_sleeps_too(host: Host) -> None:
     assert target.read().startswith("filled")
 
 
-async def test_a_cancelled_freeze_leaves_it_running(host: Host) -> None:
+async def test_cancelled_freeze_leaves_it_running(host: Host) -> None:
     target, handle = host.instances.start("bert-4", SIZE)
     freezer = host.freezer()
     assert (await freezer.lock(handle)).outcome is Outcome.OK
@@ -86,7 +86,7 @@ async def test_a_cancelled_freeze_leaves_it_running(host: Host) -> None:
     assert target.read() == "intact"
 
 
-async def test_a_restarted_agent_wakes_what_the_last_one_froze(host: Host) -> None:
+async def test_restarted_agent_wakes_frozen_instances(host: Host) -> None:
     target, handle = host.instances.start("bert-5", SIZE)
     before = host.freezer()
     await freeze(before, handle)
@@ -98,7 +98,7 @@ async def test_a_restarted_agent_wakes_what_the_last_one_froze(host: Host) -> No
     after.forget(handle)
 
 
-async def test_somebody_elses_pause_is_recognised_and_undone(host: Host) -> None:
+async def test_external_pause_is_recognised_and_undone(host: Host) -> None:
     target, handle = host.instances.start("bert-6", SIZE)
     await host.cgroups.freeze(handle)
     freezer = host.freezer()
@@ -109,11 +109,11 @@ async def test_somebody_elses_pause_is_recognised_and_undone(host: Host) -> None
     assert target.verify()
 
 
-async def test_an_agent_that_died_between_the_steps_is_continued(host: Host) -> None:
+async def test_freeze_interrupted_by_the_agents_death_is_continued(host: Host) -> None:
     target, handle = host.instances.start("bert-7", SIZE)
     died = host.freezer()
     await freeze(died, handle)
-    await host.cgroups.thaw(handle)  # as if it had died before the cgroup's turn
+    await host.cgroups.thaw(handle)  # as if the agent had died before the cgroup freeze
     after = host.freezer()
     assert await after.condition(handle) is Condition.CHECKPOINTED
     assert (await after.finish_freeze(handle)).outcome is Outcome.OK
@@ -123,7 +123,7 @@ async def test_an_agent_that_died_between_the_steps_is_continued(host: Host) -> 
     after.forget(handle)
 
 
-async def test_it_wakes_on_the_other_gpu(host: Host) -> None:
+async def test_instance_wakes_on_another_gpu(host: Host) -> None:
     target, handle = host.instances.start("bert-8", SIZE)
     first, second = [gpu.uuid for gpu in await host.gpus.list_gpus()]
     freezer = host.freezer()
@@ -136,7 +136,7 @@ async def test_it_wakes_on_the_other_gpu(host: Host) -> None:
     freezer.forget(handle)
 
 
-async def test_workers_killed_behind_our_back_cost_nothing_but_time(host: Host) -> None:
+async def test_externally_killed_workers_only_delay_a_wake(host: Host) -> None:
     target, handle = host.instances.start("bert-9", SIZE)
     freezer = host.freezer()
     await freeze(freezer, handle)
@@ -147,14 +147,14 @@ async def test_workers_killed_behind_our_back_cost_nothing_but_time(host: Host) 
 
 
 def kill_dead(pids: Sequence[int]) -> None:
-    """Kill children of ours and wait until they are dead, leaving their status to whoever collects it."""
+    """Kill child processes and wait until they are dead, without reaping them."""
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     for pid in pids:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
-async def test_several_instances_freeze_and_wake_at_once(host: Host) -> None:
+async def test_several_instances_freeze_and_wake_concurrently(host: Host) -> None:
     pairs = [host.instances.start(f"many-{index}", MIB) for index in range(4)]
     freezer = host.freezer()
     for _ in range(3):

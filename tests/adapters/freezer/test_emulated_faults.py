@@ -1,4 +1,4 @@
-"""Faults at the driver's own boundary, under a real freezer: what each comes to, and that memory survives it."""
+"""Tests faults at the driver's boundary under a real freezer: their outcome, and that memory survives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OK, REFUSED, BROKEN = Outcome.OK, Outcome.REFUSED, Outcome.BROKEN
         ("checkpoint", "STALE", "CUDA_STATE_STALE"),
     ],
 )
-async def test_a_freeze_that_is_rolled_back(host: Host, operation: str, kind: str, reason: str) -> None:
+async def test_failed_freeze_is_rolled_back(host: Host, operation: str, kind: str, reason: str) -> None:
     target, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer(HASTY)
     host.nvidia.control.fault(operation, kind)
@@ -62,8 +62,8 @@ async def test_a_freeze_that_is_rolled_back(host: Host, operation: str, kind: st
         ("unlock", "OPERATING_SYSTEM", "CUDA_OPERATING_SYSTEM"),
     ],
 )
-async def test_what_only_a_kill_ends(host: Host, operation: str, kind: str, reason: str) -> None:
-    """The driver's answer about a target that died may come before its end is seen: then its word is the reason."""
+async def test_unrecoverable_freeze_is_broken(host: Host, operation: str, kind: str, reason: str) -> None:
+    """The driver's answer about a dead target may arrive before its death is seen; then the answer is the reason."""
     _, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer(HASTY)
     host.nvidia.control.fault(operation, kind)
@@ -78,7 +78,7 @@ async def test_what_only_a_kill_ends(host: Host, operation: str, kind: str, reas
 
 
 @pytest.mark.parametrize("kind", ["OUT_OF_MEMORY", "INVALID_VALUE", "STALE"])
-async def test_a_restore_that_fails_once_leaves_it_asleep_and_whole(host: Host, kind: str) -> None:
+async def test_failed_restore_leaves_it_frozen_and_intact(host: Host, kind: str) -> None:
     target, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer(HASTY)
     await freeze(freezer, handle)
@@ -91,7 +91,7 @@ async def test_a_restore_that_fails_once_leaves_it_asleep_and_whole(host: Host, 
 
 
 @pytest.mark.parametrize("kind", ["STALE", "NOT_SUPPORTED", "ILLEGAL_STATE"])
-async def test_an_unlock_that_fails_once_is_done_again(host: Host, kind: str) -> None:
+async def test_failed_unlock_is_retried(host: Host, kind: str) -> None:
     target, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer(HASTY)
     await freeze(freezer, handle)
@@ -101,7 +101,7 @@ async def test_an_unlock_that_fails_once_is_done_again(host: Host, kind: str) ->
     freezer.forget(handle)
 
 
-async def test_a_restore_that_fails_on_one_gpu_is_done_on_the_other(host: Host) -> None:
+async def test_restore_failed_on_one_gpu_succeeds_on_another(host: Host) -> None:
     target, handle = host.instances.start("bert-1", SIZE)
     first, second = [gpu.uuid for gpu in await host.gpus.list_gpus()]
     freezer = host.freezer(HASTY)
@@ -110,13 +110,13 @@ async def test_a_restore_that_fails_on_one_gpu_is_done_on_the_other(host: Host) 
     assert (await freezer.wake(handle, {})).outcome is REFUSED
     assert (await freezer.wake(handle, {first: second, second: first})).outcome is OK
     assert target.verify()
-    await freeze(freezer, handle)  # from there it sleeps and wakes like anywhere
+    await freeze(freezer, handle)  # it freezes and wakes from there as well
     assert (await freezer.wake(handle, {})).outcome is OK
     assert {entry.gpu_uuid for entry in await host.gpus.processes() if entry.pid == target.pid} == {second}
     freezer.forget(handle)
 
 
-async def test_two_processes_move_together_or_not_at_all(host: Host) -> None:
+async def test_two_processes_migrate_together_or_not_at_all(host: Host) -> None:
     server, handle = host.instances.start("tgi-1", SIZE)
     if not handle.cgroup:
         pytest.skip("a second program gets into the instance only through a writable cgroup v2")
@@ -135,7 +135,7 @@ async def test_two_processes_move_together_or_not_at_all(host: Host) -> None:
     freezer.forget(handle)
 
 
-async def test_an_incomplete_map_changes_nothing(host: Host) -> None:
+async def test_incomplete_gpu_map_changes_nothing(host: Host) -> None:
     target, handle = host.instances.start("bert-1", SIZE)
     first, second = [gpu.uuid for gpu in await host.gpus.list_gpus()]
     freezer = host.freezer(HASTY)
@@ -169,7 +169,7 @@ async def test_memory_taken_from_outside_refuses_before_the_thaw(host: Host) -> 
     freezer.forget(handle)
 
 
-async def test_a_silent_nvml_delays_a_wake_by_its_patience_only(host: Host) -> None:
+async def test_unresponsive_nvml_delays_a_wake_only_by_its_limit(host: Host) -> None:
     target, handle = host.instances.start("bert-1", SIZE)
     second = (await host.gpus.list_gpus())[1].uuid
     freezer = host.freezer()
@@ -186,8 +186,8 @@ async def test_a_silent_nvml_delays_a_wake_by_its_patience_only(host: Host) -> N
 
 
 @pytest.mark.parametrize("operation", ["lock", "checkpoint"])
-async def test_a_hang_ends_at_its_deadline_and_leaves_no_lock(host: Host, operation: str) -> None:
-    """The driver holds the call until the plan is cleared, and does it then: after its caller was killed."""
+async def test_hang_ends_at_its_deadline_and_leaves_no_lock(host: Host, operation: str) -> None:
+    """The driver holds the call until the plan is cleared and executes it then, after its caller was killed."""
     target, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer(HASTY)
     host.nvidia.control.fault(operation, "HANG")
@@ -201,15 +201,15 @@ async def test_a_hang_ends_at_its_deadline_and_leaves_no_lock(host: Host, operat
     async with asyncio.timeout(10):
         result = await freezing
     assert (result.outcome, result.reason) == (REFUSED, "DRIVER_OPERATION_LOST")
-    assert await asyncio.to_thread(target.verify)  # locked for a moment at most: somebody watches
+    assert await asyncio.to_thread(target.verify)  # locked for a moment at most: the watch unlocks it
     await freeze(freezer, handle)
     assert (await freezer.wake(handle, {})).outcome is OK
     assert target.verify()
     freezer.forget(handle)
 
 
-async def test_a_lock_that_an_earlier_agent_lost_is_undone_when_it_runs(host: Host) -> None:
-    """Nobody knows of it any more: its agent was killed. A program that stayed locked would answer no request."""
+async def test_lock_lost_by_an_earlier_agent_is_undone_when_it_runs(host: Host) -> None:
+    """Its agent was killed, so nothing knows of the call. A program that stayed locked would answer no request."""
     target, handle = host.instances.start("bert-1", MIB)
     host.nvidia.control.fault("lock", "HANG")
     earlier = host.freezer(HASTY)
@@ -237,7 +237,7 @@ async def until_hung(host: Host, pid: int) -> list[str]:
             await asyncio.sleep(0.01)
 
 
-async def test_a_restored_program_is_checkpointed_before_its_kill(host: Host) -> None:
+async def test_restored_program_is_checkpointed_before_its_kill(host: Host) -> None:
     target, handle = host.instances.start("bert-1", MIB)
     freezer = host.freezer()
     await freeze(freezer, handle)
@@ -248,10 +248,10 @@ async def test_a_restored_program_is_checkpointed_before_its_kill(host: Host) ->
 
 
 @pytest.mark.parametrize(("migrates", "outcome"), [(False, REFUSED), (True, BROKEN)])
-async def test_a_restore_that_was_lost_is_not_tried_again_where_instances_move(
+async def test_lost_restore_is_not_retried_where_instances_migrate(
     host: Host, migrates: bool, outcome: Outcome
 ) -> None:
-    """It may run at a later thaw: harmless on its own GPU, but with a map that one may be another's by then."""
+    """It may run at a later thaw: harmless on its own GPU, but a GPU of its map may be another instance's by then."""
     _, handle = host.instances.start("bert-1", SIZE)
     freezer = host.freezer(replace(HASTY, migrates=migrates))
     await freeze(freezer, handle)

@@ -1,6 +1,7 @@
-"""Every fault at every call of a freeze and a wake: what it comes to, and that nothing is left half done.
+"""Tests every fault at every call of a freeze and a wake: the outcome, and that nothing is left half done.
 
-OK: what was asked for. REFUSED: as it was before. BROKEN: unknown, only a kill is safe (facts gpu-checkpoint, 4 and 7).
+OK: done. REFUSED: as before. BROKEN: unknown, only a kill is safe
+(agent/docs/facts/gpu-checkpoint.md, sections 4 and 7).
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from agent.adapters.cuda.result_codes import CudaResult
-from agent.adapters.kernel.cgroup_freezer import FreezerState
-from agent.ports import CudaOp, CudaState, FreezeResult, Outcome
-from tests.adapters.freezer.world import World
+from agent.ports import CudaOp, CudaState, FreezeResult, FreezerState, Outcome
+from tests.adapters.freezer.world import FreezerRig
 from tests.fakes.checkpointer import Fault
 
 LOCK, CHECKPOINT, RESTORE, UNLOCK, STATE = (
@@ -28,7 +28,7 @@ OK, REFUSED, BROKEN = Outcome.OK, Outcome.REFUSED, Outcome.BROKEN
 
 @dataclass(frozen=True)
 class Row:
-    """`fault` strikes the second of two processes at `phase`, which then ends with `outcome` and `reason`."""
+    """`fault` strikes the second of two processes in `phase`, which then ends with `outcome` and `reason`."""
 
     phase: str
     name: str
@@ -59,7 +59,7 @@ ROWS = [
     Row("lock", "stale", Fault(LOCK, stale=True), REFUSED, "CUDA_STATE_STALE"),
     Row("lock", "failed", Fault(LOCK, 304, leaves=CudaState.FAILED), BROKEN, "CUDA_STATE_FAILED"),
     Row("lock", "unknown state", Fault(LOCK, 999, leaves=CudaState.UNKNOWN), BROKEN, "CUDA_STATE_FAILED"),
-    # One that ended is not frozen: the rest is (a helper that had done its work is no fault).
+    # An ended process is not frozen, the rest is (a helper that has done its work is no fault).
     Row("lock", "death", Fault(LOCK, dies=True), OK),
     # ---- checkpoint: restore and unlock; FAILED, unknown or 304: kill
     Row("checkpoint", "host memory", answered(CHECKPOINT, CudaResult.OUT_OF_MEMORY), REFUSED, "CUDA_OUT_OF_MEMORY"),
@@ -102,15 +102,15 @@ ROWS = [
 ]
 
 
-async def reach(world: World, phase: str) -> None:
-    """Everything before the phase, without a fault."""
+async def reach(world: FreezerRig, phase: str) -> None:
+    """Run everything before the phase, without a fault."""
     if phase in ("checkpoint", "unlock"):
         assert (await world.freezer.lock(world.handle)).outcome is OK
     elif phase == "wake":
         await world.freeze()
 
 
-async def perform(world: World, phase: str) -> FreezeResult:
+async def perform(world: FreezerRig, phase: str) -> FreezeResult:
     match phase:
         case "lock":
             return await world.freezer.lock(world.handle)
@@ -135,14 +135,14 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-async def test_a_fault(world: World, row: Row) -> None:
+async def test_fault(world: FreezerRig, row: Row) -> None:
     second = world.add_process()
     struck = max(world.main, second)
     await reach(world, row.phase)
     world.driver.faults.append(replace(row.fault, pid=struck))
     result = await perform(world, row.phase)
     assert (result.outcome, row.reason) == (row.outcome, result.reason if row.reason else ""), result
-    assert world.driver.faults == []  # it did strike
+    assert world.driver.faults == []  # the fault struck
     assert world.driver.frozen_calls == []
     if result.outcome is not BROKEN:
         state, threads = WHOLE[row.phase, result.outcome]
@@ -150,7 +150,7 @@ async def test_a_fault(world: World, row: Row) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.outcome is REFUSED], ids=str)
-async def test_what_was_refused_works_the_next_time(world: World, row: Row) -> None:
+async def test_refused_operation_works_the_next_time(world: FreezerRig, row: Row) -> None:
     world.add_process()
     await reach(world, row.phase)
     world.driver.faults.append(replace(row.fault, pid=world.main))
@@ -161,7 +161,7 @@ async def test_what_was_refused_works_the_next_time(world: World, row: Row) -> N
     assert world.states() == {CudaState.RUNNING}
 
 
-async def test_a_lock_that_was_lost_and_ran_after_all_is_undone_by_the_next(world: World) -> None:
+async def test_late_lock_is_undone_by_the_next_lock(world: FreezerRig) -> None:
     world.driver.faults.append(Fault(LOCK, hang=True))
     assert (await world.freezer.lock(world.handle)).outcome is REFUSED
     world.driver.processes[world.main].state = CudaState.LOCKED  # long after its worker was killed
@@ -170,7 +170,7 @@ async def test_a_lock_that_was_lost_and_ran_after_all_is_undone_by_the_next(worl
     assert world.states() == {CudaState.RUNNING}
 
 
-async def test_a_lock_that_was_lost_and_ran_after_all_is_undone_before_anybody_asks(world: World) -> None:
+async def test_late_lock_is_undone_by_the_watch(world: FreezerRig) -> None:
     world.driver.faults.append(Fault(LOCK, hang=True))
     assert (await world.freezer.lock(world.handle)).outcome is REFUSED
     world.driver.processes[world.main].state = CudaState.LOCKED
@@ -179,13 +179,13 @@ async def test_a_lock_that_was_lost_and_ran_after_all_is_undone_before_anybody_a
             await asyncio.sleep(0.01)
 
 
-async def test_nobody_watches_where_nothing_was_lost(world: World) -> None:
+async def test_no_watch_without_a_lost_call(world: FreezerRig) -> None:
     await world.freeze()
     await world.freezer.wake(world.handle, {})
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_a_lock_of_somebody_else_is_not_undone(world: World) -> None:
+async def test_foreign_lock_is_not_undone(world: FreezerRig) -> None:
     world.driver.processes[world.main].state = CudaState.LOCKED
     result = await world.freezer.lock(world.handle)
     assert (result.outcome, result.reason) == (REFUSED, "CUDA_ILLEGAL_STATE")
@@ -193,7 +193,7 @@ async def test_a_lock_of_somebody_else_is_not_undone(world: World) -> None:
 
 
 @pytest.mark.parametrize("phase", ["checkpoint", "unlock"])
-async def test_a_pause_between_the_steps_leaves_no_lock_behind(world: World, phase: str) -> None:
+async def test_pause_between_the_steps_leaves_no_lock(world: FreezerRig, phase: str) -> None:
     await world.freezer.lock(world.handle)
     world.cgroups.pause()
     assert (await perform(world, phase)).outcome is (REFUSED if phase == "checkpoint" else OK)
@@ -201,9 +201,9 @@ async def test_a_pause_between_the_steps_leaves_no_lock_behind(world: World, pha
     assert world.driver.frozen_calls == []
 
 
-async def test_a_rollback_tries_a_restore_once_more_and_never_loops(world: World) -> None:
+async def test_rollback_retries_a_restore_once(world: FreezerRig) -> None:
     await world.freezer.lock(world.handle)
-    world.driver.keeps_vram = True  # so the checkpoint is taken back
+    world.driver.keeps_vram = True  # so the checkpoint is rolled back
     world.driver.faults += [Fault(RESTORE, 2)] * 9
     result = await world.freezer.checkpoint(world.handle)
     assert (result.outcome, result.reason) == (BROKEN, "CUDA_UNSETTLED")

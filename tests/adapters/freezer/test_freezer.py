@@ -1,4 +1,4 @@
-"""Freezing: the order of operations, and every way in which a lock or a checkpoint goes no further."""
+"""Tests freezing: the order of operations, and every rollback of a lock or a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.errors import DeadlineError, PreconditionError
 from agent.core.types import MIB
-from agent.ports import CudaOp, CudaState, Outcome
-from tests.adapters.freezer.world import World
+from agent.ports import CudaOp, CudaState, FreezerState, Outcome
+from tests.adapters.freezer.world import FreezerRig
 from tests.fakes.checkpointer import Fault
 from tests.fakes.gpus import gpu
 
 LOCK, CHECKPOINT, RESTORE, UNLOCK = CudaOp.LOCK, CudaOp.CHECKPOINT, CudaOp.RESTORE, CudaOp.UNLOCK
 
 
-# ---- the way forward ------------------------------------------------------------------------------------------
-
-
-async def test_a_freeze_locks_checkpoints_and_stops_the_threads_last(world: World) -> None:
+async def test_freeze_locks_then_checkpoints_then_stops_the_threads(world: FreezerRig) -> None:
     await world.freezer.lock(world.handle)
     result = await world.freezer.checkpoint(world.handle)
     assert (result.outcome, result.image_bytes) == (Outcome.OK, 16 * MIB)
@@ -30,7 +26,7 @@ async def test_a_freeze_locks_checkpoints_and_stops_the_threads_last(world: Worl
     assert await world.freezer.vram_bytes(world.handle) == 0
 
 
-async def test_a_wake_is_one_question_to_nvml_and_one_message_to_the_driver(world: World) -> None:
+async def test_wake_is_one_nvml_query_and_one_driver_message(world: FreezerRig) -> None:
     await world.freeze()
     world.driver.batches.clear()
     world.gpus.calls.clear()
@@ -42,7 +38,7 @@ async def test_a_wake_is_one_question_to_nvml_and_one_message_to_the_driver(worl
     assert world.state() is CudaState.RUNNING
 
 
-async def test_several_processes_are_locked_all_before_one_is_checkpointed(world: World) -> None:
+async def test_all_processes_are_locked_before_one_is_checkpointed(world: FreezerRig) -> None:
     helper = world.add_process()
     world.add_process(cuda=False)
     await world.freeze()
@@ -51,7 +47,7 @@ async def test_several_processes_are_locked_all_before_one_is_checkpointed(world
     assert world.driver.operations == [(op, pid) for op in (LOCK, CHECKPOINT, RESTORE, UNLOCK) for pid in pids]
 
 
-async def test_an_instance_without_cuda_is_frozen_by_its_cgroup_alone(world: World) -> None:
+async def test_instance_without_cuda_is_frozen_by_its_cgroup_alone(world: FreezerRig) -> None:
     world.driver.processes.clear()
     await world.freeze()
     assert world.cgroups.is_frozen(world.handle)
@@ -59,7 +55,7 @@ async def test_an_instance_without_cuda_is_frozen_by_its_cgroup_alone(world: Wor
     assert world.driver.operations == []
 
 
-async def test_a_wake_on_another_gpu_passes_the_map_to_the_restore_only(world: World) -> None:
+async def test_wake_on_another_gpu_passes_the_map_to_the_restore_only(world: FreezerRig) -> None:
     await world.freeze()
     await world.freezer.wake(world.handle, {gpu(0).uuid: gpu(1).uuid, gpu(1).uuid: gpu(0).uuid})
     maps = {call.op: call.gpu_map for call in world.driver.batches[-1]}
@@ -67,7 +63,7 @@ async def test_a_wake_on_another_gpu_passes_the_map_to_the_restore_only(world: W
     assert maps[UNLOCK] == maps[CudaOp.STATE] == ()
 
 
-async def test_a_cancelled_freeze_is_undone_by_unlock(world: World) -> None:
+async def test_cancelled_freeze_is_undone_by_unlock(world: FreezerRig) -> None:
     await world.freezer.lock(world.handle)
     assert (await world.freezer.unlock(world.handle)).outcome is Outcome.OK
     assert world.state() is CudaState.RUNNING
@@ -75,14 +71,11 @@ async def test_a_cancelled_freeze_is_undone_by_unlock(world: World) -> None:
         await world.freezer.checkpoint(world.handle)
 
 
-# ---- a lock that goes no further ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("code", "reason"),
     [(600, "CUDA_LOCK_TIMEOUT"), (801, "CUDA_NOT_SUPPORTED"), (304, "CUDA_OPERATING_SYSTEM")],
 )
-async def test_a_failed_lock_of_one_unlocks_the_others(world: World, code: int, reason: str) -> None:
+async def test_failed_lock_of_one_unlocks_the_others(world: FreezerRig, code: int, reason: str) -> None:
     second = world.add_process()
     world.driver.faults.append(Fault(LOCK, code, pid=max(world.main, second)))
     result = await world.freezer.lock(world.handle)
@@ -90,22 +83,22 @@ async def test_a_failed_lock_of_one_unlocks_the_others(world: World, code: int, 
     assert world.state() is world.state(second) is CudaState.RUNNING
 
 
-async def test_an_801_that_leaves_the_process_locked_is_unlocked(world: World) -> None:
+async def test_process_left_locked_by_an_801_is_unlocked(world: FreezerRig) -> None:
     world.driver.faults.append(Fault(LOCK, 801, leaves=CudaState.LOCKED))
     result = await world.freezer.lock(world.handle)
     assert (result.outcome, result.reason) == (Outcome.REFUSED, "CUDA_NOT_SUPPORTED")
     assert world.state() is CudaState.RUNNING
 
 
-async def test_a_cuda_process_that_appears_after_the_lock_is_locked_too(world: World) -> None:
+async def test_cuda_process_that_appears_after_the_lock_is_locked_too(world: FreezerRig) -> None:
     late = world.add_process(shown=False)
-    world.instance.appear_at[3] = late  # listings 1 and 2 agree, then the lock, then the second look
+    world.instance.appear_at[3] = late  # listings 1 and 2 agree, then the lock, then the second discovery
     assert (await world.freezer.lock(world.handle)).outcome is Outcome.OK
     assert world.state() is world.state(late) is CudaState.LOCKED
     assert world.driver.operations[:2] == [(LOCK, world.main), (UNLOCK, world.main)]
 
 
-async def test_processes_that_keep_appearing_refuse_the_freeze(world: World) -> None:
+async def test_freeze_is_refused_while_processes_keep_appearing(world: FreezerRig) -> None:
     # Four listings an attempt: two that agree before the lock and two after it.
     for listing in (3, 7, 11):
         world.instance.appear_at[listing] = world.add_process(shown=False)
@@ -114,7 +107,7 @@ async def test_processes_that_keep_appearing_refuse_the_freeze(world: World) -> 
     assert {process.state for process in world.driver.processes.values()} == {CudaState.RUNNING}
 
 
-async def test_a_process_that_dies_before_the_lock_is_left_out(world: World) -> None:
+async def test_process_that_dies_before_the_lock_is_skipped(world: FreezerRig) -> None:
     short_lived = world.add_process()
     original = world.driver.run
 
@@ -130,14 +123,14 @@ async def test_a_process_that_dies_before_the_lock_is_left_out(world: World) -> 
     assert world.state() is CudaState.LOCKED
 
 
-async def test_several_processes_on_several_gpus_are_refused_unless_allowed(world: World) -> None:
+async def test_several_processes_on_several_gpus_are_refused_unless_allowed(world: FreezerRig) -> None:
     world.add_process(gpu_index=1)
     result = await world.freezer.lock(world.handle)
     assert (result.outcome, result.reason) == (Outcome.REFUSED, "SEVERAL_PROCESSES_ON_SEVERAL_GPUS")
     assert world.state() is CudaState.RUNNING
 
 
-async def test_gpu_memory_of_a_process_that_the_driver_does_not_know_refuses(world: World) -> None:
+async def test_gpu_memory_of_an_unknown_process_refuses_the_freeze(world: FreezerRig) -> None:
     stranger = world.add_process()
     shown = world.driver.gpu_processes()
     del world.driver.processes[stranger]
@@ -147,28 +140,28 @@ async def test_gpu_memory_of_a_process_that_the_driver_does_not_know_refuses(wor
     assert world.state() is CudaState.RUNNING
 
 
-async def test_a_paused_instance_is_not_asked(world: World) -> None:
+async def test_driver_is_not_called_for_a_paused_instance(world: FreezerRig) -> None:
     world.cgroups.pause()
     result = await world.freezer.lock(world.handle)
     assert (result.outcome, result.reason) == (Outcome.REFUSED, "EXTERNALLY_FROZEN")
     assert world.driver.batches == []
 
 
-async def test_no_free_worker_refuses_and_changes_nothing(world: World) -> None:
+async def test_freeze_without_a_free_worker_is_refused(world: FreezerRig) -> None:
     world.driver.not_begun = "DRIVER_BUSY"
     result = await world.freezer.lock(world.handle)
     assert (result.outcome, result.reason) == (Outcome.REFUSED, "DRIVER_BUSY")
 
 
 @pytest.mark.parametrize("executes", [True, False])
-async def test_a_hung_lock_ends_unlocked_whether_it_was_executed_or_not(world: World, executes: bool) -> None:
+async def test_hung_lock_ends_unlocked_whether_executed_or_not(world: FreezerRig, executes: bool) -> None:
     world.driver.faults.append(Fault(LOCK, hang=True, executes=executes))
     result = await world.freezer.lock(world.handle)
     assert (result.outcome, result.reason) == (Outcome.REFUSED, "DRIVER_OPERATION_LOST")
     assert world.state() is CudaState.RUNNING
 
 
-async def test_a_pause_during_the_lock_is_thawed_and_its_stale_lock_undone(world: World) -> None:
+async def test_pause_during_the_lock_is_thawed_and_its_late_lock_undone(world: FreezerRig) -> None:
     original = world.driver.run
 
     async def pause_then_run(calls, deadline_s, gpu_uuids=()):  # type: ignore[no-untyped-def]
@@ -182,9 +175,6 @@ async def test_a_pause_during_the_lock_is_thawed_and_its_stale_lock_undone(world
     assert world.state() is CudaState.RUNNING  # the lock ran at the thaw, after its worker was killed
 
 
-# ---- a checkpoint that goes no further ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -195,7 +185,7 @@ async def test_a_pause_during_the_lock_is_thawed_and_its_stale_lock_undone(world
         (Fault(CHECKPOINT, hang=True), "DRIVER_OPERATION_LOST"),
     ],
 )
-async def test_a_failed_checkpoint_is_rolled_back(world: World, fault: Fault, reason: str) -> None:
+async def test_failed_checkpoint_is_rolled_back(world: FreezerRig, fault: Fault, reason: str) -> None:
     second = world.add_process()
     await world.freezer.lock(world.handle)
     world.driver.faults.append(replace(fault, pid=max(world.main, second)))
@@ -206,13 +196,13 @@ async def test_a_failed_checkpoint_is_rolled_back(world: World, fault: Fault, re
 
 
 @pytest.mark.parametrize("leaves", [CudaState.FAILED, CudaState.UNKNOWN, CudaState.NONE])
-async def test_a_checkpoint_that_leaves_no_known_state_is_broken(world: World, leaves: CudaState) -> None:
+async def test_checkpoint_with_unknown_state_is_broken(world: FreezerRig, leaves: CudaState) -> None:
     await world.freezer.lock(world.handle)
     world.driver.faults.append(Fault(CHECKPOINT, 304, leaves=leaves))
     assert (await world.freezer.checkpoint(world.handle)).outcome is Outcome.BROKEN
 
 
-async def test_memory_that_nvml_still_shows_takes_the_checkpoint_back(world: World) -> None:
+async def test_checkpoint_is_rolled_back_while_nvml_shows_memory(world: FreezerRig) -> None:
     world.driver.keeps_vram = True
     await world.freezer.lock(world.handle)
     result = await world.freezer.checkpoint(world.handle)
@@ -220,7 +210,7 @@ async def test_memory_that_nvml_still_shows_takes_the_checkpoint_back(world: Wor
     assert world.state() is CudaState.RUNNING
 
 
-async def test_without_nvml_there_is_no_proof_and_no_freeze(world: World) -> None:
+async def test_freeze_without_nvml_is_refused(world: FreezerRig) -> None:
     await world.freezer.lock(world.handle)
     world.gpus.unavailable = True
     result = await world.freezer.checkpoint(world.handle)
@@ -228,7 +218,7 @@ async def test_without_nvml_there_is_no_proof_and_no_freeze(world: World) -> Non
     assert world.state() is CudaState.RUNNING
 
 
-async def test_a_cgroup_that_does_not_freeze_takes_the_checkpoint_back(world: World) -> None:
+async def test_checkpoint_is_rolled_back_if_the_cgroup_does_not_freeze(world: FreezerRig) -> None:
     world.cgroups.fail_freeze = DeadlineError("FREEZE_TIMEOUT", "a thread did not stop")
     await world.freezer.lock(world.handle)
     result = await world.freezer.checkpoint(world.handle)
@@ -236,7 +226,7 @@ async def test_a_cgroup_that_does_not_freeze_takes_the_checkpoint_back(world: Wo
     assert world.state() is CudaState.RUNNING
 
 
-async def test_a_target_that_dies_under_the_checkpoint_is_broken(world: World) -> None:
+async def test_target_death_during_the_checkpoint_is_broken(world: FreezerRig) -> None:
     helper = world.add_process()
     await world.freezer.lock(world.handle)
     world.instance.end(helper)

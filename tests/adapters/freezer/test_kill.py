@@ -1,4 +1,4 @@
-"""Before a kill, somebody else's pause, and how the configuration's timeouts bound it all."""
+"""Tests the preparation of a kill, external pauses, and the limits that follow from the configuration."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ from agent.core.errors import DeadlineError
 from agent.core.types import SECOND_NS
 from agent.ports import Condition, CudaOp, CudaState, Outcome
 from agent.settings import GpuSettings
-from tests.adapters.freezer.world import LIMITS, World
+from tests.adapters.freezer.world import LIMITS, FreezerRig
 from tests.fakes.checkpointer import Fault
 
 LOCK, CHECKPOINT = CudaOp.LOCK, CudaOp.CHECKPOINT
 
 
-async def woken(world: World) -> None:
+async def woken(world: FreezerRig) -> None:
     await world.freeze()
     assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
     world.driver.batches.clear()
 
 
-# ---- prepare_kill ---------------------------------------------------------------------------------------------
-
-
-async def test_what_was_restored_is_checkpointed_before_it_is_killed(world: World) -> None:
+async def test_restored_instance_is_checkpointed_before_its_kill(world: FreezerRig) -> None:
     second = world.add_process()
     await woken(world)
     await world.freezer.prepare_kill(world.handle)
@@ -38,12 +35,12 @@ async def test_what_was_restored_is_checkpointed_before_it_is_killed(world: Worl
     assert "freeze" not in world.cgroups.calls[2:]
 
 
-async def test_what_never_slept_is_killed_as_it_is(world: World) -> None:
+async def test_never_frozen_instance_is_not_checkpointed_before_its_kill(world: FreezerRig) -> None:
     await world.freezer.prepare_kill(world.handle)
     assert world.driver.batches == []
 
 
-async def test_what_an_earlier_agent_may_have_restored_is_checkpointed(world: World) -> None:
+async def test_instance_of_an_earlier_agent_is_checkpointed_before_its_kill(world: FreezerRig) -> None:
     again = world.restarted()
     assert await again.condition(world.handle) is Condition.AWAKE
     await again.prepare_kill(world.handle)
@@ -51,7 +48,7 @@ async def test_what_an_earlier_agent_may_have_restored_is_checkpointed(world: Wo
 
 
 @pytest.mark.parametrize("state", [CudaState.LOCKED, CudaState.CHECKPOINTED, CudaState.FAILED])
-async def test_it_goes_on_from_where_it_is(world: World, state: CudaState) -> None:
+async def test_prepare_kill_continues_from_the_current_state(world: FreezerRig, state: CudaState) -> None:
     await woken(world)
     world.driver.processes[world.main].state = state
     await world.freezer.prepare_kill(world.handle)
@@ -59,7 +56,7 @@ async def test_it_goes_on_from_where_it_is(world: World, state: CudaState) -> No
     assert world.state() is (CudaState.CHECKPOINTED if state is CudaState.LOCKED else state)
 
 
-async def test_what_is_stopped_is_not_asked(world: World) -> None:
+async def test_prepare_kill_skips_a_stopped_instance(world: FreezerRig) -> None:
     await woken(world)
     world.cgroups.pause()
     await world.freezer.prepare_kill(world.handle)
@@ -70,13 +67,13 @@ async def test_what_is_stopped_is_not_asked(world: World) -> None:
     "fault",
     [Fault(LOCK, 600), Fault(LOCK, 304), Fault(LOCK, stuck=True), Fault(CHECKPOINT, hang=True), Fault(LOCK, dies=True)],
 )
-async def test_it_never_raises(world: World, fault: Fault) -> None:
+async def test_prepare_kill_never_raises(world: FreezerRig, fault: Fault) -> None:
     await woken(world)
     world.driver.faults.append(fault)
     await world.freezer.prepare_kill(world.handle)
 
 
-async def test_a_driver_that_does_not_answer_delays_a_kill_by_its_bound_only(world: World) -> None:
+async def test_silent_driver_delays_a_kill_only_by_its_limit(world: FreezerRig) -> None:
     freezer = world.restarted(replace(LIMITS, prepare_kill_s=0.05, state_query_s=30.0))
     await freezer.condition(world.handle)
 
@@ -88,24 +85,21 @@ async def test_a_driver_that_does_not_answer_delays_a_kill_by_its_bound_only(wor
         await freezer.prepare_kill(world.handle)
 
 
-async def test_without_nvml_it_is_done_all_the_same(world: World) -> None:
+async def test_prepare_kill_works_without_nvml(world: FreezerRig) -> None:
     await woken(world)
     world.gpus.unavailable = True
     await world.freezer.prepare_kill(world.handle)
     assert world.states() == {CudaState.CHECKPOINTED}
 
 
-async def test_forgotten_is_forgotten(world: World) -> None:
+async def test_forgotten_instance_is_not_checkpointed(world: FreezerRig) -> None:
     await woken(world)
     world.freezer.forget(world.handle)
     await world.freezer.prepare_kill(world.handle)
     assert world.driver.batches == []
 
 
-# ---- pauses ---------------------------------------------------------------------------------------------------
-
-
-async def test_our_own_freeze_is_no_pause(world: World) -> None:
+async def test_own_freeze_is_no_pause(world: FreezerRig) -> None:
     assert not world.freezer.paused(world.handle)
     await world.freeze()
     assert not world.freezer.paused(world.handle)
@@ -116,14 +110,14 @@ async def test_our_own_freeze_is_no_pause(world: World) -> None:
     assert not world.freezer.paused(world.handle)
 
 
-async def test_a_freeze_of_an_earlier_agent_is_ours_once_recovery_has_seen_it(world: World) -> None:
+async def test_freeze_by_an_earlier_agent_is_ours_after_recovery(world: FreezerRig) -> None:
     await world.freeze()
     again = world.restarted()
     assert await again.condition(world.handle) is Condition.FROZEN
     assert not again.paused(world.handle)
 
 
-async def test_a_freeze_that_failed_claims_nothing(world: World) -> None:
+async def test_failed_freeze_does_not_count_as_ours(world: FreezerRig) -> None:
     await world.freezer.lock(world.handle)
     world.cgroups.fail_freeze = DeadlineError("FREEZE_TIMEOUT", "a thread did not stop")
     await world.freezer.checkpoint(world.handle)
@@ -131,14 +125,11 @@ async def test_a_freeze_that_failed_claims_nothing(world: World) -> None:
     assert world.freezer.paused(world.handle)
 
 
-# ---- limits ---------------------------------------------------------------------------------------------------
-
-
-def test_the_default_configuration_means_the_default_limits() -> None:
+def test_default_configuration_gives_default_limits() -> None:
     assert freezer_limits(GpuSettings()) == FreezerLimits(lock_timeout_s=10.0, copy_base_s=120.0)
 
 
-def test_a_short_operation_timeout_makes_everything_short() -> None:
+def test_short_operation_timeout_shortens_all_limits() -> None:
     settings = GpuSettings(
         lock_timeout_ns=Duration(SECOND_NS // 5), operation_timeout_ns=Duration(SECOND_NS), multi_process_multi_gpu=True
     )

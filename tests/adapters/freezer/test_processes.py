@@ -1,4 +1,4 @@
-"""Which processes the driver is asked about: never a thread, a zombie or somebody else's, and none is overlooked."""
+"""Tests which processes the driver is called for: never a thread, a zombie or a reused pid, and none is missed."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import pytest
 from agent.adapters.cuda.processes import MAX_STATES_PER_BATCH, living, open_process
 from agent.adapters.kernel import process_table
 from agent.ports import CudaOp, CudaState, Outcome
-from tests.adapters.freezer.world import LIMITS, World
+from tests.adapters.freezer.world import LIMITS, FreezerRig
 from tests.fakes.checkpointer import FakeCudaProcess, Fault
 
 BOOT = process_table.boot_id()
 
 
-def asked(world: World) -> set[int]:
+def asked(world: FreezerRig) -> set[int]:
     return {call.pid for batch in world.driver.batches for call in batch}
 
 
 def descriptors() -> int:
-    gc.collect()  # what earlier tests left is not to go in the middle of this one
+    gc.collect()  # garbage of earlier tests must not go during this one
     return len(os.listdir("/proc/self/fd"))
 
 
-async def test_a_thread_id_is_never_taken_for_a_process(world: World) -> None:
+async def test_thread_id_is_not_taken_for_a_process(world: FreezerRig) -> None:
     ready, done = threading.Event(), threading.Event()
     tids: list[int] = []
 
@@ -39,14 +39,14 @@ async def test_a_thread_id_is_never_taken_for_a_process(world: World) -> None:
     thread = threading.Thread(target=live)
     thread.start()
     ready.wait(10)
-    world.instance.shown.append(tids[0])  # the driver would take it, and its target would die
+    world.instance.shown.append(tids[0])  # the driver would accept it, and its target would die
     await world.freeze()
     done.set()
     thread.join()
     assert asked(world) == {world.main}
 
 
-async def test_a_zombie_is_listed_and_not_asked(world: World) -> None:
+async def test_zombie_is_listed_and_not_queried(world: FreezerRig) -> None:
     zombie = world.add_process()
     world.instance.kill(zombie)
     del world.driver.processes[zombie]
@@ -55,8 +55,8 @@ async def test_a_zombie_is_listed_and_not_asked(world: World) -> None:
     assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
 
 
-async def test_a_pid_that_came_to_mean_another_process_is_not_asked(world: World) -> None:
-    """Its pidfd says that ours has ended, whoever has the number now."""
+async def test_reused_pid_is_not_queried(world: FreezerRig) -> None:
+    """Its pidfd shows that the process has ended, whichever process has the pid now."""
     process = open_process(world.main, BOOT)
     assert process is not None
     world.instance.kill(world.main).wait()
@@ -65,15 +65,15 @@ async def test_a_pid_that_came_to_mean_another_process_is_not_asked(world: World
     os.close(process.pidfd)
 
 
-async def test_a_child_that_only_inherited_descriptors_of_the_gpu_has_no_cuda(world: World) -> None:
+async def test_child_with_inherited_gpu_descriptors_has_no_cuda(world: FreezerRig) -> None:
     child = world.add_process(cuda=False)  # forked without exec: /dev/nvidia* is open, get-state answers 3
     await world.freeze()
     assert {pid for _, pid in world.driver.operations} == {world.main}
     assert child in asked(world)
 
 
-async def test_an_answer_lost_with_a_dying_neighbour_is_asked_for_again(world: World) -> None:
-    """One process ends under the question and takes the answers of those after it along: they are not "no CUDA"."""
+async def test_answer_lost_with_a_dying_neighbour_is_queried_again(world: FreezerRig) -> None:
+    """A process that ends during its call fails the answers after it: those are not "no CUDA"."""
     dying, last = sorted([world.add_process(), world.add_process()])
     order = sorted([world.main, dying, last])
     world.driver.faults.append(Fault(CudaOp.STATE, dies=True, pid=order[1]))
@@ -84,7 +84,7 @@ async def test_an_answer_lost_with_a_dying_neighbour_is_asked_for_again(world: W
     assert world.state() is CudaState.LOCKED
 
 
-async def test_hundreds_of_processes_are_asked_in_messages_of_bounded_size(world: World) -> None:
+async def test_hundreds_of_processes_are_queried_in_bounded_batches(world: FreezerRig) -> None:
     for _ in range(MAX_STATES_PER_BATCH + 6):
         world.add_process(cuda=False)
     world.driver.processes[max(world.instance.shown)] = FakeCudaProcess()
@@ -93,7 +93,7 @@ async def test_hundreds_of_processes_are_asked_in_messages_of_bounded_size(world
     assert world.states() == {CudaState.CHECKPOINTED}
 
 
-async def test_more_cuda_processes_than_can_be_frozen_are_refused(world: World) -> None:
+async def test_too_many_cuda_processes_are_refused(world: FreezerRig) -> None:
     world.add_process()
     world.add_process()
     freezer = world.restarted(replace(LIMITS, max_processes=2))
@@ -102,7 +102,7 @@ async def test_more_cuda_processes_than_can_be_frozen_are_refused(world: World) 
     assert world.states() == {CudaState.RUNNING}
 
 
-async def test_without_descriptors_nobody_is_overlooked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_lack_of_descriptors_is_an_error(world: FreezerRig, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_many(pid: int) -> int:
         raise OSError(24, "Too many open files")
 
@@ -112,7 +112,7 @@ async def test_without_descriptors_nobody_is_overlooked(world: World, monkeypatc
     assert world.driver.batches == []
 
 
-async def test_every_pidfd_is_closed(world: World) -> None:
+async def test_every_pidfd_is_closed(world: FreezerRig) -> None:
     world.add_process()
     world.add_process(cuda=False)
     before = descriptors()

@@ -1,4 +1,4 @@
-"""Room on the GPU before a restore, and restores on other GPUs."""
+"""Tests the room on the GPU before a restore, and restores on other GPUs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from dataclasses import replace
 import pytest
 from structlog.testing import capture_logs
 
-from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.types import GIB, MIB
-from agent.ports import Condition, CudaOp, CudaState, Outcome
-from tests.adapters.freezer.world import LIMITS, World
+from agent.ports import Condition, CudaOp, CudaState, FreezerState, Outcome
+from tests.adapters.freezer.world import LIMITS, FreezerRig
 from tests.fakes.checkpointer import Fault
 from tests.fakes.gpus import gpu
 
@@ -22,15 +21,12 @@ SWAP = {FIRST: SECOND, SECOND: FIRST}
 IMAGE = 16 * MIB
 
 
-def leave_free(world: World, bytes_: int) -> None:
-    """On every GPU, of 16 GiB."""
+def leave_free(world: FreezerRig, bytes_: int) -> None:
+    """Leave this much free on every GPU, of 16 GiB."""
     world.gpus.reserved_bytes = 16 * GIB - bytes_
 
 
-# ---- room -----------------------------------------------------------------------------------------------------
-
-
-async def test_a_restore_without_room_touches_nothing(world: World) -> None:
+async def test_restore_without_room_changes_nothing(world: FreezerRig) -> None:
     await world.freeze()
     world.driver.batches.clear()
     world.cgroups.calls.clear()
@@ -44,7 +40,7 @@ async def test_a_restore_without_room_touches_nothing(world: World) -> None:
     assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
 
 
-async def test_what_somebody_thawed_is_frozen_when_there_is_no_room(world: World) -> None:
+async def test_externally_thawed_instance_without_room_is_frozen_again(world: FreezerRig) -> None:
     await world.freeze()
     await world.cgroups.thaw(world.handle)
     leave_free(world, 0)
@@ -52,7 +48,7 @@ async def test_what_somebody_thawed_is_frozen_when_there_is_no_room(world: World
     assert world.cgroups.now is FreezerState.FROZEN
 
 
-async def test_room_is_asked_of_the_gpu_that_it_wakes_on(world: World) -> None:
+async def test_room_is_checked_on_the_target_gpu(world: FreezerRig) -> None:
     await world.freeze()
     world.driver.processes[4711] = other = type(world.driver.processes[world.main])(vram_bytes=16 * GIB)
     other.gpu_uuid = SECOND
@@ -60,7 +56,7 @@ async def test_room_is_asked_of_the_gpu_that_it_wakes_on(world: World) -> None:
     assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
 
 
-async def test_an_image_of_unknown_size_is_restored_without_the_question(world: World) -> None:
+async def test_image_of_unknown_size_is_restored_unchecked(world: FreezerRig) -> None:
     await world.freeze()
     leave_free(world, 0)
     again = world.restarted()
@@ -69,15 +65,13 @@ async def test_an_image_of_unknown_size_is_restored_without_the_question(world: 
     again.forget(world.handle)
 
 
-async def test_an_nvml_that_fails_does_not_keep_a_request_waiting(world: World) -> None:
+async def test_nvml_failure_does_not_delay_a_wake(world: FreezerRig) -> None:
     await world.freeze()
     world.gpus.unavailable = True
     assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
 
 
-async def test_a_silent_nvml_is_waited_for_once_and_not_by_every_wake(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_unresponsive_nvml_delays_one_wake_only(world: FreezerRig, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = 0
 
     async def never() -> Mapping[str, int]:
@@ -94,26 +88,23 @@ async def test_a_silent_nvml_is_waited_for_once_and_not_by_every_wake(
     assert asked == 1
 
 
-async def test_a_gpu_that_nvml_does_not_show_is_left_to_the_driver(world: World) -> None:
+async def test_gpu_missing_in_nvml_is_left_to_the_driver(world: FreezerRig) -> None:
     await world.freeze()
     world.gpus.gpus = [gpu(1)]
     assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.OK
 
 
-# ---- another GPU ----------------------------------------------------------------------------------------------
-
-
-async def test_what_is_remembered_moves_along(world: World) -> None:
+async def test_tracked_memory_follows_a_migration(world: FreezerRig) -> None:
     await world.freeze()
     assert (await world.freezer.wake(world.handle, SWAP)).outcome is Outcome.OK
     assert world.driver.processes[world.main].gpu_uuid == SECOND
     world.driver.processes[world.main].state = CudaState.LOCKED
     world.driver.faults.append(Fault(CudaOp.UNLOCK, stuck=True))
     await world.freezer.unlock(world.handle)
-    assert world.driver.stuck_gpus == [(SECOND,)]  # the one to be cordoned
+    assert world.driver.stuck_gpus == [(SECOND,)]  # the GPU to be cordoned
 
 
-async def test_an_incomplete_map_is_refused_and_leaves_it_frozen(world: World) -> None:
+async def test_incomplete_gpu_map_is_refused_and_leaves_it_frozen(world: FreezerRig) -> None:
     world.driver.gpu_uuids = (FIRST, SECOND)
     await world.freeze()
     result = await world.freezer.wake(world.handle, {FIRST: SECOND})
@@ -122,13 +113,13 @@ async def test_an_incomplete_map_is_refused_and_leaves_it_frozen(world: World) -
     assert (await world.freezer.wake(world.handle, SWAP)).outcome is Outcome.OK
 
 
-async def test_a_map_that_moves_nothing_is_no_map(world: World) -> None:
+async def test_identity_gpu_map_counts_as_none(world: FreezerRig) -> None:
     await world.freeze()
     await world.freezer.wake(world.handle, {FIRST: FIRST, SECOND: SECOND})
     assert {call.gpu_map for batch in world.driver.batches for call in batch} == {()}
 
 
-async def test_one_that_moved_and_one_that_did_not_the_second_follows(world: World) -> None:
+async def test_second_process_follows_a_migrated_one(world: FreezerRig) -> None:
     second = world.add_process()
     await world.freeze()
     world.driver.faults.append(Fault(CudaOp.RESTORE, 2, pid=max(world.main, second)))
@@ -137,7 +128,7 @@ async def test_one_that_moved_and_one_that_did_not_the_second_follows(world: Wor
     assert {process.gpu_uuid for process in world.driver.processes.values()} == {SECOND}
 
 
-async def test_images_of_different_gpus_are_never_made(world: World) -> None:
+async def test_no_images_of_different_gpus(world: FreezerRig) -> None:
     second = max(world.main, world.add_process())
     await world.freeze()
     world.driver.batches.clear()
@@ -148,16 +139,16 @@ async def test_images_of_different_gpus_are_never_made(world: World) -> None:
     assert CudaOp.CHECKPOINT not in {op for op, _ in world.driver.operations}
 
 
-async def test_a_hung_restore_that_put_it_on_the_old_gpu_after_all_is_found_out(world: World) -> None:
+async def test_late_restore_on_the_old_gpu_is_detected(world: FreezerRig) -> None:
     await world.freeze()
     world.driver.faults.append(Fault(CudaOp.RESTORE, later=True))
     assert (await world.freezer.wake(world.handle, {})).outcome is Outcome.REFUSED
-    # The thaw of this wake lets the hung one run, before the new one.
+    # The thaw of this wake lets the hung restore run before the new one.
     result = await world.freezer.wake(world.handle, SWAP)
     assert (result.outcome, result.reason) == (Outcome.BROKEN, "CUDA_ON_WRONG_GPU")
 
 
-async def test_after_a_hang_nobody_but_nvml_says_where_it_is(world: World) -> None:
+async def test_placement_after_a_hang_comes_from_nvml(world: FreezerRig) -> None:
     await world.freeze()
     world.driver.faults.append(Fault(CudaOp.RESTORE, hang=True, executes=True))
     world.gpus.unavailable = True
@@ -165,7 +156,7 @@ async def test_after_a_hang_nobody_but_nvml_says_where_it_is(world: World) -> No
     assert (result.outcome, result.reason) == (Outcome.BROKEN, "NVML_UNAVAILABLE")
 
 
-async def test_nvml_is_asked_where_it_is_after_the_answer(world: World) -> None:
+async def test_placement_is_verified_after_the_reply(world: FreezerRig) -> None:
     await world.freeze()
     with capture_logs() as logs:
         assert (await world.freezer.wake(world.handle, SWAP)).outcome is Outcome.OK
@@ -176,21 +167,21 @@ async def test_nvml_is_asked_where_it_is_after_the_answer(world: World) -> None:
 
 
 async def others() -> None:
-    """Until every other task has ended."""
+    """Wait until every other task has ended."""
     with suppress(asyncio.CancelledError):
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
 
 
 @pytest.mark.parametrize(("migrates", "condition"), [(False, Condition.CHECKPOINTED), (True, Condition.BROKEN)])
-async def test_a_mixture_can_be_finished_only_where_nobody_moves(
-    world: World, migrates: bool, condition: Condition
+async def test_mixed_states_are_finished_only_without_migration(
+    world: FreezerRig, migrates: bool, condition: Condition
 ) -> None:
     world.add_process()
     world.driver.processes[world.main].state = CudaState.CHECKPOINTED
     assert await world.restarted(replace(LIMITS, migrates=migrates)).condition(world.handle) is condition
 
 
-async def test_a_restarted_agent_knows_one_that_sleeps_from_another_gpu(world: World) -> None:
+async def test_restarted_agent_recognises_an_instance_frozen_from_another_gpu(world: FreezerRig) -> None:
     await world.freeze()
     await world.freezer.wake(world.handle, SWAP)
     await world.freeze()

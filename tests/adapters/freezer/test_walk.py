@@ -1,6 +1,6 @@
 """Random walks: faults at any call of several freezes and wakes of one to three processes.
 
-OK means that all are in the promised state and place, REFUSED that all are as before, BROKEN ends the walk. Nobody asks
+OK means that all are in the promised state and place, REFUSED that all are as before; BROKEN ends the walk. No call
 about a frozen target, everything ends in time, and every pidfd is closed.
 """
 
@@ -14,10 +14,9 @@ from contextlib import suppress
 
 import pytest
 
-from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.types import GIB
-from agent.ports import CudaOp, CudaState, FreezeResult, Outcome
-from tests.adapters.freezer.world import World
+from agent.ports import CudaOp, CudaState, FreezeResult, FreezerState, Outcome
+from tests.adapters.freezer.world import FreezerRig
 from tests.fakes.checkpointer import Fault
 from tests.fakes.gpus import gpu
 
@@ -58,9 +57,9 @@ Place = tuple[frozenset[CudaState], frozenset[str], FreezerState]
 
 
 class Walk:
-    """One instance's life, told in `story`."""
+    """One instance's life, recorded in `story`."""
 
-    def __init__(self, world: World, dice: random.Random) -> None:
+    def __init__(self, world: FreezerRig, dice: random.Random) -> None:
         self.world = world
         self.dice = dice
         self.sleeping = False
@@ -123,14 +122,14 @@ class Walk:
         return result
 
     def expect(self, place: Place) -> None:
-        """Of those that have not ended: a helper that ended before its lock is not frozen with the rest."""
+        """Checks the living ones: a helper that ended before its lock is not frozen with the rest."""
         states, gpus, threads = self.place()
         if states:
             assert (states, gpus, threads) == place, "\n".join(self.story)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-async def test_a_walk(world: World, seed: int) -> None:
+async def test_random_walk(world: FreezerRig, seed: int) -> None:
     dice = random.Random(seed)
     world.driver.hang_s = 0.001
     for _ in range(dice.randrange(3)):
@@ -149,7 +148,7 @@ async def test_a_walk(world: World, seed: int) -> None:
 
 
 def open_pidfds() -> int:
-    """Only these: a loop that an earlier test left to the collector of garbage may be closed at any time."""
+    """Counts pidfds only: the garbage collector may close an earlier test's loop at any time."""
     count = 0
     for number in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # that of the listing itself

@@ -23,8 +23,8 @@ LIMITS = FreezerLimits(
 )
 
 
-class Instance:
-    """Processes that only wait, and the pids the freezer is shown."""
+class WaitingProcesses:
+    """Processes that only wait, and the pids that the freezer is shown."""
 
     def __init__(self) -> None:
         self.children: list[subprocess.Popen[bytes]] = []
@@ -44,7 +44,7 @@ class Instance:
         self.shown.remove(pid)
 
     def kill(self, pid: int) -> subprocess.Popen[bytes]:
-        """SIGKILL; it stays a zombie, and shown, until somebody waits for it."""
+        """SIGKILL; it stays a zombie, and listed, until it is reaped."""
         child = next(child for child in self.children if child.pid == pid)
         child.kill()
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -61,10 +61,10 @@ class Instance:
 
 
 @dataclass
-class World:
+class FreezerRig:
     """One instance `bert-7` with a main process, its driver and its freezer."""
 
-    instance: Instance
+    instance: WaitingProcesses
     driver: FakeCheckpointer
     cgroups: FakeProcessFreezer
     gpus: FakeGpus
@@ -94,8 +94,8 @@ class World:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    instance = Instance()
+def world() -> Iterator[FreezerRig]:
+    instance = WaitingProcesses()
     main = instance.spawn()
     driver = FakeCheckpointer({main: FakeCudaProcess()}, kill=instance.kill_now)
     cgroups = FakeProcessFreezer(driver=driver)
@@ -105,7 +105,7 @@ def world() -> Iterator[World]:
     identity = process_table.identify(main, boot)
     assert identity is not None
     handle = Handle("bert-7", identity, "127.0.0.1", 9000)
-    yield World(instance, driver, cgroups, gpus, freezer, handle, main)
+    yield FreezerRig(instance, driver, cgroups, gpus, freezer, handle, main)
     freezer.forget(handle)
     for child in instance.children:
         child.kill()

@@ -1,4 +1,4 @@
-"""Finding cgroups in what kernels print, and doing things to real ones."""
+"""Tests finding cgroups in what kernels print, and operations on real ones."""
 
 from __future__ import annotations
 
@@ -14,15 +14,10 @@ import pytest
 
 from agent.adapters.kernel import cgroup, process_table
 from agent.adapters.kernel.cgroup import CgroupMount, CgroupSlice
-from agent.adapters.kernel.cgroup_freezer import (
-    CgroupFreezer,
-    FreezerState,
-    ProcessFreezer,
-    SignalFreezer,
-    instance_mark,
-)
+from agent.adapters.kernel.cgroup_freezer import CgroupFreezer, SignalFreezer, instance_mark
 from agent.core.errors import DeadlineError, PreconditionError
 from agent.core.types import Handle
+from agent.ports import FreezerState, ProcessFreezer
 
 HYBRID = """\
 23 1 254:0 / / rw,relatime - ext4 /dev/root rw
@@ -70,7 +65,7 @@ def test_memberships_of_named_and_joint_hierarchies() -> None:
     assert cgroup.parse_membership(text) == {"name=systemd": "/", "cpu": "/jobs", "cpuacct": "/jobs", "": "/a:b"}
 
 
-async def test_reread_gives_up_at_the_deadline_and_looks_often_enough() -> None:
+async def test_poll_until_stops_at_the_deadline() -> None:
     looks = 0
 
     def never() -> bool:
@@ -85,7 +80,7 @@ async def test_reread_gives_up_at_the_deadline_and_looks_often_enough() -> None:
 
 @pytest.mark.root
 @pytest.mark.parametrize("delegated", [True, False])
-def test_the_slice_is_in_the_own_cgroup_only_where_that_was_delegated(tmp_path: Path, delegated: bool) -> None:
+def test_slice_is_in_the_own_cgroup_only_if_delegated(tmp_path: Path, delegated: bool) -> None:
     mount = cgroup.find_v2_mount(Path("/proc/self/mountinfo").read_text())
     if os.geteuid() != 0 or mount is None or mount.root != "/":
         pytest.skip("needs root and the top of a v2 hierarchy")
@@ -105,12 +100,9 @@ def test_the_slice_is_in_the_own_cgroup_only_where_that_was_delegated(tmp_path: 
         unit.rmdir()
 
 
-def test_without_v2_there_is_no_slice(tmp_path: Path) -> None:
+def test_no_slice_without_v2(tmp_path: Path) -> None:
     (tmp_path / "mountinfo").write_text("\n".join(HYBRID.splitlines()[:4]))
     assert cgroup.open_slice(str(uuid.uuid4()), tmp_path) is None
-
-
-# ---- real cgroups and real signals -----------------------------------------------------------------------------
 
 
 def spawn(*argv: str, **environment: str) -> subprocess.Popen[bytes]:
@@ -135,7 +127,7 @@ STATE_UUID = str(uuid.uuid4())
 
 @pytest.fixture(params=["cgroup", "signal"])
 def frozen_pair(request: pytest.FixtureRequest) -> Iterator[tuple[ProcessFreezer, Handle]]:
-    """A freezer and a running instance of two processes, in a cgroup of its own where the freezer wants one."""
+    """A freezer and a running instance of two processes, in its own cgroup if the freezer needs one."""
     boot = process_table.boot_id()
     found = cgroup.open_slice(STATE_UUID) if request.param == "cgroup" else None
     if request.param == "cgroup" and found is None:
@@ -172,7 +164,7 @@ async def test_freeze_and_thaw_again_and_again(frozen_pair: tuple[ProcessFreezer
         assert freezer.state(handle) is FreezerState.THAWED
 
 
-async def test_somebody_elses_freeze_is_seen(
+async def test_external_freeze_is_seen(
     frozen_pair: tuple[ProcessFreezer, Handle],
 ) -> None:
     freezer, handle = frozen_pair
@@ -183,7 +175,7 @@ async def test_somebody_elses_freeze_is_seen(
     assert freezer.state(handle) is FreezerState.THAWED
 
 
-async def test_a_fork_storm_is_frozen_whole(frozen_pair: tuple[ProcessFreezer, Handle]) -> None:
+async def test_fork_storm_is_frozen_completely(frozen_pair: tuple[ProcessFreezer, Handle]) -> None:
     freezer, handle = frozen_pair
     name, value = instance_mark(STATE_UUID, "resize-a").split("=")
     environment = {name: value, "PATH": "/usr/bin:/bin"}
@@ -226,7 +218,7 @@ async def kill_members(freezer: ProcessFreezer, handle: Handle) -> None:
     assert await cgroup.poll_until(gone, 10.0)
 
 
-async def test_who_is_gone_can_not_be_frozen(frozen_pair: tuple[ProcessFreezer, Handle]) -> None:
+async def test_gone_instance_cannot_be_frozen(frozen_pair: tuple[ProcessFreezer, Handle]) -> None:
     freezer, handle = frozen_pair
     await kill_members(freezer, handle)
     with pytest.raises(PreconditionError):
@@ -240,7 +232,7 @@ async def test_who_is_gone_can_not_be_frozen(frozen_pair: tuple[ProcessFreezer, 
         await freezer.thaw(handle)
 
 
-async def test_a_frozen_instance_dies_by_sigkill(frozen_pair: tuple[ProcessFreezer, Handle]) -> None:
+async def test_frozen_instance_dies_of_sigkill(frozen_pair: tuple[ProcessFreezer, Handle]) -> None:
     freezer, handle = frozen_pair
     await freezer.freeze(handle)
     if handle.cgroup:
@@ -250,7 +242,7 @@ async def test_a_frozen_instance_dies_by_sigkill(frozen_pair: tuple[ProcessFreez
         await kill_members(freezer, handle)
 
 
-async def test_frozen_from_above_is_frozen_and_a_thaw_says_that_it_failed(slice_: CgroupSlice) -> None:
+async def test_thaw_fails_while_an_ancestor_is_frozen(slice_: CgroupSlice) -> None:
     path = slice_.create("resize-a")
     process = spawn("sleep", "86397")
     try:
@@ -271,7 +263,7 @@ async def test_frozen_from_above_is_frozen_and_a_thaw_says_that_it_failed(slice_
         process.wait(10)
 
 
-async def test_remove_takes_nested_cgroups_and_their_processes_along(slice_: CgroupSlice) -> None:
+async def test_remove_includes_nested_cgroups_and_processes(slice_: CgroupSlice) -> None:
     path = slice_.create("resize-a")
     nested = path / "made-by-the-workload" / "deeper"
     nested.mkdir(parents=True)
@@ -286,7 +278,7 @@ async def test_remove_takes_nested_cgroups_and_their_processes_along(slice_: Cgr
     await cgroup.remove(path, 10.0)
 
 
-async def test_without_cgroup_kill_the_processes_go_one_by_one(
+async def test_processes_are_killed_one_by_one_without_cgroup_kill(
     slice_: CgroupSlice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Linux before 5.14 has no cgroup.kill."""
@@ -305,7 +297,7 @@ async def test_without_cgroup_kill_the_processes_go_one_by_one(
     assert process.wait(10) == -signal.SIGKILL
 
 
-async def test_an_empty_slice_goes_away_and_comes_back(slice_: CgroupSlice) -> None:
+async def test_empty_slice_is_removed_and_made_again(slice_: CgroupSlice) -> None:
     assert slice_.uids() == []
     path = slice_.create("resize-a")
     slice_.remove_if_empty()

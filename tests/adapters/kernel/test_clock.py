@@ -1,4 +1,4 @@
-"""The clock that reads time, and the one that tests move by hand."""
+"""Tests the real clock, and the fake that tests move by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_timer_never_fires_early(new_loop: Callable[[], asyncio.AbstractEventL
         assert min(runner.run(fire_ten())) >= 0
 
 
-async def test_a_time_in_the_past_means_the_next_turn() -> None:
+async def test_timer_in_the_past_fires_in_the_next_iteration() -> None:
     done = asyncio.Event()
     SystemClock().call_at(0, done.set)
     assert not done.is_set()
@@ -54,7 +54,7 @@ async def test_a_cancelled_timer_does_not_fire() -> None:
 
 
 @pytest.mark.real_time
-def test_wall_time_is_that_of_the_system() -> None:
+def test_wall_time_is_system_time() -> None:
     assert abs(SystemClock().wall_ns() - time.time_ns()) < SECOND_NS
 
 

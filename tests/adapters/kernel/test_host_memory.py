@@ -1,4 +1,4 @@
-"""Head room from files as kernels write them: v1, v2 and hybrid, every ancestor, cache as free."""
+"""Tests headroom from files as kernels write them: v1, v2 and hybrid, every ancestor, cache as free."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_proc_without_mem_available_is_an_error(proc: Path) -> None:
     assert raised.value.reason == "HOST_MEMORY_UNKNOWN"
 
 
-def test_v2_takes_the_tightest_ancestor_and_counts_cache_as_free(proc: Path, tmp_path: Path) -> None:
+def test_v2_headroom_is_the_tightest_ancestors_without_cache(proc: Path, tmp_path: Path) -> None:
     top = tmp_path / "cgroup"
     mount_v2(proc, top, "0::/system.slice/hibernode/resize-a\n")
     top.mkdir()
@@ -73,25 +73,25 @@ def test_v2_takes_the_tightest_ancestor_and_counts_cache_as_free(proc: Path, tmp
     assert ProcHostMemory(proc).headroom_bytes(HANDLE) == 524 * MIB
 
 
-def test_v2_high_is_a_limit_as_well(proc: Path, tmp_path: Path) -> None:
+def test_v2_memory_high_is_a_limit(proc: Path, tmp_path: Path) -> None:
     mount_v2(proc, tmp_path / "cgroup", "0::/resize-a\n")
     v2_limits(tmp_path / "cgroup/resize-a", limit=str(GIB), high=str(512 * MIB), used=500 * MIB)
     assert ProcHostMemory(proc).headroom_bytes(HANDLE) == 12 * MIB
 
 
-def test_no_limit_anywhere_is_none(proc: Path, tmp_path: Path) -> None:
+def test_headroom_without_limit_is_none(proc: Path, tmp_path: Path) -> None:
     mount_v2(proc, tmp_path / "cgroup", "0::/resize-a\n")
     v2_limits(tmp_path / "cgroup/resize-a", limit="max", used=GIB)
     assert ProcHostMemory(proc).headroom_bytes(HANDLE) is None
 
 
-def test_over_the_limit_is_zero_not_negative(proc: Path, tmp_path: Path) -> None:
+def test_headroom_over_the_limit_is_zero(proc: Path, tmp_path: Path) -> None:
     mount_v2(proc, tmp_path / "cgroup", "0::/resize-a\n")
     v2_limits(tmp_path / "cgroup/resize-a", limit=str(GIB), used=2 * GIB)
     assert ProcHostMemory(proc).headroom_bytes(HANDLE) == 0
 
 
-def test_hybrid_asks_the_v1_memory_controller(proc: Path, tmp_path: Path) -> None:
+def test_hybrid_host_uses_the_v1_memory_controller(proc: Path, tmp_path: Path) -> None:
     memory, unified = tmp_path / "memory", tmp_path / "unified"
     write(
         proc / "self/mountinfo",
@@ -106,7 +106,7 @@ def test_hybrid_asks_the_v1_memory_controller(proc: Path, tmp_path: Path) -> Non
     assert ProcHostMemory(proc).headroom_bytes(HANDLE) == GIB + 200 * MIB
 
 
-def test_seen_from_inside_a_container_the_mounted_part_counts(proc: Path, tmp_path: Path) -> None:
+def test_inside_a_container_the_mounted_part_counts(proc: Path, tmp_path: Path) -> None:
     top = tmp_path / "cgroup"
     write(proc / "self/mountinfo", f"41 31 0:38 /docker/4f2e {top} rw - cgroup2 cgroup2 rw\n")
     write(proc / f"{PID}/cgroup", "0::/docker/4f2e/hibernode/resize-a\n")
@@ -115,7 +115,7 @@ def test_seen_from_inside_a_container_the_mounted_part_counts(proc: Path, tmp_pa
     assert ProcHostMemory(proc).headroom_bytes(HANDLE) == 1000 * MIB
 
 
-def test_a_pid_used_again_has_no_head_room_of_ours(proc: Path, tmp_path: Path) -> None:
+def test_reused_pid_has_no_headroom(proc: Path, tmp_path: Path) -> None:
     mount_v2(proc, tmp_path / "cgroup", "0::/resize-a\n")
     v2_limits(tmp_path / "cgroup/resize-a", limit=str(GIB), used=0)
     stranger = Handle("resize-a", ProcessId(BOOT, PID, 1234), "127.0.0.1", 9000)
@@ -126,7 +126,7 @@ def test_a_pid_used_again_has_no_head_room_of_ours(proc: Path, tmp_path: Path) -
     ("name", "text"),
     [("memory.events", "low 0\noom 3\noom_kill 2\n"), ("memory.oom_control", "under_oom 0\noom_kill 2\n")],
 )
-def test_oom_kills_are_counted_by_both_versions(tmp_path: Path, name: str, text: str) -> None:
+def test_oom_kills_are_counted_in_v1_and_v2(tmp_path: Path, name: str, text: str) -> None:
     version = 2 if name == "memory.events" else 1
     write(tmp_path / "jobs" / name, text)
     (tmp_path / "jobs/resize-a").mkdir()
@@ -134,7 +134,7 @@ def test_oom_kills_are_counted_by_both_versions(tmp_path: Path, name: str, text:
     assert found.oom_kills() == 2
 
 
-def test_this_very_host_can_be_read() -> None:
+def test_real_host_can_be_read() -> None:
     memory = ProcHostMemory()
     assert memory.available_bytes() > MIB
     me = process_table.identify(os.getpid(), process_table.boot_id())
@@ -143,7 +143,7 @@ def test_this_very_host_can_be_read() -> None:
     assert room is None or room >= 0
 
 
-def test_v1_with_swap_the_tighter_of_both_limits_counts(proc: Path, tmp_path: Path) -> None:
+def test_v1_with_swap_uses_the_tighter_limit(proc: Path, tmp_path: Path) -> None:
     write(proc / "self/mountinfo", f"35 31 0:32 / {tmp_path / 'memory'} rw - cgroup cgroup rw,memory\n")
     write(proc / f"{PID}/cgroup", "4:memory:/resize-a\n")
     v1_limits(tmp_path / "memory/resize-a", limit=2 * GIB, used=GIB)
@@ -152,22 +152,22 @@ def test_v1_with_swap_the_tighter_of_both_limits_counts(proc: Path, tmp_path: Pa
     assert ProcHostMemory(proc).headroom_bytes(HANDLE) == 8 * MIB
 
 
-def test_what_frozen_processes_hold_is_an_upper_bound_of_their_image(proc: Path) -> None:
+def test_resident_bytes_of_frozen_processes_bound_their_image(proc: Path) -> None:
     write(proc / f"{PID}/statm", "90000 5000 1200 1 0 8000 0\n")
     page = os.sysconf("SC_PAGE_SIZE")
     assert ProcHostMemory(proc).resident_bytes([PID, 4712]) == 5000 * page, "one of them has ended"
 
 
-def test_sizes_of_images_outlive_the_agent_and_go_with_their_instances(proc: Path, tmp_path: Path) -> None:
+def test_image_sizes_outlive_the_agent_but_not_their_instances(proc: Path, tmp_path: Path) -> None:
     before = ProcHostMemory(proc, images=tmp_path / "images")
     assert before.noted_image("resize-a") is None
     for uid, size in [("resize-a", GIB), ("resize-b", GIB), ("resize-a", 2 * GIB), ("resize-c", GIB)]:
         before.note_image(uid, size)
     after = ProcHostMemory(proc, images=tmp_path / "images")
     assert after.noted_image("resize-a") == 2 * GIB
-    write(tmp_path / "images/resize-b.bytes", "")  # a disk that was full
+    write(tmp_path / "images/resize-b.bytes", "")  # left by a full disk
     assert after.noted_image("resize-b") is None
-    write(tmp_path / "images/resize-d.partial", "1")  # an agent that died while it wrote
+    write(tmp_path / "images/resize-d.partial", "1")  # left by an agent that died while it wrote
     after.recover(living=["resize-a", "resize-b"], frozen=["resize-a"])
     after.forget("resize-b")
     after.forget("resize-b")
@@ -184,7 +184,7 @@ def test_without_folders_nothing_is_raised_and_nothing_remembered(proc: Path) ->
     memory.recover([], [])
 
 
-def test_the_fake_answers_what_it_is_told() -> None:
+def test_fake_returns_configured_values() -> None:
     fake = FakeHostMemory(available=GIB)
     assert fake.headroom_bytes(HANDLE) is None
     fake.headroom["resize-a"] = MIB

@@ -1,5 +1,4 @@
-"""A raised memory limit on files as the v1 and v2 kernels name them. No kernel is behind them: what a write does there
-is not shown here."""
+"""Tests raised memory limits on files as the v1 and v2 kernels name them, without a kernel behind them."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ def limits_of(own: MemoryCgroup) -> set[int]:
     return {int((own.path / name).read_text()) for name in FILES[own.version][0]}
 
 
-def test_raised_by_what_is_missing_and_lowered_again(own: MemoryCgroup, tmp_path: Path) -> None:
+def test_limit_is_raised_by_the_need_and_lowered_again(own: MemoryCgroup, tmp_path: Path) -> None:
     limits = MemoryLimits(tmp_path / "limits", "boot-1")
     assert limits.raise_by_need(HANDLE, own, 64 * MIB) == ""
     assert limits_of(own) == {(150 + 64 + 64) * MIB}
@@ -48,9 +47,7 @@ def test_raised_by_what_is_missing_and_lowered_again(own: MemoryCgroup, tmp_path
     assert not list((tmp_path / "limits").iterdir())
 
 
-def test_an_agent_that_died_in_between_lowers_who_is_awake_and_keeps_who_is_frozen(
-    own: MemoryCgroup, tmp_path: Path
-) -> None:
+def test_recovery_keeps_raised_limits_of_frozen_instances_only(own: MemoryCgroup, tmp_path: Path) -> None:
     MemoryLimits(tmp_path / "limits", "boot-1").raise_by_need(HANDLE, own, 64 * MIB)
     after = MemoryLimits(tmp_path / "limits", "boot-1")
     after.recover(frozen={"resize-a"})
@@ -59,7 +56,7 @@ def test_an_agent_that_died_in_between_lowers_who_is_awake_and_keeps_who_is_froz
     assert limits_of(own) == {200 * MIB}
 
 
-def test_never_lowered_below_what_is_in_use(own: MemoryCgroup, tmp_path: Path) -> None:
+def test_limit_is_not_lowered_below_usage(own: MemoryCgroup, tmp_path: Path) -> None:
     limits = MemoryLimits(tmp_path / "limits", "boot-1")
     limits.raise_by_need(HANDLE, own, 64 * MIB)
     usage = own.path / FILES[own.version][1]
@@ -72,7 +69,7 @@ def test_never_lowered_below_what_is_in_use(own: MemoryCgroup, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("own", [2], indirect=True)
-def test_v2_is_lowered_only_once_even_the_cache_fits_and_high_is_put_back(own: MemoryCgroup, tmp_path: Path) -> None:
+def test_v2_limit_is_lowered_only_when_the_cache_fits(own: MemoryCgroup, tmp_path: Path) -> None:
     """Writing memory.max below what is charged reclaims, and kills where that is not enough."""
     (own.path / "memory.high").write_text("max\n")
     limits = MemoryLimits(tmp_path / "limits", "boot-1")
@@ -91,7 +88,7 @@ def test_v2_is_lowered_only_once_even_the_cache_fits_and_high_is_put_back(own: M
 
 
 @pytest.mark.parametrize("own", [1], indirect=True)
-def test_v1_counts_swap_where_memsw_is_the_tighter_one(own: MemoryCgroup, tmp_path: Path) -> None:
+def test_v1_counts_swap_if_memsw_is_tighter(own: MemoryCgroup, tmp_path: Path) -> None:
     (own.path / "memory.limit_in_bytes").write_text(f"{400 * MIB}\n")
     (own.path / MEMSW_LIMIT).write_text(f"{400 * MIB}\n")
     (own.path / MEMSW_USED).write_text(f"{390 * MIB}\n")
@@ -102,9 +99,7 @@ def test_v1_counts_swap_where_memsw_is_the_tighter_one(own: MemoryCgroup, tmp_pa
     assert (own.path / "memory.limit_in_bytes").read_text().strip() == str(400 * MIB), "room enough there"
 
 
-def test_a_raise_that_fails_half_way_leaves_the_limit_as_it_was(
-    own: MemoryCgroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_raise_restores_the_limit(own: MemoryCgroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last = "memory.limit_in_bytes" if own.version == 1 else "memory.max"
     write_text, writes = Path.write_text, []
 
@@ -122,7 +117,7 @@ def test_a_raise_that_fails_half_way_leaves_the_limit_as_it_was(
     assert not limits.is_raised("resize-a")
 
 
-def test_a_damaged_record_is_kept_for_whoever_reads_the_log(own: MemoryCgroup, tmp_path: Path) -> None:
+def test_damaged_record_is_kept_and_logged(own: MemoryCgroup, tmp_path: Path) -> None:
     MemoryLimits(tmp_path / "limits", "boot-1").raise_by_need(HANDLE, own, 64 * MIB)
     (tmp_path / "limits/resize-a.json").write_text("{")
     after = MemoryLimits(tmp_path / "limits", "boot-1")
@@ -131,14 +126,14 @@ def test_a_damaged_record_is_kept_for_whoever_reads_the_log(own: MemoryCgroup, t
     assert not after.is_raised("resize-a")
 
 
-def test_after_a_boot_nothing_is_written_to_a_cgroup_of_the_same_name(own: MemoryCgroup, tmp_path: Path) -> None:
+def test_record_of_another_boot_changes_no_cgroup(own: MemoryCgroup, tmp_path: Path) -> None:
     MemoryLimits(tmp_path / "limits", "boot-1").raise_by_need(HANDLE, own, 64 * MIB)
     MemoryLimits(tmp_path / "limits", "boot-2").recover(frozen=set())
     assert limits_of(own) == {278 * MIB}
     assert not list((tmp_path / "limits").iterdir())
 
 
-def test_a_limit_shared_with_others_is_left_alone(own: MemoryCgroup, tmp_path: Path) -> None:
+def test_shared_limit_is_not_raised(own: MemoryCgroup, tmp_path: Path) -> None:
     (own.path / "cgroup.procs").write_text("4711\n4712\n")
     assert "shared" in MemoryLimits(tmp_path / "limits", "boot-1").raise_by_need(HANDLE, own, 64 * MIB)
     assert limits_of(own) == {200 * MIB}

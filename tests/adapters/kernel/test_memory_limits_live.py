@@ -1,6 +1,6 @@
-"""Raised memory limits on this machine's kernel: a CUDA program whose own limit is too tight for its image.
+"""Tests raised memory limits on this kernel: a CUDA program whose own limit is too tight for its image.
 
-Needs root and a memory controller in which a cgroup can be made (v1 or v2); elsewhere it skips and says so.
+Needs root and a memory controller in which a cgroup can be made (v1 or v2); skips elsewhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VRAM, BLOCK, LEFT = 64 * MIB, 4 * MIB, 32 * MIB
 
 @dataclass
 class TightCgroup:
-    """A memory cgroup of the test's own, below the test's."""
+    """A memory cgroup of this test, below the test process's."""
 
     cgroup: MemoryCgroup
 
@@ -39,7 +39,7 @@ class TightCgroup:
         (self.cgroup.path / "cgroup.procs").write_text(str(target.pid))
 
     def leave(self, room_bytes: int) -> None:
-        """Set the limits (with swap, too) to what is in use and so much more."""
+        """Set the limits (swap included) to the current use plus this much."""
         usage = self.cgroup.usage_bytes()
         assert usage is not None
         limit = (usage + room_bytes) // 4096 * 4096
@@ -83,7 +83,7 @@ def started(host: Host, tight: TightCgroup, uid: str) -> tuple[CudaTarget, Handl
     return target, handle
 
 
-async def test_without_raising_the_checkpoint_is_an_oom_kill(host: Host, tight: TightCgroup) -> None:
+async def test_checkpoint_without_raised_limit_is_an_oom_kill(host: Host, tight: TightCgroup) -> None:
     """The pitfall itself: if this one fails, the others prove nothing."""
     _, handle = started(host, tight, "vllm-1")
     freezer = host.freezer()
@@ -93,7 +93,9 @@ async def test_without_raising_the_checkpoint_is_an_oom_kill(host: Host, tight: 
     freezer.forget(handle)
 
 
-async def test_raised_it_sleeps_and_wakes_and_its_limit_is_back(host: Host, tight: TightCgroup, tmp_path: Path) -> None:
+async def test_instance_with_raised_limit_freezes_and_gets_its_limit_back(
+    host: Host, tight: TightCgroup, tmp_path: Path
+) -> None:
     target, handle = started(host, tight, "vllm-2")
     freezer, was = host.freezer(), tight.limits()
     memory = ProcHostMemory(limits=tmp_path / "limits", images=tmp_path / "images")
@@ -156,9 +158,7 @@ print(json.dumps(found))
 """
 
 
-async def test_wherever_the_agent_died_the_next_one_puts_the_limit_back(
-    host: Host, tight: TightCgroup, tmp_path: Path
-) -> None:
+async def test_limit_is_restored_wherever_the_agent_died(host: Host, tight: TightCgroup, tmp_path: Path) -> None:
     target, handle = started(host, tight, "vllm-3")
     names = [name for name, _ in (V1_CAPS if tight.cgroup.version == 1 else V2_CAPS)]
     was = [(tight.cgroup.path / name).read_text().strip() for name in names if (tight.cgroup.path / name).exists()]

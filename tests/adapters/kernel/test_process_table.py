@@ -1,4 +1,4 @@
-"""Who is who in /proc: names full of parentheses, pids used again, threads, and the three ways to belong."""
+"""Tests identities in /proc: names with parentheses, reused pids, threads, and the three ways to belong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Add = Callable[..., None]
 
 @pytest.fixture
 def add(tmp_path: Path) -> Add:
-    """Put a process into the made-up /proc."""
+    """Add a process to the made-up /proc."""
 
     def put(
         pid: int, *, ppid: int = 1, session: int = 1, start: int = 1000, state: str = "S", environ: str = "A=1"
@@ -51,7 +51,7 @@ def test_a_name_with_parentheses_does_not_shift_the_fields(add: Add, tmp_path: P
     )
 
 
-def test_descent_session_and_mark_make_a_member(add: Add, tmp_path: Path) -> None:
+def test_members_by_descent_session_and_mark(add: Add, tmp_path: Path) -> None:
     add(100, session=100)
     add(101, ppid=100, session=101, start=1001)
     add(102, ppid=101, session=102, start=1002)
@@ -62,20 +62,20 @@ def test_descent_session_and_mark_make_a_member(add: Add, tmp_path: Path) -> Non
     assert found(tmp_path) == [100, 101, 102, 103, 104, 105]
 
 
-def test_with_the_main_process_gone_session_and_mark_still_find_the_rest(add: Add, tmp_path: Path) -> None:
+def test_members_are_found_without_the_main_process(add: Add, tmp_path: Path) -> None:
     add(103, session=100, start=1001)
     add(104, session=104, start=1003, environ=MARK)
     add(106, session=106, start=1003)
     assert found(tmp_path) == [103, 104]
 
 
-def test_a_stranger_who_got_the_pid_later_is_not_a_member(add: Add, tmp_path: Path) -> None:
+def test_process_with_a_reused_pid_is_not_a_member(add: Add, tmp_path: Path) -> None:
     add(100, session=100, start=5000)
     add(101, ppid=100, session=100, start=5001)
     assert found(tmp_path) == []
 
 
-def test_who_is_older_or_dead_is_not_a_member(add: Add, tmp_path: Path) -> None:
+def test_older_or_dead_process_is_not_a_member(add: Add, tmp_path: Path) -> None:
     add(100, session=100)
     add(50, start=10, environ=MARK)
     add(101, ppid=100, session=100, start=1001, state="Z")
@@ -83,7 +83,7 @@ def test_who_is_older_or_dead_is_not_a_member(add: Add, tmp_path: Path) -> None:
     assert found(tmp_path, ProcessId("another boot", 100, 1000)) == []
 
 
-def test_alive_means_the_same_process_and_not_a_zombie(add: Add, tmp_path: Path) -> None:
+def test_is_alive_needs_the_same_living_process(add: Add, tmp_path: Path) -> None:
     add(100)
     add(101, state="Z")
     assert process_table.is_alive(ROOT, BOOT, tmp_path)
@@ -91,9 +91,6 @@ def test_alive_means_the_same_process_and_not_a_zombie(add: Add, tmp_path: Path)
     assert not process_table.is_alive(ProcessId(BOOT, 100, 1001), BOOT, tmp_path)
     assert not process_table.is_alive(ProcessId(BOOT, 101, 1000), BOOT, tmp_path)
     assert not process_table.is_alive(ProcessId(BOOT, 999, 1000), BOOT, tmp_path)
-
-
-# ---- the real one ----------------------------------------------------------------------------------------------
 
 
 def test_a_thread_is_not_a_process() -> None:

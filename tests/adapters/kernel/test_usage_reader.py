@@ -1,4 +1,4 @@
-"""What instances use, read from real cgroups and processes, and from files of kernels that this host does not have."""
+"""Tests the usage of instances, from real cgroups and processes and from files of other kernels."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from agent.core.types import MIB, SECOND_NS, Handle, ProcessId
 BOOT = process_table.boot_id()
 HELD = 64 * MIB
 PATIENCE_S = 20.0
-# It says "ready", and computes; `child` in a process of its own.
+# Prints "ready" and computes, in a child process with `child`.
 WORK = f"block = b'x' * {HELD}\nprint('ready', flush=True)\nwhile True: pass"
 CHILD = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {WORK!r}])"
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., ProcessId]]:
-    """Start a Python program that says when it is ready; it leads a session, as every instance does."""
+    """Start a Python program, wait until it prints "ready"; it leads a session, as every instance does."""
     started: list[subprocess.Popen[bytes]] = []
 
     def program(code: str, joins: Path | None = None) -> ProcessId:
@@ -83,7 +83,7 @@ async def test_without_a_cgroup_the_process_tree_is_added_up(start: Callable[...
     reader.close()
 
 
-async def test_a_cgroup_tells_cpu_time_without_the_cpu_controller(
+async def test_cgroup_has_cpu_time_without_the_cpu_controller(
     start: Callable[..., ProcessId], slice_: CgroupSlice
 ) -> None:
     path = slice_.create("i-1")
@@ -97,7 +97,7 @@ async def test_a_cgroup_tells_cpu_time_without_the_cpu_controller(
     reader.close()
 
 
-async def test_who_has_ended_is_left_out(tmp_path: Path) -> None:
+async def test_ended_instance_is_left_out(tmp_path: Path) -> None:
     me = process_table.identify(os.getpid(), BOOT)
     assert me is not None
     reader = ProcUsageReader(BOOT)
@@ -125,7 +125,7 @@ async def test_who_has_ended_is_left_out(tmp_path: Path) -> None:
 async def test_a_cgroups_files_as_kernels_write_them(
     tmp_path: Path, files: dict[str, str], reading: InstanceReading
 ) -> None:
-    (tmp_path / "cgroup.procs").write_text("4194305\n")  # above what the kernel gives out
+    (tmp_path / "cgroup.procs").write_text("4194305\n")  # above the kernel's highest pid
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     reader = ProcUsageReader(BOOT)
@@ -133,7 +133,7 @@ async def test_a_cgroups_files_as_kernels_write_them(
     reader.close()
 
 
-async def test_a_host_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hanging_read_delays_one_caller_only(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = ProcUsageReader(BOOT, deadline_s=0.01)
     hangs = threading.Event()
     monkeypatch.setattr(reader, "_read_all", lambda handles: hangs.wait(PATIENCE_S) and {})
@@ -153,8 +153,8 @@ async def test_a_host_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPa
     reader.close()
 
 
-async def test_a_hundred_instances_cost_little(slice_: CgroupSlice) -> None:
-    """Once a second: 5 ms would be half a per cent of a core, and only as many are awake as there are GPUs."""
+async def test_reading_a_hundred_instances_is_cheap(slice_: CgroupSlice) -> None:
+    """Once per second: 5 ms would be half a per cent of a core."""
     me = process_table.identify(os.getpid(), BOOT)
     assert me is not None
     handles = [Handle(f"i-{n}", me, "", 0, cgroup=str(slice_.create(f"i-{n}"))) for n in range(100)]

@@ -1,4 +1,4 @@
-"""NVML that fails, hangs, and comes back."""
+"""Tests an NVML that fails, hangs, and returns."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from agent.core.types import Gpu
 from agent.ports import GpuProcesses
 
 
-class MoodySession(NvmlSession):
-    """Answers, hangs until `go`, or fails, as told."""
+class ScriptedSession(NvmlSession):
+    """Answers, hangs until `go`, or fails, as set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,16 +41,16 @@ class MoodySession(NvmlSession):
         raise NVMLError(NVML_ERROR_GPU_IS_LOST)
 
 
-async def test_all_calls_are_made_by_one_thread_that_is_not_the_loops() -> None:
-    session = MoodySession()
+async def test_one_thread_beside_the_loop_makes_all_calls() -> None:
+    session = ScriptedSession()
     gpus = NvmlGpus(session=session)
     await asyncio.gather(*(gpus.list_gpus() for _ in range(10)))
     assert session.threads == {"nvml"}
     await gpus.close()
 
 
-async def test_an_error_of_nvml_says_what_to_look_at() -> None:
-    gpus = NvmlGpus(session=MoodySession())
+async def test_nvml_error_names_what_to_check() -> None:
+    gpus = NvmlGpus(session=ScriptedSession())
     with pytest.raises(UnavailableError, match=r"NVML_UNAVAILABLE.*GPU is lost") as failure:
         await gpus.memory_free()
     assert failure.value.reason == "NVML_UNAVAILABLE"
@@ -58,8 +58,8 @@ async def test_an_error_of_nvml_says_what_to_look_at() -> None:
     await gpus.close()
 
 
-async def test_a_hang_costs_one_deadline_and_then_nobody_waits() -> None:
-    session = MoodySession()
+async def test_calls_fail_at_once_after_a_hang() -> None:
+    session = ScriptedSession()
     gpus = NvmlGpus(deadline_s=0.05, session=session)
     with pytest.raises(UnavailableError, match="did not answer"):
         await gpus.processes()
@@ -67,7 +67,7 @@ async def test_a_hang_costs_one_deadline_and_then_nobody_waits() -> None:
         await asyncio.wait_for(gpus.list_gpus(), 0.04)  # at once, not after another deadline
     session.go.set()
     async with asyncio.timeout(5):
-        while True:  # until the loop has heard of the late answer
+        while True:  # until the loop has received the late answer
             try:
                 await gpus.list_gpus()
                 break
@@ -76,8 +76,8 @@ async def test_a_hang_costs_one_deadline_and_then_nobody_waits() -> None:
     await gpus.close()
 
 
-async def test_a_cancelled_caller_does_not_disturb_the_next() -> None:
-    session = MoodySession()
+async def test_cancelled_caller_does_not_disturb_the_next() -> None:
+    session = ScriptedSession()
     gpus = NvmlGpus(session=session)
     hanging = asyncio.create_task(gpus.processes())
     await asyncio.to_thread(session.hung.wait, 5)
@@ -89,7 +89,7 @@ async def test_a_cancelled_caller_does_not_disturb_the_next() -> None:
     await gpus.close()
 
 
-async def test_a_machine_without_the_library_is_told_so() -> None:
+async def test_missing_library_is_reported() -> None:
     # In a process of its own: this one may have the emulated library loaded.
     import subprocess
     import sys

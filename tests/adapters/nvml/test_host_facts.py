@@ -1,4 +1,4 @@
-"""What is gathered about a host: NVML's failures by kind, MPS by its programs, pid namespaces."""
+"""Tests the facts gathered about a host: NVML failures by kind, MPS by its programs, pid namespaces."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T4 = Gpu("GPU-0", 0, "T4", 16 * GIB)
 
 @dataclass
 class SickGpus(FakeGpus):
-    """NVML that fails: at once, or after it has said which driver it is."""
+    """NVML that fails: at once, or after it has reported its driver."""
 
     error: UnavailableError | None = None
     speaks_first: bool = False
@@ -43,7 +43,7 @@ class SickGpus(FakeGpus):
         return [T4]
 
 
-async def test_an_agent_that_starts_waits_for_a_device_that_fails_but_is_not_lost() -> None:
+async def test_survey_waits_for_a_failing_device() -> None:
     gpus = FakeGpus()
     gpus.errors[gpus.gpus[1].uuid] = "failing for a moment"
     looking = asyncio.create_task(survey_gpus_with_retry(gpus))
@@ -55,14 +55,14 @@ async def test_an_agent_that_starts_waits_for_a_device_that_fails_but_is_not_los
 
 
 @pytest.mark.parametrize(("error", "patience_s"), [("lost", 60.0), ("failing for long", 0.05)])
-async def test_it_does_not_wait_for_what_is_lost_or_does_not_come_back(error: str, patience_s: float) -> None:
+async def test_survey_does_not_wait_for_a_lost_device(error: str, patience_s: float) -> None:
     gpus = FakeGpus()
     gpus.errors[gpus.gpus[1].uuid] = error
     async with asyncio.timeout(5):
         assert [gpu.index for gpu in (await survey_gpus_with_retry(gpus, patience_s)).gpus] == [0]
 
 
-async def test_a_host_without_a_driver_is_known_at_once() -> None:
+async def test_survey_of_a_host_without_driver_returns_at_once() -> None:
     async with asyncio.timeout(5):
         assert (await survey_gpus_with_retry(FakeGpus(unavailable=True), 60.0)).error is not None
 
@@ -86,24 +86,24 @@ def nvml_error(code: int) -> UnavailableError:
         (999, NvmlTrouble.OTHER),
     ],
 )
-async def test_what_nvml_answers_is_a_kind_of_trouble(code: int, trouble: NvmlTrouble) -> None:
+async def test_nvml_error_codes_map_to_kinds_of_trouble(code: int, trouble: NvmlTrouble) -> None:
     sight = await survey_gpus(SickGpus(error=nvml_error(code)))
     assert (sight.driver, sight.gpus, sight.trouble) == (None, (), trouble)
     assert bool(sight.trouble_text) is (trouble is NvmlTrouble.OTHER)
 
 
-async def test_silence_is_a_kind_too() -> None:
+async def test_nvml_silence_is_a_kind_of_trouble() -> None:
     sight = await survey_gpus(SickGpus(error=UnavailableError("NVML_UNAVAILABLE", "did not answer within 5 s")))
     assert sight.trouble is NvmlTrouble.SILENT
 
 
-async def test_a_driver_that_gives_its_version_and_then_fails_keeps_it() -> None:
+async def test_driver_version_is_kept_when_the_listing_fails() -> None:
     sight = await survey_gpus(SickGpus(error=nvml_error(15), speaks_first=True))
     facts = host_facts(sight, GpuSettings())
     assert (facts.driver_version, facts.cuda, facts.gpus, facts.trouble) == ("580.65.06", 13000, (), NvmlTrouble.LOST)
 
 
-async def test_a_healthy_host(tmp_path: Path) -> None:
+async def test_facts_of_a_healthy_host(tmp_path: Path) -> None:
     program = tmp_path / "cuda-checkpoint"
     program.touch(0o755)
     settings = GpuSettings(checkpointer="utility", utility_path=str(program))
@@ -112,7 +112,7 @@ async def test_a_healthy_host(tmp_path: Path) -> None:
     assert (facts.checkpointer, facts.utility, facts.utility_problem) == ("utility", str(program), "")
 
 
-async def test_a_program_that_is_not_there() -> None:
+async def test_facts_without_the_utility() -> None:
     facts = host_facts(await survey_gpus(SickGpus()), GpuSettings(utility_path="/nonexistent/cuda-checkpoint"))
     assert (facts.utility, facts.utility_problem) == ("", "there is no program /nonexistent/cuda-checkpoint")
 
@@ -129,7 +129,7 @@ async def test_a_program_that_is_not_there() -> None:
         ("nvidia-cuda-mps-exporter", 0, False),
     ],
 )
-def test_mps_is_known_by_its_programs(tmp_path: Path, name: str, owner: int, counts: bool) -> None:
+def test_mps_is_detected_by_its_programs(tmp_path: Path, name: str, owner: int, counts: bool) -> None:
     shutil.copy("/bin/sleep", tmp_path / name)
     os.chown(tmp_path / name, owner, owner)
     assert not mps_runs()
@@ -139,8 +139,8 @@ def test_mps_is_known_by_its_programs(tmp_path: Path, name: str, owner: int, cou
     assert found is counts
 
 
-def test_the_kernels_driver_numbers_processes_as_the_host_does(tmp_path: Path) -> None:
-    """In a container without --pid=host NVML's pids are not ours; a driver in user space sees our own."""
+def test_host_pids_are_seen_only_in_the_initial_namespace(tmp_path: Path) -> None:
+    """In a container without --pid=host NVML's pids are not ours; a user-space driver sees our own."""
     (tmp_path / "self" / "ns").mkdir(parents=True)
     (tmp_path / "self" / "ns" / "pid").touch()
     assert sees_host_pids(tmp_path)

@@ -1,4 +1,4 @@
-"""XID events through NVML, and a watch over a driver that falls silent, on the emulated driver."""
+"""Tests XID events through NVML, and a monitor over a driver that falls silent, on the emulated driver."""
 
 from __future__ import annotations
 
@@ -32,45 +32,45 @@ async def events(driver: EmulatedNvidia) -> AsyncIterator[NvmlEvents]:
     made.close()
 
 
-async def hear(events: NvmlEvents, driver: EmulatedNvidia, uuid: str, code: int) -> Xid:
-    """Raise it until it is heard: nobody can see from outside when the thread has begun to listen."""
+async def receive_xid(events: NvmlEvents, driver: EmulatedNvidia, uuid: str, code: int) -> Xid:
+    """Raise it until it is received: from outside it can't be seen when the thread has begun to wait."""
     async with asyncio.timeout(PATIENCE_S):
-        heard = asyncio.ensure_future(events.next_xid())
-        while not heard.done():
+        received = asyncio.ensure_future(events.next_xid())
+        while not received.done():
             driver.control.raise_xid(uuid, code)
-            await asyncio.wait([heard], timeout=0.1)
-        return heard.result()
+            await asyncio.wait([received], timeout=0.1)
+        return received.result()
 
 
-async def test_an_xid_is_heard_with_its_gpu_and_code(driver: EmulatedNvidia, events: NvmlEvents) -> None:
+async def test_xid_is_reported_with_its_gpu_and_code(driver: EmulatedNvidia, events: NvmlEvents) -> None:
     first, second = [device.uuid for device in driver.control.devices()]
-    assert await hear(events, driver, second, 79) == Xid(second, 79)
-    assert await hear(NvmlEvents(), driver, first, 13) == Xid(first, 13)
+    assert await receive_xid(events, driver, second, 79) == Xid(second, 79)
+    assert await receive_xid(NvmlEvents(), driver, first, 13) == Xid(first, 13)
 
 
-async def test_a_lost_gpu_keeps_nobody_from_hearing_of_the_other(driver: EmulatedNvidia, events: NvmlEvents) -> None:
+async def test_lost_gpu_does_not_hide_xids_of_others(driver: EmulatedNvidia, events: NvmlEvents) -> None:
     first, second = [device.uuid for device in driver.control.devices()]
     driver.control.set_device(second, nvml_error=15)
-    assert await hear(events, driver, first, 48) == Xid(first, 48)
+    assert await receive_xid(events, driver, first, 48) == Xid(first, 48)
 
 
 async def test_unread_events_are_bounded_and_the_newest_stay() -> None:
     events = NvmlEvents()
     for code in range(MAX_UNREAD + 3):
         events._add(Xid("GPU-a", code))
-    events._thread = threading.Thread()  # never started: only what is kept is read
+    events._thread = threading.Thread()  # never started: only kept events are read
     assert [(await events.next_xid()).code for _ in range(MAX_UNREAD)] == list(range(3, MAX_UNREAD + 3))
 
 
 async def errors_of(gpus: NvmlGpus) -> list[str]:
-    """Of every device; nothing while the driver does not answer."""
+    """Errors by device; empty while the driver does not answer."""
     try:
         return [sample.error for sample in await gpus.samples()]
     except UnavailableError:
         return []
 
 
-async def test_a_silent_device_costs_a_deadline_and_the_figures_come_back(driver: EmulatedNvidia) -> None:
+async def test_figures_return_after_a_silent_device(driver: EmulatedNvidia) -> None:
     second = driver.control.devices()[1].uuid
     gpus = NvmlGpus(deadline_s=0.3)
     assert len(await gpus.samples()) == 2
@@ -85,7 +85,7 @@ async def test_a_silent_device_costs_a_deadline_and_the_figures_come_back(driver
     await gpus.close()
 
 
-async def test_modes_that_forbid_instances_are_seen(driver: EmulatedNvidia) -> None:
+async def test_modes_that_forbid_instances_are_reported(driver: EmulatedNvidia) -> None:
     first, second = [device.uuid for device in driver.control.devices()]
     driver.control.set_device(first, compute_mode="EXCLUSIVE_PROCESS", persistence=False)
     driver.control.set_device(second, compute_mode="PROHIBITED")

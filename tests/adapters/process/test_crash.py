@@ -1,6 +1,6 @@
-"""The agent is SIGKILLed at every step of a start: the next agent finds a recorded container, or nothing runs.
+"""SIGKILLs the agent at every step of a start: the next agent finds a recorded container, or nothing runs.
 
-What must never be: a workload that runs without a record, or a trace that nobody can clean.
+Must never happen: a workload that runs without a record, or a trace that can't be cleaned up.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def victim(world: ProcessWorld, point: str) -> subprocess.Popen[bytes]:
 
 
 async def next_agent_cleans_up(world: ProcessWorld) -> list[Handle]:
-    """What a recovery does: list, judge, destroy. Returns what it found; asserts that nothing stays."""
+    """Recover: list, judge, destroy. Returns what was found; asserts that nothing stays."""
     handles = list(await world.runtime.list_handles())
     if not handles:
-        # A launcher without a plan ends by itself; give it the moment it needs.
+        # A launcher without a plan ends by itself, after a moment.
         assert await cgroup.poll_until(lambda: world.traces(UID) == [], 10.0), world.traces(UID)
         assert not (world.folder / "state/ran").exists(), "it ran without a record"
     for handle in handles:
@@ -68,7 +68,7 @@ RECORDED = {"after record", "after replace", "before release", "half a plan", "w
 
 
 @pytest.mark.parametrize("point", POINTS)
-async def test_killed_at_a_step(world: ProcessWorld, point: str) -> None:
+async def test_agent_killed_at_a_step(world: ProcessWorld, point: str) -> None:
     if world.slice is None and point.endswith("cgroup"):
         point = "after bundle"  # there is no cgroup step without cgroups
     process = victim(world, point)
@@ -79,8 +79,8 @@ async def test_killed_at_a_step(world: ProcessWorld, point: str) -> None:
     assert bool(found) == (point in RECORDED)
 
 
-async def test_killed_at_any_moment(world: ProcessWorld) -> None:
-    """Ten deaths at random moments around the start, which takes some 25 ms after 200 ms of imports."""
+async def test_agent_killed_at_any_moment(world: ProcessWorld) -> None:
+    """Ten deaths at random moments around the start, which takes about 25 ms after 200 ms of imports."""
     seeded = random.Random(20231107)
     for _ in range(10):
         process = victim(world, "never")
@@ -88,7 +88,7 @@ async def test_killed_at_any_moment(world: ProcessWorld) -> None:
         with process.stdout:
             state = world.folder / "state/instances"
             assert await cgroup.poll_until(state.exists, 30.0)
-            await asyncio.sleep(seeded.uniform(0, 0.04))  # the moment of death is the datum, nothing waits for it
+            await asyncio.sleep(seeded.uniform(0, 0.04))  # the moment of death itself, not a synchronisation
             process.kill()
             assert process.wait(10) == -signal.SIGKILL
         await next_agent_cleans_up(world)
@@ -96,7 +96,7 @@ async def test_killed_at_any_moment(world: ProcessWorld) -> None:
         state.rmdir()
 
 
-async def test_a_container_started_before_the_death_goes_on_and_is_adopted(world: ProcessWorld) -> None:
+async def test_container_started_before_the_death_is_adopted(world: ProcessWorld) -> None:
     process = victim(world, "never")
     assert process.stdout
     with process.stdout:
@@ -113,7 +113,7 @@ async def test_a_container_started_before_the_death_goes_on_and_is_adopted(world
 
 
 @pytest.mark.parametrize("world", ["fenced"], indirect=True)
-async def test_a_cgroup_that_nobody_knows_is_removed(world: ProcessWorld) -> None:
+async def test_unknown_cgroup_is_removed(world: ProcessWorld) -> None:
     assert world.slice
     stray = subprocess.Popen(["sleep", "86391"])  # noqa: ASYNC220
     path = world.slice.create("resize-unknown")

@@ -1,4 +1,4 @@
-"""Single processes of a frozen instance are killed without waking it."""
+"""Tests that single processes of a frozen instance are killed without waking it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import asyncio
 
 import pytest
 
-from agent.adapters.kernel.cgroup_freezer import FreezerState, choose_freezer
+from agent.adapters.kernel.cgroup_freezer import choose_freezer
 from agent.adapters.kernel.process_table import boot_id
+from agent.ports import FreezerState
 from tests.contract.runtime_worlds import ProcessWorld
 
 LISTED_DEADLINE_S = 10.0
 
 
 @pytest.mark.parametrize("fenced", [True, False])
-async def test_a_frozen_stray_dies_and_the_rest_stays_frozen(fenced: bool) -> None:
+async def test_frozen_stray_dies_and_the_rest_stays_frozen(fenced: bool) -> None:
     world = ProcessWorld(fenced=fenced)
     try:
         if fenced and world.slice is None:
@@ -39,7 +40,7 @@ async def test_a_frozen_stray_dies_and_the_rest_stays_frozen(fenced: bool) -> No
         await world.close()
 
 
-async def test_an_agent_that_can_write_no_cgroup_any_more_sees_that_an_instance_is_frozen_by_its_own() -> None:
+async def test_cgroup_freeze_is_seen_by_an_agent_without_cgroups() -> None:
     world = ProcessWorld(fenced=True)
     try:
         if world.slice is None:
@@ -53,7 +54,7 @@ async def test_an_agent_that_can_write_no_cgroup_any_more_sees_that_an_instance_
         await world.close()
 
 
-async def test_an_instance_without_a_cgroup_is_frozen_by_signals_when_a_later_agent_can_write_cgroups() -> None:
+async def test_instance_without_cgroup_is_frozen_by_signals_by_a_later_agent() -> None:
     fenced, world = ProcessWorld(fenced=True), ProcessWorld(fenced=False)
     try:
         if fenced.slice is None:

@@ -1,4 +1,4 @@
-"""Logs of host processes: bounded on disk while they run, and the newest kept when they have ended."""
+"""Tests logs of host processes: bounded on disk while they run, the newest kept after their end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_log_past_its_cap_keeps_its_newest_half(tmp_path: Path) -> None:
     assert logs.read(tmp_path / "logs/unknown.log", 10) == b""
 
 
-async def test_running_logs_are_looked_at_every_five_seconds(tmp_path: Path) -> None:
+async def test_running_logs_are_checked_every_five_seconds(tmp_path: Path) -> None:
     clock = FakeClock()
     runtime = ProcessRuntime(ProcessRuntimeOptions(tmp_path, str(uuid.uuid4()), None, log_cap_bytes=100), clock)
     handle = await runtime.start(spec("resize-a", "seq 1 1000; echo done; sleep 86390"))
@@ -47,8 +47,8 @@ async def test_running_logs_are_looked_at_every_five_seconds(tmp_path: Path) -> 
         runtime.close()
 
 
-async def test_what_an_instance_wrote_last_is_capped_when_it_has_ended(tmp_path: Path) -> None:
-    """Between two looks a program can write gigabytes; once it has ended nobody looks again."""
+async def test_log_of_an_ended_instance_is_capped(tmp_path: Path) -> None:
+    """A program can write gigabytes between two checks, and after its end there is no further check."""
     settings = ProcessRuntimeOptions(tmp_path, str(uuid.uuid4()), None, log_cap_bytes=100)
     runtime = ProcessRuntime(settings, FakeClock())
     handle = await runtime.start(spec("resize-a", "seq 1 1000; echo done; sleep 86390"))

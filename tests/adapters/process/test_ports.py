@@ -1,4 +1,4 @@
-"""runtime.process.ports: instances get ports of that range only, and a full one says so."""
+"""Tests runtime.process.ports: instances get ports of that range only, and a full range is reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def a_runtime(tmp_path: Path, ports: tuple[int, int]) -> ProcessRuntime:
     return ProcessRuntime(settings, SystemClock())
 
 
-async def test_only_the_ports_of_the_range_are_given_and_each_once(tmp_path: Path) -> None:
+async def test_each_port_of_the_range_is_used_once(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -30,7 +30,7 @@ async def test_only_the_ports_of_the_range_are_given_and_each_once(tmp_path: Pat
     runtime.close()
 
 
-async def test_without_a_range_any_free_port_will_do(tmp_path: Path) -> None:
+async def test_any_free_port_is_used_without_a_range(tmp_path: Path) -> None:
     runtime = a_runtime(tmp_path, (0, 0))
     assert len({runtime._choose_port(f"i-{n}") for n in range(5)}) == 5
     runtime.close()

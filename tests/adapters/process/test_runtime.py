@@ -1,4 +1,4 @@
-"""What the process runtime promises beyond the contract: a clean workload, a bounded log, nobody else touched."""
+"""Tests what the process runtime promises beyond the contract: a clean workload, a bounded log, others untouched."""
 
 from __future__ import annotations
 
@@ -57,10 +57,7 @@ async def run(world: ProcessWorld, request: StartSpec) -> tuple[Handle, str]:
     return handle, output
 
 
-# ---- what the workload gets --------------------------------------------------------------------------------------
-
-
-async def test_the_environment_is_the_functions_and_ours_alone(
+async def test_environment_holds_only_the_functions_and_our_variables(
     world: ProcessWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AGENT_TOKEN", "must not leak")
@@ -88,19 +85,19 @@ async def test_the_environment_is_the_functions_and_ours_alone(
     }
 
 
-def test_a_function_without_gpus_sees_none() -> None:
+def test_function_without_gpus_sees_none() -> None:
     plan = make_plan(spec("resize-a", "env"), port=1, folder=Path("/"), user=None, state_uuid="u")
     assert (plan.environment["CUDA_VISIBLE_DEVICES"], plan.environment["NVIDIA_VISIBLE_DEVICES"]) == ("", "void")
 
 
-def test_one_that_may_move_sees_all_and_still_computes_on_its_own() -> None:
+def test_migratable_function_sees_all_gpus_but_uses_its_own() -> None:
     request = replace(spec("resize-a", "env", gpus=("GPU-1",)), all_gpus=True)
     plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
     assert plan.environment["CUDA_VISIBLE_DEVICES"] == "GPU-1"
     assert plan.environment["NVIDIA_VISIBLE_DEVICES"] == "all"
 
 
-def test_a_function_can_not_give_itself_gpus() -> None:
+def test_function_cannot_grant_itself_gpus() -> None:
     taken = {"CUDA_VISIBLE_DEVICES": "0,1", "NVIDIA_VISIBLE_DEVICES": "all"}
     request = spec("resize-a", "env")
     function = replace(request.instance.function, environment=tuple(taken.items()))
@@ -109,15 +106,15 @@ def test_a_function_can_not_give_itself_gpus() -> None:
     assert (plan.environment["CUDA_VISIBLE_DEVICES"], plan.environment["NVIDIA_VISIBLE_DEVICES"]) == ("", "void")
 
 
-def test_the_attachment_may_set_what_is_visible() -> None:
+def test_attachment_may_set_the_visible_gpus() -> None:
     request = spec("resize-a", "env", ours={"NVIDIA_VISIBLE_DEVICES": "void"}, gpus=("GPU-1",))
     plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
     assert plan.environment["NVIDIA_VISIBLE_DEVICES"] == "void"
 
 
-async def test_it_has_a_session_a_scratch_folder_and_no_input(world: ProcessWorld) -> None:
+async def test_workload_has_session_scratch_folder_and_no_input(world: ProcessWorld) -> None:
     script = "pwd; cat; umask; cut -d' ' -f1,6 /proc/$$/stat; echo $(ls /proc/$$/fd); grep SigIgn /proc/$$/status"
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # an agent under nohup
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as in an agent under nohup
     try:
         _, output = await run(world, spec("resize-a", script))
     finally:
@@ -131,7 +128,7 @@ async def test_it_has_a_session_a_scratch_folder_and_no_input(world: ProcessWorl
 
 
 @pytest.mark.root
-async def test_it_runs_as_the_configured_user_and_gains_nothing() -> None:
+async def test_workload_runs_as_the_configured_user_without_privileges() -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can start a process as another user")
     world = ProcessWorld(fenced=True, user="nobody")
@@ -151,16 +148,14 @@ async def test_it_runs_as_the_configured_user_and_gains_nothing() -> None:
         await world.close()
 
 
-def test_a_user_who_does_not_exist_is_a_config_error() -> None:
+def test_unknown_user_is_a_config_error() -> None:
     with pytest.raises(ConfigError) as raised:
         resolve_user("nobody-of-that-name")
     assert raised.value.reason == "RUNTIME_USER_UNKNOWN"
 
 
 @pytest.mark.parametrize("euid", [0, 1000])
-def test_functions_are_root_only_where_somebody_said_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, euid: int
-) -> None:
+def test_functions_run_as_root_only_if_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, euid: int) -> None:
     def runtime(user: str) -> ProcessRuntime:
         return ProcessRuntime(ProcessRuntimeOptions(tmp_path, "1c7e", None, enabled=True, user=user), FakeClock())
 
@@ -174,15 +169,12 @@ def test_functions_are_root_only_where_somebody_said_so(
         runtime("")
 
 
-def test_only_root_can_be_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_root_can_use_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 4242)
     with pytest.raises(ConfigError) as raised:
         resolve_user("nobody")
     assert raised.value.reason == "RUNTIME_USER_NEEDS_ROOT"
     assert resolve_user("") is None
-
-
-# ---- secrets -----------------------------------------------------------------------------------------------------
 
 
 async def test_secrets_are_in_no_file_and_no_repr(world: ProcessWorld) -> None:
@@ -198,37 +190,34 @@ async def test_secrets_are_in_no_file_and_no_repr(world: ProcessWorld) -> None:
     assert SECRET.encode() in plan.encode()
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("uid", ["", "../escape", ".hidden", "a/b", "x" * 129, "new\nline"])
-async def test_a_uid_that_is_no_file_name_is_refused(world: ProcessWorld, uid: str) -> None:
+async def test_uid_that_is_no_file_name_is_refused(world: ProcessWorld, uid: str) -> None:
     with pytest.raises(InvalidArgumentError) as raised:
         await world.runtime.start(spec(uid, "true"))
     assert raised.value.reason == "BAD_INSTANCE_UID"
 
 
 @pytest.mark.parametrize(("argv", "environment"), [(("a\0b",), {}), (("a",), {"N": "x\0y"}), (("a",), {"N=M": "x"})])
-def test_what_no_program_can_be_given_is_refused(argv: tuple[str, ...], environment: dict[str, str]) -> None:
+def test_values_that_no_program_can_be_given_are_refused(argv: tuple[str, ...], environment: dict[str, str]) -> None:
     with pytest.raises(InvalidArgumentError) as raised:
         LaunchPlan(argv, environment, Path("/"), None).encode()
     assert raised.value.reason == "BAD_COMMAND"
 
 
-async def test_a_program_that_is_not_executable_fails_with_its_name(world: ProcessWorld) -> None:
+async def test_start_of_a_non_executable_names_it(world: ProcessWorld) -> None:
     function = FunctionSpec(name="resize", entrypoint=("/etc/passwd",))
     with pytest.raises(InstanceError, match="cannot execute '/etc/passwd': Permission denied"):
         await world.runtime.start(StartSpec(InstanceSpec("resize-a", "r", function), {}, ()))
     assert world.traces("resize-a") == []
 
 
-async def test_a_big_environment_arrives_whole(world: ProcessWorld) -> None:
+async def test_big_environment_arrives_completely(world: ProcessWorld) -> None:
     ours = {f"TABLE_{number}": "x" * 100_000 for number in range(10)}
     _, output = await run(world, spec("resize-a", "env | wc -c", ours=ours))
     assert int(output) > 1_000_000
 
 
-async def test_a_full_disk_fails_the_start_and_leaves_nothing(
+async def test_full_disk_fails_the_start_and_leaves_nothing(
     world: ProcessWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_args: object) -> None:
@@ -240,7 +229,7 @@ async def test_a_full_disk_fails_the_start_and_leaves_nothing(
     assert world.traces("resize-a") == []
 
 
-async def test_a_cancelled_start_leaves_nothing(world: ProcessWorld) -> None:
+async def test_cancelled_start_leaves_nothing(world: ProcessWorld) -> None:
     starting = asyncio.create_task(world.runtime.start(spec("resize-a", "sleep 86390")))
     assert await cgroup.poll_until(lambda: world.pids_marked("resize-a") != [], 10.0)
     starting.cancel()
@@ -249,15 +238,12 @@ async def test_a_cancelled_start_leaves_nothing(world: ProcessWorld) -> None:
     assert world.traces("resize-a") == []
 
 
-# ---- its end -----------------------------------------------------------------------------------------------------
-
-
 async def test_no_zombie_stays(world: ProcessWorld) -> None:
     handle, _ = await run(world, spec("resize-a", "true"))
     assert process_table.read_stat(handle.process.pid) is None
 
 
-async def test_a_handle_of_another_boot_is_gone_and_can_be_destroyed(world: ProcessWorld) -> None:
+async def test_handle_of_another_boot_is_gone_and_can_be_destroyed(world: ProcessWorld) -> None:
     handle = await world.runtime.start(spec("resize-a", "sleep 86390"))
     before = Handle(
         handle.uid,
@@ -273,7 +259,7 @@ async def test_a_handle_of_another_boot_is_gone_and_can_be_destroyed(world: Proc
 
 
 @pytest.mark.root
-async def test_an_oom_kill_is_told_apart(world: ProcessWorld) -> None:
+async def test_oom_kill_is_recognised(world: ProcessWorld) -> None:
     top = memory_cgroup.find(os.getpid())
     if os.geteuid() != 0 or top is None or top.oom_kills() is None:
         pytest.skip("needs root and a memory cgroup that counts OOM kills")
@@ -302,8 +288,8 @@ async def test_an_oom_kill_is_told_apart(world: ProcessWorld) -> None:
     assert "out of memory" in exit_.message
 
 
-def test_uvloop_and_no_warnings() -> None:
-    """gRPC and uvloop install fork handlers that print warnings when Python forks: this start does not fork."""
+def test_uvloop_start_prints_no_warnings() -> None:
+    """The fork handlers of gRPC and uvloop print warnings when Python forks; this start does not fork."""
 
     async def story() -> int:
         world = ProcessWorld(fenced=True)
@@ -319,10 +305,7 @@ def test_uvloop_and_no_warnings() -> None:
             assert runner.run(story()) == 7
 
 
-# ---- what is on disk ---------------------------------------------------------------------------------------------
-
-
-async def test_the_bundle_of_another_state_directory_is_never_touched(world: ProcessWorld) -> None:
+async def test_bundle_of_another_state_directory_is_not_touched(world: ProcessWorld) -> None:
     handle = await world.runtime.start(spec("resize-a", "sleep 86390"))
     other_uuid = str(uuid.uuid4())
     slice_ = cgroup.open_slice(other_uuid)
@@ -336,7 +319,7 @@ async def test_the_bundle_of_another_state_directory_is_never_touched(world: Pro
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"version":1,"state', b"[]", b'{"version":1,"state_uuid":"u","handle":{}}'])
-async def test_a_torn_record_is_an_orphan(world: ProcessWorld, torn: bytes) -> None:
+async def test_torn_record_is_an_orphan(world: ProcessWorld, torn: bytes) -> None:
     bundle = world.folder / "state/instances/resize-a"
     bundle.mkdir(parents=True)
     (bundle / "handle.json").write_bytes(torn)
@@ -344,7 +327,7 @@ async def test_a_torn_record_is_an_orphan(world: ProcessWorld, torn: bytes) -> N
     assert world.traces("resize-a") == []
 
 
-async def test_the_record_says_whose_it_is(world: ProcessWorld) -> None:
+async def test_record_names_its_state_directory(world: ProcessWorld) -> None:
     handle = await world.runtime.start(spec("resize-a", "sleep 86390"))
     record = json.loads((world.folder / "state/instances/resize-a/handle.json").read_bytes())
     assert (record["version"], record["state_uuid"]) == (1, world.state_uuid)

@@ -1,8 +1,8 @@
-"""An agent that dies: starts one instance and SIGKILLs itself at the named point. Run by the crash tests.
+"""An agent that dies: starts one instance and SIGKILLs itself at the named point. The crash tests run it.
 
     python -m tests.adapters.process.victim STATE_DIR STATE_UUID FENCED UID POINT
 
-POINT is "before NAME" or "after NAME" of a function on the way of a start, or "never"; "started" is printed then.
+POINT is "before NAME" or "after NAME" of a step of a start, or "never"; then "started" is printed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def die() -> None:
 
 
 def arm(point: str) -> None:
-    """Put the death where it was asked for."""
+    """Make the agent die at that point."""
     if point in ("half a plan", "whole plan"):
         arm_plan(whole=point == "whole plan")
         return
@@ -87,7 +87,7 @@ def arm_plan(*, whole: bool) -> None:
 async def start(state_dir: Path, state_uuid: str, fenced: bool, uid: str) -> None:
     slice_ = cgroup.open_slice(state_uuid) if fenced else None
     runtime = ProcessRuntime(ProcessRuntimeOptions(state_dir, state_uuid, slice_), SystemClock())
-    # It says that it ran, where nobody can miss it, and stays.
+    # Leaves a trace that it ran, and stays.
     script = f"echo ran >>{state_dir}/ran; exec sleep 86391"
     function = FunctionSpec(name="resize", entrypoint=("/bin/sh", "-c", script))
     await runtime.start(StartSpec(InstanceSpec(uid, f"resize/1/{uid}", function), {}, ()))

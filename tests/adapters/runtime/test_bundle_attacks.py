@@ -1,4 +1,4 @@
-"""What a workload can leave in its scratch folder for the root process that removes it."""
+"""Tests what a workload can leave in its scratch folder for the root process that removes it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def few_descriptors() -> Iterator[None]:
 
 
 def dig(folder: Path, levels: int) -> None:
-    """Folders in each other, each with a file, deeper than any path can name."""
+    """Nested folders, each with a file, deeper than any path can name."""
     here = os.open(folder, os.O_RDONLY)
     for _ in range(levels):
         os.mkdir("d", dir_fd=here)
@@ -43,7 +43,7 @@ def dig(folder: Path, levels: int) -> None:
     os.close(here)
 
 
-def test_depth_takes_neither_stack_nor_descriptors(bundles: Bundles, few_descriptors: None) -> None:
+def test_deep_tree_needs_neither_stack_nor_descriptors(bundles: Bundles, few_descriptors: None) -> None:
     dig(bundles.scratch("resize-a"), DEEPER_THAN_PYTHON_RECURSES)
     bundles.remove("resize-a")
     assert bundles.read("resize-a") is None
@@ -65,10 +65,10 @@ def test_links_are_removed_not_followed(bundles: Bundles, tmp_path: Path) -> Non
     assert stat.S_IMODE(precious.stat().st_mode) == 0o755
 
 
-def test_a_folder_exchanged_for_a_link_under_way_is_not_followed(
+def test_folder_replaced_by_a_link_meanwhile_is_not_followed(
     bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another workload of the same user swaps a folder between the look at it and the step into it."""
+    """Another workload of the same user swaps a folder between its check and its opening."""
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").write_text("kept")
@@ -89,7 +89,7 @@ def test_a_folder_exchanged_for_a_link_under_way_is_not_followed(
     assert bundles.read("resize-a") is None
 
 
-def test_odd_names_pipes_and_shut_folders_go_too(bundles: Bundles) -> None:
+def test_odd_names_pipes_and_closed_folders_are_removed(bundles: Bundles) -> None:
     scratch = bundles.scratch("resize-a")
     os.mkfifo(scratch / "pipe")
     (scratch / "shut/inner/more").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A workload against the root process that keeps its log: nothing it does to the file may hold the agent up."""
+"""Tests a workload that attacks the root process that keeps its log: nothing may block the agent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agent.adapters.process.launch import resolve_user
 from agent.adapters.runtime.bundles import WorkloadUser
 from agent.adapters.runtime.log_files import LogFiles
 
-# Whoever opens a leased file waits for its holder, up to /proc/sys/fs/lease-break-time (45 s): in the agent's loop.
+# Opening a leased file waits for its holder, up to /proc/sys/fs/lease-break-time (45 s), in the agent's loop.
 LEASE = """
 import fcntl, os, signal, sys
 uid, gid = map(int, sys.argv[1:])
@@ -42,7 +42,7 @@ def leaser() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def take_lease(started: list[subprocess.Popen[bytes]], log_fd: int, user: WorkloadUser | None) -> str:
-    """A workload whose stdout is the log leases it; what came of that."""
+    """A workload whose stdout is the log leases it; returns the result."""
     uid, gid = (user.uid, user.gid) if user else (os.getuid(), os.getgid())
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", LEASE, str(uid), str(gid)],
@@ -56,8 +56,8 @@ def take_lease(started: list[subprocess.Popen[bytes]], log_fd: int, user: Worklo
     return process.stderr.readline().decode().strip()
 
 
-def test_a_leased_log_holds_nobody_up(tmp_path: Path, leaser: list[subprocess.Popen[bytes]]) -> None:
-    """Of the agent's own user, the workload owns the file and may lease it: then the log waits, not the agent."""
+def test_leased_log_does_not_block(tmp_path: Path, leaser: list[subprocess.Popen[bytes]]) -> None:
+    """A workload of the agent's own user owns the file and may lease it: then the log waits, not the agent."""
     logs = LogFiles(tmp_path, cap_bytes=10, keep=5)
     log_fd = logs.open("resize-a", None)
     os.write(log_fd, b"more than the cap")
@@ -82,8 +82,8 @@ def test_another_user_cannot_lease_its_log(tmp_path: Path, leaser: list[subproce
     assert logs.read(logs.path("resize-a"), 100) == b"kept"
 
 
-def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
-    """The folder is the agent's alone; should that ever fail, a link in it still leads nowhere."""
+def test_link_in_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
+    """Only the agent can write to the folder; should that ever fail, a link in it still leads nowhere."""
     victim = tmp_path / "shadow"
     victim.write_bytes(b"root's, and longer than the cap")
     logs = LogFiles(tmp_path, cap_bytes=10, keep=5)

@@ -1,4 +1,4 @@
-"""Following the log of a host process through rotations."""
+"""Tests following the log of a host process through rotations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def all_of(reader: LogFollower, most_bytes: int = 7) -> bytes:
     return b"".join(iter(lambda: reader.read(most_bytes), b""))
 
 
-def test_the_last_bytes_then_what_comes(logs: LogFiles) -> None:
+def test_follower_returns_the_tail_then_new_bytes(logs: LogFiles) -> None:
     say(logs, b"one\ntwo\n")
     reader = logs.follow(logs.path("ocr-a"), tail_bytes=4)
     assert all_of(reader) == b"two\n"
@@ -36,7 +36,7 @@ def test_the_last_bytes_then_what_comes(logs: LogFiles) -> None:
     assert all_of(logs.follow(logs.path("unknown"), tail_bytes=10)) == b""
 
 
-def test_it_begins_over_the_last_rotation_as_reading_does(logs: LogFiles) -> None:
+def test_follower_starts_in_the_rotated_file(logs: LogFiles) -> None:
     path = logs.path("ocr-a")
     say(logs, b"".join(b"line %02d\n" % number for number in range(20)))
     assert logs.trim(path)
@@ -45,7 +45,7 @@ def test_it_begins_over_the_last_rotation_as_reading_does(logs: LogFiles) -> Non
         assert all_of(logs.follow(path, tail_bytes)) == logs.read(path, tail_bytes)
 
 
-def test_a_rotation_under_way_is_gone_on_from(logs: LogFiles) -> None:
+def test_follower_continues_after_a_rotation(logs: LogFiles) -> None:
     path = logs.path("ocr-a")
     say(logs, b"x" * 101)
     reader = logs.follow(path, tail_bytes=1000)
@@ -55,7 +55,7 @@ def test_a_rotation_under_way_is_gone_on_from(logs: LogFiles) -> None:
     assert all_of(reader) == b"new\n"
 
 
-def test_a_link_in_its_place_shows_nothing(logs: LogFiles, tmp_path: Path) -> None:
+def test_follower_reads_no_link(logs: LogFiles, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("hunter2")
     say(logs, b"mine\n")
     reader = logs.follow(logs.path("ocr-a"), tail_bytes=1000)

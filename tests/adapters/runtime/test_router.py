@@ -1,4 +1,4 @@
-"""Processes and containers behind one runtime: who looks after whom, also when there is no engine any more."""
+"""Tests processes and containers behind one runtime: which runtime serves which, also without an engine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ IMAGE = FunctionSpec(name="resize", image="registry.example/resize:1")
 
 
 class FakeEngine(FakeRuntime):
-    """Gives its instances a container's id."""
+    """A runtime whose instances have a container id."""
 
     def accepts(self, function: FunctionSpec) -> None:
-        """Any image."""
+        """Accepts any image."""
 
     async def start(self, spec: StartSpec) -> Handle:
         assert spec.instance.function.image != "host"
@@ -30,14 +30,14 @@ class FakeEngine(FakeRuntime):
         return container.handle
 
     async def check(self) -> None:
-        """It is there."""
+        """Always succeeds."""
 
 
 def spec(uid: str, function: FunctionSpec) -> StartSpec:
     return StartSpec(InstanceSpec(uid, uid, function), {}, ())
 
 
-async def test_each_image_goes_where_it_can_run_and_all_are_listed_in_order() -> None:
+async def test_images_go_to_their_runtime_and_all_handles_are_listed() -> None:
     process, engine = FakeRuntime(), FakeEngine()
     runtimes = Runtimes(process, engine, process_enabled=True)
     third = await runtimes.start(spec("c", PROCESS))
@@ -53,7 +53,7 @@ async def test_each_image_goes_where_it_can_run_and_all_are_listed_in_order() ->
     assert runtimes.offered == ("process", "engine")
 
 
-def test_processes_of_the_host_must_be_allowed() -> None:
+def test_host_processes_must_be_allowed() -> None:
     runtimes = Runtimes(FakeRuntime(), FakeEngine(), process_enabled=False)
     with pytest.raises(PreconditionError, match=r"runtime\.process\.enabled") as raised:
         runtimes.accepts(PROCESS)
@@ -62,7 +62,7 @@ def test_processes_of_the_host_must_be_allowed() -> None:
     assert runtimes.offered == ("engine",)
 
 
-def test_without_an_engine_an_image_is_refused_with_the_fix() -> None:
+def test_image_without_an_engine_is_refused_with_a_fix() -> None:
     runtimes = Runtimes(FakeRuntime(), None, process_enabled=True)
     with pytest.raises(PreconditionError, match=r"runtime\.engine\.socket") as raised:
         runtimes.accepts(IMAGE)
@@ -71,7 +71,7 @@ def test_without_an_engine_an_image_is_refused_with_the_fix() -> None:
     assert runtimes.offered == ("process",)
 
 
-async def test_a_container_that_outlived_its_engines_setting_is_killed_and_kept_on_record() -> None:
+async def test_container_without_its_engine_is_killed_but_not_destroyed() -> None:
     process, engine = FakeRuntime(), FakeEngine()
     container = await Runtimes(process, engine, process_enabled=True).start(spec("a", IMAGE))
     process.containers["a"] = engine.containers["a"]  # the kernel shows it to everyone
@@ -86,7 +86,7 @@ async def test_a_container_that_outlived_its_engines_setting_is_killed_and_kept_
         await runtimes.exec(container, ExecSpec(("sh",)))
 
 
-async def test_where_no_socket_was_found_nothing_new_starts_and_the_old_is_still_removed() -> None:
+async def test_missing_engine_socket_blocks_starts_but_not_removal() -> None:
     engine = FakeEngine()
     container = await Runtimes(FakeRuntime(), engine, process_enabled=True).start(spec("a", IMAGE))
     runtimes = Runtimes(FakeRuntime(), engine, process_enabled=True, engine_enabled=False)

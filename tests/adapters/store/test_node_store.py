@@ -1,4 +1,4 @@
-"""The SQLite store under what disks do: damage, fullness, slowness, death of the process, a newer schema."""
+"""Tests the SQLite store with damaged, full and slow disks, the death of the process, and a newer schema."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from agent.adapters.store.node_store import FILE_NAME, NodeStore
+from agent.adapters.store.schema import record_of, record_row
 from agent.adapters.store.sqlite_thread import StoreHealth
 from agent.core.errors import UnavailableError
 from agent.ports import RecordPhase
 from tests.contract.test_stores import record, window
 
 
-async def test_everything_survives_a_reopening(tmp_path: Path) -> None:
+async def test_everything_survives_a_reopen(tmp_path: Path) -> None:
     store = await NodeStore.open(tmp_path)
     await store.put_instance(record())
     await store.upsert_windows([window(seq=0), window(seq=1, sealed=False)])
@@ -31,8 +32,8 @@ async def test_everything_survives_a_reopening(tmp_path: Path) -> None:
     await again.close()
 
 
-async def test_what_was_written_is_there_for_a_reader_before_any_close(tmp_path: Path) -> None:
-    """A kill -9 leaves the file as another process sees it now."""
+async def test_writes_are_visible_to_readers_before_close(tmp_path: Path) -> None:
+    """After a kill -9 the file is as another process sees it now."""
     store = await NodeStore.open(tmp_path)
     await store.upsert_windows([window(sealed=False)])
     with sqlite3.connect(tmp_path / FILE_NAME) as reader:
@@ -53,7 +54,7 @@ async def test_only_the_owner_may_read_the_file(tmp_path: Path, found: str) -> N
     await store.close()
 
 
-async def test_a_damaged_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
+async def test_damaged_file_is_refused_with_a_fix(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"not a database at all" * 400)
     with pytest.raises(UnavailableError, match="can be moved away") as caught:
         await NodeStore.open(tmp_path)
@@ -75,7 +76,7 @@ async def test_a_newer_schema_is_refused_untouched(tmp_path: Path) -> None:
         await NodeStore.open(tmp_path)
 
 
-async def test_a_full_disk_fails_the_write_whole_and_heals(tmp_path: Path) -> None:
+async def test_full_disk_fails_the_whole_write_and_heals(tmp_path: Path) -> None:
     store = await NodeStore.open(tmp_path, max_bytes=120_000)
     await store.upsert_windows([window("i-first")])
     with pytest.raises(UnavailableError, match="full"):
@@ -86,7 +87,7 @@ async def test_a_full_disk_fails_the_write_whole_and_heals(tmp_path: Path) -> No
     await store.close()
 
 
-async def test_a_locked_database_meets_the_deadline_and_later_writes_work(tmp_path: Path) -> None:
+async def test_locked_database_fails_at_the_deadline_then_recovers(tmp_path: Path) -> None:
     store = await NodeStore.open(tmp_path, deadline_s=0.2)
     other = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -103,7 +104,7 @@ async def test_a_locked_database_meets_the_deadline_and_later_writes_work(tmp_pa
     await store.close()
 
 
-async def test_the_queue_is_bounded_and_says_so_at_once(tmp_path: Path) -> None:
+async def test_full_queue_fails_at_once(tmp_path: Path) -> None:
     store = await NodeStore.open(tmp_path, deadline_s=0.5, queue_length=2)
     other = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -122,7 +123,7 @@ async def test_a_closed_store_refuses(tmp_path: Path) -> None:
         await store.load_instances()
 
 
-async def test_a_damaged_record_is_a_store_failure_not_a_crash(tmp_path: Path) -> None:
+async def test_damaged_record_is_a_store_failure(tmp_path: Path) -> None:
     store = await NodeStore.open(tmp_path)
     await store.put_instance(record())
     with sqlite3.connect(tmp_path / FILE_NAME) as other:
@@ -131,3 +132,9 @@ async def test_a_damaged_record_is_a_store_failure_not_a_crash(tmp_path: Path) -
     with pytest.raises(UnavailableError, match="STORE_FAILED"):
         await store.load_instances()
     await store.close()
+
+
+def test_record_of_an_earlier_version_is_read() -> None:
+    earlier = record_row(record())[2].replace(b'"phase":', b'"end_reason":"","end_message":"","phase":')
+    assert b"end_reason" in earlier
+    assert record_of(earlier) == record()

@@ -9,7 +9,7 @@ from agent.core.dispatch.events import FunctionSet, InstanceReported, LeaseEnded
 from agent.core.types import InstanceState
 
 
-def test_one_decision_costs_the_same_with_ten_and_with_ten_thousand_instances() -> None:
+def test_a_decision_costs_the_same_with_10_and_10000_instances() -> None:
     """Counted, not timed: the index holds one bucket entry per instance and none is looked at but the chosen."""
     small, large = _steps_per_request(10), _steps_per_request(10_000)
     assert large <= small * 1.5

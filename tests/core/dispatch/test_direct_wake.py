@@ -37,14 +37,14 @@ def other(uid: str, state: InstanceState, *gpus: str) -> InstanceReported:
     return InstanceReported(uid, "llm", "n1", state, gpus=gpus)
 
 
-def test_a_lone_request_is_sent_to_the_instance_that_it_wakes() -> None:
+def test_a_lone_request_is_dispatched_to_the_instance_that_it_wakes() -> None:
     story = Story(instance("a", FROZEN))
     assert story.arrive(1) == [Dispatch(1, "a", "n1", queued_ns=0, direct_wake=True)]
     assert story.dispatcher.leased("a") == 1
     assert story.dispatcher.queue_state("ocr").waking == 1
 
 
-def test_those_who_come_after_it_wait_here_and_go_once_it_is_answered() -> None:
+def test_later_requests_are_queued_until_the_direct_wake_is_answered() -> None:
     story = Story(instance("a", FROZEN, concurrency=3))
     direct_wake(story.arrive(1))
     assert story.arrive(2) == []
@@ -63,7 +63,7 @@ def test_a_report_that_it_runs_frees_its_other_slots_before_the_answer() -> None
     assert uids(story(LeaseEnded(1))) == ["a"]
 
 
-def test_it_counts_as_queued_until_then_so_that_no_instance_too_many_is_woken() -> None:
+def test_a_direct_wake_counts_as_queued_so_that_no_instance_is_woken_too_many() -> None:
     story = Story(instance("a", FROZEN, concurrency=2), instance("b", FROZEN, concurrency=2))
     first = direct_wake(story.arrive(1))
     assert story.arrive(2) == []
@@ -86,7 +86,7 @@ def test_it_counts_as_queued_until_then_so_that_no_instance_too_many_is_woken() 
     ],
     ids=lambda events: f"{events[0].function} is {events[0].state.value}",
 )
-def test_where_another_could_be_free_sooner_it_stays_here(busy: list[Event]) -> None:
+def test_no_direct_wake_if_another_instance_may_be_free_sooner(busy: list[Event]) -> None:
     """An instance of the function on its way, or somebody on the GPUs who might keep them for long."""
     story = Story(*busy, instance("a", FROZEN, gpus=("g0",)))
     if busy[0] == instance("b"):
@@ -95,7 +95,7 @@ def test_where_another_could_be_free_sooner_it_stays_here(busy: list[Event]) -> 
     assert story.dispatcher.leased("a") == 0
 
 
-def test_whoever_shares_its_gpus_may_sleep_or_be_gone() -> None:
+def test_instances_on_the_same_gpu_allow_a_direct_wake_if_frozen_or_gone() -> None:
     for quiet in (other("x", FROZEN, "g0"), InstanceGone("x"), other("x", RUNNING, "g1")):
         story = Story(other("x", RUNNING, "g0"), quiet, instance("a", FROZEN, gpus=("g0",)))
         assert direct_wake(story.arrive(1)) == "a"
@@ -113,7 +113,7 @@ def test_a_second_wake_on_the_same_gpu_is_asked_for() -> None:
     assert direct_wake(story.arrive(3, "llm")) == "x"
 
 
-def test_refused_it_waits_for_whichever_frees_first() -> None:
+def test_a_refused_direct_wake_is_queued_for_the_first_free_instance() -> None:
     story = Story(instance("a", FROZEN), instance("b", FROZEN))
     first = direct_wake(story.arrive(1))
     (wake,) = story(LeaseRefused(1))
@@ -134,7 +134,7 @@ def test_a_wake_that_failed_is_not_tried_again_at_once() -> None:
     assert story.went(2) == "a"
 
 
-def test_the_instance_may_go_and_its_node_fall_silent_meanwhile() -> None:
+def test_a_direct_wake_survives_the_end_of_its_instance_and_a_silent_node() -> None:
     for end in (InstanceGone("a"), NodeSuspect("n1")):
         story = Story(instance("a", FROZEN), NodeReported("n2"), instance("b", FROZEN, "n2"))
         story(instance("b", InstanceState.STARTING, "n2"))

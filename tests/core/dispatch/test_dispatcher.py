@@ -1,4 +1,4 @@
-"""The dispatcher's rules, one story a test (DESIGN section 9)."""
+"""The dispatcher's rules, one story a test (agent/docs/design.md, section 9)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_awake_instance_with_fewest_outstanding_is_chosen() -> None:
     assert {first, second} == {"a", "b"}
 
 
-def test_pack_prefers_the_most_recently_idle_and_spread_the_longest_rested() -> None:
+def test_pack_prefers_the_last_used_and_spread_the_longest_rested() -> None:
     for policy, expected in ((DispatchPolicy.PACK, "a"), (DispatchPolicy.SPREAD, "b")):
         story = Story(FunctionSet("ocr", policy=policy), instance("a"), instance("b"))
         served = {story.went(1): 1, story.went(2): 2}
@@ -80,7 +80,7 @@ def test_pack_prefers_the_most_recently_idle_and_spread_the_longest_rested() -> 
         assert story.went(3) == expected
 
 
-def test_pack_leaves_the_others_alone_under_a_single_stream_of_requests() -> None:
+def test_pack_uses_one_instance_for_a_single_stream_of_requests() -> None:
     story = Story(instance("a"), instance("b"), instance("c"))
     used = set()
     for request in range(20):
@@ -98,7 +98,7 @@ def test_a_freed_slot_takes_the_oldest_waiting_request() -> None:
     assert uids(story(LeaseEnded(2))) == ["a"]
 
 
-def test_a_cancellable_freeze_is_preferred_to_a_wake_and_an_uncancellable_one_gets_nothing() -> None:
+def test_a_cancellable_freeze_is_preferred_to_a_wake() -> None:
     freezing = instance("a", InstanceState.FREEZING, cancellable=True)
     assert Story(freezing, instance("b", FROZEN)).went(1) == "a"
     story = Story(RIVAL, instance("a", InstanceState.FREEZING), instance("b", FROZEN, gpus=("g0",)))
@@ -126,19 +126,19 @@ def test_a_report_may_bring_the_end_of_a_wake_before_its_answer() -> None:
     assert story.went(2) == "a"
 
 
-def test_wakes_under_way_are_at_most_queued_over_concurrency() -> None:
+def test_wakes_in_progress_are_at_most_queued_over_concurrency() -> None:
     story = Story(*(instance(f"i{n}", FROZEN, concurrency=4) for n in range(5)))
     wakes = [uid for request in range(9) for uid in uids(story.arrive(request))]
     assert len(wakes) == 3
 
 
-def test_a_restore_somebody_else_began_counts_as_capacity_on_its_way() -> None:
+def test_an_instance_woken_by_others_counts_as_waking_capacity() -> None:
     story = Story(instance("a", InstanceState.RESTORING), instance("b", FROZEN))
     assert story.arrive(1) == []
     assert uids(story.arrive(2)) == ["b"]
 
 
-def test_the_request_is_not_bound_to_the_waking_instance() -> None:
+def test_a_queued_request_takes_the_first_free_instance_not_the_waking_one() -> None:
     story = Story(instance("a"), instance("b", FROZEN))
     assert story.went(1) == "a"
     assert story.arrive(2) == [Wake("b", "n1")]
@@ -146,7 +146,7 @@ def test_the_request_is_not_bound_to_the_waking_instance() -> None:
     assert story(WakeAnswered("b")) == []
 
 
-def test_the_node_that_wakes_fastest_is_chosen_and_wakes_queued_there_count() -> None:
+def test_the_node_that_wakes_fastest_is_chosen_counting_its_wakes_in_progress() -> None:
     story = Story(NodeReported("slow"), NodeReported("fast"))
     for n in range(3):
         story(instance(f"f{n}", FROZEN, "fast", wake_estimate_ns=SECOND_NS))
@@ -185,7 +185,7 @@ def test_wake_factor_waits_where_waiting_is_shorter_than_waking() -> None:
     assert uids(story.arrive(12) + story.arrive(13)) == ["b"]
 
 
-def test_no_wake_that_would_only_rob_the_function_itself() -> None:
+def test_no_wake_that_would_freeze_an_instance_of_the_same_function() -> None:
     """Two GPUs, both held by busy instances of the function: waking the third would freeze one of them."""
     story = Story(NodeReported("n1", gpu_count=2))
     story(instance("a", gpus=("g0",)))
@@ -197,7 +197,7 @@ def test_no_wake_that_would_only_rob_the_function_itself() -> None:
     assert uids(story(instance("b", FROZEN, gpus=("g1",)))) == ["b"]  # its GPU works for nobody now
 
 
-def test_where_images_cannot_move_only_an_instance_of_a_free_gpu_is_woken() -> None:
+def test_without_migration_only_an_instance_on_a_free_gpu_is_woken() -> None:
     story = Story(NodeReported("n1", gpu_count=2, migrates=False))
     story(instance("a", gpus=("g0",)))
     story(instance("c", FROZEN, gpus=("g1",)))
@@ -243,7 +243,7 @@ def test_a_refusal_after_the_deadline_is_a_queue_timeout() -> None:
     assert story(LeaseRefused(1)) == [Refuse(1, RefusalReason.QUEUE_TIMEOUT)]
 
 
-def test_the_deadline_is_only_for_those_who_wait() -> None:
+def test_a_deadline_affects_only_queued_requests() -> None:
     story = Story(instance("a"))
     story.arrive(1)
     story.arrive(2)
@@ -252,7 +252,7 @@ def test_the_deadline_is_only_for_those_who_wait() -> None:
     assert story(LeaseEnded(1)) == []
 
 
-def test_a_full_queue_refuses_and_a_client_that_left_makes_room() -> None:
+def test_a_full_queue_refuses_until_a_client_leaves() -> None:
     story = Story(FunctionSet("ocr", queue_length=1), instance("a"))
     story.arrive(1)
     assert story.arrive(2) == []
@@ -262,7 +262,7 @@ def test_a_full_queue_refuses_and_a_client_that_left_makes_room() -> None:
     assert [e.request for e in story(RequestGone(1)) if isinstance(e, Dispatch)] == [4]
 
 
-def test_without_instances_or_hope_there_is_no_capacity() -> None:
+def test_a_function_without_instances_that_expects_none_has_no_capacity() -> None:
     story = Story()
     assert story.arrive(1, "nobody") == [Refuse(1, RefusalReason.UNKNOWN_FUNCTION)]
     assert story.arrive(2) == []  # one is expected
@@ -273,7 +273,7 @@ def test_without_instances_or_hope_there_is_no_capacity() -> None:
     assert story(InstanceGone("a")) == [Refuse(4, RefusalReason.NO_CAPACITY)]
 
 
-def test_a_removed_function_refuses_what_waits_and_lets_the_rest_end() -> None:
+def test_a_removed_function_refuses_queued_requests_and_finishes_leased_ones() -> None:
     story = Story(instance("a"))
     story.arrive(1)
     story.arrive(2)
@@ -302,7 +302,7 @@ def test_a_lost_nodes_leases_end_and_its_requests_end_by_themselves() -> None:
     assert story.dispatcher.leased("a") == 1, "the late end of a void lease takes nobody else's"
 
 
-def test_an_agent_that_was_started_anew_has_none_of_the_leases_of_its_former_life() -> None:
+def test_leases_of_an_earlier_run_of_the_agent_are_void() -> None:
     story = Story(NodeReported("n1", epoch=7), instance("a"))
     assert story.went(1) == "a"
     assert story(NodeReported("n1", epoch=7)) == []
@@ -312,7 +312,7 @@ def test_an_agent_that_was_started_anew_has_none_of_the_leases_of_its_former_lif
     assert uids(story(LeaseRefused(1))) == ["a"], "refused by the old one: the new one may have it"
 
 
-def test_the_time_of_leases_is_summed_without_the_queue() -> None:
+def test_lease_time_is_summed_without_queueing() -> None:
     story = Story(instance("a"))
     story.went(1)
     began = story.now
@@ -344,7 +344,7 @@ def test_an_instance_that_could_not_be_stopped_serves_on() -> None:
     assert uids(story(InstanceRetired("a", retired=False))) == ["a"]
 
 
-def test_a_failed_wake_is_tried_on_another_and_again_when_the_node_is_heard() -> None:
+def test_a_failed_wake_is_retried_elsewhere_and_later_on_the_same_node() -> None:
     story = Story(RIVAL, *(instance(uid, FROZEN, gpus=("g0",)) for uid in "ab"))
     (first,) = uids(story.arrive(1))
     (second,) = uids(story(WakeFailed(first)))

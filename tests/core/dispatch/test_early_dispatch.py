@@ -38,7 +38,7 @@ def full(*events: Event) -> Story:
     return story
 
 
-def test_the_next_request_is_dispatched_early_and_takes_the_slot_that_becomes_free_there() -> None:
+def test_the_next_request_is_dispatched_early_and_takes_the_next_free_slot() -> None:
     story = full()
     assert early(story.arrive(5)) == [5]
     assert story.arrive(6) == [], "one is enough for four slots"
@@ -50,7 +50,7 @@ def test_the_next_request_is_dispatched_early_and_takes_the_slot_that_becomes_fr
     assert story.dispatcher.leased("a") == 0
 
 
-def test_short_requests_dispatch_more_early_for_more_slots_become_free_on_the_way_of_the_next() -> None:
+def test_short_requests_allow_more_early_dispatches() -> None:
     sixteen = [instance(uid, concurrency=4) for uid in "abcd"]
     seconds = Story(*sixteen, early_dispatch=True)
     millis = Story(*sixteen, early_dispatch=True)
@@ -72,14 +72,14 @@ def test_with_few_slots_nothing_is_dispatched_early() -> None:
     assert story.arrive(4) == []
 
 
-def test_what_was_dispatched_early_counts_in_the_queue() -> None:
+def test_early_dispatches_count_in_the_queue() -> None:
     story = full(FunctionSet("ocr", queue_length=2))
     assert early(story.arrive(5)) == [5]
     assert story.arrive(6) == []
     assert story.arrive(7) == [Refuse(7, RefusalReason.QUEUE_FULL)]
 
 
-def test_what_was_dispatched_early_and_refused_waits_again_at_the_head_and_not_there_at_once() -> None:
+def test_a_refused_early_dispatch_is_queued_first_and_pauses_its_node() -> None:
     story = full()
     assert early(story.arrive(5)) == [5]
     story.arrive(6)
@@ -89,7 +89,7 @@ def test_what_was_dispatched_early_and_refused_waits_again_at_the_head_and_not_t
     assert early(story(LeaseEnded(5, "b"))) == [], "6 has b; nobody is left"
 
 
-def test_nothing_is_dispatched_early_while_another_nodes_slots_could_go_without() -> None:
+def test_no_early_dispatch_if_another_node_may_have_a_slot_first() -> None:
     story = full(NodeReported("n2"), instance("b", node="n2"))
     story.arrive(5)
     assert story.dispatcher.leased("b") == 1
@@ -97,14 +97,14 @@ def test_nothing_is_dispatched_early_while_another_nodes_slots_could_go_without(
     assert early(story.arrive(7)) == [6], "7 waits for the other node"
 
 
-def test_nothing_is_dispatched_early_while_somebody_wakes() -> None:
+def test_no_early_dispatch_while_an_instance_wakes() -> None:
     story = full(NodeReported("n2"), instance("b", FROZEN, node="n2"))
     (wake,) = story.arrive(5)
     assert wake == Wake("b", "n2")
     assert uids(story(WakeAnswered("b"))) == ["b"]
 
 
-def test_whoever_was_thought_to_be_where_another_served_is_where_that_was_thought_to_be() -> None:
+def test_requests_served_by_each_others_instance_trade_leases() -> None:
     story = Story(instance("a"), instance("b"))
     assert {story.went(1), story.went(2)} == {"a", "b"}
     one = "a" if 1 in story.dispatcher._instances["a"].holders else "b"
@@ -115,7 +115,7 @@ def test_whoever_was_thought_to_be_where_another_served_is_where_that_was_though
     assert (story.dispatcher.leased(one), story.dispatcher.leased(other)) == (0, 0)
 
 
-def test_a_request_that_is_served_before_its_slot_was_known_to_be_free_leaves_nothing_behind() -> None:
+def test_an_early_dispatch_served_before_its_slot_was_free_leaves_no_lease() -> None:
     story = full()
     story.arrive(5)
     assert story(LeaseEnded(5, "a")) == []

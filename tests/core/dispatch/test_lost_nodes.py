@@ -27,15 +27,13 @@ NO_MORE = FunctionSet("ocr", expects_instances=False)
     [(NodeSuspect("n1"), []), (NodeLost("n1"), [Refuse(1, RefusalReason.NO_CAPACITY)])],
     ids=["suspect", "lost"],
 )
-def test_who_comes_while_all_instances_are_on_a_lost_node_is_sent_away_at_once(
-    silence: Event, answer: list[Refuse]
-) -> None:
+def test_new_requests_are_refused_while_all_instances_are_on_a_lost_node(silence: Event, answer: list[Refuse]) -> None:
     story = Story(NO_MORE, instance("a"), silence)
     assert story.arrive(1) == answer
 
 
 @pytest.mark.parametrize("state", [RUNNING, FROZEN, InstanceState.FREEZING, InstanceState.RESTORING])
-def test_who_waits_is_sent_away_when_the_last_node_is_lost(state: InstanceState) -> None:
+def test_queued_requests_are_refused_when_the_last_node_is_lost(state: InstanceState) -> None:
     story = Story(NO_MORE, NodeReported("n2"), instance("a", state), instance("b", state, "n2"))
     story(NodeSuspect("n1"))
     story(NodeSuspect("n2"))
@@ -44,20 +42,20 @@ def test_who_waits_is_sent_away_when_the_last_node_is_lost(state: InstanceState)
     assert story(NodeLost("n2")) == [Refuse(1, RefusalReason.NO_CAPACITY)]
 
 
-def test_who_waits_for_instances_still_wanted_waits_on() -> None:
+def test_queued_requests_wait_for_instances_that_are_expected() -> None:
     story = Story(instance("a"), NodeLost("n1"))
     assert story.arrive(1) == []
     assert story(NO_MORE) == [Refuse(1, RefusalReason.NO_CAPACITY)], "and no longer than they are"
 
 
-def test_a_request_that_its_lost_node_did_not_serve_is_not_kept_until_its_deadline() -> None:
+def test_a_request_refused_by_a_lost_node_gets_no_capacity_at_once() -> None:
     story = Story(NO_MORE, instance("a"))
     assert story.went(1) == "a"
     assert story(NodeLost("n1")) == []
     assert story(LeaseRefused(1)) == [Refuse(1, RefusalReason.NO_CAPACITY)]
 
 
-def test_a_node_that_is_heard_again_counts_again() -> None:
+def test_a_node_that_reports_again_is_capacity_again() -> None:
     story = Story(NO_MORE, instance("a"), instance("b"), NodeLost("n1"))
     story(InstanceRetired("b"))
     story(InstanceGone("b"))

@@ -390,9 +390,9 @@ def test_every_request_is_waiting_leased_or_answered_exactly_once(seed: int) -> 
     assert walk(seed).answered
 
 
-def test_the_walks_see_requests_that_find_everybody_asleep() -> None:
+def test_the_walks_reach_direct_wakes() -> None:
     assert sum(walk(seed).direct_wake_count for seed in range(1, 21, 2)) > 20
 
 
-def test_the_walks_see_requests_sent_ahead() -> None:
+def test_the_walks_reach_early_dispatches() -> None:
     assert sum(walk(seed).early_dispatches for seed in range(0, 60, 6)) > 20

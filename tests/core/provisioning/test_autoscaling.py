@@ -125,12 +125,12 @@ def test_a_decision_out_never_lowers_and_one_in_never_raises() -> None:
 
 
 @pytest.mark.parametrize(("current", "target"), [(0, 2), (1, 2), (3, 3), (9, 5)])
-def test_a_policy_begins_with_what_there_is_within_its_bounds(current: int, target: int) -> None:
+def test_a_policy_begins_with_the_current_instances_within_its_bounds(current: int, target: int) -> None:
     assert begin(policy(min_capacity=2, max_capacity=5), current) == Tracking(target)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_walk_stays_within_the_bounds_and_moves_only_after_a_whole_row(seed: int) -> None:
+def test_a_walk_stays_within_the_bounds_and_scales_only_after_a_whole_row(seed: int) -> None:
     chance = random.Random(seed)
     min_capacity = chance.randint(1, 5)
     one = policy(f"0.{chance.randint(1, 9)}", min_capacity, min_capacity + chance.randint(0, 20))
@@ -179,7 +179,7 @@ def deciding(actions: list[Action], at: str) -> str:
         ("23:00:00", ""),
     ],
 )
-def test_the_action_that_fired_last_decides_until_another_fires_or_its_window_ends(at: str, name: str) -> None:
+def test_the_last_fired_action_decides_until_its_window_ends(at: str, name: str) -> None:
     actions = [
         action("morning", "cron(0 0 8 * * *)", 4),
         action("noon", "at(2026-07-01T12:00:00)", 9, end="13:00:00"),

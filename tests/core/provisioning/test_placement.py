@@ -50,7 +50,7 @@ def test_an_instance_of_two_gpus_needs_a_slot_on_each_of_two() -> None:
     assert place(two, [replace(shared, gpus=gpus(1, 1))]) == Placed("n1")
 
 
-def test_where_instances_wander_their_number_is_bounded_on_the_average() -> None:
+def test_with_migration_instances_per_gpu_bounds_the_average() -> None:
     """Two woke on the first GPU: the second looks free, but its slot is theirs."""
     wandered = replace(NODE, gpus=gpus(2, 0))
     assert place(OCR, [wandered]) == Placed("n1")
@@ -135,14 +135,14 @@ def test_the_message_counts_the_nodes_by_what_they_lack(nodes: list[NodeView], s
 # ---- who gives way --------------------------------------------------------------------------------------------
 
 
-def test_the_first_of_those_whose_going_is_enough_gives_way() -> None:
+def test_the_first_instances_that_make_enough_room_are_stopped() -> None:
     full = replace(NODE, gpus=gpus(1, 1))
     old = [Occupant("a", "n1", ("A10-1",)), Occupant("b", "n1", ("A10-0",))]
     assert instances_to_stop(OCR, [full], old) == ("a",)
     assert instances_to_stop(OCR, [full], [Occupant("c", "n1", ("cordoned-gpu",)), *old]) == ("a",)
 
 
-def test_nobody_gives_way_where_it_would_not_help() -> None:
+def test_no_instance_is_stopped_if_it_does_not_help() -> None:
     full = replace(NODE, gpus=gpus(1, 1))
     old = [Occupant("a", "n1", ("A10-0",))]
     assert instances_to_stop(replace(OCR, gpu=GpuNeed(count=2)), [full], old) == ()
@@ -158,7 +158,7 @@ def test_the_node_where_the_fewest_go_is_chosen() -> None:
     assert instances_to_stop(replace(OCR, gpu=GpuNeed(count=2)), nodes, old) == ("c",)
 
 
-def test_whoever_gives_way_makes_room_for_one() -> None:
+def test_stopped_instances_make_room_for_one() -> None:
     """Random fleets: what is chosen is enough, and no part of it would be."""
     helped = 0
     for seed in range(600):

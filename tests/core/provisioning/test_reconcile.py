@@ -49,17 +49,17 @@ def yielding(made: ReconcilePlan) -> list[str]:
     return [] if made.coming_up or not made.creates else [one.uid for one in made.may_give_way]
 
 
-def test_missing_ordinals_are_created_and_those_under_way_are_not() -> None:
+def test_missing_ordinals_are_created_except_those_being_created() -> None:
     made = plan(DesiredState("ocr", "1", 3), [have(1)], {}, frozenset({2}), True, 0)
     assert [str(create.request_id) for create in made.creates] == ["ocr/1/0/1"]
     assert made.stops == ()
 
 
-def test_nothing_is_created_before_every_node_was_heard() -> None:
+def test_nothing_is_created_before_every_node_has_reported() -> None:
     assert plan(DesiredState("ocr", "1", 3), [], {}, NONE, False, 0).creates == ()
 
 
-def test_nothing_is_stopped_before_every_node_was_heard() -> None:
+def test_nothing_is_stopped_before_every_node_has_reported() -> None:
     """What looks like too many may stand in for what nobody has reported yet; and the target may not be known."""
     here = [have(0), have(1), have(0, "0"), replace(have(5), scheduling=EMPTIED)]
     made = plan(DesiredState("ocr", "1", 1), here, {}, NONE, False, 0)
@@ -92,7 +92,7 @@ def test_scale_in_takes_the_least_useful(target: int) -> None:
     assert gone == [one.uid for one in USES.values()][: len(USES) - target]
 
 
-def test_what_is_under_way_is_counted_and_goes_before_any_instance() -> None:
+def test_creates_in_progress_count_and_go_before_any_instance() -> None:
     here = [have(0), have(1)]
     more = plan(DesiredState("ocr", "1", 4), here, {}, frozenset({2}), True, 0)
     assert created(more) == ["ocr/1/3/1"]
@@ -100,13 +100,13 @@ def test_what_is_under_way_is_counted_and_goes_before_any_instance() -> None:
     assert stopped(plan(DesiredState("ocr", "1", 1), here, {}, frozenset({2}), True, 0)) == ["r1-1-1"]
 
 
-def test_creates_use_the_lowest_free_ordinals_and_never_an_attempt_twice() -> None:
+def test_creates_use_the_lowest_free_ordinal_and_a_new_attempt() -> None:
     assert created(settled(4, [have(1), have(3)])) == ["ocr/1/0/1", "ocr/1/2/1"]
     leaving = have(0, state=STOPPING, attempt=3)
     assert created(settled(2, [leaving, have(1)])) == ["ocr/1/0/4"], "though nobody remembers the attempts"
 
 
-def test_a_target_that_falls_and_rises_again_during_a_drain_makes_a_new_one() -> None:
+def test_a_target_that_rises_again_during_a_drain_creates_a_new_instance() -> None:
     three = [have(0), replace(have(1), idle_ns=SECOND_NS), have(2)]
     assert stopped(settled(2, three)) == ["r1-1-1"]
     draining = [three[0], replace(three[1], state=STOPPING), three[2]]
@@ -154,7 +154,7 @@ def test_an_instance_on_a_drained_node_goes_once_another_has_come_up() -> None:
     assert stopped(settled(2, [leaving, have(1), have(0, attempt=2)])) == ["r1-0-1"]
 
 
-def test_an_instance_on_a_drained_node_stays_while_nothing_takes_its_place() -> None:
+def test_an_instance_on_a_drained_node_stays_until_it_is_replaced() -> None:
     """It would free a GPU that nothing may use."""
     leaving = [replace(have(n), scheduling=DRAINED) for n in range(2)]
     made = settled(2, leaving)
@@ -189,7 +189,7 @@ def test_attempts_back_off_and_end() -> None:
     assert plan(DesiredState("ocr", "1", 1), [], {0: attempts}, NONE, True, now + 10**12).creates == ()
 
 
-def test_an_instance_that_came_up_is_replaced_at_once_when_it_fails_later() -> None:
+def test_an_instance_that_fails_after_it_came_up_is_replaced_at_once() -> None:
     attempts = came_up(failed(failed(Attempts(), 1, 0), 2, 0), 3)
     assert attempts == Attempts(3)
     again = failed(attempts, 3, 0)
@@ -197,11 +197,11 @@ def test_an_instance_that_came_up_is_replaced_at_once_when_it_fails_later() -> N
     assert str(made.creates[0].request_id) == "ocr/1/0/4"
 
 
-def test_the_end_of_an_older_attempt_says_nothing_about_the_newer() -> None:
+def test_the_end_of_an_older_attempt_does_not_count_for_the_newer() -> None:
     assert failed(Attempts(3), 2, 0) == Attempts(3)
 
 
-def test_a_lost_node_is_replaced_and_the_duplicate_goes_when_it_comes_back() -> None:
+def test_instances_of_a_lost_node_are_replaced_and_go_when_it_is_back() -> None:
     lost = replace(have(0), on_lost_node=True)
     made = plan(DesiredState("ocr", "1", 1), [lost], {}, NONE, True, 0)
     assert str(made.creates[0].request_id) == "ocr/1/0/2"
@@ -296,7 +296,7 @@ def test_from_anywhere_it_ends_with_exactly_the_target(seed: int) -> None:
     assert not any(walk.nodes[one.node].drains for one in walk.here.values())
 
 
-def test_a_new_revision_that_does_not_come_up_costs_one_old_instance_not_all() -> None:
+def test_a_revision_that_never_comes_up_costs_one_old_instance() -> None:
     old = [have(0), have(1)]
     assert yielding(settled(2, old, "2")) == ["r1-1-1", "r1-0-1"]
     under_way = plan(DesiredState("ocr", "2", 2), old[:1], {}, frozenset({0}), True, 0)
@@ -305,7 +305,7 @@ def test_a_new_revision_that_does_not_come_up_costs_one_old_instance_not_all() -
     assert yielding(settled(2, [*old[:1], have(0, "2")], "2")) == ["r1-0-1"]
 
 
-def test_switching_the_idle_mode_on_one_gpu_lets_the_old_one_go_first_and_on_two_the_new_one_come_first() -> None:
+def test_an_update_on_one_gpu_stops_first_and_on_two_creates_first() -> None:
     """A switch is a revision; what there is room for decides the order."""
     alone = settled(1, [have(0)], "2")
     assert (created(alone), stopped(alone), yielding(alone)) == (["ocr/2/0/1"], [], ["r1-0-1"])

@@ -65,7 +65,7 @@ def test_what_fired_last_and_what_fires_next(zone: str, expression: str, now: st
 
 
 @pytest.mark.parametrize("day", ["2026-03-08", "2026-11-01"])
-def test_the_order_of_two_actions_is_the_same_on_days_when_clocks_change(day: str) -> None:
+def test_actions_keep_their_order_on_days_when_clocks_change(day: str) -> None:
     """Whoever closes after the other opened does so on these days, too, or the target would stay wrong for a day."""
     evening = parse_time(f"{day}T20:00:00", NEW_YORK)
     for first, second in (("0 30 1", "0 45 1"), ("0 30 2", "0 0 3"), ("0 59 0", "0 30 2")):
@@ -136,7 +136,7 @@ def test_firings_outside_of_the_window_do_not_count() -> None:
         ("cron(" + "0," * 200 + "0 0 0 * * *)", "must be at("),
     ],
 )
-def test_a_wrong_expression_says_what_is_wrong(expression: str, says: str) -> None:
+def test_a_wrong_expression_is_refused_with_the_reason(expression: str, says: str) -> None:
     with pytest.raises(BadSchedule, match=says.replace("(", r"\(").replace("?", r"\?")):
         parse_schedule(expression, UTC)
 

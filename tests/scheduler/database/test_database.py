@@ -42,7 +42,7 @@ async def test_a_server_that_was_restarted_is_found_again(postgres: PostgreSQL, 
     await store.close()
 
 
-async def test_a_password_is_nowhere_in_an_error_or_a_log(
+async def test_no_error_or_log_shows_the_password(
     postgres: PostgreSQL, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -71,7 +71,7 @@ async def test_a_failing_statement_does_not_show_what_it_would_have_written(post
     await store.close()
 
 
-def test_statements_and_locks_have_a_deadline_and_the_url_may_set_another(postgres: PostgreSQL, name: str) -> None:
+def test_statements_and_locks_have_deadlines_that_the_url_may_change(postgres: PostgreSQL, name: str) -> None:
     def asked(url: str) -> list[str]:
         engine = engine_of(url)
         settings = ("statement_timeout", "lock_timeout", "tcp_keepalives_idle", "application_name")

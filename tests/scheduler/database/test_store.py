@@ -66,7 +66,7 @@ async def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "scheduler.db").stat().st_mode) == 0o600
 
 
-async def test_the_scheduler_s_defaults_fill_in_what_a_deploy_leaves_out(store: Store) -> None:
+async def test_the_schedulers_defaults_fill_fields_that_a_deploy_leaves_out(store: Store) -> None:
     catalog, _ = catalog_on(store)
     left_out, _ = await catalog.deploy(request())
     assert (left_out.spec.queue_length, left_out.spec.queue_timeout_ns) == (7, 9)
@@ -105,7 +105,7 @@ async def test_validate_only_changes_nothing(store: Store) -> None:
     assert (catalog.find("ocr"), told, await store.functions()) == (None, [], [])
 
 
-async def test_hopeless_problems_end_the_waiting_and_a_deploy_begins_anew(store: Store) -> None:
+async def test_a_lasting_problem_ends_the_waiting_until_the_next_deploy(store: Store) -> None:
     catalog, told = catalog_on(store)
     await catalog.deploy(request())
     catalog.set_problem("ocr", Problem("NO_FREE_GPU", "all taken", no_capacity_expected=False))
@@ -151,7 +151,7 @@ async def test_methods_are_checked_and_one_open_trigger_opens_all(store: Store) 
         await catalog.deploy(wanted)
 
 
-async def test_a_broken_database_says_so_without_its_url(tmp_path: Path) -> None:
+async def test_a_broken_database_is_reported_without_its_url(tmp_path: Path) -> None:
     (tmp_path / "scheduler.db").write_bytes(b"this is not a database, whatever its name says" * 100)
     broken = Store(f"sqlite:///{tmp_path}/scheduler.db")
     with pytest.raises(UnavailableError) as caught:
@@ -163,7 +163,7 @@ async def test_a_broken_database_says_so_without_its_url(tmp_path: Path) -> None
     await broken.close()
 
 
-def test_a_database_that_cannot_be_is_a_configuration_error_without_its_password() -> None:
+def test_an_invalid_database_url_is_a_config_error_without_its_password() -> None:
     for url in ("nonsense", "foo://u:hunter2@db/h", "postgresql://u:hunter2@db:port/h"):
         with pytest.raises(ConfigError) as caught:
             Store(url)

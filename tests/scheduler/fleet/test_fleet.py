@@ -97,7 +97,7 @@ def test_the_first_message_names_the_node_and_fills_the_table() -> None:
     assert story.fleet.all_reported()
 
 
-def test_a_gap_is_answered_by_resync_and_deltas_are_not_believed_until_the_snapshot() -> None:
+def test_after_a_gap_deltas_are_ignored_until_the_snapshot() -> None:
     story = Story()
     story.connect("a")
     story.sequence += 1  # one message is lost
@@ -118,7 +118,7 @@ def test_removed_instances_are_gone() -> None:
     assert story.uids() == ["b"]
 
 
-def test_silence_makes_suspect_then_lost_and_a_heartbeat_brings_it_back() -> None:
+def test_a_silent_node_is_suspect_then_lost_until_a_heartbeat() -> None:
     story = Story()
     story.connect("a")
     story.told.clear()
@@ -138,7 +138,7 @@ def test_silence_makes_suspect_then_lost_and_a_heartbeat_brings_it_back() -> Non
     assert story.standing() is NodeStanding.READY
 
 
-def test_a_stream_that_ends_or_a_refused_connection_makes_suspect_at_once() -> None:
+def test_a_node_is_suspect_when_its_stream_ends_or_refuses_a_connection() -> None:
     story = Story()
     story.connect("a")
     story.fleet.unreachable("n1")
@@ -152,7 +152,7 @@ def test_a_stream_that_ends_or_a_refused_connection_makes_suspect_at_once() -> N
     assert story.standing() is NodeStanding.SUSPECT
 
 
-def test_the_end_of_an_old_stream_says_nothing_about_the_new_one() -> None:
+def test_the_end_of_an_old_stream_does_not_affect_the_new_one() -> None:
     story = Story()
     story.connect("a")
     old = story.stream
@@ -163,7 +163,7 @@ def test_the_end_of_an_old_stream_says_nothing_about_the_new_one() -> None:
         story.fleet.receive("n1", old, ReportLoadRequest(epoch=1, sequence=9))
 
 
-def test_a_recovering_agent_takes_nothing_away_until_it_is_ready() -> None:
+def test_instances_missing_from_a_recovering_agent_are_kept_until_it_is_ready() -> None:
     story = Story()
     story.connect("a", "b")
     story.fleet.stream_closed("n1", story.stream)
@@ -179,7 +179,7 @@ def test_a_recovering_agent_takes_nothing_away_until_it_is_ready() -> None:
     assert story.fleet.all_reported()
 
 
-def test_an_older_run_of_the_agent_is_turned_away() -> None:
+def test_an_older_run_of_the_agent_is_refused() -> None:
     story = Story()
     story.epoch = 5
     story.connect("a")
@@ -266,7 +266,7 @@ def test_a_node_cannot_speak_about_an_instance_of_another() -> None:
 
 
 @pytest.mark.parametrize("address", ["203.0.113.7:8610", "no port", "127.0.0.1:99999"])
-def test_an_address_that_would_give_the_token_away_is_refused(address: str) -> None:
+def test_an_address_that_would_reveal_the_token_is_refused(address: str) -> None:
     story = Story()
     stream = story.fleet.stream_opened("n1")
     message = ReportLoadRequest(epoch=1, sequence=1, snapshot=True)

@@ -62,7 +62,7 @@ async def test_a_cordoned_node_gets_nothing_new_and_keeps_what_it_has(story: Sto
     assert story.reason() == ""
 
 
-async def test_a_create_without_an_answer_is_not_repeated_on_a_node_cordoned_meanwhile(story: Story) -> None:
+async def test_a_create_without_an_answer_is_not_repeated_on_a_cordoned_node(story: Story) -> None:
     story.answer = raises(UnavailableError("UNREACHABLE", "no answer"))
     await story.deploy()
     await story.round()
@@ -80,7 +80,7 @@ async def test_a_create_without_an_answer_is_not_repeated_on_a_node_cordoned_mea
 # ---- drain ----------------------------------------------------------------------------------------------------
 
 
-async def test_a_drained_nodes_instances_go_once_others_have_come_up_elsewhere(story: Story) -> None:
+async def test_instances_of_a_drained_node_go_once_replaced_elsewhere(story: Story) -> None:
     await up(story, 2)
     story.join("n2")
     story.comes_up = False
@@ -96,7 +96,7 @@ async def test_a_drained_nodes_instances_go_once_others_have_come_up_elsewhere(s
     assert len(story.creates) == 4
 
 
-async def test_where_no_other_node_has_room_the_instance_stays_and_the_function_says_why(story: Story) -> None:
+async def test_without_room_elsewhere_an_instance_stays_on_the_drained_node(story: Story) -> None:
     await up(story)
     await story.scheduling.put("n1", DRAINED)
     await story.rounds(3)
@@ -109,7 +109,7 @@ async def test_where_no_other_node_has_room_the_instance_stays_and_the_function_
     assert (story.stops, story.places[-1], story.reason()) == (["i1"], "n3", "")
 
 
-async def test_an_emptied_nodes_instances_go_though_nothing_takes_their_place(story: Story) -> None:
+async def test_instances_of_an_emptied_node_go_without_replacement(story: Story) -> None:
     await up(story)
     await story.scheduling.put("n1", EMPTIED)
     await story.rounds(3)
@@ -131,7 +131,7 @@ async def test_a_drain_taken_back_in_the_middle_leaves_the_target(story: Story) 
     assert story.uids("n1") == {"i1", "i2"}
 
 
-async def test_an_update_does_not_stop_what_is_on_a_drained_node_for_room_that_nobody_could_use(story: Story) -> None:
+async def test_an_update_does_not_stop_instances_on_a_drained_node(story: Story) -> None:
     await up(story, 2)
     await story.scheduling.put("n1", DRAINED)
     await story.deploy(2, command=["--new"])
@@ -139,9 +139,7 @@ async def test_an_update_does_not_stop_what_is_on_a_drained_node_for_room_that_n
     assert (story.stops, story.reason()) == ([], "NO_NODE")
 
 
-async def test_a_drain_is_durable_before_it_is_in_effect_and_survives_a_restart(
-    story: Story, store: Store, tmp_path: Path
-) -> None:
+async def test_a_drain_is_stored_before_it_takes_effect(story: Story, store: Store, tmp_path: Path) -> None:
     await story.scheduling.put("n1", DRAINED)
     again = Story(store)
     scheduling = NodeScheduling(store, again.fleet)
@@ -156,7 +154,7 @@ async def test_a_drain_is_durable_before_it_is_in_effect_and_survives_a_restart(
     assert again.fleet.scheduling("n1") is NORMAL
 
 
-async def test_a_node_nobody_has_met_cannot_be_drained(story: Story, store: Store) -> None:
+async def test_an_unknown_node_cannot_be_drained(story: Story, store: Store) -> None:
     with pytest.raises(NotFoundError, match="hibernode node --fleet"):
         await story.scheduling.put("n7", DRAINED)
     assert await store.node_scheduling() == {}
@@ -165,7 +163,7 @@ async def test_a_node_nobody_has_met_cannot_be_drained(story: Story, store: Stor
 # ---- scale-in and restarts ------------------------------------------------------------------------------------
 
 
-async def test_scale_in_spares_who_has_requests(story: Story) -> None:
+async def test_scale_in_spares_instances_with_requests(story: Story) -> None:
     await up(story, 2)
     story.loads["i2"].in_flight = 1
     await story.deploy(1)
@@ -173,7 +171,7 @@ async def test_scale_in_spares_who_has_requests(story: Story) -> None:
     assert story.stops == ["i1"]
 
 
-async def test_scale_in_takes_who_has_slept_longest(story: Story) -> None:
+async def test_scale_in_takes_the_longest_idle(story: Story) -> None:
     story.join("n2")
     await up(story, 3)
     for uid, seconds in (("i1", 10), ("i2", 30), ("i3", 20)):
@@ -198,7 +196,7 @@ async def test_a_target_that_rises_again_during_a_drain_gets_a_new_instance(stor
     assert (story.creates[-1], story.stops, story.reason()) == ("ocr/1/1/2", ["i2"], "")
 
 
-async def test_after_a_restart_nothing_is_stopped_before_every_node_was_heard(story: Story) -> None:
+async def test_after_a_restart_nothing_is_stopped_before_every_node_reported(story: Story) -> None:
     await up(story, 2)
     story.fleet.expect("n2")
     await story.deploy(1)
@@ -214,7 +212,7 @@ async def test_after_a_restart_nothing_is_stopped_before_every_node_was_heard(st
 # ---- updates where GPUs are short -----------------------------------------------------------------------------
 
 
-async def test_switching_the_idle_mode_on_two_gpus_brings_the_new_one_up_first(story: Story) -> None:
+async def test_an_update_with_a_free_gpu_creates_first(story: Story) -> None:
     await up(story)
     story.comes_up = False
     await story.deploy(1, **NEVER)
@@ -258,7 +256,7 @@ async def test_an_update_no_node_could_take_costs_no_instance(story: Story) -> N
     assert sorted(story.stops) == ["i1", "i2"]
 
 
-async def test_an_update_that_needs_more_memory_than_there_is_costs_one_instance_not_all(story: Story) -> None:
+async def test_an_update_that_lacks_memory_costs_one_instance(story: Story) -> None:
     story.join("n2", gpus=4)
     await up(story, 3)
     story.memory = HostMemory(total_bytes=8 * GIB, available_bytes=GIB // 4)

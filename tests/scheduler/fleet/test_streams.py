@@ -57,7 +57,7 @@ async def ended_with(stream: LoadStream) -> HibernodeError:
     return caught.value
 
 
-async def test_a_stream_that_says_nothing_is_ended() -> None:
+async def test_a_stream_without_messages_is_ended() -> None:
     async with a_scheduler(silence_s=0.1) as (_, channel):
         stream = channel.report_load()
         await stream.send(hello())

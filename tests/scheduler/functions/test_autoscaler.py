@@ -32,7 +32,7 @@ def rig(store: Store) -> Rig:
 # ---- policies -------------------------------------------------------------------------------------------------
 
 
-async def test_the_seed_s_walkthrough_from_one_to_two_at_once_and_on_under_load(rig: Rig) -> None:
+async def test_the_documented_walkthrough_from_one_to_two_instances_and_more(rig: Rig) -> None:
     await rig.deploy(target=1)
     rig.instances(1)
     answer = await rig.put(target=1, target_tracking_policies=[current_policy()])
@@ -69,7 +69,7 @@ async def test_queued_requests_are_not_utilisation(rig: Rig) -> None:
     assert (rig.policy.metric, rig.ocr.target) == (1.0, 2)
 
 
-async def test_sleeping_instances_are_slots_and_no_samples_of_cpu_and_memory(rig: Rig) -> None:
+async def test_frozen_instances_count_as_slots_but_give_no_cpu_or_memory_samples(rig: Rig) -> None:
     cpu, memory = (
         pb.TargetTrackingPolicy.METRIC_TYPE_CPU_UTILIZATION,
         pb.TargetTrackingPolicy.METRIC_TYPE_GPU_MEM_UTILIZATION,
@@ -129,7 +129,7 @@ async def test_a_policy_begins_and_ends_with_its_window(rig: Rig) -> None:
     assert (rig.ocr.target, rig.policy.active, rig.policy.target, rig.ocr.decided_by) == (1, False, 0, "")
 
 
-async def test_instances_that_are_not_heard_are_no_reason_to_have_fewer(rig: Rig) -> None:
+async def test_instances_on_silent_nodes_prevent_scale_in(rig: Rig) -> None:
     await rig.deploy()
     rig.instances(4)
     await rig.put(target_tracking_policies=[current_policy(min_capacity=1)])
@@ -142,7 +142,7 @@ async def test_instances_that_are_not_heard_are_no_reason_to_have_fewer(rig: Rig
     assert rig.ocr.target == 2
 
 
-async def test_a_short_silence_of_a_node_does_not_keep_a_busy_function_from_growing(rig: Rig) -> None:
+async def test_a_short_silence_of_a_node_does_not_prevent_scale_out(rig: Rig) -> None:
     await rig.deploy()
     rig.instances(2)
     await rig.put(target_tracking_policies=[current_policy()])
@@ -164,7 +164,7 @@ async def test_the_same_policy_put_again_goes_on_as_it_was(rig: Rig) -> None:
     assert rig.ocr.target == 7
 
 
-async def test_an_update_that_doubles_the_instances_for_a_while_doubles_no_target(rig: Rig) -> None:
+async def test_an_update_that_doubles_instances_does_not_double_the_target(rig: Rig) -> None:
     await rig.deploy(target=10)
     rig.instances(10)
     await rig.put(target=10, target_tracking_policies=[current_policy(metric_target=0.5, max_capacity=100)])
@@ -243,7 +243,7 @@ async def test_a_restart_never_scales_in_what_was_scaled_out(rig: Rig, store: St
     assert not again.scaler.waiting
 
 
-async def test_a_node_that_comes_long_after_a_restart_keeps_what_was_scaled_out(rig: Rig, store: Store) -> None:
+async def test_a_node_that_reports_long_after_a_restart_keeps_its_instances(rig: Rig, store: Store) -> None:
     """It was given up for lost, and the policy began without its instances; none of them drains when it is back."""
     await rig.deploy(target=0)
     await rig.put(target=0, target_tracking_policies=[current_policy()])
@@ -285,7 +285,7 @@ async def test_a_restart_knows_which_action_fired_last(rig: Rig, store: Store) -
     assert again.ocr.config == rig.ocr.config
 
 
-async def test_what_is_stored_and_no_longer_understood_stops_nobody(rig: Rig, store: Store) -> None:
+async def test_an_unreadable_stored_config_does_not_prevent_the_start(rig: Rig, store: Store) -> None:
     await rig.deploy(target=1)
     unknown = pb.ProvisionConfig(scheduled_actions=[morning(time_zone="Nowhere/Land")])
     row = next(iter(await store.functions()))

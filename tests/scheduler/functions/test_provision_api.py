@@ -28,7 +28,7 @@ def rig(store: Store) -> Rig:
     return Rig(store)
 
 
-async def test_the_unedited_seed_is_taken_with_a_warning_and_the_target_stays(rig: Rig) -> None:
+async def test_the_unedited_example_is_accepted_with_a_warning(rig: Rig) -> None:
     rig.clock.step_wall(3 * 365 * 86_400 * SECOND_NS)
     await rig.deploy(target=1)
     answer = await rig.put(target=1, target_tracking_policies=[seed_policy()])
@@ -39,7 +39,7 @@ async def test_the_unedited_seed_is_taken_with_a_warning_and_the_target_stays(ri
     assert answer.provision.config.target_tracking_policies == [seed_policy()], "listed as it was put"
 
 
-async def test_a_deploy_leaves_schedule_and_policies_alone_unless_it_brings_some(rig: Rig, store: Store) -> None:
+async def test_a_deploy_keeps_schedule_and_policies_unless_it_has_its_own(rig: Rig, store: Store) -> None:
     await rig.deploy(target=1)
     await rig.put(target=1, scheduled_actions=[morning()], target_tracking_policies=[current_policy()])
     await rig.deploy(target=3, port=8080)
@@ -50,7 +50,7 @@ async def test_a_deploy_leaves_schedule_and_policies_alone_unless_it_brings_some
     assert await store.provision_configs() == {}
 
 
-async def test_always_allocate_gpu_is_another_revision_and_saying_it_again_is_not(rig: Rig) -> None:
+async def test_always_allocate_gpu_makes_a_revision_only_when_it_changes(rig: Rig) -> None:
     await rig.deploy(target=1)
     seen = []
     for always in (False, True, True, None, False):
@@ -152,7 +152,7 @@ async def test_what_could_not_be_stored_is_not_in_effect(
     assert rig.ocr == before
 
 
-async def test_the_first_policies_with_default_target_0_send_nobody_away(rig: Rig) -> None:
+async def test_the_first_policies_with_default_target_0_refuse_no_request(rig: Rig) -> None:
     """The scaler looks right after: between its target and the one before, nobody is told that none will come."""
     await rig.deploy(target=2)
     assert rig.busy(1) == [], "it waits: the instances are not there yet"

@@ -34,7 +34,7 @@ async def story(tmp_path: Path) -> AsyncIterator[Story]:
     await store.close()
 
 
-async def test_a_start_that_always_fails_is_given_up_and_tried_again_after_a_deploy(story: Story) -> None:
+async def test_a_start_that_always_fails_is_given_up_until_a_deploy(story: Story) -> None:
     story.answer = fails(story, "INITIALIZATION_ERROR")
     await story.deploy()
     for _ in range(40):
@@ -51,7 +51,7 @@ async def test_a_start_that_always_fails_is_given_up_and_tried_again_after_a_dep
     assert story.catalog.problem("ocr") is None
 
 
-async def test_a_create_whose_answer_was_lost_is_repeated_under_the_same_request_id(story: Story) -> None:
+async def test_a_create_without_an_answer_is_repeated_with_its_request_id(story: Story) -> None:
     story.answer = raises(UnavailableError("UNREACHABLE", "no answer"))
     await story.deploy()
     await story.round()
@@ -74,7 +74,7 @@ async def test_a_full_agent_is_asked_again_and_never_given_up(story: Story, full
     assert set(story.creates) == {"ocr/1/0/1"}
 
 
-async def test_a_request_id_that_is_taken_is_passed_over(story: Story) -> None:
+async def test_a_request_id_that_is_taken_is_skipped(story: Story) -> None:
     story.answer = raises(ConflictError("REQUEST_ID_REUSED", "another spec"))
     await story.deploy()
     await story.round()
@@ -83,7 +83,7 @@ async def test_a_request_id_that_is_taken_is_passed_over(story: Story) -> None:
     assert story.creates == ["ocr/1/0/1", "ocr/1/0/2"]
 
 
-async def test_instances_that_ended_in_a_former_life_are_passed_over_without_giving_up(story: Story) -> None:
+async def test_instances_of_an_earlier_run_are_skipped_without_a_failure(story: Story) -> None:
     """The scheduler restarted: the agent still remembers more ended attempts than may fail."""
     story.answer = fails(story, "INSTANCE_CRASHED", age_s=3600)
     await story.deploy()
@@ -106,7 +106,7 @@ async def test_an_instance_that_vanishes_unreported_is_replaced(story: Story) ->
     assert story.creates == ["ocr/1/0/1", "ocr/1/0/2"]
 
 
-async def test_an_instance_that_fails_and_is_gone_between_two_rounds_still_says_why(story: Story) -> None:
+async def test_an_instance_that_fails_between_two_rounds_gives_its_reason(story: Story) -> None:
     await story.deploy()
     await story.round()
     (load,) = story.loads.values()
@@ -143,7 +143,7 @@ async def test_nothing_is_created_while_a_known_node_may_still_have_it(story: St
     assert story.creates == ["ocr/1/0/1"], "n2 is lost"
 
 
-async def test_a_deleted_function_is_forgotten_once_its_last_instance_has_ended(story: Story) -> None:
+async def test_a_deleted_function_is_dropped_when_its_last_instance_ends(story: Story) -> None:
     await story.deploy()
     await story.round()
     await story.round()
@@ -183,7 +183,7 @@ async def test_an_instance_that_drains_for_long_is_no_failure(story: Story) -> N
     assert story.creates == ["ocr/1/0/1", "ocr/1/0/2"], "at once: nothing failed"
 
 
-async def test_an_instance_that_could_not_be_stopped_serves_on_once_it_is_wanted_again(story: Story) -> None:
+async def test_an_instance_whose_stop_failed_serves_again_when_needed(story: Story) -> None:
     await story.deploy(target=2)
     await story.round()
     await story.round()
@@ -199,7 +199,7 @@ async def test_an_instance_that_could_not_be_stopped_serves_on_once_it_is_wanted
     assert len(story.creates) == 2
 
 
-async def test_instances_of_a_deleted_function_that_come_back_with_their_node_are_stopped(story: Story) -> None:
+async def test_instances_of_deleted_functions_on_a_returning_node_are_stopped(story: Story) -> None:
     await story.deploy()
     await story.round()
     await story.round()

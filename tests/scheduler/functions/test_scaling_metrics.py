@@ -35,14 +35,14 @@ def test_concurrency_is_leases_over_slots(looks: list[tuple[int, int]], leased_s
     assert found == (None if expected is None else Fraction(expected))
 
 
-def test_instances_are_averaged_over_time_up_to_the_last_look() -> None:
+def test_instances_are_averaged_over_time_up_to_the_last_record() -> None:
     meter = ScalingMetrics(5 * SECOND_NS, 0, view(2))
     meter.record(8 * SECOND_NS, view(4))
     meter.record(15 * SECOND_NS, view(40))
     assert meter.average() == Fraction(3 * 2 + 7 * 4, 10)
 
 
-def test_leases_on_nodes_that_are_not_heard_do_not_count() -> None:
+def test_leases_on_silent_nodes_do_not_count() -> None:
     meter = ScalingMetrics(0, 0, view(2, silent=1))
     meter.record(10 * SECOND_NS, view(2, silent=1))
     assert meter.samples(15 * SECOND_NS, 1000)[Metric.CONCURRENCY] == Fraction(1, 4)
@@ -65,12 +65,12 @@ def test_cpu_is_averaged_over_the_awake_instances() -> None:
     assert cpu == (Fraction(1, 2) + Fraction(1, 4)) / 2
 
 
-def test_the_time_between_a_freeze_and_a_wake_does_not_count_as_idle_cpu() -> None:
+def test_frozen_time_does_not_count_as_idle_cpu() -> None:
     cpu, _ = measured({"a": gauge(0, 0)}, {"a": gauge(1, 1)}, {}, {}, {"a": gauge(4, 1)}, {"a": gauge(5, 2)})
     assert cpu == Fraction(1, 2), "two seconds awake, one of CPU time in each, of two CPUs"
 
 
-def test_a_gauge_heard_once_is_counted_once() -> None:
+def test_a_gauge_received_once_is_counted_once() -> None:
     same = {"a": gauge(1, 1, vram=80)}
     assert measured({"a": gauge(0, 0, vram=20)}, same, same, same) == (Fraction(1, 2), Fraction(1, 2))
 

@@ -65,9 +65,7 @@ async def restarted(store: Store) -> Rig:
     return again
 
 
-async def test_a_put_that_was_given_up_as_it_was_written_says_that_it_may_take_effect(
-    rig: Rig, store: Store, tmp_path: Path
-) -> None:
+async def test_a_put_that_times_out_while_written_may_take_effect(rig: Rig, store: Store, tmp_path: Path) -> None:
     with begins_and_hangs(store, tmp_path / "scheduler.db"), pytest.raises(UnavailableError, match=MAY_BE) as caught:
         await rig.put(0)
     assert caught.value.reason == "STORE_FAILED"
@@ -75,7 +73,7 @@ async def test_a_put_that_was_given_up_as_it_was_written_says_that_it_may_take_e
     assert (await restarted(store)).ocr.target == 0, "as was said"
 
 
-async def test_a_put_whose_turn_never_came_is_not_written_later(rig: Rig, store: Store) -> None:
+async def test_a_put_that_times_out_before_its_turn_is_not_written(rig: Rig, store: Store) -> None:
     with waits_its_turn(store), pytest.raises(UnavailableError, match="STORE_FAILED") as caught:
         await rig.put(0)
     assert MAY_BE not in str(caught.value)
@@ -83,7 +81,7 @@ async def test_a_put_whose_turn_never_came_is_not_written_later(rig: Rig, store:
 
 
 @pytest.mark.parametrize("deploys", [False, True], ids=["put", "deploy"])
-async def test_who_then_puts_what_is_in_effect_gets_that_after_a_restart_too(
+async def test_a_repeated_put_after_an_unconfirmed_one_survives_a_restart(
     rig: Rig, store: Store, tmp_path: Path, deploys: bool
 ) -> None:
     with begins_and_hangs(store, tmp_path / "scheduler.db"), pytest.raises(UnavailableError, match=MAY_BE):
@@ -97,9 +95,7 @@ async def test_who_then_puts_what_is_in_effect_gets_that_after_a_restart_too(
     assert not again.ocr.provisioning
 
 
-async def test_a_cordon_that_was_given_up_as_it_was_written_can_be_taken_back(
-    rig: Rig, store: Store, tmp_path: Path
-) -> None:
+async def test_an_unconfirmed_cordon_can_be_undone(rig: Rig, store: Store, tmp_path: Path) -> None:
     scheduling = NodeScheduling(store, rig.fleet)
     with begins_and_hangs(store, tmp_path / "scheduler.db"), pytest.raises(UnavailableError, match=MAY_BE):
         await scheduling.put("n1", Scheduling.CORDONED)

@@ -90,7 +90,7 @@ async def test_the_wish_for_a_log_goes_on_and_the_log_comes_back(
     assert received.get("x-fc-async-task-id") is None
 
 
-async def test_of_its_own_headers_an_answer_keeps_the_status_and_nothing_of_ours(rig: GatewayRig) -> None:
+async def test_an_answer_keeps_the_functions_headers_but_none_of_ours(rig: GatewayRig) -> None:
     async def fails(ingress: FakeIngress, exchange: object, received: Received) -> None:
         headers = [(b"x-fc-status", b"404"), (b"date", b"yesterday"), (b"keep-alive", b"timeout=5")]
         await exchange.answer(404, headers, b"no text found")  # type: ignore[attr-defined]

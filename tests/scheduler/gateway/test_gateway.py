@@ -72,7 +72,7 @@ async def test_a_host_name_has_no_case_and_a_function_s_name_does(rig: GatewayRi
     assert (await rig.ask(b"GET / HTTP/1.1\r\nhost: Face-ID.localhost\r\n\r\n"))[0] == 503
 
 
-async def test_what_the_ingress_is_told_and_what_the_client_is(rig: GatewayRig) -> None:
+async def test_headers_to_the_ingress_and_to_the_client(rig: GatewayRig) -> None:
     rig.instance("i1")
     status, headers, _ = await rig.ask(GET)
     assert status == 200
@@ -87,7 +87,7 @@ async def test_what_the_ingress_is_told_and_what_the_client_is(rig: GatewayRig) 
     assert not [name for name in headers if name.startswith(b"x-hibernode-")], "neither the hop's own nor empty times"
 
 
-async def test_spoofed_headers_do_not_pass_and_the_clients_own_authorization_does(rig: GatewayRig) -> None:
+async def test_spoofed_headers_are_dropped_and_authorization_passes(rig: GatewayRig) -> None:
     rig.instance("i1")
     spoofed = (
         b"GET /fn/ocr/ HTTP/1.1\r\nhost: g\r\nX-Fc-Request-Id: mine\r\nX_FC_Account_Id: root\r\n"
@@ -115,7 +115,9 @@ async def test_spoofed_headers_do_not_pass_and_the_clients_own_authorization_doe
         (b"GET /fn/ocr/ HTTP/1.1\r\nhost: g\r\nx-fc-log-type: All\r\n\r\n", 400, "InvalidArgument"),
     ],
 )
-async def test_what_cannot_be_served_is_said(rig: GatewayRig, raw: bytes, status: int, expected: str) -> None:
+async def test_requests_that_cannot_be_served_get_an_error(
+    rig: GatewayRig, raw: bytes, status: int, expected: str
+) -> None:
     rig.instance("i1")
     got, _, body = await rig.ask(raw)
     assert (got, code(body)) == (status, expected)
@@ -131,7 +133,7 @@ async def test_methods_a_trigger_leaves_out_are_405(rig: GatewayRig) -> None:
 # ---- the queue ------------------------------------------------------------------------------------------------
 
 
-async def test_a_request_waits_for_the_wake_and_says_so(rig: GatewayRig) -> None:
+async def test_a_request_waits_for_the_wake_and_reports_it(rig: GatewayRig) -> None:
     rig.apply(InstanceReported("x", "llm", "n1", InstanceState.RUNNING, gpus=("g0",)))
     rig.apply(InstanceReported("i1", "ocr", "n1", InstanceState.FROZEN, gpus=("g0",)))
     asked = asyncio.create_task(rig.ask(GET))
@@ -142,7 +144,7 @@ async def test_a_request_waits_for_the_wake_and_says_so(rig: GatewayRig) -> None
     assert float(headers[b"x-hibernode-queue-ms"]) >= float(headers[b"x-hibernode-wake-ms"]) > 0
 
 
-async def test_a_full_queue_is_429_with_retry_after(rig: GatewayRig) -> None:
+async def test_full_queue_is_429_with_retry_after(rig: GatewayRig) -> None:
     await rig.deploy(queue_length=1)
     waiting = asyncio.create_task(rig.ask(GET))
     await rig.until(rig.queued, "one waits")
@@ -153,7 +155,7 @@ async def test_a_full_queue_is_429_with_retry_after(rig: GatewayRig) -> None:
     assert (await waiting)[0] == 200
 
 
-async def test_a_request_nobody_takes_is_504_at_its_queue_timeout(rig: GatewayRig) -> None:
+async def test_a_queued_request_is_504_at_its_queue_timeout(rig: GatewayRig) -> None:
     await rig.deploy(queue_timeout_ns=30 * MILLISECOND_NS)
     status, _, body = await rig.ask(GET)
     assert (status, code(body)) == (504, "QueueTimeout")
@@ -179,7 +181,7 @@ async def test_target_zero_is_503(rig: GatewayRig) -> None:
         ("IMAGE_RUNTIME_UNAVAILABLE", 503, "NoCapacity"),
     ],
 )
-async def test_a_function_without_hope_says_why_at_once(
+async def test_a_function_without_expected_capacity_refuses_with_its_reason(
     rig: GatewayRig, reason: str, status: int, expected: str
 ) -> None:
     waiting = asyncio.create_task(rig.ask(GET))
@@ -215,7 +217,7 @@ async def test_a_client_that_leaves_during_its_request_gives_the_lease_back(rig:
     assert (await rig.ask(GET))[0] == 200
 
 
-async def test_when_the_scheduler_goes_those_who_wait_are_told_and_those_inside_end(rig: GatewayRig) -> None:
+async def test_a_stopping_scheduler_refuses_queued_requests_and_finishes_the_others(rig: GatewayRig) -> None:
     rig.instance("i1")
     go = asyncio.Event()
     rig.ingresses["n1"].script.append(hold(go))
@@ -250,7 +252,7 @@ async def test_a_refused_request_goes_to_another_instance(rig: GatewayRig) -> No
     assert b"x-hibernode-refused" not in headers
 
 
-async def test_a_dead_node_is_suspect_and_the_request_waits_for_it_to_come_back(rig: GatewayRig) -> None:
+async def test_a_dead_node_is_suspect_and_its_request_waits(rig: GatewayRig) -> None:
     rig.instance("i1")
     ingress = rig.ingresses["n1"]
     await ingress.kill()
@@ -274,7 +276,7 @@ async def test_requests_inside_a_dying_agent_are_502_and_never_sent_again(rig: G
     assert rig.dispatcher.leased("i1") == rig.dispatcher.leased("i2") == 0
 
 
-async def test_who_waits_behind_a_request_that_a_dying_agent_took_along_does_not_follow_it(rig: GatewayRig) -> None:
+async def test_a_queued_request_is_not_sent_to_an_agent_that_just_died(rig: GatewayRig) -> None:
     """The freed lease is worth nothing: other connections to that agent are as dead, though nobody has read it yet."""
     rig.instance("i1")
     ingress = rig.ingresses["n1"]

@@ -89,7 +89,7 @@ async def test_a_client_that_leaves_is_neither_an_answer_nor_an_error(rig: Gatew
     assert places(rig) == {"left": 2}
 
 
-async def test_a_crash_is_an_error_of_the_server_and_a_cut_answer_is_none_at_all(rig: GatewayRig) -> None:
+async def test_a_crash_counts_as_server_error_and_a_cut_answer_as_cut(rig: GatewayRig) -> None:
     rig.instance("i1")
     seen = asyncio.Event()
     rig.ingresses["n1"].script += [die_in_the_middle(seen), vanish]
@@ -107,7 +107,7 @@ async def test_a_crash_is_an_error_of_the_server_and_a_cut_answer_is_none_at_all
     assert places(rig) == {"cut": 1, "5xx": 1}
 
 
-async def test_a_wrong_method_is_the_clients_error_and_an_unknown_function_nobodys(rig: GatewayRig) -> None:
+async def test_a_wrong_method_counts_for_the_function_an_unknown_function_does_not(rig: GatewayRig) -> None:
     await rig.deploy(methods=("POST",))
     assert (await rig.ask(GET))[0] == 405
     assert (await rig.ask(GET.replace(b"ocr", b"other")))[0] == 404

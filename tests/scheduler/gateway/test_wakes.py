@@ -34,7 +34,7 @@ async def _woken(uid: str) -> None:
     pass
 
 
-async def test_it_is_served_by_the_instance_that_it_woke_and_says_how_long_that_took(rig: GatewayRig) -> None:
+async def test_a_direct_wake_is_served_by_its_instance_and_reports_the_wake_time(rig: GatewayRig) -> None:
     status, headers, body = await rig.ask(GET)
     assert (status, body) == (200, b"served by i1")
     assert headers[b"x-hibernode-wake-ms"] == WAKE_MS
@@ -101,7 +101,7 @@ async def test_a_client_that_leaves_takes_its_wake_with_it(rig: GatewayRig) -> N
     assert (await rig.ask(GET))[0] == 200
 
 
-async def test_not_awake_by_its_queue_timeout_it_is_504_and_nobody_else_is_woken_for_it(rig: GatewayRig) -> None:
+async def test_a_direct_wake_past_its_queue_timeout_is_504_without_another_wake(rig: GatewayRig) -> None:
     """The agent gives up at the deadline that it was given, and not a moment before the gateway would."""
     await rig.deploy(queue_timeout_ns=30 * MILLISECOND_NS)
     rig.instance("i2", FROZEN, node="n2")
@@ -116,7 +116,7 @@ async def test_not_awake_by_its_queue_timeout_it_is_504_and_nobody_else_is_woken
     assert rig.wakes == []
 
 
-async def test_an_agent_that_dies_while_it_waits_there_has_shown_it_to_nobody(rig: GatewayRig) -> None:
+async def test_a_request_waiting_at_a_dying_agent_is_dispatched_again(rig: GatewayRig) -> None:
     """It would have said so (102) before the first byte went to the instance: the request goes elsewhere."""
     rig.ingresses["n1"].default = vanish_waiting
     asked = asyncio.create_task(rig.ask(GET))

@@ -28,6 +28,7 @@ from agent.scheduler.usage.reports import UsageFilter, UsageReports
 from tests.contract.test_stores import window
 from tests.core.billing.oracle import cost_of_windows
 from tests.fakes.clock import FakeClock
+from tests.scheduler.conftest import conflicts
 
 EXAMPLE = Path(__file__).parents[3] / "systemd" / "price-book.example.yaml"
 NODE = "gpu-7"
@@ -66,7 +67,7 @@ async def test_the_same_key_with_another_payload_is_kept_as_a_conflict(
         assert accepted == Accepted((("i-ocr-1", 0),), (("i-ocr-1", 0),))
     reports = UsageReports(database)
     assert await reports.windows() == [window(active_ns=10)]
-    assert [conflict.window for conflict in await reports.conflicts()] == [window(active_ns=99)]
+    assert await conflicts(database) == [window(active_ns=99)]
 
 
 async def test_a_conflict_within_one_batch_is_found(collector: UsageCollector, database: UsageDatabase) -> None:
@@ -161,7 +162,7 @@ async def test_sums_beyond_64_bits_of_nanoseconds(collector: UsageCollector, dat
     assert line.total("idle_ns") == 5 * century > 1 << 63
 
 
-async def test_pages_are_in_the_order_of_code_points_whatever_the_servers_language(
+async def test_pages_are_ordered_by_code_point_in_any_locale(
     collector: UsageCollector, database: UsageDatabase
 ) -> None:
     await collector.accept(NODE, [window(uid) for uid in ("i-a", "i-B", "i_b", "i-é", "i-b")])
@@ -207,7 +208,7 @@ async def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
     assert stat.S_IMODE(mode) == 0o600
 
 
-async def test_a_failing_database_is_said_without_its_url(tmp_path: Path) -> None:
+async def test_a_failing_database_is_reported_without_its_url(tmp_path: Path) -> None:
     broken = UsageDatabase.at(f"sqlite:///{tmp_path}/nowhere/secret.db")
     with pytest.raises(UnavailableError, match="STORE_FAILED") as caught:
         await broken.open()
@@ -241,12 +242,10 @@ async def test_a_node_does_not_upload_the_usage_of_another_node_s_instance(datab
     assert accepted == Accepted((("i-ocr-2", 0),), (), (RejectedWindow(("i-ocr-1", 0), "USAGE_FOREIGN_INSTANCE"),))
 
 
-async def test_a_node_that_keeps_changing_its_mind_fills_no_disk(
-    collector: UsageCollector, database: UsageDatabase
-) -> None:
+async def test_conflicts_kept_for_one_window_are_bounded(collector: UsageCollector, database: UsageDatabase) -> None:
     for active_ns in range(MAX_CONFLICTS_PER_KEY + 5):
         await collector.accept(NODE, [window(active_ns=active_ns)])
-    assert len(await UsageReports(database).conflicts()) == MAX_CONFLICTS_PER_KEY
+    assert len(await conflicts(database)) == MAX_CONFLICTS_PER_KEY
 
 
 async def test_time_before_the_first_gpu_is_no_line_of_its_own(

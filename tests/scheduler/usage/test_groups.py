@@ -97,7 +97,7 @@ async def test_what_never_started_saves_nothing(collector: UsageCollector, datab
     assert not line.always_on_cost.total
 
 
-async def test_what_started_later_counts_from_the_beginning_though_only_that_is_in_range(
+async def test_time_before_the_first_gpu_counts_as_the_later_model(
     collector: UsageCollector, database: UsageDatabase
 ) -> None:
     await collector.accept(NODE, life("i-1", "ocr", "NVIDIA L20"))

@@ -9,7 +9,7 @@ import pytest
 from agent.core.billing.window import UsageWindow
 from agent.scheduler.usage import reports as usage_reports
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
-from agent.scheduler.usage.reconciliation import MAX_FINDINGS, Amount, FindingKind, Reconciled, Reconciler, reconcile
+from agent.scheduler.usage.reconciliation import MAX_FINDINGS, Amount, Finding, FindingKind, Reconciled, Reconciler
 from agent.scheduler.usage.reports import UsageFilter, UsageReports
 from tests.contract.test_stores import window
 
@@ -21,26 +21,32 @@ def key(w: UsageWindow) -> tuple[str, int]:
     return (w.instance_uid, w.seq)
 
 
+def findings(windows: list[UsageWindow]) -> list[Finding]:
+    reconciler = Reconciler()
+    done = [*(reconciler.feed(one) for one in windows), reconciler.end()]
+    return [finding for one in done if one is not None for finding in one.findings]
+
+
 async def all_of(reports: UsageReports, only: UsageFilter | None = None) -> list[Reconciled]:
     return [one async for one in reports.reconcile(only)]
 
 
 def test_a_contiguous_ledger_has_no_findings() -> None:
     restarted = replace(window(seq=3), boot_id="boot-b", start_mono_ns=5, end_mono_ns=105)
-    assert reconcile([window(seq=0), window(seq=1), restarted, window("i-other", seq=9)]) == []
+    assert findings([window(seq=0), window(seq=1), restarted, window("i-other", seq=9)]) == []
 
 
 def test_gaps_overlaps_and_estimates_are_found() -> None:
     early = replace(window(seq=3), start_mono_ns=280, end_mono_ns=380)
     ledger = [window(seq=0), window(seq=2), early, replace(window("i-b"), estimated=True)]
-    assert [(*key(f.window), f.kind, f.duration_ns) for f in reconcile(ledger)] == [
+    assert [(*key(f.window), f.kind, f.duration_ns) for f in findings(ledger)] == [
         ("i-ocr-1", 2, "GAP", 100),
         ("i-ocr-1", 3, "OVERLAP", 20),
         ("i-b", 0, "ESTIMATED", 100),
     ]
 
 
-def test_an_instance_full_of_findings_is_counted_to_the_end_and_told_in_part() -> None:
+def test_findings_beyond_the_limit_are_only_counted() -> None:
     reconciler = Reconciler()
     for seq in range(0, 4 * MAX_FINDINGS, 2):
         assert reconciler.feed(window(seq=seq)) is None
@@ -86,7 +92,9 @@ async def test_wherever_a_page_ends_the_same_is_found(
     )
 
 
-async def test_only_what_is_asked_for_is_looked_at(collector: UsageCollector, database: UsageDatabase) -> None:
+async def test_reconciliation_reads_only_what_the_filter_selects(
+    collector: UsageCollector, database: UsageDatabase
+) -> None:
     await collector.accept(NODE, [window("i-a", 0), window("i-a", 2), replace(window("i-b", 0), function="llm")])
     reports = UsageReports(database)
     assert [one.windows for one in await all_of(reports, UsageFilter(function="llm"))] == [1]

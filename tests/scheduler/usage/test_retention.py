@@ -14,6 +14,7 @@ from agent.scheduler.usage.reports import UsageReports
 from agent.scheduler.usage.retention import UsageRetention
 from tests.contract.test_stores import window
 from tests.fakes.clock import FakeClock
+from tests.scheduler.conftest import conflicts
 from tests.scheduler.usage.test_collector import NODE
 
 KEEP_NS = 1_000
@@ -34,14 +35,14 @@ async def test_what_is_too_old_goes_and_the_rest_stays(
     assert await retention.prune() == 5
     reports = UsageReports(database)
     assert await reports.windows() == windows[5:]
-    assert len(await reports.conflicts()) == 2, "they came just now"
+    assert len(await conflicts(database)) == 2, "they came just now"
     assert await retention.prune() == 0
     clock.advance(10 * KEEP_NS)
     assert await retention.prune() == 4
-    assert (await reports.windows(), await reports.conflicts()) == ([], [])
+    assert (await reports.windows(), await conflicts(database)) == ([], [])
 
 
-async def test_uploads_get_their_turn_between_the_parts(
+async def test_uploads_run_between_the_batches_of_a_prune(
     database: UsageDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(usage_retention, "BATCH", 1)
@@ -82,7 +83,7 @@ async def test_a_database_that_fails_is_tried_again(
     running.cancel()
 
 
-async def test_without_a_limit_nothing_is_ever_looked_at(database: UsageDatabase, collector: UsageCollector) -> None:
+async def test_without_a_retention_time_nothing_is_pruned(database: UsageDatabase, collector: UsageCollector) -> None:
     await collector.accept(NODE, [replace(window(), start_wall_ns=1)])
     running = asyncio.create_task(UsageRetention(database, FakeClock(), 0).run())
     await asyncio.sleep(0)

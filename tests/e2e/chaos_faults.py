@@ -1,7 +1,7 @@
-"""What can go wrong on a host, drawn from a seed: the driver, NVML, somebody else's hands, and SIGKILL of anybody.
+"""Random faults of a host, drawn from a seed: the driver, NVML, external pauses, and SIGKILL of any process.
 
-Each misfortune is one method of `Chaos`; `strike` draws one. Everything that was done is kept with its time
-(CLOCK_MONOTONIC ns): the checks excuse an answer only by what happened while its request was under way.
+Each fault is a method of `Chaos`; `strike` draws one. All are recorded with their times (CLOCK_MONOTONIC ns): the
+checks excuse an answer only by faults during its request.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from agent.emulated.faults import KINDS, OPERATIONS
 from tests.e2e.stack import Stack
 
 APPLICATION_XIDS = (13, 31, 43, 45)
-"""What a program does to itself (bad access, reset of its channel): no reason to take the GPU out of use."""
+"""Errors that a program causes itself (bad access, reset of its channel): the GPU stays in use."""
 RECOVERY_S = 4
 NVML_UNKNOWN_ERROR = 999
-"""What passes. A GPU that NVML calls lost (15) does not come back without a reset, so it has no place here."""
+"""Transient errors. A GPU that NVML reports as lost (15) needs a reset, so 15 is not among them."""
 
 
 @dataclass
 class Pause:
-    """Somebody stopped an instance's threads, and let them go on: from `began_ns` to `ended_ns` (0 = not yet)."""
+    """An external stop of an instance's threads, from `began_ns` to `ended_ns` (0 = not yet)."""
 
     uid: str
     pids: frozenset[int]
@@ -44,28 +44,28 @@ class Pause:
 
 @dataclass
 class Chaos:
-    """See the module. `diary` tells a failed test what happened, in order."""
+    """Injects the faults. `log` shows their order when a test fails."""
 
     stack: Stack
     driver: EmulatedDriver
     source: random.Random
-    diary: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
     kills: list[int] = field(default_factory=list)
     pauses: list[Pause] = field(default_factory=list)
     began_ns: int = field(default_factory=time.monotonic_ns)
     _later: set[asyncio.Task[None]] = field(default_factory=set)
 
     def note(self, text: str) -> None:
-        self.diary.append(f"{(time.monotonic_ns() - self.began_ns) / SECOND_NS:8.3f} {text}")
+        self.log.append(f"{(time.monotonic_ns() - self.began_ns) / SECOND_NS:8.3f} {text}")
 
     def paused(self, pid: int, at_ns: int) -> bool:
-        """Had somebody stopped this process then?"""
+        """Whether the process was paused from outside at that time."""
         return any(pid in pause.pids and pause.began_ns <= at_ns <= (pause.ended_ns or at_ns) for pause in self.pauses)
 
-    # ---- drawing ----------------------------------------------------------------------------------------------------
+    # ---- random choice ----------------------------------------------------------------------------------------------
 
     def strike(self) -> None:
-        """One misfortune; those that last a while end by themselves."""
+        """Inject one fault; temporary ones end by themselves."""
         weights: dict[Callable[[], None], int] = {
             self.driver_fault: 40,
             self.clear_faults: 6,
@@ -83,7 +83,7 @@ class Chaos:
     def _for_a_while(self, seconds: float, end: Callable[[], None]) -> None:
         async def wait() -> None:
             try:
-                await asyncio.sleep(seconds)  # how long the misfortune lasts
+                await asyncio.sleep(seconds)  # the duration of the fault
             finally:
                 end()
 
@@ -95,7 +95,7 @@ class Chaos:
         task.add_done_callback(self._later.discard)
 
     async def heal(self) -> None:
-        """Nothing goes wrong any more; what hung may run now."""
+        """Remove all faults; hung operations run now."""
         later = list(self._later)
         for task in later:
             task.cancel()
@@ -115,14 +115,14 @@ class Chaos:
         skip = self.source.choice([0, 0, 1, 3])
         try:
             self.driver.fault(operation, kind, times=1, skip=skip, after=after, delay_ms=delay_ms)
-        except PreconditionError:  # `after` does not go with every kind
+        except PreconditionError:  # `after` is invalid for some kinds
             after = False
-            with suppress(PreconditionError):  # 64 are planned already
+            with suppress(PreconditionError):  # 64 faults are already planned
                 self.driver.fault(operation, kind, times=1, skip=skip, delay_ms=delay_ms)
         self.note(f"fault {operation} {kind} skip={skip} after={after} delay_ms={delay_ms}")
 
     def clear_faults(self) -> None:
-        """What hung runs now: much later than anybody who asked for it waited."""
+        """Run what hung, long after its callers have given up."""
         self.driver.clear_faults()
         self.note("faults cleared")
 
@@ -143,7 +143,7 @@ class Chaos:
     def fill_gpu(self) -> None:
         device = self.source.choice(self.driver.devices())
         seconds = self.source.uniform(0.1, 1.5)
-        with suppress(PreconditionError):  # an instance took it between the question and now
+        with suppress(PreconditionError):  # an instance took the memory meanwhile
             self.driver.reserve(device.uuid, device.total_bytes - device.used_bytes)
         self.note(f"outsider fills gpu {device.index}, {seconds:.2f} s")
         self._for_a_while(seconds, lambda: self.driver.reserve(device.uuid, 0))
@@ -156,7 +156,7 @@ class Chaos:
     # ---- processes --------------------------------------------------------------------------------------------------
 
     def kill_agent(self) -> None:
-        """Now and then during its recovery, too; not so often that nobody is served any more."""
+        """Kill the agent, sometimes during its recovery, but rarely enough that requests are served."""
         recovers = bool(self.kills) and time.monotonic_ns() - self.kills[-1] < RECOVERY_S * SECOND_NS
         spared = recovers and self.source.random() < 0.7
         if self.stack.processes["agent"].poll() is None and not spared:
@@ -165,7 +165,7 @@ class Chaos:
             self.note("agent killed")
 
     def kill_worker(self) -> None:
-        """A random one of the processes that call the driver for the agent."""
+        """Kill a random process that calls the driver for the agent."""
         with suppress(psutil.Error, ProcessLookupError):
             children = psutil.Process(self.stack.processes["agent"].pid).children(recursive=True)
             workers = [child for child in children if any("driver_worker" in word for word in child.cmdline())]
@@ -175,7 +175,7 @@ class Chaos:
                 self.note(f"worker {worker.pid} killed")
 
     def kill_instance(self) -> None:
-        """The OOM killer, or an operator."""
+        """Kill an instance, like the OOM killer or an operator."""
         path = self._some_instance()
         if path is not None:
             self.note(f"instance {path.name} killed, pids {cgroup.procs(path)}")
@@ -184,7 +184,7 @@ class Chaos:
                     os.kill(pid, signal.SIGKILL)
 
     def pause(self) -> None:
-        """`docker pause` and `unpause` by somebody else, in whatever state the instance is by then."""
+        """Pause and unpause an instance from outside, like `docker pause`, in any state."""
         path = self._some_instance()
         if path is None:
             return
@@ -210,7 +210,7 @@ class Chaos:
 
 
 async def keep_agent_running(stack: Stack, note: Callable[[str], None]) -> None:
-    """What systemd does: start it anew whenever it has ended. Until cancelled."""
+    """Restart the agent whenever it ends, like systemd. Runs until cancelled."""
     while True:
         code = stack.processes["agent"].poll()
         if code is not None:
