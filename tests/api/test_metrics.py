@@ -99,7 +99,7 @@ async def test_instances_are_told_by_state_and_those_that_end_are_not_current(ce
 
 async def test_a_function_short_of_its_target_says_so(central: Central) -> None:
     await central.rig.deploy()
-    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "no", no_capacity_expected=False))
+    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "no"))
     assert central.scrape().value("hibernode_function_degraded", function="ocr") == 1
 
 

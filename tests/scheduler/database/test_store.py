@@ -108,7 +108,7 @@ async def test_validate_only_changes_nothing(store: Store) -> None:
 async def test_a_lasting_problem_ends_the_waiting_until_the_next_deploy(store: Store) -> None:
     catalog, events = catalog_on(store)
     await catalog.deploy(request())
-    catalog.set_problem("ocr", Problem("NO_FREE_GPU", "all taken", no_capacity_expected=False))
+    catalog.set_problem("ocr", Problem("NO_FREE_GPU", "all taken"))
     assert len(events) == 1
     catalog.set_problem("ocr", Problem("IMAGE_RUNTIME_UNAVAILABLE", "no engine", no_capacity_expected=True))
     assert events[-1] == FunctionSet("ocr", False, DispatchPolicy.SPREAD, 0.5, 7)
