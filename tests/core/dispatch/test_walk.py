@@ -37,12 +37,7 @@ FUNCTIONS = ("ocr", "llm")
 NODES = ("n1", "n2", "n3")
 CONCURRENCY = {"ocr": 1, "llm": 4}
 WAKEABLE = (InstanceState.FROZEN, InstanceState.FREEZING, InstanceState.WAITING_GPU, InstanceState.RESTORING)
-AWAKE_OR_WAKING = (
-    InstanceState.RUNNING,
-    InstanceState.FROZEN,
-    InstanceState.WAITING_GPU,
-    InstanceState.RESTORING,
-)
+AWAKE_OR_WAKING = (InstanceState.RUNNING, InstanceState.FROZEN, InstanceState.WAITING_GPU, InstanceState.RESTORING)
 STATES = (
     InstanceState.RUNNING,
     InstanceState.RUNNING,

@@ -9,15 +9,7 @@ from dataclasses import replace
 import pytest
 
 from agent.core.provisioning.model import ObservedInstance, RequestId, Scheduling, parse_request_id
-from agent.core.provisioning.reconcile import (
-    MAX_ATTEMPTS,
-    Attempts,
-    DesiredState,
-    ReconcilePlan,
-    came_up,
-    failed,
-    plan,
-)
+from agent.core.provisioning.reconcile import MAX_ATTEMPTS, Attempts, DesiredState, ReconcilePlan, came_up, failed, plan
 from agent.core.types import SECOND_NS, InstanceState
 
 RUNNING, STARTING, STOPPING = InstanceState.RUNNING, InstanceState.STARTING, InstanceState.STOPPING

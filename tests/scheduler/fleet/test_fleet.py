@@ -9,13 +9,7 @@ from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import ConfigError, InvalidArgumentError, PreconditionError
 from agent.core.types import SECOND_NS
 from agent.scheduler.fleet.fleet import UNREACHABLE_NS, Fleet
-from agent.v1.scheduler_service_pb2 import (
-    InstanceLoad,
-    NodeLoad,
-    Registration,
-    ReportLoadRequest,
-    ReportLoadResponse,
-)
+from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest, ReportLoadResponse
 from agent.v1.types_pb2 import Gpu, Instance, Node
 from tests.fakes.clock import FakeClock
 

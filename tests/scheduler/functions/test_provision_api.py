@@ -58,13 +58,7 @@ async def test_always_allocate_gpu_makes_a_revision_only_when_it_changes(rig: Ri
         answer = await rig.put(**given)
         seen.append((rig.ocr.spec.revision, answer.provision.always_allocate_gpu, rig.ocr.spec.idle.mode))
     idle, never = IdleMode.REQUIRE, IdleMode.NEVER
-    assert seen == [
-        ("1", False, idle),
-        ("2", True, never),
-        ("2", True, never),
-        ("2", True, never),
-        ("3", False, idle),
-    ]
+    assert seen == [("1", False, idle), ("2", True, never), ("2", True, never), ("2", True, never), ("3", False, idle)]
 
 
 async def test_put_list_and_delete(rig: Rig, store: Store) -> None:

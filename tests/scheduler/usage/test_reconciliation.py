@@ -83,12 +83,7 @@ async def test_wherever_a_page_ends_the_same_is_found(
         (FindingKind.CONFLICT, 2),
     ]
     assert total == Reconciled(
-        instances=3,
-        windows=8,
-        gaps=Amount(1, 100),
-        overlaps=Amount(1, 10),
-        estimated=Amount(1, 100),
-        conflicts=2,
+        instances=3, windows=8, gaps=Amount(1, 100), overlaps=Amount(1, 10), estimated=Amount(1, 100), conflicts=2
     )
 
 
