@@ -194,10 +194,7 @@ def _unknown_keys(value: object, shape: msgspec.inspect.Type, path: str, root: m
                     yield from _unknown_keys(inner, known[key], here, root)
                 else:
                     yield f"{here}: unknown key; {_suggest(str(key), path, list(known), root)}"
-        case (
-            (msgspec.inspect.ListType(item_type=item) | msgspec.inspect.VarTupleType(item_type=item)),
-            list(),
-        ):
+        case ((msgspec.inspect.ListType(item_type=item) | msgspec.inspect.VarTupleType(item_type=item)), list()):
             for index, inner in enumerate(value):
                 yield from _unknown_keys(inner, item, f"{path}[{index}]", root)
         case msgspec.inspect.DictType(value_type=item), Mapping():

@@ -30,8 +30,7 @@ MAX_DEPTH = 6
 MASK = "***"
 
 _SECRET = re.compile(
-    r"token|passw|secret|authorization|credential|cookie|private_key|access_key|api_?key|environ|^env$",
-    re.IGNORECASE,
+    r"token|passw|secret|authorization|credential|cookie|private_key|access_key|api_?key|environ|^env$", re.IGNORECASE
 )
 # These name a secret's place, or count something.
 _HARMLESS = re.compile(r"_(?:file|path|count|bytes|ns)$", re.IGNORECASE)
@@ -116,8 +115,7 @@ def configure(level: str = "info", fmt: Literal["json", "console"] = "json", *, 
     handler = _LibraryHandler(out)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=_COMMON,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+            foreign_pre_chain=_COMMON, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render]
         )
     )
     root = logging.getLogger()

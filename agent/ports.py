@@ -44,13 +44,9 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StartSpec:
-    """What a runtime starts.
-
-    - `environment`: variables added by the agent (`gpu.mounts`, FC_*), which override the function's own.
-    - `gpu_uuids`: the GPUs visible inside.
-    - `all_gpus`: every GPU of the host is visible, and only CUDA_VISIBLE_DEVICES names `gpu_uuids`: the driver restores
-      on other GPUs only processes that can see them all.
-    """
+    """What a runtime starts. `environment`: the agent's variables (`gpu.mounts`, FC_*), which override the function's.
+    `gpu_uuids`: the GPUs visible inside. `all_gpus`: every GPU of the host is visible, and only CUDA_VISIBLE_DEVICES
+    names `gpu_uuids`, because the driver restores on other GPUs only processes that can see them all."""
 
     instance: InstanceSpec
     environment: Mapping[str, str]
@@ -226,11 +222,8 @@ class Freezer(Protocol):
     async def checkpoint(self, handle: Handle) -> FreezeResult: ...
 
     async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
-        """Verify free VRAM, thaw, restore, unlock, verify that it runs. REFUSED (GPU_MEMORY_SHORT ...): still
-        checkpointed and frozen, on the old GPUs.
-
-        `gpu_map`: old uuid -> new uuid, with every GPU of the host; empty = the same GPUs.
-        """
+        """Verify free VRAM, thaw, restore, unlock, verify that it runs. `gpu_map`: old uuid -> new uuid of every GPU,
+        empty = the same. REFUSED (GPU_MEMORY_SHORT ...): still checkpointed and frozen, on the old GPUs."""
 
     def paused(self, handle: Handle) -> bool:
         """Whether another program has paused it (docker pause). Reads one file; makes no driver call."""
@@ -283,7 +276,7 @@ class ProcessFreezer(Protocol):
         """
 
     async def thaw(self, handle: Handle, deadline_s: float = FREEZE_DEADLINE_S) -> None:
-        """Return once it runs again. Idempotent, whoever froze it. Raises DeadlineError THAW_TIMEOUT (an ancestor is
+        """Return once it runs again. Idempotent; undoes any freeze. Raises DeadlineError THAW_TIMEOUT (an ancestor is
         frozen too), PreconditionError INSTANCE_GONE."""
 
     def state(self, handle: Handle) -> FreezerState:
@@ -294,26 +287,18 @@ class ProcessFreezer(Protocol):
 
 
 class Checkpointer(Protocol):
-    """The driver's checkpoint operations, in batches. A call on a process in a frozen cgroup hangs.
-
-    STATE of a process without CUDA is answered with NONE and does not end the batch.
-    """
+    """The driver's checkpoint operations, in batches. A call on a process in a frozen cgroup hangs. STATE of a process
+    without CUDA is answered with NONE and does not end the batch."""
 
     async def run(self, calls: Sequence[CudaCall], deadline_s: float, gpu_uuids: Sequence[str] = ()) -> CudaReply:
-        """Run the calls in order until one fails. The driver's errors are in the reply, never raised.
-
-        - `deadline_s`: for the driver; the wait for a free worker has its own bound.
-        - `gpu_uuids`: the devices to report if the driver gets stuck.
-        """
+        """Run the calls in order until one fails. The driver's errors are in the reply, never raised. `deadline_s` is
+        for the driver; the wait for a free worker has its own bound. `gpu_uuids`: the devices to report if it hangs."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuProcesses:
-    """The compute processes of every device that answered.
-
-    - `unanswered`: devices whose processes are unknown; for proof that a device is empty use `on`.
-    - `lost`: those of `unanswered` that need a reset to answer. Their memory's content is gone, without proof.
-    """
+    """The compute processes of every device that answered. Those on `unanswered` devices are unknown: `on` proves a
+    device empty. `lost`: those of `unanswered` that need a reset to answer."""
 
     entries: tuple[GpuProcess, ...] = ()
     unanswered: frozenset[str] = frozenset()

@@ -1,7 +1,7 @@
-# Sourced after lib-venv.sh: what the tests of `scripts/test --all` need beside Python and a C compiler.
+# Sourced after lib-venv.sh: installs what `scripts/test --all` needs besides Python and a C compiler.
 #
 #   . "$ROOT/scripts/lib-engines.sh"
-#   ensure_engines            # installs what is missing where it may; else says so and goes on: those tests skip
+#   ensure_engines            # installs missing packages if allowed; otherwise prints them, and their tests skip
 
 # PROGRAM:PACKAGE of Debian and Ubuntu. Podman keeps its network programs in a folder of its own.
 ENGINE_PROGRAMS="dockerd:docker.io podman:podman conmon:conmon runc:runc
@@ -24,7 +24,7 @@ ensure_engines() {
     packages=$(missing_packages | tr '\n' ' ')
     [ -n "$packages" ] || return 0
     if ! may_apt; then
-        say "Not found: $packages(not root, or no apt-get: nothing is installed; the tests that need it skip)."
+        say "Missing: $packages(not root, or no apt-get: nothing is installed; the tests that need them skip)."
         return 0
     fi
     # shellcheck disable=SC2086
@@ -32,7 +32,7 @@ ensure_engines() {
         say "They could not be installed; the tests that need them skip."
 }
 
-# The tests start engines of their own: installing must not start one for the whole host.
+# The tests start their own engines; installing must not start one for the whole host.
 without_starting_services() {
     policy=/usr/sbin/policy-rc.d
     if [ -e "$policy" ]; then

@@ -28,7 +28,7 @@ class PageRequest(Protocol):
     page_token: str
 
 
-class Page(Protocol):
+class ListPage(Protocol):
     """A page of a list, and the token of the next one; "" after the last."""
 
     next_page_token: str
@@ -36,7 +36,7 @@ class Page(Protocol):
 
 T = TypeVar("T")
 _Request = TypeVar("_Request", bound=PageRequest)
-_Page = TypeVar("_Page", bound=Page)
+_Page = TypeVar("_Page", bound=ListPage)
 
 
 async def pages(

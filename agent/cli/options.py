@@ -91,42 +91,30 @@ output_or_csv_option = _shared(
 json_option = _shared("--json", "output", flag_value="json", help="The same as --output json.")
 
 
-def locator_options(command: F) -> F:
-    """Addresses and token of all daemons; for the group itself."""
-    for option in (token_option, scheduler_option, agent_option, home_option):
-        command = option(command)
-    return command
+def grouped(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """A decorator that adds all these options in their order."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
-def agent_options(command: F) -> F:
-    """For a command that calls the agent of one node."""
-    for option in (insecure_option, token_option, agent_option, home_option):
-        command = option(command)
-    return command
-
-
-def scheduler_options(command: F) -> F:
-    """For a command that calls the scheduler."""
-    for option in (insecure_option, token_option, scheduler_option, home_option):
-        command = option(command)
-    return command
-
-
-def fleet_or_node_options(command: F) -> F:
-    """For a command that can call the agent or the scheduler."""
-    for option in (insecure_option, token_option, scheduler_option, agent_option, home_option):
-        command = option(command)
-    return command
-
-
-def s_options(command: F) -> F:
-    """Hidden options of Serverless Devs' `s`, accepted and ignored."""
-    for option in (
-        _shared("-a", "--access", "s_access", metavar="NAME", hidden=True),
-        _shared("--skip-push", "s_skip_push", metavar="BOOLEAN", hidden=True),
-    ):
-        command = option(command)
-    return command
+locator_options = grouped(home_option, agent_option, scheduler_option, token_option)
+"""Addresses and token of all daemons; for the group itself."""
+agent_options = grouped(home_option, agent_option, token_option, insecure_option)
+"""For a command that calls the agent of one node."""
+scheduler_options = grouped(home_option, scheduler_option, token_option, insecure_option)
+"""For a command that calls the scheduler."""
+fleet_or_node_options = grouped(home_option, agent_option, scheduler_option, token_option, insecure_option)
+"""For a command that can call the agent or the scheduler."""
+s_options = grouped(
+    _shared("-a", "--access", "s_access", metavar="NAME", hidden=True),
+    _shared("--skip-push", "s_skip_push", metavar="BOOLEAN", hidden=True),
+)
+"""Hidden options of Serverless Devs' `s`, accepted and ignored."""
 
 
 def seconds_of(value: str) -> float:

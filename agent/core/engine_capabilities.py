@@ -54,7 +54,7 @@ class EngineSurvey:
     """What start-up found out about the engine.
 
     - `facts`: None = the engine can't be used because of `problem` (with its fix), or is turned off (no problem)
-    - `gpus`: how GPUs are attached (`How` of engine/gpus.py); "" = the host has none
+    - `gpus`: how GPUs are attached (`How` of adapters/engine/gpus.py); "" = the host has none
     - `gpu_problem`: why GPUs can't be attached
     - `nvidia_hook`: the hook program of NVIDIA's runtime is installed
     - `cgroups`: the agent sees the containers' cgroups

@@ -9,9 +9,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from agent.adapters.freezer.limits import failure
-from agent.adapters.kernel.cgroup_freezer import FREEZE_DEADLINE_S, FreezerState, ProcessFreezer
 from agent.core.types import Handle
-from agent.ports import Checkpointer, Clock, CudaCall, CudaOp, CudaReply
+from agent.ports import (
+    FREEZE_DEADLINE_S,
+    Checkpointer,
+    Clock,
+    CudaCall,
+    CudaOp,
+    CudaReply,
+    FreezerState,
+    ProcessFreezer,
+)
 
 MAX_FAILURES = 100
 

@@ -121,11 +121,7 @@ class RuntimeSettings(Section, frozen=True):
     def __post_init__(self) -> None:
         for index, path in enumerate(self.volumes_allowed):
             absolute(f"volumes_allowed[{index}]", path or "empty")
-        positive(
-            ready_timeout=self.ready_timeout_ns,
-            stop_timeout=self.stop_timeout_ns,
-            log_limit=self.log_limit_bytes,
-        )
+        positive(ready_timeout=self.ready_timeout_ns, stop_timeout=self.stop_timeout_ns, log_limit=self.log_limit_bytes)
 
 
 class MountSettings(Section, frozen=True):

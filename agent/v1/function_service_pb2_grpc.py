@@ -78,43 +78,43 @@ class FunctionServiceServicer:
 
     def DeployFunction(self, request, context):
         """Creates the function or replaces its spec, triggers and target. Instances of an older revision are replaced
-        without cutting a request. The same content again changes nothing.
+        without interrupting a request. A repeated deploy of the same content changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetFunction(self, request, context):
-        """One function. NOT_FOUND if there is none of that name.
+        """Returns one function. NOT_FOUND if it does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListFunctions(self, request, context):
-        """Functions, by name.
+        """Lists functions by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteFunction(self, request, context):
-        """Drains and stops the instances of a function and forgets it. Its usage is kept.
+        """Drains and stops the instances of a function, then deletes it. Its usage is kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PutProvisionConfig(self, request, context):
-        """Replaces a function's provisioning: how many instances it has, when, and by which policies. NOT_FOUND if there is
-        no function of that name. Nothing is changed if anything in it is wrong.
+        """Replaces a function's provisioning: how many instances it has, when, and by which policies. NOT_FOUND if the
+        function does not exist. An invalid configuration changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListProvisionConfigs(self, request, context):
-        """Provisioning of the functions, by name, with what has come of it.
+        """Lists the provisioning of functions by name, with its current effect.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -22,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class CreateInstanceRequest(_message.Message):
-    """Asks for a new instance."""
+    """Request of CreateInstance."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -30,14 +30,14 @@ class CreateInstanceRequest(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the caller, unique per wanted instance (the scheduler: function/revision/ordinal/attempt).
-    Empty asks for a new instance unconditionally.
+    """The caller's unique id of this instance (the scheduler: function/revision/ordinal/attempt). Empty always makes a
+    new one.
     """
     wait: _builtins.bool
-    """Answer only once the instance is RUNNING or FAILED, within the call's deadline; otherwise once it is recorded."""
+    """Return when the instance is RUNNING or FAILED, within the call's deadline; otherwise when it is recorded."""
     @_builtins.property
     def spec(self) -> _types_pb2.FunctionSpec:
-        """What to run."""
+        """The function."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ Global___CreateInstanceRequest: _TypeAlias = CreateInstanceRequest  # noqa: Y015
 
 @_typing.final
 class CreateInstanceResponse(_message.Message):
-    """The instance made, or the one made before under the same request_id."""
+    """The new instance, or the earlier one with the same request_id."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -80,7 +80,7 @@ Global___CreateInstanceResponse: _TypeAlias = CreateInstanceResponse  # noqa: Y0
 
 @_typing.final
 class GetInstanceRequest(_message.Message):
-    """Asks for one instance."""
+    """Request of GetInstance."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -126,7 +126,7 @@ Global___GetInstanceResponse: _TypeAlias = GetInstanceResponse  # noqa: Y015
 
 @_typing.final
 class ListInstancesRequest(_message.Message):
-    """Asks for the instances of the node."""
+    """Request of ListInstances."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -137,11 +137,11 @@ class ListInstancesRequest(_message.Message):
     page_size: _builtins.int
     """Most instances in one answer, at most 1000; 0 means 100."""
     page_token: _builtins.str
-    """next_page_token of the answer before; empty for the first page."""
+    """next_page_token of the previous page; empty for the first page."""
     function: _builtins.str
     """Only instances of this function; empty means all."""
     include_ended: _builtins.bool
-    """Also those that have ended and are still remembered."""
+    """Also ended instances that the agent still remembers."""
     def __init__(
         self,
         *,
@@ -188,7 +188,7 @@ Global___ListInstancesResponse: _TypeAlias = ListInstancesResponse  # noqa: Y015
 
 @_typing.final
 class FreezeInstanceRequest(_message.Message):
-    """Asks for a freeze."""
+    """Request of FreezeInstance."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -234,7 +234,7 @@ Global___FreezeInstanceResponse: _TypeAlias = FreezeInstanceResponse  # noqa: Y0
 
 @_typing.final
 class WakeInstanceRequest(_message.Message):
-    """Asks for a wake."""
+    """Request of WakeInstance."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -244,9 +244,9 @@ class WakeInstanceRequest(_message.Message):
     uid: _builtins.str
     """Instance to wake."""
     hold_ns: _builtins.int
-    """How long the idle timer is suspended after the wake, until the first request; 0 means the default, 2 s."""
+    """Time after the wake without an idle timer, at most until the first request; 0 means the default, 2 s."""
     timeout_ns: _builtins.int
-    """Longest wait for the wake, the wait for a GPU included; 0 means the call's own deadline."""
+    """Longest wait for the wake, including the wait for a GPU; 0 means the call's deadline."""
     def __init__(
         self,
         *,
@@ -271,7 +271,7 @@ class WakeInstanceResponse(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     FREE_SLOTS_FIELD_NUMBER: _builtins.int
     free_slots: _builtins.int
-    """Requests it can take at this moment."""
+    """Requests it can take now."""
     @_builtins.property
     def instance(self) -> _types_pb2.Instance:
         """The instance, RUNNING."""
@@ -292,7 +292,7 @@ Global___WakeInstanceResponse: _TypeAlias = WakeInstanceResponse  # noqa: Y015
 
 @_typing.final
 class StopInstanceRequest(_message.Message):
-    """Asks for the end of an instance."""
+    """Request of StopInstance."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -304,7 +304,7 @@ class StopInstanceRequest(_message.Message):
     force: _builtins.bool
     """Kill at once: no drain, no `/pre-stop`. Requests in it fail with 502."""
     grace_ns: _builtins.int
-    """Longest drain, then SIGTERM to SIGKILL each; 0 means the default of the agent."""
+    """Longest drain, and longest wait between SIGTERM and SIGKILL; 0 means the agent's default."""
     def __init__(
         self,
         *,
@@ -346,7 +346,7 @@ Global___StopInstanceResponse: _TypeAlias = StopInstanceResponse  # noqa: Y015
 
 @_typing.final
 class GetInstanceLogsRequest(_message.Message):
-    """Asks for an instance's output."""
+    """Request of GetInstanceLogs."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -356,9 +356,9 @@ class GetInstanceLogsRequest(_message.Message):
     uid: _builtins.str
     """Instance."""
     tail_bytes: _builtins.int
-    """Only the last so many bytes; 0 means all that is kept."""
+    """Only this number of bytes at the end; 0 means everything that is kept."""
     follow: _builtins.bool
-    """Go on with new output as it comes, until the instance has ended."""
+    """Continue with new output until the instance has ended."""
     def __init__(
         self,
         *,
@@ -398,7 +398,7 @@ Global___GetInstanceLogsResponse: _TypeAlias = GetInstanceLogsResponse  # noqa: 
 
 @_typing.final
 class ListEventsRequest(_message.Message):
-    """Asks for events."""
+    """Request of ListEvents."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -409,12 +409,12 @@ class ListEventsRequest(_message.Message):
     page_size: _builtins.int
     """Most events in one answer, at most 1000; 0 means 100."""
     page_token: _builtins.str
-    """next_page_token of the answer before; empty for the first page."""
+    """next_page_token of the previous page; empty for the first page."""
     instance_uid: _builtins.str
     """Only events of this instance; empty means all of the node."""
     @_builtins.property
     def since(self) -> _timestamp_pb2.Timestamp:
-        """Only events at or after this time; absent means all that are kept."""
+        """Only events at or after this time; absent means all kept events."""
 
     def __init__(
         self,
@@ -462,13 +462,13 @@ Global___ListEventsResponse: _TypeAlias = ListEventsResponse  # noqa: Y015
 
 @_typing.final
 class ExecInstanceRequest(_message.Message):
-    """One step of a caller's side of an exec."""
+    """A message of the caller's side of an exec."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class Start(_message.Message):
-        """What to run, and where."""
+        """The command and its place."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -480,16 +480,16 @@ class ExecInstanceRequest(_message.Message):
         uid: _builtins.str
         """Instance."""
         user: _builtins.str
-        """User inside the container; empty means the container's own."""
+        """User inside the container; empty means the container's user."""
         wake: _builtins.bool
         """Wake a frozen instance first."""
         @_builtins.property
         def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-            """Program and arguments; no shell is put in between."""
+            """Program and arguments, run without a shell."""
 
         @_builtins.property
         def terminal(self) -> Global___ExecInstanceRequest.TerminalSize:
-            """Run it on a terminal of this size; absent: without a terminal."""
+            """Size of a terminal to run it on; absent: no terminal."""
 
         def __init__(
             self,
@@ -537,14 +537,14 @@ class ExecInstanceRequest(_message.Message):
     input: _builtins.bytes
     """Bytes for the command's standard input, at most 64 KiB."""
     end_of_input: _builtins.bool
-    """No more input comes."""
+    """The input ends."""
     @_builtins.property
     def start(self) -> Global___ExecInstanceRequest.Start:
-        """First, and only first."""
+        """The first message, and only the first."""
 
     @_builtins.property
     def resize(self) -> Global___ExecInstanceRequest.TerminalSize:
-        """The caller's terminal has another size now."""
+        """The new size of the caller's terminal."""
 
     def __init__(
         self,
@@ -566,7 +566,7 @@ Global___ExecInstanceRequest: _TypeAlias = ExecInstanceRequest  # noqa: Y015
 
 @_typing.final
 class ExecInstanceResponse(_message.Message):
-    """One step of the command's side of an exec."""
+    """A message of the command's side of an exec."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -574,11 +574,11 @@ class ExecInstanceResponse(_message.Message):
     ERROR_OUTPUT_FIELD_NUMBER: _builtins.int
     EXIT_CODE_FIELD_NUMBER: _builtins.int
     output: _builtins.bytes
-    """Bytes of its standard output, or of its terminal; at most 64 KiB."""
+    """Bytes of the command's standard output or terminal, at most 64 KiB."""
     error_output: _builtins.bytes
-    """Bytes of its standard error."""
+    """Bytes of the command's standard error."""
     exit_code: _builtins.int
-    """It has ended. The last step."""
+    """The command has ended; the last message."""
     def __init__(
         self,
         *,

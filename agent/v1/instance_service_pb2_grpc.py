@@ -87,67 +87,67 @@ class InstanceServiceServicer:
     """
 
     def CreateInstance(self, request, context):
-        """Starts an instance. The same request_id with the same spec answers with the instance made before;
-        with another spec it is ALREADY_EXISTS.
+        """Starts an instance. A repeated request_id with the same spec returns the earlier instance; with another spec it
+        fails with ALREADY_EXISTS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetInstance(self, request, context):
-        """One instance. NOT_FOUND if there is none of that uid.
+        """Returns one instance. NOT_FOUND if it does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListInstances(self, request, context):
-        """Instances of the node, oldest first.
+        """Lists the instances of the node, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FreezeInstance(self, request, context):
-        """Freezes an idle instance now and answers when it is FROZEN. Already frozen is success;
-        FAILED_PRECONDITION with a reason when it cannot be frozen, for example while it has requests.
+        """Freezes an idle instance and returns when it is FROZEN. Succeeds if it is frozen already. FAILED_PRECONDITION with
+        a reason if it cannot be frozen, for example while it has requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WakeInstance(self, request, context):
-        """Wakes an instance and answers when it is RUNNING. Already awake is success.
+        """Wakes an instance and returns when it is RUNNING. Succeeds if it is awake already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StopInstance(self, request, context):
-        """Drains, stops and destroys an instance and answers when it has ended. Already ended is success.
+        """Drains, stops and destroys an instance and returns when it has ended. Succeeds if it has ended already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetInstanceLogs(self, request, context):
-        """What the instance wrote to stdout and stderr, in chunks, oldest first.
+        """Streams the instance's output (stdout and stderr) in chunks, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExecInstance(self, request_iterator, context):
-        """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are an empty output
-        once the command has begun, output as it comes, and last `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
-        stays awake meanwhile. Every exec is kept as an event.
+        """Runs a command inside an instance. Requests: `start`, then input. Responses: an empty output when the command has
+        begun, then output, and `exit_code` last. FAILED_PRECONDITION INSTANCE_FROZEN for a frozen instance unless `wake`
+        is set. The instance is not frozen meanwhile. Every exec is recorded as an event.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListEvents(self, request, context):
-        """Events of the node and its instances, oldest first.
+        """Lists events of the node and its instances, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

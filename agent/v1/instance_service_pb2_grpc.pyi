@@ -34,30 +34,30 @@ class InstanceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InstanceServiceAsyncStub: ...
     CreateInstance: _grpc.UnaryUnaryMultiCallable[_instance_service_pb2.CreateInstanceRequest, _instance_service_pb2.CreateInstanceResponse]
-    """Starts an instance. The same request_id with the same spec answers with the instance made before;
-    with another spec it is ALREADY_EXISTS.
+    """Starts an instance. A repeated request_id with the same spec returns the earlier instance; with another spec it
+    fails with ALREADY_EXISTS.
     """
     GetInstance: _grpc.UnaryUnaryMultiCallable[_instance_service_pb2.GetInstanceRequest, _instance_service_pb2.GetInstanceResponse]
-    """One instance. NOT_FOUND if there is none of that uid."""
+    """Returns one instance. NOT_FOUND if it does not exist."""
     ListInstances: _grpc.UnaryUnaryMultiCallable[_instance_service_pb2.ListInstancesRequest, _instance_service_pb2.ListInstancesResponse]
-    """Instances of the node, oldest first."""
+    """Lists the instances of the node, oldest first."""
     FreezeInstance: _grpc.UnaryUnaryMultiCallable[_instance_service_pb2.FreezeInstanceRequest, _instance_service_pb2.FreezeInstanceResponse]
-    """Freezes an idle instance now and answers when it is FROZEN. Already frozen is success;
-    FAILED_PRECONDITION with a reason when it cannot be frozen, for example while it has requests.
+    """Freezes an idle instance and returns when it is FROZEN. Succeeds if it is frozen already. FAILED_PRECONDITION with
+    a reason if it cannot be frozen, for example while it has requests.
     """
     WakeInstance: _grpc.UnaryUnaryMultiCallable[_instance_service_pb2.WakeInstanceRequest, _instance_service_pb2.WakeInstanceResponse]
-    """Wakes an instance and answers when it is RUNNING. Already awake is success."""
+    """Wakes an instance and returns when it is RUNNING. Succeeds if it is awake already."""
     StopInstance: _grpc.UnaryUnaryMultiCallable[_instance_service_pb2.StopInstanceRequest, _instance_service_pb2.StopInstanceResponse]
-    """Drains, stops and destroys an instance and answers when it has ended. Already ended is success."""
+    """Drains, stops and destroys an instance and returns when it has ended. Succeeds if it has ended already."""
     GetInstanceLogs: _grpc.UnaryStreamMultiCallable[_instance_service_pb2.GetInstanceLogsRequest, _instance_service_pb2.GetInstanceLogsResponse]
-    """What the instance wrote to stdout and stderr, in chunks, oldest first."""
+    """Streams the instance's output (stdout and stderr) in chunks, oldest first."""
     ExecInstance: _grpc.StreamStreamMultiCallable[_instance_service_pb2.ExecInstanceRequest, _instance_service_pb2.ExecInstanceResponse]
-    """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are an empty output
-    once the command has begun, output as it comes, and last `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
-    stays awake meanwhile. Every exec is kept as an event.
+    """Runs a command inside an instance. Requests: `start`, then input. Responses: an empty output when the command has
+    begun, then output, and `exit_code` last. FAILED_PRECONDITION INSTANCE_FROZEN for a frozen instance unless `wake`
+    is set. The instance is not frozen meanwhile. Every exec is recorded as an event.
     """
     ListEvents: _grpc.UnaryUnaryMultiCallable[_instance_service_pb2.ListEventsRequest, _instance_service_pb2.ListEventsResponse]
-    """Events of the node and its instances, oldest first."""
+    """Lists events of the node and its instances, oldest first."""
 
 @_typing.type_check_only
 class InstanceServiceAsyncStub(InstanceServiceStub):
@@ -65,30 +65,30 @@ class InstanceServiceAsyncStub(InstanceServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateInstance: _aio.UnaryUnaryMultiCallable[_instance_service_pb2.CreateInstanceRequest, _instance_service_pb2.CreateInstanceResponse]  # type: ignore[assignment]
-    """Starts an instance. The same request_id with the same spec answers with the instance made before;
-    with another spec it is ALREADY_EXISTS.
+    """Starts an instance. A repeated request_id with the same spec returns the earlier instance; with another spec it
+    fails with ALREADY_EXISTS.
     """
     GetInstance: _aio.UnaryUnaryMultiCallable[_instance_service_pb2.GetInstanceRequest, _instance_service_pb2.GetInstanceResponse]  # type: ignore[assignment]
-    """One instance. NOT_FOUND if there is none of that uid."""
+    """Returns one instance. NOT_FOUND if it does not exist."""
     ListInstances: _aio.UnaryUnaryMultiCallable[_instance_service_pb2.ListInstancesRequest, _instance_service_pb2.ListInstancesResponse]  # type: ignore[assignment]
-    """Instances of the node, oldest first."""
+    """Lists the instances of the node, oldest first."""
     FreezeInstance: _aio.UnaryUnaryMultiCallable[_instance_service_pb2.FreezeInstanceRequest, _instance_service_pb2.FreezeInstanceResponse]  # type: ignore[assignment]
-    """Freezes an idle instance now and answers when it is FROZEN. Already frozen is success;
-    FAILED_PRECONDITION with a reason when it cannot be frozen, for example while it has requests.
+    """Freezes an idle instance and returns when it is FROZEN. Succeeds if it is frozen already. FAILED_PRECONDITION with
+    a reason if it cannot be frozen, for example while it has requests.
     """
     WakeInstance: _aio.UnaryUnaryMultiCallable[_instance_service_pb2.WakeInstanceRequest, _instance_service_pb2.WakeInstanceResponse]  # type: ignore[assignment]
-    """Wakes an instance and answers when it is RUNNING. Already awake is success."""
+    """Wakes an instance and returns when it is RUNNING. Succeeds if it is awake already."""
     StopInstance: _aio.UnaryUnaryMultiCallable[_instance_service_pb2.StopInstanceRequest, _instance_service_pb2.StopInstanceResponse]  # type: ignore[assignment]
-    """Drains, stops and destroys an instance and answers when it has ended. Already ended is success."""
+    """Drains, stops and destroys an instance and returns when it has ended. Succeeds if it has ended already."""
     GetInstanceLogs: _aio.UnaryStreamMultiCallable[_instance_service_pb2.GetInstanceLogsRequest, _instance_service_pb2.GetInstanceLogsResponse]  # type: ignore[assignment]
-    """What the instance wrote to stdout and stderr, in chunks, oldest first."""
+    """Streams the instance's output (stdout and stderr) in chunks, oldest first."""
     ExecInstance: _aio.StreamStreamMultiCallable[_instance_service_pb2.ExecInstanceRequest, _instance_service_pb2.ExecInstanceResponse]  # type: ignore[assignment]
-    """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are an empty output
-    once the command has begun, output as it comes, and last `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
-    stays awake meanwhile. Every exec is kept as an event.
+    """Runs a command inside an instance. Requests: `start`, then input. Responses: an empty output when the command has
+    begun, then output, and `exit_code` last. FAILED_PRECONDITION INSTANCE_FROZEN for a frozen instance unless `wake`
+    is set. The instance is not frozen meanwhile. Every exec is recorded as an event.
     """
     ListEvents: _aio.UnaryUnaryMultiCallable[_instance_service_pb2.ListEventsRequest, _instance_service_pb2.ListEventsResponse]  # type: ignore[assignment]
-    """Events of the node and its instances, oldest first."""
+    """Lists events of the node and its instances, oldest first."""
 
 class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by the agent: the instances of its node. Every rpc needs the node's token, or the unix socket."""
@@ -99,8 +99,8 @@ class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _instance_service_pb2.CreateInstanceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_instance_service_pb2.CreateInstanceResponse, _abc.Awaitable[_instance_service_pb2.CreateInstanceResponse]]:
-        """Starts an instance. The same request_id with the same spec answers with the instance made before;
-        with another spec it is ALREADY_EXISTS.
+        """Starts an instance. A repeated request_id with the same spec returns the earlier instance; with another spec it
+        fails with ALREADY_EXISTS.
         """
 
     @_abc_1.abstractmethod
@@ -109,7 +109,7 @@ class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _instance_service_pb2.GetInstanceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_instance_service_pb2.GetInstanceResponse, _abc.Awaitable[_instance_service_pb2.GetInstanceResponse]]:
-        """One instance. NOT_FOUND if there is none of that uid."""
+        """Returns one instance. NOT_FOUND if it does not exist."""
 
     @_abc_1.abstractmethod
     def ListInstances(
@@ -117,7 +117,7 @@ class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _instance_service_pb2.ListInstancesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_instance_service_pb2.ListInstancesResponse, _abc.Awaitable[_instance_service_pb2.ListInstancesResponse]]:
-        """Instances of the node, oldest first."""
+        """Lists the instances of the node, oldest first."""
 
     @_abc_1.abstractmethod
     def FreezeInstance(
@@ -125,8 +125,8 @@ class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _instance_service_pb2.FreezeInstanceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_instance_service_pb2.FreezeInstanceResponse, _abc.Awaitable[_instance_service_pb2.FreezeInstanceResponse]]:
-        """Freezes an idle instance now and answers when it is FROZEN. Already frozen is success;
-        FAILED_PRECONDITION with a reason when it cannot be frozen, for example while it has requests.
+        """Freezes an idle instance and returns when it is FROZEN. Succeeds if it is frozen already. FAILED_PRECONDITION with
+        a reason if it cannot be frozen, for example while it has requests.
         """
 
     @_abc_1.abstractmethod
@@ -135,7 +135,7 @@ class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _instance_service_pb2.WakeInstanceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_instance_service_pb2.WakeInstanceResponse, _abc.Awaitable[_instance_service_pb2.WakeInstanceResponse]]:
-        """Wakes an instance and answers when it is RUNNING. Already awake is success."""
+        """Wakes an instance and returns when it is RUNNING. Succeeds if it is awake already."""
 
     @_abc_1.abstractmethod
     def StopInstance(
@@ -143,7 +143,7 @@ class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _instance_service_pb2.StopInstanceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_instance_service_pb2.StopInstanceResponse, _abc.Awaitable[_instance_service_pb2.StopInstanceResponse]]:
-        """Drains, stops and destroys an instance and answers when it has ended. Already ended is success."""
+        """Drains, stops and destroys an instance and returns when it has ended. Succeeds if it has ended already."""
 
     @_abc_1.abstractmethod
     def GetInstanceLogs(
@@ -151,7 +151,7 @@ class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _instance_service_pb2.GetInstanceLogsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_instance_service_pb2.GetInstanceLogsResponse], _abc.AsyncIterator[_instance_service_pb2.GetInstanceLogsResponse]]:
-        """What the instance wrote to stdout and stderr, in chunks, oldest first."""
+        """Streams the instance's output (stdout and stderr) in chunks, oldest first."""
 
     @_abc_1.abstractmethod
     def ExecInstance(
@@ -159,9 +159,9 @@ class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_instance_service_pb2.ExecInstanceRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_instance_service_pb2.ExecInstanceResponse], _abc.AsyncIterator[_instance_service_pb2.ExecInstanceResponse]]:
-        """Runs a command inside an instance: the first request is `start`, then input as it comes; answers are an empty output
-        once the command has begun, output as it comes, and last `exit_code`. FAILED_PRECONDITION INSTANCE_FROZEN while it sleeps, unless `wake`. The instance
-        stays awake meanwhile. Every exec is kept as an event.
+        """Runs a command inside an instance. Requests: `start`, then input. Responses: an empty output when the command has
+        begun, then output, and `exit_code` last. FAILED_PRECONDITION INSTANCE_FROZEN for a frozen instance unless `wake`
+        is set. The instance is not frozen meanwhile. Every exec is recorded as an event.
         """
 
     @_abc_1.abstractmethod
@@ -170,6 +170,6 @@ class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _instance_service_pb2.ListEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_instance_service_pb2.ListEventsResponse, _abc.Awaitable[_instance_service_pb2.ListEventsResponse]]:
-        """Events of the node and its instances, oldest first."""
+        """Lists events of the node and its instances, oldest first."""
 
 def add_InstanceServiceServicer_to_server(servicer: InstanceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

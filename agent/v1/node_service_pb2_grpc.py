@@ -52,14 +52,14 @@ class NodeServiceServicer:
     """
 
     def GetNode(self, request, context):
-        """The node as it stands now.
+        """Returns the node.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListUsageWindows(self, request, context):
-        """Windows of the node's own ledger, by instance and sequence; those acknowledged by the scheduler may be pruned.
+        """Lists windows of the node's ledger by instance and sequence; those the scheduler acknowledged may be pruned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

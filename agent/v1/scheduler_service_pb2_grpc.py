@@ -62,30 +62,29 @@ class SchedulerServiceServicer:
     """
 
     def ReportLoad(self, request_iterator, context):
-        """The load stream of one node. The first message carries a registration and all instances; later ones what
-        changed, at once, and gauges once a second. The node's name comes from its credential.
+        """The load stream of one node. The first message carries a registration and all instances; later ones carry changes,
+        sent at once, and gauges, once a second. The node's name comes from its credential.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListNodes(self, request, context):
-        """Nodes the scheduler knows, by name.
+        """Lists the known nodes by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetNodeScheduling(self, request, context):
-        """Cordons or drains a node, or takes that back. Kept over restarts of the scheduler. NOT_FOUND for a node it has
-        never met.
+        """Cordons, drains or uncordons a node; kept over restarts of the scheduler. NOT_FOUND for an unknown node.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListFleetInstances(self, request, context):
-        """Instances over the fleet, by node and age, as last reported.
+        """Lists the fleet's instances by node and age, as last reported.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

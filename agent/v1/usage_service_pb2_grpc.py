@@ -57,26 +57,26 @@ class UsageServiceServicer:
     """
 
     def UploadUsageWindows(self, request, context):
-        """Takes sealed windows from an agent, in order, for its own node only. Repeating a window changes nothing;
-        the same key with another payload is kept as a conflict and reported. What cannot be taken is refused window by
-        window, and the others are stored.
+        """Stores sealed windows of an agent, in order, for its own node only. A repeated window changes nothing; the same key
+        with another payload is kept and reported as a conflict. A window that cannot be stored is refused; the others are
+        stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListUsage(self, request, context):
-        """Usage summed by function, instance, node or GPU model, priced, beside what the same instances would have cost
-        always on: awake and active from the beginning of their first window to the end of their last, whatever they did
-        meanwhile. Instances of which nothing was ever billed, as those that never started, would not have cost anything.
+        """Lists usage summed by function, instance, node or GPU model, with its cost and the always-on cost: that of the same
+        instances, active from the start of their first window to the end of their last. Instances without any billed time,
+        such as those that never started, have no always-on cost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReconcileUsage(self, request, context):
-        """Whether the windows of each instance fit together: an answer for each instance about which something is to be
-        said, in order of their uids, then one with the totals of all.
+        """Checks that the windows of each instance fit together: streams one response per instance with findings, by uid,
+        then one with the totals.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,5 +1,5 @@
-"""Benchmarks: one module a promise (DESIGN section 11), run by `scripts/bench NAME [--json]`.
+"""Benchmarks: one module per promise of agent/docs/specification.md, run by `scripts/bench NAME [--json]`.
 
-The first line of a module's docstring is what `scripts/bench --help` shows. A module measures both sides in one run,
-prints a table (or with --json one object on stdout) with the ratio and its spread, and sends messages to stderr.
+`scripts/bench --help` shows the first line of each module's docstring. A module measures both sides in one run. It
+prints a table (with --json an object) with the ratio and its spread on stdout, and messages on stderr.
 """

@@ -1,4 +1,4 @@
-"""The blocking client of the benchmarks: one function, asked through the gateway on one keep-alive connection."""
+"""Blocking client of the benchmarks: calls one function through the gateway on one keep-alive connection."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from agent.core.types import MILLISECOND_NS
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One answer: how long it took, when (CLOCK_MONOTONIC ns), and what the gateway says of the wait."""
+class TimedAnswer:
+    """An answer with its times (CLOCK_MONOTONIC ns) and the wake time that the gateway reports."""
 
     began_ns: int
     ended_ns: int
@@ -26,14 +26,14 @@ class Asked:
 
 
 class Client:
-    """Asks GET / of an instance of `echo`. `close` ends it."""
+    """Sends GET / to an instance of `echo`."""
 
     def __init__(self, gateway: str, function: str) -> None:
         self._connection = http.client.HTTPConnection(gateway, timeout=60)
         self._path = f"/fn/{function}/"
 
-    def ask(self) -> Asked:
-        """Raises RuntimeError for an answer other than 200, OSError if there is none."""
+    def request(self) -> TimedAnswer:
+        """Sends one request. Raises RuntimeError for an answer other than 200, OSError without an answer."""
         began = time.monotonic_ns()
         self._connection.request("GET", self._path)
         answer = self._connection.getresponse()
@@ -41,7 +41,7 @@ class Client:
         ended = time.monotonic_ns()
         if answer.status != 200:
             raise RuntimeError(f"the gateway answered {answer.status}: {content[:300]!r}")
-        return Asked(began, ended, float(answer.headers.get("x-hibernode-wake-ms", "0")), json.loads(content))
+        return TimedAnswer(began, ended, float(answer.headers.get("x-hibernode-wake-ms", "0")), json.loads(content))
 
     def close(self) -> None:
         self._connection.close()

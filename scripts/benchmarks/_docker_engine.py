@@ -1,7 +1,7 @@
-"""A Docker Engine to measure against: one that is there, or a private one for the length of a benchmark.
+"""A Docker Engine to compare with: an existing one, or a private one for the duration of a benchmark.
 
-Nothing is installed and nothing is pulled: the image is one static program that sleeps, built here with `cc`.
-The Engine API is spoken over its unix socket by the same blocking client that asks our gateway.
+Nothing is installed or pulled: the image is one static program that sleeps, built with `cc`. The Engine API is called
+over its unix socket with the blocking HTTP client that also calls the gateway.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SLEEPER = "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n"
 
 
 class NoDocker(Exception):
-    """There is no engine to measure against; the text says why."""
+    """No engine is available; the text says why."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -48,13 +48,13 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 class Engine:
-    """The few calls of the Docker Engine API that are needed. Blocking; one keep-alive connection."""
+    """A blocking client of the Docker Engine API with one keep-alive connection."""
 
     def __init__(self, socket_path: str) -> None:
         self._connection = _UnixConnection(socket_path)
 
     def call(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json") -> Any:
-        """Raises NoDocker with the engine's own words if it answers 400 or more, OSError if it does not answer."""
+        """Raises NoDocker with the engine's message if it answers 400 or more, OSError if it does not answer."""
         self._connection.request(method, path, body, {"Content-Type": kind} if body is not None else {})
         answer = self._connection.getresponse()
         content = answer.read()
@@ -63,7 +63,7 @@ class Engine:
         try:
             return json.loads(content)
         except ValueError:
-            return None  # empty, or the progress of an import: a document a line
+            return None  # empty, or progress lines of an import
 
     def close(self) -> None:
         self._connection.close()
@@ -71,7 +71,7 @@ class Engine:
 
 @dataclass(slots=True)
 class PausedContainer:
-    """A container that sleeps, to be paused and unpaused. `where` says which engine it is."""
+    """A container that sleeps, to pause and unpause. `where` names its engine."""
 
     engine: Engine
     name: str
@@ -82,7 +82,7 @@ class PausedContainer:
         self.engine.call("POST", f"/containers/{self.name}/pause")
 
     def unpause_ns(self) -> int:
-        """Unpause it; how long the call took, in ns."""
+        """Unpauses it and returns the time of the call in ns."""
         began = time.monotonic_ns()
         self.engine.call("POST", f"/containers/{self.name}/unpause")
         return time.monotonic_ns() - began
@@ -90,7 +90,7 @@ class PausedContainer:
 
 @contextmanager
 def paused_container() -> Iterator[PausedContainer]:
-    """A paused container of a found or private engine. Raises NoDocker. At the end nothing of it is left."""
+    """A paused container of an existing or private engine, removed at the end. Raises NoDocker."""
     with ExitStack() as stack:
         path, where = find_engine(stack)
         engine = Engine(path)
@@ -106,25 +106,25 @@ def paused_container() -> Iterator[PausedContainer]:
 
 
 def find_engine(stack: ExitStack, *, bridge: bool = False) -> tuple[str, str]:
-    """The socket of an engine and what it is, in words; `stack` ends it if it is a private one. `bridge`: its
-    containers can have a network. Raises NoDocker."""
+    """The socket and a description of an engine; `stack` ends a private one. `bridge`: its containers can have a
+    network. Raises NoDocker."""
     given = os.environ.get("DOCKER_HOST", "")
     if given:
         if not given.startswith("unix://"):
-            raise NoDocker(f"DOCKER_HOST is {given.partition('://')[0]}://, only unix:// can be compared")
+            raise NoDocker(f"DOCKER_HOST is {given.partition('://')[0]}://; only unix:// is supported")
         return given.removeprefix("unix://"), "DOCKER_HOST"
     if Path(DEFAULT_SOCKET).exists():
         return DEFAULT_SOCKET, DEFAULT_SOCKET
     if shutil.which("dockerd") is None:
         raise NoDocker(f"no DOCKER_HOST, no {DEFAULT_SOCKET}, and no dockerd to start")
     if os.geteuid() != 0:
-        raise NoDocker("dockerd is there, but starting it needs root")
+        raise NoDocker("starting dockerd needs root")
     return stack.enter_context(_private_engine(bridge=bridge)), "private dockerd"
 
 
 @contextmanager
 def _private_engine(*, bridge: bool) -> Iterator[str]:
-    """The socket of a dockerd whose every file lies in a temporary folder; without `bridge` it touches no network."""
+    """The socket of a dockerd with all its files in a temporary folder; without `bridge` it changes no network."""
     with tempfile.TemporaryDirectory(prefix="hibernode-docker-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         path = folder / "docker.sock"
@@ -162,7 +162,7 @@ def _wait_for_engine(process: subprocess.Popen[bytes], path: Path, log: Path) ->
 
 @contextmanager
 def _container(engine: Engine) -> Iterator[str]:
-    """A started container without network; it and its image go at the end."""
+    """A started container without network, removed with its image at the end."""
     with imported_image(engine, IMAGE, SLEEPER):
         spec = {"Image": IMAGE, "Cmd": [PROGRAM], "HostConfig": {"NetworkMode": "none"}}
         name = engine.call("POST", "/containers/create", json.dumps(spec).encode())["Id"]
@@ -175,7 +175,7 @@ def _container(engine: Engine) -> Iterator[str]:
 
 @contextmanager
 def imported_image(engine: Engine, image: str, source: str) -> Iterator[None]:
-    """An image `name:tag` of one static program, `PROGRAM`, made from `source` in C; it goes at the end."""
+    """An image `name:tag` of one static program `PROGRAM` compiled from C, removed at the end."""
     repository, _, tag = image.partition(":")
     change = urllib.parse.quote(f'CMD ["{PROGRAM}"]')
     path = f"/images/create?fromSrc=-&repo={repository}&tag={tag}&changes={change}"
@@ -187,10 +187,10 @@ def imported_image(engine: Engine, image: str, source: str) -> Iterator[None]:
 
 
 def _root(source: str) -> bytes:
-    """A root file system as a tar: one static program."""
+    """A root file system with one static program, as a tar."""
     compiler = shutil.which("cc")
     if compiler is None:
-        raise NoDocker("no cc to build the container's one program with")
+        raise NoDocker("no cc to build the container's program")
     with tempfile.TemporaryDirectory(prefix="hibernode-image-") as name:
         text, program = Path(name, "program.c"), Path(name, "program")
         text.write_text(source)
@@ -199,7 +199,7 @@ def _root(source: str) -> bytes:
                 [compiler, "-static", "-O", "-o", program, text], check=True, capture_output=True, timeout=60
             )
         except (subprocess.SubprocessError, OSError) as error:
-            raise NoDocker(f"the container's one program can't be built: {error}") from error
+            raise NoDocker(f"cannot build the container's program: {error}") from error
         content = io.BytesIO()
         with tarfile.open(fileobj=content, mode="w") as tar:
             tar.add(program, PROGRAM.lstrip("/"))

@@ -1,7 +1,7 @@
-"""Open-loop load: requests leave at given times whatever has become of those before, over keep-alive connections.
+"""Open-loop load: sends requests at given times, independent of earlier answers, over keep-alive connections.
 
-One thread sends at the microsecond (no event loop's timer is that fine), one reads. A connection carries one request at
-a time; where none is free another is opened, up to a bound that says that the server has drowned.
+One thread sends with microsecond precision, which event loop timers do not have; another reads. A connection carries
+one request at a time. If none is free, another one is opened, up to MAX_CONNECTIONS: the server is then overloaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HEAD_END = b"\r\n\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One request: when it leaves after the start, and its bytes."""
+    """One request: its time after the start, and its bytes."""
 
     at_ns: int
     message: bytes
@@ -35,7 +35,7 @@ class _Sent:
 
 
 class OpenLoop:
-    """`run` plays one plan against one address."""
+    """Plays one plan against one address."""
 
     def __init__(self, host: str, port: int) -> None:
         self._address = (host, port)
@@ -47,9 +47,9 @@ class OpenLoop:
         self._statuses: dict[int, int] = {}
 
     def run(self, plan: Sequence[Planned], deadline_s: float) -> tuple[list[float], dict[int, int]]:
-        """Latencies in ms by request, from its sending to the last byte of its answer, and answers by status.
+        """Latencies in ms by request, from sending to the last byte of the answer, and counts of answers by status.
 
-        Raises RuntimeError if it is not over `deadline_s` after the last request left.
+        Raises RuntimeError if answers are missing `deadline_s` after the last request.
         """
         self._latencies = [-1] * len(plan)
         reader = threading.Thread(target=self._read, args=(len(plan), plan[-1].at_ns / 1e9 + deadline_s), daemon=True)
@@ -66,14 +66,14 @@ class OpenLoop:
         self._poll.close()
         missing = self._latencies.count(-1)
         if missing:
-            raise RuntimeError(f"{missing} of {len(plan)} requests were never answered")
+            raise RuntimeError(f"{missing} of {len(plan)} requests were not answered")
         return [latency / 1e6 for latency in self._latencies], self._statuses
 
     def _send(self, number: int, message: bytes) -> None:
         fresh = not self._idle
         if fresh:
             if len(self._sockets) >= MAX_CONNECTIONS:
-                raise RuntimeError(f"{MAX_CONNECTIONS} requests are under way: the server does not keep up")
+                raise RuntimeError(f"{MAX_CONNECTIONS} requests in flight: the server does not keep up")
             connection = socket.create_connection(self._address, timeout=10)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             descriptor = connection.fileno()

@@ -1,9 +1,9 @@
-"""The backend of `scripts/bench dispatch`: one server, one queue, work that takes exactly as long as it is asked to.
+"""Backend of `scripts/bench dispatch`: a server with one queue and requests of a given duration.
 
-    GET /?us=20000   -> 200 after 20,000 microseconds of work; who comes meanwhile waits, first come first served
+    GET /?us=20000   -> 200 after 20,000 microseconds; requests that arrive meanwhile wait, first come first served
 
-A loop over epoll without threads: while it works nothing is read, so that the kernel's ready list is its queue. It
-listens on $FC_CUSTOM_LISTEN_PORT and does no more than a benchmark needs.
+Listens on $FC_CUSTOM_LISTEN_PORT. A single-threaded epoll loop: it reads nothing while it works, so that the kernel's
+ready list is its queue.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import select
 import socket
 import time
 
-_ASKED = re.compile(rb"[?&]us=(\d{1,9})")
+_DURATION = re.compile(rb"[?&]us=(\d{1,9})")
 _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: text/plain\r\n\r\nok"
 
 
@@ -34,10 +34,10 @@ def main() -> None:
                 continue
             connection = connections[descriptor]
             try:
-                request = connection.recv(65536)  # one write of the proxy in front: heads are small
+                request = connection.recv(65536)  # the proxy sends a request in one write
                 if request:
-                    asked = _ASKED.search(request)
-                    time.sleep(int(asked[1]) / 1e6 if asked else 0)
+                    duration = _DURATION.search(request)
+                    time.sleep(int(duration[1]) / 1e6 if duration else 0)
                     connection.sendall(_ANSWER)
             except OSError:
                 request = b""

@@ -1,13 +1,13 @@
-"""Latency under load through the gateway's one queue, beside HAProxy's leastconn with maxconn 1 and its round robin.
+"""Latency under load through the gateway's queue, against HAProxy's leastconn with maxconn 1 and its round robin.
 
-Eight instances of a server that does one thing at a time, with concurrency 1, as processes of the host behind an agent.
-The same requests at the same times go to three front doors, in turns within one run: the gateway (scheduler and agent
-between client and instance), HAProxy `balance leastconn` with `maxconn 1` per server (a central queue, the honest
-rival), and HAProxy `balance roundrobin` (every server its own queue); HAProxy speaks to the instances directly.
+Eight instances of a server that handles one request at a time run as host processes behind an agent. The same requests
+at the same times go to three entry points, in turns within one run: the gateway (scheduler and agent between client and
+instance), HAProxy `balance leastconn` with `maxconn 1` per server (a central queue), and HAProxy `balance roundrobin`
+(a queue per server). HAProxy connects to the instances directly.
 
-Arrivals are Poisson, the time of service lognormal with a mean of 20 ms, drawn from seeds and sent along. Promise
-(DESIGN section 11) at load 0.9 and cv 1: p99 at most 1.05 x leastconn's, round robin's at least 3 x ours. Exit status 0
-whether it is met or not: it is a measurement.
+Arrivals are Poisson; service times are lognormal with a mean of 20 ms, drawn from a seed and sent with the requests.
+Promise (agent/docs/specification.md) at load 0.9 and cv 1: p99 at most 1.05 x leastconn's, round robin's at least 3 x
+ours. Exit status 0 whether it is met or not.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import argparse
 import asyncio
 import json
 import math
-import os
-import platform
 import random
 import shutil
 import subprocess
@@ -31,25 +29,25 @@ from typing import Any
 
 from agent.core.types import SECOND_NS, FunctionSpec, GpuNeed, IdleMode, IdlePolicy
 from scripts.benchmarks._open_loop import OpenLoop, Planned
-from scripts.benchmarks._spread import percentile, ratio
+from scripts.benchmarks._spread import machine, percentile, ratio
 from tests.e2e.stack import running_stack
 
 SERVERS = 8
 MEAN_S = 0.02
 FUNCTION = "bench"
 CELLS = ((1.0, 0.9), (1.0, 0.7), (0.3, 0.9), (0.3, 0.7))
-"""(cv, load); the promise is about the first."""
+"""(cv, load); the promise applies to the first."""
 PROMISE = {"leastconn": 1.05, "roundrobin": 3.0}
 DRAIN_S = 60.0
 SETTLE_S = 0.5
 
 
 class NoHaproxy(Exception):
-    """There is nothing to compare with."""
+    """HAProxy is not installed."""
 
 
 def plan(cv: float, load: float, count: int, seed: int, path: str, host: str) -> list[Planned]:
-    """Arrivals and times of service of one run: the same for every front door."""
+    """Arrivals and service times of one run, equal for every entry point."""
     source = random.Random(seed)
     sigma = math.sqrt(math.log(1 + cv * cv))
     mu = math.log(MEAN_S) - sigma * sigma / 2
@@ -65,12 +63,12 @@ def plan(cv: float, load: float, count: int, seed: int, path: str, host: str) ->
 
 @contextmanager
 def haproxy(addresses: Sequence[str]) -> Iterator[dict[str, int]]:
-    """HAProxy with a front door for each way to balance; their ports. Raises NoHaproxy."""
+    """Runs HAProxy with a port per balancing method, and yields the ports. Raises NoHaproxy."""
     program = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
     if program is None:
-        raise NoHaproxy("there is no `haproxy`; on Debian: apt install haproxy")
+        raise NoHaproxy("`haproxy` is not installed; on Debian: apt install haproxy")
     ports = _free_ports(2)
-    doors = {"leastconn": ports[0], "roundrobin": ports[1]}
+    entry_points = {"leastconn": ports[0], "roundrobin": ports[1]}
     lines = [
         "global",
         "  nbthread 1",
@@ -83,7 +81,7 @@ def haproxy(addresses: Sequence[str]) -> Iterator[dict[str, int]]:
         "  timeout server 300s",
         "  timeout queue 300s",
     ]
-    for name, port in doors.items():
+    for name, port in entry_points.items():
         bound = " maxconn 1" if name == "leastconn" else ""
         lines += [f"listen {name}", f"  bind 127.0.0.1:{port}", f"  balance {name}"]
         lines += [f"  server s{number} {address}{bound}" for number, address in enumerate(addresses)]
@@ -92,7 +90,7 @@ def haproxy(addresses: Sequence[str]) -> Iterator[dict[str, int]]:
         path.write_text("\n".join(lines) + "\n")
         process = subprocess.Popen([program, "-db", "-f", str(path)], stderr=subprocess.DEVNULL)
         try:
-            yield doors
+            yield entry_points
         finally:
             process.terminate()
             process.wait(10)
@@ -127,20 +125,20 @@ def progress(text: str) -> None:
 
 
 async def measure(cells: Sequence[tuple[float, float]], arrivals: int, seeds: int) -> dict[str, Any]:
-    """The whole run, as the object that --json prints. Raises NoHaproxy."""
+    """Runs the benchmark and returns the object that --json prints. Raises NoHaproxy."""
     async with running_stack(agent_settings={"log_format": "json"}) as stack:
         await stack.deploy(spec(), SERVERS)
         addresses = [one.address for one in await stack.instances()]
         gateway = stack.gateway.partition(":")[2]
-        with haproxy(addresses) as doors:
-            await asyncio.sleep(1)  # HAProxy binds; nobody says when
-            ports = {"hibernode": int(gateway), **doors}
+        with haproxy(addresses) as entry_points:
+            await asyncio.sleep(1)  # HAProxy has no readiness signal
+            ports = {"hibernode": int(gateway), **entry_points}
             found = []
             for cv, load in cells:
                 found.append(await _cell(cv, load, ports, arrivals, seeds))
     return {
         "benchmark": "dispatch",
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
+        "machine": machine(),
         "servers": SERVERS,
         "mean_service_ms": MEAN_S * 1000,
         "arrivals": arrivals,
@@ -168,14 +166,14 @@ async def _cell(cv: float, load: float, ports: Mapping[str, int], arrivals: int,
                 f"cv {cv:g} load {load:g} seed {seed} {name}: p50 {percentile(took, 50):.1f} ms, "
                 f"p99 {percentile(took, 99):.1f} ms, in {time.monotonic() - began:.0f} s"
             )
-            await asyncio.sleep(SETTLE_S)  # the next one begins on quiet servers
+            await asyncio.sleep(SETTLE_S)  # let the servers become idle
     if refused:
-        raise RuntimeError(f"{refused} answers other than 200: the figures are worth nothing")
+        raise RuntimeError(f"{refused} answers other than 200: the measurements are invalid")
     against = {}
     for name in PROMISE:
         for at in (50.0, 99.0):
             found = ratio(latencies["hibernode"], latencies[name], at)
-            against[f"{name}_p{at:.0f}"] = {"value": found.value, "low": found.low, "high": found.high}
+            against[f"{name}_p{at:.0f}"] = found.as_json()
     return {
         "cv": cv,
         "load": load,
@@ -187,7 +185,7 @@ async def _cell(cv: float, load: float, ports: Mapping[str, int], arrivals: int,
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """For people. Times in ms."""
+    """The result as text, with times in ms."""
     rows = [
         f"{result['seeds']} x {result['arrivals']} arrivals, {SERVERS} servers, mean {result['mean_service_ms']} ms"
     ]
@@ -207,18 +205,18 @@ def table(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench dispatch", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--arrivals", type=int, default=20_000, help="in each run (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: %(default)s)")
-    parser.add_argument("--cells", type=int, default=len(CELLS), help="how many of cv and load (default: all 4)")
-    given = parser.parse_args()
-    if given.arrivals < 100 or given.seeds < 1 or not 1 <= given.cells <= len(CELLS):
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--arrivals", type=int, default=20_000, help="requests in each run (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each entry point (default: %(default)s)")
+    parser.add_argument("--cells", type=int, default=len(CELLS), help="combinations of cv and load (default: all 4)")
+    args = parser.parse_args()
+    if args.arrivals < 100 or args.seeds < 1 or not 1 <= args.cells <= len(CELLS):
         parser.error("--arrivals must be 100 or more, --seeds 1 or more, --cells 1 to 4")
     try:
-        result = asyncio.run(measure(CELLS[: given.cells], given.arrivals, given.seeds))
+        result = asyncio.run(measure(CELLS[: args.cells], args.arrivals, args.seeds))
     except NoHaproxy as error:
         sys.exit(f"dispatch: nothing to compare with: {error}")
-    print(json.dumps(result) if given.json else table(result))
+    print(json.dumps(result) if args.json else table(result))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Does the scheduler scale: the cost of a decision from 10 to 10,000 instances, and 1,000 nodes that report.
+"""Scheduler scaling: the cost of a dispatch decision from 10 to 10,000 instances, and load reports of 1,000 nodes.
 
-Two measurements. `decision`: one request arriving, dispatched and ended in the dispatcher
-(core/dispatch/dispatcher.py), half of the instances awake, over nodes of eight GPUs; sizes in turns, many rounds, so
-that a noisy machine is as unfair to all. `fleet`: a real scheduler process with 1,000 registered nodes of eight
-instances, each with a load stream of its own from another process, each sending four messages a second: two with
-heartbeat, GPUs and gauges of its awake instances, two with a change of an instance. The scheduler's CPU time, its
-memory, and how long an acknowledgement takes are measured; snapshots are acknowledged, so one message in
-`SNAPSHOT_EVERY` is one.
+`decision`: one request arrives, is dispatched and ends in the dispatcher (core/dispatch/dispatcher.py). Half of the
+instances are awake, on nodes of eight GPUs. Sizes are measured in turns for many rounds, so that noise affects all.
 
-Promise (DESIGN section 11): a decision at 10,000 instances costs less than 1.5 x one at 10; 1,000 nodes x 4 messages/s
-on one core. Exit status 0 whether it is met or not: it is a measurement.
+`fleet`: a scheduler process with 1,000 registered nodes of eight instances, each with its own load stream from another
+process. Each node sends four messages per second: two with heartbeat, GPUs and gauges of awake instances, two with a
+change of an instance. Measured: the scheduler's CPU time, its memory, and the time to acknowledge a snapshot, which is
+one message in `SNAPSHOT_EVERY`.
+
+Promise (agent/docs/specification.md): a decision at 10,000 instances costs less than 1.5 x one at 10; 1,000 nodes with
+4 messages/s use less than one core. Exit status 0 whether it is met or not.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -38,7 +36,7 @@ from agent.core.types import InstanceState
 from agent.v1 import types_pb2
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration, ReportLoadRequest
 from agent.wire.clients import DaemonChannel
-from scripts.benchmarks._spread import percentile, ratio
+from scripts.benchmarks._spread import machine, percentile, ratio
 
 SIZES = (10, 100, 1_000, 10_000)
 PROMISE = {"decision": 1.5, "cores": 1.0}
@@ -53,8 +51,8 @@ TOKEN = "node-{:04d}-0123456789abcdef0123456789"
 # ---- the cost of a decision ----------------------------------------------------------------------------------------
 
 
-class Crowd:
-    """A dispatcher with so many instances, half of them awake."""
+class LoadedDispatcher:
+    """A dispatcher with `instances` instances, half of them awake."""
 
     def __init__(self, instances: int) -> None:
         self._dispatcher = Dispatcher()
@@ -70,7 +68,7 @@ class Crowd:
             self._dispatcher.step(InstanceReported(f"i{n}", "ocr", node, state, gpus=gpus), 1)
 
     def decision_us(self) -> float:
-        """Mean of REQUESTS requests, three under way at a time."""
+        """Mean time of REQUESTS requests in microseconds, with three in flight."""
         step, first = self._dispatcher.step, self._number
         began = time.perf_counter_ns()
         for number in range(first, first + REQUESTS):
@@ -86,26 +84,26 @@ class Crowd:
 
 
 def decisions(rounds: int) -> dict[str, Any]:
-    """All sizes in turns."""
+    """Measures all sizes in turns."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    crowds = {size: Crowd(size) for size in SIZES}
+    dispatchers = {size: LoadedDispatcher(size) for size in SIZES}
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     samples: dict[int, list[float]] = {size: [] for size in SIZES}
     for number in range(rounds + 2):
         for size in SIZES if number % 2 else reversed(SIZES):
-            took = crowds[size].decision_us()
+            took = dispatchers[size].decision_us()
             if number >= 2:  # the first rounds warm up
                 samples[size].append(took)
     found = ratio(samples[SIZES[-1]], samples[SIZES[0]], 50.0)
     return {
         "median_us": {str(size): round(median(samples[size]), 2) for size in SIZES},
-        "growth": {"value": found.value, "low": found.low, "high": found.high},
+        "growth": found.as_json(),
         "bytes_per_instance": round(grown * 1024 / sum(SIZES)),
         "met": found.value < PROMISE["decision"],
     }
 
 
-# ---- a fleet that reports ------------------------------------------------------------------------------------------
+# ---- load reports of a fleet ---------------------------------------------------------------------------------------
 
 
 def prepare(folder: Path, nodes: int) -> Path:
@@ -131,7 +129,7 @@ def prepare(folder: Path, nodes: int) -> Path:
 
 
 class Node:
-    """One simulated agent: a load stream with what a real one says."""
+    """One simulated agent with its load stream."""
 
     def __init__(self, number: int, address: str) -> None:
         self._name = f"node-{number:04d}"
@@ -187,8 +185,8 @@ class Node:
         ]  # fmt: skip
 
     async def run(self, offset_s: float) -> None:
-        """Until cancelled."""
-        await asyncio.sleep(offset_s)  # agents do not beat as one
+        """Sends reports until cancelled."""
+        await asyncio.sleep(offset_s)  # spread the agents' heartbeats
         stream = self._channel.report_load()
         reader = asyncio.create_task(self._read(stream))
         try:
@@ -216,7 +214,7 @@ def _scheduler(config: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 async def fleet(nodes: int, seconds: float) -> dict[str, Any]:
-    """The scheduler under the reports of so many nodes."""
+    """Measures a scheduler with the reports of `nodes` nodes."""
     with tempfile.TemporaryDirectory(prefix="hibernode-bench-") as name:
         folder = Path(name)
         config = prepare(folder, nodes)
@@ -243,7 +241,7 @@ async def _measured(pid: int, address: str, count: int, seconds: float) -> dict[
     tasks = [asyncio.create_task(node.run(2 * number / count)) for number, node in enumerate(nodes)]
     process = psutil.Process(pid)
     try:
-        await asyncio.sleep(2 + SETTLE_S)  # all are connected, and beat
+        await asyncio.sleep(2 + SETTLE_S)  # all are connected and send heartbeats
         for node in nodes:
             node.lags_ms.clear()
         before = sum(node.taken for node in nodes)
@@ -271,9 +269,9 @@ async def _measured(pid: int, address: str, count: int, seconds: float) -> dict[
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """For people."""
+    """The result as text."""
     decision, reports = result["decision"], result["fleet"]
-    rows = [f"{size:>7} instances: {took:7.2f} us a decision" for size, took in decision["median_us"].items()]
+    rows = [f"{size:>7} instances: {took:7.2f} us per decision" for size, took in decision["median_us"].items()]
     growth = decision["growth"]
     rows.append(f"from 10 to 10,000: {growth['value']:.2f} x ({growth['low']:.2f} to {growth['high']:.2f})")
     rows.append(
@@ -291,21 +289,21 @@ def _met(part: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench scale", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--rounds", type=int, default=60, help="of decisions (default: %(default)s)")
-    parser.add_argument("--nodes", type=int, default=1000, help="that report (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of reports (default: %(default)s)")
-    given = parser.parse_args()
-    if given.rounds < 1 or not 1 <= given.nodes <= 2000 or given.seconds <= 0:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--rounds", type=int, default=60, help="rounds of decisions (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=1000, help="nodes that report (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="duration of the reports (default: %(default)s)")
+    args = parser.parse_args()
+    if args.rounds < 1 or not 1 <= args.nodes <= 2000 or args.seconds <= 0:
         parser.error("--rounds must be 1 or more, --nodes 1 to 2000, --seconds more than 0")
     result = {
         "benchmark": "scale",
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
-        "decision": decisions(given.rounds),
-        "fleet": asyncio.run(fleet(given.nodes, given.seconds)),
+        "machine": machine(),
+        "decision": decisions(args.rounds),
+        "fleet": asyncio.run(fleet(args.nodes, args.seconds)),
         "promise": PROMISE,
     }
-    print(json.dumps(result) if given.json else table(result))
+    print(json.dumps(result) if args.json else table(result))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Six functions on two GPUs under skewed traffic: the longest wait against its bound, swaps with and without minAwake.
 
-Open-loop Poisson arrivals from a seed, the same for both phases of one run; the n-th function gets 1/n of the traffic.
-Instances sleep only when the GPU book orders it, so each wake is a swap. A wait is what a request took beyond its own
-work. Bound (the longest line in front of a waiter): sharers x (max_hold + longest request + freeze + wake), with the
-driver's own slowest freeze and wake of the run, which makes it stricter than the whole ones would.
+Open-loop Poisson arrivals from a seed, equal for both phases of one run; the n-th function gets 1/n of the traffic.
+Instances freeze only when the GPU allocator orders it, so each wake is a swap. A request's wait is its time without its
+own work. Bound: sharers x (max_hold + longest request + freeze + wake), with the slowest driver calls of the run as
+freeze and wake, which is stricter than their complete times.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
 import sys
 import time
@@ -23,7 +21,7 @@ from typing import Any
 from agent.core.types import MILLISECOND_NS, SECOND_NS
 from agent.emulated.oplog import OpRecord
 from agent.examples.echo.__main__ import expected_answer
-from scripts.benchmarks._spread import summary
+from scripts.benchmarks._spread import machine, summary
 from tests.e2e.stack import Stack, echo, running_stack
 
 FUNCTIONS = 6
@@ -32,13 +30,13 @@ SHARERS = FUNCTIONS // GPUS
 MAX_HOLD_MS = 500
 MIN_AWAKE_MS = 200
 LONG_EVERY = 10
-"""Every tenth request works for LONG_MS, the others only read device memory."""
+"""One request in ten works for LONG_MS; the others only read device memory."""
 LONG_MS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request: when after the start, to which function, what."""
+    """One request: its time after the start, its function and its number."""
 
     at_s: float
     function: int
@@ -51,7 +49,7 @@ class Arrival:
 
 @dataclass(slots=True)
 class Phase:
-    """What came of the same arrivals under one policy."""
+    """Results of the arrivals under one policy."""
 
     name: str
     waits_ms: list[float] = field(default_factory=list)
@@ -66,22 +64,22 @@ class Phase:
         return SHARERS * (MAX_HOLD_MS + LONG_MS + self.freeze_ms + self.wake_ms)
 
     def as_json(self) -> dict[str, Any]:
-        asked = len(self.waits_ms) + len(self.failed)
+        requests = len(self.waits_ms) + len(self.failed)
         return {
-            "requests": asked,
+            "requests": requests,
             "failed": len(self.failed),
             "failures": self.failed[:5],
             "wait_ms": summary(self.waits_ms),
             "bound_ms": round(self.bound_ms, 1),
             "within_bound": bool(self.waits_ms) and max(self.waits_ms) <= self.bound_ms,
             "swaps": self.swaps,
-            "swaps_per_request": round(self.swaps / asked, 4),
+            "swaps_per_request": round(self.swaps / requests, 4),
             "calls_on_frozen_processes": self.frozen_calls,
         }
 
 
 def arrivals(requests: int, rate: float, seed: int) -> list[Arrival]:
-    """A Poisson stream, its functions drawn by Zipf's law."""
+    """A Poisson stream with functions drawn by Zipf's law."""
     source = random.Random(seed)
     weights = [1 / (n + 1) for n in range(FUNCTIONS)]
     at_s, found = 0.0, []
@@ -93,7 +91,7 @@ def arrivals(requests: int, rate: float, seed: int) -> list[Arrival]:
 
 
 async def run_phase(stack: Stack, name: str, min_awake_ms: int, plan: Sequence[Arrival]) -> Phase:
-    """Deploy, replay, remove."""
+    """Deploys the functions, replays the plan, and removes them."""
     phase = Phase(name)
     names = [f"{name}-{n}" for n in range(FUNCTIONS)]
     for function in names:
@@ -104,7 +102,7 @@ async def run_phase(stack: Stack, name: str, min_awake_ms: int, plan: Sequence[A
         seen = driver.oplog()
         since = seen[-1].seq if seen else 0
         start = time.monotonic()
-        await asyncio.gather(*(_ask(stack, phase, names[one.function], one, start) for one in plan))
+        await asyncio.gather(*(_send(stack, phase, names[one.function], one, start) for one in plan))
         records = driver.oplog(since)
         phase.frozen_calls = driver.frozen_calls()
     phase.swaps = sum(record.op == "restore" and record.result == 0 for record in records)
@@ -118,12 +116,12 @@ def _slowest(records: Sequence[OpRecord], op: str) -> float:
     return max((record.us for record in records if record.op == op), default=0) / 1000
 
 
-async def _ask(stack: Stack, phase: Phase, function: str, one: Arrival, start: float) -> None:
+async def _send(stack: Stack, phase: Phase, function: str, one: Arrival, start: float) -> None:
     await asyncio.sleep(start + one.at_s - time.monotonic())
     path = f"/sleep?ms={LONG_MS}" if one.work_ms else f"/answer?n={one.number}"
     try:
         answer = await stack.ask(function, path)
-    except Exception as error:  # a failure of any kind is what the run counts
+    except Exception as error:  # the run counts failures of any kind
         phase.failed.append(f"{one.number}: {error!r}")
         return
     if answer.status != 200:
@@ -135,7 +133,7 @@ async def _ask(stack: Stack, phase: Phase, function: str, one: Arrival, start: f
 
 
 async def measure(requests: int, rate: float, seed: int) -> dict[str, Any]:
-    """Both phases on one stack, as the object that --json prints."""
+    """Runs both phases on one stack and returns the object that --json prints."""
     plan = arrivals(requests, rate, seed)
     settings = {"instances_per_gpu": SHARERS, "max_hold": f"{MAX_HOLD_MS}ms"}
     async with running_stack("--gpus", str(GPUS), "--gib", "1", "--profile", "580", gpu_settings=settings) as stack:
@@ -146,7 +144,7 @@ async def measure(requests: int, rate: float, seed: int) -> dict[str, Any]:
     eager, calm = phases
     return {
         "benchmark": "sharing",
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
+        "machine": machine(),
         "functions": FUNCTIONS,
         "gpus": GPUS,
         "max_hold_ms": MAX_HOLD_MS,
@@ -164,7 +162,7 @@ def progress(text: str) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """For people."""
+    """The result as text."""
     rows = [f"{FUNCTIONS} functions on {GPUS} GPUs, max_hold {MAX_HOLD_MS} ms, {result['rate']:g} requests/s"]
     for title, key in (("minAwake 0", "without_min_awake"), (f"minAwake {MIN_AWAKE_MS} ms", "with_min_awake")):
         one = result[key]
@@ -179,15 +177,15 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench sharing", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--requests", type=int, default=3000, help="in each phase (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=40.0, help="requests a second (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of the arrivals (default: %(default)s)")
-    given = parser.parse_args()
-    if given.requests < FUNCTIONS or given.rate <= 0:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--requests", type=int, default=3000, help="requests in each phase (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=40.0, help="requests per second (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the arrivals (default: %(default)s)")
+    args = parser.parse_args()
+    if args.requests < FUNCTIONS or args.rate <= 0:
         parser.error(f"--requests must be {FUNCTIONS} or more, --rate more than 0")
-    result = asyncio.run(measure(given.requests, given.rate, given.seed))
-    print(json.dumps(result) if given.json else table(result))
+    result = asyncio.run(measure(args.requests, args.rate, args.seed))
+    print(json.dumps(result) if args.json else table(result))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""From create to ready of a trivial image's instance, against `docker run` of the same image.
+"""Start of an instance of a trivial image, from create to ready, against `docker run` of the same image.
 
-The image is one static program that answers HTTP. In turns, on the same Docker Engine: CreateInstance of an agent until
-the instance is RUNNING (image looked for, container, network, readiness: its port answers), and `docker run -d`, once
-until the command returns and once until the container's port answers.
+The image is one static program that answers HTTP. In turns, on the same Docker Engine: an agent's CreateInstance until
+the instance is RUNNING (image check, container, network, readiness by its port), and `docker run -d`, until the command
+returns and until the container's port answers.
 
     ratio = create to ready / docker run until it returns
 
-`docker run` gives its container no limits, no network of its own and no readiness check; ours has them. Both are
-removed between the turns, which is not measured. Without Docker there is nothing to compare with: exit status 1.
+`docker run` gives its container no limits, network or readiness check; the agent does. Both are removed between the
+turns, which is not measured. Exit status 1 without Docker.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -32,7 +30,7 @@ from agent.v1.instance_service_pb2 import CreateInstanceRequest, StopInstanceReq
 from agent.wire.clients import DaemonChannel
 from agent.wire.convert_function import function_to_proto
 from scripts.benchmarks._docker_engine import Engine, NoDocker, find_engine, imported_image
-from scripts.benchmarks._spread import ratio, summary
+from scripts.benchmarks._spread import machine, ratio, row, summary
 from tests.e2e.stack import running_stack
 
 IMAGE = "hibernode-bench-server:latest"
@@ -65,7 +63,7 @@ int main(void) {
 
 @dataclass(slots=True)
 class Samples:
-    """Milliseconds."""
+    """Times in milliseconds."""
 
     ours: list[float] = field(default_factory=list)
     run: list[float] = field(default_factory=list)
@@ -73,19 +71,19 @@ class Samples:
 
 
 def function() -> FunctionSpec:
-    """The server, always awake, without a GPU: what is left is the start."""
+    """The server, always awake and without a GPU, so that only the start is measured."""
     return FunctionSpec("bench", image=IMAGE, port=PORT, gpu=GpuNeed(0), idle=IdlePolicy(IdleMode.NEVER))
 
 
 class Rival:
-    """`docker run -d`, by Docker's own command."""
+    """Runs `docker run -d` with Docker's own command."""
 
     def __init__(self, program: str, socket_path: str, engine: Engine) -> None:
         self._docker = (program, "-H", f"unix://{socket_path}")
         self._engine = engine
 
     def run(self) -> tuple[float, float]:
-        """Until the command returns, and until the port answers, in ms. Raises RuntimeError."""
+        """Times until the command returns and until the port answers, in ms. Raises RuntimeError."""
         began = time.monotonic_ns()
         done = subprocess.run(
             [*self._docker, "run", "-d", "--name", RIVAL, IMAGE], capture_output=True, timeout=CALL_S, check=False
@@ -104,29 +102,31 @@ class Rival:
         raise RuntimeError(f"the rival's server does not answer at {address}:{PORT}")
 
     def remove(self) -> None:
-        with suppress(NoDocker):  # it is not there
+        with suppress(NoDocker):  # it does not exist
             self._engine.call("DELETE", f"/containers/{RIVAL}?force=1")
 
 
-async def ours(channel: DaemonChannel, number: int) -> float:
-    """From the create to RUNNING, in ms; it is stopped and gone when this returns."""
+async def create_to_ready(channel: DaemonChannel, number: int) -> float:
+    """Time from the create to RUNNING in ms; stops the instance before it returns."""
     request = CreateInstanceRequest(
         request_id=f"bench/1/0/{number}", spec=function_to_proto(function(), reveal_secrets=True), wait=True
     )
     began = time.monotonic_ns()
-    made = await channel.call(channel.instances.CreateInstance, request, CALL_S)
+    created = await channel.call(channel.instances.CreateInstance, request, CALL_S)
     took = (time.monotonic_ns() - began) / MILLISECOND_NS
-    await channel.call(channel.instances.StopInstance, StopInstanceRequest(uid=made.instance.uid, force=True), CALL_S)
+    await channel.call(
+        channel.instances.StopInstance, StopInstanceRequest(uid=created.instance.uid, force=True), CALL_S
+    )
     return took
 
 
 async def turns(channel: DaemonChannel, rival: Rival, repetitions: int, first: int) -> Samples:
-    """Each in turn, the one that begins changes."""
+    """Measures both sides in turns, starting with each alternately."""
     samples = Samples()
     for number in range(repetitions):
         for whose in ("ours", "rival") if number % 2 else ("rival", "ours"):
             if whose == "ours":
-                samples.ours.append(await ours(channel, first + number))
+                samples.ours.append(await create_to_ready(channel, first + number))
                 continue
             rival.remove()
             returned, ready = await asyncio.to_thread(rival.run)
@@ -143,10 +143,10 @@ def progress(text: str) -> None:
 
 
 async def measure(repetitions: int, warm_up: int) -> dict[str, Any]:
-    """The whole run, as the object that --json prints. Raises NoDocker."""
+    """Runs the benchmark and returns the object that --json prints. Raises NoDocker."""
     program = shutil.which("docker")
     if program is None:
-        raise NoDocker("there is no `docker` command")
+        raise NoDocker("no `docker` command")
     with ExitStack() as stack:
         progress("looking for a Docker Engine")
         path, where = find_engine(stack, bridge=True)
@@ -169,13 +169,13 @@ async def measure(repetitions: int, warm_up: int) -> dict[str, Any]:
     return {
         "benchmark": "start",
         "repetitions": repetitions,
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
+        "machine": machine(),
         "docker": {"engine": version, "where": where},
         "create_to_ready_ms": summary(samples.ours),
         "docker_run_ms": summary(samples.run),
         "docker_run_to_ready_ms": summary(samples.run_ready),
-        "ratio": {name: {"value": r.value, "low": r.low, "high": r.high} for name, r in to_run.items()},
-        "ratio_to_ready": {name: {"value": r.value, "low": r.low, "high": r.high} for name, r in to_ready.items()},
+        "ratio": {name: r.as_json() for name, r in to_run.items()},
+        "ratio_to_ready": {name: r.as_json() for name, r in to_ready.items()},
         "limit": LIMIT,
         "met": to_run["p50"].value <= LIMIT,
     }
@@ -189,10 +189,10 @@ LINES = (
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """For people. Times in ms."""
+    """The result as text, with times in ms."""
     rows = [f"{result['repetitions']} of each, Docker {result['docker']['engine']}, {result['docker']['where']}; in ms"]
-    rows.append(_row("", ("p50", "p99", "p25", "p75", "min", "max")))
-    rows.extend(_row(text, tuple(result[key].values())) for text, key in LINES)
+    rows.append(row("", ("p50", "p99", "p25", "p75", "min", "max")))
+    rows.extend(row(text, result[key].values(), 1) for text, key in LINES)
     rows.append("")
     for key, text in (("ratio", "until it returns"), ("ratio_to_ready", "until ready")):
         for name, found in result[key].items():
@@ -202,23 +202,19 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _row(text: str, cells: tuple[object, ...]) -> str:
-    return f"{text:<34}" + "".join(f"{f'{c:.1f}' if isinstance(c, float) else c:>10}" for c in cells)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench start", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--repetitions", type=int, default=40, help="of each (default: %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=3, help="of each before that (default: %(default)s)")
-    given = parser.parse_args()
-    if given.repetitions < 1 or given.warm_up < 0:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--repetitions", type=int, default=40, help="starts of each (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=3, help="starts of each before measuring (default: %(default)s)")
+    args = parser.parse_args()
+    if args.repetitions < 1 or args.warm_up < 0:
         parser.error("--repetitions must be 1 or more, --warm-up 0 or more")
     try:
-        result = asyncio.run(measure(given.repetitions, given.warm_up))
+        result = asyncio.run(measure(args.repetitions, args.warm_up))
     except NoDocker as error:
         sys.exit(f"start: nothing to compare with: {error}")
-    print(json.dumps(result) if given.json else table(result))
+    print(json.dumps(result) if args.json else table(result))
 
 
 if __name__ == "__main__":

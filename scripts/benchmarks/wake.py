@@ -1,17 +1,17 @@
-"""What a request to a frozen instance costs beyond the driver, against unpause by the Docker Engine API.
+"""Time added to a request by a wake, without the driver's own time, against a container's unpause by Docker.
 
-One instance of the example `echo` on the emulated driver. Again and again it is left to freeze and then asked through
-the gateway by one blocking client; in between, in the same run, a container is paused and unpaused. Both sides rest for
-as long before they are asked: caches are as cold for the one as for the other.
+One instance of the example `echo` on the emulated driver is left to freeze, and then called through the gateway by one
+blocking client, many times. In between, in the same run, a container is paused and unpaused. Both sides rest equally
+long before each measurement, so that caches are equally cold.
 
     added = the request's total time - the driver's own time for that wake - a request to the same instance awake
 
-The driver's own time is the emulated driver's log of the calls made on the instance's process meanwhile (restore,
-unlock, get-state); a request awake is the median of those made right after each wake. Promise (DESIGN section 11):
-added p50 <= 0.25 x and p99 <= 0.5 x of unpause. Exit status 0 whether it is met or not: it is a measurement.
+The driver's own time is that of the calls on the instance's process in the emulated driver's log (restore, unlock,
+get-state). The time of a request awake is the median of requests right after each wake. Promise
+(agent/docs/specification.md): added p50 <= 0.25 x and p99 <= 0.5 x of unpause. Exit status 0 whether it is met or not.
 
-Both checkpointers are measured in turns, each with a driver, scheduler and agent of its own: the workers that call the
-driver's API (`gpu.checkpointer: driver`, the promise is about them) and the cuda-checkpoint program (`utility`).
+Both checkpointers are measured alternately, each with its own driver, scheduler and agent: the workers that call the
+driver's API (`gpu.checkpointer: driver`, to which the promise applies) and the cuda-checkpoint program (`utility`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -33,9 +31,9 @@ from agent.emulated.control import EmulatedDriver
 from agent.v1 import types_pb2
 from agent.v1.instance_service_pb2 import ListInstancesRequest
 from agent.wire.clients import DaemonChannel
-from scripts.benchmarks._client import Asked, Client
+from scripts.benchmarks._client import Client, TimedAnswer
 from scripts.benchmarks._docker_engine import NoDocker, PausedContainer, paused_container
-from scripts.benchmarks._spread import Ratio, ratio, summary
+from scripts.benchmarks._spread import machine, ratio, row, summary
 from tests.e2e.stack import echo, running_stack, until
 
 PROMISE = {"p50": 0.25, "p99": 0.5}
@@ -45,15 +43,15 @@ WORKER, UTILITY = "driver", "utility"
 FUNCTION = "bench"
 FREEZE_AFTER_NS = 50 * MILLISECOND_NS
 REST_S = 0.04
-"""After everything is frozen or paused: what did it has ended, caches and connections are as cold as they get."""
+"""Rest after everything is frozen or paused, so that its work has ended and caches are cold."""
 AWAKE_REQUESTS = 4
 MAX_AWAKE = 20
-"""Requests in a row that found the instance awake: then something is wrong."""
+"""Most consecutive requests that find the instance awake before the benchmark fails."""
 
 
 @dataclass(slots=True)
 class Samples:
-    """Of one checkpointer, in milliseconds: one entry a repetition (`awake`: its own number)."""
+    """Times of one checkpointer in milliseconds, one per repetition (`awake`: several)."""
 
     total: list[float] = field(default_factory=list)
     driver: list[float] = field(default_factory=list)
@@ -66,7 +64,7 @@ class Samples:
         return [total - driver - awake for total, driver in zip(self.total, self.driver, strict=True)]
 
     def stages(self) -> dict[str, list[float]]:
-        """Where `added` goes: around the wake in gateway and agent, in the wake itself, after it was awake."""
+        """The parts of `added`: gateway and agent before the wake, the wake itself, the request after it."""
         awake = median(self.awake)
         rows = list(zip(self.total, self.driver, self.gateway_wait, self.agent_wake, strict=True))
         return {
@@ -86,7 +84,7 @@ class Samples:
 
 
 class Bench:
-    """One checkpointer on a running stack. `samples` is what has been measured since it was set."""
+    """One checkpointer on a running stack; `samples` has its measurements."""
 
     def __init__(self, client: Client, channel: DaemonChannel, driver: EmulatedDriver) -> None:
         self.samples = Samples()
@@ -96,33 +94,33 @@ class Bench:
         self._seen = 0
 
     async def wake(self) -> None:
-        """Let it freeze, ask it, and ask it again while it is awake."""
+        """Lets the instance freeze, measures a request that wakes it, and requests while it is awake."""
         for _ in range(MAX_AWAKE):
             await self._frozen()
             await asyncio.sleep(REST_S)
-            asked = self._client.ask()
-            if asked.wake_ms:
+            answer = self._client.request()
+            if answer.wake_ms:
                 break
         else:
-            raise RuntimeError("the instance is never found frozen")
+            raise RuntimeError("no request found the instance frozen")
         samples = self.samples
-        samples.awake.extend(a.took_ms for _ in range(AWAKE_REQUESTS) if not (a := self._client.ask()).wake_ms)
-        samples.total.append(asked.took_ms)
-        samples.gateway_wait.append(asked.wake_ms)
-        samples.driver.append(self._driver_ms(asked))
+        samples.awake.extend(a.took_ms for _ in range(AWAKE_REQUESTS) if not (a := self._client.request()).wake_ms)
+        samples.total.append(answer.took_ms)
+        samples.gateway_wait.append(answer.wake_ms)
+        samples.driver.append(self._driver_ms(answer))
         samples.agent_wake.append((await self._instance()).last_wake.total_ns / MILLISECOND_NS)
 
     def check(self) -> None:
-        """Raises RuntimeError if the figures are worth nothing."""
+        """Raises RuntimeError if the measurements are invalid."""
         if self._driver.frozen_calls():
-            raise RuntimeError("the driver was asked about a frozen process: the figures are worth nothing")
+            raise RuntimeError("the driver was called for a frozen process: the measurements are invalid")
 
-    def _driver_ms(self, asked: Asked) -> float:
+    def _driver_ms(self, answer: TimedAnswer) -> float:
         """The driver's own time for the wake that this request waited for."""
         records = self._driver.oplog(self._seen)
         if records:
             self._seen = records[-1].seq
-        mine = [r for r in records if r.pid == asked.body["pid"] and asked.began_ns <= r.at_ns <= asked.ended_ns]
+        mine = [r for r in records if r.pid == answer.body["pid"] and answer.began_ns <= r.at_ns <= answer.ended_ns]
         if not any(r.op == "restore" for r in mine):
             raise RuntimeError("the driver's log does not show the restore that the request waited for")
         return sum(r.us for r in mine) / 1000
@@ -140,8 +138,8 @@ class Bench:
 
 @asynccontextmanager
 async def running_bench(checkpointer: str) -> AsyncIterator[Bench]:
-    """Driver, scheduler and agent with one instance; they end with it."""
-    agent = {"log_format": "json"}  # as in production; the stack's own is for people
+    """Runs driver, scheduler and agent with one instance."""
+    agent = {"log_format": "json"}  # as in production
     gpu = {"checkpointer": checkpointer}
     async with running_stack(
         "--gpus", "1", "--gib", "1", "--profile", "580", agent_settings=agent, gpu_settings=gpu
@@ -165,7 +163,7 @@ def progress(text: str) -> None:
 
 
 async def measure(repetitions: int, warm_up: int, checkpointers: Sequence[str]) -> dict[str, Any]:
-    """The whole run, as the object that --json prints."""
+    """Runs the benchmark and returns the object that --json prints."""
     async with AsyncExitStack() as resources:
         rival, why_not = None, ""
         try:
@@ -185,7 +183,7 @@ async def measure(repetitions: int, warm_up: int, checkpointers: Sequence[str]) 
 
 
 async def _repeat(benches: Mapping[str, Bench], rival: PausedContainer | None, count: int) -> list[float]:
-    """All of them in turns; what unpause took each time (ms)."""
+    """Measures all in turns; returns the times of unpause in ms."""
     unpause: list[float] = []
     for number in range(1, count + 1):
         for bench in benches.values():
@@ -208,11 +206,11 @@ def report(
     return {
         "benchmark": "wake",
         "repetitions": len(worker.total),
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load_1m": round(os.getloadavg()[0], 2)},
+        "machine": machine(),
         **worker.as_json(),
         "docker": {"engine": rival.version, "where": rival.where} if rival else {"missing": why_not},
         "unpause_ms": summary(unpause) if rival else None,
-        "ratio": {name: _as_json(found) for name, found in ratios.items()} or None,
+        "ratio": {name: found.as_json() for name, found in ratios.items()} or None,
         "promise": PROMISE,
         "met": all(ratios[name].value <= bound for name, bound in PROMISE.items()) if ratios else None,
         "utility": None if utility is None else _against_utility(worker, utility),
@@ -220,13 +218,9 @@ def report(
 
 
 def _against_utility(worker: Samples, utility: Samples) -> dict[str, Any]:
-    """The same figures with the cuda-checkpoint program, and how many times the worker's `added` they are."""
+    """The measurements with the cuda-checkpoint program, and the ratio of its `added` to the worker's."""
     times = {name: ratio(utility.added(), worker.added(), at) for name, at in PERCENT.items()}
-    return {**utility.as_json(), "added_by_worker": {name: _as_json(found) for name, found in times.items()}}
-
-
-def _as_json(found: Ratio) -> dict[str, float]:
-    return {"value": found.value, "low": found.low, "high": found.high}
+    return {**utility.as_json(), "added_by_worker": {name: found.as_json() for name, found in times.items()}}
 
 
 LINES = (
@@ -236,18 +230,18 @@ LINES = (
     ("= added by gateway + agent", "added_ms"),
 )
 STAGES = {
-    "ask_agent": "  gateway and agent decide",
-    "agent_wake": "  agent wakes it",
-    "first_request": "  first request goes through",
+    "ask_agent": "  gateway and agent, before",
+    "agent_wake": "  agent's wake",
+    "first_request": "  first request",
 }
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """For people. Times in ms."""
-    rows = [f"{result['repetitions']} wakes, times in ms", _row("", ("p50", "p99", "p25", "p75", "min", "max"))]
+    """The result as text, with times in ms."""
+    rows = [f"{result['repetitions']} wakes, times in ms", row("", ("p50", "p99", "p25", "p75", "min", "max"))]
     rows.extend(_figures(result))
     if result["unpause_ms"] is not None:
-        rows.append(_row("unpause by the Docker Engine", result["unpause_ms"].values()))
+        rows.append(row("unpause by the Docker Engine", result["unpause_ms"].values()))
     if result["utility"] is not None:
         rows.extend(("", "with the cuda-checkpoint program, in the same run", *_figures(result["utility"])))
     rows.append("")
@@ -255,7 +249,7 @@ def table(result: Mapping[str, Any]) -> str:
         for name, found in result["utility"]["added_by_worker"].items():
             rows.append(f"added with the program / with the worker, {name}: {_interval(found)}")
     if result["ratio"] is None:
-        rows.append(f"Not counted as met: no Docker Engine to compare with ({result['docker']['missing']}).")
+        rows.append(f"Promise not checked: no Docker Engine to compare with ({result['docker']['missing']}).")
         return "\n".join(rows)
     for name, bound in PROMISE.items():
         found = result["ratio"][name]
@@ -266,8 +260,8 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _figures(found: Mapping[str, Any]) -> list[str]:
-    rows = [_row(text, found[key].values()) for text, key in LINES]
-    rows.extend(_row(STAGES[name], figures.values()) for name, figures in found["added_stages_ms"].items())
+    rows = [row(text, found[key].values()) for text, key in LINES]
+    rows.extend(row(STAGES[name], figures.values()) for name, figures in found["added_stages_ms"].items())
     return rows
 
 
@@ -275,22 +269,18 @@ def _interval(found: Mapping[str, float]) -> str:
     return f"{found['value']:.3f} (95 % interval {found['low']:.3f} to {found['high']:.3f})"
 
 
-def _row(text: str, cells: Iterable[object]) -> str:
-    return f"{text:<32}" + "".join(f"{f'{c:.3f}' if isinstance(c, float) else c:>10}" for c in cells)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench wake", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--repetitions", type=int, default=200, help="wakes to measure (default: %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=20, help="wakes before that (default: %(default)s)")
-    parser.add_argument("--no-utility", action="store_true", help="leave the cuda-checkpoint program out")
-    given = parser.parse_args()
-    if given.repetitions < 1 or given.warm_up < 0:
+    parser.add_argument("--warm-up", type=int, default=20, help="wakes before measuring (default: %(default)s)")
+    parser.add_argument("--no-utility", action="store_true", help="skip the cuda-checkpoint program")
+    args = parser.parse_args()
+    if args.repetitions < 1 or args.warm_up < 0:
         parser.error("--repetitions must be 1 or more, --warm-up 0 or more")
-    checkpointers = (WORKER,) if given.no_utility else (WORKER, UTILITY)
-    result = asyncio.run(measure(given.repetitions, given.warm_up, checkpointers))
-    print(json.dumps(result) if given.json else table(result))
+    checkpointers = (WORKER,) if args.no_utility else (WORKER, UTILITY)
+    result = asyncio.run(measure(args.repetitions, args.warm_up, checkpointers))
+    print(json.dumps(result) if args.json else table(result))
 
 
 if __name__ == "__main__":

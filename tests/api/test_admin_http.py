@@ -14,7 +14,7 @@ from agent.api.agent_metrics import AgentHealth, AgentMetrics
 from agent.core.types import GpuSample
 from agent.host.node.observer import Observer
 from tests.api.test_instance_servicer import observer_of
-from tests.host.rig import a_world
+from tests.host.rig import node_rig
 
 
 @asynccontextmanager
@@ -72,7 +72,7 @@ async def test_failed_bind_leaves_nothing_behind() -> None:
 
 
 async def test_metrics_of_instances_gpus_and_ledger() -> None:
-    async with a_world() as world:
+    async with node_rig() as world:
         actor = await world.running()
         health = AgentHealth(
             store_ok=False, pending_windows=3, merged_windows=1, unmatched_ends=0, scheduler_connected=None
@@ -96,7 +96,7 @@ async def test_metrics_of_instances_gpus_and_ledger() -> None:
 
 
 async def test_gpu_metrics_in_base_units_without_unknown_values() -> None:
-    async with a_world() as world:
+    async with node_rig() as world:
         first, second = [gpu.uuid for gpu in world.gpus.gpus]
         figures = {
             first: GpuSample(first, 1 << 30, sm_percent=0, temperature_celsius=41, power_milliwatts=61_500),

@@ -25,7 +25,7 @@ from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import TokenTable
 from tests.api.test_instance_servicer import observer_of
 from tests.fakes.exec_session import FakeExecSession
-from tests.host.rig import PATIENCE_S, World, a_world, until
+from tests.host.rig import PATIENCE_S, NodeRig, node_rig, until
 
 Step = pb.ExecInstanceRequest
 SHELL = ("sh", "-i")
@@ -35,7 +35,7 @@ SHELL = ("sh", "-i")
 class Site:
     """An agent's API on a socket, and a channel to it."""
 
-    world: World
+    world: NodeRig
     execs: ExecSessions
     logs: InstanceLogs
     channel: DaemonChannel
@@ -55,7 +55,7 @@ class Site:
 
 @asynccontextmanager
 async def a_site(folder: Path, **limits: int) -> AsyncIterator[Site]:
-    async with a_world() as world:
+    async with node_rig() as world:
         world.runtime.executes = True
         observer = observer_of(world)
         execs = ExecSessions(world.node, world.runtime, world.events, world.clock)

@@ -19,12 +19,12 @@ from agent.v1 import instance_service_pb2 as pb
 from agent.v1 import types_pb2
 from agent.v1.types_pb2 import FunctionSpec, Instance
 from agent.wire.convert_function import function_to_proto
-from tests.host.rig import OCR, PATIENCE_S, World, a_world, enter, eventually, until
+from tests.host.rig import OCR, PATIENCE_S, NodeRig, enter, eventually, node_rig, until
 
 S = InstanceState
 
 
-def observer_of(world: World) -> Observer:
+def observer_of(world: NodeRig) -> Observer:
     identity = NodeIdentity("n1", "boot", "0.1", 1, None, (), ("process",), 1, 0, 64 << 30)
     observer = Observer(world.node, identity, world.clock, totals=world.billing.totals)
     observer.ready = True
@@ -35,7 +35,7 @@ def observer_of(world: World) -> Observer:
 class Api:
     """The servicer, and the fake node behind it."""
 
-    world: World
+    world: NodeRig
     observer: Observer
     servicer: InstanceServicer
 
@@ -50,7 +50,7 @@ def spec() -> FunctionSpec:
 
 @asynccontextmanager
 async def an_api(**knobs: object) -> AsyncIterator[Api]:
-    async with a_world(**knobs) as world:
+    async with node_rig(**knobs) as world:
         observer = observer_of(world)
         servicer = InstanceServicer(
             world.node,
@@ -109,7 +109,7 @@ async def test_nodes_queue_timeout_is_the_default() -> None:
         silent.ClearField("queue_timeout_ns")
         for request_id, asked in (("a/1/0/0", silent), ("b/1/0/0", spec())):
             await api.servicer.CreateInstance(pb.CreateInstanceRequest(request_id=request_id, spec=asked), None)
-        timeouts = [actor.gate.queue_timeout_ns for actor in api.world.node.actors.values()]
+        timeouts = [actor.function.queue_timeout_ns for actor in api.world.node.actors.values()]
         assert timeouts == [7 * SECOND_NS, OCR.queue_timeout_ns]
 
 

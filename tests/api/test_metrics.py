@@ -20,13 +20,13 @@ from tests.api.central import Central, load
 from tests.api.promql import Scrape, read_scrape
 from tests.api.test_instance_servicer import observer_of
 from tests.fakes.instance_reader import FakeInstanceReader
-from tests.host.rig import World, a_world, eventually
+from tests.host.rig import NodeRig, eventually, node_rig
 
 GPU = {"sm_percent": 50, "encoder_percent": 0}
 HEALTHY = AgentHealth(store_ok=True, pending_windows=0, merged_windows=0, unmatched_ends=0, scheduler_connected=True)
 
 
-async def scraped(world: World) -> Scrape:
+async def scraped(world: NodeRig) -> Scrape:
     """The agent's metrics, with a sample for every GPU and a reading for every instance."""
     reader = FakeInstanceReader({uid: InstanceReading(2 * SECOND_NS, GIB) for uid in world.node.actors})
     gauges = Gauges(reader, world.node.actors)
@@ -46,7 +46,7 @@ async def scraped(world: World) -> Scrape:
 
 
 async def test_gpu_metrics_belong_to_the_awake_holder_only() -> None:
-    async with a_world() as world:
+    async with node_rig() as world:
         asleep = await world.frozen()
         awake = await world.running()
         awake.figures.vram_bytes = GIB // 4
@@ -63,7 +63,7 @@ async def test_gpu_metrics_belong_to_the_awake_holder_only() -> None:
 
 
 async def test_ended_instance_has_no_series() -> None:
-    async with a_world() as world:
+    async with node_rig() as world:
         actor = await world.running()
         assert (await scraped(world)).value("hibernode_wakes_total", uid=actor.uid) == 0
         actor.handle(StopAsked(SECOND_NS))

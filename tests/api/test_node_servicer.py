@@ -14,15 +14,15 @@ from agent.core.types import SECOND_NS
 from agent.v1 import node_service_pb2 as pb
 from agent.v1.types_pb2 import Node
 from tests.api.test_instance_servicer import observer_of
-from tests.host.rig import World, a_world, enter, eventually
+from tests.host.rig import NodeRig, enter, eventually, node_rig
 
 
-def servicer_of(world: World) -> NodeServicer:
+def servicer_of(world: NodeRig) -> NodeServicer:
     return NodeServicer(observer_of(world), NodeLedger(world.store, world.billing.unwritten))
 
 
 async def test_the_node_shows_holders_and_waiters() -> None:
-    async with a_world(per_gpu=2) as world:
+    async with node_rig(per_gpu=2) as world:
         world.gpus.gpus = world.gpus.gpus[:1]
         await world.boot()
         busy = await world.running()
@@ -36,7 +36,7 @@ async def test_the_node_shows_holders_and_waiters() -> None:
 
 
 async def test_open_and_sealed_windows_appear_once_and_are_paged() -> None:
-    async with a_world() as world:
+    async with node_rig() as world:
         actor = await world.frozen()
         world.clock.advance(SECOND_NS)
         await world.billing.flush()
@@ -57,7 +57,7 @@ async def test_open_and_sealed_windows_appear_once_and_are_paged() -> None:
 
 async def test_too_long_ledger_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_ledger, "MAX_WINDOWS", 2)
-    async with a_world() as world:
+    async with node_rig() as world:
         await world.frozen()
         await world.billing.flush()
         with pytest.raises(ExhaustedError, match="LEDGER_TOO_LONG"):
@@ -65,7 +65,7 @@ async def test_too_long_ledger_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 async def test_failing_store_raises() -> None:
-    async with a_world() as world:
+    async with node_rig() as world:
         world.store.failing = True
         with pytest.raises(UnavailableError, match="STORE_FAILED"):
             await asyncio.wait_for(servicer_of(world).ListUsageWindows(pb.ListUsageWindowsRequest(), None), 5)

@@ -1,4 +1,4 @@
-"""A home with fake daemons in it, and the command run in this process."""
+"""Fixtures: a home with fake daemons, and the command run in this process or as a program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -32,7 +32,7 @@ class Ran:
 
     @property
     def words(self) -> list[list[str]]:
-        """The lines of stdout, split at blanks."""
+        """The words of each line of stdout."""
         return [line.split() for line in self.out.splitlines()]
 
 
@@ -41,7 +41,7 @@ Run = Callable[..., Ran]
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """HIBERNODE_HOME of a fake agent, scheduler and gateway."""
+    """The HIBERNODE_HOME of a fake agent, scheduler and gateway."""
     folder = tmp_path_factory.mktemp("home")
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.fakes.daemon", str(folder)],
@@ -63,8 +63,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs `hibernode ARGUMENTS` in this process; without a home of daemons unless one is named."""
-    monkeypatch.setenv("HIBERNODE_HOME", str(tmp_path / "nobody-home"))
+    """Runs `hibernode ARGUMENTS` in this process, without daemons unless their home is named."""
+    monkeypatch.setenv("HIBERNODE_HOME", str(tmp_path / "empty-home"))
     monkeypatch.delenv("HIBERNODE_DEBUG", raising=False)
 
     def command(*arguments: str | Path) -> Ran:
@@ -82,18 +82,18 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.fixture
 def at_home(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs commands where the fake daemons are."""
+    """Runs commands in the home of the fake daemons."""
     monkeypatch.setenv("HIBERNODE_HOME", str(home))
     return run
 
 
 @pytest.fixture
 def program() -> list[str]:
-    """The command as a program of its own, for what only a process shows."""
+    """The command line of the program, for tests that need a process."""
     return [sys.executable, "-m", "agent.cli.main"]
 
 
 @pytest.fixture
 def environment(home: Path) -> dict[str, str]:
-    """For `program`: at the fake daemons' home."""
+    """The environment of `program`, with the fake daemons' home."""
     return {**os.environ, "HIBERNODE_HOME": str(home)}

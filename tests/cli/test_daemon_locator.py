@@ -1,4 +1,4 @@
-"""Finding daemons and tokens, and saying so when there are none."""
+"""Finding daemons and tokens, and the errors without them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.fakes.daemon import TOKEN
 
 
 def options(home: Path, **more: str) -> CliOptions:
-    places = {"agent": "", "scheduler": "", "gateway": "", "token_file": "", **more}
-    return CliOptions(home=home, insecure=False, output="table", **places)
+    addresses = {"agent": "", "scheduler": "", "gateway": "", "token_file": "", **more}
+    return CliOptions(home=home, insecure=False, output="table", **addresses)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def daemons(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_nobody_has_been_started(run: Run) -> None:
+def test_no_daemon_has_been_started(run: Run) -> None:
     done = run("ps")
     assert (done.code, done.out) == (5, "")
     assert "no agent has been started in" in done.err
@@ -38,13 +38,13 @@ def test_nobody_has_been_started(run: Run) -> None:
     assert "(SCHEDULER_NOT_RUNNING)" in run("functions").err
 
 
-def test_nobody_answers_any_more(run: Run) -> None:
+def test_daemon_does_not_answer(run: Run) -> None:
     done = run("ps", "--agent", "127.0.0.1:1")
     assert done.code == 5
     assert "no agent answers at 127.0.0.1:1; start it with `hibernode agent --config FILE`" in done.err
 
 
-def test_the_home_may_stand_before_or_after_the_command(run: Run, home: Path) -> None:
+def test_home_option_before_or_after_the_command(run: Run, home: Path) -> None:
     assert run("--home", home, "ps", "-q").code == 0
     assert run("ps", "-q", "--home", home).code == 0
     assert run("--home", "/nowhere", "ps", "-q", "--home", home).code == 0
@@ -55,7 +55,7 @@ def test_the_socket_needs_no_token(home: Path) -> None:
     assert find_daemon("agent", options(home)) == DaemonAddress(f"unix:{home}/agent.sock", "")
 
 
-def test_without_a_socket_the_token_goes_along(daemons: Path) -> None:
+def test_without_a_socket_the_token_is_sent(daemons: Path) -> None:
     assert find_daemon("agent", options(daemons)) == DaemonAddress("127.0.0.1:8611", "token-of-the-home-1234")
 
 
@@ -77,19 +77,19 @@ def test_a_wrong_token_is_exit_4_and_is_not_shown(run: Run, home: Path, tmp_path
     assert "not-the-right" not in done.err
 
 
-def test_the_homes_token_stays_on_this_machine(daemons: Path) -> None:
-    """Whoever names another host without a token must not send it ours."""
+def test_token_of_the_home_is_not_sent_to_other_machines(daemons: Path) -> None:
+    """A host named without a token file must not receive the home's token."""
     assert find_daemon("agent", options(daemons, agent="127.0.0.1:9")).token == "token-of-the-home-1234"
     assert find_daemon("agent", options(daemons, agent="gpu-host-2:8611")).token == ""
 
 
-def test_a_token_does_not_travel_unencrypted_unless_asked(run: Run, home: Path) -> None:
+def test_token_is_not_sent_unencrypted_without_the_option(run: Run, home: Path) -> None:
     done = run("ps", "--agent", "192.0.2.1:8611", "--token-file", home / "agent" / "token")
     assert done.code == 2
     assert "(TARGET_INSECURE)" in done.err
 
 
-def test_a_place_does_not_show_its_token() -> None:
+def test_address_does_not_show_its_token() -> None:
     assert TOKEN not in repr(DaemonAddress("127.0.0.1:1", TOKEN))
 
 
@@ -102,7 +102,7 @@ def test_the_gateway_is_an_address(daemons: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "null"])
-def test_endpoints_that_no_daemon_wrote(daemons: Path, content: str) -> None:
+def test_invalid_endpoints_file(daemons: Path, content: str) -> None:
     (daemons / "agent" / "endpoints.json").write_text(content)
     with pytest.raises(ConfigError, match="restart the agent"):
         find_daemon("agent", options(daemons))
@@ -116,13 +116,11 @@ def test_a_token_file_without_a_token(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "said"),
+    ("file", "problem"),
     [("endpoints.json", "use sudo, or name --agent ADDRESS"), ("token", "use sudo, or join the group hibernode")],
 )
-def test_what_we_may_not_read_says_what_to_do(
-    daemons: Path, monkeypatch: pytest.MonkeyPatch, file: str, said: str
-) -> None:
-    """Refused here as the kernel refuses it to others: the tests run as root."""
+def test_unreadable_file_names_the_fix(daemons: Path, monkeypatch: pytest.MonkeyPatch, file: str, problem: str) -> None:
+    """Simulates the permission error, since the tests run as root."""
     real = Path.open
 
     def refuse(path: Path, mode: str = "r") -> object:
@@ -131,5 +129,5 @@ def test_what_we_may_not_read_says_what_to_do(
         return real(path, mode)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(PermissionDeniedError, match=said):
+    with pytest.raises(PermissionDeniedError, match=problem):
         find_daemon("agent", options(daemons))

@@ -1,4 +1,4 @@
-"""How the program ends, and what it writes where: colour, pipes, Ctrl-C, errors nobody thought of."""
+"""Exit codes and output: colour, pipes, Ctrl-C, unexpected errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.cli.conftest import Run
 
 
 def on_terminal(program: list[str], environment: dict[str, str]) -> str:
-    """What the program writes when stdout and stderr are a terminal."""
+    """The program's output on a terminal."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(program, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
@@ -48,7 +48,7 @@ def _until_closed(descriptor: int) -> Iterator[bytes]:
     ],
     ids=["colour", "NO_COLOR", "dumb"],
 )
-def test_colour_only_on_a_terminal_that_wants_it(
+def test_colour_only_on_a_terminal_that_supports_it(
     program: list[str], environment: dict[str, str], variables: dict[str, str], colourful: bool
 ) -> None:
     plain = {key: value for key, value in environment.items() if key not in ("NO_COLOR", "FORCE_COLOR", "COLORTERM")}
@@ -57,12 +57,12 @@ def test_colour_only_on_a_terminal_that_wants_it(
     assert ("\x1b[3" in shown) is colourful
 
 
-def test_no_colour_in_a_pipe_even_if_someone_forces_it(at_home: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_colour_in_a_pipe_even_if_forced(at_home: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b" not in at_home("ps").out
 
 
-def test_a_reader_that_leaves_is_no_error(program: list[str], environment: dict[str, str]) -> None:
+def test_closed_pipe_is_no_error(program: list[str], environment: dict[str, str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -85,7 +85,7 @@ def test_ctrl_c_is_exit_130(program: list[str], environment: dict[str, str]) -> 
         [*program, "wake", "i-stuck"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
-        first = process.stderr.readline()  # it waits for the agent now
+        first = process.stderr.readline()  # it is waiting for the agent
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait(timeout=20) == 130
@@ -93,7 +93,7 @@ def test_ctrl_c_is_exit_130(program: list[str], environment: dict[str, str]) -> 
     assert rest.strip() == "hibernode: interrupted"
 
 
-def test_an_error_nobody_thought_of_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     @click.command()
     def broken() -> None:
         raise LookupError("shelf 7")
@@ -125,7 +125,7 @@ def test_an_error_nobody_thought_of_is_one_line(run: Run, monkeypatch: pytest.Mo
     ],
 )
 def test_exit_code_of_every_kind_of_error(kind: type[errors.HibernodeError], code: int) -> None:
-    """As its docstring in agent/core/errors.py says."""
+    """As documented in agent/core/errors.py."""
     assert exit_of(kind("REASON", "what to do")) == code
     assert kind is errors.HibernodeError or kind is errors.ConfigError or f"exit {code}." in (kind.__doc__ or "")
 

@@ -1,4 +1,4 @@
-"""Every command explains itself, fast, and a slip of the pen is met with the right word."""
+"""Help of every command, its speed, and hints after typos."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_the_list_of_commands_matches_the_commands() -> None:
         assert listed.summary.endswith((".", "?")), name
 
 
-def test_top_help_needs_no_daemon_and_loads_nothing_heavy() -> None:
-    """What makes `hibernode --help` slow is imports, and those can be counted; milliseconds depend on the machine."""
+def test_top_help_loads_no_heavy_modules() -> None:
+    """Checks imports instead of milliseconds, which depend on the machine."""
     script = (
         "import sys; from agent.cli.main import main\n"
         "try: main(['--help'])\n"
@@ -75,7 +75,7 @@ def test_without_a_command_help_is_shown_and_the_exit_says_usage(run: Run) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "problem"),
     [
         (["nod"], "there is no command 'nod'; did you mean 'node'?"),
         (["invok"], "did you mean 'invoke'?"),
@@ -94,10 +94,10 @@ def test_without_a_command_help_is_shown_and_the_exit_says_usage(run: Run) -> No
         (["invoke", "f", "-H", "novalue"], "a header is NAME:VALUE"),
     ],
 )
-def test_a_wrong_call_is_exit_2_with_a_hint(run: Run, arguments: list[str], said: str) -> None:
+def test_usage_error_is_exit_2_with_a_hint(run: Run, arguments: list[str], problem: str) -> None:
     done = run(*arguments)
     assert (done.code, done.out) == (2, "")
-    assert said in done.err
+    assert problem in done.err
     assert "--help`." in done.err
 
 

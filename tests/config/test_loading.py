@@ -1,4 +1,4 @@
-"""Reading configuration: what is refused, and that the message names the file, the key path and the fix."""
+"""Loading configuration: bad files and values are refused with file, key path and fix."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_durations_and_sizes_become_integers() -> None:
         ),
     ],
 )
-def test_an_unknown_key_is_refused_with_what_was_meant(document: Mapping[str, object], message: str) -> None:
+def test_unknown_key_is_refused_with_a_suggestion(document: Mapping[str, object], message: str) -> None:
     assert problem(document) == message
 
 
@@ -127,7 +127,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert load(path, Host) == Host()
 
 
-def test_a_file_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: can't be read: No such file or directory"):
         load(tmp_path / "absent.yaml", Host)
 
@@ -140,7 +140,7 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
         load(path, Host)
 
 
-def test_nesting_that_would_exhaust_the_stack_is_an_error_not_a_crash(tmp_path: Path) -> None:
+def test_too_deep_nesting_is_an_error_not_a_crash(tmp_path: Path) -> None:
     path = tmp_path / "deep.yaml"
     path.write_text("[" * 5_000)
     with pytest.raises(ConfigError, match="is not valid YAML"):

@@ -1,4 +1,4 @@
-"""Logs: one bounded line an event; secrets are masked wherever they stand; stdout stays clean."""
+"""Logs: one bounded line per event; secrets are masked at any depth; stdout stays clean."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_secrets_are_masked_by_their_key_at_any_depth(key: str, stream: io.Strin
 
 
 @pytest.mark.parametrize("key", ["token_file", "token_path", "uid", "event", "secret_count", "envelope"])
-def test_what_is_no_secret_is_shown(key: str) -> None:
+def test_harmless_keys_are_shown(key: str) -> None:
     assert not is_secret_key(key)
 
 
@@ -85,7 +85,7 @@ def test_a_traceback_is_kept_and_bounded(stream: io.StringIO) -> None:
     assert len(stream.getvalue()) < 20_000
 
 
-def test_libraries_speak_in_the_same_form(stream: io.StringIO) -> None:
+def test_messages_of_libraries_have_the_same_form(stream: io.StringIO) -> None:
     logging.getLogger("asyncio").warning("slow %s", "callback")
     logging.getLogger("asyncio").info("not this")
     assert line(stream)["event"] == "slow callback"
@@ -108,7 +108,7 @@ def test_stdout_stays_clean(setup: str) -> None:
     assert "hunter2" not in done.stderr
 
 
-def test_on_a_console_a_value_can_neither_steer_the_terminal_nor_forge_a_line(stream: io.StringIO) -> None:
+def test_console_values_cannot_steer_the_terminal_or_forge_a_line(stream: io.StringIO) -> None:
     configure("info", "console", stream=stream)
     said = "Logs: \x1b[2J\n2026-01-01 [info] node.ready é"
     get_logger().info("instance.failed", message=said, title="\x1b]0;owned\x07\x9b2J")

@@ -1,4 +1,4 @@
-"""What can be configured: the example files hold every key with its true default; daemons refuse what can't work."""
+"""Settings: the example files hold every key with its real default; daemons refuse values that can't work."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_ports_are_those_of_the_design() -> None:
     assert (agent.ingress.port, agent.grpc.port, agent.admin.port) == (8610, 8611, 8612)
 
 
-def test_places_follow_the_state_directory() -> None:
+def test_default_paths_lie_in_the_state_directory() -> None:
     agent = load({"state_dir": "/srv/agent"}, AgentConfig)
     assert agent.token_path == Path("/srv/agent/token")
     assert agent.socket_path == Path("/srv/agent/agent.sock")
@@ -162,7 +162,7 @@ def test_the_scheduler_refuses(document: dict[str, object], message: str) -> Non
         ({"nodes": [{"name": "a/b", "token_file": "/t"}]}, "nodes[0].name"),
     ],
 )
-def test_scheduler_defaults_that_no_deploy_and_no_wake_could_use_are_refused(
+def test_scheduler_defaults_that_every_deploy_or_wake_refuses_are_refused(
     document: dict[str, object], key: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""Durations and sizes: the tables of what is read and what is refused."""
+"""Durations and sizes: texts that are read, and texts that are refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_what_is_not_a_size_is_refused(text: object) -> None:
 
 
 @given(st.integers(min_value=0, max_value=1 << 62))
-def test_every_nanosecond_and_byte_can_be_said_exactly(number: int) -> None:
+def test_every_nanosecond_and_byte_can_be_written_exactly(number: int) -> None:
     assert parse_duration_ns(f"{number}ns") == number
     assert parse_size_bytes(f"{number}B") == number
 

@@ -1,6 +1,6 @@
-"""Contracts that fakes and real adapters keep alike."""
+"""Contract tests that run on fakes and real adapters alike."""
 
 import pytest
 
-# Its asserts explain themselves, though pytest does not take it for a file of tests.
+# pytest explains failed asserts only in test files, and in modules registered here.
 pytest.register_assert_rewrite("tests.contract.runtime_contract")

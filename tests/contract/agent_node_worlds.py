@@ -124,7 +124,7 @@ class NodeUnderTest(ABC):
 
 
 class FakeNode(NodeUnderTest):
-    """Fakes/agent_node.py."""
+    """The node of tests/fakes/agent_node.py."""
 
     def __init__(self, node: FakeAgentNode, channel: DaemonChannel, scheduler: Scheduler) -> None:
         super().__init__(node.ingress.port, channel, scheduler)

@@ -1,4 +1,4 @@
-"""The worlds of the Checkpointer contract: the fake, and workers and program on emulated drivers, with faults."""
+"""Set-ups of the Checkpointer contract: the fake, and workers and program on emulated drivers, with faults."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ async def emulated(kind: str, hosts: Hosts) -> AsyncIterator[World]:
         checkpointer, **pids, freeze=freeze, kind=kind, gpu_uuids=uuids, nvidia=nvidia, instances=instances
     )
     nvidia.control.clear_faults()
-    provoked = nvidia.control.take_frozen_calls()  # by the one test that freezes, and of nothing else
+    provoked = nvidia.control.take_frozen_calls()  # only by the one test that freezes
     assert {(call.op, call.pid) for call in provoked} <= {("lock", pids["cuda"])}
     ways = {"LOCKED": [CudaOp.UNLOCK], "CHECKPOINTED": [CudaOp.RESTORE, CudaOp.UNLOCK]}
     for process in nvidia.control.processes():

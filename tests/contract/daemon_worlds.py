@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
 from agent.api.node_ledger import NodeLedger
@@ -22,14 +24,18 @@ from agent.api.scheduler_servicer import SchedulerServicer
 from agent.api.usage_servicer import UsageServicer
 from agent.core.billing.price_book import parse_price_book
 from agent.core.billing.window import UsageWindow
+from agent.core.errors import HibernodeError
 from agent.core.types import MILLISECOND_NS, SECOND_NS, Exit, FunctionSpec
 from agent.daemons.scheduler import PRICE_BOOK
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
 from agent.scheduler.usage.reports import UsageReports
+from agent.v1 import function_service_pb2 as fn
 from agent.v1 import instance_service_pb2 as inst
-from agent.v1.node_service_pb2 import GetNodeRequest
+from agent.v1 import node_service_pb2 as node
+from agent.v1 import scheduler_service_pb2 as sched
+from agent.v1 import usage_service_pb2 as usage
 from agent.v1.scheduler_service_pb2 import NodeLoad, Registration, ReportLoadRequest
 from agent.v1.types_pb2 import Node
 from agent.wire.clients import DaemonChannel
@@ -41,6 +47,7 @@ from tests.api.test_instance_servicer import Api, an_api
 from tests.contract.test_stores import window
 from tests.fakes import daemon
 from tests.fakes.exec_session import FakeExecSession
+from tests.fakes.fleet_story import INSTANCES, NODE
 from tests.fakes.gpus import FakeGpus, gpu
 from tests.host.rig import OCR, enter, eventually
 from tests.scheduler.functions.autoscaler_rig import Rig
@@ -53,28 +60,18 @@ GPUS = 6
 """Of the real node: nothing here has to wait for one."""
 
 
-@dataclass(frozen=True)
-class Daemons:
-    """How the CLI reaches both."""
-
-    agent: DaemonChannel
-    scheduler: DaemonChannel
+@asynccontextmanager
+async def fake_agent(folder: Path) -> AsyncIterator[DaemonChannel]:
+    async with daemon.daemons(folder / "a"), DaemonChannel(f"unix:{folder / 'a' / 'agent.sock'}") as channel:
+        yield channel
 
 
 @asynccontextmanager
-async def fake_daemons(folder: Path) -> AsyncIterator[Daemons]:
-    async with daemon.daemons(folder):
-        where = json.loads((folder / "scheduler" / "endpoints.json").read_text())["grpc"]
-        agent = DaemonChannel(f"unix:{folder / 'agent.sock'}")
-        async with agent, DaemonChannel(where, daemon.TOKEN) as scheduler:
-            yield Daemons(agent, scheduler)
-
-
-@asynccontextmanager
-async def real_daemons(folder: Path) -> AsyncIterator[Daemons]:
-    async with AsyncExitStack() as stack:
-        agent = await stack.enter_async_context(_real_agent(folder))
-        yield Daemons(agent, await stack.enter_async_context(_real_scheduler(folder, agent)))
+async def fake_scheduler(folder: Path) -> AsyncIterator[DaemonChannel]:
+    async with daemon.daemons(folder / "s"):
+        where = json.loads((folder / "s" / "scheduler" / "endpoints.json").read_text())["grpc"]
+        async with DaemonChannel(where, daemon.TOKEN) as channel:
+            yield channel
 
 
 @asynccontextmanager
@@ -90,7 +87,7 @@ async def _served(services: Services, path: Path) -> AsyncIterator[DaemonChannel
 
 
 @asynccontextmanager
-async def _real_agent(folder: Path) -> AsyncIterator[DaemonChannel]:
+async def real_agent(folder: Path) -> AsyncIterator[DaemonChannel]:
     uids = itertools.chain(["run", "cold", "chat", "dead"], itertools.count(1))
     async with an_api(gpus=FakeGpus([gpu(index) for index in range(GPUS)]), uids=uids) as api:
         world = api.world
@@ -153,7 +150,7 @@ class _Central(Rig):
 
 
 @asynccontextmanager
-async def _real_scheduler(folder: Path, agent: DaemonChannel) -> AsyncIterator[DaemonChannel]:
+async def real_scheduler(folder: Path) -> AsyncIterator[DaemonChannel]:
     store = Store(f"sqlite:///{folder}/scheduler.db")
     database = UsageDatabase.at(f"sqlite:///{folder}/scheduler.db")
     await store.open()
@@ -162,7 +159,7 @@ async def _real_scheduler(folder: Path, agent: DaemonChannel) -> AsyncIterator[D
     rig.fleet.expect("gpu-host-2")
     rig.clock.advance(10 * SECOND_NS)
     rig.fleet.check_silence()
-    await _report(rig, agent)
+    _report(rig)
     collector = UsageCollector(database, rig.clock)
     for function, seqs in (("chat", (0, 2)), ("ocr", (0, 1, 2)), ("tts", (0,))):
         await collector.accept("gpu-host-1", [_window(function, seq) for seq in seqs])
@@ -187,16 +184,45 @@ def _window(function: str, seq: int) -> UsageWindow:
     )
 
 
-async def _report(rig: Rig, agent: DaemonChannel) -> None:
-    """gpu-host-1 has what its agent shows."""
-    answer = await agent.call(agent.instances.ListInstances, inst.ListInstancesRequest(), PATIENCE_S)
-    gpus = (await agent.call(agent.nodes.GetNode, GetNodeRequest(), PATIENCE_S)).node.gpus
+def _report(rig: Rig) -> None:
+    """gpu-host-1 has what the fake's has."""
     message = ReportLoadRequest(
         epoch=1,
         sequence=1,
         snapshot=True,
-        registration=Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2", gpus=gpus),
-        load=NodeLoad(state=Node.STATE_READY, gpus=gpus),
-        instances=[load_of_instance(one, concurrency=1) for one in answer.instances],
+        registration=Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2", gpus=NODE.gpus),
+        load=NodeLoad(state=Node.STATE_READY, gpus=NODE.gpus),
+        instances=[load_of_instance(one, concurrency=1) for one in INSTANCES],
     )
     rig.fleet.receive("gpu-host-1", rig.fleet.stream_opened("gpu-host-1"), message)
+
+
+# ---- calls ----------------------------------------------------------------------------------------------------
+
+
+async def ask(channel: DaemonChannel, service: str, method: str, **fields: Any) -> Any:
+    """`service.method(fields)`: the answer."""
+    stub = getattr(getattr(channel, service), method)
+    modules = {"instances": inst, "nodes": node, "functions": fn, "scheduler": sched, "usage": usage}
+    return await channel.call(stub, getattr(modules[service], f"{method}Request")(**fields), PATIENCE_S)
+
+
+async def refused(call: Awaitable[object], kind: type[HibernodeError], reason: str) -> HibernodeError:
+    with pytest.raises(kind) as caught:
+        await call
+    assert (type(caught.value), caught.value.reason) == (kind, reason)
+    assert caught.value.message
+    return caught.value
+
+
+async def pages(channel: DaemonChannel, service: str, method: str, field: str, **fields: Any) -> list[Any]:
+    """All items, one a page."""
+    found: list[Any] = []
+    token = ""
+    while True:
+        answer = await ask(channel, service, method, page_size=1, page_token=token, **fields)
+        items, token = getattr(answer, field), answer.next_page_token
+        assert len(items) == 1 or (not items and not token)
+        found += items
+        if not token:
+            return found

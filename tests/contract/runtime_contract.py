@@ -1,5 +1,5 @@
-"""What every runtime keeps to: one contract, held by the fake (so that it can't drift), by processes of the host and by
-the containers of Docker and Podman. Whoever has a world of a runtime imports these tests beside a fixture `world`.
+"""The contract of every runtime: it runs on the fake, on processes of the host, and on containers of Docker and Podman.
+A test file imports these tests beside a fixture `world`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ async def test_a_started_instance_is_alive_listed_and_leaves_nothing(world: Worl
     assert world.traces("resize-a") == []
 
 
-async def test_wait_tells_the_exit_code_to_everyone_who_waits(world: World) -> None:
+async def test_wait_gives_the_exit_code_to_every_waiter(world: World) -> None:
     handle = await world.runtime.start(world.spec("resize-a"))
     await world.settled(handle)
     first, second = asyncio.create_task(world.runtime.wait(handle)), asyncio.create_task(world.runtime.wait(handle))
@@ -43,7 +43,7 @@ async def test_wait_tells_the_exit_code_to_everyone_who_waits(world: World) -> N
     assert (await world.runtime.wait(handle)).code == 3
 
 
-async def test_a_cancelled_wait_harms_nobody(world: World) -> None:
+async def test_a_cancelled_wait_disturbs_no_other(world: World) -> None:
     handle = await world.runtime.start(world.spec("resize-a"))
     await world.settled(handle)
     impatient, patient = (asyncio.create_task(world.runtime.wait(handle)) for _ in range(2))
@@ -64,7 +64,7 @@ async def test_terminate_is_a_sigterm(world: World) -> None:
     await world.runtime.terminate(handle)  # gone: a no-op
 
 
-async def test_who_ignores_sigterm_is_killed(world: World) -> None:
+async def test_process_that_ignores_sigterm_is_killed(world: World) -> None:
     handle = await world.runtime.start(world.spec("resize-a", stubborn=True))
     await world.settled(handle, stubborn=True)
     await world.runtime.terminate(handle)
@@ -88,7 +88,7 @@ async def test_a_stray_child_is_found_and_killed_with_the_rest(world: World) -> 
     assert list(await world.runtime.pids(handle)) == []
 
 
-async def test_single_processes_are_killed_and_strangers_are_not(world: World) -> None:
+async def test_single_processes_are_killed_and_foreign_ones_are_not(world: World) -> None:
     handle = await world.runtime.start(world.spec("resize-a"))
     await world.settled(handle)
     neighbour = await world.runtime.start(world.spec("resize-b"))
@@ -98,7 +98,7 @@ async def test_single_processes_are_killed_and_strangers_are_not(world: World) -
     assert strays
 
     await world.runtime.kill_processes(handle, [*strays, neighbour.process.pid, os.getpid(), 2**22 + 1])
-    for _look in range(1000):  # they are listed until the kernel has buried them
+    for _look in range(1000):  # they are listed until the kernel has reaped them
         if not set(await world.runtime.pids(handle)) & set(strays):
             break
         await asyncio.sleep(0.01)
@@ -189,13 +189,13 @@ async def test_instances_have_addresses_of_their_own(world: World) -> None:
     assert [handle.uid for handle in await world.runtime.list_handles()] == ["resize-a", "resize-b", "resize-c"]
 
 
-async def test_what_can_not_run_here_is_refused(world: World) -> None:
+async def test_unsupported_function_is_refused(world: World) -> None:
     with pytest.raises(PreconditionError) as raised:
         world.runtime.accepts(world.spec("resize-a", image=world.foreign_image).instance.function)
     assert raised.value.reason == world.foreign_reason
 
 
-async def test_what_is_here_already_is_prepared_at_once(world: World) -> None:
+async def test_present_image_is_prepared_at_once(world: World) -> None:
     said: list[str] = []
     function = world.spec("resize-a").instance.function
     await asyncio.gather(*(world.runtime.prepare(function, said.append) for _ in range(3)))
@@ -205,7 +205,7 @@ async def test_what_is_here_already_is_prepared_at_once(world: World) -> None:
 # ---- its memory --------------------------------------------------------------------------------------------------
 
 
-async def test_death_for_lack_of_memory_is_told_apart(world: World) -> None:
+async def test_out_of_memory_kill_is_recognized(world: World) -> None:
     if not world.limits_memory:
         pytest.skip("processes of the host have no memory limit (adapters/process/runtime.py says why)")
     handle = await world.runtime.start(world.spec("resize-a"))
@@ -216,7 +216,7 @@ async def test_death_for_lack_of_memory_is_told_apart(world: World) -> None:
     assert "memory" in exit_.message
 
 
-async def test_neither_our_kill_nor_the_same_exit_code_is_lack_of_memory(world: World) -> None:
+async def test_own_kill_and_same_exit_code_are_not_out_of_memory(world: World) -> None:
     killed, ended = [await world.runtime.start(world.spec(f"resize-{letter}")) for letter in "ab"]
     await world.settled(killed)
     await world.settled(ended)
@@ -224,7 +224,7 @@ async def test_neither_our_kill_nor_the_same_exit_code_is_lack_of_memory(world: 
     assert not (await world.runtime.wait(killed)).oom_killed
     await world.exit_now(ended, 137)
     exit_ = await world.runtime.wait(ended)
-    # An engine says 137 for either: an exit with that code can't be told from a kill, but from lack of memory it can.
+    # Engines report 137 for a kill and for an exit with that code; only out of memory can be told from both.
     assert (exit_.code, exit_.signal, exit_.oom_killed) in {(137, 0, False), (-1, 9, False)}
 
 
@@ -257,7 +257,7 @@ async def test_a_followed_log_ends_with_its_container(world: World) -> None:
     assert read.count(b"before") == 1
 
 
-async def test_who_stops_following_leaves_nothing(world: World) -> None:
+async def test_closed_log_follower_leaves_nothing(world: World) -> None:
     handle = await world.runtime.start(world.spec("resize-a"))
     await world.settled(handle)
     before = world.open_files()
@@ -276,13 +276,13 @@ async def _follow(world: World, handle: Handle, read: asyncio.Event) -> None:
         read.set()
 
 
-async def test_the_log_of_one_that_has_ended_is_followed_to_its_end(world: World) -> None:
+async def test_log_of_an_ended_instance_is_followed_to_its_end(world: World) -> None:
     handle = await world.runtime.start(world.spec("resize-a"))
     await world.settled(handle)
     await world.speak(handle, "resized 17 pictures")
     await world.exit_now(handle, 0)
     await world.runtime.wait(handle)
-    for tail_bytes in (65536, 9):  # an engine counts in lines: more may come than was asked for
+    for tail_bytes in (65536, 9):  # an engine counts in lines: more may come than requested
         read = b"".join([chunk async for chunk in world.runtime.follow_log(handle, tail_bytes)])
         assert read.endswith(b"pictures\n")
 

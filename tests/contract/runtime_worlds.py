@@ -1,7 +1,6 @@
-"""The worlds of the runtime contract: the fake, and the real process runtime in every way it can be fenced.
+"""Set-ups of the runtime contract: the fake, and the real process runtime with and without cgroups.
 
-A world can start a workload and then make it speak, exit, ignore SIGTERM or leave a stray child behind, whatever stands
-behind it.
+Each can start a workload and then make it print, exit, ignore SIGTERM or leave a stray child behind.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from agent.core.types import Exit, FunctionSpec, Handle, InstanceSpec
 from agent.ports import Runtime, StartSpec
 from tests.fakes.runtime import FakeRuntime
 
-# It says hello, then obeys: each line of its fifo is a shell command.
+# It prints hello, then runs each line of its fifo as a shell command.
 OBEDIENT = 'exec 3<"$FIFO"; echo "hello from $HIBERNODE_INSTANCE"; while read -r line <&3; do eval "$line"; done'
 STUBBORN = "trap '' TERM; echo stubborn; " + OBEDIENT
 
@@ -50,7 +49,7 @@ class World(ABC):
     executes = False
 
     def spec(self, uid: str, *, image: str = "host", stubborn: bool = False) -> StartSpec:
-        """A workload that stays until told otherwise."""
+        """A workload that runs until it is told to exit."""
         script = STUBBORN if stubborn else OBEDIENT
         function = FunctionSpec(name="resize", image=image, entrypoint=("/bin/sh",), command=("-c", script))
         return StartSpec(InstanceSpec(uid, f"resize/1/{uid}", function), self.environment(uid), ("GPU-1111",))
@@ -154,7 +153,7 @@ class ProcessWorld(World):
         if uid not in self._fifos:
             os.mkfifo(fifo)
             fifo.chmod(0o666)
-            # Open on both ends here, so that nothing told is lost while the workload does not read.
+            # Open on both ends here, so that no command is lost while the workload does not read.
             self._fifos[uid] = os.open(fifo, os.O_RDWR)
         return {"FIFO": str(fifo)}
 

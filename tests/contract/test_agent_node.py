@@ -18,7 +18,7 @@ from agent.v1.types_pb2 import Gpu, Instance, Node
 from tests.contract import agent_node_worlds
 from tests.contract.agent_node_worlds import GPUS, HELD, PATIENCE_S, PER_GPU, Headers, NodeUnderTest, spec
 from tests.fakes import agent_node as names
-from tests.http.rig import Wire
+from tests.http.rig import Wire, connect
 
 ANY, STARTED = f"{names.ANY}: 1", f"{names.STARTED}: 1"
 HOLD = f"{names.WAKE_HOLD_MS}: 2000"
@@ -54,7 +54,7 @@ async def statuses(wire: Wire) -> list[int]:
 
 @pytest.mark.parametrize(("given", "reason"), [("", "TOKEN_MISSING"), ("wrong-token-0123456789", "TOKEN_UNKNOWN")])
 async def test_a_request_without_the_token_is_refused(node: NodeUnderTest, given: str, reason: str) -> None:
-    wire = await agent_node_worlds.connect(node.port)
+    wire = await connect(node.port)
     await wire.send(node.head(await node.running(), token=given))
     status, _, refused = refusal(await wire.message())
     assert (status, refused) == (401, reason)
@@ -133,14 +133,14 @@ async def test_a_caller_that_asks_for_it_is_told_when_the_request_is_given_to_an
 async def test_nothing_is_said_of_a_request_that_no_instance_has_taken(node: NodeUnderTest) -> None:
     uid = await node.frozen()
     node.hold_wakes()
-    wire = await agent_node_worlds.connect(node.port)
+    wire = await connect(node.port)
     await wire.send(node.head(uid, "/", STARTED, SOON, "expect: 100-continue", length=4))
     assert await statuses(wire) == [504]
     assert node.seen() == []
 
 
 async def test_100_continue_is_given_once_an_instance_has_taken_the_request(node: NodeUnderTest) -> None:
-    wire = await agent_node_worlds.connect(node.port)
+    wire = await connect(node.port)
     await wire.send(node.head(await node.frozen(), "/", STARTED, "expect: 100-continue", length=4))
     assert [(await wire.head())[0], (await wire.head())[0]] == [102, 100]
     await wire.send(b"body")
@@ -285,18 +285,18 @@ async def create(node: NodeUnderTest, request: CreateInstanceRequest) -> None:
 
 async def shown(node: NodeUnderTest, uid: str, state: Instance.State.ValueType) -> InstanceLoad:
     """The first report of the instance in that state."""
-    message = await node.scheduler.until_heard(
+    message = await node.scheduler.until_received(
         lambda message: any((one.uid, one.state) == (uid, state) for one in message.instances)
     )
     return next(one for one in message.instances if one.uid == uid)
 
 
 async def removed(node: NodeUnderTest, uid: str) -> ReportLoadRequest:
-    return await node.scheduler.until_heard(lambda message: uid in message.removed_uids)
+    return await node.scheduler.until_received(lambda message: uid in message.removed_uids)
 
 
 async def test_a_stream_begins_with_a_registration_and_a_snapshot(node: NodeUnderTest) -> None:
-    first = await node.scheduler.until_heard(lambda message: True)
+    first = await node.scheduler.until_received(lambda message: True)
     assert (first.sequence, first.snapshot, first.load.state) == (1, True, Node.STATE_READY)
     said = first.registration
     assert said.ingress_address == f"127.0.0.1:{node.port}"
@@ -313,7 +313,7 @@ async def test_messages_are_numbered_one_by_one_and_only_the_first_is_a_snapshot
     uid = await node.running()
     await node.freeze(uid)
     await shown(node, uid, Instance.STATE_FROZEN)
-    heard = node.scheduler.heard
+    heard = node.scheduler.received
     assert [message.sequence for message in heard] == list(range(1, len(heard) + 1))
     assert [message.snapshot for message in heard] == [True] + [False] * (len(heard) - 1)
     assert [message.HasField("registration") for message in heard] == [message.snapshot for message in heard]
@@ -329,7 +329,7 @@ async def test_every_change_of_an_instance_is_reported(node: NodeUnderTest) -> N
     assert load.create_time == made.create_time
     await node.freeze(made.uid)
     await shown(node, made.uid, Instance.STATE_FROZEN)
-    node.scheduler.heard.clear()
+    node.scheduler.received.clear()
     await node.ask(made.uid, names.WAKE_PATH, HOLD)
     await shown(node, made.uid, Instance.STATE_RUNNING)
 
@@ -350,37 +350,38 @@ async def test_an_instance_that_has_ended_is_removed_and_how_it_ended_is_said_no
     ends = {stopped: Instance.STATE_STOPPED, crashed: Instance.STATE_FAILED}
     for uid, state in ends.items():
         last = (await removed(node, uid)).sequence
-        reports = [one for m in node.scheduler.heard if m.sequence <= last for one in m.instances if one.uid == uid]
+        reports = [one for m in node.scheduler.received if m.sequence <= last for one in m.instances if one.uid == uid]
         assert reports[-1].state == state
-    assert reports[-1].state_reason == "INSTANCE_CRASHED"
-    assert reports[-1].state_message
+        if uid == crashed:
+            assert reports[-1].state_reason == "INSTANCE_CRASHED"
+            assert reports[-1].state_message
 
 
 async def test_a_scheduler_that_missed_something_gets_everything_anew(node: NodeUnderTest) -> None:
     living, gone = await node.running(), await node.running()
     await node.stop(gone)
     await removed(node, gone)
-    count = len(node.scheduler.heard)
-    node.scheduler.resync_at = node.scheduler.heard[-1].sequence + 1
-    again = await node.scheduler.until_heard(lambda message: message.snapshot and message.sequence > count)
+    count = len(node.scheduler.received)
+    node.scheduler.resync_at = node.scheduler.received[-1].sequence + 1
+    again = await node.scheduler.until_received(lambda message: message.snapshot and message.sequence > count)
     assert [one.uid for one in again.instances] == [living]
     assert not again.HasField("registration")
-    numbers = [message.sequence for message in node.scheduler.heard]
+    numbers = [message.sequence for message in node.scheduler.received]
     assert numbers == list(range(1, len(numbers) + 1))
 
 
 async def test_a_stream_that_ended_is_opened_again_from_the_beginning(node: NodeUnderTest) -> None:
     uid = await node.running()
     await shown(node, uid, Instance.STATE_RUNNING)
-    node.scheduler.end_after = node.scheduler.heard[-1].sequence + 1
-    again = await node.scheduler.until_heard(lambda message: message.sequence == 1 and bool(message.instances))
+    node.scheduler.end_after = node.scheduler.received[-1].sequence + 1
+    again = await node.scheduler.until_received(lambda message: message.sequence == 1 and bool(message.instances))
     assert again.snapshot
     assert again.registration.ingress_address == f"127.0.0.1:{node.port}"
     assert [one.uid for one in again.instances] == [uid]
 
 
 async def test_a_node_that_has_nothing_to_say_says_how_it_is_once_a_second(node: NodeUnderTest) -> None:
-    await node.scheduler.until_heard(lambda message: True)
-    beat = await node.scheduler.until_heard(lambda message: message.sequence > 1, deadline_s=3.0)
+    await node.scheduler.until_received(lambda message: True)
+    beat = await node.scheduler.until_received(lambda message: message.sequence > 1, deadline_s=3.0)
     assert beat.load.state == Node.STATE_READY
     assert [gpu.index for gpu in beat.load.gpus] == list(range(GPUS))

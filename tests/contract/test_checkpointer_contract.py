@@ -1,4 +1,4 @@
-"""What every Checkpointer promises: the fake, the driver workers, and the program, on the emulated drivers."""
+"""The contract of every Checkpointer: the fake, the driver workers and the program, on emulated drivers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_a_cycle_goes_through_the_states_of_cuda_h(world: World) -> None:
     assert world.intact()
 
 
-async def test_a_batch_does_all_of_it_and_says_how_long(world: World) -> None:
+async def test_batch_runs_all_calls_and_reports_their_times(world: World) -> None:
     reply = await world.checkpointer.run(
         [CudaCall(op, world.cuda) for op in (LOCK, CHECKPOINT, RESTORE, UNLOCK, STATE)], 10.0
     )
@@ -177,8 +177,9 @@ async def test_a_refusal_is_answered_with_its_code_and_the_state(world: World, o
 
 
 @pytest.mark.parametrize(("op", "kind"), [(LOCK, "NOT_SUPPORTED"), (CHECKPOINT, "OPERATING_SYSTEM")])
-async def test_what_failed_and_was_done_all_the_same_is_seen(world: World, op: CudaOp, kind: str) -> None:
-    """Facts 2: on 801 after a lock, unlock if the state is LOCKED. Without the re-read it would stay locked."""
+async def test_failed_call_that_took_effect_is_recognized(world: World, op: CudaOp, kind: str) -> None:
+    """After 801 from a lock, unlock if the state is LOCKED; without the re-read it would stay locked
+    (agent/docs/facts/gpu-checkpoint.md, section 2)."""
     await world.bring_before(op)
     world.fault(op, kind, after=True)
     reply = await one(world, op)
@@ -193,10 +194,10 @@ async def test_a_state_that_can_not_be_read_is_unknown(world: World) -> None:
     assert [(answer.code, answer.state) for answer in reply.answers] == [(304, CudaState.UNKNOWN)]
 
 
-async def test_a_process_that_the_driver_gave_up_is_failed(world: World) -> None:
+async def test_process_in_state_failed_is_reported_as_failed(world: World) -> None:
     await world.bring_before(CHECKPOINT)
     world.fault(CHECKPOINT, "FAILED")
-    # The programs of older drivers have no word for it; to the freezer both mean a kill.
+    # Older programs have no state for it; the freezer kills in both cases.
     said = CudaState.UNKNOWN if world.kind in ("utility-555", "utility-570") else CudaState.FAILED
     reply = await one(world, CHECKPOINT)
     assert [(answer.code, answer.state) for answer in reply.answers] == [(304, said)]
@@ -215,7 +216,7 @@ async def test_a_success_that_changed_nothing_is_a_success_here(world: World) ->
 
 
 @pytest.mark.parametrize("op", CudaOp)
-async def test_a_target_that_dies_of_it_is_answered_and_others_go_on(world: World, op: CudaOp) -> None:
+async def test_target_that_dies_in_a_call_is_answered_and_others_go_on(world: World, op: CudaOp) -> None:
     await world.bring_before(op)
     world.fault(op, "DEATH")
     reply = await one(world, op)
@@ -230,7 +231,7 @@ async def test_a_hang_is_lost_at_its_deadline_and_runs_later(world: World, op: C
     """Facts emulated-driver, pitfall 1: its caller is dead, and it is executed all the same."""
     await world.bring_before(op)
     world.fault(op, "HANG")
-    for deadline_s in (0.2, 2.0):  # on a busy machine the first may pass before the driver was reached
+    for deadline_s in (0.2, 2.0):  # on a busy machine the first may run out before the driver is reached
         began = asyncio.get_running_loop().time()
         reply = await one(world, op, deadline_s)
         assert (reply.fault, reply.reason) == (CudaFault.LOST, "DRIVER_OPERATION_LOST")
@@ -247,7 +248,7 @@ async def test_a_hang_is_lost_at_its_deadline_and_runs_later(world: World, op: C
 
 
 async def reaches(world: World, state: CudaState) -> None:
-    """The driver tells nobody when it has done what hung."""
+    """Nothing reports when a call that hung has run."""
     async with asyncio.timeout(5.0):
         while await world.states(world.cuda) != [state]:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
@@ -261,14 +262,14 @@ async def test_a_frozen_target_hangs_the_call_and_it_runs_after_the_thaw(world: 
         if world.frozen_calls():
             break
     world.freeze(False)
-    # The stale lock: its caller is dead, and it is executed all the same (hence thaw, re-read, unlock).
+    # The stale lock runs although its caller is dead (hence thaw, re-read, unlock).
     states = [(await world.states(world.cuda))[0] for _ in range(2)]
     assert states[-1] is CudaState.LOCKED
     assert (await world.checkpointer.run([CudaCall(UNLOCK, world.cuda)], 5.0)).ok
 
 
 @only(*REAL)
-async def test_a_caller_of_the_driver_killed_from_outside_costs_its_batch_only(world: World) -> None:
+async def test_killed_driver_worker_costs_only_its_batch(world: World) -> None:
     assert isinstance(world, EmulatedWorld)
     await world.bring_before(CHECKPOINT)
     world.fault(CHECKPOINT, "HANG")
@@ -281,7 +282,7 @@ async def test_a_caller_of_the_driver_killed_from_outside_costs_its_batch_only(w
         reply = await batch
     if world.kind.startswith("driver"):
         assert reply.fault is CudaFault.LOST
-    else:  # how it ended is known, and the state was asked for in vain
+    else:  # its end is known, and its state could not be read
         assert reply.fault is CudaFault.NONE or reply.fault is CudaFault.LOST
     assert not reply.ok
     world.clear_faults()
@@ -293,7 +294,7 @@ async def test_a_caller_of_the_driver_killed_from_outside_costs_its_batch_only(w
 # ---- what never reaches it ------------------------------------------------------------------------------------------
 
 
-async def test_a_thread_is_never_asked_for(world: World) -> None:
+async def test_thread_id_is_no_process(world: World) -> None:
     """NVIDIA/cuda-checkpoint issue 41: the driver takes a thread's number for a pid, and the target dies. The guard is
     `cuda_processes.open_process`, through which every pid goes that the freezer asks about."""
     asked: list[CudaCall] = []

@@ -1,4 +1,4 @@
-"""What every Freezer promises: the fake that everything above it is tested with, and the one that freezes."""
+"""The contract of every Freezer: the fake, and `CudaFreezer` on the emulated driver."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer, PoolLimi
 from agent.adapters.cuda.driver_worker_process import WorkerOptions
 from agent.adapters.freezer.freezer import CudaFreezer
 from agent.adapters.kernel import process_table
-from agent.adapters.kernel.cgroup_freezer import CgroupFreezer, ProcessFreezer, SignalFreezer
+from agent.adapters.kernel.cgroup_freezer import CgroupFreezer, SignalFreezer
 from agent.adapters.nvml.gpus import NvmlGpus
 from agent.core.errors import PreconditionError
 from agent.core.types import MIB, Handle, ProcessId
-from agent.ports import Condition, Freezer, Outcome
+from agent.ports import Condition, Freezer, Outcome, ProcessFreezer
 from tests.fakes.emulated_driver import CudaInstances, EmulatedNvidia
 from tests.fakes.freezer import FakeFreezer
 
@@ -90,7 +90,7 @@ async def test_a_lock_can_be_taken_back(world: World) -> None:
     assert await world.freezer.condition(world.handle) is Condition.AWAKE
 
 
-async def test_an_unlock_of_what_runs_is_no_fault(world: World) -> None:
+async def test_unlock_of_a_running_instance_is_ok(world: World) -> None:
     assert (await world.freezer.unlock(world.handle)).outcome is Outcome.OK
     assert await world.freezer.condition(world.handle) is Condition.AWAKE
 
@@ -118,7 +118,7 @@ async def test_to_forget_twice_is_harmless(world: World) -> None:
     world.freezer.forget(world.handle)
 
 
-async def test_our_own_freeze_is_not_somebody_elses_pause(world: World) -> None:
+async def test_own_freeze_is_not_reported_as_a_pause(world: World) -> None:
     freezer, handle = world.freezer, world.handle
     assert not freezer.paused(handle)
     await freezer.lock(handle)
@@ -130,11 +130,11 @@ async def test_our_own_freeze_is_not_somebody_elses_pause(world: World) -> None:
 
 async def test_a_kill_can_be_prepared_at_any_time(world: World) -> None:
     freezer, handle = world.freezer, world.handle
-    await freezer.prepare_kill(handle)  # never slept
+    await freezer.prepare_kill(handle)  # never frozen
     assert await freezer.condition(handle) is Condition.AWAKE
     await freezer.lock(handle)
     await freezer.checkpoint(handle)
-    await freezer.prepare_kill(handle)  # asleep: nothing to do, and nothing is touched
+    await freezer.prepare_kill(handle)  # frozen: nothing to do, and no call is made
     assert await freezer.condition(handle) is Condition.FROZEN
     assert (await freezer.wake(handle, {})).outcome is Outcome.OK
     await freezer.prepare_kill(handle)

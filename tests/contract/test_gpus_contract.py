@@ -1,4 +1,4 @@
-"""What every Gpus port promises: the fake, and NVML on the emulated driver."""
+"""The contract of every Gpus port: the fake, and NVML on the emulated driver."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
             await it.gpus.close()
 
 
-async def test_gpus_come_in_index_order_with_what_places_an_instance(world: World) -> None:
+async def test_gpus_come_in_index_order_with_model_and_memory(world: World) -> None:
     gpus = await world.gpus.list_gpus()
     assert [gpu.index for gpu in gpus] == [0, 1]
     assert all(UUID.fullmatch(gpu.uuid) for gpu in gpus)
@@ -130,7 +130,7 @@ async def test_figures_of_every_device(world: World) -> None:
         assert sample.power_milliwatts
 
 
-async def test_a_lost_gpu_hides_nothing_of_the_other_and_is_not_taken_for_empty(world: World) -> None:
+async def test_lost_gpu_does_not_hide_the_other_and_is_not_empty(world: World) -> None:
     first, second = [gpu.uuid for gpu in await world.gpus.list_gpus()]
     pid = world.program(8 * MIB)
     world.lose(second)

@@ -1,6 +1,6 @@
-"""The runtime contract, held by the fake and by processes of the host in every way they can be fenced.
+"""The runtime contract on the fake, and on processes of the host with and without cgroups.
 
-Containers hold it in tests/engines/test_runtime_contract.py.
+tests/engines/test_runtime_contract.py runs it on containers.
 """
 
 from __future__ import annotations

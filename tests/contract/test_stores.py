@@ -1,4 +1,4 @@
-"""One contract, two stores: the fake in memory and SQLite on disk, so that the fake cannot drift."""
+"""The contract of the stores: the fake in memory, and SQLite on disk."""
 
 from __future__ import annotations
 

@@ -83,13 +83,13 @@ def test_the_defaults_are_good() -> None:
         ("environment", {"environment": (("A", "x" * 4096),)}),
     ],
 )
-def test_what_is_out_of_range_names_its_field(field: str, change: dict[str, Any]) -> None:
+def test_value_out_of_range_names_its_field(field: str, change: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         check_function(replace(GOOD, **change))
     assert (caught.value.reason, caught.value.metadata["field"]) == ("SPEC_INVALID", field)
 
 
-def test_values_of_the_environment_are_in_no_message() -> None:
+def test_environment_values_are_in_no_message() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         check_function(replace(GOOD, environment=(("KEY", "hunter2" + "\0"),)))
     assert "hunter2" not in str(caught.value)
@@ -126,7 +126,7 @@ FULL = ContainerOptions(
 )
 
 
-def test_all_that_may_be_said_of_a_container() -> None:
+def test_full_container_options_are_accepted() -> None:
     check_function(replace(IMAGE, container=FULL))
 
 
@@ -157,19 +157,19 @@ def test_all_that_may_be_said_of_a_container() -> None:
         ("container.registry", {"registry": RegistryLogin("ann", "hunter2" * 4096)}),
     ],
 )
-def test_what_a_container_can_not_have_names_its_field(field: str, change: dict[str, Any]) -> None:
+def test_wrong_container_option_names_its_field(field: str, change: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         check_function(replace(IMAGE, container=replace(FULL, **change)))
     assert (caught.value.reason, caught.value.metadata["field"]) == ("SPEC_INVALID", field)
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_process_of_the_host_has_nothing_of_it() -> None:
-    with pytest.raises(InvalidArgumentError, match="container: is for images"):
+def test_image_host_allows_no_container_options() -> None:
+    with pytest.raises(InvalidArgumentError, match="container: is not possible with image `host`"):
         check_function(replace(GOOD, container=ContainerOptions(read_only_root=True)))
 
 
-def test_a_container_needs_what_engines_ask_for() -> None:
+def test_container_needs_the_engines_least_memory() -> None:
     check_function(replace(GOOD, memory_bytes=MIB))
     with pytest.raises(InvalidArgumentError, match="memory_bytes"):
         check_function(replace(IMAGE, memory_bytes=MIB))
@@ -232,6 +232,6 @@ _LEAST: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("props", [_MOST, _LEAST], ids=["most", "least"])
-def test_what_s_yaml_lets_through_is_inside(props: dict[str, Any]) -> None:
+def test_s_yaml_ranges_are_within_these(props: dict[str, Any]) -> None:
     function, _ = function_of(msgspec.convert(props, Props))
     check_function(function)

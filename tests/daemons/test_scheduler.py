@@ -218,9 +218,7 @@ async def test_a_function_that_no_node_can_run_gives_its_reason_at_once(daemon: 
     assert "engine" in json.loads(body)["Message"]
 
 
-async def test_a_dying_agent_fails_its_requests_and_the_queue_waits(
-    daemon: Daemon, node: FakeAgentNode
-) -> None:
+async def test_a_dying_agent_fails_its_requests_and_the_queue_waits(daemon: Daemon, node: FakeAgentNode) -> None:
     await node.start(daemon.endpoints["grpc"])
     await daemon.deploy(target=1)
     await daemon.until(ready)
@@ -239,7 +237,9 @@ async def test_a_dying_agent_fails_its_requests_and_the_queue_waits(
     assert node.created == ["ocr/1/0/1"], "the instance lived on, nothing was created"
 
 
-async def test_instances_of_a_lost_node_are_replaced_and_stopped_when_it_returns(daemon: Daemon, node: FakeAgentNode) -> None:
+async def test_instances_of_a_lost_node_are_replaced_and_stopped_when_it_returns(
+    daemon: Daemon, node: FakeAgentNode
+) -> None:
     await node.start(daemon.endpoints["grpc"])
     await daemon.deploy(target=1)
     await daemon.until(ready)
@@ -282,9 +282,7 @@ async def schedule(daemon: Daemon, name: str, scheduling: Node.Scheduling.ValueT
     return (await daemon.channel.call(daemon.channel.scheduler.SetNodeScheduling, request, 10)).node
 
 
-async def test_a_drain_cuts_no_request_and_survives_a_sigkill(
-    tmp_path: Path, node: FakeAgentNode
-) -> None:
+async def test_a_drain_cuts_no_request_and_survives_a_sigkill(tmp_path: Path, node: FakeAgentNode) -> None:
     other = FakeAgentNode("gpu-2", TOKENS["gpu-2"])
     gate = asyncio.Event()
     try:

@@ -1,4 +1,4 @@
-"""A driver's checkpoint API without a driver: the rules of cuda.h on a table of processes."""
+"""A fake of the driver's checkpoint API: the rules of cuda.h on a table of processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FakeCudaProcess:
         self.thawed.set()
 
     def thaw(self) -> None:
-        """Let it run; what hung on it is executed now, after its caller was killed (facts: pitfall 1)."""
+        """Let it run: calls that hung on it run now, although their caller was killed."""
         self.thawed.set()
         for call in self.stale_operations:
             if self.state is _RULES[call.op][0]:
@@ -66,10 +66,9 @@ class Fault:
 
 @dataclass
 class FakeCheckpointer:
-    """Knobs: `processes` by pid, `faults`, `keeps_vram` (NVML goes on showing memory after a checkpoint),
-    `not_begun` (no worker is free), `gpu_uuids` (a GPU map must name all of them, if any are given), `kill` (ends a
-    process). `batches` records what was asked, `frozen_calls` what of it hit a frozen target; a hang costs `hang_s` at
-    most."""
+    """Knobs: `processes` by pid, `faults`, `keeps_vram` (NVML still shows memory after a checkpoint), `not_begun` (no
+    worker is free), `gpu_uuids` (a GPU map must name all of them, if any are given), `kill` (ends a process).
+    `batches` records all calls, `frozen_calls` those on a frozen target; a hang takes `hang_s` at most."""
 
     processes: dict[int, FakeCudaProcess] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""A clock that moves only when a test says so."""
+"""A clock that moves only when a test moves it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FakeClock:
         self.advance_to(self._mono_ns + by_ns)
 
     def advance_to(self, mono_ns: int) -> None:
-        """Move to this time, which is not in the past, firing what is due on the way."""
+        """Move to this time, which is not in the past, firing due timers on the way."""
         assert mono_ns >= self._mono_ns, "CLOCK_MONOTONIC never goes back"
         while self._timers and self._timers[0][0] <= mono_ns:
             at_mono_ns, _, timer = heapq.heappop(self._timers)

@@ -1,6 +1,6 @@
-"""A CUDA program, alone: Python, ctypes and libcuda.so.1. It fills device memory and later says if it is unharmed.
+"""A CUDA program of Python, ctypes and libcuda.so.1. It fills device memory and later verifies it.
 
-Commands on stdin, one answer a line on stdout:
+Commands on stdin, one answer per line on stdout:
     fill BYTES SEED   -> "filled ADDRESS": cuMemAlloc, and random bytes copied there
     verify            -> "intact" | "corrupt": every byte read back and compared, at the same address
     child             -> "child PID": a forked child that uses CUDA of its own (it forks before CUDA is initialised)

@@ -1,8 +1,9 @@
 """`python -m tests.fakes.daemon HOME`: an agent, a scheduler and a gateway that tell a fixed story to clients.
 
 Real servers on real sockets (agent/wire), a home as daemons leave it (endpoints.json, token), no GPU and no
-instances. Pages hold two entries at most, so that clients have to turn them. What a uid or a function is called says
-how it behaves. "ready" on stdout; ends with stdin. `tests/contract/test_daemon_api.py` holds it to what real ones do.
+instances. A page holds at most two entries, so that clients must turn pages. The name of an instance or a function says
+how it behaves. "ready" on stdout; ends with stdin. tests/contract/test_agent_api.py and test_scheduler_api.py hold it
+to what real daemons do.
 """
 
 # ruff: noqa: N802 - the names of servicers' methods come from the protos
@@ -320,7 +321,7 @@ def _endpoints(home: Path, daemon: str, **found: str) -> None:
 async def daemons(home: Path) -> AsyncIterator[None]:
     """Agent, scheduler and gateway, of which `home` tells."""
     gateway = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
-    Thread(target=gateway.serve_forever, daemon=True).start()
+    Thread(target=gateway.serve_forever, args=(0.01,), daemon=True).start()
     where = f"127.0.0.1:{gateway.server_address[1]}"
     tokens = TokenTable([(TOKEN, Principal("olga", Role.OPERATOR))])
     instances, nodes = Instances(), Nodes()

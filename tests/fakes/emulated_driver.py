@@ -1,12 +1,11 @@
 """The emulated NVIDIA driver for tests: one process, the environment under which programs see it, and CUDA programs.
 
 Everything runs in processes of its own with `EmulatedNvidia.environment`, so the code under test has no branch for it:
-daemons, targets and driver workers simply inherit it. What must load NVML into the test's own process calls
-`see_nvml_here()`, which loads the library by its full path first: the loader then gives it to whoever asks for its
-soname. One driver per test process can be seen that way.
+daemons, targets and driver workers inherit it. A test that needs NVML in its own process calls `see_nvml_here()`, which
+loads the library by its full path first: the loader then uses it for its soname. That works for one driver per process.
 
-No test may make a checkpoint call on a process in a frozen cgroup: it would hang on hardware. After every test each
-driver that runs is asked, and a test that provokes such calls takes them itself (`control.take_frozen_calls()`).
+No test may make a checkpoint call on a process in a frozen cgroup: it would hang on hardware. Every running driver is
+checked after each test; a test that provokes such calls takes them itself (`control.take_frozen_calls()`).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from agent.emulated.control import EmulatedDriver
 from agent.emulated.env import SOCKET_VARIABLE, exports
 from tests.fakes.gpu_locks import forget_locks
 
-START_DEADLINE_S = 60.0  # the first one on a machine compiles three libraries
+START_DEADLINE_S = 60.0  # the first start on a machine compiles three libraries
 ANSWER_DEADLINE_S = 20.0
 TARGET = Path(__file__).with_name("cuda_target.py")
 
@@ -48,7 +47,7 @@ class EmulatedNvidia:
     control: EmulatedDriver
 
     def see_nvml_here(self) -> None:
-        """Make `libnvidia-ml.so.1` of this driver the one that this very process finds."""
+        """Make this process load `libnvidia-ml.so.1` of this driver."""
         os.environ[SOCKET_VARIABLE] = self.environment[SOCKET_VARIABLE]
         ctypes.CDLL(str(self.directory / "lib" / "libnvidia-ml.so.1"), mode=ctypes.RTLD_GLOBAL)
 

@@ -1,4 +1,4 @@
-"""A command inside a fake container: the test says what it prints and how it ends, and sees what it was given."""
+"""A command inside a fake container: the test sets its output and end, and reads its input."""
 
 from __future__ import annotations
 

@@ -58,6 +58,8 @@ INSTANCES = [
     instance("i-cold", "ocr", State.STATE_FROZEN, frozen_bytes=5 * GIB, wake_count=7, last_wake=WAKE),
     instance("i-chat", "chat", State.STATE_RUNNING, state_reason="HOST_MEMORY_SHORT"),
 ]
+for age, one in enumerate(INSTANCES):  # lists are in this order
+    one.create_time.seconds += age
 ENDED = [instance("i-dead", "ocr", State.STATE_FAILED, state_reason="INSTANCE_CRASHED", state_message="exit code 3")]
 
 
@@ -109,8 +111,9 @@ class Fleet(sched_grpc.SchedulerServiceServicer):
 
     async def ListNodes(self, request: sched.ListNodesRequest, context: Any) -> sched.ListNodesResponse:
         names = ["gpu-host-1", "gpu-host-2", *(["gpu-host-3"] if "gpu-host-3" in self._scheduling else [])]
-        self._scheduling.pop("gpu-host-3", None)
         items, token = page(names, request)
+        if not token:
+            self._scheduling.pop("gpu-host-3", None)
         return sched.ListNodesResponse(nodes=map(self._node, items), next_page_token=token)
 
     async def SetNodeScheduling(

@@ -1,4 +1,4 @@
-"""A `Freezer` port that freezes nothing, for everything above it. It insists on the legal order of operations."""
+"""A fake `Freezer`. It checks the order of operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agent.ports import Condition, FreezeResult, Outcome
 
 
 class IllegalOrderError(AssertionError):
-    """The caller broke the driver's order of operations: a bug in what is tested, never a result."""
+    """The caller broke the driver's order of operations: a bug in the tested code, never a result."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class FakeFreezer:
         self._begun[operation].clear()
 
     def release(self, operation: str) -> None:
-        """Let the waiting ones go on."""
+        """Release the waiting operations."""
         self._gates.pop(operation).set()
 
     async def entered(self, operation: str, deadline_s: float = 5.0) -> None:

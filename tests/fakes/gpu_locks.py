@@ -1,4 +1,4 @@
-"""What agents leave behind of GPUs that were only emulated."""
+"""Removes the lock files that agents leave behind for emulated GPUs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from agent.adapters.nvml.locks import FALLBACK_FOLDER, LOCK_FOLDER
 
 
 def forget_locks(uuids: Sequence[str]) -> None:
-    """Remove the locks of GPUs that nobody will have again: their driver and its directory are gone. (Real GPUs keep
-    theirs, one file each until the next boot.)"""
+    """Remove the locks of GPUs whose emulated driver is gone. (Real GPUs keep theirs, one file each until the next
+    boot.)"""
     for uuid in uuids:
         for folder in (LOCK_FOLDER, FALLBACK_FOLDER):
             with suppress(OSError):

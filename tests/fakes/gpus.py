@@ -1,4 +1,4 @@
-"""A `Gpus` port without a driver."""
+"""A fake `Gpus` port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host memory as a test wants it."""
+"""A fake `HostMemory` port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What instances use, as a test wants it."""
+"""A fake `UsageReader` port."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from agent.core.types import Handle
 
 @dataclass
 class FakeInstanceReader:
-    """Implements `ports.UsageReader`. `readings` by uid, who has no entry has ended; `asked` are the uids of
-    every call; `fails` makes the next calls fail."""
+    """Implements `ports.UsageReader`. `readings` by uid; an instance without an entry has ended. `asked`: the
+    uids of every call; `fails` makes the next calls fail."""
 
     readings: dict[str, InstanceReading] = field(default_factory=dict)
     asked: list[list[str]] = field(default_factory=list)

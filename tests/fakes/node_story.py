@@ -1,6 +1,6 @@
 """The agent's API as `tests.fakes.daemon` serves it: what an instance is called says how it behaves.
 
-`tests/contract/test_daemon_api.py` holds it to what a real agent does.
+`tests/contract/test_agent_api.py` holds it to what a real agent does.
 """
 
 # ruff: noqa: N802 - the names of servicers' methods come from the protos
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
 
 from agent.core.errors import ConflictError, InstanceError, InvalidArgumentError, NotFoundError, PreconditionError
 from agent.core.function_rules import check_function
@@ -25,6 +27,7 @@ from tests.fakes.fleet_story import CREATED, ENDED, GIB, INSTANCES, NODE, State,
 
 LOG = b"Loading model\n\xff not UTF-8\n"
 MORE_LOG = b"and more\n"
+Copied = TypeVar("Copied", bound=Message)
 _ENDED = (State.STATE_STOPPED, State.STATE_FAILED)
 
 
@@ -133,7 +136,7 @@ class Instances(inst_grpc.InstanceServiceServicer):
         if found.state in _ENDED:
             raise PreconditionError("NOT_RUNNING", f"instance {found.uid} has ended; nothing can be run inside")
         if found.state == State.STATE_FROZEN and not start.wake:
-            text = f"instance {found.uid} is asleep (FROZEN); add --wake to wake it first, which may take a GPU"
+            text = f"instance {found.uid} is frozen (FROZEN); add --wake to wake it first, which may take a GPU"
             raise PreconditionError("INSTANCE_FROZEN", text)
         found.state = State.STATE_RUNNING
         self._event(found.uid, "instance.exec", program=start.command[0])
@@ -151,7 +154,7 @@ class Instances(inst_grpc.InstanceServiceServicer):
         self._events.append(types_pb2.Event(time=CREATED, instance_uid=uid, name=name, attributes=attributes))
 
     def _find(self, uid: str) -> types_pb2.Instance:
-        known = {**self._hidden, **self._ended, **self._living}
+        known: dict[str, types_pb2.Instance] = {**self._hidden, **self._ended, **self._living}
         matches = [key for key in known if uid and key.startswith(uid)]
         if uid not in known and len(matches) != 1:
             many = f"{len(matches)} instances begin with" if matches else "no instance is called"
@@ -159,7 +162,7 @@ class Instances(inst_grpc.InstanceServiceServicer):
         return known[uid if uid in known else matches[0]]
 
 
-def _copy(message: Any) -> Any:
+def _copy(message: Copied) -> Copied:
     made = type(message)()
     made.CopyFrom(message)
     return made

@@ -1,8 +1,8 @@
 """A small OCI registry on loopback: enough of the distribution API for `docker pull` and `podman pull`.
 
 It serves images made in the test, over plain HTTP (Docker takes that from 127.0.0.0/8; Podman needs `insecure = true`
-in a registries.conf), with or without basic authentication. `hold` is a valve: while it is closed, blobs stop after
-their first half, as a network does that died.
+in a registries.conf), with or without basic authentication. While `hold` is closed, blobs stop after their first half,
+as on a dead network.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def _digest(data: bytes) -> str:
 
 @dataclass(slots=True)
 class OciRegistry:
-    """`users`: who may pull, empty = everybody. `pulls` counts the manifests handed out by `name:tag`, `logins` what
-    callers presented; `asked` is set when a blob was asked for."""
+    """`users` may pull, empty = all. `pulls` counts the manifests served by `name:tag`, `logins` the credentials that
+    callers sent; `asked` is set when a blob was requested."""
 
     users: dict[str, str] = field(default_factory=dict)
     address: str = ""

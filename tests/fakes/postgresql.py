@@ -1,7 +1,7 @@
-"""A PostgreSQL server of the tests' own, from the host's installation: real, but without the patience for disks.
+"""A real PostgreSQL server for tests, from the host's installation, without fsync.
 
-It listens on a unix socket in its own folder, where whoever gets in is trusted, and on loopback with a password. Text
-is sorted by a language's rules (ICU) where the version can, since that is what a user's server may do.
+It listens on a unix socket in its own folder without a password, and on loopback with one. Text is sorted by ICU rules
+where the version can, as a user's server may do.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _programs() -> Path | None:
 
 
 class PostgreSQL:
-    """One server with a folder of its own. `close` takes both away."""
+    """One server with a folder of its own. `close` removes both."""
 
     def __init__(self) -> None:
         programs = _programs()
@@ -96,7 +96,7 @@ class PostgreSQL:
             f"port={self.port}",
             *_QUICK,
         )
-        # It goes with us, even if we are killed; with the thread that calls this, to be exact.
+        # The kernel ends it with the thread that calls this, even if the test is killed.
         tied = ["setpriv", "--pdeathsig", "INT"] if shutil.which("setpriv") else []
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -128,7 +128,7 @@ class PostgreSQL:
         return f"postgresql+psycopg://{USER}@/{database}?host={self.folder}&port={self.port}"
 
     def url_with_password(self, database: str, password: str = PASSWORD) -> str:
-        """Over loopback, as somebody who needs the password."""
+        """Over loopback, with the password."""
         return f"postgresql://guest:{password}@127.0.0.1:{self.port}/{database}"
 
     def run(self, *statements: str, database: str = "postgres") -> list[tuple[Any, ...]]:
@@ -146,7 +146,7 @@ class PostgreSQL:
 
     @contextmanager
     def database(self) -> Iterator[str]:
-        """The name of a new, empty one; dropped afterwards, whoever is still in it."""
+        """The name of a new, empty database; dropped afterwards despite open sessions."""
         self._count += 1
         name = f"t{self._count}"
         self.run(f"CREATE DATABASE {name}")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from agent.adapters.kernel.cgroup_freezer import FREEZE_DEADLINE_S, FreezerState
 from agent.core.errors import HibernodeError
 from agent.core.types import Handle
+from agent.ports import FREEZE_DEADLINE_S, FreezerState
 from tests.fakes.checkpointer import FakeCheckpointer
 
 
 @dataclass
 class FakeProcessFreezer:
-    """Knobs: `fail_freeze`, `fail_thaw` (raised once), `now` (set it to play somebody else's pause)."""
+    """Knobs: `fail_freeze`, `fail_thaw` (raised once), `now` (set it to simulate an external pause)."""
 
     name: str = "fake"
     driver: FakeCheckpointer | None = None
@@ -38,7 +38,7 @@ class FakeProcessFreezer:
             process.thaw()
 
     def pause(self) -> None:
-        """Stop the processes, whoever asks: the driver's questions to them hang from now on."""
+        """Stop the processes: driver calls on them hang from now on."""
         self.now = FreezerState.FROZEN
         for process in self.driver.processes.values() if self.driver else ():
             process.thawed.clear()

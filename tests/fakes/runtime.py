@@ -1,4 +1,4 @@
-"""Containers without processes. The contract suite holds it to what `ProcessRuntime` does."""
+"""Containers without processes; the runtime contract runs on it."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class FakeContainer:
 
 
 class FakeRuntime:
-    """Implements `ports.Runtime`. Keep the object over a pretended restart of the agent: containers survive in it.
+    """Implements `ports.Runtime`. Keep the object over a simulated restart of the agent: containers survive in it.
 
     Knobs: `start_error` is raised by the next starts; `start_gate`, while set, holds every start until it is set(), and
     `prepare_error` and `prepare_gate` do the same for the pull; `kill_hangs` makes kill and destroy end in
     KILL_TIMEOUT, `engine_away` leaves what was killed unremoved; `port_of` gives a container the port of a test's
     server; `accepted_images`; `executes`: its instances are containers, and `sessions` are the commands run inside
     (before that `exec_error` is raised, or `exec_gate` waited for). `exit(uid, Exit)` ends a container, `print(uid,
-    text)` adds to its log; `calls` tells the story.
+    text)` adds to its log; `calls` records every call.
     """
 
     name = "fake"

@@ -1,4 +1,4 @@
-"""Stores in memory with knobs: one that works, one that can be made to fail or to stall.
+"""Stores in memory: one that works, one that can be made to fail or to stall.
 
 `MemoryStore` passes the same contract suite as the SQLite store (tests/contract/test_stores.py).
 """

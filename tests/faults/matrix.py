@@ -3,7 +3,7 @@
 The same rows are run (test_matrix.py) and printed (agent/docs/internals/driver-faults.md; a test compares the two).
 `facts` is a section of agent/docs/facts/gpu-checkpoint.md, or "#N", an issue of NVIDIA/cuda-checkpoint. Three faults
 are tested elsewhere because no request waits for them: killing a restored process (#53), a thread taken for a process
-(#41), and mixed listings of several processes (tests/adapters/test_freezer_*.py).
+(#41), and mixed listings of several processes (tests/adapters/freezer/).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A whole node without a host: the real actors, executors, gate, GPU book and ledger, on fakes at every port.
+"""A whole node without a host: the real actors, executors, gates, GPU allocator and ledger, on fakes at every port.
 
-Time moves only by `world.clock`. The instances' server is `App`, on a real socket.
+Time moves only by `rig.clock`. The instances' server is `App`, on a real socket.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class App:
         return [head.path.decode() for head in self.requests]
 
     async def until_asked(self, path: str, times: int = 1) -> None:
-        """Wait until `path` has been asked for so often."""
+        """Wait until `path` has been requested `times` times."""
         async with asyncio.timeout(PATIENCE_S), self.seen:
             await self.seen.wait_for(lambda: self.paths().count(path) >= times)
 
 
 @dataclass
-class World:
+class NodeRig:
     """`node` is the running agent's; `restart` is what a SIGKILL and a new agent do. Ports outlive both."""
 
     app: App
@@ -208,9 +208,9 @@ async def until(actor: Actor, *states: InstanceState) -> None:
     await actor.wait_until(lambda i: i.state in states, PATIENCE_S, "TEST")
 
 
-async def released(world: World, actor: Actor) -> None:
+async def released(rig: NodeRig, actor: Actor) -> None:
     """Wait for the proof that its GPUs are free."""
-    proof = world.node.broker._proofs.get(actor.uid)
+    proof = rig.node.broker._proofs.get(actor.uid)
     if proof is not None:
         await asyncio.wait_for(asyncio.shield(proof), PATIENCE_S)
 
@@ -223,7 +223,7 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def a_world(**knobs: Any) -> AsyncIterator[World]:
+async def node_rig(**knobs: Any) -> AsyncIterator[NodeRig]:
     """A node with two GPUs and its instances' server; taken down whatever happened."""
     app = App()
     faults: list[BaseException] = []
@@ -236,20 +236,21 @@ async def a_world(**knobs: Any) -> AsyncIterator[World]:
         on_fault=faults.append,
     )
     app.port = server.port
-    world = World(app, **knobs)
-    await world.boot()
+    rig = NodeRig(app, **knobs)
+    await rig.boot()
     try:
-        yield world
+        yield rig
     finally:
-        for node in world.agents:
+        for node in rig.agents:
             await kill(node)
         await server.close(0.0)
-        await world.billing.stop()
+        await rig.billing.stop()
     assert not faults, faults
+    assert not [rig.messages(n) for n in ("instance.impossible_event", "gpu.grant_unexpected") if rig.messages(n)]
 
 
-def environment_of(world: World, uid: str) -> Mapping[str, str]:
-    return world.runtime.containers[uid].spec.environment
+def environment_of(rig: NodeRig, uid: str) -> Mapping[str, str]:
+    return rig.runtime.containers[uid].spec.environment
 
 
 async def enter(actor: Actor) -> None:

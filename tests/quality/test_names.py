@@ -30,8 +30,6 @@ RETIRED = {
     "HeldInstances": "FreezerRegistry",
     "GPU book": "GPU allocator",
     "GPU_TRESPASS": "gpu.isolation_violated",
-    "EXTERNALLY_FROZEN": "instance.externally_frozen",
-    "EXTERNALLY_THAWED": "instance.externally_thawed",
     "ENGINE_DOWN": "engine.down",
     "ENGINE_UP": "engine.up",
     "x-hibernode-any": "x-hibernode-any-instance",
@@ -43,7 +41,7 @@ RETIRED = {
     "counted_out": "on_lost_node",
     "sent ahead": "dispatched early",
     "reckoned with": "(say what happens)",
-    "nobody": "(name the component)",
+    "nobody": "(name the component)",  # in quotes it is an account
     "whoever": "(name the component)",
 }
 """Words of earlier versions and what is said now (agent/docs/glossary.md)."""
@@ -66,7 +64,8 @@ def repeated(modules: Iterable[tuple[str, str]]) -> list[str]:
 def retired_words(text: str) -> list[tuple[int, str]]:
     """Line numbers and words, for all retired words in `text`."""
     pattern = re.compile(r"(?<![\w-])(?:" + "|".join(map(re.escape, RETIRED)) + r")(?![\w-])")
-    return [(text.count("\n", 0, hit.start()) + 1, hit[0]) for hit in pattern.finditer(text)]
+    hits = [hit for hit in pattern.finditer(text) if hit[0] != "nobody" or text[hit.start() - 1] not in "`\""]
+    return [(text.count("\n", 0, hit.start()) + 1, hit[0]) for hit in hits]
 
 
 def sources(tracked: list[Path], root: Path) -> list[Path]:
@@ -109,6 +108,6 @@ def test_retired_words_stay_retired(tracked: list[Path], root: Path) -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("text", ["class Passage:", "# the GPU book", "what was sent ahead"])
+@pytest.mark.parametrize("text", ["class Passage:", "# the GPU book", "what was sent ahead", "x nobody waits"])
 def test_the_search_for_retired_words_finds_them(text: str) -> None:
     assert retired_words(f"\n{text}\n")[0][0] == 2

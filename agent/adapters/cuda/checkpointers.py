@@ -11,7 +11,7 @@ from agent.adapters.cuda.driver_worker_process import WorkerOptions
 from agent.adapters.cuda.result_codes import not_begun
 from agent.adapters.cuda.utility_checkpointer import UtilityCheckpointer
 from agent.core.errors import UnavailableError
-from agent.core.gpus.capabilities import Capabilities
+from agent.core.gpus.capabilities import Capabilities, CheckpointerKind
 from agent.ports import Checkpointer, CudaCall, CudaReply
 from agent.settings import GpuSettings
 
@@ -64,13 +64,13 @@ def choose_checkpointer(
     """The checkpointer that `capabilities` names. `on_stuck` gets the uuids of GPUs whose operation survived SIGKILL:
     cordon them. `environment` decides which libcuda is loaded; None: the agent's own environment."""
     match capabilities.checkpointer:
-        case "driver":
+        case CheckpointerKind.DRIVER:
             return DriverCheckpointer(
                 WorkerOptions(environment=environment, init_before_restore=capabilities.init_before_restore),
                 PoolLimits(workers=settings.driver_workers),
                 on_stuck,
             )
-        case "utility":
+        case CheckpointerKind.UTILITY:
             return UtilityCheckpointer(
                 Path(settings.utility_path),
                 environment,
@@ -78,5 +78,5 @@ def choose_checkpointer(
                 spawn_s=SPAWN_S,
                 on_stuck=on_stuck,
             )
-        case _:
+        case CheckpointerKind.NONE:
             return NoCheckpointer(capabilities.refusal or "the driver can't checkpoint")

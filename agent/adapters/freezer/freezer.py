@@ -19,9 +19,8 @@ from agent.adapters.freezer.recovery import FreezerRecovery
 from agent.adapters.freezer.tracked import FreezerRegistry
 from agent.adapters.freezer.vram_check import VramProbe
 from agent.adapters.freezer.wake import WakeSequence
-from agent.adapters.kernel.cgroup_freezer import ProcessFreezer
 from agent.core.types import Handle
-from agent.ports import Checkpointer, Condition, FreezeResult, Gpus, Outcome
+from agent.ports import Checkpointer, Condition, FreezeResult, Gpus, Outcome, ProcessFreezer
 
 
 class CudaFreezer:

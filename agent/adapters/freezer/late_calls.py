@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 
 from agent.adapters.cuda.processes import release
 from agent.adapters.freezer.tracked import FreezerRegistry, TrackedCudaProcesses
-from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.errors import HibernodeError
 from agent.core.types import Handle
 from agent.log import get_logger
-from agent.ports import CudaReply, CudaState
+from agent.ports import CudaReply, CudaState, FreezerState
 
 FIRST_PAUSE_S = 0.05
 LAST_PAUSE_S = 5.0

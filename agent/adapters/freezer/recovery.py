@@ -13,11 +13,10 @@ from agent.adapters.cuda.processes import CudaProcess, release, stable_states
 from agent.adapters.freezer.tracked import FreezerRegistry
 from agent.adapters.freezer.vram_check import VramProbe
 from agent.adapters.kernel import process_table
-from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.errors import HibernodeError, UnavailableError
 from agent.core.types import Handle
 from agent.log import get_logger
-from agent.ports import Condition, CudaCall, CudaOp, CudaState
+from agent.ports import Condition, CudaCall, CudaOp, CudaState, FreezerState
 
 KILL_LOCK_TIMEOUT_S = 1.0
 """Time for running kernels before a kill; their results are lost anyway."""

@@ -15,10 +15,18 @@ from agent.adapters.cuda.processes import CudaProcess, CudaProcessFinder, living
 from agent.adapters.cuda.rollback import RollbackGoal, RollbackResult, rollback
 from agent.adapters.cuda.target_watch import run_watching
 from agent.adapters.freezer.limits import FreezerLimits, broken, failure, refused
-from agent.adapters.kernel.cgroup_freezer import FreezerState, ProcessFreezer
 from agent.core.errors import HibernodeError
 from agent.core.types import Handle
-from agent.ports import Checkpointer, CudaCall, CudaFault, CudaReply, CudaState, FreezeResult
+from agent.ports import (
+    Checkpointer,
+    CudaCall,
+    CudaFault,
+    CudaReply,
+    CudaState,
+    FreezeResult,
+    FreezerState,
+    ProcessFreezer,
+)
 
 LATE_CALL_S = 600.0
 """How long a lost driver call may still take effect."""
@@ -126,7 +134,7 @@ class FreezerRegistry:
             raise
 
     async def thaw(self, handle: Handle) -> None:
-        """Thaw the cgroup, whoever froze it. Raises as `ProcessFreezer.thaw`."""
+        """Thaw the cgroup, also if an outsider froze it. Raises as `ProcessFreezer.thaw`."""
         try:
             await self.cgroups.thaw(handle, self.limits.cgroup_s)
         finally:

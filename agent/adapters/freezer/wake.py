@@ -16,11 +16,10 @@ from agent.adapters.cuda.result_codes import CudaResult
 from agent.adapters.freezer.limits import all_in, broken, failure, is_fatal, refused
 from agent.adapters.freezer.tracked import FreezerRegistry, TrackedCudaProcesses
 from agent.adapters.freezer.vram_check import VramProbe
-from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.errors import DeadlineError, HibernodeError
 from agent.core.types import Handle
 from agent.log import get_logger
-from agent.ports import CudaCall, CudaFault, CudaOp, CudaReply, CudaState, FreezeResult, Outcome
+from agent.ports import CudaCall, CudaFault, CudaOp, CudaReply, CudaState, FreezeResult, FreezerState, Outcome
 
 _RESTORED = frozenset({CudaState.LOCKED, CudaState.RUNNING})
 

@@ -14,9 +14,7 @@ from pathlib import Path
 from agent.adapters.kernel import cgroup, cgroup_v1_freezer, process_table
 from agent.core.errors import DeadlineError, PreconditionError
 from agent.core.types import Handle, ProcessId
-from agent.ports import FREEZE_DEADLINE_S as FREEZE_DEADLINE_S  # noqa: PLC0414 (re-exported)
-from agent.ports import FreezerState as FreezerState  # noqa: PLC0414 (re-exported)
-from agent.ports import ProcessFreezer as ProcessFreezer  # noqa: PLC0414 (re-exported)
+from agent.ports import FREEZE_DEADLINE_S, FreezerState, ProcessFreezer
 
 V1_PATHS_KEPT = 4096
 

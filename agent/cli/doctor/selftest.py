@@ -23,7 +23,7 @@ import click
 
 from agent.cli.console.output import note, show_json
 from agent.cli.doctor.selftest_report import show_report
-from agent.cli.options import F, cli_options
+from agent.cli.options import cli_options, grouped
 from agent.core.errors import DeadlineError, UnavailableError
 from agent.core.types import GIB
 from agent.exit_codes import ExitCode
@@ -92,27 +92,20 @@ class SelftestOptions:
     against: str
 
 
-def selftest_options(command: F) -> F:
-    """The options of `doctor --selftest`."""
-    options = (
-        click.option("--selftest", is_flag=True, help="Freeze and wake a CUDA program, and compare every byte."),
-        click.option(
-            "--gib",
-            type=click.FloatRange(min=LEAST_GIB, max=2048),
-            metavar="N",
-            help="GPU memory to freeze, such as 0.5 [1]; use as much as your models do.",
-        ),
-        click.option(
-            "--runs", type=click.IntRange(1, 1000), metavar="K", help="Number of measured freezes and wakes [3]."
-        ),
-        click.option("--gpu", metavar="GPU", help="UUID or index; default: the GPU with the most free memory."),
-        click.option(
-            "--against", type=click.Choice(["utility"]), help="Alternate with the cuda-checkpoint program and compare."
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+selftest_options = grouped(
+    click.option("--selftest", is_flag=True, help="Freeze and wake a CUDA program, and compare every byte."),
+    click.option(
+        "--gib",
+        type=click.FloatRange(min=LEAST_GIB, max=2048),
+        metavar="N",
+        help="GPU memory to freeze, such as 0.5 [1]; use as much as your models do.",
+    ),
+    click.option("--runs", type=click.IntRange(1, 1000), metavar="K", help="Number of measured freezes and wakes [3]."),
+    click.option("--gpu", metavar="GPU", help="UUID or index; default: the GPU with the most free memory."),
+    click.option(
+        "--against", type=click.Choice(["utility"]), help="Alternate with the cuda-checkpoint program and compare."
+    ),
+)
 
 
 def parse_selftest_options(

@@ -18,30 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from agent.core.gpus.allocator_events import (
-    Adopt,
-    AllocatorEffect,
-    AllocatorEvent,
-    Ask,
-    AskDrain,
-    AskFreeze,
-    Assign,
-    Assigned,
-    BecameBusy,
-    BecameIdle,
-    Cordon,
-    FreezeRefused,
-    Grant,
-    Leave,
-    Released,
-    Releasing,
-    Tick,
-    Unassign,
-    Unassignable,
-    Uncordon,
-    Unservable,
-    WakeMeAt,
-)
+from agent.core.gpus import allocator_events as ev
+from agent.core.gpus.allocator_events import AllocatorEffect, AllocatorEvent, Cordon
 from agent.core.types import SECOND_NS
 
 REFUSAL_BACK_OFF_NS = SECOND_NS
@@ -115,53 +93,49 @@ class GpuAllocator:
 AllocatorStep = tuple[GpuAllocator, list[AllocatorEffect]]
 
 
-def step(state: GpuAllocator, event: AllocatorEvent, at: int) -> AllocatorStep:  # noqa: C901 - one flat table is easiest to read
+def step(state: GpuAllocator, event: AllocatorEvent, at: int) -> AllocatorStep:  # noqa: C901 - one flat table
     """Apply `event` at monotonic time `at` (ns). Pure: the caller performs the effects in order."""
-    effects: list[AllocatorEffect] = []
     match event:
-        case Assign(uid, count, model):
+        case ev.Assign(uid, count, model):
             return _assign(state, uid, count, model)
-        case Adopt(uid, gpus, holds):
+        case ev.Adopt(uid, gpus, holds):
             state = replace(state, assigned={**state.assigned, uid: gpus})
             if holds:
-                state = _take(state, uid, gpus, at)
-        case Unassign(uid):
+                state = _grant(state, uid, gpus, at)
+        case ev.Unassign(uid):
             assigned = {key: value for key, value in state.assigned.items() if key != uid}
-            state = replace(_let_go(_leave(state, uid), uid), assigned=assigned)
-        case Ask(uid, avoid, stays):
+            state = replace(_free(_withdraw(state, uid), uid), assigned=assigned)
+        case ev.Ask(uid, avoid, stays):
             state = _enqueue(state, uid, avoid, stays, at)
-        case Leave(uid):
-            state = _leave(state, uid)
-        case Released(uid):
-            state = _let_go(state, uid)
-        case Releasing(uid):
+        case ev.Leave(uid):
+            state = _withdraw(state, uid)
+        case ev.Released(uid):
+            state = _free(state, uid)
+        case ev.Releasing(uid):
             state = _with_holder(state, uid, asked=True, leaving=True, idle_since_ns=None)
-        case FreezeRefused(uid):
-            held = state.holders.get(uid)
-            idle_since = None if held is None else held.idle_since_ns
-            state = _with_holder(
-                state, uid, asked=False, idle_since_ns=idle_since, preemptible_at_ns=at + REFUSAL_BACK_OFF_NS
-            )
-        case BecameIdle(uid, preemptible_at_ns):
+        case ev.FreezeRefused(uid):
+            idle_since = state.holders[uid].idle_since_ns if uid in state.holders else None
+            again_at = at + REFUSAL_BACK_OFF_NS
+            state = _with_holder(state, uid, asked=False, idle_since_ns=idle_since, preemptible_at_ns=again_at)
+        case ev.BecameIdle(uid, preemptible_at_ns):
             state = _with_holder(state, uid, idle_since_ns=at, preemptible_at_ns=preemptible_at_ns)
-        case BecameBusy(uid):
+        case ev.BecameBusy(uid):
             state = _with_holder(state, uid, idle_since_ns=None)
         case Cordon(uuid, _, source):
             state = _with_cordon(state, uuid, source, event)
-        case Uncordon(uuid, source):
+        case ev.Uncordon(uuid, source):
             state = _with_cordon(state, uuid, source, None)
-        case Tick():
+        case ev.Tick():
             pass
         case _:
             assert_never(event)
-    state, more = _serve(state, at)
-    return state, effects + more
+    return _serve(state, at)
 
 
 def _assign(state: GpuAllocator, uid: str, count: int, model: str) -> AllocatorStep:
     """Choose the GPUs with the fewest sharers, so that instances spread before they share."""
     if uid in state.assigned:
-        return state, [Assigned(uid, state.assigned[uid])]
+        return state, [ev.Assigned(uid, state.assigned[uid])]
     fitting = [d for d in state.devices.values() if not d.cordoned and model in ("", d.model)]
     roomy = sorted((state.sharers(d.uuid), i, d.uuid) for i, d in enumerate(fitting))
     chosen = tuple(uuid for sharers, _, uuid in roomy if sharers < state.per_gpu)[:count]
@@ -169,13 +143,13 @@ def _assign(state: GpuAllocator, uid: str, count: int, model: str) -> AllocatorS
     if len(chosen) < count or full:
         wanted = f"{count} GPU(s)" + (f" of model {model!r}" if model else "")
         return state, [
-            Unassignable(
+            ev.Unassignable(
                 uid,
                 f"{wanted} wanted, {0 if full else len(chosen)} of {len(fitting)} such GPU(s) on this node have room "
                 f"(gpu.instances_per_gpu: {state.per_gpu}); remove an instance or raise it",
             )
         ]
-    return replace(state, assigned={**state.assigned, uid: chosen}), [Assigned(uid, chosen)]
+    return replace(state, assigned={**state.assigned, uid: chosen}), [ev.Assigned(uid, chosen)]
 
 
 def _with_cordon(state: GpuAllocator, uuid: str, source: str, cordon: Cordon | None) -> GpuAllocator:
@@ -209,18 +183,18 @@ def _allowed(state: GpuAllocator, own: tuple[str, ...], avoid: tuple[str, ...]) 
     return rest if sum(not state.devices[uuid].cordoned for uuid in rest) >= len(own) else pool
 
 
-def _leave(state: GpuAllocator, uid: str) -> GpuAllocator:
+def _withdraw(state: GpuAllocator, uid: str) -> GpuAllocator:
     return replace(state, queue=tuple(waiter for waiter in state.queue if waiter.uid != uid))
 
 
-def _take(state: GpuAllocator, uid: str, gpus: tuple[str, ...], at: int) -> GpuAllocator:
+def _grant(state: GpuAllocator, uid: str, gpus: tuple[str, ...], at: int) -> GpuAllocator:
     devices = dict(state.devices)
     for uuid in gpus:
         devices[uuid] = replace(devices[uuid], holder=uid)
     return replace(state, devices=devices, holders={**state.holders, uid: Holder(gpus, at)})
 
 
-def _let_go(state: GpuAllocator, uid: str) -> GpuAllocator:
+def _free(state: GpuAllocator, uid: str) -> GpuAllocator:
     held = state.holders.get(uid)
     if held is None:
         return state
@@ -262,22 +236,22 @@ def _serve(state: GpuAllocator, at: int) -> AllocatorStep:
             # Its former GPUs are not proven empty, which it does not need for itself. If it can't have those, it waits
             # for the proof: no instance holds GPUs twice.
             if reserved.isdisjoint(held.gpus) and set(held.gpus) <= set(waiter.allowed) and _usable(state, held.gpus):
-                state = _take(_leave(state, waiter.uid), waiter.uid, held.gpus, at)
-                effects.append(Grant(waiter.uid, held.gpus))
+                state = _grant(_withdraw(state, waiter.uid), waiter.uid, held.gpus, at)
+                effects.append(ev.Grant(waiter.uid, held.gpus))
             continue
         usable = [u for u in waiter.allowed if u not in reserved and not state.devices[u].cordoned]
         free = [u for u in usable if not state.devices[u].holder]
         if len(free) >= waiter.count:
             gpus = tuple(free[: waiter.count])
-            state = _take(_leave(state, waiter.uid), waiter.uid, gpus, at)
+            state = _grant(_withdraw(state, waiter.uid), waiter.uid, gpus, at)
             if state.migrate:
                 state = replace(state, assigned={**state.assigned, waiter.uid: gpus})
-            effects.append(Grant(waiter.uid, gpus))
+            effects.append(ev.Grant(waiter.uid, gpus))
             continue
         if sum(not state.devices[u].lost for u in waiter.allowed) < waiter.count:
-            state = _leave(state, waiter.uid)
+            state = _withdraw(state, waiter.uid)
             lost = [state.devices[u] for u in waiter.allowed if state.devices[u].lost]
-            effects.append(Unservable(waiter.uid, "; ".join(f"{d.uuid}: {d.cordoned}" for d in lost)))
+            effects.append(ev.Unservable(waiter.uid, "; ".join(f"{d.uuid}: {d.cordoned}" for d in lost)))
             continue
         if sum(not state.devices[u].cordoned for u in waiter.allowed) < waiter.count:
             continue  # not before a cordon is lifted: no GPU is reserved and no holder gives way for it
@@ -285,7 +259,7 @@ def _serve(state: GpuAllocator, at: int) -> AllocatorStep:
         state, asked = _make_room(state, waiter, usable, len(free), at, timers)
         effects.extend(asked)
     if timers:
-        effects.append(WakeMeAt(min(timers)))
+        effects.append(ev.WakeMeAt(min(timers)))
     return state, effects
 
 
@@ -318,5 +292,5 @@ def _make_room(
     effects: list[AllocatorEffect] = []
     for uid, is_idle in chosen:
         state = _with_holder(state, uid, idle_since_ns=holders[uid].idle_since_ns, asked=True)
-        effects.append(AskFreeze(uid) if is_idle else AskDrain(uid))
+        effects.append(ev.AskFreeze(uid) if is_idle else ev.AskDrain(uid))
     return state, effects

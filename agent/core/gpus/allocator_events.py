@@ -110,20 +110,9 @@ class Tick:
 
 
 AllocatorEvent = (
-    Assign
-    | Adopt
-    | Unassign
-    | Ask
-    | Leave
-    | Released
-    | Releasing
-    | FreezeRefused
-    | BecameIdle
-    | BecameBusy
-    | Cordon
-    | Uncordon
-    | Tick
-)
+    Assign | Adopt | Unassign | Ask | Leave | Released | Releasing | FreezeRefused | BecameIdle | BecameBusy | Cordon
+    | Uncordon | Tick
+)  # fmt: skip
 
 
 # ---- effects --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 
 from agent.core.snapshots import CapabilityLine
 from agent.core.types import ComputeMode, Gpu
@@ -116,20 +116,27 @@ class HostFacts:
         return ",".join(str(gpu.index) for gpu in self.gpus if wrong(gpu))
 
 
+class CheckpointerKind(StrEnum):
+    """What freezes instances on a host: the driver's API, the `cuda-checkpoint` program, or nothing (falsy)."""
+
+    DRIVER = "driver"
+    UTILITY = "utility"
+    NONE = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """The verdict on a host.
 
     - `idle_mode`: instances can be frozen
-    - `checkpointer`: "driver", "utility" or "" (none); set even if idle mode is forbidden, so that processes locked by
-      an earlier agent can be unlocked
+    - `checkpointer`: set even if idle mode is forbidden, so that processes locked by an earlier agent can be unlocked
     - `migration`: instances can wake on another GPU
     - `init_before_restore`: persistence mode is off, so a restore needs cuInit first
     - `lines`: for `hibernode doctor` and the log
     """
 
     idle_mode: bool
-    checkpointer: str
+    checkpointer: CheckpointerKind
     migration: bool
     init_before_restore: bool
     lines: tuple[CapabilityLine, ...]
@@ -188,16 +195,16 @@ def driver_branch(version: str) -> int:
     return int(digits) if digits.isascii() and digits.isdecimal() else 0
 
 
-def _choose(host: HostFacts) -> str:
+def _choose(host: HostFacts) -> CheckpointerKind:
     """The checkpointer that `gpu.checkpointer` names; for auto the driver's API if it has one, else the program."""
     if host.checkpointer != "utility" and host.has_api:
-        return "driver"
+        return CheckpointerKind.DRIVER
     if host.checkpointer != "driver" and host.takes_utility and host.utility:
-        return "utility"
-    return ""
+        return CheckpointerKind.UTILITY
+    return CheckpointerKind.NONE
 
 
-def _lines(host: HostFacts, chosen: str) -> Iterator[CapabilityLine]:
+def _lines(host: HostFacts, chosen: CheckpointerKind) -> Iterator[CapabilityLine]:
     yield _driver(host)
     yield _architecture(host)
     if host.branch:
@@ -271,10 +278,10 @@ def _cuda(host: HostFacts) -> CapabilityLine:
     return _ok("cuda", f"CUDA {cuda}")
 
 
-def _checkpoint(host: HostFacts, chosen: str) -> CapabilityLine:
-    if chosen == "driver":
+def _checkpoint(host: HostFacts, chosen: CheckpointerKind) -> CapabilityLine:
+    if chosen is CheckpointerKind.DRIVER:
         return _ok("checkpoint", "by the driver's API")
-    if chosen == "utility":
+    if chosen is CheckpointerKind.UTILITY:
         return _ok("checkpoint", f"by the program {host.utility}, a process for each step")
     if host.branch < UTILITY_SINCE:
         return _fail("checkpoint", f"driver {host.driver_version} can't checkpoint in separate steps", NEW_DRIVER)
@@ -329,12 +336,12 @@ def _volatile(gpu: Gpu) -> bool:
     return not gpu.persistence
 
 
-def _persistence(host: HostFacts, chosen: str) -> CapabilityLine:
+def _persistence(host: HostFacts, chosen: CheckpointerKind) -> CapabilityLine:
     off = host.where(_volatile)
     fix = f"nvidia-smi -i {off} -pm 1; to keep it over a reboot: systemctl enable --now nvidia-persistenced"
     if not off:
         return _ok("persistence", "persistence mode is on")
-    if chosen == "utility":
+    if chosen is CheckpointerKind.UTILITY:
         return _fail(
             "persistence",
             f"persistence mode is off on GPU {off}: a restore by the cuda-checkpoint program would kill its instance",

@@ -174,28 +174,10 @@ class Exited:
 
 
 Event = (
-    Created
-    | Granted
-    | FirstRequestStarted
-    | LastRequestEnded
-    | WaitersAppeared
-    | WaitersGone
-    | ExecActive
-    | WakeAsked
-    | WakeExpired
-    | IdleTimer
-    | FreezeAsked
-    | FreezeOrdered
-    | DrainOrdered
-    | GpusLost
-    | Paused
-    | StopAsked
-    | StopTimer
-    | Succeeded
-    | Refused
-    | Broken
-    | Exited
-)
+    Created | Granted | FirstRequestStarted | LastRequestEnded | WaitersAppeared | WaitersGone | ExecActive | WakeAsked
+    | WakeExpired | IdleTimer | FreezeAsked | FreezeOrdered | DrainOrdered | GpusLost | Paused | StopAsked | StopTimer
+    | Succeeded | Refused | Broken | Exited
+)  # fmt: skip
 
 
 # ---- effects --------------------------------------------------------------------------------------------------
@@ -285,16 +267,6 @@ class Note:
 
 
 Effect = (
-    Run
-    | AskCancel
-    | RequestGpus
-    | WithdrawRequest
-    | ReleaseGpus
-    | OrderedFreezeRefused
-    | ReportActivity
-    | SetIdleTimer
-    | SetStopTimer
-    | ClosePool
-    | RefuseWaiters
-    | Note
-)
+    Run | AskCancel | RequestGpus | WithdrawRequest | ReleaseGpus | OrderedFreezeRefused | ReportActivity | SetIdleTimer
+    | SetStopTimer | ClosePool | RefuseWaiters | Note
+)  # fmt: skip

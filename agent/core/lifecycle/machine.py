@@ -21,44 +21,8 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import assert_never
 
-from agent.core.lifecycle.events import (
-    AskCancel,
-    Broken,
-    ClosePool,
-    Created,
-    DrainOrdered,
-    Effect,
-    Event,
-    ExecActive,
-    Exited,
-    FirstRequestStarted,
-    FreezeAsked,
-    FreezeOrdered,
-    GpusLost,
-    Granted,
-    IdleTimer,
-    LastRequestEnded,
-    Note,
-    Operation,
-    OrderedFreezeRefused,
-    Paused,
-    Refused,
-    RefuseWaiters,
-    ReleaseGpus,
-    ReportActivity,
-    RequestGpus,
-    Run,
-    SetIdleTimer,
-    SetStopTimer,
-    StopAsked,
-    StopTimer,
-    Succeeded,
-    WaitersAppeared,
-    WaitersGone,
-    WakeAsked,
-    WakeExpired,
-    WithdrawRequest,
-)
+from agent.core.lifecycle import events as ev
+from agent.core.lifecycle.events import Effect, Event, Note, Operation
 from agent.core.lifecycle.instance import Instance as Instance  # noqa: PLC0414 (re-exported)
 from agent.core.types import SECOND_NS, InstanceState
 
@@ -91,84 +55,84 @@ def _is_impossible(me: Instance, event: Event) -> bool:
     Crossings: a grant or a GPU loss with a withdrawal (FROZEN) or a stop; `Created` with a stop.
     """
     match event:
-        case Created():
+        case ev.Created():
             return not (me.is_new or me.stop)
-        case Granted() | GpusLost():
+        case ev.Granted() | ev.GpusLost():
             return not (me.in_gpu_queue or (me.state in _NOT_IN_QUEUE and not me.holds))
-        case FirstRequestStarted():
+        case ev.FirstRequestStarted():
             return me.busy or me.state not in _ADMITTING
-        case LastRequestEnded():
+        case ev.LastRequestEnded():
             return not me.busy or me.state not in _ADMITTING
-        case WaitersAppeared():
+        case ev.WaitersAppeared():
             return me.gate_open
-        case IdleTimer(gen):
+        case ev.IdleTimer(gen):
             return gen >= me.idle_gen and not me.can_freeze
-        case StopTimer(gen):
+        case ev.StopTimer(gen):
             return gen >= me.op_gen and not (me.state is InstanceState.STOPPING and me.op is None)
-        case Succeeded(gen) | Refused(gen) | Broken(gen):
+        case ev.Succeeded(gen) | ev.Refused(gen) | ev.Broken(gen):
             return gen >= me.op_gen and not _current(me, gen)
         case _:
             return False
 
 
 def _report(me: Instance, event: Event, at: int) -> Note:
-    """An impossible event with every field that differs from its default, and the latest steps."""
-    values = {field.name: getattr(me, field.name) for field in fields(me) if field.repr}
-    now = ", ".join(f"{f.name}={values[f.name]}" for f in fields(me) if f.repr and values[f.name] != f.default)
+    """The note of an impossible event: the fields of `me` that differ from their defaults, and the latest steps."""
+    shown = {field.name: (getattr(me, field.name), field.default) for field in fields(me) if field.repr}
+    now = ", ".join(f"{name}={value}" for name, (value, default) in shown.items() if value != default)
     past = "".join(f"; {(at - then) / SECOND_NS:.3f} s ago {e} -> {state.value}" for then, e, state in me.history)
-    name = "gpu.grant_unexpected" if isinstance(event, Granted) else "instance.impossible_event"
+    name = "gpu.grant_unexpected" if isinstance(event, ev.Granted) else "instance.impossible_event"
     return Note(name, f"{event} in {me.state.value}: {now}{past}")
 
 
 def _apply(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, PLR0912 - one flat table reads best
     match event:
-        case Created():  # PREPARE comes before the GPUs: none is held while an image is pulled
+        case ev.Created():  # PREPARE comes before the GPUs: none is held while an image is pulled
             return _run(me, Operation.PREPARE) if me.is_new else (me, [])
-        case Granted(gpus):
+        case ev.Granted(gpus):
             return _granted(me, gpus)
-        case FirstRequestStarted():
+        case ev.FirstRequestStarted():
             me = replace(me, busy=True, idle_gen=me.idle_gen + 1, hold_ns=0, hold_until_ns=0)
-            return me, [ReportActivity(idle=False)]
-        case LastRequestEnded():
+            return me, [ev.ReportActivity(idle=False)]
+        case ev.LastRequestEnded():
             return _when_idle(replace(me, busy=False), at)
-        case WaitersAppeared():
+        case ev.WaitersAppeared():
             return _with_waiters(replace(me, has_waiters=True), at)
-        case WaitersGone():
+        case ev.WaitersGone():
             return _without_waiters(replace(me, has_waiters=False), at)
-        case ExecActive(inside):
+        case ev.ExecActive(inside):
             me = replace(me, exec_active=inside, idle_gen=me.idle_gen + 1)
-            return (me, [ReportActivity(idle=False)]) if inside or me.busy else _when_idle(me, at)
-        case WakeAsked(hold_ns, until_ns):
+            return (me, [ev.ReportActivity(idle=False)]) if inside or me.busy else _when_idle(me, at)
+        case ev.WakeAsked(hold_ns, until_ns):
             return _wake_asked(me, hold_ns, until_ns, at)
-        case WakeExpired():
+        case ev.WakeExpired():
             return _without_waiters(me, at)
-        case IdleTimer(gen):
+        case ev.IdleTimer(gen):
             if gen != me.idle_gen or not me.can_freeze:
                 return me, []
             return _begin_freeze(me, ordered=False)
-        case FreezeAsked():
+        case ev.FreezeAsked():
             return _begin_freeze(me, ordered=False) if me.can_freeze else (me, [])
-        case FreezeOrdered():
-            return _begin_freeze(me, ordered=True) if me.can_freeze else (me, [OrderedFreezeRefused()])
-        case DrainOrdered():
+        case ev.FreezeOrdered():
+            return _begin_freeze(me, ordered=True) if me.can_freeze else (me, [ev.OrderedFreezeRefused()])
+        case ev.DrainOrdered():
             return _drain(me)
-        case GpusLost(message):
+        case ev.GpusLost(message):
             return _fail(me, "GPU_LOST", message) if me.in_gpu_queue else (me, [])
-        case Paused(paused):
+        case ev.Paused(paused):
             return _paused(me, paused, at)
-        case StopAsked(grace_ns, force, reason, message):
+        case ev.StopAsked(grace_ns, force, reason, message):
             return _stop_asked(me, grace_ns, force, reason, message, at)
-        case StopTimer(gen):
+        case ev.StopTimer(gen):
             if me.state is InstanceState.STOPPING and me.op is None and gen == me.op_gen:
                 return _run(replace(me, stop_force=True), Operation.STOP)
             return me, []
-        case Succeeded(gen):
+        case ev.Succeeded(gen):
             return _succeeded(me, at) if _current(me, gen) else (me, [])
-        case Refused(gen, reason, message):
+        case ev.Refused(gen, reason, message):
             return _refused(me, reason, message, at) if _current(me, gen) else (me, [])
-        case Broken(gen, reason, message):
+        case ev.Broken(gen, reason, message):
             return _fail(me, reason, message) if _current(me, gen) else (me, [])
-        case Exited(reason, message):
+        case ev.Exited(reason, message):
             return _exited(me, reason, message)
         case _:
             assert_never(event)
@@ -180,16 +144,16 @@ def _current(me: Instance, gen: int) -> bool:
 
 def _run(me: Instance, op: Operation) -> Step:
     gen = me.op_gen + 1
-    return replace(me, op=op, op_gen=gen), [Run(op, gen, me.gpus)]
+    return replace(me, op=op, op_gen=gen), [ev.Run(op, gen, me.gpus)]
 
 
 def _after_the_end(me: Instance, event: Event) -> Step:
     """A terminal instance refuses new waiters and gives back a grant that crossed its end; the rest is stale."""
     match event:
-        case WaitersAppeared():
-            return me, [RefuseWaiters(me.reason or "INSTANCE_GONE", me.message)]
-        case Granted():
-            return me, [ReleaseGpus()]
+        case ev.WaitersAppeared():
+            return me, [ev.RefuseWaiters(me.reason or "INSTANCE_GONE", me.message)]
+        case ev.Granted():
+            return me, [ev.ReleaseGpus()]
         case _:
             return me, []
 
@@ -212,20 +176,20 @@ def _granted(me: Instance, gpus: tuple[str, ...]) -> Step:
 def _release(me: Instance) -> Step:
     if not me.holds:
         return me, []
-    return replace(me, holds=False), [ReleaseGpus()]
+    return replace(me, holds=False), [ev.ReleaseGpus()]
 
 
 def _with_waiters(me: Instance, at: int) -> Step:
     """A request or an API wake waits for this instance to be awake."""
     match me.state:
         case InstanceState.FROZEN:
-            return replace(me, state=InstanceState.WAITING_GPU, restores=0), [RequestGpus()]
+            return replace(me, state=InstanceState.WAITING_GPU, restores=0), [ev.RequestGpus()]
         case InstanceState.FREEZING if not me.ordered and me.op is Operation.LOCK:
-            return me, [AskCancel(me.op_gen)]
+            return me, [ev.AskCancel(me.op_gen)]
         case InstanceState.STOPPING | InstanceState.RUNNING if me.stop:
-            return me, [RefuseWaiters("INSTANCE_STOPPING", _STOPPING_MESSAGE)]
+            return me, [ev.RefuseWaiters("INSTANCE_STOPPING", _STOPPING_MESSAGE)]
         case InstanceState.RUNNING if me.paused:
-            return me, [RefuseWaiters(PAUSED, _PAUSED_MESSAGE)]
+            return me, [ev.RefuseWaiters(PAUSED, _PAUSED_MESSAGE)]
         case _:
             return me, []
 
@@ -240,7 +204,7 @@ def _wake_asked(me: Instance, hold_ns: int, until_ns: int, at: int) -> Step:
 
 def _without_waiters(me: Instance, at: int) -> Step:
     if me.state is InstanceState.WAITING_GPU and not me.awaited(at):
-        return replace(me, state=InstanceState.FROZEN), [WithdrawRequest()]
+        return replace(me, state=InstanceState.FROZEN), [ev.WithdrawRequest()]
     if me.state is InstanceState.RUNNING and not me.busy:
         return _when_idle(me, at)
     return me, []
@@ -264,30 +228,26 @@ def _when_idle(me: Instance, at: int) -> Step:
     freeze_at = max(at + me.freeze_after_ns, me.retry_at_ns, hold_until)
     me = replace(me, idle_gen=me.idle_gen + 1, hold_ns=0, hold_until_ns=hold_until)
     # The back-off counts from the refused freeze: counted from here, occasional requests would renew it for ever.
-    idle = ReportActivity(
-        idle=True, preemptible_at_ns=max(hold_until, me.awake_since_ns + me.min_awake_ns, me.retry_at_ns)
-    )
-    if not me.freezable:
-        return me, [idle]
-    return me, [idle, SetIdleTimer(me.idle_gen, freeze_at)]
+    idle = ev.ReportActivity(True, max(hold_until, me.awake_since_ns + me.min_awake_ns, me.retry_at_ns))
+    return me, [idle, ev.SetIdleTimer(me.idle_gen, freeze_at)] if me.freezable else [idle]
 
 
 def _begin_freeze(me: Instance, *, ordered: bool) -> Step:
     me = replace(me, state=InstanceState.FREEZING, ordered=ordered, idle_gen=me.idle_gen + 1, hold_until_ns=0)
     me, effects = _run(me, Operation.LOCK)
-    return me, [ClosePool(), *effects]
+    return me, [ev.ClosePool(), *effects]
 
 
 def _drain(me: Instance) -> Step:
     if me.state is not InstanceState.RUNNING or not me.freezable or me.stop or me.paused or me.exec_active:
-        return me, [OrderedFreezeRefused()]
+        return me, [ev.OrderedFreezeRefused()]
     me = replace(me, draining=True)
     return (me, []) if me.busy else _begin_freeze(me, ordered=True)
 
 
 def _paused(me: Instance, paused: bool, at: int) -> Step:
-    """A pause closes the gate; no driver call is made until it ends. It can be told from our own freeze only while
-    the instance is RUNNING."""
+    """A pause closes the gate; no driver call is made until it ends. It counts only in RUNNING: in other states the
+    threads may be stopped by a freeze of the agent."""
     if paused is me.paused or (paused and me.state is not InstanceState.RUNNING):
         return me, []
     was_draining = me.draining
@@ -295,10 +255,11 @@ def _paused(me: Instance, paused: bool, at: int) -> Step:
     if not paused:
         me, effects = (me, []) if me.busy else _when_idle(me, at)
         return me, [Note("instance.externally_thawed", ""), *effects]
-    note = Note("instance.externally_frozen", _PAUSED_MESSAGE)
-    refusal: list[Effect] = [OrderedFreezeRefused()] if was_draining else []
+    effects = [Note("instance.externally_frozen", _PAUSED_MESSAGE), ev.ClosePool()]
+    if was_draining:
+        effects.append(ev.OrderedFreezeRefused())
     # A pause may last for ever: the GPU allocator must not count on these GPUs.
-    return me, [note, ClosePool(), *refusal, ReportActivity(idle=False), RefuseWaiters(PAUSED, _PAUSED_MESSAGE)]
+    return me, [*effects, ev.ReportActivity(idle=False), ev.RefuseWaiters(PAUSED, _PAUSED_MESSAGE)]
 
 
 def _succeeded(me: Instance, at: int) -> Step:
@@ -306,7 +267,7 @@ def _succeeded(me: Instance, at: int) -> Step:
     op, me = me.op, replace(me, op=None)
     match op:
         case Operation.PREPARE:
-            return _begin_stop(me, at) if me.stop else (me, [RequestGpus()])
+            return _begin_stop(me, at) if me.stop else (me, [ev.RequestGpus()])
         case Operation.START | Operation.WAKE:
             me = replace(me, state=InstanceState.RUNNING, awake_since_ns=at, restores=0, wake_until_ns=0)
             return _when_idle(replace(me, ordered=False, draining=False), at)
@@ -321,7 +282,7 @@ def _succeeded(me: Instance, at: int) -> Step:
         case Operation.STOP:
             me = replace(me, state=InstanceState.STOPPED)
             me, effects = _release(me)
-            return me, [*effects, RefuseWaiters(me.reason or "INSTANCE_STOPPED", me.message)]
+            return me, [*effects, ev.RefuseWaiters(me.reason or "INSTANCE_STOPPED", me.message)]
         case Operation.DESTROY | None:
             return me, []
         case _:
@@ -339,7 +300,7 @@ def _frozen(me: Instance, at: int) -> Step:
         me, more = _begin_stop(me, at)
         return me, [*effects, *more]
     if me.awaited(at):
-        return replace(me, state=InstanceState.WAITING_GPU, restores=0), [*effects, RequestGpus()]
+        return replace(me, state=InstanceState.WAITING_GPU, restores=0), [*effects, ev.RequestGpus()]
     return me, effects
 
 
@@ -351,7 +312,7 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
             return _begin_stop(replace(_running_again(me), stop=True, reason=reason, message=message), at)
         case Operation.LOCK | Operation.CHECKPOINT:
             cancelled = reason == CANCELLED
-            effects: list[Effect] = [OrderedFreezeRefused()] if me.ordered or me.draining else []
+            effects: list[Effect] = [ev.OrderedFreezeRefused()] if me.ordered or me.draining else []
             if not cancelled:
                 effects.append(Note("instance.freeze_refused", f"{reason}: {message}"))
                 me = replace(me, refusals=me.refusals + 1, refusal=f"{reason}: {message}")
@@ -379,7 +340,7 @@ def _restore_refused(me: Instance, why: str, at: int) -> Step:
     retried = Note("instance.restore_retried", f"on {', '.join(me.gpus)}: {why}")
     if me.movable:
         me, effects = _release(replace(me, state=InstanceState.WAITING_GPU))
-        return me, [retried, *effects, RequestGpus(avoid=me.gpus)]
+        return me, [retried, *effects, ev.RequestGpus(avoid=me.gpus)]
     me, effects = _run(replace(me, restores=me.restores + 1), Operation.WAKE)
     return me, [retried, *effects]
 
@@ -388,20 +349,13 @@ def _fail(me: Instance, reason: str, message: str) -> Step:
     """FAILED: destroy what is left, release the GPUs, refuse the waiters so that they are dispatched elsewhere."""
     was_queued = me.in_gpu_queue
     gen = me.op_gen + 1
-    me = replace(
-        me,
-        state=InstanceState.FAILED,
-        op=None,
-        op_gen=gen,
-        idle_gen=me.idle_gen + 1,
-        reason=reason,
-        message=message,
-    )
-    effects: list[Effect] = [Run(Operation.DESTROY, gen, me.gpus)]
+    me = replace(me, state=InstanceState.FAILED, op=None, op_gen=gen, idle_gen=me.idle_gen + 1)
+    me = replace(me, reason=reason, message=message)
+    effects: list[Effect] = [ev.Run(Operation.DESTROY, gen, me.gpus)]
     if was_queued:
-        effects.append(WithdrawRequest())
+        effects.append(ev.WithdrawRequest())
     me, released = _release(me)
-    return me, [*effects, *released, RefuseWaiters(reason, message)]
+    return me, [*effects, *released, ev.RefuseWaiters(reason, message)]
 
 
 def _exited(me: Instance, reason: str, message: str) -> Step:
@@ -413,36 +367,23 @@ def _exited(me: Instance, reason: str, message: str) -> Step:
 def _stop_asked(me: Instance, grace_ns: int, force: bool, reason: str, message: str, at: int) -> Step:
     if me.stop and not (force and not me.stop_force):
         return me, []
-    me = replace(
-        me,
-        stop=True,
-        stop_force=me.stop_force or force,
-        stop_grace_ns=grace_ns,
-        reason=me.reason or reason,
-        message=me.message or message,
-    )
+    me = replace(me, stop=True, stop_force=me.stop_force or force, stop_grace_ns=grace_ns)
+    me = replace(me, reason=me.reason or reason, message=me.message or message)
     if me.op is not None:
         hurry = me.op is Operation.STOP and me.stop_force
         cancel = hurry or me.op in (Operation.PREPARE, Operation.LOCK, Operation.START)
-        return me, [AskCancel(me.op_gen)] if cancel else []
+        return me, [ev.AskCancel(me.op_gen)] if cancel else []
     return _begin_stop(me, at)
 
 
 def _begin_stop(me: Instance, at: int) -> Step:
     """Stop, with no operation under way: a frozen instance is killed without a wake, a busy one is drained first."""
     was_queued = me.in_gpu_queue
-    was_running = me.state is InstanceState.RUNNING or me.state is InstanceState.STOPPING
-    stop_reason = me.reason or "INSTANCE_STOPPING"
-    me = replace(
-        me,
-        state=InstanceState.STOPPING,
-        stop=True,
-        idle_gen=me.idle_gen + 1,
-        stop_force=me.stop_force or not was_running or me.paused,
-    )
-    effects: list[Effect] = [WithdrawRequest()] if was_queued else []
-    effects.append(RefuseWaiters(stop_reason, me.message or _STOPPING_MESSAGE))
+    force = me.stop_force or me.paused or me.state not in _ADMITTING
+    me = replace(me, state=InstanceState.STOPPING, stop=True, stop_force=force, idle_gen=me.idle_gen + 1)
+    effects: list[Effect] = [ev.WithdrawRequest()] if was_queued else []
+    effects.append(ev.RefuseWaiters(me.reason or "INSTANCE_STOPPING", me.message or _STOPPING_MESSAGE))
     if me.busy and not me.stop_force:
-        return me, [*effects, SetStopTimer(me.op_gen, at + me.stop_grace_ns)]
+        return me, [*effects, ev.SetStopTimer(me.op_gen, at + me.stop_grace_ns)]
     me, run = _run(me, Operation.STOP)
     return me, [*effects, *run]

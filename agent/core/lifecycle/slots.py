@@ -27,23 +27,23 @@ class ConcurrencyLimiter(Generic[T]):
     A ticket waits, or is counted in `in_flight`, or is gone. No slot is granted while `open` is False.
     """
 
-    __slots__ = ("_line", "in_flight", "limit", "max_waiting", "open")
+    __slots__ = ("_queue", "in_flight", "limit", "max_waiting", "open")
 
     def __init__(self, limit: int, max_waiting: int) -> None:
         self.limit = limit
         self.max_waiting = max_waiting
         self.open = False
         self.in_flight = 0
-        self._line: dict[T, None] = {}
+        self._queue: dict[T, None] = {}
 
     @property
     def waiting(self) -> int:
         """Number of waiting tickets."""
-        return len(self._line)
+        return len(self._queue)
 
     def has_room(self) -> bool:
         """A new request would get a slot at once. A method, because the request path calls it: properties cost more."""
-        return self.open and self.in_flight < self.limit and not self._line
+        return self.open and self.in_flight < self.limit and not self._queue
 
     def try_acquire(self) -> bool:
         """Take a slot if one is free and no ticket waits."""
@@ -56,16 +56,16 @@ class ConcurrencyLimiter(Generic[T]):
         """Grant the new request a slot, queue it, or refuse it."""
         if self.try_acquire():
             return Arrival.GRANTED
-        if len(self._line) >= self.max_waiting:
+        if len(self._queue) >= self.max_waiting:
             return Arrival.FULL
-        self._line[ticket] = None
+        self._queue[ticket] = None
         return Arrival.QUEUED
 
     def leave(self, ticket: T) -> bool:
         """Remove a waiting request (client left, deadline passed). False if it was not waiting."""
-        if ticket not in self._line:
+        if ticket not in self._queue:
             return False
-        del self._line[ticket]
+        del self._queue[ticket]
         return True
 
     def done(self) -> None:
@@ -76,15 +76,15 @@ class ConcurrencyLimiter(Generic[T]):
 
     def grant_next(self) -> T | None:
         """Grant a free slot to the longest-waiting ticket. None if closed or full, or if no ticket waits."""
-        if not self._line or not self.open or self.in_flight >= self.limit:
+        if not self._queue or not self.open or self.in_flight >= self.limit:
             return None
-        ticket = next(iter(self._line))
-        del self._line[ticket]
+        ticket = next(iter(self._queue))
+        del self._queue[ticket]
         self.in_flight += 1
         return ticket
 
     def empty_line(self) -> list[T]:
         """Remove all waiting tickets and return them in order."""
-        tickets = list(self._line)
-        self._line.clear()
+        tickets = list(self._queue)
+        self._queue.clear()
         return tickets

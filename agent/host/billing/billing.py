@@ -46,13 +46,8 @@ class BillingOptions:
 
 @dataclass(frozen=True, slots=True)
 class BillingHealth:
-    """How the ledger reaches the disk.
-
-    - `failures`: writes that failed in a row (0 = healthy), the last for `reason`.
-    - `pending`: sealed windows that are only in memory.
-    - `merged`: windows that were merged to bound memory.
-    - `unmatched_ends`: ends of requests without a begin; other than 0 it is a bug.
-    """
+    """How the ledger reaches the disk. `failures`: failed writes in a row, the last for `reason`; `pending`: sealed
+    windows only in memory; `merged`: windows merged to bound memory; `unmatched_ends`: not 0 is a bug."""
 
     failures: int
     reason: str
@@ -211,7 +206,6 @@ class Billing:
 
     @property
     def health(self) -> BillingHealth:
-        """See `BillingHealth`."""
         unmatched = self._unmatched_ends + sum(meter.unmatched_ends for meter in self._meters.values())
         return BillingHealth(self._failures, self._reason, len(self._backlog), self._backlog.merged, unmatched)
 

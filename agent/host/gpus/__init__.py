@@ -1,1 +1,1 @@
-"""The GPUs of the node: who gets them, their health, and who uses one without holding it."""
+"""The GPUs of the node: which instance gets them, their health, and processes on GPUs not granted to them."""

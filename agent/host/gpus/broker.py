@@ -57,7 +57,7 @@ class GpuBroker:
         self._actor_of = actor_of
         self._pids_of = pids_of
         self._inbox: deque[tuple[AllocatorEvent, int]] = deque()
-        self._deferred: dict[str, tuple[AllocatorEvent, int]] = {}  # see `became`
+        self._deferred: dict[str, tuple[AllocatorEvent, int]] = {}  # see `report_activity`
         self._stepping = False
         self._answers: dict[str, allocator_events.Assigned | allocator_events.Unassignable] = {}
         self._timer: Timer | None = None
@@ -67,29 +67,24 @@ class GpuBroker:
 
     # ---- from instances -------------------------------------------------------------------------------------
 
-    def want(self, actor: Actor, avoid: tuple[str, ...]) -> None:
+    def request(self, actor: Actor, avoid: tuple[str, ...]) -> None:
         """The instance needs GPUs to go on, preferably none of those in `avoid`."""
         stays = actor.state is InstanceState.WAITING_GPU and not actor.instance.movable
         self.apply(allocator_events.Ask(actor.uid, avoid, stays))
 
     def withdraw(self, actor: Actor) -> None:
-        """The instance no longer needs GPUs."""
         self.apply(allocator_events.Leave(actor.uid))
 
     def freeze_refused(self, actor: Actor) -> None:
-        """An ordered freeze or drain does not happen."""
         self.apply(allocator_events.FreezeRefused(actor.uid))
 
-    def became(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None:
+    def report_activity(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None:
         """The holder became idle or busy. Two such events come with every request, so they are deferred until the next
         other event while no instance waits for a GPU."""
-        event = (
-            allocator_events.BecameIdle(actor.uid, preemptible_at_ns)
-            if idle
-            else allocator_events.BecameBusy(actor.uid)
-        )
-        self._deferred.pop(actor.uid, None)  # the new one goes to the end
-        self._deferred[actor.uid] = (event, self._clock.monotonic_ns())
+        uid = actor.uid
+        event = allocator_events.BecameIdle(uid, preemptible_at_ns) if idle else allocator_events.BecameBusy(uid)
+        self._deferred.pop(uid, None)  # the new one goes to the end
+        self._deferred[uid] = (event, self._clock.monotonic_ns())
         if self.allocator.queue:
             self._step()
 
@@ -260,7 +255,6 @@ class GpuBroker:
         return any(process.pid in pids and process.used_bytes for process in shown)
 
     async def close(self) -> None:
-        """Cancel the timer and the proofs under way."""
         if self._timer is not None:
             self._timer.cancel()
         proofs = [*self._proofs.values(), *self._late_proofs]

@@ -186,10 +186,7 @@ class ProxiedRequest:
         return kept
 
     def _own_headers(self) -> list[Header]:
-        return [
-            (b"x-fc-request-id", self.request_id.encode("latin-1")),
-            (b"x-fc-instance-id", self.actor.uid.encode()),
-        ]
+        return [(b"x-fc-request-id", self.request_id.encode("latin-1")), (b"x-fc-instance-id", self.actor.uid.encode())]
 
     async def _failed(self, result: ForwardResult) -> None:
         exchange, actor = self._exchange, self.actor

@@ -17,12 +17,12 @@ from agent.core.errors import DeadlineError, UnavailableError
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle import machine
 from agent.core.lifecycle.machine import Instance
-from agent.core.types import FunctionSpec, Handle, InstanceSpec, InstanceState
-from agent.host.instance.events import EventLog
+from agent.core.types import FunctionSpec, Handle, InstanceState
+from agent.host.instance.context import InstanceContext
 from agent.host.instance.gate import AdmissionGate
 from agent.host.instance.hooks import function_headers
 from agent.http.pool import Pool
-from agent.ports import Clock, RequestMeter, Timer
+from agent.ports import InstanceRecord, RequestMeter, Timer
 
 MAX_TIMEOUTS_IN_A_ROW = 2
 
@@ -38,7 +38,7 @@ class Executor(Protocol):
 class GpuRequests(Protocol):
     """The GPU broker, as an instance sees it."""
 
-    def want(self, actor: Actor, avoid: tuple[str, ...]) -> None: ...
+    def request(self, actor: Actor, avoid: tuple[str, ...]) -> None: ...
 
     def withdraw(self, actor: Actor) -> None: ...
 
@@ -46,7 +46,7 @@ class GpuRequests(Protocol):
 
     def freeze_refused(self, actor: Actor) -> None: ...
 
-    def became(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None: ...
+    def report_activity(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None: ...
 
 
 class StateListener(Protocol):
@@ -96,41 +96,32 @@ class Actor:
 
     def __init__(
         self,
-        spec: InstanceSpec,
+        record: InstanceRecord,
         instance: Instance,
-        gpu_uuids: tuple[str, ...],
-        create_wall_ns: int,
+        context: InstanceContext,
         *,
-        clock: Clock,
         meter: RequestMeter,
         broker: GpuRequests,
         listener: Listener,
-        events: EventLog,
         max_waiting: int,
         executor_of: Callable[[Actor], Executor],
     ) -> None:
+        clock, spec = context.clock, record.spec
         self.spec: Final = spec
         self.instance = instance
         self.handle_of_container: Handle | None = None
         self.pool: Pool | None = None
-        self.figures: Final = InstanceFigures(create_wall_ns=create_wall_ns, state_wall_ns=clock.wall_ns())
-        self.gpu_uuids = gpu_uuids
+        self.figures: Final = InstanceFigures(record.create_wall_ns, state_wall_ns=clock.wall_ns())
+        self.gpu_uuids = record.gpu_uuids
         self.healthy = True
         self.adopted = False
         self.ended: Final = asyncio.Event()
         self.context_headers: Final = function_headers(spec.function)
-        self.gate: Final = AdmissionGate(
-            spec.function.instance_concurrency,
-            max_waiting,
-            spec.function.queue_timeout_ns,
-            clock,
-            meter,
-            self,
-        )
+        self.gate: Final = AdmissionGate(spec.function.instance_concurrency, max_waiting, clock, meter, self)
         self._clock = clock
         self._broker = broker
         self._listener = listener
-        self._events = events
+        self._events = context.events
         self._inbox: deque[ev.Event] = deque()
         self._stepping = False
         self._idle_timer: Timer | None = None
@@ -144,17 +135,14 @@ class Actor:
 
     @property
     def uid(self) -> str:
-        """The instance's uid, never used again."""
         return self.spec.uid
 
     @property
     def function(self) -> FunctionSpec:
-        """What it is an instance of."""
         return self.spec.function
 
     @property
     def state(self) -> InstanceState:
-        """Where it is in its life."""
         return self.instance.state
 
     # ---- events in ----------------------------------------------------------------------------------------------
@@ -236,7 +224,6 @@ class Actor:
         self.figures.progress = text
 
     def note_vram(self, vram_bytes: int) -> None:
-        """Its VRAM, measured by NVML."""
         self.figures.vram_bytes = vram_bytes
 
     def note_freeze(self, image_bytes: int) -> None:
@@ -301,7 +288,7 @@ class Actor:
             case ev.AskCancel(gen):
                 self._executor.ask_cancel(gen)
             case ev.RequestGpus(avoid):
-                self._broker.want(self, avoid)
+                self._broker.request(self, avoid)
             case ev.WithdrawRequest():
                 self._broker.withdraw(self)
             case ev.ReleaseGpus():
@@ -309,7 +296,7 @@ class Actor:
             case ev.OrderedFreezeRefused():
                 self._broker.freeze_refused(self)
             case ev.ReportActivity(idle, preemptible_at_ns):
-                self._broker.became(self, idle, preemptible_at_ns)
+                self._broker.report_activity(self, idle, preemptible_at_ns)
             case ev.SetIdleTimer(gen, at_ns):
                 self._arm_idle(gen, at_ns)
             case ev.SetStopTimer(gen, at_ns):

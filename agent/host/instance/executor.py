@@ -201,7 +201,7 @@ class InstanceExecutor:
         if check is None:
             return
         await asyncio.sleep(check.initial_delay_ns / SECOND_NS)  # as the function's configuration asks
-        if not await hooks.probe(pool, self._actor.function, check):
+        if not hooks.is_healthy(await hooks.probe(pool, self._actor.function, check)):
             raise InstanceError("HEALTH_CHECK_FAILED", f"the first GET {check.path} did not answer 200 to 399 in time")
 
     def _environment(self) -> dict[str, str]:

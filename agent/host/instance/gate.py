@@ -40,22 +40,13 @@ class AdmissionGate(Generic[OwnerT]):
     - `unhealthy`: the gate takes no request from the shared queue.
     """
 
-    __slots__ = ("_clock", "_meter", "_slots", "owner", "queue", "queue_timeout_ns", "unhealthy")
+    __slots__ = ("_clock", "_meter", "_slots", "owner", "queue", "unhealthy")
 
-    def __init__(
-        self,
-        concurrency: int,
-        max_waiting: int,
-        queue_timeout_ns: int,
-        clock: Clock,
-        meter: RequestMeter,
-        owner: OwnerT,
-    ) -> None:
+    def __init__(self, concurrency: int, max_waiting: int, clock: Clock, meter: RequestMeter, owner: OwnerT) -> None:
         self._slots: ConcurrencyLimiter[asyncio.Future[None]] = ConcurrencyLimiter(concurrency, max_waiting)
         self._clock = clock
         self._meter = meter
         self.owner = owner
-        self.queue_timeout_ns = queue_timeout_ns
         self.queue: FunctionQueue[OwnerT] | None = None
         self.unhealthy = False
 
@@ -97,15 +88,11 @@ class AdmissionGate(Generic[OwnerT]):
             return None
         ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         first = not slots.waiting
-        match slots.arrive(ticket):
-            case Arrival.FULL:
-                raise ExhaustedError(
-                    "QUEUE_FULL", f"{slots.waiting} requests wait for this instance already; try again later"
-                )
-            case Arrival.QUEUED if first and not slots.open:
-                self.owner.waiters_appeared()
-            case _:
-                pass
+        if slots.arrive(ticket) is Arrival.FULL:
+            text = f"{slots.waiting} requests wait for this instance already; try again later"
+            raise ExhaustedError("QUEUE_FULL", text)
+        if first and not slots.open:
+            self.owner.waiters_appeared()
         return ticket
 
     async def wait(self, ticket: asyncio.Future[None], timeout_s: float) -> None:
@@ -182,7 +169,6 @@ class AdmissionGate(Generic[OwnerT]):
                 self.owner.waiters_appeared()
 
     def refuse_all(self, error: Callable[[], HibernodeError]) -> None:
-        """Refuse every waiting request."""
         tickets = self._slots.empty_line()
         for ticket in tickets:
             if not ticket.done():
@@ -206,7 +192,6 @@ class FunctionQueue(Generic[OwnerT]):
 
     @property
     def waiting(self) -> int:
-        """Requests in it."""
         return len(self._tickets)
 
     def add(self, gate: AdmissionGate[OwnerT]) -> None:
@@ -238,7 +223,7 @@ class FunctionQueue(Generic[OwnerT]):
             raise
 
     def ticket(self, start: Start[OwnerT]) -> asyncio.Future[None]:
-        """A place at the end. `start` is called with the instance that grants a slot, in the loop iteration of the
+        """Join at the end. `start` is called with the instance that grants a slot, in the loop iteration of the
         grant; from then on the caller must `leave` that instance's gate. Raises ExhaustedError QUEUE_FULL."""
         if len(self._tickets) >= self._max_waiting:
             raise ExhaustedError("QUEUE_FULL", f"{len(self._tickets)} requests wait for this function here already")
@@ -263,7 +248,6 @@ class FunctionQueue(Generic[OwnerT]):
             self.refuse_all(UnavailableError("NO_INSTANCE_AWAKE", "no instance of the function is awake on this node"))
 
     def refuse_all(self, error: HibernodeError) -> None:
-        """Refuse every waiting request."""
         tickets = list(self._tickets)
         self._tickets.clear()
         for ticket in tickets:

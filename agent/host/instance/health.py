@@ -41,7 +41,7 @@ class HealthProbe:
         while actor.pool is not None:
             await asyncio.sleep(check.period_ns / SECOND_NS)
             full = actor.gate.in_flight >= actor.gate.concurrency
-            status = await hooks.probe_status(actor.pool, actor.function, check)
+            status = await hooks.probe(actor.pool, actor.function, check)
             if full and not status:
                 continue  # busy, not unhealthy: its server may take one request at a time
             if hooks.is_healthy(status):

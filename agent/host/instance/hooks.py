@@ -18,17 +18,8 @@ READY_POLL_MIN_S = 0.005
 READY_POLL_MAX_S = 0.25
 
 
-def context_headers(function: FunctionSpec, request_id: str, control_path: str) -> list[Header]:
-    """The `x-fc-*` headers of every call into an instance, hooks and requests alike."""
-    return [
-        (b"x-fc-request-id", request_id.encode()),
-        (b"x-fc-control-path", control_path.encode()),
-        *function_headers(function),
-    ]
-
-
 def function_headers(function: FunctionSpec) -> list[Header]:
-    """The part of `context_headers` that is the same for every call; made once per instance.
+    """The `x-fc-*` headers that are the same for every call into an instance; made once per instance.
 
     `x-fc-access-key-*`, `x-fc-security-token` and `x-fc-service-log*` exist only in the cloud. A synchronous call is
     never repeated, so the retry count is always 0.
@@ -78,7 +69,8 @@ async def wait_until_listening(host: str, port: int, deadline: float, ended: Cal
 async def call_hook(pool: Pool, function: FunctionSpec, hook: Hook, method: bytes, path: str, request_id: str) -> int:
     """Call a hook; returns its status. Raises DeadlineError HOOK_TIMEOUT, or the connection's error."""
     timeout_s = hook.timeout_ns / SECOND_NS
-    headers = context_headers(function, request_id, path)
+    own = [(b"x-fc-request-id", request_id.encode()), (b"x-fc-control-path", path.encode())]
+    headers = [*own, *function_headers(function)]
     try:
         async with asyncio.timeout(timeout_s):
             response = await pool.request(method, path.encode(), headers, timeout_s=timeout_s, whole=False)
@@ -100,13 +92,8 @@ async def initialize(pool: Pool, function: FunctionSpec, request_id: str) -> Non
         raise InstanceError("INITIALIZATION_ERROR", f"POST /initialize answered {status}, 2xx is success")
 
 
-async def probe(pool: Pool, function: FunctionSpec, check: HealthCheck) -> bool:
-    """One health probe: healthy is 200 <= status < 400 within the timeout. Only the first bytes of a body are read."""
-    return is_healthy(await probe_status(pool, function, check))
-
-
-async def probe_status(pool: Pool, function: FunctionSpec, check: HealthCheck) -> int:
-    """The status of the probe's answer; 0 if there was none in time."""
+async def probe(pool: Pool, function: FunctionSpec, check: HealthCheck) -> int:
+    """One health probe: the status of its answer, 0 if there was none in time. A long body is not read to its end."""
     timeout_s = check.timeout_ns / SECOND_NS
     try:
         async with asyncio.timeout(timeout_s):
@@ -119,5 +106,5 @@ async def probe_status(pool: Pool, function: FunctionSpec, check: HealthCheck) -
 
 
 def is_healthy(status: int) -> bool:
-    """See `probe`."""
+    """FC's rule for the status of a health probe."""
     return 200 <= status < 400

@@ -35,12 +35,7 @@ class MemoryReservations:
     """All reservations of this node; one writer, on the loop."""
 
     def __init__(
-        self,
-        memory: HostMemory,
-        *,
-        limit_bytes: int,
-        reserve_bytes: int,
-        disk_deadline_s: float = DISK_DEADLINE_S,
+        self, memory: HostMemory, *, limit_bytes: int, reserve_bytes: int, disk_deadline_s: float = DISK_DEADLINE_S
     ) -> None:
         self._memory = memory
         self.ledger = MemoryLedger(limit_bytes, reserve_bytes)

@@ -26,16 +26,16 @@ async def wake_up(actor: Actor, now_ns: int, hold_ns: int, timeout_ns: int) -> i
 
     def reached(instance: Instance) -> bool:
         """Also if it woke and was frozen again in between: waiting on would end in a timeout."""
-        return _awake_or_ended(instance) or actor.figures.wakes > before
+        ended = instance.state is InstanceState.STOPPING or instance.state.terminal
+        return ended or instance.state is InstanceState.RUNNING or actor.figures.wakes > before
 
     await actor.wait_until(reached, timeout_ns / SECOND_NS, "WAKE")
     raise_if_failed(actor)
     if actor.state is not InstanceState.RUNNING:
         what = f"instance {actor.uid} is {actor.state.value}"
         if actor.instance.stop:
-            raise PreconditionError(
-                "INSTANCE_STOPPING", f"{what}: it is being stopped; `hibernode ps` lists the others"
-            )
+            text = f"{what}: it is being stopped; `hibernode ps` lists the others"
+            raise PreconditionError("INSTANCE_STOPPING", text)
         raise PreconditionError("PREEMPTED", f"{what}: another instance was granted its GPU; try again")
     return max(0, actor.gate.concurrency - actor.gate.in_flight - actor.gate.waiting)
 
@@ -45,7 +45,3 @@ def raise_if_failed(actor: Actor) -> None:
     if actor.state is InstanceState.FAILED:
         reason = actor.instance.reason or "INSTANCE_FAILED"
         raise InstanceError(reason, actor.instance.message or "the instance failed")
-
-
-def _awake_or_ended(instance: Instance) -> bool:
-    return instance.state in (InstanceState.RUNNING, InstanceState.STOPPING) or instance.state.terminal

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from agent.core.errors import HibernodeError
-from agent.core.types import Handle
 from agent.host.instance.events import EventLog
 from agent.host.node.node import Node
 from agent.log import get_logger
@@ -88,14 +87,12 @@ class EngineWatch:
             self._log.warning("engine.sweep_failed", error=str(error))
             return
         for handle in handles:
-            if handle.container_id and handle.uid not in self._node.actors:
-                await self._remove(handle)
-
-    async def _remove(self, handle: Handle) -> None:
-        try:
-            await self._runtime.kill(handle)
-            await self._runtime.destroy(handle)
-        except (HibernodeError, OSError) as error:
-            self._log.warning("engine.leftover_stays", instance=handle.uid, error=str(error))
-            return
-        self._events.add(handle.uid, "instance.leftover_removed", "its container was still there")
+            if not handle.container_id or handle.uid in self._node.actors:
+                continue
+            try:
+                await self._runtime.kill(handle)
+                await self._runtime.destroy(handle)
+            except (HibernodeError, OSError) as error:
+                self._log.warning("engine.leftover_stays", instance=handle.uid, error=str(error))
+            else:
+                self._events.add(handle.uid, "instance.leftover_removed", "its container was still there")

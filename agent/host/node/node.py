@@ -201,15 +201,12 @@ class Node:
             state=state,
         )
         actor = Actor(
-            spec,
+            record,
             instance,
-            record.gpu_uuids,
-            record.create_wall_ns,
-            clock=self._clock,
+            self.context,
             meter=meter,
             broker=self.broker,
             listener=self,
-            events=self._events,
             max_waiting=min(self._settings.max_waiting, function.queue_length),
             executor_of=lambda actor: self._new_executor(actor, record),
         )
@@ -255,12 +252,10 @@ class Node:
             task.add_done_callback(self._endings.discard)
 
     def fitness_changed(self, actor: Actor) -> None:
-        """See `StateListener`."""
         for listener in self.listeners:
             listener.fitness_changed(actor)
 
     def load_changed(self, actor: Actor) -> None:
-        """See `StateListener`."""
         for listener in self.listeners:
             listener.load_changed(actor)
 

@@ -47,12 +47,8 @@ class Observer:
         gauges: Gauges | None = None,
         peak: Callable[[str], int] = lambda _: 0,
     ) -> None:
-        """Where the figures come from:
-
-        - `totals`: (active, idle, unbilled) ns of an instance.
-        - `gpu_samples`: the last sample of each GPU.
-        - `peak`: most requests inside an instance of late.
-        """
+        """`totals`: (active, idle, unbilled) ns of an instance; `gpu_samples`: the last sample per GPU; `peak`: most
+        requests inside an instance, recently."""
         self.identity = identity
         self.ready = False
         self.ingress_address = ""
@@ -125,9 +121,7 @@ class Observer:
 
     def instances(self, *, include_ended: bool = False) -> list[InstanceSnapshot]:
         """All instances, oldest first."""
-        actors = (
-            [*self._node.ended.values(), *self._node.actors.values()] if include_ended else self._node.actors.values()
-        )
+        actors = [*(self._node.ended.values() if include_ended else ()), *self._node.actors.values()]
         return [self.instance(actor) for actor in sorted(actors, key=lambda a: (a.figures.create_wall_ns, a.uid))]
 
     def node(self) -> NodeSnapshot:

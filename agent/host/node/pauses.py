@@ -34,10 +34,7 @@ def check_pauses(node: Node, freezer: Freezer) -> None:
             continue
         try:
             paused = freezer.paused(handle)
-        except (
-            HibernodeError,
-            OSError,
-        ) as error:  # just ending, or no descriptor free: next time
+        except (HibernodeError, OSError) as error:  # just ending, or no descriptor free: next time
             _log.debug("pause.unknown", instance=actor.uid, message=str(error))
             continue
         if paused is not actor.instance.paused:

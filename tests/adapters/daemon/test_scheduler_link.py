@@ -23,7 +23,7 @@ from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable
 from tests.api.test_instance_servicer import observer_of
 from tests.contract.test_stores import window
-from tests.host.rig import OCR, World, a_world, eventually, hangs, until
+from tests.host.rig import OCR, NodeRig, eventually, hangs, node_rig, until
 
 TOKEN = "node-credential-0123456789"
 
@@ -83,7 +83,7 @@ class Scheduler(scheduler_service_pb2_grpc.SchedulerServiceServicer, usage_servi
 
 @dataclass
 class LinkRig:
-    world: World
+    world: NodeRig
     link: SchedulerLink
     scheduler: Scheduler
 
@@ -95,7 +95,7 @@ async def link_rig(*, credential: str = TOKEN, **knobs: object) -> AsyncIterator
     server = GrpcServer(Services(scheduler=scheduler, usage=scheduler), tokens)
     port = server.bind_tcp("127.0.0.1", 0)
     await server.start()
-    async with a_world() as world, DaemonChannel(f"127.0.0.1:{port}", credential) as channel:
+    async with node_rig() as world, DaemonChannel(f"127.0.0.1:{port}", credential) as channel:
         link = SchedulerLink(channel, observer_of(world), world.node.actors, world.store, 0.01)
         world.node.listeners.append(link)
         running = asyncio.create_task(link.run())

@@ -11,10 +11,10 @@ from agent.adapters.cuda.driver_checkpointer import DriverCheckpointer, PoolLimi
 from agent.adapters.cuda.driver_worker_process import WorkerOptions
 from agent.adapters.freezer.freezer import CudaFreezer
 from agent.adapters.freezer.limits import FreezerLimits
-from agent.adapters.kernel.cgroup_freezer import CgroupFreezer, ProcessFreezer, SignalFreezer
+from agent.adapters.kernel.cgroup_freezer import CgroupFreezer, SignalFreezer
 from agent.adapters.nvml.gpus import NvmlGpus
 from agent.core.types import MIB, Handle
-from agent.ports import Outcome
+from agent.ports import Outcome, ProcessFreezer
 from tests.fakes.emulated_driver import CudaInstances, EmulatedNvidia
 
 SIZE = 4 * MIB

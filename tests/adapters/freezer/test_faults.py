@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from agent.adapters.cuda.result_codes import CudaResult
-from agent.adapters.kernel.cgroup_freezer import FreezerState
-from agent.ports import CudaOp, CudaState, FreezeResult, Outcome
+from agent.ports import CudaOp, CudaState, FreezeResult, FreezerState, Outcome
 from tests.adapters.freezer.world import FreezerRig
 from tests.fakes.checkpointer import Fault
 

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.errors import DeadlineError, PreconditionError
 from agent.core.types import MIB
-from agent.ports import CudaOp, CudaState, Outcome
+from agent.ports import CudaOp, CudaState, FreezerState, Outcome
 from tests.adapters.freezer.world import FreezerRig
 from tests.fakes.checkpointer import Fault
 from tests.fakes.gpus import gpu

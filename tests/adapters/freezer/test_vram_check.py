@@ -10,9 +10,8 @@ from dataclasses import replace
 import pytest
 from structlog.testing import capture_logs
 
-from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.types import GIB, MIB
-from agent.ports import Condition, CudaOp, CudaState, Outcome
+from agent.ports import Condition, CudaOp, CudaState, FreezerState, Outcome
 from tests.adapters.freezer.world import LIMITS, FreezerRig
 from tests.fakes.checkpointer import Fault
 from tests.fakes.gpus import gpu

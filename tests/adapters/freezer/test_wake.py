@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.errors import DeadlineError, UnavailableError
-from agent.ports import Condition, CudaOp, CudaState, Outcome
+from agent.ports import Condition, CudaOp, CudaState, FreezerState, Outcome
 from tests.adapters.freezer.world import LIMITS, FreezerRig
 from tests.fakes.checkpointer import Fault
 from tests.fakes.gpus import gpu

@@ -14,9 +14,8 @@ from contextlib import suppress
 
 import pytest
 
-from agent.adapters.kernel.cgroup_freezer import FreezerState
 from agent.core.types import GIB
-from agent.ports import CudaOp, CudaState, FreezeResult, Outcome
+from agent.ports import CudaOp, CudaState, FreezeResult, FreezerState, Outcome
 from tests.adapters.freezer.world import FreezerRig
 from tests.fakes.checkpointer import Fault
 from tests.fakes.gpus import gpu

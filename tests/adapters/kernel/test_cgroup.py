@@ -14,15 +14,10 @@ import pytest
 
 from agent.adapters.kernel import cgroup, process_table
 from agent.adapters.kernel.cgroup import CgroupMount, CgroupSlice
-from agent.adapters.kernel.cgroup_freezer import (
-    CgroupFreezer,
-    FreezerState,
-    ProcessFreezer,
-    SignalFreezer,
-    instance_mark,
-)
+from agent.adapters.kernel.cgroup_freezer import CgroupFreezer, SignalFreezer, instance_mark
 from agent.core.errors import DeadlineError, PreconditionError
 from agent.core.types import Handle
+from agent.ports import FreezerState, ProcessFreezer
 
 HYBRID = """\
 23 1 254:0 / / rw,relatime - ext4 /dev/root rw

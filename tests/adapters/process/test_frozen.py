@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from agent.adapters.kernel.cgroup_freezer import FreezerState, choose_freezer
+from agent.adapters.kernel.cgroup_freezer import choose_freezer
 from agent.adapters.kernel.process_table import boot_id
+from agent.ports import FreezerState
 from tests.contract.runtime_worlds import ProcessWorld
 
 LISTED_DEADLINE_S = 10.0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent.adapters.store.node_store import FILE_NAME, NodeStore
+from agent.adapters.store.schema import record_of, record_row
 from agent.adapters.store.sqlite_thread import StoreHealth
 from agent.core.errors import UnavailableError
 from agent.ports import RecordPhase
@@ -131,3 +132,9 @@ async def test_damaged_record_is_a_store_failure(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="STORE_FAILED"):
         await store.load_instances()
     await store.close()
+
+
+def test_record_of_an_earlier_version_is_read() -> None:
+    earlier = record_row(record())[2].replace(b'"phase":', b'"end_reason":"","end_message":"","phase":')
+    assert b"end_reason" in earlier
+    assert record_of(earlier) == record()

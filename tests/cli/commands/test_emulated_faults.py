@@ -1,4 +1,4 @@
-"""`hibernode emulated fault`: planned on a running driver, seen in its truth, or refused with the way out."""
+"""`hibernode emulated fault`: faults on a running driver, in its state, and errors of the command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def a100s() -> Iterator[EmulatedNvidia]:
 
 @pytest.fixture
 def driver(a100s: EmulatedNvidia) -> Iterator[EmulatedNvidia]:
-    """As it was started: two A100, sound, that only one process at a time may use."""
+    """Two A100 in exclusive-process mode, reset to their initial state after the test."""
     yield a100s
     a100s.control.clear_faults()
     for one in a100s.control.devices():
@@ -54,14 +54,14 @@ def test_a_fault_is_planned_listed_and_cleared(fault: Run, driver: EmulatedNvidi
     assert fault("list", "-o", "json").json == {"faults": []}
 
 
-def test_the_folder_may_stand_after_the_subcommand(run: Run, driver: EmulatedNvidia) -> None:
+def test_directory_option_after_the_subcommand(run: Run, driver: EmulatedNvidia) -> None:
     assert run("emulated", "fault", "list", "--dir", driver.directory).code == 0
     missing = run("emulated", "fault", "list")
     assert (missing.code, missing.out) == (2, "")
     assert "Missing option '--dir'" in missing.err
 
 
-def test_what_hangs_is_seen_and_goes_on(fault: Run, run: Run, driver: EmulatedNvidia) -> None:
+def test_hanging_call_is_shown_and_continues(fault: Run, run: Run, driver: EmulatedNvidia) -> None:
     target = CudaTarget(driver.environment)
     target.fill(4096)
     fault("add", "lock", "HANG")
@@ -96,7 +96,7 @@ def test_gpus_are_changed_by_index_or_uuid_and_ps_says_so(fault: Run, run: Run, 
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "problem"),
     [
         (["add", "explode", "HANG"], 2, "'lock', 'checkpoint', 'restore', 'unlock', 'state'"),
         (["add", "lock", "BOOM"], 2, "is not one of 'NOT_READY', 'NOT_SUPPORTED'"),
@@ -113,18 +113,18 @@ def test_gpus_are_changed_by_index_or_uuid_and_ps_says_so(fault: Run, run: Run, 
         (["lsit"], 2, "No such command"),
     ],
 )
-def test_a_wrong_call_says_what_would_be_right(
-    fault: Run, driver: EmulatedNvidia, words: list[str], code: int, said: str
+def test_usage_error_names_the_valid_values(
+    fault: Run, driver: EmulatedNvidia, words: list[str], code: int, problem: str
 ) -> None:
     before = driver.control.devices()
     done = fault(*words)
     assert (done.code, done.out) == (code, "")
-    assert said in done.err
+    assert problem in done.err
     assert driver.control.faults() == []
     assert driver.control.devices() == before
 
 
-def test_no_driver_there(run: Run, tmp_path: Path) -> None:
+def test_no_driver(run: Run, tmp_path: Path) -> None:
     for words in (["list"], ["clear"], ["add", "lock", "HANG"], ["xid", "0", "79"]):
         done = run("emulated", "fault", "--dir", tmp_path, *words)
         assert done.code == 5

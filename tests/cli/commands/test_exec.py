@@ -1,4 +1,4 @@
-"""`hibernode exec` and `logs -f` as programs: exit codes, pipes, terminals, and the ways out of them."""
+"""`hibernode exec` and `logs -f` as programs: exit codes, pipes, terminals, signals."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from agent.cli.console.output import clean_log
 from tests.cli.conftest import Run
 from tests.cli.console.test_terminal_attacks import ATTACKS
 from tests.fakes.exec_story import STEERING
+from tests.fakes.node_story import MORE_LOG
 
 PATIENCE_S = 20.0
 
@@ -29,7 +30,7 @@ PATIENCE_S = 20.0
 # ---- without a terminal ---------------------------------------------------------------------------------------------
 
 
-def test_outputs_apart_and_the_commands_exit_code(at_home: Run) -> None:
+def test_separate_outputs_and_exit_code(at_home: Run) -> None:
     done = at_home("exec", "i-run", "--", "say", "-l", "--user", "x")
     assert (done.code, done.out, done.err) == (0, "out -l --user x\n", "err\n")
     assert at_home("exec", "--user", "app:staff", "i-run", "say", "hi").out == "out hi app:staff\n"
@@ -38,12 +39,12 @@ def test_outputs_apart_and_the_commands_exit_code(at_home: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "problem"),
     [
         (
             ("i-cold", "say"),
             4,
-            "instance i-cold is asleep (FROZEN); add --wake to wake it (INSTANCE_FROZEN)",
+            "instance i-cold is frozen (FROZEN); add --wake to wake it first, which may take a GPU (INSTANCE_FROZEN)",
         ),
         (("i-nobody", "say"), 3, "INSTANCE_NOT_FOUND"),
         (("-u", "ghost", "i-run", "nobody"), 125, "unable to find user ghost (EXEC_FAILED)"),
@@ -55,25 +56,28 @@ def test_outputs_apart_and_the_commands_exit_code(at_home: Run) -> None:
     ],
 )
 def test_our_own_failures(
-    at_home: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, said: str
+    at_home: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, problem: str
 ) -> None:
     with open(os.devnull) as nothing:
         monkeypatch.setattr("sys.stdin", nothing)
         done = at_home("exec", *arguments)
     assert (done.code, done.out) == (code, "")
-    assert said in done.err
+    assert problem in done.err
 
 
-def test_a_sleeper_is_woken_if_that_is_asked_for(at_home: Run) -> None:
-    assert at_home("exec", "--wake", "i-cold", "say").code == 0
+def test_frozen_instance_is_woken_with_the_option(at_home: Run) -> None:
+    assert at_home("freeze", "i-chat").code == 0
+    assert at_home("exec", "i-chat", "say").code == 4
+    assert at_home("exec", "--wake", "i-chat", "say").code == 0
+    assert at_home("exec", "i-chat", "say").code == 0
 
 
-def test_nobody_is_there(run: Run) -> None:
+def test_no_agent(run: Run) -> None:
     assert run("exec", "--agent", "127.0.0.1:1", "i-run", "ls").code in (4, 5)
 
 
 @pytest.mark.parametrize("size", [0, 11, 1_000_000])
-def test_stdin_is_handed_on_from_a_pipe(program: list[str], environment: dict[str, str], size: int) -> None:
+def test_stdin_is_passed_from_a_pipe(program: list[str], environment: dict[str, str], size: int) -> None:
     given = os.urandom(size)
     done = subprocess.run(
         [*program, "exec", "-i", "i-run", "cat"],
@@ -86,9 +90,7 @@ def test_stdin_is_handed_on_from_a_pipe(program: list[str], environment: dict[st
     assert done.stdout == given
 
 
-def test_stdin_is_handed_on_from_a_file_or_not_at_all(
-    program: list[str], environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_stdin_is_passed_from_a_file_or_empty(program: list[str], environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "given").write_bytes(b"x" * 200_000)
     for options, expected in (("-i",), b"x" * 200_000), ((), b""):
         with (tmp_path / "given").open("rb") as file:
@@ -103,7 +105,7 @@ def test_stdin_is_handed_on_from_a_file_or_not_at_all(
         assert done.stdout == expected
 
 
-def test_a_reader_that_leaves_is_no_error(program: list[str], environment: dict[str, str]) -> None:
+def test_closed_pipe_is_no_error(program: list[str], environment: dict[str, str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -142,7 +144,7 @@ def test_signals_end_it(program: list[str], environment: dict[str, str], number:
 
 
 class Terminal:
-    """A person's terminal with the program on it. `modes` are those of the tty."""
+    """A terminal that runs the program. `modes`: the terminal modes."""
 
     def __init__(self, process: subprocess.Popen[bytes], ours: int, theirs: int) -> None:
         self.process = process
@@ -172,7 +174,7 @@ class Terminal:
 
 @contextmanager
 def on_terminal(program: list[str], environment: dict[str, str], *arguments: str) -> Iterator[tuple[Terminal, object]]:
-    """The program on a terminal of 132 x 43, and that terminal's modes before."""
+    """The program on a terminal of 132 x 43, and the terminal's modes before it."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 43, 132, 0, 0))
     before = termios.tcgetattr(theirs)
@@ -188,7 +190,7 @@ def on_terminal(program: list[str], environment: dict[str, str], *arguments: str
             os.close(theirs)
 
 
-def test_keys_go_through_as_they_are_and_sizes_too(program: list[str], environment: dict[str, str]) -> None:
+def test_keys_and_sizes_are_passed_unchanged(program: list[str], environment: dict[str, str]) -> None:
     with on_terminal(program, environment, "exec", "-it", "i-run", "keys") as (terminal, before):
         terminal.until(b"<132x43>")
         assert terminal.modes() != before
@@ -204,7 +206,7 @@ def test_keys_go_through_as_they_are_and_sizes_too(program: list[str], environme
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-def test_the_terminal_is_as_before_whatever_ends_it(
+def test_terminal_is_restored_at_every_end(
     program: list[str], environment: dict[str, str], number: signal.Signals, code: int
 ) -> None:
     with on_terminal(program, environment, "exec", "-it", "i-run", "hang") as (terminal, before):
@@ -215,14 +217,14 @@ def test_the_terminal_is_as_before_whatever_ends_it(
         assert terminal.modes() == before
 
 
-def test_the_terminal_is_as_before_after_a_failure(program: list[str], environment: dict[str, str]) -> None:
+def test_terminal_is_restored_after_a_failure(program: list[str], environment: dict[str, str]) -> None:
     with on_terminal(program, environment, "exec", "-it", "i-run", "cut") as (terminal, before):
         terminal.until(b"ANSWER_CUT")
         assert terminal.ended() == 5
         assert terminal.modes() == before
 
 
-def test_without_t_nothing_steers_the_terminal(program: list[str], environment: dict[str, str]) -> None:
+def test_without_tty_nothing_controls_the_terminal(program: list[str], environment: dict[str, str]) -> None:
     with on_terminal(program, environment, "exec", "i-run", "steer") as (terminal, _before):
         terminal.until(b"red\x1b[0m")
         assert terminal.ended() == 0
@@ -233,9 +235,7 @@ def test_without_t_nothing_steers_the_terminal(program: list[str], environment: 
 # ---- logs -f --------------------------------------------------------------------------------------------------------
 
 
-def test_a_followed_log_comes_at_once_and_ctrl_c_is_no_disaster(
-    program: list[str], environment: dict[str, str]
-) -> None:
+def test_followed_log_is_immediate_and_ends_with_ctrl_c(program: list[str], environment: dict[str, str]) -> None:
     with subprocess.Popen(
         [*program, "logs", "-f", "i-run", "--tail", "64KiB"],
         env=environment,
@@ -245,19 +245,18 @@ def test_a_followed_log_comes_at_once_and_ctrl_c_is_no_disaster(
         assert process.stdout is not None
         assert process.stderr is not None
         lines = [process.stdout.readline() for _ in range(3)]
-        assert lines == [b"Loading model\n", b"\xff not UTF-8\n", b"the last 65536 bytes\n"]
+        assert lines == [b"Loading model\n", b"\xff not UTF-8\n", MORE_LOG]
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=PATIENCE_S) == 130
         assert process.stderr.read().strip() == b"hibernode: interrupted"
 
 
 def test_a_followed_log_ends_with_its_instance(at_home: Run) -> None:
-    done = at_home("logs", "--follow", "--tail", "9", "i-cold")
-    assert (done.code, done.err) == (0, "")
-    assert done.out.endswith("the last 9 bytes\n")
+    done = at_home("logs", "--follow", "--tail", "9", "i-dead")
+    assert (done.code, done.out, done.err) == (0, "ot UTF-8\n", "")
 
 
-def test_a_reader_of_a_followed_log_may_leave(program: list[str], environment: dict[str, str]) -> None:
+def test_closed_pipe_ends_a_followed_log(program: list[str], environment: dict[str, str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -280,7 +279,7 @@ def test_a_tail_is_a_size(run: Run, tail: str) -> None:
 
 
 @pytest.mark.parametrize("attack", [*ATTACKS.values(), "\x1b[1;32mINFO\x1b[0m\tepoch 1\r\n完 é\n", STEERING.decode()])
-def test_text_is_cleaned_alike_however_it_is_cut(attack: str) -> None:
+def test_text_is_cleaned_independent_of_its_pieces(attack: str) -> None:
     data = f"before {attack} after\n".encode()
     for cut in range(1, len(data)):
         text = LogText()

@@ -1,4 +1,4 @@
-"""Commands that ask the scheduler: functions, usage, the fleet's nodes and instances."""
+"""Commands that call the scheduler: functions, usage, the fleet's nodes and instances."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from agent.cli.commands.deploy import spec_to_proto
+from agent.cli.fc3.load import load_s_yaml
+from agent.v1.types_pb2 import FunctionSpec
 from tests.cli.commands.test_node_commands import MINIMAL
 from tests.cli.conftest import Run
 from tests.cli.fc3.test_s_yaml import EXAMPLE
@@ -31,16 +34,18 @@ def test_deploy_prints_the_url_on_stdout_and_the_rest_on_stderr(at_home: Run) ->
     assert "gpu-porn-detection deployed: revision 1, target 1, PROVISIONING" in done.err
 
 
-def test_deploy_sends_only_what_the_file_says(at_home: Run, s_yaml: Path) -> None:
+def test_deploy_sends_only_keys_of_the_file(s_yaml: Path) -> None:
     """The scheduler has defaults of its own for the rest."""
-    sent = at_home("deploy", "-t", name_it(s_yaml, "plain"), "--dry-run", "-o", "json").json["functions"][0]["spec"]
-    assert (sent["queue_length"], sent["queue_timeout_ns"], sent["dispatch"]) == (None, None, "UNSPECIFIED")
+    sent = spec_to_proto(load_s_yaml(name_it(s_yaml, "plain"))[0])
+    assert not sent.HasField("queue_length")
+    assert not sent.HasField("queue_timeout_ns")
+    assert sent.dispatch == FunctionSpec.DISPATCH_UNSPECIFIED
     more = "      hibernode: {dispatch: spread, queueLength: 1}\n"
-    sent = at_home("deploy", "-t", name_it(s_yaml, "plain", more), "--dry-run", "-o", "json").json["functions"][0]
-    assert (sent["spec"]["queue_length"], sent["spec"]["dispatch"]) == (1, "SPREAD")
+    sent = spec_to_proto(load_s_yaml(name_it(s_yaml, "plain", more))[0])
+    assert (sent.queue_length, sent.dispatch) == (1, FunctionSpec.DISPATCH_SPREAD)
 
 
-def test_deploy_without_a_number_keeps_the_target_there_is(at_home: Run, s_yaml: Path) -> None:
+def test_deploy_without_a_number_keeps_the_target(at_home: Run, s_yaml: Path) -> None:
     def target(*arguments: str) -> int:
         answer = at_home("deploy", "-t", s_yaml, "-o", "json", *arguments).json["functions"][0]["target"]
         assert isinstance(answer, int)
@@ -67,7 +72,7 @@ def test_deploy_and_wait(at_home: Run, s_yaml: Path) -> None:
     assert done.json["functions"][0]["state"] == "READY"
     done = at_home("deploy", "-t", name_it(s_yaml, "hopeless"), "--wait")
     assert done.code == 4
-    assert done.out.endswith("/fn/hopeless/\n")  # deployed it is
+    assert done.out.endswith("/fn/hopeless/\n")  # it is deployed
     assert "hibernode: hopeless: no node runs images (IMAGE_RUNTIME_UNAVAILABLE)" in done.err
     done = at_home("deploy", "-t", name_it(s_yaml, "late"), "--wait", "--timeout", "0.1")
     assert done.code == 5
@@ -99,7 +104,7 @@ def test_usage_as_a_table(at_home: Run) -> None:
     assert at_home("usage", "--by", "instance").words[0][:2] == ["INSTANCE", "NODE"]
 
 
-def test_costs_can_be_computed_again_from_the_json(at_home: Run) -> None:
+def test_costs_can_be_recomputed_from_the_json(at_home: Run) -> None:
     found = at_home("usage", "-o", "json").json
     total = Decimal(0)
     for row in found["rows"]:

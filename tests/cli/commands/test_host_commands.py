@@ -1,4 +1,4 @@
-"""Commands about this host: becoming a daemon, the emulated driver. The doctor: test_doctor*.py."""
+"""`hibernode agent`, `scheduler` and `emulated`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.fakes.emulated_driver import EmulatedNvidia
 
 @pytest.mark.parametrize("daemon", ["agent", "scheduler"])
 def test_the_command_becomes_the_daemon(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, daemon: str) -> None:
-    """The same process: a service manager that started the command talks to the daemon itself."""
+    """The process stays the same, so that a service manager's signals reach the daemon."""
     became: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda _path, arguments: became.append(arguments))
     config = tmp_path / f"{daemon}.yaml"
@@ -31,7 +31,7 @@ def test_the_command_becomes_the_daemon(run: Run, tmp_path: Path, monkeypatch: p
     assert became == [[sys.executable, "-P", "-m", f"agent.daemons.{daemon}", "--config", str(config)]]
 
 
-def test_a_configuration_that_is_not_there(run: Run, tmp_path: Path) -> None:
+def test_missing_configuration(run: Run, tmp_path: Path) -> None:
     done = run("agent", "--config", tmp_path / "nowhere.yaml")
     assert done.code == 2
     assert "nowhere.yaml can't be read; name a file with --config" in done.err
@@ -47,7 +47,7 @@ def test_emulated_env_prints_what_eval_takes(run: Run, tmp_path: Path, driver: P
     assert shown.stdout == f"{folder}/driver.sock"
 
 
-def test_emulated_env_prints_an_agents_section_that_its_settings_take(run: Run, tmp_path: Path, driver: Path) -> None:
+def test_emulated_env_prints_a_valid_section_for_agents(run: Run, tmp_path: Path, driver: Path) -> None:
     done = run("emulated", "env", "--dir", driver, "--format", "yaml")
     assert done.code == 0
     config = tmp_path / "agent.yaml"
@@ -104,7 +104,7 @@ def test_emulated_wait_gives_up_at_its_deadline(run: Run, tmp_path: Path) -> Non
     assert "(EMULATED_DRIVER_TIMEOUT)" in done.err
 
 
-def test_emulated_up_refuses_what_it_can_not_be(run: Run, tmp_path: Path) -> None:
+def test_emulated_up_refuses_unknown_profiles(run: Run, tmp_path: Path) -> None:
     done = run("emulated", "up", "--dir", tmp_path, "--profile", "999")
     assert done.code == 2
     assert "(EMULATED_PROFILE_UNKNOWN)" in done.err
@@ -112,7 +112,7 @@ def test_emulated_up_refuses_what_it_can_not_be(run: Run, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of an emulated driver, started by the command; it ends on SIGINT."""
+    """The folder of an emulated driver started by the command; SIGINT ends it."""
     folder = tmp_path_factory.mktemp("driver")
     command = [sys.executable, "-m", "agent.cli.main", "emulated", "up", "--dir", str(folder), "--model", "L20"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -127,7 +127,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             assert process.wait(timeout=20) == 0
 
 
-def test_the_drivers_own_truth(driver: Path, run: Run) -> None:
+def test_emulated_ps_shows_the_drivers_state(driver: Path, run: Run) -> None:
     done = run("emulated", "ps", "--dir", driver)
     assert [line[:3] for line in done.words[1:3]] == [["0", "Emulated", "L20"], ["1", "Emulated", "L20"]]
     assert run("emulated", "ps", "--dir", driver, "-o", "json").json["processes"] == []
@@ -136,7 +136,7 @@ def test_the_drivers_own_truth(driver: Path, run: Run) -> None:
     assert "(EMULATED_NO_BYTE)" in done.err
 
 
-def test_no_driver_there(run: Run, tmp_path: Path) -> None:
+def test_no_driver(run: Run, tmp_path: Path) -> None:
     done = run("emulated", "ps", "--dir", tmp_path)
     assert done.code == 5
     assert "start one with `hibernode emulated up --dir`" in done.err

@@ -1,4 +1,4 @@
-"""`hibernode invoke`: the request as it is sent, the answer on stdout, the status as exit code."""
+"""`hibernode invoke`: the request, the answer on stdout, the status as exit code."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def test_a_path_goes_to_the_functions_own_server(at_home: Run, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("function", "code"), [("nowhere", 3), ("full", 5), ("none", 5)])
-def test_a_refusal_of_the_gateway_is_a_message(at_home: Run, function: str, code: int) -> None:
+def test_gateway_error_is_a_message(at_home: Run, function: str, code: int) -> None:
     done = at_home("invoke", function)
     assert (done.code, done.out) == (code, "")
     assert done.err.startswith(f"hibernode: {function} is refused (")
     assert done.err.endswith(", request 1-67a59f35)\n")
 
 
-def test_a_failure_of_the_function_itself_is_its_answer(at_home: Run) -> None:
+def test_function_error_is_its_answer(at_home: Run) -> None:
     done = at_home("invoke", "sick")
     assert (done.code, done.out, done.err) == (1, "Traceback\n", "hibernode: the function answered HTTP 500\n")
 
@@ -56,14 +56,14 @@ def test_the_log_of_the_request_can_be_shown(at_home: Run) -> None:
     assert at_home("invoke", "echo").err == ""
 
 
-def test_an_answer_cut_in_the_middle_is_no_success(at_home: Run) -> None:
+def test_truncated_answer_is_a_failure(at_home: Run) -> None:
     done = at_home("invoke", "cut")
     assert (done.code, done.out) == (5, "half")
     assert "(ANSWER_CUT)" in done.err
 
 
-def test_a_gateway_that_answers_before_it_has_the_whole_body(at_home: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer counts; a broken pipe to the gateway is not a reader of stdout that left."""
+def test_gateway_that_answers_before_reading_the_body(at_home: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is used; a broken pipe to the gateway is not a closed stdout."""
     real = http.client.HTTPConnection.request
 
     def cut_off(connection: http.client.HTTPConnection, verb: str, target: str, **_: object) -> None:
@@ -76,13 +76,13 @@ def test_a_gateway_that_answers_before_it_has_the_whole_body(at_home: Run, monke
     assert "full is refused (ResourceExhausted" in done.err
 
 
-def test_nobody_there(run: Run) -> None:
+def test_no_gateway(run: Run) -> None:
     done = run("invoke", "echo", "--gateway", "127.0.0.1:1")
     assert done.code == 5
     assert "no gateway answers at 127.0.0.1:1" in done.err
 
 
-def test_a_header_that_would_split_the_request_is_refused(at_home: Run) -> None:
+def test_header_with_a_line_end_is_refused(at_home: Run) -> None:
     done = at_home("invoke", "echo", "-H", "a: b\r\nx-fc-account-id: 1")
     assert done.code == 2
     assert "not a valid HTTP request" in done.err

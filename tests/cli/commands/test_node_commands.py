@@ -1,4 +1,4 @@
-"""Commands that ask the agent of one node: tables, JSON, exit codes."""
+"""Commands that call the agent of one node: tables, JSON, exit codes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ def s_yaml(tmp_path: Path) -> Path:
     return path
 
 
-def test_ps_turns_pages_and_shows_states(at_home: Run) -> None:
+def create(at_home: Run, s_yaml: Path) -> str:
+    """The uid of a new instance; the caller removes it, because the fake daemons outlive a test."""
+    done = at_home("create", "-t", s_yaml)
+    assert done.code == 0, done.err
+    return done.out.strip()
+
+
+def test_ps_reads_all_pages_and_shows_states(at_home: Run) -> None:
     done = at_home("ps")
     assert (done.code, done.err) == (0, "")
     assert done.words[0][:5] == ["UID", "FUNCTION", "STATE", "SINCE", "IN"]
@@ -40,7 +47,7 @@ def test_ps_turns_pages_and_shows_states(at_home: Run) -> None:
     assert done.out.splitlines()[3].endswith("HOST_MEMORY_SHORT")
 
 
-def test_ps_as_json_has_the_protos_names(at_home: Run) -> None:
+def test_ps_json_has_the_names_of_the_protos(at_home: Run) -> None:
     found = at_home("ps", "--output", "json").json["instances"]
     assert [one["uid"] for one in found] == ["i-run", "i-cold", "i-chat"]
     assert found[1]["state"] == "FROZEN"
@@ -51,7 +58,7 @@ def test_ps_as_json_has_the_protos_names(at_home: Run) -> None:
 
 def test_ps_filters(at_home: Run) -> None:
     assert at_home("ps", "-q", "--function", "chat").out == "i-chat\n"
-    assert at_home("ps", "-q", "-a").out.split() == ["i-run", "i-cold", "i-chat", "i-dead"]
+    assert {"i-run", "i-cold", "i-chat", "i-dead"} <= set(at_home("ps", "-q", "-a").out.split())
     assert at_home("ps", "-q", "--function", "nothing").out == ""
     assert at_home("ps", "--function", "nothing", "-o", "json").json == {"instances": []}
 
@@ -79,43 +86,46 @@ def test_inspect(at_home: Run) -> None:
     assert at_home("inspect", "i-cold", "-o", "json").json["wake_count"] == 7
 
 
-def test_what_an_instance_says_cannot_steer_the_terminal(at_home: Run) -> None:
+def test_text_of_an_instance_cannot_control_the_terminal(at_home: Run) -> None:
     done = at_home("inspect", "i-evil")
     assert "\x1b" not in done.out
     assert "\x07" not in done.out
     assert "?]0;owned??[2J" in done.out
 
 
-def test_freeze_wake_and_rm_show_what_became_of_it(at_home: Run) -> None:
-    assert at_home("freeze", "i-run", "-o", "json").json["instances"][0]["state"] == "FROZEN"
-    assert at_home("wake", "i-run", "--hold", "30s", "-o", "json").json["instances"][0]["state"] == "RUNNING"
-    done = at_home("rm", "i-run", "i-chat", "--force")
+def test_freeze_wake_and_rm_show_the_result(at_home: Run, s_yaml: Path) -> None:
+    assert at_home("freeze", "i-chat", "-o", "json").json["instances"][0]["state"] == "FROZEN"
+    assert at_home("wake", "i-chat", "--hold", "30s", "-o", "json").json["instances"][0]["state"] == "RUNNING"
+    done = at_home("rm", create(at_home, s_yaml), create(at_home, s_yaml), "--force")
     assert (done.code, [line[2] for line in done.words[1:]]) == (0, ["STOPPED", "STOPPED"])
 
 
-def test_of_several_those_that_can_are_done_and_the_first_failure_decides(at_home: Run) -> None:
-    done = at_home("freeze", "i-busy", "i-run", "i-gone")
+def test_several_uids_succeed_independently_and_first_failure_is_the_exit(at_home: Run) -> None:
+    done = at_home("freeze", "i-run", "i-cold", "i-gone")
     assert done.code == 4
-    assert [line[0] for line in done.words[1:]] == ["i-run"]
-    assert "hibernode: i-busy has 2 requests in it; wait for them (INSTANCE_BUSY)" in done.err
-    assert "hibernode: i-gone: no instance 'i-gone' on this node" in done.err
-    assert at_home("freeze", "i-gone", "i-busy").code == 3
+    assert [line[0] for line in done.words[1:]] == ["i-cold"]
+    assert "hibernode: instance i-run was not frozen: it is in use (NOT_IDLE)" in done.err
+    assert "hibernode: i-gone: no instance is called 'i-gone' on this node" in done.err
+    assert at_home("freeze", "i-gone", "i-run").code == 3
 
 
-def test_what_does_not_exist_is_exit_3(at_home: Run) -> None:
+def test_unknown_instance_is_exit_3(at_home: Run) -> None:
     done = at_home("inspect", "i-gone")
     assert (done.code, done.out) == (3, "")
-    assert done.err == "hibernode: no instance 'i-gone' on this node; `hibernode ps` lists them (INSTANCE_NOT_FOUND)\n"
+    assert (
+        done.err
+        == "hibernode: no instance is called 'i-gone' on this node; `hibernode ps` lists them (INSTANCE_NOT_FOUND)\n"
+    )
 
 
-def test_no_answer_in_time_is_exit_5_and_meanwhile_it_says_what_it_does(at_home: Run) -> None:
+def test_timeout_is_exit_5_after_a_progress_line(at_home: Run) -> None:
     done = at_home("wake", "i-stuck", "--timeout", "1.3")
     assert done.code == 5
     assert done.err.startswith("waking i-stuck ... (1 s)\n")
     assert "(DEADLINE_EXCEEDED)" in done.err
 
 
-def test_logs_are_byte_for_byte(program: list[str], environment: dict[str, str]) -> None:
+def test_logs_are_unchanged_in_a_pipe(program: list[str], environment: dict[str, str]) -> None:
     done = subprocess.run([*program, "logs", "i-run"], env=environment, capture_output=True, timeout=30, check=True)
     assert done.stdout == b"Loading model\n\xff not UTF-8\n"
 
@@ -123,40 +133,52 @@ def test_logs_are_byte_for_byte(program: list[str], environment: dict[str, str])
 def test_events(at_home: Run) -> None:
     done = at_home("events", "i-cold")
     assert [line[3] for line in done.words[1:]] == ["instance.created", "instance.running", "instance.frozen"]
-    assert at_home("events", "i-run", "-o", "json").json == {"events": []}
+    assert at_home("events", "i-dead", "-o", "json").json == {"events": []}
+    assert at_home("events", "i-gone").code == 3
     assert at_home("events", "--since", "10m", "-o", "json").json == {"events": []}
     assert at_home("events", "-o", "json").json["events"][0]["time"] == "2026-01-01T00:00:00.005Z"
 
 
 def test_create_prints_the_uid_alone(at_home: Run, s_yaml: Path) -> None:
     done = at_home("create", "-t", s_yaml)
-    assert (done.code, done.out) == (0, "i-new\n")
-    assert done.err == "i-new of ocr: STARTING\n"
+    uid = done.out.strip()
+    assert (done.code, done.out, done.err) == (0, f"{uid}\n", f"{uid} of ocr: STARTING\n")
     found = at_home("create", "-t", s_yaml, "-o", "json").json
     assert found["spec"]["entrypoint"] == ["serve"]
+    assert found["spec"]["environment"] == {"PASSWORD": "***"}
+    assert at_home("logs", found["uid"]).out == "PASSWORD=hunter2\n", "it was sent in the clear"
     assert found["request_id"].startswith("cli-")
     again = at_home("create", "-t", s_yaml, "-o", "json").json
     assert again["request_id"] != found["request_id"]  # every create is a new one
-    assert at_home("create", "-t", s_yaml, "-o", "json", "--request-id", "mine").json["request_id"] == "mine"
-    assert found["spec"]["environment"] == {"PASSWORD": "hunter2"}  # a real agent masks it; it has to be sent
+    mine = at_home("create", "-t", s_yaml, "-o", "json", "--request-id", "mine").json
+    assert mine["request_id"] == "mine"
+    assert at_home("create", "-t", s_yaml, "--request-id", "mine").out == f"{mine['uid']}\n"
+    assert at_home("rm", uid, found["uid"], again["uid"], mine["uid"]).code == 0
+    assert at_home("ps", "-q").out.split() == ["i-run", "i-cold", "i-chat"]
 
 
 def test_create_that_fails_is_exit_1_with_the_reason(at_home: Run, s_yaml: Path) -> None:
     s_yaml.write_text(MINIMAL.replace("NAME", "broken"))
-    done = at_home("create", "-t", s_yaml, "--wait")
-    assert (done.code, done.out) == (1, "i-new\n")
-    assert "i-new: port 9000 never answered (FUNCTION_NOT_STARTED)" in done.err
+    done = at_home("create", "-t", s_yaml, "--wait", "--request-id", "it-breaks")
+    assert (done.code, done.out) == (1, "")
+    assert "port 9000 never answered (FUNCTION_NOT_STARTED)" in done.err
+    done = at_home("create", "-t", s_yaml, "--request-id", "it-breaks")
+    uid = done.out.strip()
+    assert (done.code, done.out) == (1, f"{uid}\n")
+    assert f"{uid}: port 9000 never answered (FUNCTION_NOT_STARTED)" in done.err
 
 
-def test_create_wants_one_function(at_home: Run, s_yaml: Path) -> None:
+def test_create_requires_one_function(at_home: Run, s_yaml: Path) -> None:
     s_yaml.write_text(s_yaml.read_text() + MINIMAL.partition("resources:\n")[2].replace("ocr", "two"))
     done = at_home("create", "-t", s_yaml)
     assert done.code == 2
     assert "choose one with --resource: ocr, two" in done.err
-    assert at_home("create", "-t", s_yaml, "--resource", "two").code == 0
+    done = at_home("create", "-t", s_yaml, "--resource", "two")
+    assert done.code == 0
+    assert at_home("rm", done.out.strip()).code == 0
 
 
-def test_a_wrong_s_yaml_is_exit_2_before_any_daemon_is_asked(run: Run, s_yaml: Path) -> None:
+def test_invalid_s_yaml_is_exit_2_without_a_call(run: Run, s_yaml: Path) -> None:
     s_yaml.write_text(s_yaml.read_text().replace("gpuConfig: {}", "timeout: often"))
     done = run("create", "-t", s_yaml)
     assert done.code == 2

@@ -14,7 +14,7 @@ from tests.cli.conftest import Run
 
 @pytest.fixture
 def at_drain(at_home: Run, tmp_path: Path) -> Iterator[Run]:
-    """Functions of which the fake fleet has instances; every node is in use again afterwards."""
+    """Deploys functions of which the fake fleet has instances; uncordons all nodes afterwards."""
     for name in ("movable", "cramped"):
         (tmp_path / "s.yaml").write_text(MINIMAL.replace("NAME", name))
         assert at_home("deploy", "-t", tmp_path / "s.yaml").code == 0
@@ -25,7 +25,7 @@ def at_drain(at_home: Run, tmp_path: Path) -> Iterator[Run]:
         at_home("functions", "rm", name)
 
 
-def test_a_node_is_cordoned_shown_as_such_and_used_again(at_drain: Run) -> None:
+def test_node_is_cordoned_and_uncordoned(at_drain: Run) -> None:
     done = at_drain("node", "cordon", "gpu-host-1")
     assert (done.code, done.out) == (0, "")
     assert "gpu-host-1 is cordoned" in done.err
@@ -40,17 +40,17 @@ def test_a_node_is_cordoned_shown_as_such_and_used_again(at_drain: Run) -> None:
     assert (done.code, done.json["scheduling"]) == (0, "NORMAL")
 
 
-def test_a_drain_answers_at_once_and_says_where_to_look(at_drain: Run) -> None:
+def test_drain_returns_at_once(at_drain: Run) -> None:
     done = at_drain("node", "drain", "gpu-host-1", "-o", "json")
     assert (done.code, done.json["scheduling"]) == (0, "DRAINED")
     assert "`hibernode ps --fleet` shows what is left" in done.err
 
 
-def test_a_drain_that_is_waited_for_tells_every_step_and_what_stays(at_drain: Run) -> None:
+def test_drain_wait_prints_each_step_and_what_stays(at_drain: Run) -> None:
     done = at_drain("node", "drain", "gpu-host-1", "--wait", "--force")
     assert (done.code, done.out) == (0, "")
-    said = [line for line in done.err.splitlines() if " ... (" not in line]  # progress() tells that it takes a while
-    assert said == [
+    lines = [line for line in done.err.splitlines() if " ... (" not in line]  # without progress lines
+    assert lines == [
         "gpu-host-1 has 3 instance(s) left (1 of cramped, 2 of movable), 1 of them finishing their requests",
         "cramped: node gpu-host-2 has no free GPU (NO_FREE_GPU)",
         "gpu-host-1 has 2 instance(s) left (1 of cramped, 1 of movable), 0 of them finishing their requests",
@@ -60,7 +60,7 @@ def test_a_drain_that_is_waited_for_tells_every_step_and_what_stays(at_drain: Ru
     ]
 
 
-def test_a_drain_that_finds_no_room_ends_with_the_reason(at_drain: Run) -> None:
+def test_drain_without_room_ends_with_the_reason(at_drain: Run) -> None:
     done = at_drain("node", "drain", "gpu-host-1", "--wait", "--timeout", "1.2")
     assert (done.code, done.out) == (5, "")
     last = done.err.splitlines()[-1]
@@ -69,21 +69,21 @@ def test_a_drain_that_finds_no_room_ends_with_the_reason(at_drain: Run) -> None:
     assert "cramped: node gpu-host-2 has no free GPU (NO_FREE_GPU)" in last
 
 
-def test_a_lost_node_is_not_waited_for_and_not_called_drained(at_drain: Run) -> None:
+def test_lost_node_is_neither_waited_for_nor_drained(at_drain: Run) -> None:
     done = at_drain("node", "drain", "gpu-host-2", "--wait", "-o", "json")
     assert done.code == 5
     assert "gpu-host-2 is lost" in done.err
     assert "is drained" not in done.err
 
 
-def test_a_drain_that_somebody_takes_back_fails(at_drain: Run) -> None:
+def test_cancelled_drain_fails(at_drain: Run) -> None:
     done = at_drain("node", "drain", "gpu-host-3", "--wait")
     assert done.code == 4
     assert "the drain of gpu-host-3 was cancelled by another command (DRAIN_TAKEN_BACK)" in done.err
 
 
 @pytest.mark.parametrize("command", ["cordon", "uncordon", "drain"])
-def test_a_node_nobody_knows_is_exit_3(at_home: Run, command: str) -> None:
+def test_unknown_node_is_exit_3(at_home: Run, command: str) -> None:
     done = at_home("node", command, "gpu-host-9")
     assert (done.code, done.out) == (3, "")
     assert "(NODE_NOT_FOUND)" in done.err

@@ -1,4 +1,4 @@
-"""`hibernode provision`, and provisionConfig in an s.yaml: Function Compute's words and files, as they are."""
+"""`hibernode provision`, and provisionConfig in an s.yaml, with Function Compute's keys and files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.cli.fc3.test_s_yaml import EXAMPLE
 
 SEED = ROOT / "tests" / "cli" / "fc3" / "provision.json"
 POLICY: dict[str, Any] = json.loads(SEED.read_text())["targetTrackingPolicies"][0]
+LATER = "2999-07-30T16:00:00.000Z"
 ACTION: dict[str, Any] = {
     "name": "morning",
     "startTime": "2026-01-01T00:00:00",
@@ -29,14 +30,25 @@ ACTION: dict[str, Any] = {
 }
 
 
-def test_the_command_that_users_of_function_compute_know(at_home: Run) -> None:
-    done = at_home(
-        "provision", "put", "--target", "1", "--targetTrackingPolicies", SEED, "--qualifier", "LATEST",
-        "-t", EXAMPLE, "-a", "default",
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    assert "warning: window ended" in done.err
-    assert "gpu-porn-detection provisioned: target 2 by scaling-policy-demo, 2 now" in done.err
+def deploy(at_home: Run, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "function.yaml"
+    path.write_text(MINIMAL.replace("NAME", name))
+    assert at_home("deploy", "-t", path, "--target", "0").code == 0
+
+
+def test_command_of_function_compute(at_home: Run, tmp_path: Path) -> None:
+    assert at_home("deploy", "-t", EXAMPLE).code == 0
+    for path, text in (
+        (SEED, "target 1, 1 now"),
+        (active(tmp_path), "target 2 by scaling-policy-demo, 2 now"),
+    ):
+        done = at_home(
+            "provision", "put", "--target", "1", "--targetTrackingPolicies", path, "--qualifier", "LATEST",
+            "-t", EXAMPLE, "-a", "default",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        assert ("scaling-policy-demo: window ended" in done.err) is (path is SEED)
+        assert f"gpu-porn-detection provisioned: {text}" in done.err
     found = at_home("provision", "list", "gpu-porn-detection")
     (shown,) = yaml.safe_load(found.out)["gpu-porn-detection"]
     assert shown["functionName"] == "gpu-porn-detection"
@@ -44,19 +56,31 @@ def test_the_command_that_users_of_function_compute_know(at_home: Run) -> None:
     assert (shown["target"], shown["current"], shown["currentError"]) == (2, 2, None)
     assert shown["scheduledActions"] is None
     (policy,) = shown["targetTrackingPolicies"]
-    assert POLICY.items() <= policy.items()
+    assert {**POLICY, "endTime": LATER}.items() <= policy.items()
     assert (policy["active"], policy["metric"]) == (True, 0.125)
 
 
-def test_target_0_and_rm_release_everything(at_home: Run) -> None:
+def active(tmp_path: Path) -> Path:
+    """The same policies, with a window that is not over."""
+    path = tmp_path / "active.json"
+    path.write_text(json.dumps({"targetTrackingPolicies": [{**POLICY, "endTime": LATER}]}))
+    return path
+
+
+def test_target_0_and_rm_release_everything(at_home: Run, tmp_path: Path) -> None:
+    deploy(at_home, tmp_path, "released")
     assert at_home("provision", "put", "released", "--target", "2").code == 0
     done = at_home("provision", "put", "released", "--target", "0", "-o", "json")
     assert done.json["provision"]["target"] == 0
-    assert at_home("provision", "rm", "released").code == 0
+    for _ in range(2):  # there is nothing left to release, and that is no failure
+        assert at_home("provision", "rm", "released").code == 0
+    assert at_home("provision", "list", "released", "-o", "json").json == {"provisions": []}
+    assert at_home("functions", "rm", "released").code == 0
     assert at_home("provision", "rm", "released").code == 3
 
 
 def test_both_files_and_a_target_in_the_file(at_home: Run, tmp_path: Path) -> None:
+    deploy(at_home, tmp_path, "both")
     policies, actions = tmp_path / "policies.json", tmp_path / "actions.yaml"
     policies.write_text(json.dumps({"defaultTarget": 4, "targetTrackingPolicies": [POLICY]}, indent="\t"))
     actions.write_text("scheduledActions:\n  - " + "\n    ".join(f"{key}: {value}" for key, value in ACTION.items()))
@@ -71,7 +95,8 @@ def test_both_files_and_a_target_in_the_file(at_home: Run, tmp_path: Path) -> No
     assert config["target_tracking_policies"][0]["metric_type"] == "PROVISIONED_CONCURRENCY_UTILIZATION"
 
 
-def test_a_dry_run_changes_nothing(at_home: Run) -> None:
+def test_a_dry_run_changes_nothing(at_home: Run, tmp_path: Path) -> None:
+    deploy(at_home, tmp_path, "dry")
     assert "could be provisioned" in at_home("provision", "put", "dry", "--target", "2", "--dry-run").err
     assert at_home("provision", "list", "dry", "-o", "json").json == {"provisions": []}
 
@@ -87,14 +112,14 @@ def test_a_dry_run_changes_nothing(at_home: Run) -> None:
         (("put", "ocr", "--target", "1", "--targetTrackingPolicies", "nowhere.json"), "nowhere.json can't be read"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(at_home: Run, arguments: tuple[str, ...], text: str) -> None:
+def test_invalid_options_are_refused(at_home: Run, arguments: tuple[str, ...], text: str) -> None:
     done = at_home("provision", *arguments)
     assert done.code == 2
     assert text in done.err
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"targetTrackingPolicies": null}', '{"target": 3}'])
-def test_a_file_of_policies_without_any_is_no_wish_to_remove_them(at_home: Run, tmp_path: Path, text: str) -> None:
+def test_policy_file_without_policies_is_refused(at_home: Run, tmp_path: Path, text: str) -> None:
     path = tmp_path / "policies.json"
     path.write_text(text)
     done = at_home("provision", "put", "ocr", "--target", "1", "--targetTrackingPolicies", str(path))
@@ -102,7 +127,7 @@ def test_a_file_of_policies_without_any_is_no_wish_to_remove_them(at_home: Run, 
     assert "[] removes them" in done.err
 
 
-async def test_want_of_room_is_waited_for_and_what_never_passes_is_not(
+async def test_wait_continues_on_temporary_errors_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def short(reason: str) -> pb.Provision:
@@ -122,7 +147,7 @@ async def test_want_of_room_is_waited_for_and_what_never_passes_is_not(
         await provision._wait_for_target(object(), "ocr", 10.0)  # type: ignore[arg-type]
 
 
-def test_who_is_not_deployed_is_not_found(at_home: Run) -> None:
+def test_unknown_function_is_exit_3(at_home: Run) -> None:
     assert at_home("provision", "put", "nobody", "--target", "1").code == 3
 
 
@@ -157,7 +182,7 @@ BAD_ACTIONS = [
     [("targetTrackingPolicies", POLICY, *bad) for bad in BAD_POLICIES]
     + [("scheduledActions", ACTION, *bad) for bad in BAD_ACTIONS],
 )
-def test_a_field_that_cannot_be_is_named_with_file_line_and_key_and_nothing_is_sent(
+def test_invalid_field_names_file_line_and_key_and_sends_nothing(
     at_home: Run, tmp_path: Path, kind: str, good: dict[str, Any], change: dict[str, Any], key: str, text: str
 ) -> None:
     entry = good | change
@@ -171,7 +196,7 @@ def test_a_field_that_cannot_be_is_named_with_file_line_and_key_and_nothing_is_s
     assert done.code == 2
     line = next(
         (number for number, one in enumerate(path.read_text().splitlines(), 1) if f'"{key}"' in one), 3
-    )  # that of the entry where the key is missing
+    )  # the line of the entry without the key
     assert f"provision.json:{line}: {kind}[0]" in done.err, done.err
     assert key in done.err
     assert text in done.err
@@ -188,7 +213,7 @@ def test_a_field_that_cannot_be_is_named_with_file_line_and_key_and_nothing_is_s
     assert f"props.provisionConfig.{kind}[0]" in done.err, done.err
 
 
-def test_two_of_one_name_are_refused(at_home: Run, tmp_path: Path) -> None:
+def test_repeated_policy_name_is_refused(at_home: Run, tmp_path: Path) -> None:
     path = tmp_path / "provision.json"
     path.write_text(json.dumps({"targetTrackingPolicies": [POLICY, POLICY]}, indent=2))
     done = at_home("provision", "put", "twice", "--target", "1", "--targetTrackingPolicies", path)
@@ -196,7 +221,7 @@ def test_two_of_one_name_are_refused(at_home: Run, tmp_path: Path) -> None:
     assert "targetTrackingPolicies[1].name: 'scaling-policy-demo' is there twice" in done.err
 
 
-def test_an_s_yaml_says_it_all_and_one_that_says_nothing_leaves_it(tmp_path: Path) -> None:
+def test_s_yaml_sets_or_keeps_the_provisioning(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(MINIMAL.replace("NAME", "day") + "      hibernode: {nodeLabels: {zone: 1a, disk: 07}}\n")
     (plain,) = load_s_yaml(path)

@@ -1,4 +1,4 @@
-"""`hibernode simulate`: policies side by side on an access log."""
+"""`hibernode simulate`: comparison of policies on an access log."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.cli.conftest import Run
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """A request every half minute, for half an hour."""
+    """One request every 30 s for 30 min."""
     path = tmp_path / "access.csv"
     path.write_text("time,function,duration\n" + "".join(f"{30 * n},ocr,500ms\n" for n in range(60)))
     return path
 
 
-def test_policies_and_patience_side_by_side(run: Run, trace: Path, tmp_path: Path) -> None:
+def test_policies_and_freeze_times_are_compared(run: Run, trace: Path, tmp_path: Path) -> None:
     picture = tmp_path / "savings.svg"
     done = run(
         "simulate", trace, "--policy", "pack", "--policy", "round_robin", "--freeze-after", "5s", "--freeze-after",
@@ -68,13 +68,13 @@ def test_a_table_for_people(run: Run, trace: Path) -> None:
         (("--freeze-after", "1s") * 40, "more than 64"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(run: Run, trace: Path, options: tuple[str, ...], text: str) -> None:
+def test_invalid_options_are_refused(run: Run, trace: Path, options: tuple[str, ...], text: str) -> None:
     done = run("simulate", trace, *options)
     assert done.code == 2
     assert text in done.err
 
 
-def test_a_broken_line_is_named_before_anything_is_simulated(run: Run, trace: Path) -> None:
+def test_broken_line_is_reported_before_the_simulation(run: Run, trace: Path) -> None:
     trace.write_text(trace.read_text() + "1801,ocr,-1\n")
     done = run("simulate", trace)
     assert (done.code, done.out) == (2, "")

@@ -1,4 +1,4 @@
-"""What an instance may say to the terminal of the person, often root, who looks at it."""
+"""Output of an instance must not control the terminal of the user, who is often root."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_a_log_on_a_terminal_steers_nothing(attack: str) -> None:
+def test_log_cannot_control_the_terminal(attack: str) -> None:
     shown = clean_log(f"before {attack} after\n".encode())
     assert shown.startswith("before ")
     assert shown.endswith(" after\n")
@@ -37,16 +37,16 @@ def test_lines_tabs_and_colours_stay() -> None:
     assert clean_log(b"\xff\x1b[") == "\N{REPLACEMENT CHARACTER}?["
 
 
-def test_json_carries_all_of_it_without_showing_it(capsys: pytest.CaptureFixture[str]) -> None:
-    said = "".join(ATTACKS.values()) + "\u202e\u2066"
-    show_json({"message": said})
+def test_json_escapes_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    attacks = "".join(ATTACKS.values()) + "\u202e\u2066"
+    show_json({"message": attacks})
     out = capsys.readouterr().out
-    assert json.loads(out) == {"message": said}
+    assert json.loads(out) == {"message": attacks}
     assert all(char.isprintable() or char == "\n" for char in out)
 
 
-def test_the_logs_command_minds_where_it_writes(program: list[str], environment: dict[str, str]) -> None:
-    """A pipe gets every byte (see test_node_commands); a terminal gets text."""
+def test_logs_are_cleaned_for_a_terminal_only(program: list[str], environment: dict[str, str]) -> None:
+    """A terminal gets cleaned text; a pipe gets every byte (see test_node_commands)."""
     ours, theirs = pty.openpty()
     try:
         subprocess.run(

@@ -1,4 +1,4 @@
-"""`hibernode demo` as people run it, in processes of its own; each run is a short one (`--quick`)."""
+"""`hibernode demo` as a program; each run is a short one (`--quick`)."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ resources:
 
 
 class Demo:
-    """A running demo, its folder, and what it has written."""
+    """A running demo, its folder and its output."""
 
     def __init__(self, folder: Path, *options: str, **environment: str) -> None:
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
         self.folder = folder
-        self.temporary = Path(tempfile.mkdtemp(prefix="demo-"))  # short: there are sockets in it
+        self.temporary = Path(tempfile.mkdtemp(prefix="demo-"))  # short, since it contains sockets
         own = {"TMPDIR": str(self.temporary), "TEST_OF_DEMO": str(folder)}
         with self.stdout.open("wb") as stdout, self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
@@ -66,9 +66,9 @@ class Demo:
         deadline = time.monotonic() + DEADLINE_S
         while not reached():
             assert time.monotonic() < deadline, f"not in time: {what}\n{self.stderr.read_text()}"
-            time.sleep(0.05)  # another program: it tells nobody
+            time.sleep(0.05)  # another program without a notification
 
-    def said(self, text: str) -> Callable[[], bool]:
+    def printed(self, text: str) -> Callable[[], bool]:
         return lambda: text in self.stderr.read_text() or self.process.poll() is not None
 
     def end(self) -> int:
@@ -79,7 +79,7 @@ class Demo:
         return found
 
     def left(self) -> list[str]:
-        """Processes of it that still live; instances are known by the folder that stands in their environment."""
+        """Its live processes; instances have its folder in their environment."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -123,7 +123,7 @@ def _hibernode(home: Path, *arguments: str) -> Any:
 
 
 def _cost(usage: dict[str, Any]) -> Decimal:
-    """As `hibernode usage --help` says it."""
+    """The formula of `hibernode usage --help`."""
     priced = ("gpu_active_gib_s", "gpu_idle_gib_s", "vcpu_active_s", "vcpu_idle_s", "memory_gib_s", "disk_gib_s")
     names = ("gpu_active", "gpu_idle", "vcpu_active", "vcpu_idle", "memory", "disk")
     total = Decimal(0)
@@ -134,10 +134,10 @@ def _cost(usage: dict[str, Any]) -> Decimal:
     return round(total, 6)
 
 
-def test_tells_the_story_and_stays_up_as_a_home(run: Callable[..., Demo], tmp_path: Path) -> None:
+def test_demo_completes_and_stays_up_as_a_home(run: Callable[..., Demo], tmp_path: Path) -> None:
     home = tmp_path / "home"
     demo = run("--json", "--keep", "--state-dir", str(home))
-    demo.until("the story ends", demo.said("The demo keeps running until Ctrl-C"))
+    demo.until("the demo is complete", demo.printed("The demo keeps running until Ctrl-C"))
     report = demo.json()
     assert (report["requests"], report["failed"], report["answers_identical"]) == (10 + 3 * 2, 0, True)
     assert report["freezes"] >= 8
@@ -164,24 +164,24 @@ def test_tells_the_story_and_stays_up_as_a_home(run: Callable[..., Demo], tmp_pa
     second = run("--state-dir", str(home))
     assert second.end() == 4
     assert "a demo runs in" in second.stderr.read_text()
-    assert len(_hibernode(home, "ps", "--output", "json")["instances"]) == 4, "the first one was not touched"
+    assert len(_hibernode(home, "ps", "--output", "json")["instances"]) == 4, "the first one is unchanged"
 
     demo.process.send_signal(signal.SIGTERM)
     assert demo.end() == 0
     assert demo.left() == []
     assert not (home / "agent" / "endpoints.json").exists()
-    driver_said = (home / "logs" / "driver.log").read_text()
-    assert "emulated.stopped" in driver_said
-    assert "emulated.frozen_calls" not in driver_said, "calls on a frozen process, which hang on hardware"
+    driver_log = (home / "logs" / "driver.log").read_text()
+    assert "emulated.stopped" in driver_log
+    assert "emulated.frozen_calls" not in driver_log, "calls on a frozen process, which hang on hardware"
 
 
-def test_a_byte_lost_while_frozen_does_not_go_unnoticed(run: Callable[..., Demo]) -> None:
+def test_corruption_while_frozen_is_detected(run: Callable[..., Demo]) -> None:
     demo = run("--json", "--flip-byte")
     assert demo.end() == 1
     report = demo.json()
     assert not report["answers_identical"]
     assert report["failed"] == 0
-    assert demo.stderr.read_text().count("every byte is unchanged") == 2, "the other two are as they were"
+    assert demo.stderr.read_text().count("every byte is unchanged") == 2, "the other two are unchanged"
     assert "differs from the answer without freezing: " in demo.stderr.read_text()
     assert demo.left() == []
     assert list(demo.temporary.glob("hibernode-demo-*")) == []
@@ -189,7 +189,7 @@ def test_a_byte_lost_while_frozen_does_not_go_unnoticed(run: Callable[..., Demo]
 
 def test_a_killed_demo_leaves_nothing(run: Callable[..., Demo]) -> None:
     demo = run("--json")
-    demo.until("an instance sleeps", demo.said("frozen in"))
+    demo.until("an instance is frozen", demo.printed("frozen in"))
     assert any("agent.examples.filetype" in command for command in demo.left())
     demo.process.kill()
     demo.until("nothing is left", demo.nothing_left)
@@ -198,7 +198,7 @@ def test_a_killed_demo_leaves_nothing(run: Callable[..., Demo]) -> None:
 
 def test_interrupted_at_once_it_leaves_nothing(run: Callable[..., Demo]) -> None:
     demo = run("--json")
-    demo.until("it begins", demo.said("starting"))
+    demo.until("it begins", demo.printed("starting"))
     demo.process.send_signal(signal.SIGINT)
     assert demo.end() == 130
     assert demo.stdout.read_bytes() == b""
@@ -206,8 +206,8 @@ def test_interrupted_at_once_it_leaves_nothing(run: Callable[..., Demo]) -> None
     assert list(demo.temporary.glob("hibernode-demo-*")) == []
 
 
-def test_goes_on_when_nobody_reads_any_more(run: Callable[..., Demo], tmp_path: Path) -> None:
-    """`hibernode demo | head -1`: what was started is used and ended in order."""
+def test_continues_after_its_reader_closes_the_pipe(run: Callable[..., Demo], tmp_path: Path) -> None:
+    """`hibernode demo | head -1` still runs and ends properly."""
     reader, writer = os.pipe()
     home = tmp_path / "home"
     options = ("demo", "--quick", "--keep", "--state-dir", str(home))
@@ -221,7 +221,7 @@ def test_goes_on_when_nobody_reads_any_more(run: Callable[..., Demo], tmp_path: 
         while "The demo keeps running" not in (tmp_path / "err").read_text():
             assert process.poll() is None, (tmp_path / "err").read_text()
             assert time.monotonic() < deadline
-            time.sleep(0.05)  # another program: it tells nobody
+            time.sleep(0.05)  # another program without a notification
         process.send_signal(signal.SIGINT)
         assert process.wait(DEADLINE_S) == 0
         assert "Traceback" not in (tmp_path / "err").read_text()
@@ -229,8 +229,8 @@ def test_goes_on_when_nobody_reads_any_more(run: Callable[..., Demo], tmp_path: 
         process.kill()
 
 
-def test_says_how_its_commands_are_found_where_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """scripts/demo leaves `hibernode` in .venv/bin, which is on nobody's PATH."""
+def test_prints_path_export_if_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """scripts/demo installs `hibernode` in .venv/bin, which is not on PATH."""
     scripts = Path(sys.executable).parent
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert _on_path() == f"  export PATH={scripts}:$PATH\n"
@@ -238,10 +238,10 @@ def test_says_how_its_commands_are_found_where_they_are_not(monkeypatch: pytest.
     assert _on_path() == ""
 
 
-def test_without_a_compiler_says_what_to_install(run: Callable[..., Demo], tmp_path: Path) -> None:
+def test_without_a_compiler_names_the_package(run: Callable[..., Demo], tmp_path: Path) -> None:
     demo = run("--json", PATH="/nonexistent", CC="", XDG_CACHE_HOME=str(tmp_path / "empty"))
     assert demo.end() == 5
-    told = demo.stderr.read_text()
-    assert "the driver ended with" in told
-    assert "gcc" in told
+    stderr = demo.stderr.read_text()
+    assert "the driver ended with" in stderr
+    assert "gcc" in stderr
     assert demo.left() == []

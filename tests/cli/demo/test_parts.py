@@ -1,4 +1,4 @@
-"""The demo's arithmetic and its last resort, without running one."""
+"""Parts of the demo: its statistics and its guard."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_wake_costs_the_driver_a_restore_and_the_unlock_after_it() -> None:
 
     operations = [
         op("lock", 1, 100),
-        op("unlock", 1, 70),  # a freeze that was taken back
+        op("unlock", 1, 70),  # a cancelled freeze
         op("restore", 1, 2000),
         op("restore", 2, 3000, result=999),
         op("restore", 2, 4000),
@@ -55,7 +55,7 @@ def test_overlapping_requests_of_one_instance_count_once(tmp_path: Path) -> None
     assert union_ns(log) == (30 - 10) + (41 - 40) + (18 - 12)
 
 
-def test_the_json_object_has_what_was_promised() -> None:
+def test_json_object_has_the_promised_keys() -> None:
     found = DemoReport().as_json()
     promised = "requests failed freezes wakes wake_ms driver_ms active_s idle_s cost always_on_cost answers_identical"
     assert set(promised.split()) <= set(found)
@@ -63,7 +63,7 @@ def test_the_json_object_has_what_was_promised() -> None:
     json.dumps(found)
 
 
-def test_picks_files_of_many_kinds_and_notices_any_difference() -> None:
+def test_picks_files_of_many_types_and_detects_differences() -> None:
     pytest.importorskip("magika", reason="the extra `demo` is not installed")
     samples = pick_samples(12)
     assert len(samples) == 12
@@ -84,14 +84,14 @@ def _guard(state_dir: Path, word: str) -> subprocess.Popen[bytes]:
 
 @pytest.fixture
 def orphan(tmp_path: Path) -> subprocess.Popen[bytes]:
-    """An instance, stopped, of an agent whose demo is gone."""
+    """A stopped instance of an agent whose demo was killed."""
     (tmp_path / "agent").mkdir()
     (tmp_path / "agent" / "uuid").write_text("7a7a-demo\n")
     environment = {**os.environ, "HIBERNODE_INSTANCE": "7a7a-demo/i-1"}
     return subprocess.Popen(["/bin/sh", "-c", "kill -STOP $$; sleep 60"], env=environment)
 
 
-def test_the_guard_ends_what_a_killed_demo_left(tmp_path: Path, orphan: subprocess.Popen[bytes]) -> None:
+def test_guard_ends_instances_of_a_killed_demo(tmp_path: Path, orphan: subprocess.Popen[bytes]) -> None:
     guard = _guard(tmp_path, "remove")
     assert guard.stdin is not None
     guard.stdin.close()
@@ -100,7 +100,7 @@ def test_the_guard_ends_what_a_killed_demo_left(tmp_path: Path, orphan: subproce
     assert not tmp_path.exists()
 
 
-def test_the_guard_touches_nothing_after_an_orderly_end(tmp_path: Path, orphan: subprocess.Popen[bytes]) -> None:
+def test_guard_changes_nothing_after_an_orderly_end(tmp_path: Path, orphan: subprocess.Popen[bytes]) -> None:
     guard = _guard(tmp_path, "remove")
     guard.communicate(b"bye\n", timeout=DEADLINE_S)
     assert orphan.poll() is None
@@ -111,6 +111,6 @@ def test_the_guard_touches_nothing_after_an_orderly_end(tmp_path: Path, orphan: 
 
 def test_the_guard_waits_while_the_demo_lives(tmp_path: Path) -> None:
     guard = _guard(tmp_path, "keep")
-    time.sleep(0.1)  # nothing happens: there is no event to wait for
+    time.sleep(0.1)  # nothing happens, so there is no event to wait for
     assert guard.poll() is None
     guard.communicate(b"bye\n", timeout=DEADLINE_S)

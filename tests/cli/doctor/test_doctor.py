@@ -1,4 +1,4 @@
-"""The doctor's own part: who it asks, what it looks at by itself, and what it says in the end."""
+"""`hibernode doctor`: checks by the agent or on the host, and the conclusion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OLD = CapabilityLine(
 
 
 def looking_gives(monkeypatch: pytest.MonkeyPatch, *lines: CapabilityLine) -> list[Path | None]:
-    """The doctor's look at the host has been; the configurations that it was made with."""
+    """Replaces the checks of the host; the list has the configurations they were called with."""
     asked: list[Path | None] = []
 
     def look(config: Path | None) -> tuple[int, list[CapabilityLine]]:
@@ -31,7 +31,7 @@ def looking_gives(monkeypatch: pytest.MonkeyPatch, *lines: CapabilityLine) -> li
     return asked
 
 
-def test_it_asks_the_agent_and_fails_with_it(at_home: Run) -> None:
+def test_agent_failure_is_a_failure(at_home: Run) -> None:
     done = at_home("doctor")
     assert done.code == 4
     assert ["mig", "FAIL"] in [line[:2] for line in done.words]
@@ -44,7 +44,7 @@ def test_it_asks_the_agent_and_fails_with_it(at_home: Run) -> None:
     assert {"name", "level", "reason", "fix"} == set(found["checks"][0])
 
 
-def test_without_an_agent_it_looks_itself(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_agent_the_host_is_checked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     looking_gives(monkeypatch, FINE)
     done = run("doctor")
     assert done.code == 0  # warnings do not count
@@ -53,7 +53,7 @@ def test_without_an_agent_it_looks_itself(run: Run, monkeypatch: pytest.MonkeyPa
     assert done.err.strip() == "Instances can be frozen here."
 
 
-def test_its_last_word_names_what_failed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conclusion_names_failed_checks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     looking_gives(monkeypatch, FINE, OLD)
     done = run("doctor", "--local")
     assert done.code == 4
@@ -61,9 +61,7 @@ def test_its_last_word_names_what_failed(run: Run, monkeypatch: pytest.MonkeyPat
     assert run("doctor", "--local", "-o", "json").err == ""
 
 
-def test_fixes_are_lines_of_their_own_to_be_copied_and_what_failed_comes_first(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fixes_are_separate_lines_with_failures_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     weak = CapabilityLine("persistence", "WARN", "off", "nvidia-smi -i 0,1,2,3,4,5,6,7 -pm 1; systemctl enable \x1b[2J")
     looking_gives(monkeypatch, weak, OLD)
     fixes = [line for line in run("doctor", "--local").out.splitlines() if line.startswith("fix for ")]
@@ -73,14 +71,12 @@ def test_fixes_are_lines_of_their_own_to_be_copied_and_what_failed_comes_first(
     ]
 
 
-def test_it_does_not_look_here_when_another_host_was_meant(run: Run) -> None:
+def test_named_agent_that_is_down_does_not_check_this_host(run: Run) -> None:
     done = run("doctor", "--agent", "127.0.0.1:1")
     assert (done.code, done.out) == (5, "")
 
 
-def test_it_looks_with_the_configuration_of_the_agent(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_host_check_uses_the_agents_configuration(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = looking_gives(monkeypatch, FINE)
     standing, named = tmp_path / "agent.yaml", tmp_path / "other.yaml"
     monkeypatch.setattr(command, "AGENT_CONFIG", standing)
@@ -95,11 +91,11 @@ def test_it_looks_with_the_configuration_of_the_agent(
     assert "nowhere.yaml can't be read" in done.err
 
 
-# ---- the process that looks -----------------------------------------------------------------------------------------
+# ---- the process that checks the driver -----------------------------------------------------------------------------
 
 
 def look_by(monkeypatch: pytest.MonkeyPatch, code: str) -> list[CapabilityLine]:
-    """What comes of it if that process does `code`."""
+    """The result if the process runs `code`."""
     real = subprocess.Popen
 
     def instead(_command: list[str], **options: object) -> object:
@@ -112,7 +108,7 @@ def look_by(monkeypatch: pytest.MonkeyPatch, code: str) -> list[CapabilityLine]:
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "problem"),
     [
         ("import os; os.kill(os.getpid(), 11)", "the check of the driver failed: signal 11"),
         ("import sys; sys.exit('libnvidia-ml.so.1: symbol lookup error')", "symbol lookup error"),
@@ -120,22 +116,22 @@ def look_by(monkeypatch: pytest.MonkeyPatch, code: str) -> list[CapabilityLine]:
         ("print('[1, 2')", "the check of the driver failed"),
     ],
 )
-def test_a_driver_that_takes_its_caller_along(monkeypatch: pytest.MonkeyPatch, code: str, said: str) -> None:
+def test_driver_that_crashes_its_caller(monkeypatch: pytest.MonkeyPatch, code: str, problem: str) -> None:
     (line,) = look_by(monkeypatch, code)
     assert (line.name, line.level) == ("driver", "FAIL")
-    assert said in line.reason
+    assert problem in line.reason
     assert line.fix
 
 
-def test_what_libraries_print_before_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_of_libraries_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     check = '{"name": "mig", "level": "OK", "reason": "MIG mode is off", "fix": ""}'
     code = f"""print('NOTE: preloaded\\n{{}}\\n{{"checks": [{check}], "gpu_memory_bytes": 0}}')"""
     assert [line.name for line in look_by(monkeypatch, code)] == ["mig"]
 
 
 @pytest.mark.parametrize("killable", [True, False])
-def test_a_driver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, killable: bool) -> None:
-    """Not even for the end of the process, which may be stuck in the kernel for good."""
+def test_hanging_driver_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, killable: bool) -> None:
+    """Nor is the end of its process, which may be stuck in the kernel."""
     monkeypatch.setattr(checks, "CHECK_DEADLINE_S", 0.2)
     monkeypatch.setattr(checks, "KILL_DEADLINE_S", 0.2)
     stuck: list[subprocess.Popen[bytes]] = []
@@ -154,7 +150,7 @@ def test_a_driver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, 
 # ---- the host besides its GPUs --------------------------------------------------------------------------------------
 
 
-def test_host_memory_is_compared_with_that_of_the_gpus(tmp_path: Path) -> None:
+def test_host_memory_is_compared_with_gpu_memory(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text(f"MemTotal: {64 << 20} kB\nMemFree: 1 kB\n")
     assert checks.memory_line(16 * GIB, meminfo).level == "OK"
@@ -173,8 +169,8 @@ def test_a_host_without_cgroup_v2(tmp_path: Path) -> None:
     assert "SIGSTOP" in line.reason
 
 
-def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Where no group can be made, and where one can but without a freezer (an ordinary folder)."""
+def test_cgroup_check_removes_its_group(tmp_path: Path) -> None:
+    """Where no group can be created, and where one has no freezer (an ordinary folder)."""
     tree = tmp_path / "cgroup2"
     tree.mkdir()
     (tmp_path / "mountinfo").write_text(f"30 23 0:27 / {tree} rw - cgroup2 cgroup2 rw\n")
@@ -185,7 +181,7 @@ def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
     assert "cannot create a cgroup" in checks.cgroup_line(tmp_path).reason
 
 
-def test_a_gpu_out_of_use_is_a_line_and_a_failure_only_where_none_is_left() -> None:
+def test_cordoned_gpu_is_a_failure_only_if_all_are() -> None:
     lost = "XID_79: the GPU has fallen off the bus"
 
     (line,) = command.cordoned_lines([(0, lost), (1, "")])

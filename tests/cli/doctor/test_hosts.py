@@ -1,5 +1,5 @@
-"""The doctor on broken hosts, as their owners would meet it: emulated drivers with something wrong, and stand-ins for
-libraries that fail in ways no emulated driver does. Each answer says what to do, within 30 s."""
+"""`hibernode doctor` on broken hosts: emulated drivers with faults, and libraries that fail in other ways. Each problem
+has a fix, within 30 s."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.fakes.emulated_driver import EmulatedNvidia, emulated_nvidia
 
 DEADLINE_S = 30.0
 
-Patient = Callable[[str], EmulatedNvidia]
+Host = Callable[[str], EmulatedNvidia]
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What doctor said: its exit code and its checks."""
+    """The doctor's exit code and checks."""
 
     code: int
     checks: list[dict[str, str]]
@@ -40,7 +40,7 @@ class Diagnosis:
 
 
 def examine(environment: Mapping[str, str], *arguments: str | Path, **how: Any) -> Diagnosis:
-    """`hibernode doctor --local` as a program of its own; what holds for every answer is asserted here."""
+    """Runs `hibernode doctor --local` as a program, and asserts what holds for every result."""
     command = [sys.executable, "-m", "agent.cli.main", "doctor", "--local", "--output", "json", *map(str, arguments)]
     done = subprocess.run(
         command, env=dict(environment), capture_output=True, text=True, timeout=DEADLINE_S, check=False, **how
@@ -51,13 +51,13 @@ def examine(environment: Mapping[str, str], *arguments: str | Path, **how: Any) 
     assert document["ok"] is not bool(found.failed)
     assert done.returncode == (4 if found.failed else 0)
     assert all(set(check) == {"name", "level", "reason", "fix"} for check in found.checks)
-    assert all(check["fix"] for check in found.checks if check["level"] != "OK"), "what to do?"
+    assert all(check["fix"] for check in found.checks if check["level"] != "OK")
     return found
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[Patient]:
-    """A host by its driver's profile: two GPUs that know MIG. Each is set up once; tests put back what they change."""
+def host() -> Iterator[Host]:
+    """A host with two GPUs with MIG, by driver profile. Shared between tests, which revert their changes."""
     made: dict[str, EmulatedNvidia] = {}
     with ExitStack() as stack:
 
@@ -80,7 +80,7 @@ def configured(folder: Path, **gpu: str) -> tuple[str, Path]:
     return "--config", config
 
 
-def test_a_good_host(host: Patient) -> None:
+def test_a_good_host(host: Host) -> None:
     found = examine(host("580").environment)
     assert found.failed == []
     assert (found["driver"]["reason"], found["cuda"]["reason"]) == ("driver 580.65.06, 2 GPUs", "CUDA 13.0")
@@ -88,7 +88,7 @@ def test_a_good_host(host: Patient) -> None:
     assert found["memory"]["reason"].endswith("2 GiB on the GPUs")
 
 
-def test_a_host_without_a_container_engine_is_told_so_and_passes(host: Patient, tmp_path: Path) -> None:
+def test_host_without_container_engine_passes_with_a_note(host: Host, tmp_path: Path) -> None:
     config = tmp_path / "agent.yaml"
     config.write_text(f"runtime: {{engine: {{socket: {tmp_path}/engine.sock}}}}\n")
     found = examine(host("580").environment, "--config", config)
@@ -100,13 +100,13 @@ def test_a_host_without_a_container_engine_is_told_so_and_passes(host: Patient, 
 
 
 @pytest.mark.parametrize("profile", ["535", "550"])
-def test_a_driver_that_is_too_old(host: Patient, profile: str) -> None:
+def test_a_driver_that_is_too_old(host: Host, profile: str) -> None:
     found = examine(host(profile).environment)
     assert found.failed == ["checkpoint"]
     assert found["checkpoint"]["fix"] == "install driver 580 or newer"
 
 
-def test_driver_555_needs_a_program(host: Patient, tmp_path: Path) -> None:
+def test_driver_555_needs_a_program(host: Host, tmp_path: Path) -> None:
     driver = host("555")
     without = examine(driver.environment)
     assert without.failed == ["checkpoint"]
@@ -121,7 +121,7 @@ def test_driver_555_needs_a_program(host: Patient, tmp_path: Path) -> None:
     assert "which gpu.checkpointer: driver asks for" in asked["checkpoint"]["reason"]
 
 
-def test_a_program_that_others_could_replace(host: Patient, tmp_path: Path) -> None:
+def test_checkpoint_program_writable_by_others_is_refused(host: Host, tmp_path: Path) -> None:
     program = tmp_path / "cuda-checkpoint"
     shutil.copy(host("555").directory / "bin" / "cuda-checkpoint", program)
     program.chmod(0o777)
@@ -129,14 +129,14 @@ def test_a_program_that_others_could_replace(host: Patient, tmp_path: Path) -> N
     assert f"chmod go-w {program}" in found["checkpoint"]["reason"]
 
 
-def test_driver_570_can_and_is_warned_of(host: Patient) -> None:
+def test_driver_570_passes_with_a_warning(host: Host) -> None:
     found = examine(host("570").environment)
     assert found.failed == []
     assert [found[name]["level"] for name in ("driver", "migration")] == ["WARN", "WARN"]
 
 
-def test_persistence_mode_off(host: Patient, tmp_path: Path) -> None:
-    """A detour for the driver's API, the target's death by the program."""
+def test_persistence_mode_off(host: Host, tmp_path: Path) -> None:
+    """The driver's API has a workaround; the program kills its target."""
     new, old = host("580"), host("555")
     for driver in (new, old):
         driver.control.set_device(first_gpu(driver), persistence=False)
@@ -160,8 +160,8 @@ def test_persistence_mode_off(host: Patient, tmp_path: Path) -> None:
         ("compute mode", {"compute_mode": "PROHIBITED"}, {"compute_mode": "DEFAULT"}, "nvidia-smi -i 0 -c DEFAULT"),
     ],
 )
-def test_a_mode_that_forbids_it(
-    host: Patient, name: str, change: dict[str, Any], back: dict[str, Any], fix: str
+def test_gpu_mode_that_forbids_freezing(
+    host: Host, name: str, change: dict[str, Any], back: dict[str, Any], fix: str
 ) -> None:
     driver = host("580")
     driver.control.set_device(first_gpu(driver), **change)
@@ -172,7 +172,7 @@ def test_a_mode_that_forbids_it(
     assert (found.failed, found[name]["fix"]) == ([name], fix)
 
 
-def test_a_device_that_does_not_answer(host: Patient) -> None:
+def test_a_device_that_does_not_answer(host: Host) -> None:
     driver = host("580")
     driver.control.set_device(first_gpu(driver), silent=True)
     try:
@@ -184,7 +184,7 @@ def test_a_device_that_does_not_answer(host: Patient) -> None:
     assert found["driver"]["fix"].startswith("dmesg | grep -iE 'nvrm|xid'")
 
 
-def test_a_lost_gpu_is_named_and_the_others_serve_on(host: Patient) -> None:
+def test_lost_gpu_is_named_and_others_keep_serving(host: Host) -> None:
     driver = host("580")
     driver.control.set_device(first_gpu(driver), nvml_error=15)
     try:
@@ -205,8 +205,8 @@ def test_no_driver_at_all() -> None:
     assert {"persistence", "mig", "checkpoint", "memory"}.isdisjoint(check["name"] for check in found.checks)
 
 
-def test_nvml_without_libcuda(host: Patient, tmp_path: Path) -> None:
-    """Half of the driver's packages installed: versions look fine, and nothing can be checkpointed."""
+def test_nvml_without_libcuda(host: Host, tmp_path: Path) -> None:
+    """With only half of the driver's packages installed, versions are valid but nothing can be checkpointed."""
     driver = host("580")
     shutil.copy(driver.directory / "lib" / "libnvidia-ml.so.1", tmp_path)
     found = examine({**driver.environment, "LD_LIBRARY_PATH": str(tmp_path)})
@@ -216,7 +216,7 @@ def test_nvml_without_libcuda(host: Patient, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "said", "fix"),
+    ("body", "problem", "fix"),
     [
         ("return 9;", "kernel module is not loaded", "modprobe nvidia"),
         ("return 18;", "different versions", "reboot"),
@@ -226,7 +226,7 @@ def test_nvml_without_libcuda(host: Patient, tmp_path: Path) -> None:
         ("for (;;) pause();", "does not answer", "dmesg"),
     ],
 )
-def test_an_nvml_that_fails(tmp_path: Path, body: str, said: str, fix: str) -> None:
+def test_an_nvml_that_fails(tmp_path: Path, body: str, problem: str, fix: str) -> None:
     source = tmp_path / "nvml.c"
     source.write_text(
         "#include <unistd.h>\n"
@@ -238,15 +238,15 @@ def test_an_nvml_that_fails(tmp_path: Path, body: str, said: str, fix: str) -> N
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
     found = examine({**os.environ, "LD_LIBRARY_PATH": str(tmp_path)})
     assert found.failed == ["driver"]
-    assert said in found["driver"]["reason"]
+    assert problem in found["driver"]["reason"]
     assert fix in found["driver"]["fix"]
 
 
 @pytest.mark.root
 @pytest.mark.alone
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run MPS's name as root's program")
-def test_an_mps_daemon(host: Patient, tmp_path: Path) -> None:
-    """Its name counts if it is root's program: a tenant may call his own as he likes."""
+def test_an_mps_daemon(host: Host, tmp_path: Path) -> None:
+    """The name is only relevant for a program of root; tenants may name theirs freely."""
     program = tmp_path / "nvidia-cuda-mps-server"
     shutil.copy("/bin/sleep", program)
     found = []
@@ -261,7 +261,7 @@ def test_an_mps_daemon(host: Patient, tmp_path: Path) -> None:
     assert found[0]["mps"]["fix"] == "echo quit | nvidia-cuda-mps-control"
 
 
-def test_not_root(host: Patient, tmp_path: Path) -> None:
+def test_not_root(host: Host, tmp_path: Path) -> None:
     """A warning: the driver's refusal is rolled back. (Another user could neither read this interpreter nor reach the
     driver's folder, so the process only believes to be one.)"""
     (tmp_path / "sitecustomize.py").write_text("import os\nos.geteuid = lambda: 1000\n")
@@ -271,7 +271,7 @@ def test_not_root(host: Patient, tmp_path: Path) -> None:
     assert "sudo" in found["privileges"]["fix"]
 
 
-def test_a_configuration_that_is_wrong(host: Patient, tmp_path: Path) -> None:
+def test_a_configuration_that_is_wrong(host: Host, tmp_path: Path) -> None:
     found = examine(host("580").environment, *configured(tmp_path, checkpointer="best"))
     assert found.failed == ["config"]
     assert "gpu.checkpointer" in found["config"]["reason"]

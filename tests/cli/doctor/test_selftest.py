@@ -1,4 +1,4 @@
-"""`hibernode doctor --selftest` as whoever has a GPU runs it: as a program, on a driver with a known speed."""
+"""`hibernode doctor --selftest` as a program, on a driver with a known speed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def driver() -> Iterator[EmulatedNvidia]:
 
 @dataclass(frozen=True)
 class Host:
-    """A GPU host with the command on it."""
+    """A GPU host with the command."""
 
     nvidia: EmulatedNvidia
 
@@ -84,20 +84,20 @@ class Host:
                 process.kill()
 
     def wait_for(self, state: str) -> ProcessView:
-        """The program under test, once the driver says it is in that state."""
+        """Waits until the program under test is in that state of the driver."""
         return until(lambda: next((one for one in self.control.processes() if one.state == state), None))
 
     def assert_clean(self) -> None:
-        """No CUDA program, no cgroup."""
+        """Waits until no CUDA program and no cgroup is left."""
         until(lambda: not self.control.processes())
         slice_ = open_slice(SLICE_NAME)
         until(lambda: slice_ is None or not slice_.uids())
 
 
-def until(look: Callable[[], T | None]) -> T:
-    give_up = time.monotonic() + DEADLINE_S
-    while not (found := look()):
-        assert time.monotonic() < give_up, "it did not come to that"
+def until(check: Callable[[], T | None]) -> T:
+    deadline = time.monotonic() + DEADLINE_S
+    while not (found := check()):
+        assert time.monotonic() < deadline, "not reached in time"
         time.sleep(0.005)
     return found
 
@@ -109,16 +109,16 @@ def host(driver: EmulatedNvidia) -> Iterator[Host]:
     frozen_calls = driver.control.frozen_calls()
     yield Host(driver)
     Host(driver).assert_clean()
-    assert driver.control.frozen_calls() == frozen_calls  # nobody asked about a frozen program
+    assert driver.control.frozen_calls() == frozen_calls  # no calls on a frozen program
 
 
-# ---- what it measures ---------------------------------------------------------------------------------------------
+# ---- measurements -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.real_time
 @pytest.mark.parametrize("bandwidth", [500_000_000, 1_000_000_000])
 def test_the_figures_are_those_of_the_driver(host: Host, bandwidth: int) -> None:
-    """Another speed is another figure. A busy machine makes runs slower, never faster: the best of them counts."""
+    """Figures follow the driver's speed. A busy machine only makes runs slower, so the fastest is compared."""
     host.control.set_latency(bandwidth_bytes_s=bandwidth)
     found = host.report("--gib", "0.125", "--runs", "2")
     best = {name: found["summary"]["driver"][name]["max"] * 1e9 for name in ("restore_gb_s", "checkpoint_gb_s")}
@@ -134,7 +134,7 @@ def test_the_report_for_programs(host: Host) -> None:
     found = host.report(*SMALL, "--gpu", "1")
     gpu = host.control.devices()[1]
     assert found["host"]["gpu"]["model"] == gpu.name
-    assert gpu.name.startswith("Emulated ")  # says the driver itself: no figure here can pass for hardware's
+    assert gpu.name.startswith("Emulated ")  # the figures are marked as emulated
     assert (found["host"]["gpu"]["uuid"], found["host"]["driver"]) == (gpu.uuid, "580.65.06")
     assert (found["size_bytes"], found["checkpointers"]) == (1 << 25, ["driver"])
     assert [(run["run"], run["counted"], run["bytes_equal"]) for run in found["runs"]] == [
@@ -154,12 +154,12 @@ def test_the_report_for_people(host: Host) -> None:
     assert "PROVED on Emulated T4, driver 580.65.06" in words
     for line in ("freeze, total", "  checkpoint", "  restore", "wake, total", "pinned copy to GPU"):
         assert f"\n{line}" in words
-    assert "warm-up, driver: frozen in" in done.stderr  # progress is no result
+    assert "warm-up, driver: frozen in" in done.stderr  # progress goes to stderr
     assert "every byte equal" in done.stderr
 
 
-def test_what_was_not_measured_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    """A report of a driver without pinned memory, and of a process that a library prints into."""
+def test_report_names_what_was_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """A driver without pinned memory, and a library that prints to the process's stdout."""
     figure = {"median": 1.25, "min": 1.2, "max": 1.3}
     names = ("freeze_s", "lock_s", "checkpoint_s", "cgroup_freeze_s", "wake_s", "thaw_s", "restore_s", "unlock_s")
     figures = dict.fromkeys((*names, "checkpoint_gb_s", "restore_gb_s"), figure)
@@ -187,17 +187,17 @@ def test_what_was_not_measured_is_said(capsys: pytest.CaptureFixture[str]) -> No
 def test_both_checkpointers_in_one_run(host: Host) -> None:
     found = host.report("--gib", "0.03125", "--runs", "2", "--against", "utility")
     order = [(run["run"], run["checkpointer"]) for run in found["runs"]]
-    assert order[2:] == [(1, "driver"), (1, "utility"), (2, "utility"), (2, "driver")]  # each goes first in turn
+    assert order[2:] == [(1, "driver"), (1, "utility"), (2, "utility"), (2, "driver")]  # they go first alternately
     assert found["ratio"]["wake_s"]["min"] > 0
     assert set(found["summary"]) == {"driver", "utility", "pinned"}
     done = host.run(*SMALL, "--against", "utility")
     assert "UTILITY / DRIVER" in done.stdout
 
 
-# ---- what a host can fail at --------------------------------------------------------------------------------------
+# ---- failures of a host ------------------------------------------------------------------------------------------
 
 
-def test_a_byte_that_differs_is_the_worst_outcome(host: Host) -> None:
+def test_changed_byte_is_the_worst_outcome(host: Host) -> None:
     host.control.set_latency(bandwidth_bytes_s=SLOW)
     with host.started(*SMALL) as process:
         host.wait_for("CHECKPOINTED")
@@ -209,7 +209,7 @@ def test_a_byte_that_differs_is_the_worst_outcome(host: Host) -> None:
     assert "idle: never" in out
 
 
-def test_a_program_that_dies_asleep_is_a_failure(host: Host) -> None:
+def test_program_that_dies_frozen_is_a_failure(host: Host) -> None:
     host.control.set_latency(bandwidth_bytes_s=SLOW)
     with host.started(*SMALL, "--json") as process:
         os.kill(host.wait_for("CHECKPOINTED").pid, signal.SIGKILL)
@@ -220,7 +220,7 @@ def test_a_program_that_dies_asleep_is_a_failure(host: Host) -> None:
 
 
 @pytest.mark.parametrize(("operation", "step"), [("lock", "lock"), ("checkpoint", "checkpoint"), ("restore", "wake")])
-def test_a_driver_that_refuses_is_a_failure_that_names_the_step(host: Host, operation: str, step: str) -> None:
+def test_driver_refusal_is_a_failure_that_names_the_step(host: Host, operation: str, step: str) -> None:
     host.control.fault(operation, "NOT_SUPPORTED", times=0)
     done = host.run(*SMALL)
     host.control.clear_faults()
@@ -230,7 +230,7 @@ def test_a_driver_that_refuses_is_a_failure_that_names_the_step(host: Host, oper
     assert "answered 801" in done.stdout
 
 
-def test_a_driver_that_hangs_ends_at_the_deadline(host: Host, tmp_path: Path) -> None:
+def test_hanging_driver_ends_at_the_deadline(host: Host, tmp_path: Path) -> None:
     config = tmp_path / "agent.yaml"
     config.write_text("gpu: {lock_timeout: 200ms, operation_timeout: 1s}")
     host.control.fault("checkpoint", "HANG")
@@ -240,8 +240,8 @@ def test_a_driver_that_hangs_ends_at_the_deadline(host: Host, tmp_path: Path) ->
     assert json.loads(done.stdout)["verdict"]["reason"] == "DRIVER_OPERATION_LOST"
 
 
-def test_a_call_that_was_made_good_is_told_of(host: Host) -> None:
-    """Every byte is there, but an unlock did nothing at first: proved, and worth a look."""
+def test_repeated_call_is_reported(host: Host) -> None:
+    """All bytes are correct, but an unlock had to be repeated: proved, with a warning."""
     host.control.fault("unlock", "NOT_READY", skip=1)
     found = host.report(*SMALL)
     host.control.clear_faults()
@@ -252,8 +252,8 @@ def test_a_call_that_was_made_good_is_told_of(host: Host) -> None:
 
 
 @pytest.mark.root
-def test_without_a_cgroup_it_is_proved_by_signals(host: Host) -> None:
-    """In a mount namespace where cgroups can be read only."""
+def test_without_a_cgroup_it_is_proved_with_signals(host: Host) -> None:
+    """In a mount namespace with read-only cgroups."""
     mount = find_v2_mount(Path("/proc/self/mountinfo").read_text())
     if os.geteuid() != 0 or mount is None or shutil.which("unshare") is None:
         pytest.skip("needs root, cgroup v2 and unshare(1)")
@@ -272,7 +272,7 @@ def test_without_a_cgroup_it_is_proved_by_signals(host: Host) -> None:
     assert "SIGSTOP" in next(check["reason"] for check in found["checks"] if check["name"] == "freezer")
 
 
-# ---- what must be there before ------------------------------------------------------------------------------------
+# ---- requirements ------------------------------------------------------------------------------------------------
 
 
 def failing(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, str]]:
@@ -282,7 +282,7 @@ def failing(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, str]]
     return {check["name"]: check for check in found["checks"] if check["level"] == "FAIL"}
 
 
-def test_a_gpu_that_an_agent_drives_is_left_alone(host: Host) -> None:
+def test_gpu_in_use_by_an_agent_is_not_tested(host: Host) -> None:
     locks = GpuLocks()
     locks.acquire([host.control.devices()[0].uuid])
     try:
@@ -293,13 +293,13 @@ def test_a_gpu_that_an_agent_drives_is_left_alone(host: Host) -> None:
     assert "stop the agent" in missing["gpu lock"]["fix"]
 
 
-def test_too_little_gpu_memory_says_how_much_there_is(host: Host) -> None:
+def test_too_little_gpu_memory_names_the_free_amount(host: Host) -> None:
     missing = failing(host.run("--gib", "1.5", "--json"))
     assert "1.00 of 1.00 GiB free; the test needs 1.50" in missing["gpu memory"]["reason"]
     assert "--gib 0.5 or less" in missing["gpu memory"]["fix"]
 
 
-def test_all_that_is_missing_is_said_at_once(host: Host) -> None:
+def test_all_missing_requirements_are_reported_at_once(host: Host) -> None:
     missing = failing(host.run("--gib", "2000", "--gpu", "9", "--json"))
     assert set(missing) >= {"host memory", "gpu"}
     assert host.control.devices()[1].uuid in missing["gpu"]["fix"]
@@ -309,7 +309,7 @@ def test_a_host_without_a_driver(host: Host) -> None:
     assert "driver" in failing(host.run(*SMALL, "--json", LD_LIBRARY_PATH=""))
 
 
-def test_what_the_agent_would_not_do_is_not_tried_for_a_comparison(host: Host) -> None:
+def test_comparison_skips_what_the_agent_would_not_do(host: Host) -> None:
     """Without persistence mode a restore by the program kills its target."""
     gpus = [device.uuid for device in host.control.devices()]
     for uuid in gpus:
@@ -324,7 +324,7 @@ def test_what_the_agent_would_not_do_is_not_tried_for_a_comparison(host: Host) -
     assert "leave --against out" in missing["utility: persistence"]["fix"]
 
 
-def test_the_agents_configuration_counts(host: Host, tmp_path: Path) -> None:
+def test_agents_configuration_is_used(host: Host, tmp_path: Path) -> None:
     config = tmp_path / "agent.yaml"
     config.write_text("gpu: {host_memory_reserve: 900TiB}")
     assert set(failing(host.run(*SMALL, "--json", "--config", config))) == {"host memory"}
@@ -335,13 +335,13 @@ def test_the_agents_configuration_counts(host: Host, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("--gib", "2"), ("--runs", "1"), ("--gpu", "0"), ("--against", "utility")])
-def test_options_of_a_selftest_without_one(run: Run, words: tuple[str, str]) -> None:
+def test_selftest_options_without_selftest(run: Run, words: tuple[str, str]) -> None:
     done = run("doctor", *words)
     assert (done.code, done.out) == (2, "")
     assert "--selftest" in done.err
 
 
-# ---- however it ends, nothing stays -------------------------------------------------------------------------------
+# ---- clean-up ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -353,9 +353,7 @@ def test_options_of_a_selftest_without_one(run: Run, words: tuple[str, str]) -> 
         ("CHECKPOINTED", signal.SIGKILL, -9),
     ],
 )
-def test_a_command_that_is_ended_takes_everything_along(
-    host: Host, state: str, number: signal.Signals, code: int
-) -> None:
+def test_ended_command_cleans_up(host: Host, state: str, number: signal.Signals, code: int) -> None:
     host.control.set_latency(bandwidth_bytes_s=SLOW)
     with host.started(*SMALL) as process:
         host.wait_for(state)
@@ -365,7 +363,7 @@ def test_a_command_that_is_ended_takes_everything_along(
     host.assert_clean()
 
 
-def test_its_own_process_is_killed(host: Host) -> None:
+def test_killed_process_is_cleaned_up(host: Host) -> None:
     """The kernel ends the program, frozen or not, and the command removes the empty cgroup."""
     host.control.set_latency(bandwidth_bytes_s=SLOW)
     with host.started(*SMALL) as process:

@@ -1,4 +1,4 @@
-"""s.yaml files: Function Compute's own example, what is refused and where, what is warned about."""
+"""s.yaml files: Function Compute's example, errors with their lines, warnings."""
 
 from __future__ import annotations
 
@@ -9,20 +9,10 @@ import pytest
 
 from agent.cli.fc3.load import Deployment, HttpTrigger, load_s_yaml
 from agent.core.errors import ConfigError, NotFoundError
-from agent.core.types import (
-    GIB,
-    MIB,
-    SECOND_NS,
-    DispatchPolicy,
-    GpuNeed,
-    HealthCheck,
-    Hook,
-    Hooks,
-    IdleMode,
-)
+from agent.core.types import GIB, MIB, SECOND_NS, DispatchPolicy, GpuNeed, HealthCheck, Hook, Hooks, IdleMode
 
 EXAMPLE = Path(__file__).with_name("gpu-best-practice.s.yaml")
-"""From Function Compute's page on real-time inference, as it stands there."""
+"""From Function Compute's page on real-time inference, unchanged."""
 
 HEAD = """\
 edition: 3.0.0
@@ -57,7 +47,7 @@ def refusal(path: Path) -> str:
     return caught.value.message
 
 
-def test_function_computes_own_example_works_as_it_is() -> None:
+def test_function_computes_example_works_unchanged() -> None:
     (found,) = load_s_yaml(EXAMPLE)
     spec = found.function
     assert spec.name == "gpu-porn-detection"
@@ -90,7 +80,7 @@ def test_defaults_are_function_computes(tmp_path: Path) -> None:
     assert found.warnings == ()
 
 
-def test_everything_that_has_a_meaning(tmp_path: Path) -> None:
+def test_every_supported_key(tmp_path: Path) -> None:
     props = """\
     cpu: 1.5
     instanceConcurrency: 20
@@ -143,10 +133,10 @@ def test_everything_that_has_a_meaning(tmp_path: Path) -> None:
         ("gpuConfig: {}\nprovisionConfig: {alwaysAllocateGPU: true}\n", IdleMode.NEVER),
         ("gpuConfig: {}\nalwaysAllocateGPU: true\n", IdleMode.NEVER),
         ("gpuConfig: {}\nalwaysAllocateGPU: true\nhibernode: {idle: prefer}\n", IdleMode.PREFER),
-        ("cpu: 1\n", IdleMode.NEVER),  # without a GPU there is nothing to give back
+        ("cpu: 1\n", IdleMode.NEVER),  # there is no GPU to release
     ],
 )
-def test_when_an_instance_may_sleep(tmp_path: Path, props: str, mode: IdleMode) -> None:
+def test_when_an_instance_may_freeze(tmp_path: Path, props: str, mode: IdleMode) -> None:
     assert load(tmp_path, props).function.idle.mode is mode
 
 
@@ -167,7 +157,7 @@ def test_how_many_gpus_and_what_is_billed(tmp_path: Path, props: str, count: int
 
 
 @pytest.mark.parametrize(
-    ("props", "said"),
+    ("props", "problem"),
     [
         ("timeout: 86401", "s.yaml:11: resources.ocr.props.timeout: expected a whole number <= 86400"),
         ("timeout: 0", "timeout: expected a whole number >= 1"),
@@ -208,22 +198,22 @@ def test_how_many_gpus_and_what_is_billed(tmp_path: Path, props: str, count: int
         ("region: [", "not YAML"),
     ],
 )
-def test_what_is_wrong_is_named_with_line_and_key(tmp_path: Path, props: str, said: str) -> None:
-    assert said in refusal(written(tmp_path, props + "\n"))
+def test_errors_name_line_and_key(tmp_path: Path, props: str, problem: str) -> None:
+    assert problem in refusal(written(tmp_path, props + "\n"))
 
 
-def test_a_line_is_that_of_the_value_itself(tmp_path: Path) -> None:
+def test_error_has_the_line_of_the_value(tmp_path: Path) -> None:
     path = written(tmp_path, "triggers:\n  - triggerName: a\n    triggerConfig:\n      authType: anonymous\n  - 5\n")
     assert refusal(path).startswith("s.yaml:15: resources.ocr.props.triggers[1]: expected a mapping")
 
 
-def test_environment_variables_may_hold_four_kilobytes_together(tmp_path: Path) -> None:
+def test_environment_variables_have_at_most_four_kilobytes(tmp_path: Path) -> None:
     assert load(tmp_path, f"environmentVariables: {{A: {'x' * 4095}}}\n").function.environment
     assert "has 4097 bytes in total" in refusal(written(tmp_path, f"environmentVariables: {{A: {'x' * 4096}}}\n"))
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "problem"),
     [
         ("functionName: ocr", "functionName: o c r", "functionName: must be 1 to 64 letters"),
         ("functionName: ocr", "functionName: " + "a" * 65, "functionName: must be 1 to 64 letters"),
@@ -238,14 +228,14 @@ def test_environment_variables_may_hold_four_kilobytes_together(tmp_path: Path) 
         ("    props:", "    props: 5\n    x:", "ocr.props: is required: a mapping"),
     ],
 )
-def test_what_is_wrong_around_the_props(tmp_path: Path, before: str, after: str, said: str) -> None:
+def test_errors_outside_the_props(tmp_path: Path, before: str, after: str, problem: str) -> None:
     path = written(tmp_path)
     path.write_text(path.read_text().replace(before, after))
-    assert said in refusal(path)
+    assert problem in refusal(path)
 
 
 @pytest.mark.parametrize(
-    ("props", "said"),
+    ("props", "problem"),
     [
         ("vpcConfig: {vpcId: v}\n", "s.yaml:11: resources.ocr.props.vpcConfig: is configured on your hosts"),
         ("role: acs:ram::1:role/x\n", "props.role: has no effect: instances get no cloud credentials"),
@@ -257,11 +247,11 @@ def test_what_is_wrong_around_the_props(tmp_path: Path, before: str, after: str,
         ("timeout: 3\n", "has no gpuConfig: the instances get no GPU"),
     ],
 )
-def test_what_has_no_effect_is_never_silent(tmp_path: Path, props: str, said: str) -> None:
-    assert any(said in warning for warning in load(tmp_path, props).warnings), load(tmp_path, props).warnings
+def test_keys_without_effect_give_warnings(tmp_path: Path, props: str, problem: str) -> None:
+    assert any(problem in warning for warning in load(tmp_path, props).warnings), load(tmp_path, props).warnings
 
 
-def test_a_hook_that_is_a_command_is_not_called_over_http(tmp_path: Path) -> None:
+def test_command_hook_is_not_called(tmp_path: Path) -> None:
     spec = load(tmp_path, "instanceLifecycleConfig: {initializer: {command: [sh, warm.sh]}}\n").function
     assert spec.hooks.initializer is None
 
@@ -304,13 +294,13 @@ resources:
     assert (second.resource, second.function.name, second.function.image) == ("two", "ocr-two", spec.image)
 
 
-def test_a_variable_defined_by_itself_is_refused(tmp_path: Path) -> None:
+def test_variable_that_refers_to_itself_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "region: ${vars.a}\n")
     path.write_text("vars: {a: '${vars.b}', b: 'x${vars.a}'}\n" + path.read_text())
     assert refusal(path) == "s.yaml:1: vars.a: vars.b refers to itself"
 
 
-def test_a_file_that_grows_without_end_is_refused(tmp_path: Path) -> None:
+def test_file_that_expands_without_limit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     levels = "".join(f"  l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 9))
     path.write_text("vars:\n  l0: &l0 [x]\n" + levels)
@@ -333,7 +323,7 @@ def test_one_resource_of_several(tmp_path: Path) -> None:
         load_s_yaml(path, "dns")
 
 
-def test_two_functions_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_repeated_function_name_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path)
     again = HEAD.partition("resources:\n")[2].replace("  ocr:", "  again:") + IMAGE
     path.write_text(path.read_text() + again)
@@ -341,11 +331,11 @@ def test_two_functions_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"5", b"\xff\xfe\x00", b"a: !!python/object:os.system x", b"- - - -"])
-def test_what_is_no_s_yaml_at_all(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_not_an_s_yaml(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "s.yaml"
     path.write_bytes(content)
     assert refusal(path).startswith("s.yaml")
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     assert "No such file or directory; name the file with -t" in refusal(tmp_path / "nowhere.yaml")

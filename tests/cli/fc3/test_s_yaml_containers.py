@@ -1,4 +1,4 @@
-"""What only images have in an s.yaml: registry login, volumes and limits of their containers."""
+"""Keys of an s.yaml for containers: registry login, volumes, limits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from agent.core.types import GIB, ContainerOptions, RegistryLogin, Volume
 from tests.cli.fc3.test_s_yaml import IMAGE, load, refusal, written
 
 
-def test_everything_that_only_containers_have(tmp_path: Path) -> None:
-    """Texts stay as they are written: to YAML a user 1000:1000 is the number 61000, and 0123 is 83."""
+def test_every_container_key(tmp_path: Path) -> None:
+    """Texts are kept as written, although YAML reads 1000:1000 as 61000 and 0123 as 83."""
     props = """\
     hibernode:
       shmSize: 8GiB
@@ -48,7 +48,7 @@ def test_everything_that_only_containers_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("props", "said"),
+    ("props", "problem"),
     [
         ("hibernode: {shmSize: 8}", "hibernode.shmSize: expected a size with its unit"),
         ("hibernode: {shmSize: 8192TiB}", "hibernode.shmSize: must be 0 to"),
@@ -69,12 +69,12 @@ def test_everything_that_only_containers_have(tmp_path: Path) -> None:
         ("environmentVariables: {FCGPU_RUNTIME_SHMSIZE: 8GiB}", "FCGPU_RUNTIME_SHMSIZE: must be a number of bytes"),
     ],
 )
-def test_what_is_wrong_with_a_container_is_named_with_line_and_key(tmp_path: Path, props: str, said: str) -> None:
-    assert said in refusal(written(tmp_path, props + "\n"))
+def test_container_errors_name_line_and_key(tmp_path: Path, props: str, problem: str) -> None:
+    assert problem in refusal(written(tmp_path, props + "\n"))
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "problem"),
     [
         ("webServerMode: false", "customContainerConfig.webServerMode: must not be false"),
         ("registryConfig: {authConfig: {userName: me}}", "authConfig.password: required"),
@@ -86,17 +86,17 @@ def test_what_is_wrong_with_a_container_is_named_with_line_and_key(tmp_path: Pat
         ("image: host\n        command: [a]\n        registryConfig: {}", "registryConfig: is for images"),
     ],
 )
-def test_what_is_wrong_with_an_image_is_named_and_no_secret_is(tmp_path: Path, config: str, said: str) -> None:
+def test_image_errors_contain_no_secret(tmp_path: Path, config: str, problem: str) -> None:
     image = (
         IMAGE.replace("image: registry.example/ocr:1", config) if "image:" in config else f"{IMAGE}        {config}\n"
     )
     message = refusal(written(tmp_path, "", image))
-    assert said in message
+    assert problem in message
     assert "hunter2" not in message
 
 
 @pytest.mark.parametrize("option", ["shmSize: 1GiB", "user: root", "readOnlyRoot: true", "extraHosts: {a: 10.0.0.1}"])
-def test_a_process_of_the_host_has_no_container_options(tmp_path: Path, option: str) -> None:
+def test_host_process_takes_no_container_options(tmp_path: Path, option: str) -> None:
     image = IMAGE.replace("registry.example/ocr:1", "host\n        command: [serve]")
     message = refusal(written(tmp_path, f"hibernode: {{{option}}}\n", image))
     assert f"hibernode.{option.partition(':')[0]}: is for images" in message

@@ -1,4 +1,4 @@
-"""Whatever an s.yaml holds: it is read, or refused with its place. Never anything else."""
+"""Any s.yaml is either loaded or refused with its line."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @given(place=st.sampled_from(places(WHOLE)), value=values, beside=st.booleans())
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_value_anywhere(tmp_path: Path, place: tuple[Any, ...], value: object, beside: bool) -> None:
-    """`beside`: as another key next to it, else in its place."""
+    """`beside`: adds the value as another key, else replaces the value."""
     document = copy.deepcopy(WHOLE)
     parent: Any = document
     for key in place[:-1]:

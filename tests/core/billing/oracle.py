@@ -1,4 +1,4 @@
-"""What the scheduler's sums of usage are compared with: the cost of windows, one by one."""
+"""The cost of usage windows one by one, the oracle for the scheduler's sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The meter against a brute-force oracle: union of requests, sums, contiguity, and what a crash may lose."""
+"""The meter against a brute-force oracle: union of requests, sums, contiguity, and losses by a crash."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sums(windows: list[UsageWindow]) -> tuple[int, int, int]:
 
 
 def check_ledger(windows: list[UsageWindow]) -> None:
-    """What every ledger of one instance in one boot must be."""
+    """Assert the invariants of one instance's ledger within a boot."""
     for window in windows:
         assert window.active_ns >= 0
         assert window.idle_ns >= 0
@@ -49,7 +49,7 @@ def check_ledger(windows: list[UsageWindow]) -> None:
 
 
 def test_three_overlapping_requests_are_billed_once() -> None:
-    """FC's own example: three 10 s requests at concurrency 10 are 10 s of active time."""
+    """FC's example: three 10 s requests at concurrency 10 are 10 s of active time."""
     account = meter()
     for _ in range(3):
         account.request_began(100)
@@ -61,7 +61,7 @@ def test_three_overlapping_requests_are_billed_once() -> None:
     assert (window.function, window.gpu_model, window.gpu_memory_bytes) == ("ocr", "NVIDIA L20", 48 * GIB)
 
 
-def test_a_request_that_spans_windows_is_active_in_each_and_counted_at_its_grant() -> None:
+def test_request_over_two_windows_is_active_in_both_counted_in_first() -> None:
     account = meter()
     account.request_began(10)
     first = account.seal(60, WALL + 60)
@@ -156,7 +156,7 @@ def test_late_events_shorten_a_bill_never_lengthen_it() -> None:
     assert account.open_window(0).start_wall_ns == WALL + 210
 
 
-def test_an_end_without_a_beginning_changes_nothing_but_is_counted() -> None:
+def test_unmatched_end_is_counted_and_changes_nothing_else() -> None:
     account = meter()
     account.request_ended(10)
     assert account.unmatched_ends == 1
@@ -175,7 +175,7 @@ def test_a_snapshot_changes_nothing() -> None:
     assert window.active_ns == 30
 
 
-def test_a_function_that_names_no_gpu_memory_is_billed_by_the_card() -> None:
+def test_function_without_gpu_memory_is_billed_by_the_card() -> None:
     small = Subject.of("i", FunctionSpec("f"), node="n", boot_id="b")
     on_card = Placement("NVIDIA A10", ("GPU-0",), 24 * GIB)
     account = Meter(small, BillingPolicy(), state=InstanceState.FROZEN, at=0, wall=WALL, placement=on_card)
@@ -187,7 +187,7 @@ def test_a_function_that_names_no_gpu_memory_is_billed_by_the_card() -> None:
 
 @dataclass
 class Life:
-    """A random life, and the same life ns by ns: the oracle paints every nanosecond with one kind."""
+    """A random life of an instance, whose oracle paints every nanosecond with one kind."""
 
     account: Meter
     painted: list[BilledAs] = field(default_factory=list)
@@ -254,7 +254,7 @@ def test_every_nanosecond_has_the_kind_the_oracle_gives_it(steps: list[tuple[int
 
 @given(STEPS, st.integers(1, 800), st.integers(0, 500), st.booleans(), st.integers(1, 100))
 @settings(max_examples=150, deadline=None)
-def test_a_kill_at_any_point_loses_at_most_a_flush_of_active_time_and_adds_none(
+def test_kill_loses_at_most_one_flush_of_active_time_and_adds_none(
     steps: list[tuple[int, str]], killed_at: int, away: int, survived: bool, flush: int
 ) -> None:
     life = Life(meter())
@@ -336,7 +336,7 @@ def test_a_gap_while_waiting_for_a_gpu_stays_unbilled() -> None:
     assert sums([gap]) == (0, 0, 4_000)
 
 
-def test_a_gap_in_an_image_pull_stays_unbilled_though_starting_is_billed() -> None:
+def test_gap_during_an_image_pull_stays_unbilled() -> None:
     pulling = Meter(subject(), BillingPolicy(), state=InstanceState.STARTING, at=0, wall=WALL, unbilled=True)
     _, gap = gap_after(pulling.open_window(1_000), same_process=True)
     assert sums([gap]) == (0, 0, 4_000)

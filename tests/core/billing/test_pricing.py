@@ -115,7 +115,7 @@ def test_a10_is_not_a100() -> None:
     assert not ampere.matches("NVIDIA A100-SXM4-80GB")
 
 
-def test_a_model_without_factors_is_said_and_its_gpu_part_left_out() -> None:
+def test_model_without_factors_has_no_gpu_cost() -> None:
     (price,) = book().prices
     spent = cost(replace(window(), gpu_model="Voodoo 2"), price)
     assert spent.gpu_unpriced
@@ -165,7 +165,7 @@ def test_quantities_are_what_the_factors_multiply() -> None:
         ("123456789012345678901234567890.1", "123456789012345678901234567890.100000"),
     ],
 )
-def test_rounding_is_half_to_even_and_does_not_lose_large_amounts(amount: str, shown: str) -> None:
+def test_rounding_is_half_to_even_for_large_amounts_too(amount: str, shown: str) -> None:
     assert str(rounded(Fraction(amount))) == shown
 
 

@@ -1,4 +1,4 @@
-"""The dispatcher's rules, one story a test (DESIGN section 9)."""
+"""The dispatcher's rules, one story a test (agent/docs/design.md, section 9)."""
 
 from __future__ import annotations
 

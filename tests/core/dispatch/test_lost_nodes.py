@@ -27,9 +27,7 @@ NO_MORE = FunctionSet("ocr", expects_instances=False)
     [(NodeSuspect("n1"), []), (NodeLost("n1"), [Refuse(1, RefusalReason.NO_CAPACITY)])],
     ids=["suspect", "lost"],
 )
-def test_new_requests_are_refused_while_all_instances_are_on_a_lost_node(
-    silence: Event, answer: list[Refuse]
-) -> None:
+def test_new_requests_are_refused_while_all_instances_are_on_a_lost_node(silence: Event, answer: list[Refuse]) -> None:
     story = Story(NO_MORE, instance("a"), silence)
     assert story.arrive(1) == answer
 

@@ -1,4 +1,4 @@
-"""What doctor says about a host, and whether its instances may sleep: row by row."""
+"""The capability lines of hosts, and whether they allow idle mode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CUDA = {535: 12020, 550: 12040, 555: 12050, 570: 12080, 575: 12090, 580: 13000, 
 
 
 def host(branch: int, **facts: object) -> HostFacts:
-    """A good host, but for its driver and `facts`."""
+    """A host without problems except `facts`."""
     return replace(GOOD, driver_version=f"{branch}.42.01", cuda=CUDA[branch], **facts)  # type: ignore[arg-type]
 
 
@@ -58,8 +58,8 @@ def test_the_names_of_the_lines_are_an_interface() -> None:
 @pytest.mark.parametrize("setting", ["auto", "driver", "utility"])
 @pytest.mark.parametrize("program", ["", PROGRAM])
 @pytest.mark.parametrize("branch", CUDA)
-def test_what_a_driver_is_asked_through(branch: int, setting: str, program: str) -> None:
-    """The rule, said the other way round: a table of who has what."""
+def test_checkpointer_by_driver_setting_and_program(branch: int, setting: str, program: str) -> None:
+    """The expected checkpointer, written as a table."""
     api = {"driver"} if branch >= 570 else set()
     utility = {"utility"} if branch >= 555 and program else set()
     wanted = {"auto": ["driver", "utility"], "driver": ["driver"], "utility": ["utility"]}[setting]
@@ -86,7 +86,7 @@ def test_what_a_driver_is_asked_through(branch: int, setting: str, program: str)
         (replace(GOOD, cuda=12060, checkpointer="driver"), "no checkpoint API", "remove the cuda-compat package"),
     ],
 )
-def test_where_nothing_can_checkpoint_the_fix_fits_the_driver(facts: HostFacts, said: str, fix: str) -> None:
+def test_fix_without_a_checkpointer_fits_the_driver(facts: HostFacts, said: str, fix: str) -> None:
     found = find_capabilities(facts)
     assert found.checkpointer == ""
     assert said in line(found, "checkpoint").reason
@@ -165,8 +165,8 @@ MISCONFIGURED: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("name", MISCONFIGURED)
 @pytest.mark.parametrize("branch", CUDA)
-def test_every_misconfiguration_forbids_idle_mode_under_every_driver(branch: int, name: str) -> None:
-    """Whatever the driver can; and its line says what to do, also beside the driver's own trouble."""
+def test_misconfiguration_forbids_idle_mode_with_any_driver(branch: int, name: str) -> None:
+    """The line has a fix even if the driver has a problem too."""
     found = find_capabilities(host(branch, utility=PROGRAM, **MISCONFIGURED[name]))
     assert not found.idle_mode
     assert not found.migration
@@ -184,7 +184,7 @@ def test_without_persistence_mode_a_restore_needs_cuinit_first(branch: int) -> N
 
 
 @pytest.mark.parametrize("trouble", NvmlTrouble)
-def test_without_an_answer_of_nvml_there_is_one_thing_to_do(trouble: NvmlTrouble) -> None:
+def test_nvml_failure_has_one_fix(trouble: NvmlTrouble) -> None:
     found = find_capabilities(HostFacts("", (), 0, "x86_64", trouble=trouble, trouble_text="its own word"))
     assert (found.idle_mode, found.checkpointer, failing(found)) == (False, "", {"driver"})
     assert "its own word" in found.lines[0].reason
@@ -199,7 +199,7 @@ def test_gpus_are_named_by_index_as_nvidia_smi_takes_them() -> None:
     assert found.fix == "nvidia-smi -i 3,5 -mig 0"
 
 
-def test_a_refusal_names_the_first_reason_its_fix_and_that_there_are_more() -> None:
+def test_refusal_names_the_first_failure_and_counts_the_others() -> None:
     alone = find_capabilities(replace(GOOD, mps=True))
     assert alone.refusal == f"{line(alone, 'mps').reason} (to do: echo quit | nvidia-cuda-mps-control)"
     several = find_capabilities(host(535, mps=True, machine="riscv64"))
@@ -217,7 +217,7 @@ def test_the_branch_is_the_first_number(version: str, branch: int) -> None:
     assert driver_branch(version) == branch
 
 
-def test_the_host_adds_where_instances_live_and_what_stands_in_the_way() -> None:
+def test_host_lines_add_the_cgroup_and_an_unavailable_checkpointer() -> None:
     found = find_capabilities(GOOD)
     fenced, trees = host_lines(found, "/sys/fs/cgroup/hibernode-1", ""), host_lines(found, "", "no worker started")
     assert (fenced[-1].name, fenced[-1].level) == ("cgroup", "OK")

@@ -1,4 +1,4 @@
-"""The map of a restore onto other GPUs: always a permutation of the host's GPUs within their models."""
+"""The GPU map of a restore is a permutation of the host's GPUs within their models."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ HOST = {"A": "L20", "B": "L20", "C": "L20", "D": "T4"}
         ((), (), {}),
     ],
 )
-def test_who_stays_stays_and_who_leaves_changes_places(
-    old: tuple[str, ...], new: tuple[str, ...], expected: dict[str, str]
-) -> None:
+def test_shared_gpus_stay_and_others_swap(old: tuple[str, ...], new: tuple[str, ...], expected: dict[str, str]) -> None:
     assert device_map(old, new, HOST) == expected
 
 
 @pytest.mark.parametrize(("old", "new"), [(("A",), ("D",)), (("A",), ("A", "B")), (("A",), ("X",)), (("X",), ("A",))])
-def test_what_no_driver_would_do_is_not_asked_of_it(old: tuple[str, ...], new: tuple[str, ...]) -> None:
+def test_impossible_map_raises(old: tuple[str, ...], new: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="can't wake on"):
         device_map(old, new, HOST)
 

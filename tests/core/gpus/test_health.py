@@ -1,4 +1,4 @@
-"""When a GPU is fit to be given: the table of XIDs, samples that fail, a driver that is silent."""
+"""Cordons by GPU health: XIDs, failed samples, a silent driver."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LOST_A = (GpuSample(A, error="GPU is lost", lost=True), GpuSample(B))
 
 
 def play(*events: Event, health: Health | None = None) -> tuple[Health, list[Effect]]:
-    """One event a second."""
+    """Apply one event per second."""
     health = health or healthy([A, B], 0, LIMITS)
     effects: list[Effect] = []
     for second, event in enumerate(events, 1):
@@ -43,7 +43,7 @@ def play(*events: Event, health: Health | None = None) -> tuple[Health, list[Eff
 
 
 @pytest.mark.parametrize("code", [46, 48, 54, 62, 64, 74, 79, 95, 110, 119, 120, 136, 140, 143, 151, 156, 158])
-def test_an_xid_of_hardware_or_driver_is_the_end_until_somebody_looks(code: int) -> None:
+def test_fatal_xid_puts_a_lasting_cordon(code: int) -> None:
     _, (cordon,) = play(Xid(A, code))
     assert cordon == PutCordon((A,), f"XID_{code}: {meaning_of(code).text}", "xid", lasting=True)
 
@@ -51,17 +51,17 @@ def test_an_xid_of_hardware_or_driver_is_the_end_until_somebody_looks(code: int)
 @pytest.mark.parametrize(
     "code", [13, 31, 43, 45, 63, 68, 69, 92, 94, 109, 121, 137, 141, 144, 150, 154, 155, 157, 99999]
 )
-def test_an_xid_of_a_program_and_an_unknown_one_are_notes(code: int) -> None:
+def test_xids_of_programs_and_unknown_ones_put_no_cordon(code: int) -> None:
     assert play(Xid(A, code))[1] == []
     assert meaning_of(code).text
 
 
-def test_no_code_is_both() -> None:
+def test_no_xid_is_both_fatal_and_a_note() -> None:
     assert xid_codes._FATAL.keys().isdisjoint(xid_codes._NOTES)
 
 
-def test_an_xid_of_a_gpu_that_is_not_ours_changes_nothing() -> None:
-    assert play(Xid("GPU-of-somebody", 79))[1] == []
+def test_xid_of_an_unknown_gpu_is_ignored() -> None:
+    assert play(Xid("GPU-unknown", 79))[1] == []
 
 
 def test_a_lost_gpu_is_cordoned_once_and_for_good() -> None:
@@ -72,11 +72,11 @@ def test_a_lost_gpu_is_cordoned_once_and_for_good() -> None:
     assert "GPU is lost" in cordon.reason
 
 
-def test_a_failed_sample_or_two_are_nothing() -> None:
+def test_few_failed_samples_put_no_cordon() -> None:
     assert play(*[Sampled(BAD_A), Sampled(BAD_A), Sampled(GOOD)] * 5)[1] == []
 
 
-def test_failures_in_a_row_cordon_and_good_ones_in_a_row_lift() -> None:
+def test_failed_samples_in_a_row_cordon_and_good_ones_lift() -> None:
     bad, good = Sampled(BAD_A), Sampled(GOOD)
     health, effects = play(bad, bad, bad, bad)
     assert effects == [PutCordon((A,), "NVML_ERROR: Unknown Error", NVML, lasting=False)]
@@ -100,10 +100,9 @@ def test_a_silent_driver_cordons_all_until_it_answers() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_a_random_walk_keeps_the_cordons_it_should(seed: int) -> None:
     dice, health, now_ns = random.Random(seed), healthy([A, B], 0, LIMITS), 0
-    [Sampled(GOOD), Sampled(BAD_A), NoAnswer(), Sampled(LOST_A)]
     steps: list[Event] = [Sampled(GOOD), Sampled(BAD_A), NoAnswer(), Sampled(LOST_A)]
     in_force: set[tuple[str, str]] = set()
-    rows, well, answered_ns, ever_lost = 0, 0, 0, False
+    bad, good, answered_ns, ever_lost = 0, 0, 0, False
     for _ in range(500):
         now_ns += dice.choice([1, 1, 1, 4]) * SECOND_NS
         event = dice.choices(steps, [10, 6, 5, 0.02])[0]
@@ -116,14 +115,14 @@ def test_a_random_walk_keeps_the_cordons_it_should(seed: int) -> None:
                 (in_force.add if isinstance(effect, PutCordon) else in_force.discard)(place)
         if isinstance(event, Sampled):
             answered_ns = now_ns
-            ill = event.samples[0]
-            ever_lost |= ill.lost
-            rows = rows + 1 if ill.error and not ill.lost else (rows if ill.lost else 0)
-            well = 0 if ill.error else well + 1
+            sample = event.samples[0]
+            ever_lost |= sample.lost
+            bad = bad + 1 if sample.error and not sample.lost else (bad if sample.lost else 0)
+            good = 0 if sample.error else good + 1
         silent = isinstance(event, NoAnswer) and now_ns - answered_ns >= LIMITS.silent_ns
         assert ((B, SILENT) in in_force) is ((A, SILENT) in in_force) is silent
         assert ((A, LOST) in in_force) is ever_lost
-        failing = (rows >= LIMITS.bad_samples or was_failing) and well < LIMITS.good_samples
+        failing = (bad >= LIMITS.bad_samples or was_failing) and good < LIMITS.good_samples
         assert ((A, NVML) in in_force) is failing
         assert (B, NVML) not in in_force
         assert (B, LOST) not in in_force

@@ -1,4 +1,4 @@
-"""The host-memory ledger: nothing is promised twice, nothing is promised that is not there."""
+"""The host-memory ledger reserves no byte twice, and none that the host lacks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from agent.core.gpus.host_memory import MARGIN_BYTES, MemoryLedger
 from agent.core.types import GIB
 
 
-def test_a_freeze_is_admitted_only_with_the_hosts_reserve_left_over() -> None:
+def test_freeze_is_admitted_only_beside_the_hosts_reserve() -> None:
     ledger = MemoryLedger(limit_bytes=0, reserve_bytes=2 * GIB)
     _, short = ledger.reserve("ocr", 6 * GIB, available_bytes=8 * GIB)
     assert "are more than the" in short, "the margin is missing"
@@ -27,7 +27,7 @@ def test_two_freezes_at_once_do_not_count_the_same_bytes() -> None:
     assert short
 
 
-def test_what_a_checkpoint_has_taken_is_missing_from_the_host_already() -> None:
+def test_finished_checkpoint_is_not_subtracted_twice() -> None:
     ledger, _ = MemoryLedger(0, 0).reserve("a", 6 * GIB, 10 * GIB)
     ledger = ledger.took("a", 6 * GIB)
     after, short = ledger.reserve("b", 3 * GIB, available_bytes=4 * GIB)
@@ -35,7 +35,7 @@ def test_what_a_checkpoint_has_taken_is_missing_from_the_host_already() -> None:
     assert after.outstanding_bytes == 3 * GIB
 
 
-def test_the_nodes_own_budget_is_kept() -> None:
+def test_budget_of_the_node_is_kept() -> None:
     ledger, _ = MemoryLedger(limit_bytes=8 * GIB, reserve_bytes=0).reserve("a", 6 * GIB, 100 * GIB)
     _, short = ledger.reserve("b", 3 * GIB, 100 * GIB)
     assert "gpu.frozen_memory_limit" in short

@@ -1,7 +1,7 @@
-"""Random life on a host with little memory: the ledger never promises the same byte twice, and nobody runs out of it.
+"""Random walks on a host with little memory: the ledger never reserves the same byte twice.
 
-The model keeps what is true (images really held, by whom; what everybody else uses); the ledger knows it from answers
-and, after a restart of the agent, partly from estimates.
+The model has the true sizes (images, other memory use); the ledger knows them from answers and, after a restart of the
+agent, partly from estimates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOTAL, RESERVE, LIMIT = 4096 * MIB, 256 * MIB, 2048 * MIB
 
 @dataclass
 class Life:
-    """One instance as it truly is. `wanted` while a freeze is under way, `held` while it is frozen."""
+    """The true memory of one instance: `wanted` during a freeze, `held` while it is frozen."""
 
     floor: int
     wanted: int = 0
@@ -106,7 +106,7 @@ class Host:
         self.others = max(0, self.others + self.dice.randint(-256 * MIB, max(0, min(room, 256 * MIB))))
 
     def restart(self) -> None:
-        """Freezes under way have ended one way or the other; sizes are noted, or bounded from above."""
+        """The agent restarts: freezes have ended, sizes are known or bounded from above."""
         for uid, life in list(self.lives.items()):
             if life.wanted:
                 self.freeze_ends(uid)
@@ -140,8 +140,8 @@ class Host:
         return self.measured(uid) if choice < 0.25 else self.freeze_begins(uid)
 
     def check(self) -> None:
-        assert self.to_come + RESERVE <= self.available, "a promise that can't be kept"
-        assert self.ledger.outstanding_bytes >= self.to_come, "the same bytes could be promised again"
+        assert self.to_come + RESERVE <= self.available, "reserved memory that the host lacks"
+        assert self.ledger.outstanding_bytes >= self.to_come, "the same bytes could be reserved again"
         true = sum(max(life.floor, life.wanted, life.held) for life in self.lives.values())
         assert self.ledger.reserved_bytes >= true
         assert set(self.ledger.reservations) == set(self.lives)
@@ -149,7 +149,7 @@ class Host:
 
 @pytest.mark.parametrize("limit", [0, LIMIT])
 @pytest.mark.parametrize("seed", range(8))
-def test_no_walk_promises_a_byte_twice(seed: int, limit: int) -> None:
+def test_no_byte_is_reserved_twice(seed: int, limit: int) -> None:
     host = Host(random.Random(seed), limit)
     for _ in range(1500):
         host.step()

@@ -1,7 +1,4 @@
-"""The life cycle's table: every state with every event that means something there (DESIGN section 3).
-
-`story` lines up one instance in each state; the tests then say one event and look at state and effects.
-"""
+"""The life cycle's table: every state with every event. Each test sends events to an example and checks the effects."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ def after(me: Instance, *events: ev.Event, at: int = AT) -> Instance:
 
 
 def ok(me: Instance) -> Instance:
-    """The operation under way succeeds."""
+    """The current operation succeeds."""
     return after(me, ev.Succeeded(me.op_gen))
 
 
@@ -74,7 +71,7 @@ EVENTS: list[ev.Event] = [
 ]  # fmt: skip
 
 
-def test_the_stories_are_what_their_names_say() -> None:
+def test_each_example_is_in_the_state_of_its_name() -> None:
     assert {name: me.state.value for name, me in EVERY.items()} == {
         "PULLING": "STARTING", "STARTING": "STARTING", "WARMING": "STARTING", "RUNNING": "RUNNING", "BUSY": "RUNNING",
         "LOCKING": "FREEZING",
@@ -92,7 +89,7 @@ def test_each_state_with_each_event_keeps_what_always_holds(name: str, event: ev
     runs = [effect for effect in effects if isinstance(effect, ev.Run)]
     assert len(runs) <= 1
     if before.op is not None and runs:
-        assert runs[0].op is ev.Operation.DESTROY, "one operation at a time; only an end may cut in"
+        assert runs[0].op is ev.Operation.DESTROY, "one operation at a time; only DESTROY may interrupt"
     if before.state.terminal:
         assert me.state is before.state
         assert not runs
@@ -101,14 +98,14 @@ def test_each_state_with_each_event_keeps_what_always_holds(name: str, event: ev
     if me.state in (S.RUNNING, S.FREEZING, S.RESTORING):
         assert me.holds
     if before.holds and not me.holds:
-        assert ev.ReleaseGpus() in effects, "a GPU given up is released"
+        assert ev.ReleaseGpus() in effects, "a GPU no longer held is released"
     if me.state in (S.FREEZING, S.RESTORING):
         assert me.op is not None
     assert me.gate_open == (me.state is S.RUNNING and not me.draining)
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_an_exit_ends_whatever_was(name: str) -> None:
+def test_exit_fails_or_stops_an_instance_in_any_state(name: str) -> None:
     me, effects = does(EVERY[name], ev.Exited("INSTANCE_CRASHED", "exit code 1"))
     if EVERY[name].state in (S.STOPPING, S.STOPPED):
         assert me.state in (S.STOPPING, S.STOPPED)
@@ -120,7 +117,7 @@ def test_an_exit_ends_whatever_was(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["WARMING", "LOCKING", "CHECKPOINTING", "UNLOCKING", "RESTORING", "STOPPING"])
-def test_broken_means_killed(name: str) -> None:
+def test_broken_operation_fails_and_destroys_the_instance(name: str) -> None:
     before = EVERY[name]
     me, effects = does(before, ev.Broken(before.op_gen, "UNKNOWN"))
     assert (me.state, me.reason) == (S.FAILED, "UNKNOWN")
@@ -128,7 +125,7 @@ def test_broken_means_killed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n, me in EVERY.items() if me.op is not None])
-def test_answers_of_operations_that_no_longer_count_are_nothing(name: str) -> None:
+def test_stale_answers_are_ignored(name: str) -> None:
     before = EVERY[name]
     stale = before.op_gen - 1
     for event in (ev.Succeeded(stale), ev.Refused(stale, "X"), ev.Broken(stale, "X")):
@@ -138,7 +135,7 @@ def test_answers_of_operations_that_no_longer_count_are_nothing(name: str) -> No
 # ---- freezing -------------------------------------------------------------------------------------------------------
 
 
-def test_idle_leads_to_a_freeze_after_freeze_after() -> None:
+def test_idle_instance_freezes_after_freeze_after() -> None:
     _, effects = does(BUSY, ev.LastRequestEnded())
     assert effects == [
         ev.ReportActivity(idle=True, preemptible_at_ns=AT),
@@ -147,12 +144,12 @@ def test_idle_leads_to_a_freeze_after_freeze_after() -> None:
     assert kinds(does(RUNNING, ev.IdleTimer(RUNNING.idle_gen))[1]) == ["ClosePool", "Run LOCK"]
 
 
-def test_a_timer_of_an_earlier_quiet_is_stale() -> None:
+def test_earlier_idle_timer_is_stale() -> None:
     assert does(RUNNING, ev.IdleTimer(RUNNING.idle_gen - 1)) == (RUNNING, [])
     assert does(BUSY, ev.IdleTimer(RUNNING.idle_gen)) == (BUSY, [])
 
 
-def test_always_awake_means_never_frozen() -> None:
+def test_instance_without_idle_mode_is_never_frozen() -> None:
     me = replace(RUNNING, freezable=False)
     assert kinds(does(after(me, ev.FirstRequestStarted()), ev.LastRequestEnded())[1]) == ["ReportActivity"], (
         "no idle timer"
@@ -172,7 +169,7 @@ def test_a_request_cancels_a_freeze_until_the_checkpoint() -> None:
     assert ok(unlocking).gate_open
 
 
-def test_past_the_lock_the_checkpoint_goes_on_and_the_request_gets_a_wake() -> None:
+def test_request_during_checkpoint_gets_a_wake_afterwards() -> None:
     me, effects = does(CHECKPOINTING, ev.WaitersAppeared())
     assert effects == []
     me, effects = does(me, ev.Succeeded(me.op_gen))
@@ -180,14 +177,14 @@ def test_past_the_lock_the_checkpoint_goes_on_and_the_request_gets_a_wake() -> N
     assert kinds(effects) == ["ReleaseGpus", "RequestGpus"]
 
 
-def test_a_freeze_that_the_book_ordered_is_not_cancelled() -> None:
+def test_ordered_freeze_is_not_cancelled_by_a_request() -> None:
     ordered = after(RUNNING, ev.FreezeOrdered())
     me, effects = does(ordered, ev.WaitersAppeared())
     assert effects == []
     assert kinds(does(me, ev.Succeeded(me.op_gen))[1]) == ["Run CHECKPOINT"]
 
 
-def test_a_refused_freeze_backs_off_ever_longer_but_boundedly_and_says_why() -> None:
+def test_refused_freezes_back_off_with_a_bound_and_keep_the_reason() -> None:
     me, pauses = RUNNING, []
     for _ in range(20):
         me = after(me, ev.IdleTimer(me.idle_gen))
@@ -201,7 +198,7 @@ def test_a_refused_freeze_backs_off_ever_longer_but_boundedly_and_says_why() -> 
     assert (frozen.state, frozen.refusals, frozen.refusal) == (S.FROZEN, 0, "")
 
 
-def test_one_that_refused_and_has_a_request_now_and_then_still_gives_way() -> None:
+def test_back_off_counts_from_the_refusal_despite_requests() -> None:
     me, _ = machine.step(after(RUNNING, ev.FreezeOrdered()), ev.Refused(RUNNING.op_gen + 1, "NVML_UNAVAILABLE"), AT)
     for n in range(1, 5):
         me, _ = machine.step(me, ev.FirstRequestStarted(), AT + n * SECOND_NS // 2)
@@ -210,25 +207,25 @@ def test_one_that_refused_and_has_a_request_now_and_then_still_gives_way() -> No
         assert became.preemptible_at_ns == AT + SECOND_NS, "the back-off counts from the refusal"
 
 
-def test_a_refused_order_is_told_to_the_book() -> None:
+def test_refused_order_is_reported_to_the_allocator() -> None:
     ordered = after(RUNNING, ev.FreezeOrdered())
     _, effects = does(ordered, ev.Refused(ordered.op_gen, "NOT_READY"))
     assert effects[0] == ev.OrderedFreezeRefused()
 
 
-def test_pre_freeze_500_replaces_the_instance() -> None:
+def test_failed_pre_freeze_hook_stops_the_instance() -> None:
     me, effects = does(LOCKING, ev.Refused(LOCKING.op_gen, PRE_FREEZE_FAILED, "answered 500"))
     assert (me.state, me.reason) == (S.STOPPING, PRE_FREEZE_FAILED)
     assert kinds(effects) == ["RefuseWaiters", "Run STOP"]
 
 
-def test_an_instance_that_cannot_be_unlocked_is_not_called_running() -> None:
+def test_refused_unlock_fails_the_instance() -> None:
     me, effects = does(UNLOCKING, ev.Refused(UNLOCKING.op_gen, "EXTERNALLY_FROZEN"))
     assert me.state is S.FAILED
     assert kinds(effects)[0] == "Run DESTROY"
 
 
-def test_a_drain_closes_the_gate_and_freezes_with_the_last_request() -> None:
+def test_drain_closes_the_gate_and_freezes_after_the_last_request() -> None:
     assert not DRAINING.gate_open
     me, effects = does(DRAINING, ev.LastRequestEnded())
     assert kinds(effects) == ["ClosePool", "Run LOCK"]
@@ -238,15 +235,15 @@ def test_a_drain_closes_the_gate_and_freezes_with_the_last_request() -> None:
 # ---- waking ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_request_to_a_frozen_instance_waits_for_its_gpu_then_for_the_restore() -> None:
+def test_request_to_a_frozen_instance_waits_for_gpu_and_restore() -> None:
     assert kinds(does(FROZEN, ev.WaitersAppeared())[1]) == ["RequestGpus"]
     assert kinds(does(WAITING, ev.Granted(GPU))[1]) == ["Run WAKE"]
     me, effects = does(RESTORING, ev.Succeeded(RESTORING.op_gen))
     assert me.gate_open
-    assert effects == [], "somebody waits: it is never idle in the eyes of the book"
+    assert effects == [], "it has a waiter, so it is never reported idle"
 
 
-def test_nobody_waits_any_more() -> None:
+def test_last_waiter_gone_withdraws_the_gpu_request() -> None:
     me, effects = does(WAITING, ev.WaitersGone())
     assert (me.state, effects) == (S.FROZEN, [ev.WithdrawRequest()])
 
@@ -265,7 +262,7 @@ def test_hold_keeps_it_awake_until_the_first_request_only() -> None:
     assert does(me, ev.LastRequestEnded())[1][1] == ev.SetIdleTimer(me.idle_gen + 1, AT + FREEZE_AFTER)
 
 
-def test_a_hold_whose_wake_came_too_late_is_over_with_the_next_request() -> None:
+def test_hold_of_an_expired_wake_ends_with_the_next_request() -> None:
     me = after(FROZEN, ev.WakeAsked(60 * SECOND_NS, AT + 1))
     me = after(me, ev.WakeExpired(), at=AT + 1)
     me = after(me, ev.WaitersAppeared(), ev.Granted(GPU), at=AT + 2)
@@ -273,12 +270,12 @@ def test_a_hold_whose_wake_came_too_late_is_over_with_the_next_request() -> None
     assert does(me, ev.LastRequestEnded())[1][1] == ev.SetIdleTimer(me.idle_gen + 1, AT + FREEZE_AFTER)
 
 
-def test_a_wake_of_one_that_is_about_to_give_up_its_gpu_outlives_that() -> None:
+def test_api_wake_during_a_drain_wakes_after_the_freeze() -> None:
     me = after(DRAINING, ev.WakeAsked(0, AT + SECOND_NS), ev.LastRequestEnded())
     assert ok(ok(me)).state is S.WAITING_GPU
 
 
-def test_a_refused_restore_is_tried_once_more_then_given_up() -> None:
+def test_refused_restore_is_retried_once() -> None:
     me, effects = does(RESTORING, ev.Refused(RESTORING.op_gen, "OUT_OF_MEMORY"))
     assert kinds(effects) == ["Note", "Run WAKE"]
     me, effects = does(me, ev.Refused(me.op_gen, "OUT_OF_MEMORY"))
@@ -294,7 +291,7 @@ def test_a_frozen_instance_is_stopped_without_waking() -> None:
     assert me.stop_force
 
 
-def test_a_busy_instance_is_drained_for_its_grace_at_most() -> None:
+def test_busy_instance_is_drained_for_at_most_its_grace() -> None:
     me, effects = does(BUSY, ev.StopAsked(3 * SECOND_NS))
     assert kinds(effects) == ["RefuseWaiters", "SetStopTimer"]
     assert kinds(does(me, ev.LastRequestEnded())[1]) == ["Run STOP"]
@@ -304,7 +301,7 @@ def test_a_busy_instance_is_drained_for_its_grace_at_most() -> None:
 
 
 @pytest.mark.parametrize("name", ["LOCKING", "CHECKPOINTING", "UNLOCKING", "RESTORING", "WARMING"])
-def test_a_stop_during_an_operation_comes_at_its_end(name: str) -> None:
+def test_stop_during_an_operation_follows_its_end(name: str) -> None:
     me, effects = does(EVERY[name], ev.StopAsked(SECOND_NS))
     assert kinds(effects) == (["AskCancel"] if name in ("LOCKING", "WARMING") else [])
     assert me.state is EVERY[name].state
@@ -314,7 +311,7 @@ def test_a_stop_during_an_operation_comes_at_its_end(name: str) -> None:
     assert me.state is S.STOPPING
 
 
-def test_a_start_that_was_cut_short_is_stopped_not_failed() -> None:
+def test_cancelled_start_is_stopped_not_failed() -> None:
     me = after(WARMING, ev.StopAsked(0, reason="STOPPED_BY_USER"))
     me = after(me, ev.Refused(me.op_gen, CANCELLED))
     assert (me.state, me.stop_force) == (S.STOPPING, True)
@@ -323,19 +320,19 @@ def test_a_start_that_was_cut_short_is_stopped_not_failed() -> None:
     assert ev.ReleaseGpus() in effects
 
 
-def test_a_restore_that_is_refused_while_a_stop_waits_is_not_repeated() -> None:
+def test_refused_restore_before_a_pending_stop_is_not_retried() -> None:
     me = after(RESTORING, ev.StopAsked(0))
     me, effects = does(me, ev.Refused(me.op_gen, "OUT_OF_MEMORY"))
     assert (me.state, kinds(effects)) == (S.STOPPING, ["RefuseWaiters", "Run STOP"])
 
 
-def test_force_hurries_a_stop_that_is_under_way() -> None:
+def test_forced_stop_cancels_a_graceful_stop() -> None:
     assert does(STOPPING, ev.StopAsked(0, force=True))[1] == [ev.AskCancel(STOPPING.op_gen)]
     assert does(STOPPING, ev.StopAsked(0))[1] == []
     assert kinds(does(ENDING, ev.StopAsked(0, force=True))[1]) == ["RefuseWaiters", "Run STOP"]
 
 
-def test_a_grant_that_crosses_a_stop_is_given_back_at_its_end() -> None:
+def test_grant_that_crosses_a_stop_is_released_at_its_end() -> None:
     me = after(STARTING, ev.StopAsked(0))
     me = after(me, ev.Granted(GPU))
     assert me.holds
@@ -343,7 +340,7 @@ def test_a_grant_that_crosses_a_stop_is_given_back_at_its_end() -> None:
 
 
 @pytest.mark.parametrize("name", ["STOPPED", "FAILED"])
-def test_after_the_end_requests_are_refused_and_grants_given_back(name: str) -> None:
+def test_terminal_instance_refuses_waiters_and_releases_grants(name: str) -> None:
     me = EVERY[name]
     assert isinstance(does(me, ev.WaitersAppeared())[1][0], ev.RefuseWaiters)
     assert does(me, ev.Granted(GPU))[1] == [ev.ReleaseGpus()]
@@ -358,7 +355,7 @@ def test_an_image_is_pulled_before_a_gpu_is_asked_for() -> None:
     assert me.in_gpu_queue
 
 
-def test_a_pull_that_fails_is_the_instances_end() -> None:
+def test_failed_pull_fails_the_instance() -> None:
     me, effects = does(PULLING, ev.Broken(PULLING.op_gen, "IMAGE_NOT_FOUND", "there is no ocr:9"))
     assert (me.state, me.reason) == (S.FAILED, "IMAGE_NOT_FOUND")
     assert kinds(effects) == ["Run DESTROY", "RefuseWaiters"]
@@ -381,7 +378,7 @@ CROSSED = after(new(), ev.StopAsked(0))
 
 
 def report(me: Instance, event: ev.Event) -> str:
-    """The note of an impossible event; it changes nothing but counts of requests."""
+    """The text of the note about an impossible event, which starts no operation and changes no state."""
     after_it, effects = does(me, event)
     assert (after_it.state, after_it.op, after_it.op_gen) == (me.state, me.op, me.op_gen)
     assert [type(effect) for effect in effects if isinstance(effect, (ev.Note, ev.Run))] == [ev.Note]
@@ -422,7 +419,7 @@ def test_an_event_that_only_a_bug_can_send_is_reported(me: Instance, event: ev.E
     report(me, event)
 
 
-def test_a_grant_before_any_request_for_gpus_is_reported_and_given_back() -> None:
+def test_grant_during_the_pull_is_reported_and_released() -> None:
     me, effects = does(PULLING, ev.Granted(GPU))
     assert (me.holds, kinds(effects)) == (False, ["Note", "ReleaseGpus"])
 

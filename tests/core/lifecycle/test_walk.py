@@ -1,4 +1,4 @@
-"""Random walks over both step functions at once, with every invariant checked after every move."""
+"""Random walks over life cycle and GPU allocator, with every invariant checked after every move."""
 
 from __future__ import annotations
 
@@ -7,52 +7,52 @@ from collections import Counter
 import pytest
 
 from agent.core.types import InstanceState
-from tests.core.lifecycle.world import World
+from tests.core.lifecycle.simulated_node import SimulatedNode
 
 SEEDS = range(40)
 MOVES = 1_500
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_four_instances_share_two_gpus_through_every_misfortune(seed: int) -> None:
-    world = World(seed, gpus=2, members=4, concurrency=1 + seed % 3, max_waiting=5, per_gpu=2)
+def test_four_instances_share_two_gpus_despite_faults(seed: int) -> None:
+    node = SimulatedNode(seed, gpus=2, members=4, concurrency=1 + seed % 3, max_waiting=5, per_gpu=2)
     for _ in range(MOVES):
-        world.move(faults=0.05)
-        world.check()
-    world.settle()
-    assert sum(world.ended.values()) == world.requests, "each request is answered exactly once"
+        node.move(faults=0.05)
+        node.check()
+    node.finish_all()
+    assert sum(node.ended.values()) == node.requests, "each request is answered exactly once"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_movable_instances_share_three_gpus_through_every_misfortune(seed: int) -> None:
-    world = World(seed, gpus=3, members=6, concurrency=1 + seed % 3, max_waiting=5, per_gpu=2, migrate=True)
+def test_movable_instances_share_three_gpus_despite_faults(seed: int) -> None:
+    node = SimulatedNode(seed, gpus=3, members=6, concurrency=1 + seed % 3, max_waiting=5, per_gpu=2, migrate=True)
     for _ in range(MOVES):
-        world.move(faults=0.05)
-        world.check()
-    world.settle()
-    assert sum(world.ended.values()) == world.requests, "each request is answered exactly once"
+        node.move(faults=0.05)
+        node.check()
+    node.finish_all()
+    assert sum(node.ended.values()) == node.requests, "each request is answered exactly once"
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_without_faults_nobody_is_refused_and_nobody_fails(seed: int) -> None:
-    world = World(seed, gpus=2, members=6, concurrency=2, max_waiting=10_000, per_gpu=3)
+def test_without_faults_no_request_is_refused_and_no_instance_fails(seed: int) -> None:
+    node = SimulatedNode(seed, gpus=2, members=6, concurrency=2, max_waiting=10_000, per_gpu=3)
     for _ in range(MOVES):
-        world.move(faults=0.0)
-        world.check()
-    world.settle()
-    assert world.ended["refused"] == world.ended["crashed"] == world.ended["full"] == 0
-    states = Counter(member.instance.state for member in world.members.values())
+        node.move(faults=0.0)
+        node.check()
+    node.finish_all()
+    assert node.ended["refused"] == node.ended["crashed"] == node.ended["full"] == 0
+    states = Counter(member.instance.state for member in node.members.values())
     assert not states[InstanceState.FAILED]
 
 
 def test_the_walks_reach_every_transition_worth_walking() -> None:
     seen: Counter[str] = Counter()
     for seed in range(60):
-        world = World(seed, gpus=2, members=5, concurrency=2, max_waiting=5, per_gpu=3)
-        world.traffic = 0.1 if seed % 2 else 1.0
+        node = SimulatedNode(seed, gpus=2, members=5, concurrency=2, max_waiting=5, per_gpu=3)
+        node.traffic = 0.1 if seed % 2 else 1.0
         for _ in range(800):
-            world.move(faults=0.2)
-        seen += world.seen
+            node.move(faults=0.2)
+        seen += node.seen
     for transition in (
         "STARTING->RUNNING", "STARTING->FAILED", "RUNNING->FREEZING", "FREEZING->FROZEN", "FREEZING->RUNNING",
         "FREEZING->FAILED", "FROZEN->WAITING_GPU", "WAITING_GPU->RESTORING", "WAITING_GPU->FROZEN",

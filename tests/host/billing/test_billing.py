@@ -71,7 +71,7 @@ async def test_a_life_from_start_to_stop_is_one_contiguous_ledger() -> None:
     assert book.open_windows() == []
 
 
-async def test_every_second_all_open_windows_go_in_one_transaction() -> None:
+async def test_all_open_windows_are_written_in_one_transaction_per_second() -> None:
     clock, store = FakeClock(), MemoryStore()
     book = billing(clock, store)
     for n in range(3):

@@ -60,7 +60,7 @@ async def test_a_kill_loses_at_most_a_second_of_active_time_and_adds_none(tmp_pa
     assert await book.flush()
     metered, gap, now = await store.read_windows()
     truth = killed - began
-    # A busy machine may run the flush late: half a second on top of the second that is promised.
+    # A busy machine may flush late: half a second on top of the promised second.
     assert truth - 1.5 * SECOND_NS <= metered.active_ns <= truth
     assert (gap.active_ns, gap.estimated, gap.start_mono_ns) == (0, True, metered.end_mono_ns)
     assert now.start_mono_ns == gap.end_mono_ns

@@ -1,4 +1,4 @@
-"""An instance that may wake on another GPU: where it is, what the driver is asked, and what a new agent finds."""
+"""Instances that may wake on another GPU: placement, driver calls, and recovery."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from agent.core.types import MIB, GpuProcess, Handle, InstanceState
 from agent.host.instance.actor import Actor
 from agent.host.node.pauses import check_pauses
 from agent.ports import Condition, FreezeResult, Outcome
-from tests.host.rig import OCR, World, a_world, enter, eventually, released, until
+from tests.host.rig import OCR, NodeRig, enter, eventually, node_rig, released, until
 
 NOT_NOW = FreezeResult(Outcome.REFUSED, "GPU_MEMORY_SHORT", "an outsider took the memory")
 
 
 @pytest.fixture
-async def world() -> AsyncIterator[World]:
-    async with a_world(migrate=True, per_gpu=2) as it:
+async def rig() -> AsyncIterator[NodeRig]:
+    async with node_rig(migrate=True, per_gpu=2) as it:
         yield it
 
 
-def gpus(world: World) -> tuple[str, str]:
-    first, second = (gpu.uuid for gpu in world.gpus.gpus)
+def gpus(rig: NodeRig) -> tuple[str, str]:
+    first, second = (gpu.uuid for gpu in rig.gpus.gpus)
     return first, second
 
 
-async def recorded(world: World, uid: str) -> tuple[str, ...]:
+async def recorded(rig: NodeRig, uid: str) -> tuple[str, ...]:
     """The GPUs that the disk knows."""
-    return next(record.gpu_uuids for record in await world.store.load_instances() if record.spec.uid == uid)
+    return next(record.gpu_uuids for record in await rig.store.load_instances() if record.spec.uid == uid)
 
 
-async def awake_on_the_second(world: World) -> Actor:
+async def awake_on_the_second(rig: NodeRig) -> Actor:
     """One that was frozen on the first GPU and is busy on the other now, where NVML shows it; not on disk yet."""
-    first, second = gpus(world)
-    mover = await world.frozen()
-    world.node.broker.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
+    first, second = gpus(rig)
+    mover = await rig.frozen()
+    rig.node.broker.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
     await enter(mover)
     handle = mover.handle_of_container
     assert handle is not None
-    world.gpus.processes_now = [GpuProcess(second, pid, 16 * MIB) for pid in await world.runtime.pids(handle)]
+    rig.gpus.processes_now = [GpuProcess(second, pid, 16 * MIB) for pid in await rig.runtime.pids(handle)]
     return mover
 
 
-async def test_it_wakes_on_a_free_gpu_when_its_own_is_taken(world: World) -> None:
-    first, second = gpus(world)
-    mover = await world.frozen()
-    neighbour = await world.running()
-    third = await world.running(replace(OCR, name="third"))
+async def test_it_wakes_on_a_free_gpu_when_its_own_is_taken(rig: NodeRig) -> None:
+    first, second = gpus(rig)
+    mover = await rig.frozen()
+    neighbour = await rig.running()
+    third = await rig.running(replace(OCR, name="third"))
     assert {neighbour.gpu_uuids, third.gpu_uuids} == {(first,), (second,)}
     away = neighbour if neighbour.gpu_uuids == (second,) else third
     away.handle(ev.StopAsked(0, force=True))
@@ -59,177 +59,177 @@ async def test_it_wakes_on_a_free_gpu_when_its_own_is_taken(world: World) -> Non
     assert mover.gpu_uuids == (second,)
 
 
-async def test_the_driver_gets_a_map_of_all_gpus_and_the_move_is_remembered(world: World) -> None:
-    first, second = gpus(world)
-    mover = await world.frozen()
+async def test_the_driver_gets_a_map_of_all_gpus_and_the_move_is_remembered(rig: NodeRig) -> None:
+    first, second = gpus(rig)
+    mover = await rig.frozen()
     assert mover.gpu_uuids == (first,)
-    world.node.broker.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
+    rig.node.broker.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
     await enter(mover)
-    assert world.freezer.maps[-1] == {first: second, second: first}
+    assert rig.freezer.maps[-1] == {first: second, second: first}
     assert mover.gpu_uuids == (second,)
-    assert world.holder(1) == mover.uid
-    assert "instance.moved" in world.names(mover.uid)
+    assert rig.holder(1) == mover.uid
+    assert "instance.moved" in rig.names(mover.uid)
 
 
-async def test_at_home_no_map_is_needed(world: World) -> None:
-    mover = await world.frozen()
+async def test_wake_on_the_same_gpu_needs_no_map(rig: NodeRig) -> None:
+    mover = await rig.frozen()
     await enter(mover)
-    assert world.freezer.maps[-1] == {}
-    assert "instance.moved" not in world.names(mover.uid)
+    assert rig.freezer.maps[-1] == {}
+    assert "instance.moved" not in rig.names(mover.uid)
 
 
-async def test_every_gpu_is_visible_inside_but_its_own_is_the_one_it_uses(world: World) -> None:
-    first, _ = gpus(world)
-    mover = await world.running()
-    spec = world.runtime.containers[mover.uid].spec
+async def test_every_gpu_is_visible_inside_but_its_own_is_the_one_it_uses(rig: NodeRig) -> None:
+    first, _ = gpus(rig)
+    mover = await rig.running()
+    spec = rig.runtime.containers[mover.uid].spec
     assert (spec.all_gpus, spec.gpu_uuids) == (True, (first,))
 
 
-async def test_a_restore_that_fails_on_one_gpu_is_tried_on_the_other_and_the_request_is_answered(world: World) -> None:
-    first, second = gpus(world)
-    mover = await world.frozen()
-    world.freezer.results["wake"].append(NOT_NOW)
+async def test_restore_that_fails_on_one_gpu_is_tried_on_the_other(rig: NodeRig) -> None:
+    first, second = gpus(rig)
+    mover = await rig.frozen()
+    rig.freezer.results["wake"].append(NOT_NOW)
     await enter(mover)
     assert mover.state is InstanceState.RUNNING
-    assert world.freezer.maps == [{}, {first: second, second: first}]
-    assert "instance.restore_retried" in world.names(mover.uid)
-    await eventually(lambda: world.holder(0) == "")
+    assert rig.freezer.maps == [{}, {first: second, second: first}]
+    assert "instance.restore_retried" in rig.names(mover.uid)
+    await eventually(lambda: rig.holder(0) == "")
 
 
-async def test_a_restore_that_fails_everywhere_ends_the_instance_and_frees_both(world: World) -> None:
-    mover = await world.frozen()
-    world.freezer.results["wake"].extend([NOT_NOW, NOT_NOW])
-    mover.wake(0, world.clock.monotonic_ns() + 10**9)
+async def test_a_restore_that_fails_everywhere_ends_the_instance_and_frees_both(rig: NodeRig) -> None:
+    mover = await rig.frozen()
+    rig.freezer.results["wake"].extend([NOT_NOW, NOT_NOW])
+    mover.wake(0, rig.clock.monotonic_ns() + 10**9)
     await until(mover, InstanceState.FAILED)
     await mover.ended.wait()
-    await eventually(lambda: not world.holder(0) and not world.holder(1))
+    await eventually(lambda: not rig.holder(0) and not rig.holder(1))
     assert mover.instance.reason == "GPU_MEMORY_SHORT"
 
 
-async def test_a_frozen_instance_of_a_lost_gpu_moves(world: World) -> None:
-    first, second = gpus(world)
-    mover = await world.frozen()
-    world.node.broker.cordon("", [first], "XID 79", source="xid", lasting=True)
+async def test_a_frozen_instance_of_a_lost_gpu_moves(rig: NodeRig) -> None:
+    first, second = gpus(rig)
+    mover = await rig.frozen()
+    rig.node.broker.cordon("", [first], "XID 79", source="xid", lasting=True)
     await enter(mover)
     assert mover.gpu_uuids == (second,)
 
 
-async def test_where_it_was_frozen_is_on_disk_before_it_sleeps(world: World) -> None:
-    first, second = gpus(world)
-    mover = await world.frozen()
-    world.node.broker.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
-    mover.wake(0, world.clock.monotonic_ns() + 10**9)
+async def test_placement_is_on_disk_before_the_freeze(rig: NodeRig) -> None:
+    first, second = gpus(rig)
+    mover = await rig.frozen()
+    rig.node.broker.cordon("", [first], "NVML_ERROR", source="test", lasting=False)
+    mover.wake(0, rig.clock.monotonic_ns() + 10**9)
     await until(mover, InstanceState.RUNNING)
-    assert (await recorded(world, mover.uid)) == (first,), "a wake waits for no disk"
-    world.clock.advance(10**9)  # the wake's own deadline
-    world.clock.advance(OCR.idle.freeze_after_ns)
+    assert (await recorded(rig, mover.uid)) == (first,), "a wake waits for no disk"
+    rig.clock.advance(10**9)  # the wake's own deadline
+    rig.clock.advance(OCR.idle.freeze_after_ns)
     await until(mover, InstanceState.FROZEN)
-    await released(world, mover)
-    assert (await recorded(world, mover.uid)) == (second,)
-    await world.restart()
-    again = world.node.actors[mover.uid]
+    await released(rig, mover)
+    assert (await recorded(rig, mover.uid)) == (second,)
+    await rig.restart()
+    again = rig.node.actors[mover.uid]
     assert (again.state, again.gpu_uuids) == (InstanceState.FROZEN, (second,))
 
 
-async def test_a_new_agent_sees_by_nvml_where_an_awake_instance_is(world: World) -> None:
-    _, second = gpus(world)
-    mover = await awake_on_the_second(world)
-    world.freezer.states[mover.uid] = Condition.AWAKE
-    await world.restart()
-    again = world.node.actors[mover.uid]
+async def test_new_agent_finds_the_gpu_of_an_awake_instance_by_nvml(rig: NodeRig) -> None:
+    _, second = gpus(rig)
+    mover = await awake_on_the_second(rig)
+    rig.freezer.states[mover.uid] = Condition.AWAKE
+    await rig.restart()
+    again = rig.node.actors[mover.uid]
     assert (again.state, again.gpu_uuids) == (InstanceState.RUNNING, (second,))
-    assert world.holder(1) == mover.uid
+    assert rig.holder(1) == mover.uid
 
 
-async def test_a_move_that_only_nvml_told_a_new_agent_of_is_on_disk_before_the_next_sleep(world: World) -> None:
-    _, second = gpus(world)
-    mover = await awake_on_the_second(world)
-    await world.restart()
-    again = world.node.actors[mover.uid]
-    world.gpus.processes_now = ()
-    world.clock.advance(OCR.idle.freeze_after_ns)
+async def test_move_found_by_nvml_is_on_disk_before_the_next_freeze(rig: NodeRig) -> None:
+    _, second = gpus(rig)
+    mover = await awake_on_the_second(rig)
+    await rig.restart()
+    again = rig.node.actors[mover.uid]
+    rig.gpus.processes_now = ()
+    rig.clock.advance(OCR.idle.freeze_after_ns)
     await until(again, InstanceState.FROZEN)
-    assert (await recorded(world, mover.uid)) == (second,)
-    await world.restart()
-    assert world.node.actors[mover.uid].gpu_uuids == (second,), "its image is of that GPU"
+    assert (await recorded(rig, mover.uid)) == (second,)
+    await rig.restart()
+    assert rig.node.actors[mover.uid].gpu_uuids == (second,), "its image is of that GPU"
 
 
-async def test_one_that_moved_and_survives_a_new_agents_kill_keeps_the_gpu_from_others_where_it_is(
-    world: World,
+async def test_moved_instance_that_survives_a_kill_cordons_its_present_gpu(
+    rig: NodeRig,
 ) -> None:
-    _, second = gpus(world)
-    mover = await awake_on_the_second(world)
-    world.freezer.states[mover.uid] = Condition.BROKEN
-    world.runtime.kill_hangs = True
-    await world.restart()
-    assert world.node.broker.allocator.devices[second].cordoned.startswith("KILL_FAILED")
+    _, second = gpus(rig)
+    mover = await awake_on_the_second(rig)
+    rig.freezer.states[mover.uid] = Condition.BROKEN
+    rig.runtime.kill_hangs = True
+    await rig.restart()
+    assert rig.node.broker.allocator.devices[second].cordoned.startswith("KILL_FAILED")
 
 
-async def test_a_new_agent_that_nvml_does_not_answer_waits_until_it_knows_where_an_awake_instance_is(
-    world: World,
+async def test_recovery_waits_for_nvml_to_place_an_awake_instance(
+    rig: NodeRig,
 ) -> None:
-    _, second = gpus(world)
-    mover = await awake_on_the_second(world)
-    world.gpus.errors[second] = "silent"
-    world.freezer.states[mover.uid] = Condition.AWAKE
-    await world.billing.flush()
-    await world.kill_agent()
-    await world.boot()
-    recovering = asyncio.create_task(world.recover())
-    asked = world.gpus.calls.count("processes")
-    await eventually(lambda: world.gpus.calls.count("processes") > asked + 1)
-    assert world.holder(0) == "", "the GPU on which it was last frozen is not believed"
-    world.gpus.errors.clear()
+    _, second = gpus(rig)
+    mover = await awake_on_the_second(rig)
+    rig.gpus.errors[second] = "silent"
+    rig.freezer.states[mover.uid] = Condition.AWAKE
+    await rig.billing.flush()
+    await rig.kill_agent()
+    await rig.boot()
+    recovering = asyncio.create_task(rig.recover())
+    asked = rig.gpus.calls.count("processes")
+    await eventually(lambda: rig.gpus.calls.count("processes") > asked + 1)
+    assert rig.holder(0) == "", "the GPU on which it was last frozen is not believed"
+    rig.gpus.errors.clear()
     await recovering
-    assert (world.holder(0), world.holder(1)) == ("", mover.uid)
+    assert (rig.holder(0), rig.holder(1)) == ("", mover.uid)
 
 
-async def test_without_migration_the_frozen_instance_of_a_lost_gpu_is_given_up_when_somebody_asks() -> None:
-    async with a_world() as world:
-        asleep = await world.frozen()
-        world.node.broker.cordon("", asleep.gpu_uuids, "XID 79", source="xid", lasting=True)
+async def test_without_migration_a_wake_on_a_lost_gpu_fails_the_instance() -> None:
+    async with node_rig() as rig:
+        asleep = await rig.frozen()
+        rig.node.broker.cordon("", asleep.gpu_uuids, "XID 79", source="xid", lasting=True)
         assert asleep.state is InstanceState.FROZEN, "nobody asks for it"
-        asleep.wake(0, world.clock.monotonic_ns() + 10**9)
+        asleep.wake(0, rig.clock.monotonic_ns() + 10**9)
         await until(asleep, InstanceState.FAILED)
         assert asleep.instance.reason == "GPU_LOST"
 
 
-async def test_a_pause_by_somebody_else_closes_the_gate_until_it_ends(world: World) -> None:
-    actor = await world.running()
-    world.freezer.states[actor.uid] = Condition.PAUSED_BY_OTHERS
-    check_pauses(world.node, world.freezer)
+async def test_external_pause_closes_the_gate_until_it_ends(rig: NodeRig) -> None:
+    actor = await rig.running()
+    rig.freezer.states[actor.uid] = Condition.PAUSED_BY_OTHERS
+    check_pauses(rig.node, rig.freezer)
     assert not actor.instance.gate_open
-    assert "instance.externally_frozen" in world.names(actor.uid)
-    world.clock.advance(OCR.idle.freeze_after_ns + 1)
+    assert "instance.externally_frozen" in rig.names(actor.uid)
+    rig.clock.advance(OCR.idle.freeze_after_ns + 1)
     assert actor.state is InstanceState.RUNNING, "the driver is not asked"
-    world.freezer.states[actor.uid] = Condition.AWAKE
-    check_pauses(world.node, world.freezer)
+    rig.freezer.states[actor.uid] = Condition.AWAKE
+    check_pauses(rig.node, rig.freezer)
     await enter(actor)
     assert actor.gate.in_flight == 1
 
 
-async def test_an_instance_that_cannot_be_looked_at_ends_no_watch(world: World) -> None:
-    """The watch is one of the daemon's services: one that ends by itself ends the daemon."""
-    blind, seen = await world.running(), await world.running(replace(OCR, name="seen"))
-    world.freezer.states[seen.uid] = Condition.PAUSED_BY_OTHERS
+async def test_unreadable_instance_does_not_end_the_pause_watch(rig: NodeRig) -> None:
+    """The watch is one of the daemon's services: if it ends, the daemon ends."""
+    blind, seen = await rig.running(), await rig.running(replace(OCR, name="seen"))
+    rig.freezer.states[seen.uid] = Condition.PAUSED_BY_OTHERS
 
     def look(handle: Handle) -> bool:
         if handle.uid == blind.uid:
             raise OSError(24, "Too many open files")
         return True
 
-    world.freezer.paused = look  # type: ignore[method-assign]
-    check_pauses(world.node, world.freezer)
+    rig.freezer.paused = look  # type: ignore[method-assign]
+    check_pauses(rig.node, rig.freezer)
     assert (blind.instance.paused, seen.instance.paused) == (False, True)
 
 
-async def test_a_container_that_was_made_with_its_own_gpu_alone_never_moves(world: World) -> None:
-    sleeper = await world.frozen()
-    (record,) = [one for one in await world.store.load_instances() if one.spec.uid == sleeper.uid]
+async def test_container_that_sees_only_its_own_gpu_never_moves(rig: NodeRig) -> None:
+    sleeper = await rig.frozen()
+    (record,) = [one for one in await rig.store.load_instances() if one.spec.uid == sleeper.uid]
     assert record.handle is not None
-    container = world.runtime.containers[sleeper.uid]
+    container = rig.runtime.containers[sleeper.uid]
     container.handle = replace(container.handle, sees_all_gpus=False)
-    await world.store.put_instance(replace(record, handle=container.handle))
-    await world.restart()
-    again = world.node.actors[sleeper.uid]
+    await rig.store.put_instance(replace(record, handle=container.handle))
+    await rig.restart()
+    again = rig.node.actors[sleeper.uid]
     assert (again.state, again.instance.movable) == (InstanceState.FROZEN, False)

@@ -1,4 +1,4 @@
-"""The watch over the GPUs: what it sees cordons, what it does not see any more is not shown, nothing ends it."""
+"""The GPU monitor: findings cordon, stale samples are not shown, and no failure ends it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from agent.core.gpus.health import HealthLimits
 from agent.core.types import SECOND_NS, Xid
 from agent.host.gpus.monitor import MAX_XID_COUNTERS, GpuMonitor
 from tests.fakes.gpus import FakeGpuEvents
-from tests.host.rig import World, a_world, eventually
+from tests.host.rig import NodeRig, eventually, node_rig
 
 LIMITS = HealthLimits(bad_samples=2, good_samples=2, silent_ns=10 * SECOND_NS)
 
 
 @dataclass
 class Watched:
-    world: World
+    rig: NodeRig
     watch: GpuMonitor
     driver: FakeGpuEvents
 
     def uuid(self, index: int) -> str:
-        return self.world.gpus.gpus[index].uuid
+        return self.rig.gpus.gpus[index].uuid
 
     def cordoned(self, index: int) -> str:
-        return self.world.node.broker.allocator.devices[self.uuid(index)].cordoned
+        return self.rig.node.broker.allocator.devices[self.uuid(index)].cordoned
 
     async def looks(self, times: int) -> None:
         for _ in range(times):
@@ -35,46 +35,44 @@ class Watched:
 
 @asynccontextmanager
 async def watched() -> AsyncIterator[Watched]:
-    async with a_world() as world:
+    async with node_rig() as rig:
         driver = FakeGpuEvents()
-        watch = GpuMonitor(
-            world.gpus, driver, world.node.broker, world.events, world.clock, limits=LIMITS, period_s=0.001
-        )
-        yield Watched(world, watch, driver)
+        watch = GpuMonitor(rig.gpus, driver, rig.node.broker, rig.events, rig.clock, limits=LIMITS, period_s=0.001)
+        yield Watched(rig, watch, driver)
 
 
-async def test_figures_are_shown_while_they_are_fresh() -> None:
+async def test_samples_are_shown_while_they_are_fresh() -> None:
     async with watched() as it:
         assert it.watch.samples() == {}
         await it.watch.poll()
         assert set(it.watch.samples()) == {it.uuid(0), it.uuid(1)}
-        it.world.clock.advance(5 * SECOND_NS)
+        it.rig.clock.advance(5 * SECOND_NS)
         assert it.watch.samples()
-        it.world.clock.advance(1)
+        it.rig.clock.advance(1)
         assert it.watch.samples() == {}, "unknown, not old"
 
 
-async def test_a_fatal_xid_cordons_and_a_program_s_is_written_down() -> None:
+async def test_fatal_xid_cordons_and_a_program_error_is_only_recorded() -> None:
     async with watched() as it:
         it.watch.record_xid(Xid(it.uuid(0), 31))
         assert it.cordoned(0) == ""
         it.watch.record_xid(Xid(it.uuid(0), 79))
         it.watch.record_xid(Xid(it.uuid(0), 79))
         assert it.cordoned(0) == "XID_79: the GPU has fallen off the bus"
-        assert [cordon.lasting for cordon in it.world.node.broker.allocator.devices[it.uuid(0)].cordons] == [True]
+        assert [cordon.lasting for cordon in it.rig.node.broker.allocator.devices[it.uuid(0)].cordons] == [True]
         assert it.cordoned(1) == ""
         assert it.watch.xids == {(it.uuid(0), 31): 1, (it.uuid(0), 79): 2}
-        assert it.world.messages("gpu.xid")[0].startswith("XID 31: a program accessed an illegal address")
-        assert len(it.world.messages("gpu.cordoned")) == 1
+        assert it.rig.messages("gpu.xid")[0].startswith("XID 31: a program accessed an illegal address")
+        assert len(it.rig.messages("gpu.cordoned")) == 1
 
 
-async def test_a_gpu_that_errs_for_a_while_is_out_for_that_while() -> None:
+async def test_gpu_is_cordoned_while_it_answers_with_errors() -> None:
     async with watched() as it:
-        it.world.gpus.errors[it.uuid(1)] = "ill"
+        it.rig.gpus.errors[it.uuid(1)] = "ill"
         await it.looks(2)
         assert it.cordoned(1).startswith("NVML_ERROR: ")
         assert it.watch.samples()[it.uuid(0)].memory_used_bytes == 0
-        it.world.gpus.errors.clear()
+        it.rig.gpus.errors.clear()
         await it.looks(1)
         assert it.cordoned(1)
         await it.looks(1)
@@ -83,28 +81,28 @@ async def test_a_gpu_that_errs_for_a_while_is_out_for_that_while() -> None:
 
 async def test_a_lost_gpu_stays_out() -> None:
     async with watched() as it:
-        it.world.gpus.errors[it.uuid(1)] = "lost"
+        it.rig.gpus.errors[it.uuid(1)] = "lost"
         await it.looks(1)
-        it.world.gpus.errors.clear()
+        it.rig.gpus.errors.clear()
         await it.looks(10)
         assert it.cordoned(1).startswith("GPU_LOST: ")
 
 
-async def test_a_silent_driver_takes_all_out_until_it_answers() -> None:
+async def test_silent_driver_cordons_all_gpus_until_it_answers() -> None:
     async with watched() as it:
         await it.watch.poll()
-        it.world.gpus.unavailable = True
+        it.rig.gpus.unavailable = True
         await it.watch.poll()
         assert it.cordoned(0) == ""
-        it.world.clock.advance(10 * SECOND_NS)
+        it.rig.clock.advance(10 * SECOND_NS)
         await it.watch.poll()
         assert it.cordoned(0) == it.cordoned(1) == "DRIVER_SILENT: NVML has not answered for 10 s"
-        it.world.gpus.unavailable = False
+        it.rig.gpus.unavailable = False
         await it.watch.poll()
         assert it.cordoned(0) == it.cordoned(1) == ""
 
 
-async def test_it_runs_on_whatever_happens() -> None:
+async def test_monitor_survives_every_failure() -> None:
     async with watched() as it:
         failures = 0
 
@@ -116,10 +114,10 @@ async def test_it_runs_on_whatever_happens() -> None:
         it.watch._after_sample = fails
         running = asyncio.create_task(it.watch.run())
         await eventually(lambda: failures >= 4)
-        it.world.gpus.unavailable = True
+        it.rig.gpus.unavailable = True
         it.driver.raise_xid(it.uuid(0), 48)
         await eventually(lambda: bool(it.cordoned(0)))
-        it.world.gpus.unavailable = False
+        it.rig.gpus.unavailable = False
         before = failures
         await eventually(lambda: failures > before)
         assert not running.done()
@@ -135,22 +133,22 @@ async def test_the_counters_are_bounded() -> None:
         assert len(it.watch.xids) == MAX_XID_COUNTERS
 
 
-async def test_persistence_mode_that_is_turned_off_is_told_to_the_checkpointer_and_once_to_people() -> None:
-    async with a_world() as world:
+async def test_persistence_mode_off_is_reported_to_checkpointer_and_once_as_event() -> None:
+    async with node_rig() as rig:
         told: list[str] = []
         watch = GpuMonitor(
-            world.gpus,
+            rig.gpus,
             FakeGpuEvents(),
-            world.node.broker,
-            world.events,
-            world.clock,
+            rig.node.broker,
+            rig.events,
+            rig.clock,
             persistence_is_off=lambda: told.append("off"),
         )
-        first = world.gpus.gpus[0].uuid
+        first = rig.gpus.gpus[0].uuid
         await watch.poll()
         assert not told
-        world.gpus.volatile.add(first)
+        rig.gpus.volatile.add(first)
         await watch.poll()
         await watch.poll()
         assert told == ["off", "off"], "for as long as it is off"
-        assert len(world.messages("gpu.persistence_off")) == 1
+        assert len(rig.messages("gpu.persistence_off")) == 1

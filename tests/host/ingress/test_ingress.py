@@ -1,4 +1,4 @@
-"""The ingress over real sockets: who gets in, what the instance sees, what the client gets, and that nothing stays."""
+"""The ingress over real sockets: authentication, the instance's and the client's view, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agent.http.errors import RequestIds
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
 from agent.http.server import serve
-from tests.host.rig import OCR, World, a_world, eventually, hangs, until
+from tests.host.rig import OCR, NodeRig, eventually, hangs, node_rig, until
 from tests.http.rig import Wire, close_clients, connect
 
 S = InstanceState
@@ -27,9 +27,9 @@ Headers = dict[bytes, bytes]
 
 @dataclass
 class Door:
-    """An ingress in front of a world, and the means to send requests to it."""
+    """An ingress in front of a `NodeRig`, and a client for it."""
 
-    world: World
+    rig: NodeRig
     ingress: Ingress
     port: int
 
@@ -54,20 +54,20 @@ class Door:
 
 @asynccontextmanager
 async def a_door() -> AsyncIterator[Door]:
-    async with a_world(per_gpu=2) as world:
-        ingress = Ingress(world.node, world.clock, [TOKEN], RequestIds(lambda: 1, lambda bits: 2))
+    async with node_rig(per_gpu=2) as rig:
+        ingress = Ingress(rig.node, rig.clock, [TOKEN], RequestIds(lambda: 1, lambda bits: 2))
         ingress.open = True
         faults: list[BaseException] = []
         server = await serve(ingress, "127.0.0.1", 0, Limits(), request_ids=lambda: "1-0-0-0", on_fault=faults.append)
         try:
-            yield Door(world, ingress, server.port)
+            yield Door(rig, ingress, server.port)
         finally:
             await close_clients()
             await server.close(0.0)
         assert not faults, faults
-        for actor in [*world.node.actors.values(), *world.node.ended.values()]:
+        for actor in [*rig.node.actors.values(), *rig.node.ended.values()]:
             assert (actor.gate.in_flight, actor.gate.waiting) == (0, 0), "a slot was not given back"
-        assert world.billing.health.unmatched_ends == 0
+        assert rig.billing.health.unmatched_ends == 0
 
 
 def code(answer: tuple[int, Headers, bytes]) -> tuple[int, str, bytes | None]:
@@ -75,9 +75,9 @@ def code(answer: tuple[int, Headers, bytes]) -> tuple[int, str, bytes | None]:
     return status, json.loads(body)["Code"], headers.get(b"x-hibernode-refused")
 
 
-async def test_a_request_goes_through_and_the_answer_says_who_gave_it() -> None:
+async def test_request_passes_and_the_answer_names_the_instance() -> None:
     async with a_door() as door:
-        actor = await door.world.running(replace(OCR, instance_concurrency=4))
+        actor = await door.rig.running(replace(OCR, instance_concurrency=4))
         status, headers, body = await door.ask(actor, "x-fc-request-id: 1-67a59f35-150c1267-f381ba1c085c")
         assert (status, body) == (200, b"done")
         assert headers[b"x-fc-request-id"] == b"1-67a59f35-150c1267-f381ba1c085c"
@@ -85,9 +85,9 @@ async def test_a_request_goes_through_and_the_answer_says_who_gave_it() -> None:
         assert b"x-hibernode-wake-ms" not in headers
 
 
-async def test_what_the_instance_sees_is_ours_not_the_clients() -> None:
+async def test_instance_sees_the_agents_context_headers_not_the_clients() -> None:
     async with a_door() as door:
-        actor = await door.world.running()
+        actor = await door.rig.running()
         await door.ask(
             actor,
             "X-Fc-Function-Name: somebody-else",
@@ -101,7 +101,7 @@ async def test_what_the_instance_sees_is_ours_not_the_clients() -> None:
             "connection: x-fc-function-name, x-fc-request-id, keep-alive",
             "x-own: kept",
         )
-        seen = door.world.app.requests[-1].headers
+        seen = door.rig.app.requests[-1].headers
         names = [name for name, _ in seen]
         assert len(names) == len(set(names))
         headers = dict(seen)
@@ -115,14 +115,14 @@ async def test_what_the_instance_sees_is_ours_not_the_clients() -> None:
         assert not [n for n in names if n.startswith(b"x-hibernode") or b"_" in n or b"access-key" in n]
 
 
-async def test_an_instance_cannot_speak_for_us() -> None:
+async def test_instance_cannot_forge_the_agents_headers() -> None:
     async def spiteful(exchange: Exchange) -> None:
         ours = [(b"x-fc-request-id", b"mine"), (b"x-hibernode-refused", b"AGAIN"), (b"x-fc-instance-id", b"mine")]
         await exchange.answer(404, [*ours, (b"x-fc-status", b"404"), (b"server", b"evil")], b"")
 
     async with a_door() as door:
-        actor = await door.world.running()
-        door.world.app.answers["/ocr"] = spiteful
+        actor = await door.rig.running()
+        door.rig.app.answers["/ocr"] = spiteful
         status, headers, _ = await door.ask(actor)
         assert (status, headers[b"x-fc-status"], headers[b"x-fc-instance-id"]) == (404, b"404", actor.uid.encode())
         assert b"x-hibernode-refused" not in headers
@@ -130,16 +130,16 @@ async def test_an_instance_cannot_speak_for_us() -> None:
 
 
 @pytest.mark.parametrize("given", ["", "wrong-token-0123456789", "nöde"])
-async def test_without_the_token_nobody_gets_in(given: str) -> None:
+async def test_request_without_the_token_is_refused(given: str) -> None:
     async with a_door() as door:
-        actor = await door.world.running()
+        actor = await door.rig.running()
         wire = await connect(door.port)
         line = f"x-hibernode-token: {given}\r\n" if given else ""
         await wire.send(f"GET /ocr HTTP/1.1\r\nhost: h\r\n{line}x-hibernode-instance: {actor.uid}\r\n\r\n".encode())
         status, _, body = await wire.message()
         assert status in (400, 401)
         assert actor.uid.encode() not in body
-        assert door.world.app.paths() == []
+        assert door.rig.app.paths() == []
 
 
 async def test_an_unknown_instance_and_a_missing_one() -> None:
@@ -151,55 +151,55 @@ async def test_an_unknown_instance_and_a_missing_one() -> None:
 @pytest.mark.parametrize("value", ["soon", "-5", "1e3", "99999999999"])
 async def test_a_deadline_that_is_no_number_is_refused(value: str) -> None:
     async with a_door() as door:
-        actor = await door.world.running()
+        actor = await door.rig.running()
         answer = await door.ask(actor, f"x-hibernode-deadline-ms: {value}")
         assert code(answer) == (400, "InvalidArgument", b"DEADLINE_INVALID")
 
 
 async def test_a_request_id_that_could_do_harm_is_replaced() -> None:
     async with a_door() as door:
-        actor = await door.world.running()
+        actor = await door.rig.running()
         _, headers, _ = await door.ask(actor, "x-fc-request-id: \xe9vil id")
         assert headers[b"x-fc-request-id"].startswith(b"1-00000001-")
 
 
-async def test_before_recovery_and_while_leaving_nobody_is_served_but_may_go_elsewhere() -> None:
+async def test_before_recovery_and_while_stopping_requests_may_go_elsewhere() -> None:
     async with a_door() as door:
-        actor = await door.world.running()
+        actor = await door.rig.running()
         door.ingress.open = False
         assert code(await door.ask(actor)) == (503, "NodeRecovering", b"NODE_RECOVERING")
         door.ingress.leaving = True
         assert code(await door.ask(actor)) == (503, "AgentStopping", b"AGENT_STOPPING")
 
 
-async def test_a_frozen_instance_wakes_for_a_request_and_the_answer_says_what_it_took() -> None:
+async def test_frozen_instance_wakes_for_a_request_and_reports_the_wake_time() -> None:
     async with a_door() as door:
-        actor = await door.world.frozen()
-        door.world.freezer.hold("wake")
+        actor = await door.rig.frozen()
+        door.rig.freezer.hold("wake")
         asking = asyncio.create_task(door.ask(actor))
-        await door.world.freezer.entered("wake")
-        assert door.world.app.paths() == []
-        door.world.clock.advance(120 * MILLISECOND_NS)
-        door.world.freezer.release("wake")
+        await door.rig.freezer.entered("wake")
+        assert door.rig.app.paths() == []
+        door.rig.clock.advance(120 * MILLISECOND_NS)
+        door.rig.freezer.release("wake")
         status, headers, _ = await asking
         assert (status, headers[b"x-hibernode-wake-ms"]) == (200, b"120.000")
 
 
 async def test_a_busy_instance_queues_and_says_how_long() -> None:
     async with a_door() as door:
-        actor = await door.world.running()
+        actor = await door.rig.running()
         go = asyncio.Event()
 
         async def held(exchange: Exchange) -> None:
             await go.wait()
             await exchange.answer(200, [], b"done")
 
-        door.world.app.answers["/ocr"] = held
+        door.rig.app.answers["/ocr"] = held
         first = asyncio.create_task(door.ask(actor))
-        await door.world.app.until_asked("/ocr")
+        await door.rig.app.until_asked("/ocr")
         second = asyncio.create_task(door.ask(actor))
         await eventually(lambda: actor.gate.waiting == 1)
-        door.world.clock.advance(7 * MILLISECOND_NS)
+        door.rig.clock.advance(7 * MILLISECOND_NS)
         go.set()
         assert b"x-hibernode-queue-ms" not in (await first)[1]
         assert (await second)[1][b"x-hibernode-queue-ms"] == b"7.000"
@@ -207,59 +207,59 @@ async def test_a_busy_instance_queues_and_says_how_long() -> None:
 
 async def test_the_queue_timeout_is_a_504_that_never_reached_the_instance() -> None:
     async with a_door() as door:
-        actor = await door.world.frozen()
-        door.world.freezer.hold("wake")
+        actor = await door.rig.frozen()
+        door.rig.freezer.hold("wake")
         answer = await door.ask(actor, "x-hibernode-deadline-ms: 10")
         assert code(answer) == (504, "QueueTimeout", b"QUEUE_TIMEOUT")
-        door.world.freezer.release("wake")
+        door.rig.freezer.release("wake")
         await until(actor, S.RUNNING)
-        assert door.world.app.paths() == []
+        assert door.rig.app.paths() == []
 
 
 async def test_a_full_queue_is_a_429() -> None:
     async with a_door() as door:
-        actor = await door.world.frozen(replace(OCR, queue_length=1))
-        door.world.freezer.hold("wake")
+        actor = await door.rig.frozen(replace(OCR, queue_length=1))
+        door.rig.freezer.hold("wake")
         first = asyncio.create_task(door.ask(actor))
         await eventually(lambda: actor.gate.waiting == 1)
         answer = await door.ask(actor)
         assert code(answer) == (429, "ResourceExhausted", b"QUEUE_FULL")
         assert answer[1][b"retry-after"] == b"1"
-        door.world.freezer.release("wake")
+        door.rig.freezer.release("wake")
         assert (await first)[0] == 200
 
 
-async def test_a_client_that_leaves_while_it_waits_gives_its_place_up() -> None:
+async def test_client_that_leaves_while_queued_frees_its_place() -> None:
     async with a_door() as door:
-        actor = await door.world.frozen()
-        door.world.freezer.hold("wake")
+        actor = await door.rig.frozen()
+        door.rig.freezer.hold("wake")
         wire = await door.send(actor)
         await eventually(lambda: actor.gate.waiting == 1)
         wire.reset()
         await eventually(lambda: actor.gate.waiting == 0)
-        door.world.freezer.release("wake")
+        door.rig.freezer.release("wake")
         await until(actor, S.RUNNING)
-        assert door.world.app.paths() == []
+        assert door.rig.app.paths() == []
 
 
-async def test_a_client_that_leaves_in_the_middle_frees_the_slot_and_the_instance() -> None:
+async def test_client_that_leaves_in_the_middle_frees_the_slot() -> None:
     async with a_door() as door:
-        actor = await door.world.running()
+        actor = await door.rig.running()
         left = asyncio.Event()
 
         async def waits(exchange: Exchange) -> None:
             exchange.on_gone(left.set)
             await left.wait()
 
-        door.world.app.answers["/ocr"] = waits
+        door.rig.app.answers["/ocr"] = waits
         wire = await door.send(actor)
-        await door.world.app.until_asked("/ocr")
+        await door.rig.app.until_asked("/ocr")
         wire.reset()
         await asyncio.wait_for(left.wait(), 5)
         await eventually(lambda: actor.gate.in_flight == 0)
 
 
-async def test_one_that_crashes_is_a_502_that_nobody_repeats() -> None:
+async def test_crash_is_a_502_that_is_not_repeated() -> None:
     async def crashes(exchange: Exchange) -> None:
         left = asyncio.Event()
         exchange.on_gone(left.set)
@@ -267,70 +267,70 @@ async def test_one_that_crashes_is_a_502_that_nobody_repeats() -> None:
         await left.wait()
 
     async with a_door() as door:
-        actor = await door.world.running()
-        door.world.app.answers["/ocr"] = crashes
+        actor = await door.rig.running()
+        door.rig.app.answers["/ocr"] = crashes
         assert code(await door.ask(actor)) == (502, "InstanceCrashed", None)
 
 
-async def test_one_that_does_not_accept_was_not_reached() -> None:
+async def test_refused_connection_counts_as_not_reached() -> None:
     async with a_door() as door:
-        actor = await door.world.running()
+        actor = await door.rig.running()
         assert actor.pool is not None
         actor.pool.close()
         assert code(await door.ask(actor)) == (502, "InstanceCrashed", b"CONNECT_FAILED")
 
 
-async def test_an_exit_answers_those_inside_and_sends_those_in_line_elsewhere() -> None:
+async def test_exit_fails_requests_inside_and_refuses_queued_ones() -> None:
     async with a_door() as door:
-        actor = await door.world.running()
-        door.world.app.answers["/ocr"] = hangs
+        actor = await door.rig.running()
+        door.rig.app.answers["/ocr"] = hangs
         inside = asyncio.create_task(door.ask(actor))
-        await door.world.app.until_asked("/ocr")
+        await door.rig.app.until_asked("/ocr")
         waiting = asyncio.create_task(door.ask(actor))
         await eventually(lambda: actor.gate.waiting == 1)
-        door.world.runtime.exit(actor.uid, Exit(code=1))
+        door.rig.runtime.exit(actor.uid, Exit(code=1))
         assert code(await inside) == (502, "InstanceCrashed", None)
         assert code(await waiting)[2] == b"INSTANCE_CRASHED"
 
 
 async def test_a_timeout_returns_the_slot_and_two_in_a_row_replace_the_instance() -> None:
     async with a_door() as door:
-        actor = await door.world.running(replace(OCR, timeout_ns=30 * MILLISECOND_NS))
-        door.world.app.answers["/ocr"] = hangs
+        actor = await door.rig.running(replace(OCR, timeout_ns=30 * MILLISECOND_NS))
+        door.rig.app.answers["/ocr"] = hangs
         assert code(await door.ask(actor)) == (504, "FunctionTimeout", None)
         assert actor.state is S.RUNNING
         assert code(await door.ask(actor)) == (504, "FunctionTimeout", None)
-        await eventually(lambda: actor.uid in door.world.node.ended)
+        await eventually(lambda: actor.uid in door.rig.node.ended)
         assert actor.instance.reason == "INSTANCE_UNRESPONSIVE"
 
 
-async def test_an_answer_in_between_forgives_a_timeout() -> None:
+async def test_answer_in_between_resets_the_count_of_timeouts() -> None:
     async with a_door() as door:
-        actor = await door.world.running(replace(OCR, timeout_ns=30 * MILLISECOND_NS))
+        actor = await door.rig.running(replace(OCR, timeout_ns=30 * MILLISECOND_NS))
         for answer in (hangs, 200, hangs):
-            door.world.app.answers["/ocr"] = answer
+            door.rig.app.answers["/ocr"] = answer
             await door.ask(actor)
         assert actor.state is S.RUNNING
 
 
 async def test_the_active_time_is_the_union_of_the_requests() -> None:
     async with a_door() as door:
-        actor = await door.world.running(replace(OCR, instance_concurrency=2))
+        actor = await door.rig.running(replace(OCR, instance_concurrency=2))
         go = asyncio.Event()
 
         async def held(exchange: Exchange) -> None:
             await go.wait()
             await exchange.answer(200, [], b"")
 
-        door.world.app.answers["/ocr"] = held
+        door.rig.app.answers["/ocr"] = held
         asking = [asyncio.create_task(door.ask(actor)) for _ in range(2)]
-        await door.world.app.until_asked("/ocr", times=2)
-        door.world.clock.advance(3 * SECOND_NS)
+        await door.rig.app.until_asked("/ocr", times=2)
+        door.rig.clock.advance(3 * SECOND_NS)
         go.set()
         await asyncio.gather(*asking)
         await eventually(lambda: actor.gate.in_flight == 0)
-        door.world.clock.advance(5 * SECOND_NS)
-        active, idle, _ = door.world.billing.totals(actor.uid)
+        door.rig.clock.advance(5 * SECOND_NS)
+        active, idle, _ = door.rig.billing.totals(actor.uid)
         assert (active, idle) == (3 * SECOND_NS, 5 * SECOND_NS)
 
 
@@ -338,27 +338,27 @@ async def test_an_instance_that_is_being_stopped_takes_nobody() -> None:
     from agent.core.lifecycle.events import StopAsked
 
     async with a_door() as door:
-        actor = await door.world.running()
-        door.world.runtime.containers[actor.uid].heeds_term = False
+        actor = await door.rig.running()
+        door.rig.runtime.containers[actor.uid].heeds_term = False
         actor.handle(StopAsked(SECOND_NS))
         assert code(await door.ask(actor))[2] == b"INSTANCE_STOPPING"
 
 
 async def test_the_scheduler_may_ask_for_a_wake_and_gets_the_free_slots() -> None:
     async with a_door() as door:
-        actor = await door.world.frozen(replace(OCR, instance_concurrency=3))
+        actor = await door.rig.frozen(replace(OCR, instance_concurrency=3))
         wire = await connect(door.port)
         await wire.send(door.head(actor, "x-hibernode-wake-hold-ms: 2000", path="/hibernode/wake"))
         status, headers, _ = await wire.message()
         assert (status, headers[b"x-hibernode-free-slots"]) == (200, b"3")
         assert actor.state is S.RUNNING
-        assert door.world.app.paths() == [], "the instance hears nothing of it"
+        assert door.rig.app.paths() == [], "the instance hears nothing of it"
 
 
 @pytest.mark.parametrize("hold", ["soon", "-1", "601000"])
 async def test_a_wake_with_a_hold_that_is_none_is_refused(hold: str) -> None:
     async with a_door() as door:
-        actor = await door.world.frozen()
+        actor = await door.rig.frozen()
         wire = await connect(door.port)
         await wire.send(door.head(actor, f"x-hibernode-wake-hold-ms: {hold}", path="/hibernode/wake"))
         assert code(await wire.message()) == (400, "InvalidArgument", b"HOLD_INVALID")
@@ -367,8 +367,8 @@ async def test_a_wake_with_a_hold_that_is_none_is_refused(hold: str) -> None:
 
 async def test_that_path_without_the_header_is_the_functions_own() -> None:
     async with a_door() as door:
-        actor = await door.world.running()
+        actor = await door.rig.running()
         wire = await connect(door.port)
         await wire.send(door.head(actor, path="/hibernode/wake"))
         assert (await wire.message())[0] == 200
-        assert door.world.app.paths() == ["/hibernode/wake"]
+        assert door.rig.app.paths() == ["/hibernode/wake"]

@@ -1,4 +1,4 @@
-"""x-fc-log-result: what a client that asks for it gets of the instance's log, and what it costs to ask."""
+"""x-fc-log-result: the request's part of the instance's log, and its cost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HANDLE = Handle("i-1", ProcessId("boot", 1, 1), "127.0.0.1", 9000)
         (OTHER + START + b"mine\nTraceback", START + b"mine\nTraceback", False),
         (OTHER, b"", False),
         (b"", b"", False),
-        (END + START, START, False),  # an End before its Start is not its own
+        (END + START, START, False),  # an End marker before its Start belongs to another request
     ],
 )
 def test_what_belongs_to_a_request(log: bytes, section: bytes, whole: bool) -> None:
@@ -41,7 +41,7 @@ def test_what_belongs_to_a_request(log: bytes, section: bytes, whole: bool) -> N
 
 
 class Logs:
-    """A log that grows between looks at it."""
+    """A log that grows between two reads."""
 
     def __init__(self, *looks: bytes | Exception) -> None:
         self.looks = list(looks)
@@ -101,47 +101,47 @@ def prints(say: Callable[[bytes], None], before: bytes, after: bytes) -> Callabl
 
 async def test_tail_brings_what_the_request_printed() -> None:
     async with a_door() as door:
-        actor = await door.world.running()
+        actor = await door.rig.running()
 
         def say(text: bytes) -> None:
-            door.world.runtime.print(actor.uid, text)
+            door.rig.runtime.print(actor.uid, text)
 
         say(OTHER)
-        door.world.app.answers["/ocr"] = prints(say, b"page 1\n", b"done\n")
+        door.rig.app.answers["/ocr"] = prints(say, b"page 1\n", b"done\n")
         status, headers, body = await door.ask(actor, f"x-fc-request-id: {ID}", "x-fc-log-type: Tail")
         assert (status, body) == (200, b"done")
         assert base64.b64decode(headers[b"x-fc-log-result"]) == START + b"page 1\ndone\n" + END
-        assert not door.world.app.requests[-1].get(b"x-fc-log-type"), "the instance hears nothing of it"
+        assert not door.rig.app.requests[-1].get(b"x-fc-log-type"), "the instance hears nothing of it"
 
 
 async def test_without_tail_no_log_is_read_and_none_can_be_forged() -> None:
     async with a_door() as door:
-        actor = await door.world.running()
-        door.world.app.answers["/ocr"] = prints(lambda text: None, b"", b"")
+        actor = await door.rig.running()
+        door.rig.app.answers["/ocr"] = prints(lambda text: None, b"", b"")
 
         async def never(handle: Handle, tail_bytes: int) -> bytes:
             raise AssertionError("nobody asked for it")
 
-        door.world.runtime.read_log = never  # type: ignore[method-assign]
+        door.rig.runtime.read_log = never  # type: ignore[method-assign]
         for more in ([], ["x-fc-log-type: None"]):
             status, headers, _ = await door.ask(actor, *more)
             assert status == 200
             assert b"x-fc-log-result" not in headers
 
 
-async def test_a_request_that_times_out_shows_how_far_it_came() -> None:
+async def test_timed_out_request_returns_its_log_so_far() -> None:
     async with a_door() as door:
-        actor = await door.world.running(replace(OCR, timeout_ns=30 * MILLISECOND_NS))
-        door.world.runtime.print(actor.uid, START + b"loading page 700\n")
-        door.world.app.answers["/ocr"] = hangs
+        actor = await door.rig.running(replace(OCR, timeout_ns=30 * MILLISECOND_NS))
+        door.rig.runtime.print(actor.uid, START + b"loading page 700\n")
+        door.rig.app.answers["/ocr"] = hangs
         status, headers, _ = await door.ask(actor, f"x-fc-request-id: {ID}", "x-fc-log-type: Tail")
         assert status == 504
         assert base64.b64decode(headers[b"x-fc-log-result"]) == START + b"loading page 700\n"
 
 
-async def test_a_client_that_leaves_while_its_log_is_read_gives_its_slot_back() -> None:
+async def test_client_that_leaves_while_its_log_is_read_frees_the_slot() -> None:
     async with a_door() as door:
-        actor = await door.world.running()
+        actor = await door.rig.running()
         reading = asyncio.Event()
 
         async def stuck(handle: Handle, tail_bytes: int) -> bytes:
@@ -149,7 +149,7 @@ async def test_a_client_that_leaves_while_its_log_is_read_gives_its_slot_back() 
             await asyncio.get_running_loop().create_future()
             return b""
 
-        door.world.runtime.read_log = stuck  # type: ignore[method-assign]
+        door.rig.runtime.read_log = stuck  # type: ignore[method-assign]
         wire = await door.send(actor, "x-fc-log-type: Tail")
         await asyncio.wait_for(reading.wait(), 5)
         assert actor.gate.in_flight == 1

@@ -1,4 +1,4 @@
-"""The event history: read at once, logged a moment later with the time it happened."""
+"""The event log: events can be read at once, and are logged a moment later with their own time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_an_event_is_there_at_once_and_logged_with_its_own_time(lines: io.
     }
 
 
-async def test_flush_leaves_nothing_and_a_flood_is_not_kept_back(lines: io.StringIO) -> None:
+async def test_flush_logs_all_and_a_flood_is_logged_at_once(lines: io.StringIO) -> None:
     events = EventLog(FakeClock())
     for _ in range(MAX_UNLOGGED):
         events.add("i1", "instance.running")

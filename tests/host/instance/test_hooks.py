@@ -1,4 +1,4 @@
-"""The calls that Function Compute promises an instance (facts: hooks, health check, headers), clause by clause."""
+"""The calls that Function Compute makes to an instance: hooks, health checks, headers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agent.core.lifecycle import events as ev
 from agent.core.types import MILLISECOND_NS, SECOND_NS, HealthCheck, Hook, Hooks, InstanceState
 from agent.http.exchange import Exchange
 from tests.host.ingress.test_ingress import a_door
-from tests.host.rig import OCR, Handler, World, a_world, enter, environment_of, eventually, hangs, until
+from tests.host.rig import OCR, Handler, NodeRig, enter, environment_of, eventually, hangs, node_rig, until
 
 S = InstanceState
 SOON = Hook(timeout_ns=30 * MILLISECOND_NS)
@@ -31,8 +31,8 @@ OF_THE_FUNCTION = {
 }
 
 
-async def stopped(world: World, actor_uid: str) -> None:
-    await eventually(lambda: actor_uid in world.node.ended)
+async def stopped(rig: NodeRig, actor_uid: str) -> None:
+    await eventually(lambda: actor_uid in rig.node.ended)
 
 
 # ---- what is called, and how ----------------------------------------------------------------------------------------
@@ -43,16 +43,16 @@ async def stopped(world: World, actor_uid: str) -> None:
     [("/initialize", b"POST", b"0"), ("/pre-freeze", b"GET", None), ("/pre-stop", b"GET", None)],
 )
 async def test_hooks_are_called_as_function_compute_does(path: str, method: bytes, length: bytes | None) -> None:
-    async with a_world() as world:
-        actor = await world.running(ALL_HOOKED)
-        world.clock.advance(10 * SECOND_NS)
+    async with node_rig() as rig:
+        actor = await rig.running(ALL_HOOKED)
+        rig.clock.advance(10 * SECOND_NS)
         await until(actor, S.FROZEN)
         await enter(actor)
         actor.gate.leave()
         actor.handle(ev.StopAsked(SECOND_NS))
-        await stopped(world, actor.uid)
-        assert world.app.paths().count(path) == 1
-        (head,) = [one for one in world.app.requests if one.target == path.encode()]
+        await stopped(rig, actor.uid)
+        assert rig.app.paths().count(path) == 1
+        (head,) = [one for one in rig.app.requests if one.target == path.encode()]
         headers = dict(head.headers)
         assert (head.method, headers.get(b"content-length"), head.has_body) == (method, length, False)
         ours = {name: value for name, value in headers.items() if name.startswith(b"x-fc-")}
@@ -62,9 +62,9 @@ async def test_hooks_are_called_as_function_compute_does(path: str, method: byte
 
 async def test_a_request_carries_exactly_these() -> None:
     async with a_door() as door:
-        actor = await door.world.running(ALL_HOOKED)
+        actor = await door.rig.running(ALL_HOOKED)
         await door.ask(actor, "x-hibernode-client-ip: 203.0.113.9", "x-fc-request-id: 1-67a59f35-150c1267-f381ba1c085c")
-        seen = dict(door.world.app.requests[-1].headers)
+        seen = dict(door.rig.app.requests[-1].headers)
         assert {name: value for name, value in seen.items() if name.startswith((b"x-fc-", b"x-hib"))} == {
             b"x-fc-request-id": b"1-67a59f35-150c1267-f381ba1c085c",
             b"x-fc-control-path": b"/http-invoke",
@@ -74,11 +74,11 @@ async def test_a_request_carries_exactly_these() -> None:
 
 
 @pytest.mark.parametrize("image", ["host", "registry.example/ocr:1"])
-async def test_an_instance_is_told_what_it_is_by_its_environment(image: str) -> None:
-    async with a_world() as world:
-        world.runtime.accepted_images.add(image)
-        actor = await world.running(replace(OCR, image=image, region="cn-shanghai"))
-        told = dict(environment_of(world, actor.uid))
+async def test_environment_describes_the_instance(image: str) -> None:
+    async with node_rig() as rig:
+        rig.runtime.accepted_images.add(image)
+        actor = await rig.running(replace(OCR, image=image, region="cn-shanghai"))
+        told = dict(environment_of(rig, actor.uid))
         assert told.pop("FC_FUNC_CODE_PATH", None) == (None if image == "host" else "/code")
         assert told == {
             "FC_FUNCTION_NAME": "ocr",
@@ -91,15 +91,15 @@ async def test_an_instance_is_told_what_it_is_by_its_environment(image: str) -> 
 
 
 async def test_hooks_that_are_not_configured_are_not_called() -> None:
-    async with a_world() as world:
-        actor = await world.running()
-        world.clock.advance(10 * SECOND_NS)
+    async with node_rig() as rig:
+        actor = await rig.running()
+        rig.clock.advance(10 * SECOND_NS)
         await until(actor, S.FROZEN)
         await enter(actor)
         actor.gate.leave()
         actor.handle(ev.StopAsked(SECOND_NS))
-        await stopped(world, actor.uid)
-        assert world.app.paths() == []
+        await stopped(rig, actor.uid)
+        assert rig.app.paths() == []
 
 
 # ---- what their answers mean ----------------------------------------------------------------------------------------
@@ -117,10 +117,10 @@ async def test_hooks_that_are_not_configured_are_not_called() -> None:
     ],
 )
 async def test_an_initializer_must_answer_2xx_in_time(answer: int | Handler, state: S, said: str) -> None:
-    async with a_world() as world:
-        world.app.answers["/initialize"] = answer
+    async with node_rig() as rig:
+        rig.app.answers["/initialize"] = answer
         hook = Hook() if isinstance(answer, int) else SOON
-        actor = await world.create(replace(OCR, hooks=Hooks(initializer=hook)))
+        actor = await rig.create(replace(OCR, hooks=Hooks(initializer=hook)))
         await until(actor, S.RUNNING, S.FAILED)
         assert actor.state is state
         assert said in actor.instance.message
@@ -129,15 +129,15 @@ async def test_an_initializer_must_answer_2xx_in_time(answer: int | Handler, sta
 
 
 @pytest.mark.parametrize(("answer", "noted"), [(200, False), (302, False), (404, True), (500, True), (hangs, True)])
-async def test_nothing_that_pre_stop_answers_keeps_an_instance(answer: int | Handler, noted: bool) -> None:
-    async with a_world() as world:
-        world.app.answers["/pre-stop"] = answer
-        actor = await world.running(replace(OCR, hooks=Hooks(pre_stop=Hook() if isinstance(answer, int) else SOON)))
+async def test_no_answer_of_pre_stop_prevents_the_stop(answer: int | Handler, noted: bool) -> None:
+    async with node_rig() as rig:
+        rig.app.answers["/pre-stop"] = answer
+        actor = await rig.running(replace(OCR, hooks=Hooks(pre_stop=Hook() if isinstance(answer, int) else SOON)))
         actor.handle(ev.StopAsked(SECOND_NS))
-        await stopped(world, actor.uid)
+        await stopped(rig, actor.uid)
         assert actor.state is S.STOPPED
-        assert ("instance.pre_stop_failed" in world.names()) == noted
-        assert [call for call, _ in world.runtime.calls][2] == "terminate", "TERM comes after the hook"
+        assert ("instance.pre_stop_failed" in rig.names()) == noted
+        assert [call for call, _ in rig.runtime.calls][2] == "terminate", "TERM comes after the hook"
 
 
 # ---- health check ---------------------------------------------------------------------------------------------------
@@ -149,13 +149,13 @@ async def test_nothing_that_pre_stop_answers_keeps_an_instance(answer: int | Han
 )
 async def test_the_first_probe_comes_after_the_initializer_and_must_pass(answer: int | Handler, state: S) -> None:
     check = HealthCheck("/healthz?deep=1", timeout_ns=SECOND_NS if isinstance(answer, int) else 30 * MILLISECOND_NS)
-    async with a_world() as world:
-        world.app.answers["/healthz"] = answer
-        actor = await world.create(replace(OCR, hooks=Hooks(initializer=Hook()), health_check=check))
+    async with node_rig() as rig:
+        rig.app.answers["/healthz"] = answer
+        actor = await rig.create(replace(OCR, hooks=Hooks(initializer=Hook()), health_check=check))
         await until(actor, S.RUNNING, S.FAILED)
         assert actor.state is state
-        assert world.app.paths()[:2] == ["/initialize", "/healthz"]
-        assert world.app.requests[1].target == b"/healthz?deep=1"
+        assert rig.app.paths()[:2] == ["/initialize", "/healthz"]
+        assert rig.app.requests[1].target == b"/healthz?deep=1"
 
 
 async def test_a_page_may_be_the_health_check() -> None:
@@ -165,12 +165,12 @@ async def test_a_page_may_be_the_health_check() -> None:
         await exchange.answer(200, [(b"content-type", b"text/html")], b"<p>" * 300_000)
 
     check = HealthCheck("/", period_ns=MILLISECOND_NS, failure_threshold=1)
-    async with a_world() as world:
-        world.app.answers["/"] = page
-        actor = await world.running(replace(OCR, health_check=check))
-        await world.app.until_asked("/", times=5)
+    async with node_rig() as rig:
+        rig.app.answers["/"] = page
+        actor = await rig.running(replace(OCR, health_check=check))
+        await rig.app.until_asked("/", times=5)
         assert actor.healthy
-        assert "instance.unhealthy" not in world.names()
+        assert "instance.unhealthy" not in rig.names()
 
 
 async def test_the_thresholds_count_failures_and_successes_in_a_row() -> None:
@@ -180,49 +180,49 @@ async def test_the_thresholds_count_failures_and_successes_in_a_row() -> None:
     check = HealthCheck("/healthz", period_ns=MILLISECOND_NS, failure_threshold=3, success_threshold=2)
     done = asyncio.Event()
 
-    async with a_world() as world:
+    async with node_rig() as rig:
 
         async def by_script(exchange: Exchange) -> None:
-            healthy.append(not world.node.actors or next(iter(world.node.actors.values())).healthy)
+            healthy.append(not rig.node.actors or next(iter(rig.node.actors.values())).healthy)
             status = next(answers, 0)
             if not status:
                 done.set()
                 await hangs(exchange)
             await exchange.answer(status, [])
 
-        world.app.answers["/healthz"] = by_script
-        await world.running(replace(OCR, health_check=check))
+        rig.app.answers["/healthz"] = by_script
+        await rig.running(replace(OCR, health_check=check))
         await asyncio.wait_for(done.wait(), 10)
         # Seen by each probe before its own answer.
         assert healthy == [True] * 7 + [False] * 4 + [True]
 
 
 @pytest.mark.parametrize(("answer", "healthy"), [(hangs, True), (503, False)])
-async def test_silence_of_a_busy_instance_is_no_illness_but_its_own_word_is(
+async def test_missing_answer_of_a_busy_instance_does_not_count_but_an_error_does(
     answer: int | Handler, healthy: bool
 ) -> None:
     """Servers with one thread answer no probe while they serve a request."""
     check = HealthCheck("/healthz", period_ns=MILLISECOND_NS, timeout_ns=200 * MILLISECOND_NS, failure_threshold=1)
-    async with a_world() as world:
-        actor = await world.running(replace(OCR, health_check=check))
+    async with node_rig() as rig:
+        actor = await rig.running(replace(OCR, health_check=check))
         await enter(actor)
-        world.app.answers["/healthz"] = answer
-        before = world.app.paths().count("/healthz")
-        await world.app.until_asked("/healthz", times=before + 3)  # so that one of them is over
+        rig.app.answers["/healthz"] = answer
+        before = rig.app.paths().count("/healthz")
+        await rig.app.until_asked("/healthz", times=before + 3)  # so that one probe is over
         assert actor.healthy is healthy
         actor.gate.leave()
-        await eventually(lambda: not actor.healthy)  # idle and silent is ill
+        await eventually(lambda: not actor.healthy)  # idle and silent is unhealthy
 
 
-async def test_an_instance_that_fell_asleep_unhealthy_can_be_woken() -> None:
-    """The dispatcher sends nothing to an unhealthy one, and nothing but a request wakes one that sleeps."""
+async def test_instance_frozen_while_unhealthy_can_be_woken() -> None:
+    """The dispatcher sends nothing to an unhealthy instance, and only a request wakes a frozen one."""
     check = HealthCheck("/healthz", period_ns=MILLISECOND_NS, failure_threshold=1)
-    async with a_world() as world:
-        actor = await world.running(replace(OCR, health_check=check))
-        world.app.answers["/healthz"] = 500
+    async with node_rig() as rig:
+        actor = await rig.running(replace(OCR, health_check=check))
+        rig.app.answers["/healthz"] = 500
         await eventually(lambda: not actor.healthy)
-        world.clock.advance(10 * SECOND_NS)
+        rig.clock.advance(10 * SECOND_NS)
         await until(actor, S.FROZEN)
         assert actor.healthy
         await enter(actor)
-        await eventually(lambda: not actor.healthy)  # awake, it is looked at again
+        await eventually(lambda: not actor.healthy)  # awake, it is probed again

@@ -1,4 +1,4 @@
-"""The agent dies at every step of a life and of a recovery; the next one finds one instance, or none, never two."""
+"""The agent dies at every step of a life and of a recovery; the next one finds one instance or none, never two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agent.core.errors import HibernodeError
 from agent.core.lifecycle import events as ev
 from agent.core.types import SECOND_NS, InstanceState
 from agent.ports import Condition
-from tests.host.rig import PATIENCE_S, World, a_world, enter, eventually, until
+from tests.host.rig import PATIENCE_S, NodeRig, enter, eventually, node_rig, until
 
 S = InstanceState
 
@@ -61,30 +61,30 @@ class _Fused:
         return lambda *args, **kwargs: self._fuse.call(name, found, *args, **kwargs)
 
 
-async def all_is_well(world: World) -> None:
+async def all_is_well(rig: NodeRig) -> None:
     """Exactly one container per instance, one record, GPUs held by exactly those awake, every one serves."""
-    for actor in list(world.node.actors.values()):
+    for actor in list(rig.node.actors.values()):
         await until(actor, S.RUNNING, S.FROZEN)
-    assert sorted(world.node.actors) == world.runtime.running() == sorted(world.runtime.containers)
-    assert sorted(record.spec.uid for record in await world.store.load_instances()) == sorted(world.node.actors)
-    awake = {actor.uid for actor in world.node.actors.values() if actor.state is S.RUNNING}
-    assert {device.holder for device in world.node.broker.allocator.devices.values()} - {""} == awake
-    for actor in list(world.node.actors.values()):
+    assert sorted(rig.node.actors) == rig.runtime.running() == sorted(rig.runtime.containers)
+    assert sorted(record.spec.uid for record in await rig.store.load_instances()) == sorted(rig.node.actors)
+    awake = {actor.uid for actor in rig.node.actors.values() if actor.state is S.RUNNING}
+    assert {device.holder for device in rig.node.broker.allocator.devices.values()} - {""} == awake
+    for actor in list(rig.node.actors.values()):
         await asyncio.wait_for(enter(actor), PATIENCE_S)
         actor.gate.leave()
 
 
-async def a_whole_life(world: World) -> None:
+async def a_whole_life(rig: NodeRig) -> None:
     """Create, freeze, wake, stop: everything that writes."""
-    actor = await world.create(request_id="fn/1/0/0")
+    actor = await rig.create(request_id="fn/1/0/0")
     await until(actor, S.RUNNING)
-    world.clock.advance(10 * SECOND_NS)
+    rig.clock.advance(10 * SECOND_NS)
     await until(actor, S.FROZEN)
     await enter(actor)
     actor.gate.leave()
     actor.handle(ev.StopAsked(SECOND_NS))
-    await eventually(lambda: actor.uid in world.node.ended)
-    await asyncio.gather(*world.node._endings)
+    await eventually(lambda: actor.uid in rig.node.ended)
+    await asyncio.gather(*rig.node._endings)
 
 
 async def blow(fuse: Fuse, story: Any) -> bool:
@@ -104,12 +104,12 @@ async def test_a_sigkill_at_any_step_of_a_life_leaves_one_instance_or_none(befor
     limit, died, fuse = 1, True, Fuse(0, before=before)
     while died:
         fuse = Fuse(limit, before=before)
-        async with a_world(wrap=fuse.wrap) as world:
-            died = await blow(fuse, a_whole_life(world))
-            world.wrap = lambda port: port
-            await world.restart()
-            assert len(world.node.actors) <= 1, fuse.calls
-            await all_is_well(world)
+        async with node_rig(wrap=fuse.wrap) as rig:
+            died = await blow(fuse, a_whole_life(rig))
+            rig.wrap = lambda port: port
+            await rig.restart()
+            assert len(rig.node.actors) <= 1, fuse.calls
+            await all_is_well(rig)
         limit += 1
     assert limit > 10, fuse.calls
 
@@ -118,22 +118,22 @@ async def test_a_sigkill_at_any_step_of_a_life_leaves_one_instance_or_none(befor
 async def test_a_sigkill_at_any_step_of_a_recovery_is_recovered_from(before: bool) -> None:
     limit, died, fuse = 1, True, Fuse(0, before=before)
     while died:
-        async with a_world(per_gpu=2) as world:
-            running, frozen, locked, half = [await world.running() for _ in range(4)]
+        async with node_rig(per_gpu=2) as rig:
+            running, frozen, locked, half = [await rig.running() for _ in range(4)]
             for actor in (running, frozen, locked, half):
-                world.freezer.states[actor.uid] = Condition.FROZEN
+                rig.freezer.states[actor.uid] = Condition.FROZEN
             awake = [a for a in (running, frozen, locked, half) if a.state is S.RUNNING]
-            world.freezer.states[awake[0].uid] = Condition.LOCKED
-            world.freezer.states[awake[1].uid] = Condition.CHECKPOINTED
-            kept = sorted(world.node.actors)
-            await world.kill_agent()
+            rig.freezer.states[awake[0].uid] = Condition.LOCKED
+            rig.freezer.states[awake[1].uid] = Condition.CHECKPOINTED
+            kept = sorted(rig.node.actors)
+            await rig.kill_agent()
             fuse = Fuse(limit, before=before)
-            world.wrap = fuse.wrap
-            await world.boot()
-            died = await blow(fuse, world.recover())
-            world.wrap = lambda port: port
-            await world.restart()
-            assert sorted(world.node.actors) == kept, fuse.calls
-            await all_is_well(world)
+            rig.wrap = fuse.wrap
+            await rig.boot()
+            died = await blow(fuse, rig.recover())
+            rig.wrap = lambda port: port
+            await rig.restart()
+            assert sorted(rig.node.actors) == kept, fuse.calls
+            await all_is_well(rig)
         limit += 1
     assert limit > 8, fuse.calls

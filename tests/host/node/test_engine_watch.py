@@ -1,4 +1,4 @@
-"""The engine goes away and comes back: instances live on, and what could not be removed is removed then."""
+"""The engine goes down and comes back: instances live on, and leftovers are removed then."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 
 from agent.core.errors import UnavailableError
 from agent.host.node.engine_watch import BACK_OFF_MAX_S, POLL_S, EngineWatch
-from tests.host.rig import World, a_world
+from tests.host.rig import NodeRig, node_rig
 
 AWAY = UnavailableError("ENGINE_UNAVAILABLE", "no engine answers at /run/docker.sock; start docker")
 
 
 class FakeEngine:
-    """Answers by turns as told: None = fine."""
+    """Answers in turn; None = up."""
 
     def __init__(self, *answers: UnavailableError | None) -> None:
         self._answers = list(answers)
@@ -27,18 +27,18 @@ class FakeEngine:
 
 
 def watch(
-    world: World, engine: FakeEngine, pauses: list[float], rounds: int, told: list[str] | None = None
+    rig: NodeRig, engine: FakeEngine, pauses: list[float], rounds: int, problems: list[str] | None = None
 ) -> EngineWatch:
-    async def tell() -> None:
-        if told is not None:
-            told.append(watching.problem)
+    async def on_change() -> None:
+        if problems is not None:
+            problems.append(watching.problem)
 
     async def pause(seconds: float) -> None:
         pauses.append(seconds)
         if len(pauses) == rounds:
             raise asyncio.CancelledError
 
-    watching = EngineWatch(engine, world.runtime, world.node, world.events, tell, pause)
+    watching = EngineWatch(engine, rig.runtime, rig.node, rig.events, on_change, pause)
     return watching
 
 
@@ -47,47 +47,47 @@ async def follow(watching: EngineWatch) -> None:
         await watching.run()
 
 
-async def test_it_is_asked_less_often_while_it_stays_away_and_that_is_said_once() -> None:
-    async with a_world() as world:
+async def test_engine_that_stays_down_is_polled_less_often_and_reported_once() -> None:
+    async with node_rig() as rig:
         pauses: list[float] = []
-        told: list[str] = []
-        await follow(watch(world, FakeEngine(None, *[AWAY] * 8, None), pauses, 10, told))
-        assert [bool(problem) for problem in told] == [False, True, False]
+        problems: list[str] = []
+        await follow(watch(rig, FakeEngine(None, *[AWAY] * 8, None), pauses, 10, problems))
+        assert [bool(problem) for problem in problems] == [False, True, False]
         assert pauses == [POLL_S, 1, 2, 4, 8, *[BACK_OFF_MAX_S] * 4, POLL_S]
-        assert [name for name in world.names("") if name.startswith("engine.")] == ["engine.down", "engine.up"]
+        assert [name for name in rig.names("") if name.startswith("engine.")] == ["engine.down", "engine.up"]
 
 
-async def test_what_stayed_behind_is_removed_when_it_is_back_and_the_living_are_left_alone() -> None:
-    async with a_world() as world:
-        living = await world.running()
-        container = world.runtime.containers[living.uid]
+async def test_leftovers_are_removed_when_the_engine_is_back() -> None:
+    async with node_rig() as rig:
+        living = await rig.running()
+        container = rig.runtime.containers[living.uid]
         container.handle = replace(container.handle, container_id="4f2e")
         orphan = replace(container.handle, uid="i-gone", container_id="77aa")
-        world.runtime.containers["i-gone"] = replace(container, handle=orphan, ended=asyncio.Future())
-        await follow(watch(world, FakeEngine(AWAY, None), [], 2))
-        assert world.runtime.running() == [living.uid]
-        assert "instance.leftover_removed" in world.names("i-gone")
+        rig.runtime.containers["i-gone"] = replace(container, handle=orphan, ended=asyncio.Future())
+        await follow(watch(rig, FakeEngine(AWAY, None), [], 2))
+        assert rig.runtime.running() == [living.uid]
+        assert "instance.leftover_removed" in rig.names("i-gone")
 
 
 async def test_a_process_of_the_host_is_no_leftover_of_the_engine() -> None:
-    async with a_world() as world:
-        actor = await world.running()
-        container = world.runtime.containers[actor.uid]
-        world.runtime.containers["i-gone"] = replace(container, handle=replace(container.handle, uid="i-gone"))
-        await follow(watch(world, FakeEngine(None), [], 1))
-        assert "i-gone" in world.runtime.containers
+    async with node_rig() as rig:
+        actor = await rig.running()
+        container = rig.runtime.containers[actor.uid]
+        rig.runtime.containers["i-gone"] = replace(container, handle=replace(container.handle, uid="i-gone"))
+        await follow(watch(rig, FakeEngine(None), [], 1))
+        assert "i-gone" in rig.runtime.containers
 
 
-async def test_a_leftover_that_can_not_be_removed_is_tried_again_at_the_next_sweep() -> None:
-    async with a_world() as world:
-        actor = await world.running()
-        container = world.runtime.containers[actor.uid]
+async def test_leftover_that_cannot_be_removed_is_retried_at_the_next_sweep() -> None:
+    async with node_rig() as rig:
+        actor = await rig.running()
+        container = rig.runtime.containers[actor.uid]
         orphan = replace(container.handle, uid="i-gone", container_id="77aa")
-        world.runtime.containers["i-gone"] = replace(container, handle=orphan, ended=asyncio.Future())
-        world.runtime.kill_hangs = True
-        watching = watch(world, FakeEngine(None), [], 1)
+        rig.runtime.containers["i-gone"] = replace(container, handle=orphan, ended=asyncio.Future())
+        rig.runtime.kill_hangs = True
+        watching = watch(rig, FakeEngine(None), [], 1)
         await watching.sweep()
-        assert "i-gone" in world.runtime.containers
-        world.runtime.kill_hangs = False
+        assert "i-gone" in rig.runtime.containers
+        rig.runtime.kill_hangs = False
         await watching.sweep()
-        assert "i-gone" not in world.runtime.containers
+        assert "i-gone" not in rig.runtime.containers

@@ -1,4 +1,4 @@
-"""Commands inside instances: who may run one, what keeps the instance awake meanwhile, what is kept of it."""
+"""Commands inside instances: admission, keeping the instance awake, and events."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from agent.core.types import SECOND_NS, IdlePolicy, InstanceState
 from agent.host.instance.actor import Actor
 from agent.host.node.exec_sessions import ExecSessions
 from agent.ports import ExecSpec
-from tests.host.rig import OCR, PATIENCE_S, World, a_world, enter, until
+from tests.host.rig import OCR, PATIENCE_S, NodeRig, enter, node_rig, until
 
 S = InstanceState
 LS = ExecSpec(("ls", "-l", "--token=hunter2"))
 
 
 @asynccontextmanager
-async def exec_world(**knobs: object) -> AsyncIterator[tuple[World, ExecSessions]]:
+async def exec_rig(**knobs: object) -> AsyncIterator[tuple[NodeRig, ExecSessions]]:
     limits = {key: knobs.pop(key) for key in ("most", "longest_s") if key in knobs}
-    async with a_world(**knobs) as world:
-        world.runtime.executes = True
-        yield world, ExecSessions(world.node, world.runtime, world.events, world.clock, **limits)  # type: ignore[arg-type]
+    async with node_rig(**knobs) as rig:
+        rig.runtime.executes = True
+        yield rig, ExecSessions(rig.node, rig.runtime, rig.events, rig.clock, **limits)  # type: ignore[arg-type]
 
 
 async def reason_of(sessions: ExecSessions, uid: str, *, wake: bool = False) -> str:
@@ -36,51 +36,51 @@ async def reason_of(sessions: ExecSessions, uid: str, *, wake: bool = False) -> 
     return caught.value.reason
 
 
-def events_of(world: World, name: str) -> list[dict[str, str]]:
-    return [dict(event.attributes) for event in world.events.read() if event.name == name]
+def events_of(rig: NodeRig, name: str) -> list[dict[str, str]]:
+    return [dict(event.attributes) for event in rig.events.read() if event.name == name]
 
 
-# ---- who may --------------------------------------------------------------------------------------------------------
+# ---- admission ----------------------------------------------------------------------------------------------------
 
 
-async def test_a_frozen_one_is_refused_at_once_and_stays_frozen() -> None:
-    async with exec_world() as (world, sessions):
-        actor = await world.frozen()
+async def test_frozen_instance_is_refused_at_once_and_stays_frozen() -> None:
+    async with exec_rig() as (rig, sessions):
+        actor = await rig.frozen()
         with pytest.raises(HibernodeError, match="--wake") as caught:
             async with sessions.open(actor.uid, LS, wake=False, caller="olga"):
                 pass
         assert caught.value.reason == "INSTANCE_FROZEN"
         assert (actor.state, actor.instance.exec_active) == (S.FROZEN, False)
-        assert ("exec", actor.uid) not in world.runtime.calls
+        assert ("exec", actor.uid) not in rig.runtime.calls
 
 
 @pytest.mark.parametrize("freeze_after_ns", [0, 10 * SECOND_NS])
 async def test_with_wake_it_is_awake_until_the_command_has_ended(freeze_after_ns: int) -> None:
-    async with exec_world() as (world, sessions):
-        actor = await world.frozen(replace(OCR, idle=IdlePolicy(freeze_after_ns=freeze_after_ns)))
+    async with exec_rig() as (rig, sessions):
+        actor = await rig.frozen(replace(OCR, idle=IdlePolicy(freeze_after_ns=freeze_after_ns)))
         async with asyncio.timeout(PATIENCE_S), sessions.open(actor.uid, LS, wake=True, caller="olga") as running:
-            assert running.session is world.runtime.sessions[0]
-            world.clock.advance(3600 * SECOND_NS)
+            assert running.session is rig.runtime.sessions[0]
+            rig.clock.advance(3600 * SECOND_NS)
             await asyncio.sleep(0)
             assert actor.state is S.RUNNING
-        world.clock.advance(freeze_after_ns)
+        rig.clock.advance(freeze_after_ns)
         await until(actor, S.FROZEN)
 
 
-async def test_one_that_is_about_to_sleep_counts_as_asleep() -> None:
-    async with exec_world() as (world, sessions):
-        actor = await world.running()
-        world.freezer.hold("checkpoint")
+async def test_freezing_instance_counts_as_frozen() -> None:
+    async with exec_rig() as (rig, sessions):
+        actor = await rig.running()
+        rig.freezer.hold("checkpoint")
         actor.handle(ev.FreezeAsked())
-        await world.freezer.entered("checkpoint")
+        await rig.freezer.entered("checkpoint")
         assert await reason_of(sessions, actor.uid) == "INSTANCE_FROZEN"
-        world.freezer.release("checkpoint")
+        rig.freezer.release("checkpoint")
         await until(actor, S.FROZEN)
 
 
-async def test_one_whose_gpu_is_promised_away_is_asleep_and_comes_back_with_wake() -> None:
-    async with exec_world() as (world, sessions):
-        actor = await world.running()
+async def test_draining_instance_counts_as_frozen_and_comes_back_with_wake() -> None:
+    async with exec_rig() as (rig, sessions):
+        actor = await rig.running()
         await enter(actor)
         actor.handle(ev.DrainOrdered())
         assert await reason_of(sessions, actor.uid) == "INSTANCE_FROZEN"
@@ -93,15 +93,15 @@ async def test_one_whose_gpu_is_promised_away_is_asleep_and_comes_back_with_wake
         await asyncio.sleep(0)
         actor.gate.leave()
         assert await asyncio.wait_for(running, PATIENCE_S) is S.RUNNING
-        assert (actor.figures.freezes, actor.figures.wakes) == (1, 1), "asleep in between, as the GPU book ordered"
+        assert (actor.figures.freezes, actor.figures.wakes) == (1, 1), "frozen in between, as the GPU allocator ordered"
 
 
-async def test_paused_starting_and_ended_ones_are_refused() -> None:
-    async with exec_world() as (world, sessions):
-        world.runtime.start_gate = asyncio.Event()
-        actor = await world.create()
+async def test_paused_starting_and_ended_instances_are_refused() -> None:
+    async with exec_rig() as (rig, sessions):
+        rig.runtime.start_gate = asyncio.Event()
+        actor = await rig.create()
         assert await reason_of(sessions, actor.uid, wake=True) == "NOT_RUNNING"
-        world.runtime.start_gate.set()
+        rig.runtime.start_gate.set()
         await until(actor, S.RUNNING)
         actor.handle(ev.Paused(paused=True))
         assert await reason_of(sessions, actor.uid, wake=True) == "EXTERNALLY_FROZEN"
@@ -113,28 +113,28 @@ async def test_paused_starting_and_ended_ones_are_refused() -> None:
         assert await reason_of(sessions, "i-nobody") == "INSTANCE_NOT_FOUND"
 
 
-async def test_a_process_of_the_host_has_no_inside_and_is_not_woken_for_that() -> None:
-    async with exec_world() as (world, sessions):
-        world.runtime.executes = False
-        actor = await world.frozen()
+async def test_host_process_refuses_commands_and_is_not_woken() -> None:
+    async with exec_rig() as (rig, sessions):
+        rig.runtime.executes = False
+        actor = await rig.frozen()
         assert await reason_of(sessions, actor.uid, wake=True) == "EXEC_UNAVAILABLE"
         assert (actor.state, actor.instance.exec_active) == (S.FROZEN, False)
 
 
-async def test_a_command_that_can_not_be_run_leaves_nothing_but_its_trace() -> None:
-    async with exec_world() as (world, sessions):
-        actor = await world.running()
-        world.runtime.exec_error = InstanceError("EXEC_FAILED", "unable to find user nobody-here")
+async def test_failed_command_leaves_only_its_events() -> None:
+    async with exec_rig() as (rig, sessions):
+        actor = await rig.running()
+        rig.runtime.exec_error = InstanceError("EXEC_FAILED", "unable to find user nobody-here")
         assert await reason_of(sessions, actor.uid) == "EXEC_FAILED"
         assert not actor.instance.exec_active
-        assert len(events_of(world, "instance.exec")) == 1
-        assert world.messages("instance.exec_ended") == ["EXEC_FAILED"]
+        assert len(events_of(rig, "instance.exec")) == 1
+        assert rig.messages("instance.exec_ended") == ["EXEC_FAILED"]
 
 
 # ---- meanwhile ------------------------------------------------------------------------------------------------------
 
 
-async def _started(world: World, sessions: ExecSessions, actor: Actor) -> asyncio.Task[None]:
+async def _started(rig: NodeRig, sessions: ExecSessions, actor: Actor) -> asyncio.Task[None]:
     inside = asyncio.Event()
 
     async def run() -> None:
@@ -153,53 +153,53 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
         await task
 
 
-async def test_two_commands_the_last_one_closes_the_door() -> None:
-    async with exec_world() as (world, sessions):
-        actor = await world.running()
-        first, second = await _started(world, sessions, actor), await _started(world, sessions, actor)
+async def test_instance_freezes_after_the_last_of_two_commands() -> None:
+    async with exec_rig() as (rig, sessions):
+        actor = await rig.running()
+        first, second = await _started(rig, sessions, actor), await _started(rig, sessions, actor)
         await _cancelled(first)
-        world.clock.advance(60 * SECOND_NS)
+        rig.clock.advance(60 * SECOND_NS)
         await asyncio.sleep(0)
         assert actor.state is S.RUNNING
         await _cancelled(second)
-        world.clock.advance(10 * SECOND_NS)
+        rig.clock.advance(10 * SECOND_NS)
         await until(actor, S.FROZEN)
 
 
-async def test_requests_are_served_meanwhile_and_none_of_it_is_metered_as_active() -> None:
-    async with exec_world() as (world, sessions):
-        actor = await world.running()
-        command = await _started(world, sessions, actor)
+async def test_requests_are_served_during_a_command_which_is_not_metered() -> None:
+    async with exec_rig() as (rig, sessions):
+        actor = await rig.running()
+        command = await _started(rig, sessions, actor)
         await enter(actor)
         actor.gate.leave()
-        world.clock.advance(20 * SECOND_NS)
-        assert world.billing.totals(actor.uid)[0] == 0
+        rig.clock.advance(20 * SECOND_NS)
+        assert rig.billing.totals(actor.uid)[0] == 0
         assert actor.state is S.RUNNING
         await _cancelled(command)
 
 
-async def test_who_waits_for_the_gpu_gets_it_when_the_command_has_cancelled() -> None:
-    async with exec_world(per_gpu=2) as (world, sessions):
-        holders = [await world.running() for _ in world.gpus.gpus]
-        commands = [await _started(world, sessions, actor) for actor in holders]
-        waiting = await world.create()
+async def test_waiting_instance_gets_the_gpu_after_the_command() -> None:
+    async with exec_rig(per_gpu=2) as (rig, sessions):
+        holders = [await rig.running() for _ in rig.gpus.gpus]
+        commands = [await _started(rig, sessions, actor) for actor in holders]
+        waiting = await rig.create()
         for _ in range(30):
-            world.clock.advance(SECOND_NS)
+            rig.clock.advance(SECOND_NS)
             await asyncio.sleep(0)
         assert waiting.state is S.STARTING
         assert {actor.state for actor in holders} == {S.RUNNING}
         for command in commands:
             await _cancelled(command)
         for _ in range(3):
-            world.clock.advance(SECOND_NS)
+            rig.clock.advance(SECOND_NS)
             await asyncio.sleep(0)
         await until(waiting, S.RUNNING)
 
 
 async def test_a_stop_does_not_wait_for_a_command() -> None:
-    async with exec_world() as (world, sessions):
-        actor = await world.running()
-        command = await _started(world, sessions, actor)
+    async with exec_rig() as (rig, sessions):
+        actor = await rig.running()
+        command = await _started(rig, sessions, actor)
         actor.handle(ev.StopAsked(3600 * SECOND_NS))
         await until(actor, S.STOPPED)
         await _cancelled(command)
@@ -208,14 +208,14 @@ async def test_a_stop_does_not_wait_for_a_command() -> None:
 # ---- bounds ---------------------------------------------------------------------------------------------------------
 
 
-async def test_so_many_at_once_and_no_more() -> None:
-    async with exec_world(most=2) as (world, sessions):
-        actor = await world.running()
-        commands = [await _started(world, sessions, actor) for _ in range(2)]
+async def test_number_of_commands_is_bounded() -> None:
+    async with exec_rig(most=2) as (rig, sessions):
+        actor = await rig.running()
+        commands = [await _started(rig, sessions, actor) for _ in range(2)]
         with pytest.raises(ExhaustedError, match="TOO_MANY_CALLS"):
             await _run_until_ended(sessions, actor)
         await _cancelled(commands.pop())
-        commands.append(await _started(world, sessions, actor))
+        commands.append(await _started(rig, sessions, actor))
         for command in commands:
             await _cancelled(command)
 
@@ -225,46 +225,46 @@ async def _run_until_ended(sessions: ExecSessions, actor: Actor) -> None:
         await asyncio.Event().wait()
 
 
-async def test_none_lasts_for_ever() -> None:
-    async with exec_world(longest_s=0.02) as (world, sessions):
-        actor = await world.running()
+async def test_duration_of_a_command_is_bounded() -> None:
+    async with exec_rig(longest_s=0.02) as (rig, sessions):
+        actor = await rig.running()
         with pytest.raises(DeadlineError, match="CALL_TOO_LONG"):
             await _run_until_ended(sessions, actor)
-        assert world.runtime.sessions[0].closed.is_set()
-        assert world.messages("instance.exec_ended") == ["ended by the agent"]
+        assert rig.runtime.sessions[0].closed.is_set()
+        assert rig.messages("instance.exec_ended") == ["ended by the agent"]
 
 
-async def test_the_agents_leave_ends_them_and_waits_until_they_have_cleaned_up() -> None:
-    async with exec_world() as (world, sessions):
-        actor = await world.running()
-        running = await _started(world, sessions, actor)
+async def test_close_ends_commands_and_waits_for_their_clean_up() -> None:
+    async with exec_rig() as (rig, sessions):
+        actor = await rig.running()
+        running = await _started(rig, sessions, actor)
         await asyncio.wait_for(sessions.close(), PATIENCE_S)
-        assert world.runtime.sessions[0].closed.is_set()
+        assert rig.runtime.sessions[0].closed.is_set()
         assert not actor.instance.exec_active
         with pytest.raises(UnavailableError, match="AGENT_STOPPING"):
             await running
         assert await reason_of(sessions, actor.uid) == "AGENT_STOPPING"
 
 
-# ---- what is kept ---------------------------------------------------------------------------------------------------
+# ---- events ---------------------------------------------------------------------------------------------------
 
 
-async def test_the_history_says_who_ran_what_and_never_with_which_arguments() -> None:
-    async with exec_world() as (world, sessions):
-        actor = await world.running()
+async def test_events_name_caller_and_program_and_never_the_arguments() -> None:
+    async with exec_rig() as (rig, sessions):
+        actor = await rig.running()
         async with sessions.open(actor.uid, replace(LS, user="root"), wake=False, caller="olga") as running:
-            world.clock.advance(1500 * SECOND_NS // 1000)
+            rig.clock.advance(1500 * SECOND_NS // 1000)
             running.exit_code = 3
-        (began,), (ended,) = events_of(world, "instance.exec"), events_of(world, "instance.exec_ended")
+        (began,), (ended,) = events_of(rig, "instance.exec"), events_of(rig, "instance.exec_ended")
         assert began == {"program": "ls", "arguments": "2", "terminal": "no", "caller": "olga", "user": "root"}
         assert ended == {"exit_code": "3", "duration_ms": "1500", "caller": "olga"}
-        assert "hunter2" not in str(world.events.read())
+        assert "hunter2" not in str(rig.events.read())
 
 
-async def test_the_history_says_that_the_caller_has_cancelled() -> None:
-    async with exec_world() as (world, sessions):
-        actor = await world.running()
-        await _cancelled(await _started(world, sessions, actor))
-        assert world.messages("instance.exec_ended") == ["the caller disconnected"]
-        assert "exit_code" not in events_of(world, "instance.exec_ended")[0]
-        assert world.runtime.sessions[0].closed.is_set()
+async def test_events_say_that_the_caller_disconnected() -> None:
+    async with exec_rig() as (rig, sessions):
+        actor = await rig.running()
+        await _cancelled(await _started(rig, sessions, actor))
+        assert rig.messages("instance.exec_ended") == ["the caller disconnected"]
+        assert "exit_code" not in events_of(rig, "instance.exec_ended")[0]
+        assert rig.runtime.sessions[0].closed.is_set()

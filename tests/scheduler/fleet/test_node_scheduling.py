@@ -139,9 +139,7 @@ async def test_an_update_does_not_stop_instances_on_a_drained_node(story: Story)
     assert (story.stops, story.reason()) == ([], "NO_NODE")
 
 
-async def test_a_drain_is_stored_before_it_takes_effect(
-    story: Story, store: Store, tmp_path: Path
-) -> None:
+async def test_a_drain_is_stored_before_it_takes_effect(story: Story, store: Store, tmp_path: Path) -> None:
     await story.scheduling.put("n1", DRAINED)
     again = Story(store)
     scheduling = NodeScheduling(store, again.fleet)

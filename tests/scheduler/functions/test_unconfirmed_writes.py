@@ -65,9 +65,7 @@ async def restarted(store: Store) -> Rig:
     return again
 
 
-async def test_a_put_that_times_out_while_written_may_take_effect(
-    rig: Rig, store: Store, tmp_path: Path
-) -> None:
+async def test_a_put_that_times_out_while_written_may_take_effect(rig: Rig, store: Store, tmp_path: Path) -> None:
     with begins_and_hangs(store, tmp_path / "scheduler.db"), pytest.raises(UnavailableError, match=MAY_BE) as caught:
         await rig.put(0)
     assert caught.value.reason == "STORE_FAILED"
@@ -97,9 +95,7 @@ async def test_a_repeated_put_after_an_unconfirmed_one_survives_a_restart(
     assert not again.ocr.provisioning
 
 
-async def test_an_unconfirmed_cordon_can_be_undone(
-    rig: Rig, store: Store, tmp_path: Path
-) -> None:
+async def test_an_unconfirmed_cordon_can_be_undone(rig: Rig, store: Store, tmp_path: Path) -> None:
     scheduling = NodeScheduling(store, rig.fleet)
     with begins_and_hangs(store, tmp_path / "scheduler.db"), pytest.raises(UnavailableError, match=MAY_BE):
         await scheduling.put("n1", Scheduling.CORDONED)

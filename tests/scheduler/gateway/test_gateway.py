@@ -115,7 +115,9 @@ async def test_spoofed_headers_are_dropped_and_authorization_passes(rig: Gateway
         (b"GET /fn/ocr/ HTTP/1.1\r\nhost: g\r\nx-fc-log-type: All\r\n\r\n", 400, "InvalidArgument"),
     ],
 )
-async def test_requests_that_cannot_be_served_get_an_error(rig: GatewayRig, raw: bytes, status: int, expected: str) -> None:
+async def test_requests_that_cannot_be_served_get_an_error(
+    rig: GatewayRig, raw: bytes, status: int, expected: str
+) -> None:
     rig.instance("i1")
     got, _, body = await rig.ask(raw)
     assert (got, code(body)) == (status, expected)

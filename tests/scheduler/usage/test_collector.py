@@ -242,9 +242,7 @@ async def test_a_node_does_not_upload_the_usage_of_another_node_s_instance(datab
     assert accepted == Accepted((("i-ocr-2", 0),), (), (RejectedWindow(("i-ocr-1", 0), "USAGE_FOREIGN_INSTANCE"),))
 
 
-async def test_conflicts_kept_for_one_window_are_bounded(
-    collector: UsageCollector, database: UsageDatabase
-) -> None:
+async def test_conflicts_kept_for_one_window_are_bounded(collector: UsageCollector, database: UsageDatabase) -> None:
     for active_ns in range(MAX_CONFLICTS_PER_KEY + 5):
         await collector.accept(NODE, [window(active_ns=active_ns)])
     assert len(await conflicts(database)) == MAX_CONFLICTS_PER_KEY

@@ -92,7 +92,9 @@ async def test_wherever_a_page_ends_the_same_is_found(
     )
 
 
-async def test_reconciliation_reads_only_what_the_filter_selects(collector: UsageCollector, database: UsageDatabase) -> None:
+async def test_reconciliation_reads_only_what_the_filter_selects(
+    collector: UsageCollector, database: UsageDatabase
+) -> None:
     await collector.accept(NODE, [window("i-a", 0), window("i-a", 2), replace(window("i-b", 0), function="llm")])
     reports = UsageReports(database)
     assert [one.windows for one in await all_of(reports, UsageFilter(function="llm"))] == [1]

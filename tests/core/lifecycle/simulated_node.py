@@ -1,7 +1,7 @@
-"""A small world for random walks: instances, their gates and the GPU book, wired as the host wires them.
+"""A simulated node for random walks: instances, gates and the GPU allocator, wired as in the host.
 
-No loop and no clock: time is a number, operations end when the walk says so. After every move the invariants of
-DESIGN section 3 are checked, so a walk that ends has proved them for its whole length.
+Time is a number, and operations end when the walk decides. After every move the invariants of `agent/docs/design.md`
+are checked.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from agent.core.lifecycle.slots import Arrival, ConcurrencyLimiter
 from agent.core.types import MILLISECOND_NS, InstanceState
 
 IMPOSSIBLE = ("instance.impossible_event", "gpu.grant_unexpected")
-"""Notes of events that only a bug can send."""
+"""Notes about events that only a bug can send."""
 
 
 @dataclass
 class Member:
-    """One instance as the walk sees it: the pure state, its gate, and what the outside world does to it."""
+    """One instance: its state, its gate, and the operation and timers that run outside."""
 
     instance: Instance
     slots: ConcurrencyLimiter[int]
@@ -33,11 +33,11 @@ class Member:
     stop_timer: tuple[int, int] | None = None
     destroyed: bool = False
     inside: set[int] = field(default_factory=set)
-    story: list[str] = field(default_factory=list)
+    history: list[str] = field(default_factory=list)
 
 
-class World:
-    """`walk` makes random moves; every request ends in exactly one of the counters."""
+class SimulatedNode:
+    """`move` makes a random move; every request ends in exactly one counter of `ended`."""
 
     def __init__(
         self,
@@ -81,12 +81,12 @@ class World:
         )
         self.members[uid] = Member(me, ConcurrencyLimiter(concurrency, max_waiting))
         self.inbox[uid] = deque()
-        self.tell_allocator(allocator_events.Assign(uid, 1, ""))
-        self.tell(uid, ev.Created())
+        self.send_to_allocator(allocator_events.Assign(uid, 1, ""))
+        self.send(uid, ev.Created())
 
     # ---- the wiring of the host -----------------------------------------------------------------------------------
 
-    def tell(self, uid: str, event: ev.Event) -> None:
+    def send(self, uid: str, event: ev.Event) -> None:
         self.inbox[uid].append(event)
         if uid in self.stepping:
             return
@@ -99,7 +99,7 @@ class World:
         member = self.members[uid]
         old = member.instance
         member.instance, effects = machine.step(old, event, self.at)
-        member.story.append(f"{self.at} {old.state.value} --{event}--> {member.instance.state.value} {effects}")
+        member.history.append(f"{self.at} {old.state.value} --{event}--> {member.instance.state.value} {effects}")
         self.seen[f"{old.state.value}->{member.instance.state.value}"] += old.state is not member.instance.state
         self._sync_gate(uid)
         for effect in effects:
@@ -112,12 +112,12 @@ class World:
             return
         slots.open = is_open
         if is_open:
-            quiet = slots.in_flight == 0
-            if self._grant(uid) and quiet:
-                self.tell(uid, ev.FirstRequestStarted())
-            self.tell(uid, ev.WaitersGone())
+            was_idle = slots.in_flight == 0
+            if self._grant(uid) and was_idle:
+                self.send(uid, ev.FirstRequestStarted())
+            self.send(uid, ev.WaitersGone())
         elif slots.waiting:
-            self.tell(uid, ev.WaitersAppeared())
+            self.send(uid, ev.WaitersAppeared())
 
     def _grant(self, uid: str) -> int:
         member, granted = self.members[uid], 0
@@ -132,18 +132,18 @@ class World:
             case ev.Run(op, gen, _):
                 self._begin(member, op, gen)
             case ev.RequestGpus(avoid):
-                self.tell_allocator(allocator_events.Ask(uid, avoid))
+                self.send_to_allocator(allocator_events.Ask(uid, avoid))
             case ev.WithdrawRequest():
-                self.tell_allocator(allocator_events.Leave(uid))
+                self.send_to_allocator(allocator_events.Leave(uid))
             case ev.ReleaseGpus():
                 self.releasing.add(uid)
-                self.tell_allocator(allocator_events.Releasing(uid))
+                self.send_to_allocator(allocator_events.Releasing(uid))
             case ev.OrderedFreezeRefused():
-                self.tell_allocator(allocator_events.FreezeRefused(uid))
+                self.send_to_allocator(allocator_events.FreezeRefused(uid))
             case ev.ReportActivity(True, preemptible_at_ns):
-                self.tell_allocator(allocator_events.BecameIdle(uid, preemptible_at_ns))
+                self.send_to_allocator(allocator_events.BecameIdle(uid, preemptible_at_ns))
             case ev.ReportActivity():
-                self.tell_allocator(allocator_events.BecameBusy(uid))
+                self.send_to_allocator(allocator_events.BecameBusy(uid))
             case ev.SetIdleTimer(gen, at_ns):
                 member.idle_timer = (at_ns, gen)
             case ev.SetStopTimer(gen, at_ns):
@@ -159,13 +159,13 @@ class World:
     def _begin(self, member: Member, op: ev.Operation, gen: int) -> None:
         if op is ev.Operation.CHECKPOINT:
             assert not member.inside, "a checkpoint began with a request in flight"
-            assert not member.slots.waiting or member.instance.ordered, "a checkpoint began although somebody waits"
+            assert not member.slots.waiting or member.instance.ordered, "a checkpoint began although a request waits"
         if op in (ev.Operation.LOCK, ev.Operation.CHECKPOINT, ev.Operation.WAKE):
             assert not member.inside, f"{op} with a request inside"
         assert member.op is None or op is ev.Operation.DESTROY, f"{op} while {member.op} runs"
         member.op, member.op_gen = op, gen
 
-    def tell_allocator(self, event: allocator_events.AllocatorEvent) -> None:
+    def send_to_allocator(self, event: allocator_events.AllocatorEvent) -> None:
         self.allocator_inbox.append(event)
         if self.allocator_busy:
             return
@@ -176,18 +176,18 @@ class World:
                 match effect:
                     case allocator_events.Grant(uid, gpus):
                         self.releasing.discard(uid)
-                        self.tell(uid, ev.Granted(gpus))
+                        self.send(uid, ev.Granted(gpus))
                     case allocator_events.AskFreeze(uid):
                         self.seen["ask freeze"] += 1
-                        self.tell(uid, ev.FreezeOrdered())
+                        self.send(uid, ev.FreezeOrdered())
                     case allocator_events.AskDrain(uid):
                         self.seen["ask drain"] += 1
-                        self.tell(uid, ev.DrainOrdered())
+                        self.send(uid, ev.DrainOrdered())
                     case allocator_events.WakeMeAt(at_ns):
                         self.tick_at = at_ns
                     case allocator_events.Unservable(uid, message):
                         self.seen["unservable"] += 1
-                        self.tell(uid, ev.GpusLost(message))
+                        self.send(uid, ev.GpusLost(message))
                     case allocator_events.Assigned():
                         pass
                     case allocator_events.Unassignable(uid, message):
@@ -206,21 +206,21 @@ class World:
             case Arrival.GRANTED:
                 member.inside.add(request)
                 if member.slots.in_flight == 1:
-                    self.tell(uid, ev.FirstRequestStarted())
+                    self.send(uid, ev.FirstRequestStarted())
             case Arrival.QUEUED:
                 if first and not member.slots.open:
-                    self.tell(uid, ev.WaitersAppeared())
+                    self.send(uid, ev.WaitersAppeared())
             case Arrival.FULL:
                 self._end(request, "full")
 
     def drop(self, uid: str) -> None:
-        """A caller that waits goes away."""
+        """A waiting request leaves."""
         member = self.members[uid]
         waiting = [r for r in self.where if self.where[r] == uid and r not in member.inside]
         if waiting and member.slots.leave(request := self.random.choice(waiting)):
             self._end(request, "left")
             if not member.slots.waiting:
-                self.tell(uid, ev.WaitersGone())
+                self.send(uid, ev.WaitersGone())
 
     def finish(self, uid: str) -> None:
         member = self.members[uid]
@@ -232,14 +232,14 @@ class World:
         member.slots.done()
         self._grant(uid)
         if member.slots.in_flight == 0:
-            self.tell(uid, ev.LastRequestEnded())
+            self.send(uid, ev.LastRequestEnded())
 
     def _end(self, request: int, how: str) -> None:
         assert request in self.where, f"request {request} ended twice"
         del self.where[request]
         self.ended[how] += 1
 
-    # ---- what else happens ------------------------------------------------------------------------------------------
+    # ---- operations and time ----------------------------------------------------------------------------------------
 
     def op_ends(self, uid: str, how: str) -> None:
         member = self.members[uid]
@@ -253,38 +253,38 @@ class World:
                 self.finish(uid)  # their connections end with the container
         match how:
             case "ok":
-                self.tell(uid, ev.Succeeded(gen))
+                self.send(uid, ev.Succeeded(gen))
             case "refused":
-                self.tell(uid, ev.Refused(gen, "NOT_READY"))
+                self.send(uid, ev.Refused(gen, "NOT_READY"))
             case "cancelled" if op is ev.Operation.LOCK:
-                self.tell(uid, ev.Refused(gen, machine.CANCELLED))
+                self.send(uid, ev.Refused(gen, machine.CANCELLED))
             case "pre-freeze" if op is ev.Operation.LOCK:
-                self.tell(uid, ev.Refused(gen, machine.PRE_FREEZE_FAILED))
+                self.send(uid, ev.Refused(gen, machine.PRE_FREEZE_FAILED))
             case _:
-                self.tell(uid, ev.Broken(gen, "FAILED"))
+                self.send(uid, ev.Broken(gen, "FAILED"))
 
-    def prove(self) -> None:
-        """NVML shows nothing of an instance that gave up its GPUs."""
+    def prove_release(self) -> None:
+        """NVML shows an instance's released GPUs empty."""
         ready = sorted(
             u for u in self.releasing if not self.members[u].instance.state.terminal or self.members[u].destroyed
         )
         if ready:
             uid = self.random.choice(ready)
             self.releasing.discard(uid)
-            self.tell_allocator(allocator_events.Released(uid))
+            self.send_to_allocator(allocator_events.Released(uid))
 
     def pass_time(self, ns: int) -> None:
         self.at += ns
         if self.tick_at is not None and self.tick_at <= self.at:
             self.tick_at = None
-            self.tell_allocator(allocator_events.Tick())
+            self.send_to_allocator(allocator_events.Tick())
         for uid, member in self.members.items():
             if member.idle_timer is not None and member.idle_timer[0] <= self.at:
                 gen, member.idle_timer = member.idle_timer[1], None
-                self.tell(uid, ev.IdleTimer(gen))
+                self.send(uid, ev.IdleTimer(gen))
             if member.stop_timer is not None and member.stop_timer[0] <= self.at:
                 gen, member.stop_timer = member.stop_timer[1], None
-                self.tell(uid, ev.StopTimer(gen))
+                self.send(uid, ev.StopTimer(gen))
 
     # ---- walking ----------------------------------------------------------------------------------------------------
 
@@ -304,43 +304,44 @@ class World:
             how = r.choice(["refused", "refused", "cancelled", "pre-freeze", "broken"]) if r.random() < faults else "ok"
             self.op_ends(uid, how)
         elif kind < 0.78:
-            self.prove()
+            self.prove_release()
         elif kind < 0.95:
             self.pass_time(r.choice([1, 100_000, MILLISECOND_NS, 10 * MILLISECOND_NS, 100 * MILLISECOND_NS]))
         elif kind < 0.97:
-            self.tell(uid, ev.WakeAsked(r.choice([0, MILLISECOND_NS]), self.at + 20 * MILLISECOND_NS))
+            self.send(uid, ev.WakeAsked(r.choice([0, MILLISECOND_NS]), self.at + 20 * MILLISECOND_NS))
         elif kind < 0.98:
-            self.tell(uid, ev.FreezeAsked())
+            self.send(uid, ev.FreezeAsked())
         elif kind < 0.99:
-            self.tell(uid, ev.WakeExpired())
+            self.send(uid, ev.WakeExpired())
         elif r.random() < faults:
-            self._misfortune(uid)
+            self._fault(uid)
 
-    def _misfortune(self, uid: str) -> None:
+    def _fault(self, uid: str) -> None:
         kind = self.random.random()
         if kind < 0.2:
-            self._sicken(self.random.choice(sorted(self.allocator.devices)))
+            self._cordon_or_lift(self.random.choice(sorted(self.allocator.devices)))
         elif kind < 0.3:
-            self.tell(uid, ev.Paused(not self.members[uid].instance.paused))
+            self.send(uid, ev.Paused(not self.members[uid].instance.paused))
         elif kind < 0.4:
-            self.tell(uid, ev.ExecActive(not self.members[uid].instance.exec_active))
+            self.send(uid, ev.ExecActive(not self.members[uid].instance.exec_active))
         elif kind < 0.7:
-            self.tell(uid, ev.Exited("INSTANCE_CRASHED"))
+            self.send(uid, ev.Exited("INSTANCE_CRASHED"))
         else:
-            self.tell(uid, ev.StopAsked(10 * MILLISECOND_NS, force=self.random.random() < 0.5))
+            self.send(uid, ev.StopAsked(10 * MILLISECOND_NS, force=self.random.random() < 0.5))
 
-    def _sicken(self, uuid: str) -> None:
-        """A GPU is cordoned, or gets well again; one of them at least is never lost for good."""
+    def _cordon_or_lift(self, uuid: str) -> None:
+        """Cordon a GPU or lift its cordon; at least one GPU is never lost for good."""
         lasting = self.random.random() < 0.3 and any(
             not device.lost and device.uuid != uuid for device in self.allocator.devices.values()
         )
         if self.random.random() < 0.5:
-            self.tell_allocator(allocator_events.Cordon(uuid, "XID 79" if lasting else "NVML_ERROR", "health", lasting))
+            reason = "XID 79" if lasting else "NVML_ERROR"
+            self.send_to_allocator(allocator_events.Cordon(uuid, reason, "health", lasting))
         elif not self.allocator.devices[uuid].lost:
-            self.tell_allocator(allocator_events.Uncordon(uuid, "health"))
+            self.send_to_allocator(allocator_events.Uncordon(uuid, "health"))
 
     def check(self) -> None:
-        """The invariants of DESIGN section 3 (those that a single moment can show)."""
+        """Assert the invariants that hold at every moment."""
         holders = Counter[str]()
         for device in self.allocator.devices.values():
             if device.holder:
@@ -350,13 +351,13 @@ class World:
             assert all(self.allocator.devices[uuid].holder == uid for uuid in held.gpus)
         for uid, member in self.members.items():
             me = member.instance
-            assert member.slots.in_flight == len(member.inside) <= member.slots.limit, "\n".join(member.story[-20:])
+            assert member.slots.in_flight == len(member.inside) <= member.slots.limit, "\n".join(member.history[-20:])
             if member.inside:
                 assert me.state in (InstanceState.RUNNING, InstanceState.STOPPING, InstanceState.FAILED)
-                assert me.busy or me.state.terminal, "\n".join(member.story[-20:])
+                assert me.busy or me.state.terminal, "\n".join(member.history[-20:])
             if me.state in (InstanceState.RUNNING, InstanceState.FREEZING, InstanceState.RESTORING):
                 assert me.holds, f"{uid} is {me.state} without its GPU"
-                assert holders[uid] == 1, f"{uid} is {me.state} and the book does not know"
+                assert holders[uid] == 1, f"{uid} is {me.state} unknown to the allocator"
             if me.holds:
                 assert holders[uid] == 1, f"{uid} believes it holds a GPU"
             if me.state in (InstanceState.FROZEN, InstanceState.WAITING_GPU):
@@ -368,33 +369,33 @@ class World:
             if me.state is InstanceState.WAITING_GPU:
                 assert waiting, f"{uid} waits for a GPU that it did not ask for"
             if me.state is InstanceState.FROZEN:
-                assert not member.slots.waiting, f"{uid} sleeps while somebody waits: \n" + "\n".join(
-                    member.story[-20:]
+                assert not member.slots.waiting, f"{uid} is frozen while a request waits: \n" + "\n".join(
+                    member.history[-20:]
                 )
         inside_or_waiting = sum(len(m.inside) + m.slots.waiting for m in self.members.values())
         assert inside_or_waiting == len(self.where), "a request is in two places, or in none"
 
-    def settle(self) -> None:
-        """No faults any more: everything that waits must be answered in bounded time."""
+    def finish_all(self) -> None:
+        """Without further faults, every waiting request must end in bounded time."""
         for device in self.allocator.devices.values():
             if not device.lost:
-                self.tell_allocator(allocator_events.Uncordon(device.uuid, "health"))
+                self.send_to_allocator(allocator_events.Uncordon(device.uuid, "health"))
         for uid in self.members:
-            self.tell(uid, ev.Paused(paused=False))
-            self.tell(uid, ev.ExecActive(inside=False))
+            self.send(uid, ev.Paused(paused=False))
+            self.send(uid, ev.ExecActive(inside=False))
         for _ in range(4_000):
             for uid in self.members:
                 self.finish(uid)
                 self.op_ends(uid, "ok")
                 self.check()
-            self.prove()
+            self.prove_release()
             self.pass_time(7 * MILLISECOND_NS)
             self.check()
             if not self.where and all(m.op is None for m in self.members.values()) and not self.releasing:
                 return
         stuck = [
-            f"{uid}: {m.instance}\n" + "\n".join(m.story[-12:])
+            f"{uid}: {m.instance}\n" + "\n".join(m.history[-12:])
             for uid, m in self.members.items()
             if m.slots.waiting or m.inside
         ]
-        raise AssertionError(f"requests stay unanswered; book: {self.allocator}\n" + "\n".join(stuck))
+        raise AssertionError(f"requests stay unanswered; allocator: {self.allocator}\n" + "\n".join(stuck))
