@@ -19,6 +19,7 @@ from agent.core.gpus.cuda_calls import CudaFault as CudaFault  # noqa: PLC0414 (
 from agent.core.gpus.cuda_calls import CudaOp as CudaOp  # noqa: PLC0414 (re-exported)
 from agent.core.gpus.cuda_calls import CudaReply as CudaReply  # noqa: PLC0414 (re-exported)
 from agent.core.gpus.cuda_calls import CudaState as CudaState  # noqa: PLC0414 (re-exported)
+from agent.core.instance_record import InstanceRecord
 from agent.core.snapshots import InstanceReading
 from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, GpuSample, Handle, InstanceSpec, InstanceState, Xid
 
@@ -414,27 +415,6 @@ class Meters(Protocol):
 
 
 # ---- disk -----------------------------------------------------------------------------------------------------
-
-
-class RecordPhase(Enum):
-    """How far an instance got. CREATED: intent only. STARTED: handle known, /initialize not done."""
-
-    CREATED = "CREATED"
-    STARTED = "STARTED"
-    READY = "READY"
-    STOPPING = "STOPPING"
-    ENDED = "ENDED"
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceRecord:
-    """What must survive the agent: the spec, then the handle, then how far the instance got."""
-
-    spec: InstanceSpec
-    phase: RecordPhase
-    handle: Handle | None
-    gpu_uuids: tuple[str, ...]
-    create_wall_ns: int
 
 
 class InstanceStore(Protocol):

@@ -14,7 +14,7 @@ from agent.core.function_rules import check_function
 from agent.core.lifecycle.events import FreezeAsked, StopAsked
 from agent.core.types import SECOND_NS, InstanceState
 from agent.host.instance.actor import Actor
-from agent.host.instance.events import EventLog
+from agent.host.instance.event_log import EventLog
 from agent.host.instance.waking import raise_if_failed, wake_up
 from agent.host.node.exec_sessions import ExecSessions
 from agent.host.node.node import Node

@@ -51,7 +51,7 @@ from agent.host.gpus.gpu_isolation import GpuIsolation
 from agent.host.gpus.monitor import GpuMonitor
 from agent.host.ingress.ingress import FULL, Ingress
 from agent.host.instance.context import InstanceContext
-from agent.host.instance.events import EventLog
+from agent.host.instance.event_log import EventLog
 from agent.host.instance.memory_reservations import MemoryReservations
 from agent.host.node.engine_watch import EngineWatch
 from agent.host.node.exec_sessions import ExecSessions
@@ -60,8 +60,8 @@ from agent.host.node.node import Node, NodeSettings
 from agent.host.node.observer import NodeIdentity, Observer
 from agent.host.node.pauses import watch_pauses
 from agent.host.node.recovery import Recovery
-from agent.http.errors import RequestIds
 from agent.http.limits import Limits
+from agent.http.request_ids import RequestIds
 from agent.http.server import serve
 from agent.log import get_logger
 from agent.settings import AgentConfig, ListenSettings

@@ -40,8 +40,8 @@ from agent.core.errors import ConfigError, HibernodeError, UnavailableError
 from agent.core.provisioning.autoscaling import Patience
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.daemons.process import daemon_main, run_until_signal, stand_by
-from agent.http.errors import RequestIds
 from agent.http.limits import Limits
+from agent.http.request_ids import RequestIds
 from agent.http.server import BACKLOG, DateHeader, serve
 from agent.log import get_logger
 from agent.scheduler.database.leader_lock import LeaderLock

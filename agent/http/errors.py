@@ -8,7 +8,6 @@ reason in PascalCase (QUEUE_TIMEOUT -> QueueTimeout), but InvalidArgument for ev
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from agent.core import errors as core
@@ -123,20 +122,3 @@ def error_answer(error: BaseException, request_id: str, *, retry_after_s: int | 
     if status == 429 or retry_after_s is not None:
         headers.append((b"retry-after", str(retry_after_s or 1).encode()))
     return ErrorAnswer(status, headers, body)
-
-
-class RequestIds:
-    """Makes request ids in Function Compute's shape: `1-67a59f35-150c1267-f381ba1c085c`.
-
-    Version, Unix seconds, 32 random bits, 48 random bits. `random_bits` is `random.getrandbits`.
-    """
-
-    __slots__ = ("_random_bits", "_wall_s")
-
-    def __init__(self, wall_s: Callable[[], int], random_bits: Callable[[int], int]) -> None:
-        self._wall_s = wall_s
-        self._random_bits = random_bits
-
-    def __call__(self) -> str:
-        bits = self._random_bits(80)
-        return f"1-{self._wall_s() & 0xFFFFFFFF:08x}-{bits >> 48:08x}-{bits & 0xFFFFFFFFFFFF:012x}"

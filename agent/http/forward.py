@@ -37,8 +37,8 @@ async def forward(
     """Sends the request to an upstream of `source` and streams the response to the client. Network failures are
     outcomes, not exceptions; nothing is ever sent twice.
 
-    - `headers`: end-to-end ones (`headers.request_headers` plus the caller's own). Framing is added, and `host` if
-      there is none.
+    - `headers`: end-to-end ones (`header_filter.request_headers` plus the caller's own). Framing is added, and `host`
+      if there is none.
     - `deadline`: loop time at which the upstream connection is closed.
     - `response_filter`: turns the upstream's final head into the client's headers (framing is added), or returns None
       to hold the answer back: outcome HELD, for a refusal that is dispatched again.

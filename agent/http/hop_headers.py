@@ -1,5 +1,5 @@
-"""The headers and the path that gateway and ingress share. No client can send them: `headers.request_headers` strips
-them, and the ingress reads them only behind the node's token. Clients see `WAKE_MS` and `QUEUE_MS` in answers.
+"""The headers and the path that gateway and ingress share. No client can send them: `header_filter` strips them, and
+the ingress reads them only behind the node's token. Clients see `WAKE_MS` and `QUEUE_MS` in answers.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from dataclasses import replace
 from agent.adapters.daemon.scheduler_link import SchedulerLink
 from agent.core.types import MILLISECOND_NS, Exit
 from agent.host.ingress.ingress import Ingress
-from agent.http.errors import RequestIds
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
+from agent.http.request_ids import RequestIds
 from agent.http.server import serve
 from agent.v1 import instance_service_pb2 as pb
 from agent.v1.types_pb2 import FunctionSpec, Instance

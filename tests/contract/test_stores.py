@@ -10,8 +10,8 @@ import pytest
 
 from agent.adapters.store.node_store import NodeStore
 from agent.core.billing.window import UsageWindow
+from agent.core.instance_record import InstanceRecord, RecordPhase
 from agent.core.types import FunctionSpec, GpuNeed, Handle, Hook, Hooks, InstanceSpec, ProcessId
-from agent.ports import InstanceRecord, RecordPhase
 from tests.fakes.stores import MemoryStore
 
 Store = NodeStore | MemoryStore

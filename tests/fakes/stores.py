@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from agent.core.billing.window import UsageWindow
 from agent.core.errors import UnavailableError
-from agent.ports import InstanceRecord
+from agent.core.instance_record import InstanceRecord
 
 
 class MemoryStore:

@@ -16,14 +16,14 @@ from agent.core.types import SECOND_NS, FunctionSpec, GpuNeed, IdlePolicy, Insta
 from agent.host.billing.billing import Billing
 from agent.host.instance.actor import Actor
 from agent.host.instance.context import InstanceContext
-from agent.host.instance.events import EventLog
+from agent.host.instance.event_log import EventLog
 from agent.host.instance.memory_reservations import MemoryReservations
 from agent.host.node.node import Node, NodeSettings
 from agent.host.node.recovery import Recovery, RecoverySummary
-from agent.http.errors import RequestIds
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
 from agent.http.message import RequestHead
+from agent.http.request_ids import RequestIds
 from agent.http.server import serve
 from tests.fakes.clock import FakeClock
 from tests.fakes.freezer import FakeFreezer

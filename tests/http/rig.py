@@ -11,7 +11,7 @@ from agent.http.connection import ServerConnection
 from agent.http.delayed_head import DeferredHeaders
 from agent.http.exchange import Exchange, Handler
 from agent.http.forward import ForwardResult, forward
-from agent.http.headers import instance_answer_headers, request_headers
+from agent.http.header_filter import instance_answer_headers, request_headers
 from agent.http.limits import Limits, UpstreamLimits
 from agent.http.message import Header, ResponseHead
 from agent.http.pool import Pool

@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 
 from agent.http.exchange import Exchange
 from agent.http.forward import ForwardResult, forward, forward_now
-from agent.http.headers import instance_answer_headers, request_headers
+from agent.http.header_filter import instance_answer_headers, request_headers
 from agent.http.limits import Limits, UpstreamLimits
 from agent.http.message import Header, ResponseHead
 from agent.http.pool import Pool

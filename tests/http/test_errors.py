@@ -8,7 +8,8 @@ import re
 import pytest
 
 from agent.core import errors as core
-from agent.http.errors import RequestIds, error_answer, status_and_code
+from agent.http.errors import error_answer, status_and_code
+from agent.http.request_ids import RequestIds
 
 
 @pytest.mark.parametrize(

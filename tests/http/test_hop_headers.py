@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import agent
-from agent.http import headers, hop_headers
+from agent.http import header_filter, hop_headers
 
 _ROOT = Path(agent.__file__).parent
 _SHARED = (hop_headers.PREFIX.decode(), hop_headers.WAKE_PATH.decode())
@@ -42,4 +42,4 @@ def test_no_other_module_spells_a_hop_header_or_the_wake_path() -> None:
 def test_every_hop_header_is_stripped_from_a_clients_request() -> None:
     names = {value for name, value in vars(hop_headers).items() if name.isupper() and value.startswith(b"x-")}
     assert len(names) == 13, "twelve names and the prefix, all different"
-    assert not headers.request_headers([(name, b"1") for name in names])
+    assert not header_filter.request_headers([(name, b"1") for name in names])

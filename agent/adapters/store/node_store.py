@@ -13,7 +13,7 @@ from pathlib import Path
 from agent.adapters.store import schema as rows
 from agent.adapters.store.sqlite_thread import StoreHealth, StoreThread
 from agent.core.billing.window import UsageWindow
-from agent.ports import InstanceRecord
+from agent.core.instance_record import InstanceRecord
 
 FILE_NAME = "node.db"
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from agent.core.billing.window import UsageWindow
-from agent.ports import InstanceRecord
+from agent.core.instance_record import InstanceRecord
 
 # Entry i migrates from version i to i + 1 (PRAGMA user_version). Never edit one that was released.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (

@@ -19,7 +19,7 @@ from agent.core.gpus.allocator_events import AllocatorEvent
 from agent.core.lifecycle import events as ev
 from agent.core.types import SECOND_NS, Gpu, InstanceState
 from agent.host.instance.actor import Actor
-from agent.host.instance.events import EventLog
+from agent.host.instance.event_log import EventLog
 from agent.log import get_logger
 from agent.ports import Clock, Gpus, Timer
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from agent.core.types import MIB, GpuProcess, Handle
 from agent.host.gpus.broker import GpuBroker
 from agent.host.instance.actor import Actor
-from agent.host.instance.events import EventLog
+from agent.host.instance.event_log import EventLog
 from agent.ports import Gpus, Runtime
 
 LEAST_BYTES = MIB

@@ -24,9 +24,9 @@ from agent.host.instance.actor import Actor
 from agent.host.instance.waking import wake_up
 from agent.host.node.node import Node
 from agent.http import hop_headers
-from agent.http.errors import RequestIds
 from agent.http.exchange import Exchange
 from agent.http.message import RequestHead
+from agent.http.request_ids import RequestIds
 from agent.ports import Clock
 
 FULL = ((hop_headers.REFUSED, b"TOO_MANY_CONNECTIONS"),)

@@ -13,7 +13,7 @@ from agent.core.errors import DeadlineError, HibernodeError, InstanceError, Unav
 from agent.core.types import MILLISECOND_NS, SECOND_NS
 from agent.host.ingress.invoke_log import END_WAIT_S, log_result
 from agent.host.instance.actor import Actor
-from agent.http import headers as rules
+from agent.http import header_filter as rules
 from agent.http import hop_headers
 from agent.http.exchange import Exchange
 from agent.http.forward import ForwardResult, forward, forward_now, prepare

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol, assert_never
 
 from agent.core.errors import DeadlineError, UnavailableError
+from agent.core.instance_record import InstanceRecord
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle import machine
 from agent.core.lifecycle.machine import Instance
@@ -22,7 +23,7 @@ from agent.host.instance.context import InstanceContext
 from agent.host.instance.gate import AdmissionGate
 from agent.host.instance.hooks import function_headers
 from agent.http.pool import Pool
-from agent.ports import InstanceRecord, RequestMeter, Timer
+from agent.ports import RequestMeter, Timer
 
 MAX_TIMEOUTS_IN_A_ROW = 2
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from agent.core.errors import HibernodeError, PreconditionError
 from agent.core.lifecycle.machine import CANCELLED
 from agent.core.types import Handle
-from agent.host.instance.events import EventLog
+from agent.host.instance.event_log import EventLog
 from agent.host.instance.memory_reservations import MemoryReservations
-from agent.http.errors import RequestIds
+from agent.http.request_ids import RequestIds
 from agent.ports import Clock, Freezer, InstanceStore, Runtime
 
 _T = TypeVar("_T")

@@ -12,6 +12,7 @@ from typing import assert_never
 
 from agent.core.errors import HibernodeError, InstanceError, PreconditionError
 from agent.core.function_rules import HOST_IMAGE
+from agent.core.instance_record import InstanceRecord, RecordPhase
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle.machine import CANCELLED
 from agent.core.types import SECOND_NS, Exit, Handle
@@ -23,7 +24,7 @@ from agent.host.instance.health import HealthProbe
 from agent.http.limits import UpstreamLimits
 from agent.http.pool import Pool
 from agent.log import get_logger
-from agent.ports import InstanceRecord, RecordPhase, StartSpec
+from agent.ports import StartSpec
 
 LOG_TAIL_BYTES = 2048
 KILL_ATTEMPTS = 3

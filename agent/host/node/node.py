@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from agent.core.errors import ConflictError, HibernodeError, NotFoundError, PreconditionError, UnavailableError
 from agent.core.gpus import allocator_events
+from agent.core.instance_record import InstanceRecord, RecordPhase
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle.machine import Instance
 from agent.core.types import FunctionSpec, Gpu, GpuNeed, IdleMode, InstanceSpec, InstanceState
@@ -18,7 +19,7 @@ from agent.host.instance.context import InstanceContext
 from agent.host.instance.executor import InstanceExecutor
 from agent.host.instance.gate import FunctionQueue
 from agent.host.instance.memory_reservations import UNMEASURED, ImageSize
-from agent.ports import Gpus, InstanceRecord, Meters, RecordPhase
+from agent.ports import Gpus, Meters
 
 ENDED_KEPT = 200
 END_TIMEOUT_S = 60.0

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from agent.core.errors import HibernodeError, UnavailableError
+from agent.core.instance_record import InstanceRecord, RecordPhase
 from agent.core.lifecycle import events as ev
 from agent.core.types import Handle, InstanceState
 from agent.host.instance.actor import Actor
 from agent.host.instance.memory_reservations import ImageSize
 from agent.host.node.node import Node
 from agent.log import get_logger
-from agent.ports import Condition, InstanceRecord, Outcome, RecordPhase
+from agent.ports import Condition, Outcome
 
 INSTANCE_DEADLINE_S = 60.0
 ASK_AGAIN_S = 0.25

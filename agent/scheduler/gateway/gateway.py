@@ -25,14 +25,15 @@ from agent.core.errors import (
 )
 from agent.core.traffic import Traffic
 from agent.core.types import MILLISECOND_NS, SECOND_NS
-from agent.http import headers as rules
+from agent.http import header_filter as rules
 from agent.http import hop_headers
-from agent.http.errors import ClientGoneError, RequestIds, status_and_code
+from agent.http.errors import ClientGoneError, status_and_code
 from agent.http.exchange import Exchange
 from agent.http.forward import ForwardResult, forward
 from agent.http.message import Header, RequestHead, ResponseHead
 from agent.http.pool import Pool
 from agent.http.relay import RelayOutcome
+from agent.http.request_ids import RequestIds
 from agent.http.upstream import BROKEN
 from agent.log import get_logger
 from agent.ports import Clock

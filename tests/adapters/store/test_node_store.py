@@ -15,7 +15,7 @@ from agent.adapters.store.node_store import FILE_NAME, NodeStore
 from agent.adapters.store.schema import record_of, record_row
 from agent.adapters.store.sqlite_thread import StoreHealth
 from agent.core.errors import UnavailableError
-from agent.ports import RecordPhase
+from agent.core.instance_record import RecordPhase
 from tests.contract.test_stores import record, window
 
 

@@ -13,9 +13,9 @@ import pytest
 from agent.core.types import MILLISECOND_NS, SECOND_NS, Exit, InstanceState
 from agent.host.ingress.ingress import Ingress
 from agent.host.instance.actor import Actor
-from agent.http.errors import RequestIds
 from agent.http.exchange import Exchange
 from agent.http.limits import Limits
+from agent.http.request_ids import RequestIds
 from agent.http.server import serve
 from tests.host.rig import OCR, NodeRig, eventually, hangs, node_rig, until
 from tests.http.rig import Wire, close_clients, connect

@@ -15,9 +15,9 @@ from agent.core.errors import (
     PreconditionError,
     UnavailableError,
 )
+from agent.core.instance_record import RecordPhase
 from agent.core.lifecycle import events as ev
 from agent.core.types import GIB, Exit, GpuNeed, InstanceState
-from agent.ports import RecordPhase
 from tests.host.rig import OCR, NodeRig, eventually, node_rig, until
 
 

@@ -12,8 +12,8 @@ from agent.adapters.kernel.clock import SystemClock
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.events import Event, InstanceReported, NodeReported, NodeSuspect, Wake
 from agent.core.types import SECOND_NS, InstanceState
-from agent.http.errors import RequestIds
 from agent.http.limits import Limits
+from agent.http.request_ids import RequestIds
 from agent.http.server import DateHeader, Server, serve
 from agent.scheduler.database.store import Store
 from agent.scheduler.functions.catalog import Catalog

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from agent.http import headers
-from agent.http.headers import hop_answer_headers, instance_answer_headers, request_headers
+from agent.http import header_filter
+from agent.http.header_filter import hop_answer_headers, instance_answer_headers, request_headers
 
 
 @pytest.mark.parametrize(
@@ -78,4 +78,4 @@ def test_verdict_caches_are_bounded() -> None:
         assert request_headers([(b"x-%d" % number, b"1")])
         assert not request_headers([(b"x-fc-%d" % number, b"1")])
 
-    assert len(headers._REQUEST) <= headers._CACHE_SIZE
+    assert len(header_filter._REQUEST) <= header_filter._CACHE_SIZE

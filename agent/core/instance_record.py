@@ -1,0 +1,29 @@
+"""The record of an instance: what the next agent must find on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from agent.core.types import Handle, InstanceSpec
+
+
+class RecordPhase(Enum):
+    """How far an instance got. CREATED: intent only. STARTED: handle known, /initialize not done."""
+
+    CREATED = "CREATED"
+    STARTED = "STARTED"
+    READY = "READY"
+    STOPPING = "STOPPING"
+    ENDED = "ENDED"
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRecord:
+    """What must survive the agent: the spec, then the handle, then how far the instance got."""
+
+    spec: InstanceSpec
+    phase: RecordPhase
+    handle: Handle | None
+    gpu_uuids: tuple[str, ...]
+    create_wall_ns: int
