@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,43 @@ def test_what_exists_may_be_named(name: str, text: str) -> None:
 def test_anchors_are_those_of_github() -> None:
     text = '# The `hib` command: A, b\n## Twice\n## Twice\n### [Link](x.md) & more\n<a id="own"></a>\n'
     assert anchors_of(text) == {"the-hib-command-a-b", "twice", "twice-1", "link--more", "own"}
+
+
+def members(source: str) -> dict[str, set[str]]:
+    """The classes of a module, each with the names that it defines or sets."""
+    found: dict[str, set[str]] = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            names = {one.name for one in ast.walk(node) if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)}
+            names |= {one.attr for one in ast.walk(node) if isinstance(one, ast.Attribute)}
+            names |= {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+            found.setdefault(node.name, set()).update(names)
+    return found
+
+
+def unknown_members(text: str, classes: dict[str, set[str]]) -> list[str]:
+    """Every `Class.member` in backticks whose class exists and lacks the member."""
+    named = re.findall(r"`([A-Z]\w*[a-z]\w*)\.(\w+)", text)
+    return [f"{name}.{member}" for name, member in named if name in classes and member not in classes[name]]
+
+
+def test_members_that_documents_name_exist(tracked: list[Path], root: Path) -> None:
+    classes: dict[str, set[str]] = {}
+    for path in tracked:
+        if path.suffix == ".py":
+            for name, names in members(path.read_text(encoding="utf-8")).items():
+                classes.setdefault(name, set()).update(names)
+    pages = [path for path in tracked if path.suffix == ".md" and path.is_relative_to(root / "agent")]
+    wrong = [
+        f"{path.relative_to(root)}: {one}"
+        for path in pages
+        for one in unknown_members(path.read_text(encoding="utf-8"), classes)
+    ]
+    assert not wrong, "named, but not there:\n" + "\n".join(wrong)
+
+
+def test_a_member_that_is_gone_is_found() -> None:
+    classes = members("class Pool:\n    size: int = 0\n    def take(self):\n        self.open = 1\n")
+    assert unknown_members("`Pool.take`, `Pool.open`, `Pool.size`, `Tank.level` and `Pool.give()`", classes) == [
+        "Pool.give"
+    ]
