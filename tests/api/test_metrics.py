@@ -107,7 +107,7 @@ async def test_instances_by_state_and_ending_ones_are_not_current(central: Centr
 
 async def test_function_below_its_target_is_degraded(central: Central) -> None:
     await central.rig.deploy()
-    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "no", no_capacity_expected=False))
+    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "no"))
     assert central.scrape().value("hibernode_function_degraded", function="ocr") == 1
 
 

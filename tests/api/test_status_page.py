@@ -65,7 +65,7 @@ def page(central: Central) -> StatusPage:
 
 async def test_page_shows_functions_nodes_gpus_and_instances(central: Central, page: StatusPage) -> None:
     await central.rig.deploy(target=3)
-    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "Logs: password=hunter2", no_capacity_expected=False))
+    central.rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "Logs: password=hunter2"))
     gpus = (
         Gpu(
             uuid="GPU-a",

@@ -24,9 +24,10 @@ from agent.api.scheduler_servicer import SchedulerServicer
 from agent.api.usage_servicer import UsageServicer
 from agent.core.billing.price_book import parse_price_book
 from agent.core.billing.window import UsageWindow
-from agent.core.errors import HibernodeError
+from agent.core.errors import HibernodeError, InstanceError
 from agent.core.types import MILLISECOND_NS, SECOND_NS, Exit, FunctionSpec
 from agent.daemons.scheduler import PRICE_BOOK
+from agent.ports import StartSpec
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
@@ -93,6 +94,7 @@ async def real_agent(folder: Path) -> AsyncIterator[DaemonChannel]:
         world = api.world
         api.observer.identity = replace(api.observer.identity, name="gpu-host-1")
         world.runtime.executes = True
+        world.runtime.port_of = lambda spec: _port(spec, world.app.port)
         nodes = NodeServicer(api.observer, NodeLedger(world.store, world.billing.unwritten))
         async with _served(Services(instances=api.servicer, nodes=nodes), folder / "agent.sock") as channel:
             for function in ("ocr", "ocr", "chat", "ocr"):
@@ -113,6 +115,13 @@ async def real_agent(folder: Path) -> AsyncIterator[DaemonChannel]:
                 world.node.actors["i-run"].gate.leave()
 
 
+def _port(spec: StartSpec, port: int) -> int:
+    """A function called `broken` never listens."""
+    if spec.instance.function.name == "broken":
+        raise InstanceError("FUNCTION_NOT_STARTED", "port 9000 never answered")
+    return port
+
+
 async def _create(api: Api, channel: DaemonChannel, function: FunctionSpec) -> None:
     made = function_to_proto(function, reveal_secrets=True)
     number = len(api.world.node.actors)
@@ -122,7 +131,7 @@ async def _create(api: Api, channel: DaemonChannel, function: FunctionSpec) -> N
 
 
 async def _perform_all(sessions: list[FakeExecSession]) -> None:
-    """The commands that run inside do what fakes/exec_story.py says."""
+    """The commands that run inside do what `tests.fakes.exec_story` says."""
     async with asyncio.TaskGroup() as tasks:
         for number in itertools.count():
             while len(sessions) <= number:  # noqa: ASYNC110 - what is waited for has no event

@@ -177,6 +177,14 @@ async def test_a_request_id_stands_for_one_spec(agent: DaemonChannel) -> None:
     await refused(create(agent, instance_concurrency=2), ConflictError, "REQUEST_ID_REUSED")
 
 
+async def test_a_create_that_waits_fails_with_what_kept_the_instance_from_running(agent: DaemonChannel) -> None:
+    await refused(create(agent, name="broken", wait=True), InstanceError, "FUNCTION_NOT_STARTED")
+    made = await create(agent, name="broken")
+    assert (made.state, made.state_reason) == (Instance.STATE_FAILED, "FUNCTION_NOT_STARTED")
+    assert made.state_message
+    assert not (await ask(agent, "instances", "ListInstances", function="broken")).instances
+
+
 async def test_a_create_that_can_not_be_is_refused(agent: DaemonChannel) -> None:
     for request_id in ("", "x" * 201):
         await refused(create(agent, request_id), InvalidArgumentError, "REQUEST_ID_INVALID")

@@ -1,4 +1,4 @@
-"""The scheduler daemon as a process, with fake agents: deploy, queue, wake, die, come back."""
+"""The scheduler daemon as a process, with fake agents: deploy, queue, wake, crash, return."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Daemon:
         return answer.function
 
     async def until(self, holds: Callable[[Function], bool]) -> Function:
-        """Ask again until the function is as wanted: what a user's CLI does."""
+        """Poll until the function meets the condition, as the CLI does."""
         function = await self.function()
         async with asyncio.timeout(PATIENCE_S):
             while not holds(function):
@@ -237,9 +237,7 @@ async def test_a_dying_agent_fails_its_requests_and_the_queue_waits(daemon: Daem
     assert node.created == ["ocr/1/0/1"], "the instance lived on, nothing was created"
 
 
-async def test_instances_of_a_lost_node_are_replaced_and_stopped_when_it_returns(
-    daemon: Daemon, node: FakeAgentNode
-) -> None:
+async def test_instances_of_a_lost_node_are_replaced(daemon: Daemon, node: FakeAgentNode) -> None:
     await node.start(daemon.endpoints["grpc"])
     await daemon.deploy(target=1)
     await daemon.until(ready)

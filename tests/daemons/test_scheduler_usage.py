@@ -57,8 +57,8 @@ async def daemon(tmp_path: Path) -> AsyncIterator[Daemon]:
 
 
 async def test_windows_are_stored_once_and_the_cost_can_be_recomputed(daemon: Daemon) -> None:
-    foreign = replace(WINDOW, node="gpu-2", instance_uid="i-2")
-    request = UploadUsageWindowsRequest(windows=[window_to_proto(WINDOW), window_to_proto(foreign)])
+    other_nodes = replace(WINDOW, node="gpu-2", instance_uid="i-2")
+    request = UploadUsageWindowsRequest(windows=[window_to_proto(WINDOW), window_to_proto(other_nodes)])
     async with DaemonChannel(daemon.endpoints["grpc"], NODE_TOKEN) as agent:
         for _ in range(2):
             answer = await agent.call(agent.usage.UploadUsageWindows, request, 10)
@@ -86,7 +86,7 @@ async def test_windows_are_stored_once_and_the_cost_can_be_recomputed(daemon: Da
 
 
 async def test_windows_follow_the_rows_in_pages_of_their_own_each_once(daemon: Daemon) -> None:
-    """Two models of one function are two rows; who computes the costs again must not find its windows twice."""
+    """Two models of one function are two rows, and its windows are in one of them each."""
     many = [
         replace(WINDOW, instance_uid=f"i-{uid}", seq=seq, gpu_model=model)
         for uid, model in ((1, WINDOW.gpu_model), (2, "Abacus 9000"))

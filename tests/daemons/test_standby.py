@@ -37,7 +37,7 @@ TAKES_OVER_S = 5.0
 
 @dataclass
 class Scheduler:
-    """A scheduler process with its own state directory; what it says to systemd arrives at `systemd`."""
+    """A scheduler process with its own state directory; its messages to systemd arrive at `systemd`."""
 
     state: Path
     process: asyncio.subprocess.Process
@@ -65,7 +65,7 @@ class Scheduler:
             return 0
 
     async def until_readyz(self, status: int) -> float:
-        """Seconds until /readyz says so."""
+        """Seconds until /readyz answers `status`."""
         began = time.monotonic()
         async with asyncio.timeout(PATIENCE_S):
             while await asyncio.to_thread(self.readyz) != status:
@@ -74,7 +74,7 @@ class Scheduler:
         return time.monotonic() - began
 
     async def ended(self) -> tuple[int, str]:
-        """Exit code and what it said on stderr."""
+        """Exit code and stderr."""
         async with asyncio.timeout(PATIENCE_S):
             _, said = await self.process.communicate()
         assert self.process.returncode is not None
@@ -85,7 +85,7 @@ class Scheduler:
         return DaemonChannel(found["grpc"], read_token(Path(found["token_file"])))
 
 
-class World:
+class Schedulers:
     """Schedulers by name, all on the same database."""
 
     def __init__(self, folder: Path, url: str) -> None:
@@ -124,8 +124,8 @@ def url(postgres: PostgreSQL) -> Iterator[str]:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, url: str) -> AsyncIterator[World]:
-    made = World(tmp_path, url)
+async def schedulers(tmp_path: Path, url: str) -> AsyncIterator[Schedulers]:
+    made = Schedulers(tmp_path, url)
     yield made
     for one in made.started:
         if one.process.returncode is None:
@@ -134,17 +134,17 @@ async def world(tmp_path: Path, url: str) -> AsyncIterator[World]:
         one.systemd.close()
 
 
-def lead_sessions(postgres: PostgreSQL, world: World) -> list[int]:
-    """Server processes of those who hold an advisory lock in the world's database."""
-    name = world.url.partition("@/")[2].partition("?")[0]
+def lead_sessions(postgres: PostgreSQL, schedulers: Schedulers) -> list[int]:
+    """Server processes that hold an advisory lock in the database."""
+    name = schedulers.url.partition("@/")[2].partition("?")[0]
     locks = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted"
     return [int(row[0]) for row in postgres.run(locks, database=name)]
 
 
-async def test_the_standby_takes_over_from_a_killed_scheduler(world: World) -> None:
-    active = await world.start("a")
+async def test_the_standby_takes_over_from_a_killed_scheduler(schedulers: Schedulers) -> None:
+    active = await schedulers.start("a")
     await active.until_readyz(200)
-    standby = await world.start("b")
+    standby = await schedulers.start("b")
     await standby.until_readyz(503)
     said = await asyncio.to_thread(standby.systemd.recv, 4096)
     assert said == b"READY=1\nSTATUS=standing by: another scheduler is active on this database"
@@ -165,30 +165,30 @@ async def test_the_standby_takes_over_from_a_killed_scheduler(world: World) -> N
         usage = await channel.call(channel.usage.ListUsage, ListUsageRequest(), 10)
         assert [(row.function, row.window_count) for row in usage.rows] == [("ocr", 1)]
 
-    back = await world.start("a")
+    back = await schedulers.start("a")
     await back.until_readyz(503)
 
 
-async def test_a_scheduler_that_loses_its_session_returns_as_a_standby(world: World, postgres: PostgreSQL) -> None:
-    first = await world.start("a")
+async def test_a_scheduler_without_its_session_becomes_a_standby(schedulers: Schedulers, postgres: PostgreSQL) -> None:
+    first = await schedulers.start("a")
     await first.until_readyz(200)
-    second = await world.start("b")
+    second = await schedulers.start("b")
     await second.until_readyz(503)
-    (session,) = lead_sessions(postgres, world)
+    (session,) = lead_sessions(postgres, schedulers)
     postgres.run(f"SELECT pg_terminate_backend({session})")
     code, said = await first.ended()
     assert code == 5
     assert "hibernode: LEAD_LOST: this scheduler's lock in the database may be gone" in said
     assert await second.until_readyz(200) < TAKES_OVER_S
-    (session_of_second,) = lead_sessions(postgres, world)
+    (session_of_second,) = lead_sessions(postgres, schedulers)
     assert session_of_second != session
 
 
-async def test_a_scheduler_whose_database_does_not_answer_ends(world: World, postgres: PostgreSQL) -> None:
-    """The server hangs: it may answer others, and this scheduler could not tell whether it still has the lead."""
-    active = await world.start("a")
+async def test_a_scheduler_whose_database_does_not_answer_ends(schedulers: Schedulers, postgres: PostgreSQL) -> None:
+    """The server hangs: the scheduler does not know whether it still holds the lock."""
+    active = await schedulers.start("a")
     await active.until_readyz(200)
-    (session,) = lead_sessions(postgres, world)
+    (session,) = lead_sessions(postgres, schedulers)
     os.kill(session, signal.SIGSTOP)
     try:
         code, said = await active.ended()
@@ -199,10 +199,10 @@ async def test_a_scheduler_whose_database_does_not_answer_ends(world: World, pos
     assert "no answer within 4 s" in said
 
 
-async def test_a_stopping_scheduler_hands_over_and_a_standby_stops_on_request(world: World) -> None:
-    first = await world.start("a")
+async def test_a_stopping_scheduler_hands_over_and_a_standby_stops_on_request(schedulers: Schedulers) -> None:
+    first = await schedulers.start("a")
     await first.until_readyz(200)
-    second, third = await world.start("b"), await world.start("c")
+    second, third = await schedulers.start("b"), await schedulers.start("c")
     await second.until_readyz(503)
     await third.until_readyz(503)
     third.process.send_signal(signal.SIGTERM)
@@ -228,7 +228,7 @@ async def test_a_standby_outlives_a_restart_of_the_database(postgres: PostgreSQL
 
 
 async def test_a_lead_whose_session_is_not_its_own_is_none(postgres: PostgreSQL, url: str) -> None:
-    """As behind a pooler, where the next statement may run in another session: that one has no lock."""
+    """As behind a pooler, which may run the next statement in a session without the lock."""
     lead = LeaderLock(url, poll_s=0.01)
     assert await lead.take()
     assert lead._connection is not None

@@ -64,7 +64,7 @@ def repeated(modules: Iterable[tuple[str, str]]) -> list[str]:
 def retired_words(text: str) -> list[tuple[int, str]]:
     """Line numbers and words, for all retired words in `text`."""
     pattern = re.compile(r"(?<![\w-])(?:" + "|".join(map(re.escape, RETIRED)) + r")(?![\w-])")
-    hits = [hit for hit in pattern.finditer(text) if hit[0] != "nobody" or text[hit.start() - 1] not in "`\""]
+    hits = [hit for hit in pattern.finditer(text) if hit[0] != "nobody" or text[hit.start() - 1] not in '`"']
     return [(text.count("\n", 0, hit.start()) + 1, hit[0]) for hit in hits]
 
 

@@ -1,4 +1,4 @@
-"""Traffic of facts about queues: Poisson arrivals, lognormal work with a mean of one second."""
+"""Traffic for facts about queues: Poisson arrivals, lognormal work with a mean of one second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def calls(cv: float, load: float, count: int, seed: int) -> Iterator[Call]:
 
 
 def awake(policy: SimulatedPolicy, seed: int = 1) -> SimulationPlan:
-    """Servers that never sleep, with queues that never end."""
+    """Servers that never freeze, with unbounded queues."""
     return SimulationPlan(
         policy, SERVERS, freeze_after_ns=None, queue_length=100_000, queue_timeout_ns=3600 * SECOND_NS, seed=seed
     )
@@ -46,6 +46,6 @@ def latencies(policy: SimulatedPolicy, cv: float, load: float, count: int, runs:
     return p50, p99
 
 
-def asleep(plan: SimulationPlan, load: float, count: int, seed: int) -> RequestOutcome:
+def with_freezing(plan: SimulationPlan, load: float, count: int, seed: int) -> RequestOutcome:
     """One run with freezing, cv 1."""
     return Simulation(plan).run([FUNCTION], calls(1.0, load, count, seed))

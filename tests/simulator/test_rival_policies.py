@@ -1,4 +1,4 @@
-"""The rivals: each binds early and in its own way; whatever happens, every request is waiting, inside or answered."""
+"""The rival policies bind early, each in its own way; every request is queued, executing or answered."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ RUNNING, FROZEN = InstanceState.RUNNING, InstanceState.FROZEN
 FAR = 10**15
 
 
-class Told:
-    """A dispatcher with some instances, and who was sent where."""
+class RivalRig:
+    """A dispatcher with some instances."""
 
     def __init__(self, rival: Rival, states: dict[str, InstanceState], concurrency: int = 1, queue: int = 1000) -> None:
         self.asked: list[int] = []
@@ -47,7 +47,7 @@ class Told:
             self.apply(InstanceReported(uid, "ocr", "n1", state, concurrency))
 
     def below(self, limit: int) -> int:
-        """Chance, by hand: what the test put into `drawn`."""
+        """The next number that the test put into `drawn`."""
         self.asked.append(limit)
         return next(self.drawn) % limit
 
@@ -60,7 +60,7 @@ class Told:
 
 
 def places(effects: list[Effect]) -> list[tuple[int, str]]:
-    """Who was sent where, and nothing else was said."""
+    """(request, uid) of the effects, which are all dispatches."""
     assert all(isinstance(effect, Dispatch) for effect in effects), effects
     return [(effect.request, effect.uid) for effect in effects if isinstance(effect, Dispatch)]
 
@@ -69,133 +69,131 @@ THREE = dict.fromkeys(("a", "b", "c"), RUNNING)
 
 
 def test_round_robin_takes_turns_even_if_another_instance_is_free() -> None:
-    told = Told(Rival.ROUND_ROBIN, THREE)
-    assert [uid for _, uid in places(told.arrive(1, 2, 3))] == ["b", "c", "a"]
-    assert places(told.apply(LeaseEnded(2))) == [], "c is free"
-    assert told.arrive(4) == [], "its turn is b's, which is busy"
-    assert places(told.arrive(5)) == [(5, "c")], "and who comes later overtakes it"
-    assert places(told.apply(LeaseEnded(1))) == [(4, "b")]
+    rig = RivalRig(Rival.ROUND_ROBIN, THREE)
+    assert [uid for _, uid in places(rig.arrive(1, 2, 3))] == ["b", "c", "a"]
+    assert places(rig.apply(LeaseEnded(2))) == [], "c is free"
+    assert rig.arrive(4) == [], "its turn is b's, which is busy"
+    assert places(rig.arrive(5)) == [(5, "c")], "and a later request overtakes it"
+    assert places(rig.apply(LeaseEnded(1))) == [(4, "b")]
 
 
 def test_random_takes_the_drawn_instance() -> None:
-    told = Told(Rival.RANDOM, THREE)
-    told.drawn = iter((2, 2, 0))
-    assert places(told.arrive(1, 2, 3)) == [(1, "c"), (3, "a")], "the second waits at c although a and b are free"
-    assert told.asked == [3, 3, 3]
+    rig = RivalRig(Rival.RANDOM, THREE)
+    rig.drawn = iter((2, 2, 0))
+    assert places(rig.arrive(1, 2, 3)) == [(1, "c"), (3, "a")], "the second waits at c although a and b are free"
+    assert rig.asked == [3, 3, 3]
 
 
 def test_two_choices_takes_the_one_with_fewer_and_the_first_of_equals() -> None:
-    told = Told(Rival.TWO_CHOICES, THREE)
-    told.drawn = iter((0, 1, 0, 1, 1, 0))
-    assert places(told.arrive(1, 2)) == [(1, "a"), (2, "b")]
-    assert told.arrive(3) == [], "b and a are equal: b, which is busy, though c is free"
-    assert places(told.apply(LeaseEnded(2))) == [(3, "b")]
+    rig = RivalRig(Rival.TWO_CHOICES, THREE)
+    rig.drawn = iter((0, 1, 0, 1, 1, 0))
+    assert places(rig.arrive(1, 2)) == [(1, "a"), (2, "b")]
+    assert rig.arrive(3) == [], "b and a are equal: b, which is busy, though c is free"
+    assert places(rig.apply(LeaseEnded(2))) == [(3, "b")]
 
 
 def test_least_outstanding_counts_queued_requests_and_draws_among_equals() -> None:
-    told = Told(Rival.LEAST_OUTSTANDING, THREE)
-    told.drawn = iter((1, 1, 0, 0))
-    assert places(told.arrive(1, 2, 3)) == [(1, "b"), (2, "c"), (3, "a")]
-    assert told.asked == [3, 2], "of three, of two; one is no choice"
-    assert told.arrive(4) == []
-    told.apply(LeaseEnded(2))
-    assert places(told.arrive(5)) == [(5, "c")]
+    rig = RivalRig(Rival.LEAST_OUTSTANDING, THREE)
+    rig.drawn = iter((1, 1, 0, 0))
+    assert places(rig.arrive(1, 2, 3)) == [(1, "b"), (2, "c"), (3, "a")]
+    assert rig.asked == [3, 2], "of three, then of two; a single one is not drawn"
+    assert rig.arrive(4) == []
+    rig.apply(LeaseEnded(2))
+    assert places(rig.arrive(5)) == [(5, "c")]
 
 
 def test_a_bound_request_stays_when_another_instance_becomes_free() -> None:
     """What late binding saves."""
-    told = Told(Rival.LEAST_OUTSTANDING, dict.fromkeys(("a", "b"), RUNNING))
-    told.drawn = iter((0, 0, 0))
-    assert places(told.arrive(1, 2)) == [(1, "a"), (2, "b")]
-    assert told.arrive(3) == [], "at a"
-    assert told.apply(LeaseEnded(2)) == [], "b idles"
-    assert places(told.apply(LeaseEnded(1))) == [(3, "a")]
+    rig = RivalRig(Rival.LEAST_OUTSTANDING, dict.fromkeys(("a", "b"), RUNNING))
+    rig.drawn = iter((0, 0, 0))
+    assert places(rig.arrive(1, 2)) == [(1, "a"), (2, "b")]
+    assert rig.arrive(3) == [], "at a"
+    assert rig.apply(LeaseEnded(2)) == [], "b idles"
+    assert places(rig.apply(LeaseEnded(1))) == [(3, "a")]
 
 
 def test_an_instance_takes_as_many_at_once_as_it_may() -> None:
-    told = Told(Rival.ROUND_ROBIN, {"a": RUNNING}, concurrency=2)
-    assert places(told.arrive(1, 2, 3)) == [(1, "a"), (2, "a")]
-    assert places(told.apply(RequestGone(1))) == [(3, "a")]
+    rig = RivalRig(Rival.ROUND_ROBIN, {"a": RUNNING}, concurrency=2)
+    assert places(rig.arrive(1, 2, 3)) == [(1, "a"), (2, "a")]
+    assert places(rig.apply(RequestGone(1))) == [(3, "a")]
 
 
 def test_round_robin_wakes_the_frozen_instance_in_turn_once() -> None:
-    told = Told(Rival.ROUND_ROBIN, {"a": RUNNING, "b": FROZEN})
-    assert told.arrive(1) == [Wake("b", "n1")], "a is awake and free"
-    assert places(told.arrive(2)) == [(2, "a")]
-    assert told.arrive(3) == [], "it is on its way"
-    assert places(told.apply(WakeAnswered("b"))) == [(1, "b")]
-    assert told.apply(InstanceReported("b", "ocr", "n1", RUNNING)) == []
-    assert places(told.apply(LeaseEnded(1))) == [(3, "b")]
+    rig = RivalRig(Rival.ROUND_ROBIN, {"a": RUNNING, "b": FROZEN})
+    assert rig.arrive(1) == [Wake("b", "n1")], "a is awake and free"
+    assert places(rig.arrive(2)) == [(2, "a")]
+    assert rig.arrive(3) == [], "it is waking"
+    assert places(rig.apply(WakeAnswered("b"))) == [(1, "b")]
+    assert rig.apply(InstanceReported("b", "ocr", "n1", RUNNING)) == []
+    assert places(rig.apply(LeaseEnded(1))) == [(3, "b")]
 
 
 def test_a_failed_wake_is_retried_when_the_instance_is_reported() -> None:
-    told = Told(Rival.ROUND_ROBIN, {"a": FROZEN})
-    assert told.arrive(1) == [Wake("a", "n1")]
-    assert told.apply(WakeFailed("a")) == [], "else a shell whose wakes fail at once would never end"
-    assert told.apply(InstanceReported("a", "ocr", "n1", FROZEN)) == [Wake("a", "n1")]
+    rig = RivalRig(Rival.ROUND_ROBIN, {"a": FROZEN})
+    assert rig.arrive(1) == [Wake("a", "n1")]
+    assert rig.apply(WakeFailed("a")) == [], "or a caller whose wakes fail at once would loop for ever"
+    assert rig.apply(InstanceReported("a", "ocr", "n1", FROZEN)) == [Wake("a", "n1")]
 
 
 @pytest.mark.parametrize("rival", list(Rival))
 def test_refused_requests_get_the_reason(rival: Rival) -> None:
-    told = Told(rival, {"a": RUNNING}, queue=1)
-    assert told.apply(RequestArrived(1, "llm", FAR)) == [Refuse(1, RefusalReason.UNKNOWN_FUNCTION)]
-    assert places(told.arrive(2, 3)) == [(2, "a")]
-    assert told.arrive(4) == [Refuse(4, RefusalReason.QUEUE_FULL)]
-    assert told.apply(DeadlinePassed(2)) == [], "it is inside"
-    assert told.apply(DeadlinePassed(3)) == [Refuse(3, RefusalReason.QUEUE_TIMEOUT)]
-    assert told.apply(InstanceGone("a")) == []
-    assert told.arrive(5) == [Refuse(5, RefusalReason.NO_CAPACITY)]
+    rig = RivalRig(rival, {"a": RUNNING}, queue=1)
+    assert rig.apply(RequestArrived(1, "llm", FAR)) == [Refuse(1, RefusalReason.UNKNOWN_FUNCTION)]
+    assert places(rig.arrive(2, 3)) == [(2, "a")]
+    assert rig.arrive(4) == [Refuse(4, RefusalReason.QUEUE_FULL)]
+    assert rig.apply(DeadlinePassed(2)) == [], "it is executing"
+    assert rig.apply(DeadlinePassed(3)) == [Refuse(3, RefusalReason.QUEUE_TIMEOUT)]
+    assert rig.apply(InstanceGone("a")) == []
+    assert rig.arrive(5) == [Refuse(5, RefusalReason.NO_CAPACITY)]
 
 
 @pytest.mark.parametrize("rival", list(Rival))
 def test_requests_queued_at_an_instance_that_ends_are_bound_again(rival: Rival) -> None:
-    told = Told(rival, {"a": RUNNING})
-    assert places(told.arrive(1, 2, 3)) == [(1, "a")]
-    told.apply(InstanceReported("b", "ocr", "n1", RUNNING))
-    assert places(told.apply(InstanceGone("a"))) == [(2, "b")]
-    assert told.apply(LeaseRefused(1)) == [], "behind 3, at the one that is left"
-    assert places(told.apply(LeaseEnded(2))) == [(3, "b")]
-    assert places(told.apply(LeaseEnded(3))) == [(1, "b")]
-    told.arrive(4)
-    assert told.apply(InstanceGone("b")) == [Refuse(4, RefusalReason.NO_CAPACITY)]
-    assert told.apply(LeaseRefused(1)) == [Refuse(1, RefusalReason.NO_CAPACITY)]
+    rig = RivalRig(rival, {"a": RUNNING})
+    assert places(rig.arrive(1, 2, 3)) == [(1, "a")]
+    rig.apply(InstanceReported("b", "ocr", "n1", RUNNING))
+    assert places(rig.apply(InstanceGone("a"))) == [(2, "b")]
+    assert rig.apply(LeaseRefused(1)) == [], "behind 3, at the one that is left"
+    assert places(rig.apply(LeaseEnded(2))) == [(3, "b")]
+    assert places(rig.apply(LeaseEnded(3))) == [(1, "b")]
+    rig.arrive(4)
+    assert rig.apply(InstanceGone("b")) == [Refuse(4, RefusalReason.NO_CAPACITY)]
+    assert rig.apply(LeaseRefused(1)) == [Refuse(1, RefusalReason.NO_CAPACITY)]
 
 
 def test_a_refused_lease_is_first_in_its_line_again_until_its_deadline() -> None:
-    told = Told(Rival.ROUND_ROBIN, {"a": RUNNING})
-    assert places(told.arrive(1, 2)) == [(1, "a")]
-    assert told.apply(LeaseRefused(1)) == [], "not at once: it would be refused again"
-    assert places(told.apply(InstanceReported("a", "ocr", "n1", RUNNING))) == [(1, "a")]
-    told.apply(LeaseEnded(1))
-    late = told.at + 10 * MILLISECOND_NS
-    assert places(told.apply(LeaseEnded(2))) == []
-    assert places(told.arrive(3, deadline_ns=late)) == [(3, "a")]
-    told.at = late
-    assert told.apply(DeadlinePassed(3)) == [], "it is inside"
-    assert told.apply(LeaseRefused(3)) == [Refuse(3, RefusalReason.QUEUE_TIMEOUT)], (
-        "nobody will say again that it is over"
-    )
+    rig = RivalRig(Rival.ROUND_ROBIN, {"a": RUNNING})
+    assert places(rig.arrive(1, 2)) == [(1, "a")]
+    assert rig.apply(LeaseRefused(1)) == [], "not at once: it would be refused again"
+    assert places(rig.apply(InstanceReported("a", "ocr", "n1", RUNNING))) == [(1, "a")]
+    rig.apply(LeaseEnded(1))
+    late = rig.at + 10 * MILLISECOND_NS
+    assert places(rig.apply(LeaseEnded(2))) == []
+    assert places(rig.arrive(3, deadline_ns=late)) == [(3, "a")]
+    rig.at = late
+    assert rig.apply(DeadlinePassed(3)) == [], "it is executing"
+    assert rig.apply(LeaseRefused(3)) == [Refuse(3, RefusalReason.QUEUE_TIMEOUT)], "its deadline passes only once"
 
 
 def test_a_removed_function_refuses_queued_requests_and_finishes_the_others() -> None:
-    told = Told(Rival.ROUND_ROBIN, {"a": RUNNING})
-    assert places(told.arrive(1, 2, 3)) == [(1, "a")]
+    rig = RivalRig(Rival.ROUND_ROBIN, {"a": RUNNING})
+    assert places(rig.arrive(1, 2, 3)) == [(1, "a")]
     unknown = [Refuse(number, RefusalReason.UNKNOWN_FUNCTION) for number in (1, 2, 3)]
-    assert told.apply(FunctionRemoved("ocr")) == unknown[1:]
-    assert told.apply(LeaseRefused(1)) == unknown[:1]
+    assert rig.apply(FunctionRemoved("ocr")) == unknown[1:]
+    assert rig.apply(LeaseRefused(1)) == unknown[:1]
 
 
 # ---- random walks -------------------------------------------------------------------------------------------------
 
 STATES = (RUNNING, RUNNING, RUNNING, FROZEN, InstanceState.FREEZING, InstanceState.RESTORING, InstanceState.STARTING)
-ASLEEP = (FROZEN, InstanceState.FREEZING)
+FROZEN_OR_FREEZING = (FROZEN, InstanceState.FREEZING)
 CONCURRENCY = {"ocr": 1, "llm": 4}
 QUEUE = 6
 
 
 @dataclass
 class Walk:
-    """The shell's side, kept independently of the dispatcher."""
+    """The caller's side, kept independently of the dispatcher."""
 
     rivals: RivalDispatcher
     rng: random.Random
@@ -204,13 +202,13 @@ class Walk:
     function_of: dict[int, str] = field(default_factory=dict)
     deadlines: dict[int, int] = field(default_factory=dict)
     waiting: set[int] = field(default_factory=set)
-    inside: dict[int, str] = field(default_factory=dict)
+    executing: dict[int, str] = field(default_factory=dict)
     answered: set[int] = field(default_factory=set)
     states: dict[str, InstanceState] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
     waking: set[str] = field(default_factory=set)
-    shunned: set[str] = field(default_factory=set)  # refused somebody and have not been heard since
-    untold: set[int] = field(default_factory=set)  # their deadlines were not told yet
+    unhealthy: set[str] = field(default_factory=set)  # refused a request and not reported since
+    pending_deadlines: set[int] = field(default_factory=set)  # their deadlines have not passed yet
     seen: Counter[str] = field(default_factory=Counter)
 
     def apply(self, event: Event) -> None:
@@ -220,12 +218,12 @@ class Walk:
             match effect:
                 case Dispatch(request, uid):
                     self.waiting.remove(request)
-                    self.inside[request] = uid
+                    self.executing[request] = uid
                     assert self.states[uid] is RUNNING
                     assert self.owners[uid] == self.function_of[request]
-                    assert Counter(self.inside.values())[uid] <= CONCURRENCY[self.owners[uid]]
+                    assert Counter(self.executing.values())[uid] <= CONCURRENCY[self.owners[uid]]
                 case Wake(uid):
-                    assert self.states[uid] in ASLEEP
+                    assert self.states[uid] in FROZEN_OR_FREEZING
                     assert uid not in self.waking, "asked twice"
                     self.waking.add(uid)
                 case Refuse(request, reason):
@@ -236,17 +234,17 @@ class Walk:
         self.check()
 
     def check(self) -> None:
-        accounted = [*self.waiting, *self.inside, *self.answered]
+        accounted = [*self.waiting, *self.executing, *self.answered]
         assert sorted(accounted) == sorted(self.function_of)
         bound = self.rivals._instances
-        lines = {uid: list(found.queue) for uid, found in bound.items()}
-        assert sorted(n for line in lines.values() for n in line) == sorted(self.waiting), "each in one line"
-        for uid, line in lines.items():
-            assert all(self.function_of[number] == self.owners[uid] for number in line)
-            busy = Counter(self.inside.values())[uid] >= CONCURRENCY[self.owners[uid]]
-            if line and uid not in self.shunned:
-                assert busy or self.states[uid] is not RUNNING, f"{uid} idles while its own line waits"
-                assert self.states[uid] not in ASLEEP or uid in self.waking, f"nobody wakes {uid}"
+        queues = {uid: list(found.queue) for uid, found in bound.items()}
+        assert sorted(n for queue in queues.values() for n in queue) == sorted(self.waiting), "each in one queue"
+        for uid, queue in queues.items():
+            assert all(self.function_of[number] == self.owners[uid] for number in queue)
+            busy = Counter(self.executing.values())[uid] >= CONCURRENCY[self.owners[uid]]
+            if queue and uid not in self.unhealthy:
+                assert busy or self.states[uid] is not RUNNING, f"{uid} idles while its own queue waits"
+                assert self.states[uid] not in FROZEN_OR_FREEZING or uid in self.waking, f"{uid} is not woken"
 
     def arrive(self) -> None:
         number, function = len(self.function_of) + 1, self.rng.choice(("ocr", "llm"))
@@ -254,14 +252,14 @@ class Walk:
         self.deadlines[number] = self.now + self.rng.choice((20, 200)) * MILLISECOND_NS
         before = sum(self.function_of[n] == function for n in self.waiting)
         self.waiting.add(number)
-        self.untold.add(number)
+        self.pending_deadlines.add(number)
         self.apply(RequestArrived(number, function, self.deadlines[number]))
         assert before < QUEUE or number in self.answered, "the queue is bounded"
 
     def pass_deadlines(self) -> None:
-        """Each is told once, as a shell's timer would, whether the request waits or is inside."""
-        for number in sorted(number for number in self.untold if self.deadlines[number] <= self.now):
-            self.untold.remove(number)
+        """Each once, as a timer does, whether the request is queued or executing."""
+        for number in sorted(number for number in self.pending_deadlines if self.deadlines[number] <= self.now):
+            self.pending_deadlines.remove(number)
             self.apply(DeadlinePassed(number))
             assert number not in self.waiting
 
@@ -272,19 +270,19 @@ class Walk:
             self.owners[uid] = function
         else:
             uid = self.rng.choice(list(self.states))
-        self.hear(uid, self.rng.choice(STATES))
+        self.reported(uid, self.rng.choice(STATES))
 
-    def hear(self, uid: str, state: InstanceState) -> None:
+    def reported(self, uid: str, state: InstanceState) -> None:
         self.states[uid] = state
-        self.shunned.discard(uid)
+        self.unhealthy.discard(uid)
         if state is RUNNING:
             self.waking.discard(uid)
         self.apply(InstanceReported(uid, self.owners[uid], "n1", state, CONCURRENCY[self.owners[uid]]))
 
     def end(self) -> None:
-        if self.inside:
-            number = self.rng.choice(list(self.inside))
-            del self.inside[number]
+        if self.executing:
+            number = self.rng.choice(list(self.executing))
+            del self.executing[number]
             self.answered.add(number)
             self.apply(self.rng.choice((LeaseEnded, RequestGone))(number))
 
@@ -296,9 +294,9 @@ class Walk:
             self.apply(RequestGone(number))
 
     def refuse(self) -> None:
-        if self.inside:
-            number = self.rng.choice(list(self.inside))
-            self.shunned.add(self.inside.pop(number))
+        if self.executing:
+            number = self.rng.choice(list(self.executing))
+            self.unhealthy.add(self.executing.pop(number))
             self.waiting.add(number)
             self.apply(LeaseRefused(number))
             assert number not in self.waiting or self.now < self.deadlines[number]
@@ -318,12 +316,12 @@ class Walk:
                 self.states[uid] = RUNNING
                 self.apply(WakeAnswered(uid))
             else:
-                self.shunned.add(uid)
+                self.unhealthy.add(uid)
                 self.apply(WakeFailed(uid))
 
 
 def walk(rival: Rival, seed: int) -> Walk:
-    """Six hundred things that may happen; then every deadline passes and every response ends."""
+    """Six hundred random events; then every deadline passes and every response ends."""
     rng = random.Random(seed)
     found = Walk(RivalDispatcher(rival, rng.randrange), rng)
     for function in CONCURRENCY:
@@ -337,9 +335,9 @@ def walk(rival: Rival, seed: int) -> Walk:
     found.now = max(found.now, *found.deadlines.values())
     found.pass_deadlines()
     assert not found.waiting
-    while found.inside:
+    while found.executing:
         found.end()
-    assert not found.rivals._requests, "nothing is remembered of who was answered"
+    assert not found.rivals._requests, "answered requests are dropped"
     return found
 
 

@@ -1,4 +1,4 @@
-"""The simulated fleet keeps to queueing theory, to the facts we measured by other means, and to its own books."""
+"""The simulation agrees with queueing theory, with facts measured by other means, and with itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agent.core.types import MILLISECOND_NS, SECOND_NS
 from agent.simulator.plan import SimulatedPolicy, SimulationPlan, percentiles_s
 from agent.simulator.simulation import Simulation
 from agent.simulator.trace import Call
-from tests.simulator.queueing import FUNCTION, SERVERS, asleep, latencies
+from tests.simulator.queueing import FUNCTION, SERVERS, latencies, with_freezing
 
 FACTS = {
     (SimulatedPolicy.ROUND_ROBIN, 0.3, 0.7): (1.05, 2.54),
@@ -37,7 +37,7 @@ def test_the_measured_facts_are_reproduced(policy: SimulatedPolicy, cv: float, l
 @pytest.mark.parametrize("policy", list(SimulatedPolicy))
 def test_every_policy_answers_all_requests_and_is_repeatable(policy: SimulatedPolicy) -> None:
     plan = SimulationPlan(policy, SERVERS, freeze_after_ns=SECOND_NS, wake_ns=2 * SECOND_NS, freeze_ns=SECOND_NS)
-    first, again = asleep(plan, 0.2, 2_000, 7), asleep(plan, 0.2, 2_000, 7)
+    first, again = with_freezing(plan, 0.2, 2_000, 7), with_freezing(plan, 0.2, 2_000, 7)
     assert len(first.latencies_ns) == 2_000
     assert not first.refused
     assert first.latencies_ns == again.latencies_ns
@@ -45,11 +45,11 @@ def test_every_policy_answers_all_requests_and_is_repeatable(policy: SimulatedPo
 
 
 def test_freezing_frees_gpus_and_the_wake_factor_frees_more() -> None:
-    """The shape of the second table of the facts: load 0.1, ten seconds of patience."""
+    """As in the second table of agent/docs/facts/dispatch.md: load 0.1, freezeAfter ten seconds."""
     plan = SimulationPlan(SimulatedPolicy.PACK, SERVERS, wake_ns=2 * SECOND_NS, freeze_ns=SECOND_NS)
-    robin = asleep(replace(plan, policy=SimulatedPolicy.ROUND_ROBIN), 0.1, 6_000, 3)
-    pack = asleep(plan, 0.1, 6_000, 3)
-    patient = asleep(replace(plan, wake_factor=1.0), 0.1, 6_000, 3)
+    robin = with_freezing(replace(plan, policy=SimulatedPolicy.ROUND_ROBIN), 0.1, 6_000, 3)
+    pack = with_freezing(plan, 0.1, 6_000, 3)
+    patient = with_freezing(replace(plan, wake_factor=1.0), 0.1, 6_000, 3)
     assert robin.awake_share > 0.85
     assert pack.awake_share < 0.5 * robin.awake_share
     assert patient.awake_share < 0.8 * pack.awake_share
@@ -69,7 +69,7 @@ def test_one_request_to_a_frozen_instance_by_hand() -> None:
     assert found.span_ns == 12_100 * MILLISECOND_NS
     assert found.spent.active_ns == 200 * MILLISECOND_NS
     assert found.spent.active_ns + found.spent.idle_ns + found.spent.unbilled_ns == found.span_ns
-    # Awake: 0.1 s of work, 1 s of patience, 0.5 s of freezing; then 2 s of waking and 0.1 s of work.
+    # Awake: 0.1 s of work, 1 s of freezeAfter, 0.5 s of freezing; then 2 s of waking and 0.1 s of work.
     assert found.awake_ns == 3_700 * MILLISECOND_NS
     assert found.spent.invocations == 2
 

@@ -1,4 +1,4 @@
-"""Traces: what is read, and that a broken line is named by file, line and column before anything is simulated."""
+"""Traces: accepted notations, and errors that name file, line and column before the simulation starts."""
 
 from __future__ import annotations
 

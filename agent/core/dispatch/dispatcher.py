@@ -290,11 +290,12 @@ class Dispatcher:
     # ---- wakes ------------------------------------------------------------------------------------------------
 
     def _wake(self, function: FunctionQueueState, at: int) -> None:
-        """Wake instances for the queue, or dispatch its requests to where they wait or wake themselves."""
+        """Wake instances for the queued requests: by dispatching a lone one, else by wake calls; dispatch early."""
         instance = function.direct_wake_candidate()
         if instance is not None:
             request = function.queue.pop()
-            self._begin_wake(function, instance, at, request.request)
+            instance.direct_wake = request.request
+            self._begin_wake(function, instance, at)
             self._dispatch(function, request, instance, at)
             return
         while (instance := function.instance_to_wake()) is not None:
@@ -303,10 +304,8 @@ class Dispatcher:
         if self._early_dispatch:
             self._effects += function.dispatch_early(at)
 
-    def _begin_wake(
-        self, function: FunctionQueueState, instance: DispatchInstance, at: int, direct_wake: int = -1
-    ) -> None:
-        instance.wake_requested_ns, instance.direct_wake = at, direct_wake
+    def _begin_wake(self, function: FunctionQueueState, instance: DispatchInstance, at: int) -> None:
+        instance.wake_requested_ns = at
         function.index.reclassify(instance)
         instance.node.count_wakes(1)
 

@@ -36,13 +36,12 @@ class EarlyDispatches:
         return next(iter(there.values())) if there else None
 
     def add(self, request: Request, node: NodeEntry) -> None:
-        """It waits at `node` from now on."""
         request.early_node = node
         self._at.setdefault(node.name, OrderedDict())[request.request] = request
         self.count += 1
 
     def remove(self, request: Request) -> NodeEntry:
-        """It does not wait at its node any more, which is returned."""
+        """Returns its node."""
         node, request.early_node = request.early_node, None
         assert node is not None
         there = self._at[node.name]

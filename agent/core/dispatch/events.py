@@ -93,7 +93,7 @@ class LeaseRefused:
 
 @dataclass(frozen=True, slots=True)
 class InstanceReported:
-    """An agent's report of an instance. `in_flight`: all requests executing or waiting there, those of other senders included."""
+    """An agent's report of an instance. `in_flight`: all requests executing or waiting there, of any sender."""
 
     uid: str
     function: str

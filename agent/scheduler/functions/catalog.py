@@ -36,7 +36,7 @@ class Problem:
 
     reason: str
     message: str
-    no_capacity_expected: bool
+    no_capacity_expected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Catalog:
             self._put(_of_row(row, configs.get(row.name, b"")))
 
     async def deploy(self, request: DeployFunctionRequest) -> tuple[Deployed, list[str]]:
-        """Create or replace a function, or with `validate_only` return what a deploy would. Also returns warnings.
+        """Create or replace a function; `validate_only` changes nothing. Returns it as deployed, and warnings.
 
         Raises InvalidArgumentError and UnsupportedError (deploy_rules.py), UnavailableError STORE_FAILED.
         """
@@ -164,7 +164,7 @@ class Catalog:
     async def put_provision(
         self, name: str, config: ProvisionConfig, *, validate_only: bool = False
     ) -> tuple[Deployed, list[str]]:
-        """Replace a function's default target, schedule and policies. Also returns warnings.
+        """Replace a function's default target, schedule and policies. Returns the function, and warnings.
 
         Raises NotFoundError, InvalidArgumentError (deploy_rules.py), UnavailableError STORE_FAILED. Nothing has changed
         then, unless the message of STORE_FAILED says that the change may take effect at the next start.

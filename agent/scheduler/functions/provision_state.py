@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 from agent.core.errors import ConflictError, DeadlineError, ExhaustedError, HibernodeError, UnavailableError
@@ -44,7 +45,7 @@ class ProvisionState:
 
     revision: str = ""
     deploys: int = 0
-    attempts: dict[int, Attempts] = field(default_factory=dict)
+    attempts: defaultdict[int, Attempts] = field(default_factory=lambda: defaultdict(Attempts))
     creating: dict[int, str] = field(default_factory=dict)
     unanswered: dict[int, str] = field(default_factory=dict)
     unreported: dict[str, tuple[ObservedInstance, int]] = field(default_factory=dict)
@@ -57,11 +58,12 @@ class ProvisionState:
     def follow_deploys(self, revision: str, deploys: int) -> None:
         """Start from nothing for another revision; retry ordinals that were given up after a deploy of the same."""
         if self.revision != revision:
-            self.revision, self.attempts = revision, {}
+            self.revision = revision
+            self.attempts.clear()
             self.creating, self.unanswered, self.last_failure, self.serving_at_stop = {}, {}, None, -1
         if self.deploys != deploys:
             self.deploys, self.last_failure, self.serving_at_stop = deploys, None, -1
-            self.attempts = {ordinal: Attempts(tried.attempt) for ordinal, tried in self.attempts.items()}
+            self.attempts.update({ordinal: Attempts(tried.attempt) for ordinal, tried in self.attempts.items()})
 
     def update(self, reported: dict[str, ObservedInstance], fleet: Fleet, now: int) -> list[ObservedInstance]:
         """Note which instances came up and which ended. Returns those alive, created but unreported ones included."""
@@ -83,7 +85,7 @@ class ProvisionState:
         for one in alive.values():
             if one.serving and one.made_by.revision == self.revision:
                 ordinal = one.made_by.ordinal
-                self.attempts[ordinal] = came_up(self.attempts.get(ordinal, Attempts()), one.made_by.attempt)
+                self.attempts[ordinal] = came_up(self.attempts[ordinal], one.made_by.attempt)
         return list(alive.values())
 
     def serving(self, here: list[ObservedInstance]) -> int:
@@ -92,11 +94,11 @@ class ProvisionState:
     def created(self, made_by: RequestId, instance: Instance, node: str, fleet: Fleet, now: int, wall_ns: int) -> None:
         state = state_from_proto(instance.state)
         _log.info("provision.created", request_id=str(made_by), uid=instance.uid, node=node)
-        tried = self.attempts.get(made_by.ordinal, Attempts())
+        tried = self.attempts[made_by.ordinal]
         if state in HAS_ENDED:
             old = wall_ns - time_from_proto(instance.create_time) > OLD_NS
             self.attempts[made_by.ordinal] = (skipped if old else failed)(tried, made_by.attempt, now)
-            self.last_failure = Problem(instance.state_reason, instance.state_message, no_capacity_expected=False)
+            self.last_failure = Problem(instance.state_reason, instance.state_message)
             return
         self.attempts[made_by.ordinal] = replace(tried, attempt=max(tried.attempt, made_by.attempt))
         if fleet.instance(instance.uid) is None:
@@ -105,7 +107,7 @@ class ProvisionState:
 
     def not_created(self, made_by: RequestId, error: HibernodeError, node: str, now: int) -> None:
         """Note a create that failed or whose outcome is unknown."""
-        tried = self.attempts.get(made_by.ordinal, Attempts())
+        tried = self.attempts[made_by.ordinal]
         if isinstance(error, ExhaustedError) or error.reason == "HOST_MEMORY_SHORT":
             # The host is full, which does not count as a failure of the function.
             self.attempts[made_by.ordinal] = replace(tried, not_before_ns=now + RETRY_NS)
@@ -117,7 +119,7 @@ class ProvisionState:
             self.attempts[made_by.ordinal] = skipped(tried, made_by.attempt, now)
         else:
             self.attempts[made_by.ordinal] = failed(tried, made_by.attempt, now)
-        self.last_failure = Problem(error.reason, error.message, no_capacity_expected=False)
+        self.last_failure = Problem(error.reason, error.message)
         _log.warning("provision.create_failed", request_id=str(made_by), node=node, reason=error.reason)
 
     def problem(self, todo: ReconcilePlan, unplaceable: Unplaceable | None) -> Problem | None:
@@ -129,7 +131,7 @@ class ProvisionState:
         failure = self.last_failure
         if failure is None:
             return None
-        given_up = all(self.attempts.get(ordinal, Attempts()).given_up for ordinal in todo.missing)
+        given_up = all(self.attempts[ordinal].given_up for ordinal in todo.missing)
         return replace(failure, no_capacity_expected=given_up or failure.reason in NO_CAPACITY_REASONS)
 
     def pending(self) -> list[str]:
@@ -139,9 +141,9 @@ class ProvisionState:
     def _ended(self, made_by: RequestId, uid: str, fleet: Fleet, now: int) -> None:
         if made_by.revision != self.revision:
             return
-        self.attempts[made_by.ordinal] = failed(self.attempts.get(made_by.ordinal, Attempts()), made_by.attempt, now)
+        self.attempts[made_by.ordinal] = failed(self.attempts[made_by.ordinal], made_by.attempt, now)
         load = fleet.instance(uid) or fleet.last_report(uid)
         reason = (load.state_reason if load is not None else "") or "INSTANCE_ENDED"
         message = (load.state_message if load is not None else "") or f"instance {made_by} ended"
-        self.last_failure = Problem(reason, message, no_capacity_expected=False)
+        self.last_failure = Problem(reason, message)
         _log.warning("provision.instance_ended", request_id=str(made_by), uid=uid, reason=reason)

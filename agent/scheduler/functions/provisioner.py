@@ -141,21 +141,18 @@ class Provisioner:
         alive = state.update(reported, self._fleet, now)
         here = [replace(one, state=InstanceState.STOPPING) if one.uid in state.stopping else one for one in alive]
         desired = DesiredState(name, function.spec.revision, function.target)
-        settled = self._fleet.all_reported()
-        todo = plan(desired, here, state.attempts, frozenset(state.creating), settled, now)
+        all_reported = self._fleet.all_reported()
+        todo = plan(desired, here, state.attempts, frozenset(state.creating), all_reported, now)
         for stop in todo.stops:
             self._begin_stop(state, stop)
         self._unretire(state, alive)
         unplaceable = self._create_all(function, state, todo, here)
         self._catalog.set_problem(name, state.problem(todo, unplaceable))
         left = [one for one in alive if not one.on_lost_node]
-        if function.deleting and settled and not (left or state.creating or state.unreported):
+        if function.deleting and all_reported and not (left or state.creating or state.unreported):
             await self._catalog.forget(name)
-        waits = [
-            todo.again_at_ns or now + RETRY_NS if unplaceable or todo.again_at_ns else now + int(ROUND_S * SECOND_NS)
-        ]
-        waits += [due for _, due in state.unreported.values()]
-        return min(waits)
+        again = todo.again_at_ns or now + (RETRY_NS if unplaceable else int(ROUND_S * SECOND_NS))
+        return min([again, *(due for _, due in state.unreported.values())])
 
     # ---- creating ---------------------------------------------------------------------------------------------
 
@@ -207,9 +204,8 @@ class Provisioner:
         old = [one for one in here if one.made_by.revision != state.revision and not one.scheduling.drains]
         if any(one.state is InstanceState.STOPPING and not one.on_lost_node for one in old):
             return True
-        uids = instances_to_stop(
-            function.spec, views, (Occupant(one.uid, one.node, one.gpus) for one in todo.may_give_way)
-        )
+        occupants = (Occupant(one.uid, one.node, one.gpus) for one in todo.may_give_way)
+        uids = instances_to_stop(function.spec, views, occupants)
         if not uids or todo.coming_up:
             return bool(uids)
         serving = state.serving(here)

@@ -1,4 +1,4 @@
-"""What a decision of the dispatcher costs: counted, not timed."""
+"""The cost of a decision of the dispatcher, in function calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from agent.core.types import InstanceState
 
 
 def test_a_decision_costs_the_same_with_10_and_10000_instances() -> None:
-    """Counted, not timed: the index holds one bucket entry per instance and none is looked at but the chosen."""
     small, large = _steps_per_request(10), _steps_per_request(10_000)
     assert large <= small * 1.5
 

@@ -37,12 +37,7 @@ FUNCTIONS = ("ocr", "llm")
 NODES = ("n1", "n2", "n3")
 CONCURRENCY = {"ocr": 1, "llm": 4}
 WAKEABLE = (InstanceState.FROZEN, InstanceState.FREEZING, InstanceState.WAITING_GPU, InstanceState.RESTORING)
-AWAKE_OR_WAKING = (
-    InstanceState.RUNNING,
-    InstanceState.FROZEN,
-    InstanceState.WAITING_GPU,
-    InstanceState.RESTORING,
-)
+AWAKE_OR_WAKING = (InstanceState.RUNNING, InstanceState.FROZEN, InstanceState.WAITING_GPU, InstanceState.RESTORING)
 STATES = (
     InstanceState.RUNNING,
     InstanceState.RUNNING,
@@ -55,7 +50,7 @@ STATES = (
 )
 
 
-SLEEPY = (InstanceState.FROZEN,) * 20 + (InstanceState.RUNNING, InstanceState.FREEZING, InstanceState.RESTORING)
+MOSTLY_FROZEN = (InstanceState.FROZEN,) * 20 + (InstanceState.RUNNING, InstanceState.FREEZING, InstanceState.RESTORING)
 
 
 def gpu_of(uid: str, node: str) -> str:
@@ -65,7 +60,7 @@ def gpu_of(uid: str, node: str) -> str:
 
 @dataclass
 class Seen:
-    """What the world believes of an instance."""
+    """An instance as the walk knows it."""
 
     function: str
     node: str
@@ -75,8 +70,8 @@ class Seen:
 
 
 @dataclass
-class World:
-    """The shell's side, kept independently of the dispatcher."""
+class Walk:
+    """The caller's side, kept independently of the dispatcher."""
 
     rng: random.Random
     dispatcher: Dispatcher = field(default_factory=Dispatcher)
@@ -88,9 +83,7 @@ class World:
     leased: dict[int, str] = field(default_factory=dict)
     void: set[int] = field(default_factory=set)  # of those: the lease ended with its node, the request has not
     epochs: dict[str, int] = field(default_factory=dict)
-    direct_wakes: dict[str, int] = field(
-        default_factory=dict
-    )  # requests that went to a sleeping instance, until it wakes
+    direct_wakes: dict[str, int] = field(default_factory=dict)  # dispatched to a frozen instance, until it wakes
     answered: set[int] = field(default_factory=set)
     made: int = 0
     requests: int = 0
@@ -98,7 +91,7 @@ class World:
     function_of: dict[int, str] = field(default_factory=dict)
     states: tuple[InstanceState, ...] = STATES
     direct_wake_count: int = 0
-    early: dict[int, str] = field(default_factory=dict)  # requests that wait at a node, as far as the world knows
+    early: dict[int, str] = field(default_factory=dict)  # requests that wait at a node, as far as the walk knows
     early_dispatches: int = 0
     lease_ns: Counter[str] = field(default_factory=Counter)
 
@@ -124,7 +117,7 @@ class World:
                         self.check_direct_wake(function, uid)
                         self.direct_wakes[uid] = request
                     self.leased[request] = uid
-                    moved = isinstance(event, LeaseEnded) and event.uid  # the world learns below whose place is whose
+                    moved = isinstance(event, LeaseEnded) and event.uid  # `check` learns which leases were traded
                     assert (self.dispatcher.leased(uid) if moved else self.outstanding(uid)) <= CONCURRENCY[function]
                 case Wake(uid, node):
                     seen = self.instances[uid]
@@ -149,7 +142,7 @@ class World:
         self.check()
 
     def check_early(self, function: str, node: str) -> None:
-        """Everybody there is busy, nobody is on his way awake, and no other node's slots go without for it."""
+        """All instances there are busy, and no slot on another node goes idle for it."""
         elsewhere = 0
         for uid, seen in self.instances.items():
             if seen.function == function and seen.state is InstanceState.RUNNING and seen.usable:
@@ -160,20 +153,20 @@ class World:
         assert sum(f == function for f in self.waiting.values()) >= elsewhere
 
     def check_direct_wake(self, function: str, uid: str) -> None:
-        """Nothing else of the function could free sooner, and everybody who shares the GPU sleeps."""
+        """No other instance of the function could be free sooner, and all instances on the GPU are frozen."""
         mine = self.instances[uid]
         assert mine.state is InstanceState.FROZEN
         assert not [f for f in self.waiting.values() if f == function]
         for name, seen in self.instances.items():
-            sleeps = seen.state is InstanceState.FROZEN and not seen.waking
-            assert sleeps or gpu_of(name, seen.node) != gpu_of(uid, mine.node), f"{name} shares its GPU"
+            frozen = seen.state is InstanceState.FROZEN and not seen.waking
+            assert frozen or gpu_of(name, seen.node) != gpu_of(uid, mine.node), f"{name} shares its GPU"
             usable = seen.usable and seen.node in self.ready
-            assert sleeps or not usable or seen.function != function or seen.state not in AWAKE_OR_WAKING, name
+            assert frozen or not usable or seen.function != function or seen.state not in AWAKE_OR_WAKING, name
         mine.waking = True
         self.direct_wake_count += 1
 
     def will_be_awake(self, seen: Seen) -> bool:
-        """Its wake counts: nothing came between."""
+        """Its wake is still in progress."""
         return seen.waking and seen.usable and seen.node in self.ready and seen.state in WAKEABLE
 
     def check(self) -> None:
@@ -198,13 +191,13 @@ class World:
             assert found == self.lease_ns[function], "the sum of leases over time is what utilisation is made of"
 
     def check_lost(self, function: str) -> None:
-        """Exactly the instances on lost nodes count for nothing."""
+        """Exactly the instances on lost nodes count as lost."""
         nodes = [seen.node for seen in self.instances.values() if seen.function == function]
         index = self.dispatcher._function(function).index
         assert (index.count, index.lost) == (len(nodes), sum(name in self.lost for name in nodes))
 
     def grant_early(self) -> None:
-        """What waits at a node gets the slots that become free there: who has which, the dispatcher says."""
+        """Requests that wait at a node get the slots that become free there; the dispatcher knows which."""
         for request in [request for request in self.early if request in self.holders()]:
             self.leased[request] = self.holders()[request]
             node, function = self.early[request], self.function_of[request]
@@ -213,11 +206,11 @@ class World:
             assert self.instances[self.leased[request]].node == self.early.pop(request)
 
     def holders(self) -> dict[int, str]:
-        """Who holds a lease on whom, by the dispatcher's own book."""
+        """Instance by request, of all leases that the dispatcher holds."""
         return {request: uid for uid, instance in self.dispatcher._instances.items() for request in instance.holders}
 
     def outstanding(self, uid: str) -> int:
-        """Leases that count."""
+        """Leases that are not void."""
         return sum(where == uid and request not in self.void for request, where in self.leased.items())
 
     # ---- what may happen --------------------------------------------------------------------------------------
@@ -268,7 +261,7 @@ class World:
             self.dispatch(self.rng.choice((served, RequestGone(request))))
 
     def learn_who_holds(self) -> None:
-        """Another instance has served than the dispatcher thought: two requests have changed places on one node."""
+        """Two requests on one node have traded leases, since another instance served than the dispatcher assumed."""
         found = self.holders()
         for request, uid in self.leased.items():
             if request not in self.void and uid in self.instances:
@@ -277,7 +270,7 @@ class World:
                 self.leased[request] = found[request]
 
     def early_ends(self) -> None:
-        """It is refused there, its client leaves, or it is served before we hear that a slot was free."""
+        """It is refused there, its client leaves, or it is served before the dispatcher sees the free slot."""
         if self.early:
             request = self.rng.choice(list(self.early))
             del self.early[request]
@@ -300,7 +293,7 @@ class World:
             self.dispatch(LeaseRefused(request))
 
     def end_direct_wake(self, uid: str, request: int) -> None:
-        """The request ended, one way or another: so did the wake that it stood for."""
+        """The request has ended, and with it its direct wake."""
         if self.direct_wakes.get(uid) == request:
             del self.direct_wakes[uid]
             self.instances[uid].waking = False
@@ -358,7 +351,7 @@ class World:
             self.dispatch(silence)
 
     def leases_end(self, node: str) -> None:
-        """Its agent is gone, or another: what was leased there counts no more, nor do wakes under way."""
+        """Its agent is gone or restarted: its leases are void, and its wakes have ended."""
         for uid, seen in self.instances.items():
             if seen.node == node:
                 seen.waking = False
@@ -366,16 +359,16 @@ class World:
                 self.void |= {request for request, where in self.leased.items() if where == uid}
 
 
-def walk(seed: int) -> World:
-    """Every second world is a sleepy one, where few ask; in every third, requests may be sent early."""
+def walk(seed: int) -> Walk:
+    """In every second walk instances are mostly frozen and requests are few; every third has early dispatch."""
     rng = random.Random(seed)
-    sleepy = seed % 2 == 1
-    world = World(rng, Dispatcher(early_dispatch=seed % 3 == 0), states=SLEEPY if sleepy else STATES)
+    frozen = seed % 2 == 1
+    world = Walk(rng, Dispatcher(early_dispatch=seed % 3 == 0), states=MOSTLY_FROZEN if frozen else STATES)
     for function in FUNCTIONS:
         policy = rng.choice(list(DispatchPolicy))
         world.dispatch(FunctionSet(function, policy=policy, queue_length=20, wake_factor=rng.choice((0.0, 1.0))))
     actions = [
-        *(world.arrive,) * (2 if sleepy else 6), *(world.report,) * 3, *(world.end,) * 5, *(world.wake_ends,) * 2,
+        *(world.arrive,) * (2 if frozen else 6), *(world.report,) * 3, *(world.end,) * 5, *(world.wake_ends,) * 2,
         world.refuse, world.leave, world.vanish, world.node, world.retire, world.early_ends,
     ]  # fmt: skip
     for _ in range(500):

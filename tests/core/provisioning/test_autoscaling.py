@@ -1,4 +1,4 @@
-"""Target tracking and schedules come to exactly the numbers that Function Compute's formulas give."""
+"""Target tracking and schedules give exactly the numbers of Function Compute's formulas."""
 
 from __future__ import annotations
 
@@ -98,14 +98,14 @@ def test_a_period_s_sample_is_of_the_instances_there_were_in_it(
     ("samples", "targets"),
     [
         (["1", "1", "1"], [2, 2, 7]),
-        (["1", "1", "0.6"], [2, 2, 4]),  # the newest is reckoned with
+        (["1", "1", "0.6"], [2, 2, 4]),  # the newest counts
         (["1", "1", None, "1", "1", "1"], [2, 2, 2, 2, 2, 7]),  # no sample breaks the row
         (["1", "1", "0.3", "1", "1"], [2, 2, 2, 2, 2]),  # neither above nor below
         (["1", "1", "0", "1", "1"], [2, 2, 2, 2, 2]),
         (["0", "0", "0"], [2, 2, 1]),
         (["0", "0", None, "0"], [2, 2, 2, 2]),  # no sample is not zero
         ([None, None, None, None], [2, 2, 2, 2]),
-        (["1", "1", "1", "1", "1"], [2, 2, 7, 7, 7]),  # a decision starts the count anew
+        (["1", "1", "1", "1", "1"], [2, 2, 7, 7, 7]),  # a decision starts a new row
     ],
 )
 def test_the_threshold_must_hold_three_times_in_a_row(samples: list[str | None], targets: list[int]) -> None:

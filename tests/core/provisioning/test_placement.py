@@ -1,4 +1,4 @@
-"""Which node gets a new instance, who gives way for it, and what is said where none can take it."""
+"""Which node gets a new instance, which instances are stopped for it, and the reason if none can take it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_instance_of_two_gpus_needs_a_slot_on_each_of_two() -> None:
 
 
 def test_with_migration_instances_per_gpu_bounds_the_average() -> None:
-    """Two woke on the first GPU: the second looks free, but its slot is theirs."""
+    """Two woke on the first GPU: the second looks free, but its place is theirs."""
     wandered = replace(NODE, gpus=gpus(2, 0))
     assert place(OCR, [wandered]) == Placed("n1")
     assert isinstance(place(OCR, [replace(wandered, migrates=True)]), Unplaceable)
@@ -132,7 +132,7 @@ def test_the_message_counts_the_nodes_by_what_they_lack(nodes: list[NodeView], s
     assert said in outcome.message
 
 
-# ---- who gives way --------------------------------------------------------------------------------------------
+# ---- instances to stop -----------------------------------------------------------------------------------------
 
 
 def test_the_first_instances_that_make_enough_room_are_stopped() -> None:
@@ -159,7 +159,7 @@ def test_the_node_where_the_fewest_go_is_chosen() -> None:
 
 
 def test_stopped_instances_make_room_for_one() -> None:
-    """Random fleets: what is chosen is enough, and no part of it would be."""
+    """Random fleets: the chosen instances make enough room, and no subset does."""
     helped = 0
     for seed in range(600):
         rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""From the instances wanted to the instances there are."""
+"""From the instances that a function should have to those that it has."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ from dataclasses import replace
 import pytest
 
 from agent.core.provisioning.model import ObservedInstance, RequestId, Scheduling, parse_request_id
-from agent.core.provisioning.reconcile import (
-    MAX_ATTEMPTS,
-    Attempts,
-    DesiredState,
-    ReconcilePlan,
-    came_up,
-    failed,
-    plan,
-)
+from agent.core.provisioning.reconcile import MAX_ATTEMPTS, Attempts, DesiredState, ReconcilePlan, came_up, failed, plan
 from agent.core.types import SECOND_NS, InstanceState
 
 RUNNING, STARTING, STOPPING = InstanceState.RUNNING, InstanceState.STARTING, InstanceState.STOPPING
@@ -32,7 +24,7 @@ def have(ordinal: int, revision: str = "1", state: InstanceState = RUNNING, atte
 
 
 def settled(target: int, present: Iterable[ObservedInstance], revision: str = "1") -> ReconcilePlan:
-    """What is done with nothing under way once all nodes were heard."""
+    """The plan without creates in progress, once all nodes have reported."""
     return plan(DesiredState("ocr", revision, target), present, {}, NONE, True, 0)
 
 
@@ -45,7 +37,7 @@ def created(made: ReconcilePlan) -> list[str]:
 
 
 def yielding(made: ReconcilePlan) -> list[str]:
-    """Who may be stopped for the creates, were there no room."""
+    """Instances to stop for the creates if there is no room."""
     return [] if made.coming_up or not made.creates else [one.uid for one in made.may_give_way]
 
 
@@ -60,7 +52,7 @@ def test_nothing_is_created_before_every_node_has_reported() -> None:
 
 
 def test_nothing_is_stopped_before_every_node_has_reported() -> None:
-    """What looks like too many may stand in for what nobody has reported yet; and the target may not be known."""
+    """Surplus instances may replace unreported ones, and the target may not be known yet."""
     here = [have(0), have(1), have(0, "0"), replace(have(5), scheduling=EMPTIED)]
     made = plan(DesiredState("ocr", "1", 1), here, {}, NONE, False, 0)
     assert (made.stops, made.creates, made.may_give_way) == ((), (), ())
@@ -71,9 +63,9 @@ USES = {
     "not yet up": have(0, state=STARTING),
     "cordoned": replace(have(1), scheduling=CORDONED, requests=7),
     "silent node": replace(have(2), unsteady=True, requests=8),
-    "asleep for long": replace(have(3, state=FROZEN), idle_ns=90 * SECOND_NS),
-    "falling asleep": replace(have(4, state=InstanceState.FREEZING), idle_ns=60 * SECOND_NS),
-    "asleep": replace(have(5, state=FROZEN), idle_ns=50 * SECOND_NS),
+    "frozen for long": replace(have(3, state=FROZEN), idle_ns=90 * SECOND_NS),
+    "freezing": replace(have(4, state=InstanceState.FREEZING), idle_ns=60 * SECOND_NS),
+    "frozen": replace(have(5, state=FROZEN), idle_ns=50 * SECOND_NS),
     "idle for long": replace(have(6), idle_ns=99 * SECOND_NS),
     "idle, high ordinal": replace(have(8), idle_ns=5 * SECOND_NS),
     "idle, low ordinal": replace(have(7), idle_ns=5 * SECOND_NS),
@@ -81,11 +73,11 @@ USES = {
     "one request, woken for it": replace(have(9, state=InstanceState.RESTORING), requests=1),
     "two requests": replace(have(11), requests=2),
 }
-"""From the least useful to the most."""
+"""In scale-in order."""
 
 
 @pytest.mark.parametrize("target", range(len(USES) + 1))
-def test_scale_in_takes_the_least_useful(target: int) -> None:
+def test_scale_in_takes_the_first_in_order(target: int) -> None:
     here = list(USES.values())
     random.Random(target).shuffle(here)
     gone = stopped(settled(target, here))
@@ -103,7 +95,7 @@ def test_creates_in_progress_count_and_go_before_any_instance() -> None:
 def test_creates_use_the_lowest_free_ordinal_and_a_new_attempt() -> None:
     assert created(settled(4, [have(1), have(3)])) == ["ocr/1/0/1", "ocr/1/2/1"]
     leaving = have(0, state=STOPPING, attempt=3)
-    assert created(settled(2, [leaving, have(1)])) == ["ocr/1/0/4"], "though nobody remembers the attempts"
+    assert created(settled(2, [leaving, have(1)])) == ["ocr/1/0/4"], "though the attempts are not recorded"
 
 
 def test_a_target_that_rises_again_during_a_drain_creates_a_new_instance() -> None:
@@ -126,7 +118,7 @@ def test_an_old_revision_goes_only_as_the_new_one_comes_up() -> None:
     start = settled(2, old, "2")
     assert created(start) == ["ocr/2/0/1", "ocr/2/1/1"]
     assert start.stops == ()
-    assert yielding(start) == ["r1-1-1", "r1-0-1"]  # where no GPU is left one of the old ones may go first
+    assert yielding(start) == ["r1-1-1", "r1-0-1"]  # without a free GPU one of the old ones may go first
     assert stopped(settled(2, [*old, have(0, "2"), have(1, "2", STARTING)], "2")) == ["r1-1-1"]
     assert stopped(settled(2, [*old, have(0, "2"), have(1, "2")], "2")) == ["r1-1-1", "r1-0-1"]
 
@@ -245,7 +237,7 @@ class Walk:
         return [replace(one, scheduling=self.nodes[one.node]) for one in self.here.values()]
 
     def round(self) -> None:
-        """Decide and obey; no attempt is made twice, and no live instance goes without need."""
+        """Execute a plan; no attempt is made twice, and no live instance is stopped without need."""
         before = self.serving()
         made = plan(DesiredState("ocr", "3", self.target), self.present(), {}, NONE, True, 0)
         used = {one.made_by for one in self.here.values()}
@@ -260,7 +252,7 @@ class Walk:
                 self.add(ObservedInstance(f"i{next(self.numbers)}", self.rng.choice(room), create.request_id, STARTING))
 
     def pass_time(self) -> None:
-        """What starts comes up or fails, what drains ends, at its own time; instances sleep, wake and get requests."""
+        """Instances come up or fail, end their drain, freeze, wake and get requests."""
         for uid, one in list(self.here.items()):
             if one.state is STOPPING:
                 if self.rng.random() < 0.5:
@@ -273,7 +265,7 @@ class Walk:
                 self.add(replace(one, state=state, requests=requests, idle_ns=self.rng.randint(0, 5)))
 
     def disturb(self) -> None:
-        """An operator and the traffic change their minds."""
+        """Change scheduling and target."""
         self.target = self.rng.randint(0, 4)
         self.nodes[self.rng.choice(list(self.nodes))] = self.rng.choice(list(Scheduling))
 
@@ -287,7 +279,7 @@ def test_from_anywhere_it_ends_with_exactly_the_target(seed: int) -> None:
         walk.round()
         walk.pass_time()
     if Scheduling.NORMAL not in walk.nodes.values():
-        return  # nothing could take anyone's place, and that nobody was cut is what `round` sees to
+        return  # nothing could be replaced; `round` checks that no instance was cut
     for _ in range(60):
         walk.round()
         walk.pass_time()
@@ -306,7 +298,7 @@ def test_a_revision_that_never_comes_up_costs_one_old_instance() -> None:
 
 
 def test_an_update_on_one_gpu_stops_first_and_on_two_creates_first() -> None:
-    """A switch is a revision; what there is room for decides the order."""
+    """A switch of the idle mode is a revision; free GPUs decide the order."""
     alone = settled(1, [have(0)], "2")
     assert (created(alone), stopped(alone), yielding(alone)) == (["ocr/2/0/1"], [], ["r1-0-1"])
     gone = settled(1, [have(0, state=STOPPING)], "2")

@@ -1,4 +1,4 @@
-"""Schedules fire when the zone's wall clock says so, also where it is changed."""
+"""Schedules fire by the zone's wall clock, also when it changes."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def shown(at_ns: int | None) -> str:
         ("", "at(2026-07-01T08:00:00)", "2026-07-01T07:59:59", "", "2026-07-01T08:00:00"),
         ("", "at(2026-07-01T08:00:00)", "2026-07-01T08:00:00", "2026-07-01T08:00:00", ""),
         ("Asia/Shanghai", "at(2026-07-01T08:00:00)", "2026-07-01T00:00:00", "2026-07-01T00:00:00", ""),
-        # The hour that is left out fires when it would have begun.
+        # The skipped hour fires when it would have begun.
         ("America/New_York", "cron(0 30 2 * * *)", "2026-03-08T06:59:59", "2026-03-07T07:30:00", "2026-03-08T07:00:00"),
         ("America/New_York", "cron(0 30 2 * * *)", "2026-03-08T07:00:00", "2026-03-08T07:00:00", "2026-03-09T06:30:00"),
         ("America/New_York", "at(2026-03-08T02:30:00)", "2026-03-08T08:00:00", "2026-03-08T07:00:00", ""),
-        # The hour that comes twice fires the first time.
+        # The repeated hour fires the first time.
         ("America/New_York", "cron(0 30 1 * * *)", "2026-11-01T05:30:00", "2026-11-01T05:30:00", "2026-11-02T06:30:00"),
         ("America/New_York", "cron(0 30 1 * * *)", "2026-11-01T06:10:00", "2026-11-01T05:30:00", "2026-11-02T06:30:00"),
         ("America/New_York", "cron(0 30 1 * * *)", "2026-11-01T06:30:00", "2026-11-01T05:30:00", "2026-11-02T06:30:00"),
         ("America/New_York", "at(2026-11-01T01:30:00)", "2026-11-01T06:30:00", "2026-11-01T05:30:00", ""),
-        # Cairo leaves midnight out: 00:00 becomes 01:00 on April 24, 2026.
+        # Cairo skips midnight: 00:00 becomes 01:00 on April 24, 2026.
         ("Africa/Cairo", "cron(0 0 0 * * *)", "2026-04-24T12:00:00", "2026-04-23T22:00:00", "2026-04-24T21:00:00"),
     ],
 )
@@ -66,7 +66,7 @@ def test_what_fired_last_and_what_fires_next(zone: str, expression: str, now: st
 
 @pytest.mark.parametrize("day", ["2026-03-08", "2026-11-01"])
 def test_actions_keep_their_order_on_days_when_clocks_change(day: str) -> None:
-    """Whoever closes after the other opened does so on these days, too, or the target would stay wrong for a day."""
+    """An action that fires after another does so on these days too, or the target would stay wrong for a day."""
     evening = parse_time(f"{day}T20:00:00", NEW_YORK)
     for first, second in (("0 30 1", "0 45 1"), ("0 30 2", "0 0 3"), ("0 59 0", "0 30 2")):
         opened = parse_schedule(f"cron({first} * * *)", NEW_YORK).last(0, evening)
@@ -79,13 +79,13 @@ def test_actions_keep_their_order_on_days_when_clocks_change(day: str) -> None:
 @pytest.mark.parametrize("zone", [UTC, SHANGHAI, NEW_YORK, CAIRO])
 @pytest.mark.parametrize("expression", ["cron(0 30 2 * * *)", "cron(0 0/17 * * * *)", "cron(5 10 0,1 * * 6,7)"])
 def test_last_and_next_tell_the_same_story_through_a_year(zone: ZoneInfo, expression: str) -> None:
-    """Looking every so often finds firings in order, each between the two looks, and none that `next` did not say."""
+    """Checks at intervals find firings in order, each between two checks, and exactly those that `next` gave."""
     schedule = parse_schedule(expression, zone)
     for day in ("2026-03-07", "2026-04-23", "2026-10-29", "2026-10-31"):
         at = utc(f"{day}T12:00:00")
-        looks = [at + n * 173 * SECOND_NS for n in range(700)]
-        seen = [schedule.last(0, look) for look in looks]
-        for (before, after), (old, new) in zip(pairwise(looks), pairwise(seen), strict=True):
+        checks = [at + n * 173 * SECOND_NS for n in range(700)]
+        seen = [schedule.last(0, check) for check in checks]
+        for (before, after), (old, new) in zip(pairwise(checks), pairwise(seen), strict=True):
             assert old is not None
             assert new is not None
             expected = schedule.next(before, FAR)

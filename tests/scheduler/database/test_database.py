@@ -56,9 +56,9 @@ async def test_no_error_or_log_shows_the_password(
         with pytest.raises(UnavailableError, match="STORE_FAILED") as caught:
             await store.open()
         await store.close()
-        told = "".join(traceback.format_exception(caught.value)) + caplog.text + repr(store._engine)
-        assert "hunter" not in told
-        assert PASSWORD not in told
+        shown = "".join(traceback.format_exception(caught.value)) + caplog.text + repr(store._engine)
+        assert "hunter" not in shown
+        assert PASSWORD not in shown
 
 
 async def test_a_failing_statement_does_not_show_what_it_would_have_written(postgres: PostgreSQL, name: str) -> None:

@@ -32,8 +32,8 @@ async def store(database_url: str) -> AsyncIterator[Store]:
 
 
 def catalog_on(store: Store) -> tuple[Catalog, list[Event]]:
-    told: list[Event] = []
-    return Catalog(FakeClock(), store, told.append, lambda: None, DEFAULTS), told
+    events: list[Event] = []
+    return Catalog(FakeClock(), store, events.append, lambda: None, DEFAULTS), events
 
 
 def request(target: int = 1, name: str = "ocr", **spec: object) -> DeployFunctionRequest:
@@ -46,13 +46,13 @@ async def test_functions_and_nodes_come_back(store: Store) -> None:
     await catalog.deploy(request(environment={"KEY": "secret"}))
     await store.put_node("gpu-1", 1)
     await store.put_node("gpu-1", 2)
-    again, told = catalog_on(store)
+    again, events = catalog_on(store)
     await again.load()
     found = again.find("ocr")
     assert found is not None
     assert dict(found.spec.environment) == {"KEY": "secret"}
     assert found == catalog.find("ocr")
-    assert told == [FunctionSet("ocr", True, DispatchPolicy.SPREAD, 0.5, 7)]
+    assert events == [FunctionSet("ocr", True, DispatchPolicy.SPREAD, 0.5, 7)]
     assert await store.nodes() == ["gpu-1"]
     assert "secret" not in repr(found)
 
@@ -84,11 +84,11 @@ async def test_another_spec_is_another_revision_another_target_is_not(store: Sto
 
 
 async def test_a_name_deployed_again_goes_on_counting(store: Store) -> None:
-    catalog, told = catalog_on(store)
+    catalog, events = catalog_on(store)
     await catalog.deploy(request())
     await catalog.delete("ocr")
     assert catalog.find("ocr") is None
-    assert told[-1] == FunctionRemoved("ocr")
+    assert events[-1] == FunctionRemoved("ocr")
     await catalog.forget("ocr")
     again, _ = catalog_on(store)
     await again.load()
@@ -97,24 +97,24 @@ async def test_a_name_deployed_again_goes_on_counting(store: Store) -> None:
 
 
 async def test_validate_only_changes_nothing(store: Store) -> None:
-    catalog, told = catalog_on(store)
+    catalog, events = catalog_on(store)
     wanted = request()
     wanted.validate_only = True
     deployed, _ = await catalog.deploy(wanted)
     assert deployed.spec.revision == "1"
-    assert (catalog.find("ocr"), told, await store.functions()) == (None, [], [])
+    assert (catalog.find("ocr"), events, await store.functions()) == (None, [], [])
 
 
 async def test_a_lasting_problem_ends_the_waiting_until_the_next_deploy(store: Store) -> None:
-    catalog, told = catalog_on(store)
+    catalog, events = catalog_on(store)
     await catalog.deploy(request())
-    catalog.set_problem("ocr", Problem("NO_FREE_GPU", "all taken", no_capacity_expected=False))
-    assert len(told) == 1
+    catalog.set_problem("ocr", Problem("NO_FREE_GPU", "all taken"))
+    assert len(events) == 1
     catalog.set_problem("ocr", Problem("IMAGE_RUNTIME_UNAVAILABLE", "no engine", no_capacity_expected=True))
-    assert told[-1] == FunctionSet("ocr", False, DispatchPolicy.SPREAD, 0.5, 7)
+    assert events[-1] == FunctionSet("ocr", False, DispatchPolicy.SPREAD, 0.5, 7)
     await catalog.deploy(request())
     assert catalog.problem("ocr") is None
-    assert told[-1] == FunctionSet("ocr", True, DispatchPolicy.SPREAD, 0.5, 7)
+    assert events[-1] == FunctionSet("ocr", True, DispatchPolicy.SPREAD, 0.5, 7)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A scaler with a real catalog, fleet, dispatcher and servicer, on a clock that moves only when told."""
+"""An autoscaler with a real catalog, fleet, dispatcher and servicer, on a clock that a test moves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUNNING, FROZEN = Instance.STATE_RUNNING, Instance.STATE_FROZEN
 
 
 class Rig:
-    """One function `ocr` and one node n1, put together as the daemon does. A new one on the same store is a restart."""
+    """A function `ocr` and a node n1, wired as in the daemon. A new one on the same store is a restart."""
 
     def __init__(self, store: Store) -> None:
         self.clock = FakeClock()
@@ -76,7 +76,7 @@ class Rig:
         return list(answer.provisions)
 
     def instances(self, count: int, state: Instance.State.ValueType = RUNNING) -> None:
-        """n1 reports so many."""
+        """Let n1 report `count` instances."""
         self.loads = {
             f"i{n}": InstanceLoad(
                 uid=f"i{n}", function="ocr", request_id=f"ocr/1/{n}/1", state=state, healthy=True, concurrency=1
@@ -97,7 +97,7 @@ class Rig:
         self.fleet.receive("n1", self.stream, message)
 
     def busy(self, count: int) -> list[tuple[int, str]]:
-        """So many requests begin and stay."""
+        """Begin `count` requests that stay."""
         held = []
         for _ in range(count):
             self.requests += 1
@@ -111,7 +111,7 @@ class Rig:
             self.apply(LeaseEnded(request, uid))
 
     def pass_time(self, seconds: int, *, reporting: bool = True) -> None:
-        """The scaler looks every second, as it does in life."""
+        """The autoscaler checks every second, as in the daemon."""
         for _ in range(seconds):
             self.clock.advance(SECOND_NS)
             if reporting:
@@ -124,5 +124,5 @@ class Rig:
 
 
 def current_policy(**other: object) -> pb.TargetTrackingPolicy:
-    """The seed's, but for its window."""
+    """The example's policy with a current window."""
     return seed_policy(**{"start_time": "2023-01-01T00:00:00Z", "end_time": "2033-01-01T00:00:00Z", **other})

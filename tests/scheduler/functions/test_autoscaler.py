@@ -225,7 +225,7 @@ async def test_a_clock_set_back_is_followed(rig: Rig) -> None:
 
 
 async def test_a_restart_never_scales_in_what_was_scaled_out(rig: Rig, store: Store) -> None:
-    """Targets of policies are not stored: what there is says it, as soon as everybody has said what there is."""
+    """Targets of policies are not stored: they follow from the instances, once all nodes have reported."""
     await rig.deploy(target=0)
     await rig.put(target=0, target_tracking_policies=[current_policy()])
     again = Rig(store)
@@ -239,7 +239,7 @@ async def test_a_restart_never_scales_in_what_was_scaled_out(rig: Rig, store: St
     assert again.ocr.target == 2
     again.instances(9)
     assert again.fleet.all_reported()
-    assert again.ocr.target == 9, "decided before anybody can act on the fleet being settled"
+    assert again.ocr.target == 9, "decided before the provisioner acts on the reports"
     assert not again.scaler.waiting
 
 
@@ -254,10 +254,10 @@ async def test_a_node_that_reports_long_after_a_restart_keeps_its_instances(rig:
     assert again.fleet.all_reported(), "n1 is lost"
     assert (again.ocr.target, again.scaler.waiting) == (2, False)
     again.instances(7)
-    assert again.ocr.target == 7, "decided before anybody can act on the node being back"
+    assert again.ocr.target == 7, "decided before the provisioner acts on the node's return"
     assert not again.scaler.waiting
     again.periods(4)
-    assert again.ocr.target == 4, "from then on as ever: nobody asks, and half of what is too much goes"
+    assert again.ocr.target == 4, "then half of the surplus goes, as there are no requests"
 
 
 async def test_a_node_lost_and_back_without_a_restart_changes_no_target(rig: Rig) -> None:

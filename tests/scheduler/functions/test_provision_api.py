@@ -57,14 +57,8 @@ async def test_always_allocate_gpu_makes_a_revision_only_when_it_changes(rig: Ri
         given = {} if always is None else {"always_allocate_gpu": always}
         answer = await rig.put(**given)
         seen.append((rig.ocr.spec.revision, answer.provision.always_allocate_gpu, rig.ocr.spec.idle.mode))
-    asleep, awake = IdleMode.REQUIRE, IdleMode.NEVER
-    assert seen == [
-        ("1", False, asleep),
-        ("2", True, awake),
-        ("2", True, awake),
-        ("2", True, awake),
-        ("3", False, asleep),
-    ]
+    idle, never = IdleMode.REQUIRE, IdleMode.NEVER
+    assert seen == [("1", False, idle), ("2", True, never), ("2", True, never), ("2", True, never), ("3", False, idle)]
 
 
 async def test_put_list_and_delete(rig: Rig, store: Store) -> None:
@@ -153,7 +147,7 @@ async def test_what_could_not_be_stored_is_not_in_effect(
 
 
 async def test_the_first_policies_with_default_target_0_refuse_no_request(rig: Rig) -> None:
-    """The scaler looks right after: between its target and the one before, nobody is told that none will come."""
+    """The autoscaler checks right after: until then no request may be refused."""
     await rig.deploy(target=2)
     assert rig.busy(1) == [], "it waits: the instances are not there yet"
     await rig.put(target=0, target_tracking_policies=[current_policy()])
@@ -161,7 +155,7 @@ async def test_the_first_policies_with_default_target_0_refuse_no_request(rig: R
     assert rig.dispatcher.queue_state("ocr").queued == 1
     await rig.put(target=0, target_tracking_policies=[seed_policy()])
     assert rig.ocr.target == 0, "no window is open"
-    assert rig.dispatcher.queue_state("ocr").queued == 0, "and so nobody will come"
+    assert rig.dispatcher.queue_state("ocr").queued == 0, "no instance is expected"
 
 
 async def test_provisioning_of_a_function_that_is_not_there(rig: Rig) -> None:

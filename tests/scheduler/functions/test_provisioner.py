@@ -1,4 +1,4 @@
-"""The provisioner against an agent that fails, on a clock that moves only when told."""
+"""The provisioner against an agent that fails, on a clock that moves only when events."""
 
 from __future__ import annotations
 
@@ -23,212 +23,212 @@ from agent.scheduler.database.store import Store
 from agent.v1.function_service_pb2 import DeployFunctionRequest
 from agent.v1.scheduler_service_pb2 import InstanceLoad
 from agent.v1.types_pb2 import FunctionSpec, Instance
-from tests.scheduler.functions.provisioner_story import FAILED, RUNNING, Story, fails, raises
+from tests.scheduler.functions.provisioner_rig import FAILED, RUNNING, ProvisionerRig, fails, raises
 
 
 @pytest.fixture
-async def story(tmp_path: Path) -> AsyncIterator[Story]:
+async def rig(tmp_path: Path) -> AsyncIterator[ProvisionerRig]:
     store = Store(f"sqlite:///{tmp_path}/scheduler.db")
     await store.open()
-    yield Story(store)
+    yield ProvisionerRig(store)
     await store.close()
 
 
-async def test_a_start_that_always_fails_is_given_up_until_a_deploy(story: Story) -> None:
-    story.answer = fails(story, "INITIALIZATION_ERROR")
-    await story.deploy()
+async def test_a_start_that_always_fails_is_given_up_until_a_deploy(rig: ProvisionerRig) -> None:
+    rig.answer = fails(rig, "INITIALIZATION_ERROR")
+    await rig.deploy()
     for _ in range(40):
-        await story.round(1)
-    assert story.creates == [f"ocr/1/0/{attempt}" for attempt in range(1, MAX_ATTEMPTS + 1)]
-    problem = story.catalog.problem("ocr")
+        await rig.round(1)
+    assert rig.creates == [f"ocr/1/0/{attempt}" for attempt in range(1, MAX_ATTEMPTS + 1)]
+    problem = rig.catalog.problem("ocr")
     assert problem is not None
     assert (problem.reason, problem.no_capacity_expected) == ("INITIALIZATION_ERROR", True)
-    story.answer = story.running
-    await story.deploy()
-    await story.round()
-    await story.round()
-    assert story.creates[-1] == f"ocr/1/0/{MAX_ATTEMPTS + 1}"
-    assert story.catalog.problem("ocr") is None
+    rig.answer = rig.running
+    await rig.deploy()
+    await rig.round()
+    await rig.round()
+    assert rig.creates[-1] == f"ocr/1/0/{MAX_ATTEMPTS + 1}"
+    assert rig.catalog.problem("ocr") is None
 
 
-async def test_a_create_without_an_answer_is_repeated_with_its_request_id(story: Story) -> None:
-    story.answer = raises(UnavailableError("UNREACHABLE", "no answer"))
-    await story.deploy()
-    await story.round()
-    story.answer = story.running
-    await story.round(1)
-    assert len(story.creates) == 1, "it waits before it asks again"
-    await story.round(2)
-    assert story.creates == ["ocr/1/0/1", "ocr/1/0/1"]
+async def test_a_create_without_an_answer_is_repeated_with_its_request_id(rig: ProvisionerRig) -> None:
+    rig.answer = raises(UnavailableError("UNREACHABLE", "no answer"))
+    await rig.deploy()
+    await rig.round()
+    rig.answer = rig.running
+    await rig.round(1)
+    assert len(rig.creates) == 1, "it waits before it asks again"
+    await rig.round(2)
+    assert rig.creates == ["ocr/1/0/1", "ocr/1/0/1"]
 
 
 @pytest.mark.parametrize(
     "full", [ExhaustedError("GPU_CAPACITY", "full"), PreconditionError("HOST_MEMORY_SHORT", "too little memory")]
 )
-async def test_a_full_agent_is_asked_again_and_never_given_up(story: Story, full: HibernodeError) -> None:
-    story.answer = raises(full)
-    await story.deploy()
+async def test_a_full_agent_is_asked_again_and_never_given_up(rig: ProvisionerRig, full: HibernodeError) -> None:
+    rig.answer = raises(full)
+    await rig.deploy()
     for _ in range(MAX_ATTEMPTS * 3):
-        await story.round(3)
-    assert len(story.creates) > MAX_ATTEMPTS
-    assert set(story.creates) == {"ocr/1/0/1"}
+        await rig.round(3)
+    assert len(rig.creates) > MAX_ATTEMPTS
+    assert set(rig.creates) == {"ocr/1/0/1"}
 
 
-async def test_a_request_id_that_is_taken_is_skipped(story: Story) -> None:
-    story.answer = raises(ConflictError("REQUEST_ID_REUSED", "another spec"))
-    await story.deploy()
-    await story.round()
-    story.answer = story.running
-    await story.round(2)
-    assert story.creates == ["ocr/1/0/1", "ocr/1/0/2"]
+async def test_a_request_id_that_is_taken_is_skipped(rig: ProvisionerRig) -> None:
+    rig.answer = raises(ConflictError("REQUEST_ID_REUSED", "another spec"))
+    await rig.deploy()
+    await rig.round()
+    rig.answer = rig.running
+    await rig.round(2)
+    assert rig.creates == ["ocr/1/0/1", "ocr/1/0/2"]
 
 
-async def test_instances_of_an_earlier_run_are_skipped_without_a_failure(story: Story) -> None:
+async def test_instances_of_an_earlier_run_are_skipped_without_a_failure(rig: ProvisionerRig) -> None:
     """The scheduler restarted: the agent still remembers more ended attempts than may fail."""
-    story.answer = fails(story, "INSTANCE_CRASHED", age_s=3600)
-    await story.deploy()
+    rig.answer = fails(rig, "INSTANCE_CRASHED", age_s=3600)
+    await rig.deploy()
     for _ in range(MAX_ATTEMPTS + 3):
-        await story.round(0.2)
-    story.answer = story.running
-    await story.round(0.2)
-    await story.round()
-    assert story.creates[-1] == f"ocr/1/0/{MAX_ATTEMPTS + 4}"
-    assert story.catalog.problem("ocr") is None
+        await rig.round(0.2)
+    rig.answer = rig.running
+    await rig.round(0.2)
+    await rig.round()
+    assert rig.creates[-1] == f"ocr/1/0/{MAX_ATTEMPTS + 4}"
+    assert rig.catalog.problem("ocr") is None
 
 
-async def test_an_instance_that_vanishes_unreported_is_replaced(story: Story) -> None:
-    await story.deploy()
-    await story.round()
-    await story.round()
-    story.loads.clear()
-    await story.round(1)
-    await story.round(2)
-    assert story.creates == ["ocr/1/0/1", "ocr/1/0/2"]
+async def test_an_instance_that_vanishes_unreported_is_replaced(rig: ProvisionerRig) -> None:
+    await rig.deploy()
+    await rig.round()
+    await rig.round()
+    rig.loads.clear()
+    await rig.round(1)
+    await rig.round(2)
+    assert rig.creates == ["ocr/1/0/1", "ocr/1/0/2"]
 
 
-async def test_an_instance_that_fails_between_two_rounds_gives_its_reason(story: Story) -> None:
-    await story.deploy()
-    await story.round()
-    (load,) = story.loads.values()
+async def test_an_instance_that_fails_between_two_rounds_gives_its_reason(rig: ProvisionerRig) -> None:
+    await rig.deploy()
+    await rig.round()
+    (load,) = rig.loads.values()
     load.state, load.state_reason, load.state_message = FAILED, "START_FAILED", "no such program"
-    story.report()
-    story.loads.clear()
-    await story.round(1)
-    problem = story.catalog.problem("ocr")
+    rig.report()
+    rig.loads.clear()
+    await rig.round(1)
+    problem = rig.catalog.problem("ocr")
     assert problem is not None
     assert (problem.reason, problem.message) == ("START_FAILED", "no such program")
 
 
-async def test_scale_in_retires_before_it_stops(story: Story) -> None:
-    await story.deploy(target=2)
-    await story.round()
-    await story.round()
-    await story.deploy(target=1)
-    await story.round()
-    assert story.stops == ["i2"]
-    assert InstanceRetired("i2") in story.told
-    await story.round()
-    assert len(story.creates) == 2
+async def test_scale_in_retires_before_it_stops(rig: ProvisionerRig) -> None:
+    await rig.deploy(target=2)
+    await rig.round()
+    await rig.round()
+    await rig.deploy(target=1)
+    await rig.round()
+    assert rig.stops == ["i2"]
+    assert InstanceRetired("i2") in rig.events
+    await rig.round()
+    assert len(rig.creates) == 2
 
 
-async def test_nothing_is_created_while_a_known_node_may_still_have_it(story: Story) -> None:
-    story.fleet.expect("n2")
-    await story.deploy()
-    await story.round()
-    assert story.creates == []
+async def test_nothing_is_created_while_a_known_node_may_still_have_it(rig: ProvisionerRig) -> None:
+    rig.fleet.expect("n2")
+    await rig.deploy()
+    await rig.round()
+    assert rig.creates == []
     for _ in range(4):
-        await story.round(3)
-        story.fleet.check_silence()
-    await story.round()
-    assert story.creates == ["ocr/1/0/1"], "n2 is lost"
+        await rig.round(3)
+        rig.fleet.check_silence()
+    await rig.round()
+    assert rig.creates == ["ocr/1/0/1"], "n2 is lost"
 
 
-async def test_a_deleted_function_is_dropped_when_its_last_instance_ends(story: Story) -> None:
-    await story.deploy()
-    await story.round()
-    await story.round()
-    await story.catalog.delete("ocr")
-    await story.round()
-    assert story.stops == ["i1"]
-    assert len(story.catalog.all()) == 1
-    await story.round()
-    assert story.catalog.all() == []
+async def test_a_deleted_function_is_dropped_when_its_last_instance_ends(rig: ProvisionerRig) -> None:
+    await rig.deploy()
+    await rig.round()
+    await rig.round()
+    await rig.catalog.delete("ocr")
+    await rig.round()
+    assert rig.stops == ["i1"]
+    assert len(rig.catalog.all()) == 1
+    await rig.round()
+    assert rig.catalog.all() == []
 
 
-async def test_draining_leaves_requests_the_time_that_a_function_may_have(story: Story) -> None:
+async def test_draining_leaves_requests_the_time_that_a_function_may_have(rig: ProvisionerRig) -> None:
     """A request may take a day; the agent's default of 30 s would cut it."""
-    await story.deploy(timeout_ns=86_400 * SECOND_NS)
-    await story.round()
-    await story.round()
-    await story.deploy(target=0, timeout_ns=86_400 * SECOND_NS)
-    await story.round()
-    assert story.graces == [86_400 * SECOND_NS]
+    await rig.deploy(timeout_ns=86_400 * SECOND_NS)
+    await rig.round()
+    await rig.round()
+    await rig.deploy(target=0, timeout_ns=86_400 * SECOND_NS)
+    await rig.round()
+    assert rig.graces == [86_400 * SECOND_NS]
 
 
-async def test_an_instance_that_drains_for_long_is_no_failure(story: Story) -> None:
-    await story.deploy()
-    await story.round()
-    await story.round()
-    story.stop_error = DeadlineError("DEADLINE_EXCEEDED", "requests are still in flight")
-    await story.deploy(target=0)
-    await story.round()
-    story.loads["i1"].state = Instance.STATE_STOPPING
+async def test_an_instance_that_drains_for_long_is_no_failure(rig: ProvisionerRig) -> None:
+    await rig.deploy()
+    await rig.round()
+    await rig.round()
+    rig.stop_error = DeadlineError("DEADLINE_EXCEEDED", "requests are still in flight")
+    await rig.deploy(target=0)
+    await rig.round()
+    rig.loads["i1"].state = Instance.STATE_STOPPING
     for _ in range(3):
-        await story.round(1)
-    assert story.stops == ["i1"], "the agent goes on by itself"
-    story.loads.clear()
-    await story.round()
-    await story.deploy(target=1)
-    await story.round()
-    assert story.creates == ["ocr/1/0/1", "ocr/1/0/2"], "at once: nothing failed"
+        await rig.round(1)
+    assert rig.stops == ["i1"], "the agent goes on by itself"
+    rig.loads.clear()
+    await rig.round()
+    await rig.deploy(target=1)
+    await rig.round()
+    assert rig.creates == ["ocr/1/0/1", "ocr/1/0/2"], "at once: nothing failed"
 
 
-async def test_an_instance_whose_stop_failed_serves_again_when_needed(story: Story) -> None:
-    await story.deploy(target=2)
-    await story.round()
-    await story.round()
-    story.stop_error = UnavailableError("UNREACHABLE", "the node is gone for a moment")
-    await story.deploy(target=1)
-    await story.round()
-    assert story.told[-1] == InstanceRetired("i2")
-    await story.deploy(target=2)
+async def test_an_instance_whose_stop_failed_serves_again_when_needed(rig: ProvisionerRig) -> None:
+    await rig.deploy(target=2)
+    await rig.round()
+    await rig.round()
+    rig.stop_error = UnavailableError("UNREACHABLE", "the node is gone for a moment")
+    await rig.deploy(target=1)
+    await rig.round()
+    assert rig.events[-1] == InstanceRetired("i2")
+    await rig.deploy(target=2)
     async with asyncio.timeout(10):
-        while InstanceRetired("i2", retired=False) not in story.told:
-            await story.round()
+        while InstanceRetired("i2", retired=False) not in rig.events:
+            await rig.round()
             await asyncio.sleep(0.02)
-    assert len(story.creates) == 2
+    assert len(rig.creates) == 2
 
 
-async def test_instances_of_deleted_functions_on_a_returning_node_are_stopped(story: Story) -> None:
-    await story.deploy()
-    await story.round()
-    await story.round()
-    story.fleet.stream_closed("n1", story.agents["n1"].stream)
-    story.clock.advance(11 * SECOND_NS)
-    story.fleet.check_silence()
-    await story.catalog.delete("ocr")
-    await story.provisioner.round()
-    assert story.catalog.all() == [], "a lost node does not keep a function from being deleted"
-    assert story.stops == []
-    story.agents["n1"].stream, story.agents["n1"].sequence = story.fleet.stream_opened("n1"), 0
-    await story.round()
-    assert story.stops == ["i1"]
+async def test_instances_of_deleted_functions_on_a_returning_node_are_stopped(rig: ProvisionerRig) -> None:
+    await rig.deploy()
+    await rig.round()
+    await rig.round()
+    rig.fleet.stream_closed("n1", rig.agents["n1"].stream)
+    rig.clock.advance(11 * SECOND_NS)
+    rig.fleet.check_silence()
+    await rig.catalog.delete("ocr")
+    await rig.provisioner.round()
+    assert rig.catalog.all() == [], "a lost node does not keep a function from being deleted"
+    assert rig.stops == []
+    rig.agents["n1"].stream, rig.agents["n1"].sequence = rig.fleet.stream_opened("n1"), 0
+    await rig.round()
+    assert rig.stops == ["i1"]
 
 
-async def test_instances_of_a_function_never_deployed_here_are_left_alone(story: Story) -> None:
+async def test_instances_of_a_function_never_deployed_here_are_left_alone(rig: ProvisionerRig) -> None:
     """A new scheduler with an empty database must not empty the fleet."""
-    story.loads["x"] = InstanceLoad(uid="x", function="tts", request_id="tts/4/0/1", state=RUNNING)
-    await story.round()
-    assert story.stops == []
+    rig.loads["x"] = InstanceLoad(uid="x", function="tts", request_id="tts/4/0/1", state=RUNNING)
+    await rig.round()
+    assert rig.stops == []
 
 
-async def test_instances_without_a_gpu_take_no_gpu_from_others(story: Story) -> None:
+async def test_instances_without_a_gpu_take_no_gpu_from_others(rig: ProvisionerRig) -> None:
     for number in range(3):
         uid = f"cpu{number}"
-        story.loads[uid] = InstanceLoad(uid=uid, function="web", request_id=f"web/1/{number}/1", state=RUNNING)
+        rig.loads[uid] = InstanceLoad(uid=uid, function="web", request_id=f"web/1/{number}/1", state=RUNNING)
     message = FunctionSpec(name="web", entrypoint=["app"])
     message.gpu.count = 0
-    await story.catalog.deploy(DeployFunctionRequest(spec=message, target=3))
-    await story.deploy(target=2)
-    await story.round()
-    assert [one for one in story.creates if one.startswith("ocr")] == ["ocr/1/0/1", "ocr/1/1/1"]
+    await rig.catalog.deploy(DeployFunctionRequest(spec=message, target=3))
+    await rig.deploy(target=2)
+    await rig.round()
+    assert [one for one in rig.creates if one.startswith("ocr")] == ["ocr/1/0/1", "ocr/1/1/1"]

@@ -16,7 +16,7 @@ def view(slots: int = 0, silent: int = 0, **gauges: Gauge) -> View:
 
 
 @pytest.mark.parametrize(
-    ("looks", "leased_s", "expected"),
+    ("records", "leased_s", "expected"),
     [
         ([(0, 2), (10, 2)], 6, "0.3"),
         ([(0, 2), (5, 4), (10, 4)], 15, "1/2"),  # 30 slot seconds
@@ -24,12 +24,12 @@ def view(slots: int = 0, silent: int = 0, **gauges: Gauge) -> View:
         ([(0, 2), (10, 2)], 25, "1"),
         ([(0, 0), (10, 0)], 0, None),  # no instance is not zero
         ([(0, 0), (9, 1), (10, 1)], 1, "1"),
-        ([(0, 2), (10, 2)], -1, None),  # deployed anew: the sum began at nothing
+        ([(0, 2), (10, 2)], -1, None),  # deployed again: the sum started at 0
     ],
 )
-def test_concurrency_is_leases_over_slots(looks: list[tuple[int, int]], leased_s: int, expected: str | None) -> None:
-    meter = ScalingMetrics(0, 100 * SECOND_NS, view(looks[0][1]))
-    for at, slots in looks[1:]:
+def test_concurrency_is_leases_over_slots(records: list[tuple[int, int]], leased_s: int, expected: str | None) -> None:
+    meter = ScalingMetrics(0, 100 * SECOND_NS, view(records[0][1]))
+    for at, slots in records[1:]:
         meter.record(at * SECOND_NS, view(slots))
     found = meter.samples((100 + leased_s) * SECOND_NS, 1000)[Metric.CONCURRENCY]
     assert found == (None if expected is None else Fraction(expected))
@@ -52,9 +52,9 @@ def gauge(at_s: int, cpu_s: float | None = None, vram: int | None = None, limit:
     return Gauge(at_s * SECOND_NS, None if cpu_s is None else int(cpu_s * SECOND_NS), vram, limit)
 
 
-def measured(*looks: dict[str, Gauge], vcpu_millis: int = 2000) -> tuple[Fraction | None, Fraction | None]:
-    meter = ScalingMetrics(0, 0, View(gauges=looks[0]))
-    for at, gauges in enumerate(looks[1:], 1):
+def measured(*records: dict[str, Gauge], vcpu_millis: int = 2000) -> tuple[Fraction | None, Fraction | None]:
+    meter = ScalingMetrics(0, 0, View(gauges=records[0]))
+    for at, gauges in enumerate(records[1:], 1):
         meter.record(at * SECOND_NS, View(gauges=gauges))
     found = meter.samples(0, vcpu_millis)
     return found[Metric.CPU], found[Metric.GPU_MEMORY]
@@ -81,7 +81,7 @@ def test_gpu_memory_is_averaged_over_time_and_then_over_instances() -> None:
 
 
 @pytest.mark.parametrize(
-    "looks",
+    "records",
     [
         [{}, {}],
         [{"a": gauge(0)}, {"a": gauge(1)}],  # awake, and nothing known of it
@@ -89,5 +89,5 @@ def test_gpu_memory_is_averaged_over_time_and_then_over_instances() -> None:
         [{"a": gauge(0, 7)}, {"a": gauge(1, 3)}],  # a counter that went back says nothing
     ],
 )
-def test_without_a_sample_there_is_none(looks: list[dict[str, Gauge]]) -> None:
-    assert measured(*looks) == (None, None)
+def test_without_a_sample_there_is_none(records: list[dict[str, Gauge]]) -> None:
+    assert measured(*records) == (None, None)

@@ -1,4 +1,4 @@
-"""A write that nobody waited for to the end: what its caller is told, and that the next word counts."""
+"""Writes that time out: the error says whether they may take effect, and the next write counts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def rig(store: Store) -> Rig:
 
 @contextmanager
 def begins_and_hangs(store: Store, path: Path) -> Iterator[None]:
-    """A write begins, and waits for the file's lock for longer than its caller does."""
+    """A write begins and waits for the file's lock past its deadline."""
     store.database.deadline_s = IMPATIENT_S
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -49,7 +49,7 @@ def begins_and_hangs(store: Store, path: Path) -> Iterator[None]:
 
 @contextmanager
 def waits_its_turn(store: Store) -> Iterator[None]:
-    """A write does not begin for longer than its caller waits."""
+    """A write does not begin before its deadline."""
     store.database.deadline_s = IMPATIENT_S
     released = threading.Event()
     store.database.executor.submit(released.wait)
@@ -59,7 +59,7 @@ def waits_its_turn(store: Store) -> Iterator[None]:
 
 
 async def restarted(store: Store) -> Rig:
-    """After everything before has been written, for there is one thread."""
+    """A new catalog, read after all earlier writes: they use the same thread."""
     again = Rig(store)
     await again.catalog.load()
     return again
@@ -70,7 +70,7 @@ async def test_a_put_that_times_out_while_written_may_take_effect(rig: Rig, stor
         await rig.put(0)
     assert caught.value.reason == "STORE_FAILED"
     assert rig.ocr.target == 3
-    assert (await restarted(store)).ocr.target == 0, "as was said"
+    assert (await restarted(store)).ocr.target == 0, "as the error says"
 
 
 async def test_a_put_that_times_out_before_its_turn_is_not_written(rig: Rig, store: Store) -> None:
@@ -100,6 +100,6 @@ async def test_an_unconfirmed_cordon_can_be_undone(rig: Rig, store: Store, tmp_p
     with begins_and_hangs(store, tmp_path / "scheduler.db"), pytest.raises(UnavailableError, match=MAY_BE):
         await scheduling.put("n1", Scheduling.CORDONED)
     assert rig.fleet.scheduling("n1") is Scheduling.NORMAL
-    assert await store.node_scheduling() == {"n1": "CORDONED"}, "as was said"
+    assert await store.node_scheduling() == {"n1": "CORDONED"}, "as the error says"
     await scheduling.put("n1", Scheduling.NORMAL)
     assert await store.node_scheduling() == {}

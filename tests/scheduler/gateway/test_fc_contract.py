@@ -1,4 +1,4 @@
-"""Function Compute's contract at the gateway, clause by clause (facts: limits, client headers, what answers carry)."""
+"""Function Compute's contract at the gateway, clause by clause (agent/docs/facts/function-compute.md)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def padded(total: int) -> bytes:
         (request(line="GET /fn/nobody/"), 404, "FunctionNotFound"),
     ],
 )
-async def test_what_a_request_may_be(rig: GatewayRig, raw: bytes, status: int, code: str) -> None:
+async def test_limits_of_a_request(rig: GatewayRig, raw: bytes, status: int, code: str) -> None:
     rig.instance("i1")
     wire: Wire = await rig.wire()
     await wire.send(raw)
@@ -78,7 +78,7 @@ async def test_asynchronous_calls_are_refused_by_name(rig: GatewayRig) -> None:
 
 
 @pytest.mark.parametrize(("given", "passed"), [("Tail", "Tail"), ("tail", "Tail"), ("None", None)])
-async def test_the_wish_for_a_log_goes_on_and_the_log_comes_back(
+async def test_the_log_type_is_passed_on_and_the_log_comes_back(
     rig: GatewayRig, given: str, passed: str | None
 ) -> None:
     rig.instance("i1")
@@ -108,12 +108,12 @@ async def test_an_answer_keeps_the_functions_headers_but_none_of_ours(rig: Gatew
 )
 async def test_a_start_that_failed_reaches_the_client(rig: GatewayRig, reason: str, kind: bytes) -> None:
     waiting = asyncio.create_task(rig.ask(request()))
-    await rig.until(rig.queued, "it waits while there is hope")
+    await rig.until(rig.queued, "it is queued while capacity is expected")
     rig.catalog.set_problem("ocr", Problem(reason, "POST /initialize answered 500", no_capacity_expected=True))
     status, headers, _ = await waiting
     assert (status, headers[b"x-fc-error-type"]) == (502, kind)
 
 
-async def test_what_is_refused_before_it_is_a_request_has_a_date_too(rig: GatewayRig) -> None:
+async def test_the_answer_to_garbage_has_a_date_too(rig: GatewayRig) -> None:
     status, headers, _ = await rig.ask(b"GARBAGE\r\n\r\n")
     assert (status, headers[b"date"]) == (400, DATE)

@@ -115,9 +115,7 @@ async def test_spoofed_headers_are_dropped_and_authorization_passes(rig: Gateway
         (b"GET /fn/ocr/ HTTP/1.1\r\nhost: g\r\nx-fc-log-type: All\r\n\r\n", 400, "InvalidArgument"),
     ],
 )
-async def test_requests_that_cannot_be_served_get_an_error(
-    rig: GatewayRig, raw: bytes, status: int, expected: str
-) -> None:
+async def test_invalid_requests_get_an_error(rig: GatewayRig, raw: bytes, status: int, expected: str) -> None:
     rig.instance("i1")
     got, _, body = await rig.ask(raw)
     assert (got, code(body)) == (status, expected)
@@ -185,7 +183,7 @@ async def test_a_function_without_expected_capacity_refuses_with_its_reason(
     rig: GatewayRig, reason: str, status: int, expected: str
 ) -> None:
     waiting = asyncio.create_task(rig.ask(GET))
-    await rig.until(rig.queued, "it waits while there is hope")
+    await rig.until(rig.queued, "it is queued while capacity is expected")
     rig.catalog.set_problem("ocr", Problem(reason, "the reason for people", no_capacity_expected=True))
     for answer in (await waiting, await rig.ask(GET)):
         assert (answer[0], code(answer[2])) == (status, expected)
@@ -213,7 +211,7 @@ async def test_a_client_that_leaves_during_its_request_gives_the_lease_back(rig:
     wire.close()
     await rig.until(lambda: not rig.dispatcher.leased("i1"), "the lease is back")
     async with asyncio.timeout(10):
-        await ingress.left.wait()  # and the instance's side was told
+        await ingress.left.wait()  # and the connection to the instance is closed
     assert (await rig.ask(GET))[0] == 200
 
 
@@ -228,7 +226,7 @@ async def test_a_stopping_scheduler_refuses_queued_requests_and_finishes_the_oth
     assert rig.dispatch_loop.close() == 1
     status, headers, body = await waiting
     assert (status, code(body), headers[b"retry-after"]) == (503, "SchedulerStopping", b"1")
-    assert (await rig.ask(GET))[0] == 503, "nor does anybody wait from now on"
+    assert (await rig.ask(GET))[0] == 503, "later requests are refused at once"
     go.set()
     assert (await inside)[0] == 200
     assert rig.dispatch_loop.open_requests == 0
@@ -277,7 +275,7 @@ async def test_requests_inside_a_dying_agent_are_502_and_never_sent_again(rig: G
 
 
 async def test_a_queued_request_is_not_sent_to_an_agent_that_just_died(rig: GatewayRig) -> None:
-    """The freed lease is worth nothing: other connections to that agent are as dead, though nobody has read it yet."""
+    """All connections to that agent are dead, though the gateway has read the end of one only."""
     rig.instance("i1")
     ingress = rig.ingresses["n1"]
     ingress.script.append(vanish)
@@ -290,7 +288,7 @@ async def test_a_queued_request_is_not_sent_to_an_agent_that_just_died(rig: Gate
 
 
 async def test_an_answer_that_is_not_http_is_502_and_not_the_nodes_fault(rig: GatewayRig) -> None:
-    """Or one function's answers would take its node from all others."""
+    """Otherwise one function's answers would take its node from all others."""
     rig.instance("i1")
 
     async def babbles(ingress: FakeIngress, exchange: Exchange, received: Received) -> None:

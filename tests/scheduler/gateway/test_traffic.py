@@ -1,4 +1,4 @@
-"""What the gateway counts of each function: every request that came ends in exactly one place."""
+"""The gateway's counters of each function: every request ends in exactly one of them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def test_a_wrong_method_counts_for_the_function_an_unknown_function_does_n
     assert (await rig.ask(GET))[0] == 405
     assert (await rig.ask(GET.replace(b"ocr", b"other")))[0] == 404
     assert traffic(rig).client_errors == 1
-    assert set(rig.gateway.traffic.all()) == {"ocr"}, "names that strangers make up are not kept"
+    assert set(rig.gateway.traffic.all()) == {"ocr"}, "unknown names are not counted"
 
 
 async def test_a_deleted_function_takes_its_counters_with_it(rig: GatewayRig) -> None:

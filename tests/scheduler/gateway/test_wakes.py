@@ -1,4 +1,4 @@
-"""A request that is alone is sent to the sleeping instance and wakes it there: one way instead of three."""
+"""Direct wakes: a lone request is dispatched to the frozen instance and wakes it, in one trip instead of three."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FROZEN = InstanceState.FROZEN
 
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[GatewayRig]:
-    """One instance sleeps on n1. Its ingress wakes whoever is asked for."""
+    """One instance is frozen on n1. The ingresses wake any instance."""
     async with gateway_rig(str(tmp_path), "n1", "n2") as made:
         await made.deploy(instance_concurrency=1)
         made.instance("i1", FROZEN)
@@ -39,23 +39,23 @@ async def test_a_direct_wake_is_served_by_its_instance_and_reports_the_wake_time
     assert (status, body) == (200, b"served by i1")
     assert headers[b"x-hibernode-wake-ms"] == WAKE_MS
     assert float(headers[b"x-hibernode-queue-ms"]) >= float(WAKE_MS), "the whole wait, the wake included"
-    assert rig.wakes == [], "nobody had to be asked first"
+    assert rig.wakes == [], "no wake call came first"
     assert rig.dispatcher.queue_state("ocr").awake_slots == 1, "known from the answer, before any report"
     assert rig.dispatcher.leased("i1") == 0
 
 
-async def test_the_next_one_waits_here_and_follows_when_its_answer_begins(rig: GatewayRig) -> None:
+async def test_the_next_request_is_dispatched_when_the_direct_wake_answers(rig: GatewayRig) -> None:
     go = asyncio.Event()
     rig.ingresses["n1"].script.append(hold(go))
     first = asyncio.create_task(rig.ask(GET))
     await rig.ingresses["n1"].until_received(1)
     second = asyncio.create_task(rig.ask(GET))
-    await rig.until(rig.queued, "the second waits in the queue, bound to nobody")
+    await rig.until(rig.queued, "the second is queued")
     go.set()
     assert [(await first)[0], (await second)[0]] == [200, 200]
 
 
-async def test_refused_it_waits_for_another_which_is_asked_to_wake(rig: GatewayRig) -> None:
+async def test_a_refused_direct_wake_wakes_another_instance(rig: GatewayRig) -> None:
     rig.instance("i2", FROZEN, node="n2")
     for ingress in rig.ingresses.values():
         ingress.script.append(refuse("RESTORE_FAILED"))
@@ -77,7 +77,7 @@ async def test_a_large_body_stays_with_the_client_until_it_is_awake(rig: Gateway
     await wire.send(
         b"POST /fn/ocr/ HTTP/1.1\r\nhost: g\r\nexpect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(body)
     )
-    await rig.until(rig.queued, "refused, waiting again")
+    await rig.until(rig.queued, "refused and queued again")
     rig.instance("i2", FROZEN, node="n2")
     await rig.until(lambda: rig.wakes, "i2 is asked to wake")
     rig.apply(WakeAnswered("i2"))
@@ -102,7 +102,7 @@ async def test_a_client_that_leaves_takes_its_wake_with_it(rig: GatewayRig) -> N
 
 
 async def test_a_direct_wake_past_its_queue_timeout_is_504_without_another_wake(rig: GatewayRig) -> None:
-    """The agent gives up at the deadline that it was given, and not a moment before the gateway would."""
+    """The agent gives up at the deadline in its headers, which is that of the gateway."""
     await rig.deploy(queue_timeout_ns=30 * MILLISECOND_NS)
     rig.instance("i2", FROZEN, node="n2")
 
@@ -117,7 +117,7 @@ async def test_a_direct_wake_past_its_queue_timeout_is_504_without_another_wake(
 
 
 async def test_a_request_waiting_at_a_dying_agent_is_dispatched_again(rig: GatewayRig) -> None:
-    """It would have said so (102) before the first byte went to the instance: the request goes elsewhere."""
+    """Without a start notice (102) no byte has reached the instance, so the request goes elsewhere."""
     rig.ingresses["n1"].default = vanish_waiting
     asked = asyncio.create_task(rig.ask(GET))
     await rig.until(lambda: rig.suspects, "the node is suspect")
@@ -127,8 +127,8 @@ async def test_a_request_waiting_at_a_dying_agent_is_dispatched_again(rig: Gatew
     assert len(rig.ingresses["n1"].received) == 1
 
 
-async def test_an_agent_that_dies_after_it_has_begun_makes_it_502(rig: GatewayRig) -> None:
-    """Nobody can know how much of it the instance has seen."""
+async def test_an_agent_that_dies_after_the_start_notice_is_502(rig: GatewayRig) -> None:
+    """How much of it the instance has received is unknown."""
     rig.instance("i2", FROZEN, node="n2")
     for ingress in rig.ingresses.values():
         ingress.default = vanish
@@ -137,7 +137,7 @@ async def test_an_agent_that_dies_after_it_has_begun_makes_it_502(rig: GatewayRi
     assert rig.dispatcher.queue_state("ocr").waking == 0
 
 
-async def test_a_node_that_cannot_be_reached_has_seen_nothing_of_it(rig: GatewayRig) -> None:
+async def test_a_direct_wake_at_an_unreachable_node_is_dispatched_again(rig: GatewayRig) -> None:
     await rig.ingresses["n1"].kill()
     asked = asyncio.create_task(rig.ask(GET))
     await rig.until(lambda: rig.suspects, "the node is suspect")

@@ -197,7 +197,7 @@ async def test_an_empty_ledger_costs_nothing(database: UsageDatabase) -> None:
     assert (report.lines, str(report.total_cost)) == ((), "0.000000")
 
 
-# ---- the database itself -------------------------------------------------------------------------------------
+# ---- the database --------------------------------------------------------------------------------------------
 
 
 async def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ async def test_waiting_calls_are_bounded_and_have_a_deadline(tmp_path: Path) -> 
 
 
 async def test_a_node_does_not_upload_the_usage_of_another_node_s_instance(database: UsageDatabase) -> None:
-    """Uids are in answers to clients: an intruder on one node could take the place of another node's next window."""
+    """Clients see uids: an intruder on one node could upload another node's next window first."""
     owners = {"i-ocr-1": "gpu-8"}
     collector = UsageCollector(database, FakeClock(), lambda uid: owners.get(uid, ""))
     accepted = await collector.accept(NODE, [window(), window("i-ocr-2")])
@@ -251,7 +251,7 @@ async def test_conflicts_kept_for_one_window_are_bounded(collector: UsageCollect
 async def test_time_before_the_first_gpu_is_no_line_of_its_own(
     collector: UsageCollector, database: UsageDatabase
 ) -> None:
-    """The model is not known before the first grant; always-on counts that time at the price of what came."""
+    """The model is unknown before the first grant; always-on uses the price of the later model."""
     before = replace(window(seq=0, active_ns=0), gpu_model="", gpu_uuids=(), idle_ns=0, unbilled_ns=100)
     await collector.accept(NODE, [before, window(seq=1, active_ns=100)])
     (line,) = (await UsageReports(database).report(book())).lines

@@ -1,4 +1,4 @@
-"""Sums by function, instance, node and GPU model: the same windows, the same money, whoever asks and how."""
+"""Sums by function, instance, node and GPU model: the same windows and the same cost in every grouping."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ GROUPINGS = [("function",), ("instance_uid", "function", "node"), ("node",), ("g
 
 
 def before_a_gpu(one: UsageWindow) -> UsageWindow:
-    """The image is pulled, a GPU is waited for: unbilled, and the model is not known yet."""
+    """Pulls its image and waits for a GPU: unbilled, and without a model."""
     length = one.end_mono_ns - one.start_mono_ns
     return replace(one, gpu_model="", gpu_uuids=(), active_ns=0, idle_ns=0, unbilled_ns=length, invocations=0)
 
 
 def life(uid: str, function: str, model: str) -> list[UsageWindow]:
-    """Waits for a GPU, works, sleeps."""
+    """Waits for a GPU, works, is frozen."""
     windows = [replace(window(uid, seq), function=function, gpu_model=model) for seq in range(3)]
     return [before_a_gpu(windows[0]), replace(windows[1], active_ns=70, idle_ns=30), windows[2]]
 
@@ -48,7 +48,7 @@ async def test_every_grouping_adds_up_to_the_same(
     report = await UsageReports(database).report(prices, group_by=groups)
     spent, _, _ = cost_of_windows(FLEET, prices)
     assert sum(line.cost.total for line in report.lines) == spent.total > 0
-    # Always on, each second of those that lived, those before the GPU at the price of the model that came.
+    # Always on: each second of the billed instances, the time before the GPU at the price of the later model.
     models = {one.instance_uid: one.gpu_model for one in FLEET if one.gpu_model}
     lived = [replace(one, gpu_model=models.get(one.instance_uid, "")) for one in FLEET if one.function != "broken"]
     price = prices.prices[0]
@@ -88,7 +88,7 @@ async def test_what_a_row_is_depends_on_the_grouping(collector: UsageCollector, 
 
 
 async def test_what_never_started_saves_nothing(collector: UsageCollector, database: UsageDatabase) -> None:
-    """Its image was not found: nothing was billed, and always on it would not have run either."""
+    """Its image was not found: nothing was billed, and always-on costs nothing either."""
     await collector.accept(NODE, FLEET)
     report = await UsageReports(database).report(book(), UsageFilter(function="broken"))
     (line,) = report.lines

@@ -1,4 +1,4 @@
-"""Do the windows of an instance fit together: what is found, and that it is found page by page."""
+"""Reconciliation of an instance's windows, in memory and page by page."""
 
 from __future__ import annotations
 
@@ -83,18 +83,11 @@ async def test_wherever_a_page_ends_the_same_is_found(
         (FindingKind.CONFLICT, 2),
     ]
     assert total == Reconciled(
-        instances=3,
-        windows=8,
-        gaps=Amount(1, 100),
-        overlaps=Amount(1, 10),
-        estimated=Amount(1, 100),
-        conflicts=2,
+        instances=3, windows=8, gaps=Amount(1, 100), overlaps=Amount(1, 10), estimated=Amount(1, 100), conflicts=2
     )
 
 
-async def test_reconciliation_reads_only_what_the_filter_selects(
-    collector: UsageCollector, database: UsageDatabase
-) -> None:
+async def test_reconciliation_keeps_to_the_filter(collector: UsageCollector, database: UsageDatabase) -> None:
     await collector.accept(NODE, [window("i-a", 0), window("i-a", 2), replace(window("i-b", 0), function="llm")])
     reports = UsageReports(database)
     assert [one.windows for one in await all_of(reports, UsageFilter(function="llm"))] == [1]

@@ -1,4 +1,4 @@
-"""Usage is kept as long as somebody wants it, for ever unless told otherwise."""
+"""Usage is kept for the retention time, by default for ever."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def test_what_is_too_old_goes_and_the_rest_stays(
     assert await retention.prune() == 5
     reports = UsageReports(database)
     assert await reports.windows() == windows[5:]
-    assert len(await conflicts(database)) == 2, "they came just now"
+    assert len(await conflicts(database)) == 2, "they are new"
     assert await retention.prune() == 0
     clock.advance(10 * KEEP_NS)
     assert await retention.prune() == 4

@@ -1,4 +1,4 @@
-"""The provisioner with agents that answer as a test wants, on a clock that moves only when told."""
+"""The provisioner with agents that answer as a test wants, on a clock that a test moves."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Agent:
     silent: bool = False
 
 
-class Story:
+class ProvisionerRig:
     """A node n1 with two GPUs; `join` adds others. `answer` decides what a create gives, `drains` what a stop does:
     with it an instance goes on as STOPPING until `ended`."""
 
     def __init__(self, store: Store) -> None:
         self.clock = FakeClock()
-        self.told: list[Event] = []
+        self.events: list[Event] = []
         self.creates: list[str] = []
         self.places: list[str] = []
         self.stops: list[str] = []
@@ -59,11 +59,11 @@ class Story:
         self.drains = False
         self.comes_up = True
         self.answer: Answer = self.running
-        self.fleet = Fleet(self.clock, self.told.append, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
-        self.catalog = Catalog(self.clock, store, self.told.append, lambda: None, Defaults())
+        self.fleet = Fleet(self.clock, self.events.append, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
+        self.catalog = Catalog(self.clock, store, self.events.append, lambda: None, Defaults())
         self.scheduling = NodeScheduling(store, self.fleet)
-        links = cast(AgentChannels, SimpleNamespace(channel=self._channel))
-        self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, links, self.told.append)
+        channels = cast(AgentChannels, SimpleNamespace(channel=self._channel))
+        self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, channels, self.events.append)
         self.agents: dict[str, Agent] = {}
         self.asked = ""
         self.memory = HostMemory()
@@ -75,7 +75,7 @@ class Story:
         return self.agents["n1"].loads
 
     def join(self, name: str, gpus: int = 2, **labels: str) -> Agent:
-        """A node registers, with nothing on it."""
+        """Register a node without instances."""
         agent = self.agents[name] = Agent(name, gpus, labels)
         agent.stream = self.fleet.stream_opened(name)
         self.report()
@@ -105,7 +105,7 @@ class Story:
         return CreateInstanceResponse(instance=self.answer(request.request_id))
 
     def running(self, request_id: str) -> Instance:
-        """It will be reported as running, or as starting where nothing comes up, on its node's emptiest GPU."""
+        """An instance that is reported as running, or as starting if none comes up, on the node's emptiest GPU."""
         agent = self.agents[self.asked]
         used = [uuid for load in agent.loads.values() for uuid in load.gpu_uuids]
         gpus = [f"{agent.name}-g{n}" for n in range(agent.gpus)]
@@ -193,9 +193,9 @@ class Story:
             await self.round(seconds)
 
 
-def fails(story: Story, reason: str, age_s: int = 0) -> Answer:
+def fails(rig: ProvisionerRig, reason: str, age_s: int = 0) -> Answer:
     def answer(request_id: str) -> Instance:
-        made = time_to_proto(story.clock.wall_ns() - age_s * SECOND_NS)
+        made = time_to_proto(rig.clock.wall_ns() - age_s * SECOND_NS)
         uid = f"dead-{request_id}"
         return Instance(uid=uid, state=FAILED, state_reason=reason, state_message="no", create_time=made)
 
