@@ -41,8 +41,7 @@ class ProcessView:
     """A CUDA process's state: RUNNING, LOCKED, CHECKPOINTED or FAILED; vram_bytes by GPU uuid.
 
     image_bytes: VRAM content held by the host. operation: the running checkpoint call, "" if none. hung: calls held by
-    a HANG fault, oldest first.
-    """
+    a HANG fault, oldest first."""
 
     pid: int
     state: str
@@ -56,8 +55,7 @@ class ProcessView:
 class FaultView:
     """A pending fault from `EmulatedDriver.fault`; gone after `times` hits.
 
-    gpu: uuid, None = any. seen: calls that matched; hits: calls it applied to.
-    """
+    gpu: uuid, None = any. seen: calls that matched; hits: calls it applied to."""
 
     id: int
     operation: str
@@ -75,8 +73,7 @@ class FaultView:
 def check_running(directory: Path) -> None:
     """Raises UnavailableError EMULATED_DRIVER_DOWN unless a driver in `directory` accepts programs.
 
-    Every user may call it; the control socket is only for the driver's own user.
-    """
+    Every user may call it; the control socket is only for the driver's own user."""
     try:
         (directory / READY_FILE).stat()
         with (
@@ -97,8 +94,7 @@ def _driver_down(directory: Path) -> UnavailableError:
 class EmulatedDriver:
     """A client of the driver in `directory`. Blocking; every answer comes within DEADLINE_S.
 
-    Raises UnavailableError EMULATED_DRIVER_DOWN if no driver runs there.
-    """
+    Raises UnavailableError EMULATED_DRIVER_DOWN if no driver runs there."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -158,21 +154,9 @@ class EmulatedDriver:
         process. gpu: only processes on that GPU (uuid); for a restore, the target GPU. times: number of hits, 0 =
         unlimited. skip: matching calls to let pass first. after: do the operation, then fail. A call that would be
         refused anyway uses up no fault. Raises PreconditionError EMULATED_FAULT_INVALID, EMULATED_FAULTS_FULL or
-        EMULATED_NO_DEVICE.
-        """
-        return int(
-            self._request(
-                "fault",
-                operation=operation,
-                kind=kind,
-                pid=pid,
-                gpu=gpu,
-                times=times,
-                skip=skip,
-                after=after,
-                delay_ms=delay_ms,
-            )
-        )
+        EMULATED_NO_DEVICE."""
+        plan = {"pid": pid, "gpu": gpu, "times": times, "skip": skip, "after": after, "delay_ms": delay_ms}
+        return int(self._request("fault", operation=operation, kind=kind, **plan))
 
     def faults(self) -> list[FaultView]:
         """The pending faults, in order."""
@@ -196,17 +180,9 @@ class EmulatedDriver:
 
         compute_mode: DEFAULT, EXCLUSIVE_PROCESS or PROHIBITED. nvml_error: the nvmlReturn_t of every NVML call on it
         (15: GPU lost), 0 = none. silent: NVML calls on it hang while true. Raises PreconditionError EMULATED_NO_DEVICE,
-        EMULATED_MIG_UNSUPPORTED or EMULATED_OPTION_INVALID.
-        """
-        self._request(
-            "set_device",
-            uuid=uuid,
-            persistence=persistence,
-            mig=mig,
-            compute_mode=compute_mode,
-            nvml_error=nvml_error,
-            silent=silent,
-        )
+        EMULATED_MIG_UNSUPPORTED or EMULATED_OPTION_INVALID."""
+        values = {"persistence": persistence, "mig": mig, "compute_mode": compute_mode}
+        self._request("set_device", uuid=uuid, nvml_error=nvml_error, silent=silent, **values)
 
     def raise_xid(self, uuid: str, code: int) -> None:
         """Send an XID error (79: fallen off the bus) to the watchers of that GPU's NVML events."""
@@ -215,8 +191,7 @@ class EmulatedDriver:
     def reserve(self, uuid: str, bytes_: int) -> None:
         """Mark that much of the GPU's memory as used by a process outside the host's view; 0 frees it.
 
-        Raises PreconditionError EMULATED_VRAM_SHORT if less is free.
-        """
+        Raises PreconditionError EMULATED_VRAM_SHORT if less is free."""
         self._request("reserve", uuid=uuid, bytes=bytes_)
 
     def flip_byte(self, pid: int | None = None, uuid: str | None = None, offset: int = 0) -> int:
@@ -224,8 +199,7 @@ class EmulatedDriver:
         pid.
 
         pid: None = the first CUDA process with VRAM (on `uuid`). offset: into the process's allocations on that GPU, or
-        on all GPUs, in order of creation. Raises PreconditionError EMULATED_NO_BYTE.
-        """
+        on all GPUs, in order of creation. Raises PreconditionError EMULATED_NO_BYTE."""
         return int(self._request("flip_byte", pid=pid, uuid=uuid, offset=offset))
 
     def set_latency(self, fixed_us: int = 0, bandwidth_bytes_s: int = 0) -> None:

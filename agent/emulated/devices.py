@@ -22,8 +22,7 @@ _IDENTITY = "identity"
 class Device:
     """One GPU. `uuid`: its 16 bytes. The name starts with "Emulated", so no output can pass for real hardware's.
 
-    nvml_error: nvmlReturn_t of every NVML call on it, 0 = none. silent: NVML calls on it hang.
-    """
+    nvml_error: nvmlReturn_t of every NVML call on it, 0 = none. silent: NVML calls on it hang."""
 
     index: int
     uuid: uuid.UUID

@@ -58,8 +58,7 @@ class Fault:
     - STALE: success, but nothing is done; for `state` the state before the last change.
     - FAILED: OPERATING_SYSTEM, and the process is FAILED for good.
     - SLOW: takes `delay_ms` longer, which any other kind may too.
-    device: index, None = any. times: number of hits, 0 = unlimited. skip: matching calls to let pass first.
-    """
+    device: index, None = any. times: number of hits, 0 = unlimited. skip: matching calls to let pass first."""
 
     id: int
     operation: MessageOp

@@ -15,8 +15,7 @@ class OpRecord:
     """One cuCheckpointProcess* call, from its arrival at the driver process to its answer.
 
     op: get_state, get_restore_thread, lock, checkpoint, restore or unlock. bytes: VRAM copied. at_ns: arrival on
-    CLOCK_MONOTONIC. us: duration in microseconds. result: CUresult.
-    """
+    CLOCK_MONOTONIC. us: duration in microseconds. result: CUresult."""
 
     seq: int
     op: str

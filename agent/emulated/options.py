@@ -43,8 +43,7 @@ class Options:
     """`directory` holds the sockets, the libraries and the identity of the GPUs; it may be bind-mounted.
 
     bandwidth_bytes_s: of a restore, 0 = the speed of memory; a checkpoint takes 1.5 times as long.
-    fixed_us: added to every lock, checkpoint, restore and unlock. mig: MIG mode, if the model has it.
-    """
+    fixed_us: added to every lock, checkpoint, restore and unlock. mig: MIG mode, if the model has it."""
 
     directory: Path
     gpus: int = 2

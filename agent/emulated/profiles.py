@@ -6,7 +6,7 @@ NVIDIA/cuda-checkpoint's issues; inferred facts are marked. PROFILES can be star
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agent.core.errors import InvalidArgumentError
 
@@ -41,8 +41,7 @@ class Profile:
     utility: None = prints INSUFFICIENT_DRIVER. public_api: libcuda has cuCheckpointProcess*; otherwise only the utility
     can checkpoint. migration: restore takes gpuPairs. init_suffices: without persistence mode, only callers that have
     called cuInit may restore; otherwise none may. keeps_state: a restore after a planned OUT_OF_MEMORY can be retried;
-    before 580 the process is stuck. startable: emulated, not only described. note: uncertainties.
-    """
+    before 580 the process is stuck. startable: emulated, not only described. note: uncertainties."""
 
     name: str
     version: str
@@ -72,71 +71,35 @@ class Profile:
         return (f'-DEMU_DRIVER_VERSION="{self.version}"', *(f"-DEMU_{key}={value}" for key, value in numbers.items()))
 
 
+_570 = Profile("570", "570.172.08", 12080, Utility(_ACTIONS), public_api=True, init_suffices=True)
+_580 = replace(
+    _570, name="580", version="580.65.06", cuda=13000, utility=Utility(_MAP, states=STATES_WITH_FAILED),
+    migration=True, keeps_state=True,
+)  # fmt: skip
+_AFTER_580 = replace(_580, utility=Utility(_LAUNCH, states=STATES_WITH_FAILED), startable=False)
+
 TABLE = {
     profile.name: profile
     for profile in (
         Profile("535", "535.183.06", 12020, None),
         Profile("550", "550.163.01", 12040, Utility(_TOGGLE, error_exit=255, help_exit=255)),
         Profile("555", "555.58.02", 12050, Utility(_ACTIONS)),
-        Profile("570", "570.172.08", 12080, Utility(_ACTIONS), public_api=True, init_suffices=True),
-        Profile(
-            "575",
-            "575.57.08",
-            12090,
-            Utility(_ACTIONS),
-            public_api=True,
-            init_suffices=True,
-            startable=False,
+        _570,
+        replace(
+            _570, name="575", version="575.57.08", cuda=12090, startable=False,
             note="some 575 builds already have --device-map",
         ),
-        Profile(
-            "580",
-            "580.65.06",
-            13000,
-            Utility(_MAP, states=STATES_WITH_FAILED),
-            public_api=True,
-            migration=True,
-            init_suffices=True,
-            keeps_state=True,
+        _580,
+        replace(_AFTER_580, name="590", version="590.44.01", cuda=13010, note="--launch-job is not emulated"),
+        replace(
+            _AFTER_580, name="595", version="595", cuda=13020, note="adds arm64; its CUDA version is inferred",
         ),
-        Profile(
-            "590",
-            "590.44.01",
-            13010,
-            Utility(_LAUNCH, states=STATES_WITH_FAILED),
-            public_api=True,
-            migration=True,
-            init_suffices=True,
-            keeps_state=True,
-            startable=False,
-            note="--launch-job is not emulated",
-        ),
-        Profile(
-            "595",
-            "595",
-            13020,
-            Utility(_LAUNCH, states=STATES_WITH_FAILED),
-            public_api=True,
-            migration=True,
-            init_suffices=True,
-            keeps_state=True,
-            startable=False,
-            note="adds arm64; its CUDA version is inferred",
-        ),
-        Profile(
-            "610",
-            "610",
-            13030,
-            Utility(_LAUNCH, states=STATES_WITH_FAILED),
-            public_api=True,
-            migration=True,
-            init_suffices=True,
-            keeps_state=True,
-            startable=False,
+        replace(
+            _AFTER_580, name="610", version="610", cuda=13030,
             note="adds IPC within a job; its CUDA version is inferred",
         ),
     )
-}
+}  # fmt: skip
 
 PROFILES = {profile.name: profile for profile in TABLE.values() if profile.startable}
 

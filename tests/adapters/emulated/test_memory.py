@@ -7,8 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.emulated.ranges import FreeRanges
-from agent.emulated.vram import CHUNK, GRANULE, rounded
+from agent.emulated.vram import CHUNK, GRANULE, FreeRanges, rounded
 from tests.adapters.emulated.conftest import StartDriver
 from tests.adapters.emulated.harness import MIB, RunningDriver
 
