@@ -133,7 +133,7 @@ class Instances(inst_grpc.InstanceServiceServicer):
         if found.state in _ENDED:
             raise PreconditionError("NOT_RUNNING", f"instance {found.uid} has ended; nothing can be run inside")
         if found.state == State.STATE_FROZEN and not start.wake:
-            text = f"instance {found.uid} is asleep (FROZEN); add --wake to wake it first, which may take a GPU"
+            text = f"instance {found.uid} is frozen (FROZEN); add --wake to wake it first, which may take a GPU"
             raise PreconditionError("INSTANCE_FROZEN", text)
         found.state = State.STATE_RUNNING
         self._event(found.uid, "instance.exec", program=start.command[0])

@@ -43,7 +43,7 @@ def test_outputs_apart_and_the_commands_exit_code(at_home: Run) -> None:
         (
             ("i-cold", "say"),
             4,
-            "instance i-cold is asleep (FROZEN); add --wake to wake it (INSTANCE_FROZEN)",
+            "instance i-cold is frozen (FROZEN); add --wake to wake it first, which may take a GPU (INSTANCE_FROZEN)",
         ),
         (("i-nobody", "say"), 3, "INSTANCE_NOT_FOUND"),
         (("-u", "ghost", "i-run", "nobody"), 125, "unable to find user ghost (EXEC_FAILED)"),
