@@ -42,7 +42,7 @@ async def exec_story(
             return
         case "lost":
             await _end_of_input(messages)
-            raise UnavailableError("AGENT_STOPPING", "this node's agent is going away")
+            raise UnavailableError("AGENT_STOPPING", "this node's agent is stopping")
         case "keys":
             async for answer in _keys(messages):
                 yield answer
