@@ -107,7 +107,7 @@ class Bench:
                 await asyncio.sleep(LOOK_S)
 
     def _log(self) -> list[tuple[str, int]]:
-        """What the driver has done since the last look: operation and arrival."""
+        """What the driver has done since the last poll: operation and arrival."""
         records = self._driver.oplog(self._seen)
         if records:
             self._seen = records[-1].seq
