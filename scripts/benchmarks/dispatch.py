@@ -107,7 +107,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def spec() -> FunctionSpec:
-    """The function: one request at a time, never asleep, no GPU."""
+    """The function: one request at a time, never frozen, no GPU."""
     return FunctionSpec(
         FUNCTION,
         entrypoint=(sys.executable, "-m", "scripts.benchmarks._queue_server"),

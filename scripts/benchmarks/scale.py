@@ -139,10 +139,10 @@ class Node:
         self.lags_ms: list[float] = []
         self.taken = 0
 
-    def _instance(self, slot: int, state: types_pb2.Instance.State.ValueType) -> InstanceLoad:
+    def _instance(self, index: int, state: types_pb2.Instance.State.ValueType) -> InstanceLoad:
         return InstanceLoad(
-            uid=f"{self._name}-i{slot}", function=f"f{slot}", revision="1", request_id=f"f{slot}/1/0/1", state=state,
-            concurrency=1, healthy=True, gpu_uuids=[f"{self._name}-g{slot}"],
+            uid=f"{self._name}-i{index}", function=f"f{index}", revision="1", request_id=f"f{index}/1/0/1", state=state,
+            concurrency=1, healthy=True, gpu_uuids=[f"{self._name}-g{index}"],
         )  # fmt: skip
 
     def _message(self, change: bool) -> ReportLoadRequest:
@@ -159,7 +159,7 @@ class Node:
             )  # fmt: skip
         if snapshot:
             running = types_pb2.Instance.STATE_RUNNING
-            message.instances.extend(self._instance(slot, running) for slot in range(PER_NODE))
+            message.instances.extend(self._instance(index, running) for index in range(PER_NODE))
         elif change:
             awake = self._sequence % 4 < 2
             state = types_pb2.Instance.STATE_RUNNING if awake else types_pb2.Instance.STATE_FROZEN
@@ -167,9 +167,9 @@ class Node:
         if snapshot or not change:
             ready = types_pb2.Node.STATE_READY
             message.load.CopyFrom(NodeLoad(state=ready, host_memory=memory, gpus=self._gpus()))
-            for slot in range(PER_NODE // 2):
+            for index in range(PER_NODE // 2):
                 message.load.instances.add(
-                    uid=f"{self._name}-i{slot}", cpu_ns=self._sequence * 10**8, vram_bytes=1 << 33
+                    uid=f"{self._name}-i{index}", cpu_ns=self._sequence * 10**8, vram_bytes=1 << 33
                 )
         return message
 
