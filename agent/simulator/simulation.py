@@ -217,7 +217,7 @@ class Simulation:
             case ev.SetIdleTimer(gen, at_ns):
                 self._later(at_ns, lambda: self._step(uid, ev.IdleTimer(gen)))
             case ev.RefuseWaiters():
-                for request in member.slots.empty_line():
+                for request in member.slots.clear_queue():
                     self._apply(LeaseRefused(request))
             case _:
                 pass  # what only a real instance has: pools, stops, notes

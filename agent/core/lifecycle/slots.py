@@ -83,7 +83,7 @@ class ConcurrencyLimiter(Generic[T]):
         self.in_flight += 1
         return ticket
 
-    def empty_line(self) -> list[T]:
+    def clear_queue(self) -> list[T]:
         """Remove all waiting tickets and return them in order."""
         tickets = list(self._queue)
         self._queue.clear()

@@ -169,7 +169,7 @@ class AdmissionGate(Generic[OwnerT]):
                 self.owner.waiters_appeared()
 
     def refuse_all(self, error: Callable[[], HibernodeError]) -> None:
-        tickets = self._slots.empty_line()
+        tickets = self._slots.clear_queue()
         for ticket in tickets:
             if not ticket.done():
                 ticket.set_exception(error())

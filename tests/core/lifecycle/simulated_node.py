@@ -149,7 +149,7 @@ class SimulatedNode:
             case ev.SetStopTimer(gen, at_ns):
                 member.stop_timer = (at_ns, gen)
             case ev.RefuseWaiters():
-                for request in member.slots.empty_line():
+                for request in member.slots.clear_queue():
                     self._end(request, "refused")
             case ev.Note(name, message):
                 assert name not in IMPOSSIBLE, message

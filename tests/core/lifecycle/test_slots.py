@@ -48,7 +48,7 @@ def test_emptied_queue_returns_tickets_in_order() -> None:
     slots: ConcurrencyLimiter[str] = ConcurrencyLimiter(1, 5)
     for ticket in "abc":
         slots.arrive(ticket)
-    assert slots.empty_line() == ["a", "b", "c"]
+    assert slots.clear_queue() == ["a", "b", "c"]
     assert slots.waiting == 0
 
 
