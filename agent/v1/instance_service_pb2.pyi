@@ -30,11 +30,11 @@ class CreateInstanceRequest(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The caller's unique id of this instance (the scheduler: function/revision/ordinal/attempt). Empty always makes a
-    new one.
-    """
+    """The caller's unique id of this instance, 1 to 200 characters (the scheduler: function/revision/ordinal/attempt)."""
     wait: _builtins.bool
-    """Return when the instance is RUNNING or FAILED, within the call's deadline; otherwise when it is recorded."""
+    """Return when the instance is RUNNING, within the call's deadline, or fail with the reason why it did not start;
+    without it, return when the instance is recorded.
+    """
     @_builtins.property
     def spec(self) -> _types_pb2.FunctionSpec:
         """The function."""
@@ -244,9 +244,9 @@ class WakeInstanceRequest(_message.Message):
     uid: _builtins.str
     """Instance to wake."""
     hold_ns: _builtins.int
-    """Time after the wake without an idle timer, at most until the first request; 0 means the default, 2 s."""
+    """Time after the wake without an idle timer, at most until the first request."""
     timeout_ns: _builtins.int
-    """Longest wait for the wake, including the wait for a GPU; 0 means the call's deadline."""
+    """Longest wait for the wake, including the wait for a GPU; 0 means 60 s."""
     def __init__(
         self,
         *,
