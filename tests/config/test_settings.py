@@ -77,7 +77,7 @@ def test_default_paths_lie_in_the_state_directory() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
 def test_loopback_needs_no_permission(host: str) -> None:
-    load({"ingress": {"host": host}}, AgentConfig)
+    assert load({"ingress": {"host": host}}, AgentConfig).ingress.host == host
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "gpu-1.example", "localhost.example"])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters.cuda import program_runner, utility_checkpointer, utility_program
 from agent.adapters.cuda.utility_program import arguments_of, error_code, find_utility, read_state
 from agent.ports import CudaCall, CudaOp, CudaState
 
@@ -35,10 +34,10 @@ def test_an_operation_is_one_action(call: CudaCall, arguments: str) -> None:
     assert arguments_of(call) == arguments.split()
 
 
-def test_no_code_uses_the_toggle_action() -> None:
+@pytest.mark.parametrize("op", CudaOp)
+def test_no_operation_is_the_toggle(op: CudaOp) -> None:
     """--toggle can't time out the lock, ignores the device map and does two steps at once."""
-    for module in (utility_checkpointer, utility_program, program_runner):
-        assert "toggle" not in Path(str(module.__file__)).read_text().casefold()
+    assert arguments_of(CudaCall(op, 71))[0] == ("--get-state" if op is CudaOp.STATE else "--action")
 
 
 @pytest.mark.parametrize("state", [state for state in CudaState if state is not CudaState.NONE])
