@@ -1,16 +1,16 @@
 """The dispatcher: one bounded FIFO per function, late binding, a lease per slot (agent/docs/facts/dispatch.md).
 
-`Dispatcher.step(event, at_ns) -> effects` is the only code that changes it. A request is queued here until an instance
-has a free slot; then it holds a lease, one of the instance's slots, until its response has ended. Instances are woken
-for the queue, not for a request: the one that has a free slot first takes the oldest request. Two exceptions save the
-trip to the agent and back:
+State changes only in `Dispatcher.step(event, at) -> effects`. A request is queued here until an instance has a free
+slot; then it holds a lease, one of the instance's slots, until its response has ended. Instances are woken for the
+queue, not for a request: whichever has a free slot first takes the oldest request. Two exceptions save the trip to the
+agent and back:
 
-- direct wake: a lone request, while no instance is awake or waking, is dispatched to the frozen one that it wakes;
-- early dispatch: while all slots are taken, a few requests wait at the node (`early_dispatch.py`).
+- direct wake: while no instance is awake or waking, a lone request is dispatched to a frozen one, which it wakes;
+- early dispatch: while all slots are taken, a few requests wait at a node (`early_dispatch.py`).
 
-Every request that arrived is queued, dispatched or answered. Each gets one Dispatch (followed by one of LeaseEnded,
-LeaseRefused, RequestGone from the caller) or one Refuse at a time. Late answers are ignored. No clock, no I/O; the cost
-of an event does not grow with the number of instances.
+Every request that arrived is queued, dispatched or answered. The caller ends each Dispatch with LeaseEnded,
+RequestGone or LeaseRefused; after LeaseRefused the request gets another Dispatch, or a Refuse. Late answers are
+ignored. No clock, no I/O; no event walks through all instances.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from agent.core.dispatch.queue import FunctionQueueState, QueueState
 from agent.core.types import SECOND_NS, InstanceState
 
 MAX_ATTEMPTS = 50
-"""A request refused this often is answered NO_CAPACITY."""
+"""A request that was dispatched and refused this often is answered NO_CAPACITY."""
 BACK_OFF_NS = SECOND_NS // 2
 BACK_OFF_MAX_NS = 30 * SECOND_NS
-"""Quarantine of an instance after a failed wake; doubled with each failure in a row."""
+"""Quarantine of an instance after a failed wake: `BACK_OFF_NS`, doubled with each failure in a row up to this."""
 
 
 class Dispatcher:
@@ -111,7 +111,7 @@ class Dispatcher:
         return QueueState(0, 0, 0, 0) if found is None else found.queue_state()
 
     def lease_time_ns(self, function: str, at: int) -> int:
-        """The function's number of leases, summed over all time up to `at`: differences give its utilisation."""
+        """The function's number of leases, integrated over time up to `at`: differences give its utilisation."""
         found = self._functions.get(function)
         return 0 if found is None else found.lease_time_ns + found.leases * (at - found.leases_since_ns)
 
@@ -149,7 +149,7 @@ class Dispatcher:
         request = self._requests.get(number)
         if request is None or request.instance is None:
             return
-        request.leased_ns += waited_ns  # the average is of service, not of wakes
+        request.leased_ns += waited_ns  # the average service time leaves wakes out
         instance = request.instance
         if instance.direct_wake == number:
             function = self._functions[request.function]
@@ -222,7 +222,7 @@ class Dispatcher:
             if instance is None:
                 break
             request = early.oldest_at(instance.node)
-            if request is not None:  # its agent has given it the slot
+            if request is not None:  # its agent has given the slot to it
                 early.remove(request)
                 self._begin_lease(function, request, instance, at)
             elif queue:
@@ -290,7 +290,7 @@ class Dispatcher:
     # ---- wakes ------------------------------------------------------------------------------------------------
 
     def _wake(self, function: FunctionQueueState, at: int) -> None:
-        """Wake instances for the queued requests: by dispatching a lone one, else by wake calls; dispatch early."""
+        """Wake instances for queued requests: by dispatching a lone one, else by wake calls; then dispatch early."""
         instance = function.direct_wake_candidate()
         if instance is not None:
             request = function.queue.pop()
@@ -310,7 +310,7 @@ class Dispatcher:
         instance.node.count_wakes(1)
 
     def _end_wake(self, function: FunctionQueueState, instance: DispatchInstance) -> None:
-        """No effect if no wake is in progress. `reclassify` has to follow."""
+        """End its wake, if one is in progress. The caller has to call `reclassify` afterwards."""
         if instance.wake_requested_ns >= 0:
             function.index.clear_wake(instance)
             instance.node.count_wakes(-1)
@@ -332,7 +332,7 @@ class Dispatcher:
         function.index.reclassify(instance)
 
     def _wake_succeeded(self, function: FunctionQueueState, instance: DispatchInstance, at: int, took_ns: int) -> None:
-        """By its answer or a report, whichever is first. `reclassify` has to follow."""
+        """Record a wake that its answer or a report has confirmed. The caller has to call `reclassify` afterwards."""
         instance.woken_ns, instance.wake_took_ns, instance.failed_wakes = at, took_ns, 0
         self._end_wake(function, instance)
         if took_ns:  # else it was awake before it was asked to wake
@@ -345,7 +345,7 @@ class Dispatcher:
         self._quarantine(function, instance, at + wait)
 
     def _quarantine(self, function: FunctionQueueState, instance: DispatchInstance, until: int) -> None:
-        """It refused a request or a wake and gets neither until a report at `until` or later."""
+        """Give it no request or wake until a report at `until` or later, or a report that it is not frozen."""
         instance.quarantined, instance.quarantined_until_ns = True, until
         instance.node.quarantined[instance.uid] = instance
         function.index.reclassify(instance)
@@ -460,8 +460,8 @@ class Dispatcher:
 
 
 def _move_lease(request: Request, actual: DispatchInstance) -> None:
-    """The agent had `actual` serve the request instead of the instance it was dispatched to: it trades leases with a
-    request that was dispatched to `actual`."""
+    """Swap the leases of `request` and of a request dispatched to `actual`: the agent had `actual` serve `request`,
+    instead of the instance that it was dispatched to."""
     assumed = request.instance
     if assumed is None or assumed is actual or request.lease_epoch != assumed.lease_epoch:
         return

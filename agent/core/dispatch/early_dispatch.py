@@ -1,7 +1,7 @@
 """Early dispatch: requests that wait at a node before a slot there is free.
 
-When a slot becomes free, the next request is there already, instead of one trip through scheduler and network later.
-`Dispatcher(early_dispatch=...)` switches it; `scripts/bench dispatch` measures it.
+When a slot becomes free, the next request is there already and need not come through scheduler and network first.
+`Dispatcher(early_dispatch=...)` switches it on; `scripts/bench dispatch` measures it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from agent.core.dispatch.model import DispatchInstance, NodeEntry, Request
 from agent.core.types import MILLISECOND_NS, SECOND_NS
 
 MIN_SLOTS = 4
-"""A node with fewer awake slots of the function gets none: each request that waits there is lost if the agent dies."""
+"""A node with fewer awake slots of the function gets none: requests that wait there may be lost if the agent dies."""
 MAX_NODES = 8
 """A function awake on more nodes gets none: its queue would have to be longer than the slots of all other nodes."""
 DISPATCH_LATENCY_NS = 4 * MILLISECOND_NS
-"""From the end of a request to the arrival of the next at its node: 1 ms usually, this on a busy host. (On two cores,
-with requests of 20 ms, 1 % of the freed slots found no request at half of it.)"""
+"""From the end of a request to the arrival of the next at its node: usually 1 ms, this much on a busy host. (With half
+of it, 1 % of the freed slots found no request waiting: measured on two cores with requests of 20 ms.)"""
 PAUSE_NS = SECOND_NS // 10
-"""After a node refused one it gets none for this long."""
+"""A node that refused an early dispatch gets none for this long."""
 
 
 class EarlyDispatches:
@@ -41,7 +41,7 @@ class EarlyDispatches:
         self.count += 1
 
     def remove(self, request: Request) -> NodeEntry:
-        """Returns its node."""
+        """Take out `request` and return its node."""
         node, request.early_node = request.early_node, None
         assert node is not None
         there = self._at[node.name]
@@ -52,10 +52,10 @@ class EarlyDispatches:
         return node
 
     def next_instance(self, queued: int, index: InstanceIndex, service_ns: float, at: int) -> DispatchInstance | None:
-        """An awake instance on the node that the oldest of `queued` requests may be dispatched to early, or None.
+        """Find a node to dispatch the oldest of `queued` requests to early; return an awake instance there, or None.
 
-        Early dispatch binds the request to that node. So there are as few as make up for the latency (`_limit`), none
-        while an instance wakes, and at least one more request stays queued than other nodes have slots.
+        Early dispatch binds the request to that node. So there are only as many as make up for the latency (`_limit`),
+        none while an instance wakes, and at least as many requests stay queued as other nodes have slots.
         """
         if not queued or index.waking or len(index.awake_by_node) > MAX_NODES:
             return None
@@ -70,8 +70,8 @@ class EarlyDispatches:
 
 
 def _limit(slots: int, service_ns: float) -> int:
-    """How many may wait at a node with `slots`: one, and twice as many as slots become free within the latency (they do
-    so unevenly). One for requests of a second, half of the slots for requests of a few milliseconds."""
+    """How many may wait at a node with `slots`: one, plus twice the slots that become free within the latency (they do
+    so unevenly), but at most half of `slots`. One for requests of a second, half of `slots` for a few milliseconds."""
     if slots < MIN_SLOTS:
         return 0
     freed = slots * DISPATCH_LATENCY_NS / service_ns if service_ns else 0.0

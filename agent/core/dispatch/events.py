@@ -1,4 +1,4 @@
-"""Events that the dispatcher takes and effects that it returns; `dispatcher.py` has the rules."""
+"""Events that the dispatcher takes, and effects that it returns; `dispatcher.py` has the rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeAlias
 from agent.core.types import SECOND_NS, DispatchPolicy, InstanceState
 
 WAKE_HOLD_NS = 2 * SECOND_NS
-"""After a wake the agent keeps the instance awake for this long, or until its first request."""
+"""How long a woken instance is kept awake without a request. (The gateway sends its configured `dispatch.hold`.)"""
 
 
 class RefusalReason(Enum):
@@ -27,8 +27,8 @@ class RefusalReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FunctionSet:
-    """A function is deployed with these rules. `expects_instances`: instances are being created or will be; a function
-    that neither has nor expects any refuses its requests NO_CAPACITY."""
+    """A function is deployed with these rules. `expects_instances`: instances are being created or will be; if a
+    function neither has nor expects any, its requests are refused with NO_CAPACITY."""
 
     function: str
     expects_instances: bool = True
@@ -39,7 +39,7 @@ class FunctionSet:
 
 @dataclass(frozen=True, slots=True)
 class FunctionRemoved:
-    """The function was deleted: queued requests are refused, leased ones run to their end."""
+    """The function was deleted: queued requests are refused, dispatched ones run to their end."""
 
     function: str
 
@@ -62,14 +62,14 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True)
 class RequestGone:
-    """The client disconnected; its place in the queue or its lease becomes free."""
+    """The client disconnected, or the request failed: its place in the queue or its lease becomes free."""
 
     request: int
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseAnswered:
-    """The instance of a direct wake begins to answer, so it is awake; `waited_ns`: how long the request waited there
+    """The instance of a direct wake begins to answer, so it is awake. `waited_ns`: how long the request waited there
     for the wake, 0 if it did not."""
 
     request: int
@@ -86,7 +86,7 @@ class LeaseEnded:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRefused:
-    """The agent refused the request or was unreachable before a byte reached the instance: it is queued again."""
+    """The agent refused the request, or was gone before a byte reached the instance: the request is queued again."""
 
     request: int
 
@@ -116,7 +116,7 @@ class InstanceGone:
 
 @dataclass(frozen=True, slots=True)
 class InstanceRetired:
-    """The instance is about to be drained and gets no new request; `retired` False: it was not drained and goes on."""
+    """The instance is about to be drained and gets no new request; `retired` False: it is not drained after all."""
 
     uid: str
     retired: bool = True
@@ -129,15 +129,15 @@ class WakeAnswered:
 
 @dataclass(frozen=True, slots=True)
 class WakeFailed:
-    """A Wake was refused or timed out; the instance is quarantined."""
+    """A Wake was refused, timed out or did not reach the agent; the instance is quarantined."""
 
     uid: str
 
 
 @dataclass(frozen=True, slots=True)
 class NodeReported:
-    """A node reported and is ready, or `draining`. Ends its quarantines that are over. `epoch`: the run of its agent;
-    leases of an earlier run are void."""
+    """A node reported and is ready, or `draining`; those of its quarantines whose time is over end. `epoch`: the run of
+    its agent; leases of an earlier run are void."""
 
     node: str
     gpu_count: int = 0
@@ -173,7 +173,7 @@ class Dispatch:
     """Send `request` to instance `uid` on `node`; it holds a lease from now on.
 
     - `queued_ns`: how long it was queued.
-    - `wake_ns`: how long the instance took to wake while the request was queued, 0 if it did not.
+    - `wake_ns`: how long the instance's last wake took if it ended while the request was queued, else 0.
     - `direct_wake`: the instance is frozen, and this request wakes it.
     - `early`: all slots are taken; the request holds no lease yet and waits at the node for any instance there.
     """

@@ -1,8 +1,8 @@
 """The dispatcher's index of instances: which one has a free slot, which one can be woken.
 
-An `InstanceIndex` per function keeps its instances sorted by `Availability`, so that the next one is found without
-scanning the others: awake ones in buckets by outstanding requests, frozen ones in a heap of nodes by predicted wake.
-Every change is O(1) or O(log nodes), whatever the number of instances. Mutable and pure: no clock, no I/O.
+Each function's `InstanceIndex` sorts its instances by `Availability`, so that the next one is found without scanning
+all others: awake ones in buckets by outstanding requests, frozen ones by node, in a heap by predicted wake time. A
+change is O(1) or O(log nodes), plus a search among the function's frozen instances of one node. No clock, no I/O.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from agent.core.dispatch.policy import in_order, wake_candidate
 from agent.core.types import SECOND_NS, DispatchPolicy, InstanceState
 
 WAKE_UNKNOWN_NS = SECOND_NS
-"""Predicted wake of a function on a node where none has been seen yet."""
+"""Predicted wake time of a function on a node for which there is neither a measurement nor an estimate."""
 
 
 class InstanceIndex:
@@ -35,8 +35,8 @@ class InstanceIndex:
         self._occupied = 0  # bit k is set while bucket k has an instance
         self._freezing: OrderedDict[str, DispatchInstance] = OrderedDict()
         self._frozen: dict[str, OrderedDict[str, DispatchInstance]] = {}
-        self._gpus_held: dict[str, int] = {}  # GPUs of awake, freezing and waking instances, by node
-        self._gpu_holders: dict[str, int] = {}  # those instances, by GPU
+        self._gpus_held: dict[str, int] = {}  # number of GPUs of awake, freezing and waking instances, by node
+        self._gpu_holders: dict[str, int] = {}  # number of those instances, by GPU
         self._wake_ns: dict[str, float] = {}
         self._heap: list[tuple[float, str]] = []
         self._heap_entry: dict[str, tuple[float, NodeEntry]] = {}  # by node; other entries of the heap are stale
@@ -44,14 +44,14 @@ class InstanceIndex:
     # ---- choosing ---------------------------------------------------------------------------------------------
 
     def free(self) -> DispatchInstance | None:
-        """The instance for the next request: awake with the fewest outstanding, else freezing and cancellable."""
+        """The instance for the next request: awake with the fewest requests, else in a freeze that can be cancelled."""
         if self._occupied:
             fewest = (self._occupied & -self._occupied).bit_length() - 1
             return next(in_order(self.policy, self._buckets[fewest]))
         return next(iter(self._freezing.values()), None)
 
     def wake_candidate(self) -> DispatchInstance | None:
-        """The frozen instance that would be awake first; None if a wake would only freeze one of the same function."""
+        """The frozen instance that would be awake first; None if its wake would only freeze another of the function."""
         heap = self._heap
         while heap:
             cost, name = heap[0]
@@ -65,8 +65,8 @@ class InstanceIndex:
     def direct_wake_candidate(self) -> DispatchInstance | None:
         """The frozen instance that a lone request may be dispatched to: no other of the function could serve it sooner.
 
-        None is awake, waking or freezing and cancellable, and all instances on its GPUs are frozen, so that its wake
-        starts at once.
+        That is: no instance of the function is awake, waking or in a freeze that can be cancelled, and all instances
+        on its GPUs are frozen, so that its wake starts at once.
         """
         if self.awake_slots or self.waking or self._freezing:
             return None
@@ -76,7 +76,7 @@ class InstanceIndex:
         return None if any(gpu in instance.node.gpu_users for gpu in instance.gpus) else instance
 
     def predicted_wake_ns(self, node: NodeEntry) -> float:
-        """The function's average wake on the node, times one plus the wakes in progress there."""
+        """The function's average wake time on the node, multiplied by (1 + wakes in progress there)."""
         return self._wake_ns.get(node.name, WAKE_UNKNOWN_NS) * (1 + node.wakes)
 
     def _candidate_on(self, node: NodeEntry) -> DispatchInstance | None:
@@ -88,7 +88,7 @@ class InstanceIndex:
     # ---- changing ---------------------------------------------------------------------------------------------
 
     def reclassify(self, instance: DispatchInstance) -> None:
-        """Sort `instance` in anew after any change; it goes to the end of its bucket (most recently used)."""
+        """File `instance` again after any change; an awake one goes to the end of its bucket (most recently used)."""
         uses_gpu = instance.state is not InstanceState.FROZEN or instance.wake_requested_ns >= 0
         if uses_gpu is not instance.uses_gpu:
             _count_gpu_user(instance, uses_gpu)
@@ -107,7 +107,7 @@ class InstanceIndex:
             _count_gpu_user(instance, False)
 
     def resize(self, instance: DispatchInstance, concurrency: int, gpus: tuple[str, ...]) -> None:
-        """Change the concurrency and the GPUs of `instance`, which the sums here are made of."""
+        """Change the concurrency and the GPUs of `instance`, and the sums here that include them."""
         availability, uses_gpu = instance.availability, instance.uses_gpu
         self.remove(instance)
         instance.concurrency, instance.gpus = concurrency, gpus
@@ -116,25 +116,25 @@ class InstanceIndex:
         self._enter(instance, availability)
 
     def clear_wake(self, instance: DispatchInstance) -> None:
-        """Its wake is not in progress any more. `reclassify` has to follow."""
+        """Record that its wake is no longer in progress. The caller has to call `reclassify` afterwards."""
         if instance.direct_wake >= 0 and instance.availability is Availability.WAKING:
             self.direct_wakes -= 1
         instance.wake_requested_ns = instance.direct_wake = -1
 
     def record_wake(self, node: NodeEntry, took_ns: float) -> None:
-        """A wake on `node` took `took_ns`."""
+        """Add a wake on `node` that took `took_ns` to the average."""
         before = self._wake_ns.get(node.name)
         self._wake_ns[node.name] = took_ns if before is None else before + AVERAGE_WEIGHT * (took_ns - before)
         self.reindex(node)
 
     def estimate_wake(self, node: NodeEntry, estimate_ns: int) -> None:
-        """Use the agent's estimate until a wake of the function on the node has been measured."""
+        """Start the average with the agent's first estimate, unless a wake on the node has been measured already."""
         if estimate_ns > 0 and node.name not in self._wake_ns:
             self._wake_ns[node.name] = float(estimate_ns)
             self.reindex(node)
 
     def reindex(self, node: NodeEntry) -> None:
-        """Renew the node's entry in the heap: its predicted wake or its candidate has changed."""
+        """Renew the node's entry in the heap: its predicted wake time or its candidate may have changed."""
         if self._candidate_on(node) is None:
             self._heap_entry.pop(node.name, None)
             return
@@ -240,7 +240,7 @@ class InstanceIndex:
 
 
 def _count_gpu_user(instance: DispatchInstance, uses_gpu: bool) -> None:
-    """Count `instance` among the users of its GPUs, or no longer."""
+    """Add `instance` to the users of its GPUs, or take it out."""
     instance.uses_gpu = uses_gpu
     users = instance.node.gpu_users
     for gpu in instance.gpus:

@@ -1,4 +1,4 @@
-"""What the dispatcher knows: requests, nodes and instances. Mutable records without rules, clock or I/O."""
+"""What the dispatcher knows: requests, nodes and instances. Mutable records, without clock or I/O."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from agent.core.dispatch.events import InstanceReported
 from agent.core.types import SECOND_NS, InstanceState
 
 EXTERNAL_AFTER_NS = SECOND_NS
-"""A report of more requests in flight than we have leases counts if no lease changed for this long before it."""
+"""Requests in a report beyond the instance's leases count as external if no lease has changed for this long."""
 AVERAGE_WEIGHT = 0.2
-"""Share of the newest sample in a moving average."""
+"""Weight of the newest sample in a moving average."""
 
 
 class NodeStanding(Enum):
@@ -29,7 +29,7 @@ class Availability(Enum):
 
     - AWAKE: take it now, if a slot is free; FREEZING: take it, which cancels the freeze.
     - FROZEN: be woken; WAKING: take it once awake.
-    - NONE: nothing for now; LOST: its node is lost, so it is no capacity to wait for.
+    - NONE: nothing for now; LOST: its node is lost, so no request waits for it.
     """
 
     NONE = "NONE"
@@ -41,21 +41,21 @@ class Availability(Enum):
 
 
 class WakeIndex(Protocol):
-    """A function's index, which sorts the nodes of its frozen instances by predicted wake."""
+    """A function's index, which sorts the nodes of its frozen instances by predicted wake time."""
 
     def reindex(self, node: NodeEntry) -> None:
-        """Recompute the node's predicted wake: something it depends on has changed."""
+        """Recompute the node's predicted wake time: something that it depends on has changed."""
 
 
 @dataclass(slots=True, eq=False)
 class NodeEntry:
     """A node.
 
-    - `gpu_count`: 0 if unknown, then it sets no limit. `migrates`: a frozen instance can wake on another GPU.
+    - `gpu_count`: 0 if unknown, and then it is no limit. `migrates`: a frozen instance can wake on another GPU.
     - `wakes`: wakes in progress, of all functions.
     - `quarantined`: its quarantined instances. `frozen_in`: indexes of the functions with frozen instances here.
-    - `gpu_users`: by GPU, how many instances that share it are not frozen. A wake on any other GPU starts at once.
-    - `no_early_until_ns`: it gets no early dispatch before.
+    - `gpu_users`: by GPU, how many of its instances are waking or not frozen. A wake on any other GPU starts at once.
+    - `no_early_until_ns`: until then it gets no early dispatch.
     """
 
     name: str
@@ -71,7 +71,7 @@ class NodeEntry:
     no_early_until_ns: int = 0
 
     def end_quarantines(self, at: int) -> list[DispatchInstance]:
-        """The node has reported: release the instances whose quarantine is over, and return them."""
+        """Release the instances whose quarantine is over now that the node has reported, and return them."""
         released = [found for found in self.quarantined.values() if at >= found.quarantined_until_ns]
         for instance in released:
             instance.quarantined = False
@@ -79,19 +79,19 @@ class NodeEntry:
         return released
 
     def count_wakes(self, change: int) -> None:
-        """`change` more wakes are in progress, so that any other takes longer."""
+        """Add `change` to the wakes in progress; the more there are, the longer each takes."""
         self.wakes += change
         self.reindex()
 
     def reindex(self) -> None:
-        """What a wake here depends on has changed."""
+        """Recompute the predicted wake time for every function with frozen instances here."""
         for index in list(self.frozen_in.values()):
             index.reindex(self)
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request from arrival to answer: leased on `instance`, dispatched early to `early_node`, or queued here."""
+    """A request, until its answer: with a lease of `instance`, dispatched early to `early_node`, or queued here."""
 
     request: int
     function: str
@@ -109,15 +109,15 @@ class Request:
 class DispatchInstance:
     """An instance with `concurrency` slots.
 
-    - `leased`: slots that our requests hold; `holders`: those requests.
-    - `lease_epoch`: counts how often all leases ended with the node; leases of an earlier epoch are void.
-    - `external_in_flight`: requests of others that its agent sees there.
+    - `leased`: slots that the dispatcher has leased; `holders`: the requests that hold them.
+    - `lease_epoch`: counts the losses and restarts of its agent; leases of an earlier epoch are void.
+    - `external_in_flight`: requests without a lease that its agent has reported.
     - `quarantined`: it refused a request or a wake and gets nothing until a report of it or its node at
       `quarantined_until_ns` or later, or a report that it is not frozen. `retired`: it is about to be drained.
     - `wake_requested_ns`: when its wake in progress was requested; -1 for none.
-    - `direct_wake`: the request whose dispatch is that wake; -1 for none.
-    - `woken_ns`, `wake_took_ns`: our last wake, for the answer's x-hibernode-wake-ms.
-    - `availability`, `bucket` and `uses_gpu`: where the index has it.
+    - `direct_wake`: the request that was dispatched to wake it; -1 for none.
+    - `woken_ns`, `wake_took_ns`: end and duration of its last wake, for the answer's x-hibernode-wake-ms.
+    - `availability`, `bucket` and `uses_gpu`: where the index has filed it.
     """
 
     uid: str
@@ -147,12 +147,12 @@ class DispatchInstance:
 
     @property
     def outstanding(self) -> int:
-        """Requests it has, ours and others."""
+        """Its requests, with and without a lease."""
         return self.leased + self.external_in_flight
 
     def apply_report(self, event: InstanceReported, at: int) -> None:
-        """Take over its agent's report. Its requests in flight count only if no lease has changed for
-        `EXTERNAL_AFTER_NS`: a younger change races with the report."""
+        """Apply its agent's report. Requests in flight beyond the leases count only if no lease has changed for
+        `EXTERNAL_AFTER_NS`: the report may not yet contain a more recent change."""
         self.state, self.cancellable, self.healthy = event.state, event.cancellable, event.healthy
         quiet = at - self.changed_ns >= EXTERNAL_AFTER_NS or not self.changed_ns
         self.external_in_flight = max(0, event.in_flight - self.leased) if quiet else 0
@@ -161,7 +161,7 @@ class DispatchInstance:
             self.node.quarantined.pop(self.uid, None)
 
     def classify(self) -> Availability:
-        """Its availability by state, node and wake in progress."""
+        """Derive its availability from its state, its node and a wake in progress."""
         if self.node.standing is NodeStanding.LOST:
             return Availability.LOST
         if self.node.standing is not NodeStanding.READY or self.quarantined or self.retired or not self.healthy:

@@ -14,8 +14,8 @@ from agent.core.types import DispatchPolicy
 
 
 def in_order(policy: DispatchPolicy, group: OrderedDict[str, DispatchInstance]) -> Iterator[DispatchInstance]:
-    """The instances of `group`, the preferred first. `group` is in the order of last use: PACK prefers the one used
-    last, so that the others can freeze; SPREAD the one that has rested longest."""
+    """The instances of `group`, the preferred first. `group` is in the order of last use: PACK prefers the most
+    recently used one, so that the others can freeze; SPREAD the least recently used."""
     match policy:
         case DispatchPolicy.PACK:
             return reversed(group.values())
@@ -31,11 +31,11 @@ def wake_candidate(
     held: int,
     gpus_in_use: Container[str],
 ) -> DispatchInstance | None:
-    """The instance of `frozen`, all of one function on `node`, to wake next; None if none should be.
+    """Which instance to wake next among `frozen`, those of one function on `node`; None if none should be.
 
-    The function holds `held` GPUs of the node, and `gpus_in_use` anywhere. An instance on a GPU that the function does
-    not hold comes first, then one that can migrate to another. A wake that could only freeze an awake instance of the
-    same function is useless. Which instance of other functions gives way is the agent's decision.
+    The function holds `held` GPUs of the node; `gpus_in_use` are all that it holds, on any node. An instance on a GPU
+    that the function does not hold comes first, then one that can migrate to another. A wake that could only freeze an
+    awake instance of the same function is useless. The agent decides which instance of another function gives way.
     """
     fallback: DispatchInstance | None = None
     for instance in in_order(policy, frozen):

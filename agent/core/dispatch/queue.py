@@ -1,7 +1,7 @@
 """One function at the dispatcher: its rules, its instances, and the bounded FIFO of requests that wait for them.
 
-A request that was dispatched and came back is older than everything queued since, so it goes back in arrival order
-before the rest. Pure; every operation is O(1), except for the return of a request: O(log n) in the returned ones.
+A request that was dispatched and came back is older than all that were never dispatched, so it goes before them, in
+order of arrival. No clock, no I/O. The queue's operations are O(1), those on returned requests O(n) in their number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BY_ORDER = attrgetter("order")
 
 
 class RequestQueue:
-    """The queue. `queueLength` bounds `len()`."""
+    """The queue, oldest first. `queueLength` bounds it, early dispatches included, for new requests only."""
 
     def __init__(self) -> None:
         self._fresh: OrderedDict[int, Request] = OrderedDict()
@@ -47,7 +47,7 @@ class RequestQueue:
         return self._fresh.popitem(last=False)[1]
 
     def discard(self, request: Request) -> None:
-        """Take out one whose client disconnected or whose deadline passed."""
+        """Take out a request whose client disconnected or whose deadline passed."""
         if self._fresh.pop(request.request, None) is None:
             at = bisect_left(self._returned, request.order, key=_BY_ORDER)
             del self._returned[at]
@@ -55,12 +55,12 @@ class RequestQueue:
 
 @dataclass(slots=True, eq=False)
 class FunctionQueueState:
-    """A function's rules, queue and instances. `known` is False for instances of a function never deployed.
+    """A function's rules, queue and instances. `known`: it is deployed, not only reported by agents.
 
     - `service_ns`: moving average of how long a request is served.
     - `leases`: leases now; `lease_time_ns`: their sum over time up to `leases_since_ns`.
-    - `void_leases`: leases that ended with their node while their requests have not.
-    - `early`: requests that wait at nodes.
+    - `void_leases`: leases that ended with their node while their requests go on.
+    - `early`: requests that were dispatched early and wait at nodes.
     """
 
     index: InstanceIndex
@@ -87,7 +87,7 @@ class FunctionQueueState:
         return QueueState(self.queued, self.index.count, self.index.awake_slots, self.index.waking)
 
     def count_leases(self, change: int, at: int) -> None:
-        """`change` more leases from `at` on: accrue, then change."""
+        """Add `change` to the leases from `at` on; the time before counts with the old number."""
         self.lease_time_ns += self.leases * (at - self.leases_since_ns)
         self.leases_since_ns = at
         self.leases += change
@@ -99,19 +99,19 @@ class FunctionQueueState:
 
     @property
     def unused(self) -> bool:
-        """Neither deployed nor with anything left."""
+        """Whether it is not deployed and has no instances, leases or requests left."""
         return not (self.known or self.index.count or self.leases or self.void_leases or self.queued)
 
     @property
     def no_capacity_expected(self) -> bool:
-        """It has no instances, those on lost nodes aside, and expects none."""
+        """Whether it has no instances, apart from those on lost nodes, and expects none."""
         return self.index.count == self.index.lost and not self.expects_instances
 
     def instance_to_wake(self) -> DispatchInstance | None:
-        """The instance to wake next for the waiting requests, those of direct wakes included.
+        """The instance to wake next for the waiting requests, including those that wait for a direct wake.
 
-        Waking instances are capacity for them: at most ceil(queued / concurrency) wake at a time. Without an awake or
-        waking instance there is always a wake, else if the predicted wait is longer than the wake times `wakeFactor`.
+        Waking instances count as capacity: at most ceil(queued / concurrency) wake at a time. If one is awake or waking
+        and a service time is known, the predicted wait must exceed the predicted wake time multiplied by `wakeFactor`.
         """
         index = self.index
         queued = self.queued + index.direct_wakes
@@ -125,9 +125,9 @@ class FunctionQueueState:
         return instance if predicted_wait > index.predicted_wake_ns(instance.node) * self.wake_factor else None
 
     def direct_wake_candidate(self) -> DispatchInstance | None:
-        """The frozen instance that the only queued request may be dispatched to.
+        """The frozen instance that a lone queued request may be dispatched to.
 
-        Only at its first attempt: after a failed wake it gets whichever instance becomes free first.
+        Only on its first attempt: after a failed one it gets whichever instance becomes free first.
         """
         if len(self.queue) != 1 or next(iter(self.queue)).attempts:
             return None
@@ -145,7 +145,7 @@ class FunctionQueueState:
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """For reports: waiting requests, instances, slots of the awake ones, and how many are waking."""
+    """For reports: the numbers of waiting requests, instances, slots of awake instances, and waking instances."""
 
     queued: int
     instances: int

@@ -1,4 +1,4 @@
-"""The dispatch loop: the only caller of `Dispatcher.step`, which executes its effects.
+"""The dispatch loop: the only code that calls `Dispatcher.step` and executes the effects.
 
 A request is a `Ticket`. If a slot is free, `arrive` dispatches it at once, without a future, a timer or an iteration of
 the event loop; else the ticket waits. One timer serves all deadlines.
@@ -28,7 +28,7 @@ from agent.http.errors import ClientGoneError
 from agent.ports import Clock, Timer
 
 RESOLUTION_NS = 10 * MILLISECOND_NS
-"""Deadlines this close together are checked together: a refusal may be late by this much."""
+"""Deadlines this close together are checked together, so a refusal may be late by this much."""
 NEVER_NS = 1 << 63
 
 
@@ -74,7 +74,7 @@ class DispatchLoop:
                 self._answer(effect)
 
     def arrive(self, function: str, deadline_ns: int) -> Ticket:
-        """A new request for `function`; `wait` while the ticket's `outcome` is None."""
+        """Take in a request for `function`. If the ticket's `outcome` is None, the caller has to `wait` for it."""
         self._numbers += 1
         ticket = Ticket(self._numbers, deadline_ns)
         self._tickets[ticket.number] = ticket
@@ -84,8 +84,8 @@ class DispatchLoop:
         return ticket
 
     async def wait(self, ticket: Ticket) -> Dispatch | Refuse:
-        """Wait for the outcome, until the ticket's deadline at most. Unless it is a Refuse, the caller has to end the
-        ticket (`ended`, `gone`, `refused`), also after a cancellation."""
+        """Wait for the outcome, until the ticket's deadline at most. Unless it is a Refuse, the caller has to
+        call `ended`, `gone` or `refused` later; after a cancellation, `gone`."""
         if ticket.outcome is None:
             if self._loop is None:
                 self._loop = asyncio.get_running_loop()
@@ -136,14 +136,14 @@ class DispatchLoop:
             ticket.waiter.set_exception(ClientGoneError())
 
     def refused(self, ticket: Ticket) -> None:
-        """The agent did not take the request: it waits again, before younger ones, unless it has a new `outcome`."""
+        """The agent did not take the request: it waits again, before younger ones, or has a new `outcome` at once."""
         ticket.outcome = None
         self.apply(LeaseRefused(ticket.number))
         if self._closed and ticket.outcome is None:
             self._refuse_stopping(ticket)
 
     def close(self) -> int:
-        """Refuse all waiting requests STOPPING, now and from now on. Returns how many waited."""
+        """Refuse with STOPPING all requests that wait, and later ones that would have to. Returns how many waited."""
         self._closed = True
         waiting = [ticket for ticket in self._tickets.values() if ticket.outcome is None]
         for ticket in waiting:

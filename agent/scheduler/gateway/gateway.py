@@ -1,8 +1,8 @@
 """The gateway: takes a client's request through the queue to an instance, and its answer back.
 
 A request is dispatched again only if no byte of it can have reached an instance: the connection to the node failed, or
-its agent answered `x-hibernode-refused`. Bodies up to `KEPT_BODY_BYTES` are kept for that; larger ones stay with the
-client until the agent's 100 Continue, which comes with the grant.
+its agent answered `x-hibernode-refused` or went away before a start notice. Bodies up to `KEPT_BODY_BYTES` are kept for
+that; larger ones stay with the client until the agent's 100 Continue, which comes with the grant.
 
 A client's own `x-fc-*` and `x-hibernode-*` headers are dropped; the gateway sets those that the ingress gets.
 """
@@ -46,7 +46,7 @@ from agent.scheduler.gateway.traffic import TrafficTable
 KEPT_BODY_BYTES = 64 * 1024
 """Bodies up to this size are read before the request is queued, so that they can be sent again."""
 ANSWER_SLACK_S = 10.0
-"""Added to queue and function timeouts. The agent enforces those; the gateway only cuts off a stuck agent."""
+"""Added to the queue and function timeouts, which the agent enforces: the gateway only cuts off a stuck agent."""
 
 _START_FAILURES = {
     "FUNCTION_NOT_STARTED": "FUNCTION_NOT_STARTED",
@@ -60,15 +60,15 @@ _START_FAILURES = {
     "INSTANCE_CRASHED": "INSTANCE_CRASHED",
     "OUT_OF_MEMORY": "INSTANCE_CRASHED",
 }
-"""Why an instance ended before it served -> the reason that clients get (agent/docs/fc-contract.md). Everything else,
-host faults included (disk, network, engine), is reported as NO_CAPACITY."""
+"""By the reason for which an instance ended before it served: the reason that clients get (agent/docs/fc-contract.md).
+Everything else, host faults included (disk, network, engine), is reported as NO_CAPACITY."""
 _CUT = (RelayOutcome.UPSTREAM_FAILED_MID_BODY, RelayOutcome.TIMEOUT_MID_BODY)
 _OURS_IN_ANSWERS = frozenset((b"x-fc-request-id", b"x-fc-instance-id"))
 _RETRY_SOON = [(b"retry-after", b"1")]
 _ANY, _STARTED = (hop_headers.ANY_INSTANCE, b"1"), (hop_headers.STARTED, b"1")
 _WAITS = {(False, False): (_ANY,), (False, True): (_ANY, _STARTED), (True, False): (_STARTED,)}
-"""By `Dispatch.direct_wake` and `.early`. Any instance of the function at the node will do, unless the request wakes a
-specific one. A start notice is asked for if the request may wait there: before it, it can be dispatched elsewhere."""
+"""Headers by (`Dispatch.direct_wake`, `.early`). Any instance of the function at the node will do, unless the request
+wakes one. If it may wait there, a start notice is asked for: until that comes, it can be dispatched elsewhere."""
 _OCTET_STREAM = (b"content-type", b"application/octet-stream")
 
 _log = get_logger()
@@ -113,7 +113,7 @@ class Gateway:
         unreachable: Callable[[str], None],
         request_ids: RequestIds,
     ) -> None:
-        """`pool_of`, `token_of`: of a node's ingress. `unreachable` gets a node that refused a connection."""
+        """`pool_of`, `token_of`: those of a node's ingress. `unreachable` gets a node that cannot be connected to."""
         self._clock = clock
         self._router = router
         self._catalog = catalog
@@ -126,7 +126,7 @@ class Gateway:
         self.traffic = TrafficTable(lambda: [one.spec.name for one in catalog.all()])
 
     async def __call__(self, exchange: Exchange) -> None:
-        """Handle an exchange: exactly one answer, unless the client has left."""
+        """Answer an exchange exactly once, unless the client has left."""
         request_id = self._request_ids()
         try:
             await self._serve(exchange, request_id)
@@ -176,7 +176,7 @@ class Gateway:
             self._dispatch_loop.gone(ticket)  # no effect on a ticket that has ended
 
     async def _dispatch_until_answered(self, call: _Call, ticket: Ticket) -> None:
-        """Dispatch the request, again if needed, until it is answered. Raises the error to answer instead."""
+        """Dispatch the request, again if needed, until it is answered. Raises the error to answer with."""
         while True:
             outcome = ticket.outcome or await self._wait(call.exchange, ticket)
             if isinstance(outcome, Refuse):
@@ -219,7 +219,7 @@ class Gateway:
             served_by = answer.get(b"x-fc-instance-id") or where.uid.encode()
             ticket.served_by = served_by.decode("latin-1")
             headers = _answer_headers(answer, call, where, served_by)
-            if where.direct_wake and headers is not None:  # after the client's answer
+            if where.direct_wake and headers is not None:  # `call_soon`: the client's answer goes first
                 waited_ns = _ms_to_ns(answer.get(hop_headers.WAKE_MS) or b"")
                 call.exchange.loop.call_soon(self._dispatch_loop.answered, ticket, waited_ns)
             return headers
@@ -237,7 +237,7 @@ class Gateway:
                 (
                     hop_headers.DEADLINE_MS,
                     b"%d" % -(-remaining_ns // MILLISECOND_NS),
-                ),  # rounded up: it passes here first
+                ),  # rounded up, so that it passes here first
                 (b"x-fc-request-id", call.request_id.encode()),
             ],
             deadline=call.exchange.loop.time() + timeout_s,
@@ -269,7 +269,7 @@ class Gateway:
         broken = result.error is not None and result.error.reason == BROKEN
         if result.outcome is RelayOutcome.UPSTREAM_FAILED_BEFORE_HEAD and broken:
             # The agent is dying with all its connections: mark the node before the lease ends, or the next request
-            # would follow on one of them.
+            # would be sent on one of them.
             self._unreachable(where.node)
         cut = result.outcome in _CUT  # then the client is gone because the gateway cut its connection
         if result.outcome is RelayOutcome.CLIENT_GONE or (call.exchange.gone and not cut):
@@ -302,7 +302,7 @@ class Gateway:
         name = function.spec.name
         match reason:
             case RefusalReason.QUEUE_FULL:
-                text = f"{function.spec.queue_length} requests wait for {name} already; try again later"
+                text = f"{function.spec.queue_length} requests are already waiting for {name}; try again later"
                 return ExhaustedError("QUEUE_FULL", text, function=name)
             case RefusalReason.QUEUE_TIMEOUT:
                 text = f"no instance of {name} became free within its queue timeout"
@@ -310,7 +310,7 @@ class Gateway:
             case RefusalReason.UNKNOWN_FUNCTION:
                 return _unknown(name)
             case RefusalReason.STOPPING:
-                return UnavailableError("SCHEDULER_STOPPING", "the scheduler is going down; try again in a moment")
+                return UnavailableError("SCHEDULER_STOPPING", "the scheduler is stopping; try again in a moment")
             case RefusalReason.NO_CAPACITY:
                 problem = self._catalog.problem(name)
                 if problem is None:
@@ -323,12 +323,12 @@ class Gateway:
 
 
 def _passing_headers(head: RequestHead, route: Route, peer: str) -> list[Header]:
-    """The client's headers for the ingress, whichever instance it will be. Raises InvalidArgumentError."""
+    """The headers for the ingress that are the same for any instance. Raises InvalidArgumentError."""
     kind = head.get(b"x-fc-invocation-type")
     if kind is not None and kind.lower() != b"sync":
         if kind.lower() == b"async":
             raise InvalidArgumentError("UNSUPPORTED", "asynchronous invocation is not supported; send Sync")
-        raise InvalidArgumentError("INVOCATION_TYPE_INVALID", "x-fc-invocation-type must be Sync or Async")
+        raise InvalidArgumentError("INVOCATION_TYPE_INVALID", "x-fc-invocation-type must be Sync")
     log_type = head.get(b"x-fc-log-type")
     if log_type is not None and log_type.lower() not in (b"none", b"tail"):
         raise InvalidArgumentError("LOG_TYPE_INVALID", "x-fc-log-type must be None or Tail")
@@ -344,9 +344,9 @@ def _passing_headers(head: RequestHead, route: Route, peer: str) -> list[Header]
 
 
 def _answer_headers(answer: ResponseHead, call: _Call, where: Dispatch, served_by: bytes) -> list[Header] | None:
-    """The headers for the client from an ingress's answer; None for a refusal, which the client never sees.
+    """Make the client's headers from those of an ingress's answer; None for a refusal, which the client never sees.
 
-    x-hibernode-queue-ms is the whole wait, here and at the agent; -wake-ms the part in which the instance was woken.
+    x-hibernode-queue-ms is the whole wait, here and at the agent; x-hibernode-wake-ms is the part spent on a wake.
     """
     headers = rules.hop_answer_headers(answer.headers)
     kept: list[Header] = []

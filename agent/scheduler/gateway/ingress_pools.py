@@ -10,11 +10,11 @@ from agent.http.pool import Pool
 from agent.wire import addresses
 
 EXHAUSTED = "UPSTREAM_CONNECTIONS_EXHAUSTED"
-"""Reason of a ConnectFailedError that does not make the node suspect: the pool is at its own limit."""
+"""Reason of the one ConnectFailedError that does not make the node suspect: the pool is at its own limit."""
 LIMITS = UpstreamLimits(
     max_connections=8192, max_idle=512, connect_timeout_s=2.0, silence_s=10.0, header_bytes=40 * 1024
 )
-"""Heads: as large as an instance may send, plus what the ingress adds (x-fc-log-result: 5.5 KiB). Leases bound the
+"""`header_bytes`: what an instance may send, plus what the ingress adds (x-fc-log-result: 5.5 KiB). Leases bound the
 connections; `max_connections` is far above, in case of a leak. A request in flight at a host that has gone silent is
 answered 502 after `silence_s`, and is never sent again (agent/docs/design.md)."""
 
@@ -28,7 +28,7 @@ class IngressPool:
 
 
 class IngressPools:
-    """Pools by node. `address_of` gives a node's registered ingress, "" while unknown."""
+    """Pools by node. `address_of` gives a node's registered ingress, "" while it is unknown."""
 
     def __init__(self, address_of: Callable[[str], str], limits: UpstreamLimits = LIMITS) -> None:
         self._address_of = address_of
@@ -39,7 +39,7 @@ class IngressPools:
     def pool(self, node: str) -> Pool | None:
         """The pool to a node's ingress; None before its first registration.
 
-        After the agent registered another address, requests in flight at the old one run to their end.
+        Once the agent has registered another address, requests in flight at the old one still run to their end.
         """
         address = self._address_of(node)
         found = self._ingresses.get(node)

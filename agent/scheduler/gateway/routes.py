@@ -24,8 +24,8 @@ _INVOCATIONS = b"/invocations"
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`target`: path and query for the instance. `control_path`: value of x-fc-control-path. `by_host`: the function is
-    from a host name, so that its case may be lost."""
+    """`target`: path and query for the instance. `control_path`: value of x-fc-control-path. `by_host`: the name
+    comes from a host name, in which its case may have been lost."""
 
     function: str
     target: bytes
@@ -34,13 +34,13 @@ class Route:
 
 
 class Router:
-    """Routes for one domain (`localhost`: functions are `<function>.localhost`)."""
+    """Routes for one domain; with `localhost`, a function's host name is `<function>.localhost`."""
 
     def __init__(self, domain: str) -> None:
         self._suffix = b"." + domain.lower().encode()
 
     def route(self, head: RequestHead) -> Route:
-        """Raises NotFoundError FUNCTION_NOT_FOUND, HttpError 405 for an invocation that is not a POST."""
+        """Find the route. Raises NotFoundError FUNCTION_NOT_FOUND, or HttpError 405 for an invocation not by POST."""
         host = head.get(b"host") or b""
         name = self._by_host(host)
         if name:
@@ -88,6 +88,6 @@ def _invocation(head: RequestHead) -> Route:
 
 
 def method_not_allowed(method: bytes) -> HttpError:
-    """405, for an invocation that is not a POST or a method that the function's triggers do not allow."""
-    text = f"the function's HTTP trigger does not allow {method.decode('latin-1')}"
+    """HTTP 405: an invocation that is not a POST, or a method that the function's triggers do not allow."""
+    text = f"{method.decode('latin-1')} is not allowed by the function's HTTP trigger, or for an invocation (send POST)"
     return HttpError(405, "MethodNotAllowed", "METHOD_NOT_ALLOWED", text)

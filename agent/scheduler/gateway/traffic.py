@@ -1,4 +1,4 @@
-"""The traffic counters of every deployed function (core/traffic.py); they go when it is deleted."""
+"""The traffic counters of every deployed function (core/traffic.py), dropped when it is deleted."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Wake calls to agents: each with a deadline, and a bounded number per node at a time.
 
-They go over the ingress, on the connections of requests: a request waits for each of them, and the same call by gRPC
+They go to the ingress, on the connections that requests use, because requests wait for them and the same call by gRPC
 (InstanceService.WakeInstance) takes four times as long. The answer frees the instance's slots in the dispatcher before
-the agent's next report does. A call that cannot connect makes the node suspect, as a request that cannot does.
+the agent's next report does. A call that cannot connect makes the node suspect, just as a request does.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from agent.log import get_logger
 from agent.scheduler.gateway.ingress_pools import EXHAUSTED
 
 WAKE_TIMEOUT_S = 60.0
-"""Longest wake, the wait for a GPU included: the default queueTimeout, after which no request waits for it."""
+"""Longest wake, the wait for a GPU included. It is the default queueTimeout: after that no request waits."""
 PER_NODE = 64
-"""Wake calls at a time on one node; further ones wait here."""
+"""How many wake calls a node gets at a time; further ones wait here."""
 SLACK_S = 1.0
 """Added to the agent's own deadline."""
 
@@ -38,7 +38,7 @@ class WakeCounts:
 
 
 class WakeCalls:
-    """Starts wake calls and sends their end to the dispatcher through `apply_event`."""
+    """Starts wake calls and reports how they end to the dispatcher through `apply_event`."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class WakeCalls:
         timeout_s: float = WAKE_TIMEOUT_S,
         per_node: int = PER_NODE,
     ) -> None:
-        """`pool_of`, `token_of`: of a node's ingress. `unreachable` gets a node that refused a connection."""
+        """`pool_of`, `token_of`: those of a node's ingress. `unreachable` gets a node that cannot be connected to."""
         self._pool_of = pool_of
         self._token_of = token_of
         self._apply_event = apply_event
@@ -69,7 +69,7 @@ class WakeCalls:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Cancel the calls in progress; their wakes go on."""
+        """Cancel the calls in progress; the wakes themselves go on."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -98,7 +98,7 @@ class WakeCalls:
         ]
         try:
             response = await self._post(pool, headers)
-        except UpstreamBrokenError:  # an idle connection may close as it is used; a wake can be repeated
+        except UpstreamBrokenError:  # an idle connection may close just as it is used; a wake can be asked for twice
             response = await self._post(pool, headers, fresh=True)
         if response.status != 200:
             refused = [value for name, value in response.headers if name == hop_headers.REFUSED]
