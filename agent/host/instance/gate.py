@@ -89,7 +89,7 @@ class AdmissionGate(Generic[OwnerT]):
         ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         first = not slots.waiting
         if slots.arrive(ticket) is Arrival.FULL:
-            text = f"{slots.waiting} requests wait for this instance already; try again later"
+            text = f"{slots.waiting} requests already wait for this instance; try again later"
             raise ExhaustedError("QUEUE_FULL", text)
         if first and not slots.open:
             self.owner.waiters_appeared()
@@ -226,7 +226,7 @@ class FunctionQueue(Generic[OwnerT]):
         """Join at the end. `start` is called with the instance that grants a slot, in the loop iteration of the
         grant; from then on the caller must `leave` that instance's gate. Raises ExhaustedError QUEUE_FULL."""
         if len(self._tickets) >= self._max_waiting:
-            raise ExhaustedError("QUEUE_FULL", f"{len(self._tickets)} requests wait for this function here already")
+            raise ExhaustedError("QUEUE_FULL", f"{len(self._tickets)} requests already wait for this function on this node")
         ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tickets[ticket] = start
         self.check()
