@@ -1,6 +1,6 @@
 """The events that `machine.step` takes and the effects that it returns.
 
-Each answer of an operation carries the generation that the operation was started with. Times are monotonic ns.
+The answer of an operation carries the generation with which the operation was started. Times are monotonic ns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from enum import Enum
 class Operation(Enum):
     """What the executor runs, one at a time; each ends in Succeeded, Refused or Broken.
 
-    - PREPARE: pull the image if it is missing
+    - PREPARE: pull the container image if it is missing
     - START: container, readiness, /initialize, first health check
     - LOCK: /pre-freeze, host memory reservation, lock, second listing of the CUDA processes
     - CHECKPOINT: checkpoint and cgroup freeze
@@ -37,7 +37,7 @@ class Operation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Created:
-    """The record is durable; the instance may ask for its GPUs."""
+    """The record is durable: the start may begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,12 @@ class LastRequestEnded:
 
 @dataclass(frozen=True, slots=True)
 class WaitersAppeared:
-    """The first request waits at the closed gate."""
+    """Requests now wait at the closed gate."""
 
 
 @dataclass(frozen=True, slots=True)
 class WaitersGone:
-    """No request waits at the gate any more."""
+    """No request waits at a closed gate any more: all are gone, or the gate has opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class ExecActive:
 
 @dataclass(frozen=True, slots=True)
 class WakeAsked:
-    """The API's Wake: be awake by `until_ns`, then hold off the idle timer for `hold_ns` or until the first request."""
+    """The API or scheduler asks: wake by `until_ns`, then hold off the idle timer for `hold_ns` or until a request."""
 
     hold_ns: int
     until_ns: int
@@ -84,7 +84,7 @@ class WakeAsked:
 
 @dataclass(frozen=True, slots=True)
 class WakeExpired:
-    """The deadline of an API wake passed."""
+    """The deadline of a wake that was asked for has passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class DrainOrdered:
 
 @dataclass(frozen=True, slots=True)
 class GpusLost:
-    """The GPU allocator can never grant this request: the GPUs are out of use for good."""
+    """The GPU allocator can never grant what the instance asked for: the GPUs are out of use for good."""
 
     message: str
 
@@ -135,7 +135,7 @@ class StopAsked:
 
 @dataclass(frozen=True, slots=True)
 class StopTimer:
-    """The grace of a stop's drain is over."""
+    """The time that a stop allows for the drain is over."""
 
     gen: int
 
@@ -149,7 +149,7 @@ class Succeeded:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The operation was rolled back: the instance is as before it."""
+    """The operation was rolled back: the instance is as it was before."""
 
     gen: int
     reason: str
@@ -194,7 +194,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class AskCancel:
-    """End operation `gen` early: PREPARE, LOCK and START with Refused CANCELLED, STOP with KILL at once."""
+    """Ask operation `gen` to end early: PREPARE, LOCK, START as Refused CANCELLED if they still can, STOP by KILL."""
 
     gen: int
 
@@ -208,12 +208,12 @@ class RequestGpus:
 
 @dataclass(frozen=True, slots=True)
 class WithdrawRequest:
-    """Take the request for GPUs back."""
+    """Take back the request for GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseGpus:
-    """Give the GPUs back. They are free for other instances once NVML shows them empty."""
+    """Give the GPUs back. Others may have them once NVML shows that they hold no memory of this instance."""
 
 
 @dataclass(frozen=True, slots=True)

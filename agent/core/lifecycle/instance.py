@@ -1,4 +1,4 @@
-"""The state of one instance on which its life cycle's decisions depend."""
+"""The fields of one instance that decide its life cycle."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ BACK_OFF_MAX_NS = 60 * SECOND_NS
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """Immutable; `machine.step` makes the next one. Times are monotonic ns.
+    """Immutable: `machine.step` returns a changed copy. Times are monotonic ns.
 
     - `op`: the operation under way, started with generation `op_gen`
     - `movable`: it may wake on other GPUs than those it was frozen on
-    - `paused`: its threads were stopped from outside (docker pause)
-    - `exec_active`: a command runs inside (exec) or is about to: no freeze begins, but a stop does not wait for it
+    - `paused`: its threads are stopped from outside (docker pause)
+    - `exec_active`: a command runs inside or soon will: only an earlier drain begins a freeze; a stop does not wait
     - `busy`: requests are inside; `has_waiters`: requests wait at the closed gate
     - `holds`: it holds its GPU grant
-    - `ordered`: the freeze under way was ordered by the GPU allocator and is not cancelled
+    - `ordered`: the freeze under way was ordered by the GPU allocator; no waiting request cancels it
     - `draining`: the GPU allocator needs the GPUs: the gate is closed, the freeze begins after the last request
-    - `stop`: a stop was asked for; `stop_force`: without drain and hooks
-    - `wake_until_ns`: an API wake counts as a waiter until then
-    - `hold_ns`: how long the next wake holds off the idle timer; `hold_until_ns`: that hold's end
-    - `refusals`: freezes refused in a row, the last for `refusal`; the next is tried at `retry_at_ns` at the earliest
-    - `restores`: attempts of the wake under way
+    - `stop`: a stop was asked for; `stop_force`: without drain, /pre-stop and TERM
+    - `wake_until_ns`: a wake that was asked for counts as a waiter until then
+    - `hold_ns`: how long the next wake holds off the idle timer; `hold_until_ns`: when that hold ends
+    - `refusals`: freezes refused in a row, the last for `refusal`; the idle timer waits for `retry_at_ns` at least
+    - `restores`: restore attempts of the wake under way
     - `history`: time, event and resulting state of the latest steps that changed the state or the operation
     """
 
@@ -65,7 +65,7 @@ class Instance:
 
     @property
     def is_new(self) -> bool:
-        """It has no history: its record is not known to be durable yet."""
+        """It has begun no operation: its record may not be durable yet."""
         return self.state is InstanceState.STARTING and self.op_gen == 0
 
     @property
@@ -75,7 +75,7 @@ class Instance:
 
     @property
     def in_gpu_queue(self) -> bool:
-        """It waits in the GPU allocator's queue."""
+        """It waits in the GPU allocator's queue, or is new and has not asked for GPUs yet."""
         waits = self.state in (InstanceState.STARTING, InstanceState.WAITING_GPU)
         return waits and self.op is None and not self.holds
 
@@ -87,9 +87,9 @@ class Instance:
 
     @property
     def back_off_ns(self) -> int:
-        """Time between the last refused freeze and the next attempt: doubled each time."""
+        """Least time from the last refused freeze to the idle timer's next attempt; it doubles with each refusal."""
         return min(BACK_OFF_MIN_NS << min(self.refusals - 1, 16), BACK_OFF_MAX_NS) if self.refusals else 0
 
     def awaited(self, at: int) -> bool:
-        """A request, or an API wake whose deadline has not passed, waits for this instance to be awake."""
+        """A request waits, or a wake whose deadline has not passed, for this instance to be awake."""
         return self.has_waiters or at < self.wake_until_ns

@@ -86,7 +86,7 @@ def _report(me: Instance, event: Event, at: int) -> Note:
 
 def _apply(me: Instance, event: Event, at: int) -> Step:  # noqa: C901, PLR0911, PLR0912 - one flat table reads best
     match event:
-        case ev.Created():  # PREPARE comes before the GPUs: none is held while an image is pulled
+        case ev.Created():  # PREPARE comes before the GPUs: none is held while a container image is pulled
             return _run(me, Operation.PREPARE) if me.is_new else (me, [])
         case ev.Granted(gpus):
             return _granted(me, gpus)
@@ -148,7 +148,7 @@ def _run(me: Instance, op: Operation) -> Step:
 
 
 def _after_the_end(me: Instance, event: Event) -> Step:
-    """A terminal instance refuses new waiters and gives back a grant that crossed its end; the rest is stale."""
+    """A terminal instance refuses new waiters and gives back a grant that crossed with its end; the rest is stale."""
     match event:
         case ev.WaitersAppeared():
             return me, [ev.RefuseWaiters(me.reason or "INSTANCE_GONE", me.message)]
@@ -164,7 +164,7 @@ def _granted(me: Instance, gpus: tuple[str, ...]) -> Step:
     me = replace(me, holds=True, gpus=gpus)
     match me.state:
         case InstanceState.STOPPING:
-            return me, []  # the grant crossed the stop: given back when the stop ends
+            return me, []  # the grant crossed with the stop: given back when the stop ends
         case InstanceState.STARTING if me.op is None:
             return _run(me, Operation.START)
         case InstanceState.WAITING_GPU:
@@ -180,7 +180,7 @@ def _release(me: Instance) -> Step:
 
 
 def _with_waiters(me: Instance, at: int) -> Step:
-    """A request or an API wake waits for this instance to be awake."""
+    """A request, or a wake that was asked for, waits for this instance to be awake."""
     match me.state:
         case InstanceState.FROZEN:
             return replace(me, state=InstanceState.WAITING_GPU, restores=0), [ev.RequestGpus()]
@@ -196,7 +196,7 @@ def _with_waiters(me: Instance, at: int) -> Step:
 
 def _wake_asked(me: Instance, hold_ns: int, until_ns: int, at: int) -> Step:
     me = replace(me, hold_ns=max(me.hold_ns, hold_ns), wake_until_ns=max(me.wake_until_ns, until_ns))
-    if not me.gate_open:  # frozen, waking, or about to give up its GPUs
+    if not me.gate_open:  # starting, frozen, waking, paused, stopping, or about to give up its GPUs
         return _with_waiters(me, at)
     me = replace(me, wake_until_ns=0)
     return _when_idle(me, at) if not me.busy else (replace(me, hold_ns=0), [])
@@ -223,7 +223,7 @@ def _when_idle(me: Instance, at: int) -> Step:
     if me.draining and me.freezable:
         return _begin_freeze(me, ordered=True)
     if me.has_waiters or me.exec_active:
-        return me, []  # the gate opens now and grants them: the GPU allocator never sees it idle
+        return me, []  # waiters enter as the gate opens, or a command runs: the GPU allocator never sees it idle
     hold_until = max(me.hold_until_ns, at + me.hold_ns if me.hold_ns else 0)
     freeze_at = max(at + me.freeze_after_ns, me.retry_at_ns, hold_until)
     me = replace(me, idle_gen=me.idle_gen + 1, hold_ns=0, hold_until_ns=hold_until)
@@ -247,7 +247,7 @@ def _drain(me: Instance) -> Step:
 
 def _paused(me: Instance, paused: bool, at: int) -> Step:
     """A pause closes the gate; no driver call is made until it ends. It counts only in RUNNING: in other states the
-    threads may be stopped by a freeze of the agent."""
+    agent's own freeze may have stopped the threads."""
     if paused is me.paused or (paused and me.state is not InstanceState.RUNNING):
         return me, []
     was_draining = me.draining
@@ -263,7 +263,7 @@ def _paused(me: Instance, paused: bool, at: int) -> Step:
 
 
 def _succeeded(me: Instance, at: int) -> Step:
-    """The current operation succeeded: the next one, or the state it leads to."""
+    """After an operation that succeeded: begin the next one, or enter the state it leads to."""
     op, me = me.op, replace(me, op=None)
     match op:
         case Operation.PREPARE:
@@ -305,7 +305,7 @@ def _frozen(me: Instance, at: int) -> Step:
 
 
 def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
-    """The current operation was rolled back: the state before it, a retry, or the end."""
+    """After an operation that was rolled back: return to the state before it, retry, stop or fail."""
     op, me = me.op, replace(me, op=None)
     match op:
         case Operation.LOCK if reason == PRE_FREEZE_FAILED:
@@ -333,11 +333,11 @@ def _refused(me: Instance, reason: str, message: str, at: int) -> Step:
 
 
 def _restore_refused(me: Instance, why: str, at: int) -> Step:
-    """The image is intact and a restore is left: on other GPUs if it is movable, else on the same ones."""
-    if not me.awaited(at):  # without a waiter, no other instance has to give up a GPU for a retry
+    """The image is intact and one restore is left: try it, preferably on other GPUs if the instance is movable."""
+    if not me.awaited(at):  # no request or wake waits: a retry might take a GPU from another instance for nothing
         me, effects = _release(replace(me, state=InstanceState.FROZEN))
         return me, [Note("instance.restore_refused", why), *effects]
-    retried = Note("instance.restore_retried", f"on {', '.join(me.gpus)}: {why}")
+    retried = Note("instance.restore_retried", f"failed on {', '.join(me.gpus)}: {why}")
     if me.movable:
         me, effects = _release(replace(me, state=InstanceState.WAITING_GPU))
         return me, [retried, *effects, ev.RequestGpus(avoid=me.gpus)]

@@ -1,7 +1,7 @@
 """The concurrency limit of one instance: requests inside it and the queue of those that wait.
 
-Counters and an ordered queue without clock or callbacks; the gate acts on the answers. Mutable, since it runs twice per
-request and one event loop is its only writer.
+Counters and an ordered queue without clock or callbacks; the gate acts on the answers. Mutable for speed, as it runs
+twice per request; one event loop is its only writer.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ConcurrencyLimiter(Generic[T]):
         return self.open and self.in_flight < self.limit and not self._queue
 
     def try_acquire(self) -> bool:
-        """Take a slot if one is free and no ticket waits."""
+        """Take a slot if `has_room()`. Returns whether it did."""
         if self.has_room():
             self.in_flight += 1
             return True

@@ -51,19 +51,19 @@ class GpuRequests(Protocol):
 
 
 class StateListener(Protocol):
-    """Meters, reports and history: called at every state change, before the gate acts on it."""
+    """Metering, reports and history. `state_changed` is called before the gate follows the new state."""
 
     def state_changed(self, actor: Actor, old: InstanceState, new: InstanceState, at: int) -> None: ...
 
     def fitness_changed(self, actor: Actor) -> None:
-        """The instance was made or is gone for good, or its preference over other instances has changed."""
+        """The instance was made or is gone for good, or the gateway should now prefer it more or less than before."""
 
     def load_changed(self, actor: Actor) -> None:
         """The first request is inside, or the last has left. Called on the request path."""
 
 
 class Listener(StateListener, Protocol):
-    """The node, which is also called when the instance holds its GPUs."""
+    """The node, which is also called when the instance has been granted its GPUs."""
 
     def gpus_held(self, actor: Actor) -> None: ...
 
@@ -87,8 +87,8 @@ class InstanceFigures:
 
 
 class Actor:
-    """See the module. Public attributes are for reading (tests/host/test_owners.py checks that): `handle` changes the
-    instance, the methods under "what others report" the rest.
+    """Owns one instance. Public attributes are for reading (tests/host/test_owners.py checks that): `handle` changes
+    the instance, the methods under "what others report" the rest.
 
     - `gpu_uuids`: the GPUs it was last on; `instance.gpus` are the ones granted to it.
     - `adopted`: an earlier agent started it, and may have woken it.
@@ -149,7 +149,7 @@ class Actor:
     # ---- events in ----------------------------------------------------------------------------------------------
 
     def handle(self, event: ev.Event) -> None:
-        """Take one event. On return, it and every event that followed from it have been handled."""
+        """Handle one event and all that follow from it. During a step it is only queued, and handled after the step."""
         self._inbox.append(event)
         if self._stepping:
             return
@@ -247,7 +247,7 @@ class Actor:
 
     def note_timeout(self) -> None:
         """A request timed out without a byte of an answer. One may be the request's fault; two in a row are the
-        instance's, which is stopped."""
+        instance's, and it is stopped."""
         self.figures.timeouts_in_a_row += 1
         if self.figures.timeouts_in_a_row >= MAX_TIMEOUTS_IN_A_ROW:
             message = f"{MAX_TIMEOUTS_IN_A_ROW} requests in a row timed out without a byte of an answer"
@@ -267,7 +267,7 @@ class Actor:
             self._listener.state_changed(self, old.state, new.state, at)
         if new.holds and not old.holds:
             self._listener.gpus_held(self)
-        self.gate.set_open(new.gate_open)  # closes before any effect starts; opens in the same turn
+        self.gate.set_open(new.gate_open)  # closes before any effect starts; opens in the same turn of the loop
         for effect in effects:
             self._perform(effect)
         if new.state is not old.state:
@@ -315,7 +315,7 @@ class Actor:
     def _arm_idle(self, gen: int, at_ns: int) -> None:
         """Keep one timer, not one per request: a timer that fires too early is armed again for the new time."""
         if self._closed:
-            return  # no freeze begins while the agent leaves
+            return  # no freeze begins while the agent stops
         self._idle_due = (gen, at_ns)
         if self._idle_timer is not None and self._idle_armed_ns > at_ns:
             self._idle_timer.cancel()

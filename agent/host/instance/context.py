@@ -1,4 +1,4 @@
-"""What the operations of all instances of a node share, and how one is cancelled."""
+"""What the operations of all instances of a node share, and how an operation is cancelled."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ REMOVED_LATER = frozenset({"ENGINE_UNAVAILABLE", "REMOVE_FAILED"})
 
 @dataclass(frozen=True, slots=True)
 class InstanceContext:
-    """Ports and settings.
+    """The ports and settings of a node.
 
     - `gpu_models`: the host's GPUs, uuid -> model.
-    - `store_problem`: why the store fails, "" while it works. No freeze begins while it fails.
+    - `store_problem`: why the store fails, "" while it works. No freeze begins while the store fails.
     """
 
     clock: Clock
@@ -42,8 +42,8 @@ class InstanceContext:
     store_problem: Callable[[], str] = lambda: ""
 
     async def remove(self, handle: Handle) -> None:
-        """Remove what is left of a dead container. What the engine can't remove now (down or busy) only holds a name:
-        `EngineWatch` removes it later. Raises as `Runtime.destroy` does otherwise."""
+        """Remove what is left of a dead container. What the engine can't remove now (it is down or busy) only keeps a
+        name taken: `EngineWatch` removes it later. Other errors of `Runtime.destroy` are raised."""
         try:
             await self.runtime.destroy(handle)
         except HibernodeError as error:
@@ -53,7 +53,7 @@ class InstanceContext:
 
 
 async def unless_cancelled(work: Coroutine[Any, Any, _T], cancel: asyncio.Event) -> _T:
-    """Await `work`, or cancel it when `cancel` is set: then PreconditionError CANCELLED. Leaves no task behind."""
+    """Await `work`, or cancel it when `cancel` is set, and raise PreconditionError CANCELLED. Leaves no task behind."""
     task, cancelled = asyncio.ensure_future(work), asyncio.ensure_future(cancel.wait())
     try:
         await asyncio.wait([task, cancelled], return_when=asyncio.FIRST_COMPLETED)

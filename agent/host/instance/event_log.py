@@ -13,7 +13,7 @@ from agent.ports import Clock
 
 @dataclass(frozen=True, slots=True)
 class NodeEvent:
-    """One event. `sequence` grows by one; `name` is dotted and never changes its meaning."""
+    """One event. `sequence` grows by one with each event; `name` is dotted and never changes."""
 
     sequence: int
     wall_ns: int
@@ -29,8 +29,8 @@ MAX_UNLOGGED = 1000
 
 
 class EventLog:
-    """Keeps the last `capacity` events, and logs each once, `LOG_AFTER_S` later with its own time. Call `flush` at the
-    end."""
+    """Keeps the last `capacity` events, and logs each once, within `LOG_AFTER_S` but with the time it was added. Call
+    `flush` at the end."""
 
     def __init__(self, clock: Clock, capacity: int = 5000) -> None:
         self._clock = clock
@@ -40,7 +40,7 @@ class EventLog:
         self._log = get_logger()
 
     def add(self, instance_uid: str, name: str, message: str = "", **attributes: str | int) -> None:
-        """Record one event; it is logged soon. Never pass secrets. Called on the loop's thread."""
+        """Record one event; it is logged soon. Never pass secrets. Call it on the loop's thread."""
         self._sequence += 1
         texts = {key: str(value) for key, value in attributes.items()}
         event = NodeEvent(self._sequence, self._clock.wall_ns(), instance_uid, name, message, texts)
@@ -60,7 +60,7 @@ class EventLog:
             self._log.info(event.name, timestamp=at, instance=event.instance_uid, **extra, **event.attributes)
 
     def read(self, *, after: int = 0, instance_uid: str = "", since_wall_ns: int = 0) -> list[NodeEvent]:
-        """Events after sequence number `after`, oldest first."""
+        """Events after sequence number `after` that match the other filters ("" and 0 match all), oldest first."""
         return [
             event
             for event in self._events

@@ -1,7 +1,7 @@
 """Runs the operations of one instance, one at a time, and posts each result as an event.
 
 An operation does not decide what comes next: it works on the ports, within deadlines, and answers Succeeded, Refused
-(rolled back) or Broken (state unknown). An unexpected exception becomes Broken.
+(rolled back) or Broken (state unknown). An exception becomes Broken.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class InstanceExecutor:
     async def close(self) -> None:
         """The agent stops and the instance stays: let the operation under way end, then stop watching.
 
-        A pull or a start is cancelled: the next agent starts that container again.
+        LOCK is asked to end early. PREPARE and START are cancelled: the next agent begins the start anew.
         """
         await self._health.pause()
         if self._op is ev.Operation.LOCK:
@@ -101,7 +101,7 @@ class InstanceExecutor:
             handle = self._actor.handle_of_container
             if op is ev.Operation.DESTROY and handle is not None:
                 await self._kill(handle)  # ends whatever the earlier operation waits for
-            await asyncio.wait([earlier])  # each has its own deadlines
+            await asyncio.wait([earlier])  # every operation has its own deadlines
         try:
             answer = await self._dispatch(op, gen, cancel)
         except HibernodeError as error:
@@ -248,7 +248,7 @@ class InstanceExecutor:
     # ---- end ----------------------------------------------------------------------------------------------------
 
     async def _stop(self, gen: int, cancel: asyncio.Event) -> ev.Event:
-        """/pre-stop, TERM, KILL, in that order, each only if something is left; a frozen instance gets KILL at once."""
+        """/pre-stop, TERM, KILL, in that order, each only if something is left; with `stop_force` KILL at once."""
         actor, handle = self._actor, self._actor.handle_of_container
         await self._health.pause()
         await self._try_save(RecordPhase.STOPPING)
@@ -259,7 +259,7 @@ class InstanceExecutor:
                 except HibernodeError as error:
                     self._context.events.add(actor.uid, "instance.stop_cut_short", error.message)
             elif actor.function.hooks.pre_stop is not None:
-                text = "stopped without waking or by force"
+                text = "the stop was forced, or the instance could not answer"
                 self._context.events.add(actor.uid, "instance.pre_stop_skipped", text)
             if await self._context.runtime.alive(handle) and not actor.instance.paused:
                 await self._freezing.prepare_kill(handle)
@@ -302,7 +302,7 @@ class InstanceExecutor:
         return ev.Succeeded(gen)
 
     async def _kill(self, handle: Handle) -> None:
-        """Kill and remove. An instance that survives every attempt keeps its GPUs cordoned, for lack of proof."""
+        """Kill and remove. If an instance survives every attempt, its GPUs are cordoned for lack of proof."""
         runtime, message = self._context.runtime, ""
         for _ in range(KILL_ATTEMPTS):
             try:
@@ -335,7 +335,7 @@ class InstanceExecutor:
             await self.save(self.record.phase)
 
     async def _try_save(self, phase: RecordPhase) -> None:
-        """`save` that never fails: an end goes on without the store, because recovery finds the container gone."""
+        """`save`, but it never fails: a stop goes on without the store, as recovery would find the container gone."""
         try:
             await self.save(phase)
         except HibernodeError as error:

@@ -25,16 +25,16 @@ from agent.ports import FreezeResult, Outcome
 
 CONNECT_AHEAD_S = 1.0
 CONNECT_AFTER_S = 0.0015
-"""Delay of the connection after a wake's begin. The steps before the driver's restore need this loop and the GIL, as
-NVML's thread does: a handshake in front of them costs the wake 0.4 ms. During the restore the loop is idle."""
+"""The connection is opened this long after a wake has begun. Until the driver's restore the wake needs this loop, and
+NVML's thread needs the GIL: a handshake at that time costs the wake 0.4 ms. During the restore the loop is idle."""
 
 
 class FreezeOperations:
-    """The freeze and wake operations. Health checks run only while it is awake: the last has ended before the lock.
+    """The freeze and wake operations. No health check runs in a frozen instance: the last has ended before the lock.
 
     - `note_vram`: measures the instance's VRAM before a freeze.
-    - `save_placement`: makes its GPUs durable before a freeze. A frozen instance can't be found by NVML; an awake one
-      can, so a move waits for no disk.
+    - `save_placement`: makes its GPUs durable before a freeze. NVML can't tell where a frozen instance was; it can for
+      an awake one, so a wake on other GPUs waits for no disk.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class FreezeOperations:
         self._save_placement = save_placement
 
     async def lock(self, handle: Handle, gen: int, cancel: asyncio.Event) -> ev.Event:
-        """/pre-freeze, the reservation of host memory, the driver's lock. `cancel` ends it before the driver's call."""
+        """/pre-freeze, the reservation of host memory, the driver's lock. `cancel` counts until the reservation."""
         actor, context = self._actor, self._context
         await self._health.pause()
         try:
@@ -63,12 +63,12 @@ class FreezeOperations:
             await self._pre_freeze(cancel)
             await self._note_vram(handle)
             if cancel.is_set():
-                raise PreconditionError(CANCELLED, "a request arrived before the checkpoint began")
+                raise PreconditionError(CANCELLED, "the freeze was cancelled before the driver's lock")
             await context.memory.reserve(handle, actor.figures.vram_bytes)
         except HibernodeError as error:
             self._resume()
             return ev.Refused(gen, error.reason, error.message)
-        except OSError as error:  # its /proc and cgroup files, while it is just ending
+        except OSError as error:  # its /proc and cgroup files vanish while it ends
             self._resume()
             return ev.Refused(gen, "HOST_MEMORY_UNKNOWN", f"the instance's memory can't be read: {error}")
         result = await context.freezer.lock(handle)
@@ -90,7 +90,7 @@ class FreezeOperations:
             self._context.events.add(self._actor.uid, "instance.pre_freeze_failed", error.message)
             return
         finally:
-            pool.retire()  # the hook's own connection must not outlive the freeze
+            pool.retire()  # the hook's own connection must not stay open during the freeze
         if status >= 500:
             raise PreconditionError(PRE_FREEZE_FAILED, f"GET /pre-freeze answered {status}")
         if status >= 400:
@@ -155,7 +155,7 @@ class FreezeOperations:
 
 
 async def _connect_ahead(pool: Pool | None) -> None:
-    """Connect while the server is still frozen: the kernel accepts. If it fails, the first request connects itself."""
+    """Connect while the server is still frozen: the kernel accepts. If this fails, the first request connects."""
     if pool is not None:
         await asyncio.sleep(CONNECT_AFTER_S)
         with suppress(HibernodeError):

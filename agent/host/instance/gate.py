@@ -30,14 +30,14 @@ class GateOwner(Protocol):
 OwnerT = TypeVar("OwnerT", bound=GateOwner)
 
 Start = Callable[[OwnerT], None]
-"""Called with the instance that granted a slot, in the same loop iteration, once the slot is counted and metered."""
+"""Called with the instance that granted a slot, in the loop iteration of the grant; the slot is metered by then."""
 
 
 class AdmissionGate(Generic[OwnerT]):
-    """The gate of one instance. `try_enter` and `leave` bracket a request; its actor calls everything else.
+    """The gate of one instance. Requests use `try_enter`, `wait` and `leave`; the rest is for its actor and the queue.
 
     - `queue`: the queue that all instances of the function share.
-    - `unhealthy`: the gate takes no request from the shared queue.
+    - `unhealthy`: while True, the gate takes no request from the shared queue.
     """
 
     __slots__ = ("_clock", "_meter", "_slots", "owner", "queue", "unhealthy")
@@ -76,7 +76,7 @@ class AdmissionGate(Generic[OwnerT]):
         return self._slots.limit
 
     def try_enter(self) -> asyncio.Future[None] | None:
-        """The fast path. None: granted, call `leave` at the end. Else a ticket to pass to `wait`.
+        """Enter if a slot is free, else queue. None: granted, call `leave` at the end. Else a ticket to pass to `wait`.
 
         Raises ExhaustedError QUEUE_FULL.
         """
@@ -114,7 +114,7 @@ class AdmissionGate(Generic[OwnerT]):
             self.owner.waiters_gone()
 
     def leave(self) -> None:
-        """A granted request has ended: its slot goes to the next ticket."""
+        """A granted request has ended: its slot goes to the next that waits, here or in the shared queue."""
         slots = self._slots
         slots.done()
         self._meter.request_ended(self._clock.monotonic_ns())
@@ -178,10 +178,10 @@ class AdmissionGate(Generic[OwnerT]):
 
 
 class FunctionQueue(Generic[OwnerT]):
-    """Requests that any instance of one function on this node may serve: the first that frees takes the oldest.
+    """Requests that any instance of one function on this node may serve: the first with a free slot takes the oldest.
 
-    The gateway dispatches a few requests here early, so that an instance that frees has the next one at once
-    (`x-hibernode-any-instance`). Requests at an instance's own gate go first: they named that instance. While no
+    The gateway dispatches a few requests early (`x-hibernode-any-instance`), so that a slot that becomes free is used
+    at once. Requests at an instance's own gate go first: they named that instance. While no
     healthy instance of the function is open, requests are refused and the gateway queues them again.
     """
 
@@ -223,8 +223,8 @@ class FunctionQueue(Generic[OwnerT]):
             raise
 
     def ticket(self, start: Start[OwnerT]) -> asyncio.Future[None]:
-        """Join at the end. `start` is called with the instance that grants a slot, in the loop iteration of the
-        grant; from then on the caller must `leave` that instance's gate. Raises ExhaustedError QUEUE_FULL."""
+        """Queue a request. `start` is called with the instance that grants a slot, in the loop iteration of the grant;
+        the caller must then `leave` that instance's gate at the end. Raises ExhaustedError QUEUE_FULL."""
         if len(self._tickets) >= self._max_waiting:
             raise ExhaustedError("QUEUE_FULL", f"{len(self._tickets)} requests already wait for this function on this node")
         ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()

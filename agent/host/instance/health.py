@@ -1,4 +1,4 @@
-"""Custom health checks: not metered as requests. None runs while frozen; the last has ended before the lock."""
+"""Custom health checks: not metered as requests. None runs in a frozen instance; the last has ended before the lock."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class HealthProbe:
             await asyncio.gather(task, return_exceptions=True)
 
     def reset(self) -> None:
-        """Call it healthy: it is frozen. If it stayed unhealthy, no request would wake it and no probe could find it
-        recovered."""
+        """Count the instance as healthy, because it is frozen now: if it stayed unhealthy, no request would wake it and
+        no probe could find it recovered."""
         self._actor.set_healthy(True)
 
     async def _probe(self) -> None:
@@ -43,7 +43,7 @@ class HealthProbe:
             full = actor.gate.in_flight >= actor.gate.concurrency
             status = await hooks.probe(actor.pool, actor.function, check)
             if full and not status:
-                continue  # busy, not unhealthy: its server may take one request at a time
+                continue  # busy, not unhealthy: its server may take only one request at a time
             if hooks.is_healthy(status):
                 good, bad = good + 1, 0
             else:

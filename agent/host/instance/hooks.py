@@ -1,4 +1,4 @@
-"""The agent's own calls into an instance: readiness, lifecycle hooks, health probes (FC custom-container contract)."""
+"""The agent's own calls into an instance: readiness, lifecycle hooks, health probes (as in Function Compute)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agent.http.message import Header
 from agent.http.pool import Pool
 
 ACCOUNT_ID = "0"
-"""Hibernode has no accounts; the value lets programs run that only pass it on (log fields, paths)."""
+"""Hibernode has no accounts; this value is for programs that only pass it on (log fields, paths)."""
 CODE_PATH = "/code"
 """Where Function Compute puts a code package. An image has none: the folder is the image's own, or missing."""
 READY_POLL_MIN_S = 0.005
@@ -38,9 +38,9 @@ def function_headers(function: FunctionSpec) -> list[Header]:
 
 
 async def wait_until_listening(host: str, port: int, deadline: float, ended: Callable[[], bool]) -> None:
-    """Connect until something listens. `deadline` is in loop time; `ended` ends it early (the process died).
+    """Try to connect until something listens. `deadline` is in loop time; `ended` ends it early (the process died).
 
-    Raises InstanceError FUNCTION_NOT_STARTED with FC's words.
+    Raises InstanceError FUNCTION_NOT_STARTED in Function Compute's words.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -62,7 +62,7 @@ async def wait_until_listening(host: str, port: int, deadline: float, ended: Cal
                 f"ContainerStartDuration:{int((loop.time() - began) * SECOND_NS)}. {why}. "
                 f"It must listen on 0.0.0.0:$FC_CUSTOM_LISTEN_PORT ({port}).",
             )
-        await asyncio.sleep(pause)  # nothing reports that a foreign server listens
+        await asyncio.sleep(pause)  # no event tells when another process begins to listen
         pause = min(pause * 1.5, READY_POLL_MAX_S)
 
 
@@ -106,5 +106,5 @@ async def probe(pool: Pool, function: FunctionSpec, check: HealthCheck) -> int:
 
 
 def is_healthy(status: int) -> bool:
-    """FC's rule for the status of a health probe."""
+    """Function Compute's rule for the status of a health probe."""
     return 200 <= status < 400

@@ -1,7 +1,7 @@
 """Reserves host memory for GPU images: keeps the ledger, and raises and lowers the instances' own memory limits.
 
-Disk writes run in order on one thread. The loop never waits for them, a freeze only if a limit must be raised, a wake
-never.
+Disk writes run in order on one thread. The loop and a wake never wait for them, a freeze only for changes of a
+memory limit.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class MemoryReservations:
         self._memory = memory
         self.ledger = MemoryLedger(limit_bytes, reserve_bytes)
         self._deadline_s = disk_deadline_s
-        self._declared: dict[str, int] = {}  # of instances that share their GPU; 0 = not declared
+        self._declared: dict[str, int] = {}  # VRAM of instances that share their GPU; 0 = not declared
         self._raised: set[str] = set()  # limits that were raised, or are being raised
         self._noted: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(1, "host-memory")
-        self._changing: Future[None] | None = None  # the limit that was changed last
+        self._changing: Future[None] | None = None  # the latest change of a limit
         self._closed = False
         self._log = get_logger()
 
@@ -97,8 +97,8 @@ class MemoryReservations:
         return ImageSize(self._memory.resident_bytes(pids), estimated=True)
 
     def recovered(self, uid: str, declared_bytes: int | None, size: ImageSize, *, frozen: bool) -> None:
-        """Recovery: an instance that an earlier agent admitted. `declared_bytes` None = it shares no GPU; `size` is its
-        image's if it is frozen, else its VRAM's."""
+        """Recovery: enter an instance that an earlier agent admitted. `declared_bytes` None = it shares no GPU; `size`:
+        of its image if it is frozen, else of its VRAM."""
         if declared_bytes is not None:
             self._declared[uid] = declared_bytes
             self.ledger = self.ledger.promised(uid, declared_bytes or size.bytes)
@@ -117,8 +117,8 @@ class MemoryReservations:
         """Promise memory for one freeze, within the node's ledger and every cgroup limit above the instance. The
         instance's own limit is raised if necessary.
 
-        Raises PreconditionError HOST_MEMORY_SHORT, UnavailableError HOST_MEMORY_UNKNOWN. After either, or if no freeze
-        follows, `restored` undoes it.
+        Raises PreconditionError HOST_MEMORY_SHORT, UnavailableError HOST_MEMORY_UNKNOWN. `restored` undoes it, also
+        after either error.
         """
         if not await self._changed():
             raise UnavailableError(
@@ -142,14 +142,14 @@ class MemoryReservations:
             self._in_order("note_image", lambda: self._memory.note_image(handle.uid, image_bytes))
 
     async def _raise_limit(self, handle: Handle, image_bytes: int) -> str:
-        """Returns "" or why it failed."""
+        """Raise the instance's own limit. Returns "" or why that failed."""
         answer: list[str] = []
         self._raised.add(handle.uid)
         raising = lambda: answer.append(self._memory.raise_limit(handle, image_bytes))  # noqa: E731
         self._changing = self._in_order("raise_limit", raising)
         if not await self._changed():
-            return f"raising it takes more than {self._deadline_s:g} s; is the disk of state_dir stuck?"
-        return answer[0] if answer else "raising it failed, see the agent's log; or raise its memorySize"
+            return f"raising the limit takes more than {self._deadline_s:g} s; is the disk of state_dir stuck?"
+        return answer[0] if answer else "raising the limit failed, see the agent's log; or raise its memorySize"
 
     def took(self, uid: str, image_bytes: int) -> None:
         """The checkpoint took this much host memory; 0 = not measured, so the reserved size counts."""
@@ -157,7 +157,7 @@ class MemoryReservations:
         self.ledger = self.ledger.took(uid, image_bytes or (reserved.image_bytes if reserved else 0))
 
     def restored(self, uid: str) -> None:
-        """The image is gone again."""
+        """The image is gone or was never made: end its reservation, lower the limit that was raised for it."""
         self.ledger = self.ledger.restored(uid)
         if uid in self._raised or self._memory.limit_raised(uid):
             self._raised.discard(uid)
@@ -176,7 +176,7 @@ class MemoryReservations:
     # ---- the thread -----------------------------------------------------------------------------------------------
 
     def _in_order(self, what: str, work: Callable[[], object]) -> Future[None]:
-        """Queue `work` on the thread; at most one entry per freeze, wake and end is queued. Never fails."""
+        """Queue `work` on the thread; after `close` nothing is queued. Never fails: an error of `work` is logged."""
 
         def run() -> None:
             try:
@@ -201,4 +201,4 @@ class MemoryReservations:
 
 def _raise_if(short: str) -> None:
     if short:
-        raise PreconditionError("HOST_MEMORY_SHORT", f"{short}; the instance stays awake")
+        raise PreconditionError("HOST_MEMORY_SHORT", f"{short}: no room for its GPU image")
