@@ -65,7 +65,7 @@ class Instances(inst_grpc.InstanceServiceServicer):
     async def WakeInstance(self, request: inst.WakeInstanceRequest, context: Any) -> inst.WakeInstanceResponse:
         found = self._find(request.uid)
         if not (0 <= request.hold_ns <= MAX_HOLD_NS and request.timeout_ns >= 0):
-            raise InvalidArgumentError("HOLD_INVALID", "hold and timeout must be between 0 and 600 s")
+            raise InvalidArgumentError("HOLD_INVALID", "hold must be between 0 and 600 s, timeout not negative")
         _raise_if_failed(found)
         if found.uid == "i-stuck":
             await asyncio.Event().wait()

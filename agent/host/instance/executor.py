@@ -163,8 +163,8 @@ class InstanceExecutor:
             reason, message = error.reason, error.message
             if self._exit is not None:  # its exit explains more than a missing answer
                 reason = "OUT_OF_MEMORY" if self._exit.oom_killed else reason
-                message = f"{message} Its exit: {_how_it_ended(self._exit)}."
-            raise InstanceError(reason, f"{message} {await self._log_tail(handle)}") from error
+                message = f"{message}; its exit: {_how_it_ended(self._exit)}"
+            raise InstanceError(reason, f"{message.rstrip('.')}. {await self._log_tail(handle)}") from error
         await self.save(RecordPhase.READY)
         try:
             await self._note_vram(handle)
@@ -242,7 +242,7 @@ class InstanceExecutor:
         message = f"the container's main process ended: {_how_it_ended(ended)}"
         if self._actor.instance.op is ev.Operation.START:
             reason = reason if ended.oom_killed else "FUNCTION_NOT_STARTED"
-            message = f"{message} {await self._log_tail(handle)}"
+            message = f"{message.rstrip('.')}. {await self._log_tail(handle)}"
         self._actor.handle(ev.Exited(reason, message))
 
     # ---- end ----------------------------------------------------------------------------------------------------

@@ -226,7 +226,9 @@ class FunctionQueue(Generic[OwnerT]):
         """Queue a request. `start` is called with the instance that grants a slot, in the loop iteration of the grant;
         the caller must then `leave` that instance's gate at the end. Raises ExhaustedError QUEUE_FULL."""
         if len(self._tickets) >= self._max_waiting:
-            raise ExhaustedError("QUEUE_FULL", f"{len(self._tickets)} requests already wait for this function on this node")
+            raise ExhaustedError(
+                "QUEUE_FULL", f"{len(self._tickets)} requests already wait for this function on this node"
+            )
         ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tickets[ticket] = start
         self.check()
