@@ -126,7 +126,7 @@ class ChunkedBody:
         self._state = self._DATA if self._left else self._TRAILER
 
     def _keep(self, partial: bytes) -> None:
-        """Keeps the beginning of a line; refuses one that can no longer become valid before it grows."""
+        """Keeps the beginning of a line; refuses one as soon as it can no longer become valid."""
         text = partial[:-1] if partial.endswith(b"\r") else partial
         match self._state:
             case self._SIZE:

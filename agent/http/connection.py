@@ -94,7 +94,7 @@ class ServerConnection(asyncio.Protocol):
 
     @property
     def idle(self) -> bool:
-        """Between requests: closing the connection interrupts nothing."""
+        """No request is being served, though the head of one may have begun to arrive."""
         return self._state == _HEAD
 
     # --- called by the transport ------------------------------------------------------------
@@ -412,7 +412,7 @@ class ServerConnection(asyncio.Protocol):
             self.abort()
 
     def _write_stalled(self, now: float) -> None:
-        """Aborts unless the client has taken something since the last check; slow is allowed."""
+        """Aborts unless the client has taken something since the last check; a slow client is allowed."""
         before, self._last_unsent = self._last_unsent, self.transport.get_write_buffer_size()
         if self._last_unsent >= before:
             self.abort()

@@ -1,4 +1,4 @@
-"""A relay whose answer's head waits for headers that are not known yet: the log of the request that it answers.
+"""A relay whose answer's head waits for headers that are not known yet, such as the log of its request.
 
 Meanwhile the upstream is not read; only what came with its head is kept, one read of the socket at most. The deadline
 still counts, and the client may leave.
@@ -16,11 +16,11 @@ from agent.http.relay import Done, Hook, Relay, RelayOutcome, ResponseFilter
 from agent.http.upstream import UpstreamConnection
 
 DeferredHeaders = Callable[[], Awaitable[list[Header]]]
-"""Called at the upstream's head; bounds its own time. Cancelled if the exchange ends first."""
+"""Called when the upstream's head has arrived; bounds its own time. Cancelled if the exchange ends first."""
 
 
 class DelayedHeadRelay(Relay):
-    """Adds the headers of `deferred` to those of the response filter; holds the upstream's calls back until then."""
+    """Adds the headers of `deferred` to those of the response filter; holds the upstream's calls back until it can."""
 
     __slots__ = ("_deferred", "_held_back", "_task")
 
@@ -58,7 +58,7 @@ class DelayedHeadRelay(Relay):
             fault = error
         self._task = None
         if self.ended or fault is not None:
-            self._end(RelayOutcome.COMPLETE, fault)  # no effect on one that has ended
+            self._end(RelayOutcome.COMPLETE, fault)  # no effect on a relay that has ended
             return
         inner = self._filter
         self._filter = lambda answer: None if (headers := inner(answer)) is None else headers + more

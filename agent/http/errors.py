@@ -2,7 +2,7 @@
 
 Body `{"RequestId", "Code", "Message"}` and header `x-fc-request-id` are Function Compute's. `Code` is the error's
 reason in PascalCase (QUEUE_TIMEOUT -> QueueTimeout), but InvalidArgument for every 400 and ResourceExhausted for every
-429, the codes that FC's clients look for.
+429, the codes that its clients look for.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def body_too_large(limit_bytes: int) -> HttpError:
 
 
 def too_slow(what: str, seconds: float) -> HttpError:
-    """408: the client sent no byte for `seconds`."""
+    """408: `what` did not arrive within `seconds`."""
     return HttpError(408, "RequestTimeout", "REQUEST_TIMEOUT", f"{what} did not arrive within {seconds:g} seconds.")
 
 
@@ -94,7 +94,7 @@ class ErrorAnswer:
 
 
 def status_and_code(error: BaseException) -> tuple[int, str]:
-    """HTTP status and FC `Code` of an error; 500 InternalServerError for all but a HibernodeError."""
+    """HTTP status and `Code` of an error; 500 InternalServerError for all but a HibernodeError."""
     if isinstance(error, HttpError):
         return error.status, error.code
     if isinstance(error, core.HibernodeError):
@@ -107,14 +107,14 @@ def status_and_code(error: BaseException) -> tuple[int, str]:
 def error_answer(error: BaseException, request_id: str, *, retry_after_s: int | None = None) -> ErrorAnswer:
     """The JSON answer for `error`.
 
-    A 429 carries `Retry-After` (1 s by default). An InstanceError, the function's own fault, carries `x-fc-error-type`,
-    by which FC's clients recognise it. The text of an unknown error is not sent.
+    A 429 carries `Retry-After` (1 s by default), another status only if `retry_after_s` is given. An InstanceError, the
+    function's own fault, carries `x-fc-error-type`, by which clients recognise it. No text of an unknown error is sent.
     """
     status, code = status_and_code(error)
     if isinstance(error, core.HibernodeError):
         message = error.message
     else:
-        message = "An internal error occurred; the log has details under this request id."
+        message = "An internal error occurred; the server's log has the details."
     body = json.dumps({"RequestId": request_id, "Code": code, "Message": message}).encode()
     headers = [(b"content-type", b"application/json"), (b"x-fc-request-id", request_id.encode("ascii"))]
     if isinstance(error, core.InstanceError):

@@ -19,7 +19,7 @@ _NOTHING, _LENGTH, _CHUNKED, _UNTIL_CLOSE = range(4)  # how an answer's body is 
 
 
 class BodySink(Protocol):
-    """Takes a request's body as it arrives. The last call is exactly one of `body_end` and `body_failed`."""
+    """Takes a request's body as it arrives, up to `body_end` or `body_failed`; neither comes if the client leaves."""
 
     def body_data(self, data: bytes) -> None: ...
     def body_end(self) -> None: ...
@@ -72,7 +72,7 @@ class ClientConnection(Protocol):
 class Exchange:
     """One request and its answer. Single use; a connection has one exchange at a time.
 
-    A client that half-closes its connection counts as gone, as with nginx: the two cannot be told apart. While reading
+    A client that half-closes its connection counts as gone, as with nginx: it looks like one that leaves. While reading
     is paused (more than `Limits.buffer_bytes` of a body that no handler takes yet) a departure goes unnoticed.
 
     For handlers: `head`, `peer`, `gone`, `on_gone`, `buffer_body`, `answer`, `fail`. For streaming (see forward.py):
@@ -97,7 +97,7 @@ class Exchange:
         self._corked = False
         self._body: list[bytes] = []
         self._buffered = 0
-        self._want = want_bytes  # buffered bytes at which reading pauses
+        self._want = want_bytes  # buffered bytes above which reading pauses
         self._sink: BodySink | None = None
         self._sink_full = False
         self._body_waiter: asyncio.Future[None] | None = None
@@ -238,9 +238,9 @@ class Exchange:
         await self.answer(made.status, made.headers + (extra or []), made.body)
 
     def begin(self, status: int, reason: bytes | None, headers: list[Header], length: int | None) -> None:
-        """Begins an answer whose body of `length` bytes (None: unknown) follows by `write`. Sends nothing yet.
+        """Begins an answer whose body of `length` bytes (None: unknown) is added by `write`. Sends nothing yet.
 
-        Chooses the framing: length, else chunks, else (HTTP/1.0) until close. `headers` carry none.
+        Chooses the framing: length, else chunks, else (HTTP/1.0) until close. `headers` have none.
         """
         if self.head_sent:
             raise RuntimeError("an answer has begun already")
@@ -304,7 +304,7 @@ class Exchange:
         self._connection.answered(self._close)
 
     def abort(self) -> None:
-        """Cuts the connection, so that the client cannot take part of an answer for all of it. A body that only the
+        """Cuts the connection, so that the client does not take half an answer for a whole one. A body that only the
         close would have ended (HTTP/1.0) is cut by a reset."""
         self._out = []
         self._connection.abort(reset=self._out_framing == _UNTIL_CLOSE)
@@ -388,4 +388,4 @@ class Exchange:
 
 Handler = Callable[[Exchange], Awaitable[None] | None]
 """Answers an exchange. A coroutine function runs in a task of its own. A plain function that returns None has taken the
-exchange over and answers it by callbacks, at once or later (see `forward.forward_now`): the faster way."""
+exchange over and answers it by callbacks, at once or later (see `forward.forward_now`), which is faster."""

@@ -45,7 +45,7 @@ async def forward(
     - `body`: the whole body if the caller has it (from `buffer_body`); else the exchange's is streamed.
     - `expect`: sends `Expect: 100-continue`, and the body after the upstream's 100. Without it the client gets its 100
       as soon as the upstream is connected.
-    - `deferred_headers`: awaited at the upstream's head; the client's head waits for the headers that it returns.
+    - `deferred_headers`: awaited once the upstream's head has come; the client's head waits for what it returns.
     - `on_last_byte`: called inline, once, when the last byte of the upstream's answer has arrived or its connection is
       closed for any other reason.
 
@@ -110,8 +110,8 @@ def forward_now(
     """As `forward`, without a task.
 
     - `connection`: from `source.take()`; owned by the relay from here on.
-    - `on_done`: called exactly once, possibly before this returns; must not raise. What `response_filter` raised is in
-      its result.
+    - `on_done`: called exactly once, possibly before this returns; must not raise. What `response_filter` or
+      `deferred_headers` raised is in its result.
     - `prepared`: the head, made by `prepare` from the same arguments.
 
     Raises ValueError for CR or LF in a header, after it has released the connection.

@@ -1,9 +1,9 @@
 """Strict parsing of heads (RFC 9112). A head that two parsers could read differently is refused.
 
-Request smuggling needs one of the rules below broken: bare CR or LF, obs-fold, space before the colon, two lengths, a
-length beside chunks. A head is checked as one piece (`bytes.translate` finds all control characters at once), which
-costs less than a parser with callbacks. Accepted heads are serialised anew. The tests compare this parser with llhttp,
-which must agree with every head that it accepts.
+Request smuggling needs one of these, all of which are refused: bare CR or LF, obs-fold, space before the colon, two
+lengths, a length beside chunks. A head is checked as one piece (`bytes.translate` finds all control characters at
+once), which costs less than a parser with callbacks. Accepted heads are serialised anew. The tests compare this parser
+with llhttp, which must agree on every head that is accepted here.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _is_length = re.compile(rb"[0-9]{1,15}").fullmatch
 _absolute = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE).fullmatch
 _VERSION = re.compile(rb"HTTP/[0-9.]+$")
 
-# Bytes that a head may contain only in its line ends.
+# Control characters: CR and LF may stand only in a line's end, the others nowhere.
 _CONTROLS = bytes(byte for byte in range(32) if byte != 9) + b"\x7f"
 _FRAMING = frozenset((b"host", b"content-length", b"transfer-encoding", b"connection", b"expect"))
 _NAMES: dict[bytes, bytes] = {}  # as written -> lower case, for names found valid
 _NAMES_SIZE = 1024
-_STATUS_LINES: dict[bytes, tuple[bool, int, bytes]] = {}  # seen ones -> HTTP/1.1?, status, reason
+_STATUS_LINES: dict[bytes, tuple[bool, int, bytes]] = {}  # as received -> whether HTTP/1.1, status, reason
 
 
 def _fields(raw: bytes, lines: list[bytes]) -> tuple[list[Header], list[Header]]:

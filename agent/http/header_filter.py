@@ -1,8 +1,8 @@
 """Which headers pass from one hop to the next, by the rules of agent/docs/design.md, section 6.
 
 Names are compared after folding case and `_` to `-`: many application frameworks map `X_FC_Request_Id` and
-`x-fc-request-id` to the same variable. Names that a message's `Connection` header lists are dropped, too; callers add
-their own headers after stripping, so a client cannot remove them.
+`x-fc-request-id` to the same variable. Headers that a message's `Connection` lists are dropped, too; callers add their
+own headers after stripping, so a client cannot remove them.
 
 Framing (`content-length`, `transfer-encoding`) and `expect` never pass: each sender frames its own messages. Verdicts
 on names are cached, because real traffic uses few; the cache is bounded, because clients choose the names.
@@ -54,7 +54,7 @@ def _hop_answer_passes(name: bytes) -> bool:
 
 
 class _Verdicts(dict[bytes, bool]):
-    """Name -> whether it passes. Computes a new name's verdict, and stores up to `_CACHE_SIZE`."""
+    """Name -> whether it passes. Computes the verdict on a new name, and keeps up to `_CACHE_SIZE` of them."""
 
     def __init__(self, rule: Callable[[bytes], bool]) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 """The headers and the path that gateway and ingress share. No client can send them: `header_filter` strips them, and
-the ingress reads them only behind the node's token. Clients see `WAKE_MS` and `QUEUE_MS` in answers.
+the ingress reads them only together with the node's token. Clients see `WAKE_MS` and `QUEUE_MS` in answers.
 """
 
 from __future__ import annotations
@@ -7,10 +7,10 @@ from __future__ import annotations
 PREFIX = b"x-hibernode-"
 
 # Gateway to ingress.
-TOKEN = b"x-hibernode-token"  # the node's; `authorization` is the client's own and goes through
+TOKEN = b"x-hibernode-token"  # the node's credential; `authorization` is the client's own and goes through
 INSTANCE = b"x-hibernode-instance"  # uid of the instance that the dispatcher chose
 ANY_INSTANCE = b"x-hibernode-any-instance"  # another instance of the function on this node may serve, too
-STARTED = b"x-hibernode-started"  # asks for 102 Processing when an instance has granted a slot
+STARTED = b"x-hibernode-started"  # asks for 102 Processing once the request has its grant to enter an instance
 DEADLINE_MS = b"x-hibernode-deadline-ms"  # the rest of the queue timeout
 CONTROL_PATH = b"x-hibernode-control-path"  # becomes `x-fc-control-path`
 CLIENT_IP = b"x-hibernode-client-ip"  # becomes `x-fc-client-ip`

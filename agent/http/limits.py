@@ -1,4 +1,4 @@
-"""All bounds and timeouts of the engine. Sizes in bytes, times in seconds of the event loop's clock."""
+"""Bounds and timeouts that callers of the engine set. Sizes in bytes, times in seconds of the event loop's clock."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class UpstreamLimits:
     write_buffer_bytes: int = 64 * 1024  # request bytes waiting for the upstream before the client is paused
     max_connections: int = 1024  # open ones, busy and idle
     max_idle: int = 256
-    idle_s: float = 60.0  # shorter than the upstream's own (Function Compute requires 15 min of instances)
+    idle_s: float = 60.0  # shorter than the upstream's keep-alive (Function Compute requires 15 min of instances)
     connect_timeout_s: float = 5.0
-    # Longest silence of the peer's kernel before its connections break (TCP_USER_TIMEOUT and keep-alive probes); 0: the
+    # Silence of the peer's kernel after which its connections break (TCP_USER_TIMEOUT and keep-alive probes); 0: the
     # half minute of `tcp_options`. Not for upstreams that may leave a body unread for that long.
     silence_s: float = 0.0

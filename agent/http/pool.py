@@ -19,7 +19,7 @@ _RESOLUTION_S = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A whole response of `Pool.request`."""
+    """What `Pool.request` returns."""
 
     status: int
     headers: list[Header]
@@ -83,7 +83,7 @@ class Pool:
                 "UPSTREAM_CONNECT_FAILED", f"No connection to {where} within {max(timeout_s, 0):.3g} seconds."
             ) from None
         except OSError as error:
-            # This process is out of descriptors, which says nothing about the other side.
+            # This process or host is out of descriptors, which says nothing about the other side.
             no_descriptors = error.errno in (errno.EMFILE, errno.ENFILE)
             raise ConnectFailedError(
                 "UPSTREAM_CONNECTIONS_EXHAUSTED" if no_descriptors else "UPSTREAM_CONNECT_FAILED",
@@ -99,7 +99,7 @@ class Pool:
             self.release(await self.acquire(self._loop.time() + timeout_s, fresh=True))
 
     def release(self, connection: UpstreamConnection) -> None:
-        """Returns a connection. The pool keeps it if its exchange ended cleanly and it was not retired."""
+        """Returns a connection. The pool keeps it after a clean exchange, if it was not retired and there is room."""
         if (
             connection.generation == self.generation
             and not self._closed
@@ -146,10 +146,10 @@ class Pool:
         whole: bool = True,
         fresh: bool = False,
     ) -> Response:
-        """Sends one small request and returns its whole response: hooks, health checks, Wake calls. Never repeats.
+        """Sends one small request and returns its response; for hooks, health checks and Wake calls. Never repeats it.
 
-        - `headers`: `host` and framing are added.
-        - `timeout_s`: covers connecting, too.
+        - `headers`: framing is added, and `host` if there is none.
+        - `timeout_s`: for all of it, connecting included.
         - `max_body_bytes`: a larger response body is an error; with `whole` False the response then ends there, for
           callers that need only the status.
         - `fresh`: uses a new connection and closes it afterwards.

@@ -6,7 +6,7 @@ write buffer is full, the relay pauses reading on the other side.
 
 The relay owns the upstream connection until the answer's last byte has arrived (`_upstream_done`), and hands it back
 before it forwards that byte, so that a waiting request can use connection and slot at once. Timeouts belong to the two
-connections; they report here. Every path ends in `_end`, which calls `on_done` exactly once.
+connections, which report them here. Every path ends in `_end`, which calls `on_done` exactly once.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from agent.http.upstream import BROKEN, UpstreamConnection
 
 
 class RelayOutcome(enum.Enum):
-    """How a forwarded exchange ended. The client's answer has begun in COMPLETE and both MID_BODY outcomes, may have
-    begun in CLIENT_GONE and CLIENT_FAILED, and has not begun in the others."""
+    """How a forwarded exchange ended. The client's answer has begun in COMPLETE (without a `fault`) and both MID_BODY
+    outcomes, may have begun in CLIENT_GONE and CLIENT_FAILED, and has not begun in the others."""
 
     COMPLETE = "complete"
     HELD = "held"  # `response_filter` returned None; nothing was sent to the client
@@ -47,9 +47,9 @@ class ForwardResult:
     error: HibernodeError | None  # what went wrong, for the answer (`exchange.fail`) and the log
     request_body_bytes: int
     response_body_bytes: int
-    fault: Exception | None = None  # what `response_filter` raised
-    # The upstream closed the connection in order and had sent neither 100 nor 102. An ingress that was asked for a
-    # start notice had passed nothing on.
+    fault: Exception | None = None  # what the response filter or the deferred headers raised
+    # The upstream closed the connection in order and had sent neither 100 nor 102: if it is an ingress that was asked
+    # for a start notice, no byte reached an instance.
     not_started: bool = False
 
     @property
@@ -245,11 +245,11 @@ class Relay:
     # --- the end ---------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """The caller was cancelled, or failed: cuts both connections."""
+        """The caller was cancelled, or failed: cuts the upstream, and the client if its answer has begun."""
         self._break_off(RelayOutcome.CLIENT_GONE)
 
     def _break_off(self, outcome: RelayOutcome) -> None:
-        """Ends without a complete answer: neither connection can serve another request."""
+        """Ends without a complete answer: cuts the upstream, and the client if its answer has begun."""
         if self.ended:
             return
         if not self._released:

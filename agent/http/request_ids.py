@@ -8,7 +8,7 @@ from collections.abc import Callable
 class RequestIds:
     """Makes request ids in Function Compute's shape: `1-67a59f35-150c1267-f381ba1c085c`.
 
-    Version, Unix seconds, 32 random bits, 48 random bits. `random_bits` is `random.getrandbits`.
+    Version, Unix seconds, 32 random bits, 48 random bits. `random_bits` works like `random.getrandbits`.
     """
 
     __slots__ = ("_random_bits", "_wall_s")

@@ -1,4 +1,4 @@
-"""Listens, and closes without cutting requests."""
+"""Listens for connections; a close lets requests end within a grace period."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ async def serve(
     """Serves HTTP/1.1 on `host`:`port` (0: any port), or on the listening socket `inherited`.
 
     - `handler`: gets one Exchange per request. A HibernodeError that it raises is answered by `errors.error_answer`.
-    - `request_ids`: ids for the engine's own refusals (400, 408, 413).
+    - `request_ids`: ids for the error answers that the engine itself gives.
     - `on_fault`: logs any other exception of a handler; the client gets a 500.
     - `date_header`: a `DateHeader`, part of every answer.
     - `when_full`: headers of the 503 for connections beyond the limit.

@@ -6,14 +6,14 @@ import asyncio
 import socket
 
 # A host that lost power sends no FIN; without probes a request would wait for its own deadline, up to a day. With
-# `silence_s` TCP_USER_TIMEOUT decides, checked when a probe is due. It counts from the last segment received, and a
-# healthy idle peer sends only replies to probes: they are frequent, so that a short outage breaks no connection.
+# `silence_s` TCP_USER_TIMEOUT decides, checked when a probe is due. It counts from the last segment received, and an
+# idle peer sends only replies to probes: probes are frequent, so that a short outage breaks no healthy connection.
 PROBE_INTERVAL_S = 1
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 
 
 def watch_peer(transport: asyncio.Transport, silence_s: float) -> None:
-    """Makes the kernel close the connection within half a minute, or `silence_s`, after the peer's machine is gone."""
+    """Lets the kernel drop a dead peer within `silence_s`; 0: half a minute, or more while data is unacknowledged."""
     sock = _tcp(transport)
     if sock is None:
         return
@@ -29,7 +29,7 @@ def watch_peer(transport: asyncio.Transport, silence_s: float) -> None:
 
 def bound_silence(transport: asyncio.Transport, silence_s: float) -> None:
     """Sets TCP_USER_TIMEOUT: the connection breaks after this long without an acknowledgement, even if the peer only
-    leaves data unread. 0 disables it; only unanswered keep-alive probes then break the connection."""
+    leaves data unread. 0 disables it: the kernel's bounds on probes and retransmissions remain."""
     sock = _tcp(transport)
     if sock is not None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))

@@ -25,7 +25,7 @@ class ResponseSink(Protocol):
     `upstream_failed` and `upstream_timed_out`."""
 
     def response_continue(self) -> None:
-        """100 Continue. Other 1xx but 102 are dropped."""
+        """100 Continue. 1xx other than 100 and 102 are dropped."""
 
     def response_processing(self) -> None:
         """102 Processing: the request is being acted on from now on."""
@@ -194,7 +194,7 @@ class UpstreamConnection(asyncio.Protocol):
         elif state == _DONE:
             self._reusable = False  # bytes after a complete response belong to no request
         else:
-            self.abort()  # the same on an idle connection, or the last words of a server that closes it
+            self.abort()  # bytes on an idle connection: unasked, or the last words of a server that closes it
 
     def eof_received(self) -> bool:
         return False
@@ -322,7 +322,7 @@ class UpstreamConnection(asyncio.Protocol):
             sink.response_flush()
 
     def _keep_partial(self, data: bytes) -> None:
-        """Keeps the beginning of a head; refuses it as soon as it cannot become one."""
+        """Keeps the beginning of a head; refuses one that is too large or does not begin like HTTP/1.x."""
         begins = data[:7]
         if len(data) > self._owner.limits.header_bytes or not b"HTTP/1.".startswith(begins):
             self._fail("sent an answer that does not begin like HTTP/1.1")

@@ -26,7 +26,7 @@ class FreezeSequence:
         self._limits = instances.limits
 
     async def lock(self, handle: Handle) -> FreezeResult:
-        """Lock all CUDA processes. REFUSED leaves all of them running."""
+        """Lock all CUDA processes. REFUSED: none is left locked by this call."""
         if refusal := self._instances.refuse_unless_thawed(handle):
             return refusal
         self._instances.untrack(handle)
@@ -102,8 +102,8 @@ class FreezeSequence:
         return refused(RELIST if died else reason, message, driver_ns)
 
     async def unlock(self, handle: Handle) -> FreezeResult:
-        """Undo a lock (a cancelled freeze, or LOCKED found by recovery). Also thaws an instance paused by others: a
-        remaining lock would hang the program when they resume it."""
+        """Undo a lock (a cancelled freeze, or LOCKED found by recovery). Also thaws an instance paused by others:
+        a remaining lock would hang its program when they resume it."""
         refusal = self._instances.refuse_unless_thawed(handle)
         if refusal is not None and refusal.outcome is Outcome.REFUSED:
             try:
@@ -145,8 +145,8 @@ class FreezeSequence:
         return await self._finish_freeze(handle, tracked, reply)
 
     async def finish(self, handle: Handle) -> FreezeResult:
-        """`Freezer.finish_freeze`: checkpoints what is not yet checkpointed, freezes the cgroup. `image_bytes` is 0
-        (unknown)."""
+        """`Freezer.finish_freeze`: checkpoints what is not yet checkpointed, freezes the cgroup. The result's
+        `image_bytes` is 0 (unknown)."""
         if refusal := self._instances.refuse_unless_thawed(handle):
             return refusal
         self._instances.untrack(handle)
@@ -191,5 +191,5 @@ def _died(message: str, driver_ns: int) -> FreezeResult:
 
 
 def _left_locked(tracked: TrackedCudaProcesses) -> bool:
-    """A lock call that counted as lost has run after all."""
+    """Whether a lock call that counted as lost may have run after all: no state but RUNNING and LOCKED is seen."""
     return {process.state for process in tracked.processes} <= {CudaState.RUNNING, CudaState.LOCKED}

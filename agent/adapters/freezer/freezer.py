@@ -2,8 +2,8 @@
 
 Freeze (`freeze.py`): list the CUDA processes, lock all, list again, checkpoint all, verify, freeze the cgroup. Wake
 (`wake.py`): check room on the GPU, thaw, restore all, unlock all, verify. The driver works inside the target, so a
-target in a frozen cgroup can't answer and the caller hangs: the cgroup is read before every driver call. Rules and
-faults: agent/docs/facts/gpu-checkpoint.md, sections 3, 4 and 7.
+target in a frozen cgroup can't answer and the caller hangs: an operation reads or thaws the cgroup before it calls the
+driver. Rules and faults: agent/docs/facts/gpu-checkpoint.md, sections 3, 4 and 7.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CudaFreezer:
         return self._watch_if_running(Outcome.OK, handle, await self._wake.wake(handle, gpu_map))
 
     def _watch_if_running(self, outcome: Outcome, handle: Handle, result: FreezeResult) -> FreezeResult:
-        """An instance runs after this outcome: watch it if a driver call on it was lost."""
+        """`outcome` means that the instance runs now: watch it if a driver call on it was lost."""
         if result.outcome is outcome:
             self._late_calls.resume(handle)
         return result
@@ -71,7 +71,7 @@ class CudaFreezer:
         return self._instances.paused(handle)
 
     async def prepare_kill(self, handle: Handle) -> None:
-        """`Freezer.prepare_kill`. Does not wait for the end of a rollback in progress, which may take long."""
+        """`Freezer.prepare_kill`. Skipped if a rollback in progress does not end within `prepare_kill_s`."""
         try:
             async with asyncio.timeout(self._instances.limits.prepare_kill_s):
                 await self._late_calls.suspend(handle)
@@ -80,7 +80,7 @@ class CudaFreezer:
         await self._recovery.prepare_kill(handle)
 
     async def condition(self, handle: Handle) -> Condition:
-        """`Freezer.condition`. From now on, expects calls that an earlier agent may have lost on the instance."""
+        """`Freezer.condition`. Assumes from now on that an earlier agent lost a call, which may still take effect."""
         condition = await self._recovery.condition(handle)
         self._instances.expect_late_calls(handle)
         if condition is Condition.AWAKE:

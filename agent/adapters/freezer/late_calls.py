@@ -1,9 +1,9 @@
 """Watches instances on which a driver call was lost: the call may still run, long after its caller was killed.
 
-On the emulated driver a hung lock ran once the target was thawed, and left a program locked for ever that everything
-took for running. So such an instance is read again for a while, and what ran late is undone. A freshly started agent
-watches every instance, because it does not know which calls its predecessor lost. No reading happens during an
-operation of the freezer, or while the threads are stopped.
+On the emulated driver a hung lock ran once the target was thawed, and left a program locked for ever while everything
+took it for running. So the states of such an instance are read for a while, and what ran late is undone. A freshly
+started agent watches every instance, because it does not know which calls its predecessor lost. No reading happens
+during an operation of the freezer, or while the threads are stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LateCalls:
         self._watched: dict[str, _Watched] = {}
 
     async def suspend(self, handle: Handle) -> None:
-        """An operation begins: returns once no reading is in progress (bounded by one STATE batch or one rollback)."""
+        """Stop watching, because an operation begins. Returns once no reading or rollback is in progress."""
         watch = self._watched.pop(handle.uid, None)
         if watch is not None:
             async with watch.reading:
@@ -62,7 +62,7 @@ class LateCalls:
             watch.task.cancel()
 
     async def _watch(self, handle: Handle, reading: asyncio.Lock, until_s: float) -> None:
-        """Goes on after a call was undone: more than one may have been lost."""
+        """Read until `until_s`, even after a call has been undone: more than one may have been lost."""
         pause_s, loop = FIRST_PAUSE_S, asyncio.get_running_loop()
         while loop.time() < until_s and self._instances.cgroups.state(handle) is not FreezerState.GONE:
             await asyncio.sleep(pause_s)

@@ -30,7 +30,7 @@ class FreezerLimits:
     vram_gone_s: float = 5.0  # NVML's proof that the VRAM is released
     rollback_s: float = 30.0  # a rollback without its copies
     cgroup_s: float = 5.0  # a freeze or thaw of the threads
-    death_grace_s: float = 2.0  # the driver's answer after a target has died
+    death_grace_s: float = 2.0  # wait for the driver's answer after a target has died
     prepare_kill_s: float = 3.0  # the checkpoint before a kill, without its copy
     memory_query_s: float = 0.2  # NVML's answer on free memory during a wake
     lock_attempts: int = 3  # each with a new listing
@@ -40,8 +40,8 @@ class FreezerLimits:
 
 
 def freezer_limits(settings: GpuSettings, *, migrates: bool = False) -> FreezerLimits:
-    """Limits for the configured timeouts: none is longer than its default, and all shrink with the operation timeout;
-    with its default of 120 s each has its default."""
+    """Limits for the configured timeouts: `lock_timeout_s` and `copy_base_s` are taken from them; the others have their
+    defaults, or less if the operation timeout is short."""
     usual = FreezerLimits()
     operation_s = settings.operation_timeout_ns / SECOND_NS
 
@@ -81,7 +81,7 @@ def all_in(reply: CudaReply, state: CudaState, count: int) -> bool:
 
 
 def failure(reply: CudaReply | None, reason: str = "", message: str = "") -> tuple[str, str]:
-    """Reason and message of a reply that is not the one wanted."""
+    """Reason and message of a reply that is not the one wanted; `reason` and `message` stand in if it has none."""
     if reply is not None and reply.reason:
         return reply.reason, reply.message
     if reply is not None and not reply.ok:
@@ -91,5 +91,5 @@ def failure(reply: CudaReply | None, reason: str = "", message: str = "") -> tup
 
 
 def is_fatal(reply: CudaReply) -> bool:
-    """The last answer is fatal (304): nothing the driver reports of the process can be trusted after it."""
+    """The last answer is fatal (304): nothing that the driver reports of the process after it can be trusted."""
     return bool(reply.answers) and reply.answers[-1].code in FATAL

@@ -1,7 +1,7 @@
 """Finds the real state of an instance for an agent that has just started, and makes a kill safe.
 
-The cgroup is read before any driver call, because a frozen target can't answer. Nothing is known of the time before, so
-an instance found awake counts as restored.
+The cgroup is read before any driver call, because a frozen target can't answer. Nothing is known of the time before the
+agent's start, so an instance found thawed counts as restored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FreezerRecovery:
 
     async def condition(self, handle: Handle) -> Condition:
         """`Freezer.condition`. Raises UnavailableError (NVML_UNAVAILABLE, DRIVER_BUSY ...) if the state could not be
-        read, which says nothing about it. Where the driver's API can't be used at all, a thawed instance is AWAKE."""
+        read. Where the driver's API can't be used at all, a thawed instance is AWAKE."""
         pids = frozenset(await self._instances.finder.pids(handle))
         if not process_table.is_alive(handle.process, self._boot_id) or not pids:
             return Condition.GONE
@@ -55,7 +55,7 @@ class FreezerRecovery:
     async def _ask(self, handle: Handle) -> Condition:
         found = await self._instances.finder.find(handle)
         if found.reason == WORKERS_DOWN:
-            return Condition.AWAKE  # a host that can't freeze: this one was never frozen, and is not paused
+            return Condition.AWAKE  # a host that can't freeze: this instance was never frozen, and is not paused
         if found.inconclusive:
             raise UnavailableError(found.reason, f"the driver could not be called: {found.message}", uid=handle.uid)
         if not found.ok:
@@ -68,7 +68,7 @@ class FreezerRecovery:
 
     def _judge(self, states: set[CudaState]) -> Condition:
         """A mixture is an interrupted freeze or wake. A freeze can always be finished. A wake can't where instances
-        migrate: the restored processes may be on other GPUs than the rest came from."""
+        migrate: the restored processes may be on GPUs other than those of the rest's images."""
         if not states <= {CudaState.RUNNING, CudaState.LOCKED, CudaState.CHECKPOINTED}:
             return Condition.BROKEN
         if CudaState.CHECKPOINTED in states:
@@ -87,8 +87,8 @@ class FreezerRecovery:
         return states
 
     async def prepare_kill(self, handle: Handle) -> None:
-        """`Freezer.prepare_kill`: takes at most `prepare_kill_s` plus the copy's time. Skips paused and never restored
-        ones."""
+        """`Freezer.prepare_kill`: takes at most `memory_query_s`, `prepare_kill_s` and the copy's time together. Skips
+        an instance that is not thawed or was never restored."""
         if handle.uid not in self._instances.restored:
             return
         try:

@@ -1,7 +1,7 @@
 """The instances that the freezer tracks: what it remembers of each, and how it calls the driver for one.
 
-Makes no decisions. Every call goes to processes whose pidfd shows that they live, under a deadline, and never to a
-frozen cgroup. `forget` drops what is remembered and closes the pidfds.
+Makes no decisions. Every call has a deadline and goes to processes whose pidfd shows that they live; the caller of
+`run` makes sure that the cgroup is thawed. `forget` drops what is remembered and closes the pidfds.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TrackedCudaProcesses:
         return len(living(self.processes)) < len(self.processes)
 
     def needs(self, gpu_map: Mapping[str, str]) -> Mapping[str, int]:
-        """Bytes by target GPU of a restore by `gpu_map` (old uuid -> new uuid); empty if unknown."""
+        """Bytes that a restore by `gpu_map` (old uuid -> new uuid) needs on each GPU; empty if unknown."""
         needed: dict[str, int] = {}
         for uuid, bytes_ in (self.vram_by_gpu or {}).items():
             target = gpu_map.get(uuid, uuid)
@@ -70,7 +70,7 @@ class TrackedCudaProcesses:
 
 
 class FreezerRegistry:
-    """What is remembered, by instance uid. `restored`: woken at least once, or perhaps (found awake by recovery)."""
+    """What is remembered, by instance uid. `restored`: woken at least once, or perhaps (found thawed by recovery)."""
 
     def __init__(
         self, checkpointer: Checkpointer, cgroups: ProcessFreezer, finder: CudaProcessFinder, limits: FreezerLimits
@@ -92,7 +92,7 @@ class FreezerRegistry:
         return tracked
 
     def untrack(self, handle: Handle) -> None:
-        """Forget its processes and close their pidfds."""
+        """Forget the instance's processes and close their pidfds."""
         tracked = self._tracked.pop(handle.uid, None)
         if tracked is not None:
             release(tracked.processes)
@@ -141,7 +141,7 @@ class FreezerRegistry:
             self._frozen_by_us.discard(handle.uid)
 
     async def freeze_again(self, handle: Handle, result: FreezeResult) -> FreezeResult:
-        """After a wake that changed nothing: `result`, or BROKEN if the threads do not stop."""
+        """Freeze after a wake that changed nothing. Returns `result`, or BROKEN if the threads do not stop."""
         try:
             await self.freeze(handle)
         except HibernodeError as error:
@@ -149,7 +149,7 @@ class FreezerRegistry:
         return result
 
     def note_frozen_by_us(self, handle: Handle) -> None:
-        """Recovery: its memory is gone from the GPU, so an agent froze it."""
+        """Recovery found the instance frozen, its memory gone from the GPU: an agent froze it."""
         self._frozen_by_us.add(handle.uid)
 
     def paused(self, handle: Handle) -> bool:
@@ -167,7 +167,7 @@ class FreezerRegistry:
                 return refused("EXTERNALLY_FROZEN", "the instance was paused from outside; resume it first")
 
     async def run(self, tracked: TrackedCudaProcesses, calls: Sequence[CudaCall], deadline_s: float) -> CudaReply:
-        """`Checkpointer.run` if all its processes live; NOT_BEGUN with CUDA_PROCESS_DIED if one has ended."""
+        """`Checkpointer.run` if all tracked processes live; NOT_BEGUN with CUDA_PROCESS_DIED if one has ended."""
         if tracked.died:  # its pid may soon name another process
             return CudaReply((), CudaFault.NOT_BEGUN, "CUDA_PROCESS_DIED", "a CUDA process has ended")
         return await run_watching(
@@ -184,8 +184,8 @@ class FreezerRegistry:
         gpu_map: Mapping[str, str] | None = None,
         restores: int = 2,
     ) -> RollbackResult:
-        """Bring the processes to `goal` after `reply`, restoring by `gpu_map` in at most `restores` attempts. A lost
-        worker's target may have been frozen during its call, so each round thaws it first."""
+        """Bring the processes to `goal` after `reply`, restoring by `gpu_map`, until `restores` restores have failed. A
+        lost worker's target may have been frozen during the call, so each round thaws it first."""
         limits = self.limits
         lost = reply.fault in (CudaFault.LOST, CudaFault.STUCK)
         if lost:

@@ -1,4 +1,4 @@
-"""GPU memory as NVML shows it: what a lock found, that a checkpoint released it, that a restore has room.
+"""GPU memory as NVML shows it: what locked processes hold, that a checkpoint released it, that a restore has room.
 
 Every query is bounded. A freeze without NVML's proof is refused. A wake goes on without an answer, because a request
 waits and this check is the second one: the GPU allocator grants a GPU only when it is proven empty.
@@ -31,8 +31,8 @@ class VramProbe:
         self._unresponsive = False
 
     async def bytes_of(self, pids: Collection[int]) -> int:
-        """GPU memory of these processes, on any GPU. Raises UnavailableError NVML_UNAVAILABLE, also if none is seen and
-        a GPU that may hold it does not answer. (A lost GPU holds nothing that a program could continue with.)"""
+        """GPU memory of these processes, on any GPU. Raises UnavailableError NVML_UNAVAILABLE, also if none is seen but
+        a GPU that may hold some does not answer. (A lost GPU holds nothing that a program could continue with.)"""
         found = await self._gpus.processes()
         seen = sum(process.used_bytes for process in found if process.pid in pids)
         if not seen:
@@ -44,7 +44,7 @@ class VramProbe:
         return frozenset(p.gpu_uuid for p in await self._processes() if p.pid in pids and p.used_bytes)
 
     async def measure(self, tracked: Sequence[CudaProcess], pids: Collection[int]) -> Mapping[str, int]:
-        """Bytes by GPU of the locked processes `tracked` of an instance that has `pids`.
+        """Bytes on each GPU of the locked processes `tracked`; `pids` are all processes of their instance.
 
         Raises UnavailableError NVML_UNAVAILABLE; PreconditionError CUDA_PROCESS_UNKNOWN for memory of a process that
         the driver's checkpoint API does not know, SEVERAL_PROCESSES_ON_SEVERAL_GPUS unless allowed.
@@ -71,8 +71,8 @@ class VramProbe:
         return by_gpu
 
     async def wait_until_gone(self, pids: Collection[int], gpu_uuids: Collection[str]) -> None:
-        """Wait until NVML shows no memory of these processes on any GPU and the GPUs named, where they had it, answer.
-        Raises UnavailableError VRAM_NOT_RELEASED or NVML_UNAVAILABLE."""
+        """Wait until NVML shows no memory of these processes on any GPU. Raises UnavailableError: VRAM_NOT_RELEASED, or
+        NVML_UNAVAILABLE, also if one of `gpu_uuids`, where they had their memory, does not answer."""
         if not pids:
             return
         pause_s, answered = 0.0, False

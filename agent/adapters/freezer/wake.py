@@ -1,7 +1,7 @@
 """A wake: check room on the GPUs, thaw, restore all, unlock all, verify; and the handling of failures.
 
-REFUSED means that the instance is still checkpointed from the same GPUs and frozen: the wake may be repeated, also
-elsewhere. Room is checked before the thaw, not beside it: threads must not run for long without their device mappings
+REFUSED means that the instance is still checkpointed from the same GPUs and frozen: the wake may be repeated, on other
+GPUs too. Room is checked before the thaw, not during it: threads must not run for long without their device mappings
 (agent/docs/facts/gpu-checkpoint.md, section 4), and a refusal must leave the instance untouched.
 """
 
@@ -83,8 +83,8 @@ class WakeSequence:
         return await self._instances.freeze_again(handle, result)
 
     async def _after_failure(self, request: _WakeRequest, reply: CudaReply) -> FreezeResult:
-        """All restored: unlock. All checkpointed: freeze again. Both: one way or the other (`_goal_for`). Else
-        BROKEN."""
+        """All are restored: unlock them. All are checkpointed: freeze again. Some of each: `_goal_for` decides.
+        Any other state: BROKEN."""
         reason, message = failure(reply)
         if request.tracked.died:
             return broken("CUDA_PROCESS_DIED", f"a CUDA process ended during its restore: {message}", reply.driver_ns)
@@ -95,7 +95,7 @@ class WakeSequence:
         states, read_ns = await self._states(request)
         driver_ns = reply.driver_ns + read_ns
         if not states or not states <= _RESTORED | {CudaState.CHECKPOINTED}:
-            return broken(reason, f"{message}; its state is failed or can't be read", driver_ns)
+            return broken(reason, f"{message}; a process has failed or its state can't be read", driver_ns)
         goal = _goal_for(states, follow=bool(request.gpu_map) or _ran_already(reply))
         rolled_back = await self._instances.rollback(
             request.handle, request.tracked, goal, reply, gpu_map=request.gpu_map, restores=1
@@ -106,8 +106,8 @@ class WakeSequence:
         if goal is CudaState.RUNNING:
             return await self._finish_late_wake(request, driver_ns)
         if reply.fault is CudaFault.LOST and self._instances.limits.migrates:
-            # The lost restore may still run with this wake's map, at a thaw when others hold those GPUs.
-            return broken(reason, f"{message}; it may run later on GPUs that others hold by then", driver_ns)
+            # The lost restore may still run with this wake's map, at a later thaw, when others may hold those GPUs.
+            return broken(reason, f"{message}; it may still run, on GPUs that others hold by then", driver_ns)
         again = replace(refused(reason, message, driver_ns), image_bytes=request.tracked.vram_bytes or 0)
         return await self._instances.freeze_again(request.handle, again)
 
@@ -122,12 +122,12 @@ class WakeSequence:
         if self._instances.cgroups.state(handle) is not FreezerState.THAWED:
             try:
                 await self._instances.thaw(handle)
-            except HibernodeError as error:  # the readings show it
+            except HibernodeError as error:  # still frozen: the readings show it
                 _log.warning("wake.paused_by_others", instance=handle.uid, reason=error.reason)
 
     async def _finish_late_wake(self, request: _WakeRequest, driver_ns: int) -> FreezeResult:
         """It runs, but without a clean reply: a hung restore, perhaps of an earlier wake with another map, may have
-        done it. NVML shows where; if it can't, only a wake on the same GPUs is accepted."""
+        woken it. NVML shows where, unless the image's size is unknown; without an answer a migration is BROKEN."""
         expected = frozenset(request.tracked.needs(request.gpu_map))
         if expected:
             try:
@@ -142,8 +142,8 @@ class WakeSequence:
         return FreezeResult(Outcome.OK, driver_ns=driver_ns)
 
     def _check_placement_later(self, request: _WakeRequest) -> None:
-        """After a migration: check that NVML shows it on the new GPUs only. The driver reported success, so the request
-        does not wait for this; a wrong placement is only logged here, the GPU isolation check acts on it."""
+        """After a migration: check that NVML shows the instance on the new GPUs only. The driver reported success, so
+        the request does not wait. A wrong placement is only logged here; the GPU isolation check acts on it."""
         expected = frozenset(request.tracked.needs(request.gpu_map))
         if not expected or self._checks:  # one check at a time: NVML has one thread
             return
@@ -162,10 +162,10 @@ class WakeSequence:
 
 
 def _goal_for(states: set[CudaState], *, follow: bool) -> CudaState:
-    """The state to bring processes to of which none, some or all are restored.
+    """The state to which to bring processes after a failed restore, when none, some or all of them are restored.
 
     None: they stay CHECKPOINTED. All: on to RUNNING. Some: the restored ones are checkpointed again, which changes
-    nothing; with `follow` (other GPUs, so that the images would be of different GPUs) all go on to RUNNING.
+    nothing. With `follow` all go on to RUNNING: new images might be of other GPUs than the remaining ones.
     """
     if CudaState.CHECKPOINTED not in states:
         return CudaState.RUNNING
@@ -174,10 +174,10 @@ def _goal_for(states: set[CudaState], *, follow: bool) -> CudaState:
 
 
 def _ran_already(reply: CudaReply) -> bool:
-    """A restore found its process already restored: a hung one of an earlier wake ran at this thaw."""
+    """A restore found its process already restored: a hung restore of an earlier wake ran at this thaw."""
     last = reply.answers[-1] if reply.answers else None
     return last is not None and last.call.op is CudaOp.RESTORE and last.code == CudaResult.ILLEGAL_STATE
 
 
 def _wrong_gpus(seen_on: frozenset[str], expected: frozenset[str]) -> str:
-    return f"NVML sees it on {', '.join(sorted(seen_on))} and not only on {', '.join(sorted(expected))}"
+    return f"NVML sees it on {', '.join(sorted(seen_on))} instead of only on {', '.join(sorted(expected))}"
