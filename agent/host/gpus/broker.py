@@ -1,6 +1,6 @@
 """Runs the GPU allocator: feeds it events, delivers grants and freeze orders to instances, proves releases.
 
-A GPU is released once NVML shows none of the instance's processes on it. Without that proof within `release_timeout_ns`
+A GPU is released once NVML shows no memory of the instance on it. Without that proof within `release_timeout_ns`
 it is cordoned, because whatever is still there would share it with the next holder.
 """
 
@@ -27,11 +27,11 @@ PROOF_PAUSE_S = 0.01
 PROOF_PAUSE_MAX_S = 0.2
 LATE_PROOF_PAUSE_S = 1.0
 END_TIMEOUT_S = 60.0
-"""Longest wait for the end of an instance that is being killed, which has deadlines of its own."""
+"""Longest wait for the end of an instance that is being killed; the kill has deadlines of its own."""
 
 
 class GpuBroker:
-    """Implements `actor.GpuRequests`: the only writer of `allocator`."""
+    """Implements `actor.GpuRequests`. It is the only writer of `allocator`."""
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class GpuBroker:
         self.apply(allocator_events.FreezeRefused(actor.uid))
 
     def report_activity(self, actor: Actor, idle: bool, preemptible_at_ns: int) -> None:
-        """The holder became idle or busy. Two such events come with every request, so they are deferred until the next
-        other event while no instance waits for a GPU."""
+        """The holder became idle or busy. Two such events come with every request: while no instance waits for a
+        GPU, they are deferred until the next event of another kind."""
         uid = actor.uid
         event = allocator_events.BecameIdle(uid, preemptible_at_ns) if idle else allocator_events.BecameBusy(uid)
         self._deferred.pop(uid, None)  # the new one goes to the end
@@ -89,7 +89,7 @@ class GpuBroker:
             self._step()
 
     def release(self, actor: Actor) -> None:
-        """The holder gives up its GPUs: start to prove it."""
+        """The holder gives up its GPUs: start the proof."""
         self.apply(allocator_events.Releasing(actor.uid))
         if actor.uid not in self._proofs:
             task = asyncio.create_task(self._prove(actor), name=f"release {actor.uid}")
@@ -113,7 +113,7 @@ class GpuBroker:
         self.apply(allocator_events.Unassign(uid))
 
     def apply(self, event: AllocatorEvent) -> None:
-        """Feed the allocator. On return, every effect that followed has been performed."""
+        """Feed the allocator and perform the effects before returning; during a step the event is only queued."""
         self._flush_deferred()
         self._inbox.append((event, self._clock.monotonic_ns()))
         self._step()
@@ -169,17 +169,17 @@ class GpuBroker:
     # ---- proof --------------------------------------------------------------------------------------------------
 
     async def _prove(self, actor: Actor) -> None:
-        """Release the holder's GPUs once they are proven free, or cordon them and then release."""
+        """Release the holder's GPUs once they are proven free; without a proof in time, cordon them first."""
         why = ""
         held = self.allocator.holders.get(actor.uid)
         try:
-            if actor.state.terminal:  # until it is killed it may be there: the timeout starts at its end
+            if actor.state.terminal:  # it may use them until it is killed: the timeout starts at its end
                 async with asyncio.timeout(END_TIMEOUT_S):
                     await actor.ended.wait()
             async with asyncio.timeout(self._release_timeout_s):
                 await self._until_gone(actor)
         except TimeoutError:
-            why = f"NVML still shows {actor.uid} on it"
+            why = f"NVML has not shown it free of {actor.uid} in time"
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -194,8 +194,8 @@ class GpuBroker:
         self.apply(allocator_events.Released(actor.uid))
 
     async def _until_gone(self, actor: Actor) -> None:
-        """Poll NVML, with growing pauses because wakes need its thread. An error is retried: only the deadline ends the
-        proof."""
+        """Poll NVML until the GPUs are free, with growing pauses because wakes need its thread. After an error it polls
+        on: the caller has a deadline."""
         pause_s = PROOF_PAUSE_S
         while True:
             try:
@@ -208,7 +208,7 @@ class GpuBroker:
             pause_s = min(pause_s * 1.5, PROOF_PAUSE_MAX_S)
 
     async def _prove_late(self, uid: str, pids: frozenset[int], gpus: tuple[str, ...]) -> None:
-        """Lift the cordon of a failed proof if the GPUs become free after all. Runs until the agent stops."""
+        """Lift the cordon of a failed proof once the GPUs are free after all. Polls until then or the agent's stop."""
         while True:
             await asyncio.sleep(LATE_PROOF_PAUSE_S)
             with suppress(HibernodeError):
@@ -217,8 +217,8 @@ class GpuBroker:
                     return
 
     async def gpus_of(self, pids: set[int]) -> list[str] | None:
-        """The GPUs on which NVML shows one of these processes. None: on none that answered, but some did not (GPUs that
-        are lost for good do not count)."""
+        """The GPUs on which NVML shows any of these processes. None = unknown: it shows none, and NVML or a GPU did not
+        answer (GPUs that are lost for good do not count)."""
         try:
             shown = await self._gpus.processes()
         except HibernodeError:
@@ -227,7 +227,7 @@ class GpuBroker:
         return None if not found and shown.unanswered - shown.lost else found
 
     def cordon(self, uid: str, gpu_uuids: Iterable[str], reason: str, *, source: str, lasting: bool) -> None:
-        """Grant these GPUs to no instance until `source` lifts the cordon, or if `lasting` until the agent restarts.
+        """Grant these GPUs to no instance until `source` lifts the cordon. A `lasting` one ends only with the agent.
 
         `uid`: the instance that caused it, if any. A source has one cordon per GPU, with its newest reason.
         """

@@ -1,8 +1,8 @@
 """Kills processes that use a GPU which their instance does not hold (event gpu.isolation_violated).
 
-CUDA_VISIBLE_DEVICES names an instance's GPUs. A process that unsets it can reach the others (with `gpu.migrate` and on
-plain hosts every device is reachable) and takes memory from their holders. One sample may fall between a grant and what
-NVML shows, so two violations in a row are needed.
+CUDA_VISIBLE_DEVICES names an instance's GPUs. A process that unsets it can reach others (with `gpu.migrate`, or without
+a container, every device is reachable) and takes memory from their holders. A single sample may be older than a grant
+or a release, so two violations in a row are needed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class GpuIsolation:
         self._actors = actors
         self._events = events
         self._violations: dict[tuple[str, str, int], int] = {}  # in a row, by (instance, GPU, pid)
-        self._uid_of: dict[int, str] = {}  # a cache, "" = no instance of ours; re-checked before a kill
+        self._uid_of: dict[int, str] = {}  # by pid, "" = no instance of ours; a cache, re-checked before a kill
         self._listed: set[str] = set()  # instances whose pids were listed when the cache was filled
         self.vram_bytes: Mapping[str, int] = {}  # GPU memory of instances as of the last check that saw all GPUs
 
@@ -66,15 +66,15 @@ class GpuIsolation:
         return owner.state.terminal or (held is not None and gpu_uuid in held.gpus)
 
     async def _find_owners(self, pids: set[int]) -> None:
-        """Fill `_uid_of`. Each pid is looked up once: without cgroups that walks through all processes of the host, and
-        every awake instance appears here every second."""
+        """Fill `_uid_of`. Each pid is looked up once: without cgroups a look-up walks through every process of the
+        host, and every awake instance appears here every second."""
         kept = {
             pid: uid
             for pid, uid in self._uid_of.items()
-            if (uid in self._actors if uid else pid in pids)  # other pids are forgotten when they go
+            if (uid in self._actors if uid else pid in pids)  # pids of no instance are forgotten when they go
         }
         containers = {actor.uid: handle for actor in self._actors.values() if (handle := actor.handle_of_container)}
-        if containers.keys() - self._listed:  # an unknown pid may be in a container that was not listed then
+        if containers.keys() - self._listed:  # a pid of no instance may be in a container not listed then
             kept = {pid: uid for pid, uid in kept.items() if uid}
         self._uid_of = kept if len(kept) <= MAX_REMEMBERED else {}
         unknown = pids - self._uid_of.keys()
@@ -95,7 +95,7 @@ class GpuIsolation:
             return None
 
     async def _kill(self, owner: Actor, gpu_uuid: str, pid: int) -> None:
-        """Re-check container and holder, then kill. `kill_processes` itself guards against reuse of the pid."""
+        """After enough violations, re-check container and holder; kill. `kill_processes` guards against pid reuse."""
         violations = self._violations[owner.uid, gpu_uuid, pid]
         handle = owner.handle_of_container
         if violations < VIOLATIONS_BEFORE_KILL or handle is None:
@@ -108,6 +108,6 @@ class GpuIsolation:
         if violations == VIOLATIONS_BEFORE_KILL:  # reported once, even if it does not die at once
             held = self._broker.allocator.holders.get(owner.uid)
             holds = ", ".join(held.gpus) if held is not None else "none now"
-            text = f"process {pid} of {owner.uid} is on GPU {gpu_uuid}, it holds {holds}: killed"
+            text = f"process {pid} of {owner.uid} is on GPU {gpu_uuid}, but the instance holds {holds}: killed"
             self._events.add(owner.uid, "gpu.isolation_violated", text, gpu=gpu_uuid, pid=pid)
         await self._runtime.kill_processes(handle, [pid])

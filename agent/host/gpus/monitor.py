@@ -62,7 +62,7 @@ class GpuMonitor:
         self._log = get_logger()
 
     def samples(self) -> Mapping[str, GpuSample]:
-        """The newest sample by GPU; empty once it is older than `STALE_NS`."""
+        """The newest samples by GPU; empty once they are older than `STALE_NS`."""
         return self._samples if self._clock.monotonic_ns() - self._read_ns <= STALE_NS else {}
 
     async def run(self) -> None:
@@ -88,7 +88,7 @@ class GpuMonitor:
         await asyncio.sleep(self._period_s)
 
     async def poll(self) -> None:
-        """Take one sample and act on it."""
+        """Sample all GPUs once and act on the answer."""
         try:
             samples = await self._gpus.samples()
         except HibernodeError as error:
@@ -106,12 +106,12 @@ class GpuMonitor:
             self._log.debug("gpu.after_sample_failed", message=str(error))
 
     def _note_persistence(self, samples: Sequence[GpuSample]) -> None:
-        """Report persistence mode off: then a restore without an earlier cuInit kills its target."""
+        """Report GPUs without persistence mode: a restore without an earlier cuInit kills its process there."""
         volatile = {sample.uuid for sample in samples if sample.persistence is False}
         if volatile:
             self._persistence_is_off()
         for uuid in volatile - self._volatile:
-            text = "persistence mode is off: wakes may take seconds longer; nvidia-smi -pm 1, or nvidia-persistenced"
+            text = "persistence mode is off: wakes may take seconds longer; run nvidia-smi -pm 1 or nvidia-persistenced"
             self._events.add("", "gpu.persistence_off", text, gpu=uuid)
         self._volatile = volatile
 

@@ -1,8 +1,8 @@
-"""The node's ingress: takes requests from the gateway, or any holder of the node's token, into instances.
+"""The node's ingress: passes requests of the gateway, or of any holder of its tokens, on to instances.
 
 It checks the token, finds the instance by `x-hibernode-instance`, waits at its gate, forwards, and gives the slot back
-with the last byte. `x-hibernode-refused` in an answer says that no byte of the request reached the instance: only then
-may the gateway dispatch it again.
+with the last byte. `x-hibernode-refused` in an answer says that no byte of the request reached the instance; without it
+an answered request is never dispatched again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Ingress:
     """The handler of the ingress's HTTP server.
 
     - `tokens`: any of them is accepted (the node's own, and the credential that it shares with the scheduler).
-    - `open`: False until recovery is done, and again once the agent stops (`leaving`).
+    - `open`: False until recovery is done, and again once the agent is stopping (`leaving`).
     """
 
     def __init__(self, node: Node, clock: Clock, tokens: Sequence[str], request_ids: RequestIds) -> None:
@@ -49,7 +49,7 @@ class Ingress:
         self.leaving = False
 
     async def __call__(self, exchange: Exchange) -> None:
-        """Handle one exchange; every path ends in exactly one answer."""
+        """Handle one exchange; every path ends in exactly one answer, unless the client has gone."""
         head = exchange.head
         request_id = ""
         try:
@@ -105,8 +105,8 @@ class Ingress:
         return actor
 
     async def _enter(self, exchange: Exchange, request: ProxiedRequest, timeout_ns: int) -> None:
-        """Wait for a slot of the named instance. If that is busy and the request accepts any instance of the function
-        (`x-hibernode-any-instance`), the first free slot of any of them will do."""
+        """Wait for a slot of the named instance. If it has none free and the request accepts any instance of its
+        function (`x-hibernode-any-instance`), the first free slot of any of them will do."""
         actor = request.actor
         gate = actor.gate
         queue = gate.queue
@@ -138,7 +138,7 @@ class Ingress:
 
     async def _wake(self, exchange: Exchange, actor: Actor, hold_ms: bytes, timeout_ns: int) -> None:
         """The scheduler's Wake call: answers 200 once the instance is awake, else with a refusal. WakeInstance of the
-        API does the same; a gRPC call adds 2 ms to every wake, this one 0.5."""
+        API does the same, but gRPC adds 2 ms to every wake and this call 0.5."""
         if not hold_ms.isdigit() or len(hold_ms) > 10:
             raise InvalidArgumentError(
                 "HOLD_INVALID", f"{hop_headers.WAKE_HOLD_MS.decode()} must be a number of milliseconds"

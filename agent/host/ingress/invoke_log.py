@@ -20,12 +20,12 @@ from agent.core.types import Handle
 
 RESULT_BYTES = 4096
 LOOK_BACK_BYTES = 16 * 1024
-"""Size of the log's end that is searched for the markers. An engine counts in lines, and returns a multiple of it."""
+"""Size of the log's end that is searched for the markers. An engine counts lines, so it may send several times that."""
 END_WAIT_S = 0.25
-"""Longest wait for the End marker after the answer: it passes through the program's buffer, the pipe and the engine.
-Some programs never print it."""
+"""Longest wait for the End marker after the answer's head has come: the marker passes through the program's buffer, the
+pipe and the engine. Some programs never print it."""
 READ_S = 1.0
-"""For all reads together: an engine that does not answer must not delay the answer."""
+"""Time for all reads together, on top of that wait: an unresponsive engine must not hold the answer back longer."""
 _FIRST_PAUSE_S = 0.01
 
 
@@ -37,7 +37,7 @@ class LogReader(Protocol):
 
 async def log_result(runtime: LogReader, handle: Handle, request_id: str, end_wait_s: float = END_WAIT_S) -> bytes:
     """The header's value: base64 of the last `RESULT_BYTES` at most. b"" if the log has no marker of the request, or
-    can't be read. Never raises."""
+    can't be read, which is no error."""
     loop = asyncio.get_running_loop()
     found = b""
     last = loop.time() + end_wait_s
@@ -57,8 +57,8 @@ async def log_result(runtime: LogReader, handle: Handle, request_id: str, end_wa
 
 
 def between_markers(log: bytes, request_id: bytes) -> tuple[bytes, bool]:
-    """(the request's part of the log, whether its End marker is there). Without a Start marker the part begins at the
-    log's first byte."""
+    """(the request's part of the log, whether its End marker is there). With an End marker only, the part begins at the
+    log's first byte; without any marker it is empty."""
     start = log.find(b"FC Invoke Start RequestId: " + request_id)
     marker = b"FC Invoke End RequestId: " + request_id
     end = log.find(marker, max(start, 0))

@@ -1,7 +1,7 @@
 """Proxies one request to an instance: from the grant of a slot to the last byte of the answer.
 
-A request in a `FunctionQueue` is serialized in advance, and written to the instance in the loop iteration that
-completes the previous answer (`start`).
+A request in a `FunctionQueue` is serialized in advance where possible, and then written to the instance in the loop
+iteration that completes the previous answer (`start`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ProxiedRequest:
     def __init__(
         self, exchange: Exchange, actor: Actor, request_id: str, needs_wake: bool, clock: Clock, runtime: Runtime
     ) -> None:
-        """`actor`: the instance that the gateway named. `needs_wake`: it was not RUNNING when the request came."""
+        """`actor`: the instance that the gateway named. `needs_wake`: it was not RUNNING when the request arrived."""
         self.actor = actor
         self.request_id = request_id
         self.needs_wake = needs_wake
@@ -78,7 +78,7 @@ class ProxiedRequest:
     # ---- the grant ----------------------------------------------------------------------------------------------
 
     def serialize(self) -> None:
-        """Serialize it in advance, before it waits for the first free instance of the function."""
+        """Serialize it before it waits for the first free slot of its function, unless it wants its log."""
         head, pool = self._exchange.head, self.actor.pool
         if pool is not None and not self.wants_log:
             self._prepared = prepare(self._exchange, pool, head.method, head.target, self._headers)
@@ -87,7 +87,7 @@ class ProxiedRequest:
         """`actor` has granted a slot."""
         self._inside = True
         if actor is not self.actor:
-            if actor.context_headers != self.actor.context_headers:  # of another revision
+            if actor.context_headers != self.actor.context_headers:  # it runs another revision
                 self._headers[len(self._headers) - len(self.actor.context_headers) :] = actor.context_headers
                 self._prepared = None
             self.actor = actor
@@ -128,8 +128,8 @@ class ProxiedRequest:
             self._done.set_result(result)
 
     def leave(self) -> None:
-        """Give the slot back. Called at the answer's last byte, before it is sent to the gateway, so that the next
-        request does not wait for that."""
+        """Give the slot back. Called when the answer's last byte has come, and before it goes to the gateway, so that
+        the next request does not wait for the sending."""
         if self._inside:
             self._inside = False
             self.actor.gate.leave()
@@ -143,7 +143,7 @@ class ProxiedRequest:
     # ---- inside -------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Proxy until the answer is complete. Raises UnavailableError INSTANCE_GONE if no byte went to the instance."""
+        """Proxy until the answer is complete. Raises UnavailableError INSTANCE_GONE if it has no container now."""
         result = await (self._forwarded() if self._done is None else self._done)
         if result is None:
             return
@@ -210,5 +210,5 @@ class ProxiedRequest:
                 return  # the client disconnected, or an answer that had begun was cut
         if error is not None and not exchange.head_sent and not exchange.gone:
             if self.wants_log:
-                own += await self._log_headers(0.0)  # no End marker will come; what led to the failure is there
+                own += await self._log_headers(0.0)  # no End marker will come; what led to the failure may be there
             await exchange.fail(error, self.request_id, extra=own)

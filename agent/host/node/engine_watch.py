@@ -1,7 +1,7 @@
-"""Polls the container engine: reports when it goes down and comes back, and then removes leftover containers.
+"""Polls the container engine: reports when it goes down or comes back, and removes leftover containers while it is up.
 
-Instances need no engine to run, freeze, wake and end; processes, cgroups and the driver are enough. The engine pulls,
-creates and removes. So instances are left alone while it is down, and the runtime refuses creates with its reason.
+Instances need no engine to run, freeze, wake and end; processes, cgroups and the driver are enough. The engine is
+needed to pull, create, remove, log and exec. So while it is down instances are left alone and creates are refused.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ POLL_S = 5.0
 BACK_OFF_MIN_S = 1.0
 BACK_OFF_MAX_S = 10.0
 SWEEP_EVERY = 3
-"""Polls between two sweeps while the engine is up: a short outage between two polls may have left containers."""
+"""Polls per sweep while the engine is up: an outage too short for a poll to notice may have left containers."""
 
 
 class EngineWatch:
     """Polls until `run` is cancelled.
 
-    - `on_change`: called after the first poll, and whenever the engine went down or came back.
+    - `on_change`: called after the first poll, and whenever the engine has gone down or come back.
     - `pause`: waits between polls; tests pass their own.
     """
 
@@ -67,7 +67,7 @@ class EngineWatch:
             await self._pause(POLL_S)
 
     async def poll(self) -> None:
-        """Check the engine once; add an event if it went down or came back."""
+        """Check the engine once; add an event if it has gone down or come back."""
         try:
             await self._engine.check()
             problem = ""

@@ -1,7 +1,7 @@
 """Runs commands inside instances (`hibernode exec`): admits them, keeps the instance awake, records them as events.
 
 A command inside a frozen instance would hang, and so would the engine's call that starts it. So a command starts only
-in an awake instance, and no freeze begins from the check of its state until the command has ended
+in an awake instance, and no freeze begins between the check of its state and the end of the command
 (`Actor.exec_started`). Arguments may be secret: events name only the program and the number of arguments.
 """
 
@@ -40,7 +40,7 @@ class OpenExec:
 
 
 class ExecSessions:
-    """See the module. `close` when the agent stops."""
+    """See the module. Call `close` when the agent stops."""
 
     def __init__(
         self,
@@ -60,10 +60,10 @@ class ExecSessions:
 
     @asynccontextmanager
     async def open(self, uid: str, spec: ExecSpec, *, wake: bool, caller: str) -> AsyncIterator[OpenExec]:
-        """Run a command inside; leaving the block ends it. With `wake` a frozen instance is woken first.
+        """Run a command inside; leaving the block ends it. With `wake`, a frozen instance is woken first.
 
         Raises NotFoundError; PreconditionError INSTANCE_FROZEN, EXTERNALLY_FROZEN, NOT_RUNNING, EXEC_UNAVAILABLE;
-        DeadlineError WAKE_TIMEOUT; what the runtime raises; and as `StreamLimits.admit` does.
+        DeadlineError WAKE_TIMEOUT; and what `raise_if_failed`, `Runtime.exec` and `StreamLimits.admit` raise.
         """
         actor = self._node.get(uid)
         async with self._calls.admit() as limit:
@@ -93,7 +93,7 @@ class ExecSessions:
     ) -> AsyncIterator[OpenExec]:
         handle = actor.handle_of_container
         if handle is None:
-            raise PreconditionError("NOT_RUNNING", f"instance {actor.uid} has no container (any more)")
+            raise PreconditionError("NOT_RUNNING", f"instance {actor.uid} has no container now")
         began = self._clock.monotonic_ns()
         # Added before the start: a start that fails may still have run the command.
         self._events.add(
@@ -129,7 +129,7 @@ class ExecSessions:
 
 
 def _refuse(actor: Actor, *, wake: bool) -> None:
-    """Raises PreconditionError if no command can run now (with `wake`: nor after a wake)."""
+    """Raise PreconditionError if no command can run now (with `wake`: not even after a wake)."""
     me, uid = actor.instance, actor.uid
     if me.state is InstanceState.RUNNING and me.paused:
         raise paused_by_others(uid)
@@ -143,5 +143,5 @@ def _refuse(actor: Actor, *, wake: bool) -> None:
 
 
 def _open_or_ended(me: Instance) -> bool:
-    """It is awake, or a wake can no longer help."""
+    """Whether it is awake, or there is no wake to wait for."""
     return me.gate_open or me.stop or me.paused or me.state.terminal

@@ -1,7 +1,7 @@
 """Reads what awake instances use, once a second: CPU time, host memory and GPU memory.
 
-Frozen instances are not read: they use nothing, and a hundred of them must cost nothing. A value that could not be read
-is None, not 0.
+Frozen instances are not read: they use no CPU time, and a hundred of them must cost nothing. A value that could not be
+read is None, not 0.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class Gauges:
         self._log = get_logger()
 
     def of(self, uid: str) -> InstanceReading:
-        """The latest reading: CPU time also of an instance frozen since, memory only while it is awake."""
+        """The latest reading. Once the instance is no longer awake, only its CPU time is kept."""
         return self._readings.get(uid, InstanceReading())
 
     def vram_of(self, uid: str) -> int | None:
-        """GPU memory of its processes; None if NVML shows none of them."""
+        """GPU memory of the instance's processes; None if NVML shows none of them."""
         return self._vram().get(uid)
 
     async def run(self) -> None:
-        """Poll once a period, whatever fails."""
+        """Poll once per period, whatever fails."""
         while True:
             try:
                 await self.poll()

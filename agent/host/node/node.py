@@ -40,7 +40,7 @@ class NodeSettings:
 
 
 class Node:
-    """See the module. All methods run on the loop's thread; only `create` and `stop` wait."""
+    """See the module. All methods run on the loop's thread; only `create`, `stop_all` and `close` wait."""
 
     def __init__(
         self,
@@ -97,10 +97,10 @@ class Node:
     # ---- making -------------------------------------------------------------------------------------------------
 
     async def create(self, request_id: str, function: FunctionSpec) -> Actor:
-        """Make one instance; returns as soon as its intent is durable (it is STARTING then).
+        """Make one instance; returns as soon as its record is durable (it is STARTING then).
 
-        The same `request_id` gives the same instance again; with another function it is a ConflictError. Raises
-        PreconditionError (runtime, idle mode, memory), ExhaustedError GPU_CAPACITY, UnavailableError STORE_FAILED.
+        The same `request_id` returns the same instance again. Raises ConflictError if it was used for another function,
+        PreconditionError (runtime, idle mode, memory), ExhaustedError GPU_CAPACITY, UnavailableError.
         """
         # The same create may still be on its way to the disk: wait for its outcome.
         while (running := self._creating.get(request_id)) is not None:
@@ -123,7 +123,7 @@ class Node:
     def _made(self, request_id: str, task: asyncio.Task[Actor]) -> None:
         del self._creating[request_id]
         if not task.cancelled():
-            task.exception()  # marks it as retrieved: the caller may be gone
+            task.exception()  # marks the error as retrieved: the caller may be gone
 
     async def _make(self, spec: InstanceSpec, gpus: tuple[str, ...]) -> Actor:
         try:
@@ -139,12 +139,12 @@ class Node:
                 await self._forget_record(spec.uid)  # a late write may still have succeeded
             raise
         self._events.add(spec.uid, "instance.created", function=spec.function.name, gpus=",".join(gpus))
-        self.fitness_changed(actor)  # first report: a start takes minutes without a state change
+        self.fitness_changed(actor)  # the first report: a start may take minutes without a state change
         actor.handle(ev.Created())
         return actor
 
     async def _forget_record(self, uid: str) -> None:
-        """Delete the record. If the store fails, the next recovery finds no container and deletes it."""
+        """Delete the record. If the store fails, the next recovery finds no container and deletes the record."""
         try:
             await self.context.store.delete_instance(uid)
         except HibernodeError as error:
@@ -170,19 +170,19 @@ class Node:
         missing = self._settings.freeze_unavailable
         if missing and function.idle.mode is IdleMode.REQUIRE and need.count:
             raise PreconditionError(
-                "IDLE_MODE_UNSUPPORTED", f"{missing}; or set hibernode.idle: prefer, which runs it always awake"
+                "IDLE_MODE_UNSUPPORTED", f"{missing}; or set hibernode.idle: prefer, which keeps it always awake"
             )
         return function
 
     def _pledge(self, spec: InstanceSpec) -> None:
-        """Promise host memory to an instance that shares its GPU, before it starts: all sharers must fit."""
+        """Promise host memory to an instance that shares its GPU, before it starts: the images of all must fit."""
         declared = self._declared_bytes(spec.function)
         if declared is not None:
             self.memory.pledge(spec.uid, declared)
 
     def _declared_bytes(self, function: FunctionSpec) -> int | None:
-        """VRAM that a sharer of GPUs declares; 0 = none declared, it is measured and pledged after the start. None = it
-        shares no GPU."""
+        """The VRAM that a sharer of GPUs declares; 0 = none declared: it is measured after the start. None = the
+        function shares no GPU."""
         shared = self._settings.per_gpu > 1 and function.gpu.count
         return function.gpu.memory_bytes * function.gpu.count if shared else None
 
@@ -222,8 +222,8 @@ class Node:
         return executor
 
     def adopt(self, record: InstanceRecord, state: InstanceState, size: ImageSize = UNMEASURED) -> Actor:
-        """Recovery: add an instance that outlived the agent, in the state it was found in. RUNNING holds its GPUs;
-        `size` is its image's if it is FROZEN, else its VRAM's."""
+        """Recovery: add an instance of an earlier agent, in this state. A RUNNING one holds its GPUs; `size` is that of
+        its image if it is FROZEN, else of its VRAM."""
         holds = state is InstanceState.RUNNING
         self.broker.apply(allocator_events.Adopt(record.spec.uid, record.gpu_uuids, holds))
         actor = self._add(record, state)
@@ -269,7 +269,7 @@ class Node:
             self._meters.changed(actor.uid, InstanceState.STARTING)
 
     async def _clean_up(self, actor: Actor) -> None:
-        """After an end: prove the GPUs free, delete the record, keep the newest ended instances for inspection."""
+        """After an end: wait until its GPUs are released, delete the record, keep the newest ended instances."""
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
                 await actor.ended.wait()

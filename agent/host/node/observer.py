@@ -47,8 +47,8 @@ class Observer:
         gauges: Gauges | None = None,
         peak: Callable[[str], int] = lambda _: 0,
     ) -> None:
-        """`totals`: (active, idle, unbilled) ns of an instance; `gpu_samples`: the last sample per GPU; `peak`: most
-        requests inside an instance, recently."""
+        """`totals`: (active, idle, unbilled) ns of an instance; `gpu_samples`: the last sample per GPU; `peak`: the
+        most requests that were inside an instance at once in the last minutes."""
         self.identity = identity
         self.ready = False
         self.ingress_address = ""
@@ -104,12 +104,12 @@ class Observer:
         )
 
     def _vram_bytes(self, actor: Actor) -> int:
-        """VRAM by NVML now if it is awake, else as last measured."""
+        """VRAM as NVML shows it now if the instance is awake, else as last measured."""
         now = self._gauges.vram_of(actor.uid) if self._gauges and actor.state is InstanceState.RUNNING else None
         return actor.figures.vram_bytes if now is None else now
 
     def _vram_limit_bytes(self, actor: Actor) -> int:
-        """The VRAM that its function is billed for: as declared, else all of its GPUs."""
+        """The VRAM that its function is billed for: as declared, else all the memory of its GPUs."""
         need, inventory = actor.function.gpu, self._node.broker.inventory
         if need.memory_bytes:
             return need.memory_bytes * need.count

@@ -1,6 +1,6 @@
 """Notices instances that something else paused (docker pause): their gate closes until they are resumed.
 
-The agent's own freezes pass through FREEZING and FROZEN; an instance that is RUNNING and stopped was paused by others.
+The agent's own freezes pass through FREEZING and FROZEN; a RUNNING instance that stands still was paused by others.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ async def watch_pauses(node: Node, freezer: Freezer, period_s: float = PERIOD_S)
 
 
 def check_pauses(node: Node, freezer: Freezer) -> None:
-    """Check once: one small file per running instance."""
+    """Check once: reads one small file per running instance."""
     for actor in list(node.actors.values()):
         handle = actor.handle_of_container
         if handle is None or actor.state is not InstanceState.RUNNING:
             continue
         try:
             paused = freezer.paused(handle)
-        except (HibernodeError, OSError) as error:  # just ending, or no descriptor free: next time
+        except (HibernodeError, OSError) as error:  # it is ending, or no descriptor is free: next time
             _log.debug("pause.unknown", instance=actor.uid, message=str(error))
             continue
         if paused is not actor.instance.paused:

@@ -1,7 +1,7 @@
 """Recovers the instances of an earlier agent: the state found counts, not the state last written.
 
 Containers outlive the agent. A process is identified by (boot, pid, start time). The cgroup is read before any driver
-call, because the driver can't answer for a frozen process. Every instance has a deadline; then the node is ready.
+call, because the driver can't answer for a frozen process. The node is ready when all are done or past their deadline.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Recovery:
         self._log = get_logger()
 
     async def run(self) -> RecoverySummary:
-        """Adopt, finish, restart or clean up every instance of this state directory, in parallel."""
+        """Adopt, restart, kill or clean up every instance of this state directory, in parallel."""
         records = await self._context.store.load_instances()
         handles = {handle.uid: handle for handle in await self._context.runtime.list_handles()}
         await self._require_gpus(records, handles)
@@ -175,7 +175,7 @@ class Recovery:
         devices = self._node.broker.allocator.devices
         taken = [uuid for uuid in record.gpu_uuids if devices[uuid].holder]
         if taken:
-            await self._kill(record, handle, f"GPU {taken[0]} is held by {devices[taken[0]].holder}, awake as well")
+            await self._kill(record, handle, f"GPU {taken[0]} is held by {devices[taken[0]].holder}, also awake")
             return
         actor = self._node.adopt(record, InstanceState.RUNNING, size)
         # A move that is not on disk is written at the next freeze.
@@ -185,8 +185,8 @@ class Recovery:
         actor.handle(ev.WaitersGone())  # starts its idle timer
 
     async def _gpus(self, record: InstanceRecord, pids: set[int]) -> tuple[str, ...]:
-        """The GPUs that an awake instance is on. A move is only written at the next freeze: where instances move,
-        NVML is polled until it answers, because a wrong placement would grant the instance's GPU to others."""
+        """The GPUs that an awake instance is on. A move is written only at the next freeze, so where instances can move
+        NVML is polled until it answers: with an outdated record the instance's GPU would be granted to others."""
         broker, written = self._node.broker, record.gpu_uuids
         while written:
             shown = await broker.gpus_of(pids)
@@ -244,7 +244,7 @@ class Recovery:
             self._context.events.add(handle.uid, "instance.orphan_destroyed", "a container of ours without a record")
 
     async def _destroy(self, handle: Handle, gpu_uuids: Sequence[str]) -> bool:
-        """Kill and clean up. If it survives, cordon its GPUs: it may still use them."""
+        """Kill and clean up; returns whether that succeeded. If not, its GPUs are cordoned: it may still use them."""
         runtime = self._context.runtime
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -267,7 +267,7 @@ class Recovery:
     async def _forget_record(self, uid: str) -> None:
         try:
             await self._context.store.delete_instance(uid)
-        except HibernodeError as error:  # the next start finds no container for it
+        except HibernodeError as error:  # the next recovery finds no container and deletes the record
             self._context.events.add(uid, "store.failed", error.message)
 
     def _note(self, uid: str, state: str) -> None:

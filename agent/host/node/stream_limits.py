@@ -13,7 +13,7 @@ CLOSE_DEADLINE_S = 10.0
 
 
 class StreamLimits:
-    """Admits `most` calls at once, each for `longest_s`; `what` names them in errors ("commands inside instances")."""
+    """Admits `most` calls at once, each for `longest_s` at most; `what` names them in errors ("commands inside")."""
 
     def __init__(self, what: str, most: int, longest_s: float) -> None:
         self._what = what
@@ -31,7 +31,7 @@ class StreamLimits:
 
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[asyncio.Timeout]:
-        """Admit one call, within one task. The timeout that it yields has expired if the limit ended the call.
+        """Admit one call, within one task. The yielded timeout has expired if the limit or `close` ended the call.
 
         Raises UnavailableError AGENT_STOPPING, ExhaustedError TOO_MANY_CALLS, DeadlineError CALL_TOO_LONG.
         """
@@ -48,7 +48,7 @@ class StreamLimits:
                 yield limit
         except TimeoutError:
             if not limit.expired():
-                raise  # of the call itself
+                raise  # the call's own
             if self._closed:
                 raise self._stopping() from None
             text = f"{self._what} last {self._longest_s:g} s at most; start a new one"
