@@ -138,7 +138,8 @@ def _refuse(actor: Actor, *, wake: bool) -> None:
         state = "being stopped" if me.stop and not me.state.terminal else me.state.value
         raise PreconditionError("NOT_RUNNING", f"instance {uid} is {state}; no command can run inside")
     if frozen and not wake:
-        text = f"instance {uid} is frozen ({me.state.value}); add --wake to wake it first, which may take a GPU"
+        what = "about to freeze" if me.state is InstanceState.RUNNING else "frozen"
+        text = f"instance {uid} is {what} ({me.state.value}); add --wake to wake it first, which may take a GPU"
         raise PreconditionError("INSTANCE_FROZEN", text)
 
 
