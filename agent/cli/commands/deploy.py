@@ -82,7 +82,7 @@ def deploy(template: Path, resource: str, target: int | None, wait: bool, dry_ru
     async def deploy_all(channel: DaemonChannel) -> list[pb.DeployFunctionResponse]:
         answers: list[pb.DeployFunctionResponse] = []
         requests = [deploy_request(one, await _target(channel, one, target)) for one in deployments]
-        # Check all before deploying the first: a file is deployed completely or not at all.
+        # Check all before deploying the first, so that a file with an error deploys nothing.
         for request in requests if dry_run or len(requests) > 1 else ():
             request.validate_only = True
             answers.append(await channel.call(channel.functions.DeployFunction, request, SHORT_S))

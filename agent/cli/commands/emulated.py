@@ -26,7 +26,7 @@ _directory = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
     metavar="DIR",
-    help="Folder of its sockets and libraries.",
+    help="Folder of the driver's sockets and libraries.",
 )
 
 
@@ -51,8 +51,8 @@ emulated.add_command(fault)
 @_directory
 @click.option("--gpus", default=2, show_default=True, help="Number of GPUs.")
 @click.option("--profile", default="580", show_default=True, help=f"Driver version: {', '.join(PROFILES)}.")
-@click.option("--gib", default=16.0, show_default=True, help="Memory of each; host memory is used as it is allocated.")
-@click.option("--model", default="T4", show_default=True, help="Its name is `Emulated MODEL`.")
+@click.option("--gib", default=16.0, show_default=True, help="GiB of each GPU; uses host memory once allocated.")
+@click.option("--model", default="T4", show_default=True, help="GPUs are named `Emulated MODEL`.")
 @click.option("--bandwidth", default="0", show_default=True, help="Of a restore, such as 8GB/s; 0 = memory speed.")
 @click.option("--fixed-us", default=0, show_default=True, help="Additional microseconds for each operation.")
 @click.option("--persistence/--no-persistence", default=True, show_default=True, help="Persistence mode.")

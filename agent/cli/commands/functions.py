@@ -76,7 +76,7 @@ def show(name: str) -> None:
 @click.argument("name")
 @scheduler_options
 def rm(name: str) -> None:
-    """Drain and stop the instances of a function and delete it. Its usage is kept."""
+    """Delete a function: its instances are drained and stopped. Its usage is kept."""
     request = pb.DeleteFunctionRequest(name=name)
     with_scheduler(lambda channel: channel.call(channel.functions.DeleteFunction, request, SHORT_S), f"removing {name}")
     note(f"{name} is being removed: its instances finish their requests first")
@@ -118,7 +118,7 @@ def _show(found: pb.Function) -> None:
             ("CPU, memory", f"{spec.vcpu_millis / 1000:g} vCPU, {size(spec.memory_bytes)}"),
             ("Concurrency", f"{spec.instance_concurrency} requests at once per instance"),
             ("Timeout", duration(spec.timeout_ns)),
-            ("Sleeps", "never" if never else freezes),
+            ("Freezes", "never" if never else freezes),
             ("Deployed", f"{clock(found.update_time)}, first {clock(found.create_time)}"),
         )
     )

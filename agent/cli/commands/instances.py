@@ -80,7 +80,7 @@ def freeze(uids: tuple[str, ...], timeout_s: float) -> None:
     type=seconds_of,
     default="0",
     metavar="DURATION",
-    help="Stay awake this long for the first request (default of the agent: 2s).",
+    help="How long to stay awake for the first request; default: the agent's (2s).",
 )
 @agent_options
 @output_option

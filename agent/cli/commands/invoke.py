@@ -33,7 +33,7 @@ _MAX_BODY_BYTES = 256 << 20
     "--event-file", "-f", type=click.File("rb"), metavar="FILE", help="File with the request body; - = stdin."
 )
 @click.option("--header", "-H", "headers", multiple=True, metavar="NAME:VALUE", help="A header; may be repeated.")
-@click.option("--method", "-X", metavar="METHOD", help="With --path; default: GET, or POST with a body.")
+@click.option("--method", "-X", metavar="METHOD", help="For --path (default: /); default: GET, or POST with a body.")
 @click.option("--path", metavar="PATH", help="Call this path of the function's HTTP server instead of POST /invoke.")
 @click.option("--include", "-i", is_flag=True, help="Print the response's status and headers on stderr.")
 @click.option("--log", "with_log", is_flag=True, help="Print the instance's output for this request on stderr.")
@@ -53,9 +53,9 @@ def invoke(
 ) -> None:
     """Send one request to a function and print the response as it arrives.
 
-    Without --path the request is an invocation (`POST /invoke` with the event), as with InvokeFunction. The exit code
-    follows the HTTP status: 0 for 2xx and 3xx, 2 for 400, 3 for 404, 4 for 401, 403 and 409, 5 for 429, 503 and 504, 1
-    for 500 and 502.
+    Without --path and --method the request is an invocation (`POST /invoke` with the event), as with InvokeFunction.
+    The exit code follows the HTTP status: 0 for 2xx and 3xx, 2 for 400, 3 for 404, 4 for 401, 403 and 409, 5 for 429,
+    503 and 504, 1 for 500 and 502.
 
     --log prints at most 4 KB between the lines `FC Invoke Start RequestId: ID` and `FC Invoke End RequestId: ID`, which
     the function's server must print (`x-fc-log-type: Tail`).

@@ -64,7 +64,7 @@ def logs(uid: str, tail_bytes: int | None, follow: bool, timeout_s: float | None
 
 @click.command()
 @click.argument("uid", default="")
-@click.option("--since", "since_s", type=seconds_of, metavar="DURATION", help="Only events of this time, such as 10m.")
+@click.option("--since", "since_s", type=seconds_of, metavar="DURATION", help="Only events newer than that, e.g. 10m.")
 @agent_options
 @output_option
 def events(uid: str, since_s: float | None) -> None:

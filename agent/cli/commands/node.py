@@ -20,7 +20,7 @@ from agent.wire.json_view import short_name, to_json
 @output_option
 @click.pass_context
 def node(context: click.Context, fleet: bool) -> None:
-    """Show the node: its GPUs with their holders, host memory and capabilities. Or take a node out of use.
+    """Show a node, its GPUs with their holders, host memory and capabilities, or take a node out of use.
 
     \b
     Examples:

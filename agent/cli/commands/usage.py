@@ -39,7 +39,7 @@ _NAMES = {"function": ("FUNCTION",), "instance": ("INSTANCE", "NODE", "FUNCTION"
 @click.option("--since", type=instant_ns, metavar="TIME", help="Start: 24h (ago) or 2025-01-31T12:00.")
 @click.option("--until", type=instant_ns, metavar="TIME", help="End, in the same format.")
 @click.option(
-    "--windows/--no-windows", default=True, show_default=True, help="With JSON: include the windows of each row."
+    "--windows/--no-windows", default=True, show_default=True, help="With JSON: include the windows behind the rows."
 )
 @click.option("--local", is_flag=True, help="The node's own ledger, from its agent: windows without prices.")
 @fleet_or_node_options
@@ -62,7 +62,7 @@ def usage(
     and pulling an image are unbilled; an instance without any billed time has no always-on cost either.
 
     JSON contains everything needed to recompute the costs: `rows` with exact quantities and `factors`, and `windows`.
-    CSV contains the rows; text that a spreadsheet would take for a formula is prefixed with '.
+    CSV contains the rows; text that a spreadsheet would take for a formula begins with an apostrophe.
 
     \b
     cost = gpu_active_gib_s x factors.gpu_active + gpu_idle_gib_s x factors.gpu_idle
@@ -153,7 +153,7 @@ def _show(found: pb.ListUsageResponse, by: str) -> None:
     show_table((*names, *times, *costs, ""), rows, right=(*times, *costs))
     unpriced = sorted({one.gpu_model or "-" for one in found.rows if one.unpriced_windows})
     if unpriced:
-        warn(f"some time on {', '.join(unpriced)} has no price: add it to `prices` in scheduler.yaml")
+        warn(f"some time on {', '.join(unpriced)} has no price: add it to the `price_book` of scheduler.yaml")
 
 
 def _marks(one: pb.UsageRow) -> str:
