@@ -132,7 +132,7 @@ def observe(
     """The tracking after a period.
 
     - `sample`: of the policy's metric in the period; None if there is none.
-    - `current`: instances at its end that are not stopping; `average`: instances in the period, None for `current`.
+    - `current`: non-stopping instances at its end; `average`: their mean number in the period, None for `current`.
     """
     measured = Fraction(current) if average is None else min(Fraction(current), average)
     if sample is None or sample == policy.metric_target:

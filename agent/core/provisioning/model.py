@@ -22,7 +22,7 @@ class RequestId:
         return f"{self.function}/{self.revision}/{self.ordinal}/{self.attempt}"
 
 
-@lru_cache(maxsize=16_384)  # a round of provisioning parses that of every instance
+@lru_cache(maxsize=16_384)  # a round of provisioning parses the id of every instance
 def parse_request_id(text: str) -> RequestId | None:
     """The parts of a scheduler's request_id; None for any other (an instance created by hand)."""
     parts = text.split("/")
@@ -47,10 +47,10 @@ class Scheduling(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ObservedInstance:
-    """An instance that a scheduler created and that has not ended.
+    """An instance that a scheduler created; `plan` takes only those that have not ended.
 
     - `on_lost_node`, `scheduling`: of its node.
-    - `unsteady`: its node is silent or its agent shuts down, or it fails its health check.
+    - `unsteady`: its node is silent, its agent is shutting down, or it fails its health check.
     - `requests`: those it executes and those that wait for it; `idle_ns`: how long it has had none.
     - `gpus`: those it is assigned to.
     """

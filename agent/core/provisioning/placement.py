@@ -28,7 +28,7 @@ class NodeView:
     """A node.
 
     - `gpus`: the usable ones.
-    - `migrates`: a frozen instance may wake on another GPU, so that `instances_per_gpu` bounds the average.
+    - `migrates`: a frozen instance may wake on another GPU, so that `instances_per_gpu` bounds the average of its GPUs.
     - `memory_free_bytes`: available less reserved; None if unknown.
     - `unavailable`: why it takes no instances now, "is ..." or "has ..."; "" if it does.
     """
@@ -65,7 +65,7 @@ class NodeView:
         return replace(self, gpus=gpus, memory_free_bytes=_less(self.memory_free_bytes, spec.memory_bytes))
 
     def without(self, gpu_uuids: Iterable[str], memory_bytes: int) -> NodeView:
-        """The node without an instance on those GPUs."""
+        """The node with one instance less, which was on those GPUs."""
         left = set(gpu_uuids)
         gpus = tuple(replace(gpu, sharers=max(0, gpu.sharers - (gpu.uuid in left))) for gpu in self.gpus)
         return replace(self, gpus=gpus, memory_free_bytes=_less(self.memory_free_bytes, -memory_bytes))
@@ -95,7 +95,7 @@ class Occupant:
 
 
 class _Lacks(IntEnum):
-    """What a node lacks, in the order of the checks: the later, the closer it is to taking the instance."""
+    """What a node lacks, in the order of the checks: the later the check, the closer the node is to fitting."""
 
     RUNTIME = 1
     MATCH = 2
@@ -112,7 +112,7 @@ _REASONS = {
     _Lacks.MEMORY: "HOST_MEMORY_SHORT",
 }
 PASSING = frozenset({"NO_NODE", "NO_FREE_GPU", "HOST_MEMORY_SHORT"})
-"""Reasons that may pass: an instance ends, a node comes back."""
+"""Reasons that time may remove: an instance ends, a node comes back."""
 _PLURALS = {"has": "have", "is": "are", "lacks": "lack"}
 
 
@@ -142,7 +142,7 @@ def place(spec: FunctionSpec, nodes: Iterable[NodeView]) -> Placement:
 
 
 def instances_to_stop(spec: FunctionSpec, nodes: Iterable[NodeView], occupants: Iterable[Occupant]) -> tuple[str, ...]:
-    """The uids to stop so that an instance of `spec` fits: as few as possible, on one node, in the order given.
+    """The uids to stop so that an instance of `spec` fits: on one node, in the order given, and none needlessly.
 
     Empty if stopping does not help. An occupant's memory is assumed to be that of `spec`.
     """
@@ -156,7 +156,7 @@ def instances_to_stop(spec: FunctionSpec, nodes: Iterable[NodeView], occupants: 
             if _fits_without(spec, node, chosen):
                 break
             chosen.append(one)
-        for one in list(chosen):  # some are on other GPUs than those needed
+        for one in list(chosen):  # leave out those on GPUs that are not needed
             others = [other for other in chosen if other is not one]
             chosen = others if _fits_without(spec, node, others) else chosen
         if chosen and _fits_without(spec, node, chosen) and (not best or len(chosen) < len(best)):
@@ -213,7 +213,7 @@ def _plural(words: str) -> str:
 def _headline(spec: FunctionSpec, lack: _Lacks) -> str:
     match lack:
         case _Lacks.READINESS:
-            return f"no node is ready that fits {spec.name}"
+            return f"no node that fits {spec.name} is ready"
         case _Lacks.SLOT:
             return f"every GPU that fits {spec.name} has its full number of instances"
         case _Lacks.MEMORY:
@@ -231,7 +231,7 @@ def _fix(spec: FunctionSpec, lack: _Lacks) -> str:
         case _Lacks.MATCH:
             return "change what the function asks for, or add such a node"
         case _Lacks.READINESS:
-            return "`hibernode node --fleet` shows them"
+            return "`hibernode node --fleet` shows the nodes"
         case _Lacks.SLOT:
             return "add GPUs, raise gpu.instances_per_gpu, or lower a target"
         case _Lacks.MEMORY:

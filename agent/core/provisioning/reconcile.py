@@ -1,9 +1,9 @@
-"""From the instances a function should have to the instances it has: which to create, which to drain.
+"""Compares the instances a function has with those it should have: which to create, which to drain.
 
 Each instance has an *ordinal* within its revision, the lowest that is free; its create carries the request_id
-function/revision/ordinal/attempt, so that a create repeated after a crash or a timeout creates nothing twice. There is
-a new attempt only once the one before has ended or is draining. Attempts back off, and after `MAX_ATTEMPTS` failures in
-a row the ordinal is given up until the function is deployed again.
+function/revision/ordinal/attempt, so that a create repeated after a crash or a timeout creates nothing twice. A new
+attempt begins only once the one before has ended, is draining or is on a lost node. Attempts back off, and after
+`MAX_ATTEMPTS` failures in a row the ordinal is given up until the function is deployed again.
 
 Pure: `plan(...)` decides about one function at one moment. `scale_in.py` says which instances go first.
 """
@@ -36,8 +36,8 @@ class DesiredState:
 
 @dataclass(frozen=True, slots=True)
 class Attempts:
-    """The attempts at an ordinal: number of the last one, failures in a row since it last came up, and the time
-    (monotonic ns) before which there is no further one."""
+    """The attempts at an ordinal: the number of the last one, the failures in a row since an instance came up, and the
+    time (monotonic ns) before which no further attempt begins."""
 
     attempt: int = 0
     failures: int = 0
@@ -89,7 +89,7 @@ def failed(attempts: Attempts, attempt: int, at: int) -> Attempts:
 
 def skipped(attempts: Attempts, attempt: int, at: int) -> Attempts:
     """After an attempt whose request_id was used before (the scheduler restarted, and its instance has ended since):
-    nothing failed, the next number is tried."""
+    nothing failed, so the next number is tried."""
     if attempt < attempts.attempt:
         return attempts
     return Attempts(attempt, attempts.failures, at + SKIP_NS)
@@ -122,7 +122,7 @@ def plan(
     here = sorted((one for one in known if not _leaving(one)), key=scale_in_order)
     current = [one for one in here if one.made_by.revision == desired.revision and not one.scheduling.drains]
     outdated = [one for one in here if one.made_by.revision != desired.revision or one.scheduling.drains]
-    surplus = max(0, len(current) - desired.target)  # creates would go first, but have no uid yet
+    surplus = max(0, len(current) - desired.target)  # creates in progress would go first, but have no uid yet
     kept = current[surplus:]
     missing = _missing(desired.target - len(kept) - len(creating), kept, creating)
     creates, again = _creates(desired, missing, known, attempts, at)

@@ -25,7 +25,7 @@ def scale_in_order(instance: ObservedInstance) -> tuple[int, int, int, int, int,
 
 
 def replaced(target: int, outdated: list[ObservedInstance], kept: list[ObservedInstance]) -> list[ObservedInstance]:
-    """Those of `outdated`, in scale-in order, that may go since instances in `kept` serve in their place.
+    """Those of `outdated`, in scale-in order, that may go because instances in `kept` serve in their place.
 
     `target` instances always remain, except where an operator has EMPTIED a node.
     """

@@ -57,7 +57,7 @@ class Schedule:
             found = CronSim(self.fields, _wall(after_ns, self.zone))
             while True:
                 fires = _instant(next(found), self.zone)
-                if fires > after_ns:  # skipped times fired with the first of them
+                if fires > after_ns:  # else a skipped time, which fired together with others
                     return self._within(fires, after_ns + 1, end_ns - 1)
         except (StopIteration, OverflowError, ValueError):
             return None
@@ -87,7 +87,7 @@ def parse_schedule(text: str, zone: tzinfo) -> Schedule:
 
 
 def parse_time(text: str, zone: tzinfo) -> int:
-    """Wall ns of an ISO 8601 time such as 2026-07-01T16:00:00.000Z, in `zone` without `Z` or an offset.
+    """Wall ns of an ISO 8601 time such as 2026-07-01T16:00:00.000Z; one without `Z` or an offset is in `zone`.
 
     Raises BadSchedule."""
     wrong = "must be a time such as 2026-07-01T16:00:00.000Z or 2026-07-01T16:00:00"
@@ -119,10 +119,10 @@ def _fields(text: str) -> str:
     parts = text.upper().split()
     if len(parts) != len(_NAMES):
         raise BadSchedule(
-            f"must have six fields (second minute hour day month weekday) within cron(), has {len(parts)}"
+            f"must have six fields (second minute hour day month weekday) within cron(), not {len(parts)}"
         )
     if parts[_DAY] == parts[_WEEKDAY] == "?":
-        raise BadSchedule("must not have `?` for day and weekday both")
+        raise BadSchedule("must not have `?` for both day and weekday")
     for index, part in enumerate(parts):
         parts[index] = _field(index, part)
     try:
@@ -172,7 +172,7 @@ def _number(text: str, bad: BadSchedule) -> int:
 
 
 def _wall(at_ns: int, zone: tzinfo) -> datetime:
-    """The zone's wall clock at `at_ns`, to the second. During a repeated hour it is the last second of that hour."""
+    """The zone's wall clock at `at_ns`, to the second. In the second pass of a repeated hour: its last second."""
     moment = (_EPOCH + timedelta(seconds=at_ns // SECOND_NS)).replace(tzinfo=UTC).astimezone(zone)
     naive = moment.replace(tzinfo=None, fold=0)
     if not moment.fold:
@@ -185,7 +185,7 @@ def _wall(at_ns: int, zone: tzinfo) -> datetime:
 
 
 def _instant(wall: datetime, zone: tzinfo) -> int:
-    """Wall ns of the first time that the zone's clock shows `wall`, or skips it."""
+    """Wall ns at which the zone's clock first shows `wall`, or skips it."""
     before, after = _offset(wall, zone, 0), _offset(wall, zone, 1)
     if before >= after:  # an ordinary time, or a repeated one
         return _ns(wall) - before // _MICROSECOND * 1000

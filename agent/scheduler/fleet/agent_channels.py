@@ -23,9 +23,9 @@ class AgentChannels:
         return f"AgentChannels({sorted(self._channels)})"
 
     def channel(self, node: str) -> DaemonChannel:
-        """The channel to the node's agent; a new one after it registered another address.
+        """The channel to the node's agent; a new one once it has registered another address.
 
-        Raises UnavailableError NODE_UNKNOWN before its first registration.
+        Raises UnavailableError NODE_UNKNOWN before its first registration, or if the node has no token.
         """
         address, token = self._address_of(node), self._tokens.get(node, "")
         if not address or not token:

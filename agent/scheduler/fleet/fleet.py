@@ -3,7 +3,7 @@
 Each agent keeps one load stream with numbered messages. After a gap it is asked for a snapshot, and until that comes
 only its heartbeats count. A node is SUSPECT after `suspect_ns` of silence, when its stream ends, or when its ingress is
 unreachable; it is LOST after `lost_ns` of silence. Every change goes to the dispatcher at once, as an event
-(core/dispatch/events.py). The stream's servicer and one timer call the fleet, on one loop; it never awaits.
+(core/dispatch/events.py). All callers of the fleet run on one loop, and it never awaits.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class NodeRecord:
       without a message yet, and their machines.
     - `synced`: no message of the stream has been missed since its last snapshot.
     - `all_reported`: its agent has reported all of its instances. `seen`: those named since the stream's last snapshot.
-    - `idle_since`: when an instance had its last request (monotonic ns), by its agent's report.
+    - `idle_since`: by uid, when the instance had its last request (monotonic ns), as its agent reported.
     """
 
     name: str
@@ -72,7 +72,7 @@ class NodeRecord:
 
     @property
     def recovering(self) -> bool:
-        """Its agent does not know all of its instances yet."""
+        """Whether its agent does not know all of its instances yet."""
         return self.load.state not in (Node.STATE_READY, Node.STATE_DRAINING)
 
 
@@ -112,8 +112,8 @@ class Fleet:
         self._nodes.setdefault(name, NodeRecord(name, NodeStanding.SUSPECT, self._clock.monotonic_ns()))
 
     def stream_opened(self, name: str, peer: str = "127.0.0.1") -> int:
-        """Begin a load stream of `name` from the machine `peer`; its first message supersedes an older one. Returns its
-        number."""
+        """Begin a load stream of `name` from the machine `peer`; its first message supersedes an older stream.
+        Returns its number."""
         self._streams += 1
         node = self._nodes.get(name)
         if node is None:
@@ -123,11 +123,11 @@ class Fleet:
         return self._streams
 
     def receive(self, name: str, stream: int, message: ReportLoadRequest) -> ReportLoadResponse | None:
-        """Apply a message. Returns the answer: to a snapshot an acknowledgement, to others None or a request for one.
+        """Apply a message. Returns the answer: a snapshot is acknowledged, else None or a request for a snapshot.
 
         Raises ConfigError or InvalidArgumentError for invalid addresses, or if a token would travel in clear text or to
         another machine; PreconditionError STREAM_SUPERSEDED if the node, or another agent of its name with a later
-        epoch, has opened a newer stream; InvalidArgumentError for a first message without registration.
+        epoch, has opened a newer stream; InvalidArgumentError for a missing registration or an unreadable report.
         """
         node = self._nodes[name]
         if stream != node.stream:
@@ -189,7 +189,7 @@ class Fleet:
     # ---- reading ----------------------------------------------------------------------------------------------
 
     def all_reported(self) -> bool:
-        """Every known node has reported all of its instances, or is lost: no other instance exists."""
+        """Whether every known node has reported all of its instances or is lost: only lost nodes may have others."""
         return all(node.all_reported or node.standing is NodeStanding.LOST for node in self._nodes.values())
 
     def scheduling(self, name: str) -> Scheduling:
@@ -223,11 +223,11 @@ class Fleet:
     # ---- messages ---------------------------------------------------------------------------------------------
 
     def _supersede(self, node: NodeRecord, stream: int, epoch: int) -> None:
-        """Switch to the stream at its first message. Of two open streams the one with the later epoch counts; without
-        another one the epoch may be earlier, as the host's clock may have gone back."""
+        """Switch to the stream at its first message. Of two open streams the one with the later epoch counts; if no
+        other is open, the epoch may be earlier, as the host's clock may have gone back."""
         peer = node.opening.pop(stream, None)
         if peer is None or stream < node.stream or (node.stream and epoch < node.epoch):
-            text = f"node {node.name} has a newer load stream; one agent per node credential"
+            text = f"node {node.name} has a newer load stream; give each agent its own credential"
             raise PreconditionError("STREAM_SUPERSEDED", text, node=node.name)
         node.stream, node.sequence, node.synced = stream, 0, False
         node.unreachable_ns, node.peer = 0, peer
@@ -299,12 +299,12 @@ class Fleet:
         return True
 
     def _update_standing(self, node: NodeRecord, message: ReportLoadRequest) -> None:
-        """Update standing and dispatcher by a heartbeat, or by any message of a SUSPECT or LOST node."""
+        """Update the standing and tell the dispatcher, on a heartbeat or any message of a SUSPECT or LOST node."""
         back = node.standing in (NodeStanding.SUSPECT, NodeStanding.LOST)
         if not message.HasField("load") and not back:
             return
         if not node.load.state:
-            return  # it has registered and sent no load yet
+            return  # it has registered but has sent no load yet
         if back and node.unreachable_ns and node.last_heard_ns - node.unreachable_ns < UNREACHABLE_NS:
             return
         node.unreachable_ns = 0

@@ -31,7 +31,7 @@ class NodeScheduling:
         """Store and apply it. Raises NotFoundError NODE_NOT_FOUND, UnavailableError STORE_FAILED."""
         async with self._writing:
             if self._fleet.node(name) is None:
-                text = f"no node {name[:64]!r} has ever registered here; `hibernode node --fleet` lists them"
+                text = f"no node {name[:64]!r} has ever registered here; `hibernode node --fleet` lists the nodes"
                 raise NotFoundError("NODE_NOT_FOUND", text)
             if self._fleet.scheduling(name) is scheduling and name not in self._unconfirmed:
                 return

@@ -1,4 +1,4 @@
-"""The fleet for placement: each node's GPUs with their instances, memory, runtimes and labels."""
+"""The fleet as placement sees it: each node's GPUs with their instances, memory, runtimes and labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ANYTHING = FunctionSpec("")
 def node_views(
     fleet: Fleet, pending: Iterable[tuple[str, FunctionSpec]], functions: Mapping[str, FunctionSpec]
 ) -> list[NodeView]:
-    """Views of all nodes. `pending`: node and spec of instances created and not reported yet. `functions`: specs for
+    """Views of all nodes. `pending`: node and spec of instances that are not reported yet. `functions`: specs for
     instances whose reports do not name their GPUs."""
     extra: dict[str, list[FunctionSpec]] = {}
     for name, spec in pending:

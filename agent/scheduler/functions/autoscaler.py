@@ -3,10 +3,10 @@
 `core/provisioning/autoscaling.py` decides from the clock and from what the fleet reports; the catalog gets the outcome.
 Functions that have neither schedule nor policies keep their default target.
 
-Nothing is stored over a restart of the scheduler: firings follow from the clock, and policies begin anew with the
+Nothing is kept across a restart of the scheduler: firings follow from the clock, and policies begin anew with the
 instances there are, once every known node has reported or is lost. Until then nothing is created or stopped
-(core/provisioning/reconcile.py), and after that the autoscaler checks before the provisioner does. When a node reports
-only after it was lost, the policies raise their targets to the instances there are with those of the node.
+(core/provisioning/reconcile.py), and after that the autoscaler acts before the provisioner does. If a node is lost
+before its first report and reports later, the policies raise their targets to the instances there are then.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """A policy for reports. `target`: 0 if it is not active; `metric`: its last sample, if any."""
+    """A policy as users see it. `target`: 0 if it is not active; `metric`: its last sample, if any."""
 
     name: str
     active: bool
@@ -57,7 +57,7 @@ class PolicyState:
 
 
 class _ActionTimer:
-    """An action's last firing, computed again only when the next one is due."""
+    """An action's last firing, computed again only when the next one is due or the clock has gone back."""
 
     def __init__(self, action: Action) -> None:
         self.action = action
@@ -76,7 +76,7 @@ class _ActionTimer:
 
 @dataclass(slots=True)
 class _FunctionScaling:
-    """One function's schedule and policies. `tracking` and `metrics` are those of the active policies."""
+    """One function's schedule and policies. `tracking`: of the active policies; `metrics`: the last samples."""
 
     provisioning: Provisioning
     timers: list[_ActionTimer]
@@ -113,7 +113,7 @@ class Autoscaler:
 
     @property
     def waiting(self) -> bool:
-        """Whether to `check` when the fleet changes: a policy waits for all nodes to report, or for a lost node."""
+        """Whether to `check` when the fleet changes: policies wait for nodes to report, or a lost node is back."""
         return self._policies_wait or any(map(self._is_back, self._never_heard))
 
     async def run(self) -> None:
@@ -146,7 +146,7 @@ class Autoscaler:
             self._changed()
 
     def states(self, name: str) -> tuple[PolicyState, ...]:
-        """The policies of a function, in its order."""
+        """The policies of a function, in the order of its configuration."""
         scaling = self._scaling.get(name)
         if scaling is None:
             return ()
@@ -161,7 +161,7 @@ class Autoscaler:
     # ---- one function -----------------------------------------------------------------------------------------
 
     def _follow(self, name: str, provisioning: Provisioning) -> _FunctionScaling:
-        """The function's state; policies that a new put repeats keep theirs."""
+        """The function's state; a policy that a new configuration repeats keeps its tracking."""
         before = self._scaling.get(name)
         if before is not None and before.provisioning is provisioning:
             return before
@@ -216,7 +216,7 @@ class Autoscaler:
     # ---- what the fleet reports -------------------------------------------------------------------------------
 
     def _late_nodes_reported(self) -> bool:
-        """Whether nodes have reported that were lost before their first report since the start."""
+        """Whether a node that was lost before its first report since the start has now reported."""
         self._never_heard |= {
             node.name
             for node in self._fleet.nodes()
@@ -254,7 +254,7 @@ class Autoscaler:
         return views
 
     def _gauges(self, node: NodeRecord, views: Mapping[str, View]) -> None:
-        """Add the gauges of the node's last heartbeat, dated by its arrival."""
+        """Add the gauges of the node's last heartbeat, dated by the node's last message when they are first seen."""
         load, received_ns = self._loads.get(node.name, (None, 0))
         if load is not node.load:
             received_ns = node.last_heard_ns
@@ -272,7 +272,7 @@ class Autoscaler:
 
 
 def _raise_targets(scaling: _FunctionScaling, current: int) -> None:
-    """Raise the policies' targets to `current` instances, as if they began with them."""
+    """Raise the policies' targets to what they would be if the policies began with `current` instances."""
     for policy, tracking in scaling.tracking.items():
         begun = begin(policy, current)
         if begun.target > tracking.target:

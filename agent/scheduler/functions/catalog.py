@@ -1,7 +1,7 @@
 """The catalog of deployed functions, which the request path reads: deploy, provision, delete.
 
-A deploy that changes the spec makes a new revision; the same content again changes nothing. A change is durable before
-it takes effect. The catalog lives in memory; the store is read once, at start.
+A deploy that changes the spec makes a new revision; the same content again only retries instances that were given up.
+A change is durable before it takes effect. The catalog lives in memory; the store is read once, at start.
 
 The autoscaler sets the target of a function with a schedule or policies (`set_target`). It is not stored, since it
 follows from the clock and from what the fleet reports.
@@ -44,8 +44,8 @@ class Deployed:
     """A deployed function.
 
     - `message`: the whole spec with its secrets, for agents only; `spec`: the same for the core.
-    - `methods`: allowed by its triggers, empty = all.
-    - `target`: its instances now, as `decided_by` an action or policy ("": by `default_target`).
+    - `methods`: those that its triggers allow; empty means all.
+    - `target`: how many instances it should have now, `decided_by` an action or policy ("": by `default_target`).
     - `config`: schedule and policies as they were put; `provisioning`: the same, parsed.
     """
 
@@ -114,7 +114,7 @@ class Catalog:
         return self._problems.get(name)
 
     def deploys(self, name: str) -> int:
-        """How often it was deployed, with or without a change: each deploy retries instances that were given up."""
+        """How often it was deployed or provisioned since the start; each time, given-up instances are retried."""
         return self._deploys.get(name, 0)
 
     # ---- changing ---------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class Catalog:
         return found.target != decided.target
 
     async def delete(self, name: str) -> None:
-        """Begin to delete: new requests are refused, its instances drain, then `forget`. Raises NotFoundError."""
+        """Refuse new requests and drain all instances; `forget` follows. Raises NotFoundError, UnavailableError."""
         async with self._writing:
             gone = replace(
                 self._known(name),
@@ -239,7 +239,7 @@ class Catalog:
             _log.info("function.deleted", function=name)
 
     def set_problem(self, name: str, problem: Problem | None) -> None:
-        """Set why the function has fewer instances than its target; None if it has them."""
+        """Set why the function has fewer instances than its target; None if there is no problem."""
         found = self._functions.get(name)
         before = self._problems.get(name)
         if found is None or before == problem:
@@ -259,7 +259,7 @@ class Catalog:
         return found
 
     async def _keep(self, deployed: Deployed, provision: bytes | None) -> None:
-        """Store it. `provision`: as for `Store.put_function`."""
+        """Store the function. `provision`: as for `Store.put_function`."""
         name = deployed.spec.name
         if name in self._unconfirmed:
             provision = _stored(deployed.config)
@@ -316,12 +316,12 @@ def _same(before: Deployed, after: Deployed) -> bool:
 
 
 def _kept(before: Deployed | None) -> tuple[ProvisionConfig, Provisioning]:
-    """Schedule and policies that a deploy without any leaves as they are."""
+    """The schedule and policies so far, which stay if a deploy does not mention any."""
     return (ProvisionConfig(), Provisioning()) if before is None else (before.config, before.provisioning)
 
 
 def _decision(before: Deployed | None, found: Provisioning, default: int) -> Decision:
-    """The target until the autoscaler's next check: the one before, so that queued requests are not refused."""
+    """The target until the autoscaler's next check: with a schedule or policies the old one, as requests may wait."""
     if before is None or before.deleting or not found:
         return Decision(default)
     return Decision(before.target, before.decided_by)

@@ -1,6 +1,6 @@
 """Checks of a deploy beyond the spec's own ranges (core/function_rules.py): target, triggers and provisioning.
 
-A violation raises InvalidArgumentError, which names the field and the fix.
+A violation raises InvalidArgumentError or UnsupportedError, which names the field and the fix.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """For fields that a deploy does not set (scheduler.yaml, `dispatch`)."""
+    """Values of the fields that a deploy does not set (scheduler.yaml, `dispatch`)."""
 
     policy: DispatchPolicy = DispatchPolicy.PACK
     wake_factor: float = 0.0
@@ -67,7 +67,7 @@ def set_idle_mode(message: types_pb2.FunctionSpec, config: ProvisionConfig) -> N
 
 
 def checked_provision(config: ProvisionConfig) -> tuple[ProvisionConfig, Provisioning]:
-    """The part of it to store, and the same parsed. Raises InvalidArgumentError.
+    """The part of `config` to store, and the same parsed. Raises InvalidArgumentError.
 
     Default target and `alwaysAllocateGPU` are stored with the function.
     """
@@ -95,7 +95,7 @@ def _triggers(request: DeployFunctionRequest) -> tuple[HttpTrigger, ...]:
             kind = "jwt" if given.auth_type == HttpTrigger.AUTH_TYPE_JWT else "function"
             text = (
                 f"trigger {given.name!r} asks for authType {kind}, which needs a verifier, and this version has none; "
-                "use anonymous, and protect the gateway in front"
+                "use anonymous, and put a proxy that authenticates in front of the gateway"
             )
             raise UnsupportedError("TRIGGER_AUTH_UNSUPPORTED", text, trigger=given.name[:64])
         methods = [method.upper() for method in given.methods]

@@ -1,6 +1,6 @@
 """What provisioning knows of a function's instances beyond the fleet's reports: attempts, and calls in progress.
 
-`core/provisioning/reconcile.py` decides from it. It makes no calls itself.
+`core/provisioning/reconcile.py` decides from it. Nothing here makes a call.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from agent.wire.convert_enums import state_from_proto
 from agent.wire.convert_time import time_from_proto
 
 RETRY_NS = 2 * SECOND_NS
-"""Wait after a create that the agent could not execute now, or a stop that failed."""
+"""Wait after a create that the agent could not execute now or did not answer, or a stop that failed."""
 REPORT_DUE_NS = 15 * SECOND_NS
-"""An instance that is created and not reported within this time counts as ended."""
+"""A created instance that is not reported within this time counts as ended."""
 OLD_NS = 60 * SECOND_NS
-"""A create answered with an ended instance older than this found one of an earlier run of the scheduler."""
+"""If a create is answered with an ended instance older than this, an earlier run of the scheduler created it."""
 NO_CAPACITY_REASONS = frozenset({"IMAGE_RUNTIME_UNAVAILABLE", "NO_MATCHING_NODE"})
 HAS_ENDED = (InstanceState.STOPPED, InstanceState.FAILED)
 
@@ -34,10 +34,10 @@ _log = get_logger()
 
 @dataclass(slots=True, eq=False)
 class ProvisionState:
-    """One function. Ordinals are those of `revision`.
+    """What is known of one function. Ordinals are those of `revision`.
 
     - `creating`: node of each create in progress, by ordinal.
-    - `unanswered`: node of each create without an answer, by ordinal. It is repeated there, or there might be two.
+    - `unanswered`: node of each unanswered create, by ordinal. It is repeated there: elsewhere it could be made twice.
     - `unreported`: instances created and not reported yet, each with the time by which it must be.
     - `stopping`: stops in progress; `retired`: instances that get no new requests.
     - `serving_at_stop`: how many of `revision` served when an older instance last gave way to them; -1 if none has.
@@ -56,7 +56,7 @@ class ProvisionState:
     serving_at_stop: int = -1
 
     def follow_deploys(self, revision: str, deploys: int) -> None:
-        """Start from nothing for another revision; retry ordinals that were given up after a deploy of the same."""
+        """Start from nothing for another revision; after each deploy, retry the ordinals that were given up."""
         if self.revision != revision:
             self.revision = revision
             self.attempts.clear()
@@ -123,7 +123,7 @@ class ProvisionState:
         _log.warning("provision.create_failed", request_id=str(made_by), node=node, reason=error.reason)
 
     def problem(self, todo: ReconcilePlan, unplaceable: Unplaceable | None) -> Problem | None:
-        """Why there are fewer instances than the target; None if there are not, or if they are only starting."""
+        """Why there are fewer instances than the target; None if there are enough, or nothing has failed."""
         if not todo.missing:
             return None
         if unplaceable is not None:

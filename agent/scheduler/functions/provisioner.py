@@ -4,8 +4,8 @@
 Creates are idempotent (request_id), so a call whose answer was lost is repeated. An instance is retired at the
 dispatcher before its agent drains it, so that it gets no new requests.
 
-An update creates first where GPUs have room, else it stops the room of one instance at a time. Instances on a drained
-node are replaced like those of an older revision, but only by instances elsewhere.
+An update creates first if GPUs have room; else older instances give way to one new one at a time. Instances on a
+drained node are replaced like those of an older revision, but only by instances elsewhere.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from agent.wire.convert_enums import state_from_proto
 
 CREATE_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 180.0
-"""Of one call; if requests are still in flight then, the agent goes on draining by itself."""
+"""Limit of one call; if requests are still in flight then, the agent goes on draining by itself."""
 STOP_GRACE_NS = 86_400 * SECOND_NS
 """Draining never cuts a request: the agent ends each at the function's own timeout, a day at most."""
 ROUND_S = 5.0
 """Longest time between rounds."""
 PAUSE_S = 0.02
-"""Shortest pause between rounds, which is also ten times the last round at least: a large fleet that keeps changing
-costs a tenth of a core at most."""
+"""Shortest pause between rounds. A pause also lasts at least ten times as long as the round before it, so that a large
+fleet that keeps changing costs a tenth of a core at most."""
 _log = get_logger()
 
 
@@ -118,10 +118,10 @@ class Provisioner:
         return again
 
     def _stop_orphans(self, observed: dict[str, dict[str, ObservedInstance]], known: set[str]) -> set[str]:
-        """Stop instances of deleted functions, on a node that was lost then or of a create that was late.
+        """Stop what deleted functions left: instances whose node was lost at that time or whose create came late.
 
         Functions never deployed here are left alone: this may be a new scheduler with an empty database. Returns the
-        functions.
+        names of the deleted functions.
         """
         orphaned = {name for name in observed if name not in known and self._catalog.was_deleted(name)}
         for name in orphaned:
@@ -178,7 +178,7 @@ class Provisioner:
         return None
 
     def _views(self) -> dict[str, NodeView]:
-        """The nodes in this round, with the creates that it has started."""
+        """The nodes in this round, with the instances that no agent has reported yet."""
         if self._round_views is None:
             functions = {one.spec.name: one.spec for one in self._catalog.all()}
             pending = [
@@ -199,8 +199,8 @@ class Provisioner:
         views: Iterable[NodeView],
         why: Unplaceable,
     ) -> bool:
-        """Stop older instances if that makes room for a create, the room of one create at a time. Returns whether the
-        create waits for such a stop, this one or an earlier one."""
+        """Stop older instances if that makes room for a create, for one create at a time. Returns whether the create
+        waits for such a stop, now begun or an earlier one."""
         old = [one for one in here if one.made_by.revision != state.revision and not one.scheduling.drains]
         if any(one.state is InstanceState.STOPPING and not one.on_lost_node for one in old):
             return True
@@ -252,7 +252,7 @@ class Provisioner:
         self._spawn(self._stop(state, stop))
 
     def _unretire(self, state: ProvisionState, alive: list[ObservedInstance]) -> None:
-        """Let instances serve again whose stop failed and is not needed any more."""
+        """Let an instance serve again if its stop has failed and is not needed any more."""
         for one in alive:
             if one.uid in state.retired - state.stopping and one.state is not InstanceState.STOPPING:
                 state.retired.discard(one.uid)

@@ -30,8 +30,8 @@ class View:
     """A function at one moment, without the instances that are stopping.
 
     - `current`: its provisioned instances.
-    - `slots`: of its instances on nodes that report. `silent`, `silent_leases`: its instances on the others.
-    - `gauges`: of the awake instances on nodes that report, by uid.
+    - `slots`: those of its instances on nodes that report. `silent`: its instances on silent nodes that are not lost;
+      `silent_leases`: their leases. `gauges`: those of the awake instances on nodes that report, by uid.
     """
 
     current: int = 0
@@ -43,7 +43,7 @@ class View:
 
 @dataclass(slots=True)
 class _Use:
-    """One instance within a period: its CPU time over `time_ns`; sum and number of its memory samples."""
+    """One instance within a period: its CPU time over `time_ns`, and the sum and number of its memory samples."""
 
     last: Gauge
     cpu_ns: int = 0
@@ -53,8 +53,8 @@ class _Use:
 
 
 class ScalingMetrics:
-    """One function from `at` (monotonic ns) on. `lease_time_ns`: `Dispatcher.lease_time_ns`. `blind`: at some time in
-    the period it had instances on silent nodes."""
+    """Measures one function from `at` (monotonic ns). `lease_time_ns`: `Dispatcher.lease_time_ns`. `blind`: at some
+    time in the period it had instances on silent nodes."""
 
     def __init__(self, at: int, lease_time_ns: int, view: View) -> None:
         self.began_ns = at
@@ -70,7 +70,7 @@ class ScalingMetrics:
         self._take_gauges(view.gauges)
 
     def record(self, at: int, view: View) -> None:
-        """Record the function as it is now; since the last record it was as recorded then."""
+        """Record the function as it is now; until now it counts as it was at the last record."""
         passed = at - self._at
         self._current_time_ns += self._current * passed
         self._slot_time_ns += self._slots * passed
@@ -85,7 +85,7 @@ class ScalingMetrics:
         return Fraction(self._current_time_ns, self._at - self.began_ns)
 
     def samples(self, lease_time_ns: int, vcpu_millis: int) -> Mapping[Metric, Fraction | None]:
-        """Samples of the time up to the last record."""
+        """The samples of the time from the start to the last record."""
         return {
             Metric.CONCURRENCY: self._concurrency(lease_time_ns),
             Metric.CPU: self._cpu(vcpu_millis),

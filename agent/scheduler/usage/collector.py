@@ -38,7 +38,7 @@ class RejectedWindow:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """`acks`: stored, so that the agent may prune them. `conflicts`: those of them that differ from the first payload.
+    """`acks`: windows that the agent may prune. `conflicts`: those of them whose payload differs from the stored one.
 
     `marks`: by instance, the highest acknowledged `seq` before any refused one.
     """
@@ -63,11 +63,11 @@ class Accepted:
 class UsageDatabase(DatabaseThread):
     @classmethod
     def at(cls, url: str) -> UsageDatabase:
-        """The one at a SQLAlchemy URL, with an engine of its own. A SQLite file gets mode 0600 and WAL."""
+        """The database at a SQLAlchemy URL, with its own engine. SQLite uses WAL, and a new file gets mode 0600."""
         return cls(engine_of(url))
 
     def __init__(self, engine: sa.Engine, *, deadline_s: float = 10.0, queue_length: int = 64) -> None:
-        hint = "; for less time, --since and --until, there may be one"
+        hint = "; a report on a shorter time (--since, --until) may be answered"
         super().__init__(
             engine, "usage", "the usage database", deadline_s, timeout_hint=hint, queue_length=queue_length
         )
@@ -101,9 +101,9 @@ class UsageCollector:
     async def accept(self, node: str, windows: Sequence[UsageWindow], unreadable: Sequence[Key] = ()) -> Accepted:
         """Store the windows that `node` (the name its credential proves) uploads, in one transaction.
 
-        A repeated window is acknowledged and changes nothing. One with a stored key and another payload is kept as a
-        conflict, acknowledged and reported. Windows of other nodes or their instances, open or invalid ones are refused
-        one by one, and so are the keys in `unreadable`.
+        A repeated window is acknowledged and changes nothing. One with a stored key and another payload is a conflict:
+        acknowledged, reported, and kept up to `MAX_CONFLICTS_PER_KEY`. Refused one by one are windows of other nodes or
+        of their instances, unsealed windows, invalid ones, and the keys in `unreadable`.
         Raises InvalidArgumentError USAGE_BATCH_TOO_LARGE, UnavailableError STORE_FAILED, ExhaustedError USAGE_BUSY.
         """
         if len(windows) > MAX_BATCH:
@@ -167,7 +167,7 @@ def _objection(node: str, w: UsageWindow) -> str:
 
 
 def _digests(connection: sa.Connection, keys: set[Key]) -> dict[Key, str]:
-    """Digests of the stored payloads, by key, of those `keys` that are stored."""
+    """The digests of the stored payloads, by key, for those of `keys` that are stored."""
     found: dict[Key, str] = {}
     ordered = sorted(keys)
     for start in range(0, len(ordered), _CHUNK):
@@ -180,7 +180,7 @@ def _digests(connection: sa.Connection, keys: set[Key]) -> dict[Key, str]:
 
 
 def _keep_conflict(connection: sa.Connection, window: UsageWindow, payload: str, now: int) -> None:
-    """Store the conflicting payload, unless it is stored already or there are `MAX_CONFLICTS_PER_KEY`."""
+    """Store the conflicting payload, unless it is stored already or its key has `MAX_CONFLICTS_PER_KEY`."""
     digest = digest_of(payload)
     key = (window.instance_uid, window.seq, digest)
     of_key = sa.and_(CONFLICTS.c.instance_uid == window.instance_uid, CONFLICTS.c.seq == window.seq)

@@ -23,7 +23,7 @@ class FindingKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`duration_ns`: the time concerned; `window`: the one at its end."""
+    """`duration_ns`: the time concerned; `window`: the one concerned, for a gap or an overlap the later one."""
 
     kind: FindingKind
     window: UsageWindow
@@ -41,8 +41,8 @@ class Amount:
 
 @dataclass(frozen=True, slots=True)
 class Reconciled:
-    """The findings of one instance, or their sums over all, then without `instance_uid`, `function`, `node` and
-    `findings` (the first `MAX_FINDINGS`, in order)."""
+    """The result for one instance (`findings`: the first `MAX_FINDINGS`, in order), or the sums over all, which
+    have no `instance_uid`, `function`, `node` or `findings`."""
 
     instance_uid: str = ""
     function: str = ""

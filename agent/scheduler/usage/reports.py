@@ -5,7 +5,7 @@ years); Python multiplies them exactly. A window is at most a minute long and be
 the price in which it began, since it does not record when its active time was.
 
 The time before an instance first held a GPU has no model. It counts as the model that the instance got later, so that
-always-on has a price for it. An instance that was never billed (its image was not found) would cost nothing always on.
+the always-on cost can include it. An instance that was never billed (say, its image was not found) adds nothing to it.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class UsageSum:
 
 @dataclass(frozen=True, slots=True)
 class UsageLine:
-    """A line of a report; amounts are exact. `unpriced`: windows without a price, because they are too early or the GPU
-    model is unknown; then their GPU part is missing."""
+    """A line of a report; amounts are exact. `unpriced`: windows before the first price, whose cost is missing, and
+    windows of a GPU model without a price, whose GPU cost is missing."""
 
     group: tuple[str, ...]
     gpu_model: str
@@ -135,7 +135,7 @@ class UsageReports:
         lines: dict[_Key, list[UsageSum]] = {}
         for count, part in enumerate(self._sums(book, only, groups)):
             if count >= MAX_SUMS:
-                text = f"more than {MAX_SUMS} sums; ask for a shorter time, one function, or sums by function"
+                text = f"more than {MAX_SUMS} sums; ask for a shorter time, for one function, or for sums by function"
                 raise ExhaustedError("USAGE_TOO_MANY_ROWS", text)
             since = part.price.valid_from_wall_ns if part.price else -1
             lines.setdefault((part.group, part.gpu_model, since), []).append(part)
@@ -144,7 +144,7 @@ class UsageReports:
     async def windows(
         self, only: UsageFilter | None = None, *, limit: int = 1_000, after: tuple[str, int] = ("", -1)
     ) -> list[UsageWindow]:
-        """At most `limit` windows in order of (instance_uid, seq), from after the key `after`."""
+        """At most `limit` windows in order of (instance_uid, seq), whose keys come after `after`."""
         query = _page(sa.select(*WINDOW_COLUMNS), only or UsageFilter(), after, min(limit, MAX_WINDOWS))
         return await self._database.run(lambda: [window_of(dict(row)) for row in self._rows(query)])
 
@@ -225,8 +225,8 @@ def _summed() -> list[sa.Label[Any]]:
 
 
 def _known(only: UsageFilter) -> sa.CTE:
-    """For instances in range with windows without a model or without billed time: the model that each ever held, and
-    whether it was ever billed (0 or 1)."""
+    """The instances that have a window without a model or without billed time in the range: the model that each ever
+    held, and whether it was ever billed (0 or 1)."""
     billed = WINDOWS.c.active_ns + WINDOWS.c.idle_ns
     incomplete = sa.select(WINDOWS.c.instance_uid).where(sa.or_(WINDOWS.c.gpu_model == "", billed == 0))
     within = _where(incomplete, only).distinct()

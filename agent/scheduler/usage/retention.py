@@ -17,7 +17,7 @@ BATCH = 2_000
 
 
 class UsageRetention:
-    """`keep_ns`: retention, from the start of a window and from the receipt of a conflict; 0 keeps everything."""
+    """`keep_ns`: retention time, from a window's start or a conflict's receipt; 0 keeps everything."""
 
     def __init__(self, database: UsageDatabase, clock: Clock, keep_ns: int) -> None:
         self._database = database
@@ -39,7 +39,7 @@ class UsageRetention:
             await asyncio.sleep(PRUNE_S)
 
     async def prune(self) -> int:
-        """Delete what is too old; returns the number of rows. Raises what UsageDatabase.run raises."""
+        """Delete what is too old; returns the number of rows deleted. Raises what UsageDatabase.run raises."""
         before = self._clock.wall_ns() - self._keep_ns
         deleted = 0
         for table, key, time in (

@@ -12,7 +12,7 @@ KINDS = ("active", "idle", "unbilled")
 
 @dataclass(slots=True)
 class FunctionUsage:
-    """Nanoseconds by kind, of GPUs and of thousandths of a vCPU."""
+    """Nanoseconds by kind, times the GPUs and times the thousandths of a vCPU."""
 
     gpu_ns: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     vcpu_milli_ns: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
