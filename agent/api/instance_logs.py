@@ -32,7 +32,7 @@ class InstanceLogs:
         return self._followers.open
 
     async def read(self, actor: Actor, tail_bytes: int) -> AsyncGenerator[pb.GetInstanceLogsResponse, None]:
-        """The last `tail_bytes` of the log (0: all of it), at max_followers 8 MiB; nothing before a container exists.
+        """The last `tail_bytes` of the log (0: all of it), at most 8 MiB; nothing before a container exists.
 
         Raises NotFoundError LOG_NOT_FOUND, and the runtime's errors.
         """
