@@ -30,7 +30,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
-_STYLE = (
+_CSS = (
     "body{font:14px system-ui,sans-serif;margin:1.5em}table{border-collapse:collapse;margin-bottom:1.5em}"
     "th,td{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd;white-space:nowrap}"
     "h2{font-size:1.1em;margin:.5em 0}.bad{color:#b00}"
@@ -65,7 +65,7 @@ class StatusPage:
         return (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
             f'<meta http-equiv="refresh" content="{RELOAD_S}">'
-            f"<title>Hibernode</title><style>{_STYLE}</style></head><body><h1>Hibernode</h1>{body}"
+            f"<title>Hibernode</title><style>{_CSS}</style></head><body><h1>Hibernode</h1>{body}"
             '<p><a href="/metrics">metrics</a> <a href="/grafana.json">Grafana dashboard</a></p></body></html>\n'
         ).encode()
 

