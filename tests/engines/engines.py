@@ -206,6 +206,8 @@ class Engine:
             process.send_signal(number)
         _gone, left = psutil.wait_procs(serving, timeout=STOP_DEADLINE_S)
         assert not left, f"{self.kind} does not end: {left}"
+        # A killed dockerd leaves its pid file, and the next one refuses to start if any process or thread has that id.
+        (self.folder / "pid").unlink(missing_ok=True)
         self._reap()
 
     def _reap(self) -> None:
