@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
 from agent.core.errors import DeadlineError, HibernodeError, InstanceError
@@ -38,7 +39,7 @@ def function_headers(function: FunctionSpec) -> list[Header]:
 
 
 async def wait_until_listening(host: str, port: int, deadline: float, ended: Callable[[], bool]) -> None:
-    """Try to connect until something listens. `deadline` is in loop time; `ended` ends it early (the process died).
+    """Try to connect until the IPv4 address `host` listens. `deadline` is in loop time; `ended` ends it early (it died).
 
     Raises InstanceError FUNCTION_NOT_STARTED in Function Compute's words.
     """
@@ -49,8 +50,11 @@ async def wait_until_listening(host: str, port: int, deadline: float, ended: Cal
     while True:
         try:
             async with asyncio.timeout_at(min(deadline, loop.time() + 1.0)):
-                _, writer = await asyncio.open_connection(host, port)
-            writer.close()
+                with socket.socket() as probe:
+                    probe.setblocking(False)
+                    # Never through a gateway: once an instance's network is gone, a stranger there may answer for it.
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_DONTROUTE, 1)
+                    await loop.sock_connect(probe, (host, port))
             return
         except (OSError, TimeoutError) as error:
             failure = str(error) or "connection timed out"

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +18,7 @@ from agent.http.exchange import Exchange
 from tests.host.ingress.test_ingress import a_door
 from tests.host.rig import OCR, Handler, NodeRig, enter, environment_of, eventually, hangs, node_rig, until
 
+ROOT = Path(__file__).parents[3]
 S = InstanceState
 SOON = Hook(timeout_ns=30 * MILLISECOND_NS)
 ALL_HOOKED = replace(
@@ -226,3 +232,30 @@ async def test_instance_frozen_while_unhealthy_can_be_woken() -> None:
         assert actor.healthy
         await enter(actor)
         await eventually(lambda: not actor.healthy)  # awake, it is probed again
+
+
+UNREACHABLE = """
+ip link set lo up
+ip link add v0 type veth peer name v1
+ip addr add 10.99.0.1/24 dev v0
+ip link set v0 up
+ip link set v1 up
+ip route add default via 10.99.0.2
+exec "$0" -c '
+import asyncio
+from agent.host.instance.hooks import wait_until_listening
+async def probe():
+    await wait_until_listening("198.51.100.7", 9000, asyncio.get_running_loop().time() + 0.05, lambda: False)
+asyncio.run(probe())
+'
+"""
+
+
+@pytest.mark.root
+def test_readiness_never_asks_a_gateway_for_an_instance() -> None:
+    """In a network of its own, whose only way to the address is a default route."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None:
+        pytest.skip("needs root, unshare(1) and ip(8)")
+    command = ["unshare", "-n", "sh", "-euc", UNREACHABLE, sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, cwd=ROOT)
+    assert "Network is unreachable" in done.stderr, done.stderr
