@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable
 
@@ -39,7 +40,7 @@ def function_headers(function: FunctionSpec) -> list[Header]:
 
 
 async def wait_until_listening(host: str, port: int, deadline: float, ended: Callable[[], bool]) -> None:
-    """Try to connect until the IPv4 address `host` listens. `deadline` is in loop time; `ended` ends it early (it died).
+    """Try to connect until the IPv4 address `host` listens. `deadline` is in loop time; `ended`: the process has died.
 
     Raises InstanceError FUNCTION_NOT_STARTED in Function Compute's words.
     """
@@ -57,7 +58,7 @@ async def wait_until_listening(host: str, port: int, deadline: float, ended: Cal
                     await loop.sock_connect(probe, (host, port))
             return
         except (OSError, TimeoutError) as error:
-            failure = str(error) or "connection timed out"
+            failure = os.strerror(error.errno) if error.errno else "connection timed out"
         if ended() or loop.time() + pause > deadline:
             why = "the process ended" if ended() else f"Ping CA failed due to: {failure}"
             raise InstanceError(
