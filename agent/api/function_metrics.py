@@ -16,7 +16,8 @@ from agent.core.traffic import CLASSES, Durations, Traffic
 from agent.core.types import SECOND_NS
 from agent.ports import Clock
 from agent.scheduler.fleet.fleet import ENDED, Fleet
-from agent.scheduler.functions.catalog import Catalog, Deployed
+from agent.scheduler.functions.catalog import Catalog
+from agent.scheduler.functions.deployed import Deployed
 from agent.scheduler.gateway.traffic import TrafficTable
 from agent.scheduler.usage.totals import KINDS, UsageTotals
 from agent.v1.scheduler_service_pb2 import InstanceLoad

@@ -9,7 +9,8 @@ from agent.core.errors import NotFoundError
 from agent.core.types import IdleMode
 from agent.scheduler.fleet.fleet import ENDED, Fleet
 from agent.scheduler.functions.autoscaler import Autoscaler
-from agent.scheduler.functions.catalog import Catalog, Deployed
+from agent.scheduler.functions.catalog import Catalog
+from agent.scheduler.functions.deployed import Deployed
 from agent.v1 import function_service_pb2 as pb
 from agent.v1 import function_service_pb2_grpc
 from agent.v1.scheduler_service_pb2 import InstanceLoad
@@ -137,7 +138,8 @@ class FunctionServicer(function_service_pb2_grpc.FunctionServiceServicer):
         elif len(current) >= deployed.target:
             state = pb.Function.STATE_READY
         else:
-            state = pb.Function.STATE_PROVISIONING if problem is None else pb.Function.STATE_DEGRADED
+            short = self._catalog.shortage(name) is not None
+            state = pb.Function.STATE_DEGRADED if short else pb.Function.STATE_PROVISIONING
         return pb.Function(
             name=name,
             spec=function_to_proto(deployed.spec),

@@ -52,6 +52,7 @@ from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.functions.autoscaler import Autoscaler
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
+from agent.scheduler.functions.last_targets import LastTargets
 from agent.scheduler.functions.provisioner import Provisioner
 from agent.scheduler.gateway.dispatching import DispatchLoop
 from agent.scheduler.gateway.gateway import Gateway
@@ -102,7 +103,7 @@ class SchedulerDaemon:
         await self.grpc.set_serving(True)
         self._ready = True
         self._log.info("scheduler.ready", gateway=self.gateway_address, grpc=self.grpc_address)
-        rounds = [self.provisioner.run(), self.autoscaler.run(), self.retention.run()]
+        rounds = [self.provisioner.run(), self.autoscaler.run(), self.last_targets.run(), self.retention.run()]
         await run_until_signal([*rounds, self._watch_silence(), self.lead.watch()])
         await self._leave()
 
@@ -135,6 +136,7 @@ class SchedulerDaemon:
         apply_event = self.dispatch_loop.apply
         self.catalog = Catalog(self.clock, self.store, apply_event, self._catalog_changed, _defaults(config))
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.channels, apply_event)
+        self.last_targets = LastTargets(self.store)
         self.autoscaler = Autoscaler(
             self.clock,
             self.catalog,
@@ -143,6 +145,7 @@ class SchedulerDaemon:
             config.scaling.period_ns,
             Patience(config.scaling.periods, Fraction(repr(config.scaling.scale_in_factor))),
             self.provisioner.poke,
+            self.last_targets,
         )
         self.usage_totals = UsageTotals(lambda: [function.spec.name for function in self.catalog.all()])
         self.ingresses = IngressPools(self._ingress_address_of)
@@ -187,6 +190,7 @@ class SchedulerDaemon:
                 self.fleet.expect(name)
         await self.node_scheduling.load()
         await self.catalog.load()
+        await self.last_targets.load()
         self.autoscaler.check()
 
     def _wake(self, wake: Wake) -> None:

@@ -11,7 +11,7 @@ import pytest
 from agent.api.status_page import HEADERS, MAX_ROWS, StatusPage
 from agent.core.provisioning.model import Scheduling
 from agent.core.types import GIB, SECOND_NS
-from agent.scheduler.functions.catalog import Problem
+from agent.scheduler.functions.deployed import Problem
 from agent.v1.types_pb2 import Gpu, Instance
 from tests.api.central import Central, load
 

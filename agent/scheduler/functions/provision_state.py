@@ -15,7 +15,7 @@ from agent.core.provisioning.reconcile import Attempts, ReconcilePlan, came_up, 
 from agent.core.types import SECOND_NS, InstanceState
 from agent.log import get_logger
 from agent.scheduler.fleet.fleet import Fleet
-from agent.scheduler.functions.catalog import Problem
+from agent.scheduler.functions.deployed import Problem
 from agent.v1.types_pb2 import Instance
 from agent.wire.convert_enums import state_from_proto
 from agent.wire.convert_time import time_from_proto

@@ -17,7 +17,13 @@ from typing import Any
 
 from agent.core.dispatch.events import Event, InstanceRetired
 from agent.core.dispatch.model import NodeStanding
-from agent.core.errors import DeadlineError, HibernodeError, NotFoundError
+from agent.core.errors import (
+    DeadlineError,
+    HibernodeError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
 from agent.core.provisioning.model import ObservedInstance, parse_request_id
 from agent.core.provisioning.placement import (
     NodeView,
@@ -35,7 +41,8 @@ from agent.ports import Clock
 from agent.scheduler.fleet.agent_channels import AgentChannels
 from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.fleet.node_views import node_views
-from agent.scheduler.functions.catalog import Catalog, Deployed
+from agent.scheduler.functions.catalog import Catalog
+from agent.scheduler.functions.deployed import Deployed
 from agent.scheduler.functions.provision_state import HAS_ENDED, RETRY_NS, ProvisionState
 from agent.v1.instance_service_pb2 import CreateInstanceRequest, StopInstanceRequest
 from agent.v1.types_pb2 import Instance
@@ -137,6 +144,8 @@ class Provisioner:
     async def _one(self, function: Deployed, reported: dict[str, ObservedInstance], now: int) -> int:
         name = function.spec.name
         state = self._states.setdefault(name, ProvisionState())
+        if function.spec_lost and not function.deleting:
+            return now + int(ROUND_S * SECOND_NS)  # its instances can't be made again, and so they must not go
         state.follow_deploys(function.spec.revision, self._catalog.deploys(name))
         alive = state.update(reported, self._fleet, now)
         here = [replace(one, state=InstanceState.STOPPING) if one.uid in state.stopping else one for one in alive]
@@ -225,10 +234,9 @@ class Provisioner:
         try:
             channel = self._channels.channel(node)
             answer = await channel.call(channel.instances.CreateInstance, request, CREATE_TIMEOUT_S)
-            instance = answer.instance
-            state_from_proto(instance.state)  # an unreadable answer is as good as none
+            instance = _readable(answer.instance)
         except HibernodeError as caught:
-            instance, error = None, caught
+            error = caught
         finally:
             if state.revision == made_by.revision:
                 state.creating.pop(ordinal, None)
@@ -303,3 +311,13 @@ class Provisioner:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _readable(instance: Instance) -> Instance:
+    """An instance that was created. Raises UnavailableError if its state is one of another version: it exists, so it is
+    asked for again, and no second one is made."""
+    try:
+        state_from_proto(instance.state)
+    except InvalidArgumentError as error:
+        raise UnavailableError(error.reason, f"instance {instance.uid}: {error.message}") from error
+    return instance

@@ -37,7 +37,8 @@ from agent.http.request_ids import RequestIds
 from agent.http.upstream import BROKEN
 from agent.log import get_logger
 from agent.ports import Clock
-from agent.scheduler.functions.catalog import Catalog, Deployed
+from agent.scheduler.functions.catalog import Catalog
+from agent.scheduler.functions.deployed import Deployed
 from agent.scheduler.gateway.dispatching import DispatchLoop, Ticket
 from agent.scheduler.gateway.ingress_pools import EXHAUSTED
 from agent.scheduler.gateway.routes import INVOKE, Route, Router, method_not_allowed
@@ -160,6 +161,8 @@ class Gateway:
         self, exchange: Exchange, request_id: str, route: Route, function: Deployed, traffic: Traffic
     ) -> None:
         head, name, began_ns = exchange.head, function.spec.name, self._clock.monotonic_ns()
+        if function.closed:
+            raise UnavailableError("FUNCTION_UNREADABLE", f"{name}: {function.unreadable}", function=name)
         if route.control_path is not INVOKE and function.methods and head.method not in function.methods:
             raise method_not_allowed(head.method)
         headers = _passing_headers(head, route, exchange.peer)

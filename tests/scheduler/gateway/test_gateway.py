@@ -12,7 +12,7 @@ import pytest
 from agent.core.dispatch.events import InstanceReported, NodeReported, WakeAnswered
 from agent.core.types import MILLISECOND_NS, InstanceState
 from agent.http.exchange import Exchange
-from agent.scheduler.functions.catalog import Problem
+from agent.scheduler.functions.deployed import Problem
 from tests.fakes.agent_node import FakeIngress, Received, die_in_the_middle, hold, refuse, refuse_before_body, vanish
 from tests.scheduler.gateway.rig import TOKEN, GatewayRig, gateway_rig
 
