@@ -191,5 +191,6 @@ def _died(message: str, driver_ns: int) -> FreezeResult:
 
 
 def _left_locked(tracked: TrackedCudaProcesses) -> bool:
-    """Whether a lock call that counted as lost may have run after all: no state but RUNNING and LOCKED is seen."""
-    return {process.state for process in tracked.processes} <= {CudaState.RUNNING, CudaState.LOCKED}
+    """Whether a lock call that counted as lost has run after all: LOCKED is seen, and nothing but that and RUNNING."""
+    states = {process.state for process in tracked.processes}
+    return CudaState.LOCKED in states and states <= {CudaState.RUNNING, CudaState.LOCKED}
