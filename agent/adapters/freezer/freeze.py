@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from agent.adapters.cuda.processes import CudaProcessList, release
-from agent.adapters.freezer.limits import RELIST, all_in, broken, failure, is_fatal, refused
+from agent.adapters.freezer.limits import RELIST, all_in, broken, ends_fatally, failure, refused
 from agent.adapters.freezer.tracked import FreezerRegistry, TrackedCudaProcesses
 from agent.adapters.freezer.vram_check import VramProbe
 from agent.core.errors import HibernodeError, PreconditionError
@@ -171,7 +171,7 @@ class FreezeSequence:
         self, handle: Handle, tracked: TrackedCudaProcesses, reply: CudaReply, reason: str, message: str
     ) -> FreezeResult:
         """Roll back a checkpoint: REFUSED with `reason` if everything runs again, else BROKEN."""
-        if is_fatal(reply):
+        if ends_fatally(reply):
             died = tracked.died
             self._instances.untrack(handle)
             return _died(message, reply.driver_ns) if died else broken(reason, message, reply.driver_ns)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from agent.adapters.cuda.processes import stable_states
 from agent.adapters.cuda.result_codes import CudaResult
-from agent.adapters.freezer.limits import all_in, broken, failure, is_fatal, refused
+from agent.adapters.freezer.limits import all_in, broken, ends_fatally, failure, refused
 from agent.adapters.freezer.tracked import FreezerRegistry, TrackedCudaProcesses
 from agent.adapters.freezer.vram_check import VramProbe
 from agent.core.errors import DeadlineError, HibernodeError
@@ -92,7 +92,7 @@ class WakeSequence:
         reason, message = failure(reply)
         if request.tracked.died:
             return broken("CUDA_PROCESS_DIED", f"a CUDA process ended during its restore: {message}", reply.driver_ns)
-        if reply.fault is CudaFault.STUCK or is_fatal(reply):
+        if reply.fault is CudaFault.STUCK or ends_fatally(reply):
             return broken(reason, message, reply.driver_ns)
         if reply.fault is CudaFault.NOT_BEGUN:
             return await self._instances.freeze_again(request.handle, refused(reason, message))

@@ -303,7 +303,11 @@ class SimulatedNode:
         elif kind < 0.48:
             self.drop(uid)
         elif kind < 0.70:
-            how = r.choice(["refused", "refused", "cancelled", "paused", "pre-freeze", "broken"]) if r.random() < faults else "ok"
+            how = (
+                r.choice(["refused", "refused", "cancelled", "paused", "pre-freeze", "broken"])
+                if r.random() < faults
+                else "ok"
+            )
             self.op_ends(uid, how)
         elif kind < 0.78:
             self.prove_release()
