@@ -52,6 +52,7 @@ from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.functions.autoscaler import Autoscaler
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
+from agent.scheduler.functions.gpu_check import GpuCheck
 from agent.scheduler.functions.provisioner import Provisioner
 from agent.scheduler.gateway.dispatching import DispatchLoop
 from agent.scheduler.gateway.gateway import Gateway
@@ -133,7 +134,14 @@ class SchedulerDaemon:
         self.channels = AgentChannels(self.node_tokens, self._grpc_address_of, config.insecure)
         self._stack.push_async_callback(self.channels.close)
         apply_event = self.dispatch_loop.apply
-        self.catalog = Catalog(self.clock, self.store, apply_event, self._catalog_changed, _defaults(config))
+        self.catalog = Catalog(
+            self.clock,
+            self.store,
+            apply_event,
+            self._catalog_changed,
+            _defaults(config),
+            GpuCheck(self.fleet),
+        )
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.channels, apply_event)
         self.autoscaler = Autoscaler(
             self.clock,

@@ -30,6 +30,7 @@ class NodeIdentity:
     start_wall_ns: int
     host_total_bytes: int
     labels: Mapping[str, str] = field(default_factory=dict)
+    gpu_types: Mapping[str, str] = field(default_factory=dict)
 
 
 class Observer:
@@ -150,6 +151,8 @@ class Observer:
             start_wall_ns=me.start_wall_ns,
             labels=me.labels,
             migrates=node.broker.allocator.migrate,
+            gpu_types=me.gpu_types,
+            monotonic_ns=self._clock.monotonic_ns(),
         )
 
     def _gpus(self) -> list[GpuSnapshot]:
