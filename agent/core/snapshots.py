@@ -93,7 +93,6 @@ class NodeSnapshot:
     - `host_reserved_bytes`: reserved for images and not yet taken; existing images already lower `host_available_bytes`
     - `migrates`: a frozen instance may wake on other GPUs than those it was frozen on
     - `gpu_types`: which model each GPU type means here (`gpu.types`)
-    - `monotonic_ns`: CLOCK_MONOTONIC of the snapshot
     """
 
     name: str
@@ -118,4 +117,3 @@ class NodeSnapshot:
     labels: Mapping[str, str]
     migrates: bool = False
     gpu_types: Mapping[str, str] = field(default_factory=dict)
-    monotonic_ns: int = 0

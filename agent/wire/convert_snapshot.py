@@ -160,7 +160,6 @@ def registration(snapshot: NodeSnapshot) -> Registration:
         start_time=time_to_proto(snapshot.start_wall_ns),
         gpu_migration=snapshot.migrates,
         gpu_types=snapshot.gpu_types,
-        monotonic_ns=snapshot.monotonic_ns,
     )
 
 

@@ -62,6 +62,10 @@ class Observer:
         self._gauges = gauges
         self._peak = peak
 
+    def monotonic_ns(self) -> int:
+        """The clock that dates usage windows."""
+        return self._clock.monotonic_ns()
+
     def instance(self, actor: Actor) -> InstanceSnapshot:
         """One instance, now."""
         instance, figures, gate = actor.instance, actor.figures, actor.gate
@@ -152,7 +156,6 @@ class Observer:
             labels=me.labels,
             migrates=node.broker.allocator.migrate,
             gpu_types=me.gpu_types,
-            monotonic_ns=self._clock.monotonic_ns(),
         )
 
     def _gpus(self) -> list[GpuSnapshot]:
