@@ -80,7 +80,8 @@ class HealthCheck:
 
 @dataclass(frozen=True, slots=True)
 class GpuNeed:
-    """The GPUs of an instance: `count` whole ones of `model` ("" = any). `memory_bytes`: FC's billed size."""
+    """The GPUs of an instance: `count` whole ones of `model` or `gpu_type` ("" = any) with `memory_bytes` each, the
+    size that is billed (0 = the whole GPU). core/gpu_fit.py says which GPUs suit it."""
 
     count: int = 1
     model: str = ""

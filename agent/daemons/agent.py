@@ -249,6 +249,7 @@ class AgentDaemon:
             instances_per_gpu=self._config.gpu.instances_per_gpu,
             start_wall_ns=self.clock.wall_ns(),
             host_total_bytes=psutil.virtual_memory().total,
+            gpu_types=self._config.gpu.types,
         )
 
     def _link(self) -> SchedulerLink | None:

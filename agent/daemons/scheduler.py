@@ -52,6 +52,7 @@ from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.functions.autoscaler import Autoscaler
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
+from agent.scheduler.functions.gpu_check import GpuCheck
 from agent.scheduler.functions.last_targets import LastTargets
 from agent.scheduler.functions.provisioner import Provisioner
 from agent.scheduler.gateway.dispatching import DispatchLoop
@@ -59,6 +60,7 @@ from agent.scheduler.gateway.gateway import Gateway
 from agent.scheduler.gateway.ingress_pools import IngressPools
 from agent.scheduler.gateway.routes import Router
 from agent.scheduler.gateway.wake_calls import WakeCalls
+from agent.scheduler.usage.absences import Absences
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
 from agent.scheduler.usage.reports import UsageReports
 from agent.scheduler.usage.retention import UsageRetention
@@ -74,6 +76,7 @@ QUEUE_GRACE_S = 10.0
 """On shutdown, requests still queued after this time are answered 503; running ones have `GRACE_S`."""
 GRPC_GRACE_S = 1.0
 SILENCE_CHECK_S = 0.25
+NOTE_ABSENCE_S = 1.0
 
 
 class SchedulerDaemon:
@@ -116,6 +119,7 @@ class SchedulerDaemon:
         self._stack.push_async_callback(self.store.close)
         self.usage = UsageDatabase.at(config.database_url)
         self._stack.callback(self.usage.close)
+        self.absences = Absences(self.usage)
         self.retention = UsageRetention(self.usage, self.clock, config.usage.keep_ns)
         self.lead = LeaderLock(config.database_url)
         self._stack.callback(self.lead.close)
@@ -129,12 +133,21 @@ class SchedulerDaemon:
             lost_ns=config.report.lost_ns,
             first_seen=self._first_seen,
             insecure=config.insecure,
+            note_absence=lambda name: self._spawn(self._note_absence(name)),
+            returned=lambda name, absence: self._spawn(self.absences.end(name, self.clock.wall_ns(), absence)),
         )
         self.node_scheduling = NodeScheduling(self.store, self.fleet)
         self.channels = AgentChannels(self.node_tokens, self._grpc_address_of, config.insecure)
         self._stack.push_async_callback(self.channels.close)
         apply_event = self.dispatch_loop.apply
-        self.catalog = Catalog(self.clock, self.store, apply_event, self._catalog_changed, _defaults(config))
+        self.catalog = Catalog(
+            self.clock,
+            self.store,
+            apply_event,
+            self._catalog_changed,
+            _defaults(config),
+            GpuCheck(self.fleet),
+        )
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.channels, apply_event)
         self.last_targets = LastTargets(self.store)
         self.autoscaler = Autoscaler(
@@ -185,9 +198,10 @@ class SchedulerDaemon:
         """Load nodes, functions and policies. Known nodes have `report.lost` to reconnect."""
         await self.store.open()
         await self.usage.open()
+        away_since, now = await self.absences.unfinished(), self.clock.wall_ns()
         for name in await self.store.nodes():
             if name in self.node_tokens:
-                self.fleet.expect(name)
+                self.fleet.expect(name, max(0, now - away_since[name]) if name in away_since else None)
         await self.node_scheduling.load()
         await self.catalog.load()
         await self.last_targets.load()
@@ -225,6 +239,15 @@ class SchedulerDaemon:
                 self._log.error("store.failed", node=name, reason=error.reason, message=error.message)
 
         self._spawn(remember())
+
+    async def _note_absence(self, name: str) -> None:
+        """Note durably that a node is given up, then replace its instances. A database that fails delays that only by
+        `NOTE_ABSENCE_S`; it is tried again."""
+        noting = asyncio.get_running_loop().create_task(self.absences.begin(name, self.clock.wall_ns()))
+        self._background.add(noting)
+        noting.add_done_callback(self._background.discard)
+        await asyncio.wait({noting}, timeout=NOTE_ABSENCE_S)
+        self.fleet.give_up(name)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -328,7 +351,11 @@ class SchedulerDaemon:
         closing.cancel()
         silence.cancel()
         await self.grpc.stop(GRPC_GRACE_S)
-        await asyncio.gather(silence, *self._background, return_exceptions=True)
+        await asyncio.gather(silence, return_exceptions=True)
+        if self._background:
+            _, late = await asyncio.wait(self._background, timeout=GRPC_GRACE_S)
+            for task in late:  # its database fails; what it would write follows from the next reports
+                task.cancel()
         self._log.info("scheduler.stopped", cut=cut)
 
 

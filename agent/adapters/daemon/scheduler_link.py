@@ -145,7 +145,11 @@ class SchedulerLink:
     def _message(self, now: float) -> ReportLoadRequest:
         self._send_now.clear()
         self._sequence += 1
-        message = ReportLoadRequest(epoch=self._observer.identity.epoch, sequence=self._sequence)
+        message = ReportLoadRequest(
+            epoch=self._observer.identity.epoch,
+            sequence=self._sequence,
+            monotonic_ns=self._observer.monotonic_ns(),
+        )
         if self._snapshot_due or now >= self._load_due:
             self._load_due = now + HEARTBEAT_S
             self._changed.update(self._load_differences())

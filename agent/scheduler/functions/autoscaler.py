@@ -41,7 +41,6 @@ from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deployed import Deployed
 from agent.scheduler.functions.last_targets import LastTargets
 from agent.scheduler.functions.scaling_metrics import Gauge, ScalingMetrics, View
-from agent.v1.scheduler_service_pb2 import NodeLoad
 from agent.v1.types_pb2 import Instance
 
 CHECK_S = 1.0
@@ -112,7 +111,6 @@ class Autoscaler:
         self._changed = changed
         self._last_targets = last_targets
         self._scaling: dict[str, _FunctionScaling] = {}
-        self._loads: dict[str, tuple[NodeLoad, int]] = {}
         self._never_heard: set[str] = set()
         self._policies_wait = False
 
@@ -135,7 +133,6 @@ class Autoscaler:
         self._policies_wait = False
         late_nodes = self._late_nodes_reported()
         if not functions:
-            self._loads.clear()
             return
         at, wall = self._clock.monotonic_ns(), self._clock.wall_ns()
         views = self._views(functions)
@@ -270,27 +267,22 @@ class Autoscaler:
                     view.silent += 1
                     view.silent_leases += self._dispatcher.leased(uid)
             if reports:
-                self._gauges(node, views)
-        for name in self._loads.keys() - {node.name for node in nodes}:
-            del self._loads[name]
+                _add_gauges(node, views)
         return views
 
-    def _gauges(self, node: NodeRecord, views: Mapping[str, View]) -> None:
-        """Add the gauges of the node's last heartbeat, dated by the node's last message when they are first seen."""
-        load, received_ns = self._loads.get(node.name, (None, 0))
-        if load is not node.load:
-            received_ns = node.last_heard_ns
-            self._loads[node.name] = (node.load, received_ns)
-        for gauge in node.load.instances:
-            instance = node.instances.get(gauge.uid)
-            view = None if instance is None else views.get(instance.function)
-            if view is not None and instance is not None and instance.state not in _GOING:
-                view.gauges[gauge.uid] = Gauge(
-                    received_ns,
-                    gauge.cpu_ns if gauge.HasField("cpu_ns") else None,
-                    gauge.vram_bytes if gauge.HasField("vram_bytes") else None,
-                    gauge.vram_limit_bytes,
-                )
+
+def _add_gauges(node: NodeRecord, views: Mapping[str, View]) -> None:
+    """Add the gauges of the node's last heartbeat, dated by its arrival."""
+    for gauge in node.load.instances:
+        instance = node.instances.get(gauge.uid)
+        view = None if instance is None else views.get(instance.function)
+        if view is not None and instance is not None and instance.state not in _GOING:
+            view.gauges[gauge.uid] = Gauge(
+                node.load_ns,
+                gauge.cpu_ns if gauge.HasField("cpu_ns") else None,
+                gauge.vram_bytes if gauge.HasField("vram_bytes") else None,
+                gauge.vram_limit_bytes,
+            )
 
 
 def _raise_targets(scaling: _FunctionScaling, current: int) -> None:

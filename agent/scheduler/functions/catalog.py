@@ -16,6 +16,7 @@ from agent.core.dispatch.events import Event, FunctionRemoved, FunctionSet
 from agent.core.errors import NotFoundError, PreconditionError
 from agent.core.function_rules import bounded
 from agent.core.provisioning.autoscaling import MAX_TARGET, Decision, Provisioning
+from agent.core.types import FunctionSpec
 from agent.log import get_logger
 from agent.ports import Clock
 from agent.scheduler.database.store import Store
@@ -38,12 +39,15 @@ class Catalog:
         apply_event: Callable[[Event], None],
         changed: Callable[[], None],
         defaults: Defaults,
+        gpu_check: Callable[[FunctionSpec, bool], list[str]] = lambda spec, runs: [],
     ) -> None:
+        """`gpu_check`: see GpuCheck (gpu_check.py)."""
         self._clock = clock
         self._store = store
         self._apply_event = apply_event
         self._changed = changed
         self._defaults = defaults
+        self._gpu_check = gpu_check
         self._functions: dict[str, Deployed] = {}
         self._problems: dict[str, Problem] = {}
         self._deploys: dict[str, int] = {}
@@ -100,7 +104,8 @@ class Catalog:
     async def deploy(self, request: DeployFunctionRequest) -> tuple[Deployed, list[str]]:
         """Create or replace a function; `validate_only` changes nothing. Returns it as deployed, and warnings.
 
-        Raises InvalidArgumentError and UnsupportedError (deploy_rules.py), UnavailableError STORE_FAILED.
+        Raises InvalidArgumentError and UnsupportedError (deploy_rules.py), PreconditionError NO_SUCH_GPU,
+        UnavailableError STORE_FAILED.
         """
         message, triggers = checked(request, self._defaults)
         given = checked_provision(request.provision) if request.HasField("provision") else None
@@ -123,7 +128,7 @@ class Catalog:
                 provisioning=found,
                 decided_by=decided.decided_by,
             )
-            warnings = warnings_of(message.name, request.target, kept, found, now)
+            warnings = self._warnings(deployed)
             if before is not None and message.name not in self._unconfirmed and _same(before, deployed):
                 deployed = before
             elif not request.validate_only:
@@ -137,9 +142,9 @@ class Catalog:
     ) -> tuple[Deployed, list[str]]:
         """Replace a function's default target, schedule and policies. Returns the function, and warnings.
 
-        Raises NotFoundError, InvalidArgumentError (deploy_rules.py), PreconditionError FUNCTION_UNREADABLE,
-        UnavailableError STORE_FAILED. Nothing has changed then, unless the message of STORE_FAILED says that the change
-        may take effect at the next start.
+        Raises NotFoundError, InvalidArgumentError (deploy_rules.py), PreconditionError FUNCTION_UNREADABLE and
+        NO_SUCH_GPU (a target needs GPUs that no node has), UnavailableError STORE_FAILED. Nothing has changed then,
+        unless the message of STORE_FAILED says that the change may take effect at the next start.
         """
         bounded("default_target", config.default_target, 0, MAX_TARGET)
         kept, found = checked_provision(config)
@@ -165,11 +170,12 @@ class Catalog:
                 decided_by=decided.decided_by,
                 update_wall_ns=before.update_wall_ns if message.revision == before.spec.revision else now,
             )
+            warnings = self._warnings(deployed)
             if not validate_only:
                 if name in self._unconfirmed or not _same(before, deployed):
                     await self._keep(deployed, stored_config(kept))
                 deployed = self._deployed(deployed)
-            return deployed, warnings_of(name, config.default_target, kept, found, now)
+            return deployed, warnings
 
     def set_target(self, name: str, decided: Decision) -> bool:
         """Apply what schedule and policies have decided; returns whether the target has changed."""
@@ -226,6 +232,13 @@ class Catalog:
             _log.warning("function.degraded", function=name, reason=problem.reason, message=problem.message)
         if _no_capacity_expected(before) != _no_capacity_expected(problem):
             self._announce(found)
+
+    def _warnings(self, deployed: Deployed) -> list[str]:
+        """What is accepted but looks like a mistake. Raises PreconditionError NO_SUCH_GPU."""
+        name, target, found = deployed.spec.name, deployed.default_target, deployed.provisioning
+        wall_ns = self._clock.wall_ns()
+        about_gpus = self._gpu_check(deployed.spec, bool(target or found))
+        return [*about_gpus, *warnings_of(name, target, deployed.config, found, wall_ns)]
 
     def _known(self, name: str) -> Deployed:
         found = self.find(name)

@@ -81,7 +81,7 @@ class SimulatedNode:
         )
         self.members[uid] = Member(me, ConcurrencyLimiter(concurrency, max_waiting))
         self.inbox[uid] = deque()
-        self.send_to_allocator(allocator_events.Assign(uid, 1, ""))
+        self.send_to_allocator(allocator_events.Assign(uid, 1))
         self.send(uid, ev.Created())
 
     # ---- the wiring of the host -----------------------------------------------------------------------------------

@@ -98,11 +98,12 @@ class Rig:
         }
         self.report()
 
-    def report(self) -> None:
+    def report(self, *, heartbeat: bool = True) -> None:
+        """Everything n1 has, with or without its gauges."""
         if not self.stream:
             self.stream = self.fleet.stream_opened("n1")
         self.sequence += 1
-        load = NodeLoad(state=Node.STATE_READY, instances=self.gauges.values())
+        load = NodeLoad(state=Node.STATE_READY, instances=self.gauges.values()) if heartbeat else None
         message = ReportLoadRequest(epoch=1, sequence=self.sequence, snapshot=True, load=load)
         if self.sequence == 1:
             message.registration.CopyFrom(Registration(ingress_address="127.0.0.1:1", grpc_address="127.0.0.1:2"))

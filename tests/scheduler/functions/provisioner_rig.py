@@ -19,6 +19,7 @@ from agent.scheduler.fleet.fleet import Fleet
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
+from agent.scheduler.functions.gpu_check import GpuCheck
 from agent.scheduler.functions.provisioner import Provisioner
 from agent.v1.function_service_pb2 import DeployFunctionRequest
 from agent.v1.instance_service_pb2 import CreateInstanceRequest, CreateInstanceResponse, StopInstanceRequest
@@ -60,7 +61,7 @@ class ProvisionerRig:
         self.comes_up = True
         self.answer: Answer = self.running
         self.fleet = Fleet(self.clock, self.events.append, lambda: None, 3 * SECOND_NS, 10 * SECOND_NS)
-        self.catalog = Catalog(self.clock, store, self.events.append, lambda: None, Defaults())
+        self.catalog = Catalog(self.clock, store, self.events.append, lambda: None, Defaults(), GpuCheck(self.fleet))
         self.scheduling = NodeScheduling(store, self.fleet)
         channels = cast(AgentChannels, SimpleNamespace(channel=self._channel))
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, channels, self.events.append)
