@@ -19,7 +19,7 @@ import pytest
 
 from agent.adapters.kernel.cgroup import find_v2_mount, open_slice
 from agent.adapters.nvml.locks import GpuLocks
-from agent.cli.doctor.selftest import _message
+from agent.cli.doctor.reporting_child import parse_message
 from agent.cli.doctor.selftest_report import show_report
 from agent.core.gpus.speeds import CHECKPOINT_PER_RESTORE
 from agent.emulated.control import EmulatedDriver, ProcessView
@@ -181,8 +181,8 @@ def test_report_names_what_was_not_measured(capsys: pytest.CaptureFixture[str]) 
     assert "no pinned copy for comparison: this driver has no cuMemHostAlloc" in out
     assert "1 run after a warm-up" in out
     assert "1.25 s (1.2-1.3)" in out
-    assert _message(b"a library's banner") == {"done": "a library's banner"}
-    assert _message(b'{"step": "freezing"}') == {"step": "freezing"}
+    assert parse_message(b"a library's banner") == {"done": "a library's banner"}
+    assert parse_message(b'{"step": "freezing"}') == {"step": "freezing"}
 
 
 def test_both_checkpointers_in_one_run(host: Host) -> None:
