@@ -18,7 +18,6 @@ from agent.selftest.verdict import (
     verdict_of,
 )
 
-
 MEMORY = MemoryFigures(gpu_free_bytes=0, program_bytes=0, agent_bytes=0)
 
 
