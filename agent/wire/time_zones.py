@@ -35,10 +35,10 @@ def _problem(name: str) -> str:
             f"{_ADVICE}"
         )
     close = _close(name, known)
-    if not close:
-        return f"there is no time zone {name!r} on this host; use a name such as Asia/Shanghai, {_ADVICE}"
-    others = " or ".join(close)
-    return f"there is no time zone {name!r} on this host; use {others}, {_ADVICE}"
+    others = f"use {' or '.join(close)}" if close else "names are written like Europe/Berlin"
+    # Debian keeps older names, such as US/Pacific, in a package of their own.
+    install = "if the name is right, install the package tzdata or tzdata-legacy"
+    return f"there is no time zone {name!r} on this host; {others}; {install}, {_ADVICE}"
 
 
 @cache

@@ -35,12 +35,12 @@ def no_zone_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("asia/shanghai", "use Asia/Shanghai, or omit"),
-        ("Asia/Shangai", "use Asia/Shanghai "),
-        ("Shanghai", "use Asia/Shanghai, or omit"),
-        ("America/New York", "use America/New_York, or omit"),
-        ("US/Pacfic", "use US/Pacific, or omit"),
-        ("Mars/Base", "use a name such as Asia/Shanghai, or omit"),
+        ("asia/shanghai", "use Asia/Shanghai;"),
+        ("Asia/Shangai", "use Asia/Shanghai or "),
+        ("Shanghai", "use Asia/Shanghai;"),
+        ("America/New York", "use America/New_York;"),
+        ("US/Pacfic", "use US/Pacific;"),
+        ("Mars/Base", "install the package tzdata"),
         ("../../etc/passwd", "there is no time zone '../../etc/passwd'"),
         ("Asia", "there is no time zone 'Asia'"),
         ("\0", "there is no time zone"),
@@ -59,6 +59,15 @@ def test_without_zone_files_the_advice_is_to_install_them() -> None:
     with pytest.raises(UnknownZone, match="no time zone files; install the package tzdata"):
         zone_of("Asia/Shanghai")
     assert zone_of("") is UTC
+
+
+@pytest.mark.usefixtures("no_zone_files")
+def test_on_a_host_with_few_zones_the_advice_is_not_the_name_itself(tmp_path: Path) -> None:
+    (tmp_path / "UTC").write_bytes(resources.files("tzdata.zoneinfo").joinpath("UTC").read_bytes())
+    zoneinfo.reset_tzpath([str(tmp_path)])
+    with pytest.raises(UnknownZone, match="install the package tzdata") as caught:
+        zone_of("Europe/Rome")
+    assert str(caught.value).count("Europe/Rome") == 1
 
 
 def test_a_host_without_the_zone_s_file_falls_back_on_the_package(tmp_path: Path) -> None:
