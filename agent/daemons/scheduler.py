@@ -260,7 +260,12 @@ class SchedulerDaemon:
         services = Services(
             scheduler=SchedulerServicer(self.fleet, self.node_scheduling, config.report.lost_ns / SECOND_NS),
             functions=FunctionServicer(
-                self.catalog, self.fleet, self.dispatcher, self.autoscaler, f"http://{self.gateway_address}"
+                self.clock,
+                self.catalog,
+                self.fleet,
+                self.dispatcher,
+                self.autoscaler,
+                f"http://{self.gateway_address}",
             ),
             usage=UsageServicer(collector, UsageReports(self.usage), self.prices),
         )

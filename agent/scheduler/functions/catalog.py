@@ -16,7 +16,9 @@ from dataclasses import dataclass, field, replace
 from agent.core.dispatch.events import Event, FunctionRemoved, FunctionSet
 from agent.core.errors import InvalidArgumentError, NotFoundError
 from agent.core.function_rules import bounded
+from agent.core.natural_order import natural_key
 from agent.core.provisioning.autoscaling import MAX_TARGET, Decision, Provisioning
+from agent.core.provisioning.problem import Problem
 from agent.core.types import FunctionSpec
 from agent.log import get_logger
 from agent.ports import Clock
@@ -28,15 +30,6 @@ from agent.wire.convert_function import function_from_proto
 from agent.wire.convert_provision import provisioning_from_proto
 
 _log = get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why a function has fewer instances than its target. `no_capacity_expected`: only a change will help, not time."""
-
-    reason: str
-    message: str
-    no_capacity_expected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +98,7 @@ class Catalog:
 
     def all(self) -> list[Deployed]:
         """Every function, those being deleted included, by name."""
-        return [self._functions[name] for name in sorted(self._functions)]
+        return [self._functions[name] for name in sorted(self._functions, key=natural_key)]
 
     def was_deleted(self, name: str) -> bool:
         return name in self._revisions and name not in self._functions
@@ -248,7 +241,9 @@ class Catalog:
             del self._problems[name]
         else:
             self._problems[name] = problem
-            _log.warning("function.degraded", function=name, reason=problem.reason, message=problem.message)
+            if before is None or before.news != problem.news:
+                reason, message, attempt = problem.news
+                _log.warning("function.degraded", function=name, reason=reason, message=message, attempt=attempt)
         if _no_capacity_expected(before) != _no_capacity_expected(problem):
             self._announce(found)
 
