@@ -23,7 +23,10 @@ from agent.scheduler.usage.totals import KINDS, UsageTotals
 from agent.v1.scheduler_service_pb2 import InstanceLoad
 from agent.v1.types_pb2 import Instance
 
-_STATES = {number: name.removeprefix("STATE_") for name, number in Instance.State.items() if number}
+_NEVER_REPORTED = (Instance.STATE_UNSPECIFIED, Instance.STATE_UNKNOWN)
+_STATES = {
+    number: name.removeprefix("STATE_") for name, number in Instance.State.items() if number not in _NEVER_REPORTED
+}
 _LEAVING = (*ENDED, Instance.STATE_STOPPING)
 _Kind = TypeVar("_Kind", CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily)
 

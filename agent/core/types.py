@@ -35,6 +35,16 @@ class InstanceState(Enum):
         return self in (InstanceState.STOPPED, InstanceState.FAILED)
 
 
+class StopCause(Enum):
+    """Why an instance is stopped, and then its state reason."""
+
+    ASKED = "STOPPED_BY_USER"
+    REPLACED = "REPLACED"
+    SCALED_IN = "SCALED_IN"
+    FUNCTION_DELETED = "FUNCTION_DELETED"
+    NODE_DRAINED = "NODE_DRAINED"
+
+
 class IdleMode(Enum):
     """Whether a function's instances are frozen. On a node that can't: REQUIRE refuses, PREFER keeps them awake."""
 

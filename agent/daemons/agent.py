@@ -283,7 +283,9 @@ class AgentDaemon:
                 config.ingress.port,
                 limits,
                 request_ids=self.request_ids,
-                on_fault=lambda error: self._log.error("ingress.fault", error=type(error).__name__, exc_info=error),
+                on_fault=lambda error, request_id: self._log.error(
+                    "ingress.fault", request_id=request_id, error=type(error).__name__, exc_info=error
+                ),
                 when_full=FULL,
             )
         self._stack.push_async_callback(self.http.close, 0.0)

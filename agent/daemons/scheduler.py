@@ -274,7 +274,9 @@ class SchedulerDaemon:
                 limits,
                 inherited=kept,
                 request_ids=self.request_ids,
-                on_fault=lambda error: self._log.error("gateway.fault", error=type(error).__name__, exc_info=error),
+                on_fault=lambda error, request_id: self._log.error(
+                    "gateway.fault", request_id=request_id, error=type(error).__name__, exc_info=error
+                ),
                 date_header=DateHeader(lambda: self.clock.wall_ns() // SECOND_NS),
             )
             self._stack.push_async_callback(self.http.close, 0)
@@ -287,7 +289,12 @@ class SchedulerDaemon:
         services = Services(
             scheduler=SchedulerServicer(self.fleet, self.node_scheduling, config.report.lost_ns / SECOND_NS),
             functions=FunctionServicer(
-                self.catalog, self.fleet, self.dispatcher, self.autoscaler, f"http://{self.gateway_address}"
+                self.clock,
+                self.catalog,
+                self.fleet,
+                self.dispatcher,
+                self.autoscaler,
+                f"http://{self.gateway_address}",
             ),
             usage=UsageServicer(collector, UsageReports(self.usage), self.prices),
         )

@@ -6,6 +6,7 @@ import sys
 import zoneinfo
 from collections.abc import Iterator
 from datetime import UTC
+from importlib import resources
 from pathlib import Path
 
 import pytest

@@ -15,13 +15,15 @@ from dataclasses import replace
 from agent.core.dispatch.events import Event, FunctionRemoved, FunctionSet
 from agent.core.errors import NotFoundError, PreconditionError
 from agent.core.function_rules import bounded
+from agent.core.natural_order import natural_key
 from agent.core.provisioning.autoscaling import MAX_TARGET, Decision, Provisioning
+from agent.core.provisioning.problem import Problem
 from agent.core.types import FunctionSpec
 from agent.log import get_logger
 from agent.ports import Clock
 from agent.scheduler.database.store import Store
 from agent.scheduler.functions.deploy_rules import Defaults, checked, checked_provision, set_idle_mode, warnings_of
-from agent.scheduler.functions.deployed import Deployed, Problem, deployed_of, row_of, stored_config
+from agent.scheduler.functions.deployed import Deployed, deployed_of, row_of, stored_config
 from agent.v1 import types_pb2
 from agent.v1.function_service_pb2 import DeployFunctionRequest, ProvisionConfig
 from agent.wire.convert_function import function_from_proto, stored_function
@@ -71,7 +73,7 @@ class Catalog:
 
     def all(self) -> list[Deployed]:
         """Every function, those being deleted included, by name."""
-        return [self._functions[name] for name in sorted(self._functions)]
+        return [self._functions[name] for name in sorted(self._functions, key=natural_key)]
 
     def was_deleted(self, name: str) -> bool:
         return name in self._revisions and name not in self._functions
@@ -229,7 +231,9 @@ class Catalog:
             del self._problems[name]
         else:
             self._problems[name] = problem
-            _log.warning("function.degraded", function=name, reason=problem.reason, message=problem.message)
+            if before is None or before.news != problem.news:
+                reason, message, attempt = problem.news
+                _log.warning("function.degraded", function=name, reason=reason, message=message, attempt=attempt)
         if _no_capacity_expected(before) != _no_capacity_expected(problem):
             self._announce(found)
 

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from agent.core.function_rules import MAX_TIMEOUT_NS
 from agent.core.provisioning.autoscaling import MAX_TARGET, Provisioning, Unreadable
+from agent.core.provisioning.problem import Problem
 from agent.core.types import FunctionSpec
 from agent.log import get_logger
 from agent.scheduler.database.store import FunctionRow
@@ -23,15 +24,6 @@ from agent.wire.convert_provision import ALWAYS, stored_provisioning
 
 _AUTH_TYPES = (HttpTrigger.AUTH_TYPE_UNSPECIFIED, HttpTrigger.AUTH_TYPE_ANONYMOUS)
 _log = get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why a function has fewer instances than its target. `no_capacity_expected`: only a change will help, not time."""
-
-    reason: str
-    message: str
-    no_capacity_expected: bool = False
 
 
 @dataclass(frozen=True, slots=True)

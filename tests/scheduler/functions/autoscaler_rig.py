@@ -38,7 +38,7 @@ class Rig:
         self.scaler = Autoscaler(
             self.clock, self.catalog, self.fleet, self.dispatcher, period_ns, Patience(), self.moved, self.last
         )
-        self.servicer = FunctionServicer(self.catalog, self.fleet, self.dispatcher, self.scaler, "http://g")
+        self.servicer = FunctionServicer(self.clock, self.catalog, self.fleet, self.dispatcher, self.scaler, "http://g")
         self.loads: dict[str, InstanceLoad] = {}
         self.gauges: dict[str, NodeLoad.InstanceGauges] = {}
         self.stream = self.sequence = self.requests = 0
