@@ -18,8 +18,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import agent.scheduler
 from agent.adapters.daemon import socket_activation
 from agent.adapters.daemon.state_dir import StateDir
@@ -33,10 +31,10 @@ from agent.api.scheduler_metrics import SchedulerMetrics
 from agent.api.scheduler_servicer import SchedulerServicer
 from agent.api.status_page import StatusPage
 from agent.api.usage_servicer import UsageServicer
-from agent.core.billing.price_book import PriceBook, parse_price_book
+from agent.core.billing.price_book import PriceBook
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.events import Wake
-from agent.core.errors import ConfigError, HibernodeError, UnavailableError
+from agent.core.errors import HibernodeError, UnavailableError
 from agent.core.provisioning.autoscaling import Patience
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.daemons.process import daemon_main, run_until_signal, stand_by
@@ -66,6 +64,7 @@ from agent.scheduler.usage.reports import UsageReports
 from agent.scheduler.usage.retention import UsageRetention
 from agent.scheduler.usage.totals import UsageTotals
 from agent.settings import SchedulerConfig
+from agent.settings.prices import read_price_book
 from agent.wire.addresses import join
 from agent.wire.server import GrpcServer, Services
 from agent.wire.tokens import Principal, Role, TokenTable, node_tokens
@@ -380,14 +379,7 @@ def _defaults(config: SchedulerConfig) -> Defaults:
 def _price_book(config: SchedulerConfig) -> PriceBook:
     """The configured price book, or the one shipped with Hibernode. Raises ConfigError."""
     path = Path(config.price_book) if config.price_book else PRICE_BOOK
-    try:
-        text = path.read_text(encoding="utf-8")
-        return parse_price_book(yaml.safe_load(text), str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        kind = type(error).__name__
-        raise ConfigError(
-            "PRICE_BOOK_INVALID", f"cannot read the price book {path} ({kind}); fix price_book"
-        ) from error
+    return read_price_book(path)
 
 
 async def run(config: SchedulerConfig) -> None:

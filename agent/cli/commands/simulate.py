@@ -246,15 +246,8 @@ def _ns(seconds: float) -> int:
 
 def _price(path: Path | None) -> Any:
     """The newest price of the book. Raises ConfigError."""
-    import yaml
-
     import agent
-    from agent.core.billing.price_book import parse_price_book
+    from agent.settings.prices import read_price_book
 
     path = path or Path(agent.__file__).with_name("scheduler") / "price-book.yaml"
-    try:
-        book = parse_price_book(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        text = f"cannot read the price book {path} ({type(error).__name__})"
-        raise ConfigError("PRICE_BOOK_INVALID", text) from error
-    return book.prices[-1]
+    return read_price_book(path).prices[-1]

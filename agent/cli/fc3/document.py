@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from agent.config import MAX_FILE_BYTES
+from agent.config.yaml_file import MAX_FILE_BYTES, value_of
 from agent.core.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
@@ -134,7 +134,7 @@ class _Reader:
             raise self._document.wrong(path, text)
         match node:
             case yaml.ScalarNode():
-                return Text(self._loader.construct_object(node), node.value)
+                return Text(value_of(self._loader.construct_object(node), node.value), node.value)
             case yaml.SequenceNode():
                 return [self.read(item, (*path, index), depth + 1) for index, item in enumerate(node.value)]
             case yaml.MappingNode():

@@ -18,7 +18,7 @@ import msgspec
 
 from agent.cli.fc3.document import Document, KeyPath, Text, plain, read_document
 from agent.cli.fc3.function import explicit_fields, function_of
-from agent.cli.fc3.provision import provision_to_proto, target_of, texts_as_written
+from agent.cli.fc3.provision import provision_to_proto, target_of
 from agent.cli.fc3.schema import IGNORED, Props, Trigger, camel
 from agent.config import convert
 from agent.core.errors import ConfigError, InvalidArgumentError, NotFoundError
@@ -38,7 +38,7 @@ _AS_WRITTEN: tuple[KeyPath, ...] = (
     ("hibernode", "extraHosts"),
     ("hibernode", "nodeLabels"),
 )
-"""Texts that YAML would convert: a password 0123 to a number, a user 1000:1000 to 61000."""
+"""Texts that YAML would convert, such as a password 123 to a number."""
 _KEYS: dict[str, KeyPath] = {
     "container.shm_bytes": ("hibernode", "shmSize"),
     "container.user": ("hibernode", "user"),
@@ -254,9 +254,6 @@ def _unknown(document: Document, path: KeyPath, known: list[str]) -> str:
 
 def _prepared(document: Document, used: dict[str, object], path: KeyPath) -> dict[str, object]:
     """Plain values, with `_AS_WRITTEN` as text, units added to durations, and empty sections removed."""
-    provision = used.get("provisionConfig")
-    if isinstance(provision, dict):
-        used = used | {"provisionConfig": texts_as_written(provision)}
     values = plain(used)
     assert isinstance(values, dict)
     for key_path in _AS_WRITTEN:
