@@ -132,6 +132,7 @@ class DemoWorld:
             "gpu": {
                 "instances_per_gpu": INSTANCES_PER_GPU,
                 "max_hold": "2s",
+                "types": {"fc.gpu.ada.1": f"Emulated {GPU_MODEL}"},
                 "host_memory_reserve": "128MiB",
                 "attach": "mounts",
                 "mounts": {"environment": seen},
