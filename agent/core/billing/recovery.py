@@ -1,7 +1,7 @@
 """Completes a usage ledger after a crash or restart of the agent, without ever overcharging.
 
 - The same process still lives: the gap is idle and `estimated` (a request inside the agent at the crash has failed, so
-  no time in the gap was active), for `most_idle_ns` at most: without an agent nobody could reach the instance. The rest
+  no time in the gap was active), for `most_idle_ns` at most: without an agent no request reaches the instance. The rest
   is unbilled, and so is the gap after an unbilled state.
 - The process is gone, at an unknown time: the gap is unbilled.
 - Another boot: the ledger ends at its last window.
