@@ -58,6 +58,9 @@ def test_the_file_in_the_help_of_provision_put_is_taken(tmp_path: Path) -> None:
     read_as_its_reader_does(text, tmp_path)
 
 
+IMAGE = "customContainerConfig: {image: a/b:1}"
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -66,8 +69,7 @@ def test_the_file_in_the_help_of_provision_put_is_taken(tmp_path: Path) -> None:
         "prices: []",
         '{"scheduledActions": [{"name": "a"}]}',
         "resources: {a: {component: fc3, props: {runtime: custom-container}}}",
-        "resources: {a: {component: fc3, props: "
-        + "{functionName: a, runtime: custom-container, role: r, customContainerConfig: {image: a/b:1}}}}",
+        f"resources: {{a: {{component: fc3, props: {{functionName: a, runtime: custom-container, role: r, {IMAGE}}}}}}}",
     ],
 )
 def test_a_planted_error_in_a_file_is_found(text: str, tmp_path: Path) -> None:
