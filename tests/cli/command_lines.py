@@ -16,8 +16,8 @@ from agent.cli.main import cli
 
 PROGRAMS = frozenset((
     "apt-get", "cat", "cd", "chmod", "chown", "cp", "cuda-checkpoint", "curl", "docker", "echo", "export", "grep",
-    "head", "install", "jq", "kill", "ls", "mkdir", "nvidia-ctk", "openssl", "pip", "podman", "printf", "ps", "python3", "seq",
-    "sh", "source", "systemctl", "tee", "umask", "uvicorn", "wait",
+    "head", "install", "jq", "kill", "ls", "mkdir", "nvidia-ctk", "openssl", "pip", "podman", "printf", "ps", "python3",
+    "seq", "sh", "source", "systemctl", "tee", "umask", "uvicorn", "wait",
 ))  # fmt: skip
 """What a document may tell its reader to run, besides scripts/ and findings/."""
 _KEYWORDS = frozenset(("do", "done", "else", "fi", "if", "sudo", "then", "time", "while", "!", "{", "}"))

@@ -58,7 +58,7 @@ def test_the_file_in_the_help_of_provision_put_is_taken(tmp_path: Path) -> None:
     read_as_its_reader_does(text, tmp_path)
 
 
-IMAGE = "customContainerConfig: {image: a/b:1}"
+PROPS = "functionName: a, runtime: custom-container, customContainerConfig: {image: a/b:1}"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ IMAGE = "customContainerConfig: {image: a/b:1}"
         "prices: []",
         '{"scheduledActions": [{"name": "a"}]}',
         "resources: {a: {component: fc3, props: {runtime: custom-container}}}",
-        f"resources: {{a: {{component: fc3, props: {{functionName: a, runtime: custom-container, role: r, {IMAGE}}}}}}}",
+        f"resources: {{a: {{component: fc3, props: {{{PROPS}, role: r}}}}}}",
     ],
 )
 def test_a_planted_error_in_a_file_is_found(text: str, tmp_path: Path) -> None:
