@@ -78,6 +78,13 @@ class HealthCheck:
     success_threshold: int = 1
 
 
+class VisibleDevices(Enum):
+    """How CUDA_VISIBLE_DEVICES names an instance's GPUs: by numbers, which every program reads, or by UUIDs."""
+
+    INDEX = "INDEX"
+    UUID = "UUID"
+
+
 @dataclass(frozen=True, slots=True)
 class GpuNeed:
     """The GPUs of an instance: `count` whole ones of `model` ("" = any). `memory_bytes`: FC's billed size."""
@@ -86,6 +93,7 @@ class GpuNeed:
     model: str = ""
     gpu_type: str = ""
     memory_bytes: int = 0
+    visible_devices: VisibleDevices = VisibleDevices.INDEX
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +196,7 @@ class ComputeMode(Enum):
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """A device as NVML shows it. `index` is NVML's; everything else refers to it by `uuid`. `virtual`: a hypervisor's
-    vGPU."""
+    vGPU. `pci_address`: domain, bus, device; None if NVML does not tell."""
 
     uuid: str
     index: int
@@ -198,6 +206,7 @@ class Gpu:
     mig: bool = False
     compute_mode: ComputeMode = ComputeMode.DEFAULT
     virtual: bool = False
+    pci_address: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

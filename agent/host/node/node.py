@@ -12,7 +12,7 @@ from agent.core.gpus import allocator_events
 from agent.core.instance_record import InstanceRecord, RecordPhase
 from agent.core.lifecycle import events as ev
 from agent.core.lifecycle.machine import Instance
-from agent.core.types import FunctionSpec, Gpu, GpuNeed, IdleMode, InstanceSpec, InstanceState
+from agent.core.types import FunctionSpec, Gpu, IdleMode, InstanceSpec, InstanceState
 from agent.host.gpus.broker import GpuBroker
 from agent.host.instance.actor import Actor, StateListener
 from agent.host.instance.context import InstanceContext
@@ -166,7 +166,7 @@ class Node:
         need = function.gpu
         if need.gpu_type and not need.model:
             model = self._settings.types.get(need.gpu_type, "")
-            function = replace(function, gpu=GpuNeed(need.count, model, need.gpu_type, need.memory_bytes))
+            function = replace(function, gpu=replace(need, model=model))
         missing = self._settings.freeze_unavailable
         if missing and function.idle.mode is IdleMode.REQUIRE and need.count:
             raise PreconditionError(
