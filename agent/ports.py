@@ -47,12 +47,14 @@ class Clock(Protocol):
 class StartSpec:
     """What a runtime starts. `environment`: the agent's variables (`gpu.mounts`, FC_*), which override the function's.
     `gpu_uuids`: the GPUs visible inside. `all_gpus`: every GPU of the host is visible, and only CUDA_VISIBLE_DEVICES
-    names `gpu_uuids`, because the driver restores on other GPUs only processes that can see them all."""
+    names `gpu_uuids`, because the driver restores on other GPUs only processes that can see them all. `gpu_numbers`:
+    their numbers in CUDA for a program that sees every GPU (`core.instance_variables.cuda_numbers`); () = unknown."""
 
     instance: InstanceSpec
     environment: Mapping[str, str]
     gpu_uuids: tuple[str, ...]
     all_gpus: bool = False
+    gpu_numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,9 @@ def make_plan(spec: StartSpec, *, port: int, folder: Path, user: WorkloadUser | 
         "HOME": str(folder),
         "USER": user.name if user else "",
         "LANG": "C.UTF-8",
-        **instance_environment(spec, port=port, state_uuid=state_uuid, visible_devices=gpus or "void"),
+        **instance_environment(
+            spec, port=port, state_uuid=state_uuid, visible_devices=gpus or "void", sees_all_gpus=True
+        ),
     }
     if not environment["USER"]:
         del environment["USER"]

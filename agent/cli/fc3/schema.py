@@ -176,6 +176,7 @@ class Hibernode(Part, frozen=True):
     queue_length: Annotated[int, Meta(ge=1, le=100_000)] | UnsetType = UNSET
     queue_timeout_ns: Duration | UnsetType = UNSET
     gpus: Annotated[int, Meta(ge=0, le=64)] | None = None
+    visible_devices: Literal["index", "uuid"] = "index"
     shm_size: Size | None = None
     pids_limit: Annotated[int, Meta(ge=1, le=MAX_PIDS)] | None = None
     open_files: Annotated[int, Meta(ge=1, le=MAX_OPEN_FILES)] | None = None

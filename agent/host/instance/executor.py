@@ -149,7 +149,8 @@ class InstanceExecutor:
         actor, context = self._actor, self._context
         # The driver restores on other GPUs only processes that can see every GPU of the host.
         movable = bool(actor.instance.gpus) and actor.instance.movable
-        spec = StartSpec(actor.spec, self._environment(), actor.instance.gpus, all_gpus=movable)
+        gpus = actor.instance.gpus
+        spec = StartSpec(actor.spec, self._environment(), gpus, all_gpus=movable, gpu_numbers=context.gpu_numbers(gpus))
         actor.set_progress("starting")
         handle = await context.runtime.start(spec)
         actor.set_gpus(actor.instance.gpus)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from structlog.testing import capture_logs
 
 from agent.adapters.kernel import cgroup, memory_cgroup, process_table
 from agent.adapters.process.launch import LaunchPlan, make_plan, resolve_user
@@ -90,20 +91,28 @@ def test_function_without_gpus_sees_none() -> None:
     assert (plan.environment["CUDA_VISIBLE_DEVICES"], plan.environment["NVIDIA_VISIBLE_DEVICES"]) == ("", "void")
 
 
-def test_migratable_function_sees_all_gpus_but_uses_its_own() -> None:
-    request = replace(spec("resize-a", "env", gpus=("GPU-1",)), all_gpus=True)
+def test_process_gets_the_numbers_of_its_gpus() -> None:
+    """It sees every GPU of the host, also where it cannot be moved."""
+    request = replace(spec("resize-a", "env", gpus=("GPU-1", "GPU-2")), all_gpus=True, gpu_numbers=(3, 0))
     plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
-    assert plan.environment["CUDA_VISIBLE_DEVICES"] == "GPU-1"
+    assert plan.environment["CUDA_VISIBLE_DEVICES"] == "3,0"
+    assert plan.environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert plan.environment["NVIDIA_VISIBLE_DEVICES"] == "all"
 
 
-def test_function_cannot_grant_itself_gpus() -> None:
-    taken = {"CUDA_VISIBLE_DEVICES": "0,1", "NVIDIA_VISIBLE_DEVICES": "all"}
-    request = spec("resize-a", "env")
-    function = replace(request.instance.function, environment=tuple(taken.items()))
-    request = replace(request, instance=replace(request.instance, function=function))
-    plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
-    assert (plan.environment["CUDA_VISIBLE_DEVICES"], plan.environment["NVIDIA_VISIBLE_DEVICES"]) == ("", "void")
+@pytest.mark.parametrize(("gpus", "expected"), [((), ""), (("GPU-1",), "3")])
+def test_function_cannot_grant_itself_gpus(gpus: tuple[str, ...], expected: str) -> None:
+    taken = {"CUDA_VISIBLE_DEVICES": "0,1", "CUDA_DEVICE_ORDER": "FASTEST_FIRST", "NVIDIA_VISIBLE_DEVICES": "all"}
+    request = spec("resize-a", "env", gpus=gpus)
+    function = replace(request.instance.function, environment=(*taken.items(), ("PORT", "80")))
+    request = replace(request, instance=replace(request.instance, function=function), gpu_numbers=(3,))
+    with capture_logs() as lines:
+        plan = make_plan(request, port=1, folder=Path("/"), user=None, state_uuid="u")
+    assert plan.environment["CUDA_VISIBLE_DEVICES"] == expected
+    assert plan.environment["PORT"] == "1"
+    assert plan.environment["NVIDIA_VISIBLE_DEVICES"] == "all", "no part of the driver reads it"
+    order = ["CUDA_DEVICE_ORDER"] if gpus else []
+    assert [line["names"] for line in lines] == [",".join([*order, "CUDA_VISIBLE_DEVICES", "PORT"])]
 
 
 def test_attachment_may_set_the_visible_gpus() -> None:
