@@ -37,7 +37,7 @@ def allow(shares: Sequence[Share], index: int, remaining_s: float) -> float | No
 def selftest_share(name: str, size_bytes: int) -> Share:
     """The share of a selftest of that size, before anything is known of the host."""
     gib = size_bytes / GIB
-    return Share(name, 6 + 5 * gib, 60 if gib <= 1 else 110 if gib <= 8 else 400)
+    return Share(name, 16 + 5 * gib, 60 if gib <= 1 else 110 if gib <= 8 else 400)
 
 
 def predict_s(measured: Sequence[tuple[int, float]], size_bytes: int, rounds: int) -> float:
