@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -60,40 +61,34 @@ class Proof:
         self.rows: list[dict[str, Any]] = []
 
     def run(self) -> None:
-        """All steps that fit into the time. An interrupt ends the current one; the others are not run."""
+        """All steps that fit into the time. An interrupt ends the current one, and the others are not run."""
         shares = shares_of(self._options)
-        interrupted = False
-        for index, share in enumerate(shares):
-            begin_s = self.elapsed_s()
-            allowed_s = allow(shares, index, self._options.budget_s - WRITE_S - begin_s)
-            if interrupted:
-                result = Result(NOT_RUN, "INTERRUPTED", "the proof was interrupted before it")
-            elif allowed_s is None:
-                left = max(0.0, self._options.budget_s - WRITE_S - begin_s)
-                result = Result(NOT_RUN, "NO_TIME_LEFT", f"needs {share.need_s:.0f} s; {left:.0f} s are left")
-            else:
-                _say(f"[{begin_s:3.0f} s] {share.name}: at most {allowed_s:.0f} s")
-                try:
-                    result = self._steps.run(share.name, allowed_s)
-                except KeyboardInterrupt:
-                    interrupted = True
-                    result = Result(NOT_RUN, "INTERRUPTED", "the proof was interrupted during it")
-            took_s = self.elapsed_s() - begin_s
-            _say(
-                f"[{self.elapsed_s():3.0f} s] {share.name}: {result.outcome}"
-                + (f", {result.message}" if result.message else "")
-            )
-            self.rows.append(
-                {
-                    "name": share.name,
-                    "outcome": result.outcome,
-                    "reason": result.reason,
-                    "message": result.message,
-                    "allowed_s": allowed_s,
-                    "took_s": took_s,
-                    "data": result.data,
-                }
-            )
+        try:
+            for index, share in enumerate(shares):
+                self._step(share.name, share.need_s, allow(shares, index, self._left_s()))
+        except KeyboardInterrupt:
+            ignore_signals()
+            when = "during"
+            for share in shares[len(self.rows) :]:
+                self._add(share.name, Result(NOT_RUN, "INTERRUPTED", f"the proof was interrupted {when} it"), None, 0.0)
+                when = "before"
+
+    def _step(self, name: str, need_s: float, allowed_s: float | None) -> None:
+        begin_s = self.elapsed_s()
+        if allowed_s is None:
+            result = Result(NOT_RUN, "NO_TIME_LEFT", f"needs {need_s:.0f} s; {self._left_s():.0f} s are left")
+        else:
+            _say(f"[{begin_s:3.0f} s] {name}: at most {allowed_s:.0f} s")
+            result = self._steps.run(name, allowed_s)
+        self._add(name, result, allowed_s, self.elapsed_s() - begin_s)
+
+    def _add(self, name: str, result: Result, allowed_s: float | None, took_s: float) -> None:
+        remark = f", {result.message}" if result.message else ""
+        _say(f"[{self.elapsed_s():3.0f} s] {name}: {result.outcome}{remark}")
+        self.rows.append({"name": name, **asdict(result), "allowed_s": allowed_s, "took_s": took_s})
+
+    def _left_s(self) -> float:
+        return max(0.0, self._options.budget_s - WRITE_S - self.elapsed_s())
 
     def elapsed_s(self) -> float:
         return (self._clock.monotonic_ns() - self._began_ns) / SECOND_NS
@@ -153,6 +148,12 @@ def write(document: dict[str, Any], folder: Path) -> None:
         fresh.replace(folder / name)
 
 
+def ignore_signals() -> None:
+    """The end is short and must not be cut off."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - progress
 
@@ -173,8 +174,7 @@ def main() -> int:
         signal.signal(number, _interrupt)
     proof = Proof(options, SystemClock())
     proof.run()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     document = proof.document()
     write(document, folder)
     _say(f"{document['outcome']}: {folder / 'proof.md'}, {folder / 'proof.json'}")

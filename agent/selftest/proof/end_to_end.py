@@ -31,7 +31,7 @@ from agent.selftest.reporting import emit, report_of
 
 FUNCTION = "proof"
 CHECKOUT = Path(__file__).parents[3]
-MAX_ROUNDS, MIN_ROUNDS = 30, 3
+MAX_ROUNDS, MIN_ROUNDS = 20, 3
 BURST = 8
 """Requests at once against a frozen instance."""
 WARM = 20

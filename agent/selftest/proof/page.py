@@ -77,7 +77,7 @@ def _gpu_names(facts: Mapping[str, Any]) -> str:
 
 
 def _remark(step: Mapping[str, Any]) -> str:
-    return f"{step['reason']}: {step['message']}" if step["reason"] else ""
+    return ": ".join(filter(None, [step["reason"], step["message"]]))
 
 
 def _facts(document: Mapping[str, Any]) -> Iterator[Sequence[str]]:
@@ -178,7 +178,7 @@ def _end_to_end(found: Mapping[str, Any]) -> Iterator[str]:
     intact = "unchanged" if found["memory_intact"] else "CHANGED"
     yield (
         "## A function, from its caller's side\n\n"
-        f"{found['program']}, {found['vram_bytes'] / MIB:.0f} MiB of GPU memory. "
+        f"Program: {found['program']}, {found['vram_bytes'] / MIB:.0f} MiB of GPU memory. "
         f"{found['requests']} requests, {found['failed']} without an answer, {found['different']} answers different; "
         f"{usage['freezes']} freezes, {usage['wakes']} wakes; GPU memory {intact} at the end."
     )

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agent.cli.doctor.reporting_child import Ended, run_module
@@ -157,17 +157,19 @@ class Steps:
             room = max(0, self._room_bytes()) / GIB
             return Result(NOT_RUN, "NO_ROOM", f"GPU and host memory have room for {room:.2f} GiB")
         runs = RUNS if size <= LARGE else LARGE_RUNS
-        against = self.known.against
+        against, without = self.known.against, ""
         least = predict_s(self.known.measured, size, 4 if against else 2)  # a warm-up and one run of each
         if least > allowed_s and against:
-            against, least = "", least / 2
+            against, least, without = "", least / 2, "no time left for the cuda-checkpoint program"
         if least > allowed_s:
             return Result(NOT_RUN, "NO_TIME_LEFT", f"needs about {least:.0f} s; {allowed_s:.0f} s are left for it")
         result = self._freeze(size, runs, against, allowed_s)
         if result.outcome == BLOCKED and against:
             self.known.against, self.known.without_utility = "", result.message
+            without = f"without the cuda-checkpoint program: {result.message}"
             result = self._freeze(size, runs, "", allowed_s)
-        return result
+        notes = [without, f"{size / GIB:g} GiB, for which there is room" if size != wanted_bytes else ""]
+        return replace(result, message="; ".join(filter(None, [result.message, *notes])))
 
     def _cycles(self, allowed_s: float) -> Result:
         """Many freezes of one process, by the agent's own checkpointer."""
@@ -203,7 +205,8 @@ class Steps:
         if report["runs"]:
             seconds = sum(run["round_s"] for run in report["runs"]) / len(report["runs"])
             self.known.measured.append((size_bytes, seconds))
-        return Result(_OF_VERDICT[verdict["proof"]], verdict["reason"], verdict["message"], report)
+        cut = next((check["reason"] for check in report["checks"] if check["name"] == "runs"), "")
+        return Result(_OF_VERDICT[verdict["proof"]], verdict["reason"], verdict["message"] or cut, report)
 
     def _start(self, module: str, allowed_s: float, *arguments: str) -> Ended:
         limit_s = max(1.0, allowed_s - END_S / 2)
