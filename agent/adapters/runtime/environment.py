@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agent.adapters.kernel.cgroup_freezer import INSTANCE_VARIABLE
+from agent.core.function_rules import PORT_VARIABLE
 from agent.ports import StartSpec
 
 LIBRARIES = "LD_LIBRARY_PATH"
@@ -24,7 +25,7 @@ def instance_environment(
         "CUDA_VISIBLE_DEVICES": ",".join(spec.gpu_uuids),
         "NVIDIA_VISIBLE_DEVICES": visible_devices,
         **spec.environment,
-        "FC_CUSTOM_LISTEN_PORT": str(port),
+        PORT_VARIABLE: str(port),
         "PORT": str(port),
         INSTANCE_VARIABLE: f"{state_uuid}/{spec.instance.uid}",
     }
