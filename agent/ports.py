@@ -144,6 +144,9 @@ class Runtime(Protocol):
     async def pids(self, handle: Handle) -> Sequence[int]:
         """Host pids inside the container now."""
 
+    async def listening(self, handle: Handle) -> Sequence[str]:
+        """Addresses that its processes listen on, such as `0.0.0.0:9000`; a few at most, and none if unknown."""
+
     async def read_log(self, handle: Handle, tail_bytes: int) -> bytes:
         """The last bytes of its combined stdout and stderr, also after its end. Raises OSError if it can't be read."""
 

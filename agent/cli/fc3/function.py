@@ -7,6 +7,7 @@ from decimal import Decimal
 
 import msgspec
 
+from agent.cli.fc3.meaning import port_notes
 from agent.cli.fc3.schema import Hibernode, HookProps, InstanceLifecycleConfig, Props
 from agent.core.function_rules import HOST_IMAGE
 from agent.core.instance_variables import PORT, replaced_variables
@@ -165,15 +166,8 @@ def _notes(props: Props, gpu: GpuNeed) -> Iterator[Note]:
         yield (("hibernode", "gpus"), "several GPUs are never frozen unless hibernode.idle is require or prefer")
     if _always_on(props) and props.hibernode.idle not in (None, "never"):
         yield ("hibernode", "idle"), "overrides alwaysAllocateGPU"
-    lifecycle = props.instance_lifecycle_config or InstanceLifecycleConfig()
-    hooks = (
-        ("initializer", lifecycle.initializer),
-        ("preFreeze", lifecycle.pre_freeze),
-        ("preStop", lifecycle.pre_stop),
-    )
-    for key, hook in hooks:
-        if hook is not None and hook.command:
-            yield ("instanceLifecycleConfig", key, "command"), "is not run: only HTTP hooks with a handler are called"
+    container = props.custom_container_config
+    yield from port_notes(container.image, container.port, container.entrypoint or (), container.command or ())
 
 
 def _variable_notes(function: FunctionSpec) -> Iterator[Note]:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from agent.cli.fc3.meaning import REFUSED
 from agent.config import Duration, Size, bad_key
 from agent.core.function_rules import MAX_OPEN_FILES, MAX_PIDS
 
@@ -228,9 +229,9 @@ class Props(Part, frozen=True):
         if self.custom_container_config.image == "host":
             for field in _IMAGES_ONLY:
                 if getattr(self.hibernode, field):
-                    raise bad_key(f"hibernode.{camel(field)}", "is for images only, not for `image: host`")
+                    raise bad_key(f"hibernode.{camel(field)}", REFUSED)
             if self.custom_container_config.registry_config is not None:
-                raise bad_key("customContainerConfig.registryConfig", "is for images only, not for `image: host`")
+                raise bad_key("customContainerConfig.registryConfig", REFUSED)
 
 
 _CLOUD = "has no effect outside Function Compute"

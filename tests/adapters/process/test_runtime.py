@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import stat as stat_module
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from agent.adapters.runtime.exits import ExitWatch
 from agent.core.errors import ConfigError, ConflictError, InstanceError, InvalidArgumentError
 from agent.core.types import MIB, FunctionSpec, Handle, InstanceSpec, ProcessId
 from agent.ports import StartSpec
-from tests.contract.runtime_worlds import ProcessWorld
+from tests.contract.runtime_worlds import ProcessWorld, until_said
 from tests.fakes.clock import FakeClock
 
 SECRET = "correct horse battery staple"
@@ -84,6 +85,27 @@ async def test_environment_holds_only_the_functions_and_our_variables(
         "PORT": str(handle.port),
         "HIBERNODE_INSTANCE": f"{world.state_uuid}/resize-a",
     }
+
+
+def test_arguments_get_the_port_and_no_other_variable() -> None:
+    words = ("serve", "--port=$FC_CUSTOM_LISTEN_PORT", "${FC_CUSTOM_LISTEN_PORT}", "$PORT", "$FC_CUSTOM_LISTEN_PORTS")
+    request = spec("resize-a", "env")
+    function = replace(request.instance.function, entrypoint=words[:2], command=words[2:])
+    request = replace(request, instance=replace(request.instance, function=function))
+    plan = make_plan(request, port=4711, folder=Path("/"), user=None, state_uuid="u")
+    assert plan.argv == ("serve", "--port=4711", "4711", "$PORT", "$FC_CUSTOM_LISTEN_PORTS")
+
+
+async def test_the_ports_that_an_instance_listens_on_are_its_own(world: ProcessWorld) -> None:
+    script = "import socket; s = socket.create_server(('', 0)); print(s.getsockname()[1], flush=True); s.accept()"
+    request = spec("resize-a", f'{sys.executable} -c "{script}" & wait')
+    with socket.create_server(("127.0.0.1", 0)):  # the agent's own, which is not the instance's
+        handle = await world.runtime.start(request)
+        await until_said(world.runtime, handle, b"\n")
+        port = (await world.runtime.read_log(handle, MIB)).decode().strip()
+        assert await world.runtime.listening(handle) == [f"0.0.0.0:{port}"]
+    await world.runtime.destroy(handle)
+    assert await world.runtime.listening(handle) == []
 
 
 def test_function_without_gpus_sees_none() -> None:

@@ -104,7 +104,7 @@ def test_every_supported_key(tmp_path: Path) -> None:
     """
     image = """\
       customContainerConfig:
-        image: host
+        image: registry.example/ocr:1
         port: 8080
         entrypoint: [python3, -m, ocr]
         command: ["--port", "8080"]
