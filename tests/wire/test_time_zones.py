@@ -6,12 +6,15 @@ import sys
 import zoneinfo
 from collections.abc import Iterator
 from datetime import UTC
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from agent.wire import time_zones
 from agent.wire.time_zones import UnknownZone, zone_of
+
+UTC_FILE = resources.files("tzdata.zoneinfo").joinpath("UTC").read_bytes()
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +66,7 @@ def test_without_zone_files_the_advice_is_to_install_them() -> None:
 
 @pytest.mark.usefixtures("no_zone_files")
 def test_on_a_host_with_few_zones_the_advice_is_not_the_name_itself(tmp_path: Path) -> None:
-    (tmp_path / "UTC").write_bytes(resources.files("tzdata.zoneinfo").joinpath("UTC").read_bytes())
+    (tmp_path / "UTC").write_bytes(UTC_FILE)
     zoneinfo.reset_tzpath([str(tmp_path)])
     with pytest.raises(UnknownZone, match="install the package tzdata") as caught:
         zone_of("Europe/Rome")

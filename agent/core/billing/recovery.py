@@ -2,6 +2,7 @@
 
 - The same process still lives: the gap is idle and `estimated` (a request inside the agent at the crash has failed, so
   no time in the gap was active); after an unbilled state it stays unbilled.
+- The same with a state of another version: the gap is unbilled.
 - The process is gone, at an unknown time: the gap is unbilled.
 - Another boot: the ledger ends at its last window.
 
@@ -66,6 +67,8 @@ def resume(
 
 def _gap_kind(last: UsageWindow, *, same_process: bool, policy: BillingPolicy) -> BilledAs:
     if not same_process or last.unbilled_ns:
+        return BilledAs.UNBILLED
+    if last.state not in InstanceState.__members__:  # of another version
         return BilledAs.UNBILLED
     quiet = policy.quiet_kind(InstanceState(last.state))
     return BilledAs.UNBILLED if quiet is BilledAs.UNBILLED else BilledAs.IDLE

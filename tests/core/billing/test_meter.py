@@ -326,6 +326,11 @@ def test_a_gap_with_the_process_alive_is_idle_and_estimated() -> None:
     assert (gap.start_mono_ns, gap.start_wall_ns) == (1_000, WALL + 1_000)
 
 
+def test_a_gap_after_a_state_of_another_version_is_unbilled() -> None:
+    _, gap = gap_after(replace(last_window(), state="HIBERNATING"), same_process=True)
+    assert (gap.unbilled_ns, gap.idle_ns) == (4_000, 0)
+
+
 def test_a_gap_after_the_process_died_is_unbilled() -> None:
     _, gap = gap_after(last_window(), same_process=False)
     assert (gap.unbilled_ns, gap.idle_ns, gap.estimated) == (4_000, 0, False)
