@@ -19,7 +19,7 @@ from agent.core.gpus.cuda_calls import CudaFault as CudaFault  # noqa: PLC0414 (
 from agent.core.gpus.cuda_calls import CudaOp as CudaOp  # noqa: PLC0414 (re-exported)
 from agent.core.gpus.cuda_calls import CudaReply as CudaReply  # noqa: PLC0414 (re-exported)
 from agent.core.gpus.cuda_calls import CudaState as CudaState  # noqa: PLC0414 (re-exported)
-from agent.core.instance_record import InstanceRecord
+from agent.core.instance_record import InstanceRecord, UnreadableRecord
 from agent.core.snapshots import InstanceReading
 from agent.core.types import Exit, FunctionSpec, Gpu, GpuProcess, GpuSample, Handle, InstanceSpec, InstanceState, Xid
 
@@ -428,7 +428,11 @@ class InstanceStore(Protocol):
 
     async def put_instance(self, record: InstanceRecord) -> None: ...
 
-    async def load_instances(self) -> Sequence[InstanceRecord]: ...
+    async def load_instances(self) -> Sequence[InstanceRecord]:
+        """Those that can be read."""
+
+    async def unreadable_instances(self) -> Sequence[UnreadableRecord]:
+        """The others."""
 
     async def delete_instance(self, uid: str) -> None: ...
 
