@@ -222,9 +222,10 @@ class Freezer(Protocol):
 
     async def checkpoint(self, handle: Handle) -> FreezeResult: ...
 
-    async def wake(self, handle: Handle, gpu_map: Mapping[str, str]) -> FreezeResult:
+    async def wake(self, handle: Handle, gpu_map: Mapping[str, str], gpu_uuids: Sequence[str] = ()) -> FreezeResult:
         """Verify free VRAM, thaw, restore, unlock, verify that it runs. `gpu_map`: old uuid -> new uuid of every GPU,
-        empty = the same. REFUSED (GPU_MEMORY_SHORT ...): still checkpointed and frozen, on the old GPUs."""
+        empty = the same. `gpu_uuids`: the GPUs that it was granted, where alone it may run afterwards; empty = unknown.
+        REFUSED (GPU_MEMORY_SHORT ...): still checkpointed and frozen, on the old GPUs."""
 
     def paused(self, handle: Handle) -> bool:
         """Whether another program has paused it (docker pause). Reads one file; makes no driver call."""

@@ -35,6 +35,16 @@ class InstanceState(Enum):
         return self in (InstanceState.STOPPED, InstanceState.FAILED)
 
 
+class StopCause(Enum):
+    """Why an instance is stopped, and then its state reason."""
+
+    ASKED = "STOPPED_BY_USER"
+    REPLACED = "REPLACED"
+    SCALED_IN = "SCALED_IN"
+    FUNCTION_DELETED = "FUNCTION_DELETED"
+    NODE_DRAINED = "NODE_DRAINED"
+
+
 class IdleMode(Enum):
     """Whether a function's instances are frozen. On a node that can't: REQUIRE refuses, PREFER keeps them awake."""
 
@@ -80,7 +90,8 @@ class HealthCheck:
 
 @dataclass(frozen=True, slots=True)
 class GpuNeed:
-    """The GPUs of an instance: `count` whole ones of `model` ("" = any). `memory_bytes`: FC's billed size."""
+    """The GPUs of an instance: `count` whole ones of `model` or `gpu_type` ("" = any) with `memory_bytes` each, the
+    size that is billed (0 = the whole GPU). core/gpu_fit.py says which GPUs suit it."""
 
     count: int = 1
     model: str = ""

@@ -249,6 +249,7 @@ class AgentDaemon:
             instances_per_gpu=self._config.gpu.instances_per_gpu,
             start_wall_ns=self.clock.wall_ns(),
             host_total_bytes=psutil.virtual_memory().total,
+            gpu_types=self._config.gpu.types,
         )
 
     def _link(self) -> SchedulerLink | None:
@@ -282,7 +283,9 @@ class AgentDaemon:
                 config.ingress.port,
                 limits,
                 request_ids=self.request_ids,
-                on_fault=lambda error: self._log.error("ingress.fault", error=type(error).__name__, exc_info=error),
+                on_fault=lambda error, request_id: self._log.error(
+                    "ingress.fault", request_id=request_id, error=type(error).__name__, exc_info=error
+                ),
                 when_full=FULL,
             )
         self._stack.push_async_callback(self.http.close, 0.0)

@@ -50,12 +50,15 @@ from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.functions.autoscaler import Autoscaler
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
+from agent.scheduler.functions.gpu_check import GpuCheck
+from agent.scheduler.functions.last_targets import LastTargets
 from agent.scheduler.functions.provisioner import Provisioner
 from agent.scheduler.gateway.dispatching import DispatchLoop
 from agent.scheduler.gateway.gateway import Gateway
 from agent.scheduler.gateway.ingress_pools import IngressPools
 from agent.scheduler.gateway.routes import Router
 from agent.scheduler.gateway.wake_calls import WakeCalls
+from agent.scheduler.usage.absences import Absences
 from agent.scheduler.usage.collector import UsageCollector, UsageDatabase
 from agent.scheduler.usage.reports import UsageReports
 from agent.scheduler.usage.retention import UsageRetention
@@ -72,6 +75,7 @@ QUEUE_GRACE_S = 10.0
 """On shutdown, requests still queued after this time are answered 503; running ones have `GRACE_S`."""
 GRPC_GRACE_S = 1.0
 SILENCE_CHECK_S = 0.25
+NOTE_ABSENCE_S = 1.0
 
 
 class SchedulerDaemon:
@@ -101,7 +105,7 @@ class SchedulerDaemon:
         await self.grpc.set_serving(True)
         self._ready = True
         self._log.info("scheduler.ready", gateway=self.gateway_address, grpc=self.grpc_address)
-        rounds = [self.provisioner.run(), self.autoscaler.run(), self.retention.run()]
+        rounds = [self.provisioner.run(), self.autoscaler.run(), self.last_targets.run(), self.retention.run()]
         await run_until_signal([*rounds, self._watch_silence(), self.lead.watch()])
         await self._leave()
 
@@ -114,6 +118,7 @@ class SchedulerDaemon:
         self._stack.push_async_callback(self.store.close)
         self.usage = UsageDatabase.at(config.database_url)
         self._stack.callback(self.usage.close)
+        self.absences = Absences(self.usage)
         self.retention = UsageRetention(self.usage, self.clock, config.usage.keep_ns)
         self.lead = LeaderLock(config.database_url)
         self._stack.callback(self.lead.close)
@@ -127,13 +132,23 @@ class SchedulerDaemon:
             lost_ns=config.report.lost_ns,
             first_seen=self._first_seen,
             insecure=config.insecure,
+            note_absence=lambda name: self._spawn(self._note_absence(name)),
+            returned=lambda name, absence: self._spawn(self.absences.end(name, self.clock.wall_ns(), absence)),
         )
         self.node_scheduling = NodeScheduling(self.store, self.fleet)
         self.channels = AgentChannels(self.node_tokens, self._grpc_address_of, config.insecure)
         self._stack.push_async_callback(self.channels.close)
         apply_event = self.dispatch_loop.apply
-        self.catalog = Catalog(self.clock, self.store, apply_event, self._catalog_changed, _defaults(config))
+        self.catalog = Catalog(
+            self.clock,
+            self.store,
+            apply_event,
+            self._catalog_changed,
+            _defaults(config),
+            GpuCheck(self.fleet),
+        )
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.channels, apply_event)
+        self.last_targets = LastTargets(self.store)
         self.autoscaler = Autoscaler(
             self.clock,
             self.catalog,
@@ -142,6 +157,7 @@ class SchedulerDaemon:
             config.scaling.period_ns,
             Patience(config.scaling.periods, Fraction(repr(config.scaling.scale_in_factor))),
             self.provisioner.poke,
+            self.last_targets,
         )
         self.usage_totals = UsageTotals(lambda: [function.spec.name for function in self.catalog.all()])
         self.ingresses = IngressPools(self._ingress_address_of)
@@ -181,11 +197,13 @@ class SchedulerDaemon:
         """Load nodes, functions and policies. Known nodes have `report.lost` to reconnect."""
         await self.store.open()
         await self.usage.open()
+        away_since, now = await self.absences.unfinished(), self.clock.wall_ns()
         for name in await self.store.nodes():
             if name in self.node_tokens:
-                self.fleet.expect(name)
+                self.fleet.expect(name, max(0, now - away_since[name]) if name in away_since else None)
         await self.node_scheduling.load()
         await self.catalog.load()
+        await self.last_targets.load()
         self.autoscaler.check()
 
     def _wake(self, wake: Wake) -> None:
@@ -221,6 +239,15 @@ class SchedulerDaemon:
 
         self._spawn(remember())
 
+    async def _note_absence(self, name: str) -> None:
+        """Note durably that a node is given up, then replace its instances. A database that fails delays that only by
+        `NOTE_ABSENCE_S`; it is tried again."""
+        noting = asyncio.get_running_loop().create_task(self.absences.begin(name, self.clock.wall_ns()))
+        self._background.add(noting)
+        noting.add_done_callback(self._background.discard)
+        await asyncio.wait({noting}, timeout=NOTE_ABSENCE_S)
+        self.fleet.give_up(name)
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
@@ -246,7 +273,9 @@ class SchedulerDaemon:
                 limits,
                 inherited=kept,
                 request_ids=self.request_ids,
-                on_fault=lambda error: self._log.error("gateway.fault", error=type(error).__name__, exc_info=error),
+                on_fault=lambda error, request_id: self._log.error(
+                    "gateway.fault", request_id=request_id, error=type(error).__name__, exc_info=error
+                ),
                 date_header=DateHeader(lambda: self.clock.wall_ns() // SECOND_NS),
             )
             self._stack.push_async_callback(self.http.close, 0)
@@ -259,7 +288,12 @@ class SchedulerDaemon:
         services = Services(
             scheduler=SchedulerServicer(self.fleet, self.node_scheduling, config.report.lost_ns / SECOND_NS),
             functions=FunctionServicer(
-                self.catalog, self.fleet, self.dispatcher, self.autoscaler, f"http://{self.gateway_address}"
+                self.clock,
+                self.catalog,
+                self.fleet,
+                self.dispatcher,
+                self.autoscaler,
+                f"http://{self.gateway_address}",
             ),
             usage=UsageServicer(collector, UsageReports(self.usage), self.prices),
         )
@@ -323,7 +357,11 @@ class SchedulerDaemon:
         closing.cancel()
         silence.cancel()
         await self.grpc.stop(GRPC_GRACE_S)
-        await asyncio.gather(silence, *self._background, return_exceptions=True)
+        await asyncio.gather(silence, return_exceptions=True)
+        if self._background:
+            _, late = await asyncio.wait(self._background, timeout=GRPC_GRACE_S)
+            for task in late:  # its database fails; what it would write follows from the next reports
+                task.cancel()
         self._log.info("scheduler.stopped", cut=cut)
 
 

@@ -44,7 +44,7 @@ class ConnectionHost(Protocol):
     limits: Limits
     handler: Handler
     request_ids: Callable[[], str]
-    on_fault: Callable[[BaseException], None]
+    on_fault: Callable[[BaseException, str], None]
     date_header: Callable[[], bytes]
     when_full: Sequence[Header]
     closing: bool
@@ -288,8 +288,9 @@ class ServerConnection(asyncio.Protocol):
         except HibernodeError as error:
             await exchange.fail(error, host.request_ids())
         except Exception as error:
-            host.on_fault(error)
-            await exchange.fail(error, host.request_ids())
+            request_id = host.request_ids()
+            host.on_fault(error, request_id)
+            await exchange.fail(error, request_id)
         except asyncio.CancelledError:
             self.abort()
             raise

@@ -638,6 +638,8 @@ class Instance(_message.Message):
         """Ended by a stop. Terminal."""
         STATE_FAILED: Instance._State.ValueType  # 9
         """Ended otherwise. Terminal."""
+        STATE_UNKNOWN: Instance._State.ValueType  # 10
+        """Its node is lost, so that nothing is known about it; state_message has its last state (scheduler only)."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """States of an instance's life; agent/ARCHITECTURE.md has the table of transitions."""
@@ -662,6 +664,8 @@ class Instance(_message.Message):
     """Ended by a stop. Terminal."""
     STATE_FAILED: Instance.State.ValueType  # 9
     """Ended otherwise. Terminal."""
+    STATE_UNKNOWN: Instance.State.ValueType  # 10
+    """Its node is lost, so that nothing is known about it; state_message has its last state (scheduler only)."""
 
     @_typing.final
     class WakeTiming(_message.Message):
@@ -1109,6 +1113,8 @@ class Node(_message.Message):
         """Silent for 3 s: gets no new work (scheduler only)."""
         STATE_LOST: Node._State.ValueType  # 5
         """Silent for 10 s: its instances no longer count (scheduler only)."""
+        STATE_EXPECTED: Node._State.ValueType  # 6
+        """Known, and not heard since the scheduler started: gets no work until it registers (scheduler only)."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """States of a node."""
@@ -1125,6 +1131,8 @@ class Node(_message.Message):
     """Silent for 3 s: gets no new work (scheduler only)."""
     STATE_LOST: Node.State.ValueType  # 5
     """Silent for 10 s: its instances no longer count (scheduler only)."""
+    STATE_EXPECTED: Node.State.ValueType  # 6
+    """Known, and not heard since the scheduler started: gets no work until it registers (scheduler only)."""
 
     @_typing.final
     class LabelsEntry(_message.Message):

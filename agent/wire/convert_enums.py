@@ -6,10 +6,11 @@ from typing import TypeVar
 
 from agent.core.errors import InvalidArgumentError
 from agent.core.provisioning.model import Scheduling
-from agent.core.types import DispatchPolicy, IdleMode, InstanceState
+from agent.core.types import DispatchPolicy, IdleMode, InstanceState, StopCause
 from agent.v1 import types_pb2
+from agent.v1.instance_service_pb2 import StopInstanceRequest
 
-_Core = TypeVar("_Core", InstanceState, IdleMode, DispatchPolicy, Scheduling)
+_Core = TypeVar("_Core", InstanceState, IdleMode, DispatchPolicy, Scheduling, StopCause)
 
 _STATES: dict[InstanceState, types_pb2.Instance.State.ValueType] = {
     InstanceState.STARTING: types_pb2.Instance.STATE_STARTING,
@@ -37,10 +38,18 @@ _SCHEDULING: dict[Scheduling, types_pb2.Node.Scheduling.ValueType] = {
     Scheduling.DRAINED: types_pb2.Node.SCHEDULING_DRAINED,
     Scheduling.EMPTIED: types_pb2.Node.SCHEDULING_EMPTIED,
 }
+_CAUSES: dict[StopCause, StopInstanceRequest.Cause.ValueType] = {
+    StopCause.ASKED: StopInstanceRequest.CAUSE_UNSPECIFIED,
+    StopCause.REPLACED: StopInstanceRequest.CAUSE_REPLACED,
+    StopCause.SCALED_IN: StopInstanceRequest.CAUSE_SCALED_IN,
+    StopCause.FUNCTION_DELETED: StopInstanceRequest.CAUSE_FUNCTION_DELETED,
+    StopCause.NODE_DRAINED: StopInstanceRequest.CAUSE_NODE_DRAINED,
+}
 _STATE_OF = {wire: core for core, wire in _STATES.items()}
 _IDLE_MODE_OF = {wire: core for core, wire in _IDLE_MODES.items()}
 _DISPATCH_OF = {wire: core for core, wire in _DISPATCH.items()}
 _SCHEDULING_OF = {wire: core for core, wire in _SCHEDULING.items()}
+_CAUSE_OF = {wire: core for core, wire in _CAUSES.items()}
 
 
 def state_to_proto(state: InstanceState) -> types_pb2.Instance.State.ValueType:
@@ -57,6 +66,14 @@ def scheduling_to_proto(scheduling: Scheduling) -> types_pb2.Node.Scheduling.Val
 
 def scheduling_from_proto(value: types_pb2.Node.Scheduling.ValueType) -> Scheduling:
     return _known(_SCHEDULING_OF.get(value), "scheduling", value)
+
+
+def stop_cause_to_proto(cause: StopCause) -> StopInstanceRequest.Cause.ValueType:
+    return _CAUSES[cause]
+
+
+def stop_cause_from_proto(value: StopInstanceRequest.Cause.ValueType) -> StopCause:
+    return _known(_CAUSE_OF.get(value), "cause", value)
 
 
 def idle_mode_to_proto(mode: IdleMode) -> types_pb2.IdlePolicy.Mode.ValueType:

@@ -106,6 +106,24 @@ def function_from_proto(message: types_pb2.FunctionSpec) -> FunctionSpec:
     )
 
 
+def stored_function(message: types_pb2.FunctionSpec) -> tuple[FunctionSpec, str]:
+    """The spec of a stored message, and what of it can't be read ("": all can). Such fields get core's defaults here;
+    the message keeps them, for agents that may know them. Never raises."""
+    try:
+        return function_from_proto(message), ""
+    except InvalidArgumentError as error:
+        problem = error.message
+    known = types_pb2.FunctionSpec()
+    known.CopyFrom(message)
+    known.ClearField("dispatch")
+    known.idle_policy.ClearField("mode")
+    for key in [key for key, value in known.environment.items() if value == MASK]:
+        del known.environment[key]
+    if known.container.registry.password == MASK:
+        known.container.ClearField("registry")
+    return function_from_proto(known), problem
+
+
 def _environment(message: types_pb2.FunctionSpec) -> tuple[tuple[str, str], ...]:
     for key, value in message.environment.items():
         if value == MASK:

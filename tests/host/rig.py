@@ -233,7 +233,7 @@ async def node_rig(**knobs: Any) -> AsyncIterator[NodeRig]:
         0,
         Limits(),
         request_ids=lambda: "1-0-0-0",
-        on_fault=faults.append,
+        on_fault=lambda error, _: faults.append(error),
     )
     app.port = server.port
     rig = NodeRig(app, **knobs)

@@ -29,6 +29,7 @@ class UsageUpload:
         self._store = store
         self._interval_s = interval_s
         self._log = get_logger()
+        self._last_error = ""
 
     async def run(self) -> None:
         """Upload batch after batch, with a pause of `interval_s` when nothing is left or an upload fails."""
@@ -36,8 +37,11 @@ class UsageUpload:
             more = False
             try:
                 more = await self.upload_once()
+                self._last_error = ""
             except HibernodeError as error:
-                self._log.warning("usage.upload_failed", reason=error.reason, message=error.message)
+                if error.reason != self._last_error:  # once per cause, not per attempt
+                    self._log.warning("usage.upload_failed", reason=error.reason, message=error.message)
+                    self._last_error = error.reason
             except Exception:
                 self._log.exception("usage.upload_crashed")
             if not more:

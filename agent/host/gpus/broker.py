@@ -97,9 +97,9 @@ class GpuBroker:
 
     # ---- from the node -------------------------------------------------------------------------------------
 
-    def assign(self, uid: str, count: int, model: str) -> tuple[str, ...]:
-        """Choose the GPUs of a new instance. Raises ExhaustedError GPU_CAPACITY."""
-        self.apply(allocator_events.Assign(uid, count, model))
+    def assign(self, uid: str, count: int, among: frozenset[str], wanted: str) -> tuple[str, ...]:
+        """Choose the GPUs of a new instance, as `allocator_events.Assign` says. Raises ExhaustedError GPU_CAPACITY."""
+        self.apply(allocator_events.Assign(uid, count, among, wanted))
         answer = self._answers.pop(uid)
         if isinstance(answer, allocator_events.Unassignable):
             raise ExhaustedError("GPU_CAPACITY", answer.message)

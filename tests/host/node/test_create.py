@@ -125,7 +125,10 @@ async def test_sharers_of_a_gpu_must_all_fit_into_host_memory() -> None:
     [
         (replace(OCR, image="registry/ocr:1"), "IMAGE_RUNTIME_UNAVAILABLE"),
         (replace(OCR, command=()), "COMMAND_MISSING"),
-        (replace(OCR, gpu=GpuNeed(gpu_type="fc.gpu.ada.1")), "GPU_CAPACITY"),
+        (replace(OCR, gpu=GpuNeed(gpu_type="fc.gpu.ada.1")), "NO_SUCH_GPU"),
+        (replace(OCR, gpu=GpuNeed(gpu_type="L4")), "NO_SUCH_GPU"),
+        (replace(OCR, gpu=GpuNeed(memory_bytes=17 * GIB)), "NO_SUCH_GPU"),
+        (replace(OCR, gpu=GpuNeed(count=9)), "NO_SUCH_GPU"),
     ],
 )
 async def test_what_this_node_cannot_run_is_refused(function: object, reason: str) -> None:

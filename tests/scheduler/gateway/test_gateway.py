@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from agent.core.dispatch.events import InstanceReported, NodeReported, WakeAnswered
+from agent.core.provisioning.problem import Problem
 from agent.core.types import MILLISECOND_NS, InstanceState
 from agent.http.exchange import Exchange
-from agent.scheduler.functions.catalog import Problem
 from tests.fakes.agent_node import FakeIngress, Received, die_in_the_middle, hold, refuse, refuse_before_body, vanish
 from tests.scheduler.gateway.rig import TOKEN, GatewayRig, gateway_rig
 
@@ -158,6 +158,29 @@ async def test_a_queued_request_is_504_at_its_queue_timeout(rig: GatewayRig) -> 
     status, _, body = await rig.ask(GET)
     assert (status, code(body)) == (504, "QueueTimeout")
     assert rig.queued() == 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "expected"),
+    [("NO_FREE_GPU", 503, "NoCapacity"), ("FUNCTION_NOT_STARTED", 502, "FunctionNotStarted")],
+)
+async def test_a_request_that_waited_in_vain_gets_the_known_reason(
+    rig: GatewayRig, reason: str, status: int, expected: str
+) -> None:
+    await rig.deploy(queue_timeout_ns=30 * MILLISECOND_NS)
+    rig.catalog.set_problem("ocr", Problem(reason, "the reason for people", none_up=True))
+    found, _, body = await rig.ask(GET)
+    assert (found, code(body)) == (status, expected)
+    assert b"the reason for people" in body
+
+
+async def test_a_queue_timeout_names_why_there_are_too_few_instances(rig: GatewayRig) -> None:
+    await rig.deploy(queue_timeout_ns=30 * MILLISECOND_NS)
+    rig.catalog.set_problem("ocr", Problem("NO_FREE_GPU", "Logs: secret"))
+    status, _, body = await rig.ask(GET)
+    assert (status, code(body)) == (504, "QueueTimeout")
+    assert b"NO_FREE_GPU" in body
+    assert b"secret" not in body, "only a function's own failure to start is quoted"
 
 
 async def test_target_zero_is_503(rig: GatewayRig) -> None:
