@@ -147,6 +147,10 @@ class Gateway:
             function = self._catalog.find_folded(route.function)
         if function is None:
             raise _unknown(route.function)
+        if route.location:
+            self.counts.answered(308)
+            await exchange.answer(308, [(b"location", route.location), (b"x-fc-request-id", request_id.encode())])
+            return
         traffic = self.traffic.of(function.spec.name)
         traffic.invocations += 1
         try:
