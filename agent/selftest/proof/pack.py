@@ -1,7 +1,7 @@
 """Makes a folder with the packages that Hibernode needs at run time, to carry to a machine without a network:
 `python -m agent.selftest.proof.pack DIR`, by `scripts/gpu-proof --pack DIR`.
 
-    DIR/site/       the packages, without tests, sources of compiled parts, type stubs and caches
+    DIR/site/       the packages, without tests, debug information, sources of compiled parts and caches
     DIR/bin/        the cuda-checkpoint program, if one is named
     DIR/pack.json   Python version and machine of the compiled parts, versions, the checkout's commit and checksum
 """
@@ -93,6 +93,14 @@ def copy_packages(chosen: Iterable[metadata.Distribution], site: Path) -> dict[s
     return versions
 
 
+def strip_libraries(site: Path) -> None:
+    """Takes debug information out of compiled parts, a fifth of all bytes; nothing without strip(1) (binutils)."""
+    strip = shutil.which("strip")
+    libraries = [str(path) for path in site.rglob("*.so")]
+    if strip and libraries:
+        subprocess.run([strip, "--strip-debug", *libraries], check=False, capture_output=True, timeout=PIP_S)
+
+
 def install_for(python: str, into: Path) -> None:
     """Let pip put the packages for another Python version there. Raises PackError."""
     tags = [f"--platform=manylinux_{tag}_{platform.machine()}" for tag in _PLATFORMS]
@@ -147,6 +155,7 @@ def pack(folder: Path, python: str, utility: Path | None) -> dict[str, Any]:
         places = [scratch] if python != own else sys.path
         found = {name_of(one.name): one for one in metadata.distributions(path=places)}
         versions = copy_packages(closure(requirements(), found), site)
+    strip_libraries(site)
     if utility is not None:
         (folder / "bin").mkdir()
         shutil.copy(utility, folder / "bin" / "cuda-checkpoint")
