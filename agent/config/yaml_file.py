@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from agent.core.errors import ConfigError
+from agent.core.sizes import size_text
 
 MAX_FILE_BYTES = 1 << 20
 """A larger file is taken for a mistake, such as the path of a log or a model."""
@@ -113,7 +114,7 @@ def _read(path: Path, loader: type[Any]) -> object:
         why = error.strerror or type(error).__name__
         raise file_error(path, f"can't be read: {why}; check the path and its permissions") from error
     if len(text) > MAX_FILE_BYTES:
-        raise file_error(path, f"is larger than {MAX_FILE_BYTES >> 20} MiB; is this the right file?")
+        raise file_error(path, f"is larger than {size_text(MAX_FILE_BYTES)}; is this the right file?")
     try:
         document = yaml.load(text, loader)  # noqa: S506 - a subclass of SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:

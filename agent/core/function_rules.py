@@ -12,6 +12,7 @@ import re
 from typing import NoReturn
 
 from agent.core.errors import InvalidArgumentError
+from agent.core.sizes import size_text
 from agent.core.types import MIB, SECOND_NS, ContainerOptions, FunctionSpec, HealthCheck, Hooks, Volume
 
 HOST_IMAGE = "host"
@@ -103,7 +104,8 @@ def shm_bytes(spec: FunctionSpec) -> int:
 def bounded(field: str, value: int, low: int, high: int) -> None:
     """Raises InvalidArgumentError unless low <= value <= high."""
     if not low <= value <= high:
-        wrong(field, f"must be {low} to {high}, got {value}")
+        show = size_text if field.endswith("_bytes") else str
+        wrong(field, f"must be {show(low)} to {show(high)}, got {show(value)}")
 
 
 def wrong(field: str, problem: str) -> NoReturn:

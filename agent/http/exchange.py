@@ -262,10 +262,7 @@ class Exchange:
             self._close = True
         if self._close:
             framing += b"connection: close\r\n"
-        if reason is None:
-            line = status_line(status)
-        else:
-            line = b"HTTP/1.1 %d %b\r\n" % (status, reason)
+        line = status_line(status) if reason is None else b"HTTP/1.1 %d %b\r\n" % (status, reason)
         self._out.append(serialise(line, headers, framing))
         self.head_sent = True
 

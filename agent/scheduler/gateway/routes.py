@@ -4,7 +4,7 @@
 |---|---|---|
 | any method and path with `Host: <function>.<domain>` | the same | /http-invoke |
 | any method, `/fn/<function>/<path>` | `/<path>` | /http-invoke |
-| GET or HEAD, `/fn/<function>` | nothing: 308 to `/fn/<function>/`, so that relative links of a page lead back to it | |
+| GET or HEAD, `/fn/<function>` | nothing; 308 to `/fn/<function>/`, for the relative links of a page | |
 | `POST /2023-03-30/functions/<function>/invocations` | `POST /invoke` | /invoke |
 """
 

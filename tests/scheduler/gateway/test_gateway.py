@@ -60,6 +60,35 @@ async def test_three_routes_lead_to_a_function(
     assert received.get("content-type") == expected
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("target", "location"),
+    [
+        ("/fn/ocr", b"/fn/ocr/"),
+        ("/fn/ocr?", b"/fn/ocr/?"),
+        ("/fn/ocr?page=2&next=/a/b", b"/fn/ocr/?page=2&next=/a/b"),
+        ("http://gateway/fn/ocr?c=d", b"/fn/ocr/?c=d"),
+    ],
+)
+async def test_a_page_without_the_last_slash_is_redirected(
+    rig: GatewayRig, method: str, target: str, location: bytes
+) -> None:
+    """Else the page's relative links would lead to `/fn/`. No instance is asked, and none is needed."""
+    wire = await rig.wire()
+    await wire.send(f"{method} {target} HTTP/1.1\r\nhost: gateway\r\n\r\n".encode())
+    status, headers, body = await wire.message(bodyless=method == "HEAD")
+    assert (status, headers[b"location"], body) == (308, location, b"")
+    assert headers[b"x-fc-request-id"]
+    assert rig.gateway.traffic.of("ocr").invocations == 0
+    await wire.send(f"{method} /fn/nobody HTTP/1.1\r\nhost: gateway\r\n\r\n".encode())
+    assert (await wire.message(bodyless=method == "HEAD"))[0] == 404, "the connection goes on, and no name is made up"
+
+
+async def test_a_host_name_without_a_path_is_no_prefix(rig: GatewayRig) -> None:
+    rig.instance("i1")
+    assert (await rig.ask(b"GET /fn/ocr HTTP/1.1\r\nhost: ocr.localhost\r\n\r\n"))[0] == 200
+
+
 async def test_a_host_name_has_no_case_and_a_function_s_name_does(rig: GatewayRig) -> None:
     """Browsers fold host names: `Face-ID` must be reachable as face-id.localhost, yet not by the wrong path."""
     await rig.deploy("Face-ID", target=0)
