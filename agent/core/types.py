@@ -39,7 +39,7 @@ class StopCause(Enum):
     """Why an instance is stopped, and then its state reason."""
 
     ASKED = "STOPPED_BY_USER"
-    REPLACED = "REPLACED"
+    REPLACED = "REVISION_REPLACED"
     SCALED_IN = "SCALED_IN"
     FUNCTION_DELETED = "FUNCTION_DELETED"
     NODE_DRAINED = "NODE_DRAINED"

@@ -33,6 +33,7 @@ NOT_REASONS = {
     *("SYS_RAWIO", "RLIMIT_<>", "SC_CLK_TCK", "SC_PAGE_SIZE", "EXCLUSIVE_PROCESS", "KIND_<>", "DEFAULT_CAPABILITIES"),
     # Members of enums: states, outcomes, verdicts.
     *("WAITING_GPU", "NOT_BEGUN", "NOT_LOADED", "NOT_RUN", "PAUSED_BY_OTHERS", "RELIST", "TIMED_OUT"),
+    *("UNDER_WAY", "GIVEN_UP"),
 }
 """Capitals with `_` that are no reasons, and words that only look as if they were given as one."""
 
