@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from agent.core.sizes import size_text
 from agent.core.types import GIB, GpuNeed
 
 NO_SUCH_GPU = "NO_SUCH_GPU"
@@ -82,8 +83,9 @@ def misfit(need: GpuNeed, nodes: Sequence[NodeGpus], where: str) -> str:
     such = f" of {_wanted_type(need)}" if need.model or need.gpu_type else ""
     if not any(_has_memory(need, gpu) for gpu in typed):
         largest = max(typed, key=lambda gpu: (gpu.memory_bytes, gpu.model))
-        has = f"the largest is {largest.model} with {gib(nominal_bytes(largest.memory_bytes))}"
-        return f"{where} has no GPU{such} with {gib(need.memory_bytes)}; {has}; lower gpuMemorySize, or add such a GPU"
+        has = f"the largest is {largest.model} with {size_text(nominal_bytes(largest.memory_bytes))}"
+        size = size_text(need.memory_bytes)
+        return f"{where} has no GPU{such} with {size}; {has}; lower gpuMemorySize, or add such a GPU"
     most = max(len(suiting(need, node)) for node in nodes)
     fix = "lower hibernode.gpus, or add such GPUs"
     return f"the function needs {need.count} GPUs{such} on one node; {where} has at most {most} that fit; {fix}"
@@ -101,12 +103,7 @@ def unmapped_type(need: GpuNeed, nodes: Iterable[NodeGpus]) -> str:
 def wanted(need: GpuNeed) -> str:
     """What is asked for of each GPU, as words after "GPU": " of type 'H100' with 80 GiB", or ""."""
     kind = f" of {_wanted_type(need)}" if need.model or need.gpu_type else ""
-    return kind + (f" with {gib(need.memory_bytes)}" if need.memory_bytes else "")
-
-
-def gib(size_bytes: int) -> str:
-    """A size for a message: GiB with at most two decimals."""
-    return f"{round(size_bytes / GIB, 2):g} GiB"
+    return kind + (f" with {size_text(need.memory_bytes)}" if need.memory_bytes else "")
 
 
 def _is_of_type(need: GpuNeed, model: str, types: Mapping[str, str]) -> bool:

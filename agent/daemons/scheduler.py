@@ -18,8 +18,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import agent.scheduler
 from agent.adapters.daemon import socket_activation
 from agent.adapters.daemon.state_dir import StateDir
@@ -33,7 +31,7 @@ from agent.api.scheduler_metrics import SchedulerMetrics
 from agent.api.scheduler_servicer import SchedulerServicer
 from agent.api.status_page import StatusPage
 from agent.api.usage_servicer import UsageServicer
-from agent.core.billing.price_book import PriceBook, parse_price_book
+from agent.core.billing.price_book import PriceBook
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.events import Wake
 from agent.core.errors import ConfigError, HibernodeError, UnavailableError
@@ -53,6 +51,7 @@ from agent.scheduler.functions.autoscaler import Autoscaler
 from agent.scheduler.functions.catalog import Catalog
 from agent.scheduler.functions.deploy_rules import Defaults
 from agent.scheduler.functions.gpu_check import GpuCheck
+from agent.scheduler.functions.last_targets import LastTargets
 from agent.scheduler.functions.provisioner import Provisioner
 from agent.scheduler.gateway.dispatching import DispatchLoop
 from agent.scheduler.gateway.gateway import Gateway
@@ -65,9 +64,10 @@ from agent.scheduler.usage.reports import UsageReports
 from agent.scheduler.usage.retention import UsageRetention
 from agent.scheduler.usage.totals import UsageTotals
 from agent.settings import SchedulerConfig
+from agent.settings.prices import read_price_book
 from agent.wire.addresses import join
 from agent.wire.server import GrpcServer, Services
-from agent.wire.tokens import Principal, Role, TokenTable, node_tokens
+from agent.wire.tokens import Principal, Role, TokenTable, node_tokens, usable_tokens
 
 PRICE_BOOK = Path(agent.scheduler.__file__).with_name("price-book.yaml")
 GRACE_S = 30.0
@@ -92,8 +92,8 @@ class SchedulerDaemon:
         self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.Random().getrandbits)
         self.state = stack.enter_context(StateDir(Path(config.state_dir)))
         self.token = ensure_token(config.token_path)
-        self.prices = _price_book(config)
-        self.node_tokens = {node.name: read_token(Path(node.token_file)) for node in config.nodes}
+        self.prices = self._price_book()
+        self.node_tokens = self._node_tokens()
 
     async def run(self) -> None:
         """Build, wait for leadership, load, bind; then serve until a signal."""
@@ -105,9 +105,32 @@ class SchedulerDaemon:
         await self.grpc.set_serving(True)
         self._ready = True
         self._log.info("scheduler.ready", gateway=self.gateway_address, grpc=self.grpc_address)
-        rounds = [self.provisioner.run(), self.autoscaler.run(), self.retention.run()]
+        rounds = [self.provisioner.run(), self.autoscaler.run(), self.last_targets.run(), self.retention.run()]
         await run_until_signal([*rounds, self._watch_silence(), self.lead.watch()])
         await self._leave()
+
+    def _node_tokens(self) -> dict[str, str]:
+        """The tokens of the nodes that have a good one. A bad one keeps its node out, not the fleet down."""
+        found: dict[str, str] = {}
+        wrong: list[ConfigError] = []
+        for node in self._config.nodes:
+            try:
+                found[node.name] = read_token(Path(node.token_file))
+            except ConfigError as error:
+                wrong.append(error)
+        good, unusable = usable_tokens(found, self.token)
+        out = [node.name for node in self._config.nodes if node.name not in good]
+        for problem in (*wrong, *unusable):
+            self._log.error("node.token_unusable", reason=problem.reason, message=problem.message, nodes_out=out)
+        return good
+
+    def _price_book(self) -> PriceBook | ConfigError:
+        """The price book, or why there is none: usage is collected without one."""
+        try:
+            return _price_book(self._config)
+        except ConfigError as error:
+            self._log.error("usage.price_book_invalid", message=error.message)
+            return error
 
     # ---- build ------------------------------------------------------------------------------------------------
 
@@ -148,6 +171,7 @@ class SchedulerDaemon:
             GpuCheck(self.fleet),
         )
         self.provisioner = Provisioner(self.clock, self.catalog, self.fleet, self.channels, apply_event)
+        self.last_targets = LastTargets(self.store)
         self.autoscaler = Autoscaler(
             self.clock,
             self.catalog,
@@ -156,6 +180,7 @@ class SchedulerDaemon:
             config.scaling.period_ns,
             Patience(config.scaling.periods, Fraction(repr(config.scaling.scale_in_factor))),
             self.provisioner.poke,
+            self.last_targets,
         )
         self.usage_totals = UsageTotals(lambda: [function.spec.name for function in self.catalog.all()])
         self.ingresses = IngressPools(self._ingress_address_of)
@@ -196,11 +221,13 @@ class SchedulerDaemon:
         await self.store.open()
         await self.usage.open()
         away_since, now = await self.absences.unfinished(), self.clock.wall_ns()
+        configured = {node.name for node in self._config.nodes}
         for name in await self.store.nodes():
-            if name in self.node_tokens:
+            if name in configured:
                 self.fleet.expect(name, max(0, now - away_since[name]) if name in away_since else None)
         await self.node_scheduling.load()
         await self.catalog.load()
+        await self.last_targets.load()
         self.autoscaler.check()
 
     def _wake(self, wake: Wake) -> None:
@@ -270,7 +297,9 @@ class SchedulerDaemon:
                 limits,
                 inherited=kept,
                 request_ids=self.request_ids,
-                on_fault=lambda error: self._log.error("gateway.fault", error=type(error).__name__, exc_info=error),
+                on_fault=lambda error, request_id: self._log.error(
+                    "gateway.fault", request_id=request_id, error=type(error).__name__, exc_info=error
+                ),
                 date_header=DateHeader(lambda: self.clock.wall_ns() // SECOND_NS),
             )
             self._stack.push_async_callback(self.http.close, 0)
@@ -283,7 +312,12 @@ class SchedulerDaemon:
         services = Services(
             scheduler=SchedulerServicer(self.fleet, self.node_scheduling, config.report.lost_ns / SECOND_NS),
             functions=FunctionServicer(
-                self.catalog, self.fleet, self.dispatcher, self.autoscaler, f"http://{self.gateway_address}"
+                self.clock,
+                self.catalog,
+                self.fleet,
+                self.dispatcher,
+                self.autoscaler,
+                f"http://{self.gateway_address}",
             ),
             usage=UsageServicer(collector, UsageReports(self.usage), self.prices),
         )
@@ -369,14 +403,7 @@ def _defaults(config: SchedulerConfig) -> Defaults:
 def _price_book(config: SchedulerConfig) -> PriceBook:
     """The configured price book, or the one shipped with Hibernode. Raises ConfigError."""
     path = Path(config.price_book) if config.price_book else PRICE_BOOK
-    try:
-        text = path.read_text(encoding="utf-8")
-        return parse_price_book(yaml.safe_load(text), str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        kind = type(error).__name__
-        raise ConfigError(
-            "PRICE_BOOK_INVALID", f"cannot read the price book {path} ({kind}); fix price_book"
-        ) from error
+    return read_price_book(path)
 
 
 async def run(config: SchedulerConfig) -> None:

@@ -29,13 +29,15 @@ CONTEXT_BYTES = GIB // 2
 @dataclass(frozen=True, slots=True)
 class SelftestPlan:
     """The user's request: freeze `size_bytes` of memory `runs` times on `gpu` (uuid or index, "" = any) with the
-    checkpointer of an agent with `settings`, and with `against` ("" = no other)."""
+    checkpointer of an agent with `settings`, and with `against` ("" = no other). `within_ns`: after the first measured
+    run, no run begins that would not end by then; 0 = any."""
 
     settings: GpuSettings
     size_bytes: int
     runs: int
     gpu: str = ""
     against: str = ""
+    within_ns: int = 0
 
 
 @dataclass(slots=True)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
+
 from agent.adapters.freezer.freezer import CudaFreezer
 from agent.core.errors import InstanceError, PreconditionError
 from agent.core.types import SECOND_NS, Gpu
@@ -13,7 +15,7 @@ from agent.ports import Clock, CudaOp, FreezeResult, Gpus, Outcome
 from agent.selftest.checks import PINNED_CHUNK, SelftestPlan
 from agent.selftest.target_process import SelftestProcess
 from agent.selftest.timing import TimedCheckpointer, TimedProcessFreezer
-from agent.selftest.verdict import MEMORY_CHANGED, CycleFigures, PinnedCopy, SelftestRun, gb_s
+from agent.selftest.verdict import MEMORY_CHANGED, CycleFigures, MemoryFigures, PinnedCopy, SelftestRun, gb_s
 
 TOUCH_BASE_S = 60.0
 TOUCH_BYTES_PER_S = 100_000_000
@@ -73,12 +75,20 @@ class Rounds:
         await self._fill("filling the memory")
         return await self._verify("reading it back before any freeze")
 
-    async def run_all(self) -> None:
-        """Run the warm-up and every run; two checkpointers take turns at going first."""
+    async def run_all(self, until_ns: int = 0) -> int:
+        """Run the warm-up and every run; two checkpointers take turns at going first. After the first measured run,
+        begin none that would not end by `until_ns` if it takes as long as the longest. Returns how many are left out.
+        """
         names = list(self.checkpointers)
+        longest_ns = 0
         for number in range(self.plan.runs + 1):
+            begin = self.clock.monotonic_ns()
+            if number > 1 and until_ns and begin + longest_ns > until_ns:
+                return self.plan.runs + 1 - number
             for name in names if number % 2 else reversed(names):
                 self.runs.append(await self.run_one(number, name))
+            longest_ns = max(longest_ns, self.clock.monotonic_ns() - begin)
+        return 0
 
     async def finish(self) -> None:
         """Free the restored program's memory and end it, which not every driver survives (NVIDIA/cuda-checkpoint issue
@@ -92,6 +102,7 @@ class Rounds:
         title = f"run {number} of {self.plan.runs}" if number else "warm-up"
         title = f"{title}, {name}"
         checkpointer = self.checkpointers[name]
+        begin = self.clock.monotonic_ns()
         await self._fill(f"{title}: filling the memory")
         figures = await self._freeze_and_wake(checkpointer, title)
         wrong = await self._verify(f"{title}: comparing every byte")
@@ -103,7 +114,7 @@ class Rounds:
             f"{title}: frozen in {figures.freeze_s:.3f} s, awake in {figures.wake_s:.3f} s, every byte equal"
             + ("" if number else " (does not count)"),
         )
-        return SelftestRun(number, name, figures, pinned)
+        return SelftestRun(number, name, figures, pinned, await self._memory(), self._since(begin))
 
     async def _freeze_and_wake(self, checkpointer: CheckpointerUnderTest, title: str) -> CycleFigures:
         handle, size = self.target.handle, self.plan.size_bytes
@@ -158,11 +169,29 @@ class Rounds:
         to_host_s, to_device_s = answer["to_host_us"] / 1e6, answer["to_device_us"] / 1e6
         return PinnedCopy(to_host_s, to_device_s, gb_s(size, to_host_s), gb_s(size, to_device_s))
 
+    async def _memory(self) -> MemoryFigures:
+        program = self.target.handle.process.pid
+        own = psutil.Process()
+        workers = [child for child in own.children(recursive=True) if child.pid != program]
+        return MemoryFigures(
+            gpu_free_bytes=await self._free_bytes(),
+            program_bytes=_resident_bytes(psutil.Process(program)),
+            agent_bytes=_resident_bytes(own) + sum(_resident_bytes(worker) for worker in workers),
+        )
+
     async def _free_bytes(self) -> int:
         return (await self.gpus.memory_free()).get(self.gpu.uuid, 0)
 
     def _since(self, begin_ns: int) -> float:
         return (self.clock.monotonic_ns() - begin_ns) / SECOND_NS
+
+
+def _resident_bytes(process: psutil.Process) -> int:
+    """0 if it has ended."""
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _require_ok(answer: dict[str, Any]) -> dict[str, Any]:

@@ -1,25 +1,20 @@
 """The selftest of a GPU host: `python -P -m agent.selftest.run`, started by `hibernode doctor --selftest`.
 
-Freezes and wakes a CUDA program with the agent's own components, and compares every byte of its memory. Prints one JSON
-object a line on stdout: {"begun": {"deadline_s", "cgroup"}}, {"step": text}, {"done": text}, and at the end {"report":
-{...}}. Ends when stdin ends, and on SIGTERM and SIGINT; the CUDA program always ends with it, even on SIGKILL.
+Freezes and wakes a CUDA program with the agent's own components, and compares every byte of its memory. Reports as
+`reporting.py` says; the CUDA program always ends with this process, even on SIGKILL.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import platform
-import signal
 import sys
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import uvloop
 
 from agent import __version__, log
 from agent.adapters.cuda.checkpointers import HostCheckpointer, choose_checkpointer
@@ -34,9 +29,10 @@ from agent.adapters.nvml.locks import GpuLocks
 from agent.config import load
 from agent.core.errors import HibernodeError, PreconditionError
 from agent.core.gpus.capabilities import Capabilities
-from agent.core.types import GIB, Gpu
+from agent.core.types import GIB, SECOND_NS, Gpu
 from agent.exit_codes import exit_of
 from agent.selftest.checks import HostFindings, SelftestPlan, check_preconditions
+from agent.selftest.reporting import emit, report_of
 from agent.selftest.rounds import CheckpointerUnderTest, Rounds, touch_deadline_s
 from agent.selftest.target_process import SLICE_NAME, SelftestProcess, TargetLocation, find_location
 from agent.selftest.timing import TimedCheckpointer, TimedProcessFreezer
@@ -62,6 +58,7 @@ class Selftest:
         self._plan = plan
         self._stack = stack
         self._clock = SystemClock()
+        self._began_ns = self._clock.monotonic_ns()
         self._boot_id = process_table.boot_id()
         self._findings = HostFindings()
         self._freezer_name = ""
@@ -88,7 +85,7 @@ class Selftest:
         self._stack.push_async_callback(gpus.close)
         locks = GpuLocks()
         self._stack.callback(locks.release)
-        _emit("step", "checking this host")
+        emit("step", "checking this host")
         self._findings = findings = await check_preconditions(self._plan, gpus, locks)
         if findings.gpu is None or findings.failures:
             missing = "; ".join(f"{line.name}: {line.reason}" for line in findings.failures)
@@ -97,7 +94,10 @@ class Selftest:
         self._rounds = rounds = await self._build(findings.gpu, gpus, limits, deadline_s)
         await rounds.prepare()
         self._check_headroom(rounds)
-        await rounds.run_all()
+        left_out = await rounds.run_all(self._began_ns + self._plan.within_ns if self._plan.within_ns else 0)
+        if left_out:
+            text = f"{left_out} of {self._plan.runs} runs were left out: no time left"
+            findings.add("WARN", "runs", text, "allow more time, or test less memory")
         await rounds.finish()
         self._add_result_lines(rounds)
         return Verdict(Proof.PROVED)
@@ -108,7 +108,7 @@ class Selftest:
         cgroups = TimedProcessFreezer(choose_freezer(location.slice_, SLICE_NAME, self._boot_id), self._clock)
         self._freezer_name = cgroups.name
         started = {name: await self._checkpointer(*choice) for name, choice in self._findings.checkpointers.items()}
-        _emit("begun", {"deadline_s": deadline_s, "cgroup": str(location.path or "")})
+        emit("begun", {"deadline_s": deadline_s, "cgroup": str(location.path or "")})
         target = await self._start(location, gpu)
         checkpointers = {}
         for name, checkpointer in started.items():
@@ -116,10 +116,10 @@ class Selftest:
             freezer = CudaFreezer(timed, cgroups, gpus, target.pids, self._boot_id, limits)
             self._stack.callback(freezer.forget, target.handle)
             checkpointers[name] = CheckpointerUnderTest(freezer, timed)
-        return Rounds(self._plan, gpu, target, checkpointers, cgroups, gpus, self._clock, _emit)
+        return Rounds(self._plan, gpu, target, checkpointers, cgroups, gpus, self._clock, emit)
 
     async def _start(self, location: TargetLocation, gpu: Gpu) -> SelftestProcess:
-        _emit("step", "starting the CUDA program")
+        emit("step", "starting the CUDA program")
         target = await SelftestProcess.start(location, gpu.uuid)
         self._stack.push_async_callback(self._end, target)
         return target
@@ -228,37 +228,9 @@ def _flat(run: SelftestRun) -> dict[str, Any]:
         "bytes_equal": True,
         **asdict(run.figures),
         "pinned": asdict(run.pinned),
+        "memory": asdict(run.memory),
+        "round_s": run.round_s,
     }
-
-
-def _emit(key: str, value: object) -> None:
-    print(json.dumps({key: value}, default=str), flush=True)  # noqa: T201 - its protocol
-
-
-async def _main(plan: SelftestPlan) -> None:
-    """Run until done or cancelled; both remove everything created."""
-    loop = asyncio.get_running_loop()
-    async with AsyncExitStack() as stack:
-        test = asyncio.ensure_future(Selftest(plan, stack).run())
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, test.cancel)
-        with suppress(OSError):  # stdin is no pipe
-            loop.add_reader(0, _watch_stdin, test)
-        try:
-            report = await test
-        except asyncio.CancelledError:
-            return
-        finally:
-            with suppress(OSError):
-                loop.remove_reader(0)
-    _emit("report", report)
-
-
-def _watch_stdin(test: asyncio.Future[Any]) -> None:
-    """Cancel at end of stdin: the parent process has ended."""
-    if not os.read(0, 4096):
-        asyncio.get_running_loop().remove_reader(0)
-        test.cancel()
 
 
 def main() -> None:
@@ -268,6 +240,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, required=True)
     parser.add_argument("--gpu", default="")
     parser.add_argument("--against", default="", choices=["", "utility"])
+    parser.add_argument("--within-s", type=float, default=0.0, help="begin no run that would not end by then; 0: any")
     found = parser.parse_args()
     log.configure("warning", "console")
     try:
@@ -275,10 +248,10 @@ def main() -> None:
     except HibernodeError as error:
         print(f"hibernode: {error.message} ({error.reason})", file=sys.stderr)  # noqa: T201 - as daemons do
         sys.exit(exit_of(error))
-    try:
-        uvloop.run(_main(SelftestPlan(settings, found.size_bytes, found.runs, found.gpu, found.against)))
-    except BrokenPipeError:  # the reader is gone
-        os._exit(1)
+    plan = SelftestPlan(
+        settings, found.size_bytes, found.runs, found.gpu, found.against, round(found.within_s * SECOND_NS)
+    )
+    report_of(lambda stack: Selftest(plan, stack).run())
 
 
 if __name__ == "__main__":

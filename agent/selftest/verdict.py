@@ -82,13 +82,29 @@ class PinnedCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryFigures:
+    """Memory at the end of a run, with the program awake: what grows from run to run is leaked.
+
+    `gpu_free_bytes` by NVML; `program_bytes` and `agent_bytes`: resident memory of the program, and of this process
+    with the driver workers."""
+
+    gpu_free_bytes: int
+    program_bytes: int
+    agent_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class SelftestRun:
-    """One freeze and wake. Run 0 is the warm-up and does not count: it pays for first touches of host memory."""
+    """One freeze and wake. Run 0 is the warm-up and does not count: it pays for first touches of host memory.
+
+    `round_s`: all of it, with filling, comparing and the pinned copy."""
 
     run: int
     checkpointer: str
     figures: CycleFigures
     pinned: PinnedCopy
+    memory: MemoryFigures
+    round_s: float
 
     @property
     def counted(self) -> bool:

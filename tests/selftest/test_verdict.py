@@ -8,6 +8,7 @@ from agent.core.errors import DeadlineError, HibernodeError, InstanceError, Prec
 from agent.selftest.verdict import (
     MEMORY_CHANGED,
     CycleFigures,
+    MemoryFigures,
     PinnedCopy,
     Proof,
     SelftestRun,
@@ -16,6 +17,8 @@ from agent.selftest.verdict import (
     summarize,
     verdict_of,
 )
+
+MEMORY = MemoryFigures(gpu_free_bytes=0, program_bytes=0, agent_bytes=0)
 
 
 def run(number: int, checkpointer: str, wake_s: float, pinned: PinnedCopy | None = None) -> SelftestRun:
@@ -33,7 +36,9 @@ def run(number: int, checkpointer: str, wake_s: float, pinned: PinnedCopy | None
         image_bytes=10**9,
         released_bytes=10**9,
     )
-    return SelftestRun(number, checkpointer, figures, pinned or PinnedCopy(unavailable="no cuMemHostAlloc"))
+    return SelftestRun(
+        number, checkpointer, figures, pinned or PinnedCopy(unavailable="no cuMemHostAlloc"), MEMORY, 1.0
+    )
 
 
 def test_warm_up_does_not_count() -> None:

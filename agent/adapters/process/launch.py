@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pwd
+import re
 import socket
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from pathlib import Path
 from agent.adapters.runtime.bundles import WorkloadUser
 from agent.adapters.runtime.environment import instance_environment
 from agent.core.errors import ConfigError, InstanceError, InvalidArgumentError
+from agent.core.instance_variables import LISTEN_PORT
 from agent.ports import StartSpec
 
+_PORT = re.compile(rf"\$(?:\{{{LISTEN_PORT}\}}|{LISTEN_PORT}\b)")
+"""In arguments it is replaced, since each instance has another port. No other variable is: a shell can do that."""
 LAUNCHER = Path(__file__).with_name("launcher.py")
 ANSWER_LIMIT_BYTES = 4096
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -91,12 +95,15 @@ def make_plan(spec: StartSpec, *, port: int, folder: Path, user: WorkloadUser | 
         "HOME": str(folder),
         "USER": user.name if user else "",
         "LANG": "C.UTF-8",
-        **instance_environment(spec, port=port, state_uuid=state_uuid, visible_devices=gpus or "void"),
+        **instance_environment(
+            spec, port=port, state_uuid=state_uuid, visible_devices=gpus or "void", sees_all_gpus=True
+        ),
     }
     if not environment["USER"]:
         del environment["USER"]
     function = spec.instance.function
-    return LaunchPlan(function.entrypoint + function.command, environment, folder, user)
+    argv = tuple(_PORT.sub(str(port), word) for word in function.entrypoint + function.command)
+    return LaunchPlan(argv, environment, folder, user)
 
 
 def spawn(uid: str, cgroup: str, log_fd: int) -> tuple[int, socket.socket]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from agent.adapters.kernel import cgroup, process_table
 from agent.adapters.kernel.cgroup_freezer import instance_mark
+from agent.adapters.kernel.listening import listening
 from agent.adapters.process import launch
 from agent.adapters.process.launch import LaunchPlan, make_plan, require_explicit_root, resolve_user
 from agent.adapters.runtime.bundles import UID_PATTERN, Bundle, Bundles
@@ -300,6 +301,9 @@ class ProcessRuntime:
         if handle.cgroup:
             return cgroup.procs(Path(handle.cgroup))
         return [stat.pid for stat in self._members(handle)]
+
+    async def listening(self, handle: Handle) -> Sequence[str]:
+        return await asyncio.to_thread(listening, await self.pids(handle))
 
     def _members(self, handle: Handle) -> list[process_table.ProcessStat]:
         mark = instance_mark(self._settings.state_uuid, handle.uid)

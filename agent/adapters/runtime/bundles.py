@@ -51,7 +51,7 @@ class Bundle:
 
     uid: str
     handle: Handle | None  # None: the start did not get as far as a record
-    foreign: bool = False  # of another state directory (a copied folder): never touched
+    foreign: bool = False  # of another state directory (a copied folder), or of another version: never touched
     stop_signal: int = 0
 
     @property
@@ -99,6 +99,10 @@ class Bundles:
             return None
         try:
             record = msgspec.json.decode((folder / "handle.json").read_bytes(), type=_Record)
+        except msgspec.ValidationError as error:
+            # Whole, and of another version: its processes may run.
+            log.error("runtime.bundle_unreadable", uid=uid, error=str(error))
+            return Bundle(uid, None, foreign=True)
         except (FileNotFoundError, msgspec.DecodeError):
             # Missing, or torn by a power failure: either way no process of this boot belongs to it.
             return Bundle(uid, None)

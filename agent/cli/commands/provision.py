@@ -10,7 +10,9 @@ import click
 import yaml
 
 from agent.cli.commands.deploy import POLL_S, note_waiting
+from agent.cli.commands.functions import next_try
 from agent.cli.console.output import note, show_json, show_text, warn
+from agent.cli.console.units import clock
 from agent.cli.daemon_calls import SHORT_S, pages, with_scheduler
 from agent.cli.fc3.load import load_s_yaml
 from agent.cli.fc3.provision import METRIC_NAMES, read_provision, target_of
@@ -147,7 +149,7 @@ def list_(function: str) -> None:
         show_json({"provisions": [to_json(one) for one in found]})
         return
     for one in found:
-        show_text(yaml.safe_dump({one.function: [_fields(one)]}, sort_keys=False, allow_unicode=True))
+        show_text(yaml.safe_dump({one.function: [fields_of(one)]}, sort_keys=False, allow_unicode=True))
     if not found:
         note("Nothing is provisioned.")
 
@@ -242,7 +244,7 @@ async def _wait_for_target(channel: DaemonChannel, name: str, timeout_s: float) 
         raise DeadlineError("PROVISION_TIMEOUT", message) from error
 
 
-def _fields(found: pb.Provision) -> dict[str, Any]:
+def fields_of(found: pb.Provision) -> dict[str, Any]:
     """The keys that `s provision list` shows."""
     config = found.config
     return {
@@ -252,6 +254,7 @@ def _fields(found: pb.Provision) -> dict[str, Any]:
         "target": found.target,
         "current": found.current,
         "currentError": found.current_error or None,
+        "lastFailure": _failure(found),
         "defaultTarget": config.default_target,
         "decidedBy": found.decided_by or None,
         "alwaysAllocateGPU": found.always_allocate_gpu,
@@ -284,6 +287,22 @@ def _fields(found: pb.Provision) -> dict[str, Any]:
             for one, state in zip(config.target_tracking_policies, _states(found), strict=True)
         ]
         or None,
+    }
+
+
+def _failure(found: pb.Provision) -> dict[str, Any] | None:
+    """The last failed start, with its message and the next try."""
+    if not found.HasField("last_failure"):
+        return None
+    failure = found.last_failure
+    return {
+        "reason": failure.reason,
+        "message": failure.message,
+        "time": clock(failure.time),
+        "node": failure.node or None,
+        "instance": failure.uid or None,
+        "attempt": f"{failure.attempt} of {failure.max_attempts}",
+        "nextTry": next_try(failure) or None,
     }
 
 

@@ -1,4 +1,4 @@
-"""A demo's client: sends requests through the gateway and compares and counts the answers."""
+"""Clients of a private world: they send requests through the gateway, and count and compare the answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Tally:
     latency_ms: list[float] = field(default_factory=list)
 
 
-class DemoClient:
+class GatewayClient:
     """Calls one function at `gateway` (host:port), on one event loop. `trouble` receives error messages."""
 
     def __init__(
@@ -49,6 +49,36 @@ class DemoClient:
     def close(self) -> None:
         self._pool.close()
 
+    async def call(self, what: str, method: bytes, path: str, body: bytes = b"") -> Response | None:
+        """Sends one request and counts it, with its delay by a wake. None unless the answer is 200."""
+        self._tally.requests += 1
+        try:
+            target = f"{self._base}{path}".encode()
+            response = await self._pool.request(method, target, [], body, timeout_s=REQUEST_S)
+        except HibernodeError as error:
+            self._failed(f"{what}: {error}")
+            return None
+        if response.status != 200:
+            self._failed(f"{what}: HTTP {response.status}: {response.body[:200].decode(errors='replace')}")
+            return None
+        wake_ms = lookup(response.headers, hop_headers.WAKE_MS)
+        if wake_ms:
+            self._tally.wake_request_ms.append(float(wake_ms))
+        return response
+
+    def count_different(self, text: str) -> None:
+        """Counts an answer that is not the expected one."""
+        self._tally.different += 1
+        self._trouble(text)
+
+    def _failed(self, text: str) -> None:
+        self._tally.failed += 1
+        self._trouble(text)
+
+
+class DemoClient(GatewayClient):
+    """Calls the demo's example."""
+
     async def identify(self, sample: Sample, *, by: str = "") -> dict[str, Any] | None:
         """The function's answer; None if it failed. `by`: the instance that must answer."""
         began = time.monotonic_ns()
@@ -58,8 +88,8 @@ class DemoClient:
         response, answer = found
         self._tally.latency_ms.append((time.monotonic_ns() - began) / 1e6)
         if answer != sample.expected:
-            self._tally.different += 1
-            self._trouble(f"{sample.path.name} differs from the answer without freezing: {difference(answer, sample)}")
+            name, unlike = sample.path.name, difference(answer, sample)
+            self.count_different(f"{name} differs from the answer without freezing: {unlike}")
         self._check_instance(response, by)
         return answer
 
@@ -72,29 +102,17 @@ class DemoClient:
         return True
 
     async def _call(self, what: str, method: bytes, path: str, body: bytes) -> tuple[Response, dict[str, Any]] | None:
-        self._tally.requests += 1
+        response = await self.call(what, method, path, body)
+        if response is None:
+            return None
         try:
-            target = f"{self._base}{path}".encode()
-            response = await self._pool.request(method, target, [], body, timeout_s=REQUEST_S)
-            answer = json.loads(response.body)
-        except (HibernodeError, ValueError) as error:
+            return response, json.loads(response.body)
+        except ValueError as error:
             self._failed(f"{what}: {error}")
             return None
-        if response.status != 200:
-            self._failed(f"{what}: HTTP {response.status}: {str(answer)[:200]}")
-            return None
-        wake_ms = lookup(response.headers, hop_headers.WAKE_MS)
-        if wake_ms:
-            self._tally.wake_request_ms.append(float(wake_ms))
-        return response, answer
-
-    def _failed(self, text: str) -> None:
-        self._tally.failed += 1
-        self._trouble(text)
 
     def _check_instance(self, response: Response, by: str) -> None:
         """Counts an answer of an instance other than `by` as different."""
         answered = (lookup(response.headers, b"x-fc-instance-id") or b"").decode("latin-1")
         if by and answered != by:
-            self._tally.different += 1
-            self._trouble(f"only {self._alias(by)} was awake, but {self._alias(answered)} answered")
+            self.count_different(f"only {self._alias(by)} was awake, but {self._alias(answered)} answered")

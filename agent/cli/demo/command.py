@@ -86,10 +86,11 @@ async def _interruptible(work: Any) -> int | None:
 
 
 async def _demo(timeline: Timeline, options: DemoOptions) -> int:
-    from agent.cli.demo.scenario import QUICK, Pace, Scenario
+    from agent.cli.demo.gpus import EmulatedGpus
+    from agent.cli.demo.scenario import MODULES, QUICK, Pace, Scenario
     from agent.cli.demo.world import demo_world
 
-    async with demo_world(options.state_dir, timeline.step) as world:
+    async with demo_world(options.state_dir, EmulatedGpus, MODULES, timeline.step) as world:
         node = await _describe_node(world, timeline)
         scenario = Scenario(world, timeline, QUICK if options.quick else Pace(), flip_byte=options.flip_byte)
         await scenario.run()
@@ -125,7 +126,8 @@ def _has_cgroups(node: types_pb2.Node) -> bool:
 async def _report(
     world: DemoWorld, node: types_pb2.Node, scenario: Scenario, timeline: Timeline, *, ended: bool
 ) -> DemoReport:
-    from agent.cli.demo.report import DemoReport, collect_usage, driver_log, union_ns
+    from agent.cli.demo.report import DemoReport, UsageQuery, collect_usage, driver_log, union_ns
+    from agent.cli.demo.scenario import FUNCTION
 
     tally = scenario.tally
     async with world.agent() as agent, world.scheduler() as scheduler:
@@ -139,7 +141,7 @@ async def _report(
             freeze_ms=timeline.freeze_ms,
             wake_request_ms=tally.wake_request_ms,
             latency_ms=tally.latency_ms,
-            driver_ms=driver_log(world.driver_dir),
+            driver_ms=driver_log(world.home / "emulated"),
             app_active_ns=union_ns(world.request_log),
             cgroups=_has_cgroups(node),
             user=world.user or _own_name(),
@@ -152,7 +154,7 @@ async def _report(
         report.instances = len(instances)
         report.freezes = sum(one.freeze_count for one in instances)
         report.wakes = sum(one.wake_count for one in instances)
-        await collect_usage(report, agent, scheduler, instances)
+        await collect_usage(report, agent, scheduler, instances, UsageQuery(FUNCTION, timeline.began_ns))
         return report
 
 

@@ -12,19 +12,23 @@ from typing import Any
 from agent.cli.commands.ps import list_instances, state_of
 from agent.cli.demo.client import DemoClient, Tally
 from agent.cli.demo.files import Sample, pick_samples
+from agent.cli.demo.function import SETTLE_S, WorldFunction
 from agent.cli.demo.processes import comes_true
 from agent.cli.demo.timeline import Timeline
 from agent.cli.demo.world import CALL_S, DemoWorld
-from agent.core.errors import DeadlineError, UnavailableError
+from agent.core.errors import DeadlineError
 from agent.core.types import SECOND_NS
-from agent.v1 import function_service_pb2, instance_service_pb2, scheduler_service_pb2, types_pb2
+from agent.v1 import instance_service_pb2, scheduler_service_pb2, types_pb2
+from agent.wire.convert_time import time_from_proto
 
 FUNCTION = "filetype"
+MODULES = ("agent.examples.http_app", "magika.types")
+"""What the example imports."""
 INSTANCES = 3
 SAMPLES = 24
 FREEZE_AFTER = "800ms"
 LENDING_ROUND = 2
-DEPLOY_S, SETTLE_S, WAKE_S = 60.0, 30.0, 20.0
+WAKE_S = 20.0
 HOLD_NS = 5 * SECOND_NS
 FLIPPED_BYTE = 2_000_007
 """Offset of the exponent of a weight of the model."""
@@ -58,48 +62,26 @@ class Scenario:
         """Deploys the example and runs the rounds; all instances are frozen at the end. Raises HibernodeError."""
         async with self._world.agent() as agent, self._world.scheduler() as scheduler:
             picking = asyncio.create_task(asyncio.to_thread(pick_samples, SAMPLES))
-            await self._deploy(scheduler)
+            function = WorldFunction(self._world, FUNCTION, agent, scheduler)
+            self._timeline.step(f"deploying {FUNCTION} (a real model) with {INSTANCES} instances on 2 GPUs")
+            await function.deploy(s_yaml(self._world.request_log), INSTANCES)
             watching = asyncio.create_task(self._timeline.follow(agent))
             try:
-                await self._wait_for_instances(scheduler)
+                await function.wait_until_ready()
                 self.samples = await picking
-                await self._rounds(agent, scheduler)
+                await self._rounds(agent, scheduler, function)
                 await self._timeline.catch_up(agent)
             finally:
                 picking.cancel()
                 watching.cancel()
                 await asyncio.gather(watching, picking, return_exceptions=True)
 
-    # ---- deploy -------------------------------------------------------------------------------------------------
-
-    async def _deploy(self, scheduler: Any) -> None:
-        from agent.cli.commands.deploy import deploy_request
-        from agent.cli.fc3.load import load_s_yaml
-
-        path = self._world.home / "filetype.s.yaml"
-        path.write_text(s_yaml(self._world.request_log))
-        self._timeline.step(f"deploying {FUNCTION} (a real model) with {INSTANCES} instances on 2 GPUs")
-        (deployment,) = load_s_yaml(path)
-        await scheduler.call(scheduler.functions.DeployFunction, deploy_request(deployment, INSTANCES), CALL_S)
-
-    async def _wait_for_instances(self, scheduler: Any) -> None:
-        async def ready() -> bool:
-            self._world.processes.check()
-            request = function_service_pb2.GetFunctionRequest(name=FUNCTION)
-            found = (await scheduler.call(scheduler.functions.GetFunction, request, CALL_S)).function
-            if found.state == function_service_pb2.Function.STATE_DEGRADED:
-                raise UnavailableError(found.current_error_reason or "DEMO_DEPLOY_FAILED", found.current_error)
-            return bool(found.state == function_service_pb2.Function.STATE_READY)
-
-        if not await comes_true(ready, DEPLOY_S):
-            raise DeadlineError("DEMO_DEPLOY_TIMEOUT", f"{FUNCTION} is not ready after {DEPLOY_S:g} s")
-
     # ---- rounds -------------------------------------------------------------------------------------------------
 
-    async def _rounds(self, agent: Any, scheduler: Any) -> None:
+    async def _rounds(self, agent: Any, scheduler: Any, function: WorldFunction) -> None:
         client = DemoClient(self._world.gateway, FUNCTION, self.tally, self._timeline.trouble, self._timeline.alias)
         try:
-            await self._wait_until_all_frozen(agent)
+            await function.wait_until_frozen()
             for number, count in enumerate(self._pace.rounds):
                 await asyncio.sleep(self._pace.sleep_s)  # without requests, the instances freeze
                 if self._flip_byte and number == len(self._pace.rounds) // 2:
@@ -107,7 +89,7 @@ class Scenario:
                 await self._round(agent, client, count)
                 if number == LENDING_ROUND:
                     await self._lend(agent)
-                await self._wait_until_all_frozen(agent)
+                await function.wait_until_frozen()
             await self._each_alone(agent, scheduler, client)
         finally:
             client.close()
@@ -159,27 +141,18 @@ class Scenario:
             freeze = instance_service_pb2.FreezeInstanceRequest(uid=one.uid)
             await agent.call(agent.instances.FreezeInstance, freeze, WAKE_S)
 
-    async def _wait_until_all_frozen(self, agent: Any) -> None:
-        states: list[str] = []
-
-        async def all_frozen() -> bool:
-            self._world.processes.check()
-            states[:] = [state_of(one) for one in await self.instances(agent)]
-            return bool(states) and all(state == "FROZEN" for state in states)
-
-        if not await comes_true(all_frozen, SETTLE_S):
-            text = f"not all instances are frozen after {SETTLE_S:g} s without a request: {', '.join(states)}"
-            raise DeadlineError("DEMO_NOT_ASLEEP", text)
-
     async def instances(self, agent: Any, *, ended: bool = False) -> list[types_pb2.Instance]:
-        return await list_instances(agent, FUNCTION, include_ended=ended)
+        """The example's instances of this run: a folder that was used before also remembers those of earlier runs."""
+        began_ns = self._timeline.began_ns
+        found = await list_instances(agent, FUNCTION, include_ended=ended)
+        return [one for one in found if time_from_proto(one.create_time) >= began_ns]
 
     async def _flip(self, agent: Any) -> None:
         """Rehearses memory corruption by changing a byte of a frozen instance's GPU memory. It must be detected."""
         from agent.emulated.control import EmulatedDriver
 
         victim = (await self.instances(agent))[0]
-        with EmulatedDriver(self._world.driver_dir) as driver:
+        with EmulatedDriver(self._world.home / "emulated") as driver:
             driver.flip_byte(victim.pid, offset=FLIPPED_BYTE)
         self._timeline.step(f"rehearsal: one byte of frozen {self._timeline.alias(victim.uid)}'s GPU memory is flipped")
 

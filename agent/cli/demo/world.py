@@ -1,10 +1,10 @@
-"""A demo's driver, scheduler and agent, in one folder that is a HIBERNODE_HOME.
+"""A private scheduler and agent, with emulated GPUs or this host's own, in one folder that is a HIBERNODE_HOME.
 
     DIR/emulated/   the driver: sockets, libraries        DIR/logs/          output of each process
     DIR/scheduler/  state directory, token                DIR/*.yaml         configurations and the example's s.yaml
     DIR/agent/      state directory, node's credential    DIR/requests.jsonl the example's record of its requests
 
-All ports are free ones, so several demos can run at the same time.
+All ports are free ones, so several can run at the same time. The demo and the proof of a host use it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,28 +24,31 @@ from typing import Any
 import yaml
 
 from agent.cli.daemon_locator import read_endpoints, read_token
+from agent.cli.demo.gpus import WorldGpus
 from agent.cli.demo.processes import DemoProcesses, comes_true
 from agent.core.errors import DeadlineError, HibernodeError, PreconditionError, UnavailableError
 
 NODE = "demo-node"
-GPUS, GPU_GIB, GPU_MODEL, PROFILE = 2, 16, "L20", "580"
-INSTANCES_PER_GPU = 2
-BUILD_S, START_S, DELETE_S, CALL_S = 120.0, 30.0, 25.0, 10.0
+START_S, DELETE_S, CALL_S = 30.0, 25.0, 10.0
 UNPRIVILEGED_USER = "nobody"
 PrintStep = Callable[[str], None]
 
 _ANY = {"host": "127.0.0.1", "port": 0}
 _MAY_RUN = """
-import os, sys, agent.examples.http_app, magika.types
-sys.exit(not all(os.access(path, os.R_OK) for path in sys.argv[1:]))
+import importlib, os, sys
+for module in sys.argv[1].split(","): importlib.import_module(module)
+sys.exit(not all(os.access(path, os.R_OK) for path in sys.argv[2:]))
 """
 
 
 class DemoWorld:
     """The demo's processes and folder; `demo_world` starts and ends it."""
 
-    def __init__(self, home: Path, print_step: PrintStep) -> None:
+    def __init__(self, home: Path, gpus: WorldGpus, modules: Sequence[str], print_step: PrintStep) -> None:
+        """`modules`: what the function's program imports; it decides about the instances' account."""
         self.home = home
+        self._gpus = gpus
+        self._modules = modules
         self.processes = DemoProcesses(home / "logs")
         self.user = ""
         self.gateway = ""
@@ -56,16 +59,17 @@ class DemoWorld:
         return self.home / "requests.jsonl"
 
     @property
-    def driver_dir(self) -> Path:
-        return self.home / "emulated"
+    def parts(self) -> str:
+        driver = " and the driver" if "driver" in self.processes.names else ""
+        return f"the instances, the agent, the scheduler{driver}"
 
     # ---- start --------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Starts all processes in order. Raises HibernodeError with the end of the log of one that does not start."""
-        self._start_driver()
+        self._gpus.start(self.processes, self._environment(), self._print_step)
         self._start_daemon("scheduler", self._scheduler_config())
-        await self.processes.wait_for("driver", (self.driver_dir / "ready").exists, BUILD_S)
+        await self._gpus.wait(self.processes)
         self.user = await asyncio.to_thread(self._choose_user)
         await self._wait_for_daemon("scheduler")
         self.gateway = read_endpoints("scheduler", self.home)["gateway"]
@@ -80,28 +84,17 @@ class DemoWorld:
         environment.pop("NOTIFY_SOCKET", None)
         return environment
 
-    def _start_driver(self) -> None:
-        self._print_step(f"building and starting an emulated NVIDIA driver {PROFILE} with {GPUS} GPUs")
-        options = {"--dir": self.driver_dir, "--gpus": GPUS, "--gib": GPU_GIB, "--model": GPU_MODEL}
-        arguments = [str(word) for pair in {**options, "--profile": PROFILE}.items() for word in pair]
-        self.processes.start("driver", self._environment(), "agent.cli.main", "emulated", "up", *arguments)
-
     def _start_daemon(self, name: str, config: dict[str, Any]) -> None:
         self._print_step(f"starting the {name}")
         path = self.home / f"{name}.yaml"
-        path.write_text(f"# Made by `hibernode demo`.\n{yaml.safe_dump(config, sort_keys=False)}")
+        path.write_text(f"# Made by Hibernode for a short time.\n{yaml.safe_dump(config, sort_keys=False)}")
         environment = self._environment()
         if name == "agent":
-            environment.update(self._driver_exports(environment))
+            environment.update(self._gpus.exports(environment))
         self.processes.start(name, environment, f"agent.daemons.{name}", "--config", str(path))
 
     async def _wait_for_daemon(self, name: str) -> None:
         await self.processes.wait_for(name, (self.home / name / "endpoints.json").exists, START_S)
-
-    def _driver_exports(self, base: dict[str, str]) -> dict[str, str]:
-        from agent.emulated.env import exports
-
-        return exports(self.driver_dir, base)
 
     def _scheduler_config(self) -> dict[str, Any]:
         return {
@@ -114,8 +107,6 @@ class DemoWorld:
         }
 
     def _agent_config(self) -> dict[str, Any]:
-        seen = self._driver_exports({})
-        del seen["PATH"]
         return {
             "node_name": NODE,
             "state_dir": str(self.home / "agent"),
@@ -129,14 +120,7 @@ class DemoWorld:
                 "upload_interval": "200ms",
             },
             "runtime": {"process": {"enabled": True, "user": self.user or _own_user()}, "stop_timeout": "5s"},
-            "gpu": {
-                "instances_per_gpu": INSTANCES_PER_GPU,
-                "max_hold": "2s",
-                "types": {"fc.gpu.ada.1": f"Emulated {GPU_MODEL}"},
-                "host_memory_reserve": "128MiB",
-                "attach": "mounts",
-                "mounts": {"environment": seen},
-            },
+            "gpu": self._gpus.settings(),
             "billing": {"flush_interval": "200ms"},
         }
 
@@ -144,10 +128,9 @@ class DemoWorld:
         """The instances' account: `nobody` if this process is root and `nobody` can run the example, else ""."""
         if os.geteuid() != 0:
             return ""
-        needs = [str(self.driver_dir / "lib" / "libcuda.so.1"), str(self.driver_dir / "driver.sock")]
         try:
             done = subprocess.run(
-                [sys.executable, "-P", "-c", _MAY_RUN, *needs],
+                [sys.executable, "-P", "-c", _MAY_RUN, ",".join(self._modules), *self._gpus.needs()],
                 user=UNPRIVILEGED_USER,
                 group=_group_of(UNPRIVILEGED_USER),
                 extra_groups=[],
@@ -254,17 +237,19 @@ def _group_of(user: str) -> int:
 
 
 @asynccontextmanager
-async def demo_world(state_dir: Path | None, print_step: PrintStep) -> AsyncIterator[DemoWorld]:
-    """Starts a demo's world. At the end everything is stopped, and a temporary folder is removed."""
+async def demo_world(
+    state_dir: Path | None, gpus_in: Callable[[Path], WorldGpus], modules: Sequence[str], print_step: PrintStep
+) -> AsyncIterator[DemoWorld]:
+    """Starts a world; `gpus_in` gets its folder. At the end all is stopped, and a temporary folder is removed."""
     home = _prepare(state_dir)
-    world = DemoWorld(home, print_step)
+    world = DemoWorld(home, gpus_in(home), modules, print_step)
     world.processes.start_guard(home, remove=state_dir is None)
     try:
         try:
             await world.start()
             yield world
         finally:
-            print_step("stopping the instances, the agent, the scheduler and the driver")
+            print_step(f"stopping {world.parts}")
             await _uninterrupted(world.stop())
     finally:
         if state_dir is None:
@@ -296,7 +281,7 @@ def _prepare(state_dir: Path | None) -> Path:
             (home / name).chmod(mode)
         _write_credential(home / "agent" / "token")
         log = home / "requests.jsonl"
-        log.touch()
+        log.write_text("")  # without the requests of an earlier run
         log.chmod(0o666)  # instances may run as another user
     except OSError as error:
         raise PreconditionError(

@@ -11,7 +11,8 @@ from enum import IntEnum
 from typing import TypeAlias
 
 from agent.core.function_rules import HOST_IMAGE
-from agent.core.gpu_fit import gib, suits, wanted
+from agent.core.gpu_fit import suits, wanted
+from agent.core.sizes import size_text
 from agent.core.types import FunctionSpec, GpuNeed
 
 
@@ -221,7 +222,7 @@ def _headline(spec: FunctionSpec, lack: _Lacks) -> str:
         case _Lacks.SLOT:
             return f"every GPU that fits {spec.name} has its full number of instances"
         case _Lacks.MEMORY:
-            return f"no node with a free GPU has {gib(spec.memory_bytes)} of memory left for {spec.name}"
+            return f"no node with a free GPU has {size_text(spec.memory_bytes)} of memory left for {spec.name}"
         case _:
             return f"no node has what {spec.name} needs"
 

@@ -15,6 +15,7 @@ from agent.core.billing.absence import Absence
 from agent.core.dispatch.events import Event, InstanceGone, NodeLost, NodeSuspect
 from agent.core.dispatch.model import NodeStanding
 from agent.core.errors import InvalidArgumentError, PreconditionError
+from agent.core.natural_order import natural_key
 from agent.core.provisioning.model import Scheduling
 from agent.core.types import SECOND_NS
 from agent.log import get_logger
@@ -237,7 +238,7 @@ class Fleet:
         return self._nodes.get(name)
 
     def nodes(self) -> list[NodeRecord]:
-        return [self._nodes[name] for name in sorted(self._nodes)]
+        return [self._nodes[name] for name in sorted(self._nodes, key=natural_key)]
 
     def instance(self, uid: str) -> InstanceLoad | None:
         owner = self._owners.get(uid)

@@ -158,7 +158,7 @@ BAD_POLICIES = [
     ({"metricType": "CPUUtilisation"}, "metricType", "CPUUtilisation"),
     ({"metricTarget": 0}, "metricTarget", "0"),
     ({"metricTarget": 1.1}, "metricTarget", "1"),
-    ({"metricTarget": "much"}, "metricTarget", "got text"),
+    ({"metricTarget": "much"}, "metricTarget", "above 0, at most 1, got 'much'"),
     ({"minCapacity": 0}, "minCapacity", "1"),
     ({"maxCapacity": 10_001}, "maxCapacity", "10000"),
     ({"maxCapacity": 1}, "maxCapacity", "minCapacity"),

@@ -300,15 +300,3 @@ async def test_a_restart_knows_which_action_fired_last(rig: Rig, store: Store) -
     again.scaler.check()
     assert (again.ocr.target, again.ocr.default_target, again.ocr.decided_by) == (2, 1, "down")
     assert again.ocr.config == rig.ocr.config
-
-
-async def test_an_unreadable_stored_config_does_not_prevent_the_start(rig: Rig, store: Store) -> None:
-    await rig.deploy(target=1)
-    unknown = pb.ProvisionConfig(scheduled_actions=[morning(time_zone="Nowhere/Land")])
-    row = next(iter(await store.functions()))
-    await store.put_function(row, unknown.SerializeToString())
-    again = Rig(store)
-    await again.catalog.load()
-    again.scaler.check()
-    assert again.ocr.target == 1
-    assert again.ocr.config == unknown, "listed as it is, for people to mend"

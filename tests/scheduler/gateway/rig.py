@@ -120,7 +120,15 @@ async def gateway_rig(tmp: str, *names: str) -> AsyncIterator[GatewayRig]:
     router, pool_of = Router("localhost"), ingresses.pool
     gateway = Gateway(clock, router, catalog, dispatch_loop, pool_of, lambda _: TOKEN, unreachable, ids)
     dates = DateHeader(lambda: NOON)
-    server = await serve(gateway, "127.0.0.1", 0, Limits(), request_ids=ids, on_fault=faults.append, date_header=dates)
+    server = await serve(
+        gateway,
+        "127.0.0.1",
+        0,
+        Limits(),
+        request_ids=ids,
+        on_fault=lambda error, _: faults.append(error),
+        date_header=dates,
+    )
     rig = GatewayRig(gateway, server, catalog, dispatch_loop, dispatcher, fakes, wakes, suspects, faults)
     for name, fake in fakes.items():
         await fake.start()
