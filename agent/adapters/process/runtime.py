@@ -57,6 +57,7 @@ class ProcessRuntimeOptions:
     enabled: bool = False
     user: str = ""  # `runtime.process.user`; "" = the agent's own, which must not be root if `enabled`
     ports: tuple[int, int] = (0, 0)  # first and last that instances may get; (0, 0) = any free one
+    open_files: int | None = None  # soft limit of instances, -1 = none; None = that of the agent
     log_cap_bytes: int = 8 * MIB  # a log is rotated past this
     log_keep: int = 200  # logs of the newest ended instances that stay
 
@@ -132,6 +133,7 @@ class ProcessRuntime:
             folder=self._bundles.scratch(uid),
             user=self._user,
             state_uuid=self._settings.state_uuid,
+            open_files=self._settings.open_files,
         )
         plan.encode()  # raises before anything is made
         try:
