@@ -119,7 +119,7 @@ def node_tokens(tokens: Mapping[str, str]) -> list[tuple[str, Principal]]:
 
 def usable_tokens(tokens: Mapping[str, str], operator: str) -> tuple[dict[str, str], list[ConfigError]]:
     """The tokens by node that a TokenTable takes beside the operator's, and what is wrong with each other one. Of nodes
-    with the same token none may use it: the caller could be either."""
+    with the same token none may use it: the scheduler could not tell which one calls."""
     nodes = node_tokens(tokens)
     good: dict[str, str] = {}
     wrong: list[ConfigError] = []

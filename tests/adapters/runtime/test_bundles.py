@@ -28,10 +28,10 @@ def test_a_torn_record_belongs_to_no_process_of_this_boot(bundles: Bundles, tmp_
     assert (found.handle, found.foreign) == (None, False)
 
 
-def test_a_record_of_another_version_is_never_touched(bundles: Bundles, tmp_path: Path) -> None:
+def test_a_record_of_a_newer_version_is_never_touched(bundles: Bundles, tmp_path: Path) -> None:
     """Its processes may run: without a handle and not foreign it would be removed as an orphan."""
     path = tmp_path / "instances/i-1/handle.json"
-    path.write_bytes(path.read_bytes().replace(b"4242", b'{"pidfd_id":4242}'))
+    path.write_bytes(path.read_bytes().replace(b"4242", b'{"pidfd":4242}').replace(b'"version":1', b'"version":2'))
     found = bundles.read("i-1")
     assert found is not None
     assert (found.handle, found.foreign) == (None, True)
