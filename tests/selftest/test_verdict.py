@@ -18,7 +18,6 @@ from agent.selftest.verdict import (
     verdict_of,
 )
 
-
 MEMORY = MemoryFigures(gpu_free_bytes=0, program_bytes=0, agent_bytes=0)
 
 
@@ -37,7 +36,9 @@ def run(number: int, checkpointer: str, wake_s: float, pinned: PinnedCopy | None
         image_bytes=10**9,
         released_bytes=10**9,
     )
-    return SelftestRun(number, checkpointer, figures, pinned or PinnedCopy(unavailable="no cuMemHostAlloc"), MEMORY, 1.0)
+    return SelftestRun(
+        number, checkpointer, figures, pinned or PinnedCopy(unavailable="no cuMemHostAlloc"), MEMORY, 1.0
+    )
 
 
 def test_warm_up_does_not_count() -> None:
