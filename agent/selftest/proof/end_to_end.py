@@ -246,7 +246,6 @@ resources:
       memorySize: 4096
       timeout: 60
       instanceConcurrency: {BURST}
-      gpuConfig: {{gpuType: fc.gpu.ada.1, gpuMemorySize: {max(1024, vram_mib)}}}
       customContainerConfig: {{image: host, entrypoint: {json.dumps([program.python, "-P", "-m", program.modules[0]])}}}
       environmentVariables:
         PYTHONPATH: {json.dumps(str(CHECKOUT))}
@@ -258,7 +257,7 @@ resources:
       provisionConfig: {{defaultTarget: 1, alwaysAllocateGPU: false}}
       triggers:
         - {{triggerName: http, triggerType: http, triggerConfig: {{authType: anonymous}}}}
-      hibernode: {{freezeAfter: {FREEZE_AFTER}}}
+      hibernode: {{gpus: 1, freezeAfter: {FREEZE_AFTER}}}
 """
 
 

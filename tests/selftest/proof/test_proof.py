@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "scripts" / "gpu-proof"
 DEADLINE_S = 110.0
 SMALL = ("--sizes", "0.015625,0.0625,0.5", "--cycles", "4")
+FIXED_US = 20_000
+SLOW = 10_000_000  # bytes a second: a restore of 16 MiB takes more than a second
 LOOPBACK = """
 import fcntl, os, socket, struct, sys
 with socket.socket() as probe:
@@ -37,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[EmulatedNvidia]:
-    with emulated_nvidia("--gpus", "1", "--gib", "0.75", "--fixed-us", "20000") as running:
+    with emulated_nvidia("--gpus", "1", "--gib", "0.75", "--fixed-us", str(FIXED_US)) as running:
         yield running
 
 
@@ -111,7 +113,7 @@ def test_a_whole_proof_without_a_network(driver: EmulatedNvidia, tmp_path: Path)
     ]
     assert {row["checkpointer"] for row in figures["sizes"]} == {"driver", "utility"}
     for row in figures["fit"]:  # an operation takes 20 ms more; a freeze is a lock and a checkpoint
-        assert row["intercept_s"] > 0.02
+        assert row["intercept_s"] > FIXED_US / 1e6
     assert (figures["cycles"]["done"], figures["cycles"]["equal"]) == (4, 4)
     function = figures["end_to_end"]
     assert (function["failed"], function["different"], function["problems"]) == (0, 0, [])
@@ -159,9 +161,13 @@ def test_a_killed_proof_leaves_nothing_behind(driver: EmulatedNvidia, tmp_path: 
 
 
 def test_a_changed_byte_is_the_exit_status(driver: EmulatedNvidia, tmp_path: Path) -> None:
-    process = started(driver, tmp_path, "--budget", "60")
-    until(lambda: [one for one in driver.control.processes() if one.state == "CHECKPOINTED"])
-    driver.control.flip_byte(offset=4_000_000)
+    driver.control.set_latency(bandwidth_bytes_s=SLOW)
+    try:
+        process = started(driver, tmp_path, "--sizes", "0.015625", "--budget", "60")
+        until(lambda: [one for one in driver.control.processes() if one.state == "CHECKPOINTED"])
+        driver.control.flip_byte(offset=4_000_000)
+    finally:
+        driver.control.set_latency(fixed_us=FIXED_US)
     assert process.wait(DEADLINE_S) == 6
     found = read(tmp_path / "out")
     assert found["outcome"] == "memory changed"
