@@ -20,9 +20,11 @@ from agent.core.types import (
     Hooks,
     IdleMode,
     InstanceState,
+    StopCause,
     VisibleDevices,
 )
 from agent.v1 import types_pb2
+from agent.v1.instance_service_pb2 import StopInstanceRequest
 from agent.v1.scheduler_service_pb2 import InstanceLoad, NodeLoad, Registration
 from agent.wire.convert_enums import (
     dispatch_from_proto,
@@ -31,6 +33,8 @@ from agent.wire.convert_enums import (
     idle_mode_to_proto,
     state_from_proto,
     state_to_proto,
+    stop_cause_from_proto,
+    stop_cause_to_proto,
     visible_devices_from_proto,
     visible_devices_to_proto,
 )
@@ -132,6 +136,8 @@ def test_every_enum_value_has_its_counterpart() -> None:
     assert [idle_mode_from_proto(idle_mode_to_proto(m), IdleMode.NEVER) for m in IdleMode] == list(IdleMode)
     policies = [dispatch_from_proto(dispatch_to_proto(p), DispatchPolicy.SPREAD) for p in DispatchPolicy]
     assert policies == list(DispatchPolicy)
+    assert [stop_cause_from_proto(stop_cause_to_proto(cause)) for cause in StopCause] == list(StopCause)
+    assert len(StopInstanceRequest.Cause.values()) == len(StopCause)
     names = [visible_devices_from_proto(visible_devices_to_proto(one)) for one in VisibleDevices]
     assert names == list(VisibleDevices)
     # UNSPECIFIED of each, and UNKNOWN: the scheduler says it of a lost node's instances.
