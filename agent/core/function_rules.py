@@ -38,6 +38,7 @@ MAX_NODE_LABELS = 32
 MAX_VOLUMES = 32
 MAX_PATH_BYTES = 4095
 MAX_LOGIN_BYTES = 16 * 1024
+"""Function Compute's variable for the port that an instance listens on."""
 SHM_VARIABLE = "FCGPU_RUNTIME_SHMSIZE"
 """Function Compute's variable for the size of /dev/shm, in bytes."""
 

@@ -39,7 +39,7 @@ class StopCause(Enum):
     """Why an instance is stopped, and then its state reason."""
 
     ASKED = "STOPPED_BY_USER"
-    REPLACED = "REPLACED"
+    REPLACED = "REVISION_REPLACED"
     SCALED_IN = "SCALED_IN"
     FUNCTION_DELETED = "FUNCTION_DELETED"
     NODE_DRAINED = "NODE_DRAINED"
@@ -88,6 +88,13 @@ class HealthCheck:
     success_threshold: int = 1
 
 
+class VisibleDevices(Enum):
+    """How CUDA_VISIBLE_DEVICES names an instance's GPUs: by numbers, which every program reads, or by UUIDs."""
+
+    INDEX = "INDEX"
+    UUID = "UUID"
+
+
 @dataclass(frozen=True, slots=True)
 class GpuNeed:
     """The GPUs of an instance: `count` whole ones of `model` or `gpu_type` ("" = any) with `memory_bytes` each, the
@@ -97,6 +104,7 @@ class GpuNeed:
     model: str = ""
     gpu_type: str = ""
     memory_bytes: int = 0
+    visible_devices: VisibleDevices = VisibleDevices.INDEX
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +207,7 @@ class ComputeMode(Enum):
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """A device as NVML shows it. `index` is NVML's; everything else refers to it by `uuid`. `virtual`: a hypervisor's
-    vGPU."""
+    vGPU. `pci_address`: domain, bus, device; None if NVML does not tell."""
 
     uuid: str
     index: int
@@ -209,6 +217,7 @@ class Gpu:
     mig: bool = False
     compute_mode: ComputeMode = ComputeMode.DEFAULT
     virtual: bool = False
+    pci_address: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

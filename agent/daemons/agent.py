@@ -213,6 +213,9 @@ class AgentDaemon:
         """GPU memory of each instance; empty while NVML does not answer."""
         return self.gpu_isolation.vram_bytes if self.gpu_monitor.samples() else {}
 
+    def _gpu_numbers(self, gpu_uuids: Sequence[str]) -> tuple[int, ...]:
+        return self.node.broker.cuda_numbers(gpu_uuids)
+
     def _context(self, memory: MemoryReservations) -> InstanceContext:
         runtime = self._config.runtime
         return InstanceContext(
@@ -227,6 +230,7 @@ class AgentDaemon:
             stop_timeout_s=runtime.stop_timeout_ns / SECOND_NS,
             environment=self._config.gpu.mounts.environment,
             gpu_models={gpu.uuid: gpu.model for gpu in self.gpu.survey.gpus},
+            gpu_numbers=self._gpu_numbers,
             store_problem=lambda: self.store.health.message,
         )
 

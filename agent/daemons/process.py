@@ -27,6 +27,8 @@ _Config = TypeVar("_Config", AgentConfig, SchedulerConfig)
 
 OPEN_FILES = 65536
 """LimitNOFILE of our units; a login shell's 1,024 is too few for `limits.connections`."""
+OPEN_FILES_AT_START = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+"""The soft limit before `daemon_main` raises it: instances get this one."""
 GC_THRESHOLD = 10_000
 """Allocations between two garbage collections. Python's 700 costs a tenth of a request, and requests leave no
 cycles."""

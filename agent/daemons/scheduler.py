@@ -34,7 +34,7 @@ from agent.api.usage_servicer import UsageServicer
 from agent.core.billing.price_book import PriceBook
 from agent.core.dispatch.dispatcher import Dispatcher
 from agent.core.dispatch.events import Wake
-from agent.core.errors import HibernodeError, UnavailableError
+from agent.core.errors import ConfigError, HibernodeError, UnavailableError
 from agent.core.provisioning.autoscaling import Patience
 from agent.core.types import SECOND_NS, DispatchPolicy
 from agent.daemons.process import daemon_main, run_until_signal, stand_by
@@ -68,7 +68,7 @@ from agent.settings import SchedulerConfig
 from agent.settings.prices import read_price_book
 from agent.wire.addresses import join
 from agent.wire.server import GrpcServer, Services
-from agent.wire.tokens import Principal, Role, TokenTable, node_tokens
+from agent.wire.tokens import Principal, Role, TokenTable, node_tokens, usable_tokens
 
 PRICE_BOOK = Path(agent.scheduler.__file__).with_name("price-book.yaml")
 GRACE_S = 30.0
@@ -93,8 +93,8 @@ class SchedulerDaemon:
         self.request_ids = RequestIds(lambda: self.clock.wall_ns() // SECOND_NS, random.Random().getrandbits)
         self.state = stack.enter_context(StateDir(Path(config.state_dir)))
         self.token = ensure_token(config.token_path)
-        self.prices = _price_book(config)
-        self.node_tokens = {node.name: read_token(Path(node.token_file)) for node in config.nodes}
+        self.prices = self._price_book()
+        self.node_tokens = self._node_tokens()
 
     async def run(self) -> None:
         """Build, wait for leadership, load, bind; then serve until a signal."""
@@ -109,6 +109,29 @@ class SchedulerDaemon:
         rounds = [self.provisioner.run(), self.autoscaler.run(), self.last_targets.run(), self.retention.run()]
         await run_until_signal([*rounds, self._watch_silence(), self.lead.watch()])
         await self._leave()
+
+    def _node_tokens(self) -> dict[str, str]:
+        """The tokens of the nodes that have a good one. A bad one keeps its node out, not the fleet down."""
+        found: dict[str, str] = {}
+        wrong: list[ConfigError] = []
+        for node in self._config.nodes:
+            try:
+                found[node.name] = read_token(Path(node.token_file))
+            except ConfigError as error:
+                wrong.append(error)
+        good, unusable = usable_tokens(found, self.token)
+        out = [node.name for node in self._config.nodes if node.name not in good]
+        for problem in (*wrong, *unusable):
+            self._log.error("node.token_unusable", reason=problem.reason, message=problem.message, nodes_out=out)
+        return good
+
+    def _price_book(self) -> PriceBook | ConfigError:
+        """The price book, or why there is none: usage is collected without one."""
+        try:
+            return _price_book(self._config)
+        except ConfigError as error:
+            self._log.error("usage.price_book_invalid", message=error.message)
+            return error
 
     # ---- build ------------------------------------------------------------------------------------------------
 
@@ -200,8 +223,9 @@ class SchedulerDaemon:
         await self.store.open()
         await self.usage.open()
         away_since, now = await self.absences.unfinished(), self.clock.wall_ns()
+        configured = {node.name for node in self._config.nodes}
         for name in await self.store.nodes():
-            if name in self.node_tokens:
+            if name in configured:
                 self.fleet.expect(name, max(0, now - away_since[name]) if name in away_since else None)
         await self.node_scheduling.load()
         await self.catalog.load()

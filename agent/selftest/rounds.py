@@ -102,6 +102,7 @@ class Rounds:
         title = f"run {number} of {self.plan.runs}" if number else "warm-up"
         title = f"{title}, {name}"
         checkpointer = self.checkpointers[name]
+        begin = self.clock.monotonic_ns()
         await self._fill(f"{title}: filling the memory")
         figures = await self._freeze_and_wake(checkpointer, title)
         wrong = await self._verify(f"{title}: comparing every byte")
@@ -113,7 +114,7 @@ class Rounds:
             f"{title}: frozen in {figures.freeze_s:.3f} s, awake in {figures.wake_s:.3f} s, every byte equal"
             + ("" if number else " (does not count)"),
         )
-        return SelftestRun(number, name, figures, pinned, await self._memory())
+        return SelftestRun(number, name, figures, pinned, await self._memory(), self._since(begin))
 
     async def _freeze_and_wake(self, checkpointer: CheckpointerUnderTest, title: str) -> CycleFigures:
         handle, size = self.target.handle, self.plan.size_bytes

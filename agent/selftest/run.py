@@ -229,6 +229,7 @@ def _flat(run: SelftestRun) -> dict[str, Any]:
         **asdict(run.figures),
         "pinned": asdict(run.pinned),
         "memory": asdict(run.memory),
+        "round_s": run.round_s,
     }
 
 

@@ -95,13 +95,16 @@ class MemoryFigures:
 
 @dataclass(frozen=True, slots=True)
 class SelftestRun:
-    """One freeze and wake. Run 0 is the warm-up and does not count: it pays for first touches of host memory."""
+    """One freeze and wake. Run 0 is the warm-up and does not count: it pays for first touches of host memory.
+
+    `round_s`: all of it, with filling, comparing and the pinned copy."""
 
     run: int
     checkpointer: str
     figures: CycleFigures
     pinned: PinnedCopy
     memory: MemoryFigures
+    round_s: float
 
     @property
     def counted(self) -> bool:

@@ -255,7 +255,7 @@ class Function(_message.Message):
     current: _builtins.int
     """Existing instances, awake or frozen. Output only."""
     current_error: _builtins.str
-    """Why current differs from target, as text; empty if it does not, or soon will not. Output only."""
+    """Why current differs from target, or what stored input can't be read, as text; else empty. Output only."""
     current_error_reason: _builtins.str
     """Stable UPPER_SNAKE reason of current_error, for example IMAGE_RUNTIME_UNAVAILABLE. Output only."""
     state: Global___Function.State.ValueType
@@ -751,7 +751,7 @@ class Provision(_message.Message):
     current: _builtins.int
     """Existing instances, awake or frozen. Output only."""
     current_error: _builtins.str
-    """Why current differs from target, as text; empty if it does not, or soon will not. Output only."""
+    """Why current differs from target, or what stored input can't be read, as text; else empty. Output only."""
     current_error_reason: _builtins.str
     """Stable UPPER_SNAKE reason of current_error. Output only."""
     always_allocate_gpu: _builtins.bool

@@ -28,6 +28,8 @@ from agent.wire.convert_enums import (
     dispatch_to_proto,
     idle_mode_from_proto,
     idle_mode_to_proto,
+    visible_devices_from_proto,
+    visible_devices_to_proto,
 )
 
 _Value = TypeVar("_Value", int, str)
@@ -177,7 +179,11 @@ def _container_from_proto(message: types_pb2.ContainerOptions) -> ContainerOptio
 
 def _gpu_to_proto(need: GpuNeed) -> types_pb2.GpuRequirement:
     return types_pb2.GpuRequirement(
-        gpu_type=need.gpu_type, model=need.model, count=need.count, memory_bytes=need.memory_bytes
+        gpu_type=need.gpu_type,
+        model=need.model,
+        count=need.count,
+        memory_bytes=need.memory_bytes,
+        visible_devices=visible_devices_to_proto(need.visible_devices),
     )
 
 
@@ -187,6 +193,7 @@ def _gpu_from_proto(message: types_pb2.GpuRequirement) -> GpuNeed:
         model=message.model,
         gpu_type=message.gpu_type,
         memory_bytes=message.memory_bytes,
+        visible_devices=visible_devices_from_proto(message.visible_devices),
     )
 
 

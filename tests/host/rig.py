@@ -117,6 +117,7 @@ class NodeRig:
             stop_timeout_s=self.stop_timeout_s,
             environment={},
             gpu_models={gpu.uuid: gpu.model for gpu in self.gpus.gpus},
+            gpu_numbers=lambda uuids: self.node.broker.cuda_numbers(uuids),  # noqa: PLW0108 - the node is made later
             store_problem=lambda: self.store_problem,
         )
         self.node = Node(

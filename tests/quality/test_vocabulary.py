@@ -15,16 +15,27 @@ UNREAD = ("agent/v1/", "agent/examples/")
 
 NOT_REASONS = {
     # Variables of the environment.
-    *("CUDA_VISIBLE_DEVICES", "DOCKER_CONFIG", "FCGPU_RUNTIME_SHMSIZE", "FC_ACCOUNT_ID", "FC_CUSTOM_LISTEN_PORT"),
+    *(
+        "CUDA_DEVICE_ORDER",
+        "CUDA_VISIBLE_DEVICES",
+        "DOCKER_CONFIG",
+        "PCI_BUS_ID",
+        "FCGPU_RUNTIME_SHMSIZE",
+        "FC_ACCOUNT_ID",
+        "FC_CUSTOM_LISTEN_PORT",
+    ),
     *("FC_FUNCTION_HANDLER", "FC_FUNCTION_MEMORY_SIZE", "FC_FUNCTION_NAME", "FC_FUNC_CODE_PATH", "FC_INSTANCE_ID"),
-    *("FC_REGION", "GRPC_ENABLE_FORK_SUPPORT", "GRPC_VERBOSITY", "HIBERNODE_DEBUG", "HIBERNODE_DEMO"),
+    *("FC_REGION", "GRPC_ENABLE_FORK_SUPPORT", "GRPC_VERBOSITY", "HIBERNODE_CARRIED", "HIBERNODE_DEBUG"),
+    "HIBERNODE_DEMO",
     *("HIBERNODE_HOME", "HIBERNODE_INSTANCE", "LD_LIBRARY_PATH", "LD_PRELOAD", "LISTEN_FDNAMES", "LISTEN_FDS"),
     *("LISTEN_PID", "NOTIFY_SOCKET", "NO_COLOR", "NVIDIA_VISIBLE_DEVICES", "WATCHDOG_USEC", "XDG_CACHE_HOME"),
     # Names of the kernel, of NVML, of a proto and of Python.
     *("CAP_<>", "DAC_OVERRIDE", "NET_BIND_SERVICE", "SYS_ADMIN", "SYS_CHROOT", "SYS_MODULE", "SYS_PTRACE"),
+    "SYS_RESOURCE",
     *("SYS_RAWIO", "RLIMIT_<>", "SC_CLK_TCK", "SC_PAGE_SIZE", "EXCLUSIVE_PROCESS", "KIND_<>", "DEFAULT_CAPABILITIES"),
     # Members of enums: states, outcomes, verdicts.
     *("WAITING_GPU", "NOT_BEGUN", "NOT_LOADED", "NOT_RUN", "PAUSED_BY_OTHERS", "RELIST", "TIMED_OUT"),
+    *("UNDER_WAY", "GIVEN_UP"),
 }
 """Capitals with `_` that are no reasons, and words that only look as if they were given as one."""
 

@@ -36,7 +36,9 @@ def run(number: int, checkpointer: str, wake_s: float, pinned: PinnedCopy | None
         image_bytes=10**9,
         released_bytes=10**9,
     )
-    return SelftestRun(number, checkpointer, figures, pinned or PinnedCopy(unavailable="no cuMemHostAlloc"), MEMORY)
+    return SelftestRun(
+        number, checkpointer, figures, pinned or PinnedCopy(unavailable="no cuMemHostAlloc"), MEMORY, 1.0
+    )
 
 
 def test_warm_up_does_not_count() -> None:

@@ -181,11 +181,21 @@ def test_window_with_inconsistent_sums_is_refused(changed: dict[str, object]) ->
     assert refused.value.reason == "WINDOW_INCONSISTENT"
 
 
-@pytest.mark.parametrize("changed", [{"state": "SLEEPY"}, {"invocations": 2**63}, {"gpu_count": -(2**31) - 1}])
+@pytest.mark.parametrize("changed", [{"invocations": 2**63}, {"gpu_count": -(2**31) - 1}])
 def test_window_out_of_range_is_refused(changed: dict[str, object]) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         window_to_proto(window(**changed))
     assert refused.value.reason == "VALUE_OUT_OF_RANGE"
+
+
+def test_window_in_a_state_of_another_version_counts_all_the_same() -> None:
+    newer = window_to_proto(window())
+    newer.state = 77  # type: ignore[assignment]
+    taken = window_from_proto(newer)
+    assert taken == window(state="STATE_77")
+    assert window_to_proto(taken) == newer, "and is shown as it came"
+    own = window_from_proto(window_to_proto(window(state="SLEEPY")))  # of a newer agent's ledger
+    assert own == window(state="STATE_0")
 
 
 @given(strategies.gpus)

@@ -25,6 +25,7 @@ from agent.adapters.engine.images import Images
 from agent.adapters.engine.network import EngineNetwork
 from agent.adapters.engine.planner import ContainerPlanner
 from agent.adapters.kernel import cgroup, cgroup_v1_freezer, process_table
+from agent.adapters.kernel.listening import listening
 from agent.adapters.runtime.bundles import UID_PATTERN, Bundles
 from agent.adapters.runtime.exits import ExitWatch, Signs
 from agent.adapters.runtime.log_files import LogFiles
@@ -365,6 +366,9 @@ class EngineRuntime:
         if self._superseded(handle) or handle.process.boot_id != self._boot_id:
             return []
         return cgroup.procs(Path(handle.cgroup))
+
+    async def listening(self, handle: Handle) -> Sequence[str]:
+        return await asyncio.to_thread(listening, await self.pids(handle))
 
     # ---- logs and exec ----------------------------------------------------------------------------------------
 

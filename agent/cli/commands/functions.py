@@ -51,14 +51,14 @@ def list_() -> None:
         (
             (
                 one.name,
-                _revisions(one),
+                revisions_of(one),
                 state_of(one),
                 f"{one.current}/{one.target}",
                 str(one.awake),
                 str(one.queued),
                 one.url or "-",
                 clock(one.update_time),
-                _error(one),
+                error_of(one),
             )
             for one in found
         ),
@@ -129,7 +129,7 @@ def _failure_lines(found: pb.Function) -> list[tuple[str, str]]:
     return lines
 
 
-def _error(one: pb.Function) -> str:
+def error_of(one: pb.Function) -> str:
     """What is in the way, and the last failed start: `NO_FREE_GPU; IMAGE_PULL_FAILED 2/5`."""
     if not one.HasField("last_failure"):
         return one.current_error_reason or "-"
@@ -138,7 +138,7 @@ def _error(one: pb.Function) -> str:
     return failed if one.current_error_reason == failure.reason else f"{one.current_error_reason}; {failed}"
 
 
-def _revisions(one: pb.Function) -> str:
+def revisions_of(one: pb.Function) -> str:
     """The deployed revision, and those that run if they are others: `3 (runs 2)`."""
     running = [found.revision for found in one.running]
     deployed = one.spec.revision

@@ -149,7 +149,7 @@ def list_(function: str) -> None:
         show_json({"provisions": [to_json(one) for one in found]})
         return
     for one in found:
-        show_text(yaml.safe_dump({one.function: [_fields(one)]}, sort_keys=False, allow_unicode=True))
+        show_text(yaml.safe_dump({one.function: [fields_of(one)]}, sort_keys=False, allow_unicode=True))
     if not found:
         note("Nothing is provisioned.")
 
@@ -244,7 +244,7 @@ async def _wait_for_target(channel: DaemonChannel, name: str, timeout_s: float) 
         raise DeadlineError("PROVISION_TIMEOUT", message) from error
 
 
-def _fields(found: pb.Provision) -> dict[str, Any]:
+def fields_of(found: pb.Provision) -> dict[str, Any]:
     """The keys that `s provision list` shows."""
     config = found.config
     return {

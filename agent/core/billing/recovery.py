@@ -3,6 +3,7 @@
 - The same process still lives: the gap is idle and `estimated` (a request inside the agent at the crash has failed, so
   no time in the gap was active), for `most_idle_ns` at most: without an agent no request reaches the instance. The rest
   is unbilled, and so is the gap after an unbilled state.
+- The same with a state of another version: the gap is unbilled.
 - The process is gone, at an unknown time: the gap is unbilled.
 - Another boot: the ledger ends at its last window.
 
@@ -80,6 +81,8 @@ def _following(before: UsageWindow, length_ns: int, idle_ns: int, *, estimated: 
 
 def _gap_kind(last: UsageWindow, *, same_process: bool, policy: BillingPolicy) -> BilledAs:
     if not same_process or last.unbilled_ns:
+        return BilledAs.UNBILLED
+    if last.state not in InstanceState.__members__:  # of another version
         return BilledAs.UNBILLED
     quiet = policy.quiet_kind(InstanceState(last.state))
     return BilledAs.UNBILLED if quiet is BilledAs.UNBILLED else BilledAs.IDLE

@@ -92,15 +92,15 @@ def problem_of(
         if last is None:
             return None
         failure = last.failure
-        none_expected = given_up or (not under_way and failure.reason in NO_CAPACITY_REASONS)
-        return Problem(failure.reason, failure.message, none_expected, last, none_up)
-    none_expected = obstacle.reason in NO_CAPACITY_REASONS or (
+        refuse = given_up or (not under_way and failure.reason in NO_CAPACITY_REASONS)
+        return Problem(failure.reason, failure.message, refuse, last, none_up)
+    refuse = obstacle.reason in NO_CAPACITY_REASONS or (
         obstacle.reason in PASSING and not under_way and at - obstacle.since_ns >= PATIENCE_NS
     )
     message = obstacle.message
     if last is not None:
         message = f"{message}; the last start failed: {last.failure.reason}: {last.failure.message}"
-    return Problem(obstacle.reason, message, none_expected, last, none_up)
+    return Problem(obstacle.reason, message, refuse, last, none_up)
 
 
 def _last_failure(

@@ -140,7 +140,13 @@ class Node:
             if isinstance(error, UnavailableError):
                 await self._forget_record(spec.uid)  # a late write may still have succeeded
             raise
-        self._events.add(spec.uid, "instance.created", function=spec.function.name, gpus=",".join(gpus))
+        self._events.add(
+            spec.uid,
+            "instance.created",
+            function=spec.function.name,
+            gpus=",".join(gpus),
+            request_id=spec.request_id,
+        )
         self.fitness_changed(actor)  # the first report: a start may take minutes without a state change
         actor.handle(ev.Created())
         return actor

@@ -97,7 +97,7 @@ def deployed_of(row: FunctionRow, stored: bytes) -> Deployed:
     message, spec, problem, spec_lost = _spec_of(row)
     triggers, closed = _triggers_of(row)
     if closed and not problem:
-        problem = "its triggers can't be read, so no caller is let in"
+        problem = "its triggers can't be read, so that all calls are refused"
     config, provisioning = _provision_of(stored)
     found = Deployed(
         spec=spec,
@@ -137,7 +137,7 @@ def _spec_of(row: FunctionRow) -> tuple[types_pb2.FunctionSpec, FunctionSpec, st
 
 
 def _triggers_of(row: FunctionRow) -> tuple[tuple[HttpTrigger, ...], bool]:
-    """The triggers, and whether it can't be told from them who may call the function: then no caller may."""
+    """The triggers, and whether it can't be told from them who may call the function: then all calls are refused."""
     try:
         triggers = tuple(Function.FromString(row.triggers).triggers)
     except DecodeError:

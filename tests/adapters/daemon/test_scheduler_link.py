@@ -328,6 +328,17 @@ async def test_rejected_windows_do_not_block_others(monkeypatch: pytest.MonkeyPa
         assert len(kept) == 5, "they stay in the node's own ledger"
 
 
+async def test_a_window_that_does_not_fit_the_wire_does_not_block_others() -> None:
+    """As a damaged ledger may hold: it stays there, is not marked as acknowledged, and the others go."""
+    async with link_rig() as rig:
+        await rig.world.store.upsert_windows(
+            [window("i-bad", 0), replace(window("i-bad", 1), gpu_count=1 << 40), window("i-bad", 2)]
+        )
+        await eventually(lambda: rig.world.store._acknowledged >= {("i-bad", 0), ("i-bad", 2)})
+        assert ("i-bad", 1) not in rig.world.store._acknowledged
+        assert len(await rig.world.store.read_windows("i-bad")) == 3
+
+
 async def test_failed_upload_is_retried_without_loss() -> None:
     async with link_rig(refuse_uploads=True) as rig:
         actor = await rig.world.running()

@@ -174,11 +174,13 @@ def test_create_prints_the_uid_alone(at_home: Run, s_yaml: Path) -> None:
 def test_create_that_fails_is_exit_1_with_the_reason(at_home: Run, s_yaml: Path) -> None:
     s_yaml.write_text(MINIMAL.replace("NAME", "broken"))
     done = at_home("create", "-t", s_yaml, "--wait", "--request-id", "it-breaks")
-    assert (done.code, done.out) == (1, "")
+    failed = done.out.strip()
+    assert (done.code, done.out) == (1, f"{failed}\n")
+    assert f"{failed} of broken: FAILED; `hibernode logs {failed}` shows what it printed" in done.err
     assert "port 9000 never answered (FUNCTION_NOT_STARTED)" in done.err
     done = at_home("create", "-t", s_yaml, "--request-id", "it-breaks")
     uid = done.out.strip()
-    assert (done.code, done.out) == (1, f"{uid}\n")
+    assert (done.code, uid) == (1, failed)
     assert f"{uid}: port 9000 never answered (FUNCTION_NOT_STARTED)" in done.err
 
 

@@ -104,7 +104,7 @@ def test_every_supported_key(tmp_path: Path) -> None:
     """
     image = """\
       customContainerConfig:
-        image: host
+        image: registry.example/ocr:1
         port: 8080
         entrypoint: [python3, -m, ocr]
         command: ["--port", "8080"]
@@ -253,6 +253,15 @@ def test_errors_outside_the_props(tmp_path: Path, before: str, after: str, probl
         ("instanceLifecycleConfig: {preStop: {command: [sh]}}\n", "preStop.command: is not run"),
         ("triggers:\n  - {triggerName: t, triggerType: timer, triggerConfig: {payload: x}}\n", "type 'timer'"),
         ("timeout: 3\n", "has no gpuConfig: the instances get no GPU"),
+        (
+            "gpuMemorySize: 1024\nenvironmentVariables: {CUDA_VISIBLE_DEVICES: '0'}\n",
+            "CUDA_VISIBLE_DEVICES: is replaced",
+        ),
+        (
+            "environmentVariables:\n  NVIDIA_VISIBLE_DEVICES: all\n",
+            "s.yaml:12: resources.ocr.props.environmentVariables",
+        ),
+        ("environmentVariables: {PORT: '80'}\n", "environmentVariables.PORT: is not customContainerConfig.port"),
     ],
 )
 def test_keys_without_effect_give_warnings(tmp_path: Path, props: str, problem: str) -> None:

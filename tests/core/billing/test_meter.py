@@ -339,6 +339,11 @@ def test_no_more_than_a_window_of_a_gap_is_billed() -> None:
     assert rest.start_wall_ns == idle.start_wall_ns + 4_000
 
 
+def test_a_gap_after_a_state_of_another_version_is_unbilled() -> None:
+    _, gap = gap_after(replace(last_window(), state="HIBERNATING"), same_process=True)
+    assert (gap.unbilled_ns, gap.idle_ns) == (4_000, 0)
+
+
 def test_a_gap_after_the_process_died_is_unbilled() -> None:
     _, gap = gap_after(last_window(), same_process=False)
     assert (gap.unbilled_ns, gap.idle_ns, gap.estimated) == (4_000, 0, False)
