@@ -8,6 +8,7 @@ import sys
 import click
 
 from agent import __version__
+from agent.cli.console.output import note
 from agent.cli.lazy_group import LazyCommand, LazyGroup
 from agent.cli.options import insecure_option, locator_options, output_option
 from agent.core.errors import HibernodeError
@@ -117,7 +118,7 @@ def _hint(context: click.Context | None) -> str:
 
 
 def _print_error(text: str) -> None:
-    click.echo(f"hibernode: {text}", err=True)
+    note(f"hibernode: {text}")
 
 
 if __name__ == "__main__":
