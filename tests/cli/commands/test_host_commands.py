@@ -28,7 +28,8 @@ def test_the_command_becomes_the_daemon(run: Run, tmp_path: Path, monkeypatch: p
     config = tmp_path / f"{daemon}.yaml"
     config.write_text("{}\n")
     assert run(daemon, "--config", config).code == 0
-    assert became == [[sys.executable, "-P", "-m", f"agent.daemons.{daemon}", "--config", str(config)]]
+    command = ["-P", "-X", f"hibernode={daemon}", "-m", f"agent.daemons.{daemon}", "--config", str(config)]
+    assert became == [[sys.executable, *command]], "and `ps aux | grep hibernode` finds it"
 
 
 def test_missing_configuration(run: Run, tmp_path: Path) -> None:
