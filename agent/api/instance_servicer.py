@@ -153,7 +153,8 @@ class InstanceServicer(instance_service_pb2_grpc.InstanceServiceServicer):
         """The end of the instance's standard output and error; with `follow` also further output until it has ended."""
         actor = self._node.get(request.uid)
         read = self._logs.follow if request.follow else self._logs.read
-        async with aclosing(read(actor, request.tail_bytes)) as chunks:
+        lines = request.tail_lines if request.HasField("tail_lines") else None
+        async with aclosing(read(actor, request.tail_bytes, lines)) as chunks:
             async for chunk in chunks:
                 yield chunk
 

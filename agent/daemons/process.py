@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +37,12 @@ OTHER_OPEN_FILES = 512
 """Descriptors for everything but client and upstream connections."""
 
 
+def _name_process(name: str) -> None:
+    """Name this process in `ps -e`, `top` and `pgrep`, which would show `python`; the kernel keeps 15 characters."""
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(name, encoding="ascii")
+
+
 def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Coroutine[Any, Any, None]]) -> None:
     """Load `--config FILE` and run `run` on uvloop. An error exits with the exit code of its kind."""
     parser = argparse.ArgumentParser(prog=f"hibernode {name}", description=f"The Hibernode {name} daemon.")
@@ -46,6 +53,7 @@ def daemon_main(name: str, kind: type[_Config], run: Callable[[_Config], Corouti
     except HibernodeError as error:
         sys.exit(_print_error(error))
     log.configure(config.log_level, config.log_format)
+    _name_process(f"hibernode-{name}")
     _allow_open_files(config.limits.connections)
     faulthandler.enable()  # on the watchdog's SIGABRT the stacks of all threads go to the journal
     try:

@@ -46,6 +46,7 @@ from agent.scheduler.database.leader_lock import LeaderLock
 from agent.scheduler.database.store import Store
 from agent.scheduler.fleet.agent_channels import AgentChannels
 from agent.scheduler.fleet.fleet import Fleet
+from agent.scheduler.fleet.gpu_waits import GpuWaits
 from agent.scheduler.fleet.node_scheduling import NodeScheduling
 from agent.scheduler.functions.autoscaler import Autoscaler
 from agent.scheduler.functions.catalog import Catalog
@@ -203,6 +204,7 @@ class SchedulerDaemon:
             tokens.__getitem__,
             self.fleet.unreachable,
             self.request_ids,
+            GpuWaits(self.fleet, self.clock).why,
         )
 
     async def _lead(self) -> bool:

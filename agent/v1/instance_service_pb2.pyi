@@ -389,24 +389,30 @@ class GetInstanceLogsRequest(_message.Message):
     UID_FIELD_NUMBER: _builtins.int
     TAIL_BYTES_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
+    TAIL_LINES_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     """Instance."""
     tail_bytes: _builtins.int
     """Only this number of bytes at the end; 0 means everything that is kept."""
     follow: _builtins.bool
     """Continue with new output until the instance has ended."""
+    tail_lines: _builtins.int
+    """Only this number of lines at the end, as far as they lie within tail_bytes; absent means no such limit."""
     def __init__(
         self,
         *,
         uid: _builtins.str = ...,
         tail_bytes: _builtins.int = ...,
         follow: _builtins.bool = ...,
+        tail_lines: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines", "tail_lines", b"tail_lines"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "tail_bytes", b"tail_bytes", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines", "follow", b"follow", "tail_bytes", b"tail_bytes", "tail_lines", b"tail_lines", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__tail_lines: _TypeAlias = _typing.Literal["tail_lines"]  # noqa: Y015
+    _WhichOneofArgType__tail_lines: _TypeAlias = _typing.Literal["_tail_lines", b"_tail_lines"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tail_lines) -> _WhichOneofReturnType__tail_lines | None: ...
 
 Global___GetInstanceLogsRequest: _TypeAlias = GetInstanceLogsRequest  # noqa: Y015
 

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from agent.adapters.daemon.token_file import read_token
@@ -122,6 +123,11 @@ async def end(daemon: Daemon, number: signal.Signals) -> int:
         code = await daemon.process.wait()
     (daemon.folder / "state" / "endpoints.json").unlink(missing_ok=True)
     return code
+
+
+async def test_its_process_has_a_name(daemon: Daemon) -> None:
+    """For `ps -e`, `top` and `pgrep hibernode`; the kernel keeps 15 characters."""
+    assert psutil.Process(daemon.process.pid).name() == "hibernode-sched"
 
 
 @asynccontextmanager

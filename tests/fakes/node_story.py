@@ -120,7 +120,11 @@ class Instances(inst_grpc.InstanceServiceServicer):
     ) -> AsyncIterator[inst.GetInstanceLogsResponse]:
         found = self._find(request.uid)
         log = next((_printed(spec) for uid, spec in self._made.values() if uid == found.uid), LOG)
-        yield inst.GetInstanceLogsResponse(data=log[-request.tail_bytes :] if request.tail_bytes > 0 else log)
+        shown = log[-request.tail_bytes :] if request.tail_bytes > 0 else log
+        if request.HasField("tail_lines"):
+            shown = b"".join(shown.splitlines(keepends=True)[-request.tail_lines :]) if request.tail_lines else b""
+        if shown:
+            yield inst.GetInstanceLogsResponse(data=shown)
         if request.follow and found.state not in _ENDED:
             yield inst.GetInstanceLogsResponse(data=MORE_LOG)
             await asyncio.Event().wait()

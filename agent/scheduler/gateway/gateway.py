@@ -114,8 +114,10 @@ class Gateway:
         token_of: Callable[[str], bytes],
         unreachable: Callable[[str], None],
         request_ids: RequestIds,
+        gpu_wait: Callable[[str], str] = lambda _: "",
     ) -> None:
-        """`pool_of`, `token_of`: those of a node's ingress. `unreachable` gets a node that cannot be connected to."""
+        """`pool_of`, `token_of`: those of a node's ingress. `unreachable` gets a node that cannot be connected to.
+        `gpu_wait`: who holds the GPU that an instance of a function waits for, or ""."""
         self._clock = clock
         self._router = router
         self._catalog = catalog
@@ -124,6 +126,7 @@ class Gateway:
         self._token_of = token_of
         self._unreachable = unreachable
         self._request_ids = request_ids
+        self._gpu_wait = gpu_wait
         self.counts = GatewayCounts()
         self.traffic = TrafficTable(lambda: [one.spec.name for one in catalog.all()])
 
@@ -317,6 +320,8 @@ class Gateway:
                 if problem is not None and problem.none_up:
                     return _no_instance(name, problem)
                 text = f"no instance of {name} became free within its queue timeout"
+                if why := self._gpu_wait(name):
+                    text = f"{text}: {why}"
                 if problem is not None:  # those that are up are busy, and there are too few of them
                     text = f"{text}; it has fewer instances than its target ({problem.reason})"
                 return DeadlineError("QUEUE_TIMEOUT", text, function=name)

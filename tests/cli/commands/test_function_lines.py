@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.cli.commands.functions import error_of, last_failure, revisions_of
-from agent.cli.commands.provision import fields_of
+from agent.cli.commands.provision_view import fields_of
 from agent.core.provisioning.model import Scheduling
 from agent.v1 import function_service_pb2 as pb
 from agent.wire.convert_time import time_to_proto

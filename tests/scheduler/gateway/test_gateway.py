@@ -212,6 +212,14 @@ async def test_a_queue_timeout_names_why_there_are_too_few_instances(rig: Gatewa
     assert b"secret" not in body, "only a function's own failure to start is quoted"
 
 
+async def test_a_queue_timeout_names_who_holds_the_gpu(rig: GatewayRig) -> None:
+    await rig.deploy(queue_timeout_ns=30 * MILLISECOND_NS)
+    rig.gpu_waits["ocr"] = "its GPU is held by i2 of chat, RUNNING for 75 s"
+    status, _, body = await rig.ask(GET)
+    assert (status, code(body)) == (504, "QueueTimeout")
+    assert b"within its queue timeout: its GPU is held by i2 of chat, RUNNING for 75 s" in body
+
+
 async def test_target_zero_is_503(rig: GatewayRig) -> None:
     await rig.deploy("idle", target=0)
     status, _, body = await rig.ask(b"GET /fn/idle/ HTTP/1.1\r\nhost: g\r\n\r\n")
